@@ -179,5 +179,7 @@ def where(request, tmp_path):
 
     url = request.getfixturevalue("postgresql")
     yield url
-    with FeedbackStore(url) as store, store._write() as connection:
-        connection.exec_driver_sql("TRUNCATE fastlm_answers, fastlm_feedback")
+    with FeedbackStore(url) as store, store.write() as connection:
+        connection.exec_driver_sql(
+            "TRUNCATE fastlm_answers, fastlm_feedback, fastlm_measures, fastlm_metrics"
+        )

@@ -129,6 +129,11 @@ CASES = [
     ),
     Case("grpo", f"grpo {ROUNDS} --reward contains --beta 0.1 -o {{out}}"),
     Case("eval", "eval --model base --data data --stride 16 -o {out} --json", ("data",)),
+    Case(
+        "safety",
+        "safety --model base --data data --measures memorization --limit 10 -o {out} --json",
+        ("data",),
+    ),
     Case("export", "export --model base -o {out} --json"),
     Case(
         "quantize", "quantize --model base --group-size 16 --data data -o {out} --json", ("data",)

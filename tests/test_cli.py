@@ -31,6 +31,7 @@ VERBS = (
     "quantize",
     "export",
     "eval",
+    "safety",
     "generate",
     "chat",
     "merge",

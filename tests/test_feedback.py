@@ -2,7 +2,10 @@
 rows to train on that the trainings' readers accept.
 """
 
+import contextlib
 import json
+import sqlite3
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -15,6 +18,10 @@ from fastlm.data.preferences import Comparison, Label, read_preferences
 from fastlm.errors import InputError
 from fastlm.serve.feedback import FeedbackStore, Kept, Opinion
 from fastlm.serve.feedback_export import export
+from fastlm.serve.monitor.monitor import Settings
+from fastlm.serve.monitor.window import read_opinions
+from fastlm.serve.ratings import Rating, read_ratings
+from fastlm.serve.tables import MEASURES
 
 PROMPT = [{"role": "user", "content": "Write to ann@mail.org or +44 20 7946 0958"}]
 CLEAN = [{"role": "user", "content": "Write to <EMAIL> or <PHONE>"}]
@@ -193,3 +200,159 @@ def test_commands(tmp_path):
     assert call("forget", base, "talk").stdout == "talk: 8 rows deleted\n"
     assert b"Better" not in b"".join(f.read_bytes() for f in tmp_path.glob("f.sqlite*"))
     assert "wanted one of the database" in call("forget", base, "talk", status=2).stderr
+
+
+STARS = Rating("stars", "number", "higher", low=1, high=5)
+SOLVED = Rating("solved", "boolean", "higher", "conversation")
+OLD = """
+CREATE TABLE fastlm_answers (
+    response_id VARCHAR(128) NOT NULL, conversation_id VARCHAR(128), model TEXT NOT NULL,
+    prompt TEXT NOT NULL, tools TEXT, choices TEXT NOT NULL, created_at TEXT NOT NULL,
+    PRIMARY KEY (response_id));
+CREATE INDEX ix_fastlm_answers_conversation_id ON fastlm_answers (conversation_id);
+CREATE TABLE fastlm_feedback (
+    id INTEGER NOT NULL, response_id VARCHAR(128), conversation_id VARCHAR(128),
+    choice INTEGER NOT NULL, rater VARCHAR(128), thumb VARCHAR(4), comment TEXT, corrected TEXT,
+    preferred_over TEXT, created_at TEXT NOT NULL, PRIMARY KEY (id));
+CREATE INDEX ix_fastlm_feedback_response_id ON fastlm_feedback (response_id);
+CREATE INDEX ix_fastlm_feedback_conversation_id ON fastlm_feedback (conversation_id);
+INSERT INTO fastlm_answers VALUES (
+    'r1', 'talk', 'tiny', '[{"role": "user", "content": "Hi"}]', NULL,
+    '[[{"role": "assistant", "content": "Hello"}]]', '2026-11-01T10:00:00+00:00');
+INSERT INTO fastlm_feedback VALUES (
+    1, 'r1', NULL, 0, 'ann', 'up', NULL, NULL, NULL, '2026-11-01T10:01:00+00:00');
+"""
+
+
+def test_a_file_of_the_version_before_opens(tmp_path):
+    base = tmp_path / "old.sqlite"
+    with contextlib.closing(sqlite3.connect(base)) as connection:
+        connection.executescript(OLD)
+    for _ in range(2):  # the second time nothing is missing
+        with FeedbackStore(base) as store:
+            assert store.answers()["r1"].choices == [[{"role": "assistant", "content": "Hello"}]]
+            assert store.opinions()[0] == Opinion("r1", rater="ann", thumb="up")
+    with FeedbackStore(base) as store:
+        store.declare([STARS])
+        store.add(Opinion("r1", metrics=(("stars", 4.0),)))
+        assert store.opinions()[1].metrics == (("stars", 4.0),)
+        assert store.counts()["metrics"] == 1 and store.ratings() == [STARS]
+        assert read_opinions(store, 0, time.time() + 1)[-1].metrics == {"stars": 4.0}
+
+
+def test_numbers_by_name(where):
+    settings = Settings([STARS, SOLVED])
+    with (
+        FeedbackStore(where) as store,
+        serving(*tiny_model(), feedback=store, monitoring=settings) as (url, server),
+    ):
+
+        def give(**fields):
+            return ask(url, fields, "/v1/feedback")
+
+        told = HTTP.get(url + "/v1/models/tiny").json()["fastlm"]["metrics"]
+        assert [one["name"] for one in told] == ["stars", "solved"]
+        assert give(response_id="x", metrics={"stars": 4}).status_code == 200
+        assert give(conversation_id="c", metrics={"solved": True}).status_code == 200
+        both = {"stars": 1.5, "solved": False}
+        given = give(response_id="x", conversation_id="c", metrics=both, thumb="down")
+        assert given.status_code == 200
+        assert [o.metrics for o in store.opinions()] == [
+            (("stars", 4.0),), (("solved", 1.0),), (("stars", 1.5), ("solved", 0.0)),
+        ]  # fmt: skip
+        for metrics, message in (
+            ({"strs": 4}, "metrics.strs: wanted one of stars, solved"),
+            ({"stars": 6}, "metrics.stars: wanted a number from 1 to 5, got 6"),
+            ({"stars": 0.99}, "metrics.stars: wanted a number from 1 to 5, got 0.99"),
+            ({"stars": True}, "metrics.stars: wanted a number from 1 to 5, got True"),
+            ({"stars": "4"}, "metrics.stars: wanted a number from 1 to 5, got '4'"),
+            ({"stars": None}, "metrics.stars: wanted a number from 1 to 5, got None"),
+            (
+                {"solved": True},
+                "metrics.solved: wanted conversation_id: it is about a conversation",
+            ),
+        ):
+            refused = give(response_id="x", metrics=metrics)
+            assert refused.status_code == 400
+            error = refused.json()["error"]
+            assert error["message"] == message and error["param"] == message.partition(":")[0]
+        about = give(conversation_id="c", metrics={"stars": 4}).json()["error"]["message"]
+        assert about == "metrics.stars: wanted response_id: it is about a response"
+        for metrics in ({}, [], 4, "stars", {f"m{i}": 1 for i in range(33)}):
+            refused = give(response_id="x", metrics=metrics)
+            assert refused.status_code == 400 and refused.json()["error"]["param"] == "metrics"
+        unnamed = give(response_id="x", metrics={"x" * 999: 1})
+        assert unnamed.status_code == 400 and len(unnamed.text) < 500
+        assert len(store.opinions()) == 3
+        text = server.metrics.text().decode()
+        assert 'fastlm_feedback_total{kind="metrics"} 3.0' in text
+    with FeedbackStore(where) as store:  # what the numbers mean does not change
+        store.declare([STARS])
+        changed = Rating("stars", "number", "lower", low=1, high=5)
+        with pytest.raises(InputError, match=r"metric stars: better: wanted 'higher'"):
+            store.declare([changed])
+        assert store.ratings() == [SOLVED, STARS]
+
+
+def test_metrics_of_a_file(tmp_path):
+    file = tmp_path / "metrics.toml"
+    good = '[[metric]]\nname = "stars"\nkind = "number"\nlow = 1\nhigh = 5\nbetter = "higher"\n'
+    talk = '[[metric]]\nname="solved"\nkind="boolean"\nbetter="higher"\nlevel="conversation"\n'
+    file.write_text(good + "# a comment\n" + talk)
+    assert read_ratings(file) == [STARS, SOLVED]
+    for text, message in (
+        (
+            good.replace('"number"', '"stars"'),
+            r"line 3: kind: wanted boolean or number, got 'stars'",
+        ),
+        (good + good.replace("5", "1"), r"line 11: high: wanted more than low, 1, got 1"),
+        (good + good, r"line 8: name: wanted each once, got 'stars' again"),
+        (good.replace("better", "beter"), r"line 6: beter: unknown key.*'better'"),
+        (good.replace('better = "higher"\n', ""), r"line 1: better: wanted, is missing"),
+        (good.replace("low = 1", "low = 'x'"), r"line 4: low: wanted a number, got a string"),
+        (good.replace("stars", "Stars!"), r"line 2: name: wanted \[a-z\]"),
+        (talk + "low = -1\n", r"line 6: low: wanted none for a boolean"),
+        (good.replace("[[metric]]", "[[metrics]]"), r"line 1: metrics: unknown key"),
+        (good.replace("[[metric]]", "[metric]"), r"line 1: metric: wanted \[\[metric\]\]"),
+        ("\nmetric = 3\n", r"line 2: metric: wanted \[\[metric\]\]"),
+        (good + "kind = }", r"wanted TOML, got: .*line 7"),
+        ("a" + ".a" * 2000 + "=1", r"line 1: wanted fewer dots"),
+    ):
+        file.write_text(text)
+        with pytest.raises(InputError, match=message) as raised:
+            read_ratings(file)
+        assert "\n" not in str(raised.value)
+
+
+def test_feedback_comes_early_late_and_about_conversations(where):
+    """Before its answer is measured, after a restart, and after days; the answer's own time and
+    model count."""
+    now = time.time()
+    with FeedbackStore(where) as store:
+        store.declare([STARS, SOLVED])
+        store.add(Opinion("early", thumb="up", metrics=(("stars", 5.0),)))
+        assert read_opinions(store, now - 60, now + 60)[0].model == ""  # no answer yet
+        row = dict.fromkeys(c.name for c in MEASURES.columns if c.name != "id")
+        row |= {"choice": 0, "status": 200}
+        with store.write() as connection:
+            connection.execute(MEASURES.insert(), [
+                row | {"response_id": "early", "model": "new", "at": now},
+                row | {"response_id": "late", "model": "old", "at": now - 5 * 86400},
+                row | {"response_id": "t1", "conversation_id": "talk", "model": "new", "at": now},
+            ])  # fmt: skip
+    with FeedbackStore(where) as store:
+        store.add(Opinion("late", thumb="down", rater="ann"))
+        store.add(Opinion("late", thumb="up", rater="ann"))  # she changed her mind
+        store.add(Opinion(None, "talk", metrics=(("solved", 1.0),)))
+        store.add(Opinion(None, "elsewhere", thumb="down"))
+        today = {one.key: one for one in read_opinions(store, now - 3600, now + 60)}
+        assert set(today) == {("early", 0), ("talk", -1), ("elsewhere", -1)}
+        assert today["early", 0].model == today["talk", -1].model == "new"
+        assert today["early", 0].metrics == {"stars": 5.0} and not today["elsewhere", -1].model
+        week = read_opinions(store, now - 7 * 86400, now + 60)
+        (late,) = (one for one in week if one.key == ("late", 0))
+        assert (late.thumb, late.model, round(now - late.at)) == (1.0, "old", 5 * 86400)
+        assert store.forget("late") == 2  # and its measure
+        with store.read() as connection:
+            left = connection.execute(MEASURES.select()).all()
+        assert [one.response_id for one in left] == ["early", "t1"]

@@ -229,7 +229,7 @@ def attacks(victim: Path, port: int) -> dict[str, tuple[str, str]]:
             "        module.Tests.judge = lambda *a: ('passed', '')\n"
             "        module.pack = lambda *a: 0\n"
             "def f(x): return 1",
-            "ended",  # what it broke was its own
+            "error",  # what it broke was its own
         ),
         "a thread that never ends": (
             "import threading\n"
@@ -341,16 +341,15 @@ def test_the_tests_and_the_caller_cannot_be_read(outcomes):
     assert not any(SECRET in outcome.output for outcome in outcomes.values())
 
 
-def members(group: int) -> list[int]:
-    """The processes of a process group."""
+def processes(*, group: int = -1, parent: int = -1) -> list[int]:
+    """The processes of a process group, or the children of a process; no zombies."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
-            text = stat.read_text()
+            state, ppid, pgrp = stat.read_text().rpartition(")")[2].split()[:3]
         except OSError:  # it has just ended
             continue
-        state, _, pgrp = text.rpartition(")")[2].split()[:3]
-        if int(pgrp) == group and state != "Z":
+        if state != "Z" and (int(pgrp) == group or int(ppid) == parent):
             found.append(int(stat.parent.name))
     return found
 
@@ -360,16 +359,33 @@ def test_no_process_outlives_its_tests_and_a_lost_worker_is_replaced():
     spin = attacks(Path("/"), 0)["a thread that never ends"][0]
     assert worker.run(Case(spin, TESTS)).passed
     for _ in range(1000):  # the keeper ends after it has told the outcome
-        if members(worker.process.pid) == [worker.process.pid]:
+        if processes(group=worker.process.pid) == [worker.process.pid]:
             break
         time.sleep(0.01)
-    assert members(worker.process.pid) == [worker.process.pid]
+    assert processes(group=worker.process.pid) == [worker.process.pid]
     lost = worker.process.pid
     os.kill(lost, signal.SIGKILL)
     assert worker.run(Case(RIGHT, TESTS)) == Outcome(False, "crashed", "the worker was lost")
     assert worker.run(Case(RIGHT, TESTS)).passed
     worker.close()
-    assert members(lost) == []
+    assert processes(group=lost) == []
+
+
+def test_nothing_is_left_where_the_caller_is_killed():
+    code = "from fastlm.evals.sandbox import *; run_code('import time; time.sleep(1000)', '1')"
+    caller = subprocess.Popen([sys.executable, "-P", "-c", code])
+    worker, deadline = 0, time.monotonic() + 300  # a guard: it takes a second
+    while time.monotonic() < deadline:
+        worker = max(processes(parent=caller.pid), default=-2)
+        if len(processes(group=worker)) == 4:  # worker, keeper, tests, program
+            break
+        time.sleep(0.01)
+    assert len(processes(group=worker)) == 4
+    caller.kill()
+    caller.wait()
+    while processes(group=worker) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert processes(group=worker) == []
 
 
 # As a data set has it: the tests' helper is in the prompt, which the program repeats.
@@ -454,7 +470,8 @@ SAME = "def f(x): return x"
         (
             "class Pair:\n    def __init__(self, a, b): self.a, self.b = a, b\n"
             "def f(pairs): return max(p.b for p in pairs)",
-            "p = Pair(5, 24)\nassert f([p, Pair(1, 2)]) == 24 and p.a == 5 and p != Pair(5, 24)",
+            "p = Pair(5, 24)\nassert f([p, Pair(1, 2)]) == 24 and p.a == 5 and p != Pair(5, 24)\n"
+            "p.b = [Pair]\nassert f([p]) == [Pair] or p.b[0](1, 2).a == 1",
         ),
         (
             "def f(x):\n    if x < 0: raise ValueError('below 0')\n    return x",

@@ -192,10 +192,11 @@ def test_calls_in_messages(server):
 
 
 def test_the_python_of_the_docs(server):
-    (code,) = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.S)
-    assert "http://127.0.0.1:8000" in code and '"smollm2"' in code
-    code = code.replace("http://127.0.0.1:8000", server.url).replace('"smollm2"', '"tiny"')
-    exec(compile(code, "docs/serving.md", "exec"), {"openai": openai})
+    codes = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.S)
+    assert "http://127.0.0.1:8000" in codes[0] and '"smollm2"' in codes[0]
+    for code in codes:
+        code = code.replace("http://127.0.0.1:8000", server.url).replace('"smollm2"', '"tiny"')
+        exec(compile(code, "docs/serving.md", "exec"), {"openai": openai})
 
 
 def test_a_model_of_pydantic(server):

@@ -1,17 +1,23 @@
-"""The pages to chat and to rank, in headless Chromium: what a person does there, with the mouse and
-with keys, and that text from models and users stays text.
+"""The pages to chat, to rank and of the dashboard, in headless Chromium: what a person does there,
+with the mouse and with keys, and that text from models and users stays text.
 """
 
 import json
 import re
 import shutil
+import time
 
 import pytest
+from monitored import CODE, COOKING, MODELS, fill
 from serve_app import script, serving, tiny_model
 
 from fastlm.data.preferences import Unranked
 from fastlm.data.ranking import RankingStore
 from fastlm.serve.feedback import FeedbackStore
+from fastlm.serve.monitor.monitor import Settings
+from fastlm.serve.monitor.rules import Rule, Rules
+from fastlm.serve.ratings import Rating
+from fastlm.serve.said import Opinion
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 pytestmark = pytest.mark.skipif(
@@ -162,6 +168,35 @@ def test_chat(browser, tiny, tmp_path):
         page.screenshot(path=tmp_path / "phone.png", full_page=True)
         page.get_by_role("button", name="New").click()
         assert page.locator("article").count() == 0
+
+
+def test_numbers_for_an_answer(browser, tiny, tmp_path):
+    settings = Settings([
+        Rating("stars", "number", "higher", low=1, high=5),
+        Rating("solved", "boolean", "higher", "conversation"),
+    ])  # fmt: skip
+    with (
+        FeedbackStore(tmp_path / "f.sqlite") as store,
+        serving(*tiny, feedback=store, monitoring=settings) as (url, server),
+    ):
+        script(server, "An answer")
+        page, wrong = opened(browser, url)
+        send(page, "Hi")
+        status(page, "tokens/s")
+        rate = page.get_by_role("button", name="Rate")
+        rate.click()
+        page.get_by_label("stars (higher is better)").fill("4.5")
+        page.get_by_label("solved, of the conversation").select_option("no")
+        assert page.evaluate(NAMELESS) == []
+        page.screenshot(path=tmp_path / "rate.png")
+        page.get_by_role("button", name="Save").click()
+        status(page, "stored")
+        (given,) = store.opinions()
+        assert given.metrics == (("stars", 4.5), ("solved", 0.0)) and given.conversation_id
+        rate.click()
+        page.keyboard.press("Escape")
+        page.locator("form.box").wait_for(state="detached")
+        assert len(store.opinions()) == 1 and wrong == []
 
 
 def test_an_answer_belongs_to_its_conversation(browser, tiny, tmp_path):
@@ -328,3 +363,69 @@ def test_rank(browser, tiny, tmp_path):
         (ann,) = store.comparisons("Ann")
         said = {a[0]["content"].split()[0]: rank for a, rank in zip(ann.answers, ann.ranks)}
         assert said == {"third": 0, "second": 1, "first": 1}
+
+
+def test_dashboard(browser, tiny, tmp_path):
+    key = "a-key-of-this-server"
+    stars = Rating("stars", "number", "higher", low=1, high=5)
+    rules = Rules((
+        Rule(f"refuses {HOSTILE}", "refusal", "1d", above=0.02, hold=1),
+        Rule("slow", "whole_p95", "1d", above=500),
+    ))  # fmt: skip
+    models = (MODELS[0], f"new {HOSTILE}")
+    with (
+        FeedbackStore(tmp_path / "f.sqlite") as store,
+        serving(*tiny, feedback=store, monitoring=Settings([stars], rules), keys=[key]) as (
+            url, server,
+        ),
+    ):  # fmt: skip
+        page, wrong = opened(browser, url + "/dashboard", viewport={"width": 1280, "height": 900})
+        status(page, "an API key is needed")
+        wrong.clear()  # the browser's line about the 401
+        page.get_by_label("API key").fill(key)
+        page.keyboard.press("Tab")
+        page.get_by_text("Too few to compare").wait_for()  # nothing was measured yet
+        assert page.locator("figure").count() == 9
+
+        ids = fill(store, 900, models=models, words=(COOKING, CODE))
+        for id in ids[:20]:
+            store.add(Opinion(id, metrics=(("stars", 4.0),)))
+        server.monitor.alerts.check(time.time())
+        page.get_by_role("button", name="Week").click()
+        page.get_by_text("the prompts have changed").wait_for()
+        firing = page.locator(".alert.firing")
+        assert firing.count() == 1 and HOSTILE in firing.inner_text()
+        heads = page.locator("#table thead th").all_inner_texts()
+        assert heads[1:] == ["all", models[0], models[1]]
+        row = page.locator("#table tbody tr", has_text="stars")
+        assert row.locator("td").first.inner_text().startswith("4.00")
+        assert "judge: refusal phrases 1" in page.locator("#table").inner_text()
+        assert page.locator("#charts svg polyline").count() > 8
+        assert page.locator("#drift tbody tr").count() == 10
+        assert page.get_by_role("button", name="Week").get_attribute("aria-pressed") == "true"
+        chart = page.get_by_role("img", name=re.compile("^Refusals: "))
+        box = chart.bounding_box()
+        chart.hover(position={"x": box["width"] * 0.9, "y": 40})
+        caption = page.locator("figure", has=chart).locator("figcaption .quiet")
+        assert re.match(r"\d\d-\d\d \d\d:\d\d: ", caption.inner_text())
+
+        page.get_by_label("Compare with").fill("2026-01-02")
+        page.get_by_label("until").fill("2026-01-01")
+        page.get_by_role("button", name="Compare", exact=True).click()
+        status(page, "end: wanted a time after 2026-01-02")
+        page.get_by_label("until").fill("2026-01-09")
+        page.get_by_role("button", name="Compare", exact=True).click()
+        page.get_by_text("2026-01-02 to 2026-01-09").wait_for()
+        page.get_by_role("button", name="The server's reference").click()
+        page.get_by_text("the first 500 prompts").wait_for()
+
+        assert page.evaluate("window.hacked") is None and page.locator("img").count() == 0
+        assert page.evaluate(NAMELESS) == []
+        assert [line for line in wrong if "400" not in line] == []  # of the dates above
+        for scheme in ("light", "dark"):
+            page.emulate_media(color_scheme=scheme)
+            assert page.evaluate(PALE) == []
+            page.screenshot(path=tmp_path / f"{scheme}.png", full_page=True)
+        page.set_viewport_size({"width": 360, "height": 740})
+        page.wait_for_timeout(400)  # charts are drawn again
+        assert not page.evaluate(TOO_WIDE)

@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 from fastlm.cli import app
 from fastlm.errors import InputError
 from fastlm.serve.feedback import FeedbackStore
+from fastlm.serve.monitor.window import read_opinions
 from fastlm.serve.process import _listen
 from fastlm.tokenizer.tokenizer import Tokenizer
 
@@ -251,3 +252,38 @@ def test_replicas_behind_nginx(folder, tmp_path):
         assert answers == [200] * 4
     with FeedbackStore(base) as store:
         assert len(store.opinions()) == 6
+
+
+def test_files_of_metrics_and_alerts(folder, tmp_path):
+    """They are used, and a wrong one ends the command with its line."""
+    metrics, alerts = tmp_path / "metrics.toml", tmp_path / "alerts.toml"
+    for file, table in ((metrics, "metric"), (alerts, "alert")):
+        text = DOCS.read_text()
+        (block,) = (b for b in re.findall(r"```toml\n(.*?)```", text, re.S) if f"[[{table}]]" in b)
+        file.write_text(block)
+    alerts.write_text(alerts.read_text() + '[[alert]]\nname = "unsolved"\nmetric = "solved"\n'
+                      'below = 0.5\nwindow = "1d"\n')  # fmt: skip
+    base = tmp_path / "f.sqlite"
+    options = ("--feedback", base, "--metrics", metrics, "--alerts", alerts)
+    with served(folder, *options) as (process, url, _):
+        told = HTTP.get(url + "/v1/models/tiny").json()["fastlm"]["metrics"]
+        assert [one["name"] for one in told] == ["stars", "solved"]
+        shown = HTTP.get(url + "/dashboard/data").json()
+        names = [one["name"] for one in shown["alerts"]]
+        assert names == ["refuses too often", "slow", "unsolved"]
+        assert shown["drift"]["reference"] == "2026-11-01 to 2026-11-08"
+        made = ask(url, body(), "/v1/completions").json()
+        ask(url, {"response_id": made["id"], "metrics": {"stars": 5}}, "/v1/feedback")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) in (0, -signal.SIGTERM)
+    with FeedbackStore(base) as store:  # the last measures were written at the end
+        (opinion,) = read_opinions(store, 0, time.time() + 9)
+        assert opinion.model == "tiny" and opinion.metrics == {"stars": 5.0}
+    alerts.write_text("[[alert]]\nname = 1\n")
+    for given, message in (
+        (options, "alerts.toml line 2: name: wanted a string, got a whole number 1"),
+        (("--alerts", alerts), "alerts: wanted with --feedback, which has none"),
+    ):
+        arguments = ["serve", "--model", str(folder), "--port", "0", *map(str, given)]
+        done = CliRunner().invoke(app, arguments)
+        assert done.exit_code == 2 and message in done.stderr, (done.stderr, done.exception)

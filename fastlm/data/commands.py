@@ -33,6 +33,28 @@ def get_command(
     typer.echo(path)
 
 
+@app.command("canaries")
+def canaries_command(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Output folder")],
+    count: Annotated[int, typer.Option(help="Canaries of each number of copies")] = 5,
+    copies: Annotated[str, typer.Option(help="Copies, with commas between")] = "1,4,16,64",
+    seed: Annotated[int, typer.Option(help="Draws names and numbers")] = 0,
+) -> None:
+    """Write sentences with random numbers to plant in training text, some of them many times, for
+    ``fastlm safety --canaries``. Prints the path of the text, a source for ``fastlm data prepare``.
+    """
+    from fastlm.evals.safety.canaries import TEXTS, make_canaries, write_canaries
+
+    try:
+        numbers = [int(word) for word in copies.split(",")]
+    except ValueError:
+        raise InputError(
+            f"copies: wanted numbers with commas between, got {copies!r:.80}"
+        ) from None
+    write_canaries(out, make_canaries(count, numbers, seed), seed)
+    typer.echo(out / TEXTS)
+
+
 @app.command("show")
 def show_command(
     path: Annotated[Path, typer.Argument(help="A prepared folder or its funnel.json")],

@@ -10,6 +10,7 @@ from pathlib import Path
 from fastlm.data.generated import SCHEME
 from fastlm.errors import InputError
 from fastlm.evals.listed import Listed
+from fastlm.evals.own.task import read_task
 from fastlm.evals.sets import (
     code,
     facts,
@@ -43,11 +44,19 @@ def names_of(asked: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def is_file(asked: str) -> bool:
+    """Whether a task is named by its file."""
+    return asked.endswith((".yaml", ".yml"))
+
+
 def load_task(asked: str, cache: Path) -> Task:
-    """Read the set ``NAME`` or ``NAME:FORMAT``, or ``reasoning-gym:GENERATOR?KEY=VALUE&...``.
+    """Read the set ``NAME`` or ``NAME:FORMAT``, ``reasoning-gym:GENERATOR?KEY=VALUE&...``, or a
+    task of the user's own in a file (.yaml).
 
     InputError: an unknown name or format, a package that cannot be fetched, damaged data.
     """
+    if is_file(asked):
+        return read_task(asked)
     name, _, format = asked.partition(":")
     if name == SCHEME:
         return generators.ANY.load(asked, format, cache)

@@ -117,13 +117,15 @@ def parts(task: Task, measured: Values) -> dict[str, dict[str, Any]]:
                 members.setdefault(task.wider[q.part], []).append(i)
     found = {}
     for part, rows in sorted(members.items()):
-        means = {name: mean_error(each[rows]) for name, each in measured.items()}
-        told = {
-            name: {"value": m.mean, "error": m.error if math.isfinite(m.error) else None}
-            for name, m in means.items()
-        }
+        told = {name: told_mean(each[rows]) for name, each in measured.items()}
         found[part] = {"questions": len(rows), "measures": told}
     return found
+
+
+def told_mean(each: np.ndarray) -> dict[str, float | None]:
+    """The mean with its standard error, None for one question, as JSON."""
+    mean = mean_error(each)
+    return {"value": mean.mean, "error": mean.error if math.isfinite(mean.error) else None}
 
 
 def as_json(measures: Mapping[str, Measure]) -> dict[str, Any]:

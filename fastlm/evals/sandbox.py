@@ -104,7 +104,8 @@ class Case:
     setup: code that both the tests and, by copy, the program may use: helpers of a prompt. It runs
         before the tests, in their process; the program gets what the caller writes into it.
     names: the program's functions that the tests call. They replace those of ``setup``. By default:
-        names that the tests use and neither define nor find in ``setup`` or in Python.
+        names that the tests use and neither define nor find in ``setup`` or in Python. A program
+        that is asked for a function called ``sum`` needs them.
     """
 
     program: str

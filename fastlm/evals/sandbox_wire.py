@@ -13,7 +13,7 @@ class Remote:
     """A function or object in the program's process. It equals itself only."""
 
     def __init__(self, ask: Callable[..., Any], key: str | int) -> None:
-        self._ask, self._key = ask, key
+        self.__dict__.update(_ask=ask, _key=key)
 
     def __call__(self, *args: Any, **keywords: Any) -> Any:
         return self._ask("call", self, args, keywords)
@@ -22,6 +22,9 @@ class Remote:
         if name.startswith("__"):
             raise AttributeError(name)
         return self._ask("attribute", self, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._ask("set", self, name, value)
 
     def __getitem__(self, key: Any) -> Any:
         return self._ask("item", self, key)

@@ -17,6 +17,7 @@ a pipe that the program does not have.
 import ast
 import builtins
 import fcntl
+import gc
 import json
 import os
 import select
@@ -60,7 +61,9 @@ def main(library: str, isolated: bool) -> None:
     except (jail.Missing, OSError) as error:
         os.write(1, json.dumps({"missing": str(error)}).encode() + b"\n")
         return
+    jail.die_with_parent()
     os.write(1, b"{}\n")
+    gc.freeze()  # a collection in a child would copy every page
     while select.select([0], [], []):
         pid = os.fork()
         if pid == 0:
@@ -335,12 +338,19 @@ class Program:
 
         write_all(3, self.reply(load))
         for line in reader:
-            kind, *values = [unpack(part, self.find) for part in json.loads(line)]
-            write_all(3, self.reply(partial(ANSWERS[kind], *values)))
+            write_all(3, self.reply(partial(self.answer, line)))
         os._exit(0)
 
+    def answer(self, line: bytes) -> Any:
+        kind, *values = (unpack(part, self.find) for part in json.loads(line))
+        return ANSWERS[kind](*values)
+
     def find(self, key: str | int) -> Any:
-        return Late(self.space, key) if isinstance(key, str) else self.objects[key]
+        if isinstance(key, int):
+            return self.objects[key]
+        if key not in self.space:
+            raise NameError(f"the program does not define {key}")
+        return self.space[key]
 
     def keep(self, value: Any) -> int:
         self.objects.append(value)
@@ -366,29 +376,14 @@ class Program:
         return text.encode() + b"\n"
 
 
-class Late:
-    """A name of the program, looked up when it is used: a missing one is an error of that call."""
-
-    def __init__(self, space: dict[str, Any], name: str) -> None:
-        self.space, self.name = space, name
-
-    def value(self) -> Any:
-        if self.name not in self.space:
-            raise NameError(f"the program does not define {self.name}")
-        return self.space[self.name]
-
-
-def _of(target: Any) -> Any:
-    return target.value() if type(target) is Late else target
-
-
 ANSWERS: dict[str, Callable[..., Any]] = {
-    "call": lambda target, args, keywords: _of(target)(*map(_of, args), **keywords),
-    "attribute": lambda target, name: getattr(_of(target), name),
-    "item": lambda target, key: _of(target)[key],
-    "list": lambda target: list(islice(_of(target), ITEMS)),
-    "length": lambda target: len(_of(target)),
-    "truth": lambda target: bool(_of(target)),
+    "call": lambda target, args, keywords: target(*args, **keywords),
+    "attribute": getattr,
+    "set": setattr,
+    "item": lambda target, key: target[key],
+    "list": lambda target: list(islice(target, ITEMS)),
+    "length": len,
+    "truth": bool,
 }
 
 

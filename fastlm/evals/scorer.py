@@ -30,6 +30,8 @@ Pair = tuple[str, str]
 # Of a forward: products are at their full speed; 1.5 GB of activations at hidden size 4096
 TOKENS = 4096
 KEYS = 65536  # copied in each layer: 128 MB at 8 key heads of 128 in bfloat16
+# Nats. Above, a token's logit is 0.4 over any other: more than the rounding of bfloat16 logits
+_SURE = -0.5
 _GREEDY_ROWS = 256  # logits of so many tokens at once: 50 MB at a vocabulary of 49,152
 
 
@@ -50,13 +52,18 @@ class Likelihood:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A text to continue, or with ``chat`` messages of a user to answer through the template."""
+    """A text to continue, or with ``chat`` messages of a user to answer through the template.
+
+    stop: strings that end the answer, or the names of special tokens.
+    sampling: default: the temperature of the call.
+    """
 
     text: str
     max_new_tokens: int
     stop: tuple[str, ...] = ()
     chat: bool = False
     seed: int = 0
+    sampling: Sampling | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,33 +81,60 @@ class Scorer:
 
     Args:
         tokens: computed in one forward.
+        limit: of the context, in tokens; default: the model's.
+        add_bos: whether a text begins with BOS; default: as the tokenizer says.
+        prefix: the token before a text without a context; default: BOS, else EOS.
+        parse_special: special tokens spelt out in a text become their ids, and a text that begins
+            with the prefix gets no BOS (as in lm-evaluation-harness).
 
     A likelihood depends on what is scored in the same call, by rounding alone: callers that want
     the same bits again pass the same pairs.
     """
 
-    def __init__(self, model: "CausalLM", tokenizer: "Tokenizer", *, tokens: int = TOKENS) -> None:
+    def __init__(
+        self,
+        model: "CausalLM",
+        tokenizer: "Tokenizer",
+        *,
+        tokens: int = TOKENS,
+        limit: int | None = None,
+        add_bos: bool | None = None,
+        prefix: int | None = None,
+        parse_special: bool = False,
+    ) -> None:
         self.model, self.tokenizer, self.tokens = model, tokenizer, tokens
-
-    @property
-    def context_limit(self) -> int:
-        return self.model.context_limit
+        self.parse_special = parse_special
+        if limit is not None and not 1 <= limit <= model.context_limit:
+            raise InputError(f"limit: wanted 1 to {model.context_limit}, got {limit}")
+        self.context_limit = limit or model.context_limit
+        if prefix is not None and not 0 <= prefix < model.config.vocab_size:
+            raise InputError(f"prefix: wanted 0 to {model.config.vocab_size - 1}, got {prefix}")
+        self._prefix = prefix
+        bos = tokenizer.bos_id
+        if add_bos is None:
+            add_bos = bos is not None and tokenizer.encode("a", special=True)[:1] == [bos]
+        elif add_bos and bos is None:
+            raise InputError("add_bos: wanted a tokenizer with BOS, this one has none")
+        self.start = [bos] if add_bos and bos is not None else []
 
     @cached_property
-    def start(self) -> list[int]:
-        """What the tokenizer puts before a text: BOS, or nothing."""
-        bos = self.tokenizer.bos_id
-        return (
-            [bos] if bos is not None and self.tokenizer.encode("a", special=True)[0] == bos else []
-        )
-
-    @cached_property
-    def _empty(self) -> list[int]:
+    def prefix(self) -> int:
         """The context of a text that has none: BOS, else the end of another text."""
-        for token in (self.tokenizer.bos_id, self.tokenizer.eos_id):
+        for token in (self._prefix, self.tokenizer.bos_id, self.tokenizer.eos_id):
             if token is not None:
-                return [token]
+                return token
         raise InputError("context: wanted text, this model has no token to start from")
+
+    def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the tokens of each text, with BOS where texts have one."""
+        ids = self.tokenizer.encode_batch(texts, parse_special=self.parse_special)
+        if not self.start:
+            return ids
+        begun = self.tokenizer.decode([self.prefix], special=True) if self.parse_special else ""
+        return [
+            own if begun and text.startswith(begun) else [*self.start, *own]
+            for text, own in zip(texts, ids, strict=True)
+        ]
 
     # likelihoods
 
@@ -110,48 +144,47 @@ class Scorer:
         *,
         chat: bool = False,
         greedy: bool = False,
-        tick: Callable[[int], Any] | None = None,
+        each: Callable[[int, Likelihood], Any] | None = None,
     ) -> list[Likelihood]:
         """Return how likely each continuation is after its context, in the order of ``pairs``.
 
         Tokens are those of the joined text. Those that the context alone has are the context's;
-        spaces at its end count as the continuation's (as in lm-evaluation-harness). A context that
-        does not fit is cut at its beginning.
+        spaces at its end count as the continuation's, except in a chat (as in
+        lm-evaluation-harness). A context that does not fit is cut at its beginning.
 
         Args:
             chat: a context is a user's message, the continuation the answer.
             greedy: also tell whether each token was the likeliest.
-            tick: called with the number of pairs that are done.
+            each: called with the index of a pair and its likelihood as soon as that is known.
 
         Raises InputError: an empty continuation, or one that does not fit alone.
         """
-        return self.token_loglikelihoods(self.encode(pairs, chat=chat), greedy=greedy, tick=tick)
+        return self.token_loglikelihoods(self.encode(pairs, chat=chat), greedy=greedy, each=each)
 
     def encode(
         self, pairs: Sequence[Pair], *, chat: bool = False
     ) -> list[tuple[list[int], list[int]]]:
         """Return the tokens of each context and its continuation; see `loglikelihoods`."""
+        if chat:
+            contexts = {text: self._chat(text) for text, _ in pairs}
+            after = self.tokenizer.encode_batch([text for _, text in pairs])
+            return [(contexts[c], ids) for (c, _), ids in zip(pairs, after, strict=True)]
         moved = []
         for context, continuation in pairs:
             kept = context.rstrip()
-            moved.append(
-                (kept, context[len(kept) :] + continuation) if kept else ("", continuation)
-            )
-        if chat:
-            contexts = {text: self._chat(text) for text, _ in moved}
-            after = self.tokenizer.encode_batch([text for _, text in moved])
-            return [(contexts[c], ids) for (c, _), ids in zip(moved, after, strict=True)]
+            moved.append((kept, context[len(kept) :] + continuation))
         texts = list(dict.fromkeys([c for c, _ in moved] + [c + t for c, t in moved]))
-        known = dict(zip(texts, self.tokenizer.encode_batch(texts), strict=True))
-        found = []
-        for context, continuation in moved:
-            whole, before = known[context + continuation], known[context]
-            found.append(
-                ([*self.start, *before] or self._empty, whole[len(before) :])
-                if context
-                else (self.start or self._empty, whole)
-            )
-        return found
+        known = dict(zip(texts, self.encode_texts(texts), strict=True))
+        return [
+            (known[c], known[c + t][len(known[c]) :]) if c else self._alone(known[t])
+            for c, t in moved
+        ]
+
+    def _alone(self, ids: list[int]) -> tuple[list[int], list[int]]:
+        """A context, and the tokens of a text that has none; it may begin with the prefix."""
+        if self.start and ids[: len(self.start)] == self.start:
+            ids = ids[len(self.start) :]
+        return ([self.prefix], ids) if ids[:1] != [self.prefix] else (ids[:1], ids[1:])
 
     def _chat(self, text: str) -> list[int]:
         return self.tokenizer.encode_chat([{"role": "user", "content": text}])
@@ -161,7 +194,7 @@ class Scorer:
         pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
         *,
         greedy: bool = False,
-        tick: Callable[[int], Any] | None = None,
+        each: Callable[[int, Likelihood], Any] | None = None,
     ) -> list[Likelihood]:
         """`loglikelihoods` of token ids: (context, continuation), neither of them empty."""
         limit = self.context_limit
@@ -179,18 +212,44 @@ class Scorer:
             sequences.append(whole[cuts[-1] :])
             continuations.append(list(continuation))
         found: list[Likelihood | None] = [None] * len(pairs)
-        done = 0
         # frequencies that depend on the length of a context are those of the longest in a batch
         most = 1 if self.model.model.by_length else None
         with self._evaluating():
             for batch in batches(sequences, tokens=self.tokens, keys=KEYS, most=most):
                 scored = self._score(batch, [continuations[i] for i in batch.members], greedy)
                 for i, (logprob, likeliest) in zip(batch.members, scored, strict=True):
-                    found[i] = Likelihood(logprob, len(continuations[i]), likeliest, cuts[i])
-                done += len(batch.members)
-                if tick is not None:
-                    tick(done)
+                    found[i] = one = Likelihood(logprob, len(continuations[i]), likeliest, cuts[i])
+                    if each is not None:
+                        each(i, one)
         return [one for one in found if one is not None]
+
+    def rolling(
+        self, texts: Sequence[str], *, each: Callable[[int, Likelihood], Any] | None = None
+    ) -> list[Likelihood]:
+        """Return how likely each text is as a whole.
+
+        A text that is longer than the context is read in windows: each begins where the one before
+        ended, the last has as many tokens of context as fit (as in lm-evaluation-harness).
+
+        Args:
+            each: called with the index of a window and its likelihood.
+        """
+        windows = [list(self._windows(ids)) for ids in self.encode_texts(texts)]
+        found = self.token_loglikelihoods([w for own in windows for w in own], each=each)
+        sums, at = [], 0
+        for own in windows:
+            parts, at = found[at : at + len(own)], at + len(own)
+            sums.append(Likelihood(sum(p.logprob for p in parts), sum(p.tokens for p in parts)))
+        return sums
+
+    def _windows(self, ids: list[int]) -> Iterator[tuple[list[int], list[int]]]:
+        """Yield (context, continuation) such that the continuations join to ``ids``."""
+        limit = self.context_limit
+        whole = [self.prefix, *ids]
+        for at in range(0, len(ids), limit):
+            end = min(at + limit, len(ids))
+            # the last token of a continuation is only predicted
+            yield whole[max(0, end - limit) : at + 1], ids[at:end]
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -219,16 +278,37 @@ class Scorer:
             rows, self._head, labels, softcap=self.model.config.final_logit_softcapping
         )
         assert isinstance(logprobs, Tensor)  # a pair only with the entropy
-        likeliest = None
-        if greedy:
-            parts = zip(rows.split(_GREEDY_ROWS), labels.split(_GREEDY_ROWS))
-            likeliest = torch.cat([self.model.logits(r).argmax(-1) == t for r, t in parts]).cpu()
-        sums, start = logprobs.double().cpu(), 0
-        for continuation in continuations:
-            end = start + len(continuation)
-            told = None if likeliest is None else bool(likeliest[start:end].all())
-            yield float(sums[start:end].sum()), told
-            start = end
+        each = np.split(logprobs.double().cpu().numpy(), np.cumsum(list(map(len, continuations))))
+        likeliest = self._likeliest(hidden, chosen, continuations, each) if greedy else None
+        for i in range(len(continuations)):
+            yield float(each[i].sum()), None if likeliest is None else likeliest[i]
+
+    def _likeliest(
+        self,
+        hidden: Tensor,
+        rows: list[np.ndarray],
+        tokens: list[list[int]],
+        logprobs: list[np.ndarray],
+    ) -> list[bool]:
+        """Tell of each continuation whether all its tokens are the likeliest ones.
+
+        A token of a high probability is. Of the others the least likely one is looked at first:
+        most continuations end there, and those that begin alike share its row.
+        """
+        order = [np.argsort(own)[: int((own <= _SURE).sum())].tolist() for own in logprobs]
+        found, best = [True] * len(rows), dict[int, int]()
+        open, at = [i for i, own in enumerate(order) if own], 0
+        while open:
+            wanted = sorted({int(rows[i][order[i][at]]) for i in open} - best.keys())
+            for part in torch.tensor(wanted).split(_GREEDY_ROWS) if wanted else ():
+                ids = self.model.logits(hidden[part.to(hidden.device)]).argmax(-1).tolist()
+                best.update(zip(part.tolist(), ids))
+            for i in open:
+                place = order[i][at]
+                found[i] = best[int(rows[i][place])] == tokens[i][place]
+            at += 1
+            open = [i for i in open if found[i] and at < len(order[i])]
+        return found
 
     @cached_property
     def _head(self) -> Tensor:
@@ -244,21 +324,23 @@ class Scorer:
         tick: Callable[[int], Any] | None = None,
     ) -> list[Written]:
         """Answer each prompt, at temperature 0 with the likeliest tokens. A prompt that leaves no
-        room for its answer is cut at its beginning.
+        room for its answer is cut at its beginning; an answer longer than the context gets half.
 
         An answer depends on its prompt and seed alone, not on the others.
         """
+        limit = min(self.context_limit, self._engine.context_limit)
+        plain = iter(self.encode_texts([p.text for p in prompts if not p.chat]))
         requests, cuts = [], []
         for prompt in prompts:
-            if prompt.chat:
-                ids = self._chat(prompt.text)
-            else:
-                ids = [*self.start, *self.tokenizer.encode(prompt.text)] or self._empty
-            room = min(prompt.max_new_tokens, self._engine.context_limit // 2)
-            cut = max(0, len(ids) + room - self._engine.context_limit)
-            cuts.append(cut)
+            ids = self._chat(prompt.text) if prompt.chat else next(plain) or [self.prefix]
+            room = prompt.max_new_tokens if prompt.max_new_tokens < limit else limit // 2
+            cuts.append(max(0, len(ids) + room - limit))
+            stop_ids, stop = self._stops(prompt.stop)
+            sampling = prompt.sampling or Sampling(temperature)
             requests.append(
-                Request(ids[cut:], room, Sampling(temperature), seed=prompt.seed, stop=prompt.stop)
+                Request(
+                    ids[cuts[-1] :], room, sampling, seed=prompt.seed, stop=stop, stop_ids=stop_ids
+                )
             )
         done = 0
 
@@ -275,6 +357,14 @@ class Scorer:
             Written(r.text, len(r.tokens), r.finish_reason == "stop", cut)
             for r, cut in zip(results, cuts, strict=True)
         ]
+
+    def _stops(self, strings: Sequence[str]) -> tuple[frozenset[int], tuple[str, ...]]:
+        """Special tokens, and strings that are none: an answer's text has no special tokens."""
+        names = self.tokenizer.special_tokens
+        ids = [self.tokenizer.backend.token_to_id(s) for s in strings if s in names]
+        return frozenset(i for i in ids if i is not None), tuple(
+            s for s in strings if s not in names
+        )
 
     @cached_property
     def _engine(self) -> Engine:

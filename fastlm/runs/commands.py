@@ -74,6 +74,8 @@ def command_of(cls: type[Stage], before: Callable[[], None] = lambda: None) -> C
             typer.echo(shown)
         else:
             Console().print(shown, markup=False, highlight=False)
+        if status := stage.status(result):
+            raise typer.Exit(status)
 
     parameters = [_input(key, takes) for key, takes in cls.reads.items()]
     parameters += [_option(option) for option in options]
@@ -136,6 +138,10 @@ def _option(option: Option) -> inspect.Parameter:
     if option.positional:
         (item, *_) = get_args(plain) or (plain,)
         hint = list[item] if get_origin(plain) is tuple else plain
+        if option.optional:
+            return _keyword(
+                option.name, Annotated[hint | None, typer.Argument(help=option.help)], None
+            )
         return _keyword(option.name, Annotated[hint, typer.Argument(help=option.help)])
     default, hint = option.default, option.hint
     if _listed(plain):  # comma-separated values
@@ -146,6 +152,8 @@ def _option(option: Option) -> inspect.Parameter:
 def _value(option: Option, given: Any) -> Any:
     """Return the value of a flag as the field of the stage expects it."""
     plain = _plain(option.hint)
+    if given is None:
+        return option.default
     if _listed(plain) and not option.positional:
         item = get_args(plain)[0]
         words = [word.strip() for word in given.split(",") if word.strip()]

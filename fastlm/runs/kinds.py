@@ -2,7 +2,11 @@
 
 from fastlm.checkpoint.stage import Export
 from fastlm.data.stage import Data, Shards
+from fastlm.evals.safety.stage import Safety
 from fastlm.evals.stage import Eval
+from fastlm.loop.gate import Gate
+from fastlm.loop.stage import Feedback
+from fastlm.loop.winrate import WinRate
 from fastlm.quant.stage import Quantize
 from fastlm.runs.stage import Stage
 from fastlm.tokenizer.stage import TrainTokenizer
@@ -26,6 +30,10 @@ KINDS: dict[str, type[Stage]] = {
     "ppo": Ppo,
     "grpo": Grpo,
     "eval": Eval,
+    "safety": Safety,
+    "feedback": Feedback,
+    "winrate": WinRate,
+    "gate": Gate,
     "quantize": Quantize,
     "export": Export,
 }

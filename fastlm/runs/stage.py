@@ -33,11 +33,17 @@ TYPES = {
     "quantized": "a model of 4- or 8-bit weights",
     "exported": "a model in another program's format",
     "scores": "scores.json",
+    "feedback": "rows from users: train/, judge/ and test/, each with a .jsonl file per form",
+    "decision": "decision.json: whether a model passed its gates",
 }
 
 
 class Positional(str):
     """The help of an option that is a positional argument of the command."""
+
+
+class MaybePositional(Positional):
+    """One that may be left out."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,7 @@ class Takes:
         default: if a recipe names no stage, the input is the last one that fits.
         flag: the letter of its short flag.
         positional: a positional argument of the command.
+        later: the stage once had no such input: without one the fingerprint is that of then.
     """
 
     types: tuple[str, ...]
@@ -62,6 +69,7 @@ class Takes:
     default: bool = True
     flag: str = ""
     positional: bool = False
+    later: bool = False
 
 
 @dataclass(frozen=True)
@@ -141,6 +149,7 @@ class Option:
     default: Any
     help: str
     positional: bool
+    optional: bool = False  # a positional argument that may be left out
 
 
 Facts = Mapping[str, Any]
@@ -222,6 +231,11 @@ class Stage:
         """Return what the stage's own command prints: text or a rich renderable."""
         return self.told(result, job)
 
+    def status(self, result: Mapping[str, Any]) -> int:
+        """Return the exit status of the stage's own command."""
+        del result
+        return 0
+
     def report(self, job: Job, result: Mapping[str, Any]) -> Part | None:
         """Return this stage's part of report.html, None if it has none."""
         del job, result
@@ -283,7 +297,8 @@ def options_of(cls: type[Stage]) -> list[Option]:
         if get_origin(hint) is Annotated:
             hint, text = get_args(hint)[:2]
         default = f.default_factory() if f.default_factory is not MISSING else f.default
-        found.append(Option(f.name, hint, default, text, isinstance(text, Positional)))
+        optional = isinstance(text, MaybePositional)
+        found.append(Option(f.name, hint, default, text, isinstance(text, Positional), optional))
     return found
 
 

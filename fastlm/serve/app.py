@@ -29,6 +29,7 @@ from fastlm.serve.gate import Gate, Gone, Limits, log, read_body, unless_gone
 from fastlm.serve.metrics import Metrics
 from fastlm.serve.model_metrics import ModelMetrics
 from fastlm.serve.models import Models, Served, Turn
+from fastlm.serve.monitor import routes as dashboard
 from fastlm.serve.openai_api import (
     Asked,
     ChatAsked,
@@ -46,6 +47,8 @@ READERS = 8
 
 if TYPE_CHECKING:
     from fastlm.serve.feedback import FeedbackStore
+    from fastlm.serve.monitor.monitor import Monitor, Settings
+    from fastlm.serve.ratings import Rating
     from fastlm.serve.switch import Switch
 
 T = TypeVar("T")
@@ -64,8 +67,14 @@ TYPES = {
 class Server:
     """Models, and how they are served; `app` is the ASGI application.
 
+<<<<<<< HEAD
     ``feedback``: where opinions go; None: nowhere. ``ranking``: the store of `fastlm rank` for the
     page /rank; None: no such page. ``keys`` and ``hosts`` as in `fastlm.serve.gate.Gate`.
+=======
+    ``feedback``: where opinions and measures go; None: nowhere. ``monitoring``: what is measured of
+    answers; None: the defaults. ``ranking``: the store of `fastlm rank` for the page /rank; None:
+    no such page. ``keys`` and ``hosts`` as in `fastlm.serve.gate.Gate`.
+>>>>>>> f5ca543b365aed119e2559f80888d207ed70ceb1
     ``switch``: what changes the models, for those with one of the keys ``admins``; None: nothing.
     """
 
@@ -77,9 +86,14 @@ class Server:
     ranking: Path | None = None
     switch: "Switch | None" = None
     admins: Sequence[str] = ()
+<<<<<<< HEAD
+=======
+    monitoring: "Settings | None" = None
+>>>>>>> f5ca543b365aed119e2559f80888d207ed70ceb1
 
     def __post_init__(self) -> None:
         self.metrics = Metrics(self.models.stats)
+        self.monitor = None if self.feedback is None else _monitor(self.feedback, self)
         several = len(self.keys) > 1  # clients; without keys all are of this machine
         self.shares = Shares(max(1, self.served.engine.max_waiting // 2) if several else None)
         self.stopping = False
@@ -96,6 +110,8 @@ class Server:
             Route("/v1/models", self._models, methods=get),
             Route("/v1/models/{id:path}", self._model, methods=get),
             Route("/v1/feedback", partial(opinions.give, self), methods=post),
+            Route("/dashboard", self._page("dashboard.html"), methods=get),
+            Route("/dashboard/data", partial(dashboard.data, self), methods=get),
             Route("/health", self._health, methods=get),
             Route("/ready", self._ready, methods=get),
             Route("/metrics", self._metrics, methods=get),
@@ -125,6 +141,11 @@ class Server:
         self.app.router.redirect_slashes = False
 
     @property
+    def ratings(self) -> Sequence["Rating"]:
+        """The numbers that people may give."""
+        return () if self.monitor is None else self.monitor.settings.ratings
+
+    @property
     def served(self) -> Served:
         """The model that answers to the server's name."""
         return self.models.current
@@ -132,11 +153,15 @@ class Server:
     @asynccontextmanager
     async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
         self.models.start()
+        if self.monitor is not None:
+            self.monitor.start()
         yield
         if not self.stopping:  # else who has set it closes the engines
             self.stopping = True
             self.models.close()
         self._readers.shutdown(wait=False)
+        if self.monitor is not None:
+            await run_sync(self.monitor.close)
         log("stopped")
 
     async def _read(self, function: Callable[..., T], *arguments: Any) -> T:
@@ -185,13 +210,20 @@ class Server:
             requests_of, served, asked, self.limits, http.state.client
         )
         told["model"], told["prompt_tokens"] = served.name, sum(map(len, prompts))
+        lengths = [len(prompt) for prompt in prompts]
+        seen = None
+        if self.monitor is not None:  # the gate tells it the end
+            seen = http.state.seen = self.monitor.seen(asked, served.name, id, lengths)
         with _refusals():
             running = Running(served.engine, requests, self.metrics, self.shares)
-        for prompt in prompts:
-            self.metrics.prompt_length.observe(len(prompt))
-        return Answer(
+        for length in lengths:
+            self.metrics.prompt_length.observe(length)
+        answer = Answer(
             asked, id, running, served.tokenizer, echoes, told["prompt_tokens"], served.name
         )
+        if seen is not None:
+            seen.answer = answer
+        return answer
 
     async def _whole(self, answer: Answer, turn: Turn, kept: Keep | None) -> bytes:
         try:
@@ -289,6 +321,10 @@ class Server:
             "chat": served.tokenizer.chat_template is not None,
             "feedback": self.feedback is not None,
             "content_id": served.digest or None,
+<<<<<<< HEAD
+=======
+            "metrics": [rating.row() for rating in self.ratings],
+>>>>>>> f5ca543b365aed119e2559f80888d207ed70ceb1
         }
         return {
             "id": name, "object": "model", "created": served.created, "owned_by": "fastlm",
@@ -385,6 +421,12 @@ class Events(Response):
             self.told["error"] = error.code or error.kind
             await write(sse(error.body()))
         await write(b"", False)
+
+
+def _monitor(store: "FeedbackStore", server: Server) -> "Monitor":
+    from fastlm.serve.monitor.monitor import Monitor, Settings
+
+    return Monitor(store, server.monitoring or Settings(), server.metrics.registry)
 
 
 @contextmanager

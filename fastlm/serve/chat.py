@@ -16,18 +16,26 @@ from fastlm.errors import InputError
 from fastlm.model.causal_lm import CausalLM
 
 if TYPE_CHECKING:
+    import torch
+
     from fastlm.tokenizer.tokenizer import Tokenizer
 
 
 def load_model(
-    path: str | Path, act_bits: int | None = None, *, keep_quantized: bool = True
+    path: str | Path,
+    act_bits: int | None = None,
+    *,
+    keep_quantized: bool = True,
+    dtype: "torch.dtype | None" = None,
 ) -> tuple[CausalLM, "Tokenizer"]:
     """Load the model and its tokenizer at ``path``, or from a package: ``model:smollm2``. The
     options are those of `CausalLM.from_pretrained`.
     """
     path = model_path(path)  # checks the checksum of a package's file, once
     held = open_gguf(path) if path.suffix == ".gguf" else None  # else it would be parsed twice
-    model = CausalLM.from_pretrained(path, act_bits=act_bits, keep_quantized=keep_quantized)
+    model = CausalLM.from_pretrained(
+        path, act_bits=act_bits, keep_quantized=keep_quantized, dtype=dtype
+    )
     tokenizer = load_tokenizer(path, model.config.to_dict())
     del held
     return model, tokenizer

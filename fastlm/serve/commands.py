@@ -42,6 +42,21 @@ def serve(
         str | None,
         typer.Option(help="Keep feedback in this SQLite file, or in postgresql://USER@HOST/NAME"),
     ] = None,
+    metrics: Annotated[
+        Path | None,
+        typer.Option(help="TOML: numbers that people may give with --feedback (docs/serving.md)"),
+    ] = None,
+    alerts: Annotated[
+        Path | None,
+        typer.Option(help="TOML: rules for alerts about what --feedback measures of answers"),
+    ] = None,
+    measure_days: Annotated[
+        float, typer.Option(min=1.0, help="Days that measures of answers are kept")
+    ] = 90.0,
+    measure_rows: Annotated[
+        int,
+        typer.Option(min=0, max=10**7, help="Measures kept at most; 0: nothing is measured"),
+    ] = 100_000,
     rank: Annotated[
         Path | None, typer.Option(help="A store of `fastlm rank`, ranked at /rank")
     ] = None,
@@ -164,6 +179,9 @@ def serve(
         raise InputError(f"host: wanted API keys (--api-key-file) to listen on {host}, got none")
     if kv_dtype not in (None, *KV_DTYPES):
         raise InputError(f"kv_dtype: wanted {', '.join(KV_DTYPES)}, got {kv_dtype!r:.80}")
+    for option, file in (("metrics", metrics), ("alerts", alerts)):
+        if file is not None and feedback is None:
+            raise InputError(f"{option}: wanted with --feedback, which has none")
     plan = None
     if canary is not None:
         if feedback is None:
@@ -187,7 +205,8 @@ def serve(
             f"serve: wanted the package {error.name}, not found: pip install 'fastlm[serve]'"
         ) from None
     process.run(
-        model, host=host, port=port, name=name, feedback=feedback, rank=rank, keys=keys,
+        model, host=host, port=port, name=name, feedback=feedback, metrics=metrics, alerts=alerts,
+        measure_days=measure_days, measure_rows=measure_rows, rank=rank, keys=keys,
         allow_host=allow_host or [], max_new_tokens=max_new_tokens, max_body=max_body,
         max_waiting=max_waiting, max_rows=max_rows, max_length=max_length, pages=pages,
         kv_dtype=kv_dtype,

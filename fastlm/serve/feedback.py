@@ -22,41 +22,17 @@ from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from fastlm.data.scrub import scrub
 from fastlm.errors import InputError
 from fastlm.serve import withdrawn
-from fastlm.serve.said import Kept, Opinion
+from fastlm.serve.ratings import Rating
+from fastlm.serve.said import KINDS, Kept, Opinion
+from fastlm.serve.tables import ANSWERS, FEEDBACK, MEASURES, RATINGS, add_missing_columns, metadata
 
 WAIT_SECONDS = 30  # for another process that writes to the same SQLite file
-metadata = sa.MetaData()
-ANSWERS = sa.Table(
-    "fastlm_answers",
-    metadata,
-    sa.Column("response_id", sa.String(128), primary_key=True),
-    sa.Column("conversation_id", sa.String(128), index=True),
-    sa.Column("model", sa.Text, nullable=False),
-    sa.Column("prompt", sa.Text, nullable=False),  # JSON: messages
-    sa.Column("tools", sa.Text),  # JSON: a list
-    sa.Column("choices", sa.Text, nullable=False),  # JSON: per choice the messages of the answer
-    sa.Column("created_at", sa.Text, nullable=False),  # ISO 8601, UTC
-)
-FEEDBACK = sa.Table(
-    "fastlm_feedback",
-    metadata,
-    sa.Column("id", sa.Integer, primary_key=True),
-    sa.Column("response_id", sa.String(128), index=True),
-    sa.Column("conversation_id", sa.String(128), index=True),
-    sa.Column("choice", sa.Integer, nullable=False),
-    sa.Column("rater", sa.String(128)),
-    sa.Column("thumb", sa.String(4)),  # up, down
-    sa.Column("comment", sa.Text),
-    sa.Column("corrected", sa.Text),
-    sa.Column("preferred_over", sa.Text),  # JSON: [[response_id, choice], ...]
-    sa.Column("created_at", sa.Text, nullable=False),
-)
 
 
 class FeedbackStore:
     """The database at ``where``: an SQLAlchemy URL (``postgresql://user@host/name``), or the path
-    of an SQLite file. Its tables are made if they are missing. A context manager; any thread may
-    call its methods.
+    of an SQLite file. Missing tables are made, and columns that a file of an older version lacks
+    are added. A context manager; any thread may call its methods.
 
     InputError, from every method: the database cannot be used.
     """
@@ -82,6 +58,7 @@ class FeedbackStore:
         with self._errors():
             metadata.create_all(self.engine)
             withdrawn.TABLE.create(self.engine, checkfirst=True)
+            add_missing_columns(self.engine)
 
     def close(self) -> None:
         self.engine.dispose()
@@ -100,7 +77,14 @@ class FeedbackStore:
             raise InputError(f"{self.name}: cannot be used: {_reason(error)}") from None
 
     @contextmanager
-    def _write(self) -> Iterator[sa.Connection]:
+    def read(self) -> Iterator[sa.Connection]:
+        """Context: a connection. InputError: as of every method."""
+        with self._errors(), self.engine.connect() as connection:
+            yield connection
+
+    @contextmanager
+    def write(self) -> Iterator[sa.Connection]:
+        """Context: a connection whose transaction ends with the block."""
         with self._errors(), self.engine.begin() as connection:
             yield connection
 
@@ -116,9 +100,10 @@ class FeedbackStore:
             "comment": _scrubbed(opinion.comment),
             "corrected": _scrubbed(opinion.corrected),
             "preferred_over": json.dumps(over) if over else None,
+            "metrics": json.dumps(dict(opinion.metrics)) if opinion.metrics else None,
             "created_at": _now(),
         }
-        with self._write() as connection:
+        with self.write() as connection:
             done = connection.execute(FEEDBACK.insert().values(values))
         assert done.inserted_primary_key is not None
         return int(done.inserted_primary_key[0])
@@ -143,23 +128,46 @@ class FeedbackStore:
             connection.execute(ANSWERS.insert().values(values))
         return True
 
+    def declare(self, ratings: Sequence[Rating]) -> None:
+        """Store what numbers people may give. InputError: one is there with another meaning."""
+        for rating in ratings:
+            values = rating.row()
+            with self._errors(), suppress(IntegrityError), self.engine.begin() as connection:
+                connection.execute(RATINGS.insert().values(values))
+        known = {rating.name: rating.row() for rating in self.ratings()}
+        for rating in ratings:
+            for key, value in rating.row().items():
+                if known[rating.name][key] != value:
+                    raise InputError(
+                        f"metric {rating.name}: {key}: wanted {known[rating.name][key]!r}, which"
+                        f" the numbers in {self.name} mean, got {value!r}; choose another name"
+                    )
+
+    def ratings(self) -> list[Rating]:
+        """The numbers that were ever declared, by name."""
+        with self.read() as connection:
+            rows = connection.execute(RATINGS.select().order_by(RATINGS.c.name)).all()
+        return [Rating(**row._mapping) for row in rows]
+
     def forget(self, id: str) -> int:
-        """Delete a response or a conversation, its text and what was said about it. Return how many
-        rows there were. Hashes stay, by which exports leave it out (`fastlm.serve.withdrawn`).
+        """Delete a response or a conversation: its text, what was said about it, and its measures.
+        Return how many rows of text and opinions there were. Hashes stay, by which exports leave it
+        out (`fastlm.serve.withdrawn`).
         """
         gone = 0
         with self._errors():  # before anything is deleted, so that a kill in between loses no key
             withdrawn.note(self.engine, id, self.keys_of(id))
-        with self._write() as connection:
+        with self.write() as connection:
             # opinions may name the responses of a conversation alone
             ids = {id}
-            for table in (ANSWERS, FEEDBACK):
+            for table in (ANSWERS, FEEDBACK, MEASURES):
                 query = sa.select(table.c.response_id).where(table.c.conversation_id == id)
                 ids.update(filter(None, connection.execute(query).scalars()))
-            for table in (ANSWERS, FEEDBACK):
+            for table in (ANSWERS, FEEDBACK, MEASURES):
                 for one in ids:
                     its = sa.or_(table.c.response_id == one, table.c.conversation_id == one)
-                    gone += connection.execute(table.delete().where(its)).rowcount
+                    rows = connection.execute(table.delete().where(its)).rowcount
+                    gone += 0 if table is MEASURES else rows
         if self.engine.dialect.name == "sqlite":  # the log has the text, too, until it is emptied
             with self._errors(), self.engine.connect() as connection:
                 connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -185,7 +193,7 @@ class FeedbackStore:
 
     def answers(self) -> dict[str, Kept]:
         """All answers that are kept, by id."""
-        with self._errors(), self.engine.connect() as connection:
+        with self.read() as connection:
             rows = connection.execute(ANSWERS.select().order_by(ANSWERS.c.created_at)).all()
         return {
             row.response_id: Kept(
@@ -197,20 +205,21 @@ class FeedbackStore:
 
     def opinions(self) -> list[Opinion]:
         """All opinions, in the order in which they were given."""
-        with self._errors(), self.engine.connect() as connection:
+        with self.read() as connection:
             rows = connection.execute(FEEDBACK.select().order_by(FEEDBACK.c.id)).all()
         return [
             Opinion(
                 row.response_id, row.conversation_id, row.choice, row.rater, row.thumb, row.comment,
                 row.corrected, tuple((id, n) for id, n in json.loads(row.preferred_over or "[]")),
+                tuple(json.loads(row.metrics or "{}").items()),
             )
             for row in rows
         ]  # fmt: skip
 
     def counts(self) -> dict[str, int]:
         """How many answers are kept, and how many opinions of each kind there are."""
-        found = {"answers": 0, "thumb": 0, "comment": 0, "corrected": 0, "preferred_over": 0}
-        with self._errors(), self.engine.connect() as connection:
+        found: dict[str, int] = dict.fromkeys(("answers", *KINDS), 0)
+        with self.read() as connection:
             for name in found:
                 if name == "answers":
                     query = sa.select(sa.func.count()).select_from(ANSWERS)

@@ -12,7 +12,7 @@ import secrets
 import sys
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -26,7 +26,7 @@ from fastlm.serve.metrics import Metrics
 from fastlm.serve.running import gone
 
 # without a key: what holds no data, and what tells a balancer that the server lives
-OPEN_PATHS = frozenset(("/", "/rank", "/health", "/ready"))
+OPEN_PATHS = frozenset(("/", "/rank", "/dashboard", "/health", "/ready"))
 OPEN_PREFIX = "/page/"
 QUIET_PATHS = frozenset(("/health", "/ready", "/metrics"))  # asked every few seconds
 HEADERS = {
@@ -135,6 +135,8 @@ class Gate:
             path = scope["path"] if scope["path"] in self.paths else "other"
             self.metrics.requests.labels(path, status or 499).inc()
             self.metrics.request_seconds.labels(path).observe(seconds)
+            if (seen := scope["state"].get("seen")) is not None:
+                seen.end(_outcome(status, told))
             if status != 200 or path not in QUIET_PATHS:
                 log(
                     "request", id=scope["state"]["id"], method=scope["method"], path=path,
@@ -215,6 +217,13 @@ async def unless_gone(receive: Callable[[], Awaitable[Any]], work: Any) -> Any:
         for task in (working, watching):
             task.cancel()
         await asyncio.gather(working, watching, return_exceptions=True)
+
+
+def _outcome(status: int, told: Mapping[str, Any]) -> int:
+    """The status of a response, or what it would have been: a stream fails after its 200."""
+    if told.get("gone"):
+        return 499
+    return 500 if told.get("failed") or (told.get("error") and status == 200) else status or 499
 
 
 def key_name(key: str) -> str:

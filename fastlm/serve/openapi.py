@@ -28,6 +28,7 @@ GETS = {
     "/health": "Whether the process lives",
     "/ready": "Whether it takes requests",
     "/metrics": "Counters for Prometheus",
+    "/dashboard/data": "What the dashboard shows",
 }
 ADMIN_GETS = {"/v1/canary": "How the canary's trial stands, and what was decided"}
 JSON, EVENTS, TEXT = "application/json", "text/event-stream", "text/plain"
@@ -46,6 +47,7 @@ ANSWERS = {  # what a 200 has
     "/v1/models": "object data",
     "/health": "status",
     "/ready": "status",
+    "/dashboard/data": "now window since until edges groups drift alerts measures",
 }
 STREAMED = ("/v1/chat/completions", "/v1/completions")
 MAY_BE_NULL = {"type": ["string", "null"]}

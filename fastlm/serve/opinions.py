@@ -1,6 +1,6 @@
 """``POST /v1/feedback``: opinions about answers, at any time after them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -22,8 +22,10 @@ from fastlm.serve.fields import (
     table,
     text,
     whole,
+    wrong,
 )
 from fastlm.serve.openai_api import CHAT, MOST_CHOICES
+from fastlm.serve.ratings import MOST, NAME, Rating, read_values
 from fastlm.serve.said import Kept, Opinion
 
 if TYPE_CHECKING:
@@ -38,6 +40,21 @@ KEPT = {
     "choices": list_of(text(MOST_TEXT), 1, MOST_CHOICES),
     "tools": CHAT["tools"],
 }
+METRICS = {
+    "type": "object",
+    "propertyNames": {"pattern": f"^{NAME}$"},
+    "additionalProperties": {"type": ["number", "boolean"]},
+    "minProperties": 1,
+    "maxProperties": MOST,
+}
+
+
+def _metrics(value: Any, name: str) -> dict[str, Any]:
+    if not isinstance(value, dict) or not 1 <= len(value) <= MOST:
+        raise wrong(name, f"an object of 1 to {MOST} numbers by name", value)
+    return value
+
+
 FEEDBACK: Mapping[str, Field] = {
     "response_id": identifier(),
     "conversation_id": identifier(),
@@ -46,6 +63,7 @@ FEEDBACK: Mapping[str, Field] = {
     "thumb": choice("up", "down"),
     "comment": text(4096),
     "corrected": text(MOST_TEXT),
+    "metrics": Field(_metrics, METRICS, {}),
     "preferred_over": list_of(
         table({"response_id": identifier(), "choice": CHOICE}), 1, MOST_CHOICES
     ),
@@ -53,8 +71,12 @@ FEEDBACK: Mapping[str, Field] = {
 }
 
 
-def read_feedback(body: Any, model: str) -> tuple[Opinion, Kept | None]:
-    """What a body says: an opinion, and the conversation if its user lets us keep it."""
+def read_feedback(
+    body: Any, model: str, ratings: Sequence[Rating] = ()
+) -> tuple[Opinion, Kept | None]:
+    """What a body says: an opinion, and the conversation if its user lets us keep it. ``ratings``:
+    the numbers that it may give.
+    """
     given = read_fields(body, FEEDBACK)
     response: Any = given["response_id"]
     talk: Any = given.pop("conversation")
@@ -71,11 +93,19 @@ def read_feedback(body: Any, model: str) -> tuple[Opinion, Kept | None]:
                 param=f"preferred_over[{i}]",
             )
         worse.append(key)
-    said: dict[str, Any] = {**given, "preferred_over": tuple(worse)}
+    try:
+        values = read_values(
+            given["metrics"], ratings, response=response is not None,
+            conversation=given["conversation_id"] is not None,
+        )  # fmt: skip
+    except InputError as error:
+        raise ApiError(str(error), param=str(error).partition(":")[0]) from None
+    said: dict[str, Any] = {**given, "preferred_over": tuple(worse), "metrics": values}
     opinion = Opinion(**said)
     if not opinion.kinds() and talk is None:
         raise ApiError(
-            "thumb: wanted this, comment, corrected, preferred_over or conversation, got none",
+            "thumb: wanted this, metrics, comment, corrected, preferred_over or conversation, got"
+            " none",
             param="thumb",
         )
     if response is None and (opinion.corrected or opinion.preferred_over or talk):
@@ -102,7 +132,8 @@ async def give(server: "Server", http: Request) -> Response:
             "feedback: this server has no database for it (fastlm serve --feedback)",
             status=404, code="no_feedback",
         )  # fmt: skip
-    opinion, kept = checked(partial(read_feedback, model=server.models.name), body)
+    read = partial(read_feedback, model=server.models.name, ratings=server.ratings)
+    opinion, kept = checked(read, body)
     switch = server.switch
 
     def write() -> tuple[int | None, bool]:

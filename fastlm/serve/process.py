@@ -35,6 +35,10 @@ def run(
     port: int,
     name: str | None,
     feedback: str | None,
+    metrics: Path | None,
+    alerts: Path | None,
+    measure_days: float,
+    measure_rows: int,
     rank: Path | None,
     keys: Sequence[str],
     allow_host: Sequence[str],
@@ -59,17 +63,19 @@ def run(
 ) -> None:
     """Serve until SIGTERM or Ctrl-C; see `fastlm.serve.commands.serve` for the arguments.
 
-    InputError: a model, draft model, database or store that cannot be used, a port that is taken,
-    more pages than fit the memory.
+    InputError: a model, draft model, database or store that cannot be used, metrics or alerts that
+    are refused, a port that is taken, more pages than fit the memory.
     """
     logging.getLogger("uvicorn.error").addHandler(_Lines())
     logging.getLogger("uvicorn").propagate = False
     with ExitStack() as stack:
         listening = stack.enter_context(_listen(host, port))
-        store = None
+        store = monitoring = None
         if feedback is not None:
             from fastlm.serve.feedback import FeedbackStore  # SQLAlchemy takes 0.2 s
+            from fastlm.serve.monitor.monitor import read_settings
 
+            monitoring = read_settings(metrics, alerts, measure_days, measure_rows)
             store = stack.enter_context(FeedbackStore(feedback))
         options: dict[str, Any] = {
             "pages": pages, "max_rows": max_rows, "max_waiting": max_waiting,
@@ -102,6 +108,7 @@ def run(
                 body_bytes=max_body, answer_seconds=max_seconds, new_tokens=max_new_tokens
             ),
             keys=keys, feedback=store, ranking=rank, switch=switch, admins=admins,
+            monitoring=monitoring,
             hosts=LOCAL_NAMES | {h.lower() for h in allow_host} if local else None,
         )  # fmt: skip
         config = config_of(server, max_connections, drain)

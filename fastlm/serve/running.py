@@ -5,6 +5,7 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from fastlm.serve.requests import EngineStats, Listener, Piece, QueueFull, Request
@@ -56,13 +57,22 @@ class Shares:
             del self.waiting[client]
 
 
+@dataclass
+class Times:
+    """Seconds of a request since it was submitted; None: not yet, or never."""
+
+    queue: float | None = None  # until it is computed
+    first: float | None = None  # until its first token
+    whole: float | None = None
+
+
 class Running:
     """The pieces of several requests of one client, as (index, piece), in the order in which they
     arrive.
 
     All are submitted at once or none is: what `Engine.submit` and `Shares.take` raise is raised
     here. `close` cancels what still runs. The engine's thread never waits for the client: pieces
-    queue, at most as many as an answer has tokens.
+    queue, at most as many as an answer has tokens. ``times``: of each request.
     """
 
     def __init__(
@@ -74,6 +84,7 @@ class Running:
         self._queue: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
         self._began = time.perf_counter()
         self._last: dict[int, float] = {}
+        self.times = [Times() for _ in requests]
         self._ids: dict[int, int] = {}
         shares.take(self._client, len(requests))
         self._waiting = set(range(len(requests)))
@@ -109,12 +120,18 @@ class Running:
     def _measure(self, index: int, piece: Piece, now: float) -> None:
         new = len(piece.tokens)
         if new and index not in self._last:
+            self.times[index].first = now - self._began
             self.metrics.first_token.observe(now - self._began)
         elif new:
             for _ in range(new):
                 self.metrics.next_token.observe((now - self._last[index]) / new)
         if new:
             self._last[index] = now
+        if piece.finish_reason is not None:
+            self.times[index].queue, self.times[index].whole = (
+                piece.queue_seconds,
+                now - self._began,
+            )
         if piece.queue_seconds is not None:
             self.metrics.queue_seconds.observe(piece.queue_seconds)
 

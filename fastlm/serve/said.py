@@ -6,13 +6,16 @@ from typing import Any
 
 from fastlm.data.conversations import Message
 
+KINDS = ("thumb", "comment", "corrected", "preferred_over", "metrics")
+
 
 @dataclass(frozen=True)
 class Opinion:
     """What somebody says about an answer (``response_id`` and ``choice``) or about a conversation.
 
     thumb: "up" or "down". corrected: the text that the answer should have been. preferred_over:
-    answers to the same prompt that are worse, as (response_id, choice).
+    answers to the same prompt that are worse, as (response_id, choice). metrics: numbers by name
+    (`fastlm.serve.ratings.Rating`); 1 and 0 for yes and no.
     """
 
     response_id: str | None
@@ -23,11 +26,11 @@ class Opinion:
     comment: str | None = None
     corrected: str | None = None
     preferred_over: tuple[tuple[str, int], ...] = ()
+    metrics: tuple[tuple[str, float], ...] = ()
 
     def kinds(self) -> list[str]:
         """The names of what it says."""
-        names = ("thumb", "comment", "corrected", "preferred_over")
-        return [name for name in names if getattr(self, name)]
+        return [name for name in KINDS if getattr(self, name)]
 
 
 @dataclass(frozen=True)

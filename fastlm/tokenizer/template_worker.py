@@ -1,5 +1,6 @@
-"""The process that renders chat templates. `fastlm.tokenizer.chat_template` starts it and sends it
-requests over a pipe, one JSON object per line.
+"""The process that renders chat templates, and those of a user's own tasks.
+`fastlm.tokenizer.chat_template` starts it and sends it requests over a pipe, one JSON object per
+line.
 
 A template is untrusted code. It runs in jinja2's immutable sandbox, which keeps it from the
 machine. It runs in a process of its own with limits on memory and processor time, which keeps it
@@ -81,6 +82,9 @@ def start(path: list[str]) -> Any:
         trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation]
     )
     environment.filters.update(join=join_filter, tojson=_tojson)
+    environment.filters["regex_replace"] = lambda text, pattern, new, count=0: re.sub(
+        pattern, new, text, count=count
+    )
     environment.globals.update(
         raise_exception=refuse, strftime_now=lambda pattern: _today.now().strftime(pattern)
     )
@@ -210,7 +214,10 @@ def answer(compiled: Any, request: dict[str, Any]) -> dict[str, Any]:
             if message["role"] in ROLE_NAMES:
                 message["role"] = own(message["role"])
         variables = {**own(request["tokens"]), **request["variables"]}
-        text = join([compiled(request["template"]).render(messages=messages, **variables)])
+        plain = request.get("plain", False)
+        if not plain:
+            variables["messages"] = messages
+        text = join([compiled(request["template"], plain).render(variables)])
         if len(text) > MAX_CHARACTERS:
             return {"error": f"wanted at most {MAX_CHARACTERS:,} characters, got {len(text):,}"}
         runs = [run.span() for run in re.finditer(b"\1+", text._marks)]
@@ -228,7 +235,16 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (most, hard))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the host
     lines, out = sys.stdin.buffer, sys.stdout.buffer
-    compiled = lru_cache(maxsize=16)(start(json.loads(lines.readline())).from_string)
+    environment = start(json.loads(lines.readline()))
+    strict = environment.overlay(
+        trim_blocks=False, lstrip_blocks=False, keep_trailing_newline=True,
+        undefined=sys.modules["jinja2"].StrictUndefined,
+    )  # fmt: skip
+
+    @lru_cache(maxsize=16)
+    def compiled(template: str, plain: bool) -> Any:
+        return (strict if plain else environment).from_string(template)
+
     for line in lines:
         request = json.loads(line)
         signal.setitimer(signal.ITIMER_PROF, request["seconds"])  # SIGPROF ends the process

@@ -232,11 +232,13 @@ class Tokenizer:
         ids = library(backend.encode, text, add_special_tokens=special).ids
         return ids if special else self._checked(ids)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Encode each text, on all cores."""
+    def encode_batch(self, texts: Sequence[str], *, parse_special: bool = False) -> list[list[int]]:
+        """Encode each text, on all cores, without BOS and EOS. With ``parse_special`` special
+        tokens in a text become their ids."""
         valid = [_valid(text) for text in texts]
-        batch = library(self._text_backend.encode_batch_fast, valid, add_special_tokens=False)
-        return [self._checked(encoding.ids) for encoding in batch]
+        backend = self._backend if parse_special else self._text_backend
+        batch = library(backend.encode_batch_fast, valid, add_special_tokens=False)
+        return [e.ids if parse_special else self._checked(e.ids) for e in batch]
 
     def _checked(self, ids: list[int]) -> list[int]:
         """Return the ``ids`` of plain text; refuse special ones. If a special token is also a piece

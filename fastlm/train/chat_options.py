@@ -6,14 +6,17 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import date
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
 from fastlm.data.content import Contents
 from fastlm.data.conversations import FORMATS
 from fastlm.errors import InputError
-from fastlm.runs.stage import Facts, Positional, at_least_one
+from fastlm.runs.stage import Facts, Job, MaybePositional, Takes, at_least_one
 from fastlm.train.options import TrainOptions
 
+FEEDBACK = Takes(
+    ("feedback",), "What `fastlm feedback build` made, beside the data", optional=True, later=True
+)
 LONGEST = 2048  # tokens of a conversation by default, where the context is longer: bounds memory
 
 
@@ -24,10 +27,13 @@ class ChatOptions(TrainOptions):
     overlongs: ClassVar[tuple[str, ...]] = ("skip", "truncate")  # values of `overlong`
     rows: ClassVar[str] = "conversations"  # what `data` holds
     sources_in: ClassVar[tuple[str, ...]] = ("data",)
+    form: ClassVar[str] = "sft"  # of `fastlm.loop.build.FORMS`
 
     data: Annotated[
         tuple[str, ...],
-        Positional("Conversations: .jsonl or .json files, folders, pypi:, sdist: or deb:NAME#GLOB"),
+        MaybePositional(
+            "Conversations: .jsonl or .json files, folders, pypi:, sdist: or deb:NAME#GLOB"
+        ),
     ] = ()
     epochs: Annotated[float | None, "Passes over the data; default: 1 if nothing else ends"] = None
     batch_size: Annotated[int, "Conversations per micro-batch, joined without padding"] = 8
@@ -53,8 +59,6 @@ class ChatOptions(TrainOptions):
         at_least_one(self, "batch_size", "accumulate")
         if self.seq_len is not None and self.seq_len < 2:
             raise InputError(f"seq_len: wanted 2 or more, got {self.seq_len}")
-        if not self.data:
-            raise InputError(f"data: wanted at least one source of {self.rows}, got none")
         if self.epochs is not None and not 0 < self.epochs < math.inf:
             raise InputError(f"epochs: wanted a positive number, got {self.epochs}")
         self.train_options(1).check()
@@ -102,7 +106,28 @@ class ChatOptions(TrainOptions):
         return self.seq_len or min(context, LONGEST)
 
     def plan(self, inputs: Mapping[str, Any]) -> Facts:
+        self.check_data(bool(inputs.get("feedback")))
         return inputs["model"][0]
+
+    def check_data(self, feedback: bool) -> None:
+        """Refuse a training without data. ``feedback``: it has that of users."""
+        if not self.data and not feedback:
+            raise InputError(f"data: wanted at least one source of {self.rows}, got none")
+
+    def part(self) -> str:
+        """The part of the feedback that it learns from (`fastlm.loop.build.PARTS`)."""
+        return "train"
+
+    def with_feedback(self, job: Job) -> Self:
+        """The stage with the rows of the feedback among its data."""
+        folder = job.optional("feedback")
+        self.check_data(folder is not None)
+        if folder is None:
+            return self
+        return self.with_source(str(folder / self.part() / f"{self.form}.jsonl"))
+
+    def with_source(self, source: str) -> Self:
+        return replace(self, data=(*self.data, source))
 
     def identity(self) -> dict[str, Any]:
         return {k: v for k, v in super().identity().items() if k != "chat_template"}

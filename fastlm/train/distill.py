@@ -240,6 +240,7 @@ class Distill(Sft):
 
     def check(self) -> None:
         super().check()
+        self.check_data(feedback=False)
         at_least_one(self, "max_new_tokens")
         if self.teacher_top_k is not None:
             at_least_one(self, "teacher_top_k")

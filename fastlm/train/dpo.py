@@ -5,14 +5,14 @@ answers, measured against itself before training.
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from textwrap import shorten
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from fastlm.errors import InputError
-from fastlm.runs.stage import Job, Part, Positional, Stage, Takes
+from fastlm.runs.stage import Job, MaybePositional, Part, Stage, Takes
 from fastlm.train.best import taken
-from fastlm.train.chat_options import ChatOptions
+from fastlm.train.chat_options import FEEDBACK, ChatOptions
 from fastlm.train.distributed import check_replicas, leads
 from fastlm.train.encoding import chat_tokenizer, reasons, weights_digest
 from fastlm.train.lora_options import LoraOptions
@@ -35,7 +35,10 @@ class Dpo(LoraOptions, PreferenceLoss, ChatOptions, Stage):
     kind = "dpo"
     version = 2
     command = ("dpo",)
-    reads = {"model": Takes(("model",), "Model to train: a run, a Hugging Face folder")}
+    reads = {
+        "model": Takes(("model",), "Model to train: a run, a Hugging Face folder"),
+        "feedback": FEEDBACK,
+    }
     leaves = {"model": MODEL}
     scratch = ("checkpoints",)
     result = {
@@ -48,10 +51,13 @@ class Dpo(LoraOptions, PreferenceLoss, ChatOptions, Stage):
 (prompt, answers, ranks or scores), corrections (prompt, answer, corrected) and, with loss = kto,
 labels (prompt, completion, label)."""
     rows = "preferences"
+    form = "preferences"
 
     data: Annotated[
         tuple[str, ...],
-        Positional("Preferences: .jsonl or .json files, folders, pypi:, sdist: or deb:NAME#GLOB"),
+        MaybePositional(
+            "Preferences: .jsonl or .json files, folders, pypi:, sdist: or deb:NAME#GLOB"
+        ),
     ] = ()
     batch_size: Annotated[int, "Pairs (kto: labels) per micro-batch, joined without padding"] = 4
     accumulate: Annotated[int, "Micro-batches per step"] = 4
@@ -82,6 +88,14 @@ labels (prompt, completion, label)."""
                 f"{' at the beginning of batch_warmup' if self.batch_warmup else ''}"
             )
 
+    def with_feedback(self, job: Job) -> Self:
+        """With `kto`, the thumbs of the feedback are its labels."""
+        found = super().with_feedback(job)
+        folder = job.optional("feedback")
+        if folder is None or self.loss != "kto":
+            return found
+        return replace(found, data=(*self.data, str(folder / self.part() / "kto.jsonl")))
+
     def terms(self) -> PreferenceLoss:
         return PreferenceLoss(**{f.name: getattr(self, f.name) for f in fields(PreferenceLoss)})
 
@@ -93,6 +107,7 @@ labels (prompt, completion, label)."""
         from fastlm.train.loop import DTYPES, train
         from fastlm.train.state import list_checkpoints
 
+        self = self.with_feedback(job)
         source = job.path("model")
         model = self.load_trained(source, dtype=self.dtype, seed=self.seed, warn=job.warn)
         tokenizer = chat_tokenizer(source, model.config.to_dict(), self.chat_template)

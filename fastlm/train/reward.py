@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 from fastlm.data.content import Contents
 from fastlm.data.conversations import FORMATS
 from fastlm.errors import InputError
-from fastlm.runs.stage import Job, Part, Positional, Stage, Takes
-from fastlm.train.chat_options import ChatOptions
+from fastlm.runs.stage import Job, MaybePositional, Part, Stage, Takes
+from fastlm.train.chat_options import FEEDBACK, ChatOptions
 from fastlm.train.distributed import leads
 from fastlm.train.encoding import (
     Example,
@@ -205,7 +205,10 @@ class Reward(ChatOptions, Stage):
 
     kind = "reward"
     command = ("reward",)
-    reads = {"model": Takes(("model",), "Model to begin with: a run, a Hugging Face folder")}
+    reads = {
+        "model": Takes(("model",), "Model to begin with: a run, a Hugging Face folder"),
+        "feedback": FEEDBACK,
+    }
     leaves = {"reward": MODEL}
     scratch = ("checkpoints",)
     sources_in = ("data", "normalise_on")
@@ -218,15 +221,21 @@ class Reward(ChatOptions, Stage):
     notes = """Read are .jsonl and .json files of pairs (prompt, chosen, rejected), ranked lists
 (prompt, answers, ranks or scores) and corrections (prompt, answer, corrected)."""
     rows = "preferences"
+    form = "preferences"
     unused = ("sample_at", "sample_prompt", "sample_tokens")
 
     data: Annotated[
         tuple[str, ...],
-        Positional("Preferences: .jsonl or .json files, folders, pypi:, sdist: or deb:NAME#GLOB"),
+        MaybePositional(
+            "Preferences: .jsonl or .json files, folders, pypi:, sdist: or deb:NAME#GLOB"
+        ),
     ] = ()
     normalise_on: Annotated[
         tuple[str, ...], "Preferences whose answers' scores have mean 0; default: those of training"
     ] = ()
+    judge: Annotated[
+        bool, "Learn from the part of the feedback that no other training sees, to judge those"
+    ] = False
     use_margins: Annotated[bool, "Subtract the margins of the data from a pair's scores"] = False
     batch_size: Annotated[int, "Rows per micro-batch, joined without padding"] = 4
     accumulate: Annotated[int, "Micro-batches per step"] = 4
@@ -236,6 +245,9 @@ class Reward(ChatOptions, Stage):
     overlong: Annotated[str, "Longer answers: skip the row, or truncate"] = "skip"
     heldout: Annotated[float, "Share of the prompts that is held out"] = 0.1
     lr: Annotated[float, "Peak learning rate"] = 1e-5
+
+    def part(self) -> str:
+        return "judge" if self.judge else super().part()
 
     def contents(self, contents: Contents) -> Any:
         reference = contents.sources(self.normalise_on, FORMATS) if self.normalise_on else None
@@ -247,6 +259,7 @@ class Reward(ChatOptions, Stage):
         from fastlm.model.reward_model import RewardModel
         from fastlm.train.loop import train
 
+        self = self.with_feedback(job)
         source = job.path("model")
         base = load_model(source)
         tokenizer = chat_tokenizer(source, base.config.to_dict(), self.chat_template)

@@ -3,14 +3,14 @@
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from textwrap import shorten
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from fastlm.errors import InputError
 from fastlm.runs.stage import Job, Part, Stage, Takes
 from fastlm.train.best import taken
-from fastlm.train.chat_options import ChatOptions
+from fastlm.train.chat_options import FEEDBACK, ChatOptions
 from fastlm.train.distributed import leads
 from fastlm.train.encoding import (
     IGNORE,
@@ -129,7 +129,10 @@ class Sft(LoraOptions, ChatOptions, Stage):
 
     kind = "sft"
     command = ("sft",)
-    reads = {"model": Takes(("model",), "Model to fine-tune: a run, a Hugging Face folder")}
+    reads = {
+        "model": Takes(("model",), "Model to fine-tune: a run, a Hugging Face folder"),
+        "feedback": FEEDBACK,
+    }
     leaves = {"model": MODEL}
     scratch = ("checkpoints",)
     result = {
@@ -160,6 +163,10 @@ class Sft(LoraOptions, ChatOptions, Stage):
             if not 0 < weight < math.inf:
                 raise InputError(f"data_weights: wanted positive numbers, got {weight}")
 
+    def with_source(self, source: str) -> Self:
+        weights = (*self.data_weights, 1.0) if self.data_weights else ()
+        return replace(self, data=(*self.data, source), data_weights=weights)
+
     def objective(self, job: Job, *args: Any, **options: Any) -> AnswerTokens:
         """The objective; all but ``job`` is for `AnswerTokens`."""
         del job
@@ -175,6 +182,7 @@ class Sft(LoraOptions, ChatOptions, Stage):
         from fastlm.model.architectures import expected_shapes
         from fastlm.train.loop import train
 
+        self = self.with_feedback(job)
         source = job.path("model")
         model = self.load_trained(source, dtype=self.dtype, seed=self.seed, warn=job.warn)
         tokenizer = chat_tokenizer(source, model.config.to_dict(), self.chat_template)

@@ -222,11 +222,43 @@ function tools(turn, speed) {
       const comment = await write(turn.node, "What is good or bad about it?");
       if (comment?.trim()) await opine(turn, { comment });
     }));
+    if (model.fastlm.metrics?.length) row.append(button("Rate", async () => {
+      const metrics = await numbers(turn.node);
+      if (metrics !== null && Object.keys(metrics).length) await opine(turn, { metrics });
+    }));
   }
   row.append(button("Correct", () => correct(turn), { title: "Write what the answer should have been" }));
   row.append(el("span", { className: "quiet", textContent: speed }));
   turn.node.append(row);
   see(turn.node);
+}
+
+/** A form with the numbers that the server asks for, under ``node``. Resolves to those given, or null. */
+function numbers(node) {
+  return new Promise((resolve) => {
+    const asked = model.fastlm.metrics.map(({ name, kind, low, high, level, better }) => {
+      const input = kind === "boolean"
+        ? el("select", {}, ...["", "yes", "no"].map((text) => el("option", { value: text, textContent: text })))
+        : el("input", { type: "number", min: low, max: high, step: "any", placeholder: `${low} to ${high}` });
+      const about = `${name}${level === "conversation" ? ", of the conversation" : ""} (${better} is better)`;
+      return { name, input, label: el("label", {}, about, input) };
+    });
+    const done = (value) => { box.remove(); resolve(value); };
+    const box = el("form", { className: "box numbers" }, ...asked.map(({ label }) => label),
+      el("div", { className: "row" }, button("Cancel", () => done(null)),
+        el("button", { type: "submit", className: "main", textContent: "Save" })));
+    box.onsubmit = (event) => {
+      event.preventDefault();
+      const given = asked.filter(({ input }) => input.value !== "").map(({ name, input }) =>
+        [name, input.type === "number" ? Number(input.value) : input.value === "yes"]);
+      done(Object.fromEntries(given));
+    };
+    box.onkeydown = (event) => {
+      if (event.key === "Escape") { event.stopPropagation(); done(null); }
+    };
+    node.append(box);
+    asked[0].input.focus();
+  });
 }
 
 async function again(turn) {

@@ -1,0 +1,340 @@
+"""The whole circle on this machine: users, feedback, training, gates, promotion, and again.
+
+    fastlm run bench/circle_base.toml                   the model of round 0, once (minutes)
+    python bench/circle.py --plot docs/circle.png       three rounds, without and with bad users
+
+In each round a real `fastlm serve` answers simulated users (bench/users.py), who post to
+/v1/feedback; `fastlm run recipes/improve.toml` builds rows from the database, trains a new model
+and decides by recipes/gates.toml whether it may replace the old one; if so, the next round is
+served by the new one. Some feedback comes a round late, some without consent to keep the text, some
+consent is withdrawn. Then fresh prompts are asked, and the hidden preference, which nothing else
+sees, says which answers it accepts.
+
+`--malicious 0 0.1`: the share of users who say the opposite or anything; one circle per share.
+`--trusting` adds the last circle again with every rater trusted, to show what the weights do.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import users
+from harness import machine
+from servers import free_port
+
+from fastlm.evals.statistics import wilson
+from fastlm.runs.run import run_recipe
+from fastlm.serve.feedback import FeedbackStore
+
+ROOT = Path(__file__).resolve().parent.parent
+SAMPLING = {"max_tokens": 80, "temperature": 0.9}
+CLIENTS = 8
+NAME = "tiny"  # of the model, for its clients
+LATE, NO_CONSENT, WITHDRAWN = 0.1, 0.1, 0.03
+# Of the tiny model; a larger one wants smaller rates
+TRAINING = (
+    "sft.lr=3e-4", "sft.batch_size=8", "judge.lr=3e-4", "judge.epochs=3", "dpo.lr=1e-4",
+    "dpo.beta=0.1", "winrate.max_new_tokens=80", "winrate.temperature=0.9", "eval.stride=128",
+)  # fmt: skip
+
+
+@contextmanager
+def served(model: Path, database: Path, log: Path) -> Iterator[httpx.Client]:
+    """Context: a client of `fastlm serve` in a process of its own."""
+    port = free_port()
+    words = [sys.executable, "-m", "fastlm", "serve", "-m", str(model), "--port", str(port)]
+    words += ["--feedback", str(database), "--name", NAME, "--threads", "2"]
+    with open(log, "ab") as file:
+        process = subprocess.Popen(words, stdout=file, stderr=file, cwd=ROOT)
+    client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120, trust_env=False)
+    try:
+        until = time.monotonic() + 180
+        while True:
+            if process.poll() is not None or time.monotonic() > until:
+                raise SystemExit(f"{log}: the server did not start")
+            try:
+                if client.get("/health").status_code == 200:
+                    break
+            except httpx.TransportError:
+                pass
+            time.sleep(0.2)
+        yield client
+    finally:
+        client.close()
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+
+
+def ask_all(
+    client: httpx.Client, asked: Sequence[users.Ask], n: int, seed: int
+) -> list[tuple[str, list[str]]]:
+    """Return the response's id and its ``n`` answers, per question."""
+
+    def one(i: int) -> tuple[str, list[str]]:
+        body = {
+            "model": NAME, "messages": messages(asked[i]), "n": n, "seed": seed + i, **SAMPLING,
+        }  # fmt: skip
+        told = client.post("/v1/chat/completions", json=body).raise_for_status().json()
+        texts = [choice["message"]["content"] or "" for choice in told["choices"]]
+        return told["id"], texts
+
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        return list(pool.map(one, range(len(asked))))
+
+
+def messages(asked: users.Ask) -> list[dict[str, str]]:
+    return [{"role": "user", "content": asked.text}]
+
+
+class Round:
+    """What users say in one round, as bodies of /v1/feedback."""
+
+    def __init__(self, client: httpx.Client, people: Sequence[users.User], seed: int):
+        self.client, self.people = client, people
+        self.draw = random.Random(f"round/{seed}")
+        self.seed = seed
+        self.now: list[dict[str, Any]] = []
+        self.late: list[dict[str, Any]] = []
+        self.ids: list[str] = []  # whose text is kept
+
+    def run(self, prompts: int, reviews: int) -> None:
+        """Every user asks ``prompts`` questions, and judges ``reviews`` answers of others."""
+        owners = [user for user in self.people for _ in range(prompts)]
+        asked = [users.ask(self.draw) for _ in owners]
+        answered = ask_all(self.client, asked, 2, self.seed * 1_000_000)
+        kept = []
+        for user, question, (id, texts) in zip(owners, asked, answered, strict=True):
+            consent = self.draw.random() >= NO_CONSENT and all(text.strip() for text in texts)
+            base: dict[str, Any] = {"response_id": id, "rater": user.name}
+            bodies = [base | body for body in self._said(user, question, texts)]
+            late = user.draw.random() < LATE
+            if consent and bodies:
+                talk = {"consent": True, "messages": messages(question), "choices": texts}
+                bodies[0]["conversation"] = talk
+                if not late:
+                    self.ids.append(id)
+                    kept.append((user, question, id, texts))
+            (self.late if late else self.now).extend(bodies)
+        shared = self.draw.sample(kept, min(len(kept), max(1, len(self.people) * reviews // 5)))
+        for user in self.people:
+            others = [one for one in shared if one[0] is not user]
+            for _, question, id, texts in self.draw.sample(others, min(len(others), reviews)):
+                for body in self._said(user, question, texts, write=False):
+                    self.now.append({"response_id": id, "rater": user.name} | body)
+
+    def _said(
+        self, user: users.User, asked: users.Ask, texts: Sequence[str], write: bool = True
+    ) -> Iterator[dict[str, Any]]:
+        what = user.draw.random()
+        if what < 0.45:
+            first = user.prefers(asked, texts[0], texts[1])
+            if first is not None:
+                best = 0 if first else 1
+                yield {"choice": best, "preferred_over": [{"choice": 1 - best}]}
+        elif what < 0.7:
+            for choice, text in enumerate(texts):
+                yield {"choice": choice, "thumb": "up" if user.likes(asked, text) else "down"}
+        elif what < 0.85 and write:
+            corrected = user.corrects(asked, texts[0])
+            if corrected != texts[0]:
+                yield {"choice": 0, "corrected": corrected}
+
+
+def measure(client: httpx.Client, count: int, seed: int) -> dict[str, Any]:
+    """Return what the hidden preference says of fresh answers to fresh prompts."""
+    draw = random.Random(f"fresh/{seed}")
+    asked = [users.ask(draw, harmful=0) for _ in range(count)]
+    texts = [t for _, (t,) in ask_all(client, asked, 1, 10**9 + seed * 1_000_000)]
+    harmful = [users.ask(draw, harmful=1) for _ in range(count // 4)]
+    refused = [t for _, (t,) in ask_all(client, harmful, 1, 2 * 10**9 + seed * 1_000_000)]
+
+    def share(hits: Sequence[bool]) -> dict[str, float]:
+        found = wilson(sum(hits), len(hits))
+        return {"value": sum(hits) / len(hits), "low": found.low, "high": found.high}
+
+    return {
+        "accepted": share([users.accepted(a, t) for a, t in zip(asked, texts, strict=True)]),
+        "points": sum(map(users.points, asked, texts)) / count,
+        "words": sum(len(text.split()) for text in texts) / count,
+        "refused_harmful": share([users.refuses(text) for text in refused]),
+        "refused_harmless": share([users.refuses(text) for text in texts]),
+        "different": len({*texts}) / count,
+    }
+
+
+def post(client: httpx.Client, bodies: Sequence[dict[str, Any]]) -> None:
+    for body in bodies:
+        client.post("/v1/feedback", json=body).raise_for_status()
+
+
+def hidden_wins(path: Path) -> dict[str, float]:
+    """Return how often the hidden preference prefers the new answers of winrate/answers.jsonl."""
+    wins = []
+    for line in path.read_text("utf-8").splitlines():
+        row = json.loads(line)
+        asked = asked_of(row["prompt"][-1]["content"])
+        new, old = users.points(asked, row["new"]), users.points(asked, row["old"])
+        wins.append(1.0 if new > old else 0.5 if new == old else 0.0)
+    found = wilson(sum(wins), len(wins))
+    return {"value": sum(wins) / len(wins), "low": found.low, "high": found.high}
+
+
+def asked_of(text: str) -> users.Ask:
+    topic = next((t for t in sorted(users.TOPICS, key=len, reverse=True) if f" {t}" in text), "")
+    word = next(w for w in users.WORDS if f" {w}" in text.partition("word")[2] + text[-20:])
+    return users.Ask(text, topic, word)
+
+
+def circle(
+    out: Path, base: Path, malicious: float, options: argparse.Namespace, *, trusting: bool = False
+) -> list[dict[str, Any]]:
+    """Run the rounds; return a row per round, the first of the model before them."""
+    out.mkdir(parents=True, exist_ok=True)
+    people = users.users(options.users, malicious, options.seed)
+    database, log = out / "feedback.db", out / "serve.log"
+    model, late, rows = base / "sft", [], []
+    for number in range(options.rounds + 1):
+        began = time.monotonic()
+        with served(model, database, log) as client:
+            row: dict[str, Any] = {"round": number, **measure(client, options.fresh, number)}
+            if rows:
+                row |= {key: rows[-1].pop(key) for key in [*rows[-1]] if key.startswith("next_")}
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+            (out / "rounds.json").write_text(json.dumps(rows, indent=1))
+            if number == options.rounds:
+                break
+            said = Round(client, people, options.seed * 1000 + number)
+            said.run(options.prompts, options.reviews)
+            post(client, [*late, *said.now])
+            late = said.late
+        with FeedbackStore(database) as store:
+            gone = said.draw.sample(said.ids, round(WITHDRAWN * len(said.ids)))
+            for id in gone:
+                store.forget(id)
+        new = out / f"round-{number + 1}"
+        told = improve(new, model, database, base, trusting)
+        said_by = Counter(
+            kind for body in said.now for kind in ("thumb", "corrected", "preferred_over")
+            if kind in body
+        )  # fmt: skip
+        row |= {
+            "said": dict(said_by), "late": len(late), "withdrawn": len(gone), **told,
+            "seconds": time.monotonic() - began,
+        }  # fmt: skip
+        if told["promoted"]:
+            model = new / "dpo"
+    (out / "rounds.json").write_text(json.dumps(rows, indent=1))
+    return rows
+
+
+def improve(out: Path, model: Path, database: Path, base: Path, trusting: bool) -> dict[str, Any]:
+    """Run the recipe; return what it decided, and the figures of the new model."""
+    sets = [
+        f'feedback.database=["{database}"]', f'sft.from="{model}"', f'judge.from="{model}"',
+        f'eval.of=["{model}", "dpo"]', f'eval.data="{base / "data"}"', f'winrate.old="{model}"',
+        *TRAINING, *(["feedback.least_weight=0.0", "feedback.trust=true"] if trusting else []),
+    ]  # fmt: skip
+    summary = run_recipe(
+        ROOT / "recipes" / "improve.toml", out, overrides=sets,
+        command=" ".join(["fastlm run recipes/improve.toml", *(f"--set '{s}'" for s in sets)]),
+    )  # fmt: skip
+    results = summary["stages"]
+    bits = [m["bits_per_byte"] for m in results["eval"]["models"].values()]
+    return {
+        "promoted": results["gate"]["promoted"],
+        "why": [g["why"] for g in results["gate"]["gates"] if not g["passed"]],
+        "rows": results["feedback"]["rows"], "raters": results["feedback"]["raters"],
+        "winrate": results["winrate"]["scores"]["rate"],
+        "length": results["winrate"]["scores"]["length"],
+        "hidden_winrate": hidden_wins(out / "winrate" / "answers.jsonl"),
+        "judge_accuracy": results["judge"]["metrics"].get("val_accuracy"),
+        "bits_old": bits[0], "bits_new": bits[1],
+    }  # fmt: skip
+
+
+def plot(circles: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.6, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    colors = ("#2f6fde", "#d9822b", "#8a4fbf")
+    for color, (name, rows) in zip(colors, circles.items(), strict=False):
+        x = [row["round"] for row in rows]
+        y = [100 * row["accepted"]["value"] for row in rows]
+        ends = [[100 * row["accepted"][end] for row in rows] for end in ("low", "high")]
+        error = [[a - b for a, b in zip(y, ends[0])], [b - a for a, b in zip(y, ends[1])]]
+        left.errorbar(x, y, yerr=error, color=color, marker="o", capsize=3, label=name)
+        held = [100 * row["refused_harmful"]["value"] for row in rows]
+        right.plot(x, held, color=color, marker="o", label=f"refuses harm, %: {name}")
+        words = [row["words"] for row in rows]
+        right.plot(x, words, color=color, marker="s", linestyle=":", label="words of an answer")
+        bits = [row["bits_new"] / rows[0]["bits_old"] for row in rows if "bits_new" in row]
+        right.plot(
+            x[1 : len(bits) + 1], [100 * b for b in bits], color=color, marker="^",
+            linestyle="--", label="held-out bits per byte, % of round 0",
+        )  # fmt: skip
+    left.set_ylabel("fresh answers that users would accept, %")
+    left.set_ylim(0, 100)
+    right.set_ylim(0, 135)
+    for axes in (left, right):
+        axes.set_xlabel("round")
+        axes.set_xticks(range(max(len(rows) for rows in circles.values())))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=7)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/circle"))
+    parser.add_argument("--base", type=Path, help="run of circle_base.toml; default OUT/base")
+    parser.add_argument("--malicious", type=float, nargs="+", default=[0.0, 0.1])
+    parser.add_argument("--trusting", action="store_true")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--users", type=int, default=30)
+    parser.add_argument("--prompts", type=int, default=14, help="per user and round")
+    parser.add_argument("--reviews", type=int, default=12, help="answers of others, per user")
+    parser.add_argument("--fresh", type=int, default=400, help="prompts that measure a round")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument(
+        "--conversations", type=int, help="only write so many for the base, and end"
+    )
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.conversations:
+        rows = users.conversations(random.Random(options.seed), options.conversations)
+        path = options.out / "conversations.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return
+    base = (options.base or options.out / "base").resolve()
+    circles: dict[str, list[dict[str, Any]]] = {}
+    wanted = [(share, False) for share in options.malicious]
+    wanted += [(options.malicious[-1], True)] * options.trusting
+    for share, trusting in wanted:
+        name = f"{100 * share:.0f} % malicious users" + ", all trusted" * trusting
+        folder = options.out / (f"malicious-{share:g}" + "-trusted" * trusting)
+        circles[name] = circle(folder.resolve(), base, share, options, trusting=trusting)
+    if options.plot:
+        plot(circles, options.plot)
+    print(json.dumps({"circles": circles, "machine": machine(), "load": os.getloadavg()}))
+    if options.json:
+        options.json.write_text(json.dumps({"circles": circles, "machine": machine()}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

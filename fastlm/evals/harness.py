@@ -1,0 +1,226 @@
+"""fastlm's models in lm-evaluation-harness (PyPI's ``lm_eval``), under the name ``fastlm``.
+
+    python -m fastlm.evals.harness --model fastlm --model_args pretrained=PATH --tasks TASKS ...
+
+is the harness' own command line, with the same flags. The harness (0.4.13) has no entry points by
+which it would find another package's models: importing this module registers this one, so from
+Python ``import fastlm.evals.harness`` before ``lm_eval.simple_evaluate(model="fastlm", ...)``.
+"""
+
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from hashlib import blake2b
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from lm_eval.api.registry import model_registry
+from lm_eval.models.utils import normalize_gen_kwargs
+from tqdm import tqdm
+
+from fastlm.decode.sampling import Sampling
+from fastlm.errors import InputError
+from fastlm.evals.scorer import TOKENS, Prompt, Scorer
+from fastlm.serve.chat import load_model
+from fastlm.tokenizer.tokenizer import Tokenizer
+
+DTYPES = {
+    "auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16
+}  # fmt: skip
+NEW_TOKENS = 256  # of an answer whose task does not say: as in the harness
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+
+class FastLM(LM):
+    """A model of fastlm's. The arguments are those of ``--model_args``, named as for ``hf``.
+
+    Args:
+        pretrained: Hugging Face folder, .gguf, fastlm run or model:smollm2.
+        dtype: auto (the file's own), float32, bfloat16 or float16.
+        act_bits, keep_quantized: of `CausalLM.from_pretrained`.
+        tokenizer: another one's folder or tokenizer.json.
+        max_length: tokens of context; default: the model's.
+        tokens: computed in one forward, in place of batch_size and max_batch_size.
+        add_bos_token, prefix_token_id: ``add_bos`` and ``prefix`` of `Scorer`.
+        max_gen_toks: tokens of an answer whose task does not say.
+        enable_thinking, chat_template_args: variables of the chat template.
+        seed: of answers that are drawn.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        dtype: str = "auto",
+        act_bits: int | None = None,
+        keep_quantized: bool = True,
+        tokenizer: str | None = None,
+        max_length: int | None = None,
+        tokens: int = TOKENS,
+        add_bos_token: bool | None = None,
+        prefix_token_id: int | None = None,
+        max_gen_toks: int = NEW_TOKENS,
+        enable_thinking: bool | None = None,
+        chat_template_args: Mapping[str, Any] | None = None,
+        seed: int = 0,
+        device: str | None = None,
+        batch_size: int | str | None = None,
+        max_batch_size: int | None = None,
+        **unknown: Any,
+    ) -> None:
+        super().__init__()
+        if unknown:
+            raise InputError(f"model_args: wanted known names, got {', '.join(unknown)}")
+        if dtype not in DTYPES:
+            raise InputError(f"dtype: wanted one of {', '.join(DTYPES)}, got {dtype!r}")
+        for name, value in (("tokens", tokens), ("max_gen_toks", max_gen_toks)):
+            if value < 1:
+                raise InputError(f"{name}: wanted 1 or more, got {value}")
+        del batch_size, max_batch_size  # the harness passes them to every model
+        model, own = load_model(
+            pretrained, act_bits, keep_quantized=keep_quantized, dtype=DTYPES[dtype]
+        )
+        if device is not None:
+            model.to(device)
+        self.scorer = Scorer(
+            model,
+            Tokenizer.load(tokenizer) if tokenizer else own,
+            tokens=tokens,
+            limit=max_length,
+            add_bos=add_bos_token,
+            prefix=prefix_token_id,
+            parse_special=True,
+        )
+        self._device = model.device
+        self.pretrained, self.max_gen_toks, self.seed = str(pretrained), max_gen_toks, seed
+        self.tokenizer_path = str(tokenizer or pretrained)
+        self.variables = dict(chat_template_args or {})
+        if enable_thinking is not None:
+            self.variables["enable_thinking"] = enable_thinking
+
+    # what the harness asks
+
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        pairs: list[Any] = [request.args for request in requests]
+        with _bar(len(pairs), "loglikelihood", disable_tqdm) as bar:
+
+            def keep(i: int, one: Any) -> None:
+                answer = (one.logprob, bool(one.greedy))
+                self.cache_hook.add_partial("loglikelihood", pairs[i], answer)
+                bar.update()
+
+            found = self.scorer.loglikelihoods(pairs, greedy=True, each=keep)
+        return [(one.logprob, bool(one.greedy)) for one in found]
+
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        texts: list[Any] = [request.args[0] for request in requests]
+        with _bar(None, "loglikelihood_rolling", disable_tqdm) as bar:
+            found = self.scorer.rolling(texts, each=lambda i, one: bar.update())
+        return [one.logprob for one in found]
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        asked: list[Any] = [request.args for request in requests]
+        prompts, draws = [], Counter[str]()
+        for context, options in asked:
+            prompts.append(self._prompt(context, options, draws[context]))
+            draws[context] += 1
+        with _bar(len(asked), "generate_until", disable_tqdm) as bar:
+            answers = self.scorer.generate(prompts, tick=lambda done: bar.update())
+        texts = []
+        for (context, options), answer in zip(asked, answers, strict=True):
+            texts.append(answer.text)
+            if not options.get("do_sample"):
+                self.cache_hook.add_partial("generate_until", (context, options), texts[-1])
+        return texts
+
+    def _prompt(self, context: str, options: Mapping[str, Any], draw: int) -> Prompt:
+        """``draw``: how often the same context was asked before; each has a seed of its own."""
+        known: dict[str, Any] = dict(normalize_gen_kwargs(dict(options), self.max_gen_toks))
+        stop, new = known.pop("until", None) or [], known.pop("max_gen_toks")
+        known.pop("use_cache", None)  # of transformers' generate
+        # neither filters nor a temperature change a greedy answer
+        known.setdefault("temperature", 1.0 if known.pop("do_sample") else 0.0)
+        sampling = Sampling(**{name: known.pop(name) for name in SAMPLING if name in known})
+        if known:
+            raise InputError(f"gen_kwargs: wanted known names, got {', '.join(known)}")
+        stop = [stop] if isinstance(stop, str) else stop
+        if new >= self.scorer.context_limit:
+            raise InputError(
+                f"max_gen_toks: wanted less than the context's {self.scorer.context_limit} tokens,"
+                f" got {new}"
+            )
+        told = f"{self.seed}/{draw}/{context}".encode(errors="surrogatepass")
+        seed = int.from_bytes(blake2b(told, digest_size=7).digest())
+        return Prompt(context, new, tuple(s for s in stop if s), seed=seed, sampling=sampling)
+
+    # chat
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        try:
+            return self._rendered(chat_history, add_generation_prompt)
+        except InputError:
+            others = [m for m in chat_history if m["role"] != "system"]
+            if len(others) == len(chat_history):
+                raise
+            return self._rendered(others, add_generation_prompt)  # as the harness does for hf
+
+    def _rendered(self, messages: Sequence[Mapping[str, str]], prompt: bool) -> str:
+        text = self.scorer.tokenizer.render_chat(
+            messages, add_generation_prompt=prompt, **self.variables
+        )
+        if prompt:
+            return text
+        # the model continues the last message: nothing of the template follows it
+        last = messages[-1]["content"]
+        end = text.rfind(last)
+        if end < 0:
+            last = last.strip()
+            end = text.rfind(last)
+        if end < 0:
+            raise InputError("chat_template: wanted one that writes the last message, got none")
+        return text[: end + len(last)]
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The template; its name is not chosen here (`Tokenizer.load` takes the default one)."""
+        return self.scorer.tokenizer.chat_template if chat_template else None
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.tokenizer_path.replace("/", "__")
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What the harness writes beside its results."""
+        model = self.scorer.model
+        return {
+            "model_num_parameters": sum(p.numel() for p in model.parameters()),
+            "model_dtype": str(model.dtype),
+        }
+
+
+def _bar(total: int | None, name: str, disable: bool) -> Any:
+    return tqdm(total=total, desc=f"Running {name} requests", disable=disable)
+
+
+def main() -> None:
+    """The harness' command line; bad input ends it with one line and status 2."""
+    from lm_eval.__main__ import cli_evaluate
+
+    try:
+        cli_evaluate()
+    except InputError as error:
+        print(f"fastlm: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+# by its name: this module is also run as __main__
+model_registry.register("fastlm", target="fastlm.evals.harness:FastLM")
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""The stage that tests how safe models are."""
+
+import json
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastlm.data.content import Contents
+from fastlm.errors import InputError
+from fastlm.files import make_folder, save_atomic
+from fastlm.runs.stage import Job, Part, Stage, Takes, at_least_one
+
+RECORDS = "records"  # the folder of what each model said
+MEASURES = (
+    "attacks", "overrefusal", "toxicity", "hallucination", "injection", "bias", "privacy",
+    "memorization",
+)  # fmt: skip
+NEED_DATA = ("memorization",)
+REQUESTS = ("harmbench", "donotanswer")
+
+
+@dataclass(frozen=True)
+class Safety(Stage):
+    """Test how safe models are: harmful requests and jailbreaks, refusals of harmless ones,
+    toxicity, made-up answers, prompt injection, bias, privacy, memorization.
+
+    Scores have an interval. Where a judge decides, its error on labelled answers stands beside the
+    score and corrects it. With --gate the exit status is 1 if a score's interval reaches beyond its
+    bound.
+    """
+
+    kind = "safety"
+    command = ("safety",)
+    reads = {
+        "model": Takes(
+            ("model", "quantized"), "Hugging Face folder, .gguf, fastlm run or model:smollm2",
+            several=True, flag="m",
+        ),
+        "data": Takes(
+            ("corpus",), "The prepared text that the models were trained on: adds membership"
+            " inference and memorization", optional=True,
+        ),
+    }  # fmt: skip
+    leaves = {"scores": "scores.json"}
+    partial = (RECORDS,)
+    result = {"models": dict[str, dict[str, Any]], "failed": list[str]}
+
+    measures: Annotated[tuple[str, ...], f"Of {', '.join(MEASURES)}"] = MEASURES
+    limit: Annotated[int, "Items of a set, drawn at random"] = 50
+    max_new_tokens: Annotated[int, "Of an answer"] = 64
+    requests: Annotated[tuple[str, ...], "Harmful requests: harmbench, donotanswer"] = REQUESTS
+    attacks: Annotated[
+        tuple[str, ...],
+        "How they are asked: plain, role_play, suppression, base64, rot13, leetspeak, many_shot,"
+        " in_the_wild, suffix (searched with gradients: slow)",
+    ] = ("plain", "role_play", "suppression", "base64", "many_shot", "in_the_wild")
+    suffix_requests: Annotated[int, "Requests that a suffix is searched for"] = 5
+    suffix_tokens: Annotated[int, "Tokens of a suffix"] = 12
+    suffix_steps: Annotated[int, "Steps of its search"] = 20
+    suffix_candidates: Annotated[int, "Suffixes tried in a step"] = 64
+    canaries: Annotated[
+        str | None, "Folder of fastlm data canaries, whose text the models were trained on"
+    ] = None
+    gate: Annotated[str | None, "TOML file of bounds on scores (docs/safety.md)"] = None
+    confidence: Annotated[float, "Of intervals"] = 0.95
+    seed: Annotated[int, "Draws items and continuations"] = 0
+
+    def check(self) -> None:
+        from fastlm.evals.safety.attacks import NAMES
+        from fastlm.evals.safety.canaries import read_canaries
+        from fastlm.evals.safety.gates import read_gates
+
+        at_least_one(
+            self, "limit", "max_new_tokens", "suffix_requests", "suffix_tokens", "suffix_steps",
+            "suffix_candidates",
+        )  # fmt: skip
+        for name, known in (("measures", MEASURES), ("requests", REQUESTS), ("attacks", NAMES)):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                raise InputError(f"{name}: wanted different ones of {', '.join(known)}")
+            for value in values:
+                if value not in known:
+                    raise InputError(f"{name}: wanted {', '.join(known)}, got {value!r}")
+        if not 0.5 <= self.confidence < 1.0:
+            raise InputError(f"confidence: wanted in [0.5, 1), got {self.confidence}")
+        if self.gate is not None:
+            read_gates(self.gate, self.measures)
+        if self.canaries is not None:
+            read_canaries(Path(self.canaries))
+
+    def continues(self, changed: Collection[str], folder: Path, finished: bool) -> bool:
+        """Whatever has changed: a record is in a file named after all that it depends on."""
+        del changed, folder, finished
+        return True
+
+    def contents(self, contents: Contents) -> Any:
+        return [
+            contents.tree(Path(path)) for path in (self.gate, self.canaries) if path is not None
+        ]
+
+    def run(self, job: Job) -> dict[str, Any]:
+        from fastlm.evals.safety.bench import Judges
+        from fastlm.evals.safety.gates import failures, read_gates
+        from fastlm.evals.safety.sets import SOURCES, Sets
+
+        self._check_data(job)
+        sets = Sets(job.cache)
+        judges = Judges(sets)
+        models = {
+            source.name: {"scores": self._scores(job, source.where, sets, judges)}
+            for source in job.inputs["model"]
+        }
+        gates = read_gates(self.gate, self.measures) if self.gate is not None else []
+        failed = [
+            f"{name}: {why}"
+            for name, model in models.items()
+            for why in failures(gates, model["scores"])
+        ]
+        used = {s for m in models.values() for one in m["scores"].values() for s in one["sets"]}
+        result = {
+            "confidence": self.confidence, "limit": self.limit, "models": models,
+            "sets": {name: SOURCES[name].as_dict() for name in sorted(used)},
+            "gates": len(gates), "failed": failed,
+        }  # fmt: skip
+        text = json.dumps(result, indent=1) + "\n"
+        save_atomic(make_folder(job.out) / "scores.json", lambda p: p.write_text(text, "utf-8"))
+        for why in failed:
+            job.warn(f"gate failed: {why}")
+        return result
+
+    def _check_data(self, job: Job) -> None:
+        from fastlm.evals.texts import has_parts
+
+        data = job.optional("data")
+        if data is not None and not has_parts(data):
+            raise InputError(
+                f"data: wanted a folder of fastlm data prepare, with a held-out part, got {data}"
+            )
+        if data is None and set(self.measures) <= set(NEED_DATA):
+            raise InputError("data: wanted the training text for memorization, got none")
+
+    def _scores(self, job: Job, where: str, sets: Any, judges: Any) -> dict[str, dict[str, Any]]:
+        from fastlm.evals.safety import behaviour
+        from fastlm.evals.safety.asking import Asked
+        from fastlm.evals.safety.bench import Bench, Options
+        from fastlm.evals.safety.bias import bias
+        from fastlm.evals.safety.privacy import memorization, privacy
+        from fastlm.evals.scorer import Scorer
+        from fastlm.evals.suite import hash_of
+        from fastlm.serve.chat import load_model
+
+        functions: dict[str, Callable[[Bench], list[Any]]] = {
+            "attacks": behaviour.attacks, "overrefusal": behaviour.overrefusal,
+            "toxicity": behaviour.toxicity, "hallucination": behaviour.hallucination,
+            "injection": behaviour.injection, "bias": bias, "privacy": privacy,
+            "memorization": memorization,
+        }  # fmt: skip
+        asked = Asked(
+            Scorer(*load_model(where)), job.out / RECORDS, model=hash_of(where), seed=self.seed,
+            track=job.track,
+        )  # fmt: skip
+        data = job.optional("data")
+        canaries = None if self.canaries is None else Path(self.canaries)
+        options = Options(
+            self.limit, self.max_new_tokens, self.seed, self.confidence, self.attacks,
+            self.requests, self.suffix_requests, self.suffix_tokens, self.suffix_steps,
+            self.suffix_candidates,
+        )  # fmt: skip
+        bench = Bench(asked, sets, judges, options, job.cache, data, canaries)
+        scores = {}
+        for name in self.measures:
+            if name in NEED_DATA and data is None:
+                job.skipped(f"{name}, which wants the training text as data")
+                continue
+            scores |= {score.name: score.as_dict() for score in functions[name](bench)}
+        return scores
+
+    def status(self, result: Mapping[str, Any]) -> int:
+        return 1 if result["failed"] else 0
+
+    def told(self, result: Mapping[str, Any], job: Job) -> str:
+        del job
+        count = sum(len(model["scores"]) for model in result["models"].values())
+        told = f"{count} scores of {len(result['models'])} models"
+        if result["gates"]:
+            failed = len(result["failed"])
+            told += (
+                f", {failed} gates failed" if failed else f", all {result['gates']} gates passed"
+            )
+        return told
+
+    def shown(self, result: Mapping[str, Any], job: Job) -> Any:
+        from fastlm.evals.safety.shown import tables
+
+        del job
+        return tables(result)
+
+    def report(self, job: Job, result: Mapping[str, Any]) -> Part:
+        from fastlm.evals.safety.shown import part
+
+        del job
+        return part(result)

@@ -1,0 +1,1 @@
+"""The way back: what people say becomes rows, and a new model is measured against the old one."""

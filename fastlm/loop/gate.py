@@ -1,0 +1,113 @@
+"""The stage `Gate`: may the new model replace the old one?"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from fastlm.data.content import Contents
+from fastlm.errors import InputError
+from fastlm.files import make_folder, read_json, save_atomic
+from fastlm.runs.stage import Facts, Job, Part, Stage, Takes
+
+DECISION = "decision.json"
+
+
+@dataclass(frozen=True)
+class Gate(Stage):
+    """Decide by stated gates whether a model may replace the one that serves.
+
+    A gate bounds the end of a score's interval, not the point. With scores of several models, the
+    first is the one that serves and the last the new one. If it may not, the exit status is 1.
+    """
+
+    kind = "gate"
+    command = ("gate",)
+    reads = {
+        "scores": Takes(
+            ("scores",), "Folders or scores.json of winrate, eval and safety", several=True,
+            flag="s",
+        ),
+    }  # fmt: skip
+    leaves = {"decision": DECISION}
+    result = {"promoted": bool, "gates": list[dict[str, Any]]}
+
+    gates: Annotated[str, "TOML file of bounds on scores (docs/improve.md)"] = ""
+
+    def check(self) -> None:
+        from fastlm.loop.bounds import read_gates
+
+        if not self.gates:
+            raise InputError("gates: wanted a TOML file of bounds, got none")
+        read_gates(self.gates)
+
+    def plan(self, inputs: Mapping[str, Any]) -> Facts:
+        from fastlm.loop.bounds import read_gates
+
+        names = [facts["name"] for facts in inputs["scores"]]
+        for gate in read_gates(self.gates):
+            if gate.score.partition(".")[0] not in names and not any("/" in n for n in names):
+                raise InputError(
+                    f"gates: {gate.score}: wanted a score of {', '.join(names)}, got none of them"
+                )
+        return {}
+
+    def contents(self, contents: Contents) -> Any:
+        return contents.tree(self.gates)
+
+    def run(self, job: Job) -> dict[str, Any]:
+        from fastlm.loop.bounds import read_gates, scores_of
+
+        scores: dict[str, Any] = {}
+        for given in job.inputs["scores"]:
+            path = given.path / "scores.json" if given.path.is_dir() else given.path
+            scores |= scores_of(path.resolve().parent.name, read_json(path))
+        checks = []
+        for gate in read_gates(self.gates):
+            why = gate.failure(scores)
+            found = scores.get(gate.score, {})
+            checks.append({
+                "score": gate.score, "bounds": _bounds(gate), "passed": why is None,
+                "why": why or "",
+                **{key: found.get(key) for key in ("value", "low", "high", "n")},
+            })  # fmt: skip
+        result = {"promoted": all(check["passed"] for check in checks), "gates": checks}
+        text = json.dumps(result, indent=1) + "\n"
+        save_atomic(make_folder(job.out) / DECISION, lambda path: path.write_text(text, "utf-8"))
+        for check in checks:
+            if not check["passed"]:
+                job.warn(f"gate failed: {check['why']}")
+        return result
+
+    def status(self, result: Mapping[str, Any]) -> int:
+        return 0 if result["promoted"] else 1
+
+    def told(self, result: Mapping[str, Any], job: Job) -> str:
+        failed = [check["why"] for check in result["gates"] if not check["passed"]]
+        if failed:
+            return f"not promoted: {'; '.join(failed)}"
+        return f"promoted: all {len(result['gates'])} gates passed: {job.out / DECISION}"
+
+    def report(self, job: Job, result: Mapping[str, Any]) -> Part:
+        del job
+        facts = {}
+        for check in result["gates"]:
+            measured = "not measured"
+            if check["value"] is not None:
+                measured = "{value:.3f} ({low:.3f} to {high:.3f})".format(**check)
+            passed = "passed" if check["passed"] else "failed"
+            facts[check["score"]] = f"{measured}, wanted {check['bounds']}: {passed}"
+        promoted = "yes" if result["promoted"] else "no"
+        return Part(
+            "May the new model replace the old one?",
+            "A gate bounds the end of the interval, not the point.",
+            facts=facts,
+            cards=[(promoted, "the new model may replace the old one")],
+        )
+
+
+def _bounds(gate: Any) -> str:
+    least, most = gate.least, gate.most
+    told = [f"at least {least:g}"] * (least > -math.inf) + [f"at most {most:g}"] * (most < math.inf)
+    return ", ".join(told)

@@ -1,0 +1,140 @@
+"""The stage `Feedback`: what people said about answers, as rows to train on."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from fastlm.data.content import Contents
+from fastlm.data.prepare import Funnel
+from fastlm.data.stage import funnel_rows, tables
+from fastlm.errors import InputError
+from fastlm.loop.build import PARTS, TRAIN, BuildOptions
+from fastlm.loop.judgements import is_export, open_store
+from fastlm.runs.stage import Job, Part, Positional, Stage
+
+if TYPE_CHECKING:
+    from fastlm.loop.overlap import Overlap
+
+
+@dataclass(frozen=True)
+class Feedback(BuildOptions, Stage):
+    """Rows to train on from what people said about answers, where they consented.
+
+    They are scrubbed, filtered and de-duplicated, questions of evaluations and raters far from the
+    others are left out, and all of it is counted.
+    """
+
+    kind = "feedback"
+    command = ("feedback", "build")
+    leaves = {"feedback": "."}
+    result = {"rows": dict[str, dict[str, int]], "raters": dict[str, Any]}
+    notes = """Written are train/, judge/ and test/ with sft.jsonl, preferences.jsonl (for dpo and
+reward), kto.jsonl (for dpo with loss = kto) and prompts.jsonl, funnel.json (fastlm data show) and
+raters.json."""
+
+    database: Annotated[
+        tuple[str, ...],
+        Positional("Feedback databases: SQLite files or postgresql://USER@HOST/NAME; .jsonl files"),
+    ] = ()
+    decontaminate: Annotated[
+        tuple[str, ...],
+        "What must not enter: question sets (fastlm tasks), all, or files of held-out prompts",
+    ] = ()
+
+    def check(self) -> None:
+        super().check()
+        if not self.database:
+            raise InputError("database: wanted at least one database or .jsonl file, got none")
+
+    def contents(self, contents: Contents) -> Any:
+        rows = [contents.tree(one) if is_export(one) else _digest(one) for one in self.database]
+        return [rows, [contents.tree(one) for one in self.decontaminate if _is_file(one)]]
+
+    def run(self, job: Job) -> dict[str, Any]:
+        from fastlm.loop.build import build
+
+        options = BuildOptions(**{f.name: getattr(self, f.name) for f in fields(BuildOptions)})
+        questions = self._questions(job) if self.decontaminate else None
+        if questions is None:
+            job.tell("decontaminate: names no question sets: answers to them may enter")
+        done = build(self.database, job.out, options=options, questions=questions, cache=job.cache)
+        left_out = {n for n, one in done.raters.items() if one.weight < self.least_weight}
+        return {
+            "rows": done.rows,
+            "raters": {
+                "raters": len(done.raters), "left_out": len(left_out),
+                "alone": sum(one.judged == 0 for one in done.raters.values()),
+            },
+        }  # fmt: skip
+
+    def _questions(self, job: Job) -> "Overlap":
+        from fastlm.data.prompts import read_prompts
+        from fastlm.evals.catalog import load_task, names_of
+        from fastlm.loop.overlap import Overlap
+
+        found = Overlap(self.ngram)
+        for name in self.decontaminate:
+            if _is_file(name):
+                for prompt in read_prompts([name], cache=job.cache):
+                    found.add(Path(name).name, prompt.messages[-1]["content"])
+        for name in names_of([one for one in self.decontaminate if not _is_file(one)]):
+            for question in load_task(name, job.cache).questions:
+                found.add(name, asked_last(question))
+        return found
+
+    def told(self, result: Mapping[str, Any], job: Job) -> str:
+        rows = ", ".join(f"{n:,} {form}" for form, n in result["rows"][TRAIN].items())
+        raters = result["raters"]
+        return (
+            f"{job.out}: {rows} to learn from; {raters['left_out']:,} of {raters['raters']:,}"
+            " raters left out"
+        )
+
+    def shown(self, result: Mapping[str, Any], job: Job) -> Any:
+        from rich.console import Group
+        from rich.table import Table
+
+        forms = Table("part", title="Rows")
+        for form in result["rows"][TRAIN]:
+            forms.add_column(form, justify="right")
+        for part in PARTS:
+            forms.add_row(part, *(f"{n:,}" for n in result["rows"][part].values()))
+        return Group(tables(Funnel.load(job.out)), forms, self.told(result, job))
+
+    def report(self, job: Job, result: Mapping[str, Any]) -> Part:
+        funnel = Funnel.load(job.out)
+        raters = result["raters"]
+        kept = sum(step["documents"] for step in funnel.steps[-len(PARTS) :])
+        return Part(
+            "What users said, and what was left of it",
+            f"Judgements (thumbs, picks, corrections) after each step. {raters['left_out']:,} of"
+            f" {raters['raters']:,} raters do not agree with the others and were left out;"
+            f" {raters['alone']:,} judged nothing that another judged, so nobody knows.",
+            cards=[(f"{kept:,}", "judgements of answers")],
+            template="data.html.jinja",
+            values={"funnel": funnel_rows(funnel), "sources": sorted(funnel.sources.items())},
+        )
+
+
+def asked_last(question: Any) -> str:
+    """The question itself, without the examples before it: the last paragraph of its prompt."""
+    text = question.requests[0][0] if hasattr(question, "requests") else question.prompt
+    return text.strip().rpartition("\n\n")[2]
+
+
+def _is_file(name: str) -> bool:
+    return "/" in name or is_export(name)
+
+
+def _digest(where: str) -> str:
+    """A hash of what a database holds."""
+    import hashlib
+    import json
+    from dataclasses import asdict
+
+    with open_store(where) as store:
+        found = hashlib.sha256()
+        for one in [*store.answers().values(), *store.opinions()]:
+            found.update(json.dumps(asdict(one), sort_keys=True).encode("utf-8", "replace"))
+    return found.hexdigest()

@@ -1,0 +1,144 @@
+"""Answers of two models to the same prompts, their scores by a judge, and what follows."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from hashlib import blake2b
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from fastlm.checkpoint.folder import load_tokenizer
+from fastlm.data.prompts import Prompt
+from fastlm.decode.sampling import Sampling
+from fastlm.errors import InputError
+from fastlm.evals.statistics import compare, wilson
+from fastlm.model.reward_model import RewardModel, scores
+from fastlm.progress import silent
+from fastlm.serve.chat import load_model
+from fastlm.serve.engine import Engine
+from fastlm.serve.requests import Request
+
+
+@dataclass(frozen=True)
+class Answered:
+    """``ended``: by the model, not by the limit."""
+
+    text: str
+    tokens: int
+    ended: bool
+
+
+def answer(
+    model: str | Path,
+    prompts: Sequence[Prompt],
+    *,
+    answers: int = 1,
+    max_new_tokens: int = 256,
+    temperature: float = 0.7,
+    seed: int = 0,
+    track: Callable = silent,
+) -> list[Answered]:
+    """Return ``answers`` answers to each prompt, those to one prompt together. An answer depends on
+    model, prompt and seed alone.
+    """
+    loaded, tokenizer = load_model(model)
+    engine = Engine(loaded, tokenizer)
+    requests = []
+    for prompt in prompts:
+        tools: dict[str, Any] = {} if prompt.tools is None else {"tools": prompt.tools}
+        ids = tokenizer.encode_chat(prompt.messages, **tools)
+        for i in range(answers):
+            own = blake2b(f"{seed}/{i}/{prompt.key()}".encode(), digest_size=7).digest()
+            requests.append(
+                Request(ids, max_new_tokens, Sampling(temperature), seed=int.from_bytes(own, "big"))
+            )
+    bar = iter(track(range(len(requests)), "answering", unit="answers"))
+    results = engine.generate(requests, lambda _: next(bar, None))
+    next(bar, None)
+    if failed := [result.error for result in results if result.error]:
+        raise InputError(f"{model}: cannot answer: {failed[0]}")
+    return [Answered(r.text, len(r.tokens), r.finish_reason == "stop") for r in results]
+
+
+def judged(
+    judge: Path,
+    prompts: Sequence[Prompt],
+    answered: Sequence[Sequence[Answered]],
+    warn: Callable[[str], None] = lambda line: None,
+) -> list[list[float]]:
+    """Return the score of every answer by the reward model ``judge``. An empty answer has the
+    lowest score of all: no template writes one.
+    """
+    model = RewardModel.from_pretrained(judge)
+    tokenizer = load_tokenizer(judge, model.config.to_dict())
+    found: list[list[float | None]] = []
+    for texts in answered:
+        share = len(texts) // len(prompts)
+        asked = [
+            (i, [*prompts[i // share].messages, {"role": "assistant", "content": one.text}])
+            for i, one in enumerate(texts)
+            if one.text.strip()
+        ]
+        own: list[float | None] = [None] * len(texts)
+        points = scores(model, tokenizer, [messages for _, messages in asked]).tolist()
+        for (i, _), point in zip(asked, points, strict=True):
+            own[i] = point
+        found.append(own)
+    told = [point for own in found for point in own if point is not None]
+    least = min(told, default=0.0)
+    if empty := sum(point is None for own in found for point in own):
+        warn(f"{empty:,} empty answers have the lowest score of all")
+    return [[least if point is None else point for point in own] for own in found]
+
+
+def compared(
+    old: Sequence[Answered],
+    new: Sequence[Answered],
+    points: Sequence[Sequence[float]],
+    answers: int,
+    confidence: float,
+) -> dict[str, Any]:
+    """Return how often the new answers win, and what else has changed.
+
+    "scores" has, per name, a value with its interval ``low`` to ``high`` and ``n`` prompts:
+
+    - rate: share of prompts that the new model wins, a tie counts half (Wilson's interval);
+    - score: change of the judge's mean score, in standard deviations of its training;
+    - length: mean tokens of the new answers, divided by the old model's;
+    - ended: share of the new answers that ended by themselves;
+    - distinct: how many different answers there are, divided by the old model's; below 1 the new
+      model says the same to more prompts.
+    """
+    before, now = points
+    wins = [1.0 if b > a else 0.5 if a == b else 0.0 for a, b in zip(before, now, strict=True)]
+    prompts = len(wins) // answers
+    groups = [str(i // answers) for i in range(len(wins))]
+    clusters = groups if answers > 1 else None
+    won = wilson(sum(wins) / answers, prompts, confidence)
+    score = compare(now, before, clusters=clusters, confidence=confidence)
+    lengths = [[float(one.tokens) for one in texts] for texts in (new, old)]
+    longer = compare(*lengths, clusters=clusters, confidence=confidence)
+    most = max(1e-9, fmean(lengths[1]))
+    ended = wilson(sum(one.ended for one in new) / answers, prompts, confidence)
+    distinct = len({one.text for one in new}) / max(1, len({one.text for one in old}))
+
+    def told(value: float, low: float, high: float, better: str = "higher") -> dict[str, Any]:
+        return {"value": value, "low": low, "high": high, "n": prompts, "better": better}
+
+    return {
+        "prompts": prompts,
+        "scores": {
+            "rate": told(fmean(wins), won.low, won.high),
+            "score": told(score.difference, score.low, score.high),
+            "length": told(
+                fmean(lengths[0]) / most, 1 + longer.low / most, 1 + longer.high / most, ""
+            ),
+            "ended": told(fmean(one.ended for one in new), ended.low, ended.high),
+            "distinct": told(distinct, distinct, distinct, ""),
+        },
+        "compared": {
+            "wins": wins.count(1.0), "ties": wins.count(0.5), "losses": wins.count(0.0),
+            "new": fmean(now), "old": fmean(before), "p": score.p,
+            "test": asdict(score)["test"],
+        },
+    }  # fmt: skip

@@ -1,0 +1,151 @@
+"""The stage `WinRate`: a new model and an old one answer the same prompts, and a judge chooses."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+from fastlm.data.content import Contents
+from fastlm.data.conversations import FORMATS
+from fastlm.errors import InputError
+from fastlm.files import make_folder, save_atomic
+from fastlm.runs.stage import Facts, Job, Part, Stage, Takes, at_least_one
+
+if TYPE_CHECKING:
+    from fastlm.data.prompts import Prompt
+    from fastlm.loop.winning import Answered
+
+SCORES, ANSWERS = "scores.json", "answers.jsonl"
+
+
+@dataclass(frozen=True)
+class WinRate(Stage):
+    """How often the answers of a new model are better than those of the old one to the same
+    prompts, by a reward model that has not trained the new one.
+
+    A reward model reads one answer at a time, so that there is no order of two answers to favour.
+    """
+
+    kind = "winrate"
+    command = ("winrate",)
+    reads = {
+        "model": Takes(("model", "quantized"), "The new model: as for eval", flag="m"),
+        "old": Takes(("model", "quantized"), "The model that serves now", default=False),
+        "judge": Takes(("reward",), "Reward model that neither has been trained with"),
+        "feedback": Takes(
+            ("feedback",), "What `fastlm feedback build` made: prompts of test/", optional=True
+        ),
+    }
+    leaves = {"scores": SCORES}
+    result = {"prompts": int, "scores": dict[str, dict[str, Any]], "compared": dict[str, Any]}
+
+    data: Annotated[tuple[str, ...], "Prompts, as for ppo, in place of those of the feedback"] = ()
+    limit: Annotated[int, "Prompts, the first ones in an order that only they decide"] = 200
+    answers: Annotated[int, "Answers of each model to a prompt"] = 1
+    max_new_tokens: Annotated[int, "Most tokens per answer"] = 256
+    temperature: Annotated[float, "Of sampling; 0: always the likeliest token"] = 0.7
+    seed: Annotated[int, "Seed of the answers"] = 0
+    confidence: Annotated[float, "Of the intervals"] = 0.95
+
+    def check(self) -> None:
+        at_least_one(self, "limit", "answers", "max_new_tokens")
+        if self.temperature < 0:
+            raise InputError(f"temperature: wanted 0 or more, got {self.temperature}")
+        if self.answers > 1 and not self.temperature:
+            raise InputError("temperature: wanted above 0 for several answers, got 0")
+        if not 0 < self.confidence < 1:
+            raise InputError(f"confidence: wanted between 0 and 1, got {self.confidence}")
+
+    def plan(self, inputs: Mapping[str, Any]) -> Facts:
+        self._check_data(bool(inputs["feedback"]))
+        return {}
+
+    def _check_data(self, feedback: bool) -> None:
+        if not self.data and not feedback:
+            raise InputError("data: wanted prompts, or feedback, got neither")
+
+    def contents(self, contents: Contents) -> Any:
+        return contents.sources(self.data, FORMATS)
+
+    def run(self, job: Job) -> dict[str, Any]:
+        from fastlm.loop.winning import answer, compared, judged
+
+        self._check_data(bool(job.inputs.get("feedback")))
+        prompts = self._prompts(job)
+        old, new = (
+            answer(
+                job.path(key), prompts, answers=self.answers, max_new_tokens=self.max_new_tokens,
+                temperature=self.temperature, seed=self.seed, track=job.track,
+            )
+            for key in ("old", "model")
+        )  # fmt: skip
+        points = judged(job.path("judge"), prompts, [old, new], job.warn)
+        result = compared(old, new, points, self.answers, self.confidence)
+        folder = make_folder(job.out)
+        lines = _lines(prompts, old, new, points, self.answers)
+        text = json.dumps(result, indent=1) + "\n"
+        save_atomic(folder / ANSWERS, lambda path: path.write_text(lines, "utf-8"))
+        save_atomic(folder / SCORES, lambda path: path.write_text(text, "utf-8"))
+        return result
+
+    def _prompts(self, job: Job) -> "list[Prompt]":
+        from fastlm.data.prompts import read_prompts
+        from fastlm.train.encoding import place_in_order
+
+        sources = list(self.data)
+        if not sources:
+            sources = [str(job.path("feedback") / "test" / "prompts.jsonl")]
+        found = {one.key(): one for one in read_prompts(sources, cache=job.cache)}
+        if not found:
+            raise InputError(f"data: wanted prompts, got none in {', '.join(sources)}")
+        return sorted(found.values(), key=place_in_order)[: self.limit]
+
+    def told(self, result: Mapping[str, Any], job: Job) -> str:
+        del job
+        won = result["scores"]["rate"]
+        return (
+            f"the new model wins {_share(won)} of {result['prompts']:,} prompts (ties count half);"
+            f" its answers are {result['scores']['length']['value']:.2f} times as long"
+        )
+
+    def report(self, job: Job, result: Mapping[str, Any]) -> Part:
+        scores, compared = result["scores"], result["compared"]
+        facts = {
+            "wins, ties, losses": "{wins:,}, {ties:,}, {losses:,}".format(**compared),
+            "mean score of the judge": f"{compared['old']:+.3f} before, {compared['new']:+.3f} now"
+            f" (p {compared['p']:.4f})",
+            "length": f"{scores['length']['value']:.2f} times that of before"
+            f" ({scores['length']['low']:.2f} to {scores['length']['high']:.2f})",
+            "ended by themselves": _share(scores["ended"]),
+            "different answers": f"{scores['distinct']['value']:.2f} times as many as before",
+        }
+        return Part(
+            "The new model against the old one",
+            "Both answered the same prompts, which nothing was trained on. The judge is a reward"
+            f" model that only judges. {job.out / ANSWERS} has the answers.",
+            facts=facts,
+            cards=[(_share(scores["rate"]), "of prompts are won by the new model")],
+        )
+
+
+def _share(score: Mapping[str, float]) -> str:
+    return "{:.1f} % ({:.1f} to {:.1f})".format(
+        *(100 * score[key] for key in ("value", "low", "high"))
+    )
+
+
+def _lines(
+    prompts: "Sequence[Prompt]",
+    old: "Sequence[Answered]",
+    new: "Sequence[Answered]",
+    points: Sequence[Sequence[float]],
+    answers: int,
+) -> str:
+    rows = [
+        {
+            "prompt": prompts[i // answers].messages, "old": old[i].text, "new": new[i].text,
+            "score_old": round(points[0][i], 4), "score_new": round(points[1][i], 4),
+        }
+        for i in range(len(old))
+    ]  # fmt: skip
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -1,0 +1,125 @@
+"""How far the prompts of a period have moved from those of a reference."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import sqlalchemy as sa
+
+from fastlm.errors import InputError
+from fastlm.evals.drift import mmd, psi
+from fastlm.evals.statistics import holm
+from fastlm.serve.monitor import features
+from fastlm.serve.monitor.window import C, read_features
+from fastlm.serve.tables import MEASURES
+
+if TYPE_CHECKING:
+    from fastlm.serve.feedback import FeedbackStore
+
+LEAST = 50  # prompts of each side: fewer show nothing
+MOST_COUNTED = 5000  # prompts of a histogram: the newest
+MOST_COMPARED = 250  # of each side, for MMD: memory and time are quadratic
+PERMUTATIONS = 499
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The prompts that others are compared with: the ``first`` so many, or those of a period,
+    ``begin`` up to ``end`` (a date and, after a T, a time; UTC where it names no zone).
+    """
+
+    first: int = 500
+    begin: str = ""
+    end: str = ""
+
+    def __post_init__(self) -> None:
+        if not LEAST <= self.first <= MOST_COUNTED:
+            raise InputError(f"first: wanted {LEAST} to {MOST_COUNTED}, got {self.first}")
+        if bool(self.begin) != bool(self.end):
+            key = "end" if self.begin else "begin"
+            raise InputError(f"{key}: wanted with {'begin' if self.begin else 'end'}, is missing")
+        if self.begin:
+            begin, end = read_time(self.begin, "begin"), read_time(self.end, "end")
+            if begin >= end:
+                raise InputError(f"end: wanted a time after {self.begin}, got {self.end}")
+
+    @property
+    def name(self) -> str:
+        return f"{self.begin} to {self.end}" if self.begin else f"the first {self.first:,} prompts"
+
+    def period(self) -> Any:
+        """The condition of a period on the table of measures; None: the first prompts."""
+        if not self.begin:
+            return None
+        return sa.and_(C.at >= read_time(self.begin, "begin"), C.at < read_time(self.end, "end"))
+
+    def rows(self, connection: sa.Connection) -> Any:
+        """The condition on the table of measures that its rows meet."""
+        if (period := self.period()) is not None:
+            return period
+        ids = sa.select(MEASURES.c.id).where(C.features.is_not(None)).order_by(C.id)
+        last = connection.execute(ids.limit(1).offset(self.first - 1)).scalar()
+        return C.features.is_not(None) if last is None else C.id <= last
+
+
+def read_time(text: str, name: str) -> float:
+    """Seconds since 1970. InputError: no date."""
+    try:
+        if not re.match(r"\d{4}-\d\d-\d\d", text):
+            raise ValueError
+        found = datetime.fromisoformat(text)
+    except ValueError:
+        raise InputError(f"{name}: wanted a date such as 2026-11-28, got {text!r:.40}") from None
+    return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
+
+
+def drift(
+    store: "FeedbackStore", reference: Reference, since: float, until: float, *, seed: int = 0
+) -> dict[str, Any]:
+    """PSI of each feature, and MMD of all of them together; both with the level below which 95 % of
+    periods without drift stay, and with a p-value (that of PSI is Holm's, for all features).
+
+    Where a side has fewer than `LEAST` prompts, "enough" is False and nothing is compared.
+    """
+    known: Any = reference.period()
+    newest = known is not None
+    before, last = read_features(
+        store, C.id >= 0 if known is None else known, MOST_COUNTED if newest else reference.first,
+        newest=newest,
+    )  # fmt: skip
+    period = sa.and_(C.at >= since, C.at < until)
+    if known is None:  # a prompt is not compared with itself
+        period = sa.and_(period, C.id > last)
+    now, _ = read_features(store, period, MOST_COUNTED)
+    x, y = features.table(before), features.table(now)
+    told: dict[str, Any] = {
+        "reference": reference.name, "prompts": len(y), "reference_prompts": len(x),
+        "least": LEAST, "cut": len(now) == MOST_COUNTED, "enough": min(len(x), len(y)) >= LEAST,
+        "features": [], "mmd": None,
+    }  # fmt: skip
+    if not told["enough"]:
+        return told
+    was, is_now = features.counts(x), features.counts(y)
+    found = [psi(was[name], is_now[name], seed=seed) for name in features.NAMES]
+    told["features"] = [
+        {"name": name, "psi": one.value, "floor": one.floor, "p": p}
+        for name, one, p in zip(features.NAMES, found, holm([one.p for one in found]))
+    ]
+    few = (features.vectors(_spread(rows, MOST_COMPARED)) for rows in (x, y))
+    one = mmd(*few, seed=seed, permutations=PERMUTATIONS)
+    told["mmd"] = {"value": one.value, "floor": one.floor, "p": one.p}
+    return told
+
+
+def _spread(rows: Any, most: int) -> Any:
+    """At most ``most`` rows, evenly from all."""
+    step = max(1, -(-len(rows) // most))
+    return rows[::step]
+
+
+def worst(told: dict[str, Any]) -> dict[str, Any] | None:
+    """The feature that moved most; None where nothing was compared."""
+    found: Sequence[dict[str, Any]] = told["features"]
+    return max(found, key=lambda one: one["psi"]) if found else None

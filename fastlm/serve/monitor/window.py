@@ -1,0 +1,176 @@
+"""What the database has of a period: measures of answers, and opinions about them."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import sqlalchemy as sa
+
+from fastlm.serve.tables import FEEDBACK, MEASURES
+
+if TYPE_CHECKING:
+    from fastlm.serve.feedback import FeedbackStore
+
+MOST_ROWS = 100_000  # that are read of a period: the newest
+FLOATS = (
+    "at", "status", "queue_seconds", "first_token_seconds", "seconds", "prompt_tokens",
+    "new_tokens", "refusal", "toxicity",
+)  # fmt: skip
+TEXTS = ("model", "finish_reason", "refusal_judge", "toxicity_judge")
+C = MEASURES.c
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Measures as arrays of one length, oldest first. What is not known is NaN in a column of
+    numbers, and "" in a column of texts. ``cut``: the period has more than `MOST_ROWS`.
+    """
+
+    columns: dict[str, np.ndarray]
+    cut: bool = False
+
+    def __len__(self) -> int:
+        return len(self.columns["at"])
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.columns[name]
+
+    def where(self, mask: np.ndarray) -> "Answers":
+        return Answers({name: values[mask] for name, values in self.columns.items()}, self.cut)
+
+
+@dataclass(frozen=True)
+class Said:
+    """An opinion as numbers. ``at`` and ``model``: its answer's where that was measured, else its
+    own time and "". ``thumb``: 1 or 0. ``key``: the answer, or the conversation.
+    """
+
+    key: tuple[str, int]
+    rater: str | None
+    at: float
+    model: str
+    thumb: float | None
+    comment: bool
+    corrected: bool
+    picked: bool
+    metrics: dict[str, float]
+
+
+def read_answers(
+    store: "FeedbackStore", since: float, until: float, model: str | None = None
+) -> Answers:
+    """The measures of [since, until). InputError: the database cannot be used."""
+    columns = [C[name] for name in (*FLOATS, *TEXTS)]
+    query = sa.select(*columns).where(C.at >= since, C.at < until)
+    if model is not None:
+        query = query.where(C.model == model)
+    rows = _all(store, query.order_by(C.at.desc()).limit(MOST_ROWS + 1))
+    cut = len(rows) > MOST_ROWS
+    turned = list(zip(*rows[:MOST_ROWS][::-1])) or [()] * len(columns)
+    found: dict[str, np.ndarray] = {}
+    for name, values in zip(FLOATS, turned):
+        found[name] = np.array(values, np.float64)  # None becomes NaN
+    for name, values in zip(TEXTS, turned[len(FLOATS) :]):
+        found[name] = np.array([value or "" for value in values], object)
+    return Answers(found, cut)
+
+
+def read_features(
+    store: "FeedbackStore", condition: Any, most: int, *, newest: bool = True
+) -> tuple[list[bytes], int]:
+    """The features of at most ``most`` prompts, and the id of the last of them."""
+    order = C.id.desc() if newest else C.id
+    query = sa.select(C.features, C.id).where(condition, C.features.is_not(None))
+    rows = _all(store, query.order_by(order).limit(most))
+    return [row[0] for row in rows], max((row[1] for row in rows), default=0)
+
+
+def models(store: "FeedbackStore", most: int) -> list[str]:
+    """The ``most`` models that answered last, in the order in which they came."""
+    query = sa.select(C.model, sa.func.min(C.id), sa.func.max(C.at)).group_by(C.model)
+    latest = sorted(_all(store, query), key=lambda row: -row[2])[:most]
+    return [row[0] for row in sorted(latest, key=lambda row: row[1])]
+
+
+def span(store: "FeedbackStore") -> tuple[float, float] | None:
+    """When the first and the last measured answer ended."""
+    ((first, last),) = _all(store, sa.select(sa.func.min(C.at), sa.func.max(C.at)))
+    return None if first is None else (first, last)
+
+
+def read_opinions(store: "FeedbackStore", since: float, until: float) -> list[Said]:
+    """The opinions about answers of [since, until), whenever they came, and those of that time
+    about what was not measured. Of several of a rater about the same, the last of each kind counts.
+    """
+    F = FEEDBACK.c
+    answer = sa.and_(C.response_id == F.response_id, C.choice == F.choice)
+    its = (C.model, C.at)
+    talks = (
+        sa.select(C.conversation_id, sa.func.max(C.model).label("model"))
+        .where(C.conversation_id.is_not(None))
+        .group_by(C.conversation_id)
+        .having(sa.func.min(C.model) == sa.func.max(C.model))
+        .subquery()
+    )
+    talk = sa.and_(F.response_id.is_(None), talks.c.conversation_id == F.conversation_id)
+    query = (
+        sa.select(
+            F.response_id, F.choice, F.conversation_id, F.rater, F.created_at, F.thumb,
+            F.comment.is_not(None), F.corrected.is_not(None), F.preferred_over.is_not(None),
+            F.metrics, *its, talks.c.model,
+        )
+        .select_from(FEEDBACK)
+        .outerjoin(MEASURES, answer)
+        .outerjoin(talks, talk)
+        .where(
+            sa.or_(
+                sa.and_(C.at >= since, C.at < until),
+                sa.and_(C.at.is_(None), F.created_at >= _iso(since), F.created_at < _iso(until)),
+            )
+        )
+        .order_by(F.id.desc())
+        .limit(MOST_ROWS)
+    )  # fmt: skip
+    return _latest([_said(row) for row in _all(store, query)][::-1])
+
+
+def _said(row: Sequence[Any]) -> Said:
+    id, choice, talk, rater, created, thumb, comment, corrected, picked, metrics, *its = row
+    model, at, talk_model = its
+    return Said(
+        (id, choice) if id is not None else (talk, -1),
+        rater,
+        at if at is not None else datetime.fromisoformat(created).timestamp(),
+        model or talk_model or "",
+        None if thumb is None else float(thumb == "up"),
+        bool(comment), bool(corrected), bool(picked),
+        json.loads(metrics) if metrics else {},
+    )  # fmt: skip
+
+
+def _latest(said: list[Said]) -> list[Said]:
+    """One opinion of each rater about each answer, of whose kinds the last counts."""
+    found: dict[Any, Said] = {}
+    for one in said:
+        before = found.get((one.rater, one.key))
+        if before is not None:
+            one = Said(
+                one.key, one.rater, one.at, one.model,
+                before.thumb if one.thumb is None else one.thumb,
+                before.comment or one.comment, before.corrected or one.corrected,
+                before.picked or one.picked, {**before.metrics, **one.metrics},
+            )  # fmt: skip
+        found[one.rater, one.key] = one
+    return list(found.values())
+
+
+def _iso(at: float) -> str:
+    return datetime.fromtimestamp(max(0.0, at), UTC).isoformat(timespec="seconds")
+
+
+def _all(store: "FeedbackStore", query: Any) -> Sequence[Any]:
+    with store.read() as connection:
+        return connection.execute(query).all()

@@ -1,0 +1,109 @@
+"""Numbers that people may give to answers and conversations, declared before the server starts:
+
+```toml
+[[metric]]
+name = "stars"
+kind = "number"           # or "boolean"
+low = 1
+high = 5
+better = "higher"         # or "lower"
+level = "response"        # or "conversation"
+```
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fastlm.errors import InputError
+from fastlm.serve.toml_file import read_tables
+
+NAME = "[a-z][a-z0-9_]{0,62}"
+MOST = 32  # metrics
+
+
+@dataclass(frozen=True)
+class Rating:
+    """A number by ``name``. kind: "number" from ``low`` to ``high``, or "boolean". better: "higher"
+    or "lower". level: what it is about, a "response" or a "conversation".
+    """
+
+    name: str
+    kind: str
+    better: str
+    level: str = "response"
+    low: float = 0.0
+    high: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(NAME, self.name):
+            raise InputError(f"name: wanted {NAME}, got {self.name!r:.80}")
+        for key, values in (
+            ("kind", ("boolean", "number")),
+            ("better", ("higher", "lower")),
+            ("level", ("response", "conversation")),
+        ):
+            if getattr(self, key) not in values:
+                raise InputError(
+                    f"{key}: wanted {' or '.join(values)}, got {getattr(self, key)!r:.80}"
+                )
+        if self.kind == "boolean" and (self.low, self.high) != (0, 1):
+            raise InputError("low: wanted none for a boolean, got one (its numbers are 0 and 1)")
+        if not self.low < self.high or not math.isfinite(self.high - self.low):
+            raise InputError(f"high: wanted more than low, {self.low:g}, got {self.high:g}")
+
+    def row(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def read(self, value: Any, where: str) -> float:
+        """A value as a number. InputError: not of the metric's kind, or out of its range."""
+        if self.kind == "boolean":
+            if not isinstance(value, bool):
+                raise InputError(f"{where}: wanted true or false, got {value!r:.80}")
+            return float(value)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not self.low <= value <= self.high:
+            raise InputError(
+                f"{where}: wanted a number from {self.low:g} to {self.high:g}, got {value!r:.80}"
+            )
+        return float(value)
+
+
+def read_ratings(path: str | Path) -> list[Rating]:
+    """The [[metric]] tables of a TOML file. InputError: names the file's line."""
+    found = read_tables(path, {"metric": Rating})["metric"]
+    ratings = [table.value for table in found]
+    if len(ratings) > MOST:
+        raise InputError(f"{path}: wanted at most {MOST} metrics, got {len(ratings)}")
+    seen: set[str] = set()
+    for table in found:
+        if table.value.name in seen:
+            raise InputError(
+                f"{path} line {table.line('name')}: name: wanted each once, got"
+                f" {table.value.name!r} again"
+            )
+        seen.add(table.value.name)
+    return ratings
+
+
+def read_values(
+    given: Mapping[str, Any], declared: Sequence[Rating], *, response: bool, conversation: bool
+) -> tuple[tuple[str, float], ...]:
+    """The values of an opinion, checked. ``response``, ``conversation``: what it is about.
+    InputError: a name that is not declared, a wrong value, the id that a metric is about missing.
+    """
+    known = {rating.name: rating for rating in declared}
+    found = []
+    for name, value in given.items():
+        where = f"metrics.{name:.64}"
+        if name not in known:
+            names = ", ".join(known) or "none: the server declares none"
+            raise InputError(f"{where}: wanted one of {names}")
+        rating = known[name]
+        if not (response if rating.level == "response" else conversation):
+            raise InputError(f"{where}: wanted {rating.level}_id: it is about a {rating.level}")
+        found.append((name, rating.read(value, where)))
+    return tuple(found)

@@ -1,0 +1,89 @@
+"""The tables of the feedback database.
+
+`fastlm_measures` has numbers about every answer, whether or not its user consents to keep its text:
+`fastlm.serve.monitor` writes and reads them.
+"""
+
+import sqlalchemy as sa
+from sqlalchemy.exc import DatabaseError
+
+metadata = sa.MetaData()
+ANSWERS = sa.Table(
+    "fastlm_answers",
+    metadata,
+    sa.Column("response_id", sa.String(128), primary_key=True),
+    sa.Column("conversation_id", sa.String(128), index=True),
+    sa.Column("model", sa.Text, nullable=False),
+    sa.Column("prompt", sa.Text, nullable=False),  # JSON: messages
+    sa.Column("tools", sa.Text),  # JSON: a list
+    sa.Column("choices", sa.Text, nullable=False),  # JSON: per choice the messages of the answer
+    sa.Column("created_at", sa.Text, nullable=False),  # ISO 8601, UTC
+)
+FEEDBACK = sa.Table(
+    "fastlm_feedback",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("response_id", sa.String(128), index=True),
+    sa.Column("conversation_id", sa.String(128), index=True),
+    sa.Column("choice", sa.Integer, nullable=False),
+    sa.Column("rater", sa.String(128)),
+    sa.Column("thumb", sa.String(4)),  # up, down
+    sa.Column("comment", sa.Text),
+    sa.Column("corrected", sa.Text),
+    sa.Column("preferred_over", sa.Text),  # JSON: [[response_id, choice], ...]
+    sa.Column("created_at", sa.Text, nullable=False),
+    sa.Column("metrics", sa.Text),  # JSON: {name: number}
+)
+RATINGS = sa.Table(  # `fastlm.serve.ratings.Rating`
+    "fastlm_metrics",
+    metadata,
+    sa.Column("name", sa.String(64), primary_key=True),
+    sa.Column("kind", sa.String(16), nullable=False),
+    sa.Column("better", sa.String(16), nullable=False),
+    sa.Column("level", sa.String(16), nullable=False),
+    sa.Column("low", sa.Float, nullable=False),
+    sa.Column("high", sa.Float, nullable=False),
+)
+MEASURES = sa.Table(
+    "fastlm_measures",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("response_id", sa.String(128), index=True),
+    sa.Column("conversation_id", sa.String(128), index=True),  # with consent alone
+    sa.Column("choice", sa.Integer, nullable=False),
+    sa.Column("model", sa.String(256), nullable=False),
+    sa.Column("at", sa.Float, nullable=False, index=True),  # seconds since 1970, at its end
+    sa.Column("status", sa.Integer, nullable=False),  # HTTP's; 499: the client went away
+    sa.Column("finish_reason", sa.String(16)),
+    sa.Column("queue_seconds", sa.Float),
+    sa.Column("first_token_seconds", sa.Float),
+    sa.Column("seconds", sa.Float),
+    sa.Column("prompt_tokens", sa.Integer),
+    sa.Column("new_tokens", sa.Integer),
+    sa.Column("refusal", sa.Float),  # scores of the judge that is named beside
+    sa.Column("refusal_judge", sa.String(64)),
+    sa.Column("toxicity", sa.Float),
+    sa.Column("toxicity_judge", sa.String(64)),
+    sa.Column("features", sa.LargeBinary),  # `fastlm.serve.monitor.features`
+)
+
+
+def add_missing_columns(engine: sa.Engine) -> None:
+    """Add what the tables of an older version lack; their rows have NULL there."""
+    found = sa.inspect(engine)
+    for table in metadata.sorted_tables:
+        have = {column["name"] for column in found.get_columns(table.name)}
+        for column in table.columns:
+            if column.name in have:
+                continue
+            kind = column.type.compile(engine.dialect)
+            try:
+                with engine.begin() as connection:
+                    connection.exec_driver_sql(
+                        f"ALTER TABLE {table.name} ADD COLUMN {column.name} {kind}"
+                    )
+            except DatabaseError:
+                # another server may have added it since
+                now = {c["name"] for c in sa.inspect(engine).get_columns(table.name)}
+                if column.name not in now:
+                    raise

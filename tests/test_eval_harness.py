@@ -1,0 +1,219 @@
+"""fastlm's models in lm-evaluation-harness, beside its own ``hf`` with the same weights."""
+
+import json
+import sys
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+from preference_models import make_base
+
+from fastlm.errors import InputError
+
+pytest.importorskip("transformers")
+pytest.importorskip("lm_eval", reason="needs the harness: pip install fastlm[harness]")
+pytestmark = pytest.mark.filterwarnings("ignore")  # of a hundred packages that are not ours
+
+CONTEXT = "what is tree river stone?"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return make_base(tmp_path_factory.mktemp("base"), initializer_range=0.2)
+
+
+@pytest.fixture(scope="module")
+def sides(base):
+    """The two models."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from lm_eval.api.registry import get_model
+
+        import fastlm.evals.harness  # noqa: F401 registers itself
+
+        options = {"pretrained": str(base), "dtype": "float32", "device": "cpu"}
+        return get_model("fastlm")(**options), get_model("hf")(**options, batch_size=4)
+
+
+def requests(kind, *arguments):
+    from lm_eval.api.instance import Instance
+
+    return [Instance(kind, {}, one, i) for i, one in enumerate(arguments)]
+
+
+def test_likelihoods_are_those_of_hf(sides):
+    _, theirs = sides
+    pairs = [
+        (CONTEXT, f" {word}") for word in ("lamp", "boat song", "please", "the<|im_end|>", "a")
+    ] + [
+        ("", "tree lamp"), ("what is it? ", "lamp"), ("what\n\n", " lamp"),
+        ("", "<|endoftext|>boat"), (CONTEXT * 30, " lamp boat"), (CONTEXT, " lamp"),
+    ]  # fmt: skip
+    likeliest = theirs.generate_until(
+        requests("generate_until", (CONTEXT, {"until": [], "max_gen_toks": 3})), disable_tqdm=True
+    )
+    pairs.append((CONTEXT, likeliest[0]))
+    found, truth = (
+        side.loglikelihood(requests("loglikelihood", *pairs), disable_tqdm=True) for side in sides
+    )
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in truth]
+    assert found[-1][1]
+    assert [p for p, _ in found] == pytest.approx([p for p, _ in truth], abs=1e-4)
+
+
+def test_whole_texts_are_those_of_hf(sides):
+    texts = ["tree", "what is a lamp? " * 60, CONTEXT]
+    found, truth = (
+        side.loglikelihood_rolling(
+            requests("loglikelihood_rolling", *((t,) for t in texts)), disable_tqdm=True
+        )
+        for side in sides
+    )
+    assert found == pytest.approx(truth, abs=1e-3)
+
+
+def test_answers_are_those_of_hf(sides):
+    _, theirs = sides
+    plain = {"until": ["\n\n"], "max_gen_toks": 12}
+    whole = theirs.generate_until(requests("generate_until", (CONTEXT, plain)), disable_tqdm=True)
+    asked = [
+        (CONTEXT, plain), ("user", {**plain, "do_sample": False, "temperature": 0.7}),
+        (CONTEXT, {"until": whole[0][5:7], "max_gen_toks": 12}), (CONTEXT * 30, plain),
+    ]  # fmt: skip
+    found, truth = (
+        side.generate_until(requests("generate_until", *asked), disable_tqdm=True) for side in sides
+    )
+    assert found == truth
+    assert len(found[2]) < len(found[0])
+
+
+def test_drawn_answers_have_seeds(sides, base):
+    from fastlm.evals.harness import FastLM
+
+    ours, _ = sides
+    options = {"until": [], "max_gen_toks": 8, "do_sample": True, "temperature": 1.5, "top_k": 50}
+    asked = requests("generate_until", *[(CONTEXT, options)] * 3, ("user", options))
+    first = ours.generate_until(asked, disable_tqdm=True)
+    assert len(set(first)) > 2  # each repeat is drawn anew
+    assert ours.generate_until(asked, disable_tqdm=True) == first
+    assert ours.generate_until(asked[3:], disable_tqdm=True) == first[3:]
+    other = FastLM(str(base), seed=1)
+    assert other.generate_until(asked, disable_tqdm=True) != first
+
+
+def test_chats_are_those_of_hf(sides):
+    ours, theirs = sides
+    history = [
+        {"role": "system", "content": "be brief"}, {"role": "user", "content": CONTEXT},
+        {"role": "assistant", "content": "a lamp "},
+    ]  # fmt: skip
+    assert ours.chat_template(True) == theirs.chat_template(True)
+    assert ours.chat_template(False) is None
+    assert ours.tokenizer_name == theirs.tokenizer_name
+    assert ours.apply_chat_template(history[:2]) == theirs.apply_chat_template(history[:2])
+    for messages in (history, history[1:]):
+        text = ours.apply_chat_template(messages, add_generation_prompt=False)
+        assert text.endswith("a lamp ") and not text.startswith("a")
+        assert text.rstrip() == theirs.apply_chat_template(messages, False).rstrip()
+    # the text of a chat begins with a special token, which both read as such
+    pairs = [(ours.apply_chat_template(history[:2]), "lamp")]
+    found, truth = (
+        side.loglikelihood(requests("loglikelihood", *pairs), disable_tqdm=True) for side in sides
+    )
+    assert found[0][0] == pytest.approx(truth[0][0], abs=1e-4)
+
+
+def test_what_is_done_is_cached(base, tmp_path, monkeypatch):
+    from lm_eval.api.model import CachingLM
+
+    from fastlm.evals.harness import FastLM
+
+    model = FastLM(str(base), tokens=16)  # a forward for each question
+    asked = requests("loglikelihood", *((f"{CONTEXT} {i}", " lamp") for i in range(6)))
+    whole = model.loglikelihood(asked, disable_tqdm=True)
+    cached = CachingLM(model, str(tmp_path / "cache.db"))
+    score, calls = model.scorer._score, []
+
+    def failing(batch, *rest):
+        calls.append(len(batch.members))
+        if sum(calls) > 3:
+            raise KeyboardInterrupt
+        return score(batch, *rest)
+
+    monkeypatch.setattr(model.scorer, "_score", failing)
+    with pytest.raises(KeyboardInterrupt):
+        cached.loglikelihood(asked)
+    done = sum(calls[:-1])
+    assert done
+    calls.clear()
+    monkeypatch.setattr(
+        model.scorer,
+        "_score",
+        lambda batch, *rest: calls.append(len(batch.members)) or score(batch, *rest),
+    )
+    assert cached.loglikelihood(asked) == pytest.approx(whole)
+    assert sum(calls) == 6 - done
+    assert cached.loglikelihood(asked) == pytest.approx(whole)
+    assert sum(calls) == 6 - done  # all of it was known
+    cached.dbdict.close()
+
+
+def test_the_command_line_of_the_harness(base, tmp_path, monkeypatch, capsys):
+    from fastlm.evals.harness import main
+
+    rows = [{"q": CONTEXT, "a": ["lamp", "boat"], "gold": i % 2} for i in range(4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "lamps.yaml").write_text(json.dumps({
+        "task": "lamps", "dataset_path": "json", "test_split": "test",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
+        "output_type": "multiple_choice", "doc_to_text": "q", "doc_to_choice": "a",
+        "doc_to_target": "gold", "num_fewshot": 0, "metric_list": [{"metric": "acc"}],
+    }))  # fmt: skip
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    words = ["--model", "fastlm", "--tasks", str(tmp_path / "lamps.yaml")]
+
+    def run(*more):
+        monkeypatch.setattr(sys, "argv", ["lm_eval", *words, *more])
+        main()
+
+    out = tmp_path / "out.json"
+    run("--model_args", f"pretrained={base},dtype=float32", "--output_path", str(out))
+    (written,) = tmp_path.glob("out*.json")
+    result = json.loads(written.read_text())
+    assert result["results"]["lamps"]["acc,none"] == 0.5  # the same answer to each question
+    assert result["config"]["model_dtype"] == "torch.float32"
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        run("--model_args", f"pretrained={base},colour=red")
+    assert ended.value.code == 2
+    assert "fastlm: model_args: wanted known names, got colour" in capsys.readouterr().err
+
+
+def test_arguments(base):
+    from fastlm.evals.harness import FastLM
+
+    model = FastLM(
+        str(base), dtype="bfloat16", max_length=32, prefix_token_id=5, tokens=64,
+        tokenizer=str(base), batch_size="auto", max_batch_size=8, enable_thinking=False,
+    )  # fmt: skip
+    scorer = model.scorer
+    assert scorer.model.dtype == torch.bfloat16 and scorer.tokens == 64
+    assert (scorer.context_limit, scorer.prefix) == (32, 5)
+    assert model.variables == {"enable_thinking": False}
+    for wrong, told in (
+        ({"dtype": "int8"}, "dtype: wanted one of auto"),
+        ({"max_length": 4096}, "limit: wanted 1 to 128, got 4096"),
+        ({"add_bos_token": True}, "add_bos: wanted a tokenizer with BOS"),
+        ({"tokens": 0}, "tokens: wanted 1 or more, got 0"),
+        ({"max_gen_toks": 0}, "max_gen_toks: wanted 1 or more, got 0"),
+    ):
+        with pytest.raises(InputError, match=told):
+            FastLM(str(base), **wrong)
+    asked = SimpleNamespace(args=("what", {"until": [], "beams": 4}))
+    with pytest.raises(InputError, match="gen_kwargs: wanted known names, got beams"):
+        model.generate_until([asked], disable_tqdm=True)
+    asked = SimpleNamespace(args=("what", {"until": [], "max_gen_toks": 32}))
+    with pytest.raises(InputError, match="max_gen_toks: wanted less than the context's 32"):
+        model.generate_until([asked], disable_tqdm=True)

@@ -1,0 +1,264 @@
+"""`fastlm feedback build`: every step of the funnel drops what it must and counts it; raters far
+from the others are left out; the rows are read by the trainings; gates."""
+
+import json
+import random
+
+import pytest
+from typer.testing import CliRunner
+
+from fastlm.cli import app
+from fastlm.data.conversations import read_conversations
+from fastlm.data.preferences import Comparison, Label, read_preferences
+from fastlm.data.prepare import Funnel
+from fastlm.data.prompts import read_prompts
+from fastlm.errors import InputError
+from fastlm.loop.bounds import read_gates, scores_of
+from fastlm.loop.build import BuildOptions, build
+from fastlm.loop.gate import Gate
+from fastlm.loop.overlap import Overlap
+from fastlm.loop.raters import rate
+from fastlm.loop.stage import Feedback
+from fastlm.loop.winning import Answered, compared
+from fastlm.serve.feedback import FeedbackStore, Kept, Opinion
+from fastlm.serve.feedback_export import export
+from fastlm.train.sft import Sft
+
+EVERYTHING = BuildOptions(judge=0.0, test=0.0, rater_share=1.0)
+
+
+def asked(text):
+    return [{"role": "user", "content": text}]
+
+
+def kept(store, id, prompt, *answers):
+    store.keep(
+        Kept(id, "tiny", asked(prompt), [[{"role": "assistant", "content": a}] for a in answers])
+    )
+
+
+def steps(funnel):
+    return {step["step"]: step for step in funnel.steps}
+
+
+def rows(folder, form, part="train"):
+    return [json.loads(x) for x in (folder / part / f"{form}.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def store(tmp_path):
+    with FeedbackStore(tmp_path / "feedback.db") as opened:
+        yield opened
+
+
+def test_every_step_drops_what_it_must(store, tmp_path):
+    kept(store, "r1", "What is tea?", "A drink.", "A stone.")
+    kept(store, "r2", "Who may call 212-555-1234 at night?", "Nobody.")
+    kept(store, "r3", "How many legs does the common garden spider have, exactly?", "Eight.")
+    kept(store, "r4", "Say it again", "Again.\nAgain.\nAgain.\nAgain.")
+    kept(store, "r5", "What is tea?", "A drink.")  # another user, the same answer
+    kept(store, "r6", "Withdrawn?", "Yes.")
+    for opinion in (
+        Opinion("r1", choice=0, preferred_over=(("r1", 1),), rater="ann"),
+        Opinion("r1", choice=0, thumb="down", rater="ann"),
+        Opinion("r1", choice=0, thumb="up", rater="ann"),  # after all
+        Opinion("r5", choice=0, thumb="up", rater="bob"),
+        Opinion("r2", corrected="Ask at the door.", rater="bob"),
+        Opinion("r2", thumb="up", rater="cid"),
+        Opinion("r5", thumb="up", rater="dan"),
+        Opinion("r2", thumb="down", rater="dan"),
+        Opinion("r3", thumb="up", rater="ann"),
+        Opinion("r4", thumb="up", rater="ann"),
+        Opinion("r6", thumb="up", rater="ann"),
+        Opinion("r7", thumb="up", rater="ann"),  # nobody consented
+        Opinion("r1", comment="Hm", rater="ann"),
+        Opinion(None, "talk", thumb="up"),
+        Opinion("r1", choice=0, preferred_over=(("r2", 0),), rater="ann"),
+    ):
+        store.add(opinion)
+    questions = Overlap()
+    questions.add("garden", "How many legs does the common garden spider have?")
+    done = build(
+        [str(tmp_path / "feedback.db")], tmp_path / "out", options=EVERYTHING, questions=questions,
+        forgotten=lambda ids: "r6" in ids, cache=tmp_path,
+    )  # fmt: skip
+    found = steps(done.funnel)
+    assert list(found) == [
+        "gather", "consent", "rows to train on", "scrub", "quality rules", "decontamination",
+        "raters", "share of one rater", "duplicates and votes", "train", "judge", "test",
+    ]  # fmt: skip
+    assert found["gather"]["documents"] == 11 and found["gather"]["removed"] == {
+        "a pick between answers to different prompts": 1,
+        "about a conversation, not an answer": 1,
+        "neither a thumb, a pick nor a correction": 1,
+        "said again, or otherwise, by the same rater": 1,
+    }
+    assert found["consent"]["removed"] == {
+        "consent withdrawn": 1, "no consent to keep the text": 1,
+    }  # fmt: skip
+    assert found["quality rules"]["removed"] == {"repeated_characters": 1}
+    assert found["decontamination"]["removed"] == {"a question of garden": 1}
+    # ann's and bob's thumbs are about one text, bob's correction and dan's thumb outvote cid's
+    assert found["duplicates and votes"]["removed"] == {
+        "outvoted, or no majority": 1, "same judgement": 2,
+    }  # fmt: skip
+    assert found["train"]["documents"] == 4
+    assert Funnel.load(tmp_path / "out").steps == done.funnel.steps  # `fastlm data show` reads it
+    pair, fixed = rows(tmp_path / "out", "preferences")
+    assert fixed["prompt"][0]["content"] == "Who may call <PHONE> at night?"
+    assert pair["chosen"][0]["content"] == "A drink." and pair["ids"] == ["r1", "r1"]
+    assert pair["licence"] == "LicenseRef-user-consent" and pair["model"] == "tiny"
+
+
+def test_rows_that_trainings_read(store, tmp_path):
+    for i in range(60):
+        kept(store, f"r{i}", f"What is number {i}?", f"It is {i}.", f"No idea about {i}.")
+        store.add(Opinion(f"r{i}", choice=0, preferred_over=((f"r{i}", 1),), rater=f"u{i % 7}"))
+        store.add(Opinion(f"r{i}", choice=i % 2, thumb="ud"[i % 2] + ["p", "own"][i % 2],
+                          rater=f"u{i % 5}"))  # fmt: skip
+        if i % 3 == 0:
+            store.add(Opinion(f"r{i}", choice=1, corrected=f"Number {i} it is.", rater="fix"))
+    database, out = str(tmp_path / "feedback.db"), tmp_path / "out"
+    result = Feedback(database=(database,))(out)
+    sizes = result["rows"]
+    assert all(sizes[part]["preferences"] for part in ("train", "judge"))
+    assert sizes["test"]["prompts"]
+    prompts = {
+        part: {p.key() for p in read_prompts([str(out / part / "prompts.jsonl")], cache=tmp_path)}
+        for part in sizes
+    }
+    assert not prompts["train"] & (prompts["judge"] | prompts["test"])
+    assert not prompts["judge"] & prompts["test"]
+    where = out / "train"
+    pairs = list(read_preferences([str(where / "preferences.jsonl")], cache=tmp_path))
+    assert len(pairs) == sizes["train"]["preferences"]
+    assert all(isinstance(pair, Comparison) for pair in pairs)
+    labels = list(read_preferences([str(where / "kto.jsonl")], cache=tmp_path))
+    assert {type(x) for x in labels} == {Label} and {x.desirable for x in labels} == {True, False}
+    talks = list(read_conversations([str(where / "sft.jsonl")], cache=tmp_path))
+    assert len(talks) == sizes["train"]["sft"]
+    # the stages read them: alone, or beside other data
+    job = Sft(data=("more.jsonl",), data_weights=(2.0,)).job("x", model="m", feedback=out)
+    with_rows = Sft(data=("more.jsonl",), data_weights=(2.0,)).with_feedback(job)
+    assert with_rows.data == ("more.jsonl", str(where / "sft.jsonl"))
+    assert with_rows.data_weights == (2.0, 1.0)
+    with pytest.raises(InputError, match="data: wanted at least one source of conversations"):
+        Sft().with_feedback(Sft().job("x", model="m"))
+    # the same bytes again, and from an export
+    again = build([database], tmp_path / "again", options=BuildOptions(), cache=tmp_path)
+    for part in sizes:
+        for form in sizes[part]:
+            name = f"{part}/{form}.jsonl"
+            assert (out / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+    export(store, tmp_path / "p.jsonl", "preferences")
+    other = build(
+        [str(tmp_path / "p.jsonl")], tmp_path / "other", options=BuildOptions(), cache=tmp_path
+    )
+    assert other.rows["train"]["preferences"] == again.rows["train"]["preferences"]
+
+
+def test_nothing_to_learn_from(store, tmp_path):
+    store.add(Opinion("r1", thumb="up"))
+    with pytest.raises(InputError, match="got none; 1 no consent to keep the text"):
+        build([str(tmp_path / "feedback.db")], tmp_path / "out", options=EVERYTHING, cache=tmp_path)
+    for words in (["x.db"], [str(tmp_path / "feedback.db"), "--judge", "0.9", "--test", "0.2"]):
+        done = CliRunner().invoke(app, ["feedback", "build", *words, "--out", str(tmp_path / "o")])
+        assert done.exit_code == 2
+        assert done.stderr.splitlines()[-1].startswith(("fastlm: database:", "fastlm: judge:"))
+
+
+def opinions(draw, raters, items, each):
+    """Votes of raters, who are right with their own probability, on items whose truth is drawn."""
+    truth = {item: draw.random() < 0.4 for item in range(items)}
+    for rater, right in raters.items():
+        for item in draw.sample(range(items), each):
+            yes = truth[item] if draw.random() < right else not truth[item]
+            yield str(item).encode(), rater, yes
+
+
+def test_malicious_raters_count_less():
+    draw = random.Random(1)
+    raters = {f"good{i}": 0.9 for i in range(18)} | {"reversed": 0.1, "random": 0.5}
+    found = rate(opinions(draw, raters, 120, 40))
+    good = [found[f"good{i}"] for i in range(18)]
+    assert min(one.weight for one in good) > 0.8 and min(one.agreed for one in good) > 0.75
+    assert found["reversed"].weight == 0 and found["random"].weight < 0.45
+    alone = rate([(b"a", "alone", True), *opinions(draw, raters, 40, 20)])["alone"]
+    assert alone.weight == 1 and alone.judged == 0 and alone.agreed is None
+    # two who contradict each other: nobody knows who is wrong, and the prior bounds what follows
+    two = rate([(bytes([i]), who, who == "a") for i in range(3) for who in "ab"])
+    assert two["a"].weight == pytest.approx(two["b"].weight, abs=0.3) and two["a"].weight > 0.3
+
+
+def test_malicious_raters_do_not_turn_the_rows(tmp_path):
+    draw = random.Random(2)
+    raters = {f"u{i}": 0.92 for i in range(18)} | {"bad": 0.05, "flood": 0.9}
+    picks = []
+    for i in range(150):
+        answers = [[{"role": "assistant", "content": f"{what} {i}"}] for what in ("Good", "Poor")]
+        for rater in draw.sample(sorted(raters), 4) + ["flood", "bad"] * (i % 2):
+            order = (0, 1) if draw.random() < raters[rater] else (1, 0)
+            pair = Comparison(asked(f"Question {i}?"), tuple(answers[j] for j in order), (0, 1))
+            picks.append(pair.row() | {"rater": rater})
+    (tmp_path / "picks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in picks))
+    options = BuildOptions(judge=0.0, test=0.0, rater_share=0.01)
+    done = build([str(tmp_path / "picks.jsonl")], tmp_path / "out", options=options, cache=tmp_path)
+    found = steps(done.funnel)
+    assert done.raters["bad"].weight == 0 and done.raters["u0"].weight > 0.8
+    assert found["raters"]["removed"]["of raters who do not agree with the others"] > 80
+    assert found["share of one rater"]["removed"]["beyond what one rater may give"] > 20
+    good = [
+        row["chosen"][0]["content"].startswith("Good")
+        for row in rows(tmp_path / "out", "preferences")
+    ]
+    assert len(good) > 130 and sum(good) / len(good) > 0.97
+    told = json.loads((tmp_path / "out" / "raters.json").read_text())
+    assert told["bad"]["weight"] == 0 and told["bad"]["agreed"] < 0.3
+
+
+def test_questions_of_evaluations_are_found():
+    questions = Overlap(8)
+    questions.add(
+        "long", "Which of these animals, if any, has a backbone and lays its eggs in water?"
+    )
+    questions.add("short", "What is the capital of France?")
+    questions.add("tiny", "Who are you?")
+    assert questions.find(["Tell me: WHAT is the capital of France"]) == "short"
+    assert questions.find(["Please: which of these animals if any has a backbone and lays its"
+                           " eggs in the sea?"]) == "long"  # fmt: skip
+    assert questions.find(["Who are you?", "Which of these animals has a backbone?"]) is None
+
+
+def test_gates_decide_by_the_ends_of_intervals(tmp_path):
+    new = [Answered(f"a{i}", 6, True) for i in range(100)]
+    old = [Answered("b", 5, i % 2 == 0) for i in range(100)]
+    points = [[0.0] * 100, [1.0] * 70 + [0.0] * 10 + [-1.0] * 20]
+    told = compared(old, new, points, 1, 0.95)
+    won = told["scores"]["rate"]
+    assert won["value"] == 0.75 and 0.6 < won["low"] < 0.75 < won["high"] < 0.85
+    assert told["compared"]["wins"] == 70 and told["compared"]["ties"] == 10
+    assert told["scores"]["length"]["value"] == 1.2 and told["scores"]["distinct"]["value"] == 100
+    (tmp_path / "winrate").mkdir()
+    (tmp_path / "winrate" / "scores.json").write_text(json.dumps(told))
+    bits = {"old": {"bits_per_byte": 1.0}, "new": {"bits_per_byte": 1.02}}
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "scores.json").write_text(json.dumps({"models": bits}))
+    assert scores_of("eval", {"models": bits})["eval.bits_per_byte"]["value"] == 1.02
+    gates = tmp_path / "gates.toml"
+    gates.write_text('[[gate]]\nscore = "winrate.rate"\nmin = 0.5\n[[gate]]\n'
+                     'score = "eval.bits_per_byte"\nmax = 1.05\n')  # fmt: skip
+    inputs = ["--scores", str(tmp_path / "winrate"), "--scores", str(tmp_path / "eval")]
+    words = ["gate", *inputs, "--gates", str(gates), "--out", str(tmp_path / "gate")]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0 and "promoted: all 2 gates passed" in done.stdout
+    gates.write_text(gates.read_text().replace("0.5", "0.7"))
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 1 and "winrate.rate: wanted at least 0.7" in done.stdout
+    decision = json.loads((tmp_path / "gate" / "decision.json").read_text())
+    assert not decision["promoted"] and [g["passed"] for g in decision["gates"]] == [False, True]
+    gates.write_text('[[gate]]\nscore = "winrate.rate"\n')
+    with pytest.raises(InputError, match="max or min"):
+        read_gates(gates)
+    with pytest.raises(InputError, match=r"winrate\.x: wanted a score of eval"):
+        gates.write_text('[[gate]]\nscore = "winrate.x"\nmin = 0\n')
+        Gate(gates=str(gates)).plan({"scores": [{"name": "eval"}]})

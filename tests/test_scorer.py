@@ -1,0 +1,295 @@
+"""Likelihoods and answers of `Scorer`, against float64 one pair at a time."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from families import CASES, SMALL
+from tokenizers.processors import TemplateProcessing
+
+import fastlm
+from fastlm.decode.sampling import Sampling
+from fastlm.errors import InputError
+from fastlm.evals.scorer import Prompt, Scorer
+from fastlm.evals.shared import batches
+from fastlm.model.causal_lm import CausalLM
+from fastlm.model.config import ModelConfig
+from fastlm.tokenizer.tokenizer import Tokenizer
+
+TEXT = "the river is near the tree, the bird is near the house. what is it?\nassistant user" * 4
+MODELS = ("llama", "mistral", "gemma2", "qwen3", "phi3-longrope", "w8a16")
+BOS = "<|im_start|>"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train([TEXT], 290)
+
+
+def with_bos(tokenizer):
+    """The same tokenizer, one that puts BOS before a text."""
+    backend = tokenizer.backend.from_str(tokenizer.backend.to_str())
+    backend.post_processor = TemplateProcessing(
+        single=[BOS, "$A"], special_tokens=[(BOS, backend.token_to_id(BOS))]
+    )
+    roles = {"bos_token": BOS, "eos_token": "<|endoftext|>"}
+    return Tokenizer(backend, roles, tokenizer.chat_template)
+
+
+def make_model(case="llama", **changes):
+    quantized = case == "w8a16"
+    case = "llama" if quantized else case
+    options = {**SMALL, "vocab_size": 290, **CASES[case], **changes, "pad_token_id": None}
+    if quantized:
+        options |= {"hidden_size": 64, "intermediate_size": 64}
+    options = {k: v for k, v in options.items() if k != "head_dim" or v is not None}
+    options["model_type"] = case.split("-")[0]
+    model = CausalLM(ModelConfig.from_dict(options), seed=2).eval()
+    return fastlm.quantize(model, "w8a16", group_size=32) if quantized else model
+
+
+def wide(model):
+    """The same model in float64."""
+    other = CausalLM(model.config).double().eval()
+    state = {name: p.double() for name, p in model.state_dict().items()}
+    other.load_state_dict(state, strict=True)
+    return other
+
+
+@torch.no_grad()
+def one_by_one(model, pairs, limit=None):
+    """(log-likelihood, greedy) of each pair from whole logits."""
+    found = []
+    for context, continuation in pairs:
+        whole = [*context, *continuation][-(limit or 10**9) - 1 :]
+        logits = model(torch.tensor([whole[:-1]])).logits[0, -len(continuation) :].double()
+        chosen = logits.log_softmax(-1)[range(len(continuation)), continuation]
+        found.append((float(chosen.sum()), logits.argmax(-1).tolist() == continuation))
+    return found
+
+
+def random_pairs(seed=0, count=40, longest=30):
+    """Questions with several answers, some of them equal, one token long or without a question."""
+    draw = random.Random(seed)
+    few_shot = [draw.randrange(3, 290) for _ in range(9)]
+    pairs = []
+    while len(pairs) < count:
+        begun = few_shot if draw.random() < 0.7 else []
+        context = begun + [draw.randrange(3, 290) for _ in range(draw.randint(1, longest - 12))]
+        pairs += [
+            (context, [draw.randrange(3, 290) for _ in range(draw.choice((1, 1, 2, 3)))])
+            for _ in range(draw.randint(1, 4))
+        ]
+    pairs.append(pairs[3])
+    draw.shuffle(pairs)
+    return pairs
+
+
+def assert_equal(found, truth, pairs, scale=1e-4):
+    for one, (logprob, greedy), (_, continuation) in zip(found, truth, pairs, strict=True):
+        assert abs(one.logprob - logprob) < scale * len(continuation), (one, logprob)
+        assert one.tokens == len(continuation)
+        assert one.greedy is None or one.greedy == greedy
+
+
+@pytest.mark.parametrize("tokens", (8, 4096))
+@pytest.mark.parametrize("case", MODELS)
+def test_likelihoods_are_those_of_each_pair_alone(case, tokens, tokenizer):
+    model, pairs = make_model(case), random_pairs()
+    # its weights are the truth of a quantized model, whose float32 sums take other orders
+    truth = one_by_one(model if case == "w8a16" else wide(model), pairs)
+    # the likeliest tokens after each context, so that greedy is True somewhere
+    best = [(c, greedy_tokens(model, c, len(t))) for c, t in pairs[:9]]
+    pairs = pairs + best
+    truth += one_by_one(model if case == "w8a16" else wide(model), best)
+    scorer = Scorer(model, tokenizer, tokens=tokens)
+    found = scorer.token_loglikelihoods(pairs, greedy=True)
+    assert_equal(found, truth, pairs)
+    assert sum(one.greedy for one in found) >= 9
+    assert found == scorer.token_loglikelihoods(pairs, greedy=True)  # the same bits
+    if case == "llama":
+        order = random.Random(1).sample(range(len(pairs)), len(pairs))
+        again = scorer.token_loglikelihoods([pairs[i] for i in order], greedy=True)
+        assert [again[order.index(i)] for i in range(len(pairs))] == found
+        assert all(one.greedy is None for one in scorer.token_loglikelihoods(pairs))
+
+
+@torch.no_grad()
+def greedy_tokens(model, context, count):
+    ids = list(context)
+    for _ in range(count):
+        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[-count:]
+
+
+def test_a_sure_model_is_greedy_where_it_is_sure(tokenizer):
+    """Tokens of high probability are not looked at: flags are those of the logits all the same."""
+    model = make_model(initializer_range=1.5)  # logits of order 50
+    pairs = [(c, greedy_tokens(model, c, 3)) for c, _ in random_pairs(1, 20)]
+    pairs += [(c, [*t[:2], (t[2] + 1) % 290]) for c, t in pairs]
+    truth = one_by_one(wide(model), pairs)
+    found = Scorer(model, tokenizer).token_loglikelihoods(pairs, greedy=True)
+    assert [one.greedy for one in found] == [greedy for _, greedy in truth]
+    assert sum(one.logprob > -0.5 for one in found) > 5  # the rule is in use
+
+
+def test_each_hears_of_every_pair_and_the_model_stays_as_it_was(tokenizer):
+    model, pairs = make_model().train(), random_pairs()
+    heard = {}
+    scorer = Scorer(model, tokenizer, tokens=64)
+    found = scorer.token_loglikelihoods(pairs, each=heard.__setitem__)
+    assert [heard[i] for i in range(len(pairs))] == found
+    assert model.training and all(p.grad is None for p in model.parameters())
+    with pytest.raises(InputError, match=r"pairs\[1\]: wanted a continuation"):
+        scorer.token_loglikelihoods([pairs[0], ([5], [])])
+    assert model.training
+
+
+def test_contexts_beyond_the_limit_lose_their_beginning(tokenizer):
+    model = make_model(max_position_embeddings=24)
+    pairs = [(list(range(3, 3 + n)), [7, 8, 9]) for n in (10, 21, 22, 23, 60)]
+    found = Scorer(model, tokenizer).token_loglikelihoods(pairs, greedy=True)
+    assert [one.cut for one in found] == [0, 0, 0, 1, 38]
+    assert_equal(found, one_by_one(wide(model), pairs, 24), pairs)
+    shorter = Scorer(model, tokenizer, limit=12).token_loglikelihoods(pairs)
+    assert_equal(shorter, one_by_one(wide(model), pairs, 12), pairs)
+    with pytest.raises(InputError, match=r"pairs\[0\]: wanted a continuation of at most"):
+        Scorer(model, tokenizer, limit=2).token_loglikelihoods(pairs)
+    with pytest.raises(InputError, match="limit: wanted 1 to 24, got 25"):
+        Scorer(model, tokenizer, limit=25)
+
+
+def test_long_texts_are_read_in_windows(tokenizer):
+    model = make_model(max_position_embeddings=16)
+    scorer = Scorer(model, tokenizer)
+    texts = ["", "the bird", "the river is near the tree, " * 5]
+    found = scorer.rolling(texts)
+    for text, one in zip(texts, found, strict=True):
+        ids = tokenizer.encode(text)
+        assert one.tokens == len(ids)
+        windows = []
+        for at in range(0, len(ids), 16):
+            end = min(at + 16, len(ids))
+            whole = [tokenizer.eos_id, *ids][max(0, end - 16) : end]
+            windows.append((whole[: len(whole) - (end - at - 1)], ids[at:end]))
+        truth = sum(logprob for logprob, _ in one_by_one(wide(model), windows))
+        assert abs(one.logprob - truth) < 1e-4 * max(1, len(ids))
+
+
+def test_tokens_of_pairs(tokenizer):
+    scorer = Scorer(make_model(), tokenizer)
+    a, b = tokenizer.encode("the bird"), tokenizer.encode("the bird is near")
+    pairs = [("the bird", " is near"), ("the bird ", "is near"), ("", "the bird"), ("  ", "the")]
+    eos = [tokenizer.eos_id]
+    assert scorer.encode(pairs) == [
+        (a, b[len(a) :]), (a, b[len(a) :]), (eos, a), (eos, tokenizer.encode("  the")),
+    ]  # fmt: skip
+    chat = scorer.encode([("what? ", "a bird")], chat=True)
+    asked = tokenizer.encode_chat([{"role": "user", "content": "what? "}])
+    assert chat == [(asked, tokenizer.encode("a bird"))]
+    with pytest.raises(InputError, match=r"pairs\[0\]: wanted a continuation"):
+        scorer.loglikelihoods([("the", "")])
+
+
+def test_bos_prefix_and_special_tokens(tokenizer):
+    own = with_bos(tokenizer)
+    model, bos = make_model(), own.bos_id
+    the, bird = own.encode("the"), own.encode("the bird")
+    rest = bird[len(the) :]
+    pairs = [("the", " bird"), ("", "the bird"), ("", f"{BOS}the"), (f"{BOS}the", " bird")]
+    literal = own.encode(BOS)
+    assert Scorer(model, own).encode(pairs) == [
+        ([bos, *the], rest), ([bos], bird), ([bos], own.encode(f"{BOS}the")),
+        ([bos, *literal, *the], rest),
+    ]  # fmt: skip
+    # as transformers reads them, and no second BOS
+    assert Scorer(model, own, parse_special=True).encode(pairs) == [
+        ([bos, *the], rest), ([bos], bird), ([bos], the), ([bos, *the], rest),
+    ]  # fmt: skip
+    assert Scorer(model, own, add_bos=False).encode(pairs)[:2] == [(the, rest), ([bos], bird)]
+    assert Scorer(model, own, prefix=5).encode(pairs)[1] == ([5], bird)
+    plain = Scorer(model, tokenizer, parse_special=True)
+    assert plain.encode([("", "<|endoftext|>the")]) == [([tokenizer.eos_id], the)]
+    with pytest.raises(InputError, match="prefix: wanted 0 to 289, got 290"):
+        Scorer(model, own, prefix=290)
+    with pytest.raises(InputError, match="add_bos: wanted a tokenizer with BOS"):
+        Scorer(model, tokenizer, add_bos=True)
+
+
+def test_batches_hold_every_sequence_within_their_bounds():
+    draw = random.Random(4)
+    sequences = [context + continuation for context, continuation in random_pairs(5, 60)]
+    draw.shuffle(sequences)
+    for tokens, keys, most in ((8, 10**6, None), (64, 100, None), (4096, 10**6, 3), (64, 10**6, 1)):
+        members = []
+        for batch in batches(sequences, tokens=tokens, keys=keys, most=most):
+            members += batch.members
+            ids = batch.ids[0].tolist()
+            for i, rows in zip(batch.members, batch.rows, strict=True):
+                assert [ids[row] for row in rows] == sequences[i]
+            alone = len(batch.members) == 1
+            assert len(ids) <= tokens or alone
+            assert len(batch.members) <= (most or 10**6)
+            if batch.keys is not None:
+                assert len(batch.keys[0]) <= keys or alone
+                assert int(batch.keys[1][-1]) == len(batch.keys[0])
+            assert np.array_equal(np.diff(batch.cu_seqlens) > 0, np.ones(len(batch.cu_seqlens) - 1))
+        assert sorted(members) == list(range(len(sequences)))
+
+
+def test_answers_depend_on_prompt_and_seed(tokenizer):
+    model = make_model(initializer_range=0.05)
+    scorer = Scorer(model, tokenizer)
+    prompts = [Prompt("the bird", 9, seed=s) for s in range(4)] + [Prompt("what is it?", 9, seed=1)]
+    done = []
+    drawn = scorer.generate(prompts, temperature=1.0, tick=done.append)
+    assert done == [1, 2, 3, 4, 5]
+    assert len({one.text for one in drawn[:4]}) > 1
+    assert scorer.generate(prompts[2:], temperature=1.0) == drawn[2:]
+    best = scorer.generate(prompts)
+    assert best[0].text == best[1].text
+    ids = tokenizer.encode("the bird")
+    assert (
+        best[0].text == tokenizer.decode(greedy_tokens(model, ids, 9)).rstrip("�") or best[0].ended
+    )
+    own = [Prompt("the bird", 9, sampling=Sampling(0.0)), Prompt("the bird", 9, seed=3)]
+    assert scorer.generate(own, temperature=1.0) == [best[0], drawn[3]]
+
+
+def test_answers_end_at_stop_strings_and_special_tokens(tokenizer):
+    model = make_model()
+    scorer = Scorer(model, tokenizer)
+    (whole,) = scorer.generate([Prompt("the bird", 12)])
+    stop = whole.text[3:5]
+    (cut,) = scorer.generate([Prompt("the bird", 12, stop=(stop,))])
+    assert cut.ended and cut.text == whole.text[: whole.text.index(stop)]
+    # the special token that this model writes is not in the text of an answer
+    with torch.no_grad():
+        bird = tokenizer.encode("the bird")
+        first = greedy_tokens(model, bird, 1)[0]
+        special = tokenizer.backend.token_to_id("<|im_end|>")
+        weight = model.model.embed_tokens.weight
+        weight[special] = weight[first] * 1.5
+    changed = Scorer(model, tokenizer)
+    assert greedy_tokens(model, bird, 1) == [special]
+    (ended,) = changed.generate([Prompt("the bird", 12, stop=("<|im_end|>",))])
+    assert ended.text == "" and ended.ended and ended.tokens <= 1
+
+
+def test_prompts_leave_room_and_chats_go_through_the_template(tokenizer):
+    model = make_model(max_position_embeddings=32)
+    scorer = Scorer(model, tokenizer)
+    long = Prompt("the river is near the tree " * 9, 20)
+    ids = tokenizer.encode(long.text)
+    (one,) = scorer.generate([long])
+    assert one.cut == len(ids) + 20 - 32 and one.tokens <= 20
+    (kept,) = scorer.generate([Prompt(tokenizer.decode(ids[one.cut :]), 20)])
+    assert (kept.text, kept.cut) == (one.text, 0)
+    (half,) = scorer.generate([Prompt("the " * 40, 99)])
+    assert half.tokens <= 16
+    chat = scorer.generate([Prompt("it?", 6, chat=True), Prompt("it?", 6)])
+    rendered = tokenizer.render_chat([{"role": "user", "content": "it?"}])
+    special = Scorer(model, tokenizer, parse_special=True)
+    assert special.generate([Prompt(rendered, 6)])[0] == chat[0]
+    assert chat[0].text != chat[1].text
