@@ -67,14 +67,9 @@ TYPES = {
 class Server:
     """Models, and how they are served; `app` is the ASGI application.
 
-<<<<<<< HEAD
-    ``feedback``: where opinions go; None: nowhere. ``ranking``: the store of `fastlm rank` for the
-    page /rank; None: no such page. ``keys`` and ``hosts`` as in `fastlm.serve.gate.Gate`.
-=======
     ``feedback``: where opinions and measures go; None: nowhere. ``monitoring``: what is measured of
     answers; None: the defaults. ``ranking``: the store of `fastlm rank` for the page /rank; None:
     no such page. ``keys`` and ``hosts`` as in `fastlm.serve.gate.Gate`.
->>>>>>> f5ca543b365aed119e2559f80888d207ed70ceb1
     ``switch``: what changes the models, for those with one of the keys ``admins``; None: nothing.
     """
 
@@ -86,10 +81,7 @@ class Server:
     ranking: Path | None = None
     switch: "Switch | None" = None
     admins: Sequence[str] = ()
-<<<<<<< HEAD
-=======
     monitoring: "Settings | None" = None
->>>>>>> f5ca543b365aed119e2559f80888d207ed70ceb1
 
     def __post_init__(self) -> None:
         self.metrics = Metrics(self.models.stats)
@@ -321,10 +313,7 @@ class Server:
             "chat": served.tokenizer.chat_template is not None,
             "feedback": self.feedback is not None,
             "content_id": served.digest or None,
-<<<<<<< HEAD
-=======
             "metrics": [rating.row() for rating in self.ratings],
->>>>>>> f5ca543b365aed119e2559f80888d207ed70ceb1
         }
         return {
             "id": name, "object": "model", "created": served.created, "owned_by": "fastlm",

@@ -1,10 +1,7 @@
 """Models loaded for a server: at its start, and beside the one that answers."""
 
 import contextlib
-<<<<<<< HEAD
-=======
 import hashlib
->>>>>>> f5ca543b365aed119e2559f80888d207ed70ceb1
 import os
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -130,11 +127,6 @@ def size_of(path: Path) -> int:
 
 
 def digest_of(path: Path) -> str:
-<<<<<<< HEAD
-    """The id by which `fastlm runs show` finds the model: a hash of its files (0.6 s per GB).
-    InputError: a file cannot be read."""
-    return model_id(path, Contents(Path(os.devnull), cache=default_cache()))
-=======
     """The id by which `fastlm runs show` finds the model, a hash of its files (0.6 s per GB); of an
     adapter also of its base's. InputError: a file cannot be read."""
     place = locate_model(path)
@@ -142,7 +134,6 @@ def digest_of(path: Path) -> str:
     if not is_adapter(place):
         return own
     return hashlib.sha256((own + digest_of(Path(base_of(place)))).encode()).hexdigest()
->>>>>>> f5ca543b365aed119e2559f80888d207ed70ceb1
 
 
 def free_memory() -> int | None:
