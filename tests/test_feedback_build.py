@@ -9,11 +9,13 @@ from typer.testing import CliRunner
 
 from fastlm.cli import app
 from fastlm.data.conversations import read_conversations
+from fastlm.data.forgotten import response_key
 from fastlm.data.preferences import Comparison, Label, read_preferences
 from fastlm.data.prepare import Funnel
 from fastlm.data.prompts import read_prompts
 from fastlm.errors import InputError
-from fastlm.loop.bounds import read_gates, scores_of
+from fastlm.evals.safety.gates import read_gates
+from fastlm.loop.bounds import scores_of
 from fastlm.loop.build import BuildOptions, build
 from fastlm.loop.gate import Gate
 from fastlm.loop.overlap import Overlap
@@ -80,7 +82,7 @@ def test_every_step_drops_what_it_must(store, tmp_path):
     questions.add("garden", "How many legs does the common garden spider have?")
     done = build(
         [str(tmp_path / "feedback.db")], tmp_path / "out", options=EVERYTHING, questions=questions,
-        forgotten=lambda ids: "r6" in ids, cache=tmp_path,
+        forgotten={response_key("r6")}, cache=tmp_path,
     )  # fmt: skip
     found = steps(done.funnel)
     assert list(found) == [
@@ -90,7 +92,7 @@ def test_every_step_drops_what_it_must(store, tmp_path):
     assert found["gather"]["documents"] == 11 and found["gather"]["removed"] == {
         "a pick between answers to different prompts": 1,
         "about a conversation, not an answer": 1,
-        "neither a thumb, a pick nor a correction": 1,
+        "neither a thumb, a number, a pick nor a correction": 1,
         "said again, or otherwise, by the same rater": 1,
     }
     assert found["consent"]["removed"] == {
@@ -106,7 +108,7 @@ def test_every_step_drops_what_it_must(store, tmp_path):
     assert Funnel.load(tmp_path / "out").steps == done.funnel.steps  # `fastlm data show` reads it
     pair, fixed = rows(tmp_path / "out", "preferences")
     assert fixed["prompt"][0]["content"] == "Who may call <PHONE> at night?"
-    assert pair["chosen"][0]["content"] == "A drink." and pair["ids"] == ["r1", "r1"]
+    assert pair["chosen"][0]["content"] == "A drink." and pair["provenance"]["responses"] == ["r1"]
     assert pair["licence"] == "LicenseRef-user-consent" and pair["model"] == "tiny"
 
 
