@@ -251,6 +251,7 @@ def improve(out: Path, model: Path, database: Path, base: Path, trusting: bool) 
     sets = [
         f'feedback.database=["{database}"]', f'sft.from="{model}"', f'judge.from="{model}"',
         f'eval.of=["{model}", "dpo"]', f'eval.data="{base / "data"}"', f'winrate.old="{model}"',
+        f'safety.of=["{model}", "dpo"]',
         *TRAINING, *(["feedback.least_weight=0.0"] if trusting else []),
     ]  # fmt: skip
     results = run_recipe(
