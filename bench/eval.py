@@ -314,6 +314,8 @@ def run(options: argparse.Namespace, folder: Path, keep: Callable) -> list[dict[
                 "fastlm eval", own_side, (model, dtype, options.limit), options.threads
             ),
         }
+        for side, worker in sides.items():  # warm up
+            worker(*(("arc_easy", 0) if side == "fastlm eval" else (asked[0][2], "1")))
         others = Others([w.process.pid for w in sides.values()])
         best: dict[str, str] = {}
         for name, shots, task in asked:
