@@ -49,10 +49,12 @@ NAME = "tiny"  # of the model, for its clients
 LATE, NO_CONSENT, WITHDRAWN = 0.1, 0.1, 0.03
 # Of the tiny model; a larger one wants smaller rates
 TRAINING = (
-    "feedback.test=0.2", "feedback.judge=0.25", "sft.lr=1e-3", "sft.batch_size=8",
-    "judge.lr=1e-3", "judge.epochs=4", "dpo.lr=5e-4", "dpo.beta=0.1", "eval.stride=128",
-    "winrate.max_new_tokens=80", "winrate.temperature=0.9", "sft.sample_at=[]",
-    "dpo.sample_at=[]", "sft.validations=1", "dpo.validations=1", "judge.validations=2",
+    "feedback.test=0.2", "feedback.judge=0.25", "sft.lr=1e-3", "sft.epochs=3", "sft.batch_size=4",
+    "sft.accumulate=1", "judge.lr=1e-3", "judge.epochs=3", "judge.accumulate=1", "dpo.lr=5e-4",
+    "dpo.epochs=2", "dpo.batch_size=8", "dpo.accumulate=1", "dpo.beta=0.1", "eval.stride=128",
+    "winrate.max_new_tokens=80", "winrate.temperature=0.9", "winrate.answers=2",
+    "sft.sample_at=[]", "dpo.sample_at=[]", "sft.validations=1", "dpo.validations=1",
+    "judge.validations=2",
 )  # fmt: skip
 
 
@@ -133,7 +135,7 @@ class Round:
                     self.ids.append(id)
                     kept.append((user, question, id, texts))
             (self.late if late else self.now).extend(bodies)
-        shared = self.draw.sample(kept, min(len(kept), max(1, len(self.people) * reviews // 5)))
+        shared = self.draw.sample(kept, min(len(kept), max(1, len(self.people) * reviews // 6)))
         for user in self.people:
             others = [one for one in shared if one[0] is not user]
             for _, question, id, texts in self.draw.sample(others, min(len(others), reviews)):
@@ -251,6 +253,7 @@ def improve(out: Path, model: Path, database: Path, base: Path, trusting: bool) 
     sets = [
         f'feedback.database=["{database}"]', f'sft.from="{model}"', f'judge.from="{model}"',
         f'eval.of=["{model}", "dpo"]', f'eval.data="{base / "data"}"', f'winrate.old="{model}"',
+        f'safety.of=["{model}", "dpo"]',
         *TRAINING, *(["feedback.least_weight=0.0"] if trusting else []),
     ]  # fmt: skip
     results = run_recipe(
@@ -312,9 +315,9 @@ def main() -> None:
     parser.add_argument("--trusting", action="store_true")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--users", type=int, default=30)
-    parser.add_argument("--prompts", type=int, default=12, help="per user and round")
-    parser.add_argument("--reviews", type=int, default=8, help="answers of others, per user")
-    parser.add_argument("--fresh", type=int, default=300, help="prompts that measure a round")
+    parser.add_argument("--prompts", type=int, default=16, help="per user and round")
+    parser.add_argument("--reviews", type=int, default=16, help="answers of others, per user")
+    parser.add_argument("--fresh", type=int, default=200, help="prompts that measure a round")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument(
         "--conversations", type=int, help="only write so many for the base, and end"

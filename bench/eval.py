@@ -189,12 +189,13 @@ def own_side(model: str, dtype: str, limit: int) -> Callable[..., Answer]:
 
     def run(name: str, shots: int) -> Answer:
         task = read_task(name, shots, limit)
-        task = replace(task, questions=[replace(q, bare=()) for q in task.questions])
+        bare = [replace(q, bare=()) for q in task.questions]  # the harness does not ask these
+        task = replace(task, questions=bare, normalisation="none")
         with tempfile.TemporaryDirectory() as folder, Results(f"{folder}/x", {}) as results:
             began = time.perf_counter(), time.process_time()
             records = ask(task, scorer, results)
             took = time.perf_counter() - began[0], time.process_time() - began[1]
-        found = summary(replace(task, normalisation="none"), values(task, records))
+        found = summary(task, values(task, records))
         return {
             "scores": {k: [m.value, m.error] for k, m in found.items()},
             "logprobs": [p for r in records for p in r["logprob"]],
@@ -220,7 +221,9 @@ def best_batch(
     worker: Worker, task: str, batches: Sequence[str]
 ) -> tuple[str, dict[str, list[float]]]:
     """The size that takes the least processor time; of all: seconds, processor seconds."""
-    times = {}
+    times: dict[str, list[float]] = {}
+    if len(batches) == 1:
+        return batches[0], times
     for batch in batches:
         answer = worker(task, batch)
         times[batch] = [answer["seconds"], answer["processor"]]
@@ -311,6 +314,8 @@ def run(options: argparse.Namespace, folder: Path, keep: Callable) -> list[dict[
                 "fastlm eval", own_side, (model, dtype, options.limit), options.threads
             ),
         }
+        for side, worker in sides.items():  # warm up
+            worker(*(("arc_easy", 0) if side == "fastlm eval" else (asked[0][2], "1")))
         others = Others([w.process.pid for w in sides.values()])
         best: dict[str, str] = {}
         for name, shots, task in asked:

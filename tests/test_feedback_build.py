@@ -24,6 +24,8 @@ from fastlm.loop.stage import Feedback
 from fastlm.loop.winning import Answered, compared
 from fastlm.serve.feedback import FeedbackStore, Kept, Opinion
 from fastlm.serve.feedback_export import export
+from fastlm.train.dpo import Dpo
+from fastlm.train.reward import Reward
 from fastlm.train.sft import Sft
 
 EVERYTHING = BuildOptions(judge=0.0, test=0.0, rater_share=1.0)
@@ -144,8 +146,18 @@ def test_rows_that_trainings_read(store, tmp_path):
     with_rows = Sft(data=("more.jsonl",), data_weights=(2.0,)).with_feedback(job)
     assert with_rows.data == ("more.jsonl", str(where / "sft.jsonl"))
     assert with_rows.data_weights == (2.0, 1.0)
-    with pytest.raises(InputError, match="data: wanted at least one source of conversations"):
-        Sft().with_feedback(Sft().job("x", model="m"))
+    for stage, rows in (
+        (Sft(), "conversations"),
+        (Dpo(), "preferences"),
+        (Reward(), "preferences"),
+    ):
+        with pytest.raises(InputError, match=f"data: wanted at least one source of {rows}"):
+            stage.with_feedback(stage.job("x", model="m"))
+        with pytest.raises(InputError, match=f"data: wanted at least one source of {rows}"):
+            stage.plan({"model": [{"name": "m"}], "feedback": []})
+    job = Reward(judge=True).job("x", model="m", feedback=out)
+    assert Reward(judge=True).with_feedback(job).data == (str(out / "judge/preferences.jsonl"),)
+    assert Dpo(loss="kto").with_feedback(job).data == (str(where / "kto.jsonl"),)
     # the same bytes again, and from an export
     again = build([database], tmp_path / "again", options=BuildOptions(), cache=tmp_path)
     for part in sizes:

@@ -1,6 +1,7 @@
 """The registry of runs: records, lineage, differences, cards, and what may befall the folders."""
 
 import json
+import os
 import shutil
 import threading
 from pathlib import Path
@@ -217,3 +218,19 @@ def test_a_stage_alone_has_a_record(made, tmp_path):
     (out / "record.json").write_text('{"layout": 2, "kind": 1}')
     assert "record.json" in call("--in", tmp_path / "runs").stderr
     assert "wanted a folder of runs" in call("--in", tmp_path / "none", status=2).stderr
+
+
+def test_a_stage_alone_records_its_own_files(made, tmp_path):
+    out = tmp_path / "mixed"
+    (out / "photos").mkdir(parents=True)
+    (out / "photos/large.bin").write_bytes(b"x" * 1000)
+    (out / "letter.txt").write_text("private")
+    os.utime(out / "letter.txt", (1, 1))
+    tokenizer = str(made / "one/tokenizer")
+    arguments = ["data", "shards", str(made / "one/data"), "-t", tokenizer, "-o", str(out)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    record = open_registry([tmp_path]).find_one("mixed")
+    names = set(record.entry.outputs)
+    assert "train/index.json" in names and not names & {"letter.txt", "photos/large.bin"}
+    assert record.ids == open_registry([made]).find_one("one/shards").ids
