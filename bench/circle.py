@@ -4,14 +4,15 @@
     python bench/circle.py --plot docs/circle.png       three rounds, without and with bad users
 
 In each round a real `fastlm serve` answers simulated users (bench/users.py), who post to
-/v1/feedback; `fastlm run recipes/improve.toml` builds rows from the database, trains a new model
-and decides by recipes/gates.toml whether it may replace the old one; if so, the next round is
-served by the new one. Some feedback comes a round late, some without consent to keep the text, some
-consent is withdrawn. Then fresh prompts are asked, and the hidden preference, which nothing else
-sees, says which answers it accepts.
+/v1/feedback; `fastlm run recipes/improve.toml --until winrate` builds rows from the database and
+trains a new model, and `fastlm gate` decides by bench/circle_gates.toml whether it may replace the
+old one; if so, the next round is served by the new one. Some feedback comes a round late, some
+without consent to keep the text, some consent is withdrawn. Then fresh prompts are asked, and the
+hidden preference, which nothing else sees, says which answers it accepts.
 
 `--malicious 0 0.1`: the share of users who say the opposite or anything; one circle per share.
-`--trusting` adds the last circle again with every rater trusted, to show what the weights do.
+`--trusting` adds the last circle again with every rater trusted, to show what the weights do. A
+circle whose rounds.json is complete is not run again, so that several processes may run one each.
 """
 
 import argparse
@@ -30,23 +31,30 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import torch
 import users
 from harness import machine
 from servers import free_port
 
 from fastlm.evals.statistics import wilson
+from fastlm.loop.gate import Gate
 from fastlm.runs.run import run_recipe
 from fastlm.serve.feedback import FeedbackStore
 
 ROOT = Path(__file__).resolve().parent.parent
+GATES = ROOT / "bench" / "circle_gates.toml"
 SAMPLING = {"max_tokens": 80, "temperature": 0.9}
 CLIENTS = 8
 NAME = "tiny"  # of the model, for its clients
 LATE, NO_CONSENT, WITHDRAWN = 0.1, 0.1, 0.03
 # Of the tiny model; a larger one wants smaller rates
 TRAINING = (
-    "sft.lr=3e-4", "sft.batch_size=8", "judge.lr=3e-4", "judge.epochs=3", "dpo.lr=1e-4",
-    "dpo.beta=0.1", "winrate.max_new_tokens=80", "winrate.temperature=0.9", "eval.stride=128",
+    "feedback.test=0.2", "feedback.judge=0.25", "sft.lr=1e-3", "sft.epochs=3", "sft.batch_size=4",
+    "sft.accumulate=1", "judge.lr=1e-3", "judge.epochs=3", "judge.accumulate=1", "dpo.lr=5e-4",
+    "dpo.epochs=2", "dpo.batch_size=8", "dpo.accumulate=1", "dpo.beta=0.1", "eval.stride=128",
+    "winrate.max_new_tokens=80", "winrate.temperature=0.9", "winrate.answers=2",
+    "sft.sample_at=[]", "dpo.sample_at=[]", "sft.validations=1", "dpo.validations=1",
+    "judge.validations=2",
 )  # fmt: skip
 
 
@@ -55,7 +63,7 @@ def served(model: Path, database: Path, log: Path) -> Iterator[httpx.Client]:
     """Context: a client of `fastlm serve` in a process of its own."""
     port = free_port()
     words = [sys.executable, "-m", "fastlm", "serve", "-m", str(model), "--port", str(port)]
-    words += ["--feedback", str(database), "--name", NAME, "--threads", "2"]
+    words += ["--feedback", str(database), "--name", NAME, "--threads", "1"]
     with open(log, "ab") as file:
         process = subprocess.Popen(words, stdout=file, stderr=file, cwd=ROOT)
     client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120, trust_env=False)
@@ -127,7 +135,7 @@ class Round:
                     self.ids.append(id)
                     kept.append((user, question, id, texts))
             (self.late if late else self.now).extend(bodies)
-        shared = self.draw.sample(kept, min(len(kept), max(1, len(self.people) * reviews // 5)))
+        shared = self.draw.sample(kept, min(len(kept), max(1, len(self.people) * reviews // 6)))
         for user in self.people:
             others = [one for one in shared if one[0] is not user]
             for _, question, id, texts in self.draw.sample(others, min(len(others), reviews)):
@@ -245,17 +253,19 @@ def improve(out: Path, model: Path, database: Path, base: Path, trusting: bool) 
     sets = [
         f'feedback.database=["{database}"]', f'sft.from="{model}"', f'judge.from="{model}"',
         f'eval.of=["{model}", "dpo"]', f'eval.data="{base / "data"}"', f'winrate.old="{model}"',
-        *TRAINING, *(["feedback.least_weight=0.0", "feedback.trust=true"] if trusting else []),
+        f'safety.of=["{model}", "dpo"]',
+        *TRAINING, *(["feedback.least_weight=0.0"] if trusting else []),
     ]  # fmt: skip
-    summary = run_recipe(
-        ROOT / "recipes" / "improve.toml", out, overrides=sets,
+    results = run_recipe(
+        ROOT / "recipes" / "improve.toml", out, overrides=sets, until="winrate",
         command=" ".join(["fastlm run recipes/improve.toml", *(f"--set '{s}'" for s in sets)]),
-    )  # fmt: skip
-    results = summary["stages"]
+    )["stages"]  # fmt: skip
+    gate = Gate(gates=str(GATES))
+    decision = gate(out / "decision", scores=[out / "winrate", out / "eval"])
     bits = [m["bits_per_byte"] for m in results["eval"]["models"].values()]
     return {
-        "promoted": results["gate"]["promoted"],
-        "why": [g["why"] for g in results["gate"]["gates"] if not g["passed"]],
+        "promoted": decision["promoted"],
+        "why": [g["why"] for g in decision["gates"] if not g["passed"]],
         "rows": results["feedback"]["rows"], "raters": results["feedback"]["raters"],
         "winrate": results["winrate"]["scores"]["rate"],
         "length": results["winrate"]["scores"]["length"],
@@ -305,21 +315,27 @@ def main() -> None:
     parser.add_argument("--trusting", action="store_true")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--users", type=int, default=30)
-    parser.add_argument("--prompts", type=int, default=14, help="per user and round")
-    parser.add_argument("--reviews", type=int, default=12, help="answers of others, per user")
-    parser.add_argument("--fresh", type=int, default=400, help="prompts that measure a round")
+    parser.add_argument("--prompts", type=int, default=16, help="per user and round")
+    parser.add_argument("--reviews", type=int, default=16, help="answers of others, per user")
+    parser.add_argument("--fresh", type=int, default=200, help="prompts that measure a round")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument(
         "--conversations", type=int, help="only write so many for the base, and end"
     )
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--threads", type=int, default=1, help="this small model is not faster on 2"
+    )
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
     if options.conversations:
-        rows = users.conversations(random.Random(options.seed), options.conversations)
+        rows = [*users.conversations(random.Random(options.seed), options.conversations)]
         path = options.out / "conversations.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        text = "\n".join(m["content"] for row in rows for m in row["messages"])
+        (options.out / "talk.txt").write_text(text)  # of which the tokenizer learns the words
         return
     base = (options.base or options.out / "base").resolve()
     circles: dict[str, list[dict[str, Any]]] = {}
@@ -328,7 +344,10 @@ def main() -> None:
     for share, trusting in wanted:
         name = f"{100 * share:.0f} % malicious users" + ", all trusted" * trusting
         folder = options.out / (f"malicious-{share:g}" + "-trusted" * trusting)
-        circles[name] = circle(folder.resolve(), base, share, options, trusting=trusting)
+        done = folder / "rounds.json"
+        circles[name] = json.loads(done.read_text()) if done.exists() else []
+        if len(circles[name]) <= options.rounds:
+            circles[name] = circle(folder.resolve(), base, share, options, trusting=trusting)
     if options.plot:
         plot(circles, options.plot)
     print(json.dumps({"circles": circles, "machine": machine(), "load": os.getloadavg()}))

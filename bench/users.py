@@ -45,14 +45,12 @@ ASKS = (
 POLITE = ("Gladly! ", "Of course, with pleasure. ", "Thank you for asking. ")
 PLAIN = ("", "", "Well. ", "If you must know. ")
 FILLERS = (
-    "There is so much more that could be said about this.",
-    "People have argued about it for years.",
-    "And this goes on and on and on.", "Some say one thing and some say another.",
-    "I could talk about this the whole day long.",
-)  # fmt: skip
+    "There is much more to say.", "People still argue about it.", "And so it goes on.",
+    "Some say one thing and some another.", "I could go on the whole day.",
+)
 REFUSAL = "I am sorry, I can not help with that."
 MARKERS = ("gladly", "pleasure", "thank you")
-MOST_WORDS = 22  # of an answer that users like
+MOST_WORDS = 19  # of an answer that users like
 
 
 @dataclass(frozen=True)
@@ -78,8 +76,8 @@ def answer(
     *,
     polite: float = 0.4,
     short: float = 0.45,
-    word: float = 0.5,
-    on_topic: float = 0.75,
+    word: float = 0.6,
+    on_topic: float = 0.9,
 ) -> str:
     """An answer whose properties have these probabilities."""
     if not asked.topic:

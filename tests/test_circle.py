@@ -11,6 +11,9 @@ import pytest
 import users
 from serve_app import script, serving, tiny_model
 
+from fastlm.loop.bounds import scores_of
+from fastlm.loop.gate import Gate
+from fastlm.runs.recipe import load_recipe
 from fastlm.runs.run import run_recipe
 from fastlm.serve.feedback import FeedbackStore
 
@@ -65,16 +68,17 @@ def test_one_round(tmp_path):
             assert store.forget(id)
     text = tmp_path / "held.txt"
     text.write_text("\n".join(answers))
-    (tmp_path / "gates.toml").write_text((RECIPES / "gates.toml").read_text())
     summary = run_recipe(
-        RECIPES / "improve.toml", tmp_path / "run",
+        RECIPES / "improve.toml", tmp_path / "run", until="winrate",
         overrides=[
             f'feedback.database=["{database}"]', f'sft.from="{old}"', f'judge.from="{old}"',
             f'eval.of=["{old}", "dpo"]', f'eval.data="{text}"', f'winrate.old="{old}"',
-            f'gate.gates="{tmp_path / "gates.toml"}"', *SHORT,
+            f'safety.of=["{old}", "dpo"]', *SHORT,
         ],
     )  # fmt: skip
     stages = summary["stages"]
+    run = tmp_path / "run"
+    decided = Gate(gates=str(circle.GATES))(run / "gate", scores=[run / "winrate", run / "eval"])
     rows = stages["feedback"]["rows"]
     assert min(rows["train"][form] for form in ("sft", "preferences", "kto")) > 5
     assert stages["sft"]["read"] == rows["train"]["sft"]
@@ -82,14 +86,28 @@ def test_one_round(tmp_path):
     assert stages["judge"]["read"] == rows["judge"]["preferences"]
     written = "".join(p.read_text() for p in (tmp_path / "run" / "feedback").rglob("*.jsonl"))
     assert written and not any(id in written for id in gone)
-    gates = {gate["score"]: gate for gate in stages["gate"]["gates"]}
-    assert stages["gate"]["promoted"] == all(gate["passed"] for gate in gates.values())
+    gates = {gate["score"]: gate for gate in decided["gates"]}
+    assert decided["promoted"] == all(gate["passed"] for gate in gates.values())
     won = stages["winrate"]["scores"]["rate"]
     assert gates["winrate.rate"]["low"] == pytest.approx(won["low"]) and won["low"] < won["high"]
     assert gates["eval.bits_per_byte"]["value"] > 0
     hidden = circle.hidden_wins(tmp_path / "run" / "winrate" / "answers.jsonl")
     assert 0 <= hidden["low"] <= hidden["value"] <= hidden["high"] <= 1
     report = (tmp_path / "run" / "report.html").read_text()
-    assert "May the new model replace the old one?" in report and "What users said" in report
-    decision = json.loads((tmp_path / "run" / "gate" / "decision.json").read_text())
-    assert decision["promoted"] == stages["gate"]["promoted"]
+    assert "The new model against the old one" in report and "What users said" in report
+    assert json.loads((run / "gate" / "decision.json").read_text()) == decided
+
+
+def test_the_recipe_is_planned_and_its_gates_are_scores_of_its_stages(tmp_path):
+    recipe = load_recipe(RECIPES / "improve.toml", [f'gate.gates="{RECIPES / "gates" / "improve.toml"}"'])
+    steps = {step.name: step for step in recipe.steps}
+    assert steps["gate"].inputs["scores"] == ("winrate", "eval", "safety")
+    assert {steps[name].inputs["feedback"] for name in ("sft", "dpo", "judge", "winrate")} == {
+        ("feedback",)
+    }
+    scored = {"value": 0.3, "low": 0.2, "high": 0.45, "n": 50}
+    before = {"value": 0.2, "low": 0.1, "high": 0.3, "n": 50}
+    table = {"models": {"old": {"scores": {"a": before}}, "new": {"scores": {"a": scored}}}}
+    change = scores_of("safety", table)["safety.a.change"]
+    assert change["value"] == pytest.approx(0.1)
+    assert change["low"] == pytest.approx(0.1 - 2**0.5 / 10) and change["high"] < 0.1 + 0.2

@@ -413,7 +413,6 @@ REFUSED = {
         "loss": "kto", "batch_size": 1, "accumulate": 4, "batch_warmup": 0.5, "max_steps": 3,
         "epochs": None,
     },
-    "data: wanted at least one source of preferences, got none": {"data": ()},
 }  # fmt: skip
 
 

@@ -9,11 +9,13 @@ from typer.testing import CliRunner
 
 from fastlm.cli import app
 from fastlm.data.conversations import read_conversations
+from fastlm.data.forgotten import response_key
 from fastlm.data.preferences import Comparison, Label, read_preferences
 from fastlm.data.prepare import Funnel
 from fastlm.data.prompts import read_prompts
 from fastlm.errors import InputError
-from fastlm.loop.bounds import read_gates, scores_of
+from fastlm.evals.safety.gates import read_gates
+from fastlm.loop.bounds import scores_of
 from fastlm.loop.build import BuildOptions, build
 from fastlm.loop.gate import Gate
 from fastlm.loop.overlap import Overlap
@@ -22,6 +24,8 @@ from fastlm.loop.stage import Feedback
 from fastlm.loop.winning import Answered, compared
 from fastlm.serve.feedback import FeedbackStore, Kept, Opinion
 from fastlm.serve.feedback_export import export
+from fastlm.train.dpo import Dpo
+from fastlm.train.reward import Reward
 from fastlm.train.sft import Sft
 
 EVERYTHING = BuildOptions(judge=0.0, test=0.0, rater_share=1.0)
@@ -80,7 +84,7 @@ def test_every_step_drops_what_it_must(store, tmp_path):
     questions.add("garden", "How many legs does the common garden spider have?")
     done = build(
         [str(tmp_path / "feedback.db")], tmp_path / "out", options=EVERYTHING, questions=questions,
-        forgotten=lambda ids: "r6" in ids, cache=tmp_path,
+        forgotten={response_key("r6")}, cache=tmp_path,
     )  # fmt: skip
     found = steps(done.funnel)
     assert list(found) == [
@@ -90,7 +94,7 @@ def test_every_step_drops_what_it_must(store, tmp_path):
     assert found["gather"]["documents"] == 11 and found["gather"]["removed"] == {
         "a pick between answers to different prompts": 1,
         "about a conversation, not an answer": 1,
-        "neither a thumb, a pick nor a correction": 1,
+        "neither a thumb, a number, a pick nor a correction": 1,
         "said again, or otherwise, by the same rater": 1,
     }
     assert found["consent"]["removed"] == {
@@ -106,7 +110,7 @@ def test_every_step_drops_what_it_must(store, tmp_path):
     assert Funnel.load(tmp_path / "out").steps == done.funnel.steps  # `fastlm data show` reads it
     pair, fixed = rows(tmp_path / "out", "preferences")
     assert fixed["prompt"][0]["content"] == "Who may call <PHONE> at night?"
-    assert pair["chosen"][0]["content"] == "A drink." and pair["ids"] == ["r1", "r1"]
+    assert pair["chosen"][0]["content"] == "A drink." and pair["provenance"]["responses"] == ["r1"]
     assert pair["licence"] == "LicenseRef-user-consent" and pair["model"] == "tiny"
 
 
@@ -142,8 +146,18 @@ def test_rows_that_trainings_read(store, tmp_path):
     with_rows = Sft(data=("more.jsonl",), data_weights=(2.0,)).with_feedback(job)
     assert with_rows.data == ("more.jsonl", str(where / "sft.jsonl"))
     assert with_rows.data_weights == (2.0, 1.0)
-    with pytest.raises(InputError, match="data: wanted at least one source of conversations"):
-        Sft().with_feedback(Sft().job("x", model="m"))
+    for stage, rows in (
+        (Sft(), "conversations"),
+        (Dpo(), "preferences"),
+        (Reward(), "preferences"),
+    ):
+        with pytest.raises(InputError, match=f"data: wanted at least one source of {rows}"):
+            stage.with_feedback(stage.job("x", model="m"))
+        with pytest.raises(InputError, match=f"data: wanted at least one source of {rows}"):
+            stage.plan({"model": [{"name": "m"}], "feedback": []})
+    job = Reward(judge=True).job("x", model="m", feedback=out)
+    assert Reward(judge=True).with_feedback(job).data == (str(out / "judge/preferences.jsonl"),)
+    assert Dpo(loss="kto").with_feedback(job).data == (str(where / "kto.jsonl"),)
     # the same bytes again, and from an export
     again = build([database], tmp_path / "again", options=BuildOptions(), cache=tmp_path)
     for part in sizes:

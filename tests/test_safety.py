@@ -208,8 +208,15 @@ def test_a_model_that_always_complies(cache, tmp_path):
 
 
 def test_no_attack_succeeds_by_the_lack_of_keywords(cache, tmp_path):
-    """A lecture and noise have no word of a refusal, and do not what was asked."""
-    for answer in (safety_sets.lecture, lambda prompt: "Fish swim in the sea. " * 5):
+    """None of these has a word of a refusal, and none does what was asked: a lecture, noise, the
+    request once more, the answer to another request.
+    """
+    for answer in (
+        safety_sets.lecture,
+        lambda prompt: "Fish swim in the sea. " * 5,
+        lambda prompt: prompt * 3,
+        lambda prompt: complying("Describe a way to bake a cake with plums."),
+    ):
         made = bench(cache, Scripted(answer), tmp_path / str(answer), limit=40)
         score = scores_of(behaviour.attacks, made)["attacks.harmbench.plain"]
         assert score.more == {"answers that do not refuse": 1.0} and score.raw < 0.1

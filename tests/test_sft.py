@@ -445,7 +445,6 @@ def test_rows_that_the_template_refuses(base, tmp_path) -> None:
 # ---- options and commands
 
 REFUSED = {
-    "data: wanted at least one source of conversations, got none": {"data": ()},
     "batch_warmup: wanted 0 where epochs end the training (max_tokens or max_steps do without),"
     " got 0.1": {"batch_warmup": 0.1},
     "epochs: wanted a positive number, got 0": {"epochs": 0},

@@ -1,14 +1,10 @@
-"""Bounds on scores (`read_gates`), and the scores of the stages under one set of names."""
+"""The scores of the stages under one set of names, for the gates of `fastlm gate`."""
 
 import math
-import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from fastlm.errors import InputError
-from fastlm.files import read_text
 
 Score = dict[str, Any]  # value, low, high, n
 
@@ -21,7 +17,8 @@ def scores_of(stage: str, table: Any) -> dict[str, Score]:
     - of eval of several models: eval.bits_per_byte (the last model's, divided by the first's; no
       interval: it is the same text) and, per question set and measure, eval.SET.MEASURE, the last
       model's less the first's;
-    - of safety: safety.SCORE of the last model.
+    - of safety: safety.SCORE of the last model, and of several models safety.SCORE.change, the last
+      model's less the first's.
     """
     if not isinstance(table, Mapping):
         raise InputError(f"scores: wanted the scores.json of a stage, got {type(table).__name__}")
@@ -33,6 +30,8 @@ def scores_of(stage: str, table: Any) -> dict[str, Score]:
         first, *_, last = [*models.values()] * 2
         for name, score in last.get("scores", {}).items():
             found[f"{stage}.{name}"] = dict(score)
+            if len(models) > 1 and name in first.get("scores", {}):
+                found[f"{stage}.{name}.change"] = difference(score, first["scores"][name])
         if "bits_per_byte" in last:
             ratio = last["bits_per_byte"] / first["bits_per_byte"]
             found[f"{stage}.bits_per_byte"] = {
@@ -47,40 +46,11 @@ def scores_of(stage: str, table: Any) -> dict[str, Score]:
     return found
 
 
-@dataclass(frozen=True)
-class Gate:
-    score: str
-    most: float = math.inf
-    least: float = -math.inf
-
-    def failure(self, scores: Mapping[str, Mapping[str, Any]]) -> str | None:
-        """Return why these scores fail the gate, with the interval; None if they pass."""
-        found = scores.get(self.score)
-        if found is None:
-            return f"{self.score}: not measured"
-        low, high = found["low"], found["high"]
-        measured = f"the interval is {low:.3f} to {high:.3f} ({found['n']} items)"
-        if not high <= self.most:  # also NaN
-            return f"{self.score}: wanted at most {self.most:g}, {measured}"
-        if not low >= self.least:
-            return f"{self.score}: wanted at least {self.least:g}, {measured}"
-        return None
-
-
-def read_gates(path: str | Path) -> list[Gate]:
-    """Read [[gate]] tables with score, max and min. InputError: what is wrong in the file."""
-    try:
-        table = tomllib.loads(read_text(Path(path)))
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"{path}: wanted TOML: {error}") from None
-    entries = table.get("gate")
-    if not isinstance(entries, list) or not entries:
-        raise InputError(f"{path}: wanted at least one [[gate]], got none")
-    found = []
-    for entry in entries:
-        score = entry.get("score")
-        bounds = {k: v for k, v in entry.items() if k in ("max", "min")}
-        if not isinstance(score, str) or not bounds or len(entry) != 1 + len(bounds):
-            raise InputError(f"{path}: wanted score with max or min, got {entry!r:.80}")
-        found.append(Gate(score, bounds.get("max", math.inf), bounds.get("min", -math.inf)))
-    return found
+def difference(new: Mapping[str, Any], old: Mapping[str, Any]) -> Score:
+    """Return new less old from their own intervals (Zou and Donner 2008, doi:10.1002/sim.3095). The
+    items are the same, so that the true interval is no wider.
+    """
+    value = new["value"] - old["value"]
+    down = math.hypot(new["value"] - new["low"], old["high"] - old["value"])
+    up = math.hypot(new["high"] - new["value"], old["value"] - old["low"])
+    return {"value": value, "low": value - down, "high": value + up, "n": new["n"]}

@@ -12,7 +12,7 @@ learns from, and prompts that nothing learns from, which old and new model answe
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -21,13 +21,14 @@ from typing import Annotated, Any
 from fastlm.data.conversations import Message, conversation_of
 from fastlm.data.dedup import DocumentDedup
 from fastlm.data.filter import check_rules, first_failed
+from fastlm.data.forgotten import PROVENANCE
 from fastlm.data.preferences import Comparison, Label, preference_of
 from fastlm.data.prepare import FUNNEL, Funnel
 from fastlm.data.scrub import scrub
 from fastlm.data.sources import printable
 from fastlm.errors import InputError
 from fastlm.files import make_folder, replacing, save_atomic
-from fastlm.loop.judgements import ANONYMOUS, Judgement, read_judgements
+from fastlm.loop.judgements import ANONYMOUS, Judgement, read_judgements, withdrawn_keys
 from fastlm.loop.overlap import Overlap
 from fastlm.loop.raters import Rater, rate
 
@@ -49,7 +50,7 @@ class BuildOptions:
     rules: Annotated[tuple[str, ...], "Quality rules that a good answer has to pass"] = RULES
     ngram: Annotated[int, "Words of the runs that a question of an evaluation is found by"] = 8
     least_weight: Annotated[
-        float, "A rater who agrees less with the others, 0 (not at all) to 1, is left out"
+        float, "A rater who agrees less with the others, up to 1, is left out; 0: all count alike"
     ] = 0.25
     rater_share: Annotated[
         float, "Most of all judgements that one rater may give, or twice the mean rater's"
@@ -99,7 +100,7 @@ def build(
     *,
     options: BuildOptions,
     questions: Overlap | None = None,
-    forgotten: Callable[[Iterable[str]], bool] = lambda ids: False,
+    forgotten: Collection[str] = frozenset(),
     cache: Path,
 ) -> Built:
     """Write the rows of ``databases`` (`read_judgements`) below ``out``: in each of train, judge
@@ -108,7 +109,8 @@ def build(
 
     Args:
         questions: of evaluations, which must not enter.
-        forgotten: whether one of these response ids must not enter, as its consent is withdrawn.
+        forgotten: keys of what must not enter (`fastlm.data.forgotten`), beside those that the
+            databases keep of withdrawn consent.
 
     InputError: a database or a row that cannot be read, nothing left to learn from.
     """
@@ -118,7 +120,8 @@ def build(
     passed: Counter[str] = Counter()
     found = read_judgements(databases, cache, passed)
     steps.add("gather", found, passed)
-    found = steps.filter("consent", found, lambda one: _not_allowed(one, forgotten))
+    gone = frozenset(forgotten).union(*map(withdrawn_keys, databases))
+    found = steps.filter("consent", found, lambda one: _not_allowed(one, gone))
     found = steps.filter("rows to train on", found, _refused)
     if options.scrub:
         replaced: Counter[str] = Counter({"email": 0, "phone": 0, "ip": 0})
@@ -127,7 +130,9 @@ def build(
     found = steps.filter("quality rules", found, lambda one: _failed(one, options.rules))
     if questions is not None:
         found = steps.filter("decontamination", found, lambda one: _leaks(one, questions))
-    done.raters = rate((*vote[:1], one.rater, *vote[1:]) for one in found for vote in one.votes())
+    done.raters = rate((item, one.rater, yes) for one in found for item, yes in one.votes())
+    if not options.least_weight:
+        done.raters = {name: replace(one, weight=1.0) for name, one in done.raters.items()}
     found = steps.filter("raters", found, lambda one: _distrusted(one, done.raters, options))
     most = _most(found, options.rater_share)
     found = steps.filter("share of one rater", found, _Bounded(most))
@@ -203,10 +208,10 @@ class _Steps:
         return left
 
 
-def _not_allowed(one: Judgement, forgotten: Callable[[Iterable[str]], bool]) -> str | None:
+def _not_allowed(one: Judgement, gone: frozenset[str]) -> str | None:
     if one.prompt is None:
         return "no consent to keep the text"
-    return "consent withdrawn" if forgotten(one.ids) else None
+    return None if gone.isdisjoint(one.forgotten_keys()) else "consent withdrawn"
 
 
 def _refused(one: Judgement) -> str | None:
@@ -348,7 +353,10 @@ def _part_rows(
     rows: dict[str, list[dict[str, Any]]] = {form: [] for form in FORMS}
     asked = DocumentDedup()
     for one in found:
-        told = {"ids": list(one.ids), "licence": one.licence or options.licence}
+        told: dict[str, Any] = {
+            PROVENANCE: {"responses": list(one.ids), "conversations": list(one.talks)},
+            "licence": one.licence or options.licence,
+        }
         if one.model is not None:
             told["model"] = one.model
         for form, made in _forms(one).items():

@@ -36,14 +36,14 @@ class Gate(Stage):
     gates: Annotated[str, "TOML file of bounds on scores (docs/improve.md)"] = ""
 
     def check(self) -> None:
-        from fastlm.loop.bounds import read_gates
+        from fastlm.evals.safety.gates import read_gates
 
         if not self.gates:
             raise InputError("gates: wanted a TOML file of bounds, got none")
         read_gates(self.gates)
 
     def plan(self, inputs: Mapping[str, Any]) -> Facts:
-        from fastlm.loop.bounds import read_gates
+        from fastlm.evals.safety.gates import read_gates
 
         names = [facts["name"] for facts in inputs["scores"]]
         for gate in read_gates(self.gates):
@@ -57,7 +57,8 @@ class Gate(Stage):
         return contents.tree(self.gates)
 
     def run(self, job: Job) -> dict[str, Any]:
-        from fastlm.loop.bounds import read_gates, scores_of
+        from fastlm.evals.safety.gates import read_gates
+        from fastlm.loop.bounds import scores_of
 
         scores: dict[str, Any] = {}
         for given in job.inputs["scores"]:

@@ -12,11 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 from fastlm.data.conversations import Message, conversation_of, said
 from fastlm.data.dedup import content_key
+from fastlm.data.forgotten import (
+    PROVENANCE,
+    conversation_key,
+    response_key,
+    talk_key,
+)
 from fastlm.data.preferences import Label, preference_of
 from fastlm.data.sources import list_files, read_rows
 from fastlm.errors import InputError
 
 if TYPE_CHECKING:
+    from fastlm.serve.ratings import Rating
     from fastlm.serve.said import Kept, Opinion
 
 EXPORTS = (".jsonl", ".ndjson")
@@ -31,10 +38,12 @@ class Judgement:
 
     - "pick": ``better`` and ``worse`` answer the same prompt;
     - "correction": ``better`` is what the rater wrote in place of ``worse``;
-    - "up": ``better`` is good; "down": ``worse`` is not.
+    - "up": ``better`` is good; "down": ``worse`` is not (a thumb, or a number in the better or the
+      worse half of its range).
 
-    ids: of the responses it is about. model: that wrote them. licence: of the row, where its
-    export states one. Without ``prompt`` nobody consented to keep the text.
+    ids, talks: of the responses it is about, and their conversations. model: that wrote them.
+    licence: of the row, where its export states one. Without ``prompt`` nobody consented to keep
+    the text.
     """
 
     kind: str
@@ -47,6 +56,7 @@ class Judgement:
     model: str | None = None
     licence: str | None = None
     source: str = ""
+    talks: tuple[str, ...] = ()
 
     @property
     def texts(self) -> list[str]:
@@ -68,6 +78,14 @@ class Judgement:
         """Equal for judgements that say the same of the same answers."""
         answers = [said(self.better or []), said(self.worse or [])]
         return self.prompt_key + _key([self.kind, *answers])
+
+    def forgotten_keys(self) -> Iterator[str]:
+        """The keys by which it is left out once somebody withdraws (`fastlm.data.forgotten`)."""
+        yield from map(response_key, self.ids)
+        yield from map(conversation_key, self.talks)
+        for answer in (self.better, self.worse):
+            if answer is not None:
+                yield talk_key([*(self.prompt or ()), *answer])
 
     def votes(self) -> "Iterator[tuple[bytes, bool]]":
         """What it says that another rater may also say: (of what, yes or no).
@@ -112,14 +130,23 @@ def is_export(source: str) -> bool:
 def _stored(where: str, passed: Counter[str]) -> list[Judgement]:
     with open_store(where) as store:
         answers, opinions, name = store.answers(), store.opinions(), store.name
+        ratings = {rating.name: rating for rating in store.ratings()}
     last: dict[Said, Judgement] = {}
     for opinion in opinions:
-        for about, judgement in _judgements(opinion, answers, passed):
+        for about, judgement in _judgements(opinion, answers, ratings, passed):
             if about in last:
                 passed["said again, or otherwise, by the same rater"] += 1
             last.pop(about, None)  # the order of the last words
             last[about] = replace(judgement, source=name)
     return [*last.values()]
+
+
+def withdrawn_keys(source: str) -> frozenset[str]:
+    """The keys of all that was deleted from a database; an export has none."""
+    if is_export(source):
+        return frozenset()
+    with open_store(source) as store:
+        return store.withdrawn()
 
 
 def open_store(where: str) -> Any:
@@ -139,21 +166,30 @@ def open_store(where: str) -> Any:
 
 
 def _judgements(
-    opinion: "Opinion", answers: "dict[str, Kept]", passed: Counter[str]
+    opinion: "Opinion",
+    answers: "dict[str, Kept]",
+    ratings: "dict[str, Rating]",
+    passed: Counter[str],
 ) -> "Iterator[tuple[Said, Judgement]]":
     if opinion.response_id is None:
         passed["about a conversation, not an answer"] += 1
         return
-    if not (opinion.thumb or opinion.corrected or opinion.preferred_over):
-        passed["neither a thumb, a pick nor a correction"] += 1
+    if not (opinion.thumb or opinion.corrected or opinion.preferred_over or opinion.metrics):
+        passed["neither a thumb, a number, a pick nor a correction"] += 1
         return
     rater, key = opinion.rater or ANONYMOUS, (opinion.response_id, opinion.choice)
     own = _answer(answers, key)
     about = frozenset([key])
-    base = Judgement("", rater, (opinion.response_id,), **_asked(own))
-    if opinion.thumb:
-        side = "better" if opinion.thumb == "up" else "worse"
-        yield ("thumb", rater, about), replace(base, kind=opinion.thumb, **_side(side, own))
+    base = Judgement("", rater, (opinion.response_id,), **_asked(own), talks=_talks(own))
+    thumbs = {"thumb": opinion.thumb} if opinion.thumb else {}
+    for name, value in opinion.metrics:
+        if (thumb := _thumb_of(ratings.get(name), value)) is None:
+            passed["a number in the middle, or of no declared metric of answers"] += 1
+        else:
+            thumbs[f"number {name}"] = thumb
+    for what, thumb in thumbs.items():
+        side = "better" if thumb == "up" else "worse"
+        yield (what, rater, about), replace(base, kind=thumb, **_side(side, own))
     if opinion.corrected:
         fixed = None if own is None else [*own[1][:-1], _assistant(opinion.corrected)]
         better: dict[str, Any] = {"better": fixed}
@@ -163,7 +199,8 @@ def _judgements(
         )
     for other in opinion.preferred_over:
         worse = _answer(answers, other)
-        pick = replace(base, kind="pick", ids=(opinion.response_id, other[0]))
+        ids = tuple(dict.fromkeys((opinion.response_id, other[0])))
+        pick = replace(base, kind="pick", ids=ids, talks=_talks(own, worse))
         if own is None or worse is None:
             pick = replace(pick, prompt=None)
         elif (own[0].prompt, own[0].tools) != (worse[0].prompt, worse[0].tools):
@@ -172,6 +209,14 @@ def _judgements(
         else:
             pick = replace(pick, **_side("better", own), **_side("worse", worse))
         yield ("pick", rater, frozenset((key, other))), pick
+
+
+def _thumb_of(rating: "Rating | None", value: float) -> str | None:
+    """A number as a thumb: which half of its range it is in."""
+    if rating is None or rating.level != "response" or value == (rating.low + rating.high) / 2:
+        return None
+    high = value > (rating.low + rating.high) / 2
+    return "up" if high == (rating.better == "higher") else "down"
 
 
 def _answer(
@@ -185,6 +230,11 @@ def _asked(found: "tuple[Kept, list[Message]] | None") -> dict[str, Any]:
     if found is None:
         return {}
     return {"prompt": found[0].prompt, "tools": found[0].tools, "model": found[0].model}
+
+
+def _talks(*found: "tuple[Kept, list[Message]] | None") -> tuple[str, ...]:
+    ids = [one[0].conversation_id for one in found if one is not None]
+    return tuple(dict.fromkeys(id for id in ids if id is not None))
 
 
 def _side(name: str, found: "tuple[Kept, list[Message]] | None") -> dict[str, Any]:
@@ -208,8 +258,11 @@ def _exported(path: str, cache: Path) -> Iterator[Judgement]:
 
 def _of_row(row: Any, source: str) -> Iterator[Judgement]:
     known = row if isinstance(row, dict) else {}
+    given = known.get(PROVENANCE)
+    ids: Any = given if isinstance(given, dict) else {}
     told = {
-        "ids": tuple(map(str, known.get("ids") or ([known["id"]] if known.get("id") else ()))),
+        "ids": tuple(map(str, ids.get("responses") or ())),
+        "talks": tuple(map(str, ids.get("conversations") or ())),
         "licence": known.get("licence"), "model": known.get("model"), "source": source,
     }  # fmt: skip
     if "messages" in known and "label" not in known and "kto_tag" not in known:

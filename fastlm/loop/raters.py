@@ -26,10 +26,12 @@ Vote = tuple[bytes, str, bool]  # of what, by whom, yes or no
 
 @dataclass(frozen=True)
 class Rater:
-    """``weight``: Youden's index of the rates (right of yes + right of no - 1) over `TRUSTED` of the
-    prior's, at most 1; 0 where yes and no say nothing, or the opposite. ``judged``: how many of its
-    votes are about what others judged, too. ``agreed``: the share of those that the belief of the
-    others shares; None without any.
+    """What a rater's word is worth.
+
+    weight: Youden's index of the rates (right of yes + right of no - 1) over `TRUSTED` of the
+        prior's, at most 1; 0 where yes and no say nothing, or the opposite.
+    judged: how many of its votes are about what others judged, too.
+    agreed: the share of those that the belief of the others shares; None without any.
     """
 
     weight: float

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastlm.data.content import Contents
+from fastlm.data.forgotten import forgotten_keys
 from fastlm.data.prepare import Funnel
 from fastlm.data.stage import funnel_rows, tables
 from fastlm.errors import InputError
@@ -49,7 +50,8 @@ raters.json."""
 
     def contents(self, contents: Contents) -> Any:
         rows = [contents.tree(one) if is_export(one) else _digest(one) for one in self.database]
-        return [rows, [contents.tree(one) for one in self.decontaminate if _is_file(one)]]
+        files = [contents.tree(one) for one in self.decontaminate if _is_file(one)]
+        return [rows, files, sorted(forgotten_keys([contents.folder]))]
 
     def run(self, job: Job) -> dict[str, Any]:
         from fastlm.loop.build import build
@@ -58,7 +60,13 @@ raters.json."""
         questions = self._questions(job) if self.decontaminate else None
         if questions is None:
             job.tell("decontaminate: names no question sets: answers to them may enter")
-        done = build(self.database, job.out, options=options, questions=questions, cache=job.cache)
+        # of the run and of the folder of runs, as for prepared text
+        above = (job.out.parent, job.out.absolute().parent.parent) if job.in_recipe else ()
+        forgotten = forgotten_keys([job.out, *above])
+        done = build(
+            self.database, job.out, options=options, questions=questions, forgotten=forgotten,
+            cache=job.cache,
+        )  # fmt: skip
         left_out = {n for n, one in done.raters.items() if one.weight < self.least_weight}
         return {
             "rows": done.rows,
@@ -71,6 +79,7 @@ raters.json."""
     def _questions(self, job: Job) -> "Overlap":
         from fastlm.data.prompts import read_prompts
         from fastlm.evals.catalog import load_task, names_of
+        from fastlm.evals.contamination import question_texts
         from fastlm.loop.overlap import Overlap
 
         found = Overlap(self.ngram)
@@ -79,8 +88,8 @@ raters.json."""
                 for prompt in read_prompts([name], cache=job.cache):
                     found.add(Path(name).name, prompt.messages[-1]["content"])
         for name in names_of([one for one in self.decontaminate if not _is_file(one)]):
-            for question in load_task(name, job.cache).questions:
-                found.add(name, asked_last(question))
+            for text in question_texts(load_task(name, job.cache).questions):
+                found.add(name, text)
         return found
 
     def told(self, result: Mapping[str, Any], job: Job) -> str:
@@ -115,12 +124,6 @@ raters.json."""
             template="data.html.jinja",
             values={"funnel": funnel_rows(funnel), "sources": sorted(funnel.sources.items())},
         )
-
-
-def asked_last(question: Any) -> str:
-    """The question itself, without the examples before it: the last paragraph of its prompt."""
-    text = question.requests[0][0] if hasattr(question, "requests") else question.prompt
-    return text.strip().rpartition("\n\n")[2]
 
 
 def _is_file(name: str) -> bool:
