@@ -226,7 +226,9 @@ def _bits_part(job: Job, result: Mapping[str, Any]) -> Part:
     for source in job.inputs["model"]:
         metrics = source.path.parent / METRICS  # next to the model that a training wrote
         if source.name in models and metrics.is_file():
-            curves[source.name] = read_metrics(metrics)
+            rows = read_metrics(metrics)
+            if any("bits_per_byte" in row for row in rows):  # a fine-tuning has none
+                curves[source.name] = rows
     packed = _compressors(result)
     of = "" if len(models) == 1 else f" ({best})"
     card = f"bits per byte of unseen text{of}"
@@ -262,7 +264,8 @@ def _add_tasks(part: Part, tasks: Sequence[Mapping[str, Any]]) -> None:
     charts = [scores_chart(tasks)]
     if any(one["measure"] == HEADLINE for task in tasks for one in task["compared"]):
         charts.append(differences_chart(tasks))
-    part.template = "eval.html.jinja"
+    part.template, part.wide = "eval.html.jinja", True
+    part.title = "How well it predicts text, and answers questions"
     part.values = {
         **part.values,
         "headings": [(HEADINGS[key], key in ("set", "model")) for key in columns],
