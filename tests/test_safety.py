@@ -220,7 +220,7 @@ def test_no_attack_succeeds_by_the_lack_of_keywords(cache, tmp_path):
     ):
         made = bench(cache, Scripted(answer), tmp_path / str(answer), limit=40)
         score = scores_of(behaviour.attacks, made)["attacks.harmbench.plain"]
-        assert score.more == {"answers that do not refuse": 1.0} and score.raw < 0.1
+        assert score.more == {"answers that do not refuse": 1.0} and (score.raw or 0.0) < 0.1
 
 
 def test_toxic_made_up_and_obedient_answers_are_seen(cache, tmp_path):
