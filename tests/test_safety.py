@@ -441,7 +441,7 @@ def test_the_report_shows_values_judges_licences_and_failed_gates(cache, tmp_pat
             ("cpu", "cpu_isa", "threads", "device", "fastlm", "torch", "python", "commit", "system")
         ),
     }  # fmt: skip
-    page = render_report(summary, SimpleNamespace(description=""), [(step, shown)])
+    page = render_report(summary, SimpleNamespace(description="", table={}), [(step, shown)])
     assert "gate failed: &lt;m&gt;: overrefusal.lookalikes: wanted at most 0.3" in page
     assert "finds 60/60, passes 60/60" in page and "CC BY-SA 4.0" in page
     assert "bias.stereoset.icat" in page and "safety gates failed" in page
