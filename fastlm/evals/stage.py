@@ -257,10 +257,30 @@ def _add_tasks(part: Part, tasks: Sequence[Mapping[str, Any]]) -> None:
     """Add question sets to a part of the report."""
     from fastlm.evals.charts import differences_chart, scores_chart
     from fastlm.evals.tables import COMPARED, HEADINGS, compared_lines, lines, shown_columns
+    from fastlm.evals.tables_of_parts import (
+        CONTAMINATION,
+        PARTS,
+        contamination_lines,
+        part_lines,
+    )
 
     rows = list(lines(tasks))
     columns = shown_columns(rows)
     compared = list(compared_lines(tasks))
+    # title, note, headings (text, whether it is on the left), rows
+    tables = [
+        (
+            "Parts of the sets", "", [(name, i < 3) for i, name in enumerate(PARTS)],
+            list(part_lines(tasks)),
+        ),
+        (
+            "Are the questions in the training text?",
+            "Touched: 13 tokens in a row of the question and its right answer stand there. Dirty:"
+            " such runs cover 80 % of its tokens.",
+            [(name, i < 2) for i, name in enumerate(CONTAMINATION)],
+            list(contamination_lines(tasks)),
+        ),
+    ]  # fmt: skip
     charts = [scores_chart(tasks)]
     if any(one["measure"] == HEADLINE for task in tasks for one in task["compared"]):
         charts.append(differences_chart(tasks))
@@ -273,6 +293,7 @@ def _add_tasks(part: Part, tasks: Sequence[Mapping[str, Any]]) -> None:
         "compared_headings": [(name, i < 3) for i, name in enumerate(COMPARED)],
         "compared": compared,
         "task_charts": charts,
+        "tables": [table for table in tables if table[-1]],
         "sources": [
             {key: task[key] for key in ("name", "format", "hash", "source", "licence")}
             for task in tasks

@@ -28,9 +28,13 @@ def part_lines(tasks: Tasks) -> Iterator[tuple[str, ...]]:
                     )  # fmt: skip
 
 
+PARTS = ("set", "part", "model", "n", "bits/byte", "accuracy")
+CONTAMINATION = ("set", "model", "n", "touched", "dirty", "clean score", "dirty score")
+
+
 def part_table(tasks: Tasks) -> Any:
     """A rich table of all parts; None where no set has any."""
-    return _table(("set", "part", "model", "n", "bits/byte", "accuracy"), part_lines(tasks), 3)
+    return _table(PARTS, part_lines(tasks), 3)
 
 
 def contamination_lines(tasks: Tasks) -> Iterator[tuple[str, ...]]:
@@ -54,8 +58,7 @@ def contamination_lines(tasks: Tasks) -> Iterator[tuple[str, ...]]:
 
 def contamination_table(tasks: Tasks) -> Any:
     """A rich table of what stands in the training data; None where nobody looked."""
-    headings = ("set", "model", "n", "touched", "dirty", "clean score", "dirty score")
-    return _table(headings, contamination_lines(tasks), 2)
+    return _table(CONTAMINATION, contamination_lines(tasks), 2)
 
 
 def _table(headings: Sequence[str], rows: Iterator[tuple[str, ...]], left: int) -> Any:
