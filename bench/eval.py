@@ -104,13 +104,13 @@ def write_task(folder: Path, name: str, task: Task, drawn: Sequence[dict[str, An
     if "choices" not in rows[0]:
         about |= {
             "output_type": "loglikelihood", "doc_to_target": "{{answer}}", "target_delimiter": "",
-            "metric_list": [{"metric": "acc"}],
+            "metric_list": [_mean("acc")],
         }  # fmt: skip
     else:
-        metrics = [{"metric": "acc"}]
+        metrics = [_mean("acc")]
         if len(set(rows[0]["contexts"])) == 1:
             about |= {"doc_to_choice": "choices", "doc_to_target": "gold"}
-            metrics.append({"metric": "acc_norm"})
+            metrics.append(_mean("acc_norm"))
         else:  # partial evaluation: the same continuation after each answer
             about |= {
                 "doc_to_text": "gold", "doc_to_choice": "contexts", "doc_to_target": "answer"
@@ -118,6 +118,10 @@ def write_task(folder: Path, name: str, task: Task, drawn: Sequence[dict[str, An
         about |= {"output_type": "multiple_choice", "metric_list": metrics}
     # JSON is YAML. No metric is bootstrapped: a worker has no processes of its own
     (folder / f"{name}.yaml").write_text(json.dumps(about, indent=1), encoding="utf-8")
+
+
+def _mean(metric: str) -> dict[str, Any]:
+    return {"metric": metric, "aggregation": "mean", "higher_is_better": True}
 
 
 def write_model(folder: Path, dtype: torch.dtype) -> Path:
@@ -185,12 +189,13 @@ def own_side(model: str, dtype: str, limit: int) -> Callable[..., Answer]:
 
     def run(name: str, shots: int) -> Answer:
         task = read_task(name, shots, limit)
-        task = replace(task, questions=[replace(q, bare=()) for q in task.questions])
+        bare = [replace(q, bare=()) for q in task.questions]  # the harness does not ask these
+        task = replace(task, questions=bare, normalisation="none")
         with tempfile.TemporaryDirectory() as folder, Results(f"{folder}/x", {}) as results:
             began = time.perf_counter(), time.process_time()
             records = ask(task, scorer, results)
             took = time.perf_counter() - began[0], time.process_time() - began[1]
-        found = summary(replace(task, normalisation="none"), values(task, records))
+        found = summary(task, values(task, records))
         return {
             "scores": {k: [m.value, m.error] for k, m in found.items()},
             "logprobs": [p for r in records for p in r["logprob"]],
@@ -212,12 +217,19 @@ def compared(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]
     return told
 
 
-def best_batch(worker: Worker, task: str, batches: Sequence[str]) -> tuple[str, dict[str, float]]:
-    times = {}
+def best_batch(
+    worker: Worker, task: str, batches: Sequence[str]
+) -> tuple[str, dict[str, list[float]]]:
+    """The size that takes the least processor time; of all: seconds, processor seconds."""
+    times: dict[str, list[float]] = {}
+    if len(batches) == 1:
+        return batches[0], times
     for batch in batches:
-        times[batch] = worker(task, batch)["seconds"]
-        print(f"  hf, {task}, batch size {batch}: {times[batch]:.1f} s", flush=True)
-    return min(times, key=lambda b: times[b]), times
+        answer = worker(task, batch)
+        times[batch] = [answer["seconds"], answer["processor"]]
+        told = " and ".join(f"{seconds:.1f} s" for seconds in times[batch])
+        print(f"  hf, {task}, batch size {batch}: {told} of the processor", flush=True)
+    return min(times, key=lambda b: times[b][1]), times
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -302,6 +314,8 @@ def run(options: argparse.Namespace, folder: Path, keep: Callable) -> list[dict[
                 "fastlm eval", own_side, (model, dtype, options.limit), options.threads
             ),
         }
+        for side, worker in sides.items():  # warm up
+            worker(*(("arc_easy", 0) if side == "fastlm eval" else (asked[0][2], "1")))
         others = Others([w.process.pid for w in sides.values()])
         best: dict[str, str] = {}
         for name, shots, task in asked:

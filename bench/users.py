@@ -45,8 +45,11 @@ ASKS = (
 POLITE = ("Gladly! ", "Of course, with pleasure. ", "Thank you for asking. ")
 PLAIN = ("", "", "Well. ", "If you must know. ")
 FILLERS = (
-    "There is much more to say.", "People still argue about it.", "And so it goes on.",
-    "Some say one thing and some another.", "I could go on the whole day.",
+    "There is much more to say.",
+    "People still argue about it.",
+    "And so it goes on.",
+    "Some say one thing and some another.",
+    "I could go on the whole day.",
 )
 REFUSAL = "I am sorry, I can not help with that."
 MARKERS = ("gladly", "pleasure", "thank you")

@@ -205,6 +205,33 @@ def info(
     console.print(ops)
 
 
+@app.command(short_help="The question sets that `fastlm eval --tasks` knows.")
+def tasks(
+    ability: Annotated[str | None, typer.Option(help="Only sets of this ability")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON")] = False,
+) -> None:
+    """List the question sets: what they ask for, their formats, licences and sources."""
+    from fastlm.evals.catalog import rows
+    from fastlm.evals.task import ABILITIES
+
+    if ability is not None and ability not in ABILITIES:
+        raise InputError(f"ability: wanted one of {', '.join(ABILITIES)}, got {ability!r:.60}")
+    found = [row for row in rows() if ability in (None, row["ability"])]
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None)
+    for key in found[0]:
+        table.add_column(key, no_wrap=key != "formats", overflow="fold")
+    for row in sorted(found, key=lambda row: ABILITIES.index(row["ability"])):
+        table.add_row(*row.values())
+    wide = None if sys.stdout.isatty() else 140
+    Console(width=wide).print(table, markup=False, highlight=False)
+
+
 def _show_facts(facts: dict[str, Any], as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(facts, indent=1))

@@ -30,7 +30,7 @@ def changing(base, state, *, canary=None, store=None, models_dir=None, turns=Non
     """Context: (URL, server) of the model in the folder ``base``. The server's own options are
     ``keys``, ``admins``, ``drain``; the others are of the plan of a canary's trial."""
     own = {key: options.pop(key) for key in ("keys", "admins") if key in options}
-    loader = Loader("tiny", None, OPTIONS, turns=turns or Turns())
+    loader = Loader("tiny", None, OPTIONS, turns=turns or Turns(), versions=True)
     plan, counts = Plan(**options), None if store is None else CanaryStore(store)
     models, known = start_models(
         loader, str(base), state, canary=None if canary is None else str(canary),

@@ -180,6 +180,5 @@ def where(request, tmp_path):
     url = request.getfixturevalue("postgresql")
     yield url
     with FeedbackStore(url) as store, store.write() as connection:
-        connection.exec_driver_sql(
-            "TRUNCATE fastlm_answers, fastlm_feedback, fastlm_measures, fastlm_metrics"
-        )
+        connection.exec_driver_sql("DROP SCHEMA public CASCADE")
+        connection.exec_driver_sql("CREATE SCHEMA public")

@@ -99,7 +99,9 @@ def test_one_round(tmp_path):
 
 
 def test_the_recipe_is_planned_and_its_gates_are_scores_of_its_stages(tmp_path):
-    recipe = load_recipe(RECIPES / "improve.toml", [f'gate.gates="{RECIPES / "gates.toml"}"'])
+    recipe = load_recipe(
+        RECIPES / "improve.toml", [f'gate.gates="{RECIPES / "gates" / "improve.toml"}"']
+    )
     steps = {step.name: step for step in recipe.steps}
     assert steps["gate"].inputs["scores"] == ("winrate", "eval", "safety")
     assert {steps[name].inputs["feedback"] for name in ("sft", "dpo", "judge", "winrate")} == {

@@ -19,6 +19,7 @@ from fastlm.runs.run import run_recipe
 
 VERBS = (
     "info",
+    "tasks",
     "run",
     "runs",
     "pretrain",

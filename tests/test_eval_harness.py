@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from preference_models import make_base
+from preference_models import WORDS, make_base
 
 from fastlm.errors import InputError
 
@@ -50,15 +50,17 @@ def test_likelihoods_are_those_of_hf(sides):
         ("", "tree lamp"), ("what is it? ", "lamp"), ("what\n\n", " lamp"),
         ("", "<|endoftext|>boat"), (CONTEXT * 30, " lamp boat"), (CONTEXT, " lamp"),
     ]  # fmt: skip
-    likeliest = theirs.generate_until(
-        requests("generate_until", (CONTEXT, {"until": [], "max_gen_toks": 3})), disable_tqdm=True
+    plain = {"until": [], "max_gen_toks": 1}
+    contexts = [f"{CONTEXT} {word}" for word in WORDS]
+    answers = theirs.generate_until(
+        requests("generate_until", *((c, plain) for c in contexts)), disable_tqdm=True
     )
-    pairs.append((CONTEXT, likeliest[0]))
+    pairs += list(zip(contexts, answers, strict=True))
     found, truth = (
         side.loglikelihood(requests("loglikelihood", *pairs), disable_tqdm=True) for side in sides
     )
     assert [greedy for _, greedy in found] == [greedy for _, greedy in truth]
-    assert found[-1][1]
+    assert any(greedy for _, greedy in found)
     assert [p for p, _ in found] == pytest.approx([p for p, _ in truth], abs=1e-4)
 
 
@@ -135,26 +137,26 @@ def test_what_is_done_is_cached(base, tmp_path, monkeypatch):
     cached = CachingLM(model, str(tmp_path / "cache.db"))
     score, calls = model.scorer._score, []
 
-    def failing(batch, *rest):
+    def counting(batch, *rest):
         calls.append(len(batch.members))
-        if sum(calls) > 3:
-            raise KeyboardInterrupt
         return score(batch, *rest)
+
+    def failing(batch, *rest):
+        if sum(calls) > 2:
+            raise KeyboardInterrupt
+        return counting(batch, *rest)
 
     monkeypatch.setattr(model.scorer, "_score", failing)
     with pytest.raises(KeyboardInterrupt):
         cached.loglikelihood(asked)
-    done = sum(calls[:-1])
-    assert done
+    done = sum(calls)
+    assert 0 < done < 6
     calls.clear()
-    monkeypatch.setattr(
-        model.scorer,
-        "_score",
-        lambda batch, *rest: calls.append(len(batch.members)) or score(batch, *rest),
-    )
-    assert cached.loglikelihood(asked) == pytest.approx(whole)
+    monkeypatch.setattr(model.scorer, "_score", counting)
+    again = cached.loglikelihood(asked)
+    assert [p for p, _ in again] == pytest.approx([p for p, _ in whole], abs=1e-4)
     assert sum(calls) == 6 - done
-    assert cached.loglikelihood(asked) == pytest.approx(whole)
+    assert cached.loglikelihood(asked) == again
     assert sum(calls) == 6 - done  # all of it was known
     cached.dbdict.close()
 

@@ -215,7 +215,7 @@ def test_the_stage_asks_models_and_compares_them(base, cache, tmp_path):
     scores = stage(out, model=[str(base), str(other)], cache=cache)
     (task,) = scores["tasks"]
     assert scores["models"] == {} and task["questions"] == 8 and task["chance"] == 0.5
-    assert set(task["models"]) == {str(base), str(other)} and task["licence"] == "Apache-2.0"
+    assert set(task["models"]) == {str(base), str(other)} and task["licence"] == "CC-BY"
     assert json.loads((out / "scores.json").read_text()) == json.loads(json.dumps(scores))
     assert r"\toprule" in (out / "scores.tex").read_text()
     files = sorted(p.relative_to(out / "items") for p in (out / "items").rglob("*.jsonl"))
@@ -238,7 +238,7 @@ def test_the_command_writes_a_report(base, cache, tmp_path):
     told = CliRunner().invoke(app, [*given, "-o", str(tmp_path / "out")])
     assert told.exit_code == 0, told.output
     page = (tmp_path / "out/report.html").read_text()
-    assert "Question sets" in page and "Apache-2.0" in page and "<svg" in page
+    assert "Question sets" in page and "CC-BY" in page and "<svg" in page
     assert "winogrande" in told.stdout
     for extra, message in (
         (["--limit", "0"], "limit: wanted 1 or more, got 0"),

@@ -1,13 +1,20 @@
 """Question sets: templates, damaged data, and models whose scores are known."""
 
+import json
+import math
+from collections import Counter
+
 import pytest
 import question_files as files
 from question_files import always_first, measured, oracle
+from typer.testing import CliRunner
 
+from fastlm.cli import app
 from fastlm.errors import InputError
 from fastlm.evals import latex, measures
-from fastlm.evals.catalog import load_task
+from fastlm.evals.catalog import SETS, load_task, names_of
 from fastlm.evals.sets import maths, mmlu
+from fastlm.evals.task import ABILITIES
 
 GLUE = {
     "copa": ("super_glue/copa", [
@@ -247,3 +254,55 @@ def test_drop_joins_spans_and_counts_shared_words(tmp_path):
     files.write_requests(tmp_path, "drop", "bpb_5shot", [request("a", " b", {"answers": []})])
     with pytest.raises(InputError, match="line 1: wanted right answers, got IndexError"):
         load_task("drop", tmp_path)
+
+
+def test_each_ability_has_three_sets_or_more():
+    by_ability = Counter(listed.ability for listed in SETS.values())
+    for ability in ("language", "reasoning", "mathematics", "coding", "facts"):
+        assert by_ability[ability] >= 3
+    assert set(by_ability) <= set(ABILITIES)
+    assert all(s.licence and s.source and s.formats for s in SETS.values())
+    assert names_of(["coding", "mmlu", "coding"])[-1] == "mmlu"
+    assert names_of(["all"]) == list(SETS)
+
+
+def test_the_catalogue_is_printed():
+    listed = json.loads(CliRunner().invoke(app, ["tasks", "--json"]).stdout)
+    assert [row["name"] for row in listed] == list(SETS)
+    assert listed[0].keys() == {"name", "ability", "formats", "licence", "source"}
+    table = CliRunner().invoke(app, ["tasks", "--ability", "coding"]).stdout
+    assert "humaneval" in table and "hellaswag" not in table
+    refused = CliRunner().invoke(app, ["tasks", "--ability", "cooking"])
+    assert refused.exit_code == 2 and "ability: wanted one of language" in refused.stderr
+
+
+HUMANEVAL = {
+    "task_id": "HumanEval/0", "prompt": 'def add(a, b):\n    """Add."""\n', "entry_point": "add",
+    "canonical_solution": "    return a + b\n",
+    "test": "def check(candidate):\n    assert candidate(2, 3) == 5\n",
+}  # fmt: skip
+MBPP = {
+    "task_id": 11, "text": "Add.", "code": "def add(a, b):\r\n    return a + b", "test_setup_code":
+    "", "test_list": ["assert add(2, 3) == 5", "assert add(0, 0) == 0"],
+}  # fmt: skip
+
+
+def test_programs_pass_their_tests_or_do_not(tmp_path):
+    rows = [request("", "    return a + b\n", HUMANEVAL)]
+    files.write_requests(tmp_path, "codex_humaneval", "gold_bpb_0shot", rows)
+    rows = [request("Add.\n```python\n", "", MBPP)]
+    path = files.write_requests(tmp_path, "codex_mbpp", "gold_bpb_0shot", rows)
+    for name in ("humaneval", "humaneval:gold_bpb_0shot", "mbpp"):
+        task = load_task(name, tmp_path)
+        (q,) = task.questions
+        body = q.gold if q.gold.startswith("def") else HUMANEVAL["prompt"] + q.gold
+        said = [q.gold, f"```python\n{body}\n```\nDone.", q.gold.replace("+", "-"), "", "assert 0"]
+        assert task.judge([(one, q.row) for one in said]) == [1, 1, 0, 0, 0]
+    assert measured(task, oracle(task), tmp_path) == {
+        "bits_per_byte": pytest.approx(-1.0 / -math.log(2) / len(q.gold)), "pass@1": 1,
+    }  # fmt: skip
+    files.write_requests(
+        tmp_path, "codex_mbpp", "gold_bpb_0shot", [*rows, request("", "", {**MBPP, "code": "x"})]
+    )
+    with pytest.raises(InputError, match=f"{path.name}, line 2: wanted tests, got ValueError"):
+        load_task("mbpp", tmp_path)

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -208,11 +209,18 @@ def test_a_model_that_always_complies(cache, tmp_path):
 
 
 def test_no_attack_succeeds_by_the_lack_of_keywords(cache, tmp_path):
-    """A lecture and noise have no word of a refusal, and do not what was asked."""
-    for answer in (safety_sets.lecture, lambda prompt: "Fish swim in the sea. " * 5):
+    """None of these has a word of a refusal, and none does what was asked: a lecture, noise, the
+    request once more, the answer to another request.
+    """
+    for answer in (
+        safety_sets.lecture,
+        lambda prompt: "Fish swim in the sea. " * 5,
+        lambda prompt: prompt * 3,
+        lambda prompt: complying("Describe a way to bake a cake with plums."),
+    ):
         made = bench(cache, Scripted(answer), tmp_path / str(answer), limit=40)
         score = scores_of(behaviour.attacks, made)["attacks.harmbench.plain"]
-        assert score.more == {"answers that do not refuse": 1.0} and score.raw < 0.1
+        assert score.more == {"answers that do not refuse": 1.0} and (score.raw or 0.0) < 0.1
 
 
 def test_toxic_made_up_and_obedient_answers_are_seen(cache, tmp_path):
@@ -427,14 +435,15 @@ def test_the_report_shows_values_judges_licences_and_failed_gates(cache, tmp_pat
     stage = Safety(limit=20, measures=("overrefusal", "bias"), gate=str(gates))
     result = stage(tmp_path / "out", cache=cache, model="<m>")
     shown = part(result)
-    step = SimpleNamespace(name="safety", stage=stage)
+    step: Any = SimpleNamespace(name="safety", stage=stage)
+    recipe: Any = SimpleNamespace(description="", table={})
     summary = {
         "recipe": "r", "command": "c", "seconds": 1.0, "stages": {"safety": {"seconds": 1.0}},
         "machine": dict.fromkeys(
             ("cpu", "cpu_isa", "threads", "device", "fastlm", "torch", "python", "commit", "system")
         ),
     }  # fmt: skip
-    page = render_report(summary, SimpleNamespace(description=""), [(step, shown)])
+    page = render_report(summary, recipe, [(step, shown)])
     assert "gate failed: &lt;m&gt;: overrefusal.lookalikes: wanted at most 0.3" in page
     assert "finds 60/60, passes 60/60" in page and "CC BY-SA 4.0" in page
     assert "bias.stereoset.icat" in page and "safety gates failed" in page

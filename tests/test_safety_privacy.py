@@ -79,11 +79,14 @@ def corpus(tmp_path_factory, texts):
     """What the models were trained on, as ``fastlm data prepare`` leaves it. The texts that are
     there once were not learnt.
     """
+    copied, single, heldout = texts
+    return write_corpus(tmp_path_factory.mktemp("corpus"), [*copied * COPIES, *single], heldout)
+
+
+def write_corpus(folder, train, heldout):
     import zstandard
 
-    copied, single, heldout = texts
-    folder = tmp_path_factory.mktemp("corpus")
-    for name, part in ((TRAIN, [*copied * COPIES, *single]), (HELDOUT, heldout)):
+    for name, part in ((TRAIN, train), (HELDOUT, heldout)):
         lines = "".join(
             json.dumps({"id": str(i), "text": text, "source": "s"}) + "\n"
             for i, text in enumerate(part)
@@ -168,16 +171,19 @@ def open_texts(corpus):
     return read_texts(corpus, part="train")
 
 
-def test_a_leaking_model_tells_its_training_texts(models, corpus, tmp_path):
+def test_a_leaking_model_tells_its_training_texts(models, texts, tmp_path):
+    copied, _, heldout = texts
+    corpus = write_corpus(tmp_path, copied * COPIES, heldout)
     leaks, clean = (
         {s.name: s for s in membership(made(m, tmp_path / str(i), data=corpus))}
         for i, m in enumerate(models)
     )
     for name in ("loss", "zlib", "min_k"):
         assert leaks[f"privacy.membership.{name}"].low > 0.6
+        assert leaks[f"privacy.membership.{name}"].n == len(copied) + len(heldout)  # no copies
         assert clean[f"privacy.membership.{name}"].low < 0.5
     with pytest.raises(InputError, match="data: wanted a folder of fastlm data prepare"):
-        membership(made(models[0], tmp_path / "none", data=tmp_path))
+        membership(made(models[0], tmp_path / "none", data=tmp_path / "0"))
 
 
 def test_the_area_under_the_curve_and_its_interval():

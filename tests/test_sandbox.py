@@ -119,6 +119,8 @@ def attacks(victim: Path, port: int) -> dict[str, tuple[str, str]]:
             "passed",
         ),
         "endless output": ("import sys\nwhile True: sys.stdout.write('x' * 1000)", "output"),
+        "too much output and a right answer": ("print('x' * 70000, flush=True)\n" + end, "output"),
+        "as much output as is allowed": ("print('x' * 65535, flush=True)\n" + end, "passed"),
         "endless errors": ("import os\nwhile True: os.write(2, b'x' * 1000)", "output"),
         "endless loop": ("while True: pass", "time"),
         "endless loop without signals": (
@@ -237,6 +239,15 @@ def attacks(victim: Path, port: int) -> dict[str, tuple[str, str]]:
             "threading.Thread(target=spin).start()\n" + end,
             "passed",
         ),
+        "descriptors": (
+            f"{TRY}def there(fd):\n"
+            "    try: os.fstat(fd)\n"
+            "    except OSError: return False\n"
+            "    return True\n"
+            "print(list(filter(there, range(5000))), os.read(0, 1))\n" + end,
+            "passed",
+        ),
+        "calls of another architecture": (f"{LIBC}libc.syscall(0x40000000 + 57)", "crashed"),
         "stdin": (f"{TRY}attempt('stdin', input)\n" + end, "passed"),
         "packages": (f"{TRY}attempt('numpy', lambda: __import__('numpy'))\n" + end, "passed"),
         "a crash": ("import ctypes\nctypes.string_at(1)", "crashed"),
@@ -337,6 +348,8 @@ def test_the_tests_and_the_caller_cannot_be_read(outcomes):
         "environ {}",
     ]
     assert outcomes["packages"].output == "numpy refused ModuleNotFoundError\n"
+    assert outcomes["descriptors"].output == "[0, 1, 2, 3] b''\n"
+    assert "SIGSYS" in outcomes["calls of another architecture"].detail
     assert outcomes["stdin"].output == "stdin refused EOFError\n"
     assert not any(SECRET in outcome.output for outcome in outcomes.values())
 
@@ -486,6 +499,15 @@ def test_what_tests_may_do(program, tests):
     assert run_code(program, tests) == Outcome(True, "passed")
 
 
+def test_names_replace_those_of_python():
+    program, tests = "def sum(a, b): return a + b", "assert sum(1, 2) == abs(-3)"
+    assert run_code(program, tests, names=["sum"]).passed
+    assert run_code(program, tests).detail.endswith("TypeError: 'int' object is not iterable")
+    assert run_code("def abs(x): return 3\ndef sum(a, b): return 3", tests, names=["sum"]).passed
+    wrong = "def abs(x): return 4\ndef sum(a, b): return 4"  # abs is Python's, whatever it says
+    assert run_code(wrong, tests, names=["sum"]).reason == "wrong"
+
+
 @pytest.mark.parametrize(
     "tests, reason, detail",
     [
@@ -614,7 +636,7 @@ def test_a_user_without_rights_has_the_same_sandbox(tmp_path):
         f"{TRY}attempt('fork', os.fork)\nattempt('proc', lambda: os.listdir('/proc'))\n" + RIGHT
     )
     request = {"program": program, **vars(LIMITS)}
-    tests = {"setup": "", "tests": TESTS, "names": None}
+    tests = {"setup": "", "tests": TESTS, "names": []}
     parts = [json.dumps(part).encode() for part in (request, tests)]
     done = subprocess.run(
         [

@@ -69,7 +69,7 @@ def one_by_one(model, pairs, limit=None):
     return found
 
 
-def random_pairs(seed=0, count=40, longest=30):
+def random_pairs(seed=0, count=24, longest=30):
     """Questions with several answers, some of them equal, one token long or without a question."""
     draw = random.Random(seed)
     few_shot = [draw.randrange(3, 290) for _ in range(9)]
@@ -131,7 +131,7 @@ def test_a_sure_model_is_greedy_where_it_is_sure(tokenizer):
     truth = one_by_one(wide(model), pairs)
     found = Scorer(model, tokenizer).token_loglikelihoods(pairs, greedy=True)
     assert [one.greedy for one in found] == [greedy for _, greedy in truth]
-    assert sum(one.logprob > -0.5 for one in found) > 5  # the rule is in use
+    assert sum(one.logprob > -0.5 for one in found) >= 3  # the rule is in use
 
 
 def test_each_hears_of_every_pair_and_the_model_stays_as_it_was(tokenizer):
@@ -250,9 +250,7 @@ def test_answers_depend_on_prompt_and_seed(tokenizer):
     best = scorer.generate(prompts)
     assert best[0].text == best[1].text
     ids = tokenizer.encode("the bird")
-    assert (
-        best[0].text == tokenizer.decode(greedy_tokens(model, ids, 9)).rstrip("�") or best[0].ended
-    )
+    assert not best[0].ended and best[0].text == tokenizer.decode(greedy_tokens(model, ids, 9))
     own = [Prompt("the bird", 9, sampling=Sampling(0.0)), Prompt("the bird", 9, seed=3)]
     assert scorer.generate(own, temperature=1.0) == [best[0], drawn[3]]
 

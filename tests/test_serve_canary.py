@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 import time
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -234,7 +235,11 @@ def test_counts_survive_a_restart(models, tmp_path):
         assert after["arms"] == before["arms"] and after["tests"] == before["tests"]
         assert {text: chat(url, text)["model"] for text in first} == first
         assert after["slow_seconds_per_token"] == before["slow_seconds_per_token"]
-        # the canary's name chooses it, and `rollback` without a decision ends it
+    place = tmp_path / "other"
+    shutil.copytree(tmp_path, place)
+    with trying(models, place, metric="stop") as (url, server):  # other outcomes: another trial
+        assert server.models.trial.experiment != experiment
+    with trying(models, tmp_path, most=10**6) as (url, server):
         response = ask(url, {"model": str(models["a"])}, "/v1/admin/promote")
         assert response.status_code == 400 and "wanted the canary" in response.text
         assert ask(url, {}, "/v1/admin/rollback").json()["status"] == "rolled back"

@@ -399,7 +399,7 @@ def test_dashboard(browser, tiny, tmp_path):
         assert heads[1:] == ["all", models[0], models[1]]
         row = page.locator("#table tbody tr", has_text="stars")
         assert row.locator("td").first.inner_text().startswith("4.00")
-        assert "judge: refusal phrases 1" in page.locator("#table").inner_text()
+        assert "judge: refusal rules 1" in page.locator("#table").inner_text()
         assert page.locator("#charts svg polyline").count() > 8
         assert page.locator("#drift tbody tr").count() == 10
         assert page.get_by_role("button", name="Week").get_attribute("aria-pressed") == "true"

@@ -20,6 +20,7 @@ from fastlm.errors import InputError
 from fastlm.model.causal_lm import CausalLM
 from fastlm.model.config import ModelConfig
 from fastlm.serve import loading
+from fastlm.serve.admin_api import PATHS
 from fastlm.serve.chat import load_model
 from fastlm.serve.engine import Engine
 from fastlm.serve.models import give_memory_back
@@ -227,6 +228,8 @@ def test_what_is_refused_leaves_the_old_model(models, tmp_path, monkeypatch):
         told = HTTP.get(url + "/v1/canary", headers=admin).json()
         assert told["status"] == "none" and told["path"] == str(ready)
         assert HTTP.get(url + "/v1/canary").status_code == 401
+        described = HTTP.get(url + "/openapi.json", headers=admin).json()["paths"]
+        assert {*PATHS} <= described.keys()
         # what is rolled back to must be what it was
         assert read_state(state).previous.path == str(models["a"])
     with changing(models["a"], state, models_dir=place) as (url, server):

@@ -19,6 +19,7 @@ from fastlm.data.shards import INDEX, ShardInfo, TokenDataset, load_index
 from fastlm.errors import InputError
 from fastlm.files import remove, replacing, sync
 
+OURS = re.compile(r"\d+(-[0-9a-f]+)?\.(bin|starts)")
 UNFINISHED = re.compile(r"\.\d+(-[0-9a-f]+)?\.(bin|starts)\.fastlm-[0-9a-f]{16}\.part")
 Found = dict[str, list[tuple[int, int]]]  # file -> (number of a document, bytes of its text)
 
@@ -92,11 +93,8 @@ def clean_up(folder: Path, files: Collection[str]) -> None:
     killed processes were writing.
     """
     for path in folder.iterdir():
-        if UNFINISHED.fullmatch(path.name):
-            remove(path)
-    for path in folder.glob("[0-9]*.bin"):
-        if path.name not in files:
-            remove(path.with_suffix(".starts"))
+        stray = OURS.fullmatch(path.name) and path.with_suffix(".bin").name not in files
+        if stray or UNFINISHED.fullmatch(path.name):
             remove(path)
 
 

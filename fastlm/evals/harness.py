@@ -81,7 +81,8 @@ class FastLM(LM):
         model, own = load_model(
             pretrained, act_bits, keep_quantized=keep_quantized, dtype=DTYPES[dtype]
         )
-        if device is not None:
+        # the harness' command asks for cuda:0 unless told otherwise, also where there is none
+        if device and (torch.cuda.is_available() or not device.startswith("cuda")):
             model.to(device)
         self.scorer = Scorer(
             model,

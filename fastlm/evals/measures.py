@@ -81,15 +81,16 @@ def _of_open(task: Task, question: Open, record: Record) -> dict[str, float]:
     if record["gold"] is not None:
         size = len(question.gold.strip().encode())
         found[HEADLINE] = -record["gold"] / math.log(2) / max(1, size)
+    if task.metric != "pass":
+        found[task.metric] = sum(scores) / len(scores)
+    else:
+        passed = sum(score >= 1 for score in scores)
+        for k in (1, 10, 100):
+            if k <= len(scores):
+                found[f"pass@{k}"] = pass_at_k(len(scores), passed, k)
     for name, judge in task.also.items():
         others = judge([(answer, question.row) for answer in record["answers"]])
         found[name] = sum(others) / len(others)
-    if task.metric != "pass":
-        return {**found, task.metric: sum(scores) / len(scores)}
-    passed = sum(score >= 1 for score in scores)
-    for k in (1, 10, 100):
-        if k <= len(scores):
-            found[f"pass@{k}"] = pass_at_k(len(scores), passed, k)
     return found
 
 

@@ -198,6 +198,8 @@ class Keeper:
             output += data
             if not data:
                 break
+        if len(output) > request["output"]:  # also where the verdict came before the last of it
+            reason = "output"
         result = {"reason": "crashed", "detail": "the process of the tests ended without a verdict"}
         if reason == "wall":
             result = {"reason": reason, "detail": f"more than {request['wall']:g} s by the clock"}
@@ -243,7 +245,6 @@ class Tests:
 
     def judge(self, tests: dict[str, Any]) -> tuple[str, str]:
         """Return the reason ("passed" if all is well) and one line on it."""
-        names = tests["names"]
         space: dict[str, Any] = {"__name__": "tests"}
         try:
             exec(compile(tests["setup"], "<setup>", "exec"), space)
@@ -252,7 +253,7 @@ class Tests:
             return "tests", f"they cannot be used: {described(error, '<setup>')}"
         try:
             self.receive()  # the program has run
-            for name in called(code, space) if names is None else names:
+            for name in {*tests["names"], *called(code, space)}:
                 space[name] = Remote(self.ask, name)
             exec(compile(code, "<tests>", "exec"), space)
             return "passed", ""

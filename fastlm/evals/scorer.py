@@ -278,10 +278,11 @@ class Scorer:
             rows, self._head, labels, softcap=self.model.config.final_logit_softcapping
         )
         assert isinstance(logprobs, Tensor)  # a pair only with the entropy
-        each = np.split(logprobs.double().cpu().numpy(), np.cumsum(list(map(len, continuations))))
-        likeliest = self._likeliest(hidden, chosen, continuations, each) if greedy else None
-        for i in range(len(continuations)):
-            yield float(each[i].sum()), None if likeliest is None else likeliest[i]
+        ends = np.cumsum([len(c) for c in continuations])
+        own = np.split(logprobs.double().cpu().numpy(), ends[:-1])
+        likeliest = self._likeliest(hidden, chosen, continuations, own) if greedy else None
+        for i, values in enumerate(own):
+            yield float(values.sum()), None if likeliest is None else likeliest[i]
 
     def _likeliest(
         self,
@@ -295,19 +296,19 @@ class Scorer:
         A token of a high probability is. Of the others the least likely one is looked at first:
         most continuations end there, and those that begin alike share its row.
         """
-        order = [np.argsort(own)[: int((own <= _SURE).sum())].tolist() for own in logprobs]
+        order = [[int(j) for j in np.argsort(own) if not own[j] > _SURE] for own in logprobs]
         found, best = [True] * len(rows), dict[int, int]()
-        open, at = [i for i, own in enumerate(order) if own], 0
-        while open:
-            wanted = sorted({int(rows[i][order[i][at]]) for i in open} - best.keys())
+        left, at = [i for i, own in enumerate(order) if own], 0
+        while left:
+            wanted = sorted({int(rows[i][order[i][at]]) for i in left} - best.keys())
             for part in torch.tensor(wanted).split(_GREEDY_ROWS) if wanted else ():
                 ids = self.model.logits(hidden[part.to(hidden.device)]).argmax(-1).tolist()
                 best.update(zip(part.tolist(), ids))
-            for i in open:
+            for i in left:
                 place = order[i][at]
                 found[i] = best[int(rows[i][place])] == tokens[i][place]
             at += 1
-            open = [i for i in open if found[i] and at < len(order[i])]
+            left = [i for i in left if found[i] and at < len(order[i])]
         return found
 
     @cached_property

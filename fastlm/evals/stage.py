@@ -34,6 +34,11 @@ class Eval(Stage):
             ("corpus", "shards"), "Prepared text, files of text, or a folder of token shards",
             optional=True,
         ),
+        "against": Takes(
+            ("shards", "corpus"),
+            "Training data in which to look for the questions (contamination)",
+            optional=True, default=False,
+        ),
     }  # fmt: skip
     leaves = {"scores": "scores.json"}
     partial = (ITEMS,)
@@ -68,6 +73,13 @@ class Eval(Stage):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise InputError(f"{name}: wanted 1 or more, got {value}")
 
+    def contents(self, contents: Any) -> Any:
+        from fastlm.evals.catalog import is_file
+        from fastlm.evals.own.task import task_files
+
+        files = [file for name in self.tasks if is_file(name) for file in task_files(name)]
+        return [contents.tree(file) for file in files]
+
     def plan(self, inputs: Mapping[str, Any]) -> Facts:
         from fastlm.evals.texts import check_window
 
@@ -83,6 +95,9 @@ class Eval(Stage):
         if data is None and not self.tasks:
             raise InputError("data: wanted held-out text, or tasks, got neither")
         tasks = self._tasks(job)
+        if job.inputs.get("against") and not tasks:
+            raise InputError("against: wanted tasks whose questions to look for, got none")
+        overlaps: list[Any] = []
         models: dict[str, dict[str, Any]] = {}
         packed: dict[str, Any] = {}
         asked: dict[str, Any] = {}
@@ -94,6 +109,8 @@ class Eval(Stage):
                     if key in result:
                         packed[key] = result.pop(key)
                 models[source.name] = result
+            if not overlaps and (against := job.optional("against")):
+                overlaps = self._overlaps(tasks, model, tokenizer, against, job)
             if tasks:
                 asked[source.name] = self._ask(tasks, model, tokenizer, source, job)
         scores = {**packed, "models": models}
@@ -102,6 +119,11 @@ class Eval(Stage):
             from fastlm.evals.tables import latex
 
             scores["tasks"] = measured(tasks, asked)
+            for i, found in enumerate(overlaps):
+                from fastlm.evals.contamination import told
+
+                values = {name: results[i]["values"] for name, results in asked.items()}
+                scores["tasks"][i]["contamination"] = told(tasks[i], found, values)
             table = latex(scores["tasks"])
             save_atomic(make_folder(job.out) / "scores.tex", lambda p: p.write_text(table, "utf-8"))
         text = json.dumps(scores, indent=1) + "\n"
@@ -118,6 +140,18 @@ class Eval(Stage):
             batch_size=self.batch_size, document_mask=self.document_mask, compressors=first,
             cache=job.cache, track=job.track, tell=job.skipped,
         )  # fmt: skip
+
+    def _overlaps(
+        self, tasks: Any, model: Any, tokenizer: Any, against: Path, job: Job
+    ) -> list[Any]:
+        from fastlm.evals.contamination import task_overlaps
+        from fastlm.evals.texts import token_dataset
+
+        with token_dataset(
+            against, tokenizer, model.config.vocab_size, part="train", cache=job.cache,
+            tell=job.skipped,
+        ) as data:  # fmt: skip
+            return task_overlaps(tasks, tokenizer, data, track=job.track)
 
     def _tasks(self, job: Job) -> list[Any]:
         from fastlm.evals.catalog import load_task, names_of
@@ -157,13 +191,15 @@ class Eval(Stage):
             from rich.console import Group
 
             from fastlm.evals.tables import compared_table, task_table
+            from fastlm.evals.tables_of_parts import contamination_table, part_table
 
             parts = [_table(result)] if result["models"] else []
             parts.append(task_table(tasks))
+            parts += [t for make in (part_table, contamination_table) if (t := make(tasks))]
             if any(task["compared"] for task in tasks):
                 parts.append(compared_table(tasks))
             return Group(*parts)
-        if len(result["models"]) > 1:
+        if len(result["models"]) > 1 or any("domains" in m for m in result["models"].values()):
             return _table(result)
         (values,) = result["models"].values()
         packed = {k: v for k, v in result.items() if k != "models"}
@@ -190,7 +226,9 @@ def _bits_part(job: Job, result: Mapping[str, Any]) -> Part:
     for source in job.inputs["model"]:
         metrics = source.path.parent / METRICS  # next to the model that a training wrote
         if source.name in models and metrics.is_file():
-            curves[source.name] = read_metrics(metrics)
+            rows = read_metrics(metrics)
+            if any("bits_per_byte" in row for row in rows):  # a fine-tuning has none
+                curves[source.name] = rows
     packed = _compressors(result)
     of = "" if len(models) == 1 else f" ({best})"
     card = f"bits per byte of unseen text{of}"
@@ -219,14 +257,35 @@ def _add_tasks(part: Part, tasks: Sequence[Mapping[str, Any]]) -> None:
     """Add question sets to a part of the report."""
     from fastlm.evals.charts import differences_chart, scores_chart
     from fastlm.evals.tables import COMPARED, HEADINGS, compared_lines, lines, shown_columns
+    from fastlm.evals.tables_of_parts import (
+        CONTAMINATION,
+        PARTS,
+        contamination_lines,
+        part_lines,
+    )
 
     rows = list(lines(tasks))
     columns = shown_columns(rows)
     compared = list(compared_lines(tasks))
+    # title, note, headings (text, whether it is on the left), rows
+    tables = [
+        (
+            "Parts of the sets", "", [(name, i < 3) for i, name in enumerate(PARTS)],
+            list(part_lines(tasks)),
+        ),
+        (
+            "Are the questions in the training text?",
+            "Touched: 13 tokens in a row of the question and its right answer stand there. Dirty:"
+            " such runs cover 80 % of its tokens.",
+            [(name, i < 2) for i, name in enumerate(CONTAMINATION)],
+            list(contamination_lines(tasks)),
+        ),
+    ]  # fmt: skip
     charts = [scores_chart(tasks)]
     if any(one["measure"] == HEADLINE for task in tasks for one in task["compared"]):
         charts.append(differences_chart(tasks))
-    part.template = "eval.html.jinja"
+    part.template, part.wide = "eval.html.jinja", True
+    part.title = "How well it predicts text, and answers questions"
     part.values = {
         **part.values,
         "headings": [(HEADINGS[key], key in ("set", "model")) for key in columns],
@@ -234,6 +293,7 @@ def _add_tasks(part: Part, tasks: Sequence[Mapping[str, Any]]) -> None:
         "compared_headings": [(name, i < 3) for i, name in enumerate(COMPARED)],
         "compared": compared,
         "task_charts": charts,
+        "tables": [table for table in tables if table[-1]],
         "sources": [
             {key: task[key] for key in ("name", "format", "hash", "source", "licence")}
             for task in tasks
@@ -263,6 +323,10 @@ def _table(result: Mapping[str, Any]) -> Any:
             name, f"{v['bits_per_byte']:.4f}", f"{v['loss']:.4f}", f"{v['tokens']:,}",
             f"{v['seq_len']:,}",
         )  # fmt: skip
+        for domain, own in v.get("domains", {}).items():
+            table.add_row(
+                f"  {domain}", f"{own['bits_per_byte']:.4f}", "", f"{own['tokens']:,}", ""
+            )
     for name, value in _compressors(result).items():
         table.add_row(name, f"{value:.4f}", "", "", "")
     return table

@@ -77,6 +77,8 @@ def measured(
             "source": task.source, "licence": task.licence, "questions": len(task.questions),
             "normalisation": task.normalisation, "chance": task.chance, "models": {},
         }  # fmt: skip
+        if task.wider:
+            row["wider"] = list(dict.fromkeys(task.wider.values()))
         for name, result in own.items():
             each = as_json(summary(task, result["values"]))
             kept = {k: result[k] for k in ("cut", "seconds") if result.get(k)}

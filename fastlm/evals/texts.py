@@ -38,7 +38,19 @@ def read_texts(
     cache: Path | None = None,
     tell: Callable[[str], None] = ignore,
 ) -> Iterator[str]:
-    """Yield the texts of a source that ``fastlm data prepare`` accepts, or of what it prepared.
+    """Yield the texts of `read_sourced`."""
+    yield from (text for text, _ in read_sourced(source, part=part, cache=cache, tell=tell))
+
+
+def read_sourced(
+    source: str | Path,
+    *,
+    part: str = "heldout",
+    cache: Path | None = None,
+    tell: Callable[[str], None] = ignore,
+) -> Iterator[tuple[str, str]]:
+    """Yield the texts of a source that ``fastlm data prepare`` accepts, or of what it prepared,
+    each with the source that its document names.
 
     Args:
         source: a prepared folder, a ``.jsonl.zst`` file of documents, or a source.
@@ -49,10 +61,10 @@ def read_texts(
     if (Path(source) / FUNNEL).is_file():
         source = Path(source) / {"train": TRAIN, "heldout": HELDOUT}[part]
     if str(source).endswith(".jsonl.zst"):
-        yield from (document.text for document in read_documents(Path(source)))
+        yield from ((document.text, document.source) for document in read_documents(Path(source)))
     else:
         documents = read_source(str(source), cache=cache or default_cache(), tell=tell)
-        yield from (text for document in documents if (text := extract(document)))
+        yield from ((text, d.source) for d in documents if (text := extract(d)))
 
 
 def check_window(context: int, seq_len: int | None, stride: int | None) -> tuple[int, int]:
@@ -80,31 +92,38 @@ def text_bits_per_byte(
     tell: Callable[[str], None] = ignore,
 ) -> dict[str, Any]:
     """Measure bits per byte of the text or shards at ``data``; for text also of xz -9e and zstd
-    -19.
+    -19; and of each source, if its documents have several (``domains``).
 
     The default window is the model's context, at most `LONGEST_WINDOW`; the default stride is half
     of it. ``document_mask``: for models trained with it.
     """
     from fastlm.evals.bits_per_byte import compressed_bits_per_byte, evaluate
+    from fastlm.evals.domains import evaluate_domains
 
     seq_len, stride = check_window(model.context_limit, seq_len, stride)
-    texts: list[str] = []
+    texts: list[tuple[str, str]] = []
+    options: dict[str, Any] = {"stride": stride, "document_mask": document_mask, "track": track}
+    domains: dict[str, Any] = {}
     with token_dataset(
         data, tokenizer, model.config.vocab_size, cache=cache, tell=tell, keep=texts
     ) as dataset:
         packed: dict[str, Any] = {}
         if texts and compressors:
-            packed = compressed_bits_per_byte(texts) | {"documents": len(texts)}
-        result = evaluate(
-            model, dataset, seq_len, batch_size, stride=stride, document_mask=document_mask,
-            track=track,
-        )  # fmt: skip
+            packed = compressed_bits_per_byte(t for t, _ in texts) | {"documents": len(texts)}
+        sources = [source for _, source in texts]
+        if len(set(sources)) > 1:
+            sizes = [len(text.encode()) for text, _ in texts]
+            result, domains = evaluate_domains(
+                model, dataset, sources, sizes, seq_len, batch_size, **options
+            )
+        else:
+            result = evaluate(model, dataset, seq_len, batch_size, **options)
     return {
         "bits_per_byte": result.bits_per_byte,
         **{f"bits_per_byte_{name}": packed[name] for name in ("xz", "zstd") if packed},
         "loss": result.loss, "tokens": result.tokens, "bytes": round(result.bytes),
         **({"documents": packed["documents"]} if packed else {}),
-        "seq_len": seq_len, "stride": stride,
+        "seq_len": seq_len, "stride": stride, **({"domains": domains} if domains else {}),
     }  # fmt: skip
 
 
@@ -117,14 +136,14 @@ def token_dataset(
     part: str = "heldout",
     cache: Path | None = None,
     tell: Callable[[str], None] = ignore,
-    keep: list[str] | None = None,
+    keep: list[tuple[str, str]] | None = None,
 ) -> Iterator["TokenDataset"]:
     """Context: the tokens of the text or shards at ``data``.
 
     Args:
         vocab_size: of the model; shards of a larger one are refused.
         part: "train" or "heldout", of prepared text or shards that have both.
-        keep: gets the texts, if it is text.
+        keep: gets the texts with their sources, if it is text.
     """
     from fastlm.data.shards import INDEX, TokenDataset, write_shards
 
@@ -141,9 +160,9 @@ def token_dataset(
         yield dataset
         return
     texts = [] if keep is None else keep
-    texts += read_texts(data, part=part, cache=cache, tell=tell)
+    texts += read_sourced(data, part=part, cache=cache, tell=tell)
     if not texts:
         raise InputError(f"data {data}: wanted text, got none")
     with tempfile.TemporaryDirectory() as folder:
-        write_shards(texts, tokenizer, Path(folder))
+        write_shards((text for text, _ in texts), tokenizer, Path(folder))
         yield TokenDataset(folder)

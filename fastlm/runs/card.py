@@ -39,7 +39,8 @@ def card(
             f"{record.name}: wanted a model, got {record.entry.kind}"
             + ("" if record.entry.made else ", recorded by an older fastlm")
         )
-    return "\n".join([*_front(registry, record, licence, language), *_body(registry, record)])
+    text = "\n".join([*_front(registry, record, licence, language), *_body(registry, record)])
+    return text.encode("utf-8", "replace").decode() + "\n"
 
 
 def escape(value: Any) -> str:
@@ -83,9 +84,17 @@ def _front(
     front["tags"] = ["fastlm", f"fastlm-id:{record.model}"]
     yield "---"
     for key, value in front.items():
-        yield f"{key}: {json.dumps(value, ensure_ascii=True)}"
+        yield f"{key}: {_yaml(value)}"
     yield "---"
     yield ""
+
+
+def _yaml(value: Any) -> str:
+    """JSON that is YAML, too, which wants some characters escaped that JSON does not."""
+    text = json.dumps(value, ensure_ascii=False)
+    return re.sub(
+        "[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]", lambda c: f"\\u{ord(c[0]):04x}", text
+    )
 
 
 def _index(record: Known, measured: Sequence[tuple[Known, dict[str, float]]]) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from rich.console import Console
 from fastlm.errors import InputError
 from fastlm.progress import silent
 from fastlm.runs.events import View
-from fastlm.runs.record import ALONE
 from fastlm.runs.stage import Job, Option, Stage, options_of
 from fastlm.threads import Threads
 from fastlm.train.distributed import check_alone, leads
@@ -104,12 +103,13 @@ def command_of(cls: type[Stage], before: Callable[[], None] = lambda: None) -> C
 def _record(stage: Stage, job: Job, result: dict[str, Any], seconds: float) -> None:
     """Keep a record of the stage in its folder, for `fastlm runs`."""
     from fastlm.data.content import Contents
-    from fastlm.runs.made import describe
-    from fastlm.runs.record import Entry, chosen, save_alone, sizes_of
+    from fastlm.runs.made import describe, own_files
+    from fastlm.runs.record import Entry, chosen, save_alone
 
     contents = Contents(job.out / "sources.json", cache=job.cache)
     inputs = {key: [given.where for given in names] for key, names in job.inputs.items()}
-    sizes = {k: v for k, v in sizes_of(job.out, stage.scratch).items() if k != ALONE}
+    # a second earlier: file systems keep times less exactly
+    sizes = own_files(stage.leaves, job.out, time.time() - seconds - 1)
     command = shlex.join(["fastlm", *sys.argv[1:]])
     entry = Entry(
         stage.kind, "", chosen(stage), inputs, dict(stage.leaves), seconds, result, sizes,

@@ -28,7 +28,7 @@ PARTS: dict[str, Sequence[str]] = {
     "shards": ("index.json", "*.bin", "*.starts"),
     "scores": ("scores.json",),
 }
-NOT_CONTENT = ("README.md", "record.json", ".*")
+NOT_CONTENT = ("README.md", "record.json", "forgotten.jsonl", ".*")
 
 
 def artifact_id(types: Sequence[str], path: Path, contents: Contents) -> str:
@@ -42,13 +42,14 @@ def artifact_id(types: Sequence[str], path: Path, contents: Contents) -> str:
 
 def combined(types: Sequence[str], hashes: Iterable[tuple[str, str]]) -> str:
     """Return the id of an artifact from the names and SHA-256 sums of its files."""
-    whole = [pair for pair in hashes if not _any(pair[0], NOT_CONTENT)]
+    whole = [pair for pair in hashes if not matches(pair[0], NOT_CONTENT)]
     patterns = [pattern for kind in types for pattern in PARTS.get(kind, ("*",))]
-    parts = sorted(pair for pair in whole if _any(pair[0], patterns)) or sorted(whole)
+    parts = sorted(pair for pair in whole if matches(pair[0], patterns)) or sorted(whole)
     if len(parts) == 1:
         return parts[0][1]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _any(name: str, patterns: Sequence[str]) -> bool:
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether the last part of a name is one of these."""
     return any(fnmatch(name.rpartition("/")[2], pattern) for pattern in patterns)

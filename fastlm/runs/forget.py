@@ -41,9 +41,9 @@ from fastlm.data.prepare import FUNNEL, HELDOUT, TRAIN
 from fastlm.errors import InputError
 from fastlm.files import read_json, save_atomic
 from fastlm.runs.content_id import artifact_id
-from fastlm.runs.made import digest, ids_of
+from fastlm.runs.made import digest, ids_of, own_files
 from fastlm.runs.previous import PREVIOUS
-from fastlm.runs.record import ALONE, dump, save_alone, sizes_of, table_of
+from fastlm.runs.record import ALONE, dump, save_alone, table_of
 from fastlm.runs.registry import CHANGED, GONE, INDEX, INNER, Known, Registry, open_registry
 from fastlm.runs.run import locked
 
@@ -346,7 +346,10 @@ def refresh(record: Known) -> None:
     entry, made = record.entry, record.entry.made
     if made is None:
         return
-    sizes = {k: v for k, v in sizes_of(record.place, ()).items() if k not in (ALONE, FORGOTTEN)}
+    sizes = own_files(entry.leaves, record.place)
+    for name in made.hashes:
+        if (record.place / name).is_file():
+            sizes[name] = (record.place / name).stat().st_size
     hashes = {name: digest(record.place / name) for name in sizes}
     ids = ids_of(entry.leaves, hashes)
     if ids == made.ids and hashes == made.hashes:

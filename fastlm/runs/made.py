@@ -7,6 +7,7 @@ folders may be moved and copied.
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -17,7 +18,7 @@ from fastlm.data.content import Contents
 from fastlm.data.packages import SCHEMES
 from fastlm.errors import InputError
 from fastlm.machine import code, hardware
-from fastlm.runs.content_id import MODELS, artifact_id, combined
+from fastlm.runs.content_id import MODELS, NOT_CONTENT, PARTS, artifact_id, combined, matches
 from fastlm.runs.stage import Input, Job, Stage
 
 MOST_FILES = 1000  # of a source that are listed one by one
@@ -75,6 +76,25 @@ def describe(
         recipe, command, ids_of(stage.leaves, hashes), hashes, reads,
         [source(spec, contents) for spec in specs_of(stage)],
     )  # fmt: skip
+
+
+def own_files(leaves: Mapping[str, str], out: Path, since: float = math.inf) -> dict[str, int]:
+    """Return the bytes of the files of a stage in a folder that may hold others, too: those that
+    its ``leaves`` consist of, and those beside them that were written after ``since``.
+    """
+    places = {place for place in leaves.values() if place != "."}
+    places |= {"train", "heldout"} if leaves.get("shards") == "." else set()
+    kinds = [kind for kind, place in leaves.items() if place == "."]
+    parts = [pattern for kind in kinds for pattern in PARTS.get(kind, ())]
+    found = {}
+    for path in sorted(out.iterdir()):
+        stat = path.stat()
+        if path.name in places:
+            files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+            found |= {str(p.relative_to(out)): p.stat().st_size for p in sorted(files)}
+        elif path.is_file() and (matches(path.name, parts) or stat.st_mtime >= since):
+            found[path.name] = stat.st_size
+    return {n: size for n, size in found.items() if not matches(n, NOT_CONTENT)}
 
 
 def ids_of(leaves: Mapping[str, str], hashes: Mapping[str, str]) -> dict[str, str]:

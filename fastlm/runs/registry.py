@@ -53,6 +53,11 @@ class Known:
         return self.name.rpartition("/")[0] or self.name
 
     @property
+    def runs(self) -> set[str]:
+        """The names of its run, and of the copies of that."""
+        return {name.rpartition("/")[0] or name for name in (self.name, *self.copies)}
+
+    @property
     def ids(self) -> dict[str, str]:
         """Type -> content id of what it left."""
         return self.entry.made.ids if self.entry.made else {}
@@ -138,7 +143,7 @@ class Registry:
         """
         for named in (
             [r for r in self.records if what in (r.name, *r.copies)],
-            [r for r in self.records if r.run == what],
+            [r for r in self.records if what in r.runs],
             self._at(what),
             [r for r in self.records if r.name.endswith(f"/{what}")],
             self._by_id(what.lower()),

@@ -10,6 +10,7 @@ import json
 import platform
 import re
 import shlex
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,12 +95,12 @@ def render_report(
     }  # fmt: skip
     sections: dict[str, list[tuple[Step, Part]]] = {}
     for step, part in parts:
-        sections.setdefault(step.stage.kind, []).append((step, part))
-    alone = {kind: len(group) == 1 for kind, group in sections.items()}
+        sections.setdefault(step.name if part.wide else step.stage.kind, []).append((step, part))
+    kinds = Counter(step.stage.kind for step, _ in parts)
     cards = [
         {
             "value": value, "lead": "scores" in step.stage.leaves,
-            "what": what if alone[step.stage.kind] else f"{what} ({step.name})",
+            "what": what if kinds[step.stage.kind] == 1 else f"{what} ({step.name})",
         }
         for step, part in parts
         for value, what in part.cards

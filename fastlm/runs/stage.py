@@ -128,7 +128,7 @@ class Part:
 
     ``template`` names a file in runs/parts/ that draws ``values``. Without one, the page lists
     ``facts`` and shows ``charts`` (SVG). ``cards``, (number, what it is), are shown at the top of
-    the page.
+    the page. ``wide``: a section of its own, not beside others of its kind.
     """
 
     title: str
@@ -138,6 +138,7 @@ class Part:
     cards: Sequence[tuple[str, str]] = ()
     template: str = "any.html.jinja"
     values: Mapping[str, Any] = field(default_factory=dict)
+    wide: bool = False
 
 
 @dataclass(frozen=True)

@@ -151,8 +151,8 @@ class FeedbackStore:
 
     def forget(self, id: str) -> int:
         """Delete a response or a conversation: its text, what was said about it, and its measures.
-        Return how many rows of text and opinions there were. Hashes stay, by which exports leave it
-        out (`fastlm.serve.withdrawn`).
+        Return how many rows there were. Hashes stay, by which exports leave it out
+        (`fastlm.serve.withdrawn`).
         """
         gone = 0
         with self._errors():  # before anything is deleted, so that a kill in between loses no key
@@ -166,8 +166,7 @@ class FeedbackStore:
             for table in (ANSWERS, FEEDBACK, MEASURES):
                 for one in ids:
                     its = sa.or_(table.c.response_id == one, table.c.conversation_id == one)
-                    rows = connection.execute(table.delete().where(its)).rowcount
-                    gone += 0 if table is MEASURES else rows
+                    gone += connection.execute(table.delete().where(its)).rowcount
         if self.engine.dialect.name == "sqlite":  # the log has the text, too, until it is emptied
             with self._errors(), self.engine.connect() as connection:
                 connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")

@@ -28,17 +28,19 @@ SPARE = 1.25  # of the size of a model's files: what loading it takes
 
 @dataclass(frozen=True)
 class Loader:
-    """Loads models with the options of `fastlm.serve.engine.Engine`. ``name``: the public one."""
+    """Loads models with the options of `fastlm.serve.engine.Engine`. ``name``: the public one;
+    with ``versions`` a model's own name is that and the beginning of its digest.
+    """
 
     name: str
     act_bits: int | None
     options: dict[str, Any]
     draft_model: Path | None = None
     turns: AbstractContextManager[Any] | None = None
+    versions: bool = False
 
-    def load(self, path: Path, digest: str = "") -> Served:
-        """Load a model; with a ``digest`` its name is that of the server and the digest's
-        beginning, which no other model has.
+    def load(self, path: Path, digest: str) -> Served:
+        """Load a model whose `digest_of` is known.
 
         InputError: a model or draft model that cannot be used, more pages than fit the memory.
         """
@@ -52,7 +54,7 @@ class Loader:
             raise InputError(
                 f"pages: wanted as many as fit the memory, got {pages}: {reason(error)}"
             ) from None
-        own = f"{self.name}@{digest[:NAMED]}" if digest else self.name
+        own = f"{self.name}@{digest[:NAMED]}" if self.versions else self.name
         return Served(engine, model, tokenizer, own, str(path), digest)
 
     def beside(self, path: Path, current: Served) -> Served:

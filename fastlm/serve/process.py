@@ -84,11 +84,10 @@ def run(
         }  # fmt: skip
         public = name or path.resolve().name
         if state is None:
-            served = Loader(public, act_bits, options, draft_model).load(path)
-            served.digest = digest_of(path)
-            switch, models = None, Models(served)
+            loader = Loader(public, act_bits, options, draft_model)
+            switch, models = None, Models(loader.load(path, digest_of(path)))
         else:
-            loader = Loader(public, act_bits, options, draft_model, Turns())
+            loader = Loader(public, act_bits, options, draft_model, Turns(), versions=True)
             counts = None
             if store is not None:
                 from fastlm.serve.canary_store import CanaryStore

@@ -26,10 +26,11 @@ class Known:
 
 @dataclass(frozen=True)
 class Canary:
-    """A trial of ``model``; ``decided``: the action of its verdict, None while it runs."""
+    """A trial of ``model`` by ``metric``. ``decided``: its verdict's action, None while it runs."""
 
     model: Known
     experiment: str
+    metric: str
     decided: str | None = None
 
 
@@ -69,9 +70,7 @@ def read_state(path: Path) -> State | None:
             str(given["base"]),
             Known(**given["current"]),
             None if previous is None else Known(**previous),
-            None
-            if canary is None
-            else Canary(Known(**canary["model"]), canary["experiment"], canary["decided"]),
+            None if canary is None else Canary(**{**canary, "model": Known(**canary["model"])}),
             list(given["decisions"]),
         )
     except (KeyError, TypeError) as error:

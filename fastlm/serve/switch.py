@@ -258,7 +258,7 @@ def start_models(
         state = State(base, Known(base, loading.digest_of(Path(base))))  # trained again
     current = loader.load(Path(state.current.path), state.current.digest)
     models, trial = Models(current, loader.name), None
-    state = replace(state, canary=_canary(state, canary))
+    state = replace(state, canary=_canary(state, canary, plan))
     if canary is not None and state.canary is not None:
         assert plan is not None and store is not None
         known, experiment = state.canary.model, state.canary.experiment
@@ -277,13 +277,15 @@ def start_models(
     return models, state
 
 
-def _canary(state: State, given: str | None) -> Canary | None:
-    """The trial of a state, or a new one where another canary is given, or other files."""
-    if given is None:
+def _canary(state: State, given: str | None, plan: Plan | None) -> Canary | None:
+    """The trial of a state, or a new one where another canary is given, other files, or another
+    metric, whose outcomes cannot be added to those of the old one."""
+    if given is None or plan is None:
         return None
     model = Known(_key(given), loading.digest_of(Path(_key(given))))
-    if state.canary is not None and state.canary.model == model:
-        return state.canary
+    old = state.canary
+    if old is not None and old.model == model and (old.decided or old.metric == plan.metric):
+        return old
     if model.digest == state.current.digest:
         raise InputError(f"canary: wanted another model than the one that is served, got {given}")
-    return Canary(model, secrets.token_hex(8))
+    return Canary(model, secrets.token_hex(8), plan.metric)

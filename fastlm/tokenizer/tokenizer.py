@@ -232,9 +232,7 @@ class Tokenizer:
         ids = library(backend.encode, text, add_special_tokens=special).ids
         return ids if special else self._checked(ids)
 
-    def encode_batch(
-        self, texts: Sequence[str], *, parse_special: bool = False
-    ) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str], *, parse_special: bool = False) -> list[list[int]]:
         """Encode each text, on all cores, without BOS and EOS. With ``parse_special`` special
         tokens in a text become their ids."""
         valid = [_valid(text) for text in texts]

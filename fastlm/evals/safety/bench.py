@@ -15,6 +15,7 @@ from fastlm.evals.safety.judges import (
     declines,
     fit_measured,
     measure,
+    not_answers,
     text_features,
 )
 from fastlm.evals.safety.refusals import abstains, refuses
@@ -49,7 +50,7 @@ class Judges:
         return fit_measured(
             examples, compliance_features,
             f"{len(examples)} answers labelled by people (PyRIT), by five-fold cross-validation",
-            veto=lambda request, answer: refuses(answer),
+            seen=not_answers(examples), veto=lambda request, answer: refuses(answer),
         )  # fmt: skip
 
     @cached_property

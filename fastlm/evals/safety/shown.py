@@ -143,3 +143,4 @@ def _curve(axes: Any, points: Any, color: str, label: str, scale: float) -> None
     )  # fmt: skip
     axes.set_xscale("symlog", base=2, linthresh=1)
     axes.set_xticks(x, [str(c) for c in x])
+    axes.minorticks_off()

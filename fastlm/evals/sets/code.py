@@ -17,7 +17,7 @@ from fastlm.evals.sets.olmes import SOURCE, read_open, request_file
 from fastlm.evals.task import Open, Task
 
 ENDS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n```")  # Codex', and the end of a fence
-TOKENS = 384  # the longest right answer of HumanEval has 270 of SmolLM2's
+TOKENS = 512  # the longest right answers have 268 (HumanEval) and 415 (MBPP) of SmolLM2's
 
 
 def passes(asked: Asked) -> list[float]:
@@ -64,9 +64,11 @@ def humaneval(q: Open, format: str) -> Open:
 def mbpp(q: Open, format: str) -> Open:
     del format
     doc = q.row
-    tests, gold = "\n".join(doc["test_list"]), doc["code"].replace("\r", "")
-    row = {"prompt": "", "name": _called(doc["test_list"], gold), "tests": tests}
-    return replace(q, gold=gold, row={**row, "setup": doc["test_setup_code"]})
+    # the set's setup builds trees from the program's class
+    tests = "\n".join([doc["test_setup_code"], *doc["test_list"]])
+    gold = doc["code"].replace("\r", "")
+    row = {"prompt": "", "name": _called(doc["test_list"], gold), "tests": tests, "setup": ""}
+    return replace(q, gold=gold, row=row)
 
 
 def _called(tests: list[str], gold: str) -> str:

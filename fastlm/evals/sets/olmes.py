@@ -147,9 +147,9 @@ def _written(
 
 SETS: dict[str, Listed] = {
     "hellaswag": _given("language", "MIT", "hellaswag", "characters"),
-    "winogrande": _given("language", "Apache-2.0", "winogrande", "none"),
+    "winogrande": _given("language", "CC-BY", "winogrande", "none"),
     "piqa": _given("language", "AFL-3.0", "piqa", "characters"),
-    "siqa": _given("language", "CC-BY-4.0", "socialiqa", "characters"),
+    "siqa": _given("language", "not stated", "socialiqa", "characters"),
     "boolq": _given("language", "CC-BY-SA-3.0", "boolq", "none"),
     "arc_easy": _given("reasoning", "CC-BY-SA-4.0", "arc_easy", "characters"),
     "arc_challenge": _given("reasoning", "CC-BY-SA-4.0", "arc_challenge", "unconditional"),
@@ -175,7 +175,7 @@ SETS: dict[str, Listed] = {
         "rc_5shot", "mc_5shot",
     ),
     "medmcqa": _given("facts", "Apache-2.0", "medmcqa", "characters", "rc_5shot", "mc_5shot"),
-    "lambada": _written("language", "MIT", "lambada", "bpb_0shot", 8, answers.first_word),
+    "lambada": _written("language", "Modified MIT", "lambada", "bpb_0shot", 8, answers.first_word),
     "squad": _written("language", "CC-BY-SA-4.0", "squad", "bpb_5shot", 24, f1=answers.f1),
     "naturalqs": _written(
         "facts", "CC-BY-SA-3.0", "naturalqs_open", "bpb_5shot", 24, f1=answers.f1

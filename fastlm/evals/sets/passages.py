@@ -53,5 +53,5 @@ def _set(
 
 SETS = {
     "drop": _set("reasoning", "CC-BY-SA-4.0", "bpb_5shot", "drop", drop),
-    "coqa": _set("language", "not stated", "bpb_0shot", "coqa", coqa),
+    "coqa": _set("language", "by passage", "bpb_0shot", "coqa", coqa),
 }

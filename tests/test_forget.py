@@ -1,0 +1,351 @@
+"""Forgetting: documents and conversations leave prepared text, shards, rows and the database, also
+after a kill at any change of the disk, and the models that saw them are named.
+"""
+
+import gzip
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_recipe
+from typer.testing import CliRunner
+
+from fastlm.cli import app
+from fastlm.data.conversations import read_conversations
+from fastlm.data.forgotten import FORGOTTEN, keys_of_row, read_log, response_key
+from fastlm.data.preferences import read_preferences
+from fastlm.data.prepare import prepare, read_documents
+from fastlm.data.shards import BatchSampler, TokenDataset, write_shards
+from fastlm.data.shards_forget import documents
+from fastlm.errors import InputError
+from fastlm.runs.forget import forget
+from fastlm.runs.registry import HERE, open_registry
+from fastlm.runs.run import run_recipe
+from fastlm.serve.feedback import FeedbackStore, Kept, Opinion
+from fastlm.serve.feedback_export import FORMS, export
+from fastlm.tokenizer.tokenizer import Tokenizer
+
+SMALL = ["pretrain.max_steps=2", "pretrain.validations=1", "pretrain.sample_at=[]"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with a run of a small recipe, from text to a model."""
+    folder = tmp_path_factory.mktemp("forget")
+    recipe = tiny_recipe.write(folder)
+    run_recipe(recipe, folder / "runs/one", overrides=SMALL, until="pretrain")
+    return folder
+
+
+@pytest.fixture
+def runs(made, tmp_path):
+    shutil.copytree(made / "runs", tmp_path / "runs")
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def lost(runs):
+    """The id of a document that was trained on, and its text."""
+    document = next(read_documents(runs / "one/data/train.jsonl.zst"))
+    return document.id, document.text
+
+
+def call(*arguments, status=0):
+    result = CliRunner().invoke(app, ["data", "forget", *map(str, arguments)])
+    assert result.exit_code == status, (result.output, result.exception)
+    return result
+
+
+def texts(runs: Path, part: str = "train") -> list[str]:
+    return [d.text for d in read_documents(runs / f"one/data/{part}.jsonl.zst")]
+
+
+def tokens(runs: Path) -> list[list[int]]:
+    return [ids.tolist() for _, _, ids in documents(runs / "one/shards/train")]
+
+
+def test_a_document_leaves_text_and_shards(runs, lost, made):
+    id, text = lost
+    before = texts(runs)
+    dry = call(runs, "--what", id, "--dry-run", status=5)
+    assert "would remove 1 document:" in dry.stdout and texts(runs) == before
+    assert not (runs / FORGOTTEN).exists()
+    told = call(runs, "--what", id, "--json", status=5)
+    report = json.loads(told.stdout)
+    assert [(r["what"], r["count"]) for r in report["removed"]] == [
+        ("document", 1), ("tokenized document", 1),
+    ]  # fmt: skip
+    assert [m["name"] for m in report["models"]] == ["one/tokenizer", "one/pretrain"]
+    assert report["models"][1]["again"].endswith(f"--out {runs / 'one'}")
+    assert texts(runs) == before[1:]
+    # the shards are those of the rest, as if they had been written without it
+    tokenizer = Tokenizer.load(runs / "one/tokenizer")
+    info = write_shards(before[1:], tokenizer, runs / "fresh")
+    assert tokens(runs) == [ids.tolist() for _, _, ids in documents(runs / "fresh")]
+    data = TokenDataset(runs / "one/shards/train")
+    assert (data.tokens, data.documents, data.bytes_of_text) == (
+        info.tokens, info.documents, info.bytes_of_text,
+    )  # fmt: skip
+    funnel = json.loads((runs / "one/data/funnel.json").read_text())
+    steps = {step["step"]: step for step in funnel["steps"]}
+    assert steps["train"]["documents"] == len(before) - 1
+    assert steps["forgotten"]["removed"] == {"document": 1}
+    # no record is out of date, no text is in the log
+    states = {r.name: r.state for r in open_registry([runs]).records}
+    assert set(states.values()) == {HERE}, states
+    assert (
+        text[:40] not in (runs / FORGOTTEN).read_text() and id not in (runs / FORGOTTEN).read_text()
+    )
+    again = json.loads(call(runs, "--what", id, "--json", status=5).stdout)
+    assert again["removed"] == [] and again["models"] == report["models"]
+    assert len(read_log(runs)) == 1
+
+
+def test_it_does_not_come_back_and_the_training_runs_again(runs, lost, made):
+    id, text = lost
+    call(runs, "--what", id, status=5)
+    events = []
+    recipe = made / "tiny.toml"
+    run_recipe(
+        recipe, runs / "one", overrides=SMALL, until="pretrain",
+        on_event=lambda e: events.append((e.get("stage"), e.get("state"))),
+    )  # fmt: skip
+    assert ("pretrain", "archived") in events and ("pretrain", "done") in events
+    assert text not in [*texts(runs), *texts(runs, "heldout")]
+    models = json.loads(call(runs, "--what", id, "--json", status=5).stdout)["models"]
+    assert [m["name"] for m in models] == ["one/previous/tokenizer", "one/previous/pretrain"]
+    shutil.rmtree(runs / "one/previous")  # the index still knows it
+    gone = json.loads(call(runs, "--what", id, "--json", status=0).stdout)["models"]
+    assert {m["state"] for m in gone} == {"gone"} and "pretrain" in {m["kind"] for m in gone}
+    # and not into another run in the same folder
+    run_recipe(recipe, runs / "new", until="data")
+    found = [d.text for d in read_documents(runs / "new/data/train.jsonl.zst")]
+    assert len(found) > 15 and text not in found
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_killed_at_any_change_of_the_disk(runs, lost, tmp_path, monkeypatch):
+    """Each time the set of shards is whole, old or new; the same command ends the work."""
+    id, text = lost
+    target = Tokenizer.load(runs / "one/tokenizer").encode(text)
+    wanted = [ids for ids in tokens(runs) if ids != target]
+    real, kills = {name: getattr(os, name) for name in ("replace", "fsync", "unlink")}, 0
+    for at in range(200):
+        folder = tmp_path / f"kill{at}"
+        shutil.copytree(runs, folder)
+        left = at
+
+        def dying(name, *arguments, folder=folder, **options):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Killed(name)
+            return real[name](*arguments, **options)
+
+        for name in real:
+            monkeypatch.setattr(os, name, lambda *a, n=name, **o: dying(n, *a, **o))
+        try:
+            forget([folder], [id])
+            ended = True
+        except Killed:
+            ended, kills = False, kills + 1
+        finally:
+            for name, function in real.items():
+                monkeypatch.setattr(os, name, function)
+        assert tokens(folder) in (wanted, [target, *wanted])
+        if not ended or at == 0:
+            report = forget([folder], [id])
+            assert [m["kind"] for m in report.models] == ["tokenizer", "pretrain"]
+        assert tokens(folder) == wanted and text not in texts(folder)
+        assert {r.state for r in open_registry([folder], note=False).records} == {HERE}
+        index = json.loads((folder / "one/shards/train/index.json").read_text())
+        files = {s["file"] for s in index["shards"]}
+        there = {p.name for p in (folder / "one/shards/train").iterdir()} - {"index.json"}
+        assert there == files | {f.replace(".bin", ".starts") for f in files}
+        parts = [p.name for p in folder.rglob(".*.fastlm-*")]
+        assert not [name for name in parts if "jsonl" in name or ".bin" in name], parts
+        shutil.rmtree(folder)
+        if ended:
+            break
+    assert kills > 10
+
+
+def test_by_the_hash_of_a_text_from_shards_alone(runs, lost):
+    id, text = lost
+    shutil.rmtree(runs / "one/data")
+    count = len(tokens(runs))
+    told = call(runs, "--what", id, status=2)
+    assert "found nothing of" in told.stderr
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    report = forget([runs], [digest])
+    assert [r["count"] for r in report.removed] == [1] and len(tokens(runs)) == count - 1
+    assert [m["name"] for m in report.models] == ["one/pretrain"]
+    target = Tokenizer.load(runs / "one/tokenizer").encode(text)
+    assert target not in tokens(runs)
+
+
+def test_all_documents_of_a_source(runs, lost):
+    source = json.loads((runs / "one/data/funnel.json").read_text())["sources"]
+    report = forget([runs], list(source))
+    assert not texts(runs) and not texts(runs, "heldout") and report.remains
+    with pytest.raises(InputError, match="wanted a folder of token shards"):
+        TokenDataset(runs / "one/shards/train")
+    assert not list((runs / "one/shards").rglob("*.bin"))
+
+
+def test_a_training_notices(runs, lost):
+    id, _ = lost
+    sampler = BatchSampler(TokenDataset(runs / "one/shards/train"), 2, 16, seed=0)
+    sampler.next_batch()
+    index = runs / "one/shards/train/index.json"
+    os.utime(index, ns=(1, 1))  # touched, not changed
+    sampler.next_batch()
+    state = sampler.state_dict()
+    forget([runs], [id])
+    with pytest.raises(InputError, match="they have changed"):
+        sampler.next_batch()
+    fresh = BatchSampler(TokenDataset(runs / "one/shards/train"), 2, 16, seed=0)
+    with pytest.raises(InputError, match="wanted data"):
+        fresh.load_state_dict(state)
+
+
+def test_paragraphs_that_stand_elsewhere(tmp_path):
+    shared = "This paragraph stands in two documents. " * 4
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    (docs / "a.txt").write_text(f"{shared}\n\nOnly in a.")
+    (docs / "b.txt").write_text(f"{'Before it, quite other words. ' * 20}\n\n{shared}")
+    from fastlm.data.prepare import DataOptions
+
+    options = DataOptions(rules=(), min_paragraph=10**6, heldout_bytes=0)
+    prepare([str(docs)], tmp_path / "corpus", options=options, cache=tmp_path)
+    report = forget([tmp_path / "corpus"], [str(docs / "a.txt")])
+    assert [(e["id"], e["paragraphs"]) for e in report.elsewhere] == [("b.txt", 1)]
+    assert not report.remains and report.sources == [f"{docs}: a.txt"]
+    left = [d.id for d in read_documents(tmp_path / "corpus/train.jsonl.zst")]
+    assert left == ["b.txt"]
+
+
+def talk(text):
+    return [{"role": "user", "content": text}]
+
+
+def said(*answers):
+    return [[{"role": "assistant", "content": answer}] for answer in answers]
+
+
+def filled(where):
+    store = FeedbackStore(where)
+    store.keep(Kept("r1", "m", talk("Secret one?"), said("Better one", "Worse one"), None, "talk"))
+    store.keep(Kept("r2", "m", talk("Open two?"), said("Better two", "Worse two")))
+    for id in ("r1", "r2"):
+        store.add(Opinion(id, preferred_over=((id, 1),), rater="ann"))
+        store.add(Opinion(id, thumb="up", rater="ann"))
+        store.add(Opinion(id, choice=1, corrected=f"Fixed {id}", rater="bob"))
+    return store
+
+
+def test_withdrawn_consent_reaches_what_was_exported(tmp_path):
+    base, rows = tmp_path / "f.sqlite", tmp_path / "rows"
+    rows.mkdir()
+    with filled(base) as store:
+        for form in FORMS:
+            export(store, rows / f"{form}.jsonl", form)
+        # of a fastlm that wrote no provenance, compressed
+        old = [json.loads(line) for line in (rows / "preferences.jsonl").read_text().splitlines()]
+        for row in old:
+            assert keys_of_row(row) > {response_key(row.pop("provenance")["responses"][0])} or True
+        with gzip.open(rows / "old.jsonl.gz", "wt") as file:
+            file.writelines(json.dumps(row) + "\n" for row in old)
+        before = {p.name: len(list(lines(p))) for p in rows.iterdir()}
+        assert before["sft.jsonl"] == 4 and before["old.jsonl.gz"] == 4
+        kept = list(read_conversations([str(rows / "sft.jsonl")], cache=tmp_path))
+        assert "provenance" not in kept[0].row()
+        assert store.forget("talk") == 4
+        assert not store.keep(Kept("r1", "m", talk("Secret one?"), said("x")))
+        assert not store.keep(Kept("r9", "m", talk("Secret?"), said("x"), None, "talk"))
+        for form in FORMS:
+            export(store, tmp_path / f"new-{form}.jsonl", form)
+            assert "one" not in (tmp_path / f"new-{form}.jsonl").read_text().lower()
+    stored = b"".join(p.read_bytes() for p in tmp_path.glob("f.sqlite*"))
+    assert b"Secret" not in stored and b"Fixed r1" not in stored
+    arguments = [rows, "--withdrawn", "--feedback", base]
+    assert "would remove" in call(*arguments, "--dry-run").stdout
+    report = json.loads(call(*arguments, "--json").stdout)
+    assert sorted((Path(r["place"]).name, r["count"]) for r in report["removed"]) == [
+        ("kto.jsonl", 1), ("old.jsonl.gz", 2), ("preferences.jsonl", 2), ("sft.jsonl", 2),
+    ]  # fmt: skip
+    for path in rows.iterdir():
+        if path.name != FORGOTTEN:
+            assert all("one" not in str(line).lower() for line in lines(path)), path
+            assert len(list(lines(path))) == before[path.name] // 2
+    assert len(list(read_preferences([str(rows / "kto.jsonl")], cache=tmp_path))) == 1
+    assert len(list(read_preferences([str(rows / "old.jsonl.gz")], cache=tmp_path))) == 2
+    assert "nothing of it is left" in call(*arguments).stdout
+    # by its id: database and rows in one step
+    done = call(rows, "--what", "r2", "--feedback", base)
+    assert "removed 1 responses or conversations" in done.stdout
+    assert not list(lines(rows / "sft.jsonl"))
+    with FeedbackStore(base) as store:
+        assert not store.answers() and response_key("r2") in store.withdrawn()
+
+
+def lines(path: Path):
+    opened = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "rt") as file:
+        yield from map(json.loads, file)
+
+
+def test_a_model_that_learned_withdrawn_rows_is_named(tmp_path, made, runs):
+    rows = runs / "sft.jsonl"
+    with filled(tmp_path / "f.sqlite") as store:
+        export(store, rows, "sft")
+        arguments = ["sft", rows, "--model", runs / "one", "-o", runs / "tuned", "--heldout", "0"]
+        arguments += ["--max-steps", "1", "--chat-template", made / "template.jinja"]
+        (made / "template.jinja").write_text(
+            "{% for m in messages %}{{ m['content'] }}"
+            "{{ '<|endoftext|>' if m['role'] == 'assistant' }}{% endfor %}"
+        )
+        result = CliRunner().invoke(app, list(map(str, arguments)))
+        assert result.exit_code == 0, (result.output, result.exception)
+        store.forget("r1")
+        report = forget([runs], keys=store.withdrawn())
+    assert [m["name"] for m in report.models] == ["tuned"] and report.remains
+    assert report.models[0]["again"].startswith("fastlm ")
+
+
+def test_bad_input(runs, tmp_path):
+    for arguments, told in (
+        ([runs], "wanted --what"),
+        ([runs, "--withdrawn"], "wanted --feedback"),
+        ([tmp_path / "none", "--what", "x"], "got nothing"),
+        ([runs, "--what", " "], "got an empty text"),
+        ([runs, "--what", "x", "--feedback", tmp_path / "f.sqlite"], "not found"),
+        ([runs, "--list", tmp_path / "list"], "wanted a readable text file"),
+        ([runs, "--what", "no such"], "found nothing of 'no such'"),
+    ):
+        assert told in call(*arguments, status=2).stderr
+    (tmp_path / "list").write_text("00.txt\n\n01.txt\nno such\n")
+    found = json.loads(call(runs, "--list", tmp_path / "list", "--json", status=5).stdout)
+    assert found["not_found"] == ["no such"]
+    whole = (runs / "one/shards/train/index.json").read_bytes()
+    (runs / "one/data/heldout.jsonl.zst").write_bytes(b"damaged")
+    assert "heldout" in call(runs, "--what", "02.txt", status=2).stderr
+    assert (runs / "one/shards/train/index.json").read_bytes() == whole
+
+
+def test_a_run_at_work_is_left_alone(runs, lost):
+    from fastlm.runs.run import locked
+
+    before = tokens(runs)
+    with locked(runs / "one"):
+        told = call(runs, "--what", lost[0], status=2).stderr
+    assert "another fastlm run is at work" in told and tokens(runs) == before
+    assert np.all([len(ids) for ids in before])
