@@ -119,7 +119,7 @@ def body(**fields):
 def test_answers_keep_to_their_schemas(server):
     # without line breaks and long strings
     bias = {'"': 5, "}": 5, "]": 5, "\n": -100}
-    bias = {str(server.served.tokenizer.encode(text)[0]): value for text, value in bias.items()}
+    bias = {str(server.tokenizer.encode(text)[0]): value for text, value in bias.items()}
 
     def answers(schema):
         form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
