@@ -3,7 +3,10 @@
 import asyncio
 import json
 import shutil
+import sqlite3
+import threading
 import time
+import weakref
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -152,7 +155,7 @@ def test_thumbs_promote_and_late_ones_count_for_who_answered(models, tmp_path):
 def test_picks(models, tmp_path):
     with trying(models, tmp_path, metric="pick", alpha=1e-9) as (url, server):
         old, new = server.served.name, server.models.trial.served.name
-        for i in range(12):
+        for i in range(20):  # a hash takes each for one of the two: 1 of 500,000 have one side only
             better, worse = (chat(url, f"Hi {i}", model=name)["id"] for name in (new, old))
             said = {"response_id": better, "preferred_over": [{"response_id": worse}]}
             for _ in range(2):  # counts once
@@ -161,7 +164,7 @@ def test_picks(models, tmp_path):
         said = {"response_id": both[0], "preferred_over": [{"response_id": both[1]}]}
         assert ask(url, said, "/v1/feedback").status_code == 200
         arms = status(url)["arms"]
-        assert arms["old"]["outcomes"] + arms["new"]["outcomes"] == 12
+        assert arms["old"]["outcomes"] + arms["new"]["outcomes"] == 20
         assert arms["new"]["successes"] == arms["new"]["outcomes"] > 0
         assert arms["old"]["successes"] == 0 < arms["old"]["outcomes"]
 
@@ -180,7 +183,9 @@ def test_a_canary_that_fails_is_rolled_back(models, tmp_path):
             if server.models.trial is None:
                 break
         until(lambda: server.models.trial is None)
-        told = status(url)
+        told, gone = status(url), weakref.ref(canary.model)
+        del canary, broken
+        until(lambda: gone() is None)  # its memory is returned
         assert told["status"] == "rolled back" and told["reason"].startswith("errors: +")
         assert told["arms"]["new"]["errors"] == told["arms"]["new"]["answers"] < 30
         assert server.served.path == str(models["a"])
@@ -196,7 +201,7 @@ def test_a_canary_that_is_slow_is_rolled_back(tmp_path):
             trial.end(verdict)
 
         name = f"{slower}"
-        trial = Trial(SimpleNamespace(), Plan(), CanaryStore(store), name, decide=decide)
+        trial = Trial(SimpleNamespace(name="new"), Plan(), CanaryStore(store), name, decide=decide)
         watching = asyncio.create_task(trial.watch())
         for i in range(120):
             for arm, seconds in (("old", 0.01), ("new", 0.01 * slower)):
@@ -249,6 +254,27 @@ def test_counts_survive_a_restart(models, tmp_path):
             pass
 
 
+def test_a_database_that_hangs_holds_no_answer(models, tmp_path, monkeypatch):
+    monkeypatch.setattr("fastlm.serve.trial.WRITE_SECONDS", 0.05)
+    with trying(models, tmp_path, most=10**6) as (url, server):
+        other = sqlite3.connect(tmp_path / "feedback.sqlite", isolation_level=None)
+        other.execute("begin immediate")  # longer than the answers take
+        voting = [
+            threading.Thread(target=thumb, args=(url, f"id-{i}", "up"), daemon=True)
+            for i in range(50)  # more than the threads of answers
+        ]
+        for one in voting:
+            one.start()
+        for i in range(20):
+            chat(url, f"Hi {i}")
+        assert sum(arm.answers for arm in server.models.trial.arms.values()) == 0
+        other.execute("rollback")
+        until(lambda: sum(arm.answers for arm in server.models.trial.arms.values()) == 20)
+        other.close()
+        for one in voting:
+            one.join()
+
+
 def test_what_the_counts_decide():
     def arms(a, b, old=None, new=None):
         return {"old": Arm(*a, **(old or {})), "new": Arm(*b, **(new or {}))}
@@ -282,9 +308,9 @@ def test_what_the_counts_decide():
 
 def test_a_share_of_the_conversations(tmp_path):
     with FeedbackStore(tmp_path / "feedback.sqlite") as store:
-        trial = Trial(SimpleNamespace(), Plan(share=0.1), CanaryStore(store), "x")
+        trial = Trial(SimpleNamespace(name="new"), Plan(share=0.1), CanaryStore(store), "x")
         taken = sum(trial.takes(str(i)) for i in range(20_000))
         assert 1_850 < taken < 2_150  # 3.5 standard deviations
-        other = Trial(SimpleNamespace(), Plan(share=0.1), CanaryStore(store), "y")
+        other = Trial(SimpleNamespace(name="new"), Plan(share=0.1), CanaryStore(store), "y")
         both = sum(trial.takes(str(i)) and other.takes(str(i)) for i in range(20_000))
         assert 140 < both < 260  # each trial has a hash of its own

@@ -162,23 +162,23 @@ class Switch:
 
     async def _end(self, trial: Trial, verdict: Verdict) -> None:
         numbers = await asyncio.to_thread(self._numbers, trial)
-        state, canary = self.state, self.state.canary
+        state, canary, served = self.state, self.state.canary, trial.served
         if canary is not None:
             state = replace(state, canary=replace(canary, decided=verdict.action))
         if verdict.action == "promote":
-            known = Known(trial.served.path, trial.served.digest)
+            known = Known(served.path, served.digest)
             state = replace(state, current=known, previous=state.current)
         await self._save(
             state.decided(
-                verdict.action, model=trial.served.name, path=trial.served.path,
-                reason=verdict.reason, **numbers,
+                verdict.action, model=served.name, path=served.path, reason=verdict.reason,
+                **numbers,
             )
         )  # fmt: skip
-        trial.end(verdict)
         if verdict.action == "promote":
-            self.models.replace(trial.served)
+            self.models.replace(served)
         else:
             self.models.end_trial()
+        trial.end(verdict)
 
     async def _save(self, state: State) -> None:
         await asyncio.to_thread(state.save, self.path)
@@ -222,7 +222,7 @@ class Switch:
             status = {"promote": "promoted", "roll back": "rolled back", "keep": "undecided"}
             told |= {
                 "status": "running" if trial.verdict is None else status[trial.verdict.action],
-                "canary": trial.served.name,
+                "canary": trial.name,
                 "reason": trial.verdict and trial.verdict.reason,
                 "plan": asdict(trial.plan),
                 "slow_seconds_per_token": trial.slow_pace,
