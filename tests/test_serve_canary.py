@@ -1,6 +1,7 @@
 """A canary: who gets it, what counts, and what is decided."""
 
 import asyncio
+import hashlib
 import json
 import shutil
 import sqlite3
@@ -18,6 +19,7 @@ from fastlm.errors import InputError
 from fastlm.serve.canary_store import CanaryStore
 from fastlm.serve.feedback import FeedbackStore
 from fastlm.serve.plan import Plan
+from fastlm.serve.said import Kept, Opinion
 from fastlm.serve.state import read_state
 from fastlm.serve.trial import Arm, Trial, comparisons, judge
 
@@ -273,6 +275,47 @@ def test_a_database_that_hangs_holds_no_answer(models, tmp_path, monkeypatch):
         other.close()
         for one in voting:
             one.join()
+
+
+def test_what_is_forgotten_counts_without_its_ids(models, tmp_path):
+    with trying(models, tmp_path, most=10**6) as (url, server):
+        talk = {"store": True, "conversation_id": "private-talk"}
+        for text in ("Hi", "And?"):
+            kept = chat(url, text, **talk)["id"]
+        other = chat(url, "Hi")["id"]
+        thumb(url, kept, "up")
+        thumb(url, other, "down")
+        store, experiment = server.feedback, server.models.trial.experiment
+        before = server.switch.store.counts(experiment)
+        assert server.monitor.recorder.flush()
+        unit = hashlib.sha256(b"id\0private-talk").hexdigest()
+        assert unit in all_rows(store) and kept in all_rows(store)
+        assert store.forget("private-talk") == 2 + 1 + 2 + 2  # answers, thumb, measures, trial
+        told = all_rows(store)
+        assert not any(word in told for word in ("private-talk", kept, unit)) and other in told
+        assert server.switch.store.counts(experiment) == before
+        # one that is asked for while it is being stored
+        late = Kept("late", "tiny", [{"role": "user", "content": "secret"}], [[]], None, "talk-2")
+        blocked, looked = store._blocked, []
+
+        def look(answer):
+            looked.append(blocked(answer))
+            if len(looked) == 1:
+                store.forget("talk-2")
+            return looked[-1]
+
+        store._blocked = look
+        store.add(Opinion("late", "talk-2", thumb="up"))
+        assert not store.keep(late) and "secret" not in all_rows(store)
+        assert looked == [False, True]
+
+
+def all_rows(store):
+    with store.read() as connection:
+        names = [row[0] for row in connection.exec_driver_sql(
+            "select name from sqlite_master where type = 'table' and name != 'fastlm_withdrawn'"
+        )]  # fmt: skip
+        return str([connection.exec_driver_sql(f"select * from {n}").all() for n in names])
 
 
 def test_what_the_counts_decide():
