@@ -116,7 +116,7 @@ class Switch:
             await self._load(self.allowed.find(given), "promote")
 
     async def rollback(self) -> None:
-        """End the canary, or go back to the model before the last promotion. As `promote`."""
+        """End the canary, or go back to the model before the last promotion, once. As `promote`."""
         with self._change():
             if (trial := self.models.trial) is not None:
                 await self._end(trial, Verdict("roll back", "asked"))
@@ -143,7 +143,9 @@ class Switch:
 
         new = await asyncio.to_thread(load)
         known = Known(new.path, new.digest)
-        state = replace(self.state, current=known, previous=self.state.current)
+        # what was rolled back is not gone back to: the command may be given twice
+        previous = self.state.current if action == "promote" else None
+        state = replace(self.state, current=known, previous=previous)
         try:
             await self._save(state.decided(action, model=new.name, path=path, reason="asked"))
         except BaseException:
