@@ -289,10 +289,15 @@ def test_what_is_forgotten_counts_without_its_ids(models, tmp_path):
         before = server.switch.store.counts(experiment)
         assert server.monitor.recorder.flush()
         unit = hashlib.sha256(b"id\0private-talk").hexdigest()
-        assert unit in all_rows(store) and kept in all_rows(store)
+        assert kept in all_rows(store)
+        assert unit not in all_rows(store)  # it cannot be tried without the state file's secret
+        with store.read() as connection:
+            (mine,) = connection.exec_driver_sql(
+                f"select unit from fastlm_canary_answers where response_id = '{kept}'"
+            ).one()
         assert store.forget("private-talk") == 2 + 1 + 2 + 2  # answers, thumb, measures, trial
         told = all_rows(store)
-        assert not any(word in told for word in ("private-talk", kept, unit)) and other in told
+        assert not any(word in told for word in ("private-talk", kept, mine)) and other in told
         assert server.switch.store.counts(experiment) == before
         # one that is asked for while it is being stored
         late = Kept("late", "tiny", [{"role": "user", "content": "secret"}], [[]], None, "talk-2")

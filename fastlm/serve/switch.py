@@ -273,7 +273,7 @@ def start_models(
             except InputError as error:
                 raise InputError(f"canary: {error}") from None
             alike = loading.same_tokens(served.tokenizer, current.tokenizer)
-            trial = Trial(served, plan, store, experiment, alike)
+            trial = Trial(served, plan, store, experiment, alike, state.canary.secret)
             models.begin(trial)
     state.save(path)
     return models, state
@@ -290,4 +290,4 @@ def _canary(state: State, given: str | None, plan: Plan | None) -> Canary | None
         return old
     if model.digest == state.current.digest:
         raise InputError(f"canary: wanted another model than the one that is served, got {given}")
-    return Canary(model, secrets.token_hex(8), plan.metric)
+    return Canary(model, secrets.token_hex(8), plan.metric, secret=secrets.token_hex(16))

@@ -141,7 +141,8 @@ class Trial:
 
     ``canary``: its model, None once it has ended, whose counts outlive the model.
     ``experiment``: its name in the database, new for each trial, and the salt of its hashes.
-    ``same_tokens``: a token id means the same to both models.
+    ``same_tokens``: a token id means the same to both models. ``secret``: with which units are
+    hashed for the database, so that nobody who has it can try what a prompt said.
     """
 
     canary: "Served | None"
@@ -149,6 +150,7 @@ class Trial:
     store: "CanaryStore"
     experiment: str
     same_tokens: bool = True
+    secret: str = ""
     decide: Callable[["Trial", Verdict], Awaitable[Any]] | None = None
     verdict: Verdict | None = None
     arms: dict[str, Arm] = field(default_factory=lambda: {"old": Arm(), "new": Arm()})
@@ -187,7 +189,7 @@ class Trial:
     ) -> None:  # fmt: skip
         """Store and count an answer. ``seconds``: per token. A database that fails costs the trial
         an answer, and one that hangs the client `WRITE_SECONDS`; the answer is counted later."""
-        slow = None
+        unit, slow = _hash(self.secret, unit), None
         if seconds is not None and self.slow_pace is not None:
             slow = seconds > self.slow_pace
         elif seconds is not None and arm == "old":
