@@ -13,9 +13,7 @@ ANSWERS = sa.Table(
     metadata,
     sa.Column("response_id", sa.String(160), primary_key=True),
     sa.Column("experiment", sa.String(64), nullable=False, index=True),
-    sa.Column(
-        "unit", sa.String(64), nullable=False
-    ),  # a keyed hash, `fastlm.serve.trial`
+    sa.Column("unit", sa.String(64), nullable=False),  # a keyed hash, `fastlm.serve.trial`
     sa.Column("conversation_id", sa.String(128), index=True),
     sa.Column("arm", sa.String(4), nullable=False),  # old, new
     sa.Column("model", sa.Text, nullable=False),

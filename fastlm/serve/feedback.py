@@ -162,6 +162,8 @@ class FeedbackStore:
         """Delete a response or a conversation: its text, what was said about it, and its measures.
         Return how many rows there were. Hashes stay, by which exports leave it out
         (`fastlm.serve.withdrawn`), and the counts of a canary's trial, without ids.
+
+        InputError: also that a process which reads keeps the text in SQLite's log.
         """
         gone = 0
         with self._errors():  # before anything is deleted, so that a kill in between loses no key
@@ -179,7 +181,12 @@ class FeedbackStore:
             gone += make_nameless(connection, ids)
         if self.engine.dialect.name == "sqlite":  # the log has the text, too, until it is emptied
             with self._errors(), self.engine.connect() as connection:
-                connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+                busy = connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").one()[0]
+            if busy:
+                raise InputError(
+                    f"{self.name}: wanted to empty its log, which still has what was deleted, but"
+                    " another process reads: forget it again when that has ended"
+                )
         return gone
 
     def keys_of(self, id: str) -> set[str]:
