@@ -27,6 +27,27 @@ PROMPT = [{"role": "user", "content": "Write to ann@mail.org or +44 20 7946 0958
 CLEAN = [{"role": "user", "content": "Write to <EMAIL> or <PHONE>"}]
 
 
+def test_a_reader_that_keeps_the_text_in_the_log_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("fastlm.serve.feedback.WAIT_SECONDS", 0.1)
+    path = tmp_path / "feedback.sqlite"
+
+    def left():
+        return any(b"Nobody knows" in file.read_bytes() for file in tmp_path.iterdir())
+
+    with FeedbackStore(path) as store:
+        said = [{"role": "user", "content": "Nobody knows"}]
+        store.keep(Kept("r1", "tiny", said, [[{"role": "assistant", "content": "Yes"}]]))
+        reader = sqlite3.connect(path, isolation_level=None)
+        reader.execute("begin")
+        reader.execute("select * from fastlm_answers").fetchall()
+        with pytest.raises(InputError, match="another process reads: forget it again"):
+            store.forget("r1")
+        assert left()
+        reader.execute("rollback")
+        reader.close()
+        assert store.forget("r1") == 0 and not left()
+
+
 def filled(store):
     """Two answers to one prompt, one to another, and opinions about them."""
     texts = [[{"role": "assistant", "content": text}] for text in ("Better", "Worse")]

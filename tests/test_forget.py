@@ -80,6 +80,9 @@ def test_a_document_leaves_text_and_shards(runs, lost, made):
         ("document", 1), ("tokenized document", 1),
     ]  # fmt: skip
     assert [m["name"] for m in report["models"]] == ["one/tokenizer", "one/pretrain"]
+    assert report["quotes"] == [str(runs / "one/pretrain"), *(
+        str(runs / f"one/{name}") for name in ("report.html", "summary.json")
+    )]  # fmt: skip
     assert report["models"][1]["again"].endswith(f"--out {runs / 'one'}")
     assert texts(runs) == before[1:]
     # the shards are those of the rest, as if they had been written without it

@@ -87,6 +87,18 @@ def test_names_paths_and_ids(runs, tmp_path):
             registry.find(what)
 
 
+def test_the_index_quotes_no_prompt(runs):
+    table = json.loads((runs / "one/stages.json").read_text())
+    table["stages"]["pretrain"]["result"]["samples"] = [{"prompt": "my secret", "sample": "Yes"}]
+    (runs / "one/stages.json").write_text(json.dumps(table))
+    record = open_registry([runs]).find_one("one")
+    assert record.entry.result["samples"]  # the run's own record has them
+    index = (runs / INDEX).read_text()
+    assert "one/pretrain" in index and "my secret" not in index
+    open_registry([runs])
+    assert (runs / INDEX).read_text() == index
+
+
 def test_moved_copied_deleted_and_changed_runs(runs):
     first = open_registry([runs])
     assert {r.state for r in first.records} == {HERE}

@@ -1,9 +1,13 @@
 """A canary: who gets it, what counts, and what is decided."""
 
 import asyncio
+import hashlib
 import json
 import shutil
+import sqlite3
+import threading
 import time
+import weakref
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -15,6 +19,7 @@ from fastlm.errors import InputError
 from fastlm.serve.canary_store import CanaryStore
 from fastlm.serve.feedback import FeedbackStore
 from fastlm.serve.plan import Plan
+from fastlm.serve.said import Kept, Opinion
 from fastlm.serve.state import read_state
 from fastlm.serve.trial import Arm, Trial, comparisons, judge
 
@@ -152,7 +157,7 @@ def test_thumbs_promote_and_late_ones_count_for_who_answered(models, tmp_path):
 def test_picks(models, tmp_path):
     with trying(models, tmp_path, metric="pick", alpha=1e-9) as (url, server):
         old, new = server.served.name, server.models.trial.served.name
-        for i in range(12):
+        for i in range(20):  # a hash takes each for one of the two: 1 of 500,000 have one side only
             better, worse = (chat(url, f"Hi {i}", model=name)["id"] for name in (new, old))
             said = {"response_id": better, "preferred_over": [{"response_id": worse}]}
             for _ in range(2):  # counts once
@@ -161,7 +166,7 @@ def test_picks(models, tmp_path):
         said = {"response_id": both[0], "preferred_over": [{"response_id": both[1]}]}
         assert ask(url, said, "/v1/feedback").status_code == 200
         arms = status(url)["arms"]
-        assert arms["old"]["outcomes"] + arms["new"]["outcomes"] == 12
+        assert arms["old"]["outcomes"] + arms["new"]["outcomes"] == 20
         assert arms["new"]["successes"] == arms["new"]["outcomes"] > 0
         assert arms["old"]["successes"] == 0 < arms["old"]["outcomes"]
 
@@ -180,7 +185,9 @@ def test_a_canary_that_fails_is_rolled_back(models, tmp_path):
             if server.models.trial is None:
                 break
         until(lambda: server.models.trial is None)
-        told = status(url)
+        told, gone = status(url), weakref.ref(canary.model)
+        del canary, broken
+        until(lambda: gone() is None)  # its memory is returned
         assert told["status"] == "rolled back" and told["reason"].startswith("errors: +")
         assert told["arms"]["new"]["errors"] == told["arms"]["new"]["answers"] < 30
         assert server.served.path == str(models["a"])
@@ -196,7 +203,7 @@ def test_a_canary_that_is_slow_is_rolled_back(tmp_path):
             trial.end(verdict)
 
         name = f"{slower}"
-        trial = Trial(SimpleNamespace(), Plan(), CanaryStore(store), name, decide=decide)
+        trial = Trial(SimpleNamespace(name="new"), Plan(), CanaryStore(store), name, decide=decide)
         watching = asyncio.create_task(trial.watch())
         for i in range(120):
             for arm, seconds in (("old", 0.01), ("new", 0.01 * slower)):
@@ -249,6 +256,73 @@ def test_counts_survive_a_restart(models, tmp_path):
             pass
 
 
+def test_a_database_that_hangs_holds_no_answer(models, tmp_path, monkeypatch):
+    monkeypatch.setattr("fastlm.serve.trial.WRITE_SECONDS", 0.05)
+    with trying(models, tmp_path, most=10**6) as (url, server):
+        other = sqlite3.connect(tmp_path / "feedback.sqlite", isolation_level=None)
+        other.execute("begin immediate")  # longer than the answers take
+        voting = [
+            threading.Thread(target=thumb, args=(url, f"id-{i}", "up"), daemon=True)
+            for i in range(50)  # more than the threads of answers
+        ]
+        for one in voting:
+            one.start()
+        for i in range(20):
+            chat(url, f"Hi {i}")
+        assert sum(arm.answers for arm in server.models.trial.arms.values()) == 0
+        other.execute("rollback")
+        until(lambda: sum(arm.answers for arm in server.models.trial.arms.values()) == 20)
+        other.close()
+        for one in voting:
+            one.join()
+
+
+def test_what_is_forgotten_counts_without_its_ids(models, tmp_path):
+    with trying(models, tmp_path, most=10**6) as (url, server):
+        talk = {"store": True, "conversation_id": "private-talk"}
+        for text in ("Hi", "And?"):
+            kept = chat(url, text, **talk)["id"]
+        other = chat(url, "Hi")["id"]
+        thumb(url, kept, "up")
+        thumb(url, other, "down")
+        store, experiment = server.feedback, server.models.trial.experiment
+        before = server.switch.store.counts(experiment)
+        assert server.monitor.recorder.flush()
+        unit = hashlib.sha256(b"id\0private-talk").hexdigest()
+        assert kept in all_rows(store)
+        assert unit not in all_rows(store)  # it cannot be tried without the state file's secret
+        with store.read() as connection:
+            (mine,) = connection.exec_driver_sql(
+                f"select unit from fastlm_canary_answers where response_id = '{kept}'"
+            ).one()
+        assert store.forget("private-talk") == 2 + 1 + 2 + 2  # answers, thumb, measures, trial
+        told = all_rows(store)
+        assert not any(word in told for word in ("private-talk", kept, mine)) and other in told
+        assert server.switch.store.counts(experiment) == before
+        # one that is asked for while it is being stored
+        late = Kept("late", "tiny", [{"role": "user", "content": "secret"}], [[]], None, "talk-2")
+        blocked, looked = store._blocked, []
+
+        def look(answer):
+            looked.append(blocked(answer))
+            if len(looked) == 1:
+                store.forget("talk-2")
+            return looked[-1]
+
+        store._blocked = look
+        store.add(Opinion("late", "talk-2", thumb="up"))
+        assert not store.keep(late) and "secret" not in all_rows(store)
+        assert looked == [False, True]
+
+
+def all_rows(store):
+    with store.read() as connection:
+        names = [row[0] for row in connection.exec_driver_sql(
+            "select name from sqlite_master where type = 'table' and name != 'fastlm_withdrawn'"
+        )]  # fmt: skip
+        return str([connection.exec_driver_sql(f"select * from {n}").all() for n in names])
+
+
 def test_what_the_counts_decide():
     def arms(a, b, old=None, new=None):
         return {"old": Arm(*a, **(old or {})), "new": Arm(*b, **(new or {}))}
@@ -282,9 +356,9 @@ def test_what_the_counts_decide():
 
 def test_a_share_of_the_conversations(tmp_path):
     with FeedbackStore(tmp_path / "feedback.sqlite") as store:
-        trial = Trial(SimpleNamespace(), Plan(share=0.1), CanaryStore(store), "x")
+        trial = Trial(SimpleNamespace(name="new"), Plan(share=0.1), CanaryStore(store), "x")
         taken = sum(trial.takes(str(i)) for i in range(20_000))
         assert 1_850 < taken < 2_150  # 3.5 standard deviations
-        other = Trial(SimpleNamespace(), Plan(share=0.1), CanaryStore(store), "y")
+        other = Trial(SimpleNamespace(name="new"), Plan(share=0.1), CanaryStore(store), "y")
         both = sum(trial.takes(str(i)) and other.takes(str(i)) for i in range(20_000))
         assert 140 < both < 260  # each trial has a hash of its own

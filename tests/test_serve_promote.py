@@ -81,6 +81,8 @@ def test_the_commands_and_a_kill(tmp_path):
         second = answers(url)
         assert result.stdout == f"{models['b']} answers as {second}\n" and second != first
         assert call("rollback", *to).exit_code == 0 and answers(url) == first
+        result = call("rollback", *to)  # not forward again
+        assert result.exit_code == 2 and "wanted a model from before" in result.stderr
         told = json.loads(call("promote", "c", *to, "--json").stdout)  # below --models-dir
         assert told["path"] == str(models["c"]) and told["previous"] == str(models["a"])
         # killed while models change

@@ -45,6 +45,7 @@ from fastlm.runs.made import digest, ids_of, own_files
 from fastlm.runs.previous import PREVIOUS
 from fastlm.runs.record import ALONE, dump, save_alone, table_of
 from fastlm.runs.registry import CHANGED, GONE, INDEX, INNER, Known, Registry, open_registry
+from fastlm.runs.report import REPORT, SUMMARY
 from fastlm.runs.run import locked
 
 if TYPE_CHECKING:
@@ -68,7 +69,8 @@ class Places:
 @dataclass
 class Report:
     """What was removed (or would be): per place its kind and a count; what could not be checked;
-    where parts of it stand elsewhere; which sources still have it; models that saw it.
+    where parts of it stand elsewhere; which sources still have it; what may quote it (samples of
+    trainings, items of evaluations, reports); models that saw it.
     """
 
     removed: list[dict[str, Any]] = field(default_factory=list)
@@ -77,6 +79,7 @@ class Report:
     unchecked: list[str] = field(default_factory=list)
     elsewhere: list[dict[str, Any]] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)
+    quotes: list[str] = field(default_factory=list)
     models: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -118,6 +121,7 @@ def forget(
     if not dry_run:
         work.remove()
     work.report.not_found = work.missing()
+    work.report.quotes = _quotes(work)
     work.report.models = _models(work)
     return work.report
 
@@ -365,6 +369,16 @@ def refresh(record: Known) -> None:
     save_atomic(path, lambda p: dump(p, table))
 
 
+def _quotes(work: _Work) -> list[str]:
+    """The folders of stages that read what held it and made no data, and the reports of their
+    runs.
+    """
+    records = [r for r in work.registry.records if r.state != GONE and not DATA & r.ids.keys()]
+    places = [r.place for r in records if work.held & {*r.read()} and "tokenizer" not in r.ids]
+    reports = [p.parent / name for p in places for name in (REPORT, SUMMARY)]
+    return [str(p) for p in dict.fromkeys([*places, *(p for p in reports if p.is_file())])]
+
+
 def _models(work: _Work) -> list[dict[str, Any]]:
     """The models, and tokenizers, that come from what held it."""
     return [
@@ -460,6 +474,8 @@ def lines(report: Report, dry_run: bool) -> Iterator[str]:
             f"{row['paragraphs']} {what} of it also in {row['source']}: {row['id']}"
             f" ({row['place']}), which stays"
         )
+    for place in report.quotes:
+        yield f"may quote it (samples, items, reports), and is not changed: {place}"
     for doubt in report.unchecked:
         yield f"not checked: {doubt}"
     for model in report.models:

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ INDEX = "index.jsonl"
 SHORT = 12  # characters of an id that are shown
 LEAST = 4  # characters of an id that is asked for
 HERE, CHANGED, GONE = "here", "changed", "gone"
+SAMPLES = "samples"  # of a training's result: {"prompt", "sample", ...}
 INNER = {"checkpoints", "node_modules", "__pycache__"}  # folders without records
 
 
@@ -234,7 +235,16 @@ def note_run(out: Path) -> None:
 
 
 def _same(known: Known | None, made: Known) -> bool:
-    return known is not None and known.name == made.name and known.entry == made.entry
+    if known is None or known.name != made.name:
+        return False
+    return _indexed(known.entry) == _indexed(made.entry)
+
+
+def _indexed(entry: Entry) -> dict[str, Any]:
+    """What an index has of a record: all but samples, which quote prompts of the data, and would
+    be kept when the run is deleted and its data forgotten."""
+    result = {k: v for k, v in (entry.result or {}).items() if k != SAMPLES}
+    return table_of(replace(entry, result=None if entry.result is None else result))
 
 
 def _scan(root: Path, folder: Path, warnings: list[str]) -> Iterator[Known]:
@@ -308,5 +318,5 @@ def _read_index(path: Path, warnings: list[str]) -> dict[str, Known]:
 
 def _note(path: Path, new: Iterable[Known]) -> None:
     """Append records to an index. A folder that cannot be written has none."""
-    rows = [{"id": m.id, "name": m.name, "entry": table_of(m.entry)} for m in new]
+    rows = [{"id": m.id, "name": m.name, "entry": _indexed(m.entry)} for m in new]
     append_lines(path, rows, required=False)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
+from anyio import CapacityLimiter
 from anyio.to_thread import run_sync
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -44,6 +45,7 @@ from fastlm.serve.running import Running, Shares
 from fastlm.serve.said import Kept
 
 READERS = 8
+WRITERS = 8  # threads that use the feedback database: one that hangs leaves threads to answers
 
 if TYPE_CHECKING:
     from fastlm.serve.feedback import FeedbackStore
@@ -89,6 +91,7 @@ class Server:
         several = len(self.keys) > 1  # clients; without keys all are of this machine
         self.shares = Shares(max(1, self.served.engine.max_waiting // 2) if several else None)
         self.stopping = False
+        self.writing, self.looking = CapacityLimiter(WRITERS), CapacityLimiter(1)
         # Few threads, whatever the clients: each keeps the last 10,000 words that it encoded, 4 MB.
         # More than processors, since some wait for a chat template.
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="fastlm-reader")
@@ -225,7 +228,7 @@ class Server:
             raise
         await turn.answered(answer)
         if kept is not None:
-            await run_sync(kept, answer)
+            await run_sync(kept, answer, limiter=self.writing)
         return body
 
     def _kept(self, asked: Asked) -> Keep | None:
@@ -400,7 +403,7 @@ class Events(Response):
                 raise
             await self.turn.answered(self.answer)
             if self.kept is not None:
-                await run_sync(self.kept, self.answer)
+                await run_sync(self.kept, self.answer, limiter=self.server.writing)
             await write(sse("[DONE]"))
         except InputError as error:
             if not isinstance(error, ApiError):  # the feedback database

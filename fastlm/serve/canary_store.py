@@ -10,37 +10,12 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import SQLAlchemyError
 
 from fastlm.errors import InputError
+from fastlm.serve.canary_tables import ANSWERS, OUTCOMES, metadata
 from fastlm.serve.trial import Arm
 
 if TYPE_CHECKING:
     from fastlm.serve.feedback import FeedbackStore
     from fastlm.serve.said import Opinion
-
-metadata = sa.MetaData()
-ANSWERS = sa.Table(
-    "fastlm_canary_answers",
-    metadata,
-    sa.Column("response_id", sa.String(160), primary_key=True),
-    sa.Column("experiment", sa.String(64), nullable=False, index=True),
-    sa.Column("unit", sa.String(64), nullable=False),  # `fastlm.serve.trial.unit_of`
-    sa.Column("conversation_id", sa.String(128), index=True),
-    sa.Column("arm", sa.String(4), nullable=False),  # old, new
-    sa.Column("model", sa.Text, nullable=False),
-    sa.Column("assigned", sa.Boolean, nullable=False),  # by the hash, not by the client
-    sa.Column("error", sa.Boolean, nullable=False),
-    sa.Column("pace", sa.Float),  # seconds per token
-    sa.Column("slow", sa.Boolean),  # by the limit at that time; NULL: there was none yet
-    sa.Column("at", sa.Float, nullable=False),  # seconds since 1970
-)
-OUTCOMES = sa.Table(
-    "fastlm_canary_outcomes",
-    metadata,
-    sa.Column("experiment", sa.String(64), primary_key=True),
-    sa.Column("unit", sa.String(64), primary_key=True),
-    sa.Column("arm", sa.String(4), nullable=False),
-    sa.Column("success", sa.Boolean, nullable=False),
-    sa.Column("response_id", sa.String(128)),
-)
 
 
 class CanaryStore:

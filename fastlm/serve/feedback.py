@@ -22,6 +22,7 @@ from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from fastlm.data.scrub import scrub
 from fastlm.errors import InputError
 from fastlm.serve import withdrawn
+from fastlm.serve.canary_tables import make_nameless
 from fastlm.serve.ratings import Rating
 from fastlm.serve.said import KINDS, Kept, Opinion
 from fastlm.serve.tables import ANSWERS, FEEDBACK, MEASURES, RATINGS, add_missing_columns, metadata
@@ -112,9 +113,8 @@ class FeedbackStore:
         """Store an answer and its prompt, whose user has consented; one that is stored already
         stays as it is. False: that consent was withdrawn, and nothing is stored.
         """
-        with self._errors(), self.engine.connect() as connection:
-            if withdrawn.blocks(connection, answer.response_id, answer.conversation_id):
-                return False
+        if self._blocked(answer):
+            return False
         values = {
             "response_id": answer.response_id,
             "conversation_id": answer.conversation_id,
@@ -126,7 +126,16 @@ class FeedbackStore:
         }
         with self._errors(), suppress(IntegrityError), self.engine.begin() as connection:
             connection.execute(ANSWERS.insert().values(values))
-        return True
+        if not self._blocked(answer):  # `forget` notes first and deletes then: one of us deletes
+            return True
+        with self.write() as connection:
+            its = ANSWERS.c.response_id == answer.response_id
+            connection.execute(ANSWERS.delete().where(its))
+        return False
+
+    def _blocked(self, answer: Kept) -> bool:
+        with self.read() as connection:
+            return withdrawn.blocks(connection, answer.response_id, answer.conversation_id)
 
     def declare(self, ratings: Sequence[Rating]) -> None:
         """Store what numbers people may give. InputError: one is there with another meaning."""
@@ -152,7 +161,9 @@ class FeedbackStore:
     def forget(self, id: str) -> int:
         """Delete a response or a conversation: its text, what was said about it, and its measures.
         Return how many rows there were. Hashes stay, by which exports leave it out
-        (`fastlm.serve.withdrawn`).
+        (`fastlm.serve.withdrawn`), and the counts of a canary's trial, without ids.
+
+        InputError: also that a process which reads keeps the text in SQLite's log.
         """
         gone = 0
         with self._errors():  # before anything is deleted, so that a kill in between loses no key
@@ -167,9 +178,15 @@ class FeedbackStore:
                 for one in ids:
                     its = sa.or_(table.c.response_id == one, table.c.conversation_id == one)
                     gone += connection.execute(table.delete().where(its)).rowcount
+            gone += make_nameless(connection, ids)
         if self.engine.dialect.name == "sqlite":  # the log has the text, too, until it is emptied
             with self._errors(), self.engine.connect() as connection:
-                connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+                busy = connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").one()[0]
+            if busy:
+                raise InputError(
+                    f"{self.name}: wanted to empty its log, which still has what was deleted, but"
+                    " another process reads: forget it again when that has ended"
+                )
         return gone
 
     def keys_of(self, id: str) -> set[str]:

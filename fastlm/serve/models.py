@@ -195,12 +195,9 @@ class Turn:
     ):
         self.models, self.served, self.trial = models, served, trial
         self.unit, self.assigned = unit, assigned
+        self.arm = "new" if trial is not None and served is trial.canary else "old"
         self.began = time.perf_counter()
         served.take()
-
-    @property
-    def arm(self) -> str:
-        return "new" if self.trial is not None and self.served is self.trial.served else "old"
 
     def fall_back(self) -> bool:
         """Move from a canary, which was chosen for the client and has refused the request, to the
@@ -208,7 +205,7 @@ class Turn:
         if self.arm != "new" or not self.assigned:
             return False
         self.served.give()
-        self.served = self.models.current
+        self.served, self.arm = self.models.current, "old"
         self.served.take()
         return True
 
@@ -216,9 +213,8 @@ class Turn:
         """Count what `fall_back` came from: the current model takes what its canary refuses."""
         trial, self.trial = self.trial, None  # a broken choice: what follows belongs to no arm
         if trial is not None:
-            canary = trial.served.name
             await trial.answered(  # the id itself is that of the current model's answer
-                f"refused-{id}", self.unit, None, "new", canary, assigned=True, error=True
+                f"refused-{id}", self.unit, None, "new", trial.name, assigned=True, error=True
             )
 
     async def answered(self, answer: "Answer") -> None:

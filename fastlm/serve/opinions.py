@@ -147,7 +147,7 @@ async def give(server: "Server", http: Request) -> Response:
         return number, done
 
     try:
-        number, done = await run_sync(write)
+        number, done = await run_sync(write, limiter=server.writing)
     except InputError:
         raise ApiError(
             "feedback: the database cannot be used; try again", status=503, kind="server_error",

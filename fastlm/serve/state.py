@@ -26,12 +26,14 @@ class Known:
 
 @dataclass(frozen=True)
 class Canary:
-    """A trial of ``model`` by ``metric``. ``decided``: its verdict's action, None while it runs."""
+    """A trial of ``model`` by ``metric``. ``decided``: its verdict's action, None while it runs.
+    ``secret``: what keys the hashes of conversations in the database, which does not have it."""
 
     model: Known
     experiment: str
     metric: str
     decided: str | None = None
+    secret: str = ""
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,7 @@ class Switch:
             await self._load(self.allowed.find(given), "promote")
 
     async def rollback(self) -> None:
-        """End the canary, or go back to the model before the last promotion. As `promote`."""
+        """End the canary, or go back to the model before the last promotion, once. As `promote`."""
         with self._change():
             if (trial := self.models.trial) is not None:
                 await self._end(trial, Verdict("roll back", "asked"))
@@ -143,7 +143,9 @@ class Switch:
 
         new = await asyncio.to_thread(load)
         known = Known(new.path, new.digest)
-        state = replace(self.state, current=known, previous=self.state.current)
+        # what was rolled back is not gone back to: the command may be given twice
+        previous = self.state.current if action == "promote" else None
+        state = replace(self.state, current=known, previous=previous)
         try:
             await self._save(state.decided(action, model=new.name, path=path, reason="asked"))
         except BaseException:
@@ -162,23 +164,23 @@ class Switch:
 
     async def _end(self, trial: Trial, verdict: Verdict) -> None:
         numbers = await asyncio.to_thread(self._numbers, trial)
-        state, canary = self.state, self.state.canary
+        state, canary, served = self.state, self.state.canary, trial.served
         if canary is not None:
             state = replace(state, canary=replace(canary, decided=verdict.action))
         if verdict.action == "promote":
-            known = Known(trial.served.path, trial.served.digest)
+            known = Known(served.path, served.digest)
             state = replace(state, current=known, previous=state.current)
         await self._save(
             state.decided(
-                verdict.action, model=trial.served.name, path=trial.served.path,
-                reason=verdict.reason, **numbers,
+                verdict.action, model=served.name, path=served.path, reason=verdict.reason,
+                **numbers,
             )
         )  # fmt: skip
-        trial.end(verdict)
         if verdict.action == "promote":
-            self.models.replace(trial.served)
+            self.models.replace(served)
         else:
             self.models.end_trial()
+        trial.end(verdict)
 
     async def _save(self, state: State) -> None:
         await asyncio.to_thread(state.save, self.path)
@@ -222,7 +224,7 @@ class Switch:
             status = {"promote": "promoted", "roll back": "rolled back", "keep": "undecided"}
             told |= {
                 "status": "running" if trial.verdict is None else status[trial.verdict.action],
-                "canary": trial.served.name,
+                "canary": trial.name,
                 "reason": trial.verdict and trial.verdict.reason,
                 "plan": asdict(trial.plan),
                 "slow_seconds_per_token": trial.slow_pace,
@@ -271,7 +273,7 @@ def start_models(
             except InputError as error:
                 raise InputError(f"canary: {error}") from None
             alike = loading.same_tokens(served.tokenizer, current.tokenizer)
-            trial = Trial(served, plan, store, experiment, alike)
+            trial = Trial(served, plan, store, experiment, alike, state.canary.secret)
             models.begin(trial)
     state.save(path)
     return models, state
@@ -288,4 +290,4 @@ def _canary(state: State, given: str | None, plan: Plan | None) -> Canary | None
         return old
     if model.digest == state.current.digest:
         raise InputError(f"canary: wanted another model than the one that is served, got {given}")
-    return Canary(model, secrets.token_hex(8), plan.metric)
+    return Canary(model, secrets.token_hex(8), plan.metric, secret=secrets.token_hex(16))

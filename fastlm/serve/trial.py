@@ -17,6 +17,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from anyio import CapacityLimiter
+from anyio.to_thread import run_sync
+
 from fastlm.errors import InputError
 from fastlm.serve.gate import log
 from fastlm.serve.openai_api import Asked, ChatAsked, TextAsked
@@ -31,6 +34,8 @@ WARM_UP = 20  # answers of the old model, whose median says what is slow
 SLOWER = 2.0  # times that median per token: a slow answer
 MORE_SLOW = 0.25  # so many more answers of the canary than of the old model may be slow
 LOOK_SECONDS = 1.0  # between two looks: a test takes 20 ms of the interpreter
+WRITE_SECONDS = 5.0  # that the end of an answer waits for the database at most
+MOST_WRITING = 1024  # answers that wait for the database; more are not counted
 Action = Literal["promote", "roll back", "keep"]
 
 
@@ -134,26 +139,38 @@ def _hash(*parts: str) -> str:
 class Trial:
     """A canary on trial. ``decide`` is called in the event loop with a verdict, until `end` is.
 
+    ``canary``: its model, None once it has ended, whose counts outlive the model.
     ``experiment``: its name in the database, new for each trial, and the salt of its hashes.
-    ``same_tokens``: a token id means the same to both models.
+    ``same_tokens``: a token id means the same to both models. ``secret``: with which units are
+    hashed for the database, so that nobody who has it can try what a prompt said.
     """
 
-    served: "Served"
+    canary: "Served | None"
     plan: Plan
     store: "CanaryStore"
     experiment: str
     same_tokens: bool = True
+    secret: str = ""
     decide: Callable[["Trial", Verdict], Awaitable[Any]] | None = None
     verdict: Verdict | None = None
     arms: dict[str, Arm] = field(default_factory=lambda: {"old": Arm(), "new": Arm()})
 
     def __post_init__(self) -> None:
+        self.name = self.served.name
         self.arms = self.store.counts(self.experiment)
         self._first = self.store.first_paces(self.experiment, WARM_UP)
         self._changed = asyncio.Event()
         self._changed.set()  # what an earlier process counted may decide at once
         self._failed = asyncio.Event()  # the canary has: the next look does not wait
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._writing: set[asyncio.Task[None]] = set()
+        self._one = CapacityLimiter(1)
+
+    @property
+    def served(self) -> "Served":
+        """The canary's model, while the trial runs."""
+        assert self.canary is not None
+        return self.canary
 
     def takes(self, unit: str) -> bool:
         """Whether the canary gets this conversation."""
@@ -171,8 +188,8 @@ class Trial:
         assigned: bool, seconds: float | None = None, error: bool = False, stopped: bool = False,
     ) -> None:  # fmt: skip
         """Store and count an answer. ``seconds``: per token. A database that fails costs the trial
-        an answer, never the client."""
-        slow = None
+        an answer, and one that hangs the client `WRITE_SECONDS`; the answer is counted later."""
+        unit, slow = _hash(self.secret, unit), None
         if seconds is not None and self.slow_pace is not None:
             slow = seconds > self.slow_pace
         elif seconds is not None and arm == "old":
@@ -189,24 +206,34 @@ class Trial:
                 self.experiment, unit, arm, success, id
             )
 
-        try:
-            counted = await asyncio.to_thread(write)
-        except InputError as failed:
-            log("failure", type="InputError", what="canary", message=str(failed)[:200])
+        async def count() -> None:
+            try:
+                # in a thread of its own kind: promotions do not wait for a database that hangs
+                counted = await run_sync(write, limiter=self._one, abandon_on_cancel=True)
+            except InputError as failed:
+                log("failure", type="InputError", what="canary", message=str(failed)[:200])
+                return
+            have = self.arms[arm]
+            self.arms[arm] = replace(
+                have,
+                answers=have.answers + assigned,
+                errors=have.errors + (assigned and error),
+                timed=have.timed + (assigned and slow is not None),
+                slow=have.slow + bool(assigned and slow),
+            )
+            if counted:
+                self._count(arm, bool(success))
+            self._changed.set()
+            if error and arm == "new":
+                self._failed.set()
+
+        if len(self._writing) >= MOST_WRITING:
+            log("failure", type="QueueFull", what="canary")
             return
-        have = self.arms[arm]
-        self.arms[arm] = replace(
-            have,
-            answers=have.answers + assigned,
-            errors=have.errors + (assigned and error),
-            timed=have.timed + (assigned and slow is not None),
-            slow=have.slow + bool(assigned and slow),
-        )
-        if counted:
-            self._count(arm, bool(success))
-        self._changed.set()
-        if error and arm == "new":
-            self._failed.set()
+        task = asyncio.create_task(count())
+        self._writing.add(task)
+        task.add_done_callback(self._writing.discard)
+        await asyncio.wait((task,), timeout=WRITE_SECONDS)
 
     def opinion(self, opinion: "Opinion") -> None:
         """Count what somebody says, at any time, for the model that answered. For any thread but
@@ -237,6 +264,6 @@ class Trial:
             self._failed.clear()
 
     def end(self, verdict: Verdict) -> None:
-        """What was decided, by `decide` or by somebody."""
-        self.verdict = verdict
+        """What was decided, by `decide` or by somebody. The model is not held any longer."""
+        self.verdict, self.canary = verdict, None
         self._changed.set()

@@ -29,7 +29,7 @@ async def data(server: "Server", http: Request) -> Response:
             status=404, code="no_feedback",
         )  # fmt: skip
     name, reference = asked(http.query_params)
-    return JSONResponse(await run_sync(_read, monitor, name, reference))
+    return JSONResponse(await run_sync(_read, monitor, name, reference, limiter=server.looking))
 
 
 def asked(query: Mapping[str, str]) -> tuple[str, "Reference | None"]:
