@@ -96,7 +96,9 @@ class Gate(Stage):
         for check in result["gates"]:
             measured = "not measured"
             if check["value"] is not None:
-                measured = "{value:.3f} ({low:.3f} to {high:.3f})".format(**check)
+                measured = f"{check['value']:.3f}"
+            if check["low"] is not None and check["high"] is not None:
+                measured += " ({low:.3f} to {high:.3f})".format(**check)
             passed = "passed" if check["passed"] else "failed"
             facts[check["score"]] = f"{measured}, wanted {check['bounds']}: {passed}"
         promoted = "yes" if result["promoted"] else "no"
