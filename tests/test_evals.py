@@ -248,3 +248,28 @@ def test_the_command_writes_a_report(base, cache, tmp_path):
     ):
         refused = CliRunner().invoke(app, [*given, *extra])
         assert refused.exit_code == 2 and message in refused.stderr, refused.stderr
+
+
+def test_a_full_disk_is_one_line_and_loses_no_record(tmp_path):
+    path = tmp_path / "full.jsonl"
+    done = subprocess.run(
+        [
+            sys.executable, "-c",
+            "import resource, signal, sys\n"
+            "from fastlm.errors import InputError\n"
+            "from fastlm.evals.results import Results\n"
+            "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))\n"
+            "try:\n"
+            "    with Results(sys.argv[1], {}) as results:\n"
+            "        while True:\n"
+            "            results.add([{'text': 'x' * 100}])\n"
+            "except InputError as error:\n"
+            "    print(error, len(results.records))\n",
+            str(path),
+        ],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "cannot be written" in done.stdout
+    with Results(path, {}) as results:
+        assert str(len(results.records)) == done.stdout.split()[-1]
