@@ -271,6 +271,11 @@ def test_gates_decide_by_the_ends_of_intervals(tmp_path):
     assert done.exit_code == 1 and "winrate.rate: wanted at least 0.7" in done.stdout
     decision = json.loads((tmp_path / "gate" / "decision.json").read_text())
     assert not decision["promoted"] and [g["passed"] for g in decision["gates"]] == [False, True]
+    again = tmp_path / "other" / "winrate"
+    again.mkdir(parents=True)
+    (again / "scores.json").write_text(json.dumps(told))
+    done = CliRunner().invoke(app, [*words, "--scores", str(again)])
+    assert done.exit_code == 2 and "two called winrate" in done.stderr
     gates.write_text('[[gate]]\nscore = "winrate.rate"\n')
     with pytest.raises(InputError, match="max or min"):
         read_gates(gates)

@@ -1,6 +1,6 @@
-"""Questions about passages, several about one: SQuAD (Rajpurkar et al. 2016, arXiv:1606.05250), DROP
-(Dua et al. 2019, arXiv:1903.00161) and CoQA (Reddy et al. 2019, arXiv:1808.07042), in OLMES'
-requests.
+"""Questions about passages, several about one, in OLMES' requests: SQuAD (Rajpurkar et al. 2016,
+arXiv:1606.05250), DROP (Dua et al. 2019, arXiv:1903.00161), CoQA (Reddy et al. 2019,
+arXiv:1808.07042).
 
 A right answer of DROP is one span or several; several count as one answer, joined by commas.
 """
