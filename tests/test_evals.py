@@ -273,3 +273,12 @@ def test_a_full_disk_is_one_line_and_loses_no_record(tmp_path):
     assert "cannot be written" in done.stdout
     with Results(path, {}) as results:
         assert str(len(results.records)) == done.stdout.split()[-1]
+
+
+def test_the_delimiter_before_an_answer_has_no_length():
+    """lm-evaluation-harness divides by the length of the choice alone."""
+    asked = Choices("0", (("q", "\nab"), ("q", "\nabcdef")), 1)
+    task = Task("own", "own", [asked], "", "", "", delimiter="\n")
+    found = values(task, [{"logprob": [-2.0, -5.0]}])
+    assert found["acc_norm"][0] == 1.0  # by 2 and 6 characters; by 3 and 7 the first is better
+    assert found["bits_per_byte"][0] == pytest.approx(5 / math.log(2) / 6)
