@@ -189,14 +189,16 @@ def post(client: httpx.Client, bodies: Sequence[dict[str, Any]]) -> None:
 
 def hidden_wins(path: Path) -> dict[str, float]:
     """Return how often the hidden preference prefers the new answers of winrate/answers.jsonl."""
-    wins = []
+    wins, prompts = [], set()
     for line in path.read_text("utf-8").splitlines():
         row = json.loads(line)
         asked = asked_of(row["prompt"][-1]["content"])
+        prompts.add(asked.text)
         new, old = users.points(asked, row["new"]), users.points(asked, row["old"])
         wins.append(1.0 if new > old else 0.5 if new == old else 0.0)
-    found = wilson(sum(wins), len(wins))
-    return {"value": sum(wins) / len(wins), "low": found.low, "high": found.high}
+    share = sum(wins) / len(wins)
+    found = wilson(share * len(prompts), len(prompts))  # answers to one prompt are one draw
+    return {"value": share, "low": found.low, "high": found.high}
 
 
 def asked_of(text: str) -> users.Ask:

@@ -248,3 +248,37 @@ def test_the_command_writes_a_report(base, cache, tmp_path):
     ):
         refused = CliRunner().invoke(app, [*given, *extra])
         assert refused.exit_code == 2 and message in refused.stderr, refused.stderr
+
+
+def test_a_full_disk_is_one_line_and_loses_no_record(tmp_path):
+    path = tmp_path / "full.jsonl"
+    done = subprocess.run(
+        [
+            sys.executable, "-c",
+            "import resource, signal, sys\n"
+            "from fastlm.errors import InputError\n"
+            "from fastlm.evals.results import Results\n"
+            "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))\n"
+            "try:\n"
+            "    with Results(sys.argv[1], {}) as results:\n"
+            "        while True:\n"
+            "            results.add([{'text': 'x' * 100}])\n"
+            "except InputError as error:\n"
+            "    print(error, len(results.records))\n",
+            str(path),
+        ],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "cannot be written" in done.stdout
+    with Results(path, {}) as results:
+        assert str(len(results.records)) == done.stdout.split()[-1]
+
+
+def test_the_delimiter_before_an_answer_has_no_length():
+    """lm-evaluation-harness divides by the length of the choice alone."""
+    asked = Choices("0", (("q", "\nab"), ("q", "\nabcdef")), 1)
+    task = Task("own", "own", [asked], "", "", "", delimiter="\n")
+    found = values(task, [{"logprob": [-2.0, -5.0]}])
+    assert found["acc_norm"][0] == 1.0  # by 2 and 6 characters; by 3 and 7 the first is better
+    assert found["bits_per_byte"][0] == pytest.approx(5 / math.log(2) / 6)

@@ -20,10 +20,11 @@ from fastlm.loop.build import BuildOptions, build
 from fastlm.loop.gate import Gate
 from fastlm.loop.overlap import Overlap
 from fastlm.loop.raters import rate
-from fastlm.loop.stage import Feedback
+from fastlm.loop.stage import Feedback, _digest
 from fastlm.loop.winning import Answered, compared
 from fastlm.serve.feedback import FeedbackStore, Kept, Opinion
 from fastlm.serve.feedback_export import export
+from fastlm.serve.ratings import Rating
 from fastlm.train.dpo import Dpo
 from fastlm.train.reward import Reward
 from fastlm.train.sft import Sft
@@ -270,9 +271,65 @@ def test_gates_decide_by_the_ends_of_intervals(tmp_path):
     assert done.exit_code == 1 and "winrate.rate: wanted at least 0.7" in done.stdout
     decision = json.loads((tmp_path / "gate" / "decision.json").read_text())
     assert not decision["promoted"] and [g["passed"] for g in decision["gates"]] == [False, True]
+    again = tmp_path / "other" / "winrate"
+    again.mkdir(parents=True)
+    (again / "scores.json").write_text(json.dumps(told))
+    done = CliRunner().invoke(app, [*words, "--scores", str(again)])
+    assert done.exit_code == 2 and "two called winrate" in done.stderr
     gates.write_text('[[gate]]\nscore = "winrate.rate"\n')
     with pytest.raises(InputError, match="max or min"):
         read_gates(gates)
     with pytest.raises(InputError, match=r"winrate\.x: wanted a score of eval"):
         gates.write_text('[[gate]]\nscore = "winrate.x"\nmin = 0\n')
         Gate(gates=str(gates)).plan({"scores": [{"name": "eval"}]})
+
+
+def test_all_turns_of_a_conversation_are_in_the_same_part(tmp_path):
+    """A row of the second turn holds the first prompt and its answer."""
+    lines = []
+    for i in range(80):
+        first = [*asked(f"What is tree {i}?"), {"role": "assistant", "content": f"An oak, {i}."}]
+        later = [*asked("And why?"), {"role": "assistant", "content": f"Because of {i} acorns."}]
+        lines += [json.dumps({"messages": m, "rater": f"r{i % 7}"}) for m in (first, first + later)]
+    (tmp_path / "said.jsonl").write_text("\n".join(lines))
+    build([str(tmp_path / "said.jsonl")], tmp_path / "out", options=BuildOptions(), cache=tmp_path)
+    prompts = {
+        part: {row["prompt"][0]["content"] for row in rows(tmp_path / "out", "prompts", part)}
+        for part in ("train", "judge", "test")
+    }
+    assert all(prompts.values())
+    assert sum(map(len, prompts.values())) == 80  # each opening in one part alone
+
+
+def test_a_rater_who_says_it_of_many_responses_has_one_vote(tmp_path):
+    prompt, answer = asked("What is tea?"), [{"role": "assistant", "content": "A drink."}]
+    said = [("mallory", False)] * 5 + [("ann", True), ("bob", True)]
+    (tmp_path / "said.jsonl").write_text(
+        "\n".join(
+            json.dumps({"prompt": prompt, "completion": answer, "label": yes, "rater": rater})
+            for rater, yes in said
+        )
+    )
+    build([str(tmp_path / "said.jsonl")], tmp_path / "out", options=EVERYTHING, cache=tmp_path)
+    assert [row["label"] for row in rows(tmp_path / "out", "kto")] == [True]
+
+
+def test_a_score_without_an_interval_fails_its_gate(tmp_path):
+    """One question has no standard error: scores.json says null."""
+    (tmp_path / "gates.toml").write_text('[[gate]]\nscore = "eval.own.acc"\nmin = 0\n')
+    one = {"measure": "acc", "difference": 0.5, "low": None, "high": None, "n": 1}
+    table = {"models": {"a": {}, "b": {}}, "tasks": [{"name": "own", "compared": [one]}]}
+    (gate,) = read_gates(tmp_path / "gates.toml")
+    assert "no interval" in (gate.failure(scores_of("eval", table)) or "")
+
+
+def test_what_a_number_means_is_part_of_what_is_read(tmp_path):
+    path = tmp_path / "feedback.db"
+    digests = set()
+    for better in ("higher", "lower"):
+        path.unlink(missing_ok=True)
+        with FeedbackStore(path) as opened:
+            kept(opened, "r1", "What is tea?", "A drink.")
+            opened.declare([Rating("stars", "number", better, high=5.0)])
+        digests.add(_digest(str(path)))
+    assert len(digests) == 2

@@ -264,6 +264,7 @@ def test_bias_of_models_that_prefer_one_group(cache, tmp_path):
     found = scores_of(stereoset, old)
     assert found["bias.stereoset.stereotype"].value == 1.0
     assert found["bias.stereoset.language_model"].value == 1.0
+    assert found["bias.stereoset.language_model"].n == found["bias.stereoset.stereotype"].n
     assert found["bias.stereoset.icat"].value == 0.0
     new = bench(cache, Scripted(complying, prefers("new")), tmp_path / "new")
     assert crows(new)[0].value == 0.0

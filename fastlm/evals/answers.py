@@ -38,11 +38,12 @@ def golds_of(row: Mapping[str, Any]) -> list[str]:
 
 
 def exact_match(asked: Asked) -> list[float]:
-    """1 if the answer's first line is one of the right answers, both `normalized`."""
+    """1 if the answer's first line is one of the right answers, both `normalized`. An answer of
+    which nothing is left is wrong, although some sets list "." or "A" among the right ones."""
     scores = []
     for answer, row in asked:
         lines = answer.strip().splitlines() or [""]
-        wanted = {normalized(gold) for gold in golds_of(row)}
+        wanted = {normalized(gold) for gold in golds_of(row)} - {""}
         scores.append(float(normalized(lines[0]) in wanted))
     return scores
 
@@ -60,7 +61,7 @@ def f1(asked: Asked) -> list[float]:
 
 def _f1(words: Counter[str], gold: Counter[str]) -> float:
     shared = (words & gold).total()
-    return 2 * shared / (words.total() + gold.total()) if shared else float(words == gold)
+    return 2 * shared / (words.total() + gold.total()) if shared else 0.0
 
 
 def first_word(asked: Asked) -> list[float]:

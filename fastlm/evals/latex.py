@@ -8,8 +8,9 @@ sympy: answers of a model can keep a parser busy without end.
 import re
 from fractions import Fraction
 
-_SAID = re.compile(r"final answer is:?\s*(.*?)\.?\s*I hope it is correct", re.I | re.S)
-_TOLD = re.compile(r"answer is:?\s*(.*?)\.?\s*$", re.I | re.M)
+# Each in time linear in the text: what stands between them is not part of a pattern
+_SAID, _HOPED = re.compile(r"final answer is:?", re.I), re.compile(r"I hope it is correct", re.I)
+_TOLD = re.compile(r"answer is:?\s*(.*)", re.I)
 _INLINE = re.compile(r"\$([^$]+)\$")
 # Space, size and style: none of them changes what is meant
 _LAYOUT = re.compile(
@@ -57,13 +58,18 @@ def boxed(text: str) -> str | None:
 def final_answer(text: str) -> str:
     """The answer of a solution: in Minerva's phrase "the final answer is ... I hope it is correct",
     else in the last box, else after "answer is", else the last formula; "" if there is none."""
-    if said := _SAID.search(text):
-        answer = said[1].strip()
+    said = _SAID.search(text)
+    if said and (hoped := _HOPED.search(text, said.end())):
+        answer = _sentence(text[said.end() : hoped.start()])
         return boxed(answer) or answer
     if (found := boxed(text)) is not None:
         return found
     found = _TOLD.findall(text) or _INLINE.findall(text)
-    return found[-1] if found else ""
+    return _sentence(found[-1]) if found else ""
+
+
+def _sentence(text: str) -> str:
+    return text.strip().removesuffix(".").rstrip()
 
 
 def normalized(answer: str) -> str:

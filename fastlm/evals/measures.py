@@ -54,7 +54,7 @@ def values(task: Task, records: Sequence[Record]) -> Values:
 def _of_choices(task: Task, question: Choices, record: Record) -> dict[str, float]:
     logprobs, gold = record["logprob"], question.gold
     answers = [continuation for _, continuation in question.requests]
-    plain = [answer.removeprefix(" ") for answer in answers]
+    plain = [answer.removeprefix(task.delimiter) for answer in answers]
     by_olmes = logprobs
     if task.normalisation == "characters":
         by_olmes = [p / len(a) for p, a in zip(logprobs, answers)]

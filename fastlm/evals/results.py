@@ -7,6 +7,7 @@ Lines are appended a part at a time and synced; a last line that a kill has cut 
 import json
 import os
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from fastlm.errors import InputError
 from fastlm.files import make_folder, write_error
 
 Record = dict[str, Any]
+# Raised when fastlm says something else of the same question: another scorer, judge or prompt
+VERSION = 2
 
 
 class Results:
@@ -21,18 +24,19 @@ class Results:
 
     Args:
         about: what makes records comparable: the hash of the questions, the model, the options.
-            A file about something else is refused.
+            A file about something else, or of another `VERSION`, is refused.
     """
 
     def __init__(self, path: str | Path, about: Mapping[str, Any]):
-        self.path, self.about = Path(path), dict(about)
+        self.path, self.about = Path(path), {**about, "version": VERSION}
         self.records: list[Record] = []
         self._begin = 0  # bytes of the first line
         self._ends: list[int] = []  # bytes up to the end of each record
         make_folder(self.path.parent)
         try:
             whole = self._read() if self.path.exists() else 0
-            self.file = open(self.path, "r+b" if whole else "wb")
+            # without a buffer: what a full disk refused is not written again by close
+            self.file = open(self.path, "r+b" if whole else "wb", buffering=0)
             self.file.truncate(whole)
             self.file.seek(whole)
         except OSError as error:
@@ -81,12 +85,12 @@ class Results:
 
     def _append(self, lines: Sequence[Mapping[str, Any]]) -> list[int]:
         """Return where each line ends."""
-        ends, end = [], self.file.tell()
+        encoded = [json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in lines]
+        ends = list(accumulate(map(len, encoded), initial=self.file.tell()))[1:]
+        left = memoryview(b"".join(encoded))
         try:
-            for line in lines:
-                end += self.file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
-                ends.append(end)
-            self.file.flush()
+            while left:
+                left = left[self.file.write(left) :]
             os.fsync(self.file.fileno())
         except OSError as error:
             raise write_error(self.path, error) from error

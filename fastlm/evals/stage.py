@@ -24,7 +24,7 @@ class Eval(Stage):
 
     kind = "eval"
     command = ("eval",)
-    version = 3
+    version = 4
     reads = {
         "model": Takes(
             ("model", "quantized"), "Hugging Face folder, .gguf, fastlm run or model:smollm2",

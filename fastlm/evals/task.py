@@ -69,6 +69,7 @@ class Task:
     name: as the user named it; ``format`` names the template and the number of examples.
     source, licence: of the data.
     normalisation: of answers, in OLMES' convention.
+    delimiter: stands before each answer and does not count in its length.
     judge, metric: of `Open` questions: how answers are scored, and what the score is called.
     also: other scores of the same answers, by name.
     wider: part of the set -> what it belongs to, such as the field of a subject.
@@ -81,6 +82,7 @@ class Task:
     licence: str
     format: str
     normalisation: str = "none"
+    delimiter: str = " "
     judge: Judge | None = field(default=None, compare=False)
     metric: str = "exact_match"
     also: Mapping[str, Judge] = field(default_factory=dict, compare=False)

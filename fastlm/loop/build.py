@@ -5,8 +5,9 @@ What is counted are judgements: a thumb, a pick, a correction. Every step counts
 why, in the `fastlm.data.prepare.Funnel` that prepared text has. The same judgements give the same
 bytes.
 
-The split is by prompt, into three parts: what models learn from, what only a judge of their answers
-learns from, and prompts that nothing learns from, which old and new model answer.
+The split is by what a conversation opens with, into three parts: what models learn from, what only
+a judge of their answers learns from, and prompts that nothing learns from, which old and new model
+answer. A later turn holds the earlier ones, so all turns are in the same part.
 """
 
 import json
@@ -86,14 +87,6 @@ class Built:
     raters: dict[str, Rater] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class _Votes:
-    """Judgements that say the same, and what their raters' words are worth together."""
-
-    judgement: Judgement
-    worth: float
-
-
 def build(
     databases: Sequence[str],
     out: Path,
@@ -136,8 +129,8 @@ def build(
     found = steps.filter("raters", found, lambda one: _distrusted(one, done.raters, options))
     most = _most(found, options.rater_share)
     found = steps.filter("share of one rater", found, _Bounded(most))
-    votes = steps.merge("duplicates and votes", found, done.raters)
-    _write(votes, out, options, done)
+    found = steps.merge("duplicates and votes", found, done.raters)
+    _write(found, out, options, done)
     if not any(done.rows[TRAIN][form] for form in FORMS):
         raise InputError(f"database: wanted feedback to learn from, got none; {_why(done.funnel)}")
     told = {name or "without a name": asdict(one) for name, one in sorted(done.raters.items())}
@@ -187,14 +180,17 @@ class _Steps:
 
     def merge(
         self, name: str, found: Sequence[Judgement], raters: Mapping[str, Rater]
-    ) -> list[_Votes]:
-        """Of judgements about the same, keep one: what the weights of their raters decide."""
+    ) -> list[Judgement]:
+        """Of judgements about the same, keep one: what the weights of their raters decide. A rater
+        who said it of several responses with the same text, or in several ways, has one vote: the
+        last.
+        """
+        last = {(item, one.rater): yes for one in found for item, yes in one.votes()}
         votes: dict[bytes, list[float]] = defaultdict(lambda: [0.0, 0.0])
-        for one in found:
-            for item, yes in one.votes():
-                votes[item][yes] += raters[one.rater].weight
+        for (item, rater), yes in last.items():
+            votes[item][yes] += raters[rater].weight
         seen, removed = DocumentDedup(), Counter[str]()
-        left: list[_Votes] = []
+        left: list[Judgement] = []
         for one in found:
             (about,) = one.votes()
             against, for_it = votes[about[0]] if about[1] else votes[about[0]][::-1]
@@ -203,8 +199,8 @@ class _Steps:
             elif not seen.is_new(one.key):
                 removed["same judgement"] += 1
             else:
-                left.append(_Votes(one, for_it - against))
-        self.add(name, [vote.judgement for vote in left], removed)
+                left.append(one)
+        self.add(name, left, removed)
         return left
 
 
@@ -316,19 +312,18 @@ def _forms(one: Judgement) -> dict[str, list[dict[str, Any]]]:
 
 
 def _part(one: Judgement, options: BuildOptions) -> str:
-    place = _number("part", one.prompt_key)
+    place = _number("part", one.opening_key)
     if place < options.test:
         return TEST
     return JUDGE if place < options.test + options.judge else TRAIN
 
 
-def _write(votes: Sequence[_Votes], out: Path, options: BuildOptions, done: Built) -> None:
+def _write(left: Sequence[Judgement], out: Path, options: BuildOptions, done: Built) -> None:
     parts: dict[str, list[Judgement]] = {part: [] for part in PARTS}
-    for vote in votes:
-        parts[_part(vote.judgement, options)].append(vote.judgement)
+    for one in left:
+        parts[_part(one, options)].append(one)
     steps = _Steps(done.funnel)
-    corrected = {id for vote in votes if vote.judgement.kind == "correction"
-                 for id in vote.judgement.ids}  # fmt: skip
+    corrected = {id for one in left if one.kind == "correction" for id in one.ids}
     for part, found in parts.items():
         rows = _part_rows(found, corrected, options)
         folder = make_folder(out / part)
@@ -339,7 +334,7 @@ def _write(votes: Sequence[_Votes], out: Path, options: BuildOptions, done: Buil
                     file.write(b"\n")
         done.rows[part] = {form: len(rows[form]) for form in FORMS}
         steps.add(part, found)
-    for one in (vote.judgement for vote in votes):
+    for one in left:
         tally = done.funnel.sources.setdefault(
             printable(one.source), {"files": 1, "documents": 0, "bytes": 0}
         )

@@ -63,7 +63,13 @@ class Gate(Stage):
         scores: dict[str, Any] = {}
         for given in job.inputs["scores"]:
             path = given.path / "scores.json" if given.path.is_dir() else given.path
-            scores |= scores_of(path.resolve().parent.name, read_json(path))
+            stage = path.resolve().parent.name
+            found = scores_of(stage, read_json(path))
+            if scores.keys() & found.keys():
+                raise InputError(
+                    f"scores: wanted folders of different names, got two called {stage}"
+                )
+            scores |= found
         checks = []
         for gate in read_gates(self.gates):
             why = gate.failure(scores)
@@ -96,7 +102,9 @@ class Gate(Stage):
         for check in result["gates"]:
             measured = "not measured"
             if check["value"] is not None:
-                measured = "{value:.3f} ({low:.3f} to {high:.3f})".format(**check)
+                measured = f"{check['value']:.3f}"
+            if check["low"] is not None and check["high"] is not None:
+                measured += " ({low:.3f} to {high:.3f})".format(**check)
             passed = "passed" if check["passed"] else "failed"
             facts[check["score"]] = f"{measured}, wanted {check['bounds']}: {passed}"
         promoted = "yes" if result["promoted"] else "no"

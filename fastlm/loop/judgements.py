@@ -74,6 +74,14 @@ class Judgement:
         return _key([said(self.prompt or []), self.tools])
 
     @property
+    def opening_key(self) -> bytes:
+        """Equal for prompts with the same first message of a user, whatever stands around it: rows
+        of later turns hold the first one and its answer.
+        """
+        asked = [m for m in self.prompt or () if m.get("role") == "user"]
+        return _key(said((asked or self.prompt or [])[:1]))
+
+    @property
     def key(self) -> bytes:
         """Equal for judgements that say the same of the same answers."""
         answers = [said(self.better or []), said(self.worse or [])]

@@ -28,6 +28,7 @@ class Feedback(BuildOptions, Stage):
 
     kind = "feedback"
     command = ("feedback", "build")
+    version = 2
     leaves = {"feedback": "."}
     result = {"rows": dict[str, dict[str, int]], "raters": dict[str, Any]}
     notes = """Written are train/, judge/ and test/ with sft.jsonl, preferences.jsonl (for dpo and
@@ -138,6 +139,7 @@ def _digest(where: str) -> str:
 
     with open_store(where) as store:
         found = hashlib.sha256()
-        for one in [*store.answers().values(), *store.opinions()]:
+        for one in [*store.answers().values(), *store.opinions(), *store.ratings()]:
             found.update(json.dumps(asdict(one), sort_keys=True).encode("utf-8", "replace"))
+        found.update("\n".join(sorted(store.withdrawn())).encode("utf-8", "replace"))
     return found.hexdigest()

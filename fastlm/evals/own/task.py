@@ -284,11 +284,11 @@ class _Made:
             prompt = f"{description}{begin}{self._field('doc_to_text', where, row)}"
             questions.append(make(str(number), prompt, where, row))
         name, shots = str(self.values["task"]), len(examples)
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {"delimiter": self.delimiter}
         if self.kind == "generate_until":
-            options = {"judge": answers.first_filter, "also": self._others()}
+            options |= {"judge": answers.first_filter, "also": self._others()}
         elif self.kind == "loglikelihood":
-            options = {"judge": answers.greedy, "metric": "acc"}
+            options |= {"judge": answers.greedy, "metric": "acc"}
         return Task(
             name, "own", questions, str(self.config.path), "not stated", f"lm-eval:{shots}shot",
             **options,

@@ -117,5 +117,5 @@ class Bench:
     canaries: Path | None = None
     notes: list[str] = field(default_factory=list)
 
-    def share(self, name: str, what: str, hits: Sequence[bool], **others: Any) -> Score:
+    def share(self, name: str, what: str, hits: Sequence[float], **others: Any) -> Score:
         return share(name, what, sum(hits), len(hits), confidence=self.options.confidence, **others)

@@ -38,6 +38,8 @@ class Gate:
         if found is None:
             return f"{self.score}: not measured"
         low, high = found["low"], found["high"]
+        if low is None or high is None:  # of one item, or one passage
+            return f"{self.score}: no interval follows from so few items ({found['n']})"
         measured = f"the interval is {low:.3f} to {high:.3f} ({found['n']} items)"
         if not high <= self.most:  # also NaN
             return f"{self.score}: wanted at most {self.most:g}, {measured}"

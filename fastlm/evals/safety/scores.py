@@ -53,7 +53,7 @@ class Score:
 def share(
     name: str,
     what: str,
-    hits: int,
+    hits: float,
     n: int,
     *,
     confidence: float,

@@ -176,7 +176,6 @@ SETS: dict[str, Listed] = {
     ),
     "medmcqa": _given("facts", "Apache-2.0", "medmcqa", "characters", "rc_5shot", "mc_5shot"),
     "lambada": _written("language", "Modified MIT", "lambada", "bpb_0shot", 8, answers.first_word),
-    "squad": _written("language", "CC-BY-SA-4.0", "squad", "bpb_5shot", 24, f1=answers.f1),
     "naturalqs": _written(
         "facts", "CC-BY-SA-3.0", "naturalqs_open", "bpb_5shot", 24, f1=answers.f1
     ),

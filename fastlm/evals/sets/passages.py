@@ -1,5 +1,6 @@
-"""Questions about a passage whose right answers need care: DROP (Dua et al. 2019,
-arXiv:1903.00161) and CoQA (Reddy et al. 2019, arXiv:1808.07042), in OLMES' requests.
+"""Questions about passages, several about one, in OLMES' requests: SQuAD (Rajpurkar et al. 2016,
+arXiv:1606.05250), DROP (Dua et al. 2019, arXiv:1903.00161), CoQA (Reddy et al. 2019,
+arXiv:1808.07042).
 
 A right answer of DROP is one span or several; several count as one answer, joined by commas.
 """
@@ -14,6 +15,12 @@ from fastlm.evals.answers import exact_match, f1
 from fastlm.evals.listed import Listed
 from fastlm.evals.sets.olmes import SOURCE, read_open, request_file
 from fastlm.evals.task import Open, Task
+
+
+def squad(q: Open) -> Open:
+    return replace(
+        q, row={"label": q.row["label"]}, group=q.row["query"].partition("\nQuestion:")[0]
+    )
 
 
 def drop(q: Open) -> Open:
@@ -52,6 +59,7 @@ def _set(
 
 
 SETS = {
+    "squad": _set("language", "CC-BY-SA-4.0", "bpb_5shot", "squad", squad),
     "drop": _set("reasoning", "CC-BY-SA-4.0", "bpb_5shot", "drop", drop),
     "coqa": _set("language", "by passage", "bpb_0shot", "coqa", coqa),
 }
