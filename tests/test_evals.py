@@ -282,3 +282,13 @@ def test_the_delimiter_before_an_answer_has_no_length():
     found = values(task, [{"logprob": [-2.0, -5.0]}])
     assert found["acc_norm"][0] == 1.0  # by 2 and 6 characters; by 3 and 7 the first is better
     assert found["bits_per_byte"][0] == pytest.approx(5 / math.log(2) / 6)
+
+
+def test_one_question_tells_no_error(tmp_path):
+    task = choices(1)
+    asked = {"m": ask_all([task], question_files.oracle(task), tmp_path, model="m")}
+    (row,) = measured([task], asked)
+    json.dumps(row, allow_nan=False)
+    assert row["models"]["m"]["measures"]["acc"] == {"value": 1.0, "error": None, "detects": None}
+    (line,) = lines([row])
+    assert line["acc"] == "100.0" and line["detects"] == ""

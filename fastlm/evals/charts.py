@@ -1,6 +1,5 @@
 """The scores of tasks as charts of report.html."""
 
-import math
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import Any
@@ -36,7 +35,7 @@ def scores_chart(tasks: Sequence[Mapping[str, Any]]) -> str:
             shown = measures.get("acc_olmes") or measures.get(written_measure(measures))
             if shown is not None:
                 error = shown["error"]
-                half = 196 * error if error is not None and math.isfinite(error) else 0.0
+                half = 0.0 if error is None else 196 * error
                 points.append((100 * shown["value"], y + shift, half))
         if points:
             x, y, half = zip(*points)

@@ -16,7 +16,7 @@ Of n answers that are equally the best, a right one counts 1/n.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -130,7 +130,8 @@ def told_mean(each: np.ndarray) -> dict[str, float | None]:
 
 
 def as_json(measures: Mapping[str, Measure]) -> dict[str, Any]:
+    """Return measures as JSON has them: None for what one question does not tell."""
     return {
-        name: {"value": m.value, "error": m.error, "detects": m.detects}
+        name: {key: value if math.isfinite(value) else None for key, value in asdict(m).items()}
         for name, m in measures.items()
     }

@@ -31,7 +31,7 @@ def figure(measure: Mapping[str, Any] | None, share: bool) -> str:
     scale, digits = (100, 1) if share else (1, 3)
     value, error = scale * measure["value"], measure["error"]
     told = f"{value:.{digits}f}"
-    return told if error is None or error != error else f"{told}±{scale * error:.{digits}f}"
+    return told if error is None else f"{told}±{scale * error:.{digits}f}"
 
 
 def written_measure(measures: Mapping[str, Any]) -> str:
@@ -62,9 +62,13 @@ def lines(tasks: Tasks) -> Iterator[dict[str, str]]:
                 "acc": figure(measures.get(written), share=True),
                 "acc_olmes": figure(measures.get("acc_olmes"), share=True),
                 "acc_norm": figure(measures.get("acc_norm"), share=True),
-                "chance": "" if task["chance"] is None else f"{100 * task['chance']:.1f}",
-                "detects": "" if accuracy is None else f"{100 * accuracy['detects']:.1f}",
+                "chance": _percent(task["chance"]),
+                "detects": _percent(accuracy and accuracy["detects"]),
             }
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f}"
 
 
 def shown_columns(rows: Sequence[Mapping[str, str]]) -> list[str]:
