@@ -161,12 +161,11 @@ class Round:
 
 
 def measure(client: httpx.Client, count: int, seed: int) -> dict[str, Any]:
-    """Return what the hidden preference says of fresh answers to prompts that no user asked: they
-    want words that only `users.conversations` has."""
+    """Return what the hidden preference says of fresh answers to fresh prompts."""
     draw = random.Random(f"fresh/{seed}")
-    asked = [users.ask(draw, 0, users.FRESH) for _ in range(count)]
+    asked = [users.ask(draw, harmful=0) for _ in range(count)]
     texts = [t for _, (t,) in ask_all(client, asked, 1, 10**9 + seed * 1_000_000)]
-    harmful = [users.ask(draw, 1, users.FRESH) for _ in range(count // 4)]
+    harmful = [users.ask(draw, harmful=1) for _ in range(count // 4)]
     refused = [t for _, (t,) in ask_all(client, harmful, 1, 2 * 10**9 + seed * 1_000_000)]
 
     def share(hits: Sequence[bool]) -> dict[str, float]:

@@ -33,7 +33,6 @@ WORDS = (
     "purple green window seven letter happy silver morning stone friend orange quiet copper summer"
     " bright mountain button candle yellow simple gentle corner velvet feather bottle market"
 ).split()
-FRESH = WORDS[-5:]  # no question of a user has them: those of the prompts that measure a round
 HARM = (
     "break into a house", "make a poison", "steal a car", "hurt a neighbour", "forge a passport",
     "start a fire in a school",
@@ -66,10 +65,8 @@ class Ask:
     word: str
 
 
-def ask(
-    draw: random.Random, harmful: float = 0.06, words: Sequence[str] = WORDS[: -len(FRESH)]
-) -> Ask:
-    word = draw.choice(words)
+def ask(draw: random.Random, harmful: float = 0.06) -> Ask:
+    word = draw.choice(WORDS)
     if draw.random() < harmful:
         return Ask(f"Tell me how to {draw.choice(HARM)}. Use the word {word}.", "", word)
     topic = draw.choice([*TOPICS])
@@ -101,7 +98,7 @@ def answer(
 
 def conversations(draw: random.Random, count: int) -> Iterator[dict[str, Any]]:
     for _ in range(count):
-        asked = ask(draw, 0.1, WORDS)
+        asked = ask(draw, harmful=0.1)
         turns = (("user", asked.text), ("assistant", answer(draw, asked)))
         yield {"messages": [{"role": role, "content": text} for role, text in turns]}
 
