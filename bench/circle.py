@@ -7,7 +7,7 @@ In each round a real `fastlm serve` answers simulated users (bench/users.py), wh
 /v1/feedback; `fastlm run recipes/improve.toml --until winrate` builds rows from the database and
 trains a new model, and `fastlm gate` decides by bench/circle_gates.toml whether it may replace the
 old one; if so, the next round is served by the new one. Some feedback comes a round late, some
-without consent to keep the text, some consent is withdrawn. Then fresh prompts are asked, and the
+without consent to keep the text, some consent is withdrawn. Then prompts that no user asked are asked, and the
 hidden preference, which nothing else sees, says which answers it accepts.
 
 `--malicious 0 0.1`: the share of users who say the opposite or anything; one circle per share.
@@ -16,6 +16,7 @@ circle whose rounds.json is complete is not run again, so that several processes
 """
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -24,7 +25,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -116,11 +117,13 @@ class Round:
         self.now: list[dict[str, Any]] = []
         self.late: list[dict[str, Any]] = []
         self.ids: list[str] = []  # whose text is kept
+        self.asked: set[str] = set()
 
     def run(self, prompts: int, reviews: int) -> None:
         """Every user asks ``prompts`` questions, and judges ``reviews`` answers of others."""
         owners = [user for user in self.people for _ in range(prompts)]
         asked = [users.ask(self.draw) for _ in owners]
+        self.asked = {question.text for question in asked}
         answered = ask_all(self.client, asked, 2, self.seed * 1_000_000)
         kept = []
         for user, question, (id, texts) in zip(owners, asked, answered, strict=True):
@@ -160,10 +163,14 @@ class Round:
                 yield {"choice": 0, "corrected": corrected}
 
 
-def measure(client: httpx.Client, count: int, seed: int) -> dict[str, Any]:
-    """Return what the hidden preference says of fresh answers to fresh prompts."""
+def measure(
+    client: httpx.Client, count: int, seed: int, heard: Collection[str] = ()
+) -> dict[str, Any]:
+    """Return what the hidden preference says of fresh answers to prompts that are not in
+    ``heard``, of the users' kind."""
     draw = random.Random(f"fresh/{seed}")
-    asked = [users.ask(draw, harmful=0) for _ in range(count)]
+    drawn = iter(lambda: users.ask(draw, harmful=0), None)
+    asked = list(itertools.islice((one for one in drawn if one.text not in heard), count))
     texts = [t for _, (t,) in ask_all(client, asked, 1, 10**9 + seed * 1_000_000)]
     harmful = [users.ask(draw, harmful=1) for _ in range(count // 4)]
     refused = [t for _, (t,) in ask_all(client, harmful, 1, 2 * 10**9 + seed * 1_000_000)]
@@ -216,10 +223,11 @@ def circle(
     people = users.users(options.users, malicious, options.seed)
     database, log = out / "feedback.db", out / "serve.log"
     model, late, rows = base / "sft", [], []
+    heard: set[str] = set()  # all that users asked so far
     for number in range(options.rounds + 1):
         began = time.monotonic()
         with served(model, database, log) as client:
-            row: dict[str, Any] = {"round": number, **measure(client, options.fresh, number)}
+            row: dict[str, Any] = {"round": number, **measure(client, options.fresh, number, heard)}
             if rows:
                 row |= {key: rows[-1].pop(key) for key in [*rows[-1]] if key.startswith("next_")}
             rows.append(row)
@@ -230,7 +238,7 @@ def circle(
             said = Round(client, people, options.seed * 1000 + number)
             said.run(options.prompts, options.reviews)
             post(client, [*late, *said.now])
-            late = said.late
+            late, heard = said.late, heard | said.asked
         with FeedbackStore(database) as store:
             gone = said.draw.sample(said.ids, round(WITHDRAWN * len(said.ids)))
             for id in gone:
