@@ -7,8 +7,8 @@ In each round a real `fastlm serve` answers simulated users (bench/users.py), wh
 /v1/feedback; `fastlm run recipes/improve.toml --until winrate` builds rows from the database and
 trains a new model, and `fastlm gate` decides by bench/circle_gates.toml whether it may replace the
 old one; if so, the next round is served by the new one. Some feedback comes a round late, some
-without consent to keep the text, some consent is withdrawn. Then prompts that no user asked are asked, and the
-hidden preference, which nothing else sees, says which answers it accepts.
+without consent to keep the text, some consent is withdrawn. Then the model answers prompts that no
+user asked, and the hidden preference, which nothing else sees, says which answers it accepts.
 
 `--malicious 0 0.1`: the share of users who say the opposite or anything; one circle per share.
 `--trusting` adds the last circle again with every rater trusted, to show what the weights do. A
