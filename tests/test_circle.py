@@ -74,6 +74,8 @@ def test_one_round(tmp_path):
             f'feedback.database=["{database}"]', f'sft.from="{old}"', f'judge.from="{old}"',
             f'eval.of=["{old}", "dpo"]', f'eval.data="{text}"', f'winrate.old="{old}"',
             f'safety.of=["{old}", "dpo"]', *SHORT,
+            # so few pairs may leave none to hold out
+            "judge.heldout=0.0", 'judge.take="last"',
         ],
     )  # fmt: skip
     stages = summary["stages"]
