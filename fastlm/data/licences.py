@@ -42,7 +42,7 @@ def _installed(name: str) -> str | None:
 
 
 def _python(folder: Path) -> str | None:
-    """Of a wheel's METADATA or a source archive's PKG-INFO."""
+    """Return the licence that a wheel's METADATA or a source archive's PKG-INFO states."""
     for pattern in ("*.dist-info/METADATA", "PKG-INFO", "*/PKG-INFO"):
         for file in sorted(folder.glob(pattern)):
             fields = HeaderParser().parsestr(_head(file)).items()

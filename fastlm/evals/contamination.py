@@ -37,7 +37,8 @@ _MIX = np.uint64(0xBF58476D1CE4E5B9)
 
 @dataclass(frozen=True)
 class Overlap:
-    """Of each question: ``share`` (questions,), NaN where it is too short; ``touched``."""
+    """What was found of each question: ``share`` (questions,), NaN where it is too short;
+    ``touched``."""
 
     share: np.ndarray
     touched: np.ndarray

@@ -181,7 +181,7 @@ class _Steps:
     def merge(
         self, name: str, found: Sequence[Judgement], raters: Mapping[str, Rater]
     ) -> list[Judgement]:
-        """Of judgements about the same, keep one: what the weights of their raters decide. A rater
+        """Keep one of the judgements about the same text, by the weights of their raters. A rater
         who said it of several responses with the same text, or in several ways, has one vote: the
         last.
         """

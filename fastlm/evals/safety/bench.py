@@ -87,7 +87,7 @@ class Judges:
 
 @dataclass(frozen=True)
 class Options:
-    """Of a run; `fastlm.evals.safety.stage.Safety` documents them."""
+    """The options of a run; `fastlm.evals.safety.stage.Safety` documents them."""
 
     limit: int = 50
     max_new_tokens: int = 64

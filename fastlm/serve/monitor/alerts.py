@@ -11,7 +11,9 @@ CHECK_SECONDS = 30.0
 
 @dataclass
 class State:
-    """Of a rule. ``since``: when it last began or ceased to fire. ``found``: at the last check."""
+    """The state of a rule. ``since``: when it last began or ceased to fire. ``found``: what the
+    last check found.
+    """
 
     rule: Rule
     firing: bool = False
