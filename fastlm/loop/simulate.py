@@ -53,7 +53,7 @@ The same command run again begins anew."""
         tuple[str, ...],
         Positional("What users ask, as for ppo; answers in it are what they write as corrections"),
     ] = ()
-    limit: Annotated[int, "Questions, the first ones in an order that only they decide"] = 200
+    limit: Annotated[int, "Questions, drawn at random"] = 200
     users: Annotated[int, "Users, who take turns to ask"] = 12
     reviews: Annotated[int, "Other users who judge the same two answers"] = 2
     noise: Annotated[float, "How often a user errs"] = 0.1
@@ -145,12 +145,12 @@ The same command run again begins anew."""
 
     def _prompts(self, job: Job) -> "list[Prompt]":
         from fastlm.data.prompts import read_prompts
-        from fastlm.train.encoding import place_in_order
 
         found = {one.key(): one for one in read_prompts(self.data, cache=job.cache)}
         if not found:
             raise InputError(f"data: wanted questions, got none in {', '.join(self.data)}")
-        return sorted(found.values(), key=place_in_order)[: self.limit]
+        # not `place_in_order`: its first prompts are those that trainings hold out
+        return sorted(found.values(), key=lambda one: self._number("order", one))[: self.limit]
 
     def _number(self, what: str, prompt: "Prompt") -> int:
         """A number below 2^48 that the seed and the prompt decide."""
