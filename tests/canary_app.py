@@ -1,6 +1,7 @@
 """A server whose models change, in this process on a port of its own."""
 
 import contextlib
+import time
 
 from serve_app import running, tiny_model
 
@@ -41,3 +42,10 @@ def changing(base, state, *, canary=None, store=None, models_dir=None, turns=Non
     server = Server(models, feedback=store, switch=switch, **own)
     with running(server) as url:
         yield url, server
+
+
+def wait_until_freed(server):
+    until = time.monotonic() + 60
+    while server.models.leaving or server.models._freeing:
+        assert time.monotonic() < until
+        time.sleep(0.01)
