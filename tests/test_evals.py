@@ -222,6 +222,7 @@ def test_the_stage_asks_models_and_compares_them(base, cache, tmp_path):
     assert r"\toprule" in (out / "scores.tex").read_text()
     files = sorted(p.relative_to(out / "items") for p in (out / "items").rglob("*.jsonl"))
     assert [p.parts[0] for p in files] == sorted([hash_of(str(base)), hash_of(str(other))])
+    (base / "README.md").write_text("a card is no part of a model")
     again = stage(out, model=[str(base), str(other)], cache=cache)
     kept = again["tasks"][0]["models"]
     assert all("seconds" not in model for model in kept.values())  # nothing was asked again
