@@ -1,6 +1,6 @@
 """The stage `Feedback`: what people said about answers, as rows to train on."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -97,15 +97,16 @@ raters.json."""
         from fastlm.evals.contamination import question_texts
         from fastlm.loop.overlap import Overlap
 
-        found = Overlap(self.ngram)
-        for name in self.decontaminate:
-            if _is_file(name):
-                for prompt in read_prompts([name], cache=job.cache):
-                    found.add(Path(name).name, prompt.messages[-1]["content"])
-        for name in names_of([one for one in self.decontaminate if not _is_file(one)]):
-            for text in question_texts(load_task(name, job.cache).questions):
-                found.add(name, text)
-        return found
+        def questions() -> Iterator[tuple[str, str]]:
+            for name in self.decontaminate:
+                if _is_file(name):
+                    for prompt in read_prompts([name], cache=job.cache):
+                        yield Path(name).name, prompt.messages[-1]["content"]
+            for name in names_of([one for one in self.decontaminate if not _is_file(one)]):
+                for text in question_texts(load_task(name, job.cache).questions):
+                    yield name, text
+
+        return Overlap(questions(), self.ngram)
 
     def told(self, result: Mapping[str, Any], job: Job) -> str:
         rows = ", ".join(f"{n:,} {form}" for form, n in result["rows"][TRAIN].items())
