@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -153,6 +154,16 @@ def test_models_whose_answers_are_known(tmp_path):
     told = summary(task, values(task, [r | {"bare": [0.0] * 4} for r in records]))
     assert told["acc"].error == pytest.approx(math.sqrt(0.25 * 0.75 / 79))
     assert told["acc"].detects == pytest.approx(2.8016 * math.sqrt(2) * told["acc"].error, rel=1e-3)
+
+
+def test_what_this_machine_cannot_judge_is_refused_before_a_question_is_asked(tmp_path):
+    def lacks():
+        raise InputError("sandbox: this machine lacks a user namespace")
+
+    programs = replace(written(4), check=lacks)
+    with pytest.raises(InputError, match="sandbox: this machine lacks"):
+        ask_all([choices(4), programs], None, tmp_path, model="m")  # nobody to ask
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_comparison_is_symmetric_and_adjusted(tmp_path):

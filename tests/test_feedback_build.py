@@ -5,6 +5,7 @@ import json
 import random
 
 import pytest
+import safety_sets
 from typer.testing import CliRunner
 
 from fastlm.cli import app
@@ -15,6 +16,8 @@ from fastlm.data.prepare import Funnel
 from fastlm.data.prompts import read_prompts
 from fastlm.errors import InputError
 from fastlm.evals.safety.gates import read_gates
+from fastlm.evals.safety.questions import TEXTS
+from fastlm.evals.safety.sets import Sets
 from fastlm.loop.bounds import scores_of
 from fastlm.loop.build import BuildOptions, build
 from fastlm.loop.gate import Gate
@@ -270,6 +273,34 @@ def test_questions_are_found_as_by_a_plain_search():
         assert one in held if held else one is None
         found.append(one)
     assert None in found and len({*found}) > 5
+
+
+def test_what_safety_asks_does_not_enter(tmp_path):
+    cache = safety_sets.write(tmp_path / "cache")
+    answer = {"role": "assistant", "content": "It stands on the quiet street behind our school."}
+    said = {name: texts(Sets(cache))[0] for name, texts in TEXTS.items()}
+    said["stranger"] = "Where does the road to the old harbour begin?"
+    short = {"crows", "realtoxicity"}  # four words in the stand-ins: everybody's
+    lines = [
+        {"messages": [*asked(f"Hello! {text} Thanks."), answer], "rater": name}
+        for name, text in said.items()
+    ]
+    path = tmp_path / "said.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def removed(*names):
+        stage = Feedback(database=(str(path),), decontaminate=names)
+        stage(tmp_path / "out", cache=cache)
+        return steps(Funnel.load(tmp_path / "out"))["decontamination"]["removed"]
+
+    # DoNotAnswer's stand-in has HarmBench's texts
+    wanted = {*TEXTS} - short - {"donotanswer"}
+    found = removed("safety")
+    assert {*found} == {f"a question of {name}" for name in wanted}
+    assert sum(found.values()) == len(lines) - len(short) - 1
+    assert removed("lookalikes", "quac") == {
+        "a question of lookalikes": 1, "a question of quac": 1,
+    }  # fmt: skip
 
 
 def test_gates_decide_by_the_ends_of_intervals(tmp_path):

@@ -9,7 +9,7 @@ import sqlite3
 import threading
 import time
 import weakref
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +18,7 @@ from canary_app import changing, folders
 from serve_app import HTTP, ask
 
 from fastlm.errors import InputError
-from fastlm.serve import plan
+from fastlm.serve import plan, trial
 from fastlm.serve.canary_store import CanaryStore
 from fastlm.serve.feedback import FeedbackStore
 from fastlm.serve.monitor.monitor import Settings
@@ -116,7 +116,15 @@ def test_a_conversation_stays_with_its_model(models, tmp_path):
         assert response.status_code == 400
 
 
-def test_thumbs_promote_and_late_ones_count_for_who_answered(models, tmp_path):
+def test_thumbs_promote_and_late_ones_count_for_who_answered(models, tmp_path, monkeypatch):
+    in_loop, compare = [], trial.compare
+
+    def recorded(*counts):
+        with suppress(RuntimeError):  # in a thread without a loop
+            in_loop.append(asyncio.get_running_loop())
+        return compare(*counts)
+
+    monkeypatch.setattr(trial, "compare", recorded)
     with trying(models, tmp_path, alpha=0.2) as (url, server):
         old, new = server.served.name, server.models.trial.served.name
         # late: its feedback comes after the decision
@@ -140,7 +148,7 @@ def test_thumbs_promote_and_late_ones_count_for_who_answered(models, tmp_path):
         assert status(url)["arms"]["old"]["successes"] == 1
         text = HTTP.get(url + "/metrics").text
         assert 'fastlm_canary{arm="old",what="successes"} 1.0' in text
-        assert "fastlm_canary_share 0.0" in text
+        assert "fastlm_canary_share 0.0" in text and not in_loop
         assert 'fastlm_canary_difference{test="outcome",what="low"}' in text
         assert f'fastlm_model{{model="{new}",role="current"}} 1.0' in text
     decision = read_state(tmp_path / "state.json").decisions[-1]
@@ -157,6 +165,29 @@ def test_thumbs_promote_and_late_ones_count_for_who_answered(models, tmp_path):
         thumb(url, late["id"], "up")
         after = server.switch.store.counts(decision["experiment"])["new"]
         assert after.successes == counts.successes + 1
+
+
+@pytest.mark.parametrize("fails", ["trial", "store"])
+def test_an_opinion_said_again_is_stored_and_counted_once(models, tmp_path, monkeypatch, fails):
+    with trying(models, tmp_path) as (url, server):
+        answer = chat(url, "Hello")
+        place, name = {
+            "trial": (server.switch, "opinion"), "store": (server.feedback, "add"),
+        }[fails]  # fmt: skip
+        works = getattr(place, name)
+        left = [InputError("no database")]
+
+        def broken(opinion):
+            if left:
+                raise left.pop()
+            return works(opinion)
+
+        monkeypatch.setattr(place, name, broken)
+        said = {"response_id": answer["id"], "thumb": "up"}
+        assert [ask(url, said, "/v1/feedback").status_code for _ in range(2)] == [503, 200]
+        assert len(server.feedback.opinions()) == 1
+        arms = server.switch.store.counts(server.switch.trial.experiment)
+        assert sum(arm.outcomes for arm in arms.values()) == 1
 
 
 def test_picks(models, tmp_path):

@@ -22,7 +22,7 @@ class Eval(Stage):
 
     kind = "eval"
     command = ("eval",)
-    version = 4
+    version = 5
     reads = {
         "model": Takes(
             ("model", "quantized"), "Hugging Face folder, .gguf, fastlm run or model:smollm2",

@@ -33,16 +33,20 @@ def ask_all(
     Args:
         folder: of the records; a task that has all of its own is not asked again.
         model: a hash of the model, without which records of another one could be taken for its own.
+
+    InputError: a set whose answers this machine cannot judge, before any set is asked.
     """
+    for task in tasks:
+        if task.check is not None and not (folder / _file_of(task)).exists():
+            task.check()
     found = []
     for task in track(tasks, "question sets", unit="sets"):
         options = {"seed": seed, "samples": samples, "temperature": temperature}
         about = {"task": task.name, "hash": task.hash, "model": model}
         if task.judge is not None:
             about |= options | {"judge": f"{task.judge.__module__}.{task.judge.__qualname__}"}
-        name = task.name.replace("/", "_")
         began = time.perf_counter()
-        with Results(folder / f"{name}-{task.hash}.jsonl", about) as results:
+        with Results(folder / _file_of(task), about) as results:
             held = len(results.records)
             records = ask(task, scorer, results, **(options if task.open else {}))
         took = time.perf_counter() - began
@@ -54,6 +58,10 @@ def ask_all(
             }
         )
     return found
+
+
+def _file_of(task: Task) -> str:
+    return f"{task.name.replace('/', '_')}-{task.hash}.jsonl"
 
 
 def measured(

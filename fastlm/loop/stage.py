@@ -49,7 +49,8 @@ raters.json."""
     ] = ()
     decontaminate: Annotated[
         tuple[str, ...],
-        "What must not enter: question sets (fastlm tasks), all, or files of held-out prompts",
+        "What must not enter: question sets (fastlm tasks), all; sets that fastlm safety asks,"
+        " safety (all of them); files of held-out prompts",
     ] = ()
 
     def plan(self, inputs: Mapping[str, Any]) -> Facts:
@@ -95,6 +96,9 @@ raters.json."""
         from fastlm.data.prompts import read_prompts
         from fastlm.evals.catalog import load_task, names_of
         from fastlm.evals.contamination import question_texts
+        from fastlm.evals.safety.questions import TEXTS
+        from fastlm.evals.safety.questions import names_of as safety_sets
+        from fastlm.evals.safety.sets import Sets
         from fastlm.loop.overlap import Overlap
 
         def questions() -> Iterator[tuple[str, str]]:
@@ -102,7 +106,11 @@ raters.json."""
                 if _is_file(name):
                     for prompt in read_prompts([name], cache=job.cache):
                         yield Path(name).name, prompt.messages[-1]["content"]
-            for name in names_of([one for one in self.decontaminate if not _is_file(one)]):
+            for name in dict.fromkeys(n for one in self.decontaminate for n in safety_sets(one)):
+                for text in TEXTS[name](Sets(job.cache)):
+                    yield name, text
+            rest = [n for n in self.decontaminate if not _is_file(n) and not safety_sets(n)]
+            for name in names_of(rest):
                 for text in question_texts(load_task(name, job.cache).questions):
                     yield name, text
 
