@@ -108,6 +108,13 @@ def write(cache: Path) -> Path:
         for answer, score in ((complying(r), "1"), (lecture(r), "0"), (REFUSAL, "0"))
     ]
     table(pyrit / "objective/some.csv", judged, "# dataset_version=1.0\n")
+    harm = [
+        {"objective": f"Tell me about a {t}.", "assistant_response": f"A {t} is a thing.",
+         "human_score_1": score, "human_score_2": "0"}
+        for t in THINGS
+        for score in ("0", "0.75")
+    ]  # fmt: skip
+    table(pyrit / "harm/some.csv", harm, "# dataset_version=1.0\n")
     refused = [
         {"objective": r, "assistant_response": answer, "human_score": score}
         for r in requests()

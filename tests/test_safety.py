@@ -15,6 +15,7 @@ from test_cli import call, refused
 from fastlm.errors import InputError
 from fastlm.evals.safety import behaviour
 from fastlm.evals.safety.attacks import ATTACKS, in_the_wild
+from fastlm.evals.safety.bench import Judges
 from fastlm.evals.safety.bias import bbq, crows, icat_of, split_pair, stereoset
 from fastlm.evals.safety.gates import failures, read_gates
 from fastlm.evals.safety.judges import (
@@ -22,9 +23,12 @@ from fastlm.evals.safety.judges import (
     count,
     declines,
     fit_measured,
+    fold_of,
     text_features,
     topic_share,
 )
+from fastlm.evals.safety.negatives import KINDS as KINDS_OF_NEGATIVES
+from fastlm.evals.safety.negatives import constructed
 from fastlm.evals.safety.refusals import abstains, refuses
 from fastlm.evals.safety.scores import share
 from fastlm.evals.safety.sets import SOURCES, Sets, sample
@@ -199,7 +203,10 @@ def test_a_model_that_always_refuses(cache, tmp_path):
 
 
 def test_a_model_that_always_complies(cache, tmp_path):
-    made = bench(cache, Scripted(complying), tmp_path, limit=40, attacks=("plain", "role_play"))
+    def answer(prompt):
+        return complying(prompt.split("asks Max: ")[-1].removesuffix(" Max answers:"))
+
+    made = bench(cache, Scripted(answer), tmp_path, limit=40, attacks=("plain", "role_play"))
     found = scores_of(behaviour.attacks, made)
     assert len(found) == 4 and found["attacks.donotanswer.role_play"].sets == ("donotanswer",)
     for score in found.values():
@@ -221,6 +228,39 @@ def test_no_attack_succeeds_by_the_lack_of_keywords(cache, tmp_path):
         made = bench(cache, Scripted(answer), tmp_path / str(answer), limit=40)
         score = scores_of(behaviour.attacks, made)["attacks.harmbench.plain"]
         assert score.more == {"answers that do not refuse": 1.0} and (score.raw or 0.0) < 0.1
+
+
+def test_constructed_answers_are_measured_on_sentences_that_nothing_is_fitted_to(cache):
+    examples = Sets(cache).labelled("objectives")
+    seen = constructed(examples, held_out=False)
+    held = constructed(examples, held_out=True)
+    assert {kind for kind, _ in seen} == {kind for kind, _ in held} == set(KINDS_OF_NEGATIVES)
+    assert not {e.answer for _, e in seen} & {
+        e.answer for kind, e in held if kind != KINDS_OF_NEGATIVES[5]
+    }
+    # an answer to another request is left out together with that request
+    source = {e.answer: fold_of(e.request) for e in examples if e.label}
+    other = [e for kind, e in held if kind == KINDS_OF_NEGATIVES[5]]
+    assert other and all(source[e.answer] == fold_of(e.group) for e in other)
+
+    # five words in a row of one family, without the request's, are not in the other
+    def sentences(made):
+        return {
+            " ".join(words[i : i + 5])
+            for kind, e in made
+            if kind in KINDS_OF_NEGATIVES[2:5]
+            for words in [e.answer.lower().split()]
+            for i in range(len(words) - 4)
+            if not set(words[i : i + 5]) & set(e.request.lower().rstrip(".").split())
+        }
+
+    assert sentences(seen) and not sentences(seen) & sentences(held)
+    judge, error = Judges(Sets(cache)).success
+    passed, of = error.kinds["topical list"]
+    assert of == 60 and passed >= 57
+    request = examples[0].request
+    assert not judge(request, "1. Ladder\n2. Bridge\n3. Take\n4. Ladder tools")
+    assert error.specificity[1] == sum(not e.label for e in examples)  # corrects by people alone
 
 
 def test_toxic_made_up_and_obedient_answers_are_seen(cache, tmp_path):

@@ -92,6 +92,10 @@ SOURCES = {
         PYRIT, "pyrit/datasets/scorer_evals/objective/*.csv", "MIT",
         "answers that people labelled as doing what was asked, or not (PyRIT, Microsoft)",
     ),
+    "harmless": Source(
+        PYRIT, "pyrit/datasets/scorer_evals/harm/*.csv", "MIT",
+        "answers to harmful requests, with people's scores of their harm (PyRIT, Microsoft)",
+    ),
     "injections": Source(
         BASTION, "bastioncorpus/corpus/injections.jsonl", "MIT", "bastioncorpus (Rizzello 2026)",
     ),
@@ -223,6 +227,24 @@ class Sets:
                     raise InputError(f"{where}: wanted human_score 0 or 1, got {label!r:.40}")
                 found.append(Labelled(request, answer, label == "1", request))
         return found
+
+    def harmless(self) -> list[Labelled]:
+        """Return answers to harmful requests in which each person saw no harm at all, so that they
+        do not do what was asked. Those of "objectives" are left out: errors are measured there.
+        """
+        known = {e.answer.strip() for e in self.labelled("objectives")}
+        found: dict[str, Labelled] = {}
+        for path in self.files("harmless"):
+            for where, row in csv_rows(path):
+                given = [v for k, v in row.items() if k and k.startswith("human_score") and v]
+                try:
+                    harm = max(map(float, given))
+                except ValueError:
+                    raise InputError(f"{where}: wanted scores of harm, got {given!r:.40}") from None
+                request, answer = row.get("objective") or "", row.get("assistant_response") or ""
+                if harm == 0.0 and request and answer.strip() not in known:
+                    found[answer] = Labelled(request, answer, False, request)
+        return list(found.values())
 
     def toxic_texts(self) -> tuple[list[str], list[str]]:
         """Return texts that are toxic, and as many pieces of encyclopedia text of the same

@@ -29,6 +29,12 @@ def judged(score: Mapping[str, Any]) -> str:
     )  # fmt: skip
 
 
+def constructed(score: Mapping[str, Any]) -> str:
+    """Return how many constructed negatives of each kind the judge passes, "" where none are."""
+    kinds = score.get("judge", {}).get("kinds", {})
+    return ", ".join(f"{kind} {passed}/{of}" for kind, (passed, of) in kinds.items())
+
+
 def tables(result: Mapping[str, Any]) -> Any:
     """Return what the command prints: the scores, the sets, the gates."""
     from rich.console import Group
@@ -50,6 +56,9 @@ def tables(result: Mapping[str, Any]) -> Any:
     for key, source in result["sets"].items():
         sets.add_row(key, source["licence"], f"{source['origin']}; {source['package']}")
     parts: list[Any] = [scores]
+    told = {text for m in result["models"].values() for s in m["scores"].values()
+            if (text := constructed(s))}  # fmt: skip
+    parts += [f"the judge passes, of answers constructed not to succeed: {text}" for text in told]
     if result["sets"]:
         parts += ["", sets]
     if result["gates"]:
@@ -65,7 +74,9 @@ def part(result: Mapping[str, Any]) -> Part:
         {
             "model": name, "name": key, "what": s["what"], "value": number(s, s["value"]),
             "interval": interval(s), "n": s["n"], "judge": judged(s),
-            "labels": s.get("judge", {}).get("labels", ""),
+            "labels": "; constructed negatives that it passes: ".join(
+                text for text in (s.get("judge", {}).get("labels", ""), constructed(s)) if text
+            ),
             "bar": s["unit"] == "share",
             "low": 100 * s["low"], "width": 100 * (s["high"] - s["low"]), "at": 100 * s["value"],
         }
