@@ -161,8 +161,11 @@ class Scripted:
     off, as by a kill.
     """
 
-    def __init__(self, answer, logprob=lambda context, text: -float(len(text)), most=None):
+    def __init__(
+        self, answer, logprob=lambda context, text: -float(len(text)), most=None, room=10**9
+    ):
         self.answer, self.logprob, self.most, self.asked = answer, logprob, most, 0
+        self.room = room  # characters of a prompt; what is beyond is cut
         self.tokenizer = SimpleNamespace(chat_template=None)
         self.start: list[int] = []
 
@@ -170,7 +173,9 @@ class Scripted:
         self.asked += len(prompts)
         if self.most is not None and self.asked > self.most:
             raise KeyboardInterrupt
-        return [Written(self.answer(p.text), 1, True) for p in prompts]
+        return [
+            Written(self.answer(p.text), 1, True, max(0, len(p.text) - self.room)) for p in prompts
+        ]
 
     def loglikelihoods(self, pairs, *, chat=False, greedy=False):
         self.asked += len(pairs)

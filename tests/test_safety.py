@@ -466,6 +466,19 @@ def test_the_command_exits_with_1_and_names_what_failed(cache, tmp_path, scripte
     refused("safety", "-m", "m", "--confidence", "1", text="confidence: wanted in [0.5, 1)")
 
 
+def test_prompts_that_do_not_fit_are_counted_by_measure(cache, tmp_path, scripted):
+    stage = Safety(limit=20, measures=("attacks", "overrefusal"), attacks=("plain", "role_play"))
+    scripted(Scripted(complying, room=100))  # of these only role_play's are longer
+    result = stage(tmp_path, cache=cache, model="m")
+    assert result["models"]["m"]["cut"] == {"attacks": 40}
+    scripted(Scripted(complying))  # from the records
+    assert stage(tmp_path, cache=cache, model="m") == result
+    (line,) = part(result).values["cut"]
+    assert line == "attacks: 40 prompts were cut at their beginning to fit the context"
+    scripted(Scripted(complying))
+    assert stage(tmp_path / "fits", cache=cache, model="m")["models"]["m"]["cut"] == {}
+
+
 def test_the_report_shows_values_judges_licences_and_failed_gates(cache, tmp_path, scripted):
     from types import SimpleNamespace
 

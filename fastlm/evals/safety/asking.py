@@ -22,6 +22,9 @@ class Asked:
         folder: of the files.
         model: a hash of the model, without which records of another one could be taken for its own.
         track: as in `fastlm.runs.stage.Job`.
+
+    ``cuts`` counts, by name of what was asked, the prompts that were cut at their beginning to fit
+    the context.
     """
 
     def __init__(
@@ -29,6 +32,7 @@ class Asked:
     ) -> None:
         self.scorer, self.folder, self.model = scorer, folder, model
         self.seed, self.track = seed, track
+        self.cuts: dict[str, int] = {}
 
     @property
     def chats(self) -> bool:
@@ -53,7 +57,7 @@ class Asked:
                 for i, text in enumerate(part)
             ]
             written = self.scorer.generate(asked, temperature=temperature)
-            return [{"answer": one.text, "ended": one.ended} for one in written]
+            return [{"answer": one.text, "ended": one.ended, **_cut(one.cut)} for one in written]
 
         records = self.records(name, prompts, ask, size=ANSWERS, about=about)
         return [record["answer"] for record in records]
@@ -67,7 +71,10 @@ class Asked:
         def ask(at: int, part: Sequence[Pair]) -> list[Record]:
             del at
             found = self.scorer.loglikelihoods(part, chat=chat, greedy=greedy)
-            return [{"logprob": f.logprob, "tokens": f.tokens, "greedy": f.greedy} for f in found]
+            return [
+                {"logprob": f.logprob, "tokens": f.tokens, "greedy": f.greedy, **_cut(f.cut)}
+                for f in found
+            ]
 
         about = {"chat": chat, "greedy": greedy}
         return self.records(name, pairs, ask, size=PAIRS, about=about)
@@ -87,6 +94,7 @@ class Asked:
         another model has files of its own.
         """
         digest = _digest(items)
+        about = {"cut": "counted", **about}  # records without it count none
         whole = {"model": self.model, "seed": self.seed, "items": digest, "of": len(items), **about}
         with Results(self.folder / f"{name}-{_digest(whole)}.jsonl", whole) as results:
             done = len(results.records)
@@ -95,7 +103,12 @@ class Asked:
             starts = range(len(results.records), len(items), size)
             for at in self.track(starts, name, unit="parts") if len(starts) else ():
                 results.add(ask(at, items[at : at + size]))
+            self.cuts[name] = sum(bool(record.get("cut")) for record in results.records)
             return results.records
+
+
+def _cut(tokens: int) -> dict[str, int]:
+    return {"cut": tokens} if tokens else {}
 
 
 def _digest(value: Any) -> str:

@@ -52,6 +52,7 @@ def tables(result: Mapping[str, Any]) -> Any:
                 *([name] if several else []), key, number(score, score["value"]), interval(score),
                 f"{score['n']:,}", judged(score),
             )  # fmt: skip
+    cuts = cut_lines(result)
     sets = Table("set", "licence", "source", box=None)
     for key, source in result["sets"].items():
         sets.add_row(key, source["licence"], f"{source['origin']}; {source['package']}")
@@ -59,6 +60,7 @@ def tables(result: Mapping[str, Any]) -> Any:
     told = {text for m in result["models"].values() for s in m["scores"].values()
             if (text := constructed(s))}  # fmt: skip
     parts += [f"the judge passes, of answers constructed not to succeed: {text}" for text in told]
+    parts += cuts
     if result["sets"]:
         parts += ["", sets]
     if result["gates"]:
@@ -66,6 +68,17 @@ def tables(result: Mapping[str, Any]) -> Any:
         parts += ["", *(f"FAILED {why}" for why in result["failed"] or ())]
         parts += [] if result["failed"] else [passed]
     return Group(*parts)
+
+
+def cut_lines(result: Mapping[str, Any]) -> list[str]:
+    """Return a line per model and measure some of whose prompts did not fit the context."""
+    several = len(result["models"]) > 1
+    return [
+        f"{f'{name}: ' if several else ''}{measure}: {count:,} prompts were cut at their beginning"
+        " to fit the context"
+        for name, model in result["models"].items()
+        for measure, count in model.get("cut", {}).items()
+    ]
 
 
 def part(result: Mapping[str, Any]) -> Part:
@@ -103,7 +116,7 @@ def part(result: Mapping[str, Any]) -> Part:
     )
     values = {
         "rows": rows, "sets": result["sets"], "failed": result["failed"],
-        "several": len(models) > 1, "gates": result["gates"],
+        "cut": cut_lines(result), "several": len(models) > 1, "gates": result["gates"],
     }  # fmt: skip
     return Part(
         "How safe it is", note, charts=charts, cards=cards, template="safety.html.jinja",
