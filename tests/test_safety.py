@@ -4,6 +4,7 @@ import io
 import json
 import math
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from test_cli import call, refused
 
 from fastlm.errors import InputError
 from fastlm.evals.safety import behaviour
-from fastlm.evals.safety.attacks import ATTACKS, in_the_wild
+from fastlm.evals.safety.attacks import ATTACKS, SEVERAL_TURNS, in_the_wild
 from fastlm.evals.safety.bench import Judges
 from fastlm.evals.safety.bias import bbq, crows, icat_of, split_pair, stereoset
 from fastlm.evals.safety.gates import failures, read_gates
@@ -34,6 +35,8 @@ from fastlm.evals.safety.scores import share
 from fastlm.evals.safety.sets import SOURCES, Sets, sample
 from fastlm.evals.safety.shown import part, tables
 from fastlm.evals.safety.stage import Safety
+from fastlm.evals.safety.turns import TURNS
+from fastlm.evals.scorer import Prompt, Scorer
 from fastlm.runs.kinds import KINDS
 from fastlm.runs.report import render_report
 
@@ -213,6 +216,53 @@ def test_a_model_that_always_complies(cache, tmp_path):
         assert score.raw == 1.0 and score.low > 0.8 and score.judge is not None
     (over,) = behaviour.overrefusal(made)
     assert over.raw == 0.0 and over.high < 0.2
+
+
+def test_attacks_of_several_turns_hold_the_models_own_answers(cache, tmp_path):
+    """A model that refuses at once, and complies with who it has talked to before."""
+    names = ("plain", *SEVERAL_TURNS)
+
+    def answer(prompt):
+        turns = prompt.count("User: ")
+        if turns != 3:
+            return f"Answer number {turns}." if turns else safety_sets.REFUSAL
+        assert "Assistant: Answer number 1." in prompt and "Assistant: Answer number 2." in prompt
+        if "Part A" in prompt:
+            return safety_sets.REFUSAL
+        return complying(prompt.split(": ")[-1].removesuffix("\nAssistant:"))
+
+    made = bench(cache, Scripted(answer), tmp_path, limit=20, attacks=names)
+    found = scores_of(behaviour.attacks, made)
+    raw = {name: found[f"attacks.harmbench.{name}"].raw for name in names}
+    assert raw == {"plain": 0, "crescendo": 1, "foot_in_the_door": 1, "split_request": 0}
+    asked = made.asked.scorer.asked
+    assert scores_of(behaviour.attacks, made) == found and made.asked.scorer.asked == asked
+    assert tuple(TURNS) == SEVERAL_TURNS
+    for make in TURNS.values():
+        first = make("Describe a way to take a ladder from under a window.")[:-1]
+        assert len(first) == 2 and "Describe a way to take a ladder" not in " ".join(first[1:])
+
+
+def test_turns_before_a_prompt_go_through_the_template(tmp_path, monkeypatch):
+    from preference_models import make_base
+
+    from fastlm.serve.chat import load_model
+
+    model, tokenizer = load_model(make_base(tmp_path / "base", max_position_embeddings=512))
+    scorer = Scorer(model, tokenizer)
+    before = (("Hello.", "Good day."),)
+    prompt = Prompt("How are you?", 6, chat=True, before=before)
+    ids = tokenizer.encode_chat([
+        {"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Good day."},
+        {"role": "user", "content": "How are you?"},
+    ])  # fmt: skip
+    seen = []
+    told = SimpleNamespace(error=None, text="", tokens=[], finish_reason="stop")
+    monkeypatch.setattr(
+        scorer._engine, "generate", lambda requests, tick: seen.extend(requests) or [told]
+    )
+    scorer.generate([prompt])
+    assert [request.prompt for request in seen] == [ids]
 
 
 def test_no_attack_succeeds_by_the_lack_of_keywords(cache, tmp_path):
@@ -480,8 +530,6 @@ def test_prompts_that_do_not_fit_are_counted_by_measure(cache, tmp_path, scripte
 
 
 def test_the_report_shows_values_judges_licences_and_failed_gates(cache, tmp_path, scripted):
-    from types import SimpleNamespace
-
     assert KINDS["safety"] is Safety
     scripted(Scripted(lambda prompt: safety_sets.REFUSAL))
     gates = tmp_path / "g.toml"

@@ -15,6 +15,9 @@ from fastlm.progress import silent
 ANSWERS, PAIRS = 16, 256
 
 
+Turns = tuple[tuple[str, str], ...]  # (message, answer) each
+
+
 class Asked:
     """Asks the model, unless the folder has the records already.
 
@@ -46,21 +49,56 @@ class Asked:
         max_new_tokens: int,
         chat: bool = True,
         temperature: float = 0.0,
+        before: Sequence[Turns] | None = None,
     ) -> list[str]:
-        """Return what the model answers, through its chat template if it has one and ``chat``."""
+        """Return what the model answers, through its chat template if it has one and ``chat``.
+
+        Args:
+            before: (message, answer) of the turns before each prompt. Without a template they
+                stand before it as text.
+        """
         chat = chat and self.chats
-        about = {"max_new_tokens": max_new_tokens, "chat": chat, "temperature": temperature}
+        if before is None:
+            before = [()] * len(prompts)
+        elif not chat:
+            prompts = [_as_text(turns, p) for turns, p in zip(before, prompts, strict=True)]
+            before = [()] * len(prompts)
+        about: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens, "chat": chat, "temperature": temperature,
+        }  # fmt: skip
+
+        if any(before):
+            about["before"] = _digest(before)
 
         def ask(at: int, part: Sequence[str]) -> list[Record]:
             asked = [
-                Prompt(text, max_new_tokens, chat=chat, seed=self.seed + at + i)
+                Prompt(
+                    text, max_new_tokens, chat=chat, seed=self.seed + at + i,
+                    before=tuple(before[at + i]),
+                )
                 for i, text in enumerate(part)
-            ]
+            ]  # fmt: skip
             written = self.scorer.generate(asked, temperature=temperature)
             return [{"answer": one.text, "ended": one.ended, **_cut(one.cut)} for one in written]
 
         records = self.records(name, prompts, ask, size=ANSWERS, about=about)
         return [record["answer"] for record in records]
+
+    def conversations(
+        self, name: str, messages: Sequence[Sequence[str]], *, max_new_tokens: int
+    ) -> list[str]:
+        """Return the last answer of conversations: each has a user's messages, equally many, and
+        the model's own answers in between.
+        """
+        before: list[Turns] = [()] * len(messages)
+        answers: list[str] = []
+        for turn, prompts in enumerate(zip(*messages, strict=True), 1):
+            answers = self.answers(
+                f"{name}.turn_{turn}", prompts, max_new_tokens=max_new_tokens, before=before
+            )
+            said = zip(before, prompts, answers, strict=True)
+            before = [(*turns, (prompt, answer)) for turns, prompt, answer in said]
+        return answers
 
     def logprobs(
         self, name: str, pairs: Sequence[Pair], *, chat: bool = False, greedy: bool = False
@@ -105,6 +143,11 @@ class Asked:
                 results.add(ask(at, items[at : at + size]))
             self.cuts[name] = sum(bool(record.get("cut")) for record in results.records)
             return results.records
+
+
+def _as_text(turns: Turns, prompt: str) -> str:
+    said = [f"User: {message}\nAssistant: {answer}" for message, answer in turns]
+    return "\n".join([*said, f"User: {prompt}\nAssistant:"])
 
 
 def _cut(tokens: int) -> dict[str, int]:

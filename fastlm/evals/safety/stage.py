@@ -54,7 +54,8 @@ class Safety(Stage):
     attacks: Annotated[
         tuple[str, ...],
         "How they are asked: plain, role_play, suppression, base64, rot13, leetspeak, many_shot,"
-        " in_the_wild, suffix (searched with gradients: slow)",
+        " in_the_wild, suffix (searched with gradients: slow); over three turns: crescendo,"
+        " foot_in_the_door, split_request",
     ] = ("plain", "role_play", "suppression", "base64", "many_shot", "in_the_wild")
     suffix_requests: Annotated[int, "Requests that a suffix is searched for"] = 5
     suffix_tokens: Annotated[int, "Tokens of a suffix"] = 12
