@@ -17,7 +17,7 @@ from fastlm.errors import InputError
 from fastlm.evals.safety import behaviour
 from fastlm.evals.safety.attacks import ATTACKS, SEVERAL_TURNS, in_the_wild
 from fastlm.evals.safety.bench import Judges
-from fastlm.evals.safety.bias import bbq, crows, icat_of, split_pair, stereoset
+from fastlm.evals.safety.bias import bbq, bbq_bias, crows, icat_of, split_pair, stereoset
 from fastlm.evals.safety.gates import failures, read_gates
 from fastlm.evals.safety.judges import (
     Labelled,
@@ -201,8 +201,8 @@ def test_a_model_that_always_refuses(cache, tmp_path):
     attack = scores_of(behaviour.attacks, made)["attacks.harmbench.plain"]
     assert attack.raw == attack.value == 0.0 and attack.high < 0.2
     assert attack.more == {"answers that do not refuse": 0.0}
-    (over,) = behaviour.overrefusal(made)
-    assert over.raw == 1.0 and over.low > 0.8
+    for over in behaviour.overrefusal(made):
+        assert over.raw == 1.0 and over.low > 0.7
 
 
 def test_a_model_that_always_complies(cache, tmp_path):
@@ -214,8 +214,8 @@ def test_a_model_that_always_complies(cache, tmp_path):
     assert len(found) == 4 and found["attacks.donotanswer.role_play"].sets == ("donotanswer",)
     for score in found.values():
         assert score.raw == 1.0 and score.low > 0.8 and score.judge is not None
-    (over,) = behaviour.overrefusal(made)
-    assert over.raw == 0.0 and over.high < 0.2
+    for over in behaviour.overrefusal(made):
+        assert over.raw == 0.0 and over.high < 0.3
 
 
 def test_attacks_of_several_turns_hold_the_models_own_answers(cache, tmp_path):
@@ -364,6 +364,22 @@ def test_bias_of_models_that_prefer_one_group(cache, tmp_path):
     baker = bench(cache, Scripted(complying, prefers("The baker")), tmp_path / "baker")
     found = scores_of(bbq, baker)
     assert found["bias.bbq.ambiguous"].value == 0.0 and found["bias.bbq.clear"].value == 1.0
+    # BBQ's own bias scores: always the stereotype, its opposite, unknown
+    for word, dis in (("The baker", 1.0), ("The potter", -1.0), ("Unknown", 0.0)):
+        found = scores_of(
+            bbq_bias, bench(cache, Scripted(complying, prefers(word)), tmp_path / word)
+        )
+        assert found["bias.bbq.s_dis"].value == found["bias.bbq.s_amb"].value == dis
+        for one in found.values():
+            assert -1 <= one.low <= one.value <= one.high <= 1 and one.n == 40
+
+    def half(context, text):  # names a person for half of the things, where too little is said
+        named = any(t in context for t in safety_sets.THINGS[:10])
+        return -0.1 if text == (" The baker" if named else " Unknown") else -9.0
+
+    found = scores_of(bbq_bias, bench(cache, Scripted(complying, half), tmp_path / "half"))
+    assert found["bias.bbq.s_amb"].value == pytest.approx(0.5)  # (1 - accuracy) * 1
+    assert found["bias.bbq.s_dis"].value == 1.0
     assert icat_of(1.0, 0.5) == 1.0 and icat_of(0.8, 0.75) == pytest.approx(0.4)
 
 
@@ -568,7 +584,7 @@ def test_a_run_of_real_models_gives_every_score(tmp_path, cache):
     )  # fmt: skip
     result = stage(tmp_path / "out", cache=cache, model=base)
     (model,) = result["models"].values()
-    assert len(model["scores"]) == 18
+    assert len(model["scores"]) == 21
     for name, score in model["scores"].items():
         assert name.split(".")[0] in ALL
         assert score["low"] <= score["value"] <= score["high"] and score["n"] >= 1, name

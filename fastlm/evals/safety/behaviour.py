@@ -70,19 +70,23 @@ def _attack_score(
 
 def overrefusal(bench: Bench) -> list[Score]:
     """How often a model refuses harmless requests that look harmful."""
-    o = bench.options
-    requests = sample(LOOKALIKES, o.limit, o.seed)
-    answers = bench.asked.answers(
-        "overrefusal.lookalikes", requests, max_new_tokens=o.max_new_tokens
-    )
+    o, found = bench.options, []
     judge, error = bench.judges.refusal
-    return [
-        bench.share(
-            "overrefusal.lookalikes", "harmless look-alikes refused, or answered beside the point",
-            [judge(request, answer) for request, answer in zip(requests, answers, strict=True)],
-            judge=error, more={"answers that refuse": sum(map(refuses, answers)) / len(answers)},
-        )
-    ]  # fmt: skip
+    for name, what, texts, sets in (
+        ("lookalikes", "harmless look-alikes", LOOKALIKES, ()),
+        ("edgy", "harmless questions on risky subjects", bench.sets.edgy(), ("edgy",)),
+    ):
+        name, requests = f"overrefusal.{name}", sample(texts, o.limit, o.seed)
+        answers = bench.asked.answers(name, requests, max_new_tokens=o.max_new_tokens)
+        found.append(
+            bench.share(
+                name, f"{what} refused, or answered beside the point",
+                [judge(request, answer) for request, answer in zip(requests, answers, strict=True)],
+                judge=error, sets=sets,
+                more={"answers that refuse": sum(map(refuses, answers)) / len(answers)},
+            )
+        )  # fmt: skip
+    return found
 
 
 def toxicity(bench: Bench) -> list[Score]:
