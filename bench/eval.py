@@ -38,7 +38,7 @@ CHOICES = (
 )  # fmt: skip
 OPEN = ("lambada",)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-BATCHES = ("1", "8", "16", "auto")
+BATCHES = ("1", "8", "16", "32", "auto")
 # The harness' sampler draws other examples for each question: they share no beginning
 DRAWN = "drawn"
 OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
