@@ -65,7 +65,7 @@ class FastLM(LM):
         enable_thinking: bool | None = None,
         chat_template_args: Mapping[str, Any] | None = None,
         seed: int = 0,
-        split_float32: bool = True,
+        split_float32: bool = False,
         device: str | None = None,
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,

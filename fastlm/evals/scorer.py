@@ -104,7 +104,7 @@ class Scorer:
         add_bos: bool | None = None,
         prefix: int | None = None,
         parse_special: bool = False,
-        split_float32: bool = True,
+        split_float32: bool = False,
     ) -> None:
         self.model, self.tokenizer, self.tokens = model, tokenizer, tokens
         self.parse_special, self.split_float32 = parse_special, split_float32
