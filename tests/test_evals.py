@@ -80,12 +80,14 @@ def test_a_killed_evaluation_continues_with_the_same_bits(
         whole = ask(task, scorer, results, **options)
     assert len(whole) == 20
 
-    def kill(count: int) -> None:
-        raise Killed
+    class Cut(Results):
+        def add(self, records):
+            super().add(records)
+            raise Killed
 
     path = tmp_path / "cut.jsonl"
-    with pytest.raises(Killed), Results(path, {"task": task.hash}) as results:
-        ask(task, scorer, results, tick=kill, **options)
+    with pytest.raises(Killed), Cut(path, {"task": task.hash}) as results:
+        ask(task, scorer, results, **options)
     assert len(path.read_bytes().splitlines()) == 1 + asking.PART
     with open(path, "ab") as file:  # what a kill in the middle of a part leaves
         file.write(torn)
@@ -220,6 +222,7 @@ def test_the_stage_asks_models_and_compares_them(base, cache, tmp_path):
     assert r"\toprule" in (out / "scores.tex").read_text()
     files = sorted(p.relative_to(out / "items") for p in (out / "items").rglob("*.jsonl"))
     assert [p.parts[0] for p in files] == sorted([hash_of(str(base)), hash_of(str(other))])
+    (base / "README.md").write_text("a card is no part of a model")
     again = stage(out, model=[str(base), str(other)], cache=cache)
     kept = again["tasks"][0]["models"]
     assert all("seconds" not in model for model in kept.values())  # nothing was asked again

@@ -81,8 +81,7 @@ def test_every_step_drops_what_it_must(store, tmp_path):
         Opinion("r1", choice=0, preferred_over=(("r2", 0),), rater="ann"),
     ):
         store.add(opinion)
-    questions = Overlap()
-    questions.add("garden", "How many legs does the common garden spider have?")
+    questions = Overlap([("garden", "How many legs does the common garden spider have?")])
     done = build(
         [str(tmp_path / "feedback.db")], tmp_path / "out", options=EVERYTHING, questions=questions,
         forgotten={response_key("r6")}, cache=tmp_path,
@@ -232,16 +231,45 @@ def test_malicious_raters_do_not_turn_the_rows(tmp_path):
 
 
 def test_questions_of_evaluations_are_found():
-    questions = Overlap(8)
-    questions.add(
-        "long", "Which of these animals, if any, has a backbone and lays its eggs in water?"
-    )
-    questions.add("short", "What is the capital of France?")
-    questions.add("tiny", "Who are you?")
+    questions = Overlap([
+        ("long", "Which of these animals, if any, has a backbone and lays its eggs in water?"),
+        ("short", "What is the capital of France?"),
+        ("tiny", "Who are you?"),
+    ], 8)  # fmt: skip
     assert questions.find(["Tell me: WHAT is the capital of France"]) == "short"
     assert questions.find(["Please: which of these animals if any has a backbone and lays its"
                            " eggs in the sea?"]) == "long"  # fmt: skip
     assert questions.find(["Who are you?", "Which of these animals has a backbone?"]) is None
+    assert Overlap([]).find(["What is the capital of France?"]) is None
+
+
+def test_questions_are_found_as_by_a_plain_search():
+    """Few words, so that questions share runs with texts of all kinds."""
+    rng = random.Random(3)
+    words = "tree river stone bird".split()
+
+    def runs(text, n):
+        own = text.split()
+        return {tuple(own[i : i + n]) for i in range(len(own) - n + 1)}
+
+    texts = [" ".join(rng.choices(words, k=rng.randrange(40))) for _ in range(60)]
+    asked = []
+    for i in range(40):
+        own = rng.choice(texts).split()
+        at = rng.randrange(max(1, len(own)))
+        asked.append((f"q{i}", " ".join(own[at : at + rng.randrange(4, 14)])))
+    questions, found = Overlap(asked, 6), []
+    for text in texts:
+        held = set()
+        for name, question in asked:
+            length = min(6, len(question.split()))
+            own = runs(question, length)
+            if length >= 5 and len(own & runs(text, length)) >= 0.5 * len(own):
+                held.add(name)
+        one = questions.find([text])
+        assert one in held if held else one is None
+        found.append(one)
+    assert None in found and len({*found}) > 5
 
 
 def test_gates_decide_by_the_ends_of_intervals(tmp_path):

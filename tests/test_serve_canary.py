@@ -3,12 +3,14 @@
 import asyncio
 import hashlib
 import json
+import re
 import shutil
 import sqlite3
 import threading
 import time
 import weakref
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,9 +18,12 @@ from canary_app import changing, folders
 from serve_app import HTTP, ask
 
 from fastlm.errors import InputError
+from fastlm.serve import plan
 from fastlm.serve.canary_store import CanaryStore
 from fastlm.serve.feedback import FeedbackStore
+from fastlm.serve.monitor.monitor import Settings
 from fastlm.serve.plan import Plan
+from fastlm.serve.ratings import Rating
 from fastlm.serve.said import Kept, Opinion
 from fastlm.serve.state import read_state
 from fastlm.serve.trial import Arm, Trial, comparisons, judge
@@ -169,6 +174,36 @@ def test_picks(models, tmp_path):
         assert arms["old"]["outcomes"] + arms["new"]["outcomes"] == 20
         assert arms["new"]["successes"] == arms["new"]["outcomes"] > 0
         assert arms["old"]["successes"] == 0 < arms["old"]["outcomes"]
+
+
+def test_a_declared_number_decides(models, tmp_path):
+    effort = Rating("effort", "number", "lower", low=1, high=5)
+    options = {"metric": "effort", "rating": effort, "monitoring": Settings([effort])}
+    with trying(models, tmp_path, alpha=0.2, **options) as (url, server):
+        new = server.models.trial.served.name
+
+        def say(answer, value):
+            said = {"response_id": answer["id"], "metrics": {"effort": value}}
+            assert ask(url, said, "/v1/feedback").status_code == 200
+
+        say(chat(url, "Between"), 3)  # in the middle: says nothing
+        thumb(url, chat(url, "Thumb")["id"], "up")
+        assert [arm["outcomes"] for arm in status(url)["arms"].values()] == [0, 0]
+        for i in range(60):
+            if status(url)["status"] == "running":
+                answer = chat(url, f"Hello {i}")
+                say(answer, 2 if answer["model"] == new else 4)
+        until(lambda: server.served.name == new)
+        told = status(url)
+        assert told["reason"].startswith("effort: +1.000 in")
+        assert told["arms"]["old"]["successes"] == 0 < told["arms"]["old"]["outcomes"]
+        text = HTTP.get(url + "/metrics").text
+    board = json.loads(Path(plan.__file__).with_name("grafana.json").read_text())
+    shown = "".join(target["expr"] for panel in board["panels"] for target in panel["targets"])
+    for name in ("canary", "canary_difference", "model_answers_total", "model_decisions_total"):
+        assert re.search(rf"fastlm_{name}\b", shown) and f"fastlm_{name}{{" in text
+    with pytest.raises(InputError, match="canary_metric: wanted thumb, pick, stop, or a declared"):
+        Plan(metric="stars", rating=effort)
 
 
 def test_a_canary_that_fails_is_rolled_back(models, tmp_path):

@@ -1,18 +1,13 @@
 """Tasks asked of several models, measured, and the models compared on the same questions."""
 
-import hashlib
-import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fastlm.checkpoint.folder import locate_model
-from fastlm.data.content import Contents
-from fastlm.data.packages import default_cache, model_path
+from fastlm.data.packages import model_path
 from fastlm.evals.asking import ask
 from fastlm.evals.measures import HEADLINE, Values, as_json, parts, summary, values
 from fastlm.evals.results import Results
@@ -129,7 +124,8 @@ def headline(row: Mapping[str, Any]) -> str:
 
 
 def hash_of(model: str | Path) -> str:
-    """A hash of the files of a model: a folder, a .gguf file, or a model in a package."""
-    where = locate_model(model_path(model))
-    tree = Contents(Path(os.devnull), cache=default_cache()).tree(where)
-    return hashlib.sha256(json.dumps(tree).encode()).hexdigest()[:16]
+    """The first 16 digits of the id of a model: a folder, a .gguf file, or a model in a package;
+    of an adapter with its base."""
+    from fastlm.serve.loading import digest_of
+
+    return digest_of(model_path(model))[:16]

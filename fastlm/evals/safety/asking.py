@@ -10,9 +10,7 @@ from fastlm.evals.results import Record, Results
 from fastlm.evals.scorer import Pair, Prompt, Scorer
 from fastlm.progress import silent
 
-# What is kept at once. A part that was cut off is asked again as a whole, in the same batches, so
-# that its records have the same bits.
-ANSWERS, PAIRS = 16, 256
+ANSWERS, PAIRS = 16, 256  # what is kept at once
 
 
 class Asked:
@@ -89,13 +87,9 @@ class Asked:
         digest = _digest(items)
         whole = {"model": self.model, "seed": self.seed, "items": digest, "of": len(items), **about}
         with Results(self.folder / f"{name}-{_digest(whole)}.jsonl", whole) as results:
-            done = len(results.records)
-            if done < len(items):
-                results.keep(done - done % size)  # a part that was cut is asked again
-            starts = range(len(results.records), len(items), size)
-            for at in self.track(starts, name, unit="parts") if len(starts) else ():
-                results.add(ask(at, items[at : at + size]))
-            return results.records
+            return results.fill(
+                items, ask, part=size, track=lambda parts: self.track(parts, name, unit="parts")
+            )
 
 
 def _digest(value: Any) -> str:
