@@ -103,7 +103,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
                 raise InputError(
                     f"{name}: wanted {x.dtype} on {x.device} as x, got {t.dtype} on {t.device}"
                 )
-        if _splits.get() and splits(x, weight):
+        if not torch.compiler.is_compiling() and splits(x, weight):
             return cpu.split_forward(x, weight, bias)
         if not _own(x, weight):
             return F.linear(x, weight, bias)
