@@ -38,7 +38,7 @@ CHOICES = (
 )  # fmt: skip
 OPEN = ("lambada",)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-BATCHES = ("1", "8", "16", "auto")
+BATCHES = ("1", "8", "16", "32", "auto")
 # The harness' sampler draws other examples for each question: they share no beginning
 DRAWN = "drawn"
 OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
@@ -137,7 +137,9 @@ def write_model(folder: Path, dtype: torch.dtype) -> Path:
 # the sides
 
 
-def harness_side(kind: str, model: str, dtype: str, tasks: str) -> Callable[..., Answer]:
+def harness_side(
+    kind: str, model: str, dtype: str, tasks: str, split: bool = False
+) -> Callable[..., Answer]:
     """Runs in its process: (task, batch size) -> scores, log-likelihoods, seconds."""
     import lm_eval
     from lm_eval.api.registry import get_model
@@ -145,7 +147,8 @@ def harness_side(kind: str, model: str, dtype: str, tasks: str) -> Callable[...,
 
     import fastlm.evals.harness  # noqa: F401 registers itself
 
-    lm = get_model(kind)(pretrained=model, dtype=dtype, device="cpu")
+    own = {"split_float32": True} if split else {}
+    lm = get_model(kind)(pretrained=model, dtype=dtype, device="cpu", **own)
     asked = lm.loglikelihood
     took = [0.0, 0.0]
 
@@ -177,7 +180,7 @@ def harness_side(kind: str, model: str, dtype: str, tasks: str) -> Callable[...,
     return run
 
 
-def own_side(model: str, dtype: str, limit: int) -> Callable[..., Answer]:
+def own_side(model: str, dtype: str, limit: int, split: bool) -> Callable[..., Answer]:
     """`fastlm eval`, without reading the model and the questions: (set, examples) -> the same."""
     from fastlm.evals.asking import ask
     from fastlm.evals.measures import summary, values
@@ -185,7 +188,7 @@ def own_side(model: str, dtype: str, limit: int) -> Callable[..., Answer]:
     from fastlm.evals.scorer import Scorer
     from fastlm.serve.chat import load_model
 
-    scorer = Scorer(*load_model(model, dtype=DTYPES[dtype]))
+    scorer = Scorer(*load_model(model, dtype=DTYPES[dtype]), split_float32=split)
 
     def run(name: str, shots: int) -> Answer:
         task = read_task(name, shots, limit)
@@ -264,6 +267,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--limit", type=positive, default=100, help="questions of a set")
     parser.add_argument("--batch", nargs="+", choices=BATCHES, default=list(BATCHES))
+    parser.add_argument("--split", action="store_true", help="fastlm: split_float32 (AMX)")
     parser.add_argument("--threads", type=positive, default=torch.get_num_threads())
     common_options(parser)
     options = parser.parse_args()
@@ -308,10 +312,16 @@ def run(options: argparse.Namespace, folder: Path, keep: Callable) -> list[dict[
         sides = {
             "hf": Worker("hf", harness_side, ("hf", model, dtype, str(folder)), options.threads),
             "fastlm": Worker(
-                "fastlm", harness_side, ("fastlm", model, dtype, str(folder)), options.threads
+                "fastlm",
+                harness_side,
+                ("fastlm", model, dtype, str(folder), options.split),
+                options.threads,
             ),
             "fastlm eval": Worker(
-                "fastlm eval", own_side, (model, dtype, options.limit), options.threads
+                "fastlm eval",
+                own_side,
+                (model, dtype, options.limit, options.split),
+                options.threads,
             ),
         }
         for side, worker in sides.items():  # warm up

@@ -63,6 +63,8 @@ PYBIND11_MODULE(_cpu, m) {
         no_gil);
   m.def("linear_weight_gradient", &linear_weight_gradient, "dy"_a, "x"_a, "dw"_a, "workspace"_a,
         no_gil);
+  m.def("linear_split_workspace", &linear_split_workspace, "m"_a, "n"_a, "k"_a);
+  m.def("linear_split", &linear_split, "x"_a, "w"_a, "bias"_a, "y"_a, "workspace"_a, no_gil);
 
   m.def("adamw", &adamw, "params"_a, "grads"_a, "steps"_a, "exp_avgs"_a, "exp_avg_sqs"_a,
         "exp_avg_scales"_a, "exp_avg_sq_scales"_a, "masters"_a, "options"_a, "keys"_a,

@@ -86,6 +86,63 @@ def test_outputs_past_the_caches_are_the_same_bits(own, isa):
     assert torch.equal(y, few) and memory[:4].isnan().all() and memory[-4:].isnan().all()
 
 
+@pytest.fixture(params=[name for name in backend.cpu_isas() if name.startswith("amx")])
+def tiles(request):
+    with backend.use_cpu_isa(request.param):
+        yield
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (130, 32, 16), (65, 700, 40)], ids=str)
+def test_split_float32_is_near_float32(tiles, monkeypatch, shape):
+    """2^-18 from each number's two parts and 2^-18 from the product left out, in any shape."""
+    monkeypatch.setattr(module, "_LEAST_SPLIT", 1)
+    rows, k, n = shape
+    x, weight, bias = torch.randn(rows, k + 3)[:, 3:], torch.randn(n, k), torch.randn(n)
+    truth = F.linear(x.double(), weight.double(), bias.double())
+    bound = 3 * 2**-18 * (x.abs().double() @ weight.abs().double().mT) + 2**-20 * truth.abs()
+    with torch.inference_mode(), module.split_float32():
+        y = ops.linear(x, weight, bias)
+        assert not torch.equal(y, F.linear(x, weight, bias))
+        assert ((y - truth).abs() <= bound + 2**-22).all()
+        high = x.bfloat16().float(), weight.bfloat16().float()
+        if k <= 80:  # nothing is left over: sums of float32
+            assert_near(ops.linear(*high), F.linear(*high), F.linear(*(t.double() for t in high)))
+
+
+def test_split_float32_is_the_same_bits_on_two_threads(tiles):
+    x, weight = torch.randn(1030, 96), torch.randn(70, 96)
+    with torch.inference_mode(), module.split_float32():
+        one = ops.linear(x, weight)
+        parts = torch.cat([ops.linear(part, weight) for part in x.split(515)])
+        threads = torch.get_num_threads()
+        torch.set_num_threads(2)
+        try:
+            assert torch.equal(ops.linear(x, weight), one)
+        finally:
+            torch.set_num_threads(threads)
+    assert torch.equal(one, parts)
+
+
+def test_split_float32_only_where_it_says(tiles):
+    x, weight = torch.randn(80, 24), torch.randn(8, 24)
+    with module.split_float32():
+        assert torch.equal(ops.linear(x, weight), F.linear(x, weight))  # gradients are on
+        with torch.no_grad():
+            assert module.splits(x, weight) and not module.splits(x[:63], weight)
+            assert not module.splits(x.double(), weight.double())
+            with backend.use_cpu_isa("scalar"):
+                assert not module.splits(x, weight)
+            with backend.use_backend("reference"):
+                assert not module.splits(x, weight)
+    with torch.no_grad():
+        assert not module.splits(x, weight)
+    y, room = torch.empty(80, 8), torch.empty(0)
+    with backend.use_cpu_isa("scalar"), pytest.raises(ValueError, match="wanted tiles"):
+        backend.cpu_extension.linear_split(x, weight, None, y, room)
+    with pytest.raises(ValueError, match="workspace"):
+        backend.cpu_extension.linear_split(x, weight, None, y, room)
+
+
 def test_other_dtypes_are_torchs(isa):
     for rows, dtype in ((1100, torch.float32), (1100, torch.float16)):
         x, w, b = torch.randn(rows, 40), torch.randn(24, 40), torch.randn(24)

@@ -9,6 +9,7 @@ from families import CASES, SMALL
 from tokenizers.processors import TemplateProcessing
 
 import fastlm
+from fastlm import backend
 from fastlm.decode.sampling import Sampling
 from fastlm.errors import InputError
 from fastlm.evals.scorer import Prompt, Scorer
@@ -291,3 +292,15 @@ def test_prompts_leave_room_and_chats_go_through_the_template(tokenizer):
     special = Scorer(model, tokenizer, parse_special=True)
     assert special.generate([Prompt(rendered, 6)])[0] == chat[0]
     assert chat[0].text != chat[1].text
+
+
+@pytest.mark.skipif(backend.cpu_isa() not in ("amx", "amx_emulated"), reason="only with AMX")
+@pytest.mark.parametrize("case", ["llama", "gemma2"])
+def test_split_float32_moves_likelihoods_by_little(tokenizer, case):
+    model = make_model(case)
+    pairs = [(TEXT[:60], TEXT[i : i + 9 + i % 7]) for i in range(30)]
+    asked = [Scorer(model, tokenizer, split_float32=on) for on in (True, False)]
+    split, plain = (s.loglikelihoods(pairs, greedy=True) for s in asked)
+    moved = [abs(a.logprob - b.logprob) for a, b in zip(split, plain, strict=True)]
+    assert 0 < max(moved) < 1e-3
+    assert [a.greedy for a in split] == [b.greedy for b in plain]

@@ -26,4 +26,15 @@ void linear_weight_gradient(TensorView dy, TensorView x, TensorView dw, TensorVi
   FASTLM_RUN(linear_weight_gradient, dy, x, dw, workspace);
 }
 
+int64_t linear_split_workspace(int64_t m, int64_t n, int64_t k) {
+  FASTLM_RUN(linear_split_workspace, m, n, k);
+  return 0;
+}
+
+void linear_split(TensorView x, TensorView w, OptionalTensor bias, TensorView y,
+                  TensorView workspace) {
+  prefer_huge_pages(y);
+  FASTLM_RUN(linear_split, x, w, bias ? &*bias : nullptr, y, workspace);
+}
+
 }  // namespace fastlm

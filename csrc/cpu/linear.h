@@ -191,3 +191,5 @@ inline void linear_weight_gradient(const TensorView& dy, const TensorView& x, co
   multiply_columns(dy.size(0), dy.size(1), x.size(1), dy.data<bf16>("dy"), dy.stride(0),
                    x.data<bf16>("x"), x.stride(0), dw.data<bf16>("dw"), Workspace(workspace));
 }
+
+#include "cpu/linear_split.h"

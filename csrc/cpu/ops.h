@@ -34,6 +34,9 @@ void linear_forward(TensorView x, TensorView w, OptionalTensor bias, TensorView 
                     TensorView workspace);
 void linear_input_gradient(TensorView dy, TensorView w, TensorView dx, TensorView workspace);
 void linear_weight_gradient(TensorView dy, TensorView x, TensorView dw, TensorView workspace);
+int64_t linear_split_workspace(int64_t m, int64_t n, int64_t k);
+void linear_split(TensorView x, TensorView w, OptionalTensor bias, TensorView y,
+                  TensorView workspace);
 
 // adamw.h: one step of every tensor. States are float32, or uint8 codes where the scales are given
 using AdamwOptions = std::tuple<double, double, double, double, double, bool, bool>;

@@ -1,4 +1,5 @@
 """linear through csrc/cpu/linear.h, in bfloat16; torch multiplies other dtypes and empty matrices.
+float32 by tiles of bfloat16: csrc/cpu/linear_split.h.
 
 Allocates the results, and for each product a workspace of the size that C++ reports.
 """
@@ -31,6 +32,18 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     bias = None if bias is None else bias.contiguous()
     room = _workspace(rows, n, k)
     _cpu.linear_forward(_matrix(x), _matrix(weight), bias, y.view(rows, n), room)
+    return y
+
+
+def split_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The product of float32 matrices, neither empty, by tiles of bfloat16 (AMX)."""
+    n, k = weight.shape
+    rows = x.numel() // k
+    y = x.new_empty(*x.shape[:-1], n)
+    bias = None if bias is None else bias.contiguous()
+    size = _cpu.linear_split_workspace(rows, n, k) // 4 + 1
+    room = torch.empty(size, dtype=torch.float32, device="cpu")
+    _cpu.linear_split(_matrix(x), _matrix(weight), bias, y.view(rows, n), room)
     return y
 
 

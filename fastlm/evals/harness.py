@@ -47,6 +47,7 @@ class FastLM(LM):
         max_gen_toks: tokens of an answer whose task does not say.
         enable_thinking, chat_template_args: variables of the chat template.
         seed: of answers that are drawn.
+        split_float32: of `Scorer`.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class FastLM(LM):
         enable_thinking: bool | None = None,
         chat_template_args: Mapping[str, Any] | None = None,
         seed: int = 0,
+        split_float32: bool = False,
         device: str | None = None,
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,
@@ -92,6 +94,7 @@ class FastLM(LM):
             add_bos=add_bos_token,
             prefix=prefix_token_id,
             parse_special=True,
+            split_float32=split_float32,
         )
         self._device = model.device
         self.pretrained, self.max_gen_toks, self.seed = str(pretrained), max_gen_toks, seed

@@ -19,6 +19,7 @@ from fastlm.decode.sampling import Sampling
 from fastlm.errors import InputError
 from fastlm.evals.shared import Batch, batches
 from fastlm.ops import linear_logprobs
+from fastlm.ops.linear import split_float32, splits
 from fastlm.serve.engine import Engine
 from fastlm.serve.requests import Request
 
@@ -88,6 +89,8 @@ class Scorer:
         prefix: the token before a text without a context; default: BOS, else EOS.
         parse_special: special tokens spelt out in a text become their ids, and a text that begins
             with the prefix gets no BOS (as in lm-evaluation-harness).
+        split_float32: on a CPU with AMX, the layers' and the head's float32 products for
+            likelihoods are three of bfloat16 each (`fastlm.ops.linear.split_float32`).
 
     A likelihood depends on what is scored in the same call, by rounding alone: callers that want
     the same bits again pass the same pairs.
@@ -103,9 +106,10 @@ class Scorer:
         add_bos: bool | None = None,
         prefix: int | None = None,
         parse_special: bool = False,
+        split_float32: bool = False,
     ) -> None:
         self.model, self.tokenizer, self.tokens = model, tokenizer, tokens
-        self.parse_special = parse_special
+        self.parse_special, self.split_float32 = parse_special, split_float32
         if limit is not None and not 1 <= limit <= model.context_limit:
             raise InputError(f"limit: wanted 1 to {model.context_limit}, got {limit}")
         self.context_limit = limit or model.context_limit
@@ -263,7 +267,7 @@ class Scorer:
         training = self.model.training
         self.model.eval()
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), split_float32(self.split_float32):
                 yield
         finally:
             self.model.train(training)
@@ -280,8 +284,11 @@ class Scorer:
         chosen = [rows[-len(c) :] for rows, c in zip(batch.rows, continuations, strict=True)]
         rows = hidden[torch.from_numpy(np.concatenate(chosen)).to(device)]
         labels = torch.tensor([t for c in continuations for t in c], device=device)
+        head = self._head
+        if splits(rows, head):  # one product of bfloat16 over three times the columns
+            rows, head = torch.cat(_halves(rows, "hhl"), 1), self._split_head
         logprobs = linear_logprobs(
-            rows, self._head, labels, softcap=self.model.config.final_logit_softcapping
+            rows, head, labels, softcap=self.model.config.final_logit_softcapping
         )
         assert isinstance(logprobs, Tensor)  # a pair only with the entropy
         ends = np.cumsum([len(c) for c in continuations])
@@ -320,6 +327,10 @@ class Scorer:
     @cached_property
     def _head(self) -> Tensor:
         return self.model.head_matrix(self.model.dtype)
+
+    @cached_property
+    def _split_head(self) -> Tensor:
+        return torch.cat(_halves(self._head, "hlh"), 1)
 
     # answers
 
@@ -380,3 +391,10 @@ class Scorer:
     @cached_property
     def _engine(self) -> Engine:
         return Engine(self.model, self.tokenizer)
+
+
+def _halves(x: Tensor, order: str) -> list[Tensor]:
+    """Split float32 into "h", the nearest bfloat16, and "l", that of the rest."""
+    high = x.bfloat16()
+    parts = {"h": high, "l": (x - high).bfloat16()}
+    return [parts[name] for name in order]
