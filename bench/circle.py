@@ -56,12 +56,12 @@ NAME = "tiny"  # of the model, for its clients
 LATE, NO_CONSENT, WITHDRAWN = 0.1, 0.1, 0.03
 # Of the tiny model; a larger one wants smaller rates
 TRAINING = (
-    "feedback.test=0.5", "feedback.judge=0.25", "sft.lr=1e-3", "sft.epochs=3", "sft.batch_size=4",
-    "sft.accumulate=1", "judge.lr=1e-3", "judge.epochs=3", "judge.accumulate=1", "dpo.lr=5e-4",
-    "dpo.epochs=2", "dpo.batch_size=8", "dpo.accumulate=1", "dpo.beta=0.1", "eval.stride=128",
-    "winrate.max_new_tokens=80", "winrate.temperature=0.9", "winrate.answers=4",
-    "winrate.limit=600", "sft.sample_at=[]", "dpo.sample_at=[]", "sft.validations=1",
-    "dpo.validations=1", "judge.validations=2",
+    "feedback.test=0.4", "feedback.judge=0.25", "sft.lr=5e-4", "sft.epochs=1", "sft.batch_size=4",
+    "sft.accumulate=1", "judge.lr=1e-3", "judge.epochs=3", "judge.accumulate=1", "dpo.lr=3e-4",
+    "dpo.epochs=1", "dpo.batch_size=8", "dpo.accumulate=1", "dpo.beta=0.1", "dpo.sft_weight=0.2",
+    "winrate.max_new_tokens=80", "winrate.temperature=0.9", "winrate.answers=3",
+    "winrate.limit=200", "sft.sample_at=[]", "dpo.sample_at=[]", "sft.validations=1",
+    "dpo.validations=1", "judge.validations=2", "eval.stride=128",
 )  # fmt: skip
 
 
@@ -284,7 +284,7 @@ def circle(
     weights = ["feedback.least_weight=0.0"] if trusting else []
     people = users.users(options.users, malicious, options.seed)
     database, talk, rows = out / "feedback.db", out / "talk.txt", []
-    unheard = users.conversations(random.Random(f"talk/{options.seed}"), 400)
+    unheard = users.conversations(random.Random(f"talk/{options.seed}"), 100)
     talk.write_text("\n".join(m["content"] for row in unheard for m in row["messages"]))
     model, late = base / "sft", []
     heard: set[str] = set()  # all that users asked so far
@@ -311,7 +311,7 @@ def circle(
                     store.forget(id)
             new = out / f"round-{number + 1}"
             sets = [f"seed={options.seed}", *weights, *options.sets]
-            told = improve(new, model, database, talk, heard, sets)
+            told = improve(new, model, base / "sft", database, talk, heard, sets)
             said_by = Counter(
                 kind for body in said.now for kind in ("thumb", "corrected", "preferred_over")
                 if kind in body
@@ -332,11 +332,18 @@ def answering(client: httpx.Client) -> str:
 
 
 def improve(
-    out: Path, model: Path, database: Path, talk: Path, heard: Collection[str], more: Sequence[str]
+    out: Path,
+    model: Path,
+    base: Path,
+    database: Path,
+    talk: Path,
+    heard: Collection[str],
+    more: Sequence[str],
 ) -> dict[str, Any]:
-    """Run the recipe and the gates; return what they decided, and the figures of the new model."""
+    """Train ``base`` on all feedback so far by the recipe, and compare with ``model``, which serves
+    now, by the gates; return what they decided, and the figures of the new model."""
     sets = [
-        f'feedback.database=["{database}"]', f'sft.from="{model}"', f'judge.from="{model}"',
+        f'feedback.database=["{database}"]', f'sft.from="{base}"', f'judge.from="{base}"',
         f'eval.of=["{model}", "dpo"]', f'eval.data="{talk}"', f'winrate.old="{model}"',
         f'safety.of=["{model}", "dpo"]',
         *TRAINING, *more,
@@ -363,35 +370,46 @@ def improve(
     }  # fmt: skip
 
 
-def plot(circles: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    from matplotlib.figure import Figure
+HELD = (
+    ("-", "o", "refuses harm, %", lambda row: 100 * row["refused_harmful"]["value"]),
+    ("--", "^", "on the topic, %", lambda row: 100 * row["topic"]["value"]),
+    (":", "s", "different answers, %", lambda row: 100 * row["different"]),
+    ("-.", "D", "words of an answer", lambda row: row["words"]),
+)
 
-    figure = Figure(figsize=(9.6, 3.6), layout="constrained")
+
+def plot(circles: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Left what users want, right what shall not change; a hollow point is of a model whose
+    successor the gates refused."""
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     colors = ("#2f6fde", "#d9822b", "#8a4fbf")
-    for color, (name, rows) in zip(colors, circles.items(), strict=False):
-        x = [row["round"] for row in rows]
+    for i, (color, (name, rows)) in enumerate(zip(colors, circles.items(), strict=False)):
+        x = [row["round"] + 0.05 * i for row in rows]
         y = [100 * row["accepted"]["value"] for row in rows]
-        ends = [[100 * row["accepted"][end] for row in rows] for end in ("low", "high")]
-        error = [[a - b for a, b in zip(y, ends[0])], [b - a for a, b in zip(y, ends[1])]]
-        left.errorbar(x, y, yerr=error, color=color, marker="o", capsize=3, label=name)
-        held = [100 * row["refused_harmful"]["value"] for row in rows]
-        right.plot(x, held, color=color, marker="o", label=f"refuses harm, %: {name}")
-        words = [row["words"] for row in rows]
-        right.plot(x, words, color=color, marker="s", linestyle=":", label="words of an answer")
-        bits = [row["bits_new"] / rows[0]["bits_old"] for row in rows if "bits_new" in row]
-        right.plot(
-            x[1 : len(bits) + 1], [100 * b for b in bits], color=color, marker="^",
-            linestyle="--", label="held-out bits per byte, % of round 0",
-        )  # fmt: skip
-    left.set_ylabel("fresh answers that users would accept, %")
-    left.set_ylim(0, 100)
-    right.set_ylim(0, 135)
+        low, high = ([100 * row["accepted"][end] for row in rows] for end in ("low", "high"))
+        error = [[a - b for a, b in zip(y, low)], [b - a for a, b in zip(y, high)]]
+        left.errorbar(x, y, yerr=error, color=color, capsize=3, label=name)
+        for before, at, value in zip([{}, *rows], x, y, strict=False):
+            kept = before.get("promoted", True)
+            left.plot(at, value, "o", color=color, markerfacecolor=color if kept else "white")
+        for line, mark, _, told in HELD:
+            right.plot(x, [told(row) for row in rows], line, marker=mark, color=color, markersize=4)
+    left.set_title("fresh answers that users would accept, %", fontsize=10)
+    right.set_title("what shall hold (colours as on the left)", fontsize=10)
+    right.legend(
+        [Line2D([], [], linestyle=line, marker=mark, color="grey") for line, mark, *_ in HELD],
+        [label for _, _, label, _ in HELD], frameon=False, fontsize=9, loc="center",
+    )  # fmt: skip
+    left.legend(frameon=False, fontsize=9, loc="upper left")
     for axes in (left, right):
+        axes.set_ylim(0, 105)
         axes.set_xlabel("round")
         axes.set_xticks(range(max(len(rows) for rows in circles.values())))
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=7)
     figure.savefig(path, dpi=150)
 
 
@@ -403,7 +421,7 @@ def main() -> None:
     parser.add_argument("--trusting", action="store_true")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--users", type=int, default=30)
-    parser.add_argument("--prompts", type=int, default=24, help="per user and round")
+    parser.add_argument("--prompts", type=int, default=20, help="per user and round")
     parser.add_argument("--reviews", type=int, default=16, help="answers of others, per user")
     parser.add_argument("--fresh", type=int, default=400, help="prompts that measure a round")
     parser.add_argument("--seed", type=int, default=1)
@@ -418,6 +436,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # its server ends, too
     options.out.mkdir(parents=True, exist_ok=True)
     if options.conversations:
         rows = [*users.conversations(random.Random(options.seed), options.conversations)]

@@ -19,7 +19,8 @@ from fastlm.serve.feedback import FeedbackStore
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 SHORT = (
-    "sft.batch_size=16", "sft.lr=1e-3", "judge.epochs=1", "dpo.lr=1e-3", "winrate.limit=6",
+    "sft.batch_size=16", "sft.epochs=1", "judge.epochs=1", "dpo.epochs=1", "winrate.limit=6",
+    "winrate.answers=2",
     "winrate.max_new_tokens=8", "eval.stride=128", "sft.sample_at=[]", "dpo.sample_at=[]",
     "sft.validations=1", "dpo.validations=1", "judge.validations=1",
 )  # fmt: skip
@@ -71,7 +72,7 @@ def test_one_round(tmp_path):
     run = tmp_path / "run"
     # so few pairs may leave none to hold out
     short = [*SHORT, "judge.heldout=0.0", 'judge.take="last"', "feedback.test=0.1"]
-    told = circle.improve(run, old, database, text, said.asked, short)
+    told = circle.improve(run, old, old, database, text, said.asked, short)
     stages = json.loads((run / "summary.json").read_text())["stages"]
     decided = json.loads((run / "decision" / "decision.json").read_text())
     rows = stages["feedback"]["rows"]
