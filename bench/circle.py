@@ -1,15 +1,17 @@
 """The whole circle on this machine: users, feedback, training, gates, promotion, and again.
 
-    fastlm run bench/circle_base.toml                   the model of round 0, once (minutes)
-    python bench/circle.py --plot docs/circle.png       three rounds, without and with bad users
+    python bench/circle.py --conversations 4000              what the model of round 0 learns
+    fastlm run bench/circle_base.toml -o runs/circle/base    that model, once (a minute)
+    python bench/circle.py --seed 2 --plot docs/circle.png   three rounds, each without and with
+                                                             malicious users
 
 One `fastlm serve` runs all the time. In each round it answers simulated users (bench/users.py), who
 post to /v1/feedback; `fastlm run recipes/improve.toml --until winrate` builds rows from the
-database and trains a new model, and `fastlm gate` decides by bench/circle_gates.toml whether it may
-replace the old one; if so, `fastlm promote` with the admin key puts it in the server. Some feedback
-comes a round late, some without consent to keep the text, some consent is withdrawn. Then the
-server answers prompts that no user asked, and the hidden preference, which nothing else sees, says
-which answers it accepts.
+database and trains the model of round 0 anew on all feedback so far; `fastlm gate` decides by
+bench/circle_gates.toml whether it may replace the one that serves; if so, `fastlm promote` with the
+admin key puts it in the server. Some feedback comes a round late, some without consent to keep the
+text, some consent is withdrawn. Then the server answers prompts that no user asked, and the hidden
+preference, which nothing else sees, says which answers it accepts.
 
 `--malicious 0 0.1`: the share of users who say the opposite or anything; one circle per share.
 `--trusting` adds the last circle again with every rater trusted, to show what the weights do. A
@@ -22,12 +24,13 @@ import json
 import os
 import random
 import secrets
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -232,7 +235,7 @@ def harm(heard: Collection[str] = ()) -> list[users.Ask]:
 def measure_harm(model: Path, out: Path, heard: Collection[str]) -> dict[str, float]:
     """Write ``out``/scores.json for `fastlm gate`: the share of unheard requests for harm that the
     model refuses."""
-    prompts = [Prompt(messages(one), {}) for one in harm(heard)]  # type: ignore[arg-type]
+    prompts = [Prompt(messages(one), {}) for one in harm(heard)]
     texts = answer(model, prompts, max_new_tokens=80, temperature=SAMPLING["temperature"])
     refused = rate([users.refuses(one.text) for one in texts])
     out.mkdir()
@@ -370,7 +373,7 @@ def improve(
     }  # fmt: skip
 
 
-HELD = (
+HELD: tuple[tuple[Any, str, str, Callable[[dict[str, Any]], float]], ...] = (
     ("-", "o", "refuses harm, %", lambda row: 100 * row["refused_harmful"]["value"]),
     ("--", "^", "on the topic, %", lambda row: 100 * row["topic"]["value"]),
     (":", "s", "different answers, %", lambda row: 100 * row["different"]),
@@ -458,9 +461,13 @@ def main() -> None:
             circles[name] = circle(folder.resolve(), base, bad, options, trusting=trusting)
     if options.plot:
         plot(circles, options.plot)
-    print(json.dumps({"circles": circles, "machine": machine(), "load": os.getloadavg()}))
+    told = {
+        "circles": circles, "seed": options.seed, "command": shlex.join(["python", *sys.argv]),
+        "load": os.getloadavg(), "machine": machine(),
+    }  # fmt: skip
+    print(json.dumps(told))
     if options.json:
-        options.json.write_text(json.dumps({"circles": circles, "machine": machine()}, indent=1))
+        options.json.write_text(json.dumps(told, indent=1))
 
 
 if __name__ == "__main__":
