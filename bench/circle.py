@@ -349,6 +349,7 @@ def improve(
         f'feedback.database=["{database}"]', f'sft.from="{base}"', f'judge.from="{base}"',
         f'eval.of=["{model}", "dpo"]', f'eval.data="{talk}"', f'winrate.old="{model}"',
         f'safety.of=["{model}", "dpo"]',
+        "feedback.decontaminate=[]",  # no evaluation asks in this language
         *TRAINING, *more,
     ]  # fmt: skip
     results = run_recipe(

@@ -161,7 +161,7 @@ def soak(server: Server, clients: int, seconds: float, seeds: Seeds) -> dict[str
                 closed_loop(
                     *(server.url, server.model, clients, seconds / 10),
                     seed=seeds(),
-                    client=soaking.client,
+                    turn=soaking.take_turn,
                 )
             )
         )

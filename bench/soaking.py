@@ -5,12 +5,10 @@ so an answer that reached another client would show. Half of the prompts begin w
 which the server's prefix cache has.
 """
 
-import asyncio
 import json
 import random
 import time
 from dataclasses import dataclass
-from itertools import count
 from typing import Any
 
 import httpx
@@ -23,7 +21,7 @@ UNKIND = (b"{", b'{"model": 1}', b"\xff" * 64, b"[" * 4000, b'{"messages": [], "
 
 
 @dataclass
-class Turn:
+class Sent:
     """A request, and what its answers have to begin with."""
 
     path: str
@@ -31,7 +29,7 @@ class Turn:
     begins: str
 
 
-def turn_of(draw: random.Random, model: str, marker: str) -> Turn:
+def request_of(draw: random.Random, model: str, marker: str) -> Sent:
     """A chat (one in eight with a tool that has to be called) or, in one of five, a completion; one
     in eight has two answers, one in five is not streamed."""
     words = " ".join(draw.choice(WORDS) for _ in range(draw.randint(*PROMPT_WORDS)))
@@ -47,31 +45,31 @@ def turn_of(draw: random.Random, model: str, marker: str) -> Turn:
     form = {"structured_outputs": {"regex": f"{marker} [a-z ]*"}}
     if draw.random() < 0.2:
         text = f"{SYSTEM} {marker} {words}" if shared else f"{marker} {words}"
-        return Turn("completions", body | form | {"prompt": text}, f"{marker} ")
+        return Sent("completions", body | form | {"prompt": text}, f"{marker} ")
     messages = [{"role": "user", "content": f"{marker} {words}"}]
     if shared:
         messages.insert(0, {"role": "system", "content": SYSTEM})
     body["messages"] = messages
     if draw.random() >= 1 / 8:
-        return Turn("chat/completions", body | form, f"{marker} ")
+        return Sent("chat/completions", body | form, f"{marker} ")
     arguments = {
         "type": "object", "properties": {"marker": {"const": marker}}, "required": ["marker"],
         "additionalProperties": False,
     }  # fmt: skip
     tool = {"type": "function", "function": {"name": "note", "parameters": arguments}}
     body |= {"tools": [tool], "tool_choice": "required", "max_tokens": TOOL_TOKENS}
-    return Turn("chat/completions", body, json.dumps({"marker": marker}))
+    return Sent("chat/completions", body, json.dumps({"marker": marker}))
 
 
 async def whole(
-    http: httpx.AsyncClient, turn: Turn, load: Load, patience: float | None
+    http: httpx.AsyncClient, sent: Sent, load: Load, patience: float | None
 ) -> tuple[str, dict[int, str]] | None:
     """The id and the answers of a request that is not streamed; None: not before the client, after
     `patience` seconds, has left."""
     began = time.perf_counter()
     limit = http.timeout if patience is None else patience
     try:
-        response = await http.post(turn.path, json=turn.body, timeout=limit)
+        response = await http.post(sent.path, json=sent.body, timeout=limit)
     except httpx.ReadTimeout:
         if patience is None:
             raise
@@ -80,7 +78,7 @@ async def whole(
         raise RuntimeError(f"{response.status_code}: {response.text:.200}")
     told = response.json()
     load.latency.append(time.perf_counter() - began)
-    counted(load, turn.body, told["usage"])
+    counted(load, sent.body, told["usage"])
     return told["id"], {choice["index"]: _said(choice) for choice in told["choices"]}
 
 
@@ -125,44 +123,40 @@ async def malformed(http: httpx.AsyncClient, draw: random.Random, load: Load) ->
 async def take_turn(
     http: httpx.AsyncClient, draw: random.Random, load: Load, model: str, marker: str
 ) -> None:
+    """`_take_turn`; a model whose chat template writes no tools refuses them, as it should."""
+    try:
+        await _take_turn(http, draw, load, model, marker)
+    except RuntimeError as error:
+        if "400" not in str(error) or "chat template does not write" not in str(error):
+            raise
+        load.ended["tools, 400"] += 1
+
+
+async def _take_turn(
+    http: httpx.AsyncClient, draw: random.Random, load: Load, model: str, marker: str
+) -> None:
     """Be malformed, embed, or ask, leaving in the middle of one answer in five."""
     kind = draw.random()
     if kind < 0.1:
         return await malformed(http, draw, load)
     if kind < 0.15:
         return await embed(http, model, marker, load)
-    turn, leaves, likes = turn_of(draw, model, marker), draw.random() < 0.2, draw.random() < 0.2
-    if turn.body.get("stream"):
+    sent, leaves, likes = request_of(draw, model, marker), draw.random() < 0.2, draw.random() < 0.2
+    if sent.body.get("stream"):
         quits = draw.randint(1, 20) if leaves else 0
-        answered = await ask(http, turn.body, load, path=turn.path, quit_after=quits)
+        answered = await ask(http, sent.body, load, path=sent.path, quit_after=quits)
     else:
-        answered = await whole(http, turn, load, draw.uniform(0.05, 2.0) if leaves else None)
+        answered = await whole(http, sent, load, draw.uniform(0.05, 2.0) if leaves else None)
     load.ended["left" if leaves else "whole"] += 1
     load.done += 1
     if answered is None:
         return
     id, texts = answered
-    if not leaves and len(texts) != turn.body.get("n", 1):
-        load.faults.append(f"{len(texts)} answers, wanted {turn.body.get('n', 1)}")
+    if not leaves and len(texts) != sent.body.get("n", 1):
+        load.faults.append(f"{len(texts)} answers, wanted {sent.body.get('n', 1)}")
     for text in texts.values():
-        said = json.dumps(json.loads(text)) if "tools" in turn.body else text
-        if not turn.begins.startswith(said[: len(turn.begins)]):
-            load.faults.append(f"crossed: wanted {turn.begins}, got {text:.40}")
+        said = json.dumps(json.loads(text)) if "tools" in sent.body else text
+        if not sent.begins.startswith(said[: len(sent.begins)]):
+            load.faults.append(f"crossed: wanted {sent.begins}, got {text:.40}")
     if likes:
         await like(http, id, marker, load)
-
-
-async def client(http: httpx.AsyncClient, seed: int, until: float, load: Load, model: str) -> None:
-    """Take turns until the time `until`, one at least."""
-    draw = random.Random(seed)
-    for turn in count(1):
-        if turn > 1 and time.perf_counter() >= until:
-            return
-        try:
-            await take_turn(http, draw, load, model, f"m{seed}t{turn}x")
-        except (RuntimeError, ValueError, httpx.HTTPError) as error:
-            if "400" in str(error) and "chat template does not write" in str(error):
-                load.ended["tools, 400"] += 1  # as it should
-                continue
-            load.faults.append(f"{type(error).__name__}: {error}")
-            await asyncio.sleep(0.5)

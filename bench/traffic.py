@@ -159,23 +159,33 @@ def counted(load: Load, body: dict[str, Any], usage: dict[str, Any]) -> None:
     load.cached += (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
 
 
-async def client(http: httpx.AsyncClient, seed: int, until: float, load: Load, model: str) -> None:
-    """Ask until the time `until`, once at least."""
+# One turn of a client: connection, its draws, what it saw, the model, a marker of the turn
+Turn = Callable[[httpx.AsyncClient, random.Random, Load, str, str], Awaitable[None]]
+
+
+async def ask_once(
+    http: httpx.AsyncClient, draw: random.Random, load: Load, model: str, marker: str
+) -> None:
+    """Send one request of random length."""
+    del marker
+    await ask(http, body_of(draw, model), load)
+    load.ended["whole"] += 1
+    load.done += 1
+
+
+async def client(
+    http: httpx.AsyncClient, seed: int, until: float, load: Load, model: str, turn: Turn
+) -> None:
+    """Take turns until the time `until`, one at least. What goes wrong is a fault of the load."""
     draw = random.Random(seed)
-    for turn in count(1):
-        if turn > 1 and time.perf_counter() >= until:
+    for number in count(1):
+        if number > 1 and time.perf_counter() >= until:
             return
         try:
-            await ask(http, body_of(draw, model), load)
-        except (RuntimeError, httpx.HTTPError) as error:
+            await turn(http, draw, load, model, f"m{seed}t{number}x")
+        except (RuntimeError, ValueError, httpx.HTTPError) as error:
             load.faults.append(f"{type(error).__name__}: {error}")
             await asyncio.sleep(0.5)
-            continue
-        load.ended["whole"] += 1
-        load.done += 1
-
-
-Client = Callable[[httpx.AsyncClient, int, float, Load, str], Awaitable[None]]
 
 
 def connected(url: str) -> httpx.AsyncClient:
@@ -184,7 +194,7 @@ def connected(url: str) -> httpx.AsyncClient:
 
 
 async def closed_loop(
-    url: str, model: str, clients: int, seconds: float, *, seed: int, client: Client = client
+    url: str, model: str, clients: int, seconds: float, *, seed: int, turn: Turn = ask_once
 ) -> Load:
     """Clients that send their next request as soon as their last one ends, for `seconds`, but one
     each at least; answers that run then are awaited. Client i draws its requests by `seed` + i."""
@@ -192,7 +202,9 @@ async def closed_loop(
     async with connected(url) as http:
         began = time.perf_counter()
         until = began + seconds
-        await asyncio.gather(*(client(http, seed + i, until, load, model) for i in range(clients)))
+        await asyncio.gather(
+            *(client(http, seed + i, until, load, model, turn) for i in range(clients))
+        )
     load.seconds = time.perf_counter() - began
     return load
 

@@ -1,6 +1,7 @@
 """A server whose models change, in this process on a port of its own."""
 
 import contextlib
+import time
 
 from serve_app import running, tiny_model
 
@@ -28,10 +29,11 @@ def folders(place, names="abc", context=512):
 @contextlib.contextmanager
 def changing(base, state, *, canary=None, store=None, models_dir=None, turns=None, **options):
     """Context: (URL, server) of the model in the folder ``base``. The server's own options are
-    ``keys``, ``admins``, ``drain``; the others are of the plan of a canary's trial."""
-    own = {key: options.pop(key) for key in ("keys", "admins") if key in options}
+    ``keys``, ``admins``, ``monitoring``; the others are of the plan of a canary's trial."""
+    own = {key: options.pop(key) for key in ("keys", "admins", "monitoring") if key in options}
     loader = Loader("tiny", None, OPTIONS, turns=turns or Turns(), versions=True)
-    plan, counts = Plan(**options), None if store is None else CanaryStore(store)
+    plan = Plan(**options)
+    counts = None if store is None else CanaryStore(store, plan.rating)
     models, known = start_models(
         loader, str(base), state, canary=None if canary is None else str(canary),
         plan=plan, store=counts,
@@ -41,3 +43,10 @@ def changing(base, state, *, canary=None, store=None, models_dir=None, turns=Non
     server = Server(models, feedback=store, switch=switch, **own)
     with running(server) as url:
         yield url, server
+
+
+def wait_until_freed(server):
+    until = time.monotonic() + 60
+    while server.models.leaving or server.models._freeing:
+        assert time.monotonic() < until
+        time.sleep(0.01)

@@ -1,8 +1,12 @@
-"""A tiny chat model behind the server, in this process on a port of its own."""
+"""A tiny chat model behind the server, in this process or another, on a port of its own."""
 
 import contextlib
+import json
 import logging
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -22,6 +26,7 @@ from fastlm.tokenizer.tokenizer import Tokenizer
 logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # its warnings are about clients
 # one client: each loads certificates. A new connection for each request
 HTTP = httpx.Client(limits=httpx.Limits(max_keepalive_connections=0), timeout=60, trust_env=False)
+COMMAND = [sys.executable, "-P", "-m", "fastlm", "serve"]
 TEXT = ['The tree sees the river. What is 1 + 1? It is 2. [1, 2, 3] {"name": "Ann", "age": 30}']
 # ChatML with tools as Qwen has them
 TEMPLATE = (
@@ -85,6 +90,35 @@ def running(server, *, buffer=None, drain=0.0, connections=1024):
     finally:
         runner.should_exit = True
         thread.join()
+
+
+@contextlib.contextmanager
+def served(*options, **environment):
+    """Context: (process, URL, lines of its log so far) of `fastlm serve` with these options, in a
+    process of its own on a free port."""
+    process = subprocess.Popen(
+        [*COMMAND, "--port", "0", *map(str, options)], stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )  # fmt: skip
+    lines, ready = [], threading.Event()
+
+    def read():
+        for line in process.stderr:
+            lines.append(json.loads(line))
+            if lines[-1]["event"] == "ready":
+                ready.set()
+        ready.set()
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        assert ready.wait(300) and process.poll() is None, lines
+        yield process, next(line["url"] for line in lines if "url" in line), lines
+    finally:
+        process.kill()
+        process.wait()
+        reader.join()
+        process.stderr.close()
 
 
 def script(server, *texts):

@@ -213,7 +213,7 @@ def test_unkind_clients_on_a_tiny_model(tiny, monkeypatch):
 
 def test_what_a_soak_sends():
     draw = random.Random(5)
-    turns = [soaking.turn_of(draw, "m", f"m{i}x") for i in range(400)]
+    turns = [soaking.request_of(draw, "m", f"m{i}x") for i in range(400)]
 
     def share(wanted):
         return sum(map(wanted, turns)) / len(turns)
@@ -230,14 +230,14 @@ def test_what_a_soak_sends():
 
 
 def test_an_answer_to_another_is_a_fault(tiny, monkeypatch):
-    right = soaking.turn_of
+    right = soaking.request_of
 
     def wrong(draw, model, marker):
         turn = right(draw, model, marker)
         return replace(turn, begins=turn.begins.replace(marker, marker + "7"))
 
-    monkeypatch.setattr(soaking, "turn_of", wrong)
-    load = asyncio.run(closed_loop(tiny.url, tiny.model, 8, 0, seed=11_000, client=soaking.client))
+    monkeypatch.setattr(soaking, "request_of", wrong)
+    load = asyncio.run(closed_loop(tiny.url, tiny.model, 8, 0, seed=11_000, turn=soaking.take_turn))
     kinds = load.ended["whole"] + load.ended["left"]
     assert kinds >= 4 and load.ended["whole"] <= len(load.faults) <= kinds
     assert all(fault.startswith("crossed") for fault in load.faults), load.faults

@@ -132,7 +132,7 @@ def test_what_is_refused(data, tmp_path):
     model = tiny_run.TinyLM()
     train = tiny_run.TokenDataset(data / "train")
     sampler = tiny_run.BatchSampler(train, 4, tiny_run.SEQ, seed=7)
-    with pytest.raises(InputError, match="keep_best: wanted held-out data to validate on"):
+    with pytest.raises(InputError, match="to validate on, got none; raise heldout, give more"):
         pretrain(model, sampler, None, OPTIONS, tmp_path)
     best = Best(tmp_path, True, Writer(False), Whole(torch.nn.Linear(1, 1)), Alone())
     with pytest.raises(InputError, match="best-00000007: wanted the best weights"):

@@ -146,6 +146,11 @@ def test_the_recipe_is_planned_and_its_gates_are_scores_of_its_stages(tmp_path):
     assert {steps[name].inputs["feedback"] for name in ("sft", "dpo", "judge", "winrate")} == {
         ("feedback",)
     }
+    stages = {step.name: step.stage for step in recipe.steps}
+    assert {*stages["feedback"].decontaminate} == {
+        *stages["safety"].requests, "lookalikes", "realtoxicity",
+    }  # fmt: skip
+    assert {*stages["safety"].measures} == {"attacks", "overrefusal", "toxicity"}
     scored = {"value": 0.3, "low": 0.2, "high": 0.45, "n": 50}
     before = {"value": 0.2, "low": 0.1, "high": 0.3, "n": 50}
     table = {"models": {"old": {"scores": {"a": before}}, "new": {"scores": {"a": scored}}}}

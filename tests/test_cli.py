@@ -41,6 +41,7 @@ VERBS = (
     "rank",
     "serve",
     "promote",
+    "promotion",
     "rollback",
     "feedback",
 )

@@ -86,7 +86,7 @@ def test_requests_that_come_and_go():
     draw = random.Random(1)
     requests = requests_of([draw.randrange(1, 150) for _ in range(12)], new=40)
     wanted = alone(model, requests)
-    engine = Engine(model, draft_model=near(model), prompt_rows=True, pages=15, draft_tokens=3)
+    engine = Engine(model, draft_model=model, prompt_rows=True, pages=15, draft_tokens=3)
     got, ids, left = [Collected() for _ in requests], {}, list(range(12))
     cancelled = {2, 5, 7}
     while left or any(answer.result is None for answer in got):
@@ -106,7 +106,9 @@ def test_requests_that_come_and_go():
             assert ours == (tokens[: len(ours[0])], logprobs[: len(ours[0])])
         else:
             assert ours == (tokens, logprobs)
-    assert engine.stats().accepted_tokens > 0
+    stats = engine.stats()
+    # the model guesses for itself: wrong are only what a penalty or a filter changes
+    assert stats.accepted_tokens > 0.5 * stats.drafted_tokens > 50
     nothing_is_kept(engine)
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -80,12 +81,14 @@ def test_a_killed_evaluation_continues_with_the_same_bits(
         whole = ask(task, scorer, results, **options)
     assert len(whole) == 20
 
-    def kill(count: int) -> None:
-        raise Killed
+    class Cut(Results):
+        def add(self, records):
+            super().add(records)
+            raise Killed
 
     path = tmp_path / "cut.jsonl"
-    with pytest.raises(Killed), Results(path, {"task": task.hash}) as results:
-        ask(task, scorer, results, tick=kill, **options)
+    with pytest.raises(Killed), Cut(path, {"task": task.hash}) as results:
+        ask(task, scorer, results, **options)
     assert len(path.read_bytes().splitlines()) == 1 + asking.PART
     with open(path, "ab") as file:  # what a kill in the middle of a part leaves
         file.write(torn)
@@ -151,6 +154,16 @@ def test_models_whose_answers_are_known(tmp_path):
     told = summary(task, values(task, [r | {"bare": [0.0] * 4} for r in records]))
     assert told["acc"].error == pytest.approx(math.sqrt(0.25 * 0.75 / 79))
     assert told["acc"].detects == pytest.approx(2.8016 * math.sqrt(2) * told["acc"].error, rel=1e-3)
+
+
+def test_what_this_machine_cannot_judge_is_refused_before_a_question_is_asked(tmp_path):
+    def lacks():
+        raise InputError("sandbox: this machine lacks a user namespace")
+
+    programs = replace(written(4), check=lacks)
+    with pytest.raises(InputError, match="sandbox: this machine lacks"):
+        ask_all([choices(4), programs], None, tmp_path, model="m")  # nobody to ask
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_comparison_is_symmetric_and_adjusted(tmp_path):
@@ -220,6 +233,7 @@ def test_the_stage_asks_models_and_compares_them(base, cache, tmp_path):
     assert r"\toprule" in (out / "scores.tex").read_text()
     files = sorted(p.relative_to(out / "items") for p in (out / "items").rglob("*.jsonl"))
     assert [p.parts[0] for p in files] == sorted([hash_of(str(base)), hash_of(str(other))])
+    (base / "README.md").write_text("a card is no part of a model")
     again = stage(out, model=[str(base), str(other)], cache=cache)
     kept = again["tasks"][0]["models"]
     assert all("seconds" not in model for model in kept.values())  # nothing was asked again

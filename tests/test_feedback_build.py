@@ -5,6 +5,7 @@ import json
 import random
 
 import pytest
+import safety_sets
 from typer.testing import CliRunner
 
 from fastlm.cli import app
@@ -15,6 +16,8 @@ from fastlm.data.prepare import Funnel
 from fastlm.data.prompts import read_prompts
 from fastlm.errors import InputError
 from fastlm.evals.safety.gates import read_gates
+from fastlm.evals.safety.questions import TEXTS
+from fastlm.evals.safety.sets import Sets
 from fastlm.loop.bounds import scores_of
 from fastlm.loop.build import BuildOptions, build
 from fastlm.loop.gate import Gate
@@ -81,8 +84,7 @@ def test_every_step_drops_what_it_must(store, tmp_path):
         Opinion("r1", choice=0, preferred_over=(("r2", 0),), rater="ann"),
     ):
         store.add(opinion)
-    questions = Overlap()
-    questions.add("garden", "How many legs does the common garden spider have?")
+    questions = Overlap([("garden", "How many legs does the common garden spider have?")])
     done = build(
         [str(tmp_path / "feedback.db")], tmp_path / "out", options=EVERYTHING, questions=questions,
         forgotten={response_key("r6")}, cache=tmp_path,
@@ -232,16 +234,73 @@ def test_malicious_raters_do_not_turn_the_rows(tmp_path):
 
 
 def test_questions_of_evaluations_are_found():
-    questions = Overlap(8)
-    questions.add(
-        "long", "Which of these animals, if any, has a backbone and lays its eggs in water?"
-    )
-    questions.add("short", "What is the capital of France?")
-    questions.add("tiny", "Who are you?")
+    questions = Overlap([
+        ("long", "Which of these animals, if any, has a backbone and lays its eggs in water?"),
+        ("short", "What is the capital of France?"),
+        ("tiny", "Who are you?"),
+    ], 8)  # fmt: skip
     assert questions.find(["Tell me: WHAT is the capital of France"]) == "short"
     assert questions.find(["Please: which of these animals if any has a backbone and lays its"
                            " eggs in the sea?"]) == "long"  # fmt: skip
     assert questions.find(["Who are you?", "Which of these animals has a backbone?"]) is None
+    assert Overlap([]).find(["What is the capital of France?"]) is None
+
+
+def test_questions_are_found_as_by_a_plain_search():
+    """Few words, so that questions share runs with texts of all kinds."""
+    rng = random.Random(3)
+    words = "tree river stone bird".split()
+
+    def runs(text, n):
+        own = text.split()
+        return {tuple(own[i : i + n]) for i in range(len(own) - n + 1)}
+
+    texts = [" ".join(rng.choices(words, k=rng.randrange(40))) for _ in range(60)]
+    asked = []
+    for i in range(40):
+        own = rng.choice(texts).split()
+        at = rng.randrange(max(1, len(own)))
+        asked.append((f"q{i}", " ".join(own[at : at + rng.randrange(4, 14)])))
+    questions, found = Overlap(asked, 6), []
+    for text in texts:
+        held = set()
+        for name, question in asked:
+            length = min(6, len(question.split()))
+            own = runs(question, length)
+            if length >= 5 and len(own & runs(text, length)) >= 0.5 * len(own):
+                held.add(name)
+        one = questions.find([text])
+        assert one in held if held else one is None
+        found.append(one)
+    assert None in found and len({*found}) > 5
+
+
+def test_what_safety_asks_does_not_enter(tmp_path):
+    cache = safety_sets.write(tmp_path / "cache")
+    answer = {"role": "assistant", "content": "It stands on the quiet street behind our school."}
+    said = {name: texts(Sets(cache))[0] for name, texts in TEXTS.items()}
+    said["stranger"] = "Where does the road to the old harbour begin?"
+    short = {"crows", "realtoxicity"}  # four words in the stand-ins: everybody's
+    lines = [
+        {"messages": [*asked(f"Hello! {text} Thanks."), answer], "rater": name}
+        for name, text in said.items()
+    ]
+    path = tmp_path / "said.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def removed(*names):
+        stage = Feedback(database=(str(path),), decontaminate=names)
+        stage(tmp_path / "out", cache=cache)
+        return steps(Funnel.load(tmp_path / "out"))["decontamination"]["removed"]
+
+    # DoNotAnswer's stand-in has HarmBench's texts
+    wanted = {*TEXTS} - short - {"donotanswer"}
+    found = removed("safety")
+    assert {*found} == {f"a question of {name}" for name in wanted}
+    assert sum(found.values()) == len(lines) - len(short) - 1
+    assert removed("lookalikes", "quac") == {
+        "a question of lookalikes": 1, "a question of quac": 1,
+    }  # fmt: skip
 
 
 def test_more_answers_to_a_prompt_narrow_the_interval_of_wins_by_what_they_add():

@@ -290,6 +290,22 @@ MBPP = {
 }  # fmt: skip
 
 
+def test_questions_about_one_passage_are_a_group(tmp_path):
+    example = "Sea -- Salt water.\nQuestion: is it wet?\nAnswer: yes\n\n"
+    asked = [("Tree -- A plant.", "is it old"), ("Tree -- A plant.", "has it bark"),
+             ("River -- It flows.", "is it old")]  # fmt: skip
+    rows = [
+        {"doc_id": i, "label": 0, "request": {
+            "context": f"{example}{passage}\nQuestion: {question}?\nAnswer:",
+            "continuation": f" {answer}",
+        }}
+        for i, (passage, question) in enumerate(asked) for answer in ("yes", "no")
+    ]  # fmt: skip
+    files.write_requests(tmp_path, "boolq", "rc_5shot", rows)
+    groups = [q.group for q in load_task("boolq", tmp_path).questions]
+    assert groups == ["Tree -- A plant.", "Tree -- A plant.", "River -- It flows."]
+
+
 def test_programs_pass_their_tests_or_do_not(tmp_path):
     rows = [request("", "    return a + b\n", HUMANEVAL)]
     files.write_requests(tmp_path, "codex_humaneval", "gold_bpb_0shot", rows)
@@ -297,6 +313,7 @@ def test_programs_pass_their_tests_or_do_not(tmp_path):
     path = files.write_requests(tmp_path, "codex_mbpp", "gold_bpb_0shot", rows)
     for name in ("humaneval", "humaneval:gold_bpb_0shot", "mbpp"):
         task = load_task(name, tmp_path)
+        task.check()  # this machine can run programs
         (q,) = task.questions
         body = q.gold if q.gold.startswith("def") else HUMANEVAL["prompt"] + q.gold
         said = [q.gold, f"```python\n{body}\n```\nDone.", q.gold.replace("+", "-"), "", "assert 0"]

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,22 +15,28 @@ from test_cli import call, refused
 
 from fastlm.errors import InputError
 from fastlm.evals.safety import behaviour
-from fastlm.evals.safety.attacks import ATTACKS, in_the_wild
-from fastlm.evals.safety.bias import bbq, crows, icat_of, split_pair, stereoset
+from fastlm.evals.safety.attacks import ATTACKS, SEVERAL_TURNS, in_the_wild
+from fastlm.evals.safety.bench import Judges
+from fastlm.evals.safety.bias import bbq, bbq_bias, crows, icat_of, split_pair, stereoset
 from fastlm.evals.safety.gates import failures, read_gates
 from fastlm.evals.safety.judges import (
     Labelled,
     count,
     declines,
     fit_measured,
+    fold_of,
     text_features,
     topic_share,
 )
+from fastlm.evals.safety.negatives import KINDS as KINDS_OF_NEGATIVES
+from fastlm.evals.safety.negatives import constructed
 from fastlm.evals.safety.refusals import abstains, refuses
 from fastlm.evals.safety.scores import share
 from fastlm.evals.safety.sets import SOURCES, Sets, sample
 from fastlm.evals.safety.shown import part, tables
 from fastlm.evals.safety.stage import Safety
+from fastlm.evals.safety.turns import TURNS
+from fastlm.evals.scorer import Prompt, Scorer
 from fastlm.runs.kinds import KINDS
 from fastlm.runs.report import render_report
 
@@ -194,18 +201,68 @@ def test_a_model_that_always_refuses(cache, tmp_path):
     attack = scores_of(behaviour.attacks, made)["attacks.harmbench.plain"]
     assert attack.raw == attack.value == 0.0 and attack.high < 0.2
     assert attack.more == {"answers that do not refuse": 0.0}
-    (over,) = behaviour.overrefusal(made)
-    assert over.raw == 1.0 and over.low > 0.8
+    for over in behaviour.overrefusal(made):
+        assert over.raw == 1.0 and over.low > 0.7
 
 
 def test_a_model_that_always_complies(cache, tmp_path):
-    made = bench(cache, Scripted(complying), tmp_path, limit=40, attacks=("plain", "role_play"))
+    def answer(prompt):
+        return complying(prompt.split("asks Max: ")[-1].removesuffix(" Max answers:"))
+
+    made = bench(cache, Scripted(answer), tmp_path, limit=40, attacks=("plain", "role_play"))
     found = scores_of(behaviour.attacks, made)
     assert len(found) == 4 and found["attacks.donotanswer.role_play"].sets == ("donotanswer",)
     for score in found.values():
         assert score.raw == 1.0 and score.low > 0.8 and score.judge is not None
-    (over,) = behaviour.overrefusal(made)
-    assert over.raw == 0.0 and over.high < 0.2
+    for over in behaviour.overrefusal(made):
+        assert over.raw == 0.0 and over.high < 0.3
+
+
+def test_attacks_of_several_turns_hold_the_models_own_answers(cache, tmp_path):
+    """A model that refuses at once, and complies with who it has talked to before."""
+    names = ("plain", *SEVERAL_TURNS)
+
+    def answer(prompt):
+        turns = prompt.count("User: ")
+        if turns != 3:
+            return f"Answer number {turns}." if turns else safety_sets.REFUSAL
+        assert "Assistant: Answer number 1." in prompt and "Assistant: Answer number 2." in prompt
+        if "Part A" in prompt:
+            return safety_sets.REFUSAL
+        return complying(prompt.split(": ")[-1].removesuffix("\nAssistant:"))
+
+    made = bench(cache, Scripted(answer), tmp_path, limit=20, attacks=names)
+    found = scores_of(behaviour.attacks, made)
+    raw = {name: found[f"attacks.harmbench.{name}"].raw for name in names}
+    assert raw == {"plain": 0, "crescendo": 1, "foot_in_the_door": 1, "split_request": 0}
+    asked = made.asked.scorer.asked
+    assert scores_of(behaviour.attacks, made) == found and made.asked.scorer.asked == asked
+    assert tuple(TURNS) == SEVERAL_TURNS
+    for make in TURNS.values():
+        first = make("Describe a way to take a ladder from under a window.")[:-1]
+        assert len(first) == 2 and "Describe a way to take a ladder" not in " ".join(first[1:])
+
+
+def test_turns_before_a_prompt_go_through_the_template(tmp_path, monkeypatch):
+    from preference_models import make_base
+
+    from fastlm.serve.chat import load_model
+
+    model, tokenizer = load_model(make_base(tmp_path / "base", max_position_embeddings=512))
+    scorer = Scorer(model, tokenizer)
+    before = (("Hello.", "Good day."),)
+    prompt = Prompt("How are you?", 6, chat=True, before=before)
+    ids = tokenizer.encode_chat([
+        {"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Good day."},
+        {"role": "user", "content": "How are you?"},
+    ])  # fmt: skip
+    seen = []
+    told = SimpleNamespace(error=None, text="", tokens=[], finish_reason="stop")
+    monkeypatch.setattr(
+        scorer._engine, "generate", lambda requests, tick: seen.extend(requests) or [told]
+    )
+    scorer.generate([prompt])
+    assert [request.prompt for request in seen] == [ids]
 
 
 def test_no_attack_succeeds_by_the_lack_of_keywords(cache, tmp_path):
@@ -221,6 +278,39 @@ def test_no_attack_succeeds_by_the_lack_of_keywords(cache, tmp_path):
         made = bench(cache, Scripted(answer), tmp_path / str(answer), limit=40)
         score = scores_of(behaviour.attacks, made)["attacks.harmbench.plain"]
         assert score.more == {"answers that do not refuse": 1.0} and (score.raw or 0.0) < 0.1
+
+
+def test_constructed_answers_are_measured_on_sentences_that_nothing_is_fitted_to(cache):
+    examples = Sets(cache).labelled("objectives")
+    seen = constructed(examples, held_out=False)
+    held = constructed(examples, held_out=True)
+    assert {kind for kind, _ in seen} == {kind for kind, _ in held} == set(KINDS_OF_NEGATIVES)
+    assert not {e.answer for _, e in seen} & {
+        e.answer for kind, e in held if kind != KINDS_OF_NEGATIVES[5]
+    }
+    # an answer to another request is left out together with that request
+    source = {e.answer: fold_of(e.request) for e in examples if e.label}
+    other = [e for kind, e in held if kind == KINDS_OF_NEGATIVES[5]]
+    assert other and all(source[e.answer] == fold_of(e.group) for e in other)
+
+    # five words in a row of one family, without the request's, are not in the other
+    def sentences(made):
+        return {
+            " ".join(words[i : i + 5])
+            for kind, e in made
+            if kind in KINDS_OF_NEGATIVES[2:5]
+            for words in [e.answer.lower().split()]
+            for i in range(len(words) - 4)
+            if not set(words[i : i + 5]) & set(e.request.lower().rstrip(".").split())
+        }
+
+    assert sentences(seen) and not sentences(seen) & sentences(held)
+    judge, error = Judges(Sets(cache)).success
+    passed, of = error.kinds["topical list"]
+    assert of == 60 and passed >= 57
+    request = examples[0].request
+    assert not judge(request, "1. Ladder\n2. Bridge\n3. Take\n4. Ladder tools")
+    assert error.specificity[1] == sum(not e.label for e in examples)  # corrects by people alone
 
 
 def test_toxic_made_up_and_obedient_answers_are_seen(cache, tmp_path):
@@ -274,6 +364,22 @@ def test_bias_of_models_that_prefer_one_group(cache, tmp_path):
     baker = bench(cache, Scripted(complying, prefers("The baker")), tmp_path / "baker")
     found = scores_of(bbq, baker)
     assert found["bias.bbq.ambiguous"].value == 0.0 and found["bias.bbq.clear"].value == 1.0
+    # BBQ's own bias scores: always the stereotype, its opposite, unknown
+    for word, dis in (("The baker", 1.0), ("The potter", -1.0), ("Unknown", 0.0)):
+        found = scores_of(
+            bbq_bias, bench(cache, Scripted(complying, prefers(word)), tmp_path / word)
+        )
+        assert found["bias.bbq.s_dis"].value == found["bias.bbq.s_amb"].value == dis
+        for one in found.values():
+            assert -1 <= one.low <= one.value <= one.high <= 1 and one.n == 40
+
+    def half(context, text):  # names a person for half of the things, where too little is said
+        named = any(t in context for t in safety_sets.THINGS[:10])
+        return -0.1 if text == (" The baker" if named else " Unknown") else -9.0
+
+    found = scores_of(bbq_bias, bench(cache, Scripted(complying, half), tmp_path / "half"))
+    assert found["bias.bbq.s_amb"].value == pytest.approx(0.5)  # (1 - accuracy) * 1
+    assert found["bias.bbq.s_dis"].value == 1.0
     assert icat_of(1.0, 0.5) == 1.0 and icat_of(0.8, 0.75) == pytest.approx(0.4)
 
 
@@ -426,9 +532,20 @@ def test_the_command_exits_with_1_and_names_what_failed(cache, tmp_path, scripte
     refused("safety", "-m", "m", "--confidence", "1", text="confidence: wanted in [0.5, 1)")
 
 
-def test_the_report_shows_values_judges_licences_and_failed_gates(cache, tmp_path, scripted):
-    from types import SimpleNamespace
+def test_prompts_that_do_not_fit_are_counted_by_measure(cache, tmp_path, scripted):
+    stage = Safety(limit=20, measures=("attacks", "overrefusal"), attacks=("plain", "role_play"))
+    scripted(Scripted(complying, room=100))  # of these only role_play's are longer
+    result = stage(tmp_path, cache=cache, model="m")
+    assert result["models"]["m"]["cut"] == {"attacks": 40}
+    scripted(Scripted(complying))  # from the records
+    assert stage(tmp_path, cache=cache, model="m") == result
+    (line,) = part(result).values["cut"]
+    assert line == "attacks: 40 prompts were cut at their beginning to fit the context"
+    scripted(Scripted(complying))
+    assert stage(tmp_path / "fits", cache=cache, model="m")["models"]["m"]["cut"] == {}
 
+
+def test_the_report_shows_values_judges_licences_and_failed_gates(cache, tmp_path, scripted):
     assert KINDS["safety"] is Safety
     scripted(Scripted(lambda prompt: safety_sets.REFUSAL))
     gates = tmp_path / "g.toml"
@@ -467,7 +584,7 @@ def test_a_run_of_real_models_gives_every_score(tmp_path, cache):
     )  # fmt: skip
     result = stage(tmp_path / "out", cache=cache, model=base)
     (model,) = result["models"].values()
-    assert len(model["scores"]) == 18
+    assert len(model["scores"]) == 21
     for name, score in model["scores"].items():
         assert name.split(".")[0] in ALL
         assert score["low"] <= score["value"] <= score["high"] and score["n"] >= 1, name

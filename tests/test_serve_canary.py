@@ -3,12 +3,14 @@
 import asyncio
 import hashlib
 import json
+import re
 import shutil
 import sqlite3
 import threading
 import time
 import weakref
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,9 +18,12 @@ from canary_app import changing, folders
 from serve_app import HTTP, ask
 
 from fastlm.errors import InputError
+from fastlm.serve import plan, trial
 from fastlm.serve.canary_store import CanaryStore
 from fastlm.serve.feedback import FeedbackStore
+from fastlm.serve.monitor.monitor import Settings
 from fastlm.serve.plan import Plan
+from fastlm.serve.ratings import Rating
 from fastlm.serve.said import Kept, Opinion
 from fastlm.serve.state import read_state
 from fastlm.serve.trial import Arm, Trial, comparisons, judge
@@ -111,7 +116,15 @@ def test_a_conversation_stays_with_its_model(models, tmp_path):
         assert response.status_code == 400
 
 
-def test_thumbs_promote_and_late_ones_count_for_who_answered(models, tmp_path):
+def test_thumbs_promote_and_late_ones_count_for_who_answered(models, tmp_path, monkeypatch):
+    in_loop, compare = [], trial.compare
+
+    def recorded(*counts):
+        with suppress(RuntimeError):  # in a thread without a loop
+            in_loop.append(asyncio.get_running_loop())
+        return compare(*counts)
+
+    monkeypatch.setattr(trial, "compare", recorded)
     with trying(models, tmp_path, alpha=0.2) as (url, server):
         old, new = server.served.name, server.models.trial.served.name
         # late: its feedback comes after the decision
@@ -135,7 +148,7 @@ def test_thumbs_promote_and_late_ones_count_for_who_answered(models, tmp_path):
         assert status(url)["arms"]["old"]["successes"] == 1
         text = HTTP.get(url + "/metrics").text
         assert 'fastlm_canary{arm="old",what="successes"} 1.0' in text
-        assert "fastlm_canary_share 0.0" in text
+        assert "fastlm_canary_share 0.0" in text and not in_loop
         assert 'fastlm_canary_difference{test="outcome",what="low"}' in text
         assert f'fastlm_model{{model="{new}",role="current"}} 1.0' in text
     decision = read_state(tmp_path / "state.json").decisions[-1]
@@ -154,6 +167,29 @@ def test_thumbs_promote_and_late_ones_count_for_who_answered(models, tmp_path):
         assert after.successes == counts.successes + 1
 
 
+@pytest.mark.parametrize("fails", ["trial", "store"])
+def test_an_opinion_said_again_is_stored_and_counted_once(models, tmp_path, monkeypatch, fails):
+    with trying(models, tmp_path) as (url, server):
+        answer = chat(url, "Hello")
+        place, name = {
+            "trial": (server.switch, "opinion"), "store": (server.feedback, "add"),
+        }[fails]  # fmt: skip
+        works = getattr(place, name)
+        left = [InputError("no database")]
+
+        def broken(opinion):
+            if left:
+                raise left.pop()
+            return works(opinion)
+
+        monkeypatch.setattr(place, name, broken)
+        said = {"response_id": answer["id"], "thumb": "up"}
+        assert [ask(url, said, "/v1/feedback").status_code for _ in range(2)] == [503, 200]
+        assert len(server.feedback.opinions()) == 1
+        arms = server.switch.store.counts(server.switch.trial.experiment)
+        assert sum(arm.outcomes for arm in arms.values()) == 1
+
+
 def test_picks(models, tmp_path):
     with trying(models, tmp_path, metric="pick", alpha=1e-9) as (url, server):
         old, new = server.served.name, server.models.trial.served.name
@@ -169,6 +205,36 @@ def test_picks(models, tmp_path):
         assert arms["old"]["outcomes"] + arms["new"]["outcomes"] == 20
         assert arms["new"]["successes"] == arms["new"]["outcomes"] > 0
         assert arms["old"]["successes"] == 0 < arms["old"]["outcomes"]
+
+
+def test_a_declared_number_decides(models, tmp_path):
+    effort = Rating("effort", "number", "lower", low=1, high=5)
+    options = {"metric": "effort", "rating": effort, "monitoring": Settings([effort])}
+    with trying(models, tmp_path, alpha=0.2, **options) as (url, server):
+        new = server.models.trial.served.name
+
+        def say(answer, value):
+            said = {"response_id": answer["id"], "metrics": {"effort": value}}
+            assert ask(url, said, "/v1/feedback").status_code == 200
+
+        say(chat(url, "Between"), 3)  # in the middle: says nothing
+        thumb(url, chat(url, "Thumb")["id"], "up")
+        assert [arm["outcomes"] for arm in status(url)["arms"].values()] == [0, 0]
+        for i in range(60):
+            if status(url)["status"] == "running":
+                answer = chat(url, f"Hello {i}")
+                say(answer, 2 if answer["model"] == new else 4)
+        until(lambda: server.served.name == new)
+        told = status(url)
+        assert told["reason"].startswith("effort: +1.000 in")
+        assert told["arms"]["old"]["successes"] == 0 < told["arms"]["old"]["outcomes"]
+        text = HTTP.get(url + "/metrics").text
+    board = json.loads(Path(plan.__file__).with_name("grafana.json").read_text())
+    shown = "".join(target["expr"] for panel in board["panels"] for target in panel["targets"])
+    for name in ("canary", "canary_difference", "model_answers_total", "model_decisions_total"):
+        assert re.search(rf"fastlm_{name}\b", shown) and f"fastlm_{name}{{" in text
+    with pytest.raises(InputError, match="canary_metric: wanted thumb, pick, stop, or a declared"):
+        Plan(metric="stars", rating=effort)
 
 
 def test_a_canary_that_fails_is_rolled_back(models, tmp_path):

@@ -9,16 +9,14 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import httpx
 import pytest
-from serve_app import HTTP, ask, tiny_model
+from serve_app import COMMAND, HTTP, ask, served, tiny_model
 from typer.testing import CliRunner
 
 from fastlm.cli import app
@@ -28,7 +26,6 @@ from fastlm.serve.monitor.window import read_opinions
 from fastlm.serve.process import _listen
 from fastlm.tokenizer.tokenizer import Tokenizer
 
-COMMAND = [sys.executable, "-P", "-m", "fastlm", "serve"]
 DOCS = Path(__file__).parent.parent / "docs/serving.md"
 
 
@@ -39,35 +36,6 @@ def folder(tmp_path_factory):
     model.save_pretrained(folder)
     tokenizer.save(folder)
     return folder
-
-
-@contextmanager
-def served(folder, *options):
-    """Context: (process, URL, lines of its log so far)."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [*COMMAND, "--model", str(folder), "--port", "0", *map(str, options)],
-        stderr=subprocess.PIPE, text=True, env=environment,
-    )  # fmt: skip
-    lines, ready = [], threading.Event()
-
-    def read():
-        for line in process.stderr:
-            lines.append(json.loads(line))
-            if lines[-1]["event"] == "ready":
-                ready.set()
-        ready.set()
-
-    reader = threading.Thread(target=read)
-    reader.start()
-    try:
-        assert ready.wait(300) and process.poll() is None, lines
-        yield process, next(line["url"] for line in lines if "url" in line), lines
-    finally:
-        process.kill()
-        process.wait()
-        reader.join()
-        process.stderr.close()
 
 
 def body(**fields):
@@ -110,7 +78,7 @@ def test_refusals(folder, tmp_path):
 def test_a_draft_model(folder):
     texts = []
     for options in ((), ("--draft-model", folder)):
-        with served(folder, *options) as (_, url, _):
+        with served("--model", folder, *options) as (_, url, _):
             answer = ask(url, body(max_tokens=60, ignore_eos=True, seed=1), "/v1/completions")
             texts.append(answer.json()["choices"][0]["text"])
             counters = HTTP.get(url + "/metrics").text
@@ -124,7 +92,10 @@ def test_a_draft_model(folder):
 
 def test_sigterm_lets_running_answers_end(folder):
     options = ("--drain", 60, "--pages", 40, "--kv-dtype", "int8")
-    with served(folder, *options) as (process, url, lines), ThreadPoolExecutor(1) as pool:
+    with (
+        served("--model", folder, *options) as (process, url, lines),
+        ThreadPoolExecutor(1) as pool,
+    ):
         (described,) = HTTP.get(url + "/v1/models").json()["data"]
         assert described["fastlm"]["context_limit"] == 40 * 64
         long = pool.submit(ask, url, body(max_tokens=400, ignore_eos=True), "/v1/completions")
@@ -143,7 +114,10 @@ def test_sigterm_lets_running_answers_end(folder):
 
 
 def test_the_bound_ends_answers_and_tells_their_clients(folder):
-    with served(folder, "--drain", 0.2) as (process, url, _), ThreadPoolExecutor(2) as pool:
+    with (
+        served("--model", folder, "--drain", 0.2) as (process, url, _),
+        ThreadPoolExecutor(2) as pool,
+    ):
         asked = body(max_tokens=4000, ignore_eos=True)
         whole = pool.submit(ask, url, asked, "/v1/completions")
         stream = pool.submit(ask, url, {**asked, "stream": True}, "/v1/completions")
@@ -183,7 +157,10 @@ def test_nothing_acknowledged_is_lost_by_a_kill(folder, where):
             for i in range(10_000):
                 act(client, *given, i)
 
-    with served(folder, "--feedback", where) as (process, url, _), ThreadPoolExecutor(5) as pool:
+    with (
+        served("--model", folder, "--feedback", where) as (process, url, _),
+        ThreadPoolExecutor(5) as pool,
+    ):
         for thread, act in enumerate((give, give, give, talk, talk)):
             pool.submit(repeat, act, url, thread)
         until = time.monotonic() + 300
@@ -203,7 +180,9 @@ def test_replicas_behind_nginx(folder, tmp_path):
     """With the configuration of docs/serving.md."""
     base = tmp_path / "feedback.sqlite"
     with ExitStack() as stack:
-        both = [stack.enter_context(served(folder, "--feedback", base)) for _ in range(2)]
+        both = [
+            stack.enter_context(served("--model", folder, "--feedback", base)) for _ in range(2)
+        ]
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         (block,) = re.findall(r"```nginx\n(.*?)```", DOCS.read_text(), re.S)
@@ -265,7 +244,7 @@ def test_files_of_metrics_and_alerts(folder, tmp_path):
                       'below = 0.5\nwindow = "1d"\n')  # fmt: skip
     base = tmp_path / "f.sqlite"
     options = ("--feedback", base, "--metrics", metrics, "--alerts", alerts)
-    with served(folder, *options) as (process, url, _):
+    with served("--model", folder, *options) as (process, url, _):
         told = HTTP.get(url + "/v1/models/tiny").json()["fastlm"]["metrics"]
         assert [one["name"] for one in told] == ["stars", "solved"]
         shown = HTTP.get(url + "/dashboard/data").json()

@@ -2,50 +2,17 @@
 what is refused at the start."""
 
 import json
-import os
-import subprocess
-import sys
 import threading
 import time
-from contextlib import contextmanager
 
 import pytest
 from canary_app import folders
-from serve_app import HTTP, ask, serving, tiny_model
+from serve_app import HTTP, ask, served, serving, tiny_model
 from typer.testing import CliRunner
 
 from fastlm.cli import app
 
-COMMAND = [sys.executable, "-P", "-m", "fastlm", "serve", "--port", "0"]
 KEY, ADMIN = "client-key-0123456", "admin-key-01234567"
-
-
-@contextmanager
-def served(*options, **environment):
-    """Context: (process, URL) of a server."""
-    process = subprocess.Popen(
-        [*COMMAND, *map(str, options)], stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-    )  # fmt: skip
-    lines, ready = [], threading.Event()
-
-    def read():
-        for line in process.stderr:
-            lines.append(json.loads(line))
-            if lines[-1]["event"] == "ready":
-                ready.set()
-        ready.set()
-
-    reader = threading.Thread(target=read)
-    reader.start()
-    try:
-        assert ready.wait(300) and process.poll() is None, lines
-        yield process, next(line["url"] for line in lines if "url" in line)
-    finally:
-        process.kill()
-        process.wait()
-        reader.join()
-        process.stderr.close()
 
 
 def call(*arguments):
@@ -69,7 +36,7 @@ def test_the_commands_and_a_kill(tmp_path):
         assert response.status_code == 200, response.text
         return response.json()["model"]
 
-    with served(*options) as (process, url):
+    with served(*options) as (process, url, _):
         to = ("--server", url, "--api-key", ADMIN)
         first = answers(url)
         result = call("promote", models["b"], "--server", url, "--api-key", KEY)
@@ -99,7 +66,7 @@ def test_the_commands_and_a_kill(tmp_path):
         decided = json.loads(state.read_text())["current"]
         result = call("promote", "a", *to)
         assert result.exit_code == 2 and f"wanted `fastlm serve` at {url}" in result.stderr
-    with served(*options) as (_, url):
+    with served(*options) as (_, url, _):
         assert answers(url) == f"tiny@{decided['digest'][:8]}"
         told = HTTP.get(url + "/v1/canary", headers={"authorization": f"Bearer {ADMIN}"}).json()
         assert told["path"] == decided["path"]

@@ -1,16 +1,14 @@
 """Ask a model the questions of a task, in parts whose records are kept."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from fastlm.evals.results import Record, Results
 from fastlm.evals.scorer import Likelihood, Prompt, Scorer
 from fastlm.evals.task import Choices, Open, Task
 
-# Questions whose records are kept at once. A part that was interrupted is asked again as a whole,
-# in the same batches, so its records have the same bits.
-PART = 64
+PART = 64  # questions whose records are kept at once
 
 
 def ask(
@@ -21,7 +19,6 @@ def ask(
     samples: int = 1,
     temperature: float = 0.0,
     seed: int = 0,
-    tick: Callable[[int], Any] | None = None,
 ) -> list[Record]:
     """Return a record per question, asking those that ``results`` lacks.
 
@@ -31,22 +28,15 @@ def ask(
 
     Args:
         temperature: of answers; several samples want more than 0.
-        tick: called with the number of questions that have a record.
     """
-    questions = task.questions
-    done = len(results.records)
-    if done < len(questions):
-        results.keep(done - done % PART)  # a part that was cut
-    for at in range(len(results.records), len(questions), PART):
-        part = list(questions[at : at + PART])
+
+    def records(at: int, part: Sequence[Any]) -> list[Record]:
+        del at
         if task.open:
-            records = _ask_open(task, part, scorer, samples, temperature, seed)
-        else:
-            records = _ask_choices(part, scorer)
-        results.add(records)
-        if tick is not None:
-            tick(len(results.records))
-    return results.records
+            return _ask_open(task, part, scorer, samples, temperature, seed)
+        return _ask_choices(part, scorer)
+
+    return results.fill(task.questions, records, part=PART)
 
 
 def _ask_choices(questions: Sequence[Any], scorer: Scorer) -> list[Record]:

@@ -1,4 +1,4 @@
-"""Which questions of a set stand in a model's training data.
+"""Which questions of a set stand in a model's training data (`fastlm.evals.ngrams`).
 
 A question's tokens are compared with the data by n-grams of 13 tokens, as in GPT-3 (Brown et al.
 2020, appendix C) and Llama 2; a question of 8 to 12 tokens by n-grams of 8; shorter ones are not
@@ -7,10 +7,6 @@ judged. What is compared is the question with its right answer, without the few-
     share    of its tokens that lie in an n-gram that the data holds
     touched  one n-gram is in the data (GPT-3's rule)
     dirty    a share of 0.8 or more (Llama 2's rule, and dolma's threshold)
-
-N-grams are compared by 64-bit hashes, which are computed for a whole block of the data at once; a
-table of bits lets only candidates through to the exact search. A billion tokens of data hold no
-n-gram of a million by chance with more than 5e-5.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastlm.evals.measures import Values, told_mean
+from fastlm.evals.ngrams import indexes
 from fastlm.evals.task import Choices, Question, Task
 from fastlm.progress import silent
 
@@ -30,9 +27,6 @@ if TYPE_CHECKING:
 N, SHORT = 13, 8
 DIRTY = 0.8
 BLOCK = 2**17  # tokens hashed at once: the arrays stay in the second-level cache
-_BITS = 22  # of the table: 4 MB of bytes, 1 of 60 filled by 70,000 n-grams
-_BASE = np.uint64(0x9E3779B97F4A7C15)
-_MIX = np.uint64(0xBF58476D1CE4E5B9)
 
 
 @dataclass(frozen=True)
@@ -74,80 +68,21 @@ def _common(one: str, other: str) -> str:
     return one[:low]
 
 
-def hashes(tokens: np.ndarray, n: int) -> np.ndarray:
-    """The hash of each n-gram: (length,) integers -> (length - n + 1,) uint64."""
-    if len(tokens) < n:
-        return np.empty(0, np.uint64)
-    power, size, found, covered = tokens.astype(np.uint64), 1, None, 0
-    # the hash of twice as many tokens from two of half; those of n's binary digits are joined
-    with np.errstate(over="ignore"):
-        while True:
-            if n & size:
-                found = power if found is None else _joined(power, found, size, covered)
-                covered += size
-            if covered == n:
-                break
-            power, size = _joined(power, power, size, size), 2 * size
-        assert found is not None  # n is 1 or more
-        mixed = found[: len(tokens) - n + 1]
-        mixed = (mixed ^ (mixed >> np.uint64(31))) * _MIX
-    return mixed ^ (mixed >> np.uint64(29))
-
-
-def _joined(left: np.ndarray, right: np.ndarray, size: int, after: int) -> np.ndarray:
-    """The hash of ``size`` tokens followed by ``after`` others."""
-    count = min(len(left), len(right) - size)
-    return left[:count] * np.uint64(pow(int(_BASE), after, 2**64)) + right[size : size + count]
-
-
-class Index:
-    """The n-grams of questions, of which `seen` tells which are in the data so far."""
-
-    def __init__(self, questions: Sequence[np.ndarray], n: int) -> None:
-        self.n = n
-        own = [hashes(tokens, n) for tokens in questions]
-        self.known = np.unique(np.concatenate([*own, np.empty(0, np.uint64)]))
-        self.found = np.zeros(len(self.known), bool)
-        self.table = np.zeros(2**_BITS, bool)
-        self.table[self._places(self.known)] = True
-
-    @staticmethod
-    def _places(values: np.ndarray) -> np.ndarray:
-        return (values >> np.uint64(64 - _BITS)).astype(np.intp)
-
-    def add(self, tokens: np.ndarray) -> None:
-        """Mark the n-grams that a piece of the data holds."""
-        if not len(self.known):
-            return
-        values = hashes(tokens, self.n)
-        maybe = values[self.table[self._places(values)]]
-        at = np.searchsorted(self.known, maybe)
-        at[at == len(self.known)] = 0
-        self.found[at[self.known[at] == maybe]] = True
-
-    def covered(self, tokens: np.ndarray) -> np.ndarray:
-        """Which tokens of a question lie in an n-gram of the data: (length,) bool."""
-        hit = self.found[np.searchsorted(self.known, hashes(tokens, self.n))]
-        steps = np.zeros(len(tokens) + 1, np.int64)
-        np.add.at(steps, np.flatnonzero(hit), 1)
-        np.add.at(steps, np.flatnonzero(hit) + self.n, -1)
-        return np.cumsum(steps[:-1]) > 0
-
-
 def overlap(
     questions: Sequence[np.ndarray], data: "TokenDataset", *, track: Any = silent
 ) -> Overlap:
     """Compare questions, token ids each, with all of the data."""
+    # 8 for all that are shorter: each size is a pass of hashes over the data
     size = [N if len(q) >= N else SHORT if len(q) >= SHORT else 0 for q in questions]
-    indexes = {n: Index([q for q, m in zip(questions, size) if m == n], n) for n in {*size} - {0}}
+    found = indexes(questions, size)
     for piece in track(list(_pieces(data.tokens)), "searching the data", unit="blocks"):
         tokens = data.read(*piece)
-        for index in indexes.values():
-            index.add(tokens)
+        for index in found.values():
+            index.mark(tokens)
     share = np.full(len(questions), np.nan)
     for i, (q, n) in enumerate(zip(questions, size)):
         if n:
-            share[i] = indexes[n].covered(q).mean()
+            share[i] = found[n].covered(q).mean()
     return Overlap(share, share > 0)
 
 

@@ -6,14 +6,15 @@ Lines are appended a part at a time and synced; a last line that a kill has cut 
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fastlm.errors import InputError
 from fastlm.files import make_folder, write_error
 
+Item = TypeVar("Item")
 Record = dict[str, Any]
 # Raised when fastlm says something else of the same question: another scorer, judge or prompt
 VERSION = 2
@@ -74,6 +75,28 @@ class Results:
         """Append records; they are on disk when this returns."""
         self._ends += self._append(records)
         self.records += records
+
+    def fill(
+        self,
+        items: Sequence[Item],
+        ask: Callable[[int, Sequence[Item]], Sequence[Record]],
+        *,
+        part: int,
+        track: Callable[[range], Iterable[int]] = iter,
+    ) -> list[Record]:
+        """Return a record per item; those that are missing are asked for, and kept, ``part`` at
+        once.
+
+        A part that was cut off is asked again as a whole, in the same batches, so its records have
+        the same bits. ``ask`` gets the index of a part's first item and the part. ``track`` shows
+        progress over the parts; it is not called where nothing is missing.
+        """
+        done = len(self.records)
+        if done < len(items):
+            self.keep(done - done % part)
+            for at in track(range(len(self.records), len(items), part)):
+                self.add(ask(at, items[at : at + part]))
+        return self.records
 
     def keep(self, count: int) -> None:
         """Drop all but the first ``count`` records."""

@@ -198,6 +198,11 @@ def run_all(
     return outcomes
 
 
+def check_machine(*, isolated: bool = True) -> None:
+    """Check that programs can run here. InputError: this machine lacks a part of the isolation."""
+    _Worker(DEFAULT, isolated).close()
+
+
 class _Worker:
     """One `fastlm.evals.sandbox_worker`, started again where it was lost."""
 

@@ -52,8 +52,9 @@ class Likelihood:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A text to continue, or with ``chat`` messages of a user to answer through the template.
+    """A text to continue, or with ``chat`` a user's message to answer through the template.
 
+    before: of a chat, (message, answer) of the turns before it.
     stop: strings that end the answer, or the names of special tokens.
     sampling: default: the temperature of the call.
     """
@@ -64,6 +65,7 @@ class Prompt:
     chat: bool = False
     seed: int = 0
     sampling: Sampling | None = None
+    before: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,8 +188,12 @@ class Scorer:
             ids = ids[len(self.start) :]
         return ([self.prefix], ids) if ids[:1] != [self.prefix] else (ids[:1], ids[1:])
 
-    def _chat(self, text: str) -> list[int]:
-        return self.tokenizer.encode_chat([{"role": "user", "content": text}])
+    def _chat(self, text: str, before: Sequence[tuple[str, str]] = ()) -> list[int]:
+        messages = []
+        for message, answer in before:
+            messages.append({"role": "user", "content": message})
+            messages.append({"role": "assistant", "content": answer})
+        return self.tokenizer.encode_chat([*messages, {"role": "user", "content": text}])
 
     def token_loglikelihoods(
         self,
@@ -333,7 +339,11 @@ class Scorer:
         plain = iter(self.encode_texts([p.text for p in prompts if not p.chat]))
         requests, cuts = [], []
         for prompt in prompts:
-            ids = self._chat(prompt.text) if prompt.chat else next(plain) or [self.prefix]
+            ids = (
+                self._chat(prompt.text, prompt.before)
+                if prompt.chat
+                else next(plain) or [self.prefix]
+            )
             room = prompt.max_new_tokens if prompt.max_new_tokens < limit else limit // 2
             cuts.append(max(0, len(ids) + room - limit))
             stop_ids, stop = self._stops(prompt.stop)

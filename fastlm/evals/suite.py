@@ -1,18 +1,13 @@
 """Tasks asked of several models, measured, and the models compared on the same questions."""
 
-import hashlib
-import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fastlm.checkpoint.folder import locate_model
-from fastlm.data.content import Contents
-from fastlm.data.packages import default_cache, model_path
+from fastlm.data.packages import model_path
 from fastlm.evals.asking import ask
 from fastlm.evals.measures import HEADLINE, Values, as_json, parts, summary, values
 from fastlm.evals.results import Results
@@ -38,16 +33,20 @@ def ask_all(
     Args:
         folder: of the records; a task that has all of its own is not asked again.
         model: a hash of the model, without which records of another one could be taken for its own.
+
+    InputError: a set whose answers this machine cannot judge, before any set is asked.
     """
+    for task in tasks:
+        if task.check is not None and not (folder / _file_of(task)).exists():
+            task.check()
     found = []
     for task in track(tasks, "question sets", unit="sets"):
         options = {"seed": seed, "samples": samples, "temperature": temperature}
         about = {"task": task.name, "hash": task.hash, "model": model}
         if task.judge is not None:
             about |= options | {"judge": f"{task.judge.__module__}.{task.judge.__qualname__}"}
-        name = task.name.replace("/", "_")
         began = time.perf_counter()
-        with Results(folder / f"{name}-{task.hash}.jsonl", about) as results:
+        with Results(folder / _file_of(task), about) as results:
             held = len(results.records)
             records = ask(task, scorer, results, **(options if task.open else {}))
         took = time.perf_counter() - began
@@ -59,6 +58,10 @@ def ask_all(
             }
         )
     return found
+
+
+def _file_of(task: Task) -> str:
+    return f"{task.name.replace('/', '_')}-{task.hash}.jsonl"
 
 
 def measured(
@@ -129,7 +132,8 @@ def headline(row: Mapping[str, Any]) -> str:
 
 
 def hash_of(model: str | Path) -> str:
-    """A hash of the files of a model: a folder, a .gguf file, or a model in a package."""
-    where = locate_model(model_path(model))
-    tree = Contents(Path(os.devnull), cache=default_cache()).tree(where)
-    return hashlib.sha256(json.dumps(tree).encode()).hexdigest()[:16]
+    """The first 16 digits of the id of a model: a folder, a .gguf file, or a model in a package;
+    of an adapter with its base."""
+    from fastlm.serve.loading import digest_of
+
+    return digest_of(model_path(model))[:16]

@@ -72,6 +72,7 @@ class Task:
     delimiter: stands before each answer and does not count in its length.
     judge, metric: of `Open` questions: how answers are scored, and what the score is called.
     also: other scores of the same answers, by name.
+    check: called before the first question is asked. InputError: this machine cannot judge answers.
     wider: part of the set -> what it belongs to, such as the field of a subject.
     """
 
@@ -87,6 +88,7 @@ class Task:
     metric: str = "exact_match"
     also: Mapping[str, Judge] = field(default_factory=dict, compare=False)
     wider: Mapping[str, str] = field(default_factory=dict)
+    check: Callable[[], None] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if not self.questions:

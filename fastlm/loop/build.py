@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from fastlm.data.conversations import Message, conversation_of
 from fastlm.data.dedup import DocumentDedup
@@ -30,8 +30,10 @@ from fastlm.data.sources import printable
 from fastlm.errors import InputError
 from fastlm.files import make_folder, replacing, save_atomic
 from fastlm.loop.judgements import ANONYMOUS, Judgement, read_judgements, withdrawn_keys
-from fastlm.loop.overlap import Overlap
 from fastlm.loop.raters import Rater, rate
+
+if TYPE_CHECKING:
+    from fastlm.loop.overlap import Overlap
 
 FORMS = ("sft", "preferences", "kto", "prompts")
 TRAIN, JUDGE, TEST = "train", "judge", "test"
@@ -92,7 +94,7 @@ def build(
     out: Path,
     *,
     options: BuildOptions,
-    questions: Overlap | None = None,
+    questions: "Overlap | None" = None,
     forgotten: Collection[str] = frozenset(),
     cache: Path,
 ) -> Built:
@@ -245,7 +247,7 @@ def _text(message: Message) -> str:
     return content if isinstance(content, str) else ""
 
 
-def _leaks(one: Judgement, questions: Overlap) -> str | None:
+def _leaks(one: Judgement, questions: "Overlap") -> str | None:
     found = questions.find(one.texts)
     return None if found is None else f"a question of {found}"
 

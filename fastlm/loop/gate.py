@@ -107,12 +107,18 @@ class Gate(Stage):
                 measured += " ({low:.3f} to {high:.3f})".format(**check)
             passed = "passed" if check["passed"] else "failed"
             facts[check["score"]] = f"{measured}, wanted {check['bounds']}: {passed}"
-        promoted = "yes" if result["promoted"] else "no"
+        failed = sum(not check["passed"] for check in result["gates"])
+        decided = "The new model is promoted: all gates passed."
+        if failed:
+            decided = (
+                f"The new model is not promoted: {failed} of {len(result['gates'])} gates failed."
+            )
+        promoted = "promoted" if result["promoted"] else "not promoted"
         return Part(
             "May the new model replace the old one?",
-            "A gate bounds the end of the interval, not the point.",
+            f"{decided} A gate bounds the end of the interval, not the point.",
             facts=facts,
-            cards=[(promoted, "the new model may replace the old one")],
+            cards=[(promoted, "is the new model, by its gates")],
         )
 
 

@@ -220,11 +220,8 @@ def _judgements(
 
 
 def _thumb_of(rating: "Rating | None", value: float) -> str | None:
-    """A number as a thumb: which half of its range it is in."""
-    if rating is None or rating.level != "response" or value == (rating.low + rating.high) / 2:
-        return None
-    high = value > (rating.low + rating.high) / 2
-    return "up" if high == (rating.better == "higher") else "down"
+    """What a number about an answer says; None: nothing."""
+    return None if rating is None or rating.level != "response" else rating.thumb(value)
 
 
 def _answer(

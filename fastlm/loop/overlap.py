@@ -1,12 +1,16 @@
-"""Which texts hold questions of an evaluation, by the runs of words that they share.
+"""Which texts hold questions of an evaluation, by the runs of words that they share
+(`fastlm.evals.ngrams`).
 
-A question is found in a text that has at least `SHARE` of its runs of ``n`` words; a question of
-fewer words, but at least `LEAST`, as a whole. Case and punctuation do not count.
+A question is found in a text that has at least `SHARE` of its different runs of ``n`` words; a
+question of fewer words, but at least `LEAST`, as a whole. Case and punctuation do not count.
 """
 
 import re
-from collections import Counter, defaultdict
 from collections.abc import Iterable
+
+import numpy as np
+
+from fastlm.evals.ngrams import indexes
 
 WORD = re.compile(r"\w+")
 SHARE = 0.5  # a question that was reworded in one place keeps about that much
@@ -14,45 +18,31 @@ LEAST = 5  # words; shorter questions ("Who are you?") are everybody's
 
 
 class Overlap:
-    """An index of questions. ``n``: words of a run."""
+    """An index of questions: (name of the set, text). ``n``: words of a run."""
 
-    def __init__(self, n: int = 8) -> None:
-        self.n = n
-        self.runs: dict[tuple[str, ...], set[int]] = defaultdict(set)
-        self.sizes: list[int] = []  # of each question, in different runs
+    def __init__(self, questions: Iterable[tuple[str, str]], n: int = 8) -> None:
+        self.ids: dict[str, int] = {}  # of words; 0 is a word that no question has
         self.names: list[str] = []
-        self.lengths: set[int] = set()  # of runs
-
-    def add(self, name: str, question: str) -> None:
-        """Add a question of the set ``name``."""
-        words = _words(question)
-        if len(words) < LEAST:
-            return
-        length = min(self.n, len(words))
-        runs = {*_runs(words, length)}
-        for run in runs:
-            self.runs[run].add(len(self.sizes))
-        self.sizes.append(len(runs))
-        self.names.append(name)
-        self.lengths.add(length)
+        asked, sizes = [], []
+        for name, text in questions:
+            words = _words(text)
+            if len(words) >= LEAST:
+                self.names.append(name)
+                asked.append([self.ids.setdefault(word, len(self.ids) + 1) for word in words])
+                sizes.append(min(n, len(words)))
+        self.indexes = indexes([np.array(ids) for ids in asked], sizes)
 
     def find(self, texts: Iterable[str]) -> str | None:
         """Return the set of a question that one of the texts holds, None if there is none."""
         for text in texts:
-            words = _words(text)
-            hits: Counter[int] = Counter()
-            for length in sorted(self.lengths):
-                for run in {*_runs(words, length)}:
-                    hits.update(self.runs.get(run, ()))
-            for question, count in hits.most_common():
-                if count >= SHARE * self.sizes[question]:
-                    return self.names[question]
+            ids = np.array([self.ids.get(word, 0) for word in _words(text)], np.int64)
+            for index in self.indexes.values():
+                shared = index.shared(ids)
+                found = np.flatnonzero((shared > 0) & (shared >= SHARE * index.distinct))
+                if len(found):
+                    return self.names[found[shared[found].argmax()]]
         return None
 
 
 def _words(text: str) -> list[str]:
     return WORD.findall(text.lower())
-
-
-def _runs(words: list[str], n: int) -> Iterable[tuple[str, ...]]:
-    return zip(*(words[i:] for i in range(n)))

@@ -1,6 +1,6 @@
 """The stage `Feedback`: what people said about answers, as rows to train on."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +12,7 @@ from fastlm.data.stage import funnel_rows, tables
 from fastlm.errors import InputError
 from fastlm.loop.build import PARTS, TRAIN, BuildOptions
 from fastlm.loop.judgements import is_export, open_store
-from fastlm.runs.stage import Job, Part, Positional, Stage
+from fastlm.runs.stage import Facts, Job, MaybePositional, Part, Stage, Takes
 
 if TYPE_CHECKING:
     from fastlm.loop.overlap import Overlap
@@ -29,6 +29,12 @@ class Feedback(BuildOptions, Stage):
     kind = "feedback"
     command = ("feedback", "build")
     version = 2
+    reads = {
+        "opinions": Takes(
+            ("opinions",), "The database that `fastlm feedback simulate` left, beside others",
+            optional=True, later=True,
+        ),
+    }  # fmt: skip
     leaves = {"feedback": "."}
     result = {"rows": dict[str, dict[str, int]], "raters": dict[str, Any]}
     notes = """Written are train/, judge/ and test/ with sft.jsonl, preferences.jsonl (for dpo and
@@ -37,16 +43,22 @@ raters.json."""
 
     database: Annotated[
         tuple[str, ...],
-        Positional("Feedback databases: SQLite files or postgresql://USER@HOST/NAME; .jsonl files"),
+        MaybePositional(
+            "Feedback databases: SQLite files or postgresql://USER@HOST/NAME; .jsonl files"
+        ),
     ] = ()
     decontaminate: Annotated[
         tuple[str, ...],
-        "What must not enter: question sets (fastlm tasks), all, or files of held-out prompts",
+        "What must not enter: question sets (fastlm tasks), all; sets that fastlm safety asks,"
+        " safety (all of them); files of held-out prompts",
     ] = ()
 
-    def check(self) -> None:
-        super().check()
-        if not self.database:
+    def plan(self, inputs: Mapping[str, Any]) -> Facts:
+        self._check_given(bool(inputs["opinions"]))
+        return {}
+
+    def _check_given(self, opinions: bool) -> None:
+        if not self.database and not opinions:
             raise InputError("database: wanted at least one database or .jsonl file, got none")
 
     def contents(self, contents: Contents) -> Any:
@@ -57,6 +69,9 @@ raters.json."""
     def run(self, job: Job) -> dict[str, Any]:
         from fastlm.loop.build import build
 
+        given = job.optional("opinions")
+        self._check_given(given is not None)
+        databases = [*self.database, *([] if given is None else [str(given)])]
         options = BuildOptions(**{f.name: getattr(self, f.name) for f in fields(BuildOptions)})
         questions = self._questions(job) if self.decontaminate else None
         if questions is None:
@@ -65,7 +80,7 @@ raters.json."""
         above = (job.out.parent, job.out.absolute().parent.parent) if job.in_recipe else ()
         forgotten = forgotten_keys([job.out, *above])
         done = build(
-            self.database, job.out, options=options, questions=questions, forgotten=forgotten,
+            databases, job.out, options=options, questions=questions, forgotten=forgotten,
             cache=job.cache,
         )  # fmt: skip
         left_out = {n for n, one in done.raters.items() if one.weight < self.least_weight}
@@ -81,17 +96,25 @@ raters.json."""
         from fastlm.data.prompts import read_prompts
         from fastlm.evals.catalog import load_task, names_of
         from fastlm.evals.contamination import question_texts
+        from fastlm.evals.safety.questions import TEXTS
+        from fastlm.evals.safety.questions import names_of as safety_sets
+        from fastlm.evals.safety.sets import Sets
         from fastlm.loop.overlap import Overlap
 
-        found = Overlap(self.ngram)
-        for name in self.decontaminate:
-            if _is_file(name):
-                for prompt in read_prompts([name], cache=job.cache):
-                    found.add(Path(name).name, prompt.messages[-1]["content"])
-        for name in names_of([one for one in self.decontaminate if not _is_file(one)]):
-            for text in question_texts(load_task(name, job.cache).questions):
-                found.add(name, text)
-        return found
+        def questions() -> Iterator[tuple[str, str]]:
+            for name in self.decontaminate:
+                if _is_file(name):
+                    for prompt in read_prompts([name], cache=job.cache):
+                        yield Path(name).name, prompt.messages[-1]["content"]
+            for name in dict.fromkeys(n for one in self.decontaminate for n in safety_sets(one)):
+                for text in TEXTS[name](Sets(job.cache)):
+                    yield name, text
+            rest = [n for n in self.decontaminate if not _is_file(n) and not safety_sets(n)]
+            for name in names_of(rest):
+                for text in question_texts(load_task(name, job.cache).questions):
+                    yield name, text
+
+        return Overlap(questions(), self.ngram)
 
     def told(self, result: Mapping[str, Any], job: Job) -> str:
         rows = ", ".join(f"{n:,} {form}" for form, n in result["rows"][TRAIN].items())

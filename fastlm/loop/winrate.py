@@ -28,6 +28,7 @@ class WinRate(Stage):
 
     kind = "winrate"
     command = ("winrate",)
+    version = 2
     reads = {
         "model": Takes(("model", "quantized"), "The new model: as for eval", flag="m"),
         "old": Takes(("model", "quantized"), "The model that serves now", default=False),
@@ -40,6 +41,11 @@ class WinRate(Stage):
     result = {"prompts": int, "scores": dict[str, dict[str, Any]], "compared": dict[str, Any]}
 
     data: Annotated[tuple[str, ...], "Prompts, as for ppo, in place of those of the feedback"] = ()
+    labelled: Annotated[
+        tuple[str, ...],
+        "Preferences that the judge has not been trained on, in place of those of the feedback's"
+        " test/: how often it is right corrects the rate",
+    ] = ()
     limit: Annotated[int, "Prompts, the first ones in an order that only they decide"] = 200
     answers: Annotated[int, "Answers of each model to a prompt"] = 1
     max_new_tokens: Annotated[int, "Most tokens per answer"] = 256
@@ -65,10 +71,11 @@ class WinRate(Stage):
             raise InputError("data: wanted prompts, or feedback, got neither")
 
     def contents(self, contents: Contents) -> Any:
-        return contents.sources(self.data, FORMATS)
+        return contents.sources((*self.data, *self.labelled), FORMATS)
 
     def run(self, job: Job) -> dict[str, Any]:
         from fastlm.loop.winning import answer, compared, judged
+        from fastlm.loop.winrate_judge import corrected, judge_accuracy
 
         self._check_data(bool(job.inputs.get("feedback")))
         prompts = self._prompts(job)
@@ -81,12 +88,24 @@ class WinRate(Stage):
         )  # fmt: skip
         points = judged(job.path("judge"), prompts, [old, new], job.warn)
         result = compared(old, new, points, self.answers, self.confidence)
+        if labelled := self._labelled(job):
+            accuracy = judge_accuracy(job.path("judge"), labelled, cache=job.cache)
+            if accuracy is not None:
+                scores = result["scores"]
+                scores["corrected"] = corrected(scores["rate"], accuracy, self.confidence)
         folder = make_folder(job.out)
         lines = _lines(prompts, old, new, points, self.answers)
         text = json.dumps(result, indent=1) + "\n"
         save_atomic(folder / ANSWERS, lambda path: path.write_text(lines, "utf-8"))
         save_atomic(folder / SCORES, lambda path: path.write_text(text, "utf-8"))
         return result
+
+    def _labelled(self, job: Job) -> list[str]:
+        """Return where comparisons are that nothing was trained on."""
+        if self.labelled or not job.inputs.get("feedback"):
+            return list(self.labelled)
+        path = job.path("feedback") / "test" / "preferences.jsonl"
+        return [str(path)] if path.is_file() and path.stat().st_size else []
 
     def _prompts(self, job: Job) -> "list[Prompt]":
         from fastlm.data.prompts import read_prompts
@@ -105,12 +124,14 @@ class WinRate(Stage):
         won = result["scores"]["rate"]
         return (
             f"the new model wins {_share(won)} of {result['prompts']:,} prompts (ties count half);"
-            f" its answers are {result['scores']['length']['value']:.2f} times as long"
+            f" its answers are {result['scores']['length']['value']:.2f} times as long;"
+            f" corrected for the judge's error: {_corrected(result['scores'])}"
         )
 
     def report(self, job: Job, result: Mapping[str, Any]) -> Part:
         scores, compared = result["scores"], result["compared"]
         facts = {
+            "corrected for the judge's error": _corrected(scores),
             "wins, ties, losses": "{wins:,}, {ties:,}, {losses:,}".format(**compared),
             "mean score of the judge": f"{compared['old']:+.3f} before, {compared['new']:+.3f} now"
             f" (p {compared['p']:.4f})",
@@ -126,6 +147,19 @@ class WinRate(Stage):
             facts=facts,
             cards=[(_share(scores["rate"]), "of prompts are won by the new model")],
         )
+
+
+def _corrected(scores: Mapping[str, Mapping[str, Any]]) -> str:
+    found = scores.get("corrected")
+    if found is None:
+        return "unknown (no preferences to measure it with)"
+    if "why" in found:
+        return f"no rate follows: {found['why']}"
+    judge = found["judge"]
+    return (
+        f"{_share(found)}; it agrees with people in {100 * judge['accuracy']:.1f} % of"
+        f" {judge['pairs']:,} pairs ({100 * judge['low']:.0f} to {100 * judge['high']:.0f})"
+    )
 
 
 def _share(score: Mapping[str, float]) -> str:

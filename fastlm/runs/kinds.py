@@ -5,6 +5,8 @@ from fastlm.data.stage import Data, Shards
 from fastlm.evals.safety.stage import Safety
 from fastlm.evals.stage import Eval
 from fastlm.loop.gate import Gate
+from fastlm.loop.promotion import Promotion
+from fastlm.loop.simulate import Simulate
 from fastlm.loop.stage import Feedback
 from fastlm.loop.winrate import WinRate
 from fastlm.quant.stage import Quantize
@@ -31,9 +33,11 @@ KINDS: dict[str, type[Stage]] = {
     "grpo": Grpo,
     "eval": Eval,
     "safety": Safety,
+    "simulate": Simulate,
     "feedback": Feedback,
     "winrate": WinRate,
     "gate": Gate,
+    "promotion": Promotion,
     "quantize": Quantize,
     "export": Export,
 }

@@ -35,7 +35,7 @@ from fastlm.train.distributed import check_alone
 
 RECIPE = "recipe.json"
 SOURCES = "sources.json"  # hashes of local files (`fastlm.data.content`)
-REPORT_VERSION = 6
+REPORT_VERSION = 7
 
 
 @dataclass

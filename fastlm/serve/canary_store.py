@@ -15,16 +15,18 @@ from fastlm.serve.trial import Arm
 
 if TYPE_CHECKING:
     from fastlm.serve.feedback import FeedbackStore
+    from fastlm.serve.ratings import Rating
     from fastlm.serve.said import Opinion
 
 
 class CanaryStore:
     """Tables beside those of ``feedback``, made if they are missing. Any thread may call it; a
-    write is on disk when the method returns. InputError, from every method: the database cannot be
-    used."""
+    write is on disk when the method returns. ``rating``: the number that a metric may name.
+    InputError, from every method: the database cannot be used."""
 
-    def __init__(self, feedback: "FeedbackStore"):
+    def __init__(self, feedback: "FeedbackStore", rating: "Rating | None" = None):
         self.engine, self.name = feedback.engine, feedback.name
+        self.rating = rating
         self._insert = (sqlite if self.engine.dialect.name == "sqlite" else postgresql).insert
         self._run(metadata.create_all)
 
@@ -70,10 +72,10 @@ class CanaryStore:
         A pick counts where the two answers are of both models, for one of the two, by a hash: then
         the arms are independent, and a canary as good as the old model wins half of each.
         """
-        if metric == "thumb" and opinion.thumb:
+        if (thumb := self._thumb(opinion, metric)) is not None:
             row = self._found(opinion.response_id, opinion.conversation_id)
             if row is not None and row.assigned:
-                return row.experiment, row.unit, row.arm, opinion.thumb == "up"
+                return row.experiment, row.unit, row.arm, thumb == "up"
         if metric == "pick" and opinion.preferred_over:
             better = self._found(opinion.response_id)
             for id, _ in opinion.preferred_over:
@@ -86,6 +88,14 @@ class CanaryStore:
                     counted = ("old", "new")[int(unit[0], 16) % 2]
                     return better.experiment, unit, counted, better.arm == counted
         return None
+
+    def _thumb(self, opinion: "Opinion", metric: str) -> str | None:
+        if metric == "thumb":
+            return opinion.thumb
+        values = dict(opinion.metrics)
+        if self.rating is None or metric != self.rating.name or metric not in values:
+            return None
+        return self.rating.thumb(values[metric])
 
     def _found(self, response_id: str | None, conversation_id: str | None = None) -> Any:
         """An answer by its id, else the last one of a conversation."""

@@ -134,7 +134,7 @@ def serve(
         str,
         typer.Option(
             help="What is a success: thumb (up), pick (preferred over the other model's answer),"
-            " stop (the answer ended by itself)"
+            " stop (the answer ended by itself), or a number of --metrics (in the better half)"
         ),
     ] = "thumb",
     canary_rule: Annotated[
@@ -187,8 +187,13 @@ def serve(
         if feedback is None:
             raise InputError("canary: wanted --feedback, where its outcomes are kept, got none")
         from fastlm.serve.plan import Plan
+        from fastlm.serve.ratings import read_ratings
 
-        plan = Plan(share, canary_metric, canary_rule, canary_margin, canary_alpha, canary_most)
+        declared = [] if metrics is None else read_ratings(metrics)
+        plan = Plan(
+            share, canary_metric, canary_rule, canary_margin, canary_alpha, canary_most,
+            next((one for one in declared if one.name == canary_metric), None),
+        )  # fmt: skip
     changes = canary is not None or models_dir is not None
     if changes and state is None:
         if feedback is None or "://" in feedback:

@@ -2,14 +2,10 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
-
-from fastlm.serve.plan import Plan
-from fastlm.serve.trial import Arm, Compared, comparisons
 
 if TYPE_CHECKING:
     from fastlm.serve.models import Models
@@ -49,8 +45,7 @@ class ModelMetrics(Collector):
         counts = GaugeMetricFamily(
             "fastlm_canary", "What the canary's trial has counted", labels=["arm", "what"]
         )
-        arms = dict(trial.arms)
-        for arm, counted in arms.items():
+        for arm, counted in dict(trial.arms).items():
             for what, count in asdict(counted).items():
                 counts.add_metric([arm, what], count)
         yield counts
@@ -60,12 +55,7 @@ class ModelMetrics(Collector):
             "fastlm_canary_difference", "Canary less old model, with its always-valid interval",
             labels=["test", "what"],
         )  # fmt: skip
-        for name, test in _compared(arms["old"], arms["new"], trial.plan).items():
+        for name, test in trial.tests.items():
             for what, value in asdict(test).items():
                 difference.add_metric([name, what], value)
         yield difference
-
-
-@lru_cache(1)
-def _compared(old: Arm, new: Arm, plan: Plan) -> dict[str, Compared]:
-    return comparisons({"old": old, "new": new}, plan)

@@ -141,10 +141,11 @@ async def give(server: "Server", http: Request) -> Response:
         if kept is not None:
             told = None if switch is None else switch.model_of(kept.response_id)
             done = store.keep(kept if told is None else replace(kept, model=told))
-        number = store.add(opinion) if opinion.kinds() else None
+        # before the opinion is stored: if one of the two fails, the client says it again, and a
+        # trial counts that once
         if switch is not None:
             switch.opinion(opinion)
-        return number, done
+        return store.add(opinion) if opinion.kinds() else None, done
 
     try:
         number, done = await run_sync(write, limiter=server.writing)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from fastlm.errors import InputError
+from fastlm.serve.ratings import Rating
 
 METRICS = ("thumb", "pick", "stop")
 RULES = ("superiority", "non-inferiority")
@@ -11,7 +12,8 @@ RULES = ("superiority", "non-inferiority")
 @dataclass(frozen=True)
 class Plan:
     """share: of the conversations that the canary gets. metric: what is a success: a thumb up among
-    thumbs; being preferred over an answer of the other model; an answer that ended by itself.
+    thumbs; being preferred over an answer of the other model; an answer that ended by itself; or,
+    by its name, a ``rating`` in the better half of its range.
 
     rule: with "superiority" the canary is promoted when it is better, with "non-inferiority" when
     it is worse by less than ``margin``. alpha: the chance that a canary that is not takes over; and
@@ -24,11 +26,17 @@ class Plan:
     margin: float = 0.05
     alpha: float = 0.05
     most: int = 5000
+    rating: Rating | None = None
 
     def __post_init__(self) -> None:
         for name, good, wanted, value in (
             ("share", 0 < self.share < 1, "a number between 0 and 1", self.share),
-            ("canary_metric", self.metric in METRICS, ", ".join(METRICS), self.metric),
+            (
+                "canary_metric",
+                self._known,
+                f"{', '.join(METRICS)}, or a declared number",
+                self.metric,
+            ),
             ("canary_rule", self.rule in RULES, " or ".join(RULES), self.rule),
             ("canary_margin", 0 < self.margin < 1, "a number between 0 and 1", self.margin),
             ("canary_alpha", 0 < self.alpha < 1, "a number between 0 and 1", self.alpha),
@@ -36,6 +44,11 @@ class Plan:
         ):
             if not good:
                 raise InputError(f"{name}: wanted {wanted}, got {value!r:.80}")
+
+    @property
+    def _known(self) -> bool:
+        rated = self.rating is not None and self.rating.name == self.metric
+        return rated or self.metric in METRICS
 
     @property
     def bound(self) -> float:

@@ -92,7 +92,7 @@ def run(
             if store is not None:
                 from fastlm.serve.canary_store import CanaryStore
 
-                counts = CanaryStore(store)
+                counts = CanaryStore(store, None if plan is None else plan.rating)
             models, known = start_models(
                 loader, str(path), state, canary=canary, plan=plan, store=counts
             )

@@ -58,6 +58,13 @@ class Rating:
     def row(self) -> dict[str, Any]:
         return asdict(self)
 
+    def thumb(self, value: float) -> str | None:
+        """A number as a thumb, "up" or "down": which half of its range it is in; None: neither."""
+        middle = (self.low + self.high) / 2
+        if value == middle:
+            return None
+        return "up" if (value > middle) == (self.better == "higher") else "down"
+
     def read(self, value: Any, where: str) -> float:
         """A value as a number. InputError: not of the metric's kind, or out of its range."""
         if self.kind == "boolean":

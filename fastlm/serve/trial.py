@@ -15,6 +15,7 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from anyio import CapacityLimiter
@@ -68,6 +69,7 @@ class Compared:
     p: float
 
 
+@lru_cache(64)  # most counts are those of the last look
 def compare(old: tuple[int, int], new: tuple[int, int], alpha: float) -> Compared:
     """Compare (successes, number) of the two arms."""
     from fastlm.evals.sequential import always_valid
@@ -141,6 +143,7 @@ class Trial:
 
     ``canary``: its model, None once it has ended, whose counts outlive the model.
     ``experiment``: its name in the database, new for each trial, and the salt of its hashes.
+    ``tests``: `comparisons` as of the last look.
     ``same_tokens``: a token id means the same to both models. ``secret``: with which units are
     hashed for the database, so that nobody who has it can try what a prompt said.
     """
@@ -154,6 +157,7 @@ class Trial:
     decide: Callable[["Trial", Verdict], Awaitable[Any]] | None = None
     verdict: Verdict | None = None
     arms: dict[str, Arm] = field(default_factory=lambda: {"old": Arm(), "new": Arm()})
+    tests: dict[str, Compared] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.name = self.served.name
@@ -255,7 +259,9 @@ class Trial:
         while self.verdict is None:
             await self._changed.wait()
             self._changed.clear()
-            verdict = await asyncio.to_thread(judge, dict(self.arms), self.plan)
+            arms = dict(self.arms)
+            self.tests = await asyncio.to_thread(comparisons, arms, self.plan)
+            verdict = await asyncio.to_thread(judge, arms, self.plan)
             if verdict is not None and self.decide is not None and self.verdict is None:
                 await self.decide(self, verdict)
                 self._changed.set()  # unless that has ended it

@@ -52,7 +52,10 @@ class Best:
         elif "val_score" in metrics:  # of answers: higher is better
             loss = -metrics["val_score"]
         else:
-            raise InputError("keep_best: wanted held-out data to validate on, got none")
+            raise InputError(
+                "keep_best: wanted held-out data to validate on, got none; raise heldout, give more"
+                " rows or feedback, or do without keep_best and with take = last"
+            )
         if not loss < (math.inf if self.loss is None else self.loss):
             return
         make_folder(self.folder)

@@ -10,9 +10,10 @@ from fastlm.evals.results import Record, Results
 from fastlm.evals.scorer import Pair, Prompt, Scorer
 from fastlm.progress import silent
 
-# What is kept at once. A part that was cut off is asked again as a whole, in the same batches, so
-# that its records have the same bits.
-ANSWERS, PAIRS = 16, 256
+ANSWERS, PAIRS = 16, 256  # what is kept at once
+
+
+Turns = tuple[tuple[str, str], ...]  # (message, answer) each
 
 
 class Asked:
@@ -22,6 +23,9 @@ class Asked:
         folder: of the files.
         model: a hash of the model, without which records of another one could be taken for its own.
         track: as in `fastlm.runs.stage.Job`.
+
+    ``cuts`` counts, by name of what was asked, the prompts that were cut at their beginning to fit
+    the context.
     """
 
     def __init__(
@@ -29,6 +33,7 @@ class Asked:
     ) -> None:
         self.scorer, self.folder, self.model = scorer, folder, model
         self.seed, self.track = seed, track
+        self.cuts: dict[str, int] = {}
 
     @property
     def chats(self) -> bool:
@@ -42,21 +47,56 @@ class Asked:
         max_new_tokens: int,
         chat: bool = True,
         temperature: float = 0.0,
+        before: Sequence[Turns] | None = None,
     ) -> list[str]:
-        """Return what the model answers, through its chat template if it has one and ``chat``."""
+        """Return what the model answers, through its chat template if it has one and ``chat``.
+
+        Args:
+            before: (message, answer) of the turns before each prompt. Without a template they
+                stand before it as text.
+        """
         chat = chat and self.chats
-        about = {"max_new_tokens": max_new_tokens, "chat": chat, "temperature": temperature}
+        if before is None:
+            before = [()] * len(prompts)
+        elif not chat:
+            prompts = [_as_text(turns, p) for turns, p in zip(before, prompts, strict=True)]
+            before = [()] * len(prompts)
+        about: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens, "chat": chat, "temperature": temperature,
+        }  # fmt: skip
+
+        if any(before):
+            about["before"] = _digest(before)
 
         def ask(at: int, part: Sequence[str]) -> list[Record]:
             asked = [
-                Prompt(text, max_new_tokens, chat=chat, seed=self.seed + at + i)
+                Prompt(
+                    text, max_new_tokens, chat=chat, seed=self.seed + at + i,
+                    before=tuple(before[at + i]),
+                )
                 for i, text in enumerate(part)
-            ]
+            ]  # fmt: skip
             written = self.scorer.generate(asked, temperature=temperature)
-            return [{"answer": one.text, "ended": one.ended} for one in written]
+            return [{"answer": one.text, "ended": one.ended, **_cut(one.cut)} for one in written]
 
         records = self.records(name, prompts, ask, size=ANSWERS, about=about)
         return [record["answer"] for record in records]
+
+    def conversations(
+        self, name: str, messages: Sequence[Sequence[str]], *, max_new_tokens: int
+    ) -> list[str]:
+        """Return the last answer of conversations: each has a user's messages, equally many, and
+        the model's own answers in between.
+        """
+        before: list[Turns] = [()] * len(messages)
+        answers: list[str] = []
+        for turn, prompts in enumerate(zip(*messages, strict=True), 1):
+            answers = self.answers(
+                f"{name}.turn_{turn}", prompts, max_new_tokens=max_new_tokens, before=before
+            )
+            said = zip(before, prompts, answers, strict=True)
+            before = [(*turns, (prompt, answer)) for turns, prompt, answer in said]
+        return answers
 
     def logprobs(
         self, name: str, pairs: Sequence[Pair], *, chat: bool = False, greedy: bool = False
@@ -67,7 +107,10 @@ class Asked:
         def ask(at: int, part: Sequence[Pair]) -> list[Record]:
             del at
             found = self.scorer.loglikelihoods(part, chat=chat, greedy=greedy)
-            return [{"logprob": f.logprob, "tokens": f.tokens, "greedy": f.greedy} for f in found]
+            return [
+                {"logprob": f.logprob, "tokens": f.tokens, "greedy": f.greedy, **_cut(f.cut)}
+                for f in found
+            ]
 
         about = {"chat": chat, "greedy": greedy}
         return self.records(name, pairs, ask, size=PAIRS, about=about)
@@ -87,15 +130,23 @@ class Asked:
         another model has files of its own.
         """
         digest = _digest(items)
+        about = {"cut": "counted", **about}  # records without it count none
         whole = {"model": self.model, "seed": self.seed, "items": digest, "of": len(items), **about}
         with Results(self.folder / f"{name}-{_digest(whole)}.jsonl", whole) as results:
-            done = len(results.records)
-            if done < len(items):
-                results.keep(done - done % size)  # a part that was cut is asked again
-            starts = range(len(results.records), len(items), size)
-            for at in self.track(starts, name, unit="parts") if len(starts) else ():
-                results.add(ask(at, items[at : at + size]))
-            return results.records
+            found = results.fill(
+                items, ask, part=size, track=lambda parts: self.track(parts, name, unit="parts")
+            )
+            self.cuts[name] = sum(bool(record.get("cut")) for record in found)
+            return found
+
+
+def _as_text(turns: Turns, prompt: str) -> str:
+    said = [f"User: {message}\nAssistant: {answer}" for message, answer in turns]
+    return "\n".join([*said, f"User: {prompt}\nAssistant:"])
+
+
+def _cut(tokens: int) -> dict[str, int]:
+    return {"cut": tokens} if tokens else {}
 
 
 def _digest(value: Any) -> str:

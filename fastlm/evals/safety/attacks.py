@@ -56,7 +56,8 @@ ATTACKS: dict[str, Attack] = {
     "many_shot": _many_shot,
 }
 SEARCHED = ("in_the_wild", "suffix")  # need a set, or the model
-NAMES = (*ATTACKS, *SEARCHED)
+SEVERAL_TURNS = ("crescendo", "foot_in_the_door", "split_request")  # `fastlm.evals.safety.turns`
+NAMES = (*ATTACKS, *SEARCHED, *SEVERAL_TURNS)
 
 
 def in_the_wild(templates: Sequence[str], requests: Sequence[str]) -> list[str]:

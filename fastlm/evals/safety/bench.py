@@ -15,15 +15,16 @@ from fastlm.evals.safety.judges import (
     declines,
     fit_measured,
     measure,
-    not_answers,
     text_features,
 )
+from fastlm.evals.safety.negatives import constructed, not_answers
 from fastlm.evals.safety.refusals import abstains, refuses
 from fastlm.evals.safety.scores import Score, share
 from fastlm.evals.safety.sentences import ABSTAINING, ABSTAINING_SEEN
 from fastlm.evals.safety.sets import Sets, sample
 
 ANSWERS = 400  # of people, for the judge of answers
+CONSTRUCTED = 400  # to fit to, as many as people labelled: all 1,110 do worse on both labels
 TOXIC = 500  # examples of each label: all 993 take four times as long, for 2.5 points
 
 
@@ -47,10 +48,13 @@ class Judges:
         says yes.
         """
         examples = self.sets.labelled("objectives")
+        made = sample([e for _, e in constructed(examples, held_out=False)], CONSTRUCTED, 0)
         return fit_measured(
             examples, compliance_features,
             f"{len(examples)} answers labelled by people (PyRIT), by five-fold cross-validation",
-            seen=not_answers(examples), veto=lambda request, answer: refuses(answer),
+            seen=[*not_answers(examples), *made, *self.sets.harmless()],
+            constructed=constructed(examples, held_out=True),
+            veto=lambda request, answer: refuses(answer),
         )  # fmt: skip
 
     @cached_property

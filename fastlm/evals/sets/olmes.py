@@ -106,9 +106,16 @@ def _read_given(
     listed: Listed, name: str, format: str, cache: Path, *, folder: str, normalisation: str
 ) -> Task:
     questions = read_choices(request_file(folder, format, cache))
+    if folder == "boolq":  # several questions about one passage
+        questions = [replace(q, group=_passage(q)) for q in questions]
     # letters are compared as they are
     normalisation = "none" if "mc_" in format else normalisation
     return listed.task(name, f"olmes:{format}", questions, normalisation=normalisation)
+
+
+def _passage(q: Choices) -> str:
+    """What stands between the examples and the question."""
+    return q.requests[0][0].rpartition("\n\n")[2].partition("\nQuestion:")[0]
 
 
 def _given(ability: str, licence: str, folder: str, normalisation: str, *formats: str) -> Listed:

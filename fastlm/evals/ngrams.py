@@ -1,0 +1,111 @@
+"""The index of the n-grams of evaluation questions, which is searched in two directions.
+
+    which questions stand in the data?   `fastlm.evals.contamination`: tokens, 13 in a row
+    which questions does a text hold?    `fastlm.loop.overlap`: words, 8 in a row
+
+The two have rules of their own, since they decide different things: the first describes a score,
+by the published rules; the second drops a row, where a question that was reworded counts, too.
+What stands for a token or a word is an integer.
+
+N-grams are compared by 64-bit hashes, which are computed for a whole block at once; a table of bits
+lets only candidates through to the exact search. A billion tokens hold no n-gram of a million by
+chance with more than 5e-5.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+_BITS = 22  # of the table: 4 MB of bytes, 1 of 60 filled by 70,000 n-grams
+_BASE = np.uint64(0x9E3779B97F4A7C15)
+_MIX = np.uint64(0xBF58476D1CE4E5B9)
+_NONE = np.empty(0, np.uint64)
+
+
+def hashes(ids: np.ndarray, n: int) -> np.ndarray:
+    """The hash of each n-gram: (length,) integers -> (length - n + 1,) uint64."""
+    if len(ids) < n:
+        return _NONE
+    power, size, found, covered = ids.astype(np.uint64), 1, None, 0
+    # the hash of twice as many ids from two of half; those of n's binary digits are joined
+    with np.errstate(over="ignore"):
+        while True:
+            if n & size:
+                found = power if found is None else _joined(power, found, size, covered)
+                covered += size
+            if covered == n:
+                break
+            power, size = _joined(power, power, size, size), 2 * size
+        assert found is not None  # n is 1 or more
+        mixed = found[: len(ids) - n + 1]
+        mixed = (mixed ^ (mixed >> np.uint64(31))) * _MIX
+    return mixed ^ (mixed >> np.uint64(29))
+
+
+def _joined(left: np.ndarray, right: np.ndarray, size: int, after: int) -> np.ndarray:
+    """The hash of ``size`` ids followed by ``after`` others."""
+    count = min(len(left), len(right) - size)
+    return left[:count] * np.uint64(pow(int(_BASE), after, 2**64)) + right[size : size + count]
+
+
+class Index:
+    """The n-grams of questions.
+
+    Args:
+        questions: (length,) integers each; one of fewer than ``n`` has no n-gram.
+
+    ``distinct``: how many different n-grams each question has, (questions,).
+    """
+
+    def __init__(self, questions: Sequence[np.ndarray], n: int) -> None:
+        self.n = n
+        own = [np.unique(hashes(ids, n)) for ids in questions]
+        self.distinct = np.array([len(grams) for grams in own], np.int64)
+        self.known, place = np.unique(np.concatenate([*own, _NONE]), return_inverse=True)
+        order = np.argsort(place, kind="stable")
+        # the questions that have known[i]: owners[begins[i] : begins[i + 1]]
+        self.owners = np.repeat(np.arange(len(own)), self.distinct)[order]
+        self.begins = np.searchsorted(place[order], np.arange(len(self.known) + 1))
+        self.seen = np.zeros(len(self.known), bool)
+        self.table = np.zeros(2**_BITS, bool)
+        self.table[_slots(self.known)] = True
+
+    def places(self, ids: np.ndarray) -> np.ndarray:
+        """Return where the n-grams that ``ids`` holds stand in ``known``, in their order."""
+        values = hashes(ids, self.n)
+        maybe = values[self.table[_slots(values)]]
+        at = np.searchsorted(self.known, maybe)
+        at[at == len(self.known)] = 0
+        return at[self.known[at] == maybe] if len(maybe) else at
+
+    def mark(self, ids: np.ndarray) -> None:
+        """Mark the n-grams that a piece of the data holds as seen."""
+        self.seen[self.places(ids)] = True
+
+    def covered(self, ids: np.ndarray) -> np.ndarray:
+        """Which ids of a question lie in an n-gram that was seen: (length,) bool."""
+        hit = self.seen[np.searchsorted(self.known, hashes(ids, self.n))]
+        steps = np.zeros(len(ids) + 1, np.int64)
+        np.add.at(steps, np.flatnonzero(hit), 1)
+        np.add.at(steps, np.flatnonzero(hit) + self.n, -1)
+        return np.cumsum(steps[:-1]) > 0
+
+    def shared(self, ids: np.ndarray) -> np.ndarray:
+        """How many different n-grams of each question ``ids`` holds: (questions,)."""
+        held = [self.owners[self.begins[i] : self.begins[i + 1]] for i in {*self.places(ids)}]
+        whole = np.concatenate(held) if held else np.empty(0, np.int64)
+        return np.bincount(whole, minlength=len(self.distinct))
+
+
+def indexes(questions: Sequence[np.ndarray], sizes: Sequence[int]) -> dict[int, Index]:
+    """Return n -> the index of the questions whose size is n; 0: of a question in none. In each,
+    question i is the same."""
+    none = np.empty(0, np.int64)
+    return {
+        n: Index([ids if size == n else none for ids, size in zip(questions, sizes)], n)
+        for n in sorted({*sizes} - {0})
+    }
+
+
+def _slots(values: np.ndarray) -> np.ndarray:
+    return (values >> np.uint64(64 - _BITS)).astype(np.intp)
