@@ -1,33 +1,39 @@
 """The whole circle on this machine: users, feedback, training, gates, promotion, and again.
 
-    fastlm run bench/circle_base.toml                   the model of round 0, once (minutes)
-    python bench/circle.py --plot docs/circle.png       three rounds, without and with bad users
+    python bench/circle.py --conversations 4000              what the model of round 0 learns
+    fastlm run bench/circle_base.toml -o runs/circle/base    that model, once (a minute)
+    python bench/circle.py --seed 2 --plot docs/circle.png   three rounds, each without and with
+                                                             malicious users
 
-In each round a real `fastlm serve` answers simulated users (bench/users.py), who post to
-/v1/feedback; `fastlm run recipes/improve.toml --until winrate` builds rows from the database and
-trains a new model, and `fastlm gate` decides by bench/circle_gates.toml whether it may replace the
-old one; if so, the next round is served by the new one. Some feedback comes a round late, some
-without consent to keep the text, some consent is withdrawn. Then the model answers prompts that no
-user asked, and the hidden preference, which nothing else sees, says which answers it accepts.
+One `fastlm serve` runs all the time. In each round it answers simulated users (bench/users.py), who
+post to /v1/feedback; `fastlm run recipes/improve.toml --until winrate` builds rows from the
+database and trains the model of round 0 anew on all feedback so far; `fastlm gate` decides by
+bench/circle_gates.toml whether it may replace the one that serves; if so, `fastlm promote` with the
+admin key puts it in the server. Some feedback comes a round late, some without consent to keep the
+text, some consent is withdrawn. Then the server answers prompts that no user asked, and the hidden
+preference, which nothing else sees, says which answers it accepts.
 
 `--malicious 0 0.1`: the share of users who say the opposite or anything; one circle per share.
 `--trusting` adds the last circle again with every rater trusted, to show what the weights do. A
-circle whose rounds.json is complete is not run again, so that several processes may run one each.
+circle whose rounds.json is complete is not run again, so that several processes may run one each;
+one that was interrupted is begun anew in another --out, or after its folder is deleted.
 """
 
 import argparse
-import itertools
 import json
 import os
 import random
+import secrets
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +43,11 @@ import users
 from harness import machine
 from servers import free_port
 
+from fastlm.data.prompts import Prompt
 from fastlm.evals.statistics import wilson
+from fastlm.loop.bounds import difference
 from fastlm.loop.gate import Gate
+from fastlm.loop.winning import answer, share
 from fastlm.runs.run import run_recipe
 from fastlm.serve.feedback import FeedbackStore
 
@@ -50,24 +59,50 @@ NAME = "tiny"  # of the model, for its clients
 LATE, NO_CONSENT, WITHDRAWN = 0.1, 0.1, 0.03
 # Of the tiny model; a larger one wants smaller rates
 TRAINING = (
-    "feedback.test=0.2", "feedback.judge=0.25", "sft.lr=1e-3", "sft.epochs=3", "sft.batch_size=4",
-    "sft.accumulate=1", "judge.lr=1e-3", "judge.epochs=3", "judge.accumulate=1", "dpo.lr=5e-4",
-    "dpo.epochs=2", "dpo.batch_size=8", "dpo.accumulate=1", "dpo.beta=0.1", "eval.stride=128",
-    "winrate.max_new_tokens=80", "winrate.temperature=0.9", "winrate.answers=2",
-    "sft.sample_at=[]", "dpo.sample_at=[]", "sft.validations=1", "dpo.validations=1",
-    "judge.validations=2",
+    "feedback.test=0.4", "feedback.judge=0.25", "sft.lr=5e-4", "sft.epochs=1", "sft.batch_size=4",
+    "sft.accumulate=1", "judge.lr=1e-3", "judge.epochs=3", "judge.accumulate=1", "dpo.lr=3e-4",
+    "dpo.epochs=1", "dpo.batch_size=8", "dpo.accumulate=1", "dpo.beta=0.1", "dpo.sft_weight=0.2",
+    "winrate.max_new_tokens=80", "winrate.temperature=0.9", "winrate.answers=3",
+    "winrate.limit=200", "sft.sample_at=[]", "dpo.sample_at=[]", "sft.validations=1",
+    "dpo.validations=1", "judge.validations=2", "eval.stride=128",
 )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Server:
+    """A `fastlm serve` in a process of its own, its client and the keys that it takes."""
+
+    url: str
+    client: httpx.Client
+    admin_key: str
+
+    def promote(self, model: Path) -> None:
+        """Let ``model`` answer from now on, by `fastlm promote`."""
+        words = [sys.executable, "-m", "fastlm", "promote", str(model), "--server", self.url]
+        done = subprocess.run(
+            words, env=os.environ | {"FASTLM_API_KEY": self.admin_key}, capture_output=True,
+            text=True, cwd=ROOT,
+        )  # fmt: skip
+        if done.returncode:
+            raise SystemExit(f"fastlm promote {model}: {done.stderr.strip()}")
+
+
 @contextmanager
-def served(model: Path, database: Path, log: Path) -> Iterator[httpx.Client]:
-    """Context: a client of `fastlm serve` in a process of its own."""
-    port = free_port()
+def served(model: Path, models: Path, database: Path, log: Path) -> Iterator[Server]:
+    """Context: `fastlm serve` of ``model``, which may be replaced by those below ``models``."""
+    port, keys = free_port(), (secrets.token_hex(16), secrets.token_hex(16))
     words = [sys.executable, "-m", "fastlm", "serve", "-m", str(model), "--port", str(port)]
-    words += ["--feedback", str(database), "--name", NAME, "--threads", "1"]
+    words += ["--feedback", str(database), "--models-dir", str(models), "--name", NAME]
+    given = {"FASTLM_API_KEYS": keys[0], "FASTLM_ADMIN_KEYS": keys[1]}
     with open(log, "ab") as file:
-        process = subprocess.Popen(words, stdout=file, stderr=file, cwd=ROOT)
-    client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120, trust_env=False)
+        process = subprocess.Popen(
+            [*words, "--threads", "1"], stdout=file, stderr=file, cwd=ROOT, env=os.environ | given
+        )
+    url = f"http://127.0.0.1:{port}"
+    client = httpx.Client(
+        base_url=url, timeout=120, trust_env=False,
+        headers={"Authorization": f"Bearer {keys[0]}"},
+    )  # fmt: skip
     try:
         until = time.monotonic() + 180
         while True:
@@ -79,7 +114,7 @@ def served(model: Path, database: Path, log: Path) -> Iterator[httpx.Client]:
             except httpx.TransportError:
                 pass
             time.sleep(0.2)
-        yield client
+        yield Server(url, client, keys[1])
     finally:
         client.close()
         process.send_signal(signal.SIGTERM)
@@ -166,32 +201,60 @@ class Round:
 def measure(
     client: httpx.Client, count: int, seed: int, heard: Collection[str] = ()
 ) -> dict[str, Any]:
-    """Return what the hidden preference says of fresh answers to prompts that are not in
-    ``heard``, of the users' kind."""
+    """Return what the hidden preference says of answers to ``count`` different prompts of the
+    users' kind that are not in ``heard``, and how many unheard requests for harm are refused."""
     draw = random.Random(f"fresh/{seed}")
-    drawn = iter(lambda: users.ask(draw, harmful=0), None)
-    asked = list(itertools.islice((one for one in drawn if one.text not in heard), count))
+    drawn = (users.ask(draw, harmful=0) for _ in range(100 * count))
+    fresh = {one.text: one for one in drawn if one.text not in heard}
+    asked = [*fresh.values()][:count]
     texts = [t for _, (t,) in ask_all(client, asked, 1, 10**9 + seed * 1_000_000)]
-    harmful = [users.ask(draw, harmful=1) for _ in range(count // 4)]
+    harmful = harm(heard)
     refused = [t for _, (t,) in ask_all(client, harmful, 1, 2 * 10**9 + seed * 1_000_000)]
-
-    def share(hits: Sequence[bool]) -> dict[str, float]:
-        found = wilson(sum(hits), len(hits))
-        return {"value": sum(hits) / len(hits), "low": found.low, "high": found.high}
-
+    faults = [users.faults(a, t) for a, t in zip(asked, texts, strict=True)]
     return {
-        "accepted": share([users.accepted(a, t) for a, t in zip(asked, texts, strict=True)]),
-        "points": sum(map(users.points, asked, texts)) / count,
-        "words": sum(len(text.split()) for text in texts) / count,
-        "refused_harmful": share([users.refuses(text) for text in refused]),
-        "refused_harmless": share([users.refuses(text) for text in texts]),
-        "different": len({*texts}) / count,
+        "accepted": rate([users.accepted(a, t) for a, t in zip(asked, texts, strict=True)]),
+        "points": sum(map(users.points, asked, texts)) / len(asked),
+        "words": sum(len(text.split()) for text in texts) / len(asked),
+        **{name: rate([name not in found for found in faults]) for name in users.WANTED},
+        "refused_harmful": rate([users.refuses(text) for text in refused]),
+        "refused_harmless": rate([users.refuses(text) for text in texts]),
+        "different": len({*texts}) / len(asked),
     }
 
 
+def rate(hits: Sequence[bool]) -> dict[str, float]:
+    found = wilson(sum(hits), len(hits))
+    return {"value": sum(hits) / len(hits), "low": found.low, "high": found.high, "n": len(hits)}
+
+
+def harm(heard: Collection[str] = ()) -> list[users.Ask]:
+    """The requests for harm that are not in ``heard``."""
+    return [one for one in users.harmful() if one.text not in heard]
+
+
+def measure_harm(model: Path, out: Path, heard: Collection[str]) -> dict[str, float]:
+    """Write ``out``/scores.json for `fastlm gate`: the share of unheard requests for harm that the
+    model refuses."""
+    prompts = [Prompt(messages(one), {}) for one in harm(heard)]
+    texts = answer(model, prompts, max_new_tokens=80, temperature=SAMPLING["temperature"])
+    refused = rate([users.refuses(one.text) for one in texts])
+    out.mkdir()
+    (out / "scores.json").write_text(json.dumps({"scores": {"refused": refused}}))
+    return refused
+
+
 def post(client: httpx.Client, bodies: Sequence[dict[str, Any]]) -> None:
+    """Send feedback; users send at the same time, and each of them in order."""
+    own: dict[str, list[dict[str, Any]]] = {}
     for body in bodies:
-        client.post("/v1/feedback", json=body).raise_for_status()
+        own.setdefault(body["rater"], []).append(body)
+
+    def send(said: Sequence[dict[str, Any]]) -> None:
+        for body in said:
+            client.post("/v1/feedback", json=body).raise_for_status()
+
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        list(pool.map(send, own.values()))
 
 
 def hidden_wins(path: Path) -> dict[str, float]:
@@ -203,9 +266,8 @@ def hidden_wins(path: Path) -> dict[str, float]:
         prompts.add(asked.text)
         new, old = users.points(asked, row["new"]), users.points(asked, row["old"])
         wins.append(1.0 if new > old else 0.5 if new == old else 0.0)
-    share = sum(wins) / len(wins)
-    found = wilson(share * len(prompts), len(prompts))  # answers to one prompt are one draw
-    return {"value": share, "low": found.low, "high": found.high}
+    found = share(wins, len(wins) // len(prompts))
+    return {"value": sum(wins) / len(wins), "low": found.low, "high": found.high}
 
 
 def asked_of(text: str) -> users.Ask:
@@ -217,64 +279,87 @@ def asked_of(text: str) -> users.Ask:
 def circle(
     out: Path, base: Path, malicious: float, options: argparse.Namespace, *, trusting: bool = False
 ) -> list[dict[str, Any]]:
-    """Run the rounds; return a row per round, the first of the model before them."""
-    out.mkdir(parents=True, exist_ok=True)
+    """Run the rounds; return a row per round, the first of the model before them. "rise": of the
+    share accepted, above the round before, with its interval."""
+    if out.exists():
+        raise SystemExit(f"{out}: wanted a new folder, it has a circle that was interrupted")
+    out.mkdir(parents=True)
     weights = ["feedback.least_weight=0.0"] if trusting else []
     people = users.users(options.users, malicious, options.seed)
-    database, log = out / "feedback.db", out / "serve.log"
-    model, late, rows = base / "sft", [], []
+    database, talk, rows = out / "feedback.db", out / "talk.txt", []
+    unheard = users.conversations(random.Random(f"talk/{options.seed}"), 100)
+    talk.write_text("\n".join(m["content"] for row in unheard for m in row["messages"]))
+    model, late = base / "sft", []
     heard: set[str] = set()  # all that users asked so far
-    for number in range(options.rounds + 1):
-        began = time.monotonic()
-        with served(model, database, log) as client:
-            row: dict[str, Any] = {"round": number, **measure(client, options.fresh, number, heard)}
-            if rows:
-                row |= {key: rows[-1].pop(key) for key in [*rows[-1]] if key.startswith("next_")}
+    with served(model, out, database, out / "serve.log") as server:
+        for number in range(options.rounds + 1):
+            began = time.monotonic()
+            seed = options.seed * 1000 + number
+            measured = measure(server.client, options.fresh, seed, heard)
+            rise = {"rise": difference(measured["accepted"], rows[-1]["accepted"])} if rows else {}
+            row: dict[str, Any] = {
+                "round": number, "model": answering(server.client), **measured, **rise
+            }  # fmt: skip
             rows.append(row)
             print(json.dumps(row), flush=True)
-            (out / "rounds.json").write_text(json.dumps(rows, indent=1))
             if number == options.rounds:
                 break
-            said = Round(client, people, options.seed * 1000 + number)
+            said = Round(server.client, people, seed)
             said.run(options.prompts, options.reviews)
-            post(client, [*late, *said.now])
+            post(server.client, [*late, *said.now])
             late, heard = said.late, heard | said.asked
-        with FeedbackStore(database) as store:
-            gone = said.draw.sample(said.ids, round(WITHDRAWN * len(said.ids)))
-            for id in gone:
-                store.forget(id)
-        new = out / f"round-{number + 1}"
-        told = improve(new, model, database, base, [*weights, *options.sets])
-        said_by = Counter(
-            kind for body in said.now for kind in ("thumb", "corrected", "preferred_over")
-            if kind in body
-        )  # fmt: skip
-        row |= {
-            "said": dict(said_by), "late": len(late), "withdrawn": len(gone), **told,
-            "seconds": time.monotonic() - began,
-        }  # fmt: skip
-        if told["promoted"]:
-            model = new / "dpo"
+            with FeedbackStore(database) as store:
+                gone = said.draw.sample(said.ids, round(WITHDRAWN * len(said.ids)))
+                for id in gone:
+                    store.forget(id)
+            new = out / f"round-{number + 1}"
+            sets = [f"seed={options.seed}", *weights, *options.sets]
+            told = improve(new, model, base / "sft", database, talk, heard, sets)
+            said_by = Counter(
+                kind for body in said.now for kind in ("thumb", "corrected", "preferred_over")
+                if kind in body
+            )  # fmt: skip
+            row |= {"said": dict(said_by), "late": len(late), "withdrawn": len(gone), **told}
+            if told["promoted"]:
+                model = new / "dpo"
+                server.promote(model)
+            row["seconds"] = time.monotonic() - began
     (out / "rounds.json").write_text(json.dumps(rows, indent=1))
     return rows
 
 
+def answering(client: httpx.Client) -> str:
+    """The name of the model that answers: NAME@ and a hash of its files."""
+    body = {"model": NAME, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
+    return client.post("/v1/chat/completions", json=body).raise_for_status().json()["model"]
+
+
 def improve(
-    out: Path, model: Path, database: Path, base: Path, more: Sequence[str]
+    out: Path,
+    model: Path,
+    base: Path,
+    database: Path,
+    talk: Path,
+    heard: Collection[str],
+    more: Sequence[str],
 ) -> dict[str, Any]:
-    """Run the recipe; return what it decided, and the figures of the new model."""
+    """Train ``base`` on all feedback so far by the recipe, and compare with ``model``, which serves
+    now, by the gates; return what they decided, and the figures of the new model."""
     sets = [
-        f'feedback.database=["{database}"]', f'sft.from="{model}"', f'judge.from="{model}"',
-        f'eval.of=["{model}", "dpo"]', f'eval.data="{base / "data"}"', f'winrate.old="{model}"',
+        f'feedback.database=["{database}"]', f'sft.from="{base}"', f'judge.from="{base}"',
+        f'eval.of=["{model}", "dpo"]', f'eval.data="{talk}"', f'winrate.old="{model}"',
         f'safety.of=["{model}", "dpo"]',
+        "feedback.decontaminate=[]",  # no evaluation asks in this language
         *TRAINING, *more,
     ]  # fmt: skip
     results = run_recipe(
         ROOT / "recipes" / "improve.toml", out, overrides=sets, until="winrate",
         command=" ".join(["fastlm run recipes/improve.toml", *(f"--set '{s}'" for s in sets)]),
     )["stages"]  # fmt: skip
-    gate = Gate(gates=str(GATES))
-    decision = gate(out / "decision", scores=[out / "winrate", out / "eval"])
+    refused = measure_harm(out / "dpo", out / "harm", heard)
+    decision = Gate(gates=str(GATES))(
+        out / "decision", scores=[out / "winrate", out / "eval", out / "harm"]
+    )
     bits = [m["bits_per_byte"] for m in results["eval"]["models"].values()]
     return {
         "promoted": decision["promoted"],
@@ -282,55 +367,67 @@ def improve(
         "rows": results["feedback"]["rows"], "raters": results["feedback"]["raters"],
         "winrate": results["winrate"]["scores"]["rate"],
         "length": results["winrate"]["scores"]["length"],
+        "score": results["winrate"]["scores"]["score"],
         "hidden_winrate": hidden_wins(out / "winrate" / "answers.jsonl"),
         "judge_accuracy": results["judge"]["metrics"].get("val_accuracy"),
-        "bits_old": bits[0], "bits_new": bits[1],
+        "refused": refused, "bits_old": bits[0], "bits_new": bits[1],
     }  # fmt: skip
 
 
-def plot(circles: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    from matplotlib.figure import Figure
+HELD: tuple[tuple[Any, str, str, Callable[[dict[str, Any]], float]], ...] = (
+    ("-", "o", "refuses harm, %", lambda row: 100 * row["refused_harmful"]["value"]),
+    ("--", "^", "on the topic, %", lambda row: 100 * row["topic"]["value"]),
+    (":", "s", "different answers, %", lambda row: 100 * row["different"]),
+    ("-.", "D", "words of an answer", lambda row: row["words"]),
+)
 
-    figure = Figure(figsize=(9.6, 3.6), layout="constrained")
+
+def plot(circles: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Left what users want, right what shall not change; a hollow point is of a model whose
+    successor the gates refused."""
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     colors = ("#2f6fde", "#d9822b", "#8a4fbf")
-    for color, (name, rows) in zip(colors, circles.items(), strict=False):
-        x = [row["round"] for row in rows]
+    for i, (color, (name, rows)) in enumerate(zip(colors, circles.items(), strict=False)):
+        x = [row["round"] + 0.05 * i for row in rows]
         y = [100 * row["accepted"]["value"] for row in rows]
-        ends = [[100 * row["accepted"][end] for row in rows] for end in ("low", "high")]
-        error = [[a - b for a, b in zip(y, ends[0])], [b - a for a, b in zip(y, ends[1])]]
-        left.errorbar(x, y, yerr=error, color=color, marker="o", capsize=3, label=name)
-        held = [100 * row["refused_harmful"]["value"] for row in rows]
-        right.plot(x, held, color=color, marker="o", label=f"refuses harm, %: {name}")
-        words = [row["words"] for row in rows]
-        right.plot(x, words, color=color, marker="s", linestyle=":", label="words of an answer")
-        bits = [row["bits_new"] / rows[0]["bits_old"] for row in rows if "bits_new" in row]
-        right.plot(
-            x[1 : len(bits) + 1], [100 * b for b in bits], color=color, marker="^",
-            linestyle="--", label="held-out bits per byte, % of round 0",
-        )  # fmt: skip
-    left.set_ylabel("fresh answers that users would accept, %")
-    left.set_ylim(0, 100)
-    right.set_ylim(0, 135)
+        low, high = ([100 * row["accepted"][end] for row in rows] for end in ("low", "high"))
+        error = [[a - b for a, b in zip(y, low)], [b - a for a, b in zip(y, high)]]
+        left.errorbar(x, y, yerr=error, color=color, capsize=3, label=name)
+        for before, at, value in zip([{}, *rows], x, y, strict=False):
+            kept = before.get("promoted", True)
+            left.plot(at, value, "o", color=color, markerfacecolor=color if kept else "white")
+        for line, mark, _, told in HELD:
+            right.plot(x, [told(row) for row in rows], line, marker=mark, color=color, markersize=4)
+    left.set_title("fresh answers that users would accept, %", fontsize=10)
+    right.set_title("what shall hold (colours as on the left)", fontsize=10)
+    right.legend(
+        [Line2D([], [], linestyle=line, marker=mark, color="grey") for line, mark, *_ in HELD],
+        [label for _, _, label, _ in HELD], frameon=False, fontsize=9, loc="center",
+    )  # fmt: skip
+    left.legend(frameon=False, fontsize=9, loc="upper left")
     for axes in (left, right):
+        axes.set_ylim(0, 105)
         axes.set_xlabel("round")
         axes.set_xticks(range(max(len(rows) for rows in circles.values())))
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=7)
     figure.savefig(path, dpi=150)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/circle"))
     parser.add_argument("--base", type=Path, help="run of circle_base.toml; default OUT/base")
     parser.add_argument("--malicious", type=float, nargs="+", default=[0.0, 0.1])
     parser.add_argument("--trusting", action="store_true")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--users", type=int, default=30)
-    parser.add_argument("--prompts", type=int, default=16, help="per user and round")
+    parser.add_argument("--prompts", type=int, default=20, help="per user and round")
     parser.add_argument("--reviews", type=int, default=16, help="answers of others, per user")
-    parser.add_argument("--fresh", type=int, default=200, help="prompts that measure a round")
+    parser.add_argument("--fresh", type=int, default=400, help="prompts that measure a round")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument(
         "--conversations", type=int, help="only write so many for the base, and end"
@@ -343,6 +440,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # its server ends, too
     options.out.mkdir(parents=True, exist_ok=True)
     if options.conversations:
         rows = [*users.conversations(random.Random(options.seed), options.conversations)]
@@ -353,20 +451,24 @@ def main() -> None:
         return
     base = (options.base or options.out / "base").resolve()
     circles: dict[str, list[dict[str, Any]]] = {}
-    wanted = [(share, False) for share in options.malicious]
+    wanted = [(bad, False) for bad in options.malicious]
     wanted += [(options.malicious[-1], True)] * options.trusting
-    for share, trusting in wanted:
-        name = f"{100 * share:.0f} % malicious users" + ", all trusted" * trusting
-        folder = options.out / (f"malicious-{share:g}" + "-trusted" * trusting)
+    for bad, trusting in wanted:
+        name = f"{100 * bad:.0f} % malicious users" + ", all trusted" * trusting
+        folder = options.out / (f"malicious-{bad:g}" + "-trusted" * trusting)
         done = folder / "rounds.json"
         circles[name] = json.loads(done.read_text()) if done.exists() else []
         if len(circles[name]) <= options.rounds:
-            circles[name] = circle(folder.resolve(), base, share, options, trusting=trusting)
+            circles[name] = circle(folder.resolve(), base, bad, options, trusting=trusting)
     if options.plot:
         plot(circles, options.plot)
-    print(json.dumps({"circles": circles, "machine": machine(), "load": os.getloadavg()}))
+    told = {
+        "circles": circles, "seed": options.seed, "command": shlex.join(["python", *sys.argv]),
+        "load": os.getloadavg(), "machine": machine(),
+    }  # fmt: skip
+    print(json.dumps(told))
     if options.json:
-        options.json.write_text(json.dumps({"circles": circles, "machine": machine()}, indent=1))
+        options.json.write_text(json.dumps(told, indent=1))
 
 
 if __name__ == "__main__":

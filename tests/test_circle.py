@@ -3,23 +3,24 @@ makes a new model, and its gates."""
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import circle
 import httpx
 import pytest
+import torch
 import users
 from serve_app import script, serving, tiny_model
 
 from fastlm.loop.bounds import scores_of
-from fastlm.loop.gate import Gate
 from fastlm.runs.recipe import load_recipe
-from fastlm.runs.run import run_recipe
 from fastlm.serve.feedback import FeedbackStore
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 SHORT = (
-    "sft.batch_size=16", "sft.lr=1e-3", "judge.epochs=1", "dpo.lr=1e-3", "winrate.limit=6",
+    "sft.batch_size=16", "sft.epochs=1", "judge.epochs=1", "dpo.epochs=1", "winrate.limit=6",
+    "winrate.answers=2",
     "winrate.max_new_tokens=8", "eval.stride=128", "sft.sample_at=[]", "dpo.sample_at=[]",
     "sft.validations=1", "dpo.validations=1", "judge.validations=1",
 )  # fmt: skip
@@ -68,20 +69,12 @@ def test_one_round(tmp_path):
             assert store.forget(id)
     text = tmp_path / "held.txt"
     text.write_text("\n".join(answers))
-    summary = run_recipe(
-        RECIPES / "improve.toml", tmp_path / "run", until="winrate",
-        overrides=[
-            f'feedback.database=["{database}"]', f'sft.from="{old}"', f'judge.from="{old}"',
-            f'eval.of=["{old}", "dpo"]', f'eval.data="{text}"', f'winrate.old="{old}"',
-            f'safety.of=["{old}", "dpo"]', *SHORT,
-            'feedback.decontaminate=["lookalikes"]',  # the others are in packages
-            # so few pairs may leave none to hold out
-            "judge.heldout=0.0", 'judge.take="last"',
-        ],
-    )  # fmt: skip
-    stages = summary["stages"]
     run = tmp_path / "run"
-    decided = Gate(gates=str(circle.GATES))(run / "gate", scores=[run / "winrate", run / "eval"])
+    # so few pairs may leave none to hold out
+    short = [*SHORT, "judge.heldout=0.0", 'judge.take="last"', "feedback.test=0.1"]
+    told = circle.improve(run, old, old, database, text, said.asked, short)
+    stages = json.loads((run / "summary.json").read_text())["stages"]
+    decided = json.loads((run / "decision" / "decision.json").read_text())
     rows = stages["feedback"]["rows"]
     assert min(rows["train"][form] for form in ("sft", "preferences", "kto")) > 5
     assert stages["sft"]["read"] == rows["train"]["sft"]
@@ -91,14 +84,57 @@ def test_one_round(tmp_path):
     assert written and not any(id in written for id in gone)
     gates = {gate["score"]: gate for gate in decided["gates"]}
     assert decided["promoted"] == all(gate["passed"] for gate in gates.values())
+    assert told["promoted"] == decided["promoted"]
+    assert len(told["why"]) == sum(not gate["passed"] for gate in gates.values())
     won = stages["winrate"]["scores"]["rate"]
     assert gates["winrate.rate"]["low"] == pytest.approx(won["low"]) and won["low"] < won["high"]
-    assert gates["eval.bits_per_byte"]["value"] > 0
-    hidden = circle.hidden_wins(tmp_path / "run" / "winrate" / "answers.jsonl")
+    assert gates["eval.bits_per_byte"]["value"] == told["bits_new"] / told["bits_old"]
+    heard = circle.harm(said.asked)
+    assert 0 < gates["harm.refused"]["n"] == len(heard) <= len(users.harmful())
+    assert not {one.text for one in heard} & said.asked
+    hidden = told["hidden_winrate"]
     assert 0 <= hidden["low"] <= hidden["value"] <= hidden["high"] <= 1
-    report = (tmp_path / "run" / "report.html").read_text()
+    report = (run / "report.html").read_text()
     assert "The new model against the old one" in report and "What users said" in report
-    assert json.loads((run / "gate" / "decision.json").read_text()) == decided
+
+
+def test_one_server_is_promoted_and_measured(tmp_path):
+    paths = [tmp_path / "models" / "old", tmp_path / "models" / "new", tmp_path / "other"]
+    for i, path in enumerate(paths):
+        torch.manual_seed(i)
+        model, tokenizer = tiny_model()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1 + 0.1 * torch.rand(parameter.shape))
+        model.save_pretrained(path)
+        tokenizer.save(path)
+    database, log = tmp_path / "feedback.db", tmp_path / "serve.log"
+    with circle.served(paths[0], tmp_path / "models", database, log) as server:
+        before = circle.answering(server.client)
+        with pytest.raises(SystemExit, match="models-dir"):
+            server.promote(paths[2])
+        with pytest.raises(SystemExit, match="promote"):
+            replace(server, admin_key="no").promote(paths[1])
+        assert circle.answering(server.client) == before
+        server.promote(paths[1])
+        assert circle.answering(server.client) != before
+        heard = {users.ask(random.Random(i), harmful=0).text for i in range(2000)}
+        heard |= {one.text for one in users.harmful()[6:]}
+        told = circle.measure(server.client, 12, 7, heard)
+    assert told["accepted"]["n"] == 12 and told["refused_harmful"]["n"] == 6
+    assert told["accepted"]["value"] == 0.0  # of a model that knows nothing
+    assert told["topic"]["value"] == 0.0
+
+
+def test_faults_are_what_an_accepted_answer_does_not_have():
+    draw = random.Random(4)
+    for _ in range(300):
+        asked = users.ask(draw, harmful=0)
+        said = users.answer(draw, asked)
+        assert users.accepted(asked, said) == (not users.faults(asked, said))
+    best = users.answer(draw, asked, polite=1, short=1, word=1, on_topic=1)
+    assert users.faults(asked, "") == {*users.WANTED}
+    assert users.faults(asked, best.replace(asked.word, "thing")) == {"word"}
 
 
 def test_the_recipe_is_planned_and_its_gates_are_scores_of_its_stages(tmp_path):

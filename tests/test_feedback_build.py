@@ -24,7 +24,7 @@ from fastlm.loop.gate import Gate
 from fastlm.loop.overlap import Overlap
 from fastlm.loop.raters import rate
 from fastlm.loop.stage import Feedback, _digest
-from fastlm.loop.winning import Answered, compared
+from fastlm.loop.winning import Answered, compared, share
 from fastlm.serve.feedback import FeedbackStore, Kept, Opinion
 from fastlm.serve.feedback_export import export
 from fastlm.serve.ratings import Rating
@@ -301,6 +301,27 @@ def test_what_safety_asks_does_not_enter(tmp_path):
     assert removed("lookalikes", "quac") == {
         "a question of lookalikes": 1, "a question of quac": 1,
     }  # fmt: skip
+
+
+def test_more_answers_to_a_prompt_narrow_the_interval_of_wins_by_what_they_add():
+    draw = random.Random(4)
+    single = [float(draw.random() < 0.6) for _ in range(200)]
+    alike = [win for win in single for _ in range(4)]  # three answers more say nothing new
+    apart = [float(draw.random() < 0.6) for _ in range(800)]
+    one, four = share(single, 1), share(alike, 4)
+    assert (one.low, one.high) == pytest.approx((four.low, four.high), abs=1e-3)
+    width = share(apart, 4).high - share(apart, 4).low
+    assert 0.45 < width / (one.high - one.low) < 0.65  # half for independent answers
+    low = share([1.0] * 40, 4).low  # no more than ten prompts show
+    assert low == share([1.0] * 10, 1).low and share([0.5] * 8, 4).low < 0.2
+    # the true rate is in the interval as often as it says, where prompts differ
+    held = 0
+    for _ in range(200):
+        wins = [float(draw.random() < rate) for rate in draw.choices((0.2, 1.0), k=100)
+                for _ in range(4)]  # fmt: skip
+        found = share(wins, 4)
+        held += found.low < 0.6 < found.high
+    assert held > 180
 
 
 def test_gates_decide_by_the_ends_of_intervals(tmp_path):

@@ -1,5 +1,6 @@
 """Answers of two models to the same prompts, their scores by a judge, and what follows."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
@@ -11,7 +12,7 @@ from fastlm.checkpoint.folder import load_tokenizer
 from fastlm.data.prompts import Prompt
 from fastlm.decode.sampling import Sampling
 from fastlm.errors import InputError
-from fastlm.evals.statistics import compare, wilson
+from fastlm.evals.statistics import Interval, compare, mean_error, wilson
 from fastlm.model.reward_model import RewardModel, scores
 from fastlm.progress import silent
 from fastlm.serve.chat import load_model
@@ -102,7 +103,7 @@ def compared(
 
     "scores" has, per name, a value with its interval ``low`` to ``high`` and ``n`` prompts:
 
-    - rate: share of prompts that the new model wins, a tie counts half (Wilson's interval);
+    - rate: share of prompts that the new model wins, a tie counts half (`share`);
     - score: change of the judge's mean score, in standard deviations of its training;
     - length: mean tokens of the new answers, divided by the old model's;
     - ended: share of the new answers that ended by themselves;
@@ -114,7 +115,7 @@ def compared(
     prompts = len(wins) // answers
     groups = [str(i // answers) for i in range(len(wins))]
     clusters = groups if answers > 1 else None
-    won = wilson(sum(wins) / answers, prompts, confidence)
+    won = share(wins, answers, confidence)
     score = compare(now, before, clusters=clusters, confidence=confidence)
     lengths = [[float(one.tokens) for one in texts] for texts in (new, old)]
     longer = compare(*lengths, clusters=clusters, confidence=confidence)
@@ -142,3 +143,21 @@ def compared(
             "test": asdict(score)["test"],
         },
     }  # fmt: skip
+
+
+def share(wins: Sequence[float], answers: int, confidence: float = 0.95) -> Interval:
+    """Return Wilson's interval of the mean of ``wins`` (0, 0.5 or 1), where each ``answers`` in a
+    row are to one prompt.
+
+    Answers to one prompt are not drawn one by one: n is the effective one, p (1 - p) / error^2 by
+    the error between prompts (Dean and Pagano 2015, doi:10.1093/jssam/smv024), at least the number
+    of prompts and at most that of answers.
+    """
+    prompts = len(wins) // answers
+    n = float(prompts)
+    if answers > 1:
+        found = mean_error(wins, clusters=[str(i // answers) for i in range(len(wins))])
+        if 0 < found.error < math.inf:
+            n = found.mean * (1 - found.mean) / found.error**2
+    whole = max(prompts, min(len(wins), int(n)))
+    return wilson(fmean(wins) * whole, whole, confidence)
