@@ -34,8 +34,8 @@ setup: build     ## .venv with fastlm (editable, extensions built) and everythin
 build: .venv/ready  ## the extensions, in place: compiles what an edit of csrc/ touched
 	@$(BUILD)
 
-demo: build      ## text -> tokenizer -> model -> int4 -> runs/demo/report.html, in ten minutes on two cores
-	$(BIN)/fastlm run recipes/demo.toml
+demo: build      ## the first part of recipes/full.toml, text -> tokens -> model -> runs/demo/report.html, in ten minutes on two cores
+	$(BIN)/fastlm run recipes/full.toml --until eval --set pretrain.max_tokens=2_000_000 --out runs/demo
 
 test: build      ## every check: lint, types, all tests
 	$(MAKE) --no-print-directory lint

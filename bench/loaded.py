@@ -11,7 +11,7 @@ then again from the start.
     python bench/loaded.py --busy 4 --turns 7 --work decode
 
 decode: SmolLM2-135M-Instruct (model:smollm2, Q4_1), one user, 512 tokens of context. training:
-steps of the demo's model (recipes/demo.toml), 8 x 256 tokens. A turn lasts at least a second and
+steps of the demo's model (recipes/full.toml), 8 x 256 tokens. A turn lasts at least a second and
 consists of whole steps. The tokens/s are medians over the turns.
 """
 
@@ -27,7 +27,7 @@ from collections.abc import Callable
 from fastlm.threads import SPIN_ROUNDS
 
 SECONDS = 1.5  # per turn: many time slices of the system (3 to 6 ms)
-DEMO = (4096, 256, 5, 4, 704)  # vocabulary, hidden_size, layers, heads, FFN of recipes/demo.toml
+DEMO = (4096, 256, 5, 4, 704)  # vocabulary, hidden_size, layers, heads, FFN of the demo's first model
 
 
 def decode_turn() -> Callable[[], float]:

@@ -246,7 +246,7 @@ def _show_facts(facts: dict[str, Any], as_json: bool) -> None:
 
 @app.command(short_help="Run a recipe, or continue it: from text to a model and its report.")
 def run(
-    recipe: Annotated[Path, typer.Argument(help="A recipe, such as recipes/demo.toml")],
+    recipe: Annotated[Path, typer.Argument(help="A recipe, such as recipes/full.toml")],
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Run folder; default runs/NAME")
     ] = None,

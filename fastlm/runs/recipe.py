@@ -272,7 +272,7 @@ def _refuse_old(table: Mapping[str, Any]) -> None:
             f"[{old[0]}]: a recipe is a list of stages now: write [[stage]] and below it"
             f' kind = "{where.partition(".")[0]}"'
             + (", and [stage.model] for this table" if old[0] == "model" else "")
-            + " (recipes/demo.toml shows all)"
+            + " (recipes/full.toml shows all)"
         )
 
 
