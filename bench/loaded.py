@@ -27,7 +27,7 @@ from collections.abc import Callable
 from fastlm.threads import SPIN_ROUNDS
 
 SECONDS = 1.5  # per turn: many time slices of the system (3 to 6 ms)
-DEMO = (4096, 256, 5, 4, 704)  # vocabulary, hidden_size, layers, heads, FFN of the demo's first model
+DEMO = (4096, 256, 5, 4, 704)  # vocabulary, width, layers, heads, FFN; the first demo
 
 
 def decode_turn() -> Callable[[], float]:
