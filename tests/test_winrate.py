@@ -65,6 +65,11 @@ def test_the_judge_is_measured_on_preferences_and_corrects_the_stage(tmp_path):
     second = judge_accuracy(judge, [str(other)], cache=tmp_path)
     assert first is not None and second is not None
     assert first.pairs == 12 and first.right + second.right == 12
+    with one.open("a") as file:  # beyond the judge's context of 256 tokens
+        file.write(json.dumps({**pairs[0], "rejected": "It is " + "9 " * 300}) + "\n")
+    said = []
+    assert judge_accuracy(judge, [str(one)], cache=tmp_path, warn=said.append) == first
+    assert said == ["1 of 13 pairs that measure the judge are beyond its context"]
     stage = WinRate(data=(str(one),), labelled=(str(one),), limit=3, max_new_tokens=4)
     result = stage(tmp_path / "out", cache=tmp_path, model=base, old=base, judge=judge)
     found = json.loads((tmp_path / "out/scores.json").read_text())["scores"]["corrected"]

@@ -89,7 +89,7 @@ class WinRate(Stage):
         points = judged(job.path("judge"), prompts, [old, new], job.warn)
         result = compared(old, new, points, self.answers, self.confidence)
         if labelled := self._labelled(job):
-            accuracy = judge_accuracy(job.path("judge"), labelled, cache=job.cache)
+            accuracy = judge_accuracy(job.path("judge"), labelled, cache=job.cache, warn=job.warn)
             if accuracy is not None:
                 scores = result["scores"]
                 scores["corrected"] = corrected(scores["rate"], accuracy, self.confidence)

@@ -1,6 +1,6 @@
 """How often the judge of a win rate is right, and the rate that follows from it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 from fastlm.checkpoint.folder import load_tokenizer
 from fastlm.data.preferences import Comparison, read_preferences
 from fastlm.evals.statistics import wilson
-from fastlm.model.reward_model import RewardModel, scores
+from fastlm.model.reward_model import RewardModel, scored_tokens
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,16 @@ class Accuracy:
     pairs: int
 
 
-def judge_accuracy(judge: Path, sources: Sequence[str], *, cache: Path) -> Accuracy | None:
+def judge_accuracy(
+    judge: Path,
+    sources: Sequence[str],
+    *,
+    cache: Path,
+    warn: Callable[[str], None] = lambda line: None,
+) -> Accuracy | None:
     """Return how often the reward model agrees with people on comparisons that it has not been
-    trained on; None where ``sources`` hold none.
+    trained on; None where ``sources`` hold none. Pairs beyond its context are left out, and
+    ``warn`` is told.
     """
     rows = [row for row in read_preferences(sources, cache=cache) if isinstance(row, Comparison)]
     pairs = [pair for row in rows for pair in row.pairs()]
@@ -29,14 +36,18 @@ def judge_accuracy(judge: Path, sources: Sequence[str], *, cache: Path) -> Accur
         return None
     model = RewardModel.from_pretrained(judge)
     tokenizer = load_tokenizer(judge, model.config.to_dict())
-    points = scores(
-        model, tokenizer, [[*pair.prompt, *answer] for pair in pairs for answer in pair.answers]
-    ).tolist()
+    texts = [[scored_tokens(tokenizer, [*p.prompt, *one]) for one in p.answers] for p in pairs]
+    fit = [two for two in texts if max(map(len, two)) <= model.trunk.context_limit]
+    if left := len(pairs) - len(fit):
+        warn(f"{left:,} of {len(pairs):,} pairs that measure the judge are beyond its context")
+    if not fit:
+        return None
+    points = model.score([text for two in fit for text in two]).tolist()
     right = [
         1.0 if a > b else 0.5 if a == b else 0.0
         for a, b in zip(points[::2], points[1::2], strict=True)
     ]
-    return Accuracy(sum(right), len(pairs))
+    return Accuracy(sum(right), len(fit))
 
 
 def corrected(rate: dict[str, Any], judge: Accuracy, confidence: float) -> dict[str, Any]:

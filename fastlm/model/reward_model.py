@@ -179,13 +179,16 @@ def scores(
     conversations: Sequence[Sequence[Mapping[str, Any]]],
     **variables: Any,
 ) -> Tensor:
-    """Return the score of the last answer of each conversation (messages), (B,) float32: of the
-    text that the chat template writes, up to the token that ends the answer. ``variables``: see
-    `Tokenizer.encode_conversation`.
+    """Return the score of the last answer of each conversation (messages), (B,) float32."""
+    return model.score([scored_tokens(tokenizer, one, **variables) for one in conversations])
+
+
+def scored_tokens(
+    tokenizer: "Tokenizer", messages: Sequence[Mapping[str, Any]], **variables: Any
+) -> list[int]:
+    """Return what is scored of a conversation: the text that the chat template writes, up to the
+    token that ends the last answer. ``variables``: see `Tokenizer.encode_conversation`.
     """
-    sequences = []
-    for messages in conversations:
-        learnt = [False] * (len(messages) - 1) + [True]
-        ids, mask = tokenizer.encode_conversation(messages, learnt, **variables)[-1]
-        sequences.append(ids[: len(mask) - mask[::-1].index(True)])
-    return model.score(sequences)
+    learnt = [False] * (len(messages) - 1) + [True]
+    ids, mask = tokenizer.encode_conversation(messages, learnt, **variables)[-1]
+    return ids[: len(mask) - mask[::-1].index(True)]
