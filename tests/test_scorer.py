@@ -1,6 +1,7 @@
 """Likelihoods and answers of `Scorer`, against float64 one pair at a time."""
 
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -297,7 +298,7 @@ def test_prompts_leave_room_and_chats_go_through_the_template(tokenizer):
 @pytest.mark.skipif(backend.cpu_isa() not in ("amx", "amx_emulated"), reason="only with AMX")
 @pytest.mark.parametrize("case", ["llama", "gemma2"])
 def test_split_float32_moves_likelihoods_by_little(tokenizer, monkeypatch, case):
-    monkeypatch.setattr("fastlm.ops.linear._LEAST_SPLIT", 1)
+    monkeypatch.setattr(sys.modules["fastlm.ops.linear"], "_LEAST_SPLIT", 1)
     model = make_model(case)
     pairs = [(TEXT[:60], TEXT[i : i + 9 + i % 7]) for i in range(30)]
     asked = [Scorer(model, tokenizer, split_float32=on) for on in (True, False)]
