@@ -113,12 +113,13 @@ class Gate(Stage):
             decided = (
                 f"The new model is not promoted: {failed} of {len(result['gates'])} gates failed."
             )
-        promoted = "promoted" if result["promoted"] else "not promoted"
+        total = len(result["gates"])
+        promoted = "" if result["promoted"] else "not "
         return Part(
             "May the new model replace the old one?",
             f"{decided} A gate bounds the end of the interval, not the point.",
             facts=facts,
-            cards=[(promoted, "is the new model, by its gates")],
+            cards=[(f"{total - failed} of {total}", f"gates passed: {promoted}promoted")],
         )
 
 

@@ -93,6 +93,7 @@ The same command run again begins anew."""
         from fastlm.evals.statistics import wilson
         from fastlm.loop.served import serving
         from fastlm.loop.simulated import Asked, opinions, people
+        from fastlm.serve.feedback import FeedbackStore
 
         prompts = self._prompts(job)
         make_folder(job.out)
@@ -118,6 +119,8 @@ The same command run again begins anew."""
                 served.post("/v1/feedback", one.body)
                 for one in job.track(said, "giving feedback", unit="opinions")
             ]
+        with FeedbackStore(database):  # its log of writes ends in it: readers leave it as it is
+            pass
         failed = [reply for reply in (*replies, *posted) if reply.status != 200]
         if failed:
             job.warn(f"{len(failed):,} requests failed, the first one: {_why(failed[0])}")
