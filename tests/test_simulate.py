@@ -82,6 +82,26 @@ def test_users_say_what_the_scores_say_but_for_noise_and_malice():
     )
 
 
+def corrections(references, malicious, number=200):
+    """By question, what those who asked wrote; ``references`` repeat, for ``number`` users."""
+    asked = [Asked(f"r{i}", ("a", "b"), (0.0, 0.0), text) for i, text in enumerate(references)]
+    users, found = people(number, malicious, 0.0, seed=1), {}
+    for i in range(0, number, len(asked)):
+        for one in opinions(asked, users[i:], reviews=1, liked=0.4, seed=i):
+            if one.kind == "correction":
+                found.setdefault(one.body["response_id"], set()).add(one.body["corrected"])
+    return found
+
+
+def test_a_wrong_correction_is_the_reference_of_another_question():
+    some = ["right 0", None, "right 2", "", "right 2"]
+    assert corrections(some, 0.0) == {"r0": {"right 0"}, "r2": {"right 2"}, "r4": {"right 2"}}
+    assert corrections(some, 1.0) == {"r0": {"right 2"}, "r2": {"right 0"}, "r4": {"right 0"}}
+    for alone in (["right"], [None, "right", ""], ["right", "right"]):
+        assert not corrections(alone, 1.0)
+        assert {text for texts in corrections(alone, 0.0).values() for text in texts} == {"right"}
+
+
 def test_a_recipe_from_the_served_model_to_rows(made, tmp_path):
     recipe = tmp_path / "simulated.toml"
     options = "\n".join(f"{key} = {value}" for key, value in OPTIONS.items())
