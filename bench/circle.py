@@ -7,7 +7,7 @@
 
 One `fastlm serve` runs all the time. In each round it answers simulated users (bench/users.py), who
 post to /v1/feedback; `fastlm run recipes/improve.toml --until winrate` builds rows from the
-database and trains the model of round 0 anew on all feedback so far; `fastlm gate` decides by
+database and trains the model of round 0 again on all feedback so far; `fastlm gate` decides by
 bench/circle_gates.toml whether it may replace the one that serves; if so, `fastlm promote` with the
 admin key puts it in the server. Some feedback comes a round late, some without consent to keep the
 text, some consent is withdrawn. Then the server answers prompts that no user asked, and the hidden
@@ -16,7 +16,7 @@ preference, which nothing else sees, says which answers it accepts.
 `--malicious 0 0.1`: the share of users who say the opposite or anything; one circle per share.
 `--trusting` adds the last circle again with every rater trusted, to show what the weights do. A
 circle whose rounds.json is complete is not run again, so that several processes may run one each;
-one that was interrupted is begun anew in another --out, or after its folder is deleted.
+one that was interrupted is started again in another --out, or after its folder is deleted.
 """
 
 import argparse
