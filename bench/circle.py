@@ -7,7 +7,7 @@
 
 One `fastlm serve` runs all the time. In each round it answers simulated users (bench/users.py), who
 post to /v1/feedback; `fastlm run recipes/improve.toml --until winrate` builds rows from the
-database and trains the model of round 0 anew on all feedback so far; `fastlm gate` decides by
+database and trains the model of round 0 again on all feedback so far; `fastlm gate` decides by
 bench/circle_gates.toml whether it may replace the one that serves; if so, `fastlm promote` with the
 admin key puts it in the server. Some feedback comes a round late, some without consent to keep the
 text, some consent is withdrawn. Then the server answers prompts that no user asked, and the hidden
@@ -16,7 +16,7 @@ preference, which nothing else sees, says which answers it accepts.
 `--malicious 0 0.1`: the share of users who say the opposite or anything; one circle per share.
 `--trusting` adds the last circle again with every rater trusted, to show what the weights do. A
 circle whose rounds.json is complete is not run again, so that several processes may run one each;
-one that was interrupted is begun anew in another --out, or after its folder is deleted.
+one that was interrupted is started again in another --out, or after its folder is deleted.
 """
 
 import argparse
@@ -41,12 +41,12 @@ import httpx
 import torch
 import users
 from harness import machine
-from servers import free_port
 
 from fastlm.data.prompts import Prompt
 from fastlm.evals.statistics import wilson
 from fastlm.loop.bounds import difference
 from fastlm.loop.gate import Gate
+from fastlm.loop.served import serving
 from fastlm.loop.winning import answer, share
 from fastlm.runs.run import run_recipe
 from fastlm.serve.feedback import FeedbackStore
@@ -90,35 +90,13 @@ class Server:
 @contextmanager
 def served(model: Path, models: Path, database: Path, log: Path) -> Iterator[Server]:
     """Context: `fastlm serve` of ``model``, which may be replaced by those below ``models``."""
-    port, keys = free_port(), (secrets.token_hex(16), secrets.token_hex(16))
-    words = [sys.executable, "-m", "fastlm", "serve", "-m", str(model), "--port", str(port)]
-    words += ["--feedback", str(database), "--models-dir", str(models), "--name", NAME]
-    given = {"FASTLM_API_KEYS": keys[0], "FASTLM_ADMIN_KEYS": keys[1]}
-    with open(log, "ab") as file:
-        process = subprocess.Popen(
-            [*words, "--threads", "1"], stdout=file, stderr=file, cwd=ROOT, env=os.environ | given
-        )
-    url = f"http://127.0.0.1:{port}"
-    client = httpx.Client(
-        base_url=url, timeout=120, trust_env=False,
-        headers={"Authorization": f"Bearer {keys[0]}"},
-    )  # fmt: skip
-    try:
-        until = time.monotonic() + 180
-        while True:
-            if process.poll() is not None or time.monotonic() > until:
-                raise SystemExit(f"{log}: the server did not start")
-            try:
-                if client.get("/health").status_code == 200:
-                    break
-            except httpx.TransportError:
-                pass
-            time.sleep(0.2)
-        yield Server(url, client, keys[1])
-    finally:
-        client.close()
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
+    admin_key = secrets.token_hex(16)
+    options = ("--models-dir", str(models))
+    with serving(model, database, log, 1, *options, name=NAME, admin_key=admin_key) as server:
+        url = f"http://127.0.0.1:{server.port}"
+        headers = {"Authorization": f"Bearer {server.key}"}
+        with httpx.Client(base_url=url, timeout=120, trust_env=False, headers=headers) as client:
+            yield Server(url, client, admin_key)
 
 
 def ask_all(

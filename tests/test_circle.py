@@ -2,7 +2,11 @@
 makes a new model, and its gates."""
 
 import json
+import os
 import random
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -124,6 +128,32 @@ def test_one_server_is_promoted_and_measured(tmp_path):
     assert told["accepted"]["n"] == 12 and told["refused_harmful"]["n"] == 6
     assert told["accepted"]["value"] == 0.0  # of a model that knows nothing
     assert told["topic"]["value"] == 0.0
+
+
+def test_a_circle_that_is_killed_ends_its_server(tmp_path):
+    model, tokenizer = tiny_model()
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save(tmp_path / "model")
+    program = (
+        "import circle, pathlib, time; path = pathlib.Path.cwd()\n"
+        "with circle.served(path / 'model', path, path / 'f.db', path / 'serve.log') as server:\n"
+        "    print(server.url, flush=True); time.sleep(600)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=tmp_path, stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(circle.__file__).parent)},
+    )  # fmt: skip
+    with process:
+        try:
+            url = process.stdout.readline().strip()
+            assert httpx.get(f"{url}/health", trust_env=False).status_code == 200
+        finally:
+            process.kill()
+    until = time.monotonic() + 120
+    with pytest.raises(httpx.TransportError):
+        while time.monotonic() < until:
+            httpx.get(f"{url}/health", trust_env=False)
+            time.sleep(0.05)
 
 
 def test_faults_are_what_an_accepted_answer_does_not_have():

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from typer.testing import CliRunner
 from fastlm.cli import app
 from fastlm.errors import InputError
 from fastlm.loop.promotion import Promotion
-from fastlm.loop.served import Served
+from fastlm.loop.served import NAME, Served, serving
 from fastlm.loop.simulate import DATABASE, LOG, Simulate
 from fastlm.loop.simulated import Asked, opinions, people
 from fastlm.loop.stage import Feedback
@@ -79,6 +80,26 @@ def test_users_say_what_the_scores_say_but_for_noise_and_malice():
     assert wrong and not any(
         body["corrected"].split()[1] == body["response_id"][1:] for body in wrong
     )
+
+
+def corrections(references, malicious, number=200):
+    """By question, what those who asked wrote; ``references`` repeat, for ``number`` users."""
+    asked = [Asked(f"r{i}", ("a", "b"), (0.0, 0.0), text) for i, text in enumerate(references)]
+    users, found = people(number, malicious, 0.0, seed=1), {}
+    for i in range(0, number, len(asked)):
+        for one in opinions(asked, users[i:], reviews=1, liked=0.4, seed=i):
+            if one.kind == "correction":
+                found.setdefault(one.body["response_id"], set()).add(one.body["corrected"])
+    return found
+
+
+def test_a_wrong_correction_is_the_reference_of_another_question():
+    some = ["right 0", None, "right 2", "", "right 2"]
+    assert corrections(some, 0.0) == {"r0": {"right 0"}, "r2": {"right 2"}, "r4": {"right 2"}}
+    assert corrections(some, 1.0) == {"r0": {"right 2"}, "r2": {"right 0"}, "r4": {"right 0"}}
+    for alone in (["right"], [None, "right", ""], ["right", "right"]):
+        assert not corrections(alone, 1.0)
+        assert {text for texts in corrections(alone, 0.0).values() for text in texts} == {"right"}
 
 
 def test_a_recipe_from_the_served_model_to_rows(made, tmp_path):
@@ -180,6 +201,27 @@ def test_a_server_that_dies_is_one_line(made, tmp_path, monkeypatch):
     assert done.exit_code == 2 and "config.json" in done.stderr
     assert done.stderr.startswith("fastlm: the server ended with status 2:")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_server_takes_a_key_of_its_own_alone(made, tmp_path, monkeypatch):
+    users = "a-key-of-another-server"
+    monkeypatch.setenv("FASTLM_API_KEYS", users)
+    monkeypatch.setenv("FASTLM_ADMIN_KEYS", "an-admin-key-of-another-server")
+    database, log = tmp_path / DATABASE, tmp_path / LOG
+    with serving(made / "model", database, log, 1) as served:
+        messages = [{"role": "user", "content": "What is 1 + 1?"}]
+        body = {"model": NAME, "messages": messages, "max_tokens": 2}
+        reply = served.post("/v1/chat/completions", body)
+        assert reply.status == 200
+        said = {"response_id": reply.body["id"], "choice": 0, "thumb": "up"}
+        for key in (users, "none"):
+            assert replace(served, key=key).post("/v1/feedback", said).status == 401
+        assert served.post("/v1/feedback", said).status == 200
+        assert served.key not in repr(served)
+    # a server refuses admin keys beside no others
+    monkeypatch.delenv("FASTLM_API_KEYS")
+    with serving(made / "model", database, log, 1) as served:
+        assert served.post("/v1/feedback", said | {"thumb": "down"}).status == 200
 
 
 def test_what_cannot_work_is_refused(made):

@@ -84,4 +84,4 @@ def _decided(result: Mapping[str, Any]) -> str:
     name = result["serves"]
     if result["promoted"]:
         return f"The new model was promoted: {name} serves next"
-    return f"The new model was not promoted: {name} goes on serving"
+    return f"The new model was not promoted: {name} still serves"

@@ -3,19 +3,21 @@
 import http.client
 import json
 import os
+import secrets
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fastlm.errors import InputError
 from fastlm.files import make_folder
+from fastlm.serve.commands import ADMIN_KEYS_VARIABLE, KEYS_VARIABLE
 
-NAME = "served"  # of the model, for its clients
+NAME = "served"
 START_SECONDS, END_SECONDS = 600, 60
 ANSWER_SECONDS = 660  # the server itself ends an answer after 600
 # The server ends when its starter is killed (PR_SET_PDEATHSIG, SIGTERM); that may already be so
@@ -40,18 +42,19 @@ class Reply:
 
 @dataclass(frozen=True)
 class Served:
-    """A running server."""
+    """A running server. ``key``: what its clients send."""
 
     process: "subprocess.Popen[bytes]"
     port: int
     log: Path
+    key: str = field(repr=False)
 
     def post(self, path: str, body: Mapping[str, Any]) -> Reply:
         """Send a request. InputError: the server has ended."""
         began = time.perf_counter()
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=ANSWER_SECONDS)
         try:
-            headers = {"Content-Type": "application/json"}
+            headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"}
             connection.request("POST", path, json.dumps(body).encode(), headers)
             response = connection.getresponse()
             status, told = response.status, json.loads(response.read())
@@ -71,22 +74,35 @@ class Served:
 
 
 @contextmanager
-def serving(model: Path, database: Path, log: Path, threads: int) -> Iterator[Served]:
+def serving(
+    model: Path,
+    database: Path,
+    log: Path,
+    threads: int,
+    *options: str,
+    name: str = NAME,
+    admin_key: str | None = None,
+) -> Iterator[Served]:
     """Context: `fastlm serve` with ``model`` on a free port of this machine, which keeps feedback
-    in ``database``. ``log``: the file of what it says.
+    in ``database``. ``log``: the file of what it says. ``options``: more of its command line.
+    ``name``: of the model, for its clients. It takes one key, made here, and ``admin_key``: the
+    caller's are for other servers, and without any every user of this machine could give feedback.
 
     InputError: the server does not start; the last line that it said is the reason.
     """
     make_folder(log.parent)
-    words = ["serve", "--model", str(model), "--port", "0", "--name", NAME]
-    words += ["--feedback", str(database), "--threads", str(threads)]
+    words = ["serve", "--model", str(model), "--port", "0", "--name", name]
+    words += ["--feedback", str(database), "--threads", str(threads), *options]
+    key = secrets.token_hex(16)
+    environment = os.environ | {KEYS_VARIABLE: key, ADMIN_KEYS_VARIABLE: admin_key or ""}
     with open(log, "wb") as file:
         process = subprocess.Popen(
             [sys.executable, "-P", "-c", _START, str(os.getpid()), *words],
             stdin=subprocess.DEVNULL, stdout=file, stderr=file,
+            env=environment,
         )  # fmt: skip
     try:
-        yield Served(process, _port(process, log), log)
+        yield Served(process, _port(process, log), log, key)
     finally:
         process.terminate()
         try:

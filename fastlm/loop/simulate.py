@@ -47,7 +47,7 @@ class Simulate(Stage):
         "users": dict[str, int], "reward_model": str,
     }  # fmt: skip
     notes = f"""The database is OUT/{DATABASE}: `fastlm feedback build OUT/{DATABASE} -o rows`.
-The same command run again begins anew."""
+The same command starts again from nothing."""
 
     data: Annotated[
         tuple[str, ...],

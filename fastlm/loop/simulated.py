@@ -50,10 +50,10 @@ class User:
         wrong = self.draw.random() < self.noise
         return truth if wrong == (self.kind == REVERSED) else not truth
 
-    def judges(self, asked: Asked, liked: float, other: str | None = None) -> Iterator[Said]:
+    def judges(self, asked: Asked, liked: float, correction: str | None = None) -> Iterator[Said]:
         """Yield what the user says about the two answers. ``liked``: the score from which an answer
-        deserves a thumb up. ``other``: the reference of another question, by which a user who is
-        not honest corrects; only who asked has one.
+        deserves a thumb up. ``correction``: what to write in place of the first answer; None of a
+        user who did not ask, or knows nothing to write.
         """
         what = self.draw.random()
         told = {"response_id": asked.id, "rater": self.name}
@@ -70,10 +70,8 @@ class User:
                 up = self.says(points >= liked)
                 body = {**told, "choice": choice, "thumb": "up" if up else "down"}
                 yield Said(body, "thumb", up == (points >= liked))
-        elif what < PICK + THUMBS + CORRECTION and other is not None and asked.reference:
-            corrected = asked.reference if self.kind == HONEST else other
-            if corrected != asked.texts[0]:
-                yield Said({**told, "choice": 0, "corrected": corrected}, "correction")
+        elif what < PICK + THUMBS + CORRECTION and correction not in (None, asked.texts[0]):
+            yield Said({**told, "choice": 0, "corrected": correction}, "correction")
 
 
 def people(count: int, malicious: float, noise: float, seed: int) -> list[User]:
@@ -92,14 +90,19 @@ def opinions(
     asked: Sequence[Asked], users: Sequence[User], *, reviews: int, liked: float, seed: int
 ) -> list[Said]:
     """Return what ``users`` say, in the order of the questions: user i asked question i, modulo
-    their number, and ``reviews`` others judge the same answers.
+    their number, and ``reviews`` others judge the same answers. Who asked corrects by the reference
+    of the question, a user who is not honest by that of another question.
     """
     draw = Random(f"{seed}/reviews")
-    references = [one.reference or "" for one in asked]
+    references = [*dict.fromkeys(one.reference for one in asked if one.reference)]
+    after = dict(zip(references, references[1:] + references[:1], strict=True))
+    wrong = after if len(references) > 1 else {}
     found = []
     for i, one in enumerate(asked):
         owner = users[i % len(users)]
-        found += owner.judges(one, liked, references[(i + 1) % len(asked)])
+        right = one.reference or ""
+        written = right if owner.kind == HONEST else wrong.get(right)
+        found += owner.judges(one, liked, written or None)
         others = [user for user in users if user is not owner]
         for user in draw.sample(others, min(reviews, len(others))):
             found += user.judges(one, liked)
