@@ -19,7 +19,12 @@ def _stereoset(sets: Sets) -> list[str]:
 
 def _bbq_targets(sets: Sets) -> list[str]:
     rows = sets.bbq_targets()
-    return [f"{row[key]} {row['question']}" for row in rows for key in ("context", "unclear")]
+    return [
+        f"{row[key]} {row['question']}"
+        for row in rows
+        for key in ("context", "unclear")
+        if row[key] is not None
+    ]
 
 
 # Of QuAC the passages: its questions ("What did he do then?") are everybody's. Not here: the names
