@@ -124,11 +124,11 @@ def test_split_float32_is_the_same_bits_on_two_threads(tiles):
 
 
 def test_split_float32_only_where_it_says(tiles):
-    x, weight = torch.randn(80, 24), torch.randn(8, 24)
+    x, weight = torch.randn(300, 24), torch.randn(8, 24)
     with module.split_float32():
         assert torch.equal(ops.linear(x, weight), F.linear(x, weight))  # gradients are on
         with torch.no_grad():
-            assert module.splits(x, weight) and not module.splits(x[:63], weight)
+            assert module.splits(x, weight) and not module.splits(x[:255], weight)
             assert not module.splits(x.double(), weight.double())
             with backend.use_cpu_isa("scalar"):
                 assert not module.splits(x, weight)
@@ -136,7 +136,7 @@ def test_split_float32_only_where_it_says(tiles):
                 assert not module.splits(x, weight)
     with torch.no_grad():
         assert not module.splits(x, weight)
-    y, room = torch.empty(80, 8), torch.empty(0)
+    y, room = torch.empty(300, 8), torch.empty(0)
     with backend.use_cpu_isa("scalar"), pytest.raises(ValueError, match="wanted tiles"):
         backend.cpu_extension.linear_split(x, weight, None, y, room)
     with pytest.raises(ValueError, match="workspace"):

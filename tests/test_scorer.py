@@ -1,6 +1,7 @@
 """Likelihoods and answers of `Scorer`, against float64 one pair at a time."""
 
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -296,7 +297,8 @@ def test_prompts_leave_room_and_chats_go_through_the_template(tokenizer):
 
 @pytest.mark.skipif(backend.cpu_isa() not in ("amx", "amx_emulated"), reason="only with AMX")
 @pytest.mark.parametrize("case", ["llama", "gemma2"])
-def test_split_float32_moves_likelihoods_by_little(tokenizer, case):
+def test_split_float32_moves_likelihoods_by_little(tokenizer, monkeypatch, case):
+    monkeypatch.setattr(sys.modules["fastlm.ops.linear"], "_LEAST_SPLIT", 1)
     model = make_model(case)
     pairs = [(TEXT[:60], TEXT[i : i + 9 + i % 7]) for i in range(30)]
     asked = [Scorer(model, tokenizer, split_float32=on) for on in (True, False)]
@@ -304,3 +306,6 @@ def test_split_float32_moves_likelihoods_by_little(tokenizer, case):
     moved = [abs(a.logprob - b.logprob) for a, b in zip(split, plain, strict=True)]
     assert 0 < max(moved) < 1e-3
     assert [a.greedy for a in split] == [b.greedy for b in plain]
+    assert ["_split_head" in vars(s) for s in asked] == [True, False]
+    head, wide = model.head_matrix(torch.float32), vars(asked[0])["_split_head"]
+    assert torch.equal(wide[:, : head.shape[1]], head.bfloat16())

@@ -96,6 +96,10 @@ data = ["{made}/asked.jsonl"]
 kind = "feedback"
 """)
     summary = run_recipe(recipe, tmp_path / "run")
+    database = tmp_path / "run" / "simulate" / DATABASE
+    left = database.read_bytes()
+    run_recipe(recipe, tmp_path / "run")  # the feedback has read it, and nothing runs again
+    assert database.read_bytes() == left
     told, rows = summary["stages"]["simulate"], summary["stages"]["feedback"]["rows"]
     assert told["questions"] == 24 and told["errors"] == 0
     assert told["requests"] == 24 + sum(told["kinds"].values())
@@ -103,7 +107,7 @@ kind = "feedback"
     assert 24 < told["tokens"] <= 2 * 8 * 24
     liked = told["liked"]
     assert liked["low"] <= liked["value"] <= liked["high"] and liked["n"] == told["kinds"]["thumb"]
-    with FeedbackStore(tmp_path / "run" / "simulate" / DATABASE) as store:
+    with FeedbackStore(database) as store:
         counts = store.counts()
         assert counts["answers"] == told["consented"] < 24
         assert len({one.rater for one in store.opinions()}) == 6

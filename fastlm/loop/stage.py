@@ -1,6 +1,9 @@
 """The stage `Feedback`: what people said about answers, as rows to train on."""
 
+import sqlite3
+import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -67,11 +70,15 @@ raters.json."""
         return [rows, files, sorted(forgotten_keys([contents.folder]))]
 
     def run(self, job: Job) -> dict[str, Any]:
-        from fastlm.loop.build import build
-
         given = job.optional("opinions")
         self._check_given(given is not None)
-        databases = [*self.database, *([] if given is None else [str(given)])]
+        with tempfile.TemporaryDirectory() as folder:
+            simulated = [] if given is None else [str(_copied(given, Path(folder)))]
+            return self._build([*self.database, *simulated], job)
+
+    def _build(self, databases: "list[str]", job: Job) -> dict[str, Any]:
+        from fastlm.loop.build import build
+
         options = BuildOptions(**{f.name: getattr(self, f.name) for f in fields(BuildOptions)})
         questions = self._questions(job) if self.decontaminate else None
         if questions is None:
@@ -166,3 +173,14 @@ def _digest(where: str) -> str:
             found.update(json.dumps(asdict(one), sort_keys=True).encode("utf-8", "replace"))
         found.update("\n".join(sorted(store.withdrawn())).encode("utf-8", "replace"))
     return found.hexdigest()
+
+
+def _copied(database: Path, folder: Path) -> Path:
+    """Copy the database of another stage, whose files stay as they are: to open it writes to it."""
+    copy = folder / database.name
+    with (
+        closing(sqlite3.connect(f"{database.resolve().as_uri()}?mode=ro", uri=True)) as old,
+        closing(sqlite3.connect(copy)) as new,
+    ):
+        old.backup(new)
+    return copy

@@ -9,11 +9,12 @@ from statistics import fmean
 from typing import Any
 
 from fastlm.checkpoint.folder import load_tokenizer
+from fastlm.data.preferences import Comparison, read_preferences
 from fastlm.data.prompts import Prompt
 from fastlm.decode.sampling import Sampling
 from fastlm.errors import InputError
 from fastlm.evals.statistics import Interval, compare, mean_error, wilson
-from fastlm.model.reward_model import RewardModel, scores
+from fastlm.model.reward_model import RewardModel, scored_tokens, scores
 from fastlm.progress import silent
 from fastlm.serve.chat import load_model
 from fastlm.serve.engine import Engine
@@ -90,6 +91,46 @@ def judged(
     if empty := sum(point is None for own in found for point in own):
         warn(f"{empty:,} empty answers have the lowest score of all")
     return [[least if point is None else point for point in own] for own in found]
+
+
+def judge_accuracy(
+    judge: Path,
+    sources: Sequence[str],
+    *,
+    cache: Path,
+    confidence: float = 0.95,
+    warn: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any] | None:
+    """Return how often the reward model prefers what preferences that it has not been trained on
+    say: "value" (a tie counts half) with Wilson's interval of "n" rows, each of which counts once,
+    however many pairs it has. None where ``sources`` hold none; ``warn`` is told of rows beyond the
+    judge's context.
+    """
+    rows = [row for row in read_preferences(sources, cache=cache) if isinstance(row, Comparison)]
+    rows = [row for row in rows if row.pairs()]
+    if not rows:
+        return None
+    model = RewardModel.from_pretrained(judge)
+    tokenizer = load_tokenizer(judge, model.config.to_dict())
+    texts = [
+        [scored_tokens(tokenizer, [*p.prompt, *one]) for p in row.pairs() for one in p.answers]
+        for row in rows
+    ]
+    fit = [own for own in texts if max(map(len, own)) <= model.trunk.context_limit]
+    if left := len(texts) - len(fit):
+        warn(f"{left:,} of {len(texts):,} preferences that measure the judge exceed its context")
+    if not fit:
+        return None
+    points = iter(model.score([text for own in fit for text in own]).tolist())
+    right = []
+    for own in fit:
+        pairs = [(next(points), next(points)) for _ in range(len(own) // 2)]
+        right.append(fmean(1.0 if a > b else 0.5 if a == b else 0.0 for a, b in pairs))
+    known = wilson(sum(right), len(right), confidence)
+    return {
+        "value": fmean(right), "low": known.low, "high": known.high, "n": len(right),
+        "better": "higher",
+    }  # fmt: skip
 
 
 def compared(

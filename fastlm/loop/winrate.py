@@ -28,7 +28,7 @@ class WinRate(Stage):
 
     kind = "winrate"
     command = ("winrate",)
-    version = 2
+    version = 3
     reads = {
         "model": Takes(("model", "quantized"), "The new model: as for eval", flag="m"),
         "old": Takes(("model", "quantized"), "The model that serves now", default=False),
@@ -44,7 +44,7 @@ class WinRate(Stage):
     labelled: Annotated[
         tuple[str, ...],
         "Preferences that the judge has not been trained on, in place of those of the feedback's"
-        " test/: how often it is right corrects the rate",
+        " test/: how often is it right?",
     ] = ()
     limit: Annotated[int, "Prompts, the first ones in an order that only they decide"] = 200
     answers: Annotated[int, "Answers of each model to a prompt"] = 1
@@ -74,8 +74,7 @@ class WinRate(Stage):
         return contents.sources((*self.data, *self.labelled), FORMATS)
 
     def run(self, job: Job) -> dict[str, Any]:
-        from fastlm.loop.winning import answer, compared, judged
-        from fastlm.loop.winrate_judge import corrected, judge_accuracy
+        from fastlm.loop.winning import answer, compared, judge_accuracy, judged
 
         self._check_data(bool(job.inputs.get("feedback")))
         prompts = self._prompts(job)
@@ -89,10 +88,12 @@ class WinRate(Stage):
         points = judged(job.path("judge"), prompts, [old, new], job.warn)
         result = compared(old, new, points, self.answers, self.confidence)
         if labelled := self._labelled(job):
-            accuracy = judge_accuracy(job.path("judge"), labelled, cache=job.cache, warn=job.warn)
+            accuracy = judge_accuracy(
+                job.path("judge"), labelled, cache=job.cache, confidence=self.confidence,
+                warn=job.warn,
+            )  # fmt: skip
             if accuracy is not None:
-                scores = result["scores"]
-                scores["corrected"] = corrected(scores["rate"], accuracy, self.confidence)
+                result["scores"]["judge"] = accuracy
         folder = make_folder(job.out)
         lines = _lines(prompts, old, new, points, self.answers)
         text = json.dumps(result, indent=1) + "\n"
@@ -125,13 +126,13 @@ class WinRate(Stage):
         return (
             f"the new model wins {_share(won)} of {result['prompts']:,} prompts (ties count half);"
             f" its answers are {result['scores']['length']['value']:.2f} times as long;"
-            f" corrected for the judge's error: {_corrected(result['scores'])}"
+            f" the judge is right in {_judge(result['scores'])}"
         )
 
     def report(self, job: Job, result: Mapping[str, Any]) -> Part:
         scores, compared = result["scores"], result["compared"]
         facts = {
-            "corrected for the judge's error": _corrected(scores),
+            "the judge is right in": _judge(scores),
             "wins, ties, losses": "{wins:,}, {ties:,}, {losses:,}".format(**compared),
             "mean score of the judge": f"{compared['old']:+.3f} before, {compared['new']:+.3f} now"
             f" (p {compared['p']:.4f})",
@@ -142,24 +143,19 @@ class WinRate(Stage):
         }
         return Part(
             "The new model against the old one",
-            "Both answered the same prompts, which nothing was trained on. The judge is a reward"
-            f" model that only judges. {job.out / ANSWERS} has the answers.",
+            "Both answered the same prompts, which the training on feedback did not use. The judge"
+            " is a reward model that has trained neither: read how often it is right before its"
+            f" verdict. {job.out / ANSWERS} has the answers.",
             facts=facts,
             cards=[(_share(scores["rate"]), "of prompts are won by the new model")],
         )
 
 
-def _corrected(scores: Mapping[str, Mapping[str, Any]]) -> str:
-    found = scores.get("corrected")
+def _judge(scores: Mapping[str, Mapping[str, Any]]) -> str:
+    found = scores.get("judge")
     if found is None:
-        return "unknown (no preferences to measure it with)"
-    if "why" in found:
-        return f"no rate follows: {found['why']}"
-    judge = found["judge"]
-    return (
-        f"{_share(found)}; it agrees with people in {100 * judge['accuracy']:.1f} % of"
-        f" {judge['pairs']:,} pairs ({100 * judge['low']:.0f} to {100 * judge['high']:.0f})"
-    )
+        return "an unknown share (no preferences to measure it with)"
+    return f"{_share(found)} of {found['n']:,} preferences that it has not seen"
 
 
 def _share(score: Mapping[str, float]) -> str:

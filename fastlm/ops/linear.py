@@ -32,7 +32,7 @@ _LEAST_ROWS: dict[str, tuple[float, float]] = {
     "avx2": (1, 32),
 }
 # Fewest rows with which `split_float32` splits: below, the weight is split for too few
-_LEAST_SPLIT = 64
+_LEAST_SPLIT = 256
 _splits: ContextVar[bool] = ContextVar("splits", default=False)
 
 

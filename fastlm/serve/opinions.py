@@ -141,8 +141,7 @@ async def give(server: "Server", http: Request) -> Response:
         if kept is not None:
             told = None if switch is None else switch.model_of(kept.response_id)
             done = store.keep(kept if told is None else replace(kept, model=told))
-        # before the opinion is stored: if one of the two fails, the client says it again, and a
-        # trial counts that once
+        # counted, then stored: said again after a failure, it is stored, and a trial counts it once
         if switch is not None:
             switch.opinion(opinion)
         return store.add(opinion) if opinion.kinds() else None, done
