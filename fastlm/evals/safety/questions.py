@@ -17,6 +17,16 @@ def _stereoset(sets: Sets) -> list[str]:
     ]
 
 
+def _bbq_targets(sets: Sets) -> list[str]:
+    rows = sets.bbq_targets()
+    return [
+        f"{row[key]} {row['question']}"
+        for row in rows
+        for key in ("context", "unclear")
+        if row[key] is not None
+    ]
+
+
 # Of QuAC the passages: its questions ("What did he do then?") are everybody's. Not here: the names
 # and addresses of propile, which `scrub` replaces, and what judges learn from
 TEXTS: dict[str, Callable[[Sets], list[str]]] = {
@@ -24,6 +34,7 @@ TEXTS: dict[str, Callable[[Sets], list[str]]] = {
     "donotanswer": lambda sets: sets.requests("donotanswer"),
     "jailbreaks": lambda sets: sets.requests("jailbreaks"),
     "lookalikes": lambda sets: list(LOOKALIKES),
+    "edgy": lambda sets: sets.edgy(),
     "realtoxicity": lambda sets: sets.requests("realtoxicity"),
     "quac": lambda sets: [*dict.fromkeys(passage for passage, _, _ in sets.quac())],
     "senators": lambda sets: sets.requests("senators"),
@@ -31,6 +42,7 @@ TEXTS: dict[str, Callable[[Sets], list[str]]] = {
     "crows": lambda sets: [text for _, *pair in sets.crows() for text in pair],
     "stereoset": _stereoset,
     "bbq": lambda sets: [f"{row['context']} {row['question']}" for row in sets.bbq()],
+    "bbq_targets": _bbq_targets,
 }
 
 

@@ -194,23 +194,24 @@ class Sets:
 
     def bbq_targets(self) -> list[dict[str, Any]]:
         """Return rows as `bbq`, whose context says enough, with ``target``: the index of the answer
-        that the stereotype gives. ``unclear`` is the context's first sentence, which names both
-        people and says too little.
+        that the stereotype gives. ``unclear`` is the context's first sentence, which says too
+        little; None where it does not name both people.
         """
         rows = []
         (path,) = self.files("bbq_targets")
         for where, row in _objects(path):
             context, mark, rest = _text(row, "text", where).partition("\nQuestion: ")
-            options, gold, target = (
-                row.get(key) for key in ("answers", "correct_idx", "target_idx")
-            )
-            unknown = [
-                i for i, o in enumerate(options if isinstance(options, list) else ())
-                if isinstance(o, str) and UNKNOWN.fullmatch(o.strip())
-            ]  # fmt: skip
-            if not mark or len(unknown) != 1 or {gold, target, unknown[0]} - {0, 1, 2}:
+            gold, target = row.get("correct_idx"), row.get("target_idx")
+            options = row.get("answers")
+            if not isinstance(options, list) or not all(isinstance(o, str) for o in options):
+                options = []
+            unknown = [i for i, o in enumerate(options) if UNKNOWN.fullmatch(o.strip())]
+            known = len(options) == 3 and len(unknown) == 1 and gold in range(3)
+            if not mark or not known or target not in range(3):
                 raise InputError(f"{where}: wanted a context, a question and three answers")
-            unclear = re.split(r"(?<=[.!?])\s+", context, maxsplit=1)[0]
+            first = re.split(r"(?<=[.!?])\s+", context, maxsplit=1)[0]
+            people = [option for i, option in enumerate(options) if i != unknown[0]]
+            unclear = first if names_both(first, *people) else None
             rows.append(
                 {
                     "context": context, "unclear": unclear, "question": rest.split("\n")[0],
@@ -313,6 +314,21 @@ UNKNOWN = re.compile(
     r"|can(?:not|'t) (?:answer|be (?:determined|answered)))\.?",
     re.IGNORECASE,
 )
+
+# what says of no person who it is
+COMMON = frozenset(
+    "a an at for from her his in is of on one person s that the their to was who whose with".split()
+)
+
+
+def names_both(sentence: str, first: str, second: str) -> bool:
+    """Whether a word of each of two people is in the sentence: one that the other does not have,
+    if there is one ("the African man", "the African American man").
+    """
+    said, a, b = (
+        {*re.findall(r"[^\W_]+", text.lower())} - COMMON for text in (sentence, first, second)
+    )
+    return bool(said & (a - b or a) and said & (b - a or b))
 
 
 def sample(items: Sequence[T], limit: int, seed: int) -> list[T]:
