@@ -72,7 +72,7 @@ def test_one_round(tmp_path):
         script(one, *answers)
         with httpx.Client(base_url=url, timeout=60, trust_env=False) as client:
             said = circle.Round(client, people, seed=1)
-            said.run(prompts=12, reviews=6)
+            said.run(prompts=24, reviews=6)
             circle.post(client, [*said.now, *said.late])
         assert said.ids and store.counts()["answers"] > 30 and store.counts()["preferred_over"] > 10
         gone = said.ids[:3]
@@ -82,7 +82,7 @@ def test_one_round(tmp_path):
     text.write_text("\n".join(answers))
     run = tmp_path / "run"
     # so few pairs may leave none to hold out
-    short = [*SHORT, "judge.heldout=0.0", 'judge.take="last"', "feedback.test=0.1"]
+    short = [*SHORT, "judge.heldout=0.0", 'judge.take="last"', "feedback.test=0.2"]
     told = circle.improve(run, old, old, database, text, said.asked, short)
     stages = json.loads((run / "summary.json").read_text())["stages"]
     decided = json.loads((run / "decision" / "decision.json").read_text())

@@ -114,7 +114,13 @@ class WinRate(Stage):
 
         sources = list(self.data)
         if not sources:
-            sources = [str(job.path("feedback") / "test" / "prompts.jsonl")]
+            path = job.path("feedback") / "test" / "prompts.jsonl"
+            if not path.is_file() or not path.stat().st_size:
+                raise InputError(
+                    f"feedback: wanted prompts in {path}, got none: gather more feedback, or"
+                    " build it with a larger test"
+                )
+            sources = [str(path)]
         found = {one.key(): one for one in read_prompts(sources, cache=job.cache)}
         if not found:
             raise InputError(f"data: wanted prompts, got none in {', '.join(sources)}")
