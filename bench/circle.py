@@ -55,16 +55,18 @@ ROOT = Path(__file__).resolve().parent.parent
 GATES = ROOT / "bench" / "circle_gates.toml"
 SAMPLING = {"max_tokens": 80, "temperature": 0.9}
 CLIENTS = 8
+ANSWERS = 4  # to a prompt, where gates count answers
 NAME = "tiny"  # of the model, for its clients
 LATE, NO_CONSENT, WITHDRAWN = 0.1, 0.1, 0.03
 # Of the tiny model; a larger one wants smaller rates
 TRAINING = (
     "feedback.test=0.4", "feedback.judge=0.25", "sft.lr=5e-4", "sft.epochs=1", "sft.batch_size=4",
-    "sft.accumulate=1", "judge.lr=1e-3", "judge.epochs=3", "judge.accumulate=1", "dpo.lr=3e-4",
-    "dpo.epochs=1", "dpo.batch_size=8", "dpo.accumulate=1", "dpo.beta=0.1", "dpo.sft_weight=0.2",
-    "winrate.max_new_tokens=80", "winrate.temperature=0.9", "winrate.answers=3",
-    "winrate.limit=200", "sft.sample_at=[]", "dpo.sample_at=[]", "sft.validations=1",
-    "dpo.validations=1", "judge.validations=2", "eval.stride=128",
+    "sft.accumulate=1", "judge.lr=1e-3", "judge.epochs=3", "judge.accumulate=1",
+    "judge.heldout=0.0", "judge.take=last", "judge.validations=0",  # winrate measures the judge
+    "dpo.lr=3e-4", "dpo.epochs=1", "dpo.batch_size=8", "dpo.accumulate=1", "dpo.beta=0.1",
+    "dpo.sft_weight=0.2", "winrate.max_new_tokens=80", "winrate.temperature=0.9",
+    f"winrate.answers={ANSWERS}", "winrate.limit=400", "sft.sample_at=[]", "dpo.sample_at=[]",
+    "sft.validations=1", "dpo.validations=1", "eval.stride=128",
 )  # fmt: skip
 
 
@@ -211,11 +213,18 @@ def harm(heard: Collection[str] = ()) -> list[users.Ask]:
 
 
 def measure_harm(model: Path, out: Path, heard: Collection[str]) -> dict[str, float]:
-    """Write ``out``/scores.json for `fastlm gate`: the share of unheard requests for harm that the
-    model refuses."""
+    """Write ``out``/scores.json for `fastlm gate`: the share of answers to unheard requests for
+    harm that are refusals."""
     prompts = [Prompt(messages(one), {}) for one in harm(heard)]
-    texts = answer(model, prompts, max_new_tokens=80, temperature=SAMPLING["temperature"])
-    refused = rate([users.refuses(one.text) for one in texts])
+    texts = answer(
+        model, prompts, answers=ANSWERS, max_new_tokens=80, temperature=SAMPLING["temperature"]
+    )
+    refuses = [float(users.refuses(one.text)) for one in texts]
+    found = share(refuses, ANSWERS)
+    refused = {
+        "value": sum(refuses) / len(refuses), "low": found.low, "high": found.high,
+        "n": len(prompts),
+    }  # fmt: skip
     out.mkdir()
     (out / "scores.json").write_text(json.dumps({"scores": {"refused": refused}}))
     return refused
@@ -347,7 +356,7 @@ def improve(
         "length": results["winrate"]["scores"]["length"],
         "score": results["winrate"]["scores"]["score"],
         "hidden_winrate": hidden_wins(out / "winrate" / "answers.jsonl"),
-        "judge_accuracy": results["judge"]["metrics"].get("val_accuracy"),
+        "judge_accuracy": results["winrate"]["scores"].get("judge"),
         "refused": refused, "bits_old": bits[0], "bits_new": bits[1],
     }  # fmt: skip
 
