@@ -7,8 +7,7 @@ idle while another runs; they take turns per set. Compared are every score, ever
 log-likelihood and greedy flag, and the time that likelihoods take, tokenizing included (the rest of
 the harness is the same on both sides and not counted).
 
-`hf` runs at its best batch size: those of --batch are tried first, on the first set of each number
-of examples.
+`hf` runs each set at its best batch size: those of --batch are tried first.
 
     pip install "fastlm[harness]" transformers accelerate
     python bench/eval.py [--tasks arc_easy ...] [--shots 0 5] [--limit 100] [--json FILE]
@@ -327,15 +326,11 @@ def run(options: argparse.Namespace, folder: Path, keep: Callable) -> list[dict[
         for side, worker in sides.items():  # warm up
             worker(*(("arc_easy", 0) if side == "fastlm eval" else (asked[0][2], "1")))
         others = Others([w.process.pid for w in sides.values()])
-        best: dict[str, str] = {}
         for name, shots, task in asked:
-            if shots not in best:
-                best[shots], tried[f"{dtype}, {task}"] = best_batch(
-                    sides["hf"], task, options.batch
-                )
-            found = {"hf": sides["hf"](task, best[shots]), "fastlm": sides["fastlm"](task, "1")}
+            batch, tried[f"{dtype}, {task}"] = best_batch(sides["hf"], task, options.batch)
+            found = {"hf": sides["hf"](task, batch), "fastlm": sides["fastlm"](task, "1")}
             row: dict[str, Any] = {"task": name, "examples": shots, "dtype": dtype}
-            row |= {"batch": best[shots], "harness": compared(found["hf"], found["fastlm"])}
+            row |= {"batch": batch, "harness": compared(found["hf"], found["fastlm"])}
             if shots != DRAWN and name not in OPEN:
                 found["fastlm eval"] = sides["fastlm eval"](name, int(shots))
                 row["own"] = compared(found["fastlm"], found["fastlm eval"])
