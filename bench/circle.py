@@ -61,12 +61,12 @@ LATE, NO_CONSENT, WITHDRAWN = 0.1, 0.1, 0.03
 # Of the tiny model; a larger one wants smaller rates
 TRAINING = (
     "feedback.test=0.4", "feedback.judge=0.25", "sft.lr=5e-4", "sft.epochs=1", "sft.batch_size=4",
-    "sft.accumulate=1", "judge.lr=1e-3", "judge.epochs=3", "judge.accumulate=1",
-    "judge.heldout=0.0", "judge.take=last", "judge.validations=0",  # winrate measures the judge
-    "dpo.lr=3e-4", "dpo.epochs=1", "dpo.batch_size=8", "dpo.accumulate=1", "dpo.beta=0.1",
-    "dpo.sft_weight=0.2", "winrate.max_new_tokens=80", "winrate.temperature=0.9",
+    "sft.accumulate=1", "dpo.lr=3e-4", "dpo.epochs=1", "dpo.batch_size=8", "dpo.accumulate=1",
+    "dpo.beta=0.1", "dpo.sft_weight=0.2", "winrate.max_new_tokens=80", "winrate.temperature=0.9",
     f"winrate.answers={ANSWERS}", "winrate.limit=400", "sft.sample_at=[]", "dpo.sample_at=[]",
     "sft.validations=1", "dpo.validations=1", "eval.stride=128",
+    *(f"{judge}.{option}" for judge in ("judge", "judge-2", "judge-3")
+      for option in ("lr=1e-3", "epochs=3", "accumulate=1", "validations=0")),
 )  # fmt: skip
 
 
@@ -333,9 +333,8 @@ def improve(
     """Train ``base`` on all feedback so far by the recipe, and compare with ``model``, which serves
     now, by the gates; return what they decided, and the figures of the new model."""
     sets = [
-        f'feedback.database=["{database}"]', f'sft.from="{base}"', f'judge.from="{base}"',
-        f'eval.of=["{model}", "dpo"]', f'eval.data="{talk}"', f'winrate.old="{model}"',
-        f'safety.of=["{model}", "dpo"]',
+        f'feedback.database=["{database}"]', f'inputs.old="{model}"', f'inputs.start="{base}"',
+        f'eval.data="{talk}"',
         "feedback.decontaminate=[]",  # no evaluation asks in this language
         *TRAINING, *more,
     ]  # fmt: skip

@@ -170,6 +170,48 @@ def test_stages_take_from_the_last_that_fits_or_from_where_they_say(tmp_path):
         load_recipe(path, ["small.model=wide"])
 
 
+OUTSIDE = """
+[inputs]
+old = "./served"
+
+[[stage]]
+name = "pair"
+kind = "eval"
+of = ["old", "pretrain"]
+
+[[stage]]
+name = "smaller"
+kind = "quantize"
+from = "old"
+"""
+
+
+def test_what_comes_from_outside_has_one_name(tmp_path):
+    path = tiny_recipe.write(tmp_path)
+    path.write_text(path.read_text() + OUTSIDE)
+
+    def taken(*overrides):
+        recipe = load_recipe(path, overrides)
+        steps = (recipe.step("pair"), recipe.step("smaller"))
+        return [step.inputs["model"] for step in steps]
+
+    assert taken() == [("./served", "pretrain"), ("./served",)]
+    assert taken("inputs.old=/srv/m") == [("/srv/m", "pretrain"), ("/srv/m",)]
+    assert load_recipe(path, ["inputs.old=model:smollm2"]).table["inputs"]["old"] == "model:smollm2"
+    for override, text in (
+        ("inputs.old=served", "inputs.old: wanted a path with a /, got 'served'"),
+        ("inputs.old=3", "inputs.old: wanted a path with a /, got 3"),
+        ("inputs.older=/srv/m", "inputs.older: wanted a stage that takes it, got none"),
+        ("inputs.pretrain=/srv/m", "inputs.pretrain: wanted a name that is no stage's"),
+        ("inputs=3", "inputs: wanted a table, got 3"),
+        ("pair.name=inputs", "stage.name: wanted the name of a folder, got 'inputs'"),
+        ("pair.of=['old', './served']", "pair.of: wanted each once"),
+        ("pair.of=['odl', 'pretrain']", "pair.of: .*the nearest one is 'old'"),
+    ):
+        with pytest.raises(InputError, match=text):
+            load_recipe(path, [override])
+
+
 def test_a_stage_whose_input_nobody_makes(tmp_path):
     (tmp_path / "r.toml").write_text('name = "r"\n[[stage]]\nkind = "tokenizer"\n')
     with pytest.raises(InputError, match=r"tokenizer.corpus: wanted a stage above it that makes"):

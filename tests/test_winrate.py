@@ -1,12 +1,15 @@
 """How often the judge of a win rate is right."""
 
 import json
+from statistics import fmean
 
 import preference_models
+import pytest
 
+from fastlm.data.prompts import Prompt
 from fastlm.evals.statistics import wilson
 from fastlm.loop.bounds import scores_of
-from fastlm.loop.winning import judge_accuracy
+from fastlm.loop.winning import Answered, judge_accuracy, judged
 from fastlm.loop.winrate import WinRate
 from fastlm.model.reward_model import RewardModel
 from fastlm.serve.chat import load_model
@@ -26,8 +29,8 @@ def test_the_judge_is_measured_on_preferences(tmp_path):
     swapped = [{**p, "chosen": p["rejected"], "rejected": p["chosen"]} for p in pairs]
     for path, rows in ((one, pairs), (other, swapped)):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    first = judge_accuracy(judge, [str(one)], cache=tmp_path)
-    second = judge_accuracy(judge, [str(other)], cache=tmp_path)
+    first = judge_accuracy([judge], [str(one)], cache=tmp_path)
+    second = judge_accuracy([judge], [str(other)], cache=tmp_path)
     assert first is not None and second is not None
     assert first["n"] == 12 and first["value"] + second["value"] == 1
     known = wilson(12 * first["value"], 12)
@@ -35,15 +38,54 @@ def test_the_judge_is_measured_on_preferences(tmp_path):
     several = tmp_path / "several.jsonl"
     ranked = {"prompt": "Say 1.", "answers": ["1.", "2.", "3.", "4."], "ranks": [0, 1, 2, 3]}
     several.write_text(json.dumps(ranked))
-    found = judge_accuracy(judge, [str(several)], cache=tmp_path)
+    found = judge_accuracy([judge], [str(several)], cache=tmp_path)
     assert found is not None and found["n"] == 1  # of six pairs
     with one.open("a") as file:  # beyond the judge's context of 256 tokens
         file.write(json.dumps({**pairs[0], "rejected": "It is " + "9 " * 300}) + "\n")
     said = []
-    assert judge_accuracy(judge, [str(one)], cache=tmp_path, warn=said.append) == first
+    assert judge_accuracy([judge], [str(one)], cache=tmp_path, warn=said.append) == first
     assert said == ["1 of 13 preferences that measure the judge exceed its context"]
     stage = WinRate(data=(str(one),), labelled=(str(one),), limit=3, max_new_tokens=4)
     result = stage(tmp_path / "out", cache=tmp_path, model=base, old=base, judge=judge)
     table = json.loads((tmp_path / "out/scores.json").read_text())
     assert table["scores"]["judge"] == result["scores"]["judge"] == first
     assert scores_of("winrate", table)["winrate.judge"]["value"] == first["value"]
+
+
+def test_several_judges_score_by_their_mean(tmp_path):
+    base = preference_models.make_base(tmp_path / "base", max_position_embeddings=256)
+    model, tokenizer = load_model(base)
+    judges = [tmp_path / "first", tmp_path / "second"]
+    for seed, path in enumerate(judges):
+        RewardModel.from_causal_lm(model, seed=seed).save_pretrained(path)
+        tokenizer.save(path)
+    prompts = [Prompt([{"role": "user", "content": f"Say {i}."}], {}) for i in range(4)]
+    answered = [[Answered(f"It is {i}.", 4, True) for i in range(3)] + [Answered(" ", 1, True)]]
+    said = []
+    ((*points, empty),) = judged(judges, prompts, answered, said.append)
+    alone = [judged([path], prompts, answered)[0] for path in judges]
+    assert points == pytest.approx([fmean(both) for both in zip(*alone)][:3], abs=1e-6)
+    assert alone[0][:3] != pytest.approx(alone[1][:3], abs=1e-3)
+    assert empty == min(points) and said == ["1 empty answers have the lowest score of all"]
+
+    pairs = tmp_path / "pairs.jsonl"
+    rows = [
+        {"prompt": f"Say {i}.", "chosen": f"It is {i}.", "rejected": f"No {i} here."}
+        for i in range(12)
+    ]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def scored(key):
+        asked = [Prompt([{"role": "user", "content": row["prompt"]}], {}) for row in rows]
+        return judged(judges, asked, [[Answered(row[key], 1, True) for row in rows]])[0]
+
+    right = [a > b for a, b in zip(scored("chosen"), scored("rejected"), strict=True)]
+    found = judge_accuracy(judges, [str(pairs)], cache=tmp_path)
+    assert found is not None and found["value"] == sum(right) / 12
+    stage = WinRate(data=(str(pairs),), limit=3, max_new_tokens=4)
+    stage(tmp_path / "out", cache=tmp_path, model=base, old=base, judge=judges)
+    for line in (tmp_path / "out/answers.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        prompt = Prompt(row["prompt"], {})
+        told = judged(judges, [prompt], [[Answered(row["new"], 1, True)]])[0][0]
+        assert row["score_new"] == pytest.approx(told, abs=1e-3)

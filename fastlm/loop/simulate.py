@@ -187,7 +187,7 @@ The same command starts again from nothing."""
         from fastlm.loop.winning import Answered, judged
 
         answered = [Answered(text, 0, True) for pair in texts for text in pair]
-        (points,) = judged(job.path("reward_model"), prompts, [answered], job.warn)
+        (points,) = judged([job.path("reward_model")], prompts, [answered], job.warn)
         return [tuple(points[i : i + ANSWERS]) for i in range(0, len(points), ANSWERS)]
 
     def told(self, result: Mapping[str, Any], job: Job) -> str:

@@ -19,6 +19,7 @@ from fastlm.progress import silent
 from fastlm.serve.chat import load_model
 from fastlm.serve.engine import Engine
 from fastlm.serve.requests import Request
+from fastlm.tokenizer.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -63,16 +64,16 @@ def answer(
 
 
 def judged(
-    judge: Path,
+    judges: Sequence[Path],
     prompts: Sequence[Prompt],
     answered: Sequence[Sequence[Answered]],
     warn: Callable[[str], None] = lambda line: None,
 ) -> list[list[float]]:
-    """Return the score of every answer by the reward model ``judge``. An empty answer has the
-    lowest score of all: no template writes one.
+    """Return the mean score of every answer by the reward models ``judges``, whose scores have one
+    scale (standard deviations over the answers of their training). An empty answer has the lowest
+    score of all: no template writes one.
     """
-    model = RewardModel.from_pretrained(judge)
-    tokenizer = load_tokenizer(judge, model.config.to_dict())
+    models = [_judge(path) for path in judges]
     found: list[list[float | None]] = []
     for texts in answered:
         share = len(texts) // len(prompts)
@@ -82,9 +83,10 @@ def judged(
             if one.text.strip()
         ]
         own: list[float | None] = [None] * len(texts)
-        points = scores(model, tokenizer, [messages for _, messages in asked]).tolist()
-        for (i, _), point in zip(asked, points, strict=True):
-            own[i] = point
+        talks = [messages for _, messages in asked]
+        told = [scores(model, tokenizer, talks).tolist() for model, tokenizer in models]
+        for (i, _), points in zip(asked, zip(*told, strict=True), strict=True):
+            own[i] = fmean(points)
         found.append(own)
     told = [point for own in found for point in own if point is not None]
     least = min(told, default=0.0)
@@ -93,44 +95,59 @@ def judged(
     return [[least if point is None else point for point in own] for own in found]
 
 
+def _judge(path: Path) -> tuple[RewardModel, Tokenizer]:
+    model = RewardModel.from_pretrained(path)
+    return model, load_tokenizer(path, model.config.to_dict())
+
+
 def judge_accuracy(
-    judge: Path,
+    judges: Sequence[Path],
     sources: Sequence[str],
     *,
     cache: Path,
     confidence: float = 0.95,
     warn: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any] | None:
-    """Return how often the reward model prefers what preferences that it has not been trained on
-    say: "value" (a tie counts half) with Wilson's interval of "n" rows, each of which counts once,
-    however many pairs it has. None where ``sources`` hold none; ``warn`` is told of rows beyond the
-    judge's context.
+    """Return how often the mean score of the reward models prefers what preferences that they have
+    not been trained on say: "value" (a tie counts half) with Wilson's interval of "n" rows, each of
+    which counts once, however many pairs it has. None where ``sources`` hold none; ``warn`` is told
+    of rows beyond a judge's context.
     """
     rows = [row for row in read_preferences(sources, cache=cache) if isinstance(row, Comparison)]
     rows = [row for row in rows if row.pairs()]
     if not rows:
         return None
-    model = RewardModel.from_pretrained(judge)
-    tokenizer = load_tokenizer(judge, model.config.to_dict())
-    texts = [
-        [scored_tokens(tokenizer, [*p.prompt, *one]) for p in row.pairs() for one in p.answers]
-        for row in rows
-    ]
-    fit = [own for own in texts if max(map(len, own)) <= model.trunk.context_limit]
+    models = [_judge(path) for path in judges]
+
+    def read(row: Comparison) -> list[list[list[int]]]:
+        """Per judge, the tokens of each pair's answers."""
+        talks = [[*pair.prompt, *one] for pair in row.pairs() for one in pair.answers]
+        return [[scored_tokens(tokenizer, talk) for talk in talks] for _, tokenizer in models]
+
+    texts = [read(row) for row in rows]
+    fit = [own for own in texts if all(map(_fits, own, models))]
     if left := len(texts) - len(fit):
         warn(f"{left:,} of {len(texts):,} preferences that measure the judge exceed its context")
     if not fit:
         return None
-    points = iter(model.score([text for own in fit for text in own]).tolist())
+    told = [
+        model.score([text for own in fit for text in own[i]]).tolist()
+        for i, (model, _) in enumerate(models)
+    ]
+    points = map(fmean, zip(*told, strict=True))
     right = []
     for own in fit:
-        pairs = [(next(points), next(points)) for _ in range(len(own) // 2)]
+        pairs = [(next(points), next(points)) for _ in range(len(own[0]) // 2)]
         right.append(fmean(1.0 if a > b else 0.5 if a == b else 0.0 for a, b in pairs))
     known = wilson(sum(right), len(right), confidence)
     return {
         "value": fmean(right), "low": known.low, "high": known.high, "n": len(right),
         "better": "higher",
     }  # fmt: skip
+
+
+def _fits(texts: Sequence[Sequence[int]], judge: tuple[RewardModel, Tokenizer]) -> bool:
+    return max(map(len, texts)) <= judge[0].trunk.context_limit
 
 
 def compared(

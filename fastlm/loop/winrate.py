@@ -24,15 +24,18 @@ class WinRate(Stage):
     prompts, by a reward model that has not trained the new one.
 
     A reward model reads one answer at a time, so that there is no order of two answers to favour.
+    Several judges, equal but for their seeds, score by their mean: each errs less than one alone.
     """
 
     kind = "winrate"
     command = ("winrate",)
-    version = 3
+    version = 4
     reads = {
         "model": Takes(("model", "quantized"), "The new model: as for eval", flag="m"),
         "old": Takes(("model", "quantized"), "The model that serves now", default=False),
-        "judge": Takes(("reward",), "Reward model that neither has been trained with"),
+        "judge": Takes(
+            ("reward",), "Reward models that neither has been trained with", several=True
+        ),
         "feedback": Takes(
             ("feedback",), "What `fastlm feedback build` made: prompts of test/", optional=True
         ),
@@ -85,12 +88,12 @@ class WinRate(Stage):
             )
             for key in ("old", "model")
         )  # fmt: skip
-        points = judged(job.path("judge"), prompts, [old, new], job.warn)
+        judges = [given.path for given in job.inputs["judge"]]
+        points = judged(judges, prompts, [old, new], job.warn)
         result = compared(old, new, points, self.answers, self.confidence)
         if labelled := self._labelled(job):
             accuracy = judge_accuracy(
-                job.path("judge"), labelled, cache=job.cache, confidence=self.confidence,
-                warn=job.warn,
+                judges, labelled, cache=job.cache, confidence=self.confidence, warn=job.warn,
             )  # fmt: skip
             if accuracy is not None:
                 result["scores"]["judge"] = accuracy

@@ -12,6 +12,11 @@
     kind = "pretrain"
     from = "shards"                  # default: the last stage that made what this one needs
 
+What comes from outside the run may have a name, too, so that one --set changes it everywhere:
+
+    [inputs]
+    old = "runs/chat/ppo"
+
 The other keys of a stage are the fields of its class (`fastlm.runs.kinds`): a recipe has no names
 of its own. An unknown key is refused and the nearest known one named; a wrong type is refused and
 both types are named. Composition in the style of Hydra or YAML was left out: a run is read from top
@@ -21,7 +26,7 @@ to bottom in one file.
 import difflib
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,9 +42,10 @@ MAX_DOTS = 1000  # in a line: tomllib takes time quadratic in the parts of a key
 _HUGE = re.compile(r"0[box][\da-fA-F_]{65}")  # numbers beyond TOML's 64 bits
 _NAME = re.compile(r"\w([\w .+-]{0,98}[\w+-])?")
 SCHEMES = ("model", "pypi", "sdist", "deb")  # of inputs from packages
-KEYS = {"name": str, "description": str, "seed": int, "stage": list}
-# Files and folders of a run, whose names no stage may have
-RESERVED = re.compile(r"report|.*\.html|.*\.jsonl?|previous(-\d+)?")
+INPUTS = "inputs"
+KEYS = {"name": str, "description": str, "seed": int, INPUTS: dict, "stage": list}
+# Files and folders of a run and tables of a recipe, whose names no stage may have
+RESERVED = re.compile(r"inputs|report|.*\.html|.*\.jsonl?|previous(-\d+)?")
 # Tables of the old recipes, before the list of stages
 OLD_TABLES = ("data", "tokenizer", "model", "pretrain", "eval", "quantize")
 
@@ -70,8 +76,8 @@ class Recipe:
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read and check the recipe at ``path``.
 
-    ``overrides``: "NAME.key=value" with the name of a stage, or "seed=2". The value is TOML; a bare
-    word is a string.
+    ``overrides``: "NAME.key=value" with the name of a stage, "inputs.key=value", or "seed=2". The
+    value is TOML; a bare word is a string.
 
     InputError: no such file, not TOML, an unknown or missing key, a wrong type, a value that a
     stage refuses.
@@ -102,7 +108,7 @@ def parse_recipe(table: Mapping[str, Any]) -> Recipe:
         if key not in KEYS:
             raise InputError(_misplaced(key, key, [*KEYS], entries))
         if key != "stage" and type(value) is not KEYS[key]:
-            kinds = {str: "a string", int: "a whole number"}
+            kinds = {str: "a string", int: "a whole number", dict: "a table"}
             raise InputError(f"{key}: wanted {kinds[KEYS[key]]}, got {value!r:.80}")
     name, seed = table.get("name"), table.get("seed", 0)
     if name is None:
@@ -113,10 +119,11 @@ def parse_recipe(table: Mapping[str, Any]) -> Recipe:
         raise InputError(f"seed: wanted 0 or more and less than 2^63, got {seed}")
     if not entries:
         raise InputError("stage: wanted at least one [[stage]], got none")
+    outside = _outside(table.get(INPUTS, {}), entries)
     steps: dict[str, Step] = {}
     facts: dict[str, Facts] = {}
     for entry in entries:
-        step = _step(entry, steps, entries, seed)
+        step = _step(entry, steps, entries, seed, outside)
         try:
             step.stage.check()
             known = {
@@ -145,6 +152,23 @@ def _entries(table: Mapping[str, Any]) -> list[dict[str, Any]]:
     return entries
 
 
+def _outside(named: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Check what a recipe names from outside the run: name -> path."""
+    for name, path in named.items():
+        if not isinstance(path, str) or not is_outside(path):
+            raise InputError(f"{INPUTS}.{name}: wanted a path with a /, got {path!r:.80}")
+        if is_outside(name) or name in map(_name_of, entries):
+            raise InputError(f"{INPUTS}.{name}: wanted a name that is no stage's and no path's")
+    if unused := named.keys() - {v for e in entries for v in _strings(e)}:
+        raise InputError(f"{INPUTS}.{min(unused)}: wanted a stage that takes it, got none")
+    return dict(named)
+
+
+def _strings(entry: Mapping[str, Any]) -> Iterator[str]:
+    for value in entry.values():
+        yield from (v for v in (value if isinstance(value, list) else [value]) if type(v) is str)
+
+
 def _name_of(entry: Mapping[str, Any]) -> Any:
     return entry.get("name", entry["kind"])
 
@@ -154,8 +178,10 @@ def _step(
     before: Mapping[str, Step],
     entries: Sequence[Mapping[str, Any]],
     seed: int,
+    outside: Mapping[str, str],
 ) -> Step:
-    """Return the step of one ``[[stage]]``, with its inputs among the steps ``before``."""
+    """Return the step of one ``[[stage]]``, with its inputs among the steps ``before`` and those
+    from ``outside``."""
     name, cls = _name_of(entry), KINDS[entry["kind"]]
     if not isinstance(name, str) or not _NAME.fullmatch(name) or RESERVED.fullmatch(name):
         raise InputError(f"stage.name: wanted the name of a folder, got {name!r:.80}")
@@ -180,7 +206,7 @@ def _step(
         given.setdefault("seed", seed)
     stage = build(cls, given, f"{name}.")
     inputs = {
-        key: _sources(name, edges[key], takes, before, entries)
+        key: _sources(name, edges[key], takes, before, entries, outside)
         if key in edges
         else _last_that_fits(name, key, takes, before)
         for key, takes in cls.reads.items()
@@ -194,8 +220,9 @@ def _sources(
     takes: Takes,
     before: Mapping[str, Step],
     entries: Sequence[Mapping[str, Any]],
+    outside: Mapping[str, str],
 ) -> tuple[str, ...]:
-    """Check what a recipe names as one input of a stage."""
+    """Check what a recipe names as one input of a stage; return stages and paths."""
     key, value = edge
     values = value if isinstance(value, list) else [value]
     if not values and takes.optional:
@@ -204,6 +231,7 @@ def _sources(
         raise InputError(f"{name}.{key}: wanted the name of a stage or a path, got {value!r:.80}")
     if len(values) > 1 and not takes.several:
         raise InputError(f"{name}.{key}: wanted one, got {len(values)}")
+    values = [outside.get(v, v) for v in values]
     if len({*values}) < len(values):
         raise InputError(f"{name}.{key}: wanted each once, got {', '.join(values):.80}")
     for v in values:
@@ -213,7 +241,7 @@ def _sources(
             later = [_name_of(e) for e in entries]
             if v in later:
                 raise InputError(f"{name}.{key}: wanted a stage above it, {v!r} stands below")
-            near = difflib.get_close_matches(v[:80], before, n=1, cutoff=0.0)
+            near = difflib.get_close_matches(v[:80], [*before, *outside], n=1, cutoff=0.0)
             hint = f"; the nearest one is {near[0]!r}" if near else ""
             raise InputError(
                 f"{name}.{key}: wanted the name of a stage above it or a path with a /,"
@@ -286,7 +314,7 @@ def _toml(text: str) -> dict[str, Any]:
 
 
 def _override(table: dict[str, Any], text: str) -> None:
-    """Put the value of "NAME.key=value" into the stage NAME of ``table``."""
+    """Put the value of "NAME.key=value" into the stage NAME of ``table``, or into its inputs."""
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise InputError(f"set: wanted NAME.KEY=VALUE, as pretrain.max_seconds=60, got {text!r}")
@@ -297,7 +325,7 @@ def _override(table: dict[str, Any], text: str) -> None:
     except (ValueError, RecursionError):
         parsed = value
     *parents, last = key.strip().split(".")
-    if parents:
+    if parents and parents[0] != INPUTS:
         # a stage's name may itself contain dots
         found = _entries(table)
         entries = {n: e for e in found if isinstance(n := _name_of(e), str)}
