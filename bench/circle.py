@@ -2,7 +2,7 @@
 
     python bench/circle.py --conversations 4000              what the model of round 0 learns
     fastlm run bench/circle_base.toml -o runs/circle/base    that model, once (a minute)
-    python bench/circle.py --seed 2 --plot docs/circle.png   three rounds, each without and with
+    python bench/circle.py --seed 3 --plot docs/circle.png   three rounds, each without and with
                                                              malicious users
 
 One `fastlm serve` runs all the time. In each round it answers simulated users (bench/users.py), who
