@@ -28,7 +28,7 @@ class WinRate(Stage):
 
     kind = "winrate"
     command = ("winrate",)
-    version = 3
+    version = 4
     reads = {
         "model": Takes(("model", "quantized"), "The new model: as for eval", flag="m"),
         "old": Takes(("model", "quantized"), "The model that serves now", default=False),
@@ -74,10 +74,12 @@ class WinRate(Stage):
         return contents.sources((*self.data, *self.labelled), FORMATS)
 
     def run(self, job: Job) -> dict[str, Any]:
+        from fastlm.evals.suite import ids_of
         from fastlm.loop.winning import answer, compared, judge_accuracy, judged
 
         self._check_data(bool(job.inputs.get("feedback")))
         prompts = self._prompts(job)
+        ids = ids_of([*job.inputs["old"], *job.inputs["model"]])
         old, new = (
             answer(
                 job.path(key), prompts, answers=self.answers, max_new_tokens=self.max_new_tokens,
@@ -86,7 +88,8 @@ class WinRate(Stage):
             for key in ("old", "model")
         )  # fmt: skip
         points = judged(job.path("judge"), prompts, [old, new], job.warn)
-        result = compared(old, new, points, self.answers, self.confidence)
+        result: dict[str, Any] = compared(old, new, points, self.answers, self.confidence)
+        result["ids"] = ids
         if labelled := self._labelled(job):
             accuracy = judge_accuracy(
                 job.path("judge"), labelled, cache=job.cache, confidence=self.confidence,
