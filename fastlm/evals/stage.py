@@ -149,7 +149,7 @@ class Eval(Stage):
 
         with token_dataset(
             against, tokenizer, model.config.vocab_size, part="train", cache=job.cache,
-            tell=job.skipped,
+            tell=job.skipped, name="against",
         ) as data:  # fmt: skip
             return task_overlaps(tasks, tokenizer, data, track=job.track)
 
