@@ -229,6 +229,20 @@ def test_the_server_takes_a_key_of_its_own_alone(made, tmp_path, monkeypatch):
         assert served.post("/v1/feedback", said | {"thumb": "down"}).status == 200
 
 
+def test_of_equal_questions_the_first_counts(made, tmp_path):
+    rows = [
+        {"instruction": question, "input": "", "output": answer}
+        for question, answer in (("Who?", "Ann."), ("When?", "Now."), ("Who?", "Bob."))
+    ]
+    (tmp_path / "twice.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    stage = Simulate(data=(str(tmp_path / "twice.jsonl"), str(made / "asked.jsonl")))
+    given = {"model": made / "model", "reward_model": made / "rewards"}
+    asked = stage._prompts(stage.job(tmp_path / "out", **given))
+    written = {one.messages[-1]["content"]: one.row["output"] for one in asked}
+    assert len(asked) == len(written) == 32
+    assert written["Who?"] == "Ann." and written["When?"] == "Now."
+
+
 def test_what_cannot_work_is_refused(made):
     good = {"data": (str(made / "asked.jsonl"),)}
     for wrong, name in (
