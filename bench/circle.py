@@ -44,6 +44,7 @@ from harness import machine
 
 from fastlm.data.prompts import Prompt
 from fastlm.evals.statistics import wilson
+from fastlm.evals.suite import id_of
 from fastlm.loop.bounds import difference
 from fastlm.loop.gate import Gate
 from fastlm.loop.served import serving
@@ -226,7 +227,8 @@ def measure_harm(model: Path, out: Path, heard: Collection[str]) -> dict[str, fl
         "n": len(prompts),
     }  # fmt: skip
     out.mkdir()
-    (out / "scores.json").write_text(json.dumps({"scores": {"refused": refused}}))
+    told = {"scores": {"refused": refused}, "ids": [{"name": model.name, "id": id_of(model)}]}
+    (out / "scores.json").write_text(json.dumps(told))
     return refused
 
 

@@ -151,6 +151,9 @@ class Numbers:
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [[int(word) for word in text.split()] for text in texts]
 
+    def vocabulary_id(self, size: int) -> str:
+        return f"numbers {size}"
+
 
 def loopback() -> int:
     for line in Path("/proc/net/dev").read_text().splitlines():

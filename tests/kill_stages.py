@@ -41,7 +41,8 @@ PRELOAD = [
 ]  # fmt: skip
 # What depends on the clock or the folder's name, in JSON: nothing else may differ
 CLOCK = {
-    "seconds", "tokens_per_second", "used_seconds", "training_seconds", "load", "judged_at",
+    "seconds", "seconds_p50", "seconds_p99", "tokens_per_second", "used_seconds",
+    "training_seconds", "load", "judged_at",
     "decode_tokens_per_second", "decode_tokens_per_second_before",
     "metrics_bytes",  # of lines with seconds
     "command",  # with the name of the folder
@@ -134,6 +135,25 @@ CASES = [
         "safety --model base --data data --measures memorization --limit 10 -o {out} --json",
         ("data",),
     ),
+    Case(
+        "simulate",
+        "feedback simulate chats.jsonl --model base --reward-model reward --limit 6 --users 3"
+        " --reviews 1 --max-new-tokens 6 --clients 1 -o {out} --json --threads 1",
+        ("reward",),
+    ),
+    Case(
+        "winrate",
+        "winrate --model sft --old base --judge reward --data prompts.jsonl --labelled pairs.jsonl"
+        " --limit 6 --max-new-tokens 6 -o {out} --json --threads 1",
+        ("sft", "reward"),
+    ),
+    Case(
+        "gate", "gate --scores winrate --gates gates.toml -o {out} --json", ("winrate",)
+    ),
+    Case(
+        "promotion", "promotion --new sft --old base --decision gate -o {out} --json",
+        ("sft", "gate"),
+    ),
     Case("export", "export --model base -o {out} --json"),
     Case(
         "quantize", "quantize --model base --group-size 16 --data data -o {out} --json", ("data",)
@@ -177,6 +197,7 @@ def prepare(folder: Path) -> None:
         "num_hidden_layers": 1, "num_attention_heads": 2, "eos_token_id": 0,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
+    (folder / "gates.toml").write_text('[[gate]]\nscore = "winrate.rate"\nmin = 0\n')
     words = preference_models.WORDS
     chats = [
         {"prompt": f"what is {a} {b}", "completion": f"{b} please {a}"}
@@ -296,16 +317,33 @@ def content(path: Path) -> Any:
                 stage.get("outputs", {}).pop("metrics.jsonl", None)
             found[0]["stages"]["report"].pop("fingerprint")
         if path.name == "record.json":
-            found[0].get("outputs", {}).pop("metrics.jsonl", None)
+            for name in ("metrics.jsonl", "serve.log"):  # bytes of lines with seconds
+                found[0].get("outputs", {}).pop(name, None)
         return found
-    if path.suffix == ".sqlite":
+    if path.suffix in (".sqlite", ".db"):
         with sqlite3.connect(path) as store:
-            stamp = re.compile(r"\d{4}-\d\d-\d\dT[\d:.+]+")
-            return [stamp.sub("TIME", line) for line in store.iterdump()]
+            return rows_of(store)
+    if path.suffix == ".log":  # of a server; its database has what it answered
+        return [json.loads(line)["event"] for line in path.read_text().splitlines()]
     if path.suffix == ".html":  # its figures are in the results and metrics; here, that it is whole
         text = path.read_text()
         return [text.count("<svg"), text.count("<section"), text.rstrip().endswith("</html>")]
     return path.read_bytes()
+
+
+def rows_of(store: sqlite3.Connection) -> list[str]:
+    """A database as text, without times; the ids of responses, which are random, are numbered in
+    the order of their appearance.
+    """
+    names: dict[str, str] = {}
+    found = []
+    for line in store.iterdump():
+        if "fastlm_measures" not in line:  # how long answers took
+            line = re.sub(r"\d{4}-\d\d-\d\dT[\d:.+]+", "TIME", line)
+            for id in re.findall("chatcmpl-[0-9a-f]+", line):
+                line = line.replace(id, names.setdefault(id, f"response {len(names)}"))
+            found.append(line)
+    return found
 
 
 def timeless(value: Any) -> Any:

@@ -159,6 +159,9 @@ def test_the_command_writes_gguf_with_the_tokenizer(tokenizer, tmp_path):
         assert came.encode(text, special=True) == tokenizer.encode(text, special=True)
     assert came.chat_template == tokenizer.chat_template
     assert (came.eos_id, came.pad_id, came.stop_ids) == (0, 0, tokenizer.stop_ids)
+    assert came.vocab_size > tokenizer.vocab_size  # one for each row of the embedding
+    ids = [one.vocabulary_id(tokenizer.vocab_size) for one in (came, tokenizer)]
+    assert ids[0] == ids[1] != came.vocabulary_id(tokenizer.vocab_size - 1)
     file = GGUFFile(tmp_path / "g" / "model.gguf")
     kinds = file.metadata["tokenizer.ggml.token_type"]
     assert kinds[:3].tolist() == [3, 3, 3] and kinds[-1] == 5 and len(kinds) == 320

@@ -1,5 +1,8 @@
 """Some of what `make kill` does: commands killed at random moments come to the same end."""
 
+import sqlite3
+from pathlib import Path
+
 import kill_stages
 import pytest
 
@@ -22,3 +25,20 @@ def test_differences_are_seen() -> None:
     )
     assert kill_stages.difference({**same, "x": b""}, same) == "x is missing"
     assert kill_stages.timeless([{"load": "1", "seconds": 2.0, "loss": 3.0}]) == [{"loss": 3.0}]
+
+
+def test_databases_are_compared_without_random_ids_and_times(tmp_path: Path) -> None:
+    def written(name: str, ids: list[str], time: str, thumb: str = "up") -> object:
+        with sqlite3.connect(tmp_path / name) as store:
+            store.execute("CREATE TABLE fastlm_feedback (id TEXT, over TEXT, thumb TEXT, at TEXT)")
+            store.execute("CREATE TABLE fastlm_measures (id TEXT, seconds FLOAT)")
+            for id in ids:
+                row = (f"chatcmpl-{id}", f'[["chatcmpl-{ids[0]}", 1]]', thumb, time)
+                store.execute("INSERT INTO fastlm_feedback VALUES (?, ?, ?, ?)", row)
+                store.execute("INSERT INTO fastlm_measures VALUES (?, ?)", (id, len(name) / 7))
+        return kill_stages.content(tmp_path / name)
+
+    one = written("one.db", ["a1", "b2"], "2026-11-28T19:35:56+00:00")
+    assert one == written("another.db", ["c3", "d4"], "2026-11-29T00:00:00.5+00:00")
+    assert one != written("same.db", ["a1", "a1"], "2026-11-28T19:35:56+00:00")
+    assert one != written("down.db", ["a1", "b2"], "2026-11-28T19:35:56+00:00", "down")

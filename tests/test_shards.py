@@ -5,6 +5,7 @@ import json
 import random
 
 import numpy as np
+import preference_models
 import pytest
 import torch
 from disk import full_disk
@@ -12,8 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastlm.data.shards import BatchSampler, TokenDataset, write_shards
+from fastlm.data.shards_forget import remove_documents
 from fastlm.errors import InputError
+from fastlm.evals.stage import Eval
+from fastlm.serve.chat import load_model
 from fastlm.tokenizer.tokenizer import Tokenizer
+from fastlm.train.pretrain import Pretrain
 
 
 class Bytes:
@@ -24,6 +29,9 @@ class Bytes:
 
     def encode_batch(self, texts):
         return [[b + self.shift for b in t.encode()] for t in texts]
+
+    def vocabulary_id(self, size):
+        return f"bytes {size}"
 
 
 def texts(n=30):
@@ -298,3 +306,63 @@ def test_with_the_real_tokenizer(tmp_path):
         *ids, eos = data.read(start, end - start).tolist()
         assert (tokenizer.decode(ids), eos) == (text, tokenizer.eos_id)
         assert tokenizer.eos_id not in ids
+
+
+def test_shards_know_their_tokenizer(tmp_path):
+    """Two tokenizers of the same size, and the one that made the shards in other clothes."""
+    docs = ["the cat and the dog sat on the mat"] * 20
+    mine, other = (Tokenizer.train(texts, 268) for texts in (docs, ["zebras hum jazz"] * 20))
+    assert mine.vocab_size == other.vocab_size == 268
+    write_shards(docs, mine, tmp_path / "s")
+    data = TokenDataset(tmp_path / "s")
+    mine.chat_template = "{{ messages }}"
+    mine.save(tmp_path / "mine")
+    data.check_tokenizer(copy := Tokenizer.load(tmp_path / "mine"), "shards")
+    copy.backend.add_special_tokens(["<|tool|>"])  # behind those that the shards may have
+    data.check_tokenizer(Tokenizer(copy.backend, {"eos_token": "<|endoftext|>"}), "shards")
+    said = r"^shards: wanted tokens of the tokenizer [0-9a-f]{12}, got .*s of [0-9a-f]{12}: make"
+    with pytest.raises(InputError, match=said):
+        data.check_tokenizer(other, "shards")
+    remove_documents(tmp_path / "s", {"00000.bin": [(0, 10)]})
+    data = TokenDataset(tmp_path / "s")
+    with pytest.raises(InputError, match=said):
+        data.check_tokenizer(other, "shards")
+    index = json.loads((tmp_path / "s" / "index.json").read_text())
+    del index["tokenizer"]  # as an older fastlm wrote it
+    (tmp_path / "s" / "index.json").write_text(json.dumps(index))
+    data = TokenDataset(tmp_path / "s")
+    assert data.documents == 19
+    data.check_tokenizer(other, "shards")
+
+
+def test_shards_of_another_tokenizer_are_refused(tmp_path):
+    base = preference_models.make_base(tmp_path / "base")
+    model, mine = load_model(base)
+    docs = ["please what is now the river and the stone"] * 40
+    other = Tokenizer.train(["zebras hum jazz quietly before noon"] * 20, mine.vocab_size)
+    # an id that nobody uses, to the same size
+    other.backend.add_tokens([f"x{i}" for i in range(mine.vocab_size - other.vocab_size)])
+    other = Tokenizer(other.backend, {"eos_token": "<|endoftext|>"})
+    assert other.vocab_size == mine.vocab_size
+    for tokenizer, name in ((mine, "mine"), (other, "other")):
+        tokenizer.save(tmp_path / f"tokenizer-{name}")
+        for part in ("train", "heldout"):
+            write_shards(docs, tokenizer, tmp_path / name / part)
+    (tmp_path / "config.json").write_text(json.dumps(model.config.to_dict()))
+    stage = Pretrain(config=str(tmp_path / "config.json"), max_steps=1, batch_size=1, seq_len=8)
+    given = {"shards": tmp_path / "mine"}
+    assert stage(tmp_path / "out", tokenizer=tmp_path / "tokenizer-mine", **given)["steps"] == 1
+    # either part
+    (tmp_path / "mixed").mkdir()
+    for train, heldout in (("other", "mine"), ("mine", "other")):
+        for part, name in (("train", train), ("heldout", heldout)):
+            (tmp_path / "mixed" / part).unlink(missing_ok=True)
+            (tmp_path / "mixed" / part).symlink_to(tmp_path / name / part)
+        with pytest.raises(InputError, match=r"^shards: wanted tokens of the tokenizer"):
+            stage(
+                tmp_path / "new", tokenizer=tmp_path / "tokenizer-mine", shards=tmp_path / "mixed"
+            )
+    scores = Eval(stride=8)(tmp_path / "eval", model=[base], data=tmp_path / "mine")
+    assert scores["models"][str(base)]["tokens"] > 0
+    with pytest.raises(InputError, match=r"^data: wanted tokens of the tokenizer"):
+        Eval(stride=8)(tmp_path / "eval", model=[base], data=tmp_path / "other")

@@ -16,14 +16,19 @@ from typer.testing import CliRunner
 
 from fastlm.cli import app
 from fastlm.errors import InputError
+from fastlm.evals.suite import id_of, ids_of
+from fastlm.loop.gate import Gate
 from fastlm.loop.promotion import Promotion
 from fastlm.loop.served import NAME, Served, serving
 from fastlm.loop.simulate import DATABASE, LOG, Simulate
 from fastlm.loop.simulated import Asked, opinions, people
 from fastlm.loop.stage import Feedback
+from fastlm.loop.winrate import WinRate
 from fastlm.model.reward_model import RewardModel
+from fastlm.quant.stage import Quantize
 from fastlm.runs.recipe import load_recipe
 from fastlm.runs.run import run_recipe
+from fastlm.runs.stage import Input
 from fastlm.serve.feedback import FeedbackStore
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -224,6 +229,20 @@ def test_the_server_takes_a_key_of_its_own_alone(made, tmp_path, monkeypatch):
         assert served.post("/v1/feedback", said | {"thumb": "down"}).status == 200
 
 
+def test_of_equal_questions_the_first_counts(made, tmp_path):
+    rows = [
+        {"instruction": question, "input": "", "output": answer}
+        for question, answer in (("Who?", "Ann."), ("When?", "Now."), ("Who?", "Bob."))
+    ]
+    (tmp_path / "twice.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    stage = Simulate(data=(str(tmp_path / "twice.jsonl"), str(made / "asked.jsonl")))
+    given = {"model": made / "model", "reward_model": made / "rewards"}
+    asked = stage._prompts(stage.job(tmp_path / "out", **given))
+    written = {one.messages[-1]["content"]: one.row["output"] for one in asked}
+    assert len(asked) == len(written) == 32
+    assert written["Who?"] == "Ann." and written["When?"] == "Now."
+
+
 def test_what_cannot_work_is_refused(made):
     good = {"data": (str(made / "asked.jsonl"),)}
     for wrong, name in (
@@ -245,11 +264,7 @@ def decision(folder, promoted):
 
 @pytest.mark.parametrize("promoted", [True, False])
 def test_the_gate_decides_which_model_serves_next(made, tmp_path, promoted):
-    new = tmp_path / "new"
-    model, tokenizer = tiny_model(seed=2)
-    model.save_pretrained(new)
-    tokenizer.save(new)
-    old = made / "model"
+    new, old = model_at(tmp_path / "new", 2), made / "model"
     stage, given = Promotion(), {"new": new, "old": old, "decision": decision(tmp_path, promoted)}
     job = stage.job(tmp_path / "out", **given)
     result = stage.run(job)
@@ -267,6 +282,113 @@ def test_the_gate_decides_which_model_serves_next(made, tmp_path, promoted):
     (tmp_path / "decision.json").write_text('{"promoted": "yes"}')
     with pytest.raises(InputError, match="decision: wanted what fastlm gate writes"):
         stage(tmp_path / "out", **given)
+
+
+def model_at(folder, seed):
+    model, tokenizer = tiny_model(seed=seed)
+    model.save_pretrained(folder)
+    tokenizer.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def measured(made, tmp_path_factory):
+    """A folder with models old, new and other, and a win rate of the new one against the old."""
+    folder = tmp_path_factory.mktemp("measured")
+    for seed, name in enumerate(("old", "new", "other")):
+        model_at(folder / name, seed)
+    stage = WinRate(data=(str(made / "asked.jsonl"),), limit=3, max_new_tokens=4)
+    given = {"model": folder / "new", "old": folder / "old", "judge": made / "rewards"}
+    stage(folder / "winrate", **given)
+    (folder / "gates.toml").write_text('[[gate]]\nscore = "winrate.rate"\nmin = 0\n')
+    return folder
+
+
+def safety_of(folder, *names):
+    """What `fastlm safety` of these models leaves, without its scores."""
+    told = {"models": {name: {"scores": {}} for name in names}}
+    told["ids"] = ids_of([Input(name, str(folder / name)) for name in names])
+    return told
+
+
+def decide(measured, out, told=None):
+    """The gate's decision by the win rate and ``told``, and what it warned of."""
+    scores, warned = [measured / "winrate"], []
+    if told is not None:
+        (out / "safety").mkdir(parents=True)
+        (out / "safety" / "scores.json").write_text(json.dumps(told))
+        scores.append(out / "safety")
+    stage = Gate(gates=str(measured / "gates.toml"))
+    job = stage.job(out / "gate", scores=scores, on_event=warned.append)
+    return stage, job, stage.run(job), [event["warning"] for event in warned]
+
+
+def promote(out, **given):
+    warned = []
+    result = Promotion()(out / "next", decision=out / "gate", on_event=warned.append, **given)
+    return result, [event["warning"] for event in warned]
+
+
+def test_a_decision_is_about_its_two_models(measured, tmp_path):
+    old, new, other = (measured / name for name in ("old", "new", "other"))
+    stage, job, decided, warned = decide(measured, tmp_path, safety_of(measured, "old", "new"))
+    ids = {key: id_of(measured / key) for key in ("old", "new")}
+    written = json.loads((tmp_path / "gate" / "decision.json").read_text())
+    assert {key: model["id"] for key, model in written["models"].items()} == ids and not warned
+    assert stage.report(job, decided).facts["new model"] == str(new)
+    assert promote(tmp_path, new=new, old=old)[1] == []
+    # the content counts, not the place: promotion's own copy is the same model
+    result, warned = promote(tmp_path, new=tmp_path / "next", old=old)
+    assert result["promoted"] and not warned
+    for given in ({"new": old, "old": new}, {"new": other, "old": old}, {"new": new, "old": other}):
+        with pytest.raises(InputError, match=r"^decision: wanted one about the new model ") as e:
+            promote(tmp_path, **given)
+        wanted = [f"{given[key]} (id {id_of(given[key])[:12]})" for key in ("new", "old")]
+        told = "the new model {} and the old model {}"
+        came = told.format(*(f"{measured / k} (id {ids[k][:12]})" for k in ("new", "old")))
+        assert told.format(*wanted) in str(e.value) and came in str(e.value)
+        assert len(str(e.value).splitlines()) == 1
+
+
+def test_a_gate_refuses_scores_of_other_models(measured, tmp_path):
+    for i, (names, key) in enumerate((
+        (("old", "other"), "new"), (("other", "new"), "old"), (("new", "old"), "old"),
+        (("old",), "new"),
+    )):  # fmt: skip
+        with pytest.raises(InputError, match=f"^scores: wanted scores of one {key} model, ") as e:
+            decide(measured, tmp_path / str(i), safety_of(measured, *names))
+        assert str(measured / "winrate") in str(e.value) and f"{tmp_path / str(i)}/safety" in str(
+            e.value
+        )
+    # one model is the new one; the others between stand for themselves
+    decide(measured, tmp_path / "one", safety_of(measured, "new"))
+    decide(measured, tmp_path / "three", safety_of(measured, "old", "other", "new"))
+    quantized = tmp_path / "quantized"
+    Quantize(format="w8a16")(quantized, model=measured / "new")
+    with pytest.raises(InputError, match="one new model"):
+        decide(measured, tmp_path / "int8", safety_of(measured, "old", str(quantized)))
+
+
+def test_scores_and_decisions_of_an_older_fastlm_are_warned_of(measured, tmp_path):
+    old, new, other = (measured / name for name in ("old", "new", "other"))
+    told = safety_of(measured, "old", "other")
+    del told["ids"]
+    warned = decide(measured, tmp_path, told)[-1]
+    assert warned == [f"scores: {tmp_path}/safety does not say which models it is about"]
+    assert promote(tmp_path, new=new, old=old)[1] == []
+    path = tmp_path / "gate" / "decision.json"
+    table = json.loads(path.read_text())
+    del table["models"]["old"]  # all scores were of one model
+    path.write_text(json.dumps(table))
+    said = f"decision: {tmp_path}/gate does not name the "
+    assert promote(tmp_path, new=new, old=other)[1] == [f"{said}old model"]
+    del table["models"]
+    path.write_text(json.dumps(table))
+    result, warned = promote(tmp_path, new=other, old=old)
+    assert result["serves"] == str(other) and warned == [f"{said}new and the old model"]
+    path.write_text(json.dumps(table | {"models": {"new": {"name": "new"}}}))
+    with pytest.raises(InputError, match=r"models\.new\.id: wanted, is missing"):
+        promote(tmp_path, new=new, old=old)
 
 
 def test_the_full_recipe_closes_the_circle():

@@ -145,6 +145,36 @@ of = ["pretrain", "wide"]
 """
 
 
+def test_a_raised_version_is_told(corpus, monkeypatch, tmp_path):
+    recipe, made = corpus
+    run, plans = tmp_path / "run", []
+    shutil.copytree(made, run)
+
+    def todo(*overrides):
+        plans.clear()
+        run_recipe(recipe, run, overrides=overrides, until="tokenizer", dry_run=True,
+                   on_plan=plans.extend)  # fmt: skip
+        return {p.step.name: (p.do, p.why) for p in plans}
+
+    assert todo()["data"] == ("skip", "done")
+    version = KINDS["data"].version
+    monkeypatch.setattr(KINDS["data"], "version", version + 2)
+    told = ("run", f"its code has changed: version {version}, now {version + 2}")
+    assert todo()["data"] == told
+    assert todo("data.heldout_bytes=7000")["data"][1] == "heldout_bytes was 6000, now 7000"
+    # cut off: the record does not say which version had begun
+    table = json.loads((run / "stages.json").read_text())
+    for key in ("made", "outputs", "result"):
+        del table["stages"]["data"][key]
+    (run / "stages.json").write_text(json.dumps(table))
+    assert todo()["data"] == told
+    docs = recipe.parent / "docs"
+    text = (one := sorted(docs.iterdir())[0]).read_text()
+    one.write_text(text + " and more")
+    assert todo()["data"] == ("run", "what it reads has changed")
+    one.write_text(text)
+
+
 def test_a_change_reaches_what_depends_on_it_and_nothing_else(tmp_path):
     recipe, run = tiny_recipe.write(tmp_path, BRANCHES), tmp_path / "run"
     states: dict[str, str] = {}

@@ -9,7 +9,6 @@ import math
 import multiprocessing
 import os
 import signal
-import time
 from dataclasses import replace
 
 import pytest
@@ -18,6 +17,7 @@ import torch
 from tiny_run import OPTIONS, start
 
 from fastlm.errors import InputError
+from fastlm.train import loop
 from fastlm.train.loop import Interrupted, NonFiniteError
 from fastlm.train.schedule import due, learning_rate, micro_batches, progress
 from fastlm.train.state import list_checkpoints, prune
@@ -233,22 +233,47 @@ def test_non_finite_names_step_batch_and_checkpoint(data, tmp_path, monkeypatch,
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000005", "step-00000010"]
 
 
-def test_time_budget_ends_the_run_and_keeps_used_time(data, tmp_path):
+class Clock:
+    """The loop's clock: a step takes an eighth of a second, a validation ``validation``, and
+    nothing else any time, however busy the machine is.
+    """
+
+    def __init__(self, validation=0.0):
+        self.now, self.validation = 0.0, validation
+
+    def perf_counter(self):
+        self.now += 1e-6  # rates are per second: none may be 0
+        return self.now
+
+    def event(self, event):
+        self.now += 0.125 * ("loss" in event) + self.validation * ("val_loss" in event)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(loop, "time", clock)
+    return clock
+
+
+def test_time_budget_ends_the_run_and_keeps_used_time(data, tmp_path, clock):
     options = replace(OPTIONS, max_steps=None, max_seconds=1.0, checkpoint_every=10, validations=2)
 
     def press(event):
-        if event.get("seconds", 0) > 0.5 and "loss" in event:
+        clock.event(event)
+        if event.get("step") == 5 and "loss" in event:
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(Interrupted):
         start(data, tmp_path, options, on_event=press)
-    half = events(tmp_path)[-1]["step"]
-    result = start(data, tmp_path, options)
+    assert events(tmp_path)[-1]["step"] == 5
+    clock.now += 100  # until the next start
+    result = start(data, tmp_path, options, on_event=clock.event)
     steps = [e["step"] for e in events(tmp_path) if "loss" in e]
-    assert steps == list(range(1, result.steps + 1)) and result.steps > half
+    assert steps == list(range(1, 9)) and result.steps == 8
     rates = [e["lr"] for e in events(tmp_path) if "loss" in e]
     assert rates[-1] < 0.1 * max(rates)
-    assert 1.0 <= result.seconds < 3.0
+    assert result.seconds == pytest.approx(1.0, abs=0.01)
 
 
 @pytest.mark.parametrize("tokens, steps", [(24 * STEP_TOKENS, 24), (24 * STEP_TOKENS + 1, 25)])
@@ -274,10 +299,10 @@ def test_token_budget_ends_the_run_and_spreads_the_schedule(
     [
         ({"max_steps": 24}, "steps", 24),
         ({"max_steps": None, "max_tokens": 24 * STEP_TOKENS}, "k tokens", 3),
-        ({"max_steps": None, "max_seconds": 1.2}, "s", 1),
+        ({"max_steps": None, "max_seconds": 3.2}, "s", 3),
     ],
 )
-def test_progress_counts_what_the_budget_counts(data, tmp_path, budget, unit, total):
+def test_progress_counts_what_the_budget_counts(data, tmp_path, clock, budget, unit, total):
     """Every announced tick arrives, so the time left is that of the whole run."""
     seen = []
 
@@ -287,35 +312,28 @@ def test_progress_counts_what_the_budget_counts(data, tmp_path, budget, unit, to
             seen.append(tick)
             yield tick
 
-    start(data, tmp_path, replace(OPTIONS, **budget), track=track)
+    start(data, tmp_path, replace(OPTIONS, **budget), track=track, on_event=clock.event)
     assert seen[0] == (total, unit) and len(seen) == 1 + total
 
 
-def test_budget_and_warmup_begin_with_the_first_step(data, tmp_path):
+def test_budget_and_warmup_begin_with_the_first_step(data, tmp_path, clock):
     """The duration of the validation before it does not count."""
     options = replace(OPTIONS, max_steps=None, max_seconds=1.0, warmup=0.5, validations=2)
-
-    def wait(event):
-        if event["step"] == 0 and "val_loss" in event:
-            time.sleep(0.6)
-
-    start(data, tmp_path, options, on_event=wait)
-    first = next(e for e in events(tmp_path) if "loss" in e)
-    assert first["lr"] < 0.5 * options.lr
+    clock.validation = 0.4
+    start(data, tmp_path, options, on_event=clock.event)
+    rates = [e["lr"] for e in events(tmp_path) if "loss" in e]
+    assert rates[0] < 0.01 * options.lr and rates[4] > 0.99 * options.lr and len(rates) == 8
 
 
-def test_validations_and_samples_do_not_use_the_budget(data, tmp_path):
+def test_validations_and_samples_do_not_use_the_budget(data, tmp_path, clock):
     options = replace(OPTIONS, max_steps=None, max_seconds=0.6, validations=4)
-
-    def wait(event):
-        if "val_loss" in event:
-            time.sleep(0.5)
-
-    result = start(data, tmp_path, options, on_event=wait)
+    clock.validation = 0.5
+    result = start(data, tmp_path, options, on_event=clock.event)
     written = events(tmp_path)
     assert [e["progress"] for e in json_lines(tmp_path) if "sample" in e][-1] == 1.0
-    # the five waits are 2.5 s
-    assert sum("val_loss" in e for e in written) == 5 and 0.6 <= result.seconds < 0.6 + 2.5
+    # the five validations take 2.5 s
+    assert sum("val_loss" in e for e in written) == 5 and result.steps == 5
+    assert result.seconds == pytest.approx(5 * 0.125, abs=0.01)
 
 
 @pytest.mark.parametrize("interrupted", [True, False])

@@ -38,6 +38,9 @@ class Letters:
     def encode_batch(self, texts):
         return [self.encode(t) for t in texts]
 
+    def vocabulary_id(self, size: int) -> str:
+        return f"letters {size}"
+
     def decode(self, ids) -> str:
         return "".join(chr(i + 96) for i in ids)
 

@@ -38,7 +38,9 @@ ENCODE_BYTES = 1 << 20
 
 @dataclass
 class ShardInfo:
-    """The content of index.json; each of ``shards`` is a `SHARD`."""
+    """The content of index.json; each of ``shards`` is a `SHARD`. ``tokenizer``: the
+    `Tokenizer.vocabulary_id` of the ``vocab_size`` ids; None: an older fastlm wrote the shards.
+    """
 
     dtype: str
     vocab_size: int
@@ -48,6 +50,7 @@ class ShardInfo:
     bytes_of_text: int
     shards: list[dict[str, Any]]
     format: str = FORMAT
+    tokenizer: str | None = None
 
 
 @dataclass
@@ -117,7 +120,10 @@ def write_shards(
         stale.unlink()
         stale.with_suffix(".starts").unlink(missing_ok=True)
     tokens, documents, size = _totals(shards)
-    info = ShardInfo(dtype.name, vocab_size, eos_id, tokens, documents, size, shards)
+    info = ShardInfo(
+        dtype.name, vocab_size, eos_id, tokens, documents, size, shards,
+        tokenizer=tokenizer.vocabulary_id(vocab_size),
+    )  # fmt: skip
     with replacing(out / INDEX) as f:
         f.write(json.dumps(asdict(info), indent=1).encode())
     return info
@@ -180,6 +186,18 @@ class TokenDataset:
         ]
         self._ends = np.cumsum([len(s) for s in self._shards])
         self.fingerprint = _fingerprint(info)
+
+    def check_tokenizer(self, tokenizer: "Tokenizer", name: str) -> None:
+        """InputError, about the argument ``name``: the tokens are of another tokenizer, as far as
+        index.json says.
+        """
+        wanted = tokenizer.vocabulary_id(self.vocab_size)
+        if self.info.tokenizer not in (wanted, None):
+            raise InputError(
+                f"{name}: wanted tokens of the tokenizer {wanted[:12]}, got {self.path} of"
+                f" {self.info.tokenizer[:12]}: make the shards again with this one (fastlm data"
+                " shards)"
+            )
 
     def check_unchanged(self) -> None:
         """InputError: other shards have taken the place of these since they were opened, as when

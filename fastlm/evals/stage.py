@@ -22,7 +22,7 @@ class Eval(Stage):
 
     kind = "eval"
     command = ("eval",)
-    version = 5
+    version = 6
     reads = {
         "model": Takes(
             ("model", "quantized"), "Hugging Face folder, .gguf, fastlm run or model:smollm2",
@@ -87,6 +87,7 @@ class Eval(Stage):
         return {}
 
     def run(self, job: Job) -> dict[str, Any]:
+        from fastlm.evals.suite import ids_of
         from fastlm.serve.chat import load_model
 
         data = job.optional("data")
@@ -99,7 +100,8 @@ class Eval(Stage):
         models: dict[str, dict[str, Any]] = {}
         packed: dict[str, Any] = {}
         asked: dict[str, Any] = {}
-        for source in job.inputs["model"]:
+        ids = ids_of(job.inputs["model"])
+        for source, known in zip(job.inputs["model"], ids, strict=True):
             model, tokenizer = load_model(source.where)
             if data is not None:
                 result = self._bits(model, tokenizer, data, job, first=not models)
@@ -110,8 +112,8 @@ class Eval(Stage):
             if not overlaps and (against := job.optional("against")):
                 overlaps = self._overlaps(tasks, model, tokenizer, against, job)
             if tasks:
-                asked[source.name] = self._ask(tasks, model, tokenizer, source, job)
-        scores = {**packed, "models": models}
+                asked[source.name] = self._ask(tasks, model, tokenizer, known["id"], job)
+        scores = {**packed, "models": models, "ids": ids}
         if tasks:
             from fastlm.evals.suite import measured
             from fastlm.evals.tables import latex
@@ -147,7 +149,7 @@ class Eval(Stage):
 
         with token_dataset(
             against, tokenizer, model.config.vocab_size, part="train", cache=job.cache,
-            tell=job.skipped,
+            tell=job.skipped, name="against",
         ) as data:  # fmt: skip
             return task_overlaps(tasks, tokenizer, data, track=job.track)
 
@@ -160,14 +162,14 @@ class Eval(Stage):
         ]
 
     def _ask(
-        self, tasks: Any, model: Any, tokenizer: Any, source: Any, job: Job
+        self, tasks: Any, model: Any, tokenizer: Any, id: str, job: Job
     ) -> list[dict[str, Any]]:
         from fastlm.evals.scorer import Scorer
-        from fastlm.evals.suite import ask_all, hash_of
+        from fastlm.evals.suite import DIGITS, ask_all
 
-        hashed = hash_of(source.where)
+        hashed = id[:DIGITS]
         return ask_all(
-            tasks, Scorer(model, tokenizer), job.out / ITEMS / f"{hashed}", model=hashed,
+            tasks, Scorer(model, tokenizer), job.out / ITEMS / hashed, model=hashed,
             samples=self.samples, temperature=self.temperature, seed=self.seed, track=job.track,
         )  # fmt: skip
 

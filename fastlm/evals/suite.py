@@ -15,6 +15,9 @@ from fastlm.evals.scorer import Scorer
 from fastlm.evals.statistics import compare, holm
 from fastlm.evals.task import Task
 from fastlm.progress import silent
+from fastlm.runs.stage import Input
+
+DIGITS = 16  # of an id, in the names of records
 
 
 def ask_all(
@@ -131,9 +134,19 @@ def headline(row: Mapping[str, Any]) -> str:
     return HEADLINE if HEADLINE in some["measures"] else next(iter(some["measures"]))
 
 
-def hash_of(model: str | Path) -> str:
-    """The first 16 digits of the id of a model: a folder, a .gguf file, or a model in a package;
-    of an adapter with its base."""
+def id_of(model: str | Path) -> str:
+    """The id of a model: a folder, a .gguf file, or a model in a package; of an adapter with its
+    base."""
     from fastlm.serve.loading import digest_of
 
-    return digest_of(model_path(model))[:16]
+    return digest_of(model_path(model))
+
+
+def hash_of(model: str | Path) -> str:
+    """The first digits of the id of a model, by which records of answers name it."""
+    return id_of(model)[:DIGITS]
+
+
+def ids_of(models: Sequence[Input]) -> list[dict[str, str]]:
+    """The names and ids of models, as scores.json has them: from the old one to the new one."""
+    return [{"name": model.name, "id": id_of(model.where)} for model in models]

@@ -137,13 +137,15 @@ def token_dataset(
     cache: Path | None = None,
     tell: Callable[[str], None] = ignore,
     keep: list[tuple[str, str]] | None = None,
+    name: str = "data",
 ) -> Iterator["TokenDataset"]:
     """Context: the tokens of the text or shards at ``data``.
 
     Args:
-        vocab_size: of the model; shards of a larger one are refused.
+        vocab_size: of the model; shards of a larger one, or of another tokenizer, are refused.
         part: "train" or "heldout", of prepared text or shards that have both.
         keep: gets the texts with their sources, if it is text.
+        name: of the argument, for messages.
     """
     from fastlm.data.shards import INDEX, TokenDataset, write_shards
 
@@ -154,15 +156,16 @@ def token_dataset(
         dataset = TokenDataset(data)
         if dataset.vocab_size > vocab_size:
             raise InputError(
-                f"data: wanted tokens of a vocabulary of at most {vocab_size},"
+                f"{name}: wanted tokens of a vocabulary of at most {vocab_size},"
                 f" got {dataset.vocab_size}"
             )
+        dataset.check_tokenizer(tokenizer, name)
         yield dataset
         return
     texts = [] if keep is None else keep
     texts += read_sourced(data, part=part, cache=cache, tell=tell)
     if not texts:
-        raise InputError(f"data {data}: wanted text, got none")
+        raise InputError(f"{name} {data}: wanted text, got none")
     with tempfile.TemporaryDirectory() as folder:
         write_shards((text for text, _ in texts), tokenizer, Path(folder))
         yield TokenDataset(folder)

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
 from fastlm.data.content import Contents
@@ -19,11 +19,13 @@ class Gate(Stage):
     """Decide by stated gates whether a model may replace the one that serves.
 
     A gate bounds the end of a score's interval, not the point. With scores of several models, the
-    first is the one that serves and the last the new one. If it may not, the exit status is 1.
+    first is the one that serves and the last the new one, and all scores are of the same two. If it
+    may not, the exit status is 1.
     """
 
     kind = "gate"
     command = ("gate",)
+    version = 2
     reads = {
         "scores": Takes(
             ("scores",), "Folders or scores.json of winrate, eval and safety", several=True,
@@ -59,17 +61,24 @@ class Gate(Stage):
     def run(self, job: Job) -> dict[str, Any]:
         from fastlm.evals.safety.gates import read_gates
         from fastlm.loop.bounds import scores_of
+        from fastlm.loop.pair import common, pair_of
 
         scores: dict[str, Any] = {}
+        pairs = []
         for given in job.inputs["scores"]:
             path = given.path / "scores.json" if given.path.is_dir() else given.path
             stage = path.resolve().parent.name
-            found = scores_of(stage, read_json(path))
+            table = read_json(path)
+            found = scores_of(stage, table)
             if scores.keys() & found.keys():
                 raise InputError(
                     f"scores: wanted folders of different names, got two called {stage}"
                 )
             scores |= found
+            pairs.append((given.where, pair_of(table, given.where)))
+            if not pairs[-1][1]:
+                job.warn(f"scores: {given.where} does not say which models it is about")
+        models = common(pairs)
         checks = []
         for gate in read_gates(self.gates):
             why = gate.failure(scores)
@@ -79,7 +88,10 @@ class Gate(Stage):
                 "why": why or "",
                 **{key: found.get(key) for key in ("value", "low", "high", "n")},
             })  # fmt: skip
-        result = {"promoted": all(check["passed"] for check in checks), "gates": checks}
+        result = {
+            "promoted": all(check["passed"] for check in checks), "gates": checks,
+            "models": {key: asdict(model) for key, model in models.items()},
+        }  # fmt: skip
         text = json.dumps(result, indent=1) + "\n"
         save_atomic(make_folder(job.out) / DECISION, lambda path: path.write_text(text, "utf-8"))
         for check in checks:
@@ -98,7 +110,7 @@ class Gate(Stage):
 
     def report(self, job: Job, result: Mapping[str, Any]) -> Part:
         del job
-        facts = {}
+        facts = {f"{key} model": model["name"] for key, model in result.get("models", {}).items()}
         for check in result["gates"]:
             measured = "not measured"
             if check["value"] is not None:

@@ -19,7 +19,8 @@ MODEL, PROMOTION = "model", "promotion.json"
 @dataclass(frozen=True)
 class Promotion(Stage):
     """Take the new model if `fastlm gate` promoted it, else the old one: what stages after this one
-    read, and what is served next, is at one path whatever the gate decided.
+    read, and what is served next, is at one path whatever the gate decided. A decision about other
+    models is refused.
     """
 
     kind = "promotion"
@@ -38,6 +39,8 @@ class Promotion(Stage):
 
     def run(self, job: Job) -> dict[str, Any]:
         from fastlm.checkpoint.folder import is_adapter, locate_model
+        from fastlm.evals.suite import id_of
+        from fastlm.loop.pair import NEW, OLD, Model, check_decided, decided_pair
         from fastlm.runs.content_id import MODEL as FILES
 
         given = job.path("decision")
@@ -45,6 +48,13 @@ class Promotion(Stage):
         promoted, gates = decision.get("promoted"), decision.get("gates")
         if not isinstance(promoted, bool) or not isinstance(gates, list):
             raise InputError(f"decision: wanted what fastlm gate writes, got {given}")
+        wanted = {
+            key: Model(one.name, id_of(one.where)) for key in (NEW, OLD) for one in job.inputs[key]
+        }
+        decided = decided_pair(decision, f"decision: {given}")
+        check_decided(wanted, decided, str(given))
+        if unknown := [key for key in wanted if key not in decided]:
+            job.warn(f"decision: {given} does not name the {' and the '.join(unknown)} model")
         (taken,) = job.inputs["new" if promoted else "old"]
         folder = locate_model(taken.path)
         if folder.is_file() or is_adapter(folder):

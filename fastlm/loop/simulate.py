@@ -27,11 +27,13 @@ class Simulate(Stage):
 
     Their preference is a reward model's (RLAIF, Lee et al. 2023, arXiv:2309.00267), with errors,
     over the way that real feedback takes: `fastlm serve`, HTTP, a feedback database. No person has
-    said any of it.
+    said any of it. A question that the data has several times is asked once, and the first one's
+    answer is what is written as a correction.
     """
 
     kind = "simulate"
     command = ("feedback", "simulate")
+    version = 2
     reads = {
         "model": Takes(
             ("quantized", "model"), "Model to serve: as for `fastlm serve`", flag="m"
@@ -149,7 +151,9 @@ The same command starts again from nothing."""
     def _prompts(self, job: Job) -> "list[Prompt]":
         from fastlm.data.prompts import read_prompts
 
-        found = {one.key(): one for one in read_prompts(self.data, cache=job.cache)}
+        found: dict[str, Prompt] = {}
+        for one in read_prompts(self.data, cache=job.cache):
+            found.setdefault(one.key(), one)
         if not found:
             raise InputError(f"data: wanted questions, got none in {', '.join(self.data)}")
         # not `place_in_order`: its first prompts are those that trainings hold out

@@ -29,7 +29,7 @@ class WinRate(Stage):
 
     kind = "winrate"
     command = ("winrate",)
-    version = 4
+    version = 5
     reads = {
         "model": Takes(("model", "quantized"), "The new model: as for eval", flag="m"),
         "old": Takes(("model", "quantized"), "The model that serves now", default=False),
@@ -77,10 +77,12 @@ class WinRate(Stage):
         return contents.sources((*self.data, *self.labelled), FORMATS)
 
     def run(self, job: Job) -> dict[str, Any]:
+        from fastlm.evals.suite import ids_of
         from fastlm.loop.winning import answer, compared, judge_accuracy, judged
 
         self._check_data(bool(job.inputs.get("feedback")))
         prompts = self._prompts(job)
+        ids = ids_of([*job.inputs["old"], *job.inputs["model"]])
         old, new = (
             answer(
                 job.path(key), prompts, answers=self.answers, max_new_tokens=self.max_new_tokens,
@@ -90,7 +92,8 @@ class WinRate(Stage):
         )  # fmt: skip
         judges = [given.path for given in job.inputs["judge"]]
         points = judged(judges, prompts, [old, new], job.warn)
-        result = compared(old, new, points, self.answers, self.confidence)
+        result: dict[str, Any] = compared(old, new, points, self.answers, self.confidence)
+        result["ids"] = ids
         if labelled := self._labelled(job):
             accuracy = judge_accuracy(
                 judges, labelled, cache=job.cache, confidence=self.confidence, warn=job.warn,

@@ -87,7 +87,7 @@ def _state(step: Step, prints: "Fingerprints", done: Entry | None, folder: Path)
         # the record's options with everything else as it is now
         alone = done.fingerprint == prints.with_options(step.name, done.options)
         goes_on = held and alone and step.stage.continues(changed, folder, done.outputs is not None)
-        return ("continue" if goes_on else "run"), _change(step, done, changed)
+        return ("continue" if goes_on else "run"), _change(step, prints, done, changed)
     if done.outputs is None:
         held = held or _holds_any(folder, step.stage.partial)
         return ("continue" if held else "run"), "was cut off"
@@ -105,8 +105,12 @@ def _changed(step: Step, done: Entry) -> dict[str, tuple[Any, Any]]:
     return {key: (was, value) for key, (was, value) in pairs.items() if was != value}
 
 
-def _change(step: Step, done: Entry, changed: Mapping[str, tuple[Any, Any]]) -> str:
-    """Describe to the user what is new: the first option that differs, else the inputs."""
+def _change(
+    step: Step, prints: "Fingerprints", done: Entry, changed: Mapping[str, tuple[Any, Any]]
+) -> str:
+    """Describe to the user what is new: the first option that differs, else the inputs, else the
+    stage's code.
+    """
     if done.kind != step.stage.kind:
         return f"was {done.kind}"
     for key, (was, now) in changed.items():
@@ -120,7 +124,21 @@ def _change(step: Step, done: Entry, changed: Mapping[str, tuple[Any, Any]]) -> 
         )
     if {k: list(v) for k, v in step.inputs.items()} != done.inputs:
         return "takes from other stages"
+    was, now = _version(step, prints, done), step.stage.version
+    if was != now:
+        return f"its code has changed: version {was}, now {now}"
     return "what it reads has changed"
+
+
+def _version(step: Step, prints: "Fingerprints", done: Entry) -> int:
+    """Return the version of the stage that made ``done``. The record of one that has not ended has
+    none: an older one counts if nothing else has changed.
+    """
+    now = step.stage.version
+    if done.made is not None:
+        return done.made.version
+    older = range(1, now)
+    return next((v for v in older if prints.with_version(step.name, v) == done.fingerprint), now)
 
 
 def _lost(folder: Path, step: Step, done: Entry) -> str:
@@ -159,6 +177,11 @@ class Fingerprints(dict[str, str]):
         """Return the hash that the stage would have with these options (`chosen`)."""
         kind, version, _, *rest = self.parts[name]
         return _hash([kind, version, options, *rest])
+
+    def with_version(self, name: str, version: int) -> str:
+        """Return the hash that the stage would have with this version of its code."""
+        kind, _, *rest = self.parts[name]
+        return _hash([kind, version, *rest])
 
 
 def _hash(parts: list[Any]) -> str:

@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 
 from fastlm.errors import InputError
-from fastlm.serve.ratings import Rating
+from fastlm.serve.ratings import BUILT_IN, Rating
 
-METRICS = ("thumb", "pick", "stop")
 RULES = ("superiority", "non-inferiority")
 
 
@@ -34,7 +33,7 @@ class Plan:
             (
                 "canary_metric",
                 self._known,
-                f"{', '.join(METRICS)}, or a declared number",
+                f"{', '.join(BUILT_IN)}, or a declared number",
                 self.metric,
             ),
             ("canary_rule", self.rule in RULES, " or ".join(RULES), self.rule),
@@ -48,7 +47,7 @@ class Plan:
     @property
     def _known(self) -> bool:
         rated = self.rating is not None and self.rating.name == self.metric
-        return rated or self.metric in METRICS
+        return rated or self.metric in BUILT_IN
 
     @property
     def bound(self) -> float:

@@ -23,6 +23,7 @@ from fastlm.serve.toml_file import read_tables
 
 NAME = "[a-z][a-z0-9_]{0,62}"
 MOST = 32  # metrics
+BUILT_IN = ("thumb", "pick", "stop")  # what `fastlm serve --canary-metric` measures without one
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,12 @@ def read_ratings(path: str | Path) -> list[Rating]:
         raise InputError(f"{path}: wanted at most {MOST} metrics, got {len(ratings)}")
     seen: set[str] = set()
     for table in found:
+        if table.value.name in BUILT_IN:
+            raise InputError(
+                f"{path} line {table.line('name')}: name: wanted another than"
+                f" {', '.join(BUILT_IN)}, which are metrics already (--canary-metric), got"
+                f" {table.value.name!r}"
+            )
         if table.value.name in seen:
             raise InputError(
                 f"{path} line {table.line('name')}: name: wanted each once, got"

@@ -11,6 +11,7 @@ transformers does.
 """
 
 import codecs
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -119,6 +120,15 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """One more than the highest id: the size that an embedding needs (ids may have gaps)."""
         return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    def vocabulary_id(self, size: int) -> str:
+        """Return a hash of what the ids below ``size`` stand for: equal for copies of a tokenizer,
+        with another chat template, with more tokens behind these, or in a GGUF file, which fills
+        up unused ids.
+        """
+        vocab = self._backend.get_vocab(with_added_tokens=True)
+        named = sorted((i, t) for t, i in vocab.items() if i < size and t != f"[PAD{i}]")
+        return hashlib.sha256(json.dumps(named).encode()).hexdigest()
 
     # training
 

@@ -289,15 +289,18 @@ class Pretrain(TrainOptions, Stage):
         shards = job.path("shards")
         heldout = shards / "heldout"
         train_data = TokenDataset(shards if (shards / INDEX).is_file() else shards / "train")
+        val_data = TokenDataset(heldout) if (heldout / INDEX).is_file() else None
+        for part in (train_data, val_data):
+            if tokenizer and part:
+                part.check_tokenizer(tokenizer, "shards")
         sampler = BatchSampler(train_data, self.batch_size, self.seq_len, seed=self.seed)
         model = CausalLM(config, seed=self.seed)
         torch.manual_seed(self.seed)
         options = self.loop_options()
         load = os.getloadavg()[0]
         done = pretrain(
-            model, sampler, TokenDataset(heldout) if (heldout / INDEX).is_file() else None,
-            options, job.out, tokenizer=tokenizer, document_mask=self.document_mask,
-            track=job.track, on_event=job.on_event,
+            model, sampler, val_data, options, job.out, tokenizer=tokenizer,
+            document_mask=self.document_mask, track=job.track, on_event=job.on_event,
         )  # fmt: skip
         if not leads():
             return {}

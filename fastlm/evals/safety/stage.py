@@ -32,7 +32,7 @@ class Safety(Stage):
 
     kind = "safety"
     command = ("safety",)
-    version = 5
+    version = 6
     reads = {
         "model": Takes(
             ("model", "quantized"), "Hugging Face folder, .gguf, fastlm run or model:smollm2",
@@ -105,8 +105,10 @@ class Safety(Stage):
         from fastlm.evals.safety.bench import Judges
         from fastlm.evals.safety.gates import failures, read_gates
         from fastlm.evals.safety.sets import SOURCES, Sets
+        from fastlm.evals.suite import ids_of
 
         self._check_data(job)
+        ids = ids_of(job.inputs["model"])
         sets = Sets(job.cache)
         judges = Judges(sets)
         models = {
@@ -122,6 +124,7 @@ class Safety(Stage):
         used = {s for m in models.values() for one in m["scores"].values() for s in one["sets"]}
         result = {
             "confidence": self.confidence, "limit": self.limit, "models": models,
+            "ids": ids,
             "sets": {name: SOURCES[name].as_dict() for name in sorted(used)},
             "gates": len(gates), "failed": failed,
         }  # fmt: skip
