@@ -87,7 +87,7 @@ def test_ten_lines_of_python():
 
     torch.manual_seed(0)  # the block begins with the same draws
     x = torch.randn(4096, 512, dtype=torch.bfloat16)
-    head = torch.randn(32768, 512, dtype=torch.bfloat16)
+    head = torch.randn(32768, 512, dtype=torch.bfloat16) / 512**0.5
     target = torch.randint(0, 32768, (4096,))
     total = 0.0
     for rows, wanted in zip(x.float().split(512), target.split(512)):
