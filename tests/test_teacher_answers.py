@@ -11,6 +11,7 @@ from preference_models import WORDS, config, make_base, write
 
 from fastlm.errors import InputError
 from fastlm.model.causal_lm import CausalLM
+from fastlm.runs.forget import forget
 from fastlm.tokenizer.tokenizer import Tokenizer
 from fastlm.train import teacher_answers
 from fastlm.train.distill import Distill
@@ -187,3 +188,24 @@ def test_the_teacher_is_asked_in_its_own_template(stage, teacher, student, tmp_p
     tokenizer.save(bare)
     with pytest.raises(InputError, match="teacher: wanted a chat template of its own; wanted one,"):
         other(tmp_path / "bare-out", model=student, teacher=bare)
+
+
+def test_answers_to_a_forgotten_prompt_are_removed(stage, teacher, student, tmp_path) -> None:
+    rows = [
+        {"prompt": f"what is {word}", "completion": "garden",
+         "provenance": {"responses": [f"r{i}"], "conversations": [f"c{i}"]}}
+        for i, word in enumerate(WORDS)
+    ]  # fmt: skip
+    stage = replace(stage, data=(write(tmp_path / "prompts.jsonl", rows),), epochs=1)
+    stage(tmp_path / "out", model=student, teacher=teacher)
+    before = rows_of(tmp_path / "out")
+    names = [row["provenance"]["responses"][0] for row in before]
+    assert len(names) > 8
+    going, talk = names[2], f"c{names[5][1:]}"
+    report = forget([tmp_path / "out"], [going, talk], dry_run=True)
+    (found,) = report.removed
+    assert found["what"] == "row" and found["count"] == 2 and rows_of(tmp_path / "out") == before
+    forget([tmp_path / "out"], [going, talk])
+    left = [row for i, row in enumerate(before) if i not in (2, 5)]
+    assert rows_of(tmp_path / "out") == left
+    assert forget([tmp_path / "out"], [going, talk]).removed == []

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastlm.checkpoint.folder import write_json
 from fastlm.data.conversations import Conversation
+from fastlm.data.forgotten import PROVENANCE
 from fastlm.errors import InputError
 from fastlm.files import make_folder, read_json, save_atomic
 from fastlm.progress import silent
@@ -96,7 +97,10 @@ def write_answers(
 
 
 def _row(prompt: "Prompt", text: str) -> dict[str, Any]:
-    """The conversation, of which the answer alone is learnt."""
+    """The conversation, of which the answer alone is learnt. By the provenance of its prompt
+    `fastlm data forget` finds it.
+    """
     messages = [*prompt.messages, {"role": "assistant", "content": text}]
     learnt = [False] * len(prompt.messages) + [True]
-    return Conversation(messages, learnt, prompt.place, prompt.tools).row()
+    row = Conversation(messages, learnt, prompt.place, prompt.tools).row()
+    return row | {key: prompt.row[key] for key in (PROVENANCE,) if key in prompt.row}
