@@ -110,6 +110,13 @@ def check_answers(served: Served) -> None:
         raise InputError(f"wanted an answer of two tokens, got: {result.error}")
 
 
+def name_of(path: Path) -> str:
+    """What clients call the model at ``path`` by default: the name of its folder or file, of
+    ``model:smollm2`` the part behind the colon."""
+    given = str(path)
+    return given.removeprefix("model:") if given.startswith("model:") else path.resolve().name
+
+
 def files_of(path: Path) -> list[Path]:
     """The files that make a model, in one order. InputError: no model is there."""
     place = locate_model(path)
