@@ -57,8 +57,8 @@ def tiny_model(context=512, seed=1):
 @contextlib.contextmanager
 def serving(model, tokenizer, *, engine=None, pause=0.0, buffer=None, drain=0.0,
             connections=1024, name="tiny", **options):  # fmt: skip
-    """Context: (URL, server) with a model of this name. ``engine``: options of the engine; ``pause``: seconds
-    that each of its steps takes longer; for the others see `running`.
+    """Context: (URL, server) with a model of this name. ``engine``: options of the engine;
+    ``pause``: seconds that each of its steps takes longer; for the others see `running`.
     """
     runs = Engine(model, tokenizer, **(engine or {}))
     if pause:
