@@ -453,3 +453,31 @@ def test_dashboard(browser, tiny, tmp_path):
         page.set_viewport_size({"width": 360, "height": 740})
         page.wait_for_timeout(400)  # charts are drawn again
         assert not page.evaluate(TOO_WIDE)
+
+
+@pytest.mark.parametrize(
+    "ago, wanted, shown",
+    [
+        ([], "", "Hour"),
+        ([300, 86_400], "", "Hour"),
+        ([43_200, 200_000], "", "Day"),
+        ([200_000], "", "Week"),
+        ([2_000_000], "", "All"),
+        ([300], "#week", "Week"),
+        ([300], "#century", "Hour"),
+    ],
+)
+def test_the_dashboard_opens_on_what_has_answers(browser, tiny, tmp_path, ago, wanted, shown):
+    """The shortest period that has some, unless the address names one."""
+    with (
+        FeedbackStore(tmp_path / "f.sqlite") as store,
+        serving(*tiny, feedback=store, monitoring=Settings()) as (url, _),
+    ):
+        for seed, seconds in enumerate(ago):
+            fill(store, 20, days=0.001, now=time.time() - seconds, seed=seed)
+        page, wrong = opened(browser, f"{url}/dashboard{wanted}")
+        page.wait_for_load_state("networkidle")
+        status(page, "updated")
+        assert page.locator("#windows [aria-pressed=true]").all_inner_texts() == [shown]
+        first = page.locator("#table tbody tr").first.locator("td").inner_text()
+        assert (first == "0") == (not ago) and wrong == []
