@@ -158,6 +158,23 @@ def test_the_table_in_the_docs_has_every_field():
         assert f"`{name}`" in text, name
 
 
+def test_a_field_that_is_missing(server):
+    chat, embed = Api(server, "chat"), Api(server, "embed")
+    assert chat.refused("messages", messages=None) == "messages: wanted a list, got none"
+    assert chat.refused("model", model=None) == "model: wanted a text, got none"
+    call = {"function": {"name": None}}
+    said = {"role": "assistant", "tool_calls": [call]}
+    name = "messages[0].tool_calls[0].function.name"
+    assert chat.refused(name, messages=[said]) == f"{name}: wanted a text, got none"
+    del call["function"]
+    at = name.removesuffix(".name")
+    assert chat.refused(at, messages=[said]) == f"{at}: wanted an object, got none"
+    assert embed.refused("input", input=None) == "input: wanted a text or a list, got none"
+    content = "messages[0].content"
+    told = chat.refused(content, messages=[{"role": "user"}])
+    assert told == f"{content}: wanted a text or a list of parts, got none"
+
+
 def test_openapi_describes_the_fields(server):
     paths = HTTP.get(server.url + "/openapi.json").json()["paths"]
     for kind, path in PATHS.items():
