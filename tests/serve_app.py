@@ -56,15 +56,15 @@ def tiny_model(context=512, seed=1):
 
 @contextlib.contextmanager
 def serving(model, tokenizer, *, engine=None, pause=0.0, buffer=None, drain=0.0,
-            connections=1024, **options):  # fmt: skip
-    """Context: (URL, server) with a model. ``engine``: options of the engine; ``pause``: seconds
-    that each of its steps takes longer; for the others see `running`.
+            connections=1024, name="tiny", **options):  # fmt: skip
+    """Context: (URL, server) with a model of this name. ``engine``: options of the engine;
+    ``pause``: seconds that each of its steps takes longer; for the others see `running`.
     """
     runs = Engine(model, tokenizer, **(engine or {}))
     if pause:
         step = runs.step
         runs.step = lambda: (time.sleep(pause), step())[1]
-    server = Server(Models(Served(runs, model, tokenizer, "tiny")), **options)
+    server = Server(Models(Served(runs, model, tokenizer, name)), **options)
     with running(server, buffer=buffer, drain=drain, connections=connections) as url:
         yield url, server
 

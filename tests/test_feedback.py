@@ -154,6 +154,12 @@ def test_over_http(where):
         consent = {"consent": True, **talk, "choices": [said]}
         late = give(response_id=first["id"], corrected="Better", conversation=consent)
         assert late["kept"] is True
+        again = give(response_id=first["id"], thumb="up")  # the text is there from before
+        assert again["kept"] is True and give(response_id=second["id"], thumb="up")["kept"] is False
+        asked_to = ask(url, {**asked, "store": True, "conversation_id": "talk"}).json()
+        assert give(response_id=asked_to["id"], thumb="up")["kept"] is True
+        assert give(conversation_id="talk", comment="Fine")["kept"] is True
+        assert give(conversation_id="other", comment="Fine")["kept"] is False
         kept = store.answers()[first["id"]]
         assert kept.prompt[0]["content"] == "I am <EMAIL>" and kept.choices[0][0]["content"] == said
         over = [{"response_id": second["id"]}, {"choice": 1}]
@@ -188,7 +194,7 @@ def test_over_http(where):
             answer = give(400, response_id="x", thumb="up", conversation=body)
             assert answer["error"]["param"].startswith("conversation")
         text = server.metrics.text().decode()
-        assert 'fastlm_feedback_total{kind="thumb"} 2.0' in text
+        assert 'fastlm_feedback_total{kind="thumb"} 5.0' in text
 
         def full(*_):
             raise InputError("disk is full")

@@ -19,8 +19,11 @@ import openai
 import pydantic
 import pytest
 from serve_app import HTTP, ask, serving, tiny_model
+from typer.testing import CliRunner
 
+from fastlm.cli import app
 from fastlm.serve.feedback import FeedbackStore
+from fastlm.serve.loading import name_of
 from fastlm.serve.openai_api import CHAT, EMBED, SAMPLED, TEXT, UNSUPPORTED
 from fastlm.serve.opinions import FEEDBACK
 
@@ -155,6 +158,23 @@ def test_the_table_in_the_docs_has_every_field():
         assert f"`{name}`" in text, name
 
 
+def test_a_field_that_is_missing(server):
+    chat, embed = Api(server, "chat"), Api(server, "embed")
+    assert chat.refused("messages", messages=None) == "messages: wanted a list, got none"
+    assert chat.refused("model", model=None) == "model: wanted a text, got none"
+    call = {"function": {"name": None}}
+    said = {"role": "assistant", "tool_calls": [call]}
+    name = "messages[0].tool_calls[0].function.name"
+    assert chat.refused(name, messages=[said]) == f"{name}: wanted a text, got none"
+    del call["function"]
+    at = name.removesuffix(".name")
+    assert chat.refused(at, messages=[said]) == f"{at}: wanted an object, got none"
+    assert embed.refused("input", input=None) == "input: wanted a text or a list, got none"
+    content = "messages[0].content"
+    told = chat.refused(content, messages=[{"role": "user"}])
+    assert told == f"{content}: wanted a text or a list of parts, got none"
+
+
 def test_openapi_describes_the_fields(server):
     paths = HTTP.get(server.url + "/openapi.json").json()["paths"]
     for kind, path in PATHS.items():
@@ -197,6 +217,36 @@ def test_the_python_of_the_docs(server):
     for code in codes:
         code = code.replace("http://127.0.0.1:8000", server.url).replace('"smollm2"', '"tiny"')
         exec(compile(code, "docs/serving.md", "exec"), {"openai": openai})
+
+
+class Named(Exception):
+    """Ends a server when it knows its name, before it loads a model."""
+
+
+def test_the_curl_of_the_docs(monkeypatch):
+    """It names the model as the page's `fastlm serve` calls it."""
+    text = DOCS.read_text()
+    command = re.search(r"^fastlm (serve --model \S+)", text, re.M)
+    asked = re.search(r"curl http://127.0.0.1:8000(\S+) [^']*'[^']*' \\\n +-d '([^']*)'", text)
+    assert command is not None and asked is not None
+
+    def loader(name, *_, **__):
+        raise Named(name)
+
+    monkeypatch.setattr("fastlm.serve.process.Loader", loader)
+    stopped = CliRunner().invoke(app, [*command[1].split(), "--port", "0"]).exception
+    assert isinstance(stopped, Named)
+    with serving(*tiny_model(), name=str(stopped)) as (url, _):
+        response = ask(url, json.loads(asked[2]), asked[1])
+    assert response.status_code == 200, response.text
+
+
+def test_the_default_name_of_a_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert name_of(Path("model:smollm2")) == "smollm2"
+    assert name_of(Path("runs/chat/ppo")) == "ppo"
+    assert name_of(Path("some.gguf")) == "some.gguf"
+    assert name_of(Path()) == tmp_path.name
 
 
 def test_a_model_of_pydantic(server):

@@ -112,8 +112,10 @@ def test_chat(browser, tiny, tmp_path):
         assert first.locator("pre").inner_text() == "code <b>\n"
         assert page.locator("img").count() == 0 and page.evaluate("window.hacked") is None
 
+        consent = page.get_by_label("Keep my conversations")
+        assert consent.is_visible() and not consent.is_checked()  # no settings to open
         first.get_by_role("button", name="Good").click()
-        status(page, "stored")
+        status(page, "stored; the text of the answer is not kept, since nobody consented")
         assert first.get_by_role("button", name="Good").get_attribute("aria-pressed") == "true"
         first.get_by_role("button", name="Comment").click()
         page.keyboard.type("Write to ann@mail.org")
@@ -141,7 +143,7 @@ def test_chat(browser, tiny, tmp_path):
         assert page.get_by_text("Second").count() == 0
 
         page.get_by_role("button", name="Settings").click()
-        page.get_by_label("Keep my conversations").check()
+        consent.check()
         page.get_by_label("System prompt").fill("Be kind")
         page.get_by_label("Two answers").check()
         send(page, "Two, please")
@@ -149,7 +151,7 @@ def test_chat(browser, tiny, tmp_path):
         pick.wait_for()
         page.screenshot(path=tmp_path / "two.png")
         page.keyboard.press("Alt+2")
-        status(page, "stored")
+        status(page, "stored, with the conversation")
         picked = store.opinions()[-1]
         assert picked.choice == 1 and picked.preferred_over == ((picked.response_id, 0),)
         kept = store.answers()[picked.response_id]
@@ -168,6 +170,29 @@ def test_chat(browser, tiny, tmp_path):
         page.screenshot(path=tmp_path / "phone.png", full_page=True)
         page.get_by_role("button", name="New").click()
         assert page.locator("article").count() == 0
+
+
+def test_consent_after_the_answer(browser, tiny, tmp_path):
+    """The next opinion sends the text, once; withdrawn consent stays withdrawn, and is told."""
+    with (
+        FeedbackStore(tmp_path / "f.sqlite") as store,
+        serving(*tiny, feedback=store) as (url, server),
+    ):
+        script(server, "An answer")
+        page, wrong = opened(browser, url)
+        send(page, "Hi")
+        status(page, "tokens/s")
+        page.get_by_label("Keep my conversations").check()
+        page.get_by_role("button", name="Good").click()
+        status(page, "stored, with the conversation")
+        (kept,) = store.answers().values()
+        assert kept.choices == [[{"role": "assistant", "content": "An answer"}]]
+        store.forget(kept.response_id)
+        page.get_by_role("button", name="Bad").click()
+        status(page, "not kept, since nobody consented")  # it was not sent again
+        page.get_by_role("button", name="Good").click()
+        status(page, "not kept, since its consent was withdrawn")
+        assert not store.answers() and wrong == []
 
 
 def test_numbers_for_an_answer(browser, tiny, tmp_path):
@@ -206,7 +231,6 @@ def test_an_answer_belongs_to_its_conversation(browser, tiny, tmp_path):
     ):
         script(server, "old " * 40, "new " * 20, "again " * 20)
         page, wrong = opened(browser, url)
-        page.get_by_role("button", name="Settings").click()
         page.get_by_label("Keep my conversations").check()
         send(page, "First")
         page.get_by_text("old old").wait_for()
@@ -429,3 +453,31 @@ def test_dashboard(browser, tiny, tmp_path):
         page.set_viewport_size({"width": 360, "height": 740})
         page.wait_for_timeout(400)  # charts are drawn again
         assert not page.evaluate(TOO_WIDE)
+
+
+@pytest.mark.parametrize(
+    "ago, wanted, shown",
+    [
+        ([], "", "Hour"),
+        ([300, 86_400], "", "Hour"),
+        ([43_200, 200_000], "", "Day"),
+        ([200_000], "", "Week"),
+        ([2_000_000], "", "All"),
+        ([300], "#week", "Week"),
+        ([300], "#century", "Hour"),
+    ],
+)
+def test_the_dashboard_opens_on_what_has_answers(browser, tiny, tmp_path, ago, wanted, shown):
+    """The shortest period that has some, unless the address names one."""
+    with (
+        FeedbackStore(tmp_path / "f.sqlite") as store,
+        serving(*tiny, feedback=store, monitoring=Settings()) as (url, _),
+    ):
+        for seed, seconds in enumerate(ago):
+            fill(store, 20, days=0.001, now=time.time() - seconds, seed=seed)
+        page, wrong = opened(browser, f"{url}/dashboard{wanted}")
+        page.wait_for_load_state("networkidle")
+        status(page, "updated")
+        assert page.locator("#windows [aria-pressed=true]").all_inner_texts() == [shown]
+        first = page.locator("#table tbody tr").first.locator("td").inner_text()
+        assert (first == "0") == (not ago) and wrong == []

@@ -42,14 +42,18 @@ def test_the_commands_and_a_kill(tmp_path):
         result = call("promote", models["b"], "--server", url, "--api-key", KEY)
         assert result.exit_code == 2 and "wanted an admin key" in result.stderr
         result = call("rollback", *to)
-        assert result.exit_code == 2 and "wanted a model from before" in result.stderr
+        assert result.exit_code == 2
+        assert "rollback: refused: model: wanted a promotion to undo, got none" in result.stderr
         result = call("promote", models["b"], *to)
         assert result.exit_code == 0, result.stderr
+        result_again = call("promote", models["b"], *to)
+        refusal = f"promote: refused: model: wanted another one, got {models['b']}, which is served"
+        assert result_again.exit_code == 2 and refusal in result_again.stderr
         second = answers(url)
         assert result.stdout == f"{models['b']} answers as {second}\n" and second != first
         assert call("rollback", *to).exit_code == 0 and answers(url) == first
         result = call("rollback", *to)  # not forward again
-        assert result.exit_code == 2 and "wanted a model from before" in result.stderr
+        assert result.exit_code == 2 and "wanted a promotion to undo" in result.stderr
         told = json.loads(call("promote", "c", *to, "--json").stdout)  # below --models-dir
         assert told["path"] == str(models["c"]) and told["previous"] == str(models["a"])
         # killed while models change

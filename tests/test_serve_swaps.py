@@ -195,13 +195,15 @@ def test_what_is_refused_leaves_the_old_model(models, tmp_path, monkeypatch):
         refused("empty", "wanted a folder with config.json")
         refused(bad, "wanted a context of at least the current model's 512 tokens, got 128")
         refused(broken, "wanted an answer of two tokens, got: logits are not finite")
-        refused(models["a"], "wanted another model than the one that is served")
+        refused(
+            models["a"], f"model: wanted another one, got {models['a']}, which is served already"
+        )
         refused(None, "wanted a path, got none, and no canary runs")
         monkeypatch.setattr(loading, "free_memory", lambda: 1000)
         refused(ready, "MiB of free memory for the model, got 0")
         monkeypatch.undo()
         response = ask(url, {}, "/v1/admin/rollback", **admin)
-        assert "wanted a model from before, got none" in response.text
+        assert "model: wanted a promotion to undo, got none" in response.text
         state.chmod(0o400)
         monkeypatch.setattr("fastlm.serve.state.save_atomic", _full)
         refused(ready, "No space left")

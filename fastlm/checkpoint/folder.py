@@ -244,7 +244,11 @@ def locate_model(path: Path) -> Path:
     files = sorted(path.glob("*.gguf")) if path.is_dir() else []
     if len(files) == 1:
         return files[0]
-    came = "no such path" if not path.exists() else f"neither there ({len(files)} .gguf files)"
+    came = f"neither there ({len(files)} .gguf files)"
+    if not path.exists():
+        came = "no such path"
+        if len(path.parts) == 2 and not path.is_absolute():  # looks like OWNER/NAME
+            came += " (fastlm reads local files and downloads nothing from the Hugging Face Hub)"
     raise InputError(f"{path}: wanted a folder with {CONFIG} or a .gguf file, got {came}")
 
 

@@ -444,10 +444,10 @@ def _tell(told: dict[str, Any], answer: Answer) -> None:
     told["cached_tokens"] = answer.cached_tokens
 
 
-async def _http_error(_: HttpRequest, error: Any) -> Response:
+async def _http_error(request: HttpRequest, error: Any) -> Response:
     """Refuse a path or a method that the server does not have."""
     raise ApiError(
-        {404: "path: wanted one of the API's, got another"}.get(
+        {404: f"path: wanted one that /openapi.json lists, got {request.url.path!r:.200}"}.get(
             error.status_code, f"method: wanted {(error.headers or {}).get('Allow', 'another')}"
         ),
         status=error.status_code,

@@ -36,7 +36,10 @@ def serve(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one")] = 8000,
     name: Annotated[
-        str | None, typer.Option(help="What clients call the model; default: the folder's name")
+        str | None,
+        typer.Option(
+            help="What clients call the model; default: the folder's name, of model:smollm2 smollm2"
+        ),
     ] = None,
     feedback: Annotated[
         str | None,

@@ -133,6 +133,17 @@ class FeedbackStore:
             connection.execute(ANSWERS.delete().where(its))
         return False
 
+    def keeps(self, response_id: str | None, conversation_id: str | None) -> bool:
+        """Whether the text of a response is here; without its id, of any of the conversation."""
+        if response_id is None:
+            its = ANSWERS.c.conversation_id == conversation_id
+        else:
+            its = ANSWERS.c.response_id == response_id
+        with self.read() as connection:
+            return (
+                connection.execute(sa.select(ANSWERS.c.response_id).where(its)).first() is not None
+            )
+
     def _blocked(self, answer: Kept) -> bool:
         with self.read() as connection:
             return withdrawn.blocks(connection, answer.response_id, answer.conversation_id)

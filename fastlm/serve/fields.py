@@ -15,6 +15,9 @@ from fastlm.errors import InputError, show
 from fastlm.typed import check_unicode, unknown
 
 Schema = dict[str, Any]
+KINDS = {
+    "array": "a list", "integer": "a whole number", "object": "an object", "string": "a text",
+}  # fmt: skip
 ID = "[A-Za-z0-9_-]{1,128}"
 T = TypeVar("T")
 
@@ -181,7 +184,8 @@ def read_fields(body: Any, fields: Mapping[str, Field], name: str = "") -> dict[
         value = body.get(key)
         if value is None:
             if field.required:
-                raise ApiError(f"{prefix}{key}: wanted, is missing", param=prefix + key)
+                wanted = _kinds(field.schema)
+                raise ApiError(f"{prefix}{key}: wanted {wanted}, got none", param=prefix + key)
             found[key] = field.default
             continue
         try:
@@ -191,6 +195,12 @@ def read_fields(body: Any, fields: Mapping[str, Field], name: str = "") -> dict[
                 raise
             raise ApiError(str(error), param=prefix + key) from None
     return found
+
+
+def _kinds(schema: Schema) -> str:
+    """What a schema accepts, in words."""
+    kinds = [KINDS[one["type"]] for one in schema.get("anyOf", [schema])]
+    return " or ".join(dict.fromkeys(kinds))
 
 
 def schema_of(fields: Mapping[str, Field]) -> Schema:

@@ -60,20 +60,20 @@ class Loader:
     def beside(self, path: Path, current: Served) -> Served:
         """Load a model while ``current`` answers, and try it: its engine runs when this returns.
 
-        InputError: also that memory would not suffice, that the model cannot do what the current
-        one does, or gives no answer.
+        InputError: also that it is served already, that memory would not suffice, that the model
+        cannot do what the current one does, or gives no answer.
         """
         try:
-            return self._beside(path, current)
+            if (digest := digest_of(path)) != current.digest:
+                return self._beside(path, digest, current)
         except (InputError, OSError, RuntimeError) as error:
             text = reason(error)
+        else:
+            raise InputError(f"model: wanted another one, got {path}, which is served already")
         give_memory_back()  # not before the error has gone, whose frames hold the model
         raise InputError(f"model: wanted one that can be served, got: {text}")
 
-    def _beside(self, path: Path, current: Served) -> Served:
-        digest = digest_of(path)
-        if digest == current.digest:
-            raise InputError("wanted another model than the one that is served")
+    def _beside(self, path: Path, digest: str, current: Served) -> Served:
         _check_memory(int(size_of(path) * SPARE), "the model")
         served = self.load(path, digest)
         try:
@@ -108,6 +108,13 @@ def check_answers(served: Served) -> None:
     (result,) = served.engine.generate([asked])
     if result.finish_reason == "error":
         raise InputError(f"wanted an answer of two tokens, got: {result.error}")
+
+
+def name_of(path: Path) -> str:
+    """What clients call the model at ``path`` by default: the name of its folder or file, of
+    ``model:smollm2`` the part behind the colon."""
+    given = str(path)
+    return given.removeprefix("model:") if given.startswith("model:") else path.resolve().name
 
 
 def files_of(path: Path) -> list[Path]:

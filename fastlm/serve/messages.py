@@ -113,7 +113,8 @@ def _read(value: Any, name: str) -> list[Message]:
                     param=at,
                 )
         if content is None and not message.get("tool_calls"):
-            raise ApiError(f"{where}.content: wanted, is missing", param=f"{where}.content")
+            at = f"{where}.content"
+            raise ApiError(f"{at}: wanted a text or a list of parts, got none", param=at)
     try:
         messages = [message for _, message in messages_of(value, name)]
         check_values(messages, name)  # a call's arguments were JSON in a text

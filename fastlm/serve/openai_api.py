@@ -196,7 +196,8 @@ def _tool_choice(value: Any, name: str) -> str | dict[str, Any]:
     if isinstance(value, dict):
         function = read_fields(value, NAMED, name)["function"]
         if function is None:
-            raise ApiError(f"{name}.function: wanted, is missing", param=f"{name}.function")
+            at = f"{name}.function"
+            raise ApiError(f"{at}: wanted an object with a name, got none", param=at)
         return function
     return choice("auto", "none", "required").read(value, name)
 
@@ -419,7 +420,7 @@ def _response_format(given: dict[str, Any] | None) -> Form | None:
     schema = (given["json_schema"] or {}).get("schema")
     if schema is None:
         raise ApiError(
-            "response_format.json_schema.schema: wanted, is missing",
+            "response_format.json_schema.schema: wanted a schema, got none",
             param="response_format.json_schema.schema",
         )
     return Form("json_schema", schema, "response_format")

@@ -109,7 +109,7 @@ def read_feedback(
             param="thumb",
         )
     if response is None and (opinion.corrected or opinion.preferred_over or talk):
-        raise ApiError("response_id: wanted, is missing", param="response_id")
+        raise ApiError("response_id: wanted the id of an answer, got none", param="response_id")
     if talk is None or response is None:
         return opinion, None
     if not talk["consent"] or talk["messages"] is None or not talk["choices"]:
@@ -137,17 +137,17 @@ async def give(server: "Server", http: Request) -> Response:
     switch = server.switch
 
     def write() -> tuple[int | None, bool]:
-        done = False
         if kept is not None:
             told = None if switch is None else switch.model_of(kept.response_id)
-            done = store.keep(kept if told is None else replace(kept, model=told))
+            store.keep(kept if told is None else replace(kept, model=told))
         # counted, then stored: said again after a failure, it is stored, and a trial counts it once
         if switch is not None:
             switch.opinion(opinion)
-        return store.add(opinion) if opinion.kinds() else None, done
+        number = store.add(opinion) if opinion.kinds() else None
+        return number, store.keeps(opinion.response_id, opinion.conversation_id)
 
     try:
-        number, done = await run_sync(write, limiter=server.writing)
+        number, keeps = await run_sync(write, limiter=server.writing)
     except InputError:
         raise ApiError(
             "feedback: the database cannot be used; try again", status=503, kind="server_error",
@@ -155,4 +155,4 @@ async def give(server: "Server", http: Request) -> Response:
         ) from None  # fmt: skip
     for kind in opinion.kinds():
         server.metrics.feedback.labels(kind).inc()
-    return JSONResponse({"object": "feedback", "id": number, "kept": done})
+    return JSONResponse({"object": "feedback", "id": number, "kept": keeps})

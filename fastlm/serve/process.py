@@ -19,7 +19,7 @@ from fastlm.errors import InputError
 from fastlm.files import reason
 from fastlm.serve.app import Server
 from fastlm.serve.gate import Limits, log
-from fastlm.serve.loading import Loader, digest_of
+from fastlm.serve.loading import Loader, digest_of, name_of
 from fastlm.serve.models import Models
 from fastlm.serve.plan import Plan
 from fastlm.serve.switch import Allowed, Switch, start_models
@@ -82,7 +82,7 @@ def run(
             "max_length": max_length, "draft_tokens": draft_tokens,
             "kv_dtype": None if kv_dtype is None else getattr(torch, kv_dtype),
         }  # fmt: skip
-        public = name or path.resolve().name
+        public = name or name_of(path)
         if state is None:
             loader = Loader(public, act_bits, options, draft_model)
             switch, models = None, Models(loader.load(path, digest_of(path)))

@@ -122,7 +122,9 @@ class Switch:
                 await self._end(trial, Verdict("roll back", "asked"))
                 return
             if (previous := self.state.previous) is None:
-                raise InputError("rollback: wanted a model from before, got none")
+                raise InputError(
+                    "model: wanted a promotion to undo, got none (or one undone already)"
+                )
             await self._load(previous.path, "roll back", previous.digest)
 
     async def _load(self, path: str, action: str, digest: str | None = None) -> None:

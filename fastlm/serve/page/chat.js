@@ -283,9 +283,11 @@ async function opine(turn, what) {
     given.conversation = { consent: true, messages: turn.seen, choices: turn.texts };
   }
   try {
-    await ask("/v1/feedback", given);
-    turn.consented ||= Boolean(given.conversation);
-    say("Thank you: stored.");
+    const { kept } = await (await ask("/v1/feedback", given)).json();
+    turn.consented = kept;
+    say(kept ? "Thank you: stored, with the conversation."
+      : `Thank you: stored; the text of the answer is not kept, since ${given.conversation
+        ? "its consent was withdrawn" : "nobody consented (Keep my conversations)"}.`);
     return true;
   } catch (error) { say(`Not stored: ${error.message}`); return false; }
 }

@@ -7,7 +7,7 @@ const WINDOWS = { hour: "Hour", day: "Day", week: "Week", all: "All" };
 const EVERY = { hour: 10_000, day: 30_000, week: 60_000, all: 60_000 };
 const MOVED = 0.2; // of PSI: more is called a shift; below its own noise it is none
 
-let period = "day", reference = null, told = null, timer = 0, asking = null;
+let period = "hour", reference = null, told = null, timer = 0, asking = null;
 
 const say = (text) => { $("status").textContent = text; };
 
@@ -52,6 +52,15 @@ async function load() {
 /** Wait until somebody looks. */
 function again() {
   document.addEventListener("visibilitychange", load, { once: true });
+}
+
+/** Show the shortest period that has answers, the hour where none has. */
+async function open() {
+  for (const one of [...Object.keys(WINDOWS), "hour"]) {
+    period = one;
+    await load();
+    if (period !== one || !told || told.groups[0].summary.answers) return; // or another was clicked
+  }
 }
 
 // ---- drawing
@@ -195,7 +204,7 @@ themes("theme");
 $("windows").append(...Object.entries(WINDOWS).map(([value, text]) =>
   button(text, () => { period = value; location.hash = value; load(); }, { value })));
 $("key").value = sessionStorage.getItem("key") ?? "";
-$("key").onchange = () => { sessionStorage.setItem("key", $("key").value); load(); };
+$("key").onchange = () => { sessionStorage.setItem("key", $("key").value); begin(); };
 $("reference").onsubmit = (event) => {
   event.preventDefault();
   reference = { begin: $("begin").value, end: $("end").value };
@@ -204,5 +213,10 @@ $("reference").onsubmit = (event) => {
 $("default").onclick = () => { reference = null; $("begin").value = $("end").value = ""; load(); };
 let resized = 0;
 window.onresize = () => { clearTimeout(resized); resized = setTimeout(() => told && draw(), 150); };
-if (location.hash.slice(1) in WINDOWS) period = location.hash.slice(1);
-load();
+function begin() {
+  const wanted = location.hash.slice(1);
+  if (!(wanted in WINDOWS)) return open();
+  period = wanted;
+  return load();
+}
+begin();
