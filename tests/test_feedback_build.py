@@ -1,11 +1,13 @@
 """`fastlm feedback build`: every step of the funnel drops what it must and counts it; raters far
 from the others are left out; the rows are read by the trainings; gates."""
 
+import io
 import json
 import random
 
 import pytest
 import safety_sets
+from rich.console import Console
 from typer.testing import CliRunner
 
 from fastlm.cli import app
@@ -115,6 +117,25 @@ def test_every_step_drops_what_it_must(store, tmp_path):
     assert fixed["prompt"][0]["content"] == "Who may call <PHONE> at night?"
     assert pair["chosen"][0]["content"] == "A drink." and pair["provenance"]["responses"] == ["r1"]
     assert pair["licence"] == "LicenseRef-user-consent" and pair["model"] == "tiny"
+
+
+def test_the_funnel_is_told_in_judgements(store, tmp_path):
+    for i in range(30):
+        kept(store, f"r{i}", f"What is number {i}?", f"It is {i}: write to ann.lee@garden-club.org.")
+        store.add(Opinion(f"r{i}", thumb="up", rater=f"u{i % 5}"))
+    database, out = str(tmp_path / "feedback.db"), tmp_path / "out"
+    stage = Feedback(database=(database,))
+    job = stage.job(out, cache=tmp_path)
+    result = stage.run(job)
+    console = Console(width=140, record=True, file=io.StringIO())
+    console.print(stage.shown(result, job), markup=False)
+    shown = console.export_text()
+    assert "judgements" in shown and "documents" not in shown and "0.00" not in shown
+    assert "30 e-mail addresses replaced" in shown and "files" not in shown
+    assert "What was left of each source" in shown
+    values = stage.report(job, result).values
+    assert values["counted"] == "judgements" and not values["files"]
+    assert "30 e-mail addresses replaced" in [w for row in values["funnel"] for w in row["why"]]
 
 
 def test_rows_that_trainings_read(store, tmp_path):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from fastlm.data.content import Contents
 from fastlm.data.forgotten import forgotten_keys
 from fastlm.data.prepare import Funnel
-from fastlm.data.stage import funnel_rows, tables
+from fastlm.data.stage import funnel_values, tables
 from fastlm.errors import InputError
 from fastlm.loop.build import PARTS, TRAIN, BuildOptions
 from fastlm.loop.judgements import is_export, open_store
@@ -146,7 +146,7 @@ raters.json."""
             f" {raters['alone']:,} judged nothing that another judged, so nobody knows.",
             cards=[(f"{kept:,}", "judgements of answers")],
             template="data.html.jinja",
-            values={"funnel": funnel_rows(funnel), "sources": sorted(funnel.sources.items())},
+            values=funnel_values(funnel),
         )
 
 
