@@ -121,8 +121,9 @@ def test_every_step_drops_what_it_must(store, tmp_path):
 
 def test_the_funnel_is_told_in_judgements(store, tmp_path):
     for i in range(30):
-        kept(store, f"r{i}", f"What is number {i}?", f"It is {i}: write to ann.lee@garden-club.org.")
+        kept(store, f"r{i}", f"What is number {i}?", f"It is {i}.")
         store.add(Opinion(f"r{i}", thumb="up", rater=f"u{i % 5}"))
+    store.add(Opinion("r0", thumb="down", rater="u0"))
     database, out = str(tmp_path / "feedback.db"), tmp_path / "out"
     stage = Feedback(database=(database,))
     job = stage.job(out, cache=tmp_path)
@@ -131,11 +132,10 @@ def test_the_funnel_is_told_in_judgements(store, tmp_path):
     console.print(stage.shown(result, job), markup=False)
     shown = console.export_text()
     assert "judgements" in shown and "documents" not in shown and "0.00" not in shown
-    assert "30 e-mail addresses replaced" in shown and "files" not in shown
-    assert "What was left of each source" in shown
+    assert "files" not in shown and "What was left of each source" in shown
     values = stage.report(job, result).values
     assert values["counted"] == "judgements" and not values["files"]
-    assert "30 e-mail addresses replaced" in [w for row in values["funnel"] for w in row["why"]]
+    assert values["funnel"][0]["why"] == ["1 said again, or otherwise, by the same rater"]
 
 
 def test_rows_that_trainings_read(store, tmp_path):
