@@ -497,6 +497,7 @@ def scripted(monkeypatch):
 
     def put(scorer):
         monkeypatch.setattr(fastlm.serve.chat, "load_model", lambda where: (None, None))
+        monkeypatch.setattr(fastlm.evals.suite, "id_of", str)
         monkeypatch.setattr(fastlm.evals.suite, "hash_of", str)
         monkeypatch.setattr(fastlm.evals.scorer, "Scorer", lambda model, tokenizer: scorer)
         return scorer
@@ -558,7 +559,7 @@ def test_the_command_exits_with_1_and_names_what_failed(cache, tmp_path, scripte
     assert "FAILED m: overrefusal.lookalikes: wanted at most 0.3, the interval is" in " ".join(
         done.stdout.split()
     )
-    assert "gate failed: m: overrefusal.lookalikes" in done.stderr
+    assert "warning: gate failed: m: overrefusal.lookalikes" in done.stderr
     result = json.loads((tmp_path / "out/scores.json").read_text())
     assert len(result["failed"]) == 1
     assert json.loads(call(*words, "--json", status=1).stdout) == result

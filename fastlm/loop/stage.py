@@ -75,7 +75,7 @@ raters.json."""
         options = BuildOptions(**{f.name: getattr(self, f.name) for f in fields(BuildOptions)})
         questions = self._questions(job) if self.decontaminate else None
         if questions is None:
-            job.tell("decontaminate: names no question sets: answers to them may enter")
+            job.warn("decontaminate: names no question sets: answers to them may enter")
         # of the run and of the folder of runs, as for prepared text
         above = (job.out.parent, job.out.absolute().parent.parent) if job.in_recipe else ()
         forgotten = forgotten_keys([job.out, *above])
