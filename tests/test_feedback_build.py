@@ -138,6 +138,21 @@ def test_the_funnel_is_told_in_judgements(store, tmp_path):
     assert values["funnel"][0]["why"] == ["1 said again, or otherwise, by the same rater"]
 
 
+def test_feedback_without_rows_is_named(tmp_path):
+    stage = Dpo()
+    where = tmp_path / "built"
+    job = stage.job(tmp_path / "out", cache=tmp_path, model="m", feedback=where)
+    for empty in (False, True):  # no build has succeeded; a build without preferences
+        if empty:
+            (where / "train").mkdir(parents=True)
+            (where / "train/preferences.jsonl").touch()
+        with pytest.raises(InputError) as error:
+            stage.with_feedback(job)
+        assert str(error.value) == f"feedback: wanted preferences in {where}/train, got none"
+    (where / "train/kto.jsonl").write_text("{}\n")  # thumbs are enough for KTO
+    assert Dpo(loss="kto").with_feedback(job).data == (f"{where}/train/kto.jsonl",)
+
+
 def test_rows_that_trainings_read(store, tmp_path):
     for i in range(60):
         kept(store, f"r{i}", f"What is number {i}?", f"It is {i}.", f"No idea about {i}.")
