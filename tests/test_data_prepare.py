@@ -400,5 +400,6 @@ def test_counts_agree_with_what_they_count():
     assert [counted(n, "document left too short") for n in (1, 30)] == [
         "1 document left too short", "30 documents left too short",
     ]  # fmt: skip
+    assert counted(2, "part made") == "2 parts made"
     assert counted(2, "line: malformed") == "2 lines: malformed"
     assert counted(3, "same text") == "3 same text"

@@ -164,6 +164,8 @@ PLURALS = {
     "paragraph": "paragraphs",
     "document mostly repeated": "documents mostly repeated",
     "document left too short": "documents left too short",
+    "document cut": "documents cut",
+    "part made": "parts made",
     "record that is no page": "records that are no pages",
     "page over the size limit": "pages over the size limit",
     "link inside a package": "links inside a package",
