@@ -334,7 +334,7 @@ def test_tokenizer_train_and_encode(finished, tmp_path):
 def test_a_binary_file_in_a_folder_is_skipped_and_told(finished, tmp_path):
     (tmp_path / "a.txt").write_text("The tree sees the river. " * 40)
     (tmp_path / "b.txt").write_bytes(b"\0\0\0")
-    told = f"skipped: {tmp_path}/b.txt: wanted text, it holds binary data"
+    told = f"warning: skipped: {tmp_path}/b.txt: wanted text, it holds binary data"
     train = ["tokenizer", "train", tmp_path, "-o", tmp_path / "t", "--vocab-size", 280]
     assert told in call(*train).stderr
     assert told in call("eval", "-m", finished, "--data", tmp_path, "--json").stderr

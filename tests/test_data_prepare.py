@@ -342,9 +342,9 @@ def test_command_line(corpus, tmp_path):
         "quality rules",
         "1 word_count",
         "repeated paragraphs",
-        "1 email",
+        "1 e-mail address replaced",
         "1 file: type not read (.png 1)",
-        "2 line: malformed",
+        "2 lines: malformed",
         "lines.jsonl, line 1: wanted one JSON object",
         "heldout",
     ):
@@ -389,3 +389,17 @@ def test_ctrl_c_ends_the_workers_too(tmp_path):
     assert done.returncode == 130 and "Traceback" not in said, said
     assert said.strip().endswith("fastlm: interrupted")
     assert not (tmp_path / "out" / "train.jsonl.zst").exists()
+
+
+def test_counts_agree_with_what_they_count():
+    from fastlm.data.stage import counted
+
+    assert [counted(n, "file: hidden") for n in (1, 8884)] == [
+        "1 file: hidden", "8,884 files: hidden",
+    ]  # fmt: skip
+    assert [counted(n, "document left too short") for n in (1, 30)] == [
+        "1 document left too short", "30 documents left too short",
+    ]  # fmt: skip
+    assert counted(2, "part made") == "2 parts made"
+    assert counted(2, "line: malformed") == "2 lines: malformed"
+    assert counted(3, "same text") == "3 same text"

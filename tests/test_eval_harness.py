@@ -1,6 +1,7 @@
 """fastlm's models in lm-evaluation-harness, beside its own ``hf`` with the same weights."""
 
 import json
+import subprocess
 import sys
 import warnings
 from types import SimpleNamespace
@@ -188,9 +189,21 @@ def test_the_command_line_of_the_harness(base, tmp_path, monkeypatch, capsys):
     assert result["config"]["model_dtype"] == "torch.float32"
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
-        run("--model_args", f"pretrained={base},colour=red")
+        run("--model_args", f"pretrained={base},dtyp=float32")
     assert ended.value.code == 2
-    assert "fastlm: model_args: wanted known names, got colour" in capsys.readouterr().err
+    told = "fastlm: model_args: dtyp: unknown key; the nearest known one is 'dtype'"
+    assert told in capsys.readouterr().err
+
+
+def test_a_missing_harness_is_one_line():
+    program = """
+import runpy, sys
+sys.modules["lm_eval"] = None  # as if it were not installed
+runpy.run_module("fastlm.evals.harness", run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert "lm_eval, which is not installed (pip install 'fastlm[harness]')" in done.stderr
 
 
 def test_arguments(base):
@@ -214,7 +227,7 @@ def test_arguments(base):
         with pytest.raises(InputError, match=told):
             FastLM(str(base), **wrong)
     asked = SimpleNamespace(args=("what", {"until": [], "beams": 4}))
-    with pytest.raises(InputError, match="gen_kwargs: wanted known names, got beams"):
+    with pytest.raises(InputError, match="gen_kwargs: beams: unknown key"):
         model.generate_until([asked], disable_tqdm=True)
     asked = SimpleNamespace(args=("what", {"until": [], "max_gen_toks": 32}))
     with pytest.raises(InputError, match="max_gen_toks: wanted less than the context's 32"):

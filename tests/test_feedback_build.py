@@ -1,11 +1,13 @@
 """`fastlm feedback build`: every step of the funnel drops what it must and counts it; raters far
 from the others are left out; the rows are read by the trainings; gates."""
 
+import io
 import json
 import random
 
 import pytest
 import safety_sets
+from rich.console import Console
 from typer.testing import CliRunner
 
 from fastlm.cli import app
@@ -115,6 +117,40 @@ def test_every_step_drops_what_it_must(store, tmp_path):
     assert fixed["prompt"][0]["content"] == "Who may call <PHONE> at night?"
     assert pair["chosen"][0]["content"] == "A drink." and pair["provenance"]["responses"] == ["r1"]
     assert pair["licence"] == "LicenseRef-user-consent" and pair["model"] == "tiny"
+
+
+def test_the_funnel_is_told_in_judgements(store, tmp_path):
+    for i in range(30):
+        kept(store, f"r{i}", f"What is number {i}?", f"It is {i}.")
+        store.add(Opinion(f"r{i}", thumb="up", rater=f"u{i % 5}"))
+    store.add(Opinion("r0", thumb="down", rater="u0"))
+    database, out = str(tmp_path / "feedback.db"), tmp_path / "out"
+    stage = Feedback(database=(database,))
+    job = stage.job(out, cache=tmp_path)
+    result = stage.run(job)
+    console = Console(width=140, record=True, file=io.StringIO())
+    console.print(stage.shown(result, job), markup=False)
+    shown = console.export_text()
+    assert "judgements" in shown and "documents" not in shown and "0.00" not in shown
+    assert "files" not in shown and "What was left of each source" in shown
+    values = stage.report(job, result).values
+    assert values["counted"] == "judgements" and not values["files"]
+    assert values["funnel"][0]["why"] == ["1 said again, or otherwise, by the same rater"]
+
+
+def test_feedback_without_rows_is_named(tmp_path):
+    stage = Dpo()
+    where = tmp_path / "built"
+    job = stage.job(tmp_path / "out", cache=tmp_path, model="m", feedback=where)
+    for empty in (False, True):  # no build has succeeded; a build without preferences
+        if empty:
+            (where / "train").mkdir(parents=True)
+            (where / "train/preferences.jsonl").touch()
+        with pytest.raises(InputError) as error:
+            stage.with_feedback(job)
+        assert str(error.value) == f"feedback: wanted preferences in {where}/train, got none"
+    (where / "train/kto.jsonl").write_text("{}\n")  # thumbs are enough for KTO
+    assert Dpo(loss="kto").with_feedback(job).data == (f"{where}/train/kto.jsonl",)
 
 
 def test_rows_that_trainings_read(store, tmp_path):

@@ -160,7 +160,7 @@ def test_the_page_says_what_happened(html):
     for piece in (
         "1.500", "25 % below xz -9e", "5.60 M", "w4a16, 0.30 of before, +2.0 % bits",
         "0.30×", "+2.00 %", "2.00×",  # noqa: RUF001 - the page prints the multiplication sign
-        "4 email replaced", "1 min 05 s in all",
+        "4 e-mail addresses replaced", "1 min 05 s in all",
         "before training", "after step 3", "xz -9e", "zstd -19",
         "Training saw 300 tokens: 3 steps of 4,096.", "1,000 tokens, of which 30 % were seen",
         "1 min 00 s, steps and checkpoints", "load 1.2 when the training began",

@@ -18,6 +18,7 @@ import torch
 
 from fastlm.checkpoint.folder import load_tensors, save_tensors
 from fastlm.errors import InputError
+from fastlm.runs.recipe import load_recipe
 from fastlm.runs.run import run_recipe
 
 TIMES = ("seconds", "tokens_per_second", "progress")
@@ -139,6 +140,21 @@ def test_changed_local_text_is_seen(tmp_path):
     with open(tmp_path / "docs/00.txt", "a") as f:
         f.write("\nOne more line.\n")
     assert run_again(recipe, tmp_path / "run", until="data") == {"data": "done"}
+
+
+def test_the_report_of_a_part_says_so_at_the_top(finished, tmp_path):
+    run, recipe = tmp_path / "run", tiny_recipe.write(tmp_path)
+    run_recipe(recipe, run, until="tokenizer")
+    top = " ".join((run / "report.html").read_text().partition("<section>")[0].split())
+    names = [step.name for step in load_recipe(recipe).steps]
+    assert names[:2] == ["data", "tokenizer"]
+    assert f"2 of the recipe's {len(names)} stages have run." in top
+    assert "stopped after tokenizer (<code>--until tokenizer</code>)" in top
+    assert f"Not run: {', '.join(names[2:])}." in top
+    run_recipe(recipe, run, until="data")  # nothing runs, but the run stopped elsewhere
+    assert "stopped after data " in (run / "report.html").read_text()
+    whole = (finished[1] / "report.html").read_text()
+    assert "Not run:" not in whole and "stages have run" not in whole
 
 
 def test_a_file_whose_name_is_no_utf8(tmp_path):

@@ -33,7 +33,7 @@ from fastlm.evals.safety.negatives import constructed
 from fastlm.evals.safety.refusals import abstains, refuses
 from fastlm.evals.safety.scores import share
 from fastlm.evals.safety.sets import SOURCES, Sets, names_both, sample
-from fastlm.evals.safety.shown import part, tables
+from fastlm.evals.safety.shown import interval, judged, number, part, tables
 from fastlm.evals.safety.stage import Safety
 from fastlm.evals.safety.turns import TURNS
 from fastlm.evals.scorer import Prompt, Scorer
@@ -497,6 +497,7 @@ def scripted(monkeypatch):
 
     def put(scorer):
         monkeypatch.setattr(fastlm.serve.chat, "load_model", lambda where: (None, None))
+        monkeypatch.setattr(fastlm.evals.suite, "id_of", str)
         monkeypatch.setattr(fastlm.evals.suite, "hash_of", str)
         monkeypatch.setattr(fastlm.evals.scorer, "Scorer", lambda model, tokenizer: scorer)
         return scorer
@@ -558,7 +559,7 @@ def test_the_command_exits_with_1_and_names_what_failed(cache, tmp_path, scripte
     assert "FAILED m: overrefusal.lookalikes: wanted at most 0.3, the interval is" in " ".join(
         done.stdout.split()
     )
-    assert "gate failed: m: overrefusal.lookalikes" in done.stderr
+    assert "warning: gate failed: m: overrefusal.lookalikes" in done.stderr
     result = json.loads((tmp_path / "out/scores.json").read_text())
     assert len(result["failed"]) == 1
     assert json.loads(call(*words, "--json", status=1).stdout) == result
@@ -593,7 +594,7 @@ def test_the_report_shows_values_judges_licences_and_failed_gates(cache, tmp_pat
     result = stage(tmp_path / "out", cache=cache, model="<m>")
     shown = part(result)
     step: Any = SimpleNamespace(name="safety", stage=stage)
-    recipe: Any = SimpleNamespace(description="", table={})
+    recipe: Any = SimpleNamespace(description="", table={}, steps=(step,))
     summary = {
         "recipe": "r", "command": "c", "seconds": 1.0, "stages": {"safety": {"seconds": 1.0}},
         "machine": dict.fromkeys(
@@ -610,6 +611,17 @@ def test_the_report_shows_values_judges_licences_and_failed_gates(cache, tmp_pat
     console.print(tables(result))
     text = console.export_text()
     assert "FAILED <m>: overrefusal.lookalikes" in text and "StereoSet" in text
+    narrow = Console(width=80, record=True, file=io.StringIO())
+    scores = result["models"]["<m>"]["scores"]
+    widest = {"value": 1.0, "low": 1.0, "high": 1.0, "n": 12345}
+    scores["attacks.donotanswer.foot_in_the_door"] = scores["overrefusal.lookalikes"] | widest
+    assert judged(scores["overrefusal.lookalikes"])
+    narrow.print(tables(result))
+    lines = [" ".join(line.split()) for line in narrow.export_text().splitlines()]
+    for key, score in scores.items():  # one line of numbers, and one of the judge's
+        numbers = (number(score, score["value"]), interval(score), f"{score['n']:,}")
+        at = lines.index(" ".join((key, *numbers)))
+        assert lines[at + 1] == judged(score) or not judged(score)
 
 
 def test_a_run_of_real_models_gives_every_score(tmp_path, cache):

@@ -104,11 +104,15 @@ SOURCE = {"files": int, "documents": int, "bytes": int}
 
 @dataclass
 class Funnel:
-    """What each step kept and removed, and the clean text per source. JSON-serialisable."""
+    """What each step kept and removed, and the clean text per source. JSON-serialisable.
+
+    counted: what its "documents" are.
+    """
 
     steps: list[dict[str, Any]] = field(default_factory=list)
     sources: dict[str, dict[str, int]] = field(default_factory=dict)
     unreadable: list[str] = field(default_factory=list)  # the first MAX_MESSAGES one-line reasons
+    counted: str = "documents"
 
     @classmethod
     def load(cls, path: Path) -> "Funnel":

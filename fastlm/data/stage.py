@@ -88,37 +88,38 @@ class Data(DataOptions, Stage):
         del result
         funnel = Funnel.load(job.out)
         kept = funnel.steps[-1]["documents"] + funnel.steps[-2]["documents"]
-        sources = sorted(funnel.sources.items(), key=lambda kv: -kv[1]["bytes"])
-        size = sum(source["bytes"] for _, source in sources)
+        size = sum(source["bytes"] for source in funnel.sources.values())
         return Part(
             "Where the text came from, and what was left of it",
             "Bytes of text after each step, and what the step took away.",
             cards=[(size_text(size), f"clean text in {count_text(kept)} documents")],
             template="data.html.jinja",
-            values={"funnel": funnel_rows(funnel), "sources": sources},
+            values=funnel_values(funnel),
         )
 
 
 PARTS = ("train", "heldout")
 
 
-def funnel_rows(funnel: Funnel) -> list[dict[str, Any]]:
-    """Return one row per step: what is left, as a share of what was gathered, and the main reasons
-    for what was removed.
+def funnel_values(funnel: Funnel) -> dict[str, Any]:
+    """Return what data.html.jinja shows: a row per step (what is left, as a share of what was
+    gathered, and the main reasons for what was removed), and the sources, the largest first.
     """
     most = max((s["bytes"] for s in funnel.steps), default=1) or 1
     rows = []
     for step in funnel.steps:
         reasons = sorted(step["removed"].items(), key=lambda kv: -kv[1])
-        replaced = [f"{n:,} {what} replaced" for what, n in step.get("replaced", {}).items() if n]
-        why = [f"{count:,} {reason}" for reason, count in reasons[:5]]
+        why = [counted(count, reason) for reason, count in reasons[:5]]
         if len(reasons) > 5:
             why.append(f"{sum(n for _, n in reasons[5:]):,} for other reasons")
         rows.append({
             "step": step["step"], "documents": step["documents"], "bytes": step["bytes"],
-            "percent": 100 * step["bytes"] / most, "why": why + replaced,
+            "percent": 100 * step["bytes"] / most, "why": why + _replaced(step),
         })  # fmt: skip
-    return rows
+    sources = sorted(funnel.sources.items(), key=lambda kv: -kv[1]["bytes"])
+    return {
+        "funnel": rows, "sources": sources, "counted": funnel.counted, "files": _in_files(funnel),
+    }  # fmt: skip
 
 
 def tables(funnel: Funnel) -> Any:
@@ -128,24 +129,69 @@ def tables(funnel: Funnel) -> Any:
     from rich.console import Group
     from rich.table import Table
 
+    from fastlm.runs.text import size_text
+
     steps = Table("step", title="What each step left, and what it took away")
-    for heading in ("documents", "MB"):
-        steps.add_column(heading, justify="right")
+    for heading in (funnel.counted, "text"):
+        steps.add_column(heading, justify="right", no_wrap=True)
     steps.add_column("removed")
     for s in funnel.steps:
-        taken = {**s["removed"], **s.get("replaced", {}), **s.get("cut", {})}
         endings = ", ".join(f"{ending} {n:,}" for ending, n in s.get("not_read", {}).items())
-        told = []
-        for why, n in taken.items():
-            if n:
-                told.append(f"{n:,} {why}" + f" ({endings})" * why.endswith(TYPE_NOT_READ))
-        steps.add_row(s["step"], f"{s['documents']:,}", f"{s['bytes'] / 1e6:,.2f}", ", ".join(told))
-    sources = Table("source", title="Clean text by source")
-    for heading in ("files", "documents", "MB"):
-        sources.add_column(heading, justify="right")
+        told = [
+            counted(n, why) + f" ({endings})" * why.endswith(TYPE_NOT_READ)
+            for why, n in s["removed"].items()
+            if n
+        ]
+        told += _replaced(s) + [counted(n, what) for what, n in s.get("cut", {}).items() if n]
+        steps.add_row(s["step"], f"{s['documents']:,}", size_text(s["bytes"]), ", ".join(told))
+    sources = Table("source", title="What was left of each source")
+    headings = ("files",) * _in_files(funnel) + (funnel.counted, "text")
+    for heading in headings:
+        sources.add_column(heading, justify="right", no_wrap=True)
     for name, s in funnel.sources.items():
-        sources.add_row(name, f"{s['files']:,}", f"{s['documents']:,}", f"{s['bytes'] / 1e6:,.2f}")
+        files = (f"{s['files']:,}",) * _in_files(funnel)
+        sources.add_row(name, *files, f"{s['documents']:,}", size_text(s["bytes"]))
     return Group(steps, sources, *(f"skipped: {message}" for message in funnel.unreadable))
+
+
+def _in_files(funnel: Funnel) -> bool:
+    """Whether a source has a number of files worth a column: a feedback database has one."""
+    return any(source["files"] != 1 for source in funnel.sources.values())
+
+
+# What `fastlm.data.prepare` counts -> one, several
+PLURALS = {
+    "paragraph": "paragraphs",
+    "document mostly repeated": "documents mostly repeated",
+    "document left too short": "documents left too short",
+    "document cut": "documents cut",
+    "part made": "parts made",
+    "record that is no page": "records that are no pages",
+    "page over the size limit": "pages over the size limit",
+    "link inside a package": "links inside a package",
+}
+REPLACED = {
+    "email": ("e-mail address", "e-mail addresses"),
+    "phone": ("phone number", "phone numbers"),
+    "ip": ("IP address", "IP addresses"),
+}
+
+
+def counted(n: int, why: str) -> str:
+    """Return a count and a reason as people write them: "2 files: hidden", "1 file: hidden"."""
+    unit, colon, rest = why.partition(": ")
+    if colon:  # "file", "line", ...
+        what = PLURALS.get(rest, rest) if n != 1 else rest
+        return f"{n:,} {unit}{'s' * (n != 1)}: {what}"
+    return f"{n:,} {PLURALS.get(why, why) if n != 1 else why}"
+
+
+def _replaced(step: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{n:,} {REPLACED.get(what, (what, what))[n != 1]} replaced"
+        for what, n in step.get("replaced", {}).items()
+        if n
+    ]
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ which it would find another package's models: importing this module registers th
 Python ``import fastlm.evals.harness`` before ``lm_eval.simple_evaluate(model="fastlm", ...)``.
 """
 
+import inspect
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,17 +15,28 @@ from hashlib import blake2b
 from typing import Any
 
 import torch
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import LM
-from lm_eval.api.registry import model_registry
-from lm_eval.models.utils import normalize_gen_kwargs
-from tqdm import tqdm
 
 from fastlm.decode.sampling import Sampling
 from fastlm.errors import InputError
 from fastlm.evals.scorer import TOKENS, Prompt, Scorer
 from fastlm.serve.chat import load_model
 from fastlm.tokenizer.tokenizer import Tokenizer
+from fastlm.typed import unknown as unknown_key
+
+try:
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import LM
+    from lm_eval.api.registry import model_registry
+    from lm_eval.models.utils import normalize_gen_kwargs
+    from tqdm import tqdm
+except ModuleNotFoundError as error:
+    if (error.name or "").partition(".")[0] != "lm_eval":
+        raise
+    told = "wanted the package lm_eval, which is not installed (pip install 'fastlm[harness]')"
+    if __name__ != "__main__":
+        raise InputError(told) from None
+    print(f"fastlm: {told}", file=sys.stderr)
+    sys.exit(2)
 
 DTYPES = {
     "auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16
@@ -72,8 +84,9 @@ class FastLM(LM):
         **unknown: Any,
     ) -> None:
         super().__init__()
-        if unknown:
-            raise InputError(f"model_args: wanted known names, got {', '.join(unknown)}")
+        for name in unknown:
+            known = [*inspect.signature(FastLM).parameters][:-1]  # all but **unknown
+            raise InputError(unknown_key(f"model_args: {name}", name, known))
         if dtype not in DTYPES:
             raise InputError(f"dtype: wanted one of {', '.join(DTYPES)}, got {dtype!r}")
         for name, value in (("tokens", tokens), ("max_gen_toks", max_gen_toks)):
@@ -150,8 +163,9 @@ class FastLM(LM):
         # neither filters nor a temperature change a greedy answer
         known.setdefault("temperature", 1.0 if known.pop("do_sample") else 0.0)
         sampling = Sampling(**{name: known.pop(name) for name in SAMPLING if name in known})
-        if known:
-            raise InputError(f"gen_kwargs: wanted known names, got {', '.join(known)}")
+        for name in known:
+            names = ["until", "max_gen_toks", "do_sample", *SAMPLING]
+            raise InputError(unknown_key(f"gen_kwargs: {name}", name, names))
         stop = [stop] if isinstance(stop, str) else stop
         if new >= self.scorer.context_limit:
             raise InputError(

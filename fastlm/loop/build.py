@@ -84,7 +84,7 @@ class BuildOptions:
 class Built:
     """``rows``: part -> form -> rows written. ``raters``: by name."""
 
-    funnel: Funnel = field(default_factory=Funnel)
+    funnel: Funnel = field(default_factory=lambda: Funnel(counted="judgements"))
     rows: dict[str, dict[str, int]] = field(default_factory=dict)
     raters: dict[str, Rater] = field(default_factory=dict)
 

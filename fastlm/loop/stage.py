@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from fastlm.data.content import Contents
 from fastlm.data.forgotten import forgotten_keys
 from fastlm.data.prepare import Funnel
-from fastlm.data.stage import funnel_rows, tables
+from fastlm.data.stage import funnel_values, tables
 from fastlm.errors import InputError
 from fastlm.loop.build import PARTS, TRAIN, BuildOptions
 from fastlm.loop.judgements import is_export, open_store
@@ -75,7 +75,7 @@ raters.json."""
         options = BuildOptions(**{f.name: getattr(self, f.name) for f in fields(BuildOptions)})
         questions = self._questions(job) if self.decontaminate else None
         if questions is None:
-            job.tell("decontaminate: names no question sets: answers to them may enter")
+            job.warn("decontaminate: names no question sets: answers to them may enter")
         # of the run and of the folder of runs, as for prepared text
         above = (job.out.parent, job.out.absolute().parent.parent) if job.in_recipe else ()
         forgotten = forgotten_keys([job.out, *above])
@@ -146,7 +146,7 @@ raters.json."""
             f" {raters['alone']:,} judged nothing that another judged, so nobody knows.",
             cards=[(f"{kept:,}", "judgements of answers")],
             template="data.html.jinja",
-            values={"funnel": funnel_rows(funnel), "sources": sorted(funnel.sources.items())},
+            values=funnel_values(funnel),
         )
 
 

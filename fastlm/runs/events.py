@@ -67,8 +67,10 @@ class View:
             self.say(f"{event['stage']}: {event['state']}{took}")
             self.name = event["stage"]
             self.start()
-        elif "warning" in event or "note" in event:
-            self.say(event.get("warning") or event["note"])
+        elif "warning" in event:
+            self.say(f"warning: {event['warning']}")
+        elif "note" in event:
+            self.say(event["note"])
         elif "loss" in event:
             self.step(event)
         elif "val_loss" in event:

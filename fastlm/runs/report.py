@@ -38,8 +38,13 @@ class Done:
     seconds: float
 
 
-def write_report(out: Path, recipe: Recipe, done: Sequence[Done], command: str) -> dict[str, Any]:
-    """Write report.html and summary.json into ``out``; return the content of summary.json."""
+def write_report(
+    out: Path, recipe: Recipe, done: Sequence[Done], command: str, until: str | None = None
+) -> dict[str, Any]:
+    """Write report.html and summary.json into ``out``; return the content of summary.json.
+
+    ``until``: the stage after which the run stopped.
+    """
     summary = {
         "recipe": recipe.name,
         "command": command,
@@ -50,7 +55,7 @@ def write_report(out: Path, recipe: Recipe, done: Sequence[Done], command: str) 
         "machine": machine(),
     }
     parts = [(d.step, _part(d)) for d in done]
-    html = render_report(summary, recipe, [(step, part) for step, part in parts if part])
+    html = render_report(summary, recipe, [(step, part) for step, part in parts if part], until)
     save_atomic(out / REPORT, lambda p: p.write_text(html, "utf-8"))
     text = json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
     save_atomic(out / SUMMARY, lambda p: p.write_text(text, "utf-8"))
@@ -81,9 +86,12 @@ def _part(done: Done) -> Part | None:
 
 
 def render_report(
-    summary: dict[str, Any], recipe: Recipe, parts: Sequence[tuple[Step, Part]]
+    summary: dict[str, Any],
+    recipe: Recipe,
+    parts: Sequence[tuple[Step, Part]],
+    until: str | None = None,
 ) -> str:
-    """Return the page. ``summary`` as in summary.json."""
+    """Return the page. ``summary`` as in summary.json, ``until`` as in `write_report`."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -114,6 +122,8 @@ def render_report(
         s=summary,
         commands=commands,
         recipe=recipe,
+        not_run=[step.name for step in recipe.steps if step.name not in summary["stages"]],
+        until=until,
         sections=list(sections.values()),
         cards=cards,
         stages=stage_rows({name: s["seconds"] for name, s in summary["stages"].items()}),

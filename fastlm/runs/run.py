@@ -35,7 +35,7 @@ from fastlm.train.distributed import check_alone
 
 RECIPE = "recipe.json"
 SOURCES = "sources.json"  # hashes of local files (`fastlm.data.content`)
-REPORT_VERSION = 7
+REPORT_VERSION = 8
 
 
 @dataclass
@@ -144,7 +144,7 @@ def run_recipe(
         for planned in plan:
             if planned.do not in ("archive", "later"):
                 _run_step(run, planned)
-        summary = _report(run, prints)
+        summary = _report(run, prints, until)
     note_run(out)
     return summary
 
@@ -203,7 +203,7 @@ def _run_step(run: _Run, planned: Planned) -> None:
     })  # fmt: skip
 
 
-def _report(run: _Run, prints: dict[str, str]) -> dict[str, Any]:
+def _report(run: _Run, prints: dict[str, str], until: str | None) -> dict[str, Any]:
     """Write report.html and summary.json of all finished stages, unless they exist and nothing has
     changed.
     """
@@ -215,7 +215,9 @@ def _report(run: _Run, prints: dict[str, str]) -> dict[str, Any]:
         and entry.outputs is not None
     ]
     entries = {step.name: asdict(entry) for step, entry in finished}
-    parts = [REPORT_VERSION, run.recipe.name, run.recipe.description, entries]
+    missing = [step.name for step in run.recipe.steps if step.name not in entries]
+    until = until if missing else None  # the page of a whole run does not say it
+    parts = [REPORT_VERSION, run.recipe.name, run.recipe.description, entries, missing, until]
     fingerprint = hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
     old = run.record.get("report")
     there = all((run.out / name).is_file() for name in (REPORT, SUMMARY))
@@ -227,7 +229,7 @@ def _report(run: _Run, prints: dict[str, str]) -> dict[str, Any]:
         Done(step, run.job(step), entry.result or {}, entry.seconds or 0.0)
         for step, entry in finished
     ]
-    summary = write_report(run.out, run.recipe, done, run.command)
+    summary = write_report(run.out, run.recipe, done, run.command, until)
     run.record["report"] = Entry("report", fingerprint)
     run.save()
     run.tell({

@@ -118,13 +118,20 @@ class ChatOptions(TrainOptions):
         """The part of the feedback that it learns from (`fastlm.loop.build.PARTS`)."""
         return "train"
 
+    def feedback_form(self) -> str:
+        """The form of the rows that it reads of the feedback."""
+        return self.form
+
     def with_feedback(self, job: Job) -> Self:
         """The stage with the rows of the feedback among its data."""
         folder = job.optional("feedback")
         self.check_data(folder is not None)
         if folder is None:
             return self
-        return self.with_source(str(folder / self.part() / f"{self.form}.jsonl"))
+        file = folder / self.part() / f"{self.feedback_form()}.jsonl"
+        if not file.is_file() or not file.stat().st_size:
+            raise InputError(f"feedback: wanted {self.rows} in {file.parent}, got none")
+        return self.with_source(str(file))
 
     def with_source(self, source: str) -> Self:
         return replace(self, data=(*self.data, source))

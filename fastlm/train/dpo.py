@@ -5,9 +5,9 @@ answers, measured against itself before training.
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from textwrap import shorten
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
 from fastlm.errors import InputError
 from fastlm.runs.stage import Job, MaybePositional, Part, Stage, Takes
@@ -88,13 +88,9 @@ labels (prompt, completion, label)."""
                 f"{' at the beginning of batch_warmup' if self.batch_warmup else ''}"
             )
 
-    def with_feedback(self, job: Job) -> Self:
+    def feedback_form(self) -> str:
         """With `kto`, the thumbs of the feedback are its labels."""
-        found = super().with_feedback(job)
-        folder = job.optional("feedback")
-        if folder is None or self.loss != "kto":
-            return found
-        return replace(found, data=(*self.data, str(folder / self.part() / "kto.jsonl")))
+        return "kto" if self.loss == "kto" else super().feedback_form()
 
     def terms(self) -> PreferenceLoss:
         return PreferenceLoss(**{f.name: getattr(self, f.name) for f in fields(PreferenceLoss)})

@@ -205,8 +205,16 @@ class _Made:
             )
         found: Rows = []
         for one in [named] if isinstance(named, str) else named:
-            beside = self.config.path.parent / str(one)
-            found += read_rows(beside if beside.exists() else Path(str(one)), kind)
+            places = [self.config.path.parent / str(one), Path(str(one))]
+            there = [path for path in places if path.exists()]
+            if not there:
+                folders = dict.fromkeys(str(path.absolute().parent) for path in places)
+                raise self.config.refuse(
+                    "dataset_kwargs",
+                    f"data_files: wanted {Path(str(one)).name} in {' or '.join(folders)}, got no"
+                    " such file",
+                )
+            found += read_rows(there[0], kind)
         return found
 
     # templates
@@ -256,16 +264,16 @@ class _Made:
         if "doc_to_choice" in self.values and isinstance(target, int):
             choices = self._choices(where, row)
             if not 0 <= target < len(choices):
-                raise self._no_answer(where, target)
+                raise self._no_answer(where, target, choices)
             target = choices[target]
         if isinstance(target, list):
             target = target[0] if target else ""
         return text, str(target)
 
-    def _no_answer(self, where: str, target: Any) -> InputError:
-        return self.config.refuse(
-            "doc_to_target", f"wanted a right answer, got {target!r:.80} ({where})"
-        )
+    def _no_answer(self, where: str, target: Any, choices: Sequence[str] = ()) -> InputError:
+        named = ", ".join(map(repr, choices))
+        wanted = f"one of {named:.200}, or its number from 0" if choices else "a right answer"
+        return self.config.refuse("doc_to_target", f"wanted {wanted}, got {target!r:.80} ({where})")
 
     # questions
 
@@ -313,7 +321,7 @@ class _Made:
             or not isinstance(target, int)
             or not 0 <= target < len(choices)
         ):
-            raise self._no_answer(where, target)
+            raise self._no_answer(where, target, choices)
         return Choices(id, tuple((prompt, f"{self.delimiter}{c}") for c in choices), target)
 
     def _written(self, id: str, prompt: str, where: str, row: Row) -> Open:

@@ -41,22 +41,25 @@ def tables(result: Mapping[str, Any]) -> Any:
     from rich.table import Table
 
     several = len(result["models"]) > 1
-    scores = Table(*(["model"] if several else []), box=None)
-    scores.add_column("score", no_wrap=True)
-    for heading in ("value", f"{100 * result['confidence']:g} % interval", "items"):
-        scores.add_column(heading, justify="right")
-    scores.add_column("judge: its error on labelled answers")
+    parts: list[Any] = []
     for name, model in result["models"].items():
+        scores = Table(box=None, pad_edge=False)
+        scores.add_column("score")  # the one column that may break
+        for heading in ("value", f"{100 * result['confidence']:g} % interval", "items"):
+            scores.add_column(heading, justify="right", no_wrap=True)
         for key, score in model["scores"].items():
+            below = f"\n  {told}" if (told := judged(score)) else ""
             scores.add_row(
-                *([name] if several else []), key, number(score, score["value"]), interval(score),
-                f"{score['n']:,}", judged(score),
-            )  # fmt: skip
+                f"{key}{below}", number(score, score["value"]), interval(score), f"{score['n']:,}"
+            )
+        parts += [f"{name}:"] if several else []
+        parts.append(scores)
+    if any("judge" in s for m in result["models"].values() for s in m["scores"].values()):
+        parts.append("below a score: the judge's own share, and its error on labelled answers")
     cuts = cut_lines(result)
     sets = Table("set", "licence", "source", box=None)
     for key, source in result["sets"].items():
         sets.add_row(key, source["licence"], f"{source['origin']}; {source['package']}")
-    parts: list[Any] = [scores]
     told = {text for m in result["models"].values() for s in m["scores"].values()
             if (text := constructed(s))}  # fmt: skip
     parts += [f"the judge passes, of answers constructed not to succeed: {text}" for text in told]
