@@ -2,8 +2,9 @@
 
     python bench/circle.py --conversations 4000              what the model of round 0 learns
     fastlm run bench/circle_base.toml -o runs/circle/base    that model, once (a minute)
-    python bench/circle.py --seed 3 --plot docs/circle.png   three rounds, each without and with
-                                                             malicious users
+    python bench/circle.py --seed 3 --trusting --plot docs/circle.png
+                                                             three rounds, each without and with
+                                                             malicious users, and all trusted
 
 One `fastlm serve` runs all the time. In each round it answers simulated users (bench/users.py), who
 post to /v1/feedback; `fastlm run recipes/improve.toml --until winrate` builds rows from the
@@ -48,6 +49,7 @@ from fastlm.evals.suite import id_of
 from fastlm.loop.bounds import difference
 from fastlm.loop.gate import Gate
 from fastlm.loop.served import serving
+from fastlm.loop.stage import Feedback
 from fastlm.loop.winning import answer, share
 from fastlm.runs.run import run_recipe
 from fastlm.serve.feedback import FeedbackStore
@@ -259,6 +261,25 @@ def hidden_wins(path: Path) -> dict[str, float]:
     return {"value": sum(wins) / len(wins), "low": found.low, "high": found.high}
 
 
+def judge_right(path: Path) -> dict[str, float]:
+    """Return how often the judges prefer, of two answers of winrate/answers.jsonl that differ for
+    the hidden preference, the one that it prefers."""
+    right = []
+    for line in path.read_text("utf-8").splitlines():
+        row = json.loads(line)
+        asked = asked_of(row["prompt"][-1]["content"])
+        better = users.points(asked, row["new"]) - users.points(asked, row["old"])
+        if better:
+            right.append((row["score_new"] - row["score_old"]) * better > 0)
+    return rate(right)
+
+
+def left_out(path: Path) -> list[str]:
+    """Return the raters of raters.json whose rows were left out."""
+    least = Feedback().least_weight
+    return [name for name, one in json.loads(path.read_text()).items() if one["weight"] < least]
+
+
 def asked_of(text: str) -> users.Ask:
     topic = next((t for t in sorted(users.TOPICS, key=len, reverse=True) if f" {t}" in text), "")
     word = next(w for w in users.WORDS if f" {w}" in text.partition("word")[2] + text[-20:])
@@ -353,11 +374,13 @@ def improve(
         "promoted": decision["promoted"],
         "why": [g["why"] for g in decision["gates"] if not g["passed"]],
         "rows": results["feedback"]["rows"], "raters": results["feedback"]["raters"],
+        "left_out": left_out(out / "feedback" / "raters.json"),
         "winrate": results["winrate"]["scores"]["rate"],
         "length": results["winrate"]["scores"]["length"],
         "score": results["winrate"]["scores"]["score"],
         "hidden_winrate": hidden_wins(out / "winrate" / "answers.jsonl"),
         "judge_accuracy": results["winrate"]["scores"].get("judge"),
+        "judge_right": judge_right(out / "winrate" / "answers.jsonl"),
         "refused": refused, "bits_old": bits[0], "bits_new": bits[1],
     }  # fmt: skip
 

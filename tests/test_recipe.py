@@ -79,7 +79,7 @@ def test_overrides(path):
         ("stage=3", r"stage: wanted a list of tables, \[\[stage\]\]"),
         ("pretrain.model=3", "pretrain.model: wanted a table, got a whole number 3"),
         ("pretrain.kind='pretrian'", "stage 4.kind: wanted one of .*did you mean 'pretrain'"),
-        ("eval.name=report", "stage.name: wanted the name of a folder, got 'report'"),
+        ("eval.name=report", "stage.name: wanted the name of a folder that .* got 'report'"),
         ("eval.name='a/b'", "stage.name: wanted the name of a folder"),
         ("eval.name=data", "stage.name: 'data' stands twice"),
         ("eval.of=pretrian", "eval.of: wanted the name of a stage above .* one is 'pretrain'"),
@@ -201,15 +201,16 @@ def test_what_comes_from_outside_has_one_name(tmp_path):
     for override, text in (
         ("inputs.old=served", "inputs.old: wanted a path with a /, got 'served'"),
         ("inputs.old=3", "inputs.old: wanted a path with a /, got 3"),
-        ("inputs.older=/srv/m", "inputs.older: wanted a stage that takes it, got none"),
+        ("inputs.older=/srv/m", "inputs.older: wanted a stage that has it as an input, got none"),
+        ("data.sources=['older']\ninputs.older=/srv/m", "inputs.older: wanted a stage that has it"),
         ("inputs.pretrain=/srv/m", "inputs.pretrain: wanted a name that is no stage's"),
         ("inputs=3", "inputs: wanted a table, got 3"),
-        ("pair.name=inputs", "stage.name: wanted the name of a folder, got 'inputs'"),
+        ("pair.name=inputs", "stage.name: wanted the name of a folder that .* got 'inputs'"),
         ("pair.of=['old', './served']", "pair.of: wanted each once"),
         ("pair.of=['odl', 'pretrain']", "pair.of: .*the nearest one is 'old'"),
     ):
         with pytest.raises(InputError, match=text):
-            load_recipe(path, [override])
+            load_recipe(path, override.splitlines())
 
 
 def test_a_stage_whose_input_nobody_makes(tmp_path):

@@ -182,6 +182,8 @@ def test_consent_after_the_answer(browser, tiny, tmp_path):
         page, wrong = opened(browser, url)
         send(page, "Hi")
         status(page, "tokens/s")
+        bodies = []
+        page.on("request", lambda request: bodies.append(request.post_data or ""))
         page.get_by_label("Keep my conversations").check()
         page.get_by_role("button", name="Good").click()
         status(page, "stored, with the conversation")
@@ -189,9 +191,10 @@ def test_consent_after_the_answer(browser, tiny, tmp_path):
         assert kept.choices == [[{"role": "assistant", "content": "An answer"}]]
         store.forget(kept.response_id)
         page.get_by_role("button", name="Bad").click()
-        status(page, "not kept, since nobody consented")  # it was not sent again
+        status(page, "not kept, since its consent was withdrawn")
         page.get_by_role("button", name="Good").click()
         status(page, "not kept, since its consent was withdrawn")
+        assert ["An answer" in body for body in bodies] == [True, False, False]  # sent once
         assert not store.answers() and wrong == []
 
 

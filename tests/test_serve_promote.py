@@ -43,7 +43,7 @@ def test_the_commands_and_a_kill(tmp_path):
         assert result.exit_code == 2 and "wanted an admin key" in result.stderr
         result = call("rollback", *to)
         assert result.exit_code == 2
-        assert "rollback: refused: model: wanted a promotion to undo, got none" in result.stderr
+        assert "rollback: refused: wanted a promotion to undo, got none" in result.stderr
         result = call("promote", models["b"], *to)
         assert result.exit_code == 0, result.stderr
         result_again = call("promote", models["b"], *to)

@@ -203,7 +203,7 @@ def test_what_is_refused_leaves_the_old_model(models, tmp_path, monkeypatch):
         refused(ready, "MiB of free memory for the model, got 0")
         monkeypatch.undo()
         response = ask(url, {}, "/v1/admin/rollback", **admin)
-        assert "model: wanted a promotion to undo, got none" in response.text
+        assert "wanted a promotion to undo, got none" in response.text
         state.chmod(0o400)
         monkeypatch.setattr("fastlm.serve.state.save_atomic", _full)
         refused(ready, "No space left")

@@ -7,6 +7,7 @@ import preference_models
 import pytest
 
 from fastlm.data.prompts import Prompt
+from fastlm.errors import InputError
 from fastlm.evals.statistics import wilson
 from fastlm.loop.bounds import scores_of
 from fastlm.loop.winning import Answered, judge_accuracy, judged
@@ -66,7 +67,7 @@ def test_several_judges_score_by_their_mean(tmp_path):
     alone = [judged([path], prompts, answered)[0] for path in judges]
     assert points == pytest.approx([fmean(both) for both in zip(*alone)][:3], abs=1e-6)
     assert alone[0][:3] != pytest.approx(alone[1][:3], abs=1e-3)
-    assert empty == min(points) and said == ["1 empty answers have the lowest score of all"]
+    assert empty == min(points) and said == ["empty answers have the lowest score of all: 1"]
 
     pairs = tmp_path / "pairs.jsonl"
     rows = [
@@ -79,11 +80,22 @@ def test_several_judges_score_by_their_mean(tmp_path):
         asked = [Prompt([{"role": "user", "content": row["prompt"]}], {}) for row in rows]
         return judged(judges, asked, [[Answered(row[key], 1, True) for row in rows]])[0]
 
+    # four rows to one prompt say less than four prompts: no row adds to what its prompts tell
+    same = tmp_path / "same.jsonl"
+    same.write_text("".join(json.dumps(rows[i // 4 * 4]) + "\n" for i in range(12)))
+    narrow = judge_accuracy(judges, [str(pairs)], cache=tmp_path)
+    wide = judge_accuracy(judges, [str(same)], cache=tmp_path)
+    assert narrow is not None and wide is not None and wide["n"] == 12
+    assert wide["high"] - wide["low"] > narrow["high"] - narrow["low"]
+
     right = [a > b for a, b in zip(scored("chosen"), scored("rejected"), strict=True)]
     found = judge_accuracy(judges, [str(pairs)], cache=tmp_path)
     assert found is not None and found["value"] == sum(right) / 12
     stage = WinRate(data=(str(pairs),), limit=3, max_new_tokens=4)
-    stage(tmp_path / "out", cache=tmp_path, model=base, old=base, judge=judges)
+    with pytest.raises(InputError, match=r"judge: wanted different reward models, got .* equal"):
+        stage(tmp_path / "out", cache=tmp_path, model=base, old=base, judge=[judges[0]] * 2)
+    result = stage(tmp_path / "out", cache=tmp_path, model=base, old=base, judge=judges)
+    assert [judge["name"] for judge in result["judges"]] == [str(path) for path in judges]
     for line in (tmp_path / "out/answers.jsonl").read_text().splitlines():
         row = json.loads(line)
         prompt = Prompt(row["prompt"], {})

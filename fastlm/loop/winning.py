@@ -1,5 +1,6 @@
 """Answers of two models to the same prompts, their scores by a judge, and what follows."""
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -9,6 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from fastlm.checkpoint.folder import load_tokenizer
+from fastlm.data.conversations import Message, said
 from fastlm.data.preferences import Comparison, read_preferences
 from fastlm.data.prompts import Prompt
 from fastlm.decode.sampling import Sampling
@@ -73,31 +75,31 @@ def judged(
     scale (standard deviations over the answers of their training). An empty answer has the lowest
     score of all: no template writes one.
     """
-    models = [_judge(path) for path in judges]
-    found: list[list[float | None]] = []
-    for texts in answered:
-        share = len(texts) // len(prompts)
-        asked = [
-            (i, [*prompts[i // share].messages, {"role": "assistant", "content": one.text}])
-            for i, one in enumerate(texts)
-            if one.text.strip()
-        ]
-        own: list[float | None] = [None] * len(texts)
-        talks = [messages for _, messages in asked]
-        told = [scores(model, tokenizer, talks).tolist() for model, tokenizer in models]
-        for (i, _), points in zip(asked, zip(*told, strict=True), strict=True):
-            own[i] = fmean(points)
-        found.append(own)
+    talks = [
+        [*prompts[i // (len(texts) // len(prompts))].messages, _assistant(one.text)]
+        for texts in answered for i, one in enumerate(texts) if one.text.strip()
+    ]  # fmt: skip
+    # one judge in memory at a time
+    points = map(fmean, zip(*(_points(path, talks) for path in judges), strict=True))
+    found = [[next(points) if one.text.strip() else None for one in texts] for texts in answered]
     told = [point for own in found for point in own if point is not None]
     least = min(told, default=0.0)
     if empty := sum(point is None for own in found for point in own):
-        warn(f"{empty:,} empty answers have the lowest score of all")
+        warn(f"empty answers have the lowest score of all: {empty:,}")
     return [[least if point is None else point for point in own] for own in found]
+
+
+def _assistant(text: str) -> Message:
+    return {"role": "assistant", "content": text}
 
 
 def _judge(path: Path) -> tuple[RewardModel, Tokenizer]:
     model = RewardModel.from_pretrained(path)
     return model, load_tokenizer(path, model.config.to_dict())
+
+
+def _points(judge: Path, talks: Sequence[list[Message]]) -> list[float]:
+    return scores(*_judge(judge), talks).tolist()
 
 
 def judge_accuracy(
@@ -109,45 +111,48 @@ def judge_accuracy(
     warn: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any] | None:
     """Return how often the mean score of the reward models prefers what preferences that they have
-    not been trained on say: "value" (a tie counts half) with Wilson's interval of "n" rows, each of
-    which counts once, however many pairs it has. None where ``sources`` hold none; ``warn`` is told
-    of rows beyond a judge's context.
+    not been trained on say: "value" (a tie counts half) of "n" rows, each of which counts once,
+    however many pairs it has, with an interval as in `share`. None where ``sources`` hold none;
+    ``warn`` is told of rows beyond a judge's context.
     """
     rows = [row for row in read_preferences(sources, cache=cache) if isinstance(row, Comparison)]
     rows = [row for row in rows if row.pairs()]
     if not rows:
         return None
-    models = [_judge(path) for path in judges]
-
-    def read(row: Comparison) -> list[list[list[int]]]:
-        """Per judge, the tokens of each pair's answers."""
-        talks = [[*pair.prompt, *one] for pair in row.pairs() for one in pair.answers]
-        return [[scored_tokens(tokenizer, talk) for talk in talks] for _, tokenizer in models]
-
-    texts = [read(row) for row in rows]
-    fit = [own for own in texts if all(map(_fits, own, models))]
-    if left := len(texts) - len(fit):
-        warn(f"{left:,} of {len(texts):,} preferences that measure the judge exceed its context")
-    if not fit:
+    told = [_points_of_rows(path, rows) for path in judges]
+    right, prompts = [], []
+    for row, found in zip(rows, zip(*told, strict=True), strict=True):
+        known = [points for points in found if points is not None]
+        if len(known) == len(judges):
+            points = [fmean(of_one) for of_one in zip(*known, strict=True)]
+            pairs = zip(points[::2], points[1::2], strict=True)
+            right.append(fmean(1.0 if a > b else 0.5 if a == b else 0.0 for a, b in pairs))
+            prompts.append(json.dumps(said(row.prompt)))
+    if left := len(rows) - len(right):
+        warn(f"{left:,} of {len(rows):,} preferences that measure the judge exceed its context")
+    if not right:
         return None
-    told = [
-        model.score([text for own in fit for text in own[i]]).tolist()
-        for i, (model, _) in enumerate(models)
-    ]
-    points = map(fmean, zip(*told, strict=True))
-    right = []
-    for own in fit:
-        pairs = [(next(points), next(points)) for _ in range(len(own[0]) // 2)]
-        right.append(fmean(1.0 if a > b else 0.5 if a == b else 0.0 for a, b in pairs))
-    known = wilson(sum(right), len(right), confidence)
+    interval = _interval(right, prompts, confidence)
     return {
-        "value": fmean(right), "low": known.low, "high": known.high, "n": len(right),
+        "value": fmean(right), "low": interval.low, "high": interval.high, "n": len(right),
         "better": "higher",
     }  # fmt: skip
 
 
-def _fits(texts: Sequence[Sequence[int]], judge: tuple[RewardModel, Tokenizer]) -> bool:
-    return max(map(len, texts)) <= judge[0].trunk.context_limit
+def _points_of_rows(judge: Path, rows: Sequence[Comparison]) -> list[list[float] | None]:
+    """Per row, the scores of its pairs' answers, the better one of each first; None where one
+    exceeds the judge's context."""
+    model, tokenizer = _judge(judge)
+    texts = [
+        [scored_tokens(tokenizer, [*p.prompt, *one]) for p in row.pairs() for one in p.answers]
+        for row in rows
+    ]
+    fits = [max(map(len, own)) <= model.trunk.context_limit for own in texts]
+    asked = [text for own, fit in zip(texts, fits, strict=True) if fit for text in own]
+    points = iter(model.score(asked).tolist() if asked else [])
+    return [
+        [next(points) for _ in own] if fit else None for own, fit in zip(texts, fits, strict=True)
+    ]
 
 
 def compared(
@@ -211,10 +216,14 @@ def share(wins: Sequence[float], answers: int, confidence: float = 0.95) -> Inte
     the error between prompts (Dean and Pagano 2015, doi:10.1093/jssam/smv024), at least the number
     of prompts and at most that of answers.
     """
-    prompts = len(wins) // answers
+    return _interval(wins, [str(i // answers) for i in range(len(wins))], confidence)
+
+
+def _interval(wins: Sequence[float], clusters: Sequence[str], confidence: float) -> Interval:
+    prompts = len({*clusters})
     n = float(prompts)
-    if answers > 1:
-        found = mean_error(wins, clusters=[str(i // answers) for i in range(len(wins))])
+    if prompts < len(wins):
+        found = mean_error(wins, clusters=clusters)
         if 0 < found.error < math.inf:
             n = found.mean * (1 - found.mean) / found.error**2
     whole = max(prompts, min(len(wins), int(n)))

@@ -83,6 +83,12 @@ class WinRate(Stage):
         self._check_data(bool(job.inputs.get("feedback")))
         prompts = self._prompts(job)
         ids = ids_of([*job.inputs["old"], *job.inputs["model"]])
+        judges = ids_of(job.inputs["judge"])
+        if len({judge["id"] for judge in judges}) < len(judges):
+            names = ", ".join(judge["name"] for judge in judges)
+            raise InputError(
+                f"judge: wanted different reward models, got {names}, two of them equal"
+            )
         old, new = (
             answer(
                 job.path(key), prompts, answers=self.answers, max_new_tokens=self.max_new_tokens,
@@ -90,13 +96,13 @@ class WinRate(Stage):
             )
             for key in ("old", "model")
         )  # fmt: skip
-        judges = [given.path for given in job.inputs["judge"]]
-        points = judged(judges, prompts, [old, new], job.warn)
+        paths = [given.path for given in job.inputs["judge"]]
+        points = judged(paths, prompts, [old, new], job.warn)
         result: dict[str, Any] = compared(old, new, points, self.answers, self.confidence)
-        result["ids"] = ids
+        result |= {"ids": ids, "judges": judges}
         if labelled := self._labelled(job):
             accuracy = judge_accuracy(
-                judges, labelled, cache=job.cache, confidence=self.confidence, warn=job.warn,
+                paths, labelled, cache=job.cache, confidence=self.confidence, warn=job.warn,
             )  # fmt: skip
             if accuracy is not None:
                 result["scores"]["judge"] = accuracy
@@ -138,15 +144,15 @@ class WinRate(Stage):
         return (
             f"the new model wins {_share(won)} of {result['prompts']:,} prompts (ties count half);"
             f" its answers are {result['scores']['length']['value']:.2f} times as long;"
-            f" the judge is right in {_judge(result['scores'])}"
+            f" {_who(result)} is right in {_judge(result['scores'])}"
         )
 
     def report(self, job: Job, result: Mapping[str, Any]) -> Part:
         scores, compared = result["scores"], result["compared"]
         facts = {
-            "the judge is right in": _judge(scores),
+            f"{_who(result)} is right in": _judge(scores),
             "wins, ties, losses": "{wins:,}, {ties:,}, {losses:,}".format(**compared),
-            "mean score of the judge": f"{compared['old']:+.3f} before, {compared['new']:+.3f} now"
+            "mean score": f"{compared['old']:+.3f} before, {compared['new']:+.3f} now"
             f" (p {compared['p']:.4f})",
             "length": f"{scores['length']['value']:.2f} times that of before"
             f" ({scores['length']['low']:.2f} to {scores['length']['high']:.2f})",
@@ -155,12 +161,17 @@ class WinRate(Stage):
         }
         return Part(
             "The new model against the old one",
-            "Both answered the same prompts, which the training on feedback did not use. The judge"
-            " is a reward model that has trained neither: read how often it is right before its"
-            f" verdict. {job.out / ANSWERS} has the answers.",
+            "Both answered the same prompts, which the training on feedback did not use. They"
+            f" are judged by {_who(result)}, reward models that have trained neither: read how"
+            f" often that is right before its verdict. {job.out / ANSWERS} has the answers.",
             facts=facts,
             cards=[(_share(scores["rate"]), "of prompts are won by the new model")],
         )
+
+
+def _who(result: Mapping[str, Any]) -> str:
+    count = len(result.get("judges", ()))
+    return f"the mean of {count} judges" if count > 1 else "the judge"
 
 
 def _judge(scores: Mapping[str, Mapping[str, Any]]) -> str:

@@ -26,7 +26,7 @@ to bottom in one file.
 import difflib
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,6 +134,14 @@ def parse_recipe(table: Mapping[str, Any]) -> Recipe:
         except InputError as e:
             raise InputError(f"{step.name}.{e}") from None
         steps[step.name] = step
+    taken = {
+        source for step in steps.values() for given in step.inputs.values() for source in given
+    }
+    if unused := [name for name, path in outside.items() if path not in taken]:
+        raise InputError(
+            f"{INPUTS}.{unused[0]}: wanted a stage that has it as an input, got none (options, such"
+            " as a list of data files, and --set of a stage's input take paths)"
+        )
     return Recipe(name, table.get("description", ""), seed, tuple(steps.values()), table)
 
 
@@ -159,14 +167,7 @@ def _outside(named: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> 
             raise InputError(f"{INPUTS}.{name}: wanted a path with a /, got {path!r:.80}")
         if is_outside(name) or name in map(_name_of, entries):
             raise InputError(f"{INPUTS}.{name}: wanted a name that is no stage's and no path's")
-    if unused := named.keys() - {v for e in entries for v in _strings(e)}:
-        raise InputError(f"{INPUTS}.{min(unused)}: wanted a stage that takes it, got none")
     return dict(named)
-
-
-def _strings(entry: Mapping[str, Any]) -> Iterator[str]:
-    for value in entry.values():
-        yield from (v for v in (value if isinstance(value, list) else [value]) if type(v) is str)
 
 
 def _name_of(entry: Mapping[str, Any]) -> Any:
@@ -184,7 +185,9 @@ def _step(
     from ``outside``."""
     name, cls = _name_of(entry), KINDS[entry["kind"]]
     if not isinstance(name, str) or not _NAME.fullmatch(name) or RESERVED.fullmatch(name):
-        raise InputError(f"stage.name: wanted the name of a folder, got {name!r:.80}")
+        raise InputError(
+            f"stage.name: wanted the name of a folder that no run or recipe has, got {name!r:.80}"
+        )
     if name in before:
         raise InputError(f"stage.name: {name!r} stands twice; give each its own name")
     options = {option.name: option for option in options_of(cls)}

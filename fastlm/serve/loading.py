@@ -135,7 +135,8 @@ def size_of(path: Path) -> int:
 
 def digest_of(path: Path) -> str:
     """The id by which `fastlm runs show` finds the model, a hash of its files (0.6 s per GB); of an
-    adapter also of its base's. InputError: a file cannot be read."""
+    adapter one of its files and its base's, which that command does not know. InputError: a file
+    cannot be read."""
     place = locate_model(path)
     own = model_id(place, Contents(Path(os.devnull), cache=default_cache()))
     if not is_adapter(place):

@@ -136,7 +136,7 @@ async def give(server: "Server", http: Request) -> Response:
     opinion, kept = checked(read, body)
     switch = server.switch
 
-    def write() -> tuple[int | None, bool]:
+    def write() -> tuple[int | None, bool | None]:
         if kept is not None:
             told = None if switch is None else switch.model_of(kept.response_id)
             store.keep(kept if told is None else replace(kept, model=told))
@@ -144,7 +144,10 @@ async def give(server: "Server", http: Request) -> Response:
         if switch is not None:
             switch.opinion(opinion)
         number = store.add(opinion) if opinion.kinds() else None
-        return number, store.keeps(opinion.response_id, opinion.conversation_id)
+        try:
+            return number, store.keeps(opinion.response_id, opinion.conversation_id)
+        except InputError:  # the opinion is stored all the same
+            return number, None
 
     try:
         number, keeps = await run_sync(write, limiter=server.writing)

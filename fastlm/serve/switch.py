@@ -122,9 +122,7 @@ class Switch:
                 await self._end(trial, Verdict("roll back", "asked"))
                 return
             if (previous := self.state.previous) is None:
-                raise InputError(
-                    "model: wanted a promotion to undo, got none (or one undone already)"
-                )
+                raise InputError("wanted a promotion to undo, got none (or one undone already)")
             await self._load(previous.path, "roll back", previous.digest)
 
     async def _load(self, path: str, action: str, digest: str | None = None) -> None:

@@ -4,7 +4,7 @@ import { $, ask, button, el, show, themes, write } from "./common.js";
 
 const KEPT = ["system", "temperature", "top_p", "max_tokens"]; // settings that a reload keeps
 let model = { id: "", fastlm: {} };
-let turns = []; // {role, content, node, id, choice, texts, consented}
+let turns = []; // {role, content, node, id, choice, texts, sent}
 let conversation = crypto.randomUUID();
 let running = null; // AbortController of the answer that is written
 let generation = 0; // of conversations: what was asked in an older one is not shown in this one
@@ -128,7 +128,7 @@ async function answer(old = null) {
   if (old && !whole) { pair.remove(); say(`${failed}; the answer before it stays`); return; }
   if (old) cut(turns.indexOf(old));
   const turn = {
-    role: "assistant", texts, ends, id: whole ? id : null, consented: Boolean(asked.store),
+    role: "assistant", texts, ends, id: whole ? id : null, sent: Boolean(asked.store),
     seen: asked.messages, tokens: usage?.completion_tokens,
   };
   if (n === 1) settle(turn, 0, pair, speed);
@@ -279,14 +279,15 @@ async function correct(turn) {
 /** Send an opinion about an answer; with the conversation, if the user consented since. */
 async function opine(turn, what) {
   const given = { response_id: turn.id, conversation_id: conversation, choice: turn.choice, ...what };
-  if ($("consent").checked && !turn.consented) {
+  const sends = $("consent").checked && !turn.sent; // once: consent may have been withdrawn since
+  if (sends) {
     given.conversation = { consent: true, messages: turn.seen, choices: turn.texts };
   }
   try {
     const { kept } = await (await ask("/v1/feedback", given)).json();
-    turn.consented = kept;
+    turn.sent ||= sends;
     say(kept ? "Thank you: stored, with the conversation."
-      : `Thank you: stored; the text of the answer is not kept, since ${given.conversation
+      : `Thank you: stored; the text of the answer is not kept, since ${turn.sent
         ? "its consent was withdrawn" : "nobody consented (Keep my conversations)"}.`);
     return true;
   } catch (error) { say(`Not stored: ${error.message}`); return false; }
