@@ -214,6 +214,13 @@ def test_nothing_to_learn_from(store, tmp_path):
     store.add(Opinion("r1", thumb="up"))
     with pytest.raises(InputError, match="got none; 1 no consent to keep the text"):
         build([str(tmp_path / "feedback.db")], tmp_path / "out", options=EVERYTHING, cache=tmp_path)
+    kept(store, "r2", "A question", "An answer")
+    store.add(Opinion("r2", thumb="up"))
+    with pytest.raises(InputError, match=r"got none; 1 no .*, 1 kept for judge/ \(--judge 0 keeps"):
+        build(
+            [str(tmp_path / "feedback.db")], tmp_path / "out", cache=tmp_path,
+            options=BuildOptions(judge=0.999, test=0.0),
+        )  # fmt: skip
     for words in (["x.db"], [str(tmp_path / "feedback.db"), "--judge", "0.9", "--test", "0.2"]):
         done = CliRunner().invoke(app, ["feedback", "build", *words, "--out", str(tmp_path / "o")])
         assert done.exit_code == 2

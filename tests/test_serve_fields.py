@@ -223,7 +223,7 @@ class Named(Exception):
     """Ends a server when it knows its name, before it loads a model."""
 
 
-def test_the_curl_of_the_docs(monkeypatch):
+def test_the_curl_of_the_docs(monkeypatch, tmp_path):
     """It names the model as the page's `fastlm serve` calls it."""
     text = DOCS.read_text()
     command = re.search(r"^fastlm (serve --model \S+)", text, re.M)
@@ -236,7 +236,10 @@ def test_the_curl_of_the_docs(monkeypatch):
     monkeypatch.setattr("fastlm.serve.process.Loader", loader)
     stopped = CliRunner().invoke(app, [*command[1].split(), "--port", "0"]).exception
     assert isinstance(stopped, Named)
-    with serving(*tiny_model(), name=str(stopped)) as (url, _):
+    with (
+        FeedbackStore(tmp_path / "f.sqlite") as store,
+        serving(*tiny_model(), name=str(stopped), feedback=store) as (url, _),
+    ):
         response = ask(url, json.loads(asked[2]), asked[1])
     assert response.status_code == 200, response.text
 

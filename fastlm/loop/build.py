@@ -134,7 +134,7 @@ def build(
     found = steps.merge("duplicates and votes", found, done.raters)
     _write(found, out, options, done)
     if not any(done.rows[TRAIN][form] for form in FORMS):
-        raise InputError(f"database: wanted feedback to learn from, got none; {_why(done.funnel)}")
+        raise InputError(f"database: wanted feedback to learn from, got none; {_why(done)}")
     told = {name or "without a name": asdict(one) for name, one in sorted(done.raters.items())}
     text = json.dumps(told, indent=1, ensure_ascii=False)
     save_atomic(out / RATERS, lambda path: path.write_text(text, "utf-8"))
@@ -143,10 +143,13 @@ def build(
     return done
 
 
-def _why(funnel: Funnel) -> str:
+def _why(done: Built) -> str:
     removed = Counter[str]()
-    for step in funnel.steps:
+    for step in done.funnel.steps:
         removed.update(step["removed"])
+    for part, option in ((JUDGE, "--judge"), (TEST, "--test")):
+        removed[f"kept for {part}/ ({option} 0 keeps none)"] = done.rows[part]["prompts"]
+    removed = +removed  # what is above 0
     return ", ".join(f"{n:,} {reason}" for reason, n in removed.items()) or "nobody said anything"
 
 
