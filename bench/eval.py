@@ -9,7 +9,7 @@ the harness is the same on both sides and not counted).
 
 `hf` runs each set at its best batch size: those of --batch are tried first.
 
-    pip install "fastlm[harness]" transformers accelerate
+    pip install -e ".[harness]" transformers accelerate
     python bench/eval.py [--tasks arc_easy ...] [--shots 0 5] [--limit 100] [--json FILE]
 """
 

@@ -233,6 +233,8 @@ def test_the_stage_asks_models_and_compares_them(base, cache, tmp_path):
     assert r"\toprule" in (out / "scores.tex").read_text()
     files = sorted(p.relative_to(out / "items") for p in (out / "items").rglob("*.jsonl"))
     assert [p.parts[0] for p in files] == sorted([hash_of(str(base)), hash_of(str(other))])
+    told = [(one["name"], one["id"][:16]) for one in scores["ids"]]
+    assert told == [(str(path), hash_of(str(path))) for path in (base, other)]
     (base / "README.md").write_text("a card is no part of a model")
     again = stage(out, model=[str(base), str(other)], cache=cache)
     kept = again["tasks"][0]["models"]

@@ -497,8 +497,8 @@ def scripted(monkeypatch):
 
     def put(scorer):
         monkeypatch.setattr(fastlm.serve.chat, "load_model", lambda where: (None, None))
-        monkeypatch.setattr(fastlm.evals.suite, "id_of", str)
-        monkeypatch.setattr(fastlm.evals.suite, "hash_of", str)
+        for name in ("hash_of", "id_of"):
+            monkeypatch.setattr(fastlm.evals.suite, name, str)
         monkeypatch.setattr(fastlm.evals.scorer, "Scorer", lambda model, tokenizer: scorer)
         return scorer
 
@@ -561,7 +561,7 @@ def test_the_command_exits_with_1_and_names_what_failed(cache, tmp_path, scripte
     )
     assert "warning: gate failed: m: overrefusal.lookalikes" in done.stderr
     result = json.loads((tmp_path / "out/scores.json").read_text())
-    assert len(result["failed"]) == 1
+    assert len(result["failed"]) == 1 and result["ids"] == [{"name": "m", "id": "m"}]
     assert json.loads(call(*words, "--json", status=1).stdout) == result
     gates.write_text('[[gate]]\nscore = "bias.crows.stereotype"\nmax = 0.3\n')
     refused(*words, text="g.toml line 2: score: wanted one of overrefusal before the first dot")

@@ -58,7 +58,7 @@ def tables(result: Mapping[str, Any]) -> Any:
     if len(result["models"]) > 1 or any("domains" in m for m in result["models"].values()):
         return _table(result)
     (values,) = result["models"].values()
-    packed = {k: v for k, v in result.items() if k != "models"}
+    packed = {k: v for k, v in result.items() if k not in ("models", "ids")}
     return "\n".join(
         f"{key}  {value:.4f}" if isinstance(value, float) else f"{key}  {value:,}"
         for key, value in {**values, **packed}.items()
