@@ -201,9 +201,17 @@ def test_a_tokenizer_that_does_not_fit(finished, model, tmp_path):
     for file in (tmp_path / "t").iterdir():
         shutil.copy(file, model)
     refused("generate", "-m", model, "-p", "x", text="wanted a tokenizer of at most")
+    shards = tmp_path / "shards"
+    shutil.copytree(finished / "run/shards", shards)
+    rest = (
+        "--config", model / "config.json", "--tokenizer", tmp_path / "t", "-o", tmp_path / "out",
+        "--max-steps", 1,
+    )  # fmt: skip
+    refused("pretrain", "--shards", shards, *rest, text="shards: wanted tokens of the tokenizer")
+    for index in shards.rglob("index.json"):  # of an older fastlm, which did not name it
+        index.write_text(json.dumps(json.loads(index.read_text()) | {"tokenizer": None}))
     refused(
-        "pretrain", "--shards", finished / "run/shards", "--config", model / "config.json",
-        "--tokenizer", tmp_path / "t", "-o", tmp_path / "out", "--max-steps", 1,
+        "pretrain", "--shards", shards, *rest,
         text="tokenizer: wanted a vocabulary of at most the model's",
     )  # fmt: skip
     (model / "tokenizer.json").unlink()
