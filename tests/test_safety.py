@@ -30,13 +30,12 @@ from fastlm.evals.safety.judges import (
     topic_share,
 )
 from fastlm.evals.safety.negatives import KINDS as KINDS_OF_NEGATIVES
-from fastlm.evals.safety.negatives import constructed, more_forms
+from fastlm.evals.safety.negatives import constructed
 from fastlm.evals.safety.refusals import abstains, refuses
 from fastlm.evals.safety.scores import share
 from fastlm.evals.safety.sets import Sets, sample
 from fastlm.evals.safety.shown import part, tables
 from fastlm.evals.safety.sources import SOURCES
-from fastlm.evals.safety.specificity import Reference
 from fastlm.evals.safety.stage import Safety
 from fastlm.evals.safety.turns import TURNS
 from fastlm.evals.scorer import Prompt, Scorer
@@ -290,11 +289,7 @@ def test_constructed_answers_are_measured_on_sentences_that_nothing_is_fitted_to
     examples = Sets(cache).labelled("objectives")
     seen = constructed(examples, held_out=False)
     held = constructed(examples, held_out=True)
-    assert {kind for kind, _ in seen} == set(KINDS_OF_NEGATIVES[:6])
-    assert {kind for kind, _ in held} == set(KINDS_OF_NEGATIVES)
-    forms = [(KINDS_OF_NEGATIVES[4], e) for e in more_forms(examples)]
-    assert len(forms) == len({e.request for e in examples})
-    seen += forms
+    assert {kind for kind, _ in seen} == {kind for kind, _ in held} == set(KINDS_OF_NEGATIVES)
     assert not {e.answer for _, e in seen} & {
         e.answer for kind, e in held if kind != KINDS_OF_NEGATIVES[5]
     }
@@ -308,7 +303,7 @@ def test_constructed_answers_are_measured_on_sentences_that_nothing_is_fitted_to
         return {
             " ".join(words[i : i + 5])
             for kind, e in made
-            if kind in (*KINDS_OF_NEGATIVES[2:5], KINDS_OF_NEGATIVES[6])
+            if kind in KINDS_OF_NEGATIVES[2:5]
             for words in [e.answer.lower().split()]
             for i in range(len(words) - 4)
             if not set(words[i : i + 5]) & set(e.request.lower().rstrip(".").split())
@@ -321,20 +316,6 @@ def test_constructed_answers_are_measured_on_sentences_that_nothing_is_fitted_to
     request = examples[0].request
     assert not judge(request, "1. Ladder\n2. Bridge\n3. Take\n4. Ladder tools")
     assert error.specificity[1] == sum(not e.label for e in examples)  # corrects by people alone
-
-
-def test_an_answer_is_specific_by_words_that_other_answers_lack():
-    common = [f"Take the {thing} and plan your steps with care." for thing in safety_sets.THINGS]
-    reference = Reference(common * 3)
-    request = "Describe a way to repair a gramophone."
-    empty = reference.specificity(request, "1. Plan your steps.\n2. Take care of the gramophone.")
-    said = reference.specificity(
-        request,
-        "1. Loosen the governor.\n2. Give the mainspring 3 drops of oil, as Emile Berliner.",
-    )
-    assert empty[1:] == [0.0, 0.0, 0.0, 0.0]  # the request's words and the list's numbers are none
-    assert all(a < b for a, b in zip(empty, said, strict=True))
-    assert reference.specificity(request, "") == [0.0] * 5
 
 
 def test_toxic_made_up_and_obedient_answers_are_seen(cache, tmp_path):

@@ -6,8 +6,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fastlm.evals.safety.asking import Asked
 from fastlm.evals.safety.judges import (
     Labelled,
@@ -19,12 +17,11 @@ from fastlm.evals.safety.judges import (
     measure,
     text_features,
 )
-from fastlm.evals.safety.negatives import constructed, more_forms, not_answers
+from fastlm.evals.safety.negatives import constructed, not_answers
 from fastlm.evals.safety.refusals import abstains, refuses
 from fastlm.evals.safety.scores import Score, share
 from fastlm.evals.safety.sentences import ABSTAINING, ABSTAINING_SEEN
 from fastlm.evals.safety.sets import Sets, sample
-from fastlm.evals.safety.specificity import Reference
 
 ANSWERS = 400  # of people, for the judge of answers
 CONSTRUCTED = 400  # to fit to, as many as people labelled: all 1,110 do worse on both labels
@@ -52,15 +49,8 @@ class Judges:
         """
         examples = self.sets.labelled("objectives")
         made = sample([e for _, e in constructed(examples, held_out=False)], CONSTRUCTED, 0)
-        made += more_forms(examples)
-        reference = Reference(self.sets.reference())
-
-        def features(request: str, answer: str) -> np.ndarray:
-            specific = reference.specificity(request, answer)
-            return np.concatenate([compliance_features(request, answer), specific])
-
         return fit_measured(
-            examples, features,
+            examples, compliance_features,
             f"{len(examples)} answers labelled by people (PyRIT), by five-fold cross-validation",
             seen=[*not_answers(examples), *made, *self.sets.harmless()],
             constructed=constructed(examples, held_out=True),

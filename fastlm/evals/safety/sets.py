@@ -6,7 +6,7 @@ bias.
 
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -131,33 +131,19 @@ class Sets:
         """Return answers to harmful requests in which each person saw no harm at all, so that they
         do not do what was asked. Those of "objectives" are left out: errors are measured there.
         """
-        found: dict[str, Labelled] = {}
-        for where, row in self._scored():
-            given = [v for k, v in row.items() if k and k.startswith("human_score") and v]
-            try:
-                harm = max(map(float, given))
-            except ValueError:
-                raise InputError(f"{where}: wanted scores of harm, got {given!r:.40}") from None
-            request, answer = row.get("objective") or "", row["assistant_response"]
-            if harm == 0.0 and request:
-                found[answer] = Labelled(request, answer, False, request)
-        return list(found.values())
-
-    def reference(self) -> list[str]:
-        """Return texts that tell which words are frequent: answers to harmful requests, without
-        those of "objectives", and pieces of an encyclopedia.
-        """
-        answers = dict.fromkeys(row["assistant_response"] for _, row in self._scored())
-        return [*answers, *dict.fromkeys(passage for passage, _, _ in self.quac())]
-
-    def _scored(self) -> Iterator[tuple[str, Mapping[str, str]]]:
-        """Yield (file and line, row) of answers with scores of harm that "objectives" lacks."""
         known = {e.answer.strip() for e in self.labelled("objectives")}
+        found: dict[str, Labelled] = {}
         for path in self.files("harmless"):
             for where, row in csv_rows(path):
-                answer = row.get("assistant_response")
-                if answer and answer.strip() not in known:
-                    yield where, row
+                given = [v for k, v in row.items() if k and k.startswith("human_score") and v]
+                try:
+                    harm = max(map(float, given))
+                except ValueError:
+                    raise InputError(f"{where}: wanted scores of harm, got {given!r:.40}") from None
+                request, answer = row.get("objective") or "", row.get("assistant_response") or ""
+                if harm == 0.0 and request and answer.strip() not in known:
+                    found[answer] = Labelled(request, answer, False, request)
+        return list(found.values())
 
     def toxic_texts(self) -> tuple[list[str], list[str]]:
         """Return texts that are toxic, and as many pieces of encyclopedia text of the same

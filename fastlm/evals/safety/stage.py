@@ -32,7 +32,7 @@ class Safety(Stage):
 
     kind = "safety"
     command = ("safety",)
-    version = 6
+    version = 5
     reads = {
         "model": Takes(
             ("model", "quantized"), "Hugging Face folder, .gguf, fastlm run or model:smollm2",
