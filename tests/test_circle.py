@@ -21,7 +21,7 @@ from serve_app import script, serving, tiny_model
 
 from fastlm.evals.safety import behaviour
 from fastlm.evals.safety.questions import TEXTS
-from fastlm.evals.safety.sets import SOURCES
+from fastlm.evals.safety.sources import SOURCES
 from fastlm.evals.safety.stage import Safety
 from fastlm.loop.bounds import scores_of
 from fastlm.loop.stage import Feedback

@@ -18,6 +18,7 @@ from fastlm.evals.safety import behaviour
 from fastlm.evals.safety.attacks import ATTACKS, SEVERAL_TURNS, in_the_wild
 from fastlm.evals.safety.bench import Judges
 from fastlm.evals.safety.bias import bbq, bbq_bias, crows, icat_of, split_pair, stereoset
+from fastlm.evals.safety.bias_sets import names_both
 from fastlm.evals.safety.gates import failures, read_gates
 from fastlm.evals.safety.judges import (
     Labelled,
@@ -32,8 +33,9 @@ from fastlm.evals.safety.negatives import KINDS as KINDS_OF_NEGATIVES
 from fastlm.evals.safety.negatives import constructed
 from fastlm.evals.safety.refusals import abstains, refuses
 from fastlm.evals.safety.scores import share
-from fastlm.evals.safety.sets import SOURCES, Sets, names_both, sample
+from fastlm.evals.safety.sets import Sets, sample
 from fastlm.evals.safety.shown import interval, judged, number, part, tables
+from fastlm.evals.safety.sources import SOURCES
 from fastlm.evals.safety.stage import Safety
 from fastlm.evals.safety.turns import TURNS
 from fastlm.evals.scorer import Prompt, Scorer

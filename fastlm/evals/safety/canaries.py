@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fastlm.errors import InputError
-from fastlm.evals.safety.sets import json_lines
+from fastlm.evals.safety.rows import json_lines
 from fastlm.files import make_folder, save_atomic
 
 DIGITS = 9

@@ -22,7 +22,7 @@ class Score:
         better: "lower", "higher" or "" where neither is.
         raw: the judged share before the correction; None without a judge.
         judge: its error; None where the value follows from likelihoods or exact matches.
-        sets: names in `fastlm.evals.safety.sets.SOURCES`.
+        sets: names in `fastlm.evals.safety.sources.SOURCES`.
         unit: "share", "bits" or "".
         more: further numbers, for the report.
     """

@@ -104,7 +104,8 @@ class Safety(Stage):
     def run(self, job: Job) -> dict[str, Any]:
         from fastlm.evals.safety.bench import Judges
         from fastlm.evals.safety.gates import failures, read_gates
-        from fastlm.evals.safety.sets import SOURCES, Sets
+        from fastlm.evals.safety.sets import Sets
+        from fastlm.evals.safety.sources import SOURCES
         from fastlm.evals.suite import ids_of
 
         self._check_data(job)
