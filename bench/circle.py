@@ -261,9 +261,9 @@ def hidden_wins(path: Path) -> dict[str, float]:
     return {"value": sum(wins) / len(wins), "low": found.low, "high": found.high}
 
 
-def judge_right(path: Path) -> dict[str, float]:
+def judge_right(path: Path) -> dict[str, float] | None:
     """Return how often the judges prefer, of two answers of winrate/answers.jsonl that differ for
-    the hidden preference, the one that it prefers."""
+    the hidden preference, the one that it prefers; None where none differ."""
     right = []
     for line in path.read_text("utf-8").splitlines():
         row = json.loads(line)
@@ -271,7 +271,7 @@ def judge_right(path: Path) -> dict[str, float]:
         better = users.points(asked, row["new"]) - users.points(asked, row["old"])
         if better:
             right.append((row["score_new"] - row["score_old"]) * better > 0)
-    return rate(right)
+    return rate(right) if right else None
 
 
 def left_out(path: Path) -> list[str]:

@@ -109,6 +109,31 @@ def test_one_round(tmp_path):
     assert "The new model against the old one" in report and "What users said" in report
 
 
+def test_the_judges_are_measured_by_the_hidden_preference(tmp_path):
+    draw = random.Random(6)
+    asked = [users.ask(draw, harmful=0) for _ in range(3)]
+    best = [users.answer(draw, a, polite=1, short=1, word=1, on_topic=1) for a in asked]
+    path = tmp_path / "answers.jsonl"
+
+    def write(*rows):
+        lines = [
+            json.dumps({
+                "prompt": [{"role": "user", "content": a.text}], "new": new, "old": old,
+                "score_new": score, "score_old": 0.0,
+            })
+            for a, (new, old, score) in zip(asked, rows)
+        ]  # fmt: skip
+        path.write_text("\n".join(lines))
+        return circle.judge_right(path)
+
+    right = write((best[0], "No.", 1.0), ("No.", best[1], 1.0), ("No.", "No.", 1.0))
+    assert right is not None and (right["value"], right["n"]) == (0.5, 2)  # two differ
+    assert write(("No.", "No.", 1.0)) is None
+    raters = {"a": {"weight": 0.2}, "b": {"weight": 0.3}, "c": {"weight": 0.0}}
+    (tmp_path / "raters.json").write_text(json.dumps(raters))
+    assert circle.left_out(tmp_path / "raters.json") == ["a", "c"]
+
+
 def test_one_server_is_promoted_and_measured(tmp_path):
     paths = [tmp_path / "models" / "old", tmp_path / "models" / "new", tmp_path / "other"]
     for i, path in enumerate(paths):
