@@ -250,13 +250,9 @@ def post(client: httpx.Client, bodies: Sequence[dict[str, Any]]) -> None:
 
 def hidden_wins(path: Path) -> dict[str, float]:
     """Return how often the hidden preference prefers the new answers of winrate/answers.jsonl."""
-    wins, prompts = [], set()
-    for line in path.read_text("utf-8").splitlines():
-        row = json.loads(line)
-        asked = asked_of(row["prompt"][-1]["content"])
-        prompts.add(asked.text)
-        new, old = users.points(asked, row["new"]), users.points(asked, row["old"])
-        wins.append(1.0 if new > old else 0.5 if new == old else 0.0)
+    rows = hidden_points(path)
+    wins = [1.0 if better > 0 else 0.5 if better == 0 else 0.0 for _, better in rows]
+    prompts = {row["prompt"][-1]["content"] for row, _ in rows}
     found = share(wins, len(wins) // len(prompts))
     return {"value": sum(wins) / len(wins), "low": found.low, "high": found.high}
 
@@ -264,14 +260,23 @@ def hidden_wins(path: Path) -> dict[str, float]:
 def judge_right(path: Path) -> dict[str, float] | None:
     """Return how often the judges prefer, of two answers of winrate/answers.jsonl that differ for
     the hidden preference, the one that it prefers; None where none differ."""
-    right = []
-    for line in path.read_text("utf-8").splitlines():
-        row = json.loads(line)
-        asked = asked_of(row["prompt"][-1]["content"])
-        better = users.points(asked, row["new"]) - users.points(asked, row["old"])
-        if better:
-            right.append((row["score_new"] - row["score_old"]) * better > 0)
+    right = [
+        (row["score_new"] - row["score_old"]) * better > 0
+        for row, better in hidden_points(path)
+        if better
+    ]
     return rate(right) if right else None
+
+
+def hidden_points(path: Path) -> list[tuple[dict[str, Any], float]]:
+    """The rows of winrate/answers.jsonl, each with the hidden points of its new answer less those
+    of its old one."""
+    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    asked = [asked_of(row["prompt"][-1]["content"]) for row in rows]
+    return [
+        (row, users.points(one, row["new"]) - users.points(one, row["old"]))
+        for row, one in zip(rows, asked, strict=True)
+    ]
 
 
 def left_out(path: Path) -> list[str]:

@@ -29,7 +29,7 @@ def build(cls: type[T], table: Any, where: str = "") -> T:
     """Build ``cls``, a dataclass, from a mapping of its fields. ``where`` precedes their names in
     messages."""
     if not isinstance(table, Mapping):
-        raise InputError(f"{where}: wanted a table, got {_name(type(table))}")
+        raise InputError(f"{where.removesuffix('.')}: wanted a table, got {_name(type(table))}")
     hints = get_type_hints(cls)
     known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
     values = {}

@@ -131,6 +131,22 @@ def test_a_database_that_cannot_be_used(tmp_path):
         assert "pw" not in str(raised.value) and "\n" not in str(raised.value)
 
 
+def test_an_opinion_is_stored_where_what_is_kept_cannot_be_read(tmp_path, monkeypatch):
+    with (
+        FeedbackStore(tmp_path / "f.sqlite") as store,
+        serving(*tiny_model(), feedback=store) as (url, _),
+    ):
+
+        def fails(*ids):
+            raise InputError("the database is locked")
+
+        monkeypatch.setattr(store, "keeps", fails)
+        response = ask(url, {"response_id": "r1", "thumb": "up"}, "/v1/feedback")
+        assert response.status_code == 200 and response.json()["kept"] is None
+        (opinion,) = store.opinions()
+        assert opinion.thumb == "up"
+
+
 def test_over_http(where):
     model, tokenizer = tiny_model()
     with (

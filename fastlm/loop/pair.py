@@ -37,7 +37,9 @@ def pair_of(table: Mapping[str, Any], where: str) -> Pair:
     if "ids" not in table:
         return {}
     models = convert(table["ids"], list[Model], f"{where}: ids")
-    return dict(zip((OLD, NEW) if len(models) > 1 else (NEW,), [*models[:1], *models[1:][-1:]]))
+    if not models:
+        return {}
+    return {NEW: models[-1]} | ({OLD: models[0]} if len(models) > 1 else {})
 
 
 def decided_pair(table: Mapping[str, Any], where: str) -> Pair:

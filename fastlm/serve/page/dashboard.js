@@ -59,7 +59,8 @@ async function open() {
   for (const one of [...Object.keys(WINDOWS), "hour"]) {
     period = one;
     await load();
-    if (period !== one || !told || told.groups[0].summary.answers) return; // or another was clicked
+    const clicked = location.hash.slice(1) in WINDOWS;
+    if (clicked || !told || told.groups[0].summary.answers) return;
   }
 }
 
