@@ -389,6 +389,9 @@ def test_scores_and_decisions_of_an_older_fastlm_are_warned_of(measured, tmp_pat
     path.write_text(json.dumps(table | {"models": {"new": {"name": "new"}}}))
     with pytest.raises(InputError, match=r"models\.new\.id: wanted, is missing"):
         promote(tmp_path, new=new, old=old)
+    path.write_text(json.dumps(table | {"models": {"new": 3}}))
+    with pytest.raises(InputError, match=r"models\.new: wanted a table, got a whole number"):
+        promote(tmp_path, new=new, old=old)
 
 
 def test_the_full_recipe_closes_the_circle():

@@ -37,9 +37,9 @@ def pair_of(table: Mapping[str, Any], where: str) -> Pair:
     if "ids" not in table:
         return {}
     models = convert(table["ids"], list[Model], f"{where}: ids")
-    if not models:
-        return {}
-    return {NEW: models[-1]} | ({OLD: models[0]} if len(models) > 1 else {})
+    if len(models) > 1:
+        return {OLD: models[0], NEW: models[-1]}
+    return {NEW: models[0]} if models else {}
 
 
 def decided_pair(table: Mapping[str, Any], where: str) -> Pair:
