@@ -34,6 +34,12 @@ def models(tmp_path_factory):
     return folders(tmp_path_factory.mktemp("models"), "ab")
 
 
+@pytest.fixture
+def patient(monkeypatch):
+    """No trial ends because answers are slow: the machine may have other work."""
+    monkeypatch.setattr(trial, "MORE_SLOW", 1.0)
+
+
 @contextmanager
 def trying(models, place, **options):
     """Context: (URL, server) with a canary, half of the conversations by default."""
@@ -116,6 +122,7 @@ def test_a_conversation_stays_with_its_model(models, tmp_path):
         assert response.status_code == 400
 
 
+@pytest.mark.usefixtures("patient")
 def test_thumbs_promote_and_late_ones_count_for_who_answered(models, tmp_path, monkeypatch):
     in_loop, compare = [], trial.compare
 
@@ -127,11 +134,11 @@ def test_thumbs_promote_and_late_ones_count_for_who_answered(models, tmp_path, m
     monkeypatch.setattr(trial, "compare", recorded)
     with trying(models, tmp_path, alpha=0.2) as (url, server):
         old, new = server.served.name, server.models.trial.served.name
-        # late: its feedback comes after the decision
         answers = [chat(url, f"Hello {i}") for i in range(60)]
-        late = next(a for a in answers if a["model"] == old)
+        # their feedback comes after the decision
+        late, later = (next(a for a in answers if a["model"] == name) for name in (old, new))
         for answer in answers:
-            if answer is not late and status(url)["status"] == "running":
+            if answer not in (late, later) and status(url)["status"] == "running":
                 thumb(url, answer["id"], "up" if answer["model"] == new else "down")
                 thumb(url, answer["id"], "down")  # the first counts
         thumb(url, "made-up", "down")
@@ -160,9 +167,8 @@ def test_thumbs_promote_and_late_ones_count_for_who_answered(models, tmp_path, m
         assert chat(url, "Hello 0")["model"] == old
     with trying(models, tmp_path) as (url, server):  # and no trial begins again
         assert server.served.name == old and server.models.trial is None
-        late = next(a for a in reversed(answers) if a["model"] == new)
         counts = server.switch.store.counts(decision["experiment"])["new"]
-        thumb(url, late["id"], "up")
+        thumb(url, later["id"], "up")
         after = server.switch.store.counts(decision["experiment"])["new"]
         assert after.successes == counts.successes + 1
 
@@ -207,6 +213,7 @@ def test_picks(models, tmp_path):
         assert arms["old"]["successes"] == 0 < arms["old"]["outcomes"]
 
 
+@pytest.mark.usefixtures("patient")
 def test_a_declared_number_decides(models, tmp_path):
     effort = Rating("effort", "number", "lower", low=1, high=5)
     options = {"metric": "effort", "rating": effort, "monitoring": Settings([effort])}

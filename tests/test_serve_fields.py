@@ -49,7 +49,10 @@ CASES = {}  # (kind, names) -> test
 def server(tmp_path_factory):
     model, tokenizer = tiny_model()
     store = FeedbackStore(tmp_path_factory.mktemp("serve") / "feedback.sqlite")
-    with serving(model, tokenizer, feedback=store) as (url, app):
+    with (
+        serving(model, tokenizer, feedback=store) as (url, app),
+        openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0) as client,
+    ):
         taken, submit = [], app.served.engine.submit
 
         def spy(request, listener):
@@ -58,8 +61,7 @@ def server(tmp_path_factory):
 
         app.served.engine.submit = spy
         yield SimpleNamespace(
-            url=url, app=app, taken=taken, store=store, tokenizer=tokenizer,
-            client=openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0),
+            url=url, app=app, taken=taken, store=store, tokenizer=tokenizer, client=client
         )  # fmt: skip
     store.close()
 
@@ -216,7 +218,10 @@ def test_the_python_of_the_docs(server):
     assert "http://127.0.0.1:8000" in codes[0] and '"smollm2"' in codes[0]
     for code in codes:
         code = code.replace("http://127.0.0.1:8000", server.url).replace('"smollm2"', '"tiny"')
-        exec(compile(code, "docs/serving.md", "exec"), {"openai": openai})
+        made = {"openai": openai}
+        exec(compile(code, "docs/serving.md", "exec"), made)
+        if "client" in made:
+            made["client"].close()
 
 
 class Named(Exception):
