@@ -6,7 +6,6 @@ Without a GPU Triton kernels are interpreted: `TRITON_INTERPRET` is read when th
 have two threads, so that work is split. OpenMP reads its variables when torch is loaded.
 """
 
-import gc
 import importlib
 import os
 import shutil
@@ -60,13 +59,6 @@ def pytest_runtest_makereport(item, call):
 def pytest_collection_modifyitems(config, items):
     if not torch.cuda.is_available():
         items[:] = [item for item in items if not item.get_closest_marker("gpu")]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _left_open():
-    """Let what a file's tests left open fail there, not in the test in which it is collected."""
-    yield
-    gc.collect()
 
 
 @pytest.fixture(autouse=True)

@@ -330,11 +330,11 @@ def test_programs_pass_their_tests_or_do_not(tmp_path):
 
 def test_an_answer_of_white_space_is_read_at_once():
     """A small model repeats line ends; a pattern took 229 s for 2,000 of them."""
-    begin = time.perf_counter()
+    begin = time.process_time()
     for space in (" ", "\n"):
         assert final_answer("The final answer is " + space * 20_000) == ""
         assert final_answer("The answer is: 5" + space * 20_000 + "x").startswith("5")
-    assert time.perf_counter() - begin < 2
+    assert time.process_time() - begin < 2
     assert final_answer("The final answer is $7$. I hope it is correct.") == "$7$"
 
 

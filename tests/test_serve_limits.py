@@ -427,7 +427,7 @@ def test_a_request_that_fails_does_not_end_the_server(tiny, capfd):
 
 
 def test_an_answer_ends_after_its_time(tiny):
-    with serving(*tiny, pause=0.05, limits=Limits(answer_seconds=0.3)) as (url, _):
+    with serving(*tiny, pause=0.05, limits=Limits(answer_seconds=1.5)) as (url, _):
         said = ask(url, body(max_tokens=400, ignore_eos=True)).json()
         assert 0 < said["usage"]["completion_tokens"] < 100
         assert said["choices"][0]["finish_reason"] == "length"
