@@ -62,6 +62,16 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture(autouse=True)
+def _same_folder():
+    """Let a test fail that leaves the process in another folder, and not a later one."""
+    before = os.getcwd()
+    yield
+    after = os.getcwd()
+    os.chdir(before)
+    assert after == before
+
+
+@pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
 

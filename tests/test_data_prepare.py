@@ -154,7 +154,7 @@ def test_no_paragraph_is_in_both_parts(corpus, tmp_path):
     assert not parts[0] & parts[1]
 
 
-def test_same_bytes_whatever_the_order_on_disk_and_the_workers(corpus, tmp_path):
+def test_same_bytes_whatever_the_order_on_disk_and_the_workers(corpus, tmp_path, monkeypatch):
     other = tmp_path / "other" / "corpus"
     other.mkdir(parents=True)
     names = sorted(os.listdir(corpus), key=lambda n: n[::-1], reverse=True)
@@ -162,7 +162,7 @@ def test_same_bytes_whatever_the_order_on_disk_and_the_workers(corpus, tmp_path)
         shutil.copy(corpus / name, other / name)
     results = []
     for folder, workers in ((corpus, 1), (other, 1), (corpus, 2)):
-        os.chdir(folder.parent)
+        monkeypatch.chdir(folder.parent)
         out = tmp_path / f"out{len(results)}"
         prepare(["corpus"], out, options=DataOptions(workers=workers), cache=tmp_path / "cache")
         results.append([(out / n).read_bytes() for n in sorted(os.listdir(out))])
