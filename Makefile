@@ -1,7 +1,7 @@
 # The index of commands. Everything happens in .venv; nothing needs to be installed but Python >= 3.11 and a C++ compiler.
 PYTHON ?= python3
 BIN := .venv/bin
-CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/cuda/*.cuh csrc/cuda/*.cu tests/simt/*.cu)
+CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/cuda/*.cuh csrc/cuda/*.cu tests/support/simt/*.cu)
 
 # A CUDA of this machine's, which setup.py finds; else pip's headers (34 MB), by which the emulator of the CUDA kernels compiles
 CUDA_HERE := test -n "$$CUDA_HOME$$CUDA_PATH" || command -v nvcc >/dev/null || test -d /usr/local/cuda/include
@@ -62,29 +62,29 @@ bench: build     ## all benchmarks against their peers; writes bench/results/ an
 	$(BIN)/python bench/run.py
 
 fuzz: build      ## an hour of random cases of every op; make fuzz MINUTES=5 SEED=7 KERNELS=simt
-	$(BIN)/python tests/fuzz.py --minutes $(or $(MINUTES),60) --seed $(or $(SEED),0) --kernels $(or $(KERNELS),cpu)
+	$(BIN)/python tests/support/fuzz.py --minutes $(or $(MINUTES),60) --seed $(or $(SEED),0) --kernels $(or $(KERNELS),cpu)
 
 fuzz-files: build  ## ten minutes of damaged model files; make fuzz-files MINUTES=5 SEED=7
-	$(BIN)/python tests/fuzz_files.py --seconds $$(($(or $(MINUTES),10) * 60)) --seed $(or $(SEED),0)
+	$(BIN)/python tests/support/fuzz_files.py --seconds $$(($(or $(MINUTES),10) * 60)) --seed $(or $(SEED),0)
 
 kill: build      ## 20 SIGKILLs at random moments in every command, each to the same end; make kill KILLS=5 SEED=7 CASES='sft ppo'
-	$(BIN)/python tests/kill_stages.py --kills $(or $(KILLS),20) --seed $(or $(SEED),0) $(CASES)
+	$(BIN)/python tests/support/kill_stages.py --kills $(or $(KILLS),20) --seed $(or $(SEED),0) $(CASES)
 
 sanitize: build  ## the op tests on AddressSanitizer + UndefinedBehaviorSanitizer builds, the CUDA kernels on ThreadSanitizer too and in 20 orders
-	sh tests/sanitize.sh
-	FASTLM_SIMT_SEEDS=20 $(BIN)/pytest -q -m 'not slow' $(filter-out %_gate.py,$(wildcard tests/test_cuda_*.py))
-	sh tests/sanitize_simt.sh address
-	sh tests/sanitize_simt.sh thread
+	sh tests/support/sanitize.sh
+	FASTLM_SIMT_SEEDS=20 $(BIN)/pytest -q -m 'not slow' $(filter-out %_gate.py,$(wildcard tests/kernels/test_cuda_*.py))
+	sh tests/support/sanitize_simt.sh address
+	sh tests/support/sanitize_simt.sh thread
 
 gate: build      ## machine code of every CUDA and Triton kernel for sm_80, sm_90, sm_100 against the tables
-	$(BIN)/python tests/cuda_gate.py
+	$(BIN)/python tests/gates/cuda_gate.py
 	test -d .venv/triton-3.6.0 || $(BIN)/python -m pip install --quiet --no-deps --target .venv/triton-3.6.0 triton==3.6.0
-	PYTHONPATH=.venv/triton-3.6.0:tests $(BIN)/python -m triton_gate
-	PYTHONPATH=tests $(BIN)/python -m triton_gate
+	PYTHONPATH=.venv/triton-3.6.0:tests/gates $(BIN)/python -m triton_gate
+	PYTHONPATH=tests/gates $(BIN)/python -m triton_gate
 
 triton-sanitize: build ## addresses of the Triton kernels that triton-viz can follow, on Triton 3.6.0
 	test -d .venv/triton-viz || $(BIN)/python -m pip install --quiet --target .venv/triton-viz triton==3.6.0 triton-viz==3.0 'numpy<2.4'
-	PYTHONPATH=.venv/triton-viz $(BIN)/python tests/triton_sanitize.py
+	PYTHONPATH=.venv/triton-viz $(BIN)/python tests/support/triton_sanitize.py
 
 clean:  ## build products, not .venv and not runs/
 	rm -rf build dist *.egg-info fastlm/*.so compile_commands.json

@@ -184,7 +184,7 @@ class Build(build_ext):
             super().copy_file(infile, outfile, **options)
 
 
-if __name__ == "__main__":  # tests/kernel_build.py asks for CUDA_HOME
+if __name__ == "__main__":  # tests/support/kernel_build.py asks for CUDA_HOME
     setup(
         packages=[*find_packages(include=["fastlm*"]), "fastlm.kernels", *DATA],
         package_dir={"fastlm.kernels": "kernels"},  # ./kernels installs as fastlm.kernels

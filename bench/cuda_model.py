@@ -13,7 +13,7 @@ launches: blocks, threads, shared memory. The time of a launch is the largest of
 plus LAUNCH for each launch in a stream. A whole decode step, as a CUDA graph, takes its bytes over
 the bandwidth, plus GRAPH_LAUNCH for each of our launches (torch's few are left out), plus LATENCY
 for each launch that reads no weights and no cache. Registers and threads come from
-tests/cuda_gate.json. "Measured" is the time that bench/results/gpu.jsonl holds for the card;
+tests/gates/cuda_gate.json. "Measured" is the time that bench/results/gpu.jsonl holds for the card;
 without one it is "not measured".
 """
 
@@ -102,7 +102,7 @@ KERNELS = {  # launch name -> kernel name, where they differ
 
 def registers(name: str, arch: int) -> int:
     """The largest register count among the kernels of this launch."""
-    of_arch = json.loads((ROOT / "tests/cuda_gate.json").read_text())["kernels"][f"sm_{arch}"]
+    of_arch = json.loads((ROOT / "tests/gates/cuda_gate.json").read_text())["kernels"][f"sm_{arch}"]
     prefix = KERNELS.get(name, name)
     return max(k["registers"] for full, k in of_arch.items() if full.startswith(prefix))
 

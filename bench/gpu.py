@@ -46,7 +46,7 @@ from fastlm.serve.engine import Engine
 from fastlm.serve.requests import Request
 
 BF16 = torch.bfloat16
-DEVICE = "cuda"  # tests/test_gpu_bench.py runs the small cases on the CPU, with interpreted kernels
+DEVICE = "cuda"  # test_gpu_bench.py runs the small cases on the CPU, with interpreted kernels
 SDPA = {
     "torch cuDNN": SDPBackend.CUDNN_ATTENTION,
     "torch flash": SDPBackend.FLASH_ATTENTION,

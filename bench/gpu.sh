@@ -40,21 +40,21 @@ $python -c 'import xdist' 2>/dev/null && parallel="-n 8" # most of the time is c
 for step in $steps; do
   case $step in
   tests)
-    $pytest 140 $python -m pytest -q -W default tests/test_gpu.py >"$out/gpu-tests.log" 2>&1 || status=1
+    $pytest 140 $python -m pytest -q -W default tests/kernels/test_gpu.py >"$out/gpu-tests.log" 2>&1 || status=1
     tail -n 25 "$out/gpu-tests.log"
     ;;
   triton)
-    files=$(ls tests/test_triton_*.py | grep -v gate) # the gate compiles for other GPUs
+    files=$(ls tests/kernels/test_triton_*.py | grep -v gate) # the gate compiles for other GPUs
     $pytest 110 $python -m pytest -q -W default $parallel --maxfail=20 $files >"$out/gpu-triton.log" 2>&1 || status=1
     tail -n 25 "$out/gpu-triton.log"
     ;;
   cuda)
     # first check of what the emulator cannot show: fragment layouts, memory order
-    $pytest 60 $python -m pytest -q -W default $parallel --maxfail=20 $(ls tests/test_cuda_*.py | grep -v gate) tests/test_graph_decoding.py >"$out/gpu-cuda.log" 2>&1 || status=1
+    $pytest 60 $python -m pytest -q -W default $parallel --maxfail=20 $(ls tests/kernels/test_cuda_*.py | grep -v gate) tests/kernels/test_graph_decoding.py >"$out/gpu-cuda.log" 2>&1 || status=1
     tail -n 25 "$out/gpu-cuda.log"
     if command -v compute-sanitizer >/dev/null; then
       for tool in memcheck racecheck; do
-        timeout 45 compute-sanitizer --tool $tool --error-exitcode 9 $python -m pytest -q -W default -x -k "float16 and 507 or repeats" tests/test_cuda_rms_norm.py >"$out/gpu-$tool.log" 2>&1 || status=1
+        timeout 45 compute-sanitizer --tool $tool --error-exitcode 9 $python -m pytest -q -W default -x -k "float16 and 507 or repeats" tests/kernels/test_cuda_rms_norm.py >"$out/gpu-$tool.log" 2>&1 || status=1
         tail -n 3 "$out/gpu-$tool.log"
       done
     else

@@ -258,9 +258,9 @@ def share_of_ceiling(row: Row, case: Case, limits: dict[str, float]) -> None:
 
 def gate(op: str) -> None:
     """Refuse to time an op whose quick tests fail."""
-    test = ROOT / "tests" / f"test_{op}.py"
+    test = ROOT / "tests/kernels" / f"test_{op}.py"
     if not test.exists():
-        sys.exit(f"bench: no tests/test_{op}.py: an op without tests is not timed")
+        sys.exit(f"bench: no tests/kernels/test_{op}.py: an op without tests is not timed")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", str(test)]
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONSAFEPATH": "1"}
@@ -268,7 +268,7 @@ def gate(op: str) -> None:
     if done.returncode:
         print("\n".join(done.stdout.splitlines()[-15:]), file=sys.stderr)
         sys.exit(
-            f"bench: tests/test_{op}.py is red: no speedup is reported on a red gate "
+            f"bench: tests/kernels/test_{op}.py is red: no speedup is reported on a red gate "
             "(--no-gate to profile)"
         )
 

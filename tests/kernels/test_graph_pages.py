@@ -1,0 +1,234 @@
+"""Recorded decode steps on pages: the steps alone, in the engine and in rollouts. A stand-in for
+CUDA graphs repeats the operators that were recorded (tests/support/fake_graph.py)."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from engine_cases import model_of, told
+from fake_graph import Recorder
+
+import fastlm
+from fastlm import backend
+from fastlm.decode import cuda_steps
+from fastlm.decode.paged_call import ModuleSteps
+from fastlm.decode.pages import PAGE, Pages
+from fastlm.decode.sampling import Sampling
+from fastlm.serve.engine import Engine
+from fastlm.serve.requests import Request
+from fastlm.train.rollouts import sample_answers
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+NEAR = {"rtol": 1e-4, "atol": 1e-5}  # another number of rows sums a product in another order
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    """As on a GPU whose kernels serve every model."""
+    monkeypatch.setattr(cuda_steps, "why_not", lambda model: None)
+    with backend.use_backend("reference"):
+        yield Recorder(monkeypatch)
+
+
+def pages_of(model, count):
+    """Pages whose keys and values are random, as if prompts had been computed."""
+    pages = Pages(model.config, count, dtype=model.dtype)
+    pages.data.normal_()
+    return pages
+
+
+# rows of some steps, one after the other: the pages of a row, and its number of cached tokens
+STEPS = [
+    [([3], 5), ([7, 1], 70), ([2], 0)],
+    [([3], 6), ([7, 1], 71), ([2], 1)],
+    [([2], 2), ([6, 4, 5], 150), ([3], 7)],  # other rows, more pages
+    [([3], 8), ([0], 63), ([7, 1], 72), ([2], 3)],
+    [([5, 6], 100)],
+    [([5, 6], 101)],
+    [([3], 9), ([0, 4], 64), ([6], 4)],
+]
+
+
+def inputs_of(rows):
+    width = max(len(pages) for pages, _ in rows)
+    table = torch.tensor([pages + [0] * (width - len(pages)) for pages, _ in rows])
+    lengths = torch.tensor([length for _, length in rows])
+    return torch.randint(97, (len(rows),)), lengths, table.int()
+
+
+@pytest.mark.parametrize("wanted", [None, [0]])
+@pytest.mark.parametrize("case", ["llama", "gemma2"])
+def test_a_graph_reads_the_rows_of_its_step(recorder, case, wanted):
+    """Other tokens, lengths and pages than those of its recording; the same bits as steps that
+    are not recorded, and near those of the modules."""
+    model = model_of(case)
+    pages = [pages_of(model, 9) for _ in range(3)]
+    for other in pages[1:]:
+        other.data.copy_(pages[0].data)
+    ours, plain = (cuda_steps.PagedSteps(model, p.data) for p in pages[:2])
+    plain.recordable, recorder.data = False, pages[0].data
+    modules = ModuleSteps(model, pages[2])
+    for rows in STEPS:
+        inputs = inputs_of(rows)
+        own = torch.tensor(wanted or range(len(rows)))
+        got = ours.logits(*inputs, wanted=wanted and own)
+        assert torch.equal(got, plain.logits(*inputs, wanted=own))
+        torch.testing.assert_close(got, modules.logits(*inputs, wanted=own), **NEAR)
+        assert torch.equal(pages[0].data, pages[1].data)
+        torch.testing.assert_close(pages[0].data, pages[2].data, **NEAR)
+    assert [graph.replays for graph in recorder.graphs] == [4, 1]  # of four rows, of one
+    assert len(recorder.pools) == 1
+
+
+def test_rows_that_pad_change_nothing(cuda):
+    """Three rows are padded to four. On the kernels, too, each is as alone, and a page that no row
+    has is not written to."""
+    model = model_of().to(cuda)
+    model.model.fuse()
+    pages = pages_of(model, 9)
+    pages.data = pages.data.to(cuda)
+    before = pages.data.clone()
+    tokens, lengths, table = inputs_of(STEPS[0])
+    steps = cuda_steps.PagedSteps(model, pages.data)
+    together = steps.logits(tokens, lengths, table).clone()
+    changed = (pages.data != before).any(-1).any(0).any(0).any(1)  # (pages, page_size)
+    places = {(int(p), int(at)) for p, at in changed.nonzero()}
+    assert places == {(3, 5), (1, 70 - PAGE), (2, 0)}
+    for row in range(3):
+        part = slice(row, row + 1)
+        alone = steps.logits(tokens[part], lengths[part], table[part])
+        torch.testing.assert_close(together[part], alone, **NEAR)
+
+
+def test_the_next_tokens_of_the_same_rows(recorder):
+    """Generation sends tokens alone: positions advance on the device, but for rows that pad."""
+    model = model_of()
+    pages = [pages_of(model, 9) for _ in range(2)]
+    pages[1].data.copy_(pages[0].data)
+    ours, plain = (cuda_steps.PagedSteps(model, p.data) for p in pages)
+    plain.recordable, recorder.data = False, pages[0].data
+    tokens, lengths, table = inputs_of(STEPS[0])
+    ours.logits(tokens, lengths, table)
+    plain.logits(tokens, lengths, table)
+    for i in range(1, 5):
+        tokens = torch.randint(97, (3,))
+        wanted = plain.logits(tokens, lengths + i, table)
+        assert torch.equal(ours.next_logits(tokens), wanted)
+        assert torch.equal(pages[0].data, pages[1].data)
+    assert ours.last.positions[3] == -1 and recorder.graphs[0].replays == 4
+
+
+def test_logits_that_are_wanted_stay(recorder):
+    """An engine's step of many rows replays a graph several times before it draws."""
+    model = model_of()
+    steps, rows = cuda_steps.PagedSteps(model, pages_of(model, 9).data), torch.arange(3)
+    for _ in range(2):
+        steps.logits(*inputs_of(STEPS[0]), wanted=rows)
+    first = steps.logits(*inputs_of(STEPS[0]), wanted=rows)
+    kept = first.clone()
+    second = steps.logits(*inputs_of(STEPS[0]), wanted=rows)
+    assert torch.equal(first, kept) and not torch.equal(first, second)
+    assert recorder.graphs[0].replays == 3
+
+
+def requests_of(count, longest=100, **options):
+    g = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, longest, (count,), generator=g).tolist()
+    prompts = [torch.randint(0, 97, (n,), generator=g).tolist() for n in lengths]
+    options = {"max_new_tokens": 12, "logprobs": 1, "ignore_eos": True, **options}
+    return [Request(prompt, seed=i, **options) for i, prompt in enumerate(prompts)]
+
+
+def test_the_engine_replays(recorder, monkeypatch):
+    """Requests that come, go and are preempted: the tokens of steps through the modules."""
+    model = model_of("qwen3")
+    options = {"logprobs": 0, "ignore_eos": True}
+    requests = requests_of(4, 60) + [Request([i] * 50, 90, seed=i, **options) for i in range(3)]
+    got = []
+    for options in ({}, {"pages": 5, "max_rows": 3}):
+        engine = Engine(model, **options)
+        assert isinstance(engine._decoder, cuda_steps.PagedSteps)
+        got += [told(r) for r in engine.generate(requests)]
+    assert engine.stats().preemptions > 0
+    replays = sum(graph.replays for graph in recorder.graphs)
+    assert replays > 200 and len(recorder.graphs) <= 7 and len(recorder.pools) == 2
+    monkeypatch.setattr(cuda_steps, "why_not", lambda model: "for this test")
+    engine = Engine(model)
+    assert isinstance(engine._decoder, ModuleSteps)
+    for (tokens, logprobs), wanted in zip(got, engine.generate(requests) * 2, strict=True):
+        assert tokens == wanted.tokens
+        told_of = [t.logprob for t in wanted.logprobs]
+        assert [p for _, p, _ in logprobs] == pytest.approx(told_of, abs=1e-4)
+
+
+def test_more_rows_than_a_graph_has(recorder):
+    """Several graphs then run per step, before anything is drawn."""
+    model = model_of(num_hidden_layers=1)
+    requests = requests_of(70, 3, max_new_tokens=4)
+    together = Engine(model, max_rows=80, pages=80).generate(requests)
+    assert max(graph.replays for graph in recorder.graphs) > 1
+    few = Engine(model, max_rows=4, pages=80).generate(requests)
+    assert [r.tokens for r in together] == [r.tokens for r in few]
+
+
+def test_weights_that_change_drop_the_graphs(recorder):
+    model = model_of("qwen2")  # with biases
+    model = fastlm.quantize(model, "w8a16", group_size=16)
+    engine = Engine(model)
+    request = Request([5, 6, 7], 8, Sampling(temperature=0), ignore_eos=True)
+    before = engine.generate([request])
+    (graph,) = (weakref.ref(graph) for graph in recorder.graphs)
+    recorder.graphs.clear()
+
+    def change():  # what a step reads is a copy, joined with others
+        for layer in model.model.layers:
+            layer.self_attn.v_proj.bias.data.normal_()
+
+    engine.update(change)
+    (after,) = engine.generate([request])
+    gc.collect()
+    assert graph() is None and len(recorder.graphs) == 1
+    assert after.tokens == Engine(model).generate([request])[0].tokens != before[0].tokens
+
+
+def test_a_recording_that_fails(recorder):
+    """Steps then run unrecorded, and graphs that were recorded before go on."""
+    model = model_of()
+    short, long = requests_of(1, 9, max_new_tokens=20)[0], requests_of(4)
+    wanted = [r.tokens for r in Engine(model).generate([short, *long])]
+    recorder.graphs.clear()
+    engine = Engine(model)
+    engine.generate([short])
+    (graph,), before = recorder.graphs, recorder.graphs[0].replays
+    recorder.error = "CUDA out of memory"
+    with pytest.warns(UserWarning, match="not recorded: CUDA out of memory") as warned:
+        got = [r.tokens for r in engine.generate([short, *long])]
+    assert got == wanted and len(warned) == 1 and len(recorder.graphs) == 1
+    assert graph.replays > before
+
+
+def test_rollouts_use_the_engine(recorder, monkeypatch):
+    """Where it serves the model; the tokens of `model.generate` in batches."""
+    prompts = [r.prompt for r in requests_of(6, 30)]
+    options = {"max_new_tokens": 7, "temperature": 0.8, "seed": 3, "rows": 4}
+    counts = []
+    for case in ("llama", "llama-dynamic"):
+        model, done = model_of(case), []
+        answers = sample_answers(model, prompts, **options, tick=done.append)
+        counts.append(done)
+        with monkeypatch.context() as patch:
+            patch.setattr(cuda_steps, "why_not", lambda model: "for this test")
+            whole, logprobs = [], []
+            for i in range(0, 6, 4):
+                rows, told_of = model.generate(
+                    prompts[i : i + 4], max_new_tokens=7, temperature=0.8, seed=3 + i,
+                    return_logprobs=True,
+                )  # fmt: skip
+                whole += rows
+                logprobs += told_of
+        assert [p + a.tokens for p, a in zip(prompts, answers, strict=True)] == whole
+        for answer, wanted in zip(answers, logprobs, strict=True):
+            assert answer.logprobs == pytest.approx(wanted, abs=1e-4)
+    assert counts == [[1, 2, 3, 4, 5, 6], [4, 6]]
+    assert sum(graph.replays for graph in recorder.graphs) > 5

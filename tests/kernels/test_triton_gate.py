@@ -1,0 +1,56 @@
+"""A sample of triton_gate, for one architecture per op; `make gate` compiles everything."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from paths import GATES
+
+OPS = sorted(p.stem for p in (GATES / "triton_gate").glob("*.py") if not p.stem.startswith("__"))
+SAMPLE = 5  # every fifth combination of case and dtype
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(GATES)
+    command = [sys.executable, "-P", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def gate(*arguments: str) -> subprocess.CompletedProcess:
+    return python("-m", "triton_gate", *arguments)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_machine_code(op):
+    done = gate("--op", op, "--capability", "90", "--sample", str(SAMPLE))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "0 of them at fault" in done.stdout
+
+
+ANY_LENGTH = """
+from collections import defaultdict
+from fastlm.kernels import attention, attention_backward
+from fastlm.kernels.launch import compiling
+from triton_gate import meta
+
+variants, numbers = defaultdict(set), (True, 1.0, 0, 0.0, 0.0)
+with compiling(80) as compiled:
+    for queries, keys in ((512, 512), (513, 1030), (1000, 1001)):
+        q, k = meta(64, 4, queries, 64), meta(64, 2, keys, 64)
+        out, lse = attention.attention_forward(q, k, k, *[None] * 4, *numbers)
+        attention_backward.attention_backward(
+            out, None, q, k, k, out, lse, *[None] * 4, *numbers, False
+        )
+for made in compiled:
+    variants[made.name].add(id(made.kernel))
+print({name: len(made) for name, made in variants.items()})
+"""
+
+
+def test_a_new_length_compiles_nothing():
+    """Head strides are multiples of the length: odd, even, one more than a multiple of 8."""
+    done = python("-c", ANY_LENGTH)
+    kernels = "_forward", "_delta", "_dq", "_dkdv"
+    assert done.stdout.strip() == str(dict.fromkeys(kernels, 1)), done.stdout + done.stderr

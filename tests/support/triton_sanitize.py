@@ -1,0 +1,89 @@
+"""`make triton-sanitize`: Triton kernels on ragged shapes under triton-viz's sanitizer.
+
+It tracks addresses as formulas and reports, with the line of the kernel, any access outside the
+tensors of the launch, in any program of the grid. triton-viz 3.0 runs on Triton 3.6.0. It mistakes
+strided tensors for faults, so all are contiguous here. It computes no values: only addresses are
+checked. It does not detect races. It cannot follow the other ops' kernels (constants that are
+dtypes, tuples of tensors, divided integers, `tl.join`: it stops with an error of its own). Their
+writes outside an output are caught by the guards around every allocation in the tests.
+
+    python tests/support/triton_sanitize.py [op ...]
+    python tests/support/triton_sanitize.py planted   a kernel with a fault: must end with status 1
+"""
+
+import os
+import sys
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+import triton
+import triton.language as tl
+import triton_viz
+from triton_viz.clients import Sanitizer
+
+_jit = triton.jit
+
+
+def _watched(function=None, **options):
+    if function is None:
+        return lambda f: _watched(f, **options)
+    made = _jit(**options)(function) if options else _jit(function)
+    return triton_viz.trace(client=Sanitizer(abort_on_error=True))(made)
+
+
+triton.jit = _watched  # before the kernels are decorated
+
+from fastlm import backend, ops  # noqa: E402
+
+
+@triton.jit
+def _planted(x, y, n, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y + at, tl.load(x + at + 1, mask=at < n), mask=at < n)
+
+
+def planted():
+    x, y = torch.zeros(100), torch.zeros(100)
+    _planted[(2,)](x, y, 100, BLOCK=64)
+
+
+def backward(*outputs: torch.Tensor) -> None:
+    sum(t.float().sum() for t in outputs).backward()
+
+
+def leaves(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
+    return [torch.zeros(s, requires_grad=True) for s in shapes]
+
+
+def glu():
+    for shape in [(3, 509), (1, 2049), (7,)]:
+        backward(ops.glu(*leaves(shape, shape)))
+
+
+def paged_attention():
+    for page in (1, 7, 16):
+        pages = -(-50 // page)
+        cache = torch.zeros(2, 2 * pages, page, 2, 24)
+        block, lens = torch.arange(2 * pages).view(2, -1).int(), torch.tensor([50, 3]).int()
+        ops.paged_attention(torch.zeros(2, 1, 4, 24), *cache, block, lens)
+        scale = torch.ones(2, 2)
+        codes = cache.to(torch.int8)
+        ops.paged_attention(
+            torch.zeros(2, 3, 4, 24), *codes, block, lens, k_scale=scale[0], v_scale=scale[1]
+        )
+
+
+OPS = {f.__name__: f for f in (glu, paged_attention)}
+
+
+def main() -> None:
+    wanted = sys.argv[1:] or list(OPS)
+    with backend.use_backend("triton"):
+        for name in wanted:
+            {**OPS, "planted": planted}[name]()
+            print(f"triton-sanitize: {name} clean", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""Tests of stages, servers, browsers, several processes and builds: what they share."""
+
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def postgresql():
+    """The URL of a database in a server of its own, which only a socket reaches."""
+    from fastlm.errors import InputError
+    from fastlm.serve.feedback import FeedbackStore
+
+    programs = Path("/usr/lib/postgresql").glob("*/bin/initdb")
+    initdb = next(iter(sorted(programs, reverse=True)), None)
+    if initdb is None:
+        pytest.skip("wanted PostgreSQL (Debian: postgresql), not found")
+    folder = Path(tempfile.mkdtemp(prefix="fastlm-pg-"))  # pytest's are closed to other users
+    folder.chmod(0o755)
+    data, other = folder / "data", {}
+    data.mkdir()
+    if os.geteuid() == 0:  # as whom PostgreSQL refuses to run
+        shutil.chown(data, "postgres")
+        other = {"user": "postgres", "group": "postgres", "extra_groups": []}
+    made = [initdb, "-D", data, "-U", "postgres", "--no-sync", "--auth=trust"]
+    subprocess.run(made, check=True, capture_output=True, cwd=data, **other)
+    options = ["-c", "listen_addresses=", "-k", data, "-c", "fsync=off"]
+    command = [initdb.with_name("postgres"), "-D", data, *options]
+    server = subprocess.Popen(command, stderr=subprocess.DEVNULL, cwd=data, **other)
+    url = f"postgresql://postgres@/postgres?host={data}"
+    until = time.monotonic() + 120
+    while True:
+        try:
+            FeedbackStore(url).close()
+            break
+        except InputError:
+            assert time.monotonic() < until and server.poll() is None
+            time.sleep(0.05)
+    yield url
+    server.send_signal(signal.SIGQUIT)
+    server.wait()
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(params=("sqlite", "postgresql"))
+def where(request, tmp_path):
+    """A database for feedback, on SQLite and on PostgreSQL."""
+    if request.param == "sqlite":
+        yield str(tmp_path / "feedback.sqlite")
+        return
+    from fastlm.serve.feedback import FeedbackStore
+
+    url = request.getfixturevalue("postgresql")
+    yield url
+    with FeedbackStore(url) as store, store.write() as connection:
+        connection.exec_driver_sql("DROP SCHEMA public CASCADE")
+        connection.exec_driver_sql("CREATE SCHEMA public")

@@ -1,0 +1,462 @@
+"""Trainings of several processes: the losses of one, any number of them continues, one that dies.
+
+distributed_run.py has the trainings, tiny ones on gloo. Losses in float32 are within 1e-5 of those
+of one process (sums in another order), in bfloat16 within 1 %.
+"""
+
+import json
+import multiprocessing
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import distributed_run as trainings
+import pytest
+import tiny_run
+import torch
+import torch.distributed as dist
+from paths import SUPPORT
+from torch.distributed import TCPStore
+
+from fastlm.checkpoint.folder import load_tensors
+from fastlm.errors import InputError
+from fastlm.runs.kinds import KINDS
+from fastlm.runs.run import run_recipe
+from fastlm.train.distributed import Ranks, agree, averaged, check_gpus, is_lost
+from fastlm.train.state import list_checkpoints
+
+NEAR = {"float32": 1e-5, "best": 1e-5, "bfloat16": 1e-2}
+NEAR |= dict.fromkeys(("sft", "lora", "reward", "dpo", "distill"), 1e-5)
+TIMES = {"seconds", "tokens_per_second"}
+# What else a training measures
+STEPS = {"step", "loss", "lr", "grad_norm", "tokens", "progress"}
+PRETRAINING = {"val_loss", "bits_per_byte", "sample"}
+PAIRS = {"epoch", "margin", "accuracy", "val_loss", "val_accuracy", "val_margin"}
+ROUNDS = {"round", "beta", "score", "kl", "ended", "approx_kl", "ratio", "entropy", "val_score"}
+MEASURED = {
+    "float32": PRETRAINING, "best": PRETRAINING, "bfloat16": PRETRAINING, "sft": {"epoch"},
+    "lora": {"epoch"}, "reward": PAIRS, "dpo": PAIRS, "distill": {"epoch", "val_loss", "on_policy"},
+    "kto": PAIRS | {"kl"}, "on-policy": {"epoch", "on_policy"},
+    **dict.fromkeys((*trainings.ROLLING, "stage"), ROUNDS),
+}  # fmt: skip
+PROCESSES = multiprocessing.get_context("forkserver")  # they load torch once
+PROCESSES.set_forkserver_preload(["distributed_run"])
+
+
+def launch(job: str, size: int, data: Path, out: Path) -> None:
+    """Run the processes of a job to their end. The store is here, as it is torchrun's."""
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    store.set("fastlm/asks/1", "of a process before")
+    started = [
+        PROCESSES.Process(target=trainings.work, args=(job, rank, size, store.port, data, out))
+        for rank in range(size)
+    ]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(600)
+    assert [process.exitcode for process in started] == [0] * size
+
+
+def in_one_thread(run, data: Path, out: Path) -> Path:
+    """Run the trainings in this process, as those of several have one thread each."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    run(data, out)
+    torch.set_num_threads(threads)
+    return out
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    tiny_run.shards(folder)
+    trainings.stage_files(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one(data, tmp_path_factory):
+    """The trainings of one process."""
+    return in_one_thread(trainings.everything, data, tmp_path_factory.mktemp("one"))
+
+
+@pytest.fixture(scope="module")
+def two(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("two")
+    launch("two", 2, data, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def edges(data, tmp_path_factory):
+    """What each of two processes said."""
+    out = tmp_path_factory.mktemp("edges")
+    launch("edges", 2, data, out)
+    return [json.loads((out / f"edges-{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def four(data, two, tmp_path_factory):
+    out = tmp_path_factory.mktemp("four")
+    for cut in ("ddp", "fsdp"):
+        for parallel in ("ddp", "fsdp" if cut == "ddp" else "hsdp"):
+            shutil.copytree(two / f"cut-{cut}", out / f"{cut}-{parallel}")
+    launch("four", 4, data, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def round_of_one(data, tmp_path_factory):
+    return in_one_thread(trainings.rounds, data, tmp_path_factory.mktemp("round-of-one"))
+
+
+@pytest.fixture(scope="module")
+def rounds_of_two(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("rounds-of-two")
+    launch("rounds_of_two", 2, data, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def rounds_of_four(data, rounds_of_two, tmp_path_factory):
+    out = tmp_path_factory.mktemp("rounds-of-four")
+    shutil.copytree(rounds_of_two / "cut", out / "ppo")
+    launch("rounds_of_four", 4, data, out)
+    return out
+
+
+def lines(run: Path, key: str) -> list[float]:
+    text = (run / "metrics.jsonl").read_text()
+    return [line[key] for line in map(json.loads, text.splitlines()) if key in line]
+
+
+def assert_near(run: Path, alone: Path, near: float, least: int = 4) -> None:
+    """The same lines of metrics, each step once."""
+    text = (alone / "metrics.jsonl").read_text()
+    keys = {key for line in map(json.loads, text.splitlines()) for key in line} - TIMES
+    assert keys >= STEPS | MEASURED[alone.name]
+    if near > 1e-5:
+        keys.remove("sample")
+    for key in keys:
+        there, here = lines(alone, key), lines(run, key)
+        assert here == (there if key == "sample" else pytest.approx(there, rel=near, abs=near)), key
+    assert len(lines(alone, "loss")) >= least
+
+
+@pytest.mark.parametrize("name", NEAR)
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_have_the_losses_of_one(one, two, parallel, name):
+    if (parallel, name) != ("fsdp", "lora"):  # refused, see below
+        assert_near(two / parallel / name, one / name, NEAR[name])
+
+
+def test_the_weights_left_are_those_of_one_process(one, two):
+    """Also those of the lowest val_loss, which are taken at the end."""
+    for name in ("float32", "best", "reward", "dpo", "distill"):
+        alone, _ = load_tensors(list_checkpoints(one / name)[-1])
+        ddp, _ = load_tensors(list_checkpoints(two / "ddp" / name)[-1])
+        assert alone.keys() == ddp.keys() and len(alone) > 20
+        for key in alone.keys() - {"rng.cpu"}:
+            torch.testing.assert_close(ddp[key], alone[key], rtol=1e-4, atol=1e-5)
+    best = [load_tensors(run / "best/checkpoints/best-00000010")[0] for run in (two / "ddp", one)]
+    shards = load_tensors(two / "fsdp/best/checkpoints/best-00000010")[0]
+    assert shards.keys() == best[1].keys()
+    for key in shards:
+        torch.testing.assert_close(shards[key], best[1][key], rtol=1e-4, atol=1e-5)
+
+
+def test_one_process_told_to_stop_stops_all_and_others_continue(one, two, four):
+    for parallel in ("ddp", "fsdp"):
+        said = {(two / f"cut-{parallel}-{rank}.txt").read_text() for rank in (0, 1)}
+        assert said == {
+            f"stopped after step 6; saved in {two}/cut-{parallel}/checkpoints/step-00000006"
+        }
+        # 2 processes to 4, of which two hold a model with hsdp
+        for other in ("ddp", "fsdp" if parallel == "ddp" else "hsdp"):
+            assert_near(four / f"{parallel}-{other}", one / "float32", 1e-5)
+    files = {
+        parallel: sorted(p.name for p in list_checkpoints(four / f"ddp-{parallel}")[-1].iterdir())
+        for parallel in ("ddp", "fsdp")
+    }
+    assert files["ddp"] == ["manifest.json", "tensors.safetensors"]
+    assert [name[:11] for name in files["fsdp"]] == [
+        "manifest.js",
+        *(f"shard-0000{i}" for i in range(1, 5)),
+    ]
+
+
+def test_fewer_micro_batches_than_processes(one, four):
+    """Epochs of 7 micro-batches end with a step of 3, of which the fourth process has none."""
+    for parallel in ("ddp", "fsdp"):
+        assert_near(four / f"sft-{parallel}", one / "sft", 1e-5)
+
+
+@pytest.mark.parametrize("name", (*trainings.ROLLING, "kto", "on-policy", "stage"))
+def test_rounds_of_two_processes_are_those_of_one(round_of_one, rounds_of_two, name):
+    """Metrics and weights, also where a process has no micro-batch in a step."""
+    assert_near(rounds_of_two / name, round_of_one / name, 1e-5, least=2)
+    left = [
+        load_tensors(list_checkpoints(out / name)[-1])[0] for out in (round_of_one, rounds_of_two)
+    ]
+    assert left[0].keys() == left[1].keys()
+    for key in left[0].keys() - {"rng.cpu"}:
+        torch.testing.assert_close(left[1][key], left[0][key], rtol=1e-4, atol=1e-5)
+
+
+def test_rounds_of_four_processes(round_of_one, rounds_of_two, rounds_of_four):
+    """Nine answers: shares of 2, 2, 2 and 3, then steps of 4 micro-batches and of 1. PPO has begun
+    on two processes, and stopped within a round.
+    """
+    assert lines(rounds_of_two / "cut", "step")[-1] == 3
+    for name in ("ppo", "dapo", "kto"):
+        assert_near(rounds_of_four / name, round_of_one / name, 1e-5)
+    steps = lines(round_of_one / "ppo", "round")
+    assert steps[2] == steps[3] and len(set(steps)) > 1
+    assert len(set(lines(round_of_one / "ppo", "square"))) == len(set(steps))
+    assert {*lines(round_of_one / "on-policy", "on_policy")} > {0.5, 1}  # shares of one and of two
+
+
+def test_what_goes_wrong_in_a_round_is_said_in_all_processes(rounds_of_two):
+    said = [json.loads((rounds_of_two / f"said-{rank}.json").read_text()) for rank in (0, 1)]
+    assert said[0]["reward"] == said[1]["reward"] and said[0]["kl"] == said[1]["kl"]
+    assert re.search(
+        r"prompts.jsonl, line \d+: the reward function failed: ValueError: no idea$",
+        said[0]["reward"],
+    )
+    assert re.match(
+        r"step 2: round 2: the KL .* max_kl 0.1; last good checkpoint: .*/step-00000001$",
+        said[0]["kl"],
+    )
+    for one in said:  # before any process leaves: torchrun would end the others
+        assert "model.safetensors" in one["good"] or "adapter_model.safetensors" in one["good"]
+        assert "model" not in one["left"]
+    assert (rounds_of_two / "stage/model/model.safetensors").exists()
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_one_process_continues_from_shards(data, one, two, four, tmp_path):
+    ended = load_tensors(list_checkpoints(one / "float32")[-1])[0]
+    # groups of two, with hsdp, write the parts of each shard between them
+    for cut, parts in ((two / "cut-fsdp", 2), (four / "fsdp-hsdp", 4), (two / "cut-ddp", 0)):
+        run = shutil.copytree(cut, tmp_path / cut.name)
+        assert len(list(list_checkpoints(run)[-1].glob("shard-*"))) == parts
+        net, result = trainings.pretraining(data, run)
+        assert_near(run, one / "float32", 1e-5)
+        assert result.steps == 10
+        for name, parameter in net.named_parameters():
+            torch.testing.assert_close(
+                parameter.detach(), ended[f"model.{name}"], rtol=1e-4, atol=1e-5
+            )
+    damaged = next(list_checkpoints(two / "fsdp/float32")[-1].glob("shard-00002-*"))
+    run = shutil.copytree(two / "fsdp/float32", tmp_path / "damaged")
+    file = list_checkpoints(run)[-1] / damaged.name
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    with pytest.raises(InputError, match=r"shard-00002-.*: corrupt: its sha256"):
+        trainings.pretraining(data, run)
+    file.unlink()
+    with pytest.raises(InputError, match="cannot be read"):
+        trainings.pretraining(data, run)
+
+
+def test_a_full_disk_is_one_line_in_all_processes(edges):
+    """The disk of the second process is full. torch.distributed.checkpoint raises in all."""
+    for said in edges:
+        assert re.search(r"step-00000002: cannot be written: File too large$", said["full disk"])
+
+
+def test_a_loss_of_inf_minus_inf_has_diverged(edges):
+    """In all processes, with the checkpoint that rank 0 knows."""
+    for said in edges:
+        assert re.match(
+            r"step 3: the loss is nan; batch: .*; last good checkpoint: .*/step-00000002$",
+            said["inf - inf"],
+        )
+
+
+def test_fsdp_refuses_adapters_and_a_model_that_it_trained_before(edges):
+    for said in edges:
+        assert said["lora"] == (
+            "parallel: wanted ddp where a part of the weights is frozen, got fsdp"
+        )
+        assert said["again"].startswith("parallel: wanted a model that fsdp or hsdp did not train")
+
+
+def test_each_process_has_a_gpu_of_its_own():
+    check_gpus([("a", "1"), ("a", "2"), ("b", "1")])
+    with pytest.raises(InputError, match=r"device: .* processes 1 and 2 on one GPU of a$"):
+        check_gpus([("b", "1"), ("a", "1"), ("a", "1")])
+
+
+def test_a_torch_without_distributed_has_what_one_process_needs(monkeypatch):
+    """Its torch.distributed is almost empty: the modules of the loop import it in several alone."""
+    for name in [name for name in sys.modules if name.startswith("torch.distributed")]:
+        monkeypatch.setitem(sys.modules, name, None)
+    folder = Path(trainings.loop.__file__).parent
+    found = [runpy.run_path(str(folder / f"{name}.py")) for name in ("distributed", "parallel")]
+    net, alone = trainings.model(), found[0]["Alone"]()
+    assert found[1]["parallel"](net, trainings.OPTIONS, alone).model is net
+    with found[0]["joined"](net.device) as ranks:
+        assert ranks.size == 1
+
+
+def test_processes_agree_on_a_word_that_no_earlier_ones_had():
+    """On a store that outlives them, whatever restart counts they have (see `work`) and wherever
+    those before them ended.
+    """
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    clients = [TCPStore("localhost", store.port, is_master=False) for _ in range(3)]
+
+    def words(*ranks: int) -> list[str]:
+        with ThreadPoolExecutor(3) as threads:
+            found = [threads.submit(agree, clients[rank], rank, 3) for rank in ranks]
+            return [one.result(60) for one in found]
+
+    before = words(0, 1, 2)
+    store.set("fastlm/asks/1", "killed before it heard")
+    store.set("fastlm/answer/killed before it heard", before[0])
+    after = [*words(1, 2, 0), *words(0, 2, 1)]
+    assert len({*before, *after}) == 3
+    assert len({*before}) == len({*after[:3]}) == len({*after[3:]}) == 1
+
+
+def test_only_errors_of_the_connection_are_those_of_a_lost_process():
+    lost = (
+        dist.DistBackendError("NCCL error: remote process exited"),
+        dist.DistNetworkError("The client socket has timed out"),
+        dist.DistStoreError("wait timeout after 600000ms"),
+        RuntimeError("[/a/gloo/transport/tcp/pair.cc:534] Connection closed by peer [::1]:41"),
+        RuntimeError("[/a/gloo/transport/tcp/pair.cc:9]\n Read error [::1]:4: Connection reset by"),
+        RuntimeError("[/a/gloo/transport/tcp/buffer.cc:81] Timed out waiting 9ms for recv"),
+    )
+    others = (
+        "The request to the dataset's host timed out", "No module named nccl_helper",
+        "Invalid scalar type for gloo", "[/a/gloo/transport/tcp/pair.cc:1] op.preamble.length <= n",
+    )  # fmt: skip
+    assert all(map(is_lost, lost))
+    assert not any(is_lost(RuntimeError(text)) for text in others)
+
+
+def sizes() -> tuple[int, int]:
+    """Parameters of the layers, and of the rest."""
+    net = trainings.model()
+    layers = sum(p.numel() for p in net.model.layers.parameters())
+    return layers, sum(p.numel() for p in net.parameters()) - layers
+
+
+def test_bytes_and_memory_are_those_of_docs_scaling(two):
+    """docs/scaling.md, for float32, 2 processes, 2 micro-batches of each."""
+    layers, rest = sizes()
+    whole, steps, micro = 4 * (layers + rest), 10, 2
+    found = [json.loads((two / f"fsdp-{rank}.json").read_text()) for rank in (0, 1)]
+    for told in found:
+        sent = {kind: sum(seen) for kind, seen in told["sent"].items()}
+        assert sent["scatter"] == whole * micro * steps
+        beside = 3 * 4 * (2 * layers + rest)  # validations, of two batches
+        beside += 4 * whole  # samples, the model that is left
+        assert sent["gather"] == 4 * (2 * layers + rest) * micro * steps + beside
+        held = {kind: size / whole for kind, size in told["held"].items()}
+        assert held == pytest.approx({"parameters": 0.5, "gradients": 0.5, "state": 1.0})
+    for rank in (0, 1):
+        told = json.loads((two / f"ddp-{rank}.json").read_text())
+        assert told["sent"].keys() == {"all_reduce"}
+        assert sum(told["sent"]["all_reduce"]) == whole * 4  # steps: once per step
+        held = {kind: size / whole for kind, size in told["held"].items()}
+        assert held == {"parameters": 1, "gradients": 1, "state": 2}
+
+
+def test_a_killed_process_ends_the_job_and_torchrun_starts_it_again(data, one, tmp_path):
+    """By the command line: rank 1 is killed in step 7; the second attempt continues from step 4."""
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(trainings.CONFIG))
+    o, run = trainings.OPTIONS, tmp_path / "run"
+    command = [
+        "pretrain", "--shards", data, "--config", config, "-o", run, "--batch-size", 2, "--seq-len",
+        tiny_run.SEQ, "--seed", 7, "--accumulate", o.accumulate, "--max-steps", o.max_steps,
+        "--lr", o.lr, "--dtype", o.dtype, "--validations", 2, "--val-tokens", o.val_tokens,
+        "--checkpoint-every", 4, "--log-every", 1,
+    ]  # fmt: skip
+    torchrun = [
+        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "--max-restarts", 1,
+        SUPPORT / "distributed_run.py", 1, 7,
+    ]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(SUPPORT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *map(str, torchrun), *map(str, command)],
+        env=environment, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stderr.splitlines() if line.startswith("fastlm: ")]
+    assert len(said) <= 1, done.stderr  # torchrun may end rank 0 before it has said so
+    for line in said:
+        assert re.search(r"rank 0 of 2: another process has ended .*resumes from", line)
+    shown = [line for line in done.stderr.splitlines() if line.startswith("step ")]
+    steps = [int(line.split(":")[0].split()[1]) for line in shown if "training loss" in line]
+    assert steps == [*range(1, 7), *range(5, 11)]  # rank 0 alone reports
+    assert done.stdout.count("10 steps, loss") == 1
+    assert lines(run, "step") == [0, 1, 2, 3, 4, 5, 5, 6, 7, 8, 9, 10, 10]
+    assert (run / "model/model.safetensors").exists()
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """As if torchrun had started this process with another one."""
+    values = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_what_is_refused(launched, tmp_path):
+    refused = {
+        r"accumulate: wanted micro-batches that 2 processes can share evenly \(2 or 4\), got 3":
+            {"accumulate": 3},
+        r"accumulate: .* \(2\), got 1": {"accumulate": 1},
+        "optimizer: wanted adamw with parallel = 'fsdp', got muon":
+            {"optimizer": "muon", "parallel": "fsdp"},
+        "async_checkpoints: wanted False with parallel = 'fsdp', got True":
+            {"async_checkpoints": True, "parallel": "fsdp"},
+        "parallel: wanted one of ddp, fsdp, hsdp, got 'tensor'": {"parallel": "tensor"},
+    }  # fmt: skip
+    for message, changes in refused.items():
+        with pytest.raises(InputError, match=message):
+            replace(trainings.OPTIONS, **changes).check()
+    whole = {
+        "ppo": ("ppo", {"reward": "exact"}), "grpo": ("grpo", {"reward": "exact"}),
+        "loss = 'kto'": ("dpo", {"loss": "kto", "max_steps": 1}),
+        "on_policy": ("distill", {"on_policy": 0.5, "max_steps": 1}),
+    }  # fmt: skip
+    for name, (kind, more) in whole.items():
+        stage = KINDS[kind](data=("x",), accumulate=2, **more)
+        stage.check()
+        for parallel in ("fsdp", "hsdp"):
+            with pytest.raises(
+                InputError, match=f"parallel: wanted ddp with {name}, got {parallel}"
+            ):
+                replace(stage, parallel=parallel).check()
+    for name, value in {"teacher_top_k": 4, "teacher_answers": "greedy"}.items():
+        with pytest.raises(InputError, match=f"{name}: wanted one process, got 2 from torchrun"):
+            KINDS["distill"](data=("x",), accumulate=2, max_steps=1, **{name: value}).check()
+    with pytest.raises(InputError, match="run: wanted one process, got 2"):
+        run_recipe(tmp_path / "recipe.toml")
+
+
+def test_a_share_of_micro_batches():
+    ranks = [Ranks.__new__(Ranks) for _ in range(4)]
+    for rank, one in enumerate(ranks):
+        one.rank, one.size = rank, 4
+    assert [one.deal("abcdefgh") for one in ranks] == [
+        ("ae", None), ("bf", None), ("cg", None), ("dh", None)
+    ]  # fmt: skip
+    assert [one.deal("abcde") for one in ranks] == [
+        ("ae", None),
+        ("b", "a"),
+        ("c", "a"),
+        ("d", "a"),
+    ]
+    assert averaged([(1, {"a": 2.0}), (3, {"a": 6.0, "b": 1.0}), (0, {})]) == {"a": 5.0, "b": 1.0}

@@ -1,0 +1,311 @@
+"""Question sets asked of a model: records that survive a kill, measures, comparisons, the stage."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import question_files
+from paths import PYTHONPATH
+from preference_models import make_base
+
+from fastlm.errors import InputError
+from fastlm.evals import asking
+from fastlm.evals.asking import ask
+from fastlm.evals.measures import right, summary, values
+from fastlm.evals.results import Results
+from fastlm.evals.scorer import Scorer
+from fastlm.evals.stage import Eval
+from fastlm.evals.suite import ask_all, hash_of, measured
+from fastlm.evals.tables import compared_lines, latex, lines
+from fastlm.evals.task import Choices, Open, Task
+from fastlm.serve.chat import load_model
+
+WORDS = ("tree", "river", "stone", "bird")
+
+
+def choices(count: int, **changes) -> Task:
+    """Questions of four answers, of which each place is right equally often."""
+    questions = [
+        Choices(
+            str(i), tuple((f"what is {i}\n", f" {w} {i % 7}") for w in WORDS), i % 4,
+            tuple(("what", f" {w} {i % 7}") for w in WORDS),
+        )
+        for i in range(count)
+    ]  # fmt: skip
+    return Task(
+        **{
+            "name": "words", "ability": "facts", "questions": questions, "source": "the test",
+            "licence": "none", "format": "own", **changes,
+        }
+    )  # fmt: skip
+
+
+def written(count: int) -> Task:
+    def judge(asked):
+        return [float(text.count("e") % 2) for text, _ in asked]
+
+    questions = [Open(str(i), f"tree {i}", {}, " river", max_new_tokens=5) for i in range(count)]
+    return Task("talk", "facts", questions, "the test", "none", "own", judge=judge)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return make_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def scorer(base):
+    return Scorer(*load_model(base))
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("make", [choices, written])
+@pytest.mark.parametrize("torn", [b"", b'{"id": "9", "logp', b'{"id": "8"}\n{"id": "9"}\n'])
+def test_a_killed_evaluation_continues_with_the_same_bits(
+    make, torn, scorer, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(asking, "PART", 8)
+    task, options = make(20), {}
+    if task.open:
+        options = {"samples": 2, "temperature": 1.0, "seed": 3}
+    with Results(tmp_path / "whole.jsonl", {"task": task.hash}) as results:
+        whole = ask(task, scorer, results, **options)
+    assert len(whole) == 20
+
+    class Cut(Results):
+        def add(self, records):
+            super().add(records)
+            raise Killed
+
+    path = tmp_path / "cut.jsonl"
+    with pytest.raises(Killed), Cut(path, {"task": task.hash}) as results:
+        ask(task, scorer, results, **options)
+    assert len(path.read_bytes().splitlines()) == 1 + asking.PART
+    with open(path, "ab") as file:  # what a kill in the middle of a part leaves
+        file.write(torn)
+    with Results(path, {"task": task.hash}) as results:
+        assert ask(task, scorer, results, **options) == whole
+    assert path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_a_killed_process_continues(base, tmp_path):
+    """SIGKILL at a part that is being asked; the records are those of a run without it."""
+    code = (
+        "import sys, test_evals as t; from fastlm.evals.results import Results\n"
+        "scorer = t.Scorer(*t.load_model(sys.argv[1])); task = t.choices(256)\n"
+        "with Results(sys.argv[2], {'task': task.hash}) as r: t.ask(task, scorer, r)\n"
+    )
+    path = [sys.executable, "-c", code, str(base)]
+    env = {**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
+    done = tmp_path / "done.jsonl"
+    subprocess.run([*path, str(done)], env=env, check=True)
+    cut = tmp_path / "cut.jsonl"
+    child = subprocess.Popen([*path, str(cut)], env=env)
+    while child.poll() is None and (not cut.exists() or cut.read_bytes().count(b"\n") < 2):
+        time.sleep(0.001)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert cut.read_bytes().count(b"\n") >= 2
+    subprocess.run([*path, str(cut)], env=env, check=True)
+    assert cut.read_bytes() == done.read_bytes()
+
+
+def test_records_of_something_else_are_refused(tmp_path):
+    path = tmp_path / "r.jsonl"
+    with Results(path, {"task": "one"}) as results:
+        results.add([{"id": "0"}])
+    with pytest.raises(InputError, match=r"wanted records of .*two.*got those of .*one"):
+        Results(path, {"task": "two"})
+    path.write_bytes(path.read_bytes() + b"not json\n" + b'{"id": "1"}\n')
+    with pytest.raises(InputError, match="line 3: wanted JSON"):
+        Results(path, {"task": "one"})
+
+
+def test_measures_follow_their_formulas():
+    task = choices(1, normalisation="unconditional")
+    record = {"id": "0", "logprob": [-9.0, -8.0, -12.0, -30.0], "bare": [-8.0, -1.0, -20.0, -30.0]}
+    found = {name: each[0] for name, each in values(task, [record]).items()}
+    assert found["bits_per_byte"] == pytest.approx(9 / math.log(2) / len("tree 0"))
+    assert found["acc"] == 0  # the second answer is the likeliest
+    assert found["acc_olmes"] == 0  # -1, -7, 8, 0: the third
+    assert found["acc_norm"] == 0 and found["acc_bytes"] == 0  # -9/6, -8/7, ...
+    by_characters = values(choices(1, normalisation="characters"), [record])
+    assert by_characters["acc_olmes"][0] == right([-9 / 7, -8 / 8, -12 / 8, -30 / 7], 0)
+    assert values(task, [record | {"logprob": [-1.0, -1.0, -2.0, -1.0]}])["acc"][0] == 1 / 3
+
+
+def test_models_whose_answers_are_known(tmp_path):
+    task = choices(80)
+    for make, accuracy in ((question_files.oracle, 1.0), (question_files.always_first, 0.25)):
+        found = question_files.measured(task, make(task), tmp_path / str(accuracy))
+        assert found["acc"] == accuracy
+    flat = question_files.measured(task, question_files.Known(), tmp_path / "flat")
+    assert flat["acc"] == pytest.approx(task.chance)  # all answers are equally likely
+    records = [{"id": str(i), "logprob": [0.0, -1, -1, -1]} for i in range(80)]
+    told = summary(task, values(task, [r | {"bare": [0.0] * 4} for r in records]))
+    assert told["acc"].error == pytest.approx(math.sqrt(0.25 * 0.75 / 79))
+    assert told["acc"].detects == pytest.approx(2.8016 * math.sqrt(2) * told["acc"].error, rel=1e-3)
+
+
+def test_what_this_machine_cannot_judge_is_refused_before_a_question_is_asked(tmp_path):
+    def lacks():
+        raise InputError("sandbox: this machine lacks a user namespace")
+
+    programs = replace(written(4), check=lacks)
+    with pytest.raises(InputError, match="sandbox: this machine lacks"):
+        ask_all([choices(4), programs], None, tmp_path, model="m")  # nobody to ask
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_comparison_is_symmetric_and_adjusted(tmp_path):
+    tasks = [choices(100), choices(60, name="fewer")]
+    rng = np.random.default_rng(0)
+    noise = {(c, a): v for c, a in _pairs(tasks) for v in [rng.normal()]}
+
+    def model(skill: float):
+        golds = {q.requests[q.gold] for t in tasks for q in t.questions}
+        return question_files.Known(
+            likes=lambda c, a: -8 + noise.get((c, a), 0) + skill * ((c, a) in golds)
+        )  # fmt: skip
+
+    asked = {
+        name: ask_all(tasks, model(skill), tmp_path / name, model=name)
+        for name, skill in (("weak", 0.5), ("strong", 2.0))
+    }
+    forth = measured(tasks, asked)
+    back = measured(tasks, dict(reversed(asked.items())))
+    for one, other in zip(forth, back, strict=True):
+        for a, b in zip(one["compared"], other["compared"], strict=True):
+            assert a["difference"] == -b["difference"] and a["p"] == b["p"]
+            assert (a["low"], a["high"]) == (-b["high"], -b["low"])
+            assert a["p_adjusted"] >= a["p"]
+    better = {c["measure"]: c for c in forth[0]["compared"]}
+    assert better["acc"]["difference"] > 0 and better["acc"]["p_adjusted"] < 0.05
+    assert better["bits_per_byte"]["difference"] < 0  # fewer bits
+    assert [line[0] for line in compared_lines(forth)] == ["words", "words", "fewer", "fewer"]
+    table = latex(forth)
+    assert table.count(r"\\") == 1 + 2 * len(tasks) and "±" not in table and r"\%" not in table
+
+
+def _pairs(tasks):
+    return dict.fromkeys(pair for t in tasks for q in t.questions for pair in q.requests)
+
+
+def test_a_sample_is_drawn_once_for_all_models():
+    task = choices(100)
+    few = task.sample(10, seed=1)
+    assert [q.id for q in few.questions] == [q.id for q in task.sample(10, seed=1).questions]
+    assert few.hash != task.hash and few.hash != task.sample(10, seed=2).hash
+    assert [int(q.id) for q in few.questions] == sorted(int(q.id) for q in few.questions)
+    assert task.sample(100, 0) is task and task.sample(None, 0) is task
+
+
+@pytest.fixture
+def cache(tmp_path):
+    rows = [
+        {
+            "request_type": "loglikelihood", "doc": {}, "label": i % 2, "doc_id": i,
+            "request": {"context": f"what is {i}\nAnswer:", "continuation": f" {word}"},
+        }
+        for i in range(9) for word in ("tree", "river")
+    ]  # fmt: skip
+    question_files.write_requests(tmp_path / "cache", "winogrande", "rc_5shot", rows)
+    return tmp_path / "cache"
+
+
+def test_the_stage_asks_models_and_compares_them(base, cache, tmp_path):
+    other = make_base(tmp_path / "other", hidden_size=64)
+    stage, out = Eval(tasks=("winogrande",), limit=8), tmp_path / "out"
+    scores = stage(out, model=[str(base), str(other)], cache=cache)
+    (task,) = scores["tasks"]
+    assert scores["models"] == {} and task["questions"] == 8 and task["chance"] == 0.5
+    assert set(task["models"]) == {str(base), str(other)} and task["licence"] == "CC-BY"
+    assert json.loads((out / "scores.json").read_text()) == json.loads(json.dumps(scores))
+    assert r"\toprule" in (out / "scores.tex").read_text()
+    files = sorted(p.relative_to(out / "items") for p in (out / "items").rglob("*.jsonl"))
+    assert [p.parts[0] for p in files] == sorted([hash_of(str(base)), hash_of(str(other))])
+    told = [(one["name"], one["id"][:16]) for one in scores["ids"]]
+    assert told == [(str(path), hash_of(str(path))) for path in (base, other)]
+    (base / "README.md").write_text("a card is no part of a model")
+    again = stage(out, model=[str(base), str(other)], cache=cache)
+    kept = again["tasks"][0]["models"]
+    assert all("seconds" not in model for model in kept.values())  # nothing was asked again
+    for name, model in kept.items():
+        assert model["measures"] == task["models"][name]["measures"]
+    shown = list(lines(scores["tasks"]))
+    assert [row["chance"] for row in shown] == ["50.0", "50.0"]
+
+
+def test_the_command_writes_a_report(base, cache, tmp_path):
+    from typer.testing import CliRunner
+
+    from fastlm.cli import app
+
+    given = ["eval", "-m", str(base), "--tasks", "winogrande", "--cache", str(cache)]
+    told = CliRunner().invoke(app, [*given, "-o", str(tmp_path / "out")])
+    assert told.exit_code == 0, told.output
+    page = (tmp_path / "out/report.html").read_text()
+    assert "Question sets" in page and "CC-BY" in page and "<svg" in page
+    assert "winogrande" in told.stdout
+    for extra, message in (
+        (["--limit", "0"], "limit: wanted 1 or more, got 0"),
+        (["--samples", "2"], "temperature: wanted more than 0 for 2 samples"),
+        (["--tasks", "winogrand"], "wanted a name such as winogrande"),
+        (["--tasks", ""], "data: wanted held-out text, or tasks, got neither"),
+    ):
+        refused = CliRunner().invoke(app, [*given, *extra])
+        assert refused.exit_code == 2 and message in refused.stderr, refused.stderr
+
+
+def test_a_full_disk_is_one_line_and_loses_no_record(tmp_path):
+    path = tmp_path / "full.jsonl"
+    done = subprocess.run(
+        [
+            sys.executable, "-c",
+            "import resource, signal, sys\n"
+            "from fastlm.errors import InputError\n"
+            "from fastlm.evals.results import Results\n"
+            "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))\n"
+            "try:\n"
+            "    with Results(sys.argv[1], {}) as results:\n"
+            "        while True:\n"
+            "            results.add([{'text': 'x' * 100}])\n"
+            "except InputError as error:\n"
+            "    print(error, len(results.records))\n",
+            str(path),
+        ],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "cannot be written" in done.stdout
+    with Results(path, {}) as results:
+        assert str(len(results.records)) == done.stdout.split()[-1]
+
+
+def test_the_delimiter_before_an_answer_has_no_length():
+    """lm-evaluation-harness divides by the length of the choice alone."""
+    asked = Choices("0", (("q", "\nab"), ("q", "\nabcdef")), 1)
+    task = Task("own", "own", [asked], "", "", "", delimiter="\n")
+    found = values(task, [{"logprob": [-2.0, -5.0]}])
+    assert found["acc_norm"][0] == 1.0  # by 2 and 6 characters; by 3 and 7 the first is better
+    assert found["bits_per_byte"][0] == pytest.approx(5 / math.log(2) / 6)
+
+
+def test_one_question_tells_no_error(tmp_path):
+    task = choices(1)
+    asked = {"m": ask_all([task], question_files.oracle(task), tmp_path, model="m")}
+    (row,) = measured([task], asked)
+    json.dumps(row, allow_nan=False)
+    assert row["models"]["m"]["measures"]["acc"] == {"value": 1.0, "error": None, "detects": None}
+    (line,) = lines([row])
+    assert line["acc"] == "100.0" and line["detects"] == ""

@@ -1,0 +1,126 @@
+"""The Python code of the README and of the pages in docs/ is run unchanged."""
+
+import math
+import re
+
+import pytest
+import torch
+from paths import ROOT
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import fastlm
+
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 64}
+
+
+def python_of(page: str) -> list[str]:
+    """The Python blocks of a page."""
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text("utf-8"), re.DOTALL | re.M)
+
+
+def run(block: str) -> dict:
+    names: dict = {}
+    exec(compile(block, "a page", "exec"), names)
+    return names
+
+
+def test_the_readme(tmp_path):
+    LlamaForCausalLM(LlamaConfig(num_attention_heads=4, **SIZES)).save_pretrained(tmp_path)
+    patch, op = python_of("README.md")
+    names = run(patch.replace("path/to/a/llama", str(tmp_path)))
+    assert fastlm.patched_ops(names["model"])
+    names["model"](
+        torch.arange(24).view(2, 12), labels=torch.arange(24).view(2, 12)
+    ).loss.backward()
+    names["optimizer"].step()
+    torch.manual_seed(0)
+    names = run(op)
+    want = torch.nn.functional.cross_entropy(names["x"] @ names["head"].T, names["target"])
+    (gradient,) = torch.autograd.grad(want, names["x"])
+    torch.testing.assert_close(names["x"].grad, gradient, rtol=1e-3, atol=1e-6)
+    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 100
+
+
+def test_links_lead_somewhere():
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+        for link in re.findall(r"\]\(([^)#]+)", page.read_text("utf-8")):
+            assert "://" in link or (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_training_on_the_cpu(tmp_path):
+    config = LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **SIZES)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    block = python_of("docs/compat.md")[0].replace("path/to/a/llama", str(tmp_path))
+    names = run(block)
+    model, optimizer = names["model"], names["optimizer"]
+    ids = torch.arange(24).view(2, 12)
+    losses = []
+    for _ in range(20):
+        losses.append(model(input_ids=ids, labels=ids).loss)
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0] and losses[0].item() == pytest.approx(math.log(64), rel=0.1)
+    assert model.lm_head.weight.dtype == torch.bfloat16
+
+
+def test_text_from_python(tmp_path, capsys):
+    tokenizer = fastlm.Tokenizer.train(["Once upon a time three rivers"], 300)
+    config = fastlm.ModelConfig(
+        **SIZES | {"vocab_size": tokenizer.vocab_size}, num_attention_heads=2, eos_token_id=None
+    )
+    fastlm.CausalLM(config, seed=0).save_pretrained(tmp_path)
+    tokenizer.save(tmp_path)
+    block = python_of("docs/models.md")[0].replace("model:smollm2", str(tmp_path))
+    names = run(block)
+    assert "Once upon a time" in capsys.readouterr().out
+    first, second = names["rows"]
+    assert len(first) == len(tokenizer.encode("Once upon a time")) + 64
+    assert second[: len(names["prompt"])] == names["prompt"]
+
+
+def test_ten_lines_of_python():
+    block = python_of("docs/ops.md")[0]
+    torch.manual_seed(0)
+    names = run(block)
+
+    torch.manual_seed(0)  # the block begins with the same draws
+    x = torch.randn(4096, 512, dtype=torch.bfloat16)
+    head = torch.randn(32768, 512, dtype=torch.bfloat16) / 512**0.5
+    target = torch.randint(0, 32768, (4096,))
+    total = 0.0
+    for rows, wanted in zip(x.float().split(512), target.split(512)):
+        logits = rows @ head.float().T
+        lse = logits.logsumexp(1)
+        picked = logits.gather(1, wanted[:, None])[:, 0]
+        total += (lse - picked + 1e-4 * lse**2).sum().item()
+    # exact products of bfloat16, summed in float32: equal up to the order of the sums
+    assert names["loss"].item() == pytest.approx(total / 4096, rel=1e-4)
+    # Adam's first step is lr wherever there is a gradient, in the head in the rows of the targets.
+    # Below 0.1 bfloat16 can represent a step of 1e-3.
+    rows = target.unique()
+    for before, after in ((x, names["x"]), (head[rows], names["head"][rows])):
+        assert torch.isfinite(after).all()
+        small = before.abs() < 0.1
+        assert (after != before)[small].float().mean() > 0.9
+
+
+def test_what_runs_where_is_what_is_registered():
+    from fastlm import inventory  # registers every op
+    from fastlm.backend import IMPLEMENTATIONS
+
+    assert inventory.info()["ops"].keys() == IMPLEMENTATIONS.keys()
+
+    text = (ROOT / "README.md").read_text("utf-8")
+    table = text.split("| op | reference | cpu | triton | cuda |\n", 1)[1].split("\n\n", 1)[0]
+    seen = set()
+    for line in table.splitlines()[1:]:
+        names, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        for op in re.findall(r"`(\w+)`", names):
+            seen.add(op)
+            forward = IMPLEMENTATIONS[op.lower()]
+            backward = IMPLEMENTATIONS.get(f"{op}_backward", forward if op == "rope" else {})
+            for backend, cell in zip(("reference", "cpu", "triton", "cuda"), cells, strict=True):
+                assert (backend in forward) == cell.startswith(("forward", "step")), (op, backend)
+                assert (backend in backward) == cell.endswith("backward"), (op, backend)
+    assert seen == {*fastlm.ops.__all__} - {"quantize_weight"} | {"AdamW"}

@@ -1,0 +1,521 @@
+"""The server's bounds: who may ask, how much, how long; clients that vanish or are slow; requests
+that fail; what is logged and counted.
+"""
+
+import contextlib
+import json
+import re
+import socket
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from serve_app import HTTP, ask, serving, tiny_model
+
+import fastlm.serve
+from fastlm.errors import InputError
+from fastlm.model.causal_lm import CausalLM
+from fastlm.model.config import ModelConfig
+from fastlm.serve.app import READERS
+from fastlm.serve.commands import read_keys
+from fastlm.serve.fields import ApiError, parse_body
+from fastlm.serve.gate import Limits
+from fastlm.serve.requests import Closed, QueueFull
+
+KEY = "a-key-of-this-server"
+SECRET = "swordfish"  # in prompts; no log may have it
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return tiny_model()
+
+
+def body(**fields):
+    messages = [{"role": "user", "content": SECRET}]
+    return {"model": "tiny", "messages": messages, "max_tokens": 4, **fields}
+
+
+def wait_until(true, seconds=20):
+    until = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def connect(url, sent: bytes):
+    host, port = url.removeprefix("http://").split(":")
+    sock = socket.create_connection((host, int(port)), timeout=20)
+    sock.sendall(sent)
+    return sock
+
+
+def head(content, path="/v1/chat/completions"):
+    return (
+        f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        f"content-length: {len(content)}\r\n\r\n"
+    ).encode()
+
+
+def test_keys_hosts_paths_and_bodies(tiny):
+    limits = Limits(body_bytes=3000, body_seconds=0.5, new_tokens=50)
+    options = {"keys": [KEY, "another-key-of-it"], "hosts": frozenset(("127.0.0.1",))}
+    with serving(*tiny, limits=limits, **options) as (url, _):
+        good = {"authorization": f"Bearer {KEY}"}
+
+        def refused(status, sent=None, path="/v1/chat/completions", method="POST", **headers):
+            sent = json.dumps(body()) if sent is None else sent
+            response = HTTP.request(
+                method, url + path, content=sent,
+                headers={"content-type": "application/json", **good, **headers},
+            )  # fmt: skip
+            assert response.status_code == status, response.text
+            error = response.json()["error"]
+            assert (
+                set(error) == {"message", "type", "param", "code"} and "\n" not in error["message"]
+            )
+            assert "default-src 'none'" in response.headers["content-security-policy"]
+            assert "access-control-allow-origin" not in response.headers
+            return response
+
+        assert ask(url, body(), **good).status_code == 200
+        for wrong in ("", "Bearer", "Bearer wrong", f"Basic {KEY}", f"Bearer {KEY}x"):
+            response = refused(401, authorization=wrong)
+            assert response.headers["www-authenticate"] == "Bearer"
+        for path in ("/v1/models", "/metrics", "/openapi.json", "/v1/nothing"):
+            refused(401, path=path, method="GET", authorization="")
+        for path in ("/", "/health", "/ready"):
+            assert HTTP.get(url + path).status_code == 200
+        refused(403, host="evil.example")
+        told = refused(404, path="/v1/nothing").json()["error"]["message"]
+        assert told == "path: wanted one that /openapi.json lists, got '/v1/nothing'"
+        refused(404, path="/v1/feedback", sent='{"response_id": "x", "thumb": "up"}')
+        assert refused(405, method="GET").headers["allow"] == "POST"
+        refused(405, method="OPTIONS", origin="http://evil.example")  # no CORS
+        refused(405, path="/health", **{"content-type": "text/plain"})
+        refused(415, **{"content-type": "text/plain"})
+        refused(413, sent="x" * 3001)
+        refused(400, sent=json.dumps(body(max_tokens=51)))
+        for bad in (
+            "", "{", "[]", "7", '"x"', "\xff", "null", "[" * 2000, '{"model": NaN}',
+            '{"model": "tiny", "model": "tiny"}', '{"model": 1e999}', '{"temperature": 1e999}',
+            '{"seed": ' + "9" * 2500 + "}", '{"model": "\\ud800"}',
+            json.dumps(body(messages=[{"role": "user", "content": "\ud800"}])),
+            json.dumps(body(stop="\ud800")), '{"\\ud800": 1}', '{"\\ud800": 1, "\\ud800": 2}',
+            json.dumps(body(tools=[{"type": "function", "function": {"name": "\ud800"}}])),
+            json.dumps(body(chat_template_kwargs={"\ud800": {"x": "\ud800"}})),
+        ):  # fmt: skip
+            refused(400, sent=bad.encode("latin-1"))
+        with connect(url, head(b"x" * 99).replace(b"host: localhost", b"host: 127.0.0.1")
+                     .replace(b"\r\n\r\n", f"\r\nauthorization: Bearer {KEY}\r\n\r\n{{".encode())
+                     ) as slow:  # fmt: skip
+            assert slow.recv(99).startswith(b"HTTP/1.1 408")
+        chunked = HTTP.post(
+            url + "/v1/completions", content=(b"x" * 1000 for _ in range(9)),
+            headers={**good, "content-type": "application/json"},
+        )  # fmt: skip
+        assert chunked.status_code == 413
+        assert ask(url, body(), **good).status_code == 200
+
+
+def test_many_keys_are_read_in_one_pass():
+    pairs = ", ".join(f'"{i}": 1' for i in range(100_000))
+    began = time.process_time()
+    with pytest.raises(ApiError, match="99999: wanted once, got it twice"):
+        parse_body(f'{{{pairs}, "99999": 1}}'.encode())
+    assert time.process_time() - began < 5  # each key against each other takes minutes
+
+
+def test_keys_come_from_a_file_or_the_environment(tmp_path, monkeypatch):
+    (tmp_path / "keys").write_text(f"# ours\n{KEY}\n\nanother-key-of-it\n")
+    assert read_keys(tmp_path / "keys") == [KEY, "another-key-of-it"]
+    monkeypatch.setenv("FASTLM_API_KEYS", f"{KEY}, another-key-of-it")
+    assert read_keys(None) == [KEY, "another-key-of-it"]
+    for text in ("short\n", "", "with a space in it\n", "ümlaut-in-this-key\n"):
+        (tmp_path / "keys").write_text(text)
+        with pytest.raises(InputError, match="api_key_file: wanted"):
+            read_keys(tmp_path / "keys")
+
+
+def test_a_client_that_goes_away_frees_its_place(tiny):
+    with serving(*tiny, pause=0.02) as (url, server):
+        engine = server.served.engine
+        for stream in (False, True):
+            content = json.dumps(body(max_tokens=400, ignore_eos=True, stream=stream, n=2)).encode()
+            sock = connect(url, head(content) + content)
+            wait_until(lambda: engine.stats().running == 2)
+            sock.close()
+            wait_until(lambda: engine.stats().running == 0)
+        assert engine.stats().finished["cancelled"] == 4
+        sock = connect(url, head(b"x" * 50)[:-10])  # within the headers, then within the body
+        sock.close()
+        connect(url, head(b"x" * 50) + b"{").close()
+        assert ask(url, body()).status_code == 200
+        assert re.search(r"fastlm_cancellations_total [1-9]", server.metrics.text().decode())
+
+
+def test_a_client_that_does_not_read_is_given_up():
+    limits = Limits(write_seconds=0.3)
+    with serving(*tiny_model(4096), limits=limits, buffer=4096) as (url, server):
+        engine = server.served.engine
+        content = json.dumps(body(stream=True, max_tokens=4000, ignore_eos=True)).encode()
+        host, port = url.removeprefix("http://").split(":")
+        with socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            sock.connect((host, int(port)))
+            sock.sendall(head(content) + content)
+            wait_until(lambda: engine.stats().finished.get("cancelled") == 1, 60)
+        assert HTTP.get(url + "/health").status_code == 200
+
+
+def test_connections_without_whole_headers_are_closed(tiny):
+    """They would take all places: then everybody gets a 503."""
+    request = head(b"{}") + b"{}"
+    with serving(*tiny, limits=Limits(header_seconds=1.5), connections=4) as (url, _):
+        sent = (b"", b"P", request[:40], b"GET /health HTTP/1.1\r\n")
+        idle = [connect(url, part) for part in sent]
+        assert HTTP.get(url + "/health").status_code == 503
+        wait_until(lambda: HTTP.get(url + "/health").status_code == 200)
+        for sock in idle:
+            with sock, contextlib.suppress(ConnectionResetError):
+                assert sock.recv(99) == b""
+        with connect(url, request[:40]) as slow:  # a byte now and then buys no time
+            with pytest.raises(OSError):
+                for byte in request[40:]:
+                    time.sleep(0.05)
+                    slow.sendall(bytes((byte,)))
+        with connect(url, b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n") as kept:
+            assert _response(kept).startswith(b"HTTP/1.1 200")
+            time.sleep(1.7)  # a connection between requests is not one that lacks headers
+            kept.sendall(request)
+            assert _response(kept).startswith(b"HTTP/1.1 400")
+            kept.sendall(request[:40])
+            with contextlib.suppress(ConnectionResetError):
+                assert kept.recv(99) == b""
+
+
+def test_what_nobody_takes_of_a_response_is_dropped(tiny):
+    """The whole response is written at once, so that no write of the server waits."""
+    limits = Limits(write_seconds=1.5)  # so long it takes a place: a busy machine sees that, too
+    with serving(*tiny, limits=limits, buffer=4096, connections=2) as (url, _):
+        get = b"GET /openapi.json HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
+        host, port = url.removeprefix("http://").split(":")
+        with socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            sock.connect((host, int(port)))
+            sock.sendall(get)
+            # another client must not come before: then this one would get the 503
+            assert sock.recv(12, socket.MSG_PEEK) == b"HTTP/1.1 200"
+            wait_until(lambda: HTTP.get(url + "/health").status_code == 503)
+            wait_until(lambda: HTTP.get(url + "/health").status_code == 200)
+            got = b"".join(iter(lambda: _received(sock), b""))
+        assert 0 < len(got) < len(HTTP.get(url + "/openapi.json").content)
+        with socket.socket() as sock:  # who reads slowly is served
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            sock.connect((host, int(port)))
+            sock.sendall(get)
+            got = b""
+            while piece := sock.recv(2000):
+                got += piece
+                time.sleep(0.02)
+        assert json.loads(got.partition(b"\r\n\r\n")[2])["openapi"]
+
+
+def _response(sock):
+    """A response whose body is an object."""
+    got = b""
+    while not got.endswith(b"}"):
+        got += sock.recv(9999)
+    return got
+
+
+def _received(sock):
+    try:
+        return sock.recv(2**16)
+    except ConnectionResetError:
+        return b""
+
+
+def test_a_full_queue_is_a_429_and_takes_nothing(tiny):
+    with serving(*tiny, engine={"max_rows": 1, "max_waiting": 2}, pause=0.02) as (url, server):
+        engine = server.served.engine
+        long = body(max_tokens=60, ignore_eos=True)
+        with ThreadPoolExecutor(3) as pool:
+            running = [pool.submit(ask, url, long) for _ in range(2)]
+            wait_until(lambda: engine.stats().waiting == engine.stats().running == 1)
+            for stream in (False, True):  # two answers where there is place for one
+                full = ask(url, body(n=2, stream=stream))
+                assert full.status_code == 429 and int(full.headers["retry-after"]) >= 1
+                assert full.json()["error"]["code"] == "queue_full"
+            wait_until(lambda: engine.stats().waiting == 1)
+            assert [r.result().status_code for r in running] == [200, 200]
+        assert ask(url, body(n=2)).status_code == 200
+
+
+def test_texts_that_no_context_holds_are_not_encoded(tiny):
+    with serving(*tiny) as (url, server):
+        backend = server.served.tokenizer._text_backend
+
+        class Refuses:
+            def __getattr__(self, name):
+                raise AssertionError("encoded")
+
+        server.served.tokenizer.__dict__["_text_backend"] = Refuses()
+        long, backs = "ab" * 300_000, server.served.tokenizer._backend
+        server.served.tokenizer._backend = Refuses()
+        try:
+            for path, fields in (
+                ("/v1/completions", {"prompt": long}),
+                ("/v1/embeddings", {"input": ["x" * 600_000]}),
+                ("/v1/chat/completions", {"messages": [{"role": "user", "content": long}]}),
+            ):
+                told = ask(url, {"model": "tiny", **fields}, path)
+                assert told.status_code == 400 and "bytes" in told.json()["error"]["message"]
+        finally:
+            server.served.tokenizer.__dict__["_text_backend"] = backend
+            server.served.tokenizer._backend = backs
+
+
+def test_embeddings_of_an_engine_that_is_full_or_stops(tiny):
+    sent = {"model": "tiny", "input": ["a", "b"]}
+
+    def refuse(error):
+        def call(*_):
+            raise error
+
+        return call
+
+    def ended(*_):
+        future = Future()
+        future.cancel()
+        future.set_running_or_notify_cancel()
+        return future
+
+    with serving(*tiny) as (url, server):
+        call = server.served.engine.call
+        for wrong, status, code in (
+            (refuse(QueueFull(3, 2.0)), 429, "queue_full"),
+            (refuse(Closed()), 503, "stopping"),
+            (ended, 503, "stopping"),
+        ):
+            server.served.engine.call = wrong
+            told = ask(url, sent, "/v1/embeddings")
+            assert (told.status_code, told.json()["error"]["code"]) == (status, code)
+            assert int(told.headers["retry-after"]) >= 1
+        server.served.engine.call = call
+        submit, server.served.engine.submit = server.served.engine.submit, refuse(Closed())
+        told = ask(url, body())
+        assert (told.status_code, told.json()["error"]["code"]) == (503, "stopping")
+        server.served.engine.submit = submit
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [("/v1/embeddings", {"input": ["a", "b", "c"]}), ("/v1/completions", {"prompt": "a"})],
+)
+def test_what_was_accepted_before_a_stop_is_answered_within_the_bound(tiny, path, fields):
+    """Its body was read before; all that it asks of the engine comes after."""
+    for drain, status in ((20.0, 200), (0.0, 503)):
+        began = threading.Event()
+        with ThreadPoolExecutor(1) as pool:
+            with serving(*tiny, drain=drain) as (url, server):
+                text = server.served.prompts.text
+
+                def late(*given, server=server, text=text, began=began, **options):
+                    began.set()
+                    wait_until(lambda: server.stopping)
+                    time.sleep(0.1)
+                    return text(*given, **options)
+
+                server.served.prompts.text = late
+                asked = pool.submit(ask, url, {"model": "tiny", **fields}, path)
+                assert began.wait(20)
+            assert asked.result().status_code == status, asked.result().text
+
+
+def test_one_key_takes_at_most_half_of_the_queue(tiny):
+    keys, long = [KEY, "another-key-of-it"], body(max_tokens=60, ignore_eos=True)
+    options = {"engine": {"max_rows": 1, "max_waiting": 8}, "pause": 0.02, "keys": keys}
+    with serving(*tiny, **options) as (url, server):
+        mine, other = ({"authorization": f"Bearer {key}"} for key in keys)
+        with ThreadPoolExecutor(9) as pool:
+            running = [pool.submit(ask, url, {**long, "user": "0"}, **mine)]
+            wait_until(lambda: server.served.engine.stats().running and not server.shares.waiting)
+            running += [pool.submit(ask, url, {**long, "user": str(i)}, **mine) for i in range(4)]
+            wait_until(lambda: server.served.engine.stats().waiting == 4)
+            full = ask(url, {**long, "user": "x"}, **mine)
+            assert full.status_code == 429 and int(full.headers["retry-after"]) >= 1
+            assert ask(url, body(), **other).status_code == 200
+            assert [r.result().status_code for r in running] == [200] * 5
+        assert not server.shares.waiting
+
+
+def test_embeddings_of_one_key_take_at_most_half_of_the_queue(tiny):
+    keys, sent = [KEY, "another-key-of-it"], {"model": "tiny", "input": "a"}
+    began, go = threading.Event(), threading.Event()
+    with serving(*tiny, engine={"max_waiting": 2}, keys=keys) as (url, server):
+        embedding = server.served.embedding
+        server.served.embedding = lambda ids: (began.set(), go.wait(20), embedding(ids))[2]
+        mine, other = ({"authorization": f"Bearer {key}"} for key in keys)
+        with ThreadPoolExecutor(2) as pool:
+            running = [pool.submit(ask, url, sent, "/v1/embeddings", **mine)]
+            assert began.wait(20)
+            assert ask(url, sent, "/v1/embeddings", **mine).status_code == 429
+            running.append(pool.submit(ask, url, sent, "/v1/embeddings", **other))
+            wait_until(lambda: len(server.shares.waiting) == 2)
+            go.set()
+            assert [r.result().status_code for r in running] == [200, 200]
+        assert not server.shares.waiting
+
+
+def test_many_log_probabilities_are_refused():
+    with serving(*tiny_model(4096)) as (url, _):
+        asked = body(logprobs=True, top_logprobs=20, n=16, max_tokens=4000)
+        told = ask(url, asked).json()["error"]
+        assert told["param"] == "logprobs" and "answers x max_tokens" in told["message"]
+
+
+def test_ids_that_only_the_model_has(tiny):
+    _, tokenizer = tiny
+    vocab = tokenizer.vocab_size + 8
+    config = ModelConfig(
+        vocab_size=vocab, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=256, eos_token_id=tokenizer.eos_id,
+    )  # fmt: skip
+    model = CausalLM(config, seed=1).eval()
+    with torch.no_grad():  # the padding is likely
+        model.lm_head.weight[-8:] = model.lm_head.weight[:-8].mean(0)
+    with serving(model, tokenizer) as (url, _):
+        refused = ask(url, body(logit_bias={str(vocab - 1): 1}))
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == "logit_bias"
+        asked = {"model": "tiny", "prompt": "The", "max_tokens": 8, "temperature": 0}
+        for stream in (False, True):
+            told = ask(url, {**asked, "logprobs": 20, "stream": stream}, "/v1/completions")
+            assert told.status_code == 200 and '"error"' not in told.text
+
+
+def test_a_request_that_fails_does_not_end_the_server(tiny, capfd):
+    model, tokenizer = tiny
+    with serving(model, tokenizer) as (url, server):
+        compute = server.served.engine._compute
+
+        def broken(*_):
+            raise RuntimeError(SECRET)
+
+        server.served.engine._compute = broken
+        failed = ask(url, body())
+        assert failed.status_code == 500 and failed.json()["error"]["type"] == "server_error"
+        streamed = ask(url, body(stream=True))
+        assert '"error"' in streamed.text and "[DONE]" not in streamed.text
+        server.served.engine._compute = compute
+        embedding, server.served.embedding = server.served.embedding, broken
+        told = ask(url, {"model": "tiny", "input": "x"}, "/v1/embeddings")
+        assert told.status_code == 500 and SECRET not in told.text
+        server.served.embedding = embedding
+        assert ask(url, body()).status_code == 200
+        assert ask(url, {"model": "tiny", "input": "x"}, "/v1/embeddings").status_code == 200
+    lines = [json.loads(line) for line in capfd.readouterr().err.splitlines()]
+    requests = [line for line in lines if line["event"] == "request"]
+    assert [line["status"] for line in requests] == [500, 200, 500, 200, 200]
+    assert requests[3]["prompt_tokens"] > 10 and requests[3]["new_tokens"] == 4
+    assert [line["type"] for line in lines if line["event"] == "failure"] == ["RuntimeError"]
+    assert SECRET not in json.dumps(lines)
+
+
+def test_an_answer_ends_after_its_time(tiny):
+    with serving(*tiny, pause=0.05, limits=Limits(answer_seconds=1.5)) as (url, _):
+        said = ask(url, body(max_tokens=400, ignore_eos=True)).json()
+        assert 0 < said["usage"]["completion_tokens"] < 100
+        assert said["choices"][0]["finish_reason"] == "length"
+
+
+def test_a_request_that_never_began(tiny):
+    with serving(*tiny, engine={"max_rows": 1}, pause=0.05) as (url, server):
+        with ThreadPoolExecutor(1) as pool:
+            long = body(max_tokens=40, ignore_eos=True)
+            running = pool.submit(ask, url, long)
+            wait_until(lambda: server.served.engine.stats().running == 1)
+            server.served.engine.submit, submit = (
+                lambda request, listen: submit(replace(request, deadline=0.01), listen),
+                server.served.engine.submit,
+            )
+            late = ask(url, body(n=2))
+            assert late.status_code == 503 and late.json()["error"]["code"] == "too_late"
+            assert running.result().status_code == 200
+        assert "fastlm_cancellations_total 0.0" in server.metrics.text().decode()
+
+
+def test_an_error_is_not_the_clients_cancellation(tiny):
+    with serving(*tiny) as (url, server):
+
+        def broken(*_):
+            raise RuntimeError("no")
+
+        server.served.engine._rows = broken
+        assert ask(url, body(n=3)).status_code == 500
+        assert '"error"' in ask(url, body(n=3, stream=True)).text
+        text = server.metrics.text().decode()
+        assert "fastlm_cancellations_total 0.0" in text
+        assert 'fastlm_errors_total{type="server_error"} 2.0' in text
+
+
+def test_metrics_and_the_dashboard(tiny):
+    with serving(*tiny) as (url, server):
+        ask(url, body(max_tokens=5, ignore_eos=True))
+        ask(url, body(nothing=1))
+        text = HTTP.get(url + "/metrics").text
+        known = server.metrics.names()
+
+    def value(name):
+        return float(re.search(rf"^{re.escape(name)} (.*)$", text, re.M)[1])
+
+    assert value("fastlm_time_to_first_token_seconds_count") == 1
+    assert value("fastlm_inter_token_seconds_count") == 4
+    assert value("fastlm_queue_seconds_count") == 1
+    assert 0 < value("fastlm_queue_seconds_sum") < value("fastlm_time_to_first_token_seconds_sum")
+    assert value("fastlm_new_tokens_total") == 5
+    assert value('fastlm_requests_total{path="/v1/chat/completions",status="200"}') == 1
+    assert value('fastlm_errors_total{type="invalid_request_error"}') == 1
+    assert value('fastlm_answers_total{reason="length"}') == 1
+    board = json.loads(Path(fastlm.serve.__file__).with_name("grafana.json").read_text())
+    queries = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+    shown = {name for query in queries for name in re.findall(r"fastlm_\w+", query)}
+    changing = {"model_answers_total", "model_decisions_total", "canary", "canary_difference"}
+    known |= {
+        f"fastlm_{name}" for name in (*changing, "alert")
+    }  # tests/system/test_serve_canary.py
+    assert len(queries) > 8 and shown <= known, shown - known
+    for wanted in (
+        "first_token",
+        "inter_token",
+        "waiting",
+        "queue_seconds",
+        "drafted",
+        "accepted",
+        "pages_used",
+        "cached",
+        "cancellations",
+    ):
+        assert any(wanted in name for name in shown), wanted
+
+
+def test_few_threads_encode_prompts(tiny):
+    """The tokenizers package keeps the words of each thread that encodes: with one thread for each
+    of 64 clients, the memory of a server grew for hours."""
+    with serving(*tiny) as (url, server):
+        chat, threads = server.served.prompts.chat, set()
+
+        def recorded(asked):
+            threads.add(threading.get_ident())
+            time.sleep(0.01)  # so that the clients meet
+            return chat(asked)
+
+        server.served.prompts.chat = recorded
+        with ThreadPoolExecutor(24) as clients:
+            answers = list(clients.map(lambda _: ask(url, body()).status_code, range(48)))
+    assert set(answers) == {200}
+    assert len(threads) <= READERS

@@ -1,0 +1,268 @@
+"""``fastlm serve`` as a process: its start and its refusals, an orderly end, a kill, and several of
+them behind nginx.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+
+import httpx
+import pytest
+from paths import ROOT
+from serve_app import COMMAND, HTTP, ask, served, tiny_model
+from typer.testing import CliRunner
+
+from fastlm.cli import app
+from fastlm.errors import InputError
+from fastlm.serve.feedback import FeedbackStore
+from fastlm.serve.monitor.window import read_opinions
+from fastlm.serve.process import _listen
+from fastlm.tokenizer.tokenizer import Tokenizer
+
+DOCS = ROOT / "docs/serving.md"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    model, tokenizer = tiny_model(4096)
+    folder = tmp_path_factory.mktemp("served") / "tiny"
+    model.save_pretrained(folder)
+    tokenizer.save(folder)
+    return folder
+
+
+def body(**fields):
+    return {"model": "tiny", "prompt": "The", "max_tokens": 3, **fields}
+
+
+def test_refusals(folder, tmp_path):
+    def refused(*options, **environment):
+        done = subprocess.run(
+            [*COMMAND, *map(str, options)], capture_output=True, text=True,
+            env={**os.environ, **environment},
+        )  # fmt: skip
+        assert done.returncode == 2, done.stderr
+        return done.stderr.strip().splitlines()[-1]
+
+    assert "host: wanted API keys" in refused("-m", folder, "--host", "0.0.0.0")
+    line = refused("-m", folder, "--kv-dtype", "int4")
+    assert line == "fastlm: kv_dtype: wanted float32, bfloat16, float16, int8, got 'int4'"
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        with pytest.raises(InputError, match=r"port: wanted a free one on 127\.0\.0\.1"):
+            _listen("127.0.0.1", taken.getsockname()[1])
+    serve = ["serve", "-m", str(folder), "--port", "0", "--pages", "2000000000"]
+    result = CliRunner().invoke(app, serve)
+    assert result.exit_code == 2 and "pages: wanted as many as fit the memory" in result.stderr
+    Tokenizer.train(["Another text."], 320).save(tmp_path)
+    shutil.copy(folder / "config.json", tmp_path)
+    shutil.copy(folder / "model.safetensors", tmp_path)
+    serve = ["serve", "-m", str(folder), "--port", "0", "--draft-model", str(tmp_path)]
+    result = CliRunner().invoke(app, serve)
+    assert result.exit_code == 2
+    assert "draft_model: wanted one with the model's tokenizer, got" in result.stderr
+    # without the extra: one line that says what to install
+    (tmp_path / "uvicorn.py").write_text("raise ModuleNotFoundError(name='uvicorn')")
+    line = refused("-m", folder, PYTHONPATH=str(tmp_path))
+    assert line == (
+        "fastlm: serve: wanted the package uvicorn, not found: pip install 'fastlm[serve]'"
+    )
+
+
+def test_a_draft_model(folder):
+    texts = []
+    for options in ((), ("--draft-model", folder)):
+        with served("--model", folder, *options) as (_, url, _):
+            answer = ask(url, body(max_tokens=60, ignore_eos=True, seed=1), "/v1/completions")
+            texts.append(answer.json()["choices"][0]["text"])
+            counters = HTTP.get(url + "/metrics").text
+    assert texts[0] == texts[1]
+    drafted, accepted = (
+        float(re.search(rf"^fastlm_{name}_tokens_total (.*)$", counters, re.M)[1])
+        for name in ("drafted", "accepted")
+    )
+    assert 30 < accepted <= drafted and "\nfastlm_draft_failures_total 0.0\n" in counters
+
+
+def test_sigterm_lets_running_answers_end(folder):
+    options = ("--drain", 60, "--pages", 40, "--kv-dtype", "int8")
+    with (
+        served("--model", folder, *options) as (process, url, lines),
+        ThreadPoolExecutor(1) as pool,
+    ):
+        (described,) = HTTP.get(url + "/v1/models").json()["data"]
+        assert described["fastlm"]["context_limit"] == 40 * 64
+        long = pool.submit(ask, url, body(max_tokens=400, ignore_eos=True), "/v1/completions")
+        running = re.compile(r"^fastlm_running 1\.0$", re.M)
+        until = time.monotonic() + 60
+        while not running.search(HTTP.get(url + "/metrics").text):
+            assert time.monotonic() < until
+        process.send_signal(signal.SIGTERM)
+        assert long.result().json()["usage"]["completion_tokens"] == 400
+        assert process.wait(30) in (0, -signal.SIGTERM)
+        with pytest.raises(httpx.TransportError):
+            HTTP.get(url + "/health")
+    events = [line["event"] for line in lines]
+    assert lines[0]["pages"] == 40 and lines[0]["page_bytes"] == 64 * 2 * 2 * (16 + 4)
+    assert events[-3:] == ["stopping", "request", "stopped"] and "uvicorn" not in events
+
+
+def test_the_bound_ends_answers_and_tells_their_clients(folder):
+    with (
+        served("--model", folder, "--drain", 0.2) as (process, url, _),
+        ThreadPoolExecutor(2) as pool,
+    ):
+        asked = body(max_tokens=4000, ignore_eos=True)
+        whole = pool.submit(ask, url, asked, "/v1/completions")
+        stream = pool.submit(ask, url, {**asked, "stream": True}, "/v1/completions")
+        while "fastlm_running 2.0" not in HTTP.get(url + "/metrics").text:
+            pass
+        process.send_signal(signal.SIGTERM)
+        assert whole.result().status_code == 503
+        assert json.loads(stream.result().text.split("\n\n")[-2][6:])["error"]["code"] == "stopping"
+        assert process.wait(30) in (0, -signal.SIGTERM)
+
+
+def test_nothing_acknowledged_is_lost_by_a_kill(folder, where):
+    told, talks = [], {}
+
+    def give(client, url, thread, i):
+        opinion = {"response_id": f"{thread}-{i}", "comment": "x" * 500}
+        if client.post(url + "/v1/feedback", json=opinion).status_code == 200:
+            told.append(opinion["response_id"])
+
+    def talk(client, url, thread, i):
+        asked = {
+            "model": "tiny", "messages": [{"role": "user", "content": f"Hi {thread}"}],
+            "structured_outputs": {"regex": "[a-z]{8}"},  # nothing that is scrubbed
+            "store": True, "stream": thread == 4,
+        }  # fmt: skip
+        response = client.post(url + "/v1/chat/completions", json=asked)
+        if not asked["stream"]:
+            made = response.json()
+            talks[made["id"]] = made["choices"][0]["message"]["content"]
+        elif response.text.endswith("data: [DONE]\n\n"):  # else it broke off
+            events = [json.loads(line[6:]) for line in response.text.split("\n\n")[:-2]]
+            said = [event["choices"][0]["delta"].get("content", "") for event in events]
+            talks[events[0]["id"]] = "".join(said)
+
+    def repeat(act, *given):
+        with httpx.Client(timeout=60) as client, suppress(httpx.TransportError):
+            for i in range(10_000):
+                act(client, *given, i)
+
+    with (
+        served("--model", folder, "--feedback", where) as (process, url, _),
+        ThreadPoolExecutor(5) as pool,
+    ):
+        for thread, act in enumerate((give, give, give, talk, talk)):
+            pool.submit(repeat, act, url, thread)
+        until = time.monotonic() + 300
+        while len(told) < 60 or len(talks) < 10:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        process.kill()
+    with FeedbackStore(where) as store:
+        stored = {opinion.response_id for opinion in store.opinions()}
+        kept = {id: answer.choices[0][0]["content"] for id, answer in store.answers().items()}
+    assert set(told) <= stored
+    assert talks == {id: kept.get(id) for id in talks}
+
+
+@pytest.mark.skipif(not shutil.which("nginx"), reason="wanted nginx (Debian: nginx), not found")
+def test_replicas_behind_nginx(folder, tmp_path):
+    """With the configuration of docs/serving.md."""
+    base = tmp_path / "feedback.sqlite"
+    with ExitStack() as stack:
+        both = [
+            stack.enter_context(served("--model", folder, "--feedback", base)) for _ in range(2)
+        ]
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        (block,) = re.findall(r"```nginx\n(.*?)```", DOCS.read_text(), re.S)
+        for name, (_, url, _) in zip(("8001", "8002"), both):
+            assert f"127.0.0.1:{name}" in block
+            block = block.replace(f"127.0.0.1:{name}", url.removeprefix("http://"))
+        block = block.replace("listen 127.0.0.1:8000", f"listen 127.0.0.1:{port}")
+        conf = tmp_path / "nginx.conf"
+        conf.write_text(
+            f"daemon off; pid {tmp_path}/pid; error_log {tmp_path}/errors;\nevents {{}}\n"
+            f"http {{ access_log off; client_body_temp_path {tmp_path}/body;\n{block} }}\n"
+        )
+        nginx = subprocess.Popen(["nginx", "-p", str(tmp_path), "-c", str(conf)])
+        stack.callback(nginx.wait)
+        stack.callback(nginx.terminate)
+        url = f"http://127.0.0.1:{port}"
+        until = time.monotonic() + 30
+        while True:
+            try:
+                HTTP.get(url + "/ready")
+                break
+            except httpx.TransportError:
+                assert time.monotonic() < until
+                time.sleep(0.05)
+        texts = {
+            ask(url, body(temperature=0), "/v1/completions").json()["choices"][0]["text"]
+            for _ in range(4)
+        }
+        assert len(texts) == 1
+        events = ask(url, body(stream=True), "/v1/completions")
+        assert events.text.endswith("data: [DONE]\n\n")
+        for i in range(6):
+            opinion = {"response_id": f"r{i}", "thumb": "up"}
+            assert ask(url, opinion, "/v1/feedback").status_code == 200
+
+        def seen():  # a line of the log follows its response
+            return [sum(line.get("path") == "/v1/feedback" for line in log) for _, _, log in both]
+
+        while sum(seen()) < 6:
+            assert time.monotonic() < until + 60
+            time.sleep(0.05)
+        assert min(seen()) > 0
+        both[0][0].kill()  # the other takes over
+        both[0][0].wait()
+        answers = [ask(url, body(), "/v1/completions").status_code for _ in range(4)]
+        assert answers == [200] * 4
+    with FeedbackStore(base) as store:
+        assert len(store.opinions()) == 6
+
+
+def test_files_of_metrics_and_alerts(folder, tmp_path):
+    """They are used, and a wrong one ends the command with its line."""
+    metrics, alerts = tmp_path / "metrics.toml", tmp_path / "alerts.toml"
+    for file, table in ((metrics, "metric"), (alerts, "alert")):
+        text = DOCS.read_text()
+        (block,) = (b for b in re.findall(r"```toml\n(.*?)```", text, re.S) if f"[[{table}]]" in b)
+        file.write_text(block)
+    alerts.write_text(alerts.read_text() + '[[alert]]\nname = "unsolved"\nmetric = "solved"\n'
+                      'below = 0.5\nwindow = "1d"\n')  # fmt: skip
+    base = tmp_path / "f.sqlite"
+    options = ("--feedback", base, "--metrics", metrics, "--alerts", alerts)
+    with served("--model", folder, *options) as (process, url, _):
+        told = HTTP.get(url + "/v1/models/tiny").json()["fastlm"]["metrics"]
+        assert [one["name"] for one in told] == ["stars", "solved"]
+        shown = HTTP.get(url + "/dashboard/data").json()
+        names = [one["name"] for one in shown["alerts"]]
+        assert names == ["refuses too often", "slow", "unsolved"]
+        assert shown["drift"]["reference"] == "2026-11-01 to 2026-11-08"
+        made = ask(url, body(), "/v1/completions").json()
+        ask(url, {"response_id": made["id"], "metrics": {"stars": 5}}, "/v1/feedback")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) in (0, -signal.SIGTERM)
+    with FeedbackStore(base) as store:  # the last measures were written at the end
+        (opinion,) = read_opinions(store, 0, time.time() + 9)
+        assert opinion.model == "tiny" and opinion.metrics == {"stars": 5.0}
+    alerts.write_text("[[alert]]\nname = 1\n")
+    for given, message in (
+        (options, "alerts.toml line 2: name: wanted a string, got a whole number 1"),
+        (("--alerts", alerts), "alerts: wanted with --feedback, which has none"),
+    ):
+        arguments = ["serve", "--model", str(folder), "--port", "0", *map(str, given)]
+        done = CliRunner().invoke(app, arguments)
+        assert done.exit_code == 2 and message in done.stderr, (done.stderr, done.exception)

@@ -1,0 +1,248 @@
+"""Promotions and rollbacks under load: no request is lost, each answer is that of the model it
+names, and a replaced model's memory returns."""
+
+import json
+import re
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from canary_app import changing, folders, wait_until_freed
+from paths import SUPPORT
+from serve_app import HTTP, TEXT, ask
+
+from fastlm.decode.sampling import Sampling
+from fastlm.errors import InputError
+from fastlm.model.causal_lm import CausalLM
+from fastlm.model.config import ModelConfig
+from fastlm.serve import loading
+from fastlm.serve.admin_api import PATHS
+from fastlm.serve.chat import load_model
+from fastlm.serve.engine import Engine
+from fastlm.serve.requests import Request
+from fastlm.serve.state import read_state
+from fastlm.serve.switch import Allowed
+from fastlm.tokenizer.tokenizer import Tokenizer
+
+PROMPTS = ["The tree", "What is 1 + 1?", "river", "name"]
+SEEDS = range(3)
+TOKENS = 60
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return folders(tmp_path_factory.mktemp("models"), "abc")
+
+
+@pytest.fixture(scope="module")
+def alone(models):
+    """{(digest's beginning, prompt, seed): the text of that model alone}."""
+    texts = {}
+    for folder in models.values():
+        model, tokenizer = load_model(folder)
+        engine = Engine(model, tokenizer, pages=64)
+        start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+        keys = [(prompt, seed) for prompt in PROMPTS for seed in SEEDS]
+        asked = [
+            Request(
+                [*start, *tokenizer.encode(p)],
+                TOKENS,
+                Sampling(temperature=1.0),
+                s,
+                ignore_eos=True,
+            )
+            for p, s in keys
+        ]
+        name = loading.digest_of(folder)[:8]
+        for key, result in zip(keys, engine.generate(asked)):
+            texts[name, *key] = result.text
+    return texts
+
+
+def promote(url, path, **headers):
+    body = {} if path is None else {"model": str(path)}
+    return ask(url, body, "/v1/admin/promote", **headers)
+
+
+def streamed(url, prompt, seed):
+    """(status, model, text, whether it is whole)."""
+    body = {
+        "model": "tiny", "prompt": prompt, "seed": seed, "max_tokens": TOKENS, "ignore_eos": True,
+        "stream": True,
+    }  # fmt: skip
+    response = ask(url, body, "/v1/completions")
+    if response.status_code != 200:
+        return response.status_code, "", response.text, False
+    events = [line[6:] for line in response.text.split("\n\n") if line]
+    told = [json.loads(event) for event in events if event != "[DONE]"]
+    if any("error" in one for one in told):
+        return 500, "", response.text, False
+    (model,) = {one["model"] for one in told}
+    text = "".join(one["choices"][0]["text"] for one in told)
+    whole = events[-1] == "[DONE]" and told[-1]["choices"][0]["finish_reason"] == "length"
+    return 200, model, text, whole
+
+
+def test_swaps_under_load_lose_no_request(models, alone, tmp_path):
+    ends = threading.Event()
+    seen = []
+
+    def client(number):
+        for i in range(10_000):
+            if ends.is_set():
+                return
+            prompt, seed = PROMPTS[(number + i) % len(PROMPTS)], i % len(SEEDS)
+            seen.append((prompt, seed, *streamed(url, prompt, seed)))
+
+    gone = []
+    folder = next(iter(models.values())).parent
+    with changing(models["a"], tmp_path / "state.json", models_dir=folder) as (url, server):
+        with ThreadPoolExecutor(12) as clients:
+            running = [clients.submit(client, number) for number in range(12)]
+            try:
+                for what in ("b", "back", "c", "a", "back", "b"):
+                    gone.append(weakref.ref(server.served.model))
+                    before = len(seen)
+                    done = (
+                        ask(url, {}, "/v1/admin/rollback") if what == "back" else promote(url, what)
+                    )
+                    assert done.status_code == 200, done.text
+                    until = time.monotonic() + 120
+                    while len(seen) < before + 24:  # each model answers for a while
+                        assert time.monotonic() < until
+                        time.sleep(0.01)
+            finally:
+                ends.set()
+            for one in running:
+                one.result()
+        wait_until_freed(server)
+        assert [ref() for ref in gone] == [None] * 6  # while the server goes on
+        counters = HTTP.get(url + "/metrics").text
+        assert [d["action"] for d in read_state(tmp_path / "state.json").decisions] == [
+            "promote", "roll back", "promote", "promote", "roll back", "promote",
+        ]  # fmt: skip
+        assert server.served.path == str(models["b"])
+    assert all(status == 200 and whole for _, _, status, _, _, whole in seen), seen
+    answered = {model for _, _, _, model, _, _ in seen}
+    assert len(answered) == 3 and all(model.startswith("tiny@") for model in answered)
+    for prompt, seed, _, model, text, _ in seen:
+        assert text == alone[model.removeprefix("tiny@"), prompt, seed]
+    # counters of freed models stay; each of the six that were loaded was tried with one answer
+    assert f'fastlm_answers_total{{reason="length"}} {float(len(seen) + 6)}' in counters
+    told = re.findall(
+        r'^fastlm_model_answers_total{ended="whole",model=".*"} (.*)$', counters, re.M
+    )
+    assert len(told) == 3 and sum(map(float, told)) == len(seen)
+    assert 'fastlm_model_decisions_total{action="promote"} 4.0' in counters
+
+
+def test_the_memory_of_a_replaced_model_returns(tmp_path):
+    """50 MiB each."""
+    tokenizer = Tokenizer.train(TEXT, 320)
+    config = ModelConfig(
+        vocab_size=tokenizer.vocab_size, hidden_size=512, intermediate_size=2048,
+        num_hidden_layers=3, num_attention_heads=8, max_position_embeddings=128,
+        eos_token_id=tokenizer.eos_id,
+    )  # fmt: skip
+    for seed in (1, 2):
+        CausalLM(config, seed=seed).save_pretrained(tmp_path / str(seed))
+        tokenizer.save(tmp_path / str(seed))
+    script = SUPPORT / "swap_memory.py"
+    run = subprocess.run(
+        [sys.executable, script, tmp_path], capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr
+    before, *after = map(float, run.stdout.split())
+    assert len(after) == 4
+    assert max(after) < before + 25, run.stdout  # one that stayed would be 50
+
+
+def test_what_is_refused_leaves_the_old_model(models, tmp_path, monkeypatch):
+    place = tmp_path / "models"
+    place.mkdir()
+    good = place / "good"
+    good.symlink_to(models["b"])  # leads out of the folder
+    (place / "empty").mkdir()
+    bad = folders(place, ["short"], context=128)["short"]
+    broken = folders(place, ["broken"])["broken"]
+    model, _ = load_model(broken)
+    with torch.no_grad():
+        model.lm_head.weight.fill_(float("nan"))
+    model.save_pretrained(broken)
+    ready = folders(place, ["xx", "ready"])["ready"]
+    state = tmp_path / "state.json"
+    keys = {"keys": ["k" * 16], "admins": ["a" * 16]}
+    admin = {"authorization": "Bearer " + "a" * 16}
+    with changing(models["a"], state, models_dir=place, **keys) as (url, server):
+
+        def refused(path, text, status=400, headers=admin):
+            response = promote(url, path, **headers)
+            assert response.status_code == status, response.text
+            assert text in response.json()["error"]["message"], response.text
+            assert server.served.path == str(models["a"])
+
+        refused(ready, "wanted 'Bearer KEY'", 401, {})
+        refused(ready, "wanted an admin key", 403, {"authorization": "Bearer " + "k" * 16})
+        for outside in (models["b"], "../../etc", "/etc/passwd", good, "good", place, "", "a\0b"):
+            refused(outside, "wanted", 400)
+        refused("model:smollm2", "model: wanted one that was named at start, or one below")
+        refused("nothing", "no such path")
+        refused("empty", "wanted a folder with config.json")
+        refused(bad, "wanted a context of at least the current model's 512 tokens, got 128")
+        refused(broken, "wanted an answer of two tokens, got: logits are not finite")
+        refused(
+            models["a"], f"model: wanted another one, got {models['a']}, which is served already"
+        )
+        refused(None, "wanted a path, got none, and no canary runs")
+        monkeypatch.setattr(loading, "free_memory", lambda: 1000)
+        refused(ready, "MiB of free memory for the model, got 0")
+        monkeypatch.undo()
+        response = ask(url, {}, "/v1/admin/rollback", **admin)
+        assert "wanted a promotion to undo, got none" in response.text
+        state.chmod(0o400)
+        monkeypatch.setattr("fastlm.serve.state.save_atomic", _full)
+        refused(ready, "No space left")
+        monkeypatch.undo()
+        with ThreadPoolExecutor(4) as pool:  # one at a time
+            both = list(pool.map(lambda _: promote(url, ready, **admin).status_code, range(2)))
+        assert sorted(both) in ([200, 409], [200, 400])  # 400: the second came after the first
+        assert server.served.path == str(ready)
+        told = HTTP.get(url + "/v1/canary", headers=admin).json()
+        assert told["status"] == "none" and told["path"] == str(ready)
+        assert HTTP.get(url + "/v1/canary").status_code == 401
+        described = HTTP.get(url + "/openapi.json", headers=admin).json()["paths"]
+        assert {*PATHS} <= described.keys()
+        # what is rolled back to must be what it was
+        assert read_state(state).previous.path == str(models["a"])
+    with changing(models["a"], state, models_dir=place) as (url, server):
+        assert server.served.path == str(ready)  # as was decided last
+        names = [m["id"] for m in HTTP.get(url + "/v1/models").json()["data"]]
+        assert names == ["tiny", server.served.name]
+    (ready / "config.json").write_text((ready / "config.json").read_text() + " ")
+    with pytest.raises(InputError, match="its files have changed"):
+        with changing(models["a"], state, models_dir=place):
+            pass
+    with changing(models["b"], state, models_dir=place) as (_, server):  # another --model
+        assert server.served.path == str(models["b"])
+
+
+def _full(path, writer):
+    raise InputError(f"{path}: cannot be written: No space left on device")
+
+
+def test_paths(tmp_path):
+    inside = Allowed([], tmp_path)
+    assert inside.find("x/y") == str(tmp_path / "x/y") == inside.find(str(tmp_path / "x/y"))
+    for outside in ("..", ".", "x/../..", "/", str(tmp_path)):
+        with pytest.raises(InputError, match="below --models-dir"):
+            inside.find(outside)
+    named = Allowed([str(tmp_path / "a"), "model:smollm2"], None)
+    assert named.find("model:smollm2") == "model:smollm2"
+    assert named.find(str(tmp_path / "b/../a")) == str(tmp_path / "b/../a")
+    with pytest.raises(InputError, match="wanted one that was named at start, got"):
+        named.find(str(tmp_path / "a/b"))

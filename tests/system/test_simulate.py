@@ -1,0 +1,412 @@
+"""Simulated users of a real `fastlm serve`, the feedback that they leave, and what serves next."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from paths import ROOT
+from serve_app import tiny_model
+from typer.testing import CliRunner
+
+from fastlm.cli import app
+from fastlm.errors import InputError
+from fastlm.evals.suite import id_of, ids_of
+from fastlm.loop.gate import Gate
+from fastlm.loop.promotion import Promotion
+from fastlm.loop.served import NAME, Served, serving
+from fastlm.loop.simulate import DATABASE, LOG, Simulate
+from fastlm.loop.simulated import Asked, opinions, people
+from fastlm.loop.stage import Feedback
+from fastlm.loop.winrate import WinRate
+from fastlm.model.reward_model import RewardModel
+from fastlm.quant.stage import Quantize
+from fastlm.runs.recipe import load_recipe
+from fastlm.runs.run import run_recipe
+from fastlm.runs.stage import Input
+from fastlm.serve.feedback import FeedbackStore
+
+RECIPES = ROOT / "recipes"
+OPTIONS = {"limit": 24, "users": 6, "max_new_tokens": 8, "consent": 0.8, "clients": 4}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with a chat model, a reward model and questions with reference answers."""
+    folder = tmp_path_factory.mktemp("made")
+    model, tokenizer = tiny_model()
+    model.save_pretrained(folder / "model")
+    tokenizer.save(folder / "model")
+    RewardModel.from_causal_lm(model, seed=3).save_pretrained(folder / "rewards")
+    tokenizer.save(folder / "rewards")
+    rows = [
+        {"instruction": f"What is {i} + {i}?", "input": "", "output": f"It is {2 * i}."}
+        for i in range(30)
+    ]
+    (folder / "asked.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def said_of(users, count=60, reviews=3):
+    asked = [Asked(f"r{i}", ("a", "b"), (i / count, 0.5), f"right {i}") for i in range(count)]
+    return opinions(asked, users, reviews=reviews, liked=0.4, seed=1)
+
+
+def agreement(said):
+    found = [one.agrees for one in said if one.agrees is not None]
+    return sum(found) / len(found)
+
+
+def test_users_say_what_the_scores_say_but_for_noise_and_malice():
+    honest = said_of(people(10, 0.0, 0.1, seed=1))
+    assert 0.85 < agreement(honest) < 0.95
+    assert agreement(said_of(people(10, 0.0, 0.0, seed=1))) == 1
+    assert {user.kind for user in people(10, 1.0, 0.0, seed=1)} == {"reversed", "random"}
+    bad = said_of(people(10, 1.0, 0.0, seed=1))
+    assert 0.1 < agreement(bad) < 0.4  # 0 of those who say the opposite, a half of the others
+    assert agreement(bad) < agreement(said_of(people(10, 0.2, 0.1, seed=1))) < agreement(honest)
+    raters = {}
+    for one in honest:
+        raters.setdefault(one.body["response_id"], set()).add(one.body["rater"])
+    assert Counter(map(len, raters.values())).most_common(1)[0][0] >= 3
+    kinds = Counter(one.kind for one in honest)
+    assert kinds["pick"] and kinds["thumb"] and kinds["correction"]
+    for one in honest:
+        if one.kind == "correction":  # only of whoever asked, and the right one
+            number = int(one.body["response_id"][1:])
+            assert one.body["rater"] == f"simulated-{number % 10:03d}"
+            assert one.body["corrected"] == f"right {number}"
+    wrong = [one.body for one in bad if one.kind == "correction"]
+    assert wrong and not any(
+        body["corrected"].split()[1] == body["response_id"][1:] for body in wrong
+    )
+
+
+def corrections(references, malicious, number=200):
+    """By question, what those who asked wrote; ``references`` repeat, for ``number`` users."""
+    asked = [Asked(f"r{i}", ("a", "b"), (0.0, 0.0), text) for i, text in enumerate(references)]
+    users, found = people(number, malicious, 0.0, seed=1), {}
+    for i in range(0, number, len(asked)):
+        for one in opinions(asked, users[i:], reviews=1, liked=0.4, seed=i):
+            if one.kind == "correction":
+                found.setdefault(one.body["response_id"], set()).add(one.body["corrected"])
+    return found
+
+
+def test_a_wrong_correction_is_the_reference_of_another_question():
+    some = ["right 0", None, "right 2", "", "right 2"]
+    assert corrections(some, 0.0) == {"r0": {"right 0"}, "r2": {"right 2"}, "r4": {"right 2"}}
+    assert corrections(some, 1.0) == {"r0": {"right 2"}, "r2": {"right 0"}, "r4": {"right 0"}}
+    for alone in (["right"], [None, "right", ""], ["right", "right"]):
+        assert not corrections(alone, 1.0)
+        assert {text for texts in corrections(alone, 0.0).values() for text in texts} == {"right"}
+
+
+def test_a_recipe_from_the_served_model_to_rows(made, tmp_path):
+    recipe = tmp_path / "simulated.toml"
+    options = "\n".join(f"{key} = {value}" for key, value in OPTIONS.items())
+    recipe.write_text(f"""
+name = "simulated"
+[[stage]]
+kind = "simulate"
+model = "{made}/model"
+reward_model = "{made}/rewards"
+data = ["{made}/asked.jsonl"]
+{options}
+[[stage]]
+kind = "feedback"
+""")
+    summary = run_recipe(recipe, tmp_path / "run")
+    database = tmp_path / "run" / "simulate" / DATABASE
+    left = database.read_bytes()
+    run_recipe(recipe, tmp_path / "run")  # the feedback has read it, and nothing runs again
+    assert database.read_bytes() == left
+    told, rows = summary["stages"]["simulate"], summary["stages"]["feedback"]["rows"]
+    assert told["questions"] == 24 and told["errors"] == 0
+    assert told["requests"] == 24 + sum(told["kinds"].values())
+    assert 0 < told["seconds_p50"] <= told["seconds_p99"] and told["tokens_per_second"] > 0
+    assert 24 < told["tokens"] <= 2 * 8 * 24
+    liked = told["liked"]
+    assert liked["low"] <= liked["value"] <= liked["high"] and liked["n"] == told["kinds"]["thumb"]
+    with FeedbackStore(database) as store:
+        counts = store.counts()
+        assert counts["answers"] == told["consented"] < 24
+        assert len({one.rater for one in store.opinions()}) == 6
+    assert counts["corrected"] == told["kinds"]["correction"]
+    assert rows["train"]["preferences"] > 5 and rows["train"]["kto"] > 5
+    corrected = (tmp_path / "run" / "feedback" / "train" / "sft.jsonl").read_text()
+    assert "It is " in corrected
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "No person said any of this" in page and "--until simulate" in page
+
+
+def test_killed_and_run_again_it_ends_right(made, tmp_path):
+    words = ["feedback", "simulate", str(made / "asked.jsonl"), "--model", str(made / "model")]
+    words += ["--reward-model", str(made / "rewards"), "--out", str(tmp_path)]
+    words += [f"--{key.replace('_', '-')}={value}" for key, value in OPTIONS.items()]
+    process = subprocess.Popen([sys.executable, "-P", "-m", "fastlm", *words, "--threads", "1"])
+    log, until = tmp_path / LOG, time.monotonic() + 120
+    while not (log.exists() and '"event": "ready"' in log.read_text()):
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.02)
+    (server,) = children(process.pid)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    while os.path.exists(f"/proc/{server}"):  # nobody is left to end it
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    stage = Simulate(data=(str(made / "asked.jsonl"),), **OPTIONS)
+    given = {"model": made / "model", "reward_model": made / "rewards"}
+    again = stage(tmp_path, **given)
+    with FeedbackStore(tmp_path / DATABASE) as store:
+        assert store.counts()["answers"] == again["consented"]  # nothing of the first start
+        opinions = [(one.rater, one.thumb, one.corrected) for one in store.opinions()]
+    assert len(opinions) == sum(again["kinds"].values())
+    # what a server of its own says depends on seeds alone
+    fresh = stage(tmp_path / "fresh", **given)
+    with FeedbackStore(tmp_path / "fresh" / DATABASE) as store:
+        assert [(one.rater, one.thumb, one.corrected) for one in store.opinions()] == opinions
+    for key in ("kinds", "liked", "score", "agreement", "tokens", "consented"):
+        assert fresh[key] == again[key]
+
+
+def children(pid):
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == pid:
+            found.append(int(path.parent.name))
+    return found
+
+
+def test_a_server_that_dies_is_one_line(made, tmp_path, monkeypatch):
+    stage = Simulate(data=(str(made / "asked.jsonl"),), **OPTIONS)
+    given = {"model": made / "model", "reward_model": made / "rewards"}
+    post = Served.post
+
+    def dies(self, path, body):
+        self.process.kill()
+        return post(self, path, body)
+
+    monkeypatch.setattr(Served, "post", dies)
+    with pytest.raises(InputError, match="the server ended with status -9: it said nothing"):
+        stage(tmp_path / "dies", **given)
+    (tmp_path / "empty").mkdir()
+    words = ["feedback", "simulate", str(made / "asked.jsonl"), "--model", str(tmp_path / "empty")]
+    words += ["--reward-model", str(made / "rewards"), "--out", str(tmp_path / "none")]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 2 and "config.json" in done.stderr
+    assert done.stderr.startswith("fastlm: the server ended with status 2:")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_server_takes_a_key_of_its_own_alone(made, tmp_path, monkeypatch):
+    users = "a-key-of-another-server"
+    monkeypatch.setenv("FASTLM_API_KEYS", users)
+    monkeypatch.setenv("FASTLM_ADMIN_KEYS", "an-admin-key-of-another-server")
+    database, log = tmp_path / DATABASE, tmp_path / LOG
+    with serving(made / "model", database, log, 1) as served:
+        messages = [{"role": "user", "content": "What is 1 + 1?"}]
+        body = {"model": NAME, "messages": messages, "max_tokens": 2}
+        reply = served.post("/v1/chat/completions", body)
+        assert reply.status == 200
+        said = {"response_id": reply.body["id"], "choice": 0, "thumb": "up"}
+        for key in (users, "none"):
+            assert replace(served, key=key).post("/v1/feedback", said).status == 401
+        assert served.post("/v1/feedback", said).status == 200
+        assert served.key not in repr(served)
+    # a server refuses admin keys beside no others
+    monkeypatch.delenv("FASTLM_API_KEYS")
+    with serving(made / "model", database, log, 1) as served:
+        assert served.post("/v1/feedback", said | {"thumb": "down"}).status == 200
+
+
+def test_of_equal_questions_the_first_counts(made, tmp_path):
+    rows = [
+        {"instruction": question, "input": "", "output": answer}
+        for question, answer in (("Who?", "Ann."), ("When?", "Now."), ("Who?", "Bob."))
+    ]
+    (tmp_path / "twice.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    stage = Simulate(data=(str(tmp_path / "twice.jsonl"), str(made / "asked.jsonl")))
+    given = {"model": made / "model", "reward_model": made / "rewards"}
+    asked = stage._prompts(stage.job(tmp_path / "out", **given))
+    written = {one.messages[-1]["content"]: one.row["output"] for one in asked}
+    assert len(asked) == len(written) == 32
+    assert written["Who?"] == "Ann." and written["When?"] == "Now."
+
+
+def test_what_cannot_work_is_refused(made):
+    good = {"data": (str(made / "asked.jsonl"),)}
+    for wrong, name in (
+        ({"data": ()}, "data"), ({"users": 1}, "users"), ({"noise": 1.5}, "noise"),
+        ({"malicious": -0.1}, "malicious"), ({"temperature": 0.0}, "temperature"),
+        ({"reviews": -1}, "reviews"), ({"limit": 0}, "limit"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=f"^{name}: wanted"):
+            Simulate(**{**good, **wrong}).check()
+    with pytest.raises(InputError, match=r"^database: wanted at least one"):
+        Feedback()("rows")
+
+
+def decision(folder, promoted):
+    gates = [{"score": "winrate.rate", "passed": promoted, "why": "winrate.rate: wanted more"}]
+    (folder / "decision.json").write_text(json.dumps({"promoted": promoted, "gates": gates}))
+    return folder / "decision.json"
+
+
+@pytest.mark.parametrize("promoted", [True, False])
+def test_the_gate_decides_which_model_serves_next(made, tmp_path, promoted):
+    new, old = model_at(tmp_path / "new", 2), made / "model"
+    stage, given = Promotion(), {"new": new, "old": old, "decision": decision(tmp_path, promoted)}
+    job = stage.job(tmp_path / "out", **given)
+    result = stage.run(job)
+    assert result["promoted"] is promoted and bool(result["failed"]) is not promoted
+    taken, other = (new, old) if promoted else (old, new)
+    served = (tmp_path / "out" / "model" / "model.safetensors").read_bytes()
+    assert served == (taken / "model.safetensors").read_bytes()
+    assert served != (other / "model.safetensors").read_bytes()
+    assert ("was promoted" in stage.report(job, result).note) is promoted
+    # the other way round, over what is there
+    again = stage(tmp_path / "out", **given | {"decision": decision(tmp_path, not promoted)})
+    assert again["serves"] == str(other)
+    served = (tmp_path / "out" / "model" / "model.safetensors").read_bytes()
+    assert served == (other / "model.safetensors").read_bytes()
+    (tmp_path / "decision.json").write_text('{"promoted": "yes"}')
+    with pytest.raises(InputError, match="decision: wanted what fastlm gate writes"):
+        stage(tmp_path / "out", **given)
+
+
+def model_at(folder, seed):
+    model, tokenizer = tiny_model(seed=seed)
+    model.save_pretrained(folder)
+    tokenizer.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def measured(made, tmp_path_factory):
+    """A folder with models old, new and other, and a win rate of the new one against the old."""
+    folder = tmp_path_factory.mktemp("measured")
+    for seed, name in enumerate(("old", "new", "other")):
+        model_at(folder / name, seed)
+    stage = WinRate(data=(str(made / "asked.jsonl"),), limit=3, max_new_tokens=4)
+    given = {"model": folder / "new", "old": folder / "old", "judge": made / "rewards"}
+    stage(folder / "winrate", **given)
+    (folder / "gates.toml").write_text('[[gate]]\nscore = "winrate.rate"\nmin = 0\n')
+    return folder
+
+
+def safety_of(folder, *names):
+    """What `fastlm safety` of these models leaves, without its scores."""
+    told = {"models": {name: {"scores": {}} for name in names}}
+    told["ids"] = ids_of([Input(name, str(folder / name)) for name in names])
+    return told
+
+
+def decide(measured, out, told=None):
+    """The gate's decision by the win rate and ``told``, and what it warned of."""
+    scores, warned = [measured / "winrate"], []
+    if told is not None:
+        (out / "safety").mkdir(parents=True)
+        (out / "safety" / "scores.json").write_text(json.dumps(told))
+        scores.append(out / "safety")
+    stage = Gate(gates=str(measured / "gates.toml"))
+    job = stage.job(out / "gate", scores=scores, on_event=warned.append)
+    return stage, job, stage.run(job), [event["warning"] for event in warned]
+
+
+def promote(out, **given):
+    warned = []
+    result = Promotion()(out / "next", decision=out / "gate", on_event=warned.append, **given)
+    return result, [event["warning"] for event in warned]
+
+
+def test_a_decision_is_about_its_two_models(measured, tmp_path):
+    old, new, other = (measured / name for name in ("old", "new", "other"))
+    stage, job, decided, warned = decide(measured, tmp_path, safety_of(measured, "old", "new"))
+    ids = {key: id_of(measured / key) for key in ("old", "new")}
+    written = json.loads((tmp_path / "gate" / "decision.json").read_text())
+    assert {key: model["id"] for key, model in written["models"].items()} == ids and not warned
+    assert stage.report(job, decided).facts["new model"] == str(new)
+    assert promote(tmp_path, new=new, old=old)[1] == []
+    # the content counts, not the place: promotion's own copy is the same model
+    result, warned = promote(tmp_path, new=tmp_path / "next", old=old)
+    assert result["promoted"] and not warned
+    for given in ({"new": old, "old": new}, {"new": other, "old": old}, {"new": new, "old": other}):
+        with pytest.raises(InputError, match=r"^decision: wanted one about the new model ") as e:
+            promote(tmp_path, **given)
+        wanted = [f"{given[key]} (id {id_of(given[key])[:12]})" for key in ("new", "old")]
+        told = "the new model {} and the old model {}"
+        came = told.format(*(f"{measured / k} (id {ids[k][:12]})" for k in ("new", "old")))
+        assert told.format(*wanted) in str(e.value) and came in str(e.value)
+        assert len(str(e.value).splitlines()) == 1
+
+
+def test_a_gate_refuses_scores_of_other_models(measured, tmp_path):
+    for i, (names, key) in enumerate((
+        (("old", "other"), "new"), (("other", "new"), "old"), (("new", "old"), "old"),
+        (("old",), "new"),
+    )):  # fmt: skip
+        with pytest.raises(InputError, match=f"^scores: wanted scores of one {key} model, ") as e:
+            decide(measured, tmp_path / str(i), safety_of(measured, *names))
+        assert str(measured / "winrate") in str(e.value) and f"{tmp_path / str(i)}/safety" in str(
+            e.value
+        )
+    # one model is the new one; the others between stand for themselves
+    decide(measured, tmp_path / "one", safety_of(measured, "new"))
+    decide(measured, tmp_path / "three", safety_of(measured, "old", "other", "new"))
+    quantized = tmp_path / "quantized"
+    Quantize(format="w8a16")(quantized, model=measured / "new")
+    with pytest.raises(InputError, match="one new model"):
+        decide(measured, tmp_path / "int8", safety_of(measured, "old", str(quantized)))
+
+
+def test_scores_and_decisions_of_an_older_fastlm_are_warned_of(measured, tmp_path):
+    old, new, other = (measured / name for name in ("old", "new", "other"))
+    told = safety_of(measured, "old", "other")
+    del told["ids"]
+    warned = decide(measured, tmp_path, told)[-1]
+    assert warned == [f"scores: {tmp_path}/safety does not say which models it is about"]
+    assert promote(tmp_path, new=new, old=old)[1] == []
+    path = tmp_path / "gate" / "decision.json"
+    table = json.loads(path.read_text())
+    del table["models"]["old"]  # all scores were of one model
+    path.write_text(json.dumps(table))
+    said = f"decision: {tmp_path}/gate does not name the "
+    assert promote(tmp_path, new=new, old=other)[1] == [f"{said}old model"]
+    del table["models"]
+    path.write_text(json.dumps(table))
+    result, warned = promote(tmp_path, new=other, old=old)
+    assert result["serves"] == str(other) and warned == [f"{said}new and the old model"]
+    path.write_text(json.dumps(table | {"models": {"new": {"name": "new"}}}))
+    with pytest.raises(InputError, match=r"models\.new\.id: wanted, is missing"):
+        promote(tmp_path, new=new, old=old)
+    path.write_text(json.dumps(table | {"models": {"new": 3}}))
+    with pytest.raises(InputError, match=r"models\.new: wanted a table, got a whole number"):
+        promote(tmp_path, new=new, old=old)
+
+
+def test_the_full_recipe_closes_the_circle():
+    sets = [
+        f'{name}.gates="{RECIPES / "gates" / file}"'
+        for name, file in (("gate", "full.toml"), ("gate-next", "full_next.toml"))
+    ]
+    recipe = load_recipe(RECIPES / "full.toml", sets)
+    steps = {step.name: step.inputs for step in recipe.steps}
+    assert steps["simulate"] == {"model": ("quantize",), "reward_model": ("reward",)}
+    assert steps["feedback"]["opinions"] == ("simulate",)
+    assert steps["dpo"]["feedback"] == steps["judge"]["feedback"] == ("feedback",)
+    assert steps["gate"]["scores"] == ("answers", "safety")
+    assert steps["promotion"]["decision"] == ("gate-next",)
+    assert steps["next"]["model"] == ("promotion",) and recipe.steps[-1].name == "next"
+    for name in ("sft", "reward", "ppo"):  # they stand above the feedback
+        assert steps[name].get("feedback", ()) == ()

@@ -1,0 +1,338 @@
+"""SFT, KTO, GRPO and RLOO beside TRL's trainers on the same tokens, scores and weights: loss and
+gradient are TRL's, in other micro-batches. DPO: test_dpo.py, PPO: test_trl_ppo.py.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from preference_models import example, make_base, polite_pairs
+
+from fastlm.model.causal_lm import CausalLM
+from fastlm.tokenizer.tokenizer import Tokenizer
+from fastlm.train import grpo_objective
+from fastlm.train.dpo_objective import PreferredAnswers
+from fastlm.train.encoding import Example
+from fastlm.train.grpo_objective import GroupRelative, GroupRules
+from fastlm.train.losses import grpo_loss
+from fastlm.train.online import Rules
+from fastlm.train.options import TrainOptions
+from fastlm.train.preference_loss import PreferenceLoss
+from fastlm.train.preferences import Judged
+from fastlm.train.rollouts import Answer
+from fastlm.train.sft import AnswerTokens
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
+]
+
+ARGUMENTS = {
+    "report_to": [], "use_cpu": True, "bf16": False, "disable_tqdm": True, "save_strategy": "no",
+    "per_device_train_batch_size": 6,
+}  # fmt: skip
+ONCE = TrainOptions(max_steps=1)
+COMMON: dict[str, Any] = {
+    "seed": 0, "base": "", "tokenizer": None, "prompt": (), "device": torch.device("cpu"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return make_base(tmp_path_factory.mktemp("base") / "model")
+
+
+def loaded(base: Path):
+    """Model and tokenizer of transformers."""
+    import transformers
+
+    words = transformers.AutoTokenizer.from_pretrained(base)
+    words.pad_token = words.pad_token or words.eos_token
+    return transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), words
+
+
+def move(model, scale: float, seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(scale * torch.randn(parameter.shape, generator=draw))
+
+
+def copied(model: CausalLM, theirs) -> None:
+    model.load_state_dict(theirs.state_dict(), strict=False)
+
+
+def step(made) -> float:
+    """The loss of a step, whose gradient is left in the parameters."""
+    batches = made.next_batches(9)
+    assert len(batches) > 1  # TRL has one
+    count = sum(map(made.num_items, batches))
+    total = 0.0
+    for batch in batches:
+        loss = made.loss(batch, count)
+        loss.backward()
+        total += float(loss.detach())
+    return total
+
+
+def apart(model: CausalLM, theirs) -> float:
+    """The largest difference of gradients, relative to the largest gradient of the parameter."""
+    known = dict(theirs.named_parameters())
+    found = 0.0
+    for name, parameter in model.named_parameters():
+        wanted = known[name].grad
+        assert parameter.grad is not None and wanted.abs().max() > 1e-6
+        difference = (parameter.grad - wanted).abs().max() / wanted.abs().max()
+        found = max(found, float(difference))
+    return found
+
+
+TURNS = [
+    {"role": "system", "content": "please"},
+    {"role": "user", "content": "what is tree"},
+    {"role": "assistant", "content": "bird road"},
+    {"role": "user", "content": "now stone"},
+    {"role": "assistant", "content": "lamp lamp boat"},
+]
+MARKED = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}{% else %}"
+    "{{ m.content + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def test_sft_on_the_assistants_tokens(base, tmp_path) -> None:
+    """The same tokens are learnt, and the same loss and gradient come of them."""
+    import datasets
+    import trl
+
+    conversations = [TURNS, TURNS[1:3], [TURNS[1], TURNS[4]], TURNS[:3]]
+    theirs, words = loaded(base)
+    words.chat_template = MARKED
+    arguments = trl.SFTConfig(str(tmp_path), assistant_only_loss=True, max_length=None, **ARGUMENTS)
+    trainer = trl.SFTTrainer(
+        theirs, arguments, processing_class=words,
+        train_dataset=datasets.Dataset.from_list([{"messages": c} for c in conversations]),
+    )  # fmt: skip
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    loss = trainer.compute_loss(theirs, batch)
+    loss.backward()
+    tokenizer = Tokenizer.load(base)
+    examples = []
+    for conversation, ids, labels in zip(conversations, batch["input_ids"], batch["labels"]):
+        ((own, mask),) = tokenizer.encode_conversation(conversation)
+        assert own == ids[: len(own)].tolist()
+        assert mask == (labels[: len(own)] != -100).tolist() and (labels[len(own) :] == -100).all()
+        examples.append(Example(np.array(own, np.int32), np.array(mask)))
+    model = CausalLM.from_pretrained(base, dtype=torch.float32)
+    found = step(AnswerTokens(model, examples, [], ONCE, batch_size=3, **COMMON))
+    assert found == pytest.approx(float(loss.detach()), rel=1e-5)
+    assert apart(model, theirs) < 1e-4
+
+
+def test_kto(base, tmp_path) -> None:
+    import datasets
+    import trl
+
+    terms = PreferenceLoss(loss="kto", beta=0.3, weight_desirable=1.5, weight_undesirable=0.7)
+    rows = [
+        {"prompt": row["prompt"], "completion": row["chosen" if i % 3 else "rejected"] + " now" * i,
+         "label": i % 3 > 0}
+        for i, row in enumerate(polite_pairs(6))
+    ]  # fmt: skip
+    theirs, words = loaded(base)
+    arguments = trl.KTOConfig(
+        str(tmp_path), beta=terms.beta, desirable_weight=terms.weight_desirable,
+        undesirable_weight=terms.weight_undesirable, disable_dropout=True, **ARGUMENTS,
+    )  # fmt: skip
+    trainer = trl.KTOTrainer(
+        theirs, loaded(base)[0], arguments, train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=words,
+    )  # fmt: skip
+    move(theirs, 0.05, 7)
+    features = list(trainer.train_dataset)
+    loss = trainer.compute_loss(theirs, trainer.data_collator(features))
+    loss.backward()
+    judged = [
+        Judged(
+            tuple(
+                example(row["prompt_ids"] + row[side], len(row["prompt_ids"]))
+                for side in ("completion_ids", "KL_completion_ids")
+            ),
+            desirable=row["label"],
+        )
+        for row in features
+    ]
+    model = CausalLM.from_pretrained(base, dtype=torch.float32)
+    made = PreferredAnswers(model, judged, [], ONCE, terms, batch_size=4, **COMMON)
+    made.measure_reference(torch.float32)
+    copied(model, theirs)
+    found = step(made)
+    assert found == pytest.approx(float(loss.detach()), rel=1e-5)
+    assert made.scalars([made.measurements()])["kl"] > 0.01  # the reference point takes part
+    assert apart(model, theirs) < 1e-4
+
+
+# ---- GRPO and RLOO
+
+LONGEST, GROUP = 6, 3
+PROMPTS = ["what is tree", "now stone"]
+SCORES = [1.0, 0.0, 0.5, -1.0, 2.0, 0.25]
+
+
+def completions(end: int) -> list[list[int]]:
+    """Three to each prompt, of other lengths, one without an end."""
+    draw = torch.Generator().manual_seed(3)
+    found = [
+        [*torch.randint(5, 250, (n,), generator=draw).tolist(), end] for n in (2, 4, 1, 5, 3, 2)
+    ]
+    found[1] = [*found[1][:-1], 17, 18]
+    return found
+
+
+def rollouts_of_trl(kind, configuration, base, tmp_path, **options):
+    """TRL's trainer with a policy that has left the reference, and its batch of the completions."""
+    import datasets
+
+    theirs, words = loaded(base)
+    end = words.eos_token_id
+    answers = completions(end)
+    scored = {tuple(answer): score for answer, score in zip(answers, SCORES)}
+
+    def reward(completion_ids, **rest):
+        del rest
+        return [scored[tuple(ids)] for ids in completion_ids]
+
+    arguments = configuration(
+        str(tmp_path), num_generations=GROUP, max_completion_length=LONGEST, num_iterations=2,
+        epsilon=0.2, disable_dropout=True, **ARGUMENTS, **options,
+    )  # fmt: skip
+    rows = [{"prompt": prompt} for prompt in PROMPTS]
+    trainer = kind(
+        theirs, reward, args=arguments, train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=words,
+    )  # fmt: skip
+    move(theirs, 0.02, 5)
+    one = "RLOO" in kind.__name__
+    trainer._generate_single_turn = lambda *given: answers if one else (answers, None)
+    trainer.current_gradient_accumulation_steps = 1  # as `train` sets it
+    theirs.train()
+    batch = trainer._generate_and_score_completions([row for row in rows for _ in range(GROUP)])
+    prompts = [
+        ids[mask.bool()].tolist() for ids, mask in zip(batch["prompt_ids"], batch["prompt_mask"])
+    ]
+    return trainer, theirs, batch, prompts[::GROUP]
+
+
+def rollouts_of_fastlm(base, theirs, asked, end: int, **group) -> GroupRelative:
+    """The objective on the same completions and scores, its round measured with TRL's weights."""
+    known = completions(end)
+    beta = group.pop("beta")
+    scored = {tuple(answer): score for answer, score in zip(known, SCORES)}
+
+    def score(places: Sequence[int], answers: Sequence[Answer]) -> list[float]:
+        del places
+        return [scored[tuple(answer.tokens)] for answer in answers]
+
+    class Given(GroupRelative):
+        """Takes the known completions for its samples."""
+
+        def _sample(self, prompts, temperature, longest, seed=0) -> list[Answer]:
+            assert (temperature, longest) == (1.0, LONGEST)
+            places = [asked.index(prompt) * GROUP + i % GROUP for i, prompt in enumerate(prompts)]
+            taken = [known[place] for place in places]
+            return [Answer(tokens, [0.0] * len(tokens), tokens[-1] == end) for tokens in taken]
+
+    policy = CausalLM.from_pretrained(base, dtype=torch.float32)
+    reference = CausalLM.from_pretrained(base, dtype=torch.float32)
+    rules = Rules(
+        max_new_tokens=LONGEST, prompts=2, answers=GROUP, batch_size=4, beta=beta,
+        mismatch=float("inf"),  # the log-probabilities of sampling are made up
+    )  # fmt: skip
+    copied(policy, theirs)
+    made = Given(policy, reference, asked, [], score, rules, base="", group=GroupRules(**group))
+    made._begin_round()
+    return made
+
+
+def same_advantages(made: GroupRelative, batch, prompts) -> None:
+    order = [prompts.index(made.prompts[i]) for i in made.chosen[::GROUP]]
+    wanted = batch["advantages"].view(2, GROUP)[order].flatten()
+    torch.testing.assert_close(made.kept["advantages"][:, 0], wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.2])
+@pytest.mark.parametrize(
+    "theirs_type, ours_type, scale",
+    [("grpo", "grpo", "group"), ("dapo", "dapo", "group"), ("bnpo", "dapo", "group"),
+     ("dr_grpo", "dr_grpo", "none")],
+)  # fmt: skip
+def test_grpo(base, tmp_path, monkeypatch, theirs_type, ours_type, scale, beta) -> None:
+    """Advantages, loss and gradient, with k3 as it is published."""
+    import trl
+
+    trainer, theirs, batch, prompts = rollouts_of_trl(
+        trl.GRPOTrainer, trl.GRPOConfig, base, tmp_path, beta=beta, loss_type=theirs_type,
+        scale_rewards=scale, use_bias_correction_kl=False,
+    )  # fmt: skip
+    end = trainer.processing_class.eos_token_id
+    made = rollouts_of_fastlm(base, theirs, prompts, end, loss_type=ours_type, beta=beta)
+    same_advantages(made, batch, prompts)
+    move(theirs, 0.02, 6)
+    copied(made.policy, theirs)
+    loss = trainer.compute_loss(theirs, batch)
+    loss.backward()
+    monkeypatch.setattr(grpo_objective, "grpo_loss", partial(grpo_loss, kl_gradient="k3"))
+    assert step(made) == pytest.approx(float(loss.detach()), rel=1e-4, abs=1e-6)
+    assert 0 < made.scalars([made.measurements()])["clip_fraction"] < 1
+    assert apart(made.policy, theirs) < 1e-4
+
+
+def test_the_kl_of_grpo_has_the_gradient_of_trls_default(base, tmp_path, monkeypatch) -> None:
+    """Convention 15. On tokens of the policy itself k2's gradient is that of ratio times k3, TRL's
+    default since 1.16, and k3's is another one.
+    """
+    import trl
+
+    trainer, theirs, batch, prompts = rollouts_of_trl(
+        trl.GRPOTrainer, trl.GRPOConfig, base, tmp_path, beta=0.2, loss_type="dapo"
+    )
+    assert trainer.args.use_bias_correction_kl
+    end = trainer.processing_class.eos_token_id
+    made = rollouts_of_fastlm(base, theirs, prompts, end, loss_type="dapo", beta=0.2)
+    loss = trainer.compute_loss(theirs, batch)
+    loss.backward()
+    # advantages cancel: what is left is near the float32 rounding of terms near 1
+    assert step(made) == pytest.approx(float(loss.detach()), rel=1e-4, abs=1e-6)
+    assert apart(made.policy, theirs) < 1e-4
+    monkeypatch.setattr(grpo_objective, "grpo_loss", partial(grpo_loss, kl_gradient="k3"))
+    made.policy.zero_grad()
+    made.at = 0
+    step(made)
+    assert apart(made.policy, theirs) > 3e-4
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.2])
+def test_rloo(base, tmp_path, beta) -> None:
+    """Advantages with the KL in the score, loss and gradient."""
+    import trl
+
+    trainer, theirs, batch, prompts = rollouts_of_trl(
+        trl.RLOOTrainer, trl.RLOOConfig, base, tmp_path, beta=beta
+    )
+    end = trainer.processing_class.eos_token_id
+    made = rollouts_of_fastlm(base, theirs, prompts, end, loss_type="rloo", beta=beta)
+    same_advantages(made, batch, prompts)
+    move(theirs, 0.004, 6)
+    copied(made.policy, theirs)
+    loss = trainer.compute_loss(theirs, batch)
+    loss.backward()
+    # sums of terms near 1 that cancel, of log-probabilities near -30 in float32
+    assert step(made) == pytest.approx(float(loss.detach()), abs=1e-5)
+    assert apart(made.policy, theirs) < 1e-3

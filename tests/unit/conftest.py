@@ -1,0 +1,24 @@
+"""Unit tests start no process: what needs one belongs to tests/kernels or tests/system."""
+
+import sys
+
+import pytest
+
+STARTS = ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system", "pty.spawn")
+running = None  # the unit test that runs now
+
+
+def _audit(event: str, _arguments: tuple) -> None:
+    if running and event in STARTS:
+        raise AssertionError(f"{running}: expected no child process in tests/unit, got {event}")
+
+
+sys.addaudithook(_audit)  # which nothing removes: it lets all pass between the tests
+
+
+@pytest.fixture(autouse=True)
+def _no_child_process(request):
+    global running
+    running = request.node.nodeid
+    yield
+    running = None

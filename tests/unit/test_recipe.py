@@ -1,0 +1,232 @@
+"""Recipes: what is read, what is refused and with which message; shipped recipes are valid."""
+
+import pytest
+import tiny_recipe
+from paths import ROOT
+
+from fastlm.errors import InputError
+from fastlm.runs.recipe import load_recipe
+
+SHIPPED = sorted((ROOT / "recipes").glob("*.toml"))
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tiny_recipe.write(tmp_path)
+
+
+def stage(recipe, name):
+    return recipe.step(name).stage
+
+
+def test_tables_become_the_stages_own_options(path):
+    recipe = load_recipe(path)
+    names = ["data", "tokenizer", "shards", "pretrain", "eval", "quantize"]
+    assert [step.name for step in recipe.steps] == names
+    pretrain = stage(recipe, "pretrain")
+    assert pretrain.max_steps == 12 and pretrain.batch_size == 4
+    assert pretrain.sample_at == (0.0, 1.0) and pretrain.seed == recipe.seed == 3
+    assert stage(recipe, "data").rules == ()
+    config = pretrain.model_config(300, 0)
+    assert config.vocab_size == 300 and config.max_position_embeddings == 32
+    assert config.tie_word_embeddings
+
+
+def test_overrides(path):
+    sets = ["pretrain.max_seconds=60", "name=other", "data.rules=['web']", "pretrain.seed=5"]
+    recipe = load_recipe(path, [*sets, "pretrain.model.hidden_size=64"])
+    pretrain = stage(recipe, "pretrain")
+    assert pretrain.max_seconds == 60.0 and recipe.name == "other"
+    assert pretrain.seed == 5 and pretrain.model["hidden_size"] == 64
+    assert "word_count" in stage(recipe, "data").rules
+
+
+@pytest.mark.parametrize(
+    "override, text",
+    [
+        (
+            "pretrain.bach_size=4",
+            "pretrain.bach_size: unknown key; the nearest known one is 'batch_size'",
+        ),
+        ("max_seconds=5", "unknown key; the nearest known one is pretrain.max_seconds"),
+        ("batch_size=5", "the nearest known one is pretrain.batch_size or eval.batch_size"),
+        ("pretrian.lr=1", "set: pretrian.lr: unknown key; the nearest known one is 'pretrain'"),
+        (
+            "pretrain.model.hiden_size=4",
+            "model.hiden_size: unknown key; the nearest known one is 'hidden_size'",
+        ),
+        (
+            "pretrain.model.num_attention_heads=3",
+            "model.hidden_size: wanted a multiple of num_attention_heads 3",
+        ),
+        (
+            "pretrain.batch_size='four'",
+            "pretrain.batch_size: wanted a whole number, got a string 'four'",
+        ),
+        ("pretrain.batch_size=4.5", "pretrain.batch_size: wanted a whole number, got a number 4.5"),
+        (
+            "pretrain.batch_size=true",
+            "pretrain.batch_size: wanted a whole number, got true or false True",
+        ),
+        ("pretrain.lr='fast'", "pretrain.lr: wanted a number, got a string"),
+        ("pretrain.lr=nan", "pretrain.lr: wanted a number"),
+        ("pretrain.betas=[0.9]", "pretrain.betas: wanted 2 values, got 1"),
+        ("pretrain.betas=0.9", "pretrain.betas: wanted an array, got a number"),
+        ("data.sources=[1]", r"data.sources\[0\]: wanted a string, got a whole number 1"),
+        ("data.sources=[]", "data.sources: wanted at least one source"),
+        ("pretrain=3", "pretrain: unknown key"),
+        ("stage=3", r"stage: wanted a list of tables, \[\[stage\]\]"),
+        ("pretrain.model=3", "pretrain.model: wanted a table, got a whole number 3"),
+        ("pretrain.kind='pretrian'", "stage 4.kind: wanted one of .*did you mean 'pretrain'"),
+        ("eval.name=report", "stage.name: wanted the name of a folder that .* got 'report'"),
+        ("eval.name='a/b'", "stage.name: wanted the name of a folder"),
+        ("eval.name=data", "stage.name: 'data' stands twice"),
+        ("eval.of=pretrian", "eval.of: wanted the name of a stage above .* one is 'pretrain'"),
+        ("eval.of=quantize", "eval.of: wanted a stage above it, 'quantize' stands below"),
+        ("eval.of=shards", "eval.of: wanted a stage that makes model or quantized; 'shards' makes"),
+        ("eval.of=3", "eval.of: wanted the name of a stage or a path, got 3"),
+        ("quantize.from=['pretrain', 'pretrain']", "quantize.from: wanted one, got 2"),
+        ("pretrain.max_steps=0", "pretrain.max_steps: wanted a positive number, got 0"),
+        ("data.workers=0", "data.workers: wanted 1 or more, got 0"),
+        ("eval.stride=64", "eval.stride: wanted at most the window of 32 tokens, got 64"),
+        ("lr", "set: wanted NAME.KEY=VALUE"),
+        ("name=''", "name: wanted the name of a folder below runs/, got ''"),
+        ("name='../other'", "name: wanted the name of a folder"),
+        ("name='/tmp/x'", "name: wanted the name of a folder"),
+        ("seed=-1", "seed: wanted 0 or more and less than 2"),
+        ("tokenizer.vocab_size=5", "tokenizer.vocab_size: wanted at least 259"),
+        ("tokenizer.train_bytes=0", "tokenizer.train_bytes: wanted 1 or more"),
+        ("quantize.format='w4a17'", "quantize.format: wanted one of w4a16"),
+        ("quantize.method='magic'", "quantize.method: wanted one of rtn"),
+        ("quantize.method='gptq'", "quantize.calibration: gptq wants calibration text"),
+        ("quantize.overrides=['head']", "quantize.overrides: wanted PATTERN=FORMAT"),
+        ("quantize.group_size=-3", "quantize.group_size: wanted -1"),
+        ("quantize.embeddings=3", "quantize.embeddings: wanted 4, 8, 16"),
+        ("quantize.head=8", "quantize.head: CausalLM has none beside its embeddings"),
+    ],
+)  # fmt: skip
+def test_refusals_name_the_key_what_is_wanted_and_what_came(path, override, text):
+    with pytest.raises(InputError, match=text) as e:
+        load_recipe(path, [override])
+    assert "\n" not in str(e.value)
+
+
+def test_files_that_are_no_recipe(tmp_path):
+    with pytest.raises(InputError, match="cannot be read: No such file"):
+        load_recipe(tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text("name = [")
+    with pytest.raises(InputError, match="wanted TOML"):
+        load_recipe(tmp_path / "bad.toml")
+    (tmp_path / "empty.toml").write_text("")
+    with pytest.raises(InputError, match="name: wanted, is missing"):
+        load_recipe(tmp_path / "empty.toml")
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_shipped_recipes_are_valid(path):
+    recipe = load_recipe(path)
+    assert recipe.name == path.stem and recipe.description
+
+
+MORE = """
+[[stage]]
+name = "wide"
+kind = "pretrain"
+max_steps = 2
+seed = 9
+model = {hidden_size = 64, intermediate_size = 64, num_hidden_layers = 1, num_attention_heads = 2}
+
+[[stage]]
+name = "both"
+kind = "eval"
+of = ["pretrain", "wide", "quantize"]
+
+[[stage]]
+name = "small"
+kind = "quantize"
+from = "pretrain"
+"""
+
+
+def test_stages_take_from_the_last_that_fits_or_from_where_they_say(tmp_path):
+    path = tiny_recipe.write(tmp_path)
+    path.write_text(path.read_text() + MORE)
+    recipe = load_recipe(path)
+    edges = {step.name: dict(step.inputs) for step in recipe.steps}
+    assert edges["eval"] == {"model": ("pretrain",), "data": ("data",), "against": ()}
+    assert edges["wide"] == {"shards": ("shards",), "tokenizer": ("tokenizer",)}
+    both = {"model": ("pretrain", "wide", "quantize"), "data": ("data",), "against": ()}
+    assert edges["both"] == both
+    assert edges["small"]["model"] == ("pretrain",)
+    assert stage(recipe, "wide").seed == 9
+    recipe = load_recipe(path, ["small.from=./elsewhere", "small.group_size=8"])
+    assert dict(recipe.step("small").inputs)["model"] == ("./elsewhere",)
+    assert stage(recipe, "small").group_size == 8
+    renamed = ["pretrain.name=model", "eval.of=model", "quantize.from=model", "small.from=model"]
+    recipe = load_recipe(path, [*renamed, "both.of=['model', 'wide']"])  # no package's scheme
+    assert recipe.step("eval").inputs["model"] == ("model",)
+    with pytest.raises(InputError, match=r"small\.model: says once more what 'model' is"):
+        load_recipe(path, ["small.model=wide"])
+
+
+OUTSIDE = """
+[inputs]
+old = "./served"
+
+[[stage]]
+name = "pair"
+kind = "eval"
+of = ["old", "pretrain"]
+
+[[stage]]
+name = "smaller"
+kind = "quantize"
+from = "old"
+"""
+
+
+def test_what_comes_from_outside_has_one_name(tmp_path):
+    path = tiny_recipe.write(tmp_path)
+    path.write_text(path.read_text() + OUTSIDE)
+
+    def taken(*overrides):
+        recipe = load_recipe(path, overrides)
+        steps = (recipe.step("pair"), recipe.step("smaller"))
+        return [step.inputs["model"] for step in steps]
+
+    assert taken() == [("./served", "pretrain"), ("./served",)]
+    assert taken("inputs.old=/srv/m") == [("/srv/m", "pretrain"), ("/srv/m",)]
+    assert load_recipe(path, ["inputs.old=model:smollm2"]).table["inputs"]["old"] == "model:smollm2"
+    for override, text in (
+        ("inputs.old=served", "inputs.old: wanted a path with a /, got 'served'"),
+        ("inputs.old=3", "inputs.old: wanted a path with a /, got 3"),
+        ("inputs.older=/srv/m", "inputs.older: wanted a stage that has it as an input, got none"),
+        ("data.sources=['older']\ninputs.older=/srv/m", "inputs.older: wanted a stage that has it"),
+        ("inputs.pretrain=/srv/m", "inputs.pretrain: wanted a name that is no stage's"),
+        ("inputs=3", "inputs: wanted a table, got 3"),
+        ("pair.name=inputs", "stage.name: wanted the name of a folder that .* got 'inputs'"),
+        ("pair.of=['old', './served']", "pair.of: wanted each once"),
+        ("pair.of=['odl', 'pretrain']", "pair.of: .*the nearest one is 'old'"),
+    ):
+        with pytest.raises(InputError, match=text):
+            load_recipe(path, override.splitlines())
+
+
+def test_a_stage_whose_input_nobody_makes(tmp_path):
+    (tmp_path / "r.toml").write_text('name = "r"\n[[stage]]\nkind = "tokenizer"\n')
+    with pytest.raises(InputError, match=r"tokenizer.corpus: wanted a stage above it that makes"):
+        load_recipe(tmp_path / "r.toml")
+
+
+@pytest.mark.parametrize(
+    "table, text",
+    [
+        ("data", r'\[data\]: a recipe is a list of stages now: .* kind = "data"'),
+        ("model", r'kind = "pretrain", and \[stage.model\] for this table'),
+    ],
+)
+def test_recipes_of_before_the_list_say_what_to_write(tmp_path, table, text):
+    (tmp_path / "old.toml").write_text(f'name = "old"\n[{table}]\nx = 1\n')
+    with pytest.raises(InputError, match=text) as e:
+        load_recipe(tmp_path / "old.toml")
+    assert "\n" not in str(e.value)
