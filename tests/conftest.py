@@ -6,7 +6,11 @@ Without a GPU Triton kernels are interpreted: `TRITON_INTERPRET` is read when th
 have two threads, so that work is split. OpenMP reads its variables when torch is loaded.
 """
 
+import ctypes
+import gc
 import os
+import sys
+from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -66,6 +70,24 @@ def _same_folder():
     after = os.getcwd()
     os.chdir(before)
     assert after == before
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _memory():
+    """Give memory back to the system after a file that has grown its process: a run has several
+    processes, and a machine with two cores may have 4 GiB.
+    """
+    yield
+    if resident() > 700 << 20:
+        if "torch._dynamo" in sys.modules:
+            torch._dynamo.reset()
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from model_files import smollm2, write_gguf
+from model_files import write_gguf
 
 import fastlm
 from fastlm.checkpoint.folder import load_state, save_hf
@@ -353,29 +353,6 @@ def test_activations_are_rounded_unless_told_otherwise(tmp_path):
     refused = pytest.raises(fastlm.InputError, match="act_bits: wanted 8 or 16, got 4")
     with refused:
         bits(path, act_bits=4)
-
-
-@pytest.mark.slow  # loads a 135M model twice: about 15 s
-def test_smollm2_equals_transformers():
-    """Every tensor of the real file, to the last bit, and the config."""
-    from transformers import AutoModelForCausalLM
-
-    path = smollm2()
-    theirs = AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32
-    )
-    config, tensors = load_state(path)
-    state, want = dict(tensors), theirs.state_dict()
-    assert state.keys() == want.keys() - {"lm_head.weight"}
-    kinds = {weight.bits for weight in state.values() if isinstance(weight, QuantizedWeight)}
-    assert kinds == {4, 8}
-    for name, weight in state.items():
-        dense = weight.dequantize() if isinstance(weight, QuantizedWeight) else weight
-        assert torch.equal(dense, want[name]), name
-    for key in ("hidden_size", "num_key_value_heads", "head_dim", "vocab_size", "eos_token_id"):
-        assert config[key] == getattr(theirs.config, key)
-    assert config["rope_theta"] == theirs.config.rope_parameters["rope_theta"]
-    assert config["tie_word_embeddings"] is theirs.config.tie_word_embeddings is True
 
 
 # files with false claims

