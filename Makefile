@@ -7,12 +7,15 @@ CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/cuda/*.cuh cs
 CUDA_HERE := test -n "$$CUDA_HOME$$CUDA_PATH" || command -v nvcc >/dev/null || test -d /usr/local/cuda/include
 CUDA_HEADERS := nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl
 PIP := $(BIN)/python -m pip install --quiet
-# A process for each core, at most 4 (tests/conftest.py); a file's tests share their fixtures in one.
-# pytest-benchmark warns that it is off in them
-PARALLEL := -n auto --dist loadfile -p no:benchmark
+# A process more than cores, at most 5 (tests/conftest.py): tests of servers wait. A file's tests share their fixtures in one
+# process; the order is that of tests/conftest.py. pytest-benchmark warns that it is off in them
+PARALLEL := -n auto --dist loadfile --no-loadscope-reorder -p no:benchmark
 BUILD := FASTLM_SIMT=1 $(BIN)/python setup.py -q build_ext --inplace
+# What this machine runs: no CUDA kernels without a GPU, which take two thirds of the time with the emulator that the tests want
+HERE := FASTLM_CUDA=$${FASTLM_CUDA:-$$(nvidia-smi -L >/dev/null 2>&1 && echo 1 || echo 0)}
+BUILD_HERE := $(HERE) $(BIN)/python setup.py -q build_ext --inplace
 
-.PHONY: help setup build demo test quick simt lint format bench fuzz fuzz-files kill sanitize gate triton-sanitize clean
+.PHONY: help setup build demo test quick test-all simt lint format bench fuzz fuzz-files kill sanitize gate triton-sanitize clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##' Makefile | sed 's/:.*## /\t/' | expand -t 18
@@ -26,23 +29,32 @@ setup: build     ## .venv with fastlm (editable, extensions built) and everythin
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) --upgrade 'pip>=25' setuptools pybind11 ninja
 	@$(CUDA_HERE) || $(PIP) --no-deps $(CUDA_HEADERS)
-	$(BUILD)
+	$(BUILD_HERE)
 	@echo "make: fetching torch: minutes without output"
-	PYTHONWARNINGS='ignore:Editable installation' $(PIP) --no-build-isolation --editable '.[dev]'
+	$(HERE) PYTHONWARNINGS='ignore:Editable installation' $(PIP) --no-build-isolation --editable '.[dev]'
 	@touch $@
 
 build: .venv/ready  ## the extensions, in place: compiles what an edit of csrc/ touched
 	@$(BUILD)
 
-demo: build      ## the first part of recipes/full.toml, text -> tokens -> model -> runs/demo/report.html, in ten minutes on two cores
+demo: .venv/ready  ## the first part of recipes/full.toml, text -> tokens -> model -> runs/demo/report.html, in ten minutes on two cores
+	@$(BUILD_HERE)
 	$(BIN)/fastlm run recipes/full.toml --until eval --set pretrain.max_tokens=2_000_000 --out runs/demo
 
-test: build      ## every check: lint, types, all tests
+test: build      ## every check: lint, types, the tests of all three tiers
 	$(MAKE) --no-print-directory lint
 	$(BIN)/pytest $(PARALLEL)
 
-quick: build     ## all but the slow tests
-	$(BIN)/pytest $(PARALLEL) -m 'not slow'
+quick: .venv/ready  ## the unit tests: two minutes on two cores
+	@$(BUILD_HERE)
+	$(BIN)/pytest $(PARALLEL) tests/unit
+
+test-all: build  ## what `make test` leaves out too: all combinations of parameters, simulations, fuzz, kills
+	$(MAKE) --no-print-directory lint
+	$(BIN)/pytest $(PARALLEL) --all
+	$(MAKE) --no-print-directory fuzz MINUTES=10
+	$(MAKE) --no-print-directory fuzz-files
+	$(MAKE) --no-print-directory kill KILLS=5
 
 simt: .venv/ready  ## the emulator alone after a change in csrc/cuda or csrc/simt: seconds a file; DEBUG=1: for gdb
 	@FASTLM_CPU=0 FASTLM_CUDA=0 FASTLM_DEBUG=$(DEBUG) $(BUILD)

@@ -27,6 +27,7 @@ from poison import patched, poisoned
 
 from fastlm.threads import default_threads
 
+TIERS = ("system", "kernels", "unit")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 # Debian's packages without whose programs a test fails that else is skipped
@@ -35,7 +36,7 @@ REQUIRED = tuple(filter(None, os.environ.get("FASTLM_REQUIRE", "").split(",")))
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config):
-    return min(4, default_threads())
+    return min(4, default_threads()) + 1  # tests of servers wait for them
 
 
 @pytest.hookimpl(wrapper=True)
@@ -60,6 +61,8 @@ def pytest_collection_modifyitems(config, items):
     if not config.option.all:
         absent.add("exhaustive")
     items[:] = [item for item in items if not any(map(item.get_closest_marker, absent))]
+    # the longest files are in system: at the end of a run in parallel only short ones are left
+    items.sort(key=lambda item: TIERS.index(item.path.parent.name))
 
 
 @pytest.fixture(autouse=True)

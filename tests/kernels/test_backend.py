@@ -136,7 +136,6 @@ def test_no_second_derivative_rather_than_zeros(function, tensors):
         torch.autograd.grad(first.square().sum(), leaves)
 
 
-@pytest.mark.slow
 @each_op
 def test_inductor(function, tensors):
     """The default backend of torch.compile, which asserts the strides that fakes declare."""

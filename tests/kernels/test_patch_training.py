@@ -65,7 +65,7 @@ def test_low_precision(family, mode):
     assert errors[1] <= 1.5 * errors[0] + 1e-2 * scale
 
 
-@pytest.mark.parametrize("family", ["llama", pytest.param("gemma2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_compiles_in_one_graph(family):
     plain, fast = pair(family)
     names = set()
@@ -85,8 +85,8 @@ def test_compiles_in_one_graph(family):
     assert ops == {"rms_norm", "rope", "glu", "attention", "linear_cross_entropy"}
 
 
-@pytest.mark.parametrize("family", ["llama", pytest.param("gemma2", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("labels", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("labels", [True, pytest.param(False, marks=pytest.mark.exhaustive)])
 def test_new_shapes_are_not_compiled_again(family, labels):
     """From the second shape on one graph serves any number and length of rows."""
     _, fast = pair(family)

@@ -111,7 +111,7 @@ def test_what_stays_with_torch(calls):
     assert calls == {"_forward": 0, "_backward": 0}
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiles(calls, backend):
     leaves = leaves_of(8, 8, transposed=True)
     expected = run(leaves, is_causal=True)

@@ -9,7 +9,6 @@ from paths import SUPPORT
 from sharded_adamw import CASES
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cpu", "triton"])
 def test_two_ranks_are_one_process(name):
     if name == "triton" and os.environ.get("TRITON_INTERPRET") != "1":

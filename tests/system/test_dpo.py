@@ -481,7 +481,6 @@ def test_the_command_and_a_recipe(base, data, tmp_path) -> None:
     assert "share ranked right" in page
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("name", ["sigmoid", "ipo", "hinge"])
 def test_loss_and_gradient_are_those_of_trl(base, tmp_path, name) -> None:

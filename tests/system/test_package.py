@@ -74,7 +74,6 @@ def test_kernels_stands_in_nobodys_way(tmp_path):
         assert run(probe) == ["False"]
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(3000)  # compiles everything, beside the other tests
 def test_wheel_and_sdist_work_outside_the_repository(tmp_path):
     """The sdist is built from the tree and the wheel from the sdist. The wheel is installed into a

@@ -17,7 +17,6 @@ from fastlm.ops import attention, linear_cross_entropy
 
 # warnings of transformers, peft and TRL about each other's names do not concern the model
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
 ]
 

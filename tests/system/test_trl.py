@@ -27,7 +27,6 @@ from fastlm.train.rollouts import Answer
 from fastlm.train.sft import AnswerTokens
 
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
 ]

@@ -1,7 +1,6 @@
 """Question sets: templates, damaged data, and models whose scores are known."""
 
 import json
-import math
 import time
 from collections import Counter
 
@@ -304,28 +303,6 @@ def test_questions_about_one_passage_are_a_group(tmp_path):
     files.write_requests(tmp_path, "boolq", "rc_5shot", rows)
     groups = [q.group for q in load_task("boolq", tmp_path).questions]
     assert groups == ["Tree -- A plant.", "Tree -- A plant.", "River -- It flows."]
-
-
-def test_programs_pass_their_tests_or_do_not(tmp_path):
-    rows = [request("", "    return a + b\n", HUMANEVAL)]
-    files.write_requests(tmp_path, "codex_humaneval", "gold_bpb_0shot", rows)
-    rows = [request("Add.\n```python\n", "", MBPP)]
-    path = files.write_requests(tmp_path, "codex_mbpp", "gold_bpb_0shot", rows)
-    for name in ("humaneval", "humaneval:gold_bpb_0shot", "mbpp"):
-        task = load_task(name, tmp_path)
-        task.check()  # this machine can run programs
-        (q,) = task.questions
-        body = q.gold if q.gold.startswith("def") else HUMANEVAL["prompt"] + q.gold
-        said = [q.gold, f"```python\n{body}\n```\nDone.", q.gold.replace("+", "-"), "", "assert 0"]
-        assert task.judge([(one, q.row) for one in said]) == [1, 1, 0, 0, 0]
-    assert measured(task, oracle(task), tmp_path) == {
-        "bits_per_byte": pytest.approx(-1.0 / -math.log(2) / len(q.gold)), "pass@1": 1,
-    }  # fmt: skip
-    files.write_requests(
-        tmp_path, "codex_mbpp", "gold_bpb_0shot", [*rows, request("", "", {**MBPP, "code": "x"})]
-    )
-    with pytest.raises(InputError, match=f"{path.name}, line 2: wanted tests, got ValueError"):
-        load_task("mbpp", tmp_path)
 
 
 def test_an_answer_of_white_space_is_read_at_once():

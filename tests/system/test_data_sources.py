@@ -565,7 +565,6 @@ def test_replacing_leaves_nothing_half_written(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.slow
 def test_real_packages(cache):
     """A small Debian package and a small PyPI one, from the registries."""
     deb = read("deb:debian-faq#*.html", cache)
