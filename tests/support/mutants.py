@@ -1,0 +1,113 @@
+"""Do the pairs of parameters that `make test` runs find what all combinations find?
+
+    python tests/support/mutants.py [--seed 0] [--each 3] [--kernels triton cuda cpu] [--op glu ...]
+
+Change one operator of one line of a kernel at random, and run the tests of its op: first on pairs
+of parameters (pairs.py), and on all combinations where these pass. A mutant that only all of them
+find is LOST. One that neither finds changes nothing that the tests ask for: a bound that padding
+makes equal, an order of work. The kernel is restored after each.
+"""
+
+import argparse
+import random
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+OPERATORS = {
+    "<": "<=", "<=": "<", ">": ">=", ">=": ">", "+": "-", "-": "+", "*": "+", "&&": "||",
+    "||": "&&", "&": "|", "==": "!=",
+}  # fmt: skip
+OPERATOR = re.compile(r" (<=?|>=?|\+|-|\*|&&?|\|\||==) ")
+NOT_CODE = re.compile(r'^\s*(//|#|"""|\*|template|using|static_assert|assert|def |@|from |import )')
+# ops whose kernels compile in seconds; Triton's need no compiler
+OPS = {
+    "triton": (
+        "adamw", "cross_entropy", "glu", "linear_cross_entropy", "linear_distillation",
+        "linear_logprobs", "paged_attention", "quantized_linear", "rms_norm", "rope",
+    ),
+    "cuda": ("adamw", "cross_entropy", "glu", "paged_append", "rms_norm", "rope"),
+    "cpu": ("adamw", "cross_entropy", "glu", "linear", "linear_cross_entropy", "rms_norm", "rope"),
+}  # fmt: skip
+SOURCE = {"triton": "kernels/{}.py", "cuda": "csrc/cuda/{}.cu", "cpu": "csrc/cpu/{}.h"}
+TEST = {"triton": "test_triton_{}.py", "cuda": "test_cuda_{}.py", "cpu": "test_{}.py"}
+
+
+def mutants(source: Path, count: int, draw: random.Random):
+    """Yield (line number, what changes, the new text) of random mutants of a file."""
+    lines = source.read_text().splitlines(keepends=True)
+    places = []
+    in_docstring = False
+    for number, line in enumerate(lines):
+        quotes = line.count('"""')
+        if not (in_docstring or quotes or NOT_CODE.match(line)):
+            code = re.split(r"  #|//", line)[0]
+            places += [(number, found) for found in OPERATOR.finditer(code)]
+        in_docstring ^= quotes % 2 == 1
+    for number, found in draw.sample(places, min(count, len(places))):
+        begin, end = found.span(1)
+        line = lines[number]
+        changed = line[:begin] + OPERATORS[found[1]] + line[end:]
+        text = "".join([*lines[:number], changed, *lines[number + 1 :]])
+        yield number + 1, f"{found[1]} -> {OPERATORS[found[1]]}", text
+
+
+def build(kernels: str) -> bool:
+    """Compile what changed; whether it compiles."""
+    if kernels == "triton":
+        return True
+    wanted = {"FASTLM_CUDA": "0", "FASTLM_SIMT": "1"} if kernels == "cuda" else {"FASTLM_CUDA": "0"}
+    environment = [f"{name}={value}" for name, value in wanted.items()]
+    command = ["env", *environment, sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
+
+
+def is_found(kernels: str, op: str, *options: str) -> bool:
+    """Whether a test of the op fails, or the process that runs it."""
+    name = "test_optim.py" if (kernels, op) == ("cpu", "adamw") else TEST[kernels].format(op)
+    command = [sys.executable, "-m", "pytest", "-qx", f"tests/kernels/{name}", *options]
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, timeout=900).returncode != 0
+    except subprocess.TimeoutExpired:  # a loop that does not end
+        return True
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--each", type=int, default=3, help="mutants of each op")
+    parser.add_argument("--kernels", nargs="+", default=list(OPS), choices=OPS)
+    parser.add_argument("--op", nargs="+", default=None)
+    arguments = parser.parse_args()
+    total: Counter[str] = Counter()
+    for kernels in arguments.kernels:
+        for op in arguments.op or OPS[kernels]:
+            source = ROOT / SOURCE[kernels].format(op)
+            original = source.read_text()
+            draw = random.Random(f"{arguments.seed} {kernels} {op}")
+            try:
+                for line, change, text in mutants(source, arguments.each, draw):
+                    source.write_text(text)
+                    begin = time.monotonic()
+                    if not build(kernels):
+                        outcome = "does not compile"
+                    elif is_found(kernels, op):
+                        outcome = "found"
+                    else:
+                        outcome = "LOST" if is_found(kernels, op, "--all") else "changes nothing"
+                    total[outcome] += 1
+                    seconds = time.monotonic() - begin
+                    print(f"{kernels} {op}:{line} {change}: {outcome}, {seconds:.0f} s", flush=True)
+            finally:
+                source.write_text(original)
+        build(kernels)
+    print(dict(total))
+    sys.exit(total["LOST"] > 0)
+
+
+if __name__ == "__main__":
+    main()
