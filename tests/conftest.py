@@ -1,5 +1,8 @@
 """What all tests share: poisoned memory, seeds, and which tests run.
 
+`make test` runs each test on so many combinations of its parameters that every two values meet
+(pairs.py); `make test-all` runs all combinations.
+
 Without a GPU Triton kernels are interpreted: `TRITON_INTERPRET` is read when they are decorated.
 
 `pytest -n auto` runs the tests in several processes of one thread each. Tests of kernels (`isa`)
@@ -23,6 +26,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
+from pairs import all_pairs
 from poison import patched, poisoned
 
 from fastlm.threads import default_threads
@@ -61,6 +65,9 @@ def pytest_collection_modifyitems(config, items):
     if not config.option.all:
         absent.add("exhaustive")
     items[:] = [item for item in items if not any(map(item.get_closest_marker, absent))]
+    named = config.option.keyword or any("::" in name for name in config.args)
+    if not (config.option.all or named):  # what somebody names is run on every combination
+        items[:] = all_pairs(items)
     # the longest files are in system: at the end of a run in parallel only short ones are left
     items.sort(key=lambda item: TIERS.index(item.path.parent.name))
 

@@ -1,8 +1,5 @@
 """Tests of kernels: on every instruction set of this machine, on Triton's interpreter, and on the
 emulator of the CUDA kernels. Where there is a GPU, Triton and CUDA kernels run there.
-
-`make test` runs each test on so many combinations of its parameters that every two values meet
-(pairs.py); `make test-all` runs all combinations.
 """
 
 import importlib
@@ -11,22 +8,12 @@ import os
 import numpy as np
 import pytest
 import torch
-from pairs import all_pairs
 from poison import guarded_memory
 
 from fastlm import backend
 
 # thread orders in which every test of a CUDA kernel runs if there is no GPU
 SIMT_SEEDS = int(os.environ.get("FASTLM_SIMT_SEEDS") or 2)
-
-
-def pytest_collection_modifyitems(config, items):
-    option = config.option
-    named = option.all or option.keyword or any("::" in name for name in config.args)
-    if not named:  # what somebody names is run, whatever its parameters
-        here = [item for item in items if item.path.parent.name == "kernels"]
-        dropped = set(here) - set(all_pairs(here))
-        items[:] = [item for item in items if item not in dropped]
 
 
 @pytest.fixture(params=backend.cpu_isas())
