@@ -29,7 +29,7 @@ found.restype = ctypes.c_long
 torch.set_num_threads(2)
 report = {}
 # one source makes the kernels of all instruction sets: two of them are enough for a case
-isas = [isa for isa in backend.cpu_isas() if isa != "amx_emulated"]  # tiles in memory, 50 times slower
+isas = [isa for isa in backend.cpu_isas() if isa != "amx_emulated"]  # whose tiles are slow
 for number, (name, case) in enumerate(CASES.items()):
     op = name.split()[0]
     for i, dtype in enumerate((torch.float32, torch.bfloat16)):
