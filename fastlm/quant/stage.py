@@ -351,7 +351,7 @@ class Quantize(Stage):
                 f" ({100 * (after / before - 1):+.2f} %), KL {result['kl']:.4f},"
                 f" {100 * result['greedy_agreement']:.1f} % of the likeliest tokens the same"
             )
-        if unseen := result["unseen"]:
+        if unseen := result.get("unseen"):
             text += f"; on {unseen['source']}: {100 * unseen['loss']:+.2f} %"
         return text
 
