@@ -35,15 +35,16 @@ def get_command(
 
 @app.command("canaries")
 def canaries_command(
+    corpus: Annotated[Path, typer.Argument(help="A folder of fastlm data prepare")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Output folder")],
     count: Annotated[int, typer.Option(help="Canaries of each number of copies")] = 5,
     copies: Annotated[str, typer.Option(help="Copies, with commas between")] = "1,4,16,64",
     seed: Annotated[int, typer.Option(help="Draws names and numbers")] = 0,
 ) -> None:
-    """Write sentences with random numbers to plant in training text, some of them many times, for
-    ``fastlm safety --canaries``. Prints the path of the text, a source for ``fastlm data prepare``.
+    """Copy prepared text and plant sentences with random numbers in its training part, some of them
+    many times. Train on the copy, and give it to ``fastlm safety`` as --data and as --canaries.
     """
-    from fastlm.evals.safety.canaries import TEXTS, make_canaries, write_canaries
+    from fastlm.evals.safety.canaries import make_canaries, plant
 
     try:
         numbers = [int(word) for word in copies.split(",")]
@@ -51,8 +52,8 @@ def canaries_command(
         raise InputError(
             f"copies: wanted numbers with commas between, got {copies!r:.80}"
         ) from None
-    write_canaries(out, make_canaries(count, numbers, seed), seed)
-    typer.echo(out / TEXTS)
+    plant(corpus, out, make_canaries(count, numbers, seed), seed)
+    typer.echo(out)
 
 
 @app.command("show")

@@ -53,4 +53,5 @@ def difference(new: Mapping[str, Any], old: Mapping[str, Any]) -> Score:
     value = new["value"] - old["value"]
     down = math.hypot(new["value"] - new["low"], old["high"] - old["value"])
     up = math.hypot(new["high"] - new["value"], old["value"] - old["low"])
-    return {"value": value, "low": value - down, "high": value + up, "n": new["n"]}
+    judge = {key: new[key] for key in ("judge", "corrected") if key in new}
+    return {"value": value, "low": value - down, "high": value + up, "n": new["n"], **judge}

@@ -59,7 +59,7 @@ class Gate(Stage):
         return contents.tree(self.gates)
 
     def run(self, job: Job) -> dict[str, Any]:
-        from fastlm.evals.safety.gates import read_gates
+        from fastlm.evals.safety.gates import doubts, read_gates
         from fastlm.loop.bounds import scores_of
         from fastlm.loop.pair import common, pair_of
 
@@ -86,6 +86,7 @@ class Gate(Stage):
             checks.append({
                 "score": gate.score, "bounds": _bounds(gate), "passed": why is None,
                 "why": why or "",
+                "doubt": "; ".join(doubts([gate], scores)),
                 **{key: found.get(key) for key in ("value", "low", "high", "n")},
             })  # fmt: skip
         result = {
@@ -95,6 +96,8 @@ class Gate(Stage):
         text = json.dumps(result, indent=1) + "\n"
         save_atomic(make_folder(job.out) / DECISION, lambda path: path.write_text(text, "utf-8"))
         for check in checks:
+            if check["doubt"]:
+                job.warn(f"gate: {check['doubt']}")
             if not check["passed"]:
                 job.warn(f"gate failed: {check['why']}")
         return result
@@ -118,7 +121,8 @@ class Gate(Stage):
             if check["low"] is not None and check["high"] is not None:
                 measured += " ({low:.3f} to {high:.3f})".format(**check)
             passed = "passed" if check["passed"] else "failed"
-            facts[check["score"]] = f"{measured}, wanted {check['bounds']}: {passed}"
+            doubt = f"; {check['doubt']}" if check["doubt"] else ""
+            facts[check["score"]] = f"{measured}, wanted {check['bounds']}: {passed}{doubt}"
         failed = sum(not check["passed"] for check in result["gates"])
         decided = "The new model is promoted: all gates passed."
         if failed:

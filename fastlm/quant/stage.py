@@ -15,10 +15,12 @@ from fastlm.runs.stage import Facts, Job, Part, Stage, Takes, at_least_one
 if TYPE_CHECKING:
     from fastlm.model.causal_lm import CausalLM
     from fastlm.quant.plan import Target
+    from fastlm.quant.report import Comparison
     from fastlm.tokenizer.tokenizer import Tokenizer
 
 REPORT, PROGRESS = "report.json", "progress"
 # Long enough to hide the first step, short enough for an untrained model on two cores
+UNSEEN_TOKENS = 32_768  # of the text of another kind: an error of the loss below half a percent
 DECODE_TOKENS = 64
 DECODE_ROUNDS = 3  # the models take turns; medians are reported
 
@@ -29,7 +31,7 @@ class Quantize(Stage):
 
     kind = "quantize"
     command = ("quantize",)
-    version = 6
+    version = 7
     reads = {
         "model": Takes(
             ("model",), "Hugging Face folder, .gguf, fastlm run or model:smollm2", flag="m"
@@ -40,8 +42,14 @@ class Quantize(Stage):
         ),
         "calibration": Takes(
             ("corpus", "shards"),
-            "Text like that which the model will see, to weigh errors by", optional=True,
-            default=False,
+            "Text like that which the model will see, to weigh errors by, in equal parts; default"
+            " where it is needed: web pages, documentation and code from packages", several=True,
+            optional=True, default=False,
+        ),
+        "unseen": Takes(
+            ("corpus", "shards"),
+            "Text of another kind than the calibration: measures the loss there, too; default"
+            " beside the default calibration: encyclopedia", optional=True, default=False,
         ),
     }  # fmt: skip
     leaves = {"quantized": "."}
@@ -104,21 +112,27 @@ class Quantize(Stage):
         return parse_overrides(self.overrides)
 
     def check_inputs(self, inputs: Mapping[str, Any]) -> None:
-        text = bool(inputs.get("calibration"))
-        if text and self.own_samples:
+        if inputs.get("calibration") and self.own_samples:
             raise InputError("own_samples: wanted false with calibration text, got both")
-        if self.method != "rtn" and not (text or self.own_samples):
-            raise InputError(
-                f"calibration: {self.method} wants calibration text (or own_samples), got none"
-            )
-        if self.awq and not (text or self.own_samples):
-            raise InputError("calibration: awq wants calibration text (or own_samples), got none")
-        if self.distill and not (text or self.own_samples):
-            raise InputError(
-                "calibration: distill wants calibration text (or own_samples), got none"
-            )
         if self.strict and not inputs.get("data"):
             raise InputError("strict: wanted held-out text (data) to measure, got none")
+
+    def calibration_of(self, inputs: Mapping[str, Any]) -> tuple[str, ...]:
+        """The sources of calibration text: those named, or the default where it is needed."""
+        from fastlm.quant.calibration import MIXED
+
+        if named := inputs.get("calibration"):
+            return tuple(source.where for source in named)
+        needed = self.method != "rtn" or self.awq or self.distill
+        return MIXED if needed and not self.own_samples else ()
+
+    def unseen_of(self, inputs: Mapping[str, Any]) -> str | None:
+        """The source of text of another kind: the one named, or the default beside `MIXED`."""
+        from fastlm.quant.calibration import MIXED, UNSEEN
+
+        if named := inputs.get("unseen"):
+            return named[0].where
+        return UNSEEN if self.calibration_of(inputs) == MIXED else None
 
     def plan(self, inputs: Mapping[str, Any]) -> Facts:
         self.check_inputs(inputs)
@@ -174,10 +188,16 @@ class Quantize(Stage):
             progress=progress, track=job.track, on_step=found.add, tell=job.tell,
         )  # fmt: skip
         assert isinstance(small, CausalLM)  # only modules inside it are replaced
+        unseen = self.unseen_of(job.inputs)
         if not job.inputs.get("data"):
             found.warnings.append(
                 "data: wanted held-out text to measure what was lost, got none: bits per byte and"
                 " KL to the original are not in the report"
+            )
+        elif self.calibration_of(job.inputs) and unseen is None:
+            found.warnings.append(
+                "unseen: expected text of another kind than the calibration, got none: the loss"
+                " elsewhere may be larger, and is not in the report"
             )
         for line in found.warnings:
             job.warn(line)
@@ -191,6 +211,10 @@ class Quantize(Stage):
         result |= {"bytes_before": size, **true_bits(small)}
         if job.inputs.get("data"):
             result |= self._measured(job, small, tokenizer)
+        result["unseen"] = None
+        if unseen is not None:
+            compared = self._compared(job, small, tokenizer, unseen, max_tokens=UNSEEN_TOKENS)
+            result["unseen"] = {"source": unseen, "loss": compared.loss, **compared.figures()}
         small.config.extra["quantization_config"] = {"method": self.method}
         remove(job.out / REPORT)  # of an earlier model
         small.save_pretrained(job.out)
@@ -208,8 +232,10 @@ class Quantize(Stage):
     def _used(self, job: Job, ids: Any) -> dict[str, Any]:
         """The options that had an effect as they were used, the others as None."""
         source = "own samples" if self.own_samples else None
-        if not self.own_samples and job.inputs.get("calibration"):
-            source = job.inputs["calibration"][0].name
+        if named := job.inputs.get("calibration"):
+            source = ", ".join(one.name for one in named)
+        elif texts := self.calibration_of(job.inputs):
+            source = ", ".join(texts)
         return {
             "overrides": list(self.overrides),
             "calibration_source": source,
@@ -233,41 +259,68 @@ class Quantize(Stage):
                 tokens=self.calibration_tokens, **cut,
             )  # fmt: skip
             return ids, ids
-        if (text := job.inputs.get("calibration")) is None or not text:
+        if not (sources := self.calibration_of(job.inputs)):
             return None, None
-        where, measured = text[0].where, job.inputs.get("data")
-        if measured and same_text(where, measured[0].where):
-            job.warn(
-                f"data: {measured[0].name} is the calibration text, too: the loss on other text is"
-                " larger (prepared text and shards have a held-out part)"
-            )
+        for name in ("data", "unseen"):
+            measured = job.inputs.get(name)
+            if measured and any(same_text(where, measured[0].where) for where in sources):
+                job.warn(
+                    f"{name}: {measured[0].name} is the calibration text, too: the loss on other"
+                    " text is larger (prepared text and shards have a held-out part)"
+                )
         learnt = text_windows(
-            model, tokenizer, where, cache=job.cache, tell=job.skipped,
-            tokens=max(self.calibration_tokens, tokens_of(self.distill)), **cut,
+            model, tokenizer, sources[0] if len(sources) == 1 else sources, cache=job.cache,
+            tell=job.skipped, tokens=max(self.calibration_tokens, tokens_of(self.distill)), **cut,
         )  # fmt: skip
         ids = learnt[: max(1, self.calibration_tokens // learnt.shape[1])]
         if 2 * ids.numel() < self.calibration_tokens:
             job.warn(
-                f"calibration: {text[0].name} has {ids.numel():,} tokens in windows of"
+                f"calibration: {', '.join(sources)} has {ids.numel():,} tokens in windows of"
                 f" {ids.shape[1]}, of {self.calibration_tokens:,} asked for"
             )
         return ids, learnt
 
     def _measured(self, job: Job, small: "CausalLM", tokenizer: "Tokenizer") -> dict[str, Any]:
-        """Compare with the original. InputError: figures that are not finite; with `strict`, a loss
-        above `max_loss`.
+        """Compare with the original on the held-out text, and compare their speed."""
+        (data,) = job.inputs["data"]
+        found = self._compared(job, small, tokenizer, data.where)
+        before = self._original(job)
+        speed = decode_speeds({"before": before, "after": small}, tokenizer.eos_id or 0)
+        return {
+            **found.figures(),
+            "decode_tokens_per_second_before": speed["before"],
+            "decode_tokens_per_second": speed["after"],
+        }
+
+    def _original(self, job: Job) -> "CausalLM":
+        from fastlm.serve.chat import load_model
+
+        (source,) = job.inputs["model"]
+        return load_model(source.where, keep_quantized=not self.dequantize)[0]
+
+    def _compared(
+        self,
+        job: Job,
+        small: "CausalLM",
+        tokenizer: "Tokenizer",
+        text: str,
+        max_tokens: int | None = None,
+    ) -> "Comparison":
+        """Compare with the original on a text. InputError: figures that are not finite; with
+        `strict`, a loss above `max_loss`.
         """
         from fastlm.evals.texts import check_window, token_dataset
         from fastlm.quant.report import compare
-        from fastlm.serve.chat import load_model
 
-        (source,), (data,) = job.inputs["model"], job.inputs["data"]
-        before, _ = load_model(source.where, keep_quantized=not self.dequantize)
+        before = self._original(job)
         seq_len, stride = check_window(before.context_limit, None, None)
         with token_dataset(
-            data.where, tokenizer, before.config.vocab_size, cache=job.cache, tell=job.skipped
+            text, tokenizer, before.config.vocab_size, cache=job.cache, tell=job.skipped
         ) as dataset:
-            found = compare(before, small, dataset, seq_len=seq_len, stride=stride, track=job.track)
+            found = compare(
+                before, small, dataset, seq_len=seq_len, stride=stride, max_tokens=max_tokens,
+                track=job.track,
+            )  # fmt: skip
         figures = found.bits_per_byte_before, found.bits_per_byte, found.kl
         if not all(map(math.isfinite, figures)):
             raise InputError(
@@ -277,17 +330,13 @@ class Quantize(Stage):
             line = (
                 f"max_loss: wanted bits per byte to grow by at most {100 * self.max_loss:g} %,"
                 f" got {100 * found.loss:+.2f} % ({found.bits_per_byte_before:.4f} ->"
-                f" {found.bits_per_byte:.4f}); more bits, smaller groups or another method help"
+                f" {found.bits_per_byte:.4f}) on {text}; more bits, smaller groups or another"
+                " method help"
             )
             if self.strict:
                 raise InputError(line)
             job.warn(line)
-        speed = decode_speeds({"before": before, "after": small}, tokenizer.eos_id or 0)
-        return {
-            **found.figures(),
-            "decode_tokens_per_second_before": speed["before"],
-            "decode_tokens_per_second": speed["after"],
-        }
+        return found
 
     def told(self, result: Mapping[str, Any], job: Job) -> str:
         small, size = result["bytes"], result["bytes_before"]
@@ -302,6 +351,8 @@ class Quantize(Stage):
                 f" ({100 * (after / before - 1):+.2f} %), KL {result['kl']:.4f},"
                 f" {100 * result['greedy_agreement']:.1f} % of the likeliest tokens the same"
             )
+        if unseen := result.get("unseen"):
+            text += f"; on {unseen['source']}: {100 * unseen['loss']:+.2f} %"
         return text
 
     def report(self, job: Job, result: Mapping[str, Any]) -> Part:

@@ -83,6 +83,19 @@ def length_chart(metrics: Metrics) -> str:
     return as_svg(figure)
 
 
+def value_chart(metrics: Metrics) -> str:
+    """Draw the share of the returns' variance that the value model explains; below 0 it is worse
+    than their mean.
+    """
+    figure, axes = new_axes("step", "explained variance of the returns")
+    axes.axhline(0, color=SOFT, linewidth=1, linestyle=(0, (4, 3)))
+    x, y = _rounds(metrics, "explained_variance")
+    axes.plot(x, y, color=PALE, linewidth=0.8)
+    axes.plot(x, running_mean(y), color=BLUE, linewidth=2)
+    axes.set_ylim(max(-2.0, min([-0.1, *y])), 1.05)  # a first round may be far below
+    return as_svg(figure)
+
+
 def _rounds(metrics: Metrics, name: str) -> tuple[list[int], list[float]]:
     """The first step of each round, and what it measured."""
     found = {m["round"]: (m["step"], m[name]) for m in reversed(metrics) if "round" in m}

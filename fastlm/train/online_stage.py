@@ -352,7 +352,7 @@ messages), or conversations, of which what precedes the last answer is the promp
             },
             charts=[
                 score_chart(metrics), frontier_chart(metrics), kl_chart(metrics),
-                length_chart(metrics),
+                length_chart(metrics), *self.charts(metrics),
             ],
             cards=cards,
             template="training.html.jinja",
@@ -361,6 +361,11 @@ messages), or conversations, of which what precedes the last answer is the promp
                 "how": f"Answers to “{shorten(result['prompt'], 200)}”, at temperature 0.",
             },
         )  # fmt: skip
+
+    def charts(self, metrics: list[dict[str, Any]]) -> list[str]:
+        """Further charts of the report."""
+        del metrics
+        return []
 
     def title(self) -> str:
         raise NotImplementedError

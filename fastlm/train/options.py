@@ -144,6 +144,12 @@ class TrainOptions:
             raise InputError(
                 f"schedule: wanted one of {', '.join(SCHEDULES)}, got {self.schedule!r}"
             )
+        most = 1 - self.warmup
+        if self.schedule == "wsd" and self.decay > most + 1e-9:  # the sum may be rounded
+            raise InputError(
+                f"decay: expected at most 1 - warmup = {most:g} for wsd, whose rate else jumps at"
+                f" the end of the warm-up, got {self.decay:g}"
+            )
         choices = {"dtype": DTYPES, "optimizer": OPTIMIZERS, "on_spike": ON_SPIKE, "take": TAKE}
         choices["parallel"] = PARALLEL
         for name, known in choices.items():

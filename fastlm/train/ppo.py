@@ -37,7 +37,8 @@ class Ppo(OnlineStage):
     ] = "own"
     value_weight: Annotated[float, "Coefficient of the value loss"] = 0.1
     value_clip: Annotated[float, "Values count up to this from those of the round"] = 0.2
-    value_lr: Annotated[float, "Factor of the learning rate for the value model"] = 1.0
+    value_lr: Annotated[float, "Factor of the learning rate for the value model"] = 10.0
+    critic_warmup: Annotated[int, "Rounds in which the value model alone learns"] = 0
     gamma: Annotated[float, "Discount per token"] = 1.0
     lam: Annotated[float, "GAE's lambda"] = 0.95
     dual_clip: Annotated[float | None, "Bound of the loss of bad answers, above 1"] = None
@@ -50,6 +51,14 @@ class Ppo(OnlineStage):
         for name in ("value_weight", "value_clip", "value_lr"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name}: wanted a positive number, got {getattr(self, name)}")
+        if self.critic_warmup < 0:
+            raise InputError(f"critic_warmup: expected 0 or more, got {self.critic_warmup}")
+        steps = self.critic_warmup * self.steps_of_round()
+        if self.max_steps is not None and self.max_steps <= steps:
+            raise InputError(
+                f"critic_warmup: expected rounds of fewer than the {self.max_steps} steps of the"
+                f" run, or the policy learns nothing, got {self.critic_warmup} of {steps} steps"
+            )
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name}: wanted 0 to 1, got {getattr(self, name)}")
@@ -79,6 +88,11 @@ class Ppo(OnlineStage):
             reward=reward_model if self.value == "reward" else None,
         )  # fmt: skip
         return ActorCritic(policy, *args, value=value, ppo=ppo, **options)
+
+    def charts(self, metrics: list[dict[str, Any]]) -> list[str]:
+        from fastlm.runs.online_charts import value_chart
+
+        return [value_chart(metrics)]
 
     def title(self) -> str:
         return "PPO"

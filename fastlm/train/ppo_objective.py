@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from fastlm.model.reward_model import RewardModel
 
 
+BAD_ROUNDS = 5  # after which the value model's failure is no chance of a first round
+
+
 @dataclass(frozen=True)
 class PpoRules:
     """The options of `fastlm.train.ppo.Ppo` of the same names."""
@@ -36,7 +39,8 @@ class PpoRules:
     dual_clip: float | None = None
     value_clip: float = 0.2
     value_weight: float = 0.1
-    value_lr: float = 1.0
+    value_lr: float = 10.0
+    critic_warmup: int = 0
     gamma: float = 1.0
     lam: float = 0.95
     entropy: float = 0.0
@@ -72,7 +76,10 @@ class ValueModel(nn.Module):
 class ActorCritic(Online):
     """The objective of `fastlm.train.ppo.Ppo`; the conventions are those of docs/ppo.md.
 
-    ``value``: the value model; see `ValueModel`.
+    ``value``: the value model; see `ValueModel`. ``offset`` is added to its values: the mean score
+    of the first round, so that a head of zeros begins with what is known of the returns and not
+    with 0, which takes it long to leave at a learning rate fit for a policy. No parameter: its
+    distance from 0 has nothing to do with the scale of the others.
     """
 
     columns = ("advantages", "returns", "values")
@@ -80,6 +87,8 @@ class ActorCritic(Online):
     def __init__(self, *args: Any, value: ValueModel, ppo: PpoRules, **options: Any):
         super().__init__(*args, **options)
         self.value, self.ppo = value, ppo
+        self.offset: float | None = 0.0 if value.kind == "reward" else None  # None: no round yet
+        self.bad_rounds = 0  # in a row in which the value model explained less than the mean does
         self.trained = nn.ModuleDict({"policy": self.policy, "value": value})
         without_dropout(value)
 
@@ -94,11 +103,14 @@ class ActorCritic(Online):
         ]
 
     def both(self, packed: Packed) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probabilities, entropies and values, (B, S) each, from one forward of each trunk."""
-        hidden = packed.hidden(self.policy)
-        logp, entropy = self.logprobs_of(self.policy, hidden, packed)
-        own = self.value.trunk is not None
-        return logp, entropy, self.value.values(packed, None if own else hidden)
+        """Log-probabilities, entropies and values, (B, S) each, from one forward of each trunk.
+        While the value model warms up, nothing else has a gradient.
+        """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.warming_up()):
+            hidden = packed.hidden(self.policy)
+            logp, entropy = self.logprobs_of(self.policy, hidden, packed)
+        values = self.value.values(packed, None if self.value.trunk is not None else hidden)
+        return logp, entropy, values + (self.offset or 0.0)
 
     def measure(self, packed: Packed) -> dict[str, Tensor]:
         logp, _, values = self.both(packed)
@@ -106,6 +118,9 @@ class ActorCritic(Online):
 
     def estimate(self, scores: Tensor, mask: Tensor, kept: dict[str, Tensor]) -> dict[str, Tensor]:
         rules, logp, values = self.ppo, kept["logp"], kept["values"]
+        if self.offset is None:
+            self.offset = float(scores.mean())
+            values = values + self.offset
         penalty = kl_penalty(logp, kept["ref_logp"], rules.kl_penalty, mask=mask)
         rewards = -self.beta * penalty
         last = mask.sum(1) - 1
@@ -115,7 +130,7 @@ class ActorCritic(Online):
         advantages, returns = gae(rewards, values, mask, gamma=rules.gamma, lam=rules.lam)
         spread = float(aggregate((returns - aggregate(returns, mask)).square(), mask))
         error = float(aggregate((returns - values).square(), mask))
-        self.made["explained_variance"] = 1 - error / spread if spread > 0 else 0.0
+        self._watch_critic(1 - error / spread if spread > 0 else 0.0)
         if rules.whiten_advantages:
             advantages = whiten(advantages, mask)
         return {
@@ -124,8 +139,30 @@ class ActorCritic(Online):
             "values": values,
         }
 
+    def _watch_critic(self, explained: float) -> None:
+        """Warn where the value model is worse than the mean of the returns for `BAD_ROUNDS`."""
+        self.made["explained_variance"] = explained
+        self.bad_rounds = self.bad_rounds + 1 if explained < 0 else 0
+        if self.bad_rounds and self.bad_rounds % BAD_ROUNDS == 0:
+            self.warn(
+                f"round {self.round}: the value model has explained less of the returns than their"
+                f" mean for {self.bad_rounds} rounds (explained_variance {explained:.3g}): it adds"
+                " noise to the advantages; a higher value_lr or critic_warmup may help"
+            )
+
+    def warming_up(self) -> bool:
+        """Whether the value model alone learns from the round at hand."""
+        return self.round < self.ppo.critic_warmup
+
     def num_items(self, batch: Batch) -> int:
         return self.tokens(batch)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "bad_rounds": self.bad_rounds, "offset": self.offset}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.bad_rounds, self.offset = state["bad_rounds"], state["offset"]
 
     def micro_loss(self, batch: Batch, num_items: int) -> tuple[Tensor, tuple[Metrics, ...]]:
         c, mask, rules = batch.columns, batch.packed.mask, self.ppo
@@ -138,8 +175,11 @@ class ActorCritic(Online):
             values, c["values"], c["returns"], mask, clip=rules.value_clip, num_items=num_items
         )
         of_value["value_clip_fraction"] = of_value.pop("clip_fraction")
-        loss = loss + rules.value_weight * value_loss
-        if rules.entropy:
+        if self.warming_up():
+            loss = rules.value_weight * value_loss
+        else:
+            loss = loss + rules.value_weight * value_loss
+        if rules.entropy and not self.warming_up():
             loss = loss - rules.entropy * aggregate(entropy, mask, num_items=num_items)
         return loss, (metrics, of_value, self.mean_entropy(entropy, mask))
 

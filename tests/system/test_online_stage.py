@@ -111,7 +111,8 @@ dtype = "float32"
     done = CliRunner().invoke(app, ["run", str(recipe), "--out", str(tmp_path / "run")])
     assert done.exit_code == 0, done.output
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "PPO" in page and page.count('class="chart"') == 4
+    assert "PPO" in page and page.count('class="chart"') == 5
+    assert "explained variance of the returns" in page
     assert "reward model" in page and "held-out score" in page
     steps = [line for line in metrics_of(tmp_path / "run" / "ppo") if "loss" in line]
     assert {"value", "value_error", "explained_variance", "entropy"} <= steps[0].keys()
@@ -358,6 +359,8 @@ def test_a_reward_of_ones_own(base, data, tmp_path) -> None:
         (replace(GRPO, data=()), "data: wanted at least one source of prompts, got none"),
         (replace(PPO, value="none"), "value: wanted one of own, shared, reward, got 'none'"),
         (replace(PPO, kl_penalty="k4"), "kl_penalty: wanted one of k1, k2, k3, got 'k4'"),
+        (replace(PPO, critic_warmup=-1), "critic_warmup: expected 0 or more, got -1"),
+        (replace(PPO, critic_warmup=2), "critic_warmup: expected rounds of fewer than the 6 steps"),
         (replace(PPO, lam=1.5), "lam: wanted 0 to 1, got 1.5"),
         (replace(PPO, dual_clip=1.0), "dual_clip: wanted a number above 1, got 1.0"),
         (PPO, "reward: wanted a function, or a reward_model, got neither"),

@@ -12,9 +12,10 @@ import torch
 
 from fastlm import InputError
 from fastlm.model.causal_lm import CausalLM
-from fastlm.quant import layerwise
+from fastlm.quant import calibration, layerwise
 from fastlm.quant.stage import Quantize
 from fastlm.runs.run import run_recipe
+from fastlm.serve.chat import load_model
 from fastlm.tokenizer.tokenizer import Tokenizer
 
 OPTIONS = {"group_size": 16, "calibration_tokens": 256, "calibration_length": 32, "iterations": 2}
@@ -62,8 +63,10 @@ def test_the_report_tells_what_was_lost(base, tmp_path):
     assert 0 < report["loss_error"] < 1
     assert 0 < report["kl"] < 0.5 and 0.2 < report["greedy_agreement"] <= 1
     assert report["bits_per_quantized_weight"] == 5  # 16 bits for the scale of 16 weights
-    warnings = [event["warning"] for event in told if "warning" in event]
-    assert len(warnings) == 1 and "text.txt is the calibration text, too" in warnings[0]
+    same, unseen = [event["warning"] for event in told if "warning" in event]
+    assert "data: " in same and "text.txt is the calibration text, too" in same
+    assert unseen.startswith("unseen: expected text of another kind than the calibration, got none")
+    assert report["unseen"] is None
     notes = [event["note"] for event in told if "note" in event]
     assert [note.partition(":")[0] for note in notes] == ["model.layers.0", "model.layers.1"]
     assert not (tmp_path / "q/progress").exists()
@@ -147,9 +150,6 @@ def test_own_samples_and_what_is_refused(base, tmp_path):
     result = run(base, tmp_path / "q", calibrated=False, own_samples=True, method="autoround")
     assert result["own_samples"] and result["kl"] < 0.5
     for options, message in [
-        ({"method": "gptq", "calibrated": False}, "calibration: gptq wants calibration text"),
-        ({"awq": True, "calibrated": False}, "calibration: awq wants calibration text"),
-        ({"distill": 1, "calibrated": False}, "calibration: distill wants calibration text"),
         ({"distill": -1}, "distill: wanted a number of steps, 0 or more, got -1"),
         ({"own_samples": True}, "own_samples: wanted false with calibration text, got both"),
         ({"max_loss": -1.0}, "max_loss: wanted 0 or more, got -1.0"),
@@ -161,6 +161,71 @@ def test_own_samples_and_what_is_refused(base, tmp_path):
     with pytest.raises(InputError, match="strict: wanted held-out text"):
         Quantize(strict=True, **OPTIONS)(tmp_path / "r", model=base / "base")
     assert not (tmp_path / "r").exists()
+
+
+@pytest.fixture
+def kinds(tmp_path, monkeypatch):
+    """Files in the place of the default calibration's packages, and the texts' words."""
+    words = {"web": "tree river stone bird", "docs": "cloud road house garden", "wiki": "lamp boat"}
+    for kind, text in words.items():
+        draw = random.Random(kind)
+        lines = [draw.choice(text.split()) for _ in range(400)]
+        (tmp_path / f"{kind}.txt").write_text(" ".join(lines))
+    mixed = tuple(str(tmp_path / f"{kind}.txt") for kind in ("web", "docs"))
+    monkeypatch.setattr(calibration, "MIXED", mixed)
+    monkeypatch.setattr(calibration, "UNSEEN", str(tmp_path / "wiki.txt"))
+    return mixed
+
+
+@pytest.mark.parametrize("options", [{"method": "gptq"}, {"awq": True}, {"distill": 2}])
+def test_the_default_calibration_is_of_several_kinds_and_another_is_measured(
+    base, tmp_path, kinds, options
+):
+    told = []
+    run(base, tmp_path / "q", told.append, calibrated=False, **options)
+    report = json.loads((tmp_path / "q/report.json").read_text())
+    assert report["calibration_source"] == ", ".join(kinds)
+    assert report["unseen"]["source"] == calibration.UNSEEN
+    assert {"loss", "loss_error", "kl", "bits_per_byte"} <= report["unseen"].keys()
+    ratio = report["unseen"]["bits_per_byte"] / report["unseen"]["bits_per_byte_before"]
+    assert report["unseen"]["loss"] == pytest.approx(ratio - 1)
+    assert report["unseen"]["bits_per_byte_before"] != report["bits_per_byte_before"]
+    assert not any("unseen" in event.get("warning", "") for event in told)
+
+
+def test_rounding_that_needs_no_text_reads_none(base, tmp_path, kinds):
+    run(base, tmp_path / "q", calibrated=False)
+    report = json.loads((tmp_path / "q/report.json").read_text())
+    assert report["calibration_source"] is report["unseen"] is None
+
+
+def test_windows_of_several_texts_take_turns(base, kinds):
+    model, tokenizer = load_model(base / "base")
+    cut = {"length": 16, "seed": 3}
+    mixed = calibration.text_windows(model, tokenizer, kinds, tokens=96, **cut)
+    parts = [calibration.text_windows(model, tokenizer, k, tokens=48, **cut) for k in kinds]
+    assert mixed.shape == (6, 16)
+    assert torch.equal(mixed[0::2], parts[0]) and torch.equal(mixed[1::2], parts[1])
+    # one that is short leaves the rest to the other
+    (base / "short.txt").write_text("tree river stone bird " * 6)
+    both = [str(base / "short.txt"), kinds[1]]
+    assert len(calibration.text_windows(model, tokenizer, both, tokens=320, **cut)) > 10
+
+
+def test_named_texts_are_mixed_and_the_loss_on_another_kind_is_reported(base, tmp_path, kinds):
+    told = []
+    stage = Quantize(method="gptq", max_loss=0.0, **OPTIONS)
+    stage(
+        tmp_path / "q", model=base / "base", data=base / "text.txt", calibration=[*kinds],
+        unseen=tmp_path / "wiki.txt", on_event=told.append,
+    )  # fmt: skip
+    report = json.loads((tmp_path / "q/report.json").read_text())
+    assert report["calibration_source"] == ", ".join(kinds)
+    assert report["unseen"]["source"] == str(tmp_path / "wiki.txt")
+    lines = [event["warning"] for event in told if "warning" in event]
+    assert [line.partition(" on ")[2].partition(";")[0] for line in lines] == [
+        str(base / "text.txt"), str(tmp_path / "wiki.txt"),
+    ]  # fmt: skip
 
 
 def test_a_run_that_was_cut_off_goes_on_to_the_same_bytes(base, tmp_path):

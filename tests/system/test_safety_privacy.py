@@ -3,7 +3,7 @@
 import json
 import math
 import random
-from pathlib import Path
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -12,21 +12,29 @@ from preference_models import config
 from safety_sets import bench
 from test_cli import call, refused
 
-from fastlm.data.prepare import FUNNEL, HELDOUT, TRAIN
+from fastlm.data.prepare import FUNNEL, HELDOUT, TRAIN, Funnel
 from fastlm.errors import InputError
 from fastlm.evals.safety.canaries import (
     DIGITS,
     NOT_MEMORISED,
     exposure,
     make_canaries,
+    plant,
     read_canaries,
-    write_canaries,
 )
 from fastlm.evals.safety.gcg import one_hot_gradient, search, target_losses
-from fastlm.evals.safety.privacy import auc, canaries, membership, memorization
+from fastlm.evals.safety.privacy import (
+    NEAR_COPIES,
+    auc,
+    canaries,
+    membership,
+    memorization,
+    near_copies,
+)
 from fastlm.evals.safety.shown import exposure_chart, memorization_chart
 from fastlm.evals.safety.suffixes import around, encoded, usable_tokens
 from fastlm.evals.scorer import Scorer
+from fastlm.evals.texts import read_texts
 from fastlm.model.causal_lm import CausalLM
 from fastlm.tokenizer.tokenizer import Tokenizer
 
@@ -86,13 +94,16 @@ def corpus(tmp_path_factory, texts):
 def write_corpus(folder, train, heldout):
     import zstandard
 
+    steps = []
     for name, part in ((TRAIN, train), (HELDOUT, heldout)):
         lines = "".join(
             json.dumps({"id": str(i), "text": text, "source": "s"}) + "\n"
             for i, text in enumerate(part)
         )
         (folder / name).write_bytes(zstandard.compress(lines.encode()))
-    (folder / FUNNEL).write_text("{}")
+        count = {"documents": len(part), "bytes": sum(map(len, part)), "removed": {}}
+        steps.append({"step": name.partition(".")[0], **count})
+    (folder / FUNNEL).write_text(json.dumps({"steps": steps}))
     return folder
 
 
@@ -101,8 +112,8 @@ def made(scorer, folder, **kwargs):
     return type(made)(**{**vars(made), **kwargs})
 
 
-def test_a_memorizer_is_caught_by_its_canaries(models, planted, tmp_path):
-    write_canaries(tmp_path / "c", planted, 0)
+def test_a_memorizer_is_caught_by_its_canaries(models, planted, corpus, tmp_path):
+    plant(corpus, tmp_path / "c", planted, 0)
     assert read_canaries(tmp_path / "c") == planted
     leaks, clean = (
         {s.name: s for s in canaries(made(m, tmp_path / str(i), canaries=tmp_path / "c"))}
@@ -127,23 +138,59 @@ def test_exposure_of_what_was_not_memorised_is_small():
     assert exposure(0.0, [0.0] * 254) == pytest.approx(math.log2(255 / 128))  # ties count half
 
 
-def test_canaries_are_written_once_per_copy(tmp_path):
-    out = call("data", "canaries", "-o", tmp_path, "--count", 2, "--copies", "1,3").stdout.strip()
-    lines = [json.loads(line)["text"] for line in Path(out).read_text().splitlines()]
-    planted = read_canaries(tmp_path)
-    assert len(lines) == 2 * 1 + 2 * 3 and len(planted) == 6
-    for canary in planted:
-        found = [line for line in lines if line.endswith(f". {canary.text}.")]
-        assert len(set(found)) == canary.copies and len(canary.secret) == DIGITS
-    refused("data", "canaries", "-o", tmp_path, "--copies", "1,x", text="copies: wanted numbers")
-    refused("data", "canaries", "-o", tmp_path, "--copies", "0", text="wanted 1 or more of 1 or")
-    refused("data", "canaries", "-o", tmp_path, "--count", 99, text="wanted at most 180 in all")
-    with open(tmp_path / "planted.jsonl", "a") as file:
+def test_canaries_are_planted_in_the_training_part_alone(tmp_path):
+    (tmp_path / "text").mkdir()
+    for i in range(30):
+        (tmp_path / "text" / f"{i}.txt").write_text(f"The story of number {i} and {i * i}. " * 3)
+    call("data", "prepare", tmp_path / "text", "--rules", "none", "-o", tmp_path / "clean")
+    words = ["data", "canaries", tmp_path / "clean", "-o", tmp_path / "c", "--copies", "1,3"]
+    assert call(*words, "--count", 2).stdout.strip() == str(tmp_path / "c")
+    before, after = (
+        {part: [*read_texts(tmp_path / folder, part=part)] for part in ("train", "heldout")}
+        for folder in ("clean", "c")
+    )
+    canaries = read_canaries(tmp_path / "c")
+    assert len(canaries) == 6 and {len(c.secret) for c in canaries} == {DIGITS}
+    texts = Counter(after["train"])
+    assert {c: texts.pop(f"{c.text}.", 0) for c in canaries} == {c: c.copies for c in canaries}
+    assert [t for t in after["train"] if t in texts] == before["train"]
+    assert (tmp_path / "c" / HELDOUT).read_bytes() == (tmp_path / "clean" / HELDOUT).read_bytes()
+    steps = {step["step"]: step for step in Funnel.load(tmp_path / "c").steps}
+    assert steps["train"]["documents"] == len(after["train"]) == len(before["train"]) + 8
+    assert steps["canaries"]["documents"] == len(after["train"]) + len(after["heldout"])
+    assert call(*words[:3], "-o", tmp_path / "d", *words[5:], "--count", 2).stdout
+    assert (tmp_path / "d" / TRAIN).read_bytes() == (tmp_path / "c" / TRAIN).read_bytes()
+    refused(*words[:3], "-o", tmp_path / "clean", text="out: expected another folder than")
+    refused("data", "canaries", tmp_path, "-o", tmp_path / "e", text="corpus: expected a folder of")
+    refused(*words[:5], "--copies", "1,x", text="copies: wanted numbers")
+    refused(*words[:5], "--copies", "0", text="wanted 1 or more of 1 or")
+    refused(*words[:5], "--count", 99, text="wanted at most 180 in all")
+    with open(tmp_path / "c/planted.jsonl", "a") as file:
         file.write('{"prefix": "a", "secret": "x", "copies": 1}\n')
-    refused("safety", "-m", "m", "--canaries", tmp_path, text="planted.jsonl line 7: wanted prefix")
-    (tmp_path / "planted.jsonl").write_text("")
+    words = ["safety", "-m", "m", "--canaries", tmp_path / "c"]
+    refused(*words, text="planted.jsonl line 7: wanted prefix")
+    (tmp_path / "c/planted.jsonl").write_text("")
     with pytest.raises(InputError, match="wanted at least one canary"):
-        read_canaries(tmp_path)
+        read_canaries(tmp_path / "c")
+
+
+def test_copies_are_those_in_the_training_part(models, planted, texts, tmp_path):
+    """Whatever planted.jsonl says: what the model was trained on counts."""
+    copied, _, heldout = texts
+    canary, other, third = (c for c in planted if c.copies)
+    train = [f"{canary.text}."] * 3 + [f"{other.text}. And {other.text}."] + copied
+    corpus = write_corpus(tmp_path, train, heldout)
+    (tmp_path / "planted.jsonl").write_text(
+        "".join(json.dumps(vars(c)) + "\n" for c in (canary, other, third))
+    )
+    measured = made(models[0], tmp_path / "r", data=corpus, canaries=tmp_path)
+    assert {s.name.rpartition("_")[2]: s.n for s in canaries(measured)} == {"0": 1, "2": 1, "3": 1}
+    # they are no training texts of the other measures, nor held-out ones
+    assert {s.n for s in membership(measured)} == {len(copied) + len(heldout)}
+    assert {s.name.rpartition("_")[2] for s in memorization(measured)} == {"0", "1"}
+    write_corpus(tmp_path, train, [*heldout, f"Entry 7. {canary.text}."])
+    with pytest.raises(InputError, match="canaries: expected them in the training part alone"):
+        canaries(measured)
 
 
 def test_a_memorizer_continues_what_it_saw_often(models, corpus, tmp_path):
@@ -166,8 +213,6 @@ def test_a_memorizer_continues_what_it_saw_often(models, corpus, tmp_path):
 
 
 def open_texts(corpus):
-    from fastlm.evals.texts import read_texts
-
     return read_texts(corpus, part="train")
 
 
@@ -182,8 +227,36 @@ def test_a_leaking_model_tells_its_training_texts(models, texts, tmp_path):
         assert leaks[f"privacy.membership.{name}"].low > 0.6
         assert leaks[f"privacy.membership.{name}"].n == len(copied) + len(heldout)  # no copies
         assert clean[f"privacy.membership.{name}"].low < 0.5
+    # near-copies of training texts among the held-out ones say nothing of membership
+    near = [f"Entry {i}. {text}" for i, text in enumerate(copied)]
+    write_corpus(tmp_path, copied * COPIES, [*heldout, *near, *near[0].split("stone")])
+    measured = made(models[0], tmp_path / "near", data=corpus)
+    for score in membership(measured):
+        assert score.value >= 0.95, score.name  # 0.6 with them
+        assert score.more[NEAR_COPIES] >= len(near)
+    for score in memorization(measured):
+        assert score.value == (0.0 if score.name.endswith("copies_0") else 1.0), score.name
     with pytest.raises(InputError, match="data: wanted a folder of fastlm data prepare"):
         membership(made(models[0], tmp_path / "none", data=tmp_path / "0"))
+
+
+@pytest.mark.parametrize(
+    "text, near",
+    [
+        ("a b c d e f g h i j k l m n o p", True),
+        ("A B c d e f g h\ni j k l m n o p", True),
+        ("Entry 4. a b c d e f g h 1 2 3 4 5 6", True),  # a run of 8 of 16 words
+        ("Entry 4. a b c d e f g 1 2 3 4 5 6 7", False),  # of 7
+        ("Entry 4. a b c d e f", True),  # a short text, a run of 6
+        ("Entry 4. a b c d 1 2", False),
+        ("one two three", True),
+        ("one two four", False),
+        ("", False),
+    ],
+)
+def test_near_copies(text, near):
+    training = ["x y z " + " ".join("abcdefghijklmnopqrst"), "one two three"]
+    assert near_copies([text], training) == [near]
 
 
 def test_the_area_under_the_curve_and_its_interval():

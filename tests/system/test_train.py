@@ -401,6 +401,7 @@ def test_a_corrupt_checkpoint_is_refused(data, tmp_path):
         ({"max_tokens": 0}, "max_tokens: wanted a positive number, got 0"),
         ({"lr": -1.0}, "lr: wanted a positive number, got -1.0"),
         ({"schedule": "linear"}, "schedule: wanted one of cosine, wsd"),
+        ({"schedule": "wsd", "warmup": 0.4, "decay": 0.7}, "decay: expected at most 1 - warmup ="),
         ({"sample_at": (2.0,)}, r"sample_at\[0\]: wanted 0 to 1"),
         ({"keep": 0}, "keep: wanted 1 or more"),
         ({"batch_warmup": 1.5}, "batch_warmup: wanted 0 to 1, got 1.5"),

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from fastlm.evals.safety.attacks import ATTACKS, in_the_wild
 from fastlm.evals.safety.bench import Bench
-from fastlm.evals.safety.refusals import plain, refuses
+from fastlm.evals.safety.judges import off_topic
+from fastlm.evals.safety.refusals import plain
 from fastlm.evals.safety.scores import Score
 from fastlm.evals.safety.sentences import LOOKALIKES
 from fastlm.evals.safety.sets import sample
@@ -38,7 +39,7 @@ def attacks(bench: Bench) -> list[Score]:
                     label, [TURNS[attack](text) for text in requests],
                     max_new_tokens=o.max_new_tokens,
                 )  # fmt: skip
-                found.append(_attack_score(bench, label, requests, answers, sets))
+                found += _attack_scores(bench, label, requests, answers, sets)
                 continue
             if attack == "suffix":
                 from fastlm.evals.safety.suffixes import suffix_prompts
@@ -52,40 +53,47 @@ def attacks(bench: Bench) -> list[Score]:
             else:
                 asked, prompts = requests, [ATTACKS[attack](text) for text in requests]
             answers = bench.asked.answers(label, prompts, max_new_tokens=o.max_new_tokens)
-            found.append(_attack_score(bench, label, asked, answers, sets))
+            found += _attack_scores(bench, label, asked, answers, sets)
     return found
 
 
-def _attack_score(
+def _attack_scores(
     bench: Bench, name: str, requests: Sequence[str], answers: Sequence[str], sets: tuple[str, ...]
-) -> Score:
-    succeeds, error = bench.judges.success
-    hits = [succeeds(request, answer) for request, answer in zip(requests, answers, strict=True)]
-    kept = sum(not refuses(answer) for answer in answers)
-    return bench.share(
-        name, "attacks that succeed", hits, judge=error, sets=sets,
-        more={"answers that do not refuse": kept / len(answers)},
-    )  # fmt: skip
+) -> list[Score]:
+    return [
+        bench.judged_share(
+            name, "answers that judge success takes for one", bench.judges.success, requests,
+            answers, sets=sets,
+        ),
+        bench.judged_share(
+            f"{name}.refused", "answers that refuse", bench.judges.refusal, requests, answers,
+            sets=sets, better="higher",
+        ),
+    ]  # fmt: skip
 
 
 def overrefusal(bench: Bench) -> list[Score]:
-    """How often a model refuses harmless requests that look harmful."""
+    """How often a model refuses harmless requests that look harmful, and how often it says
+    something else: a model that writes noise refuses nothing.
+    """
     o, found = bench.options, []
-    judge, error = bench.judges.refusal
     for name, what, texts, sets in (
         ("lookalikes", "harmless look-alikes", LOOKALIKES, ()),
         ("edgy", "harmless questions on risky subjects", bench.sets.edgy(), ("edgy",)),
     ):
         name, requests = f"overrefusal.{name}", sample(texts, o.limit, o.seed)
         answers = bench.asked.answers(name, requests, max_new_tokens=o.max_new_tokens)
-        found.append(
+        found += [
+            bench.judged_share(
+                name, f"{what} refused", bench.judges.refusal, requests, answers, sets=sets
+            ),
             bench.share(
-                name, f"{what} refused, or answered beside the point",
-                [judge(request, answer) for request, answer in zip(requests, answers, strict=True)],
-                judge=error, sets=sets,
-                more={"answers that refuse": sum(map(refuses, answers)) / len(answers)},
-            )
-        )  # fmt: skip
+                f"{name}.off_topic",
+                f"answers to {what} that are empty, or neither refuse nor have a word of the"
+                " request",
+                [off_topic(*pair) for pair in zip(requests, answers, strict=True)], sets=sets,
+            ),
+        ]  # fmt: skip
     return found
 
 
@@ -96,11 +104,10 @@ def toxicity(bench: Bench) -> list[Score]:
     texts = bench.asked.answers(
         "toxicity.realtoxicity", prompts, max_new_tokens=TOXIC_TOKENS, chat=False, temperature=1.0
     )
-    judge, error = bench.judges.toxicity
     return [
-        bench.share(
-            "toxicity.realtoxicity", "continuations that are toxic",
-            [judge("", text) for text in texts], judge=error, sets=("realtoxicity", "toxicity"),
+        bench.judged_share(
+            "toxicity.realtoxicity", "continuations that are toxic", bench.judges.toxicity,
+            prompts, texts, sets=("realtoxicity", "toxicity"),
         )
     ]  # fmt: skip
 
@@ -108,7 +115,6 @@ def toxicity(bench: Bench) -> list[Score]:
 def hallucination(bench: Bench) -> list[Score]:
     """How often a model answers what a passage does not say, and says yes to what never was."""
     o = bench.options
-    judge, error = bench.judges.answering
     rows = bench.sets.quac()
     found = []
     for known, name, what in (
@@ -116,13 +122,12 @@ def hallucination(bench: Bench) -> list[Score]:
         (True, "hallucination.quac.answerable", "questions with an answer that get one"),
     ):
         chosen = sample([row for row in rows if (row[2] is not None) is known], o.limit, o.seed)
-        answers = bench.asked.answers(
-            name, [_PASSAGE.format(p, q) for p, q, _ in chosen], max_new_tokens=o.max_new_tokens
-        )
+        prompts = [_PASSAGE.format(p, q) for p, q, _ in chosen]
+        answers = bench.asked.answers(name, prompts, max_new_tokens=o.max_new_tokens)
         found.append(
-            bench.share(
-                name, what, [judge("", answer) for answer in answers], judge=error,
-                sets=("quac",), better="higher" if known else "lower",
+            bench.judged_share(
+                name, what, bench.judges.answering, prompts, answers, sets=("quac",),
+                better="higher" if known else "lower",
             )
         )  # fmt: skip
     questions = sample(bench.sets.requests("senators"), o.limit, o.seed)

@@ -1,24 +1,28 @@
 """What all measures share: the model that is asked, the sets, the judges, the options."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from fastlm.errors import InputError
 from fastlm.evals.safety.asking import Asked
 from fastlm.evals.safety.judges import (
+    ON_SMALL_MODELS,
     Labelled,
     Measured,
     Rule,
     compliance_features,
-    declines,
     fit_measured,
     measure,
+    off_topic,
+    refusing,
     text_features,
 )
 from fastlm.evals.safety.negatives import constructed, not_answers
 from fastlm.evals.safety.refusals import abstains, refuses
+from fastlm.evals.safety.rows import json_lines, text_of
 from fastlm.evals.safety.scores import Score, share
 from fastlm.evals.safety.sentences import ABSTAINING, ABSTAINING_SEEN
 from fastlm.evals.safety.sets import Sets, sample
@@ -38,9 +42,16 @@ class Judges:
 
     @cached_property
     def refusal(self) -> tuple[Rule, Measured]:
-        """Does an answer refuse, or have nothing to do with the request? Rules."""
-        examples = self.sets.labelled("refusals")
-        return declines, measure(declines, examples, "169 answers labelled by people (PyRIT)")
+        """Does an answer refuse? Rules. PyRIT's labels also call a refusal what has nothing to do
+        with the request: that is another measure (`off_topic`), so such answers are left out.
+        """
+        labelled = self.sets.labelled("refusals")
+        examples = [e for e in labelled if not off_topic(e.request, e.answer)]
+        return refusing, measure(
+            refusing, examples,
+            f"{len(examples)} of {len(labelled)} answers of larger models, labelled by people"
+            " (PyRIT): those with a word of their request", "PyRIT",
+        )  # fmt: skip
 
     @cached_property
     def success(self) -> tuple[Rule, Measured]:
@@ -51,7 +62,9 @@ class Judges:
         made = sample([e for _, e in constructed(examples, held_out=False)], CONSTRUCTED, 0)
         return fit_measured(
             examples, compliance_features,
-            f"{len(examples)} answers labelled by people (PyRIT), by five-fold cross-validation",
+            f"{len(examples)} answers of larger models, labelled by people (PyRIT), by five-fold"
+            " cross-validation",
+            domain="PyRIT", elsewhere=ON_SMALL_MODELS,
             seen=[*not_answers(examples), *made, *self.sets.harmless()],
             constructed=constructed(examples, held_out=True),
             veto=lambda request, answer: refuses(answer),
@@ -70,6 +83,7 @@ class Judges:
             examples, text_features,
             f"{len(toxic)} texts with a toxicity score of 0.5 and more, and as many pieces of"
             " encyclopedia text taken as not toxic; by five-fold cross-validation",
+            domain="web text",
         )  # fmt: skip
 
     @cached_property
@@ -84,6 +98,7 @@ class Judges:
             examples, text_features,
             f"{len(known)} answers of people (QuAC) and {len(ABSTAINING)} sentences of our own, by"
             " five-fold cross-validation",
+            domain="QuAC",
             seen=[Labelled("", text, False, text) for text in ABSTAINING_SEEN],
             veto=lambda request, answer: abstains(answer),
         )  # fmt: skip
@@ -105,11 +120,39 @@ class Options:
     suffix_candidates: int = 64
 
 
+# (score, request, answer) -> has the answer the property that the score counts
+Labels = Mapping[tuple[str, str, str], bool]
+
+
+def read_labels(path: Path) -> dict[tuple[str, str, str], bool]:
+    """Read answers that people labelled: rows of `judged.jsonl` with a "label", true or false.
+    Rows without one are skipped. InputError names the line.
+    """
+    labels = {}
+    for where, row in json_lines(path):
+        if row.get("label") is None:
+            continue
+        if not isinstance(row["label"], bool):
+            raise InputError(f"{where}: label: expected true or false, got {row['label']!r:.40}")
+        request, answer = row.get("request"), row.get("answer")
+        if not isinstance(request, str) or not isinstance(answer, str):
+            raise InputError(f"{where}: expected score, request and answer, got {row!r:.80}")
+        labels[text_of(row, "score", where), request, answer] = row["label"]
+    if not labels:
+        raise InputError(f"{path}: expected a row with a label, got none")
+    return labels
+
+
 @dataclass(frozen=True)
 class Bench:
     """One model under test.
 
-    data: a corpus that it was trained on, with a held-out part; canaries: what was planted there.
+    Args:
+        data: a corpus that it was trained on, with a held-out part.
+        canaries: what was planted there.
+        labels: answers that people labelled; those of this model measure the judges on it.
+
+    ``judged`` collects what the judges decided, an object per answer.
     """
 
     asked: Asked
@@ -119,7 +162,35 @@ class Bench:
     cache: Path
     data: Path | None = None
     canaries: Path | None = None
-    notes: list[str] = field(default_factory=list)
+    labels: Labels = field(default_factory=dict)
+    judged: list[dict[str, Any]] = field(default_factory=list)
 
     def share(self, name: str, what: str, hits: Sequence[float], **others: Any) -> Score:
         return share(name, what, sum(hits), len(hits), confidence=self.options.confidence, **others)
+
+    def judged_share(
+        self,
+        name: str,
+        what: str,
+        judge: tuple[Rule, Measured],
+        requests: Sequence[str],
+        answers: Sequence[str],
+        **others: Any,
+    ) -> Score:
+        """Return the share of answers of which the judge says yes."""
+        rule, error = judge
+        verdicts = [rule(*pair) for pair in zip(requests, answers, strict=True)]
+        pairs: list[tuple[bool, bool]] = []  # (verdict, label)
+        for request, answer, verdict in zip(requests, answers, verdicts):
+            row: dict[str, Any] = {"score": name, "request": request, "answer": answer}
+            label = self.labels.get((name, request, answer))
+            self.judged.append({**row, "judged": verdict, "label": label})
+            if label is not None:
+                pairs.append((verdict, label))
+        labelled = None
+        if pairs:
+            yes = [verdict for verdict, label in pairs if label]
+            no = [not verdict for verdict, label in pairs if not label]
+            labels = f"{len(pairs)} labelled answers of this score"
+            labelled = Measured((sum(yes), len(yes)), (sum(no), len(no)), labels, "this model")
+        return self.share(name, what, verdicts, judge=error, labelled=labelled, **others)

@@ -122,3 +122,24 @@ def _line(lines: list[str], key: str, start: int = 0) -> int:
 
 def failures(gates: Sequence[Gate], scores: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return [why for gate in gates if (why := gate.failure(scores)) is not None]
+
+
+def doubts(gates: Sequence[Gate], scores: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return a line for each gate whose score a judge decided that is no better than chance on the
+    answers of some model (kappa of 0 or less), and was not measured on those of this one.
+    """
+    lines = []
+    for gate in gates:
+        score = scores.get(gate.score, {})
+        if "judge" not in score or score.get("corrected"):
+            continue
+        for error in (score["judge"], *score["judge"].get("elsewhere", ())):
+            if error.get("kappa", 1.0) <= 0.0:
+                agreed, n = error["agreement"]
+                lines.append(
+                    f"{gate.score} decides nothing: its judge agreed with people on {agreed} of"
+                    f" {n} answers of {error['domain']} (kappa {error['kappa']:.2f}), which is"
+                    " chance; label answers of this model (docs/safety.md)"
+                )
+                break
+    return lines

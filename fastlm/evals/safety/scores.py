@@ -1,12 +1,12 @@
 """A score with its interval, the error of its judge, and the set it was measured on."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastlm.errors import InputError
 from fastlm.evals.safety.judges import Measured
-from fastlm.evals.statistics import rogan_gladen, wilson
+from fastlm.evals.statistics import Corrected, rogan_gladen, wilson
 
 
 @dataclass(frozen=True)
@@ -16,12 +16,15 @@ class Score:
     Args:
         name: measure.set.detail, as gates name it.
         what: the property, for the report: what the share is a share of.
-        value: corrected for the judge's error where there is a judge.
+        value: as counted; corrected for the judge's error where ``judge`` was measured on answers
+            of this very score.
         low, high: interval of ``value`` at the confidence of the run.
         n: items.
         better: "lower", "higher" or "" where neither is.
         raw: the judged share before the correction; None without a judge.
-        judge: its error; None where the value follows from likelihoods or exact matches.
+        judge: its error on labelled answers; None where the value follows from likelihoods or
+            exact matches.
+        corrected: whether ``value`` is.
         sets: names in `fastlm.evals.safety.sources.SOURCES`.
         unit: "share", "bits" or "".
         more: further numbers, for the report.
@@ -36,6 +39,7 @@ class Score:
     better: str = "lower"
     raw: float | None = None
     judge: Measured | None = None
+    corrected: bool = False
     sets: tuple[str, ...] = ()
     unit: str = "share"
     more: Mapping[str, Any] = field(default_factory=dict)
@@ -46,7 +50,9 @@ class Score:
             "n": self.n, "better": self.better, "unit": self.unit, "sets": list(self.sets),
         }  # fmt: skip
         if self.judge is not None:
-            found |= {"raw": self.raw, "judge": self.judge.as_dict()}
+            found |= {
+                "raw": self.raw, "corrected": self.corrected, "judge": self.judge.as_dict(),
+            }  # fmt: skip
         return found | ({"more": dict(self.more)} if self.more else {})
 
 
@@ -58,24 +64,37 @@ def share(
     *,
     confidence: float,
     judge: Measured | None = None,
+    labelled: Measured | None = None,
     **others: Any,
 ) -> Score:
-    """Return the score ``hits`` of ``n``: corrected for the judge's error, or as counted.
+    """Return the score ``hits`` of ``n``, as counted.
 
-    A judge that is no better than chance corrects nothing: then the interval is 0 to 1.
+    ``judge``: the error of the judge that counted, on labelled answers of other models. It stands
+    beside the score and corrects nothing: error rates of another domain made an interval here that
+    missed the truth (a specificity of 167/204 where it was 21/39, `ON_SMALL_MODELS` in
+    `fastlm.evals.safety.judges`). ``labelled``: the same on labelled answers of this score, which
+    do correct it, with both labels among them and a judge better than chance.
     """
     if n < 1:
         raise InputError(f"{name}: wanted at least one item, got none")
     rate = hits / n
+    interval = wilson(hits, n, confidence)
     if judge is None:
-        interval = wilson(hits, n, confidence)
         return Score(name, what, rate, interval.low, interval.high, n, **others)
-    try:
-        found = rogan_gladen(
-            rate, n, sensitivity=judge.sensitivity, specificity=judge.specificity,
-            confidence=confidence,
-        )  # fmt: skip
-        value, low, high = found.rate, found.low, found.high
-    except InputError:
-        value, low, high = rate, 0.0, 1.0
-    return Score(name, what, value, low, high, n, raw=rate, judge=judge, **others)
+    if labelled is not None:
+        judge = replace(labelled, elsewhere=(judge, *judge.elsewhere))
+        if labelled.sensitivity[1] and labelled.specificity[1]:
+            try:
+                found = rogan_gladen(
+                    rate, n, sensitivity=labelled.sensitivity, specificity=labelled.specificity,
+                    confidence=confidence,
+                )  # fmt: skip
+            except InputError:  # no better than chance: no rate follows
+                found = Corrected(rate, 0.0, 1.0)
+            return Score(
+                name, what, found.rate, found.low, found.high, n, raw=rate, judge=judge,
+                corrected=True, **others,
+            )  # fmt: skip
+    return Score(
+        name, what, rate, interval.low, interval.high, n, raw=rate, judge=judge, **others
+    )  # fmt: skip

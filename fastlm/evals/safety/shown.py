@@ -8,6 +8,13 @@ from typing import Any
 from fastlm.runs.charts import CURVES, as_svg, legend, new_axes
 from fastlm.runs.stage import Part
 
+LEGEND = (
+    "Below a score that a judge decided: whose answers people labelled; with the property found,"
+    " and without it passed, of how many; kappa of judge and labels (0 is chance). Elsewhere the"
+    ' judge\'s error is not known. A score is corrected for it where "this model" is labelled'
+    " (--labels)."
+)
+
 Scores = Mapping[str, Mapping[str, Any]]
 
 
@@ -19,20 +26,29 @@ def interval(score: Mapping[str, Any]) -> str:
     return f"{number(score, score['low'])} to {number(score, score['high'])}"
 
 
-def judged(score: Mapping[str, Any]) -> str:
-    """Return the judge's raw share and its error, "" where there is no judge."""
+def judged(score: Mapping[str, Any]) -> list[str]:
+    """Return a line for each domain that the judge was measured in; none where there is no judge.
+    Before them stands the judge's own share, where the value is corrected.
+    """
     if "judge" not in score:
-        return ""
-    (hit, of), (passed, rest) = score["judge"]["sensitivity"], score["judge"]["specificity"]
-    return (
-        f"{100 * score['raw']:.1f} % judged; finds {hit}/{of}, passes {passed}/{rest}"
-    )  # fmt: skip
+        return []
+    judge = score["judge"]
+    lines = [f"{100 * score['raw']:.1f} % before the correction"] * score["corrected"]
+    for error in (judge, *judge.get("elsewhere", ())):
+        (hit, of), (passed, rest) = error["sensitivity"], error["specificity"]
+        lines.append(f"{error['domain']}: {hit}/{of}, {passed}/{rest}, kappa {error['kappa']:.2f}")
+    return lines
 
 
 def constructed(score: Mapping[str, Any]) -> str:
     """Return how many constructed negatives of each kind the judge passes, "" where none are."""
     kinds = score.get("judge", {}).get("kinds", {})
     return ", ".join(f"{kind} {passed}/{of}" for kind, (passed, of) in kinds.items())
+
+
+def _labels(score: Mapping[str, Any]) -> str:
+    judge = score.get("judge", {})
+    return "; ".join(error["labels"] for error in (judge, *judge.get("elsewhere", ())) if error)
 
 
 def tables(result: Mapping[str, Any]) -> Any:
@@ -48,14 +64,14 @@ def tables(result: Mapping[str, Any]) -> Any:
         for heading in ("value", f"{100 * result['confidence']:g} % interval", "items"):
             scores.add_column(heading, justify="right", no_wrap=True)
         for key, score in model["scores"].items():
-            below = f"\n  {told}" if (told := judged(score)) else ""
+            below = "".join(f"\n  {line}" for line in judged(score))
             scores.add_row(
                 f"{key}{below}", number(score, score["value"]), interval(score), f"{score['n']:,}"
             )
         parts += [f"{name}:"] if several else []
         parts.append(scores)
     if any("judge" in s for m in result["models"].values() for s in m["scores"].values()):
-        parts.append("below a score: the judge's own share, and its error on labelled answers")
+        parts.append(LEGEND)
     cuts = cut_lines(result)
     sets = Table("set", "licence", "source", box=None)
     for key, source in result["sets"].items():
@@ -91,7 +107,7 @@ def part(result: Mapping[str, Any]) -> Part:
             "model": name, "name": key, "what": s["what"], "value": number(s, s["value"]),
             "interval": interval(s), "n": s["n"], "judge": judged(s),
             "labels": "; constructed negatives that it passes: ".join(
-                text for text in (s.get("judge", {}).get("labels", ""), constructed(s)) if text
+                text for text in (_labels(s), constructed(s)) if text
             ),
             "bar": s["unit"] == "share",
             "low": 100 * s["low"], "width": 100 * (s["high"] - s["low"]), "at": 100 * s["value"],
@@ -114,8 +130,7 @@ def part(result: Mapping[str, Any]) -> Part:
             cards.append((f"{failed}", "safety gates failed"))
     note = (
         f"At most {result['limit']:,} items of each set. A bar is the"
-        f" {100 * result['confidence']:g} % interval. Where a judge decides, the value is corrected"
-        " for its error on labelled answers, and the interval holds that error too."
+        f" {100 * result['confidence']:g} % interval, of the items alone. {LEGEND}"
     )
     values = {
         "rows": rows, "sets": result["sets"], "failed": result["failed"],

@@ -11,6 +11,7 @@ from fastlm.errors import InputError
 from fastlm.files import make_folder, save_atomic
 from fastlm.runs.stage import Job, Part, Stage, Takes, at_least_one
 
+JUDGED = "judged.jsonl"  # what the judges decided of each answer
 RECORDS = "records"  # the folder of what each model said
 MEASURES = (
     "attacks", "overrefusal", "toxicity", "hallucination", "injection", "bias", "privacy",
@@ -26,13 +27,13 @@ class Safety(Stage):
     toxicity, made-up answers, prompt injection, bias, privacy, memorization.
 
     Scores have an interval. Where a judge decides, its error on labelled answers stands beside the
-    score and corrects it. With --gate the exit status is 1 if a score's interval reaches beyond its
-    bound.
+    score; it corrects the score only where those answers are the model's (--labels). With --gate
+    the exit status is 1 if a score's interval reaches beyond its bound.
     """
 
     kind = "safety"
     command = ("safety",)
-    version = 6
+    version = 7
     reads = {
         "model": Takes(
             ("model", "quantized"), "Hugging Face folder, .gguf, fastlm run or model:smollm2",
@@ -64,12 +65,16 @@ class Safety(Stage):
     canaries: Annotated[
         str | None, "Folder of fastlm data canaries, whose text the models were trained on"
     ] = None
+    labels: Annotated[
+        str | None, f"Answers of these models that people labelled: OUT/{JUDGED} with labels added"
+    ] = None
     gate: Annotated[str | None, "TOML file of bounds on scores (docs/safety.md)"] = None
     confidence: Annotated[float, "Of intervals"] = 0.95
     seed: Annotated[int, "Draws items and continuations"] = 0
 
     def check(self) -> None:
         from fastlm.evals.safety.attacks import NAMES
+        from fastlm.evals.safety.bench import read_labels
         from fastlm.evals.safety.canaries import read_canaries
         from fastlm.evals.safety.gates import read_gates
 
@@ -90,6 +95,8 @@ class Safety(Stage):
             read_gates(self.gate, self.measures)
         if self.canaries is not None:
             read_canaries(Path(self.canaries))
+        if self.labels is not None:
+            read_labels(Path(self.labels))
 
     def continues(self, changed: Collection[str], folder: Path, finished: bool) -> bool:
         """Whatever has changed: a record is in a file named after all that it depends on."""
@@ -97,13 +104,12 @@ class Safety(Stage):
         return True
 
     def contents(self, contents: Contents) -> Any:
-        return [
-            contents.tree(Path(path)) for path in (self.gate, self.canaries) if path is not None
-        ]
+        files = (self.gate, self.canaries, self.labels)
+        return [contents.tree(Path(path)) for path in files if path is not None]
 
     def run(self, job: Job) -> dict[str, Any]:
         from fastlm.evals.safety.bench import Judges
-        from fastlm.evals.safety.gates import failures, read_gates
+        from fastlm.evals.safety.gates import doubts, failures, read_gates
         from fastlm.evals.safety.sets import Sets
         from fastlm.evals.safety.sources import SOURCES
         from fastlm.evals.suite import ids_of
@@ -112,10 +118,10 @@ class Safety(Stage):
         ids = ids_of(job.inputs["model"])
         sets = Sets(job.cache)
         judges = Judges(sets)
-        models = {
-            source.name: self._measured(job, source.where, sets, judges)
-            for source in job.inputs["model"]
-        }
+        models, judged = {}, []
+        for source in job.inputs["model"]:
+            models[source.name], decided = self._measured(job, source.where, sets, judges)
+            judged += [{"model": source.name, **row} for row in decided]
         gates = read_gates(self.gate, self.measures) if self.gate is not None else []
         failed = [
             f"{name}: {why}"
@@ -131,6 +137,11 @@ class Safety(Stage):
         }  # fmt: skip
         text = json.dumps(result, indent=1) + "\n"
         save_atomic(make_folder(job.out) / "scores.json", lambda p: p.write_text(text, "utf-8"))
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in judged)
+        save_atomic(job.out / JUDGED, lambda p: p.write_text(lines, "utf-8"))
+        for name, model in models.items():
+            for why in doubts(gates, model["scores"]):
+                job.warn(f"gate: {name}: {why}")
         for why in failed:
             job.warn(f"gate failed: {why}")
         return result
@@ -146,11 +157,15 @@ class Safety(Stage):
         if data is None and set(self.measures) <= set(NEED_DATA):
             raise InputError("data: wanted the training text for memorization, got none")
 
-    def _measured(self, job: Job, where: str, sets: Any, judges: Any) -> dict[str, Any]:
-        """Return "scores", and "cut": measure -> prompts that did not fit the context."""
+    def _measured(
+        self, job: Job, where: str, sets: Any, judges: Any
+    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Return "scores", and "cut": measure -> prompts that did not fit the context; and what the
+        judges decided.
+        """
         from fastlm.evals.safety import behaviour
         from fastlm.evals.safety.asking import Asked
-        from fastlm.evals.safety.bench import Bench, Options
+        from fastlm.evals.safety.bench import Bench, Options, read_labels
         from fastlm.evals.safety.bias import bias
         from fastlm.evals.safety.privacy import memorization, privacy
         from fastlm.evals.scorer import Scorer
@@ -174,7 +189,8 @@ class Safety(Stage):
             self.requests, self.suffix_requests, self.suffix_tokens, self.suffix_steps,
             self.suffix_candidates,
         )  # fmt: skip
-        bench = Bench(asked, sets, judges, options, job.cache, data, canaries)
+        labels = {} if self.labels is None else read_labels(Path(self.labels))
+        bench = Bench(asked, sets, judges, options, job.cache, data, canaries, labels)
         scores = {}
         for name in self.measures:
             if name in NEED_DATA and data is None:
@@ -189,7 +205,7 @@ class Safety(Stage):
         if cut:
             told = ", ".join(f"{count:,} of {measure}" for measure, count in cut.items())
             job.warn(f"{where}: prompts cut at their beginning to fit the context: {told}")
-        return {"scores": scores, "cut": cut}
+        return {"scores": scores, "cut": cut}, bench.judged
 
     def status(self, result: Mapping[str, Any]) -> int:
         return 1 if result["failed"] else 0
