@@ -18,8 +18,9 @@ import numpy as np
 from fastlm.errors import InputError
 
 FAR = 6.0  # standard deviations, outside which 2e-9 of a binomial distribution is
-HALL = 0.04, 0.6  # what Hall's end costs few items, fitted to 20,000 draws of 4 to 500 items
-NORMAL = 300  # discordant items from which on McNemar's test is normal: a power 0.002 off at most
+# what Hall's end costs few items, a factor of at most MOST: fitted to 20,000 draws of 4 to 500 items
+HALL, MOST = (0.04, 0.6), 1.7
+NORMAL = 100  # discordant items from which on McNemar's test is normal: a power 0.005 off at most
 
 
 def rate_sd(p: float) -> float:
@@ -67,7 +68,9 @@ def detectable_rate(n: int, rate: float, *, alpha: float = 0.05, power: float = 
     _check_between("rate", rate, 0, 1)
     p = min(rate, 1 - rate)
     return _smallest(
-        lambda d: mcnemar_power(n, (p + d) * (1 - p), p * (1 - p - d), alpha), 1 - p, power
+        lambda d: mcnemar_power(n, (p + d) * (1 - p), p * (1 - p - d), alpha),
+        (4 * math.sqrt(2 * p * (1 - p) / n) + 12 / n, 1 - p),
+        power,
     )
 
 
@@ -102,7 +105,7 @@ def detectable_discordant(
         share = max(discordant, d)
         return mcnemar_power(n, (share + d) / 2, (share - d) / 2, alpha)
 
-    return _smallest(power_of, 1.0, power)
+    return _smallest(power_of, (4 * math.sqrt(discordant / n) + 12 / n, 1.0), power)
 
 
 def discordant_needed(wins: float, losses: float, *, alpha: float = 0.05, power: float = 0.8) -> int:
@@ -169,13 +172,20 @@ def _critical(m: np.ndarray, alpha: float) -> np.ndarray:
     return k
 
 
-def _smallest(power_of: Callable[[float], float], high: float, power: float) -> float:
+def _smallest(
+    power_of: Callable[[float], float], ends: tuple[float, float], power: float
+) -> float:
+    """The effect that has the ``power``; infinite where the second of ``ends`` has less. It is most
+    often below the first."""
     _quantile("power", power)  # refuses 0 and 1
+    high = min(ends)
     if power_of(high) < power:
-        return math.inf
+        high = ends[1]
+        if power_of(high) < power:
+            return math.inf
     from scipy.optimize import brentq
 
-    return float(brentq(lambda d: power_of(d) - power, 0.0, high, xtol=1e-6))
+    return float(brentq(lambda d: power_of(d) - power, 0.0, high, xtol=1e-5))
 
 
 def _noncentrality(freedom: float, alpha: float, power: float) -> float:
@@ -189,7 +199,7 @@ def _noncentrality(freedom: float, alpha: float, power: float) -> float:
 
     t = special.stdtrit(freedom, 1 - alpha / 2)
     reach = float(special.nctdtrinc(freedom, 1 - power, t))
-    return reach * (1 + reach**2 * (HALL[0] / freedom + HALL[1] / freedom**2))
+    return reach * min(MOST, 1 + reach**2 * (HALL[0] / freedom + HALL[1] / freedom**2))
 
 
 def _quantile(name: str, p: float) -> float:
