@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from fastlm.evals.results import Record
 from fastlm.evals.power import detectable, detectable_rate, detectable_share
+from fastlm.evals.results import Record
 from fastlm.evals.statistics import Mean, mean_error, pass_at_k
 from fastlm.evals.task import Choices, Open, Task
 
@@ -34,9 +34,10 @@ PASS_AT = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)  # answers; and as many as 
 
 @dataclass(frozen=True)
 class Measure:
-    """The mean of a measure, its standard error, and ``detects``, the minimum detectable effect: the
-    smallest difference to another model that these questions find with a probability of 80 %, if
-    the two models' scores are independent. Infinite where the scores tell no spread.
+    """The mean of a measure, its standard error, and the minimum detectable effect.
+
+    detects: the smallest difference to another model that these questions find with a probability
+        of 80 %, if the two models' scores are independent. Infinite where they tell no spread.
     """
 
     value: float

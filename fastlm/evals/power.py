@@ -18,7 +18,7 @@ import numpy as np
 from fastlm.errors import InputError
 
 FAR = 6.0  # standard deviations, outside which 2e-9 of a binomial distribution is
-# what Hall's end costs few items, a factor of at most MOST: fitted to 20,000 draws of 4 to 500 items
+# what Hall's end costs few items, a factor of at most MOST: fitted to draws of 4 to 500 items
 HALL, MOST = (0.04, 0.6), 1.7
 NORMAL = 100  # discordant items from which on McNemar's test is normal: a power 0.005 off at most
 
@@ -108,7 +108,9 @@ def detectable_discordant(
     return _smallest(power_of, (4 * math.sqrt(discordant / n) + 12 / n, 1.0), power)
 
 
-def discordant_needed(wins: float, losses: float, *, alpha: float = 0.05, power: float = 0.8) -> int:
+def discordant_needed(
+    wins: float, losses: float, *, alpha: float = 0.05, power: float = 0.8
+) -> int:
     """Return how many items tell two models apart of which one alone is right on a share ``wins``
     of the items and the other on ``losses``."""
     share, difference = wins + losses, abs(wins - losses)
@@ -172,9 +174,7 @@ def _critical(m: np.ndarray, alpha: float) -> np.ndarray:
     return k
 
 
-def _smallest(
-    power_of: Callable[[float], float], ends: tuple[float, float], power: float
-) -> float:
+def _smallest(power_of: Callable[[float], float], ends: tuple[float, float], power: float) -> float:
     """The effect that has the ``power``; infinite where the second of ``ends`` has less. It is most
     often below the first."""
     _quantile("power", power)  # refuses 0 and 1

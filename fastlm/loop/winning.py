@@ -1,7 +1,6 @@
 """Answers of two models to the same prompts, their scores by a judge, and what follows."""
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
@@ -112,8 +111,8 @@ def judge_accuracy(
 ) -> dict[str, Any] | None:
     """Return how often the mean score of the reward models prefers what preferences that they have
     not been trained on say: "value" (a tie counts half) of "n" rows, each of which counts once,
-    however many pairs it has, with an interval (`clustered_wilson`). None where ``sources`` hold none;
-    ``warn`` is told of rows beyond a judge's context.
+    however many pairs it has, with an interval (`clustered_wilson`). None where ``sources`` hold
+    none; ``warn`` is told of rows beyond a judge's context.
     """
     rows = [row for row in read_preferences(sources, cache=cache) if isinstance(row, Comparison)]
     rows = [row for row in rows if row.pairs()]
