@@ -140,17 +140,17 @@ def test_thumbs_promote_and_late_ones_count_for_who_answered(models, tmp_path, m
         told = status(url)
         assert (told["status"], told["model"], told["canary"]) == ("promoted", new, new)
         assert told["arms"]["new"]["successes"] == told["arms"]["new"]["outcomes"] > 0
-        counts = [told["arms"][arm]["outcomes"] for arm in ("new", "old")]
-        test = told["tests"]["outcome"]
-        # which rule, by which numbers: one may ask after a promotion so early
-        assert told["rule"] == {
-            "name": "superiority", "test": "outcome", "bound": 0.0, "alpha": 0.2,
-            "after": sum(counts), "metric": "thumb",
-        }  # fmt: skip
-        assert test["low"] > 0 and told["reason"] == (
-            "thumb: {0} of {0} new, 0 of {1} old; difference +1.000 in [{2:+.3f}, +1.000],"
-            " above the bound 0 of the rule 'superiority' at alpha 0.2"
-        ).format(*counts, test["low"])
+        # which rule decided, by which numbers: one may ask after a promotion so early
+        rule = {"name": "superiority", "test": "outcome", "bound": 0.0, "alpha": 0.2}
+        after = told["rule"]["after"]  # an outcome or two may have come since
+        assert told["rule"] == {**rule, "metric": "thumb", "after": after}
+        assert told["tests"]["outcome"]["low"] > 0
+        numbers = re.fullmatch(
+            r"thumb: (\d+) of \1 new, 0 of (\d+) old; difference \+1\.000 in \[\+0\.\d{3}, \+1\.000\],"
+            r" above the bound 0 of the rule 'superiority' at alpha 0\.2",
+            told["reason"],
+        )
+        assert numbers and int(numbers[1]) + int(numbers[2]) == after
         assert told["arms"]["old"]["successes"] == 0
         assert chat(url, "Hello 0")["model"] == new
         before = told["arms"]["old"]["outcomes"]
@@ -289,7 +289,7 @@ def test_a_canary_that_is_slow_is_rolled_back_and_bursts_of_load_decide_nothing(
             busy = 5 if i % 60 < 25 else 1  # in bursts each answer takes five times as long
             arm = "new" if trial.takes(f"{i}") else "old"
             pace = 0.01 * busy * (slower if arm == "new" else 1) * (1 + i % 5 / 10)
-            for turn in range(2):  # the second answer of a conversation counts no more
+            for turn in range(2 if i % 10 == 0 else 1):  # a second answer counts no more
                 await trial.answered(
                     f"{name}-{i}-{turn}", f"{i}", None, arm, arm, assigned=True, seconds=pace
                 )
@@ -301,18 +301,17 @@ def test_a_canary_that_is_slow_is_rolled_back_and_bursts_of_load_decide_nothing(
 
     with FeedbackStore(tmp_path / "feedback.sqlite") as feedback:
         store = CanaryStore(feedback)
-        trial, (verdict,) = asyncio.run(run("three times", 3, 160))
+        trial, (verdict,) = asyncio.run(run("three times", 3, 140))
         pairs = trial.paces.counts
         assert verdict.action == "roll back" and verdict.rule.name == "as fast"
         assert verdict.reason.startswith("slow answers: the new model slower in ")
         assert verdict.reason.endswith("above the bound 0.25 of the rule 'as fast' at alpha 0.05")
-        assert 20 < verdict.rule.after <= pairs.total < 80 and pairs.new > 0.9 * pairs.total
-        for slower in (1, 1.3):
-            trial, decided = asyncio.run(run(f"{slower}", slower, 400))
-            pairs = trial.paces.counts
-            assert not decided and 60 < pairs.total < 140  # one pair of 4 conversations
-            again = Trial(SimpleNamespace(name="new"), Plan(), store, f"{slower}")
-            assert again.paces.counts == pairs  # after a restart
+        assert 10 < verdict.rule.after <= pairs.total < 60 and pairs.new > 0.9 * pairs.total
+        trial, decided = asyncio.run(run("a little", 1.3, 140))
+        pairs = trial.paces.counts
+        assert not decided and 20 < pairs.total < 60  # one pair of 4 conversations
+        again = Trial(SimpleNamespace(name="new"), Plan(), store, "a little")
+        assert again.paces.counts == pairs  # after a restart
 
 
 def test_counts_survive_a_restart(models, tmp_path):
@@ -416,8 +415,8 @@ def test_what_the_counts_decide():
     def arms(a, b, old=None, new=None):
         return {"old": Arm(*a, **(old or {})), "new": Arm(*b, **(new or {}))}
 
-    def judge(arms, plan, pairs=PairCounts()):
-        return trial.judge(arms, pairs, plan)
+    def judge(arms, plan, pairs=None):
+        return trial.judge(arms, pairs or PairCounts(), plan)
 
     plan, lenient = Plan(), Plan(rule="non-inferiority", margin=0.1)
     assert judge(arms((0, 0), (0, 0)), plan) is None

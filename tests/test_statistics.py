@@ -271,7 +271,7 @@ def test_rates_of_clusters():
     assert few.high - few.low > 0.8
     same = clustered_wilson(np.ones(60), pairs)
     assert same.high == 1 and wilson(30, 30).low - 0.02 < same.low < wilson(30, 30).low
-    with pytest.raises(InputError, match="value: expected 0 to 1, got 1.5"):
+    with pytest.raises(InputError, match=r"value: expected 0 to 1, got 1\.5"):
         clustered_wilson([1.5, 0])
 
 
