@@ -146,7 +146,8 @@ def test_thumbs_promote_and_late_ones_count_for_who_answered(models, tmp_path, m
         assert told["rule"] == {**rule, "metric": "thumb", "after": after}
         assert told["tests"]["outcome"]["low"] > 0
         numbers = re.fullmatch(
-            r"thumb: (\d+) of \1 new, 0 of (\d+) old; difference \+1\.000 in \[\+0\.\d{3}, \+1\.000\],"
+            r"thumb: (\d+) of \1 new, 0 of (\d+) old;"
+            r" difference \+1\.000 in \[\+0\.\d{3}, \+1\.000\],"
             r" above the bound 0 of the rule 'superiority' at alpha 0\.2",
             told["reason"],
         )
