@@ -176,7 +176,7 @@ def decided_after(rng, slower: float, share: float, length: float, most: int) ->
         counts = pairs.counts
         if counts is before or counts.new - counts.old <= BOUND * counts.total:
             continue
-        if compare_paces(counts, 0.05)[1] > BOUND:
+        if compare_paces(counts, 0.05).low > BOUND:
             return i + 1
     return None
 

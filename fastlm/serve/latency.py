@@ -14,6 +14,10 @@ alpha, at any time. tests/test_simulations.py has the rates.
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fastlm.evals.sequential import Answer
 
 SLOWER = 2.0  # times as long per token as the other conversation of the pair
 BOUND = 0.25  # mean of a pair: so many more pairs in which the new model is the slower one
@@ -56,7 +60,7 @@ class PacePairs:
 
 
 @lru_cache(64)  # most counts are those of the last look
-def compare_paces(counts: PairCounts, alpha: float) -> tuple[float, float, float, float]:
+def compare_paces(counts: PairCounts, alpha: float) -> "Answer":
     """Return the difference of the shares of pairs in which the new and the old model were slower,
     with its always-valid interval and p-value."""
     from fastlm.evals.sequential import Sequential
@@ -65,4 +69,4 @@ def compare_paces(counts: PairCounts, alpha: float) -> tuple[float, float, float
     test.add(1, 0, times=counts.new)
     test.add(0, 1, times=counts.old)
     test.add(0, 0, times=counts.neither)
-    return tuple(test.answer())
+    return test.answer()
