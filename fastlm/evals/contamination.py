@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastlm.evals.measures import Values, told_mean
+from fastlm.evals.measures import Values, mean_as_json, passages
 from fastlm.evals.ngrams import indexes
 from fastlm.evals.task import Choices, Question, Task
 from fastlm.progress import silent
@@ -120,15 +120,18 @@ def told(task: Task, found: Overlap, models: dict[str, Values]) -> dict[str, Any
         for i in order[:100]
         if found.touched[i]
     ]
-    parts = {"dirty": dirty, "clean": ~dirty}
+    parts = {
+        part: (rows, passages(task, rows))
+        for part, rows in (("dirty", np.flatnonzero(dirty)), ("clean", np.flatnonzero(~dirty)))
+    }
     return {
         "n": N, "threshold": DIRTY, "questions": len(judged), "short": int((~judged).sum()),
         "touched": int(found.touched.sum()), "dirty": int(dirty.sum()), "named": named,
         "models": {
             name: {
-                part: {key: told_mean(each[rows]) for key, each in values.items()}
-                for part, rows in parts.items()
-                if rows.any()
+                part: {key: mean_as_json(each[rows], clusters) for key, each in values.items()}
+                for part, (rows, clusters) in parts.items()
+                if len(rows)
             }
             for name, values in models.items()
         },

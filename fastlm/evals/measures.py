@@ -21,19 +21,23 @@ from typing import Any
 
 import numpy as np
 
+from fastlm.evals.power import detectable, detectable_rate, detectable_share
 from fastlm.evals.results import Record
-from fastlm.evals.statistics import detectable, mean_error, pass_at_k
+from fastlm.evals.statistics import Mean, mean_error, pass_at_k
 from fastlm.evals.task import Choices, Open, Task
 
 HEADLINE = "bits_per_byte"
 LOWER_IS_BETTER = frozenset({HEADLINE})
 Values = dict[str, np.ndarray]  # measure -> (questions,)
+PASS_AT = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)  # answers; and as many as were drawn
 
 
 @dataclass(frozen=True)
 class Measure:
-    """The mean of a measure, its standard error, and the smallest difference to another model that
-    so many questions detect with a chance of 80 %, if the two models' scores are independent.
+    """The mean of a measure, its standard error, and the minimum detectable effect.
+
+    detects: the smallest difference to another model that these questions find with a probability
+        of 80 %, if the two models' scores are independent. Infinite where they tell no spread.
     """
 
     value: float
@@ -85,9 +89,9 @@ def _of_open(task: Task, question: Open, record: Record) -> dict[str, float]:
         found[task.metric] = sum(scores) / len(scores)
     else:
         passed = sum(score >= 1 for score in scores)
-        for k in (1, 10, 100):
-            if k <= len(scores):
-                found[f"pass@{k}"] = pass_at_k(len(scores), passed, k)
+        count = len(scores)
+        for k in (*(k for k in PASS_AT if k < count), count):
+            found[f"pass@{k}"] = pass_at_k(count, passed, k)
     for name, judge in task.also.items():
         others = judge([(answer, question.row) for answer in record["answers"]])
         found[name] = sum(others) / len(others)
@@ -96,15 +100,36 @@ def _of_open(task: Task, question: Open, record: Record) -> dict[str, float]:
 
 def summary(task: Task, measured: Values) -> dict[str, Measure]:
     """Return the mean of each measure with its error."""
-    groups = [q.group or str(i) for i, q in enumerate(task.questions)]
-    clusters = groups if len(set(groups)) < len(groups) else None
+    clusters = passages(task)
     found = {}
     for name, each in measured.items():
         mean = mean_error(each, clusters=clusters)
-        count = len(each)
-        sd = mean.error * math.sqrt(count) if math.isfinite(mean.error) else math.nan
-        found[name] = Measure(mean.mean, mean.error, detectable(count, math.sqrt(2) * sd))
+        effect = _detectable(each, mean, clusters, share=name not in LOWER_IS_BETTER)
+        found[name] = Measure(mean.mean, mean.error, effect)
     return found
+
+
+def _detectable(
+    each: np.ndarray, mean: Mean, clusters: Sequence[str] | None, *, share: bool
+) -> float:
+    if share and clusters is None and np.isin(each, (0, 1)).all():
+        return detectable_rate(mean.n, mean.mean)
+    if not math.isfinite(mean.error):
+        return math.inf
+    if share and each.min() >= 0 and each.max() <= 1:
+        return detectable_share(mean.n, mean.mean, mean.error, freedom=mean.freedom)
+    if not mean.error:
+        return math.inf
+    sd = math.sqrt(2 * mean.n) * mean.error
+    return detectable(mean.n, sd, freedom=mean.freedom)
+
+
+def passages(task: Task, rows: Sequence[int] | None = None) -> list[str] | None:
+    """Return the passage of each question (of ``rows``: all by default), as clusters for
+    `mean_error`; None where no two questions share one."""
+    chosen = range(len(task.questions)) if rows is None else rows
+    groups = [task.questions[i].group or f"question {i}" for i in chosen]
+    return groups if len(set(groups)) < len(groups) else None
 
 
 def parts(task: Task, measured: Values) -> dict[str, dict[str, Any]]:
@@ -118,14 +143,15 @@ def parts(task: Task, measured: Values) -> dict[str, dict[str, Any]]:
                 members.setdefault(task.wider[q.part], []).append(i)
     found = {}
     for part, rows in sorted(members.items()):
-        told = {name: told_mean(each[rows]) for name, each in measured.items()}
-        found[part] = {"questions": len(rows), "measures": told}
+        clusters = passages(task, rows)
+        means = {name: mean_as_json(each[rows], clusters) for name, each in measured.items()}
+        found[part] = {"questions": len(rows), "measures": means}
     return found
 
 
-def told_mean(each: np.ndarray) -> dict[str, float | None]:
-    """The mean with its standard error, None for one question, as JSON."""
-    mean = mean_error(each)
+def mean_as_json(each: np.ndarray, clusters: Sequence[str] | None) -> dict[str, float | None]:
+    """Return the mean with its standard error, None for one question or one passage."""
+    mean = mean_error(each, clusters=clusters)
     return {"value": mean.mean, "error": mean.error if math.isfinite(mean.error) else None}
 
 

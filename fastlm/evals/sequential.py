@@ -104,13 +104,13 @@ class Sequential:
         self.alpha, self.n = alpha, 0
         self._counts: Counter[float] = Counter()  # of differences
 
-    def add(self, new: float, old: float) -> None:
-        """Add one request's scores."""
+    def add(self, new: float, old: float, *, times: int = 1) -> None:
+        """Add one request's scores, or those of as many requests as ``times``, all the same."""
         for name, value in (("new", new), ("old", old)):
             if not 0 <= value <= 1:
                 raise InputError(f"{name}: wanted a score of 0 to 1, got {value}")
-        self.n += 1
-        self._counts[new - old] += 1
+        self.n += times
+        self._counts[new - old] += times
 
     @property
     def p(self) -> float:

@@ -9,7 +9,15 @@ from typing import Any
 
 from fastlm.data.packages import model_path
 from fastlm.evals.asking import ask
-from fastlm.evals.measures import HEADLINE, Values, as_json, parts, summary, values
+from fastlm.evals.measures import (
+    HEADLINE,
+    Values,
+    as_json,
+    parts,
+    passages,
+    summary,
+    values,
+)
 from fastlm.evals.results import Results
 from fastlm.evals.scorer import Scorer
 from fastlm.evals.statistics import compare, holm
@@ -105,8 +113,7 @@ def measured(
 def _compared(
     task: Task, own: Mapping[str, Any], name: str, first: str, measure: str
 ) -> dict[str, Any]:
-    groups = [q.group or str(i) for i, q in enumerate(task.questions)]
-    clusters = groups if len(set(groups)) < len(groups) else None
+    clusters = passages(task)
     a: Values = own[name]["values"]
     told = asdict(compare(a[measure], own[first]["values"][measure], clusters=clusters))
     known = {key: None if _unknown(value) else value for key, value in told.items()}

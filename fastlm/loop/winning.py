@@ -1,7 +1,6 @@
 """Answers of two models to the same prompts, their scores by a judge, and what follows."""
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
@@ -15,7 +14,7 @@ from fastlm.data.preferences import Comparison, read_preferences
 from fastlm.data.prompts import Prompt
 from fastlm.decode.sampling import Sampling
 from fastlm.errors import InputError
-from fastlm.evals.statistics import Interval, compare, mean_error, wilson
+from fastlm.evals.statistics import Interval, clustered_wilson, compare, wilson
 from fastlm.model.reward_model import RewardModel, scored_tokens, scores
 from fastlm.progress import silent
 from fastlm.serve.chat import load_model
@@ -112,8 +111,8 @@ def judge_accuracy(
 ) -> dict[str, Any] | None:
     """Return how often the mean score of the reward models prefers what preferences that they have
     not been trained on say: "value" (a tie counts half) of "n" rows, each of which counts once,
-    however many pairs it has, with an interval as in `share`. None where ``sources`` hold none;
-    ``warn`` is told of rows beyond a judge's context.
+    however many pairs it has, with an interval (`clustered_wilson`). None where ``sources`` hold
+    none; ``warn`` is told of rows beyond a judge's context.
     """
     rows = [row for row in read_preferences(sources, cache=cache) if isinstance(row, Comparison)]
     rows = [row for row in rows if row.pairs()]
@@ -132,7 +131,7 @@ def judge_accuracy(
         warn(f"{left:,} of {len(rows):,} preferences that measure the judge exceed its context")
     if not right:
         return None
-    interval = _interval(right, prompts, confidence)
+    interval = clustered_wilson(right, prompts, confidence)
     return {
         "value": fmean(right), "low": interval.low, "high": interval.high, "n": len(right),
         "better": "higher",
@@ -210,21 +209,5 @@ def compared(
 
 def share(wins: Sequence[float], answers: int, confidence: float = 0.95) -> Interval:
     """Return Wilson's interval of the mean of ``wins`` (0, 0.5 or 1), where each ``answers`` in a
-    row are to one prompt.
-
-    Answers to one prompt are not drawn one by one: n is the effective one, p (1 - p) / error^2 by
-    the error between prompts (Dean and Pagano 2015, doi:10.1093/jssam/smv024), at least the number
-    of prompts and at most that of answers.
-    """
-    return _interval(wins, [str(i // answers) for i in range(len(wins))], confidence)
-
-
-def _interval(wins: Sequence[float], clusters: Sequence[str], confidence: float) -> Interval:
-    prompts = len({*clusters})
-    n = float(prompts)
-    if prompts < len(wins):
-        found = mean_error(wins, clusters=clusters)
-        if 0 < found.error < math.inf:
-            n = found.mean * (1 - found.mean) / found.error**2
-    whole = max(prompts, min(len(wins), int(n)))
-    return wilson(fmean(wins) * whole, whole, confidence)
+    row are to one prompt (`fastlm.evals.statistics.clustered_wilson`)."""
+    return clustered_wilson(wins, [i // answers for i in range(len(wins))], confidence)

@@ -38,11 +38,22 @@ class CanaryStore:
             text = " ".join(str(getattr(error, "orig", None) or error).split())[:300]
             raise InputError(f"{self.name}: cannot be used: {text}") from None
 
-    def answer(self, **values: Any) -> None:
-        """Store which model gave an answer: the columns of `ANSWERS`."""
-        self._run(
-            lambda c: c.execute(self._insert(ANSWERS).values(values).on_conflict_do_nothing())
-        )
+    def answer(self, **values: Any) -> bool:
+        """Store which model gave an answer: the columns of `ANSWERS`. Return whether it is the
+        first answer with a time of its conversation, by the model that the trial chose."""
+        added = self._insert(ANSWERS).values(values).on_conflict_do_nothing()
+        a = ANSWERS.c
+        timed = sa.select(a.response_id).where(
+            a.experiment == values["experiment"], a.unit == values["unit"], a.assigned,
+            a.pace.is_not(None),
+        )  # fmt: skip
+
+        def work(connection: sa.Connection) -> bool:
+            known = connection.execute(timed.limit(1)).first() is not None
+            new = connection.execute(added).rowcount == 1
+            return new and not known and values["assigned"] and values["pace"] is not None
+
+        return self._run(work)
 
     def outcome(
         self, experiment: str, unit: str, arm: str, success: bool, response_id: str | None
@@ -117,24 +128,28 @@ class CanaryStore:
         found = {}
         for arm in ("old", "new"):
             a, o = ANSWERS.c, OUTCOMES.c
-            answers = sa.select(
-                sa.func.count(), number(a.error), number(a.slow.is_not(None)), number(a.slow)
-            ).where(a.experiment == experiment, a.arm == arm, a.assigned)
+            answers = sa.select(sa.func.count(), number(a.error)).where(
+                a.experiment == experiment, a.arm == arm, a.assigned
+            )
             outcomes = sa.select(sa.func.count(), number(o.success)).where(
                 o.experiment == experiment, o.arm == arm
             )
-            given, errors, timed, slow = self._run(lambda c, q=answers: c.execute(q).one())
+            given, errors = self._run(lambda c, q=answers: c.execute(q).one())
             count, successes = self._run(lambda c, q=outcomes: c.execute(q).one())
-            found[arm] = Arm(count, successes, given, errors, timed, slow)
+            found[arm] = Arm(count, successes, given, errors)
         return found
 
-    def first_paces(self, experiment: str, most: int) -> list[float]:
-        """Seconds per token of the old model's first answers."""
-        query = sa.select(ANSWERS.c.pace).order_by(ANSWERS.c.at).limit(most)
-        query = query.where(
-            ANSWERS.c.experiment == experiment, ANSWERS.c.arm == "old", ANSWERS.c.pace.is_not(None)
+    def first_paces(self, experiment: str) -> list[tuple[str, float]]:
+        """Return arm and seconds per token of each conversation's first answer with a time, in
+        their order."""
+        a = ANSWERS.c
+        number = sa.func.row_number().over(partition_by=a.unit, order_by=a.at).label("number")
+        timed = sa.select(a.arm, a.pace, a.at, number).where(
+            a.experiment == experiment, a.assigned, a.pace.is_not(None)
         )
-        return list(self._run(lambda c: c.execute(query).scalars().all()))
+        rows = timed.subquery()
+        query = sa.select(rows.c.arm, rows.c.pace).where(rows.c.number == 1).order_by(rows.c.at)
+        return [(arm, pace) for arm, pace in self._run(lambda c: c.execute(query).all())]
 
     def model_of(self, response_id: str) -> str | None:
         """The name of the model that gave an answer, None if it is not known."""

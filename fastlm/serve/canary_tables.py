@@ -13,14 +13,13 @@ ANSWERS = sa.Table(
     metadata,
     sa.Column("response_id", sa.String(160), primary_key=True),
     sa.Column("experiment", sa.String(64), nullable=False, index=True),
-    sa.Column("unit", sa.String(64), nullable=False),  # a keyed hash, `fastlm.serve.trial`
+    sa.Column("unit", sa.String(64), nullable=False, index=True),  # a keyed hash, `trial.Trial`
     sa.Column("conversation_id", sa.String(128), index=True),
     sa.Column("arm", sa.String(4), nullable=False),  # old, new
     sa.Column("model", sa.Text, nullable=False),
     sa.Column("assigned", sa.Boolean, nullable=False),  # by the hash, not by the client
     sa.Column("error", sa.Boolean, nullable=False),
     sa.Column("pace", sa.Float),  # seconds per token
-    sa.Column("slow", sa.Boolean),  # by the limit at that time; NULL: there was none yet
     sa.Column("at", sa.Float, nullable=False),  # seconds since 1970
 )
 OUTCOMES = sa.Table(

@@ -48,6 +48,8 @@ class ModelMetrics(Collector):
         for arm, counted in dict(trial.arms).items():
             for what, count in asdict(counted).items():
                 counts.add_metric([arm, what], count)
+        for arm in trial.arms:
+            counts.add_metric([arm, "slower"], getattr(trial.paces.counts, arm))
         yield counts
         share = trial.plan.share if models.trial is trial else 0.0
         yield GaugeMetricFamily("fastlm_canary_share", "Of conversations, of the canary", share)

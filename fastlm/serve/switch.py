@@ -167,6 +167,8 @@ class Switch:
         state, canary, served = self.state, self.state.canary, trial.served
         if canary is not None:
             state = replace(state, canary=replace(canary, decided=verdict.action))
+        if verdict.rule is not None:
+            numbers["rule"] = asdict(verdict.rule)
         if verdict.action == "promote":
             known = Known(served.path, served.digest)
             state = replace(state, current=known, previous=state.current)
@@ -191,12 +193,13 @@ class Switch:
 
     @staticmethod
     def _numbers(trial: Trial) -> dict[str, Any]:
-        arms = dict(trial.arms)
-        found = {name: asdict(test) for name, test in comparisons(arms, trial.plan).items()}
+        arms, pairs = dict(trial.arms), trial.paces.counts
+        tests = comparisons(arms, pairs, trial.plan)
         return {
             "experiment": trial.experiment,
             "arms": {name: asdict(arm) for name, arm in arms.items()},
-            "tests": found,
+            "slower": asdict(pairs),
+            "tests": {name: asdict(test) for name, test in tests.items()},
         }
 
     def opinion(self, opinion: "Opinion") -> None:
@@ -226,8 +229,8 @@ class Switch:
                 "status": "running" if trial.verdict is None else status[trial.verdict.action],
                 "canary": trial.name,
                 "reason": trial.verdict and trial.verdict.reason,
+                "rule": trial.verdict and trial.verdict.rule and asdict(trial.verdict.rule),
                 "plan": asdict(trial.plan),
-                "slow_seconds_per_token": trial.slow_pace,
                 **await asyncio.to_thread(self._numbers, trial),
             }
         return {**told, "decisions": self.state.decisions}

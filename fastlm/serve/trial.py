@@ -10,7 +10,6 @@ every outcome.
 import asyncio
 import hashlib
 import json
-import statistics
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -23,6 +22,7 @@ from anyio.to_thread import run_sync
 
 from fastlm.errors import InputError
 from fastlm.serve.gate import log
+from fastlm.serve.latency import BOUND, PacePairs, PairCounts, compare_paces
 from fastlm.serve.openai_api import Asked, ChatAsked, TextAsked
 from fastlm.serve.plan import Plan
 
@@ -31,9 +31,6 @@ if TYPE_CHECKING:
     from fastlm.serve.models import Served
     from fastlm.serve.said import Opinion
 
-WARM_UP = 20  # answers of the old model, whose median says what is slow
-SLOWER = 2.0  # times that median per token: a slow answer
-MORE_SLOW = 0.25  # so many more answers of the canary than of the old model may be slow
 LOOK_SECONDS = 1.0  # between two looks: a test takes 20 ms of the interpreter
 WRITE_SECONDS = 5.0  # that the end of an answer waits for the database at most
 MOST_WRITING = 1024  # answers that wait for the database; more are not counted
@@ -43,20 +40,35 @@ Action = Literal["promote", "roll back", "keep"]
 @dataclass(frozen=True)
 class Arm:
     """What became of one model's conversations: ``successes`` of ``outcomes``, ``errors`` of
-    ``answers``, ``slow`` of ``timed``."""
+    ``answers``."""
 
     outcomes: int = 0
     successes: int = 0
     answers: int = 0
     errors: int = 0
-    timed: int = 0
-    slow: int = 0
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The rule that decided: by the rule ``name`` the ``test`` of what was counted ("outcome",
+    "errors", "slow") was on its side of ``bound``, at ``alpha``. ``after``: outcomes, answers or
+    pairs of conversations; ``metric``: of outcomes."""
+
+    name: str
+    test: str
+    bound: float
+    alpha: float
+    after: int
+    metric: str | None = None
 
 
 @dataclass(frozen=True)
 class Verdict:
+    """``rule``: None where somebody asked for it."""
+
     action: Action
     reason: str
+    rule: Rule | None = None
 
 
 @dataclass(frozen=True)
@@ -77,7 +89,7 @@ def compare(old: tuple[int, int], new: tuple[int, int], alpha: float) -> Compare
     return Compared(*always_valid(*new, *old, alpha))
 
 
-def comparisons(arms: dict[str, Arm], plan: Plan) -> dict[str, Compared]:
+def comparisons(arms: dict[str, Arm], pairs: PairCounts, plan: Plan) -> dict[str, Compared]:
     """Outcomes, errors and slowness, compared."""
     old, new = arms["old"], arms["new"]
     return {
@@ -85,34 +97,57 @@ def comparisons(arms: dict[str, Arm], plan: Plan) -> dict[str, Compared]:
             (old.successes, old.outcomes), (new.successes, new.outcomes), plan.alpha
         ),
         "errors": compare((old.errors, old.answers), (new.errors, new.answers), plan.alpha),
-        "slow": compare((old.slow, old.timed), (new.slow, new.timed), plan.alpha),
+        "slow": Compared(*compare_paces(pairs, plan.alpha)),
     }
 
 
-def judge(arms: dict[str, Arm], plan: Plan) -> Verdict | None:
+def judge(arms: dict[str, Arm], pairs: PairCounts, plan: Plan) -> Verdict | None:
     """What the counts decide; None: not yet."""
     old, new = arms["old"], arms["new"]
-    for name, bad, of, bound in (("errors", "errors", "answers", 0.0),
-                                 ("slow answers", "slow", "timed", MORE_SLOW)):  # fmt: skip
-        a, n = (getattr(old, bad), getattr(old, of)), (getattr(new, bad), getattr(new, of))
-        if n[1] and n[0] / n[1] - (a[0] / a[1] if a[1] else 0.5) > bound:  # else it cannot be
-            test = compare(a, n, plan.alpha)
-            if test.low > bound:
-                return Verdict("roll back", f"{name}: {_told(test)}, above {bound:g}")
+    rate = old.errors / old.answers if old.answers else 0.5
+    if new.answers and new.errors / new.answers > rate:  # else it cannot be
+        test = compare((old.errors, old.answers), (new.errors, new.answers), plan.alpha)
+        if test.low > 0:
+            counts = _shares("errors", (new.errors, new.answers), (old.errors, old.answers))
+            rule = Rule("fewer errors", "errors", 0.0, plan.alpha, old.answers + new.answers)
+            return _verdict("roll back", rule, test, counts)
+    if pairs.new > pairs.old:
+        test = Compared(*compare_paces(pairs, plan.alpha))
+        if test.low > BOUND:
+            counts = (
+                f"slow answers: the new model slower in {pairs.new} of {pairs.total} pairs of"
+                f" conversations, the old one in {pairs.old}"
+            )
+            rule = Rule("as fast", "slow", BOUND, plan.alpha, pairs.total)
+            return _verdict("roll back", rule, test, counts)
+    outcomes = old.outcomes + new.outcomes
+    rule = Rule(plan.rule, "outcome", plan.bound, plan.alpha, outcomes, plan.metric)
     if old.outcomes and new.outcomes:
         test = compare((old.successes, old.outcomes), (new.successes, new.outcomes), plan.alpha)
-        told = f"{plan.metric}: {_told(test)}"
+        counts = _shares(plan.metric, (new.successes, new.outcomes), (old.successes, old.outcomes))
         if test.low > plan.bound:
-            return Verdict("promote", f"{told}, above {plan.bound:g}")
+            return _verdict("promote", rule, test, counts)
         if test.high < plan.bound:
-            return Verdict("roll back", f"{told}, below {plan.bound:g}")
-    if old.outcomes + new.outcomes >= plan.most:
-        return Verdict("keep", f"{plan.metric}: no decision after {plan.most} outcomes")
+            return _verdict("roll back", rule, test, counts)
+    if outcomes >= plan.most:
+        return Verdict("keep", f"{plan.metric}: no decision after {plan.most} outcomes", rule)
     return None
 
 
-def _told(test: Compared) -> str:
-    return f"{test.difference:+.3f} in [{test.low:+.3f}, {test.high:+.3f}]"
+def _shares(name: str, new: tuple[int, int], old: tuple[int, int]) -> str:
+    return f"{name}: {new[0]} of {new[1]} new, {old[0]} of {old[1]} old"
+
+
+def _verdict(action: Action, rule: Rule, test: Compared, counts: str) -> Verdict:
+    """``counts`` say what was counted; the reason also says which rule decided by which numbers."""
+    side = "above" if test.low > rule.bound else "below"
+    interval = f"{test.difference:+.3f} in [{test.low:+.3f}, {test.high:+.3f}]"
+    return Verdict(
+        action,
+        f"{counts}; difference {interval}, {side} the bound {rule.bound:g} of the rule"
+        f" {rule.name!r} at alpha {rule.alpha:g}",
+        rule,
+    )
 
 
 def unit_of(asked: Asked, client: str) -> str:
@@ -143,7 +178,7 @@ class Trial:
 
     ``canary``: its model, None once it has ended, whose counts outlive the model.
     ``experiment``: its name in the database, new for each trial, and the salt of its hashes.
-    ``tests``: `comparisons` as of the last look.
+    ``tests``: `comparisons` as of the last look. ``paces``: of its conversations' first answers.
     ``same_tokens``: a token id means the same to both models. ``secret``: with which units are
     hashed for the database, so that nobody who has it can try what a prompt said.
     """
@@ -162,7 +197,9 @@ class Trial:
     def __post_init__(self) -> None:
         self.name = self.served.name
         self.arms = self.store.counts(self.experiment)
-        self._first = self.store.first_paces(self.experiment, WARM_UP)
+        self.paces = PacePairs()
+        for arm, pace in self.store.first_paces(self.experiment):
+            self.paces.add(arm, pace)
         self._changed = asyncio.Event()
         self._changed.set()  # what an earlier process counted may decide at once
         self._failed = asyncio.Event()  # the canary has: the next look does not wait
@@ -180,40 +217,28 @@ class Trial:
         """Whether the canary gets this conversation."""
         return int(_hash(self.experiment, unit)[:13], 16) < self.plan.share * 16**13
 
-    @property
-    def slow_pace(self) -> float | None:
-        """Seconds per token above which an answer is slow; None: not known yet."""
-        if len(self._first) < WARM_UP:
-            return None
-        return SLOWER * statistics.median(self._first)
-
     async def answered(
         self, id: str, unit: str, conversation: str | None, arm: str, model: str, *,
         assigned: bool, seconds: float | None = None, error: bool = False, stopped: bool = False,
     ) -> None:  # fmt: skip
         """Store and count an answer. ``seconds``: per token. A database that fails costs the trial
         an answer, and one that hangs the client `WRITE_SECONDS`; the answer is counted later."""
-        unit, slow = _hash(self.secret, unit), None
-        if seconds is not None and self.slow_pace is not None:
-            slow = seconds > self.slow_pace
-        elif seconds is not None and arm == "old":
-            self._first.append(seconds)
+        unit = _hash(self.secret, unit)
         success = stopped if self.plan.metric == "stop" and assigned and not error else None
 
-        def write() -> bool:
-            self.store.answer(
+        def write() -> tuple[bool, bool]:
+            timed = self.store.answer(
                 response_id=id, experiment=self.experiment, unit=unit, conversation_id=conversation,
-                arm=arm, model=model, assigned=assigned, error=error, pace=seconds, slow=slow,
-                at=time.time(),
+                arm=arm, model=model, assigned=assigned, error=error, pace=seconds, at=time.time(),
             )  # fmt: skip
-            return success is not None and self.store.outcome(
+            return timed, success is not None and self.store.outcome(
                 self.experiment, unit, arm, success, id
             )
 
         async def count() -> None:
             try:
                 # in a thread of its own kind: promotions do not wait for a database that hangs
-                counted = await run_sync(write, limiter=self._one, abandon_on_cancel=True)
+                timed, counted = await run_sync(write, limiter=self._one, abandon_on_cancel=True)
             except InputError as failed:
                 log("failure", type="InputError", what="canary", message=str(failed)[:200])
                 return
@@ -222,9 +247,9 @@ class Trial:
                 have,
                 answers=have.answers + assigned,
                 errors=have.errors + (assigned and error),
-                timed=have.timed + (assigned and slow is not None),
-                slow=have.slow + bool(assigned and slow),
             )
+            if timed and seconds is not None:
+                self.paces.add(arm, seconds)
             if counted:
                 self._count(arm, bool(success))
             self._changed.set()
@@ -259,9 +284,9 @@ class Trial:
         while self.verdict is None:
             await self._changed.wait()
             self._changed.clear()
-            arms = dict(self.arms)
-            self.tests = await asyncio.to_thread(comparisons, arms, self.plan)
-            verdict = await asyncio.to_thread(judge, arms, self.plan)
+            arms, pairs = dict(self.arms), self.paces.counts
+            self.tests = await asyncio.to_thread(comparisons, arms, pairs, self.plan)
+            verdict = await asyncio.to_thread(judge, arms, pairs, self.plan)
             if verdict is not None and self.decide is not None and self.verdict is None:
                 await self.decide(self, verdict)
                 self._changed.set()  # unless that has ended it

@@ -16,12 +16,14 @@ from paths import PYTHONPATH
 from preference_models import make_base
 
 from fastlm.errors import InputError
-from fastlm.evals import asking
+from fastlm.evals import asking, contamination
 from fastlm.evals.asking import ask
-from fastlm.evals.measures import right, summary, values
+from fastlm.evals.measures import parts, right, summary, values
+from fastlm.evals.power import detectable_rate
 from fastlm.evals.results import Results
 from fastlm.evals.scorer import Scorer
 from fastlm.evals.stage import Eval
+from fastlm.evals.statistics import mean_error
 from fastlm.evals.suite import ask_all, hash_of, measured
 from fastlm.evals.tables import compared_lines, latex, lines
 from fastlm.evals.task import Choices, Open, Task
@@ -154,7 +156,48 @@ def test_models_whose_answers_are_known(tmp_path):
     records = [{"id": str(i), "logprob": [0.0, -1, -1, -1]} for i in range(80)]
     told = summary(task, values(task, [r | {"bare": [0.0] * 4} for r in records]))
     assert told["acc"].error == pytest.approx(math.sqrt(0.25 * 0.75 / 79))
-    assert told["acc"].detects == pytest.approx(2.8016 * math.sqrt(2) * told["acc"].error, rel=1e-3)
+    assert told["acc"].detects == pytest.approx(detectable_rate(80, 0.25))  # its power is 0.8
+    nothing = summary(task, {"acc": np.zeros(80)})["acc"]
+    assert nothing.error == 0 and nothing.detects == pytest.approx(6.6 / 80, abs=2e-3)
+    shares = summary(task, {"rules": np.zeros(80) + 0.5 * (np.arange(80) == 3)})["rules"]
+    assert 0.02 < shares.detects < nothing.detects
+    assert summary(task, {"bits_per_byte": np.full(80, 0.5)})["bits_per_byte"].detects == math.inf
+
+
+def test_as_many_answers_as_were_drawn_pass():
+    task = replace(written(1), metric="pass", also={})
+    record = {"gold": None, "scores": [1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0], "answers": [""] * 7}
+    found = values(task, [record])
+    assert list(found) == ["pass@1", "pass@2", "pass@5", "pass@7"]
+    expected = [2 / 7, 1 - 10 / 21, 20 / 21, 1.0]  # 5 of 7 miss both in one of 21 draws
+    assert [each[0] for each in found.values()] == pytest.approx(expected)
+    assert list(values(task, [record | {"scores": [0.0]}])) == ["pass@1"]
+    assert list(values(task, [record | {"scores": [0.0] * 10}])) == [
+        "pass@1", "pass@2", "pass@5", "pass@10",
+    ]  # fmt: skip
+
+
+def test_questions_of_a_passage_count_as_one_draw_in_parts_and_clean_ones():
+    plain = choices(40)
+    asked = [
+        replace(q, group=f"passage {i // 10}" if i < 30 else "", part="ab"[i % 2])
+        for i, q in enumerate(plain.questions)
+    ]
+    task = replace(plain, questions=asked)
+    each = {"acc": np.repeat([1.0, 0.0, 1.0, 0.0], 10)}  # a passage is right or wrong as a whole
+    names = [q.group or q.id for q in asked]
+    found = parts(task, each)
+    rows = np.arange(0, 40, 2)
+    clustered = mean_error(each["acc"][rows], clusters=[names[i] for i in rows]).error
+    assert found["a"]["measures"]["acc"]["error"] == pytest.approx(clustered)
+    assert clustered > 1.5 * mean_error(each["acc"][rows]).error
+    dirty = np.arange(40) < 20
+    overlap = contamination.Overlap(dirty.astype(float), dirty)
+    parted = contamination.told(task, overlap, {"m": each})["models"]["m"]
+    for part, chosen in (("dirty", dirty), ("clean", ~dirty)):
+        own = [name for name, one in zip(names, chosen) if one]
+        expected = mean_error(each["acc"][chosen], clusters=own).error
+        assert parted[part]["acc"]["error"] == pytest.approx(expected)
 
 
 def test_what_this_machine_cannot_judge_is_refused_before_a_question_is_asked(tmp_path):

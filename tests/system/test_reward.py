@@ -203,6 +203,25 @@ def test_calibration() -> None:
     assert calibration([1e9, -1e9])["bins"][0]["predicted"] == 1.0
 
 
+def test_a_calibration_error_is_compared_with_that_of_a_calibrated_model() -> None:
+    rng = np.random.default_rng(0)
+
+    def drawn(n: int, sharpness: float = 1.0) -> dict:
+        """Pairs that are right with the predicted probability, told with another sharpness."""
+        margins = np.abs(rng.normal(0, 1.5, n))
+        right = rng.random(n) < 1 / (1 + np.exp(-margins))
+        return calibration(sharpness * np.where(right, margins, -margins))
+
+    small = [drawn(40) for _ in range(60)]
+    mean = np.mean([found["ece"] for found in small])
+    assert mean > 0.09  # without any fault of the model
+    assert abs(np.mean([found["excess"] for found in small])) < 0.02  # 3 standard errors
+    assert np.mean([found["null"]["p"] <= 0.05 for found in small]) < 0.15
+    large, sure = drawn(20_000), drawn(400, sharpness=3)  # normal from 2,000 pairs of a bin on
+    assert large["null"]["mean"] < 0.01 and large["null"]["p"] > 0.01
+    assert sure["ece"] > sure["null"]["p95"] and sure["null"]["p"] < 0.001 < sure["excess"]
+
+
 def test_length_bias() -> None:
     lengths, given = [1, 2, 4, 8], [4.0, 3.0, 1.0, 2.0]
     found = length_bias(lengths, given, [(0, 1), (3, 2), (2, 3), (0, 3)])

@@ -114,8 +114,8 @@ def trained_canaries(bench: Bench) -> list[Canary]:
 
 def _mean_score(bench: Bench, name: str, what: str, values: list[float], most: float) -> Score:
     mean = mean_error(values)
-    z = NormalDist().inv_cdf(0.5 + bench.options.confidence / 2)
-    low, high = max(0.0, mean.mean - z * mean.error), min(most, mean.mean + z * mean.error)
+    interval = mean.interval(bench.options.confidence)
+    low, high = max(0.0, interval.low), min(most, interval.high)
     if not 0.0 < mean.error < math.inf:  # all at an end, or one: as if each had all bits or none
         ends = wilson(len(values) * mean.mean / most, len(values), bench.options.confidence)
         low, high = most * ends.low, most * ends.high
