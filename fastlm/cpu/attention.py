@@ -141,7 +141,7 @@ def backward_any_layout(
         dk,
         dv,
         nothing() if dsinks is None else dsinks.sum(0),
-        nothing() if dbias is None else dbias,
+        nothing(1) if dbias is None else dbias,
     )
 
 
@@ -198,7 +198,7 @@ def backward(
             dout, dlse, q, k, v, out, lse, None, None, None, None, None, seed,
             *numbers_and_bias_grad[:-1], dq, dk, dv, None, None, lse,
         )  # fmt: skip
-        return dq, dk, dv, nothing(), nothing()
+        return dq, dk, dv, nothing(), nothing(1)
     return backward_any_layout(
         dout, dlse, q, k, v, out, lse, (None, None), sinks, alibi_slopes, bias, seed,
         numbers_and_bias_grad[:-1], numbers_and_bias_grad[-1], batch, queries, keys,

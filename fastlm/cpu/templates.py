@@ -13,8 +13,10 @@ from torch import Tensor
 
 
 @functools.cache
-def nothing() -> Tensor:
-    """Float32, without elements; also the result that stands for "not needed"."""
+def nothing(index: int = 0) -> Tensor:
+    """Float32, without elements; also the result that stands for "not needed". Two results of one
+    call have two indices: torch wants them to be two tensors.
+    """
     with torch.inference_mode(False):  # an inference tensor could not be saved for a backward
         return torch.empty(0, dtype=torch.float32, device="cpu")
 
