@@ -255,5 +255,7 @@ def test_a_model_on_meta(patched):
     model, ids = model_and_ids(patched)
     model, ids = model.to("meta"), ids.to("meta")
     assert model(ids).logits.shape == (2, 12, 99)
+    mask = torch.ones_like(ids)  # no value of it is read
+    assert model(ids, attention_mask=mask).logits.shape == (2, 12, 99)
     model(ids, labels=ids).loss.backward()
     assert all(p.grad.is_meta and p.grad.shape == p.shape for p in model.parameters())

@@ -1,5 +1,6 @@
 """The stage that quantizes a model."""
 
+import contextlib
 import json
 import math
 import statistics
@@ -13,6 +14,7 @@ from fastlm.errors import InputError
 from fastlm.runs.stage import Facts, Job, Part, Stage, Takes, at_least_one
 
 if TYPE_CHECKING:
+    from fastlm.data.shards import TokenDataset
     from fastlm.model.causal_lm import CausalLM
     from fastlm.quant.plan import Target
     from fastlm.tokenizer.tokenizer import Tokenizer
@@ -147,21 +149,50 @@ class Quantize(Stage):
         return targets
 
     def run(self, job: Job) -> dict[str, Any]:
+        from fastlm.evals.texts import token_dataset
+
+        (source,) = job.inputs["model"]
+        check_out(job.out, source.where)
+        self.check_inputs(job.inputs)
+        text = any(job.inputs.get(name) for name in ("data", "calibration")) or self.own_samples
+        model, tokenizer = self._load(source.where, text)
+        with contextlib.ExitStack() as stack:
+            dataset = None
+            if measured := job.inputs.get("data"):  # read now: a bad text costs no quantization
+                assert tokenizer is not None
+                dataset = stack.enter_context(
+                    token_dataset(
+                        measured[0].where, tokenizer, model.config.vocab_size, cache=job.cache,
+                        tell=job.skipped,
+                    )
+                )  # fmt: skip
+            return self._quantize(job, model, tokenizer, dataset)
+
+    @staticmethod
+    def _load(path: str, text: bool) -> "tuple[CausalLM, Tokenizer | None]":
+        """The model, and its tokenizer: None where the model has none and no text is read."""
+        from fastlm.checkpoint.folder import has_tokenizer
+        from fastlm.model.causal_lm import CausalLM
+        from fastlm.serve.chat import load_model
+
+        if text or has_tokenizer(path):
+            return load_model(path)
+        return CausalLM.from_pretrained(path), None
+
+    def _quantize(
+        self, job: Job, model: "CausalLM", tokenizer: "Tokenizer | None", dataset: Any
+    ) -> dict[str, Any]:
         from fastlm.files import make_folder, remove, save_atomic
         from fastlm.model.causal_lm import CausalLM
         from fastlm.quant import QuantizedLinear, quantize
         from fastlm.quant.model import check_unquantized
         from fastlm.quant.report import true_bits
         from fastlm.quant.step import Step
-        from fastlm.serve.chat import load_model
 
         (source,) = job.inputs["model"]
-        check_out(job.out, source.where)
-        self.check_inputs(job.inputs)
-        model, tokenizer = load_model(source.where)
         size = sum(weight.nbytes for weight in model.stored().values())
         if self.dequantize:
-            model, tokenizer = load_model(source.where, keep_quantized=False)
+            model = CausalLM.from_pretrained(source.where, keep_quantized=False)
         check_unquantized(model)
         self.targets(model)  # refuses before calibration text is written
         ids, learnt = self._texts(job, model, tokenizer)
@@ -189,12 +220,14 @@ class Quantize(Stage):
         if self.group_size != -1:  # whole rows differ in width
             result["group_size"] = max(sizes, default=self.group_size)
         result |= {"bytes_before": size, **true_bits(small)}
-        if job.inputs.get("data"):
-            result |= self._measured(job, small, tokenizer)
+        if dataset is not None:
+            assert tokenizer is not None
+            result |= self._measured(job, small, tokenizer, dataset)
         small.config.extra["quantization_config"] = {"method": self.method}
         remove(job.out / REPORT)  # of an earlier model
         small.save_pretrained(job.out)
-        tokenizer.save(job.out)
+        if tokenizer is not None:
+            tokenizer.save(job.out)
         result["bytes"] = weight_bytes(job.out)
         report = {
             **result, "layers": found.errors, "awq_powers": found.powers,
@@ -219,7 +252,7 @@ class Quantize(Stage):
             "seed": None if ids is None else self.seed,
         }
 
-    def _texts(self, job: Job, model: "CausalLM", tokenizer: "Tokenizer") -> tuple[Any, Any]:
+    def _texts(self, job: Job, model: "CausalLM", tokenizer: "Tokenizer | None") -> tuple[Any, Any]:
         """The windows that calibrate, and those that distillation learns: the same and more. None:
         without text.
         """
@@ -227,6 +260,8 @@ class Quantize(Stage):
         from fastlm.quant.distill import tokens_of
 
         cut = {"length": self.calibration_length, "seed": self.seed}
+        if tokenizer is None:
+            return None, None
         if self.own_samples:
             ids = own_samples(
                 model, start=tokenizer.eos_id or 0, track=job.track,
@@ -253,21 +288,20 @@ class Quantize(Stage):
             )
         return ids, learnt
 
-    def _measured(self, job: Job, small: "CausalLM", tokenizer: "Tokenizer") -> dict[str, Any]:
+    def _measured(
+        self, job: Job, small: "CausalLM", tokenizer: "Tokenizer", dataset: "TokenDataset"
+    ) -> dict[str, Any]:
         """Compare with the original. InputError: figures that are not finite; with `strict`, a loss
         above `max_loss`.
         """
-        from fastlm.evals.texts import check_window, token_dataset
+        from fastlm.evals.texts import check_window
+        from fastlm.model.causal_lm import CausalLM
         from fastlm.quant.report import compare
-        from fastlm.serve.chat import load_model
 
-        (source,), (data,) = job.inputs["model"], job.inputs["data"]
-        before, _ = load_model(source.where, keep_quantized=not self.dequantize)
+        (source,) = job.inputs["model"]
+        before = CausalLM.from_pretrained(source.where, keep_quantized=not self.dequantize)
         seq_len, stride = check_window(before.context_limit, None, None)
-        with token_dataset(
-            data.where, tokenizer, before.config.vocab_size, cache=job.cache, tell=job.skipped
-        ) as dataset:
-            found = compare(before, small, dataset, seq_len=seq_len, stride=stride, track=job.track)
+        found = compare(before, small, dataset, seq_len=seq_len, stride=stride, track=job.track)
         figures = found.bits_per_byte_before, found.bits_per_byte, found.kl
         if not all(map(math.isfinite, figures)):
             raise InputError(
