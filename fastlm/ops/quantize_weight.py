@@ -56,8 +56,8 @@ def quantize_weight(
     the given ones.
 
     Raises:
-        InputError: not a matrix of finite floats (a meta tensor has no values), bits or group_size not as above, a scale that
-            scale_dtype cannot hold.
+        InputError: not a matrix of finite floats (a meta tensor has no values), bits or group_size
+            not as above, a scale that scale_dtype cannot hold.
     """
     try:
         if w.dim() != 2 or not w.is_floating_point() or w.shape[1] == 0:
