@@ -96,14 +96,12 @@ def test_conversations_calibrate_through_the_template(base, tmp_path):
 
 
 def test_held_out_text_is_read_before_the_work(base, tmp_path, monkeypatch):
-    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00" * 40)
-
     def never(*args, **kwargs):
         raise AssertionError("quantized before the text was read")
 
     monkeypatch.setattr(quant, "quantize", never)
-    with pytest.raises(InputError, match=r"binary\.txt"):
-        Quantize()(tmp_path / "q", model=base / "base", data=tmp_path / "binary.txt")
+    with pytest.raises(InputError, match=r"chat\.jsonl, line 1: .*'text'"):
+        Quantize()(tmp_path / "q", model=base / "base", data=base / "chat.jsonl")
 
 
 def test_rtn_needs_no_tokenizer(base, tmp_path):
