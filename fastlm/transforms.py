@@ -2,8 +2,8 @@
 
 - Forward-mode AD (``torch.func.jvp``, ``jacfwd``, ``linearize``, ``forward_ad``) runs the op's
   definition: torch differentiates plain PyTorch in every direction, so ``hessian`` works too.
-- ``grad``, ``vjp``, ``jacrev`` and ``vmap`` run the kernels and the op's own derivative; ``vmap``
-  calls them once per sample.
+- ``grad``, ``vjp``, ``jacrev`` and ``vmap`` run the kernels and the op's own derivative, inside
+  ``torch.compile`` as outside; ``vmap`` calls them once per sample.
 
 Rejected: a forward-mode formula for each op, which would be a third statement of the same function.
 """
@@ -80,28 +80,53 @@ def transformed(
 def register_derivative(
     library: torch.library.Library, operator: Any, setup: Callable | None, backward: Callable
 ) -> None:
-    """``torch.library.register_autograd`` and ``register_vmap``, but refuse the calls that the
-    former would answer with zeros or with advice for the op's author.
+    """``torch.library.register_autograd`` and ``register_vmap``, but run `_function` under
+    ``torch.func.grad``, where the former would answer with zeros, and refuse forward-mode AD.
     """
     name = operator._schema.name
     derivative = make_autograd_impl(operator, Info(backward, setup))
+    function = _function(operator, setup, backward)
 
     @_disable_dynamo  # Dynamo would answer the conditions below while it traces
     def autograd(keyset: Any, *args: Any) -> Any:
         transform = innermost()
-        inside = transform is not None and transform.key() in (
-            _functorch.TransformType.Grad,
-            _functorch.TransformType.Jvp,
-        )
-        if inside or carries_tangent(args):
+        if forward_ad._current_level >= 0 and (transform is not None or carries_tangent(args)):
             raise NotImplementedError(
-                f"{name}: under torch.func and forward-mode AD call fastlm.ops, and not inside"
-                " torch.compile"
+                f"{name}: under forward-mode AD call fastlm.ops, and not inside torch.compile"
             )
+        if transform is not None and transform.key() == _functorch.TransformType.Grad:
+            with _outside_interpreter():
+                return function.apply(*args)
         return derivative(keyset, *args)
 
     library.impl(operator._opname, autograd, "Autograd", with_keyset=True)
     torch.library.register_vmap(name, _sample_by_sample(operator), lib=library)
+
+
+# What torch.func's interpreter of one transform excludes from dispatch while the op runs in it
+_EXCLUDED = tuple(
+    torch._C._dispatch_key_parse(name)
+    for name in (
+        *("Functionalize", "Conjugate", "Negative", "ZeroTensor", "Tracer"),
+        *("FuncTorchBatched", "BatchedNestedTensor", "Batched", "VmapMode", "FuncTorchGradWrapper"),
+        *("DeferredInit", "PythonTLSSnapshot", "FuncTorchDynamicLayerFrontMode"),
+    )
+)
+
+
+@contextlib.contextmanager
+def _outside_interpreter() -> Iterator[None]:
+    """Context: dispatch as where the op was called, so that its `_function` meets every transform.
+
+    torch.compile traces ``torch.func.grad`` with the op itself in the graph, and its interpreter
+    calls the op's derivative from inside.
+    """
+    include = torch._C._dispatch_tls_local_include_set()
+    exclude = torch._C._dispatch_tls_local_exclude_set()
+    for key in _EXCLUDED:
+        exclude = exclude.remove(key)
+    with torch._C._ForceDispatchKeyGuard(include, exclude):
+        yield
 
 
 def _function(operator: Any, setup_context: Callable | None, backward: Callable) -> Any:
@@ -115,7 +140,7 @@ def _function(operator: Any, setup_context: Callable | None, backward: Callable)
         return backward(_Alive(ctx), *grads)
 
     methods = {
-        "forward": lambda *args: operator(*args),
+        "forward": operator,  # no function: Dynamo would compile one for all ops, and give up
         "setup_context": context,
         "backward": alive,
         "vmap": _sample_by_sample(lambda *args: function.apply(*args)),

@@ -210,8 +210,7 @@ def load_tokenizer(path: str | Path, config: Mapping[str, Any]) -> "Tokenizer":
 
     path = model_path(path)
     model = locate_model(path)
-    places = [model, path / "tokenizer", path.parent / "tokenizer"]
-    found = next((p for p in places if p.is_file() or (p / "tokenizer.json").exists()), None)
+    found = _tokenizer_of(path, model)
     if found is None and is_adapter(model):
         return load_tokenizer(base_of(model), config)
     found = found or model
@@ -223,6 +222,21 @@ def load_tokenizer(path: str | Path, config: Mapping[str, Any]) -> "Tokenizer":
             f"got {tokenizer.vocab_size}"
         )
     return tokenizer
+
+
+def has_tokenizer(path: str | Path) -> bool:
+    """Whether `load_tokenizer` finds one."""
+    path = model_path(path)
+    model = locate_model(path)
+    if _tokenizer_of(path, model) is None and is_adapter(model):
+        return has_tokenizer(base_of(model))
+    return _tokenizer_of(path, model) is not None
+
+
+def _tokenizer_of(path: Path, model: Path) -> Path | None:
+    """The folder of the tokenizer (or the .gguf file), None where there is none."""
+    places = (model, path / "tokenizer", path.parent / "tokenizer")
+    return next((p for p in places if p.is_file() or (p / "tokenizer.json").exists()), None)
 
 
 def locate_model(path: Path) -> Path:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastlm.backend import cpu_extension as _cpu
+from fastlm.cpu.templates import nothing
 from fastlm.errors import InputError
 from fastlm.memory_order import elements_last, empty_out
 
@@ -29,7 +30,6 @@ def _padded(n: int, step: int) -> int:
 
 _APART = 256  # floats per thread: its arrays begin at cache lines, with gaps under a sanitizer
 _DENSE = (None,) * 6  # the layout of the dense op
-_NOTHING = torch.empty(0, dtype=torch.float32, device="cpu")  # a gradient that is not needed
 
 
 def forward_any_layout(
@@ -57,7 +57,7 @@ def forward_any_layout(
     v_width = v.shape[-1]
     dense = layout[0] is None and layout[2] is None
     out = empty_out(q, v_width) if dense else q.new_empty(*q.shape[:-1], v_width)
-    lse = _NOTHING.new_empty(*lse_shape)  # unpacked: 0.6 us less than a torch.Size
+    lse = nothing().new_empty(*lse_shape)  # unpacked: 0.6 us less than a torch.Size
     q_shape, k_shape = q.shape, k.shape
     rows_at, heads_at = (2, 1) if layout[2] is None else (1, 2)
     queries, kv_heads = q_shape[rows_at], k_shape[heads_at]
@@ -140,8 +140,8 @@ def backward_any_layout(
         dq,
         dk,
         dv,
-        _NOTHING if dsinks is None else dsinks.sum(0),
-        _NOTHING if dbias is None else dbias,
+        nothing() if dsinks is None else dsinks.sum(0),
+        nothing(1) if dbias is None else dbias,
     )
 
 
@@ -164,7 +164,7 @@ def forward(q, k, v, sinks, alibi_slopes, bias, seed, *numbers):
         and v.shape == k.shape
         and _all_contiguous(q, k, v)
     ):
-        out, lse = torch.empty_like(q), _NOTHING.new_empty(batch, heads, queries)
+        out, lse = torch.empty_like(q), nothing().new_empty(batch, heads, queries)
         try:
             _cpu.attention_forward(
                 q, k, v, *_DENSE, None, None, bias, None, *numbers, out, lse, lse
@@ -198,7 +198,7 @@ def backward(
             dout, dlse, q, k, v, out, lse, None, None, None, None, None, seed,
             *numbers_and_bias_grad[:-1], dq, dk, dv, None, None, lse,
         )  # fmt: skip
-        return dq, dk, dv, _NOTHING, _NOTHING
+        return dq, dk, dv, nothing(), nothing(1)
     return backward_any_layout(
         dout, dlse, q, k, v, out, lse, (None, None), sinks, alibi_slopes, bias, seed,
         numbers_and_bias_grad[:-1], numbers_and_bias_grad[-1], batch, queries, keys,

@@ -10,8 +10,9 @@ A mask has the smallest form that can express it:
   of the batch (position_ids that restart);
 - (B, T) bool: the same over the keys that are not padding;
 - (B, 1, S, T): the whole mask, nothing is implied. It is for what the others cannot express: a
-  static cache, blocks, chunks, the caller's own mask. Under torch.compile and in a CUDA graph's
-  capture it is also for packing and padding, which cannot be inspected there.
+  static cache, blocks, chunks, the caller's own mask. Under torch.compile, in a CUDA graph's
+  capture and on tensors without values (meta, fake) it is also for packing and padding, which
+  cannot be inspected there.
 """
 
 from collections.abc import Callable
@@ -104,8 +105,12 @@ def attention_mask(
 ) -> Tensor | None:
     """The mask of one forward for all layers of a kind. Arguments are the registry's, including
     those of transformers 4 (`cache_position` in place of `q_length` and `q_offset`)."""
-    recording = torch.compiler.is_compiling() or (
-        torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    device = kwargs.get("device") if attention_mask is None else attention_mask.device
+    recording = (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or (device is not None and torch.device(device).type == "meta")
+        or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
     )
     if cache_position is None:
         place = {"q_length": q_length, "q_offset": q_offset}

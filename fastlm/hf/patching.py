@@ -19,7 +19,7 @@ import itertools
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -67,8 +67,9 @@ def patch(model: nn.Module, *, ops: Sequence[str] | None = None) -> nn.Module:
     model built from the same config stays as it is.
 
     Returns:
-        model itself. The logger "fastlm" reports in one line what the model runs (as a warning,
-        which shows without logging set-up, if only norms were recognised), and so does
+        model itself. The logger "fastlm" reports in one line what the model runs and what was left
+        as it was (as a warning, which shows without logging set-up, if only norms were recognised,
+        or the loss of a model with a head was not), and so does ``print`` of
         `fastlm.patched_ops(model)`.
 
     Raises:
@@ -120,18 +121,47 @@ def patch(model: nn.Module, *, ops: Sequence[str] | None = None) -> nn.Module:
     _set_attention(model, plan, own)
     for module, (op, options) in plan.items():
         become(module, op, **options)
-    _log.log(*_summary(model, found, ops))
+    _log.log(*_summary(model, ops))
     return model
 
 
-def _summary(model: nn.Module, found: Counter[str], ops: Sequence[str] | None) -> tuple[int, str]:
+class PatchedOps(dict[str, int]):
+    """Number of modules that run each op; printed, also what the patch left as it was.
+
+    Attributes:
+        left: class -> number of modules with parameters that run their own code, such as a mixture
+            of experts, without embeddings.
+        keeps_logits: the model has a head whose loss was not recognised: in training its logits are
+            in memory.
+    """
+
+    def __init__(self, ops: Mapping[str, int], left: Mapping[str, int], keeps_logits: bool):
+        super().__init__(ops)
+        self.left, self.keeps_logits = dict(left), keeps_logits
+
+    def __str__(self) -> str:
+        text = _listed(self) or "nothing"
+        if self.left:
+            text += f"; as before: {_listed(self.left)}"
+        if self.keeps_logits:
+            text += "; the loss was not recognised: training stores the logits"
+        return text
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {n}" for name, n in counts.items())
+
+
+def _summary(model: nn.Module, ops: Sequence[str] | None) -> tuple[int, str]:
     """Level and text of the message that `patch` logs."""
-    rest = [op for op in OPS if not found[op]] if ops is None else []
-    text = f"patched {type(model).__name__}: " + ", ".join(f"{op} {n}" for op, n in found.items())
-    if rest:
+    found = patched_ops(model)
+    if ops is not None:
+        return logging.INFO, f"patched {type(model).__name__}: {_listed(found)}"
+    text = f"patched {type(model).__name__}: {found}"
+    if rest := [op for op in OPS if op not in found]:
         text += f"; nothing was recognised for {', '.join(rest)}"
-    only_norms = ops is None and found.keys() <= {"rms_norm", "linear"}
-    return logging.WARNING if only_norms else logging.INFO, text
+    weak = found.keeps_logits or found.keys() <= {"rms_norm", "linear"}
+    return logging.WARNING if weak else logging.INFO, text
 
 
 def unpatch(model: nn.Module) -> nn.Module:
@@ -143,10 +173,21 @@ def unpatch(model: nn.Module) -> nn.Module:
     return model
 
 
-def patched_ops(model: nn.Module) -> dict[str, int]:
+def patched_ops(model: nn.Module) -> PatchedOps:
     """Number of modules of `model` that run each op, by its name in `patch`; {} for a model that is
-    not patched."""
-    return dict(_count({m: v[1:] for m in model.modules() if (v := variant_of(m)) is not None}))
+    not patched. ``print(fastlm.patched_ops(model))`` also says what the patch left as it was."""
+    plan = {m: v[1:] for m in model.modules() if (v := variant_of(m)) is not None}
+    found = _count(plan)
+    heads = {_attempt(lambda m: m.get_output_embeddings(), m) for m in model.modules()} - {None}
+    keeps_logits = bool(heads) and not found["linear_cross_entropy"]
+    left = Counter(
+        type(m).__name__
+        for m in model.modules()
+        if m not in plan and not _is_ours(m) and not isinstance(m, nn.Embedding)
+        if any(p is not None for p in m._parameters.values())
+        if m not in heads
+    )
+    return PatchedOps(found, left if found else {}, bool(found) and keeps_logits)
 
 
 def _is_ours(module: nn.Module) -> bool:

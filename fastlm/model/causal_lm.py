@@ -9,7 +9,7 @@ Shapes: B batch, S tokens of this call, T keys (cache included), E hidden_size, 
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -130,8 +130,9 @@ class CausalLM(nn.Module):
         or the package of ``model:smollm2``. A LoRA adapter (of fastlm or PEFT) is loaded with the
         base model that it names, and merged: what is quantized in the base becomes floats.
 
-        `dtype` is that of activations and unquantized weights; by default the file's own (float32
-        where all its matrices are quantized). 4- and 8-bit weights stay quantized unless
+        `dtype` is that of activations and unquantized weights; by default that of the file's float
+        matrices; where all of them are quantized, the one that config.json names, else float32 (a
+        .gguf file names none). 4- and 8-bit weights stay quantized unless
         `keep_quantized` is False. `act_bits` 8 rounds the activations they multiply to int8, 16
         does not (see `fastlm.ops.quantized_linear`). The default is that of the folder's
         quantization_config, and 8 for .gguf files, as in llama.cpp (SmolLM2's perplexity: +0.2 %).
@@ -147,7 +148,7 @@ class CausalLM(nn.Module):
                 base_of(path), dtype=dtype, keep_quantized=keep_quantized, act_bits=act_bits
             )
             return merge_lora(load_adapter(base, path)).eval()
-        config_dict, tensors = load_state(path, keep_quantized=keep_quantized)
+        config_dict, tensors = load_state(path)
         if not keep_quantized:
             config_dict.pop("quantization_config", None)
         config = ModelConfig.from_dict(config_dict)
@@ -155,15 +156,14 @@ class CausalLM(nn.Module):
             model = cls(config)
         state = dict(tensors)
         if dtype is None:
-            dtype = next(
-                (t.dtype for t in state.values() if isinstance(t, Tensor) and t.dim() == 2),
-                torch.float32,
-            )
+            dtype = _float_dtype(config, state)
         quantization = config.extra.get("quantization_config")
         modules = (quantization or {}).get("modules") or {}
         quantized = {}
         for name in list(state):
             value = state.pop(name)  # one at a time: never the whole model in two dtypes
+            if isinstance(value, QuantizedWeight) and not keep_quantized:
+                value = value.dequantize(dtype)
             if isinstance(value, QuantizedWeight):
                 quantized[name.removesuffix(".weight")] = value
             elif not name.endswith("rotary_emb.inv_freq"):  # in old files
@@ -506,6 +506,18 @@ class CausalLM(nn.Module):
             on_token=on_token,
             return_logprobs=return_logprobs,
         )
+
+
+_DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloat16, torch.float16)}
+
+
+def _float_dtype(config: ModelConfig, state: Mapping[str, Any]) -> torch.dtype:
+    """The dtype of the float matrices; where all are quantized, the one that the config names."""
+    for value in state.values():
+        if isinstance(value, Tensor) and value.dim() == 2:
+            return value.dtype
+    names = (config.extra.get(key) for key in ("dtype", "torch_dtype"))
+    return next((_DTYPES[str(name)] for name in names if str(name) in _DTYPES), torch.float32)
 
 
 def _check_labels(name: str, labels: Tensor, shape: torch.Size) -> None:

@@ -12,6 +12,7 @@ torch's generator (it differs between devices).
 """
 
 import math
+from typing import Never
 
 import torch
 from torch import Tensor
@@ -43,6 +44,7 @@ def attention(
     bias: Tensor | None = None,
     dropout_p: float = 0.0,
     return_lse: bool = False,
+    **unknown: Never,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``F.scaled_dot_product_attention(q, k, v, enable_gqa=True)`` with these options, in order::
 
@@ -63,6 +65,7 @@ def attention(
         bias: float, broadcast to (B, H, S, T) (differentiable); or bool, True where a key is seen.
         dropout_p: chance that a probability is dropped; the seed comes from torch's generator.
         return_lse: also return lse (B, H, S), float32 (differentiable).
+        unknown: refused, torch's names with the one that they have here.
 
     Under ``torch.autocast`` q, k and v are cast to its dtype, as by torch's own attention.
 
@@ -74,6 +77,8 @@ def attention(
         InputError: shapes, dtypes or devices do not fit together, or an option is out of range.
     """
     try:
+        if unknown:
+            raise _unknown_argument(next(iter(unknown)))
         if autocast_somewhere():
             q, k, v = autocast(q, k, v)
         q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
@@ -106,6 +111,19 @@ def attention(
         return (out, lse) if return_lse else out
     except FAILURES as error:
         raise explained(error, attention, locals()) from None
+
+
+# arguments of torch's F.scaled_dot_product_attention: what does the same here
+_OF_TORCH = {
+    "attn_mask": "bias (floats, or bool: True where a key is seen)",
+    "is_causal": "causal (which aligns the last query with the last key)",
+    "enable_gqa": "no such argument (always on)",
+}
+
+
+def _unknown_argument(name: str) -> InputError:
+    keywords = ", ".join(attention.__kwdefaults__)
+    return InputError(f"{name}: expected {_OF_TORCH.get(name, f'one of {keywords}')}, got {name}")
 
 
 def check_tensors(

@@ -56,14 +56,16 @@ def quantize_weight(
     the given ones.
 
     Raises:
-        InputError: not a matrix of finite floats, bits or group_size not as above, a scale that
-            scale_dtype cannot hold.
+        InputError: not a matrix of finite floats (a meta tensor has no values), bits or group_size
+            not as above, a scale that scale_dtype cannot hold.
     """
     try:
         if w.dim() != 2 or not w.is_floating_point() or w.shape[1] == 0:
             raise InputError(
                 f"w: wanted a float matrix (N, K), K >= 1, got {w.dtype} {tuple(w.shape)}"
             )
+        if w.is_meta:
+            raise InputError("w: expected values, got a tensor on the meta device")
         if bits not in (4, 8):
             raise InputError(f"bits: wanted 4 or 8, got {bits!r}")
         if scale_dtype not in SCALE_DTYPES:

@@ -33,12 +33,16 @@ def check_group_size(group_size: int, k: int) -> int:
     return group_size
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class QuantizedWeight:
     """``w[n, k] = scales[n, k // group_size] * q[n, k] (+ zeros[n, k // group_size])``, shape
     (N, K).
 
     The last group of a row is short if `group_size` does not divide K.
+
+    This is a value, neither a tensor nor a module: as an attribute of a module it is in no
+    ``state_dict`` and does not follow ``.to()``. `fastlm.quant.QuantizedLinear` holds one in
+    buffers.
 
     Attributes:
         qdata: bits 8: int8 (N, K). bits 4: uint8 (N, ceil(K / 2)), column 2i in the low nibble,
@@ -89,6 +93,14 @@ class QuantizedWeight:
                 )
         if self.zeros is not None and self.zeros.dtype != self.scales.dtype:
             raise InputError(f"zeros: wanted {self.scales.dtype} as scales, got {self.zeros.dtype}")
+
+    def __repr__(self) -> str:
+        zeros = "" if self.zeros is None else ", zeros"
+        return (
+            f"QuantizedWeight({self.shape[0]}, {self.shape[1]}, int{self.bits},"
+            f" group_size={self.group_size}, scales={self.scales.dtype}{zeros},"
+            f" device={str(self.device)!r})"
+        )
 
     @property
     def nbytes(self) -> int:

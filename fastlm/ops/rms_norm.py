@@ -13,7 +13,7 @@ from fastlm.ops.wrong_type import FAILURES, explained
 
 def rms_norm(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None = None,
     eps: float = 1e-6,
     *,
     residual: Tensor | None = None,
@@ -25,7 +25,7 @@ def rms_norm(
 
     Args:
         x: (..., H), float32, bfloat16 or float16 (float64 on the reference).
-        weight: (H,), any float dtype.
+        weight: (H,), any float dtype; None: ones, and no offset.
         eps: added to the mean square.
         residual: like x. The sum is rounded to x's dtype before it is normalised, as by two
             separate ops. Under ``torch.autocast`` x and residual are cast to the wider dtype.
@@ -43,6 +43,10 @@ def rms_norm(
             raise InputError(f"x: wanted a float dtype, got {x.dtype}")
         if x.dim() == 0 or x.shape[-1] == 0:
             raise InputError(f"x: wanted shape (..., H), H >= 1, got {tuple(x.shape)}")
+        if weight is None:
+            if offset:
+                raise InputError(f"offset: expected 0 without a weight, got {offset}")
+            weight = x.new_ones(x.shape[-1])
         if weight.shape != x.shape[-1:]:
             raise InputError(
                 f"weight: wanted shape (H,) = the last dimension of x {tuple(x.shape)},"
@@ -65,6 +69,11 @@ def rms_norm(
         y, h, _ = _forward(x, residual, weight, eps, offset)
         return y if residual is None else (y, h)
     except FAILURES as error:
+        if isinstance(weight, int | tuple | list):  # F.rms_norm(x, (H,), weight)
+            raise InputError(
+                "weight: expected a tensor (H,) or None (there is no normalized_shape: the last"
+                f" dimension of x is normalised), got {weight!r:.40}"
+            ) from None
         raise explained(error, rms_norm, locals()) from None
 
 

@@ -41,7 +41,7 @@ def explained(error: Exception, op: Callable, arguments: Mapping[str, Any]) -> E
     if torch.compiler.is_compiling():  # Dynamo cannot trace the code below
         return error
     for name, hint in typing.get_type_hints(op).items():
-        if name == "return":
+        if name == "return" or hint is typing.Never:
             continue
         wanted = typing.get_args(hint) or (hint,)
         value = arguments[name]

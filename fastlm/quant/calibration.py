@@ -13,9 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastlm.data.sources import ignore
+from fastlm.data.conversations import FORMATS, read_conversations
+from fastlm.data.packages import default_cache
+from fastlm.data.shards import INDEX
+from fastlm.data.sources import ignore, list_files, read_rows
 from fastlm.errors import InputError
-from fastlm.evals.texts import token_dataset
+from fastlm.evals.texts import has_parts, token_dataset
 from fastlm.progress import silent
 
 if TYPE_CHECKING:
@@ -29,6 +32,7 @@ MIXED = (
     "sdist:django#*django/db/*.py",
 )
 UNSEEN = "sdist:llamafactory#*/wiki_demo.txt"  # a kind that is not in the mix: encyclopedia
+SHAPE_KEYS = frozenset(("messages", "conversations", "instruction", "prompt"))
 _ROWS = 16  # samples that are written at once
 
 
@@ -43,9 +47,9 @@ def text_windows(
     cache: Path | None = None,
     tell: Callable[[str], None] = ignore,
 ) -> Tensor:
-    """About `tokens` tokens of the text or shards at `data` (their training part) as windows
-    (n, length), int64, at random places that do not overlap. Of several, equally many windows of
-    each, in turns, as long as it has any. InputError: one is shorter than a window.
+    """About `tokens` tokens of the text, shards or conversations at `data` (their training part) as
+    windows (n, length), int64, at random places that do not overlap. Of several, equally many
+    windows of each, in turns, as long as it has any. InputError: one is shorter than a window.
     """
     if not isinstance(data, str | Path):
         share = -(-tokens // len(data))
@@ -61,15 +65,46 @@ def text_windows(
         return torch.stack(turns[: max(1, tokens // parts[0].shape[1])])
     length = min(length, model.context_limit)
     vocab = model.config.vocab_size
-    with token_dataset(data, tokenizer, vocab, part="train", cache=cache, tell=tell) as dataset:
-        places = dataset.tokens // length
+    cache = cache or default_cache()
+
+    def windows(total: int, read: Callable[[int, int], np.ndarray]) -> Tensor:
+        places = total // length
         if not places:
-            raise InputError(
-                f"calibration {data}: wanted at least {length} tokens, got {dataset.tokens}"
-            )
+            raise InputError(f"calibration {data}: wanted at least {length} tokens, got {total}")
         count = min(max(1, tokens // length), places)
         chosen = np.random.Generator(np.random.PCG64(seed)).permutation(places)[:count]
-        return torch.from_numpy(np.stack([dataset.read(int(p) * length, length) for p in chosen]))
+        return torch.from_numpy(np.stack([read(int(p) * length, length) for p in chosen]))
+
+    if has_conversations(data, cache):
+        ids = conversation_tokens(tokenizer, data, cache=cache, tell=tell)
+        return windows(len(ids), lambda start, n: ids[start : start + n])
+    with token_dataset(data, tokenizer, vocab, part="train", cache=cache, tell=tell) as dataset:
+        return windows(dataset.tokens, dataset.read)
+
+
+def has_conversations(data: str | Path, cache: Path) -> bool:
+    """Whether `data` names files whose first row of JSON is a conversation."""
+    if str(data).endswith(".jsonl.zst") or has_parts(data) or (Path(data) / INDEX).is_file():
+        return False  # prepared text or shards
+    files = [f for f in list_files(str(data), cache=cache)[0] if f.format in FORMATS]
+    first = next((row for _, row in read_rows(files[0])), None) if files else None
+    return isinstance(first, dict) and "text" not in first and not SHAPE_KEYS.isdisjoint(first)
+
+
+def conversation_tokens(
+    tokenizer: "Tokenizer", data: str | Path, *, cache: Path, tell: Callable[[str], None] = ignore
+) -> np.ndarray:
+    """The tokens of the conversations at `data`, int64, one after another as the chat template
+    writes them.
+    """
+    tokens: list[int] = []
+    for row in read_conversations([str(data)], cache=cache, tell=tell):
+        variables = {} if row.tools is None else {"tools": row.tools}
+        try:
+            tokens += tokenizer.encode_chat(row.messages, add_generation_prompt=False, **variables)
+        except InputError as error:
+            raise InputError(f"{row.place}: {error}") from None
+    return np.array(tokens, np.int64)
 
 
 def own_samples(

@@ -6,6 +6,8 @@ shared. Rejected: tensor subclasses in place of parameters. Every op of a model 
 them.
 """
 
+import copy
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -155,7 +157,33 @@ def quantize(
     for target in plan:
         weight = done[id(target.module.weight)]
         model = put_quantized(model, target.name, weight, act_bits=target.act_bits)
+    _describe_in_config(model, format, method)
     return model
+
+
+def _describe_in_config(model: nn.Module, format: str, method: str) -> None:
+    """State in the config of each model of transformers in `model` how its weights are stored.
+
+    Its ``save_pretrained`` then writes what `save_hf` would: without the entry, transformers would
+    open the folder and fill the layers with fresh weights. With it, it refuses.
+    """
+    transformers = sys.modules.get("transformers.modeling_utils")
+    if transformers is None:
+        return
+    inside: set[nn.Module] = set()  # models that a model around them describes
+    for module in model.modules():
+        if module in inside or not isinstance(module, transformers.PreTrainedModel):
+            continue
+        inside.update(module.modules())
+        sizes = {m.group_size for m in module.modules() if isinstance(m, QuantizedLinear)}
+        entry = quantization_config(
+            module, format, group_size=sizes.pop() if len(sizes) == 1 else None, method=method
+        )
+        config, described = module.config, copy.copy(module.config)
+        described.quantization_config = {"fastlm": entry}
+        for part in module.modules():  # the model gets its own: another one may share the config
+            if vars(part).get("config") is config:
+                part.config = described
 
 
 def check_options(
@@ -262,7 +290,7 @@ def describe(kind: str, weight: QuantizedWeight) -> dict[str, Any]:
 
 
 def quantization_config(
-    model: nn.Module, format: str, *, group_size: int, method: str = "rtn"
+    model: nn.Module, format: str, *, group_size: int | None, method: str = "rtn"
 ) -> dict[str, Any]:
     """Return what config.json states about a quantized model: enough to read its weights and
     rebuild its modules.

@@ -1,5 +1,6 @@
 """The stage that quantizes a model."""
 
+import contextlib
 import json
 import math
 import statistics
@@ -13,6 +14,7 @@ from fastlm.errors import InputError
 from fastlm.runs.stage import Facts, Job, Part, Stage, Takes, at_least_one
 
 if TYPE_CHECKING:
+    from fastlm.data.shards import TokenDataset
     from fastlm.model.causal_lm import CausalLM
     from fastlm.quant.plan import Target
     from fastlm.quant.report import Comparison
@@ -161,21 +163,52 @@ class Quantize(Stage):
         return targets
 
     def run(self, job: Job) -> dict[str, Any]:
+        from fastlm.evals.texts import token_dataset
+
+        (source,) = job.inputs["model"]
+        check_out(job.out, source.where)
+        self.check_inputs(job.inputs)
+        inputs = job.inputs
+        text = inputs.get("data") or self.calibration_of(inputs) or self.unseen_of(inputs)
+        model, tokenizer = self._load(source.where, bool(text or self.own_samples))
+        with contextlib.ExitStack() as stack:
+            dataset = None
+            if measured := job.inputs.get("data"):  # read now: a bad text costs no quantization
+                assert tokenizer is not None
+                dataset = stack.enter_context(
+                    token_dataset(
+                        measured[0].where, tokenizer, model.config.vocab_size, cache=job.cache,
+                        tell=job.skipped,
+                    )
+                )  # fmt: skip
+            return self._quantize(job, model, tokenizer, dataset)
+
+    @staticmethod
+    def _load(path: str, text: bool) -> "tuple[CausalLM, Tokenizer | None]":
+        """The model, and its tokenizer: None where the model has none and no text is read."""
+        from fastlm.checkpoint.folder import has_tokenizer
+        from fastlm.model.causal_lm import CausalLM
+        from fastlm.serve.chat import load_model
+
+        if text or has_tokenizer(path):
+            return load_model(path)
+        return CausalLM.from_pretrained(path), None
+
+    def _quantize(
+        self, job: Job, model: "CausalLM", tokenizer: "Tokenizer | None", dataset: Any
+    ) -> dict[str, Any]:
+        from fastlm.evals.texts import token_dataset
         from fastlm.files import make_folder, remove, save_atomic
         from fastlm.model.causal_lm import CausalLM
         from fastlm.quant import QuantizedLinear, quantize
         from fastlm.quant.model import check_unquantized
         from fastlm.quant.report import true_bits
         from fastlm.quant.step import Step
-        from fastlm.serve.chat import load_model
 
         (source,) = job.inputs["model"]
-        check_out(job.out, source.where)
-        self.check_inputs(job.inputs)
-        model, tokenizer = load_model(source.where)
         size = sum(weight.nbytes for weight in model.stored().values())
         if self.dequantize:
-            model, tokenizer = load_model(source.where, keep_quantized=False)
+            model = CausalLM.from_pretrained(source.where, keep_quantized=False)
         check_unquantized(model)
         self.targets(model)  # refuses before calibration text is written
         ids, learnt = self._texts(job, model, tokenizer)
@@ -209,16 +242,21 @@ class Quantize(Stage):
         if self.group_size != -1:  # whole rows differ in width
             result["group_size"] = max(sizes, default=self.group_size)
         result |= {"bytes_before": size, **true_bits(small)}
-        if job.inputs.get("data"):
-            result |= self._measured(job, small, tokenizer)
+        if dataset is not None:
+            assert tokenizer is not None
+            result |= self._measured(job, small, tokenizer, dataset)
         result["unseen"] = None
         if unseen is not None:
-            compared = self._compared(job, small, tokenizer, unseen, max_tokens=UNSEEN_TOKENS)
+            assert tokenizer is not None
+            vocab = small.config.vocab_size
+            with token_dataset(unseen, tokenizer, vocab, cache=job.cache, tell=job.skipped) as text:
+                compared = self._compared(job, small, text, unseen, UNSEEN_TOKENS)
             result["unseen"] = {"source": unseen, "loss": compared.loss, **compared.figures()}
         small.config.extra["quantization_config"] = {"method": self.method}
         remove(job.out / REPORT)  # of an earlier model
         small.save_pretrained(job.out)
-        tokenizer.save(job.out)
+        if tokenizer is not None:
+            tokenizer.save(job.out)
         result["bytes"] = weight_bytes(job.out)
         report = {
             **result, "layers": found.errors, "awq_powers": found.powers,
@@ -245,7 +283,7 @@ class Quantize(Stage):
             "seed": None if ids is None else self.seed,
         }
 
-    def _texts(self, job: Job, model: "CausalLM", tokenizer: "Tokenizer") -> tuple[Any, Any]:
+    def _texts(self, job: Job, model: "CausalLM", tokenizer: "Tokenizer | None") -> tuple[Any, Any]:
         """The windows that calibrate, and those that distillation learns: the same and more. None:
         without text.
         """
@@ -253,6 +291,8 @@ class Quantize(Stage):
         from fastlm.quant.distill import tokens_of
 
         cut = {"length": self.calibration_length, "seed": self.seed}
+        if tokenizer is None:
+            return None, None
         if self.own_samples:
             ids = own_samples(
                 model, start=tokenizer.eos_id or 0, track=job.track,
@@ -280,10 +320,11 @@ class Quantize(Stage):
             )
         return ids, learnt
 
-    def _measured(self, job: Job, small: "CausalLM", tokenizer: "Tokenizer") -> dict[str, Any]:
+    def _measured(
+        self, job: Job, small: "CausalLM", tokenizer: "Tokenizer", dataset: "TokenDataset"
+    ) -> dict[str, Any]:
         """Compare with the original on the held-out text, and compare their speed."""
-        (data,) = job.inputs["data"]
-        found = self._compared(job, small, tokenizer, data.where)
+        found = self._compared(job, small, dataset, job.inputs["data"][0].where)
         before = self._original(job)
         speed = decode_speeds({"before": before, "after": small}, tokenizer.eos_id or 0)
         return {
@@ -293,34 +334,31 @@ class Quantize(Stage):
         }
 
     def _original(self, job: Job) -> "CausalLM":
-        from fastlm.serve.chat import load_model
+        from fastlm.model.causal_lm import CausalLM
 
         (source,) = job.inputs["model"]
-        return load_model(source.where, keep_quantized=not self.dequantize)[0]
+        return CausalLM.from_pretrained(source.where, keep_quantized=not self.dequantize)
 
     def _compared(
         self,
         job: Job,
         small: "CausalLM",
-        tokenizer: "Tokenizer",
-        text: str,
+        dataset: "TokenDataset",
+        source: str,
         max_tokens: int | None = None,
     ) -> "Comparison":
-        """Compare with the original on a text. InputError: figures that are not finite; with
-        `strict`, a loss above `max_loss`.
+        """Compare with the original on the text of `source`. InputError: figures that are not
+        finite; with `strict`, a loss above `max_loss`.
         """
-        from fastlm.evals.texts import check_window, token_dataset
+        from fastlm.evals.texts import check_window
         from fastlm.quant.report import compare
 
         before = self._original(job)
         seq_len, stride = check_window(before.context_limit, None, None)
-        with token_dataset(
-            text, tokenizer, before.config.vocab_size, cache=job.cache, tell=job.skipped
-        ) as dataset:
-            found = compare(
-                before, small, dataset, seq_len=seq_len, stride=stride, max_tokens=max_tokens,
-                track=job.track,
-            )  # fmt: skip
+        found = compare(
+            before, small, dataset, seq_len=seq_len, stride=stride, max_tokens=max_tokens,
+            track=job.track,
+        )  # fmt: skip
         figures = found.bits_per_byte_before, found.bits_per_byte, found.kl
         if not all(map(math.isfinite, figures)):
             raise InputError(
@@ -330,7 +368,7 @@ class Quantize(Stage):
             line = (
                 f"max_loss: wanted bits per byte to grow by at most {100 * self.max_loss:g} %,"
                 f" got {100 * found.loss:+.2f} % ({found.bits_per_byte_before:.4f} ->"
-                f" {found.bits_per_byte:.4f}) on {text}; more bits, smaller groups or another"
+                f" {found.bits_per_byte:.4f}) on {source}; more bits, smaller groups or another"
                 " method help"
             )
             if self.strict:

@@ -9,10 +9,13 @@ import torch
 import torch.nn.functional as F
 from patch_models import FAMILIES, SMALL, model_of, pair, tokens
 from torch import nn
-from transformers import LlamaConfig, Phi3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import (
+    LlamaForCausalLM,
     LlamaMLP,
+    LlamaModel,
     LlamaRMSNorm,
     apply_rotary_pos_emb,
 )
@@ -401,10 +404,48 @@ def test_apply_to_models(name):
     assert patched_ops(model).keys() == {"linear_cross_entropy"}
     apply(False, False, False, False, False, model)
     assert patched_ops(model) == {}
-    with pytest.raises(InputError, match="model: wanted one"):
-        apply()
     with pytest.raises(InputError, match="cross_entropy: wanted False"):
         apply(cross_entropy=True, fused_linear_cross_entropy=False, model=model)
+
+
+@pytest.fixture
+def llama_classes(monkeypatch):
+    """Their ``__init__`` is put back after the test."""
+    for name in ("LlamaModel", "LlamaForCausalLM", "LlamaForSequenceClassification"):
+        cls = getattr(modeling_llama, name)
+        monkeypatch.setattr(cls, "__init__", cls.__init__)
+
+
+def test_apply_without_a_model_patches_those_that_are_built(llama_classes, tmp_path):
+    """Liger's first example. Models that exist, and other families, stay as they are."""
+    before = model_of("llama").eval()
+    before.save_pretrained(tmp_path)
+    door.apply_liger_kernel_to_llama()
+    assert patched_ops(before) == {} and patched_ops(model_of("mistral")) == {}
+    found = dict(FAMILIES["llama"][1])
+    del found["attention"]
+    with torch.no_grad():
+        for load in (
+            lambda: LlamaForCausalLM.from_pretrained(tmp_path),
+            lambda: AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32),
+        ):
+            model = load().eval()
+            assert patched_ops(model) == found and type(model).__name__ == "LlamaForCausalLM"
+            ids = tokens()
+            torch.testing.assert_close(model(ids).logits, before(ids).logits, rtol=1e-4, atol=1e-5)
+    door.apply_liger_kernel_to_llama(rope=False, swiglu=False)  # replaces the first choice
+    assert patched_ops(LlamaModel(before.config)) == {"rms_norm": 5}
+    with pytest.raises(InputError, match="cross_entropy: wanted False"):
+        door.apply_liger_kernel_to_llama(cross_entropy=True)
+
+
+def test_the_auto_class_takes_the_options_of_both(tmp_path):
+    model_of("llama").save_pretrained(tmp_path)
+    auto = door.AutoLigerKernelForCausalLM
+    model = auto.from_pretrained(tmp_path, dtype=torch.bfloat16, rope=False)
+    assert patched_ops(model).keys() == {"rms_norm", "glu", "linear_cross_entropy"}
+    assert model.dtype == torch.bfloat16
+    assert "rope" in patched_ops(auto.from_config(model.config))
 
 
 def test_mlp_sizes():

@@ -99,6 +99,24 @@ def test_says_what_it_did(caplog):
     assert chosen.getMessage() == "patched Sequential: rms_norm 1"
 
 
+def test_says_what_it_left(caplog):
+    """A mixture's experts and a loss that is not recognised, the latter as a warning."""
+    caplog.set_level(logging.INFO, "fastlm")
+    model = fastlm.patch(model_of("mixtral"))
+    found = fastlm.patched_ops(model)
+    assert found.left == {"MixtralTopKRouter": 2, "MixtralExperts": 2} and not found.keeps_logits
+    assert "; as before: MixtralTopKRouter 2, MixtralExperts 2" in str(found)
+    assert fastlm.patched_ops(model_of()).left == {}
+    other = model_of()
+    other.loss_function = lambda **_: None
+    kept = fastlm.patched_ops(fastlm.patch(other))
+    line = "the loss was not recognised: training stores the logits"
+    assert kept.keeps_logits and line in str(kept) and kept.left == {}
+    assert [r.levelno for r in caplog.records] == [logging.INFO, logging.WARNING]
+    for record, printed in zip(caplog.records, (found, kept)):
+        assert str(printed) in record.getMessage()
+
+
 def test_linears_run_on_fastlms_products(monkeypatch):
     """They run where they are faster: in bfloat16, here from the first row on, also under hooks."""
     module, calls = sys.modules["fastlm.ops.linear"], []

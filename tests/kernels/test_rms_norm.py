@@ -174,6 +174,22 @@ def test_compiles_without_break_or_recompile():
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_without_a_weight(name, dtype):
+    x, r, dy = (torch.randn(3, 5, 48).to(dtype) for _ in range(3))
+    with backend.use_backend(name):
+        results = []
+        for weight in (None, torch.ones(48)):
+            a, b = (t.clone().requires_grad_() for t in (x, r))
+            y, h = ops.rms_norm(a, weight, residual=b)
+            (y * dy + h).sum().backward()
+            results.append((y, h, a.grad, b.grad))
+        for one, other in zip(*results):
+            assert torch.equal(one, other)
+        assert torch.equal(ops.rms_norm(x), ops.rms_norm(x, torch.ones(48)))
+
+
 def test_refusals():
     x = torch.randn(2, 8)
     with pytest.raises(InputError, match=r"weight: wanted shape \(H,\) .*\(2, 8\), got \(7,\)"):

@@ -85,6 +85,43 @@ def test_batched_backward(function, tensors):
         torch.testing.assert_close(a, b)
 
 
+def three_ops(q, k, v):
+    out = ops.rms_norm(ops.attention(q, k, v, causal=True), weight[:16]).flatten(0, 2)
+    return ops.cross_entropy(out, torch.arange(len(out)) % 16)
+
+
+BATCH = tuple(t[:, None] for t in (q, k, v))  # two samples
+COMPILED = {
+    "grad": (torch.func.grad(three_ops, (0, 1, 2)), (q, k, v)),
+    "grad of vmap": (
+        torch.func.grad(lambda *t: torch.vmap(three_ops)(*t).sum(), (0, 1, 2)), BATCH,
+    ),
+    "vmap of grad": (torch.vmap(torch.func.grad(three_ops, (0, 1, 2))), BATCH),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", COMPILED)
+def test_transforms_inside_torch_compile(way):
+    gradient, tensors = COMPILED[way]
+    torch._dynamo.reset()
+    compiled = torch.compile(gradient, fullgraph=True, backend="aot_eager")
+    assert_all_equal(compiled(*tensors), gradient(*tensors))
+
+
+def test_a_graph_break_does_not_compile_each_op_again():
+    """Behind it Dynamo compiles function by function, each at most `recompile_limit` times."""
+
+    def loss(*tensors):
+        torch._dynamo.graph_break()
+        return three_ops(*tensors)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(torch.func.grad(loss), backend="aot_eager")
+    with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
+        found = compiled(q, k, v)
+    assert torch.equal(found, torch.func.grad(three_ops)(q, k, v))
+
+
 # ops that are not linear in their first tensor
 CURVED = [n for n in TRANSFORMED if n not in ("rope", "linear") and "quantized" not in n]
 
@@ -218,5 +255,7 @@ def test_a_model_on_meta(patched):
     model, ids = model_and_ids(patched)
     model, ids = model.to("meta"), ids.to("meta")
     assert model(ids).logits.shape == (2, 12, 99)
+    mask = torch.ones_like(ids)  # no value of it is read
+    assert model(ids, attention_mask=mask).logits.shape == (2, 12, 99)
     model(ids, labels=ids).loss.backward()
     assert all(p.grad.is_meta and p.grad.shape == p.shape for p in model.parameters())

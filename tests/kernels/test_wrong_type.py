@@ -19,7 +19,7 @@ frozen = ops.quantize_weight(weight, 8)
 
 WRONG = {
     "x: wanted a tensor, got ndarray": lambda: ops.rms_norm(np.ones((4, 8)), w),
-    "weight: wanted a tensor, got None": lambda: ops.rms_norm(x, None),
+    "weight: wanted a tensor or None, got 'ones'": lambda: ops.rms_norm(x, "ones"),
     "eps: wanted a number, got None": lambda: ops.rms_norm(x, w, None),
     "eps: wanted a number, got '1e-6'": lambda: ops.rms_norm(x, w, "1e-6"),
     "residual: wanted a tensor or None, got list": lambda: ops.rms_norm(x, w, residual=[1.0]),
@@ -53,11 +53,40 @@ WRONG = {
 }
 
 
+# what people who come from torch type
+FROM_TORCH = {
+    "attn_mask: expected bias (floats, or bool: True where a key is seen), got attn_mask": (
+        lambda: ops.attention(q, q, q, attn_mask=None)
+    ),
+    "is_causal: expected causal (which aligns the last query with the last key), got is_causal": (
+        lambda: ops.attention(q, q, q, is_causal=True)
+    ),
+    "enable_gqa: expected no such argument (always on), got enable_gqa": lambda: ops.attention(
+        q, q, q, enable_gqa=True
+    ),
+    "sink: expected one of causal, scale, window, softcap, sinks, alibi_slopes, bias, dropout_p,"
+    " return_lse, got sink": lambda: ops.attention(q, q, q, sink=w),
+    "weight: expected a tensor (H,) or None (there is no normalized_shape: the last dimension of x"
+    " is normalised), got (8,)": lambda: ops.rms_norm(x, (8,), w),
+    "offset: expected 0 without a weight, got 1.0": lambda: ops.rms_norm(x, offset=1.0),
+    "w: expected values, got a tensor on the meta device": lambda: ops.quantize_weight(
+        weight.to("meta"), 4
+    ),
+}
+
+
 @pytest.mark.parametrize("line", WRONG)
 def test_one_line_names_it(line):
     with pytest.raises(InputError) as error:
         WRONG[line]()
     assert str(error.value) == line and error.value.__suppress_context__
+
+
+@pytest.mark.parametrize("line", FROM_TORCH)
+def test_the_line_names_what_fastlm_has(line):
+    with pytest.raises(InputError) as error:
+        FROM_TORCH[line]()
+    assert str(error.value) == line
 
 
 def test_what_serves_as_a_number_still_does():
@@ -69,8 +98,8 @@ def test_what_serves_as_a_number_still_does():
 
 def test_other_errors_stay_as_they_are():
     """A wrong number of arguments, and torch's errors for tensors that fastlm does not handle."""
-    with pytest.raises(TypeError, match="missing 1 required positional argument: 'weight'"):
-        ops.rms_norm(x)
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'up'"):
+        ops.glu(x)
     sparse = torch.eye(8).to_sparse()
     with pytest.raises(Exception) as error:
         ops.rms_norm(sparse, w)

@@ -1,5 +1,6 @@
 """The Python code of the README and of the pages in docs/ is run unchanged."""
 
+import inspect
 import math
 import re
 
@@ -9,6 +10,7 @@ from paths import ROOT
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastlm
+from fastlm import ops, quant
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 64}
 
@@ -77,6 +79,20 @@ def test_text_from_python(tmp_path, capsys):
     first, second = names["rows"]
     assert len(first) == len(tokenizer.encode("Once upon a time")) + 64
     assert second[: len(names["prompt"])] == names["prompt"]
+
+
+def test_the_page_of_ops_has_every_signature():
+    page = (ROOT / "docs/ops.md").read_text("utf-8")
+    documented = dict(re.findall(r"^### (\w+)\n```\n\w+\((.*)\)\n```\n", page, re.M))
+    classes = (quant.QuantizedWeight, quant.QuantizedLinear, quant.QuantizedEmbedding)
+    every = {name: getattr(ops, name) for name in ops.__all__} | {c.__name__: c for c in classes}
+    assert documented.keys() == every.keys()
+    for name, function in every.items():
+        signature = inspect.signature(function)
+        bare = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
+        found = str(signature.replace(parameters=bare, return_annotation=signature.empty))
+        assert documented[name] == found[1:-1], name
+    run(python_of("docs/ops.md")[1])
 
 
 def test_ten_lines_of_python():

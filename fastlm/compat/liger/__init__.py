@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlm.compat.liger.monkey_patch import (
+    AutoLigerKernelForCausalLM,
     _apply_liger_kernel_to_instance,
     apply_liger_kernel_to_gemma,
     apply_liger_kernel_to_gemma2,
@@ -60,6 +61,7 @@ from fastlm.ops import cross_entropy, glu, linear_cross_entropy, rope
 from fastlm.ops.cross_entropy import check_options
 
 __all__ = [
+    "AutoLigerKernelForCausalLM",
     "CrossEntropyOutput",
     "LigerCrossEntropyLoss",
     "LigerFusedAddRMSNorm",

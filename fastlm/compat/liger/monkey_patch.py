@@ -1,22 +1,33 @@
-"""Liger's ``apply_liger_kernel_to_*`` as aliases of `fastlm.patch`, for an existing model::
+"""Liger's ``apply_liger_kernel_to_*`` and `AutoLigerKernelForCausalLM`, on `fastlm.patch`::
 
     from fastlm.compat.liger import apply_liger_kernel_to_llama
 
-    apply_liger_kernel_to_llama(model=model)
+    apply_liger_kernel_to_llama()  # every Llama that is built from now on
+    apply_liger_kernel_to_llama(model=model)  # this model
 
-All do the same, since `fastlm.patch` looks at modules, not at names. Without ``model`` Liger
-changes transformers' classes for the whole process; here ``model`` is required. Attention stays as
-it is, as with Liger; `fastlm.patch` replaces it, too. `fastlm.unpatch` undoes both.
+All do the same, since `fastlm.patch` looks at modules, not at names. Without ``model``, Liger
+replaces classes and functions of transformers' module; here the models of that module are patched
+at the end of their ``__init__``, each as its own config wants it. Models that exist stay as they
+are. Attention stays as it is, as with Liger; `fastlm.patch` replaces it, too. `fastlm.unpatch`
+undoes both.
 """
+
+import functools
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
 
 from torch import nn
 
 from fastlm.errors import InputError
 from fastlm.hf.patching import patch, patched_ops, unpatch
 
+_PACKAGES = {"gemma3_text": "gemma3"}  # transformers' module where the name is another one
+_building = 0  # models whose __init__ runs: those inside another one are patched with it
+
 
 def _apply_liger_kernel_to_instance(
-    model: nn.Module | None,
+    model: nn.Module,
     rope: bool = True,
     cross_entropy: bool = False,
     fused_linear_cross_entropy: bool = True,
@@ -29,10 +40,7 @@ def _apply_liger_kernel_to_instance(
     Raises:
         InputError: as `fastlm.patch`; cross_entropy is True (the fused loss has no logits for it).
     """
-    if model is None:
-        raise InputError("model: wanted one (classes of transformers stay as they are), got None")
-    if cross_entropy:
-        raise InputError("cross_entropy: wanted False (use fused_linear_cross_entropy), got True")
+    _check_cross_entropy(cross_entropy)
     wanted = {
         "rope": rope, "rms_norm": rms_norm, "glu": swiglu and geglu,
         "linear_cross_entropy": fused_linear_cross_entropy,
@@ -45,41 +53,126 @@ def _apply_liger_kernel_to_instance(
         unpatch(model)
 
 
-def apply_liger_kernel_to_llama(
-    rope: bool = True,
-    cross_entropy: bool = False,
-    fused_linear_cross_entropy: bool = True,
-    rms_norm: bool = True,
-    swiglu: bool = True,
-    model: nn.Module | None = None,
-) -> None:
-    """`_apply_liger_kernel_to_instance` with Liger's order of arguments."""
-    _apply_liger_kernel_to_instance(
-        model, rope, cross_entropy, fused_linear_cross_entropy, rms_norm, swiglu=swiglu
-    )
+def _check_cross_entropy(cross_entropy: bool) -> None:
+    if cross_entropy:
+        raise InputError("cross_entropy: wanted False (use fused_linear_cross_entropy), got True")
 
 
-def apply_liger_kernel_to_gemma(
-    rope: bool = True,
-    cross_entropy: bool = False,
-    fused_linear_cross_entropy: bool = True,
-    rms_norm: bool = True,
-    geglu: bool = True,
-    model: nn.Module | None = None,
-) -> None:
-    """`_apply_liger_kernel_to_instance` with Liger's order of arguments."""
-    _apply_liger_kernel_to_instance(
-        model, rope, cross_entropy, fused_linear_cross_entropy, rms_norm, geglu=geglu
-    )
+def _apply_liger_kernel_to_classes(family: str, **options: bool) -> None:
+    """Patch the models that the classes of transformers' module for `family` build from now on. A
+    second call replaces the options of the first.
+    """
+    from transformers import PreTrainedModel
+
+    _check_cross_entropy(options["cross_entropy"])
+    package = _PACKAGES.get(family, family)
+    module = import_module(f"transformers.models.{package}.modeling_{package}")
+    for cls in vars(module).values():
+        if (
+            isinstance(cls, type)
+            and issubclass(cls, PreTrainedModel)
+            and cls.__module__ == module.__name__
+            and "__init__" in vars(cls)
+        ):
+            before = getattr(cls.__init__, "_fastlm_before", cls.__init__)
+            cls.__init__ = _patching(before, options)
 
 
-apply_liger_kernel_to_mistral = apply_liger_kernel_to_llama
-apply_liger_kernel_to_mixtral = apply_liger_kernel_to_llama
-apply_liger_kernel_to_qwen2 = apply_liger_kernel_to_llama
-apply_liger_kernel_to_qwen3 = apply_liger_kernel_to_llama
-apply_liger_kernel_to_qwen3_moe = apply_liger_kernel_to_llama
-apply_liger_kernel_to_phi3 = apply_liger_kernel_to_llama
-apply_liger_kernel_to_olmo2 = apply_liger_kernel_to_llama
-apply_liger_kernel_to_smollm3 = apply_liger_kernel_to_llama
-apply_liger_kernel_to_gemma2 = apply_liger_kernel_to_gemma
-apply_liger_kernel_to_gemma3_text = apply_liger_kernel_to_gemma
+def _patching(before: Callable, options: dict[str, bool]) -> Callable:
+    """The ``__init__`` `before`, after which the outermost model is patched."""
+
+    @functools.wraps(before)
+    def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        global _building
+        _building += 1
+        try:
+            before(self, *args, **kwargs)
+        finally:
+            _building -= 1
+        if not _building:
+            _apply_liger_kernel_to_instance(self, **options)
+
+    __init__._fastlm_before = before  # pyright: ignore[reportFunctionMemberAccess]
+    return __init__
+
+
+def _apply(family: str, model: nn.Module | None, **options: bool) -> None:
+    if model is None:
+        _apply_liger_kernel_to_classes(family, **options)
+    else:
+        _apply_liger_kernel_to_instance(model, **options)
+
+
+def _with_swiglu(family: str) -> Callable[..., None]:
+    def apply(
+        rope: bool = True,
+        cross_entropy: bool = False,
+        fused_linear_cross_entropy: bool = True,
+        rms_norm: bool = True,
+        swiglu: bool = True,
+        model: nn.Module | None = None,
+    ) -> None:
+        """Patch `model`, or without it every model of the family that is built from now on."""
+        _apply(
+            family, model, rope=rope, cross_entropy=cross_entropy, rms_norm=rms_norm,
+            fused_linear_cross_entropy=fused_linear_cross_entropy, swiglu=swiglu,
+        )  # fmt: skip
+
+    apply.__name__ = f"apply_liger_kernel_to_{family}"
+    return apply
+
+
+def _with_geglu(family: str) -> Callable[..., None]:
+    def apply(
+        rope: bool = True,
+        cross_entropy: bool = False,
+        fused_linear_cross_entropy: bool = True,
+        rms_norm: bool = True,
+        geglu: bool = True,
+        model: nn.Module | None = None,
+    ) -> None:
+        """Patch `model`, or without it every model of the family that is built from now on."""
+        _apply(
+            family, model, rope=rope, cross_entropy=cross_entropy, rms_norm=rms_norm,
+            fused_linear_cross_entropy=fused_linear_cross_entropy, geglu=geglu,
+        )  # fmt: skip
+
+    apply.__name__ = f"apply_liger_kernel_to_{family}"
+    return apply
+
+
+apply_liger_kernel_to_llama = _with_swiglu("llama")
+apply_liger_kernel_to_mistral = _with_swiglu("mistral")
+apply_liger_kernel_to_mixtral = _with_swiglu("mixtral")
+apply_liger_kernel_to_qwen2 = _with_swiglu("qwen2")
+apply_liger_kernel_to_qwen3 = _with_swiglu("qwen3")
+apply_liger_kernel_to_qwen3_moe = _with_swiglu("qwen3_moe")
+apply_liger_kernel_to_phi3 = _with_swiglu("phi3")
+apply_liger_kernel_to_olmo2 = _with_swiglu("olmo2")
+apply_liger_kernel_to_smollm3 = _with_swiglu("smollm3")
+apply_liger_kernel_to_gemma = _with_geglu("gemma")
+apply_liger_kernel_to_gemma2 = _with_geglu("gemma2")
+apply_liger_kernel_to_gemma3_text = _with_geglu("gemma3_text")
+
+_OPTIONS = "rope cross_entropy fused_linear_cross_entropy rms_norm swiglu geglu".split()
+
+
+class AutoLigerKernelForCausalLM:
+    """transformers' AutoModelForCausalLM, whose models are patched; arguments of both."""
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        return cls._patched("from_pretrained", args, kwargs)
+
+    @classmethod
+    def from_config(cls, *args: Any, **kwargs: Any) -> Any:
+        return cls._patched("from_config", args, kwargs)
+
+    @staticmethod
+    def _patched(method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        options = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
+        model = getattr(AutoModelForCausalLM, method)(*args, **kwargs)
+        _apply_liger_kernel_to_instance(model, **options)
+        return model

@@ -19,9 +19,7 @@ def liger_rms_norm(
 ) -> Tensor:
     """``F.rms_norm(X, X.shape[-1:], offset + W, eps)``; without W, no weight at all."""
     _check_casting(casting_mode)
-    if W is None:
-        W, offset = X.new_ones(X.shape[-1:]), 0.0
-    y = rms_norm(X, W, eps, offset=offset)
+    y = rms_norm(X, W, eps, offset=0.0 if W is None else offset)
     assert isinstance(y, Tensor)  # a pair only with a residual
     return y
 
