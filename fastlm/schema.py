@@ -20,18 +20,20 @@ import json
 import math
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from annotated_types import Interval, Predicate
+from annotated_types import Interval, MinLen, Predicate
 
 from fastlm.errors import InputError, show
 from fastlm.files import MAX_JSON_BYTES, open_regular, read_text, reason
 
 T = TypeVar("T")
 Extra = Literal["forbid", "ignore"]
+Field = Sequence[int | str]  # the path of a field: keys and indices
+Where = str | Callable[[Field], str]
 
 MAX_LINE_BYTES = 2**26  # of a row: a record of 100 answers of 4,096 tokens has 2 MB
 MAX_TOML_BYTES = 2**18
@@ -39,6 +41,7 @@ MAX_DOTS = 1000  # in a line of TOML: tomllib takes time quadratic in the parts 
 _HUGE = re.compile(r"0[box][\da-fA-F_]{65}")  # an integer beyond TOML's 64 bits
 
 Finite = Annotated[float, Predicate(math.isfinite)]
+Name = Annotated[str, MinLen(1), Predicate(str.isprintable)]
 Count = Annotated[int, Interval(ge=0, le=2**63 - 1)]
 
 
@@ -87,8 +90,10 @@ def read_lines(
         raise InputError(f"{path}: expected a readable file, got: {reason(error)}") from error
 
 
-def parse(data: str | bytes, schema: type[T], where: str, *, extra: Extra = "ignore") -> T:
-    """Return the JSON ``data`` as ``schema``. ``where`` precedes the field in messages."""
+def parse(data: str | bytes, schema: type[T], where: Where, *, extra: Extra = "ignore") -> T:
+    """Return the JSON ``data`` as ``schema``. ``where`` precedes the field in messages; a function
+    of the field's path can say its line.
+    """
     from pydantic import ValidationError
     from pydantic_core import from_json
 
@@ -97,16 +102,16 @@ def parse(data: str | bytes, schema: type[T], where: str, *, extra: Extra = "ign
     except ValidationError as error:
         first, *_ = error.errors(include_url=False, include_input=False)
         if first["type"] == "json_invalid":
-            raise InputError(_not_json(where, first["msg"])) from None
+            raise InputError(_not_json(_at(where), first["msg"])) from None
         raise InputError(_refusal(where, error, from_json(data))) from None
 
 
-def validate(value: Any, schema: type[T], where: str, *, extra: Extra = "ignore") -> T:
+def validate(value: Any, schema: type[T], where: Where, *, extra: Extra = "ignore") -> T:
     """Return ``value``, of a database, TOML or YAML, as ``schema``, by the rules of JSON."""
     try:
         data = json.dumps(value)
     except (TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"{where}: expected values of JSON, got: {reason(error)}") from None
+        raise InputError(f"{_at(where)}: expected values of JSON, got: {reason(error)}") from None
     return parse(data, schema, where, extra=extra)
 
 
@@ -126,7 +131,7 @@ def parse_toml(text: str, where: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
     except RecursionError:
-        raise InputError(f"{where}: expected fewer levels of nesting") from None
+        raise InputError(f"{where}: expected fewer levels of nesting, got more") from None
     except ValueError as error:
         message, _, position = str(error).rpartition(" (at ")
         line = position.removeprefix("line ").partition(",")[0]
@@ -145,6 +150,8 @@ def _adapter(schema: type) -> Any:
 
 def _not_json(where: str, message: str) -> str:
     """pydantic's "Invalid JSON: WHY at line 1 column 5", with the line behind the file."""
+    if "recursion limit" in message:
+        return f"{where}: expected at most 200 levels of nesting, got more"
     why, _, position = message.removeprefix("Invalid JSON: ").rpartition(" at line ")
     line = position.partition(" ")[0]
     if line.isdigit() and not where.rpartition(":")[2].isdigit():
@@ -152,7 +159,11 @@ def _not_json(where: str, message: str) -> str:
     return f"{where}: expected JSON, got: {why or message}"
 
 
-def _refusal(where: str, error: Any, value: Any) -> str:
+def _at(where: Where, path: Field = ()) -> str:
+    return where if isinstance(where, str) else where(path)
+
+
+def _refusal(where: Where, error: Any, value: Any) -> str:
     """The first field that does not fit; of a union, the branch that fits furthest."""
     errors = error.errors(include_url=False)
     paths = [_path(e["loc"], value) for e in errors]
@@ -163,7 +174,7 @@ def _refusal(where: str, error: Any, value: Any) -> str:
     field = "".join(f"[{p}]" if isinstance(p, int) else f".{_key(p)}" for p in deepest)
     field = f"{field.removeprefix('.')}: " if field else ""
     got = "nothing" if same[0]["type"] == "missing" else show(same[0]["input"])[:80]
-    return " ".join(f"{where}: {field}expected {expected}, got {got}".split())
+    return " ".join(f"{_at(where, deepest)}: {field}expected {expected}, got {got}".split())
 
 
 def _path(location: tuple[int | str, ...], value: Any) -> list[int | str]:
@@ -187,9 +198,12 @@ def _key(part: str) -> str:
 def _expected(error: Any) -> str:
     phrases = {
         "missing": "this field", "extra_forbidden": "no such field",
-        "unexpected_keyword_argument": "no such field", "predicate_failed": "a finite number",
-        "int_type": "a whole number", "float_type": "a number", "bool_type": "true or false",
-        "list_type": "an array", "tuple_type": "an array", "dict_type": "an object",
+        "unexpected_keyword_argument": "no such field", "int_type": "a whole number",
+        "float_type": "a number", "bool_type": "true or false", "list_type": "an array",
+        "tuple_type": "an array", "dict_type": "an object",
+        "Predicate 'isfinite' failed": "a finite number",
+        "Predicate 'isprintable' failed": "one printable line",
     }  # fmt: skip
-    message = error["msg"].removeprefix("Input should be ").replace("a valid ", "a ")
-    return phrases.get(error["type"], message)
+    message = error["msg"].partition(" after validation")[0]
+    phrase = re.sub(r"^\w+ should (be|have) ", "", message).replace("a valid ", "a ")
+    return phrases.get(error["type"]) or phrases.get(message, phrase)

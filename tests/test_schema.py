@@ -33,8 +33,14 @@ class Table:
     pair: tuple[str, int] | None = None
 
 
+def row(text):
+    return f'{{"title": "", "rows": [{text}]}}'
+
+
 def test_what_fits_is_read():
-    table = parse('{"title": "a", "rows": [{"value": 1, "n": 2, "other": 3}], "pair": ["x", 1]}', Table, "f")
+    table = parse(
+        '{"title": "a", "rows": [{"value": 1, "n": 2, "other": 3}], "pair": ["x", 1]}', Table, "f"
+    )
     assert table == Table("a", [{"value": 1.0, "n": 2}], ("x", 1))
     assert validate({"title": "a", "pair": ("x", 1)}, Table, "f").pair == ("x", 1)
 
@@ -46,16 +52,16 @@ def test_what_fits_is_read():
         ("{}", "f: title: expected this field, got nothing"),
         ('{"title": 1}', "f: title: expected a string, got 1"),
         ('{"title": "", "rows": {}}', "f: rows: expected an array, got {}"),
-        ('{"title": "", "rows": [{"value": 1}]}', "f: rows[0].n: expected this field, got nothing"),
-        ('{"title": "", "rows": [{"value": NaN, "n": 1}]}', "f: rows[0].value: expected a finite number, got nan"),
-        ('{"title": "", "rows": [{"value": 1, "n": true}]}', "f: rows[0].n: expected a whole number, got True"),
-        ('{"title": "", "rows": [{"value": 1, "n": 1, "names": 5}]}', "f: rows[0].names: expected a string or an array, got 5"),
-        ('{"title": "", "rows": [{"value": 1, "n": 1, "names": [5]}]}', "f: rows[0].names[0]: expected a string, got 5"),
+        (row('{"value": 1}'), "f: rows[0].n: expected this field, got nothing"),
+        (row('{"value": NaN, "n": 1}'), "f: rows[0].value: expected a finite number, got nan"),
+        (row('{"value": 1, "n": true}'), "f: rows[0].n: expected a whole number, got True"),
+        (row('{"value": 1, "n": 1, "names": 5}'), "f: rows[0].names: expected a string or an array, got 5"),
+        (row('{"value": 1, "n": 1, "names": [5]}'), "f: rows[0].names[0]: expected a string, got 5"),
         ('{"title": "", "pair": ["x"]}', "f: pair[1]: expected this field, got nothing"),
         ('{"title": "",\n "rows": }', "f:2: expected JSON, got: expected value"),
         ('{"title": "\\ud800"}', "f:1: expected JSON, got: unexpected end of hex escape"),
         ("9" * 5000, "f:1: expected JSON, got: number out of range"),
-        ("[" * 100_000, "f:1: expected JSON, got: recursion limit exceeded"),
+        ("[" * 100_000, "f: expected at most 200 levels of nesting, got more"),
         ("", "f:1: expected JSON, got: EOF while parsing a value"),
     ],
 )  # fmt: skip
@@ -66,18 +72,18 @@ def test_what_does_not_fit_is_named(text, refusal):
 
 
 def test_unknown_fields_are_refused_where_people_write_the_file():
-    with pytest.raises(InputError, match="f: titel: expected no such field, got 'b'"):
+    with pytest.raises(InputError, match=r"f: titel: expected no such field, got 'b'"):
         parse('{"title": "a", "titel": "b"}', Table, "f", extra="forbid")
 
 
 @pytest.mark.parametrize("value", [{1: object()}, {"title": "\ud800"}, {("a",): 1}])
 def test_values_that_json_lacks(value):
-    with pytest.raises(InputError, match="^f: |^f:1: "):
+    with pytest.raises(InputError, match=r"^f: |^f:1: "):
         validate(value, Table, "f")
     deep = value = {}
     for _ in range(5000):
         deep["a"] = deep = {}
-    with pytest.raises(InputError, match="^f: expected values of JSON"):
+    with pytest.raises(InputError, match=r"^f: expected values of JSON"):
         validate(value, Table, "f")
 
 
