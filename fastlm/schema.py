@@ -40,8 +40,16 @@ MAX_TOML_BYTES = 2**18
 MAX_DOTS = 1000  # in a line of TOML: tomllib takes time quadratic in the parts of a key
 _HUGE = re.compile(r"0[box][\da-fA-F_]{65}")  # an integer beyond TOML's 64 bits
 
+
+
+def is_inside(path: str) -> bool:
+    """Whether a relative path stays below its folder, and is one that the system takes."""
+    return "\0" not in path and not path.startswith("/") and ".." not in path.split("/")
+
+
 Finite = Annotated[float, Predicate(math.isfinite)]
 Name = Annotated[str, MinLen(1), Predicate(str.isprintable)]
+RelativePath = Annotated[str, MinLen(1), Predicate(is_inside)]
 Count = Annotated[int, Interval(ge=0, le=2**63 - 1)]
 
 
@@ -181,6 +189,8 @@ def _path(location: tuple[int | str, ...], value: Any) -> list[int | str]:
     """The part of ``location`` that is in the value: pydantic adds the names of a union's types."""
     path: list[int | str] = []
     for part in location:
+        if part == "[key]":  # pydantic's word for a key that does not fit
+            continue
         if isinstance(value, dict) and part in value:
             value = value[part]
         elif isinstance(value, list) and isinstance(part, int) and part < len(value):
@@ -203,6 +213,7 @@ def _expected(error: Any) -> str:
         "tuple_type": "an array", "dict_type": "an object",
         "Predicate 'isfinite' failed": "a finite number",
         "Predicate 'isprintable' failed": "one printable line",
+        "Predicate 'is_inside' failed": "a path below its folder",
     }  # fmt: skip
     message = error["msg"].partition(" after validation")[0]
     phrase = re.sub(r"^\w+ should (be|have) ", "", message).replace("a valid ", "a ")

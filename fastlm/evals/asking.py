@@ -62,11 +62,11 @@ def ask(
         return _ask_choices(part, scorer)
 
     for number, (question, record) in enumerate(zip(task.questions, results.records), 2):
-        _check(question, record, samples, f"{results.path}:{number}")
+        check_record(question, record, samples, f"{results.path}:{number}")
     return results.fill(task.questions, records, part=PART)
 
 
-def _check(question: Question, record: Record, samples: int, where: str) -> None:
+def check_record(question: Question, record: Record, samples: int, where: str) -> None:
     """Raise InputError unless a record has what the measures of its question need."""
     expected: dict[str, Any] = {"id": question.id}
     got: dict[str, Any] = {"id": record["id"]}
