@@ -41,7 +41,6 @@ MAX_DOTS = 1000  # in a line of TOML: tomllib takes time quadratic in the parts 
 _HUGE = re.compile(r"0[box][\da-fA-F_]{65}")  # an integer beyond TOML's 64 bits
 
 
-
 def is_inside(path: str) -> bool:
     """Whether a relative path stays below its folder, and is one that the system takes."""
     return "\0" not in path and not path.startswith("/") and ".." not in path.split("/")
@@ -174,7 +173,7 @@ def _at(where: Where, path: Field = ()) -> str:
 def _refusal(where: Where, error: Any, value: Any) -> str:
     """The first field that does not fit; of a union, the branch that fits furthest."""
     errors = error.errors(include_url=False)
-    paths = [_path(e["loc"], value) for e in errors]
+    paths = [_path(e, value) for e in errors]
     start = paths[0]
     deepest = max((p for p in paths if p[: len(start)] == start), key=len)
     same = [e for e, path in zip(errors, paths) if path == deepest]
@@ -185,20 +184,20 @@ def _refusal(where: Where, error: Any, value: Any) -> str:
     return " ".join(f"{_at(where, deepest)}: {field}expected {expected}, got {got}".split())
 
 
-def _path(location: tuple[int | str, ...], value: Any) -> list[int | str]:
-    """The part of ``location`` that is in the value: pydantic adds the names of a union's types."""
+def _path(error: Any, value: Any) -> list[int | str]:
+    """The part of an error's location that is in the value: pydantic adds the names of a union's
+    types, and "[key]".
+    """
     path: list[int | str] = []
-    for part in location:
-        if part == "[key]":  # pydantic's word for a key that does not fit
-            continue
+    for part in error["loc"]:
         if isinstance(value, dict) and part in value:
             value = value[part]
         elif isinstance(value, list) and isinstance(part, int) and part < len(value):
             value = value[part]
-        elif not isinstance(value, dict if isinstance(part, str) else list):
+        else:
             continue
         path.append(part)
-    return path
+    return [*path, error["loc"][-1]] if error["type"] == "missing" else path
 
 
 def _key(part: str) -> str:

@@ -195,6 +195,59 @@ def test_the_command_line_of_the_harness(base, tmp_path, monkeypatch, capsys):
     assert told in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("shots", [0, 2])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"output_type": "loglikelihood", "doc_to_text": "{{text.split(' ')[:-1]|join(' ')}}",
+         "doc_to_target": "{{' '+text.split(' ')[-1]}}"},  # as LAMBADA's
+        {"output_type": "loglikelihood", "doc_to_text": "text", "doc_to_target": "word"},
+        {"output_type": "multiple_choice", "doc_to_text": "Q: {{text}}\n", "doc_to_choice": "names",
+         "doc_to_target": "label", "target_delimiter": "", "description": "Choose.\n\n"},
+        {"output_type": "multiple_choice", "doc_to_text": "text", "doc_to_choice": ["cat", " dog"],
+         "doc_to_target": "{{label}}", "fewshot_delimiter": "\n###\n"},
+        {"output_type": "generate_until", "doc_to_text": "{{text}}\n\n", "doc_to_target": "word",
+         "generation_kwargs": {"until": ["\n"], "max_gen_toks": 5}},
+    ],
+)  # fmt: skip
+def test_a_task_of_ones_own_asks_what_the_harness_asks(keys, shots, tmp_path, monkeypatch):
+    from lm_eval.api.task import ConfigurableTask
+
+    from fastlm.evals.own.task import read_task
+
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_OFFLINE", True)
+    rows = [
+        {"text": f"the cat {i} sat on  mat{i}", "names": ["a", "b"], "label": i % 2, "word": "cat"}
+        for i in range(3)
+    ]
+    for part in ("test", "train"):
+        text = "".join(json.dumps(row | {"word": part}) + "\n" for row in rows)
+        (tmp_path / f"{part}.jsonl").write_text(text)
+    files = {part: str(tmp_path / f"{part}.jsonl") for part in ("test", "train")}
+    config = {
+        "task": "t", "dataset_path": "json", "dataset_kwargs": {"data_files": files},
+        "test_split": "test", "fewshot_split": "train", "num_fewshot": shots,
+        "fewshot_config": {"sampler": "first_n"}, **keys,
+    }  # fmt: skip
+    (tmp_path / "t.yaml").write_text(json.dumps(config))
+    theirs = ConfigurableTask(config=json.loads(json.dumps(config)))
+    theirs.build_all_requests()
+    asked = [instance.args for instance in theirs.instances]
+    found = []
+    for q in read_task(tmp_path / "t.yaml").questions:
+        if keys["output_type"] == "multiple_choice":
+            found += q.requests
+        elif keys["output_type"] == "loglikelihood":
+            found.append((q.prompt, q.gold))
+        else:
+            found.append((q.prompt, {"until": list(q.stop), "max_gen_toks": q.max_new_tokens}))
+    if keys["output_type"] == "generate_until":
+        names = ("until", "max_gen_toks")
+        asked = [(prompt, {name: options[name] for name in names}) for prompt, options in asked]
+    assert found == asked
+
+
 def test_a_missing_harness_is_one_line():
     program = """
 import runpy, sys
