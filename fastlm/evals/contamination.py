@@ -2,10 +2,10 @@
 
 Letters and digits are compared, in lower case: a copy in other lines, cases, quotes or list marks
 is a copy. (OpenAI 2023, arXiv:2303.08774, appendix C, removes spaces and symbols in the same way.
-Tokens, as in GPT-3 and Llama 2, find at most 11 % of copies that are wrapped into lines: docs/log.) Runs of
-`N` letters count, which is about 13 tokens; of a shorter question runs of `SHORT`; one of fewer
-letters is not judged. A question is looked for without the few-shot examples: with its right
-answer, and alone, without the words that all questions of its part begin and end with ("Answer:").
+Rejected: tokens, as in GPT-3 and Llama 2, which find at most 11 % of copies that are wrapped into
+lines.) Runs of `N` letters count, which is about 13 tokens; of a shorter question runs of `SHORT`;
+one of fewer letters is not judged. A question is looked for without the few-shot examples: with its
+right answer, and alone, without the label and the lines that all questions of its part have.
 
     share    of its letters that lie in a run that the data holds, with its answer or alone
     touched  one run is in the data (GPT-3's rule)
