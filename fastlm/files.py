@@ -28,7 +28,10 @@ def open_regular(path: str | Path) -> BufferedReader:
     """Open ``path`` for reading. OSError: not readable, or not a regular file (a pipe would block
     for ever).
     """
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except ValueError:  # NUL, or a lone surrogate
+        raise OSError(0, "no name of a file", str(path)) from None
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
         raise OSError(0, "a folder or a device, no file", str(path))

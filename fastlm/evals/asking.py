@@ -2,13 +2,38 @@
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NotRequired
 
+from typing_extensions import TypedDict
+
+from fastlm.errors import InputError
 from fastlm.evals.results import Record, Results
 from fastlm.evals.scorer import Likelihood, Prompt, Scorer
-from fastlm.evals.task import Choices, Open, Task
+from fastlm.evals.task import Choices, Open, Question, Task
+from fastlm.schema import Count, Finite
 
 PART = 64  # questions whose records are kept at once
+
+
+class ChoicesRecord(TypedDict):
+    """Log-likelihoods in nats; of a model of NaN they are NaN."""
+
+    id: str
+    logprob: list[float]
+    bare: NotRequired[list[float]]
+    cut: NotRequired[Count]
+
+
+class OpenRecord(TypedDict):
+    id: str
+    answers: list[str]
+    scores: list[Finite]
+    gold: float | None
+    cut: NotRequired[Count]
+
+
+def schema_of(task: Task) -> type:
+    return OpenRecord if task.open else ChoicesRecord
 
 
 def ask(
@@ -36,7 +61,29 @@ def ask(
             return _ask_open(task, part, scorer, samples, temperature, seed)
         return _ask_choices(part, scorer)
 
+    for number, (question, record) in enumerate(zip(task.questions, results.records), 2):
+        check_record(question, record, samples, f"{results.path}:{number}")
     return results.fill(task.questions, records, part=PART)
+
+
+def check_record(question: Question, record: Record, samples: int, where: str) -> None:
+    """Raise InputError unless a record has what the measures of its question need."""
+    expected: dict[str, Any] = {"id": question.id}
+    got: dict[str, Any] = {"id": record["id"]}
+    if isinstance(question, Open):
+        counts = {"answers": samples, "scores": samples}
+    else:
+        counts = {"logprob": len(question.requests)}
+        counts |= {"bare": len(question.bare)} if question.bare else {}
+    expected |= counts
+    got |= {key: len(record.get(key, ())) for key in counts}
+    for key, value in expected.items():
+        if got[key] != value:
+            values = " values" if key in counts else ""
+            raise InputError(
+                f"{where}: {key}: expected {value!r:.80}{values}, got {got[key]!r:.80}; remove the"
+                " file to begin again"
+            )
 
 
 def _ask_choices(questions: Sequence[Any], scorer: Scorer) -> list[Record]:

@@ -1,11 +1,11 @@
 """The index of the n-grams of evaluation questions, which is searched in two directions.
 
-    which questions stand in the data?   `fastlm.evals.contamination`: tokens, 13 in a row
+    which questions stand in the data?   `fastlm.evals.contamination`: letters, 40 in a row
     which questions does a text hold?    `fastlm.loop.overlap`: words, 8 in a row
 
 The two have rules of their own, since they decide different things: the first describes a score,
 by the published rules; the second drops a row, where a question that was reworded counts, too.
-What stands for a token or a word is an integer.
+What stands for a letter or a word is an integer.
 
 N-grams are compared by 64-bit hashes, which are computed for a whole block at once; a table of bits
 lets only candidates through to the exact search. A billion tokens hold no n-gram of a million by

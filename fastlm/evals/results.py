@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fastlm.errors import InputError
-from fastlm.files import make_folder, write_error
+from fastlm.files import make_folder, open_regular, write_error
+from fastlm.schema import parse
 
 Item = TypeVar("Item")
 Record = dict[str, Any]
+MAX_BYTES = 2**32  # of a file: it is read whole
 # Raised when fastlm says something else of the same question: another scorer, judge or prompt
 VERSION = 2
 
@@ -26,10 +28,12 @@ class Results:
     Args:
         about: what makes records comparable: the hash of the questions, the model, the options.
             A file about something else, or of another `VERSION`, is refused.
+        schema: of a record (`fastlm.schema`).
     """
 
-    def __init__(self, path: str | Path, about: Mapping[str, Any]):
+    def __init__(self, path: str | Path, about: Mapping[str, Any], schema: Any = Record):
         self.path, self.about = Path(path), {**about, "version": VERSION}
+        self.schema = schema
         self.records: list[Record] = []
         self._begin = 0  # bytes of the first line
         self._ends: list[int] = []  # bytes up to the end of each record
@@ -47,18 +51,18 @@ class Results:
 
     def _read(self) -> int:
         """Take the whole lines of the file; return their bytes."""
-        data = self.path.read_bytes()
+        with open_regular(self.path) as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise InputError(f"{self.path}: expected at most {MAX_BYTES:,} bytes, got more")
         whole = data.rfind(b"\n") + 1
         end = 0
         for number, line in enumerate(data[:whole].splitlines(keepends=True), 1):
             end += len(line)
             try:
-                record = json.loads(line)
-            except ValueError:
-                raise InputError(
-                    f"{self.path}, line {number}: wanted JSON, got {line[:60]!r};"
-                    " remove the file to begin again"
-                ) from None
+                record = parse(line, self.schema if number > 1 else Record, f"{self.path}:{number}")
+            except InputError as error:
+                raise InputError(f"{error}; remove the file to begin again") from None
             if number > 1:
                 self.records.append(record)
                 self._ends.append(end)
@@ -66,8 +70,8 @@ class Results:
                 self._begin = end
             else:
                 raise InputError(
-                    f"{self.path}: wanted records of {self.about}, got those of {record}; remove"
-                    " the file to begin again"
+                    f"{self.path}:1: expected records of {self.about}, got those of"
+                    f" {record!r:.200}; remove the file to begin again"
                 )
         return whole
 
@@ -92,6 +96,11 @@ class Results:
         progress over the parts; it is not called where nothing is missing.
         """
         done = len(self.records)
+        if done > len(items):
+            raise InputError(
+                f"{self.path}: expected at most {len(items):,} records, got {done:,}; remove the"
+                " file to begin again"
+            )
         if done < len(items):
             self.keep(done - done % part)
             for at in track(range(len(self.records), len(items), part)):

@@ -151,7 +151,8 @@ class Eval(Stage):
             against, tokenizer, model.config.vocab_size, part="train", cache=job.cache,
             tell=job.skipped, name="against",
         ) as data:  # fmt: skip
-            return task_overlaps(tasks, tokenizer, data, track=job.track)
+            vocab_size = model.config.vocab_size
+            return task_overlaps(tasks, tokenizer, data, vocab_size, track=job.track)
 
     def _tasks(self, job: Job) -> list[Any]:
         from fastlm.evals.catalog import load_task, names_of

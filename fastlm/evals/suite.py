@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastlm.data.packages import model_path
-from fastlm.evals.asking import ask
+from fastlm.evals.asking import ask, schema_of
 from fastlm.evals.measures import (
     HEADLINE,
     Values,
@@ -57,7 +57,7 @@ def ask_all(
         if task.judge is not None:
             about |= options | {"judge": f"{task.judge.__module__}.{task.judge.__qualname__}"}
         began = time.perf_counter()
-        with Results(folder / _file_of(task), about) as results:
+        with Results(folder / _file_of(task), about, schema_of(task)) as results:
             held = len(results.records)
             records = ask(task, scorer, results, **(options if task.open else {}))
         took = time.perf_counter() - began

@@ -4,14 +4,32 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, NotRequired
+
+from typing_extensions import TypedDict
 
 from fastlm.data.content import Contents
 from fastlm.errors import InputError
-from fastlm.files import make_folder, read_json, save_atomic
+from fastlm.files import make_folder, save_atomic
+from fastlm.loop.pair import Model, common, pair_of
 from fastlm.runs.stage import Facts, Job, Part, Stage, Takes
 
 DECISION = "decision.json"
+
+
+class Check(TypedDict):
+    """One gate and whether its score passed."""
+
+    passed: bool
+    why: str
+
+
+class Decision(TypedDict):
+    """What is read of a decision.json; an older one names no models."""
+
+    promoted: bool
+    gates: list[Check]
+    models: NotRequired[dict[Literal["old", "new"], Model]]
 
 
 @dataclass(frozen=True)
@@ -60,22 +78,21 @@ class Gate(Stage):
 
     def run(self, job: Job) -> dict[str, Any]:
         from fastlm.evals.safety.gates import doubts, read_gates
-        from fastlm.loop.bounds import scores_of
-        from fastlm.loop.pair import common, pair_of
+        from fastlm.loop.bounds import read_scores, scores_of
 
         scores: dict[str, Any] = {}
         pairs = []
         for given in job.inputs["scores"]:
             path = given.path / "scores.json" if given.path.is_dir() else given.path
             stage = path.resolve().parent.name
-            table = read_json(path)
+            table = read_scores(path)
             found = scores_of(stage, table)
             if scores.keys() & found.keys():
                 raise InputError(
                     f"scores: wanted folders of different names, got two called {stage}"
                 )
             scores |= found
-            pairs.append((given.where, pair_of(table, given.where)))
+            pairs.append((given.where, pair_of(table.get("ids", ()))))
             if not pairs[-1][1]:
                 job.warn(f"scores: {given.where} does not say which models it is about")
         models = common(pairs)

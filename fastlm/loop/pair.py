@@ -7,10 +7,8 @@ model that it was made from.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from fastlm.errors import InputError
-from fastlm.typed import build, convert
 
 OLD, NEW = "old", "new"
 SHORT = 12  # characters of an id that are shown
@@ -30,24 +28,13 @@ class Model:
 Pair = Mapping[str, Model]  # OLD, NEW; one that is not known is missing
 
 
-def pair_of(table: Mapping[str, Any], where: str) -> Pair:
-    """Return the models that a scores.json is about, by its "ids": the first is the old one, the
-    last the new one, a single one the new one. Empty: an older fastlm wrote it, or another program.
+def pair_of(models: Sequence[Model]) -> Pair:
+    """Return the pair among the "ids" of a scores.json: the first is the old one, the last the new
+    one, a single one the new one. Empty: an older fastlm wrote it, or another program.
     """
-    if "ids" not in table:
-        return {}
-    models = convert(table["ids"], list[Model], f"{where}: ids")
     if len(models) > 1:
         return {OLD: models[0], NEW: models[-1]}
     return {NEW: models[0]} if models else {}
-
-
-def decided_pair(table: Mapping[str, Any], where: str) -> Pair:
-    """Return the models that a decision.json is about. Empty as in `pair_of`."""
-    given = table.get("models", {})
-    if not isinstance(given, Mapping) or given.keys() - {OLD, NEW}:
-        raise InputError(f"{where}: models: wanted {OLD} and {NEW}, got {given!r:.80}")
-    return {key: build(Model, value, f"{where}: models.{key}.") for key, value in given.items()}
 
 
 def common(pairs: Sequence[tuple[str, Pair]]) -> Pair:

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from fastlm.errors import InputError
-from fastlm.files import make_folder, read_json, save_atomic
-from fastlm.loop.gate import DECISION
+from fastlm.files import make_folder, save_atomic
+from fastlm.loop.gate import DECISION, Decision
 from fastlm.runs.stage import Facts, Job, Part, Stage, Takes
+from fastlm.schema import read_document
 
 MODEL, PROMOTION = "model", "promotion.json"
 
@@ -40,18 +41,16 @@ class Promotion(Stage):
     def run(self, job: Job) -> dict[str, Any]:
         from fastlm.checkpoint.folder import is_adapter, locate_model
         from fastlm.evals.suite import id_of
-        from fastlm.loop.pair import NEW, OLD, Model, check_decided, decided_pair
+        from fastlm.loop.pair import NEW, OLD, Model, check_decided
         from fastlm.runs.content_id import MODEL as FILES
 
         given = job.path("decision")
-        decision = read_json(given / DECISION if given.is_dir() else given)
-        promoted, gates = decision.get("promoted"), decision.get("gates")
-        if not isinstance(promoted, bool) or not isinstance(gates, list):
-            raise InputError(f"decision: wanted what fastlm gate writes, got {given}")
+        decision = read_document(given / DECISION if given.is_dir() else given, Decision)
+        promoted, gates = decision["promoted"], decision["gates"]
         wanted = {
             key: Model(one.name, id_of(one.where)) for key in (NEW, OLD) for one in job.inputs[key]
         }
-        decided = decided_pair(decision, f"decision: {given}")
+        decided = decision.get("models", {})
         check_decided(wanted, decided, str(given))
         if unknown := [key for key in wanted if key not in decided]:
             job.warn(f"decision: {given} does not name the {' and the '.join(unknown)} model")

@@ -7,7 +7,7 @@ from fastlm.errors import InputError
 from fastlm.runs.content_id import combined
 from fastlm.runs.kinds import KINDS
 from fastlm.runs.registry import SHORT, Known, Registry
-from fastlm.runs.scores import figure, scores
+from fastlm.runs.scores import figure, is_figure, scores
 from fastlm.runs.stage import options_of
 
 Row = dict[str, Any]  # stage, what, a, b; of scores also difference
@@ -59,7 +59,7 @@ def _compare(kind: str, a: Known | None, b: Known | None) -> Iterator[Row]:
     for what, first, second in (*_facts(kind, a, b), *_scores(a, b)):
         if first != second:
             row = {"stage": name, "what": what, "a": first, "b": second}
-            if isinstance(first, int | float) and isinstance(second, int | float):
+            if is_figure(first) and is_figure(second):
                 row["difference"] = second - first
             yield row
 

@@ -12,7 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
+
+from typing_extensions import TypedDict
 
 from fastlm.data.content import Contents
 from fastlm.data.packages import SCHEMES
@@ -20,8 +22,27 @@ from fastlm.errors import InputError
 from fastlm.machine import code, hardware
 from fastlm.runs.content_id import MODELS, NOT_CONTENT, PARTS, artifact_id, combined, matches
 from fastlm.runs.stage import Input, Job, Stage
+from fastlm.schema import Count, RelativePath
 
 MOST_FILES = 1000  # of a source that are listed one by one
+
+
+class InputRecord(TypedDict):
+    """What a stage read; ``id`` is None where it is no file."""
+
+    name: str
+    path: str
+    id: str | None
+
+
+class SourceRecord(TypedDict):
+    """What an option names; ``files``: name -> SHA-256."""
+
+    spec: str
+    package: NotRequired[str | None]
+    licence: NotRequired[str | None]
+    count: NotRequired[Count | None]
+    files: NotRequired[dict[str, str]]
 
 
 @dataclass
@@ -30,10 +51,8 @@ class Made:
 
     version: of the stage. finished: ISO 8601, UTC. code: as `fastlm.machine.code`. machine: as
     `fastlm.machine.hardware`. recipe: SHA-256 of the recipe. ids: type -> id of what was left.
-    hashes: SHA-256 of every file in ``outputs``. reads: input -> [{"name", "path", "id"}]; without
-    an id where it is no file. sources: what options name, [{"spec", "package", "licence", "count",
-    "files": {name: SHA-256}}]. earlier: ids that ``ids`` replaced when rows were forgotten
-    (`fastlm.runs.forget`), oldest first.
+    hashes: SHA-256 of every file in ``outputs``. reads: by input. earlier: ids that ``ids``
+    replaced when rows were forgotten (`fastlm.runs.forget`), oldest first.
     """
 
     version: int
@@ -43,9 +62,9 @@ class Made:
     recipe: str | None = None
     command: str | None = None
     ids: dict[str, str] = field(default_factory=dict)
-    hashes: dict[str, str] = field(default_factory=dict)
-    reads: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    sources: list[dict[str, Any]] = field(default_factory=list)
+    hashes: dict[RelativePath, str] = field(default_factory=dict)
+    reads: dict[str, list[InputRecord]] = field(default_factory=dict)
+    sources: list[SourceRecord] = field(default_factory=list)
     earlier: list[dict[str, str]] = field(default_factory=list)
 
 
@@ -63,7 +82,7 @@ def describe(
 
     ``known``: the id of an input that has a record already.
     """
-    reads: dict[str, list[dict[str, Any]]] = {}
+    reads: dict[str, list[InputRecord]] = {}
     for key, given in job.inputs.items():
         types = stage.reads[key].types
         reads[key] = [
@@ -115,7 +134,7 @@ def specs_of(stage: Stage) -> list[str]:
     return [spec for name in stage.sources_in for spec in getattr(stage, name)]
 
 
-def source(spec: str, contents: Contents) -> dict[str, Any]:
+def source(spec: str, contents: Contents) -> SourceRecord:
     """Describe a source that an option names: its files with their hashes, its licence."""
     from fastlm.data.licences import licence_of
 

@@ -2,17 +2,18 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fastlm.checkpoint.run_folder import STAGES
 from fastlm.errors import InputError
-from fastlm.files import read_json, save_atomic
+from fastlm.files import save_atomic
 from fastlm.runs.made import Made
 from fastlm.runs.recipe import Recipe
 from fastlm.runs.stage import Stage, options_of
-from fastlm.typed import build, check
+from fastlm.schema import Count, Finite, RelativePath, read_document
+from fastlm.typed import check
 
 ALONE = "record.json"  # in the folder of a stage that ran alone
 LAYOUT = 2  # of a run folder: one folder per stage
@@ -32,10 +33,10 @@ class Entry:
     fingerprint: str
     options: dict[str, Any] = field(default_factory=dict)
     inputs: dict[str, list[str]] = field(default_factory=dict)
-    leaves: dict[str, str] = field(default_factory=dict)
-    seconds: float | None = None
+    leaves: dict[str, RelativePath] = field(default_factory=dict)
+    seconds: Finite | None = None
     result: dict[str, Any] | None = None
-    outputs: dict[str, int] | None = None
+    outputs: dict[RelativePath, Count] | None = None
     made: Made | None = None
 
 
@@ -44,7 +45,14 @@ class Record:
     """The content of stages.json."""
 
     layout: int
-    stages: dict[str, Entry]
+    stages: dict[RelativePath, Entry]
+
+
+@dataclass
+class Alone(Entry):
+    """The content of record.json."""
+
+    layout: Literal[2] = LAYOUT  # type: ignore[assignment]
 
 
 def sizes_of(folder: Path, scratch: Sequence[str]) -> dict[str, int]:
@@ -73,16 +81,15 @@ def load_record(out: Path, recipe: Recipe) -> dict[str, Entry]:
     if not path.exists():
         return {}
     try:
-        table = read_json(path)
-        old = any(isinstance(v, Mapping) and "fingerprint" in v for v in table.values())
-        record = None if old and "layout" not in table else build(Record, table)
+        record = read_document(path, Record, extra="forbid")
     except InputError as e:
+        if _is_of_older_fastlm(path):
+            raise InputError(
+                f"{out}: was made by an older fastlm, whose recipes were not lists of stages;"
+                " choose another folder (fastlm run RECIPE --out NEW); its model stays readable,"
+                f" {out}/model"
+            ) from None
         raise _bad(path, e) from None
-    if record is None:
-        raise InputError(
-            f"{out}: was made by an older fastlm, whose recipes were not lists of stages; choose"
-            f" another folder (fastlm run RECIPE --out NEW); its model stays readable, {out}/model"
-        )
     if record.layout != LAYOUT:
         raise InputError(f"{path}: wanted layout {LAYOUT}, got {record.layout}")
     for name, entry in record.stages.items():
@@ -97,9 +104,18 @@ def load_record(out: Path, recipe: Recipe) -> dict[str, Entry]:
     return record.stages
 
 
+def _is_of_older_fastlm(path: Path) -> bool:
+    try:
+        table = read_document(path, dict[str, Any])
+    except InputError:
+        return False
+    old = any(isinstance(v, Mapping) and "fingerprint" in v for v in table.values())
+    return old and "layout" not in table
+
+
 def _bad(path: Path, error: InputError) -> InputError:
     return InputError(
-        f"{path}: wanted the record of a run: {error}; choose another folder with --out, or delete"
+        f"{error}: expected the record of a run; choose another folder with --out, or delete"
         f" {path.parent} to start again"
     )
 
@@ -121,10 +137,8 @@ def save_alone(out: Path, entry: Entry) -> None:
 
 def load_alone(path: Path) -> Entry:
     """Read a record that `save_alone` wrote. InputError: damaged, or of another fastlm."""
-    table = read_json(path)
-    if (layout := table.pop("layout", None)) != LAYOUT:
-        raise InputError(f"{path}: wanted layout {LAYOUT}, got {layout!r:.20}")
-    return build(Entry, table, f"{path}: ")
+    alone = read_document(path, Alone, extra="forbid")
+    return Entry(**{f.name: getattr(alone, f.name) for f in fields(Entry)})
 
 
 def table_of(entry: Entry) -> dict[str, Any]:

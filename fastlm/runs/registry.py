@@ -21,11 +21,11 @@ from fastlm.checkpoint.run_folder import STAGES
 from fastlm.data.content import Contents
 from fastlm.data.forgotten import append_lines
 from fastlm.errors import InputError
-from fastlm.files import parse_json, read_json, reason
+from fastlm.files import reason
 from fastlm.runs.content_id import MODELS
 from fastlm.runs.made import digest, model_id
 from fastlm.runs.record import ALONE, Entry, Record, load_alone, table_of
-from fastlm.typed import build
+from fastlm.schema import RelativePath, parse, read_document
 
 INDEX = "index.jsonl"
 SHORT = 12  # characters of an id that are shown
@@ -89,6 +89,15 @@ class Known:
                 yield from (read["id"] for read in reads if read.get("id"))
             for source in made.sources:
                 yield from source.get("files", {}).values()
+
+
+@dataclass
+class IndexRow:
+    """A line of the index."""
+
+    id: str
+    name: RelativePath
+    entry: Entry
 
 
 @dataclass
@@ -268,7 +277,7 @@ def _scan(root: Path, folder: Path, warnings: list[str]) -> Iterator[Known]:
 
 def _entries(path: Path) -> Iterator[tuple[str, Entry]]:
     """The finished stages of a run."""
-    for name, entry in build(Record, read_json(path), f"{path}: ").stages.items():
+    for name, entry in read_document(path, Record, extra="forbid").stages.items():
         if entry.outputs is not None:
             yield name, entry
 
@@ -299,20 +308,18 @@ def _read_index(path: Path, warnings: list[str]) -> dict[str, Known]:
     if not path.is_file():
         return found
     try:
-        lines = path.read_text("utf-8", "replace").splitlines()
+        lines = path.read_text("utf-8", "replace").split("\n")
     except OSError as error:
         warnings.append(f"{path}: cannot be read: {reason(error)}")
         return found
     for number, line in enumerate(lines, 1):
         try:
-            row = parse_json(line, path)
-            entry = build(Entry, row["entry"])
-            found[str(row["id"])] = Known(
-                str(row["id"]), str(row["name"]), path.parent / str(row["name"]), entry, GONE
-            )
-        except (InputError, KeyError, TypeError):
+            row = parse(line, IndexRow, f"{path}:{number}", extra="forbid")
+        except InputError as error:
             if line.strip():
-                warnings.append(f"{path}, line {number}: wanted a record, left out")
+                warnings.append(f"{error}; left out")
+            continue
+        found[row.id] = Known(row.id, row.name, path.parent / row.name, row.entry, GONE)
     return found
 
 

@@ -1,5 +1,6 @@
 """The figures in a stage's result: which count as scores, and the one that stands for all."""
 
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -30,9 +31,14 @@ def _figures(table: Mapping[str, Any], before: str, depth: int) -> Iterator[tupl
             continue
         if isinstance(value, Mapping) and depth:
             yield from _figures(value, f"{name}.", depth - 1)
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            if value == value and abs(value) != float("inf"):
-                yield name, value
+        elif is_figure(value):
+            yield name, value
+
+
+def is_figure(value: Any) -> bool:
+    """Whether a value is a number: neither NaN, nor infinite, nor beyond all floats."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and abs(value) <= sys.float_info.max
 
 
 def headline(entry: Entry) -> str:

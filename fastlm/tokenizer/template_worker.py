@@ -85,6 +85,7 @@ def start(path: list[str]) -> Any:
     environment.filters["regex_replace"] = lambda text, pattern, new, count=0: re.sub(
         pattern, new, text, count=count
     )
+    environment.filters["regex_findall"] = lambda text, pattern: re.findall(pattern, text)
     environment.globals.update(
         raise_exception=refuse, strftime_now=lambda pattern: _today.now().strftime(pattern)
     )

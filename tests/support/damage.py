@@ -40,3 +40,22 @@ def outcome(call) -> str:
     except InputError as error:
         assert "\n" not in str(error) and len(str(error)) <= 1000, str(error)
         return "refused"
+
+
+TEXTS = [b"\xff", b"\0", b"\xed\xa0\x80", b"[" * 20_000, b"{" * 20_000, b"- " * 20_000, b"9" * 5000,
+         b"NaN", b"-1e999", b'"', b"'", b"\\", b"\n", b"\r\n", b": ", b"#", b"a." * 20_000, b"= 1",
+         b"!!python/name:os.system ", b"&a [*a, *a]", b"? [a, b] : c\n", b"{{", b"%", b"\xc2\x85",
+         b"2024-13-01", b"<<: ", b"0x" + b"f" * 5000, b"[[a]]\n", b"\t"]  # fmt: skip
+
+
+def damaged(data: bytes, draw: random.Random) -> bytes:
+    """``data`` with a text put in, a piece cut out, or cut off: of any format."""
+    at, end = sorted(draw.randrange(len(data) + 1) for _ in range(2))
+    what = draw.random()
+    if what < 0.5:
+        return data[:at] + draw.choice(TEXTS) + data[at:]
+    if what < 0.7:
+        return data[:at] + draw.choice(TEXTS) + data[min(end, at + 20) :]
+    if what < 0.9:
+        return data[:at] + data[min(end, at + 20) :]
+    return data[:at] if what < 0.95 else data[at:]

@@ -330,7 +330,8 @@ def test_records_of_another_kind(finished, tmp_path):
     for name in ("stages.json", ".lock"):
         (run / name).unlink()
         os.mkfifo(run / name)
-        refused("run", finished / "tiny.toml", "-o", run, text="wanted a")
+        word = "expected a" if name == "stages.json" else "wanted a"
+        refused("run", finished / "tiny.toml", "-o", run, text=word)
         (run / name).unlink()
         file.write_text(whole)
     (run / "report.html").unlink()

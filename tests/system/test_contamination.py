@@ -1,8 +1,10 @@
 """Questions in training data are found, and their share; bits per byte by source; the stage."""
 
 import io
+import itertools
 import json
 import random
+import textwrap
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from fastlm.evals.contamination import overlap, question_texts
 from fastlm.evals.ngrams import hashes
 from fastlm.evals.sets.mmlu import subject_questions
 from fastlm.evals.stage import Eval
+from fastlm.evals.task import Choices
 from fastlm.evals.texts import text_bits_per_byte
 from fastlm.serve.chat import load_model
 
@@ -54,31 +57,79 @@ def test_hashes_are_those_of_the_ngrams():
     assert len(hashes(tokens[:12], 13)) == 0 and len(hashes(tokens[:13], 13)) == 1
 
 
+class Letters:
+    """A speller to which a token is a letter."""
+
+    def of(self, tokens):
+        return tokens.astype(np.uint8)
+
+
 def test_overlap_is_that_of_a_plain_search(monkeypatch):
-    """Random questions and data of few tokens, so that n-grams of all kinds are shared."""
+    """Random questions and data of few letters, so that runs of all sizes are shared."""
     monkeypatch.setattr(contamination, "BLOCK", 100)
     rng = np.random.default_rng(1)
-    data = rng.integers(0, 40, 2000).astype(np.uint16)
+    data = rng.integers(97, 123, 2000).astype(np.uint8)
     questions = []
-    for length in (5, 8, 12, 13, 14, 30, 60):
+    for length in (20, 25, 39, 40, 50, 90, 150):
         at = int(rng.integers(0, 2000 - length))
         for changed in ((), (length // 2,), (3, length - 4)):
-            question = data[at : at + length].astype(np.int64)
-            question[list(changed)] = 99
-            questions.append(question)
-    found = overlap(questions, Tokens(data))
-    for question, share in zip(questions, found.share):
-        n = 13 if len(question) >= 13 else 8
-        grams = {tuple(data[i : i + n]) for i in range(len(data) - n + 1)}
-        covered = np.zeros(len(question), bool)
-        for i in range(len(question) - n + 1):
-            if tuple(question[i : i + n]) in grams:
+            question = data[at : at + length].copy()
+            question[list(changed)] = ord("0")
+            questions.append(("", question.tobytes().decode(), "000"))
+    found = overlap(questions, Tokens(data), Letters())
+    text = data.tobytes().decode()
+    for (_, body, end), share in zip(questions, found.share):
+        whole, n = body + end, 40 if len(body) >= 40 else 25
+        covered = np.zeros(len(whole), bool)
+        for i in range(len(whole) - n + 1):
+            if whole[i : i + n] in text:
                 covered[i : i + n] = True
-        if len(question) < 8:
+        if len(whole) < 25:
             assert np.isnan(share)
         else:
-            assert share == covered.mean()
+            alone = covered[: len(body)].mean() if len(body) >= n else 0
+            assert share == max(covered.mean(), alone)
     assert found.share[-3] == 1 and 0 < found.share[-2] < 1
+
+
+QUESTIONS = [
+    (f"Why do {animal} of {place} sleep through the long winter?", f" since {food} is rare there")
+    for animal, place, food in (("bears", "Norway", "fish"), ("hedgehogs", "Kent", "worms"),
+                                ("bats", "the Alps", "insects"), ("dormice", "Wales", "fruit"))
+]  # fmt: skip
+COPIES = {
+    "as it is": lambda question, answer: f"Question: {question}\nAnswer:{answer}",
+    "wrapped": lambda question, answer: "\n".join(textwrap.wrap(f"{question} A:{answer}", 30)),
+    "lower case": lambda question, answer: f"{question} {answer}".lower(),
+    "capitals": lambda question, answer: f"{question} {answer}".upper(),
+    "marked": lambda question, answer: f'* "{question.replace(" ", "  ")}" --{answer}.',
+    "alone": lambda question, answer: question,
+}
+
+
+@pytest.mark.parametrize("copy", COPIES)
+def test_copies_are_found_however_they_are_set(copy, base):
+    """Tokens differ; letters do not. A question without its answer is a copy too."""
+    model, tokenizer = load_model(base)
+    rows = [Choices(str(i), ((f"Question: {q}\nAnswer:", a),), 0) for i, (q, a) in
+            enumerate(QUESTIONS)]  # fmt: skip
+    rng = random.Random(3)
+    planted = [COPIES[copy](*QUESTIONS[i]) for i in (0, 2)]
+    texts = [f"{sentence(rng)} {text} {sentence(rng)}" for text in planted]
+    ids = [*itertools.chain(*([*tokenizer.encode(text), tokenizer.eos_id] for text in texts))]
+    speller = contamination.Speller(tokenizer, model.config.vocab_size)
+    found = overlap(question_texts(rows), Tokens(np.array(ids)), speller)
+    assert (found.share >= contamination.DIRTY).tolist() == [True, False, True, False]
+
+
+def test_letters_of_tokens_are_those_of_the_text(base):
+    model, tokenizer = load_model(base)
+    speller = contamination.Speller(tokenizer, model.config.vocab_size)
+    text = "The TREE's 3rd «river»: Straße, naïve — 水.\n\tstone"
+    spelled = speller.of(np.array(tokenizer.encode(text))).tobytes()
+    assert spelled.decode() == contamination.letters(text).tobytes().decode()
+    ids = np.array([*tokenizer.encode("a"), tokenizer.eos_id, *tokenizer.encode("b")])
+    assert speller.of(ids).tobytes() == b"a\0b"  # documents do not touch
 
 
 def test_examples_are_no_part_of_a_question(tmp_path):
@@ -88,12 +139,14 @@ def test_examples_are_no_part_of_a_question(tmp_path):
     ]
     asked = subject_questions("anatomy", rows[:5], rows[5:], letters=False)
     texts = question_texts(asked)
-    assert texts[0] == f"Question: How {WORDS[5]} is it?\nAnswer: {WORDS[5]}"
-    assert question_texts(asked[:1]) == texts[:1]
+    assert texts[0] == ("Question:", f" How {WORDS[5]} is it?", f"\nAnswer: {WORDS[5]}")
+    assert "".join(*question_texts(asked[:1])).strip() == "".join(texts[0])
     without = subject_questions("anatomy", [], rows, letters=False)
-    assert question_texts(without) == [f"Question: How {w} is it?\nAnswer: {w}" for w in WORDS]
+    assert ["".join(text) for text in question_texts(without)] == [
+        f"Question: How {w} is it?\nAnswer: {w}" for w in WORDS
+    ]
     needle = load_task("needle:128", tmp_path)
-    assert question_texts(needle.questions)[0].endswith(needle.questions[0].gold)
+    assert question_texts(needle.questions)[0][2].endswith(needle.questions[0].gold)
 
 
 @pytest.fixture(scope="module")

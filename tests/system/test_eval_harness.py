@@ -1,16 +1,23 @@
 """fastlm's models in lm-evaluation-harness, beside its own ``hf`` with the same weights."""
 
+import ast
 import json
+import runpy
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from preference_models import WORDS, make_base
+from question_files import write_arrow
 
 from fastlm.errors import InputError
+from fastlm.evals.catalog import load_task
+from fastlm.evals.sets import glue, mmlu
 
 pytest.importorskip("transformers")
 pytest.importorskip("lm_eval", reason="needs the harness: pip install fastlm[harness]")
@@ -193,6 +200,141 @@ def test_the_command_line_of_the_harness(base, tmp_path, monkeypatch, capsys):
     assert ended.value.code == 2
     told = "fastlm: model_args: dtyp: unknown key; the nearest known one is 'dtype'"
     assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shots", [0, 2])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"output_type": "loglikelihood", "doc_to_text": "{{text.split(' ')[:-1]|join(' ')}}",
+         "doc_to_target": "{{' '+text.split(' ')[-1]}}"},  # as LAMBADA's
+        {"output_type": "loglikelihood", "doc_to_text": "text", "doc_to_target": "word"},
+        {"output_type": "multiple_choice", "doc_to_text": "Q: {{text}}\n", "doc_to_choice": "names",
+         "doc_to_target": "label", "target_delimiter": "", "description": "Choose.\n\n"},
+        {"output_type": "multiple_choice", "doc_to_text": "text", "doc_to_choice": ["cat", " dog"],
+         "doc_to_target": "{{label}}", "fewshot_delimiter": "\n###\n"},
+        {"output_type": "generate_until", "doc_to_text": "{{text}}\n\n", "doc_to_target": "word",
+         "generation_kwargs": {"until": ["\n"], "max_gen_toks": 5}},
+    ],
+)  # fmt: skip
+def test_a_task_of_ones_own_asks_what_the_harness_asks(keys, shots, tmp_path, monkeypatch):
+    from lm_eval.api.task import ConfigurableTask
+
+    from fastlm.evals.own.task import read_task
+
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_OFFLINE", True)
+    rows = [
+        {"text": f"the cat {i} sat on  mat{i}", "names": ["a", "b"], "label": i % 2, "word": "cat"}
+        for i in range(3)
+    ]
+    for part in ("test", "train"):
+        text = "".join(json.dumps(row | {"word": part}) + "\n" for row in rows)
+        (tmp_path / f"{part}.jsonl").write_text(text)
+    files = {part: str(tmp_path / f"{part}.jsonl") for part in ("test", "train")}
+    config = {
+        "task": "t", "dataset_path": "json", "dataset_kwargs": {"data_files": files},
+        "test_split": "test", "fewshot_split": "train", "num_fewshot": shots,
+        "fewshot_config": {"sampler": "first_n"}, **keys,
+    }  # fmt: skip
+    (tmp_path / "t.yaml").write_text(json.dumps(config))
+    theirs = ConfigurableTask(config=json.loads(json.dumps(config)))
+    theirs.build_all_requests()
+    asked = [instance.args for instance in theirs.instances]
+    found = []
+    for q in read_task(tmp_path / "t.yaml").questions:
+        if keys["output_type"] == "multiple_choice":
+            found += q.requests
+        elif keys["output_type"] == "loglikelihood":
+            found.append((q.prompt, q.gold))
+        else:
+            found.append((q.prompt, {"until": list(q.stop), "max_gen_toks": q.max_new_tokens}))
+    if keys["output_type"] == "generate_until":
+        names = ("until", "max_gen_toks")
+        asked = [(prompt, {name: options[name] for name in names}) for prompt, options in asked]
+    assert found == asked
+
+
+ROW = {
+    "question": " Where is it", "sentence": "it's  a good film .", "sentence1": "A man.",
+    "sentence2": "He runs.", "premise": "The man ran. ", "hypothesis": "he slept", "label": 1,
+    "choices": ["a b", "B", "c", "d"], "choice1": "It rained.", "choice2": "He fell.",
+}  # fmt: skip
+TRIVIA = ROW | {"answer": {"value": "Boulevard", "aliases": ["Blvd", "Boulevard"]}}
+SETS = {  # the harness' file -> rows, what fastlm makes of them with the first as its example
+    "glue/rte/default.yaml": (ROW, glue.rte),
+    "glue/sst2/default.yaml": (ROW, glue.sst2),
+    "glue/mrpc/default.yaml": (ROW, glue.mrpc),
+    "super_glue/cb/default.yaml": (ROW, glue.cb),
+    "super_glue/copa/default.yaml": (ROW | {"question": "cause"}, glue.copa),
+    "mmlu/default/mmlu_anatomy.yaml": (ROW | {"answer": 1}, True),
+    "mmlu/continuation/mmlu_anatomy.yaml": (ROW | {"answer": 1}, False),
+    "triviaqa/default.yaml": (TRIVIA, "triviaqa"),
+    "nq_open/nq_open.yaml": (ROW | {"answer": ["here", "there"]}, "nq_open"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("file", SETS)
+def test_sets_are_asked_in_the_templates_of_the_harness(file, tmp_path):
+    """Rendered from the harness' own files, with one example where fastlm has them."""
+    row, made = SETS[file]
+    config = harness_config(file)
+    text, target = (_harness(config[f"doc_to_{key}"], row) for key in ("text", "target"))
+    if "doc_to_choice" in config:
+        choices = _harness(config["doc_to_choice"], row)
+        choices = ast.literal_eval(choices) if isinstance(choices, str) else choices
+        target = choices[int(target)] if str(target).isdigit() else target
+    else:
+        target = ast.literal_eval(target)[0]
+    delimiter = config.get("target_delimiter", " ")
+    between = config.get("fewshot_delimiter", "\n\n")
+    prompt = f"{config.get('description', '')}{text}{delimiter}{target}{between}{text}"
+    if callable(made):
+        found = glue.requests_of(made, row)
+        assert found == tuple((text, delimiter + choice) for choice in choices)
+    elif isinstance(made, bool):
+        (question,) = mmlu.subject_questions("anatomy", [row], [row], letters=made)
+        assert question.requests == tuple((prompt, delimiter + choice) for choice in choices)
+    else:
+        folder = {"triviaqa": "trivia_qa/rc.wikipedia.nocontext", "nq_open": "nq_open/none"}[made]
+        write_arrow(tmp_path, folder, "validation", [{"question": row["question"],
+                                                      "answer": row["answer"]}] * 6)  # fmt: skip
+        (question,) = load_task(f"{made}:5shot", tmp_path).questions
+        example = f"{text}{delimiter}{target}{between}"
+        assert question.prompt == f"{config.get('description', '')}{example * 5}{text}"
+
+
+def harness_config(file):
+    """A task's file of the harness with what it includes; a function becomes itself."""
+    import lm_eval.tasks
+
+    path = Path(lm_eval.tasks.__file__).parent / file
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    def function(loader, node):
+        module, _, name = loader.construct_scalar(node).rpartition(".")
+        if module != "utils":
+            return None
+        return runpy.run_path(str(path.parent / "utils.py"))[name]
+
+    Loader.add_constructor("!function", function)
+    config = yaml.load(path.read_text(), Loader)
+    if base := config.get("include"):
+        config = yaml.load((path.parent / base).read_text(), Loader) | config
+    return config
+
+
+def _harness(template, row):
+    """As `lm_eval.api.task.ConfigurableTask` renders a key."""
+    from lm_eval.utils import apply_template
+
+    if callable(template):
+        return template(row)
+    if not isinstance(template, str):
+        return template
+    return row[template] if template in row else apply_template(template, row)
 
 
 def test_a_missing_harness_is_one_line():

@@ -72,7 +72,7 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize("make", [choices, written])
-@pytest.mark.parametrize("torn", [b"", b'{"id": "9", "logp', b'{"id": "8"}\n{"id": "9"}\n'])
+@pytest.mark.parametrize("torn", [b"", b'{"id": "9", "logp', 2])
 def test_a_killed_evaluation_continues_with_the_same_bits(
     make, torn, scorer, tmp_path, monkeypatch
 ):
@@ -94,7 +94,8 @@ def test_a_killed_evaluation_continues_with_the_same_bits(
         ask(task, scorer, results, **options)
     assert len(path.read_bytes().splitlines()) == 1 + asking.PART
     with open(path, "ab") as file:  # what a kill in the middle of a part leaves
-        file.write(torn)
+        lines = (tmp_path / "whole.jsonl").read_bytes().splitlines(keepends=True)[9:]
+        file.write(b"".join(lines[:torn]) if isinstance(torn, int) else torn)
     with Results(path, {"task": task.hash}) as results:
         assert ask(task, scorer, results, **options) == whole
     assert path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
@@ -126,11 +127,54 @@ def test_records_of_something_else_are_refused(tmp_path):
     path = tmp_path / "r.jsonl"
     with Results(path, {"task": "one"}) as results:
         results.add([{"id": "0"}])
-    with pytest.raises(InputError, match=r"wanted records of .*two.*got those of .*one"):
+    with pytest.raises(InputError, match=r"expected records of .*two.*got those of .*one"):
         Results(path, {"task": "two"})
     path.write_bytes(path.read_bytes() + b"not json\n" + b'{"id": "1"}\n')
-    with pytest.raises(InputError, match="line 3: wanted JSON"):
+    with pytest.raises(InputError, match=r"r.jsonl:3: expected JSON"):
         Results(path, {"task": "one"})
+
+
+@pytest.fixture(scope="module")
+def records(scorer, tmp_path_factory):
+    """Kind of task -> the records of three questions."""
+    files = {}
+    for make in (choices, written):
+        path = tmp_path_factory.mktemp("records") / "r.jsonl"
+        with Results(path, {}) as results:
+            ask(make(3), scorer, results)
+        files[make] = path.read_bytes()
+    return files
+
+
+@pytest.mark.parametrize(
+    ("make", "old", "new", "refusal"),
+    [
+        (choices, b'"id": "1"', b'"id": "2"', ":3: id: expected '1', got '2'"),
+        (choices, b'"logprob": [', b'"logprob": [1.0, ', ":2: logprob: expected 4 values, got 5"),
+        (choices, b'"logprob": [', b'"logprob": ["a", ', ":2: logprob[0]: expected a number"),
+        (choices, b'"logprob"', b'"lp"', ":2: logprob: expected this field, got nothing"),
+        (choices, b'{"id": "0"', b"[" * 9000, ":2: expected at most 200 levels of nesting"),
+        (written, b'"scores": [', b'"scores": [1.0, ', ":2: scores: expected 1 values, got 2"),
+        (written, b'"scores": [0', b'"scores": [NaN, 0', ":2: scores[0]: expected a finite number"),
+        (written, b'"answers": [', b'"answers": [1, ', ":2: answers[0]: expected a string, got 1"),
+        (written, b'"gold": ', b'"gold": "x", "g": ', ":2: gold: expected a number, got 'x'"),
+    ],
+)
+def test_damaged_records_are_refused_by_line(make, old, new, refusal, scorer, records, tmp_path):
+    path = tmp_path / "r.jsonl"
+    assert old in records[make]
+    path.write_bytes(records[make].replace(old, new, 1))
+    with pytest.raises(InputError) as refused:
+        with Results(path, {}, asking.schema_of(make(3))) as results:
+            ask(make(3), scorer, results)
+    assert str(refused.value).startswith(f"{path}{refusal}"), refused.value
+
+
+def test_records_of_more_questions_are_refused(scorer, records, tmp_path):
+    (tmp_path / "r.jsonl").write_bytes(records[choices])
+    with Results(tmp_path / "r.jsonl", {}) as results:
+        with pytest.raises(InputError, match="expected at most 2 records, got 3"):
+            ask(choices(2), scorer, results)
 
 
 def test_measures_follow_their_formulas():

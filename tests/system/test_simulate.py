@@ -281,7 +281,9 @@ def test_the_gate_decides_which_model_serves_next(made, tmp_path, promoted):
     served = (tmp_path / "out" / "model" / "model.safetensors").read_bytes()
     assert served == (other / "model.safetensors").read_bytes()
     (tmp_path / "decision.json").write_text('{"promoted": "yes"}')
-    with pytest.raises(InputError, match="decision: wanted what fastlm gate writes"):
+    with pytest.raises(
+        InputError, match=r"decision.json: promoted: expected true or false, got 'yes'"
+    ):
         stage(tmp_path / "out", **given)
 
 
@@ -388,7 +390,7 @@ def test_scores_and_decisions_of_an_older_fastlm_are_warned_of(measured, tmp_pat
     result, warned = promote(tmp_path, new=other, old=old)
     assert result["serves"] == str(other) and warned == [f"{said}new and the old model"]
     path.write_text(json.dumps(table | {"models": {"new": {"name": "new"}}}))
-    with pytest.raises(InputError, match=r"models\.new\.id: wanted, is missing"):
+    with pytest.raises(InputError, match=r"models\.new\.id: expected this field, got nothing"):
         promote(tmp_path, new=new, old=old)
     path.write_text(json.dumps(table | {"models": {"new": 3}}))
     with pytest.raises(InputError, match=r"models\.new: wanted a table, got a whole number"):

@@ -1,6 +1,7 @@
 """Tasks in lm-evaluation-harness' format, with local data: what they ask, what is refused."""
 
 import json
+import os
 
 import pytest
 import question_files as files
@@ -116,7 +117,7 @@ def test_a_task_of_likelihoods_is_right_where_greedy(tmp_path):
     text = WRITTEN[: WRITTEN.index("generation_kwargs")].replace("generate_until", "loglikelihood")
     task = load_task(write_sums(tmp_path, text), tmp_path)
     assert measured(task, oracle(task), tmp_path)["acc"] == 1
-    assert measured(task, files.Known(says=lambda prompt: " 3 and more"), tmp_path)["acc"] == 0.5
+    assert measured(task, files.Known(says=lambda prompt: "3 and more"), tmp_path)["acc"] == 0.5
 
 
 def test_a_file_may_include_another(tmp_path):
@@ -127,33 +128,53 @@ def test_a_file_may_include_another(tmp_path):
 
 
 REFUSED = [
-    ("num_fewshot: 2", "num_fewshots: 2", r"line 9: num_fewshots: .*num_fewshot\b"),
-    ("num_fewshot: 2", "num_fewshot: two", "line 9: num_fewshot: wanted another type, got str"),
-    ("num_fewshot: 2", "num_fewshot: 9", "line 9: num_fewshot: wanted 9 examples"),
-    ("num_fewshot: 2", "process_docs: !function utils.f", "line 9: .*!function utils.f: Python"),
-    ("num_fewshot: 2", "process_docs: utils.f", "line 9: process_docs: wanted a task without Py"),
-    ("num_fewshot: 2", "test_split: test", "line 9: test_split: wanted once"),
-    ("num_fewshot: 2", "num_fewshot: [2", "line 1[01]: wanted YAML, got"),
-    ("num_fewshot: 2", "a: &a [1]\nb: *a", r"line 10: wanted no alias, got \*a"),
-    ("metric: acc_norm", "metric: f1", "line 15: metric_list: wanted acc, acc_norm, acc_bytes"),
-    ("dataset_path: json", "dataset_path: super_glue", "line 2: dataset_path: wanted json or csv"),
+    ("num_fewshot: 2", "num_fewshots: 2", r"yaml:9: num_fewshots: .*num_fewshot\b"),
+    ("num_fewshot: 2", "num_fewshot: two", "yaml:9: num_fewshot: expected a whole number"),
+    ("num_fewshot: 2", "num_fewshot: -1", "yaml:9: num_fewshot: expected greater than or equal"),
+    ("num_fewshot: 2", "num_fewshot: 9", "yaml:9: num_fewshot: expected 9 examples"),
+    ("num_fewshot: 2", "process_docs: !function utils.f", "yaml:9: .*!function utils.f'?: Python"),
+    ("num_fewshot: 2", "process_docs: utils.f", "yaml:9: process_docs: expected a task without Py"),
+    ("num_fewshot: 2", "test_split: test", "yaml:9: 'test_split': expected once"),
+    ("num_fewshot: 2", "num_fewshot: [2", "yaml:1[01]: expected YAML, got"),
+    ("num_fewshot: 2", "a: &a [1]\nb: *a", r"yaml:10: expected no alias, got \*a"),
+    ("num_fewshot: 2", "? [a, b]\n: c", "yaml:9: expected a key of text, got "),
+    ("num_fewshot: 2", '"a\\nb": c', r"yaml:9: expected a key of text, got 'a\\nb'"),
+    ("num_fewshot: 2", "metadata: " + "[" * 20_000, "yaml:9: expected YAML, got: more than 50 lev"),
+    ("num_fewshot: 2", "metadata: " + "{a: " * 20_000, "yaml:9: expected YAML, got: more than 50"),
+    ("num_fewshot: 2", "metadata:\n  " + "- " * 20_000, "yaml:10: .*: more than 50"),
+    ("num_fewshot: 2", "tag: {[a]: b}", "yaml:9: expected YAML, got: found unhashable key"),
+    ("num_fewshot: 2", "num_fewshot: !!int x", "yaml: expected YAML, got"),
+    ("metric: acc_norm", "metric: f1", "yaml:15: metric_list: expected acc, acc_norm, acc_bytes"),
+    ("- metric: acc_norm", "- acc_norm", r"yaml:15: metric_list\[1\]: expected an obj"),
+    ("dataset_path: json", "dataset_path: super_glue", "yaml:2: dataset_path: expected 'json'"),
     ("test: animals", "test: nothing",
-     r"animals.yaml, line 3: dataset_kwargs: data_files: wanted nothing.jsonl in /.+ or /.+, got"),
-    ("test_split: test", "test_split: dev", "line 3: dataset_kwargs: .*the split 'dev'"),
-    ("multiple_choice", "loglikelihood_rolling", "line 10: output_type: wanted one of multiple"),
+     r"yaml:3: dataset_kwargs: data_files: expected nothing.jsonl in /.+ or /.+, got"),
+    ("test: animals.jsonl", "test: 5",
+     "yaml:3: dataset_kwargs.data_files.test: expected a string or an array, got 5"),
+    ("test: animals.jsonl", "test: /dev/zero", "/dev/zero: expected a readable file"),
+    ("test: animals.jsonl", "test: pipe", "pipe: expected a readable file, got: a folder"),
+    ("test: animals.jsonl", f"test: {'a' * 300}", r"data_files.test: expected at most 255"),
+    ("task: animals", "include: pipe", "pipe: wanted a readable text file, got: a folder"),
+    ("task: animals", 'include: "a\\0"', "wanted a readable text file, got: no name of a file"),
+    ("task: animals", "include: animals.yaml", "include: expected one file, at most eight deep"),
+    ("test_split: test", "test_split: dev", "yaml:3: dataset_kwargs: data_files: expected 'dev'"),
+    ("multiple_choice", "loglikelihood_rolling", "yaml:10: output_type: expected 'multiple_"),
     ("doc_to_target: label", "doc_to_target: moo",
-     "doc_to_target: wanted one of 'cat', 'dog', or its number from 0, got 'moo'"),
+     "doc_to_target: expected one of 'cat', 'dog', or its number from 0, got 'moo'"),
+    ("doc_to_target: label", 'doc_to_target: "²"', "doc_to_target: expected one of 'cat', 'dog'"),
     ("{{sound | trim}}", "{{noise}}", r"doc_to_text: .*'noise' is undefined \(.*row 1\)"),
-    ("{{sound | trim}}", "{{sound.x()}}", "line 12: doc_to_text: cannot be rendered"),
-    ("{{sound | trim}}", "{{''.__class__.mro()}}", "line 12: doc_to_text: .*unsafe"),
-    ("{{sound | trim}}", "{{sound", "line 12: doc_to_text: cannot be rendered"),
-    ('"{{names}}"', '"{{sound}}"', "line 13: doc_to_choice: wanted a list of two or more"),
+    ("{{sound | trim}}", "{{sound.x()}}", "yaml:12: doc_to_text: cannot be rendered"),
+    ("{{sound | trim}}", "{{''.__class__.mro()}}", "yaml:12: doc_to_text: .*unsafe"),
+    ("{{sound | trim}}", "{{sound", "yaml:12: doc_to_text: cannot be rendered"),
+    ('"{{names}}"', '"{{sound}}"', "yaml:13: doc_to_choice: expected a list of two or more"),
+    ('"{{names}}"', '"{ {}: 1 }"', "yaml:13: doc_to_choice: expected a list of two or more"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("old", "new", "told"), REFUSED)
 def test_faults_are_told_by_line_and_key(old, new, told, tmp_path):
     assert old in GIVEN
+    os.mkfifo(tmp_path / "pipe")
     with pytest.raises(InputError, match=told) as error:
         load_task(write_given(tmp_path, GIVEN.replace(old, new)), tmp_path)
     assert "\n" not in str(error.value)
@@ -162,17 +183,23 @@ def test_faults_are_told_by_line_and_key(old, new, told, tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "told"),
     [
-        ("function: take_first", "function: map", "line 17: filter_list: wanted take_first"),
-        ("temperature: 0", "temperature: 1", "line 8: generation_kwargs: wanted temperature 0"),
-        ("temperature: 0", "top_k: 1", "line 8: generation_kwargs: wanted .*, got 'top_k'"),
+        ("function: take_first", "function: map", r"yaml:17: filter_list\[0\].filter\[1\].func"),
+        ("temperature: 0", "temperature: 1", "yaml:8: generation_kwargs.temperature: expected 0"),
+        ("temperature: 0", "top_k: 1", "yaml:8: generation_kwargs.top_k: expected no such field"),
+        ("toks: 12", "toks: 0", "yaml:8: generation_kwargs.max_gen_toks: expected greater than"),
+        ('[0-9]+)"', '[0-9]+"', "yaml:17: filter_list: expected a pattern of Python's re, .*miss"),
+        ("(-?[0-9]+)|(none)", "(a+)+$", "yaml:17: filter_list: .*it does not end within 0.3 s"),
+        ("(-?[0-9]+)|(none)", r"(\\s+)*:", "yaml:17: filter_list: .*it does not end within 0.3"),
         (
-            "max_gen_toks: 12",
-            "max_gen_toks: 0",
-            "line 8: generation_kwargs: max_gen_toks: wanted 1",
+            "ignore_case: true",
+            "regexes_to_ignore: [x, '(a']",
+            "yaml:13: metric_list: expected a pat",
         ),
     ],
 )
-def test_faults_of_answers_are_told(old, new, told, tmp_path):
+def test_faults_of_answers_are_told(old, new, told, tmp_path, monkeypatch):
+    monkeypatch.setattr("fastlm.tokenizer.chat_template.SECONDS", 0.3)
+    assert old in WRITTEN
     with pytest.raises(InputError, match=told):
         load_task(write_sums(tmp_path, WRITTEN.replace(old, new)), tmp_path)
 
@@ -180,21 +207,24 @@ def test_faults_of_answers_are_told(old, new, told, tmp_path):
 def test_damaged_data_is_told_by_line(tmp_path):
     path, good = write_given(tmp_path), '{"sound": "a", "names": ["b", "c"], "label": 0}\n'
     cases = {
-        f'{good}{{"sound"\n': "animals.jsonl, line 2: wanted JSON lines",
-        f"{good}\n[1]\n": "animals.jsonl, line 3: wanted an object, got list",
-        f"{good}{good.replace('0', '7')}": r"line 1[34]: doc_to_target: .*got 7 \(.*line 2\)",
-        "": "animals.jsonl: wanted rows, got none",
-        "[1, 2": "animals.jsonl, line 1: wanted JSON",
+        f'{good}{{"sound"\n': "animals.jsonl:2: expected JSON, got: EOF",
+        f"{good}\n[1]\n": "animals.jsonl:3: expected an object, got",
+        f"{good}{good.replace('0', '7')}": r"yaml:1[34]: doc_to_target: .*got 7 \(.*jsonl:2\)",
+        "": "animals.jsonl: expected rows, got none",
+        "[1, 2": "animals.jsonl:1: expected JSON",
     }
     for text, told in cases.items():
         (tmp_path / "animals.jsonl").write_text(text)
         with pytest.raises(InputError, match=told):
             load_task(path, tmp_path)
     (tmp_path / "animals.jsonl").write_bytes(good.encode() + b"\xff\n")
-    with pytest.raises(InputError, match=r"animals.jsonl, line 2: wanted UTF-8"):
+    with pytest.raises(InputError, match=r"animals.jsonl:2: expected UTF-8"):
         load_task(path, tmp_path)
     path = write_sums(tmp_path)
-    for text, told in (("a,b,sum\n1,2\n", "line 2: wanted 3 fields"), ('a,b\n"1,2', "wanted CSV")):
+    for text, told in (
+        ("a,b,sum\n1,2\n", "csv:2: expected 3 fields"),
+        ('a,b\n"1,2', "expected CSV"),
+    ):
         (tmp_path / "sums.csv").write_text(text)
         with pytest.raises(InputError, match=told):
             load_task(path, tmp_path)

@@ -109,8 +109,8 @@ def test_mmlu_is_measured_by_subject_and_field(cache, tmp_path):
 
 def test_glue_asks_in_the_templates_of_lm_eval(cache):
     effect, cause = load_task("copa", cache).questions[:2]
-    assert effect.requests[1] == ("It rained therefore", " the street was wet.")
-    assert cause.requests[0] == ("It rained because", " he sang.")
+    assert effect.requests[1] == ("It rained therefore", "  the street was wet.")
+    assert cause.requests[0] == ("It rained because", "  he sang.")
     rte = load_task("rte", cache).questions[0]
     asked = "A cat sat.\nQuestion: An animal sat 0. True or False?\nAnswer:"
     assert rte.requests == ((asked, " True"), (asked, " False")) and rte.gold == 0

@@ -1,19 +1,36 @@
-"""lm-evaluation-harness' filters of answers, and its exact match."""
+"""lm-evaluation-harness' filters of answers, and its exact match.
 
-import re
+A task's patterns are a stranger's: they run in the process that renders its templates, under its
+limits of time and memory. (The package regex has a limit of time, but runs out of memory on
+``((a{1000}){1000}){1000}``.)
+"""
+
+import json
 import string
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, NotRequired
 
+from typing_extensions import TypedDict
+
+from fastlm.errors import InputError
 from fastlm.evals.answers import Asked
+from fastlm.tokenizer.chat_template import render_plain
 
 INVALID = "[invalid]"
-# function of a filter -> the options that it has
-FILTERS = {
-    "take_first": frozenset(), "remove_whitespace": frozenset(), "lowercase": frozenset(),
-    "uppercase": frozenset(),
-    "regex": frozenset({"regex_pattern", "group_select", "fallback"}),
-}  # fmt: skip
+NUMBER = r"#### (\-?[0-9\.\,]+)"  # the pattern of a regex filter that names none
+
+
+class Filter(TypedDict):
+    """One step from an answer to what is compared; a regex has options."""
+
+    function: Literal["take_first", "remove_whitespace", "lowercase", "uppercase", "regex"]
+    regex_pattern: NotRequired[str]
+    group_select: NotRequired[int]
+    fallback: NotRequired[str]
+
+
+# texts on which a pattern that backtracks without end shows it
+PROBES = tuple(f"{text * 500}!" for text in ("a", "1", " ", "a ", "1,", "\n"))
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _DIGITS = str.maketrans("", "", string.digits)
 
@@ -31,20 +48,52 @@ def filtered(answer: str, filters: Sequence[Mapping[str, Any]]) -> str:
     return answer
 
 
+def check_pattern(pattern: str) -> None:
+    """Raise InputError for a pattern that is none, or that takes too long on simple texts: an
+    answer would be refused only after the model wrote it.
+    """
+    for text in ("", *PROBES):
+        matches(pattern, text)
+
+
+def matches(pattern: str, text: str) -> list[Any]:
+    """`re.findall`, under limits. InputError: no pattern, or it exceeds them."""
+    try:
+        template = "{{ text | regex_findall(pattern) | tojson }}"
+        return json.loads(render_plain(template, {"pattern": pattern, "text": text}))
+    except InputError as error:
+        raise _refused(pattern, error) from None
+
+
+def without(pattern: str, text: str) -> str:
+    """`re.sub` by nothing, under limits. InputError as `matches`."""
+    try:
+        template = "{{ text | regex_replace(pattern, '') }}"
+        return render_plain(template, {"pattern": pattern, "text": text})
+    except InputError as error:
+        raise _refused(pattern, error) from None
+
+
+def _refused(pattern: str, error: InputError) -> InputError:
+    why = str(error).removeprefix("template: cannot be rendered: ")
+    why = why.replace("wanted a template that ends", "it does not end")
+    return InputError(f"expected a pattern of Python's re, got {pattern!r:.80}: {why}")
+
+
 def _found(answer: str, one: Mapping[str, Any]) -> str:
-    found = re.findall(one.get("regex_pattern", r"#### (\-?[0-9\.\,]+)"), answer)
+    found = matches(one.get("regex_pattern", NUMBER), answer)
     fallback, place = one.get("fallback", INVALID), one.get("group_select", 0)
     if not -len(found) <= place < len(found):
         return fallback
     match = found[place]
-    if isinstance(match, tuple):
+    if isinstance(match, list):  # of several groups
         match = next(filter(None, match), fallback)
     return match.strip()
 
 
 def _reduced(text: str, options: Mapping[str, Any]) -> str:
     for pattern in options.get("regexes_to_ignore") or ():
-        text = re.sub(pattern, "", text)
+        text = without(pattern, text)
     if options.get("ignore_case"):
         text = text.lower()
     if options.get("ignore_punctuation"):

@@ -10,30 +10,26 @@ the keys of `TOLD`.
 import ast
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NotRequired
 
-from fastlm.errors import InputError
+from annotated_types import Ge, Interval, MaxLen, MinLen
+from typing_extensions import TypedDict
+
+from fastlm.errors import InputError, show
 from fastlm.evals.own import answers
 from fastlm.evals.own.data import Rows, read_rows
 from fastlm.evals.own.yaml_file import Yaml, read_yaml
 from fastlm.evals.task import Choices, Open, Question, Task
+from fastlm.schema import Field, Name, validate
 from fastlm.tokenizer.chat_template import render_plain
 from fastlm.typed import unknown
 
 Row = Mapping[str, Any]
-TYPES = ("multiple_choice", "generate_until", "loglikelihood")
 # What a task says of itself and does not change what is asked
 TOLD = (
     "tag", "group", "task_alias", "metadata", "dataset_name", "should_decontaminate",
     "doc_to_decontamination_query", "training_split", "repeats",
 )  # fmt: skip
-KEYS = {
-    "task": str, "dataset_path": str, "dataset_kwargs": dict, "validation_split": str,
-    "test_split": str, "fewshot_split": str, "num_fewshot": int, "fewshot_config": dict,
-    "output_type": str, "doc_to_text": str, "doc_to_target": (str, int), "doc_to_choice":
-    (str, list, dict), "target_delimiter": str, "fewshot_delimiter": str, "description": str,
-    "generation_kwargs": dict, "metric_list": list, "filter_list": list, "include": str,
-}  # fmt: skip
 CODE = ("process_docs", "process_results", "class", "custom_dataset")
 METRICS = {
     "multiple_choice": ("acc", "acc_norm", "acc_bytes"),
@@ -42,186 +38,204 @@ METRICS = {
 }
 MATCH_OPTIONS = ("ignore_case", "ignore_punctuation", "ignore_numbers", "regexes_to_ignore")
 LONGEST = 4096  # tokens of an answer
+Scalar = str | int | float | bool
+Text = Annotated[str, MinLen(1)]
+File = Annotated[Name, MaxLen(255)]
+Files = File | list[File]
+
+
+class DataFiles(TypedDict):
+    data_files: Files | dict[str, Files]
+
+
+class Examples(TypedDict):
+    sampler: NotRequired[Literal["first_n", "default"]]
+
+
+class Generation(TypedDict, total=False):
+    """Temperature 0 (``fastlm eval --temperature`` sets it)."""
+
+    until: Text | list[Text]
+    max_gen_toks: Annotated[int, Interval(ge=1, le=LONGEST)]
+    temperature: Literal[0]
+    do_sample: Literal[False]
+
+
+class Metric(TypedDict):
+    metric: str
+    aggregation: NotRequired[str]
+    higher_is_better: NotRequired[bool]
+    ignore_case: NotRequired[bool]
+    ignore_punctuation: NotRequired[bool]
+    ignore_numbers: NotRequired[bool]
+    regexes_to_ignore: NotRequired[list[str] | None]
+
+
+class Pipeline(TypedDict):
+    name: NotRequired[str]
+    filter: list[answers.Filter]
+
+
+class TaskFile(TypedDict):
+    """The keys that decide what is asked, as in lm-evaluation-harness."""
+
+    task: Name
+    dataset_path: Literal["json", "csv"]
+    dataset_kwargs: DataFiles
+    validation_split: NotRequired[str]
+    test_split: NotRequired[str]
+    training_split: NotRequired[str]
+    fewshot_split: NotRequired[str]
+    num_fewshot: NotRequired[Annotated[int, Ge(0)]]
+    fewshot_config: NotRequired[Examples]
+    output_type: NotRequired[Literal["multiple_choice", "generate_until", "loglikelihood"]]
+    doc_to_text: str
+    doc_to_target: str | int
+    doc_to_choice: NotRequired[str | list[Scalar] | dict[str, Scalar]]
+    target_delimiter: NotRequired[str]
+    fewshot_delimiter: NotRequired[str]
+    description: NotRequired[str]
+    generation_kwargs: NotRequired[Generation]
+    metric_list: NotRequired[list[Metric]]
+    filter_list: NotRequired[list[Pipeline]]
+    repeats: NotRequired[Literal[1]]
 
 
 def read_task(path: str | Path) -> Task:
     """Read a task's file. InputError: a key, template or row that cannot be used, by its line."""
-    path = Path(path)
-    config = _included(read_yaml(path))
-    _check_keys(config)
-    kind = config.values.get("output_type", "generate_until")
-    if kind not in TYPES:
-        raise config.refuse("output_type", f"wanted one of {', '.join(TYPES)}, got {kind!r:.60}")
-    for key in ("task", "doc_to_text", "doc_to_target", "dataset_path"):
-        if key not in config.values:
-            raise config.refuse(key, "wanted this key, got none")
-    return _Made(config, kind).task()
+    config = _included(read_yaml(Path(path)))
+    return _Made(config, _checked(config)).task()
 
 
 def task_files(path: str | Path) -> list[Path]:
     """The files that a task's file names, itself included, as far as they are there."""
     path = Path(path)
-    config = read_yaml(path)
-    found = [path]
-    if isinstance(base := config.values.get("include"), str):
-        found += task_files(path.parent / base)
-    kwargs = config.values.get("dataset_kwargs")
-    files = kwargs.get("data_files") if isinstance(kwargs, dict) else None
-    for named in files.values() if isinstance(files, dict) else [files]:
-        for one in named if isinstance(named, list) else [named]:
-            found += [p for p in (path.parent / str(one), Path(str(one))) if p.is_file()][:1]
+    config = _included(read_yaml(path))
+    found = [*config.files]
+    for names in _files(_checked(config)).values():
+        for name in names:
+            found += [p for p in (path.parent / name, Path(name)) if p.is_file()][:1]
     return found
 
 
 def _included(config: Yaml, depth: int = 0) -> Yaml:
     """The file with the keys of the one that it includes, which its own keys replace."""
-    if "include" not in config.values:
+    name = config.values.get("include")
+    if name is None:
         return config
-    if depth == 8 or not isinstance(config.values["include"], str):
-        raise config.refuse("include", "wanted one file, at most eight deep")
-    base = _included(read_yaml(config.path.parent / config.values["include"]), depth + 1)
+    if depth == 8 or not isinstance(name, str):
+        raise config.refuse("include", "expected one file, at most eight deep")
+    base = _included(read_yaml(config.path.parent / name), depth + 1)
     values = {k: v for k, v in config.values.items() if k != "include"}
-    return Yaml(config.path, {**base.values, **values}, {**base.places, **config.places})
+    return Yaml(
+        config.path, {**base.values, **values}, {**base.places, **config.places},
+        (*config.files, *base.files),
+    )  # fmt: skip
 
 
-def _check_keys(config: Yaml) -> None:
-    for key, value in config.values.items():
-        if key in CODE and value is not None:
-            raise config.refuse(key, "wanted a task without Python code, which is not run")
-        if key in TOLD or key in CODE or value is None:
-            continue
-        if key not in KEYS:
-            told = unknown(str(key), str(key), [*KEYS, *TOLD])
-            raise config.refuse(str(key), told.partition(": ")[2] or told)
-        if not isinstance(value, KEYS[key]) or isinstance(value, bool):
-            raise config.refuse(key, f"wanted another type, got {type(value).__name__}")
-    if config.values.get("repeats") not in (None, 1):
-        raise config.refuse("repeats", "wanted 1 (fastlm eval --samples), got another number")
+def _checked(config: Yaml) -> TaskFile:
+    """The keys that decide what is asked. InputError: an unknown one, code, a value that does not
+    fit, a pattern that does not end."""
+    values = {k: v for k, v in config.values.items() if v is not None and k not in TOLD}
+    for key in values:
+        if key in CODE:
+            raise config.refuse(key, "expected a task without Python code, which is not run")
+        if key not in TaskFile.__annotations__:
+            known = [*TaskFile.__annotations__, *TOLD]
+            raise config.refuse(key, unknown(key, key, known).removeprefix(f"{key}: "))
+
+    def where(field: Field) -> str:
+        return config.place(str(field[0])) if field else str(config.path)
+
+    checked = validate(values, TaskFile, where, extra="forbid")
+    kind = checked.get("output_type", "generate_until")
+    for metric in checked.get("metric_list", ()):
+        if metric["metric"] not in METRICS[kind]:
+            names = ", ".join(METRICS[kind])
+            raise config.refuse(
+                "metric_list", f"expected {names} for {kind}, got {metric['metric']!r:.60}"
+            )
+    patterns = [("metric_list", p) for m in checked.get("metric_list", ())
+                for p in m.get("regexes_to_ignore") or ()]  # fmt: skip
+    patterns += [
+        ("filter_list", part.get("regex_pattern", answers.NUMBER))
+        for pipeline in checked.get("filter_list", ())
+        for part in pipeline["filter"]
+        if part["function"] == "regex"
+    ]
+    for key, pattern in patterns:
+        try:
+            answers.check_pattern(pattern)
+        except InputError as error:
+            raise config.refuse(key, str(error)) from None
+    return checked
+
+
+def _files(values: TaskFile) -> dict[str, list[str]]:
+    """The data files of each split."""
+    files = values["dataset_kwargs"]["data_files"]
+    by_split = files if isinstance(files, dict) else {"train": files}
+    return {key: [one] if isinstance(one, str) else one for key, one in by_split.items()}
 
 
 class _Made:
     """A task that is being made of its file."""
 
-    def __init__(self, config: Yaml, kind: str) -> None:
-        self.config, self.kind = config, kind
-        self.values = {k: v for k, v in config.values.items() if v is not None}
-        self.delimiter = self.values.get("target_delimiter", " ")
-        self.between = self.values.get("fewshot_delimiter", "\n\n")
-        self.options = self._match_options()
-        self.pipelines = self._pipelines()
-        self.generation = self._generation()
-
-    # keys
-
-    def _match_options(self) -> dict[str, Any]:
-        """The options of exact match; all metrics are checked."""
-        found: dict[str, Any] = {}
-        known = METRICS[self.kind]
-        for one in self.values.get("metric_list", ()):
-            name = one.get("metric") if isinstance(one, dict) else one
-            if name not in known:
-                raise self.config.refuse(
-                    "metric_list", f"wanted {', '.join(known)} for {self.kind}, got {name!r:.60}"
-                )
-            if name == "exact_match" and isinstance(one, dict):
-                found = {k: one[k] for k in MATCH_OPTIONS if k in one}
-        return found
-
-    def _pipelines(self) -> list[tuple[str, list[dict[str, Any]]]]:
-        found = []
-        for one in self.values.get("filter_list", ()):
-            if not isinstance(one, dict) or not isinstance(one.get("filter"), list):
-                raise self.config.refuse("filter_list", "wanted a name and a list of filters")
-            for part in one["filter"]:
-                function = part.get("function") if isinstance(part, dict) else None
-                known = answers.FILTERS.get(str(function))
-                if known is None or part.keys() - known - {"function"}:
-                    raise self.config.refuse(
-                        "filter_list", f"wanted {', '.join(answers.FILTERS)}, got {part!r:.80}"
-                    )
-            found.append((str(one.get("name", len(found))), one["filter"]))
-        return found or [("none", [])]
-
-    def _generation(self) -> dict[str, Any]:
-        given = self.values.get("generation_kwargs", {})
-        known = {"until", "max_gen_toks", "temperature", "do_sample"}
-        if other := sorted(given.keys() - known):
-            raise self.config.refuse(
-                "generation_kwargs", f"wanted {', '.join(sorted(known))}, got {other[0]!r:.60}"
-            )
-        if given.get("do_sample") or given.get("temperature"):
-            raise self.config.refuse(
-                "generation_kwargs", "wanted temperature 0 (fastlm eval --temperature sets it)"
-            )
-        until, tokens = given.get("until", [self.between]), given.get("max_gen_toks", 256)
-        until = [until] if isinstance(until, str) else until
-        if not isinstance(until, list) or not all(isinstance(u, str) and u for u in until):
-            raise self.config.refuse("generation_kwargs", "until: wanted texts")
-        if type(tokens) is not int or not 0 < tokens <= LONGEST:
-            raise self.config.refuse("generation_kwargs", f"max_gen_toks: wanted 1 to {LONGEST}")
-        return {"stop": tuple(until), "max_new_tokens": tokens}
+    def __init__(self, config: Yaml, values: TaskFile) -> None:
+        self.config, self.values = config, values
+        self.kind = values.get("output_type", "generate_until")
+        self.delimiter = values.get("target_delimiter", " ")
+        self.between = values.get("fewshot_delimiter", "\n\n")
+        self.options: dict[str, Any] = {}
+        for metric in values.get("metric_list", ()):
+            if metric["metric"] == "exact_match":
+                self.options = {k: v for k, v in metric.items() if k in MATCH_OPTIONS}
+        pipelines = values.get("filter_list") or [Pipeline(name="none", filter=[])]
+        self.pipelines = [(p.get("name", str(i)), p["filter"]) for i, p in enumerate(pipelines)]
 
     # data
 
     def _splits(self) -> tuple[Rows, Rows]:
         """The rows that are asked, and the examples."""
-        kind = self.values["dataset_path"]
-        if kind not in ("json", "csv"):
-            raise self.config.refuse(
-                "dataset_path", f"wanted json or csv, with data in local files, got {kind!r:.80}"
-            )
-        kwargs = self.values.get("dataset_kwargs", {})
-        if other := sorted(kwargs.keys() - {"data_files"}):
-            raise self.config.refuse("dataset_kwargs", f"wanted data_files, got {other[0]!r:.60}")
-        files = kwargs.get("data_files")
-        if isinstance(files, str | list):
-            files = {"train": files}
-        if not isinstance(files, dict) or not files:
-            raise self.config.refuse("dataset_kwargs", "data_files: wanted files by split")
         name = self.values.get("test_split") or self.values.get("validation_split")
         if name is None:
-            raise self.config.refuse("test_split", "wanted test_split or validation_split")
-        asked, count = self._rows(files, name, kind), self.values.get("num_fewshot", 0)
-        sampler = self.values.get("fewshot_config", {}).get("sampler", "first_n")
-        if sampler not in ("first_n", "default") or count < 0:
-            key = "num_fewshot" if count < 0 else "fewshot_config"
-            raise self.config.refuse(key, "wanted 0 or more of the first rows")
+            raise self.config.refuse("test_split", "expected test_split or validation_split")
+        asked, count = self._rows(name), self.values.get("num_fewshot", 0)
         if not count:
             return asked, []
-        split = self.values.get("fewshot_split") or self.values.get("training_split")
+        split = self.values.get("fewshot_split") or self.config.values.get("training_split")
         if split in (None, name):
             examples, asked = asked[:count], asked[count:]
         else:
-            examples = self._rows(files, split, kind)[:count]
+            examples = self._rows(str(split))[:count]
         if len(examples) < count or not asked:
-            raise self.config.refuse("num_fewshot", f"wanted {count} examples and more, got fewer")
+            message = f"expected {count} examples and more, got fewer"
+            raise self.config.refuse("num_fewshot", message)
         return asked, examples
 
-    def _rows(self, files: Mapping[str, Any], split: str, kind: str) -> Rows:
-        named = files.get(split)
-        if named is None:
-            raise self.config.refuse(
-                "dataset_kwargs", f"data_files: wanted the split {split!r:.60}"
-            )
+    def _rows(self, split: str) -> Rows:
+        names = _files(self.values).get(split)
+        if names is None:
+            raise self.config.refuse("dataset_kwargs", f"data_files: expected {split!r:.60}")
         found: Rows = []
-        for one in [named] if isinstance(named, str) else named:
-            places = [self.config.path.parent / str(one), Path(str(one))]
+        for name in names:
+            places = [self.config.path.parent / name, Path(name)]
             there = [path for path in places if path.exists()]
             if not there:
                 folders = dict.fromkeys(str(path.absolute().parent) for path in places)
                 raise self.config.refuse(
                     "dataset_kwargs",
-                    f"data_files: wanted {Path(str(one)).name} in {' or '.join(folders)}, got no"
+                    f"data_files: expected {Path(name).name} in {' or '.join(folders)}, got no"
                     " such file",
                 )
-            found += read_rows(there[0], kind)
+            found += read_rows(there[0], self.values["dataset_path"])
         return found
 
     # templates
 
     def _field(self, key: str, where: str, row: Row) -> Any:
         """What a key makes of a row: a field, or what its template renders."""
-        template = self.values[key]
+        template = self.values[key]  # type: ignore[literal-required]
         if not isinstance(template, str):
             return template
         return row[template] if template in row else self._rendered(key, template, where, row)
@@ -244,7 +258,7 @@ class _Made:
         if not isinstance(found, list) or len(found) < 2 or "" in map(str, found):
             raise self.config.refuse(
                 "doc_to_choice",
-                f"wanted a list of two or more answers, got {found!r:.80} ({where})",
+                f"expected a list of two or more answers, got {show(found):.80} ({where})",
             )
         return [str(one) for one in found]
 
@@ -252,7 +266,7 @@ class _Made:
         """The right answer: a number or text; a list of texts."""
         found = self._field("doc_to_target", where, row)
         if isinstance(found, str):
-            if "doc_to_choice" in self.values and found.isdigit():
+            if "doc_to_choice" in self.values and found.isdecimal() and len(found) < 10:
                 return int(found)
             if found[:1] == "[" and isinstance(listed := _literal(found), list):
                 return listed
@@ -272,8 +286,9 @@ class _Made:
 
     def _no_answer(self, where: str, target: Any, choices: Sequence[str] = ()) -> InputError:
         named = ", ".join(map(repr, choices))
-        wanted = f"one of {named:.200}, or its number from 0" if choices else "a right answer"
-        return self.config.refuse("doc_to_target", f"wanted {wanted}, got {target!r:.80} ({where})")
+        expected = f"one of {named:.200}, or its number from 0" if choices else "a right answer"
+        message = f"expected {expected}, got {show(target):.80} ({where})"
+        return self.config.refuse("doc_to_target", message)
 
     # questions
 
@@ -312,7 +327,7 @@ class _Made:
 
     def _given(self, id: str, prompt: str, where: str, row: Row) -> Choices:
         if "doc_to_choice" not in self.values:
-            raise self.config.refuse("doc_to_choice", "wanted the answers, got none")
+            raise self.config.refuse("doc_to_choice", "expected the answers, got none")
         choices, target = self._choices(where, row), self._target(where, row)
         if isinstance(target, str) and target in choices:
             target = choices.index(target)
@@ -329,19 +344,25 @@ class _Made:
         golds = [str(one) for one in (target if isinstance(target, list) else [target])]
         if not golds or not golds[0]:
             raise self._no_answer(where, target)
-        gold = f"{self.delimiter}{golds[0]}"
-        if self.kind == "loglikelihood":
+        if self.kind == "loglikelihood":  # without the delimiter, as in the harness
+            gold = golds[0]
             # a token has a byte or more
             tokens = min(LONGEST, len(gold.encode()))
             return Open(id, prompt, {"label": [gold]}, gold, max_new_tokens=tokens)
         filters = [filters for _, filters in self.pipelines]
         told = {"label": golds, "options": self.options, "filters": filters}
-        return Open(id, prompt, told, gold, **self.generation)
+        generation = self.values.get("generation_kwargs", {})
+        until = generation.get("until", [self.between])
+        return Open(
+            id, prompt, told, f"{self.delimiter}{golds[0]}",
+            stop=(until,) if isinstance(until, str) else tuple(until),
+            max_new_tokens=generation.get("max_gen_toks", 256),
+        )  # fmt: skip
 
 
 def _literal(text: str) -> Any:
     """The Python value that a template has written; None if it is none."""
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return None

@@ -4,16 +4,32 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
+
+from typing_extensions import TypedDict
 
 from fastlm.evals.results import Record, Results
 from fastlm.evals.scorer import Pair, Prompt, Scorer
 from fastlm.progress import silent
+from fastlm.schema import Count
 
 ANSWERS, PAIRS = 16, 256  # what is kept at once
 
 
 Turns = tuple[tuple[str, str], ...]  # (message, answer) each
+
+
+class AnswerRecord(TypedDict):
+    answer: str
+    ended: bool
+    cut: NotRequired[Count]
+
+
+class LogprobRecord(TypedDict):
+    logprob: float
+    tokens: Count
+    greedy: bool | None
+    cut: NotRequired[Count]
 
 
 class Asked:
@@ -79,7 +95,7 @@ class Asked:
             written = self.scorer.generate(asked, temperature=temperature)
             return [{"answer": one.text, "ended": one.ended, **_cut(one.cut)} for one in written]
 
-        records = self.records(name, prompts, ask, size=ANSWERS, about=about)
+        records = self.records(name, prompts, ask, AnswerRecord, size=ANSWERS, about=about)
         return [record["answer"] for record in records]
 
     def conversations(
@@ -113,18 +129,20 @@ class Asked:
             ]
 
         about = {"chat": chat, "greedy": greedy}
-        return self.records(name, pairs, ask, size=PAIRS, about=about)
+        return self.records(name, pairs, ask, LogprobRecord, size=PAIRS, about=about)
 
     def records(
         self,
         name: str,
         items: Sequence[Any],
         ask: Callable[[int, Sequence[Any]], list[Record]],
+        schema: type,
         *,
         size: int,
         about: Mapping[str, Any],
     ) -> list[Record]:
-        """Return a record per item. ``ask`` gets the index of a part's first item and the part.
+        """Return a record per item, of ``schema``. ``ask`` gets the index of a part's first item
+        and the part.
 
         The file is named after all that the records depend on; another run of other options or
         another model has files of its own.
@@ -132,7 +150,8 @@ class Asked:
         digest = _digest(items)
         about = {"cut": "counted", **about}  # records without it count none
         whole = {"model": self.model, "seed": self.seed, "items": digest, "of": len(items), **about}
-        with Results(self.folder / f"{name}-{_digest(whole)}.jsonl", whole) as results:
+        path = self.folder / f"{name}-{_digest(whole)}.jsonl"
+        with Results(path, whole, schema) as results:
             found = results.fill(
                 items, ask, part=size, track=lambda parts: self.track(parts, name, unit="parts")
             )

@@ -14,16 +14,26 @@ fail that is good enough.
 
 import math
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired
+
+from annotated_types import MinLen
+from typing_extensions import TypedDict
 
 from fastlm.errors import InputError
-from fastlm.files import read_text
+from fastlm.schema import Field, Finite, Name, read_toml, validate
 
-KEYS = ("score", "max", "min")
+
+class Entry(TypedDict):
+    score: Name
+    max: NotRequired[Finite]
+    min: NotRequired[Finite]
+
+
+class File(TypedDict):
+    gate: Annotated[list[Entry], MinLen(1)]
 
 
 @dataclass(frozen=True)
@@ -57,56 +67,34 @@ def read_gates(path: str | Path, measures: Sequence[str] = ()) -> list[Gate]:
 
     InputError names the file and the line of what is wrong.
     """
-    text = read_text(path)
-    try:
-        table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        place = re.search(r"\(at (?:line (\d+)|end of document)", str(error))
-        line = place[1] if place and place[1] else str(len(text.splitlines()))
-        raise InputError(f"{path} line {line}: {str(error).split(' (at')[0]}") from None
+    table, text = read_toml(path)
     lines = text.splitlines()
-    for key in table:
-        if key != "gate":
-            raise InputError(f"{path} line {_line(lines, key)}: wanted [[gate]], got {key!r}")
-    entries = table.get("gate", [])
-    if not isinstance(entries, list) or not entries:
-        raise InputError(f"{path} line 1: wanted at least one [[gate]], got none")
     starts = [i for i, line in enumerate(lines) if re.match(r"\s*\[\[\s*gate\s*\]\]", line)]
-    starts += [0] * (len(entries) - len(starts))  # gates as one inline list
-    return [
-        _gate(entry, lines, start, path, measures)
-        for entry, start in zip(entries, starts, strict=False)
-    ]
 
+    def where(field: Field) -> str:
+        """The file and line of a field such as ("gate", 1, "max")."""
+        key, index, *_ = [*field, "", ""]
+        if not isinstance(index, int):
+            return f"{path}:{_line(lines, str(key))}"
+        start = starts[index] if index < len(starts) else 0  # gates as one inline list
+        return f"{path}:{_line(lines, str(field[2]) if len(field) > 2 else 'gate', start)}"
 
-def _gate(
-    entry: Any, lines: list[str], start: int, path: str | Path, measures: Sequence[str]
-) -> Gate:
-    def refuse(key: str, what: str) -> InputError:
-        return InputError(f"{path} line {_line(lines, key, start)}: {what}")
-
-    if not isinstance(entry, dict):
-        raise refuse("gate", f"wanted a table with score, max or min, got {entry!r:.60}")
-    for key in entry:
-        if key not in KEYS:
-            raise refuse(key, f"wanted one of {', '.join(KEYS)}, got {key!r}")
-    score = entry.get("score")
-    if not isinstance(score, str) or not score:
-        raise refuse("score", f"score: wanted the name of a score, got {score!r:.60}")
-    if measures and score.split(".")[0] not in measures:
-        raise refuse(
-            "score", f"score: wanted one of {', '.join(measures)} before the first dot, got {score}"
-        )
-    bounds = {}
-    for key in ("max", "min"):
-        if (value := entry.get(key)) is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
-            raise refuse(key, f"{key}: wanted a number, got {value!r:.60}")
-        bounds[key] = float(value)
-    if not bounds:
-        raise refuse("score", f"{score}: wanted max or min, got neither")
-    return Gate(score, bounds.get("max", math.inf), bounds.get("min", -math.inf))
+    gates = []
+    for index, entry in enumerate(validate(table, File, where, extra="forbid")["gate"]):
+        score = entry["score"]
+        if measures and score.split(".")[0] not in measures:
+            named = ", ".join(measures)
+            raise InputError(
+                f"{where(('gate', index, 'score'))}: gate[{index}].score: expected one of {named}"
+                f" before the first dot, got {score:.80}"
+            )
+        if "max" not in entry and "min" not in entry:
+            raise InputError(
+                f"{where(('gate', index, 'score'))}: gate[{index}]: expected max or min, got"
+                " neither"
+            )
+        gates.append(Gate(score, entry.get("max", math.inf), entry.get("min", -math.inf)))
+    return gates
 
 
 def _line(lines: list[str], key: str, start: int = 0) -> int:

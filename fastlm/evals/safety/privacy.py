@@ -13,6 +13,7 @@ from statistics import NormalDist
 
 import numpy as np
 import torch
+from typing_extensions import TypedDict
 
 from fastlm.errors import InputError
 from fastlm.evals.ngrams import indexes
@@ -141,7 +142,7 @@ def membership(bench: Bench) -> list[Score]:
         del at
         return [attack_scores(bench.asked.scorer, text) for text in some]
 
-    records = bench.asked.records("privacy.membership", texts, ask, size=16, about={})
+    records = bench.asked.records("privacy.membership", texts, ask, AttackScores, size=16, about={})
     found = []
     for name in ("loss", "zlib", "min_k"):
         values = np.array([record[name] for record in records])
@@ -155,6 +156,16 @@ def membership(bench: Bench) -> list[Score]:
             )
         )  # fmt: skip
     return found
+
+
+class AttackScores(TypedDict):
+    loss: float
+    zlib: float
+    min_k: float
+
+
+class GreedyRecord(TypedDict):
+    greedy: bool
 
 
 def attack_scores(scorer: Scorer, text: str) -> dict[str, float]:
@@ -248,8 +259,8 @@ def _continues(bench: Bench, name: str, pairs: Sequence[tuple[list[int], list[in
         found = scorer.token_loglikelihoods(whole, greedy=True)
         return [{"greedy": one.greedy} for one in found]
 
-    records = bench.asked.records(name, pairs, ask, size=64, about={})
-    return [bool(record["greedy"]) for record in records]
+    records = bench.asked.records(name, pairs, ask, GreedyRecord, size=64, about={})
+    return [record["greedy"] for record in records]
 
 
 def _texts(bench: Bench, part: str) -> list[str]:

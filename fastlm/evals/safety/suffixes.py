@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from typing_extensions import TypedDict
 
 from fastlm.errors import InputError
 from fastlm.evals.results import Record
@@ -14,6 +15,11 @@ if TYPE_CHECKING:
     from fastlm.tokenizer.tokenizer import Tokenizer
 
 TARGET = "Sure, here is"
+
+
+class SuffixRecord(TypedDict):
+    suffix: str
+    losses: list[float]
 
 
 def suffix_prompts(bench: Bench, name: str, requests: Sequence[str]) -> list[str]:
@@ -43,7 +49,9 @@ def suffix_prompts(bench: Bench, name: str, requests: Sequence[str]) -> list[str
         "tokens": o.suffix_tokens, "steps": o.suffix_steps, "candidates": o.suffix_candidates,
         "chat": chat,
     }  # fmt: skip
-    records = bench.asked.records(f"suffixes.{name}", requests, ask, size=1, about=about)
+    records = bench.asked.records(
+        f"suffixes.{name}", requests, ask, SuffixRecord, size=1, about=about
+    )
     return [
         request + record["suffix"] for request, record in zip(requests, records, strict=True)
     ]  # fmt: skip

@@ -17,21 +17,24 @@ from fastlm.evals.sets.arrow import Row, made, read_split, text_of
 from fastlm.evals.sets.olmes import SOURCE
 from fastlm.evals.task import Open, Task
 
-# A row -> what is asked, the answer as examples show it, all right answers
-Template = Callable[[Row], tuple[str, str, Sequence[str]]]
+# A row -> what is asked, the answer as examples show it, the right one, all right answers
+Template = Callable[[Row], tuple[str, str, str, Sequence[str]]]
 
 
-def triviaqa(row: Row) -> tuple[str, str, Sequence[str]]:
+def triviaqa(row: Row) -> tuple[str, str, str, Sequence[str]]:
+    """Examples show the first alias, as in the harness."""
     answer = row["answer"]
     value = text_of(answer, "value")
-    return f"Question: {text_of(row, 'question')}?\nAnswer:", value, [value, *answer["aliases"]]
+    names = [value, *answer["aliases"]]
+    shown = [*answer["aliases"], value][0]
+    return f"Question: {text_of(row, 'question')}?\nAnswer:", shown, value, names
 
 
-def nq_open(row: Row) -> tuple[str, str, Sequence[str]]:
+def nq_open(row: Row) -> tuple[str, str, str, Sequence[str]]:
     answers = row["answer"]
     if not answers or not all(isinstance(one, str) for one in answers):
         raise ValueError(f"answer: wanted texts, got {answers!r:.60}")
-    return f"Q: {text_of(row, 'question')}?\nA:", answers[0], answers
+    return f"Q: {text_of(row, 'question')}?\nA:", answers[0], answers[0], answers
 
 
 def _read(
@@ -43,30 +46,35 @@ def _read(
     folder: str,
     template: Template,
     begin: str,
+    between: str,
 ) -> Task:
     rows = read_split(folder, "validation", cache)
     asked = made(name, rows, lambda _, row: template(row))
     shots = int(format[0])
     if len(asked) <= shots:
         raise InputError(f"{name}: wanted more than the {shots} examples, got {len(asked)} rows")
-    begin += "".join(f"{text} {answer}\n\n" for text, answer, _ in asked[:shots])
+    begin += "".join(f"{text} {answer}{between}" for text, answer, *_ in asked[:shots])
     questions = [
         Open(
             str(i), begin + text, {"label": list(answers)}, f" {answer}", stop=("\n",),
             max_new_tokens=24,
         )
-        for i, (text, answer, answers) in enumerate(asked)
+        for i, (text, _, answer, answers) in enumerate(asked)
         if i >= shots
     ]  # fmt: skip
     return listed.task(name, f"lm-eval:{format}", questions, judge=exact_match, also={"f1": f1})
 
 
-def _set(licence: str, folder: str, template: Template, begin: str = "") -> Listed:
-    read = partial(_read, folder=folder, template=template, begin=begin)
+def _set(
+    licence: str, folder: str, template: Template, begin: str = "", between: str = "\n\n"
+) -> Listed:
+    read = partial(_read, folder=folder, template=template, begin=begin, between=between)
     return Listed("facts", licence, ("5shot", "0shot"), read, SOURCE)
 
 
 SETS = {
     "triviaqa": _set("not stated", "trivia_qa/rc.wikipedia.nocontext", triviaqa),
-    "nq_open": _set("CC-BY-SA-3.0", "nq_open/none", nq_open, begin="Answer these questions:\n\n"),
+    "nq_open": _set(
+        "CC-BY-SA-3.0", "nq_open/none", nq_open, "Answer these questions:\n\n", between="\n"
+    ),
 }

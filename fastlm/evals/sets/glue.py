@@ -11,17 +11,18 @@ from pathlib import Path
 from fastlm.evals.listed import Listed
 from fastlm.evals.sets.arrow import Row, label_of, made, read_split, text_of
 from fastlm.evals.sets.olmes import SOURCE
-from fastlm.evals.task import Choices, Task
+from fastlm.evals.task import Choices, Pair, Task
 
 Template = Callable[[Row], tuple[str, list[str]]]  # the text of a question, its answers
 
 
 def copa(row: Row) -> tuple[str, list[str]]:
+    """The answers begin with a space, beside the one that stands before every answer."""
     word = {"cause": "because", "effect": "therefore"}[row["question"]]
     choices = [text_of(row, key) for key in ("choice1", "choice2")]
     return (
         f"{text_of(row, 'premise').strip()[:-1]} {word}",
-        [f"{c[0].lower()}{c[1:]}" for c in choices],
+        [f" {c[0].lower()}{c[1:]}" for c in choices],
     )
 
 
@@ -46,13 +47,17 @@ def mrpc(row: Row) -> tuple[str, list[str]]:
     return f"Sentence 1: {first}\nSentence 2: {second}\n{asked}\nAnswer:", ["no", "yes"]
 
 
+def requests_of(template: Template, row: Row) -> tuple[Pair, ...]:
+    text, answers = template(row)
+    return tuple((text, f" {answer}") for answer in answers)
+
+
 def _read(
     listed: Listed, name: str, format: str, cache: Path, *, folder: str, template: Template
 ) -> Task:
     def make(number: int, row: Row) -> Choices:
-        text, answers = template(row)
-        requests = tuple((text, f" {answer}") for answer in answers)
-        return Choices(str(row.get("idx", number)), requests, label_of(row, len(answers)))
+        requests = requests_of(template, row)
+        return Choices(str(row.get("idx", number)), requests, label_of(row, len(requests)))
 
     rows = read_split(folder, "validation", cache)
     return listed.task(name, f"lm-eval:{format}", made(name, rows, make))

@@ -1,0 +1,219 @@
+"""Files that fastlm reads back and that strangers may have written: each kind of row or document
+has one schema, a dataclass or a `TypedDict`, which pydantic checks.
+
+    class Score(TypedDict):
+        value: Finite
+        n: Count
+
+    read_document(path, Score)            # {"value": 0.5, "n": 3}
+    for line, row in read_lines(path, Score): ...
+
+What does not fit raises InputError, ``file:line: field: expected X, got Y``. A parser's limits hold
+before a schema does: regular files only (a pipe would block), a number of bytes, 200 levels of
+nesting, UTF-8 without lone surrogates, integers of at most 4,300 digits.
+
+Rejected: `fastlm.typed`, which has no unions, literals or bounds and reads JSON into Python first;
+it builds options, whose errors name the nearest key.
+"""
+
+import json
+import math
+import re
+import tomllib
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from annotated_types import Interval, MinLen, Predicate
+
+from fastlm.errors import InputError, show
+from fastlm.files import MAX_JSON_BYTES, open_regular, read_text, reason
+
+T = TypeVar("T")
+Extra = Literal["forbid", "ignore"]
+Field = Sequence[int | str]  # the path of a field: keys and indices
+Where = str | Callable[[Field], str]
+
+MAX_LINE_BYTES = 2**26  # of a row: a record of 100 answers of 4,096 tokens has 2 MB
+MAX_TOML_BYTES = 2**18
+MAX_DOTS = 1000  # in a line of TOML: tomllib takes time quadratic in the parts of a key
+_HUGE = re.compile(r"0[box][\da-fA-F_]{65}")  # an integer beyond TOML's 64 bits
+
+
+def is_inside(path: str) -> bool:
+    """Whether a relative path stays below its folder, and is one that the system takes."""
+    return "\0" not in path and not path.startswith("/") and ".." not in path.split("/")
+
+
+Finite = Annotated[float, Predicate(math.isfinite)]
+Name = Annotated[str, MinLen(1), Predicate(str.isprintable)]
+RelativePath = Annotated[str, MinLen(1), Predicate(is_inside)]
+Count = Annotated[int, Interval(ge=0, le=2**63 - 1)]
+
+
+def read_document(
+    path: str | Path,
+    schema: type[T],
+    *,
+    extra: Extra = "ignore",
+    max_bytes: int = MAX_JSON_BYTES,
+) -> T:
+    """Read the JSON in ``path`` as ``schema``. ``extra``: what to do with keys that the schema
+    lacks. InputError: unreadable, too large, not JSON, or a value that the schema refuses.
+    """
+    try:
+        with open_regular(path) as file:
+            data = file.read(max_bytes + 1)
+    except OSError as error:
+        raise InputError(f"{path}: expected a readable file, got: {reason(error)}") from error
+    if len(data) > max_bytes:
+        raise InputError(f"{path}: expected at most {max_bytes:,} bytes, got more")
+    return parse(data, schema, str(path), extra=extra)
+
+
+def read_lines(
+    path: str | Path,
+    schema: type[T],
+    *,
+    extra: Extra = "ignore",
+    max_bytes: int = MAX_LINE_BYTES,
+) -> Iterator[tuple[int, T]]:
+    """Yield (line number, row) of JSON lines; empty lines are skipped. InputError as in
+    `read_document`; ``max_bytes`` bounds a line.
+    """
+    try:
+        with open_regular(path) as file:
+            number = 0
+            while line := file.readline(max_bytes + 1):
+                number += 1
+                if len(line) > max_bytes:
+                    raise InputError(
+                        f"{path}:{number}: expected at most {max_bytes:,} bytes, got more"
+                    )
+                if line.strip():
+                    yield number, parse(line, schema, f"{path}:{number}", extra=extra)
+    except OSError as error:
+        raise InputError(f"{path}: expected a readable file, got: {reason(error)}") from error
+
+
+def parse(data: str | bytes, schema: type[T], where: Where, *, extra: Extra = "ignore") -> T:
+    """Return the JSON ``data`` as ``schema``. ``where`` precedes the field in messages; a function
+    of the field's path can say its line.
+    """
+    from pydantic import ValidationError
+    from pydantic_core import from_json
+
+    try:
+        return _adapter(schema).validate_json(data, strict=True, extra=extra)
+    except ValidationError as error:
+        first, *_ = error.errors(include_url=False, include_input=False)
+        if first["type"] == "json_invalid":
+            raise InputError(_not_json(_at(where), first["msg"])) from None
+        raise InputError(_refusal(where, error, from_json(data))) from None
+
+
+def validate(value: Any, schema: type[T], where: Where, *, extra: Extra = "ignore") -> T:
+    """Return ``value``, of a database, TOML or YAML, as ``schema``, by the rules of JSON."""
+    try:
+        data = json.dumps(value)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"{_at(where)}: expected values of JSON, got: {reason(error)}") from None
+    return parse(data, schema, where, extra=extra)
+
+
+def read_toml(path: str | Path, max_bytes: int = MAX_TOML_BYTES) -> tuple[dict[str, Any], str]:
+    """Return the table of a TOML file, and its text. InputError: unreadable, too large, no TOML."""
+    text = read_text(path, max_bytes)
+    return parse_toml(text, str(path)), text
+
+
+def parse_toml(text: str, where: str) -> dict[str, Any]:
+    """Return the table of ``text``. InputError: no TOML, nested too deeply."""
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.count(".") > MAX_DOTS:
+            raise InputError(f"{where}:{number}: expected at most {MAX_DOTS:,} dots, got more")
+        if huge := _HUGE.search(line):
+            raise InputError(f"{where}:{number}: expected at most 64 bits, got {huge[0][:20]}...")
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise InputError(f"{where}: expected fewer levels of nesting, got more") from None
+    except ValueError as error:
+        message, _, position = str(error).rpartition(" (at ")
+        line = position.removeprefix("line ").partition(",")[0]
+        if not line.isdigit():
+            line = str(max(1, len(text.splitlines()))) if position else ""
+        place = f"{where}:{line}" if line else where
+        raise InputError(f"{place}: expected TOML, got: {message or error}") from None
+
+
+@cache
+def _adapter(schema: type) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(schema)
+
+
+def _not_json(where: str, message: str) -> str:
+    """pydantic's "Invalid JSON: WHY at line 1 column 5", with the line behind the file."""
+    if "recursion limit" in message:
+        return f"{where}: expected at most 200 levels of nesting, got more"
+    why, _, position = message.removeprefix("Invalid JSON: ").rpartition(" at line ")
+    line = position.partition(" ")[0]
+    if line.isdigit() and not where.rpartition(":")[2].isdigit():
+        where = f"{where}:{line}"
+    return f"{where}: expected JSON, got: {why or message}"
+
+
+def _at(where: Where, path: Field = ()) -> str:
+    return where if isinstance(where, str) else where(path)
+
+
+def _refusal(where: Where, error: Any, value: Any) -> str:
+    """The first field that does not fit; of a union, the branch that fits furthest."""
+    errors = error.errors(include_url=False)
+    paths = [_path(e, value) for e in errors]
+    start = paths[0]
+    deepest = max((p for p in paths if p[: len(start)] == start), key=len)
+    same = [e for e, path in zip(errors, paths) if path == deepest]
+    expected = " or ".join(dict.fromkeys(_expected(e) for e in same))
+    field = "".join(f"[{p}]" if isinstance(p, int) else f".{_key(p)}" for p in deepest)
+    field = f"{field.removeprefix('.')}: " if field else ""
+    got = "nothing" if same[0]["type"] == "missing" else show(same[0]["input"])[:80]
+    return " ".join(f"{_at(where, deepest)}: {field}expected {expected}, got {got}".split())
+
+
+def _path(error: Any, value: Any) -> list[int | str]:
+    """The part of an error's location that is in the value: pydantic adds the names of a union's
+    types, and "[key]".
+    """
+    path: list[int | str] = []
+    for part in error["loc"]:
+        if isinstance(value, dict) and part in value:
+            value = value[part]
+        elif isinstance(value, list) and isinstance(part, int) and part < len(value):
+            value = value[part]
+        else:
+            continue
+        path.append(part)
+    return [*path, error["loc"][-1]] if error["type"] == "missing" else path
+
+
+def _key(part: str) -> str:
+    return part if part.isidentifier() else show(part)[:60]
+
+
+def _expected(error: Any) -> str:
+    phrases = {
+        "missing": "this field", "extra_forbidden": "no such field",
+        "unexpected_keyword_argument": "no such field", "int_type": "a whole number",
+        "float_type": "a number", "bool_type": "true or false", "list_type": "an array",
+        "tuple_type": "an array", "dict_type": "an object",
+        "Predicate 'isfinite' failed": "a finite number",
+        "Predicate 'isprintable' failed": "one printable line",
+        "Predicate 'is_inside' failed": "a path below its folder",
+    }  # fmt: skip
+    message = error["msg"].partition(" after validation")[0]
+    phrase = re.sub(r"^\w+ should (be|have) ", "", message).replace("a valid ", "a ")
+    return phrases.get(error["type"]) or phrases.get(message, phrase)

@@ -1,0 +1,252 @@
+"""Files that fastlm reads back, from strangers: damaged at random, they are read or refused in one
+short line. Each kind has one schema (`fastlm.schema`), or is YAML or TOML of a task or gates.
+"""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from damage import changed, damaged, outcome
+
+from fastlm.data.forgotten import read_log
+from fastlm.errors import InputError
+from fastlm.evals import asking
+from fastlm.evals.measures import as_json, parts, summary, values
+from fastlm.evals.own.task import read_task, task_files
+from fastlm.evals.results import Results
+from fastlm.evals.safety.gates import failures, read_gates
+from fastlm.evals.task import Choices, Open, Task
+from fastlm.loop.bounds import read_scores, scores_of
+from fastlm.loop.gate import Decision
+from fastlm.runs.card import card
+from fastlm.runs.diff import diff, shown
+from fastlm.runs.forget import forget, lines
+from fastlm.runs.lineage import tree
+from fastlm.runs.registry import open_registry
+from fastlm.runs.scores import headline
+from fastlm.schema import read_document
+
+ID = "0123456789abcdef" * 4
+
+
+def entry(kind: str, leaf: str, number: int, **result) -> dict:
+    """A record of a stage; ``number`` tells it from others."""
+    id = f"{number:08x}" * 8
+    made = {
+        "version": 1, "finished": f"2026-11-{number:02}T00:00:00.000+00:00", "recipe": ID,
+        "code": {"version": "1"}, "machine": {"cpu": "x", "threads": 2}, "ids": {leaf: id},
+        "command": "fastlm run x", "hashes": {"a": id}, "earlier": [{leaf: id[::-1]}],
+        "reads": {"corpus": [{"name": "data", "path": "data", "id": f"{1:08x}" * 8}]},
+        "sources": [{"spec": "docs", "package": None, "licence": "MIT", "count": 1,
+                     "files": {"a": id}}],
+    }  # fmt: skip
+    return {
+        "kind": kind, "fingerprint": "f", "options": {"limit": number, "tasks": ["arc_easy"]},
+        "inputs": {"model": ["pretrain"]}, "leaves": {leaf: leaf}, "seconds": 1.5,
+        "result": {"loss": 2.0 + number, **result}, "outputs": {"a": 3}, "made": made,
+    }  # fmt: skip
+
+
+def run(number: int) -> dict:
+    models = {"m": {"bits_per_byte": 1.5, "tokens": 7}}
+    stages = {
+        "data": entry("data", "corpus", number),
+        "pretrain": entry("pretrain", "model", number + 1),
+        "eval": entry("eval", "scores", number + 2, models=models, tasks=[]),
+    }
+    return {"layout": 2, "stages": stages}
+
+
+SCORE = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 9}
+SCORES = {
+    "scores": {"rate": SCORE},
+    "models": {
+        "old": {"bits_per_byte": 1.5, "tokens": 3, "scores": {"a": SCORE}},
+        "new": {"bits_per_byte": 1.2, "tokens": 3, "scores": {"a": SCORE}},
+    },
+    "tasks": [{"name": "t", "compared": [{"measure": "acc", "difference": 0.1, "low": 0.0,
+               "high": 0.2, "n": 3, "model": "new"}]}],
+    "ids": [{"name": "old", "id": ID}, {"name": "new", "id": ID}],
+}  # fmt: skip
+DECISION = {
+    "promoted": True, "gates": [{"score": "a", "passed": True, "why": ""}],
+    "models": {"old": {"name": "a", "id": ID}},
+}  # fmt: skip
+GATES = '[[gate]]\nscore = "s.rate"\nmax = 0.5\n\n[[gate]]\nscore = "s.a"\nmin = -1e9\n'
+TASK = """\
+task: birds
+dataset_path: json
+dataset_kwargs:
+  data_files: {test: rows.jsonl}
+test_split: test
+output_type: OUTPUT
+num_fewshot: 1
+doc_to_text: "Question: {{ question }}\\nAnswer:"
+doc_to_target: answer
+doc_to_choice: ["a", "b"]
+metric_list:
+  - metric: METRIC
+filter_list:
+  - name: strict
+    filter:
+      - function: regex
+        regex_pattern: "(\\\\w+)"
+      - function: take_first
+generation_kwargs: {until: ["\\n"], max_gen_toks: 9}
+"""
+ROWS = [{"question": f"How many {n}?", "answer": "ab"[n % 2], "n": n} for n in range(4)]
+
+
+def use_registry(path: Path) -> None:
+    root = next(p for p in path.parents if p.name == "runs")
+    found = open_registry([root], note=False)
+    for record in found.records:
+        json.dumps(tree(found, record)), headline(record.entry), record.shown_id
+        if record.model:
+            card(found, record)
+    if path.name == "stages.json" and len({r.run for r in found.records}) > 1:
+        rows = diff(found, "good", "bad")
+        shown(rows, "good", "bad"), json.dumps(rows, default=str)
+    list(lines(forget([root], ["http://a"], dry_run=True), True))
+    if found.warnings:
+        raise InputError(found.warnings[0])
+
+
+def use_scores(path: Path) -> None:
+    failures(read_gates(path.parent / "gates.toml"), scores_of("s", read_scores(path)))
+
+
+def use_task(path: Path) -> None:
+    task_files(path)
+    task = read_task(path)
+    if task.judge:
+        task.judge([("a b", question.row) for question in task.questions])
+
+
+def task_of(kind: str) -> Task:
+    pairs = (("q", " a"), ("q", " b"))
+    if kind == "open":
+        questions = [Open(str(i), "q", {}, " a") for i in range(3)]
+        return Task("t", "facts", questions, "", "", "", judge=lambda asked: [1.0] * len(asked))
+    questions = [Choices(str(i), pairs, 0, pairs, part="p") for i in range(3)]
+    return Task("t", "facts", questions, "", "", "", normalisation="unconditional")
+
+
+def use_records(path: Path) -> None:
+    task = task_of(path.stem)
+    with Results(path, {}, asking.schema_of(task)) as results:
+        for number, (question, record) in enumerate(zip(task.questions, results.records), 2):
+            asking.check_record(question, record, 1, f"{path}:{number}")
+        if len(results.records) == 3:
+            found = values(task, results.records)
+            json.dumps([as_json(summary(task, found)), parts(task, found)])
+
+
+def jsonl(*rows) -> bytes:
+    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+
+
+OPEN = [{"id": str(i), "answers": ["a"], "scores": [1.0], "gold": -1.0} for i in range(3)]
+CHOICES = [{"id": str(i), "logprob": [-1.0, -2.0], "bare": [-1.0, -3.0]} for i in range(3)]
+YAML = TASK.replace("OUTPUT", "multiple_choice").replace("METRIC", "acc")
+WRITTEN = TASK.replace("OUTPUT", "generate_until").replace("METRIC", "exact_match")
+LOG = {"at": "2026", "asked": [ID], "keys": ["a"], "held": [ID]}
+# name of the file: its content, what reads it
+KINDS = {
+    "bad/stages.json": (json.dumps(run(4)).encode(), use_registry),
+    "bad/record.json": (
+        json.dumps({"layout": 2, **entry("pretrain", "model", 8)}).encode(),
+        use_registry,
+    ),
+    "index.jsonl": (
+        jsonl({"id": ID, "name": "gone/eval", "entry": entry("eval", "scores", 9)}),
+        use_registry,
+    ),
+    "scores.json": (json.dumps(SCORES).encode(), use_scores),
+    "decision.json": (json.dumps(DECISION).encode(), lambda path: read_document(path, Decision)),
+    "gates.toml": (GATES.encode(), read_gates),
+    "open.jsonl": (jsonl({"version": 2}, *OPEN), use_records),
+    "choices.jsonl": (jsonl({"version": 2}, *CHOICES), use_records),
+    "task.yaml": (YAML.encode(), use_task),
+    "written.yaml": (WRITTEN.encode(), use_task),
+    "rows.jsonl": (jsonl(*ROWS), lambda path: use_task(path.parent / "task.yaml")),
+    "forgotten.jsonl": (jsonl(LOG), lambda path: read_log(path.parent)),
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name, (data, _) in KINDS.items():
+        if not name.startswith(("bad", "index")):
+            (tmp_path / name).write_bytes(data)
+    for stage in ("data", "pretrain", "eval"):
+        for name in ("good", "bad"):
+            (tmp_path / "runs" / name / stage).mkdir(parents=True)
+    (tmp_path / "runs" / "good" / "stages.json").write_text(json.dumps(run(1)))
+    return tmp_path
+
+
+def damage(folder: Path, name: str, seeds: range) -> dict[str, int]:
+    """How many damaged copies of a kind of file were read, and refused."""
+    data, use = KINDS[name]
+    path = folder / ("runs" if name.startswith(("bad", "index")) else "") / name
+    counts = {"fine": 0, "refused": 0}
+    for seed in seeds:
+        draw = random.Random(seed)
+        bytes_ = data
+        if path.suffix in (".json", ".jsonl") and draw.random() < 0.7:
+            rows = [json.loads(line) for line in data.splitlines()]
+            row = draw.randrange(len(rows))
+            rows[row] = (
+                changed(rows[row], draw) if draw.random() < 0.9 else draw.choice(([], 3, "x"))
+            )
+            bytes_ = jsonl(*rows)
+        else:
+            bytes_ = damaged(data, draw)
+        path.write_bytes(bytes_)
+        try:
+            counts[outcome(lambda: use(path))] += 1
+        except Exception as error:
+            error.add_note(f"{name}, seed {seed}: {bytes_[:300]!r}")
+            raise
+    return counts
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_damaged_file_is_read_or_refused(name, folder):
+    data, use = KINDS[name]
+    path = folder / ("runs" if name.startswith(("bad", "index")) else "") / name
+    path.write_bytes(data)
+    assert outcome(lambda: use(path)) == "fine"
+    counts = damage(folder, name, range(30))
+    assert counts["refused"] > 5
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", KINDS)
+def test_many_damaged_files_are_read_or_refused(name, folder):
+    damage(folder, name, range(30, 1000))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "refusal"),
+    [
+        ("reads", {"corpus": [{"name": "x"}]}, "reads.corpus[0].path: expected this field"),
+        ("reads", {"corpus": [{"name": "x", "path": "", "id": 3}]}, "[0].id: expected a string"),
+        ("sources", [{"files": {}}], "sources[0].spec: expected this field, got nothing"),
+        ("sources", [{"spec": "x", "count": "7"}], "sources[0].count: expected a whole number"),
+        ("ids", {"model": None}, "ids.model: expected a string, got None"),
+        ("hashes", {"../../other": ""}, "hashes.'../../other': expected a path below its folder"),
+        ("earlier", [3], "earlier[0]: expected an object, got 3"),
+    ],
+)
+def test_a_record_with_a_field_of_another_kind_is_left_out(key, value, refusal, folder):
+    """Of what a stage was made by: each was a traceback of `runs show`, `diff` or `forget`."""
+    table = run(4)
+    table["stages"]["eval"]["made"][key] = value
+    (folder / "runs/bad/stages.json").write_text(json.dumps(table))
+    found = open_registry([folder / "runs"], note=False)
+    assert {record.run for record in found.records} == {"good"}
+    (warning,) = found.warnings
+    assert f"bad/stages.json: stages.eval.made.{key}" in warning and refusal in warning
