@@ -414,6 +414,56 @@ def test_damaged_tokenizer_json(tmp_path, trained):
     assert refusals > 50
 
 
+def edited(folder, **parts):
+    """The tokenizer of a folder whose tokenizer.json gets these parts."""
+    file = folder / "tokenizer.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **parts}))
+    return Tokenizer.load(folder)
+
+
+@pytest.mark.parametrize(
+    "saved",
+    [
+        {"truncation": {"max_length": 5, "stride": 0, "strategy": "LongestFirst",
+                        "direction": "Right"}},
+        {"padding": {"strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": None,
+                     "pad_id": 0, "pad_type_id": 0, "pad_token": "<|endoftext|>"}},
+    ],
+    ids=lambda saved: next(iter(saved)),
+)  # fmt: skip
+def test_truncation_and_padding_of_a_file_are_ignored(tmp_path, trained, saved):
+    """transformers saves those of its last call, and ignores them when it loads."""
+    text, chat = "The tree sees the river. " * 9, [{"role": "user", "content": "Hello " * 20}]
+    trained.save(tmp_path)
+    loaded = edited(tmp_path, **saved)
+    assert loaded.encode(text) == trained.encode(text)
+    assert loaded.encode(text, special=True) == trained.encode(text, special=True)
+    assert loaded.encode_batch([text, "a"]) == trained.encode_batch([text, "a"])
+    assert loaded.encode_chat(chat) == trained.encode_chat(chat)
+    loaded.save(tmp_path / "again")
+    again = json.loads((tmp_path / "again" / "tokenizer.json").read_text())
+    assert again["truncation"] is again["padding"] is None
+
+
+@pytest.mark.parametrize("part", ["normalizer", "decoder"])
+@pytest.mark.parametrize(
+    "pattern", [{"String": "a"}, {"Regex": "a"}, {"Regex": ""}], ids=lambda p: str(p)
+)
+def test_replacements_that_multiply_a_text_are_refused(tmp_path, trained, part, pattern):
+    """With 40 of them instead of 12, a file would hang every command."""
+    trained.save(tmp_path)
+    rules = [{"type": "Replace", "pattern": pattern, "content": "aa"} for _ in range(12)]
+    decoder = json.loads((tmp_path / "tokenizer.json").read_text())["decoder"]
+    if part == "decoder":
+        rules.append(decoder)
+    kind = {"normalizer": "normalizers", "decoder": "decoders"}[part]
+    with pytest.raises(InputError, match=f"{part}: expected replacements that make a text at most"):
+        edited(tmp_path, **{part: {"type": "Sequence", kind: rules}})
+    spaces = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}
+    few = {"type": "Sequence", "normalizers": [spaces] * 3}
+    assert edited(tmp_path, decoder=decoder, normalizer=few).encode("the  tree")
+
+
 @pytest.mark.parametrize("token", [1, 2.5, [], ["<|endoftext|>"], True, {"content": 3}])
 def test_a_role_that_is_no_text_is_no_role(tmp_path, trained, token):
     trained.save(tmp_path)

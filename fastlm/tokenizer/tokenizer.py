@@ -29,6 +29,7 @@ from fastlm.files import make_folder, read_json, read_text, save_atomic
 from fastlm.progress import Track, silent
 from fastlm.tokenizer import chat_template, gguf_vocab
 from fastlm.tokenizer.gguf_vocab import library
+from fastlm.tokenizer.growth import check_growth
 from fastlm.typed import check_unicode
 
 ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -193,9 +194,13 @@ class Tokenizer:
         file = path / "tokenizer.json" if path.is_dir() else path
         text = read_text(file, MAX_JSON_BYTES)
         try:
+            check_growth(text)
             backend = library(tokenizers.Tokenizer.from_str, text)
         except InputError as error:
             raise InputError(f"{file}: wanted a tokenizer.json, got: {error}") from error
+        # settings of one call that transformers saves with the tokenizer and does not load
+        backend.no_truncation()
+        backend.no_padding()
         config, legacy = (
             read_json(path) if (path := file.parent / name).exists() else {}
             for name in ("tokenizer_config.json", "special_tokens_map.json")
