@@ -2,11 +2,13 @@
 
 import threading
 import time
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
 from engine_cases import model_of, told
+from serve_app import tiny_model
 
 import fastlm
 from fastlm.decode.pages import PAGE, Pages, page_count, page_keys
@@ -139,6 +141,45 @@ def test_prompts_that_are_equal_are_computed_once():
     first = whole.generate([Request(prompt[:128], 5, seed=1)])
     (second,) = whole.generate([Request(prompt[:128], 5, seed=1)])
     assert second.tokens == first[0].tokens and second.cached_tokens == 64
+
+
+@pytest.mark.parametrize("prompt_rows", [False, True])
+def test_requests_of_two_salts_share_no_pages(prompt_rows):
+    """Else `cached_tokens` tells a client what another one asked."""
+    engine = Engine(model_of(), prompt_rows=prompt_rows)
+    prompt = list(range(64)) * 2 + [1]
+
+    def cached(*salts, tokens=3):
+        asked = [Request(prompt, tokens, seed=1, cache_salt=salt) for salt in salts]
+        results = engine.generate(asked)
+        assert len({tuple(r.tokens) for r in results}) == 1
+        return [r.cached_tokens for r in results]
+
+    assert cached(b"a", b"b", b"a") == [0, 0, 128]  # beside each other
+    assert cached(b"c") == [0] and cached(b"c") == [128]
+    assert cached(b"a", tokens=70) == [128]  # pages of the answer, too
+    (answer,) = engine.generate([Request(prompt, 70, seed=1, cache_salt=b"a")])
+    longer = [*prompt, *answer.tokens]
+    for salt, least in ((b"b", 128), (b"", 0)):
+        (result,) = engine.generate([Request(longer, 3, seed=1, cache_salt=salt)])
+        assert result.cached_tokens == least
+
+
+@pytest.mark.parametrize("adjusted", [False, True])
+def test_ids_beyond_the_tokenizer_are_not_drawn(adjusted):
+    model, tokenizer = tiny_model()
+    vocab = tokenizer.vocab_size
+    config = replace(model.config, vocab_size=vocab + 7)
+    padded = CausalLM(config, seed=1).eval()
+    with torch.no_grad():
+        padded.lm_head.weight[vocab:] *= 50
+    sampling = Sampling(temperature=0, repetition_penalty=1.5 if adjusted else 1.0)
+    request = Request([5, vocab + 1], 6, sampling, logprobs=30, ignore_eos=True)
+    (beyond,) = Engine(padded).generate([request])
+    assert max(beyond.tokens) >= vocab
+    (result,) = Engine(padded, tokenizer).generate([request])
+    assert result.finish_reason == "length" and max(result.tokens) < vocab
+    assert all(token < vocab for t in result.logprobs for token, _ in t.top)
 
 
 def test_weights_that_change_are_noticed():

@@ -379,6 +379,33 @@ def test_many_log_probabilities_are_refused():
         assert told["param"] == "logprobs" and "answers x max_tokens" in told["message"]
 
 
+def test_keys_learn_nothing_of_each_others_prompts(tiny):
+    keys, asked = [KEY, "another-key-of-it"], body(temperature=0)
+    asked["messages"][0]["content"] = "The tree sees the river. " * 12
+
+    def cached(url, key):
+        told = ask(url, asked, **({"authorization": f"Bearer {key}"} if key else {})).json()
+        return told["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+    with serving(*tiny, keys=keys) as (url, _):
+        assert cached(url, keys[0]) == 0 and cached(url, keys[0]) > 0
+        assert cached(url, keys[1]) == 0
+    with serving(*tiny) as (url, _):
+        assert cached(url, None) == 0 and cached(url, None) > 0
+
+
+def test_an_embedding_that_is_not_finite_is_an_error(tiny):
+    broken = CausalLM(tiny[0].config, seed=1).eval()
+    with torch.no_grad():
+        broken.model.embed_tokens.weight[:] = torch.nan
+    with serving(broken, tiny[1]) as (url, _):
+        for form in ("float", "base64"):
+            asked = {"model": "tiny", "input": "a", "encoding_format": form}
+            told = ask(url, asked, "/v1/embeddings")
+            assert told.status_code == 500
+            assert told.json()["error"]["message"].startswith("model: expected finite numbers")
+
+
 def test_ids_that_only_the_model_has(tiny):
     _, tokenizer = tiny
     vocab = tokenizer.vocab_size + 8
@@ -387,8 +414,8 @@ def test_ids_that_only_the_model_has(tiny):
         num_attention_heads=2, max_position_embeddings=256, eos_token_id=tokenizer.eos_id,
     )  # fmt: skip
     model = CausalLM(config, seed=1).eval()
-    with torch.no_grad():  # the padding is likely
-        model.lm_head.weight[-8:] = model.lm_head.weight[:-8].mean(0)
+    with torch.no_grad():  # the padding is likelier than all else
+        model.lm_head.weight[-8:] *= 50
     with serving(model, tokenizer) as (url, _):
         refused = ask(url, body(logit_bias={str(vocab - 1): 1}))
         assert refused.status_code == 400 and refused.json()["error"]["param"] == "logit_bias"

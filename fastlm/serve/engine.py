@@ -57,6 +57,7 @@ class Engine:
 
     Args:
         tokenizer: makes text of tokens; without one, answers have no text and no stop strings.
+            Ids that only a padded model has are not drawn.
         pages: of `PAGE` tokens in the cache; by default as many as `max_rows` contexts need, within
             a quarter of the memory (of a GPU's free memory: half). Memory is taken at first use.
         max_tokens_per_step: a step computes so many tokens of answers, guesses and prompts, and of
@@ -134,6 +135,8 @@ class Engine:
         if kv_dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.int8):
             raise InputError(f"kv_dtype: wanted float32, bfloat16, float16 or int8, got {kv_dtype}")
         self.model, self.tokenizer, self.kv_dtype = model, tokenizer, kv_dtype
+        vocab = model.config.vocab_size
+        self.vocab = vocab if tokenizer is None else min(vocab, tokenizer.vocab_size)
         self.max_rows, self.max_waiting = max_rows, max_waiting
         self._turns = turns or nullcontext()
         self.invariant, self.prompt_rows = invariant, prompt_rows
@@ -198,7 +201,7 @@ class Engine:
         sequence = sequences.Sequence(
             0, request, listener, tokenizer=self.tokenizer, room=room,
             ends=request.stop_ids | (frozenset() if request.ignore_eos else self._ends),
-            vocab=self.model.config.vocab_size, device=self.model.device,
+            vocab=self.vocab, device=self.model.device,
         )  # fmt: skip
         with self._changed:
             self._check_open()
@@ -564,7 +567,7 @@ class Engine:
 
     def _sample(self, group: list[sequences.Sequence], logits: Tensor) -> None:
         """Draw the next token of each sequence from (B, V) logits."""
-        logits = logits.float()
+        logits = logits.float()[:, : self.vocab]
         alike: dict[Sampling, list[int]] = {}  # rows that are drawn together
         for row, s in enumerate(group):
             sampling = s.request.sampling

@@ -43,6 +43,8 @@ class Request:
         engine's thread. After a token that ends the answer, it is not asked again.
     deadline: seconds from `Engine.submit` after which the answer ends as it is.
     client: requests wait in one queue per client, and the queues take turns.
+    cache_salt: cached prompts are shared by requests with the same salt alone, so that
+        `Piece.cached_tokens` and times tell nothing of what others asked.
     """
 
     prompt: Sequence[int]
@@ -56,6 +58,7 @@ class Request:
     constraint: Callable[[], Constraint] | None = None
     deadline: float | None = None
     client: str = ""
+    cache_salt: bytes = b""
 
 
 def room_of(

@@ -44,7 +44,8 @@ class Sequence:
         self.computed = self.planned = self.cached = 0
         self.prompt_logits: Tensor | None = None
         self.draft: list[int] = []
-        self.keys = page_keys(self.tokens)
+        self.keys: list[bytes] = []
+        self._key_pages(len(self.tokens))
         self.submitted = time.monotonic()
         self.queued: float | None = None  # seconds until it got its pages
         self.cancelled = self.ended = self.admitted = False
@@ -78,13 +79,22 @@ class Sequence:
 
     def add_keys(self) -> None:
         """Add the keys of the pages that are full by now."""
+        self._key_pages(self.computed)
+
+    def _key_pages(self, end: int) -> None:
+        """Add the keys of the pages that the first ``end`` tokens fill."""
         done = len(self.keys) * PAGE
-        if self.computed - done >= PAGE:
-            self.keys += page_keys(self.tokens[done : self.computed], self.keys[-1:])
+        if end - done >= PAGE:
+            before = self.keys[-1:] or [self.request.cache_salt]
+            self.keys += page_keys(self.tokens[done:end], before)
 
     def same_prompt(self, other: "Sequence") -> bool:
+        """Whether the other's computed prompt may be used for this one."""
         mine, theirs = self.prompt_length, other.prompt_length
-        return mine == theirs and self.tokens[:mine] == other.tokens[:theirs]
+        salts = self.request.cache_salt, other.request.cache_salt
+        return (
+            mine == theirs and salts[0] == salts[1] and self.tokens[:mine] == other.tokens[:theirs]
+        )
 
     @property
     def late(self) -> bool:
