@@ -24,7 +24,10 @@ from fastlm.serve.app import READERS
 from fastlm.serve.commands import read_keys
 from fastlm.serve.fields import ApiError, parse_body
 from fastlm.serve.gate import Limits
+from fastlm.serve.openai_api import chat_asked
+from fastlm.serve.prompts import Prompts
 from fastlm.serve.requests import Closed, QueueFull
+from fastlm.tokenizer import tokenizer as tokenizer_module
 
 KEY = "a-key-of-this-server"
 SECRET = "swordfish"  # in prompts; no log may have it
@@ -278,6 +281,26 @@ def test_texts_that_no_context_holds_are_not_encoded(tiny):
         finally:
             server.served.tokenizer.__dict__["_text_backend"] = backend
             server.served.tokenizer._backend = backs
+
+
+def test_a_prompt_is_encoded_until_the_context_is_full(tiny, monkeypatch):
+    _, tokenizer = tiny
+    prompts = Prompts(tokenizer, 4096)
+    encoded, part = [], tokenizer_module.PART
+    encode = tokenizer_module._encode
+    monkeypatch.setattr(
+        tokenizer_module, "_encode", lambda *given: (encoded.append(given[1]), encode(*given))[1]
+    )
+    text = "".join(chr(ord("a") + i % 25) for i in range(8 * part))
+    monkeypatch.setattr(prompts, "most_bytes", 2**20)  # as with a real vocabulary
+    chat = chat_asked({**body(), "messages": [{"role": "user", "content": text}]})
+    for name, read in (("prompt", lambda: prompts.text(text)), ("input", lambda: prompts.text(
+        text, "input", 0)), ("messages", lambda: prompts.chat(chat))):  # fmt: skip
+        encoded.clear()
+        with pytest.raises(ApiError, match=f"{name}: wanted at most the 4096 tokens") as refused:
+            read()
+        assert (refused.value.param, refused.value.code) == (name, "context_length_exceeded")
+        assert sum(map(len, encoded)) < 2 * part
 
 
 def test_embeddings_of_an_engine_that_is_full_or_stops(tiny):

@@ -14,6 +14,7 @@ from tokenizers import pre_tokenizers
 
 from fastlm.errors import InputError
 from fastlm.tokenizer import chat_template
+from fastlm.tokenizer import tokenizer as tokenizer_module
 from fastlm.tokenizer.tokenizer import Tokenizer
 
 PIECES = [
@@ -412,6 +413,43 @@ def test_damaged_tokenizer_json(tmp_path, trained):
             assert "\n" not in str(error)
             refusals += 1
     assert refusals > 50
+
+
+def test_a_long_text_is_encoded_as_far_as_it_fits(trained, monkeypatch):
+    parts, encode = [], tokenizer_module._encode
+    monkeypatch.setattr(
+        tokenizer_module,
+        "_encode",
+        lambda b, t, *rest: (parts.append(len(t)), encode(b, t, *rest))[1],
+    )
+    text = "The tree sees the river. " * 40_000  # a megabyte
+    assert trained.is_longer(text, 2000)
+    assert sum(parts) <= 3 * tokenizer_module.PART
+    monkeypatch.undo()
+    for few in (text[:100], text[:70_000], "é" * 40_000, "<|im_end|>" * 9000, " " * 70_000):
+        count = len(trained.encode(few))
+        assert not trained.is_longer(few, count)
+        assert not trained.is_longer(few, len(trained.encode(few, special=True)))
+        assert trained.is_longer(few, count // 2) or len(few) < 1000 or "<" in few
+
+
+def test_other_threads_run_while_a_long_text_is_encoded(trained):
+    """The same ids as in parts, and `encode`, which holds the interpreter's lock, is not called."""
+    text = "The tree sees the river. " * 400
+    short = trained.encode(text[:25]) + trained.encode(text[25:50])
+
+    class Batches:
+        def __getattr__(self, name):
+            assert name in ("encode_batch", "encode_batch_fast")
+            return getattr(backend, name)
+
+    backend = trained._backend
+    assert trained.encode(text)[: len(short)] == short
+    whole = backend.encode(text, add_special_tokens=False)
+    for offsets in (False, True):
+        encoding = tokenizer_module._encode(Batches(), text, False, offsets)
+        assert encoding.ids == whole.ids
+        assert not offsets or encoding.offsets == whole.offsets
 
 
 def edited(folder, **parts):
