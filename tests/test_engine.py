@@ -361,6 +361,23 @@ def test_an_answer_whose_masks_take_too_long_ends_alone(monkeypatch):
     assert other.finish_reason == "length" and engine.stats().finished["refused"] == 1
 
 
+def test_the_cache_is_as_large_as_likely_answers(monkeypatch):
+    """Not as the machine: the memory of each page stays taken once it was used."""
+    config = model_of(max_position_embeddings=8192).config
+    size = PAGE * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+
+    def count(rows, gib=1000, **options):
+        monkeypatch.setattr(fastlm.decode.pages, "_memory", lambda: gib * 2**30)
+        device = torch.device("cpu")
+        return page_count(config, rows, dtype=torch.float32, device=device, **options)
+
+    assert count(64) == count(64, gib=2000) == 64 * 9  # 512 tokens each, and a page to grow
+    assert count(1) == 129 and count(8, context=65536) == 1025  # one whole context
+    assert count(64, context=128) == 64 * 3
+    assert count(64, likely=8192) == 64 * 129
+    assert count(10**6, gib=1) == 2**28 // size
+
+
 def test_fair_turns():
     """A client with many requests or calls does not keep another one waiting."""
     engine, order = Engine(model_of(), max_rows=1), []

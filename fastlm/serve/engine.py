@@ -63,8 +63,8 @@ class Engine:
     Args:
         tokenizer: makes text of tokens; without one, answers have no text and no stop strings.
             Ids that only a padded model has are not drawn.
-        pages: of `PAGE` tokens in the cache; by default as many as `max_rows` contexts need, within
-            a quarter of the memory (of a GPU's free memory: half). Memory is taken at first use.
+        pages: of `PAGE` tokens in the cache; by default as many as `max_rows` likely answers need
+            (`fastlm.decode.pages.page_count`). On the CPU, memory is taken at first use.
         max_tokens_per_step: a step computes so many tokens of answers, guesses and prompts, and of
             prompts in any case a quarter of it, or half as many as answers; where modules compute
             these, up to the end of a page. More is faster for prompts; fewer keep the pauses in
@@ -273,26 +273,30 @@ class Engine:
         )  # fmt: skip
 
     def generate(
-        self, requests: Sequence[Request], on_result: Callable[[Result], Any] | None = None
+        self,
+        requests: Sequence[Request],
+        on_result: Callable[[Result], Any] | None = None,
+        on_piece: Callable[[int, Piece], Any] | None = None,
     ) -> list[Result]:
         """Answer all requests, in their order; here, or through the thread that `start` began.
-        `on_result` is called with each as it ends."""
+        `on_piece` is called with the number of a request and what is new of its answer,
+        `on_result` with each result as it ends."""
         done, failures = threading.Event(), []
         answers = [Collected() for _ in requests]
         left = itertools.count(len(requests) - 1, -1)
 
-        def listen(answer: Collected) -> Listener:
+        def listen(index: int, answer: Collected) -> Listener:
             def take(piece: Piece) -> None:
                 answer(piece)
-                if answer.result is None:
-                    return
                 try:
-                    if on_result is not None and not failures:
+                    if on_piece is not None and not failures:
+                        on_piece(index, piece)
+                    if on_result is not None and not failures and answer.result is not None:
                         on_result(answer.result)
                 except Exception as error:
                     failures.append(error)
                     done.set()
-                if next(left) == 0:
+                if answer.result is not None and next(left) == 0:
                     done.set()
 
             return take
@@ -300,8 +304,8 @@ class Engine:
         thread = self._thread
         ids: list[int] = []
         try:
-            for request, answer in zip(requests, answers, strict=True):
-                ids.append(self._submit(request, listen(answer), None))
+            for i, (request, answer) in enumerate(zip(requests, answers, strict=True)):
+                ids.append(self._submit(request, listen(i, answer), None))
             while not done.is_set() and requests:
                 if thread is not None:
                     done.wait()
