@@ -145,10 +145,11 @@ class Writer:
                 sampling=Sampling(**sampling), seed=seed, stop=stop, on_text=piece,
                 on_token=self.speed.token,
             )  # fmt: skip
+        stops = tuple(checked_stops(stop))
         requests = [
             Request(
                 ids, max_new_tokens, Sampling(**sampling),
-                seed=None if seed is None else (seed + row) % 2**63, stop=tuple(checked_stops(stop)),
+                seed=None if seed is None else (seed + row) % 2**63, stop=stops,
             )
             for row, ids in enumerate(prompts)
         ]  # fmt: skip
