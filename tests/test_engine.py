@@ -4,7 +4,6 @@ import threading
 import time
 from dataclasses import replace
 from itertools import pairwise
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -262,104 +261,6 @@ def test_logprobs():
             values, ids = row.topk(3)
             assert [i for i, _ in found.top] == ids.tolist()
             assert [p for _, p in found.top] == pytest.approx(values.tolist(), abs=1e-4)
-
-
-class Fixed:
-    """A grammar with one sentence."""
-
-    def __init__(self, tokens):
-        self.tokens, self.taken = tokens, []
-
-    def mask(self):
-        mask = torch.zeros(97, dtype=torch.bool)
-        mask[self.tokens[len(self.taken)]] = True
-        return mask
-
-    def accept(self, token):
-        self.taken.append(token)
-
-
-def test_constraints():
-    model = model_of(eos_token_id=3)
-    results = Engine(model).generate(
-        [Request([1], 9, seed=i, constraint=lambda: Fixed([9, 8, 7, 3])) for i in range(3)]
-    )
-    assert [r.tokens for r in results] == [[9, 8, 7, 3]] * 3
-    (bad,) = Engine(model).generate([Request([1], 9, constraint=lambda: Fixed([9]))])
-    assert bad.finish_reason == "error" and "IndexError" in bad.error
-
-
-def test_others_go_on_while_a_mask_is_computed():
-    ended, other_ended = [], threading.Event()
-
-    class Slow(Fixed):
-        def mask(self):
-            if len(self.taken) == 2 and not other_ended.wait(10):
-                ended.append("too late")
-            return super().mask()
-
-    engine = Engine(model_of(eos_token_id=3))
-
-    def listen(name):
-        def take(piece):
-            if piece.finish_reason:
-                ended.append((name, piece.finish_reason))
-                other_ended.set()
-
-        return take
-
-    engine.submit(Request([1], 9, constraint=lambda: Slow([9, 8, 7, 3])), listen("slow"))
-    engine.submit(Request([2], 40, ignore_eos=True), listen("other"))
-    while engine.step():
-        pass
-    assert ended == [("other", "length"), ("slow", "stop")]
-
-
-@pytest.mark.parametrize("options", [{}, {"draft_tokens": 3}, {"pages": 4}, {"prompt_rows": True}])
-def test_masks_that_come_late_change_no_answer(options, monkeypatch):
-    """Also where the answer is preempted meanwhile."""
-
-    class Even:
-        def __init__(self):
-            self.count = 0
-
-        def mask(self):
-            if slow and self.count % 3 == 1:
-                time.sleep(0.002)
-            return torch.arange(97) % 3 != self.count % 3
-
-        def accept(self, token):
-            self.count += 1
-
-    model, found = model_of(), []
-    sampling = Sampling(repetition_penalty=1.2)
-    asked = [Request([i] * 60, 70, sampling, seed=i, constraint=Even) for i in range(3)]
-    for patience in (10, 0):
-        slow = not patience
-        monkeypatch.setattr(fastlm.serve.engine, "MASK_PATIENCE", patience)
-        engine = Engine(model, **options)
-        found.append([r.tokens for r in engine.generate(asked)])
-        assert engine.stats().preemptions or "pages" not in options
-        assert engine.stats().pages_used == 0
-    assert found[0] == found[1] and all(len(tokens) == 70 for tokens in found[0])
-
-
-def test_an_answer_whose_masks_take_too_long_ends_alone(monkeypatch):
-    seconds = iter(range(10**6))
-
-    class Slow(Fixed):
-        def mask(self):
-            next(seconds)
-            return super().mask()
-
-    clock = SimpleNamespace(thread_time=lambda: 0.05 * next(seconds))
-    monkeypatch.setattr("fastlm.serve.masks.time", clock)
-    engine = Engine(model_of(eos_token_id=3))
-    slow = Request([1], 200, constraint=lambda: Slow([9] * 199))
-    result, other = engine.generate([slow, Request([2], 5, ignore_eos=True)])
-    assert result.finish_reason == "refused" and 5 < len(result.tokens) < 40
-    assert result.error.startswith("grammar: expected masks of at most 0.02 s")
-    assert other.finish_reason == "length" and engine.stats().finished["refused"] == 1
 
 
 def test_the_cache_is_as_large_as_likely_answers(monkeypatch):
@@ -712,38 +613,3 @@ def test_pages():
     pages.forget()
     assert pages.find(keys[0]) is None and pages.available == 4
     assert all(a != b for a, b in pairwise(sorted(pages.take(4))))
-
-
-@pytest.mark.parametrize("format", [None, "w8a8"])
-def test_what_commands_write_is_what_the_engine_serves(format, monkeypatch):
-    """With `generate_texts`, whose sums have another order, rounded activations end in other
-    texts."""
-    model, tokenizer = tiny_model(256)
-    if format:
-        model = fastlm.quantize(model, format, group_size=16)
-    monkeypatch.setattr(fastlm.serve.chat, "load_model", lambda *_: (model, tokenizer))
-    writer = fastlm.serve.chat.Writer("model")
-    words = "The tree sees the river. What is 1 + 1?".split()
-    prompts = [tokenizer.encode(" ".join(words[i:] * (i + 1))) for i in range(6)]
-    engine = Engine(model, tokenizer)
-    for options in ({"temperature": 0}, {"temperature": 1.0, "top_k": 40}):
-        pieces = [""] * len(prompts)
-
-        def piece(row, text, pieces=pieces):
-            pieces[row] += text
-
-        written = writer.write(prompts, piece, max_new_tokens=60, seed=5, **options)
-        served = engine.generate(
-            [Request(p, 60, Sampling(**options), seed=5 + i) for i, p in enumerate(prompts)]
-        )
-        assert [w.tokens for w in written] == [s.tokens for s in served]
-        assert [w.text for w in written] == [s.text for s in served] == pieces
-        assert writer.speed.new_tokens == sum(len(w.tokens) for w in written)
-    (full,) = writer.write([[5] * 250], max_new_tokens=60, temperature=0)
-    assert full.finish_reason in ("context", "stop")
-    (short,) = writer.write([[5] * 4], max_new_tokens=1, temperature=0)
-    assert short.finish_reason in ("length", "stop") and len(short.tokens) == 1
-    with torch.no_grad():
-        model.model.norm.weight[:] = torch.nan
-    with pytest.raises(InputError, match="model: expected one that answers, got: logits are not"):
-        writer.write([[5]], max_new_tokens=1, temperature=0)
