@@ -11,7 +11,6 @@ from engine_cases import model_of, told
 from serve_app import tiny_model
 
 import fastlm
-import fastlm.serve.chat
 from fastlm.decode.pages import PAGE, Pages, page_count, page_keys
 from fastlm.decode.sampling import Sampling
 from fastlm.errors import InputError
