@@ -51,6 +51,9 @@ IMPLEMENTATIONS: dict[str, dict[str, Any]] = {}  # callables, or `Kernel` until 
 _picked_by: dict[str, str] = {}  # op -> the argument whose device and dtype decide
 _fakes: dict[str, Callable] = {}  # op -> its shape function, for tensors without memory
 _get_num_threads = torch.get_num_threads
+# A forked process has none of OpenMP's threads and waits for them for ever, in torch's parallel
+# loops as in ours. With one thread it needs none.
+os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 _picked: dict[tuple, Callable] = {}
 
 

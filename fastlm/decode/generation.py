@@ -28,9 +28,16 @@ class _Decoding:
     """The state of one generation: left-padded tokens (B, T), their mask, the cache."""
 
     def __init__(
-        self, model: "CausalLM", ids: Tensor, mask: Tensor | None, steps: int, sampling: Sampling
+        self,
+        model: "CausalLM",
+        ids: Tensor,
+        mask: Tensor | None,
+        steps: int,
+        sampling: Sampling,
+        vocab: int | None,
     ):
         self.model, self.sampling, self.mask = model, sampling, mask
+        self.vocab = min(vocab or model.config.vocab_size, model.config.vocab_size)
         limit = model.context_limit
         if ids.shape[1] + 1 > limit:
             raise InputError(
@@ -60,7 +67,7 @@ class _Decoding:
         self.regime = None
         self.adjustments = None
         if sampling.adjusts:
-            self.adjustments = Adjustments(sampling, ids, mask, model.config.vocab_size)
+            self.adjustments = Adjustments(sampling, ids, mask, self.vocab)
 
     @property
     def can_shrink(self) -> bool:
@@ -97,6 +104,7 @@ class _Decoding:
             logits = self.steps_of.logits(new[:, 0].contiguous())
         else:
             logits = self.model.next_logits(new, self.cache, mask)
+        logits = logits[:, : self.vocab]
         if self.adjustments is not None:
             logits = self.adjustments.apply(logits)
         self.logits = logits
@@ -142,6 +150,7 @@ def generate(
     attention_mask: Tensor | None = None,
     on_token: Callable[[int, int], Any] | None = None,
     return_logprobs: bool = False,
+    vocab_size: int | None = None,
 ) -> Any:
     """Continue every row by at most `max_new_tokens` tokens.
 
@@ -159,6 +168,8 @@ def generate(
         on_token: called with (row, token) for each new token, rows in order; a true result ends
             the row.
         return_logprobs: also return the new tokens' log-probabilities (`Sampling.logprobs`).
+        vocab_size: draw ids below it alone: a padded model has more than its tokenizer. By default
+            the model's.
 
     Generation also ends where the context reaches max_position_embeddings, in the same way as at
     max_new_tokens.
@@ -180,7 +191,7 @@ def generate(
     if max_new_tokens and ids.shape[0]:
         rows = list(range(ids.shape[0]))  # those that are decoded
         live = set(rows)
-        state = _Decoding(model, ids, mask, max_new_tokens, sampling)
+        state = _Decoding(model, ids, mask, max_new_tokens, sampling, vocab_size)
         for _ in range(state.steps):
             chosen = state.step([generators[row] for row in rows])
             if return_logprobs:
@@ -294,7 +305,8 @@ def generate_text(
     batch, mask, _ = _batch(model, [ids], None)
     own = frozenset() if ignore_eos else tokenizer.stop_ids
     ends = _end_ids(model, stop_ids, ignore_eos) | own
-    return _pieces(model, text, batch, mask, max_new_tokens, sampling, seed, ends)
+    vocab = tokenizer.vocab_size
+    return _pieces(model, text, batch, mask, max_new_tokens, sampling, seed, ends, vocab)
 
 
 def _check_steps(count: Any) -> None:
@@ -311,9 +323,10 @@ def _pieces(
     sampling: Sampling,
     seed: int | None,
     ends: frozenset[int],
+    vocab: int,
 ) -> Iterator[str]:
     generators = make_generators(seed, 1)
-    state = _Decoding(model, ids, mask, max_new_tokens, sampling)
+    state = _Decoding(model, ids, mask, max_new_tokens, sampling, vocab)
     for _ in range(state.steps):
         token = int(state.step(generators))
         if token in ends:
@@ -378,7 +391,7 @@ def generate_texts(
     ids = [tokenizer.encode(p) if isinstance(p, str) else list(p) for p in prompts]
     rows = generate(
         model, ids, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, stop_ids=ends,
-        ignore_eos=ignore_eos, on_token=take,
+        ignore_eos=ignore_eos, on_token=take, vocab_size=tokenizer.vocab_size,
     )  # fmt: skip
     results = []
     for row, (prompt, tokens) in enumerate(zip(ids, rows)):

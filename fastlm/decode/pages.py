@@ -27,6 +27,9 @@ from fastlm.reference.quantized_linear import round_rows
 PAGE = 64
 SCALES = torch.float32
 _MEMORY_SHARE = 4  # a cache takes a quarter of the memory at most
+# Tokens of a likely answer with its prompt. On the CPU, memory grows with the pages that were used
+# once: with room for the longest contexts, a model of 97 MB came to hold 3.9 GB.
+LIKELY_TOKENS = 512
 
 
 class Pages:
@@ -222,18 +225,24 @@ def page_count(
     dtype: torch.dtype,
     device: torch.device,
     context: int | None = None,
+    likely: int = LIKELY_TOKENS,
     beside: int = 0,
 ) -> int:
-    """How many pages `rows` contexts of ``context`` tokens (default: the longest) need, within a
-    quarter of the memory, or half of what is free on a GPU. `beside`: bytes that something else
-    takes for each."""
+    """How many pages `rows` answers need. `beside`: bytes that something else takes for each page.
+
+    On the CPU they have room for `rows` answers of ``likely`` tokens and for one context of
+    ``context`` tokens (default: the longest), whichever is more, within a quarter of the memory. On
+    a GPU, whose memory is taken at once, for `rows` contexts, within half of what is free.
+    """
+    # and one page more for each, which the scheduler keeps for growth
+    longest = -(-(context or config.max_position_embeddings) // PAGE) + 1
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         memory = (torch.cuda.mem_get_info(device)[0] + cached) // 2
+        wanted = rows * longest
     else:
         memory = _memory() // _MEMORY_SHARE
-    # and one page more for each, which the scheduler keeps for growth
-    wanted = rows * (-(-(context or config.max_position_embeddings) // PAGE) + 1)
+        wanted = max(longest, rows * min(longest, -(-likely // PAGE) + 1))
     return max(1, min(wanted, memory // (page_bytes(config, dtype) + beside)))
 
 

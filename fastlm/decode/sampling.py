@@ -191,8 +191,8 @@ def _drawn(scaled: Tensor, u: Tensor) -> Tensor:
 class Adjustments:
     """Penalties and biases of rows that share a `Sampling`, and the tokens that they depend on.
 
-    ``ids`` (B, T): the prompts; ``mask`` (B, T) is 0 where they are padding. InputError: a biased
-    token that the vocabulary lacks.
+    ``ids`` (B, T): the prompts; ``mask`` (B, T) is 0 where they are padding. ``vocab``: ids from it
+    on are not drawn. InputError: a biased token that the vocabulary lacks.
     """
 
     def __init__(self, sampling: Sampling, ids: Tensor, mask: Tensor | None, vocab: int):
@@ -209,7 +209,7 @@ class Adjustments:
         self.seen = self.counts = None
         if sampling.repetition_penalty != 1.0:
             self.seen = torch.zeros(rows, vocab, dtype=torch.bool, device=device)
-            present = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+            present = ids < vocab if mask is None else mask.bool() & (ids < vocab)
             row = torch.arange(rows, device=device)[:, None].expand_as(ids)
             self.seen[row[present], ids.long()[present]] = True
         if sampling.presence_penalty or sampling.frequency_penalty:
@@ -249,7 +249,8 @@ def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 
 def make_generators(seed: int | None, rows: int) -> list[torch.Generator]:
     """A CPU generator per row. Row r of seed s draws what a single row of seed s + r draws."""
-    if seed is not None and not 0 <= _whole(seed) < 2**63:
+    # compared as integers: 2^63 - 1 is 2^63 as a float
+    if seed is not None and not (type(seed) is int and 0 <= seed < 2**63):
         raise InputError(f"seed: wanted an integer in [0, 2^63) or None, got {seed!r}")
     if seed is None:
         seed = int(torch.randint(2**62, (), device="cpu"))

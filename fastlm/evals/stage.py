@@ -48,6 +48,9 @@ class Eval(Stage):
     document_mask: Annotated[
         bool, "A token's context ends where its document begins, as in pretrain"
     ] = False
+    act_bits: Annotated[
+        int | None, "8: quantized weights multiply rounded inputs, 16: not rounded; as for generate"
+    ] = None
     tasks: Annotated[
         tuple[str, ...], "Question sets: names, abilities, all, or YAML files (fastlm tasks)"
     ] = ()
@@ -58,6 +61,8 @@ class Eval(Stage):
 
     def check(self) -> None:
         at_least_one(self, "batch_size", "samples")
+        if self.act_bits not in (None, 8, 16):
+            raise InputError(f"act_bits: expected 8 or 16, got {self.act_bits}")
         if self.limit is not None and self.limit < 1:
             raise InputError(f"limit: wanted 1 or more, got {self.limit}")
         if self.temperature < 0:
@@ -102,7 +107,7 @@ class Eval(Stage):
         asked: dict[str, Any] = {}
         ids = ids_of(job.inputs["model"])
         for source, known in zip(job.inputs["model"], ids, strict=True):
-            model, tokenizer = load_model(source.where)
+            model, tokenizer = load_model(source.where, self.act_bits)
             if data is not None:
                 result = self._bits(model, tokenizer, data, job, first=not models)
                 for key in ("bits_per_byte_xz", "bits_per_byte_zstd", "documents"):
@@ -169,8 +174,9 @@ class Eval(Stage):
         from fastlm.evals.suite import DIGITS, ask_all
 
         hashed = id[:DIGITS]
+        asked = hashed if self.act_bits is None else f"{hashed}, act_bits {self.act_bits}"
         return ask_all(
-            tasks, Scorer(model, tokenizer), job.out / ITEMS / hashed, model=hashed,
+            tasks, Scorer(model, tokenizer), job.out / ITEMS / hashed, model=asked,
             samples=self.samples, temperature=self.temperature, seed=self.seed, track=job.track,
         )  # fmt: skip
 

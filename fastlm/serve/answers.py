@@ -131,7 +131,7 @@ class Answer:
         choice = self.choices[index]
         choice.tokens += len(piece.tokens)
         late = piece.finish_reason == "deadline" and not any(c.tokens for c in self.choices)
-        if late or piece.finish_reason in ("error", "cancelled"):
+        if late or piece.finish_reason in ("error", "refused", "cancelled"):
             self.running.abandon()
             raise ended_badly(piece)
         text = piece.text
@@ -233,6 +233,8 @@ def ended_badly(piece: Piece) -> ApiError:
     """The error of an answer that the engine ended."""
     if piece.finish_reason == "cancelled":
         return stopping()
+    if piece.finish_reason == "refused":
+        return ApiError(str(piece.error), code="grammar")
     if piece.finish_reason == "deadline":
         return ApiError(
             "queue: the time that a request may take was over before its answer began",

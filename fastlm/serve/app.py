@@ -202,7 +202,7 @@ class Server:
     async def _submit(self, http: HttpRequest, asked: Asked, turn: Turn, id: str) -> Answer:
         served, told = turn.served, http.state.told
         prompts, echoes, requests = await self._read(
-            requests_of, served, asked, self.limits, http.state.client
+            requests_of, served, asked, self.limits, http.state.client, self.cache_salt(http)
         )
         told["model"], told["prompt_tokens"] = served.name, sum(map(len, prompts))
         lengths = [len(prompt) for prompt in prompts]
@@ -219,6 +219,10 @@ class Server:
         if seen is not None:
             seen.answer = answer
         return answer
+
+    def cache_salt(self, http: HttpRequest) -> bytes:
+        """The clients of several keys share no cached prompts, those of one key or none do."""
+        return http.state.client.encode() if len(self.keys) > 1 else b""
 
     async def _whole(self, answer: Answer, turn: Turn, kept: Keep | None) -> bytes:
         try:

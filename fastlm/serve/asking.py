@@ -14,7 +14,7 @@ MOST_LOGPROBS = 2**18  # in one response: about 30 MB
 
 
 def requests_of(
-    served: "Served", asked: Asked, limits: "Limits", client: str
+    served: "Served", asked: Asked, limits: "Limits", client: str, cache_salt: bytes = b""
 ) -> tuple[list[list[int]], list[str], list[Request]]:
     """The prompts, their texts for an echo, and what the engine is asked for. Takes a while.
 
@@ -58,6 +58,7 @@ def requests_of(
             constraint=constraint,
             deadline=limits.answer_seconds,
             client=client,  # not its `user`, of which it may make up many
+            cache_salt=cache_salt,
         )
         for prompt in prompts
         for i in range(asked.n)

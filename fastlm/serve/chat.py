@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any
 from fastlm.checkpoint.folder import load_tokenizer
 from fastlm.checkpoint.gguf_file import open_gguf
 from fastlm.data.packages import model_path
-from fastlm.decode.generation import Generated, generate_texts
+from fastlm.decode.generation import Generated, checked_stops, generate_texts
+from fastlm.decode.pages import PAGE, page_count
 from fastlm.decode.sampling import Sampling
 from fastlm.errors import InputError
 from fastlm.model.causal_lm import CausalLM
+from fastlm.serve.engine import Engine
+from fastlm.serve.requests import Piece, Request, Result
 
 if TYPE_CHECKING:
     import torch
@@ -82,10 +85,15 @@ class Speed:
 
 
 class Writer:
-    """A model and its tokenizer from ``path``, or from a package: ``model:smollm2``."""
+    """A model and its tokenizer from ``path``, or from a package: ``model:smollm2``.
+
+    It writes through an engine, so that its texts are those of `fastlm serve`. Where activations
+    are rounded to 8 bits, another order of sums soon ends in another text.
+    """
 
     def __init__(self, path: str | Path, act_bits: int | None = None):
         self.model, self.tokenizer = load_model(path, act_bits)
+        self._engine: Engine | None = None
 
     def prompt_ids(self, prompt: str, *, raw: bool = False) -> list[int]:
         """Encode the prompt: through the chat template as a user's message, or unchanged if ``raw``
@@ -131,11 +139,54 @@ class Writer:
                     f" got {len(ids)}"
                 )
         self.speed = Speed(prompts)
-        return generate_texts(
-            self.model, self.tokenizer, prompts, max_new_tokens=max_new_tokens,
-            sampling=Sampling(**sampling), seed=seed, stop=stop, on_text=piece,
-            on_token=self.speed.token,
-        )  # fmt: skip
+        if self.model.model.by_length:  # an engine has the frequencies of one length for all
+            return generate_texts(
+                self.model, self.tokenizer, prompts, max_new_tokens=max_new_tokens,
+                sampling=Sampling(**sampling), seed=seed, stop=stop, on_text=piece,
+                on_token=self.speed.token,
+            )  # fmt: skip
+        stops = tuple(checked_stops(stop))
+        requests = [
+            Request(
+                ids, max_new_tokens, Sampling(**sampling),
+                seed=None if seed is None else (seed + row) % 2**63, stop=stops,
+            )
+            for row, ids in enumerate(prompts)
+        ]  # fmt: skip
+
+        def take(row: int, part: Piece) -> None:
+            for token in part.tokens:
+                self.speed.token(row, token)
+            if part.text:
+                piece(row, part.text)
+
+        results = self._engine_for(requests).generate(requests, on_piece=take)
+        if failed := [result.error for result in results if result.error]:
+            raise InputError(f"model: expected one that answers, got: {failed[0]}")
+        return [
+            Generated(result.text, result.tokens, _reason(result, max_new_tokens))
+            for result in results
+        ]
+
+    def _engine_for(self, requests: Sequence[Request]) -> Engine:
+        """Return an engine with room for all requests: the last one, which may know their prompts,
+        or a larger one."""
+        limit = self.context_limit
+        lengths = [min(len(r.prompt) + r.max_new_tokens, limit) for r in requests]
+        pages = sum(length // PAGE + 2 for length in lengths)
+        if self._engine is None or self._engine.pages.count < pages:
+            context = page_count(
+                self.model.config, 1, dtype=self.model.dtype, device=self.model.device
+            )
+            self._engine = None  # before there are two
+            self._engine = Engine(self.model, self.tokenizer, pages=max(pages, context))
+        return self._engine
+
+
+def _reason(result: Result, max_new_tokens: int) -> str:
+    """Return why a text ends, as `generate_texts` calls it."""
+    full = result.finish_reason == "length" and len(result.tokens) < max_new_tokens
+    return "context" if full else result.finish_reason
 
 
 class Conversation:

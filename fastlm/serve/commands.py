@@ -91,8 +91,9 @@ def serve(
             min=1,
             max=2**31 - 1,
             help="Pages of 64 tokens in the key/value cache, at most what fits the memory; default:"
-            " as many as --max-rows contexts need, within a quarter of the memory (of a GPU's free"
-            " memory: half)",
+            " --max-rows answers of 512 tokens with their prompts, or one whole context if that is"
+            " more, within a quarter of the memory (on a GPU: --max-rows contexts, within half of"
+            " its free memory)",
         ),
     ] = None,
     kv_dtype: Annotated[

@@ -14,7 +14,8 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -32,6 +33,7 @@ from fastlm.serve.drafter import Drafter, draft_page_bytes
 from fastlm.serve.guessers import Guesser, PromptLookup
 from fastlm.serve.requests import (
     Closed,
+    ConstraintError,
     EngineStats,
     FinishReason,
     Listener,
@@ -50,6 +52,9 @@ if TYPE_CHECKING:
     from fastlm.tokenizer.tokenizer import Tokenizer
 
 T = TypeVar("T")
+MASK_THREADS = 2  # that compute masks of grammars: one that is slow leaves one to the others
+# Seconds of a step that wait for masks: most are ready by the time that logits are, or soon after
+MASK_PATIENCE = 0.005
 
 
 class Engine:
@@ -57,8 +62,9 @@ class Engine:
 
     Args:
         tokenizer: makes text of tokens; without one, answers have no text and no stop strings.
-        pages: of `PAGE` tokens in the cache; by default as many as `max_rows` contexts need, within
-            a quarter of the memory (of a GPU's free memory: half). Memory is taken at first use.
+            Ids that only a padded model has are not drawn.
+        pages: of `PAGE` tokens in the cache; by default as many as `max_rows` likely answers need
+            (`fastlm.decode.pages.page_count`). On the CPU, memory is taken at first use.
         max_tokens_per_step: a step computes so many tokens of answers, guesses and prompts, and of
             prompts in any case a quarter of it, or half as many as answers; where modules compute
             these, up to the end of a page. More is faster for prompts; fewer keep the pauses in
@@ -134,6 +140,8 @@ class Engine:
         if kv_dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.int8):
             raise InputError(f"kv_dtype: wanted float32, bfloat16, float16 or int8, got {kv_dtype}")
         self.model, self.tokenizer, self.kv_dtype = model, tokenizer, kv_dtype
+        vocab = model.config.vocab_size
+        self.vocab = vocab if tokenizer is None else min(vocab, tokenizer.vocab_size)
         self.max_rows, self.max_waiting = max_rows, max_waiting
         self._turns = turns or nullcontext()
         self.invariant, self.prompt_rows = invariant, prompt_rows
@@ -178,6 +186,8 @@ class Engine:
         self._drafted_tokens = self._accepted_tokens = 0
         self._finished: Counter[str] = Counter()
         self._rate = 0.0  # tokens per second, of late
+        self._mask_threads = ThreadPoolExecutor(MASK_THREADS, thread_name_prefix="fastlm-masks")
+        self._patience = 0.0  # seconds for which this step may still wait for masks
 
     # any thread
 
@@ -198,7 +208,7 @@ class Engine:
         sequence = sequences.Sequence(
             0, request, listener, tokenizer=self.tokenizer, room=room,
             ends=request.stop_ids | (frozenset() if request.ignore_eos else self._ends),
-            vocab=self.model.config.vocab_size, device=self.model.device,
+            vocab=self.vocab, device=self.model.device, threads=self._mask_threads,
         )  # fmt: skip
         with self._changed:
             self._check_open()
@@ -263,26 +273,30 @@ class Engine:
         )  # fmt: skip
 
     def generate(
-        self, requests: Sequence[Request], on_result: Callable[[Result], Any] | None = None
+        self,
+        requests: Sequence[Request],
+        on_result: Callable[[Result], Any] | None = None,
+        on_piece: Callable[[int, Piece], Any] | None = None,
     ) -> list[Result]:
         """Answer all requests, in their order; here, or through the thread that `start` began.
-        `on_result` is called with each as it ends."""
+        `on_piece` is called with the number of a request and what is new of its answer,
+        `on_result` with each result as it ends."""
         done, failures = threading.Event(), []
         answers = [Collected() for _ in requests]
         left = itertools.count(len(requests) - 1, -1)
 
-        def listen(answer: Collected) -> Listener:
+        def listen(index: int, answer: Collected) -> Listener:
             def take(piece: Piece) -> None:
                 answer(piece)
-                if answer.result is None:
-                    return
                 try:
-                    if on_result is not None and not failures:
+                    if on_piece is not None and not failures:
+                        on_piece(index, piece)
+                    if on_result is not None and not failures and answer.result is not None:
                         on_result(answer.result)
                 except Exception as error:
                     failures.append(error)
                     done.set()
-                if next(left) == 0:
+                if answer.result is not None and next(left) == 0:
                     done.set()
 
             return take
@@ -290,8 +304,8 @@ class Engine:
         thread = self._thread
         ids: list[int] = []
         try:
-            for request, answer in zip(requests, answers, strict=True):
-                ids.append(self._submit(request, listen(answer), None))
+            for i, (request, answer) in enumerate(zip(requests, answers, strict=True)):
+                ids.append(self._submit(request, listen(i, answer), None))
             while not done.is_set() and requests:
                 if thread is not None:
                     done.wait()
@@ -327,6 +341,7 @@ class Engine:
         self._take_in()
         for sequence in self.scheduler.sequences():
             self._end(sequence, "cancelled")
+        self._mask_threads.shutdown(wait=False, cancel_futures=True)
 
     # the engine's thread
 
@@ -343,6 +358,7 @@ class Engine:
                 return busy
             self._prepare()
         began, before = time.monotonic(), self._prompt_tokens + self._new_tokens
+        self._draw_held()
         decodes = self.scheduler.decodes()
         most = self.max_tokens_per_step or self._budget(len(decodes))
         share = max(most // 4, len(decodes) // 2, 1)  # of prompts
@@ -358,10 +374,34 @@ class Engine:
             self._compute(answers, prompts)
             answers, prompts = [], []
         self._compute(answers, prompts)
+        if not decodes and self._prompt_tokens + self._new_tokens == before:
+            # all that runs waits for masks: no hurry, but for a new request
+            waits = [s.masks.next for s in self._held() if s.masks is not None]
+            wait_for(waits, timeout=0.01, return_when=FIRST_COMPLETED)
         self._steps += 1
         count = self._prompt_tokens + self._new_tokens - before
         self._rate += 0.1 * (count / max(time.monotonic() - began, 1e-6) - self._rate)
         return True
+
+    def _draw_held(self) -> None:
+        """Draw what follows the answers whose masks have come."""
+        self._patience = MASK_PATIENCE
+        for s in self._held():
+            if s.held is not None and s.masks is not None and s.masks.is_ready(0):
+                logits, s.held = s.held, None
+                self._sample([s], logits[None])
+
+    def _held(self) -> list[sequences.Sequence]:
+        return [s for s in self.scheduler.running if s.held is not None]
+
+    def _has_mask(self, sequence: sequences.Sequence) -> bool:
+        """Whether the next token can be drawn, at once or within this step's patience."""
+        if sequence.masks is None:
+            return True
+        began = time.monotonic()
+        ready = sequence.masks.is_ready(self._patience)
+        self._patience = max(0.0, self._patience - (time.monotonic() - began))
+        return ready
 
     def _budget(self, answers: int) -> int:
         """The tokens of a step. Where prompts are rows of it, each costs answers its own time: few,
@@ -382,6 +422,8 @@ class Engine:
             cancelled, self._cancelled = self._cancelled, set()
         for sequence in inbox:
             self.scheduler.add(sequence)
+            if sequence.masks is not None:
+                sequence.masks.begin()
         for sequence in self.scheduler.sequences() if cancelled else ():
             sequence.cancelled |= sequence.id in cancelled
         if call is not None:
@@ -444,6 +486,9 @@ class Engine:
         """Compute something for a group of sequences; if that fails, they end, not the engine."""
         try:
             compute()
+        except ConstraintError as error:
+            for sequence in group:
+                self._end(sequence, "refused", str(error))
         except Exception as error:
             for sequence in group:
                 if sequence.pages:
@@ -483,7 +528,8 @@ class Engine:
             if not going:
                 return
             self._sample(going, torch.stack([logits[s][i] for s in going]))
-            right = [s for s in going if len(logits[s]) > i + 1 and s.tokens[-1] == s.draft[i]]
+            drawn = [s for s in going if s.held is None]
+            right = [s for s in drawn if len(logits[s]) > i + 1 and s.tokens[-1] == s.draft[i]]
             self._accepted_tokens += len(right)
             going = [s for s in right if s.pages]
             for s in going:
@@ -564,12 +610,15 @@ class Engine:
 
     def _sample(self, group: list[sequences.Sequence], logits: Tensor) -> None:
         """Draw the next token of each sequence from (B, V) logits."""
-        logits = logits.float()
+        logits = logits.float()[:, : self.vocab]
         alike: dict[Sampling, list[int]] = {}  # rows that are drawn together
         for row, s in enumerate(group):
             sampling = s.request.sampling
-            if s.adjustments is None and s.constraint is None and sampling.rowwise:
+            if s.adjustments is None and s.masks is None and sampling.rowwise:
                 alike.setdefault(sampling, []).append(row)
+                continue
+            if not self._has_mask(s):
+                s.held = logits[row]
                 continue
             self._guarded([s], lambda s=s, row=row: self._draw([s], s.allowed(logits[row][None])))
         for rows in alike.values():
@@ -586,8 +635,7 @@ class Engine:
         finite = logits.amax(-1).isfinite().tolist()  # not where all are -inf, or one is NaN
         for row, (s, token) in enumerate(zip(group, tokens, strict=True)):
             if not finite[row]:
-                error = "no token may come next" if s.constraint else "logits are not finite"
-                self._end(s, "error", error)
+                self._end(s, "error", "logits are not finite")
                 continue
             self._new_tokens += 1
             try:

@@ -6,6 +6,7 @@ cannot compile, or that it would only keep to in part, is refused.
 
 import json
 import threading
+from collections import deque
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,8 @@ from torch import Tensor
 from fastlm.errors import InputError
 from fastlm.serve.fields import ApiError
 from fastlm.serve.openai_api import Form
-from fastlm.serve.requests import Constraint
+from fastlm.serve.requests import Constraint, ConstraintError
+from fastlm.serve.schemas import close_arguments, close_objects
 from fastlm.serve.tools import CLOSE, OPEN
 
 if TYPE_CHECKING:
@@ -29,7 +31,18 @@ if TYPE_CHECKING:
 WHITESPACE = r"[ ]?|\n[ ]{0,32}"
 # over what a schema itself may say: "lenient" ignores what cannot be compiled
 OPTIONS = {"whitespace_pattern": WHITESPACE, "lenient": False}
+JSON_KINDS = ("json_object", "json_schema", "call", "calls")
 INSTALL = "pip install 'fastlm[serve]'"
+MAX_BYTES = 2**16  # of a schema, an expression or a grammar; of all tools four times that
+# Digits of a JSON number before and after its point: a float has 17. Without a bound, a model may
+# write them to the end of the context.
+MAX_DIGITS = 17
+# llguidance's work for a mask: a fifth of its own bounds, at which a grammar takes 2 s a mask.
+# 500 fields, 2,000 constants, 200 variants of an object and a text of 64 KiB stay below.
+LIMITS = {
+    "initial_lexer_fuel": 300_000, "step_lexer_fuel": 60_000, "step_max_items": 10_000,
+    "max_lexer_states": 50_000, "max_items_in_row": 500, "verbose_errors": False,
+}  # fmt: skip
 
 
 class Grammars:
@@ -51,9 +64,16 @@ class Grammars:
                 f"{form.param}: wanted llguidance on the server ({INSTALL}), not found",
                 param=form.param,
             ) from None
+        most = MAX_BYTES * 4 if form.kind in ("call", "calls") else MAX_BYTES
+        try:
+            size = len(json.dumps(form.value, ensure_ascii=False).encode(errors="surrogatepass"))
+        except RecursionError:
+            size = most + 1
+        if size > most:
+            raise ApiError(f"{form.param}: expected at most {most} bytes", param=form.param)
         with self._lock:
             tokens = self._tokens
-        limits = llguidance.LLParserLimits(verbose_errors=False)
+        limits = llguidance.LLParserLimits(**LIMITS)
         try:
             grammar = _grammar(form)
             failed, told = llguidance.LLMatcher.validate_grammar_with_warnings(
@@ -61,6 +81,8 @@ class Grammars:
             )
             matcher = llguidance.LLMatcher(tokens, grammar, log_level=0, limits=limits)
             refusal = " ".join(told) or matcher.get_error()
+        except InputError as error:
+            raise ApiError(f"{form.param}: {error}", param=form.param) from None
         except (ValueError, TypeError) as error:
             failed, refusal, matcher = True, str(error), None
         if failed or refusal or matcher is None:
@@ -69,7 +91,26 @@ class Grammars:
                 f"{form.param}: wanted what llguidance can compile, got: {text:.400}",
                 param=form.param,
             )
-        return lambda: _State(matcher.deep_copy(), self.vocab_size, self.ends)
+        first = _State(matcher, self, form)
+        try:
+            first.check()
+        except ConstraintError as error:
+            raise ApiError(f"{form.param}: {error}", param=form.param) from None
+        return first.copy
+
+    @cached_property
+    def digits(self) -> Tensor:
+        """Which tokens begin with a digit, (V,) bool."""
+        return torch.tensor([token[:1].isdigit() for token in self._token_bytes])
+
+    @cached_property
+    def _token_bytes(self) -> list[bytes]:
+        known = min(self.vocab_size, self.tokenizer.vocab_size)
+        tokens = [self.tokenizer.token_bytes(i) for i in range(known)]
+        return tokens + [b""] * (self.vocab_size - known)
+
+    def token_bytes(self, token: int) -> bytes:
+        return self._token_bytes[token]
 
     @cached_property
     def _tokens(self) -> Any:
@@ -77,7 +118,7 @@ class Grammars:
         from llguidance import LLTokenizer, TokenizerWrapper
 
         return LLTokenizer(
-            TokenizerWrapper(_Vocabulary(self.tokenizer, self.vocab_size, self.ends)),
+            TokenizerWrapper(_Vocabulary(self.tokenizer, self._token_bytes, self.ends)),
             n_vocab=self.vocab_size,
             eos_token=self.ends or None,
         )
@@ -86,13 +127,10 @@ class Grammars:
 class _Vocabulary:
     """What llguidance's `TokenizerWrapper` reads."""
 
-    def __init__(self, tokenizer: "Tokenizer", vocab_size: int, ends: list[int]):
-        self.tokenizer = tokenizer
-        self.eos_token_id = ends[0] if ends else vocab_size - 1
+    def __init__(self, tokenizer: "Tokenizer", tokens: list[bytes], ends: list[int]):
+        self.tokenizer, self.tokens = tokenizer, tokens
+        self.eos_token_id = ends[0] if ends else len(tokens) - 1
         self.bos_token_id = tokenizer.bos_id
-        known = min(vocab_size, tokenizer.vocab_size)
-        self.tokens = [tokenizer.token_bytes(i) for i in range(known)]
-        self.tokens += [b""] * (vocab_size - known)
         special = {token.encode() for token in tokenizer.special_tokens}
         self.special_token_ids = [i for i, text in enumerate(self.tokens) if text in special]
 
@@ -101,36 +139,104 @@ class _Vocabulary:
 
 
 class _State:
-    """A `Constraint`."""
+    """A `Constraint`. ``forced``: the next tokens, where only one text can follow."""
 
-    def __init__(self, matcher: Any, vocab_size: int, ends: list[int]):
-        self.matcher, self.vocab_size = matcher, vocab_size
-        self.ends = torch.tensor(ends, dtype=torch.int64)
+    def __init__(self, matcher: Any, grammars: Grammars, form: Form):
+        self.matcher, self.grammars, self.form = matcher, grammars, form
+        self.forced: deque[int] = deque()
+        self.json = None if form.kind not in JSON_KINDS else _JsonText(form.kind == "calls")
+
+    def copy(self) -> "_State":
+        """Return the state of another answer."""
+        other = _State(self.matcher.deep_copy(), self.grammars, self.form)
+        other.forced = self.forced.copy()
+        return other
+
+    def check(self) -> None:
+        """Raise ConstraintError if no first token may come, or none after it."""
+        mask = self.mask()
+        if not bool(mask.any()):
+            raise ConstraintError("expected a grammar that some text fits, got none")
+        after = self.copy()
+        after.accept(int(mask.long().argmax()))
+        after.check_error()
+
+    def check_error(self) -> None:
+        if self.matcher.is_error():  # too much work for a step
+            why = self.matcher.get_error().split("\n")[0]
+            if why.startswith("NoExtension"):
+                why = "no text fits it"
+            raise ConstraintError(f"expected a smaller grammar, got: {why:.200}")
 
     def mask(self) -> Tensor:
         """Which tokens may come next, (V,) bool."""
+        allowed = torch.zeros(self.grammars.vocab_size, dtype=torch.bool)
         if self.matcher.is_stopped() and not self.matcher.is_error():
-            allowed = torch.zeros(self.vocab_size, dtype=torch.bool)
-            allowed[self.ends] = True
+            allowed[self.grammars.ends] = True
+            return allowed
+        if not self.forced:
+            # all at once: each mask would encode all the text that is forced
+            self.forced.extend(self.matcher.compute_ff_tokens())
+        if self.forced:
+            allowed[self.forced[0]] = True
             return allowed
         found = self.matcher.compute_bitmask()
-        if self.matcher.is_error():  # too much work for a step; the engine ends the request
-            raise InputError(f"grammar: wanted a smaller one: {self.matcher.get_error():.200}")
+        self.check_error()
         words = torch.frombuffer(bytearray(found), dtype=torch.uint8)
         bits = (words[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
-        return bits.flatten()[: self.vocab_size].bool()
+        allowed = bits.flatten()[: self.grammars.vocab_size].bool()
+        if self.json is not None and self.json.digits >= MAX_DIGITS:
+            fewer = allowed & ~self.grammars.digits
+            return fewer if bool(fewer.any()) else allowed
+        return allowed
 
     def accept(self, token: int) -> None:
         """Move on by a token."""
+        if self.forced and self.forced.popleft() != token:
+            self.forced.clear()
+        if self.json is not None:
+            self.json.add(self.grammars.token_bytes(token))
         if not self.matcher.is_stopped():
             self.matcher.consume_token(token)
+            self.check_error()
+
+
+class _JsonText:
+    """Follows JSON: ``digits`` of the number that is written now. ``inside``: JSON is what stands
+    between the marks of tool calls alone."""
+
+    def __init__(self, inside: bool):
+        self.digits = 0
+        self._inside, self._text = inside, b""
+        self._active, self._string, self._escape = not inside, False, False
+
+    def add(self, data: bytes) -> None:
+        for byte in data:
+            if self._inside:
+                self._follow_marks(byte)
+            if not self._active:
+                continue
+            self.digits = self.digits + 1 if not self._string and 48 <= byte <= 57 else 0
+            if self._escape:
+                self._escape = False
+            elif byte == ord("\\"):
+                self._escape = self._string
+            elif byte == ord('"'):
+                self._string = not self._string
+
+    def _follow_marks(self, byte: int) -> None:
+        self._text = (self._text + bytes((byte,)))[-len(CLOSE) :]
+        if self._text.endswith(OPEN.encode()):
+            self._active, self._string, self._escape = True, False, False
+        elif self._text == CLOSE.encode() and not self._string:
+            self._active, self.digits = False, 0
 
 
 def _grammar(form: Form) -> str:
     from llguidance import LLMatcher, grammar_from
 
     if form.kind in ("json_object", "json_schema"):
-        schema = {"type": "object"} if form.kind == "json_object" else form.value
+        schema = {"type": "object"} if form.kind == "json_object" else close_objects(form.value)
         options: Any = OPTIONS
         return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=options)
     if form.kind == "regex":
@@ -152,7 +258,7 @@ def _call(tools: list[Any]) -> str:
         function = tool["function"]
         before = f'{OPEN}\n{{"name": {json.dumps(function["name"])}, "arguments": '
         after = f"}}\n{CLOSE}"
-        arguments = _arguments(function.get("parameters"))
+        arguments = _arguments(close_arguments(function.get("parameters")))
         rules.append(f"{name}: {json.dumps(before)} {arguments} {json.dumps(after)}")
     return "\n".join(rules)
 
@@ -175,7 +281,8 @@ def _calls(tools: list[Any], several: bool) -> str:
     for name, tool in zip(names, tools):
         function = tool["function"]
         called = [json.dumps(json.dumps(text)) for text in ("name", function["name"], "arguments")]
-        arguments = _arguments(function.get("parameters") if function.get("strict") else None)
+        strict = function.get("strict")
+        arguments = _arguments(close_arguments(function.get("parameters")) if strict else {})
         parts = ('"{"', called[0], '":"', called[1], '","', called[2], '":"', arguments, '"}"')
         rules.append(f"{name}: {' SPACE '.join(parts)}")
     return "\n".join(rules)
@@ -183,4 +290,4 @@ def _calls(tools: list[Any], several: bool) -> str:
 
 def _arguments(parameters: Any) -> str:
     """Lark for an object that keeps to a schema."""
-    return f"%json {json.dumps({'type': 'object', **(parameters or {}), 'x-guidance': OPTIONS})}"
+    return f"%json {json.dumps({'type': 'object', **parameters, 'x-guidance': OPTIONS})}"

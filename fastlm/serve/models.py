@@ -61,9 +61,14 @@ class Served:
     @torch.inference_mode()
     def embedding(self, ids: Sequence[int]) -> np.ndarray:
         """The mean of the last layer's output over the tokens, of length 1; float32. For the
-        engine's thread."""
+        engine's thread. ApiError: it is not finite."""
         hidden = self.model.hidden(torch.tensor([ids], device=self.model.device))[0].float()
         vector = torch.nn.functional.normalize(hidden.mean(0), dim=0)
+        if not bool(vector.isfinite().all()):
+            raise ApiError(
+                "model: expected finite numbers as an embedding, got NaN or infinity",
+                status=500, kind="server_error",
+            )  # fmt: skip
         return vector.cpu().numpy().astype("<f4")
 
     def take(self) -> None:

@@ -161,7 +161,7 @@ def _object(value: Any, name: str) -> dict[str, Any]:
 
 TEMPLATE_NAMES = frozenset(
     "messages tools documents add_generation_prompt date bos_token eos_token pad_token unk_token"
-    " self most_bytes".split()
+    " self check".split()
 )
 
 

@@ -117,7 +117,7 @@ def run(
         cache = models.stats()
         log(
             "listening", url=f"http://{shown}:{bound[1]}", model=models.name, pages=cache.pages,
-            page_bytes=cache.page_bytes,
+            page_bytes=cache.page_bytes, cache_mib=cache.pages * cache.page_bytes // 2**20,
         )  # fmt: skip
         _Process(config, server, drain).run(sockets=[listening])
 

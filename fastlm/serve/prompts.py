@@ -1,6 +1,6 @@
 """The prompts of requests as token ids, within the model's context."""
 
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from fastlm.data.conversations import Message
@@ -21,6 +21,8 @@ TOOL = {
         "parameters": {"type": "object", "properties": {"a": {"type": "string"}}},
     },
 }
+# Bytes a token of prose: a text of no more of them is encoded as a whole
+PLAIN = 4
 USER: Message = {"role": "user", "content": "Hello"}
 ANSWER: Message = {"role": "assistant", "content": "Yes"}
 CALLED: Message = {"role": "assistant", "content": "", "tool_calls": [CALL]}
@@ -56,9 +58,10 @@ class Prompts:
         if asked.tools is not None:
             variables["tools"] = asked.tools
         try:
-            ids = self.tokenizer.encode_chat(
-                asked.messages, most_bytes=self.most_bytes, **variables
-            )
+            check = partial(self._check_size, name="messages")
+            ids = self.tokenizer.encode_chat(asked.messages, check=check, **variables)
+        except ApiError:
+            raise
         except InputError as error:
             raise ApiError(str(error), param="messages") from None
         return self._fitting(ids, "messages")
@@ -83,16 +86,21 @@ class Prompts:
         return self._fitting([*start, *ids], name, room)
 
     def _check_size(self, text: str, name: str) -> None:
-        """ApiError: the tokens of a whole context could not write the text. Asked before the text
-        is encoded: for megabytes that takes seconds.
+        """Refuse a text that has more tokens than the context, without encoding all of it: for a
+        megabyte that takes seconds and 300 MB.
         """
         if (size := len(text.encode())) > self.most_bytes:
-            raise ApiError(
-                f"{name}: wanted at most the {self.most_bytes} bytes that the model's context of"
-                f" {self.context_limit} tokens can hold, got {size}",
-                param=name,
-                code="context_length_exceeded",
-            )
+            refused = f"the {self.most_bytes} bytes that the model's context of"
+            refused += f" {self.context_limit} tokens can hold, got {size}"
+        elif size > PLAIN * self.context_limit and self.tokenizer.is_longer(
+            text, self.context_limit
+        ):
+            refused = f"the {self.context_limit} tokens of the model's context, got more"
+        else:
+            return
+        raise ApiError(
+            f"{name}: wanted at most {refused}", param=name, code="context_length_exceeded"
+        )
 
     def _fitting(self, ids: list[int], name: str, room: int = 1) -> list[int]:
         if len(ids) + room > self.context_limit:

@@ -11,7 +11,11 @@ from fastlm.decode.pages import PAGE
 from fastlm.decode.sampling import Sampling
 from fastlm.errors import InputError
 
-FinishReason = Literal["stop", "length", "cancelled", "deadline", "error"]
+FinishReason = Literal["stop", "length", "cancelled", "deadline", "refused", "error"]
+
+
+class ConstraintError(InputError):
+    """A grammar that nothing can follow, or that takes too much: a fault of the request."""
 
 
 class Constraint(Protocol):
@@ -39,10 +43,13 @@ class Request:
     ignore_eos: only `stop` and `stop_ids` end it.
     logprobs: report this many of the likeliest tokens at each place; 0: only the chosen one's
         log-probability; None: nothing.
-    constraint: makes the grammar's state, called once in `submit`; the state is asked in the
-        engine's thread. After a token that ends the answer, it is not asked again.
+    constraint: makes the grammar's state, called once in `submit`; the state is used by one thread
+        at a time, not the engine's (`fastlm.serve.masks`). After a token that ends the answer, it
+        is not asked again.
     deadline: seconds from `Engine.submit` after which the answer ends as it is.
     client: requests wait in one queue per client, and the queues take turns.
+    cache_salt: cached prompts are shared by requests with the same salt alone, so that
+        `Piece.cached_tokens` and times tell nothing of what others asked.
     """
 
     prompt: Sequence[int]
@@ -56,6 +63,7 @@ class Request:
     constraint: Callable[[], Constraint] | None = None
     deadline: float | None = None
     client: str = ""
+    cache_salt: bytes = b""
 
 
 def room_of(
@@ -113,8 +121,8 @@ class Piece:
     `text` lags behind `tokens` where a character is incomplete or a stop string may begin; the
     texts of all pieces join to the answer's. An end token is in `tokens`, not in the text.
     The last piece alone has a `finish_reason`: "stop" at an end token or a stop string, "length"
-    at max_new_tokens or the end of the context, or "cancelled", "deadline", "error" with `error`,
-    one line.
+    at max_new_tokens or the end of the context, or "cancelled", "deadline", "refused" (its grammar
+    cannot go on) and "error", both with `error`, one line.
     """
 
     tokens: list[int]

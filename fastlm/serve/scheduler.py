@@ -80,9 +80,9 @@ class Scheduler:
         """The running sequences whose next token is computed in this step, each with a page for
         it."""
         for sequence in list(self.running):
-            if sequence in self.running and sequence.decodes:
+            if sequence in self.running and sequence.decodes and sequence.held is None:
                 self._make_room(sequence)
-        return [s for s in self.running if s.decodes]
+        return [s for s in self.running if s.decodes and s.held is None]
 
     def _make_room(self, sequence: Sequence) -> None:
         if sequence.computed < len(sequence.pages) * PAGE:
@@ -103,7 +103,7 @@ class Scheduler:
         self.running.remove(sequence)
         self._free(sequence)
         sequence.computed = sequence.planned = 0
-        sequence.prompt_logits, sequence.draft = None, []
+        sequence.prompt_logits, sequence.held, sequence.draft = None, None, []
         queue = self.waiting.setdefault(sequence.request.client, deque())
         queue.appendleft(sequence)
         self.waiting.move_to_end(sequence.request.client, last=False)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence as Tokens
+from concurrent.futures import Executor
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from fastlm.decode.generation import AnswerText, checked_stops
 from fastlm.decode.pages import PAGE, page_keys
 from fastlm.decode.sampling import Adjustments, make_generators
+from fastlm.serve.masks import Masks
 from fastlm.serve.requests import FinishReason, Listener, Piece, Request, Result, TokenLogprob
 
 if TYPE_CHECKING:
@@ -21,7 +23,8 @@ class Sequence:
     values in ``pages``; ``planned``: with those of the chunks of this step. The first ``known`` are
     computed as a prompt. ``keys``: of their full pages (`page_keys`). ``room``: the most tokens
     that may be drawn. ``prompt_logits`` (1, V): what follows the prompt, once computed. ``draft``:
-    guesses of the next tokens, computed in this step.
+    guesses of the next tokens, computed in this step. ``masks``: of its grammar, if it has one.
+    ``held`` (V,): logits that wait for a mask; meanwhile nothing more is computed.
     """
 
     def __init__(
@@ -35,6 +38,7 @@ class Sequence:
         room: int,
         vocab: int,
         device: torch.device,
+        threads: Executor,
     ):
         self.id, self.request, self.listener = id, request, listener
         self.ends, self.room, self.device = ends, room, device
@@ -44,7 +48,8 @@ class Sequence:
         self.computed = self.planned = self.cached = 0
         self.prompt_logits: Tensor | None = None
         self.draft: list[int] = []
-        self.keys = page_keys(self.tokens)
+        self.keys: list[bytes] = []
+        self._key_pages(len(self.tokens))
         self.submitted = time.monotonic()
         self.queued: float | None = None  # seconds until it got its pages
         self.cancelled = self.ended = self.admitted = False
@@ -53,10 +58,13 @@ class Sequence:
         if request.sampling.adjusts:
             ids = torch.tensor([self.tokens], device=device)
             self.adjustments = Adjustments(request.sampling, ids, None, vocab)
-        self.constraint = None if request.constraint is None else request.constraint()
         self.text = (
             None if tokenizer is None else AnswerText(tokenizer, checked_stops(request.stop))
         )
+        self.held: Tensor | None = None
+        self.masks = None
+        if request.constraint is not None:
+            self.masks = Masks(request.constraint(), threads)
 
     @property
     def decodes(self) -> bool:
@@ -78,13 +86,22 @@ class Sequence:
 
     def add_keys(self) -> None:
         """Add the keys of the pages that are full by now."""
+        self._key_pages(self.computed)
+
+    def _key_pages(self, end: int) -> None:
+        """Add the keys of the pages that the first ``end`` tokens fill."""
         done = len(self.keys) * PAGE
-        if self.computed - done >= PAGE:
-            self.keys += page_keys(self.tokens[done : self.computed], self.keys[-1:])
+        if end - done >= PAGE:
+            before = self.keys[-1:] or [self.request.cache_salt]
+            self.keys += page_keys(self.tokens[done:end], before)
 
     def same_prompt(self, other: "Sequence") -> bool:
+        """Whether the other's computed prompt may be used for this one."""
         mine, theirs = self.prompt_length, other.prompt_length
-        return mine == theirs and self.tokens[:mine] == other.tokens[:theirs]
+        salts = self.request.cache_salt, other.request.cache_salt
+        return (
+            mine == theirs and salts[0] == salts[1] and self.tokens[:mine] == other.tokens[:theirs]
+        )
 
     @property
     def late(self) -> bool:
@@ -96,8 +113,8 @@ class Sequence:
         logits = logits.float()
         if self.adjustments is not None:
             logits = self.adjustments.apply(logits)
-        if self.constraint is not None:
-            mask = self.constraint.mask()
+        if self.masks is not None:
+            mask = self.masks.mask()
             known = torch.zeros(logits.shape[1], dtype=torch.bool)
             known[: len(mask)] = mask[: logits.shape[1]]
             logits = logits.masked_fill(~known.to(logits.device), -torch.inf)
@@ -123,8 +140,6 @@ class Sequence:
         ended = token in self.ends
         if self.adjustments is not None:
             self.adjustments.add(torch.tensor([token], device=self.device))
-        if self.constraint is not None and not ended:
-            self.constraint.accept(token)
         text = ""
         if self.text is not None and not ended:
             text = self.text.push(token)
@@ -134,6 +149,8 @@ class Sequence:
         if reason is None and len(self.tokens) - self.prompt_length >= self.room:
             reason = "length"
         if reason is None:
+            if self.masks is not None:
+                self.masks.accept(token)
             self._tell(Piece([token], text, told))
         else:
             self.end(reason, tokens=[token], text=text, logprobs=told)

@@ -14,7 +14,7 @@ import codecs
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from fastlm.files import make_folder, read_json, read_text, save_atomic
 from fastlm.progress import Track, silent
 from fastlm.tokenizer import chat_template, gguf_vocab
 from fastlm.tokenizer.gguf_vocab import library
+from fastlm.tokenizer.growth import check_growth
 from fastlm.typed import check_unicode
 
 ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -38,6 +39,9 @@ SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # of a tokeniz
 PIECE = 2**20  # characters passed to the trainer at a time: limits what it holds of a document
 MAX_JSON_BYTES = 2**28  # the largest published tokenizer.json is 33 MB
 MAX_IDS = 2**24  # the largest published vocabularies have 2**18
+LONG = 2**12  # characters; shorter texts take less than the interpreter's switch between threads
+PART = 2**15  # characters that `Tokenizer.is_longer` encodes at a time: 10 ms, 10 MB
+MAX_CUT_TOKENS = 8  # what a cut between two such parts may add: a word, and a space before it
 
 
 class Tokenizer:
@@ -193,9 +197,13 @@ class Tokenizer:
         file = path / "tokenizer.json" if path.is_dir() else path
         text = read_text(file, MAX_JSON_BYTES)
         try:
+            check_growth(text)
             backend = library(tokenizers.Tokenizer.from_str, text)
         except InputError as error:
             raise InputError(f"{file}: wanted a tokenizer.json, got: {error}") from error
+        # settings of one call that transformers saves with the tokenizer and does not load
+        backend.no_truncation()
+        backend.no_padding()
         config, legacy = (
             read_json(path) if (path := file.parent / name).exists() else {}
             for name in ("tokenizer_config.json", "special_tokens_map.json")
@@ -239,8 +247,19 @@ class Tokenizer:
         text = _valid(text)
         plain = special or not self._may_spell_special(text)
         backend = self._backend if plain else self._text_backend
-        ids = library(backend.encode, text, add_special_tokens=special).ids
+        ids = _encode(backend, text, special).ids
         return ids if special else self._checked(ids)
+
+    def is_longer(self, text: str, max_tokens: int) -> bool:
+        """Whether a text certainly has more than ``max_tokens`` tokens, whether special tokens in
+        it are text or not. No more of it is encoded than that takes."""
+        count = 0
+        for start in range(0, len(text), PART):
+            part = _valid(text[start : start + PART])
+            count += len(_encode(self._backend, part, False)) - MAX_CUT_TOKENS
+            if count > max_tokens:
+                return True
+        return False
 
     def encode_batch(self, texts: Sequence[str], *, parse_special: bool = False) -> list[list[int]]:
         """Encode each text, on all cores, without BOS and EOS. With ``parse_special`` special
@@ -325,19 +344,17 @@ class Tokenizer:
         *,
         add_generation_prompt: bool = True,
         date: str | None = None,
-        most_bytes: int | None = None,
+        check: Callable[[str], Any] = lambda text: None,
         **variables: Any,
     ) -> list[int]:
         """Return the ids of ``render_chat``. Only what the template wrote itself, from the first to
         the last character, is a special token. The template may join or cut constants for that;
         what it writes by ``format``, or by a ``%`` that is not constant, is text. What messages,
-        tools and other variables hold stays text.
-
-        InputError: also a rendered text of more than ``most_bytes``, which is not encoded.
+        tools and other variables hold stays text. ``check`` is called with the rendered text before
+        it is encoded, and may refuse it.
         """
         text, own = self._render(messages, add_generation_prompt, variables, date)
-        if most_bytes is not None and (size := len(text.encode())) > most_bytes:
-            raise InputError(f"messages: wanted at most {most_bytes} bytes as a prompt, got {size}")
+        check(text)
         return self._encode_rendered(text, own)
 
     def encode_conversation(
@@ -476,7 +493,7 @@ class Tokenizer:
             for start, end in own
             for match in (re.finditer(names, text[start:end]) if names else ())
         ]
-        encoding = library(self._backend.encode, text, add_special_tokens=False)
+        encoding = _encode(self._backend, text, False, offsets=True)
         # the unknown token also stands for characters: it counts only where its name is written
         found = [
             (i, span)
@@ -599,6 +616,19 @@ def _sentencepiece_bytes(token: str) -> bytes:
     if match := re.fullmatch(r"<0x([0-9A-F]{2})>", token):
         return bytes([int(match[1], 16)])
     return token.replace("▁", " ").encode()
+
+
+def _encode(
+    backend: tokenizers.Tokenizer, text: str, special: bool, offsets: bool = False
+) -> tokenizers.Encoding:
+    """Encode a text; ``special``: with BOS and EOS, if the tokenizer adds them.
+
+    The library's `encode` holds the interpreter's lock, 1.4 s for 660 KB; its batches do not.
+    """
+    if len(text) < LONG:
+        return library(backend.encode, text, add_special_tokens=special)
+    encode = backend.encode_batch if offsets else backend.encode_batch_fast
+    return library(encode, [text], add_special_tokens=special)[0]
 
 
 def _valid(text: str) -> str:

@@ -78,7 +78,10 @@ def sample_answers(
     # a GPU's memory is taken at once, and training needs the rest
     # and one page more for each, which the scheduler keeps for growth
     needed = min(rows, len(prompts)) * (-(-(longest + max_new_tokens) // PAGE) + 1)
-    most = page_count(model.config, rows, dtype=model.dtype, device=model.device)
+    most = page_count(
+        model.config, rows, dtype=model.dtype, device=model.device,
+        likely=model.config.max_position_embeddings,
+    )  # fmt: skip
     engine = Engine(
         model, max_rows=rows, max_tokens_per_step=_PROMPT_TOKENS, max_waiting=len(prompts) or 1,
         invariant=False, pages=max(1, min(needed, most)),

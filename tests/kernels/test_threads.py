@@ -6,11 +6,18 @@ the number of threads (rows of dx in linear_cross_entropy), a row's sum does not
 share.
 """
 
+import os
+import signal
+import time
+import warnings
 from random import Random
 
 import pytest
+import torch
 from fuzz_cases import assert_same, results, threads
 from fuzz_ops import OPS, ops_of, run_adamw
+
+import fastlm
 
 LOSS = {"ignored": 0.3, "ignore_index": -100, "weight": False, "spread": 1.0}
 EVERYTHING = {"causal": True, "window": 300, "softcap": 9.0, "alibi": True, "sinks": True}
@@ -127,3 +134,29 @@ def test_same_bits_on_any_number_of_threads(isa, dtype, name):
 
 def test_every_op_is_here():
     assert {name.split()[0] for name in CASES} == set(ops_of("cpu"))
+
+
+def test_a_forked_process_computes_with_one_thread():
+    """It used to wait for ever for the threads that its parent has and it does not."""
+    q = torch.randn(1, 4, 300, 64)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        wanted = fastlm.ops.attention(q, q, q)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12: threads and fork
+            child = os.fork()
+        if child == 0:
+            same = torch.equal(fastlm.ops.attention(q, q, q), wanted)
+            os._exit(0 if same and torch.get_num_threads() == 1 else 1)
+        until, (done, status) = time.monotonic() + 60, (0, 0)
+        while not done and time.monotonic() < until:
+            time.sleep(0.01)
+            done, status = os.waitpid(child, os.WNOHANG)
+        if not done:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        assert done and status == 0
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

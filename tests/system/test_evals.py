@@ -15,6 +15,7 @@ import question_files
 from paths import PYTHONPATH
 from preference_models import make_base
 
+import fastlm.serve.chat
 from fastlm.errors import InputError
 from fastlm.evals import asking, contamination
 from fastlm.evals.asking import ask
@@ -331,6 +332,21 @@ def test_the_stage_asks_models_and_compares_them(base, cache, tmp_path):
         assert model["measures"] == task["models"][name]["measures"]
     shown = list(lines(scores["tasks"]))
     assert [row["chance"] for row in shown] == ["50.0", "50.0"]
+
+
+def test_activations_are_rounded_as_asked(base, cache, tmp_path, monkeypatch):
+    """Answers of one rounding are not taken for those of another."""
+    loaded, load = [], fastlm.serve.chat.load_model
+    monkeypatch.setattr(
+        fastlm.serve.chat, "load_model", lambda path, *rest: (loaded.append(rest), load(path))[1]
+    )
+    given = {"model": [str(base)], "cache": cache}
+    Eval(tasks=("winogrande",), limit=4, act_bits=8)(tmp_path / "out", **given)
+    with pytest.raises(InputError, match="act_bits 16"):
+        Eval(tasks=("winogrande",), limit=4, act_bits=16)(tmp_path / "out", **given)
+    assert loaded == [(8,), (16,)]
+    with pytest.raises(InputError, match="act_bits: expected 8 or 16, got 4"):
+        Eval(tasks=("winogrande",), act_bits=4).check()
 
 
 def test_the_command_writes_a_report(base, cache, tmp_path):

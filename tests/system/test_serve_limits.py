@@ -24,7 +24,10 @@ from fastlm.serve.app import READERS
 from fastlm.serve.commands import read_keys
 from fastlm.serve.fields import ApiError, parse_body
 from fastlm.serve.gate import Limits
+from fastlm.serve.openai_api import chat_asked
+from fastlm.serve.prompts import Prompts
 from fastlm.serve.requests import Closed, QueueFull
+from fastlm.tokenizer import tokenizer as tokenizer_module
 
 KEY = "a-key-of-this-server"
 SECRET = "swordfish"  # in prompts; no log may have it
@@ -280,6 +283,26 @@ def test_texts_that_no_context_holds_are_not_encoded(tiny):
             server.served.tokenizer._backend = backs
 
 
+def test_a_prompt_is_encoded_until_the_context_is_full(tiny, monkeypatch):
+    _, tokenizer = tiny
+    prompts = Prompts(tokenizer, 4096)
+    encoded, part = [], tokenizer_module.PART
+    encode = tokenizer_module._encode
+    monkeypatch.setattr(
+        tokenizer_module, "_encode", lambda *given: (encoded.append(given[1]), encode(*given))[1]
+    )
+    text = "".join(chr(ord("a") + i % 25) for i in range(8 * part))
+    monkeypatch.setattr(prompts, "most_bytes", 2**20)  # as with a real vocabulary
+    chat = chat_asked({**body(), "messages": [{"role": "user", "content": text}]})
+    for name, read in (("prompt", lambda: prompts.text(text)), ("input", lambda: prompts.text(
+        text, "input", 0)), ("messages", lambda: prompts.chat(chat))):  # fmt: skip
+        encoded.clear()
+        with pytest.raises(ApiError, match=f"{name}: wanted at most the 4096 tokens") as refused:
+            read()
+        assert (refused.value.param, refused.value.code) == (name, "context_length_exceeded")
+        assert sum(map(len, encoded)) < 2 * part
+
+
 def test_embeddings_of_an_engine_that_is_full_or_stops(tiny):
     sent = {"model": "tiny", "input": ["a", "b"]}
 
@@ -379,6 +402,33 @@ def test_many_log_probabilities_are_refused():
         assert told["param"] == "logprobs" and "answers x max_tokens" in told["message"]
 
 
+def test_keys_learn_nothing_of_each_others_prompts(tiny):
+    keys, asked = [KEY, "another-key-of-it"], body(temperature=0)
+    asked["messages"][0]["content"] = "The tree sees the river. " * 12
+
+    def cached(url, key):
+        told = ask(url, asked, **({"authorization": f"Bearer {key}"} if key else {})).json()
+        return told["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+    with serving(*tiny, keys=keys) as (url, _):
+        assert cached(url, keys[0]) == 0 and cached(url, keys[0]) > 0
+        assert cached(url, keys[1]) == 0
+    with serving(*tiny) as (url, _):
+        assert cached(url, None) == 0 and cached(url, None) > 0
+
+
+def test_an_embedding_that_is_not_finite_is_an_error(tiny):
+    broken = CausalLM(tiny[0].config, seed=1).eval()
+    with torch.no_grad():
+        broken.model.embed_tokens.weight[:] = torch.nan
+    with serving(broken, tiny[1]) as (url, _):
+        for form in ("float", "base64"):
+            asked = {"model": "tiny", "input": "a", "encoding_format": form}
+            told = ask(url, asked, "/v1/embeddings")
+            assert told.status_code == 500
+            assert told.json()["error"]["message"].startswith("model: expected finite numbers")
+
+
 def test_ids_that_only_the_model_has(tiny):
     _, tokenizer = tiny
     vocab = tokenizer.vocab_size + 8
@@ -387,8 +437,8 @@ def test_ids_that_only_the_model_has(tiny):
         num_attention_heads=2, max_position_embeddings=256, eos_token_id=tokenizer.eos_id,
     )  # fmt: skip
     model = CausalLM(config, seed=1).eval()
-    with torch.no_grad():  # the padding is likely
-        model.lm_head.weight[-8:] = model.lm_head.weight[:-8].mean(0)
+    with torch.no_grad():  # the padding is likelier than all else
+        model.lm_head.weight[-8:] *= 50
     with serving(model, tokenizer) as (url, _):
         refused = ask(url, body(logit_bias={str(vocab - 1): 1}))
         assert refused.status_code == 400 and refused.json()["error"]["param"] == "logit_bias"

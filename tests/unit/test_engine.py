@@ -2,11 +2,13 @@
 
 import threading
 import time
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
 from engine_cases import model_of, told
+from serve_app import tiny_model
 
 import fastlm
 from fastlm.decode.pages import PAGE, Pages, page_count, page_keys
@@ -141,6 +143,45 @@ def test_prompts_that_are_equal_are_computed_once():
     assert second.tokens == first[0].tokens and second.cached_tokens == 64
 
 
+@pytest.mark.parametrize("prompt_rows", [False, True])
+def test_requests_of_two_salts_share_no_pages(prompt_rows):
+    """Else `cached_tokens` tells a client what another one asked."""
+    engine = Engine(model_of(), prompt_rows=prompt_rows)
+    prompt = list(range(64)) * 2 + [1]
+
+    def cached(*salts, tokens=3):
+        asked = [Request(prompt, tokens, seed=1, cache_salt=salt) for salt in salts]
+        results = engine.generate(asked)
+        assert len({tuple(r.tokens) for r in results}) == 1
+        return [r.cached_tokens for r in results]
+
+    assert cached(b"a", b"b", b"a") == [0, 0, 128]  # beside each other
+    assert cached(b"c") == [0] and cached(b"c") == [128]
+    assert cached(b"a", tokens=70) == [128]  # pages of the answer, too
+    (answer,) = engine.generate([Request(prompt, 70, seed=1, cache_salt=b"a")])
+    longer = [*prompt, *answer.tokens]
+    for salt, least in ((b"b", 128), (b"", 0)):
+        (result,) = engine.generate([Request(longer, 3, seed=1, cache_salt=salt)])
+        assert result.cached_tokens == least
+
+
+@pytest.mark.parametrize("adjusted", [False, True])
+def test_ids_beyond_the_tokenizer_are_not_drawn(adjusted):
+    model, tokenizer = tiny_model()
+    vocab = tokenizer.vocab_size
+    config = replace(model.config, vocab_size=vocab + 7)
+    padded = CausalLM(config, seed=1).eval()
+    with torch.no_grad():
+        padded.lm_head.weight[vocab:] *= 50
+    sampling = Sampling(temperature=0, repetition_penalty=1.5 if adjusted else 1.0)
+    request = Request([5, vocab + 1], 6, sampling, logprobs=30, ignore_eos=True)
+    (beyond,) = Engine(padded).generate([request])
+    assert max(beyond.tokens) >= vocab
+    (result,) = Engine(padded, tokenizer).generate([request])
+    assert result.finish_reason == "length" and max(result.tokens) < vocab
+    assert all(token < vocab for t in result.logprobs for token, _ in t.top)
+
+
 def test_weights_that_change_are_noticed():
     model = model_of()
     prompt = torch.arange(150).remainder(97).tolist()
@@ -221,29 +262,21 @@ def test_logprobs():
             assert [p for _, p in found.top] == pytest.approx(values.tolist(), abs=1e-4)
 
 
-class Fixed:
-    """A grammar with one sentence."""
+def test_the_cache_is_as_large_as_likely_answers(monkeypatch):
+    """Not as the machine: the memory of each page stays taken once it was used."""
+    config = model_of(max_position_embeddings=8192).config
+    size = PAGE * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
 
-    def __init__(self, tokens):
-        self.tokens, self.taken = tokens, []
+    def count(rows, gib=1000, **options):
+        monkeypatch.setattr(fastlm.decode.pages, "_memory", lambda: gib * 2**30)
+        device = torch.device("cpu")
+        return page_count(config, rows, dtype=torch.float32, device=device, **options)
 
-    def mask(self):
-        mask = torch.zeros(97, dtype=torch.bool)
-        mask[self.tokens[len(self.taken)]] = True
-        return mask
-
-    def accept(self, token):
-        self.taken.append(token)
-
-
-def test_constraints():
-    model = model_of(eos_token_id=3)
-    results = Engine(model).generate(
-        [Request([1], 9, seed=i, constraint=lambda: Fixed([9, 8, 7, 3])) for i in range(3)]
-    )
-    assert [r.tokens for r in results] == [[9, 8, 7, 3]] * 3
-    (bad,) = Engine(model).generate([Request([1], 9, constraint=lambda: Fixed([9]))])
-    assert bad.finish_reason == "error" and "IndexError" in bad.error
+    assert count(64) == count(64, gib=2000) == 64 * 9  # 512 tokens each, and a page to grow
+    assert count(1) == 129 and count(8, context=65536) == 1025  # one whole context
+    assert count(64, context=128) == 64 * 3
+    assert count(64, likely=8192) == 64 * 129
+    assert count(10**6, gib=1) == 2**28 // size
 
 
 def test_fair_turns():
@@ -349,7 +382,8 @@ def test_a_request_that_nothing_can_be_drawn_for_ends_alone():
     bad = Request([5, 6, 8], 8, constraint=nothing)
     first, failed, last = Engine(model).generate([good, bad, good])
     assert first.tokens == last.tokens == wanted.tokens
-    assert (failed.finish_reason, failed.error) == ("error", "no token may come next")
+    assert failed.finish_reason == "refused"
+    assert failed.error == "grammar: expected a token that may come next, got none"
     bad = next(i for i in range(97) if i not in (*good.prompt, *wanted.tokens))
     with torch.no_grad():
         model.model.embed_tokens.weight[bad] = torch.nan

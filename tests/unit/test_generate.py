@@ -226,7 +226,7 @@ def test_texts_of_a_batch_say_why_they_end():
 class Each:
     """A tokenizer that gives each row its own text."""
 
-    stop_ids = frozenset()
+    stop_ids, vocab_size = frozenset(), 10**6
 
     def __init__(self, *texts):
         self.letters = [Letters(text) for text in texts]
@@ -367,6 +367,30 @@ def test_impossible_options(options, message):
             generation.generate_text(model, None, [1, 2], **options)
 
 
+def test_the_last_seeds():
+    """As floats they are 2^63."""
+    for seed in (2**63 - 512, 2**63 - 1):
+        assert make_generators(seed, 1)[0].initial_seed() == seed
+    with pytest.raises(InputError, match=r"seed: wanted an integer in \[0, 2\^63\)"):
+        make_generators(2**63, 1)
+
+
+def test_ids_beyond_the_tokenizer_are_not_drawn():
+    model, letters = model_of(), Letters("abcdefgh")
+    with torch.no_grad():
+        model.lm_head.weight[90:] *= 50
+    letters.vocab_size = 90
+    greedy = {"max_new_tokens": 5, "sampling": Sampling(temperature=0, repetition_penalty=1.5)}
+    drawn = model.generate([[1, 95]], max_new_tokens=5, temperature=0.0)[0][2:]
+    assert max(drawn) >= 90
+    for _ in range(2):
+        letters.start()
+        (answer,) = generate_texts(model, letters, [[1, 95]], **greedy)
+        assert max(answer.tokens) < 90
+        letters.start()
+        assert "".join(generate_text(model, letters, [1, 95], **greedy)) == answer.text
+
+
 def test_impossible_prompts():
     model = model_of()
     ids = ids_of(2, 4)
@@ -393,7 +417,7 @@ def test_impossible_prompts():
 class Letters:
     """A tokenizer with two bytes per token and 101 ids, for streams: "é" can straddle tokens."""
 
-    stop_ids = frozenset()
+    stop_ids, vocab_size = frozenset(), 10**6
 
     def __init__(self, text):
         data = text.encode()

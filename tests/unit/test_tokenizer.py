@@ -12,6 +12,7 @@ from tokenizers import pre_tokenizers
 
 from fastlm.errors import InputError
 from fastlm.tokenizer import chat_template
+from fastlm.tokenizer import tokenizer as tokenizer_module
 from fastlm.tokenizer.tokenizer import Tokenizer
 
 PIECES = [
@@ -410,6 +411,93 @@ def test_damaged_tokenizer_json(tmp_path, trained):
             assert "\n" not in str(error)
             refusals += 1
     assert refusals > 50
+
+
+def test_a_long_text_is_encoded_as_far_as_it_fits(trained, monkeypatch):
+    parts, encode = [], tokenizer_module._encode
+    monkeypatch.setattr(
+        tokenizer_module,
+        "_encode",
+        lambda b, t, *rest: (parts.append(len(t)), encode(b, t, *rest))[1],
+    )
+    text = "The tree sees the river. " * 40_000  # a megabyte
+    assert trained.is_longer(text, 2000)
+    assert sum(parts) <= 3 * tokenizer_module.PART
+    monkeypatch.undo()
+    for few in (text[:100], text[:70_000], "é" * 40_000, "<|im_end|>" * 9000, " " * 70_000):
+        count = len(trained.encode(few))
+        assert not trained.is_longer(few, count)
+        assert not trained.is_longer(few, len(trained.encode(few, special=True)))
+        assert trained.is_longer(few, count // 2) or len(few) < 1000 or "<" in few
+
+
+def test_other_threads_run_while_a_long_text_is_encoded(trained):
+    """The same ids as in parts, and `encode`, which holds the interpreter's lock, is not called."""
+    text = "The tree sees the river. " * 400
+    short = trained.encode(text[:25]) + trained.encode(text[25:50])
+
+    class Batches:
+        def __getattr__(self, name):
+            assert name in ("encode_batch", "encode_batch_fast")
+            return getattr(backend, name)
+
+    backend = trained._backend
+    assert trained.encode(text)[: len(short)] == short
+    whole = backend.encode(text, add_special_tokens=False)
+    for offsets in (False, True):
+        encoding = tokenizer_module._encode(Batches(), text, False, offsets)
+        assert encoding.ids == whole.ids
+        assert not offsets or encoding.offsets == whole.offsets
+
+
+def edited(folder, **parts):
+    """The tokenizer of a folder whose tokenizer.json gets these parts."""
+    file = folder / "tokenizer.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **parts}))
+    return Tokenizer.load(folder)
+
+
+@pytest.mark.parametrize(
+    "saved",
+    [
+        {"truncation": {"max_length": 5, "stride": 0, "strategy": "LongestFirst",
+                        "direction": "Right"}},
+        {"padding": {"strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": None,
+                     "pad_id": 0, "pad_type_id": 0, "pad_token": "<|endoftext|>"}},
+    ],
+    ids=lambda saved: next(iter(saved)),
+)  # fmt: skip
+def test_truncation_and_padding_of_a_file_are_ignored(tmp_path, trained, saved):
+    """transformers saves those of its last call, and ignores them when it loads."""
+    text, chat = "The tree sees the river. " * 9, [{"role": "user", "content": "Hello " * 20}]
+    trained.save(tmp_path)
+    loaded = edited(tmp_path, **saved)
+    assert loaded.encode(text) == trained.encode(text)
+    assert loaded.encode(text, special=True) == trained.encode(text, special=True)
+    assert loaded.encode_batch([text, "a"]) == trained.encode_batch([text, "a"])
+    assert loaded.encode_chat(chat) == trained.encode_chat(chat)
+    loaded.save(tmp_path / "again")
+    again = json.loads((tmp_path / "again" / "tokenizer.json").read_text())
+    assert again["truncation"] is again["padding"] is None
+
+
+@pytest.mark.parametrize("part", ["normalizer", "decoder"])
+@pytest.mark.parametrize(
+    "pattern", [{"String": "a"}, {"Regex": "a"}, {"Regex": ""}], ids=lambda p: str(p)
+)
+def test_replacements_that_multiply_a_text_are_refused(tmp_path, trained, part, pattern):
+    """With 40 of them instead of 12, a file would hang every command."""
+    trained.save(tmp_path)
+    rules = [{"type": "Replace", "pattern": pattern, "content": "aa"} for _ in range(12)]
+    decoder = json.loads((tmp_path / "tokenizer.json").read_text())["decoder"]
+    if part == "decoder":
+        rules.append(decoder)
+    kind = {"normalizer": "normalizers", "decoder": "decoders"}[part]
+    with pytest.raises(InputError, match=f"{part}: expected replacements that make a text at most"):
+        edited(tmp_path, **{part: {"type": "Sequence", kind: rules}})
+    spaces = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}
+    few = {"type": "Sequence", "normalizers": [spaces] * 3}
+    assert edited(tmp_path, decoder=decoder, normalizer=few).encode("the  tree")
 
 
 @pytest.mark.parametrize("token", [1, 2.5, [], ["<|endoftext|>"], True, {"content": 3}])

@@ -1,0 +1,55 @@
+"""A bound on how much longer a tokenizer.json can make a text before it is split into tokens."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from fastlm.errors import InputError
+
+# Of all replacements together. Published files write one space as U+2581 or take a few characters
+# away; 40 rules `a -> aa` would write 2**40 characters for each.
+MAX_GROWTH = 64
+
+
+def check_growth(text: str) -> None:
+    """Raise InputError if the replacements of a tokenizer.json can multiply a text's length by more
+    than `MAX_GROWTH`. A text that is no JSON is left to the library."""
+    try:
+        state = json.loads(text)
+    except (ValueError, RecursionError):
+        return
+    if not isinstance(state, dict):
+        return
+    for part in ("normalizer", "pre_tokenizer", "decoder"):
+        growth = 1.0
+        for rule in _replacements(state.get(part)):
+            growth *= _growth(rule)
+            if growth > MAX_GROWTH:
+                raise InputError(
+                    f"{part}: expected replacements that make a text at most {MAX_GROWTH} times as"
+                    " long, got more"
+                )
+
+
+def _replacements(node: Any) -> Iterator[dict[str, Any]]:
+    """Yield the rules of type Replace in a part of a tokenizer.json, in any order."""
+    nodes = [node]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, list):
+            nodes += node
+        elif isinstance(node, dict):
+            if node.get("type") == "Replace":
+                yield node
+            nodes += node.values()
+
+
+def _growth(rule: dict[str, Any]) -> float:
+    """Return how many characters one of a text can become."""
+    content, pattern = rule.get("content"), rule.get("pattern")
+    if not isinstance(content, str) or not isinstance(pattern, dict):
+        return 1.0  # refused by the library
+    string = pattern.get("String")
+    if isinstance(string, str) and string:
+        return max(1.0, len(content) / len(string))
+    return 1.0 + len(content)  # an expression may match nothing, before each character

@@ -1,0 +1,114 @@
+"""Answers with a grammar in the engine: masks that are late, too slow, or leave nothing."""
+
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from engine_cases import model_of
+
+import fastlm.serve.engine
+from fastlm.decode.sampling import Sampling
+from fastlm.serve.engine import Engine
+from fastlm.serve.requests import Request
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Fixed:
+    """A grammar with one sentence."""
+
+    def __init__(self, tokens):
+        self.tokens, self.taken = tokens, []
+
+    def mask(self):
+        mask = torch.zeros(97, dtype=torch.bool)
+        mask[self.tokens[len(self.taken)]] = True
+        return mask
+
+    def accept(self, token):
+        self.taken.append(token)
+
+
+def test_constraints():
+    model = model_of(eos_token_id=3)
+    results = Engine(model).generate(
+        [Request([1], 9, seed=i, constraint=lambda: Fixed([9, 8, 7, 3])) for i in range(3)]
+    )
+    assert [r.tokens for r in results] == [[9, 8, 7, 3]] * 3
+    (bad,) = Engine(model).generate([Request([1], 9, constraint=lambda: Fixed([9]))])
+    assert bad.finish_reason == "error" and "IndexError" in bad.error
+
+
+def test_others_go_on_while_a_mask_is_computed():
+    ended, other_ended = [], threading.Event()
+
+    class Slow(Fixed):
+        def mask(self):
+            if len(self.taken) == 2 and not other_ended.wait(10):
+                ended.append("too late")
+            return super().mask()
+
+    engine = Engine(model_of(eos_token_id=3))
+
+    def listen(name):
+        def take(piece):
+            if piece.finish_reason:
+                ended.append((name, piece.finish_reason))
+                other_ended.set()
+
+        return take
+
+    engine.submit(Request([1], 9, constraint=lambda: Slow([9, 8, 7, 3])), listen("slow"))
+    engine.submit(Request([2], 40, ignore_eos=True), listen("other"))
+    while engine.step():
+        pass
+    assert ended == [("other", "length"), ("slow", "stop")]
+
+
+@pytest.mark.parametrize("options", [{}, {"draft_tokens": 3}, {"pages": 4}, {"prompt_rows": True}])
+def test_masks_that_come_late_change_no_answer(options, monkeypatch):
+    """Also where the answer is preempted meanwhile."""
+
+    class Even:
+        def __init__(self):
+            self.count = 0
+
+        def mask(self):
+            if slow and self.count % 3 == 1:
+                time.sleep(0.002)
+            return torch.arange(97) % 3 != self.count % 3
+
+        def accept(self, token):
+            self.count += 1
+
+    model, found = model_of(), []
+    sampling = Sampling(repetition_penalty=1.2)
+    asked = [Request([i] * 60, 70, sampling, seed=i, constraint=Even) for i in range(3)]
+    for patience in (10, 0):
+        slow = not patience
+        monkeypatch.setattr(fastlm.serve.engine, "MASK_PATIENCE", patience)
+        engine = Engine(model, **options)
+        found.append([r.tokens for r in engine.generate(asked)])
+        assert engine.stats().preemptions or "pages" not in options
+        assert engine.stats().pages_used == 0
+    assert found[0] == found[1] and all(len(tokens) == 70 for tokens in found[0])
+
+
+def test_an_answer_whose_masks_take_too_long_ends_alone(monkeypatch):
+    seconds = iter(range(10**6))
+
+    class Slow(Fixed):
+        def mask(self):
+            next(seconds)
+            return super().mask()
+
+    clock = SimpleNamespace(thread_time=lambda: 0.05 * next(seconds))
+    monkeypatch.setattr("fastlm.serve.masks.time", clock)
+    engine = Engine(model_of(eos_token_id=3))
+    slow = Request([1], 200, constraint=lambda: Slow([9] * 199))
+    result, other = engine.generate([slow, Request([2], 5, ignore_eos=True)])
+    assert result.finish_reason == "refused" and 5 < len(result.tokens) < 40
+    assert result.error.startswith("grammar: expected masks of at most 0.02 s")
+    assert other.finish_reason == "length" and engine.stats().finished["refused"] == 1

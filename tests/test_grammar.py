@@ -1,0 +1,196 @@
+"""What answers of a form may be, and which forms are refused before an answer begins."""
+
+import json
+
+import pytest
+from serve_app import tiny_model
+
+from fastlm.serve import grammar
+from fastlm.serve.answers import ended_badly
+from fastlm.serve.fields import ApiError
+from fastlm.serve.grammar import MAX_DIGITS, Grammars
+from fastlm.serve.openai_api import Form
+from fastlm.serve.requests import Piece
+
+
+@pytest.fixture(scope="module")
+def grammars():
+    model, tokenizer = tiny_model()
+    return Grammars(tokenizer, model.config)
+
+
+def schema_form(schema):
+    return Form("json_schema", schema, "response_format")
+
+
+def accepts(grammars, form, text):
+    """Whether a text may be an answer."""
+    state = grammars.constraint(form)()
+    for token in grammars.tokenizer.encode(text):
+        if not state.mask()[token]:
+            return False
+        state.accept(token)
+    return bool(state.mask()[grammars.ends].all())
+
+
+def call(parameters, arguments, **choice):
+    """Whether ``arguments`` may be those of a call that has to be made."""
+    tool = {"type": "function", "function": {"name": "f"}}
+    if parameters is not None:
+        tool["function"]["parameters"] = parameters
+    text = f'<tool_call>\n{{"name": "f", "arguments": {arguments}}}\n</tool_call>'
+    return Form("call", [tool], "tool_choice"), text
+
+
+A, B = ({"type": "integer", "maximum": 9, "minimum": 0}, {"type": "boolean"})
+AB = {"type": "object", "properties": {"a": A, "b": B}, "required": ["a"]}
+REFS = {
+    "$defs": {
+        "A": {"type": "object", "properties": {"a": A}, "required": ["a"]},
+        "B": {"type": "object", "properties": {"b": B}},
+    }
+}
+GOOD, BOTH, MORE = '{"a": 1}', '{"a": 1, "b": true}', '{"a": 1, "c": 2}'
+ONLY_A, AND_B, ANY = {GOOD}, {GOOD, BOTH}, {GOOD, BOTH, MORE}
+CLOSED = {
+    "properties": (AB, AND_B),
+    "true": ({**AB, "additionalProperties": True}, ANY),
+    "a schema": ({**AB, "additionalProperties": {"type": "null"}}, AND_B),
+    "nothing is listed": ({"type": "object"}, ANY),
+    "required and not listed": ({"properties": {"a": A}, "required": ["a", "c"]}, {MORE}),
+    "patternProperties": ({"type": "object", "patternProperties": {"^[ac]$": A}}, {GOOD, MORE}),
+    "$ref": ({**REFS, "$ref": "#/$defs/A"}, ONLY_A),
+    "$ref described": ({**REFS, "$ref": "#/$defs/A", "title": "A"}, ONLY_A),
+    "allOf of one": ({**REFS, "allOf": [{"$ref": "#/$defs/A"}]}, ONLY_A),
+    "allOf of two": ({**REFS, "allOf": [{"$ref": "#/$defs/A"}, {"$ref": "#/$defs/B"}]}, AND_B),
+    "$ref beside properties": (
+        {**REFS, "type": "object", "properties": {"b": B}, "allOf": [{"$ref": "#/$defs/A"}]},
+        {GOOD},
+    ),
+    "allOf with true": ({"allOf": [AB, {**AB, "additionalProperties": True}]}, ANY),
+    "anyOf": ({**REFS, "anyOf": [{"$ref": "#/$defs/A"}, {"type": "null"}]}, ONLY_A),
+    "anyOf beside properties": (
+        {**AB, "anyOf": [{"properties": {"a": {"maximum": 4}}}, {"required": ["b"]}]}, AND_B,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CLOSED)
+def test_objects_have_the_properties_that_are_listed(grammars, name):
+    schema, good = CLOSED[name]
+    before = json.dumps(schema)
+    for text in ANY:
+        assert accepts(grammars, schema_form(schema), text) == (text in good), text
+    inside = {"type": "array", "items": schema, "$defs": schema.get("$defs", {})}
+    for text in ANY:
+        assert accepts(grammars, schema_form(inside), f"[{text}]") == (text in good), text
+    assert json.dumps(schema) == before
+
+
+def test_a_recursive_schema_is_closed_at_each_level(grammars):
+    node = {**AB["properties"], "next": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}}
+    form = schema_form({"type": "object", "properties": node, "required": ["a"]})
+    assert accepts(grammars, form, '{"a": 1, "next": {"a": 2, "next": null}}')
+    assert not accepts(grammars, form, '{"a": 1, "next": {"a": 2, "c": 3}}')
+
+
+@pytest.mark.parametrize(
+    ("parameters", "good"),
+    [
+        (None, {"{}"}),
+        ({}, {"{}"}),
+        ({"type": "object"}, {"{}"}),
+        ({"type": "object", "properties": {}}, {"{}"}),
+        ({"type": "object", "additionalProperties": True}, {"{}", *ANY}),
+        (AB, AND_B),
+        ({"anyOf": [AB, {"type": "object", "properties": {}}]}, {"{}", *AND_B}),
+    ],
+)
+def test_a_call_that_is_required_invents_no_arguments(grammars, parameters, good):
+    for arguments in ("{}", *ANY):
+        assert accepts(grammars, *call(parameters, arguments)) == (arguments in good)
+
+
+@pytest.mark.parametrize("kind", ["json_schema", "json_object", "call", "calls"])
+def test_numbers_end(grammars, kind):
+    """Whatever the model would write: here digits wherever one may be written."""
+    schema = {"type": "object", "properties": {"a": {"type": "number"}}, "required": ["a"]}
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema, "strict": True}}
+    value, begin = {
+        "json_schema": (schema, '{"a":'), "json_object": (None, '{"a":'),
+        "call": ([tool], '<tool_call>\n{"name": "f", "arguments": {"a":'),
+        "calls": (([tool], True), 'He said "12345678901234567890": <tool_call>{"name": "f",'
+                  '"arguments": {"a":'),
+    }[kind]  # fmt: skip
+    state = grammars.constraint(Form(kind, value, "form"))()
+    for token in grammars.tokenizer.encode(begin):
+        assert state.mask()[token]
+        state.accept(token)
+    digits = 0
+    for _ in range(5 * MAX_DIGITS):
+        fits = (state.mask() & grammars.digits).nonzero()
+        if not len(fits):
+            break
+        state.accept(int(fits[-1]))
+        digits += len(grammars.token_bytes(int(fits[-1])))
+    assert MAX_DIGITS <= digits < MAX_DIGITS + 8
+    point = grammars.tokenizer.encode(".")[0]
+    assert state.mask()[point]
+    state.accept(point)
+    assert (state.mask() & grammars.digits).any()
+
+
+def test_strings_and_required_digits_are_as_long_as_they_have_to_be(grammars):
+    long = "1" * 60
+    assert accepts(grammars, schema_form({"type": "string"}), f'"{long}"')
+    assert accepts(grammars, schema_form({"type": "string"}), f'"\\"{long}"')
+    many = {"type": "integer", "minimum": 10**18, "maximum": 10**19}
+    assert accepts(grammars, schema_form(many), "5" + "0" * 18)
+    assert accepts(grammars, Form("regex", "[0-9]*", "regex"), long)
+
+
+REFUSED = {
+    "a schema that never ends": schema_form({"$ref": "#"}),
+    "half a megabyte": schema_form({"const": "ab c" * 125_000}),
+    "a deep schema": schema_form(json.loads('{"items":' * 200 + "{}" + "}" * 200)),
+    "a deep constant": schema_form({"const": json.loads("[" * 500 + "]" * 500)}),
+    "10^8 characters": Form("regex", "((((a{100}){100}){100}){100})", "structured_outputs.regex"),
+    "too many states": Form("regex", "(a?){3000}a{3000}", "structured_outputs.regex"),
+    "all tools": Form("call", [{"function": {"name": "f", "description": "x" * 2**18}}], "tools"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_no_answer_can_begin_with_is_the_clients_fault(grammars, name):
+    """It is refused before the engine has it, so no server's failure is counted."""
+    with pytest.raises(ApiError, match=f"^{REFUSED[name].param}: expected") as refused:
+        grammars.constraint(REFUSED[name])
+    assert (refused.value.status, refused.value.param) == (400, REFUSED[name].param)
+
+
+def test_a_grammar_that_fails_later_is_the_clients_fault(grammars):
+    error = ended_badly(Piece([], "", [], "refused", "grammar: expected a token, got none"))
+    assert (error.status, error.code) == (400, "grammar")
+    ambiguous = Form("grammar", "start: s\ns: s s | /[a-z]/ | s s s", "structured_outputs.grammar")
+    state = grammars.constraint(ambiguous)()
+    with pytest.raises(grammar.ConstraintError, match="expected a smaller grammar, got: "):
+        for token in grammars.tokenizer.encode("thetreeseestheriver" * 9):
+            state.mask()
+            state.accept(token)
+
+
+def test_a_text_that_is_forced_is_encoded_once(grammars, monkeypatch):
+    encoded, encode = [], grammars.tokenizer.encode
+    monkeypatch.setattr(
+        grammars.tokenizer, "encode", lambda text: (encoded.append(text), encode(text))[1]
+    )
+    text = "The tree sees the river. " * 100
+    make = grammars.constraint(schema_form({"const": text}))
+    for _ in range(2):
+        state, ids = make(), []
+        while not state.mask()[grammars.ends].all():
+            (token,) = state.mask().nonzero()[0].tolist()
+            state.accept(token)
+            ids.append(token)
+        assert grammars.tokenizer.decode(ids) == json.dumps(text)
+    assert sum(map(len, encoded)) < 4 * len(text)

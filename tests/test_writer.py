@@ -1,0 +1,49 @@
+"""What `fastlm generate` and `fastlm chat` write is what `fastlm serve` answers."""
+
+import pytest
+import torch
+from serve_app import tiny_model
+
+import fastlm
+import fastlm.serve.chat
+from fastlm.decode.sampling import Sampling
+from fastlm.errors import InputError
+from fastlm.serve.engine import Engine
+from fastlm.serve.requests import Request
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("format", [None, "w8a8"])
+def test_what_commands_write_is_what_the_engine_serves(format, monkeypatch):
+    """With `generate_texts`, whose sums have another order, rounded activations end in other
+    texts."""
+    model, tokenizer = tiny_model(256)
+    if format:
+        model = fastlm.quantize(model, format, group_size=16)
+    monkeypatch.setattr(fastlm.serve.chat, "load_model", lambda *_: (model, tokenizer))
+    writer = fastlm.serve.chat.Writer("model")
+    words = "The tree sees the river. What is 1 + 1?".split()
+    prompts = [tokenizer.encode(" ".join(words[i:] * (i + 1))) for i in range(6)]
+    engine = Engine(model, tokenizer)
+    for options in ({"temperature": 0}, {"temperature": 1.0, "top_k": 40}):
+        pieces = [""] * len(prompts)
+
+        def piece(row, text, pieces=pieces):
+            pieces[row] += text
+
+        written = writer.write(prompts, piece, max_new_tokens=60, seed=5, **options)
+        served = engine.generate(
+            [Request(p, 60, Sampling(**options), seed=5 + i) for i, p in enumerate(prompts)]
+        )
+        assert [w.tokens for w in written] == [s.tokens for s in served]
+        assert [w.text for w in written] == [s.text for s in served] == pieces
+        assert writer.speed.new_tokens == sum(len(w.tokens) for w in written)
+    (full,) = writer.write([[5] * 250], max_new_tokens=60, temperature=0)
+    assert full.finish_reason in ("context", "stop")
+    (short,) = writer.write([[5] * 4], max_new_tokens=1, temperature=0)
+    assert short.finish_reason in ("length", "stop") and len(short.tokens) == 1
+    with torch.no_grad():
+        model.model.norm.weight[:] = torch.nan
+    with pytest.raises(InputError, match="model: expected one that answers, got: logits are not"):
+        writer.write([[5]], max_new_tokens=1, temperature=0)
