@@ -39,7 +39,7 @@ REVIEWED = "0.1.25"  # of the package: the scorers of another version are unknow
 MISSING = f"wanted the package {SCHEME}, which is not installed (pip install {SCHEME}=={REVIEWED})"
 # Generators whose `score_answer`, with all that it calls, was read in version `REVIEWED`: it
 # compares texts, or parses them by int, float, Decimal, complex, json.loads, numpy.loadtxt or a
-# regular expression. tests/system/test_generated.py repeats the search for calls that evaluate. Left out
+# regular expression. test_generated.py repeats the search for calls that evaluate. Left out
 # are those that do (binary_matrix, bitwise_arithmetic, countdown, intermediate_integration,
 # n_queens, number_sorting, polynomial_multiplication, puzzle24, simple_integration, spiral_matrix,
 # string_insertion); those whose time or memory an answer can make unbounded (coin_flip: the
