@@ -1,9 +1,9 @@
 """A database of what people say about answers, and, where they consent, of the answers.
 
 SQLite (write-ahead log) or PostgreSQL. A write is on disk when the method returns. Several servers
-may share the database. Personal data is scrubbed (`fastlm.data.scrub`) from every text before it is
-written. Without consent only the feedback is kept: who reads it knows the id of the answer, not its
-text.
+may share the database. Personal data is removed (`fastlm.data.scrub_chat`) from every text before
+it is written. Without consent only the feedback is kept: who reads it knows the id of the answer,
+not its text.
 
 `fastlm.serve.feedback_export` writes rows to train on.
 """
@@ -19,7 +19,7 @@ import sqlalchemy as sa
 from sqlalchemy.event import listen
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
-from fastlm.data.scrub import scrub
+from fastlm.data.scrub_chat import scrub_chat
 from fastlm.errors import InputError
 from fastlm.serve import withdrawn
 from fastlm.serve.canary_tables import make_nameless
@@ -270,7 +270,7 @@ def _durable(connection: Any, _: Any) -> None:
 def _scrubbed(value: Any) -> Any:
     """``value`` without personal data in any of its texts."""
     if isinstance(value, str):
-        return scrub(value.replace("\0", ""))[0]  # which PostgreSQL does not store
+        return scrub_chat(value.replace("\0", ""))[0]  # which PostgreSQL does not store
     if isinstance(value, Mapping):
         return {key: _scrubbed(item) for key, item in value.items()}
     if isinstance(value, Sequence):
