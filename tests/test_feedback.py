@@ -9,6 +9,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import sqlalchemy as sa
 from serve_app import HTTP, ask, serving, tiny_model
 from typer.testing import CliRunner
 
@@ -215,15 +216,39 @@ def test_over_http(where):
         def full(*_):
             raise InputError("disk is full")
 
-        store.add, add = full, store.add
+        store.add = full
         lost = ask(url, {"response_id": "x", "thumb": "up"}, "/v1/feedback")
         assert lost.status_code == 503 and "retry-after" in lost.headers
-        store.add = add
-        store.keep = full
-        failed = ask(url, {**asked, "store": True})
-        assert failed.status_code == 500
-        streamed = ask(url, {**asked, "store": True, "stream": True})
-        assert "was not kept" in streamed.text and "[DONE]" not in streamed.text
+
+
+def test_a_full_disk_costs_the_conversation_but_not_the_answer(tmp_path, capfd):
+    asked = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "Hi " * 1400}],
+        "store": True,
+    }
+    with (
+        FeedbackStore(tmp_path / "f.sqlite") as store,
+        serving(*tiny_model(8192), feedback=store) as (url, server),
+    ):
+        store.close()  # connections from now on have no space
+
+        @sa.event.listens_for(store.engine, "connect")
+        def fill(connection, _):
+            connection.execute("PRAGMA max_page_count = 1")
+
+        answer = ask(url, {**asked, "max_tokens": 4})
+        assert answer.status_code == 200 and answer.json()["choices"][0]["message"]["content"]
+        streamed = ask(url, {**asked, "max_tokens": 4, "stream": True}).text
+        assert streamed.endswith("data: [DONE]\n\n") and '"error"' not in streamed
+        assert HTTP.get(url + "/ready").status_code == 200
+        assert "fastlm_store_failures_total 2.0" in server.metrics.text().decode()
+    lines = [json.loads(line) for line in capfd.readouterr().err.splitlines()]
+    failures = [line for line in lines if line["event"] == "failure"]
+    assert [line["what"] for line in failures] == ["store"] * 2
+    assert "database or disk is full" in failures[0]["message"]
+    assert answer.json()["id"] == f"chatcmpl-{failures[0]['id']}"
+    assert [line["stored"] for line in lines if "stored" in line] == [False] * 2
 
 
 def test_commands(tmp_path):

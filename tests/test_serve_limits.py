@@ -130,6 +130,22 @@ def test_many_keys_are_read_in_one_pass():
     assert time.process_time() - began < 5  # each key against each other takes minutes
 
 
+def test_a_large_body_is_read_beside_the_event_loop(tiny, monkeypatch):
+    threads = []
+
+    def parsed(data):
+        threads.append(threading.current_thread().name)
+        return parse_body(data)
+
+    monkeypatch.setattr("fastlm.serve.app.parse_body", parsed)
+    with serving(*tiny) as (url, _):
+        for count, path in ((10, "completions"), (10**5, "completions"), (10**5, "embeddings")):
+            field = "prompt" if path == "completions" else "input"
+            asked = {"model": "tiny", field: [1] * count if path == "completions" else "x" * count}
+            ask(url, asked, f"/v1/{path}")
+    assert [name.startswith("fastlm-reader") for name in threads] == [False, True, True]
+
+
 def test_keys_come_from_a_file_or_the_environment(tmp_path, monkeypatch):
     (tmp_path / "keys").write_text(f"# ours\n{KEY}\n\nanother-key-of-it\n")
     assert read_keys(tmp_path / "keys") == [KEY, "another-key-of-it"]

@@ -6,6 +6,7 @@ They answer this machine alone, and where the server has API keys, to an admin k
 import hmac
 import ipaddress
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
@@ -40,13 +41,13 @@ def routes(server: "Server", switch: "Switch", admins: Sequence[str]) -> list[Ro
 
     async def promote(http: Request) -> Response:
         admit(http)
-        given: Any = read_fields(await server.body(http), PROMOTE)
+        given: Any = await server.body(http, partial(read_fields, fields=PROMOTE))
         await _done(switch.promote(given["model"]))
         return JSONResponse(await switch.told())
 
     async def rollback(http: Request) -> Response:
         admit(http)
-        read_fields(await server.body(http), {})
+        await server.body(http, partial(read_fields, fields={}))
         await _done(switch.rollback())
         return JSONResponse(await switch.told())
 

@@ -287,5 +287,6 @@ def _now() -> str:
 
 
 def _reason(error: BaseException) -> str:
-    text = " ".join(str(getattr(error, "orig", None) or error).split())
-    return text[:300] or type(error).__name__
+    """What the database says, without PostgreSQL's details, which quote rows."""
+    lines = str(getattr(error, "orig", None) or error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__

@@ -21,7 +21,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.responses import Response
 
-from fastlm.serve.fields import ApiError, parse_body
+from fastlm.serve.fields import ApiError
 from fastlm.serve.metrics import Metrics
 from fastlm.serve.running import gone
 
@@ -118,7 +118,7 @@ class Gate:
             except Gone:
                 told["gone"] = True
             except Exception as error:
-                log("failure", id=scope["state"]["id"], **_stack(error))
+                log("failure", id=scope["state"]["id"], **stack_of(error))
                 if status:  # in the middle of a response: its end is missing
                     told["failed"] = True
                     self.metrics.errors.labels("server_error").inc()
@@ -170,8 +170,8 @@ class Gate:
         return given.hex()
 
 
-async def read_body(request: Request, limits: Limits) -> Any:
-    """The value of a JSON body. ApiError: 415, 413, 408, 400."""
+async def read_body(request: Request, limits: Limits) -> bytes:
+    """The JSON body of a request. ApiError: 415, 413, 408."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":  # which a page elsewhere cannot send through a browser
         raise ApiError(
@@ -196,7 +196,7 @@ async def read_body(request: Request, limits: Limits) -> Any:
                 if len(data) > limits.body_bytes:
                     raise most
                 if not message.get("more_body"):
-                    return parse_body(bytes(data))
+                    return bytes(data)
     except TimeoutError:
         raise ApiError(
             f"body: wanted all of it within {limits.body_seconds:g} s", status=408, param="body",
@@ -241,7 +241,8 @@ def _host(value: str) -> str:
     return name.strip("[]").lower()
 
 
-def _stack(error: BaseException) -> dict[str, Any]:
+def stack_of(error: BaseException) -> dict[str, Any]:
+    """The type of an error and where it was raised, without its message."""
     frames = traceback.extract_tb(error.__traceback__)[-8:]
     places = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in frames]
     return {"type": type(error).__name__, "stack": places}

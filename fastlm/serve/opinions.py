@@ -13,7 +13,6 @@ from fastlm.errors import InputError
 from fastlm.serve.fields import (
     ApiError,
     Field,
-    checked,
     choice,
     identifier,
     list_of,
@@ -126,14 +125,13 @@ def read_feedback(
 async def give(server: "Server", http: Request) -> Response:
     """Store feedback. The response is sent when it is on disk."""
     store = server.feedback
-    body = await server.body(http)
     if store is None:
         raise ApiError(
             "feedback: this server has no database for it (fastlm serve --feedback)",
             status=404, code="no_feedback",
         )  # fmt: skip
     read = partial(read_feedback, model=server.models.name, ratings=server.ratings)
-    opinion, kept = checked(read, body)
+    opinion, kept = await server.body(http, read)
     switch = server.switch
 
     def write() -> tuple[int | None, bool | None]:
