@@ -43,13 +43,14 @@ HEADERS = {
 class Limits:
     """Bounds on a request.
 
-    body_bytes: of its body. header_seconds: until the headers have arrived, since the connection
-    or their first byte. body_seconds: until the body has arrived. answer_seconds: until an
-    answer ends, wherever it is then. write_seconds: until a client takes what was sent to it.
-    new_tokens: of an answer; None: the context is the bound.
+    body_bytes: of its body. header_bytes: of its path and headers. header_seconds: until the
+    headers have arrived, since the connection or their first byte. body_seconds: until the body
+    has arrived. answer_seconds: until an answer ends, wherever it is then. write_seconds: until a
+    client takes what was sent to it. new_tokens: of an answer; None: the context is the bound.
     """
 
     body_bytes: int = 4 * 2**20
+    header_bytes: int = 2**16
     header_seconds: float = 10.0
     body_seconds: float = 30.0
     answer_seconds: float = 600.0
@@ -107,10 +108,14 @@ class Gate:
                 async with asyncio.timeout(self.limits.write_seconds):
                     await send(message)
             except (TimeoutError, OSError):
+                # what the client did not take would hold the connection for ever
+                if (abort := scope["state"].get("abort")) is not None:
+                    abort()
                 raise Gone from None
 
         try:
             try:
+                self._check_framing(scope, headers)
                 scope["state"]["client"] = self._admit(scope, headers)
                 await self.app(scope, receive, sender)
             except ApiError as error:
@@ -147,6 +152,19 @@ class Gate:
         self.metrics.errors.labels(error.code or error.kind).inc()
         told = json.dumps(error.body())  # in ASCII: whatever it quotes can be sent
         return Response(told, error.status, error.headers, "application/json")
+
+    def _check_framing(self, scope: Any, headers: Headers) -> None:
+        """ApiError: where the body ends can be read in two ways (RFC 9112, 6.1), or headers that
+        are too large. The connection is closed."""
+        close = {"connection": "close"}
+        if "content-length" in headers and "transfer-encoding" in headers:
+            raise ApiError(
+                "transfer-encoding: expected this or content-length, got both", headers=close
+            )
+        size = len(scope.get("raw_path") or b"") + len(scope["query_string"])
+        size += sum(len(name) + len(value) for name, value in scope["headers"])
+        if size > (most := self.limits.header_bytes):
+            raise ApiError(f"headers: expected at most {most} bytes, got {size}", headers=close)
 
     def _admit(self, scope: Any, headers: Headers) -> str:
         """The client's name: that of its key, else its address. ApiError: it may not ask."""
