@@ -474,7 +474,17 @@ def test_commands(tmp_path):
     base = tmp_path / "f.sqlite"
     assert "not found" in call("show", base, status=2).stderr
     filled(FeedbackStore(base)).close()
-    assert json.loads(call("show", base, "--json").stdout)["corrected"] == 1
+    told = json.loads(call("show", base, "--json").stdout)
+    assert (told["corrected"], told["comment"]) == (1, 1)
+    (comment,) = told["comments"]
+    assert comment["comment"] == "Mail <EMAIL>" and comment["response_id"] == "r1"
+    with FeedbackStore(base) as store:
+        store.add(Opinion(None, "talk2", comment="Two\nlines \x1b[31mand colour\u202e"))
+    counts, *lines = call("show", base).stdout.splitlines()
+    assert counts.startswith("answers 2, thumb 6, comment 2")
+    assert lines[0].endswith("conversation talk2: Two lines \ufffd[31mand colour\ufffd")
+    assert lines[1].endswith("r1, choice 1, ann, thumb down: Mail <EMAIL>") and len(lines) == 2
+    assert len(call("show", base, "--comments", 1).stdout.splitlines()) == 2
     assert call("export", base, tmp_path / "x.jsonl").stdout.endswith("x.jsonl: 2 rows\n")
     assert call("export", base, tmp_path / "x.jsonl", "--form", "kto").stdout.endswith(": 3 rows\n")
     assert "ends in .jsonl" in call("export", base, tmp_path / "x", status=2).stderr

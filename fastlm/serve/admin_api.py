@@ -14,14 +14,14 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from fastlm.errors import InputError
-from fastlm.serve.fields import ApiError, Field, name, read_fields
+from fastlm.serve.fields import ApiError, Field, flag, name, read_fields
 from fastlm.serve.gate import key_name
 
 if TYPE_CHECKING:
     from fastlm.serve.app import Server
     from fastlm.serve.switch import Switch
 
-PROMOTE: Mapping[str, Field] = {"model": name(4096)}
+PROMOTE: Mapping[str, Field] = {"model": name(4096), "other_tokens": flag()}
 PATHS = ("/v1/admin/promote", "/v1/admin/rollback", "/v1/canary")
 
 
@@ -42,7 +42,7 @@ def routes(server: "Server", switch: "Switch", admins: Sequence[str]) -> list[Ro
     async def promote(http: Request) -> Response:
         admit(http)
         given: Any = await server.body(http, partial(read_fields, fields=PROMOTE))
-        await _done(switch.promote(given["model"]))
+        await _done(switch.promote(given["model"], other_tokens=given["other_tokens"]))
         return JSONResponse(await switch.told())
 
     async def rollback(http: Request) -> Response:

@@ -256,6 +256,20 @@ class FeedbackStore:
             rows = connection.execute(FEEDBACK.select().order_by(FEEDBACK.c.id)).all()
         return [read_opinion(row, self.name) for row in rows]
 
+    def comments(self, most: int) -> list[dict[str, Any]]:
+        """The newest comments, the last one first, with what they are about."""
+        query = FEEDBACK.select().where(FEEDBACK.c.comment.is_not(None))
+        with self.read() as connection:
+            rows = connection.execute(query.order_by(FEEDBACK.c.id.desc()).limit(most)).all()
+        keys = ("response_id", "conversation_id", "choice", "rater", "thumb", "comment")
+        found = []
+        for row in rows:
+            opinion = read_opinion(row, self.name)
+            found.append({
+                "created_at": str(row.created_at), **{key: getattr(opinion, key) for key in keys}
+            })  # fmt: skip
+        return found
+
     def counts(self) -> dict[str, int]:
         """How many answers are kept, and how many opinions of each kind there are."""
         found: dict[str, int] = dict.fromkeys(("answers", *KINDS), 0)
