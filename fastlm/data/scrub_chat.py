@@ -192,7 +192,8 @@ def _home() -> re.Pattern[str]:
 
 
 @cache
-def _grouped() -> list[tuple[re.Pattern[str], re.Pattern[str], list[re.Pattern[str]]]]:
+def _grouped() -> list[tuple[re.Pattern[str], re.Pattern[str], re.Pattern[str]]]:
+    """Per format of a region: its numbers, how they begin, and its groups."""
     found = []
     for region in GROUPED:
         plan = PhoneMetadata.metadata_for_region(region)
@@ -201,7 +202,7 @@ def _grouped() -> list[tuple[re.Pattern[str], re.Pattern[str], list[re.Pattern[s
         numbers = re.compile(_numbers_of(region))
         for form in plan.number_format:
             leads = "|".join(form.leading_digits_pattern[-1:])
-            found.append((numbers, re.compile(leads), re.compile(form.pattern)))
+            found.append((numbers, re.compile(leads), re.compile(form.pattern or "")))
     return found
 
 

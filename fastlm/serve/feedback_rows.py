@@ -2,10 +2,10 @@
 SQLite stores any value in any column, and the file may be a stranger's.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from datetime import datetime
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from fastlm.data.conversations import messages_of
 from fastlm.errors import InputError
@@ -16,10 +16,6 @@ from fastlm.serve.tables import ANSWERS, FEEDBACK, RATINGS
 from fastlm.typed import build, check_unicode, convert
 
 T = TypeVar("T")
-
-
-class Reader(Protocol[T]):
-    def __call__(self, row: Any, name: str) -> T: ...
 
 
 def read_answer(row: Any, name: str) -> Kept:
@@ -82,7 +78,7 @@ def read_time(value: Any, where: str) -> float:
         raise InputError(f"{where}: expected a time as ISO 8601, got {value!r:.80}") from None
 
 
-def readable(read: Reader[T], rows: Iterable[Any], name: str) -> Iterator[T]:
+def readable(read: Callable[[Any, str], T], rows: Iterable[Any], name: str) -> Iterator[T]:
     """What can be read of some rows. For deletion alone: no export takes a row that cannot."""
     for row in rows:
         with suppress(InputError):
