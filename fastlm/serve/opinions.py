@@ -134,7 +134,7 @@ async def give(server: "Server", http: Request) -> Response:
         )  # fmt: skip
     read = partial(read_feedback, model=server.models.name, ratings=server.ratings)
     opinion, kept = await server.body(http, read)
-    if server.keys:  # nobody speaks as a rater of another key
+    if len(server.keys) > 1:  # nobody speaks as a rater of another key
         opinion = replace(opinion, rater=rater_of(http.state.client, opinion.rater))
     switch = server.switch
 
@@ -167,8 +167,8 @@ async def give(server: "Server", http: Request) -> Response:
 
 
 def rater_of(client: str, name: str | None) -> str:
-    """The name under which a rater is stored who has a key: letters of the key's hash, and the name
-    that was given. ``client``: a hash in hexadecimal digits.
+    """The name under which a rater is stored where there are several keys: letters of the key's
+    hash, and the name that was given. ``client``: that hash in hexadecimal digits.
     """
     letters = "".join(chr(ord("a") + int(digit, 16)) for digit in client[:CLIENT])
     return f"{letters}:{name or ''}"
