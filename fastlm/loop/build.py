@@ -25,7 +25,6 @@ from fastlm.data.filter import check_rules, first_failed
 from fastlm.data.forgotten import PROVENANCE
 from fastlm.data.preferences import Comparison, Label, preference_of
 from fastlm.data.prepare import FUNNEL, Funnel
-from fastlm.data.scrub import scrub
 from fastlm.data.sources import printable
 from fastlm.errors import InputError
 from fastlm.files import make_folder, replacing, save_atomic
@@ -226,9 +225,16 @@ def _refused(one: Judgement) -> str | None:
 
 
 def _scrubbed(one: Judgement, replaced: Counter[str]) -> Judgement:
+    try:
+        from fastlm.data.scrub_chat import scrub_chat
+    except ImportError as error:
+        raise InputError(
+            f"scrub: expected the package {error.name}, not found: pip install 'fastlm[serve]'"
+        ) from None
+
     def clean(value: Any) -> Any:
         if isinstance(value, str):
-            text, counts = scrub(value)
+            text, counts = scrub_chat(value)
             replaced.update(counts)
             return text
         if isinstance(value, Mapping):

@@ -6,21 +6,17 @@ Of several opinions of one rater about one answer, or about two answers, the las
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastlm.data.conversations import Message, conversation_of, said
 from fastlm.data.dedup import content_key
-from fastlm.data.forgotten import (
-    PROVENANCE,
-    conversation_key,
-    response_key,
-    talk_key,
-)
+from fastlm.data.forgotten import conversation_key, response_key, talk_key
 from fastlm.data.preferences import Label, preference_of
 from fastlm.data.sources import list_files, read_rows
 from fastlm.errors import InputError
+from fastlm.typed import build, check_unicode
 
 if TYPE_CHECKING:
     from fastlm.serve.ratings import Rating
@@ -261,20 +257,41 @@ def _exported(path: str, cache: Path) -> Iterator[Judgement]:
                 raise InputError(f"{file.path}, line {number}: {error}") from None
 
 
+@dataclass(frozen=True)
+class RowProvenance:
+    """Where a row of an export is from."""
+
+    responses: list[str] = field(default_factory=list)
+    conversations: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class RowFacts:
+    """What a row of an export says beside its texts."""
+
+    rater: str | None = None
+    model: str | None = None
+    licence: str | None = None
+    provenance: RowProvenance | None = None
+
+    def __post_init__(self) -> None:
+        check_unicode(self.rater or "", "rater")
+
+
 def _of_row(row: Any, source: str) -> Iterator[Judgement]:
     known = row if isinstance(row, dict) else {}
-    given = known.get(PROVENANCE)
-    ids: Any = given if isinstance(given, dict) else {}
-    told = {
-        "ids": tuple(map(str, ids.get("responses") or ())),
-        "talks": tuple(map(str, ids.get("conversations") or ())),
-        "licence": known.get("licence"), "model": known.get("model"), "source": source,
+    names = [item.name for item in fields(RowFacts)]
+    facts = build(RowFacts, {name: known[name] for name in names if name in known})
+    origin = facts.provenance or RowProvenance()
+    told: dict[str, Any] = {
+        "ids": tuple(origin.responses), "talks": tuple(origin.conversations),
+        "licence": facts.licence, "model": facts.model, "source": source,
     }  # fmt: skip
     if "messages" in known and "label" not in known and "kto_tag" not in known:
         talk = conversation_of(row)
         prompt, answer = talk.messages[:-1], talk.messages[-1:]
         yield Judgement(
-            "up", known.get("rater") or ANONYMOUS, prompt=prompt, better=answer, tools=talk.tools,
+            "up", facts.rater or ANONYMOUS, prompt=prompt, better=answer, tools=talk.tools,
             **told,
         )  # fmt: skip
         return

@@ -1,6 +1,7 @@
 """stages.json: what a run records about each stage. record.json: of a stage that ran alone."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -16,6 +17,7 @@ from fastlm.schema import Count, Finite, RelativePath, read_document
 from fastlm.typed import check
 
 ALONE = "record.json"  # in the folder of a stage that ran alone
+NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what stands for bytes in a name, PEP 383
 LAYOUT = 2  # of a run folder: one folder per stage
 
 
@@ -146,5 +148,7 @@ def table_of(entry: Entry) -> dict[str, Any]:
 
 
 def dump(path: Path, value: Any) -> None:
-    """Write JSON that people can read."""
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n", "utf-8")
+    """Write JSON that people can read. A byte of a name that is no UTF-8 becomes \\xNN."""
+    text = json.dumps(value, indent=1, ensure_ascii=False, default=str)
+    text = NOT_UTF8.sub(lambda m: rf"\\x{ord(m[0]) - 0xDC00:02x}", text)
+    path.write_text(text + "\n", "utf-8")

@@ -6,6 +6,7 @@ They answer this machine alone, and where the server has API keys, to an admin k
 import hmac
 import ipaddress
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
@@ -13,14 +14,14 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from fastlm.errors import InputError
-from fastlm.serve.fields import ApiError, Field, name, read_fields
+from fastlm.serve.fields import ApiError, Field, flag, name, read_fields
 from fastlm.serve.gate import key_name
 
 if TYPE_CHECKING:
     from fastlm.serve.app import Server
     from fastlm.serve.switch import Switch
 
-PROMOTE: Mapping[str, Field] = {"model": name(4096)}
+PROMOTE: Mapping[str, Field] = {"model": name(4096), "other_tokens": flag()}
 PATHS = ("/v1/admin/promote", "/v1/admin/rollback", "/v1/canary")
 
 
@@ -40,13 +41,13 @@ def routes(server: "Server", switch: "Switch", admins: Sequence[str]) -> list[Ro
 
     async def promote(http: Request) -> Response:
         admit(http)
-        given: Any = read_fields(await server.body(http), PROMOTE)
-        await _done(switch.promote(given["model"]))
+        given: Any = await server.body(http, partial(read_fields, fields=PROMOTE))
+        await _done(switch.promote(given["model"], other_tokens=given["other_tokens"]))
         return JSONResponse(await switch.told())
 
     async def rollback(http: Request) -> Response:
         admit(http)
-        read_fields(await server.body(http), {})
+        await server.body(http, partial(read_fields, fields={}))
         await _done(switch.rollback())
         return JSONResponse(await switch.told())
 

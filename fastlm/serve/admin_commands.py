@@ -24,6 +24,10 @@ def promote(
         str | None,
         typer.Argument(help="As for serve; without it, the canary", show_default=False),
     ] = None,
+    other_tokens: Annotated[
+        bool,
+        typer.Option("--other-tokens", help="Also with another tokenizer than the current model's"),
+    ] = False,
     server: Server = "http://127.0.0.1:8000",
     api_key: Key = None,
     as_json: AsJson = False,
@@ -37,7 +41,8 @@ def promote(
     path = model
     if model is not None and Path(model).exists():  # else it is one below --models-dir
         path = str(Path(model).resolve())
-    _tell(_asked(server, "promote", {} if path is None else {"model": path}, api_key), as_json)
+    body = {} if path is None else {"model": path, "other_tokens": other_tokens}
+    _tell(_asked(server, "promote", body, api_key), as_json)
 
 
 def rollback(

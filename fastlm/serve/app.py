@@ -25,8 +25,8 @@ from fastlm.errors import InputError
 from fastlm.serve import admin_api, opinions, rank_api
 from fastlm.serve.answers import Answer, sse, stopping
 from fastlm.serve.asking import requests_of
-from fastlm.serve.fields import ApiError, checked
-from fastlm.serve.gate import Gate, Gone, Limits, log, read_body, unless_gone
+from fastlm.serve.fields import ApiError, checked, parse_body
+from fastlm.serve.gate import Gate, Gone, Limits, log, read_body, stack_of, unless_gone
 from fastlm.serve.metrics import Metrics
 from fastlm.serve.model_metrics import ModelMetrics
 from fastlm.serve.models import Models, Served, Turn
@@ -46,6 +46,7 @@ from fastlm.serve.said import Kept
 
 READERS = 8
 WRITERS = 8  # threads that use the feedback database: one that hangs leaves threads to answers
+SMALL_BODY = 2**16  # bytes that are parsed in a millisecond or two, without a thread
 
 if TYPE_CHECKING:
     from fastlm.serve.feedback import FeedbackStore
@@ -167,7 +168,7 @@ class Server:
 
     def _complete(self, read: Callable[[Any], Asked]) -> Any:
         async def complete(http: HttpRequest) -> Response:
-            asked = checked(read, await self.body(http))
+            asked = await self.body(http, read)
             kept = self._kept(asked)
             turn = self.models.turn(asked, http.state.client)
             try:
@@ -178,7 +179,9 @@ class Server:
             if asked.stream:
                 return Events(self, answer, turn, kept, http.state.told)
             try:
-                body = await unless_gone(http.receive, self._whole(answer, turn, kept))
+                body = await unless_gone(
+                    http.receive, self._whole(answer, turn, kept, http.state.told)
+                )
             finally:
                 answer.running.close()
                 turn.end()
@@ -224,7 +227,9 @@ class Server:
         """The clients of several keys share no cached prompts, those of one key or none do."""
         return http.state.client.encode() if len(self.keys) > 1 else b""
 
-    async def _whole(self, answer: Answer, turn: Turn, kept: Keep | None) -> bytes:
+    async def _whole(
+        self, answer: Answer, turn: Turn, kept: Keep | None, told: dict[str, Any]
+    ) -> bytes:
         try:
             body = await answer.whole()
         except Exception as error:
@@ -232,8 +237,20 @@ class Server:
             raise
         await turn.answered(answer)
         if kept is not None:
-            await run_sync(kept, answer, limiter=self.writing)
+            await self.store(kept, answer, told)
         return body
+
+    async def store(self, keep: Keep, answer: Answer, told: dict[str, Any]) -> None:
+        """Store a conversation. A database that fails costs the conversation, never the answer:
+        that is counted and logged, with the reason."""
+        try:
+            await run_sync(keep, answer, limiter=self.writing)
+        except Exception as error:
+            told["stored"] = False
+            self.metrics.store_failures.inc()
+            reason = {"message": str(error)[:200]} if isinstance(error, InputError) else {}
+            id = answer.id.rpartition("-")[2]  # of the request
+            log("failure", id=id, what="store", **stack_of(error), **reason)
 
     def _kept(self, asked: Asked) -> Keep | None:
         """What stores the answer once it is known, where the user consents."""
@@ -258,7 +275,7 @@ class Server:
     # ---- embeddings, models
 
     async def _embed(self, http: HttpRequest) -> Response:
-        asked = checked(embed_asked, await self.body(http))
+        asked = await self.body(http, embed_asked)
         turn = self.models.turn(asked, http.state.client)
         try:
             return await self._embedded(http, asked, turn.served)
@@ -336,11 +353,18 @@ class Server:
 
     # ---- the rest
 
-    async def body(self, http: HttpRequest) -> Any:
-        """The JSON body of a request. ApiError: also that the server is stopping."""
+    async def body(self, http: HttpRequest, read: Callable[[Any], T]) -> T:
+        """What ``read`` makes of the JSON body of a request. ApiError: also that the server is
+        stopping. A large body is parsed and checked outside the event loop.
+        """
         if self.stopping:
             raise stopping()
-        return await read_body(http, self.limits)
+        data = await read_body(http, self.limits)
+
+        def parsed() -> T:
+            return checked(read, parse_body(data))
+
+        return parsed() if len(data) <= SMALL_BODY else await self._read(parsed)
 
     async def _health(self, _: HttpRequest) -> Response:
         return JSONResponse({"status": "ok"})
@@ -407,12 +431,9 @@ class Events(Response):
                 raise
             await self.turn.answered(self.answer)
             if self.kept is not None:
-                await run_sync(self.kept, self.answer, limiter=self.server.writing)
+                await self.server.store(self.kept, self.answer, self.told)
             await write(sse("[DONE]"))
-        except InputError as error:
-            if not isinstance(error, ApiError):  # the feedback database
-                log("failure", type="InputError", what=self.told.get("path", "store"))
-                error = ApiError("the conversation was not kept", status=500, kind="server_error")
+        except ApiError as error:
             self.server.metrics.errors.labels(error.code or error.kind).inc()
             self.told["error"] = error.code or error.kind
             await write(sse(error.body()))

@@ -7,9 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import SQLAlchemyError
 
-from fastlm.errors import InputError
 from fastlm.serve.canary_tables import ANSWERS, OUTCOMES, metadata
 from fastlm.serve.trial import Arm
 
@@ -28,15 +26,12 @@ class CanaryStore:
         self.engine, self.name = feedback.engine, feedback.name
         self.rating = rating
         self._insert = (sqlite if self.engine.dialect.name == "sqlite" else postgresql).insert
-        self._run(metadata.create_all)
+        self.feedback = feedback
+        feedback.create(metadata)
 
     def _run(self, work: Any) -> Any:
-        try:
-            with self.engine.begin() as connection:
-                return work(connection)
-        except SQLAlchemyError as error:
-            text = " ".join(str(getattr(error, "orig", None) or error).split())[:300]
-            raise InputError(f"{self.name}: cannot be used: {text}") from None
+        with self.feedback.write() as connection:
+            return work(connection)
 
     def answer(self, **values: Any) -> bool:
         """Store which model gave an answer: the columns of `ANSWERS`. Return whether it is the

@@ -272,19 +272,31 @@ def export_command(
     typer.echo(f"{path}: {done.rows:,} rows")
 
 
-@app.command("show", short_help="How much feedback there is.")
+@app.command("show", short_help="How much feedback there is, and the newest comments.")
 def show_command(
-    database: Database, as_json: Annotated[bool, typer.Option("--json", help="As JSON")] = False
+    database: Database,
+    comments: Annotated[int, typer.Option(min=0, help="Comments at most")] = 20,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON")] = False,
 ) -> None:
-    """How many answers are kept, and how many thumbs, comments, corrections and picks there are."""
+    """Show how many answers are kept, how many thumbs, comments, corrections and picks there are,
+    and what the newest comments say.
+    """
     import json
 
     with opened(database) as store:
-        counts = store.counts()
+        counts, newest = store.counts(), store.comments(comments)
     if as_json:
-        typer.echo(json.dumps(counts))
-    else:
-        typer.echo(", ".join(f"{name} {count:,}" for name, count in counts.items()))
+        typer.echo(json.dumps({**counts, "comments": newest}))
+        return
+    typer.echo(", ".join(f"{name} {count:,}" for name, count in counts.items()))
+    for one in newest:
+        about = one["response_id"] or f"conversation {one['conversation_id']}"
+        rest = f", choice {one['choice']}" * (one["choice"] > 0)
+        who = f", {one['rater']}" * bool(one["rater"])
+        thumb = f", thumb {one['thumb']}" * bool(one["thumb"])
+        line = f"{one['created_at']} {about}{rest}{who}{thumb}: {' '.join(one['comment'].split())}"
+        # strangers' text must not steer a terminal
+        typer.echo("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line))
 
 
 @app.command("forget", short_help="Delete a response or a conversation.")

@@ -1,9 +1,9 @@
 """A database of what people say about answers, and, where they consent, of the answers.
 
 SQLite (write-ahead log) or PostgreSQL. A write is on disk when the method returns. Several servers
-may share the database. Personal data is scrubbed (`fastlm.data.scrub`) from every text before it is
-written. Without consent only the feedback is kept: who reads it knows the id of the answer, not its
-text.
+may share the database. Personal data is removed (`fastlm.data.scrub_chat`) from every text before
+it is written. Without consent only the feedback is kept: who reads it knows the id of the answer,
+not its text.
 
 `fastlm.serve.feedback_export` writes rows to train on.
 """
@@ -19,14 +19,16 @@ import sqlalchemy as sa
 from sqlalchemy.event import listen
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
-from fastlm.data.scrub import scrub
+from fastlm.data.scrub_chat import scrub_chat
 from fastlm.errors import InputError
 from fastlm.serve import withdrawn
 from fastlm.serve.canary_tables import make_nameless
+from fastlm.serve.feedback_rows import read_answer, read_opinion, read_rating, readable
 from fastlm.serve.ratings import Rating
 from fastlm.serve.said import KINDS, Kept, Opinion
-from fastlm.serve.tables import ANSWERS, FEEDBACK, MEASURES, RATINGS, add_missing_columns, metadata
+from fastlm.serve.tables import ANSWERS, FEEDBACK, MEASURES, RATINGS, create_missing, metadata
 
+MOST_IDS = 1000  # in one statement; SQLite takes 32,766
 WAIT_SECONDS = 30  # for another process that writes to the same SQLite file
 
 
@@ -56,12 +58,20 @@ class FeedbackStore:
             ) from None
         if self.engine.dialect.name == "sqlite":
             listen(self.engine, "connect", _durable)
+        self.create(metadata, withdrawn.metadata)
+
+    def create(self, *groups: sa.MetaData) -> None:
+        """Create tables that are missing."""
         with self._errors():
-            metadata.create_all(self.engine)
-            withdrawn.TABLE.create(self.engine, checkfirst=True)
-            add_missing_columns(self.engine)
+            create_missing(self.engine, *groups)
 
     def close(self) -> None:
+        """Close the connections, after what SQLite's log has is in the file itself, unless another
+        process uses it."""
+        if self.engine.dialect.name == "sqlite":
+            with suppress(SQLAlchemyError), self.engine.connect() as connection:
+                connection.exec_driver_sql("PRAGMA busy_timeout = 0")
+                connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
         self.engine.dispose()
 
     def __enter__(self) -> Self:
@@ -89,8 +99,12 @@ class FeedbackStore:
         with self._errors(), self.engine.begin() as connection:
             yield connection
 
-    def add(self, opinion: Opinion) -> int:
-        """Store an opinion; return its number."""
+    def add(self, opinion: Opinion) -> int | None:
+        """Store an opinion; return its number. None: what it is about was forgotten, and nothing is
+        stored.
+        """
+        if self._blocked(opinion):
+            return None
         over = opinion.preferred_over
         values = {
             "response_id": opinion.response_id,
@@ -107,7 +121,12 @@ class FeedbackStore:
         with self.write() as connection:
             done = connection.execute(FEEDBACK.insert().values(values))
         assert done.inserted_primary_key is not None
-        return int(done.inserted_primary_key[0])
+        number = int(done.inserted_primary_key[0])
+        if not self._blocked(opinion):  # as in `keep`
+            return number
+        with self.write() as connection:
+            connection.execute(FEEDBACK.delete().where(FEEDBACK.c.id == number))
+        return None
 
     def keep(self, answer: Kept) -> bool:
         """Store an answer and its prompt, whose user has consented; one that is stored already
@@ -144,9 +163,14 @@ class FeedbackStore:
                 connection.execute(sa.select(ANSWERS.c.response_id).where(its)).first() is not None
             )
 
-    def _blocked(self, answer: Kept) -> bool:
+    def _blocked(self, about: Kept | Opinion) -> bool:
         with self.read() as connection:
-            return withdrawn.blocks(connection, answer.response_id, answer.conversation_id)
+            return withdrawn.blocks(connection, about.response_id, about.conversation_id)
+
+    def conversation_of(self, response_id: str) -> tuple[str | None] | None:
+        """The conversation of a response, (None,) if it has none. None: nothing says."""
+        with self.read() as connection:
+            return _conversation(connection, response_id)
 
     def declare(self, ratings: Sequence[Rating]) -> None:
         """Store what numbers people may give. InputError: one is there with another meaning."""
@@ -167,7 +191,7 @@ class FeedbackStore:
         """The numbers that were ever declared, by name."""
         with self.read() as connection:
             rows = connection.execute(RATINGS.select().order_by(RATINGS.c.name)).all()
-        return [Rating(**row._mapping) for row in rows]
+        return [read_rating(row, self.name) for row in rows]
 
     def forget(self, id: str) -> int:
         """Delete a response or a conversation: its text, what was said about it, and its measures.
@@ -180,14 +204,9 @@ class FeedbackStore:
         with self._errors():  # before anything is deleted, so that a kill in between loses no key
             withdrawn.note(self.engine, id, self.keys_of(id))
         with self.write() as connection:
-            # opinions may name the responses of a conversation alone
-            ids = {id}
+            ids = _responses(connection, id)
             for table in (ANSWERS, FEEDBACK, MEASURES):
-                query = sa.select(table.c.response_id).where(table.c.conversation_id == id)
-                ids.update(filter(None, connection.execute(query).scalars()))
-            for table in (ANSWERS, FEEDBACK, MEASURES):
-                for one in ids:
-                    its = sa.or_(table.c.response_id == one, table.c.conversation_id == one)
+                for its in _about(table, id, ids):
                     gone += connection.execute(table.delete().where(its)).rowcount
             gone += make_nameless(connection, ids)
         if self.engine.dialect.name == "sqlite":  # the log has the text, too, until it is emptied
@@ -202,16 +221,22 @@ class FeedbackStore:
 
     def keys_of(self, id: str) -> set[str]:
         """The keys of a response or a conversation that is still there; {} if nothing is."""
-        with self._errors(), self.engine.connect() as connection:
-            found = []
-            ids = {id}
-            for table in (ANSWERS, FEEDBACK):
-                query = sa.select(table.c.response_id).where(table.c.conversation_id == id)
-                ids.update(filter(None, connection.execute(query).scalars()))
-            for table in (ANSWERS, FEEDBACK):
-                its = sa.or_(table.c.response_id.in_(ids), table.c.conversation_id == id)
-                found.append(connection.execute(table.select().where(its)).all())
-        return withdrawn.keys_of(id, ids, *found) if any(found) else set()
+        with self.read() as connection:
+            ids = _responses(connection, id)
+            answers, feedback = (
+                [
+                    row
+                    for its in _about(table, id, ids)
+                    for row in connection.execute(table.select().where(its))
+                ]
+                for table in (ANSWERS, FEEDBACK)
+            )
+        if not answers and not feedback:
+            return set()
+        return withdrawn.keys_of(
+            id, ids, readable(read_answer, answers, self.name),
+            readable(read_opinion, feedback, self.name),
+        )  # fmt: skip
 
     def withdrawn(self, id: str | None = None) -> frozenset[str]:
         """The keys of all that was ever forgotten here, or of what was forgotten as ``id``."""
@@ -222,26 +247,28 @@ class FeedbackStore:
         """All answers that are kept, by id."""
         with self.read() as connection:
             rows = connection.execute(ANSWERS.select().order_by(ANSWERS.c.created_at)).all()
-        return {
-            row.response_id: Kept(
-                row.response_id, row.model, json.loads(row.prompt), json.loads(row.choices),
-                None if row.tools is None else json.loads(row.tools), row.conversation_id,
-            )
-            for row in rows
-        }  # fmt: skip
+        answers = (read_answer(row, self.name) for row in rows)
+        return {answer.response_id: answer for answer in answers}
 
     def opinions(self) -> list[Opinion]:
         """All opinions, in the order in which they were given."""
         with self.read() as connection:
             rows = connection.execute(FEEDBACK.select().order_by(FEEDBACK.c.id)).all()
-        return [
-            Opinion(
-                row.response_id, row.conversation_id, row.choice, row.rater, row.thumb, row.comment,
-                row.corrected, tuple((id, n) for id, n in json.loads(row.preferred_over or "[]")),
-                tuple(json.loads(row.metrics or "{}").items()),
-            )
-            for row in rows
-        ]  # fmt: skip
+        return [read_opinion(row, self.name) for row in rows]
+
+    def comments(self, most: int) -> list[dict[str, Any]]:
+        """The newest comments, the last one first, with what they are about."""
+        query = FEEDBACK.select().where(FEEDBACK.c.comment.is_not(None))
+        with self.read() as connection:
+            rows = connection.execute(query.order_by(FEEDBACK.c.id.desc()).limit(most)).all()
+        keys = ("response_id", "conversation_id", "choice", "rater", "thumb", "comment")
+        found = []
+        for row in rows:
+            opinion = read_opinion(row, self.name)
+            found.append({
+                "created_at": str(row.created_at), **{key: getattr(opinion, key) for key in keys}
+            })  # fmt: skip
+        return found
 
     def counts(self) -> dict[str, int]:
         """How many answers are kept, and how many opinions of each kind there are."""
@@ -254,6 +281,40 @@ class FeedbackStore:
                     query = sa.select(sa.func.count(FEEDBACK.c[name]))
                 found[name] = connection.execute(query).scalar_one()
         return found
+
+
+def _conversation(connection: sa.Connection, response: str) -> tuple[str | None] | None:
+    """The conversation of a response, (None,) if it has none. None: nothing says."""
+    for table in (ANSWERS, MEASURES):  # measures have one with consent alone
+        query = sa.select(table.c.conversation_id).where(table.c.response_id == response)
+        if table is MEASURES:
+            query = query.where(table.c.conversation_id.is_not(None))
+        if (row := connection.execute(query.limit(1)).first()) is not None:
+            return (row[0],)
+    return None
+
+
+def _responses(connection: sa.Connection, id: str) -> set[str]:
+    """``id`` and the responses of it as a conversation. An opinion may name a response with it
+    whose own conversation is another: that one stays.
+    """
+    ids = {id}
+    for table in (ANSWERS, FEEDBACK, MEASURES):
+        query = sa.select(table.c.response_id).where(table.c.conversation_id == id).distinct()
+        found = connection.execute(query).scalars().all()
+        for response in filter(None, found):
+            if table is not FEEDBACK or _conversation(connection, response) in (None, (id,)):
+                ids.add(response)
+    return ids
+
+
+def _about(table: sa.Table, id: str, ids: set[str]) -> Iterator[sa.ColumnElement[bool]]:
+    """Conditions on the rows of a table about a conversation or its responses, few enough ids in
+    each for any database."""
+    yield table.c.conversation_id == id
+    ordered = sorted(ids)
+    for first in range(0, len(ordered), MOST_IDS):
+        yield table.c.response_id.in_(ordered[first : first + MOST_IDS])
 
 
 def _waits(url: sa.URL) -> dict[str, Any]:
@@ -270,7 +331,7 @@ def _durable(connection: Any, _: Any) -> None:
 def _scrubbed(value: Any) -> Any:
     """``value`` without personal data in any of its texts."""
     if isinstance(value, str):
-        return scrub(value.replace("\0", ""))[0]  # which PostgreSQL does not store
+        return scrub_chat(value.replace("\0", ""))[0]  # which PostgreSQL does not store
     if isinstance(value, Mapping):
         return {key: _scrubbed(item) for key, item in value.items()}
     if isinstance(value, Sequence):
@@ -287,5 +348,6 @@ def _now() -> str:
 
 
 def _reason(error: BaseException) -> str:
-    text = " ".join(str(getattr(error, "orig", None) or error).split())
-    return text[:300] or type(error).__name__
+    """What the database says, without PostgreSQL's details, which quote rows."""
+    lines = str(getattr(error, "orig", None) or error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__

@@ -21,7 +21,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.responses import Response
 
-from fastlm.serve.fields import ApiError, parse_body
+from fastlm.serve.fields import ApiError
 from fastlm.serve.metrics import Metrics
 from fastlm.serve.running import gone
 
@@ -43,13 +43,14 @@ HEADERS = {
 class Limits:
     """Bounds on a request.
 
-    body_bytes: of its body. header_seconds: until the headers have arrived, since the connection
-    or their first byte. body_seconds: until the body has arrived. answer_seconds: until an
-    answer ends, wherever it is then. write_seconds: until a client takes what was sent to it.
-    new_tokens: of an answer; None: the context is the bound.
+    body_bytes: of its body. header_bytes: of its path and headers. header_seconds: until the
+    headers have arrived, since the connection or their first byte. body_seconds: until the body
+    has arrived. answer_seconds: until an answer ends, wherever it is then. write_seconds: until a
+    client takes what was sent to it. new_tokens: of an answer; None: the context is the bound.
     """
 
     body_bytes: int = 4 * 2**20
+    header_bytes: int = 2**16
     header_seconds: float = 10.0
     body_seconds: float = 30.0
     answer_seconds: float = 600.0
@@ -107,10 +108,14 @@ class Gate:
                 async with asyncio.timeout(self.limits.write_seconds):
                     await send(message)
             except (TimeoutError, OSError):
+                # what the client did not take would hold the connection for ever
+                if (abort := scope["state"].get("abort")) is not None:
+                    abort()
                 raise Gone from None
 
         try:
             try:
+                self._check_framing(scope, headers)
                 scope["state"]["client"] = self._admit(scope, headers)
                 await self.app(scope, receive, sender)
             except ApiError as error:
@@ -118,7 +123,7 @@ class Gate:
             except Gone:
                 told["gone"] = True
             except Exception as error:
-                log("failure", id=scope["state"]["id"], **_stack(error))
+                log("failure", id=scope["state"]["id"], **stack_of(error))
                 if status:  # in the middle of a response: its end is missing
                     told["failed"] = True
                     self.metrics.errors.labels("server_error").inc()
@@ -148,6 +153,19 @@ class Gate:
         told = json.dumps(error.body())  # in ASCII: whatever it quotes can be sent
         return Response(told, error.status, error.headers, "application/json")
 
+    def _check_framing(self, scope: Any, headers: Headers) -> None:
+        """ApiError: where the body ends can be read in two ways (RFC 9112, 6.1), or headers that
+        are too large. The connection is closed."""
+        close = {"connection": "close"}
+        if "content-length" in headers and "transfer-encoding" in headers:
+            raise ApiError(
+                "transfer-encoding: expected this or content-length, got both", headers=close
+            )
+        size = len(scope.get("raw_path") or b"") + len(scope["query_string"])
+        size += sum(len(name) + len(value) for name, value in scope["headers"])
+        if size > (most := self.limits.header_bytes):
+            raise ApiError(f"headers: expected at most {most} bytes, got {size}", headers=close)
+
     def _admit(self, scope: Any, headers: Headers) -> str:
         """The client's name: that of its key, else its address. ApiError: it may not ask."""
         if self.hosts is not None and _host(headers.get("host", "")) not in self.hosts:
@@ -170,8 +188,8 @@ class Gate:
         return given.hex()
 
 
-async def read_body(request: Request, limits: Limits) -> Any:
-    """The value of a JSON body. ApiError: 415, 413, 408, 400."""
+async def read_body(request: Request, limits: Limits) -> bytes:
+    """The JSON body of a request. ApiError: 415, 413, 408."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":  # which a page elsewhere cannot send through a browser
         raise ApiError(
@@ -196,7 +214,7 @@ async def read_body(request: Request, limits: Limits) -> Any:
                 if len(data) > limits.body_bytes:
                     raise most
                 if not message.get("more_body"):
-                    return parse_body(bytes(data))
+                    return bytes(data)
     except TimeoutError:
         raise ApiError(
             f"body: wanted all of it within {limits.body_seconds:g} s", status=408, param="body",
@@ -241,7 +259,8 @@ def _host(value: str) -> str:
     return name.strip("[]").lower()
 
 
-def _stack(error: BaseException) -> dict[str, Any]:
+def stack_of(error: BaseException) -> dict[str, Any]:
+    """The type of an error and where it was raised, without its message."""
     frames = traceback.extract_tb(error.__traceback__)[-8:]
     places = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in frames]
     return {"type": type(error).__name__, "stack": places}

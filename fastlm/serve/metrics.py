@@ -50,6 +50,10 @@ class Metrics:
             Counter, "cancellations", "Answers whose client went away or was too slow"
         )
         self.feedback = made(Counter, "feedback", "Feedback that was stored, by kind", ("kind",))
+        self.store_failures = made(
+            Counter, "store_failures", "Conversations that could not be stored, whose answers were"
+            " delivered",
+        )  # fmt: skip
         self.request_seconds = made(
             Histogram, "request_seconds", "Time of a request", ("path",), buckets=SECONDS
         )

@@ -13,7 +13,6 @@ from fastlm.errors import InputError
 from fastlm.serve.fields import (
     ApiError,
     Field,
-    checked,
     choice,
     identifier,
     list_of,
@@ -30,7 +29,9 @@ from fastlm.serve.said import Kept, Opinion
 
 if TYPE_CHECKING:
     from fastlm.serve.app import Server
+    from fastlm.serve.feedback import FeedbackStore
 
+CLIENT = 12  # letters of a client's name before a rater's: 1 in 10^14 that two clients share them
 MOST_TEXT = 2**16  # characters of a corrected answer
 CHOICE = whole(0, MOST_CHOICES - 1, 0)
 OTHER = table({"response_id": identifier(), "choice": CHOICE})
@@ -59,7 +60,7 @@ FEEDBACK: Mapping[str, Field] = {
     "response_id": identifier(),
     "conversation_id": identifier(),
     "choice": CHOICE,
-    "rater": name(128),
+    "rater": name(128 - CLIENT - 1),  # the column has 128 characters
     "thumb": choice("up", "down"),
     "comment": text(4096),
     "corrected": text(MOST_TEXT),
@@ -126,17 +127,19 @@ def read_feedback(
 async def give(server: "Server", http: Request) -> Response:
     """Store feedback. The response is sent when it is on disk."""
     store = server.feedback
-    body = await server.body(http)
     if store is None:
         raise ApiError(
             "feedback: this server has no database for it (fastlm serve --feedback)",
             status=404, code="no_feedback",
         )  # fmt: skip
     read = partial(read_feedback, model=server.models.name, ratings=server.ratings)
-    opinion, kept = checked(read, body)
+    opinion, kept = await server.body(http, read)
+    if len(server.keys) > 1:  # nobody speaks as a rater of another key
+        opinion = replace(opinion, rater=rater_of(http.state.client, opinion.rater))
     switch = server.switch
 
     def write() -> tuple[int | None, bool | None]:
+        _check_conversation(store, opinion)
         if kept is not None:
             told = None if switch is None else switch.model_of(kept.response_id)
             store.keep(kept if told is None else replace(kept, model=told))
@@ -151,11 +154,35 @@ async def give(server: "Server", http: Request) -> Response:
 
     try:
         number, keeps = await run_sync(write, limiter=server.writing)
+    except ApiError:
+        raise
     except InputError:
         raise ApiError(
             "feedback: the database cannot be used; try again", status=503, kind="server_error",
             code="no_database", headers={"retry-after": "5"},
         ) from None  # fmt: skip
-    for kind in opinion.kinds():
+    for kind in opinion.kinds() if number is not None else ():
         server.metrics.feedback.labels(kind).inc()
     return JSONResponse({"object": "feedback", "id": number, "kept": keeps})
+
+
+def rater_of(client: str, name: str | None) -> str:
+    """The name under which a rater is stored where there are several keys: letters of the key's
+    hash, and the name that was given. ``client``: that hash in hexadecimal digits.
+    """
+    letters = "".join(chr(ord("a") + int(digit, 16)) for digit in client[:CLIENT])
+    return f"{letters}:{name or ''}"
+
+
+def _check_conversation(store: "FeedbackStore", opinion: Opinion) -> None:
+    """ApiError: the answer is known, and of another conversation than the opinion says: whoever
+    forgets that conversation would delete what was said in this one."""
+    response, given = opinion.response_id, opinion.conversation_id
+    if response is None or given is None:
+        return
+    own = store.conversation_of(response)
+    if own is not None and own != (given,):
+        raise ApiError(
+            "conversation_id: expected that of the answer, or none, got another",
+            param="conversation_id",
+        )

@@ -128,14 +128,15 @@ def config_of(server: Server, max_connections: int, drain: float) -> uvicorn.Con
     return uvicorn.Config(
         server.app, log_config=None, access_log=False, server_header=False,
         http=http, proxy_headers=False,  # bounded headers; addresses that nobody can make up
-        limit_concurrency=max_connections, h11_max_incomplete_event_size=2**16,
+        limit_concurrency=max_connections, h11_max_incomplete_event_size=server.limits.header_bytes,
         timeout_graceful_shutdown=int(drain) + 5, ws="none",
     )  # fmt: skip
 
 
 class _Connection(H11Protocol):
-    """uvicorn's connection, which also ends where whole headers do not come in time, and where
-    nobody takes the rest of a response: each connection counts towards ``max_connections``.
+    """uvicorn's connection, which also ends where whole headers do not come in time, where nobody
+    takes the rest of a response, and where a body that no route reads is too large or too slow:
+    each connection counts towards ``max_connections``. ``scope["state"]["abort"]`` ends it at once.
 
     An idle one between requests has uvicorn's own timeout.
     """
@@ -145,6 +146,12 @@ class _Connection(H11Protocol):
         self.limits = limits
         self._no_headers: asyncio.TimerHandle | None = None
         self._no_reader: asyncio.TimerHandle | None = None
+        self._no_body: asyncio.TimerHandle | None = None
+        self._unread = 0  # bytes of a body after the response to its request
+        self.app_state = {**self.app_state, "abort": self._abort}
+
+    def _abort(self) -> None:
+        self.transport.abort()
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -157,15 +164,25 @@ class _Connection(H11Protocol):
         else:
             self._no_headers = _stopped(self._no_headers)
             self._no_reader = _stopped(self._no_reader)  # the next response is written, too
+        if self.conn.their_state is not h11.SEND_BODY:
+            self._no_body = _stopped(self._no_body)
+        elif self._no_body is not None:
+            self._unread += len(data)
+            if self._unread > self.limits.body_bytes:
+                self.transport.abort()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
         self._no_reader = _stopped(self._no_reader)
         self._wait_for_reader(None)
+        if self.conn.their_state is h11.SEND_BODY:
+            self._unread = 0
+            self._no_body = self.loop.call_later(self.limits.body_seconds, self.transport.abort)
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._no_headers, self._no_reader = _stopped(self._no_headers), _stopped(self._no_reader)
+        self._no_body = _stopped(self._no_body)
 
     def _wait_for_headers(self) -> None:
         if self._no_headers is None:
@@ -214,6 +231,9 @@ class _Process(uvicorn.Server):
         await super().shutdown(sockets)
         answered.set()
         await ending
+        if (store := self.server.feedback) is not None:
+            # here: a signal that ended the server ends the process before `run` returns
+            await asyncio.get_running_loop().run_in_executor(None, store.close)
 
 
 class _Lines(logging.Handler):

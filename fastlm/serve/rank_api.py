@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +53,7 @@ def routes(server: "Server", path: Path) -> list[Route]:
                 return work(store, **given)
 
         async def answer(http: Request) -> Response:
-            given = read_fields(await server.body(http), fields)
+            given = await server.body(http, partial(read_fields, fields=fields))
             try:
                 return JSONResponse(await run_sync(locked, given))
             except InputError as error:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastlm.data.conversations import Message
+from fastlm.errors import InputError
 
 KINDS = ("thumb", "comment", "corrected", "preferred_over", "metrics")
 
@@ -27,6 +28,13 @@ class Opinion:
     corrected: str | None = None
     preferred_over: tuple[tuple[str, int], ...] = ()
     metrics: tuple[tuple[str, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.thumb not in (None, "up", "down"):
+            raise InputError(f"thumb: expected up or down, got {self.thumb!r:.80}")
+        for choice in (self.choice, *(choice for _, choice in self.preferred_over)):
+            if choice < 0:
+                raise InputError(f"choice: expected 0 or more, got {choice}")
 
     def kinds(self) -> list[str]:
         """The names of what it says."""

@@ -98,9 +98,10 @@ class Switch:
         finally:
             self._busy = False
 
-    async def promote(self, given: str | None) -> None:
-        """Let the model at a path answer, or the canary (None, or its path). InputError, ApiError:
-        it is refused; the old model answers as before."""
+    async def promote(self, given: str | None, *, other_tokens: bool = False) -> None:
+        """Let the model at a path answer, or the canary (None, or its path). ``other_tokens``: also
+        if its token ids mean something else. InputError, ApiError: it is refused; the old model
+        answers as before."""
         with self._change():
             trial = self.models.trial
             if trial is not None:
@@ -113,7 +114,7 @@ class Switch:
                 return
             if given is None:
                 raise InputError("model: wanted a path, got none, and no canary runs")
-            await self._load(self.allowed.find(given), "promote")
+            await self._load(self.allowed.find(given), "promote", other_tokens=other_tokens)
 
     async def rollback(self) -> None:
         """End the canary, or go back to the model before the last promotion, once. As `promote`."""
@@ -123,9 +124,11 @@ class Switch:
                 return
             if (previous := self.state.previous) is None:
                 raise InputError("wanted a promotion to undo, got none (or one undone already)")
-            await self._load(previous.path, "roll back", previous.digest)
+            await self._load(previous.path, "roll back", previous.digest, other_tokens=True)
 
-    async def _load(self, path: str, action: str, digest: str | None = None) -> None:
+    async def _load(
+        self, path: str, action: str, digest: str | None = None, *, other_tokens: bool
+    ) -> None:
         """``digest``: the files must be those that they were."""
         old = self.models.current
 
@@ -134,6 +137,11 @@ class Switch:
                 raise InputError(f"{path}: wanted what was served before, its files have changed")
             new = self.loader.beside(Path(path), old)
             try:
+                if not other_tokens and not loading.same_tokens(new.tokenizer, old.tokenizer):
+                    raise InputError(
+                        "model: expected the tokens of the current model, in which clients may send"
+                        " ids, got another tokenizer (--other-tokens: promote it all the same)"
+                    )
                 for check in self.checks:
                     check(Path(path), new)
             except BaseException:
@@ -254,7 +262,7 @@ def start_models(
     state = read_state(path)
     if state is None or state.base != base:
         state = State(base, Known(base, loading.digest_of(Path(base))))
-    elif loading.digest_of(Path(state.current.path)) != state.current.digest:
+    elif _digest(state.current.path, path) != state.current.digest:
         if state.current.path != base or state.previous is not None:
             raise InputError(
                 f"{path}: wanted {state.current.path} as it was when it was promoted, its files"
@@ -280,6 +288,17 @@ def start_models(
             models.begin(trial)
     state.save(path)
     return models, state
+
+
+def _digest(model: str, path: Path) -> str:
+    """The digest of the model that the state file ``path`` names."""
+    try:
+        return loading.digest_of(Path(model))
+    except InputError as error:
+        raise InputError(
+            f"{path}: expected the model that was promoted last, {model}, got: {error} (put it"
+            " back, or delete the state file to begin with --model)"
+        ) from None
 
 
 def _canary(state: State, given: str | None, plan: Plan | None) -> Canary | None:

@@ -4,9 +4,12 @@
 `fastlm.serve.monitor` writes and reads them.
 """
 
-import sqlalchemy as sa
-from sqlalchemy.exc import DatabaseError
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import sqlalchemy as sa
+
+LOCK = 0x666173746C6D  # PostgreSQL's advisory lock of this program: "fastlm"
 metadata = sa.MetaData()
 ANSWERS = sa.Table(
     "fastlm_answers",
@@ -68,22 +71,36 @@ MEASURES = sa.Table(
 )
 
 
-def add_missing_columns(engine: sa.Engine) -> None:
-    """Add what the tables of an older version lack; their rows have NULL there."""
-    found = sa.inspect(engine)
-    for table in metadata.sorted_tables:
-        have = {column["name"] for column in found.get_columns(table.name)}
-        for column in table.columns:
-            if column.name in have:
-                continue
-            kind = column.type.compile(engine.dialect)
-            try:
-                with engine.begin() as connection:
-                    connection.exec_driver_sql(
-                        f"ALTER TABLE {table.name} ADD COLUMN {column.name} {kind}"
-                    )
-            except DatabaseError:
-                # another server may have added it since
-                now = {c["name"] for c in sa.inspect(engine).get_columns(table.name)}
-                if column.name not in now:
-                    raise
+def create_missing(engine: sa.Engine, *groups: sa.MetaData) -> None:
+    """Create the tables that are missing, and add the columns that tables of an older version lack;
+    their rows have NULL there. Servers that start at the same time wait for each other.
+    """
+    with _alone(engine) as connection:
+        for group in groups:
+            group.create_all(connection)
+            for table in group.sorted_tables:
+                have = {column["name"] for column in sa.inspect(connection).get_columns(table.name)}
+                for column in table.columns:
+                    if column.name not in have:
+                        kind = column.type.compile(engine.dialect)
+                        connection.exec_driver_sql(
+                            f"ALTER TABLE {table.name} ADD COLUMN {column.name} {kind}"
+                        )
+
+
+@contextmanager
+def _alone(engine: sa.Engine) -> Iterator[sa.Connection]:
+    """Context: a transaction that no other server's `create_missing` runs beside."""
+    if engine.dialect.name != "sqlite":
+        with engine.begin() as connection:
+            connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({LOCK})")
+            yield connection
+        return
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")  # else it begins with the first write
+        try:
+            yield connection
+            connection.exec_driver_sql("COMMIT")
+        except BaseException:
+            connection.exec_driver_sql("ROLLBACK")
+            raise

@@ -5,20 +5,20 @@ in it (`fastlm.data.forgotten`), never a text. An export takes nothing that has 
 ``fastlm data forget --withdrawn`` finds by them what was exported before.
 """
 
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
-from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 
 from fastlm.data.forgotten import asked_key, conversation_key, response_key, talk_key
+from fastlm.serve.said import Kept, Opinion
 
+metadata = sa.MetaData()
 TABLE = sa.Table(
     "fastlm_withdrawn",
-    sa.MetaData(),
+    metadata,
     sa.Column("key", sa.String(96), primary_key=True),
     sa.Column("asked", sa.String(96), primary_key=True),  # hash of the id that was deleted
     sa.Column("at", sa.Text, nullable=False),  # ISO 8601, UTC
@@ -26,24 +26,21 @@ TABLE = sa.Table(
 
 
 def keys_of(
-    id: str, ids: Iterable[str], answers: Iterable[Any], feedback: Iterable[Any]
+    id: str, ids: Iterable[str], answers: Iterable[Kept], opinions: Iterable[Opinion]
 ) -> set[str]:
-    """The keys of what is deleted with ``id``. ids: it and the responses of it as a conversation.
-    answers, feedback: the rows of the two tables that go.
+    """The keys of what is deleted with ``id``: the response or conversation ``id``, the responses
+    ``ids``, and what the answers and the corrections of them say.
     """
     keys = {conversation_key(id)} | {response_key(one) for one in ids}
-    prompts = {}
-    for row in answers:
-        prompts[row.response_id] = prompt, choices = json.loads(row.prompt), json.loads(row.choices)
-        keys |= {talk_key([*prompt, *choice]) for choice in choices}
-        keys |= {conversation_key(row.conversation_id)} if row.conversation_id == id else set()
-    for row in feedback:
-        if row.corrected and row.response_id in prompts:
-            prompt, choices = prompts[row.response_id]
-            if row.choice < len(choices):
-                fixed = [*choices[row.choice][:-1]]
-                fixed.append({"role": "assistant", "content": row.corrected})
-                keys.add(talk_key([*prompt, *fixed]))
+    stored = {answer.response_id: answer for answer in answers}
+    for answer in stored.values():
+        keys |= {talk_key([*answer.prompt, *choice]) for choice in answer.choices}
+    for opinion in opinions:
+        answer = stored.get(opinion.response_id or "")
+        if opinion.corrected and answer is not None and opinion.choice < len(answer.choices):
+            fixed = [*answer.choices[opinion.choice][:-1]]
+            fixed.append({"role": "assistant", "content": opinion.corrected})
+            keys.add(talk_key([*answer.prompt, *fixed]))
     return keys
 
 
@@ -64,8 +61,8 @@ def stored(connection: sa.Connection, id: str | None = None) -> frozenset[str]:
     return frozenset(connection.execute(query).scalars())
 
 
-def blocks(connection: sa.Connection, response: str, conversation: str | None) -> bool:
-    """Whether a response, or its conversation, may not be stored."""
+def blocks(connection: sa.Connection, response: str | None, conversation: str | None) -> bool:
+    """Whether nothing about a response, or its conversation, may be stored."""
     query = sa.select(TABLE.c.key).where(TABLE.c.key.in_(_keys(response, conversation)))
     return connection.execute(query.limit(1)).first() is not None
 
@@ -75,7 +72,8 @@ def is_withdrawn(keys: frozenset[str], response: str, conversation: str | None) 
     return not keys.isdisjoint(_keys(response, conversation))
 
 
-def _keys(response: str, conversation: str | None) -> Iterator[str]:
-    yield response_key(response)
+def _keys(response: str | None, conversation: str | None) -> Iterator[str]:
+    if response is not None:
+        yield response_key(response)
     if conversation is not None:
         yield conversation_key(conversation)

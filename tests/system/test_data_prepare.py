@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 from fastlm.cli import app
 from fastlm.data.prepare import DataOptions, Funnel, prepare, read_documents
 from fastlm.errors import InputError
+from fastlm.runs.record import load_alone
 
 WORDS = "the of and to model token weight page line file data with have that read write".split()
 
@@ -403,3 +404,18 @@ def test_counts_agree_with_what_they_count():
     assert counted(2, "part made") == "2 parts made"
     assert counted(2, "line: malformed") == "2 lines: malformed"
     assert counted(3, "same text") == "3 same text"
+
+
+def test_a_source_whose_own_name_is_no_utf8(tmp_path):
+    file = tmp_path / os.fsdecode(b"caf\xe9.txt")
+    file.write_text(prose(1))
+    out = tmp_path / os.fsdecode(b"gr\xfcn")
+    result = CliRunner().invoke(
+        app, ["data", "prepare", str(file), "-o", str(out), "--heldout-bytes", "0"]
+    )
+    assert result.exit_code == 0, (result.output, result.exception)
+    record = json.loads((out / "record.json").read_bytes().decode())
+    assert record["options"]["sources"] == [rf"{tmp_path}/caf\xe9.txt"]
+    assert load_alone(out / "record.json").options == record["options"]
+    again = ["data", "show", str(out)]
+    assert CliRunner().invoke(app, again).exit_code == 0

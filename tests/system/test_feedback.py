@@ -4,11 +4,16 @@ rows to train on that the trainings' readers accept.
 
 import contextlib
 import json
+import shutil
 import sqlite3
+import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 from serve_app import HTTP, ask, serving, tiny_model
 from typer.testing import CliRunner
 
@@ -16,6 +21,9 @@ from fastlm.cli import app
 from fastlm.data.conversations import read_conversations
 from fastlm.data.preferences import Comparison, Label, read_preferences
 from fastlm.errors import InputError
+from fastlm.loop.judgements import read_judgements
+from fastlm.serve import withdrawn
+from fastlm.serve.canary_store import CanaryStore
 from fastlm.serve.feedback import FeedbackStore, Kept, Opinion
 from fastlm.serve.feedback_export import export
 from fastlm.serve.monitor.monitor import Settings
@@ -109,6 +117,56 @@ def test_rows_to_train_on(where, tmp_path):
         assert not (tmp_path / "x.jsonl").exists()
 
 
+def test_what_was_forgotten_is_not_stored_again(where, monkeypatch):
+    answer = Kept("r1", "tiny", PROMPT, [[{"role": "assistant", "content": "Yes"}]], None, "talk")
+    about = (
+        Opinion("r1", thumb="up"), Opinion("r1", "talk", comment="Mine"), Opinion(None, "talk"),
+        Opinion("r9", "talk", thumb="down"),
+    )  # fmt: skip
+    with FeedbackStore(where) as store:
+        store.keep(answer)
+        assert store.add(about[0]) == 1
+        assert store.forget("talk") == 2
+        assert [store.add(opinion) for opinion in about] == [None] * 4 and not store.keep(answer)
+        assert not store.opinions() and store.add(Opinion("r2", "other", thumb="up"))
+        # forgotten by another process in the middle
+        blocked, asked = store._blocked, []
+
+        def late(opinion):
+            asked.append(opinion)
+            if len(asked) == 2:
+                with FeedbackStore(where) as other:
+                    other.forget("r3")
+            return blocked(opinion)
+
+        monkeypatch.setattr(store, "_blocked", late)
+        assert store.add(Opinion("r3", thumb="up")) is None
+        assert [opinion.response_id for opinion in store.opinions()] == ["r2"]
+
+
+def test_a_conversation_takes_no_answer_of_another_along(where):
+    """An opinion names the victim's answer and the attacker's conversation, who then withdraws."""
+    said = [[{"role": "assistant", "content": "Yes"}]]
+    with FeedbackStore(where) as store:
+        store.keep(Kept("victims", "tiny", PROMPT, said, None, "theirs"))
+        store.keep(Kept("alone", "tiny", PROMPT, said))
+        store.keep(Kept("mine", "tiny", PROMPT, said, None, "talk"))
+        for response in ("victims", "alone", "mine", "unknown"):
+            store.add(Opinion(response, "talk", thumb="down"))
+            store.add(Opinion(response, thumb="up"))
+        assert store.conversation_of("victims") == ("theirs",)
+        assert store.conversation_of("alone") == (None,)
+        assert store.conversation_of("unknown") is None
+        # the attacker's four opinions; the answer of the conversation, and what is unknown
+        assert store.forget("talk") == 4 + 2 + 1
+        assert set(store.answers()) == {"victims", "alone"}
+        assert [(o.response_id, o.thumb) for o in store.opinions()] == [
+            ("victims", "up"), ("alone", "up"),
+        ]  # fmt: skip
+        assert not withdrawn.is_withdrawn(store.withdrawn(), "victims", "theirs")
+        assert store.add(Opinion("victims", thumb="up"))
+
+
 def test_several_servers_write_at_once(where):
     with FeedbackStore(where) as one, FeedbackStore(where) as other:
 
@@ -120,6 +178,38 @@ def test_several_servers_write_at_once(where):
             list(pool.map(write, range(60)))
         assert sorted(o.response_id for o in one.opinions()) == sorted(f"r{i}" for i in range(60))
         assert len(other.answers()) == 1
+
+
+def test_several_servers_start_with_a_new_database(where):
+    """Each sees that the tables are missing; one of them makes them."""
+    together = threading.Barrier(4)
+
+    def start(database):
+        together.wait()
+        with FeedbackStore(database) as store:
+            CanaryStore(store)
+            return store.add(Opinion("r", thumb="up"))
+
+    files = [f"{where}-{i}" for i in range(9)] if "://" not in str(where) else []
+    with ThreadPoolExecutor(4) as pool:
+        for database in (where, *files):
+            assert sorted(pool.map(start, [database] * 4)) == [1, 2, 3, 4]
+
+
+def test_a_closed_database_is_one_file(tmp_path):
+    """A copy of it has what was stored; also while another process has it open."""
+    for name in ("alone", "other"):
+        base = tmp_path / f"{name}.sqlite"
+        with contextlib.ExitStack() as stack:
+            if name == "other":
+                other = stack.enter_context(FeedbackStore(base))
+                assert not other.opinions()
+            with FeedbackStore(base) as store:
+                store.add(Opinion("r1", thumb="up"))
+            copy = Path(shutil.copy(base, tmp_path / "copy.sqlite"))
+            with FeedbackStore(copy) as store:
+                assert [opinion.response_id for opinion in store.opinions()] == ["r1"]
+    assert not (tmp_path / "alone.sqlite-wal").exists()
 
 
 def test_a_database_that_cannot_be_used(tmp_path):
@@ -215,15 +305,164 @@ def test_over_http(where):
         def full(*_):
             raise InputError("disk is full")
 
-        store.add, add = full, store.add
+        wrong = give(400, response_id=asked_to["id"], conversation_id="other", thumb="up")
+        assert wrong["error"]["param"] == "conversation_id"
+        give(response_id=asked_to["id"], conversation_id="talk", thumb="up")
+        store.forget("talk")
+        gone = give(response_id=asked_to["id"], comment="I am back")
+        assert gone["id"] is None and gone["kept"] is False and not store.keeps(None, "talk")
+        assert (
+            server.metrics.text().decode().count('fastlm_feedback_total{kind="comment"} 3.0') == 1
+        )
+
+        store.add = full
         lost = ask(url, {"response_id": "x", "thumb": "up"}, "/v1/feedback")
         assert lost.status_code == 503 and "retry-after" in lost.headers
-        store.add = add
-        store.keep = full
-        failed = ask(url, {**asked, "store": True})
-        assert failed.status_code == 500
-        streamed = ask(url, {**asked, "store": True, "stream": True})
-        assert "was not kept" in streamed.text and "[DONE]" not in streamed.text
+
+
+def test_a_rater_belongs_to_a_key(tmp_path):
+    """Who has another key cannot turn what a rater said."""
+    keys = ["a-key-of-this-server", "another-key-of-it"]
+    with (
+        FeedbackStore(tmp_path / "f.sqlite") as store,
+        serving(*tiny_model(), feedback=store, keys=keys) as (url, _),
+    ):
+        for key, thumb in ((keys[0], "up"), (keys[1], "down")):
+            for rater in ({"rater": "ann"}, {}):
+                told = ask(url, {"response_id": "r1", "thumb": thumb, **rater}, "/v1/feedback",
+                           authorization=f"Bearer {key}")  # fmt: skip
+                assert told.status_code == 200
+        raters = [opinion.rater or "" for opinion in store.opinions()]
+        assert len(set(raters)) == 4 and len(read_opinions(store, 0, time.time() + 9)) == 4
+        hashes = [rater.partition(":")[0] for rater in raters]
+        assert hashes[0] == hashes[1] != hashes[2] == hashes[3]
+        assert [rater.partition(":")[2] for rater in raters] == ["ann", "", "ann", ""]
+        assert all(len(one) == 12 and one.isalpha() for one in hashes)
+        long = {"response_id": "r1", "thumb": "up", "rater": "x" * 116}
+        assert ask(url, long, "/v1/feedback", authorization=f"Bearer {keys[0]}").status_code == 400
+
+
+def test_a_full_disk_costs_the_conversation_but_not_the_answer(tmp_path, capfd):
+    asked = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "Hi " * 1400}],
+        "store": True,
+    }
+    with (
+        FeedbackStore(tmp_path / "f.sqlite") as store,
+        serving(*tiny_model(8192), feedback=store) as (url, server),
+    ):
+        store.close()  # connections from now on have no space
+
+        @sa.event.listens_for(store.engine, "connect")
+        def fill(connection, _):
+            connection.execute("PRAGMA max_page_count = 1")
+
+        answer = ask(url, {**asked, "max_tokens": 4})
+        assert answer.status_code == 200 and answer.json()["choices"][0]["message"]["content"]
+        streamed = ask(url, {**asked, "max_tokens": 4, "stream": True}).text
+        assert streamed.endswith("data: [DONE]\n\n") and '"error"' not in streamed
+        assert HTTP.get(url + "/ready").status_code == 200
+        assert "fastlm_store_failures_total 2.0" in server.metrics.text().decode()
+    lines = [json.loads(line) for line in capfd.readouterr().err.splitlines()]
+    failures = [line for line in lines if line["event"] == "failure"]
+    assert [line["what"] for line in failures] == ["store"] * 2
+    assert "database or disk is full" in failures[0]["message"]
+    assert answer.json()["id"] == f"chatcmpl-{failures[0]['id']}"
+    assert [line["stored"] for line in lines if "stored" in line] == [False] * 2
+
+
+ANSWER, OPINION = "fastlm_answers 'r1': ", "fastlm_feedback 1: "
+DEEP = "[" * 5000
+HOSTILE = [
+    ("answers", "prompt", "{", ANSWER + "prompt: wanted readable JSON"),
+    ("answers", "prompt", DEEP, ANSWER + "prompt: wanted readable JSON"),
+    ("answers", "prompt", "7", ANSWER + "prompt: wanted an array, got a whole number 7"),
+    ("answers", "prompt", "[7]", ANSWER + r"prompt\[0\]: wanted a table"),
+    ("answers", "prompt", "[{}]", ANSWER + r"prompt\[0\]: wanted a role"),
+    ("answers", "prompt", '[{"role": "user", "content": 7}]', ANSWER + r"prompt\[0\]: wanted text"),
+    (
+        "answers",
+        "prompt",
+        '[{"role": "user", "content": "\\ud800"}]',
+        ANSWER + "prompt: .*surrogate",
+    ),
+    ("answers", "prompt", b"\xff", ANSWER + "prompt: wanted a string"),
+    ("answers", "choices", "[[7]]", ANSWER + r"choices\[0\]\[0\]: wanted a table"),
+    ("answers", "choices", '[[{"role": [], "content": ""}]]', ANSWER + r"choices\[0\]\[0\]"),
+    ("answers", "choices", "{}", ANSWER + "choices: wanted an array"),
+    ("answers", "tools", "7", ANSWER + "tools: wanted an array"),
+    ("answers", "model", b"x", ANSWER + "model: wanted a string"),
+    ("answers", "response_id", b"r1", "fastlm_answers b'r1': response_id: wanted a string"),
+    ("feedback", "choice", "x", OPINION + "choice: wanted a whole number, got a string 'x'"),
+    ("feedback", "choice", -1, OPINION + "choice: expected 0 or more, got -1"),
+    ("feedback", "thumb", "left", OPINION + "thumb: expected up or down, got 'left'"),
+    ("feedback", "rater", b"ann", OPINION + "rater: wanted a string"),
+    ("feedback", "corrected", b"\xff", OPINION + "corrected: wanted a string"),
+    ("feedback", "preferred_over", "7", OPINION + "preferred_over: wanted an array"),
+    ("feedback", "preferred_over", '[["r2"]]', OPINION + r"preferred_over\[0\]: wanted 2 values"),
+    ("feedback", "preferred_over", '[["r2", -1]]', OPINION + "choice: expected 0 or more, got -1"),
+    ("feedback", "metrics", '{"stars": "x"}', OPINION + "metrics.stars: wanted a number"),
+    ("feedback", "metrics", '{"stars": 1e999}', OPINION + "metrics.stars: wanted a number"),
+    ("feedback", "metrics", "[]", None),  # as none
+    ("metrics", "kind", "star", "fastlm_metrics 'stars': kind: wanted boolean or number"),
+    ("metrics", "low", "x", "fastlm_metrics 'stars': low: wanted a number, got a string 'x'"),
+]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A closed database with one answer and one opinion."""
+    base = tmp_path_factory.mktemp("small") / "f.sqlite"
+    with FeedbackStore(base) as store:
+        store.declare([STARS])
+        store.keep(Kept("r1", "tiny", PROMPT, [[{"role": "assistant", "content": "Hi"}]]))
+        store.add(Opinion("r1", thumb="up", corrected="Hello", metrics=(("stars", 4.0),)))
+    return base
+
+
+@pytest.mark.parametrize(("table", "column", "value", "message"), HOSTILE)
+def test_databases_of_strangers(small, tmp_path, table, column, value, message):
+    base = Path(shutil.copy(small, tmp_path))
+    with contextlib.closing(sqlite3.connect(base)) as connection, connection:
+        connection.execute(f"UPDATE fastlm_{table} SET {column} = ?", (value,))
+    with FeedbackStore(base) as store:
+        if message is None:
+            assert judgements(base, tmp_path)
+            return
+        with pytest.raises(InputError, match=rf"f\.sqlite: {message}") as raised:
+            store.answers(), store.opinions(), store.ratings()
+        assert "\n" not in str(raised.value) and len(str(raised.value)) < 1001
+        if table != "metrics":
+            with pytest.raises(InputError, match=message):
+                export(store, tmp_path / "x.jsonl", "sft")
+        with pytest.raises(InputError, match=message):
+            judgements(base, tmp_path)
+        # nobody's text stays because a row is damaged
+        assert store.forget("r1") == (1 if column == "response_id" else 2)
+
+
+def judgements(base, folder):
+    return read_judgements([str(base)], folder, Counter())
+
+
+def test_the_dashboard_reads_databases_of_strangers(tmp_path):
+    base, now = tmp_path / "f.sqlite", time.time()
+    with FeedbackStore(base) as store:
+        store.add(Opinion("r1", thumb="up", metrics=(("stars", 4.0),)))
+        for change, message in (
+            ("metrics = '{'", "fastlm_feedback: metrics: wanted readable JSON"),
+            ("metrics = '[7]'", "fastlm_feedback: metrics: wanted a table"),
+            ("metrics = NULL, created_at = '2999'", None),
+            ("created_at = '2000-13-99T'", "fastlm_feedback: created_at: expected a time"),
+        ):
+            with store.write() as connection:
+                connection.exec_driver_sql(f"UPDATE fastlm_feedback SET {change}")
+            if message is None:
+                assert read_opinions(store, 0, now + 60) == []
+                continue
+            with pytest.raises(InputError, match=message):
+                read_opinions(store, 0, now + 60)
 
 
 def test_commands(tmp_path):
@@ -235,7 +474,17 @@ def test_commands(tmp_path):
     base = tmp_path / "f.sqlite"
     assert "not found" in call("show", base, status=2).stderr
     filled(FeedbackStore(base)).close()
-    assert json.loads(call("show", base, "--json").stdout)["corrected"] == 1
+    told = json.loads(call("show", base, "--json").stdout)
+    assert (told["corrected"], told["comment"]) == (1, 1)
+    (comment,) = told["comments"]
+    assert comment["comment"] == "Mail <EMAIL>" and comment["response_id"] == "r1"
+    with FeedbackStore(base) as store:
+        store.add(Opinion(None, "talk2", comment="Two\nlines \x1b[31mand colour\u202e"))
+    counts, *lines = call("show", base).stdout.splitlines()
+    assert counts.startswith("answers 2, thumb 6, comment 2")
+    assert lines[0].endswith("conversation talk2: Two lines \ufffd[31mand colour\ufffd")
+    assert lines[1].endswith("r1, choice 1, ann, thumb down: Mail <EMAIL>") and len(lines) == 2
+    assert len(call("show", base, "--comments", 1).stdout.splitlines()) == 2
     assert call("export", base, tmp_path / "x.jsonl").stdout.endswith("x.jsonl: 2 rows\n")
     assert call("export", base, tmp_path / "x.jsonl", "--form", "kto").stdout.endswith(": 3 rows\n")
     assert "ends in .jsonl" in call("export", base, tmp_path / "x", status=2).stderr

@@ -4,6 +4,7 @@ from the others are left out; the rows are read by the trainings; gates."""
 import io
 import json
 import random
+from collections import Counter
 
 import pytest
 import safety_sets
@@ -23,6 +24,7 @@ from fastlm.evals.safety.sets import Sets
 from fastlm.loop.bounds import scores_of
 from fastlm.loop.build import BuildOptions, build
 from fastlm.loop.gate import Gate
+from fastlm.loop.judgements import read_judgements
 from fastlm.loop.overlap import Overlap
 from fastlm.loop.raters import rate
 from fastlm.loop.stage import Feedback, _digest
@@ -456,3 +458,28 @@ def test_what_a_number_means_is_part_of_what_is_read(tmp_path):
             opened.declare([Rating("stars", "number", better, high=5.0)])
         digests.add(_digest(str(path)))
     assert len(digests) == 2
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"provenance": {"responses": 5}}, "provenance.responses: wanted an array, got a whole"),
+        ({"provenance": {"responses": [5]}}, r"provenance.responses\[0\]: wanted a string"),
+        ({"provenance": {"conversations": {}}}, "provenance.conversations: wanted an array"),
+        ({"provenance": {"talks": []}}, "provenance.talks: unknown key"),
+        ({"provenance": 7}, "provenance: wanted a table, got a whole number 7"),
+        ({"rater": ["ann"]}, "rater: wanted a string, got an array"),
+        ({"rater": "\ud800"}, "rater: wanted valid Unicode"),
+        ({"model": 7}, "model: wanted a string"),
+        ({"licence": {}}, "licence: wanted a string"),
+    ],
+)
+def test_exports_of_strangers(tmp_path, row, message):
+    file = tmp_path / "rows.jsonl"
+    talk = [*asked("Hi"), {"role": "assistant", "content": "Hello"}]
+    shapes = ({"messages": talk}, {"prompt": asked("Hi"), "completion": "Hello", "label": True})
+    for shape in shapes:
+        file.write_text(json.dumps(shape) + "\n" + json.dumps({**shape, **row}) + "\n")
+        with pytest.raises(InputError, match=rf"rows\.jsonl, line 2: {message}") as raised:
+            read_judgements([str(file)], tmp_path, Counter())
+        assert "\n" not in str(raised.value)

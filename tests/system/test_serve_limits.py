@@ -133,6 +133,22 @@ def test_many_keys_are_read_in_one_pass():
     assert time.process_time() - began < 5  # each key against each other takes minutes
 
 
+def test_a_large_body_is_read_beside_the_event_loop(tiny, monkeypatch):
+    threads = []
+
+    def parsed(data):
+        threads.append(threading.current_thread().name)
+        return parse_body(data)
+
+    monkeypatch.setattr("fastlm.serve.app.parse_body", parsed)
+    with serving(*tiny) as (url, _):
+        for count, path in ((10, "completions"), (10**5, "completions"), (10**5, "embeddings")):
+            field = "prompt" if path == "completions" else "input"
+            asked = {"model": "tiny", field: [1] * count if path == "completions" else "x" * count}
+            ask(url, asked, f"/v1/{path}")
+    assert [name.startswith("fastlm-reader") for name in threads] == [False, True, True]
+
+
 def test_keys_come_from_a_file_or_the_environment(tmp_path, monkeypatch):
     (tmp_path / "keys").write_text(f"# ours\n{KEY}\n\nanother-key-of-it\n")
     assert read_keys(tmp_path / "keys") == [KEY, "another-key-of-it"]
@@ -163,7 +179,8 @@ def test_a_client_that_goes_away_frees_its_place(tiny):
 
 def test_a_client_that_does_not_read_is_given_up():
     limits = Limits(write_seconds=0.3)
-    with serving(*tiny_model(4096), limits=limits, buffer=4096) as (url, server):
+    options = {"limits": limits, "buffer": 4096, "connections": 2}
+    with serving(*tiny_model(4096), **options) as (url, server):
         engine = server.served.engine
         content = json.dumps(body(stream=True, max_tokens=4000, ignore_eos=True)).encode()
         host, port = url.removeprefix("http://").split(":")
@@ -172,7 +189,8 @@ def test_a_client_that_does_not_read_is_given_up():
             sock.connect((host, int(port)))
             sock.sendall(head(content) + content)
             wait_until(lambda: engine.stats().finished.get("cancelled") == 1, 60)
-        assert HTTP.get(url + "/health").status_code == 200
+            # its connection is closed, too: else it takes one of the two places for ever
+            wait_until(lambda: HTTP.get(url + "/health").status_code == 200)
 
 
 def test_connections_without_whole_headers_are_closed(tiny):
@@ -199,6 +217,45 @@ def test_connections_without_whole_headers_are_closed(tiny):
             kept.sendall(request[:40])
             with contextlib.suppress(ConnectionResetError):
                 assert kept.recv(99) == b""
+
+
+def test_a_body_that_nobody_reads_ends(tiny):
+    """`GET /health` needs no key and no body."""
+    begin = b"GET /health HTTP/1.1\r\nhost: localhost\r\n"
+    limits = Limits(body_bytes=2**16, body_seconds=1)
+    with serving(*tiny, limits=limits) as (url, _):
+        small = begin + b"content-length: 9\r\n\r\n" + b"x" * 9
+        with connect(url, small) as sock:
+            assert _response(sock).startswith(b"HTTP/1.1 200")
+            sock.sendall(small)  # the connection goes on
+            assert _response(sock).startswith(b"HTTP/1.1 200")
+        for fields in (b"content-length: 99999999999\r\n", b"transfer-encoding: chunked\r\n"):
+            with connect(url, begin + fields + b"\r\n") as sock:
+                assert _response(sock).startswith(b"HTTP/1.1 200")
+                piece = b"10000\r\n" + b"x" * 2**16 + b"\r\n"
+                with pytest.raises(OSError):
+                    for _ in range(200):  # 13 MB: more than the system's buffers hold
+                        sock.sendall(piece)
+        with connect(url, begin + b"content-length: 999\r\n\r\n") as sock:  # a slow one
+            assert _response(sock).startswith(b"HTTP/1.1 200")
+            with pytest.raises(OSError):
+                for _ in range(200):
+                    sock.sendall(b"x")
+                    time.sleep(0.02)
+
+
+def test_framing_and_headers_that_are_refused(tiny):
+    """RFC 9112, 6.1: both lengths are an attempt at smuggling, after which the connection ends."""
+    both = b"content-length: 5\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n"
+    large = b"x-large: " + b"x" * 100_000 + b"\r\n\r\n"
+    with serving(*tiny) as (url, _):
+        for first in (b"POST /v1/completions HTTP/1.1\r\n", b"GET /health HTTP/1.1\r\n"):
+            for rest, message in ((both, b"transfer-encoding: "), (large, b"headers: ")):
+                with connect(url, first + b"host: localhost\r\n" + rest) as sock:
+                    got = b"".join(iter(lambda sock=sock: _received(sock), b""))
+                    assert got.startswith(b"HTTP/1.1 400"), got[:300]
+                    assert message in got or b"Invalid HTTP request" in got
+                    assert got.count(b"HTTP/1.1") == 1 and b"connection: close" in got.lower()
 
 
 def test_what_nobody_takes_of_a_response_is_dropped(tiny):

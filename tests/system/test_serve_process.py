@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from fastlm.cli import app
 from fastlm.errors import InputError
 from fastlm.serve.feedback import FeedbackStore
-from fastlm.serve.monitor.window import read_opinions
+from fastlm.serve.monitor.window import read_answers, read_opinions
 from fastlm.serve.process import _listen
 from fastlm.tokenizer.tokenizer import Tokenizer
 
@@ -90,8 +90,9 @@ def test_a_draft_model(folder):
     assert 30 < accepted <= drafted and "\nfastlm_draft_failures_total 0.0\n" in counters
 
 
-def test_sigterm_lets_running_answers_end(folder):
-    options = ("--drain", 60, "--pages", 40, "--kv-dtype", "int8")
+def test_sigterm_lets_running_answers_end(folder, tmp_path):
+    base = tmp_path / "f.sqlite"
+    options = ("--drain", 60, "--pages", 40, "--kv-dtype", "int8", "--feedback", base)
     with (
         served("--model", folder, *options) as (process, url, lines),
         ThreadPoolExecutor(1) as pool,
@@ -108,6 +109,9 @@ def test_sigterm_lets_running_answers_end(folder):
         assert process.wait(30) in (0, -signal.SIGTERM)
         with pytest.raises(httpx.TransportError):
             HTTP.get(url + "/health")
+    assert [file.name for file in tmp_path.iterdir()] == ["f.sqlite"]  # nothing is left in its log
+    with FeedbackStore(base) as store:
+        assert len(read_answers(store, 0, time.time() + 9)) == 1
     events = [line["event"] for line in lines]
     assert lines[0]["pages"] == 40 and lines[0]["page_bytes"] == 64 * 2 * 2 * (16 + 4)
     assert events[-3:] == ["stopping", "request", "stopped"] and "uvicorn" not in events

@@ -3,6 +3,7 @@ names, and a replaced model's memory returns."""
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -175,6 +176,8 @@ def test_what_is_refused_leaves_the_old_model(models, tmp_path, monkeypatch):
         model.lm_head.weight.fill_(float("nan"))
     model.save_pretrained(broken)
     ready = folders(place, ["xx", "ready"])["ready"]
+    other = folders(place, ["xx", "yy", "other"])["other"]
+    Tokenizer.train(["Some words of a very different text"] * 9, 320).save(other)
     state = tmp_path / "state.json"
     keys = {"keys": ["k" * 16], "admins": ["a" * 16]}
     admin = {"authorization": "Bearer " + "a" * 16}
@@ -194,6 +197,7 @@ def test_what_is_refused_leaves_the_old_model(models, tmp_path, monkeypatch):
         refused("nothing", "no such path")
         refused("empty", "wanted a folder with config.json")
         refused(bad, "wanted a context of at least the current model's 512 tokens, got 128")
+        refused(other, "model: expected the tokens of the current model")
         refused(broken, "wanted an answer of two tokens, got: logits are not finite")
         refused(
             models["a"], f"model: wanted another one, got {models['a']}, which is served already"
@@ -217,7 +221,12 @@ def test_what_is_refused_leaves_the_old_model(models, tmp_path, monkeypatch):
         assert HTTP.get(url + "/v1/canary").status_code == 401
         described = HTTP.get(url + "/openapi.json", headers=admin).json()["paths"]
         assert {*PATHS} <= described.keys()
+        sent = {"model": str(other), "other_tokens": True}
+        assert ask(url, sent, "/v1/admin/promote", **admin).status_code == 200
+        assert ask(url, {}, "/v1/admin/rollback", **admin).status_code == 200
         # what is rolled back to must be what it was
+        assert promote(url, models["a"], **admin).status_code == 200
+        assert promote(url, ready, **admin).status_code == 200
         assert read_state(state).previous.path == str(models["a"])
     with changing(models["a"], state, models_dir=place) as (url, server):
         assert server.served.path == str(ready)  # as was decided last
@@ -225,6 +234,10 @@ def test_what_is_refused_leaves_the_old_model(models, tmp_path, monkeypatch):
         assert names == ["tiny", server.served.name]
     (ready / "config.json").write_text((ready / "config.json").read_text() + " ")
     with pytest.raises(InputError, match="its files have changed"):
+        with changing(models["a"], state, models_dir=place):
+            pass
+    shutil.rmtree(ready)
+    with pytest.raises(InputError, match=rf"state\.json: expected .* {ready}, got: .*, or delete"):
         with changing(models["a"], state, models_dir=place):
             pass
     with changing(models["b"], state, models_dir=place) as (_, server):  # another --model

@@ -1,6 +1,5 @@
 """What the database has of a period: measures of answers, and opinions about them."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -9,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import sqlalchemy as sa
 
+from fastlm.errors import InputError
+from fastlm.serve.feedback_rows import read_metrics, read_time
 from fastlm.serve.tables import FEEDBACK, MEASURES
 
 if TYPE_CHECKING:
@@ -72,7 +73,12 @@ def read_answers(
     turned = list(zip(*rows[:MOST_ROWS][::-1])) or [()] * len(columns)
     found: dict[str, np.ndarray] = {}
     for name, values in zip(FLOATS, turned):
-        found[name] = np.array(values, np.float64)  # None becomes NaN
+        try:
+            found[name] = np.array(values, np.float64)  # None becomes NaN
+        except (TypeError, ValueError):
+            raise InputError(
+                f"{store.name}: {MEASURES.name}: {name}: expected numbers, got another value"
+            ) from None
     for name, values in zip(TEXTS, turned[len(FLOATS) :]):
         found[name] = np.array([value or "" for value in values], object)
     return Answers(found, cut)
@@ -134,20 +140,21 @@ def read_opinions(store: "FeedbackStore", since: float, until: float) -> list[Sa
         .order_by(F.id.desc())
         .limit(MOST_ROWS)
     )  # fmt: skip
-    return _latest([_said(row) for row in _all(store, query)][::-1])
+    return _latest([_said(row, store.name) for row in _all(store, query)][::-1])
 
 
-def _said(row: Sequence[Any]) -> Said:
+def _said(row: Sequence[Any], name: str) -> Said:
     id, choice, talk, rater, created, thumb, comment, corrected, picked, metrics, *its = row
     model, at, talk_model = its
+    where = f"{name}: {FEEDBACK.name}: "
     return Said(
         (id, choice) if id is not None else (talk, -1),
         rater,
-        at if at is not None else datetime.fromisoformat(created).timestamp(),
+        at if at is not None else read_time(created, f"{where}created_at"),
         model or talk_model or "",
         None if thumb is None else float(thumb == "up"),
         bool(comment), bool(corrected), bool(picked),
-        json.loads(metrics) if metrics else {},
+        read_metrics(metrics, where),
     )  # fmt: skip
 
 

@@ -1,0 +1,107 @@
+"""Rows of a feedback database as what they stand for, checked by the dataclasses that they become.
+SQLite stores any value in any column, and the file may be a stranger's.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from datetime import datetime
+from typing import Any, TypeVar
+
+from fastlm.data.conversations import messages_of
+from fastlm.errors import InputError
+from fastlm.files import parse_json
+from fastlm.serve.ratings import Rating
+from fastlm.serve.said import Kept, Opinion
+from fastlm.serve.tables import ANSWERS, FEEDBACK, RATINGS
+from fastlm.typed import build, check_unicode, convert
+
+T = TypeVar("T")
+
+
+def read_answer(row: Any, name: str) -> Kept:
+    """A row of `ANSWERS` in the database ``name``. InputError names row and column."""
+    where = f"{name}: {ANSWERS.name} {row.response_id!r:.140}: "
+    values = {
+        "response_id": row.response_id,
+        "model": row.model,
+        "prompt": _json(row.prompt, f"{where}prompt"),
+        "choices": _json(row.choices, f"{where}choices"),
+        "tools": _json(row.tools, f"{where}tools"),
+        "conversation_id": row.conversation_id,
+    }
+    answer = build(Kept, values, where)
+    prompt = [message for _, message in messages_of(answer.prompt, f"{where}prompt")]
+    choices = [
+        [message for _, message in messages_of(choice, f"{where}choices[{i}]")]
+        for i, choice in enumerate(answer.choices)
+    ]
+    return Kept(
+        answer.response_id, answer.model, prompt, choices, answer.tools, answer.conversation_id
+    )
+
+
+def read_opinion(row: Any, name: str) -> Opinion:
+    """A row of `FEEDBACK`. InputError names row and column."""
+    where = f"{name}: {FEEDBACK.name} {row.id!r:.40}: "
+    values = {
+        key: getattr(row, key)
+        for key in ("response_id", "conversation_id", "choice", "rater", "thumb", "comment",
+                    "corrected")
+    }  # fmt: skip
+    values["preferred_over"] = _json(row.preferred_over, f"{where}preferred_over") or []
+    values["metrics"] = [list(item) for item in read_metrics(row.metrics, where).items()]
+    try:
+        return build(Opinion, values, where)
+    except InputError as error:  # of the dataclass itself
+        raise InputError(f"{where}{str(error).removeprefix(where)}") from None
+
+
+def read_metrics(text: Any, where: str) -> dict[str, float]:
+    """The numbers that an opinion gives, by name."""
+    return convert(_json(text, f"{where}metrics") or {}, dict[str, float], f"{where}metrics")
+
+
+def read_rating(row: Any, name: str) -> Rating:
+    """A row of `RATINGS`."""
+    where = f"{name}: {RATINGS.name} {row.name!r:.80}: "
+    try:
+        return build(Rating, dict(row._mapping), where)
+    except InputError as error:
+        raise InputError(f"{where}{str(error).removeprefix(where)}") from None
+
+
+def read_time(value: Any, where: str) -> float:
+    """Seconds since 1970 of a column with a time in ISO 8601."""
+    try:
+        return datetime.fromisoformat(value).timestamp()
+    except (TypeError, ValueError, OverflowError):
+        raise InputError(f"{where}: expected a time as ISO 8601, got {value!r:.80}") from None
+
+
+def readable(read: Callable[[Any, str], T], rows: Iterable[Any], name: str) -> Iterator[T]:
+    """What can be read of some rows. For deletion alone: no export takes a row that cannot."""
+    for row in rows:
+        with suppress(InputError):
+            yield read(row, name)
+
+
+def _json(text: Any, where: str) -> Any:
+    if text is None:
+        return None
+    value = parse_json(convert(text, str, where), where)
+    if "\\u" in text:
+        _check(value, where)
+    return value
+
+
+def _check(value: Any, where: str) -> None:
+    """InputError for a lone surrogate, which only an escape can write."""
+    if isinstance(value, str):
+        check_unicode(value, where)
+    elif isinstance(value, list):
+        for item in value:
+            _check(item, where)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            check_unicode(key, where)
+            _check(item, where)
