@@ -50,7 +50,7 @@ class Case:
     """One op at one shape. `data()` creates the operands; a variant accepts them and returns the
     call that is timed. Without `data` the variants are the calls. `flops` and `bytes` are the least
     that the work needs, for the share of the ceiling. A variant named "floor ..." does less than
-    the work: it is shown but not compared. Its variants' names have no comma, which separates them in lists.
+    the work: it is shown but not compared. A variant's name has no comma, which separates names.
     """
 
     name: str

@@ -259,7 +259,7 @@ def test_what_is_wrong_is_said_before_the_wait(monkeypatch, capsys, tmp_path):
             run_main(monkeypatch, [], "--shape", shape, "--busy", own=rope.own)
         assert message in capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", ["profile_step.py", "--model", str(tmp_path)])
-    with pytest.raises(SystemExit, match="--model: wanted FILE.py:FUNCTION"):
+    with pytest.raises(SystemExit, match="--model: wanted FILE"):
         profile_step.main()
 
 

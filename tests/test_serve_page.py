@@ -9,7 +9,7 @@ import time
 
 import markdown_cases
 import pytest
-from markdown_cases import AROUND, EXAMPLES, LONG
+from markdown_cases import AROUND, AS_HTML, EXAMPLES, GROWN, HARMLESS, LONG, SHOWN
 from monitored import CODE, COOKING, MODELS, fill
 from serve_app import script, serving, tiny_model
 
@@ -74,12 +74,12 @@ def browser():
 
 @pytest.fixture(scope="module")
 def tab(browser):
-    """The page of all tests: a new one costs three times as much as an address in one that is there.
-    Each server has a port, and so a storage, of its own. Its console and its requests to elsewhere
-    are in ``wrong``.
+    """The page of all tests: a new one costs three times as much as an address in this one. Each
+    server has a port, and so a storage, of its own. ``wrong`` is what its console says that is
+    wrong, and requests to elsewhere.
     """
     page, page.wrong = browser.new_context().new_page(), []
-    page.set_default_timeout(1200_000)  # a machine may be busy
+    page.set_default_timeout(120_000)  # a machine may be busy
     page.on("pageerror", lambda error: page.wrong.append(str(error)))
     page.on("console", lambda m: page.wrong.append(m.text) if m.type in ("error", "warning") else 0)
     page.on("request", lambda r: 0 if r.url.startswith(page.origin) else page.wrong.append(r.url))
@@ -117,7 +117,7 @@ def send(page, text):
 def says(locator, text):
     from playwright.sync_api import expect
 
-    expect(locator).to_have_text(text, timeout=15_000)
+    expect(locator).to_have_text(text, timeout=120_000)
 
 
 def status(page, pattern):
@@ -216,21 +216,12 @@ def test_chat(opened, tiny, tmp_path):
         assert page.locator("article").count() == 0
 
 
-HARMLESS = """() => [...document.querySelectorAll("#log *")].filter((e) => e.matches("img, script, style, iframe, object, form")
-  || [...e.attributes].some((a) => a.name.startsWith("on") || (a.name === "href" && !/^(https?|mailto):/.test(a.value))))
-  .map((e) => e.outerHTML)"""
-
-
 def test_markdown(opened, tiny):
     """What models write, as elements; nothing runs, and the time is linear in the length."""
     with serving(*tiny) as (url, _):
         page, wrong = opened(url)
         page.evaluate("async () => { window.markdown = await import('/page/markdown.js'); }")
-        html = """([text, node = document.createElement("div")]) => {
-            markdown.show(node, text);
-            return node.innerHTML;
-        }"""
-        assert {text: page.evaluate(html, [text]) for text in EXAMPLES} == EXAMPLES
+        assert {text: page.evaluate(AS_HTML, text) for text in EXAMPLES} == EXAMPLES
 
         took = "async (given) => (await import('/page/common.js')).took(...given)"
         assert page.evaluate(took, [19, 1, 0.03, 0.02]) == "19 tokens in 0.0 s"  # no rate: too few
@@ -238,28 +229,13 @@ def test_markdown(opened, tiny):
         assert page.evaluate(took, [402, 2, 4.26, 4]) == "402 tokens in 4.3 s, 100.0 tokens/s"
 
         # as it grows: what is there stays, and is what it would be at once
-        grown = page.evaluate("""(text) => {
-            const node = document.createElement("div"), wrong = [];
-            let first = null;
-            for (let i = 1; i <= text.length; i++) {
-                markdown.show(node, text.slice(0, i));
-                const fresh = document.createElement("div");
-                markdown.show(fresh, text.slice(0, i));
-                if (node.innerHTML !== fresh.innerHTML) wrong.push(text.slice(0, i));
-                if (i > 20 && node.firstChild !== (first ??= node.firstChild)) wrong.push(i);
-            }
-            return wrong;
-        }""", "A first paragraph.\n\n" + "\n\n".join(EXAMPLES))  # fmt: skip
+        grown = page.evaluate(GROWN, "A first paragraph.\n\n" + "\n\n".join(EXAMPLES))
         assert grown == []
 
-        every = [
+        hostile = [
             around.replace("TEXT", text) for text in markdown_cases.HOSTILE for around in AROUND
         ]
-        page.evaluate("""(texts) => { for (const text of texts) {
-            const node = document.createElement("div");
-            markdown.show(node, text);
-            document.getElementById("log").append(node);
-        } }""", every)  # fmt: skip
+        page.evaluate(SHOWN, hostile)
         assert page.evaluate(HARMLESS) == [] and page.evaluate("window.hacked") is None
 
         metrics = page.context.new_cdp_session(page)
@@ -272,7 +248,7 @@ def test_markdown(opened, tiny):
         slow = {}
         for part in LONG:
             before = seconds()
-            page.evaluate(f"""(text) => {{ ({html})([text]); }}""", part * (200_000 // len(part)))
+            page.evaluate(SHOWN, [part * (200_000 // len(part))])
             slow[part] = seconds() - before
         assert max(slow.values()) < 2 and wrong == [], slow
 
@@ -498,7 +474,10 @@ def test_conversations_are_kept_in_the_browser(opened, tiny):
         page.get_by_text("Answer 4").wait_for()
         status(page, "tokens? in")
 
-        page.evaluate("localStorage.setItem('full', 'x'.repeat(5 * 2**20 - JSON.stringify(localStorage).length - 200))")
+        page.evaluate(
+            "localStorage.setItem('full',"
+            " 'x'.repeat(5 * 2**20 - JSON.stringify(localStorage).length - 200))"
+        )
         page.get_by_role("article", name="You").last.hover()
         page.get_by_role("button", name="More about this answer").last.click()
         page.get_by_role("menuitem", name="Correct").click()
@@ -519,7 +498,10 @@ def test_conversations_are_kept_in_the_browser(opened, tiny):
         other = page.context.new_page()
         other.goto(page.url)
         other.get_by_text("Answer 2").wait_for()
-        other.evaluate("Object.keys(localStorage).filter((k) => k.includes('conversation')).map((k) => localStorage.removeItem(k))")
+        other.evaluate(
+            "Object.keys(localStorage).filter((key) => key.includes('conversation'))"
+            ".forEach((key) => localStorage.removeItem(key))"
+        )
         page.get_by_text("Answer 2").wait_for(state="detached")
         other.close()
         assert titles(page) == [] and len(questions) == 1 and "First" in questions[0]

@@ -77,9 +77,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read and check the recipe at ``path``.
 
     ``overrides``: "NAME.key=value" with the name of a stage, "inputs.key=value", or "seed=2". The
-    value is TOML; a bare word is a string. A file of settings (`Stage.settings_in`) that a TOML file
-    names is looked for from that file's folder; all other paths, those of overrides and of a run's
-    recipe.json are used as they are.
+    value is TOML; a bare word is a string. A file of settings (`Stage.settings_in`) that a TOML
+    file names is looked for from that file's folder; all other paths, those of overrides and of a
+    run's recipe.json are used as they are.
 
     InputError: no such file, not TOML, an unknown or missing key, a wrong type, a value that a
     stage refuses.
