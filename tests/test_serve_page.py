@@ -465,8 +465,8 @@ def test_conversations_are_kept_in_the_browser(opened, tiny):
         page.route("**/v1/chat/completions", lambda route: None)
         send(page, "Unanswered")
         status(page, "writing")
-        page.unroute_all()
         page.reload()
+        page.unroute_all()  # not before: the request would go on to the server
         status(page, "The last message has no answer yet")
         assert page.get_by_label("Message", exact=True).input_value() == "Unanswered"
         assert page.get_by_role("article").count() == 4

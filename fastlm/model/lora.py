@@ -41,9 +41,12 @@ class LoraConfig:
     base_digest: str | None = None
 
     def __post_init__(self) -> None:
-        for name, value in (("rank", self.r), ("alpha", self.lora_alpha)):
-            if not 0 < value <= MAX_ALPHA:
-                raise InputError(f"{name}: wanted a positive number up to float32's, got {value}")
+        if self.r < 1:
+            raise InputError(f"rank: wanted a positive number, got {self.r}")
+        if not 0 < self.lora_alpha <= MAX_ALPHA:
+            raise InputError(
+                f"alpha: wanted a positive number up to float32's, got {self.lora_alpha}"
+            )
         if not 0 <= self.lora_dropout < 1:
             raise InputError(f"dropout: wanted a share in [0, 1), got {self.lora_dropout}")
 
