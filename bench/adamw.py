@@ -94,7 +94,7 @@ def cases() -> list[Case]:
                 ),
                 "fastlm fp32 gradients": mine(BIG, bf16, fp32, **master),
                 "torch fused": clip_step_copy,
-                "torch fused, fp32 gradients": clip_step_copy_fp32_gradients,
+                "torch fused with fp32 gradients": clip_step_copy_fp32_gradients,
             },
             30,
             BIG,

@@ -26,6 +26,7 @@ OF_DTYPE = {
 SAME = 0.1  # two measurements of one ceiling may differ by this
 BUSY = 0.1  # share of the cores that other processes may use
 PATIENCE = 30  # seconds to wait for a quiet machine
+LOOK = 0.5  # seconds in which their use is looked at
 ATTEMPTS = 15  # the best counts
 STEPS = 400_000  # steps of 12 products each on every thread: a millisecond
 TICK = os.sysconf("SC_CLK_TCK")
@@ -101,23 +102,50 @@ def best_of_several() -> dict[str, float]:
     return best
 
 
+def used_by_process() -> dict[int, float]:
+    """CPU seconds of each process that can be read."""
+    used = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            used[int(folder.name)] = seconds_of(int(folder.name))
+        except OSError:  # it has ended
+            continue
+    return used
+
+
+def busiest(before: dict[int, float], seconds: float) -> str:
+    """The three other processes that have used most CPU since `before`, with their shares of a
+    core."""
+    after = used_by_process()
+    used = {p: after[p] - before[p] for p in after.keys() & before.keys() if p != os.getpid()}
+    named = []
+    for process in sorted(used, key=used.__getitem__, reverse=True)[:3]:
+        try:
+            name = Path(f"/proc/{process}/comm").read_text().strip()
+        except OSError:
+            continue
+        if used[process] > 0:
+            named.append(f"{name} (process {process}) {used[process] / seconds:.0%} of a core")
+    return ", ".join(named)
+
+
 def wait_until_quiet(busy: bool) -> None:
     """End the process if other processes keep using the machine, unless `busy` allows it."""
+    if busy:
+        return
     end = time.monotonic() + PATIENCE
     told = False
     while True:
-        others = Others()
-        time.sleep(0.5)
+        before, others = used_by_process(), Others()
+        time.sleep(LOOK)
         share = others.share()
-        if share <= BUSY or busy:
+        if share <= BUSY:
             return
+        line = f"bench: other processes have {share:.0%} of the cores ({busiest(before, LOOK)})"
         if time.monotonic() > end:
-            sys.exit(
-                f"bench: other processes have {share:.0%} of the cores: figures would be wrong "
-                "(--busy measures anyway)"
-            )
+            sys.exit(f"{line}: figures would be wrong (--busy measures anyway)")
         if not told:
-            print(f"bench: others have {share:.0%} of the cores, waiting", file=sys.stderr)
+            print(f"{line}, waiting {PATIENCE} s at most", file=sys.stderr)
             told = True
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LEAST = 0.02  # the difference between two runs on one quiet machine
-KINDS = ("faster", "slower", "same")
+KINDS = ("faster", "slower", "same", "unsteady")
 
 
 @dataclass
@@ -32,6 +32,8 @@ class Change:
 
     @property
     def kind(self) -> str:
+        if self.unsteady:
+            return "unsteady"
         if abs(self.after - self.before) <= max(LEAST, self.noise) * self.before:
             return "same"
         return "faster" if self.after < self.before else "slower"
@@ -83,7 +85,7 @@ def changes(before: dict, after: dict, variants: str) -> list[Change]:
 def table(found: list[Change]) -> str:
     lines = ["| row | before | after | speedup | spreads | |", "|---|---|---|---|---|---|"]
     for c in sorted(found, key=lambda c: c.ratio):
-        kind = "unsteady" if c.unsteady else "" if c.kind == "same" else c.kind
+        kind = "" if c.kind == "same" else c.kind
         lines.append(f"| {c.label} | {c.before:.3g} | {c.after:.3g} | {c.ratio:.2f}x "
                      f"| {c.noise:.0%} | {kind} |")  # fmt: skip
     return "\n".join(lines)
@@ -96,9 +98,9 @@ def plot(found: list[Change], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     found = sorted(found, key=lambda c: c.ratio)
-    colours = {"faster": "#2a78d6", "slower": "#d6452a", "same": "#9aa5b1"}
+    colours = {"faster": "#2a78d6", "slower": "#d6452a", "same": "#9aa5b1", "unsteady": "#ffffff"}
     figure, axes = plt.subplots(figsize=(9, 1 + 0.22 * len(found)), layout="constrained")
-    axes.barh(
+    bars = axes.barh(
         range(len(found)),
         [c.ratio - 1 for c in found],
         left=1,
@@ -106,7 +108,11 @@ def plot(found: list[Change], path: Path) -> None:
         color=[colours[c.kind] for c in found],
         ecolor="#5f6b7a",
     )
-    axes.set_yticks(range(len(found)), [c.label for c in found], fontsize=7)
+    for bar, change in zip(bars, found):
+        if change.unsteady:  # neither faster nor slower can be said
+            bar.set(hatch="///", edgecolor="#5f6b7a", linewidth=0.5)
+    labels = [f"{c.label} (unsteady)" if c.unsteady else c.label for c in found]
+    axes.set_yticks(range(len(found)), labels, fontsize=7)
     axes.set_ylim(-0.6, len(found) - 0.4)
     axes.axvline(1, color="#1f2933", linewidth=0.8)
     axes.set_xlabel("speedup (before / after); whiskers: the sum of both spreads")

@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from ceilings import BUSY, Others, ceilings_before, combined, highest
+from ceilings import BUSY, Others, ceilings_before, combined, highest, wait_until_quiet
 
 from fastlm import inventory
 
@@ -50,7 +50,7 @@ class Case:
     """One op at one shape. `data()` creates the operands; a variant accepts them and returns the
     call that is timed. Without `data` the variants are the calls. `flops` and `bytes` are the least
     that the work needs, for the share of the ceiling. A variant named "floor ..." does less than
-    the work: it is shown but not compared.
+    the work: it is shown but not compared. A variant's name has no comma, which separates names.
     """
 
     name: str
@@ -61,6 +61,11 @@ class Case:
     dtype: str = "bf16"  # `flops` is divided by the speed of its best instruction
     missing: dict[str, str] = field(default_factory=dict)  # unavailable peers, with the reason
     data: Callable[[], tuple] | None = None
+
+    def __post_init__(self) -> None:
+        for name in self.variants:
+            if "," in name:
+                raise ValueError(f"variants: wanted names without a comma, got {name!r}")
 
     def calls(self) -> dict[str, Callable[[], object]]:
         if self.data is None:
@@ -345,7 +350,13 @@ def own_cases(own: Callable, text: str, parser: argparse.ArgumentParser) -> list
     if not are_numbers or not least <= len(numbers) <= len(names):
         wanted = ",".join(n if i < least else f"[{n}]" for i, n in enumerate(names))
         parser.error(f"--shape: wanted {wanted}, whole numbers from 1, got {text!r}")
-    return own(*map(int, numbers))
+    try:
+        made = own(*map(int, numbers))
+        for case in made:  # before the machine is waited for
+            case.calls().get("fastlm", lambda: None)()
+    except (ValueError, RuntimeError) as error:
+        parser.error(f"--shape: {text}: {str(error).splitlines()[0]}")
+    return made
 
 
 def chosen(cases: Sequence[Case], word: str, parser: argparse.ArgumentParser) -> list[Case]:
@@ -386,6 +397,7 @@ def main(op: str, cases: Callable[[], list[Case]], own: Callable | None = None) 
     if options.list:
         print("\n".join(f"{c.name}: {c.shape}: {', '.join(c.variants)}" for c in made))
         return
+    wait_until_quiet(options.busy)  # before the tests, which take minutes
     if not options.no_gate:
         gate(op)
     before = ceilings_before(options.busy)

@@ -161,13 +161,13 @@ def main() -> None:
     if options.patch and options.model is None:
         parser.error("--patch: wanted with --model")
     tokens = options.batch * options.length
-    before = ceilings_before(options.busy)
     if options.model is None:
         run, flops = built_in(options)
         name = f"{options.size}, {options.batch} x {options.length}"
-    else:
+    else:  # a wrong one is refused before the machine is waited for
         run, flops = own_step(options), {}
         name = options.model
+    before = ceilings_before(options.busy)
     for _ in range(WARM):
         run()
     plain = sorted(timed(run) for _ in range(STEPS))[STEPS // 2]

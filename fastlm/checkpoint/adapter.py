@@ -6,7 +6,6 @@ adapter_base.json which weights it belongs to, and where they lie from its folde
 header of the safetensors file, whose entries that library writes in another order each time.
 """
 
-import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -31,6 +30,7 @@ from fastlm.errors import InputError
 from fastlm.files import make_folder, read_json, save_atomic
 from fastlm.model.lora import (
     ALL,
+    MAX_ALPHA,
     LoraConfig,
     check_plain,
     digest_of,
@@ -211,8 +211,10 @@ def _config(folder: Path) -> dict[str, Any]:
     rank, alpha, dropout = (config.get(key) for key in ("r", "lora_alpha", "lora_dropout"))
     if type(rank) is not int or rank < 1:
         raise InputError(f"{where}: r: wanted 1 or more, got {rank!r:.60}")
-    if not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
-        raise InputError(f"{where}: lora_alpha: wanted a positive number, got {alpha!r:.60}")
+    if not isinstance(alpha, int | float) or not 0 < alpha <= MAX_ALPHA:
+        raise InputError(
+            f"{where}: lora_alpha: wanted a positive number up to float32's, got {alpha!r:.60}"
+        )
     share = 0 if dropout is None else dropout
     if type(share) not in (int, float) or not 0 <= share < 1:
         raise InputError(f"{where}: lora_dropout: wanted a share in [0, 1), got {dropout!r:.60}")

@@ -10,6 +10,7 @@ container would not.
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 INDEX = "index.json"
 FORMAT = "fastlm-shards-1"
+_FILE = re.compile(r"\d{1,9}\.bin", re.ASCII)  # of a shard, as `write_shards` names it
 SHARD = {
     "file": str, "tokens": int, "documents": int, "bytes_of_text": int,
     "sha256": str, "starts_sha256": str,
@@ -282,8 +284,11 @@ def load_index(path: Path) -> ShardInfo:
         info = build(ShardInfo, read_json(file))
         for i, s in enumerate(info.shards):
             check(s, SHARD, f"shards[{i}]")
-            if Path(s["file"]).name != s["file"] or s["tokens"] < 1 or s["documents"] < 1:
-                raise InputError(f"shards[{i}]: wanted the name of a file, tokens and documents")
+            if not _FILE.fullmatch(s["file"]) or s["tokens"] < 1 or s["documents"] < 1:
+                raise InputError(
+                    f"shards[{i}]: wanted a file named as 00000.bin, tokens and documents, got"
+                    f" {s['file']!r:.60}, {s['tokens']} and {s['documents']}"
+                )
         if info.format != FORMAT or info.dtype not in ("uint16", "uint32") or not info.shards:
             raise InputError(
                 f"wanted shards of format {FORMAT}, uint16 or uint32, got {len(info.shards)} of "

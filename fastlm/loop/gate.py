@@ -52,6 +52,7 @@ class Gate(Stage):
     }  # fmt: skip
     leaves = {"decision": DECISION}
     result = {"promoted": bool, "gates": list[dict[str, Any]]}
+    settings_in = ("gates",)
 
     gates: Annotated[str, "TOML file of bounds on scores (docs/improve.md)"] = ""
 

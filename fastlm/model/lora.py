@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 ALL = "all-linear"  # PEFT's word for every linear layer but the head
 _HEAD = "lm_head"
+MAX_ALPHA = torch.finfo(torch.float32).max  # a larger factor is no number to the weights' dtypes
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,12 @@ class LoraConfig:
     base_digest: str | None = None
 
     def __post_init__(self) -> None:
-        for name, value in (("rank", self.r), ("alpha", self.lora_alpha)):
-            if not 0 < value < math.inf:
-                raise InputError(f"{name}: wanted a positive number, got {value}")
+        if self.r < 1:
+            raise InputError(f"rank: wanted a positive number, got {self.r}")
+        if not 0 < self.lora_alpha <= MAX_ALPHA:
+            raise InputError(
+                f"alpha: wanted a positive number up to float32's, got {self.lora_alpha}"
+            )
         if not 0 <= self.lora_dropout < 1:
             raise InputError(f"dropout: wanted a share in [0, 1), got {self.lora_dropout}")
 

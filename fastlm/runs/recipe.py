@@ -77,7 +77,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read and check the recipe at ``path``.
 
     ``overrides``: "NAME.key=value" with the name of a stage, "inputs.key=value", or "seed=2". The
-    value is TOML; a bare word is a string.
+    value is TOML; a bare word is a string. A file of settings (`Stage.settings_in`) that a TOML
+    file names is looked for from that file's folder; all other paths, those of overrides and of a
+    run's recipe.json are used as they are.
 
     InputError: no such file, not TOML, an unknown or missing key, a wrong type, a value that a
     stage refuses.
@@ -94,6 +96,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise InputError(f"recipe {path}: wanted TOML: {e}") from None
     try:
         _refuse_old(table)
+        if path.suffix != ".json":
+            _resolve_settings(table, path.parent)
         for override in overrides:
             _override(table, override)
         return parse_recipe(table)
@@ -314,6 +318,14 @@ def _toml(text: str) -> dict[str, Any]:
     if huge := _HUGE.search(text):
         raise ValueError(f"{huge[0][:20]}... has more than 64 bits")
     return tomllib.loads(text)
+
+
+def _resolve_settings(table: Mapping[str, Any], folder: Path) -> None:
+    """Replace the names of files of settings by their paths below the recipe's folder."""
+    for entry in _entries(table):
+        for key in KINDS[entry["kind"]].settings_in:
+            if isinstance(name := entry.get(key), str) and name:
+                entry[key] = str(folder / name)
 
 
 def _override(table: dict[str, Any], text: str) -> None:

@@ -208,9 +208,12 @@ class Registry:
         ]  # fmt: skip
 
 
-def open_registry(roots: Sequence[str | Path], *, note: bool = True) -> Registry:
-    """Read all records below ``roots`` and what their indexes know besides. ``note``: add what is
-    new to the indexes, where they can be written. InputError: a root that is no folder.
+def open_registry(
+    roots: Sequence[str | Path], *, paths: Iterable[str | Path] = (), note: bool = True
+) -> Registry:
+    """Read all records below ``roots`` and what their indexes know besides, and those of the runs
+    and stages at ``paths`` with what they come from. ``note``: add what is new to the indexes,
+    where they can be written. InputError: a root that is no folder.
     """
     records: dict[str, Known] = {}
     warnings: list[str] = []
@@ -230,7 +233,29 @@ def open_registry(roots: Sequence[str | Path], *, note: bool = True) -> Registry
             records.setdefault(made.id, made)
         if note and not any((root / name).is_file() for name in (STAGES, ALONE)):
             _note(root / INDEX, [m for m in here if not _same(indexed.get(m.id), m)])
+    _add_elsewhere(records, [Path(path) for path in paths], [*map(Path, roots)], warnings)
     return Registry(sorted(records.values(), key=lambda r: r.finished), warnings)
+
+
+def _add_elsewhere(
+    records: dict[str, Known], paths: list[Path], roots: list[Path], warnings: list[str]
+) -> None:
+    """Add the records of the folders that ``paths`` are in, unless they are below ``roots``, and of
+    what they read."""
+    scanned = {root.absolute() for root in roots}
+    while paths:
+        path = paths.pop().absolute()
+        places = (path, *path.parents)
+        folder = next((p for p in places if any((p / n).is_file() for n in (STAGES, ALONE))), None)
+        if folder is None or not path.exists() or scanned.intersection(places):
+            continue
+        scanned.add(folder)
+        for made in _scan(folder.parent, folder, warnings):
+            if (known := records.get(made.id)) is None or known.state != HERE:
+                records[made.id] = made
+            if made.entry.made:
+                reads = made.entry.made.reads.values()
+                paths += [Path(read["path"]) for given in reads for read in given]
 
 
 def note_run(out: Path) -> None:

@@ -64,7 +64,7 @@ def show_command(
     """Show where a model comes from: a tree back to the sources of its text and their licences."""
     from fastlm.runs.lineage import shown, tree
 
-    registry = _opened(roots)
+    registry = _opened(roots, what)
     found = tree(registry, registry.find_one(what))
     if as_json:
         typer.echo(json.dumps(found, indent=1))
@@ -82,7 +82,7 @@ def diff_command(
     """Show what differs between two runs or models: options, inputs, code, data, figures."""
     from fastlm.runs.diff import diff, shown
 
-    rows = diff(_opened(roots), a, b)
+    rows = diff(_opened(roots, a, b), a, b)
     if as_json:
         typer.echo(json.dumps(rows, indent=1, default=str))
     else:
@@ -107,7 +107,7 @@ def card_command(
     from fastlm.runs.card import CARD, card, place_of
     from fastlm.runs.registry import GONE
 
-    registry = _opened(roots)
+    registry = _opened(roots, model)
     record = registry.find_one(model)
     text = card(registry, record, licence=licence, language=language)
     if out is None:
@@ -119,10 +119,13 @@ def card_command(
     typer.echo(out)
 
 
-def _opened(roots: list[Path] | None) -> Any:
+def _opened(roots: list[Path] | None, *names: str) -> Any:
+    """The registry of ``roots`` and of those ``names`` that are paths elsewhere."""
     from fastlm.runs.registry import open_registry
 
-    registry = open_registry(roots or [Path("runs")])
+    paths = [name for name in names if Path(name).exists()]
+    default = [] if paths and not Path("runs").is_dir() else [Path("runs")]
+    registry = open_registry(roots or default, paths=paths)
     for warning in registry.warnings:
         typer.echo(f"left out: {warning}", err=True)
     return registry

@@ -176,6 +176,8 @@ class Stage:
         notes: what ``--help`` shows after the docstring.
         unused: fields that it inherits and has no use for. They are not offered.
         sources_in: the options that name sources of text or rows.
+        settings_in: the options that name a file of settings. A recipe looks for it in its own
+            folder.
     """
 
     kind: ClassVar[str]
@@ -189,6 +191,7 @@ class Stage:
     notes: ClassVar[str] = ""
     unused: ClassVar[tuple[str, ...]] = ()
     sources_in: ClassVar[tuple[str, ...]] = ()
+    settings_in: ClassVar[tuple[str, ...]] = ()
 
     def check(self) -> None:
         """Refuse options that cannot work. InputError names the option."""

@@ -27,6 +27,7 @@ class ChatOptions(TrainOptions):
     overlongs: ClassVar[tuple[str, ...]] = ("skip", "truncate")  # values of `overlong`
     rows: ClassVar[str] = "conversations"  # what `data` holds
     sources_in: ClassVar[tuple[str, ...]] = ("data",)
+    settings_in: ClassVar[tuple[str, ...]] = ("chat_template",)
     form: ClassVar[str] = "sft"  # of `fastlm.loop.build.FORMS`
 
     data: Annotated[

@@ -203,6 +203,7 @@ class Pretrain(TrainOptions, Stage):
     }
     leaves = {"model": MODEL}
     scratch = ("checkpoints",)
+    settings_in = ("config",)
     result = {
         "steps": int, "tokens": int, "tokens_per_second": float, "loss": float | None,
         "parameters": int, "epochs": int, "used_seconds": float, "train_tokens": int, "load": str,

@@ -10,7 +10,7 @@ sharded models.
 
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,16 @@ from fastlm.typed import build
 
 FOLDER = "checkpoints"
 NAME = re.compile(r"step-(\d{8,})")
+
+# keys of an identity whose values are hashes -> what differs where they do
+CONTENT = {
+    "parameters": "what is trained (the model, or options of adapters) is",
+    "base": "the model is",
+    "teacher": "the teacher is",
+    "data": "the rows of the data are",
+    "heldout": "the held-out rows are",
+    "data.data": "the shards are",
+}
 
 
 @dataclass
@@ -211,6 +221,18 @@ def _read(
     return load_sharded(path, own, params, ranks)
 
 
+def difference(
+    saved: Mapping[str, Any], now: Mapping[str, Any], may_differ: Collection[str] = ()
+) -> str:
+    """Say in which options two identities of runs differ; where in none, what they read that is
+    not the same. "" if they are equal."""
+    keys = [k for k in dict.fromkeys([*now, *saved]) if saved.get(k) != now.get(k)]
+    keys = [k for k in keys if k not in may_differ]
+    if options := [k for k in keys if k not in CONTENT]:
+        return ", ".join(f"{k} was {saved.get(k)!r:.60}, now {now.get(k)!r:.60}" for k in options)
+    return " and ".join(f"{CONTENT[k]} not the same" for k in keys)
+
+
 def load_checkpoint(
     path: Path,
     model: nn.Module,
@@ -228,13 +250,11 @@ def load_checkpoint(
         rest = build(Rest, metadata)
     except InputError as error:
         raise InputError(f"{path}: wanted a training checkpoint: {error}") from None
-    saved = rest.identity
-    for key in identity.keys() | saved.keys():
-        if key not in may_differ and saved.get(key) != identity.get(key):
-            raise InputError(
-                f"{path}: is of another run: {key} was {saved.get(key)!r},"
-                f" now {identity.get(key)!r}; choose another folder, or delete it to start again"
-            )
+    if differs := difference(rest.identity, identity, may_differ):
+        raise InputError(
+            f"{path}: is of another run: {differs}; choose another folder, or delete it to start"
+            " again"
+        )
     part = {
         prefix: {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         for prefix in ("model.", "optimizer.", "objective.", "rng.")

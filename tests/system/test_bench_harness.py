@@ -15,6 +15,7 @@ import harness
 import profile_step
 import pytest
 import random_gguf
+import rope
 import torch
 import turns
 import versions
@@ -42,6 +43,8 @@ OWN = {
 
 def run_main(monkeypatch, cases, *arguments, own=None):
     monkeypatch.setattr(sys, "argv", ["op.py", *arguments])
+    if harness.wait_until_quiet is ceilings.wait_until_quiet:
+        monkeypatch.setattr(harness, "wait_until_quiet", lambda busy: None)
     monkeypatch.setattr(harness, "ceilings_before", lambda busy: {})
     monkeypatch.setattr(harness, "combined", lambda before: {})
     harness.main("op", lambda: cases, own)
@@ -233,6 +236,38 @@ def test_nothing_is_timed_on_a_busy_machine(monkeypatch):
     ceilings.wait_until_quiet(busy=True)
 
 
+def test_the_processes_that_use_the_cores_are_named(monkeypatch):
+    used = iter([{os.getpid(): 1.0, os.getppid(): 2.0, 0: 1.0}] * 2)
+    monkeypatch.setattr(ceilings, "used_by_process", lambda: next(used))
+    assert ceilings.busiest({os.getpid(): 0.0, os.getppid(): 1.5, 0: 1.0}, 0.5).endswith(
+        f"(process {os.getppid()}) 100% of a core"
+    )
+    assert ceilings.busiest({}, 0.5) == ""
+
+
+def test_what_is_wrong_is_said_before_the_wait(monkeypatch, capsys, tmp_path):
+    def wait(busy):
+        raise AssertionError("waited")
+
+    monkeypatch.setattr(harness, "wait_until_quiet", wait)
+    monkeypatch.setattr(profile_step, "ceilings_before", wait)
+    for shape, message in (
+        ("1,2,5,15", "r (default: d): wanted an even width of at most 15, got 15"),
+        ("1,2,5,16,2,18", "wanted an even width of at most 16, got 18"),
+    ):
+        with pytest.raises(SystemExit):
+            run_main(monkeypatch, [], "--shape", shape, "--busy", own=rope.own)
+        assert message in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["profile_step.py", "--model", str(tmp_path)])
+    with pytest.raises(SystemExit, match="--model: wanted FILE"):
+        profile_step.main()
+
+
+def test_a_variant_has_no_comma_in_its_name():
+    with pytest.raises(ValueError, match="variants: wanted names without a comma, got 'a, b'"):
+        harness.Case("fwd", "1", {"a, b": int})
+
+
 def test_an_unsteady_row_is_measured_again(monkeypatch):
     monkeypatch.setattr(harness.Others, "share", lambda self: 0.0)
     noisy, calm = [1.0, 2.0, 3.0, 4.0], [1.0, 1.0, 1.01, 1.02]
@@ -266,7 +301,25 @@ def test_compare_flags_what_is_beyond_the_spread(monkeypatch, capsys, tmp_path):
     out = capsys.readouterr().out
     assert "| rope first 1 fastlm | 1 | 0.8 | 1.25x | 10% | faster |" in out
     assert "| rope second 1 fastlm | 1 | 1.08 | 0.93x | 10% |  |" in out
-    assert "1 faster, 1 slower, 1 same" in out and picture.stat().st_size > 1000
+    assert "1 faster, 1 slower, 1 same, 0 unsteady" in out and picture.stat().st_size > 1000
+
+
+def test_unsteady_rows_are_marked(monkeypatch, tmp_path):
+    import matplotlib.axes
+
+    drawn = []
+    set_yticks = matplotlib.axes.Axes.set_yticks
+    monkeypatch.setattr(
+        matplotlib.axes.Axes, "set_yticks",
+        lambda axes, ticks, labels, **more: (
+            drawn.extend(zip(labels, (bar.get_hatch() for bar in axes.patches))),
+            set_yticks(axes, ticks, labels, **more),
+        ),
+    )  # fmt: skip
+    changes = [compare.Change(n, 1.0, 0.5, 0.05, n == "noisy") for n in ("noisy", "calm")]
+    compare.plot(changes, tmp_path / "c.png")
+    assert dict(drawn) == {"noisy (unsteady)": "///", "calm": None}
+    assert [change.kind for change in changes] == ["unsteady", "faster"]
 
 
 def test_two_checkouts_take_turns(monkeypatch, capsys):

@@ -358,7 +358,9 @@ CHANGES = {
     "peft_type: wanted LORA, got 'IA3'": {"peft_type": "IA3"},
     "task_type: wanted CAUSAL_LM, got 'SEQ_CLS'": {"task_type": "SEQ_CLS"},
     "r: wanted 1 or more, got 'four'": {"r": "four"},
-    "lora_alpha: wanted a positive number, got None": {"lora_alpha": None},
+    "lora_alpha: wanted a positive number up to float32's, got None": {"lora_alpha": None},
+    "up to float32's, got 1e+308": {"lora_alpha": 1e308},
+    "lora_alpha: wanted a positive number up to float32's, got 1000": {"lora_alpha": 10**400},
     "lora_dropout: wanted a share in [0, 1), got 2": {"lora_dropout": 2},
     "down_proj: wanted rank 8 by its config, got 4": {"r": 8},
     "new_option: fastlm's LoRA does not have it, got 'x'": {"new_option": "x"},
@@ -423,7 +425,8 @@ REFUSED_CALLS = {
     "targets: wanted all-linear or some of": {"targets": ["lm_head"]},
     "got none": {"targets": []},
     "rank: wanted a positive number, got 0": {"rank": 0},
-    "alpha: wanted a positive number, got -1": {"alpha": -1},
+    "alpha: wanted a positive number up to float32's, got -1": {"alpha": -1},
+    "alpha: wanted a positive number up to float32's, got 1e+308": {"alpha": 1e308},
     "dropout: wanted a share in [0, 1), got 1": {"dropout": 1},
 }
 

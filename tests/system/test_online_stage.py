@@ -157,10 +157,11 @@ def test_another_reward_is_another_training(base, data, tmp_path) -> None:
     more = replace(stage, max_steps=4)
     rows = [{"prompt": f"now {word}", "answer": word[0]} for word in WORDS]
     other = write(tmp_path / "other.jsonl", rows)
-    for changed, name in (
-        (replace(more, reward="exact"), "scored_by"), (replace(more, data=(other,)), "data"),
+    for changed, differs in (
+        (replace(more, reward="exact"), "scored_by was"),
+        (replace(more, data=(other,)), "the rows of the data are not the same"),
     ):  # fmt: skip
-        with pytest.raises(InputError, match=f"is of another run: {name} was"):
+        with pytest.raises(InputError, match=f"is of another run: {differs}"):
             changed(tmp_path / "out", model=base)
     assert replace(more, max_kl=50.0, val_prompts=2)(tmp_path / "out", model=base)["steps"] == 4
 

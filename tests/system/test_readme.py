@@ -26,6 +26,14 @@ def run(block: str) -> dict:
     return names
 
 
+def test_no_two_commands_of_a_page_write_into_one_folder():
+    """The blocks of a page run from top to bottom."""
+    text = (ROOT / "docs/training.md").read_text("utf-8")
+    commands = "\n".join(re.findall(r"^```sh\n(.*?)^```", text, re.DOTALL | re.M))
+    folders = re.findall(r" -o (\S+)", commands)
+    assert len(folders) > 15 and len({*folders}) == len(folders)
+
+
 def test_the_readme(tmp_path):
     LlamaForCausalLM(LlamaConfig(num_attention_heads=4, **SIZES)).save_pretrained(tmp_path)
     patch, op = python_of("README.md")

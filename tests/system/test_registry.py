@@ -216,7 +216,7 @@ def test_a_card_escapes_what_it_shows(runs):
     assert escape("a|b*") == "a\\|b\\*" and code_span("a`b``c") == "``` a`b``c ```"
 
 
-def test_a_stage_alone_has_a_record(made, tmp_path):
+def test_a_stage_alone_has_a_record(made, tmp_path, monkeypatch):
     out = tmp_path / "runs/int4"
     arguments = ["quantize", "--model", made / "one", "-o", out, "--group-size", "16"]
     result = CliRunner().invoke(app, list(map(str, arguments)))
@@ -227,6 +227,14 @@ def test_a_stage_alone_has_a_record(made, tmp_path):
     assert parent.name == "one/pretrain"
     rows = json.loads(call("--in", tmp_path / "runs", "--json").stdout)
     assert [row["name"] for row in rows] == ["int4"] and rows[0]["ids"]["quantized"]
+    # a path outside runs/, in a folder without runs/, with what it was made from elsewhere
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    elsewhere = shutil.copytree(out, tmp_path / "sm-int4")
+    for path in (elsewhere, "../sm-int4", elsewhere / "config.json"):
+        shown = call("show", path).stdout
+        assert "sm-int4" in shown and "one/pretrain" in shown and "one/data" in shown
+    assert "sm-int4" in call("diff", elsewhere, made / "one").stdout
     (out / "record.json").write_text('{"layout": 2, "kind": 1}')
     assert "record.json" in call("--in", tmp_path / "runs").stderr
     assert "wanted a folder of runs" in call("--in", tmp_path / "none", status=2).stderr

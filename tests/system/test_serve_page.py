@@ -7,13 +7,16 @@ import re
 import shutil
 import time
 
+import markdown_cases
 import pytest
+from markdown_cases import AROUND, AS_HTML, EXAMPLES, GROWN, HARMLESS, LONG, SHOWN
 from monitored import CODE, COOKING, MODELS, fill
 from serve_app import script, serving, tiny_model
 
 from fastlm.data.preferences import Unranked
 from fastlm.data.ranking import RankingStore
 from fastlm.serve.feedback import FeedbackStore
+from fastlm.serve.monitor import monitor
 from fastlm.serve.monitor.monitor import Settings
 from fastlm.serve.monitor.rules import Rule, Rules
 from fastlm.serve.ratings import Rating
@@ -62,27 +65,48 @@ TOO_WIDE = "() => document.documentElement.scrollWidth > document.documentElemen
 def browser():
     from playwright.sync_api import sync_playwright
 
+    arguments = ["--no-sandbox", "--host-resolver-rules=MAP elsewhere.test 127.0.0.1"]
     with sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=arguments)
         yield browser
         browser.close()
 
 
 @pytest.fixture(scope="module")
+def tab(browser):
+    """The page of all tests: a new one costs three times as much as an address in this one. Each
+    server has a port, and so a storage, of its own. ``wrong`` is what its console says that is
+    wrong, and requests to elsewhere.
+    """
+    page, page.wrong = browser.new_context().new_page(), []
+    page.set_default_timeout(120_000)  # a machine may be busy
+    page.on("pageerror", lambda error: page.wrong.append(str(error)))
+    page.on("console", lambda m: page.wrong.append(m.text) if m.type in ("error", "warning") else 0)
+    page.on("request", lambda r: 0 if r.url.startswith(page.origin) else page.wrong.append(r.url))
+    return page
+
+
+@pytest.fixture
+def opened(tab):
+    """Opens an address, and returns the page and what its console says that is wrong."""
+
+    def opened(url, width=1280):
+        tab.origin = "/".join(url.split("/")[:3])
+        tab.wrong.clear()
+        tab.set_viewport_size({"width": width, "height": 900})
+        tab.goto(url)
+        return tab, tab.wrong
+
+    yield opened
+    tab.unroute_all()
+    tab.emulate_media(color_scheme="light")
+    tab.origin = "about:"
+    tab.goto("about:blank")
+
+
+@pytest.fixture(scope="module")
 def tiny():
     return tiny_model()
-
-
-def opened(browser, url, **options):
-    """A page, and what its console says that is wrong."""
-    page, wrong = browser.new_context(**options).new_page(), []
-    page.set_default_timeout(120_000)  # a machine may be busy
-    page.on("pageerror", lambda error: wrong.append(str(error)))
-    page.on("console", lambda m: wrong.append(m.text) if m.type in ("error", "warning") else None)
-    origin = "/".join(url.split("/")[:3])
-    page.on("request", lambda r: None if r.url.startswith(origin) else wrong.append(r.url))
-    page.goto(url)
-    return page, wrong
 
 
 def send(page, text):
@@ -100,7 +124,13 @@ def status(page, pattern):
     says(page.locator("#status"), re.compile(pattern))
 
 
-def test_chat(browser, tiny, tmp_path):
+def more(page, item, at=-1):
+    """Choose from the menu of an answer."""
+    page.get_by_role("button", name="More about this answer").nth(at).click()
+    page.get_by_role("menuitem", name=item).click()
+
+
+def test_chat(opened, tiny, tmp_path):
     with (
         FeedbackStore(tmp_path / "f.sqlite") as store,
         serving(*tiny, feedback=store) as (url, server),
@@ -108,9 +138,9 @@ def test_chat(browser, tiny, tmp_path):
         script(
             server, f"Hello. {HOSTILE}\n```\ncode <b>\n```", "Second", "Third", "Fourth", "Fifth"
         )
-        page, wrong = opened(browser, url)
+        page, wrong = opened(url)
         send(page, f"Hi {HOSTILE}")
-        status(page, r"\d+ tokens, [\d.]+ tokens/s")
+        status(page, r"^\d+ tokens in \d+\.\d s")
         first = page.get_by_role("article", name="Answer")
         assert HOSTILE in first.locator(".text").inner_text()
         assert first.locator("pre").inner_text() == "code <b>\n"
@@ -118,14 +148,20 @@ def test_chat(browser, tiny, tmp_path):
 
         consent = page.get_by_label("Keep my conversations")
         assert consent.is_visible() and not consent.is_checked()  # no settings to open
-        first.get_by_role("button", name="Good").click()
+        box, line = (page.locator(one).bounding_box() for one in ("#text", "#consent-label"))
+        assert line["y"] - (box["y"] + box["height"]) >= 4  # the outline of the focus is beside it
+        good, bad = (page.get_by_role("button", name=f"{one} answer") for one in ("Good", "Bad"))
+        good.click()
         status(page, "stored; the text of the answer is not kept, since nobody consented")
-        assert first.get_by_role("button", name="Good").get_attribute("aria-pressed") == "true"
-        first.get_by_role("button", name="Comment").click()
+        assert good.get_attribute("aria-pressed") == "true"
+        assert bad.get_attribute("aria-pressed") == "false"
+        page.get_by_role("button", name="More about this answer").focus()
+        for key in ("Enter", "ArrowDown", "ArrowUp", "Enter"):  # Comment, Correct, Comment
+            page.keyboard.press(key)
         page.keyboard.type("Write to ann@mail.org")
         page.keyboard.press("Control+Enter")
         page.locator("form.box").wait_for(state="detached")
-        first.get_by_role("button", name="Correct").click()
+        more(page, "Correct")
         page.locator("form.box textarea").fill("What it should be")
         page.get_by_role("button", name="Save").click()
         # wait_for_function polls by eval, which the page's Content-Security-Policy refuses
@@ -134,12 +170,13 @@ def test_chat(browser, tiny, tmp_path):
         assert (thumb.thumb, comment.comment) == ("up", "Write to <EMAIL>")
         assert corrected.corrected == "What it should be" and not store.answers()
 
-        first.get_by_role("button", name="Again").click()
-        status(page, "tokens/s")
+        page.get_by_role("button", name="Regenerate").click()
         page.get_by_text("Second").wait_for()
+        status(page, "tokens? in")
         assert page.evaluate("document.activeElement.id") == "text"
         assert page.get_by_text("What it should be").count() == 0
-        page.get_by_role("article", name="You").get_by_role("button", name="Edit").click()
+        question = page.get_by_role("article", name="You")
+        question.get_by_role("button", name="Edit").click()
         page.locator("form.box textarea").fill("Another question")
         page.keyboard.press("Control+Enter")
         page.get_by_text("Third").wait_for()
@@ -152,7 +189,6 @@ def test_chat(browser, tiny, tmp_path):
         send(page, "Two, please")
         pick = page.get_by_role("button", name="Pick answer 2")
         pick.wait_for()
-        page.screenshot(path=tmp_path / "two.png")
         page.keyboard.press("Alt+2")
         status(page, "stored, with the conversation")
         picked = store.opinions()[-1]
@@ -161,47 +197,89 @@ def test_chat(browser, tiny, tmp_path):
         assert [m["role"] for m in kept.prompt] == ["system", "user", "assistant", "user"]
         assert [c[0]["content"] for c in kept.choices] == ["Fourth", "Fifth"]
         assert page.evaluate(NAMELESS) == [] and wrong == []
+
+        older = page.get_by_role("article", name="Answer").first
+        page.mouse.move(0, 0)
+        opacity = "e => getComputedStyle(e).opacity"  # of what can be done with an older answer
+        assert older.locator(".tools").evaluate(opacity) == "0"
+        older.hover()
+        assert older.locator(".tools").evaluate(opacity) == "1"
         for scheme in ("light", "dark"):
             page.emulate_media(color_scheme=scheme)
             assert page.evaluate(PALE) == []
-            page.screenshot(path=tmp_path / f"{scheme}.png")
         dark = page.evaluate("getComputedStyle(document.body).backgroundColor")
         page.get_by_role("button", name="Theme").click()  # auto, then light
         assert page.evaluate("getComputedStyle(document.body).backgroundColor") != dark
         page.set_viewport_size({"width": 360, "height": 740})
         assert not page.evaluate(TOO_WIDE)
-        page.screenshot(path=tmp_path / "phone.png", full_page=True)
         page.get_by_role("button", name="New").click()
         assert page.locator("article").count() == 0
 
 
-def test_consent_after_the_answer(browser, tiny, tmp_path):
+def test_markdown(opened, tiny):
+    """What models write, as elements; nothing runs, and the time is linear in the length."""
+    with serving(*tiny) as (url, _):
+        page, wrong = opened(url)
+        page.evaluate("async () => { window.markdown = await import('/page/markdown.js'); }")
+        assert {text: page.evaluate(AS_HTML, text) for text in EXAMPLES} == EXAMPLES
+
+        took = "async (given) => (await import('/page/common.js')).took(...given)"
+        assert page.evaluate(took, [19, 1, 0.03, 0.02]) == "19 tokens in 0.0 s"  # no rate: too few
+        assert page.evaluate(took, [400, 1, 0.9, 0.8]) == "400 tokens in 0.9 s"  # in too short
+        assert page.evaluate(took, [402, 2, 4.26, 4]) == "402 tokens in 4.3 s, 100.0 tokens/s"
+
+        # as it grows: what is there stays, and is what it would be at once
+        grown = page.evaluate(GROWN, "A first paragraph.\n\n" + "\n\n".join(EXAMPLES))
+        assert grown == []
+
+        hostile = [
+            around.replace("TEXT", text) for text in markdown_cases.HOSTILE for around in AROUND
+        ]
+        page.evaluate(SHOWN, hostile)
+        assert page.evaluate(HARMLESS) == [] and page.evaluate("window.hacked") is None
+
+        metrics = page.context.new_cdp_session(page)
+        metrics.send("Performance.enable")
+
+        def seconds():
+            found = metrics.send("Performance.getMetrics")["metrics"]
+            return next(one["value"] for one in found if one["name"] == "ThreadTime")
+
+        slow = {}
+        for part in LONG:
+            before = seconds()
+            page.evaluate(SHOWN, [part * (200_000 // len(part))])
+            slow[part] = seconds() - before
+        assert max(slow.values()) < 2 and wrong == [], slow
+
+
+def test_consent_after_the_answer(opened, tiny, tmp_path):
     """The next opinion sends the text, once; withdrawn consent stays withdrawn, and is told."""
     with (
         FeedbackStore(tmp_path / "f.sqlite") as store,
         serving(*tiny, feedback=store) as (url, server),
     ):
         script(server, "An answer")
-        page, wrong = opened(browser, url)
+        page, wrong = opened(url)
         send(page, "Hi")
-        status(page, "tokens/s")
+        status(page, "tokens? in")
         bodies = []
         page.on("request", lambda request: bodies.append(request.post_data or ""))
         page.get_by_label("Keep my conversations").check()
-        page.get_by_role("button", name="Good").click()
+        page.get_by_role("button", name="Good answer").click()
         status(page, "stored, with the conversation")
         (kept,) = store.answers().values()
         assert kept.choices == [[{"role": "assistant", "content": "An answer"}]]
         store.forget(kept.response_id)
-        page.get_by_role("button", name="Bad").click()
+        page.get_by_role("button", name="Bad answer").click()
         status(page, "not kept, since its consent was withdrawn")
-        page.get_by_role("button", name="Good").click()
+        page.get_by_role("button", name="Good answer").click()
         status(page, "not kept, since its consent was withdrawn")
         assert ["An answer" in body for body in bodies] == [True, False, False]  # sent once
         assert not store.answers() and wrong == []
 
 
-def test_numbers_for_an_answer(browser, tiny, tmp_path):
+def test_numbers_for_an_answer(opened, tiny, tmp_path):
     settings = Settings([
         Rating("stars", "number", "higher", low=1, high=5),
         Rating("solved", "boolean", "higher", "conversation"),
@@ -211,45 +289,43 @@ def test_numbers_for_an_answer(browser, tiny, tmp_path):
         serving(*tiny, feedback=store, monitoring=settings) as (url, server),
     ):
         script(server, "An answer")
-        page, wrong = opened(browser, url)
+        page, wrong = opened(url)
         send(page, "Hi")
-        status(page, "tokens/s")
-        rate = page.get_by_role("button", name="Rate")
-        rate.click()
+        status(page, "tokens? in")
+        more(page, "Rate")
         page.get_by_label("stars (higher is better)").fill("4.5")
         page.get_by_label("solved, of the conversation").select_option("no")
         assert page.evaluate(NAMELESS) == []
-        page.screenshot(path=tmp_path / "rate.png")
         page.get_by_role("button", name="Save").click()
         status(page, "stored")
         (given,) = store.opinions()
         assert given.metrics == (("stars", 4.5), ("solved", 0.0)) and given.conversation_id
-        rate.click()
+        more(page, "Rate")
         page.keyboard.press("Escape")
         page.locator("form.box").wait_for(state="detached")
         assert len(store.opinions()) == 1 and wrong == []
 
 
-def test_an_answer_belongs_to_its_conversation(browser, tiny, tmp_path):
+def test_an_answer_belongs_to_its_conversation(opened, tiny, tmp_path):
     with (
         FeedbackStore(tmp_path / "f.sqlite") as store,
         serving(*tiny, feedback=store, pause=0.03) as (url, server),
     ):
         script(server, "old " * 40, "new " * 20, "again " * 20)
-        page, wrong = opened(browser, url)
+        page, wrong = opened(url)
         page.get_by_label("Keep my conversations").check()
         send(page, "First")
         page.get_by_text("old old").wait_for()
         page.get_by_role("button", name="New").click()  # while it is written
         send(page, "Second")
         page.get_by_text("new new").wait_for()
-        status(page, "tokens/s")
+        status(page, "tokens? in")
         articles = page.get_by_role("article").all_inner_texts()
         assert len(articles) == 2 and "old" not in "".join(articles)
         (kept,) = store.answers().values()
         assert [m["content"] for m in kept.prompt] == ["Second"]
 
-        page.get_by_role("button", name="Again").click()
+        page.get_by_role("button", name="Regenerate").click()
         page.get_by_text("again again").wait_for()
         page.get_by_text("new new").wait_for()  # stays until the other one is whole
         page.keyboard.press("Escape")
@@ -259,10 +335,10 @@ def test_an_answer_belongs_to_its_conversation(browser, tiny, tmp_path):
         assert page.evaluate("document.activeElement.id") == "text" and wrong == []
 
 
-def test_an_answer_that_is_not_complete(browser, tiny):
+def test_an_answer_that_is_not_complete(opened, tiny):
     with serving(*tiny) as (url, server):
         script(server, "word " * 60, "word " * 60)
-        page, _ = opened(browser, url)
+        page, _ = opened(url)
         page.get_by_role("button", name="Settings").click()
         page.get_by_label("Longest answer").fill("10")
         send(page, "Hi")
@@ -282,13 +358,13 @@ def test_an_answer_that_is_not_complete(browser, tiny):
         status(page, "the answer broke off")
 
 
-def test_a_conversation_longer_than_the_context(browser, tiny):
+def test_a_conversation_longer_than_the_context(opened, tiny):
     _, tokenizer = tiny
     text = "The tree sees the river. "
     text *= 170 // len(tokenizer.encode(text))
     with serving(*tiny) as (url, server):
         script(server, "One", "Two", "Three", "Three again")
-        page, _ = opened(browser, url)
+        page, _ = opened(url)
         page.get_by_role("button", name="Settings").click()
         page.get_by_label("Longest answer").fill("60")
         for number, said in (("1", "One"), ("2", "Two")):
@@ -308,10 +384,10 @@ def test_a_conversation_longer_than_the_context(browser, tiny):
         assert forget.count() == 0
 
 
-def test_stop_and_errors(browser, tiny):
+def test_stop_and_errors(opened, tiny):
     key = "a-key-of-this-server"
     with serving(*tiny, pause=0.05, keys=[key]) as (url, server):
-        page, _ = opened(browser, url)
+        page, _ = opened(url)
         status(page, "an API key is needed")
         page.get_by_role("button", name="Settings").click()
         page.get_by_label("API key").fill(key)
@@ -333,7 +409,153 @@ def test_stop_and_errors(browser, tiny):
         status(page, "temperature: wanted a number from 0 to 2, got 7")
 
 
-def test_rank(browser, tiny, tmp_path):
+def titles(page):
+    return page.locator("#list .title").all_inner_texts()
+
+
+def test_conversations_are_kept_in_the_browser(opened, tiny):
+    with serving(*tiny, keys=["a-key-of-this-server"]) as (url, server):
+        script(server, *(f"Answer {i}" for i in range(1, 5)))
+        page, _ = opened(url)
+        page.get_by_role("button", name="Settings").click()
+        page.get_by_label("API key").fill("a-key-of-this-server")
+        page.keyboard.press("Tab")
+        status(page, "^$")
+        send(page, f"First {HOSTILE}\nof two lines")
+        page.get_by_text("Answer 1").wait_for()
+        status(page, "tokens? in")
+        page.get_by_role("button", name="New").click()
+        send(page, "Second")
+        page.get_by_text("Answer 2").wait_for()
+        status(page, "tokens? in")
+        assert titles(page) == ["Second", f"First {HOSTILE}"[:59] + "…"]
+
+        asked = []
+
+        def note(request):
+            asked.append(request)
+
+        page.on("request", note)
+        page.reload()
+        page.get_by_text("Answer 2").wait_for()
+        status(page, "^$")
+        page.locator("#list .title").nth(1).click()
+        page.get_by_text("Answer 1").wait_for()
+        assert page.get_by_role("article", name="You").locator(".text").inner_text() == (
+            f"First {HOSTILE}\nof two lines"
+        )
+        page.get_by_role("button", name="More about Second").click()
+        page.get_by_role("menuitem", name="Rename").click()
+        page.get_by_label("Name of the conversation").fill(f"Renamed {HOSTILE}")
+        page.keyboard.press("Enter")
+        assert titles(page)[0] == f"Renamed {HOSTILE}"
+        assert page.evaluate("window.hacked") is None and page.locator("img").count() == 0
+        assert page.evaluate(NAMELESS) == []
+        page.remove_listener("request", note)
+        assert [r.url for r in asked if r.method != "GET"] == []  # nothing leaves the browser
+        assert "Second" not in "".join(r.url for r in asked)
+        kept = page.evaluate("JSON.stringify(localStorage)")
+        assert "Answer 1" in kept and "a-key-of-this-server" not in kept
+
+        send(page, "And then?")  # the first conversation goes on, and is the newest now
+        page.get_by_text("Answer 3").wait_for()
+        status(page, "tokens? in")
+        assert titles(page)[0].startswith("First")
+        # reloaded while an answer is written: the message is not lost
+        page.route("**/v1/chat/completions", lambda route: None)
+        send(page, "Unanswered")
+        status(page, "writing")
+        page.reload()
+        page.unroute_all()  # not before: the request would go on to the server
+        status(page, "The last message has no answer yet")
+        assert page.get_by_label("Message", exact=True).input_value() == "Unanswered"
+        assert page.get_by_role("article").count() == 4
+        page.keyboard.press("Enter")
+        page.get_by_text("Answer 4").wait_for()
+        status(page, "tokens? in")
+
+        page.evaluate(
+            "localStorage.setItem('full',"
+            " 'x'.repeat(5 * 2**20 - JSON.stringify(localStorage).length - 200))"
+        )
+        page.get_by_role("article", name="You").last.hover()
+        page.get_by_role("button", name="More about this answer").last.click()
+        page.get_by_role("menuitem", name="Correct").click()
+        page.locator("form.box textarea").fill("longer " * 100)
+        page.keyboard.press("Control+Enter")
+        status(page, "Not kept: this browser's storage is full")
+        page.evaluate("localStorage.removeItem('full')")
+
+        questions = []
+        page.on("dialog", lambda dialog: (questions.append(dialog.message), dialog.accept()))
+        page.get_by_role("button", name="More about First").click()
+        page.get_by_role("menuitem", name="Delete").click()  # the one that is open
+        assert page.get_by_role("article").count() == 0 and titles(page) == [f"Renamed {HOSTILE}"]
+        assert "Answer 1" not in page.evaluate("JSON.stringify(localStorage)")
+        # another page of this browser
+        page.locator("#list .title").click()
+        page.get_by_text("Answer 2").wait_for()
+        other = page.context.new_page()
+        other.goto(page.url)
+        other.get_by_text("Answer 2").wait_for()
+        other.evaluate(
+            "Object.keys(localStorage).filter((key) => key.includes('conversation'))"
+            ".forEach((key) => localStorage.removeItem(key))"
+        )
+        page.get_by_text("Answer 2").wait_for(state="detached")
+        other.close()
+        assert titles(page) == [] and len(questions) == 1 and "First" in questions[0]
+
+
+def test_a_server_that_does_not_answer(opened, tiny):
+    with serving(*tiny) as (url, server):
+        script(server, "Answer 1", "Answer 2")
+        page, wrong = opened(f"{url}/page/icon.svg")
+        page.route("**/v1/**", lambda route: route.abort())
+        opened(url)
+        status(page, "The server does not answer. Is it running?")
+        page.unroute_all()
+        again = page.get_by_role("button", name="Try again")
+        again.click()
+        status(page, "^$")
+        page.route("**/v1/**", lambda route: route.abort())
+        send(page, "Hi")
+        status(page, "The server does not answer. Is it running?")
+        assert page.get_by_label("Message", exact=True).input_value() == "Hi"
+        assert page.get_by_role("article").count() == 0
+        page.unroute_all()
+        again.click()
+        page.get_by_text("Answer 1").wait_for()
+        assert page.get_by_role("article").count() == 2
+        page.route("**/v1/**", lambda route: route.fulfill(status=502, body="<html>Bad gateway"))
+        page.get_by_role("button", name="Regenerate").click()
+        status(page, "Bad Gateway")
+        page.unroute_all()
+        again.click()
+        page.get_by_text("Answer 2").wait_for()
+        assert page.get_by_text("Answer 1").count() == 0
+        assert all("Failed to load resource" in line for line in wrong), wrong
+
+
+def test_a_page_by_http_from_another_machine(opened, tiny):
+    """Browsers have neither crypto.randomUUID nor a clipboard there."""
+    with serving(*tiny) as (url, server):
+        script(server, "An answer\n```\nx = 1\n```")
+        page, wrong = opened(url.replace("127.0.0.1", "elsewhere.test"))
+        assert not page.evaluate("isSecureContext")
+        send(page, "Hi")
+        page.get_by_text("An answer").wait_for()
+        for name, copied in (("Copy answer", "An answer\n```\nx = 1\n```"), ("Copy", "x = 1")):
+            page.get_by_role("button", name=name, exact=True).click()
+            page.get_by_text("Copied").wait_for()
+            page.get_by_label("Message", exact=True).fill("")
+            page.keyboard.press("Control+V")
+            assert page.get_by_label("Message", exact=True).input_value() == copied
+            page.get_by_text("Copied").wait_for(state="detached")
+        assert wrong == []
+
+
+def test_rank(opened, tiny, tmp_path):
     base = tmp_path / "answers.sqlite"
     with RankingStore(base, create=True) as store:
         for i in range(2):
@@ -341,7 +563,7 @@ def test_rank(browser, tiny, tmp_path):
             answers = tuple([{"role": "assistant", "content": text}] for text in texts)
             store.add([Unranked([{"role": "user", "content": f"Which, {i}? {HOSTILE}"}], answers)])
     with serving(*tiny, ranking=base) as (url, _):
-        page, wrong = opened(browser, url + "/rank")
+        page, wrong = opened(url + "/rank")
 
         def order():
             return [t.split()[0] for t in page.locator("[role=listitem] .text").all_inner_texts()]
@@ -359,7 +581,6 @@ def test_rank(browser, tiny, tmp_path):
                 place(name, at)
             assert order() == ["third", "second", "first"]
             if rater == "Ann":
-                page.screenshot(path=tmp_path / "rank.png", full_page=True)
                 page.get_by_role("listitem").nth(2).focus()
                 page.keyboard.press("=")
                 assert page.locator(".place").all_inner_texts() == ["1.", "2.", "2."]
@@ -395,7 +616,8 @@ def test_rank(browser, tiny, tmp_path):
         assert said == {"third": 0, "second": 1, "first": 1}
 
 
-def test_dashboard(browser, tiny, tmp_path):
+def test_dashboard(opened, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(monitor, "CACHE_SECONDS", 0)  # what is there is seen at once
     key = "a-key-of-this-server"
     stars = Rating("stars", "number", "higher", low=1, high=5)
     rules = Rules((
@@ -409,7 +631,7 @@ def test_dashboard(browser, tiny, tmp_path):
             url, server,
         ),
     ):  # fmt: skip
-        page, wrong = opened(browser, url + "/dashboard", viewport={"width": 1280, "height": 900})
+        page, wrong = opened(url + "/dashboard")
         status(page, "an API key is needed")
         wrong.clear()  # the browser's line about the 401
         page.get_by_label("API key").fill(key)
@@ -455,7 +677,6 @@ def test_dashboard(browser, tiny, tmp_path):
         for scheme in ("light", "dark"):
             page.emulate_media(color_scheme=scheme)
             assert page.evaluate(PALE) == []
-            page.screenshot(path=tmp_path / f"{scheme}.png", full_page=True)
         page.set_viewport_size({"width": 360, "height": 740})
         page.wait_for_timeout(400)  # charts are drawn again
         assert not page.evaluate(TOO_WIDE)
@@ -473,7 +694,7 @@ def test_dashboard(browser, tiny, tmp_path):
         ([300], "#century", "Hour"),
     ],
 )
-def test_the_dashboard_opens_on_what_has_answers(browser, tiny, tmp_path, ago, wanted, shown):
+def test_the_dashboard_opens_on_what_has_answers(opened, tiny, tmp_path, ago, wanted, shown):
     """The shortest period that has some, unless the address names one."""
     with (
         FeedbackStore(tmp_path / "f.sqlite") as store,
@@ -481,7 +702,7 @@ def test_the_dashboard_opens_on_what_has_answers(browser, tiny, tmp_path, ago, w
     ):
         for seed, seconds in enumerate(ago):
             fill(store, 20, days=0.001, now=time.time() - seconds, seed=seed)
-        page, wrong = opened(browser, f"{url}/dashboard{wanted}")
+        page, wrong = opened(f"{url}/dashboard{wanted}")
         page.wait_for_load_state("networkidle")
         status(page, "updated")
         assert page.locator("#windows [aria-pressed=true]").all_inner_texts() == [shown]

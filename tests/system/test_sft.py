@@ -329,7 +329,7 @@ def test_another_model_is_another_training(base, data, tmp_path) -> None:
     tokenizer.save(other)
     stage = options(data=(data,), epochs=1)
     stage(tmp_path / "sft", model=base)
-    with pytest.raises(InputError, match="is of another run: base was"):
+    with pytest.raises(InputError, match="is of another run: the model is not the same"):
         stage(tmp_path / "sft", model=other)
 
 

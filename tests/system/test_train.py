@@ -20,7 +20,7 @@ from fastlm.errors import InputError
 from fastlm.train import loop
 from fastlm.train.loop import Interrupted, NonFiniteError
 from fastlm.train.schedule import due, learning_rate, micro_batches, progress
-from fastlm.train.state import list_checkpoints, prune
+from fastlm.train.state import difference, list_checkpoints, prune
 
 TIMES = ("seconds", "tokens_per_second", "progress")
 STEP_TOKENS = OPTIONS.accumulate * 4 * tiny_run.SEQ  # batches of 4 windows
@@ -438,3 +438,13 @@ def test_full_disk_leaves_the_last_checkpoint(data, tmp_path, monkeypatch):
         start(data, tmp_path)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir() if p.name[0] == "."] == []
     assert list_checkpoints(tmp_path)[-1].name == "step-00000010"
+
+
+def test_another_run_is_told_by_its_options_and_not_by_hashes():
+    saved = {"lr": 0.1, "heldout": "e3b0", "data": "77aa", "loss": "sigmoid"}
+    now = {**saved, "heldout": "0c11", "loss": "kto", "weight": 2.0}
+    assert difference(saved, now) == "loss was 'sigmoid', now 'kto', weight was None, now 2.0"
+    assert difference(saved, now, ("loss",)) == "weight was None, now 2.0"
+    now = {**saved, "heldout": "0c11", "data": "1"}
+    rows = "the held-out rows are not the same and the rows of the data are not the same"
+    assert difference(saved, now) == rows and difference(saved, dict(saved)) == ""

@@ -1,5 +1,11 @@
 """Recipes: what is read, what is refused and with which message; shipped recipes are valid."""
 
+<<<<<<< HEAD:tests/unit/test_recipe.py
+=======
+import json
+from pathlib import Path
+
+>>>>>>> 4275e90a10fe664d4561255ca774f05604562ad9:tests/test_recipe.py
 import pytest
 import tiny_recipe
 from paths import ROOT
@@ -123,9 +129,31 @@ def test_files_that_are_no_recipe(tmp_path):
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
-def test_shipped_recipes_are_valid(path):
+def test_shipped_recipes_are_valid_from_any_folder(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     recipe = load_recipe(path)
     assert recipe.name == path.stem and recipe.description
+
+
+def test_settings_are_beside_the_recipe_and_all_else_in_the_current_folder(tmp_path, monkeypatch):
+    improve = next(path for path in SHIPPED if path.stem == "improve")
+    (tmp_path / "here").mkdir()
+    (tmp_path / "gates").mkdir()
+    recipe, gates = tmp_path / "r.toml", tmp_path / "gates" / "improve.toml"
+    recipe.write_text(improve.read_text())
+    gates.write_text((improve.parent / "gates" / "improve.toml").read_text())
+    monkeypatch.chdir(tmp_path / "here")
+    read = load_recipe("../r.toml")
+    assert stage(read, "gate").gates == "../gates/improve.toml"
+    assert stage(read, "feedback").database == ("feedback.db",)
+    (tmp_path / "here" / "mine.toml").write_text(gates.read_text())
+    assert stage(load_recipe("../r.toml", ["gate.gates=mine.toml"]), "gate").gates == "mine.toml"
+    # of a run: as it was used
+    (tmp_path / "recipe.json").write_text(json.dumps(read.table))
+    assert load_recipe("../recipe.json").steps == read.steps
+    gates.unlink()
+    with pytest.raises(InputError, match=r"\.\./gates/improve\.toml: wanted a readable"):
+        load_recipe("../r.toml")
 
 
 MORE = """

@@ -141,7 +141,8 @@ def test_truncated_missing_or_foreign_files(shards):
     with pytest.raises(InputError, match="wanted a folder of token shards"):
         TokenDataset(shards / "none")
     index = json.loads((shards / "index.json").read_text())
-    outside = [{**index["shards"][0], "file": "../x.bin"}]
+    first, *others = index["shards"]
+    files = ("../x.bin", "\0", "00000\0.bin", "", "a" * 300)
     for change in (
         {"format": "x"},
         {"dtype": "int8"},
@@ -151,7 +152,7 @@ def test_truncated_missing_or_foreign_files(shards):
         {"vocab_size": 1.5},
         {"eos_id": None},
         {"shards": []},
-        {"shards": outside},
+        *({"shards": [{**first, "file": file}, *others]} for file in files),
         {"shards": 3},
         {"shards": [1, 2]},
         {"shards": [{**index["shards"][0], "tokens": "many"}]},

@@ -46,6 +46,7 @@ class Safety(Stage):
     }  # fmt: skip
     leaves = {"scores": "scores.json"}
     partial = (RECORDS,)
+    settings_in = ("gate",)
     result = {"models": dict[str, dict[str, Any]], "failed": list[str]}
 
     measures: Annotated[tuple[str, ...], f"Of {', '.join(MEASURES)}"] = MEASURES

@@ -1,17 +1,20 @@
-// The chat page. The conversation is in this page alone: a reload forgets it.
+// The chat page: a conversation with the model. Conversations are kept in the browser (conversations.js).
 
-import { $, ask, button, el, show, themes, write } from "./common.js";
+import { $, ask, button, copy, el, iconButton, menu, randomId, say, themes, took, write } from "./common.js";
+import { idOf, list, load, remove, save, titleOf } from "./conversations.js";
+import { numbers, opine } from "./feedback.js";
+import { show } from "./markdown.js";
 
 const KEPT = ["system", "temperature", "top_p", "max_tokens"]; // settings that a reload keeps
 let model = { id: "", fastlm: {} };
-let turns = []; // {role, content, node, id, choice, texts, sent}
-let conversation = crypto.randomUUID();
+let conversation; // {id, title, updated, turns: [{role, content, node, id, choice, texts, ends, sent, seen, tokens, thumb}]}
 let running = null; // AbortController of the answer that is written
-let generation = 0; // of conversations: what was asked in an older one is not shown in this one
+let troubled = false; // the status says why the model is not known
+let pending = null; // two answers of which none is picked yet
 
-const say = (text) => { $("status").textContent = text; };
 const see = (node) => node.scrollIntoView({ block: "end" });
 const number = (id) => ($(id).value === "" ? undefined : Number($(id).value));
+const address = () => location.hash.slice(1);
 
 async function start() {
   themes("theme");
@@ -21,24 +24,36 @@ async function start() {
   }
   $("key").value = sessionStorage.getItem("key") ?? "";
   $("key").onchange = () => { sessionStorage.setItem("key", $("key").value); describe(); };
+  open(address());
   await describe();
 }
 
+/** Ask what the model is. Whether the server said so. */
 async function describe() {
   try {
     model = (await (await ask("/v1/models")).json()).data[0];
     $("model").textContent = model.id;
     $("consent-label").hidden = !model.fastlm.feedback;
-    say(model.fastlm.chat ? "" : "This model has no chat template: it cannot chat.");
-  } catch (error) { say(error.message); }
+    if (!model.fastlm.chat) say("This model has no chat template: it cannot chat.");
+    else if (troubled) say("");
+    troubled = false;
+    draw(); // answers of before have their buttons now
+    return true;
+  } catch (error) {
+    troubled = true;
+    say(error.message, ...retry(error, describe));
+    return false;
+  }
 }
+
+const retry = (error, action) => (error.passing ? [button("Try again", action)] : []);
 
 // ---- asking
 
-function messages(until = turns.length) {
+function messages(until = conversation.turns.length) {
   const system = $("system").value.trim();
   return [...(system ? [{ role: "system", content: system }] : []),
-    ...turns.slice(0, until).map(({ role, content }) => ({ role, content }))];
+    ...conversation.turns.slice(0, until).map(({ role, content }) => ({ role, content }))];
 }
 
 function body(n, until) {
@@ -47,17 +62,18 @@ function body(n, until) {
     model: model.id, messages: messages(until), n, stream: true,
     stream_options: { include_usage: true }, temperature: number("temperature"),
     top_p: number("top_p"), max_tokens: number("max_tokens"), seed: number("seed"),
-    ...(consented ? { store: true, conversation_id: conversation } : {}),
+    ...(consented ? { store: true, conversation_id: conversation.id } : {}),
   };
 }
 
 /** Read server-sent events of a response. */
 async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  const broken = Object.assign(new Error("the answer broke off: its connection has ended"), { passing: true });
   let held = "";
   for (;;) {
-    const { value, done } = await reader.read();
-    if (done) throw new Error("the answer broke off: its connection has ended");
+    const { value, done } = await reader.read().catch((error) => { throw error.name === "AbortError" ? error : broken; });
+    if (done) throw broken;
     held += value;
     const lines = held.split("\n\n");
     held = lines.pop();
@@ -74,8 +90,7 @@ async function* events(response) {
 /** Ask for the next turn. ``old``: the answer that it replaces once it is whole. */
 async function answer(old = null) {
   const n = $("two").checked ? 2 : 1;
-  const asked = body(n, old ? turns.indexOf(old) : turns.length);
-  const mine = generation;
+  const asked = body(n, old ? conversation.turns.indexOf(old) : undefined);
   const texts = Array(n).fill("");
   const parts = texts.map(() => el("div", { className: "text" }));
   const pair = el("div", { className: n > 1 ? "pair" : "single" }, ...parts.map((part, i) =>
@@ -87,52 +102,62 @@ async function answer(old = null) {
   $("stop").hidden = false; $("send").disabled = true;
   $("text").focus({ preventScroll: true });
   say("writing …");
-  let id, first, usage, failed = "", full = false;
+  const began = performance.now();
+  let id, first, usage, failed = null, frame = 0;
   const ends = Array(n).fill("");
+  const drawn = () => {
+    frame = 0;
+    const page = document.documentElement; // who reads further up is left there
+    const follows = scrollY + innerHeight > page.scrollHeight - 150;
+    parts.forEach((part, i) => show(part, texts[i]));
+    if (follows) see(pair);
+  };
   try {
     const response = await ask("/v1/chat/completions", asked, control.signal);
     for await (const event of events(response)) {
-      if (mine !== generation) return;
+      if (running !== control) return;
       id = event.id;
       usage = event.usage ?? usage;
-      const page = document.documentElement; // who reads further up is left there
-      const follows = scrollY + innerHeight > page.scrollHeight - 150;
       for (const { index, delta, finish_reason } of event.choices) {
         ends[index] = finish_reason ?? ends[index];
         if (!delta.content) continue;
         first ??= performance.now();
         texts[index] += delta.content;
-        show(parts[index], texts[index]);
+        frame ||= setTimeout(drawn, 30);
       }
-      if (follows) see(pair);
     }
   } catch (error) {
-    failed = error.name === "AbortError" ? "stopped" : error.message;
-    full = error.code === "context_length_exceeded";
+    failed = error.name === "AbortError" ? new Error("stopped") : error;
   }
-  if (mine !== generation) return; // "New" has cleaned up
-  const seconds = (performance.now() - first) / 1000;
-  const speed = usage && usage.completion_tokens > n
-    ? `${usage.completion_tokens} tokens, ${((usage.completion_tokens - n) / seconds).toFixed(1)} tokens/s`
-    : "";
+  clearTimeout(frame);
+  if (running !== control) return; // another conversation was opened
+  drawn();
+  const now = performance.now();
+  const time = usage && first ? took(usage.completion_tokens, n, (now - began) / 1000, (now - first) / 1000) : "";
   idle();
-  say(failed || speed);
-  const whole = !failed;
+  say(failed?.message ?? time);
   if (!texts.some((text) => text)) {
     pair.remove();
     if (!failed) say("The answer is empty.");
     if (!old) takeBack();
-    if (full) offerToForget(old);
+    if (failed?.code === "context_length_exceeded") offerToForget(old);
+    else if (failed) say(failed.message, ...retry(failed, () => (old ? again(old) : $("form").requestSubmit())));
     return;
   }
-  if (old && !whole) { pair.remove(); say(`${failed}; the answer before it stays`); return; }
-  if (old) cut(turns.indexOf(old));
+  if (old && failed) {
+    pair.remove();
+    say(`${failed.message}; the answer before it stays`, ...retry(failed, () => again(old)));
+    return;
+  }
+  if (old) cut(conversation.turns.indexOf(old));
   const turn = {
-    role: "assistant", texts, ends, id: whole ? id : null, sent: Boolean(asked.store),
+    role: "assistant", texts, ends, id: failed ? null : id, sent: Boolean(asked.store),
     seen: asked.messages, tokens: usage?.completion_tokens,
   };
-  if (n === 1) settle(turn, 0, pair, speed);
-  else choose(turn, pair, speed);
+  if (n === 1) settle(turn, 0, pair, time);
+  else choose(turn, pair, time);
+  if (failed) say(failed.message, ...retry(failed, () => again(turn)));
+  keep();
 }
 
 /** No answer is being written. */
@@ -144,62 +169,97 @@ function idle() {
 
 /** Nothing came of the last message: it goes back to where it was written. */
 function takeBack() {
-  const last = turns.at(-1);
+  const last = conversation.turns.at(-1);
   if (last?.role !== "user") return;
-  turns.pop();
-  last.node.remove();
+  conversation.turns.pop();
+  last.node?.remove();
   $("text").value ||= last.content;
+  keep();
 }
 
 /** The conversation is longer than the model's context: offer to ask without its oldest turn. */
 function offerToForget(old) {
+  const { turns } = conversation;
   const before = old ? turns.indexOf(old) - 1 : turns.length; // turns that the question does not need
   if (before < 1) return; // the message alone is too long
   const next = turns.findIndex((turn, i) => i > 0 && turn.role === "user");
   $("status").append(" ", button("Forget the oldest turn", () => {
     if (running) return;
     for (const turn of turns.splice(0, next < 0 ? before : next)) turn.node.remove();
+    keep();
     if (old) again(old);
     else $("form").requestSubmit();
   }));
 }
 
 /** Let the user pick one of two answers. */
-function choose(turn, pair, speed) {
+function choose(turn, pair, time) {
   const pick = (i) => {
     if (pending !== turn) return; // the conversation went on without them
     document.removeEventListener("keydown", keys);
-    settle(turn, i, pair, speed);
-    if (turn.id) opine(turns.at(-1), { preferred_over: [{ choice: 1 - i }] });
+    settle(turn, i, pair, time);
+    keep();
+    if (turn.id) tell(turn, { preferred_over: [{ choice: 1 - i }] });
     $("text").focus();
   };
   const keys = (event) => { if (event.altKey && "12".includes(event.key)) pick(Number(event.key) - 1); };
   document.addEventListener("keydown", keys);
   [...pair.children].forEach((part, i) => part.append(
     button(`Pick answer ${i + 1}`, () => pick(i), { className: "main", title: `Alt+${i + 1}` })));
-  pair.querySelector("button").focus({ preventScroll: true });
+  pair.querySelector("button.main").focus({ preventScroll: true });
   see(pair);
   pending = turn;
 }
-let pending = null; // two answers of which none is picked yet
 
 /** Make one of the texts the next turn of the conversation. */
-function settle(turn, i, pair, speed) {
+function settle(turn, i, pair, time) {
   pending = null;
-  const node = el("article", { className: "assistant", ariaLabel: "Answer" }, el("div", { className: "text" }));
-  show(node.firstChild, turn.texts[i]);
-  Object.assign(turn, { content: turn.texts[i], choice: i, node });
-  pair.replaceWith(node);
-  turns.push(turn);
-  tools(turn, speed);
-  if (turn.ends[i] === "length") tellCut(turn);
+  Object.assign(turn, { content: turn.texts[i], choice: i });
+  conversation.turns.push(turn);
+  assistant(turn, time);
+  pair.replaceWith(turn.node);
+  see(turn.node);
+}
+
+// ---- turns on the page
+
+/** The element of an answer. */
+function assistant(turn, time = "") {
+  turn.node = el("article", { className: "assistant", ariaLabel: "Answer" }, el("div", { className: "text" }));
+  show(turn.node.firstChild, turn.content);
+  const row = el("div", { className: "row tools" });
+  row.append(button("Regenerate", () => again(turn), { title: "Another answer instead of this one" }));
+  const more = [["Correct", () => correct(turn)]];
+  if (model.fastlm.feedback && turn.id) {
+    const thumbs = [["up", "Good answer"], ["down", "Bad answer"]].map(([thumb, name]) => iconButton(thumb, name, async () => {
+      if (!await tell(turn, { thumb })) return;
+      turn.thumb = thumb;
+      keep();
+      pressed();
+    }));
+    const pressed = () => thumbs.forEach((made, i) => { made.ariaPressed = String(turn.thumb === ["up", "down"][i]); });
+    pressed();
+    row.append(...thumbs);
+    more.unshift(["Comment", async () => {
+      const comment = await write(turn.node, "What is good or bad about it?");
+      if (comment?.trim()) await tell(turn, { comment });
+    }]);
+    if (model.fastlm.metrics?.length) more.splice(1, 0, ["Rate", async () => {
+      const metrics = await numbers(turn.node, model.fastlm.metrics);
+      if (metrics !== null && Object.keys(metrics).length) await tell(turn, { metrics });
+    }]);
+  }
+  const copier = iconButton("copy", "Copy answer", () => copy(copier, turn.content));
+  row.append(copier, menu("More about this answer", more), el("span", { className: "quiet", textContent: time }));
+  turn.node.append(row);
+  if (turn.ends?.[turn.choice] === "length") tellCut(turn);
 }
 
 /** Say that an answer is not complete. */
 function tellCut(turn) {
   const limit = Number($("max_tokens").value);
   const most = turn.texts.length === 1 && turn.tokens || limit;
-  turn.node.append(el("div", { className: "row tools" },
+  turn.node.append(el("div", { className: "row" },
     el("span", { className: "quiet", textContent: most ? `Cut at ${most} tokens.` : "Cut." }),
     button("Answer again with twice as many", () => {
       $("max_tokens").value = 2 * (limit || most || 512);
@@ -208,61 +268,14 @@ function tellCut(turn) {
     })));
 }
 
-function tools(turn, speed) {
-  const row = el("div", { className: "row tools" });
-  row.append(button("Again", () => again(turn), { title: "Another answer instead of this one" }));
-  if (model.fastlm.feedback && turn.id) {
-    const thumb = (name, label) => button(label, async (event) => {
-      if (await opine(turn, { thumb: name })) {
-        for (const other of row.querySelectorAll("[aria-pressed]")) other.ariaPressed = "false";
-        event.target.ariaPressed = "true";
-      }
-    }, { ariaPressed: "false" });
-    row.append(thumb("up", "Good"), thumb("down", "Bad"), button("Comment", async () => {
-      const comment = await write(turn.node, "What is good or bad about it?");
-      if (comment?.trim()) await opine(turn, { comment });
-    }));
-    if (model.fastlm.metrics?.length) row.append(button("Rate", async () => {
-      const metrics = await numbers(turn.node);
-      if (metrics !== null && Object.keys(metrics).length) await opine(turn, { metrics });
-    }));
-  }
-  row.append(button("Correct", () => correct(turn), { title: "Write what the answer should have been" }));
-  row.append(el("span", { className: "quiet", textContent: speed }));
-  turn.node.append(row);
-  see(turn.node);
-}
-
-/** A form with the numbers that the server asks for, under ``node``. Resolves to those given, or null. */
-function numbers(node) {
-  return new Promise((resolve) => {
-    const asked = model.fastlm.metrics.map(({ name, kind, low, high, level, better }) => {
-      const input = kind === "boolean"
-        ? el("select", {}, ...["", "yes", "no"].map((text) => el("option", { value: text, textContent: text })))
-        : el("input", { type: "number", min: low, max: high, step: "any", placeholder: `${low} to ${high}` });
-      const about = `${name}${level === "conversation" ? ", of the conversation" : ""} (${better} is better)`;
-      return { name, input, label: el("label", {}, about, input) };
-    });
-    const done = (value) => { box.remove(); resolve(value); };
-    const box = el("form", { className: "box numbers" }, ...asked.map(({ label }) => label),
-      el("div", { className: "row" }, button("Cancel", () => done(null)),
-        el("button", { type: "submit", className: "main", textContent: "Save" })));
-    box.onsubmit = (event) => {
-      event.preventDefault();
-      const given = asked.filter(({ input }) => input.value !== "").map(({ name, input }) =>
-        [name, input.type === "number" ? Number(input.value) : input.value === "yes"]);
-      done(Object.fromEntries(given));
-    };
-    box.onkeydown = (event) => {
-      if (event.key === "Escape") { event.stopPropagation(); done(null); }
-    };
-    node.append(box);
-    asked[0].input.focus();
-  });
+async function tell(turn, what) {
+  const stored = await opine(turn, conversation.id, what);
+  keep(); // whether the conversation was sent
+  return stored;
 }
 
 async function again(turn) {
-  if (running || !turns.includes(turn)) return;
+  if (running || !conversation.turns.includes(turn)) return;
   if (pending) { say("Pick one of the two answers first."); return; }
   await answer(turn);
 }
@@ -271,26 +284,33 @@ async function correct(turn) {
   const stored = model.fastlm.feedback && turn.id ? " (what you write here is stored)" : "";
   const text = await write(turn.node, `The answer as it should have been${stored}`, turn.content);
   if (!text?.trim() || text === turn.content) return;
-  if (model.fastlm.feedback && turn.id && !await opine(turn, { corrected: text })) return;
+  if (model.fastlm.feedback && turn.id && !await tell(turn, { corrected: text })) return;
   turn.content = text;
   show(turn.node.querySelector(".text"), text);
+  keep();
 }
 
-/** Send an opinion about an answer; with the conversation, if the user consented since. */
-async function opine(turn, what) {
-  const given = { response_id: turn.id, conversation_id: conversation, choice: turn.choice, ...what };
-  const sends = $("consent").checked && !turn.sent; // once: consent may have been withdrawn since
-  if (sends) {
-    given.conversation = { consent: true, messages: turn.seen, choices: turn.texts };
-  }
-  try {
-    const { kept } = await (await ask("/v1/feedback", given)).json();
-    turn.sent ||= sends;
-    say(kept ? "Thank you: stored, with the conversation."
-      : `Thank you: stored; the text of the answer is not kept, since ${turn.sent
-        ? "its consent was withdrawn" : "nobody consented (Keep my conversations)"}.`);
-    return true;
-  } catch (error) { say(`Not stored: ${error.message}`); return false; }
+/** The element of a message, which is shown as it was written. */
+function user(turn) {
+  turn.node = el("article", { className: "user", ariaLabel: "You" }, el("div", { className: "text", textContent: turn.content }),
+    el("div", { className: "row tools" }, button("Edit", async () => {
+      const text = await write(turn.node, "Your message", turn.content);
+      if (!text?.trim() || running) return;
+      cut(conversation.turns.indexOf(turn));
+      await submit(text);
+    })));
+}
+
+async function submit(content) {
+  const turn = { role: "user", content };
+  conversation.turns.push(turn);
+  conversation.title ||= titleOf(content);
+  conversation.updated = Date.now();
+  keep();
+  user(turn);
+  $("log").append(turn.node);
+  see(turn.node);
+  await answer();
 }
 
 // ---- the conversation
@@ -298,23 +318,66 @@ async function opine(turn, what) {
 function cut(at) {
   if (pending) $("log").querySelector(".pair").remove();
   pending = null;
-  for (const turn of turns.splice(at)) turn.node.remove();
+  for (const turn of conversation.turns.splice(at)) turn.node.remove();
 }
 
-function user(content) {
-  const node = el("article", { className: "user", ariaLabel: "You" }, el("div", { className: "text" }));
-  const turn = { role: "user", content, node };
-  show(node.firstChild, content);
-  node.append(el("div", { className: "row tools" }, button("Edit", async () => {
-    const text = await write(node, "Your message", turn.content);
-    if (!text?.trim() || running) return;
-    cut(turns.indexOf(turn));
-    user(text);
-    await answer();
-  })));
-  turns.push(turn);
-  $("log").append(node);
-  see(node);
+/** Keep the conversation as it is now, unless it is empty, and its place in the list. */
+function keep() {
+  const empty = conversation.turns.length === 0;
+  if (empty) {
+    remove(conversation.id);
+    conversation.title = "";
+  } else {
+    try {
+      save(conversation);
+    } catch (error) { say(error.message); }
+  }
+  history.replaceState(null, "", empty ? location.pathname : `#${conversation.id}`);
+  refresh();
+}
+
+const refresh = () => list(conversation.id, (id) => { location.hash = id; }, changed);
+
+/** Another name, or none: the conversation with this id was renamed or deleted. */
+function changed(id) {
+  const stored = load(id);
+  if (id !== conversation.id) refresh();
+  else if (stored) { conversation.title = stored.title; refresh(); }
+  else begin();
+}
+
+/** Show the turns of the conversation. */
+function draw() {
+  if (running || pending) return;
+  for (const turn of conversation.turns) (turn.role === "user" ? user : assistant)(turn);
+  $("log").replaceChildren(...conversation.turns.map((turn) => turn.node));
+}
+
+/** Open the conversation with this id, or a new one. */
+function open(id) {
+  const control = running;
+  idle();
+  control?.abort();
+  pending = null;
+  conversation = load(id);
+  if (!conversation && id) history.replaceState(null, "", location.pathname); // it was deleted
+  conversation ??= { id: randomId(), title: "", updated: Date.now(), turns: [] };
+  say("");
+  draw();
+  const last = conversation.turns.at(-1);
+  if (last?.role === "user") {
+    takeBack();
+    say("The last message has no answer yet: here it is again.");
+  }
+  if (last) see($("log"));
+  $("browse").ariaExpanded = "false";
+  $("text").focus({ preventScroll: true });
+  refresh();
+}
+
+function begin() {
+  history.replaceState(null, "", location.pathname);
+  open("");
 }
 
 $("form").onsubmit = async (event) => {
@@ -322,9 +385,9 @@ $("form").onsubmit = async (event) => {
   const text = $("text").value;
   if (!text.trim() || running) return;
   if (pending) { say("Pick one of the two answers first."); return; }
+  if (!model.id && !await describe()) return;
   $("text").value = "";
-  user(text);
-  await answer();
+  await submit(text);
 };
 $("text").onkeydown = (event) => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
@@ -339,17 +402,17 @@ function stop() {
 }
 document.addEventListener("keydown", (event) => { if (event.key === "Escape") stop(); });
 $("stop").onclick = stop;
-$("new").onclick = () => {
-  generation += 1;
-  running?.abort();
-  idle();
-  turns = []; pending = null; conversation = crypto.randomUUID();
-  $("log").replaceChildren();
-  say("");
-  $("text").focus();
-};
+$("new").onclick = begin;
+$("browse").onclick = () => { $("browse").ariaExpanded = String($("browse").ariaExpanded !== "true"); };
 $("options").onclick = () => {
   $("settings").hidden = !$("settings").hidden;
   $("options").ariaExpanded = String(!$("settings").hidden);
+};
+window.onhashchange = () => { if (address() !== conversation.id) open(address()); };
+window.onstorage = ({ key, newValue }) => { // another page of this browser
+  if (idOf(key) === null && key !== null) return;
+  if (idOf(key) !== conversation.id || running || pending) refresh();
+  else if (newValue === null) begin();
+  else open(conversation.id);
 };
 start();

@@ -1,4 +1,4 @@
-// What both pages use. Text from models and users becomes text nodes, never HTML.
+// What the pages share. Text from models and users becomes text nodes, never HTML.
 
 export const $ = (id) => document.getElementById(id);
 
@@ -16,41 +16,113 @@ export function el(tag, properties = {}, ...children) {
 export const button = (text, onclick, more = {}) =>
   el("button", { type: "button", textContent: text, onclick, ...more });
 
+/** Say a line in #status, with what can be done about it. */
+export const say = (text, ...actions) => $("status").replaceChildren(text, ...actions.flatMap((action) => [" ", action]));
+
 export function headers() {
   const key = sessionStorage.getItem("key");
   return { "content-type": "application/json", ...(key ? { authorization: `Bearer ${key}` } : {}) };
 }
 
-/** The response to a POST, or GET without a body; the server's reason as an Error with its code. */
+/** The response to a POST, or GET without a body; else an Error with the server's reason and code, and
+ * ``passing`` where the same request may succeed later. */
 export async function ask(path, body, signal) {
   const options = body === undefined
     ? { headers: headers(), signal }
     : { method: "POST", headers: headers(), body: JSON.stringify(body), signal };
-  const response = await fetch(path, options);
+  const response = await fetch(path, options).catch((error) => {
+    throw error.name === "AbortError" ? error : Object.assign(
+      new Error("The server does not answer. Is it running?"), { passing: true });
+  });
   if (response.ok) return response;
-  let reason = response.statusText, code = null;
+  let reason = response.statusText || `status ${response.status}`, code = null;
   try {
     ({ message: reason, code } = (await response.json()).error);
   } catch { /* not ours: of a proxy */ }
   if (response.status === 401) reason = "an API key is needed (Settings)";
-  throw Object.assign(new Error(reason), { code });
+  throw Object.assign(new Error(reason), { code, passing: response.status >= 500 || response.status === 429 });
 }
 
-/** Show a text with its code blocks, `code` and **bold**. */
-export function show(node, text) {
-  node.replaceChildren();
-  text.split(/^```/m).forEach((part, i) => {
-    if (i % 2) {
-      const code = part.replace(/^[^\n]*\n?/, "");
-      node.append(el("pre", { tabIndex: 0 }, el("code", { textContent: code })));
-      return;
-    }
-    for (const piece of part.split(/(`[^`\n]+`|\*\*[^*\n]+\*\*)/)) {
-      if (/^`.+`$/.test(piece)) node.append(el("code", { textContent: piece.slice(1, -1) }));
-      else if (/^\*\*.+\*\*$/.test(piece)) node.append(el("strong", { textContent: piece.slice(2, -2) }));
-      else node.append(piece);
-    }
-  });
+/** What n answers took, from the question and from the first token on. A rate needs enough to be one. */
+export function took(tokens, n, seconds, writing) {
+  const rate = tokens - n >= 20 && writing >= 1 ? `, ${((tokens - n) / writing).toFixed(1)} tokens/s` : "";
+  return `${tokens} token${tokens === 1 ? "" : "s"} in ${seconds.toFixed(1)} s${rate}`;
+}
+
+/** A random id. crypto.randomUUID is missing where the page comes by http from another machine. */
+export function randomId() {
+  return [...crypto.getRandomValues(new Uint8Array(16))].map((n) => n.toString(16).padStart(2, "0")).join("");
+}
+
+/** Copy a text; say so on the button for a moment. */
+export async function copy(source, text) {
+  let copied = true;
+  try {
+    await navigator.clipboard.writeText(text);
+  } catch { // no permission, or by http from another machine: as browsers did before
+    const area = el("textarea", { value: text, className: "hidden", ariaLabel: "Text to copy" });
+    document.body.append(area);
+    area.select();
+    copied = document.execCommand("copy");
+    area.remove();
+    source.focus();
+  }
+  const told = el("span", { className: "told", role: "status", textContent: copied ? "Copied" : "Not copied" });
+  source.after(told);
+  setTimeout(() => told.remove(), 2000);
+}
+
+// icons of 24 x 24, as lines
+const ICONS = {
+  up: "M7 21V10l4.5-8c1.5 0 2.6 1.3 2.3 2.8L13 9h6a2 2 0 0 1 2 2.4l-1.5 8A2 2 0 0 1 17.5 21zM7 10H3v11h4",
+  down: "M17 3v11l-4.5 8c-1.5 0-2.6-1.3-2.3-2.8L11 15H5a2 2 0 0 1-2-2.4l1.5-8A2 2 0 0 1 6.5 3zM17 14h4V3h-4",
+  copy: "M9 9h11v12H9zM5 15H4V3h11v2",
+  more: "M5 12h.01M12 12h.01M19 12h.01",
+};
+
+/** A button with an icon and a name that is shown on hovering and read aloud. */
+export function iconButton(icon, name, onclick, more = {}) {
+  const made = el("button", { type: "button", className: "icon", ariaLabel: name, title: name, onclick, ...more });
+  const ns = "http://www.w3.org/2000/svg";
+  const svg = document.createElementNS(ns, "svg"), path = document.createElementNS(ns, "path");
+  svg.setAttribute("viewBox", "0 0 24 24");
+  svg.setAttribute("aria-hidden", "true");
+  path.setAttribute("d", ICONS[icon]);
+  svg.append(path);
+  made.append(svg);
+  return made;
+}
+
+/** A button that opens a menu of ``items``, [[text, function], ...]. */
+export function menu(name, items) {
+  const list = el("div", { className: "menu", role: "menu", ariaLabel: name, hidden: true });
+  const opener = iconButton("more", name, () => (list.hidden ? open() : close()), { ariaHasPopup: "menu", ariaExpanded: "false" });
+  const outside = (event) => { if (!node.contains(event.target)) close(false); };
+  const open = () => {
+    list.hidden = false;
+    opener.ariaExpanded = "true";
+    list.classList.toggle("above", list.getBoundingClientRect().bottom > innerHeight);
+    list.firstChild.focus();
+    document.addEventListener("pointerdown", outside);
+  };
+  const close = (focus = true) => {
+    list.hidden = true;
+    opener.ariaExpanded = "false";
+    document.removeEventListener("pointerdown", outside);
+    if (focus) opener.focus();
+  };
+  list.append(...items.map(([text, action]) =>
+    button(text, () => { close(); action(); }, { role: "menuitem", tabIndex: -1 })));
+  const node = el("span", { className: "opener" }, opener, list);
+  node.onkeydown = (event) => {
+    if (list.hidden) return;
+    const all = [...list.children], at = all.indexOf(document.activeElement);
+    const to = { ArrowDown: at + 1, ArrowUp: at - 1, Home: 0, End: -1 }[event.key];
+    if (to !== undefined) { event.preventDefault(); all.at(to % all.length).focus(); }
+    if (event.key === "Escape") { event.stopPropagation(); close(); }
+    if (event.key === "Tab") close(false);
+  };
+  return node;
 }
 
 /** The button with this id switches between the system's theme, light and dark. */

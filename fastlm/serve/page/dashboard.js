@@ -1,6 +1,6 @@
 // The dashboard: what /dashboard/data has of a period, drawn again every while.
 
-import { $, ask, button, el, themes } from "./common.js";
+import { $, ask, button, el, say, themes } from "./common.js";
 import { bars, lines } from "./charts.js";
 
 const WINDOWS = { hour: "Hour", day: "Day", week: "Week", all: "All" };
@@ -8,8 +8,6 @@ const EVERY = { hour: 10_000, day: 30_000, week: 60_000, all: 60_000 };
 const MOVED = 0.2; // of PSI: more is called a shift; below its own noise it is none
 
 let period = "hour", reference = null, told = null, timer = 0, asking = null;
-
-const say = (text) => { $("status").textContent = text; };
 
 // ---- numbers as text
 

@@ -1,10 +1,10 @@
 // The page of `fastlm rank`: the answers to a prompt in the rater's order, stored item by item.
 
-import { $, ask, button, el, show, themes, write } from "./common.js";
+import { $, ask, button, el, say, themes, write } from "./common.js";
+import { show } from "./markdown.js";
 
 let rater = "", item = null, cards = [], done = [], after = 0;
 
-const say = (text) => { $("status").textContent = text; };
 const post = async (name, body) => (await ask(`/v1/rank/${name}`, body)).json();
 
 async function load(id) {
@@ -22,7 +22,8 @@ function draw() {
   $("help").hidden = $("do").hidden = item === null;
   $("prompt").replaceChildren(...(item?.prompt ?? []).map((message) => {
     const text = el("div", { className: "text" });
-    show(text, message.content);
+    if (message.role === "assistant") show(text, message.content);
+    else text.textContent = message.content;
     return el("article", { className: "user" }, el("strong", { textContent: message.role }), text);
   }));
   cards = (item?.answers ?? []).map(card);
