@@ -1,11 +1,7 @@
 """Recipes: what is read, what is refused and with which message; shipped recipes are valid."""
 
-<<<<<<< HEAD:tests/unit/test_recipe.py
-=======
 import json
-from pathlib import Path
 
->>>>>>> 4275e90a10fe664d4561255ca774f05604562ad9:tests/test_recipe.py
 import pytest
 import tiny_recipe
 from paths import ROOT
