@@ -9,7 +9,7 @@ models have one each, the pair says which was slower by more than `SLOWER`. Whic
 conversation gets is drawn by a hash: given all times, a pair of equal models says "new" and "old"
 with the same probability, whatever the load did. That is all that the always-valid test of the mean
 (`fastlm.evals.sequential.Sequential`) needs, whose chance to roll back such a model is at most
-alpha, at any time. tests/test_simulations.py has the rates.
+alpha, at any time. tests/unit/test_simulations.py has the rates.
 """
 
 from dataclasses import dataclass, replace
