@@ -7,8 +7,8 @@ CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/cuda/*.cuh cs
 CUDA_HERE := test -n "$$CUDA_HOME$$CUDA_PATH" || command -v nvcc >/dev/null || test -d /usr/local/cuda/include
 CUDA_HEADERS := nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl
 PIP := $(BIN)/python -m pip install --quiet
-# A process more than cores, at most 5 (tests/system/conftest.py): tests of servers wait. A file's tests share their fixtures in one
-# process; the order is that of tests/system/conftest.py. pytest-benchmark warns that it is off in them
+# A process more than cores, at most 5 (tests/conftest.py): tests of servers wait. A file's tests share their fixtures in one
+# process; the order is that of tests/conftest.py. pytest-benchmark warns that it is off in them
 PARALLEL := -n auto --dist loadfile --no-loadscope-reorder -p no:benchmark
 BUILD := FASTLM_SIMT=1 $(BIN)/python setup.py -q build_ext --inplace
 # What this machine runs: no CUDA kernels without a GPU, which take two thirds of the time with the emulator that the tests want

@@ -1,4 +1,4 @@
-"""What tests/system/conftest.py does to a test that is skipped."""
+"""What tests/conftest.py does to a test that is skipped."""
 
 from types import SimpleNamespace
 
