@@ -176,7 +176,7 @@ def told(task: Task, found: Overlap, models: dict[str, Values]) -> dict[str, Any
         if found.touched[i]
     ]
     parts = {
-        part: (rows, passages(task, rows))
+        part: (rows, passages(task, rows.tolist()))
         for part, rows in (("dirty", np.flatnonzero(dirty)), ("clean", np.flatnonzero(~dirty)))
     }
     return {

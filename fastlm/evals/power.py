@@ -12,6 +12,7 @@ so that a normal approximation promises too much (its 0.8 at 10 of 200 right was
 import math
 from collections.abc import Callable
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 
@@ -185,7 +186,8 @@ def _smallest(power_of: Callable[[float], float], ends: tuple[float, float], pow
             return math.inf
     from scipy.optimize import brentq
 
-    return float(brentq(lambda d: power_of(d) - power, 0.0, high, xtol=1e-5))
+    root: Any = brentq(lambda d: power_of(d) - power, 0.0, high, xtol=1e-5)
+    return float(root)
 
 
 def _noncentrality(freedom: float, alpha: float, power: float) -> float:

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from fastlm.evals.power import detectable, detectable_rate, detectable_share
-from fastlm.evals.sequential import always_valid
 from fastlm.evals.statistics import _mcnemar, clustered_wilson, mean_error
 from fastlm.serve.latency import BOUND, PacePairs, compare_paces
 
@@ -198,25 +197,3 @@ def test_a_slower_model_is_noticed(share, most, draws):
     rng = np.random.default_rng(1)
     ended = [decided_after(rng, 3.0, share, 20, most) for _ in range(draws)]
     assert sum(one is None for one in ended) / draws < above(0.1, draws)
-
-
-@pytest.mark.exhaustive
-def test_times_taken_as_independent_rolled_equal_models_back():
-    """The rule before: all answers, those above twice the median of the old model's first 20; more
-    than a quarter more of the canary's. Conversations of 10 answers in a row are of one model, and
-    lie in or out of a burst."""
-    rng = np.random.default_rng(2)
-    ended = 0
-    for _ in range(200):
-        paces = burst_paces(rng, 400, 50)
-        new = np.repeat(rng.random(40) < 0.5, 10)
-        if (~new).sum() < 30:
-            continue
-        slow = paces > 2 * np.median(paces[~new][:20])
-        for i in range(40, 400, 10):
-            a, b = slow[:i][new[:i]], slow[:i][~new[:i]]
-            if len(a) and len(b) and a.mean() - b.mean() > 0.25:
-                if always_valid(int(a.sum()), len(a), int(b.sum()), len(b)).low > 0.25:
-                    ended += 1
-                    break
-    assert ended / 200 > 0.1
