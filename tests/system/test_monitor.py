@@ -113,7 +113,8 @@ def test_outcomes_that_are_no_answer(tiny, tmp_path):
         with HTTP.stream(
             "POST", url + "/v1/completions", json=asked | {"stream": True}
         ) as response:
-            next(response.iter_lines())
+            lines = response.iter_lines()  # held: one that is collected closes the connection
+            next(lines)
             waiting = threading.Thread(
                 target=ask, args=(url, asked | {"max_tokens": 1}, "/v1/completions")
             )
