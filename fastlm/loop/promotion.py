@@ -41,7 +41,7 @@ class Promotion(Stage):
     def run(self, job: Job) -> dict[str, Any]:
         from fastlm.checkpoint.folder import is_adapter, locate_model
         from fastlm.evals.suite import id_of
-        from fastlm.loop.pair import NEW, OLD, Model, check_decided
+        from fastlm.loop.pair import NEW, OLD, Model, Pair, check_decided
         from fastlm.runs.content_id import MODEL as FILES
 
         given = job.path("decision")
@@ -50,7 +50,7 @@ class Promotion(Stage):
         wanted = {
             key: Model(one.name, id_of(one.where)) for key in (NEW, OLD) for one in job.inputs[key]
         }
-        decided = decision.get("models", {})
+        decided: Pair = {**decision.get("models", {})}
         check_decided(wanted, decided, str(given))
         if unknown := [key for key in wanted if key not in decided]:
             job.warn(f"decision: {given} does not name the {' and the '.join(unknown)} model")

@@ -343,7 +343,7 @@ def _reproduce(line: Sequence[Known]) -> Iterator[str]:
             return
 
 
-def _sources(record: Known) -> list[dict[str, Any]]:
+def _sources(record: Known) -> Sequence[Mapping[str, Any]]:
     return record.entry.made.sources if record.entry.made else []
 
 

@@ -86,7 +86,7 @@ class Known:
         """The ids and hashes of everything that it read."""
         if made := self.entry.made:
             for reads in made.reads.values():
-                yield from (read["id"] for read in reads if read.get("id"))
+                yield from (id for read in reads if (id := read["id"]))
             for source in made.sources:
                 yield from source.get("files", {}).values()
 
