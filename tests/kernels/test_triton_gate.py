@@ -4,11 +4,9 @@ import os
 import subprocess
 import sys
 
-import pytest
 from paths import GATES
 
-OPS = sorted(p.stem for p in (GATES / "triton_gate").glob("*.py") if not p.stem.startswith("__"))
-SAMPLE = 5  # every fifth combination of case and dtype
+SAMPLE = 8  # every eighth combination of an op's cases and dtypes
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess:
@@ -22,9 +20,8 @@ def gate(*arguments: str) -> subprocess.CompletedProcess:
     return python("-m", "triton_gate", *arguments)
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_machine_code(op):
-    done = gate("--op", op, "--capability", "90", "--sample", str(SAMPLE))
+def test_machine_code():
+    done = gate("--capability", "90", "--sample", str(SAMPLE))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0 of them at fault" in done.stdout
 
