@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Keep = Callable[[Answer], None]
 FILES = Path(__file__).with_name("page")
-MOST_EMBEDDED = 2**17  # tokens of one request to /v1/embeddings
+MOST_EMBEDDED = 300_000  # tokens of one request to /v1/embeddings: OpenAI's limit
 TYPES = {
     ".html": "text/html",
     ".js": "text/javascript",
@@ -91,6 +91,7 @@ class Server:
         several = len(self.keys) > 1  # clients; without keys all are of this machine
         self.shares = Shares(max(1, self.served.engine.max_waiting // 2) if several else None)
         self.stopping = False
+        self._ignored: set[str] = set()  # fields that the log has named
         self.writing, self.looking = CapacityLimiter(WRITERS), CapacityLimiter(1)
         # Few threads, whatever the clients: each keeps the last 10,000 words that it encoded, 4 MB.
         # More than processors, since some wait for a chat template.
@@ -201,7 +202,8 @@ class Server:
 
     async def _submit(self, http: HttpRequest, asked: Asked, turn: Turn, id: str) -> Answer:
         served, told = turn.served, http.state.told
-        prompts, echoes, requests = await self._read(
+        self._note_ignored(http, asked, served)
+        asked, prompts, echoes, requests = await self._read(
             requests_of, served, asked, self.limits, http.state.client
         )
         told["model"], told["prompt_tokens"] = served.name, sum(map(len, prompts))
@@ -219,6 +221,16 @@ class Server:
         if seen is not None:
             seen.answer = answer
         return answer
+
+    def _note_ignored(self, http: HttpRequest, asked: Asked | EmbedAsked, served: Served) -> None:
+        """Name fields that change nothing: in the response, and once in the log."""
+        names = asked.ignored
+        if "reasoning_effort" in (served.tokenizer.chat_template or ""):
+            names = tuple(name for name in names if name != "reasoning_effort")
+        http.state.ignored = names
+        if new := sorted({*names} - self._ignored):
+            self._ignored.update(new)
+            log("ignored", fields=new)
 
     async def _whole(self, answer: Answer, turn: Turn, kept: Keep | None) -> bytes:
         try:
@@ -262,8 +274,15 @@ class Server:
             turn.end()
 
     async def _embedded(self, http: HttpRequest, asked: EmbedAsked, served: Served) -> Response:
+        self._note_ignored(http, asked, served)
+        if (asked.dimensions or 0) > (size := served.model.config.hidden_size):
+            raise ApiError(
+                f"dimensions: expected at most the model's {size}, got {asked.dimensions}",
+                param="dimensions",
+            )
+
         def encode() -> list[list[int]]:
-            return [served.prompts.text(text, "input", room=0) for text in asked.inputs]
+            return [served.prompts.embedded(text) for text in asked.inputs]
 
         inputs = await self._read(encode)
         http.state.told["prompt_tokens"] = tokens = sum(map(len, inputs))
@@ -277,7 +296,9 @@ class Server:
 
         async def one(ids: list[int]) -> np.ndarray:
             with _refusals():
-                future = served.engine.call(partial(served.embedding, ids), client)
+                future = served.engine.call(
+                    partial(served.embedding, ids, asked.dimensions), client
+                )
             try:
                 return await asyncio.wrap_future(future)
             except asyncio.CancelledError:

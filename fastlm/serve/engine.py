@@ -522,14 +522,29 @@ class Engine:
             self.pages, [c.sequence.pages for c in group],
             [c.start for c in group], [c.end for c in group],
         )  # fmt: skip
-        hidden = self.model.chunk_hidden(torch.tensor(ids, device=self.model.device), cache)
+        every = any(c.sequence.scores_prompt for c in group)
+        tensor = torch.tensor(ids, device=self.model.device)
+        hidden = self.model.chunk_hidden(tensor, cache, every)
         self._prompt_tokens += len(ids)
+        if every:
+            ends = list(itertools.accumulate(c.end - c.start for c in group))
+            for chunk, end in zip(group, ends, strict=True):
+                self._score(chunk, hidden[end - (chunk.end - chunk.start) : end])
+            hidden = hidden[[end - 1 for end in ends]]
         for row, chunk in enumerate(group):
             sequence = chunk.sequence
             self.scheduler.computed(chunk)
             if sequence.decodes:
                 # one row at a time: a product of one has its own bits
                 sequence.prompt_logits = self.model.logits(hidden[row][None])
+
+    def _score(self, chunk: Chunk, hidden: Tensor) -> None:
+        """Tell a sequence what follows the tokens of a chunk, of which the head multiplies
+        ``hidden``, a page at a time: products of so many rows have the same bits in any company."""
+        if chunk.sequence.scores_prompt:
+            rows = (row for page in hidden.split(PAGE) for row in self.model.logits(page))
+            for i, row in enumerate(rows, chunk.start):
+                chunk.sequence.score(i, row)
 
     @torch.inference_mode()
     def _copy(self, chunk: Chunk) -> None:
@@ -545,11 +560,17 @@ class Engine:
     def _rows(self, chunks: list[Chunk], logits: dict[sequences.Sequence, list[Tensor]]) -> None:
         tokens = [(c.sequence, i) for c in chunks for i in range(c.start, c.end)]
         # not where an answer is computed again
-        wanted = [i + 1 == s.prompt_length or i + 1 >= len(s.tokens) for s, i in tokens]
+        wanted = [
+            i + 1 == s.prompt_length or i + 1 >= len(s.tokens)
+            or (s.scores_prompt and i + 1 < s.prompt_length)
+            for s, i in tokens
+        ]  # fmt: skip
         rows = [Row(s.token(i), i, s.pages, w) for (s, i), w in zip(tokens, wanted, strict=True)]
         after = logits_of(self._decoder, rows)
         for (s, i), own in zip(itertools.compress(tokens, wanted), after, strict=True):
-            if i + 1 == s.prompt_length:
+            if i + 1 < s.prompt_length:
+                s.score(i, own)
+            elif i + 1 == s.prompt_length:
                 s.prompt_logits = own[None]
             else:
                 logits.setdefault(s, []).append(own)
@@ -568,7 +589,8 @@ class Engine:
         alike: dict[Sampling, list[int]] = {}  # rows that are drawn together
         for row, s in enumerate(group):
             sampling = s.request.sampling
-            if s.adjustments is None and s.constraint is None and sampling.rowwise:
+            plain = s.adjustments is None and s.constraint is None and not s.must_go_on
+            if plain and sampling.rowwise:
                 alike.setdefault(sampling, []).append(row)
                 continue
             self._guarded([s], lambda s=s, row=row: self._draw([s], s.allowed(logits[row][None])))

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from fastlm.errors import InputError
 from fastlm.serve.fields import ApiError
-from fastlm.serve.openai_api import Form
+from fastlm.serve.forms import Form
+from fastlm.serve.generic_tools import GenericTools
 from fastlm.serve.requests import Constraint
 from fastlm.serve.tools import CLOSE, OPEN
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Sequence
 
     from fastlm.model.config import ModelConfig
     from fastlm.tokenizer.tokenizer import Tokenizer
@@ -141,6 +142,10 @@ def _grammar(form: Form) -> str:
         return LLMatcher.grammar_from_lark(_call(form.value))
     if form.kind == "calls":
         return LLMatcher.grammar_from_lark(_calls(*form.value))
+    if form.kind == "calls_or":
+        return LLMatcher.grammar_from_lark(_calls_or(*form.value))
+    if form.kind == "generic":
+        return LLMatcher.grammar_from_lark(_generic(form.value))
     return LLMatcher.grammar_from_lark(form.value)
 
 
@@ -155,6 +160,41 @@ def _call(tools: list[Any]) -> str:
         arguments = _arguments(function.get("parameters"))
         rules.append(f"{name}: {json.dumps(before)} {arguments} {json.dumps(after)}")
     return "\n".join(rules)
+
+
+def _calls_or(tools: list[Any], several: bool, form: Form) -> str:
+    """A Lark grammar of calls of the tools, or of JSON of a form."""
+    begin, *rules = _call(tools).splitlines()
+    one = begin.removeprefix("start: ")
+    schema = {"type": "object"} if form.kind == "json_object" else form.value
+    calls = "call (SPACE call)*" if several else "call"
+    return "\n".join(
+        [
+            "start: calls | form",
+            f"calls: {calls}",
+            f"call: {one}",
+            f"form: {_json(schema)}",
+            f"SPACE: /{WHITESPACE}/",
+            *rules,
+        ]
+    )
+
+
+def _generic(value: GenericTools) -> str:
+    """A Lark grammar of `fastlm.serve.generic_tools`."""
+    more = ' (SPACE "," SPACE call)*' if value.several else ""
+    kinds = "calls" if value.required else "calls | response"
+    response, quoted = json.dumps(json.dumps("response")), json.dumps(json.dumps("tool_calls"))
+    names = [f"call{i}" for i in range(len(value.tools))]
+    rules = [
+        f'start: "{{" SPACE ({kinds}) SPACE "}}"',
+        f'calls: {quoted} SPACE ":" SPACE "[" SPACE call{more} SPACE "]"',
+        f"call: {' | '.join(names)}",
+        f"SPACE: /{WHITESPACE}/",
+    ]
+    if not value.required:
+        rules.append(f'response: {response} SPACE ":" SPACE {_json(value.response)}')
+    return "\n".join([*rules, *_call_rules(names, value.tools, lambda function: True)])
 
 
 def _calls(tools: list[Any], several: bool) -> str:
@@ -172,15 +212,30 @@ def _calls(tools: list[Any], several: bool) -> str:
         f"call: {' | '.join(names)}",
         f"SPACE: /{WHITESPACE}/",
     ]
+    rules += _call_rules(names, tools, lambda function: bool(function.get("strict")))
+    return "\n".join(rules)
+
+
+def _call_rules(
+    names: list[str], tools: "Sequence[Any]", keeps: "Callable[[Any], bool]"
+) -> "Iterator[str]":
+    """Lark rules of these names, of a call of each tool as JSON; where it ``keeps`` to its schema,
+    so do the arguments."""
     for name, tool in zip(names, tools):
         function = tool["function"]
         called = [json.dumps(json.dumps(text)) for text in ("name", function["name"], "arguments")]
-        arguments = _arguments(function.get("parameters") if function.get("strict") else None)
+        arguments = _arguments(function.get("parameters") if keeps(function) else None)
         parts = ('"{"', called[0], '":"', called[1], '","', called[2], '":"', arguments, '"}"')
-        rules.append(f"{name}: {' SPACE '.join(parts)}")
-    return "\n".join(rules)
+        yield f"{name}: {' SPACE '.join(parts)}"
 
 
 def _arguments(parameters: Any) -> str:
     """Lark for an object that keeps to a schema."""
-    return f"%json {json.dumps({'type': 'object', **(parameters or {}), 'x-guidance': OPTIONS})}"
+    return _json({"type": "object", **(parameters or {})})
+
+
+def _json(schema: Any) -> str:
+    """Lark for JSON that keeps to a schema."""
+    if isinstance(schema, bool):
+        schema = {} if schema else {"not": {}}
+    return f"%json {json.dumps({**schema, 'x-guidance': OPTIONS})}"

@@ -59,11 +59,11 @@ class Served:
         self.unused.set()
 
     @torch.inference_mode()
-    def embedding(self, ids: Sequence[int]) -> np.ndarray:
-        """The mean of the last layer's output over the tokens, of length 1; float32. For the
-        engine's thread."""
+    def embedding(self, ids: Sequence[int], dimensions: int | None = None) -> np.ndarray:
+        """The mean of the last layer's output over the tokens, its first ``dimensions``, of length
+        1; float32. For the engine's thread."""
         hidden = self.model.hidden(torch.tensor([ids], device=self.model.device))[0].float()
-        vector = torch.nn.functional.normalize(hidden.mean(0), dim=0)
+        vector = torch.nn.functional.normalize(hidden.mean(0)[:dimensions], dim=0)
         return vector.cpu().numpy().astype("<f4")
 
     def take(self) -> None:

@@ -54,6 +54,7 @@ class Sequence:
             ids = torch.tensor([self.tokens], device=device)
             self.adjustments = Adjustments(request.sampling, ids, None, vocab)
         self.constraint = None if request.constraint is None else request.constraint()
+        self.prompt_scores: list[TokenLogprob] = []
         self.text = (
             None if tokenizer is None else AnswerText(tokenizer, checked_stops(request.stop))
         )
@@ -87,6 +88,16 @@ class Sequence:
         return mine == theirs and self.tokens[:mine] == other.tokens[:theirs]
 
     @property
+    def scores_prompt(self) -> bool:
+        """Whether the log-probabilities of its prompt are asked for."""
+        return self.request.prompt_logprobs is not None
+
+    @property
+    def must_go_on(self) -> bool:
+        """Whether no end token may come next."""
+        return len(self.tokens) - self.prompt_length < self.request.min_new_tokens
+
+    @property
     def late(self) -> bool:
         deadline = self.request.deadline
         return deadline is not None and time.monotonic() - self.submitted >= deadline
@@ -101,6 +112,9 @@ class Sequence:
             known = torch.zeros(logits.shape[1], dtype=torch.bool)
             known[: len(mask)] = mask[: logits.shape[1]]
             logits = logits.masked_fill(~known.to(logits.device), -torch.inf)
+        if self.must_go_on:
+            logits = logits.clone()
+            logits[:, [token for token in self.ends if token < logits.shape[1]]] = -torch.inf
         return logits
 
     def logprob(self, logits: Tensor, token: int, known: float | None = None) -> TokenLogprob:
@@ -109,13 +123,14 @@ class Sequence:
         if known is not None and not self.request.logprobs:
             return TokenLogprob(token, known, [])
         scaled = logits / (self.request.sampling.temperature or 1.0)
-        total = torch.logsumexp(scaled, -1).item()
-        top: list[tuple[int, float]] = []
-        if self.request.logprobs:
-            values, ids = scaled[0].topk(min(self.request.logprobs, scaled.shape[1]))
-            pairs = zip(ids.tolist(), values.tolist(), strict=True)
-            top = [(i, v - total) for i, v in pairs if v > -torch.inf]
-        return TokenLogprob(token, scaled[0, token].item() - total, top)
+        return _logprob(scaled, token, self.request.logprobs or 0)
+
+    def score(self, i: int, logits: Tensor) -> None:
+        """Take the (V,) logits that follow token i of the prompt, in order; those that come again
+        after a preemption are the same."""
+        if i == len(self.prompt_scores) and i + 1 < self.prompt_length:
+            count = self.request.prompt_logprobs or 0
+            self.prompt_scores.append(_logprob(logits[None].float(), self.tokens[i + 1], count))
 
     def add(self, token: int, logprob: TokenLogprob | None) -> FinishReason | None:
         """Take the token that was drawn and tell the listener. Return why it was the last one."""
@@ -133,10 +148,12 @@ class Sequence:
         reason: FinishReason | None = "stop" if ended else None
         if reason is None and len(self.tokens) - self.prompt_length >= self.room:
             reason = "length"
+        first = len(self.tokens) == self.prompt_length + 1
+        scores = self.prompt_scores if first else []
         if reason is None:
-            self._tell(Piece([token], text, told))
+            self._tell(Piece([token], text, told, prompt_logprobs=scores))
         else:
-            self.end(reason, tokens=[token], text=text, logprobs=told)
+            self.end(reason, tokens=[token], text=text, logprobs=told, prompt_logprobs=scores)
         return reason
 
     def end(
@@ -147,6 +164,7 @@ class Sequence:
         tokens: Tokens[int] = (),
         text: str = "",
         logprobs: Tokens[TokenLogprob] = (),
+        prompt_logprobs: Tokens[TokenLogprob] = (),
     ) -> None:
         """Tell the listener the last piece, once: text that was held back, and why it ends."""
         if self.ended:
@@ -157,7 +175,7 @@ class Sequence:
         self._tell(
             Piece(
                 list(tokens), text, list(logprobs), reason, error, self.cached, self.prompt_length,
-                self.queued,
+                self.queued, list(prompt_logprobs),
             )
         )  # fmt: skip
 
@@ -167,6 +185,17 @@ class Sequence:
         except BaseException:
             self.ended = True  # it is told nothing more
             raise
+
+
+def _logprob(scaled: Tensor, token: int, count: int) -> TokenLogprob:
+    """A token under the softmax of (1, V) logits, and the ``count`` likeliest."""
+    total = torch.logsumexp(scaled, -1).item()
+    top: list[tuple[int, float]] = []
+    if count:
+        values, ids = scaled[0].topk(min(count, scaled.shape[1]))
+        pairs = zip(ids.tolist(), values.tolist(), strict=True)
+        top = [(i, v - total) for i, v in pairs if v > -torch.inf]
+    return TokenLogprob(token, scaled[0, token].item() - total, top)
 
 
 class Collected:
