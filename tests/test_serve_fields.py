@@ -4,22 +4,18 @@ client and through curl, too.
 """
 
 import base64
-import copy
 import json
 import re
 import struct
 import subprocess
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Literal
 
-import httpx
 import jsonschema
 import openai
-import pydantic
 import pytest
 import torch
 from serve_app import HTTP, ask, serving, tiny_model
+from serve_fields import DOCS, PATHS, TABLES, TOOL, Api, Person, case_table, check, field_server
 from typer.testing import CliRunner
 
 from fastlm.cli import app
@@ -28,126 +24,22 @@ from fastlm.serve.forms import GUIDED
 from fastlm.serve.loading import name_of
 from fastlm.serve.openai_api import CHAT, EMBED, IGNORED, SAMPLED, TEXT, UNSUPPORTED
 from fastlm.serve.opinions import FEEDBACK
+from fastlm.serve.responses_api import RESPONSES
 
-TABLES = {"chat": CHAT, "text": TEXT, "embed": EMBED}
-PATHS = {"chat": "/v1/chat/completions", "text": "/v1/completions", "embed": "/v1/embeddings"}
-TOOL = {
-    "type": "function",
-    "function": {"name": "add", "parameters": {"type": "object", "properties": {"a": {}}}},
-}
-DOCS = Path(__file__).parent.parent / "docs/serving.md"
-
-
-class Person(pydantic.BaseModel):
-    name: Literal["Ann", "Bob"]
-    tall: bool
-    age: int = pydantic.Field(ge=0, le=99)
-
-
-CASES = {}  # (kind, names) -> test
+# /v1/completions has the fields of chat; only differences are tested
+CASES, case = case_table()
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    model, tokenizer = tiny_model()
-    store = FeedbackStore(tmp_path_factory.mktemp("serve") / "feedback.sqlite")
-    with (
-        serving(model, tokenizer, feedback=store) as (url, app),
-        openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0) as client,
-    ):
-        taken, submit = [], app.served.engine.submit
-
-        def spy(request, listener):
-            taken.append(request)
-            return submit(request, listener)
-
-        app.served.engine.submit = spy
-        yield SimpleNamespace(
-            url=url, app=app, taken=taken, store=store, tokenizer=tokenizer, client=client
-        )  # fmt: skip
-    store.close()
-
-
-def by_httpx(server, kind, body):
-    return ask(server.url, body, PATHS[kind])
-
-
-def by_openai(server, kind, body):
-    path = PATHS[kind].removeprefix("/v1")
-    try:
-        return server.client.post(path, body=body, cast_to=httpx.Response)
-    except openai.APIStatusError as error:
-        return error.response
-
-
-def by_curl(server, kind, body):
-    command = ["curl", "-sN", server.url + PATHS[kind], "-H", "content-type: application/json"]
-    said = subprocess.run(
-        [*command, "-d", "@-", "-w", "\n%{http_code}"], input=json.dumps(body), text=True,
-        capture_output=True, check=True,
-    )  # fmt: skip
-    text, _, status = said.stdout.rpartition("\n")
-    return httpx.Response(int(status), text=text)
-
-
-def said_of(response):
-    """The text of a response without what differs each time."""
-    return re.sub(r'"(id|created|cached_tokens)":("[^"]*"|\d+)', r'"\1":0', response.text)
-
-
-class Api:
-    """Requests to one path, with what it needs filled in."""
-
-    def __init__(self, server, kind):
-        self.server, self.kind = server, kind
-        self.client = server.client
-        self.token = server.tokenizer.encode("T")[0]
-        self.sent = []  # bodies and responses
-
-    def send(self, **fields):
-        needs = {
-            "chat": {"messages": [{"role": "user", "content": "Hi"}]},
-            "text": {"prompt": "The tree"},
-            "embed": {"input": "The tree"},
-        }[self.kind]
-        some = {} if self.kind == "embed" else {"max_tokens": 8, "temperature": 0}
-        body = {"model": "tiny", **some, **needs, **fields}
-        response = by_httpx(self.server, self.kind, body)
-        self.sent.append((copy.deepcopy(body), response))
-        return response
-
-    def answer(self, **fields):
-        response = self.send(**fields)
-        assert response.status_code == 200, response.text
-        return response.json()
-
-    def said(self, **fields):
-        choices = self.answer(**fields)["choices"]
-        return [c["text"] if self.kind == "text" else c["message"]["content"] for c in choices]
-
-    def refused(self, param, **fields):
-        response = self.send(**fields)
-        assert response.status_code == 400, response.text
-        error = response.json()["error"]
-        assert error["param"] == param and param in error["message"], error
-        assert error["type"] == "invalid_request_error"
-        return error["message"]
-
-
-def case(*names, kinds=("chat",)):
-    """Register a test of fields. /v1/completions has those of chat; only differences are tested."""
-
-    def keep(function):
-        CASES.update({(kind, names): function for kind in kinds})
-        return function
-
-    return keep
+    with field_server(tmp_path_factory.mktemp("serve")) as server:
+        yield server
 
 
 @pytest.mark.parametrize("kind", TABLES)
 def test_what_is_not_supported_is_a_400_that_names_it(server, kind):
     api = Api(server, kind)
-    names = sorted(UNSUPPORTED)
+    names = sorted(UNSUPPORTED - set(TABLES[kind]))
     for name in names:
         assert "not supported" in api.refused(name, **{name: "x"})
     api.answer(**dict.fromkeys(names))  # null: not asked for
@@ -158,7 +50,7 @@ def test_what_is_not_supported_is_a_400_that_names_it(server, kind):
 
 def test_the_table_in_the_docs_has_every_field():
     text = DOCS.read_text()
-    for name in {*CHAT, *TEXT, *EMBED, *FEEDBACK, *UNSUPPORTED}:
+    for name in {*CHAT, *TEXT, *EMBED, *RESPONSES, *FEEDBACK, *UNSUPPORTED}:
         assert f"`{name}`" in text, name
 
 
@@ -822,26 +714,12 @@ def _(api):
     "kind, names", CASES, ids=lambda x: x if isinstance(x, str) else ",".join(x)
 )
 def test_field(server, kind, names):
-    api = Api(server, kind)
-    CASES[kind, names](api)
-    for name in names:
-        for taken in (True, False):
-            named = [sent for sent in api.sent if name in sent[0]]
-            found = [sent for sent in named if (sent[1].status_code == 200) == taken]
-            assert found, f"{name}: {'taken' if taken else 'refused'} nowhere"
-            # rather one whose answer is known
-            known = [s for s in found if not s[0].get("temperature") or "seed" in s[0]]
-            body, response = (known or found)[0]
-            for by in (by_openai, by_curl):
-                again = by(server, kind, body)
-                assert again.status_code == response.status_code
-                if known or not taken:
-                    assert said_of(again) == said_of(response), (name, by)
+    check(server, kind, names, CASES[kind, names])
 
 
 def test_every_field_has_a_test():
     tested = {(kind, name) for kind, names in CASES for name in names}
     shared = {("text", name) for name in SAMPLED if TEXT[name] is CHAT[name] is SAMPLED[name]}
-    for kind, fields in TABLES.items():
-        assert {(kind, name) for name in fields} <= tested | shared
+    for kind in ("chat", "text", "embed"):
+        assert {(kind, name) for name in TABLES[kind]} <= tested | shared
     assert {("chat", name) for name in SAMPLED} <= tested

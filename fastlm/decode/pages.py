@@ -223,10 +223,11 @@ def page_count(
     device: torch.device,
     context: int | None = None,
     beside: int = 0,
+    share: int = 1,
 ) -> int:
     """How many pages `rows` contexts of ``context`` tokens (default: the longest) need, within a
     quarter of the memory, or half of what is free on a GPU. `beside`: bytes that something else
-    takes for each."""
+    takes for each. `share`: so many caches share that memory."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         memory = (torch.cuda.mem_get_info(device)[0] + cached) // 2
@@ -234,7 +235,7 @@ def page_count(
         memory = _memory() // _MEMORY_SHARE
     # and one page more for each, which the scheduler keeps for growth
     wanted = rows * (-(-(context or config.max_position_embeddings) // PAGE) + 1)
-    return max(1, min(wanted, memory // (page_bytes(config, dtype) + beside)))
+    return max(1, min(wanted, memory // share // (page_bytes(config, dtype) + beside)))
 
 
 def _memory() -> int:

@@ -360,9 +360,7 @@ class CausalLM(nn.Module):
         )
         return self.logits(hidden[:, -1])
 
-    def chunk_hidden(
-        self, input_ids: Tensor, cache: "ChunkCache", every: bool = False
-    ) -> Tensor:
+    def chunk_hidden(self, input_ids: Tensor, cache: "ChunkCache", every: bool = False) -> Tensor:
         """Run chunks of prompts: checked ids (total,), packed as `cache` says -> what the head
         multiplies after the last token of each chunk, (B, E); ``every``: after each token."""
         rotary = self.model.rotary(

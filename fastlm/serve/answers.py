@@ -81,7 +81,7 @@ class Answer:
         told = self._head("chat.completion" if self.chat else "text_completion")
         told["usage"] = self.usage()
         choices = ",".join(self._whole_choice(i, choice) for i, choice in enumerate(self.choices))
-        return f'{_json(told)[:-1]},"choices":[{choices}]}}'.encode()
+        return f'{to_json(told)[:-1]},"choices":[{choices}]}}'.encode()
 
     async def events(self) -> AsyncIterator[Event]:
         """The events of a streamed response, without the last "[DONE]"."""
@@ -116,6 +116,16 @@ class Answer:
                 yield event(self._chunk(index, {} if self.chat else "", None, choice.finish_reason))
         if self.asked.include_usage:
             yield {**event(), "usage": self.usage()}
+
+    ends = b"data: [DONE]\n\n"  # behind the last event
+
+    def encode(self, event: Event) -> bytes:
+        """An event as the client gets it."""
+        return sse(event)
+
+    def failed(self, error: ApiError) -> bytes:
+        """The event of an answer that could not be ended."""
+        return sse(error.body())
 
     def messages(self) -> list[list[dict[str, Any]]]:
         """Each choice as messages, to be kept."""
@@ -181,16 +191,16 @@ class Answer:
         else:
             told["text"] = (echoes[index].text if echoes else "") + choice.text
         told["finish_reason"] = choice.finish_reason
-        return f'{_json(told)[:-1]},"logprobs":{self._logprobs_json(choice)}}}'
+        return f'{to_json(told)[:-1]},"logprobs":{self._logprobs_json(choice)}}}'
 
     def _logprobs_json(self, choice: Choice) -> str:
         if self.asked.logprobs is None:
             return "null"
         if self.chat:
-            content = ",".join(map(_json, self._chat_logprobs(choice.logprobs)))
+            content = ",".join(map(to_json, self._chat_logprobs(choice.logprobs)))
             return f'{{"content":[{content}],"refusal":null}}'
         told = self._logprobs(choice.logprobs, choice)
-        lists = (f'"{key}":[{",".join(map(_json, values))}]' for key, values in told.items())
+        lists = (f'"{key}":[{",".join(map(to_json, values))}]' for key, values in told.items())
         return "{" + ",".join(lists) + "}"
 
     def _message(self, choice: Choice, kept: bool = False) -> Event:
@@ -284,10 +294,11 @@ def stopping() -> ApiError:
     )  # fmt: skip
 
 
-def sse(event: Event | str) -> bytes:
+def sse(event: Event) -> bytes:
     """A server-sent event."""
-    return f"data: {event if isinstance(event, str) else _json(event)}\n\n".encode()
+    return f"data: {to_json(event)}\n\n".encode()
 
 
-def _json(value: Any) -> str:
+def to_json(value: Any) -> str:
+    """Compact JSON."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))

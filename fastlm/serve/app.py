@@ -16,14 +16,15 @@ from anyio.to_thread import run_sync
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from fastlm.data.ranking import RankingStore
 from fastlm.errors import InputError
-from fastlm.serve import admin_api, opinions, rank_api
-from fastlm.serve.answers import Answer, sse, stopping
+from fastlm.serve import admin_api, opinions, rank_api, tokens_api
+from fastlm.serve.answers import Answer, stopping
 from fastlm.serve.asking import requests_of
 from fastlm.serve.fields import ApiError, checked
 from fastlm.serve.gate import Gate, Gone, Limits, log, read_body, unless_gone
@@ -41,6 +42,8 @@ from fastlm.serve.openai_api import (
 )
 from fastlm.serve.openapi import openapi
 from fastlm.serve.requests import Closed, QueueFull
+from fastlm.serve.responses_answer import ResponsesAnswer
+from fastlm.serve.responses_api import ResponsesAsked, continued, responses_asked
 from fastlm.serve.running import Running, Shares
 from fastlm.serve.said import Kept
 
@@ -72,6 +75,7 @@ class Server:
     ``feedback``: where opinions and measures go; None: nowhere. ``monitoring``: what is measured of
     answers; None: the defaults. ``ranking``: the store of `fastlm rank` for the page /rank; None:
     no such page. ``keys`` and ``hosts`` as in `fastlm.serve.gate.Gate`.
+    ``origins``: of web pages elsewhere that may call the server; "*": any.
     ``switch``: what changes the models, for those with one of the keys ``admins``; None: nothing.
     """
 
@@ -83,6 +87,7 @@ class Server:
     ranking: Path | None = None
     switch: "Switch | None" = None
     admins: Sequence[str] = ()
+    origins: Sequence[str] = ()
     monitoring: "Settings | None" = None
 
     def __post_init__(self) -> None:
@@ -102,7 +107,9 @@ class Server:
         routes = [
             Route("/v1/chat/completions", self._complete(chat_asked), methods=post),
             Route("/v1/completions", self._complete(text_asked), methods=post),
+            Route("/v1/responses", self._complete(responses_asked), methods=post),
             Route("/v1/embeddings", self._embed, methods=post),
+            *tokens_api.routes(self),
             Route("/v1/models", self._models, methods=get),
             Route("/v1/models/{id:path}", self._model, methods=get),
             Route("/v1/feedback", partial(opinions.give, self), methods=post),
@@ -130,8 +137,15 @@ class Server:
             Gate, metrics=self.metrics, limits=self.limits, hosts=self.hosts, paths=paths,
             keys=[*self.keys, *self.admins] if self.keys else (),
         )  # fmt: skip
+        pages = Middleware(
+            CORSMiddleware, allow_origins=self.origins, allow_methods=["GET", "POST"],
+            allow_headers=["*"],  # clients send names of their own
+            expose_headers=["x-request-id", "x-fastlm-ignored", "retry-after"],
+            allow_private_network=True,  # a public page that calls this machine
+        )  # fmt: skip
         self.app = Starlette(
-            routes=routes, middleware=[gate], lifespan=self._lifespan,
+            routes=routes, middleware=[pages, gate] if self.origins else [gate],
+            lifespan=self._lifespan,
             exception_handlers={HTTPException: _http_error, ApiError: self._refused},
         )  # fmt: skip
         self.app.router.redirect_slashes = False
@@ -160,7 +174,7 @@ class Server:
             await run_sync(self.monitor.close)
         log("stopped")
 
-    async def _read(self, function: Callable[..., T], *arguments: Any) -> T:
+    async def read(self, function: Callable[..., T], *arguments: Any) -> T:
         """The result of what takes a while and encodes text, outside the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self._readers, function, *arguments)
 
@@ -169,6 +183,8 @@ class Server:
     def _complete(self, read: Callable[[Any], Asked]) -> Any:
         async def complete(http: HttpRequest) -> Response:
             asked = checked(read, await self.body(http))
+            if isinstance(asked, ResponsesAsked) and asked.previous is not None:
+                asked = await run_sync(continued, asked, self.feedback, limiter=self.writing)
             kept = self._kept(asked)
             turn = self.models.turn(asked, http.state.client)
             try:
@@ -190,7 +206,10 @@ class Server:
 
     async def _begin(self, http: HttpRequest, asked: Asked, turn: Turn) -> Answer:
         """Submit a request, to the current model if the canary refuses it."""
-        id = f"{'chatcmpl' if isinstance(asked, ChatAsked) else 'cmpl'}-{http.state.id}"
+        prefix = "chatcmpl-" if isinstance(asked, ChatAsked) else "cmpl-"
+        if isinstance(asked, ResponsesAsked):
+            prefix = "resp_"
+        id = f"{prefix}{http.state.id}"
         try:
             return await self._submit(http, asked, turn, id)
         except ApiError:
@@ -203,7 +222,7 @@ class Server:
     async def _submit(self, http: HttpRequest, asked: Asked, turn: Turn, id: str) -> Answer:
         served, told = turn.served, http.state.told
         self._note_ignored(http, asked, served)
-        asked, prompts, echoes, requests = await self._read(
+        asked, prompts, echoes, requests = await self.read(
             requests_of, served, asked, self.limits, http.state.client
         )
         told["model"], told["prompt_tokens"] = served.name, sum(map(len, prompts))
@@ -215,7 +234,8 @@ class Server:
             running = Running(served.engine, requests, self.metrics, self.shares)
         for length in lengths:
             self.metrics.prompt_length.observe(length)
-        answer = Answer(
+        kind = ResponsesAnswer if isinstance(asked, ResponsesAsked) else Answer
+        answer = kind(
             asked, id, running, served.tokenizer, echoes, told["prompt_tokens"], served.name
         )
         if seen is not None:
@@ -284,7 +304,7 @@ class Server:
         def encode() -> list[list[int]]:
             return [served.prompts.embedded(text) for text in asked.inputs]
 
-        inputs = await self._read(encode)
+        inputs = await self.read(encode)
         http.state.told["prompt_tokens"] = tokens = sum(map(len, inputs))
         if tokens > MOST_EMBEDDED:
             raise ApiError(
@@ -387,7 +407,7 @@ class Server:
 
 
 class Events(Response):
-    """A streamed answer. Ends in "[DONE]", or in an event with an error."""
+    """A streamed answer. Ends as `Answer.ends` says, or in an event with an error."""
 
     def __init__(
         self, server: Server, answer: Answer, turn: Turn, kept: Keep | None, told: dict[str, Any]
@@ -416,7 +436,7 @@ class Events(Response):
         try:
             try:
                 async for event in self.answer.events():
-                    await write(sse(event))
+                    await write(self.answer.encode(event))
             except Gone:
                 raise
             except Exception as error:
@@ -425,14 +445,14 @@ class Events(Response):
             await self.turn.answered(self.answer)
             if self.kept is not None:
                 await run_sync(self.kept, self.answer, limiter=self.server.writing)
-            await write(sse("[DONE]"))
+            await write(self.answer.ends)
         except InputError as error:
             if not isinstance(error, ApiError):  # the feedback database
                 log("failure", type="InputError", what=self.told.get("path", "store"))
                 error = ApiError("the conversation was not kept", status=500, kind="server_error")
             self.server.metrics.errors.labels(error.code or error.kind).inc()
             self.told["error"] = error.code or error.kind
-            await write(sse(error.body()))
+            await write(self.answer.failed(error))
         await write(b"", False)
 
 

@@ -86,6 +86,7 @@ class Engine:
             by default 4 tokens. It gets as many pages as the model.
         turns: held during each step of `start`'s thread, by engines that share the processors
             (`fastlm.serve.turns.Turns`).
+        memory_share: so many engines share the memory that `pages` are taken of by default.
 
     `submit`, `cancel`, `call`, `update` and `stats` are for any thread. Steps run in one thread:
     that of `start`, or that of the caller of `step` and `generate`. Weights may change while
@@ -113,6 +114,7 @@ class Engine:
         draft_tokens: int | None = None,
         draft_model: "CausalLM | None" = None,
         turns: AbstractContextManager[Any] | None = None,
+        memory_share: int = 1,
     ):
         for name, value in (
             ("max_tokens_per_step", max_tokens_per_step), ("max_rows", max_rows), ("pages", pages),
@@ -157,7 +159,7 @@ class Engine:
         beside = 0 if draft_model is None else draft_page_bytes(draft_model, model)
         count = pages or page_count(
             model.config, max_rows, dtype=self._cache_dtype(), device=model.device,
-            context=self.context_limit, beside=beside,
+            context=self.context_limit, beside=beside, share=memory_share,
         )  # fmt: skip
         self.pages = self._make_pages(count)
         self.scheduler = Scheduler(self.pages, max_rows=max_rows, prefix_cache=prefix_cache)

@@ -222,13 +222,14 @@ class FeedbackStore:
         """All answers that are kept, by id."""
         with self.read() as connection:
             rows = connection.execute(ANSWERS.select().order_by(ANSWERS.c.created_at)).all()
-        return {
-            row.response_id: Kept(
-                row.response_id, row.model, json.loads(row.prompt), json.loads(row.choices),
-                None if row.tools is None else json.loads(row.tools), row.conversation_id,
-            )
-            for row in rows
-        }  # fmt: skip
+        return {row.response_id: _kept(row) for row in rows}
+
+    def answer(self, response_id: str) -> Kept | None:
+        """The answer with this id, where it is kept."""
+        with self.read() as connection:
+            its = ANSWERS.c.response_id == response_id
+            row = connection.execute(ANSWERS.select().where(its)).first()
+        return None if row is None else _kept(row)
 
     def opinions(self) -> list[Opinion]:
         """All opinions, in the order in which they were given."""
@@ -254,6 +255,14 @@ class FeedbackStore:
                     query = sa.select(sa.func.count(FEEDBACK.c[name]))
                 found[name] = connection.execute(query).scalar_one()
         return found
+
+
+def _kept(row: Any) -> Kept:
+    """A row of `ANSWERS`."""
+    return Kept(
+        row.response_id, row.model, json.loads(row.prompt), json.loads(row.choices),
+        None if row.tools is None else json.loads(row.tools), row.conversation_id,
+    )  # fmt: skip
 
 
 def _waits(url: sa.URL) -> dict[str, Any]:

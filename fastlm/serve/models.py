@@ -83,6 +83,7 @@ class Models:
 
     def __init__(self, current: Served, name: str | None = None, trial: Trial | None = None):
         self.current, self.name, self.trial = current, name or current.name, trial
+        self.beside: list[Served] = []  # by names of their own, as long as the server runs
         self.leaving: list[Served] = []
         self.answers: Counter[tuple[str, str]] = Counter()  # by model and how they ended
         self._past: EngineStats | None = None  # counters of models that were freed
@@ -92,7 +93,11 @@ class Models:
     @property
     def live(self) -> list[Served]:
         """What new requests may go to, the current model first."""
-        return [self.current, *([self.trial.served] if self.trial else [])]
+        return [self.current, *([self.trial.served] if self.trial else []), *self.beside]
+
+    def add(self, served: Served) -> None:
+        """Let a model answer to its own name, beside the others."""
+        self.beside.append(served)
 
     @property
     def names(self) -> list[str]:
@@ -119,7 +124,7 @@ class Models:
         stay with the current model.
         """
         served, trial = self.named(asked.model), self.trial
-        if trial is None or isinstance(asked, EmbedAsked):
+        if trial is None or isinstance(asked, EmbedAsked) or served in self.beside:
             return Turn(self, served)
         unit = unit_of(asked, client)
         assigned = asked.model == self.name and (trial.same_tokens or not uses_ids(asked))

@@ -290,7 +290,7 @@ EMBED: Mapping[str, Field] = {
 
 def chat_asked(body: Any) -> ChatAsked:
     """What a body of /v1/chat/completions asks for. ApiError names the field."""
-    given = _given(body, CHAT)
+    given = read_body(body, CHAT)
     if given["top_logprobs"] is not None and not given["logprobs"]:
         raise ApiError("top_logprobs: wanted with logprobs true", param="top_logprobs")
     if given["conversation_id"] is not None and not given["store"]:
@@ -324,7 +324,7 @@ def chat_fields(given: dict[str, Any], top: int | None, form: Form | None) -> di
 
 def text_asked(body: Any) -> TextAsked:
     """What a body of /v1/completions asks for. ApiError names the field."""
-    given = _given(body, TEXT)
+    given = read_body(body, TEXT)
     prompts = given["prompt"]
     if len(prompts) * given["n"] > MOST_PROMPTS:
         raise ApiError(
@@ -341,7 +341,7 @@ def text_asked(body: Any) -> TextAsked:
 
 def embed_asked(body: Any) -> EmbedAsked:
     """What a body of /v1/embeddings asks for. ApiError names the field."""
-    given = _given(body, EMBED)
+    given = read_body(body, EMBED)
     if len(given["input"]) > MOST_INPUTS:
         raise ApiError(
             f"input: wanted at most {MOST_INPUTS} texts, got {len(given['input'])}", param="input"
@@ -359,7 +359,8 @@ def _ignored(given: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _given(body: Any, fields: Mapping[str, Field]) -> dict[str, Any]:
+def read_body(body: Any, fields: Mapping[str, Field]) -> dict[str, Any]:
+    """The fields of a body, as `read_fields`; of two names of a field, the known one."""
     for key, value in body.items() if isinstance(body, dict) else ():
         if key in fields or (value is None and key in UNSUPPORTED):
             continue
