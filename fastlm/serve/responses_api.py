@@ -39,11 +39,18 @@ MOST_TEXT = 2**26
 STATUS = choice("in_progress", "completed", "incomplete")
 ANYTHING = Field(lambda value, name: value, {})
 # parts and items as clients send them, and as they send ours back
-PART = {"type": choice("input_text"), "text": text(MOST_TEXT, required=True, empty=True)}
+
+
+def _kind(value: str, required: bool = True) -> dict[str, Field]:
+    one = choice(value)
+    return {"type": Field(one.read, one.schema, required=required)}
+
+
+TEXT = {"text": text(MOST_TEXT, required=True, empty=True)}
 PARTS: Mapping[str, Mapping[str, Field]] = {
-    "input_text": PART,
+    "input_text": {**_kind("input_text"), **TEXT},
     "output_text": {
-        **PART, "type": choice("output_text"), "annotations": ANYTHING, "logprobs": ANYTHING,
+        **_kind("output_text"), **TEXT, "annotations": ANYTHING, "logprobs": ANYTHING,
     },
 }  # fmt: skip
 
@@ -57,7 +64,8 @@ def _content(value: Any, name: str) -> str:
     found = []
     for i, part in enumerate(value):
         where = f"{name}[{i}]"
-        fields = PARTS.get(part.get("type")) if isinstance(part, dict) else None
+        kind = part.get("type") if isinstance(part, dict) else None
+        fields = PARTS.get(kind) if isinstance(kind, str) else None
         if fields is None:
             raise ApiError(
                 f"{where}: expected a part of type {' or '.join(PARTS)}, got another: this server"
@@ -78,33 +86,22 @@ CONTENT = Field(
     },
     required=True,
 )
+ITEM = {"id": LABEL, "status": STATUS}
+CALL_ID = text(2**10, required=True)
+ROLE = Field(choice(*ROLES).read, choice(*ROLES).schema, required=True)
 ITEMS: Mapping[str, Mapping[str, Field]] = {
     "message": {
-        "type": choice("message"),
-        "role": Field(choice(*ROLES).read, {"enum": list(ROLES)}, required=True),
-        "content": CONTENT,
-        "id": LABEL,
-        "status": STATUS,
+        **_kind("message", required=False), **ITEM, "role": ROLE, "content": CONTENT,
         "phase": LABEL,
     },
     "function_call": {
-        "type": Field(choice("function_call").read, {"enum": ["function_call"]}, required=True),
-        "call_id": text(2**10, required=True),
-        "name": text(2**10, required=True),
+        **_kind("function_call"), **ITEM, "call_id": CALL_ID, "name": text(2**10, required=True),
         "arguments": text(MOST_TEXT, required=True),
-        "id": LABEL,
-        "status": STATUS,
     },
     "function_call_output": {
-        "type": Field(
-            choice("function_call_output").read, {"enum": ["function_call_output"]}, required=True
-        ),
-        "call_id": text(2**10, required=True),
-        "output": CONTENT,
-        "id": LABEL,
-        "status": STATUS,
+        **_kind("function_call_output"), **ITEM, "call_id": CALL_ID, "output": CONTENT,
     },
-}
+}  # fmt: skip
 
 
 def _input(value: Any, name: str) -> list[Message]:
@@ -148,7 +145,7 @@ def _call(given: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {"id": given["call_id"], "type": "function", "function": function}
 
 
-TOOL = {"type": Field(choice("function").read, {"enum": ["function"]}, required=True), **FUNCTION}
+TOOL = {**_kind("function"), **FUNCTION}
 
 
 def _tools(value: Any, name: str) -> list[Any] | None:
