@@ -7,7 +7,7 @@ text alone is the message. Earlier calls and the tools' results become text of t
 
 import json
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -115,7 +115,7 @@ class GenericText:
 
     def __init__(self, names: Collection[str]):
         self.names = names
-        self.calls: list[Mapping[str, Any]] = []
+        self.calls: list[dict[str, Any]] = []
         self._held, self._in_text = "", False
 
     def push(self, piece: str) -> str:
