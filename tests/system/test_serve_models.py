@@ -5,6 +5,7 @@ origins, a chat template of a file, adapters by name.
 from types import SimpleNamespace
 
 import pytest
+import torch
 from serve_app import HTTP, ask, running, tiny_model
 from typer.testing import CliRunner
 
@@ -29,7 +30,7 @@ def folder(tmp_path_factory):
     add_lora(model, 4, alpha=64, seed=1)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
-            parameter.data.normal_()
+            parameter.data.normal_(generator=torch.Generator().manual_seed(1))
     save_adapter(model, folder / "poet", base=folder / "base")
     (folder / "shout.jinja").write_text(SHOUT)
     return folder
@@ -118,7 +119,7 @@ def test_pages_of_other_origins(server):
 
 def test_adapters_by_name(server):
     def said(**fields):
-        body = {"messages": [USER], "max_tokens": 8, "temperature": 0, **fields}
+        body = {"messages": [USER], "max_tokens": 2, "temperature": 0, "logprobs": True, **fields}
         return ask(server.url, body).json()
 
     base, poet = said(model="base"), said(model="poet")
