@@ -227,12 +227,14 @@ def page_count(
     context: int | None = None,
     likely: int = LIKELY_TOKENS,
     beside: int = 0,
+    share: int = 1,
 ) -> int:
     """How many pages `rows` answers need. `beside`: bytes that something else takes for each page.
 
     On the CPU they have room for `rows` answers of ``likely`` tokens and for one context of
     ``context`` tokens (default: the longest), whichever is more, within a quarter of the memory. On
-    a GPU, whose memory is taken at once, for `rows` contexts, within half of what is free.
+    a GPU, whose memory is taken at once, for `rows` contexts, within half of what is free. `share`:
+    so many caches share that memory.
     """
     # and one page more for each, which the scheduler keeps for growth
     longest = -(-(context or config.max_position_embeddings) // PAGE) + 1
@@ -243,7 +245,7 @@ def page_count(
     else:
         memory = _memory() // _MEMORY_SHARE
         wanted = max(longest, rows * min(longest, -(-likely // PAGE) + 1))
-    return max(1, min(wanted, memory // (page_bytes(config, dtype) + beside)))
+    return max(1, min(wanted, memory // share // (page_bytes(config, dtype) + beside)))
 
 
 def _memory() -> int:

@@ -360,15 +360,15 @@ class CausalLM(nn.Module):
         )
         return self.logits(hidden[:, -1])
 
-    def chunk_hidden(self, input_ids: Tensor, cache: "ChunkCache") -> Tensor:
+    def chunk_hidden(self, input_ids: Tensor, cache: "ChunkCache", every: bool = False) -> Tensor:
         """Run chunks of prompts: checked ids (total,), packed as `cache` says -> what the head
-        multiplies after the last token of each chunk, (B, E)."""
+        multiplies after the last token of each chunk, (B, E); ``every``: after each token."""
         rotary = self.model.rotary(
             cache.positions[None], len(input_ids), cache.longest, input_ids.device
         )
         call = Call(cache.cu_seqlens, cache, None, rotary, fused=True)
         hidden = self.model(input_ids[None], call)[0]
-        return hidden[cache.cu_seqlens[1:].long() - 1]
+        return hidden if every else hidden[cache.cu_seqlens[1:].long() - 1]
 
     def check_ids(self, input_ids: Tensor) -> None:
         """Raise InputError unless these are (B, S) integers and, where values can be read cheaply,

@@ -2,22 +2,32 @@
 
 import json
 import time
-from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from anyio.to_thread import run_sync
 
 from fastlm.serve.fields import ApiError
+from fastlm.serve.generic_tools import GenericText
 from fastlm.serve.openai_api import Asked, ChatAsked, TextAsked
 from fastlm.serve.requests import Piece, TokenLogprob
-from fastlm.serve.tools import ToolText
+from fastlm.serve.tools import CallsOrText, ToolText
 
 if TYPE_CHECKING:
     from fastlm.serve.running import Running
     from fastlm.tokenizer.tokenizer import Tokenizer
 
 Event = dict[str, Any]
+Scored = TokenLogprob | int  # a token alone: the first of a prompt, which follows nothing
+
+
+@dataclass(frozen=True)
+class Echo:
+    """The text of a prompt, and its first token where that has no log-probability."""
+
+    text: str
+    first: int | None
 
 
 @dataclass
@@ -26,8 +36,9 @@ class Choice:
 
     text: str = ""
     finish_reason: str | None = None
-    tools: ToolText | None = None
-    logprobs: list[TokenLogprob] = field(default_factory=list)
+    tools: ToolText | CallsOrText | GenericText | None = None
+    logprobs: list[Scored] = field(default_factory=list)
+    began: bool = False
     tokens: int = 0
     offset: int = 0  # characters of the tokens whose log-probabilities were told
 
@@ -46,7 +57,7 @@ class Answer:
         id: str,
         running: "Running",
         tokenizer: "Tokenizer",
-        prompts: list[str],
+        prompts: list[Echo],
         prompt_tokens: int,
         model: str,
     ):
@@ -54,14 +65,7 @@ class Answer:
         self.model = model
         self.chat = isinstance(asked, ChatAsked)
         self.created = int(time.time())
-        names: list[str] = []
-        if isinstance(asked, ChatAsked) and asked.tools is not None:
-            names = [tool["function"]["name"] for tool in asked.tools]
-        # where a form keeps calls to their schemas, what it does not know as a call is text
-        whole = asked.form is None or asked.form.kind != "calls"
-        self.choices = [
-            Choice(tools=ToolText(names, whole) if names else None) for _ in range(running.count)
-        ]
+        self.choices = [Choice(tools=_reader(asked)) for _ in range(running.count)]
         self.echo = prompts if isinstance(asked, TextAsked) and asked.echo else []
         self.prompt_tokens, self.cached_tokens = prompt_tokens, 0
 
@@ -77,7 +81,7 @@ class Answer:
         told = self._head("chat.completion" if self.chat else "text_completion")
         told["usage"] = self.usage()
         choices = ",".join(self._whole_choice(i, choice) for i, choice in enumerate(self.choices))
-        return f'{_json(told)[:-1]},"choices":[{choices}]}}'.encode()
+        return f'{to_json(told)[:-1]},"choices":[{choices}]}}'.encode()
 
     async def events(self) -> AsyncIterator[Event]:
         """The events of a streamed response, without the last "[DONE]"."""
@@ -93,14 +97,14 @@ class Answer:
             for i in range(len(self.choices)):
                 yield event(self._chunk(i, {"role": "assistant", "content": ""}))
         else:
-            for i, text in enumerate(self._echoes()):
-                if text:
-                    yield event(self._chunk(i, text))
+            for i, echo in enumerate(self._echoes()):
+                if echo.text and self.asked.logprobs is None:  # else with its log-probabilities
+                    yield event(self._chunk(i, echo.text))
         async for index, piece in self.running:
-            text, logprobs = self._take(index, piece), None
-            choice = self.choices[index]
-            if piece.logprobs:
-                logprobs = self._logprobs(piece.logprobs, choice)
+            text, scored = self._take(index, piece)
+            choice, logprobs = self.choices[index], None
+            if scored:
+                logprobs = self._logprobs(scored, choice)
             if text or logprobs:
                 delta = {"content": text} if self.chat else text
                 yield event(self._chunk(index, delta, logprobs))
@@ -112,6 +116,16 @@ class Answer:
                 yield event(self._chunk(index, {} if self.chat else "", None, choice.finish_reason))
         if self.asked.include_usage:
             yield {**event(), "usage": self.usage()}
+
+    ends = b"data: [DONE]\n\n"  # behind the last event
+
+    def encode(self, event: Event) -> bytes:
+        """An event as the client gets it."""
+        return sse(event)
+
+    def failed(self, error: ApiError) -> bytes:
+        """The event of an answer that could not be ended."""
+        return sse(error.body())
 
     def messages(self) -> list[list[dict[str, Any]]]:
         """Each choice as messages, to be kept."""
@@ -126,9 +140,21 @@ class Answer:
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
 
-    def _take(self, index: int, piece: Piece) -> str:
-        """Add a piece to its choice; return the text that the client gets now."""
-        choice = self.choices[index]
+    def _take(self, index: int, piece: Piece) -> tuple[str, list[Scored]]:
+        """Add a piece to its choice; return the text that the client gets now, and tokens with
+        their log-probabilities."""
+        choice, before, scored = self.choices[index], "", list[Scored]()
+        if piece.tokens and not choice.began:
+            choice.began = True
+            if self.echo and self.asked.logprobs is not None:
+                echo = self._echoes()[index]
+                before = echo.text if self.asked.stream else ""
+                scored = [] if echo.first is None else [echo.first]
+                scored += piece.prompt_logprobs
+        if self.asked.max_new_tokens == 0 and piece.finish_reason in ("stop", "length"):
+            # the token that was drawn is nobody's
+            piece = replace(piece, tokens=[], text="", logprobs=[], finish_reason="length")
+        scored += piece.logprobs
         choice.tokens += len(piece.tokens)
         late = piece.finish_reason == "deadline" and not any(c.tokens for c in self.choices)
         if late or piece.finish_reason in ("error", "refused", "cancelled"):
@@ -138,7 +164,7 @@ class Answer:
         if choice.tools is not None:
             text = choice.tools.push(text)
         if self.asked.logprobs is not None and not self.asked.stream:
-            choice.logprobs += piece.logprobs
+            choice.logprobs += scored
         if piece.finish_reason is not None:
             if choice.tools is not None:
                 text += choice.tools.end()
@@ -149,13 +175,13 @@ class Answer:
             if index % self.asked.n == 0:  # the others share the prompt of the first choice
                 self.cached_tokens += piece.cached_tokens
         choice.text += text
-        return text
+        return before + text, scored
 
     def _head(self, kind: str) -> Event:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
 
-    def _echoes(self) -> list[str]:
-        return [text for text in self.echo for _ in range(self.asked.n)]
+    def _echoes(self) -> list[Echo]:
+        return [echo for echo in self.echo for _ in range(self.asked.n)]
 
     def _whole_choice(self, index: int, choice: Choice) -> str:
         echoes = self._echoes()
@@ -163,18 +189,18 @@ class Answer:
         if self.chat:
             told["message"] = self._message(choice)
         else:
-            told["text"] = (echoes[index] if echoes else "") + choice.text
+            told["text"] = (echoes[index].text if echoes else "") + choice.text
         told["finish_reason"] = choice.finish_reason
-        return f'{_json(told)[:-1]},"logprobs":{self._logprobs_json(choice)}}}'
+        return f'{to_json(told)[:-1]},"logprobs":{self._logprobs_json(choice)}}}'
 
     def _logprobs_json(self, choice: Choice) -> str:
         if self.asked.logprobs is None:
             return "null"
         if self.chat:
-            content = ",".join(_json(self._chat_logprob(one)) for one in choice.logprobs)
+            content = ",".join(map(to_json, self._chat_logprobs(choice.logprobs)))
             return f'{{"content":[{content}],"refusal":null}}'
         told = self._logprobs(choice.logprobs, choice)
-        lists = (f'"{key}":[{",".join(map(_json, values))}]' for key, values in told.items())
+        lists = (f'"{key}":[{",".join(map(to_json, values))}]' for key, values in told.items())
         return "{" + ",".join(lists) + "}"
 
     def _message(self, choice: Choice, kept: bool = False) -> Event:
@@ -193,22 +219,28 @@ class Answer:
         said = {"delta": delta} if self.chat else {"text": delta}
         return {"index": index, **said, "logprobs": logprobs, "finish_reason": reason}
 
-    def _logprobs(self, found: list[TokenLogprob], choice: Choice) -> Event:
+    def _logprobs(self, found: list[Scored], choice: Choice) -> Event:
         """``found`` follow what was told of the choice before."""
         if self.chat:
-            return {"content": [self._chat_logprob(one) for one in found], "refusal": None}
+            return {"content": list(self._chat_logprobs(found)), "refusal": None}
         told: Event = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for one in found:
-            told["tokens"].append(self._name(one.token))
-            told["token_logprobs"].append(one.logprob)
-            told["top_logprobs"].append({self._name(id): value for id, value in one.top})
+            token, logprob, top = (
+                (one, None, None) if isinstance(one, int) else (one.token, one.logprob, one.top)
+            )
+            named = None if top is None else {self._name(id): value for id, value in top}
+            told["tokens"].append(self._name(token))
+            told["token_logprobs"].append(logprob)
+            told["top_logprobs"].append(named)
             told["text_offset"].append(choice.offset)
-            choice.offset += len(self._text(one.token))
+            choice.offset += len(self._text(token))
         return told
 
-    def _chat_logprob(self, one: TokenLogprob) -> Event:
-        top = [self._token(*pair) for pair in one.top]
-        return {**self._token(one.token, one.logprob), "top_logprobs": top}
+    def _chat_logprobs(self, found: list[Scored]) -> Iterator[Event]:
+        for one in found:
+            if not isinstance(one, int):
+                top = [self._token(*pair) for pair in one.top]
+                yield {**self._token(one.token, one.logprob), "top_logprobs": top}
 
     def _token(self, id: int, logprob: float) -> Event:
         return {"token": self._text(id), "logprob": logprob, "bytes": list(self._bytes(id))}
@@ -227,6 +259,20 @@ class Answer:
     def _bytes(self, id: int) -> bytes:
         """Nothing for an id of a padded model that the tokenizer does not have."""
         return self.tokenizer.token_bytes(id) if id < self.tokenizer.vocab_size else b""
+
+
+def _reader(asked: Asked) -> ToolText | CallsOrText | GenericText | None:
+    """What reads calls in the answer."""
+    form = asked.form
+    if form is not None and form.kind == "generic":
+        return GenericText([tool["function"]["name"] for tool in form.value.tools])
+    if not isinstance(asked, ChatAsked) or asked.tools is None:
+        return None
+    names = [tool["function"]["name"] for tool in asked.tools]
+    if form is not None and form.kind == "calls_or":
+        return CallsOrText(names)
+    # where a form keeps calls to their schemas, what it does not know as a call is text
+    return ToolText(names, whole=form is None or form.kind != "calls")
 
 
 def ended_badly(piece: Piece) -> ApiError:
@@ -250,10 +296,11 @@ def stopping() -> ApiError:
     )  # fmt: skip
 
 
-def sse(event: Event | str) -> bytes:
+def sse(event: Event) -> bytes:
     """A server-sent event."""
-    return f"data: {event if isinstance(event, str) else _json(event)}\n\n".encode()
+    return f"data: {to_json(event)}\n\n".encode()
 
 
-def _json(value: Any) -> str:
+def to_json(value: Any) -> str:
+    """Compact JSON."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import re
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
@@ -16,14 +17,15 @@ from anyio.to_thread import run_sync
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from fastlm.data.ranking import RankingStore
 from fastlm.errors import InputError
-from fastlm.serve import admin_api, opinions, rank_api
-from fastlm.serve.answers import Answer, sse, stopping
+from fastlm.serve import admin_api, opinions, rank_api, tokens_api
+from fastlm.serve.answers import Answer, stopping
 from fastlm.serve.asking import requests_of
 from fastlm.serve.fields import ApiError, checked, parse_body
 from fastlm.serve.gate import Gate, Gone, Limits, log, read_body, stack_of, unless_gone
@@ -41,6 +43,8 @@ from fastlm.serve.openai_api import (
 )
 from fastlm.serve.openapi import openapi
 from fastlm.serve.requests import Closed, QueueFull
+from fastlm.serve.responses_answer import ResponsesAnswer
+from fastlm.serve.responses_api import ResponsesAsked, continued, responses_asked
 from fastlm.serve.running import Running, Shares
 from fastlm.serve.said import Kept
 
@@ -57,7 +61,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Keep = Callable[[Answer], None]
 FILES = Path(__file__).with_name("page")
-MOST_EMBEDDED = 2**17  # tokens of one request to /v1/embeddings
+MOST_EMBEDDED = 300_000  # tokens of one request to /v1/embeddings: OpenAI's limit
 TYPES = {
     ".html": "text/html",
     ".js": "text/javascript",
@@ -73,6 +77,7 @@ class Server:
     ``feedback``: where opinions and measures go; None: nowhere. ``monitoring``: what is measured of
     answers; None: the defaults. ``ranking``: the store of `fastlm rank` for the page /rank; None:
     no such page. ``keys`` and ``hosts`` as in `fastlm.serve.gate.Gate`.
+    ``origins``: of web pages elsewhere that may call the server; "*": any.
     ``switch``: what changes the models, for those with one of the keys ``admins``; None: nothing.
     """
 
@@ -84,6 +89,7 @@ class Server:
     ranking: Path | None = None
     switch: "Switch | None" = None
     admins: Sequence[str] = ()
+    origins: Sequence[str] = ()
     monitoring: "Settings | None" = None
 
     def __post_init__(self) -> None:
@@ -92,6 +98,7 @@ class Server:
         several = len(self.keys) > 1  # clients; without keys all are of this machine
         self.shares = Shares(max(1, self.served.engine.max_waiting // 2) if several else None)
         self.stopping = False
+        self._ignored: set[str] = set()  # fields that the log has named
         self.writing, self.looking = CapacityLimiter(WRITERS), CapacityLimiter(1)
         # Few threads, whatever the clients: each keeps the last 10,000 words that it encoded, 4 MB.
         # More than processors, since some wait for a chat template.
@@ -102,7 +109,9 @@ class Server:
         routes = [
             Route("/v1/chat/completions", self._complete(chat_asked), methods=post),
             Route("/v1/completions", self._complete(text_asked), methods=post),
+            Route("/v1/responses", self._complete(responses_asked), methods=post),
             Route("/v1/embeddings", self._embed, methods=post),
+            *tokens_api.routes(self),
             Route("/v1/models", self._models, methods=get),
             Route("/v1/models/{id:path}", self._model, methods=get),
             Route("/v1/feedback", partial(opinions.give, self), methods=post),
@@ -130,8 +139,15 @@ class Server:
             Gate, metrics=self.metrics, limits=self.limits, hosts=self.hosts, paths=paths,
             keys=[*self.keys, *self.admins] if self.keys else (),
         )  # fmt: skip
+        pages = Middleware(
+            CORSMiddleware, allow_origins=self.origins, allow_methods=["GET", "POST"],
+            allow_headers=["*"],  # clients send names of their own
+            expose_headers=["x-request-id", "x-fastlm-ignored", "retry-after"],
+            allow_private_network=True,  # a public page that calls this machine
+        )  # fmt: skip
         self.app = Starlette(
-            routes=routes, middleware=[gate], lifespan=self._lifespan,
+            routes=routes, middleware=[pages, gate] if self.origins else [gate],
+            lifespan=self._lifespan,
             exception_handlers={HTTPException: _http_error, ApiError: self._refused},
         )  # fmt: skip
         self.app.router.redirect_slashes = False
@@ -160,7 +176,7 @@ class Server:
             await run_sync(self.monitor.close)
         log("stopped")
 
-    async def _read(self, function: Callable[..., T], *arguments: Any) -> T:
+    async def read(self, function: Callable[..., T], *arguments: Any) -> T:
         """The result of what takes a while and encodes text, outside the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self._readers, function, *arguments)
 
@@ -169,6 +185,8 @@ class Server:
     def _complete(self, read: Callable[[Any], Asked]) -> Any:
         async def complete(http: HttpRequest) -> Response:
             asked = await self.body(http, read)
+            if isinstance(asked, ResponsesAsked) and asked.previous is not None:
+                asked = await run_sync(continued, asked, self.feedback, limiter=self.writing)
             kept = self._kept(asked)
             turn = self.models.turn(asked, http.state.client)
             try:
@@ -192,7 +210,10 @@ class Server:
 
     async def _begin(self, http: HttpRequest, asked: Asked, turn: Turn) -> Answer:
         """Submit a request, to the current model if the canary refuses it."""
-        id = f"{'chatcmpl' if isinstance(asked, ChatAsked) else 'cmpl'}-{http.state.id}"
+        prefix = "chatcmpl-" if isinstance(asked, ChatAsked) else "cmpl-"
+        if isinstance(asked, ResponsesAsked):
+            prefix = "resp_"
+        id = f"{prefix}{http.state.id}"
         try:
             return await self._submit(http, asked, turn, id)
         except ApiError:
@@ -204,7 +225,8 @@ class Server:
 
     async def _submit(self, http: HttpRequest, asked: Asked, turn: Turn, id: str) -> Answer:
         served, told = turn.served, http.state.told
-        prompts, echoes, requests = await self._read(
+        self._note_ignored(http, asked, served)
+        asked, prompts, echoes, requests = await self.read(
             requests_of, served, asked, self.limits, http.state.client, self.cache_salt(http)
         )
         told["model"], told["prompt_tokens"] = served.name, sum(map(len, prompts))
@@ -216,7 +238,8 @@ class Server:
             running = Running(served.engine, requests, self.metrics, self.shares)
         for length in lengths:
             self.metrics.prompt_length.observe(length)
-        answer = Answer(
+        kind = ResponsesAnswer if isinstance(asked, ResponsesAsked) else Answer
+        answer = kind(
             asked, id, running, served.tokenizer, echoes, told["prompt_tokens"], served.name
         )
         if seen is not None:
@@ -226,6 +249,16 @@ class Server:
     def cache_salt(self, http: HttpRequest) -> bytes:
         """The clients of several keys share no cached prompts, those of one key or none do."""
         return http.state.client.encode() if len(self.keys) > 1 else b""
+
+    def _note_ignored(self, http: HttpRequest, asked: Asked | EmbedAsked, served: Served) -> None:
+        """Name fields that change nothing: in the response, and once in the log."""
+        names = asked.ignored
+        if "reasoning_effort" in (served.tokenizer.chat_template or ""):
+            names = tuple(name for name in names if name != "reasoning_effort")
+        http.state.ignored = names
+        if new := sorted({*names} - self._ignored):
+            self._ignored.update(new)
+            log("ignored", fields=new)
 
     async def _whole(
         self, answer: Answer, turn: Turn, kept: Keep | None, told: dict[str, Any]
@@ -249,7 +282,7 @@ class Server:
             told["stored"] = False
             self.metrics.store_failures.inc()
             reason = {"message": str(error)[:200]} if isinstance(error, InputError) else {}
-            id = answer.id.rpartition("-")[2]  # of the request
+            id = re.split("[-_]", answer.id)[-1]  # of the request
             log("failure", id=id, what="store", **stack_of(error), **reason)
 
     def _kept(self, asked: Asked) -> Keep | None:
@@ -283,10 +316,17 @@ class Server:
             turn.end()
 
     async def _embedded(self, http: HttpRequest, asked: EmbedAsked, served: Served) -> Response:
-        def encode() -> list[list[int]]:
-            return [served.prompts.text(text, "input", room=0) for text in asked.inputs]
+        self._note_ignored(http, asked, served)
+        if (asked.dimensions or 0) > (size := served.model.config.hidden_size):
+            raise ApiError(
+                f"dimensions: expected at most the model's {size}, got {asked.dimensions}",
+                param="dimensions",
+            )
 
-        inputs = await self._read(encode)
+        def encode() -> list[list[int]]:
+            return [served.prompts.embedded(text) for text in asked.inputs]
+
+        inputs = await self.read(encode)
         http.state.told["prompt_tokens"] = tokens = sum(map(len, inputs))
         if tokens > MOST_EMBEDDED:
             raise ApiError(
@@ -298,7 +338,9 @@ class Server:
 
         async def one(ids: list[int]) -> np.ndarray:
             with _refusals():
-                future = served.engine.call(partial(served.embedding, ids), client)
+                future = served.engine.call(
+                    partial(served.embedding, ids, asked.dimensions), client
+                )
             try:
                 return await asyncio.wrap_future(future)
             except asyncio.CancelledError:
@@ -364,7 +406,7 @@ class Server:
         def parsed() -> T:
             return checked(read, parse_body(data))
 
-        return parsed() if len(data) <= SMALL_BODY else await self._read(parsed)
+        return parsed() if len(data) <= SMALL_BODY else await self.read(parsed)
 
     async def _health(self, _: HttpRequest) -> Response:
         return JSONResponse({"status": "ok"})
@@ -394,7 +436,7 @@ class Server:
 
 
 class Events(Response):
-    """A streamed answer. Ends in "[DONE]", or in an event with an error."""
+    """A streamed answer. Ends as `Answer.ends` says, or in an event with an error."""
 
     def __init__(
         self, server: Server, answer: Answer, turn: Turn, kept: Keep | None, told: dict[str, Any]
@@ -423,7 +465,7 @@ class Events(Response):
         try:
             try:
                 async for event in self.answer.events():
-                    await write(sse(event))
+                    await write(self.answer.encode(event))
             except Gone:
                 raise
             except Exception as error:
@@ -432,11 +474,11 @@ class Events(Response):
             await self.turn.answered(self.answer)
             if self.kept is not None:
                 await self.server.store(self.kept, self.answer, self.told)
-            await write(sse("[DONE]"))
+            await write(self.answer.ends)
         except ApiError as error:
             self.server.metrics.errors.labels(error.code or error.kind).inc()
             self.told["error"] = error.code or error.kind
-            await write(sse(error.body()))
+            await write(self.answer.failed(error))
         await write(b"", False)
 
 

@@ -1,5 +1,6 @@
 """``fastlm serve`` and ``fastlm feedback``."""
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -8,11 +9,12 @@ import typer
 from fastlm.errors import InputError
 from fastlm.startup import imports
 from fastlm.threads import Threads
-from fastlm.tokenizer import chat_template
+from fastlm.tokenizer import chat_template as templates
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 KEYS_VARIABLE = "FASTLM_API_KEYS"
 ADMIN_KEYS_VARIABLE = "FASTLM_ADMIN_KEYS"
+ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s?#]+")
 KV_DTYPES = ("float32", "bfloat16", "float16", "int8")
 
 app = typer.Typer(
@@ -70,6 +72,23 @@ def serve(
     allow_host: Annotated[
         list[str] | None,
         typer.Option(help="Another name by which clients call this machine; may be given again"),
+    ] = None,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A web page's origin that may call the server (CORS), as https://example.org; '*':"
+            " any, with API keys. May be given again"
+        ),
+    ] = None,
+    chat_template: Annotated[
+        Path | None, typer.Option(help="Jinja file; default: the model's own template")
+    ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=PATH: another adapter or model, which clients choose by this name. May be"
+            " given again; each takes the memory of a model"
+        ),
     ] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Longest answer; default: the model's context")
@@ -181,6 +200,21 @@ def serve(
         raise InputError("admin_key_file: wanted API keys, too (--api-key-file), got none")
     if host not in LOOPBACK and not keys:
         raise InputError(f"host: wanted API keys (--api-key-file) to listen on {host}, got none")
+    origins = allow_origin or []
+    for origin in origins:
+        if origin == "*" and not keys:
+            raise InputError("allow_origin: expected API keys (--api-key-file) with '*', got none")
+        if origin != "*" and not ORIGIN.fullmatch(origin):
+            raise InputError(
+                "allow_origin: expected '*' or a page's scheme, host and port, as"
+                f" https://example.org, got {origin!r:.80}"
+            )
+    adapters = {}
+    for given in adapter or []:
+        key, _, path = given.partition("=")
+        if not key or not path or not key.isprintable() or key in adapters:
+            raise InputError(f"adapter: expected NAME=PATH, each name once, got {given!r:.200}")
+        adapters[key] = Path(path)
     if kv_dtype not in (None, *KV_DTYPES):
         raise InputError(f"kv_dtype: wanted {', '.join(KV_DTYPES)}, got {kv_dtype!r:.80}")
     for option, file in (("metrics", metrics), ("alerts", alerts)):
@@ -203,7 +237,7 @@ def serve(
         if feedback is None or "://" in feedback:
             raise InputError("state: wanted a file for what is decided (--state), got none")
         state = Path(f"{feedback}.models.json")
-    chat_template.begin()
+    templates.begin()
     try:
         with imports():
             from fastlm.serve import process
@@ -216,7 +250,8 @@ def serve(
     process.run(
         model, host=host, port=port, name=name, feedback=feedback, metrics=metrics, alerts=alerts,
         measure_days=measure_days, measure_rows=measure_rows, rank=rank, keys=keys,
-        allow_host=allow_host or [], max_new_tokens=max_new_tokens, max_body=max_body,
+        allow_host=allow_host or [], origins=origins, chat_template=chat_template,
+        adapters=adapters, max_new_tokens=max_new_tokens, max_body=max_body,
         max_waiting=max_waiting, max_rows=max_rows, max_length=max_length, pages=pages,
         kv_dtype=kv_dtype,
         draft_model=draft_model, draft_tokens=draft_tokens, max_connections=max_connections,

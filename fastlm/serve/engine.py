@@ -92,6 +92,7 @@ class Engine:
             by default 4 tokens. It gets as many pages as the model.
         turns: held during each step of `start`'s thread, by engines that share the processors
             (`fastlm.serve.turns.Turns`).
+        memory_share: so many engines share the memory that `pages` are taken of by default.
 
     `submit`, `cancel`, `call`, `update` and `stats` are for any thread. Steps run in one thread:
     that of `start`, or that of the caller of `step` and `generate`. Weights may change while
@@ -119,6 +120,7 @@ class Engine:
         draft_tokens: int | None = None,
         draft_model: "CausalLM | None" = None,
         turns: AbstractContextManager[Any] | None = None,
+        memory_share: int = 1,
     ):
         for name, value in (
             ("max_tokens_per_step", max_tokens_per_step), ("max_rows", max_rows), ("pages", pages),
@@ -165,7 +167,7 @@ class Engine:
         beside = 0 if draft_model is None else draft_page_bytes(draft_model, model)
         count = pages or page_count(
             model.config, max_rows, dtype=self._cache_dtype(), device=model.device,
-            context=self.context_limit, beside=beside,
+            context=self.context_limit, beside=beside, share=memory_share,
         )  # fmt: skip
         self.pages = self._make_pages(count)
         self.scheduler = Scheduler(self.pages, max_rows=max_rows, prefix_cache=prefix_cache)
@@ -568,14 +570,29 @@ class Engine:
             self.pages, [c.sequence.pages for c in group],
             [c.start for c in group], [c.end for c in group],
         )  # fmt: skip
-        hidden = self.model.chunk_hidden(torch.tensor(ids, device=self.model.device), cache)
+        every = any(c.sequence.scores_prompt for c in group)
+        tensor = torch.tensor(ids, device=self.model.device)
+        hidden = self.model.chunk_hidden(tensor, cache, every)
         self._prompt_tokens += len(ids)
+        if every:
+            ends = list(itertools.accumulate(c.end - c.start for c in group))
+            for chunk, end in zip(group, ends, strict=True):
+                self._score(chunk, hidden[end - (chunk.end - chunk.start) : end])
+            hidden = hidden[[end - 1 for end in ends]]
         for row, chunk in enumerate(group):
             sequence = chunk.sequence
             self.scheduler.computed(chunk)
             if sequence.decodes:
                 # one row at a time: a product of one has its own bits
                 sequence.prompt_logits = self.model.logits(hidden[row][None])
+
+    def _score(self, chunk: Chunk, hidden: Tensor) -> None:
+        """Tell a sequence what follows the tokens of a chunk, of which the head multiplies
+        ``hidden``, a page at a time: products of so many rows have the same bits in any company."""
+        if chunk.sequence.scores_prompt:
+            rows = (row for page in hidden.split(PAGE) for row in self.model.logits(page))
+            for i, row in enumerate(rows, chunk.start):
+                chunk.sequence.score(i, row)
 
     @torch.inference_mode()
     def _copy(self, chunk: Chunk) -> None:
@@ -591,11 +608,17 @@ class Engine:
     def _rows(self, chunks: list[Chunk], logits: dict[sequences.Sequence, list[Tensor]]) -> None:
         tokens = [(c.sequence, i) for c in chunks for i in range(c.start, c.end)]
         # not where an answer is computed again
-        wanted = [i + 1 == s.prompt_length or i + 1 >= len(s.tokens) for s, i in tokens]
+        wanted = [
+            i + 1 == s.prompt_length or i + 1 >= len(s.tokens)
+            or (s.scores_prompt and i + 1 < s.prompt_length)
+            for s, i in tokens
+        ]  # fmt: skip
         rows = [Row(s.token(i), i, s.pages, w) for (s, i), w in zip(tokens, wanted, strict=True)]
         after = logits_of(self._decoder, rows)
         for (s, i), own in zip(itertools.compress(tokens, wanted), after, strict=True):
-            if i + 1 == s.prompt_length:
+            if i + 1 < s.prompt_length:
+                s.score(i, own)
+            elif i + 1 == s.prompt_length:
                 s.prompt_logits = own[None]
             else:
                 logits.setdefault(s, []).append(own)
@@ -614,7 +637,8 @@ class Engine:
         alike: dict[Sampling, list[int]] = {}  # rows that are drawn together
         for row, s in enumerate(group):
             sampling = s.request.sampling
-            if s.adjustments is None and s.masks is None and sampling.rowwise:
+            plain = s.adjustments is None and s.masks is None and not s.must_go_on
+            if plain and sampling.rowwise:
                 alike.setdefault(sampling, []).append(row)
                 continue
             if not self._has_mask(s):

@@ -250,6 +250,13 @@ class FeedbackStore:
         answers = (read_answer(row, self.name) for row in rows)
         return {answer.response_id: answer for answer in answers}
 
+    def answer(self, response_id: str) -> Kept | None:
+        """The answer with this id, where it is kept."""
+        query = ANSWERS.select().where(ANSWERS.c.response_id == response_id)
+        with self.read() as connection:
+            row = connection.execute(query).first()
+        return None if row is None else read_answer(row, self.name)
+
     def opinions(self) -> list[Opinion]:
         """All opinions, in the order in which they were given."""
         with self.read() as connection:

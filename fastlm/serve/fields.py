@@ -88,7 +88,7 @@ def whole(low: int, high: int, default: int | None = None) -> Field:
     return Field(read, {"type": "integer", "minimum": low, "maximum": high}, default)
 
 
-def flag(default: bool = False) -> Field:
+def flag(default: bool | None = False) -> Field:
     def read(value: Any, name: str) -> bool:
         if not isinstance(value, bool):
             raise wrong(name, "true or false", value)
@@ -97,16 +97,19 @@ def flag(default: bool = False) -> Field:
     return Field(read, {"type": "boolean"}, default)
 
 
-def text(most: int, default: str | None = None, *, required: bool = False) -> Field:
-    """A text of 1 to ``most`` characters."""
+def text(
+    most: int, default: str | None = None, *, required: bool = False, empty: bool = False
+) -> Field:
+    """A text of 1 to ``most`` characters, or of 0 (``empty``)."""
+    least = 0 if empty else 1
 
     def read(value: Any, name: str) -> str:
-        if not isinstance(value, str) or not 1 <= len(value) <= most:
-            raise wrong(name, f"a text of 1 to {most} characters", value)
+        if not isinstance(value, str) or not least <= len(value) <= most:
+            raise wrong(name, f"a text of {least} to {most} characters", value)
         check_unicode(value, name)
         return value
 
-    schema = {"type": "string", "minLength": 1, "maxLength": most}
+    schema = {"type": "string", "minLength": least, "maxLength": most}
     return Field(read, schema, default, required)
 
 

@@ -104,6 +104,8 @@ class Gate:
                 status = message["status"]
                 more = MutableHeaders(raw=message["headers"])
                 more.update(HEADERS | {"x-request-id": scope["state"]["id"]})
+                if ignored := scope["state"].get("ignored"):
+                    more["x-fastlm-ignored"] = ", ".join(ignored)
             try:
                 async with asyncio.timeout(self.limits.write_seconds):
                     await send(message)

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from fastlm.errors import InputError
 from fastlm.serve.fields import ApiError
-from fastlm.serve.openai_api import Form
+from fastlm.serve.forms import Form
+from fastlm.serve.generic_tools import GenericTools
 from fastlm.serve.requests import Constraint, ConstraintError
 from fastlm.serve.schemas import close_arguments, close_objects
 from fastlm.serve.tools import CLOSE, OPEN
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Sequence
 
     from fastlm.model.config import ModelConfig
     from fastlm.tokenizer.tokenizer import Tokenizer
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 WHITESPACE = r"[ ]?|\n[ ]{0,32}"
 # over what a schema itself may say: "lenient" ignores what cannot be compiled
 OPTIONS = {"whitespace_pattern": WHITESPACE, "lenient": False}
-JSON_KINDS = ("json_object", "json_schema", "call", "calls")
+JSON_KINDS = ("json_object", "json_schema", "call", "calls", "calls_or", "generic")
 INSTALL = "pip install 'fastlm[serve]'"
 MAX_BYTES = 2**16  # of a schema, an expression or a grammar; of all tools four times that
 # Digits of a JSON number before and after its point: a float has 17. Without a bound, a model may
@@ -64,13 +65,7 @@ class Grammars:
                 f"{form.param}: wanted llguidance on the server ({INSTALL}), not found",
                 param=form.param,
             ) from None
-        most = MAX_BYTES * 4 if form.kind in ("call", "calls") else MAX_BYTES
-        try:
-            size = len(json.dumps(form.value, ensure_ascii=False).encode(errors="surrogatepass"))
-        except RecursionError:
-            size = most + 1
-        if size > most:
-            raise ApiError(f"{form.param}: expected at most {most} bytes", param=form.param)
+        _check_size(form)
         with self._lock:
             tokens = self._tokens
         limits = llguidance.LLParserLimits(**LIMITS)
@@ -232,6 +227,26 @@ class _JsonText:
             self._active, self.digits = False, 0
 
 
+def _check_size(form: Form) -> None:
+    """ApiError: a form of more than `MAX_BYTES`, or tools of more than four times that."""
+    tools, value = (), form.value
+    if form.kind == "call":
+        tools, value = form.value, None
+    elif form.kind == "calls":
+        tools, value = form.value[0], None
+    elif form.kind == "calls_or":
+        tools, value = form.value[0], form.value[2].value
+    elif form.kind == "generic":
+        tools, value = form.value.tools, form.value.response
+    for part, most in ((tools, MAX_BYTES * 4), (value, MAX_BYTES)):
+        try:
+            size = len(json.dumps(part, ensure_ascii=False).encode(errors="surrogatepass"))
+        except RecursionError:
+            size = most + 1
+        if size > most:
+            raise ApiError(f"{form.param}: expected at most {most} bytes", param=form.param)
+
+
 def _grammar(form: Form) -> str:
     from llguidance import LLMatcher, grammar_from
 
@@ -247,6 +262,10 @@ def _grammar(form: Form) -> str:
         return LLMatcher.grammar_from_lark(_call(form.value))
     if form.kind == "calls":
         return LLMatcher.grammar_from_lark(_calls(*form.value))
+    if form.kind == "calls_or":
+        return LLMatcher.grammar_from_lark(_calls_or(*form.value))
+    if form.kind == "generic":
+        return LLMatcher.grammar_from_lark(_generic(form.value))
     return LLMatcher.grammar_from_lark(form.value)
 
 
@@ -261,6 +280,42 @@ def _call(tools: list[Any]) -> str:
         arguments = _arguments(close_arguments(function.get("parameters")))
         rules.append(f"{name}: {json.dumps(before)} {arguments} {json.dumps(after)}")
     return "\n".join(rules)
+
+
+def _calls_or(tools: list[Any], several: bool, form: Form) -> str:
+    """A Lark grammar of calls of the tools, or of JSON of a form."""
+    begin, *rules = _call(tools).splitlines()
+    one = begin.removeprefix("start: ")
+    schema = {"type": "object"} if form.kind == "json_object" else form.value
+    calls = "call (SPACE call)*" if several else "call"
+    return "\n".join(
+        [
+            "start: calls | form",
+            f"calls: {calls}",
+            f"call: {one}",
+            f"form: {_json(close_objects(schema))}",
+            f"SPACE: /{WHITESPACE}/",
+            *rules,
+        ]
+    )
+
+
+def _generic(value: GenericTools) -> str:
+    """A Lark grammar of `fastlm.serve.generic_tools`."""
+    more = ' (SPACE "," SPACE call)*' if value.several else ""
+    kinds = "calls" if value.required else "calls | response"
+    response, quoted = json.dumps(json.dumps("response")), json.dumps(json.dumps("tool_calls"))
+    names = [f"call{i}" for i in range(len(value.tools))]
+    rules = [
+        f'start: "{{" SPACE ({kinds}) SPACE "}}"',
+        f'calls: {quoted} SPACE ":" SPACE "[" SPACE call{more} SPACE "]"',
+        f"call: {' | '.join(names)}",
+        f"SPACE: /{WHITESPACE}/",
+    ]
+    if not value.required:
+        schema = close_objects(value.response)
+        rules.append(f'response: {response} SPACE ":" SPACE {_json(schema)}')
+    return "\n".join([*rules, *_call_rules(names, value.tools, lambda function: True)])
 
 
 def _calls(tools: list[Any], several: bool) -> str:
@@ -278,16 +333,31 @@ def _calls(tools: list[Any], several: bool) -> str:
         f"call: {' | '.join(names)}",
         f"SPACE: /{WHITESPACE}/",
     ]
+    rules += _call_rules(names, tools, lambda function: bool(function.get("strict")))
+    return "\n".join(rules)
+
+
+def _call_rules(
+    names: list[str], tools: "Sequence[Any]", keeps: "Callable[[Any], bool]"
+) -> "Iterator[str]":
+    """Lark rules of these names, of a call of each tool as JSON; where it ``keeps`` to its schema,
+    so do the arguments."""
     for name, tool in zip(names, tools):
         function = tool["function"]
         called = [json.dumps(json.dumps(text)) for text in ("name", function["name"], "arguments")]
-        strict = function.get("strict")
-        arguments = _arguments(close_arguments(function.get("parameters")) if strict else {})
+        parameters = close_arguments(function.get("parameters")) if keeps(function) else {}
+        arguments = _arguments(parameters)
         parts = ('"{"', called[0], '":"', called[1], '","', called[2], '":"', arguments, '"}"')
-        rules.append(f"{name}: {' SPACE '.join(parts)}")
-    return "\n".join(rules)
+        yield f"{name}: {' SPACE '.join(parts)}"
 
 
 def _arguments(parameters: Any) -> str:
     """Lark for an object that keeps to a schema."""
-    return f"%json {json.dumps({'type': 'object', **parameters, 'x-guidance': OPTIONS})}"
+    return _json({"type": "object", **parameters})
+
+
+def _json(schema: Any) -> str:
+    """Lark for JSON that keeps to a schema."""
+    if isinstance(schema, bool):
+        schema = {} if schema else {"not": {}}
+    return f"%json {json.dumps({**schema, 'x-guidance': OPTIONS})}"

@@ -29,7 +29,8 @@ SPARE = 1.25  # of the size of a model's files: what loading it takes
 @dataclass(frozen=True)
 class Loader:
     """Loads models with the options of `fastlm.serve.engine.Engine`. ``name``: the public one;
-    with ``versions`` a model's own name is that and the beginning of its digest.
+    with ``versions`` a model's own name is that and the beginning of its digest. ``template``: a
+    chat template in place of the model's. ``share``: so many models share the memory of a cache.
     """
 
     name: str
@@ -38,6 +39,8 @@ class Loader:
     draft_model: Path | None = None
     turns: AbstractContextManager[Any] | None = None
     versions: bool = False
+    template: str | None = None
+    share: int = 1
 
     def load(self, path: Path, digest: str) -> Served:
         """Load a model whose `digest_of` is known.
@@ -45,9 +48,15 @@ class Loader:
         InputError: a model or draft model that cannot be used, more pages than fit the memory.
         """
         model, tokenizer = load_model(path, self.act_bits)
+        if self.template is not None:
+            tokenizer.chat_template = self.template
+            tokenizer.render_chat([{"role": "user", "content": "Hi"}])
         draft = None if self.draft_model is None else _load_draft(self.draft_model, tokenizer)
         try:
-            engine = Engine(model, tokenizer, draft_model=draft, turns=self.turns, **self.options)
+            engine = Engine(
+                model, tokenizer, draft_model=draft, turns=self.turns, memory_share=self.share,
+                **self.options,
+            )  # fmt: skip
         except RuntimeError as error:  # torch's, which has no memory
             if (pages := self.options.get("pages")) is None:
                 raise

@@ -18,10 +18,10 @@ from fastlm.serve.fields import (
 
 MOST_MESSAGES = 4096
 ROLES: Mapping[str, tuple[str, ...]] = {
-    "system": ("role", "content"),
-    "developer": ("role", "content"),
-    "user": ("role", "content"),
-    "assistant": ("role", "content", "tool_calls", "reasoning_content"),
+    "system": ("role", "content", "name"),
+    "developer": ("role", "content", "name"),
+    "user": ("role", "content", "name"),
+    "assistant": ("role", "content", "name", "tool_calls", "reasoning_content"),
     "tool": ("role", "content", "tool_call_id", "name"),
 }
 PART = {
@@ -68,12 +68,15 @@ SOME_TEXT = {"type": ["string", "null"]}
 SOME_CALLS = {"anyOf": [CALLS.schema, {"type": "null"}]}
 MESSAGE = {
     "anyOf": [
-        *map(_message, ("system", "developer", "user")),
+        *(_message(role, name=SOME_TEXT) for role in ("system", "developer", "user")),
         _message("tool", tool_call_id=SOME_TEXT, name=SOME_TEXT),
-        _message("assistant", tool_calls=SOME_CALLS, reasoning_content=SOME_TEXT),
+        _message("assistant", name=SOME_TEXT, tool_calls=SOME_CALLS, reasoning_content=SOME_TEXT),
         {
             **_message(
-                "assistant", tool_calls={**CALLS.schema, "minItems": 1}, content={"type": "null"}
+                "assistant",
+                tool_calls={**CALLS.schema, "minItems": 1},
+                content={"type": "null"},
+                name=SOME_TEXT,
             ),
             "required": ["role", "tool_calls"],
         },

@@ -59,11 +59,11 @@ class Served:
         self.unused.set()
 
     @torch.inference_mode()
-    def embedding(self, ids: Sequence[int]) -> np.ndarray:
-        """The mean of the last layer's output over the tokens, of length 1; float32. For the
-        engine's thread. ApiError: it is not finite."""
+    def embedding(self, ids: Sequence[int], dimensions: int | None = None) -> np.ndarray:
+        """The mean of the last layer's output over the tokens, its first ``dimensions``, of length
+        1; float32. For the engine's thread. ApiError: it is not finite."""
         hidden = self.model.hidden(torch.tensor([ids], device=self.model.device))[0].float()
-        vector = torch.nn.functional.normalize(hidden.mean(0), dim=0)
+        vector = torch.nn.functional.normalize(hidden.mean(0)[:dimensions], dim=0)
         if not bool(vector.isfinite().all()):
             raise ApiError(
                 "model: expected finite numbers as an embedding, got NaN or infinity",
@@ -88,6 +88,7 @@ class Models:
 
     def __init__(self, current: Served, name: str | None = None, trial: Trial | None = None):
         self.current, self.name, self.trial = current, name or current.name, trial
+        self.beside: list[Served] = []  # by names of their own, as long as the server runs
         self.leaving: list[Served] = []
         self.answers: Counter[tuple[str, str]] = Counter()  # by model and how they ended
         self._past: EngineStats | None = None  # counters of models that were freed
@@ -97,7 +98,11 @@ class Models:
     @property
     def live(self) -> list[Served]:
         """What new requests may go to, the current model first."""
-        return [self.current, *([self.trial.served] if self.trial else [])]
+        return [self.current, *([self.trial.served] if self.trial else []), *self.beside]
+
+    def add(self, served: Served) -> None:
+        """Let a model answer to its own name, beside the others."""
+        self.beside.append(served)
 
     @property
     def names(self) -> list[str]:
@@ -124,7 +129,7 @@ class Models:
         stay with the current model.
         """
         served, trial = self.named(asked.model), self.trial
-        if trial is None or isinstance(asked, EmbedAsked):
+        if trial is None or isinstance(asked, EmbedAsked) or served in self.beside:
             return Turn(self, served)
         unit = unit_of(asked, client)
         assigned = asked.model == self.name and (trial.same_tokens or not uses_ids(asked))

@@ -1,8 +1,8 @@
 """Requests in OpenAI's shapes: which fields there are, and what a body asks for.
 
 The tables `CHAT`, `TEXT`, `EMBED` are the API. docs/serving.md says of each field what it does;
-`UNSUPPORTED` names what OpenAI has and this server does not. Where a value asks for nothing
-(``"parallel_tool_calls": true``), that value alone is accepted.
+`IGNORED` are fields that cannot change an answer, `UNSUPPORTED` names what OpenAI has and this
+server does not. Where a value asks for nothing (``"tools": []``), it is accepted.
 """
 
 import difflib
@@ -28,37 +28,35 @@ from fastlm.serve.fields import (
     whole,
     wrong,
 )
+from fastlm.serve.forms import (
+    GUIDED,
+    RESPONSE_FORMAT,
+    STRUCTURED,
+    Form,
+    joined_form,
+    response_form,
+    structured_form,
+    tools_form,
+)
 from fastlm.serve.messages import MESSAGES
 from fastlm.serve.tools import TOOLS, check_tools
 
 MOST_CHOICES = 16  # answers to one prompt
 MOST_PROMPTS = 64  # of one request to /v1/completions
-MOST_INPUTS = 256  # of one request to /v1/embeddings
+MOST_INPUTS = 2048  # of one request to /v1/embeddings: OpenAI's limit
 MOST_TOP = 20  # OpenAI's limit of top_logprobs
 IDS = whole(0, 2**31 - 1)
 UNSUPPORTED = frozenset(
-    "audio function_call functions metadata modalities prediction prompt_cache_key"
-    " prompt_cache_retention reasoning_effort safety_identifier service_tier suffix verbosity"
-    " web_search_options moderation dimensions context_management user".split()
+    "audio function_call functions suffix web_search_options moderation context_management".split()
 )
-
-
-@dataclass(frozen=True)
-class Form:
-    """The form that an answer must have. ``kind``: "json_object", "json_schema", "regex", "choice",
-    "grammar" (Lark, as llguidance reads it), "call" (of one of some tools), "calls" (text with
-    calls in it; the value is the tools and whether there may be several). ``param``: the field
-    that asks for it.
-    """
-
-    kind: str
-    value: Any
-    param: str
+# other names of a field
+ALIASES = {"max_completion_tokens": "max_tokens", "repeat_penalty": "repetition_penalty"}
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What requests to both endpoints ask for. ``logprobs`` as in `fastlm.serve.requests`."""
+    """What requests for answers ask for. ``logprobs`` as in `fastlm.serve.requests`; ``ignored``:
+    fields that change nothing."""
 
     model: str
     n: int
@@ -73,22 +71,28 @@ class Asked:
     ignore_eos: bool
     logprobs: int | None
     form: Form | None
+    min_new_tokens: int
+    ignored: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class ChatAsked(Asked):
-    """``store``: the user consents that the conversation is kept, under ``conversation_id``."""
+    """``store``: the user consents that the conversation is kept, under ``conversation_id``.
+    ``parallel``: several calls are asked for (True) or refused (False). ``opens``: the template
+    begins the answer."""
 
     messages: list[Message]
     tools: list[Any] | None
+    parallel: bool | None
     variables: dict[str, Any]
+    opens: bool
     store: bool
     conversation_id: str | None
 
 
 @dataclass(frozen=True)
 class TextAsked(Asked):
-    """``prompts``: texts, or token ids."""
+    """``prompts``: texts, or token ids. ``max_new_tokens`` may be 0: the prompts are scored."""
 
     prompts: list[str | list[int]]
     echo: bool
@@ -99,6 +103,8 @@ class EmbedAsked:
     model: str
     inputs: list[str | list[int]]
     base64: bool
+    dimensions: int | None
+    ignored: tuple[str, ...]
 
 
 def _bias(value: Any, name: str) -> tuple[tuple[int, float], ...]:
@@ -120,8 +126,8 @@ BIAS = {
 }
 
 
-def _prompts(value: Any, name: str) -> list[str | list[int]]:
-    """A text, texts, token ids or lists of token ids."""
+def _inputs(value: Any, name: str, empty: bool = True) -> list[str | list[int]]:
+    """A text, texts, token ids or lists of token ids. ``empty``: also an empty text."""
     several = value
     ids = isinstance(value, list) and value and type(value[0]) in (int, float)
     if isinstance(value, str) or ids:
@@ -132,7 +138,7 @@ def _prompts(value: Any, name: str) -> list[str | list[int]]:
     for i, prompt in enumerate(several):
         where = name if several is not value else f"{name}[{i}]"
         if isinstance(prompt, str):
-            found.append(text(2**26).read(prompt, where))
+            found.append(text(2**26, empty=empty).read(prompt, where))
         elif isinstance(prompt, list) and prompt:
             found.append([IDS.read(token, f"{where}[{j}]") for j, token in enumerate(prompt)])
         else:
@@ -140,17 +146,16 @@ def _prompts(value: Any, name: str) -> list[str | list[int]]:
     return found
 
 
-ONE_PROMPT = (
-    {"type": "string", "minLength": 1, "maxLength": 2**26},
-    {"type": "array", "items": IDS.schema, "minItems": 1},
-)
-PROMPTS = {"anyOf": [*ONE_PROMPT, {"type": "array", "items": {"anyOf": ONE_PROMPT}, "minItems": 1}]}
+def _prompts(value: Any, name: str) -> list[str | list[int]]:
+    return _inputs(value, name, empty=False)
 
 
-def _schema(value: Any, name: str) -> Any:
-    if not isinstance(value, dict | bool):
-        raise wrong(name, "a JSON schema", value)
-    return value
+def _prompts_schema(empty: bool) -> dict[str, Any]:
+    one = (
+        text(2**26, empty=empty).schema,
+        {"type": "array", "items": IDS.schema, "minItems": 1},
+    )
+    return {"anyOf": [*one, {"type": "array", "items": {"anyOf": one}, "minItems": 1}]}
 
 
 def _object(value: Any, name: str) -> dict[str, Any]:
@@ -202,43 +207,52 @@ def _tool_choice(value: Any, name: str) -> str | dict[str, Any]:
     return choice("auto", "none", "required").read(value, name)
 
 
-RESPONSE_FORMAT = {
-    "type": choice("text", "json_object", "json_schema", default="text"),
-    "json_schema": table(
-        {
-            "name": text(64),
-            "description": text(1024),
-            "schema": Field(_schema, {"type": ["object", "boolean"]}),
-            "strict": flag(True),  # answers keep to the schema either way
-        }
-    ),
-}
-STRUCTURED = {
-    "json": Field(_schema, {"type": ["object", "boolean"]}),
-    "regex": text(2**16),
-    "choice": list_of(text(2**12), 1, 1024),
-    "grammar": text(2**16),
+def _top_k(value: Any, name: str) -> int | None:
+    """None for -1 and 0, by which vLLM and llama.cpp switch it off."""
+    found = whole(-1, 2**31).read(value, name)
+    return found if found > 0 else None
+
+
+OBJECT = Field(_object, {"type": "object"})
+LABEL = name(512)
+# What cannot change an answer: it is checked, and named in the log and in a header of the response.
+# `reasoning_effort` is a variable of the chat templates that read it.
+IGNORED: Mapping[str, Field] = {
+    "cache_prompt": flag(True),  # of llama.cpp: prompts are cached in any case
+    "metadata": OBJECT,
+    "modalities": list_of(choice("text"), 1, 1),
+    "prediction": OBJECT,  # would only make it faster
+    "prompt_cache_key": LABEL,
+    "prompt_cache_retention": LABEL,
+    "reasoning_effort": LABEL,
+    "safety_identifier": LABEL,
+    "service_tier": LABEL,
+    "user": LABEL,
+    "verbosity": LABEL,
 }
 SAMPLED: Mapping[str, Field] = {
+    **IGNORED,
+    **GUIDED,
     "model": name(256, required=True),
     "frequency_penalty": number(-2, 2, 0.0),
     "ignore_eos": flag(),
     "logit_bias": Field(_bias, BIAS, ()),
     "min_p": number(0, 1),
+    "min_tokens": whole(0, 2**31, 0),
     "max_tokens": whole(1, 2**31),
     "n": whole(1, MOST_CHOICES, 1),
     "presence_penalty": number(-2, 2, 0.0),
     "repetition_penalty": number(0.001, 10, 1.0),
+    "repeat_penalty": number(0.001, 10),
     "seed": whole(0, 2**63 - 1),
-    "stop": list_of(text(256), 1, 16, one=True),
-    "stop_token_ids": list_of(IDS, 1, 64),
+    "stop": list_of(text(256), 0, 16, one=True),
+    "stop_token_ids": list_of(IDS, 0, 64),
     "stream": flag(),
     "stream_options": table({"include_usage": flag(), "continuous_usage_stats": flag()}),
     "structured_outputs": table(STRUCTURED),
     "temperature": TEMPERATURE,
-    "top_k": whole(1, 2**31),
+    "top_k": Field(_top_k, whole(-1, 2**31).schema),
     "top_p": number(0, 1, above=True),
-    "user": name(128),  # a label of OpenAI's clients
 }
 CHAT: Mapping[str, Field] = {
     **SAMPLED,
@@ -251,66 +265,66 @@ CHAT: Mapping[str, Field] = {
     "tool_choice": Field(
         _tool_choice, {"anyOf": [{"enum": ["auto", "none", "required"]}, schema_of(NAMED)]}
     ),
-    "parallel_tool_calls": flag(True),
+    "parallel_tool_calls": flag(None),
     "chat_template_kwargs": Field(_variables, {"type": "object"}),
+    "add_generation_prompt": flag(True),
     "store": flag(),
     "conversation_id": identifier(),
 }
 TEXT: Mapping[str, Field] = {
     **SAMPLED,
-    "prompt": Field(_prompts, PROMPTS, required=True),
+    "prompt": Field(_prompts, _prompts_schema(empty=False), required=True),
+    "max_tokens": whole(0, 2**31),
     "echo": flag(),
     "logprobs": whole(0, MOST_TOP),
     "best_of": choice(1),
 }
 EMBED: Mapping[str, Field] = {
     "model": name(256, required=True),
-    "input": Field(_prompts, PROMPTS, required=True),
+    "input": Field(_inputs, _prompts_schema(empty=True), required=True),
     "encoding_format": choice("float", "base64", default="float"),
+    "dimensions": whole(1, 2**20),
+    "user": IGNORED["user"],
 }
 
 
 def chat_asked(body: Any) -> ChatAsked:
     """What a body of /v1/chat/completions asks for. ApiError names the field."""
-    given = _given(body, CHAT)
-    messages, tools = given["messages"], given["tools"]
+    given = read_body(body, CHAT)
     if given["top_logprobs"] is not None and not given["logprobs"]:
         raise ApiError("top_logprobs: wanted with logprobs true", param="top_logprobs")
-    if given["tool_choice"] is not None and tools is None:
-        raise ApiError("tool_choice: wanted with tools", param="tool_choice")
-    if not given["parallel_tool_calls"] and tools is None:
-        raise ApiError("parallel_tool_calls: wanted with tools", param="parallel_tool_calls")
-    if given["max_completion_tokens"] is not None:
-        if given["max_tokens"] is not None:
-            raise ApiError(
-                "max_tokens: wanted this or max_completion_tokens, got both", param="max_tokens"
-            )
-        given["max_tokens"] = given["max_completion_tokens"]
-    if given["tool_choice"] == "none":
-        tools = None
-    called = _called(given["tool_choice"], tools, given["parallel_tool_calls"])
-    top = (given["top_logprobs"] or 0) if given["logprobs"] else None
-    form = _response_format(given["response_format"])
-    variables = given["chat_template_kwargs"] or {}
-    asked = _asked(given, top, form)
-    if tools is not None and asked["form"] is not None:
-        raise ApiError(
-            f"{asked['form'].param}: wanted without tools, whose calls would not have that form",
-            param=asked["form"].param,
-        )
-    asked["form"] = asked["form"] or called
-    _check_ends(asked)
     if given["conversation_id"] is not None and not given["store"]:
         raise ApiError("conversation_id: wanted with store true", param="conversation_id")
-    return ChatAsked(
-        **asked, messages=messages, tools=tools, variables=variables, store=given["store"],
-        conversation_id=given["conversation_id"],
-    )  # fmt: skip
+    top = (given["top_logprobs"] or 0) if given["logprobs"] else None
+    form = response_form(given["response_format"])
+    return ChatAsked(**chat_fields(given, top, form))
+
+
+def chat_fields(given: dict[str, Any], top: int | None, form: Form | None) -> dict[str, Any]:
+    """The fields of a `ChatAsked` from a body that was read by `CHAT`: log-probabilities of the
+    ``top`` tokens, and a ``form``."""
+    tools, parallel, chosen = given["tools"], given["parallel_tool_calls"], given["tool_choice"]
+    if tools is None and chosen not in (None, "auto", "none"):
+        raise ApiError("tool_choice: wanted with tools", param="tool_choice")
+    if chosen == "none":
+        tools = None
+    asked = _asked(given, top, form)
+    called = tools_form(chosen, tools, parallel is not False)
+    asked["form"] = joined_form(asked["form"], called, tools, parallel is not False)
+    _check_ends(asked)
+    variables = given["chat_template_kwargs"] or {}
+    if given["reasoning_effort"] is not None:
+        variables = {"reasoning_effort": given["reasoning_effort"], **variables}
+    return {
+        **asked, "messages": given["messages"], "tools": tools, "parallel": parallel,
+        "variables": variables, "opens": given["add_generation_prompt"], "store": given["store"],
+        "conversation_id": given["conversation_id"],
+    }  # fmt: skip
 
 
 def text_asked(body: Any) -> TextAsked:
     """What a body of /v1/completions asks for. ApiError names the field."""
-    given = _given(body, TEXT)
+    given = read_body(body, TEXT)
     prompts = given["prompt"]
     if len(prompts) * given["n"] > MOST_PROMPTS:
         raise ApiError(
@@ -318,8 +332,8 @@ def text_asked(body: Any) -> TextAsked:
             f" got {len(prompts)} prompts with n {given['n']}",
             param="prompt",
         )
-    if given["echo"] and given["logprobs"] is not None:
-        raise ApiError("echo: not supported with logprobs", param="echo")
+    if given["max_tokens"] == 0 and not given["echo"]:
+        raise ApiError("max_tokens: expected at least 1, or 0 with echo, got 0", param="max_tokens")
     asked = _asked(given, given["logprobs"], None)
     _check_ends(asked)
     return TextAsked(**asked, prompts=prompts, echo=given["echo"])
@@ -327,15 +341,26 @@ def text_asked(body: Any) -> TextAsked:
 
 def embed_asked(body: Any) -> EmbedAsked:
     """What a body of /v1/embeddings asks for. ApiError names the field."""
-    given = _given(body, EMBED)
+    given = read_body(body, EMBED)
     if len(given["input"]) > MOST_INPUTS:
         raise ApiError(
             f"input: wanted at most {MOST_INPUTS} texts, got {len(given['input'])}", param="input"
         )
-    return EmbedAsked(given["model"], given["input"], given["encoding_format"] == "base64")
+    return EmbedAsked(
+        given["model"], given["input"], given["encoding_format"] == "base64", given["dimensions"],
+        _ignored(given),
+    )  # fmt: skip
 
 
-def _given(body: Any, fields: Mapping[str, Field]) -> dict[str, Any]:
+def _ignored(given: Mapping[str, Any]) -> tuple[str, ...]:
+    """The fields that were given and change nothing. A flag's default counts as not given."""
+    return tuple(
+        name for name, field in IGNORED.items() if given.get(name) not in (None, field.default)
+    )
+
+
+def read_body(body: Any, fields: Mapping[str, Field]) -> dict[str, Any]:
+    """The fields of a body, as `read_fields`; of two names of a field, the known one."""
     for key, value in body.items() if isinstance(body, dict) else ():
         if key in fields or (value is None and key in UNSUPPORTED):
             continue
@@ -346,7 +371,13 @@ def _given(body: Any, fields: Mapping[str, Field]) -> dict[str, Any]:
         raise ApiError(f"{key:.80}: unknown field{hint}", param=key[:80])
     if isinstance(body, dict):
         body = {key: value for key, value in body.items() if key in fields}
-    return read_fields(body, fields)
+    given = read_fields(body, fields)
+    for alias, known in ALIASES.items():
+        if given.get(alias) is not None:
+            if body.get(known) is not None:
+                raise ApiError(f"{known}: wanted this or {alias}, got both", param=known)
+            given[known] = given[alias]
+    return given
 
 
 def _asked(given: dict[str, Any], top: int | None, form: Form | None) -> dict[str, Any]:
@@ -360,12 +391,10 @@ def _asked(given: dict[str, Any], top: int | None, form: Form | None) -> dict[st
             "stream_options.continuous_usage_stats: wanted with include_usage true",
             param="stream_options.continuous_usage_stats",
         )
-    structured = _structured(given["structured_outputs"])
+    structured = structured_form(given)
     if form is not None and structured is not None:
-        raise ApiError(
-            "structured_outputs: wanted this or response_format, got both",
-            param="structured_outputs",
-        )
+        param = structured.param.partition(".")[0]
+        raise ApiError(f"{param}: wanted this or {form.param}, got both", param=param)
     return {
         "model": given["model"],
         "n": given["n"],
@@ -380,60 +409,20 @@ def _asked(given: dict[str, Any], top: int | None, form: Form | None) -> dict[st
         "ignore_eos": given["ignore_eos"],
         "logprobs": top,
         "form": form or structured,
+        "min_new_tokens": given["min_tokens"],
+        "ignored": _ignored(given),
     }
 
 
 def _check_ends(asked: dict[str, Any]) -> None:
-    if asked["form"] is not None and asked["ignore_eos"]:
-        raise ApiError(
-            f"ignore_eos: wanted without {asked['form'].param}, whose answers end where the form"
-            " does",
-            param="ignore_eos",
-        )
-
-
-def _called(chosen: Any, tools: list[Any] | None, parallel: bool) -> Form | None:
-    """The form of an answer that has to be a call, or whose calls have to keep to something."""
-    if tools is None:
-        return None
-    if chosen in (None, "auto"):
-        strict = any(tool["function"].get("strict") for tool in tools)
-        if parallel and not strict:
-            return None
-        param = "tools" if strict else "parallel_tool_calls"
-        return Form("calls", (tools, parallel), param)
-    name = chosen["name"] if isinstance(chosen, dict) else None
-    named = [tool for tool in tools if name in (None, tool["function"]["name"])]
-    if not named:
-        raise ApiError(
-            f"tool_choice.function.name: wanted one of the tools, got {name!r}",
-            param="tool_choice.function.name",
-        )
-    return Form("call", named, "tool_choice")
-
-
-def _response_format(given: dict[str, Any] | None) -> Form | None:
-    if given is None or given["type"] == "text":
-        return None
-    if given["type"] == "json_object":
-        return Form("json_object", None, "response_format")
-    schema = (given["json_schema"] or {}).get("schema")
-    if schema is None:
-        raise ApiError(
-            "response_format.json_schema.schema: wanted a schema, got none",
-            param="response_format.json_schema.schema",
-        )
-    return Form("json_schema", schema, "response_format")
-
-
-def _structured(given: dict[str, Any] | None) -> Form | None:
-    found = {key: value for key, value in (given or {}).items() if value not in (None, ())}
-    if given is None:
-        return None
-    if len(found) != 1:
-        raise ApiError(
-            f"structured_outputs: wanted one of {', '.join(STRUCTURED)}, got {len(found)}",
-            param="structured_outputs",
-        )
-    ((kind, value),) = found.items()
-    return Form("json_schema" if kind == "json" else kind, value, f"structured_outputs.{kind}")
+    """ApiError: a field says where the answer ends, and so does its form."""
+    if asked["form"] is None:
+        return
+    ends = {"ignore_eos": asked["ignore_eos"], "min_tokens": asked["min_new_tokens"]}
+    for field, given in ends.items():
+        if given:
+            raise ApiError(
+                f"{field}: wanted without {asked['form'].param}, whose answers end where the form"
+                " does",
+                param=field,
+            )

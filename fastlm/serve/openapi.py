@@ -4,13 +4,16 @@ import importlib.metadata
 from collections.abc import Mapping
 from typing import Any
 
-from fastlm.serve import admin_api, openai_api, opinions, rank_api
+from fastlm.serve import admin_api, openai_api, opinions, rank_api, responses_api, tokens_api
 from fastlm.serve.fields import Field, schema_of
 
 POSTS: dict[str, tuple[str, Mapping[str, Field]]] = {
     "/v1/chat/completions": ("Answer a conversation", openai_api.CHAT),
     "/v1/completions": ("Continue a text", openai_api.TEXT),
+    "/v1/responses": ("Answer a conversation, in OpenAI's newer API", responses_api.RESPONSES),
     "/v1/embeddings": ("Texts as vectors", openai_api.EMBED),
+    "/tokenize": ("The tokens of a text or a conversation", tokens_api.TOKENIZE),
+    "/detokenize": ("The text of tokens", tokens_api.DETOKENIZE),
     "/v1/feedback": ("Say what an answer is worth", opinions.FEEDBACK),
 }
 RANKS: dict[str, tuple[str, Mapping[str, Field]]] = {
@@ -35,7 +38,10 @@ JSON, EVENTS, TEXT = "application/json", "text/event-stream", "text/plain"
 ANSWERS = {  # what a 200 has
     "/v1/chat/completions": "id object created model choices usage",
     "/v1/completions": "id object created model choices usage",
+    "/v1/responses": "id object created_at status model output usage",
     "/v1/embeddings": "object data model usage",
+    "/tokenize": "count max_model_len tokens token_strs",
+    "/detokenize": "prompt",
     "/v1/feedback": "object id kept",
     "/v1/rank/next": "item progress",
     "/v1/rank/judge": "item skipped",
@@ -49,7 +55,7 @@ ANSWERS = {  # what a 200 has
     "/ready": "status",
     "/dashboard/data": "now window since until edges groups drift alerts measures",
 }
-STREAMED = ("/v1/chat/completions", "/v1/completions")
+STREAMED = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 MAY_BE_NULL = {"type": ["string", "null"]}
 ERROR = {
     "type": "object",

@@ -4,8 +4,9 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fastlm.errors import InputError
-from fastlm.files import reason
+from fastlm.files import read_text, reason
 from fastlm.serve.app import Server
 from fastlm.serve.gate import Limits, log
 from fastlm.serve.loading import Loader, digest_of, name_of
@@ -25,6 +26,7 @@ from fastlm.serve.plan import Plan
 from fastlm.serve.switch import Allowed, Switch, start_models
 from fastlm.serve.turns import Turns
 
+MOST_TEMPLATE = 2**20  # bytes; published ones have up to 20,000
 LOCAL_NAMES = frozenset(("localhost", "127.0.0.1", "::1"))
 
 
@@ -42,6 +44,9 @@ def run(
     rank: Path | None,
     keys: Sequence[str],
     allow_host: Sequence[str],
+    origins: Sequence[str],
+    chat_template: Path | None,
+    adapters: Mapping[str, Path],
     max_new_tokens: int | None,
     max_body: int,
     max_waiting: int,
@@ -83,11 +88,21 @@ def run(
             "kv_dtype": None if kv_dtype is None else getattr(torch, kv_dtype),
         }  # fmt: skip
         public = name or name_of(path)
+        template = None if chat_template is None else read_text(chat_template, MOST_TEMPLATE)
+        if public in adapters:
+            raise InputError(f"adapter: expected another name than the model's, got {public!r:.80}")
+        share = len(adapters) + 1
         if state is None:
-            loader = Loader(public, act_bits, options, draft_model)
+            loader = Loader(
+                public, act_bits, options, draft_model, Turns() if adapters else None,
+                template=template, share=share,
+            )  # fmt: skip
             switch, models = None, Models(loader.load(path, digest_of(path)))
         else:
-            loader = Loader(public, act_bits, options, draft_model, Turns(), versions=True)
+            loader = Loader(
+                public, act_bits, options, draft_model, Turns(), versions=True, template=template,
+                share=share,
+            )  # fmt: skip
             counts = None
             if store is not None:
                 from fastlm.serve.canary_store import CanaryStore
@@ -101,13 +116,15 @@ def run(
                 models, loader, known, state, Allowed(named, models_dir), store=counts,
                 metric=(plan or Plan()).metric,
             )  # fmt: skip
+        for key, place in adapters.items():
+            models.add(replace(loader, name=key, versions=False).load(place, digest_of(place)))
         local = host in LOCAL_NAMES
         server = Server(
             models,
             limits=Limits(
                 body_bytes=max_body, answer_seconds=max_seconds, new_tokens=max_new_tokens
             ),
-            keys=keys, feedback=store, ranking=rank, switch=switch, admins=admins,
+            keys=keys, origins=origins, feedback=store, ranking=rank, switch=switch, admins=admins,
             monitoring=monitoring,
             hosts=LOCAL_NAMES | {h.lower() for h in allow_host} if local else None,
         )  # fmt: skip

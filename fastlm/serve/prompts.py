@@ -59,7 +59,9 @@ class Prompts:
             variables["tools"] = asked.tools
         try:
             check = partial(self._check_size, name="messages")
-            ids = self.tokenizer.encode_chat(asked.messages, check=check, **variables)
+            ids = self.tokenizer.encode_chat(
+                asked.messages, check=check, add_generation_prompt=asked.opens, **variables
+            )
         except ApiError:
             raise
         except InputError as error:
@@ -84,6 +86,17 @@ class Prompts:
             raise ApiError(str(error), param=name) from None
         start = () if self.tokenizer.bos_id is None else (self.tokenizer.bos_id,)
         return self._fitting([*start, *ids], name, room)
+
+    def embedded(self, text: str | list[int]) -> list[int]:
+        """The ids of a text for an embedding; of an empty one the token that begins or ends texts.
+        ApiError: as `text`; there is no such token.
+        """
+        ids = self.text(text, "input", room=0) if text else []
+        ends = (self.tokenizer.bos_id, self.tokenizer.eos_id)
+        ids = ids or [token for token in ends if token is not None][:1]
+        if not ids:
+            raise ApiError("input: expected a text that is not empty, got ''", param="input")
+        return ids
 
     def _check_size(self, text: str, name: str) -> None:
         """Refuse a text that has more tokens than the context, without encoding all of it: for a

@@ -41,8 +41,11 @@ class Request:
     stop: strings that end the text, before they appear in it.
     stop_ids: tokens that end it, besides the end tokens of model and tokenizer.
     ignore_eos: only `stop` and `stop_ids` end it.
+    min_new_tokens: no end token and no `stop_ids` before so many; a stop string ends it, too.
     logprobs: report this many of the likeliest tokens at each place; 0: only the chosen one's
         log-probability; None: nothing.
+    prompt_logprobs: likewise of the prompt's tokens, at temperature 1, without penalties. The whole
+        prompt is computed, whatever is cached of it.
     constraint: makes the grammar's state, called once in `submit`; the state is used by one thread
         at a time, not the engine's (`fastlm.serve.masks`). After a token that ends the answer, it
         is not asked again.
@@ -59,7 +62,9 @@ class Request:
     stop: tuple[str, ...] = ()
     stop_ids: frozenset[int] = frozenset()
     ignore_eos: bool = False
+    min_new_tokens: int = 0
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     constraint: Callable[[], Constraint] | None = None
     deadline: float | None = None
     client: str = ""
@@ -92,8 +97,14 @@ def room_of(
             f"prompt, max_new_tokens: wanted at most the cache's {cached}"
             f" tokens in all, got {len(prompt)} + {room}"
         )
-    if request.logprobs is not None and not 0 <= request.logprobs <= vocab:
-        raise InputError(f"logprobs: wanted 0 to {vocab} or None, got {request.logprobs}")
+    if request.min_new_tokens > room:
+        raise InputError(
+            f"min_new_tokens: expected at most the {room} that the answer may have,"
+            f" got {request.min_new_tokens}"
+        )
+    for name in ("logprobs", "prompt_logprobs"):
+        if (count := getattr(request, name)) is not None and not 0 <= count <= vocab:
+            raise InputError(f"{name}: wanted 0 to {vocab} or None, got {count}")
     if request.stop and not has_tokenizer:
         raise InputError("stop: wanted an engine with a tokenizer, got one without")
     checked_stops(request.stop)
@@ -122,7 +133,8 @@ class Piece:
     texts of all pieces join to the answer's. An end token is in `tokens`, not in the text.
     The last piece alone has a `finish_reason`: "stop" at an end token or a stop string, "length"
     at max_new_tokens or the end of the context, or "cancelled", "deadline", "refused" (its grammar
-    cannot go on) and "error", both with `error`, one line.
+    cannot go on) and "error", both with `error`, one line. The first piece with a token has the
+    `prompt_logprobs`, of the prompt's second token and those after it.
     """
 
     tokens: list[int]
@@ -133,6 +145,7 @@ class Piece:
     cached_tokens: int = 0  # of the prompt: found in the prefix cache; told in the last piece
     prompt_tokens: int = 0  # told in the last piece
     queue_seconds: float | None = None  # told in the last piece; None: it never began
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
 
 
 Listener = Callable[[Piece], Any]

@@ -160,6 +160,8 @@ class Scheduler:
         """A running sequence whose prompt is the same and computed, or will be in this step."""
         if not self.prefix_cache or sequence.known > sequence.prompt_length:
             return None
+        if sequence.scores_prompt:
+            return None
         for other in reversed(self.running):
             told = other.prompt_logits is not None or other.computed < other.prompt_length
             if told and other.planned >= other.prompt_length and other.same_prompt(sequence):
@@ -172,7 +174,9 @@ class Scheduler:
 
     def _shareable(self, sequence: Sequence) -> list[bytes]:
         """Keys of pages that may be found; the last token is computed in any case, for its
-        logits."""
+        logits; all of them where the prompt is scored."""
+        if sequence.scores_prompt:
+            return []
         return sequence.keys[: (sequence.known - 1) // PAGE]
 
     def _admit(self, sequence: Sequence, source: Sequence | None) -> bool:

@@ -58,6 +58,8 @@ class Sequence:
         if request.sampling.adjusts:
             ids = torch.tensor([self.tokens], device=device)
             self.adjustments = Adjustments(request.sampling, ids, None, vocab)
+        self.vocab = vocab
+        self.prompt_scores: list[TokenLogprob] = []
         self.text = (
             None if tokenizer is None else AnswerText(tokenizer, checked_stops(request.stop))
         )
@@ -104,6 +106,16 @@ class Sequence:
         )
 
     @property
+    def scores_prompt(self) -> bool:
+        """Whether the log-probabilities of its prompt are asked for."""
+        return self.request.prompt_logprobs is not None
+
+    @property
+    def must_go_on(self) -> bool:
+        """Whether no end token may come next."""
+        return len(self.tokens) - self.prompt_length < self.request.min_new_tokens
+
+    @property
     def late(self) -> bool:
         deadline = self.request.deadline
         return deadline is not None and time.monotonic() - self.submitted >= deadline
@@ -118,6 +130,9 @@ class Sequence:
             known = torch.zeros(logits.shape[1], dtype=torch.bool)
             known[: len(mask)] = mask[: logits.shape[1]]
             logits = logits.masked_fill(~known.to(logits.device), -torch.inf)
+        if self.must_go_on:
+            logits = logits.clone()
+            logits[:, [token for token in self.ends if token < logits.shape[1]]] = -torch.inf
         return logits
 
     def logprob(self, logits: Tensor, token: int, known: float | None = None) -> TokenLogprob:
@@ -126,13 +141,15 @@ class Sequence:
         if known is not None and not self.request.logprobs:
             return TokenLogprob(token, known, [])
         scaled = logits / (self.request.sampling.temperature or 1.0)
-        total = torch.logsumexp(scaled, -1).item()
-        top: list[tuple[int, float]] = []
-        if self.request.logprobs:
-            values, ids = scaled[0].topk(min(self.request.logprobs, scaled.shape[1]))
-            pairs = zip(ids.tolist(), values.tolist(), strict=True)
-            top = [(i, v - total) for i, v in pairs if v > -torch.inf]
-        return TokenLogprob(token, scaled[0, token].item() - total, top)
+        return _logprob(scaled, token, self.request.logprobs or 0)
+
+    def score(self, i: int, logits: Tensor) -> None:
+        """Take the (V,) logits that follow token i of the prompt, in order; those that come again
+        after a preemption are the same."""
+        if i == len(self.prompt_scores) and i + 1 < self.prompt_length:
+            count = self.request.prompt_logprobs or 0
+            known = logits[None, : self.vocab].float()  # what may be drawn, as for answers
+            self.prompt_scores.append(_logprob(known, self.tokens[i + 1], count))
 
     def add(self, token: int, logprob: TokenLogprob | None) -> FinishReason | None:
         """Take the token that was drawn and tell the listener. Return why it was the last one."""
@@ -148,12 +165,14 @@ class Sequence:
         reason: FinishReason | None = "stop" if ended else None
         if reason is None and len(self.tokens) - self.prompt_length >= self.room:
             reason = "length"
+        first = len(self.tokens) == self.prompt_length + 1
+        scores = self.prompt_scores if first else []
         if reason is None:
             if self.masks is not None:
                 self.masks.accept(token)
-            self._tell(Piece([token], text, told))
+            self._tell(Piece([token], text, told, prompt_logprobs=scores))
         else:
-            self.end(reason, tokens=[token], text=text, logprobs=told)
+            self.end(reason, tokens=[token], text=text, logprobs=told, prompt_logprobs=scores)
         return reason
 
     def end(
@@ -164,6 +183,7 @@ class Sequence:
         tokens: Tokens[int] = (),
         text: str = "",
         logprobs: Tokens[TokenLogprob] = (),
+        prompt_logprobs: Tokens[TokenLogprob] = (),
     ) -> None:
         """Tell the listener the last piece, once: text that was held back, and why it ends."""
         if self.ended:
@@ -174,7 +194,7 @@ class Sequence:
         self._tell(
             Piece(
                 list(tokens), text, list(logprobs), reason, error, self.cached, self.prompt_length,
-                self.queued,
+                self.queued, list(prompt_logprobs),
             )
         )  # fmt: skip
 
@@ -184,6 +204,18 @@ class Sequence:
         except BaseException:
             self.ended = True  # it is told nothing more
             raise
+
+
+def _logprob(scaled: Tensor, token: int, count: int) -> TokenLogprob:
+    """A token under the softmax of (1, V) logits, and the ``count`` likeliest."""
+    total = torch.logsumexp(scaled, -1).item()
+    top: list[tuple[int, float]] = []
+    if count:
+        values, ids = scaled[0].topk(min(count, scaled.shape[1]))
+        pairs = zip(ids.tolist(), values.tolist(), strict=True)
+        top = [(i, v - total) for i, v in pairs if v > -torch.inf]
+    own = scaled[0, token].item() if token < scaled.shape[1] else -torch.inf
+    return TokenLogprob(token, own - total, top)
 
 
 class Collected:

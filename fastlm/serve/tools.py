@@ -8,7 +8,8 @@ Recognised in an answer, where the request has tools:
 An answer that begins with ``[`` or ``{`` is held back to its end, as is what follows a
 ``<tool_call>``.
 JSON is ``{"name", "arguments" or "parameters"}`` or a list of those. A call of a tool that the
-request does not have is text.
+request does not have is text. Models whose template writes no tools have a form of their own
+(`fastlm.serve.generic_tools`).
 """
 
 import json
@@ -34,16 +35,16 @@ def _parameters(value: Any, name: str) -> Any:
 
 FUNCTION = {
     "name": text(64, required=True),
-    "description": text(2**14),
+    "description": text(2**14, empty=True),  # LangChain sends an empty one
     "parameters": Field(_parameters, {"type": "object"}),
     "strict": flag(),
 }
 
 
-def check_tools(value: Any, name: str) -> list[Any]:
-    """OpenAI's list of tools, which goes to the chat template as it is."""
-    if not isinstance(value, list) or not 1 <= len(value) <= MOST_TOOLS:
-        raise wrong(name, f"a list of 1 to {MOST_TOOLS} tools", value)
+def check_tools(value: Any, name: str) -> list[Any] | None:
+    """OpenAI's list of tools, which goes to the chat template as it is; None for an empty one."""
+    if not isinstance(value, list) or len(value) > MOST_TOOLS:
+        raise wrong(name, f"a list of at most {MOST_TOOLS} tools", value)
     for i, tool in enumerate(value):
         where = f"{name}[{i}]"
         if not isinstance(tool, dict) or tool.get("type") != "function" or len(tool) != 2:
@@ -55,7 +56,7 @@ def check_tools(value: Any, name: str) -> list[Any]:
     for i, one in enumerate(names):
         if one in names[:i]:
             raise wrong(f"{name}[{i}].function.name", "a name of its own", one)
-    return value
+    return value or None
 
 
 TOOLS = {
@@ -66,7 +67,6 @@ TOOLS = {
         "required": ["type", "function"],
         "additionalProperties": False,
     },
-    "minItems": 1,
     "maxItems": MOST_TOOLS,
 }
 
@@ -137,24 +137,59 @@ class ToolText:
             value, end = DECODER.raw_decode(text, _after_space(text, at))
         except (ValueError, RecursionError):
             return None
-        shaped = [self._call(call) for call in (value if isinstance(value, list) else [value])]
-        return None if not shaped or None in shaped else ([c for c in shaped if c], end)
+        calls = calls_of(value if isinstance(value, list) else [value], self.names)
+        return (calls, end) if calls else None
 
-    def _call(self, call: Any) -> dict[str, Any] | None:
-        if not isinstance(call, dict) or call.get("name") not in self.names:
-            return None
-        arguments = call.get("arguments", call.get("parameters", {}))
-        try:
-            if isinstance(arguments, dict):
-                arguments = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
-                if not _is_unicode(arguments):
-                    arguments = json.dumps(call.get("arguments", call.get("parameters")))
-        except ValueError:  # NaN, which JSON does not have
-            return None
-        if not isinstance(arguments, str) or not _is_unicode(arguments):
-            return None
-        function = {"name": call["name"], "arguments": arguments}
-        return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
+
+class CallsOrText:
+    """As `ToolText`, of an answer that is either calls or, where it begins otherwise, text to its
+    end: a text of some form may quote a call.
+    """
+
+    def __init__(self, names: Collection[str]):
+        self._tools, self._begin = ToolText(names, whole=False), ""
+        self._is_text: bool | None = None  # None: it is not known yet
+
+    @property
+    def calls(self) -> list[dict[str, Any]]:
+        return self._tools.calls
+
+    def push(self, piece: str) -> str:
+        if self._is_text is None:
+            self._begin += piece
+            start = self._begin.lstrip()
+            if OPEN.startswith(start):
+                return ""
+            self._is_text = not start.startswith(OPEN)
+            piece = self._begin if self._is_text else start
+        return piece if self._is_text else self._tools.push(piece)
+
+    def end(self) -> str:
+        return self._begin if self._is_text is None else "" if self._is_text else self._tools.end()
+
+
+def calls_of(values: Collection[Any], names: Collection[str]) -> list[dict[str, Any]]:
+    """Calls in OpenAI's shape of ``{"name", "arguments" or "parameters"}``. None of them where one
+    has another shape or none of the ``names``."""
+    calls = [_call(value, names) for value in values]
+    return [] if None in calls else [call for call in calls if call]
+
+
+def _call(call: Any, names: Collection[str]) -> dict[str, Any] | None:
+    if not isinstance(call, dict) or call.get("name") not in names:
+        return None
+    arguments = call.get("arguments", call.get("parameters", {}))
+    try:
+        if isinstance(arguments, dict):
+            arguments = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+            if not _is_unicode(arguments):
+                arguments = json.dumps(call.get("arguments", call.get("parameters")))
+    except ValueError:  # NaN, which JSON does not have
+        return None
+    if not isinstance(arguments, str) or not _is_unicode(arguments):
+        return None
+    function = {"name": call["name"], "arguments": arguments}
+    return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
 
 
 def _after_space(text: str, at: int) -> int:

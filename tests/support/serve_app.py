@@ -32,7 +32,9 @@ TEXT = ['The tree sees the river. What is 1 + 1? It is 2. [1, 2, 3] {"name": "An
 TEMPLATE = (
     "{%- if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}"
     "<|im_end|>\n{% endif %}{%- if shout %}LOUD{% endif %}"
-    "{%- for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"
+    "{%- for message in messages %}<|im_start|>{{ message.role }}"
+    "{{ ' ' + message.name if message.name and message.role == 'user' else '' }}"
+    "\n{{ message.content }}"
     "{%- for call in message.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>"
     "{%- endfor %}<|im_end|>\n{% endfor %}"
     "{%- if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

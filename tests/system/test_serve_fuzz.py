@@ -41,13 +41,16 @@ CHECKS = [
 ]
 EXAMPLES = int(os.environ.get("FASTLM_FUZZ_EXAMPLES", "20"))  # of a path, of each kind
 SECONDS = 30  # of one answer, on a machine that does other things, too
-PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/feedback")
+PATHS = (
+    "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings", "/v1/feedback",
+)  # fmt: skip
 RANKS = ("/v1/rank/next", "/v1/rank/judge", "/v1/rank/correct")
 NEW_TOKENS = 4
 KNOWN = {  # what few random requests would name, so that the others get past the first check
     "model": {"const": "tiny"},
     "max_tokens": {"type": "integer", "minimum": 1, "maximum": NEW_TOKENS},
     "max_completion_tokens": {"type": "integer", "minimum": 1, "maximum": NEW_TOKENS},
+    "max_output_tokens": {"type": "integer", "minimum": 1, "maximum": NEW_TOKENS},
     "item": {"enum": [1, 2]},
 }
 REQUIRED = {"/v1/feedback": ["response_id", "thumb"]}  # of several that would do

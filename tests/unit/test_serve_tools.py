@@ -9,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from serve_app import ask, script, serving, tiny_model
 
+from fastlm.serve.forms import Form
+from fastlm.serve.generic_tools import GenericText, GenericTools
 from fastlm.serve.grammar import Grammars
-from fastlm.serve.openai_api import Form
-from fastlm.serve.tools import ToolText
+from fastlm.serve.tools import CallsOrText, ToolText
+from fastlm.tokenizer.chat_template import CHATML
 
 ADD = {"name": "add", "arguments": {"a": 1}}
 TOOLS = [{"type": "function", "function": {"name": name}} for name in ("add", "now")]
@@ -156,6 +158,186 @@ def test_strict_calls_have_a_grammar(grammars, text, several, one):
                 said, calls = read(text, names=("forecast", "now"))
                 assert len(calls) == text.count('"name"')
                 assert not calls or "tool_call" not in said
+
+
+def accepts(grammars, form, text):
+    """Whether a text is an answer of a form."""
+    state = grammars.constraint(form)()
+    for token in grammars.tokenizer.encode(text):
+        if not state.mask()[token]:
+            return False
+        state.accept(token)
+    return bool(state.mask()[grammars.ends].all())
+
+
+JSON = Form("json_schema", SCHEMA, "response_format")
+ONE = '{"unit": "C", "days": 3}'
+TOOL_CALL = f'<tool_call>\n{{"name": "now", "arguments": {ONE}}}\n</tool_call>'
+
+
+@pytest.mark.parametrize(
+    ("text", "several", "one"),
+    [
+        (ONE, True, True),
+        (TOOL_CALL, True, True),
+        (f"{TOOL_CALL}\n{TOOL_CALL}", True, False),
+        ("Well.", False, False),
+        (f"{ONE} Well.", False, False),
+        (TOOL_CALL.replace("now", "other"), False, False),
+        (TOOL_CALL.replace('"C"', '"K"'), False, False),
+        ('{"unit": "K", "days": 3}', False, False),
+    ],
+)
+def test_calls_or_a_form(grammars, text, several, one):
+    for parallel, good in ((True, several), (False, one)):
+        form = Form("calls_or", (STRICT, parallel, JSON), "response_format")
+        assert accepts(grammars, form, text) == good
+
+
+def read_by(reader, text, size=3):
+    said = "".join(reader.push(text[i : i + size]) for i in range(0, len(text), size))
+    return said + reader.end(), [call["function"] for call in reader.calls]
+
+
+@pytest.mark.parametrize("size", (1, 5, 1000))
+def test_an_answer_that_is_calls_or_text(size):
+    names = ("forecast", "now")
+    now = {"name": "now", "arguments": ONE}
+    for text, wanted in (
+        (f"\n{TOOL_CALL}\n{TOOL_CALL}", ("", [now, now])),
+        (f'{{"a": "{CALLED}"}}', (f'{{"a": "{CALLED}"}}', [])),  # a text that quotes a call
+        ("<tool", ("<tool", [])),
+        ("", ("", [])),
+    ):
+        assert read_by(CallsOrText(names), text, size) == wanted
+
+
+GENERIC_CALLS = '{"tool_calls": [{"name": "forecast", "arguments": {"unit": "C", "days": 3}}]}'
+TWO = GENERIC_CALLS.replace("]", ', {"name": "now","arguments":{"unit": "F", "days": 0}} ]')
+
+
+@pytest.mark.parametrize(
+    ("text", "free", "required"),  # whether it may be an answer where a call need not or must come
+    [
+        (GENERIC_CALLS, True, True),
+        ('{"response": "Sun, é \\"and\\" rain"}', True, False),
+        (GENERIC_CALLS.replace('"C"', '"K"'), False, False),
+        (GENERIC_CALLS.replace("forecast", "other"), False, False),
+        ('{"tool_calls": []}', False, False),
+        ("Sun", False, False),
+        (TWO, False, False),
+    ],
+)
+def test_generic_answers_have_a_grammar(grammars, text, free, required):
+    for must, good in ((False, free), (True, required)):
+        form = Form("generic", GenericTools(STRICT, False, must, {"type": "string"}), "tools")
+        assert accepts(grammars, form, text) == good
+    several = Form("generic", GenericTools(STRICT, True, False, SCHEMA), "tools")
+    assert accepts(grammars, several, text) == (good or text == TWO)
+    assert accepts(grammars, several, '{"response": {"unit": "C", "days": 3}}')
+
+
+@pytest.mark.parametrize("size", (1, 4, 1000))
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (' { "response" : "Sun"}', "Sun"),
+        ('{"response": "a\\n\\"b\\" \\\\ \\u00e9\\ud83d\\ude00 é"}', 'a\n"b" \\ é😀 é'),
+        ('{"response": "half \\ud83d end"}', "half � end"),
+        ('{"response": "cut \\ud83d', "cut "),
+        ('{"response": "cut \\', "cut "),
+        ('{"response": {"unit": "C"}}', '{"unit": "C"}'),
+        ('{"tool_calls": [{"name": "oth', '{"tool_calls": [{"name": "oth'),
+        ("Sun", "Sun"),
+        (GENERIC_CALLS, ""),
+    ],
+)
+def test_generic_answers_are_read(text, said, size):
+    have, calls = read_by(GenericText(("forecast", "now")), text, size)
+    assert have == said
+    assert calls == ([{"name": "forecast", "arguments": ONE}] if text == GENERIC_CALLS else [])
+
+
+def test_generic_responses_are_streamed():
+    reader = GenericText(("now",))
+    pieces = ('{"respon', 'se": "Su', "n ", "\\u00", 'e9"', "}")
+    assert list(map(reader.push, pieces)) == ["", "Su", "n ", "", "é", ""]
+
+
+def test_tools_of_a_model_whose_template_has_none():
+    """As llama.cpp does: the tools in the system message, JSON as the answer."""
+    model, tokenizer = tiny_model(2048)
+    tokenizer.chat_template = CHATML
+    user = {"role": "user", "content": "Hi"}
+    body = {"model": "tiny", "messages": [user], "tools": STRICT, "max_tokens": 60}
+    with serving(model, tokenizer) as (url, server):
+        taken, submit = [], server.served.engine.submit
+        server.served.engine.submit = lambda *a: (taken.append(a[0]), submit(*a))[1]
+
+        def prompt(**fields):
+            response = ask(url, {**body, "max_tokens": 1, **fields})
+            assert response.status_code == 200, response.text
+            return tokenizer.decode(taken[-1].prompt, special=True)
+
+        assert '"name": "forecast"' in (text := prompt()) and '"response"' in text
+        assert text.startswith("<|im_start|>system\n") and taken[-1].constraint is not None
+        talk = [
+            {"role": "system", "content": "Be kind"}, user,
+            {"role": "assistant", "content": None, "tool_calls": [
+                {"id": "c1", "type": "function", "function": {"name": "now", "arguments": ONE}}]},
+            {"role": "tool", "tool_call_id": "c1", "content": "7"}, user,
+        ]  # fmt: skip
+        text = prompt(messages=talk)
+        assert text.count("<|im_start|>system") == 1 and "Be kind<|im_end|>" in text
+        assert '{"tool_calls": [{"name": "now", "arguments": {"unit": "C", "days": 3}}]}' in text
+        assert '{"tool_response": {"tool_call_id": "c1", "content": "7"}}' in text
+        assert '"7"' in prompt(messages=talk, tools=None)  # earlier calls, and no tools now
+        chosen = {"type": "function", "function": {"name": "now"}}
+        assert '"forecast"' not in prompt(tool_choice=chosen)
+        form = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
+        for seed in range(3):
+            fields = {"tool_choice": "required", "seed": seed, "max_tokens": 200}
+            (choice,) = ask(url, {**body, **fields}).json()["choices"]
+            (call,) = choice["message"]["tool_calls"]
+            jsonschema.validate(json.loads(call["function"]["arguments"]), SCHEMA)
+            assert choice["finish_reason"] == "tool_calls"
+            fields = {"response_format": form, "seed": seed, "max_tokens": 300}
+            (choice,) = ask(url, {**body, **fields}).json()["choices"]
+            calls = choice["message"].get("tool_calls", ())
+            for text in [call["function"]["arguments"] for call in calls] or [
+                choice["message"]["content"]
+            ]:
+                jsonschema.validate(json.loads(text), SCHEMA)
+        error = ask(url, {**body, "ignore_eos": True}).json()["error"]
+        assert error["param"] == "ignore_eos"
+        script(server, GENERIC_CALLS, '{"response": "Sun"}')
+        events = ask(url, {**body, "stream": True}).text
+        assert '"tool_calls":[{"index":0' in events and '"finish_reason":"tool_calls"' in events
+        assert ask(url, body).json()["choices"][0]["message"]["content"] == "Sun"
+
+
+def test_response_format_with_tools():
+    model, tokenizer = tiny_model(1024)
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
+    body = {
+        "model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "tools": STRICT,
+        "max_tokens": 200, "response_format": form,
+    }  # fmt: skip
+    with serving(model, tokenizer) as (url, server):
+        (choice,) = ask(url, {**body, "tool_choice": "required"}).json()["choices"]
+        assert choice["finish_reason"] == "tool_calls"
+        for fields, param in (
+            ({"response_format": None, "structured_outputs": {"regex": "a"}},
+             "structured_outputs.regex"),
+            ({"ignore_eos": True}, "ignore_eos"),
+        ):  # fmt: skip
+            assert ask(url, {**body, **fields}).json()["error"]["param"] == param
+        script(server, ONE, TOOL_CALL)
+        (choice,) = ask(url, body).json()["choices"]
+        assert choice["message"]["content"] == ONE and "tool_calls" not in choice["message"]
+        (choice,) = ask(url, body).json()["choices"]
+        (call,) = choice["message"]["tool_calls"]
+        assert call["function"] == {"name": "now", "arguments": ONE}
 
 
 @pytest.mark.parametrize("parallel", (True, False))

@@ -1,0 +1,151 @@
+"""Tools for a model whose chat template does not write them: a form in the system message, and a
+grammar for the answer, as llama.cpp's generic format has them.
+
+The answer is JSON: ``{"tool_calls": [{"name", "arguments"}]}`` or ``{"response": TEXT}``, whose
+text alone is the message. Earlier calls and the tools' results become text of the same kind.
+"""
+
+import json
+import re
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from fastlm.data.conversations import Message
+from fastlm.serve.forms import Form
+from fastlm.serve.tools import calls_of
+
+if TYPE_CHECKING:
+    from fastlm.serve.openai_api import ChatAsked
+
+SYSTEM = (
+    "You can call these functions to answer the user, given as JSON:\n{tools}\n\n"
+    'Answer in JSON, either with {{"tool_calls": [{{"name": NAME, "arguments": {{...}}}}]}} to call'
+    ' functions, or with {{"response": TEXT}} to reply to the user.'
+)
+REQUIRED = (
+    "You can call these functions to answer the user, given as JSON:\n{tools}\n\n"
+    'Answer in JSON: {{"tool_calls": [{{"name": NAME, "arguments": {{...}}}}]}}.'
+)
+ANY_TEXT = {"type": "string"}
+
+
+@dataclass(frozen=True)
+class GenericTools:
+    """``tools`` that may be called; ``several`` in one answer; ``required``: the answer has to be
+    calls; ``response``: the JSON schema of what else it may be."""
+
+    tools: Sequence[Any]
+    several: bool
+    required: bool
+    response: Any
+
+
+def generic(asked: "ChatAsked", why_not: Callable[[str], str | None]) -> "ChatAsked":
+    """The request as a model takes it: unchanged where its chat template writes tools and calls,
+    else in the generic form. ``why_not``: `fastlm.serve.prompts.Prompts.why_not`."""
+    messages, form = asked.messages, asked.form
+    if any(m["role"] == "tool" or m.get("tool_calls") for m in messages) and why_not("tool calls"):
+        messages = _plain(messages)
+    if asked.tools is None or not why_not("tools"):
+        return replace(asked, messages=messages)
+    tools, required, response = asked.tools, False, ANY_TEXT
+    if form is not None and form.kind == "call":
+        tools, required = form.value, True
+    elif form is not None and form.kind == "calls_or":
+        inner: Form = form.value[2]
+        response = {"type": "object"} if inner.kind == "json_object" else inner.value
+    text = (REQUIRED if required else SYSTEM).format(
+        tools=json.dumps([tool["function"] for tool in tools], ensure_ascii=False)
+    )
+    messages = _with_system(messages, text, not why_not("a system message"))
+    # one call unless several are asked for: a small model does not end a list
+    value = GenericTools(tools, asked.parallel is True, required, response)
+    param = "tools" if form is None or form.kind == "calls" else form.param
+    return replace(asked, messages=messages, tools=None, form=Form("generic", value, param))
+
+
+def _with_system(messages: Sequence[Message], text: str, has_system: bool) -> list[Message]:
+    """The messages with a text in the system message, or before the first of the user."""
+    role = "system" if has_system else "user"
+    first, *rest = messages
+    if first["role"] == role:
+        return [{**first, "content": f"{text}\n\n{first['content']}"}, *rest]
+    return [{"role": role, "content": text}, *messages]
+
+
+def _plain(messages: Sequence[Message]) -> list[Message]:
+    """Calls and results as text: of the assistant, and of the user, whose messages in a row are
+    joined, since templates want turns."""
+    found: list[Message] = []
+    for message in messages:
+        if calls := message.get("tool_calls"):
+            called = [
+                {"name": call["function"]["name"], "arguments": call["function"]["arguments"]}
+                for call in calls
+            ]
+            text = json.dumps({"tool_calls": called}, ensure_ascii=False)
+            content = f"{message['content']}\n{text}" if message.get("content") else text
+            found.append({"role": "assistant", "content": content})
+        elif message["role"] == "tool":
+            names = {key: message[key] for key in ("name", "tool_call_id") if message.get(key)}
+            told = {"tool_response": {**names, "content": message["content"]}}
+            content = json.dumps(told, ensure_ascii=False)
+            if found and found[-1]["role"] == "user":
+                content = f"{found.pop()['content']}\n{content}"
+            found.append({"role": "user", "content": content})
+        else:
+            found.append(message)
+    return found
+
+
+# what may follow in a JSON text up to here: characters, escapes, and pairs of surrogates; a first
+# half waits for what follows it
+CHARACTERS = re.compile(
+    r'(?:[^"\\]|\\["\\/bfnrt]|\\u(?![dD][89abAB])[0-9a-fA-F]{4}'
+    r"|\\u[dD][89abAB][0-9a-fA-F]{2}"
+    r"(?:\\u[dD][c-fC-F][0-9a-fA-F]{2}|(?=[^\\]|\\[^u]|\\u[^dD]|\\u[dD][^c-fC-F])))*"
+)
+BEGIN = re.compile(r'\s*\{\s*"response"\s*:\s*"')
+
+
+class GenericText:
+    """As `fastlm.serve.tools.ToolText`, of an answer in the generic form: a response that is a text
+    is passed on as it arrives, all else at the end."""
+
+    def __init__(self, names: Collection[str]):
+        self.names = names
+        self.calls: list[dict[str, Any]] = []
+        self._held, self._in_text = "", False
+
+    def push(self, piece: str) -> str:
+        self._held += piece
+        if not self._in_text:
+            if (begin := BEGIN.match(self._held)) is None:
+                return ""
+            self._in_text, self._held = True, self._held[begin.end() :]
+        ready = CHARACTERS.match(self._held)
+        assert ready is not None
+        self._held = self._held[ready.end() :]  # from the closing quote on, nothing is text
+        return _decoded(ready[0])
+
+    def end(self) -> str:
+        if self._in_text:
+            return ""
+        try:
+            value = json.loads(self._held)
+        except (ValueError, RecursionError):
+            return self._held  # cut at the limit of tokens
+        if isinstance(value, dict) and "tool_calls" in value:
+            self.calls = calls_of(value["tool_calls"], self.names)
+            return "" if self.calls else self._held
+        if isinstance(value, dict) and set(value) == {"response"}:
+            text = json.dumps(value["response"], ensure_ascii=False)
+            return text.encode(errors="replace").decode()
+        return self._held
+
+
+def _decoded(escaped: str) -> str:
+    """The text that a part of JSON's text stands for; half a surrogate pair is replaced."""
+    text = json.loads(f'"{escaped}"', strict=False)
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

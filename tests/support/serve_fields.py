@@ -1,0 +1,165 @@
+"""What tests of single fields of the API share: a server, requests to one of its paths, and a table
+of tests by field, each of which `check` runs.
+"""
+
+import contextlib
+import copy
+import json
+import re
+import subprocess
+from types import SimpleNamespace
+from typing import Literal
+
+import httpx
+import openai
+import pydantic
+from paths import ROOT
+from serve_app import ask, serving, tiny_model
+
+from fastlm.serve.feedback import FeedbackStore
+from fastlm.serve.openai_api import CHAT, EMBED, TEXT
+from fastlm.serve.responses_api import RESPONSES
+
+TABLES = {"chat": CHAT, "text": TEXT, "embed": EMBED, "responses": RESPONSES}
+PATHS = {
+    "chat": "/v1/chat/completions", "text": "/v1/completions", "embed": "/v1/embeddings",
+    "responses": "/v1/responses",
+}  # fmt: skip
+TOOL = {
+    "type": "function",
+    "function": {"name": "add", "parameters": {"type": "object", "properties": {"a": {}}}},
+}
+DOCS = ROOT / "docs/serving.md"
+
+
+class Person(pydantic.BaseModel):
+    name: Literal["Ann", "Bob"]
+    tall: bool
+    age: int = pydantic.Field(ge=0, le=99)
+
+
+@contextlib.contextmanager
+def field_server(folder):
+    """Context: a server of a tiny model, with what its engine is asked for in ``taken``."""
+    model, tokenizer = tiny_model()
+    store = FeedbackStore(folder / "feedback.sqlite")
+    with (
+        serving(model, tokenizer, feedback=store) as (url, app),
+        openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0) as client,
+    ):
+        taken, submit = [], app.served.engine.submit
+
+        def spy(request, listener):
+            taken.append(request)
+            return submit(request, listener)
+
+        app.served.engine.submit = spy
+        yield SimpleNamespace(
+            url=url, app=app, taken=taken, store=store, tokenizer=tokenizer, client=client
+        )  # fmt: skip
+    store.close()
+
+
+def by_httpx(server, kind, body):
+    return ask(server.url, body, PATHS[kind])
+
+
+def by_openai(server, kind, body):
+    path = PATHS[kind].removeprefix("/v1")
+    try:
+        return server.client.post(path, body=body, cast_to=httpx.Response)
+    except openai.APIStatusError as error:
+        return error.response
+
+
+def by_curl(server, kind, body):
+    command = ["curl", "-sN", server.url + PATHS[kind], "-H", "content-type: application/json"]
+    said = subprocess.run(
+        [*command, "-d", "@-", "-w", "\n%{http_code}"], input=json.dumps(body), text=True,
+        capture_output=True, check=True,
+    )  # fmt: skip
+    text, _, status = said.stdout.rpartition("\n")
+    return httpx.Response(int(status), text=text)
+
+
+def said_of(response):
+    """The text of a response without what differs each time."""
+    keys = "id|item_id|call_id|created|created_at|cached_tokens"
+    return re.sub(rf'"({keys})":("[^"]*"|\d+)', r'"\1":0', response.text)
+
+
+class Api:
+    """Requests to one path, with what it needs filled in."""
+
+    def __init__(self, server, kind):
+        self.server, self.kind = server, kind
+        self.client = server.client
+        self.token = server.tokenizer.encode("T")[0]
+        self.sent = []  # bodies and responses
+
+    def send(self, **fields):
+        needs = {
+            "chat": {"messages": [{"role": "user", "content": "Hi"}]},
+            "text": {"prompt": "The tree"},
+            "embed": {"input": "The tree"},
+            "responses": {"input": "Hi"},
+        }[self.kind]
+        length = "max_output_tokens" if self.kind == "responses" else "max_tokens"
+        some = {} if self.kind == "embed" else {length: 8, "temperature": 0}
+        body = {"model": "tiny", **some, **needs, **fields}
+        response = by_httpx(self.server, self.kind, body)
+        self.sent.append((copy.deepcopy(body), response))
+        return response
+
+    def answer(self, **fields):
+        response = self.send(**fields)
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    def said(self, **fields):
+        made = self.answer(**fields)
+        if self.kind == "responses":
+            return [part["text"] for item in made["output"] for part in item.get("content", ())]
+        choices = made["choices"]
+        return [c["text"] if self.kind == "text" else c["message"]["content"] for c in choices]
+
+    def refused(self, param, **fields):
+        response = self.send(**fields)
+        assert response.status_code == 400, response.text
+        error = response.json()["error"]
+        assert error["param"] == param and param in error["message"], error
+        assert error["type"] == "invalid_request_error"
+        return error["message"]
+
+
+def case_table():
+    """A dict of tests by (kind, names of fields), and the decorator `case` that registers one."""
+    cases = {}
+
+    def case(*names, kinds=("chat",)):
+        def keep(function):
+            cases.update({(kind, names): function for kind in kinds})
+            return function
+
+        return keep
+
+    return cases, case
+
+
+def check(server, kind, names, test):
+    """Run the test of some fields; each has to be taken and refused in it, by all clients alike."""
+    api = Api(server, kind)
+    test(api)
+    for name in names:
+        for taken in (True, False):
+            named = [sent for sent in api.sent if name in sent[0]]
+            found = [sent for sent in named if (sent[1].status_code == 200) == taken]
+            assert found, f"{name}: {'taken' if taken else 'refused'} nowhere"
+            # rather one whose answer is known
+            known = [s for s in found if not s[0].get("temperature") or "seed" in s[0]]
+            body, response = (known or found)[0]
+            for by in (by_openai, by_curl):
+                again = by(server, kind, body)
+                assert again.status_code == response.status_code
+                if known or not taken:
+                    assert said_of(again) == said_of(response), (name, by)

@@ -1,0 +1,194 @@
+"""`/v1/responses` field by field, as test_serve_fields.py does it, and through OpenAI's client."""
+
+import json
+
+import openai
+import pytest
+from serve_fields import TOOL, Api, Person, case_table, check, field_server
+
+from fastlm.serve.fields import ApiError
+from fastlm.serve.openai_api import CHAT
+from fastlm.serve.responses_api import RESPONSES, continued, responses_asked
+
+CASES, case = case_table()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with field_server(tmp_path_factory.mktemp("serve")) as server:
+        yield server
+
+
+def event_types(events):
+    return [event.type.removeprefix("response.") for event in events]
+
+
+@case("model", "input", "instructions", kinds=("responses",))
+def _(api):
+    chat = Api(api.server, "chat")
+    assert api.said() == chat.said()
+    made = api.client.responses.create(
+        model="tiny", input="Hi", max_output_tokens=8, temperature=0, metadata={"team": "a"}
+    )
+    assert [made.output_text] == chat.said() and made.metadata == {"team": "a"}
+    assert made.status == "incomplete" and made.incomplete_details.reason == "max_output_tokens"
+    assert made.usage.output_tokens == 8 and made.usage.total_tokens == made.usage.input_tokens + 8
+    assert made.id.startswith("resp_") and made.store is False and made.model == "tiny"
+    ended = api.answer(logit_bias={str(api.server.tokenizer.eos_id): 100})
+    assert ended["status"] == "completed" and ended["incomplete_details"] is None
+    system = {"role": "system", "content": "Be kind"}
+    wanted = chat.said(messages=[system, {"role": "user", "content": "Hi"}])
+    assert api.said(instructions="Be kind") == wanted
+    parts = [{"type": "input_text", "text": "H"}, {"type": "input_text", "text": "i"}]
+    items = [{"type": "message", "role": "user", "content": parts}]
+    assert api.said(input=[{**system, "role": "developer"}, *items]) == wanted
+    call = {"type": "function_call", "call_id": "c1", "name": "add", "arguments": '{"a": 7}'}
+    result = {"type": "function_call_output", "call_id": "c1", "output": "8"}
+    said = made.output[0].model_dump()  # as it came
+    api.answer(input=[*items, said, {**call, "id": "fc_1", "status": "completed"}, result])
+    text = api.server.tokenizer.decode(api.server.taken[-1].prompt)
+    assert made.output_text in text and '"arguments": {"a": 7}' in text and "tool\n8" in text
+    api.refused("model", model=None)
+    assert api.send(model="x").status_code == 404
+    api.refused("instructions", instructions=7)
+    for bad, at in (
+        ([], "input"), ("", "input"), (["Hi"], "input[0]"), ([{"role": "robot", "content": "x"}],
+        "input[0].role"), ([{"type": "reasoning", "summary": []}], "input[0].type"),
+        ([{**call, "arguments": "7"}], "input[0].arguments"),
+        ([{**items[0], "content": [{"type": "input_image"}]}], "input[0].content[0]"),
+        ([{**items[0], "quality": 1}], "input[0].quality"),
+    ):  # fmt: skip
+        api.refused(at, input=bad)
+
+
+@case("max_output_tokens", "max_tool_calls", "background", "truncation", kinds=("responses",))
+def _(api):
+    assert api.answer(max_output_tokens=3)["usage"]["output_tokens"] == 3
+    api.refused("max_output_tokens", max_output_tokens=0)
+    assert api.said(max_tool_calls=2, background=False, truncation="disabled") == api.said()
+    api.refused("max_tool_calls", max_tool_calls=0)
+    api.refused("background", background=True)
+    api.refused("truncation", truncation="auto")
+
+
+@case("reasoning", "text", kinds=("responses",))
+def _(api):
+    response = api.send(reasoning={"effort": "low"}, text={"verbosity": "low"})
+    assert response.headers["x-fastlm-ignored"] == "reasoning_effort, verbosity"
+    assert response.json()["reasoning"]["effort"] == "low"
+    api.refused("reasoning.strength", reasoning={"strength": 1})
+    made = api.client.responses.parse(
+        model="tiny", input="Hi", max_output_tokens=300, text_format=Person
+    )
+    assert isinstance(made.output_parsed, Person)
+    object_form = {"type": "json_object"}
+    bias = {str(i): 50 for i in api.server.tokenizer.encode("}")}
+    (said,) = api.said(text={"format": object_form}, logit_bias=bias, max_output_tokens=200)
+    assert isinstance(json.loads(said), dict)
+    assert api.said(text={"format": {"type": "text"}}) == api.said()
+    api.refused("text.format.schema", text={"format": {"type": "json_schema", "name": "x"}})
+    lists = {"type": "json_schema", "name": "x", "schema": {"type": "array", "uniqueItems": True}}
+    assert "uniqueItems" in api.refused("text.format", text={"format": lists})
+
+
+@case("tools", "tool_choice", kinds=("responses",))
+def _(api):
+    tool = {"type": "function", **openai.pydantic_function_tool(Person)["function"]}
+    made = api.client.responses.create(
+        model="tiny", input="Hi", max_output_tokens=300, tools=[tool], tool_choice="required"
+    )
+    (call,) = made.output
+    assert call.type == "function_call" and call.name == "Person" and made.status == "completed"
+    Person.model_validate_json(call.arguments)
+    events = list(
+        api.client.responses.create(
+            model="tiny", input="Hi", max_output_tokens=300, tools=[tool], stream=True,
+            tool_choice={"type": "function", "name": "Person"},
+        )
+    )  # fmt: skip
+    assert event_types(events) == [
+        "created", "in_progress", "output_item.added", "function_call_arguments.delta",
+        "function_call_arguments.done", "output_item.done", "completed",
+    ]  # fmt: skip
+    (call,) = events[-1].response.output
+    assert call.arguments == events[3].delta == events[4].arguments and call == events[5].item
+    api.answer(tools=[{"type": "function", "name": "add", "parameters": {"type": "object"}}])
+    assert '"name": "add"' in api.server.tokenizer.decode(api.server.taken[-1].prompt)
+    assert api.said(tools=[], tool_choice="auto") == api.said()
+    api.refused("tools[0].type", tools=[{"type": "web_search"}])
+    api.refused("tools[0].name", tools=[{"type": "function", "name": "é"}])
+    api.refused("tools[0].function", tools=[TOOL])
+    api.refused("tool_choice", tool_choice="required")
+    api.refused("tool_choice.name", tools=[tool], tool_choice={"type": "function", "name": "x"})
+
+
+@case("include", "top_logprobs", kinds=("responses",))
+def _(api):
+    scored = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
+    (part,) = api.answer(**scored)["output"][0]["content"]
+    chat = Api(api.server, "chat").answer(logprobs=True, top_logprobs=2)
+    assert part["logprobs"] == chat["choices"][0]["logprobs"]["content"]
+    assert api.answer()["output"][0]["content"][0]["logprobs"] == []
+    api.refused("include", include="all")
+    api.refused("include[0]", include=["file_search_call.results"])
+    api.refused("top_logprobs", top_logprobs=21)
+
+
+@case("stream", "stream_options", kinds=("responses",))
+def _(api):
+    whole = api.answer()
+    fields = {"model": "tiny", "input": "Hi", "max_output_tokens": 8, "temperature": 0}
+    options = {"include_obfuscation": False}
+    events = list(api.client.responses.create(**fields, stream=True, stream_options=options))
+    types = event_types(events)
+    assert types[:4] == ["created", "in_progress", "output_item.added", "content_part.added"]
+    ends = ["output_text.done", "content_part.done", "output_item.done", "incomplete"]
+    assert types[-4:] == ends and set(types[4:-4]) == {"output_text.delta"} and len(types) > 12
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    text = "".join(event.delta for event in events[4:-4])
+    assert text == whole["output"][0]["content"][0]["text"] == events[-4].text
+    assert events[0].response.status == "in_progress" and events[0].response.output == []
+    last = events[-1].response
+    assert last.output_text == text and last.usage.output_tokens == 8
+    assert "[DONE]" not in (stream := api.send(stream=True, stream_options=options).text)
+    assert stream.startswith("event: response.created\ndata: {")
+    stopped = {"stop": text[3:]}  # the client waits for a response that is complete
+    with api.client.responses.stream(**fields, extra_body=stopped) as managed:
+        assert managed.get_final_response().output_text == text[:3]
+    api.refused("stream", stream=1)
+    api.refused("stream_options.include_usage", stream_options={"include_usage": True})
+
+
+@case("previous_response_id", "store", "conversation_id", kinds=("responses",))
+def _(api):
+    first = api.answer(
+        store=True, conversation_id="talk-2", instructions="Be kind", input="I am ann@mail.org"
+    )
+    assert first["store"] is True
+    kept = api.server.store.answer(first["id"])
+    assert kept.prompt[1]["content"] == "I am <EMAIL>" and kept.conversation_id == "talk-2"
+    said = first["output"][0]["content"][0]["text"]
+    made = api.answer(previous_response_id=first["id"], input="And I?")
+    assert made["previous_response_id"] == first["id"]
+    text = api.server.tokenizer.decode(api.server.taken[-1].prompt)
+    assert "Be kind" in text and "I am <EMAIL>" in text and said in text and "And I?" in text
+    api.answer(previous_response_id=first["id"], instructions="Be short")
+    text = api.server.tokenizer.decode(api.server.taken[-1].prompt)
+    assert "Be kind" not in text and text.startswith("system\nBe short")
+    error = api.refused("previous_response_id", previous_response_id=made["id"])  # not stored
+    assert "send the whole conversation" in error
+    api.refused("store", store="yes")
+    api.refused("conversation_id", conversation_id="talk-2")
+    with pytest.raises(ApiError, match="keeps no conversations"):
+        continued(responses_asked({"model": "x", "input": "Hi", "previous_response_id": "r"}), None)
+
+
+@pytest.mark.parametrize("kind, names", CASES, ids=str)
+def test_field(server, kind, names):
+    check(server, kind, names, CASES[kind, names])
+
+
+def test_every_field_has_a_test():
+    """What is not a field of a chat, which test_serve_fields.py tests."""
+    tested = {name for _, names in CASES for name in names}
+    assert {name for name in RESPONSES if RESPONSES[name] is not CHAT.get(name)} <= tested
