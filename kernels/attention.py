@@ -451,8 +451,8 @@ def _tiles(m: int, n: int, warps: int, stages: int) -> Config:
 
 
 # By element size and padded head width, then by architecture; chosen for no register spills and for
-# tensor cores (tests/gates/triton_gate/attention.py). OPTIONS: with bias, dropout, ALiBi, softcap or int8
-# keys, which need registers; without such a line the plain one is used.
+# tensor cores (tests/gates/triton_gate/attention.py). OPTIONS: with bias, dropout, ALiBi, softcap
+# or int8 keys, which need registers; without such a line the plain one is used.
 OPTIONS = "options"
 _MANY = Tiles(
     "attention",
