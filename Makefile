@@ -20,7 +20,8 @@ BUILD_HERE := $(HERE) $(BIN)/python setup.py -q build_ext --inplace
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##' Makefile | sed 's/:.*## /\t/' | expand -t 18
 
-setup: build     ## .venv with fastlm (editable, extensions built) and everything the other targets use
+setup: .venv/ready  ## .venv with fastlm (editable, the extensions that this machine runs) and what the other targets use
+	@$(BUILD_HERE)
 
 # What is installed follows from these two files. The extensions come first: a compiler that is missing is said before the minutes of fetching
 .venv/ready: pyproject.toml setup.py

@@ -174,10 +174,17 @@ def test_ids_beyond_the_tokenizer_are_not_drawn(adjusted):
     with torch.no_grad():
         padded.lm_head.weight[vocab:] *= 50
     sampling = Sampling(temperature=0, repetition_penalty=1.5 if adjusted else 1.0)
-    request = Request([5, vocab + 1], 6, sampling, logprobs=30, ignore_eos=True)
+    request = Request(
+        [5, 6, vocab + 1], 6, sampling, logprobs=30, prompt_logprobs=30, ignore_eos=True
+    )
     (beyond,) = Engine(padded).generate([request])
     assert max(beyond.tokens) >= vocab
-    (result,) = Engine(padded, tokenizer).generate([request])
+    pieces = []
+    engine = Engine(padded, tokenizer)
+    (result,) = engine.generate([request], on_piece=lambda _, piece: pieces.append(piece))
+    known, unknown = pieces[0].prompt_logprobs
+    assert known.logprob > -torch.inf and unknown.logprob == -torch.inf
+    assert all(token < vocab for t in (known, unknown) for token, _ in t.top)
     assert result.finish_reason == "length" and max(result.tokens) < vocab
     assert all(token < vocab for t in result.logprobs for token, _ in t.top)
 

@@ -96,6 +96,25 @@ def test_masks_that_come_late_change_no_answer(options, monkeypatch):
     assert found[0] == found[1] and all(len(tokens) == 70 for tokens in found[0])
 
 
+@pytest.mark.parametrize("prompt_rows", [False, True])
+def test_a_prompt_is_scored_beside_late_masks(prompt_rows, monkeypatch):
+    class Slow(Fixed):
+        def mask(self):
+            time.sleep(0.01)
+            return super().mask()
+
+    monkeypatch.setattr(fastlm.serve.engine, "MASK_PATIENCE", 0)
+    model, prompt = model_of(eos_token_id=3), list(range(5, 90))
+    found = []
+    for constraint in (None, lambda: Slow([9, 8, 3])):
+        pieces = []
+        asked = Request(prompt, 9, prompt_logprobs=2, constraint=constraint)
+        engine = Engine(model, prompt_rows=prompt_rows)
+        engine.generate([asked], on_piece=lambda _, piece, to=pieces: to.append(piece))
+        found.append([score for piece in pieces for score in piece.prompt_logprobs])
+    assert found[0] == found[1] and [s.token for s in found[1]] == prompt[1:]
+
+
 def test_an_answer_whose_masks_take_too_long_ends_alone(monkeypatch):
     seconds = iter(range(10**6))
 

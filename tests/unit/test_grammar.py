@@ -8,8 +8,9 @@ from serve_app import tiny_model
 from fastlm.serve import grammar
 from fastlm.serve.answers import ended_badly
 from fastlm.serve.fields import ApiError
+from fastlm.serve.forms import Form
+from fastlm.serve.generic_tools import GenericTools
 from fastlm.serve.grammar import MAX_DIGITS, Grammars
-from fastlm.serve.openai_api import Form
 from fastlm.serve.requests import Piece
 
 
@@ -33,13 +34,28 @@ def accepts(grammars, form, text):
     return bool(state.mask()[grammars.ends].all())
 
 
-def call(parameters, arguments, **choice):
-    """Whether ``arguments`` may be those of a call that has to be made."""
+def calls(parameters, arguments):
+    """Forms in which a function may be called, each with a call of these arguments."""
     tool = {"type": "function", "function": {"name": "f"}}
     if parameters is not None:
         tool["function"]["parameters"] = parameters
-    text = f'<tool_call>\n{{"name": "f", "arguments": {arguments}}}\n</tool_call>'
-    return Form("call", [tool], "tool_choice"), text
+    called = f'{{"name": "f", "arguments": {arguments}}}'
+    text = f"<tool_call>\n{called}\n</tool_call>"
+    yield Form("call", [tool], "tool_choice"), text
+    yield Form("calls_or", ([tool], True, schema_form(AB)), "response_format"), text
+    generic = Form("generic", GenericTools([tool], False, False, {"type": "string"}), "tools")
+    yield generic, f'{{"tool_calls": [{called}]}}'
+
+
+TOOL = {"type": "function", "function": {"name": "f"}}
+
+
+def forms(schema, text):
+    """Forms that keep an answer to a schema, each with an answer."""
+    yield schema_form(schema), text
+    yield Form("calls_or", ([TOOL], True, schema_form(schema)), "response_format"), text
+    generic = Form("generic", GenericTools([TOOL], False, False, schema), "response_format")
+    yield generic, f'{{"response": {text}}}'
 
 
 A, B = ({"type": "integer", "maximum": 9, "minimum": 0}, {"type": "boolean"})
@@ -80,7 +96,8 @@ def test_objects_have_the_properties_that_are_listed(grammars, name):
     schema, good = CLOSED[name]
     before = json.dumps(schema)
     for text in ANY:
-        assert accepts(grammars, schema_form(schema), text) == (text in good), text
+        for form, answer in forms(schema, text):
+            assert accepts(grammars, form, answer) == (text in good), answer
     inside = {"type": "array", "items": schema, "$defs": schema.get("$defs", {})}
     for text in ANY:
         assert accepts(grammars, schema_form(inside), f"[{text}]") == (text in good), text
@@ -108,10 +125,13 @@ def test_a_recursive_schema_is_closed_at_each_level(grammars):
 )
 def test_a_call_that_is_required_invents_no_arguments(grammars, parameters, good):
     for arguments in ("{}", *ANY):
-        assert accepts(grammars, *call(parameters, arguments)) == (arguments in good)
+        for form, answer in calls(parameters, arguments):
+            assert accepts(grammars, form, answer) == (arguments in good), answer
 
 
-@pytest.mark.parametrize("kind", ["json_schema", "json_object", "call", "calls"])
+@pytest.mark.parametrize(
+    "kind", ["json_schema", "json_object", "call", "calls", "calls_or", "generic"]
+)
 def test_numbers_end(grammars, kind):
     """Whatever the model would write: here digits wherever one may be written."""
     schema = {"type": "object", "properties": {"a": {"type": "number"}}, "required": ["a"]}
@@ -121,6 +141,9 @@ def test_numbers_end(grammars, kind):
         "call": ([tool], '<tool_call>\n{"name": "f", "arguments": {"a":'),
         "calls": (([tool], True), 'He said "12345678901234567890": <tool_call>{"name": "f",'
                   '"arguments": {"a":'),
+        "calls_or": (([tool], True, schema_form(schema)), '{"a":'),
+        "generic": (GenericTools([tool], False, False, schema), '{"tool_calls": [{"name": "f",'
+                    '"arguments": {"a":'),
     }[kind]  # fmt: skip
     state = grammars.constraint(Form(kind, value, "form"))()
     for token in grammars.tokenizer.encode(begin):
@@ -156,6 +179,12 @@ REFUSED = {
     "a deep constant": schema_form({"const": json.loads("[" * 500 + "]" * 500)}),
     "10^8 characters": Form("regex", "((((a{100}){100}){100}){100})", "structured_outputs.regex"),
     "too many states": Form("regex", "(a?){3000}a{3000}", "structured_outputs.regex"),
+    "a large schema beside tools": Form(
+        "calls_or", ([TOOL], True, schema_form({"const": "x" * 2**16})), "response_format"
+    ),
+    "all generic tools": Form(
+        "generic", GenericTools([{**TOOL, "description": "x" * 2**18}], True, True, {}), "tools"
+    ),
     "all tools": Form("call", [{"function": {"name": "f", "description": "x" * 2**18}}], "tools"),
 }
 
