@@ -451,13 +451,8 @@ def _tiles(m: int, n: int, warps: int, stages: int) -> Config:
 
 
 # By element size and padded head width, then by architecture; chosen for no register spills and for
-<<<<<<< HEAD
 # tensor cores (gates/triton_gate/attention.py). OPTIONS: with bias, dropout, ALiBi, softcap or int8
 # keys, which need registers; without such a line the plain one is used.
-=======
-# tensor cores (tests/gates/triton_gate/attention.py). OPTIONS: with bias, dropout, ALiBi, softcap
-# or int8 keys, which need registers; without such a line the plain one is used.
->>>>>>> 0ca326cc7557b8d83cb8af2df59fed728bf57b7d
 OPTIONS = "options"
 _MANY = Tiles(
     "attention",

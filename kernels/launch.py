@@ -5,13 +5,8 @@
 - On a GPU: on the device of the first tensor.
 - Interpreted (``TRITON_INTERPRET=1``, read when a kernel is decorated): on CPU tensors, by numpy.
 - Compiled without a GPU: `compiling(capability)` collects the machine code of every launch in a
-<<<<<<< HEAD
   list that triton_gate reads. Tensors are on the meta device. The whole host function runs
   there, so one that asks a tensor for its value fails.
-=======
-  list that tests/gates/triton_gate reads. Tensors are on the meta device. The whole host function
-  runs there, so one that asks a tensor for its value fails.
->>>>>>> 0ca326cc7557b8d83cb8af2df59fed728bf57b7d
 
 Tile sizes come from the `Tiles` next to each kernel: a fixed table by compute capability, so that a
 first call compiles one variant and measures none. What `python -m fastlm.kernels.tune` measured on

@@ -16,13 +16,8 @@ An interval of a mean and the p-value of a difference are one calculation, in cl
   error CR2 and Satterthwaite's degrees of freedom (Bell and McCaffrey 2002; Imbens and Kolesar
   2016, doi:10.1162/REST_a_00552), for items as alike within a cluster as these are.
 
-<<<<<<< HEAD
 How often it rejects a true difference of 0 where 5 % are said (test_simulations.py: 2,000
 draws each; in brackets flips of signs, which assume symmetry):
-=======
-How often it rejects a true difference of 0 where 5 % are said (tests/unit/test_simulations.py:
-2,000 draws each; in brackets flips of signs, which assume symmetry):
->>>>>>> 0ca326cc7557b8d83cb8af2df59fed728bf57b7d
 
     n                                   10            20            50            200
     normal                         .03 (.05)     .04 (.05)     .05 (.05)     .05 (.05)
