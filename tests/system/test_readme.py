@@ -45,9 +45,11 @@ def test_the_readme(tmp_path):
     names["optimizer"].step()
     torch.manual_seed(0)
     names = run(op)
-    want = torch.nn.functional.cross_entropy(names["x"] @ names["head"].T, names["target"])
-    (gradient,) = torch.autograd.grad(want, names["x"])
-    torch.testing.assert_close(names["x"].grad, gradient, rtol=1e-3, atol=1e-6)
+    rows, some = len(names["x"]), slice(0, None, 16)  # all logits and what is made of them are 2 GB
+    x, target = names["x"][some].detach().requires_grad_(), names["target"][some]
+    want = torch.nn.functional.cross_entropy(x @ names["head"].T, target, reduction="sum") / rows
+    (gradient,) = torch.autograd.grad(want, x)
+    torch.testing.assert_close(names["x"].grad[some], gradient, rtol=1e-3, atol=1e-6)
     assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 100
 
 
