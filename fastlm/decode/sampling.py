@@ -247,11 +247,16 @@ def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     return torch.where(seen, weakened, logits)
 
 
-def make_generators(seed: int | None, rows: int) -> list[torch.Generator]:
-    """A CPU generator per row. Row r of seed s draws what a single row of seed s + r draws."""
+def check_seed(seed: int | None) -> None:
+    """InputError: no integer that a generator takes."""
     # compared as integers: 2^63 - 1 is 2^63 as a float
     if seed is not None and not (type(seed) is int and 0 <= seed < 2**63):
         raise InputError(f"seed: wanted an integer in [0, 2^63) or None, got {seed!r}")
+
+
+def make_generators(seed: int | None, rows: int) -> list[torch.Generator]:
+    """A CPU generator per row. Row r of seed s draws what a single row of seed s + r draws."""
+    check_seed(seed)
     if seed is None:
         seed = int(torch.randint(2**62, (), device="cpu"))
     return [torch.Generator("cpu").manual_seed((seed + r) % 2**63) for r in range(rows)]

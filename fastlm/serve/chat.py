@@ -12,7 +12,7 @@ from fastlm.checkpoint.gguf_file import open_gguf
 from fastlm.data.packages import model_path
 from fastlm.decode.generation import Generated, checked_stops, generate_texts
 from fastlm.decode.pages import PAGE, page_count
-from fastlm.decode.sampling import Sampling
+from fastlm.decode.sampling import Sampling, check_seed
 from fastlm.errors import InputError
 from fastlm.model.causal_lm import CausalLM
 from fastlm.serve.engine import Engine
@@ -138,6 +138,7 @@ class Writer:
                     f"prompt: wanted fewer than the model's {self.context_limit} tokens of context,"
                     f" got {len(ids)}"
                 )
+        check_seed(seed)
         self.speed = Speed(prompts)
         if self.model.model.by_length:  # an engine has the frequencies of one length for all
             return generate_texts(
