@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 INDEX = "index.json"
 FORMAT = "fastlm-shards-1"
-_FILE = re.compile(r"\d{1,9}\.bin", re.ASCII)  # of a shard, as `write_shards` names it
+# of a shard, as `write_shards` names it, and `data forget` what it writes in its place
+_FILE = re.compile(r"\d{1,9}(-[0-9a-f]{8})?\.bin", re.ASCII)
 SHARD = {
     "file": str, "tokens": int, "documents": int, "bytes_of_text": int,
     "sha256": str, "starts_sha256": str,

@@ -45,6 +45,7 @@ EXTREMES = (0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**62, 2**63 - 1, 2**64 - 
 
 def undamaged(place: Path) -> dict[str, Path]:
     """Name -> file or folder."""
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "unit"))
     from test_foreign_weights import CASES
 
     files = {}

@@ -358,7 +358,7 @@ def test_more_answers_to_a_prompt_narrow_the_interval_of_wins_by_what_they_add()
     width = share(apart, 4).high - share(apart, 4).low
     assert 0.45 < width / (one.high - one.low) < 0.65  # half for independent answers
     low = share([1.0] * 40, 4).low  # no more than ten prompts show
-    assert low == share([1.0] * 10, 1).low and share([0.5] * 8, 4).low < 0.2
+    assert 0.6 < low <= share([1.0] * 10, 1).low and share([0.5] * 8, 4).low < 0.2
     # the true rate is in the interval as often as it says, where prompts differ
     held = 0
     for _ in range(200):
