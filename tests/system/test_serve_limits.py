@@ -439,7 +439,7 @@ def test_embeddings_of_one_key_take_at_most_half_of_the_queue(tiny):
     began, go = threading.Event(), threading.Event()
     with serving(*tiny, engine={"max_waiting": 2}, keys=keys) as (url, server):
         embedding = server.served.embedding
-        server.served.embedding = lambda ids: (began.set(), go.wait(20), embedding(ids))[2]
+        server.served.embedding = lambda *given: (began.set(), go.wait(20), embedding(*given))[2]
         mine, other = ({"authorization": f"Bearer {key}"} for key in keys)
         with ThreadPoolExecutor(2) as pool:
             running = [pool.submit(ask, url, sent, "/v1/embeddings", **mine)]
