@@ -672,7 +672,7 @@ def test_the_command_exits_with_1_and_names_what_failed(cache, tmp_path, scripte
     assert len(result["failed"]) == 1 and result["ids"] == [{"name": "m", "id": "m"}]
     assert json.loads(call(*words, "--json", status=1).stdout) == result
     gates.write_text('[[gate]]\nscore = "bias.crows.stereotype"\nmax = 0.3\n')
-    refused(*words, text="g.toml line 2: score: wanted one of overrefusal before the first dot")
+    refused(*words, text="g.toml:2: gate[0].score: expected one of overrefusal before the")
     refused("safety", "-m", "m", "--attacks", "magic", text="attacks: wanted plain, role_play")
     refused("safety", "-m", "m", "--limit", "0", text="limit: wanted 1 or more")
     refused("safety", "-m", "m", "--measures", "memorization", text="data: wanted the training")

@@ -398,8 +398,8 @@ def test_what_is_forgotten_counts_without_its_ids(models, tmp_path):
                 store.forget("talk-2")
             return looked[-1]
 
-        store._blocked = look
         store.add(Opinion("late", "talk-2", thumb="up"))
+        store._blocked = look
         assert not store.keep(late) and "secret" not in all_rows(store)
         assert looked == [False, True]
 
