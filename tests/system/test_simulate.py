@@ -393,7 +393,7 @@ def test_scores_and_decisions_of_an_older_fastlm_are_warned_of(measured, tmp_pat
     with pytest.raises(InputError, match=r"models\.new\.id: expected this field, got nothing"):
         promote(tmp_path, new=new, old=old)
     path.write_text(json.dumps(table | {"models": {"new": 3}}))
-    with pytest.raises(InputError, match=r"models\.new: wanted a table, got a whole number"):
+    with pytest.raises(InputError, match=r"models\.new: expected an object, got 3"):
         promote(tmp_path, new=new, old=old)
 
 
