@@ -40,17 +40,17 @@ $python -c 'import xdist' 2>/dev/null && parallel="-n 8" # most of the time is c
 for step in $steps; do
   case $step in
   tests)
-    $pytest 140 $python -m pytest -q -W default tests/kernels/test_gpu.py >"$out/gpu-tests.log" 2>&1 || status=1
+    $pytest 140 $python -m pytest -q -W default --all tests/kernels/test_gpu.py >"$out/gpu-tests.log" 2>&1 || status=1
     tail -n 25 "$out/gpu-tests.log"
     ;;
   triton)
     files=$(ls tests/kernels/test_triton_*.py | grep -v gate) # the gate compiles for other GPUs
-    $pytest 110 $python -m pytest -q -W default $parallel --maxfail=20 $files >"$out/gpu-triton.log" 2>&1 || status=1
+    $pytest 110 $python -m pytest -q -W default --all $parallel --maxfail=20 $files >"$out/gpu-triton.log" 2>&1 || status=1
     tail -n 25 "$out/gpu-triton.log"
     ;;
   cuda)
     # first check of what the emulator cannot show: fragment layouts, memory order
-    $pytest 60 $python -m pytest -q -W default $parallel --maxfail=20 $(ls tests/kernels/test_cuda_*.py | grep -v gate) tests/kernels/test_graph_decoding.py >"$out/gpu-cuda.log" 2>&1 || status=1
+    $pytest 60 $python -m pytest -q -W default --all $parallel --maxfail=20 $(ls tests/kernels/test_cuda_*.py | grep -v gate) tests/kernels/test_graph_decoding.py >"$out/gpu-cuda.log" 2>&1 || status=1
     tail -n 25 "$out/gpu-cuda.log"
     if command -v compute-sanitizer >/dev/null; then
       for tool in memcheck racecheck; do

@@ -1,6 +1,7 @@
 """Answers of two models to the same prompts, their scores by a judge, and what follows."""
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
@@ -163,7 +164,8 @@ def compared(
 ) -> dict[str, Any]:
     """Return how often the new answers win, and what else has changed.
 
-    "scores" has, per name, a value with its interval ``low`` to ``high`` and ``n`` prompts:
+    "scores" has, per name, a value with its interval ``low`` to ``high`` (None where one prompt
+    tells none) and ``n`` prompts:
 
     - rate: share of prompts that the new model wins, a tie counts half (`share`);
     - score: change of the judge's mean score, in standard deviations of its training;
@@ -186,7 +188,8 @@ def compared(
     distinct = len({one.text for one in new}) / max(1, len({one.text for one in old}))
 
     def told(value: float, low: float, high: float, better: str = "higher") -> dict[str, Any]:
-        return {"value": value, "low": low, "high": high, "n": prompts, "better": better}
+        ends = [end if math.isfinite(end) else None for end in (low, high)]
+        return {"value": value, "low": ends[0], "high": ends[1], "n": prompts, "better": better}
 
     return {
         "prompts": prompts,

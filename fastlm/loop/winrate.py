@@ -155,7 +155,7 @@ class WinRate(Stage):
             "mean score": f"{compared['old']:+.3f} before, {compared['new']:+.3f} now"
             f" (p {compared['p']:.4f})",
             "length": f"{scores['length']['value']:.2f} times that of before"
-            f" ({scores['length']['low']:.2f} to {scores['length']['high']:.2f})",
+            f" ({_interval(scores['length'])})",
             "ended by themselves": _share(scores["ended"]),
             "different answers": f"{scores['distinct']['value']:.2f} times as many as before",
         }
@@ -179,6 +179,12 @@ def _judge(scores: Mapping[str, Mapping[str, Any]]) -> str:
     if found is None:
         return "an unknown share (no preferences to measure it with)"
     return f"{_share(found)} of {found['n']:,} preferences that it has not seen"
+
+
+def _interval(score: Mapping[str, Any]) -> str:
+    if score["low"] is None or score["high"] is None:
+        return "one prompt tells no interval"
+    return f"{score['low']:.2f} to {score['high']:.2f}"
 
 
 def _share(score: Mapping[str, float]) -> str:

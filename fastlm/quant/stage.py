@@ -168,20 +168,23 @@ class Quantize(Stage):
         (source,) = job.inputs["model"]
         check_out(job.out, source.where)
         self.check_inputs(job.inputs)
-        inputs = job.inputs
-        text = inputs.get("data") or self.calibration_of(inputs) or self.unseen_of(inputs)
+        data, unseen = job.inputs.get("data"), self.unseen_of(job.inputs)
+        text = data or self.calibration_of(job.inputs) or unseen
         model, tokenizer = self._load(source.where, bool(text or self.own_samples))
         with contextlib.ExitStack() as stack:
-            dataset = None
-            if measured := job.inputs.get("data"):  # read now: a bad text costs no quantization
+
+            def opened(where: str | None) -> "TokenDataset | None":
+                if where is None:
+                    return None
                 assert tokenizer is not None
-                dataset = stack.enter_context(
-                    token_dataset(
-                        measured[0].where, tokenizer, model.config.vocab_size, cache=job.cache,
-                        tell=job.skipped,
-                    )
-                )  # fmt: skip
-            return self._quantize(job, model, tokenizer, dataset)
+                vocab_size = model.config.vocab_size
+                return stack.enter_context(
+                    token_dataset(where, tokenizer, vocab_size, cache=job.cache, tell=job.skipped)
+                )
+
+            # read now: a bad text costs no quantization
+            texts = opened(data[0].where if data else None), opened(unseen)
+            return self._quantize(job, model, tokenizer, *texts)
 
     @staticmethod
     def _load(path: str, text: bool) -> "tuple[CausalLM, Tokenizer | None]":
@@ -195,9 +198,14 @@ class Quantize(Stage):
         return CausalLM.from_pretrained(path), None
 
     def _quantize(
-        self, job: Job, model: "CausalLM", tokenizer: "Tokenizer | None", dataset: Any
+        self,
+        job: Job,
+        model: "CausalLM",
+        tokenizer: "Tokenizer | None",
+        dataset: "TokenDataset | None",
+        other: "TokenDataset | None",
     ) -> dict[str, Any]:
-        from fastlm.evals.texts import token_dataset
+        """Quantize and measure on `dataset` and on `other`, the text of another kind."""
         from fastlm.files import make_folder, remove, save_atomic
         from fastlm.model.causal_lm import CausalLM
         from fastlm.quant import QuantizedLinear, quantize
@@ -247,10 +255,8 @@ class Quantize(Stage):
             result |= self._measured(job, small, tokenizer, dataset)
         result["unseen"] = None
         if unseen is not None:
-            assert tokenizer is not None
-            vocab = small.config.vocab_size
-            with token_dataset(unseen, tokenizer, vocab, cache=job.cache, tell=job.skipped) as text:
-                compared = self._compared(job, small, text, unseen, UNSEEN_TOKENS)
+            assert other is not None
+            compared = self._compared(job, small, other, unseen, UNSEEN_TOKENS)
             result["unseen"] = {"source": unseen, "loss": compared.loss, **compared.figures()}
         small.config.extra["quantization_config"] = {"method": self.method}
         remove(job.out / REPORT)  # of an earlier model

@@ -36,6 +36,6 @@ export UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 export TSAN_OPTIONS=halt_on_error=1:report_signal_unsafe=0:ignore_noninstrumented_modules=1
 export OMP_NUM_THREADS=1
 export PYTHONPATH="$site"
-LD_PRELOAD=$preload "$python" -P -m pytest -q --capture=sys -p no:faulthandler --tb=short -m "not slow" "$@" ||
+LD_PRELOAD=$preload "$python" -P -m pytest -q --all --capture=sys -p no:faulthandler --tb=short -m "not slow" "$@" ||
   { echo "sanitize_simt: FINDINGS under $sanitizer"; exit 1; }
 echo "sanitize_simt: clean under $sanitizer"

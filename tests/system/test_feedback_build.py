@@ -21,7 +21,7 @@ from fastlm.errors import InputError
 from fastlm.evals.safety.gates import read_gates
 from fastlm.evals.safety.questions import TEXTS
 from fastlm.evals.safety.sets import Sets
-from fastlm.loop.bounds import scores_of
+from fastlm.loop.bounds import read_scores, scores_of
 from fastlm.loop.build import BuildOptions, build
 from fastlm.loop.gate import Gate
 from fastlm.loop.judgements import read_judgements
@@ -367,6 +367,16 @@ def test_more_answers_to_a_prompt_narrow_the_interval_of_wins_by_what_they_add()
         found = share(wins, 4)
         held += found.low < 0.6 < found.high
     assert held > 180
+
+
+@pytest.mark.parametrize("answers", [1, 3])
+def test_a_gate_reads_the_scores_of_one_prompt(tmp_path, answers):
+    new, old = ([Answered("a", size + i, True) for i in range(answers)] for size in (6, 5))
+    points = [[0.0] * answers, [1.5 + i for i in range(answers)]]
+    path = tmp_path / "scores.json"
+    path.write_text(json.dumps(compared(old, new, points, answers, 0.95)))
+    scores = scores_of("winrate", read_scores(path))
+    assert scores["winrate.score"]["low"] is scores["winrate.length"]["high"] is None
 
 
 def test_gates_decide_by_the_ends_of_intervals(tmp_path):

@@ -193,6 +193,19 @@ def test_the_default_calibration_is_of_several_kinds_and_another_is_measured(
     assert not any("unseen" in event.get("warning", "") for event in told)
 
 
+@pytest.mark.parametrize("wrong", ["MIXED", "UNSEEN"])
+def test_a_default_text_that_is_not_there_costs_no_quantization(
+    base, tmp_path, kinds, monkeypatch, wrong
+):
+    steps = []
+    monkeypatch.setattr("fastlm.quant.quantize", lambda *_, **__: steps.append("quantize"))
+    gone = str(tmp_path / "none.txt")
+    monkeypatch.setattr(calibration, wrong, (gone,) if wrong == "MIXED" else gone)
+    with pytest.raises(InputError, match=r"none\.txt"):
+        run(base, tmp_path / "q", calibrated=False, method="gptq")
+    assert not steps
+
+
 def test_rounding_that_needs_no_text_reads_none(base, tmp_path, kinds):
     run(base, tmp_path / "q", calibrated=False)
     report = json.loads((tmp_path / "q/report.json").read_text())
