@@ -144,7 +144,7 @@ def paged_attention(small: bool) -> Iterator[Case]:
             "fastlm int8": lambda q=q, c=codes, s=scale, b=block, n=lens: ops.paged_attention(
                 q, *c, b, n, k_scale=s[0], v_scale=s[1]
             ),
-            "torch SDPA, no pages": sdpa,
+            "torch SDPA without pages": sdpa,
         }
         size = cache.numel() * 2
         yield Case("paged_attention", f"{users} x {keys}, {h}/{kv}, {d}", variants, bytes=size)
