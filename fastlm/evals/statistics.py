@@ -80,7 +80,7 @@ class Mean:
 
     def interval(self, confidence: float = 0.95) -> Interval:
         """Return the interval of the true mean: all for which `p_value` is above 1 - confidence.
-        Without any spread it is a point."""
+        Without any spread it is a point, of few items too, where `p_value` says less."""
         _z(confidence)
         if not self.error:
             return Interval(self.mean, self.mean)
@@ -254,7 +254,7 @@ def compare(
       practice. The interval is that of Bonett and Price (2012): not the same calculation, so that
       in rare cases one excludes 0 and the other does not.
     - All else: the differences' `Mean`, whose interval leaves out 0 exactly where p is below
-      1 - confidence. It assumes that items (or clusters) are drawn independently, and rejects as
+      1 - confidence (of fewer than six equal differences p is larger). It assumes that items (or clusters) are drawn independently, and rejects as
       often as this module says.
 
     Swapping a and b changes the signs of difference, low and high and nothing else.
