@@ -254,8 +254,8 @@ def compare(
       practice. The interval is that of Bonett and Price (2012): not the same calculation, so that
       in rare cases one excludes 0 and the other does not.
     - All else: the differences' `Mean`, whose interval leaves out 0 exactly where p is below
-      1 - confidence (of fewer than six equal differences p is larger). It assumes that items (or clusters) are drawn independently, and rejects as
-      often as this module says.
+      1 - confidence (of fewer than six equal differences p is larger). It assumes that items (or
+      clusters) are drawn independently, and rejects as often as this module says.
 
     Swapping a and b changes the signs of difference, low and high and nothing else.
     """
