@@ -256,7 +256,8 @@ class Quantize(Stage):
         result["unseen"] = None
         if unseen is not None:
             assert other is not None
-            compared = self._compared(job, small, other, unseen, UNSEEN_TOKENS)
+            named = bool(job.inputs.get("unseen"))  # the default is a warning, at most
+            compared = self._compared(job, small, other, unseen, UNSEEN_TOKENS, strict=named)
             result["unseen"] = {"source": unseen, "loss": compared.loss, **compared.figures()}
         small.config.extra["quantization_config"] = {"method": self.method}
         remove(job.out / REPORT)  # of an earlier model
@@ -352,9 +353,10 @@ class Quantize(Stage):
         dataset: "TokenDataset",
         source: str,
         max_tokens: int | None = None,
+        strict: bool = True,
     ) -> "Comparison":
         """Compare with the original on the text of `source`. InputError: figures that are not
-        finite; with `strict`, a loss above `max_loss`.
+        finite; with `strict` here and in the options, a loss above `max_loss`.
         """
         from fastlm.evals.texts import check_window
         from fastlm.quant.report import compare
@@ -377,7 +379,7 @@ class Quantize(Stage):
                 f" {found.bits_per_byte:.4f}) on {source}; more bits, smaller groups or another"
                 " method help"
             )
-            if self.strict:
+            if self.strict and strict:
                 raise InputError(line)
             job.warn(line)
         return found

@@ -129,6 +129,7 @@ def test_a_file_may_include_another(tmp_path):
 
 REFUSED = [
     ("num_fewshot: 2", "num_fewshots: 2", r"yaml:9: num_fewshots: .*num_fewshot\b"),
+    ("num_fewshot: 2", "repeats: 5", "yaml:9: repeats: expected 1"),
     ("num_fewshot: 2", "num_fewshot: two", "yaml:9: num_fewshot: expected a whole number"),
     ("num_fewshot: 2", "num_fewshot: -1", "yaml:9: num_fewshot: expected greater than or equal"),
     ("num_fewshot: 2", "num_fewshot: 9", "yaml:9: num_fewshot: expected 9 examples"),

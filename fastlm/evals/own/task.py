@@ -28,7 +28,7 @@ Row = Mapping[str, Any]
 # What a task says of itself and does not change what is asked
 TOLD = (
     "tag", "group", "task_alias", "metadata", "dataset_name", "should_decontaminate",
-    "doc_to_decontamination_query", "training_split", "repeats",
+    "doc_to_decontamination_query",
 )  # fmt: skip
 CODE = ("process_docs", "process_results", "class", "custom_dataset")
 METRICS = {
