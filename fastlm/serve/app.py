@@ -477,7 +477,7 @@ class Events(Response):
             await write(self.answer.ends)
         except ApiError as error:
             self.server.metrics.errors.labels(error.code or error.kind).inc()
-            self.told["error"] = error.code or error.kind
+            self.told["error"], self.told["error_status"] = error.code or error.kind, error.status
             await write(self.answer.failed(error))
         await write(b"", False)
 

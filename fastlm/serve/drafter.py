@@ -76,7 +76,7 @@ class _Job:
 
     def guess(self, logits: Tensor) -> None:
         """Guess the next token from (V,) logits. A grammar does not count."""
-        sequence, logits = self.sequence, logits[None]
+        sequence, logits = self.sequence, logits[None, : self.sequence.vocab]
         if sequence.adjustments is not None:
             logits = sequence.adjustments.apply(logits)
         (token,) = sequence.request.sampling.choose(logits, [self._generator]).tolist()

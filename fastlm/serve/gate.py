@@ -243,7 +243,9 @@ def _outcome(status: int, told: Mapping[str, Any]) -> int:
     """The status of a response, or what it would have been: a stream fails after its 200."""
     if told.get("gone"):
         return 499
-    return 500 if told.get("failed") or (told.get("error") and status == 200) else status or 499
+    if status == 200:
+        return 500 if told.get("failed") else told.get("error_status", 200)
+    return 500 if told.get("failed") else status or 499
 
 
 def key_name(key: str) -> str:

@@ -1,10 +1,11 @@
 """Answers in the shapes of /v1/responses: whole, or as its events."""
 
 import itertools
+import secrets
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
-from fastlm.serve.answers import Answer, Event, Scored, to_json
+from fastlm.serve.answers import Answer, Event, to_json
 from fastlm.serve.fields import ApiError
 from fastlm.serve.responses_api import ResponsesAsked
 
@@ -19,9 +20,16 @@ class ResponsesAnswer(Answer):
         assert isinstance(self.asked, ResponsesAsked)
         self.told = self.asked.told
         self._numbers = itertools.count()
+        # The log-probabilities as JSON, token by token, and what stands for them in events: four
+        # events have them all, and `json.dumps` of so many would stop the server for seconds.
+        self._scored: list[str] = []
+        self._mark = secrets.token_hex(16)
 
     def encode(self, event: Event) -> bytes:
-        return f"event: {event['type']}\ndata: {to_json(event)}\n\n".encode()
+        return f"event: {event['type']}\ndata: {self._json(event)}\n\n".encode()
+
+    def _json(self, value: Event) -> str:
+        return to_json(value).replace(f'"{self._mark}"', f"[{','.join(self._scored)}]")
 
     def failed(self, error: ApiError) -> bytes:
         told = {"code": error.code or error.kind, "message": str(error), "param": error.param}
@@ -38,7 +46,8 @@ class ResponsesAnswer(Answer):
         }
 
     def _body(self) -> bytes:
-        return to_json(self._response(self._output())).encode()
+        self._scored = [to_json(one) for one in self._chat_logprobs(self.choices[0].logprobs)]
+        return self._json(self._response(self._output())).encode()
 
     def _response(self, output: list[Event] | None = None) -> Event:
         """The response; without ``output``, one that has begun."""
@@ -66,9 +75,8 @@ class ResponsesAnswer(Answer):
         }  # fmt: skip
 
     def _part(self, whole: bool) -> Event:
-        choice = self.choices[0]
-        scored = list(self._chat_logprobs(choice.logprobs)) if whole else []
-        text = choice.text if whole else ""
+        scored = self._mark if whole and self._scored else []
+        text = self.choices[0].text if whole else ""
         return {"type": "output_text", "text": text, "annotations": [], "logprobs": scored}
 
     def _calls(self) -> list[Event]:
@@ -90,25 +98,25 @@ class ResponsesAnswer(Answer):
             yield self._event(f"response.{kind}", response=self._response())
         at: Event = {"item_id": self._message_item("in_progress")["id"], "output_index": 0}
         part: Event = {**at, "content_index": 0}
-        waiting: list[Scored] = []  # of text that is held back
+        waiting: list[Event] = []  # log-probabilities of text that is held back
         async for index, piece in self.running:
             text, scored = self._take(index, piece)
-            waiting += scored
-            choice.logprobs += scored
+            new = list(self._chat_logprobs(scored))
+            waiting += new
+            self._scored += map(to_json, new)
             ended = choice.finish_reason is not None
             if not began and (text or (ended and not self._calls())):
                 began = True
                 for event in self._begin(part):
                     yield event
             if text:
-                told = list(self._chat_logprobs(waiting))
-                waiting = []
+                told, waiting = waiting, []
                 yield self._event("response.output_text.delta", **part, delta=text, logprobs=told)
         output = self._output()
         if began:
             (content,) = output[0]["content"]
-            told = {"text": content["text"], "logprobs": content["logprobs"]}
-            yield self._event("response.output_text.done", **part, **told)
+            done = {"text": content["text"], "logprobs": content["logprobs"]}
+            yield self._event("response.output_text.done", **part, **done)
             yield self._event("response.content_part.done", **part, part=content)
             yield self._event("response.output_item.done", output_index=0, item=output[0])
         for index, item in enumerate(output):

@@ -24,10 +24,16 @@ ABOUT = (*DECIDES, "properties", "patternProperties", "required", "minProperties
 
 
 def close_objects(schema: Any) -> Any:
-    """Return a copy of a schema whose objects are closed. InputError: it is nested too deeply."""
+    """Return a copy of a schema whose objects are closed. InputError: it is nested too deeply, or
+    its references are."""
     if isinstance(schema, dict):
         _check_depth(schema)
-    return _Closer(schema).root()
+    try:
+        return _Closer(schema).root()
+    except RecursionError:
+        raise InputError(
+            "expected a shorter chain of references ($ref), got too long a one"
+        ) from None
 
 
 def close_arguments(parameters: Any) -> dict[str, Any]:
@@ -115,7 +121,8 @@ class _Closer:
         return closed
 
     def _parts(self, schema: Any, references: set[str]) -> list[dict[str, Any]]:
-        """All schemas about the value that ``schema`` is about."""
+        """All schemas about the value that ``schema`` is about. ``references``: those that were
+        followed before; each is followed once, or n of them could lead to 2^n schemas."""
         if not isinstance(schema, dict):
             return []
         parts = [schema]
@@ -124,7 +131,8 @@ class _Closer:
                 parts += self._parts(one, references)
         target = self._target(schema)
         if target is not None and schema["$ref"] not in references:
-            parts += self._parts(target, references | {schema["$ref"]})
+            references.add(schema["$ref"])
+            parts += self._parts(target, references)
         return parts
 
     def _target(self, schema: dict[str, Any]) -> dict[str, Any] | None:

@@ -6,8 +6,8 @@ from typing import Any
 
 from fastlm.errors import InputError
 
-# Of all replacements together. Published files write one space as U+2581 or take a few characters
-# away; 40 rules `a -> aa` would write 2**40 characters for each.
+# Of all replacements of a text that is encoded, or decoded. Published files write one space as
+# U+2581 or take a few characters away; 40 rules `a -> aa` would write 2**40 characters for each.
 MAX_GROWTH = 64
 
 
@@ -20,8 +20,10 @@ def check_growth(text: str) -> None:
         return
     if not isinstance(state, dict):
         return
+    growth = 1.0
     for part in ("normalizer", "pre_tokenizer", "decoder"):
-        growth = 1.0
+        if part == "decoder":  # of another text
+            growth = 1.0
         for rule in _replacements(state.get(part)):
             growth *= _growth(rule)
             if growth > MAX_GROWTH:

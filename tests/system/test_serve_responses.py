@@ -129,6 +129,18 @@ def _(api):
     chat = Api(api.server, "chat").answer(logprobs=True, top_logprobs=2)
     assert part["logprobs"] == chat["choices"][0]["logprobs"]["content"]
     assert api.answer()["output"][0]["content"][0]["logprobs"] == []
+    events = list(
+        api.client.responses.create(
+            model="tiny", input="Hi", max_output_tokens=8, temperature=0, stream=True, **scored
+        )
+    )
+    told = [event.to_dict() for event in events if event.type.endswith("output_text.delta")]
+    deltas = [one for delta in told for one in delta["logprobs"]]
+    assert part["logprobs"][: len(deltas)] == deltas
+    done, ended, item, last = (event.to_dict() for event in events[-4:])
+    for told in (done, ended["part"], item["item"]["content"][0]):
+        assert told["logprobs"] == part["logprobs"]
+    assert last["response"]["output"][0]["content"][0]["logprobs"] == part["logprobs"]
     api.refused("include", include="all")
     api.refused("include[0]", include=["file_search_call.results"])
     api.refused("top_logprobs", top_logprobs=21)

@@ -13,7 +13,8 @@ from fastlm.decode import cpu_steps
 from fastlm.decode.cpu_steps import MAX_ROWS
 from fastlm.decode.sampling import Sampling
 from fastlm.errors import InputError
-from fastlm.serve.drafter import Drafter
+from fastlm.serve import sequence as sequences
+from fastlm.serve.drafter import Drafter, _Held, _Job
 from fastlm.serve.engine import Engine
 from fastlm.serve.requests import Request
 from fastlm.serve.sequence import Collected
@@ -308,3 +309,15 @@ def test_refusals():
     hooked.model.norm.register_forward_hook(lambda *rest: None)
     refused("draft_model: .* rows of steps, got: .*has hooks", draft_model=hooked)
     refused("draft_model: wanted None .*has hooks.*, got llama", model=hooked, draft_model=model)
+
+
+def test_a_padded_model_guesses_ids_of_the_tokenizer():
+    """Penalties have the tokenizer's size: guesses of a request with some failed."""
+    penalised = Request([1, 2], 4, Sampling(temperature=0.0, repetition_penalty=1.1))
+    sequence = sequences.Sequence(
+        0, penalised, print, tokenizer=None, ends=frozenset(), room=4, vocab=90,
+        device=torch.device("cpu"), threads=None,
+    )  # fmt: skip
+    job = _Job(sequence, _Held(), 1, 1)
+    job.guess(torch.arange(97.0))
+    assert job.guesses == [89]

@@ -12,6 +12,7 @@ from fastlm.serve.forms import Form
 from fastlm.serve.generic_tools import GenericTools
 from fastlm.serve.grammar import MAX_DIGITS, Grammars
 from fastlm.serve.requests import Piece
+from fastlm.serve.schemas import close_objects
 
 
 @pytest.fixture(scope="module")
@@ -223,3 +224,22 @@ def test_a_text_that_is_forced_is_encoded_once(grammars, monkeypatch):
             ids.append(token)
         assert grammars.tokenizer.decode(ids) == json.dumps(text)
     assert sum(map(len, encoded)) < 4 * len(text)
+
+
+def test_references_are_followed_once():
+    """Each of 40 schemas refers to the next one twice: 2^40 if each way were followed."""
+    defs = {
+        f"a{i}": {"properties": {f"p{i}": True}, "allOf": [{"$ref": f"#/$defs/a{i + 1}"}] * 2}
+        for i in range(40)
+    }
+    defs["a40"] = {"type": "object", "properties": {"x": True}}
+    schema = {"$ref": "#/$defs/a0", "$defs": defs, "properties": {"z": True}}
+    names = close_objects(schema)["allOf"][0]["properties"]
+    assert sorted(names) == sorted(["x", "z", *(f"p{i}" for i in range(40))])
+
+
+def test_a_long_chain_of_references_is_the_clients_fault(grammars):
+    defs = {f"a{i}": {"properties": {}, "$ref": f"#/$defs/a{i + 1}"} for i in range(1200)}
+    schema = {"$ref": "#/$defs/a0", "$defs": {**defs, "a1200": {}}, "properties": {"z": True}}
+    with pytest.raises(ApiError, match="a shorter chain of references"):
+        grammars.constraint(schema_form(schema))

@@ -500,6 +500,15 @@ def test_replacements_that_multiply_a_text_are_refused(tmp_path, trained, part, 
     assert edited(tmp_path, decoder=decoder, normalizer=few).encode("the  tree")
 
 
+def test_replacements_of_two_parts_multiply(tmp_path, trained):
+    trained.save(tmp_path)
+    rule = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 16}
+    own = json.loads((tmp_path / "tokenizer.json").read_text())["pre_tokenizer"]
+    both = {"type": "Sequence", "pretokenizers": [rule, own]}
+    with pytest.raises(InputError, match="pre_tokenizer: expected replacements"):
+        edited(tmp_path, normalizer=rule, pre_tokenizer=both)
+
+
 @pytest.mark.parametrize("token", [1, 2.5, [], ["<|endoftext|>"], True, {"content": 3}])
 def test_a_role_that_is_no_text_is_no_role(tmp_path, trained, token):
     trained.save(tmp_path)
