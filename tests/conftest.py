@@ -31,6 +31,7 @@ from poison import patched, poisoned
 
 from fastlm.threads import default_threads
 
+SMALL = 700 << 20  # bytes of a process that has imported what tests import
 TIERS = ("system", "kernels", "unit")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -83,16 +84,32 @@ def _same_folder():
 
 
 @pytest.fixture(autouse=True, scope="module")
+def _compiled():
+    """Let a file's compiled graphs end with it."""
+    yield
+    if "torch._dynamo" in sys.modules and resident() > SMALL:
+        torch._dynamo.reset()
+        give_memory_back()
+
+
+@pytest.fixture(autouse=True)
 def _memory():
-    """Give memory back to the system after a file that has grown its process: a run has several
+    """Give memory back to the system after a test that has grown its process: a run has several
     processes, and a machine with two cores may have 4 GiB.
     """
     yield
-    if resident() > 700 << 20:
-        if "torch._dynamo" in sys.modules:
-            torch._dynamo.reset()
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
+    if resident() > _limit:
+        give_memory_back()
+
+
+_limit = SMALL
+
+
+def give_memory_back() -> None:
+    global _limit
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    _limit = max(SMALL, resident() + (150 << 20))  # what stays is not looked at again and again
 
 
 def resident() -> int:

@@ -81,12 +81,16 @@ class Kernel(NamedTuple):
         }
 
 
-def tool(name: str, *arguments: str) -> str:
-    """Run a CUDA binary utility from Triton's package."""
+def tool_path(name: str) -> Path:
+    """A CUDA binary utility in Triton's package."""
     import triton
 
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+
+
+def tool(name: str, *arguments: str) -> str:
+    command = [tool_path(name), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def demangled(names: list[str]) -> dict[str, str]:
@@ -115,6 +119,23 @@ def by_arch(text: str) -> dict[int, str]:
     return result
 
 
+def opcodes_of(arch: str, library: Path) -> dict[str, dict[str, int]]:
+    """Function -> instruction -> how often. The text is 100 MB: it is read by lines."""
+    instruction = re.compile(r"\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)")
+    functions: dict[str, dict[str, int]] = {}
+    counts: dict[str, int] = {}
+    command = [tool_path("cuobjdump"), "-sass", "-arch", arch, str(library)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        for line in process.stdout:
+            if found := instruction.search(line):
+                counts[found[1]] += 1
+            elif "Function : " in line:
+                counts = functions[line.split()[-1]] = defaultdict(int)
+    assert process.returncode == 0, command
+    return functions
+
+
 def read(library: Path, code_of: Sequence[int] = (80, 90, 100)) -> dict[int, dict[str, Kernel]]:
     """The kernels by architecture and name. PTX is left out because it has no machine code.
 
@@ -122,10 +143,10 @@ def read(library: Path, code_of: Sequence[int] = (80, 90, 100)) -> dict[int, dic
     """
     usage = by_arch(tool("cuobjdump", "--dump-resource-usage", str(library)))
     cubins = re.findall(r"\.(sm_(\d+)\w*)\.cubin$", tool("cuobjdump", "-lelf", str(library)), re.M)
-    code: dict[int, str] = {}
+    opcodes: dict[tuple[int, str], dict[str, int]] = {}
     for name, arch in dict(cubins).items():
         if int(arch) in code_of:
-            code |= by_arch(tool("cuobjdump", "-sass", "-arch", name, str(library)))
+            opcodes |= {(int(arch), k): v for k, v in opcodes_of(name, library).items()}
     elf = by_arch(tool("cuobjdump", "-elf", str(library)))
     kernels: dict[int, dict[str, Kernel]] = {}
     for arch, text in usage.items():
@@ -136,18 +157,12 @@ def read(library: Path, code_of: Sequence[int] = (80, 90, 100)) -> dict[int, dic
             if most := re.search(r"EIATTR_MAX_THREADS\s.*\s.*Value:\s*(\w+) (\w+) (\w+)", section):
                 x, y, z = (int(v, 16) for v in most.groups())
                 threads[section.split()[0]] = x * y * z
-        opcodes = {}
-        for section in re.split(r"Function : ", code.get(arch, ""))[1:]:
-            counts: dict[str, int] = defaultdict(int)
-            for op in re.findall(r"\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", section):
-                counts[op] += 1
-            opcodes[section.split()[0]] = counts
         kernels[arch] = {}
         for name, figures in found:
             value = {k: int(v) for k, v in re.findall(r"(\w+):(\d+)", figures)}
             kernels[arch][names[name]] = Kernel(
                 value["REG"], value["STACK"] + value["LOCAL"], value["SHARED"],
-                threads.get(name, 1024), opcodes.get(name, {}) if arch in code else None,
+                threads.get(name, 1024), opcodes.get((arch, name), {}) if arch in code_of else None,
             )  # fmt: skip
     return kernels
 
