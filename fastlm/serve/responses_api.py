@@ -329,4 +329,9 @@ def continued(asked: ResponsesAsked, store: "FeedbackStore | None") -> Responses
         before = before[1:]
     before = [message for _, message in messages_of(before, param)]
     at = int(asked.instructions)
-    return replace(asked, messages=[*asked.messages[:at], *before, *asked.messages[at:]])
+    # what is stored of a continuation belongs to what it continues: to forget one forgets both
+    conversation = asked.conversation_id
+    if asked.store and conversation is None:
+        conversation = kept.conversation_id or asked.previous
+    messages = [*asked.messages[:at], *before, *asked.messages[at:]]
+    return replace(asked, messages=messages, conversation_id=conversation)

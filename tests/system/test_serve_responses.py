@@ -189,6 +189,12 @@ def _(api):
     assert "Be kind" not in text and text.startswith("system\nBe short")
     error = api.refused("previous_response_id", previous_response_id=made["id"])  # not stored
     assert "send the whole conversation" in error
+    alone = api.answer(store=True, input="My secret")
+    second = api.answer(store=True, previous_response_id=alone["id"], input="And now?")
+    third = api.answer(store=True, previous_response_id=second["id"], input="And then?")
+    assert api.server.store.answer(third["id"]).conversation_id == alone["id"]
+    api.server.store.forget(alone["id"])  # what goes on from it repeats it
+    assert api.server.store.answer(second["id"]) is api.server.store.answer(third["id"]) is None
     api.refused("store", store="yes")
     api.refused("conversation_id", conversation_id="talk-2")
     with pytest.raises(ApiError, match="keeps no conversations"):
