@@ -100,7 +100,6 @@ def test_overrides(path):
         ("tokenizer.train_bytes=0", "tokenizer.train_bytes: wanted 1 or more"),
         ("quantize.format='w4a17'", "quantize.format: wanted one of w4a16"),
         ("quantize.method='magic'", "quantize.method: wanted one of rtn"),
-        ("quantize.method='gptq'", "quantize.calibration: gptq wants calibration text"),
         ("quantize.overrides=['head']", "quantize.overrides: wanted PATTERN=FORMAT"),
         ("quantize.group_size=-3", "quantize.group_size: wanted -1"),
         ("quantize.embeddings=3", "quantize.embeddings: wanted 4, 8, 16"),
