@@ -111,8 +111,8 @@ raters.json."""
                     yield name, text
             rest = [n for n in self.decontaminate if not _is_file(n) and not safety_sets(n)]
             for name in names_of(rest):
-                for text in question_texts(load_task(name, job.cache).questions):
-                    yield name, text
+                for parts in question_texts(load_task(name, job.cache).questions):
+                    yield name, "".join(parts)
 
         return Overlap(questions(), self.ngram)
 

@@ -122,7 +122,7 @@ _OF_TORCH = {
 
 
 def _unknown_argument(name: str) -> InputError:
-    keywords = ", ".join(attention.__kwdefaults__)
+    keywords = ", ".join(attention.__kwdefaults__ or ())
     return InputError(f"{name}: expected {_OF_TORCH.get(name, f'one of {keywords}')}, got {name}")
 
 

@@ -7,7 +7,7 @@ of kinds, and another kind measures what is left of the gain elsewhere.
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -99,7 +99,7 @@ def conversation_tokens(
     """
     tokens: list[int] = []
     for row in read_conversations([str(data)], cache=cache, tell=tell):
-        variables = {} if row.tools is None else {"tools": row.tools}
+        variables: dict[str, Any] = {} if row.tools is None else {"tools": row.tools}
         try:
             tokens += tokenizer.encode_chat(row.messages, add_generation_prompt=False, **variables)
         except InputError as error:

@@ -179,7 +179,8 @@ def _describe_in_config(model: nn.Module, format: str, method: str) -> None:
         entry = quantization_config(
             module, format, group_size=sizes.pop() if len(sizes) == 1 else None, method=method
         )
-        config, described = module.config, copy.copy(module.config)
+        config: Any = module.config
+        described = copy.copy(config)
         described.quantization_config = {"fastlm": entry}
         for part in module.modules():  # the model gets its own: another one may share the config
             if vars(part).get("config") is config:

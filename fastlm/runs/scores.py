@@ -29,8 +29,9 @@ def _figures(table: Mapping[str, Any], before: str, depth: int) -> Iterator[tupl
         name = f"{before}{key}"
         if any(word in str(key) for word in TIMES):
             continue
-        if isinstance(value, Mapping) and depth:
-            yield from _figures(value, f"{name}.", depth - 1)
+        if isinstance(value, Mapping):
+            if depth:
+                yield from _figures(value, f"{name}.", depth - 1)
         elif is_figure(value):
             yield name, value
 

@@ -92,7 +92,7 @@ def _patching(before: Callable, options: dict[str, bool]) -> Callable:
         if not _building:
             _apply_liger_kernel_to_instance(self, **options)
 
-    __init__._fastlm_before = before  # pyright: ignore[reportFunctionMemberAccess]
+    setattr(__init__, "_fastlm_before", before)  # noqa: B010: a function has no such attribute
     return __init__
 
 
