@@ -92,7 +92,7 @@ def _patching(before: Callable, options: dict[str, bool]) -> Callable:
         if not _building:
             _apply_liger_kernel_to_instance(self, **options)
 
-    setattr(__init__, "_fastlm_before", before)  # noqa: B010: a function has no such attribute
+    setattr(__init__, "_fastlm_before", before)  # noqa: B010
     return __init__
 
 
