@@ -5,6 +5,7 @@ import io
 import json
 import random
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import safety_sets
@@ -21,6 +22,7 @@ from fastlm.errors import InputError
 from fastlm.evals.safety.gates import read_gates
 from fastlm.evals.safety.questions import TEXTS
 from fastlm.evals.safety.sets import Sets
+from fastlm.evals.task import Open
 from fastlm.loop.bounds import read_scores, scores_of
 from fastlm.loop.build import BuildOptions, build
 from fastlm.loop.gate import Gate
@@ -493,3 +495,17 @@ def test_exports_of_strangers(tmp_path, row, message):
         with pytest.raises(InputError, match=rf"rows\.jsonl, line 2: {message}") as raised:
             read_judgements([str(file)], tmp_path, Counter())
         assert "\n" not in str(raised.value)
+
+
+def test_questions_of_a_question_set_are_found(tmp_path, monkeypatch):
+    question = "Where does the road to the old harbour begin?"
+    task = SimpleNamespace(questions=[Open("0", f"Question: {question}", {}, " Here.")])
+    monkeypatch.setattr("fastlm.evals.catalog.load_task", lambda name, cache: task)
+    answer = {"role": "assistant", "content": "It stands on the quiet street behind our school."}
+    texts = (question, "Which of the lamps in the garden burns the longest?")
+    lines = [{"messages": [*asked(text), answer], "rater": text[:5]} for text in texts]
+    path = tmp_path / "said.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    Feedback(database=(str(path),), decontaminate=("arc_easy",))(tmp_path / "out")
+    removed = steps(Funnel.load(tmp_path / "out"))["decontamination"]["removed"]
+    assert removed == {"a question of arc_easy": 1}
