@@ -9,6 +9,8 @@ not its text.
 """
 
 import json
+import sqlite3
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -330,7 +332,15 @@ def _waits(url: sa.URL) -> dict[str, Any]:
 
 
 def _durable(connection: Any, _: Any) -> None:
-    connection.execute("PRAGMA journal_mode = WAL")
+    until = time.monotonic() + WAIT_SECONDS
+    while True:  # where two open a new file at once, SQLite refuses one without waiting
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            break
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > until:
+                raise
+            time.sleep(0.01)
     connection.execute("PRAGMA synchronous = FULL")  # a transaction outlives a power cut
     connection.execute("PRAGMA secure_delete = ON")  # what is forgotten is overwritten
 
