@@ -10,6 +10,7 @@ import asyncio
 import ctypes
 import gc
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -177,8 +178,13 @@ class Models:
         await asyncio.to_thread(served.engine.close)
         self._past = summed([served.engine.stats()], self._past, now=False)
         self.leaving.remove(served)
+        model = weakref.ref(served.model)
         del served
-        await asyncio.to_thread(give_memory_back)
+        for pause in (0.0, 0.1, 1.0, 10.0):  # what ends just now may hold the model a little longer
+            await asyncio.sleep(pause)
+            await asyncio.to_thread(give_memory_back)
+            if model() is None:
+                break
 
     async def freed(self) -> None:
         """Wait until no replaced model is left."""
