@@ -242,7 +242,7 @@ def test_many_damaged_files_are_read_or_refused(name, folder):
     ],
 )
 def test_a_record_with_a_field_of_another_kind_is_left_out(key, value, refusal, folder):
-    """Of what a stage was made by: each was a traceback of `runs show`, `diff` or `forget`."""
+    """A damaged record of a run: each caused a traceback in `runs show`, `diff` or `forget`."""
     table = run(4)
     table["stages"]["eval"]["made"][key] = value
     (folder / "runs/bad/stages.json").write_text(json.dumps(table))

@@ -227,7 +227,7 @@ def test_a_body_that_nobody_reads_ends(tiny):
         small = begin + b"content-length: 9\r\n\r\n" + b"x" * 9
         with connect(url, small) as sock:
             assert _response(sock).startswith(b"HTTP/1.1 200")
-            sock.sendall(small)  # the connection goes on
+            sock.sendall(small)  # the connection stays open
             assert _response(sock).startswith(b"HTTP/1.1 200")
         for fields in (b"content-length: 99999999999\r\n", b"transfer-encoding: chunked\r\n"):
             with connect(url, begin + fields + b"\r\n") as sock:

@@ -457,7 +457,7 @@ def test_conversations_are_kept_in_the_browser(opened, tiny):
         kept = page.evaluate("JSON.stringify(localStorage)")
         assert "Answer 1" in kept and "a-key-of-this-server" not in kept
 
-        send(page, "And then?")  # the first conversation goes on, and is the newest now
+        send(page, "And then?")  # the first conversation continues and becomes the newest
         page.get_by_text("Answer 3").wait_for()
         status(page, "tokens? in")
         assert titles(page)[0].startswith("First")

@@ -193,7 +193,7 @@ def _(api):
     second = api.answer(store=True, previous_response_id=alone["id"], input="And now?")
     third = api.answer(store=True, previous_response_id=second["id"], input="And then?")
     assert api.server.store.answer(third["id"]).conversation_id == alone["id"]
-    api.server.store.forget(alone["id"])  # what goes on from it repeats it
+    api.server.store.forget(alone["id"])  # its continuations contain it
     assert api.server.store.answer(second["id"]) is api.server.store.answer(third["id"]) is None
     api.refused("store", store="yes")
     api.refused("conversation_id", conversation_id="talk-2")
