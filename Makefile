@@ -65,6 +65,7 @@ lint: .venv/ready  ## what pre-commit runs
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
 	$(BIN)/pyright
+	$(BIN)/lint-imports --no-cache
 
 format: .venv/ready  ## rewrite the sources in the one format
 	$(BIN)/ruff check --fix .

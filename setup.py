@@ -103,7 +103,7 @@ if CUDA_HOME:
         "-Wno-maybe-uninitialized",  # of lanes that a mask keeps out
         *os.environ.get("CFLAGS", "").split(),
     ]
-DATA = ["fastlm.runs.parts", "fastlm.serve.page"]  # folders without Python
+DATA = ["fastlm.pipeline.parts", "fastlm.serve.page"]  # folders without Python
 WANTED = {
     "fastlm._cpu": os.environ.get("FASTLM_CPU") != "0",
     "fastlm._cuda": os.environ.get("FASTLM_CUDA") != "0",
@@ -189,8 +189,8 @@ if __name__ == "__main__":  # tests/support/kernel_build.py asks for CUDA_HOME
         packages=[*find_packages(include=["fastlm*"]), "fastlm.kernels", *DATA],
         package_dir={"fastlm.kernels": "kernels"},  # ./kernels installs as fastlm.kernels
         package_data={
-            "fastlm.runs": ["*.jinja"],
-            "fastlm.runs.parts": ["*.jinja"],
+            "fastlm.pipeline": ["*.jinja"],
+            "fastlm.pipeline.parts": ["*.jinja"],
             "fastlm.serve": ["*.json"],
             "fastlm.serve.page": ["*"],
         },

@@ -27,10 +27,11 @@ from typing import Any
 
 from harness import machine, save
 
-from fastlm.checkpoint.folder import load_tokenizer
-from fastlm.data import packages
-from fastlm.evals.texts import read_texts, text_bits_per_byte
+from fastlm.data.texts import read_texts
+from fastlm.evals.text_bits_per_byte import text_bits_per_byte
 from fastlm.model.causal_lm import CausalLM
+from fastlm.sources import packages
+from fastlm.tokenizer.load import load_tokenizer
 from fastlm.train.metrics import METRICS, read_metrics
 
 BASE = "model:smollm2"

@@ -26,7 +26,7 @@ from harness import common_options, machine, positive, save
 from servers import Server, started
 from traffic import Load, closed_loop, percentile
 
-from fastlm.data.packages import model_path
+from fastlm.sources.packages import model_path
 
 SLOTS = 16
 PAGES = 512  # of each engine

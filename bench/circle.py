@@ -44,15 +44,15 @@ import users
 from harness import machine
 
 from fastlm.data.prompts import Prompt
-from fastlm.evals.statistics import wilson
 from fastlm.evals.suite import id_of
-from fastlm.loop.bounds import difference
-from fastlm.loop.gate import Gate
-from fastlm.loop.served import serving
-from fastlm.loop.stage import Feedback
-from fastlm.loop.winning import answer, share
-from fastlm.runs.run import run_recipe
+from fastlm.feedback.gate import Gate
+from fastlm.feedback.gate_metrics import difference
+from fastlm.feedback.local_server import serving
+from fastlm.feedback.pairwise import answer, share
+from fastlm.feedback.stage import Feedback
 from fastlm.serve.feedback import FeedbackStore
+from fastlm.stages import run_recipe
+from fastlm.stats.intervals import wilson
 
 ROOT = Path(__file__).resolve().parent.parent
 GATES = ROOT / "bench" / "circle_gates.toml"

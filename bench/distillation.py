@@ -20,11 +20,11 @@ from pathlib import Path
 import torch
 from harness import machine, positive, save
 
-from fastlm.checkpoint.folder import load_tokenizer
+from fastlm.checkpoint.config import ModelConfig
 from fastlm.data.conversations import read_conversations
-from fastlm.data.packages import default_cache
 from fastlm.model.causal_lm import CausalLM
-from fastlm.model.config import ModelConfig
+from fastlm.sources.packages import default_cache
+from fastlm.tokenizer.load import load_tokenizer
 from fastlm.train.distill import Distill
 from fastlm.train.sft import AnswerTokens, Encoded, Sft
 

@@ -48,8 +48,8 @@ Answer = dict[str, Any]
 
 
 def read_task(name: str, shots: int, limit: int) -> Task:
-    from fastlm.data.packages import default_cache
     from fastlm.evals.catalog import load_task
+    from fastlm.sources.packages import default_cache
 
     format = "" if name in OPEN else f":rc_{shots}shot"
     task = load_task(name + format, default_cache())
@@ -125,7 +125,7 @@ def _mean(metric: str) -> dict[str, Any]:
 
 def write_model(folder: Path, dtype: torch.dtype) -> Path:
     """SmolLM2 with its 4-bit weights as floats, as transformers reads it."""
-    from fastlm.serve.chat import load_model
+    from fastlm.model.load import load_model
 
     model, tokenizer = load_model("model:smollm2", keep_quantized=False, dtype=dtype)
     model.save_pretrained(folder)
@@ -185,7 +185,7 @@ def own_side(model: str, dtype: str, limit: int, split: bool) -> Callable[..., A
     from fastlm.evals.measures import summary, values
     from fastlm.evals.results import Results
     from fastlm.evals.scorer import Scorer
-    from fastlm.serve.chat import load_model
+    from fastlm.model.load import load_model
 
     scorer = Scorer(*load_model(model, dtype=DTYPES[dtype]), split_float32=split)
 

@@ -289,8 +289,9 @@ def main() -> None:
     from ceilings import wait_until_quiet
     from harness import common_options, machine, positive, save
 
-    from fastlm.checkpoint.folder import load_tokenizer, locate_model
     from fastlm.model.causal_lm import CausalLM
+    from fastlm.pipeline.run_folder import locate_model
+    from fastlm.tokenizer.load import load_tokenizer
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)

@@ -35,15 +35,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastlm
 from fastlm import backend, ops
-from fastlm.decode import cuda_steps
-from fastlm.decode.paged_call import ModuleSteps
-from fastlm.decode.pages import PAGE
-from fastlm.decode.sampling import Sampling
+from fastlm.inference.block_manager import PAGE
+from fastlm.inference.engine import Engine
+from fastlm.inference.requests import Request
+from fastlm.inference.sampling import Sampling
+from fastlm.model import cuda_steps
 from fastlm.model.layers import KVCache
+from fastlm.model.paged_call import ModuleSteps
+from fastlm.model.quantized_modules import put_quantized
 from fastlm.ops.quantized_weight import QuantizedWeight
-from fastlm.quant.model import put_quantized
-from fastlm.serve.engine import Engine
-from fastlm.serve.requests import Request
 
 BF16 = torch.bfloat16
 DEVICE = "cuda"  # test_gpu_bench.py runs the small cases on the CPU, with interpreted kernels

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from harness import positive
 
-from fastlm.decode import cpu_steps
-from fastlm.decode.pages import PAGE, Pages
+from fastlm.inference.block_manager import PAGE, Pages
+from fastlm.model import cpu_steps
 from fastlm.model.causal_lm import CausalLM
 from fastlm.tokenizer.tokenizer import Tokenizer
 

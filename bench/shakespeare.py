@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from harness import machine, save
 from torch import Tensor, nn
 
-from fastlm.data.packages import default_cache
 from fastlm.data.prepare import HELDOUT, TRAIN, read_documents
 from fastlm.progress import bars
-from fastlm.runs.run import run_recipe
+from fastlm.sources.packages import default_cache
+from fastlm.stages import run_recipe
 from fastlm.train.schedule import learning_rate
 
 ROOT = Path(__file__).resolve().parent.parent

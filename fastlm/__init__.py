@@ -11,18 +11,18 @@ from fastlm.errors import InputError
 if TYPE_CHECKING:
     from fastlm import ops
     from fastlm.backend import use_backend
-    from fastlm.decode.generation import generate_text, generate_texts
-    from fastlm.decode.sampling import Sampling
+    from fastlm.checkpoint.config import ModelConfig
     from fastlm.hf.patching import patch, patched_ops, unpatch
     from fastlm.hf.sdpa import register_sdpa
+    from fastlm.inference.engine import Engine
+    from fastlm.inference.requests import Request
+    from fastlm.inference.sampling import Sampling
     from fastlm.inventory import info
     from fastlm.model.causal_lm import CausalLM
-    from fastlm.model.config import ModelConfig
+    from fastlm.model.generation import generate_text, generate_texts
     from fastlm.muon import Muon
     from fastlm.optim import AdamW
     from fastlm.quant import QuantizedWeight, quantize
-    from fastlm.serve.engine import Engine
-    from fastlm.serve.requests import Request
     from fastlm.tokenizer.tokenizer import Tokenizer
 
 __version__ = "0.1.0"
@@ -53,15 +53,15 @@ __all__ = [
 _PUBLIC = {
     "AdamW": "fastlm.optim",
     "CausalLM": "fastlm.model.causal_lm",
-    "Engine": "fastlm.serve.engine",
-    "ModelConfig": "fastlm.model.config",
+    "Engine": "fastlm.inference.engine",
+    "ModelConfig": "fastlm.checkpoint.config",
     "Muon": "fastlm.muon",
     "QuantizedWeight": "fastlm.quant",
-    "Request": "fastlm.serve.requests",
-    "Sampling": "fastlm.decode.sampling",
+    "Request": "fastlm.inference.requests",
+    "Sampling": "fastlm.inference.sampling",
     "Tokenizer": "fastlm.tokenizer.tokenizer",
-    "generate_text": "fastlm.decode.generation",
-    "generate_texts": "fastlm.decode.generation",
+    "generate_text": "fastlm.model.generation",
+    "generate_texts": "fastlm.model.generation",
     "info": "fastlm.inventory",
     "ops": "fastlm.ops",
     "patch": "fastlm.hf.patching",

@@ -260,8 +260,8 @@ def run(
     threads: Threads = None,
 ) -> None:
     """Run a whole recipe. Finished stages are skipped, an interrupted one continues."""
-    from fastlm.runs.events import View
-    from fastlm.runs.run import run_recipe
+    from fastlm.pipeline.events import View
+    from fastlm.stages import run_recipe
 
     _say_if_busy()
     told: dict[str, str] = {}
@@ -300,19 +300,25 @@ def _command() -> str:
 
 
 def _stage_commands() -> None:
-    """Add the commands of the stages (`fastlm.runs.kinds`): one word, or a command in a group."""
+    """Add the commands of the stages (`fastlm.stages`): one word, or a command in a group."""
     from fastlm.data.commands import app as data_app
-    from fastlm.data.rank_commands import app as rank_app
-    from fastlm.runs.commands import command_of
-    from fastlm.runs.kinds import KINDS
-    from fastlm.runs.registry_commands import app as runs_app
+    from fastlm.evals.safety.commands import canaries_command
+    from fastlm.feedback.commands import forget_command
+    from fastlm.feedback.rank_commands import app as rank_app
+    from fastlm.pipeline.commands import command_of
+    from fastlm.pipeline.registry_commands import app as runs_app
+    from fastlm.pipeline.registry_commands import diff_command
     from fastlm.serve.admin_commands import promote, rollback
     from fastlm.serve.commands import app as feedback_app
     from fastlm.serve.commands import serve
+    from fastlm.stages import KINDS
 
     app.command("serve", short_help="Serve a model over HTTP, with a page to chat.")(serve)
     app.command("promote", short_help="Let another model of a running server answer.")(promote)
     app.command("rollback", short_help="End a server's canary, or undo its promotion.")(rollback)
+    data_app.command("canaries")(canaries_command)
+    data_app.command("forget")(forget_command)
+    runs_app.command("diff")(diff_command(KINDS))
     groups = {"data": data_app, "tokenizer": tokenizer_app, "rank": rank_app}
     groups |= {"feedback": feedback_app, "runs": runs_app}
     for group, typed in groups.items():
@@ -465,10 +471,12 @@ def merge(
     threads: Threads = None,
 ) -> None:
     """Merge a LoRA adapter with its base into a whole model."""
-    from fastlm.checkpoint.adapter import load_adapter
-    from fastlm.checkpoint.folder import base_of, is_adapter, load_tokenizer, locate_model
+    from fastlm.checkpoint.folder import base_of
+    from fastlm.model.adapter import load_adapter
     from fastlm.model.causal_lm import CausalLM
     from fastlm.model.lora import merge_lora
+    from fastlm.pipeline.run_folder import is_adapter, locate_model
+    from fastlm.tokenizer.load import load_tokenizer
 
     if not is_adapter(adapter := locate_model(model)):
         raise InputError(f"model: wanted a LoRA adapter, got another model, {model}")

@@ -11,7 +11,7 @@ import secrets
 import shutil
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any
@@ -231,3 +231,24 @@ def _swap(part: Path, path: Path) -> None:
         os.rename(old, path)
         raise
     os.rename(old, part)  # not to be put back: it may be deleted by half
+
+
+def append_lines(path: Path, rows: Sequence[Any], *, required: bool = True) -> None:
+    """Append JSON lines to a file, on disk when this returns; other processes wait. A line that was
+    cut off there is ended first. InputError: not writable, unless not ``required``.
+    """
+    if not rows:
+        return
+    text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+    try:
+        with open(path, "ab+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if file.seek(0, os.SEEK_END):
+                file.seek(-1, os.SEEK_END)
+                text = text if file.read(1) == b"\n" else "\n" + text
+            file.write(text.encode("utf-8", "replace"))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        if required:
+            raise InputError(f"{path}: cannot be written: {reason(error)}") from error

@@ -1,5 +1,5 @@
 """Read checkpoints of compressed-tensors (llm-compressor, vLLM): pack-quantized integers of 4 and 8
-bits, int-quantized, NVFP4 and MXFP4. Its writer is `fastlm.checkpoint.compressed_tensors_write`.
+bits, int-quantized, NVFP4 and MXFP4. Its writer is `fastlm.export.compressed_tensors_write`.
 
     weight_packed (N, K * bits / 32) int32    q + 2^(bits - 1), packed along the row
     weight_scale (N, G), weight_shape (2,)    w = scale * (q - zero)

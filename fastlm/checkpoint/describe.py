@@ -5,10 +5,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from fastlm.checkpoint.folder import load_state, locate_model
+from fastlm.checkpoint.architectures import config_of, expected_shapes
+from fastlm.checkpoint.folder import load_state
 from fastlm.checkpoint.gguf_file import GGUFFile
 from fastlm.checkpoint.tensor_folder import TensorFolder
-from fastlm.model.architectures import config_of, expected_shapes
+from fastlm.pipeline.run_folder import locate_model
 
 
 def describe_model(path: str | Path) -> dict[str, Any]:

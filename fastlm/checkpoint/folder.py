@@ -21,25 +21,23 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastlm.checkpoint import awq, compressed_tensors, fp4, gptq, own
+from fastlm.checkpoint.architectures import check_tensors, config_of, expected_shapes
 from fastlm.checkpoint.gguf_file import open_gguf
 from fastlm.checkpoint.gguf_models import load_gguf
-from fastlm.checkpoint.run_folder import last_model
+from fastlm.checkpoint.own import describe
 from fastlm.checkpoint.tensor_folder import FLOATS, INDEX, SINGLE, Quantization, TensorFolder
-from fastlm.data.packages import model_path
 from fastlm.errors import InputError
 from fastlm.files import make_folder, open_regular, read_json, reason, save_atomic
-from fastlm.model.architectures import check_tensors, config_of, expected_shapes
 from fastlm.ops.quantized_weight import QuantizedWeight
-from fastlm.quant.model import describe
+from fastlm.pipeline.run_folder import ADAPTER_CONFIG, CONFIG, is_adapter, locate_model
 
 if TYPE_CHECKING:
-    from fastlm.tokenizer.tokenizer import Tokenizer
+    pass
 
-CONFIG = "config.json"
 GENERATION = "generation_config.json"
 MODELOPT = "hf_quant_config.json"  # of ModelOpt's exports; newer ones say it in config.json, too
-# a LoRA adapter in PEFT's format (`fastlm.checkpoint.adapter`)
-ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
+# a LoRA adapter in PEFT's format (`fastlm.model.adapter`)
+ADAPTER = "adapter_model.safetensors"
 ADAPTER_BASE = "adapter_base.json"
 BASE_PATH = "base_path"  # key in ADAPTER_BASE: path of the base, relative to the adapter's folder
 MODEL_FILES = (
@@ -201,74 +199,6 @@ def load_state(path: str | Path, *, keep_quantized: bool = True) -> tuple[dict[s
     if not keep_quantized:
         tensors = ((n, w.dequantize() if isinstance(w, QuantizedWeight) else w) for n, w in tensors)
     return config, tensors
-
-
-def load_tokenizer(path: str | Path, config: Mapping[str, Any]) -> "Tokenizer":
-    """Load the tokenizer stored with a model (or in its run folder). It is refused when it has ids
-    that the model's embedding lacks."""
-    from fastlm.tokenizer.tokenizer import Tokenizer
-
-    path = model_path(path)
-    model = locate_model(path)
-    found = _tokenizer_of(path, model)
-    if found is None and is_adapter(model):
-        return load_tokenizer(base_of(model), config)
-    found = found or model
-    tokenizer = Tokenizer.load(found)
-    vocab = config_of(config, model).vocab_size
-    if tokenizer.vocab_size > vocab:
-        raise InputError(
-            f"{found}: wanted a tokenizer of at most {vocab} ids (the model's embedding), "
-            f"got {tokenizer.vocab_size}"
-        )
-    return tokenizer
-
-
-def has_tokenizer(path: str | Path) -> bool:
-    """Whether `load_tokenizer` finds one."""
-    path = model_path(path)
-    model = locate_model(path)
-    if _tokenizer_of(path, model) is None and is_adapter(model):
-        return has_tokenizer(base_of(model))
-    return _tokenizer_of(path, model) is not None
-
-
-def _tokenizer_of(path: Path, model: Path) -> Path | None:
-    """The folder of the tokenizer (or the .gguf file), None where there is none."""
-    places = (model, path / "tokenizer", path.parent / "tokenizer")
-    return next((p for p in places if p.is_file() or (p / "tokenizer.json").exists()), None)
-
-
-def locate_model(path: Path) -> Path:
-    """Return the folder with config.json (or an adapter), or the .gguf file, that ``path`` refers
-    to.
-
-    That is ``path`` itself, the ``model`` folder inside it, or the last model of a run.
-    """
-    path = model_path(path)
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise InputError(f"{path}: wanted a model folder or a .gguf file, got another file")
-        return path
-    for folder in (path, path / "model"):  # "model": where training writes it
-        if (folder / CONFIG).is_file() or is_adapter(folder):
-            return folder
-    if (trained := last_model(path)) is not None:
-        return trained
-    files = sorted(path.glob("*.gguf")) if path.is_dir() else []
-    if len(files) == 1:
-        return files[0]
-    came = f"neither there ({len(files)} .gguf files)"
-    if not path.exists():
-        came = "no such path"
-        if len(path.parts) == 2 and not path.is_absolute():  # looks like OWNER/NAME
-            came += " (fastlm reads local files and downloads nothing from the Hugging Face Hub)"
-    raise InputError(f"{path}: wanted a folder with {CONFIG} or a .gguf file, got {came}")
-
-
-def is_adapter(folder: Path) -> bool:
-    """Whether the folder holds a LoRA adapter, which needs its base model."""
-    return (folder / ADAPTER_CONFIG).is_file()
 
 
 def base_of(folder: Path) -> str:

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastlm.checkpoint import architectures
+from fastlm.checkpoint.config import FAMILIES, MAX_LAYERS
 from fastlm.checkpoint.gguf_file import GGUFFile
 from fastlm.errors import InputError
-from fastlm.model import architectures
-from fastlm.model.config import FAMILIES, MAX_LAYERS
 from fastlm.ops.quantized_weight import QuantizedWeight
 
 # general.architecture -> model_type

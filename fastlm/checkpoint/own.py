@@ -68,3 +68,15 @@ def _layout(name: str, entry: Any, where: Path) -> tuple[int, int, tuple[int, in
         )
     bits, group_size, n, k, _ = numbers
     return bits, group_size, (n, k)
+
+
+def describe(kind: str, weight: QuantizedWeight) -> dict[str, Any]:
+    """Return the entry of a ``quantization_config`` for one "linear" or "embedding"."""
+    return {
+        "kind": kind,
+        "bits": weight.bits,
+        "group_size": weight.group_size,
+        "shape": list(weight.shape),
+        "scale_dtype": str(weight.scales.dtype).removeprefix("torch."),
+        "zeros": weight.zeros is not None,
+    }

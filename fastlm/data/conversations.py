@@ -2,8 +2,8 @@
 brought to one form.
 
 Rows come from .jsonl and .json files (an array of rows), local or in packages
-(`fastlm.data.sources`), or from a generator (`fastlm.data.generated`). The shape is recognised by a
-row's keys:
+(`fastlm.sources.rows`), or from a generator (`fastlm.sources.generated`). The shape is recognised
+by a row's keys:
 
 - OpenAI: ``{"messages": [{"role", "content", "tool_calls"?}, ...], "tools"?}``; an assistant
   message with ``"weight": 0`` is context and not learnt;
@@ -21,8 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fastlm.data.generated import generated_rows, is_generated
-from fastlm.data.sources import (
+from fastlm.errors import InputError
+from fastlm.sources.generated import generated_rows, is_generated
+from fastlm.sources.rows import (
     NAMED_LINES,
     SourceFile,
     ignore,
@@ -30,7 +31,6 @@ from fastlm.data.sources import (
     read_rows,
     row_unit,
 )
-from fastlm.errors import InputError
 from fastlm.typed import check_unicode
 
 FORMATS = ("jsonl", "json")

@@ -13,11 +13,12 @@ from typing import IO, Any, cast
 import zstandard
 
 from fastlm.data.dedup import MIN_PARAGRAPH, PARAGRAPHS, paragraph_key
-from fastlm.data.files import GZIP_MAGIC, ZSTD_MAGIC, open_stream
 from fastlm.data.forgotten import document_key, keys_of_row, line_key, names_of, text_key, whole_id
-from fastlm.data.prepare import FUNNEL, HELDOUT, TRAIN, ZSTD_LEVEL, Funnel, read_documents
-from fastlm.data.sources import Document
+from fastlm.data.prepare import HELDOUT, TRAIN, ZSTD_LEVEL, read_documents
 from fastlm.files import replacing
+from fastlm.pipeline.funnel import FUNNEL, Funnel
+from fastlm.sources.rows import Document
+from fastlm.sources.streams import GZIP_MAGIC, ZSTD_MAGIC, open_stream
 
 STEP = "forgotten"  # of the funnel
 PARTS = {"train": TRAIN, "heldout": HELDOUT}

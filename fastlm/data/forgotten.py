@@ -8,10 +8,8 @@ that saw it are found later, too. It has no text and no name. (Who has a short t
 out whether its hash is there.)
 """
 
-import fcntl
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -133,27 +131,6 @@ def read_log(folder: Path) -> list[Line]:
 def forgotten_keys(folders: Iterable[Path]) -> frozenset[str]:
     """The keys of all that was forgotten in these folders."""
     return frozenset(key for folder in folders for line in read_log(folder) for key in line.keys)
-
-
-def append_lines(path: Path, rows: Sequence[Any], *, required: bool = True) -> None:
-    """Append JSON lines to a file, on disk when this returns; other processes wait. A line that was
-    cut off there is ended first. InputError: not writable, unless not ``required``.
-    """
-    if not rows:
-        return
-    text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
-    try:
-        with open(path, "ab+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            if file.seek(0, os.SEEK_END):
-                file.seek(-1, os.SEEK_END)
-                text = text if file.read(1) == b"\n" else "\n" + text
-            file.write(text.encode("utf-8", "replace"))
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        if required:
-            raise InputError(f"{path}: cannot be written: {reason(error)}") from error
 
 
 def names_of(source: str, id: str, meta: Mapping[str, Any]) -> Iterator[str]:

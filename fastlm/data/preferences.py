@@ -41,8 +41,8 @@ from fastlm.data.conversations import (
     text_of,
     tools_of,
 )
-from fastlm.data.sources import ignore
 from fastlm.errors import InputError, show
+from fastlm.sources.rows import ignore
 
 SHAPES = (
     "chosen and rejected, prompt with answers and ranks or scores, prompt with completion and"

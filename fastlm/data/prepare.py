@@ -29,24 +29,24 @@ import zstandard
 
 from fastlm.data.dedup import MIN_PARAGRAPH, DocumentDedup, ParagraphDedup, content_key
 from fastlm.data.extract import extract
-from fastlm.data.files import open_stream
 from fastlm.data.filter import MAX_WORDS, TECHNICAL, check_rules, first_failed
 from fastlm.data.forgotten import document_key, line_key, text_key
 from fastlm.data.nesting import costly_markup
 from fastlm.data.scrub import scrub
-from fastlm.data.sources import Document, SourceFile, list_files, printable, read_files
 from fastlm.data.split import split_text
 from fastlm.errors import InputError
-from fastlm.files import clean_up, parse_json, read_json, replacing, write_error
+from fastlm.files import clean_up, parse_json, replacing, write_error
+from fastlm.pipeline.funnel import FUNNEL, Funnel
 from fastlm.progress import silent
-from fastlm.typed import build, check
+from fastlm.sources.rows import Document, SourceFile, list_files, printable, read_files
+from fastlm.sources.streams import open_stream
+from fastlm.typed import build
 
-TRAIN, HELDOUT, FUNNEL = "train.jsonl.zst", "heldout.jsonl.zst", "funnel.json"
+TRAIN, HELDOUT = "train.jsonl.zst", "heldout.jsonl.zst"
 ZSTD_LEVEL = 3  # level 6 takes twice the time and saves 5 %
 # A document that loses more than half to repeats is a copy of another one; what is left is headings
 # without text.
 MIN_LEFT = 0.5
-MAX_MESSAGES = 100  # about unreadable files and lines kept in the funnel; all are counted
 BATCH_BYTES = 1 << 20  # passed to a worker at a time: about 0.2 s of work per 5 ms of pickling
 
 
@@ -92,49 +92,6 @@ class DataOptions:
                 f"max_words: wanted at most {MAX_WORDS:,}, which the rule word_count lets pass, "
                 f"got {self.max_words:,}"
             )
-
-
-# What a step reports: what it kept, and how much it removed by reason. Some steps add "replaced"
-# (scrub: personal data by kind), "not_read" (gather: endings of files of other types) or "cut"
-# (extract: long documents and the parts they became).
-STEP = {"step": str, "documents": int, "bytes": int, "removed": dict[str, int]}
-ADDED = ("replaced", "not_read", "cut")
-SOURCE = {"files": int, "documents": int, "bytes": int}
-
-
-@dataclass
-class Funnel:
-    """What each step kept and removed, and the clean text per source. JSON-serialisable.
-
-    counted: what its "documents" are.
-    """
-
-    steps: list[dict[str, Any]] = field(default_factory=list)
-    sources: dict[str, dict[str, int]] = field(default_factory=dict)
-    unreadable: list[str] = field(default_factory=list)  # the first MAX_MESSAGES one-line reasons
-    counted: str = "documents"
-
-    @classmethod
-    def load(cls, path: Path) -> "Funnel":
-        """``path``: funnel.json or the folder that holds it."""
-        path = path / FUNNEL if path.is_dir() else path
-        try:
-            funnel = build(cls, read_json(path))
-            for i, step in enumerate(funnel.steps):
-                added = {key: dict[str, int] for key in ADDED if key in step}
-                check(step, STEP | added, f"steps[{i}]")
-            for name, tally in funnel.sources.items():
-                check(tally, SOURCE, name)
-        except InputError as e:
-            raise InputError(f"{path}: wanted the funnel of a prepared data folder: {e}") from None
-        return funnel
-
-    def tell(self, message: str) -> None:
-        """Keep the reason why something was skipped. Bytes of its names that are not UTF-8 are
-        escaped.
-        """
-        if len(self.unreadable) < MAX_MESSAGES:
-            self.unreadable.append(message.encode("utf-8", "backslashreplace").decode())
 
 
 @dataclass(slots=True)

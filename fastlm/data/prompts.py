@@ -11,7 +11,7 @@ from typing import Any
 
 from fastlm.data.conversations import Message, Rows, read_examples, said
 from fastlm.data.preferences import prompt_of
-from fastlm.data.sources import ignore
+from fastlm.sources.rows import ignore
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,16 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Annotated, Any
 
-from fastlm.data.content import Contents
 from fastlm.data.filter import TECHNICAL, WEB
 from fastlm.data.forgotten import forgotten_keys
-from fastlm.data.prepare import HELDOUT, TRAIN, DataOptions, Funnel, prepare, read_documents
-from fastlm.data.sources import DOCUMENTS, PLAIN, TYPE_NOT_READ
+from fastlm.data.prepare import DataOptions, prepare
 from fastlm.errors import InputError
-from fastlm.runs.stage import Facts, Job, Part, Positional, Stage, Takes
+from fastlm.pipeline.funnel import Funnel
+from fastlm.pipeline.stage import Job, Part, Positional, Stage
+from fastlm.sources.input_digest import Contents
+from fastlm.sources.rows import DOCUMENTS, PLAIN, TYPE_NOT_READ
 
 TYPES_READ = f"""Read are, compressed (.gz, .zst) or not: documents ({" ".join(DOCUMENTS)}), .json
 (an array of texts or of objects with one), notebooks (.ipynb), and code and tables as they stand
@@ -83,7 +83,7 @@ class Data(DataOptions, Stage):
         return tables(Funnel.load(job.out))
 
     def report(self, job: Job, result: Mapping[str, Any]) -> Part:
-        from fastlm.runs.text import count_text, size_text
+        from fastlm.pipeline.text import count_text, size_text
 
         del result
         funnel = Funnel.load(job.out)
@@ -129,7 +129,7 @@ def tables(funnel: Funnel) -> Any:
     from rich.console import Group
     from rich.table import Table
 
-    from fastlm.runs.text import size_text
+    from fastlm.pipeline.text import size_text
 
     steps = Table("step", title="What each step left, and what it took away")
     for heading in (funnel.counted, "text"):
@@ -192,79 +192,3 @@ def _replaced(step: Mapping[str, Any]) -> list[str]:
         for what, n in step.get("replaced", {}).items()
         if n
     ]
-
-
-@dataclass(frozen=True)
-class Shards(Stage):
-    """Turn prepared text into the token shards that training reads."""
-
-    kind = "shards"
-    command = ("data", "shards")
-    reads = {
-        "corpus": Takes(
-            ("corpus",), "A prepared folder, or one .jsonl.zst file of documents", positional=True
-        ),
-        "tokenizer": Takes(
-            ("tokenizer",), "Folder, tokenizer.json or .gguf file of a tokenizer", flag="t"
-        ),
-    }
-    leaves = {"shards": "."}
-    result = {"vocab_size": int, "train_tokens": int, "train_bytes": int}
-
-    def plan(self, inputs: Mapping[str, Any]) -> Facts:
-        (words,) = inputs["tokenizer"]
-        return {**words, "tokenizer": words["name"]}
-
-    def run(self, job: Job) -> dict[str, Any]:
-        from functools import partial
-
-        from fastlm.data.shards import INDEX, write_shards
-        from fastlm.tokenizer.tokenizer import Tokenizer
-
-        tokenizer, corpus = Tokenizer.load(job.path("tokenizer")), job.path("corpus")
-        result = {"vocab_size": tokenizer.vocab_size}
-        for part, file, documents in parts_of(corpus):
-            folder = job.out / part if corpus.is_dir() else job.out
-            if documents == 0:
-                # the index of another text, which may be in the training part now
-                (folder / INDEX).unlink(missing_ok=True)
-                continue
-            texts = (document.text for document in read_documents(file))
-            info = write_shards(texts, tokenizer, folder, track=partial(job.track, total=documents))
-            result |= {
-                f"{part}_tokens": info.tokens, f"{part}_bytes": info.bytes_of_text,
-                f"{part}_documents": info.documents,
-            }  # fmt: skip
-        return result
-
-    def told(self, result: Mapping[str, Any], job: Job) -> str:
-        counts = [
-            f"{result[f'{part}_tokens']:,} tokens of {result[f'{part}_documents']:,} documents"
-            f" for {what}"
-            for part, what in (("train", "training"), ("heldout", "evaluation"))
-            if f"{part}_tokens" in result
-        ]
-        return f"{job.out}: {', '.join(counts)}"
-
-    def report(self, job: Job, result: Mapping[str, Any]) -> Part:
-        from fastlm.runs.text import count_text, size_text
-
-        del job
-        facts = {"vocabulary": f"{result['vocab_size']:,}"}
-        for part, what in (("train", "training text"), ("heldout", "held-out text")):
-            if f"{part}_tokens" in result:
-                tokens, size = result[f"{part}_tokens"], result[f"{part}_bytes"]
-                facts[what] = (
-                    f"{count_text(tokens)} tokens, {size_text(size)},"
-                    f" {size / max(tokens, 1):.2f} bytes per token"
-                )
-        return Part("Tokens", facts=facts)
-
-
-def parts_of(corpus: Path) -> list[tuple[str, Path, int | None]]:
-    """Return (part, file, number of documents) of a prepared folder, or of a file of documents."""
-    if not corpus.is_dir():
-        return [("train", corpus, None)]
-    counts = {s["step"]: s["documents"] for s in Funnel.load(corpus).steps}
-    files = {"train": TRAIN, "heldout": HELDOUT}
-    return [(part, corpus / files[part], counts.get(part, 0)) for part in PARTS]

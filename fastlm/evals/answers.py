@@ -9,8 +9,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fastlm.data.verify import VERIFIERS, number
 from fastlm.evals.latex import final_answer, same
-from fastlm.train.verify import VERIFIERS, number
 
 Asked = Sequence[tuple[str, Mapping[str, Any]]]
 _ARTICLES = re.compile(r"\b(a|an|the)\b")

@@ -7,7 +7,6 @@ import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from fastlm.data.generated import SCHEME
 from fastlm.errors import InputError
 from fastlm.evals.listed import Listed
 from fastlm.evals.own.task import read_task
@@ -24,6 +23,7 @@ from fastlm.evals.sets import (
     passages,
 )
 from fastlm.evals.task import ABILITIES, Task
+from fastlm.sources.generated import SCHEME
 
 SETS: dict[str, Listed] = {
     **olmes.SETS, **mmlu.SETS, **glue.SETS, **facts.SETS, **passages.SETS, **maths.SETS,

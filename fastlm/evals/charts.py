@@ -6,7 +6,7 @@ from typing import Any
 
 from fastlm.evals.measures import HEADLINE
 from fastlm.evals.tables import comparisons, short_names, written_measure
-from fastlm.runs.charts import (
+from fastlm.pipeline.charts import (
     BLUE,
     CURVES,
     FONT,

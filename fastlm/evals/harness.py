@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from fastlm.decode.sampling import Sampling
 from fastlm.errors import InputError
 from fastlm.evals.scorer import TOKENS, Prompt, Scorer
-from fastlm.serve.chat import load_model
+from fastlm.inference.sampling import Sampling
+from fastlm.model.load import load_model
 from fastlm.tokenizer.tokenizer import Tokenizer
 from fastlm.typed import unknown as unknown_key
 

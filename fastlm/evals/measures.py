@@ -21,10 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from fastlm.evals.power import detectable, detectable_rate, detectable_share
 from fastlm.evals.results import Record
-from fastlm.evals.statistics import Mean, mean_error, pass_at_k
 from fastlm.evals.task import Choices, Open, Task
+from fastlm.stats.intervals import Mean, mean_error, pass_at_k
+from fastlm.stats.power import detectable, detectable_rate, detectable_share
 
 HEADLINE = "bits_per_byte"
 LOWER_IS_BETTER = frozenset({HEADLINE})

@@ -1,7 +1,7 @@
 """The index of the n-grams of evaluation questions, which is searched in two directions.
 
     which questions stand in the data?   `fastlm.evals.contamination`: letters, 40 in a row
-    which questions does a text hold?    `fastlm.loop.overlap`: words, 8 in a row
+    which questions does a text hold?    `fastlm.feedback.overlap`: words, 8 in a row
 
 The two have rules of their own, since they decide different things: the first describes a score,
 by the published rules; the second drops a row, where a question that was reworded counts, too.

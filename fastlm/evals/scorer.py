@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastlm.decode.sampling import Sampling
 from fastlm.errors import InputError
 from fastlm.evals.shared import Batch, batches
+from fastlm.inference.engine import Engine
+from fastlm.inference.requests import Request
+from fastlm.inference.sampling import Sampling
 from fastlm.ops import linear_logprobs
 from fastlm.ops.linear import split_float32, splits
-from fastlm.serve.engine import Engine
-from fastlm.serve.requests import Request
 
 if TYPE_CHECKING:
     from fastlm.model.causal_lm import CausalLM

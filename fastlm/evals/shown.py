@@ -22,9 +22,9 @@ from fastlm.evals.tables_of_parts import (
     part_lines,
     part_table,
 )
-from fastlm.runs.charts import bits_chart
-from fastlm.runs.stage import Job, Part
-from fastlm.runs.text import size_text
+from fastlm.pipeline.charts import bits_chart
+from fastlm.pipeline.stage import Job, Part
+from fastlm.pipeline.text import size_text
 from fastlm.train.metrics import METRICS, read_metrics
 
 YARDSTICKS = {"xz": "xz -9e", "zstd": "zstd -19"}

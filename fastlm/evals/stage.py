@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from fastlm.errors import InputError
 from fastlm.files import make_folder, save_atomic
-from fastlm.runs.stage import Facts, Job, Part, Stage, Takes, at_least_one
+from fastlm.pipeline.stage import Facts, Job, Part, Stage, Takes, at_least_one
 
 ITEMS = "items"  # the folder of what each model said to each question
 
@@ -84,7 +84,7 @@ class Eval(Stage):
         return [contents.tree(file) for file in files]
 
     def plan(self, inputs: Mapping[str, Any]) -> Facts:
-        from fastlm.evals.texts import check_window
+        from fastlm.data.texts import check_window
 
         for facts in inputs["model"]:
             if config := facts.get("config"):
@@ -93,7 +93,7 @@ class Eval(Stage):
 
     def run(self, job: Job) -> dict[str, Any]:
         from fastlm.evals.suite import ids_of
-        from fastlm.serve.chat import load_model
+        from fastlm.model.load import load_model
 
         data = job.optional("data")
         if data is None and not self.tasks:
@@ -138,7 +138,7 @@ class Eval(Stage):
     def _bits(
         self, model: Any, tokenizer: Any, data: Path, job: Job, *, first: bool
     ) -> dict[str, Any]:
-        from fastlm.evals.texts import text_bits_per_byte
+        from fastlm.evals.text_bits_per_byte import text_bits_per_byte
 
         return text_bits_per_byte(
             model, tokenizer, data, seq_len=self.seq_len, stride=self.stride,
@@ -149,8 +149,8 @@ class Eval(Stage):
     def _overlaps(
         self, tasks: Any, model: Any, tokenizer: Any, against: Path, job: Job
     ) -> list[Any]:
+        from fastlm.data.texts import token_dataset
         from fastlm.evals.contamination import task_overlaps
-        from fastlm.evals.texts import token_dataset
 
         with token_dataset(
             against, tokenizer, model.config.vocab_size, part="train", cache=job.cache,

@@ -7,7 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fastlm.data.packages import model_path
 from fastlm.evals.asking import ask, schema_of
 from fastlm.evals.measures import (
     HEADLINE,
@@ -20,10 +19,11 @@ from fastlm.evals.measures import (
 )
 from fastlm.evals.results import Results
 from fastlm.evals.scorer import Scorer
-from fastlm.evals.statistics import compare, holm
 from fastlm.evals.task import Task
+from fastlm.pipeline.stage import Input
 from fastlm.progress import silent
-from fastlm.runs.stage import Input
+from fastlm.sources.packages import model_path
+from fastlm.stats.intervals import compare, holm
 
 DIGITS = 16  # of an id, in the names of records
 
@@ -144,7 +144,7 @@ def headline(row: Mapping[str, Any]) -> str:
 def id_of(model: str | Path) -> str:
     """The id of a model: a folder, a .gguf file, or a model in a package; of an adapter with its
     base."""
-    from fastlm.serve.loading import digest_of
+    from fastlm.checkpoint.digest import digest_of
 
     return digest_of(model_path(model))
 

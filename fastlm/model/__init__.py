@@ -1,1 +1,1 @@
-"""The decoder: configuration, layers, `causal_lm.CausalLM`."""
+"""The decoder: layers, `causal_lm.CausalLM`, its checkpoints, and how one step of it runs."""

@@ -18,21 +18,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlm.checkpoint.adapter import load_adapter
-from fastlm.checkpoint.folder import base_of, is_adapter, load_state, locate_model, save_hf
+from fastlm.checkpoint.architectures import expected_shapes
+from fastlm.checkpoint.config import ModelConfig
+from fastlm.checkpoint.folder import base_of, load_state, save_hf
 from fastlm.errors import InputError
-from fastlm.model.architectures import expected_shapes
-from fastlm.model.config import ModelConfig
+from fastlm.model.adapter import load_adapter
 from fastlm.model.layers import Call, Decoder, KVCache, RMSNorm
 from fastlm.model.lora import LoraConfig, check_plain, merge_lora
+from fastlm.model.quantized_modules import (
+    QuantizedEmbedding,
+    QuantizedLinear,
+    check_act_bits,
+    put_quantized,
+    quantization_config,
+)
 from fastlm.ops import linear_cross_entropy, linear_logprobs, quantized_linear
 from fastlm.ops.quantized_weight import QuantizedWeight
-from fastlm.quant.model import put_quantized, quantization_config
-from fastlm.quant.modules import QuantizedEmbedding, QuantizedLinear, check_act_bits
+from fastlm.pipeline.run_folder import is_adapter, locate_model
 from fastlm.transforms import is_eager
 
 if TYPE_CHECKING:
-    from fastlm.decode.pages import ChunkCache
+    from fastlm.inference.block_manager import ChunkCache
+    from fastlm.model.runner import Runner
 
 IGNORE = -100  # label of a token without loss
 
@@ -468,6 +475,12 @@ class CausalLM(nn.Module):
         cap = self.config.final_logit_softcapping
         return out if cap is None else cap * torch.tanh(out / cap)
 
+    def runner(self) -> "Runner":
+        """Return what runs steps of this model, for `fastlm.inference.engine.Engine`."""
+        from fastlm.model.runner import Runner
+
+        return Runner(self)
+
     def generate(
         self,
         input_ids: Tensor | Sequence[Sequence[int]],
@@ -486,12 +499,12 @@ class CausalLM(nn.Module):
         return_logprobs: bool = False,
     ) -> Any:
         """Continue each row by up to `max_new_tokens` tokens, or to the model's end token; see
-        `fastlm.decode.generation.generate`.
+        `fastlm.model.generation.generate`.
 
         (B, S) integers, or B lists of ids -> (B, S + new) int64, or B lists.
         """
-        from fastlm.decode.generation import generate
-        from fastlm.decode.sampling import Sampling
+        from fastlm.inference.sampling import Sampling
+        from fastlm.model.generation import generate
 
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
         return generate(

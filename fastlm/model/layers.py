@@ -1,5 +1,5 @@
 """The decoder's layers on `fastlm.ops`, and the cache they fill. Each class serves every family in
-`fastlm.model.config.FAMILIES`; module names are Hugging Face's.
+`fastlm.checkpoint.config.FAMILIES`; module names are Hugging Face's.
 
 Rejected: a class per architecture (nine near copies), and own names with a table of renames.
 
@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastlm.backend import multiplies_bf16, serves_by
+from fastlm.checkpoint.config import ModelConfig
 from fastlm.errors import InputError
 from fastlm.memory import made_again
-from fastlm.model.config import ModelConfig
+from fastlm.model.quantized_modules import QuantizedLinear
 from fastlm.model.rotary import RotaryTables
 from fastlm.operator import autocast, autocast_somewhere
 from fastlm.ops import attention, glu, quantized_linear, rms_norm, rope, varlen_attention
 from fastlm.ops.linear import Linear
 from fastlm.ops.quantized_weight import QuantizedWeight
-from fastlm.quant.modules import QuantizedLinear
 from fastlm.transforms import is_eager, is_traced
 
 # module names of the norms (before attention, after it, before the MLP, after it)
@@ -95,7 +95,7 @@ class KVCache:
 
 class PackedCache(Protocol):
     """Keys and values of packed sequences that have some already
-    (`fastlm.decode.pages.ChunkCache`)."""
+    (`fastlm.inference.block_manager.ChunkCache`)."""
 
     data: Tensor
     cu_seqlens_k: Tensor  # (B + 1,) int32: where the keys of each sequence begin and end
@@ -106,7 +106,7 @@ class PackedCache(Protocol):
 
 
 class Step(Protocol):
-    """One token per row, at positions stored only on the device (`fastlm.decode.cuda_steps`)."""
+    """One token per row, at positions stored only on the device (`fastlm.model.cuda_steps`)."""
 
     def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         """Rotate q (B, 1, H, D) and k (B, 1, Hkv, D), append k and v to the layer's cache, and
@@ -130,7 +130,7 @@ class Call:
 
     def rounds(self, x: Tensor) -> bool:
         """Whether keys and values of x go into a cache of 16 bits or fewer
-        (`fastlm.decode.cpu_steps`: the model rounds its activations to 8 bits) and 16-bit attention
+        (`fastlm.model.cpu_steps`: the model rounds its activations to 8 bits) and 16-bit attention
         is faster on this machine."""
         narrow = (torch.float16, torch.bfloat16, torch.int8)
         return (

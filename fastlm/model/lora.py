@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlm.errors import InputError
+from fastlm.model.quantized_modules import QuantizedEmbedding, QuantizedLinear
 from fastlm.ops.linear import Linear, linear
 from fastlm.ops.quantized_weight import QuantizedWeight
-from fastlm.quant.modules import QuantizedEmbedding, QuantizedLinear
 
 if TYPE_CHECKING:
     from fastlm.model.causal_lm import CausalLM

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fastlm.checkpoint.config import ModelConfig
 from fastlm.checkpoint.folder import load_state, save_hf
 from fastlm.errors import InputError
 from fastlm.model.causal_lm import CausalLM
-from fastlm.model.config import ModelConfig
 
 if TYPE_CHECKING:
     from fastlm.tokenizer.tokenizer import Tokenizer

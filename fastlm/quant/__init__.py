@@ -6,9 +6,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastlm.model.quantized_modules import (
+        QuantizedEmbedding,
+        QuantizedLinear,
+        load_quantized,
+        quantization_config,
+    )
     from fastlm.ops.quantized_weight import QuantizedWeight
-    from fastlm.quant.model import load_quantized, quantization_config, quantize
-    from fastlm.quant.modules import QuantizedEmbedding, QuantizedLinear
+    from fastlm.quant.model import quantize
 
 __all__ = [
     "QuantizedEmbedding",
@@ -19,10 +24,13 @@ __all__ = [
     "quantize",
 ]
 _MODULES = {
-    "QuantizedEmbedding": "fastlm.quant.modules", "QuantizedLinear": "fastlm.quant.modules",
-    "QuantizedWeight": "fastlm.ops.quantized_weight", "load_quantized": "fastlm.quant.model",
-    "quantization_config": "fastlm.quant.model", "quantize": "fastlm.quant.model",
-}  # fmt: skip
+    "QuantizedEmbedding": "fastlm.model.quantized_modules",
+    "QuantizedLinear": "fastlm.model.quantized_modules",
+    "QuantizedWeight": "fastlm.ops.quantized_weight",
+    "load_quantized": "fastlm.model.quantized_modules",
+    "quantization_config": "fastlm.model.quantized_modules",
+    "quantize": "fastlm.quant.model",
+}
 
 
 def __getattr__(name: str) -> Any:

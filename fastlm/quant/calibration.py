@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from fastlm.data.conversations import FORMATS, read_conversations
-from fastlm.data.packages import default_cache
 from fastlm.data.shards import INDEX
-from fastlm.data.sources import ignore, list_files, read_rows
+from fastlm.data.texts import has_parts, token_dataset
 from fastlm.errors import InputError
-from fastlm.evals.texts import has_parts, token_dataset
 from fastlm.progress import silent
+from fastlm.sources.packages import default_cache
+from fastlm.sources.rows import ignore, list_files, read_rows
 
 if TYPE_CHECKING:
     from fastlm.model.causal_lm import CausalLM

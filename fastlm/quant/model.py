@@ -1,5 +1,4 @@
-"""`quantize` replaces nn.Linear and nn.Embedding of any model in place; `load_quantized` does so
-from a saved configuration.
+"""`quantize` replaces nn.Linear and nn.Embedding of any model in place.
 
 A weight that several modules share (an embedding tied to the head) is quantized once and stays
 shared. Rejected: tensor subclasses in place of parameters. Every op of a model would have to handle
@@ -16,10 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from fastlm.errors import InputError
+from fastlm.model.quantized_modules import (
+    QuantizedEmbedding,
+    QuantizedLinear,
+    put_quantized,
+    quantization_config,
+)
 from fastlm.ops.quantized_weight import QuantizedWeight
 from fastlm.progress import silent
-from fastlm.quant.modules import QuantizedEmbedding, QuantizedLinear
-from fastlm.quant.plan import REPLACED, check_plan_options, plan_of
+from fastlm.quant.plan import check_plan_options, plan_of
 from fastlm.quant.step import Step, nearest
 
 if TYPE_CHECKING:
@@ -221,7 +225,7 @@ def check_unquantized(model: nn.Module) -> None:
 
 def _text(model: nn.Module, ids: Any, name: str) -> Tensor:
     """Checked token ids. InputError names the argument `name`."""
-    from fastlm.model.config import ModelConfig
+    from fastlm.checkpoint.config import ModelConfig
     from fastlm.quant.layerwise import check_ids
 
     # of a CausalLM, whose module imports this one
@@ -231,133 +235,3 @@ def _text(model: nn.Module, ids: Any, name: str) -> Tensor:
             " (fastlm.CausalLM.from_pretrained reads Hugging Face folders)"
         )
     return check_ids(ids, cast("CausalLM", model), name)
-
-
-def put_quantized(
-    model: nn.Module,
-    name: str,
-    weight: QuantizedWeight,
-    *,
-    act_bits: int = 16,
-    dtype: torch.dtype | None = None,
-) -> nn.Module:
-    """Replace the nn.Linear or nn.Embedding `name` by `weight`, keeping its bias; return the model.
-
-    `dtype`: dtype of the rows that an embedding returns, by default its own. InputError: no such
-    module, another shape.
-    """
-    old = _module(model, name)
-    if old.weight.shape != weight.shape:
-        raise InputError(
-            f"{name}: wanted shape {list(old.weight.shape)} as the model, got {list(weight.shape)}"
-        )
-    if isinstance(old, nn.Linear):
-        new: nn.Module = QuantizedLinear(weight, old.bias, act_bits=act_bits)
-    elif old.max_norm is None:
-        new = QuantizedEmbedding(weight, dtype=dtype or old.weight.dtype, act_bits=act_bits)
-    else:
-        raise InputError(
-            "model: an nn.Embedding with max_norm rescales its rows; it cannot be quantized"
-        )
-    new.train(old.training)
-    if not name:
-        return new
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, new)
-    return model
-
-
-def _module(model: nn.Module, name: str) -> nn.Linear | nn.Embedding:
-    try:
-        module = model.get_submodule(name)
-    except AttributeError:
-        raise InputError(f"{name} is not a module of the model") from None
-    if type(module) not in REPLACED:
-        raise InputError(f"{name}: wanted nn.Linear or nn.Embedding, got {type(module).__name__}")
-    assert isinstance(module, nn.Linear | nn.Embedding)
-    return module
-
-
-def describe(kind: str, weight: QuantizedWeight) -> dict[str, Any]:
-    """Return the entry of a ``quantization_config`` for one "linear" or "embedding"."""
-    return {
-        "kind": kind,
-        "bits": weight.bits,
-        "group_size": weight.group_size,
-        "shape": list(weight.shape),
-        "scale_dtype": str(weight.scales.dtype).removeprefix("torch."),
-        "zeros": weight.zeros is not None,
-    }
-
-
-def quantization_config(
-    model: nn.Module, format: str, *, group_size: int | None, method: str = "rtn"
-) -> dict[str, Any]:
-    """Return what config.json states about a quantized model: enough to read its weights and
-    rebuild its modules.
-    """
-    modules: dict[str, dict[str, Any]] = {}
-    for name, m in model.named_modules(remove_duplicate=False):
-        if isinstance(m, QuantizedLinear):
-            modules[name] = {**describe("linear", m.weight), "act_bits": m.act_bits}
-        elif isinstance(m, QuantizedEmbedding):
-            modules[name] = {**describe("embedding", m.weight), "act_bits": m.act_bits}
-    return {
-        "quant_method": "fastlm",
-        "format": format,
-        "group_size": group_size,
-        "method": method,
-        "modules": modules,
-    }
-
-
-def load_quantized(
-    model: nn.Module, state: Mapping[str, Tensor], config: Mapping[str, Any]
-) -> nn.Module:
-    """Replace modules as ``quantization_config`` says and fill the whole model from `state`,
-    strictly.
-
-    `state` has ``<name>.qdata``, ``<name>.scales`` and, if asymmetric, ``<name>.zeros`` for
-    quantized modules. A tied head may be absent from it; it then shares the embedding's weight.
-    """
-    if config.get("quant_method") != "fastlm":
-        raise InputError(
-            f"quantization_config: wanted quant_method 'fastlm', got {config.get('quant_method')!r}"
-        )
-    weights = {}
-    for name, entry in config["modules"].items():
-        if f"{name}.qdata" not in state:
-            continue
-        missing = [
-            p
-            for p in ("scales", *(["zeros"] if entry["zeros"] else []))
-            if f"{name}.{p}" not in state
-        ]
-        if missing:
-            raise InputError(f"state: {name}.{missing[0]} is missing")
-        weights[name] = QuantizedWeight(
-            state[f"{name}.qdata"],
-            state[f"{name}.scales"],
-            state.get(f"{name}.zeros"),
-            entry["bits"],
-            entry["group_size"],
-            tuple(entry["shape"]),
-        )
-    # tied modules share one parameter
-    keys = {name: id(_module(model, name).weight) for name in config["modules"]}
-    shared = {keys[name]: weight for name, weight in weights.items()}
-    for name, entry in config["modules"].items():
-        weight = weights.get(name) or shared.get(keys[name])
-        if weight is None:
-            raise InputError(f"state: {name}.qdata is missing")
-        model = put_quantized(model, name, weight, act_bits=entry.get("act_bits", 16))
-    missing, unexpected = model.load_state_dict(dict(state), strict=False)
-    # names whose storage another name of the state has already filled
-    filled = {t.data_ptr() for n, t in model.state_dict().items() if n in state}
-    missing = [n for n in missing if model.state_dict()[n].data_ptr() not in filled]
-    if missing or unexpected:
-        raise InputError(
-            f"state: missing {', '.join(missing) or 'nothing'};"
-            f" not of the model: {', '.join(unexpected) or 'nothing'}"
-        )
-    return model

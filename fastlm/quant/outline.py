@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastlm.checkpoint.config import ModelConfig
 from fastlm.model.causal_lm import CausalLM
-from fastlm.model.config import ModelConfig
 from fastlm.ops.quantized_weight import QuantizedWeight, check_group_size
 from fastlm.quant.plan import Target
 

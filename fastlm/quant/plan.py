@@ -12,12 +12,11 @@ import torch
 from torch import nn
 
 from fastlm.errors import InputError
-from fastlm.ops.linear import Linear
+from fastlm.model.quantized_modules import REPLACED
 from fastlm.ops.quantized_weight import ANY_K, check_group_size
 
 FORMATS = {"w4a16": (4, 16), "w8a16": (8, 16), "w8a8": (8, 8), "w4a8": (4, 8)}
 # Other subclasses may compute something else with their weight.
-REPLACED = (nn.Linear, Linear, nn.Embedding)
 # Group sizes to choose from: the largest that divides every width. 128 is the field's. Groups of 32
 # cost half a bit per weight for their scales, so smaller ones are left to the user.
 GROUP_SIZES = (128, 64, 32)

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlm.data.shards import TokenDataset
-from fastlm.evals.bits_per_byte import IGNORE, window, windows
+from fastlm.model.bits_per_byte import IGNORE, window, windows
+from fastlm.model.quantized_modules import QuantizedEmbedding, QuantizedLinear
 from fastlm.ops.quantized_weight import QuantizedWeight
 from fastlm.progress import silent
-from fastlm.quant.modules import QuantizedEmbedding, QuantizedLinear
 
 if TYPE_CHECKING:
     from fastlm.model.causal_lm import CausalLM
@@ -78,7 +78,7 @@ def compare(
     track=silent,
 ) -> Comparison:
     """Compare two models of one vocabulary on `dataset`, window by window as
-    `fastlm.evals.bits_per_byte.evaluate` cuts them. ``max_tokens``: evenly spaced windows of about
+    `fastlm.model.bits_per_byte.evaluate` cuts them. ``max_tokens``: evenly spaced windows of about
     so many tokens.
     """
     chosen = windows(dataset.tokens, seq_len, stride)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastlm.errors import InputError
-from fastlm.runs.stage import Facts, Job, Part, Stage, Takes, at_least_one
+from fastlm.pipeline.stage import Facts, Job, Part, Stage, Takes, at_least_one
 
 if TYPE_CHECKING:
     from fastlm.data.shards import TokenDataset
@@ -163,7 +163,7 @@ class Quantize(Stage):
         return targets
 
     def run(self, job: Job) -> dict[str, Any]:
-        from fastlm.evals.texts import token_dataset
+        from fastlm.data.texts import token_dataset
 
         (source,) = job.inputs["model"]
         check_out(job.out, source.where)
@@ -189,9 +189,9 @@ class Quantize(Stage):
     @staticmethod
     def _load(path: str, text: bool) -> "tuple[CausalLM, Tokenizer | None]":
         """The model, and its tokenizer: None where the model has none and no text is read."""
-        from fastlm.checkpoint.folder import has_tokenizer
         from fastlm.model.causal_lm import CausalLM
-        from fastlm.serve.chat import load_model
+        from fastlm.model.load import load_model
+        from fastlm.tokenizer.load import has_tokenizer
 
         if text or has_tokenizer(path):
             return load_model(path)
@@ -358,7 +358,7 @@ class Quantize(Stage):
         """Compare with the original on the text of `source`. InputError: figures that are not
         finite; with `strict` here and in the options, a loss above `max_loss`.
         """
-        from fastlm.evals.texts import check_window
+        from fastlm.data.texts import check_window
         from fastlm.quant.report import compare
 
         before = self._original(job)
@@ -402,7 +402,7 @@ class Quantize(Stage):
         return text
 
     def report(self, job: Job, result: Mapping[str, Any]) -> Part:
-        from fastlm.runs.text import size_text
+        from fastlm.pipeline.text import size_text
 
         del job
         share = result["bytes"] / result["bytes_before"]
@@ -423,14 +423,14 @@ class Quantize(Stage):
 
 def same_text(a: str, b: str) -> bool:
     """Whether the two name the same text, without a part for each use."""
-    from fastlm.evals.texts import has_parts
+    from fastlm.data.texts import has_parts
 
     return Path(a).resolve() == Path(b).resolve() and not has_parts(a)
 
 
 def check_out(out: Path, model: str) -> None:
     """Refuse an output folder that cannot work, before the work rather than after it."""
-    from fastlm.checkpoint.folder import locate_model
+    from fastlm.pipeline.run_folder import locate_model
 
     if out.exists() and not out.is_dir():
         raise InputError(f"out: wanted a folder, got the file {out}")

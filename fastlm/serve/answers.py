@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from anyio.to_thread import run_sync
 
+from fastlm.inference.requests import Piece, TokenLogprob
 from fastlm.serve.fields import ApiError
 from fastlm.serve.generic_tools import GenericText
 from fastlm.serve.openai_api import Asked, ChatAsked, TextAsked
-from fastlm.serve.requests import Piece, TokenLogprob
 from fastlm.serve.tools import CallsOrText, ToolText
 
 if TYPE_CHECKING:

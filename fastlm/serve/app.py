@@ -22,8 +22,8 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from fastlm.data.ranking import RankingStore
 from fastlm.errors import InputError
+from fastlm.inference.requests import Closed, QueueFull
 from fastlm.serve import admin_api, opinions, rank_api, tokens_api
 from fastlm.serve.answers import Answer, stopping
 from fastlm.serve.asking import requests_of
@@ -42,7 +42,7 @@ from fastlm.serve.openai_api import (
     text_asked,
 )
 from fastlm.serve.openapi import openapi
-from fastlm.serve.requests import Closed, QueueFull
+from fastlm.serve.ranking import RankingStore
 from fastlm.serve.responses_answer import ResponsesAnswer
 from fastlm.serve.responses_api import ResponsesAsked, continued, responses_asked
 from fastlm.serve.running import Running, Shares

@@ -2,11 +2,12 @@
 
 from typing import TYPE_CHECKING
 
+from fastlm.inference.requests import Request
+from fastlm.inference.structured_output import FormError
 from fastlm.serve.answers import Echo
 from fastlm.serve.fields import ApiError
 from fastlm.serve.generic_tools import generic
 from fastlm.serve.openai_api import Asked, ChatAsked, TextAsked
-from fastlm.serve.requests import Request
 
 if TYPE_CHECKING:
     from fastlm.serve.gate import Limits
@@ -52,7 +53,10 @@ def requests_of(
     ):
         if ids and max(ids) >= vocab:
             raise ApiError(f"{name}: wanted token ids below {vocab}, got {max(ids)}", param=name)
-    constraint = None if asked.form is None else served.grammars.constraint(asked.form)
+    try:
+        constraint = None if asked.form is None else served.grammars.constraint(asked.form)
+    except FormError as error:
+        raise ApiError(str(error), param=error.param) from None
     requests = [
         Request(
             prompt,

@@ -7,41 +7,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastlm.checkpoint.folder import load_tokenizer
-from fastlm.checkpoint.gguf_file import open_gguf
-from fastlm.data.packages import model_path
-from fastlm.decode.generation import Generated, checked_stops, generate_texts
-from fastlm.decode.pages import PAGE, page_count
-from fastlm.decode.sampling import Sampling, check_seed
 from fastlm.errors import InputError
-from fastlm.model.causal_lm import CausalLM
-from fastlm.serve.engine import Engine
-from fastlm.serve.requests import Piece, Request, Result
+from fastlm.inference.answer_text import checked_stops
+from fastlm.inference.block_manager import PAGE, page_count
+from fastlm.inference.engine import Engine
+from fastlm.inference.requests import Piece, Request, Result
+from fastlm.inference.sampling import Sampling, check_seed
+from fastlm.model.generation import Generated, generate_texts
+from fastlm.model.load import load_model
 
 if TYPE_CHECKING:
-    import torch
-
-    from fastlm.tokenizer.tokenizer import Tokenizer
-
-
-def load_model(
-    path: str | Path,
-    act_bits: int | None = None,
-    *,
-    keep_quantized: bool = True,
-    dtype: "torch.dtype | None" = None,
-) -> tuple[CausalLM, "Tokenizer"]:
-    """Load the model and its tokenizer at ``path``, or from a package: ``model:smollm2``. The
-    options are those of `CausalLM.from_pretrained`.
-    """
-    path = model_path(path)  # checks the checksum of a package's file, once
-    held = open_gguf(path) if path.suffix == ".gguf" else None  # else it would be parsed twice
-    model = CausalLM.from_pretrained(
-        path, act_bits=act_bits, keep_quantized=keep_quantized, dtype=dtype
-    )
-    tokenizer = load_tokenizer(path, model.config.to_dict())
-    del held
-    return model, tokenizer
+    pass
 
 
 class Speed:
@@ -130,7 +106,7 @@ class Writer:
         """Continue each of ``prompts`` until a stop token or string, all in one batch. ``piece`` is
         called with (row, text) as text arrives; ``self.speed`` records the times.
 
-        ``sampling``: as for `fastlm.decode.sampling.Sampling`.
+        ``sampling``: as for `fastlm.inference.sampling.Sampling`.
         """
         for ids in prompts:
             if len(ids) >= self.context_limit:

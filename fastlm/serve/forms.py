@@ -1,29 +1,12 @@
 """The form that a request wants its answer to have: JSON, a schema, a regular expression, one of
-some texts, a grammar, calls of tools. `fastlm.serve.grammar` compiles it.
+some texts, a grammar, calls of tools. `fastlm.inference.structured_output` compiles it.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from fastlm.inference.forms import Form
 from fastlm.serve.fields import ApiError, Field, choice, flag, list_of, table, text, wrong
-
-
-@dataclass(frozen=True)
-class Form:
-    """The form that an answer must have. ``param``: the field that asks for it. ``kind`` and
-    ``value``:
-
-    - "json_object"; "json_schema", "regex", "choice", "grammar" (Lark, as llguidance reads it);
-    - "call": a call of one of some tools, the value;
-    - "calls": text with calls in it; the tools, and whether there may be several;
-    - "calls_or": calls, or else a form; the tools, whether there may be several, and the `Form`;
-    - "generic": the JSON of `fastlm.serve.generic_tools`; a `GenericTools`.
-    """
-
-    kind: str
-    value: Any
-    param: str
 
 
 def _schema(value: Any, name: str) -> Any:

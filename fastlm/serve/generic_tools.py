@@ -8,11 +8,11 @@ text alone is the message. Earlier calls and the tools' results become text of t
 import json
 import re
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fastlm.data.conversations import Message
-from fastlm.serve.forms import Form
+from fastlm.inference.forms import Form, GenericTools
 from fastlm.serve.tools import calls_of
 
 if TYPE_CHECKING:
@@ -28,17 +28,6 @@ REQUIRED = (
     'Answer in JSON: {{"tool_calls": [{{"name": NAME, "arguments": {{...}}}}]}}.'
 )
 ANY_TEXT = {"type": "string"}
-
-
-@dataclass(frozen=True)
-class GenericTools:
-    """``tools`` that may be called; ``several`` in one answer; ``required``: the answer has to be
-    calls; ``response``: the JSON schema of what else it may be."""
-
-    tools: Sequence[Any]
-    several: bool
-    required: bool
-    response: Any
 
 
 def generic(asked: "ChatAsked", why_not: Callable[[str], str | None]) -> "ChatAsked":

@@ -1,25 +1,22 @@
 """Models loaded for a server: at its start, and beside the one that answers."""
 
 import contextlib
-import hashlib
-import os
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastlm.checkpoint.folder import base_of, is_adapter, locate_model
-from fastlm.data.content import Contents
-from fastlm.data.packages import default_cache
-from fastlm.decode.sampling import Sampling
+from fastlm.checkpoint.digest import digest_of
+from fastlm.checkpoint.folder import base_of
 from fastlm.errors import InputError
 from fastlm.files import reason
+from fastlm.inference.engine import Engine
+from fastlm.inference.requests import Request
+from fastlm.inference.sampling import Sampling
 from fastlm.model.causal_lm import CausalLM
-from fastlm.runs.made import model_id
-from fastlm.serve.chat import load_model
-from fastlm.serve.engine import Engine
+from fastlm.model.load import load_model
+from fastlm.pipeline.run_folder import is_adapter, locate_model
 from fastlm.serve.models import Served, give_memory_back
-from fastlm.serve.requests import Request
 from fastlm.tokenizer.tokenizer import Tokenizer
 
 NAMED = 8  # digits of a digest in a name
@@ -28,7 +25,7 @@ SPARE = 1.25  # of the size of a model's files: what loading it takes
 
 @dataclass(frozen=True)
 class Loader:
-    """Loads models with the options of `fastlm.serve.engine.Engine`. ``name``: the public one;
+    """Loads models with the options of `fastlm.inference.engine.Engine`. ``name``: the public one;
     with ``versions`` a model's own name is that and the beginning of its digest. ``template``: a
     chat template in place of the model's. ``share``: so many models share the memory of a cache.
     """
@@ -140,17 +137,6 @@ def files_of(path: Path) -> list[Path]:
 def size_of(path: Path) -> int:
     """Bytes of a model's files."""
     return sum(file.stat().st_size for file in files_of(path))
-
-
-def digest_of(path: Path) -> str:
-    """The id by which `fastlm runs show` finds the model, a hash of its files (0.6 s per GB); of an
-    adapter one of its files and its base's, which that command does not know. InputError: a file
-    cannot be read."""
-    place = locate_model(path)
-    own = model_id(place, Contents(Path(os.devnull), cache=default_cache()))
-    if not is_adapter(place):
-        return own
-    return hashlib.sha256((own + digest_of(Path(base_of(place)))).encode()).hexdigest()
 
 
 def free_memory() -> int | None:

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from fastlm.decode.pages import PAGE
+from fastlm.inference.block_manager import PAGE
+from fastlm.inference.requests import EngineStats
+from fastlm.inference.structured_output import Grammars
 from fastlm.serve.fields import ApiError
-from fastlm.serve.grammar import Grammars
 from fastlm.serve.openai_api import Asked, EmbedAsked
 from fastlm.serve.prompts import Prompts
-from fastlm.serve.requests import EngineStats
 from fastlm.serve.trial import Trial, unit_of, uses_ids
 
 if TYPE_CHECKING:

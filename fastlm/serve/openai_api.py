@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastlm.data.conversations import Message
-from fastlm.decode.sampling import Sampling
+from fastlm.inference.forms import Form
+from fastlm.inference.sampling import Sampling
 from fastlm.serve.fields import (
     ApiError,
     Field,
@@ -32,7 +33,6 @@ from fastlm.serve.forms import (
     GUIDED,
     RESPONSE_FORMAT,
     STRUCTURED,
-    Form,
     joined_form,
     response_form,
     structured_form,
@@ -55,8 +55,8 @@ ALIASES = {"max_completion_tokens": "max_tokens", "repeat_penalty": "repetition_
 
 @dataclass(frozen=True)
 class Asked:
-    """What requests for answers ask for. ``logprobs`` as in `fastlm.serve.requests`; ``ignored``:
-    fields that change nothing."""
+    """What requests for answers ask for. ``logprobs`` as in `fastlm.inference.requests`;
+    ``ignored``: fields that change nothing."""
 
     model: str
     n: int

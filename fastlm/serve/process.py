@@ -16,15 +16,16 @@ import torch
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from fastlm.checkpoint.digest import digest_of
 from fastlm.errors import InputError
 from fastlm.files import read_text, reason
+from fastlm.inference.fair_lock import Turns
 from fastlm.serve.app import Server
 from fastlm.serve.gate import Limits, log
-from fastlm.serve.loading import Loader, digest_of, name_of
+from fastlm.serve.loading import Loader, name_of
 from fastlm.serve.models import Models
 from fastlm.serve.plan import Plan
 from fastlm.serve.switch import Allowed, Switch, start_models
-from fastlm.serve.turns import Turns
 
 MOST_TEMPLATE = 2**20  # bytes; published ones have up to 20,000
 LOCAL_NAMES = frozenset(("localhost", "127.0.0.1", "::1"))

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 from fastlm.data.conversations import Message
 from fastlm.errors import InputError
+from fastlm.inference.forms import OPEN
 from fastlm.serve.fields import ApiError
 from fastlm.serve.openai_api import ChatAsked
-from fastlm.serve.tools import OPEN
 
 if TYPE_CHECKING:
     from fastlm.tokenizer.tokenizer import Tokenizer

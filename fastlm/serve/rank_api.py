@@ -12,9 +12,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from fastlm.data.ranking import Item, RankingStore, check_rater
 from fastlm.errors import InputError
 from fastlm.serve.fields import ApiError, Field, flag, list_of, name, read_fields, text, whole
+from fastlm.serve.ranking import Item, RankingStore, check_rater
 
 if TYPE_CHECKING:
     from fastlm.serve.app import Server

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from fastlm.serve.requests import EngineStats, Listener, Piece, QueueFull, Request
+from fastlm.inference.requests import EngineStats, Listener, Piece, QueueFull, Request
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,7 +21,7 @@ RETRY_SECONDS = 5.0  # when a client may ask again whose share of the queue is u
 
 
 class Engine(Protocol):
-    """What the server needs of `fastlm.serve.engine.Engine`."""
+    """What the server needs of `fastlm.inference.engine.Engine`."""
 
     context_limit: int
     max_waiting: int

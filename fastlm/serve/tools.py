@@ -19,9 +19,9 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
+from fastlm.inference.forms import CLOSE, OPEN
 from fastlm.serve.fields import Field, flag, read_fields, schema_of, text, wrong
 
-OPEN, CLOSE = "<tool_call>", "</tool_call>"
 MOST_TOOLS = 128
 DECODER = json.JSONDecoder()
 NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")

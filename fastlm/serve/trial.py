@@ -3,7 +3,7 @@ whether it takes over.
 
 A conversation stays with its model: a hash of its id, or of its client and its first messages,
 says which one answers. It counts once, however often its answers are judged, since its answers
-depend on each other. The tests are always valid (`fastlm.evals.sequential`), so each is asked after
+depend on each other. The tests are always valid (`fastlm.stats.sequential`), so each is asked after
 every outcome.
 """
 
@@ -22,9 +22,9 @@ from anyio.to_thread import run_sync
 
 from fastlm.errors import InputError
 from fastlm.serve.gate import log
-from fastlm.serve.latency import BOUND, PacePairs, PairCounts, compare_paces
 from fastlm.serve.openai_api import Asked, ChatAsked, TextAsked
 from fastlm.serve.plan import Plan
+from fastlm.stats.latency import BOUND, PacePairs, PairCounts, compare_paces
 
 if TYPE_CHECKING:
     from fastlm.serve.canary_store import CanaryStore
@@ -84,7 +84,7 @@ class Compared:
 @lru_cache(64)  # most counts are those of the last look
 def compare(old: tuple[int, int], new: tuple[int, int], alpha: float) -> Compared:
     """Compare (successes, number) of the two arms."""
-    from fastlm.evals.sequential import always_valid
+    from fastlm.stats.sequential import always_valid
 
     return Compared(*always_valid(*new, *old, alpha))
 

@@ -1,11 +1,14 @@
-"""The stage that trains a tokenizer."""
+"""The stages that train a tokenizer and turn text into its tokens."""
 
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
-from fastlm.runs.stage import Facts, Job, Stage, Takes, at_least_one
+from fastlm.data.prepare import HELDOUT, TRAIN, read_documents
+from fastlm.pipeline.funnel import FUNNEL, Funnel
+from fastlm.pipeline.stage import Facts, Job, Part, Stage, Takes, at_least_one
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class TrainTokenizer(Stage):
         return {"vocab_size": tokenizer.vocab_size}
 
     def _all_texts(self, job: Job) -> Iterator[str]:
-        from fastlm.evals.texts import read_texts
+        from fastlm.data.texts import read_texts
 
         for source in job.inputs["corpus"]:
             yield from read_texts(source.where, part="train", cache=job.cache, tell=job.skipped)
@@ -65,8 +68,6 @@ class TrainTokenizer(Stage):
         """Return how many documents will be counted, None unless all sources are
         prepared folders.
         """
-        from fastlm.data.prepare import FUNNEL, Funnel
-
         count = 0
         for source in job.inputs["corpus"]:
             if not (source.path / FUNNEL).is_file():
@@ -77,3 +78,79 @@ class TrainTokenizer(Stage):
 
     def told(self, result: Mapping[str, Any], job: Job) -> str:
         return f"{job.out}: {result['vocab_size']:,} tokens"
+
+
+@dataclass(frozen=True)
+class Shards(Stage):
+    """Turn prepared text into the token shards that training reads."""
+
+    kind = "shards"
+    command = ("data", "shards")
+    reads = {
+        "corpus": Takes(
+            ("corpus",), "A prepared folder, or one .jsonl.zst file of documents", positional=True
+        ),
+        "tokenizer": Takes(
+            ("tokenizer",), "Folder, tokenizer.json or .gguf file of a tokenizer", flag="t"
+        ),
+    }
+    leaves = {"shards": "."}
+    result = {"vocab_size": int, "train_tokens": int, "train_bytes": int}
+
+    def plan(self, inputs: Mapping[str, Any]) -> Facts:
+        (words,) = inputs["tokenizer"]
+        return {**words, "tokenizer": words["name"]}
+
+    def run(self, job: Job) -> dict[str, Any]:
+        from functools import partial
+
+        from fastlm.data.shards import INDEX, write_shards
+        from fastlm.tokenizer.tokenizer import Tokenizer
+
+        tokenizer, corpus = Tokenizer.load(job.path("tokenizer")), job.path("corpus")
+        result = {"vocab_size": tokenizer.vocab_size}
+        for part, file, documents in parts_of(corpus):
+            folder = job.out / part if corpus.is_dir() else job.out
+            if documents == 0:
+                # the index of another text, which may be in the training part now
+                (folder / INDEX).unlink(missing_ok=True)
+                continue
+            texts = (document.text for document in read_documents(file))
+            info = write_shards(texts, tokenizer, folder, track=partial(job.track, total=documents))
+            result |= {
+                f"{part}_tokens": info.tokens, f"{part}_bytes": info.bytes_of_text,
+                f"{part}_documents": info.documents,
+            }  # fmt: skip
+        return result
+
+    def told(self, result: Mapping[str, Any], job: Job) -> str:
+        counts = [
+            f"{result[f'{part}_tokens']:,} tokens of {result[f'{part}_documents']:,} documents"
+            f" for {what}"
+            for part, what in (("train", "training"), ("heldout", "evaluation"))
+            if f"{part}_tokens" in result
+        ]
+        return f"{job.out}: {', '.join(counts)}"
+
+    def report(self, job: Job, result: Mapping[str, Any]) -> Part:
+        from fastlm.pipeline.text import count_text, size_text
+
+        del job
+        facts = {"vocabulary": f"{result['vocab_size']:,}"}
+        for part, what in (("train", "training text"), ("heldout", "held-out text")):
+            if f"{part}_tokens" in result:
+                tokens, size = result[f"{part}_tokens"], result[f"{part}_bytes"]
+                facts[what] = (
+                    f"{count_text(tokens)} tokens, {size_text(size)},"
+                    f" {size / max(tokens, 1):.2f} bytes per token"
+                )
+        return Part("Tokens", facts=facts)
+
+
+def parts_of(corpus: Path) -> list[tuple[str, Path, int | None]]:
+    """Return (part, file, number of documents) of a prepared folder, or of a file of documents."""
+    if not corpus.is_dir():
+        return [("train", corpus, None)]
+    counts = {s["step"]: s["documents"] for s in Funnel.load(corpus).steps}
+    files = {"train": TRAIN, "heldout": HELDOUT}
+    return [(part, corpus / files[part], counts.get(part, 0)) for part in files]

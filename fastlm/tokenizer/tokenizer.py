@@ -23,10 +23,10 @@ import tokenizers
 from tokenizers import decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
-from fastlm.data.packages import model_path
 from fastlm.errors import InputError
 from fastlm.files import make_folder, read_json, read_text, save_atomic
 from fastlm.progress import Track, silent
+from fastlm.sources.packages import model_path
 from fastlm.tokenizer import chat_template, gguf_vocab
 from fastlm.tokenizer.gguf_vocab import library
 from fastlm.tokenizer.growth import check_growth

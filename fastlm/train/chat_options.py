@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from datetime import date
 from typing import Annotated, Any, ClassVar, Self
 
-from fastlm.data.content import Contents
 from fastlm.data.conversations import FORMATS
 from fastlm.errors import InputError
-from fastlm.runs.stage import Facts, Job, MaybePositional, Takes, at_least_one
+from fastlm.pipeline.stage import Facts, Job, MaybePositional, Takes, at_least_one
+from fastlm.sources.input_digest import Contents
 from fastlm.train.options import TrainOptions
 
 FEEDBACK = Takes(
@@ -28,7 +28,7 @@ class ChatOptions(TrainOptions):
     rows: ClassVar[str] = "conversations"  # what `data` holds
     sources_in: ClassVar[tuple[str, ...]] = ("data",)
     settings_in: ClassVar[tuple[str, ...]] = ("chat_template",)
-    form: ClassVar[str] = "sft"  # of `fastlm.loop.build.FORMS`
+    form: ClassVar[str] = "sft"  # of `fastlm.feedback.build.FORMS`
 
     data: Annotated[
         tuple[str, ...],
@@ -116,7 +116,7 @@ class ChatOptions(TrainOptions):
             raise InputError(f"data: wanted at least one source of {self.rows}, got none")
 
     def part(self) -> str:
-        """The part of the feedback that it learns from (`fastlm.loop.build.PARTS`)."""
+        """The part of the feedback that it learns from (`fastlm.feedback.build.PARTS`)."""
         return "train"
 
     def feedback_form(self) -> str:

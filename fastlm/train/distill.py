@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from fastlm.data.content import Contents
 from fastlm.errors import InputError
-from fastlm.runs.stage import Facts, Job, Takes, at_least_one
-from fastlm.train.distributed import check_alone, check_replicas
+from fastlm.pipeline.stage import Facts, Job, Takes, at_least_one
+from fastlm.sources.input_digest import Contents
+from fastlm.torchrun import check_alone
+from fastlm.train.distributed import check_replicas
 from fastlm.train.encoding import (
     IGNORE,
     chat_tokenizer,
@@ -407,7 +408,7 @@ class Distill(Sft):
         """The teacher, in the training's dtype. InputError: another vocabulary."""
         import torch
 
-        from fastlm.checkpoint.folder import load_tokenizer
+        from fastlm.tokenizer.load import load_tokenizer
 
         where = job.path("teacher")
         teacher = load_model(where).to(getattr(torch, self.dtype)).eval()

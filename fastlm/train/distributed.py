@@ -18,13 +18,13 @@ from socket import gethostname
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from fastlm.errors import InputError
+from fastlm.torchrun import launched
 
 if TYPE_CHECKING:
     import torch
     from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
 T = TypeVar("T")
-VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # torchrun sets them
 # The longest wait for another process. Rank 0 alone writes checkpoints and samples meanwhile
 TIMEOUT = timedelta(minutes=10)
 # How gloo reports a process that is gone: an error of its own has no class (torch 2.13)
@@ -35,30 +35,6 @@ LOST = re.compile(
 
 class LostRankError(RuntimeError):
     """Another process of the training has ended, or does not answer."""
-
-
-def launched() -> tuple[int, int]:
-    """Return rank and number of processes as torchrun's environment has them, (0, 1) without it."""
-    if not all(os.environ.get(name) for name in VARIABLES):
-        return 0, 1
-    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-
-
-def node_size() -> int:
-    """Return the number of processes on this machine as torchrun's environment has it."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def leads() -> bool:
-    """Whether this process writes and reports: rank 0, or the only one."""
-    return launched()[0] == 0
-
-
-def check_alone(what: str, why: str) -> None:
-    """Raise InputError if torchrun started several processes."""
-    size = launched()[1]
-    if size > 1:
-        raise InputError(f"{what}: wanted one process, got {size} from torchrun: {why}")
 
 
 def check_replicas(what: str, parallel: str) -> None:

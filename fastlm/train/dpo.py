@@ -10,10 +10,11 @@ from textwrap import shorten
 from typing import Annotated, Any
 
 from fastlm.errors import InputError
-from fastlm.runs.stage import Job, MaybePositional, Part, Stage, Takes
+from fastlm.pipeline.stage import Job, MaybePositional, Part, Stage, Takes
+from fastlm.torchrun import leads
 from fastlm.train.best import taken
 from fastlm.train.chat_options import FEEDBACK, ChatOptions
-from fastlm.train.distributed import check_replicas, leads
+from fastlm.train.distributed import check_replicas
 from fastlm.train.encoding import chat_tokenizer, reasons, weights_digest
 from fastlm.train.lora_options import LoraOptions
 from fastlm.train.metrics import METRICS, read_metrics
@@ -98,7 +99,7 @@ labels (prompt, completion, label)."""
     def run(self, job: Job) -> dict[str, Any]:
         import torch
 
-        from fastlm.model.architectures import expected_shapes
+        from fastlm.checkpoint.architectures import expected_shapes
         from fastlm.train.dpo_objective import PreferredAnswers
         from fastlm.train.loop import DTYPES, train
         from fastlm.train.state import list_checkpoints
@@ -153,9 +154,9 @@ labels (prompt, completion, label)."""
         return "labels" if self.loss == "kto" else "pairs"
 
     def report(self, job: Job, result: Mapping[str, Any]) -> Part:
-        from fastlm.runs.charts import loss_chart
-        from fastlm.runs.preference_charts import accuracy_chart, rewards_chart
-        from fastlm.runs.text import seconds_text
+        from fastlm.pipeline.charts import loss_chart
+        from fastlm.pipeline.text import seconds_text
+        from fastlm.train.preference_charts import accuracy_chart, rewards_chart
 
         metrics = read_metrics(job.out / METRICS)
         steps = [m for m in metrics if "logp_chosen" in m]

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from fastlm.data.sources import NAMED_LINES as NAMED
 from fastlm.errors import InputError
+from fastlm.sources.rows import NAMED_LINES as NAMED
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from fastlm.data.conversations import Rows
     from fastlm.model.causal_lm import CausalLM
-    from fastlm.runs.stage import Job
+    from fastlm.pipeline.stage import Job
     from fastlm.tokenizer.tokenizer import Tokenizer
     from fastlm.train.chat_options import ChatOptions
 
@@ -177,9 +177,9 @@ def chat_tokenizer(source: Path, config: Mapping[str, Any], chat_template: str) 
     """The model's tokenizer, with the chat template to train with: the file ``chat_template``, its
     own, or ChatML.
     """
-    from fastlm.checkpoint.folder import load_tokenizer
     from fastlm.files import read_text
     from fastlm.tokenizer.chat_template import CHATML
+    from fastlm.tokenizer.load import load_tokenizer
 
     tokenizer = load_tokenizer(source, config)
     if chat_template:

@@ -74,9 +74,9 @@ class LoraOptions:
         """
         import torch
 
-        from fastlm.checkpoint.folder import is_adapter, locate_model
         from fastlm.model.causal_lm import CausalLM
         from fastlm.model.lora import add_lora
+        from fastlm.pipeline.run_folder import is_adapter, locate_model
         from fastlm.quant import quantize
 
         if not self.lora_rank:
@@ -107,7 +107,7 @@ class LoraOptions:
         """Return the bits of the quantized layers; the activations that they multiply are no longer
         rounded.
         """
-        from fastlm.quant.modules import QuantizedEmbedding, QuantizedLinear
+        from fastlm.model.quantized_modules import QuantizedEmbedding, QuantizedLinear
 
         layers = [m for m in model.modules() if isinstance(m, QuantizedLinear | QuantizedEmbedding)]
         bits = sorted({m.bits for m in layers})
@@ -131,7 +131,7 @@ class LoraOptions:
         """Write the model to ``folder``: merged, or with ``merge`` False its adapters alone, which
         name ``source`` as their base.
         """
-        from fastlm.checkpoint.adapter import save_adapter
+        from fastlm.model.adapter import save_adapter
         from fastlm.model.lora import merge_lora
 
         if self.lora_rank and not self.merge:

@@ -29,10 +29,10 @@ import torch
 from torch import Tensor, nn
 
 from fastlm.checkpoint.folder import load_tensors
-from fastlm.decode.merged import merged
 from fastlm.errors import InputError
 from fastlm.model.lora import without_adapter
-from fastlm.quant.modules import QuantizedLinear
+from fastlm.model.merged import merged
+from fastlm.model.quantized_modules import QuantizedLinear
 from fastlm.train.distributed import Alone, averaged
 from fastlm.train.encoding import without_dropout
 from fastlm.train.losses import Metrics, aggregate, pooled

@@ -11,12 +11,14 @@ from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from fastlm.data.content import Contents
-from fastlm.data.generated import SCHEME, check_scored, is_generated
+from fastlm.data.verify import CHECKS, checked, load_reward
 from fastlm.errors import InputError
-from fastlm.runs.stage import Facts, Job, MaybePositional, Part, Stage, Takes, at_least_one
+from fastlm.pipeline.stage import Facts, Job, MaybePositional, Part, Stage, Takes, at_least_one
+from fastlm.sources.generated import SCHEME, check_scored, is_generated
+from fastlm.sources.input_digest import Contents
+from fastlm.torchrun import leads
 from fastlm.train.chat_options import FEEDBACK, ChatOptions
-from fastlm.train.distributed import check_replicas, leads
+from fastlm.train.distributed import check_replicas
 from fastlm.train.encoding import (
     Encoder,
     Prompts,
@@ -30,7 +32,6 @@ from fastlm.train.ensemble import ENSEMBLES, RewardEnsemble
 from fastlm.train.lora_options import LoraOptions
 from fastlm.train.metrics import METRICS, read_metrics
 from fastlm.train.options import OPTIMIZERS, TrainOptions
-from fastlm.train.verify import CHECKS, checked, load_reward
 
 if TYPE_CHECKING:
     from fastlm.data.prompts import Prompt
@@ -226,7 +227,7 @@ messages), or conversations, of which what precedes the last answer is the promp
     def run(self, job: Job) -> dict[str, Any]:
         import torch
 
-        from fastlm.model.architectures import expected_shapes
+        from fastlm.checkpoint.architectures import expected_shapes
         from fastlm.train.loop import train
         from fastlm.train.objective import DivergedError
 
@@ -311,13 +312,13 @@ messages), or conversations, of which what precedes the last answer is the promp
         )
 
     def report(self, job: Job, result: Mapping[str, Any]) -> Part:
-        from fastlm.runs.online_charts import (
+        from fastlm.pipeline.text import count_text, seconds_text
+        from fastlm.train.online_charts import (
             frontier_chart,
             kl_chart,
             length_chart,
             score_chart,
         )
-        from fastlm.runs.text import count_text, seconds_text
 
         metrics = read_metrics(job.out / METRICS)
         more = {"adapters": self.lora_told(result)} if self.lora_rank else {}
@@ -444,8 +445,8 @@ def load_reward_model(where: Path, tokenizer: "Tokenizer", dtype: str) -> "Rewar
     """The reward model at ``where``. InputError unless it reads the policy's tokens."""
     import torch
 
-    from fastlm.checkpoint.folder import load_tokenizer
     from fastlm.model.reward_model import RewardModel
+    from fastlm.tokenizer.load import load_tokenizer
 
     model = RewardModel.from_pretrained(where, dtype=getattr(torch, dtype))
     own = load_tokenizer(where, model.config.to_dict())

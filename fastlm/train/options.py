@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fastlm.errors import InputError
-from fastlm.train.distributed import launched, node_size
+from fastlm.torchrun import launched, node_size
 from fastlm.train.schedule import SCHEDULES
 from fastlm.train.trackers import check_report_to
 

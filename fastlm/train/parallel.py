@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from fastlm.errors import InputError
-from fastlm.train.distributed import Alone, node_size
+from fastlm.torchrun import node_size
+from fastlm.train.distributed import Alone
 from fastlm.train.options import TrainOptions
 
 T = TypeVar("T")

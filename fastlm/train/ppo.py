@@ -90,7 +90,7 @@ class Ppo(OnlineStage):
         return ActorCritic(policy, *args, value=value, ppo=ppo, **options)
 
     def charts(self, metrics: list[dict[str, Any]]) -> list[str]:
-        from fastlm.runs.online_charts import value_chart
+        from fastlm.train.online_charts import value_chart
 
         return [value_chart(metrics)]
 

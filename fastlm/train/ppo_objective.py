@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlm.quant.modules import QuantizedEmbedding, QuantizedLinear
+from fastlm.model.quantized_modules import QuantizedEmbedding, QuantizedLinear
 from fastlm.train.encoding import without_dropout
 from fastlm.train.losses import (
     Metrics,

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from fastlm.data.conversations import Conversation
     from fastlm.data.preferences import Comparison, Label
-    from fastlm.runs.stage import Job
+    from fastlm.pipeline.stage import Job
     from fastlm.tokenizer.tokenizer import Tokenizer
     from fastlm.train.chat_options import ChatOptions
 

@@ -6,12 +6,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from fastlm.data.content import Contents
 from fastlm.errors import InputError
+from fastlm.pipeline.stage import Facts, Job, Part, Stage, Takes, at_least_one
 from fastlm.progress import silent
-from fastlm.runs.stage import Facts, Job, Part, Stage, Takes, at_least_one
+from fastlm.sources.input_digest import Contents
+from fastlm.torchrun import leads
 from fastlm.train.best import taken
-from fastlm.train.distributed import Alone, leads
+from fastlm.train.distributed import Alone
 from fastlm.train.metrics import METRICS, read_metrics
 from fastlm.train.options import OPTIMIZERS, TrainOptions
 from fastlm.typed import unknown
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from fastlm.checkpoint.config import ModelConfig
     from fastlm.data.shards import BatchSampler, TokenDataset
-    from fastlm.model.config import ModelConfig
     from fastlm.tokenizer.tokenizer import Tokenizer
     from fastlm.train.loop import TrainResult
 
@@ -117,7 +118,7 @@ class NextToken:
         self.sampler.load_state_dict(state)
 
     def validate(self) -> dict[str, float]:
-        from fastlm.evals.bits_per_byte import evaluate
+        from fastlm.model.bits_per_byte import evaluate
 
         if self.val is None:
             return {}
@@ -219,7 +220,7 @@ class Pretrain(TrainOptions, Stage):
     model: dict[str, Any] | None = None
 
     def check(self) -> None:
-        from fastlm.model.config import ModelConfig
+        from fastlm.checkpoint.config import ModelConfig
 
         super().check()
         at_least_one(self, "batch_size", "seq_len")
@@ -250,9 +251,9 @@ class Pretrain(TrainOptions, Stage):
         """Return the model's configuration. If it comes from a recipe, the context is the training
         length unless the recipe says otherwise.
         """
+        from fastlm.checkpoint.architectures import config_of
+        from fastlm.checkpoint.config import ModelConfig
         from fastlm.files import read_json
-        from fastlm.model.architectures import config_of
-        from fastlm.model.config import ModelConfig
 
         if self.model is None:
             return config_of(read_json(self.config), Path(self.config))
@@ -324,8 +325,8 @@ class Pretrain(TrainOptions, Stage):
         )
 
     def report(self, job: Job, result: Mapping[str, Any]) -> Part:
-        from fastlm.runs.charts import loss_chart
-        from fastlm.runs.text import count_text, seconds_text
+        from fastlm.pipeline.charts import loss_chart
+        from fastlm.pipeline.text import count_text, seconds_text
 
         metrics = read_metrics(job.out / METRICS)
         step = self.batch_size * self.seq_len * self.accumulate

@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
-from fastlm.data.content import Contents
 from fastlm.data.conversations import FORMATS
 from fastlm.errors import InputError
-from fastlm.runs.stage import Job, MaybePositional, Part, Stage, Takes
+from fastlm.pipeline.stage import Job, MaybePositional, Part, Stage, Takes
+from fastlm.sources.input_digest import Contents
+from fastlm.torchrun import leads
 from fastlm.train.chat_options import FEEDBACK, ChatOptions
-from fastlm.train.distributed import leads
 from fastlm.train.encoding import (
     Example,
     chat_tokenizer,
@@ -316,9 +316,9 @@ class Reward(ChatOptions, Stage):
         )
 
     def report(self, job: Job, result: Mapping[str, Any]) -> Part:
-        from fastlm.runs.charts import loss_chart
-        from fastlm.runs.preference_charts import accuracy_chart, calibration_chart, length_chart
-        from fastlm.runs.text import seconds_text
+        from fastlm.pipeline.charts import loss_chart
+        from fastlm.pipeline.text import seconds_text
+        from fastlm.train.preference_charts import accuracy_chart, calibration_chart, length_chart
 
         metrics = read_metrics(job.out / METRICS)
         rows = f"{result['read']:,} rows: {result['comparisons']:,} comparisons learnt from"

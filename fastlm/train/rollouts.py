@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastlm.decode.pages import PAGE, page_count
-from fastlm.decode.sampling import Sampling
 from fastlm.errors import InputError
-from fastlm.serve.engine import Engine
-from fastlm.serve.requests import Request
+from fastlm.inference.block_manager import PAGE, page_count
+from fastlm.inference.engine import Engine
+from fastlm.inference.requests import Request
+from fastlm.inference.sampling import Sampling
 
 if TYPE_CHECKING:
     from fastlm.model.causal_lm import CausalLM
@@ -58,7 +58,7 @@ def sample_answers(
     be wrong (even negative). Temperature 0 is greedy, for validation. ``tick`` is called with the
     number of answers that are done.
 
-    Raises InputError: see `fastlm.decode.generation.generate`; a prompt that leaves no room.
+    Raises InputError: see `fastlm.model.generation.generate`; a prompt that leaves no room.
     """
     longest, limit = max(map(len, prompts), default=0), model.context_limit - max_new_tokens
     if longest > limit:

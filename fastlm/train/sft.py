@@ -8,10 +8,10 @@ from textwrap import shorten
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from fastlm.errors import InputError
-from fastlm.runs.stage import Job, Part, Stage, Takes
+from fastlm.pipeline.stage import Job, Part, Stage, Takes
+from fastlm.torchrun import leads
 from fastlm.train.best import taken
 from fastlm.train.chat_options import FEEDBACK, ChatOptions
-from fastlm.train.distributed import leads
 from fastlm.train.encoding import (
     IGNORE,
     Encoder,
@@ -179,7 +179,7 @@ class Sft(LoraOptions, ChatOptions, Stage):
     def run(self, job: Job) -> dict[str, Any]:
         import torch
 
-        from fastlm.model.architectures import expected_shapes
+        from fastlm.checkpoint.architectures import expected_shapes
         from fastlm.train.loop import train
 
         self = self.with_feedback(job)
@@ -237,8 +237,8 @@ class Sft(LoraOptions, ChatOptions, Stage):
         return "Fine-tuning", "The loss is of the assistant's tokens alone."
 
     def report(self, job: Job, result: Mapping[str, Any]) -> Part:
-        from fastlm.runs.charts import loss_chart
-        from fastlm.runs.text import count_text, seconds_text
+        from fastlm.pipeline.charts import loss_chart
+        from fastlm.pipeline.text import count_text, seconds_text
 
         metrics = read_metrics(job.out / METRICS)
         learnt, whole = result["learnt_tokens"], result["all_tokens"]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fastlm.checkpoint.folder import TENSORS, load_tensors, save_tensors
 from fastlm.errors import InputError
 from fastlm.files import make_folder, new_name, reason
-from fastlm.quant.modules import QuantizedEmbedding, QuantizedLinear
+from fastlm.model.quantized_modules import QuantizedEmbedding, QuantizedLinear
 from fastlm.train.distributed import Alone
 from fastlm.typed import build
 

@@ -9,13 +9,12 @@ from tolerance import ULP
 
 import fastlm
 from fastlm import backend
-from fastlm.decode import cpu_steps
-from fastlm.model import layers
+from fastlm.checkpoint.config import ModelConfig
+from fastlm.model import cpu_steps, layers
 from fastlm.model.causal_lm import CausalLM
-from fastlm.model.config import ModelConfig
 from fastlm.model.layers import KVCache
+from fastlm.model.quantized_modules import put_quantized
 from fastlm.ops import quantize_weight
-from fastlm.quant.model import put_quantized
 from fastlm.reference.quantized_linear import round_rows
 
 # The modules' products have other shapes and round differently: 2^7 units in the last place, as in

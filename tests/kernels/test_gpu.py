@@ -10,12 +10,12 @@ from tolerance import assert_near
 
 import fastlm
 from fastlm import ops
-from fastlm.decode import cuda_steps
-from fastlm.decode.paged_call import ModuleSteps
-from fastlm.decode.pages import Pages
-from fastlm.decode.sampling import Sampling
-from fastlm.serve.engine import Engine
-from fastlm.serve.requests import Request
+from fastlm.inference.block_manager import Pages
+from fastlm.inference.engine import Engine
+from fastlm.inference.requests import Request
+from fastlm.inference.sampling import Sampling
+from fastlm.model import cuda_steps
+from fastlm.model.paged_call import ModuleSteps
 
 pytestmark = pytest.mark.gpu
 BF16 = torch.bfloat16

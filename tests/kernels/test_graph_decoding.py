@@ -13,11 +13,10 @@ from torch.utils._pytree import tree_map
 
 import fastlm
 from fastlm import backend
+from fastlm.checkpoint.config import ModelConfig
 from fastlm.cuda import extension
-from fastlm.decode import cuda_steps
-from fastlm.model import layers
+from fastlm.model import cuda_steps, layers
 from fastlm.model.causal_lm import CausalLM
-from fastlm.model.config import ModelConfig
 from fastlm.model.layers import KVCache
 
 FIXED = {name: c for name, c in CASES.items() if "dynamic" not in name and "longrope" not in name}

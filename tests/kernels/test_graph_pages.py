@@ -11,12 +11,12 @@ from fake_graph import Recorder
 
 import fastlm
 from fastlm import backend
-from fastlm.decode import cuda_steps
-from fastlm.decode.paged_call import ModuleSteps
-from fastlm.decode.pages import PAGE, Pages
-from fastlm.decode.sampling import Sampling
-from fastlm.serve.engine import Engine
-from fastlm.serve.requests import Request
+from fastlm.inference.block_manager import PAGE, Pages
+from fastlm.inference.engine import Engine
+from fastlm.inference.requests import Request
+from fastlm.inference.sampling import Sampling
+from fastlm.model import cuda_steps
+from fastlm.model.paged_call import ModuleSteps
 from fastlm.train.rollouts import sample_answers
 
 pytestmark = pytest.mark.usefixtures("one_thread")

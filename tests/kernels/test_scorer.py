@@ -11,12 +11,12 @@ from tokenizers.processors import TemplateProcessing
 
 import fastlm
 from fastlm import backend
-from fastlm.decode.sampling import Sampling
+from fastlm.checkpoint.config import ModelConfig
 from fastlm.errors import InputError
 from fastlm.evals.scorer import Prompt, Scorer
 from fastlm.evals.shared import batches
+from fastlm.inference.sampling import Sampling
 from fastlm.model.causal_lm import CausalLM
-from fastlm.model.config import ModelConfig
 from fastlm.tokenizer.tokenizer import Tokenizer
 
 TEXT = "the river is near the tree, the bird is near the house. what is it?\nassistant user" * 4

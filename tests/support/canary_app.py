@@ -5,12 +5,12 @@ import time
 
 from serve_app import running, tiny_model
 
+from fastlm.inference.fair_lock import Turns
 from fastlm.serve.app import Server
 from fastlm.serve.canary_store import CanaryStore
 from fastlm.serve.loading import Loader
 from fastlm.serve.plan import Plan
 from fastlm.serve.switch import Allowed, Switch, start_models
-from fastlm.serve.turns import Turns
 
 OPTIONS = {"pages": 64, "max_rows": 16}
 

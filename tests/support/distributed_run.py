@@ -28,10 +28,10 @@ from torch.distributed import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from fastlm import AdamW
+from fastlm.checkpoint.config import ModelConfig
 from fastlm.data.shards import BatchSampler, TokenDataset
 from fastlm.errors import InputError
 from fastlm.model.causal_lm import CausalLM
-from fastlm.model.config import ModelConfig
 from fastlm.model.lora import add_lora
 from fastlm.model.reward_model import RewardModel
 from fastlm.train import loop

@@ -2,8 +2,8 @@
 
 from families import CASES, SMALL
 
+from fastlm.checkpoint.config import ModelConfig
 from fastlm.model.causal_lm import CausalLM
-from fastlm.model.config import ModelConfig
 
 
 def model_of(case="llama", **changes):

@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastlm.decode import cuda_steps
+from fastlm.model import cuda_steps
 
 
 def tensors(tree):

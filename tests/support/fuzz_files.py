@@ -28,13 +28,13 @@ import torch
 from damage import changed, outcome
 from model_files import write_gguf
 
+from fastlm.checkpoint.config import ModelConfig
 from fastlm.checkpoint.folder import load_state, save_hf
 from fastlm.checkpoint.gguf_blocks import UNPACK
 from fastlm.checkpoint.gguf_file import GGUFFile
-from fastlm.checkpoint.gguf_write import save_gguf
 from fastlm.checkpoint.tensor_folder import INDEX
+from fastlm.export.gguf_write import save_gguf
 from fastlm.model.causal_lm import CausalLM
-from fastlm.model.config import ModelConfig
 from fastlm.quant import quantize
 
 SHARD = 20_000  # bytes: the small model has several

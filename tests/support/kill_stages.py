@@ -36,7 +36,7 @@ FORKS = multiprocessing.get_context("forkserver")
 PRELOAD = [
     "torch", "torch._dynamo", "fastlm.cli", "fastlm.model.causal_lm", "fastlm.train.loop",
     "fastlm.train.online", "fastlm.train.preferences", "fastlm.data.conversations", "jinja2",
-    "fastlm.evals.texts", "fastlm.data.prepare", "fastlm.checkpoint.adapter", "matplotlib.figure",
+    "fastlm.data.texts", "fastlm.data.prepare", "fastlm.model.adapter", "matplotlib.figure",
     "rich.progress",
 ]  # fmt: skip
 # What depends on the clock or the folder's name, in JSON: nothing else may differ

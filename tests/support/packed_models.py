@@ -153,7 +153,7 @@ def write(
     folder: Path, entry: Mapping[str, Any], pack: Callable[..., Stored], **options: Any
 ) -> dict[str, np.ndarray]:
     """Write the model with its layers' matrices by ``pack``; return weight name -> weight."""
-    from fastlm.model.architectures import config_of, expected_shapes
+    from fastlm.checkpoint.architectures import config_of, expected_shapes
 
     rng = np.random.default_rng(0)
     tensors: dict[str, torch.Tensor] = {}

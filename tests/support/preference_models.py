@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from fastlm.checkpoint.config import ModelConfig
 from fastlm.model.causal_lm import CausalLM
-from fastlm.model.config import ModelConfig
 from fastlm.tokenizer.tokenizer import Tokenizer
 from fastlm.train.encoding import Example
 

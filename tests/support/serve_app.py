@@ -14,10 +14,10 @@ from dataclasses import replace
 import httpx
 import torch
 
+from fastlm.checkpoint.config import ModelConfig
+from fastlm.inference.engine import Engine
 from fastlm.model.causal_lm import CausalLM
-from fastlm.model.config import ModelConfig
 from fastlm.serve.app import Server
-from fastlm.serve.engine import Engine
 from fastlm.serve.models import Models, Served
 from fastlm.serve.openai_api import Form
 from fastlm.serve.process import _Process, config_of

@@ -11,9 +11,9 @@ import model_files
 import torch
 
 from fastlm.checkpoint.folder import load_state
-from fastlm.decode.generation import generate_text
-from fastlm.decode.sampling import Sampling
+from fastlm.inference.sampling import Sampling
 from fastlm.model.causal_lm import CausalLM
+from fastlm.model.generation import generate_text
 from fastlm.model.layers import KVCache
 from fastlm.ops.quantized_weight import QuantizedWeight
 from fastlm.tokenizer.tokenizer import Tokenizer

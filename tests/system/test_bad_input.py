@@ -22,7 +22,7 @@ from model_files import write_gguf
 from typer.testing import CliRunner
 
 from fastlm.cli import app
-from fastlm.runs.run import run_recipe
+from fastlm.stages import run_recipe
 
 PAGE = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n<p>A page.</p>"
 WARC = (

@@ -18,17 +18,12 @@ from model_files import write_gguf
 from paths import PYTHONPATH
 from safetensors.torch import save_file
 
-from fastlm.checkpoint.folder import (
-    load_state,
-    load_tensors,
-    load_tokenizer,
-    save_hf,
-    save_tensors,
-)
+from fastlm.checkpoint.folder import load_state, load_tensors, save_hf, save_tensors
 from fastlm.errors import InputError
 from fastlm.files import beside, save_atomic
 from fastlm.model.causal_lm import CausalLM
 from fastlm.ops.quantized_weight import QuantizedWeight
+from fastlm.tokenizer.load import load_tokenizer
 from fastlm.tokenizer.tokenizer import Tokenizer
 
 CONFIG = {
@@ -48,7 +43,7 @@ CONFIG = {
 
 
 def make_state(config=CONFIG, dtype=torch.float32) -> dict[str, torch.Tensor]:
-    from fastlm.model.architectures import config_of, expected_shapes
+    from fastlm.checkpoint.architectures import config_of, expected_shapes
 
     shapes = expected_shapes(config_of(config, "test"))
     return {name: torch.randn(shape).to(dtype) * 0.1 for name, shape in shapes.items()}
@@ -249,7 +244,9 @@ def test_end_tokens_are_those_of_generation_config(tmp_path, monkeypatch):
 def test_a_package_is_a_model(tmp_path, monkeypatch):
     save_hf(tmp_path, CONFIG, make_state())
     Tokenizer.train(["some text"], 262).save(tmp_path)
-    monkeypatch.setattr("fastlm.data.packages.fetch_model", lambda spec, cache: tmp_path / spec[6:])
+    monkeypatch.setattr(
+        "fastlm.sources.packages.fetch_model", lambda spec, cache: tmp_path / spec[6:]
+    )
     (tmp_path / "tiny").symlink_to(tmp_path)
     model = CausalLM.from_pretrained("model:tiny")
     assert model.config.vocab_size == 300

@@ -24,10 +24,10 @@ from fastlm.evals.safety import behaviour
 from fastlm.evals.safety.questions import TEXTS
 from fastlm.evals.safety.sources import SOURCES
 from fastlm.evals.safety.stage import Safety
-from fastlm.loop.bounds import scores_of
-from fastlm.loop.stage import Feedback
-from fastlm.runs.recipe import load_recipe
+from fastlm.feedback.gate_metrics import scores_of
+from fastlm.feedback.stage import Feedback
 from fastlm.serve.feedback import FeedbackStore
+from fastlm.stages import load_recipe
 
 RECIPES = ROOT / "recipes"
 SHORT = (

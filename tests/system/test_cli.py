@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 import fastlm.cli
 from fastlm.cli import app
 from fastlm.errors import InputError
-from fastlm.runs.events import View
-from fastlm.runs.run import run_recipe
+from fastlm.pipeline.events import View
+from fastlm.stages import run_recipe
 
 VERBS = (
     "info",
@@ -382,7 +382,7 @@ def test_interrupts_and_divergence_have_their_status(monkeypatch):
         def fail(*args, error=error, **kwargs):
             raise error
 
-        monkeypatch.setattr("fastlm.runs.run.run_recipe", fail)
+        monkeypatch.setattr("fastlm.stages.run_recipe", fail)
         result = call("run", "x.toml", status=status)
         assert str(error) in result.stderr
     assert fastlm.cli.INTERRUPTED == 130

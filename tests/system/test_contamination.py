@@ -22,8 +22,8 @@ from fastlm.evals.ngrams import hashes
 from fastlm.evals.sets.mmlu import subject_questions
 from fastlm.evals.stage import Eval
 from fastlm.evals.task import Choices
-from fastlm.evals.texts import text_bits_per_byte
-from fastlm.serve.chat import load_model
+from fastlm.evals.text_bits_per_byte import text_bits_per_byte
+from fastlm.model.load import load_model
 
 WORDS = "tree river stone bird cloud house light paper sand glass wind bread".split()
 

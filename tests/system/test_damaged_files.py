@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from damage import changed, damaged, outcome
 
+from fastlm import stages
 from fastlm.data.forgotten import read_log
 from fastlm.errors import InputError
 from fastlm.evals import asking
@@ -17,14 +18,14 @@ from fastlm.evals.own.task import read_task, task_files
 from fastlm.evals.results import Results
 from fastlm.evals.safety.gates import failures, read_gates
 from fastlm.evals.task import Choices, Open, Task
-from fastlm.loop.bounds import read_scores, scores_of
-from fastlm.loop.gate import Decision
-from fastlm.runs.card import card
-from fastlm.runs.diff import diff, shown
-from fastlm.runs.forget import forget, lines
-from fastlm.runs.lineage import tree
-from fastlm.runs.registry import open_registry
-from fastlm.runs.scores import headline
+from fastlm.feedback.forget import forget, lines
+from fastlm.feedback.gate import Decision
+from fastlm.feedback.gate_metrics import read_scores, scores_of
+from fastlm.pipeline.card import card
+from fastlm.pipeline.diff import diff, shown
+from fastlm.pipeline.lineage import tree
+from fastlm.pipeline.registry import open_registry
+from fastlm.pipeline.scores import headline
 from fastlm.schema import read_document
 
 ID = "0123456789abcdef" * 4
@@ -106,7 +107,7 @@ def use_registry(path: Path) -> None:
         if record.model:
             card(found, record)
     if path.name == "stages.json" and len({r.run for r in found.records}) > 1:
-        rows = diff(found, "good", "bad")
+        rows = diff(found, "good", "bad", kinds=stages.KINDS)
         shown(rows, "good", "bad"), json.dumps(rows, default=str)
     list(lines(forget([root], ["http://a"], dry_run=True), True))
     if found.warnings:

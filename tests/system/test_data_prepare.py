@@ -20,9 +20,10 @@ from disk import full_disk
 from typer.testing import CliRunner
 
 from fastlm.cli import app
-from fastlm.data.prepare import DataOptions, Funnel, prepare, read_documents
+from fastlm.data.prepare import DataOptions, prepare, read_documents
 from fastlm.errors import InputError
-from fastlm.runs.record import load_alone
+from fastlm.pipeline.funnel import Funnel
+from fastlm.pipeline.record import load_alone
 
 WORDS = "the of and to model token weight page line file data with have that read write".split()
 

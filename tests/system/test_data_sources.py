@@ -22,10 +22,10 @@ import zstandard
 from disk import full_disk
 from peak import growth
 
-from fastlm.data import packages
-from fastlm.data.sources import MAX_DOCUMENT_BYTES, PIECE_BYTES, list_files, read_file, read_source
 from fastlm.errors import InputError
 from fastlm.files import replacing
+from fastlm.sources import packages
+from fastlm.sources.rows import MAX_DOCUMENT_BYTES, PIECE_BYTES, list_files, read_file, read_source
 
 PAGE = "<html><head><title>t</title></head><body><p>Grüße from {}</p></body></html>"
 

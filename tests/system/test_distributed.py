@@ -26,8 +26,7 @@ from torch.distributed import TCPStore
 
 from fastlm.checkpoint.folder import load_tensors
 from fastlm.errors import InputError
-from fastlm.runs.kinds import KINDS
-from fastlm.runs.run import run_recipe
+from fastlm.stages import KINDS, run_recipe
 from fastlm.train.distributed import Ranks, agree, averaged, check_gpus, is_lost
 from fastlm.train.state import list_checkpoints
 

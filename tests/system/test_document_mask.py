@@ -13,7 +13,7 @@ from tiny_run import Letters
 import fastlm
 from fastlm.data.shards import BatchSampler, TokenDataset, document_offsets, write_shards
 from fastlm.errors import InputError
-from fastlm.evals.bits_per_byte import evaluate
+from fastlm.model.bits_per_byte import evaluate
 from fastlm.train.loop import Interrupted
 from fastlm.train.pretrain import NextToken, pretrain
 from fastlm.train.state import list_checkpoints

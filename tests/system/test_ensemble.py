@@ -17,7 +17,7 @@ from fastlm.cli import app
 from fastlm.errors import InputError
 from fastlm.model.causal_lm import CausalLM
 from fastlm.model.reward_model import RewardModel
-from fastlm.runs.recipe import parse_recipe
+from fastlm.stages import parse_recipe
 from fastlm.tokenizer.tokenizer import Tokenizer
 from fastlm.train.ensemble import RewardEnsemble, combined
 from fastlm.train.loop import Interrupted

@@ -20,15 +20,15 @@ from fastlm.errors import InputError
 from fastlm.evals import asking, contamination
 from fastlm.evals.asking import ask
 from fastlm.evals.measures import parts, right, summary, values
-from fastlm.evals.power import detectable_rate
 from fastlm.evals.results import Results
 from fastlm.evals.scorer import Scorer
 from fastlm.evals.stage import Eval
-from fastlm.evals.statistics import mean_error
 from fastlm.evals.suite import ask_all, hash_of, measured
 from fastlm.evals.tables import compared_lines, latex, lines
 from fastlm.evals.task import Choices, Open, Task
-from fastlm.serve.chat import load_model
+from fastlm.model.load import load_model
+from fastlm.stats.intervals import mean_error
+from fastlm.stats.power import detectable_rate
 
 WORDS = ("tree", "river", "stone", "bird")
 
@@ -336,7 +336,7 @@ def test_the_stage_asks_models_and_compares_them(base, cache, tmp_path):
 
 def test_activations_are_rounded_as_asked(base, cache, tmp_path, monkeypatch):
     """Answers of one rounding are not taken for those of another."""
-    loaded, load = [], fastlm.serve.chat.load_model
+    loaded, load = [], fastlm.model.load.load_model
     monkeypatch.setattr(
         fastlm.serve.chat, "load_model", lambda path, *rest: (loaded.append(rest), load(path))[1]
     )

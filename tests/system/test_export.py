@@ -8,18 +8,18 @@ import torch
 from safetensors.torch import load_file
 from test_cli import call, refused
 
+from fastlm.checkpoint.config import ModelConfig
 from fastlm.checkpoint.folder import load_state
-from fastlm.checkpoint.gguf_encode import encode
 from fastlm.checkpoint.gguf_file import GGUFFile
-from fastlm.checkpoint.gguf_write import save_gguf
 from fastlm.errors import InputError
+from fastlm.export.gguf_encode import encode
+from fastlm.export.gguf_vocab_write import pre_tokenizer
+from fastlm.export.gguf_write import save_gguf
 from fastlm.model.causal_lm import CausalLM
-from fastlm.model.config import ModelConfig
 from fastlm.ops import quantize_weight
 from fastlm.ops.quantized_weight import QuantizedWeight
 from fastlm.quant import quantize
 from fastlm.tokenizer import gguf_vocab
-from fastlm.tokenizer.gguf_vocab_write import pre_tokenizer
 from fastlm.tokenizer.tokenizer import Tokenizer
 
 SMALL = dict(
@@ -202,7 +202,7 @@ def test_compressed_tensors_with_zero_points(tmp_path):
     entry = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}}
     packed_models.write(tmp_path / "a", entry, packed_models.pack_quantized, symmetric=False)
     model = CausalLM.from_pretrained(tmp_path / "a")
-    from fastlm.checkpoint.compressed_tensors_write import save_compressed_tensors
+    from fastlm.export.compressed_tensors_write import save_compressed_tensors
 
     config = model.config.to_dict()
     save_compressed_tensors(tmp_path / "b", config, model.stored(), torch.float16)
@@ -242,7 +242,7 @@ def test_what_is_not_quantized_is_refused_for_compressed_tensors(tokenizer, tmp_
 
 
 def exported(model: CausalLM, folder) -> dict:
-    from fastlm.checkpoint.compressed_tensors_write import save_compressed_tensors
+    from fastlm.export.compressed_tensors_write import save_compressed_tensors
 
     config = model.config.to_dict() | {"quantization_config": None}
     save_compressed_tensors(folder, config, model.stored(), model.dtype)

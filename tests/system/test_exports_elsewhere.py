@@ -13,7 +13,7 @@ import pytest
 import torch
 from paths import SUPPORT
 
-from fastlm.checkpoint.stage import Export
+from fastlm.export.stage import Export
 from fastlm.model.causal_lm import CausalLM
 from fastlm.quant import quantize
 from fastlm.tokenizer.tokenizer import Tokenizer

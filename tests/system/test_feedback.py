@@ -21,7 +21,7 @@ from fastlm.cli import app
 from fastlm.data.conversations import read_conversations
 from fastlm.data.preferences import Comparison, Label, read_preferences
 from fastlm.errors import InputError
-from fastlm.loop.judgements import read_judgements
+from fastlm.feedback.judgements import read_judgements
 from fastlm.serve import withdrawn
 from fastlm.serve.canary_store import CanaryStore
 from fastlm.serve.feedback import FeedbackStore, Kept, Opinion

@@ -16,21 +16,21 @@ from fastlm.cli import app
 from fastlm.data.conversations import read_conversations
 from fastlm.data.forgotten import response_key
 from fastlm.data.preferences import Comparison, Label, read_preferences
-from fastlm.data.prepare import Funnel
 from fastlm.data.prompts import read_prompts
 from fastlm.errors import InputError
 from fastlm.evals.safety.gates import read_gates
 from fastlm.evals.safety.questions import TEXTS
 from fastlm.evals.safety.sets import Sets
 from fastlm.evals.task import Open
-from fastlm.loop.bounds import read_scores, scores_of
-from fastlm.loop.build import BuildOptions, build
-from fastlm.loop.gate import Gate
-from fastlm.loop.judgements import read_judgements
-from fastlm.loop.overlap import Overlap
-from fastlm.loop.raters import rate
-from fastlm.loop.stage import Feedback, _digest
-from fastlm.loop.winning import Answered, compared, share
+from fastlm.feedback.annotators import rate
+from fastlm.feedback.build import BuildOptions, build
+from fastlm.feedback.gate import Gate
+from fastlm.feedback.gate_metrics import read_scores, scores_of
+from fastlm.feedback.judgements import read_judgements
+from fastlm.feedback.overlap import Overlap
+from fastlm.feedback.pairwise import Answered, compared, share
+from fastlm.feedback.stage import Feedback, _digest
+from fastlm.pipeline.funnel import Funnel
 from fastlm.serve.feedback import FeedbackStore, Kept, Opinion
 from fastlm.serve.feedback_export import export
 from fastlm.serve.ratings import Rating

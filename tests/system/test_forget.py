@@ -22,11 +22,11 @@ from fastlm.data.prepare import prepare, read_documents
 from fastlm.data.shards import BatchSampler, TokenDataset, write_shards
 from fastlm.data.shards_forget import documents
 from fastlm.errors import InputError
-from fastlm.runs.forget import forget
-from fastlm.runs.registry import HERE, open_registry
-from fastlm.runs.run import run_recipe
+from fastlm.feedback.forget import forget
+from fastlm.pipeline.registry import HERE, open_registry
 from fastlm.serve.feedback import FeedbackStore, Kept, Opinion
 from fastlm.serve.feedback_export import FORMS, export
+from fastlm.stages import run_recipe
 from fastlm.tokenizer.tokenizer import Tokenizer
 
 SMALL = ["pretrain.max_steps=2", "pretrain.validations=1", "pretrain.sample_at=[]"]
@@ -345,7 +345,7 @@ def test_bad_input(runs, tmp_path):
 
 
 def test_a_run_at_work_is_left_alone(runs, lost):
-    from fastlm.runs.run import locked
+    from fastlm.pipeline.run import locked
 
     before = tokens(runs)
     with locked(runs / "one"):

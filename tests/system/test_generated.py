@@ -16,16 +16,16 @@ from preference_models import make_base, write
 from typer.testing import CliRunner
 
 from fastlm.cli import app
-from fastlm.data import generated
 from fastlm.data.candidates import prompt_messages
-from fastlm.data.content import Contents
 from fastlm.data.conversations import Rows
-from fastlm.data.generated import generated_rows, generator_score
 from fastlm.data.prompts import read_prompts
-from fastlm.data.sources import list_files
+from fastlm.data.verify import CHECKS, VERIFIERS
 from fastlm.errors import InputError
+from fastlm.sources import generated
+from fastlm.sources.generated import generated_rows, generator_score
+from fastlm.sources.input_digest import Contents
+from fastlm.sources.rows import list_files
 from fastlm.train.grpo import Grpo
-from fastlm.train.verify import CHECKS, VERIFIERS
 
 SUMS = "reasoning-gym:chain_sum?size=40&seed=3&min_terms=2&max_terms=2&min_digits=1&max_digits=1"
 
@@ -58,7 +58,7 @@ def test_rows_follow_from_the_source(tmp_path) -> None:
 def test_rows_do_not_depend_on_the_process() -> None:
     """ransom_note goes through sets of texts; without a seed the package would draw one."""
     code = """
-from fastlm.data.generated import generated_rows
+from fastlm.sources.generated import generated_rows
 print([(r["question"], r["answer"]) for r in generated_rows("reasoning-gym:ransom_note?size=8")])
 """
     drawn = [

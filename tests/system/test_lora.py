@@ -14,20 +14,20 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import fastlm
-from fastlm.checkpoint.adapter import load_adapter, save_adapter
+from fastlm.checkpoint.config import ModelConfig
 from fastlm.cli import app
-from fastlm.decode import cpu_steps
-from fastlm.decode.merged import merged
 from fastlm.errors import InputError
+from fastlm.model import cpu_steps
+from fastlm.model.adapter import load_adapter, save_adapter
 from fastlm.model.causal_lm import CausalLM
-from fastlm.model.config import ModelConfig
 from fastlm.model.lora import (
     add_lora,
     lora_of,
     merge_lora,
     without_adapter,
 )
-from fastlm.quant.modules import QuantizedEmbedding, QuantizedLinear
+from fastlm.model.merged import merged
+from fastlm.model.quantized_modules import QuantizedEmbedding, QuantizedLinear
 from fastlm.train.lora_options import LoraOptions
 
 IDS = torch.tensor([[5, 9, 2, 33, 17, 60, 4], [1, 2, 3, 4, 5, 6, 7]])

@@ -14,11 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastlm.checkpoint.config import ModelConfig
 from fastlm.errors import InputError
+from fastlm.inference.engine import Engine
 from fastlm.model.causal_lm import CausalLM
-from fastlm.model.config import ModelConfig
 from fastlm.optim import AdamW
-from fastlm.serve.engine import Engine
 from fastlm.train import online
 from fastlm.train.distributed import Alone
 from fastlm.train.grpo import Grpo

@@ -14,12 +14,13 @@ from typer.testing import CliRunner
 from fastlm.checkpoint.folder import load_tensors
 from fastlm.cli import app
 from fastlm.data.prompts import read_prompts
+from fastlm.data.verify import checked, contains, exact, last_number, load_reward, number
 from fastlm.errors import InputError
 from fastlm.model.causal_lm import CausalLM
 from fastlm.model.lora import add_lora
+from fastlm.model.quantized_modules import QuantizedLinear
 from fastlm.model.reward_model import RewardModel
 from fastlm.quant import quantize
-from fastlm.quant.modules import QuantizedLinear
 from fastlm.tokenizer.tokenizer import Tokenizer
 from fastlm.train.grpo import Grpo
 from fastlm.train.loop import Interrupted
@@ -28,7 +29,6 @@ from fastlm.train.online_stage import text_of
 from fastlm.train.ppo import Ppo
 from fastlm.train.ppo_objective import value_model
 from fastlm.train.rollouts import pack_answers
-from fastlm.train.verify import checked, contains, exact, last_number, load_reward, number
 
 SMALL = {
     "data": ("x.jsonl",), "prompts": 4, "answers": 2, "batch_size": 4, "max_new_tokens": 6,

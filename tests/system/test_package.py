@@ -104,7 +104,7 @@ def test_wheel_and_sdist_work_outside_the_repository(tmp_path):
     wheel = build("--wheel", source)
     with zipfile.ZipFile(wheel) as z:
         names = set(z.namelist())
-    wanted = ("kernels/__init__.py", "ops/rms_norm.py", "data/prepare.py", "runs/kinds.py")
+    wanted = ("kernels/__init__.py", "ops/rms_norm.py", "data/prepare.py", "stages.py")
     assert {f"fastlm/{name}" for name in wanted} <= names
     assert any(n.startswith("fastlm/_cpu.") for n in names)
     has_cuda = any(n.startswith("fastlm/_cuda.") for n in names)

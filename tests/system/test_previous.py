@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from fastlm.runs import previous
-from fastlm.runs.previous import archive, finish_moving
+from fastlm.pipeline import archive as previous
+from fastlm.pipeline.archive import archive, finish_moving
 
 
 class Killed(BaseException):

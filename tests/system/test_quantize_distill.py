@@ -8,8 +8,8 @@ import torch
 
 import fastlm
 from fastlm import InputError, ops
+from fastlm.checkpoint.config import ModelConfig
 from fastlm.model.causal_lm import CausalLM
-from fastlm.model.config import ModelConfig
 from fastlm.quant import distill
 from fastlm.quant.distill import Distillation, _Rounded, _Scaled, heldout_windows, tokens_of
 from fastlm.quant.plan import plan_of

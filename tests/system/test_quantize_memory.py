@@ -8,7 +8,7 @@ import torch
 import fastlm
 from peak import growth
 from fastlm.model.causal_lm import CausalLM
-from fastlm.model.config import ModelConfig
+from fastlm.checkpoint.config import ModelConfig
 
 torch.set_num_threads(1)
 ids = torch.randint(512, (4, 512), generator=torch.Generator().manual_seed(0))

@@ -12,10 +12,10 @@ import torch
 
 from fastlm import InputError
 from fastlm.model.causal_lm import CausalLM
+from fastlm.model.load import load_model
 from fastlm.quant import calibration, layerwise
 from fastlm.quant.stage import Quantize
-from fastlm.runs.run import run_recipe
-from fastlm.serve.chat import load_model
+from fastlm.stages import run_recipe
 from fastlm.tokenizer.tokenizer import Tokenizer
 
 OPTIONS = {"group_size": 16, "calibration_tokens": 256, "calibration_length": 32, "iterations": 2}
@@ -274,7 +274,7 @@ method = "gptq"
 """
 KILLED = """
 import os, signal, sys
-from fastlm.runs.run import run_recipe
+from fastlm.pipeline.run import run_recipe
 def kill(event):
     if "model.layers.0" in event.get("note", ""):
         os.kill(os.getpid(), signal.SIGKILL)

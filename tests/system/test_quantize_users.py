@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import fastlm
 from fastlm import InputError, ops, quant
-from fastlm.checkpoint.compressed_tensors_write import save_compressed_tensors
-from fastlm.checkpoint.gguf_write import save_gguf
+from fastlm.export.compressed_tensors_write import save_compressed_tensors
+from fastlm.export.gguf_write import save_gguf
 from fastlm.model.causal_lm import CausalLM
 from fastlm.quant.calibration import conversation_tokens
 from fastlm.quant.stage import Quantize

@@ -20,16 +20,16 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-import fastlm.data.sqlite_file
+import fastlm.serve.sqlite_file
+from fastlm.checkpoint.config import ModelConfig
 from fastlm.cli import app
-from fastlm.data.agreement import METRICS, PairAgreement, agreement_of, krippendorff_alpha
 from fastlm.data.conversations import conversation_of, read_conversations
 from fastlm.data.preferences import Comparison, Label, preference_of, read_preferences
-from fastlm.data.rank_terminal import _edited, parse_ranking
-from fastlm.data.ranking import RankingStore, RaterCounts, read_answers
 from fastlm.errors import InputError
+from fastlm.feedback.rank_terminal import _edited, parse_ranking
 from fastlm.model.causal_lm import CausalLM
-from fastlm.model.config import ModelConfig
+from fastlm.serve.ranking import RankingStore, RaterCounts, read_answers
+from fastlm.stats.agreement import METRICS, PairAgreement, agreement_of, krippendorff_alpha
 from fastlm.tokenizer.tokenizer import Tokenizer
 
 NONE = float("nan")
@@ -302,7 +302,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_store_whole(tmp_path) -> None:
 
 
 def test_a_store_in_use_is_waited_for(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(fastlm.data.sqlite_file, "WAIT_SECONDS", 0.2)
+    monkeypatch.setattr(fastlm.serve.sqlite_file, "WAIT_SECONDS", 0.2)
     with filled(tmp_path, prompt_row(0)) as store, RankingStore(store.path) as other:
         item = other.next_item("ann")
         with store.transaction():

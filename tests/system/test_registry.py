@@ -13,14 +13,14 @@ from huggingface_hub import ModelCard
 from typer.testing import CliRunner
 
 from fastlm.cli import app
-from fastlm.data.content import Contents
 from fastlm.errors import InputError
-from fastlm.runs.card import card, code_span, escape
-from fastlm.runs.diff import diff
-from fastlm.runs.lineage import tree
-from fastlm.runs.made import digest, model_id
-from fastlm.runs.registry import CHANGED, GONE, HERE, INDEX, append_lines, open_registry
-from fastlm.runs.run import run_recipe
+from fastlm.pipeline.card import card, code_span, escape
+from fastlm.pipeline.diff import diff
+from fastlm.pipeline.lineage import tree
+from fastlm.pipeline.provenance import digest, model_id
+from fastlm.pipeline.registry import CHANGED, GONE, HERE, INDEX, append_lines, open_registry
+from fastlm.sources.input_digest import Contents
+from fastlm.stages import KINDS, run_recipe
 
 SMALL = ["pretrain.max_steps=3", "pretrain.validations=1", "pretrain.sample_at=[]"]
 
@@ -156,24 +156,24 @@ def test_records_of_an_older_fastlm(runs):
     assert names == ["one/shards", "one/tokenizer"]
     with pytest.raises(InputError, match="older fastlm"):
         card(registry, record)
-    assert any(row["what"] == "record" for row in diff(registry, "one", "two"))
+    assert any(row["what"] == "record" for row in diff(registry, "one", "two", kinds=KINDS))
 
 
 def test_differences(made):
     registry = open_registry([made])
-    rows = {(row["stage"], row["what"]): row for row in diff(registry, "one", "two")}
+    rows = {(row["stage"], row["what"]): row for row in diff(registry, "one", "two", kinds=KINDS)}
     rate = rows["one/pretrain | two/pretrain", "lr"]
     assert (rate["a"], rate["b"]) == (1e-2, 2e-2)
     score = rows["one/eval | two/eval", "result bits_per_byte"]
     assert score["difference"] == pytest.approx(score["b"] - score["a"]) != 0
     assert not any(stage.startswith("one/data") for stage, _ in rows)
-    swapped = {(r["what"], r["a"], r["b"]) for r in diff(registry, "two", "one")}
+    swapped = {(r["what"], r["a"], r["b"]) for r in diff(registry, "two", "one", kinds=KINDS)}
     assert swapped == {(r["what"], r["b"], r["a"]) for r in rows.values()}
     # a model alone, with what it comes from and what measured it
-    alone = [row["stage"] for row in diff(registry, "one/pretrain", "two/pretrain")]
+    alone = [row["stage"] for row in diff(registry, "one/pretrain", "two/pretrain", kinds=KINDS)]
     assert {"one/pretrain | two/pretrain", "one/eval | two/eval"} == set(alone)
     with pytest.raises(InputError, match="got the same"):
-        diff(registry, "one", "one")
+        diff(registry, "one", "one", kinds=KINDS)
     assert "lr" in call("diff", "one", "two", "--in", made).stdout
 
 

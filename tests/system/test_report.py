@@ -8,12 +8,12 @@ from itertools import pairwise
 
 import pytest
 
-from fastlm.data.prepare import Funnel
-from fastlm.runs.charts import _bits_figure
-from fastlm.runs.recipe import parse_recipe
-from fastlm.runs.report import Done, command_until, render_report
-from fastlm.runs.stage import Input, Job
-from fastlm.runs.text import count_text, seconds_text, size_text
+from fastlm.pipeline.charts import _bits_figure
+from fastlm.pipeline.funnel import Funnel
+from fastlm.pipeline.report import Done, command_until, render_report
+from fastlm.pipeline.stage import Input, Job
+from fastlm.pipeline.text import count_text, seconds_text, size_text
+from fastlm.stages import parse_recipe
 from fastlm.train.metrics import read_metrics
 
 EVIL = '<script>alert("x")</script> & </style>'

@@ -19,8 +19,7 @@ from paths import ROOT
 
 from fastlm.checkpoint.folder import load_tensors, save_tensors
 from fastlm.errors import InputError
-from fastlm.runs.recipe import load_recipe
-from fastlm.runs.run import run_recipe
+from fastlm.stages import load_recipe, run_recipe
 
 TIMES = ("seconds", "tokens_per_second", "progress")
 
@@ -217,7 +216,7 @@ def test_what_does_not_change_the_model_goes_on_with_the_training(tmp_path):
 
 
 def test_an_unchanged_source_is_not_read_again(tmp_path, monkeypatch):
-    from fastlm.data import content
+    from fastlm.sources import input_digest as content
 
     recipe, run, read, digest = tiny_recipe.write(tmp_path), tmp_path / "run", [], content._digest
     monkeypatch.setattr(content, "_digest", lambda p: read.append(p.name) or digest(p))

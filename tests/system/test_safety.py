@@ -42,9 +42,9 @@ from fastlm.evals.safety.sources import SOURCES
 from fastlm.evals.safety.stage import Safety
 from fastlm.evals.safety.turns import TURNS
 from fastlm.evals.scorer import Prompt, Scorer
-from fastlm.loop import bounds
-from fastlm.runs.kinds import KINDS
-from fastlm.runs.report import render_report
+from fastlm.feedback import gate_metrics as bounds
+from fastlm.pipeline.report import render_report
+from fastlm.stages import KINDS
 
 
 @pytest.fixture(scope="module")
@@ -325,7 +325,7 @@ def test_attacks_of_several_turns_hold_the_models_own_answers(cache, tmp_path):
 def test_turns_before_a_prompt_go_through_the_template(tmp_path, monkeypatch):
     from preference_models import make_base
 
-    from fastlm.serve.chat import load_model
+    from fastlm.model.load import load_model
 
     model, tokenizer = load_model(make_base(tmp_path / "base", max_position_embeddings=512))
     scorer = Scorer(model, tokenizer)

@@ -12,7 +12,8 @@ from preference_models import config
 from safety_sets import bench
 from test_cli import call, refused
 
-from fastlm.data.prepare import FUNNEL, HELDOUT, TRAIN, Funnel
+from fastlm.data.prepare import HELDOUT, TRAIN
+from fastlm.data.texts import read_texts
 from fastlm.errors import InputError
 from fastlm.evals.safety.canaries import (
     DIGITS,
@@ -34,8 +35,8 @@ from fastlm.evals.safety.privacy import (
 from fastlm.evals.safety.shown import exposure_chart, memorization_chart
 from fastlm.evals.safety.suffixes import around, encoded, usable_tokens
 from fastlm.evals.scorer import Scorer
-from fastlm.evals.texts import read_texts
 from fastlm.model.causal_lm import CausalLM
+from fastlm.pipeline.funnel import FUNNEL, Funnel
 from fastlm.tokenizer.tokenizer import Tokenizer
 
 COPIES = 16

@@ -21,13 +21,13 @@ from fastlm.errors import InputError
 from fastlm.serve import plan, trial
 from fastlm.serve.canary_store import CanaryStore
 from fastlm.serve.feedback import FeedbackStore
-from fastlm.serve.latency import PairCounts
 from fastlm.serve.monitor.monitor import Settings
 from fastlm.serve.plan import Plan
 from fastlm.serve.ratings import Rating
 from fastlm.serve.said import Kept, Opinion
 from fastlm.serve.state import read_state
 from fastlm.serve.trial import Arm, Trial
+from fastlm.stats.latency import PairCounts
 
 
 @pytest.fixture(scope="module")

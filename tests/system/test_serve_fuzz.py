@@ -19,10 +19,10 @@ from schemathesis.specs.openapi.checks import (
 from serve_app import HTTP, serving, tiny_model
 
 from fastlm.data.preferences import Unranked
-from fastlm.data.ranking import RankingStore
 from fastlm.serve.feedback import FeedbackStore
 from fastlm.serve.gate import Limits
 from fastlm.serve.openapi import GETS
+from fastlm.serve.ranking import RankingStore
 
 
 def refusal(context, response, case):

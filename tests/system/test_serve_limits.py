@@ -17,16 +17,16 @@ import torch
 from serve_app import HTTP, ask, serving, tiny_model
 
 import fastlm.serve
+from fastlm.checkpoint.config import ModelConfig
 from fastlm.errors import InputError
+from fastlm.inference.requests import Closed, QueueFull
 from fastlm.model.causal_lm import CausalLM
-from fastlm.model.config import ModelConfig
 from fastlm.serve.app import READERS
 from fastlm.serve.commands import read_keys
 from fastlm.serve.fields import ApiError, parse_body
 from fastlm.serve.gate import Limits
 from fastlm.serve.openai_api import chat_asked
 from fastlm.serve.prompts import Prompts
-from fastlm.serve.requests import Closed, QueueFull
 from fastlm.tokenizer import tokenizer as tokenizer_module
 
 KEY = "a-key-of-this-server"

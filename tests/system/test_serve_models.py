@@ -9,8 +9,8 @@ import torch
 from serve_app import HTTP, ask, running, tiny_model
 from typer.testing import CliRunner
 
-from fastlm.checkpoint.adapter import save_adapter
 from fastlm.cli import app
+from fastlm.model.adapter import save_adapter
 from fastlm.model.lora import add_lora
 from fastlm.serve import process
 from fastlm.serve.app import Server
@@ -137,7 +137,7 @@ def test_adapters_by_name(server):
 
 
 def test_adapters_share_the_memory_of_the_cache(server, folder, monkeypatch):
-    monkeypatch.setattr("fastlm.decode.pages._memory", lambda: 2**22)
+    monkeypatch.setattr("fastlm.inference.block_manager._memory", lambda: 2**22)
     alone = serve(monkeypatch, folder)
     both = serve(monkeypatch, folder, "--adapter", f"poet={folder / 'poet'}")
     pages = [served.engine.stats().pages for served in both.models.live]

@@ -14,11 +14,11 @@ from monitored import CODE, COOKING, MODELS, fill
 from serve_app import script, serving, tiny_model
 
 from fastlm.data.preferences import Unranked
-from fastlm.data.ranking import RankingStore
 from fastlm.serve.feedback import FeedbackStore
 from fastlm.serve.monitor import monitor
 from fastlm.serve.monitor.monitor import Settings
 from fastlm.serve.monitor.rules import Rule, Rules
+from fastlm.serve.ranking import RankingStore
 from fastlm.serve.ratings import Rating
 from fastlm.serve.said import Opinion
 

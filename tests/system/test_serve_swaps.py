@@ -17,15 +17,15 @@ from canary_app import changing, folders, wait_until_freed
 from paths import SUPPORT
 from serve_app import HTTP, TEXT, ask
 
-from fastlm.decode.sampling import Sampling
+from fastlm.checkpoint.config import ModelConfig
 from fastlm.errors import InputError
+from fastlm.inference.engine import Engine
+from fastlm.inference.requests import Request
+from fastlm.inference.sampling import Sampling
 from fastlm.model.causal_lm import CausalLM
-from fastlm.model.config import ModelConfig
+from fastlm.model.load import load_model
 from fastlm.serve import loading
 from fastlm.serve.admin_api import PATHS
-from fastlm.serve.chat import load_model
-from fastlm.serve.engine import Engine
-from fastlm.serve.requests import Request
 from fastlm.serve.state import read_state
 from fastlm.serve.switch import Allowed
 from fastlm.tokenizer.tokenizer import Tokenizer

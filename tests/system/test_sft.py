@@ -11,11 +11,11 @@ import torch
 from typer.testing import CliRunner
 
 import fastlm
+from fastlm.checkpoint.config import ModelConfig
 from fastlm.cli import app
 from fastlm.data.conversations import conversation_of
 from fastlm.errors import InputError
 from fastlm.model.causal_lm import CausalLM
-from fastlm.model.config import ModelConfig
 from fastlm.tokenizer.tokenizer import Tokenizer
 from fastlm.train.encoding import (
     IGNORE,

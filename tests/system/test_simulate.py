@@ -18,19 +18,18 @@ from typer.testing import CliRunner
 from fastlm.cli import app
 from fastlm.errors import InputError
 from fastlm.evals.suite import id_of, ids_of
-from fastlm.loop.gate import Gate
-from fastlm.loop.promotion import Promotion
-from fastlm.loop.served import NAME, Served, serving
-from fastlm.loop.simulate import DATABASE, LOG, Simulate
-from fastlm.loop.simulated import Asked, opinions, people
-from fastlm.loop.stage import Feedback
-from fastlm.loop.winrate import WinRate
+from fastlm.feedback.gate import Gate
+from fastlm.feedback.local_server import NAME, Served, serving
+from fastlm.feedback.promotion import Promotion
+from fastlm.feedback.simulate import DATABASE, LOG, Simulate
+from fastlm.feedback.simulated import Asked, opinions, people
+from fastlm.feedback.stage import Feedback
+from fastlm.feedback.winrate import WinRate
 from fastlm.model.reward_model import RewardModel
+from fastlm.pipeline.stage import Input
 from fastlm.quant.stage import Quantize
-from fastlm.runs.recipe import load_recipe
-from fastlm.runs.run import run_recipe
-from fastlm.runs.stage import Input
 from fastlm.serve.feedback import FeedbackStore
+from fastlm.stages import load_recipe, run_recipe
 
 RECIPES = ROOT / "recipes"
 OPTIONS = {"limit": 24, "users": 6, "max_new_tokens": 8, "consent": 0.8, "clients": 4}

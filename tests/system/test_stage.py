@@ -18,10 +18,9 @@ from typer.testing import CliRunner
 
 from fastlm.data.prepare import read_documents
 from fastlm.errors import InputError
-from fastlm.runs.commands import command_of
-from fastlm.runs.kinds import KINDS
-from fastlm.runs.run import run_recipe
-from fastlm.runs.stage import TYPES, Stage, options_of
+from fastlm.pipeline.commands import command_of
+from fastlm.pipeline.stage import TYPES, Stage, options_of
+from fastlm.stages import KINDS, run_recipe
 
 ROOT = Path(__file__).parents[2]
 
@@ -255,7 +254,7 @@ def test_a_run_folder_of_before_the_list_is_left_alone(tmp_path):
 
 
 def test_a_run_folder_is_its_last_model(tmp_path):
-    from fastlm.checkpoint.folder import locate_model
+    from fastlm.pipeline.run_folder import locate_model
 
     recipe, run = tiny_recipe.write(tmp_path, BRANCHES), tmp_path / "run"
     run_recipe(recipe, run)
@@ -396,7 +395,7 @@ def test_a_tokenizer_that_did_not_make_the_shards_is_refused(tmp_path):
 
 
 def test_the_last_model_follows_the_recipe_not_the_history(tmp_path):
-    from fastlm.checkpoint import run_folder
+    from fastlm.pipeline import run_folder
 
     run = Runs(tmp_path, BRANCHES)
     run()

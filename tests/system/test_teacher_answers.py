@@ -10,8 +10,8 @@ import pytest
 from preference_models import WORDS, config, make_base, write
 
 from fastlm.errors import InputError
+from fastlm.feedback.forget import forget
 from fastlm.model.causal_lm import CausalLM
-from fastlm.runs.forget import forget
 from fastlm.tokenizer.tokenizer import Tokenizer
 from fastlm.train import teacher_answers
 from fastlm.train.distill import Distill

@@ -8,12 +8,12 @@ import pytest
 
 from fastlm.data.prompts import Prompt
 from fastlm.errors import InputError
-from fastlm.evals.statistics import wilson
-from fastlm.loop.bounds import scores_of
-from fastlm.loop.winning import Answered, judge_accuracy, judged
-from fastlm.loop.winrate import WinRate
+from fastlm.feedback.gate_metrics import scores_of
+from fastlm.feedback.pairwise import Answered, judge_accuracy, judged
+from fastlm.feedback.winrate import WinRate
+from fastlm.model.load import load_model
 from fastlm.model.reward_model import RewardModel
-from fastlm.serve.chat import load_model
+from fastlm.stats.intervals import wilson
 
 
 def test_the_judge_is_measured_on_preferences(tmp_path):

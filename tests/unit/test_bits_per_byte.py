@@ -14,7 +14,7 @@ from torch import nn
 
 from fastlm.data.shards import TokenDataset
 from fastlm.errors import InputError
-from fastlm.evals.bits_per_byte import compressed_bits_per_byte, evaluate, windows
+from fastlm.model.bits_per_byte import compressed_bits_per_byte, evaluate, windows
 
 
 class Recorder(nn.Module):

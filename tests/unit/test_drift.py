@@ -5,7 +5,7 @@ import pytest
 from test_statistics import assert_uniform
 
 from fastlm.errors import InputError
-from fastlm.evals.drift import mmd, psi
+from fastlm.stats.drift import mmd, psi
 
 RUNS = 300
 

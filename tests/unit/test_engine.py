@@ -11,13 +11,13 @@ from engine_cases import model_of, told
 from serve_app import tiny_model
 
 import fastlm
-from fastlm.decode.pages import PAGE, Pages, page_count, page_keys
-from fastlm.decode.sampling import Sampling
 from fastlm.errors import InputError
+from fastlm.inference.block_manager import PAGE, Pages, page_count, page_keys
+from fastlm.inference.engine import Engine
+from fastlm.inference.requests import QueueFull, Request
+from fastlm.inference.sampling import Sampling
 from fastlm.model.causal_lm import CausalLM
 from fastlm.model.lora import add_lora
-from fastlm.serve.engine import Engine
-from fastlm.serve.requests import QueueFull, Request
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -118,7 +118,7 @@ def test_it_gives_what_generate_gives():
         ours = Engine(model).generate(
             [Request(r.prompt, 12, sampling, seed=5 + i) for i, r in enumerate(requests)]
         )
-        theirs = fastlm.decode.generation.generate(
+        theirs = fastlm.model.generation.generate(
             model, [r.prompt for r in requests], max_new_tokens=12, sampling=sampling, seed=5
         )
         assert [[*r.prompt, *o.tokens] for r, o in zip(requests, ours, strict=True)] == theirs
@@ -249,7 +249,7 @@ def test_penalties_and_biases():
     assert sorted(even.tokens) == sorted([*range(97)] * 2)
     both = Sampling(temperature=0.7, repetition_penalty=1.4, frequency_penalty=0.3)
     (ours,) = Engine(model).generate([Request(prompt, 20, both, seed=3)])
-    theirs = fastlm.decode.generation.generate(
+    theirs = fastlm.model.generation.generate(
         model, [prompt], max_new_tokens=20, sampling=both, seed=3
     )
     assert theirs[0][3:] == ours.tokens
@@ -275,7 +275,7 @@ def test_the_cache_is_as_large_as_likely_answers(monkeypatch):
     size = PAGE * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
 
     def count(rows, gib=1000, **options):
-        monkeypatch.setattr(fastlm.decode.pages, "_memory", lambda: gib * 2**30)
+        monkeypatch.setattr(fastlm.inference.block_manager, "_memory", lambda: gib * 2**30)
         device = torch.device("cpu")
         return page_count(config, rows, dtype=torch.float32, device=device, **options)
 

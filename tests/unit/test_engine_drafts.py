@@ -9,15 +9,15 @@ import torch
 from engine_cases import model_of, told
 
 import fastlm
-from fastlm.decode import cpu_steps
-from fastlm.decode.cpu_steps import MAX_ROWS
-from fastlm.decode.sampling import Sampling
 from fastlm.errors import InputError
-from fastlm.serve import sequence as sequences
-from fastlm.serve.drafter import Drafter, _Held, _Job
-from fastlm.serve.engine import Engine
-from fastlm.serve.requests import Request
-from fastlm.serve.sequence import Collected
+from fastlm.inference import sequence as sequences
+from fastlm.inference.draft_model import Drafter, _Held, _Job
+from fastlm.inference.engine import Engine
+from fastlm.inference.requests import Request
+from fastlm.inference.sampling import Sampling
+from fastlm.inference.sequence import Collected
+from fastlm.model import cpu_steps
+from fastlm.model.cpu_steps import MAX_ROWS
 from fastlm.tokenizer.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -242,6 +242,8 @@ def test_a_draft_model_whose_weights_cannot_be_followed(monkeypatch):
             raise RuntimeError("out of memory")
         return plan_of(model)
 
+    with torch.no_grad():
+        next(draft.parameters()).mul_(1)  # written to: its plan is made again
     with monkeypatch.context() as patch:
         patch.setattr(cpu_steps, "plan_of", broken)
         assert [told(r) for r in engine.generate(requests)] == alone(model, requests)

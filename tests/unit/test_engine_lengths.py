@@ -7,12 +7,12 @@ import torch
 from engine_cases import model_of
 
 import fastlm
-from fastlm.decode.sampling import Sampling
 from fastlm.errors import InputError
+from fastlm.inference.engine import Engine
+from fastlm.inference.requests import Request
+from fastlm.inference.sampling import Sampling
 from fastlm.model import rotary
 from fastlm.model.rotary import frequencies
-from fastlm.serve.engine import Engine
-from fastlm.serve.requests import Request
 
 GREEDY = Sampling(temperature=0.0)
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from engine_cases import model_of
 
-import fastlm.serve.engine
-from fastlm.decode.sampling import Sampling
-from fastlm.serve.engine import Engine
-from fastlm.serve.requests import Request
+import fastlm.inference.engine
+from fastlm.inference.engine import Engine
+from fastlm.inference.requests import Request
+from fastlm.inference.sampling import Sampling
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -88,7 +88,7 @@ def test_masks_that_come_late_change_no_answer(options, monkeypatch):
     asked = [Request([i] * 60, 70, sampling, seed=i, constraint=Even) for i in range(3)]
     for patience in (10, 0):
         slow = not patience
-        monkeypatch.setattr(fastlm.serve.engine, "MASK_PATIENCE", patience)
+        monkeypatch.setattr(fastlm.inference.engine, "MASK_PATIENCE", patience)
         engine = Engine(model, **options)
         found.append([r.tokens for r in engine.generate(asked)])
         assert engine.stats().preemptions or "pages" not in options
@@ -103,7 +103,7 @@ def test_a_prompt_is_scored_beside_late_masks(prompt_rows, monkeypatch):
             time.sleep(0.01)
             return super().mask()
 
-    monkeypatch.setattr(fastlm.serve.engine, "MASK_PATIENCE", 0)
+    monkeypatch.setattr(fastlm.inference.engine, "MASK_PATIENCE", 0)
     model, prompt = model_of(eos_token_id=3), list(range(5, 90))
     found = []
     for constraint in (None, lambda: Slow([9, 8, 3])):
@@ -124,7 +124,7 @@ def test_an_answer_whose_masks_take_too_long_ends_alone(monkeypatch):
             return super().mask()
 
     clock = SimpleNamespace(thread_time=lambda: 0.05 * next(seconds))
-    monkeypatch.setattr("fastlm.serve.masks.time", clock)
+    monkeypatch.setattr("fastlm.inference.masks.time", clock)
     engine = Engine(model_of(eos_token_id=3))
     slow = Request([1], 200, constraint=lambda: Slow([9] * 199))
     result, other = engine.generate([slow, Request([2], 5, ignore_eos=True)])

@@ -5,12 +5,12 @@ import torch
 from engine_cases import model_of, told
 
 import fastlm
-from fastlm.decode import cpu_steps
-from fastlm.decode.sampling import Sampling
-from fastlm.quant.modules import QuantizedLinear
-from fastlm.serve.engine import Engine
-from fastlm.serve.requests import Request
-from fastlm.serve.sequence import Collected
+from fastlm.inference.engine import Engine
+from fastlm.inference.requests import Request
+from fastlm.inference.sampling import Sampling
+from fastlm.inference.sequence import Collected
+from fastlm.model import cpu_steps
+from fastlm.model.quantized_modules import QuantizedLinear
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

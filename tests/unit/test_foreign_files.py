@@ -22,11 +22,12 @@ from damage import LONG, changed, outcome
 from model_files import write_gguf
 
 from fastlm import ModelConfig
-from fastlm.checkpoint.folder import load_state, load_tokenizer
+from fastlm.checkpoint.folder import load_state
 from fastlm.errors import InputError
 from fastlm.model.causal_lm import CausalLM
 from fastlm.quant import quantize
-from fastlm.runs.recipe import load_recipe
+from fastlm.stages import load_recipe
+from fastlm.tokenizer.load import load_tokenizer
 from fastlm.tokenizer.tokenizer import Tokenizer
 from fastlm.train.state import list_checkpoints
 

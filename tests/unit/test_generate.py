@@ -5,13 +5,14 @@ import torch
 from tolerance import ULP
 
 from fastlm import backend
-from fastlm.decode import generation
-from fastlm.decode import sampling as sampling_module
-from fastlm.decode.generation import generate_text, generate_texts, split_at_stop
-from fastlm.decode.sampling import Sampling, make_generators, penalise
+from fastlm.checkpoint.config import ModelConfig
 from fastlm.errors import InputError
+from fastlm.inference import sampling as sampling_module
+from fastlm.inference.answer_text import split_at_stop
+from fastlm.inference.sampling import Sampling, make_generators, penalise
+from fastlm.model import generation as generation
 from fastlm.model.causal_lm import CausalLM
-from fastlm.model.config import ModelConfig
+from fastlm.model.generation import generate_text, generate_texts
 from fastlm.model.layers import KVCache
 from fastlm.quant.model import quantize
 

@@ -11,10 +11,10 @@ from tolerance import ULP
 from transformers import LlamaConfig
 
 from fastlm.backend import use_backend
+from fastlm.checkpoint.architectures import expected_shapes
+from fastlm.checkpoint.config import FAMILIES, ModelConfig
 from fastlm.errors import InputError
-from fastlm.model.architectures import expected_shapes
 from fastlm.model.causal_lm import CausalLM
-from fastlm.model.config import FAMILIES, ModelConfig
 
 transformers = pytest.importorskip("transformers")
 

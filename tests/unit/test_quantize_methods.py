@@ -11,8 +11,8 @@ from torch import nn
 
 import fastlm
 from fastlm import InputError, ops
+from fastlm.checkpoint.config import ModelConfig
 from fastlm.model.causal_lm import CausalLM
-from fastlm.model.config import ModelConfig
 from fastlm.model.layers import Call
 from fastlm.ops.quantize_weight import round_groups
 from fastlm.quant.awq import scale_features

@@ -11,7 +11,7 @@ from fastlm.quant import QuantizedEmbedding, QuantizedLinear
 from fastlm.quant.outline import outline, stored_outline
 from fastlm.quant.plan import check_whole_groups, choose_group_size, parse_overrides, plan_of
 from fastlm.quant.stage import Quantize
-from fastlm.runs.recipe import load_recipe
+from fastlm.stages import load_recipe
 
 
 class Block(nn.Module):

@@ -7,7 +7,7 @@ import tiny_recipe
 from paths import ROOT
 
 from fastlm.errors import InputError
-from fastlm.runs.recipe import load_recipe
+from fastlm.stages import load_recipe
 
 SHIPPED = sorted((ROOT / "recipes").glob("*.toml"))
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fastlm.errors import InputError
-from fastlm.evals.sequential import Sequential, always_valid
+from fastlm.stats.sequential import Sequential, always_valid
 
 STREAMS = 300
 ALPHA = 0.05
@@ -21,7 +21,7 @@ def arms(rng, rate_a: float, rate_b: float, share: float, looks: int):
 
 def pvalues(*counts) -> list[float]:
     """`always_valid`'s p at every look, by its formula, at the price of the p-value alone."""
-    from fastlm.evals.sequential import _log_beta, _log_rate
+    from fastlm.stats.sequential import _log_beta, _log_rate
 
     result = []
     for s_a, n_a, s_b, n_b in zip(*counts):

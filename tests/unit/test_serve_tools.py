@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from serve_app import ask, script, serving, tiny_model
 
-from fastlm.serve.forms import Form
-from fastlm.serve.generic_tools import GenericText, GenericTools
-from fastlm.serve.grammar import Grammars
+from fastlm.inference.forms import Form, GenericTools
+from fastlm.inference.structured_output import Grammars
+from fastlm.serve.generic_tools import GenericText
 from fastlm.serve.tools import CallsOrText, ToolText
 from fastlm.tokenizer.chat_template import CHATML
 

@@ -16,7 +16,7 @@ from fastlm.data.shards import BatchSampler, TokenDataset, write_shards
 from fastlm.data.shards_forget import remove_documents
 from fastlm.errors import InputError
 from fastlm.evals.stage import Eval
-from fastlm.serve.chat import load_model
+from fastlm.model.load import load_model
 from fastlm.tokenizer.tokenizer import Tokenizer
 from fastlm.train.pretrain import Pretrain
 

@@ -9,9 +9,9 @@ import math
 import numpy as np
 import pytest
 
-from fastlm.evals.power import detectable, detectable_rate, detectable_share
-from fastlm.evals.statistics import _mcnemar, clustered_wilson, mean_error
-from fastlm.serve.latency import BOUND, PacePairs, compare_paces
+from fastlm.stats.intervals import _mcnemar, clustered_wilson, mean_error
+from fastlm.stats.latency import BOUND, PacePairs, compare_paces
+from fastlm.stats.power import detectable, detectable_rate, detectable_share
 
 DRAWS = pytest.mark.parametrize(
     "draws", [150, pytest.param(2000, marks=pytest.mark.exhaustive)], ids=["short", "whole"]
@@ -37,7 +37,7 @@ DIFFERENCES = {
     "lognormal 0.5": lambda rng, n: rng.lognormal(0, 0.5, n) - math.exp(0.125),
     "lognormal 1": lambda rng, n: rng.lognormal(0, 1, n) - math.exp(0.5),
 }
-# where more than 0.05 are rejected: the table of `fastlm.evals.statistics`
+# where more than 0.05 are rejected: the table of `fastlm.stats.intervals`
 REJECTED = {("exponential", 10): 0.055, ("lognormal 0.5", 10): 0.055, ("lognormal 0.5", 20): 0.055,
             ("lognormal 1", 10): 0.085, ("lognormal 1", 20): 0.07}  # fmt: skip
 

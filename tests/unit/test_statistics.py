@@ -8,17 +8,7 @@ import pytest
 import scipy.stats
 
 from fastlm.errors import InputError
-from fastlm.evals.power import (
-    detectable,
-    detectable_rate,
-    detectable_share,
-    difference_sd,
-    discordant_needed,
-    items_needed,
-    mcnemar_power,
-    rate_sd,
-)
-from fastlm.evals.statistics import (
+from fastlm.stats.intervals import (
     Mean,
     _mcnemar,
     clustered_wilson,
@@ -28,6 +18,16 @@ from fastlm.evals.statistics import (
     pass_at_k,
     rogan_gladen,
     wilson,
+)
+from fastlm.stats.power import (
+    detectable,
+    detectable_rate,
+    detectable_share,
+    difference_sd,
+    discordant_needed,
+    items_needed,
+    mcnemar_power,
+    rate_sd,
 )
 
 PAIRS = 500

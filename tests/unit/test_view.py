@@ -10,8 +10,8 @@ import pytest
 import tiny_run
 from tiny_run import OPTIONS, start
 
-from fastlm.runs import events
-from fastlm.runs.events import View
+from fastlm.pipeline import events
+from fastlm.pipeline.events import View
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -6,10 +6,10 @@ from serve_app import tiny_model
 
 import fastlm
 import fastlm.serve.chat
-from fastlm.decode.sampling import Sampling
 from fastlm.errors import InputError
-from fastlm.serve.engine import Engine
-from fastlm.serve.requests import Request
+from fastlm.inference.engine import Engine
+from fastlm.inference.requests import Request
+from fastlm.inference.sampling import Sampling
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -38,7 +38,7 @@ class Asked:
     Args:
         folder: of the files.
         model: a hash of the model, without which records of another one could be taken for its own.
-        track: as in `fastlm.runs.stage.Job`.
+        track: as in `fastlm.pipeline.stage.Job`.
 
     ``cuts`` counts, by name of what was asked, the prompts that were cut at their beginning to fit
     the context.

@@ -14,7 +14,7 @@ from typing import Any
 from fastlm.evals.safety.bench import Bench
 from fastlm.evals.safety.scores import Score
 from fastlm.evals.safety.sets import sample
-from fastlm.evals.statistics import Interval, wilson
+from fastlm.stats.intervals import Interval, wilson
 
 
 def bias(bench: Bench) -> list[Score]:

@@ -22,10 +22,11 @@ from typing import cast
 
 import zstandard
 
-from fastlm.data.prepare import FUNNEL, HELDOUT, TRAIN, ZSTD_LEVEL, Funnel
+from fastlm.data.prepare import HELDOUT, TRAIN, ZSTD_LEVEL
 from fastlm.errors import InputError
 from fastlm.evals.safety.rows import json_lines
 from fastlm.files import make_folder, replacing, save_atomic
+from fastlm.pipeline.funnel import FUNNEL, Funnel
 
 DIGITS = 9
 PLANTED = "planted.jsonl"

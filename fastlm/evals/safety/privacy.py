@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from typing_extensions import TypedDict
 
+from fastlm.data.texts import has_parts, read_texts
 from fastlm.errors import InputError
 from fastlm.evals.ngrams import indexes
 from fastlm.evals.results import Record
@@ -23,15 +24,14 @@ from fastlm.evals.safety.canaries import RIVALS, Canary, exposure, read_canaries
 from fastlm.evals.safety.scores import Score
 from fastlm.evals.safety.sets import sample
 from fastlm.evals.scorer import Scorer
-from fastlm.evals.statistics import mean_error, wilson
-from fastlm.evals.texts import has_parts, read_texts
+from fastlm.stats.intervals import mean_error, wilson
 
 LEAST_SHARE = 0.2  # of a text's tokens, the least likely: min-k% (Shi et al. 2023)
 MOST_TOKENS = 512  # of a text in membership inference
 PREFIXES = (8, 32, 64)  # tokens of a text that memorization shows the model
 CONTINUED = 16  # tokens that it must then continue with, to the letter
 # A held-out text is nearly a training text if half of its words stand in runs of 8 words that one
-# has, as `fastlm.loop.overlap` finds questions; 5 in texts of fewer than 16, where 8 are the text
+# has, as `fastlm.feedback.overlap` finds questions; 5 in texts of fewer than 16
 NEAR, RUN, SHORT_RUN = 0.5, 8, 5
 NEAR_COPIES = "held-out texts left out, as they are nearly training texts"
 

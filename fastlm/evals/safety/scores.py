@@ -6,7 +6,7 @@ from typing import Any
 
 from fastlm.errors import InputError
 from fastlm.evals.safety.judges import Measured
-from fastlm.evals.statistics import Corrected, rogan_gladen, wilson
+from fastlm.stats.intervals import Corrected, rogan_gladen, wilson
 
 
 @dataclass(frozen=True)

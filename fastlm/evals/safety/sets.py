@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fastlm.data.packages import fetch
 from fastlm.errors import InputError
 from fastlm.evals.safety import bias_sets
 from fastlm.evals.safety.judges import Labelled
 from fastlm.evals.safety.rows import csv_rows, json_lines, listed, objects, text_of
 from fastlm.evals.safety.sources import SOURCES
 from fastlm.files import read_text
+from fastlm.sources.packages import fetch
 
 T = TypeVar("T")
 

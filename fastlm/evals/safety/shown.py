@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from itertools import cycle
 from typing import Any
 
-from fastlm.runs.charts import CURVES, as_svg, legend, new_axes
-from fastlm.runs.stage import Part
+from fastlm.pipeline.charts import CURVES, as_svg, legend, new_axes
+from fastlm.pipeline.stage import Part
 
 LEGEND = (
     "Below a score that a judge decided: whose answers people labelled; with the property found,"

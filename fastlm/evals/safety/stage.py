@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastlm.data.content import Contents
 from fastlm.errors import InputError
 from fastlm.files import make_folder, save_atomic
-from fastlm.runs.stage import Job, Part, Stage, Takes, at_least_one
+from fastlm.pipeline.stage import Job, Part, Stage, Takes, at_least_one
+from fastlm.sources.input_digest import Contents
 
 JUDGED = "judged.jsonl"  # what the judges decided of each answer
 RECORDS = "records"  # the folder of what each model said
@@ -148,7 +148,7 @@ class Safety(Stage):
         return result
 
     def _check_data(self, job: Job) -> None:
-        from fastlm.evals.texts import has_parts
+        from fastlm.data.texts import has_parts
 
         data = job.optional("data")
         if data is not None and not has_parts(data):
@@ -171,7 +171,7 @@ class Safety(Stage):
         from fastlm.evals.safety.privacy import memorization, privacy
         from fastlm.evals.scorer import Scorer
         from fastlm.evals.suite import hash_of
-        from fastlm.serve.chat import load_model
+        from fastlm.model.load import load_model
 
         functions: dict[str, Callable[[Bench], list[Any]]] = {
             "attacks": behaviour.attacks, "overrefusal": behaviour.overrefusal,

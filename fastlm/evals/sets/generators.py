@@ -1,5 +1,5 @@
 """Questions of reasoning-gym's generators, which also score the answers: ``reasoning-gym:NAME`` or
-``reasoning-gym:NAME?size=50&seed=1`` (`fastlm.data.generated`), and some of them by name.
+``reasoning-gym:NAME?size=50&seed=1`` (`fastlm.sources.generated`), and some of them by name.
 
 The first three rows are examples and are not asked. Only generators whose scores were reviewed are
 accepted.
@@ -9,11 +9,11 @@ import copy
 from itertools import islice
 from pathlib import Path
 
-from fastlm.data.generated import SCHEME, check_scored, generated_rows, package_version
 from fastlm.errors import InputError
 from fastlm.evals.answers import generator
 from fastlm.evals.listed import Listed
 from fastlm.evals.task import Open, Task
+from fastlm.sources.generated import SCHEME, check_scored, generated_rows, package_version
 
 EXAMPLES = 3
 SIZE = 100  # questions of a generator by default

@@ -10,13 +10,13 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from fastlm.data.verify import gold_number
 from fastlm.errors import InputError
 from fastlm.evals.answers import last_number, latex_answer
 from fastlm.evals.latex import boxed
 from fastlm.evals.listed import Listed
 from fastlm.evals.sets.olmes import SOURCE, read_open, request_file
 from fastlm.evals.task import Judge, Open, Task
-from fastlm.train.verify import gold_number
 
 # Of an answer; of SmolLM2's, the longest right ones have 299 (GSM8K) and 1,549, 95 % at most 639
 # (MATH-500). OLMES asks for at most 512 and 1,024.

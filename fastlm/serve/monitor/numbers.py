@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fastlm.evals.statistics import Interval, wilson
+from fastlm.stats.intervals import Interval, wilson
 
 Z = 1.959964  # of 95 %
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import sqlalchemy as sa
 
 from fastlm.errors import InputError
-from fastlm.evals.drift import mmd, psi
-from fastlm.evals.statistics import holm
 from fastlm.serve.monitor import features
 from fastlm.serve.monitor.window import C, read_features
 from fastlm.serve.tables import MEASURES
+from fastlm.stats.drift import mmd, psi
+from fastlm.stats.intervals import holm
 
 if TYPE_CHECKING:
     from fastlm.serve.feedback import FeedbackStore

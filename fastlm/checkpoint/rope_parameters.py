@@ -1,0 +1,77 @@
+"""``rope_parameters`` of config.json: what each ``rope_type`` needs (`fastlm.model.rotary`)."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from fastlm.errors import InputError
+
+ROPE_TYPES = {  # -> the entries each needs besides rope_theta
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("original_max_position_embeddings",),
+    "llama3": (
+        *("factor", "low_freq_factor", "high_freq_factor"),
+        "original_max_position_embeddings",
+    ),
+    "longrope": ("long_factor", "short_factor", "original_max_position_embeddings"),
+}
+_NUMBERS = (
+    *("rope_theta", "factor", "low_freq_factor", "high_freq_factor"),
+    *("original_max_position_embeddings", "attention_factor", "partial_rotary_factor"),
+    *("beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
+)
+
+
+def rotary_width(rope: Mapping[str, Any], head_dim: int) -> int:
+    """The number of a head's features that are rotated."""
+    return int(head_dim * rope.get("partial_rotary_factor", 1.0))
+
+
+def check_rope(rope: Any, head_dim: int, where: str) -> None:
+    """Raise InputError for an unknown rope_type, a missing entry or an impossible number."""
+    if not isinstance(rope, Mapping):
+        raise InputError(f"{where}: wanted a dict, got {rope!r}")
+    kind = rope.get("rope_type")
+    if not isinstance(kind, str) or kind not in ROPE_TYPES:
+        raise InputError(f"{where}: rope_type: wanted one of {', '.join(ROPE_TYPES)}, got {kind!r}")
+    for name in ("rope_theta", *ROPE_TYPES[kind]):
+        if rope.get(name) is None:
+            raise InputError(f"{where}: {name}: wanted for rope_type {kind}, got none")
+    for name in _NUMBERS:
+        value = rope.get(name)
+        if value is None:
+            continue
+        if (
+            not isinstance(value, int | float)
+            or isinstance(value, bool)
+            or not 0 < value < math.inf
+        ):
+            raise InputError(f"{where}: {name}: wanted a positive number, got {value!r}")
+    if rope["rope_theta"] <= 1:
+        raise InputError(f"{where}: rope_theta: wanted more than 1, got {rope['rope_theta']!r}")
+    width = rotary_width(rope, head_dim)
+    if width < 2 or width % 2 or width > head_dim:
+        raise InputError(
+            f"{where}: wanted an even number of turned features up to head_dim {head_dim},"
+            f" got {width}"
+        )
+    if kind == "dynamic" and width == 2:
+        raise InputError(f"{where}: rope_type dynamic: wanted more than 2 turned features, got 2")
+    if kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
+        raise InputError(
+            f"{where}: low_freq_factor: wanted less than high_freq_factor"
+            f" {rope['high_freq_factor']}, got {rope['low_freq_factor']}"
+        )
+    if kind == "longrope":
+        for name in ("long_factor", "short_factor"):
+            factors = rope[name]
+            if (
+                not isinstance(factors, list | tuple)
+                or len(factors) != width // 2
+                or not all(isinstance(f, int | float) and f > 0 for f in factors)
+            ):
+                raise InputError(
+                    f"{where}: {name}: wanted {width // 2} positive numbers, got {factors!r}"
+                )

@@ -1,0 +1,121 @@
+"""Verifiable rewards: functions (answer, row) -> number. ``row`` is the prompt's row of data.
+
+A reward is named in the option ``reward``: one of `VERIFIERS`, or ``file.py:function`` or
+``package.module:function`` for a function of one's own.
+"""
+
+import importlib
+import importlib.util
+import math
+import re
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fastlm.errors import InputError
+from fastlm.sources.generated import SCHEME, check_generated, generator_score
+
+Reward = Callable[[str, Mapping[str, Any]], float]
+NUMBER = re.compile("(?:(?<!\\d)[-\N{MINUS SIGN}])?\\d[\\d,]*(?:\\.\\d+)?")
+GOLD = ("answer", "solution", "target", "completion", "output")
+
+
+def gold(row: Mapping[str, Any]) -> str:
+    """What the row gives as the right answer: the first of `GOLD` that it has."""
+    for key in GOLD:
+        value = row.get(key)
+        if isinstance(value, str | int | float) and not isinstance(value, bool):
+            if not str(value).strip():
+                raise InputError(f"{key}: wanted the right answer, got an empty text")
+            return str(value)
+    raise InputError(f"row: wanted a right answer under one of {', '.join(GOLD)}, got none")
+
+
+def exact(answer: str, row: Mapping[str, Any]) -> float:
+    """1 if the answer is the right one, but for case and spaces around it."""
+    return float(answer.strip().casefold() == gold(row).strip().casefold())
+
+
+def contains(answer: str, row: Mapping[str, Any]) -> float:
+    """1 if the right answer occurs in the answer, whatever its case."""
+    return float(gold(row).strip().casefold() in answer.casefold())
+
+
+def number(answer: str, row: Mapping[str, Any]) -> float:
+    """1 if the last number of the answer equals the last one of the right answer (GSM8K's rule)."""
+    wanted, got = gold_number(row), last_number(answer)
+    return float(got is not None and math.isclose(got, wanted, rel_tol=1e-6, abs_tol=1e-9))
+
+
+def gold_number(row: Mapping[str, Any]) -> float:
+    """The last number of the right answer."""
+    wanted = last_number(gold(row))
+    if wanted is None:
+        raise InputError(f"row: wanted a number in the right answer, got {gold(row)!r:.60}")
+    return wanted
+
+
+def last_number(text: str) -> float | None:
+    found = NUMBER.findall(text)
+    return float(found[-1].replace(",", "").replace("\N{MINUS SIGN}", "-")) if found else None
+
+
+VERIFIERS: dict[str, Reward] = {
+    "exact": exact, "contains": contains, "number": number, SCHEME: generator_score,
+}  # fmt: skip
+# What each reads of a row: InputError where the row has none
+CHECKS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+    "exact": gold, "contains": gold, "number": gold_number, SCHEME: check_generated,
+}  # fmt: skip
+
+
+def load_reward(name: str) -> Reward:
+    """Return the function that the option ``reward`` names.
+
+    InputError: an unknown name, a file or module that cannot be imported, or one without it. A file
+    is run as Python, as an import is: name only one that you trust.
+    """
+    if name in VERIFIERS:
+        return VERIFIERS[name]
+    where, _, function = name.rpartition(":")
+    if not where or not function:
+        raise InputError(
+            f"reward: wanted one of {', '.join(VERIFIERS)}, file.py:function or"
+            f" module:function, got {name!r}"
+        )
+    try:
+        load = _from_file if where.endswith(".py") else importlib.import_module
+        module = load(where)
+    except InputError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"reward: wanted a module that can be imported, got {reason}") from None
+    if not callable(getattr(module, function, None)):
+        raise InputError(f"reward: wanted a function {function} in {where}, got none")
+    return getattr(module, function)
+
+
+def _from_file(where: str) -> Any:
+    path = Path(where)
+    if not path.is_file():
+        raise InputError(f"reward: wanted a file, got none at {path}")
+    name = f"_fastlm_reward_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None  # a .py file has a loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def checked(value: Any, place: str) -> float:
+    """The number that a reward function returned. InputError: not finite, with the row."""
+    try:
+        result = float(value)
+    except (TypeError, ValueError, OverflowError):
+        result = math.nan
+    if not math.isfinite(result):
+        raise InputError(f"{place}: wanted a finite reward, got {value!r:.60}")
+    return result

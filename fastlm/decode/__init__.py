@@ -1,1 +1,0 @@
-"""Token by token: sampling, generation, the CPU step, the CUDA graph step."""

@@ -1,0 +1,30 @@
+"""``fastlm data canaries``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastlm.errors import InputError
+
+
+def canaries_command(
+    corpus: Annotated[Path, typer.Argument(help="A folder of fastlm data prepare")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Output folder")],
+    count: Annotated[int, typer.Option(help="Canaries of each number of copies")] = 5,
+    copies: Annotated[str, typer.Option(help="Copies, with commas between")] = "1,4,16,64",
+    seed: Annotated[int, typer.Option(help="Draws names and numbers")] = 0,
+) -> None:
+    """Copy prepared text and plant sentences with random numbers in its training part, some of them
+    many times. Train on the copy, and give it to ``fastlm safety`` as --data and as --canaries.
+    """
+    from fastlm.evals.safety.canaries import make_canaries, plant
+
+    try:
+        numbers = [int(word) for word in copies.split(",")]
+    except ValueError:
+        raise InputError(
+            f"copies: wanted numbers with commas between, got {copies!r:.80}"
+        ) from None
+    plant(corpus, out, make_canaries(count, numbers, seed), seed)
+    typer.echo(out)

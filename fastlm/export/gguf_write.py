@@ -1,0 +1,260 @@
+"""Write a model and its tokenizer as a GGUF file that llama.cpp runs: the reverse of
+`fastlm.checkpoint.gguf_models`.
+
+The file is read back by that module before it gets its name. What GGUF or llama.cpp cannot say of a
+model (biases in the MLP, another pattern of windows) shows as a difference there and is refused.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType
+from torch import Tensor
+
+from fastlm.checkpoint.config import ModelConfig
+from fastlm.checkpoint.gguf_file import GGUFFile
+from fastlm.checkpoint.gguf_models import (
+    ARCHITECTURES,
+    INTERLEAVED,
+    LAYER,
+    LLAMA3_ROPE,
+    NORM_PLUS_ONE,
+    OVERRIDES,
+    TOP,
+    config_of,
+    llama3_divisors,
+)
+from fastlm.errors import InputError
+from fastlm.export.gguf_encode import encode, kind_of, row_bytes
+from fastlm.export.gguf_vocab_write import vocabulary
+from fastlm.files import make_folder, save_atomic
+from fastlm.ops.quantized_weight import QuantizedWeight
+from fastlm.quant.plan import check_each
+from fastlm.tokenizer.tokenizer import Tokenizer
+
+State = Mapping[str, Tensor | QuantizedWeight]
+# what a file does not say and llama.cpp does not use
+UNSAID = (
+    *("extra", "initializer_range", "attention_dropout", "max_window_layers"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "use_sliding_window"),
+)
+FILE_TYPES = {  # general.file_type, by the format of most weights
+    "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "BF16": 32,
+}  # fmt: skip
+
+
+def save_gguf(
+    path: str | Path, config: ModelConfig, state: State, tokenizer: Tokenizer | None, name: str
+) -> dict[str, Any]:
+    """Write ``path``. Returns {"formats": format -> weights, "rounded_scales": how many scales
+    float16 does not hold}.
+
+    InputError, before anything is written: a weight that no block format holds (`kind_of`), a
+    tokenizer that llama.cpp cannot split like; after it: a config that GGUF cannot say.
+    """
+    architecture = _architecture(config)
+    kinds = check_gguf(config, state)
+    metadata = _metadata(config, architecture)
+    if tokenizer is not None:
+        metadata |= vocabulary(tokenizer, config)
+    names = {key: gguf_name(key, config) for key in state}
+    tables = _rope_tables(config)
+    formats = Counter(kinds[key].name for key in state if len(state[key].shape) == 2)
+    main = formats.most_common(1)[0][0]
+    rounded = 0
+
+    def write(part: Path) -> None:
+        nonlocal rounded
+        writer = gguf.GGUFWriter(part, architecture)
+        writer.add_name(name)
+        writer.add_file_type(FILE_TYPES[main])
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        for key, value in metadata.items():
+            add_value(writer, key, value)
+        for key, table in tables.items():
+            writer.add_tensor_info(key, table.shape, table.dtype, table.nbytes)
+        for key, weight in state.items():
+            _announce(writer, names[key], kinds[key], tuple(weight.shape))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for table in tables.values():
+            writer.write_tensor_data(table)
+        for key, weight in state.items():
+            data, count = encode(key, _as_llama_cpp(key, weight, config, architecture))
+            rounded += count
+            writer.write_tensor_data(data)
+        writer.close()
+        _check(part, path, config)
+
+    make_folder(Path(path).parent)
+    save_atomic(path, write)
+    return {"formats": dict(formats), "rounded_scales": rounded}
+
+
+def check_gguf(config: ModelConfig, state: State) -> dict[str, GGMLQuantizationType]:
+    """Return the format of each weight, by its shape and groups. InputError: a weight that no block
+    format holds, RoPE that GGUF does not have.
+    """
+    _metadata(config, _architecture(config))
+    widths = {key: weight.shape[-1] for key, weight in state.items()}
+    return check_each(widths, lambda key: kind_of(key, state[key]))
+
+
+def _architecture(config: ModelConfig) -> str:
+    if config.model_type == "mistral":
+        return "llama"  # llama.cpp files Mistral under llama
+    return next(name for name, kind in ARCHITECTURES.items() if kind == config.model_type)
+
+
+def gguf_name(name: str, config: ModelConfig) -> str:
+    """llama.cpp's name of a tensor of the model."""
+    module, _, suffix = name.rpartition(".")
+    for short, long in TOP.items():
+        if module == long:
+            return f"{short}.{suffix}"
+    _, _, layer, part = module.split(".", 3)
+    table = {**LAYER, **OVERRIDES.get(config.model_type, {})}
+    if config.family.norms == "pre":  # two of llama.cpp's names are one of Hugging Face's
+        del table["post_attention_norm"]
+    elif table["ffn_norm"] == "post_attention_layernorm":
+        del table["ffn_norm"]
+    return next(f"blk.{layer}.{short}.{suffix}" for short, long in table.items() if long == part)
+
+
+def _metadata(config: ModelConfig, architecture: str) -> dict[str, Any]:
+    nested = "full_attention" in config.rope_parameters
+    rope = config.rope_parameters["full_attention"] if nested else config.rope_parameters
+    rotary = int(config.head_dim * rope.get("partial_rotary_factor", 1.0))
+    values: dict[str, Any] = {
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "vocab_size": config.vocab_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+        "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim,
+        "attention.sliding_window": config.sliding_window if _windowed(config) else None,
+        "attn_logit_softcapping": config.attn_logit_softcapping,
+        "final_logit_softcapping": config.final_logit_softcapping,
+        "rope.dimension_count": rotary,
+        "rope.freq_base": float(rope["rope_theta"]),
+    }
+    kind = rope["rope_type"]
+    if kind in ("linear", "yarn"):
+        values |= {"rope.scaling.type": kind, "rope.scaling.factor": float(rope["factor"])}
+    if kind in ("yarn", "longrope"):
+        original = rope.get("original_max_position_embeddings")
+        original = original or config.original_max_position_embeddings
+        values["rope.scaling.original_context_length"] = original
+    if kind not in ("default", "linear", "yarn", "longrope", "llama3"):
+        raise InputError(f"rope_type: wanted one that GGUF has, got {kind}")
+    if kind == "llama3" and any(rope[key] != value for key, value in LLAMA3_ROPE.items()):
+        raise InputError(f"rope_parameters: wanted Llama 3's {LLAMA3_ROPE} for GGUF, got {rope}")
+    return {f"{architecture}.{key}": value for key, value in values.items() if value is not None}
+
+
+def _rope_tables(config: ModelConfig) -> dict[str, np.ndarray]:
+    rope = config.rope_parameters
+    if rope.get("rope_type") == "llama3":
+        half = config.head_dim // 2
+        divisors = llama3_divisors(rope["rope_theta"], half, rope["factor"])
+        return {"rope_freqs.weight": divisors.astype(np.float32)}
+    if rope.get("rope_type") == "longrope":
+        return {
+            f"rope_factors_{length}.weight": np.array(rope[f"{length}_factor"], np.float32)
+            for length in ("long", "short")
+        }
+    return {}
+
+
+def _as_llama_cpp(
+    name: str, weight: Tensor | QuantizedWeight, config: ModelConfig, architecture: str
+) -> Tensor | QuantizedWeight:
+    """The rows of q and k as interleaved RoPE needs them, and one added to Gemma's norms."""
+    if architecture in INTERLEAVED:
+        for part, heads in (
+            ("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads),
+        ):  # fmt: skip
+            if f".self_attn.{part}." in name:
+                order = torch.arange(weight.shape[0]).view(heads, 2, -1).transpose(1, 2).reshape(-1)
+                return _rows(weight, order)
+    if config.model_type in NORM_PLUS_ONE and name.endswith("norm.weight"):
+        assert isinstance(weight, Tensor)  # norms are never quantized
+        return weight.detach().float() + 1
+    return weight
+
+
+def _rows(weight: Tensor | QuantizedWeight, order: Tensor) -> Tensor | QuantizedWeight:
+    if isinstance(weight, Tensor):
+        return weight.detach()[order]
+    zeros = None if weight.zeros is None else weight.zeros[order]
+    return replace(weight, qdata=weight.qdata[order], scales=weight.scales[order], zeros=zeros)
+
+
+def _announce(
+    writer: gguf.GGUFWriter, name: str, kind: GGMLQuantizationType, shape: tuple[int, ...]
+) -> None:
+    plain = {GGMLQuantizationType.F32: np.float32, GGMLQuantizationType.F16: np.float16}
+    if kind in plain:
+        dtype = np.dtype(plain[kind])
+        size = int(np.prod(shape)) * dtype.itemsize
+        writer.add_tensor_info(name, shape, dtype, size)
+    else:
+        rows, width = shape[0], row_bytes(kind, shape[1])
+        writer.add_tensor_info(name, (rows, width), np.dtype(np.uint8), rows * width, kind)
+
+
+def add_value(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    """Write a key with the type of `value`: whole numbers are uint32, floats float32."""
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    else:
+        writer.add_array(key, value)
+
+
+def _check(part: Path, path: str | Path, config: ModelConfig) -> None:
+    """Refuse a model that the file describes otherwise."""
+    came = ModelConfig.from_dict(config_of(GGUFFile(part)))
+    skipped = {*UNSAID, *(() if _windowed(config) else ("sliding_window",))}
+    if config.model_type == "mistral":  # without windows it is a llama
+        skipped.add("model_type")
+    for field in fields(ModelConfig):
+        wanted, told = (_single(getattr(c, field.name)) for c in (config, came))
+        if field.name == "rope_parameters" and wanted.get("rope_type") == "longrope":
+            wanted.pop("original_max_position_embeddings", None)  # a field of its own
+            told.pop("original_max_position_embeddings", None)
+        if field.name not in skipped and wanted != told:
+            raise InputError(
+                f"{path}: {field.name}: wanted a model that GGUF can describe, got"
+                f" {getattr(config, field.name)!r:.80} (llama.cpp would read"
+                f" {getattr(came, field.name)!r:.80})"
+            )
+
+
+def _windowed(config: ModelConfig) -> bool:
+    return "sliding_attention" in config.layer_types
+
+
+def _single(value: Any) -> Any:
+    """Floats as the file stores them; of dicts and lists, those inside."""
+    if isinstance(value, float | int) and not isinstance(value, bool):
+        return np.float32(value)
+    if isinstance(value, dict):
+        return {key: _single(inner) for key, inner in value.items() if inner is not None}
+    return [_single(inner) for inner in value] if isinstance(value, list) else value

@@ -1,0 +1,1 @@
+"""What people say becomes rows, and a new model is measured against the old one."""

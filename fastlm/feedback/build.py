@@ -1,0 +1,375 @@
+"""Turn what people said about answers into rows to train on, through the steps that web text goes
+through: consent, scrubbing, quality rules, decontamination, raters, duplicates, a split.
+
+What is counted are judgements: a thumb, a pick, a correction. Every step counts what it removed and
+why, in the `fastlm.pipeline.funnel.Funnel` that prepared text has. The same judgements give the
+same bytes.
+
+The split is by what a conversation opens with, into three parts: what models learn from, what only
+a judge of their answers learns from, and prompts that nothing learns from, which old and new model
+answer. A later turn holds the earlier ones, so all turns are in the same part.
+"""
+
+import json
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from fastlm.data.conversations import Message, conversation_of
+from fastlm.data.dedup import DocumentDedup
+from fastlm.data.filter import check_rules, first_failed
+from fastlm.data.forgotten import PROVENANCE
+from fastlm.data.preferences import Comparison, Label, preference_of
+from fastlm.errors import InputError
+from fastlm.feedback.annotators import Rater, rate
+from fastlm.feedback.judgements import ANONYMOUS, Judgement, read_judgements, withdrawn_keys
+from fastlm.files import make_folder, replacing, save_atomic
+from fastlm.pipeline.funnel import FUNNEL, Funnel
+from fastlm.sources.rows import printable
+
+if TYPE_CHECKING:
+    from fastlm.feedback.overlap import Overlap
+
+FORMS = ("sft", "preferences", "kto", "prompts")
+TRAIN, JUDGE, TEST = "train", "judge", "test"
+PARTS = (TRAIN, JUDGE, TEST)
+RATERS = "raters.json"
+# Those of `fastlm.data.filter` that suit an answer of one line
+RULES = ("symbol_ratio", "ellipsis_lines", "repeated_characters", "lorem_ipsum")
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """Options of `build`."""
+
+    judge: Annotated[float, "Share of the prompts whose feedback only a judge learns from"] = 0.2
+    test: Annotated[float, "Share of the prompts that nothing learns from"] = 0.1
+    scrub: Annotated[bool, "Replace e-mail addresses, phone numbers and public IP addresses"] = True
+    rules: Annotated[tuple[str, ...], "Quality rules that a good answer has to pass"] = RULES
+    ngram: Annotated[int, "Words of the runs that a question of an evaluation is found by"] = 8
+    least_weight: Annotated[
+        float, "A rater who agrees less with the others, up to 1, is left out; 0: all count alike"
+    ] = 0.25
+    rater_share: Annotated[
+        float, "Most of all judgements that one rater may give, or twice the mean rater's"
+    ] = 0.05
+    licence: Annotated[str, "Of what users consented to; a row that states its own keeps it"] = (
+        "LicenseRef-user-consent"
+    )
+
+    def check(self) -> None:
+        """Check the values. InputError names the option."""
+        check_rules(self.rules)
+        for name in ("judge", "test"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"{name}: wanted a share in [0, 1), got {getattr(self, name)}")
+        if self.judge + self.test >= 1:
+            raise InputError(
+                f"judge: wanted less than 1 together with test, got {self.judge} + {self.test}"
+            )
+        if not 0 <= self.least_weight <= 1:
+            raise InputError(f"least_weight: wanted 0 to 1, got {self.least_weight}")
+        if not 0 < self.rater_share <= 1:
+            raise InputError(f"rater_share: wanted above 0, at most 1, got {self.rater_share}")
+        if self.ngram < 1:
+            raise InputError(f"ngram: wanted 1 or more, got {self.ngram}")
+
+
+@dataclass
+class Built:
+    """``rows``: part -> form -> rows written. ``raters``: by name."""
+
+    funnel: Funnel = field(default_factory=lambda: Funnel(counted="judgements"))
+    rows: dict[str, dict[str, int]] = field(default_factory=dict)
+    raters: dict[str, Rater] = field(default_factory=dict)
+
+
+def build(
+    databases: Sequence[str],
+    out: Path,
+    *,
+    options: BuildOptions,
+    questions: "Overlap | None" = None,
+    forgotten: Collection[str] = frozenset(),
+    cache: Path,
+) -> Built:
+    """Write the rows of ``databases`` (`read_judgements`) below ``out``: in each of train, judge
+    and test the files sft.jsonl, preferences.jsonl, kto.jsonl and prompts.jsonl; raters.json; and,
+    last, funnel.json.
+
+    Args:
+        questions: of evaluations, which must not enter.
+        forgotten: keys of what must not enter (`fastlm.data.forgotten`), beside those that the
+            databases keep of withdrawn consent.
+
+    InputError: a database or a row that cannot be read, nothing left to learn from.
+    """
+    options.check()
+    done = Built()
+    steps = _Steps(done.funnel)
+    passed: Counter[str] = Counter()
+    found = read_judgements(databases, cache, passed)
+    steps.add("gather", found, passed)
+    gone = frozenset(forgotten).union(*map(withdrawn_keys, databases))
+    found = steps.filter("consent", found, lambda one: _not_allowed(one, gone))
+    found = steps.filter("rows to train on", found, _refused)
+    if options.scrub:
+        replaced: Counter[str] = Counter({"email": 0, "phone": 0, "ip": 0})
+        found = [_scrubbed(one, replaced) for one in found]
+        steps.add("scrub", found, replaced=replaced)
+    found = steps.filter("quality rules", found, lambda one: _failed(one, options.rules))
+    if questions is not None:
+        found = steps.filter("decontamination", found, lambda one: _leaks(one, questions))
+    done.raters = rate((item, one.rater, yes) for one in found for item, yes in one.votes())
+    if not options.least_weight:
+        done.raters = {name: replace(one, weight=1.0) for name, one in done.raters.items()}
+    found = steps.filter("raters", found, lambda one: _distrusted(one, done.raters, options))
+    most = _most(found, options.rater_share)
+    found = steps.filter("share of one rater", found, _Bounded(most))
+    found = steps.merge("duplicates and votes", found, done.raters)
+    _write(found, out, options, done)
+    if not any(done.rows[TRAIN][form] for form in FORMS):
+        raise InputError(f"database: wanted feedback to learn from, got none; {_why(done)}")
+    told = {name or "without a name": asdict(one) for name, one in sorted(done.raters.items())}
+    text = json.dumps(told, indent=1, ensure_ascii=False)
+    save_atomic(out / RATERS, lambda path: path.write_text(text, "utf-8"))
+    with replacing(out / FUNNEL) as file:
+        file.write(json.dumps(asdict(done.funnel), indent=1, ensure_ascii=False).encode())
+    return done
+
+
+def _why(done: Built) -> str:
+    removed = Counter[str]()
+    for step in done.funnel.steps:
+        removed.update(step["removed"])
+    for part, option in ((JUDGE, "--judge"), (TEST, "--test")):
+        removed[f"kept for {part}/ ({option} 0 keeps none)"] = done.rows[part]["prompts"]
+    removed = +removed  # what is above 0
+    return ", ".join(f"{n:,} {reason}" for reason, n in removed.items()) or "nobody said anything"
+
+
+class _Steps:
+    def __init__(self, funnel: Funnel):
+        self.funnel = funnel
+
+    def add(
+        self,
+        name: str,
+        left: Sequence[Judgement],
+        removed: Mapping[str, int] | None = None,
+        **more: Mapping[str, int],
+    ) -> None:
+        self.funnel.steps.append({
+            "step": name, "documents": len(left), "bytes": sum(one.size for one in left),
+            "removed": dict(sorted((removed or {}).items())),
+            **{key: dict(counts) for key, counts in more.items()},
+        })  # fmt: skip
+
+    def filter(
+        self, name: str, found: Sequence[Judgement], why_not: Callable[[Judgement], str | None]
+    ) -> list[Judgement]:
+        """Keep what ``why_not`` has nothing to say against."""
+        left, removed = [], Counter[str]()
+        for one in found:
+            if (reason := why_not(one)) is None:
+                left.append(one)
+            else:
+                removed[reason] += 1
+        self.add(name, left, removed)
+        return left
+
+    def merge(
+        self, name: str, found: Sequence[Judgement], raters: Mapping[str, Rater]
+    ) -> list[Judgement]:
+        """Keep one of the judgements about the same text, by the weights of their raters. A rater
+        who said it of several responses with the same text, or in several ways, has one vote: the
+        last.
+        """
+        last = {(item, one.rater): yes for one in found for item, yes in one.votes()}
+        votes: dict[bytes, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        for (item, rater), yes in last.items():
+            votes[item][yes] += raters[rater].weight
+        seen, removed = DocumentDedup(), Counter[str]()
+        left: list[Judgement] = []
+        for one in found:
+            (about,) = one.votes()
+            against, for_it = votes[about[0]] if about[1] else votes[about[0]][::-1]
+            if for_it <= against:
+                removed["outvoted, or no majority"] += 1
+            elif not seen.is_new(one.key):
+                removed["same judgement"] += 1
+            else:
+                left.append(one)
+        self.add(name, left, removed)
+        return left
+
+
+def _not_allowed(one: Judgement, gone: frozenset[str]) -> str | None:
+    if one.prompt is None:
+        return "no consent to keep the text"
+    return None if gone.isdisjoint(one.forgotten_keys()) else "consent withdrawn"
+
+
+def _refused(one: Judgement) -> str | None:
+    try:
+        for row in _rows(one):
+            (conversation_of if "messages" in row else preference_of)(row)
+    except InputError:
+        equal = one.kind in ("pick", "correction") and one.better == one.worse
+        return "equal answers" if equal else "messages that no training reads"
+    return None
+
+
+def _scrubbed(one: Judgement, replaced: Counter[str]) -> Judgement:
+    try:
+        from fastlm.data.scrub_chat import scrub_chat
+    except ImportError as error:
+        raise InputError(
+            f"scrub: expected the package {error.name}, not found: pip install 'fastlm[serve]'"
+        ) from None
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, str):
+            text, counts = scrub_chat(value)
+            replaced.update(counts)
+            return text
+        if isinstance(value, Mapping):
+            return {key: clean(item) for key, item in value.items()}
+        return [clean(item) for item in value] if isinstance(value, list) else value
+
+    return replace(
+        one, prompt=clean(one.prompt), better=clean(one.better), worse=clean(one.worse),
+        tools=clean(one.tools),
+    )  # fmt: skip
+
+
+def _failed(one: Judgement, rules: Sequence[str]) -> str | None:
+    return next((why for m in one.better or () if (why := first_failed(_text(m), rules))), None)
+
+
+def _text(message: Message) -> str:
+    content = message.get("content")
+    return content if isinstance(content, str) else ""
+
+
+def _leaks(one: Judgement, questions: "Overlap") -> str | None:
+    found = questions.find(one.texts)
+    return None if found is None else f"a question of {found}"
+
+
+def _distrusted(one: Judgement, raters: Mapping[str, Rater], options: BuildOptions) -> str | None:
+    """Leave out raters far from the others, and of the others between, a share: a training takes
+    each row once or not at all.
+    """
+    weight = raters[one.rater].weight
+    if weight < options.least_weight:
+        return "of raters who do not agree with the others"
+    return "a share, of raters who agree less" if _number(one.rater, one.key) >= weight else None
+
+
+def _number(rater: str, key: bytes) -> float:
+    """A number in [0, 1) that rater and judgement decide."""
+    found = blake2b(rater.encode("utf-8", "replace") + b"\0" + key, digest_size=8).digest()
+    return int.from_bytes(found, "big") / 2**64
+
+
+def _most(found: Sequence[Judgement], share: float) -> int:
+    raters = {one.rater for one in found}
+    return math.ceil(len(found) * max(share, 2 / max(1, len(raters))))
+
+
+class _Bounded:
+    """Leave out what a rater said beyond the first ``most`` judgements."""
+
+    def __init__(self, most: int):
+        self.most, self.counts = most, Counter[str]()
+
+    def __call__(self, one: Judgement) -> str | None:
+        self.counts[one.rater] += 1
+        if self.counts[one.rater] <= self.most:
+            return None
+        nobody = " without a name" * (one.rater == ANONYMOUS)
+        return f"beyond what one rater may give{nobody}"
+
+
+def _rows(one: Judgement) -> Iterator[dict[str, Any]]:
+    """The rows of a judgement, of the forms `_forms`."""
+    for rows in _forms(one).values():
+        yield from rows
+
+
+def _forms(one: Judgement) -> dict[str, list[dict[str, Any]]]:
+    """Form -> rows. A correction is something to imitate, a pair, and both labels."""
+    prompt, tools = one.prompt or [], one.tools
+    made: dict[str, list[dict[str, Any]]] = {}
+    if one.kind in ("pick", "correction"):
+        answers = (one.better or [], one.worse or [])
+        corrected = one.kind == "correction"
+        pair = Comparison(prompt, answers, (0, 1), tools=tools, corrected=corrected)
+        made["preferences"] = [pair.row()]
+        if corrected:
+            made["sft"] = [pair.demonstration().row()]
+            made["kto"] = [label.row() for label in pair.labels()]
+    else:
+        label = Label(prompt, one.better or one.worse or [], one.kind == "up", tools)
+        made["kto"] = [label.row()]
+        if one.kind == "up":
+            made["sft"] = [label.conversation().row()]
+    return made
+
+
+def _part(one: Judgement, options: BuildOptions) -> str:
+    place = _number("part", one.opening_key)
+    if place < options.test:
+        return TEST
+    return JUDGE if place < options.test + options.judge else TRAIN
+
+
+def _write(left: Sequence[Judgement], out: Path, options: BuildOptions, done: Built) -> None:
+    parts: dict[str, list[Judgement]] = {part: [] for part in PARTS}
+    for one in left:
+        parts[_part(one, options)].append(one)
+    steps = _Steps(done.funnel)
+    corrected = {id for one in left if one.kind == "correction" for id in one.ids}
+    for part, found in parts.items():
+        rows = _part_rows(found, corrected, options)
+        folder = make_folder(out / part)
+        for form in FORMS:
+            with replacing(folder / f"{form}.jsonl") as file:
+                for row in rows[form]:
+                    file.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace"))
+                    file.write(b"\n")
+        done.rows[part] = {form: len(rows[form]) for form in FORMS}
+        steps.add(part, found)
+    for one in left:
+        tally = done.funnel.sources.setdefault(
+            printable(one.source), {"files": 1, "documents": 0, "bytes": 0}
+        )
+        tally["documents"] += 1
+        tally["bytes"] += one.size
+
+
+def _part_rows(
+    found: Sequence[Judgement], corrected: set[str], options: BuildOptions
+) -> dict[str, list[dict[str, Any]]]:
+    rows: dict[str, list[dict[str, Any]]] = {form: [] for form in FORMS}
+    asked = DocumentDedup()
+    for one in found:
+        told: dict[str, Any] = {
+            PROVENANCE: {"responses": list(one.ids), "conversations": list(one.talks)},
+            "licence": one.licence or options.licence,
+        }
+        if one.model is not None:
+            told["model"] = one.model
+        for form, made in _forms(one).items():
+            if form == "sft" and one.kind == "up" and corrected.intersection(one.ids):
+                continue  # somebody knew better
+            rows[form] += [row | told for row in made]
+        if asked.is_new(one.prompt_key):
+            tools = {"tools": one.tools} if one.tools is not None else {}
+            rows["prompts"].append({"prompt": one.prompt, **tools, **told})
+    return rows

@@ -1,0 +1,487 @@
+"""Forget documents and conversations: in prepared folders, token shards, rows to train on and the
+feedback database; and name the models that saw them.
+
+What is found is noted first (`fastlm.data.forgotten`), then removed: from the database, shards,
+rows, and last from the prepared folders, by whose texts the shards are searched. So the same
+command ends the work of one that was killed, and names the same models when all is gone.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastlm.data.corpus_forget import (
+    Gone,
+    Wanted,
+    is_rows,
+    paragraphs_of,
+    repeats,
+    rewrite_corpus,
+    rewrite_rows,
+    search_corpus,
+    search_rows,
+    unfinished,
+)
+from fastlm.data.forgotten import (
+    FORGOTTEN,
+    Line,
+    asked_key,
+    conversation_key,
+    read_log,
+    response_key,
+)
+from fastlm.data.prepare import HELDOUT, TRAIN
+from fastlm.errors import InputError
+from fastlm.files import append_lines, read_json, save_atomic
+from fastlm.pipeline.archive import PREVIOUS
+from fastlm.pipeline.content_id import artifact_id
+from fastlm.pipeline.funnel import FUNNEL
+from fastlm.pipeline.provenance import digest, ids_of, own_files
+from fastlm.pipeline.record import ALONE, dump, save_alone, table_of
+from fastlm.pipeline.registry import CHANGED, GONE, INDEX, INNER, Known, Registry, open_registry
+from fastlm.pipeline.report import REPORT, SUMMARY
+from fastlm.pipeline.run import locked
+from fastlm.pipeline.run_folder import STAGES
+from fastlm.sources.input_digest import Contents
+
+if TYPE_CHECKING:
+    from fastlm.data.shards_forget import Found
+    from fastlm.serve.feedback import FeedbackStore
+
+DATA = {"corpus", "shards"}  # what is searched itself, and so is clean or named
+NOT_ROWS = {INDEX, FORGOTTEN, "metrics.jsonl"}
+SHARDS = "fastlm-shards-"
+
+
+@dataclass
+class Places:
+    """What was found below the paths."""
+
+    corpora: list[Path] = field(default_factory=list)
+    shards: list[Path] = field(default_factory=list)
+    rows: list[Path] = field(default_factory=list)
+
+
+@dataclass
+class Report:
+    """What was removed (or would be): per place its kind and a count; what could not be checked;
+    where parts of it stand elsewhere; which sources still have it; what may quote it (samples of
+    trainings, items of evaluations, reports); models that saw it.
+    """
+
+    removed: list[dict[str, Any]] = field(default_factory=list)
+    database: int = 0
+    not_found: list[str] = field(default_factory=list)
+    unchecked: list[str] = field(default_factory=list)
+    elsewhere: list[dict[str, Any]] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)
+    quotes: list[str] = field(default_factory=list)
+    models: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def remains(self) -> bool:
+        """Whether a model that saw it is still there, or a place could not be checked."""
+        return bool(self.unchecked) or any(m["state"] != GONE for m in self.models)
+
+
+def forget(
+    paths: Sequence[str | Path],
+    names: Sequence[str] = (),
+    *,
+    keys: Iterable[str] = (),
+    store: "FeedbackStore | None" = None,
+    tokenizer: Path | None = None,
+    dry_run: bool = False,
+) -> Report:
+    """Remove what is asked for from everything below ``paths``.
+
+    Args:
+        paths: folders of runs, prepared folders, files of rows.
+        names: ids of documents, responses or conversations, URLs, paths, sources, SHA-256 of texts.
+        keys: of `fastlm.data.forgotten`, as of consent that was withdrawn.
+        store: a feedback database, in which ``names`` are responses and conversations.
+        tokenizer: of shards of which no record says it.
+        dry_run: change nothing.
+
+    InputError: nothing asked for, a path that is missing, a run that is at work, damaged data.
+    """
+    if not names and not keys and store is None:
+        raise InputError("what: wanted something to forget, got nothing")
+    roots = [Path(path) for path in paths]
+    for root in roots:
+        if not (root.is_dir() or (root.is_file() and is_rows(root))):
+            got = "another file" if root.exists() else "nothing"
+            raise InputError(f"{root}: wanted a folder or a file of JSON lines, got {got}")
+    work = _Work(roots, names, keys, store, tokenizer)
+    work.search()
+    if not dry_run:
+        work.remove()
+    work.report.not_found = work.missing()
+    work.report.quotes = _quotes(work)
+    work.report.models = _models(work)
+    return work.report
+
+
+class _Work:
+    def __init__(
+        self,
+        roots: list[Path],
+        names: Sequence[str],
+        keys: Iterable[str],
+        store: "FeedbackStore | None",
+        tokenizer: Path | None,
+    ):
+        self.roots, self.names, self.store, self.given = roots, names, store, tokenizer
+        self.folders = list(dict.fromkeys(r if r.is_dir() else r.parent for r in roots))
+        self.log = [line for folder in self.folders for line in read_log(folder)]
+        self.asked = {asked_key(name): name for name in names}
+        # what earlier calls found under the same names
+        self.before = [line for line in self.log if self.asked.keys() & set(line.asked)]
+        wanted_keys = {*keys, *(key for line in self.before for key in line.keys)}
+        for name in names:
+            wanted_keys |= {response_key(name), conversation_key(name)}
+            if store is not None:
+                wanted_keys |= {*store.withdrawn(name), *store.keys_of(name)}
+        self.before += [
+            line for line in self.log if line not in self.before and {*keys} & {*line.keys}
+        ]
+        sums = frozenset(name.lower() for name in names if _is_sum(name))
+        paths = {str(Path(name).absolute()) for name in names if Path(name).exists()}
+        self.wanted = Wanted(frozenset([*names, *paths]), sums, frozenset(wanted_keys))
+        self.registry = open_registry([f for f in self.folders], note=False)
+        self.contents = Contents(Path(os.devnull), cache=Path(os.devnull))
+        self.places = _places(roots)
+        self.report = Report()
+        self.gone: list[Gone] = []
+        self.shards: dict[Path, Found] = {}
+        self.rows: dict[Path, set[int]] = {}
+        self.keys: set[str] = set()
+        self.held: set[str] = {id for line in self.before for id in line.held}
+
+    # ---- search
+
+    def search(self) -> None:
+        for folder in self.places.corpora:
+            gone = search_corpus(folder, self.wanted)
+            if gone.places:
+                self.gone.append(gone)
+                self.keys |= gone.keys
+                self.held |= self._ids(("corpus",), folder)
+                self.held |= {digest(f) for n in (TRAIN, HELDOUT) if (f := folder / n).is_file()}
+                self._tell("document", folder, len(gone.places))
+        for path in self.places.rows:
+            numbers, keys = search_rows(path, self.wanted)
+            if numbers:
+                self.rows[path] = numbers
+                self.keys |= keys
+                self.held.add(digest(path))
+                self._tell("row", path, len(numbers))
+        for folder in self.places.shards:
+            if found := self._search_shards(folder):
+                self.shards[folder] = found
+                self.held |= self._ids(("shards",), folder)
+                if folder.name in ("train", "heldout"):
+                    self.held |= self._ids(("shards",), folder.parent)
+                self._tell("tokenized document", folder, sum(map(len, found.values())))
+        if self.store is not None:
+            counts = [len(self.store.keys_of(name)) for name in self.names]
+            self.report.database = sum(1 for count in counts if count)
+        self._elsewhere()
+
+    def _tell(self, what: str, place: Path, count: int) -> None:
+        self.report.removed.append({"place": str(place), "what": what, "count": count})
+
+    def _ids(self, types: tuple[str, ...], folder: Path) -> set[str]:
+        """The content ids of a data folder: now, and by its record."""
+        record = self._record(folder)
+        known = {record.ids[t] for t in types if t in record.ids} if record else set()
+        return known | {artifact_id(types, folder, self.contents)}
+
+    def _record(self, folder: Path) -> Known | None:
+        """The record of the stage in whose folder this is."""
+        inside = folder.absolute()
+        records = [r for r in self.registry.records if r.state != GONE]
+        found = [r for r in records if inside.is_relative_to(r.place.absolute())]
+        return max(found, key=lambda r: len(r.place.parts), default=None)
+
+    def _search_shards(self, folder: Path) -> "Found":
+        from fastlm.data.shards_forget import find_documents, token_hash
+
+        texts = [text for gone in self.gone for text in gone.texts]
+        by_text = bool(self.wanted.sums or any(k.startswith("text:") for k in self.wanted.keys))
+        if not texts and not by_text:
+            if self.names and not self._corpus_searched(folder):
+                self._doubt(folder, "its prepared text is not here to find the documents by")
+            return {}
+        tokenizer = self._tokenizer(folder)
+        if tokenizer is None:
+            self._doubt(folder, "wanted its tokenizer (--tokenizer), no record says it")
+            return {}
+        import numpy as np
+
+        encoded = zip(texts, tokenizer.encode_batch(texts), strict=True)
+        by_tokens = {token_hash(np.asarray(i, np.int64)): len(t.encode()) for t, i in encoded}
+        decode = tokenizer.decode if by_text else None
+        return find_documents(folder, by_tokens, self.wanted.has_text, decode)
+
+    def _doubt(self, folder: Path, why: str) -> None:
+        self.report.unchecked.append(f"{folder}: {why}")
+
+    def _corpus_searched(self, folder: Path) -> bool:
+        """Whether the prepared folder of these shards is among those that were searched."""
+        record = self._record(folder)
+        if record is None:
+            return any(folder.is_relative_to(c.parent) for c in self.places.corpora)
+        searched = {c.absolute() for c in self.places.corpora}
+        for key, _, maker in self.registry.parents(record):
+            if key == "corpus":
+                return maker is not None and maker.place.absolute() in searched
+        return False
+
+    def _tokenizer(self, folder: Path) -> Any:
+        from fastlm.tokenizer.tokenizer import Tokenizer
+
+        record, places = self._record(folder), [self.given]
+        for key, read, maker in self.registry.parents(record) if record else ():
+            if key == "tokenizer":
+                leaf = maker.entry.leaves.get("tokenizer", ".") if maker else "."
+                places += [maker.place / leaf] if maker else []
+                places.append(Path(read["path"]))
+        places += [folder.parent / "tokenizer", folder.parent.parent / "tokenizer"]
+        for place in places:
+            if place is not None and place.exists():
+                return Tokenizer.load(place)
+        return None
+
+    def _elsewhere(self) -> None:
+        """Find the paragraphs of what goes in documents that stay, and sources that still have
+        it.
+        """
+        paragraphs = paragraphs_of([text for gone in self.gone for text in gone.texts])
+        going = {gone.folder: gone.numbers for gone in self.gone}
+        for folder in self.places.corpora:
+            numbers = going.get(folder, {})
+            for document, count in repeats(
+                folder, paragraphs, lambda part, i, its=numbers: i in its.get(part, ())
+            ):
+                self.report.elsewhere.append({
+                    "place": str(folder), "source": document.source, "id": document.id,
+                    "paragraphs": count,
+                })  # fmt: skip
+        named = dict.fromkeys(f"{source}: {id}" for g in self.gone for source, id in g.places)
+        self.report.sources = list(named)
+
+    def missing(self) -> list[str]:
+        """The names of which nothing was found, now or earlier."""
+        told = {name for line in self.before for a in line.asked if (name := self.asked.get(a))}
+        found = {*self.wanted.matched, *told}
+        absolute = {name: str(Path(name).absolute()) for name in self.names}
+        return [
+            name
+            for name in self.names
+            if not found & {name, absolute[name], name.lower()}
+            and not found & {response_key(name), conversation_key(name)}
+            and not (self.store is not None and self.store.withdrawn(name))
+        ]
+
+    # ---- removal
+
+    def remove(self) -> None:
+        touched = [*(g.folder for g in self.gone), *self.shards]
+        records = {r.id: r for folder in touched if (r := self._record(folder))}
+        # whose data an earlier call, which was killed, wrote again
+        for record in self.registry.records:
+            ours = DATA & record.ids.keys() and self.held & {*record.held()}
+            if ours and record.state == CHANGED:
+                records[record.id] = record
+        runs = {r.place.parent for r in records.values() if (r.place.parent / STAGES).is_file()}
+        with ExitStack() as stack:
+            for run in sorted(runs):
+                stack.enter_context(locked(run))
+            self._note(runs)
+            if self.store is not None:
+                for name in self.names:
+                    self.store.forget(name)
+            self._rewrite(bool(self.before))
+            for record in records.values():
+                refresh(record)
+
+    def _note(self, runs: Iterable[Path]) -> None:
+        """Write down what was found, before any of it is removed."""
+        if not self.keys and not self.held:
+            return
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        keys = sorted({*self.keys} | ({*self.wanted.keys} & self.wanted.matched))
+        line = asdict(Line(now, sorted(self.asked), keys, sorted(self.held)))
+        alone = [g.folder for g in self.gone if not (g.folder.parent / STAGES).is_file()]
+        for folder in dict.fromkeys([*self.folders, *runs, *alone]):
+            log = [old for old in read_log(folder) if {*old.asked} >= self.asked.keys()]
+            told = {word for old in log for word in (*old.keys, *old.held)}
+            if not told.issuperset([*keys, *self.held]):
+                append_lines(folder / FORGOTTEN, [line])
+
+    def _rewrite(self, again: bool) -> None:
+        from fastlm.data.shards import load_index
+        from fastlm.data.shards_forget import clean_up, remove_documents
+
+        for folder, found in self.shards.items():
+            remove_documents(folder, found)
+        if again:
+            for folder in self.places.shards:
+                if folder not in self.shards:
+                    clean_up(folder, [s["file"] for s in load_index(folder).shards])
+        for path, numbers in self.rows.items():
+            rewrite_rows(path, numbers)
+        for gone in self.gone:
+            rewrite_corpus(gone)
+        if again:
+            done = {gone.folder for gone in self.gone}
+            for folder in self.places.corpora:
+                if folder not in done and unfinished(folder):
+                    rewrite_corpus(Gone(folder))
+
+
+def refresh(record: Known) -> None:
+    """Bring the record of a data stage up to date with its files; the ids that it had are kept."""
+    entry, made = record.entry, record.entry.made
+    if made is None:
+        return
+    sizes = own_files(entry.leaves, record.place)
+    for name in made.hashes:
+        if (record.place / name).is_file():
+            sizes[name] = (record.place / name).stat().st_size
+    hashes = {name: digest(record.place / name) for name in sizes}
+    ids = ids_of(entry.leaves, hashes)
+    if ids == made.ids and hashes == made.hashes:
+        return
+    made.earlier.append(made.ids)
+    made.ids, made.hashes, entry.outputs = ids, hashes, sizes
+    if (record.place / ALONE).is_file():
+        save_alone(record.place, entry)
+        return
+    path = record.place.parent / STAGES
+    table = read_json(path)
+    table["stages"][record.place.name] = table_of(entry)
+    save_atomic(path, lambda p: dump(p, table))
+
+
+def _quotes(work: _Work) -> list[str]:
+    """The folders of stages that read what held it and made no data, and the reports of their
+    runs.
+    """
+    records = [r for r in work.registry.records if r.state != GONE and not DATA & r.ids.keys()]
+    places = [r.place for r in records if work.held & {*r.read()} and "tokenizer" not in r.ids]
+    reports = [p.parent / name for p in places for name in (REPORT, SUMMARY)]
+    return [str(p) for p in dict.fromkeys([*places, *(p for p in reports if p.is_file())])]
+
+
+def _models(work: _Work) -> list[dict[str, Any]]:
+    """The models, and tokenizers, that come from what held it."""
+    return [
+        {
+            "name": record.name, "kind": record.entry.kind, "id": record.model or record.shown_id,
+            "state": record.state, "place": str(record.place), "finished": record.finished,
+            "again": _again(record),
+        }
+        for record in descendants(work.registry, work.held)
+        if record.model or "tokenizer" in record.ids
+    ]  # fmt: skip
+
+
+def descendants(registry: Registry, held: Iterable[str]) -> list[Known]:
+    """The stages that read what has one of these ids, and those that read what they left.
+
+    Data that is still there was searched itself: only its earlier content, in ``held``, counts. A
+    tokenizer learned words from it; what is only split by these is not counted.
+    """
+    ids, found = set(held), {}
+    grows = True
+    while grows:
+        grows = False
+        for record in registry.records:
+            if record.id in found or not ids & {*record.read()}:
+                continue
+            found[record.id] = record
+            grows = True
+            searched = record.state != GONE and DATA & record.ids.keys()
+            if not searched and "tokenizer" not in record.ids:
+                ids |= {*record.held()}
+    return [record for record in registry.records if record.id in found]
+
+
+def _again(record: Known) -> str | None:
+    """The command that makes a model again; None for one that a run has archived."""
+    run = record.place.parent
+    if PREVIOUS.fullmatch(run.name):
+        return None
+    if (run / "recipe.json").is_file():
+        return f"fastlm run {run / 'recipe.json'} --out {run}"
+    return record.entry.made.command if record.entry.made else None
+
+
+def _places(roots: Iterable[Path]) -> Places:
+    found = Places()
+    for root in roots:
+        if root.is_file():
+            found.rows.append(root)
+            continue
+        for folder, folders, files in os.walk(root):
+            folders[:] = sorted(f for f in folders if f not in INNER and not f.startswith("."))
+            place = Path(folder)
+            if FUNNEL in files and (TRAIN in files or HELDOUT in files):
+                found.corpora.append(place)
+            elif "index.json" in files and _is_shards(place / "index.json"):
+                found.shards.append(place)
+            names = {TRAIN, HELDOUT} if FUNNEL in files else set()
+            for name in sorted(set(files) - names - NOT_ROWS):
+                if is_rows(place / name) and not name.startswith("."):
+                    found.rows.append(place / name)
+    return Places(*(list(dict.fromkeys(paths)) for paths in vars(found).values()))
+
+
+def _is_shards(index: Path) -> bool:
+    try:
+        return str(read_json(index).get("format", "")).startswith(SHARDS)
+    except InputError:
+        return False
+
+
+def _is_sum(name: str) -> bool:
+    return len(name) == 64 and not set(name.lower()) - set("0123456789abcdef")
+
+
+def lines(report: Report, dry_run: bool) -> Iterator[str]:
+    """The report as lines for a terminal."""
+    verb = "would remove" if dry_run else "removed"
+    for row in report.removed:
+        several = "s" if row["count"] != 1 else ""
+        yield f"{verb} {row['count']:,} {row['what']}{several}: {row['place']}"
+    if report.database:
+        yield f"{verb} {report.database:,} responses or conversations from the database"
+    if not report.removed and not report.database:
+        yield "nothing of it is left in the data here"
+    for name in report.not_found:
+        yield f"not found: {name}"
+    for place in report.sources:
+        yield f"its source may still have it, and is not changed: {place}"
+    for row in report.elsewhere:
+        what = "paragraph" if row["paragraphs"] == 1 else "paragraphs"
+        yield (
+            f"{row['paragraphs']} {what} of it also in {row['source']}: {row['id']}"
+            f" ({row['place']}), which stays"
+        )
+    for place in report.quotes:
+        yield f"may quote it (samples, items, reports), and is not changed: {place}"
+    for doubt in report.unchecked:
+        yield f"not checked: {doubt}"
+    for model in report.models:
+        verb = "learned its words from it" if model["kind"] == "tokenizer" else "saw it"
+        state = f", {model['state']}" if model["state"] != "here" else ""
+        yield f"{verb}: {model['name']} ({model['kind']}, id {model['id'][:12]}{state})"
+    commands = [m["again"] for m in report.models if m["state"] != GONE and m["again"]]
+    for command in dict.fromkeys(commands):
+        yield f"to train without it: {command}"

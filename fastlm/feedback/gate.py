@@ -1,0 +1,163 @@
+"""The stage `Gate`: may the new model replace the old one?"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, Literal, NotRequired
+
+from typing_extensions import TypedDict
+
+from fastlm.errors import InputError
+from fastlm.feedback.model_pair import Model, common, pair_of
+from fastlm.files import make_folder, save_atomic
+from fastlm.pipeline.stage import Facts, Job, Part, Stage, Takes
+from fastlm.sources.input_digest import Contents
+
+DECISION = "decision.json"
+
+
+class Check(TypedDict):
+    """One gate and whether its score passed."""
+
+    passed: bool
+    why: str
+
+
+class Decision(TypedDict):
+    """What is read of a decision.json; an older one names no models."""
+
+    promoted: bool
+    gates: list[Check]
+    models: NotRequired[dict[Literal["old", "new"], Model]]
+
+
+@dataclass(frozen=True)
+class Gate(Stage):
+    """Decide by stated gates whether a model may replace the one that serves.
+
+    A gate bounds the end of a score's interval, not the point. With scores of several models, the
+    first is the one that serves and the last the new one, and all scores are of the same two. If it
+    may not, the exit status is 1.
+    """
+
+    kind = "gate"
+    command = ("gate",)
+    version = 2
+    reads = {
+        "scores": Takes(
+            ("scores",), "Folders or scores.json of winrate, eval and safety", several=True,
+            flag="s",
+        ),
+    }  # fmt: skip
+    leaves = {"decision": DECISION}
+    result = {"promoted": bool, "gates": list[dict[str, Any]]}
+    settings_in = ("gates",)
+
+    gates: Annotated[str, "TOML file of bounds on scores (docs/improve.md)"] = ""
+
+    def check(self) -> None:
+        from fastlm.evals.safety.gates import read_gates
+
+        if not self.gates:
+            raise InputError("gates: wanted a TOML file of bounds, got none")
+        read_gates(self.gates)
+
+    def plan(self, inputs: Mapping[str, Any]) -> Facts:
+        from fastlm.evals.safety.gates import read_gates
+
+        names = [facts["name"] for facts in inputs["scores"]]
+        for gate in read_gates(self.gates):
+            if gate.score.partition(".")[0] not in names and not any("/" in n for n in names):
+                raise InputError(
+                    f"gates: {gate.score}: wanted a score of {', '.join(names)}, got none of them"
+                )
+        return {}
+
+    def contents(self, contents: Contents) -> Any:
+        return contents.tree(self.gates)
+
+    def run(self, job: Job) -> dict[str, Any]:
+        from fastlm.evals.safety.gates import doubts, read_gates
+        from fastlm.feedback.gate_metrics import read_scores, scores_of
+
+        scores: dict[str, Any] = {}
+        pairs = []
+        for given in job.inputs["scores"]:
+            path = given.path / "scores.json" if given.path.is_dir() else given.path
+            stage = path.resolve().parent.name
+            table = read_scores(path)
+            found = scores_of(stage, table)
+            if scores.keys() & found.keys():
+                raise InputError(
+                    f"scores: wanted folders of different names, got two called {stage}"
+                )
+            scores |= found
+            pairs.append((given.where, pair_of(table.get("ids", ()))))
+            if not pairs[-1][1]:
+                job.warn(f"scores: {given.where} does not say which models it is about")
+        models = common(pairs)
+        checks = []
+        for gate in read_gates(self.gates):
+            why = gate.failure(scores)
+            found = scores.get(gate.score, {})
+            checks.append({
+                "score": gate.score, "bounds": _bounds(gate), "passed": why is None,
+                "why": why or "",
+                "doubt": "; ".join(doubts([gate], scores)),
+                **{key: found.get(key) for key in ("value", "low", "high", "n")},
+            })  # fmt: skip
+        result = {
+            "promoted": all(check["passed"] for check in checks), "gates": checks,
+            "models": {key: asdict(model) for key, model in models.items()},
+        }  # fmt: skip
+        text = json.dumps(result, indent=1) + "\n"
+        save_atomic(make_folder(job.out) / DECISION, lambda path: path.write_text(text, "utf-8"))
+        for check in checks:
+            if check["doubt"]:
+                job.warn(f"gate: {check['doubt']}")
+            if not check["passed"]:
+                job.warn(f"gate failed: {check['why']}")
+        return result
+
+    def status(self, result: Mapping[str, Any]) -> int:
+        return 0 if result["promoted"] else 1
+
+    def told(self, result: Mapping[str, Any], job: Job) -> str:
+        failed = [check["why"] for check in result["gates"] if not check["passed"]]
+        if failed:
+            return f"not promoted: {'; '.join(failed)}"
+        return f"promoted: all {len(result['gates'])} gates passed: {job.out / DECISION}"
+
+    def report(self, job: Job, result: Mapping[str, Any]) -> Part:
+        del job
+        facts = {f"{key} model": model["name"] for key, model in result.get("models", {}).items()}
+        for check in result["gates"]:
+            measured = "not measured"
+            if check["value"] is not None:
+                measured = f"{check['value']:.3f}"
+            if check["low"] is not None and check["high"] is not None:
+                measured += " ({low:.3f} to {high:.3f})".format(**check)
+            passed = "passed" if check["passed"] else "failed"
+            doubt = f"; {check['doubt']}" if check["doubt"] else ""
+            facts[check["score"]] = f"{measured}, wanted {check['bounds']}: {passed}{doubt}"
+        failed = sum(not check["passed"] for check in result["gates"])
+        decided = "The new model is promoted: all gates passed."
+        if failed:
+            decided = (
+                f"The new model is not promoted: {failed} of {len(result['gates'])} gates failed."
+            )
+        total = len(result["gates"])
+        promoted = "" if result["promoted"] else "not "
+        return Part(
+            "May the new model replace the old one?",
+            f"{decided} A gate bounds the end of the interval, not the point.",
+            facts=facts,
+            cards=[(f"{total - failed} of {total}", f"gates passed: {promoted}promoted")],
+        )
+
+
+def _bounds(gate: Any) -> str:
+    least, most = gate.least, gate.most
+    told = [f"at least {least:g}"] * (least > -math.inf) + [f"at most {most:g}"] * (most < math.inf)
+    return ", ".join(told)

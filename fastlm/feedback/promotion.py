@@ -1,0 +1,96 @@
+"""The stage `Promotion`: which of two models serves next."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from fastlm.errors import InputError
+from fastlm.feedback.gate import DECISION, Decision
+from fastlm.files import make_folder, save_atomic
+from fastlm.pipeline.stage import Facts, Job, Part, Stage, Takes
+from fastlm.schema import read_document
+
+MODEL, PROMOTION = "model", "promotion.json"
+
+
+@dataclass(frozen=True)
+class Promotion(Stage):
+    """Take the new model if `fastlm gate` promoted it, else the old one: what stages after this one
+    read, and what is served next, is at one path whatever the gate decided. A decision about other
+    models is refused.
+    """
+
+    kind = "promotion"
+    command = ("promotion",)
+    reads = {
+        "new": Takes(("model",), "The new model"),
+        "old": Takes(("model",), "The model that serves now", default=False),
+        "decision": Takes(("decision",), "The folder of `fastlm gate`, or its decision.json"),
+    }
+    leaves = {"model": MODEL}
+    result = {"promoted": bool, "serves": str, "failed": list[str]}
+
+    def plan(self, inputs: Mapping[str, Any]) -> Facts:
+        new, old = inputs["new"][0], inputs["old"][0]
+        return {key: new[key] for key in new if key in old and new[key] == old[key]}
+
+    def run(self, job: Job) -> dict[str, Any]:
+        from fastlm.evals.suite import id_of
+        from fastlm.feedback.model_pair import NEW, OLD, Model, Pair, check_decided
+        from fastlm.pipeline.content_id import MODEL as FILES
+        from fastlm.pipeline.run_folder import is_adapter, locate_model
+
+        given = job.path("decision")
+        decision = read_document(given / DECISION if given.is_dir() else given, Decision)
+        promoted, gates = decision["promoted"], decision["gates"]
+        wanted = {
+            key: Model(one.name, id_of(one.where)) for key in (NEW, OLD) for one in job.inputs[key]
+        }
+        decided: Pair = {**decision.get("models", {})}
+        check_decided(wanted, decided, str(given))
+        if unknown := [key for key in wanted if key not in decided]:
+            job.warn(f"decision: {given} does not name the {' and the '.join(unknown)} model")
+        (taken,) = job.inputs["new" if promoted else "old"]
+        folder = locate_model(taken.path)
+        if folder.is_file() or is_adapter(folder):
+            raise InputError(f"{taken.name}: wanted a model folder with all weights, got {folder}")
+        result = {
+            "promoted": promoted, "serves": taken.name,
+            "failed": [gate["why"] for gate in gates if not gate["passed"]],
+        }  # fmt: skip
+
+        def copied(part: Path) -> None:
+            part.mkdir()
+            for path in sorted(folder.iterdir()):
+                if any(fnmatch(path.name, pattern) for pattern in FILES):
+                    shutil.copyfile(path, part / path.name)
+
+        save_atomic(make_folder(job.out) / MODEL, copied)
+        text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
+        save_atomic(job.out / PROMOTION, lambda path: path.write_text(text, "utf-8"))
+        return result
+
+    def told(self, result: Mapping[str, Any], job: Job) -> str:
+        return f"{_decided(result)}: {job.out / MODEL}"
+
+    def report(self, job: Job, result: Mapping[str, Any]) -> Part:
+        facts = {"model": str(job.out / MODEL)}
+        for number, why in enumerate(result["failed"], 1):
+            facts[f"gate {number} that failed"] = why
+        return Part(
+            "Which model serves next",
+            f"{_decided(result)}. Stages after this one read that model.",
+            facts=facts,
+            cards=[(result["serves"], "is the model that serves next")],
+        )
+
+
+def _decided(result: Mapping[str, Any]) -> str:
+    name = result["serves"]
+    if result["promoted"]:
+        return f"The new model was promoted: {name} serves next"
+    return f"The new model was not promoted: {name} still serves"

@@ -1,0 +1,185 @@
+"""``fastlm rank``: answers into a store, their ranks by people, and what was ranked out of it."""
+
+import math
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastlm.errors import InputError
+from fastlm.pipeline.commands import Cache
+from fastlm.progress import bars
+from fastlm.sources.packages import default_cache
+from fastlm.threads import Threads
+
+app = typer.Typer(
+    help="Rank answers to prompts: preferences to train on.",
+    no_args_is_help=True,
+)
+Store = Annotated[Path, typer.Argument(help="The store, an SQLite file")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Count bad rows and continue")]
+
+
+def _note(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+@app.command("import", short_help="Add prompts with answers to a store.")
+def import_command(
+    store: Store,
+    sources: Annotated[
+        list[str], typer.Argument(help=".jsonl or .json files, folders, pypi:, sdist: or deb:NAME")
+    ],
+    skip_bad: SkipBad = False,
+    cache: Cache = None,
+) -> None:
+    """Add prompts with answers to a store, which is made if it does not exist.
+
+    Rows are {"prompt", "answers"}, or preferences: pairs, ranked lists, corrections. Their ranks
+    are those of the row's "rater", or of a rater called "file".
+    """
+    from fastlm.data.conversations import Rows
+    from fastlm.serve.ranking import RankingStore, read_answers
+
+    rows = Rows()
+    examples = list(
+        read_answers(
+            sources, cache=cache or default_cache(), skip_bad=skip_bad, rows=rows, tell=_note
+        )
+    )  # before the store: a bad row leaves no empty one behind
+    with RankingStore(store, create=True) as found:
+        added = found.add(examples)
+    left_out = "".join(f", {count:,} {why}" for why, count in rows.counts.items())
+    typer.echo(
+        f"{store}: {rows.read:,} rows read{left_out}, {added.known:,} known before;"
+        f" new prompts {added.items:,}, rankings {added.judgements:,},"
+        f" corrections {added.corrections:,}"
+    )
+
+
+@app.command("sample", short_help="Add a model's answers to prompts to a store.")
+def sample_command(
+    store: Store,
+    prompts: Annotated[
+        list[str], typer.Option(help="Rows with a prompt, or conversations; may be given again")
+    ],
+    model: Annotated[
+        Path, typer.Option("--model", "-m", help="Hugging Face folder, .gguf, run or model:smollm2")
+    ],
+    k: Annotated[int, typer.Option(min=2, help="Answers per prompt")] = 4,
+    temperature: Annotated[float, typer.Option(min=0.01)] = 1.0,
+    top_p: Annotated[float | None, typer.Option(help="As for generate")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    seed: Annotated[int, typer.Option(help="The same seed samples the same answers")] = 0,
+    skip_bad: SkipBad = False,
+    cache: Cache = None,
+    threads: Threads = None,
+) -> None:
+    """Let a model answer each prompt K times, and add the answers to a store.
+
+    Each prompt's answers are stored at once: after Ctrl-C the same command continues.
+    """
+    from fastlm.feedback.rank_sample import sample_answers
+
+    sampled = sample_answers(
+        store, model, prompts, k=k, temperature=temperature, top_p=top_p,
+        max_new_tokens=max_new_tokens, seed=seed, cache=cache or default_cache(),
+        skip_bad=skip_bad, track=bars, tell=_note,
+    )  # fmt: skip
+    typer.echo(
+        f"{store}: new prompts {sampled.items:,}, known before {sampled.known:,}, left out because"
+        f" their answers are alike {sampled.alike:,}"
+    )
+
+
+@app.command("judge", short_help="Rank the answers, prompt by prompt.")
+def judge_command(
+    store: Store,
+    rater: Annotated[str, typer.Option("--rater", "-r", help="Your name")],
+    skipped: Annotated[
+        bool, typer.Option("--skipped", help="Only the prompts that you skipped")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Draws the order of answers on the screen")] = 0,
+) -> None:
+    """Rank the answers to each prompt: the numbers on the screen, the best first. ? shows more.
+
+    Each ranking is stored at once. Several raters can work at the same time. If stdin is not a
+    terminal, each of its lines is an input.
+    """
+    from fastlm.feedback import rank_terminal
+    from fastlm.serve.ranking import RankingStore
+
+    with RankingStore(store, seed=seed) as found:
+        rank_terminal.run(found, rater, skipped=skipped)
+
+
+@app.command("agreement", short_help="What each rater did, and how far raters agree.")
+def agreement_command(
+    store: Store, as_json: Annotated[bool, typer.Option("--json", help="As JSON")] = False
+) -> None:
+    """What each rater did, and how far raters agree: Krippendorff's alpha and pairs in order."""
+    import json
+    from dataclasses import asdict
+
+    from rich.console import Console
+    from rich.table import Column, Table
+    from rich.text import Text
+
+    from fastlm.serve.ranking import RankingStore
+
+    with RankingStore(store) as found:
+        raters, have = found.raters(), found.agreement()
+    if as_json:
+        figures = {**asdict(have), "raters": {name: asdict(n) for name, n in raters.items()}}
+        figures["alpha"] = None if math.isnan(have.alpha) else have.alpha
+        typer.echo(json.dumps(figures, indent=1))
+        return
+    console = Console(highlight=False)
+    counts = Table(
+        "rater", *(Column(c, justify="right") for c in ("ranked", "skipped", "corrected"))
+    )
+    for name, n in raters.items():
+        counts.add_row(Text(name), f"{n.ranked:,}", f"{n.skipped:,}", f"{n.corrected:,}")
+    console.print(counts)
+    if have.pairs:
+        table = Table(
+            "raters", Column("prompts in common", justify="right"),
+            Column("pairs of answers in the same order", justify="right"),
+        )  # fmt: skip
+        for pair in have.pairs:
+            share = f"{pair.alike / pair.pairs:.0%} of {pair.pairs:,}"
+            table.add_row(Text(", ".join(pair.raters)), f"{pair.items:,}", share)
+        console.print(table)
+    if math.isnan(have.alpha):
+        typer.echo("Krippendorff's alpha: none, no two raters ranked the same prompt")
+    else:
+        typer.echo(
+            f"Krippendorff's alpha (ordinal): {have.alpha:.3f}; prompts with two raters or more:"
+            f" {have.items:,}"
+        )
+
+
+@app.command("export", short_help="Write what was ranked as rows to train on.")
+def export_command(
+    store: Store,
+    path: Annotated[Path, typer.Argument(help="The .jsonl file to write")],
+    form: Annotated[
+        str,
+        typer.Option(help="pairs, ranked, labels, corrected or demonstrations"),
+    ] = "pairs",
+    rater: Annotated[
+        str | None, typer.Option("--rater", "-r", help="Only what this rater did")
+    ] = None,
+) -> None:
+    """Write what was ranked or corrected as rows to train on.
+
+    pairs: the better and the worse one of two answers. ranked: whole rankings. labels: the best
+    and the worst answers. corrected: corrections. demonstrations: corrections as conversations.
+    """
+    from fastlm.serve.ranking import RankingStore
+
+    if path.suffix not in (".jsonl", ".ndjson"):
+        raise InputError(f"path: wanted a name that ends in .jsonl, got {path}")
+    with RankingStore(store) as found:
+        rows = found.export(path, form, rater=rater)
+    typer.echo(f"{path}: {rows:,} rows")

@@ -1,0 +1,82 @@
+"""Answers of a model to be ranked."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastlm.data.conversations import read_examples
+from fastlm.data.preferences import Unranked, prompt_of
+from fastlm.errors import InputError
+from fastlm.progress import Track, silent
+from fastlm.serve.ranking import RankingStore
+from fastlm.sources.rows import ignore
+
+if TYPE_CHECKING:
+    from fastlm.serve.chat import Writer
+
+
+@dataclass
+class Sampled:
+    """How many prompts are new, were in the store, or gave fewer than two different answers."""
+
+    items: int = 0
+    known: int = 0
+    alike: int = 0
+
+
+def sample_answers(
+    path: str | Path,
+    model: str | Path,
+    prompts: Sequence[str],
+    *,
+    k: int,
+    cache: Path,
+    temperature: float = 1.0,
+    top_p: float | None = None,
+    max_new_tokens: int = 256,
+    seed: int = 0,
+    skip_bad: bool = False,
+    track: Track = silent,
+    tell: Callable[[str], None] = ignore,
+) -> Sampled:
+    """Sample ``k`` answers of ``model`` to each prompt of the sources ``prompts``
+    (`fastlm.data.preferences.prompt_of`) and add them to the store in the file ``path``, one
+    transaction per prompt.
+
+    Row i of prompt p draws with seed ``seed + p k + i``. A prompt that the store has
+    already is not sampled again. Equal and empty answers are left out.
+    """
+    from fastlm.serve.chat import Writer
+
+    rows = list(read_examples(prompts, prompt_of, cache=cache, skip_bad=skip_bad, tell=tell))
+    writer, sampled = Writer(model), Sampled()
+    with RankingStore(path, create=True) as store:
+        for number, row in enumerate(track(rows, "sampling", unit="prompts")):
+            if store.has_prompt(row.prompt, row.tools):
+                sampled.known += 1
+                continue
+            try:
+                answers = writer.write(
+                    [_ids(writer, row)] * k, max_new_tokens=max_new_tokens,
+                    seed=seed + number * k, temperature=temperature, top_p=top_p,
+                )  # fmt: skip
+            except InputError as error:
+                raise InputError(f"{row.place}: {error}") from None
+            texts = dict.fromkeys(answer.text for answer in answers if answer.text.strip())
+            if len(texts) < 2:
+                sampled.alike += 1
+                continue
+            messages = tuple([{"role": "assistant", "content": text}] for text in texts)
+            store.add([Unranked(row.prompt, messages, row.tools, row.place)])
+            sampled.items += 1
+    return sampled
+
+
+def _ids(writer: "Writer", row: Unranked) -> list[int]:
+    if writer.tokenizer.chat_template is not None:
+        variables: dict[str, Any] = {} if row.tools is None else {"tools": row.tools}
+        return writer.tokenizer.encode_chat(row.prompt, **variables)
+    if len(row.prompt) > 1:
+        raise InputError("model: wanted a chat template for a prompt of several messages, has none")
+    return writer.prompt_ids(row.prompt[0]["content"], raw=True)

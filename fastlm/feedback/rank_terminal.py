@@ -1,0 +1,236 @@
+"""The loop of ``fastlm rank judge``: shows an item, reads how the rater ranks it, stores that.
+
+On a terminal prompt_toolkit reads the lines and an answer to be corrected is edited in place, or in
+$VISUAL or $EDITOR. Elsewhere each line of stdin is an input, for scripts.
+"""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.rule import Rule
+from rich.text import Text
+
+from fastlm.data.conversations import Message
+from fastlm.errors import InputError
+from fastlm.serve.ranking import Item, RankingStore, check_rater
+
+WIDTH = 100  # columns at most: longer lines are hard to read
+HELP = """\
+2 1 3     answer 2 is the best, then 1, then 3; the last one may be left out
+1=2 3     1 and 2 are equally good, 3 is worse (also 1=23)
+s         skip this prompt
+c 2       correct answer 2; c 2 TEXT replaces it by TEXT
+b         back to the prompt before
+q         quit; what you ranked is stored already"""
+# What a terminal would obey, and marks that turn the direction of writing
+UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def run(store: RankingStore, rater: str, *, skipped: bool = False) -> None:
+    """Ask the rater about every item that he or she has not judged (or with ``skipped``, has
+    skipped), until there is none or the input ends.
+
+    On a terminal an input that means nothing prints a line; elsewhere it raises InputError.
+    """
+    check_rater(rater)
+    _Session(store, rater, skipped).run()
+
+
+def parse_ranking(text: str, count: int) -> list[int]:
+    """The ranks of ``count`` answers from an input such as "2 1=3", in the answers' order."""
+    wanted = f"wanted {' '.join(map(str, range(1, count + 1)))} in your order, the best first"
+    text = " ".join(text.split())
+    spaced = re.sub(" ?= ?", "=", text)
+    if count < 10:  # 21=3
+        spaced = re.sub(r"(\d)(?=\d)", r"\1 ", spaced)
+    ranks: dict[int, int] = {}
+    rank = 0
+    for rank, tied in enumerate(re.split("[ ,>]+", spaced)):
+        for number in tied.split("="):
+            if not re.fullmatch("[0-9]{1,9}", number):
+                raise InputError(f"{wanted} (? shows the commands), got {text!r:.60}")
+            answer = int(number)
+            if not 1 <= answer <= count or answer in ranks:
+                raise InputError(f"{wanted}, each once; got {text!r:.60}")
+            ranks[answer] = rank
+    missing = [answer for answer in range(1, count + 1) if answer not in ranks]
+    if len(missing) > 1:
+        raise InputError(f"{wanted}; {', '.join(map(str, missing))} are missing")
+    return [ranks.get(answer, rank + 1) for answer in range(1, count + 1)]
+
+
+class _Session:
+    def __init__(self, store: RankingStore, rater: str, skipped: bool):
+        self.store, self.rater, self.skipped = store, rater, skipped
+        self.terminal = sys.stdin.isatty()
+        self.read = _typed() if self.terminal else _piped
+        self.console = Console(highlight=False, soft_wrap=False)
+        self.done: list[int] = []  # items judged in this session
+
+    def run(self) -> None:
+        try:
+            self.ask_all()
+        finally:  # also after Ctrl-C
+            counts, total = self.store.progress(self.rater)
+            rest = total - counts.ranked - counts.skipped
+            skipped = f", {counts.skipped:,} skipped" if counts.skipped else ""
+            line = f"{counts.ranked:,} of {total:,} ranked{skipped}, {rest:,} to do"
+            self.console.print(f"{self.rater}: {line}", markup=False)
+
+    def ask_all(self) -> None:
+        item, back = self.next(), False
+        while item is not None:
+            self.show(item, back)
+            action = self.ask(item)
+            if action == "quit":
+                return
+            back = action == "back"
+            item = self.store.item(self.done.pop(), self.rater) if back else self.next()
+
+    def next(self) -> Item | None:
+        after = max(self.done, default=0) if self.skipped else 0
+        return self.store.next_item(self.rater, after=after, skipped=self.skipped)
+
+    def show(self, item: Item, back: bool) -> None:
+        counts, total = self.store.progress(self.rater)
+        number = counts.ranked + counts.skipped + 1
+        title = "back" if back else "skipped before" if self.skipped else f"{number:,} of {total:,}"
+        parts: list[Any] = [Rule(title, style="dim")]
+        for message in item.prompt:
+            parts += [Text(message["role"], style="bold"), Text(_shown(message)), Text()]
+        for number, answer in enumerate(item.answers, 1):
+            texts = [_shown(message) for message in answer.messages]
+            parts.append(
+                Panel(Text("\n".join(texts)), title=f"[b]{number}[/b]", title_align="left")
+            )
+        width = min(WIDTH, self.console.width)
+        self.console.print(Group(*parts), width=width)
+
+    def ask(self, item: Item) -> str:
+        """Read inputs until one of them is done with the item: "judged", "back" or "quit"."""
+        while True:
+            line = self.read("best first, ? for help: ", None)
+            if line is None:
+                return "quit"
+            try:
+                if action := self.obey(line.strip(), item):
+                    return action
+            except InputError as error:
+                if not self.terminal:
+                    raise
+                self.console.print(str(error), markup=False, style="yellow")
+
+    def obey(self, line: str, item: Item) -> str | None:
+        word, _, rest = line.partition(" ")
+        if not line:
+            return None
+        if word in ("q", "quit"):
+            return "quit"
+        if word in ("b", "back"):
+            if not self.done:
+                raise InputError("b: wanted a prompt before this one, this is the session's first")
+            return "back"
+        if word in ("?", "h", "help"):
+            self.console.print(HELP, markup=False)
+            return None
+        if word in ("c", "correct"):
+            self.correct(item, rest)
+            return None
+        if word in ("s", "skip"):
+            self.store.skip(self.rater, item)
+        else:
+            ranks = parse_ranking(line, len(item.answers))
+            self.store.judge(self.rater, item, ranks)
+            self.console.print(f"stored: {_order(ranks)}", style="dim")
+        self.done.append(item.id)
+        return "judged"
+
+    def correct(self, item: Item, rest: str) -> None:
+        number, _, text = rest.strip().partition(" ")
+        if not number.isdecimal() or not 1 <= int(number) <= len(item.answers):
+            raise InputError(f"c: wanted an answer from 1 to {len(item.answers)}, got {number!r}")
+        answer = item.answers[int(number) - 1]
+        if not text.strip():
+            if not self.terminal:
+                raise InputError(f"c {number}: wanted the corrected text after it, got none")
+            text = self.edit(answer.messages[-1]["content"])
+        if text is None:
+            return
+        self.store.correct(self.rater, item, answer, text)
+        self.console.print(f"stored: a correction of {number}", style="dim")
+
+    def edit(self, text: str) -> str | None:
+        if editor := os.environ.get("VISUAL") or os.environ.get("EDITOR"):
+            return _edited(text, editor)
+        self.console.print("Esc and Enter stores the text, Ctrl-C leaves it as it was", style="dim")
+        try:
+            return self.read("", text)
+        except KeyboardInterrupt:
+            return None
+
+
+def _order(ranks: list[int]) -> str:
+    groups = [
+        " = ".join(str(i) for i, r in enumerate(ranks, 1) if r == rank)
+        for rank in sorted(set(ranks))
+    ]
+    return " > ".join(groups)
+
+
+def _shown(message: Message) -> str:
+    """The text of a message without what a terminal would obey, and its tool calls."""
+    calls = message.get("tool_calls")
+    text = message["content"] + (json.dumps(calls, ensure_ascii=False) if calls else "")
+    return UNSAFE.sub("\ufffd", text)
+
+
+def _edited(text: str, editor: str) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "answer.txt"
+        file.write_text(text, "utf-8")
+        try:
+            status = subprocess.run([*shlex.split(editor), str(file)]).returncode
+        except (OSError, ValueError) as error:
+            raise InputError(f"EDITOR: wanted a program, got {editor!r:.60}: {error}") from None
+        if status:
+            raise InputError(f"{editor}: ended with status {status}, nothing is stored")
+        try:
+            return file.read_text("utf-8").removesuffix("\n")
+        except UnicodeDecodeError as error:
+            raise InputError(f"correction: wanted UTF-8 text: {error}") from None
+
+
+Read = Callable[[str, str | None], str | None]
+
+
+def _piped(prompt: str, text: str | None) -> str | None:
+    del prompt, text
+    return sys.stdin.readline() or None
+
+
+def _typed() -> Read:
+    """Reading from the terminal: a line, or a text of several lines that begins as ``text``. None:
+    Ctrl-D.
+    """
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.output import create_output
+
+    session: Any = PromptSession(output=create_output(always_prefer_tty=True))
+
+    def read(prompt: str, text: str | None) -> str | None:
+        try:
+            return session.prompt(prompt, default=text or "", multiline=text is not None)
+        except EOFError:
+            return None
+
+    return read

@@ -1,0 +1,168 @@
+"""The stage `Feedback`: what people said about answers, as rows to train on."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from fastlm.data.forgotten import forgotten_keys
+from fastlm.data.stage import funnel_values, tables
+from fastlm.errors import InputError
+from fastlm.feedback.build import PARTS, TRAIN, BuildOptions
+from fastlm.feedback.judgements import is_export, open_store
+from fastlm.pipeline.funnel import Funnel
+from fastlm.pipeline.stage import Facts, Job, MaybePositional, Part, Stage, Takes
+from fastlm.sources.input_digest import Contents
+
+if TYPE_CHECKING:
+    from fastlm.feedback.overlap import Overlap
+
+
+@dataclass(frozen=True)
+class Feedback(BuildOptions, Stage):
+    """Rows to train on from what people said about answers, where they consented.
+
+    They are scrubbed, filtered and de-duplicated, questions of evaluations and raters far from the
+    others are left out, and all of it is counted.
+    """
+
+    kind = "feedback"
+    command = ("feedback", "build")
+    version = 3
+    reads = {
+        "opinions": Takes(
+            ("opinions",), "The database that `fastlm feedback simulate` left, beside others",
+            optional=True, later=True,
+        ),
+    }  # fmt: skip
+    leaves = {"feedback": "."}
+    result = {"rows": dict[str, dict[str, int]], "raters": dict[str, Any]}
+    notes = """Written are train/, judge/ and test/ with sft.jsonl, preferences.jsonl (for dpo and
+reward), kto.jsonl (for dpo with loss = kto) and prompts.jsonl, funnel.json (fastlm data show) and
+raters.json."""
+
+    database: Annotated[
+        tuple[str, ...],
+        MaybePositional(
+            "Feedback databases: SQLite files or postgresql://USER@HOST/NAME; .jsonl files"
+        ),
+    ] = ()
+    decontaminate: Annotated[
+        tuple[str, ...],
+        "What must not enter: question sets (fastlm tasks), all; sets that fastlm safety asks,"
+        " safety (all of them); files of held-out prompts",
+    ] = ()
+
+    def plan(self, inputs: Mapping[str, Any]) -> Facts:
+        self._check_given(bool(inputs["opinions"]))
+        return {}
+
+    def _check_given(self, opinions: bool) -> None:
+        if not self.database and not opinions:
+            raise InputError("database: wanted at least one database or .jsonl file, got none")
+
+    def contents(self, contents: Contents) -> Any:
+        rows = [contents.tree(one) if is_export(one) else _digest(one) for one in self.database]
+        files = [contents.tree(one) for one in self.decontaminate if _is_file(one)]
+        return [rows, files, sorted(forgotten_keys([contents.folder]))]
+
+    def run(self, job: Job) -> dict[str, Any]:
+        from fastlm.feedback.build import build
+
+        given = job.optional("opinions")
+        self._check_given(given is not None)
+        databases = [*self.database, *([] if given is None else [str(given)])]
+        options = BuildOptions(**{f.name: getattr(self, f.name) for f in fields(BuildOptions)})
+        questions = self._questions(job) if self.decontaminate else None
+        if questions is None:
+            job.warn("decontaminate: names no question sets: answers to them may enter")
+        # of the run and of the folder of runs, as for prepared text
+        above = (job.out.parent, job.out.absolute().parent.parent) if job.in_recipe else ()
+        forgotten = forgotten_keys([job.out, *above])
+        done = build(
+            databases, job.out, options=options, questions=questions, forgotten=forgotten,
+            cache=job.cache,
+        )  # fmt: skip
+        left_out = {n for n, one in done.raters.items() if one.weight < self.least_weight}
+        return {
+            "rows": done.rows,
+            "raters": {
+                "raters": len(done.raters), "left_out": len(left_out),
+                "alone": sum(one.judged == 0 for one in done.raters.values()),
+            },
+        }  # fmt: skip
+
+    def _questions(self, job: Job) -> "Overlap":
+        from fastlm.data.prompts import read_prompts
+        from fastlm.evals.catalog import load_task, names_of
+        from fastlm.evals.contamination import question_texts
+        from fastlm.evals.safety.questions import TEXTS
+        from fastlm.evals.safety.questions import names_of as safety_sets
+        from fastlm.evals.safety.sets import Sets
+        from fastlm.feedback.overlap import Overlap
+
+        def questions() -> Iterator[tuple[str, str]]:
+            for name in self.decontaminate:
+                if _is_file(name):
+                    for prompt in read_prompts([name], cache=job.cache):
+                        yield Path(name).name, prompt.messages[-1]["content"]
+            for name in dict.fromkeys(n for one in self.decontaminate for n in safety_sets(one)):
+                for text in TEXTS[name](Sets(job.cache)):
+                    yield name, text
+            rest = [n for n in self.decontaminate if not _is_file(n) and not safety_sets(n)]
+            for name in names_of(rest):
+                for parts in question_texts(load_task(name, job.cache).questions):
+                    yield name, "".join(parts)
+
+        return Overlap(questions(), self.ngram)
+
+    def told(self, result: Mapping[str, Any], job: Job) -> str:
+        rows = ", ".join(f"{n:,} {form}" for form, n in result["rows"][TRAIN].items())
+        raters = result["raters"]
+        return (
+            f"{job.out}: {rows} to learn from; {raters['left_out']:,} of {raters['raters']:,}"
+            " raters left out"
+        )
+
+    def shown(self, result: Mapping[str, Any], job: Job) -> Any:
+        from rich.console import Group
+        from rich.table import Table
+
+        forms = Table("part", title="Rows")
+        for form in result["rows"][TRAIN]:
+            forms.add_column(form, justify="right")
+        for part in PARTS:
+            forms.add_row(part, *(f"{n:,}" for n in result["rows"][part].values()))
+        return Group(tables(Funnel.load(job.out)), forms, self.told(result, job))
+
+    def report(self, job: Job, result: Mapping[str, Any]) -> Part:
+        funnel = Funnel.load(job.out)
+        raters = result["raters"]
+        kept = sum(step["documents"] for step in funnel.steps[-len(PARTS) :])
+        return Part(
+            "What users said, and what was left of it",
+            f"Judgements (thumbs, picks, corrections) after each step. {raters['left_out']:,} of"
+            f" {raters['raters']:,} raters do not agree with the others and were left out;"
+            f" {raters['alone']:,} judged nothing that another judged, so nobody knows.",
+            cards=[(f"{kept:,}", "judgements of answers")],
+            template="data.html.jinja",
+            values=funnel_values(funnel),
+        )
+
+
+def _is_file(name: str) -> bool:
+    return "/" in name or is_export(name)
+
+
+def _digest(where: str) -> str:
+    """A hash of what a database holds."""
+    import hashlib
+    import json
+    from dataclasses import asdict
+
+    with open_store(where) as store:
+        found = hashlib.sha256()
+        for one in [*store.answers().values(), *store.opinions(), *store.ratings()]:
+            found.update(json.dumps(asdict(one), sort_keys=True).encode("utf-8", "replace"))
+        found.update("\n".join(sorted(store.withdrawn())).encode("utf-8", "replace"))
+    return found.hexdigest()

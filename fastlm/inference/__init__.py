@@ -1,0 +1,1 @@
+"""The engine: requests, scheduling, blocks of keys and values, sampling, structured output."""

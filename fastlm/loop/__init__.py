@@ -1,1 +1,0 @@
-"""The way back: what people say becomes rows, and a new model is measured against the old one."""

@@ -1,0 +1,369 @@
+"""Decode steps on the CPU as one call into `fastlm._cpu`: one token per row, or several rows of one
+sequence, run through the whole model in one parallel region (csrc/cpu/decode_step.h).
+
+The modules compute the same up to rounding, op by op. Their roughly 300 calls per step, each a
+parallel region, cost a small model more time than its weights do. Here activations stay float32
+between the weights, so 16-bit models are slightly more accurate than through their modules. A row's
+result depends neither on the other rows nor on the number of threads.
+
+`why_not` decides which models use the modules instead. Rejected: recording the op calls as a CUDA
+graph does, which keeps the parallel regions.
+"""
+
+import os
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fastlm import backend
+from fastlm.inference.decode_batch import MAX_ROWS
+from fastlm.model.layers import KVCache
+from fastlm.model.lora import LoraLinear
+from fastlm.model.quantized_modules import QuantizedLinear
+from fastlm.ops.quantized_weight import QuantizedWeight
+
+if TYPE_CHECKING:
+    from fastlm.model.causal_lm import CausalLM
+
+_TILE = 16  # rows of a weight whose scales are stored together, as the kernel reads them
+
+_plans: "weakref.WeakKeyDictionary[CausalLM, Plan]" = weakref.WeakKeyDictionary()
+
+
+def why_not(model: "CausalLM") -> str | None:
+    """Why this model's steps go through its modules, or None if they do not."""
+    if model.device.type != "cpu" or torch.compiler.is_compiling():
+        return "the kernel runs on the CPU, outside torch.compile"
+    if backend.why_not("cpu"):
+        return backend.why_not("cpu")
+    if not backend.serves_by("cpu", "rms_norm", model.model.norm.weight):
+        return "another backend is forced, or the kernel does not serve the model's dtype"
+    layers: Any = model.model.layers
+    if [layer.self_attn.layer for layer in layers] != list(range(model.config.num_hidden_layers)):
+        return "its layers are not those of its config"
+    return unusual(model)
+
+
+def unusual(model: "CausalLM") -> str | None:
+    """What in this model only calling its modules one by one would respect, or None."""
+    if model.training and model.config.attention_dropout:
+        return "the model is training with dropout"
+    every = torch.nn.modules.module
+    if every._global_forward_hooks or every._global_forward_pre_hooks:
+        return "all modules have hooks"
+    for name, module in model.named_modules():
+        if type(module) not in _KNOWN and not type(module).__module__.startswith("fastlm."):
+            return f"{name} is {type(module).__name__}, which the kernel does not know"
+        if isinstance(module, LoraLinear):
+            return f"{name} has an adapter that is not merged"
+        if module._forward_hooks or module._forward_pre_hooks:
+            return f"{name} has hooks"
+        if "forward" in vars(module):
+            return f"{name} has a forward of its own"
+    return None
+
+
+_KNOWN = (nn.Linear, nn.Embedding, nn.ModuleList)
+
+
+class Plan:
+    """A model as the kernel sees it. Weights are read in place; `tensors` keeps alive what the
+    kernel points to, and what `state` records by address."""
+
+    def __init__(self, model: "CausalLM"):
+        self.tensors = [t.detach() for t in _tensors(model)]
+        self.copies: list[tuple[Tensor, Tensor, float]] = []  # copy == source.float() + offset
+        self.state = state_of(model)
+        self.packs = packs(model)
+        config, decoder = model.config, model.model
+        embedding = self._linear(decoder.embed_tokens, None, 16, packs=False)
+        if config.tie_word_embeddings:
+            act_bits = getattr(decoder.embed_tokens, "act_bits", 16)
+            head = self._linear(decoder.embed_tokens, None, act_bits)
+        else:
+            head = self._module(model.lm_head)
+        self.cpp = backend.cpu_extension.DecodePlan(
+            embedding=embedding,
+            head=head,
+            norm=self._norm(decoder.norm),
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            act=config.act,
+            eps=config.rms_norm_eps,
+            scale=config.scale,
+            softcap=config.attn_logit_softcapping or 0.0,
+            embedding_scale=decoder.embedding_scale(model.dtype),
+            logit_softcap=config.final_logit_softcapping or 0.0,
+        )
+        # In a model that rounds its activations to 8 bits, keys and values lose nothing that
+        # matters in float16, and the cache is half of what a step for 16 users reads
+        rounded = [isinstance(m, QuantizedLinear) and m.act_bits == 8 for m in _linears(model)]
+        self.cache_dtype = torch.float16 if any(rounded) else model.dtype
+        self.multiplies_int8 = all(rounded)
+        self.rotary = list({id(t): t for t in decoder._rotary if t is not None}.values())
+        places = {id(t): i for i, t in enumerate(self.rotary)}
+        for layer, tables in zip(decoder.layers, decoder._rotary):
+            self._add_layer(layer, -1 if tables is None else places[id(tables)])
+
+    def _add_layer(self, layer: Any, rotary: int) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        if "qkv_proj" in attention._modules:
+            qkv = [self._module(attention.qkv_proj)]
+        else:
+            projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+            qkv = [self._module(m) for m in projections]
+        if "gate_up_proj" in mlp._modules:
+            gate, up = (self._module(mlp.gate_up_proj, half) for half in (0, 1))
+        else:
+            gate, up = self._module(mlp.gate_proj), self._module(mlp.up_proj)
+        self.cpp.add_layer(
+            norms=[n and self._norm(layer._modules[n]) for n in layer.norms],
+            qkv=qkv,
+            out=self._module(attention.o_proj),
+            gate=gate,
+            up=up,
+            down=self._module(mlp.down_proj),
+            q_norm=self._norm(attention.q_norm) if attention.qk_norm else None,
+            k_norm=self._norm(attention.k_norm) if attention.qk_norm else None,
+            window=attention.window or 0,
+            rotary=rotary,
+        )
+
+    def _keep(self, tensor: Tensor | None) -> Tensor | None:
+        if tensor is not None:
+            self.tensors.append(tensor)
+        return tensor
+
+    def _copy(self, source: Tensor, offset: float = 0.0) -> Tensor:
+        source = source.detach()
+        copy = (source.float() + offset).contiguous()
+        self.copies.append((copy, source, offset))
+        return copy
+
+    def follows(self, model: "CausalLM") -> bool:
+        """Whether the plan still matches the model. Norms and biases are compared by value, since
+        writing to ``p.data`` (averaged weights, say) leaves no trace."""
+        return self.state == state_of(model) and all(
+            torch.equal(copy, source.float() + offset) for copy, source, offset in self.copies
+        )
+
+    def _norm(self, norm: Any) -> Tensor:
+        return self._copy(norm.weight, norm.offset)
+
+    def _module(self, module: Any, half: int | None = None) -> Any:
+        act_bits = module.act_bits if isinstance(module, QuantizedLinear) else 16
+        bias = None if module.bias is None else self._copy(module.bias)
+        return self._linear(module, bias, act_bits, half)
+
+    def _linear(
+        self,
+        module: Any,
+        bias: Tensor | None,
+        act_bits: int,
+        half: int | None = None,
+        packs: bool = True,
+    ) -> Any:
+        """The C++ view of a weight, or of one half of its rows."""
+        weight = module.weight
+        n, k = weight.shape
+        rows = slice(0, n) if half is None else slice(half * n // 2, (half + 1) * n // 2)
+        if isinstance(weight, QuantizedWeight):
+            data, bits, group_size = weight.qdata, weight.bits, weight.group_size
+            zeros = None if weight.zeros is None else weight.zeros[rows]
+            table = self._keep(scale_table(weight.scales[rows], zeros, bits))
+        else:
+            data, table, bits, group_size = weight.detach(), None, 16, 0
+        linear = backend.cpu_extension.DecodeLinear(
+            weight=self._keep(data[rows].contiguous()),
+            table=table,
+            bias=None if bias is None else self._keep(bias[rows].contiguous()),
+            bits=bits,
+            k=k,
+            group_size=group_size,
+            act_bits=act_bits,
+        )
+        if bits != 16 and packs and self.packs:
+            tiles = torch.empty(linear.tile_bytes, dtype=torch.uint8)
+            linear.pack(self._keep(tiles))
+        return linear
+
+
+def _linears(model: "CausalLM") -> list[nn.Module]:
+    """The linear layers of a model's decoder layers."""
+    decoder: Any = model.model.layers
+    return [m for m in decoder.modules() if isinstance(m, nn.Linear | QuantizedLinear)]
+
+
+# Tokens of a prompt. A row attends alone, the modules for many rows at once: for SmolLM2 rows take
+# 0.95 of the modules' time at 512 tokens, 1.07 at 1024, 1.15 at 2048.
+LONG_PROMPT = 1024
+
+
+def takes_prompts(plan: Plan) -> bool:
+    """Whether prompts are rows of decode steps, too, rather than calls of the modules: where that
+    was measured to be as fast, but for those above LONG_PROMPT."""
+    return plan.multiplies_int8 and backend.cpu_extension.isa() == "avx2"
+
+
+def packs(model: "CausalLM") -> bool:
+    """Whether quantized weights are copied into the order in which the kernel multiplies, which
+    makes a one-row step a quarter faster. They are if the copy takes a sixteenth of the memory at
+    most, so it never keeps a model from fitting."""
+    weights = [m.qdata for m in model.modules() if isinstance(m, QuantizedLinear)]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return 16 * sum(w.numel() for w in weights) <= memory
+
+
+def scale_table(scales: Tensor, zeros: Tensor | None, bits: int) -> Tensor:
+    """(N, groups) -> (ceil(N / 16), groups, 1 or 2, 16): scales, and offsets for unsigned nibbles
+    (4 bits) or for q (8). In 16 bits where nothing is lost: a file's scales usually were 16-bit."""
+    n, groups = scales.shape
+    scales = scales.detach().float().contiguous()
+    zeros = None if zeros is None else zeros.detach().float().contiguous()
+    shape = (-(-n // _TILE), groups, 1 if zeros is None else 2, _TILE)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        table = torch.empty(shape, dtype=dtype)
+        if backend.cpu_extension.scale_table(scales, zeros, bits, table):
+            break
+    return table
+
+
+def _tensors(model: "CausalLM") -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
+def state_of(model: "CausalLM") -> tuple:
+    """What a plan was built from, equal as long as the model is the same: the config, how
+    activations are rounded, where each tensor is stored and how often it was written to."""
+    written = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in _tensors(model)]
+    act_bits = [getattr(m, "act_bits", 16) for m in model.modules()]
+    return dict(vars(model.config)), act_bits, written
+
+
+def plan_of(model: "CausalLM") -> Plan | None:
+    """Return the model's plan, built once and rebuilt when the model has changed (writing codes and
+    scales of quantized weights through ``.data`` goes unnoticed); None where `why_not` has a
+    reason."""
+    if why_not(model) is not None:
+        _plans.pop(model, None)  # it would keep the old parameters alive
+        return None
+    plan = _plans.get(model)
+    if plan is None or not plan.follows(model):
+        plan = _plans[model] = Plan(model)
+    return plan
+
+
+class PagedSteps:
+    """Decode steps of rows whose keys and values are in pages: ``data`` (layers, 2, pages, Hkv,
+    page_size, D); of int8 with ``scales`` (layers, 2, pages, Hkv, page_size) float32."""
+
+    def __init__(
+        self,
+        model: "CausalLM",
+        plan: Plan,
+        data: Tensor,
+        scales: Tensor | None = None,
+        rope_length: int = 0,
+    ):
+        self.plan, self.data, self.scales, self.rope_length = plan, data, scales, rope_length
+        self.vocab = model.config.vocab_size
+        self.workspace = torch.empty(0, dtype=torch.uint8)
+
+    def logits(
+        self,
+        tokens: Tensor,
+        lengths: Tensor,
+        table: Tensor,
+        *,
+        wanted: Tensor | None = None,
+        context: int | None = None,
+    ) -> Tensor:
+        """(B,) int64 tokens, after ``lengths`` (B,) int64 cached ones -> (B, V) float32, or
+        (L, V): of the rows ``wanted`` (L,) int64, in order.
+
+        ``table`` (B, P) int32: the pages of each row, in order; entries beyond its last are not
+        read. Each row's key and value are written behind its cached ones. Several tokens of one
+        sequence are rows that follow each other, with the same pages. ``context``: the length
+        that rotary frequencies depend on, where they do; by default ``rope_length`` or the longest
+        row's.
+        """
+        torch.get_num_threads()  # passes torch's number of threads to OpenMP
+        plan, longest = self.plan, int(lengths.max()) + 1
+        rows = tokens.shape[0]
+        room = plan.cpp.workspace_bytes(rows, longest) + 64
+        if self.workspace.numel() < room:  # the first step, more keys, or more threads
+            most = self.data.shape[-2] * table.shape[1]
+            room = plan.cpp.workspace_bytes(rows, min(max(2 * longest, 256), most)) + 64
+            self.workspace = torch.empty(room, dtype=torch.uint8)
+        context = context or max(longest, self.rope_length)
+        rotary = [t for r in plan.rotary for t in r.tables(context, tokens.device)]
+        wanted = torch.arange(rows) if wanted is None else wanted
+        out = torch.empty(wanted.shape[0], self.vocab)
+        backend.cpu_extension.decode_step(
+            plan.cpp, tokens, lengths, table, self.data, self.scales, rotary, self.workspace,
+            wanted, out,
+        )  # fmt: skip
+        return out
+
+
+class Steps:
+    """The decode steps of one generation. ``cache`` holds the prompts and belongs to this object
+    from the first step on: each row is a page, and its keys move to the page's beginning. `starts`:
+    padding columns before each row, or None.
+    """
+
+    def __init__(self, model: "CausalLM", plan: Plan, cache: KVCache, starts: Tensor | None):
+        self.model, self.plan, self.cache, self.starts = model, plan, cache, starts
+        self.begin()
+
+    def begin(self) -> None:
+        """Make the cache's tokens, which the modules wrote, those of the next step."""
+        self.lengths: Tensor | None = None
+
+    def shrink(self, at: Tensor) -> None:
+        """Go on with these rows, after the cache did."""
+        self.starts = None if self.starts is None else self.starts[at]
+        self.lengths = None if self.lengths is None else self.lengths[at]
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        data = self.cache.data
+        self.steps = PagedSteps(self.model, self.plan, data)
+        self.table = torch.arange(data.shape[2], dtype=torch.int32)[:, None]
+
+    def prompt_logits(self, ids: Tensor, first: Tensor, prompt_of: Tensor) -> Tensor:
+        """(B, S) int64 prompts for an empty cache -> (B, V) float32, what follows them. Their
+        tokens are rows of steps (`takes_prompts`). Row r has the prompt of row
+        ``first[prompt_of[r]]``, which is computed once."""
+        rows, width = ids.shape
+        starts = torch.zeros(rows, dtype=torch.int64) if self.starts is None else self.starts
+        positions = torch.arange(width) - starts[first, None]
+        prompt, column = (positions >= 0).nonzero(as_tuple=True)
+        positions, places = positions[prompt, column], first[prompt]
+        tokens, table = ids[places, column], places[:, None].int()
+        self._lay_out()
+        self.cache.length, self.lengths = width, width - starts
+        last, out = (width - starts[first]).cumsum(0) - 1, []
+        for begin in range(0, len(tokens), MAX_ROWS):
+            part = slice(begin, begin + MAX_ROWS)
+            ends = last[(last >= begin) & (last < begin + MAX_ROWS)] - begin
+            step = tokens[part], positions[part], table[part]
+            out.append(self.steps.logits(*step, wanted=ends, context=width))
+        if len(first) < rows:
+            for layer in self.cache.data:
+                layer[..., :width, :] = layer[:, first[prompt_of], :, :width]
+        return torch.cat(out)[prompt_of]
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """(B,) int64 tokens, after those in the cache -> (B, V) float32."""
+        if self.lengths is None:
+            self.lengths = self.cache.align(self.starts)
+            self._lay_out()
+        self.cache.length += 1
+        context = self.cache.length  # padding included, as where the modules computed the prompt
+        out = self.steps.logits(tokens, self.lengths, self.table, context=context)
+        self.lengths += 1
+        return out

@@ -1,0 +1,238 @@
+"""Decode steps on a GPU, recorded once and replayed: one token per row runs through the whole model
+as one CUDA graph.
+
+Each of some ten kernels per layer takes a GPU a few microseconds; Python takes ten times as long to
+launch it. In a graph nothing may depend on host state, so a step reads its tokens, the position of
+each row's next key and the pages of each row from the device. `fastlm.ops.paged_append` writes keys
+and values to the pages; attention is `fastlm.ops.paged_attention`.
+
+In a small model, launches are most of a step, so the CUDA kernels combine some: rotation with
+append (`fastlm.cuda.rope_append`), and a norm or a gate with rounding its result for a projection
+in int8 (`rms_norm_round`, `glu_round`).
+
+`why_not` decides which models run module by module instead. Not measured on a GPU.
+"""
+
+import contextlib
+import functools
+import threading
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastlm import backend
+from fastlm.backend import serves_by
+from fastlm.model import cpu_steps
+from fastlm.model.layers import Call, Fused, KVCache
+from fastlm.model.paged_call import PagedCall
+from fastlm.model.quantized_modules import QuantizedEmbedding
+
+if TYPE_CHECKING:
+    from fastlm.model.causal_lm import CausalLM
+
+
+def why_not(model: "CausalLM") -> str | None:
+    """Why this model's steps are not recorded, or None if they are."""
+    if model.device.type != "cuda":
+        return "graphs are a GPU's"
+    if model.model.by_length:
+        return "its rotary frequencies depend on the length of the context"
+    if backend.forced() not in (None, "cuda"):
+        return "another backend is forced"
+    if not serves_by("cuda", "paged_append", model.model.norm.weight):
+        return "the CUDA kernels are not built, or do not serve its dtype"
+    if backend.why_not("triton"):  # attention that the CUDA kernel does not support
+        return backend.why_not("triton")
+    if torch.is_autocast_enabled("cuda"):
+        return "the cache has not the dtype of autocast, whose casts a graph would outlive"
+    embedding: Any = model.model.embed_tokens
+    quantized = isinstance(embedding, QuantizedEmbedding)
+    if (embedding.dtype if quantized else embedding.weight.dtype) != model.dtype:
+        return "its activations have not the dtype of its norms, which is the cache's"
+    return cpu_steps.unusual(model)
+
+
+_recording = threading.Lock()  # torch allows one recording at a time per process
+_failed: list[Any] = []  # graphs that torch's allocator still checks for an ongoing recording
+
+
+@functools.cache
+def _stream(replays_on: torch.cuda.Stream) -> torch.cuda.Stream:
+    """The stream to record on. Torch's own belongs to the device that was recorded on first, and
+    work on another device would not be recorded. cuBLAS keeps a workspace per stream, so graphs
+    that run one after another share a stream, and those that run concurrently have another.
+    """
+    return torch.cuda.Stream(replays_on.device)
+
+
+# Tokens that a row's pages have room for, at least: shorter rows share their graphs. The kernels
+# skip what a row does not have.
+_LEAST_ROOM = 1024
+
+
+def _padded_rows(rows: int) -> int:
+    """A power of two up to `cpu_steps.MAX_ROWS`, the most rows of an engine's step; then a multiple
+    of it."""
+    most = cpu_steps.MAX_ROWS
+    return 1 << (rows - 1).bit_length() if rows < most else -(-rows // most) * most
+
+
+def _parts(words: Tensor, rows: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens (rows,) int64, positions (rows,) and table (rows, width) int32: views of `_words`."""
+    rest = words[rows:].view(torch.int32)
+    return words[:rows], rest[:rows], rest[rows : rows * (1 + width)].view(rows, width)
+
+
+def _words(rows: int, width: int, **options: Any) -> Tensor:
+    """The inputs of a step in one piece of memory, so that one copy fills them."""
+    return torch.zeros(rows + (rows * (1 + width) + 1) // 2, dtype=torch.int64, **options)
+
+
+class _Step(PagedCall):
+    """The step of so many rows with so many pages each, on inputs at fixed addresses."""
+
+    def __init__(self, model: "CausalLM", data: Tensor, rows: int, width: int):
+        self.model, self.used, self.graph = model, False, None
+        # per layer (pages, page_size, Hkv, D)
+        self.keys_and_values = [[t.transpose(1, 2) for t in layer] for layer in data]
+        self.inputs = _words(rows, width, device=data.device)
+        tokens, positions, self.table = _parts(self.inputs, rows, width)
+        self.tokens, self.positions = tokens[:, None], positions[:, None]
+        # kept here: `RotaryTables` may replace them with longer ones
+        room = min(width * data.shape[-2], model.context_limit)
+        self.rotary = model.model.rotary(0, room, room, data.device)
+
+    def fill(self, tokens: Tensor, lengths: Tensor, table: Tensor) -> None:
+        """Write the inputs. Further rows are at -1: they attend to nothing and write nowhere."""
+        rows, width = table.shape
+        # torch's allocator keeps pinned memory until the copy from it has ended
+        words = _words(*self.table.shape, pin_memory=self.inputs.is_cuda)
+        own = _parts(words, *self.table.shape)
+        own[1].fill_(-1)
+        own[0][:rows], own[1][:rows], own[2][:rows, :width] = tokens, lengths, table
+        self.inputs.copy_(words, non_blocking=True)
+
+    def run(self) -> Tensor:
+        """Compute the step from what the device holds, and nothing else: (rows, V)."""
+        self.lengths = self.positions[:, 0] + 1
+        call = Call(None, None, None, [], fused=True, step=self)
+        return self.model.logits(self.model.model(self.tokens, call)[:, -1])
+
+    def record(self, pool: Any) -> None:
+        """Make `graph`, whose replay writes to `out`. Raises RuntimeError, out of memory too."""
+        graph = torch.cuda.CUDAGraph()
+        # What a graph reads must stay alive, even if the model is moved, changed, or fused again by
+        # another generation
+        model = self.model
+        self.kept = [t.detach() for t in (*model.parameters(), *model.buffers())]
+        fused = (f for m in model.modules() for f in vars(m).values() if isinstance(f, Fused))
+        self.kept += [f.bias for f in fused if f.bias is not None]
+        current = torch.cuda.current_stream()
+        # other threads (data loaders, say) may allocate and wait for events meanwhile
+        options: Any = {"stream": _stream(current), "capture_error_mode": "thread_local"}
+        try:
+            # the first restores the stream, even after an error
+            with _recording, torch.cuda.stream(current), torch.cuda.graph(graph, pool, **options):
+                self.out = self.run()
+        except RuntimeError:
+            _failed.append(graph)
+            raise
+        self.graph = graph
+
+
+class PagedSteps:
+    """Decode steps of rows whose keys and values are in pages: ``data`` (layers, 2, pages, Hkv,
+    page_size, D).
+
+    The number of rows and that of a row's pages are padded to powers of two, so few graphs serve
+    all steps. Each is recorded when it is needed a second time. They share their memory, which is
+    safe because one runs after the other. Graphs read weights in place: make a new object where a
+    weight has moved.
+    """
+
+    def __init__(self, model: "CausalLM", data: Tensor):
+        self.model, self.data = model, data
+        self.recordable = data.is_cuda
+        self.steps: dict[tuple[int, int], _Step] = {}
+        self.pool: Any = None
+
+    @torch.inference_mode()
+    def logits(
+        self, tokens: Tensor, lengths: Tensor, table: Tensor, *, wanted: Tensor | None = None
+    ) -> Tensor:
+        """(B,) int64 tokens, after ``lengths`` (B,) int64 cached ones -> (B, V), valid until the
+        next call, or a copy (L, V): of the rows ``wanted`` (L,) int64, in order.
+
+        ``table`` (B, P) int32: the pages of each row, in order; entries beyond its last are not
+        read. Each row's key and value are written behind its cached ones.
+        """
+        rows, width = table.shape
+        width = max(1 << (width - 1).bit_length(), _LEAST_ROOM // self.data.shape[-2])
+        shape = _padded_rows(rows), width
+        with self._on_device():
+            step = self.steps.get(shape)
+            if step is None:
+                step = self.steps[shape] = _Step(self.model, self.data, *shape)
+            self.last = step
+            step.fill(tokens, lengths, table)
+            out = self._run(step)[:rows]
+            if wanted is None:
+                return out
+            return out.clone() if len(wanted) == rows else out[wanted.to(out.device)]
+
+    @torch.inference_mode()
+    def next_logits(self, tokens: Tensor) -> Tensor:
+        """`logits` of the same rows, each with its next token: (B,) int64, on the device."""
+        rows, step = len(tokens), self.last
+        with self._on_device():
+            step.tokens[:rows, 0] = tokens
+            step.positions[:rows] += 1
+            return self._run(step)[:rows]
+
+    def _on_device(self) -> contextlib.AbstractContextManager:
+        return (
+            torch.cuda.device(self.data.device) if self.data.is_cuda else contextlib.nullcontext()
+        )
+
+    def _run(self, step: _Step) -> Tensor:
+        # the first time compiles and caches what a recording must not
+        if self.recordable and step.used and step.graph is None:
+            self._record(step)
+        step.used = True
+        if step.graph is None:
+            return step.run()
+        step.graph.replay()
+        return step.out
+
+    def _record(self, step: _Step) -> None:
+        if self.pool is None:
+            self.pool = torch.cuda.graph_pool_handle()
+        try:
+            step.record(self.pool)
+        except RuntimeError as error:
+            warnings.warn(f"decode steps are not recorded: {error}", stacklevel=2)
+            self.recordable = False
+
+
+class Steps:
+    """The decode steps of one generation. `cache` holds the prompts and belongs to this object from
+    the first step on: each row is a page, and its keys move to the page's beginning. `starts`:
+    number of padding columns before each row, or None.
+    """
+
+    def __init__(self, model: "CausalLM", cache: KVCache, starts: Tensor | None):
+        self.cache, self.starts, self.begun = cache, starts, False
+        self.steps = PagedSteps(model, cache.data)
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """(B,) int64 tokens, after those in the cache -> (B, V), valid until the next call."""
+        if self.begun:
+            out = self.steps.next_logits(tokens)
+        else:
+            lengths = self.cache.align(self.starts)
+            table = torch.arange(len(tokens), dtype=torch.int32)[:, None]
+            out, self.begun = self.steps.logits(tokens, lengths, table), True
+        self.cache.length += 1
+        return out

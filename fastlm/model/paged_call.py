@@ -1,0 +1,73 @@
+"""One token of each row through a model's modules, with keys and values in pages: any device, any
+model.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastlm.backend import serves_by
+from fastlm.model.layers import Call
+from fastlm.ops import paged_append, paged_attention, rope
+
+if TYPE_CHECKING:
+    from fastlm.inference.block_manager import Pages
+    from fastlm.model.causal_lm import CausalLM
+
+
+class PagedCall:
+    """What the attention of such a call reads and writes; see `fastlm.model.layers.Step`.
+
+    keys_and_values: per layer two caches (pages, page_size, Hkv, D). table (B, P) int32: the pages
+    of each row. positions (B, 1) int32: where its new token is written. lengths: positions + 1,
+    (B,). rotary: per layer the tables of all positions, or None.
+    """
+
+    keys_and_values: list[list[Tensor]]
+    table: Tensor
+    positions: Tensor
+    lengths: Tensor
+    rotary: list[tuple[Tensor, Tensor] | None]
+
+    def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        keys, values = self.keys_and_values[layer]
+        places = keys, values, self.table, self.positions
+        tables = self.rotary[layer]
+        if tables is not None and any(serves_by(b, "rope", q) for b in ("cuda", "simt")):
+            from fastlm.cuda.rope_append import rope_append
+
+            q = rope_append(q, k, v, *tables, *places)
+        else:
+            if tables is not None:
+                now = self.positions.long()
+                cos, sin = (t[now] for t in tables)
+                q, k = q.transpose(1, 2), k.transpose(1, 2)
+                q, k = rope(q, k, cos, sin, rotary_dim=cos.shape[-1])
+                q, k = q.transpose(1, 2), k.transpose(1, 2)
+            paged_append(k, v, *places)
+        out = paged_attention(q, keys, values, self.table, self.lengths, **options)
+        assert isinstance(out, Tensor)  # a pair only with return_lse
+        return out
+
+
+class ModuleSteps(PagedCall):
+    """Decode steps module by module, where neither a kernel runs a whole step (`cpu_steps.why_not`)
+    nor a graph (`cuda_steps.why_not`). A row's bits may depend on the number of rows."""
+
+    def __init__(self, model: "CausalLM", pages: "Pages"):
+        self.model, self.pages = model, pages
+        self.keys_and_values = [[t.transpose(1, 2) for t in layer] for layer in pages.layers]
+
+    @torch.inference_mode()
+    def logits(self, tokens: Tensor, lengths: Tensor, table: Tensor, *, wanted: Tensor) -> Tensor:
+        """(B,) int64 tokens after ``lengths`` (B,) cached ones, in the pages of ``table`` (B, P)
+        int32 -> (L, V), of the rows ``wanted`` (L,)."""
+        model, device = self.model, self.pages.data.device
+        longest = max(int(lengths.max()) + 1, self.pages.rope_length)
+        self.positions = lengths.to(device, torch.int32)[:, None]
+        self.lengths, self.table = self.positions[:, 0] + 1, table.to(device)
+        self.rotary = model.model.rotary(0, longest, longest, device)
+        call = Call(None, None, None, [], fused=True, step=self)
+        hidden = model.model(tokens.to(device)[:, None], call)[:, -1]
+        return model.logits(hidden[wanted.to(device)])

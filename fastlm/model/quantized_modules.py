@@ -1,0 +1,252 @@
+"""Counterparts of nn.Linear and nn.Embedding that hold a `QuantizedWeight` in buffers, and how they
+come into a model: one by one, or from a saved configuration.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastlm import ops
+from fastlm.checkpoint.own import describe
+from fastlm.errors import InputError
+from fastlm.ops.linear import Linear
+from fastlm.ops.quantized_weight import QuantizedWeight
+
+REPLACED = (nn.Linear, Linear, nn.Embedding)
+
+
+def check_act_bits(act_bits: int) -> int:
+    if act_bits not in (8, 16):
+        raise InputError(f"act_bits: wanted 8 or 16, got {act_bits!r}")
+    return act_bits
+
+
+class _Quantized(nn.Module):
+    """Buffers `qdata`, `scales`, `zeros`; ``state_dict`` names are ``<name>.qdata`` and so on.
+
+    ``.to(dtype)`` and ``.half()`` do not change the buffers' dtypes: scales are part of the format,
+    not activations.
+    """
+
+    qdata: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+
+    def __init__(self, weight: QuantizedWeight) -> None:
+        super().__init__()
+        self.register_buffer("qdata", weight.qdata)
+        self.register_buffer("scales", weight.scales)
+        self.register_buffer("zeros", weight.zeros)
+        self.bits, self.group_size, self.shape = weight.bits, weight.group_size, weight.shape
+
+    @property
+    def weight(self) -> QuantizedWeight:
+        """The buffers as one weight; no copy."""
+        return QuantizedWeight(
+            self.qdata, self.scales, self.zeros, self.bits, self.group_size, self.shape
+        )
+
+    def _apply(self, fn, recurse=True):
+        dtypes = {n: b.dtype for n, b in self.named_buffers(recurse=False)}
+        kept = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, buffer in self.named_buffers(recurse=False):
+            if buffer.dtype != dtypes[name]:
+                setattr(self, name, kept[name].to(buffer.device))
+        return self
+
+
+class QuantizedLinear(_Quantized):
+    """``F.linear(x, weight.dequantize(x.dtype), bias)`` through `fastlm.ops.quantized_linear`.
+
+    x (..., in_features) -> (..., out_features). `act_bits` 8 rounds x to int8 as well.
+
+    The weight is frozen; `bias` stays a parameter and gradients reach x, so adapters around it can
+    be trained.
+    """
+
+    def __init__(
+        self, weight: QuantizedWeight, bias: Tensor | None = None, *, act_bits: int = 16
+    ) -> None:
+        super().__init__(weight)
+        self.out_features, self.in_features = weight.shape
+        self.act_bits = check_act_bits(act_bits)
+        self.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.quantized_linear(x, self.weight, self.bias, act_bits=self.act_bits)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features},"
+            f" bias={self.bias is not None}, w{self.bits}a{self.act_bits},"
+            f" group_size={self.group_size}"
+        )
+
+
+class QuantizedEmbedding(_Quantized):
+    """``F.embedding(ids, weight.dequantize(dtype))``: only the rows looked up are dequantized, into
+    `dtype`.
+
+    `padding_idx` changes no value: it only stops a gradient, and the weight has none. A head tied
+    to the embedding is a `QuantizedLinear` on the same `QuantizedWeight`: the buffers are shared.
+    `act_bits` is for a head that has no module of its own.
+    """
+
+    def __init__(
+        self,
+        weight: QuantizedWeight,
+        *,
+        dtype: torch.dtype = torch.float32,
+        act_bits: int = 16,
+    ) -> None:
+        super().__init__(weight)
+        self.act_bits = check_act_bits(act_bits)
+        self.num_embeddings, self.embedding_dim = weight.shape
+        self.dtype = dtype
+
+    def forward(self, ids: Tensor) -> Tensor:
+        def rows(t: Tensor) -> Tensor:
+            return t[ids.reshape(-1)]
+
+        out = torch.ops.fastlm.dequantize(
+            rows(self.qdata),
+            rows(self.scales),
+            None if self.zeros is None else rows(self.zeros),
+            self.bits,
+            self.group_size,
+            self.embedding_dim,
+            self.dtype,
+        )
+        return out.view(*ids.shape, self.embedding_dim)
+
+    def _apply(self, fn, recurse=True):
+        # .bfloat16() and the like set the dtype of the rows looked up, as they do for nn.Embedding
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return super()._apply(fn, recurse)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.num_embeddings}, {self.embedding_dim}, int{self.bits},"
+            f" group_size={self.group_size}"
+        )
+
+
+def put_quantized(
+    model: nn.Module,
+    name: str,
+    weight: QuantizedWeight,
+    *,
+    act_bits: int = 16,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """Replace the nn.Linear or nn.Embedding `name` by `weight`, keeping its bias; return the model.
+
+    `dtype`: dtype of the rows that an embedding returns, by default its own. InputError: no such
+    module, another shape.
+    """
+    old = _module(model, name)
+    if old.weight.shape != weight.shape:
+        raise InputError(
+            f"{name}: wanted shape {list(old.weight.shape)} as the model, got {list(weight.shape)}"
+        )
+    if isinstance(old, nn.Linear):
+        new: nn.Module = QuantizedLinear(weight, old.bias, act_bits=act_bits)
+    elif old.max_norm is None:
+        new = QuantizedEmbedding(weight, dtype=dtype or old.weight.dtype, act_bits=act_bits)
+    else:
+        raise InputError(
+            "model: an nn.Embedding with max_norm rescales its rows; it cannot be quantized"
+        )
+    new.train(old.training)
+    if not name:
+        return new
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, new)
+    return model
+
+
+def _module(model: nn.Module, name: str) -> nn.Linear | nn.Embedding:
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        raise InputError(f"{name} is not a module of the model") from None
+    if type(module) not in REPLACED:
+        raise InputError(f"{name}: wanted nn.Linear or nn.Embedding, got {type(module).__name__}")
+    assert isinstance(module, nn.Linear | nn.Embedding)
+    return module
+
+
+def quantization_config(
+    model: nn.Module, format: str, *, group_size: int | None, method: str = "rtn"
+) -> dict[str, Any]:
+    """Return what config.json states about a quantized model: enough to read its weights and
+    rebuild its modules.
+    """
+    modules: dict[str, dict[str, Any]] = {}
+    for name, m in model.named_modules(remove_duplicate=False):
+        if isinstance(m, QuantizedLinear):
+            modules[name] = {**describe("linear", m.weight), "act_bits": m.act_bits}
+        elif isinstance(m, QuantizedEmbedding):
+            modules[name] = {**describe("embedding", m.weight), "act_bits": m.act_bits}
+    return {
+        "quant_method": "fastlm",
+        "format": format,
+        "group_size": group_size,
+        "method": method,
+        "modules": modules,
+    }
+
+
+def load_quantized(
+    model: nn.Module, state: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> nn.Module:
+    """Replace modules as ``quantization_config`` says and fill the whole model from `state`,
+    strictly.
+
+    `state` has ``<name>.qdata``, ``<name>.scales`` and, if asymmetric, ``<name>.zeros`` for
+    quantized modules. A tied head may be absent from it; it then shares the embedding's weight.
+    """
+    if config.get("quant_method") != "fastlm":
+        raise InputError(
+            f"quantization_config: wanted quant_method 'fastlm', got {config.get('quant_method')!r}"
+        )
+    weights = {}
+    for name, entry in config["modules"].items():
+        if f"{name}.qdata" not in state:
+            continue
+        missing = [
+            p
+            for p in ("scales", *(["zeros"] if entry["zeros"] else []))
+            if f"{name}.{p}" not in state
+        ]
+        if missing:
+            raise InputError(f"state: {name}.{missing[0]} is missing")
+        weights[name] = QuantizedWeight(
+            state[f"{name}.qdata"],
+            state[f"{name}.scales"],
+            state.get(f"{name}.zeros"),
+            entry["bits"],
+            entry["group_size"],
+            tuple(entry["shape"]),
+        )
+    # tied modules share one parameter
+    keys = {name: id(_module(model, name).weight) for name in config["modules"]}
+    shared = {keys[name]: weight for name, weight in weights.items()}
+    for name, entry in config["modules"].items():
+        weight = weights.get(name) or shared.get(keys[name])
+        if weight is None:
+            raise InputError(f"state: {name}.qdata is missing")
+        model = put_quantized(model, name, weight, act_bits=entry.get("act_bits", 16))
+    missing, unexpected = model.load_state_dict(dict(state), strict=False)
+    # names whose storage another name of the state has already filled
+    filled = {t.data_ptr() for n, t in model.state_dict().items() if n in state}
+    missing = [n for n in missing if model.state_dict()[n].data_ptr() not in filled]
+    if missing or unexpected:
+        raise InputError(
+            f"state: missing {', '.join(missing) or 'nothing'};"
+            f" not of the model: {', '.join(unexpected) or 'nothing'}"
+        )
+    return model

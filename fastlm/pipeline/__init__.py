@@ -1,0 +1,1 @@
+"""The contract of a stage, recipes, and the folders they run in. Knows no stage and no model."""

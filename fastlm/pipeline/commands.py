@@ -1,0 +1,179 @@
+"""Commands generated from stages: the fields of a stage's class are the flags."""
+
+import inspect
+import json
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
+
+import typer
+from rich.console import Console
+
+from fastlm.errors import InputError
+from fastlm.pipeline.events import View
+from fastlm.pipeline.stage import Job, Option, Stage, options_of
+from fastlm.progress import silent
+from fastlm.threads import Threads
+from fastlm.torchrun import check_alone, leads
+from fastlm.typed import convert
+
+Cache = Annotated[
+    Path | None,
+    typer.Option(help="Where packages are kept. Default: $FASTLM_CACHE or ~/.cache/fastlm."),
+]
+
+
+def command_of(cls: type[Stage], before: Callable[[], None] = lambda: None) -> Callable[..., None]:
+    """Return a function that runs one stage, which typer turns into a command.
+
+    ``before`` is called when the options are read, before any work.
+    """
+    options = [option for option in options_of(cls) if get_origin(_plain(option.hint)) is not dict]
+    trains = bool(cls.scratch)
+    optional_out = set(cls.leaves) == {"scores"}
+
+    def run(**given: Any) -> None:
+        out, as_json = given.pop("out"), given.pop("as_json")
+        given.pop("threads")  # set by its own callback
+        cache, every = given.pop("cache"), given.pop("log_every", None)
+        values = {o.name: _value(o, given[o.name]) for o in options}
+        stage = cls(**values)
+        stage.check()
+        if not trains:
+            check_alone(cls.command[-1], "it is no training")
+        told = leads()
+        if told:
+            before()
+        inputs = {key: given[key] for key in cls.reads if given[key]}
+        view = View(every)
+        with tempfile.TemporaryDirectory() as nowhere:
+            job = stage.job(
+                out or nowhere, cache=cache, track=view.track if told else silent,
+                on_event=view if told else None, **inputs,
+            )  # fmt: skip
+            began = time.perf_counter()
+            result = stage.run(job)
+            if not told:
+                return
+            if out is not None:
+                took = time.perf_counter() - began
+                _record(stage, job, result, took)
+                if optional_out:
+                    from fastlm.pipeline.report import write_stage_report
+
+                    command = shlex.join(["fastlm", *sys.argv[1:]])
+                    write_stage_report(stage, job, result, took, command)
+            shown = json.dumps(result, indent=1) if as_json else stage.shown(result, job)
+        if isinstance(shown, str):
+            typer.echo(shown)
+        else:
+            Console().print(shown, markup=False, highlight=False)
+        if status := stage.status(result):
+            raise typer.Exit(status)
+
+    parameters = [_input(key, takes) for key, takes in cls.reads.items()]
+    parameters += [_option(option) for option in options]
+    out = typer.Option("--out", "-o", help="Output folder")
+    parameters.append(
+        _keyword("out", Annotated[Path | None, out], None)
+        if optional_out
+        else _keyword("out", Annotated[Path, out])
+    )
+    if trains:
+        every = typer.Option(
+            min=1, help="Steps between two lines on stderr; a terminal has one that is redrawn"
+        )
+        parameters.append(_keyword("log_every", Annotated[int, every], 10))
+    as_json = typer.Option("--json", help="Print the result as JSON")
+    parameters.append(_keyword("as_json", Annotated[bool, as_json], False))
+    parameters.append(_keyword("cache", Cache, None))
+    parameters.append(_keyword("threads", Threads, None))
+    run.__doc__ = "\n\n".join(filter(None, (inspect.getdoc(cls), cls.notes)))
+    run.__name__ = cls.command[-1]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    return run
+
+
+def _record(stage: Stage, job: Job, result: dict[str, Any], seconds: float) -> None:
+    """Keep a record of the stage in its folder, for `fastlm runs`."""
+    from fastlm.pipeline.provenance import describe, own_files
+    from fastlm.pipeline.record import Entry, chosen, save_alone
+    from fastlm.sources.input_digest import Contents
+
+    contents = Contents(job.out / "sources.json", cache=job.cache)
+    inputs = {key: [given.where for given in names] for key, names in job.inputs.items()}
+    # a second earlier: file systems keep times less exactly
+    sizes = own_files(stage.leaves, job.out, time.time() - seconds - 1)
+    command = shlex.join(["fastlm", *sys.argv[1:]])
+    entry = Entry(
+        stage.kind, "", chosen(stage), inputs, dict(stage.leaves), seconds, result, sizes,
+        describe(stage, job, sizes, contents, command=command),
+    )  # fmt: skip
+    save_alone(job.out, entry)
+
+
+def _keyword(name: str, hint: Any, default: Any = inspect.Parameter.empty) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
+
+
+def _input(key: str, takes: Any) -> inspect.Parameter:
+    hint: Any = list[str] if takes.several else str
+    if takes.positional:
+        return _keyword(key, Annotated[hint, typer.Argument(help=takes.help)])
+    flags = [f"--{key.replace('_', '-')}", *([f"-{takes.flag}"] if takes.flag else [])]
+    annotated = Annotated[
+        hint | None if takes.optional else hint, typer.Option(*flags, help=takes.help)
+    ]
+    return _keyword(key, annotated, None) if takes.optional else _keyword(key, annotated)
+
+
+def _option(option: Option) -> inspect.Parameter:
+    plain = _plain(option.hint)
+    if option.positional:
+        (item, *_) = get_args(plain) or (plain,)
+        hint = list[item] if get_origin(plain) is tuple else plain
+        if option.optional:
+            return _keyword(
+                option.name, Annotated[hint | None, typer.Argument(help=option.help)], None
+            )
+        return _keyword(option.name, Annotated[hint, typer.Argument(help=option.help)])
+    default, hint = option.default, option.hint
+    if _listed(plain):  # comma-separated values
+        default, hint = ",".join(map(str, default)), str
+    return _keyword(option.name, Annotated[hint, typer.Option(help=option.help)], default)
+
+
+def _value(option: Option, given: Any) -> Any:
+    """Return the value of a flag as the field of the stage expects it."""
+    plain = _plain(option.hint)
+    if given is None:
+        return option.default
+    if _listed(plain) and not option.positional:
+        item = get_args(plain)[0]
+        words = [word.strip() for word in given.split(",") if word.strip()]
+        try:
+            given = [word if item is str else item(word) for word in words]
+        except ValueError:
+            raise InputError(
+                f"{option.name}: wanted numbers with commas between, got {given!r:.80}"
+            ) from None
+    if isinstance(given, list | tuple):
+        return convert(list(given), plain, option.name)
+    return given
+
+
+def _plain(hint: Any) -> Any:
+    """Return ``X`` of ``X | None``."""
+    if get_origin(hint) in (Union, UnionType):
+        (hint,) = (a for a in get_args(hint) if a is not NoneType)
+    return hint
+
+
+def _listed(hint: Any) -> bool:
+    return get_origin(hint) is tuple and get_args(hint)[-1] is Ellipsis

@@ -1,0 +1,228 @@
+"""What a run will do with each stage, and why.
+
+A stage's fingerprint covers its options, the files they name, the version of its code and the
+fingerprints of its input stages: a change affects what depends on it and nothing else. A stage is
+skipped if stages.json records it with the same fingerprint and its files are still there. An
+interrupted stage continues from what it holds, or starts again. A training also continues if all
+that has changed is options with which it can (`Stage.continues`). A training that is lost runs
+again together with everything that depends on it: it need not end at the same weights if its budget
+is in seconds.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fastlm.errors import InputError
+from fastlm.pipeline.funnel import FUNNEL
+from fastlm.pipeline.recipe import SCHEMES, Kinds, Recipe, Step, is_outside
+from fastlm.pipeline.record import Entry, chosen, sizes_of
+from fastlm.pipeline.run_folder import locate_model
+from fastlm.pipeline.stage import Stage, options_of
+from fastlm.sources.input_digest import Contents
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A step, and what a run does with it.
+
+    ``do`` is "skip", "continue" or "run". A step beyond ``until`` does not run now: its ``do`` is
+    "archive" if it is archived along with a training, else "later". ``stale``: its existing output
+    no longer fits. ``training``: that output is a training.
+    """
+
+    step: Step
+    fingerprint: str
+    do: str
+    why: str
+    stale: bool = False
+    training: bool = False
+
+
+def make_plan(
+    recipe: Recipe,
+    wanted: Sequence[str],
+    prints: "Fingerprints",
+    record: Mapping[str, Entry],
+    out: Path,
+) -> list[Planned]:
+    """Plan the stages ``wanted`` of a recipe, and those after them that have become stale."""
+    plan: list[Planned] = []
+    again: set[str] = set()  # the output of these differs from before
+    for step in recipe.steps:
+        name, done = step.name, record.get(step.name)
+        do, why = _state(step, prints, done, out / name)
+        if done is None:
+            stale = False
+        elif any(source in again for names in step.inputs.values() for source in names):
+            stale = True
+            if do != "run":
+                do, why = "run", "what it takes from runs again"
+        else:
+            lost = do == "run" and bool(step.stage.scratch)
+            stale = (done.fingerprint != prints[name] and do != "continue") or lost
+        if stale:
+            again.add(name)
+        training = stale and _holds_training(out / name, step.stage, done, recipe.kinds)
+        if name in wanted:
+            plan.append(Planned(step, prints[name], do, why, stale, training))
+        elif stale:
+            plan.append(Planned(step, prints[name], "later", why, stale, training))
+    if any(planned.training for planned in plan):
+        plan = [replace(p, do="archive") if p.do == "later" else p for p in plan]
+    return plan
+
+
+def _state(step: Step, prints: "Fingerprints", done: Entry | None, folder: Path) -> tuple[str, str]:
+    """Return what to do with a step by itself, and why."""
+    held = _holds_any(folder, step.stage.scratch)
+    if done is None:
+        return "run", "new"
+    if done.fingerprint != prints[step.name]:
+        changed = _changed(step, done)
+        # the record's options with everything else as it is now
+        alone = done.fingerprint == prints.with_options(step.name, done.options)
+        goes_on = held and alone and step.stage.continues(changed, folder, done.outputs is not None)
+        return ("continue" if goes_on else "run"), _change(step, prints, done, changed)
+    if done.outputs is None:
+        held = held or _holds_any(folder, step.stage.partial)
+        return ("continue" if held else "run"), "was cut off"
+    if lost := _lost(folder, step, done):
+        return ("continue" if held else "run"), f"{lost} is missing or changed"
+    return "skip", "done"
+
+
+def _changed(step: Step, done: Entry) -> dict[str, tuple[Any, Any]]:
+    """Return the options that differ -> their values before and now."""
+    defaults = {option.name: option.default for option in options_of(type(step.stage))}
+    before, now = defaults | done.options, defaults | chosen(step.stage)
+    keys = dict.fromkeys([*now, *before])
+    pairs = {key: (before.get(key), now.get(key)) for key in keys}
+    return {key: (was, value) for key, (was, value) in pairs.items() if was != value}
+
+
+def _change(
+    step: Step, prints: "Fingerprints", done: Entry, changed: Mapping[str, tuple[Any, Any]]
+) -> str:
+    """Describe to the user what is new: the first option that differs, else the inputs, else the
+    stage's code.
+    """
+    if done.kind != step.stage.kind:
+        return f"was {done.kind}"
+    for key, (was, now) in changed.items():
+        if key not in (options := asdict(step.stage)):
+            return f"{key} was {was!r:.40}"
+        # an option that decided nothing is not recorded: the stage has its value, or nobody
+        now = now if key in step.stage.identity() else options[key]
+        recorded = key in done.options or key in replace(step.stage, **{key: was}).identity()
+        return (
+            f"{key} was {was!r:.40}, now {now!r:.40}" if recorded else f"{key} is now {now!r:.40}"
+        )
+    if {k: list(v) for k, v in step.inputs.items()} != done.inputs:
+        return "takes from other stages"
+    was, now = _version(step, prints, done), step.stage.version
+    if was != now:
+        return f"its code has changed: version {was}, now {now}"
+    return "what it reads has changed"
+
+
+def _version(step: Step, prints: "Fingerprints", done: Entry) -> int:
+    """Return the version of the stage that made ``done``. The record of one that has not ended has
+    none: an older one counts if nothing else has changed.
+    """
+    now = step.stage.version
+    if done.made is not None:
+        return done.made.version
+    older = range(1, now)
+    return next((v for v in older if prints.with_version(step.name, v) == done.fingerprint), now)
+
+
+def _lost(folder: Path, step: Step, done: Entry) -> str:
+    """Return the first file of a stage that is missing or has another size."""
+    sizes = sizes_of(folder, step.stage.scratch)
+    changed = (n for n, size in (done.outputs or {}).items() if sizes.get(n) != size)
+    return next(changed, "")
+
+
+def _holds_training(folder: Path, stage: Stage, done: Entry | None, kinds: Kinds) -> bool:
+    """Return whether a folder holds a model or a checkpoint of a training, by its record."""
+    made = kinds.get(done.kind, type(stage)) if done else type(stage)
+    parts = (*made.scratch, *made.leaves.values()) if made.scratch else ()
+    return _holds_any(folder, parts)
+
+
+def _holds_any(folder: Path, names: Sequence[str]) -> bool:
+    """Return whether one of these folders holds something but what was being written."""
+    paths = [folder / name for name in names]
+    return any(
+        path.is_dir() and any(not p.name.startswith(".") for p in path.iterdir()) for path in paths
+    )
+
+
+class Fingerprints(dict[str, str]):
+    """Stage name -> hash of everything that decides its output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts: dict[str, list[Any]] = {}  # of the hashes
+
+    def add(self, name: str, parts: list[Any]) -> None:
+        self.parts[name], self[name] = parts, _hash(parts)
+
+    def with_options(self, name: str, options: Mapping[str, Any]) -> str:
+        """Return the hash that the stage would have with these options (`chosen`)."""
+        kind, version, _, *rest = self.parts[name]
+        return _hash([kind, version, options, *rest])
+
+    def with_version(self, name: str, version: int) -> str:
+        """Return the hash that the stage would have with this version of its code."""
+        kind, _, *rest = self.parts[name]
+        return _hash([kind, version, *rest])
+
+
+def _hash(parts: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def fingerprints(recipe: Recipe, contents: Contents) -> Fingerprints:
+    """Return the fingerprints of all stages. InputError: an input from outside the run that does
+    not exist.
+    """
+    prints = Fingerprints()
+    for step in recipe.steps:
+        stage, upstream = step.stage, {}
+        for key, names in step.inputs.items():
+            if not names and stage.reads[key].later:
+                continue
+            states = [
+                _outside(step, key, name, contents) if is_outside(name) else prints[name]
+                for name in names
+            ]
+            # if there may be several, the result refers to each by its name
+            upstream[key] = [*zip(names, states)] if stage.reads[key].several else states
+        parts = [stage.kind, stage.version, chosen(stage), stage.contents(contents), upstream]
+        prints.add(step.name, parts)
+    return prints
+
+
+def _outside(step: Step, key: str, name: str, contents: Contents) -> Any:
+    """Return the state of an input from outside the run: the content of local files, the name of a
+    package.
+    """
+    path, types = Path(name), step.stage.reads[key].types
+    try:
+        if not path.exists() and name.partition(":")[0] in SCHEMES:
+            return name  # the name of a package
+        if {"model", "reward", "quantized"} & set(types):
+            files = contents.tree(locate_model(path))
+            return [file for file in files if file[0] != "README.md"]  # a card changes no model
+        if "corpus" in types and not (path / FUNNEL).is_file():
+            return contents.sources([name])
+        if not path.exists():
+            raise InputError(f"{name}: wanted a path that exists")
+        return contents.tree(path)
+    except InputError as error:
+        raise InputError(f"{step.name}.{key}: {error}") from None

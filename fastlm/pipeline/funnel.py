@@ -1,0 +1,53 @@
+"""funnel.json: what each step of preparing text or rows kept and removed."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastlm.errors import InputError
+from fastlm.files import read_json
+from fastlm.typed import build, check
+
+FUNNEL = "funnel.json"
+MAX_MESSAGES = 100  # about unreadable files and lines; all are counted
+# What a step reports: what it kept, and how much it removed by reason. Some steps add "replaced"
+# (scrub: personal data by kind), "not_read" (gather: endings of files of other types) or "cut"
+# (extract: long documents and the parts they became).
+STEP = {"step": str, "documents": int, "bytes": int, "removed": dict[str, int]}
+ADDED = ("replaced", "not_read", "cut")
+SOURCE = {"files": int, "documents": int, "bytes": int}
+
+
+@dataclass
+class Funnel:
+    """What each step kept and removed, and the clean text per source. JSON-serialisable.
+
+    counted: what its "documents" are.
+    """
+
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    sources: dict[str, dict[str, int]] = field(default_factory=dict)
+    unreadable: list[str] = field(default_factory=list)  # the first MAX_MESSAGES one-line reasons
+    counted: str = "documents"
+
+    @classmethod
+    def load(cls, path: Path) -> "Funnel":
+        """``path``: funnel.json or the folder that holds it."""
+        path = path / FUNNEL if path.is_dir() else path
+        try:
+            funnel = build(cls, read_json(path))
+            for i, step in enumerate(funnel.steps):
+                added = {key: dict[str, int] for key in ADDED if key in step}
+                check(step, STEP | added, f"steps[{i}]")
+            for name, tally in funnel.sources.items():
+                check(tally, SOURCE, name)
+        except InputError as e:
+            raise InputError(f"{path}: wanted the funnel of a prepared data folder: {e}") from None
+        return funnel
+
+    def tell(self, message: str) -> None:
+        """Keep the reason why something was skipped. Bytes of its names that are not UTF-8 are
+        escaped.
+        """
+        if len(self.unreadable) < MAX_MESSAGES:
+            self.unreadable.append(message.encode("utf-8", "backslashreplace").decode())

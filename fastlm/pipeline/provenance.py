@@ -1,0 +1,177 @@
+"""From what and how a stage made its output: the part of its record that says where a model comes
+from.
+
+A run keeps it in stages.json, beside what it needs to plan; a stage that runs alone, in record.json
+in its folder. Inputs and outputs have the hash of their content (`fastlm.pipeline.content_id`), so
+that folders may be moved and copied.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NotRequired
+
+from typing_extensions import TypedDict
+
+from fastlm.errors import InputError
+from fastlm.machine import code, hardware
+from fastlm.pipeline.content_id import MODELS, NOT_CONTENT, PARTS, artifact_id, combined, matches
+from fastlm.pipeline.stage import Input, Job, Stage
+from fastlm.schema import Count, RelativePath
+from fastlm.sources.input_digest import Contents
+from fastlm.sources.packages import SCHEMES
+
+MOST_FILES = 1000  # of a source that are listed one by one
+
+
+class InputRecord(TypedDict):
+    """What a stage read; ``id`` is None where it is no file."""
+
+    name: str
+    path: str
+    id: str | None
+
+
+class SourceRecord(TypedDict):
+    """What an option names; ``files``: name -> SHA-256."""
+
+    spec: str
+    package: NotRequired[str | None]
+    licence: NotRequired[str | None]
+    count: NotRequired[Count | None]
+    files: NotRequired[dict[str, str]]
+
+
+@dataclass
+class Made:
+    """How an output came to be.
+
+    version: of the stage. finished: ISO 8601, UTC. code: as `fastlm.machine.code`. machine: as
+    `fastlm.machine.hardware`. recipe: SHA-256 of the recipe. ids: type -> id of what was left.
+    hashes: SHA-256 of every file in ``outputs``. reads: by input. earlier: ids that ``ids``
+    replaced when rows were forgotten (`fastlm.feedback.forget`), oldest first.
+    """
+
+    version: int
+    finished: str
+    code: dict[str, str] = field(default_factory=dict)
+    machine: dict[str, Any] = field(default_factory=dict)
+    recipe: str | None = None
+    command: str | None = None
+    ids: dict[str, str] = field(default_factory=dict)
+    hashes: dict[RelativePath, str] = field(default_factory=dict)
+    reads: dict[str, list[InputRecord]] = field(default_factory=dict)
+    sources: list[SourceRecord] = field(default_factory=list)
+    earlier: list[dict[str, str]] = field(default_factory=list)
+
+
+def describe(
+    stage: Stage,
+    job: Job,
+    outputs: Mapping[str, int],
+    contents: Contents,
+    *,
+    known: Callable[[str, Input], str | None] = lambda key, given: None,
+    recipe: str | None = None,
+    command: str | None = None,
+) -> Made:
+    """Return how ``stage`` made its ``outputs``, which are hashed here.
+
+    ``known``: the id of an input that has a record already.
+    """
+    reads: dict[str, list[InputRecord]] = {}
+    for key, given in job.inputs.items():
+        types = stage.reads[key].types
+        reads[key] = [
+            {"name": g.name, "path": g.where, "id": known(key, g) or _id(types, g.where, contents)}
+            for g in given
+        ]
+    hashes = {name: digest(job.out / name) for name in outputs}
+    return Made(
+        stage.version, datetime.now(UTC).isoformat(timespec="milliseconds"), code(), hardware(),
+        recipe, command, ids_of(stage.leaves, hashes), hashes, reads,
+        [source(spec, contents) for spec in specs_of(stage)],
+    )  # fmt: skip
+
+
+def own_files(leaves: Mapping[str, str], out: Path, since: float = math.inf) -> dict[str, int]:
+    """Return the bytes of the files of a stage in a folder that may hold others, too: those that
+    its ``leaves`` consist of, and those beside them that were written after ``since``.
+    """
+    places = {place for place in leaves.values() if place != "."}
+    places |= {"train", "heldout"} if leaves.get("shards") == "." else set()
+    kinds = [kind for kind, place in leaves.items() if place == "."]
+    parts = [pattern for kind in kinds for pattern in PARTS.get(kind, ())]
+    found = {}
+    for path in sorted(out.iterdir()):
+        stat = path.stat()
+        if path.name in places:
+            files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+            found |= {str(p.relative_to(out)): p.stat().st_size for p in sorted(files)}
+        elif path.is_file() and (matches(path.name, parts) or stat.st_mtime >= since):
+            found[path.name] = stat.st_size
+    return {n: size for n, size in found.items() if not matches(n, NOT_CONTENT)}
+
+
+def ids_of(leaves: Mapping[str, str], hashes: Mapping[str, str]) -> dict[str, str]:
+    """Return type -> id of what a stage left, from the hashes of its files."""
+    found = {}
+    for kind, place in leaves.items():
+        below = "" if place == "." else f"{place}/"
+        parts = [(n.removeprefix(below), h) for n, h in hashes.items() if n.startswith(below)]
+        if place in hashes:  # one file
+            parts = [(place, hashes[place])]
+        if parts:
+            found[kind] = combined((kind,), parts)
+    return found
+
+
+def specs_of(stage: Stage) -> list[str]:
+    """Return the sources that the options of a stage name."""
+    return [spec for name in stage.sources_in for spec in getattr(stage, name)]
+
+
+def source(spec: str, contents: Contents) -> SourceRecord:
+    """Describe a source that an option names: its files with their hashes, its licence."""
+    from fastlm.sources.licences import licence_of
+
+    ((_, entries),) = contents.sources([spec])
+    files = {e[0]: e[2] for e in entries if isinstance(e, list)}
+    package, licence = licence_of(spec, contents.cache)
+    return {
+        "spec": spec, "package": package, "licence": licence, "count": len(files) or None,
+        "files": files if len(files) <= MOST_FILES else {},
+    }  # fmt: skip
+
+
+def digest(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def text_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _id(types: Sequence[str], where: str, contents: Contents) -> str | None:
+    """Return the id of an input from outside; None if it is a package, or no longer there."""
+    path = Path(where)
+    try:
+        if set(types) & {*MODELS}:
+            return model_id(where, contents)
+        if not path.exists() and where.partition(":")[0] in SCHEMES:
+            return None
+        return artifact_id(types, path, contents)
+    except (InputError, OSError):
+        return None
+
+
+def model_id(where: str | Path, contents: Contents) -> str:
+    """Return the id of the model at ``where``, as `locate_model` finds it. InputError: no model."""
+    from fastlm.pipeline.run_folder import locate_model
+
+    return artifact_id(("model",), locate_model(Path(where)), contents)

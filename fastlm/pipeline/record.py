@@ -1,0 +1,154 @@
+"""stages.json: what a run records about each stage. record.json: of a stage that ran alone."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from fastlm.errors import InputError
+from fastlm.files import save_atomic
+from fastlm.pipeline.provenance import Made
+from fastlm.pipeline.recipe import Recipe
+from fastlm.pipeline.run_folder import STAGES
+from fastlm.pipeline.stage import Stage, options_of
+from fastlm.schema import Count, Finite, RelativePath, read_document
+from fastlm.typed import check
+
+ALONE = "record.json"  # in the folder of a stage that ran alone
+NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what stands for bytes in a name, PEP 383
+LAYOUT = 2  # of a run folder: one folder per stage
+
+
+@dataclass
+class Entry:
+    """The record of one stage. A stage that has begun, or has to run again, has neither result nor
+    outputs.
+
+    ``options`` are those that differ from their defaults; ``leaves`` is as in `Stage.leaves`;
+    ``outputs`` has the bytes of every file that the stage left. ``made`` says from what and how; a
+    record of an older fastlm lacks it.
+    """
+
+    kind: str
+    fingerprint: str
+    options: dict[str, Any] = field(default_factory=dict)
+    inputs: dict[str, list[str]] = field(default_factory=dict)
+    leaves: dict[str, RelativePath] = field(default_factory=dict)
+    seconds: Finite | None = None
+    result: dict[str, Any] | None = None
+    outputs: dict[RelativePath, Count] | None = None
+    made: Made | None = None
+
+
+@dataclass
+class Record:
+    """The content of stages.json."""
+
+    layout: int
+    stages: dict[RelativePath, Entry]
+
+
+@dataclass
+class Alone(Entry):
+    """The content of record.json."""
+
+    layout: Literal[2] = LAYOUT  # type: ignore[assignment]
+
+
+def sizes_of(folder: Path, scratch: Sequence[str]) -> dict[str, int]:
+    """Return the bytes of every file of a stage, except its scratch."""
+    return {
+        str(p.relative_to(folder)): p.stat().st_size
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and p.relative_to(folder).parts[0] not in scratch
+    }
+
+
+def chosen(stage: Stage) -> dict[str, Any]:
+    """Return the options that decide the result and differ from their defaults, as JSON values: an
+    option that a later fastlm adds changes no fingerprint.
+    """
+    defaults = {option.name: option.default for option in options_of(type(stage))}
+    values = {k: v for k, v in stage.identity().items() if v != defaults.get(k, ...)}
+    return json.loads(json.dumps(values, default=str))
+
+
+def load_record(out: Path, recipe: Recipe) -> dict[str, Entry]:
+    """Read the record of a run folder, {} if there is none. InputError: from an older fastlm, or
+    damaged.
+    """
+    path = out / STAGES
+    if not path.exists():
+        return {}
+    try:
+        record = read_document(path, Record, extra="forbid")
+    except InputError as e:
+        if _is_of_older_fastlm(path):
+            raise InputError(
+                f"{out}: was made by an older fastlm, whose recipes were not lists of stages;"
+                " choose another folder (fastlm run RECIPE --out NEW); its model stays readable,"
+                f" {out}/model"
+            ) from None
+        raise _bad(path, e) from None
+    if record.layout != LAYOUT:
+        raise InputError(f"{path}: wanted layout {LAYOUT}, got {record.layout}")
+    for name, entry in record.stages.items():
+        step = recipe.step(name)
+        if entry.outputs is None or step is None or step.stage.kind != entry.kind:
+            continue
+        try:
+            check(asdict(entry), {"seconds": float}, name)
+            check(entry.result, step.stage.result, f"{name}.result")
+        except InputError as e:
+            raise _bad(path, e) from None
+    return record.stages
+
+
+def _is_of_older_fastlm(path: Path) -> bool:
+    try:
+        table = read_document(path, dict[str, Any])
+    except InputError:
+        return False
+    old = any(isinstance(v, Mapping) and "fingerprint" in v for v in table.values())
+    return old and "layout" not in table
+
+
+def _bad(path: Path, error: InputError) -> InputError:
+    return InputError(
+        f"{error}: expected the record of a run; choose another folder with --out, or delete"
+        f" {path.parent} to start again"
+    )
+
+
+def save_record(out: Path, record: Mapping[str, Entry], recipe: Recipe) -> None:
+    """Write the record, in the order of the recipe; stages that it no longer has come first."""
+    places = {step.name: i for i, step in enumerate(recipe.steps)}
+    stages = {
+        name: table_of(entry)
+        for name, entry in sorted(record.items(), key=lambda kv: places.get(kv[0], -1))
+    }
+    save_atomic(out / STAGES, lambda p: dump(p, {"layout": LAYOUT, "stages": stages}))
+
+
+def save_alone(out: Path, entry: Entry) -> None:
+    """Write the record of a stage that ran alone into its folder."""
+    save_atomic(out / ALONE, lambda p: dump(p, {"layout": LAYOUT, **table_of(entry)}))
+
+
+def load_alone(path: Path) -> Entry:
+    """Read a record that `save_alone` wrote. InputError: damaged, or of another fastlm."""
+    alone = read_document(path, Alone, extra="forbid")
+    return Entry(**{f.name: getattr(alone, f.name) for f in fields(Entry)})
+
+
+def table_of(entry: Entry) -> dict[str, Any]:
+    return {k: v for k, v in asdict(entry).items() if v is not None}
+
+
+def dump(path: Path, value: Any) -> None:
+    """Write JSON that people can read. A byte of a name that is no UTF-8 becomes \\xNN."""
+    text = json.dumps(value, indent=1, ensure_ascii=False, default=str)
+    text = NOT_UTF8.sub(lambda m: rf"\\x{ord(m[0]) - 0xDC00:02x}", text)
+    path.write_text(text + "\n", "utf-8")

@@ -1,0 +1,144 @@
+"""``fastlm runs``: what was made, from what, what differs, and a card of a model."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fastlm.pipeline.recipe import Kinds
+
+app = typer.Typer(
+    help="What was made, and from what.", no_args_is_help=False, invoke_without_command=True
+)
+Roots = Annotated[
+    list[Path] | None,
+    typer.Option("--in", help="A folder of runs; may be given again. Default: runs"),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="As JSON")]
+WHAT = "A name as `fastlm runs` shows it, a path, or the first characters of an id"
+
+
+@app.callback()
+def list_command(context: typer.Context, roots: Roots = None, as_json: AsJson = False) -> None:
+    """List the stages that have run below runs/, with the id and the figures of what they made.
+
+    An id is a hash of the content: a model keeps it wherever it is copied. docs/runs.md has the
+    rest.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    from fastlm.pipeline.scores import headline, scores
+
+    registry = _opened(roots)
+    if as_json:
+        rows = [
+            {
+                "name": r.name, "kind": r.entry.kind, "record": r.id, "ids": r.ids,
+                "state": r.state, "place": str(r.place), "copies": r.copies,
+                "finished": r.finished or None, "seconds": r.entry.seconds,
+                "scores": scores(r.entry),
+            }
+            for r in registry.records
+        ]  # fmt: skip
+        typer.echo(json.dumps(rows, indent=1))
+        return
+    from rich.table import Column, Table
+    from rich.text import Text
+
+    from fastlm.pipeline.text import seconds_text
+
+    whole = (Column(heading, no_wrap=True) for heading in ("name", "kind", "id"))
+    table = Table(*whole, "finished", "took", "result", "", box=None)
+    for r in registry.records:
+        took = "" if r.entry.seconds is None else seconds_text(r.entry.seconds)
+        state = "" if r.state == "here" else r.state
+        when = r.finished[:16].replace("T", " ")
+        cells = (r.name, r.entry.kind, r.shown_id, when, took, headline(r.entry), state)
+        table.add_row(*map(Text, cells))
+    _print(table if registry.records else "no stage has run here")
+
+
+@app.command("show")
+def show_command(
+    what: Annotated[str, typer.Argument(help=WHAT)], roots: Roots = None, as_json: AsJson = False
+) -> None:
+    """Show where a model comes from: a tree back to the sources of its text and their licences."""
+    from fastlm.pipeline.lineage import shown, tree
+
+    registry = _opened(roots, what)
+    found = tree(registry, registry.find_one(what))
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+    else:
+        _print(shown(found))
+
+
+def diff_command(kinds: Kinds) -> Callable[..., None]:
+    """Return the command ``fastlm runs diff``, of stages of these kinds."""
+
+    def run(
+        a: Annotated[str, typer.Argument(help=WHAT)],
+        b: Annotated[str, typer.Argument(help="The other one")],
+        roots: Roots = None,
+        as_json: AsJson = False,
+    ) -> None:
+        """Show what differs between two runs or models: options, inputs, code, data, figures."""
+        from fastlm.pipeline.diff import diff, shown
+
+        rows = diff(_opened(roots, a, b), a, b, kinds=kinds)
+        if as_json:
+            typer.echo(json.dumps(rows, indent=1, default=str))
+        else:
+            _print(shown(rows, a, b))
+
+    return run
+
+
+@app.command("card")
+def card_command(
+    model: Annotated[str, typer.Argument(help=WHAT)],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="A file; default: README.md in its folder")
+    ] = None,
+    licence: Annotated[
+        str | None, typer.Option("--license", help="The licence you give it, as Hugging Face's id")
+    ] = None,
+    language: Annotated[str | None, typer.Option(help="Its language, as en")] = None,
+    roots: Roots = None,
+) -> None:
+    """Write a model card in Hugging Face's form from what is recorded; nothing else is claimed."""
+    from fastlm.errors import InputError
+    from fastlm.files import make_folder, save_atomic
+    from fastlm.pipeline.card import CARD, card, place_of
+    from fastlm.pipeline.registry import GONE
+
+    registry = _opened(roots, model)
+    record = registry.find_one(model)
+    text = card(registry, record, licence=licence, language=language)
+    if out is None:
+        if record.state == GONE:
+            raise InputError(f"{record.name}: wanted --out, since its folder is gone")
+        out = place_of(record) / CARD
+    make_folder(out.parent)
+    save_atomic(out, lambda p: p.write_text(text, "utf-8"))
+    typer.echo(out)
+
+
+def _opened(roots: list[Path] | None, *names: str) -> Any:
+    """The registry of ``roots`` and of those ``names`` that are paths elsewhere."""
+    from fastlm.pipeline.registry import open_registry
+
+    paths = [name for name in names if Path(name).exists()]
+    default = [] if paths and not Path("runs").is_dir() else [Path("runs")]
+    registry = open_registry(roots or default, paths=paths)
+    for warning in registry.warnings:
+        typer.echo(f"left out: {warning}", err=True)
+    return registry
+
+
+def _print(shown: Any) -> None:
+    from rich.console import Console
+
+    Console().print(shown, markup=False, highlight=False)

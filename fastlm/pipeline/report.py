@@ -1,0 +1,165 @@
+"""report.html: one self-contained page about one run: no scripts, no network, light, printable.
+
+Each stage provides its `Part`. The page shows the parts in the order of the recipe, and those of
+the same kind side by side. Every text of a run goes through jinja2's escaping, because samples are
+written by a model and names of sources come from a recipe.
+"""
+
+import inspect
+import json
+import platform
+import re
+import shlex
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastlm.errors import InputError
+from fastlm.files import save_atomic
+from fastlm.machine import commit
+from fastlm.pipeline.recipe import Recipe, Step
+from fastlm.pipeline.stage import Job, Part, Stage
+from fastlm.pipeline.text import count_text, seconds_text, size_text
+
+REPORT, SUMMARY = "report.html", "summary.json"
+TEMPLATES = Path(__file__).parent
+SHADES = ("#2f6fde", "#5b8ee6", "#86adee", "#2e8b6a", "#d9822b", "#e6a766", "#8a97a6")
+
+
+@dataclass(frozen=True)
+class Done:
+    """A finished stage: what it worked on, its result, and the seconds it took."""
+
+    step: Step
+    job: Job
+    result: dict[str, Any]
+    seconds: float
+
+
+def write_report(
+    out: Path, recipe: Recipe, done: Sequence[Done], command: str, until: str | None = None
+) -> dict[str, Any]:
+    """Write report.html and summary.json into ``out``; return the content of summary.json.
+
+    ``until``: the stage after which the run stopped.
+    """
+    summary = {
+        "recipe": recipe.name,
+        "command": command,
+        "seconds": sum(d.seconds for d in done),
+        "stages": {
+            d.step.name: {"kind": d.step.stage.kind, "seconds": d.seconds, **d.result} for d in done
+        },
+        "machine": machine(),
+    }
+    parts = [(d.step, _part(d)) for d in done]
+    html = render_report(summary, recipe, [(step, part) for step, part in parts if part], until)
+    save_atomic(out / REPORT, lambda p: p.write_text(html, "utf-8"))
+    text = json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
+    save_atomic(out / SUMMARY, lambda p: p.write_text(text, "utf-8"))
+    return summary
+
+
+def write_stage_report(
+    stage: Stage, job: Job, result: dict[str, Any], seconds: float, command: str
+) -> None:
+    """Write the report.html and summary.json of a stage that ran alone into its folder."""
+    inputs = {key: tuple(one.where for one in given) for key, given in job.inputs.items()}
+    step = Step(job.name, stage, inputs)
+    recipe = Recipe(job.name, inspect.getdoc(type(stage)) or "", 0, (step,), {}, {})
+    write_report(job.out, recipe, [Done(step, job, result, seconds)], command)
+
+
+def _part(done: Done) -> Part | None:
+    """Return the part of one stage. A result that it cannot show means a damaged record."""
+    try:
+        return done.step.stage.report(done.job, done.result)
+    except InputError:
+        raise
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+        raise InputError(
+            f"{done.step.name}: its result in stages.json cannot be shown"
+            f" ({type(error).__name__}: {error}); delete {done.job.out} to run it again"
+        ) from error
+
+
+def render_report(
+    summary: dict[str, Any],
+    recipe: Recipe,
+    parts: Sequence[tuple[Step, Part]],
+    until: str | None = None,
+) -> str:
+    """Return the page. ``summary`` as in summary.json, ``until`` as in `write_report`."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader([TEMPLATES, TEMPLATES / "parts"]), autoescape=True,
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters |= {
+        "size": size_text, "seconds": seconds_text, "count": count_text, "markup": markup,
+    }  # fmt: skip
+    sections: dict[str, list[tuple[Step, Part]]] = {}
+    for step, part in parts:
+        sections.setdefault(step.name if part.wide else step.stage.kind, []).append((step, part))
+    kinds = Counter(step.stage.kind for step, _ in parts)
+    cards = [
+        {
+            "value": value, "lead": "scores" in step.stage.leaves,
+            "what": what if kinds[step.stage.kind] == 1 else f"{what} ({step.name})",
+        }
+        for step, part in parts
+        for value, what in part.cards
+    ]  # fmt: skip
+    command = summary["command"]
+    commands = {
+        step.name: command_until(command, step.name) if recipe.table else command
+        for step, _ in parts
+    }  # fmt: skip
+    return environment.get_template("report.html.jinja").render(
+        s=summary,
+        commands=commands,
+        recipe=recipe,
+        not_run=[step.name for step in recipe.steps if step.name not in summary["stages"]],
+        until=until,
+        sections=list(sections.values()),
+        cards=cards,
+        stages=stage_rows({name: s["seconds"] for name, s in summary["stages"].items()}),
+    )
+
+
+def command_until(command: str, name: str) -> str:
+    """Return the command that runs a recipe up to the stage ``name``, which gives its numbers."""
+    plain = re.sub(r" --until[ =]('[^']*'|\S+)", "", command)
+    return f"{plain} --until {shlex.quote(name)}"
+
+
+def markup(svg: str) -> Any:
+    """Return our own SVG, the only text that is not escaped."""
+    from markupsafe import Markup
+
+    return Markup(svg)
+
+
+def stage_rows(seconds: dict[str, float]) -> list[dict[str, Any]]:
+    """Return one row per stage for the bar of times."""
+    total = sum(seconds.values()) or 1.0
+    return [
+        {
+            "name": name, "seconds": value, "percent": 100 * value / total,
+            "color": SHADES[i % len(SHADES)],
+        }
+        for i, (name, value) in enumerate(seconds.items())
+    ]  # fmt: skip
+
+
+def machine() -> dict[str, Any]:
+    """Describe what the run ran on: CPU, threads, device, versions, commit, system."""
+    from fastlm.inventory import info
+
+    have = info()
+    keys = ("cpu", "cpu_isa", "threads", "device", "fastlm", "torch", "python")
+    facts = {k: have.get(k) for k in keys}
+    return {**facts, "commit": commit() or "not a clone", "system": platform.platform()}

@@ -1,0 +1,299 @@
+"""Run a recipe in a folder: finished stages are skipped, interrupted ones continue, changed ones
+run again (`fastlm.pipeline.execution_plan`).
+
+Each stage has a folder of its own name. A training that has to give way is not deleted but
+archived, together with everything that was made from it (`fastlm.pipeline.archive`). The
+alternative was to compare file times, as make does: that reruns everything after the folder is
+copied.
+"""
+
+import fcntl
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fastlm.errors import InputError
+from fastlm.files import leftovers, make_folder, new_name, read_json, remove, save_atomic
+from fastlm.pipeline.archive import archive, finish_moving
+from fastlm.pipeline.execution_plan import Planned, fingerprints, make_plan
+from fastlm.pipeline.provenance import describe, text_hash
+from fastlm.pipeline.recipe import Kinds, Recipe, Step, is_outside, load_recipe
+from fastlm.pipeline.record import Entry, chosen, dump, load_record, save_record, sizes_of
+from fastlm.pipeline.registry import note_run
+from fastlm.pipeline.report import REPORT, SUMMARY, Done, write_report
+from fastlm.pipeline.run_folder import STAGES
+from fastlm.pipeline.stage import Input, Job
+from fastlm.progress import silent
+from fastlm.sources.input_digest import Contents
+from fastlm.torchrun import check_alone
+
+RECIPE = "recipe.json"
+SOURCES = "sources.json"  # hashes of local files (`fastlm.sources.input_digest`)
+REPORT_VERSION = 8
+
+
+@dataclass
+class _Run:
+    """A run in progress."""
+
+    recipe: Recipe
+    out: Path
+    cache: Path
+    track: Callable
+    tell: Callable[[dict[str, Any]], None]
+    record: dict[str, Entry]
+    contents: Contents
+    command: str
+
+    def job(self, step: Step) -> Job:
+        inputs = {
+            key: tuple(self.input(step, key, name) for name in names)
+            for key, names in step.inputs.items()
+        }
+        return Job(step.name, self.out / step.name, inputs, self.cache, self.track, self.tell, True)
+
+    def input(self, step: Step, key: str, name: str) -> Input:
+        if is_outside(name):
+            return Input(name, name)
+        made = self.recipe.step(name)
+        assert made is not None  # the recipe is checked
+        kind = next(t for t in step.stage.reads[key].types if t in made.stage.leaves)
+        return Input(name, str(self.out / name / made.stage.leaves[kind]))
+
+    def id_of(self, step: Step, key: str, given: Input) -> str | None:
+        """Return the recorded content id of an input that a stage of this run made."""
+        entry = None if is_outside(given.name) else self.record.get(given.name)
+        ids = entry.made.ids if entry and entry.made else {}
+        return next((ids[t] for t in step.stage.reads[key].types if t in ids), None)
+
+    def save(self) -> None:
+        save_record(self.out, self.record, self.recipe)
+
+
+def run_recipe(
+    path: str | Path,
+    out: str | Path | None = None,
+    *,
+    kinds: Kinds,
+    overrides: Sequence[str] = (),
+    cache: Path | None = None,
+    until: str | None = None,
+    dry_run: bool = False,
+    command: str | None = None,
+    track=silent,
+    on_plan: Callable[[list[Planned]], None] | None = None,
+    on_event: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
+    """Run those stages of the recipe at ``path`` that have not run yet into ``out`` (default
+    runs/NAME).
+
+    Args:
+        kinds: the stages that a recipe may have.
+        overrides: "NAME.key=value", as `fastlm.pipeline.recipe.load_recipe` accepts them.
+        until: the name of the last stage.
+        dry_run: only plan.
+        on_plan: receives what will be done with every stage, before the first one runs.
+        on_event: receives {"stage", "state": "archived" | "skipped" | "started" | "done"} and the
+            lines of metrics. "archived" comes with "path", the new place of the training, which
+            no longer fits the recipe or its data.
+
+    Returns:
+        The content of summary.json, {} for a dry run.
+
+    Raises:
+        InputError: the recipe, its data, a run folder that is in use or cannot be written.
+    """
+    from fastlm.sources.packages import default_cache
+
+    check_alone("run", "start its trainings one by one")
+    recipe = load_recipe(path, overrides, kinds=kinds)
+    names = [step.name for step in recipe.steps]
+    if until is not None and until not in names:
+        raise InputError(f"until: wanted one of {', '.join(names)}, got {until!r}")
+    wanted = names[: names.index(until) + 1] if until else names
+    out = Path("runs") / recipe.name if out is None else Path(out)
+    cache = cache or default_cache()
+    tell_plan = on_plan or (lambda plan: None)
+    if dry_run and not out.exists():
+        prints = fingerprints(recipe, Contents(out / SOURCES, cache=cache, track=track))
+        tell_plan(make_plan(recipe, wanted, prints, {}, out))
+        return {}
+    make_folder(out)
+    with locked(out):
+        finish_moving(out)
+        record = load_record(out, recipe)
+        _refuse_foreign(out, names, record)
+        contents = Contents(out / SOURCES, cache=cache, track=track)
+        command = command or f"fastlm run {path}"
+        tell = on_event or (lambda event: None)
+        run = _Run(recipe, out, cache, track, tell, record, contents, command)
+        prints = fingerprints(recipe, contents)
+        plan = make_plan(recipe, wanted, prints, record, out)
+        tell_plan(plan)
+        if dry_run:
+            return {}
+        if contents.changed or contents.used.keys() != contents.seen.keys():
+            save_atomic(out / SOURCES, lambda p: dump(p, contents.used))
+        _sweep(out, names)
+        _give_way(run, plan)
+        save_atomic(out / RECIPE, lambda p: dump(p, recipe.table))
+        for planned in plan:
+            if planned.do not in ("archive", "later"):
+                _run_step(run, planned)
+        summary = _report(run, prints, until)
+    note_run(out)
+    return summary
+
+
+def _give_way(run: _Run, plan: Sequence[Planned]) -> None:
+    """Archive what is stale if there is a training among it. Otherwise record that it is stale: a
+    later start must not skip stages that depend on a stage that runs again.
+    """
+    stale = [planned.step.name for planned in plan if planned.stale]
+    trainings = [planned.step.name for planned in plan if planned.training]
+    if trainings:
+        path = archive(run.out, [*stale, REPORT, SUMMARY], copies=(STAGES, RECIPE))
+        for name in stale:
+            run.record.pop(name, None)
+        run.tell({"stage": trainings[0], "state": "archived", "path": str(path)})
+    for name in stale:
+        if entry := run.record.get(name):
+            entry.outputs = entry.result = entry.made = None
+    if stale:
+        run.save()
+
+
+def _run_step(run: _Run, planned: Planned) -> None:
+    step, stage, out = planned.step, planned.step.stage, run.out / planned.step.name
+    if planned.do == "skip":
+        run.tell({"stage": step.name, "state": "skipped"})
+        return
+    if planned.do == "run":
+        _clear(out)
+    make_folder(out)
+    entry = Entry(
+        stage.kind, planned.fingerprint, chosen(stage),
+        {key: list(names) for key, names in step.inputs.items()}, dict(stage.leaves),
+    )  # fmt: skip
+    run.record[step.name] = entry  # begun: its output belongs to this fingerprint
+    run.save()
+    run.tell({"stage": step.name, "state": "started"})
+    began = time.perf_counter()
+    job = run.job(step)
+    try:
+        result = stage.run(job)
+    except OSError as e:  # report a full disk or a read-only folder in one line
+        raise InputError(f"{step.name}: {e.filename or out}: {e.strerror or e}") from e
+    except InputError as e:
+        raise InputError(f"{step.name}: {e}") from e
+    entry.seconds = max(time.perf_counter() - began, result.get("used_seconds", 0.0))
+    entry.result, entry.outputs = result, sizes_of(out, stage.scratch)
+    entry.made = describe(
+        stage, job, entry.outputs, run.contents, known=partial(run.id_of, step),
+        recipe=text_hash(json.dumps(run.recipe.table, default=str)), command=run.command,
+    )  # fmt: skip
+    run.save()
+    run.tell({
+        "stage": step.name, "state": "done", "seconds": entry.seconds,
+        "told": stage.told(result, job),
+    })  # fmt: skip
+
+
+def _report(run: _Run, prints: dict[str, str], until: str | None) -> dict[str, Any]:
+    """Write report.html and summary.json of all finished stages, unless they exist and nothing has
+    changed.
+    """
+    finished = [
+        (step, entry)
+        for step in run.recipe.steps
+        if (entry := run.record.get(step.name))
+        and entry.fingerprint == prints[step.name]
+        and entry.outputs is not None
+    ]
+    entries = {step.name: asdict(entry) for step, entry in finished}
+    missing = [step.name for step in run.recipe.steps if step.name not in entries]
+    until = until if missing else None  # the page of a whole run does not say it
+    parts = [REPORT_VERSION, run.recipe.name, run.recipe.description, entries, missing, until]
+    fingerprint = hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
+    old = run.record.get("report")
+    there = all((run.out / name).is_file() for name in (REPORT, SUMMARY))
+    if old is not None and old.fingerprint == fingerprint and there:
+        run.tell({"stage": "report", "state": "skipped"})
+        return read_json(run.out / SUMMARY)
+    began = time.perf_counter()
+    done = [
+        Done(step, run.job(step), entry.result or {}, entry.seconds or 0.0)
+        for step, entry in finished
+    ]
+    summary = write_report(run.out, run.recipe, done, run.command, until)
+    run.record["report"] = Entry("report", fingerprint)
+    run.save()
+    run.tell({
+        "stage": "report", "state": "done", "seconds": time.perf_counter() - began,
+        "told": str(run.out / REPORT),
+    })  # fmt: skip
+    return summary
+
+
+def _refuse_foreign(out: Path, names: Sequence[str], record: dict[str, Entry]) -> None:
+    """Refuse folders that are not this run's. A stage begins by clearing its folder, which must not
+    hold the user's own data or model.
+    """
+    mine = [name for name in names if name not in record]
+    mine += [] if record else [REPORT, SUMMARY]
+    for name in mine:
+        path = out / name
+        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+            raise InputError(
+                f"{out}: wanted a folder in which {name!r} is free, or a run that made it; got one"
+                " with something of that name: rename it, or give the stage another name"
+            )
+
+
+def _sweep(out: Path, names: Sequence[str]) -> None:
+    """Remove what a killed process was writing or deleting next to the files of a run."""
+    for name in (STAGES, RECIPE, SOURCES, REPORT, SUMMARY, *names):
+        for stray in leftovers(out / name):
+            remove(stray)
+
+
+def _clear(folder: Path) -> None:
+    """Delete a stage's folder. It is renamed first, so that an interrupted deletion leaves nothing
+    under the final name.
+    """
+    old = new_name(folder)
+    try:
+        if folder.is_dir() and not folder.is_symlink():
+            folder.rename(old)
+            shutil.rmtree(old)
+        else:
+            folder.unlink(missing_ok=True)
+    except OSError as e:
+        raise InputError(f"{e.filename or folder}: cannot be cleared: {e.strerror}") from e
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Allow one run at a time in a folder; the lock ends with the process."""
+    lock = out / ".lock"
+    if lock.exists() and not lock.is_file():  # a pipe would block
+        raise InputError(f"{lock}: wanted a file, got something else")
+    try:
+        file = open(lock, "a")  # closed below
+    except OSError as e:
+        raise InputError(f"{out}: cannot be written: {e.strerror}") from e
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{out}: another fastlm run is at work in this folder") from None
+        except OSError:
+            pass  # a file system without locks
+        yield

@@ -1,0 +1,314 @@
+"""A stage: one step in the life of a model, from raw text to a model in service.
+
+A stage is a frozen dataclass. Its fields are its options and are written once. They are the keys of
+``[[stage]]`` in a recipe, the flags of its command and the arguments of the Python call.
+
+    Quantize(format="w4a16")("out", model="runs/demo")      # Python
+    fastlm quantize --format w4a16 --out out --model runs/demo
+    [[stage]]                                               # a recipe
+    kind = "quantize"
+    format = "w4a16"
+
+Whatever a stage reads or leaves has a type (`TYPES`), by which a recipe connects stages.
+`fastlm.stages` lists the stages; CONTRIBUTING.md adds one as an example. Modules that define
+stages import nothing heavy, so that ``fastlm --help`` answers at once.
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, get_args, get_origin, get_type_hints
+
+from fastlm.errors import InputError
+from fastlm.progress import silent
+from fastlm.sources.input_digest import Contents
+
+# What stages pass to each other
+TYPES = {
+    "corpus": "clean documents: train.jsonl.zst, heldout.jsonl.zst, funnel.json",
+    "tokenizer": "tokenizer.json",
+    "shards": "token shards in train/ and heldout/",
+    "model": "a model that can be trained further: config.json, safetensors, tokenizer.json",
+    "reward": "a model that scores answers: config.json, safetensors, tokenizer.json",
+    "quantized": "a model of 4- or 8-bit weights",
+    "exported": "a model in another program's format",
+    "scores": "scores.json",
+    "opinions": "a feedback database of fastlm serve",
+    "feedback": "rows from users: train/, judge/ and test/, each with a .jsonl file per form",
+    "decision": "decision.json: whether a model passed its gates",
+}
+
+
+class Positional(str):
+    """The help of an option that is a positional argument of the command."""
+
+
+class MaybePositional(Positional):
+    """One that may be left out."""
+
+
+@dataclass(frozen=True)
+class Takes:
+    """One input of a stage.
+
+    Args:
+        types: what fits. If a recipe names no stage, the input is the last one that made the
+            first of these types, else the second, and so on.
+        help: for the command line.
+        several: accepts a list.
+        optional: the stage also runs without it; ``[]`` in a recipe leaves it out.
+        default: if a recipe names no stage, the input is the last one that fits.
+        flag: the letter of its short flag.
+        positional: a positional argument of the command.
+        later: the stage once had no such input: without one the fingerprint is that of then.
+    """
+
+    types: tuple[str, ...]
+    help: str
+    several: bool = False
+    optional: bool = False
+    default: bool = True
+    flag: str = ""
+    positional: bool = False
+    later: bool = False
+
+
+@dataclass(frozen=True)
+class Input:
+    """``name``: the stage that made it, or the path as the user gave it. ``where``: the path."""
+
+    name: str
+    where: str
+
+    @property
+    def path(self) -> Path:
+        return Path(self.where)
+
+
+@dataclass
+class Job:
+    """What a stage works with: its own folder, what it reads, and how to report progress.
+
+    ``in_recipe``: later stages rely on what this one leaves.
+    """
+
+    name: str
+    out: Path
+    inputs: Mapping[str, Sequence[Input]]
+    cache: Path
+    track: Callable = silent
+    on_event: Callable[[dict[str, Any]], None] | None = None
+    in_recipe: bool = False
+
+    def path(self, key: str) -> Path:
+        """Return the path of the only input of this name."""
+        (only,) = self.inputs[key]
+        return only.path
+
+    def optional(self, key: str) -> Path | None:
+        return self.path(key) if self.inputs.get(key) else None
+
+    def skipped(self, message: str) -> None:
+        """Tell the user what was left out, and why."""
+        self.warn(f"skipped: {message}")
+
+    def tell(self, message: str) -> None:
+        """Tell the user what came of a part of the work."""
+        if self.on_event is not None:
+            self.on_event({"note": message})
+
+    def warn(self, message: str) -> None:
+        """Tell the user what looks wrong."""
+        if self.on_event is not None:
+            self.on_event({"warning": message})
+
+
+@dataclass
+class Part:
+    """What a stage shows in report.html.
+
+    ``template`` names a file in pipeline/parts/ that draws ``values``. Without one, the page lists
+    ``facts`` and shows ``charts`` (SVG). ``cards``, (number, what it is), are shown at the top of
+    the page. ``wide``: a section of its own, not beside others of its kind.
+    """
+
+    title: str
+    note: str = ""
+    facts: Mapping[str, str] = field(default_factory=dict)
+    charts: Sequence[str] = ()
+    cards: Sequence[tuple[str, str]] = ()
+    template: str = "any.html.jinja"
+    values: Mapping[str, Any] = field(default_factory=dict)
+    wide: bool = False
+
+
+@dataclass(frozen=True)
+class Option:
+    """A field of a stage, in the form the command line needs."""
+
+    name: str
+    hint: Any
+    default: Any
+    help: str
+    positional: bool
+    optional: bool = False  # a positional argument that may be left out
+
+
+Facts = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The base of all stages; subclasses are frozen dataclasses.
+
+    Class attributes:
+        kind: its name in recipes.
+        command: its words on the command line.
+        version: raised when the same options and inputs give another result.
+        reads: input name -> `Takes`. The first input is also called ``from`` in a recipe, or
+            ``of`` if it accepts several.
+        leaves: type -> file or folder in the stage's folder, "." for the folder itself.
+        scratch: what it needs to continue after an interruption. A stage that has scratch is a
+            training: a run never deletes it, but archives it (`fastlm.pipeline.archive`).
+        partial: what else it continues from after an interruption, with the same options and
+            inputs. It is deleted with the rest of the folder where those have changed.
+        result: what `run` returns at least -> its type.
+        notes: what ``--help`` shows after the docstring.
+        unused: fields that it inherits and has no use for. They are not offered.
+        sources_in: the options that name sources of text or rows.
+        settings_in: the options that name a file of settings. A recipe looks for it in its own
+            folder.
+    """
+
+    kind: ClassVar[str]
+    command: ClassVar[tuple[str, ...]]
+    version: ClassVar[int] = 1
+    reads: ClassVar[Mapping[str, Takes]] = {}
+    leaves: ClassVar[Mapping[str, str]] = {}
+    scratch: ClassVar[tuple[str, ...]] = ()
+    partial: ClassVar[tuple[str, ...]] = ()
+    result: ClassVar[Mapping[str, Any]] = {}
+    notes: ClassVar[str] = ""
+    unused: ClassVar[tuple[str, ...]] = ()
+    sources_in: ClassVar[tuple[str, ...]] = ()
+    settings_in: ClassVar[tuple[str, ...]] = ()
+
+    def check(self) -> None:
+        """Refuse options that cannot work. InputError names the option."""
+
+    def plan(self, inputs: Mapping[str, Sequence[Facts]]) -> Facts:
+        """Refuse what cannot work with the stages before, and return facts for the stages after.
+
+        A recipe calls this for all stages before the first one runs. ``inputs`` holds what the
+        `plan` of each input's stage returned: "vocab_size", "config" (a ModelConfig), ..., and its
+        "name". For an input from outside the run only the name is known.
+        """
+        del inputs
+        return {}
+
+    def identity(self) -> dict[str, Any]:
+        """Return the options that decide the result; changing any other one reruns nothing."""
+        return asdict(self)
+
+    def continues(self, changed: Collection[str], folder: Path, finished: bool) -> bool:
+        """Return whether what was made in ``folder`` with other values of the options ``changed``
+        continues with these. ``finished``: it was made to the end.
+        """
+        del changed, folder, finished
+        return False
+
+    def contents(self, contents: Contents) -> Any:
+        """Return the state of the files that the options name, for the fingerprint."""
+        del contents
+
+    def run(self, job: Job) -> dict[str, Any]:
+        """Do the work; return a JSON-serialisable result. Called again after an interruption, it
+        continues.
+        """
+        raise NotImplementedError
+
+    def told(self, result: Mapping[str, Any], job: Job) -> str:
+        """Return one line for the user: what `run` made."""
+        del result
+        return str(job.out)
+
+    def shown(self, result: Mapping[str, Any], job: Job) -> Any:
+        """Return what the stage's own command prints: text or a rich renderable."""
+        return self.told(result, job)
+
+    def status(self, result: Mapping[str, Any]) -> int:
+        """Return the exit status of the stage's own command."""
+        del result
+        return 0
+
+    def report(self, job: Job, result: Mapping[str, Any]) -> Part | None:
+        """Return this stage's part of report.html, None if it has none."""
+        del job, result
+
+    def __call__(
+        self,
+        out: str | Path,
+        *,
+        cache: Path | None = None,
+        track: Callable = silent,
+        on_event: Callable[[dict[str, Any]], None] | None = None,
+        **inputs: str | Path | Sequence[str | Path],
+    ) -> dict[str, Any]:
+        """Run this stage alone, on ``inputs`` named as in `reads`, into the folder ``out``.
+
+        Returns the stage's result. InputError: options, inputs, a folder that cannot be written.
+        """
+        return self.run(self.job(out, cache=cache, track=track, on_event=on_event, **inputs))
+
+    def job(
+        self, out: str | Path, *, cache: Path | None = None, track=silent, on_event=None, **inputs
+    ) -> Job:
+        """Return the job of `__call__`, after all checks that need no work."""
+        from fastlm.sources.packages import default_cache
+
+        self.check()
+        defaults = {f.name: f.default for f in fields(self)}
+        for name in self.unused:
+            if (value := getattr(self, name)) != defaults[name]:
+                raise InputError(f"{name}: {self.kind} has no use for it, got {value!r:.80}")
+        for key in inputs.keys() - self.reads.keys():
+            raise InputError(
+                f"{key}: wanted one of {self.kind}'s inputs {', '.join(self.reads)}, got this name"
+            )
+        given: dict[str, tuple[Input, ...]] = {}
+        for key, takes in self.reads.items():
+            value = inputs.get(key)
+            values = () if value is None else (value,) if isinstance(value, str | Path) else value
+            if not values and not takes.optional:
+                raise InputError(
+                    f"{key}: wanted {takes.help[:1].lower()}{takes.help[1:]}, got none"
+                )
+            if len(values) > 1 and not takes.several:
+                raise InputError(f"{key}: wanted one, got {len(values)}")
+            given[key] = tuple(Input(str(v), str(v)) for v in values)
+        return Job(
+            self.kind, Path(out), given, cache or default_cache(), track=track, on_event=on_event
+        )
+
+
+def options_of(cls: type[Stage]) -> list[Option]:
+    """Return the options of a stage, in the order of their definition."""
+    hints = get_type_hints(cls, include_extras=True)
+    found = []
+    for f in fields(cls):
+        if f.name in cls.unused:
+            continue
+        hint, text = hints[f.name], ""
+        if get_origin(hint) is Annotated:
+            hint, text = get_args(hint)[:2]
+        default = f.default_factory() if f.default_factory is not MISSING else f.default
+        optional = isinstance(text, MaybePositional)
+        found.append(Option(f.name, hint, default, text, isinstance(text, Positional), optional))
+    return found
+
+
+def at_least_one(stage: Any, *names: str) -> None:
+    """Raise InputError if one of these options is below 1."""
+    for name in names:
+        if getattr(stage, name) < 1:
+            raise InputError(f"{name}: wanted 1 or more, got {getattr(stage, name)}")

@@ -1,1 +1,0 @@
-"""Recipes and the folders they run in."""

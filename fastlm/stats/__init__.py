@@ -1,0 +1,1 @@
+"""Intervals, paired and sequential tests, power, drift, agreement."""

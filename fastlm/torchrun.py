@@ -1,0 +1,31 @@
+"""The processes that torchrun started, as its environment has them. Imports no torch."""
+
+import os
+
+from fastlm.errors import InputError
+
+VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # torchrun sets them
+
+
+def launched() -> tuple[int, int]:
+    """Return rank and number of processes as torchrun's environment has them, (0, 1) without it."""
+    if not all(os.environ.get(name) for name in VARIABLES):
+        return 0, 1
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def node_size() -> int:
+    """Return the number of processes on this machine as torchrun's environment has it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def leads() -> bool:
+    """Whether this process writes and reports: rank 0, or the only one."""
+    return launched()[0] == 0
+
+
+def check_alone(what: str, why: str) -> None:
+    """Raise InputError if torchrun started several processes."""
+    size = launched()[1]
+    if size > 1:
+        raise InputError(f"{what}: wanted one process, got {size} from torchrun: {why}")
