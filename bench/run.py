@@ -203,7 +203,7 @@ def section(results: dict, isa: str | None = None, flag: str = "") -> str:
     parts = [
         f"Measured by `{command}` on {about['date']}: {about['cpu']}, {about['threads']} threads, "
         f"instruction set {about['cpu_isa']}, torch {about['torch']}, "
-        f"commit {commits_of(results)}. "
+        f"commit {commits_of(results)}.",
         "Medians of rounds in which both sides take turns; ratios below 1 are where the peer wins. "
         "The share is of the best instruction for the work's accuracy, on registers, measured in "
         "the same run, or of reading memory: above 100 % the data lay in a cache. Of whole runs "
@@ -264,7 +264,7 @@ def main() -> None:
         path.write_text(json.dumps(results, indent=1) + "\n")
     if isa or options.page:
         page = ROOT / "docs" / f"benchmarks-{options.page or isa}.md"
-        title = f"Every op with {isa} forced" if isa else f"Rows on {about['cpu']}"
+        title = f"Every op with {isa} forced" if isa else f"Rows on {results['machine']['cpu']}"
         flag = f"--isa {isa}" if isa else f"--page {options.page}"
         page.write_text(f"# {title}\n\n{section(results, isa=isa, flag=flag)}\n")
         print(f"\nwritten: {path.relative_to(ROOT)}, {page.relative_to(ROOT)}")

@@ -50,13 +50,6 @@ def test_the_readme(tmp_path):
     want = torch.nn.functional.cross_entropy(x @ names["head"].T, target, reduction="sum") / rows
     (gradient,) = torch.autograd.grad(want, x)
     torch.testing.assert_close(names["x"].grad[some], gradient, rtol=1e-3, atol=1e-6)
-    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 100
-
-
-def test_links_lead_somewhere():
-    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
-        for link in re.findall(r"\]\(([^)#]+)", page.read_text("utf-8")):
-            assert "://" in link or (page.parent / link).exists(), f"{page.name}: {link}"
 
 
 def test_training_on_the_cpu(tmp_path):
