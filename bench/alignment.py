@@ -143,7 +143,7 @@ def run(stage: str, seed: int, folder: Path, threads: int) -> dict[str, Any]:
         "after": {k: v for k, v in last.items() if k.startswith("val_")},
         "bits_per_byte": bits_per_byte(out, folder),
     }
-    told.write_text(json.dumps(row, indent=1))
+    save(told, row)
     return row
 
 

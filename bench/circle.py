@@ -41,7 +41,7 @@ from typing import Any
 import httpx
 import torch
 import users
-from harness import machine
+from harness import machine, save
 
 from fastlm.data.prompts import Prompt
 from fastlm.evals.statistics import wilson
@@ -483,8 +483,7 @@ def main() -> None:
         "load": os.getloadavg(), "machine": machine(),
     }  # fmt: skip
     print(json.dumps(told))
-    if options.json:
-        options.json.write_text(json.dumps(told, indent=1))
+    save(options.json, told)
 
 
 if __name__ == "__main__":

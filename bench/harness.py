@@ -42,6 +42,7 @@ ROUNDS = 9  # medians of 9 interleaved rounds repeat within a few percent on a s
 MAX_SECONDS = 15  # per variant of a case: a peer that needs seconds per call runs in 3 rounds
 MIN_ROUND_SECONDS = 0.01  # a round repeats a short call until the clock's noise is below 1 %
 FAR_BEHIND = 3  # times the fastest: a variant slower than that runs in 3 rounds
+MAX_LINE = 400  # of a file of results: longer facts are split
 LARGE_SPREAD = 0.2  # relative to the median: a row above it is measured again
 
 
@@ -338,7 +339,24 @@ def common_options(parser: argparse.ArgumentParser) -> None:
 
 def save(path: Path | None, results: dict) -> None:
     if path is not None:
-        path.write_text(json.dumps(results, indent=1, default=str) + "\n")
+        path.write_text(row_per_line(results) + "\n")
+
+
+def row_per_line(value: object, indent: str = "") -> str:
+    """Write JSON with a line for each object or text of a list. An object that holds rows, or other
+    objects and is long, has a line for each of its values.
+    """
+    line = json.dumps(value, default=str)
+    inner = indent + " "
+    if isinstance(value, list) and value and isinstance(value[0], (dict, str)):
+        parts = [json.dumps(row, default=str) for row in value]
+    elif isinstance(value, dict) and (
+        not indent or "[{" in line or (len(line) > MAX_LINE and ("{" in line[1:] or "[" in line))
+    ):
+        parts = [f"{json.dumps(str(k))}: {row_per_line(v, inner)}" for k, v in value.items()]
+    else:
+        return line
+    return f"{line[0]}\n{inner}" + f",\n{inner}".join(parts) + f"\n{indent}{line[-1]}"
 
 
 def own_cases(own: Callable, text: str, parser: argparse.ArgumentParser) -> list[Case]:

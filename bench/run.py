@@ -17,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from harness import ROOT, Row, machine, table
+from harness import ROOT, Row, machine, save, table
 
 OPS = (
     "attention",
@@ -261,13 +261,13 @@ def main() -> None:
             flags = ["--no-gate"] if options.no_gate and script in OPS else []
             flags += ["--busy"] if options.busy else []
             results[script] = run(END_TO_END.get(script, (f"{script}.py",))[0], *flags)
-        path.write_text(json.dumps(results, indent=1) + "\n")
+        save(path, results)
     if isa or options.page:
         page = ROOT / "docs" / f"benchmarks-{options.page or isa}.md"
-        title = f"Every op with {isa} forced" if isa else f"Rows on {about['cpu']}"
+        title = f"Every op with {isa} forced" if isa else f"Rows on {results['machine']['cpu']}"
         flag = f"--isa {isa}" if isa else f"--page {options.page}"
         page.write_text(f"# {title}\n\n{section(results, isa=isa, flag=flag)}\n")
-        print(f"\nwritten: {path.relative_to(ROOT)}, {page.relative_to(ROOT)}")
+        print(f"\nwritten: {path.name}, {page.relative_to(ROOT)}")
         return
     readme = ROOT / "README.md"
     text = readme.read_text()

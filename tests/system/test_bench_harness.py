@@ -89,6 +89,19 @@ def test_json_goes_to_the_file_alone(monkeypatch, capsys, tmp_path):
     assert not any(s.startswith('{"op"') for s in capsys.readouterr().out.splitlines())
 
 
+def test_a_file_of_results_has_a_row_per_line(tmp_path):
+    """And a line for each value of a long object, and of one that holds rows."""
+    path, row = tmp_path / "rows.json", {"name": "fwd", "times": [{"ms": 1.5}, {"ms": None}]}
+    long = {f"{i} clients": {"tokens_per_second": [1.25] * 40} for i in range(3)}
+    results = {"op": "rope", "few": {}, "none": [], "gaps": [1.5, 2.0], "rows": [row, row],
+               "serve": long, "stages": {"ppo": {"rows": [row], "gap": 0.5}}}  # fmt: skip
+    harness.save(path, results)
+    lines = [line.strip().rstrip(",") for line in path.read_text().splitlines()]
+    assert json.loads(path.read_text()) == results
+    assert lines.count(json.dumps(row)) == 3 and '"gaps": [1.5, 2.0]' in lines
+    assert [s.partition(":")[0] for s in lines if "1.25" in s] == [json.dumps(n) for n in long]
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_collected_without_operands(monkeypatch, op):
     module = importlib.import_module(op)
