@@ -7,10 +7,10 @@ ceilings of this machine (bench/ceilings.py), measured before and after the rows
 again if its spread is large or other processes used the cores, and marked if that did not help.
 Nothing is timed while the op's tests fail.
 
-    python bench/attention.py                 all cases of the file; --list names them
-    python bench/attention.py causal          cases whose name or shape contains "causal"
-    python bench/rope.py --shape 8,8,512,64   a shape of your own
-    python bench/rope.py --json new.json      then python bench/compare.py old.json new.json
+    python bench/ops/attention.py                 all cases of the file; --list names them
+    python bench/ops/attention.py causal          cases whose name or shape contains "causal"
+    python bench/ops/rope.py --shape 8,8,512,64   a shape of your own
+    python bench/ops/rope.py --json new.json      then python bench/compare.py old.json new.json
     python bench/run.py --isa avx2 attention  both sides held to AVX2
 """
 
@@ -21,6 +21,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -296,6 +297,12 @@ def machine() -> dict[str, object]:
         "aten": os.environ.get("ATEN_CPU_CAPABILITY", "default"),
         "system": platform.system(),
     }
+
+
+def llama_cpp(program: str) -> str | None:
+    """A program of llama.cpp: from PATH, or from where bench/peers/llama_cpp.sh builds it."""
+    built = ROOT / "bench" / ".venv" / "llama.cpp" / "bin" / program
+    return shutil.which(program) or (str(built) if built.exists() else None)
 
 
 def table(rows: Sequence[Row]) -> str:

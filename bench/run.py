@@ -36,23 +36,23 @@ OPS = (
 # name in the results -> command, content of its table
 END_TO_END = {
     "train_step": (
-        "train_step.py",
+        "train/train_step.py",
         "Training of a Llama-like 42 M, 8 x 512 tokens a step; spread: range / median",
     ),
     "patch": (
-        "patch.py",
+        "train/patch.py",
         "Training of a Hugging Face Llama of 42 M, 8 x 512 tokens a step, with `fastlm.patch`",
     ),
     "decode": (
-        "decode.py",
+        "peers/decode.py",
         "SmolLM2-135M-Instruct (Q4_1), 512 tokens of prompt, 64 new; tokens/s of all users",
     ),
     "scaling": (
-        "train_step.py --scaling",
+        "train/train_step.py --scaling",
         "Training at other sizes, lengths and thread counts, against the faster of torch.compile"
         " under bf16 autocast and in float32",
     ),
-    "profile_step": ("profile_step.py", "Where a training step of the 42 M model goes"),
+    "profile_step": ("train/profile_step.py", "Where a training step of the 42 M model goes"),
 }
 # The rows of the README, including some that a peer wins: (op, name, shape) -> description
 HEADLINE = {
@@ -260,7 +260,7 @@ def main() -> None:
         for script in options.only or scripts:
             flags = ["--no-gate"] if options.no_gate and script in OPS else []
             flags += ["--busy"] if options.busy else []
-            results[script] = run(END_TO_END.get(script, (f"{script}.py",))[0], *flags)
+            results[script] = run(END_TO_END.get(script, (f"ops/{script}.py",))[0], *flags)
         save(path, results)
     if isa or options.page:
         page = ROOT / "docs" / f"benchmarks-{options.page or isa}.md"
