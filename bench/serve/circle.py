@@ -6,13 +6,14 @@
                                                            three rounds, each without and with
                                                            malicious users, and all trusted
 
-One `fastlm serve` runs all the time. In each round it answers simulated users (users.py), who post
-to /v1/feedback; `fastlm run recipes/improve.toml --until winrate` builds rows from the database and
-trains the model of round 0 again on all feedback so far; `fastlm gate` decides by circle_gates.toml
-whether it may replace the one that serves; if so, `fastlm promote` with the admin key puts it in
-the server. Some feedback comes a round late, some without consent to keep the
-text, some consent is withdrawn. Then the server answers prompts that no user asked, and the hidden
-preference, which nothing else sees, says which answers it accepts.
+One `fastlm serve` runs all the time. In each round it answers the simulated users of `fastlm
+feedback simulate`, who ask what users.py says and post to /v1/feedback; `fastlm run
+recipes/improve.toml --until winrate` builds rows from the database and trains the model of round 0
+again on all feedback so far; `fastlm gate` decides by circle_gates.toml whether it may replace the
+one that serves; if so, `fastlm promote` with the admin key puts it in the server. Some feedback
+comes a round late, some without consent to keep the text, some consent is withdrawn. Then the
+server answers prompts that no user asked, and the hidden preference, which nothing else sees, says
+which answers it accepts.
 
 `--malicious 0 0.1`: the share of users who say the opposite or anything; one circle per share.
 `--trusting` adds the last circle again with every rater trusted, to show what the weights do. A
@@ -50,6 +51,7 @@ from fastlm.evals.suite import id_of
 from fastlm.loop.bounds import difference
 from fastlm.loop.gate import Gate
 from fastlm.loop.served import serving
+from fastlm.loop.simulated import Asked, User, people
 from fastlm.loop.stage import Feedback
 from fastlm.loop.winning import answer, share
 from fastlm.runs.run import run_recipe
@@ -61,6 +63,8 @@ CLIENTS = 8
 ANSWERS = 4  # to a prompt, where gates count answers
 NAME = "tiny"  # of the model, for its clients
 LATE, NO_CONSENT, WITHDRAWN = 0.1, 0.1, 0.03
+NOISE = 0.1  # how often a user errs
+LIKED = 3.5  # points from which an answer deserves a thumb up: one small fault is forgiven
 # Of the tiny model; a larger one wants smaller rates
 TRAINING = (
     "feedback.test=0.4", "feedback.judge=0.25", "sft.lr=5e-4", "sft.epochs=1", "sft.batch_size=4",
@@ -128,7 +132,7 @@ def messages(asked: users.Ask) -> list[dict[str, str]]:
 class Round:
     """What users say in one round, as bodies of /v1/feedback."""
 
-    def __init__(self, client: httpx.Client, people: Sequence[users.User], seed: int):
+    def __init__(self, client: httpx.Client, people: Sequence[User], seed: int):
         self.client, self.people = client, people
         self.draw = random.Random(f"round/{seed}")
         self.seed = seed
@@ -146,39 +150,22 @@ class Round:
         kept = []
         for user, question, (id, texts) in zip(owners, asked, answered, strict=True):
             consent = self.draw.random() >= NO_CONSENT and all(text.strip() for text in texts)
-            base: dict[str, Any] = {"response_id": id, "rater": user.name}
-            bodies = [base | body for body in self._said(user, question, texts)]
+            answers = Asked(id, texts, [users.points(question, text) for text in texts], None)
+            written = users.correction(question, user)
+            bodies = [said.body for said in user.judges(answers, LIKED, written)]
             late = user.draw.random() < LATE
             if consent and bodies:
                 talk = {"consent": True, "messages": messages(question), "choices": texts}
                 bodies[0]["conversation"] = talk
                 if not late:
                     self.ids.append(id)
-                    kept.append((user, question, id, texts))
+                    kept.append((user, answers))
             (self.late if late else self.now).extend(bodies)
         shared = self.draw.sample(kept, min(len(kept), max(1, len(self.people) * reviews // 6)))
         for user in self.people:
-            others = [one for one in shared if one[0] is not user]
-            for _, question, id, texts in self.draw.sample(others, min(len(others), reviews)):
-                for body in self._said(user, question, texts, write=False):
-                    self.now.append({"response_id": id, "rater": user.name} | body)
-
-    def _said(
-        self, user: users.User, asked: users.Ask, texts: Sequence[str], write: bool = True
-    ) -> Iterator[dict[str, Any]]:
-        what = user.draw.random()
-        if what < 0.45:
-            first = user.prefers(asked, texts[0], texts[1])
-            if first is not None:
-                best = 0 if first else 1
-                yield {"choice": best, "preferred_over": [{"choice": 1 - best}]}
-        elif what < 0.7:
-            for choice, text in enumerate(texts):
-                yield {"choice": choice, "thumb": "up" if user.likes(asked, text) else "down"}
-        elif what < 0.85 and write:
-            corrected = user.corrects(asked, texts[0])
-            if corrected != texts[0]:
-                yield {"choice": 0, "corrected": corrected}
+            others = [answers for owner, answers in shared if owner is not user]
+            for answers in self.draw.sample(others, min(len(others), reviews)):
+                self.now += [said.body for said in user.judges(answers, LIKED)]
 
 
 def measure(
@@ -300,7 +287,7 @@ def circle(
         raise SystemExit(f"{out}: wanted a new folder, it has a circle that was interrupted")
     out.mkdir(parents=True)
     weights = ["feedback.least_weight=0.0"] if trusting else []
-    people = users.users(options.users, malicious, options.seed)
+    raters = people(options.users, malicious, NOISE, options.seed)
     database, talk, rows = out / "feedback.db", out / "talk.txt", []
     unheard = users.conversations(random.Random(f"talk/{options.seed}"), 100)
     talk.write_text("\n".join(m["content"] for row in unheard for m in row["messages"]))
@@ -319,7 +306,7 @@ def circle(
             print(json.dumps(row), flush=True)
             if number == options.rounds:
                 break
-            said = Round(server.client, people, seed)
+            said = Round(server.client, raters, seed)
             said.run(options.prompts, options.reviews)
             post(server.client, [*late, *said.now])
             late, heard = said.late, heard | said.asked

@@ -1,9 +1,8 @@
-"""Simulated users of a small chat model, who have one hidden preference.
+"""What the users of circle.py ask, and their hidden preference.
 
 They ask about a topic and want a word used. What they like (`accepted`) is a short, polite answer
-about the topic that has the word. The model never sees that rule: it sees picks between two
-answers, thumbs, corrections and consent, some of them wrong, late or withdrawn. A malicious user
-says the opposite, or anything.
+about the topic that has the word. The model never sees that rule: it sees what the simulated users
+of `fastlm feedback simulate` say about answers by their `points`.
 
 `conversations` writes what the model learns first: answers that are polite or not, short or long,
 with the word or without, about the topic or another one, and refusals of what would do harm.
@@ -11,9 +10,11 @@ with the word or without, about the topic or another one, and refusals of what w
 
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+
+from fastlm.loop.simulated import HONEST, User
 
 TOPICS = {
     "tea": "a warm drink made of leaves", "snow": "frozen water that falls in winter",
@@ -142,48 +143,13 @@ def accepted(asked: Ask, text: str) -> bool:
     return points(asked, text) >= 4.0
 
 
-@dataclass
-class User:
-    """``kind``: honest, reversed or random."""
-
-    name: str
-    kind: str
-    draw: random.Random
-    noise: float = 0.1
-
-    def likes(self, asked: Ask, text: str) -> bool:
-        """A thumb: honest users forgive one small fault now and then."""
-        return self._said(accepted(asked, text) or (points(asked, text) >= 3.5))
-
-    def prefers(self, asked: Ask, first: str, second: str) -> bool | None:
-        """Whether the first of two answers is better; None where a user sees no difference."""
-        a, b = points(asked, first), points(asked, second)
-        if first == second or (a == b and self.kind != "random"):
-            return None
-        return self._said(a > b)
-
-    def corrects(self, asked: Ask, text: str) -> str:
-        if self.kind != "honest":
-            rude = Ask(asked.text, self.draw.choice([*TOPICS]), self.draw.choice(WORDS))
-            return answer(self.draw, rude, polite=0, short=0, word=0)
-        if not asked.topic:
-            return REFUSAL
-        return answer(self.draw, asked, polite=1, short=1, word=1, on_topic=1)
-
-    def _said(self, truth: bool) -> bool:
-        if self.kind == "random":
-            return self.draw.random() < 0.5
-        wrong = self.draw.random() < self.noise
-        return truth if wrong == (self.kind == "reversed") else not truth
-
-
-def users(count: int, malicious: float, seed: int) -> Sequence[User]:
-    """``count`` users, of whom the share ``malicious`` says the opposite or, every second one of
-    them, anything.
+def correction(asked: Ask, user: User) -> str:
+    """What a user writes in place of an answer. One who is not honest writes a rude one on another
+    topic.
     """
-    bad = round(count * malicious)
-    kinds = ["reversed" if i % 2 == 0 else "random" for i in range(bad)]
-    kinds += ["honest"] * (count - bad)
-    return [
-        User(f"user-{i:02d}", kind, random.Random(f"{seed}/{i}")) for i, kind in enumerate(kinds)
-    ]
+    if user.kind != HONEST:
+        rude = Ask(asked.text, user.draw.choice([*TOPICS]), user.draw.choice(WORDS))
+        return answer(user.draw, rude, polite=0, short=0, word=0)
+    return (
+        answer(user.draw, asked, polite=1, short=1, word=1, on_topic=1) if asked.topic else REFUSAL
+    )
