@@ -19,7 +19,7 @@ import bench_path  # noqa: F401
 import torch
 import turns
 from ceilings import wait_until_quiet
-from harness import common_options, machine, positive, save
+from harness import machine, save
 
 # vocabulary, hidden_size, layers, heads, key heads, FFN; 42m is train_step.py's model, 135m the
 # shape of SmolLM2-135M
@@ -98,13 +98,7 @@ def make(variant: str, size: tuple[int, ...], batch: int, length: int):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n", 1)[0])
-    parser.add_argument("--size", choices=SIZES, default="42m")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--steps", type=positive, default=5, help="timed ones, after two more")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
-    common_options(parser)
+    turns.options_of_steps(parser, SIZES, VARIANTS)
     options = parser.parse_args()
     wait_until_quiet(options.busy)
     rows = turns.measure(

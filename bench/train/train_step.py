@@ -16,7 +16,7 @@ import bench_path  # noqa: F401
 import torch
 import turns
 from ceilings import wait_until_quiet
-from harness import common_options, machine, positive, save
+from harness import machine, save
 from plain import PlainLlama
 
 # name -> vocabulary, hidden_size, layers, heads, FFN; 42m is the table's Llama-like model
@@ -169,14 +169,8 @@ def scaling() -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--size", choices=SIZES, default="42m")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--steps", type=positive, default=5, help="timed ones, after two more")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
+    turns.options_of_steps(parser, SIZES, VARIANTS)
     parser.add_argument("--scaling", action="store_true", help="every line of SCALING instead")
-    common_options(parser)
     options = parser.parse_args()
     wait_until_quiet(options.busy)
     print(machine())
