@@ -3,9 +3,11 @@
 import importlib
 import json
 import os
+import re
 import sys
 import time
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import ceilings
@@ -125,6 +127,18 @@ def test_variants_do_the_same_work(op):
         assert len({str(sizes) for sizes in made.values()}) == 1, (case.name, made)
     for function in vars(module).values():  # copies of weights, which stand in no cache of a CPU
         getattr(function, "cache_clear", lambda: None)()
+
+
+def test_scripts_in_folders_find_the_modules_above():
+    """`python bench/ops/rope.py` has bench/ops on its path alone."""
+    above = {path.stem for path in Path(harness.__file__).parent.glob("*.py")}
+    for path in Path(harness.__file__).parent.glob("*/*.py"):
+        lines = re.findall(r"^ *(?:import|from) (\w+)", path.read_text("utf-8"), re.MULTILINE)
+        if above.intersection(lines):
+            assert "bench_path" in lines, path
+            assert lines.index("bench_path") < min(map(lines.index, above.intersection(lines))), (
+                path
+            )
 
 
 def test_bytes_of_a_quantized_weight():
