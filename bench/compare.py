@@ -1,7 +1,7 @@
 """Two results of one benchmark, row by row: what became faster, what slower, what is noise.
 
-    python bench/rope.py --json before.json
-    python bench/rope.py --json after.json
+    python bench/ops/rope.py --json before.json
+    python bench/ops/rope.py --json after.json
     python bench/compare.py before.json after.json [--plot compare.png]
 
 The files are those of --json, or of bench/results/. A time counts as changed if it differs by more

@@ -7,10 +7,10 @@ ceilings of this machine (bench/ceilings.py), measured before and after the rows
 again if its spread is large or other processes used the cores, and marked if that did not help.
 Nothing is timed while the op's tests fail.
 
-    python bench/attention.py                 all cases of the file; --list names them
-    python bench/attention.py causal          cases whose name or shape contains "causal"
-    python bench/rope.py --shape 8,8,512,64   a shape of your own
-    python bench/rope.py --json new.json      then python bench/compare.py old.json new.json
+    python bench/ops/attention.py                 all cases of the file; --list names them
+    python bench/ops/attention.py causal          cases whose name or shape contains "causal"
+    python bench/ops/rope.py --shape 8,8,512,64   a shape of your own
+    python bench/ops/rope.py --json new.json      then python bench/compare.py old.json new.json
     python bench/run.py --isa avx2 attention  both sides held to AVX2
 """
 
@@ -21,6 +21,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -42,6 +43,7 @@ ROUNDS = 9  # medians of 9 interleaved rounds repeat within a few percent on a s
 MAX_SECONDS = 15  # per variant of a case: a peer that needs seconds per call runs in 3 rounds
 MIN_ROUND_SECONDS = 0.01  # a round repeats a short call until the clock's noise is below 1 %
 FAR_BEHIND = 3  # times the fastest: a variant slower than that runs in 3 rounds
+MAX_LINE = 400  # of a file of results: longer facts are split
 LARGE_SPREAD = 0.2  # relative to the median: a row above it is measured again
 
 
@@ -297,6 +299,12 @@ def machine() -> dict[str, object]:
     }
 
 
+def llama_cpp(program: str) -> str | None:
+    """A program of llama.cpp: from PATH, or from where bench/peers/llama_cpp.sh builds it."""
+    built = ROOT / "bench" / ".venv" / "llama.cpp" / "bin" / program
+    return shutil.which(program) or (str(built) if built.exists() else None)
+
+
 def table(rows: Sequence[Row]) -> str:
     """A Markdown table: one line per case, the times of all peers, the ratio to the best one."""
     lines = [
@@ -338,7 +346,24 @@ def common_options(parser: argparse.ArgumentParser) -> None:
 
 def save(path: Path | None, results: dict) -> None:
     if path is not None:
-        path.write_text(json.dumps(results, indent=1, default=str) + "\n")
+        path.write_text(row_per_line(results) + "\n")
+
+
+def row_per_line(value: object, indent: str = "") -> str:
+    """Write JSON with a line for each object or text of a list. An object that holds rows, or other
+    objects and is long, has a line for each of its values.
+    """
+    line = json.dumps(value, default=str)
+    inner = indent + " "
+    if isinstance(value, list) and value and isinstance(value[0], (dict, str)):
+        parts = [json.dumps(row, default=str) for row in value]
+    elif isinstance(value, dict) and (
+        not indent or "[{" in line or (len(line) > MAX_LINE and ("{" in line[1:] or "[" in line))
+    ):
+        parts = [f"{json.dumps(str(k))}: {row_per_line(v, inner)}" for k, v in value.items()]
+    else:
+        return line
+    return f"{line[0]}\n{inner}" + f",\n{inner}".join(parts) + f"\n{indent}{line[-1]}"
 
 
 def own_cases(own: Callable, text: str, parser: argparse.ArgumentParser) -> list[Case]:

@@ -17,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from harness import ROOT, Row, machine, table
+from harness import ROOT, Row, machine, save, table
 
 OPS = (
     "attention",
@@ -36,23 +36,23 @@ OPS = (
 # name in the results -> command, content of its table
 END_TO_END = {
     "train_step": (
-        "train_step.py",
+        "train/train_step.py",
         "Training of a Llama-like 42 M, 8 x 512 tokens a step; spread: range / median",
     ),
     "patch": (
-        "patch.py",
+        "train/patch.py",
         "Training of a Hugging Face Llama of 42 M, 8 x 512 tokens a step, with `fastlm.patch`",
     ),
     "decode": (
-        "decode.py",
+        "peers/decode.py",
         "SmolLM2-135M-Instruct (Q4_1), 512 tokens of prompt, 64 new; tokens/s of all users",
     ),
     "scaling": (
-        "train_step.py --scaling",
+        "train/train_step.py --scaling",
         "Training at other sizes, lengths and thread counts, against the faster of torch.compile"
         " under bf16 autocast and in float32",
     ),
-    "profile_step": ("profile_step.py", "Where a training step of the 42 M model goes"),
+    "profile_step": ("train/profile_step.py", "Where a training step of the 42 M model goes"),
 }
 # The rows of the README, including some that a peer wins: (op, name, shape) -> description
 HEADLINE = {
@@ -260,14 +260,14 @@ def main() -> None:
         for script in options.only or scripts:
             flags = ["--no-gate"] if options.no_gate and script in OPS else []
             flags += ["--busy"] if options.busy else []
-            results[script] = run(END_TO_END.get(script, (f"{script}.py",))[0], *flags)
-        path.write_text(json.dumps(results, indent=1) + "\n")
+            results[script] = run(END_TO_END.get(script, (f"ops/{script}.py",))[0], *flags)
+        save(path, results)
     if isa or options.page:
         page = ROOT / "docs" / f"benchmarks-{options.page or isa}.md"
         title = f"Every op with {isa} forced" if isa else f"Rows on {results['machine']['cpu']}"
         flag = f"--isa {isa}" if isa else f"--page {options.page}"
         page.write_text(f"# {title}\n\n{section(results, isa=isa, flag=flag)}\n")
-        print(f"\nwritten: {path.relative_to(ROOT)}, {page.relative_to(ROOT)}")
+        print(f"\nwritten: {path.name}, {page.relative_to(ROOT)}")
         return
     readme = ROOT / "README.md"
     text = readme.read_text()

@@ -6,16 +6,11 @@ pytest bench --benchmark-compare=0001 -k "rope and fastlm"
 
 import importlib
 from functools import lru_cache
-from pathlib import Path
 
 import pytest
 from harness import repeats_of
+from run import OPS
 
-OPS = sorted(
-    p.stem
-    for p in Path(__file__).parent.glob("*.py")
-    if "def cases()" in p.read_text() and p.stem not in ("harness", "test_bench")
-)
 CASES = [(op, case) for op in OPS for case in importlib.import_module(op).cases()]
 VARIANTS = [(op, i, variant) for i, (op, case) in enumerate(CASES) for variant in case.variants]
 

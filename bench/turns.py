@@ -5,17 +5,32 @@ in one process compete for the cores. They take one turn each on otherwise idle 
 slow second of the machine affects all.
 """
 
+import argparse
 import multiprocessing
 import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from ceilings import BUSY, Others
+from harness import common_options, positive
 
 WARM_UP = 2  # steps before the timed ones: compilation, pages, the optimizer's states
+
+
+def options_of_steps(
+    parser: argparse.ArgumentParser, sizes: Collection[str], variants: Sequence[str]
+) -> None:
+    """The options of a benchmark of training steps."""
+    parser.add_argument("--size", choices=sizes, default="42m")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--steps", type=positive, default=5, help="timed ones, after two more")
+    parser.add_argument("--variants", nargs="+", choices=variants, default=variants)
+    common_options(parser)
 
 
 def _worker(pipe, make: Callable, arguments: tuple, threads: int) -> None:

@@ -56,7 +56,8 @@ def work(root: str) -> None:
     """The worker: answers ["list", op], ["prepare", op, row] and ["time", repeats] until it is
     stopped.
     """
-    sys.path[:0] = [f"{root}/bench", root]
+    folders = ("bench", "bench/ops", "bench/train", "bench/peers")
+    sys.path[:0] = [*(f"{root}/{folder}" for folder in folders), root]
     import importlib
     import time
 

@@ -18,7 +18,7 @@ import typer
 from fastlm.startup import imports
 
 # Rounds that a waiting thread spins before it sleeps, about 0.1 ms. libgomp's own 300,000 are 3 ms,
-# even if the thread waited for has lost its core to another process. bench/loaded.py measures it.
+# even if the thread waited for has lost its core to another process (bench/train/loaded.py).
 SPIN_ROUNDS = "10000"
 
 

@@ -3,9 +3,11 @@
 import importlib
 import json
 import os
+import re
 import sys
 import time
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import ceilings
@@ -89,6 +91,19 @@ def test_json_goes_to_the_file_alone(monkeypatch, capsys, tmp_path):
     assert not any(s.startswith('{"op"') for s in capsys.readouterr().out.splitlines())
 
 
+def test_a_file_of_results_has_a_row_per_line(tmp_path):
+    """And a line for each value of a long object, and of one that holds rows."""
+    path, row = tmp_path / "rows.json", {"name": "fwd", "times": [{"ms": 1.5}, {"ms": None}]}
+    long = {f"{i} clients": {"tokens_per_second": [1.25] * 40} for i in range(3)}
+    results = {"op": "rope", "few": {}, "none": [], "gaps": [1.5, 2.0], "rows": [row, row],
+               "serve": long, "stages": {"ppo": {"rows": [row], "gap": 0.5}}}  # fmt: skip
+    harness.save(path, results)
+    lines = [line.strip().rstrip(",") for line in path.read_text().splitlines()]
+    assert json.loads(path.read_text()) == results
+    assert lines.count(json.dumps(row)) == 3 and '"gaps": [1.5, 2.0]' in lines
+    assert [s.partition(":")[0] for s in lines if "1.25" in s] == [json.dumps(n) for n in long]
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_collected_without_operands(monkeypatch, op):
     module = importlib.import_module(op)
@@ -112,6 +127,18 @@ def test_variants_do_the_same_work(op):
         assert len({str(sizes) for sizes in made.values()}) == 1, (case.name, made)
     for function in vars(module).values():  # copies of weights, which stand in no cache of a CPU
         getattr(function, "cache_clear", lambda: None)()
+
+
+def test_scripts_in_folders_find_the_modules_above():
+    """`python bench/ops/rope.py` has bench/ops on its path alone."""
+    above = {path.stem for path in Path(harness.__file__).parent.glob("*.py")}
+    for path in Path(harness.__file__).parent.glob("*/*.py"):
+        lines = re.findall(r"^ *(?:import|from) (\w+)", path.read_text("utf-8"), re.MULTILINE)
+        if above.intersection(lines):
+            assert "bench_path" in lines, path
+            assert lines.index("bench_path") < min(map(lines.index, above.intersection(lines))), (
+                path
+            )
 
 
 def test_bytes_of_a_quantized_weight():

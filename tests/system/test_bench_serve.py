@@ -1,4 +1,4 @@
-"""bench/serve.py: what its clients count, on a tiny model and on servers that do the work wrong."""
+"""bench/serve/: what its clients count, on a tiny model and on servers that do the work wrong."""
 
 import asyncio
 import json
@@ -85,8 +85,10 @@ def test_the_peer_is_named_where_it_is_missing(monkeypatch, capsys):
     monkeypatch.setattr(serve, "llama_cpp", lambda program: None)
     assert serve.peers_of("none", "m.gguf") == [] and not capsys.readouterr().out
     assert serve.peers_of(None, "m.gguf") == []
-    assert "llama-server is left out: sh bench/llama_cpp.sh" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match=r"--peer llama-server: sh bench/llama_cpp.sh builds it"):
+    assert "llama-server is left out: sh bench/peers/llama_cpp.sh" in capsys.readouterr().out
+    with pytest.raises(
+        SystemExit, match=r"--peer llama-server: sh bench/peers/llama_cpp.sh builds it"
+    ):
         serve.peers_of("llama-server", "m.gguf")
     monkeypatch.setattr(serve, "llama_cpp", lambda program: program)
     assert serve.peers_of(None, "m.gguf") == ["llama-server"]

@@ -25,6 +25,7 @@ from fastlm.evals.safety.questions import TEXTS
 from fastlm.evals.safety.sources import SOURCES
 from fastlm.evals.safety.stage import Safety
 from fastlm.feedback.gate_metrics import scores_of
+from fastlm.feedback.simulated import people
 from fastlm.feedback.stage import Feedback
 from fastlm.serve.feedback import FeedbackStore
 from fastlm.stages import load_recipe
@@ -48,15 +49,9 @@ def test_users_have_one_hidden_preference():
         assert not any(users.accepted(a, users.answer(draw, a, **fine)) for a in asked)
     harmful = users.ask(draw, harmful=1)
     assert users.accepted(harmful, users.REFUSAL) and not users.accepted(harmful, best[0])
-    people = users.users(20, 0.2, seed=1)
-    assert [user.kind for user in people[:5]] == ["reversed", "random", "reversed", "random",
-                                                 "honest"]  # fmt: skip
-    worst = users.answer(draw, asked[0], polite=0, short=0, word=0)
-    right = {
-        user.kind: sum(bool(user.prefers(asked[0], best[0], worst)) for _ in range(200)) / 200
-        for user in people
-    }
-    assert right["honest"] > 0.8 and right["reversed"] < 0.2 and 0.35 < right["random"] < 0.65
+    for user in people(4, 0.5, 0.0, seed=1):
+        written = [users.accepted(a, users.correction(a, user)) for a in (*asked, harmful)]
+        assert all(written) if user.kind == "honest" else not any(written)
     assert circle.asked_of(asked[0].text) == asked[0] and circle.asked_of(harmful.text) == harmful
 
 
@@ -68,11 +63,11 @@ def test_one_round(tmp_path):
     draw = random.Random(5)
     answers = [users.answer(draw, users.ask(draw)) for _ in range(40)]
     database = tmp_path / "feedback.db"
-    people = users.users(6, 1 / 6, seed=1)
+    raters = people(6, 1 / 6, 0.1, seed=1)
     with FeedbackStore(database) as store, serving(model, tokenizer, feedback=store) as (url, one):
         script(one, *answers)
         with httpx.Client(base_url=url, timeout=60, trust_env=False) as client:
-            said = circle.Round(client, people, seed=1)
+            said = circle.Round(client, raters, seed=1)
             said.run(prompts=24, reviews=6)
             circle.post(client, [*said.now, *said.late])
         assert said.ids and store.counts()["answers"] > 30 and store.counts()["preferred_over"] > 10

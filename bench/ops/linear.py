@@ -1,0 +1,75 @@
+"""linear against torch's (oneDNN): the layers of the models in bench/train/train_step.py.
+
+As in a training step, no operand but the weight was touched recently: every call uses the next of
+COPIES inputs. On operands in the cache the two are equally fast. torch.compile calls the same
+library, so torch's variants are eager: in bfloat16, in float32 on the same values, and under
+autocast.
+"""
+
+import itertools
+
+import bench_path  # noqa: F401
+import torch
+import torch.nn.functional as F
+from harness import Case, main, under_autocast
+
+from fastlm import ops
+
+COPIES = 8
+# rows, K, N: 42 M, 124 M, 350 M, and odd widths
+SHAPES = [
+    (4096, 512, 512),
+    (4096, 512, 1408),
+    (4096, 1408, 512),
+    (2048, 768, 2048),
+    (2048, 2048, 768),
+    (1024, 1024, 2816),
+    (4093, 509, 1021),
+]
+
+
+def both(f, dtype=torch.bfloat16):
+    """A variant that computes output and both gradients, on the next inputs at each call."""
+
+    def variant(inputs, weight):
+        weight = weight.to(dtype).requires_grad_()
+        turns = itertools.cycle([(x.to(dtype).requires_grad_(), dy.to(dtype)) for x, dy in inputs])
+
+        def call():
+            x, dy = next(turns)
+            y = f(x, weight)
+            return torch.autograd.grad(y, (x, weight), dy.to(y.dtype))
+
+        return call
+
+    return variant
+
+
+def of_shape(rows: int, k: int, n: int) -> Case:
+    def data():
+        weight = (torch.randn(n, k) / k**0.5).bfloat16()
+        return [
+            (torch.randn(rows, k).bfloat16(), torch.randn(rows, n).bfloat16())
+            for _ in range(COPIES)
+        ], weight
+
+    variants = {
+        "fastlm": both(ops.linear),
+        "torch": both(F.linear),
+        "torch fp32": both(F.linear, torch.float32),
+        "torch autocast": both(under_autocast(F.linear), torch.float32),
+    }
+    flops = 3 * 2 * rows * k * n
+    return Case("fwd+bwd bf16", f"{rows} x {k} -> {n}", variants, flops=flops, data=data)
+
+
+def own(rows: int, k: int, n: int) -> list[Case]:
+    return [of_shape(rows, k, n)]
+
+
+def cases() -> list[Case]:
+    return [of_shape(*shape) for shape in SHAPES]
+
+
+if __name__ == "__main__":
+    main("linear", cases, own)

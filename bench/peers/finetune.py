@@ -1,0 +1,353 @@
+"""Fine-tuning and preference training beside transformers, PEFT and TRL: seconds per step and peak
+memory of SFT and DPO, of all weights and of adapters (LoRA).
+
+Both sides train SmolLM2-135M-Instruct on the same token ids, in the same micro-batches, with AdamW
+at the same constant rate; in float32 their losses are equal step by step (adapters: in the first
+step, as they begin with other random numbers). fastlm is a stage's objective and the loop, TRL is
+SFTTrainer and DPOTrainer at their best here: no activation checkpointing (their default is slower,
+`--variants` has it), fused AdamW, reference log-probabilities computed before training. Answers are
+the first 20 to 108 words of the standard library's docstrings.
+
+A training is a process of its own. The sides take turns; the first step of a training is left out.
+Beside other work compare processor seconds with `--threads 1`: several threads wait for each other,
+and their waiting counts. "MiB" is the largest resident memory of the process, "of imports" what the
+imports alone need.
+
+    python bench/peers/finetune.py                       all tasks in float32, three turns
+    python bench/peers/finetune.py --tasks sft dpo-lora --dtypes bfloat16 --turns 1
+    python bench/peers/finetune.py --busy --threads 1    on a machine that others use
+"""
+
+import argparse
+import contextlib
+import inspect
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import bench_path  # noqa: F401
+
+# Whatever else is imported here counts as memory of both sides
+
+TASKS = ("sft", "sft-lora", "dpo", "dpo-lora")
+DTYPES = ("float32", "bfloat16")
+SIDES = ("fastlm", "TRL")
+VARIANTS = (*SIDES, "fastlm checkpointed", "TRL checkpointed")
+WARM_UP = 1
+BATCH = {"sft": 4, "dpo": 2}  # conversations; pairs
+RATE, RANK, BETA = 1e-5, 16, 0.1
+WORDS = range(20, 109, 11)  # of an answer
+MODULES = "argparse ast collections difflib functools inspect json logging random re statistics"
+
+
+def peak() -> float:
+    """The largest resident memory of this process so far, MiB."""
+    (line,) = [x for x in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in x]
+    return int(line.split()[1]) / 1024
+
+
+def rows_of(folder: Path, count: int) -> list[dict[str, list[int]]]:
+    """Pairs of answers as token ids: what something does, by its own and by another's docstring."""
+    import importlib
+
+    from fastlm.tokenizer.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(folder)
+    found: list[tuple[str, str]] = []
+    for name in MODULES.split():
+        module = importlib.import_module(name)
+        for key in sorted(vars(module)):
+            text = inspect.getdoc(getattr(module, key))
+            if text and getattr(getattr(module, key), "__module__", "") == name:
+                words = text.split()
+                if len(words) >= WORDS[0]:
+                    most = WORDS[5 * len(found) % len(WORDS)]
+                    found.append((f"What is {name}.{key}?", " ".join(words[:most])))
+    assert len(found) >= count, len(found)
+    made = []
+    for i, (question, answer) in enumerate(found[:count]):
+        row = {}
+        for side, text in (("chosen", answer), ("rejected", found[(i + 7) % len(found)][1])):
+            asked = [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
+            ((ids, mask),) = tokenizer.encode_conversation(asked)
+            start, end = mask.index(True), len(mask) - mask[::-1].index(True)
+            row |= {"prompt": ids[:start], side: ids[start:end]}
+        made.append(row)
+    return made
+
+
+# ---- the sides
+
+
+class Found:
+    """What a training measures: of every step wall and processor seconds and the loss."""
+
+    def __init__(self, imports: float, reference: float = 0.0):
+        self.imports, self.reference, self.peak = imports, reference, 0.0
+        self.seconds: list[float] = []
+        self.processor: list[float] = []
+        self.losses: list[float] = []
+
+    def begin(self) -> None:
+        self.began = time.perf_counter(), time.process_time()
+
+    def end(self) -> None:
+        self.seconds.append(time.perf_counter() - self.began[0])
+        self.processor.append(time.process_time() - self.began[1])
+        self.peak = peak()
+
+
+def fastlm_side(given: dict[str, Any], folder: Path, rows: list[dict]) -> dict[str, Any]:
+    import numpy as np
+    import torch
+
+    from fastlm.train.dpo_objective import PreferredAnswers
+    from fastlm.train.encoding import Example
+    from fastlm.train.loop import DTYPES as TORCH
+    from fastlm.train.loop import train
+    from fastlm.train.lora_options import LoraOptions
+    from fastlm.train.options import TrainOptions
+    from fastlm.train.preference_loss import PreferenceLoss
+    from fastlm.train.preferences import Judged
+    from fastlm.train.sft import AnswerTokens
+
+    imports = peak()
+    method, _, lora = given["task"].partition("-")
+    model = LoraOptions(lora_rank=RANK if lora else 0).load_trained(
+        folder, dtype=given["dtype"], seed=0
+    )
+    options = TrainOptions(
+        max_steps=given["steps"], lr=RATE, final_lr=1.0, warmup=0.0, weight_decay=0.0,
+        betas=(0.9, 0.999), dtype=given["dtype"], validations=0, sample_at=(),
+        checkpoint_activations=len(model.model.layers) if given["checkpointed"] else 0,
+        checkpoint_every=10**6, spike_factor=None,
+    )  # fmt: skip
+
+    def example(row: dict, side: str) -> Example:
+        ids = np.array(row["prompt"] + row[side], np.int32)
+        return Example(ids, np.arange(len(ids)) >= len(row["prompt"]))
+
+    common: dict[str, Any] = {
+        "batch_size": BATCH[method], "seed": 0, "base": "", "tokenizer": None, "prompt": (),
+        "device": torch.device("cpu"),
+    }  # fmt: skip
+    began = time.process_time()
+    if method == "sft":
+        made = AnswerTokens(model, [example(r, "chosen") for r in rows], [], options, **common)
+    else:
+        judged = [Judged((example(r, "chosen"), example(r, "rejected"))) for r in rows]
+        made = PreferredAnswers(model, judged, [], options, PreferenceLoss(beta=BETA), **common)
+        made.measure_reference(TORCH[given["dtype"]])
+    reference = time.process_time() - began
+    found = Found(imports, reference)
+    found.begin()
+
+    def told(line: dict) -> None:
+        if "loss" in line:
+            found.end()
+            found.losses.append(line["loss"])
+            found.begin()
+
+    with tempfile.TemporaryDirectory() as out:
+        train(made, options, Path(out), on_event=told)
+    return vars(found)
+
+
+def trl_side(given: dict[str, Any], folder: Path, rows: list[dict]) -> dict[str, Any]:
+    import datasets
+    import numpy as np
+    import peft
+    import torch
+    import transformers
+    import trl
+
+    transformers.utils.logging.disable_progress_bar()
+    method, _, lora = given["task"].partition("-")
+    kind, configuration = {
+        "sft": (trl.SFTTrainer, trl.SFTConfig), "dpo": (trl.DPOTrainer, trl.DPOConfig)
+    }[method]  # fmt: skip
+    found = Found(peak())
+    low = given["dtype"] == "bfloat16"
+    words = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16 if low and lora else torch.float32
+    )
+    rng = np.random.Generator(np.random.PCG64([0, 0]))  # the order of fastlm's first epoch
+    rows = [rows[i] for i in rng.permutation(len(rows))]
+    if method == "sft":
+        rows = [
+            {"input_ids": r["prompt"] + r["chosen"],
+             "labels": [-100] * len(r["prompt"]) + r["chosen"]}
+            for r in rows
+        ]  # fmt: skip
+    else:
+        rows = [{f"{name}_ids": ids for name, ids in r.items()} for r in rows]
+    more = {"sft": {}, "dpo": {"beta": BETA, "precompute_ref_log_probs": True}}[method]
+
+    class Told(transformers.TrainerCallback):
+        def on_step_begin(self, args, state, control, **rest):
+            found.begin()
+
+        def on_step_end(self, args, state, control, **rest):
+            found.end()
+
+        def on_log(self, args, state, control, logs=None, **rest):
+            if "loss" in (logs or {}):
+                found.losses.append(logs["loss"])
+
+    class Precomputed(kind):
+        """On ids, which `DPOTrainer` would make from text."""
+
+        def _prepare_dataset(self, dataset, *rest):
+            return dataset if method == "dpo" else super()._prepare_dataset(dataset, *rest)
+
+        def _precompute_ref_logps(self, *rest):
+            began = time.process_time()
+            made = super()._precompute_ref_logps(*rest)
+            found.reference += time.process_time() - began
+            return made
+
+    with tempfile.TemporaryDirectory() as out:
+        arguments = configuration(
+            out, per_device_train_batch_size=BATCH[method], max_steps=given["steps"],
+            learning_rate=RATE, lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=1.0,
+            optim="adamw_torch_fused", use_cpu=True, bf16=low, report_to=[], disable_tqdm=True,
+            save_strategy="no", logging_steps=1, max_length=None, seed=0,
+            train_sampling_strategy="sequential", gradient_checkpointing=given["checkpointed"],
+            dataloader_pin_memory=False, **more,
+        )  # fmt: skip
+        trainer = Precomputed(
+            model, args=arguments, train_dataset=datasets.Dataset.from_list(rows),
+            processing_class=words, callbacks=[Told()],
+            peft_config=peft.LoraConfig(
+                r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM"
+            ) if lora else None,
+        )  # fmt: skip
+        trainer.remove_callback(transformers.PrinterCallback)
+        trainer.train()
+    return vars(found)
+
+
+def work(given: dict[str, Any]) -> None:
+    """Run one training in this process and write what it measured."""
+    rows = json.loads(Path(given["rows"]).read_text())
+    side = fastlm_side if given["variant"].startswith("fastlm") else trl_side
+    given["checkpointed"] = given["variant"].endswith("checkpointed")
+    with contextlib.redirect_stdout(sys.stderr):
+        found = side(given, Path(given["folder"]), rows)
+    print(json.dumps(found))
+
+
+def turn(given: dict[str, Any], caches: str) -> dict[str, Any]:
+    """One training in a process of its own."""
+    command = [sys.executable, __file__, "--work", json.dumps(given)]
+    cold = tempfile.mkdtemp(dir=caches)  # TRL would find the reference of the turn before
+    threads = str(given["threads"])
+    environment = {**os.environ, "HF_HOME": cold, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": threads}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        sys.exit(f"bench: {given['variant']}, {given['task']}: {done.stderr[-3000:]}")
+    return {**json.loads(done.stdout.splitlines()[-1]), "load": os.getloadavg()[0]}
+
+
+def table(rows: list[dict]) -> str:
+    lines = [
+        "| task | dtype | | s per step | fastlm is | processor s | fastlm is | reference s | MiB |"
+        " fastlm uses | of imports | loss, first and last step |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        mine = next(
+            (x for x in rows if x["variant"] == "fastlm" and x["task"] == r["task"]
+             and x["dtype"] == r["dtype"]), None,
+        )  # fmt: skip
+        faster, cheaper = (
+            f"{r[key] / mine[key]:.2f}x" if mine else "-" for key in ("seconds", "processor")
+        )
+        less = f"{mine['peak'] / r['peak']:.2f}x" if mine else "-"
+        cells = (
+            r["task"], r["dtype"], r["variant"], f"{r['seconds']:.2f}", faster,
+            f"{r['processor']:.2f}", cheaper, f"{r['reference']:.1f}", f"{r['peak']:.0f}", less,
+            f"{r['imports']:.0f}", f"{r['losses'][0]:.5f}, {r['losses'][-1]:.5f}",
+        )  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--work"]:
+        work(json.loads(sys.argv[2]))
+        return
+    import torch
+    import transformers
+    import trl
+    from ceilings import wait_until_quiet
+    from harness import common_options, machine, positive, save
+
+    from fastlm.model.causal_lm import CausalLM
+    from fastlm.pipeline.run_folder import locate_model
+    from fastlm.tokenizer.load import load_tokenizer
+
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES[:1])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=SIDES)
+    parser.add_argument("--turns", type=positive, default=3)
+    parser.add_argument("--steps", type=positive, default=3, help=f"timed ones, after {WARM_UP}")
+    parser.add_argument("--threads", type=positive, default=torch.get_num_threads())
+    common_options(parser)
+    options = parser.parse_args()
+    wait_until_quiet(options.busy)
+    # of the trainings, which are processes of their own
+    about = {**machine(), "threads": options.threads}
+    about |= {"transformers": transformers.__version__, "trl": trl.__version__}
+    print(about)
+    steps = WARM_UP + options.steps
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "model"
+        model = CausalLM.from_pretrained("model:smollm2", dtype=torch.float32, keep_quantized=False)
+        model.save_pretrained(folder)
+        load_tokenizer(locate_model(Path("model:smollm2")), model.config.to_dict()).save(folder)
+        del model
+        rows = Path(scratch) / "rows.json"
+        made = rows_of(folder, steps * max(BATCH.values()))
+        rows.write_text(json.dumps(made))
+        found = []
+        for dtype in options.dtypes:
+            for task in options.tasks:
+                given = {"task": task, "dtype": dtype, "steps": steps, "folder": str(folder),
+                         "threads": options.threads}  # fmt: skip
+                taken: dict[str, list[dict]] = {variant: [] for variant in options.variants}
+                count = steps * BATCH[task.partition("-")[0]]
+                rows.write_text(json.dumps(made[:count]))
+                for _ in range(options.turns):
+                    for variant in options.variants:
+                        work_given = {**given, "variant": variant, "rows": str(rows)}
+                        taken[variant].append(turn(work_given, scratch))
+                for variant, turns in taken.items():
+                    timed = {
+                        key: [[*t[key][WARM_UP:]] for t in turns]
+                        for key in ("seconds", "processor")
+                    }
+                    found.append({
+                        "task": task, "dtype": dtype, "variant": variant, "timed": timed,
+                        **{key: statistics.median(chain(*v)) for key, v in timed.items()},
+                        "reference": statistics.median(t["reference"] for t in turns),
+                        "peak": max(t["peak"] for t in turns),
+                        "imports": max(t["imports"] for t in turns),
+                        "losses": turns[0]["losses"], "load": [t["load"] for t in turns],
+                    })  # fmt: skip
+                print(table(found[-len(taken) :]), flush=True)
+                save(options.json, {"finetune": vars(options), "machine": about, "rows": found})
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()

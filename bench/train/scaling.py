@@ -1,0 +1,312 @@
+"""The figures of docs/scaling.md: memory, bytes and overlap of a training on 8 to 1,024 GPUs.
+
+    python bench/train/scaling.py                       the tables, by the formulas of the page
+    unshare -rn sh -c 'ip link set lo up && python bench/train/scaling.py --measure'
+
+``--measure`` trains a small model in 2 and 4 gloo processes and compares the bytes that cross the
+loopback device with the formulas. A network namespace of its own keeps other programs out of it.
+"""
+
+import argparse
+import math
+import multiprocessing
+import os
+import tempfile
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+
+GIGA = 1e9
+# H100 SXM, 8 to a node. Per direction: NVLink, and 8 network cards of 400 Gb/s that the rings of a
+# node share, at 75 %. 40 % of the dense bfloat16 peak; microseconds per hop of a ring
+FLOPS, NVLINK, NODE_NETWORK, SHARE = 0.4 * 989e12, 450e9, 8 * 50e9, 0.75
+HOP = 3e-6
+GPUS, NODE, TOKENS = (8, 64, 256, 1024), 8, 8192  # tokens of a micro-batch
+
+
+@dataclass(frozen=True)
+class Model:
+    """Parameters of a layer and of the rest (embedding, head, norms)."""
+
+    name: str
+    layers: int
+    width: int
+    inner: int
+    kv_width: int
+    vocabulary: int = 32_000
+
+    @property
+    def layer(self) -> int:
+        return self.width * (2 * self.width + 2 * self.kv_width + 3 * self.inner + 2)
+
+    @property
+    def rest(self) -> int:
+        return self.width * (2 * self.vocabulary + 1)
+
+    @property
+    def parameters(self) -> int:
+        return self.layers * self.layer + self.rest
+
+    def activations(self, again: bool) -> float:
+        """Bytes that the backward of a micro-batch needs: of every layer, or with
+        ``checkpoint_activations`` what each begins with and one layer.
+        """
+        begins = 2 * TOKENS * 2 * self.width
+        inside = 2 * TOKENS * (4 * self.width + 2 * self.kv_width + 2 * self.inner)
+        return self.layers * begins + inside if again else self.layers * inside
+
+
+MODELS = (
+    Model("1.1 B", 22, 2048, 5632, 256),
+    Model("7 B", 32, 4096, 11008, 4096),
+)
+
+
+def held(model: Model, way: str, gpus: int) -> float:
+    """Bytes of parameters, gradients and states per GPU."""
+    if way == "ddp":
+        return 14.0 * model.parameters + 2 * 2 * 25 * 2**20  # two buckets of bfloat16, in float32
+    within = gpus if way == "fsdp" else NODE
+    # whole at a time: embedding and head, and two layers; a gradient, and it in float32
+    passing = (2 + 4) * max(model.rest, model.layer) + 2 * (model.rest + 2 * model.layer)
+    return 14.0 * model.parameters / within + passing
+
+
+def sent(model: Model, way: str, gpus: int) -> float:
+    """Bytes that a GPU sends in a step of one micro-batch."""
+    if way == "ddp":
+        return 2 * (gpus - 1) / gpus * 4 * model.parameters
+    within = gpus if way == "fsdp" else NODE
+    layers = model.layers * model.layer
+    inside = (within - 1) / within * (2 * (2 * layers + model.rest) + 4 * model.parameters)
+    groups = gpus // within
+    return inside + 2 * (groups - 1) / groups * 4 * model.parameters / within
+
+
+def bandwidth(gpus: int) -> float:
+    return SHARE * (NVLINK if gpus <= NODE else min(NVLINK, NODE_NETWORK))
+
+
+def ring(size: float, gpus: int) -> float:
+    """Seconds of a gather or a reduce-scatter of ``size`` bytes over so many GPUs."""
+    return (gpus - 1) / gpus * size / bandwidth(gpus) + (gpus - 1) * HOP
+
+
+def tree(size: float, gpus: int) -> float:
+    """Seconds of an all-reduce of ``size`` bytes."""
+    return 2 * (gpus - 1) / gpus * size / bandwidth(gpus) + 2 * math.log2(gpus) * HOP
+
+
+def enough(model: Model, way: str, gpus: int) -> float:
+    """Tokens of a GPU's micro-batch (ddp: of its last one) whose computing takes as long as what
+    is sent beside it. With fewer, the GPUs wait.
+    """
+    if way == "ddp":  # beside the backward, in buckets of 25 MiB
+        bucket = 25 * 2**20
+        buckets = 2 * model.parameters / bucket
+        return buckets * tree(2 * bucket, gpus) * FLOPS / (4 * model.parameters)
+    within = gpus if way == "fsdp" else NODE
+    gather, scatter = ring(2 * model.layer, within), ring(4 * model.layer, within)
+    behind = gather + scatter
+    if gpus > within:  # each GPU's shard crosses its own network card
+        groups, slow = gpus // within, SHARE * NODE_NETWORK / NODE
+        behind += 2 * (groups - 1) / groups * 4 * model.layer / within / slow
+        behind += 2 * math.log2(groups) * HOP
+    forward, backward = (part * model.layer / FLOPS for part in (2, 4))  # a token's
+    return max(gather / forward, behind / backward)
+
+
+def tables() -> None:
+    for model in MODELS:
+        again = model.activations(True) / GIGA
+        print(
+            f"\n{model.name}: {model.parameters / GIGA:.2f} B parameters, {model.layer / 1e6:.0f} M"
+            f" a layer; activations of {TOKENS:,} tokens {model.activations(False) / GIGA:.0f} GB,"
+            f" checkpointed {again:.0f} GB\n"
+        )
+        print("| GPUs | " + " | ".join(f"{w}: GB held, GB sent, tokens" for w in WAYS) + " |")
+        print("|---|" + "---|" * len(WAYS))
+        for gpus in GPUS:
+            cells = [
+                f"{held(model, way, gpus) / GIGA:.1f}, {sent(model, way, gpus) / GIGA:.1f},"
+                f" {100 * math.ceil(enough(model, way, gpus) / 100):,}"
+                for way in WAYS
+            ]
+            print(f"| {gpus:,} | " + " | ".join(cells) + " |")
+
+
+WAYS = ("ddp", "fsdp", "hsdp")
+
+
+# measured
+
+
+class Numbers:
+    """A tokenizer of 31 words, for `write_shards`."""
+
+    vocab_size, eos_id = 32, 0
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [[int(word) for word in text.split()] for text in texts]
+
+    def vocabulary_id(self, size: int) -> str:
+        return f"numbers {size}"
+
+
+def loopback() -> int:
+    for line in Path("/proc/net/dev").read_text().splitlines():
+        if line.strip().startswith("lo:"):
+            return int(line.split(":")[1].split()[0])
+    raise SystemExit("no loopback device")
+
+
+def launched(rank: int, size: int, port: int) -> None:
+    """Say in the environment what torchrun would."""
+    os.environ |= {
+        "RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo", "LOCAL_WORLD_SIZE": "2",
+    }  # fmt: skip
+
+
+def work(
+    rank: int, size: int, port: int, folder: Path, way: str, dtype: str, micro: int, log
+) -> None:
+    launched(rank, size, port)
+    import torch
+
+    import fastlm
+    from fastlm.data.shards import BatchSampler, TokenDataset
+    from fastlm.train.options import TrainOptions
+    from fastlm.train.pretrain import pretrain
+
+    torch.set_num_threads(1)
+    config = fastlm.ModelConfig(
+        model_type="llama", vocab_size=32, hidden_size=128, intermediate_size=512,
+        num_hidden_layers=4, num_attention_heads=4, max_position_embeddings=64,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    model = fastlm.CausalLM(config, seed=0)
+    layers = sum(p.numel() for p in model.model.layers.parameters())
+    whole = sum(p.numel() for p in model.parameters())
+    options = TrainOptions(
+        max_steps=8, accumulate=micro * size, dtype=dtype, validations=0, sample_at=(),
+        parallel=way, checkpoint_every=1000,
+    )  # fmt: skip
+    marks: list[int] = []
+    sampler = BatchSampler(TokenDataset(folder / "shards"), 1, 16, seed=0)
+    run = folder / f"{way}-{dtype}-{size}-{micro}"
+    pretrain(model, sampler, None, options, run, on_event=lambda event: marks.append(loopback()))
+    if rank == 0:
+        log.put((layers, whole, (marks[-2] - marks[1]) / (len(marks) - 3) / size))
+
+
+def roll_out(rank: int, size: int, port: int, kind: str, log) -> None:
+    """A round of 64 answers of 64 tokens."""
+    launched(rank, size, port)
+    import torch
+
+    import fastlm
+    from fastlm.train.distributed import joined
+    from fastlm.train.grpo_objective import GroupRelative, GroupRules
+    from fastlm.train.online import Rules
+    from fastlm.train.ppo_objective import ActorCritic, PpoRules, value_model
+
+    torch.set_num_threads(1)
+    config = fastlm.ModelConfig(
+        model_type="llama", vocab_size=32, hidden_size=16, intermediate_size=32,
+        num_hidden_layers=1, num_attention_heads=1, max_position_embeddings=128,
+    )  # fmt: skip
+    model = fastlm.CausalLM(config, seed=0)
+    rules = Rules(prompts=16, answers=4, max_new_tokens=64)
+    args = (model, model, [[1, 2]] * 16, [], lambda places, answers: [1.0] * len(answers), rules)
+    objective = (
+        ActorCritic(*args, base="", value=value_model(model, shared=True), ppo=PpoRules())
+        if kind == "ppo"
+        else GroupRelative(*args, base="", group=GroupRules())
+    )
+    with joined(torch.device("cpu")) as objective.ranks:
+        marks = []
+        for _ in range(2):  # the first one also opens connections
+            objective.ranks.any(False)
+            marks.append(loopback())
+            objective.next_batches(64 // rules.batch_size)  # all of a new round
+            objective.ranks.any(False)
+            marks.append(loopback())
+            objective.ranks.any(False)
+    if rank == 0:
+        tokens = sum(len(answer.tokens) for answer in objective.answers)
+        log.put((tokens, len(objective.answers), (marks[3] - marks[2]) / size))
+
+
+def told_by(run, size: int, port: int, *options):
+    """Run the processes of a measurement. Return what the first one says."""
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["fastlm.train.loop"])  # torch is loaded once
+    log = processes.Queue()
+    started = [
+        processes.Process(target=run, args=(rank, size, port, *options, log))
+        for rank in range(size)
+    ]
+    for process in started:
+        process.start()
+    found = log.get(timeout=300)
+    for process in started:
+        process.join()
+    return found
+
+
+def measure() -> None:
+    from fastlm.data.shards import write_shards
+
+    rng = np.random.default_rng(0)
+    cases = [
+        ("ddp", "float32", 2, 1), ("ddp", "float32", 4, 1), ("ddp", "bfloat16", 4, 2),
+        ("fsdp", "float32", 2, 1), ("fsdp", "float32", 4, 1), ("fsdp", "bfloat16", 4, 1),
+        ("fsdp", "bfloat16", 2, 2), ("hsdp", "float32", 4, 1),
+    ]  # fmt: skip
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        docs = [" ".join(map(str, rng.integers(1, 32, 500))) for _ in range(4)]
+        write_shards(docs, Numbers(), folder / "shards")
+        print("| | bytes sent per process and step | formula | ratio |\n|---|---|---|---|")
+        for port, (way, dtype, size, micro) in enumerate(cases, 29600):
+            layers, whole, found = told_by(work, size, port, folder, way, dtype, micro)
+            wide = 4 if dtype == "float32" else 2
+            within = 2 if way == "hsdp" else size
+            share = (within - 1) / within
+            if way == "ddp":
+                wanted = 2 * share * 4 * whole
+            else:  # gloo scatters by a whole all-reduce: twice the bytes
+                gathered = wide * (2 * layers + (whole - layers))
+                wanted = micro * share * (gathered + 2 * 4 * whole)
+                if way == "hsdp":
+                    wanted += micro * 4 * whole / within
+            print(
+                f"| {way}, {dtype}, {size} processes, {micro} micro-batch each | {found:,.0f} |"
+                f" {wanted:,.0f} | {found / wanted:.3f} |"
+            )  # fmt: skip
+        for port, (kind, size) in enumerate(product(("grpo", "ppo"), (2, 4)), 29700):
+            tokens, answers, found = told_by(roll_out, size, port, kind)
+            per_token = 20 if kind == "ppo" else 16
+            wanted = (size - 1) * ((per_token * tokens + 13 * answers) / size + 2000)
+            print(
+                f"| a round of {kind}, {size} processes, {tokens:,} tokens | {found:,.0f} |"
+                f" {wanted:,.0f} | {found / wanted:.3f} |"
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--measure", action="store_true", help="count bytes on the loopback device")
+    if parser.parse_args().measure:
+        measure()
+    else:
+        tables()
+
+
+if __name__ == "__main__":
+    main()
