@@ -274,7 +274,7 @@ method = "gptq"
 """
 KILLED = """
 import os, signal, sys
-from fastlm.pipeline.run import run_recipe
+from fastlm.stages import run_recipe
 def kill(event):
     if "model.layers.0" in event.get("note", ""):
         os.kill(os.getpid(), signal.SIGKILL)
