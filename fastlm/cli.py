@@ -307,7 +307,7 @@ def _stage_commands() -> None:
     from fastlm.feedback.rank_commands import app as rank_app
     from fastlm.pipeline.commands import command_of
     from fastlm.pipeline.registry_commands import app as runs_app
-    from fastlm.pipeline.registry_commands import diff_command
+    from fastlm.pipeline.registry_commands import card_command, diff_command
     from fastlm.serve.admin_commands import promote, rollback
     from fastlm.serve.commands import app as feedback_app
     from fastlm.serve.commands import serve
@@ -319,6 +319,7 @@ def _stage_commands() -> None:
     data_app.command("canaries")(canaries_command)
     data_app.command("forget")(forget_command)
     runs_app.command("diff")(diff_command(KINDS))
+    runs_app.command("card")(card_command(KINDS))
     groups = {"data": data_app, "tokenizer": tokenizer_app, "rank": rank_app}
     groups |= {"feedback": feedback_app, "runs": runs_app}
     for group, typed in groups.items():

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from fastlm.errors import InputError
 
 PATIENCE = 1.0  # seconds to wait for a lock
+NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what stands for bytes in a name, PEP 383
 MAX_JSON_BYTES = 2**26  # the index of a 400-billion-parameter model is 0.3 MB
 
 
@@ -102,6 +103,20 @@ def save_atomic(path: str | Path, writer: Callable[[Path], Any]) -> None:
     """Write ``path`` by `beside`: ``writer(part)`` creates a file or a folder at ``part``."""
     with beside(path) as part:
         writer(part)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` to ``path`` by `beside`. Creates its folder."""
+    make_folder(path.parent)
+    save_atomic(path, lambda part: part.write_text(text, "utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON that people can read to ``path``, as `write_text`. A byte of a name that is no
+    UTF-8 becomes \\xNN.
+    """
+    text = json.dumps(value, indent=1, ensure_ascii=False, default=str)
+    write_text(path, NOT_UTF8.sub(lambda m: rf"\\x{ord(m[0]) - 0xDC00:02x}", text) + "\n")
 
 
 @contextlib.contextmanager

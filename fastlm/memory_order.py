@@ -9,6 +9,16 @@ def dense(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
 
 
+def matrix(t: Tensor) -> Tensor:
+    """t as a matrix (rows, width), `dense`."""
+    return dense(t.reshape(-1, t.shape[-1]))
+
+
+def rows_of(t: Tensor) -> Tensor:
+    """t where it is contiguous, else `matrix`: what kernels that work by rows accept."""
+    return t if t.is_contiguous() else matrix(t)
+
+
 def empty_out(q: Tensor, width: int) -> Tensor:
     """An empty tensor of q's shape with `width` elements per row, in q's memory order. Where q is
     the transpose of a projection's (B, S, H, D), so is the result, and the next projection reads it
@@ -24,4 +34,4 @@ def empty_out(q: Tensor, width: int) -> Tensor:
 
 def elements_last(*tensors: Tensor) -> list[Tensor]:
     """`dense` of each tensor, in one call."""
-    return [t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous() for t in tensors]
+    return [*map(dense, tensors)]

@@ -31,6 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlm.kernels.launch import Config, launch, multiprocessors
+from fastlm.memory_order import dense
 
 _BLOCK = 4096  # classes: 16 per thread, whose m and s stay in registers
 _WAVES = 4  # programs per multiprocessor; with fewer, rows are split
@@ -295,11 +296,6 @@ def _backward(
     tl.store(d_logits + row * classes + at, grad.to(d_logits.dtype.element_ty), mask=mask)
 
 
-def _rows(t: Tensor) -> Tensor:
-    """Make the elements of a row contiguous; rows may have any stride."""
-    return t if t.stride(-1) == 1 else t.contiguous()
-
-
 def _config(classes: int) -> Config:
     block = min(_BLOCK, triton.next_power_of_2(classes))
     return Config({"BLOCK": block}, num_warps=max(1, min(8, block // 128)))
@@ -321,7 +317,7 @@ def row_statistics(
     with `smooth`, for the rows of logits + bias.
     """
     rows, classes = logits.shape
-    logits, config = _rows(logits), _config(classes)
+    logits, config = dense(logits), _config(classes)
     blocks = triton.cdiv(classes, config.sizes["BLOCK"])
     wanted = triton.cdiv(_WAVES * multiprocessors(logits.device), max(1, rows))
     each = triton.cdiv(blocks, min(blocks, wanted))
@@ -367,7 +363,7 @@ def row_gradients(
 ) -> None:
     """Fill `d_logits`: contiguous, any float dtype. It may be `logits` where that is contiguous."""
     rows, classes = logits.shape
-    logits, config = _rows(logits), _config(classes)
+    logits, config = dense(logits), _config(classes)
     on_p, on_target = on_p.contiguous(), on_target.contiguous()
     launch(
         _backward,

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlm.kernels.launch import Config, launch
+from fastlm.memory_order import matrix
 
 ACTS = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
 # 8 16-bit elements per thread: one 128-bit access per operand
@@ -95,10 +96,8 @@ def _rows(*tensors: Tensor) -> tuple[int, int, list[Tensor], list[int]]:
     """The number of rows, the width, the operands with contiguous rows, and their row strides."""
     if all(t.is_contiguous() for t in tensors):
         return 1, tensors[0].numel(), list(tensors), [0] * len(tensors)
-    width = tensors[0].shape[-1]
-    flat = [t.reshape(-1, width) for t in tensors]
-    flat = [t if t.stride(-1) == 1 else t.contiguous() for t in flat]
-    return flat[0].shape[0], width, flat, [t.stride(0) for t in flat]
+    flat = [*map(matrix, tensors)]
+    return *flat[0].shape, flat, [t.stride(0) for t in flat]
 
 
 def glu_forward(gate: Tensor, up: Tensor, act: str) -> Tensor:

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from fastlm import reference
 from fastlm.kernels.launch import Config, Tiles, launch, multiprocessors
+from fastlm.memory_order import matrix
 
 RUN_MAX = tl.constexpr(reference.RUN_MAX)
 
@@ -451,11 +452,6 @@ class _Weight:
         return self.qdata, self.scales, self.zeros
 
 
-def _rows(t: Tensor) -> Tensor:
-    t = t.reshape(-1, t.shape[-1])
-    return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
-
-
 def _write(w: _Weight, rows: slice, columns: slice, out: Tensor) -> Tensor:
     """Dequantize rows and columns of W to the contiguous out; columns begin at a multiple of
     BLOCK."""
@@ -605,7 +601,7 @@ def quantized_linear_forward(
     out = torch.empty((*x.shape[:-1], w.n), dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    x, y = _rows(x), out.view(-1, w.n)
+    x, y = matrix(x), out.view(-1, w.n)
     few = x.shape[0] <= VECTOR_ROWS
     if act_bits == 8:
         q, scale, sums = _rounded(x, w)
@@ -635,7 +631,7 @@ def quantized_linear_backward(
     out = torch.empty((*dy.shape[:-1], k), dtype=dy.dtype, device=dy.device)
     if out.numel() == 0 or w.n == 0:
         return out.zero_()
-    dy, dx = _rows(dy), out.view(-1, k)
+    dy, dx = matrix(dy), out.view(-1, k)
     # blocks of columns, so that sums over rows of W are not split
     block = _DEQUANTIZE.sizes["BLOCK"]
     step = max(block, _BLOCK_WEIGHTS // w.n // block * block)

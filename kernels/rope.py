@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlm.kernels.launch import Config, launch, multiprocessors
+from fastlm.memory_order import dense
 
 _PAIRS = 1024  # per program and head: 8 per thread, so that a 16-bit half is one 128-bit access
 # Most entries per launch: the limit of a grid's third dimension. Rejected: tiles of all entries in
@@ -150,15 +151,10 @@ def _rope(
         )  # fmt: skip
 
 
-def _dense(t: Tensor) -> Tensor:
-    """Make the elements of a row contiguous."""
-    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
-
-
 def rope(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool
 ) -> tuple[Tensor, Tensor]:
-    q, k, cos, sin = (_dense(t) for t in (q, k, cos, sin))
+    q, k, cos, sin = (dense(t) for t in (q, k, cos, sin))
     out = torch.empty_like(q), torch.empty_like(k)
     if q.shape[-1] == 0:
         return out

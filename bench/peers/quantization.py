@@ -40,7 +40,8 @@ from fastlm.ops.quantized_weight import QuantizedWeight, pack_rows
 from fastlm.quant.calibration import text_windows
 from fastlm.quant.distill import tokens_of
 from fastlm.quant.plan import plan_of
-from fastlm.quant.report import compare, standard_error, true_bits
+from fastlm.quant.report import compare, true_bits
+from fastlm.stats.intervals import ratio_error
 from fastlm.tokenizer.load import load_tokenizer
 
 GRIDS = {"g64": (64, True), "g32": (32, True), "g64 offsets": (64, False)}
@@ -190,7 +191,7 @@ def main() -> None:
                 row["against_plain_percent"] = 100 * (
                     found.bits_per_byte / plain["bits_per_byte"] - 1
                 )
-                row["against_plain_error"] = 100 * (standard_error(pairs) or 0.0)
+                row["against_plain_error"] = 100 * (ratio_error(pairs) or 0.0)
                 gain = "{:+.2f} ± {:.2f} %".format(
                     row["against_plain_percent"], row["against_plain_error"]
                 )

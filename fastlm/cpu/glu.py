@@ -4,13 +4,7 @@ import torch
 from torch import Tensor
 
 from fastlm.backend import cpu_extension as _cpu
-
-
-def _rows(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Return matrices with any row stride but contiguous rows."""
-    width = tensors[0].shape[-1]
-    rows = (t.reshape(-1, width) for t in tensors)
-    return tuple(t if t.stride(-1) == 1 else t.contiguous() for t in rows)
+from fastlm.memory_order import matrix
 
 
 def forward(gate: Tensor, up: Tensor, act: str) -> Tensor:
@@ -19,7 +13,7 @@ def forward(gate: Tensor, up: Tensor, act: str) -> Tensor:
         _cpu.glu_forward(gate, up, act, y)
     else:
         y = gate.new_empty(gate.shape)
-        _cpu.glu_forward(*_rows(gate, up), act, y)
+        _cpu.glu_forward(*map(matrix, (gate, up)), act, y)
     return y
 
 
@@ -28,6 +22,6 @@ def backward(dy: Tensor, gate: Tensor, up: Tensor, act: str) -> tuple[Tensor, Te
         dgate, dup = torch.empty_like(gate), torch.empty_like(up)
     else:
         dgate, dup = gate.new_empty(gate.shape), gate.new_empty(gate.shape)
-        dy, gate, up = _rows(dy, gate, up)
+        dy, gate, up = map(matrix, (dy, gate, up))
     _cpu.glu_backward(dy, gate, up, act, dgate, dup)
     return dgate, dup

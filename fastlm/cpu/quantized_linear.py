@@ -7,18 +7,11 @@ from torch import Tensor
 
 from fastlm import reference
 from fastlm.backend import cpu_extension as _cpu
+from fastlm.memory_order import rows_of
 
 # One row of up to this many columns is arranged on the stack (ON_STACK of quantized_dot.h) in any
 # format, so decoding skips the query for the size, 0.6 us of 28.
 _NEEDS_NO_WORKSPACE = 8192
-
-
-def _rows(t: Tensor) -> Tensor:
-    """Return t as kernels accept it: contiguous, or a matrix of contiguous rows at any stride."""
-    if t.is_contiguous():
-        return t
-    t = t.reshape(-1, t.shape[-1])
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
 def forward(
@@ -34,7 +27,7 @@ def forward(
     y = x.new_empty(*x.shape[:-1], qdata.shape[0])
     if bias is not None:
         bias = bias.float().contiguous()
-    x = _rows(x)
+    x = rows_of(x)
     workspace = None
     if x.numel() > _NEEDS_NO_WORKSPACE or x.numel() != x.shape[-1]:
         floats = _cpu.quantized_linear_workspace(x, qdata.shape[0], bits, group_size, act_bits, 0)
@@ -56,7 +49,7 @@ def backward(
     k: int,
 ) -> Tensor:
     dx = dy.new_empty(*dy.shape[:-1], k)
-    dy = _rows(dy)
+    dy = rows_of(dy)
     workspace = dy.new_empty(_cpu.quantized_linear_backward_workspace(dy), dtype=torch.float32)
     _cpu.quantized_linear_backward(dy, qdata, scales, zeros, bits, group_size, dx, workspace)
     return dx

@@ -6,16 +6,9 @@ import torch
 from torch import Tensor
 
 from fastlm.backend import cpu_extension as _cpu
+from fastlm.memory_order import rows_of
 
 _BLOCK_ROWS = 64  # rows per partial sum of the weight's gradient, as in csrc/cpu/rms_norm.h
-
-
-def _rows(t: Tensor | None) -> Tensor | None:
-    """Return t as kernels accept it: contiguous, or a matrix of contiguous rows at any stride."""
-    if t is None or t.is_contiguous():
-        return t
-    t = t.reshape(-1, t.shape[-1])
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
 def _weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -30,8 +23,9 @@ def forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offs
     rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
     h = None if residual is None else x.new_empty(x.shape)
     _cpu.rms_norm_forward(
-        _rows(x), _rows(residual), _weight(weight, x.dtype), eps, offset, y, h, rstd
-    )
+        rows_of(x), None if residual is None else rows_of(residual), _weight(weight, x.dtype),
+        eps, offset, y, h, rstd,
+    )  # fmt: skip
     return y, x.new_empty(0) if h is None else h, rstd
 
 
@@ -42,6 +36,7 @@ def backward(
     blocks = (rstd.numel() + _BLOCK_ROWS - 1) // _BLOCK_ROWS
     dw = rstd.new_empty(blocks, h.shape[-1])
     _cpu.rms_norm_backward(
-        _rows(dy), _rows(dh_above), _rows(h), _weight(weight, h.dtype), rstd, offset, dx, dw
-    )
+        rows_of(dy), None if dh_above is None else rows_of(dh_above), rows_of(h),
+        _weight(weight, h.dtype), rstd, offset, dx, dw,
+    )  # fmt: skip
     return dx, dw.sum(0)

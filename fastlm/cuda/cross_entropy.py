@@ -4,14 +4,10 @@ import torch
 from torch import Tensor
 
 from fastlm.cuda import extension, multiprocessors, stream
+from fastlm.memory_order import dense
 
 _PART_BYTES = 16384  # of a row, loaded at once by a block's threads: the smallest part to split off
 _WAVES = 4  # blocks per multiprocessor, below which rows are split
-
-
-def _rows(t: Tensor) -> Tensor:
-    """Return a matrix with any row stride but contiguous rows."""
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
 def _weights(class_weight: Tensor | None, smooth: bool) -> Tensor | None:
@@ -41,7 +37,7 @@ def row_statistics(
 ) -> None:
     """Write `outputs` (shift, log_sum, nll, smoothed), each contiguous."""
     extension().cross_entropy_forward(
-        _rows(logits), target.contiguous(), _weights(class_weight, smooth), smooth, ignore_index,
+        dense(logits), target.contiguous(), _weights(class_weight, smooth), smooth, ignore_index,
         softcap or 0.0, logit_scale, _parts(logits), *outputs, stream(logits),
     )  # fmt: skip
 
@@ -63,7 +59,7 @@ def row_gradients(
     """Write `d_logits`: contiguous, dtype of `logits`; may be `logits` where that is contiguous."""
     extension().cross_entropy_backward(
         on_p.contiguous(), on_target.contiguous(), None if on_all is None else on_all.contiguous(),
-        _rows(logits), target.contiguous(), _weights(class_weight, on_all is not None),
+        dense(logits), target.contiguous(), _weights(class_weight, on_all is not None),
         shift, log_sum, ignore_index, softcap or 0.0, logit_scale, d_logits, stream(logits),
     )  # fmt: skip
 
@@ -140,7 +136,7 @@ def cross_entropy_loss_backward(
     share = torch.empty(1, dtype=torch.float32, device=logits.device)
     shift, log_sum, _ = stats.unbind(0)
     extension().cross_entropy_loss_backward(
-        d_loss, _rows(logits), target.contiguous(), shift, log_sum, ignore_index, mean,
+        d_loss, dense(logits), target.contiguous(), shift, log_sum, ignore_index, mean,
         softcap or 0.0, logit_scale, share, d_logits, stream(logits),
     )  # fmt: skip
     return d_logits

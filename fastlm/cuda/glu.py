@@ -5,16 +5,14 @@ from torch import Tensor
 
 from fastlm.cuda import extension, stream
 from fastlm.cuda.quantized_linear import Rounded
+from fastlm.memory_order import matrix
 from fastlm.ops.glu import ACTIVATIONS
 from fastlm.ops.quantized_weight import QuantizedWeight
 
 
 def _rows(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Return contiguous tensors, or matrices with any row stride but contiguous rows."""
-    if all(t.is_contiguous() for t in tensors):
-        return tensors
-    rows = (t.reshape(-1, t.shape[-1]) for t in tensors)
-    return tuple(t if t.stride(-1) == 1 else t.contiguous() for t in rows)
+    return tensors if all(t.is_contiguous() for t in tensors) else tuple(map(matrix, tensors))
 
 
 def glu_forward(gate: Tensor, up: Tensor, act: str) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fastlm import reference
 from fastlm.cuda import extension, multiprocessors, stream
+from fastlm.memory_order import matrix
 
 # Each code of a 4096 x 4096 W costs a lane 4.3 instructions at 2 rows (2.4 us in all, as long as
 # loading its bytes takes), 6.2 at 4 rows; the matrix kernel 2.4 at up to 8 rows. (int8: 1.5 at
@@ -32,12 +33,6 @@ VECTOR_ROWS_FLOAT32 = 4
 FUSED_ROWS = 256
 # weights dequantized at a time for torch's matmul: 32 MB in 16 bits stay in an H100's 50 MB of L2
 _BLOCK_WEIGHTS = 1 << 24
-
-
-def _rows(t: Tensor) -> Tensor:
-    """Return a matrix (rows, width) with contiguous rows."""
-    t = t.reshape(-1, t.shape[-1])
-    return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
 
 
 def dequantize(
@@ -101,7 +96,7 @@ def rounded(x: Tensor, qdata: Tensor, scales: Tensor, bits: int, group_size: int
     """Round x for a weight as act_bits 8 does: `reference.round_rows`."""
     out = Rounded.empty(x, scales, group_size)
     extension().quantized_linear_round(
-        _rows(x), qdata.contiguous(), scales.contiguous(), bits, group_size, *out[:3], stream(x)
+        matrix(x), qdata.contiguous(), scales.contiguous(), bits, group_size, *out[:3], stream(x)
     )
     return out
 
@@ -122,7 +117,7 @@ def quantized_linear_forward(
     if act_bits == 8:
         in_bytes = rounded(x, qdata, scales, bits, group_size)
         return rounded_linear(in_bytes, qdata, scales, zeros, bias, bits, group_size, out)
-    x, y = _rows(x), out.view(-1, out.shape[-1])
+    x, y = matrix(x), out.view(-1, out.shape[-1])
     weight = qdata.contiguous(), scales.contiguous(), None if zeros is None else zeros.contiguous()
     by_vectors = len(x) <= (VECTOR_ROWS_FLOAT32 if x.dtype == torch.float32 else VECTOR_ROWS[16])
     if not by_vectors and (len(x) > FUSED_ROWS or x.dtype == torch.float32):

@@ -5,18 +5,11 @@ from torch import Tensor
 
 from fastlm.cuda import extension, stream
 from fastlm.cuda.quantized_linear import Rounded
+from fastlm.memory_order import rows_of
 from fastlm.ops.quantized_weight import QuantizedWeight
 
 ROUND_BYTES = 48 << 10
 """Longest row that `rms_norm_round` takes, in bytes: it fits the shared memory of every card."""
-
-
-def _rows(t: Tensor) -> Tensor:
-    """Return t contiguous, or as (rows, width) with any row stride but contiguous rows."""
-    if t.is_contiguous():
-        return t
-    t = t.reshape(-1, t.shape[-1])
-    return t if t.stride(1) == 1 else t.contiguous()
 
 
 def rms_norm_forward(
@@ -28,8 +21,8 @@ def rms_norm_forward(
     if weight.dtype != x.dtype:
         weight = weight.float()
     extension().rms_norm_forward(
-        _rows(x), None if residual is None else _rows(residual), weight.contiguous(), eps, offset,
-        y, h, rstd, stream(x),
+        rows_of(x), None if residual is None else rows_of(residual), weight.contiguous(), eps,
+        offset, y, h, rstd, stream(x),
     )  # fmt: skip
     return y, x.new_empty(0) if h is None else h, rstd
 
@@ -50,8 +43,8 @@ def rms_norm_round(
         weight = weight.float()
     y = Rounded.empty(x, into.scales, into.group_size)
     extension().rms_norm_round(
-        _rows(x), None if residual is None else _rows(residual), weight.contiguous(), eps, offset,
-        None if residual is None else h, into.qdata, into.scales, into.bits, into.group_size,
-        *y[:3], stream(x),
+        rows_of(x), None if residual is None else rows_of(residual), weight.contiguous(), eps,
+        offset, None if residual is None else h, into.qdata, into.scales, into.bits,
+        into.group_size, *y[:3], stream(x),
     )  # fmt: skip
     return y, h

@@ -35,7 +35,7 @@ from fastlm.data.nesting import costly_markup
 from fastlm.data.scrub import scrub
 from fastlm.data.split import split_text
 from fastlm.errors import InputError
-from fastlm.files import clean_up, parse_json, replacing, write_error
+from fastlm.files import clean_up, parse_json, replacing, write_error, write_json
 from fastlm.pipeline.funnel import FUNNEL, Funnel
 from fastlm.progress import silent
 from fastlm.sources.rows import Document, SourceFile, list_files, printable, read_files
@@ -227,8 +227,7 @@ def prepare(
         if isinstance(e, OSError):  # a write error: read errors are already InputError
             raise write_error(out, e) from None
         raise
-    with replacing(out / FUNNEL) as f:
-        f.write(json.dumps(asdict(funnel), indent=1, ensure_ascii=False).encode())
+    write_json(out / FUNNEL, asdict(funnel))
     return funnel
 
 

@@ -9,7 +9,6 @@ container would not.
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -20,7 +19,7 @@ import numpy as np
 import torch
 
 from fastlm.errors import InputError
-from fastlm.files import read_json, replacing
+from fastlm.files import read_json, replacing, write_json
 from fastlm.progress import silent
 from fastlm.typed import build, check
 
@@ -42,7 +41,7 @@ ENCODE_BYTES = 1 << 20
 @dataclass
 class ShardInfo:
     """The content of index.json; each of ``shards`` is a `SHARD`. ``tokenizer``: the
-    `Tokenizer.vocabulary_id` of the ``vocab_size`` ids; None: an older fastlm wrote the shards.
+    `Tokenizer.vocabulary_id` of the ``vocab_size`` ids.
     """
 
     dtype: str
@@ -52,8 +51,8 @@ class ShardInfo:
     documents: int
     bytes_of_text: int
     shards: list[dict[str, Any]]
+    tokenizer: str
     format: str = FORMAT
-    tokenizer: str | None = None
 
 
 @dataclass
@@ -127,8 +126,7 @@ def write_shards(
         dtype.name, vocab_size, eos_id, tokens, documents, size, shards,
         tokenizer=tokenizer.vocabulary_id(vocab_size),
     )  # fmt: skip
-    with replacing(out / INDEX) as f:
-        f.write(json.dumps(asdict(info), indent=1).encode())
+    write_json(out / INDEX, asdict(info))
     return info
 
 
@@ -191,11 +189,9 @@ class TokenDataset:
         self.fingerprint = _fingerprint(info)
 
     def check_tokenizer(self, tokenizer: "Tokenizer", name: str) -> None:
-        """InputError, about the argument ``name``: the tokens are of another tokenizer, as far as
-        index.json says.
-        """
+        """InputError, about the argument ``name``: the tokens are of another tokenizer."""
         wanted = tokenizer.vocabulary_id(self.vocab_size)
-        if self.info.tokenizer not in (wanted, None):
+        if self.info.tokenizer != wanted:
             raise InputError(
                 f"{name}: wanted tokens of the tokenizer {wanted[:12]}, got {self.path} of"
                 f" {self.info.tokenizer[:12]}: make the shards again with this one (fastlm data"

@@ -6,7 +6,6 @@ are deleted by the next call.
 """
 
 import hashlib
-import json
 import re
 import secrets
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -17,7 +16,7 @@ import numpy as np
 
 from fastlm.data.shards import INDEX, ShardInfo, TokenDataset, load_index
 from fastlm.errors import InputError
-from fastlm.files import remove, replacing, sync
+from fastlm.files import remove, replacing, sync, write_json
 
 OURS = re.compile(r"\d+(-[0-9a-f]+)?\.(bin|starts)")
 UNFINISHED = re.compile(r"\.\d+(-[0-9a-f]+)?\.(bin|starts)\.fastlm-[0-9a-f]{16}\.part")
@@ -82,8 +81,7 @@ def remove_documents(folder: Path, found: Found) -> ShardInfo | None:
     names = ("tokens", "documents", "bytes_of_text")
     totals = {name: sum(s[name] for s in shards) for name in names}
     new = replace(info, shards=shards, **totals)
-    with replacing(folder / INDEX) as file:
-        file.write(json.dumps(asdict(new), indent=1).encode())
+    write_json(folder / INDEX, asdict(new))
     clean_up(folder, [shard["file"] for shard in shards])
     return new
 

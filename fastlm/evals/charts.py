@@ -18,6 +18,7 @@ from fastlm.pipeline.charts import (
     legend,
     new_axes,
 )
+from fastlm.stats.intervals import Z95
 
 _ROW = 0.28  # inches of a line of a chart
 
@@ -35,7 +36,7 @@ def scores_chart(tasks: Sequence[Mapping[str, Any]]) -> str:
             shown = measures.get("acc_olmes") or measures.get(written_measure(measures))
             if shown is not None:
                 error = shown["error"]
-                half = 0.0 if error is None else 196 * error
+                half = 0.0 if error is None else 100 * Z95 * error
                 points.append((100 * shown["value"], y + shift, half))
         if points:
             x, y, half = zip(*points)

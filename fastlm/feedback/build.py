@@ -27,7 +27,7 @@ from fastlm.data.preferences import Comparison, Label, preference_of
 from fastlm.errors import InputError
 from fastlm.feedback.annotators import Rater, rate
 from fastlm.feedback.judgements import ANONYMOUS, Judgement, read_judgements, withdrawn_keys
-from fastlm.files import make_folder, replacing, save_atomic
+from fastlm.files import make_folder, replacing, write_json
 from fastlm.pipeline.funnel import FUNNEL, Funnel
 from fastlm.sources.rows import printable
 
@@ -135,10 +135,8 @@ def build(
     if not any(done.rows[TRAIN][form] for form in FORMS):
         raise InputError(f"database: wanted feedback to learn from, got none; {_why(done)}")
     told = {name or "without a name": asdict(one) for name, one in sorted(done.raters.items())}
-    text = json.dumps(told, indent=1, ensure_ascii=False)
-    save_atomic(out / RATERS, lambda path: path.write_text(text, "utf-8"))
-    with replacing(out / FUNNEL) as file:
-        file.write(json.dumps(asdict(done.funnel), indent=1, ensure_ascii=False).encode())
+    write_json(out / RATERS, told)
+    write_json(out / FUNNEL, asdict(done.funnel))
     return done
 
 

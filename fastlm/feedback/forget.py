@@ -36,12 +36,12 @@ from fastlm.data.forgotten import (
 )
 from fastlm.data.prepare import HELDOUT, TRAIN
 from fastlm.errors import InputError
-from fastlm.files import append_lines, read_json, save_atomic
+from fastlm.files import append_lines, read_json, write_json
 from fastlm.pipeline.archive import PREVIOUS
 from fastlm.pipeline.content_id import artifact_id
 from fastlm.pipeline.funnel import FUNNEL
 from fastlm.pipeline.provenance import digest, ids_of, own_files
-from fastlm.pipeline.record import ALONE, dump, save_alone, table_of
+from fastlm.pipeline.record import ALONE, save_alone, table_of
 from fastlm.pipeline.registry import CHANGED, GONE, INDEX, INNER, Known, Registry, open_registry
 from fastlm.pipeline.report import REPORT, SUMMARY
 from fastlm.pipeline.run import locked
@@ -347,9 +347,7 @@ class _Work:
 
 def refresh(record: Known) -> None:
     """Bring the record of a data stage up to date with its files; the ids that it had are kept."""
-    entry, made = record.entry, record.entry.made
-    if made is None:
-        return
+    entry, made = record.entry, record.made
     sizes = own_files(entry.leaves, record.place)
     for name in made.hashes:
         if (record.place / name).is_file():
@@ -366,7 +364,7 @@ def refresh(record: Known) -> None:
     path = record.place.parent / STAGES
     table = read_json(path)
     table["stages"][record.place.name] = table_of(entry)
-    save_atomic(path, lambda p: dump(p, table))
+    write_json(path, table)
 
 
 def _quotes(work: _Work) -> list[str]:
@@ -420,7 +418,7 @@ def _again(record: Known) -> str | None:
         return None
     if (run / "recipe.json").is_file():
         return f"fastlm run {run / 'recipe.json'} --out {run}"
-    return record.entry.made.command if record.entry.made else None
+    return record.made.command
 
 
 def _places(roots: Iterable[Path]) -> Places:

@@ -1,6 +1,5 @@
 """The stage `Gate`: may the new model replace the old one?"""
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -10,7 +9,7 @@ from typing_extensions import TypedDict
 
 from fastlm.errors import InputError
 from fastlm.feedback.model_pair import Model, common, pair_of
-from fastlm.files import make_folder, save_atomic
+from fastlm.files import write_json
 from fastlm.pipeline.stage import Facts, Job, Part, Stage, Takes
 from fastlm.sources.input_digest import Contents
 
@@ -25,7 +24,7 @@ class Check(TypedDict):
 
 
 class Decision(TypedDict):
-    """What is read of a decision.json; an older one names no models."""
+    """What is read of a decision.json; scores of another program name no models."""
 
     promoted: bool
     gates: list[Check]
@@ -111,8 +110,7 @@ class Gate(Stage):
             "promoted": all(check["passed"] for check in checks), "gates": checks,
             "models": {key: asdict(model) for key, model in models.items()},
         }  # fmt: skip
-        text = json.dumps(result, indent=1) + "\n"
-        save_atomic(make_folder(job.out) / DECISION, lambda path: path.write_text(text, "utf-8"))
+        write_json(job.out / DECISION, result)
         for check in checks:
             if check["doubt"]:
                 job.warn(f"gate: {check['doubt']}")

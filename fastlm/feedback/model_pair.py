@@ -30,7 +30,7 @@ Pair = Mapping[str, Model]  # OLD, NEW; one that is not known is missing
 
 def pair_of(models: Sequence[Model]) -> Pair:
     """Return the pair among the "ids" of a scores.json: the first is the old one, the last the new
-    one, a single one the new one. Empty: an older fastlm wrote it, or another program.
+    one, a single one the new one. Empty: another program wrote it.
     """
     if len(models) > 1:
         return {OLD: models[0], NEW: models[-1]}

@@ -1,6 +1,5 @@
 """The stage `Promotion`: which of two models serves next."""
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import Any
 
 from fastlm.errors import InputError
 from fastlm.feedback.gate import DECISION, Decision
-from fastlm.files import make_folder, save_atomic
+from fastlm.files import make_folder, save_atomic, write_json
 from fastlm.pipeline.stage import Facts, Job, Part, Stage, Takes
 from fastlm.schema import read_document
 
@@ -70,8 +69,7 @@ class Promotion(Stage):
                     shutil.copyfile(path, part / path.name)
 
         save_atomic(make_folder(job.out) / MODEL, copied)
-        text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
-        save_atomic(job.out / PROMOTION, lambda path: path.write_text(text, "utf-8"))
+        write_json(job.out / PROMOTION, result)
         return result
 
     def told(self, result: Mapping[str, Any], job: Job) -> str:

@@ -32,7 +32,7 @@ class Feedback(BuildOptions, Stage):
     reads = {
         "opinions": Takes(
             ("opinions",), "The database that `fastlm feedback simulate` left, beside others",
-            optional=True, later=True,
+            optional=True,
         ),
     }  # fmt: skip
     leaves = {"feedback": "."}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from fastlm.data.conversations import FORMATS
 from fastlm.errors import InputError
-from fastlm.files import make_folder, save_atomic
+from fastlm.files import write_json, write_text
 from fastlm.pipeline.stage import Facts, Job, Part, Stage, Takes, at_least_one
 from fastlm.sources.input_digest import Contents
 
@@ -106,11 +106,8 @@ class WinRate(Stage):
             )  # fmt: skip
             if accuracy is not None:
                 result["scores"]["judge"] = accuracy
-        folder = make_folder(job.out)
-        lines = _lines(prompts, old, new, points, self.answers)
-        text = json.dumps(result, indent=1) + "\n"
-        save_atomic(folder / ANSWERS, lambda path: path.write_text(lines, "utf-8"))
-        save_atomic(folder / SCORES, lambda path: path.write_text(text, "utf-8"))
+        write_text(job.out / ANSWERS, _lines(prompts, old, new, points, self.answers))
+        write_json(job.out / SCORES, result)
         return result
 
     def _labelled(self, job: Job) -> list[str]:

@@ -6,7 +6,6 @@ list is written first, so that the next start finishes a move that was cut off, 
 missing from both places.
 """
 
-import json
 import os
 import re
 import shutil
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastlm.errors import InputError
-from fastlm.files import make_folder, read_json, reason, save_atomic
+from fastlm.files import make_folder, read_json, reason, save_atomic, write_json
 from fastlm.typed import build
 
 PREVIOUS = re.compile(r"previous(-\d+)?")
@@ -44,8 +43,7 @@ def archive(out: Path, names: Sequence[str], *, copies: Sequence[str]) -> Path:
         if (out / name).is_file():
             text = (out / name).read_bytes()
             save_atomic(coming / name, lambda p, text=text: p.write_bytes(text))
-    move = json.dumps({"to": to, "names": list(names)})
-    save_atomic(coming / MOVES, lambda p: p.write_text(move, "utf-8"))
+    write_json(coming / MOVES, {"to": to, "names": list(names)})
     finish_moving(out)
     return out / to
 

@@ -70,11 +70,7 @@ def _facts(cls: type[Stage] | None, a: Known, b: Known) -> Iterator[tuple[str, A
     for key in dict.fromkeys([*a.entry.options, *b.entry.options]):
         default = defaults.get(key)
         yield key, a.entry.options.get(key, default), b.entry.options.get(key, default)
-    first, second = a.entry.made, b.entry.made
-    if first is None or second is None:
-        whole, old = "whole", "of an older fastlm"
-        yield "record", whole if first else old, whole if second else old
-        return
+    first, second = a.made, b.made
     for key in dict.fromkeys([*first.reads, *second.reads]):
         yield f"input {key}", _ids(first.reads.get(key, ())), _ids(second.reads.get(key, ()))
     files, others = ({s["spec"]: s for s in made.sources} for made in (first, second))

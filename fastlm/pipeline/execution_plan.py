@@ -195,8 +195,6 @@ def fingerprints(recipe: Recipe, contents: Contents) -> Fingerprints:
     for step in recipe.steps:
         stage, upstream = step.stage, {}
         for key, names in step.inputs.items():
-            if not names and stage.reads[key].later:
-                continue
             states = [
                 _outside(step, key, name, contents) if is_outside(name) else prints[name]
                 for name in names

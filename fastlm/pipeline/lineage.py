@@ -19,12 +19,12 @@ def tree(registry: Registry, record: Known) -> dict[str, Any]:
 
 
 def _node(registry: Registry, record: Known, seen: set[str]) -> dict[str, Any]:
-    made = record.entry.made
+    made = record.made
     node: dict[str, Any] = {
         "name": record.name, "kind": record.entry.kind, "record": record.id, "ids": record.ids,
-        "state": record.state, "place": str(record.place), "finished": record.finished or None,
+        "state": record.state, "place": str(record.place), "finished": record.finished,
         "seconds": record.entry.seconds, "options": record.entry.options,
-        "code": made.code if made else None, "headline": headline(record.entry),
+        "code": made.code, "headline": headline(record.entry),
     }  # fmt: skip
     if record.id in seen:
         return node | {"repeated": True}
@@ -35,7 +35,7 @@ def _node(registry: Registry, record: Known, seen: set[str]) -> dict[str, Any]:
             inputs.append({"input": key, "id": read["id"], **_node(registry, maker, seen)})
         else:
             inputs.append({"input": key, "name": read["name"], "id": read["id"], "outside": True})
-    return node | {"inputs": inputs, "sources": list(made.sources) if made else None}
+    return node | {"inputs": inputs, "sources": list(made.sources)}
 
 
 def shown(node: Mapping[str, Any]) -> Any:
@@ -74,7 +74,7 @@ def _line(node: Mapping[str, Any]) -> str:
     facts = [f"{node['name']} ({node['kind']})", f"id {id[:SHORT]}"]
     if node.get("repeated"):
         return ", ".join([*facts, "see above"])
-    facts.append((node["finished"] or f"time {NOT_RECORDED}")[:16].replace("T", " "))
+    facts.append(node["finished"][:16].replace("T", " "))
     if node["seconds"] is not None:
         facts.append(seconds_text(node["seconds"]))
     if node["headline"]:

@@ -46,8 +46,6 @@ INPUTS = "inputs"
 KEYS = {"name": str, "description": str, "seed": int, INPUTS: dict, "stage": list}
 # Files and folders of a run and tables of a recipe, whose names no stage may have
 RESERVED = re.compile(r"inputs|report|.*\.html|.*\.jsonl?|previous(-\d+)?")
-# Tables of the old recipes, before the list of stages
-OLD_TABLES = ("data", "tokenizer", "model", "pretrain", "eval", "quantize")
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,6 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, kinds: Kinds
     except (ValueError, RecursionError) as e:
         raise InputError(f"recipe {path}: wanted TOML: {e}") from None
     try:
-        _refuse_old(table)
         if path.suffix != ".json":
             _resolve_settings(table, kinds, path.parent)
         for override in overrides:
@@ -304,18 +301,6 @@ def _misplaced(
     if found:
         return f"{full}: unknown key; the nearest known one is {' or '.join(found)}"
     return unknown(full, key, known)
-
-
-def _refuse_old(table: Mapping[str, Any]) -> None:
-    old = [key for key in OLD_TABLES if isinstance(table.get(key), Mapping)]
-    if old and "stage" not in table:
-        where = "pretrain.model" if old[0] == "model" else old[0]
-        raise InputError(
-            f"[{old[0]}]: a recipe is a list of stages now: write [[stage]] and below it"
-            f' kind = "{where.partition(".")[0]}"'
-            + (", and [stage.model] for this table" if old[0] == "model" else "")
-            + " (recipes/full.toml shows all)"
-        )
 
 
 def _toml(text: str) -> dict[str, Any]:

@@ -1,14 +1,13 @@
 """stages.json: what a run records about each stage. record.json: of a stage that ran alone."""
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from fastlm.errors import InputError
-from fastlm.files import save_atomic
+from fastlm.files import write_json
 from fastlm.pipeline.provenance import Made
 from fastlm.pipeline.recipe import Recipe
 from fastlm.pipeline.run_folder import STAGES
@@ -17,7 +16,6 @@ from fastlm.schema import Count, Finite, RelativePath, read_document
 from fastlm.typed import check
 
 ALONE = "record.json"  # in the folder of a stage that ran alone
-NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what stands for bytes in a name, PEP 383
 LAYOUT = 2  # of a run folder: one folder per stage
 
 
@@ -27,8 +25,7 @@ class Entry:
     outputs.
 
     ``options`` are those that differ from their defaults; ``leaves`` is as in `Stage.leaves`;
-    ``outputs`` has the bytes of every file that the stage left. ``made`` says from what and how; a
-    record of an older fastlm lacks it.
+    ``outputs`` has the bytes of every file that the stage left. ``made`` says from what and how.
     """
 
     kind: str
@@ -46,7 +43,7 @@ class Entry:
 class Record:
     """The content of stages.json."""
 
-    layout: int
+    layout: Literal[2]
     stages: dict[RelativePath, Entry]
 
 
@@ -76,24 +73,14 @@ def chosen(stage: Stage) -> dict[str, Any]:
 
 
 def load_record(out: Path, recipe: Recipe) -> dict[str, Entry]:
-    """Read the record of a run folder, {} if there is none. InputError: from an older fastlm, or
-    damaged.
-    """
+    """Read the record of a run folder, {} if there is none. InputError: damaged."""
     path = out / STAGES
     if not path.exists():
         return {}
     try:
         record = read_document(path, Record, extra="forbid")
     except InputError as e:
-        if _is_of_older_fastlm(path):
-            raise InputError(
-                f"{out}: was made by an older fastlm, whose recipes were not lists of stages;"
-                " choose another folder (fastlm run RECIPE --out NEW); its model stays readable,"
-                f" {out}/model"
-            ) from None
         raise _bad(path, e) from None
-    if record.layout != LAYOUT:
-        raise InputError(f"{path}: wanted layout {LAYOUT}, got {record.layout}")
     for name, entry in record.stages.items():
         step = recipe.step(name)
         if entry.outputs is None or step is None or step.stage.kind != entry.kind:
@@ -104,15 +91,6 @@ def load_record(out: Path, recipe: Recipe) -> dict[str, Entry]:
         except InputError as e:
             raise _bad(path, e) from None
     return record.stages
-
-
-def _is_of_older_fastlm(path: Path) -> bool:
-    try:
-        table = read_document(path, dict[str, Any])
-    except InputError:
-        return False
-    old = any(isinstance(v, Mapping) and "fingerprint" in v for v in table.values())
-    return old and "layout" not in table
 
 
 def _bad(path: Path, error: InputError) -> InputError:
@@ -129,12 +107,12 @@ def save_record(out: Path, record: Mapping[str, Entry], recipe: Recipe) -> None:
         name: table_of(entry)
         for name, entry in sorted(record.items(), key=lambda kv: places.get(kv[0], -1))
     }
-    save_atomic(out / STAGES, lambda p: dump(p, {"layout": LAYOUT, "stages": stages}))
+    write_json(out / STAGES, {"layout": LAYOUT, "stages": stages})
 
 
 def save_alone(out: Path, entry: Entry) -> None:
     """Write the record of a stage that ran alone into its folder."""
-    save_atomic(out / ALONE, lambda p: dump(p, {"layout": LAYOUT, **table_of(entry)}))
+    write_json(out / ALONE, {"layout": LAYOUT, **table_of(entry)})
 
 
 def load_alone(path: Path) -> Entry:
@@ -145,10 +123,3 @@ def load_alone(path: Path) -> Entry:
 
 def table_of(entry: Entry) -> dict[str, Any]:
     return {k: v for k, v in asdict(entry).items() if v is not None}
-
-
-def dump(path: Path, value: Any) -> None:
-    """Write JSON that people can read. A byte of a name that is no UTF-8 becomes \\xNN."""
-    text = json.dumps(value, indent=1, ensure_ascii=False, default=str)
-    text = NOT_UTF8.sub(lambda m: rf"\\x{ord(m[0]) - 0xDC00:02x}", text)
-    path.write_text(text + "\n", "utf-8")

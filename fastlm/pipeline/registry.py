@@ -20,7 +20,7 @@ from typing import Any
 from fastlm.errors import InputError
 from fastlm.files import append_lines, reason
 from fastlm.pipeline.content_id import MODELS
-from fastlm.pipeline.provenance import digest, model_id
+from fastlm.pipeline.provenance import Made, digest, model_id
 from fastlm.pipeline.record import ALONE, Entry, Record, load_alone, table_of
 from fastlm.pipeline.run_folder import STAGES
 from fastlm.schema import RelativePath, parse, read_document
@@ -60,7 +60,13 @@ class Known:
     @property
     def ids(self) -> dict[str, str]:
         """Type -> content id of what it left."""
-        return self.entry.made.ids if self.entry.made else {}
+        return self.made.ids
+
+    @property
+    def made(self) -> Made:
+        """From what and how: every finished stage has it (`_check_made`)."""
+        assert self.entry.made is not None
+        return self.entry.made
 
     @property
     def model(self) -> str | None:
@@ -73,21 +79,19 @@ class Known:
 
     @property
     def finished(self) -> str:
-        return self.entry.made.finished if self.entry.made else ""
+        return self.made.finished
 
     def held(self) -> Iterator[str]:
         """The ids and hashes of everything that it left, also before rows were forgotten."""
-        if made := self.entry.made:
-            for ids in (made.ids, *made.earlier, made.hashes):
-                yield from ids.values()
+        for ids in (self.made.ids, *self.made.earlier, self.made.hashes):
+            yield from ids.values()
 
     def read(self) -> Iterator[str]:
         """The ids and hashes of everything that it read."""
-        if made := self.entry.made:
-            for reads in made.reads.values():
-                yield from (id for read in reads if (id := read["id"]))
-            for source in made.sources:
-                yield from source.get("files", {}).values()
+        for reads in self.made.reads.values():
+            yield from (id for read in reads if (id := read["id"]))
+        for source in self.made.sources:
+            yield from source.get("files", {}).values()
 
 
 @dataclass
@@ -120,17 +124,10 @@ class Registry:
 
     def parents(self, record: Known) -> list[tuple[str, Mapping[str, Any], Known | None]]:
         """(input, what was read, its maker) of a stage."""
-        made, found = record.entry.made, []
-        if made is None:
-            for key, names in record.entry.inputs.items():
-                for name in names:
-                    near = f"{record.run}/{name}"
-                    maker = next((r for r in self.records if r.name == near), None)
-                    found.append((key, {"name": name, "path": name, "id": None}, maker))
-            return found
-        for key, reads in made.reads.items():
+        found = []
+        for key, reads in record.made.reads.items():
             found += [(key, read, self.maker(read["id"], read["path"])) for read in reads]
-        for source in made.sources:
+        for source in record.made.sources:
             makers = [self.maker(digest) for digest in source.get("files", {}).values()]
             for maker in {m.id: m for m in makers if m is not None and m is not record}.values():
                 found.append(("data", {"name": source["spec"], "path": "", "id": None}, maker))
@@ -252,9 +249,8 @@ def _add_elsewhere(
         for made in _scan(folder.parent, folder, warnings):
             if (known := records.get(made.id)) is None or known.state != HERE:
                 records[made.id] = made
-            if made.entry.made:
-                reads = made.entry.made.reads.values()
-                paths += [Path(read["path"]) for given in reads for read in given]
+            reads = made.made.reads.values()
+            paths += [Path(read["path"]) for given in reads for read in given]
 
 
 def note_run(out: Path) -> None:
@@ -307,6 +303,7 @@ def _entries(path: Path) -> Iterator[tuple[str, Entry]]:
 
 
 def _made(name: str, place: Path, entry: Entry) -> Known:
+    _check_made(entry, place)
     sizes = entry.outputs or {}
     whole = all(
         file.is_file() and file.stat().st_size == size
@@ -315,14 +312,17 @@ def _made(name: str, place: Path, entry: Entry) -> Known:
     return Known(record_id(entry), name, place, entry, HERE if whole else CHANGED)
 
 
+def _check_made(entry: Entry, where: object) -> None:
+    if entry.made is None:
+        raise InputError(f"{where}: made: expected how the stage made this, got nothing")
+
+
 def record_id(entry: Entry) -> str:
     """The id of a record: of what was done and when, not of where it is."""
     made = entry.made
-    parts: list[Any] = [entry.kind, entry.options, entry.seconds]
-    if made is None:
-        parts += [entry.fingerprint, entry.result]
-    else:
-        parts += [made.finished, made.reads, (made.earlier or [made.ids])[0]]
+    assert made is not None
+    first_ids = (made.earlier or [made.ids])[0]
+    parts = [entry.kind, entry.options, entry.seconds, made.finished, made.reads, first_ids]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -339,6 +339,7 @@ def _read_index(path: Path, warnings: list[str]) -> dict[str, Known]:
     for number, line in enumerate(lines, 1):
         try:
             row = parse(line, IndexRow, f"{path}:{number}", extra="forbid")
+            _check_made(row.entry, f"{path}:{number}")
         except InputError as error:
             if line.strip():
                 warnings.append(f"{error}; left out")

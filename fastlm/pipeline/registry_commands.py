@@ -37,7 +37,7 @@ def list_command(context: typer.Context, roots: Roots = None, as_json: AsJson = 
             {
                 "name": r.name, "kind": r.entry.kind, "record": r.id, "ids": r.ids,
                 "state": r.state, "place": str(r.place), "copies": r.copies,
-                "finished": r.finished or None, "seconds": r.entry.seconds,
+                "finished": r.finished, "seconds": r.entry.seconds,
                 "scores": scores(r.entry),
             }
             for r in registry.records
@@ -96,34 +96,41 @@ def diff_command(kinds: Kinds) -> Callable[..., None]:
     return run
 
 
-@app.command("card")
-def card_command(
-    model: Annotated[str, typer.Argument(help=WHAT)],
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="A file; default: README.md in its folder")
-    ] = None,
-    licence: Annotated[
-        str | None, typer.Option("--license", help="The licence you give it, as Hugging Face's id")
-    ] = None,
-    language: Annotated[str | None, typer.Option(help="Its language, as en")] = None,
-    roots: Roots = None,
-) -> None:
-    """Write a model card in Hugging Face's form from what is recorded; nothing else is claimed."""
-    from fastlm.errors import InputError
-    from fastlm.files import make_folder, save_atomic
-    from fastlm.pipeline.card import CARD, card, place_of
-    from fastlm.pipeline.registry import GONE
+def card_command(kinds: Kinds) -> Callable[..., None]:
+    """Return the command ``fastlm runs card``, of models that stages of these kinds made."""
 
-    registry = _opened(roots, model)
-    record = registry.find_one(model)
-    text = card(registry, record, licence=licence, language=language)
-    if out is None:
-        if record.state == GONE:
-            raise InputError(f"{record.name}: wanted --out, since its folder is gone")
-        out = place_of(record) / CARD
-    make_folder(out.parent)
-    save_atomic(out, lambda p: p.write_text(text, "utf-8"))
-    typer.echo(out)
+    def run(
+        model: Annotated[str, typer.Argument(help=WHAT)],
+        out: Annotated[
+            Path | None,
+            typer.Option("--out", "-o", help="A file; default: README.md in its folder"),
+        ] = None,
+        licence: Annotated[
+            str | None,
+            typer.Option("--license", help="The licence you give it, as Hugging Face's id"),
+        ] = None,
+        language: Annotated[str | None, typer.Option(help="Its language, as en")] = None,
+        roots: Roots = None,
+    ) -> None:
+        """Write a model card in Hugging Face's form from what is recorded; nothing else is
+        claimed.
+        """
+        from fastlm.errors import InputError
+        from fastlm.files import write_text
+        from fastlm.pipeline.card import CARD, card, place_of
+        from fastlm.pipeline.registry import GONE
+
+        registry = _opened(roots, model)
+        record = registry.find_one(model)
+        text = card(registry, record, kinds=kinds, licence=licence, language=language)
+        if out is None:
+            if record.state == GONE:
+                raise InputError(f"{record.name}: wanted --out, since its folder is gone")
+            out = place_of(record) / CARD
+        write_text(out, text)
+        typer.echo(out)
+
+    return run
 
 
 def _opened(roots: list[Path] | None, *names: str) -> Any:

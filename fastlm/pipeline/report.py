@@ -6,7 +6,6 @@ written by a model and names of sources come from a recipe.
 """
 
 import inspect
-import json
 import platform
 import re
 import shlex
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fastlm.errors import InputError
-from fastlm.files import save_atomic
+from fastlm.files import write_json, write_text
 from fastlm.machine import commit
 from fastlm.pipeline.recipe import Recipe, Step
 from fastlm.pipeline.stage import Job, Part, Stage
@@ -56,9 +55,8 @@ def write_report(
     }
     parts = [(d.step, _part(d)) for d in done]
     html = render_report(summary, recipe, [(step, part) for step, part in parts if part], until)
-    save_atomic(out / REPORT, lambda p: p.write_text(html, "utf-8"))
-    text = json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
-    save_atomic(out / SUMMARY, lambda p: p.write_text(text, "utf-8"))
+    write_text(out / REPORT, html)
+    write_json(out / SUMMARY, summary)
     return summary
 
 

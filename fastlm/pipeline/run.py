@@ -20,12 +20,19 @@ from pathlib import Path
 from typing import Any
 
 from fastlm.errors import InputError
-from fastlm.files import leftovers, make_folder, new_name, read_json, remove, save_atomic
+from fastlm.files import (
+    leftovers,
+    make_folder,
+    new_name,
+    read_json,
+    remove,
+    write_json,
+)
 from fastlm.pipeline.archive import archive, finish_moving
 from fastlm.pipeline.execution_plan import Planned, fingerprints, make_plan
 from fastlm.pipeline.provenance import describe, text_hash
 from fastlm.pipeline.recipe import Kinds, Recipe, Step, is_outside, load_recipe
-from fastlm.pipeline.record import Entry, chosen, dump, load_record, save_record, sizes_of
+from fastlm.pipeline.record import Entry, chosen, load_record, save_record, sizes_of
 from fastlm.pipeline.registry import note_run
 from fastlm.pipeline.report import REPORT, SUMMARY, Done, write_report
 from fastlm.pipeline.run_folder import STAGES
@@ -140,10 +147,10 @@ def run_recipe(
         if dry_run:
             return {}
         if contents.changed or contents.used.keys() != contents.seen.keys():
-            save_atomic(out / SOURCES, lambda p: dump(p, contents.used))
+            write_json(out / SOURCES, contents.used)
         _sweep(out, names)
         _give_way(run, plan)
-        save_atomic(out / RECIPE, lambda p: dump(p, recipe.table))
+        write_json(out / RECIPE, recipe.table)
         for planned in plan:
             if planned.do not in ("archive", "later"):
                 _run_step(run, planned)

@@ -60,7 +60,6 @@ class Takes:
         default: if a recipe names no stage, the input is the last one that fits.
         flag: the letter of its short flag.
         positional: a positional argument of the command.
-        later: the stage once had no such input: without one the fingerprint is that of then.
     """
 
     types: tuple[str, ...]
@@ -70,7 +69,6 @@ class Takes:
     default: bool = True
     flag: str = ""
     positional: bool = False
-    later: bool = False
 
 
 @dataclass(frozen=True)
@@ -178,6 +176,8 @@ class Stage:
         sources_in: the options that name sources of text or rows.
         settings_in: the options that name a file of settings. A recipe looks for it in its own
             folder.
+        instructs: its model follows instructions, says a model card.
+        card_section: the section of a model card that has its scores.
     """
 
     kind: ClassVar[str]
@@ -192,6 +192,8 @@ class Stage:
     unused: ClassVar[tuple[str, ...]] = ()
     sources_in: ClassVar[tuple[str, ...]] = ()
     settings_in: ClassVar[tuple[str, ...]] = ()
+    instructs: ClassVar[bool] = False
+    card_section: ClassVar[str] = "Evaluation"
 
     def check(self) -> None:
         """Refuse options that cannot work. InputError names the option."""

@@ -17,6 +17,7 @@ from fastlm.model.bits_per_byte import IGNORE, window, windows
 from fastlm.model.quantized_modules import QuantizedEmbedding, QuantizedLinear
 from fastlm.ops.quantized_weight import QuantizedWeight
 from fastlm.progress import silent
+from fastlm.stats.intervals import ratio_error
 
 if TYPE_CHECKING:
     from fastlm.model.causal_lm import CausalLM
@@ -51,18 +52,7 @@ class Comparison:
     def figures(self) -> dict[str, Any]:
         """All but the windows, which give "loss_error", the standard error of `loss`."""
         shown = {name: value for name, value in asdict(self).items() if name != "windows"}
-        return {**shown, "loss_error": standard_error(self.windows)}
-
-
-def standard_error(pairs: Sequence[tuple[float, float]]) -> float | None:
-    """The standard error of ``sum(b) / sum(a)`` over pairs (a, b) of independent windows; None for
-    fewer than two.
-    """
-    if len(pairs) < 2:
-        return None
-    a, b = torch.tensor(pairs, dtype=torch.float64).unbind(1)
-    off = b - a * (b.sum() / a.sum())
-    return float((off.square().sum() * len(a) / (len(a) - 1)).sqrt() / a.sum())
+        return {**shown, "loss_error": ratio_error(self.windows)}
 
 
 @torch.no_grad()

@@ -1,7 +1,6 @@
 """The stage that quantizes a model."""
 
 import contextlib
-import json
 import math
 import statistics
 import time
@@ -206,7 +205,7 @@ class Quantize(Stage):
         other: "TokenDataset | None",
     ) -> dict[str, Any]:
         """Quantize and measure on `dataset` and on `other`, the text of another kind."""
-        from fastlm.files import make_folder, remove, save_atomic
+        from fastlm.files import remove, write_json
         from fastlm.model.causal_lm import CausalLM
         from fastlm.quant import QuantizedLinear, quantize
         from fastlm.quant.model import check_unquantized
@@ -269,8 +268,7 @@ class Quantize(Stage):
             **result, "layers": found.errors, "awq_powers": found.powers,
             "distillation": found.distilled or None, "warnings": found.warnings,
         }  # fmt: skip
-        text = json.dumps(report, indent=1, allow_nan=False) + "\n"
-        save_atomic(make_folder(job.out) / REPORT, lambda part: part.write_text(text, "utf-8"))
+        write_json(job.out / REPORT, report)
         remove(progress)
         return result
 

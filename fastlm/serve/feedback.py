@@ -36,8 +36,7 @@ WAIT_SECONDS = 30  # for another process that writes to the same SQLite file
 
 class FeedbackStore:
     """The database at ``where``: an SQLAlchemy URL (``postgresql://user@host/name``), or the path
-    of an SQLite file. Missing tables are made, and columns that a file of an older version lacks
-    are added. A context manager; any thread may call its methods.
+    of an SQLite file. Missing tables are made. A context manager; any thread may call its methods.
 
     InputError, from every method: the database cannot be used.
     """

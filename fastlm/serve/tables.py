@@ -72,20 +72,10 @@ MEASURES = sa.Table(
 
 
 def create_missing(engine: sa.Engine, *groups: sa.MetaData) -> None:
-    """Create the tables that are missing, and add the columns that tables of an older version lack;
-    their rows have NULL there. Servers that start at the same time wait for each other.
-    """
+    """Create the tables that are missing. Servers that start at once wait for each other."""
     with _alone(engine) as connection:
         for group in groups:
             group.create_all(connection)
-            for table in group.sorted_tables:
-                have = {column["name"] for column in sa.inspect(connection).get_columns(table.name)}
-                for column in table.columns:
-                    if column.name not in have:
-                        kind = column.type.compile(engine.dialect)
-                        connection.exec_driver_sql(
-                            f"ALTER TABLE {table.name} ADD COLUMN {column.name} {kind}"
-                        )
 
 
 @contextmanager

@@ -53,6 +53,7 @@ from fastlm.stats.power import (
     items_needed,
 )
 
+Z95 = NormalDist().inv_cdf(0.975)  # standard errors on each side of a 95 % interval of many items
 ROUNDING = 1e-12  # of the largest score: a spread below it is none
 
 
@@ -118,7 +119,7 @@ class Mean:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class PairedComparison:
     """The scores of a minus those of b on the same items.
 
     low, high: interval of the difference at ``confidence``.
@@ -188,6 +189,15 @@ def mean_error(values: Any, *, clusters: Sequence[Any] | None = None) -> Mean:
     return Mean(mean, math.sqrt(squares), n, freedom, skewness)
 
 
+def ratio_error(pairs: Sequence[tuple[float, float]]) -> float | None:
+    """Return the standard error of ``sum(b) / sum(a)`` over pairs (a, b) drawn independently; None
+    for fewer than two (Cochran 1977, Sampling Techniques, section 6.3)."""
+    if len(pairs) < 2:
+        return None
+    a, b = np.asarray(pairs, dtype=np.float64).T
+    return mean_error(b - a * (b.sum() / a.sum())).error / float(a.mean())
+
+
 def _spread_of_means(residuals: np.ndarray, sums: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """The variance of each cluster's mean, up to a factor."""
     n, groups = len(residuals), len(sums)
@@ -230,7 +240,10 @@ def clustered_wilson(
 
 
 def wilson(successes: float, n: float, confidence: float = 0.95) -> Interval:
-    """Return Wilson's score interval of a rate (1927): good for small n and rates near 0 or 1."""
+    """Return Wilson's score interval of a rate (1927): good for small n and rates near 0 or 1.
+
+    scipy's (`scipy.stats.binomtest`) takes whole numbers alone, not an effective n.
+    """
     _between("successes", successes, 0, n)
     if n <= 0:
         raise InputError(f"n: expected a number above 0, got {n}")
@@ -244,7 +257,7 @@ def wilson(successes: float, n: float, confidence: float = 0.95) -> Interval:
 
 def compare(
     a: Any, b: Any, *, clusters: Sequence[Any] | None = None, confidence: float = 0.95
-) -> Comparison:
+) -> PairedComparison:
     """Compare two models' scores (n,), (n,) on the same items, in the same order.
 
     - Scores 0 and 1 without clusters: McNemar's mid-p test on the items that only one model got
@@ -279,7 +292,7 @@ def compare(
         if mean.mean and math.isfinite(sd):
             needed = items_needed(mean.mean, sd, alpha=alpha)
     varied = n > 1 and a.std() > 0 and b.std() > 0
-    return Comparison(
+    return PairedComparison(
         n=n,
         mean_a=float(a.mean()),
         mean_b=float(b.mean()),
@@ -304,12 +317,10 @@ def holm(pvalues: Sequence[float]) -> list[float]:
     """
     for p in pvalues:
         _between("p", p, 0, 1)
-    adjusted, least = [0.0] * len(pvalues), 0.0
-    order = sorted(range(len(pvalues)), key=pvalues.__getitem__)
-    for rank, index in enumerate(order):
-        least = max(least, min(1.0, (len(pvalues) - rank) * pvalues[index]))
-        adjusted[index] = least
-    return adjusted
+    values = np.asarray(pvalues, dtype=np.float64)
+    order = values.argsort()
+    raised = np.minimum(1, np.arange(len(values), 0, -1) * values[order])
+    return np.maximum.accumulate(raised)[order.argsort()].tolist()
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -324,7 +335,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 @dataclass(frozen=True)
-class Corrected:
+class CorrectedRate:
     """``rate`` corrected for the judge's errors, with its interval ``low`` to ``high``."""
 
     rate: float
@@ -339,7 +350,7 @@ def rogan_gladen(
     sensitivity: tuple[int, int],
     specificity: tuple[int, int],
     confidence: float = 0.95,
-) -> Corrected:
+) -> CorrectedRate:
     """Correct the ``rate`` of ``n`` items that a judge flagged for the judge's own errors.
 
         (rate + specificity - 1) / (sensitivity + specificity - 1)        Rogan and Gladen 1978
@@ -370,24 +381,22 @@ def rogan_gladen(
     var_se, var_sp = se * (1 - se) / (positives + 2), sp * (1 - sp) / (negatives + 2)
     gain = se + sp - 1
     if gain <= 0:  # a judge better than chance on so few items that it says nothing
-        return Corrected(point, 0.0, 1.0)
+        return CorrectedRate(point, 0.0, 1.0)
     true = min(1.0, max(0.0, (seen + sp - 1) / gain))
     shift = 2 * z * z * (true * var_se - (1 - true) * var_sp)
     variance = seen * (1 - seen) / (n + z * z) + true**2 * var_se + (1 - true) ** 2 * var_sp
     half = z * math.sqrt(variance) / gain
     low, high = (min(1.0, max(0.0, true + shift + side)) for side in (-half, half))
-    return Corrected(point, min(low, point), max(high, point))
+    return CorrectedRate(point, min(low, point), max(high, point))
 
 
 def _mcnemar(wins: int, losses: int) -> float:
     """Two-sided mid-p of Binomial(wins + losses, 1/2)."""
+    from scipy import special
+
     total, least = wins + losses, min(wins, losses)
-    logs = [
-        math.lgamma(total + 1) - math.lgamma(k + 1) - math.lgamma(total - k + 1)
-        for k in range(least + 1)
-    ]
-    terms = [math.exp(value - total * math.log(2)) for value in logs]
-    return min(1.0, 2 * (math.fsum(terms) - terms[-1] / 2))
+    below = special.bdtr(least - 1, total, 0.5) if least else 0.0
+    return min(1.0, float(below + special.bdtr(least, total, 0.5)))
 
 
 def _bonett_price(wins: int, losses: int, n: int, confidence: float) -> Interval:

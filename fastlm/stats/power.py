@@ -42,9 +42,9 @@ def detectable(
     """Return the minimum detectable effect of ``n`` items on a mean: noncentrality sd / sqrt(n),
     which for many items is (z_alpha/2 + z_power) sd / sqrt(n).
 
-    ``sd`` is that of the difference per item (`difference_sd`, or `Comparison.sd`). Against a fixed
-    number such as chance it is that of the score. ``freedom``: degrees of freedom of sd; n - 1
-    where it is not given. Two rates: `detectable_rate`.
+    ``sd`` is that of the difference per item (`difference_sd`, or `PairedComparison.sd`). Against a
+    fixed number such as chance it is that of the score. ``freedom``: degrees of freedom of sd;
+    n - 1 where it is not given. Two rates: `detectable_rate`.
     """
     _check_items(n)
     return _noncentrality(n - 1 if freedom is None else freedom, alpha, power) * sd / math.sqrt(n)

@@ -24,7 +24,7 @@ from tokenizers import decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
 from fastlm.errors import InputError
-from fastlm.files import make_folder, read_json, read_text, save_atomic
+from fastlm.files import make_folder, read_json, read_text, write_text
 from fastlm.progress import Track, silent
 from fastlm.sources.packages import model_path
 from fastlm.tokenizer import chat_template, gguf_vocab
@@ -236,7 +236,7 @@ class Tokenizer:
             "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False),
         }
         for name, text in files.items():
-            save_atomic(folder / name, lambda p, t=text: p.write_text(t + "\n", encoding="utf-8"))
+            write_text(folder / name, text + "\n")
 
     # ids
 

@@ -14,9 +14,7 @@ from fastlm.pipeline.stage import Facts, Job, MaybePositional, Takes, at_least_o
 from fastlm.sources.input_digest import Contents
 from fastlm.train.options import TrainOptions
 
-FEEDBACK = Takes(
-    ("feedback",), "What `fastlm feedback build` made, beside the data", optional=True, later=True
-)
+FEEDBACK = Takes(("feedback",), "What `fastlm feedback build` made, beside the data", optional=True)
 LONGEST = 2048  # tokens of a conversation by default, where the context is longer: bounds memory
 
 
@@ -28,6 +26,7 @@ class ChatOptions(TrainOptions):
     rows: ClassVar[str] = "conversations"  # what `data` holds
     sources_in: ClassVar[tuple[str, ...]] = ("data",)
     settings_in: ClassVar[tuple[str, ...]] = ("chat_template",)
+    instructs: ClassVar[bool] = True
     form: ClassVar[str] = "sft"  # of `fastlm.feedback.build.FORMS`
 
     data: Annotated[

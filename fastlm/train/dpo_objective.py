@@ -12,7 +12,7 @@ from fastlm.train.encoding import IGNORE, Example, in_dtype, pack, pack_pairs, w
 from fastlm.train.epochs import Epochs
 from fastlm.train.losses import dpo_loss, kto_loss
 from fastlm.train.preference_loss import PreferenceLoss
-from fastlm.train.preferences import Judged, digest_of, ranked_right, right, standard_error
+from fastlm.train.preferences import Judged, accuracy_error, digest_of, ranked_right, right
 
 if TYPE_CHECKING:
     from fastlm.tokenizer.tokenizer import Tokenizer
@@ -284,7 +284,7 @@ class PreferredAnswers(Epochs):
             error = ranked_right(joined["reward_chosen"], joined["reward_rejected"])[1]
         else:
             places = [self.heldout[i].answers[0].place for rows in taken for i in rows]
-            error = standard_error(joined["accuracy"], places)
+            error = accuracy_error(joined["accuracy"], places)
         kept = ("accuracy", "margin", "reward_chosen", "reward_rejected")
         return {
             "val_loss": float(torch.cat([losses for losses, _ in found]).mean()),

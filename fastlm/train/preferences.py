@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from fastlm.errors import InputError
+from fastlm.stats.intervals import mean_error
 from fastlm.train.encoding import (
     Encoder,
     Example,
@@ -225,16 +226,13 @@ def right(margins: "Tensor") -> "Tensor":
     return (margins.sign() + 1) / 2
 
 
-def standard_error(right: "Tensor", places: Sequence[str]) -> float:
+def accuracy_error(right: "Tensor", places: Sequence[str]) -> float:
     """The standard error of the mean of ``right``, one per pair. Pairs of one row (``places``) are
-    not independent: their deviations are added before they are squared. Where each row has one
-    pair, it is ``sqrt(p (1 - p) / n)``.
+    not independent. 0 where it cannot be estimated, from the pairs of a single row.
     """
-    deviations: dict[str, float] = {}
-    mean = float(right.mean())
-    for value, place in zip(right.tolist(), places, strict=True):
-        deviations[place] = deviations.get(place, 0.0) + value - mean
-    return math.sqrt(sum(d * d for d in deviations.values())) / len(places)
+    if len({*places}) < 2:
+        return 0.0
+    return mean_error(right.cpu().numpy(), clusters=places).error
 
 
 def ranked_right(better: "Tensor", worse: "Tensor") -> tuple[float, float]:

@@ -24,10 +24,10 @@ from fastlm.train.options import OPTIMIZERS
 from fastlm.train.preferences import (
     Judged,
     Preferences,
+    accuracy_error,
     accuracy_told,
     digest_of,
     right,
-    standard_error,
 )
 from fastlm.train.reward_report import calibration, length_bias
 
@@ -174,7 +174,7 @@ class RankedAnswers(Epochs):
             "val_loss": total / items,
             "val_accuracy": float(right(joined).mean()),
             "val_margin": float(joined.mean()),
-            "val_accuracy_error": standard_error(right(joined), places),
+            "val_accuracy_error": accuracy_error(right(joined), places),
         }
 
     def sample(self) -> None:

@@ -19,7 +19,7 @@ from fastlm.checkpoint.folder import write_json
 from fastlm.data.conversations import Conversation
 from fastlm.data.forgotten import PROVENANCE
 from fastlm.errors import InputError
-from fastlm.files import make_folder, read_json, save_atomic
+from fastlm.files import make_folder, read_json, save_atomic, write_text
 from fastlm.progress import silent
 from fastlm.train.online_stage import text_of
 from fastlm.typed import build
@@ -91,7 +91,7 @@ def write_answers(
                 if answer.ended and text.strip():
                     rows.append(_row(prompt, text))
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            save_atomic(path, lambda part, lines=lines: part.write_text(lines, encoding="utf-8"))
+            write_text(path, lines)
         count += path.read_bytes().count(b"\n")
     return count
 

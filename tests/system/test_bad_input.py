@@ -208,12 +208,6 @@ def test_a_tokenizer_that_does_not_fit(finished, model, tmp_path):
         "--max-steps", 1,
     )  # fmt: skip
     refused("pretrain", "--shards", shards, *rest, text="shards: wanted tokens of the tokenizer")
-    for index in shards.rglob("index.json"):  # of an older fastlm, which did not name it
-        index.write_text(json.dumps(json.loads(index.read_text()) | {"tokenizer": None}))
-    refused(
-        "pretrain", "--shards", shards, *rest,
-        text="tokenizer: wanted a vocabulary of at most the model's",
-    )  # fmt: skip
     (model / "tokenizer.json").unlink()
     refused(
         "generate", "-m", model, "-p", "x",

@@ -105,7 +105,7 @@ def use_registry(path: Path) -> None:
     for record in found.records:
         json.dumps(tree(found, record)), headline(record.entry), record.shown_id
         if record.model:
-            card(found, record)
+            card(found, record, kinds=stages.KINDS)
     if path.name == "stages.json" and len({r.run for r in found.records}) > 1:
         rows = diff(found, "good", "bad", kinds=stages.KINDS)
         shown(rows, "good", "bad"), json.dumps(rows, default=str)

@@ -176,7 +176,7 @@ def test_a_step_counts_pairs_and_tokens() -> None:
     assert validation["val_loss"] == pytest.approx(step(made, 9)[0], rel=1e-5)
     right = np.mean([float(v) for m in made.measured for v in m["accuracy"]])
     assert validation["val_accuracy"] == pytest.approx(right)
-    assert validation["val_accuracy_error"] == pytest.approx((right * (1 - right) / 5) ** 0.5)
+    assert validation["val_accuracy_error"] == pytest.approx((right * (1 - right) / 4) ** 0.5)
 
 
 def test_every_reference_is_measured_once() -> None:

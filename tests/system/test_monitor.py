@@ -427,7 +427,7 @@ def test_alerts_do_not_flap():
 
 def test_the_noise_of_a_rate_at_its_bound_does_not_fire():
     """Of 500 hours of 200 answers whose true rate is the bound, few fire; twice the bound does."""
-    from fastlm.serve.monitor.numbers import rate
+    from fastlm.stats.summaries import rate
 
     rng = np.random.default_rng(0)
     rule = Rule("refuses", "refusal", "1h", above=0.1, hold=1)

@@ -22,7 +22,7 @@ from fastlm.model.reward_model import RewardModel, scores
 from fastlm.tokenizer.tokenizer import Tokenizer
 from fastlm.train.loop import Interrupted
 from fastlm.train.options import TrainOptions
-from fastlm.train.preferences import Judged, ranked_right, standard_error
+from fastlm.train.preferences import Judged, accuracy_error, ranked_right
 from fastlm.train.reward import RankedAnswers, Reward
 from fastlm.train.reward_report import calibration, length_bias
 
@@ -233,11 +233,12 @@ def test_length_bias() -> None:
 
 def test_standard_errors() -> None:
     right = torch.tensor([1.0, 1.0, 0.0, 1.0])
-    alone = standard_error(right, ["a", "b", "c", "d"])
-    assert alone == pytest.approx(math.sqrt(0.75 * 0.25 / 4))
+    alone = accuracy_error(right, ["a", "b", "c", "d"])
+    assert alone == pytest.approx(math.sqrt(0.75 * 0.25 / 3))
     # a row counted twice is not twice the evidence
-    twice = standard_error(right.repeat(2), ["a", "b", "c", "d"] * 2)
+    twice = accuracy_error(right.repeat(2), ["a", "b", "c", "d"] * 2)
     assert twice == pytest.approx(alone)
+    assert accuracy_error(right, ["a"] * 4) == 0
     better, worse = torch.tensor([3.0, 2.0, 0.5]), torch.tensor([1.0, 2.0])
     share, error = ranked_right(better, worse)
     assert share == pytest.approx((2 + 1.5 + 0) / 6)

@@ -371,7 +371,7 @@ def test_a_gate_refuses_scores_of_other_models(measured, tmp_path):
         decide(measured, tmp_path / "int8", safety_of(measured, "old", str(quantized)))
 
 
-def test_scores_and_decisions_of_an_older_fastlm_are_warned_of(measured, tmp_path):
+def test_scores_and_decisions_that_name_no_models_are_warned_of(measured, tmp_path):
     old, new, other = (measured / name for name in ("old", "new", "other"))
     told = safety_of(measured, "old", "other")
     del told["ids"]

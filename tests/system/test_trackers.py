@@ -86,7 +86,7 @@ def test_tensorboard_shows_each_step_once_after_a_kill(data, tmp_path) -> None:
     assert texts == [line["sample"] for line in lines(tmp_path) if "sample" in line]
     files = {p.name for p in (tmp_path / "tensorboard").iterdir()}
     start(data, tmp_path, BOARD)  # nothing is left to do: no empty file
-    assert {p.name for p in (tmp_path / "tensorboard").iterdir()} == files and len(files) == 2
+    assert {p.name for p in (tmp_path / "tensorboard").iterdir()} == files and len(files) == 1
 
 
 def test_a_tracker_can_join_later(data, tmp_path) -> None:
@@ -243,15 +243,16 @@ def test_what_cannot_be_reported_to(monkeypatch) -> None:
             Sft(data=("x.jsonl",), report_to=names).check()
         return str(error.value)
 
-    assert refused("wandb") == "report_to: wanted of tensorboard, trackio, got 'wandb'"
+    assert refused("wandb") == "report_to: expected tensorboard or trackio, got 'wandb'"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert refused("tensorboard") == (
-        "report_to: tensorboard wants the package tensorboard, got none: pip install tensorboard"
+        "report_to: expected the package tensorboard, got none: pip install tensorboard"
     )
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setenv("TRACKIO_SPACE_ID", "me/board")
     assert refused("tensorboard", "trackio") == (
-        "report_to: wanted TRACKIO_SPACE_ID unset, as metrics stay on this machine, got 'me/board'"
+        "report_to: expected TRACKIO_SPACE_ID unset, as metrics stay on this machine,"
+        " got 'me/board'"
     )
     Sft(data=("x.jsonl",), report_to=("tensorboard",)).check()
 

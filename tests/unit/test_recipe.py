@@ -239,17 +239,3 @@ def test_a_stage_whose_input_nobody_makes(tmp_path):
     (tmp_path / "r.toml").write_text('name = "r"\n[[stage]]\nkind = "tokenizer"\n')
     with pytest.raises(InputError, match=r"tokenizer.corpus: wanted a stage above it that makes"):
         load_recipe(tmp_path / "r.toml")
-
-
-@pytest.mark.parametrize(
-    "table, text",
-    [
-        ("data", r'\[data\]: a recipe is a list of stages now: .* kind = "data"'),
-        ("model", r'kind = "pretrain", and \[stage.model\] for this table'),
-    ],
-)
-def test_recipes_of_before_the_list_say_what_to_write(tmp_path, table, text):
-    (tmp_path / "old.toml").write_text(f'name = "old"\n[{table}]\nx = 1\n')
-    with pytest.raises(InputError, match=text) as e:
-        load_recipe(tmp_path / "old.toml")
-    assert "\n" not in str(e.value)

@@ -20,6 +20,7 @@ call it (`fastlm.compat.liger.monkey_patch`). Not included: Liger's losses betwe
 distributions or on preferences, and its kernels for other ops (LayerNorm, softmax, experts).
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -173,85 +174,53 @@ def liger_fused_linear_cross_entropy(
     )  # fmt: skip
 
 
-class LigerCrossEntropyLoss(nn.Module):
+class _Loss(nn.Module):
+    """``function`` with the options of ``names`` as a module; they become its attributes."""
+
+    function: Callable[..., Tensor | CrossEntropyOutput]
+    names: tuple[str, ...]
+
+    def __init_subclass__(cls) -> None:
+        parameters = inspect.signature(cls.function).parameters
+        cls.__signature__ = inspect.Signature([parameters[name] for name in cls.names])
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__()
+        bound = self.__signature__.bind(*args, **options)
+        bound.apply_defaults()
+        (weight, tensor), *rest = bound.arguments.items()
+        self.register_buffer(weight, tensor, persistent=False)
+        for name, value in rest:
+            setattr(self, name, value)
+
+    def _options(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.names}
+
+
+_NUMBERS = "ignore_index", "lse_square_scale", "label_smoothing", "reduction", "softcap"
+_EXTRAS = "return_token_accuracy", "return_predicted_tokens"
+
+
+class LigerCrossEntropyLoss(_Loss):
     """`liger_cross_entropy` as a module: ``loss(logits, target)``."""
 
-    weight: Tensor | None
-
-    def __init__(
-        self,
-        weight: Tensor | None = None,
-        ignore_index: int = -100,
-        lse_square_scale: float = 0.0,
-        label_smoothing: float = 0.0,
-        reduction: str = "mean",
-        softcap: float | None = None,
-        return_z_loss: bool = False,
-        return_token_accuracy: bool = False,
-        return_predicted_tokens: bool = False,
-    ) -> None:
-        super().__init__()
-        self.register_buffer("weight", weight, persistent=False)
-        self.ignore_index = ignore_index
-        self.lse_square_scale = lse_square_scale
-        self.label_smoothing = label_smoothing
-        self.reduction = reduction
-        self.softcap = softcap
-        self.return_z_loss = return_z_loss
-        self.return_token_accuracy = return_token_accuracy
-        self.return_predicted_tokens = return_predicted_tokens
+    function = staticmethod(liger_cross_entropy)
+    names = "weight", *_NUMBERS, "return_z_loss", *_EXTRAS
 
     def forward(self, _input: Tensor, target: Tensor) -> Tensor | CrossEntropyOutput:
-        return liger_cross_entropy(
-            _input, target, self.weight,
-            ignore_index=self.ignore_index, lse_square_scale=self.lse_square_scale,
-            label_smoothing=self.label_smoothing, reduction=self.reduction, softcap=self.softcap,
-            return_z_loss=self.return_z_loss, return_token_accuracy=self.return_token_accuracy,
-            return_predicted_tokens=self.return_predicted_tokens,
-        )  # fmt: skip
+        return liger_cross_entropy(_input, target, **self._options())
 
 
-class LigerFusedLinearCrossEntropyLoss(nn.Module):
+class LigerFusedLinearCrossEntropyLoss(_Loss):
     """`liger_fused_linear_cross_entropy` as a module: ``loss(lin_weight, input, target, bias)``."""
 
-    ce_weight: Tensor | None
-
-    def __init__(
-        self,
-        ce_weight: Tensor | None = None,
-        ignore_index: int = -100,
-        lse_square_scale: float = 0.0,
-        label_smoothing: float = 0.0,
-        reduction: str = "mean",
-        softcap: float | None = None,
-        return_z_loss: bool = False,
-        accum_dtype: torch.dtype | None = None,
-        use_token_scaling: bool = False,
-        return_token_accuracy: bool = False,
-        return_predicted_tokens: bool = False,
-    ) -> None:
-        super().__init__()
-        self.register_buffer("ce_weight", ce_weight, persistent=False)
-        self.ignore_index = ignore_index
-        self.lse_square_scale = lse_square_scale
-        self.label_smoothing = label_smoothing
-        self.reduction = reduction
-        self.softcap = softcap
-        self.return_z_loss = return_z_loss
-        self.accum_dtype = accum_dtype
-        self.use_token_scaling = use_token_scaling
-        self.return_token_accuracy = return_token_accuracy
-        self.return_predicted_tokens = return_predicted_tokens
+    function = staticmethod(liger_fused_linear_cross_entropy)
+    names = "ce_weight", *_NUMBERS, "return_z_loss", "accum_dtype", "use_token_scaling", *_EXTRAS
 
     def forward(
         self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None
     ) -> Tensor | CrossEntropyOutput:
-        return liger_fused_linear_cross_entropy(
-            _input, lin_weight, target, bias, self.ce_weight, self.ignore_index,
-            self.lse_square_scale, self.label_smoothing, self.reduction, self.softcap,
-            self.return_z_loss, self.accum_dtype, self.use_token_scaling,
-            self.return_token_accuracy, self.return_predicted_tokens,
-        )  # fmt: skip
+        return liger_fused_linear_cross_entropy(_input, lin_weight, target, bias, **self._options())
 
 
 def liger_rotary_pos_emb(

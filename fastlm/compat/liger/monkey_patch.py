@@ -13,6 +13,7 @@ undoes both.
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -23,6 +24,9 @@ from fastlm.errors import InputError
 from fastlm.hf.patching import patch, patched_ops, unpatch
 
 _PACKAGES = {"gemma3_text": "gemma3"}  # transformers' module where the name is another one
+_DEFAULTS = {
+    "rope": True, "cross_entropy": False, "fused_linear_cross_entropy": True, "rms_norm": True,
+}  # fmt: skip
 _building = 0  # models whose __init__ runs: those inside another one are patched with it
 
 
@@ -96,65 +100,40 @@ def _patching(before: Callable, options: dict[str, bool]) -> Callable:
     return __init__
 
 
-def _apply(family: str, model: nn.Module | None, **options: bool) -> None:
-    if model is None:
-        _apply_liger_kernel_to_classes(family, **options)
-    else:
-        _apply_liger_kernel_to_instance(model, **options)
+def _function(family: str, act: str = "swiglu") -> Callable[..., None]:
+    """Return Liger's function for a family, whose products are ``act``."""
+    defaults = {**_DEFAULTS, act: True, "model": None}
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    signature = inspect.Signature(
+        [inspect.Parameter(name, kind, default=value) for name, value in defaults.items()]
+    )
 
-
-def _with_swiglu(family: str) -> Callable[..., None]:
-    def apply(
-        rope: bool = True,
-        cross_entropy: bool = False,
-        fused_linear_cross_entropy: bool = True,
-        rms_norm: bool = True,
-        swiglu: bool = True,
-        model: nn.Module | None = None,
-    ) -> None:
+    def apply(*args: Any, **options: Any) -> None:
         """Patch `model`, or without it every model of the family that is built from now on."""
-        _apply(
-            family, model, rope=rope, cross_entropy=cross_entropy, rms_norm=rms_norm,
-            fused_linear_cross_entropy=fused_linear_cross_entropy, swiglu=swiglu,
-        )  # fmt: skip
+        options = defaults | signature.bind(*args, **options).arguments
+        model = options.pop("model")
+        if model is None:
+            _apply_liger_kernel_to_classes(family, **options)
+        else:
+            _apply_liger_kernel_to_instance(model, **options)
 
     apply.__name__ = f"apply_liger_kernel_to_{family}"
+    setattr(apply, "__signature__", signature)  # noqa: B010
     return apply
 
 
-def _with_geglu(family: str) -> Callable[..., None]:
-    def apply(
-        rope: bool = True,
-        cross_entropy: bool = False,
-        fused_linear_cross_entropy: bool = True,
-        rms_norm: bool = True,
-        geglu: bool = True,
-        model: nn.Module | None = None,
-    ) -> None:
-        """Patch `model`, or without it every model of the family that is built from now on."""
-        _apply(
-            family, model, rope=rope, cross_entropy=cross_entropy, rms_norm=rms_norm,
-            fused_linear_cross_entropy=fused_linear_cross_entropy, geglu=geglu,
-        )  # fmt: skip
-
-    apply.__name__ = f"apply_liger_kernel_to_{family}"
-    return apply
-
-
-apply_liger_kernel_to_llama = _with_swiglu("llama")
-apply_liger_kernel_to_mistral = _with_swiglu("mistral")
-apply_liger_kernel_to_mixtral = _with_swiglu("mixtral")
-apply_liger_kernel_to_qwen2 = _with_swiglu("qwen2")
-apply_liger_kernel_to_qwen3 = _with_swiglu("qwen3")
-apply_liger_kernel_to_qwen3_moe = _with_swiglu("qwen3_moe")
-apply_liger_kernel_to_phi3 = _with_swiglu("phi3")
-apply_liger_kernel_to_olmo2 = _with_swiglu("olmo2")
-apply_liger_kernel_to_smollm3 = _with_swiglu("smollm3")
-apply_liger_kernel_to_gemma = _with_geglu("gemma")
-apply_liger_kernel_to_gemma2 = _with_geglu("gemma2")
-apply_liger_kernel_to_gemma3_text = _with_geglu("gemma3_text")
-
-_OPTIONS = "rope cross_entropy fused_linear_cross_entropy rms_norm swiglu geglu".split()
+apply_liger_kernel_to_llama = _function("llama")
+apply_liger_kernel_to_mistral = _function("mistral")
+apply_liger_kernel_to_mixtral = _function("mixtral")
+apply_liger_kernel_to_qwen2 = _function("qwen2")
+apply_liger_kernel_to_qwen3 = _function("qwen3")
+apply_liger_kernel_to_qwen3_moe = _function("qwen3_moe")
+apply_liger_kernel_to_phi3 = _function("phi3")
+apply_liger_kernel_to_olmo2 = _function("olmo2")
+apply_liger_kernel_to_smollm3 = _function("smollm3")
+apply_liger_kernel_to_gemma = _function("gemma", "geglu")
+apply_liger_kernel_to_gemma2 = _function("gemma2", "geglu")
+apply_liger_kernel_to_gemma3_text = _function("gemma3_text", "geglu")
 
 
 class AutoLigerKernelForCausalLM:
@@ -172,7 +151,8 @@ class AutoLigerKernelForCausalLM:
     def _patched(method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         from transformers import AutoModelForCausalLM
 
-        options = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
+        names = (*_DEFAULTS, "swiglu", "geglu")
+        options = {name: kwargs.pop(name) for name in names if name in kwargs}
         model = getattr(AutoModelForCausalLM, method)(*args, **kwargs)
         _apply_liger_kernel_to_instance(model, **options)
         return model

@@ -1,5 +1,9 @@
 """Liger's norms by their names and defaults, on `fastlm.ops.rms_norm`."""
 
+import inspect
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -83,59 +87,43 @@ class LigerRMSNorm(nn.Module):
         return f"weight_shape={shape}, eps={self.variance_epsilon}, offset={self.offset}"
 
 
+def _init(*without: str, size: str = "hidden_size", **defaults: Any) -> Callable[..., None]:
+    """Return `LigerRMSNorm.__init__` with other defaults, ``without`` some parameters."""
+    names = inspect.signature(LigerRMSNorm.__init__).parameters.items()
+    signature = inspect.Signature([
+        p.replace(
+            name=size if name == "hidden_size" else name, default=defaults.get(name, p.default)
+        )
+        for name, p in names
+        if name not in ("elementwise_affine", *without)
+    ])  # fmt: skip
+
+    def __init__(*args: Any, **options: Any) -> None:
+        bound = signature.bind(*args, **options)
+        bound.apply_defaults()
+        LigerRMSNorm.__init__(*bound.args)
+
+    setattr(__init__, "__signature__", signature)  # noqa: B010
+    return __init__
+
+
+_GEMMA = {"offset": 1.0, "casting_mode": "gemma", "init_fn": "zeros"}
+
+
 class LigerRMSNormForGemma(LigerRMSNorm):
-    def __init__(
-        self,
-        hidden_size: int,
-        eps: float = 1e-6,
-        offset: float = 1.0,
-        casting_mode: str = "gemma",
-        init_fn: str = "zeros",
-        in_place: bool = True,
-        row_mode: bool | None = None,
-    ) -> None:
-        super().__init__(hidden_size, eps, offset, casting_mode, init_fn, in_place, row_mode)
+    __init__ = _init(**_GEMMA)
 
 
 class LigerRMSNormForGemma2(LigerRMSNorm):
-    def __init__(
-        self,
-        hidden_size: int,
-        eps: float = 1e-6,
-        offset: float = 1.0,
-        casting_mode: str = "gemma",
-        init_fn: str = "zeros",
-        in_place: bool = False,
-        row_mode: bool | None = None,
-    ) -> None:
-        super().__init__(hidden_size, eps, offset, casting_mode, init_fn, in_place, row_mode)
+    __init__ = _init(**_GEMMA, in_place=False)
 
 
 class LigerRMSNormForGemma3(LigerRMSNorm):
-    def __init__(
-        self,
-        dim: int,
-        eps: float = 1e-6,
-        offset: float = 1.0,
-        casting_mode: str = "gemma",
-        init_fn: str = "zeros",
-        in_place: bool = False,
-    ) -> None:
-        super().__init__(dim, eps, offset, casting_mode, init_fn, in_place)
+    __init__ = _init("row_mode", size="dim", **_GEMMA, in_place=False)
 
 
 class LigerRMSNormForOlmo2(LigerRMSNorm):
-    def __init__(
-        self,
-        hidden_size: int,
-        eps: float = 1e-6,
-        offset: float = 0.0,
-        casting_mode: str = "llama",
-        init_fn: str = "ones",
-        in_place: bool = False,
-        row_mode: bool | None = None,
-    ) -> None:
-        super().__init__(hidden_size, eps, offset, casting_mode, init_fn, in_place, row_mode)
+    __init__ = _init(in_place=False)
 
 
 class LigerRMSNormForGlm4(LigerRMSNormForOlmo2):
@@ -145,16 +133,7 @@ class LigerRMSNormForGlm4(LigerRMSNormForOlmo2):
 class LigerFusedAddRMSNorm(LigerRMSNorm):
     """`liger_fused_add_rms_norm` with a weight of its own: ``norm(x, residual)`` is a pair."""
 
-    def __init__(
-        self,
-        hidden_size: int,
-        eps: float = 1e-6,
-        offset: float = 0.0,
-        casting_mode: str = "llama",
-        init_fn: str = "ones",
-        in_place: bool = False,
-    ) -> None:
-        super().__init__(hidden_size, eps, offset, casting_mode, init_fn, in_place)
+    __init__ = _init("row_mode", in_place=False)
 
     def forward(self, hidden_states: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         assert self.weight is not None  # None only without elementwise_affine

@@ -6,7 +6,7 @@ from typing import Any
 
 from fastlm.errors import InputError
 from fastlm.evals.safety.judges import Measured
-from fastlm.stats.intervals import Corrected, rogan_gladen, wilson
+from fastlm.stats.intervals import CorrectedRate, rogan_gladen, wilson
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def share(
                     confidence=confidence,
                 )  # fmt: skip
             except InputError:  # no better than chance: no rate follows
-                found = Corrected(rate, 0.0, 1.0)
+                found = CorrectedRate(rate, 0.0, 1.0)
             return Score(
                 name, what, found.rate, found.low, found.high, n, raw=rate, judge=judge,
                 corrected=True, **others,

@@ -47,6 +47,7 @@ class Safety(Stage):
     leaves = {"scores": "scores.json"}
     partial = (RECORDS,)
     settings_in = ("gate",)
+    card_section = "Safety"
     result = {"models": dict[str, dict[str, Any]], "failed": list[str]}
 
     measures: Annotated[tuple[str, ...], f"Of {', '.join(MEASURES)}"] = MEASURES

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from fastlm.serve.monitor.judges import Judge
-from fastlm.serve.monitor.numbers import mean, quantiles, rate
 from fastlm.serve.monitor.window import Answers, Said
 from fastlm.serve.ratings import Rating
+from fastlm.stats.summaries import mean, quantiles, rate
 
 OK = 200
 KINDS = ("comment", "corrected", "picked")
@@ -126,7 +126,8 @@ def lengths(answers: Answers) -> dict[str, list[int]]:
 
 
 def _length(values: np.ndarray) -> dict[str, Any]:
-    return quantiles(values, (0.5, 0.95)) | {"mean": mean(values[~np.isnan(values)])["value"]}
+    known = values[~np.isnan(values)]
+    return quantiles(known, (0.5, 0.95)) | {"mean": float(known.mean()) if len(known) else None}
 
 
 def _quantile(values: np.ndarray, at: float) -> float | None:
