@@ -402,6 +402,10 @@ HOSTILE = [
     ("feedback", "preferred_over", "7", OPINION + "preferred_over: wanted an array"),
     ("feedback", "preferred_over", '[["r2"]]', OPINION + r"preferred_over\[0\]: wanted 2 values"),
     ("feedback", "preferred_over", '[["r2", -1]]', OPINION + "choice: expected 0 or more, got -1"),
+    ("feedback", "ranking", "7", OPINION + "ranking: wanted a table"),
+    ("feedback", "ranking", '{"ranks": [0, 2]}', OPINION + "ranks: expected ranks from 0"),
+    ("feedback", "ranking", '{"ranks": [0], "shown": [1]}', OPINION + "shown: expected each"),
+    ("feedback", "ranking", '{"ranks": [0], "scores": []}', OPINION + "scores: expected one"),
     ("feedback", "metrics", '{"stars": "x"}', OPINION + "metrics.stars: wanted a number"),
     ("feedback", "metrics", '{"stars": 1e999}', OPINION + "metrics.stars: wanted a number"),
     ("feedback", "metrics", "[]", None),  # as none
@@ -496,40 +500,6 @@ def test_commands(tmp_path):
 
 STARS = Rating("stars", "number", "higher", low=1, high=5)
 SOLVED = Rating("solved", "boolean", "higher", "conversation")
-OLD = """
-CREATE TABLE fastlm_answers (
-    response_id VARCHAR(128) NOT NULL, conversation_id VARCHAR(128), model TEXT NOT NULL,
-    prompt TEXT NOT NULL, tools TEXT, choices TEXT NOT NULL, created_at TEXT NOT NULL,
-    PRIMARY KEY (response_id));
-CREATE INDEX ix_fastlm_answers_conversation_id ON fastlm_answers (conversation_id);
-CREATE TABLE fastlm_feedback (
-    id INTEGER NOT NULL, response_id VARCHAR(128), conversation_id VARCHAR(128),
-    choice INTEGER NOT NULL, rater VARCHAR(128), thumb VARCHAR(4), comment TEXT, corrected TEXT,
-    preferred_over TEXT, created_at TEXT NOT NULL, PRIMARY KEY (id));
-CREATE INDEX ix_fastlm_feedback_response_id ON fastlm_feedback (response_id);
-CREATE INDEX ix_fastlm_feedback_conversation_id ON fastlm_feedback (conversation_id);
-INSERT INTO fastlm_answers VALUES (
-    'r1', 'talk', 'tiny', '[{"role": "user", "content": "Hi"}]', NULL,
-    '[[{"role": "assistant", "content": "Hello"}]]', '2026-11-01T10:00:00+00:00');
-INSERT INTO fastlm_feedback VALUES (
-    1, 'r1', NULL, 0, 'ann', 'up', NULL, NULL, NULL, '2026-11-01T10:01:00+00:00');
-"""
-
-
-def test_a_file_of_the_version_before_opens(tmp_path):
-    base = tmp_path / "old.sqlite"
-    with contextlib.closing(sqlite3.connect(base)) as connection:
-        connection.executescript(OLD)
-    for _ in range(2):  # the second time nothing is missing
-        with FeedbackStore(base) as store:
-            assert store.answers()["r1"].choices == [[{"role": "assistant", "content": "Hello"}]]
-            assert store.opinions()[0] == Opinion("r1", rater="ann", thumb="up")
-    with FeedbackStore(base) as store:
-        store.declare([STARS])
-        store.add(Opinion("r1", metrics=(("stars", 4.0),)))
-        assert store.opinions()[1].metrics == (("stars", 4.0),)
-        assert store.counts()["metrics"] == 1 and store.ratings() == [STARS]
-        assert read_opinions(store, 0, time.time() + 1)[-1].metrics == {"stars": 4.0}
 
 
 def test_numbers_by_name(where):

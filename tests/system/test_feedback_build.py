@@ -228,7 +228,7 @@ def test_nothing_to_learn_from(store, tmp_path):
     for words in (["x.db"], [str(tmp_path / "feedback.db"), "--judge", "0.9", "--test", "0.2"]):
         done = CliRunner().invoke(app, ["feedback", "build", *words, "--out", str(tmp_path / "o")])
         assert done.exit_code == 2
-        assert done.stderr.splitlines()[-1].startswith(("fastlm: database:", "fastlm: judge:"))
+        assert done.stderr.splitlines()[-1].startswith(("fastlm: x.db:", "fastlm: judge:"))
 
 
 def opinions(draw, raters, items, each):
