@@ -44,7 +44,7 @@ class Judgement:
       worse half of its range).
 
     ids, talks: of the responses it is about, and their conversations. model: that wrote them.
-    licence: of the row, where its export states one. Without ``prompt`` nobody consented to keep
+    licence: of the row, where it states one. Without ``prompt`` nobody consented to keep
     the text.
     """
 
@@ -150,7 +150,7 @@ def _stored(where: str, passed: Counter[str]) -> list[Judgement]:
 
 
 def withdrawn_keys(source: str) -> frozenset[str]:
-    """The keys of all that was deleted from a database; an export has none."""
+    """The keys of all that was deleted from a database; a file of rows has none."""
     if is_export(source):
         return frozenset()
     with open_store(source) as store:
@@ -255,7 +255,7 @@ def _exported(path: str, cache: Path) -> Iterator[Judgement]:
 
 @dataclass(frozen=True)
 class RowProvenance:
-    """Where a row of an export is from."""
+    """Where a row is from."""
 
     responses: list[str] = field(default_factory=list)
     conversations: list[str] = field(default_factory=list)
@@ -263,7 +263,7 @@ class RowProvenance:
 
 @dataclass(frozen=True)
 class RowFacts:
-    """What a row of an export says beside its texts."""
+    """What a row says beside its texts."""
 
     rater: str | None = None
     model: str | None = None

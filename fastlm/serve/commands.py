@@ -289,30 +289,6 @@ def read_keys(
     return keys
 
 
-@app.command("export", short_help="Write feedback as rows to train on.")
-def export_command(
-    database: Database,
-    path: Annotated[Path, typer.Argument(help="The .jsonl file to write")],
-    form: Annotated[
-        str, typer.Option(help="sft, preferences (for dpo and reward) or kto")
-    ] = "preferences",
-) -> None:
-    """Write feedback as rows to train on.
-
-    sft: corrected answers and those with a thumb up. preferences: picks and corrections, each with
-    the worse answer. kto: answers with a thumb.
-    """
-    from fastlm.serve.feedback_export import export
-
-    if path.suffix not in (".jsonl", ".ndjson"):
-        raise InputError(f"path: wanted a name that ends in .jsonl, got {path}")
-    with open_store(database) as store:
-        done = export(store, path, form)
-    for reason, count in done.left_out.items():
-        typer.echo(f"left out: {count:,} {reason}", err=True)
-    typer.echo(f"{path}: {done.rows:,} rows")
-
-
 @app.command("show", short_help="How much feedback there is, and the newest comments.")
 def show_command(
     database: Database,

@@ -1,8 +1,8 @@
 """Withdrawn consent: what was deleted from the feedback database stays known by hashes alone.
 
 `FeedbackStore.forget` leaves a key for the response, its conversation and everything that was said
-in it (`fastlm.data.forgotten`), never a text. An export takes nothing that has such a key, and
-``fastlm data forget --withdrawn`` finds by them what was exported before.
+in it (`fastlm.data.forgotten`), never a text. `fastlm feedback build` takes nothing that has such
+a key, and ``fastlm data forget --withdrawn`` finds by them what was built before.
 """
 
 from collections.abc import Iterable, Iterator
