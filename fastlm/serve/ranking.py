@@ -181,16 +181,18 @@ class RankingStore(FeedbackStore):
         self, connection: sa.Connection, id: str, ranked: Comparison, order: list[int]
     ) -> bool:
         """Store what a row says. False: its rater has said something of this kind."""
+        rater = ranked.rater or FILE_RATER
         if ranked.corrected:
-            column, what = FEEDBACK.c.corrected, {"corrected": _corrected_text(ranked)}
+            column = FEEDBACK.c.corrected
+            opinion = Opinion(id, rater=rater, corrected=_corrected_text(ranked))
         else:
             scores = None if ranked.scores is None else tuple(ranked.scores[i] for i in order)
             ranks = tuple(ranked.ranks[i] for i in order)
             column = FEEDBACK.c.ranking
-            what = {"ranking": Ranking(ranks, scores=scores, margin=ranked.margin)}
-        opinion = Opinion(id, rater=ranked.rater or FILE_RATER, **what)
+            ranking = Ranking(ranks, scores=scores, margin=ranked.margin)
+            opinion = Opinion(id, rater=rater, ranking=ranking)
         before = sa.select(FEEDBACK.c.id).where(
-            FEEDBACK.c.response_id == id, FEEDBACK.c.rater == opinion.rater, column.is_not(None)
+            FEEDBACK.c.response_id == id, FEEDBACK.c.rater == rater, column.is_not(None)
         )
         if connection.execute(before.limit(1)).first() is not None:
             return False
