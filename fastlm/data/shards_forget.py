@@ -8,13 +8,13 @@ are deleted by the next call.
 import hashlib
 import re
 import secrets
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 
-from fastlm.data.shards import INDEX, ShardInfo, TokenDataset, load_index
+from fastlm.data.shards import INDEX, TokenDataset, load_index
 from fastlm.errors import InputError
 from fastlm.files import remove, replacing, sync, write_json
 
@@ -60,9 +60,10 @@ def documents(folder: Path) -> Iterator[tuple[str, int, np.ndarray]]:
         at, base = at + shard["documents"], base + shard["tokens"]
 
 
-def remove_documents(folder: Path, found: Found) -> ShardInfo | None:
-    """Write the shards of ``folder`` again without the documents ``found``. None: nothing is left,
-    and the set is gone. InputError: unreadable, not writable, disk full (then the old set stands).
+def remove_documents(folder: Path, found: Found) -> None:
+    """Write the shards of ``folder`` again without the documents ``found``, and delete files that
+    a killed call has left. If nothing is left, the set is gone. InputError: unreadable, not
+    writable, disk full (then the old set stands).
     """
     info = load_index(folder)
     dtype = np.dtype(info.dtype).newbyteorder("<")
@@ -76,20 +77,11 @@ def remove_documents(folder: Path, found: Found) -> ShardInfo | None:
     if not shards:
         (folder / INDEX).unlink()
         sync(folder)
-        clean_up(folder, ())
-        return None
-    names = ("tokens", "documents", "bytes_of_text")
-    totals = {name: sum(s[name] for s in shards) for name in names}
-    new = replace(info, shards=shards, **totals)
-    write_json(folder / INDEX, asdict(new))
-    clean_up(folder, [shard["file"] for shard in shards])
-    return new
-
-
-def clean_up(folder: Path, files: Collection[str]) -> None:
-    """Delete the shards of ``folder`` that are not among ``files``, those of its index, and what
-    killed processes were writing.
-    """
+    elif found:
+        names = ("tokens", "documents", "bytes_of_text")
+        totals = {name: sum(s[name] for s in shards) for name in names}
+        write_json(folder / INDEX, asdict(replace(info, shards=shards, **totals)))
+    files = {shard["file"] for shard in shards}
     for path in folder.iterdir():
         stray = OURS.fullmatch(path.name) and path.with_suffix(".bin").name not in files
         if stray or UNFINISHED.fullmatch(path.name):

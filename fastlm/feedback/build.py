@@ -113,7 +113,7 @@ def build(
     steps = _Steps(done.funnel)
     passed: Counter[str] = Counter()
     found = read_judgements(databases, cache, passed)
-    steps.add("gather", found, passed)
+    steps.add("gather", found, +passed)
     gone = frozenset(forgotten).union(*map(withdrawn_keys, databases))
     found = steps.filter("consent", found, lambda one: _not_allowed(one, gone))
     found = steps.filter("rows to train on", found, _refused)

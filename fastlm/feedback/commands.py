@@ -64,9 +64,9 @@ def forget_command(
     with ExitStack() as stack:
         store = None
         if feedback is not None:
-            from fastlm.serve.commands import opened
+            from fastlm.serve.commands import open_store
 
-            store = stack.enter_context(opened(feedback))
+            store = stack.enter_context(open_store(feedback))
         keys = store.withdrawn() if store is not None and withdrawn else frozenset()
         report = forget(
             paths or [Path("runs")], list(dict.fromkeys(names)), keys=keys, store=store,

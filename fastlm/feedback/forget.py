@@ -15,16 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastlm.data.corpus_forget import (
-    Gone,
+    FileHits,
     Wanted,
     is_rows,
     paragraphs_of,
-    repeats,
-    rewrite_corpus,
-    rewrite_rows,
+    refresh_funnel,
+    rewrite,
     search_corpus,
     search_rows,
-    unfinished,
 )
 from fastlm.data.forgotten import (
     FORGOTTEN,
@@ -34,7 +32,7 @@ from fastlm.data.forgotten import (
     read_log,
     response_key,
 )
-from fastlm.data.prepare import HELDOUT, TRAIN
+from fastlm.data.prepare import HELDOUT, TRAIN, read_documents
 from fastlm.errors import InputError
 from fastlm.files import append_lines, read_json, write_json
 from fastlm.pipeline.archive import PREVIOUS
@@ -55,15 +53,6 @@ if TYPE_CHECKING:
 DATA = {"corpus", "shards"}  # what is searched itself, and so is clean or named
 NOT_ROWS = {INDEX, FORGOTTEN, "metrics.jsonl"}
 SHARDS = "fastlm-shards-"
-
-
-@dataclass
-class Places:
-    """What was found below the paths."""
-
-    corpora: list[Path] = field(default_factory=list)
-    shards: list[Path] = field(default_factory=list)
-    rows: list[Path] = field(default_factory=list)
 
 
 @dataclass
@@ -137,52 +126,43 @@ class _Work:
     ):
         self.roots, self.names, self.store, self.given = roots, names, store, tokenizer
         self.folders = list(dict.fromkeys(r if r.is_dir() else r.parent for r in roots))
-        self.log = [line for folder in self.folders for line in read_log(folder)]
         self.asked = {asked_key(name): name for name in names}
-        # what earlier calls found under the same names
-        self.before = [line for line in self.log if self.asked.keys() & set(line.asked)]
-        wanted_keys = {*keys, *(key for line in self.before for key in line.keys)}
+        # what earlier calls found under the same names or keys
+        log = [line for folder in self.folders for line in read_log(folder)]
+        asked = [line for line in log if self.asked.keys() & {*line.asked}]
+        self.before = [line for line in log if line in asked or {*keys} & {*line.keys}]
+        wanted_keys = {*keys, *(key for line in asked for key in line.keys)}
         for name in names:
             wanted_keys |= {response_key(name), conversation_key(name)}
             if store is not None:
                 wanted_keys |= {*store.withdrawn(name), *store.keys_of(name)}
-        self.before += [
-            line for line in self.log if line not in self.before and {*keys} & {*line.keys}
-        ]
         sums = frozenset(name.lower() for name in names if _is_sum(name))
         paths = {str(Path(name).absolute()) for name in names if Path(name).exists()}
         self.wanted = Wanted(frozenset([*names, *paths]), sums, frozenset(wanted_keys))
-        self.registry = open_registry([f for f in self.folders], note=False)
+        self.registry = open_registry(self.folders, note=False)
         self.contents = Contents(Path(os.devnull), cache=Path(os.devnull))
-        self.places = _places(roots)
         self.report = Report()
-        self.gone: list[Gone] = []
+        self.corpora: dict[Path, dict[str, FileHits]] = {}
         self.shards: dict[Path, Found] = {}
-        self.rows: dict[Path, set[int]] = {}
+        self.rows: list[FileHits] = []
         self.keys: set[str] = set()
         self.held: set[str] = {id for line in self.before for id in line.held}
 
     # ---- search
 
     def search(self) -> None:
-        for folder in self.places.corpora:
-            gone = search_corpus(folder, self.wanted)
-            if gone.places:
-                self.gone.append(gone)
-                self.keys |= gone.keys
+        corpora, shards, rows = _places(self.roots)
+        for folder in corpora:
+            self.corpora[folder] = parts = search_corpus(folder, self.wanted)
+            if self._found("document", folder, parts.values()):
                 self.held |= self._ids(("corpus",), folder)
-                self.held |= {digest(f) for n in (TRAIN, HELDOUT) if (f := folder / n).is_file()}
-                self._tell("document", folder, len(gone.places))
-        for path in self.places.rows:
-            numbers, keys = search_rows(path, self.wanted)
-            if numbers:
-                self.rows[path] = numbers
-                self.keys |= keys
-                self.held.add(digest(path))
-                self._tell("row", path, len(numbers))
-        for folder in self.places.shards:
-            if found := self._search_shards(folder):
-                self.shards[folder] = found
+        for path in rows:
+            hits = search_rows(path, self.wanted)
+            if self._found("row", path, [hits]):
+                self.rows.append(hits)
+        for folder in shards:
+            self.shards[folder] = found = self._search_shards(folder)
+            if found:
                 self.held |= self._ids(("shards",), folder)
                 if folder.name in ("train", "heldout"):
                     self.held |= self._ids(("shards",), folder.parent)
@@ -191,6 +171,26 @@ class _Work:
             counts = [len(self.store.keys_of(name)) for name in self.names]
             self.report.database = sum(1 for count in counts if count)
         self._elsewhere()
+
+    def _found(self, what: str, place: Path, files: Iterable[FileHits]) -> bool:
+        """Note what is to go of a place. Whether there is any."""
+        hit = [hits for hits in files if hits.numbers]
+        for hits in hit:
+            self.keys |= hits.keys
+            self.held.add(digest(hits.path))
+        if hit:
+            self._tell(what, place, sum(len(hits.numbers) for hits in hit))
+        return bool(hit)
+
+    @property
+    def gone(self) -> dict[Path, list[FileHits]]:
+        """The prepared folders of which something goes, with their parts."""
+        its = {folder: [*parts.values()] for folder, parts in self.corpora.items()}
+        return {folder: parts for folder, parts in its.items() if any(h.numbers for h in parts)}
+
+    @property
+    def texts(self) -> list[str]:
+        return [text for parts in self.gone.values() for hits in parts for text in hits.texts]
 
     def _tell(self, what: str, place: Path, count: int) -> None:
         self.report.removed.append({"place": str(place), "what": what, "count": count})
@@ -211,7 +211,7 @@ class _Work:
     def _search_shards(self, folder: Path) -> "Found":
         from fastlm.data.shards_forget import find_documents, token_hash
 
-        texts = [text for gone in self.gone for text in gone.texts]
+        texts = self.texts
         by_text = bool(self.wanted.sums or any(k.startswith("text:") for k in self.wanted.keys))
         if not texts and not by_text:
             if self.names and not self._corpus_searched(folder):
@@ -235,8 +235,8 @@ class _Work:
         """Whether the prepared folder of these shards is among those that were searched."""
         record = self._record(folder)
         if record is None:
-            return any(folder.is_relative_to(c.parent) for c in self.places.corpora)
-        searched = {c.absolute() for c in self.places.corpora}
+            return any(folder.is_relative_to(c.parent) for c in self.corpora)
+        searched = {c.absolute() for c in self.corpora}
         for key, _, maker in self.registry.parents(record):
             if key == "corpus":
                 return maker is not None and maker.place.absolute() in searched
@@ -261,19 +261,18 @@ class _Work:
         """Find the paragraphs of what goes in documents that stay, and sources that still have
         it.
         """
-        paragraphs = paragraphs_of([text for gone in self.gone for text in gone.texts])
-        going = {gone.folder: gone.numbers for gone in self.gone}
-        for folder in self.places.corpora:
-            numbers = going.get(folder, {})
-            for document, count in repeats(
-                folder, paragraphs, lambda part, i, its=numbers: i in its.get(part, ())
-            ):
-                self.report.elsewhere.append({
-                    "place": str(folder), "source": document.source, "id": document.id,
-                    "paragraphs": count,
-                })  # fmt: skip
-        named = dict.fromkeys(f"{source}: {id}" for g in self.gone for source, id in g.places)
-        self.report.sources = list(named)
+        paragraphs = paragraphs_of(self.texts)
+        for folder, parts in self.corpora.items():
+            for hits in parts.values() if paragraphs else ():
+                for number, document in enumerate(read_documents(hits.path)):
+                    shared = paragraphs & paragraphs_of([document.text])
+                    if shared and number not in hits.numbers:
+                        self.report.elsewhere.append({
+                            "place": str(folder), "source": document.source, "id": document.id,
+                            "paragraphs": len(shared),
+                        })  # fmt: skip
+        places = [place for parts in self.gone.values() for hits in parts for place in hits.places]
+        self.report.sources = list(dict.fromkeys(f"{source}: {id}" for source, id in places))
 
     def missing(self) -> list[str]:
         """The names of which nothing was found, now or earlier."""
@@ -291,7 +290,7 @@ class _Work:
     # ---- removal
 
     def remove(self) -> None:
-        touched = [*(g.folder for g in self.gone), *self.shards]
+        touched = [*self.gone, *(folder for folder, found in self.shards.items() if found)]
         records = {r.id: r for folder in touched if (r := self._record(folder))}
         # whose data an earlier call, which was killed, wrote again
         for record in self.registry.records:
@@ -306,7 +305,7 @@ class _Work:
             if self.store is not None:
                 for name in self.names:
                     self.store.forget(name)
-            self._rewrite(bool(self.before))
+            self._rewrite()
             for record in records.values():
                 refresh(record)
 
@@ -317,32 +316,27 @@ class _Work:
         now = datetime.now(UTC).isoformat(timespec="seconds")
         keys = sorted({*self.keys} | ({*self.wanted.keys} & self.wanted.matched))
         line = asdict(Line(now, sorted(self.asked), keys, sorted(self.held)))
-        alone = [g.folder for g in self.gone if not (g.folder.parent / STAGES).is_file()]
+        alone = [folder for folder in self.gone if not (folder.parent / STAGES).is_file()]
         for folder in dict.fromkeys([*self.folders, *runs, *alone]):
             log = [old for old in read_log(folder) if {*old.asked} >= self.asked.keys()]
             told = {word for old in log for word in (*old.keys, *old.held)}
             if not told.issuperset([*keys, *self.held]):
                 append_lines(folder / FORGOTTEN, [line])
 
-    def _rewrite(self, again: bool) -> None:
-        from fastlm.data.shards import load_index
-        from fastlm.data.shards_forget import clean_up, remove_documents
+    def _rewrite(self) -> None:
+        from fastlm.data.shards_forget import remove_documents
 
         for folder, found in self.shards.items():
-            remove_documents(folder, found)
-        if again:
-            for folder in self.places.shards:
-                if folder not in self.shards:
-                    clean_up(folder, [s["file"] for s in load_index(folder).shards])
-        for path, numbers in self.rows.items():
-            rewrite_rows(path, numbers)
-        for gone in self.gone:
-            rewrite_corpus(gone)
-        if again:
-            done = {gone.folder for gone in self.gone}
-            for folder in self.places.corpora:
-                if folder not in done and unfinished(folder):
-                    rewrite_corpus(Gone(folder))
+            if found or self.before:  # an earlier call may have been killed
+                remove_documents(folder, found)
+        for hits in self.rows:
+            rewrite(hits)
+        for folder, parts in self.corpora.items():
+            for hits in parts.values():
+                if hits.numbers:
+                    rewrite(hits)
+            if folder in self.gone or self.before:
+                refresh_funnel(folder, parts)
 
 
 def refresh(record: Known) -> None:
@@ -421,24 +415,24 @@ def _again(record: Known) -> str | None:
     return record.made.command
 
 
-def _places(roots: Iterable[Path]) -> Places:
-    found = Places()
+def _places(roots: Iterable[Path]) -> tuple[list[Path], list[Path], list[Path]]:
+    """The prepared folders, folders of shards and files of rows below the paths."""
+    corpora, shards, rows = {}, {}, {}  # sets that keep their order
     for root in roots:
         if root.is_file():
-            found.rows.append(root)
+            rows[root] = None
             continue
-        for folder, folders, files in os.walk(root):
+        for inner, folders, files in os.walk(root):
             folders[:] = sorted(f for f in folders if f not in INNER and not f.startswith("."))
-            place = Path(folder)
-            if FUNNEL in files and (TRAIN in files or HELDOUT in files):
-                found.corpora.append(place)
-            elif "index.json" in files and _is_shards(place / "index.json"):
-                found.shards.append(place)
-            names = {TRAIN, HELDOUT} if FUNNEL in files else set()
-            for name in sorted(set(files) - names - NOT_ROWS):
-                if is_rows(place / name) and not name.startswith("."):
-                    found.rows.append(place / name)
-    return Places(*(list(dict.fromkeys(paths)) for paths in vars(found).values()))
+            folder, parts = Path(inner), {TRAIN, HELDOUT} & {*files} if FUNNEL in files else set()
+            if parts:
+                corpora[folder] = None
+            elif "index.json" in files and _is_shards(folder / "index.json"):
+                shards[folder] = None
+            for name in sorted({*files} - parts - NOT_ROWS):
+                if is_rows(folder / name) and not name.startswith("."):
+                    rows[folder / name] = None
+    return list(corpora), list(shards), list(rows)
 
 
 def _is_shards(index: Path) -> bool:

@@ -1,12 +1,16 @@
-"""What people said about answers, one judgement at a time, from a feedback database or its exports.
+"""What people said about answers, one judgement at a time, from feedback databases and files of
+rows.
 
-Of several opinions of one rater about one answer, or about two answers, the last one counts.
+Of several opinions of one rater about one answer, or about two answers, the last one counts. A
+ranking says of every two answers which is better; a tie, or an answer that a rater skipped, takes
+back what the rater said of them before.
 """
 
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +19,8 @@ from fastlm.data.dedup import content_key
 from fastlm.data.forgotten import conversation_key, response_key, talk_key
 from fastlm.data.preferences import Label, preference_of
 from fastlm.errors import InputError
+from fastlm.serve.commands import open_store
+from fastlm.serve.said import latest
 from fastlm.sources.rows import list_files, read_rows
 from fastlm.typed import build, check_unicode
 
@@ -38,7 +44,7 @@ class Judgement:
       worse half of its range).
 
     ids, talks: of the responses it is about, and their conversations. model: that wrote them.
-    licence: of the row, where its export states one. Without ``prompt`` nobody consented to keep
+    licence: of the row, where it states one. Without ``prompt`` nobody consented to keep
     the text.
     """
 
@@ -112,7 +118,7 @@ def _key(value: Any) -> bytes:
 
 def read_judgements(sources: Sequence[str], cache: Path, passed: Counter[str]) -> list[Judgement]:
     """Return the judgements of all sources: paths or URLs of feedback databases, and .jsonl files
-    that `fastlm feedback export` or people wrote.
+    of rows to train on.
 
     ``passed`` counts what is no judgement of an answer, by reason.
 
@@ -135,38 +141,20 @@ def _stored(where: str, passed: Counter[str]) -> list[Judgement]:
     with open_store(where) as store:
         answers, opinions, name = store.answers(), store.opinions(), store.name
         ratings = {rating.name: rating for rating in store.ratings()}
-    last: dict[Said, Judgement] = {}
-    for opinion in opinions:
-        for about, judgement in _judgements(opinion, answers, ratings, passed):
-            if about in last:
-                passed["said again, or otherwise, by the same rater"] += 1
-            last.pop(about, None)  # the order of the last words
-            last[about] = replace(judgement, source=name)
-    return [*last.values()]
+    said = [one for o in opinions for one in _judgements(o, answers, ratings, passed)]
+    last = latest(said)
+    found = [replace(one, source=name) for one in last.values() if one is not None]
+    passed["said again, or otherwise, by the same rater"] += len(said) - len(last)
+    passed["answers that a rater tied, or skipped"] += len(last) - len(found)
+    return found
 
 
 def withdrawn_keys(source: str) -> frozenset[str]:
-    """The keys of all that was deleted from a database; an export has none."""
+    """The keys of all that was deleted from a database; a file of rows has none."""
     if is_export(source):
         return frozenset()
     with open_store(source) as store:
         return store.withdrawn()
-
-
-def open_store(where: str) -> Any:
-    """Open the feedback database, which must exist. InputError: it does not, or sqlalchemy."""
-    try:
-        from fastlm.serve.feedback import FeedbackStore
-    except ImportError as error:
-        raise InputError(
-            f"database: wanted the package {error.name}, not found: pip install 'fastlm[serve]'"
-        ) from None
-    if "://" not in where and not Path(where).exists():
-        raise InputError(
-            f"database: wanted what `fastlm serve --feedback` writes, or a .jsonl file of rows;"
-            f" {where} was not found"
-        )
-    return FeedbackStore(where)
 
 
 def _judgements(
@@ -174,11 +162,12 @@ def _judgements(
     answers: "dict[str, Kept]",
     ratings: "dict[str, Rating]",
     passed: Counter[str],
-) -> "Iterator[tuple[Said, Judgement]]":
+) -> "Iterator[tuple[Said, Judgement | None]]":
+    """What an opinion says, by rater and answers. None: no more what the rater said of them."""
     if opinion.response_id is None:
         passed["about a conversation, not an answer"] += 1
         return
-    if not (opinion.thumb or opinion.corrected or opinion.preferred_over or opinion.metrics):
+    if opinion.kinds() in ([], ["comment"]):
         passed["neither a thumb, a number, a pick nor a correction"] += 1
         return
     rater, key = opinion.rater or ANONYMOUS, (opinion.response_id, opinion.choice)
@@ -195,15 +184,26 @@ def _judgements(
         side = "better" if thumb == "up" else "worse"
         yield (what, rater, about), replace(base, kind=thumb, **_side(side, own))
     if opinion.corrected:
-        fixed = None if own is None else [*own[1][:-1], _assistant(opinion.corrected)]
+        fixed = None if own is None else own[0].corrected(opinion.choice, opinion.corrected)
         better: dict[str, Any] = {"better": fixed}
         yield (
             ("correction", rater, about),
             replace(base, kind="correction", **better, **_side("worse", own)),
         )
-    for other in opinion.preferred_over:
-        worse = _answer(answers, other)
-        ids = tuple(dict.fromkeys((opinion.response_id, other[0])))
+    picks = [(key, other) for other in opinion.preferred_over]
+    if (ranking := opinion.ranking) is not None:
+        every = range(len(ranking.ranks) or (len(own[0].choices) if own is not None else 0))
+        ranks = ranking.ranks or [0] * len(every)
+        for pair in combinations(every, 2):
+            (first, a), (second, b) = sorted((ranks[i], i) for i in pair)
+            both = (opinion.response_id, a), (opinion.response_id, b)
+            if first < second:
+                picks.append(both)
+            else:
+                yield ("pick", rater, frozenset(both)), None
+    for best, other in picks:
+        own, worse = _answer(answers, best), _answer(answers, other)
+        ids = tuple(dict.fromkeys((best[0], other[0])))
         pick = replace(base, kind="pick", ids=ids, talks=_talks(own, worse))
         if own is None or worse is None:
             pick = replace(pick, prompt=None)
@@ -212,7 +212,7 @@ def _judgements(
             continue
         else:
             pick = replace(pick, **_side("better", own), **_side("worse", worse))
-        yield ("pick", rater, frozenset((key, other))), pick
+        yield ("pick", rater, frozenset((best, other))), pick
 
 
 def _thumb_of(rating: "Rating | None", value: float) -> str | None:
@@ -230,7 +230,7 @@ def _answer(
 def _asked(found: "tuple[Kept, list[Message]] | None") -> dict[str, Any]:
     if found is None:
         return {}
-    return {"prompt": found[0].prompt, "tools": found[0].tools, "model": found[0].model}
+    return {"prompt": found[0].prompt, "tools": found[0].tools, "model": found[0].model or None}
 
 
 def _talks(*found: "tuple[Kept, list[Message]] | None") -> tuple[str, ...]:
@@ -240,10 +240,6 @@ def _talks(*found: "tuple[Kept, list[Message]] | None") -> tuple[str, ...]:
 
 def _side(name: str, found: "tuple[Kept, list[Message]] | None") -> dict[str, Any]:
     return {} if found is None else {name: found[1]}
-
-
-def _assistant(text: str) -> Message:
-    return {"role": "assistant", "content": text}
 
 
 def _exported(path: str, cache: Path) -> Iterator[Judgement]:
@@ -259,7 +255,7 @@ def _exported(path: str, cache: Path) -> Iterator[Judgement]:
 
 @dataclass(frozen=True)
 class RowProvenance:
-    """Where a row of an export is from."""
+    """Where a row is from."""
 
     responses: list[str] = field(default_factory=list)
     conversations: list[str] = field(default_factory=list)
@@ -267,7 +263,7 @@ class RowProvenance:
 
 @dataclass(frozen=True)
 class RowFacts:
-    """What a row of an export says beside its texts."""
+    """What a row says beside its texts."""
 
     rater: str | None = None
     model: str | None = None

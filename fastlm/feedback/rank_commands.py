@@ -1,8 +1,9 @@
-"""``fastlm rank``: answers into a store, their ranks by people, and what was ranked out of it."""
+"""``fastlm rank``: answers into a feedback database, their ranks by people, and what was ranked
+out of it."""
 
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,16 +13,28 @@ from fastlm.progress import bars
 from fastlm.sources.packages import default_cache
 from fastlm.threads import Threads
 
+if TYPE_CHECKING:
+    from fastlm.serve.ranking import RankingStore
+
 app = typer.Typer(
     help="Rank answers to prompts: preferences to train on.",
     no_args_is_help=True,
 )
-Store = Annotated[Path, typer.Argument(help="The store, an SQLite file")]
+Store = Annotated[str, typer.Argument(help="Feedback database: SQLite file or postgresql://...")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Count bad rows and continue")]
 
 
 def _note(text: str) -> None:
     typer.echo(text, err=True)
+
+
+def _opened(store: str, *, seed: int = 0) -> "RankingStore":
+    """The database, which must exist."""
+    from fastlm.serve.commands import needs_serve
+
+    with needs_serve():
+        from fastlm.serve.ranking import RankingStore
+    return RankingStore(store, create=False, seed=seed)
 
 
 @app.command("import", short_help="Add prompts with answers to a store.")
@@ -33,13 +46,16 @@ def import_command(
     skip_bad: SkipBad = False,
     cache: Cache = None,
 ) -> None:
-    """Add prompts with answers to a store, which is made if it does not exist.
+    """Add prompts with answers to a feedback database; a missing file is made.
 
     Rows are {"prompt", "answers"}, or preferences: pairs, ranked lists, corrections. Their ranks
     are those of the row's "rater", or of a rater called "file".
     """
     from fastlm.data.conversations import Rows
-    from fastlm.serve.ranking import RankingStore, read_answers
+    from fastlm.serve.commands import needs_serve
+
+    with needs_serve():
+        from fastlm.serve.ranking import RankingStore, read_answers
 
     rows = Rows()
     examples = list(
@@ -47,12 +63,13 @@ def import_command(
             sources, cache=cache or default_cache(), skip_bad=skip_bad, rows=rows, tell=_note
         )
     )  # before the store: a bad row leaves no empty one behind
-    with RankingStore(store, create=True) as found:
-        added = found.add(examples)
-    left_out = "".join(f", {count:,} {why}" for why, count in rows.counts.items())
+    with RankingStore(store) as found:
+        added = found.add_items(examples)
+    rows.counts["alike without personal data"] = added.alike
+    left_out = "".join(f", {count:,} {why}" for why, count in (+rows.counts).items())
     typer.echo(
         f"{store}: {rows.read:,} rows read{left_out}, {added.known:,} known before;"
-        f" new prompts {added.items:,}, rankings {added.judgements:,},"
+        f" new prompts {added.items:,}, rankings {added.rankings:,},"
         f" corrections {added.corrections:,}"
     )
 
@@ -79,7 +96,10 @@ def sample_command(
 
     Each prompt's answers are stored at once: after Ctrl-C the same command continues.
     """
-    from fastlm.feedback.rank_sample import sample_answers
+    from fastlm.serve.commands import needs_serve
+
+    with needs_serve():
+        from fastlm.feedback.rank_sample import sample_answers
 
     sampled = sample_answers(
         store, model, prompts, k=k, temperature=temperature, top_p=top_p,
@@ -106,10 +126,12 @@ def judge_command(
     Each ranking is stored at once. Several raters can work at the same time. If stdin is not a
     terminal, each of its lines is an input.
     """
-    from fastlm.feedback import rank_terminal
-    from fastlm.serve.ranking import RankingStore
+    from fastlm.serve.commands import needs_serve
 
-    with RankingStore(store, seed=seed) as found:
+    with needs_serve():
+        from fastlm.feedback import rank_terminal
+
+    with _opened(store, seed=seed) as found:
         rank_terminal.run(found, rater, skipped=skipped)
 
 
@@ -125,9 +147,7 @@ def agreement_command(
     from rich.table import Column, Table
     from rich.text import Text
 
-    from fastlm.serve.ranking import RankingStore
-
-    with RankingStore(store) as found:
+    with _opened(store) as found:
         raters, have = found.raters(), found.agreement()
     if as_json:
         figures = {**asdict(have), "raters": {name: asdict(n) for name, n in raters.items()}}
@@ -176,10 +196,8 @@ def export_command(
     pairs: the better and the worse one of two answers. ranked: whole rankings. labels: the best
     and the worst answers. corrected: corrections. demonstrations: corrections as conversations.
     """
-    from fastlm.serve.ranking import RankingStore
-
     if path.suffix not in (".jsonl", ".ndjson"):
         raise InputError(f"path: wanted a name that ends in .jsonl, got {path}")
-    with RankingStore(store) as found:
+    with _opened(store) as found:
         rows = found.export(path, form, rater=rater)
     typer.echo(f"{path}: {rows:,} rows")

@@ -26,7 +26,7 @@ class Sampled:
 
 
 def sample_answers(
-    path: str | Path,
+    where: str | Path,
     model: str | Path,
     prompts: Sequence[str],
     *,
@@ -41,8 +41,8 @@ def sample_answers(
     tell: Callable[[str], None] = ignore,
 ) -> Sampled:
     """Sample ``k`` answers of ``model`` to each prompt of the sources ``prompts``
-    (`fastlm.data.preferences.prompt_of`) and add them to the store in the file ``path``, one
-    transaction per prompt.
+    (`fastlm.data.preferences.prompt_of`) and add them to the store at ``where``, one transaction
+    per prompt.
 
     Row i of prompt p draws with seed ``seed + p k + i``. A prompt that the store has
     already is not sampled again. Equal and empty answers are left out.
@@ -51,7 +51,7 @@ def sample_answers(
 
     rows = list(read_examples(prompts, prompt_of, cache=cache, skip_bad=skip_bad, tell=tell))
     writer, sampled = Writer(model), Sampled()
-    with RankingStore(path, create=True) as store:
+    with RankingStore(where) as store:
         for number, row in enumerate(track(rows, "sampling", unit="prompts")):
             if store.has_prompt(row.prompt, row.tools):
                 sampled.known += 1
@@ -68,7 +68,7 @@ def sample_answers(
                 sampled.alike += 1
                 continue
             messages = tuple([{"role": "assistant", "content": text}] for text in texts)
-            store.add([Unranked(row.prompt, messages, row.tools, row.place)])
+            store.add_items([Unranked(row.prompt, messages, row.tools)], Path(model).name)
             sampled.items += 1
     return sampled
 

@@ -37,7 +37,7 @@ UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u206
 
 
 def run(store: RankingStore, rater: str, *, skipped: bool = False) -> None:
-    """Ask the rater about every item that he or she has not judged (or with ``skipped``, has
+    """Ask the rater about every item that he or she has not ranked (or with ``skipped``, has
     skipped), until there is none or the input ends.
 
     On a terminal an input that means nothing prints a line; elsewhere it raises InputError.
@@ -75,7 +75,7 @@ class _Session:
         self.terminal = sys.stdin.isatty()
         self.read = _typed() if self.terminal else _piped
         self.console = Console(highlight=False, soft_wrap=False)
-        self.done: list[int] = []  # items judged in this session
+        self.done: list[int] = []  # items ranked in this session
 
     def run(self) -> None:
         try:
@@ -109,7 +109,7 @@ class _Session:
         for message in item.prompt:
             parts += [Text(message["role"], style="bold"), Text(_shown(message)), Text()]
         for number, answer in enumerate(item.answers, 1):
-            texts = [_shown(message) for message in answer.messages]
+            texts = [_shown(message) for message in answer]
             parts.append(
                 Panel(Text("\n".join(texts)), title=f"[b]{number}[/b]", title_align="left")
             )
@@ -150,7 +150,7 @@ class _Session:
             self.store.skip(self.rater, item)
         else:
             ranks = parse_ranking(line, len(item.answers))
-            self.store.judge(self.rater, item, ranks)
+            self.store.rank(self.rater, item, ranks)
             self.console.print(f"stored: {_order(ranks)}", style="dim")
         self.done.append(item.id)
         return "judged"
@@ -159,11 +159,11 @@ class _Session:
         number, _, text = rest.strip().partition(" ")
         if not number.isdecimal() or not 1 <= int(number) <= len(item.answers):
             raise InputError(f"c: wanted an answer from 1 to {len(item.answers)}, got {number!r}")
-        answer = item.answers[int(number) - 1]
+        answer = int(number) - 1
         if not text.strip():
             if not self.terminal:
                 raise InputError(f"c {number}: wanted the corrected text after it, got none")
-            text = self.edit(answer.messages[-1]["content"])
+            text = self.edit(item.answers[answer][-1]["content"])
         if text is None:
             return
         self.store.correct(self.rater, item, answer, text)

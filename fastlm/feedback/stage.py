@@ -9,9 +9,10 @@ from fastlm.data.forgotten import forgotten_keys
 from fastlm.data.stage import funnel_values, tables
 from fastlm.errors import InputError
 from fastlm.feedback.build import PARTS, TRAIN, BuildOptions
-from fastlm.feedback.judgements import is_export, open_store
+from fastlm.feedback.judgements import is_export
 from fastlm.pipeline.funnel import Funnel
 from fastlm.pipeline.stage import Facts, Job, MaybePositional, Part, Stage, Takes
+from fastlm.serve.commands import open_store
 from fastlm.sources.input_digest import Contents
 
 if TYPE_CHECKING:

@@ -42,7 +42,6 @@ from fastlm.serve.openai_api import (
     text_asked,
 )
 from fastlm.serve.openapi import openapi
-from fastlm.serve.ranking import RankingStore
 from fastlm.serve.responses_answer import ResponsesAnswer
 from fastlm.serve.responses_api import ResponsesAsked, continued, responses_asked
 from fastlm.serve.running import Running, Shares
@@ -55,6 +54,7 @@ SMALL_BODY = 2**16  # bytes that are parsed in a millisecond or two, without a t
 if TYPE_CHECKING:
     from fastlm.serve.feedback import FeedbackStore
     from fastlm.serve.monitor.monitor import Monitor, Settings
+    from fastlm.serve.ranking import RankingStore
     from fastlm.serve.ratings import Rating
     from fastlm.serve.switch import Switch
 
@@ -86,7 +86,7 @@ class Server:
     keys: Sequence[str] = ()
     hosts: frozenset[str] | None = None
     feedback: "FeedbackStore | None" = None
-    ranking: Path | None = None
+    ranking: "RankingStore | None" = None
     switch: "Switch | None" = None
     admins: Sequence[str] = ()
     origins: Sequence[str] = ()
@@ -103,8 +103,6 @@ class Server:
         # Few threads, whatever the clients: each keeps the last 10,000 words that it encoded, 4 MB.
         # More than processors, since some wait for a chat template.
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="fastlm-reader")
-        if self.ranking is not None:
-            RankingStore(self.ranking).close()  # a wrong file is refused now
         post, get = ["POST"], ["GET"]
         routes = [
             Route("/v1/chat/completions", self._complete(chat_asked), methods=post),

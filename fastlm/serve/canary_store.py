@@ -6,7 +6,6 @@ import hashlib
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 
 from fastlm.serve.canary_tables import ANSWERS, OUTCOMES, metadata
 from fastlm.serve.trial import Arm
@@ -25,7 +24,6 @@ class CanaryStore:
     def __init__(self, feedback: "FeedbackStore", rating: "Rating | None" = None):
         self.engine, self.name = feedback.engine, feedback.name
         self.rating = rating
-        self._insert = (sqlite if self.engine.dialect.name == "sqlite" else postgresql).insert
         self.feedback = feedback
         feedback.create(metadata)
 
@@ -36,7 +34,6 @@ class CanaryStore:
     def answer(self, **values: Any) -> bool:
         """Store which model gave an answer: the columns of `ANSWERS`. Return whether it is the
         first answer with a time of its conversation, by the model that the trial chose."""
-        added = self._insert(ANSWERS).values(values).on_conflict_do_nothing()
         a = ANSWERS.c
         timed = sa.select(a.response_id).where(
             a.experiment == values["experiment"], a.unit == values["unit"], a.assigned,
@@ -45,7 +42,7 @@ class CanaryStore:
 
         def work(connection: sa.Connection) -> bool:
             known = connection.execute(timed.limit(1)).first() is not None
-            new = connection.execute(added).rowcount == 1
+            new = self.feedback.insert_new(connection, ANSWERS, values)
             return new and not known and values["assigned"] and values["pace"] is not None
 
         return self._run(work)
@@ -58,8 +55,7 @@ class CanaryStore:
             "experiment": experiment, "unit": unit, "arm": arm, "success": success,
             "response_id": response_id,
         }  # fmt: skip
-        added = self._insert(OUTCOMES).values(values).on_conflict_do_nothing()
-        return self._run(lambda c: c.execute(added).rowcount) == 1
+        return self._run(lambda c: self.feedback.insert_new(c, OUTCOMES, values))
 
     def count(self, opinion: "Opinion", metric: str) -> tuple[str, str, bool] | None:
         """Store what an opinion says of an answer of a trial: (experiment, arm, success), None

@@ -1,8 +1,10 @@
 """``fastlm serve`` and ``fastlm feedback``."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -10,6 +12,9 @@ from fastlm.errors import InputError
 from fastlm.startup import imports
 from fastlm.threads import Threads
 from fastlm.tokenizer import chat_template as templates
+
+if TYPE_CHECKING:
+    from fastlm.serve.feedback import FeedbackStore
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 KEYS_VARIABLE = "FASTLM_API_KEYS"
@@ -63,7 +68,8 @@ def serve(
         typer.Option(min=0, max=10**7, help="Measures kept at most; 0: nothing is measured"),
     ] = 100_000,
     rank: Annotated[
-        Path | None, typer.Option(help="A store of `fastlm rank`, ranked at /rank")
+        str | None,
+        typer.Option(help="Feedback database whose answers people rank at /rank (`fastlm rank`)"),
     ] = None,
     api_key_file: Annotated[
         Path | None,
@@ -283,30 +289,6 @@ def read_keys(
     return keys
 
 
-@app.command("export", short_help="Write feedback as rows to train on.")
-def export_command(
-    database: Database,
-    path: Annotated[Path, typer.Argument(help="The .jsonl file to write")],
-    form: Annotated[
-        str, typer.Option(help="sft, preferences (for dpo and reward) or kto")
-    ] = "preferences",
-) -> None:
-    """Write feedback as rows to train on.
-
-    sft: corrected answers and those with a thumb up. preferences: picks and corrections, each with
-    the worse answer. kto: answers with a thumb.
-    """
-    from fastlm.serve.feedback_export import export
-
-    if path.suffix not in (".jsonl", ".ndjson"):
-        raise InputError(f"path: wanted a name that ends in .jsonl, got {path}")
-    with opened(database) as store:
-        done = export(store, path, form)
-    for reason, count in done.left_out.items():
-        typer.echo(f"left out: {count:,} {reason}", err=True)
-    typer.echo(f"{path}: {done.rows:,} rows")
-
-
 @app.command("show", short_help="How much feedback there is, and the newest comments.")
 def show_command(
     database: Database,
@@ -318,7 +300,7 @@ def show_command(
     """
     import json
 
-    with opened(database) as store:
+    with open_store(database) as store:
         counts, newest = store.counts(), store.comments(comments)
     if as_json:
         typer.echo(json.dumps({**counts, "comments": newest}))
@@ -340,21 +322,26 @@ def forget_command(
     id: Annotated[str, typer.Argument(help="A response's id or a conversation's")],
 ) -> None:
     """Delete a response or a conversation: its text and what was said about it."""
-    with opened(database) as store:
+    with open_store(database) as store:
         gone = store.forget(id)
     if not gone:
         raise InputError(f"id: wanted one of the database, got {id!r:.80}")
     typer.echo(f"{id}: {gone:,} rows deleted")
 
 
-def opened(database: str):
+def open_store(database: str) -> "FeedbackStore":
     """The database, which must exist."""
-    try:
+    with needs_serve():
         from fastlm.serve.feedback import FeedbackStore
+    return FeedbackStore(database, create=False)
+
+
+@contextmanager
+def needs_serve() -> Iterator[None]:
+    """Context: of imports. InputError: a package is missing."""
+    try:
+        yield
     except ImportError as error:
         raise InputError(
             f"feedback: wanted the package {error.name}, not found: pip install 'fastlm[serve]'"
         ) from None
-    if "://" not in database and not Path(database).exists():
-        raise InputError(f"{database}: wanted a feedback database, not found")
-    return FeedbackStore(database)

@@ -5,27 +5,32 @@ may share the database. Personal data is removed (`fastlm.data.scrub_chat`) from
 it is written. Without consent only the feedback is kept: who reads it knows the id of the answer,
 not its text.
 
-`fastlm.serve.feedback_export` writes rows to train on.
+`fastlm feedback build` makes rows to train on; `fastlm.serve.ranking` lets people rank answers.
 """
 
-import json
 import sqlite3
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.event import listen
-from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+from sqlalchemy.exc import SQLAlchemyError
 
-from fastlm.data.scrub_chat import scrub_chat
 from fastlm.errors import InputError
 from fastlm.serve import withdrawn
 from fastlm.serve.canary_tables import make_nameless
-from fastlm.serve.feedback_rows import read_answer, read_opinion, read_rating, readable
+from fastlm.serve.feedback_rows import (
+    answer_row,
+    opinion_row,
+    read_answer,
+    read_opinion,
+    read_rating,
+    readable,
+)
 from fastlm.serve.ratings import Rating
 from fastlm.serve.said import KINDS, Kept, Opinion
 from fastlm.serve.tables import ANSWERS, FEEDBACK, MEASURES, RATINGS, create_missing, metadata
@@ -36,14 +41,17 @@ WAIT_SECONDS = 30  # for another process that writes to the same SQLite file
 
 class FeedbackStore:
     """The database at ``where``: an SQLAlchemy URL (``postgresql://user@host/name``), or the path
-    of an SQLite file. Missing tables are made. A context manager; any thread may call its methods.
+    of an SQLite file, which ``create`` makes. Missing tables are made. A context manager; any
+    thread may call its methods.
 
     InputError, from every method: the database cannot be used.
     """
 
-    def __init__(self, where: str | Path):
+    def __init__(self, where: str | Path, *, create: bool = True):
         url = str(where)
         if "://" not in url:
+            if not create and not Path(url).exists():
+                raise InputError(f"{url}: expected a feedback database, not found")
             url = f"sqlite:///{Path(url).absolute()}"
         if url.startswith(("postgresql://", "postgres://")):  # the driver that the extra installs
             url = "postgresql+psycopg://" + url.partition("://")[2]
@@ -58,8 +66,19 @@ class FeedbackStore:
                 " (for PostgreSQL: pip install 'fastlm[postgresql]')"
             ) from None
         if self.engine.dialect.name == "sqlite":
+            self._refuse_another_file()
             listen(self.engine, "connect", _durable)
         self.create(metadata, withdrawn.metadata)
+
+    def _refuse_another_file(self) -> None:
+        """InputError: an SQLite file of another program, which stays as it is."""
+        try:
+            with self._errors():
+                names = sa.inspect(self.engine).get_table_names()
+        finally:
+            self.engine.dispose()  # later connections are durable
+        if names and ANSWERS.name not in names:
+            raise InputError(f"{self.name}: expected a feedback database, got another SQLite file")
 
     def create(self, *groups: sa.MetaData) -> None:
         """Create tables that are missing."""
@@ -100,27 +119,22 @@ class FeedbackStore:
         with self._errors(), self.engine.begin() as connection:
             yield connection
 
+    def insert_new(
+        self, connection: sa.Connection, table: sa.Table, row: Mapping[str, Any]
+    ) -> bool:
+        """Store a row, unless one with its key is there. Whether it is new."""
+        dialect = sqlite if self.engine.dialect.name == "sqlite" else postgresql
+        done = connection.execute(dialect.insert(table).values(row).on_conflict_do_nothing())
+        return done.rowcount == 1
+
     def add(self, opinion: Opinion) -> int | None:
         """Store an opinion; return its number. None: what it is about was forgotten, and nothing is
         stored.
         """
         if self._blocked(opinion):
             return None
-        over = opinion.preferred_over
-        values = {
-            "response_id": opinion.response_id,
-            "conversation_id": opinion.conversation_id,
-            "choice": opinion.choice,
-            "rater": _scrubbed(opinion.rater),
-            "thumb": opinion.thumb,
-            "comment": _scrubbed(opinion.comment),
-            "corrected": _scrubbed(opinion.corrected),
-            "preferred_over": json.dumps(over) if over else None,
-            "metrics": json.dumps(dict(opinion.metrics)) if opinion.metrics else None,
-            "created_at": _now(),
-        }
         with self.write() as connection:
-            done = connection.execute(FEEDBACK.insert().values(values))
+            done = connection.execute(FEEDBACK.insert().values(opinion_row(opinion)))
         assert done.inserted_primary_key is not None
         number = int(done.inserted_primary_key[0])
         if not self._blocked(opinion):  # as in `keep`
@@ -135,17 +149,8 @@ class FeedbackStore:
         """
         if self._blocked(answer):
             return False
-        values = {
-            "response_id": answer.response_id,
-            "conversation_id": answer.conversation_id,
-            "model": answer.model,
-            "prompt": _json(_scrubbed(answer.prompt)),
-            "tools": None if answer.tools is None else _json(_scrubbed(answer.tools)),
-            "choices": _json(_scrubbed(answer.choices)),
-            "created_at": _now(),
-        }
-        with self._errors(), suppress(IntegrityError), self.engine.begin() as connection:
-            connection.execute(ANSWERS.insert().values(values))
+        with self.write() as connection:
+            self.insert_new(connection, ANSWERS, answer_row(answer))
         if not self._blocked(answer):  # `forget` notes first and deletes then: one of us deletes
             return True
         with self.write() as connection:
@@ -175,10 +180,9 @@ class FeedbackStore:
 
     def declare(self, ratings: Sequence[Rating]) -> None:
         """Store what numbers people may give. InputError: one is there with another meaning."""
-        for rating in ratings:
-            values = rating.row()
-            with self._errors(), suppress(IntegrityError), self.engine.begin() as connection:
-                connection.execute(RATINGS.insert().values(values))
+        with self.write() as connection:
+            for rating in ratings:
+                self.insert_new(connection, RATINGS, rating.row())
         known = {rating.name: rating.row() for rating in self.ratings()}
         for rating in ratings:
             for key, value in rating.row().items():
@@ -202,8 +206,10 @@ class FeedbackStore:
         InputError: also that a process which reads keeps the text in SQLite's log.
         """
         gone = 0
-        with self._errors():  # before anything is deleted, so that a kill in between loses no key
-            withdrawn.note(self.engine, id, self.keys_of(id))
+        keys = self.keys_of(id)
+        with self.write() as connection:  # first, so that a kill in between loses no key
+            for row in withdrawn.rows(id, keys):
+                self.insert_new(connection, withdrawn.TABLE, row)
         with self.write() as connection:
             ids = _responses(connection, id)
             for table in (ANSWERS, FEEDBACK, MEASURES):
@@ -247,7 +253,7 @@ class FeedbackStore:
     def answers(self) -> dict[str, Kept]:
         """All answers that are kept, by id."""
         with self.read() as connection:
-            rows = connection.execute(ANSWERS.select().order_by(ANSWERS.c.created_at)).all()
+            rows = connection.execute(ANSWERS.select().order_by(ANSWERS.c.id)).all()
         answers = (read_answer(row, self.name) for row in rows)
         return {answer.response_id: answer for answer in answers}
 
@@ -342,25 +348,6 @@ def _durable(connection: Any, _: Any) -> None:
             time.sleep(0.01)
     connection.execute("PRAGMA synchronous = FULL")  # a transaction outlives a power cut
     connection.execute("PRAGMA secure_delete = ON")  # what is forgotten is overwritten
-
-
-def _scrubbed(value: Any) -> Any:
-    """``value`` without personal data in any of its texts."""
-    if isinstance(value, str):
-        return scrub_chat(value.replace("\0", ""))[0]  # which PostgreSQL does not store
-    if isinstance(value, Mapping):
-        return {key: _scrubbed(item) for key, item in value.items()}
-    if isinstance(value, Sequence):
-        return [_scrubbed(item) for item in value]
-    return value
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _reason(error: BaseException) -> str:

@@ -1,13 +1,17 @@
-"""Rows of a feedback database as what they stand for, checked by the dataclasses that they become.
-SQLite stores any value in any column, and the file may be a stranger's.
+"""Rows of a feedback database: what they stand for as rows, without personal data in any text; and
+rows as what they stand for, checked by the dataclasses that they become. SQLite stores any value in
+any column, and the file may be a stranger's.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from datetime import datetime
+from dataclasses import asdict
+from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from fastlm.data.conversations import messages_of
+from fastlm.data.scrub_chat import scrub_chat
 from fastlm.errors import InputError
 from fastlm.files import parse_json
 from fastlm.serve.ratings import Rating
@@ -16,6 +20,60 @@ from fastlm.serve.tables import ANSWERS, FEEDBACK, RATINGS
 from fastlm.typed import build, check_unicode, convert
 
 T = TypeVar("T")
+SKIPPED = "{}"  # the column of a ranking that says that the rater skipped the answer
+
+
+def answer_row(answer: Kept) -> dict[str, Any]:
+    """The row of an answer, without personal data."""
+    return {
+        "response_id": answer.response_id,
+        "conversation_id": answer.conversation_id,
+        "model": answer.model,
+        "prompt": as_json(scrubbed(answer.prompt)),
+        "tools": None if answer.tools is None else as_json(scrubbed(answer.tools)),
+        "choices": as_json(scrubbed(answer.choices)),
+        "num_choices": len(answer.choices),
+        "created_at": _now(),
+    }
+
+
+def opinion_row(opinion: Opinion) -> dict[str, Any]:
+    """The row of an opinion, without personal data."""
+    over, ranking = opinion.preferred_over, opinion.ranking
+    return {
+        "response_id": opinion.response_id,
+        "conversation_id": opinion.conversation_id,
+        "choice": opinion.choice,
+        "rater": scrubbed(opinion.rater),
+        "thumb": opinion.thumb,
+        "comment": scrubbed(opinion.comment),
+        "corrected": scrubbed(opinion.corrected),
+        "preferred_over": as_json(over) if over else None,
+        "ranking": None
+        if ranking is None
+        else as_json({key: x for key, x in asdict(ranking).items() if x not in (None, ())}),
+        "metrics": as_json(dict(opinion.metrics)) if opinion.metrics else None,
+        "created_at": _now(),
+    }
+
+
+def scrubbed(value: Any) -> Any:
+    """``value`` without personal data in any of its texts."""
+    if isinstance(value, str):
+        return scrub_chat(value.replace("\0", ""))[0]  # which PostgreSQL does not store
+    if isinstance(value, Mapping):
+        return {key: scrubbed(item) for key, item in value.items()}
+    if isinstance(value, Sequence):
+        return [scrubbed(item) for item in value]
+    return value
+
+
+def as_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def read_answer(row: Any, name: str) -> Kept:
@@ -49,6 +107,8 @@ def read_opinion(row: Any, name: str) -> Opinion:
                     "corrected")
     }  # fmt: skip
     values["preferred_over"] = _json(row.preferred_over, f"{where}preferred_over") or []
+    if row.ranking is not None:
+        values["ranking"] = _json(row.ranking, f"{where}ranking")
     values["metrics"] = [list(item) for item in read_metrics(row.metrics, where).items()]
     try:
         return build(Opinion, values, where)

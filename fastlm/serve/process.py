@@ -42,7 +42,7 @@ def run(
     alerts: Path | None,
     measure_days: float,
     measure_rows: int,
-    rank: Path | None,
+    rank: str | None,
     keys: Sequence[str],
     allow_host: Sequence[str],
     origins: Sequence[str],
@@ -83,6 +83,11 @@ def run(
 
             monitoring = read_settings(metrics, alerts, measure_days, measure_rows)
             store = stack.enter_context(FeedbackStore(feedback))
+        ranking = None
+        if rank is not None:
+            from fastlm.serve.ranking import RankingStore
+
+            ranking = stack.enter_context(RankingStore(rank, create=False))
         options: dict[str, Any] = {
             "pages": pages, "max_rows": max_rows, "max_waiting": max_waiting,
             "max_length": max_length, "draft_tokens": draft_tokens,
@@ -125,8 +130,8 @@ def run(
             limits=Limits(
                 body_bytes=max_body, answer_seconds=max_seconds, new_tokens=max_new_tokens
             ),
-            keys=keys, origins=origins, feedback=store, ranking=rank, switch=switch, admins=admins,
-            monitoring=monitoring,
+            keys=keys, origins=origins, feedback=store, ranking=ranking, switch=switch,
+            admins=admins, monitoring=monitoring,
             hosts=LOCAL_NAMES | {h.lower() for h in allow_host} if local else None,
         )  # fmt: skip
         config = config_of(server, max_connections, drain)

@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anyio.to_thread import run_sync
@@ -14,10 +13,10 @@ from starlette.routing import Route
 
 from fastlm.errors import InputError
 from fastlm.serve.fields import ApiError, Field, flag, list_of, name, read_fields, text, whole
-from fastlm.serve.ranking import Item, RankingStore, check_rater
 
 if TYPE_CHECKING:
     from fastlm.serve.app import Server
+    from fastlm.serve.ranking import RankingStore
 
 MOST_ANSWERS = 64
 RATER = name(128, required=True)
@@ -42,20 +41,14 @@ CORRECT: Mapping[str, Field] = {
 }
 
 
-def routes(server: "Server", path: Path) -> list[Route]:
-    """The routes, on the store at ``path``. Each request opens the store: raters of other processes
-    work on it at the same time.
-    """
+def routes(server: "Server", store: "RankingStore") -> list[Route]:
+    """The routes, on a store in which raters of other processes may work at the same time."""
 
     def route(name: str, fields: Mapping[str, Field], work: Callable[..., dict[str, Any]]) -> Route:
-        def locked(given: dict[str, Any]) -> dict[str, Any]:
-            with RankingStore(path) as store:
-                return work(store, **given)
-
         async def answer(http: Request) -> Response:
             given = await server.body(http, partial(read_fields, fields=fields))
             try:
-                return JSONResponse(await run_sync(locked, given))
+                return JSONResponse(await run_sync(partial(work, store, **given)))
             except InputError as error:
                 raise ApiError(str(error)) from None
 
@@ -70,46 +63,40 @@ def routes(server: "Server", path: Path) -> list[Route]:
 
 
 def _next(
-    store: RankingStore, rater: str, after: int, skipped: bool, item: int | None
+    store: "RankingStore", rater: str, after: int, skipped: bool, item: int | None
 ) -> dict[str, Any]:
     """The next item for a rater, or the one that is asked for, with how far the rater is."""
-    check_rater(rater)
     if item is not None:
         found = store.item(item, rater)
     else:
         found = store.next_item(rater, after=after, skipped=skipped)
     counts, total = store.progress(rater)
-    shown = None if found is None else _shown(found)
+    shown = None
+    if found is not None:
+        shown = {key: getattr(found, key) for key in ("id", "prompt", "tools", "answers")}
     return {"item": shown, "progress": {**asdict(counts), "total": total}}
 
 
-def _judge(store: RankingStore, rater: str, item: int, ranks: tuple[int, ...]) -> dict[str, Any]:
+def _judge(store: "RankingStore", rater: str, item: int, ranks: tuple[int, ...]) -> dict[str, Any]:
     found = store.item(item, rater)
     if ranks:
-        store.judge(rater, found, ranks)
+        store.rank(rater, found, ranks)
     else:
         store.skip(rater, found)
     return {"item": item, "skipped": not ranks}
 
 
-def _correct(store: RankingStore, rater: str, item: int, answer: int, text: str) -> dict[str, Any]:
+def _correct(
+    store: "RankingStore", rater: str, item: int, answer: int, text: str
+) -> dict[str, Any]:
     found = store.item(item, rater)
     if answer >= len(found.answers):
         raise InputError(f"answer: wanted one below {len(found.answers)}, got {answer}")
-    store.correct(rater, found, found.answers[answer], text)
+    store.correct(rater, found, answer, text)
     return {"item": item, "answer": answer}
 
 
-def _agreement(store: RankingStore) -> dict[str, Any]:
+def _agreement(store: "RankingStore") -> dict[str, Any]:
     have = asdict(store.agreement())
     have["alpha"] = None if math.isnan(have["alpha"]) else have["alpha"]
     return {**have, "raters": {name: asdict(n) for name, n in store.raters().items()}}
-
-
-def _shown(item: Item) -> dict[str, Any]:
-    return {
-        "id": item.id,
-        "prompt": item.prompt,
-        "tools": item.tools,
-        "answers": [answer.messages for answer in item.answers],
-    }

@@ -14,12 +14,14 @@ metadata = sa.MetaData()
 ANSWERS = sa.Table(
     "fastlm_answers",
     metadata,
-    sa.Column("response_id", sa.String(128), primary_key=True),
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("response_id", sa.String(128), nullable=False, unique=True),
     sa.Column("conversation_id", sa.String(128), index=True),
     sa.Column("model", sa.Text, nullable=False),
     sa.Column("prompt", sa.Text, nullable=False),  # JSON: messages
     sa.Column("tools", sa.Text),  # JSON: a list
     sa.Column("choices", sa.Text, nullable=False),  # JSON: per choice the messages of the answer
+    sa.Column("num_choices", sa.Integer, nullable=False),
     sa.Column("created_at", sa.Text, nullable=False),  # ISO 8601, UTC
 )
 FEEDBACK = sa.Table(
@@ -34,8 +36,9 @@ FEEDBACK = sa.Table(
     sa.Column("comment", sa.Text),
     sa.Column("corrected", sa.Text),
     sa.Column("preferred_over", sa.Text),  # JSON: [[response_id, choice], ...]
-    sa.Column("created_at", sa.Text, nullable=False),
+    sa.Column("ranking", sa.Text),  # JSON: fields of `fastlm.serve.said.Ranking`; {}: skipped
     sa.Column("metrics", sa.Text),  # JSON: {name: number}
+    sa.Column("created_at", sa.Text, nullable=False),
 )
 RATINGS = sa.Table(  # `fastlm.serve.ratings.Rating`
     "fastlm_metrics",
@@ -72,7 +75,7 @@ MEASURES = sa.Table(
 
 
 def create_missing(engine: sa.Engine, *groups: sa.MetaData) -> None:
-    """Create the tables that are missing. Servers that start at once wait for each other."""
+    """Create tables that are missing. Servers that start at the same time wait for each other."""
     with _alone(engine) as connection:
         for group in groups:
             group.create_all(connection)

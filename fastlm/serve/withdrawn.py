@@ -1,16 +1,14 @@
 """Withdrawn consent: what was deleted from the feedback database stays known by hashes alone.
 
 `FeedbackStore.forget` leaves a key for the response, its conversation and everything that was said
-in it (`fastlm.data.forgotten`), never a text. An export takes nothing that has such a key, and
-``fastlm data forget --withdrawn`` finds by them what was exported before.
+in it (`fastlm.data.forgotten`), never a text. `fastlm feedback build` takes nothing that has such
+a key, and ``fastlm data forget --withdrawn`` finds by them what was built before.
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from datetime import UTC, datetime
 
 import sqlalchemy as sa
-from sqlalchemy.exc import IntegrityError
 
 from fastlm.data.forgotten import asked_key, conversation_key, response_key, talk_key
 from fastlm.serve.said import Kept, Opinion
@@ -38,19 +36,15 @@ def keys_of(
     for opinion in opinions:
         answer = stored.get(opinion.response_id or "")
         if opinion.corrected and answer is not None and opinion.choice < len(answer.choices):
-            fixed = [*answer.choices[opinion.choice][:-1]]
-            fixed.append({"role": "assistant", "content": opinion.corrected})
+            fixed = answer.corrected(opinion.choice, opinion.corrected)
             keys.add(talk_key([*answer.prompt, *fixed]))
     return keys
 
 
-def note(engine: sa.Engine, id: str, keys: Iterable[str]) -> None:
-    """Store keys; those that are there stay."""
+def rows(id: str, keys: Iterable[str]) -> list[dict[str, str]]:
+    """The rows of keys that are deleted with ``id``."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    for key in sorted(keys):
-        with suppress(IntegrityError), engine.begin() as connection:
-            row = {"key": key, "asked": asked_key(id), "at": now}
-            connection.execute(TABLE.insert().values(row))
+    return [{"key": key, "asked": asked_key(id), "at": now} for key in sorted(keys)]
 
 
 def stored(connection: sa.Connection, id: str | None = None) -> frozenset[str]:

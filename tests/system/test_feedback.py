@@ -21,11 +21,11 @@ from fastlm.cli import app
 from fastlm.data.conversations import read_conversations
 from fastlm.data.preferences import Comparison, Label, read_preferences
 from fastlm.errors import InputError
+from fastlm.feedback.build import BuildOptions, build
 from fastlm.feedback.judgements import read_judgements
 from fastlm.serve import withdrawn
 from fastlm.serve.canary_store import CanaryStore
 from fastlm.serve.feedback import FeedbackStore, Kept, Opinion
-from fastlm.serve.feedback_export import export
 from fastlm.serve.monitor.monitor import Settings
 from fastlm.serve.monitor.window import read_opinions
 from fastlm.serve.ratings import Rating, read_ratings
@@ -68,14 +68,20 @@ def filled(store):
         Opinion("r1", choice=0, thumb="down", rater="ann"),
         Opinion("r1", choice=0, thumb="up", rater="ann"),  # she changed her mind
         Opinion("r1", choice=1, thumb="down", rater="ann", comment="Mail bob@mail.org"),
-        Opinion("r2", corrected="Right, says\0 bob@mail.org"),
         Opinion("r2", thumb="up"),
+        Opinion("r2", corrected="Right, says\0 bob@mail.org"),
         Opinion("r3", thumb="up"),  # nobody consented to keep its text
         Opinion(None, "talk", thumb="up"),
         Opinion("r1", choice=0, preferred_over=(("r2", 0),)),  # another prompt
     ):
         store.add(opinion)
     return store
+
+
+def built(where, out):
+    """Every row of a database."""
+    options = BuildOptions(judge=0.0, test=0.0, least_weight=0.0, rater_share=1.0, rules=())
+    return build([str(where)], out, options=options, cache=out)
 
 
 def test_rows_to_train_on(where, tmp_path):
@@ -85,36 +91,35 @@ def test_rows_to_train_on(where, tmp_path):
         assert store.opinions()[4].comment == "Mail <EMAIL>"
         assert store.counts()["answers"] == 2 and store.counts()["thumb"] == 6
 
-        done = export(store, tmp_path / "p.jsonl", "preferences")
-        pairs = list(read_preferences([str(tmp_path / "p.jsonl")], cache=tmp_path))
-        assert done.left_out == {"of answers to different prompts": 1}
+        done = built(where, tmp_path)
+        pairs = list(read_preferences([str(tmp_path / "train/preferences.jsonl")], cache=tmp_path))
+        assert done.funnel.steps[0]["removed"] == {
+            "a pick between answers to different prompts": 1,
+            "about a conversation, not an answer": 1,
+            "said again, or otherwise, by the same rater": 2,
+        }
+        assert done.funnel.steps[1]["removed"] == {"no consent to keep the text": 1}
         assert all(isinstance(pair, Comparison) for pair in pairs)
         assert [[a[0]["content"] for a in pair.answers] for pair in pairs] == [
-            ["Right, says <EMAIL>", "Wrong"],
             ["Better", "Worse"],
+            ["Right, says <EMAIL>", "Wrong"],
         ]
-        assert pairs[1].prompt == CLEAN and pairs[1].rater == "ann"
+        assert pairs[0].prompt == CLEAN
 
-        done = export(store, tmp_path / "k.jsonl", "kto")
-        labels = list(read_preferences([str(tmp_path / "k.jsonl")], cache=tmp_path))
+        labels = list(read_preferences([str(tmp_path / "train/kto.jsonl")], cache=tmp_path))
         assert all(isinstance(label, Label) for label in labels)
         assert [(x.answer[0]["content"], x.desirable) for x in labels] == [
-            ("Better", True), ("Worse", False), ("Wrong", True),
+            ("Better", True), ("Worse", False), ("Right, says <EMAIL>", True), ("Wrong", False),
         ]  # fmt: skip
-        assert done.left_out == {"of answers whose text was not kept": 1}
 
-        export(store, tmp_path / "s.jsonl", "sft")
-        talks = list(read_conversations([str(tmp_path / "s.jsonl")], cache=tmp_path))
-        assert [t.messages[-1]["content"] for t in talks] == ["Right, says <EMAIL>", "Better"]
-        with pytest.raises(InputError, match="form: wanted one of sft"):
-            export(store, tmp_path / "x.jsonl", "dpo")
+        talks = list(read_conversations([str(tmp_path / "train/sft.jsonl")], cache=tmp_path))
+        assert [t.messages[-1]["content"] for t in talks] == ["Better", "Right, says <EMAIL>"]
 
         assert store.forget("talk") == 8 and store.forget("r1") == 0
         assert [o.response_id for o in store.opinions()] == ["r2", "r2", "r3"]
-        with pytest.raises(InputError, match="got none; 1 of answers whose text was not kept"):
-            store.forget("r2")
-            export(store, tmp_path / "x.jsonl", "kto")
-        assert not (tmp_path / "x.jsonl").exists()
+        store.forget("r2")
+        with pytest.raises(InputError, match="got none; 1 no consent to keep the text"):
+            built(where, tmp_path / "none")
 
 
 def test_what_was_forgotten_is_not_stored_again(where, monkeypatch):
@@ -402,6 +407,10 @@ HOSTILE = [
     ("feedback", "preferred_over", "7", OPINION + "preferred_over: wanted an array"),
     ("feedback", "preferred_over", '[["r2"]]', OPINION + r"preferred_over\[0\]: wanted 2 values"),
     ("feedback", "preferred_over", '[["r2", -1]]', OPINION + "choice: expected 0 or more, got -1"),
+    ("feedback", "ranking", "7", OPINION + "ranking: wanted a table"),
+    ("feedback", "ranking", '{"ranks": [0, 2]}', OPINION + "ranks: expected ranks from 0"),
+    ("feedback", "ranking", '{"ranks": [0], "shown": [1]}', OPINION + "shown: expected each"),
+    ("feedback", "ranking", '{"ranks": [0], "scores": []}', OPINION + "scores: expected one"),
     ("feedback", "metrics", '{"stars": "x"}', OPINION + "metrics.stars: wanted a number"),
     ("feedback", "metrics", '{"stars": 1e999}', OPINION + "metrics.stars: wanted a number"),
     ("feedback", "metrics", "[]", None),  # as none
@@ -433,9 +442,6 @@ def test_databases_of_strangers(small, tmp_path, table, column, value, message):
         with pytest.raises(InputError, match=rf"f\.sqlite: {message}") as raised:
             store.answers(), store.opinions(), store.ratings()
         assert "\n" not in str(raised.value) and len(str(raised.value)) < 1001
-        if table != "metrics":
-            with pytest.raises(InputError, match=message):
-                export(store, tmp_path / "x.jsonl", "sft")
         with pytest.raises(InputError, match=message):
             judgements(base, tmp_path)
         # nobody's text stays because a row is damaged
@@ -485,9 +491,6 @@ def test_commands(tmp_path):
     assert lines[0].endswith("conversation talk2: Two lines \ufffd[31mand colour\ufffd")
     assert lines[1].endswith("r1, choice 1, ann, thumb down: Mail <EMAIL>") and len(lines) == 2
     assert len(call("show", base, "--comments", 1).stdout.splitlines()) == 2
-    assert call("export", base, tmp_path / "x.jsonl").stdout.endswith("x.jsonl: 2 rows\n")
-    assert call("export", base, tmp_path / "x.jsonl", "--form", "kto").stdout.endswith(": 3 rows\n")
-    assert "ends in .jsonl" in call("export", base, tmp_path / "x", status=2).stderr
     assert b"Better" in b"".join(f.read_bytes() for f in tmp_path.glob("f.sqlite*"))
     assert call("forget", base, "talk").stdout == "talk: 8 rows deleted\n"
     assert b"Better" not in b"".join(f.read_bytes() for f in tmp_path.glob("f.sqlite*"))
@@ -609,10 +612,11 @@ def test_feedback_comes_early_late_and_about_conversations(where):
         today = {one.key: one for one in read_opinions(store, now - 3600, now + 60)}
         assert set(today) == {("early", 0), ("talk", -1), ("elsewhere", -1)}
         assert today["early", 0].model == today["talk", -1].model == "new"
-        assert today["early", 0].metrics == {"stars": 5.0} and not today["elsewhere", -1].model
+        assert (today["early", 0].kind, today["early", 0].value) == ("metrics.stars", 5.0)
+        assert not today["elsewhere", -1].model
         week = read_opinions(store, now - 7 * 86400, now + 60)
         (late,) = (one for one in week if one.key == ("late", 0))
-        assert (late.thumb, late.model, round(now - late.at)) == (1.0, "old", 5 * 86400)
+        assert (late.value, late.model, round(now - late.at)) == (1.0, "old", 5 * 86400)
         assert store.forget("late") == 3  # two opinions and its measure
         with store.read() as connection:
             left = connection.execute(MEASURES.select()).all()

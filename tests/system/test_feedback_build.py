@@ -32,7 +32,6 @@ from fastlm.feedback.pairwise import Answered, compared, share
 from fastlm.feedback.stage import Feedback, _digest
 from fastlm.pipeline.funnel import Funnel
 from fastlm.serve.feedback import FeedbackStore, Kept, Opinion
-from fastlm.serve.feedback_export import export
 from fastlm.serve.ratings import Rating
 from fastlm.train.dpo import Dpo
 from fastlm.train.reward import Reward
@@ -201,16 +200,16 @@ def test_rows_that_trainings_read(store, tmp_path):
     job = Reward(judge=True).job("x", model="m", feedback=out)
     assert Reward(judge=True).with_feedback(job).data == (str(out / "judge/preferences.jsonl"),)
     assert Dpo(loss="kto").with_feedback(job).data == (str(where / "kto.jsonl"),)
-    # the same bytes again, and from an export
+    # the same bytes again, and from its rows
     again = build([database], tmp_path / "again", options=BuildOptions(), cache=tmp_path)
     for part in sizes:
         for form in sizes[part]:
             name = f"{part}/{form}.jsonl"
             assert (out / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
-    export(store, tmp_path / "p.jsonl", "preferences")
     other = build(
-        [str(tmp_path / "p.jsonl")], tmp_path / "other", options=BuildOptions(), cache=tmp_path
-    )
+        [str(where / "preferences.jsonl")], tmp_path / "other", options=BuildOptions(),
+        cache=tmp_path,
+    )  # fmt: skip
     assert other.rows["train"]["preferences"] == again.rows["train"]["preferences"]
 
 
@@ -228,7 +227,7 @@ def test_nothing_to_learn_from(store, tmp_path):
     for words in (["x.db"], [str(tmp_path / "feedback.db"), "--judge", "0.9", "--test", "0.2"]):
         done = CliRunner().invoke(app, ["feedback", "build", *words, "--out", str(tmp_path / "o")])
         assert done.exit_code == 2
-        assert done.stderr.splitlines()[-1].startswith(("fastlm: database:", "fastlm: judge:"))
+        assert done.stderr.splitlines()[-1].startswith(("fastlm: x.db:", "fastlm: judge:"))
 
 
 def opinions(draw, raters, items, each):

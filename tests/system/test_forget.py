@@ -22,10 +22,10 @@ from fastlm.data.prepare import prepare, read_documents
 from fastlm.data.shards import BatchSampler, TokenDataset, write_shards
 from fastlm.data.shards_forget import documents
 from fastlm.errors import InputError
+from fastlm.feedback.build import FORMS, BuildOptions, build
 from fastlm.feedback.forget import forget
 from fastlm.pipeline.registry import HERE, open_registry
 from fastlm.serve.feedback import FeedbackStore, Kept, Opinion
-from fastlm.serve.feedback_export import FORMS, export
 from fastlm.stages import run_recipe
 from fastlm.tokenizer.tokenizer import Tokenizer
 
@@ -255,12 +255,14 @@ def filled(where):
     return store
 
 
+def built(base, out):
+    build([str(base)], out, options=BuildOptions(judge=0.0, test=0.0, rater_share=1.0), cache=out)
+
+
 def test_withdrawn_consent_reaches_what_was_exported(tmp_path):
-    base, rows = tmp_path / "f.sqlite", tmp_path / "rows"
-    rows.mkdir()
+    base, rows = tmp_path / "f.sqlite", tmp_path / "built/train"
     with filled(base) as store:
-        for form in FORMS:
-            export(store, rows / f"{form}.jsonl", form)
+        built(base, tmp_path / "built")
         # of a fastlm that wrote no provenance, compressed
         old = [json.loads(line) for line in (rows / "preferences.jsonl").read_text().splitlines()]
         for row in old:
@@ -268,28 +270,29 @@ def test_withdrawn_consent_reaches_what_was_exported(tmp_path):
         with gzip.open(rows / "old.jsonl.gz", "wt") as file:
             file.writelines(json.dumps(row) + "\n" for row in old)
         before = {p.name: len(list(lines(p))) for p in rows.iterdir()}
-        assert before["sft.jsonl"] == 4 and before["old.jsonl.gz"] == 4
+        assert before["sft.jsonl"] == 2 and before["old.jsonl.gz"] == 4
         kept = list(read_conversations([str(rows / "sft.jsonl")], cache=tmp_path))
         assert "provenance" not in kept[0].row()
         assert store.forget("talk") == 4
         assert not store.keep(Kept("r1", "m", talk("Secret one?"), said("x")))
         assert not store.keep(Kept("r9", "m", talk("Secret?"), said("x"), None, "talk"))
+        built(base, tmp_path / "new")
         for form in FORMS:
-            export(store, tmp_path / f"new-{form}.jsonl", form)
-            assert "one" not in (tmp_path / f"new-{form}.jsonl").read_text().lower()
+            assert "one" not in (tmp_path / f"new/train/{form}.jsonl").read_text().lower()
     stored = b"".join(p.read_bytes() for p in tmp_path.glob("f.sqlite*"))
     assert b"Secret" not in stored and b"Fixed r1" not in stored
     arguments = [rows, "--withdrawn", "--feedback", base]
     assert "would remove" in call(*arguments, "--dry-run").stdout
     report = json.loads(call(*arguments, "--json").stdout)
     assert sorted((Path(r["place"]).name, r["count"]) for r in report["removed"]) == [
-        ("kto.jsonl", 1), ("old.jsonl.gz", 2), ("preferences.jsonl", 2), ("sft.jsonl", 2),
+        ("kto.jsonl", 3), ("old.jsonl.gz", 2), ("preferences.jsonl", 2), ("prompts.jsonl", 1),
+        ("sft.jsonl", 1),
     ]  # fmt: skip
     for path in rows.iterdir():
         if path.name != FORGOTTEN:
             assert all("one" not in str(line).lower() for line in lines(path)), path
             assert len(list(lines(path))) == before[path.name] // 2
-    assert len(list(read_preferences([str(rows / "kto.jsonl")], cache=tmp_path))) == 1
+    assert len(list(read_preferences([str(rows / "kto.jsonl")], cache=tmp_path))) == 3
     assert len(list(read_preferences([str(rows / "old.jsonl.gz")], cache=tmp_path))) == 2
     assert "nothing of it is left" in call(*arguments).stdout
     # by its id: database and rows in one step
@@ -309,7 +312,8 @@ def lines(path: Path):
 def test_a_model_that_learned_withdrawn_rows_is_named(tmp_path, made, runs):
     rows = runs / "sft.jsonl"
     with filled(tmp_path / "f.sqlite") as store:
-        export(store, rows, "sft")
+        built(tmp_path / "f.sqlite", tmp_path / "built")
+        shutil.copy(tmp_path / "built/train/sft.jsonl", rows)
         arguments = ["sft", rows, "--model", runs / "one", "-o", runs / "tuned", "--heldout", "0"]
         arguments += ["--max-steps", "1", "--chat-template", made / "template.jinja"]
         (made / "template.jinja").write_text(

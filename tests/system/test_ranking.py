@@ -14,21 +14,24 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 
 import krippendorff
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-import fastlm.serve.sqlite_file
+import fastlm.serve.feedback
 from fastlm.checkpoint.config import ModelConfig
 from fastlm.cli import app
-from fastlm.data.conversations import conversation_of, read_conversations
+from fastlm.data.conversations import conversation_of, read_conversations, said
 from fastlm.data.preferences import Comparison, Label, preference_of, read_preferences
 from fastlm.errors import InputError
+from fastlm.feedback.build import BuildOptions, build
 from fastlm.feedback.rank_terminal import _edited, parse_ranking
 from fastlm.model.causal_lm import CausalLM
 from fastlm.serve.ranking import RankingStore, RaterCounts, read_answers
+from fastlm.serve.said import Kept, Opinion
 from fastlm.stats.agreement import PairAgreement, agreement_of
 from fastlm.tokenizer.tokenizer import Tokenizer
 
@@ -47,8 +50,8 @@ def write(path, *rows):
 def filled(folder, *rows, name="store.sqlite", **options):
     """A store with these rows."""
     file = write(folder / "rows.jsonl", *rows)
-    store = RankingStore(folder / name, create=True, **options)
-    store.add(read_answers([file], cache=folder))
+    store = RankingStore(folder / name, **options)
+    store.add_items(read_answers([file], cache=folder))
     return store
 
 
@@ -99,6 +102,13 @@ def test_agreement_of_rankings() -> None:
 # ---- the store
 
 
+def content(example):
+    """What a comparison says, whatever the order of its answers."""
+    scores = example.scores or [None] * len(example.ranks)
+    answers = sorted(zip(example.ranks, scores, map(said, example.answers)), key=str)
+    return said(example.prompt), answers, example.margin, example.tools, example.rater
+
+
 def test_what_is_imported_is_exported(tmp_path) -> None:
     rows = [
         {"prompt": "a?", "chosen": "1", "rejected": "2", "margin": 0.5},
@@ -118,10 +128,10 @@ def test_what_is_imported_is_exported(tmp_path) -> None:
             count = store.export(tmp_path / f"{form}.jsonl", form)
             found[form] = list(read_preferences([str(tmp_path / f"{form}.jsonl")], cache=tmp_path))
             assert len(found[form]) == count
-        wanted = [preference_of(row).row() for row in rows[:4]]
-        a, b, c, d = ({"rater": "file", **row} for row in wanted)
-        assert [x.row() for x in found["ranked"]] == [a, b, d]
-        assert [x.row() for x in found["corrected"]] == [c]
+        wanted = [replace(preference_of(row), rater=row.get("rater", "file")) for row in rows[:4]]
+        a, b, c, d = map(content, wanted)
+        assert [content(x) for x in found["ranked"]] == [a, b, d]
+        assert [content(x) for x in found["corrected"]] == [c]
         assert [type(x) for x in found["pairs"]] == [Comparison] * 7
         assert [x.margin for x in found["pairs"]] == [0.5, 5.5, 5.5, None, None, None, None]
         assert [type(x) for x in found["labels"]] == [Label] * 7
@@ -131,17 +141,18 @@ def test_what_is_imported_is_exported(tmp_path) -> None:
         assert demo.messages == conversation_of({"prompt": "c?", "completion": "2"}).messages
         assert store.export(tmp_path / "ann.jsonl", "pairs", rater="ann") == 2
         # once more, and what was exported: nothing is new
-        again = store.add(read_answers([str(tmp_path / "rows.jsonl")], cache=tmp_path))
-        again2 = store.add(read_answers([str(tmp_path / "ranked.jsonl")], cache=tmp_path))
-        assert [(x.items, x.judgements, x.corrections, x.known) for x in (again, again2)] == [
+        again = store.add_items(read_answers([str(tmp_path / "rows.jsonl")], cache=tmp_path))
+        again2 = store.add_items(read_answers([str(tmp_path / "ranked.jsonl")], cache=tmp_path))
+        assert [(x.items, x.rankings, x.corrections, x.known) for x in (again, again2)] == [
             (0, 0, 0, 5), (0, 0, 0, 3),
         ]  # fmt: skip
         turned = {**rows[3], "answers": rows[3]["answers"][::-1], "rater": "bob"}
-        store.add(read_answers([write(tmp_path / "t.jsonl", turned)], cache=tmp_path))
+        store.add_items(read_answers([write(tmp_path / "t.jsonl", turned)], cache=tmp_path))
         (bob,) = store.comparisons("bob")
         (first,) = [x for x in store.comparisons("file") if len(x.answers) == 3]
-        assert (first.ranks, bob.ranks) == ((1, 0, 2), (2, 0, 1))  # by answer, not by place
         assert bob.answers == first.answers
+        ranks = {a[0]["content"]: (x, y) for a, x, y in zip(bob.answers, first.ranks, bob.ranks)}
+        assert ranks == {"1": (1, 2), "2": (0, 0), "3": (2, 1)}  # by answer, not by place
 
 
 def test_each_rater_sees_an_order_of_its_own(tmp_path) -> None:
@@ -149,22 +160,22 @@ def test_each_rater_sees_an_order_of_its_own(tmp_path) -> None:
         orders = {}
         for rater in ("ann", "bob"):
             items = [store.item(id, rater) for id in range(1, 301)]
-            orders[rater] = [[a.messages[0]["content"] for a in item.answers] for item in items]
+            orders[rater] = [[a[0]["content"] for a in item.answers] for item in items]
             places = Counter(order.index(f"{i}.0") for i, order in enumerate(orders[rater]))
             assert min(places.values()) > 70  # of 100; 5 standard deviations are 41
         same = sum(a == b for a, b in zip(*orders.values()))
         assert 20 < same < 80  # of 50
         item = store.item(7, "ann")
         assert item == store.item(7, "ann")
-        store.judge("ann", item, [2, 0, 1])
-        shown = store.db.execute("SELECT answer FROM ranks ORDER BY shown").fetchall()
-        assert [id for (id,) in shown] == [answer.id for answer in item.answers]
+        store.rank("ann", item, [2, 0, 1])
+        (opinion,) = store.opinions()
+        assert opinion.ranking.shown == item.shown
         (ranked,) = store.comparisons()
         ranks = {a[0]["content"]: rank for a, rank in zip(ranked.answers, ranked.ranks)}
-        assert [ranks[a.messages[0]["content"]] for a in item.answers] == [2, 0, 1]
+        assert [ranks[a[0]["content"]] for a in item.answers] == [2, 0, 1]
     with RankingStore(tmp_path / "store.sqlite", seed=1) as store:
         others = [store.item(id, "ann") for id in range(1, 301)]
-        texts = [[a.messages[0]["content"] for a in item.answers] for item in others]
+        texts = [[a[0]["content"] for a in item.answers] for item in others]
         assert sum(a == b for a, b in zip(texts, orders["ann"])) < 80
 
 
@@ -174,12 +185,12 @@ def test_items_are_judged_once_and_skipped_ones_return_on_request(tmp_path) -> N
         first = store.next_item("ann")
         store.skip("ann", first)
         second = store.next_item("ann")
-        store.judge("ann", second, [0, 0, 0])
+        store.rank("ann", second, [0, 0, 0])
         assert store.next_item("ann").id == second.id + 1
         assert store.next_item("bob").id == first.id
         assert store.next_item("ann", skipped=True).id == first.id
         assert store.next_item("ann", skipped=True, after=first.id) is None
-        store.judge("ann", first, [2, 0, 2])  # instead of the skip
+        store.rank("ann", first, [2, 0, 2])  # instead of the skip
         assert store.next_item("ann", skipped=True) is None
         assert store.progress("ann") == (RaterCounts(2), 3)
         (ranking,) = store.comparisons("ann")  # nothing is learnt from ties alone
@@ -190,21 +201,21 @@ def test_items_are_judged_once_and_skipped_ones_return_on_request(tmp_path) -> N
             ([0, 1.0, 2], "ranks: wanted whole numbers from 0 to 2, got 1.0"),
         ):
             with pytest.raises(InputError, match=message):
-                store.judge("ann", first, ranks)
-        with pytest.raises(InputError, match="rater: wanted a name, got ' '"):
-            store.judge(" ", first, [0, 1, 2])
-        answer = first.answers[0]
+                store.rank("ann", first, ranks)
+        for name, message in ((" ", "wanted a name, got ' '"), ("a@mail.org", "no address")):
+            with pytest.raises(InputError, match=f"rater: .*{message}"):
+                store.rank(name, first, [0, 1, 2])
         for text, message in (
             (" ", "correction: wanted text, got an empty one"),
-            (answer.messages[0]["content"], "correction: wanted another text than the answer"),
+            (first.answers[0][0]["content"], "correction: wanted another text than the answer"),
             ("\ud800", "correction: wanted valid Unicode"),
         ):
             with pytest.raises(InputError, match=message):
-                store.correct("ann", first, answer, text)
-        store.correct("ann", first, answer, "better")
-        store.correct("ann", first, answer, "best")
+                store.correct("ann", first, 0, text)
+        store.correct("ann", first, 0, "better")
+        store.correct("ann", first, 0, "best, says bob@mail.org")
         (corrected,) = store.corrections("ann")
-        assert corrected.answers[0] == [{"role": "assistant", "content": "best"}]
+        assert corrected.answers[0] == [{"role": "assistant", "content": "best, says <EMAIL>"}]
 
 
 # ---- faults
@@ -218,7 +229,7 @@ def test_two_raters_at_once(tmp_path) -> None:
     with filled(tmp_path, *map(prompt_row, range(count))) as store:
         raters = [
             subprocess.Popen(
-                [*JUDGE, str(store.path), "-r", rater], stdin=subprocess.PIPE,
+                [*JUDGE, str(tmp_path / "store.sqlite"), "-r", rater], stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             )
             for rater in ("ann", "bob")
@@ -240,7 +251,7 @@ def test_a_killed_rater_loses_nothing(tmp_path) -> None:
         for _ in range(3):
             more = rng.randrange(1, 5)
             process = subprocess.Popen(
-                [*JUDGE, str(store.path), "-r", "ann"], stdin=subprocess.PIPE,
+                [*JUDGE, str(tmp_path / "store.sqlite"), "-r", "ann"], stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE, text=True,
             )  # fmt: skip
             process.stdin.write("132\n" * more)
@@ -253,40 +264,82 @@ def test_a_killed_rater_loses_nothing(tmp_path) -> None:
             done += more
             assert store.raters() == {"ann": RaterCounts(done)}
             assert store.next_item("ann").id == done + 1
-        assert store.db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        with store.read() as connection:
+            assert connection.exec_driver_sql("PRAGMA integrity_check").scalar() == "ok"
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_store_whole(tmp_path) -> None:
     with filled(tmp_path, *map(prompt_row, range(5))) as store:
-        (pages,) = store.db.execute("PRAGMA page_count").fetchone()
-        store.db.execute(f"PRAGMA max_page_count = {pages}")  # SQLite's own way to be full
-        many = [json.loads(json.dumps(prompt_row(i, 9))) for i in range(100, 400)]
-        more = list(read_answers([write(tmp_path / "m.jsonl", *many)], cache=tmp_path))
+        rows = [prompt_row(i, 9) for i in range(100, 400)]
+        more = list(read_answers([write(tmp_path / "m.jsonl", *rows)], cache=tmp_path))
+
+        def limited(more_pages):  # SQLite's own way to be full, of the pool's connection
+            with store.read() as connection:
+                pages = connection.exec_driver_sql("PRAGMA page_count").scalar() + more_pages
+                connection.exec_driver_sql(f"PRAGMA max_page_count = {pages}")
+
+        limited(0)
         with pytest.raises(InputError) as full:
-            store.add(more)
-        assert str(full.value) == f"{store.path}: cannot be used: database or disk is full"
+            store.add_items(more)
+        assert str(full.value) == f"{store.name}: cannot be used: database or disk is full"
         assert store.progress("ann")[1] == 5
-        store.db.execute(f"PRAGMA max_page_count = {pages + 1000}")
-        assert store.add(more).items == 300
+        limited(1000)
+        assert store.add_items(more).items == 300
 
 
 def test_a_store_in_use_is_waited_for(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(fastlm.serve.sqlite_file, "WAIT_SECONDS", 0.2)
-    with filled(tmp_path, prompt_row(0)) as store, RankingStore(store.path) as other:
+    monkeypatch.setattr(fastlm.serve.feedback, "WAIT_SECONDS", 0.2)
+    with (
+        filled(tmp_path, prompt_row(0)) as store,
+        RankingStore(tmp_path / "store.sqlite") as other,
+    ):
         item = other.next_item("ann")
-        with store.transaction():
+        with store.write() as connection:
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
             assert other.next_item("ann") == item  # readers do not wait
             with pytest.raises(InputError, match="cannot be used: database is locked"):
-                other.judge("ann", item, [0, 1, 2])
-        other.judge("ann", item, [0, 1, 2])
+                other.rank("ann", item, [0, 1, 2])
+        other.rank("ann", item, [0, 1, 2])
+
+
+def test_rankings_are_feedback(tmp_path) -> None:
+    """Items of `fastlm serve`, too, are ranked, and what was ranked are picks to train on."""
+    base = tmp_path / "store.sqlite"
+    with filled(tmp_path, prompt_row(0), {**prompt_row(1), "ranks": [1, 0, 1]}) as store:
+        prompt, texts = [{"role": "user", "content": "Served?"}], ("Yes", "No", "So")
+        store.keep(
+            Kept("r1", "m", prompt, [[{"role": "assistant", "content": text}] for text in texts])
+        )
+        store.add(Opinion("r1", choice=0, preferred_over=(("r1", 1),), rater="ann"))
+        store.add(Opinion("r1", choice=0, preferred_over=(("r1", 1),), rater="bob"))
+        store.rank("ann", store.item(3, "ann"), [0, 0, 0])  # takes back her pick
+        store.rank("ann", store.item(1, "ann"), [0, 1, 2])
+        store.rank("ann", store.item(1, "ann"), [0, 1, 1])
+        store.skip("cid", store.item(1, "cid"))
+        assert store.progress("ann") == (RaterCounts(2), 3)
+        best = store.item(1, "ann").answers[0][0]["content"]
+        assert store.forget(store.item(2, "ann").response_id) == 2  # nor imported again
+        again = store.add_items(read_answers([str(tmp_path / "rows.jsonl")], cache=tmp_path))
+        assert (again.items, again.known) == (0, 2)
+    options = BuildOptions(judge=0.0, test=0.0, rater_share=1.0)
+    done = build([str(base)], tmp_path / "out", options=options, cache=tmp_path)
+    assert done.funnel.steps[0]["removed"] == {
+        "answers that a rater tied, or skipped": 7,
+        "said again, or otherwise, by the same rater": 4,
+    }
+    text = (tmp_path / "out/train/preferences.jsonl").read_text()
+    rows = [json.loads(row) for row in text.splitlines()]
+    assert [(row["chosen"][0]["content"], row.get("model")) for row in rows] == [
+        ("Yes", "m"), (best, None), (best, None),
+    ]  # fmt: skip
 
 
 def test_files_that_are_no_store(tmp_path) -> None:
     path = tmp_path / "x.sqlite"
     judge = ("judge", path, "-r", "ann")
-    assert refused(*judge) == f"{path}: wanted a store of answers to rank, not found"
+    assert refused(*judge) == f"{path}: expected a feedback database, not found"
     path.write_text("hello " * 99)
-    assert refused(*judge) == f"{path}: cannot be used: file is not a database"
+    assert refused(*judge) == f"sqlite:///{path}: cannot be used: file is not a database"
     path.unlink()
     with sqlite3.connect(path) as other:
         other.execute("CREATE TABLE notes (text)")
@@ -294,22 +347,19 @@ def test_files_that_are_no_store(tmp_path) -> None:
     before = path.read_bytes()
     rows = write(tmp_path / "a.jsonl", prompt_row(0))
     for arguments in (judge, ("import", path, rows)):
-        message = f"{path}: wanted a store of answers to rank, got another SQLite file"
+        message = f"sqlite:///{path}: expected a feedback database, got another SQLite file"
         assert refused(*arguments) == message
     assert path.read_bytes() == before
     path.unlink()
-    with filled(tmp_path, *map(prompt_row, range(50)), name="x.sqlite") as store:
-        store.db.execute("PRAGMA user_version = 2")
-    assert "wanted a store of answers to rank of version 1, got version 2" in refused(*judge)
+    filled(tmp_path, *map(prompt_row, range(50)), name="x.sqlite").close()
     with sqlite3.connect(path) as other:
-        other.execute("PRAGMA user_version = 1")
-        other.execute("UPDATE answers SET messages = '[' WHERE id = 1")
+        other.execute("UPDATE fastlm_answers SET choices = '[' WHERE id = 1")
     other.close()
-    assert f"{path}: wanted readable JSON" in refused(*judge)
+    assert "choices: wanted readable JSON" in refused(*judge)
     data = bytearray(path.read_bytes())
     data[4096:] = random.Random(0).randbytes(len(data) - 4096)
     path.write_bytes(data)
-    assert f"{path}: cannot be used: database disk image is malformed" in refused(*judge)
+    assert "cannot be used: database disk image is malformed" in refused(*judge)
     assert "cannot be used" in refused("import", tmp_path / "no" / "x.sqlite", rows)
 
 
@@ -322,14 +372,25 @@ def test_bad_rows_and_options(tmp_path) -> None:
             {"prompt": "a?", "completion": "1", "label": True},
             "wanted two or more answers to rank, got one with a label",
         ),
+        (
+            {"prompt": "a?", "answers": ["1", "2"], "ranks": [0, 1], "rater": "ann@mail.org"},
+            "rater: expected a name, no address and no number, got 'ann@mail.org'",
+        ),
+        (
+            {"prompt": "a?", "answer": "1", "corrected": [{"role": "assistant", "content": "2",
+             "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": "{}"}}]}]},
+            "corrected: expected the answer with another last text",
+        ),
     ):  # fmt: skip
         write(rows, prompt_row(0), row)
         assert refused("import", store, rows).startswith(f"{rows}, line 2: ")
         assert message in refused("import", store, rows)
         assert not store.exists()
-    said = call("import", store, rows, "--skip-bad")
-    assert "2 rows read, 1 malformed, 0 known before; new prompts 1," in said.stdout
-    assert "line 2" in said.stderr
+    private = {"prompt": "b?", "answers": ["ann@mail.org", "bob@mail.org"]}
+    told = call("import", store, rows, write(tmp_path / "b.jsonl", private), "--skip-bad")
+    assert "3 rows read, 1 malformed, 1 alike without personal data, 0 known" in told.stdout
+    assert "; new prompts 1," in told.stdout
+    assert "line 2" in told.stderr
     out = tmp_path / "o.jsonl"
     assert "wanted something to export as pairs, got nothing" in refused("export", store, out)
     assert "form: wanted one of pairs, ranked" in refused("export", store, out, "--form", "x")
@@ -370,8 +431,8 @@ def test_more_than_nine_answers_have_spaces_between() -> None:
 
 def test_lines_of_a_pipe_are_inputs(tmp_path) -> None:
     evil = {"prompt": "Say [red]hi[/red].\x1b[2J", "answers": ["a\x1b]0;x\x07", "b\u202ec\x9b"]}
-    with filled(tmp_path, evil, *map(prompt_row, range(4))) as store:
-        path = store.path
+    filled(tmp_path, evil, *map(prompt_row, range(4))).close()
+    path = tmp_path / "store.sqlite"
     shown = call("judge", path, "-r", "ann", input="2\ns\nc 3 Fixed.\nb\n12\n321\n\n?\nq\n").stdout
     assert not set("\x1b\x07\u202e\x9b") & set(shown)
     assert "Say [red]hi[/red].\ufffd[2J" in shown
@@ -407,8 +468,8 @@ def test_lines_of_a_pipe_are_inputs(tmp_path) -> None:
 
 def test_agreement_of_one_rater(tmp_path) -> None:
     with filled(tmp_path, prompt_row(0)) as store:
-        store.judge("[b]ann", store.next_item("[b]ann"), [0, 1, 2])
-        path = store.path
+        store.rank("[b]ann", store.next_item("[b]ann"), [0, 1, 2])
+    path = tmp_path / "store.sqlite"
     shown = call("agreement", path).stdout
     assert "[b]ann" in shown and "alpha: none, no two raters ranked the same prompt" in shown
     assert json.loads(call("agreement", path, "--json").stdout)["alpha"] is None
@@ -418,8 +479,8 @@ def test_on_a_terminal(tmp_path) -> None:
     """Errors leave the session going, an answer is edited in place and in an editor, Ctrl-C ends it
     and loses nothing.
     """
-    with filled(tmp_path, *map(prompt_row, range(3))) as store:
-        path = store.path
+    filled(tmp_path, *map(prompt_row, range(3))).close()
+    path = tmp_path / "store.sqlite"
     fd, inside = pty.openpty()
     environment = {**os.environ, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "COLUMNS": "90"}
     environment.pop("VISUAL", None), environment.pop("EDITOR", None)
@@ -494,10 +555,10 @@ def test_answers_of_a_model(tmp_path, template) -> None:
     asked = [{"prompt": "What is it?"}, {"messages": [{"role": "user", "content": "Who?"}]}]
     prompts = write(tmp_path / "p.jsonl", *asked)
     given = ["-m", tmp_path / "model", "--prompts", prompts, "--k", 3, "--max-new-tokens", 8]
-    said = call("sample", tmp_path / "a.sqlite", *given).stdout
-    assert "new prompts 2, known before 0," in said and said.endswith("are alike 0\n")
-    said = call("sample", tmp_path / "a.sqlite", *given).stdout
-    assert "new prompts 0, known before 2," in said
+    told = call("sample", tmp_path / "a.sqlite", *given).stdout
+    assert "new prompts 2, known before 0," in told and told.endswith("are alike 0\n")
+    told = call("sample", tmp_path / "a.sqlite", *given).stdout
+    assert "new prompts 0, known before 2," in told
     call("sample", tmp_path / "b.sqlite", *given)
     call("sample", tmp_path / "c.sqlite", *given, "--seed", 9)
     answers = []

@@ -60,13 +60,15 @@ REQUIRED = {"/v1/feedback": ["response_id", "thumb"]}  # of several that would d
 def served(tmp_path_factory):
     """(URL, the server's schema)."""
     folder = tmp_path_factory.mktemp("fuzz")
-    with RankingStore(folder / "ranks.sqlite", create=True) as ranks:
+    with (
+        RankingStore(folder / "ranks.sqlite") as ranks,
+        FeedbackStore(folder / "feedback.sqlite") as store,
+    ):
         for i in range(2):
             answers = tuple([{"role": "assistant", "content": f"{i}, {j}"}] for j in range(3))
-            ranks.add([Unranked([{"role": "user", "content": f"Which, {i}?"}], answers)])
-    with FeedbackStore(folder / "feedback.sqlite") as store:
+            ranks.add_items([Unranked([{"role": "user", "content": f"Which, {i}?"}], answers)])
         limits = Limits(new_tokens=NEW_TOKENS)
-        options = {"feedback": store, "ranking": folder / "ranks.sqlite"}
+        options = {"feedback": store, "ranking": ranks}
         with serving(*tiny_model(), limits=limits, **options) as (url, _):
             raw = HTTP.get(url + "/openapi.json").json()
             for path in (*PATHS, *RANKS):

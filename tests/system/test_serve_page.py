@@ -557,12 +557,13 @@ def test_a_page_by_http_from_another_machine(opened, tiny):
 
 def test_rank(opened, tiny, tmp_path):
     base = tmp_path / "answers.sqlite"
-    with RankingStore(base, create=True) as store:
+    with RankingStore(base) as store:
         for i in range(2):
             texts = ("first", "second", f"third {HOSTILE}")
             answers = tuple([{"role": "assistant", "content": text}] for text in texts)
-            store.add([Unranked([{"role": "user", "content": f"Which, {i}? {HOSTILE}"}], answers)])
-    with serving(*tiny, ranking=base) as (url, _):
+            prompt = [{"role": "user", "content": f"Which, {i}? {HOSTILE}"}]
+            store.add_items([Unranked(prompt, answers)])
+    with RankingStore(base) as store, serving(*tiny, ranking=store) as (url, _):
         page, wrong = opened(url + "/rank")
 
         def order():

@@ -261,7 +261,7 @@ def test_files_of_metrics_and_alerts(folder, tmp_path):
         assert process.wait(30) in (0, -signal.SIGTERM)
     with FeedbackStore(base) as store:  # the last measures were written at the end
         (opinion,) = read_opinions(store, 0, time.time() + 9)
-        assert opinion.model == "tiny" and opinion.metrics == {"stars": 5.0}
+        assert (opinion.model, opinion.kind, opinion.value) == ("tiny", "metrics.stars", 5.0)
     alerts.write_text("[[alert]]\nname = 1\n")
     for given, message in (
         (options, "alerts.toml line 2: name: wanted a string, got a whole number 1"),

@@ -22,7 +22,7 @@ from fastlm.serve.monitor.recorder import Counts, Keep, Recorder
 from fastlm.serve.monitor.rules import Rule, Rules
 from fastlm.serve.monitor.seen import Seen
 from fastlm.serve.monitor.summary import LENGTHS, lengths, series, summary
-from fastlm.serve.monitor.window import Answers, Said
+from fastlm.serve.monitor.window import Answers, FeedbackRow
 from fastlm.serve.openai_api import Asked
 from fastlm.serve.ratings import Rating, read_ratings
 
@@ -189,24 +189,27 @@ class Monitor:
             "now": now, "window": name, "since": since, "until": until,
             "edges": edges.tolist(), "rate_edges": edges[::WIDE].tolist(),
             "length_edges": LENGTHS, "models": known, "groups": groups,
-            "unmatched": sum(not one.model for one in said), "cut": answers.cut,
+            "unmatched": len({(one.rater, one.key) for one in said if not one.model}),
+            "cut": answers.cut,
             "drift": drift(self.store, reference, since, until + 1),
         }  # fmt: skip
 
-    def _read(self, since: float, until: float) -> tuple[Answers, list[Said]]:
+    def _read(self, since: float, until: float) -> tuple[Answers, list[FeedbackRow]]:
         return (
             window.read_answers(self.store, since, until),
             window.read_opinions(self.store, since, until),
         )
 
     def _summary(
-        self, answers: Answers, said: list[Said], model: str | None, minutes: float
+        self, answers: Answers, said: list[FeedbackRow], model: str | None, minutes: float
     ) -> dict[str, Any]:
         some, about = _of(answers, said, model)
         return summary(some, about, self.settings.ratings, self.settings.judges, minutes)
 
 
-def _of(answers: Answers, said: list[Said], model: str | None) -> tuple[Answers, list[Said]]:
+def _of(
+    answers: Answers, said: list[FeedbackRow], model: str | None
+) -> tuple[Answers, list[FeedbackRow]]:
     """Those of a model; None: all."""
     if model is None:
         return answers, said

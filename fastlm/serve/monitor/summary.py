@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from fastlm.serve.monitor.judges import Judge
-from fastlm.serve.monitor.window import Answers, Said
+from fastlm.serve.monitor.window import Answers, FeedbackRow
 from fastlm.serve.ratings import Rating
 from fastlm.stats.summaries import mean, quantiles, rate
 
@@ -18,7 +18,7 @@ LENGTHS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)  # tokens; edges betw
 
 def summary(
     answers: Answers,
-    said: Sequence[Said],
+    said: Sequence[FeedbackRow],
     ratings: Sequence[Rating],
     judges: Sequence[Judge],
     minutes: float,
@@ -54,18 +54,20 @@ def judged(good: Answers, judge: Judge) -> dict[str, Any]:
     return found | {"judge": judge.id, "method": judge.method, "other_judges": others}
 
 
-def opinions(answers: int, said: Sequence[Said], ratings: Sequence[Rating]) -> dict[str, Any]:
+def opinions(
+    answers: int, said: Sequence[FeedbackRow], ratings: Sequence[Rating]
+) -> dict[str, Any]:
     """Feedback: the share of ``answers`` that have some, thumbs, and each declared number."""
     about = {one.key for one in said if one.key[1] >= 0 and one.model}
-    thumbs = [one.thumb for one in said if one.thumb is not None]
+    thumbs = [one.value for one in said if one.kind == "thumb"]
     told: dict[str, Any] = {
         "feedback": rate(min(len(about), answers), answers),
         "thumbs": rate(sum(thumbs), len(thumbs)) | {"better": "higher"},
-        "opinions": {kind: sum(getattr(one, kind) for one in said) for kind in KINDS},
+        "opinions": {kind: sum(one.kind == kind for one in said) for kind in KINDS},
         "metrics": {},
     }
     for rating in ratings:
-        values = [one.metrics[rating.name] for one in said if rating.name in one.metrics]
+        values = [one.value for one in said if one.kind == f"metrics.{rating.name}"]
         boolean = rating.kind == "boolean"
         found = rate(sum(values), len(values)) if boolean else mean(values)
         told["metrics"][rating.name] = found | {
@@ -77,7 +79,7 @@ def opinions(answers: int, said: Sequence[Said], ratings: Sequence[Rating]) -> d
 
 def series(
     answers: Answers,
-    said: Sequence[Said],
+    said: Sequence[FeedbackRow],
     judges: Sequence[Judge],
     edges: np.ndarray,
     wide: np.ndarray,
@@ -101,7 +103,7 @@ def series(
     for judge in judges:
         mine = good[f"{judge.kind}_judge"] == judge.id
         told[judge.kind] = _rates(good["at"][mine], good[judge.kind][mine] >= judge.threshold, wide)
-    thumbs = sorted((one.at, one.thumb) for one in said if one.thumb is not None)
+    thumbs = sorted((one.at, one.value) for one in said if one.kind == "thumb")
     at, ups = np.array(thumbs).reshape(-1, 2).T
     told["thumbs"] = _rates(at, ups, wide)
     return told

@@ -1,6 +1,6 @@
 """What the database has of a period: measures of answers, and opinions about them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -10,6 +10,7 @@ import sqlalchemy as sa
 
 from fastlm.errors import InputError
 from fastlm.serve.feedback_rows import read_metrics, read_time
+from fastlm.serve.said import latest
 from fastlm.serve.tables import FEEDBACK, MEASURES
 
 if TYPE_CHECKING:
@@ -44,20 +45,18 @@ class Answers:
 
 
 @dataclass(frozen=True)
-class Said:
-    """An opinion as numbers. ``at`` and ``model``: its answer's where that was measured, else its
-    own time and "". ``thumb``: 1 or 0. ``key``: the answer, or the conversation.
+class FeedbackRow:
+    """One thing that a rater said, as a number. ``at`` and ``model``: its answer's where that was
+    measured, else its own time and "". ``kind``: thumb (1 or 0), comment, corrected, picked (1), or
+    metrics.NAME. ``key``: the answer, or the conversation.
     """
 
     key: tuple[str, int]
     rater: str | None
     at: float
     model: str
-    thumb: float | None
-    comment: bool
-    corrected: bool
-    picked: bool
-    metrics: dict[str, float]
+    kind: str
+    value: float
 
 
 def read_answers(
@@ -107,8 +106,8 @@ def span(store: "FeedbackStore") -> tuple[float, float] | None:
     return None if first is None else (first, last)
 
 
-def read_opinions(store: "FeedbackStore", since: float, until: float) -> list[Said]:
-    """The opinions about answers of [since, until), whenever they came, and those of that time
+def read_opinions(store: "FeedbackStore", since: float, until: float) -> list[FeedbackRow]:
+    """What was said about answers of [since, until), whenever they came, and those of that time
     about what was not measured. Of several of a rater about the same, the last of each kind counts.
     """
     F = FEEDBACK.c
@@ -125,7 +124,8 @@ def read_opinions(store: "FeedbackStore", since: float, until: float) -> list[Sa
     query = (
         sa.select(
             F.response_id, F.choice, F.conversation_id, F.rater, F.created_at, F.thumb,
-            F.comment.is_not(None), F.corrected.is_not(None), F.preferred_over.is_not(None),
+            F.comment.is_not(None), F.corrected.is_not(None),
+            sa.or_(F.preferred_over.is_not(None), F.ranking.is_not(None)),
             F.metrics, *its, talks.c.model,
         )
         .select_from(FEEDBACK)
@@ -140,38 +140,24 @@ def read_opinions(store: "FeedbackStore", since: float, until: float) -> list[Sa
         .order_by(F.id.desc())
         .limit(MOST_ROWS)
     )  # fmt: skip
-    return _latest([_said(row, store.name) for row in _all(store, query)][::-1])
+    said = [one for row in _all(store, query)[::-1] for one in _said(row, store.name)]
+    return list(latest(((one.rater, one.key, one.kind), one) for one in said).values())
 
 
-def _said(row: Sequence[Any], name: str) -> Said:
+def _said(row: Sequence[Any], name: str) -> Iterator[FeedbackRow]:
     id, choice, talk, rater, created, thumb, comment, corrected, picked, metrics, *its = row
     model, at, talk_model = its
     where = f"{name}: {FEEDBACK.name}: "
-    return Said(
-        (id, choice) if id is not None else (talk, -1),
-        rater,
-        at if at is not None else read_time(created, f"{where}created_at"),
-        model or talk_model or "",
-        None if thumb is None else float(thumb == "up"),
-        bool(comment), bool(corrected), bool(picked),
-        read_metrics(metrics, where),
-    )  # fmt: skip
-
-
-def _latest(said: list[Said]) -> list[Said]:
-    """One opinion of each rater about each answer, of whose kinds the last counts."""
-    found: dict[Any, Said] = {}
-    for one in said:
-        before = found.get((one.rater, one.key))
-        if before is not None:
-            one = Said(
-                one.key, one.rater, one.at, one.model,
-                before.thumb if one.thumb is None else one.thumb,
-                before.comment or one.comment, before.corrected or one.corrected,
-                before.picked or one.picked, {**before.metrics, **one.metrics},
-            )  # fmt: skip
-        found[one.rater, one.key] = one
-    return list(found.values())
+    key = (id, choice) if id is not None else (talk, -1)
+    at = at if at is not None else read_time(created, f"{where}created_at")
+    given = {"comment": comment, "corrected": corrected, "picked": picked}
+    values = {kind: 1.0 for kind, is_given in given.items() if is_given}
+    if thumb is not None:
+        values["thumb"] = float(thumb == "up")
+    for metric, value in read_metrics(metrics, where).items():
+        values[f"metrics.{metric}"] = value
+    for kind, value in values.items():
+        yield FeedbackRow(key, rater, at, model or talk_model or "", kind, value)
 
 
 def _iso(at: float) -> str:
