@@ -15,7 +15,7 @@ import zstandard
 from fastlm.data.dedup import MIN_PARAGRAPH, PARAGRAPHS, paragraph_key
 from fastlm.data.forgotten import document_key, keys_of_row, line_key, names_of, text_key, whole_id
 from fastlm.data.prepare import HELDOUT, TRAIN, ZSTD_LEVEL, read_documents
-from fastlm.files import replacing
+from fastlm.files import replacing, write_json
 from fastlm.pipeline.funnel import FUNNEL, Funnel
 from fastlm.sources.rows import Document
 from fastlm.sources.streams import GZIP_MAGIC, ZSTD_MAGIC, open_stream
@@ -155,8 +155,7 @@ def refresh_funnel(folder: Path, parts: Mapping[str, FileHits]) -> None:
         "bytes": sum(hits.bytes for hits in parts.values()),
         "removed": {"document": steps[STEP]["removed"].get("document", 0) + gone},
     }
-    with replacing(folder / FUNNEL) as file:
-        file.write(json.dumps(asdict(funnel), indent=1, ensure_ascii=False).encode())
+    write_json(folder / FUNNEL, asdict(funnel))
 
 
 @contextmanager
