@@ -22,9 +22,10 @@ import torch
 from fastlm.inference.block_manager import PAGE
 from fastlm.inference.requests import EngineStats
 from fastlm.inference.structured_output import Grammars
-from fastlm.serve.fields import ApiError
-from fastlm.serve.openai_api import Asked, EmbedAsked
+from fastlm.serve.api_error import ApiError
 from fastlm.serve.prompts import Prompts
+from fastlm.serve.protocol.completion import GenerationRequest
+from fastlm.serve.protocol.embedding import EmbeddingRequest
 from fastlm.serve.trial import Trial, unit_of, uses_ids
 
 if TYPE_CHECKING:
@@ -123,17 +124,17 @@ class Models:
             code="model_not_found",
         )  # fmt: skip
 
-    def turn(self, asked: "Asked | EmbedAsked", client: str) -> "Turn":
+    def turn(self, request: GenerationRequest | EmbeddingRequest, client: str) -> "Turn":
         """Choose the model for a request, and hold it. ApiError: none has the name that is asked.
 
         Embeddings of two models do not go together, and neither do their token ids: such requests
         stay with the current model.
         """
-        served, trial = self.named(asked.model), self.trial
-        if trial is None or isinstance(asked, EmbedAsked) or served in self.beside:
+        served, trial = self.named(request.model), self.trial
+        if trial is None or isinstance(request, EmbeddingRequest) or served in self.beside:
             return Turn(self, served)
-        unit = unit_of(asked, client)
-        assigned = asked.model == self.name and (trial.same_tokens or not uses_ids(asked))
+        unit = unit_of(request, client)
+        assigned = request.model == self.name and (trial.same_tokens or not uses_ids(request))
         if assigned and trial.takes(unit):
             served = trial.served
         return Turn(self, served, trial, unit, assigned)
@@ -241,7 +242,7 @@ class Turn:
         tokens = sum(choice.tokens for choice in answer.choices)
         ended = [choice.finish_reason for choice in answer.choices]
         seconds = time.perf_counter() - self.began
-        conversation = getattr(answer.asked, "conversation_id", None)
+        conversation = getattr(answer.request, "conversation_id", None)
         await self.trial.answered(
             answer.id, self.unit, conversation, self.arm, self.served.name, assigned=self.assigned,
             seconds=seconds / max(1, tokens), stopped="length" not in ended,

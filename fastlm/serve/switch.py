@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastlm.errors import InputError
 from fastlm.serve import loading
-from fastlm.serve.fields import ApiError
+from fastlm.serve.api_error import ApiError
 from fastlm.serve.gate import log
 from fastlm.serve.models import Models, Served
 from fastlm.serve.plan import Plan

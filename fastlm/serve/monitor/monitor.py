@@ -23,7 +23,7 @@ from fastlm.serve.monitor.rules import Rule, Rules
 from fastlm.serve.monitor.seen import Seen
 from fastlm.serve.monitor.summary import LENGTHS, lengths, series, summary
 from fastlm.serve.monitor.window import Answers, FeedbackRow
-from fastlm.serve.openai_api import Asked
+from fastlm.serve.protocol.completion import GenerationRequest
 from fastlm.serve.ratings import Rating, read_ratings
 
 if TYPE_CHECKING:
@@ -84,9 +84,9 @@ class Monitor:
     def close(self) -> None:
         self.recorder.close()
 
-    def seen(self, asked: Asked, model: str, id: str, lengths: Sequence[int]) -> Seen:
+    def seen(self, request: GenerationRequest, model: str, id: str, lengths: Sequence[int]) -> Seen:
         """What measures a request; its `end` has to be called once."""
-        return Seen(self.recorder, asked, model, id, lengths)
+        return Seen(self.recorder, request, model, id, lengths)
 
     # ---- alerts
 

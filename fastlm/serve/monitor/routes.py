@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from fastlm.errors import InputError
-from fastlm.serve.fields import ApiError
+from fastlm.serve.api_error import ApiError
 
 if TYPE_CHECKING:
     from fastlm.serve.app import Server

@@ -1,0 +1,28 @@
+"""``/v1/admin/promote``, ``/v1/admin/rollback`` and ``/v1/canary``, and what has no fields."""
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field
+
+from fastlm.schema import Name
+from fastlm.serve.protocol.body import RequestBody
+
+ModelPath = Annotated[Name, Field(max_length=4096)]
+
+
+class EmptyRequest(RequestBody):
+    pass
+
+
+class PromoteRequest(RequestBody):
+    """``model``: None for the canary."""
+
+    model: ModelPath | None = None
+    other_tokens: bool = False
+
+
+class ServedModels(BaseModel):
+    object: str
+    status: str
+    model: Any
+    decisions: list[Any]
