@@ -48,7 +48,7 @@ def read_feedback(
         raise ApiError(str(error), param=str(error).partition(":")[0]) from None
     opinion = Opinion(
         response, request.conversation_id, request.choice, request.rater, request.thumb,
-        request.comment, request.corrected, tuple(worse), values,
+        request.comment, request.corrected, tuple(worse), metrics=values,
     )  # fmt: skip
     if not opinion.kinds() and talk is None:
         raise ApiError(
