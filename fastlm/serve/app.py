@@ -38,7 +38,7 @@ from fastlm.serve.protocol.body import Body, read_request
 from fastlm.serve.protocol.chat_completion import ChatCompletionRequest
 from fastlm.serve.protocol.completion import CompletionRequest, GenerationRequest
 from fastlm.serve.protocol.embedding import EmbeddingRequest
-from fastlm.serve.protocol.responses_api import ResponsesRequest
+from fastlm.serve.protocol.responses_api import ChatOfResponses, ResponsesRequest
 from fastlm.serve.request_builder import build_requests
 from fastlm.serve.responses_answer import ResponsesAnswer
 from fastlm.serve.running import Running, Shares
@@ -180,16 +180,15 @@ class Server:
     def _complete(self, model: type[GenerationRequest] | type[ResponsesRequest]) -> Any:
         async def complete(http: HttpRequest) -> Response:
             body = await self.body(http, model)
-            responses = body if isinstance(body, ResponsesRequest) else None
             request = body.chat if isinstance(body, ResponsesRequest) else body
-            if responses is not None and responses.previous_response_id is not None:
+            if isinstance(request, ChatOfResponses) and request.previous_response_id is not None:
                 request = await run_sync(
-                    with_previous, responses, self.feedback, limiter=self.writing
+                    with_previous, request, self.feedback, limiter=self.writing
                 )
             kept = self._kept(request)
             turn = self.models.turn(request, http.state.client)
             try:
-                answer = await self._begin(http, request, responses, turn)
+                answer = await self._begin(http, request, turn)
             except BaseException:
                 turn.end()
                 raise
@@ -207,33 +206,23 @@ class Server:
 
         return complete
 
-    async def _begin(
-        self,
-        http: HttpRequest,
-        request: GenerationRequest,
-        responses: ResponsesRequest | None,
-        turn: Turn,
-    ) -> Answer:
-        """Submit a request, to the current model if the canary refuses it. ``responses``: the one
-        to /v1/responses that it stands for."""
+    async def _begin(self, http: HttpRequest, request: GenerationRequest, turn: Turn) -> Answer:
+        """Submit a request, to the current model if the canary refuses it."""
         prefix = "chatcmpl-" if isinstance(request, ChatCompletionRequest) else "cmpl-"
-        id = f"{prefix if responses is None else 'resp_'}{http.state.id}"
+        if isinstance(request, ChatOfResponses):
+            prefix = "resp_"
+        id = f"{prefix}{http.state.id}"
         try:
-            return await self._submit(http, request, responses, turn, id)
+            return await self._submit(http, request, turn, id)
         except ApiError:
             if not turn.fall_back():
                 raise
-        answer = await self._submit(http, request, responses, turn, id)
+        answer = await self._submit(http, request, turn, id)
         await turn.refused(id)
         return answer
 
     async def _submit(
-        self,
-        http: HttpRequest,
-        request: GenerationRequest,
-        responses: ResponsesRequest | None,
-        turn: Turn,
-        id: str,
+        self, http: HttpRequest, request: GenerationRequest, turn: Turn, id: str
     ) -> Answer:
         served, told = turn.served, http.state.told
         self._note_ignored(http, request, served)
@@ -249,8 +238,8 @@ class Server:
             running = Running(served.engine, requests, self.metrics, self.shares)
         for length in lengths:
             self.metrics.prompt_length.observe(length)
-        build = Answer if responses is None else partial(ResponsesAnswer, responses)
-        answer = build(
+        kind = ResponsesAnswer if isinstance(request, ChatOfResponses) else Answer
+        answer = kind(
             request, id, running, served.tokenizer, echoes, told["prompt_tokens"], served.name
         )
         if seen is not None:

@@ -7,56 +7,22 @@ from pydantic import BaseModel
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue, models_json_schema
 
 from fastlm.serve import rank_api
-from fastlm.serve.protocol import admin_request as admin
+from fastlm.serve.protocol.admin_request import EmptyRequest, PromoteRequest
+from fastlm.serve.protocol.body import RequestBody
 from fastlm.serve.protocol.chat_completion import ChatCompletionRequest, ChatCompletionResponse
 from fastlm.serve.protocol.completion import CompletionRequest, CompletionResponse
 from fastlm.serve.protocol.embedding import (
     DetokenizeRequest,
-    DetokenizeResponse,
     EmbeddingRequest,
     EmbeddingResponse,
     TokenizeRequest,
     TokenizeResponse,
 )
-from fastlm.serve.protocol.feedback_request import FeedbackRequest, FeedbackResponse
+from fastlm.serve.protocol.feedback_request import FeedbackRequest
 from fastlm.serve.protocol.responses_api import ResponsesRequest, ResponsesResponse
 
-
-class ErrorDetail(BaseModel):
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class Error(BaseModel):
-    error: ErrorDetail
-
-
-class Status(BaseModel):
-    status: str
-
-
-class ModelList(BaseModel):
-    object: str
-    data: list[dict[str, Any]]
-
-
-class DashboardData(BaseModel):
-    now: Any
-    window: Any
-    since: Any
-    until: Any
-    edges: Any
-    groups: Any
-    drift: Any
-    alerts: Any
-    measures: Any
-
-
-# path: what it does, its request and its response
-Paths = dict[str, tuple[str, type[BaseModel], type[BaseModel]]]
-POSTS: Paths = {
+# path: what it does, its request, and its response: a model, or the keys of an object
+POSTS: dict[str, tuple[str, type[RequestBody], type[BaseModel] | str]] = {
     "/v1/chat/completions": (
         "Answer a conversation", ChatCompletionRequest, ChatCompletionResponse
     ),
@@ -66,27 +32,25 @@ POSTS: Paths = {
     ),
     "/v1/embeddings": ("Texts as vectors", EmbeddingRequest, EmbeddingResponse),
     "/tokenize": ("The tokens of a text or a conversation", TokenizeRequest, TokenizeResponse),
-    "/detokenize": ("The text of tokens", DetokenizeRequest, DetokenizeResponse),
-    "/v1/feedback": ("Say what an answer is worth", FeedbackRequest, FeedbackResponse),
+    "/detokenize": ("The text of tokens", DetokenizeRequest, "prompt"),
+    "/v1/feedback": ("Say what an answer is worth", FeedbackRequest, "object id kept"),
 }  # fmt: skip
-ADMIN: Paths = {
-    "/v1/admin/promote": (
-        "Let another model answer, or the canary", admin.PromoteRequest, admin.ServedModels
-    ),
-    "/v1/admin/rollback": (
-        "End the canary, or go back to the model before", admin.EmptyRequest, admin.ServedModels
-    ),
-}  # fmt: skip
-GETS: dict[str, tuple[str, type[BaseModel] | None]] = {
-    "/v1/models": ("The models that are served", ModelList),
-    "/health": ("Whether the process lives", Status),
-    "/ready": ("Whether it takes requests", Status),
+MODELS = "object status model decisions"
+ADMIN: dict[str, tuple[str, type[RequestBody], str]] = {
+    "/v1/admin/promote": ("Let another model answer, or the canary", PromoteRequest, MODELS),
+    "/v1/admin/rollback": ("End the canary, or go back to the model before", EmptyRequest, MODELS),
+}
+GETS = {
+    "/v1/models": ("The models that are served", "object data"),
+    "/health": ("Whether the process lives", "status"),
+    "/ready": ("Whether it takes requests", "status"),
     "/metrics": ("Counters for Prometheus", None),
-    "/dashboard/data": ("What the dashboard shows", DashboardData),
-}
-ADMIN_GETS: dict[str, tuple[str, type[BaseModel] | None]] = {
-    "/v1/canary": ("How the canary's trial stands, and what was decided", admin.ServedModels)
-}
+    "/dashboard/data": (
+        "What the dashboard shows", "now window since until edges groups drift alerts measures"
+    ),
+}  # fmt: skip
+ADMIN_GETS = {"/v1/canary": ("How the canary's trial stands, and what was decided", MODELS)}
+JSON = "application/json"
 STREAMED = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 STATUSES = {
     "400": "a field is wrong; the error names it",
@@ -102,6 +66,17 @@ STATUSES = {
     "500": "the server failed",
     "503": "the server is stopping, or the time was over before an answer began",
 }
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Error(BaseModel):
+    error: ErrorDetail
 
 
 class _JsonSchema(GenerateJsonSchema):
@@ -120,21 +95,20 @@ class _JsonSchema(GenerateJsonSchema):
 def openapi(ranks: bool, admin: bool) -> dict[str, Any]:
     """OpenAPI 3.1; ``ranks``: with the paths of /rank; ``admin``: with those that change models."""
     posts = POSTS | (rank_api.PATHS if ranks else {}) | (ADMIN if admin else {})
-    gets = GETS | (ADMIN_GETS if admin else {})
-    models = [(request, "validation") for _, request, _ in posts.values()]
-    models += [(response, "serialization") for _, _, response in posts.values()]
-    models += [(response, "serialization") for _, response in gets.values() if response]
+    models = dict.fromkeys(model for _, *both in posts.values() for model in both)
     refs, schemas = models_json_schema(
-        [*dict.fromkeys(models), (Error, "serialization")],  # type: ignore[list-item]
+        [(model, "validation") for model in (*models, Error) if not isinstance(model, str)],
         ref_template="#/components/schemas/{model}", schema_generator=_JsonSchema,
     )  # fmt: skip
+    refs = {model: ref for (model, _), ref in refs.items()}
     paths: dict[str, Any] = {}
     for path, (summary, request, response) in posts.items():
-        operation = _operation(path, summary, refs[response, "serialization"])
-        content = {"application/json": {"schema": refs[request, "validation"]}}
-        paths[path] = {"post": {**operation, "requestBody": {"required": True, "content": content}}}
-    for path, (summary, response) in gets.items():
-        schema = refs[response, "serialization"] if response else None
+        content = {JSON: {"schema": refs[request]}}
+        body = {"required": True, "content": content}
+        schema = _object(response) if isinstance(response, str) else refs[response]
+        paths[path] = {"post": {**_operation(path, summary, schema), "requestBody": body}}
+    for path, (summary, keys) in (GETS | (ADMIN_GETS if admin else {})).items():
+        schema = {"type": "string"} if keys is None else _object(keys)
         paths[path] = {"get": _operation(path, summary, schema)}
     return {
         "openapi": "3.1.0",
@@ -144,15 +118,18 @@ def openapi(ranks: bool, admin: bool) -> dict[str, Any]:
     }
 
 
-def _operation(path: str, summary: str, schema: JsonSchemaValue | None) -> dict[str, Any]:
-    """``schema``: that of the response; None: it is plain text."""
-    content: dict[str, Any] = {"application/json": {"schema": schema}}
-    if schema is None:
-        content = {"text/plain": {"schema": {"type": "string"}}}
+def _object(keys: str) -> JsonSchemaValue:
+    return {"type": "object", "required": keys.split()}
+
+
+def _operation(path: str, summary: str, schema: JsonSchemaValue) -> dict[str, Any]:
+    """``schema``: that of the response."""
+    kind = "text/plain" if schema.get("type") == "string" else JSON
+    content: dict[str, Any] = {kind: {"schema": schema}}
     if path in STREAMED:
         content["text/event-stream"] = {}  # OpenAPI 3.1 cannot describe events and "[DONE]"
     responses: dict[str, Any] = {"200": {"description": "OK", "content": content}}
-    error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+    error = {JSON: {"schema": {"$ref": "#/components/schemas/Error"}}}
     for status, description in STATUSES.items():
         responses[status] = {"description": description, "content": error}
     if path == "/ready":

@@ -5,22 +5,19 @@ from typing import TYPE_CHECKING
 from fastlm.data.conversations import messages_of
 from fastlm.errors import InputError
 from fastlm.serve.api_error import ApiError
-from fastlm.serve.protocol.chat_completion import ChatCompletionRequest
-from fastlm.serve.protocol.responses_api import ResponsesRequest
+from fastlm.serve.protocol.responses_api import ChatOfResponses
 
 if TYPE_CHECKING:
     from fastlm.serve.feedback import FeedbackStore
 
 
-def with_previous(
-    request: ResponsesRequest, store: "FeedbackStore | None"
-) -> ChatCompletionRequest:
-    """Return the chat request with the conversation before it. New instructions replace the old
+def with_previous(request: ChatOfResponses, store: "FeedbackStore | None") -> ChatOfResponses:
+    """Return the request with the conversation before it. New instructions replace the old
     ones.
 
     ApiError: the server has not kept it.
     """
-    param, previous, chat = "previous_response_id", request.previous_response_id, request.chat
+    param, previous = "previous_response_id", request.previous_response_id
     if store is None:
         raise ApiError(
             f"{param}: this server keeps no conversations (fastlm serve --feedback): send the whole"
@@ -42,13 +39,13 @@ def with_previous(
             param=param, code="previous_response_not_found",
         )  # fmt: skip
     before = [*kept.prompt, *kept.choices[0]]
-    if request.instructions and before and before[0]["role"] == "system":
+    start = int(bool(request.repeated["instructions"]))
+    if start and before and before[0]["role"] == "system":
         before = before[1:]
     before = [message for _, message in messages_of(before, param)]
-    start = int(bool(request.instructions))
     # what is stored of a continuation belongs to what it continues: to forget one forgets both
-    conversation = chat.conversation_id
-    if chat.store and conversation is None:
+    conversation = request.conversation_id
+    if request.store and conversation is None:
         conversation = kept.conversation_id or previous
-    messages = [*chat.messages[:start], *before, *chat.messages[start:]]
-    return chat.model_copy(update={"messages": messages, "conversation_id": conversation})
+    messages = [*request.messages[:start], *before, *request.messages[start:]]
+    return request.model_copy(update={"messages": messages, "conversation_id": conversation})

@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 from anyio.to_thread import run_sync
-from pydantic import BaseModel, Field
+from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -50,31 +50,11 @@ class CorrectRequest(RequestBody):
     text: Annotated[str, Field(min_length=1, max_length=2**16)]
 
 
-class NextResponse(BaseModel):
-    item: dict[str, Any] | None
-    progress: dict[str, int]
-
-
-class JudgeResponse(BaseModel):
-    item: int
-    skipped: bool
-
-
-class CorrectResponse(BaseModel):
-    item: int
-    answer: int
-
-
-class AgreementResponse(BaseModel):
-    alpha: float | None
-    raters: dict[str, Any]
-
-
-PATHS: dict[str, tuple[str, type[RequestBody], type[BaseModel]]] = {
-    "/v1/rank/next": ("The next item to rank", NextRequest, NextResponse),
-    "/v1/rank/judge": ("Rank an item, or skip it", JudgeRequest, JudgeResponse),
-    "/v1/rank/correct": ("Correct an answer", CorrectRequest, CorrectResponse),
-    "/v1/rank/agreement": ("How far raters agree", EmptyRequest, AgreementResponse),
+PATHS: dict[str, tuple[str, type[RequestBody], str]] = {  # summary, request, keys of the response
+    "/v1/rank/next": ("The next item to rank", NextRequest, "item progress"),
+    "/v1/rank/judge": ("Rank an item, or skip it", JudgeRequest, "item skipped"),
+    "/v1/rank/correct": ("Correct an answer", CorrectRequest, "item answer"),
+    "/v1/rank/agreement": ("How far raters agree", EmptyRequest, "alpha raters"),
 }
 
 

@@ -7,17 +7,18 @@ from typing import Any
 
 from fastlm.serve.answers import Answer, Event, to_json
 from fastlm.serve.api_error import ApiError
-from fastlm.serve.protocol.responses_api import ResponsesRequest
+from fastlm.serve.protocol.responses_api import ChatOfResponses
 
 
 class ResponsesAnswer(Answer):
-    """The answer to a `ResponsesRequest`: a message, calls of functions, or both."""
+    """The answer to a `ChatOfResponses`: a message, calls of functions, or both."""
 
     ends = b""  # the last event says that it is the last
 
-    def __init__(self, request: ResponsesRequest, *arguments: Any):
+    def __init__(self, *arguments: Any):
         super().__init__(*arguments)
-        self.repeated = request.repeated_fields()
+        assert isinstance(self.request, ChatOfResponses)
+        self.repeated = self.request.repeated
         self._numbers = itertools.count()
         # The log-probabilities as JSON, token by token, and what stands for them in events: four
         # events have them all, and `json.dumps` of so many would stop the server for seconds.

@@ -198,7 +198,8 @@ def _(api):
     api.refused("store", store="yes")
     api.refused("conversation_id", conversation_id="talk-2")
     with pytest.raises(ApiError, match="keeps no conversations"):
-        with_previous(ResponsesRequest(model="x", input="Hi", previous_response_id="r"), None)
+        request = ResponsesRequest(model="x", input="Hi", previous_response_id="r")
+        with_previous(request.chat, None)
 
 
 @pytest.mark.parametrize("kind, names", CASES, ids=str)

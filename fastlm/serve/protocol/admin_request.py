@@ -1,8 +1,8 @@
 """``/v1/admin/promote``, ``/v1/admin/rollback`` and ``/v1/canary``, and what has no fields."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from fastlm.schema import Name
 from fastlm.serve.protocol.body import RequestBody
@@ -19,10 +19,3 @@ class PromoteRequest(RequestBody):
 
     model: ModelPath | None = None
     other_tokens: bool = False
-
-
-class ServedModels(BaseModel):
-    object: str
-    status: str
-    model: Any
-    decisions: list[Any]

@@ -5,13 +5,13 @@ from typing import Annotated, Any, Literal, NotRequired, Self
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
+    ValidateAs,
     WithJsonSchema,
     WrapValidator,
     model_validator,
+    with_config,
 )
 from typing_extensions import TypedDict
 
@@ -28,7 +28,7 @@ from fastlm.serve.protocol.body import (
     PositiveInt,
     reject,
 )
-from fastlm.serve.protocol.completion import GenerationRequest, TopLogprobs, Usage
+from fastlm.serve.protocol.completion import CompletionResponse, GenerationRequest, TopLogprobs
 
 MAX_MESSAGES = 4096
 MAX_TOOLS = 128
@@ -51,9 +51,8 @@ def text_part(*kinds: str) -> BeforeValidator:
     return BeforeValidator(check)
 
 
+@with_config(STRICT)
 class TextPart(TypedDict):
-    __pydantic_config__ = STRICT
-
     type: Literal["text"]
     text: str
 
@@ -68,16 +67,14 @@ JsonText = Annotated[
 ]
 
 
+@with_config(STRICT)
 class CalledFunction(TypedDict):
-    __pydantic_config__ = STRICT
-
     name: ShortText
     arguments: NotRequired[JsonText | dict[str, Any] | None]
 
 
+@with_config(STRICT)
 class ToolCall(TypedDict):
-    __pydantic_config__ = STRICT
-
     id: NotRequired[ShortText | None]
     index: NotRequired[Annotated[int, Field(ge=0, le=2**31 - 1), WHOLE] | None]
     type: NotRequired[Literal["function"] | None]
@@ -92,17 +89,15 @@ Empty = Annotated[
 ]
 
 
+@with_config(strict=True)
 class PromptMessage(TypedDict, extra_items=Empty):
-    __pydantic_config__ = ConfigDict(strict=True)
-
     role: Literal["system", "developer", "user"]
     content: Content
     name: NotRequired[str | None]
 
 
+@with_config(strict=True)
 class AssistantMessage(TypedDict, extra_items=Empty):
-    __pydantic_config__ = ConfigDict(strict=True)
-
     role: Literal["assistant"]
     content: NotRequired[Content | None]
     name: NotRequired[str | None]
@@ -110,9 +105,8 @@ class AssistantMessage(TypedDict, extra_items=Empty):
     tool_calls: NotRequired[Annotated[list[ToolCall], Field(max_length=1024)] | None]
 
 
+@with_config(strict=True)
 class ToolMessage(TypedDict, extra_items=Empty):
-    __pydantic_config__ = ConfigDict(strict=True)
-
     role: Literal["tool"]
     content: Content
     name: NotRequired[str | None]
@@ -137,13 +131,11 @@ def one_form(messages: list[Any]) -> list[Message]:
     return messages
 
 
-Messages = Annotated[
-    list[
-        Annotated[PromptMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
-    ],
+GivenMessages = Annotated[
+    list[Annotated[PromptMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]],
     Field(min_length=1, max_length=MAX_MESSAGES),
-    AfterValidator(one_form),
-]  # fmt: skip
+]
+Messages = Annotated[list[Message], ValidateAs(GivenMessages, one_form)]
 
 
 class FunctionDefinition(TypedDict):
@@ -175,9 +167,8 @@ def _unchanged(tools: Any, handler: Any) -> Any:
 
 
 Tools = Annotated[
-    list[Tool],
-    Field(max_length=MAX_TOOLS),
-    AfterValidator(unique_names),
+    list[Any],
+    ValidateAs(Annotated[list[Tool], Field(max_length=MAX_TOOLS)], unique_names),
     WrapValidator(_unchanged),
 ]
 
@@ -270,34 +261,5 @@ class ChatCompletionRequest(GenerationRequest):
         return request
 
 
-class FunctionCall(BaseModel):
-    name: str
-    arguments: str
-
-
-class ToolCallOfAnswer(BaseModel):
-    id: str
-    type: Literal["function"]
-    function: FunctionCall
-
-
-class ChatMessage(BaseModel):
-    role: Literal["assistant"]
-    content: str | None
-    tool_calls: list[ToolCallOfAnswer] = []
-
-
-class ChatChoice(BaseModel):
-    index: int
-    message: ChatMessage
-    finish_reason: Literal["stop", "length", "tool_calls"]
-    logprobs: dict[str, Any] | None
-
-
-class ChatCompletionResponse(BaseModel):
-    id: str
-    object: Literal["chat.completion"]
-    created: int
-    model: str
-    choices: list[ChatChoice]
-    usage: Usage
+class ChatCompletionResponse(CompletionResponse):
+    """Its choices have a ``message`` for a text."""

@@ -133,8 +133,8 @@ class GenerationRequest(SamplingRequest):
             at = "stream_options.continuous_usage_stats"
             raise ApiError(f"{at}: expected with include_usage true", param=at)
         self._form = form = self._answer_form()
-        for field in ("ignore_eos", "min_tokens") if form is not None else ():
-            if getattr(self, field):
+        for field in ("ignore_eos", "min_tokens"):
+            if form is not None and getattr(self, field):
                 raise ApiError(
                     f"{field}: expected without {form.param}, whose answers end where the form"
                     " does",
@@ -250,24 +250,10 @@ class CompletionRequest(GenerationRequest):
         return self.logprobs
 
 
-class Usage(BaseModel):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: dict[str, int]
-
-
-class CompletionChoice(BaseModel):
-    index: int
-    text: str
-    finish_reason: Literal["stop", "length"]
-    logprobs: dict[str, list[Any]] | None
-
-
 class CompletionResponse(BaseModel):
     id: str
-    object: Literal["text_completion"]
+    object: str
     created: int
     model: str
-    choices: list[CompletionChoice]
-    usage: Usage
+    choices: list[dict[str, Any]]
+    usage: dict[str, Any]

@@ -34,22 +34,11 @@ class EmbeddingRequest(RequestBody):
         return prompt_list(self.input)
 
 
-class Embedding(BaseModel):
-    object: Literal["embedding"]
-    index: int
-    embedding: list[float] | str
-
-
-class EmbeddingUsage(BaseModel):
-    prompt_tokens: int
-    total_tokens: int
-
-
 class EmbeddingResponse(BaseModel):
     object: Literal["list"]
-    data: list[Embedding]
+    data: list[dict[str, Any]]
     model: str
-    usage: EmbeddingUsage
+    usage: dict[str, int]
 
 
 class TokenizeRequest(RequestBody):
@@ -85,7 +74,3 @@ class TokenizeResponse(BaseModel):
 class DetokenizeRequest(RequestBody):
     model: ModelName | None = None
     tokens: Annotated[TokenIds, Field(max_length=MAX_CHARACTERS)]
-
-
-class DetokenizeResponse(BaseModel):
-    prompt: str

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import Field
 from typing_extensions import TypedDict
 
 from fastlm.schema import Name
@@ -50,9 +50,3 @@ class FeedbackRequest(RequestBody):
         list[ChoiceOfResponse], Field(min_length=1, max_length=MAX_CHOICES)
     ] = []
     conversation: ConversationToKeep | None = None
-
-
-class FeedbackResponse(BaseModel):
-    object: Literal["feedback"]
-    id: int | None
-    kept: bool | None

@@ -15,6 +15,7 @@ from pydantic import (
     Field,
     PrivateAttr,
     Tag,
+    ValidateAs,
     WrapValidator,
     model_validator,
 )
@@ -152,6 +153,13 @@ def _as_in_chat(tools: Any, handler: Any) -> list[Any]:
         raise InputError(str(error).replace(".function", "")) from None
 
 
+ResponsesTools = Annotated[
+    list[Any],
+    ValidateAs(Annotated[list[ResponsesTool], Field(max_length=MAX_TOOLS)], list),
+    WrapValidator(_as_in_chat),
+]
+
+
 class NamedFunction(FunctionName):
     type: NotRequired[Literal["function"] | None]
 
@@ -179,6 +187,22 @@ class ResponsesStreamOptions(TypedDict, total=False):
     include_obfuscation: bool | None
 
 
+class ChatOfResponses(ChatCompletionRequest):
+    """A `ResponsesRequest` as a chat."""
+
+    _previous_response_id: str | None = PrivateAttr(None)
+    _repeated: dict[str, Any] = PrivateAttr()
+
+    @property
+    def previous_response_id(self) -> str | None:
+        return self._previous_response_id
+
+    @property
+    def repeated(self) -> dict[str, Any]:
+        """The fields of the request that its response repeats."""
+        return self._repeated
+
+
 class ResponsesRequest(SamplingRequest):
     input: Input
     instructions: EmptyOrText | None = None
@@ -187,10 +211,7 @@ class ResponsesRequest(SamplingRequest):
     previous_response_id: Identifier | None = None
     text: TextOptions | None = None
     reasoning: Reasoning | None = None
-    tools: (
-        Annotated[list[ResponsesTool], Field(max_length=MAX_TOOLS), WrapValidator(_as_in_chat)]
-        | None
-    ) = None
+    tools: ResponsesTools | None = None
     tool_choice: ToolMode | NamedFunction | None = None
     parallel_tool_calls: bool | None = None
     include: Annotated[
@@ -205,23 +226,26 @@ class ResponsesRequest(SamplingRequest):
     truncation: Literal["disabled"] | None = None
     chat_template_kwargs: TemplateVariables | None = None
 
-    _chat: ChatCompletionRequest = PrivateAttr()
+    _chat: ChatOfResponses = PrivateAttr()
 
     @model_validator(mode="after")
     def _read_as_chat(self) -> Self:
         try:
-            self._chat = validate(self._chat_body(), ChatCompletionRequest)
+            chat = validate(self._chat_body(), ChatOfResponses)
         except ApiError as error:
             message, param = str(error), error.param or ""
             for name, own in NAMES.items():
                 message, param = message.replace(name, own), param.replace(name, own)
             raise ApiError(message, param=param) from None
-        if (form := self._chat.form) is not None and form.param == "response_format":
-            self._chat._form = replace(form, param="text.format")
+        if (form := chat.form) is not None and form.param == "response_format":
+            chat._form = replace(form, param="text.format")
+        chat._previous_response_id = self.previous_response_id
+        chat._repeated = self._repeated()
+        self._chat = chat
         return self
 
     @property
-    def chat(self) -> ChatCompletionRequest:
+    def chat(self) -> ChatOfResponses:
         """The same request as one to /v1/chat/completions."""
         return self._chat
 
@@ -253,7 +277,7 @@ class ResponsesRequest(SamplingRequest):
         messages: list[Message] = []
         if self.instructions:
             messages.append({"role": "system", "content": self.instructions})
-        items = self.input
+        items: Any = self.input
         if isinstance(items, str):
             return [*messages, {"role": "user", "content": items}]
         for item in items:
@@ -273,25 +297,19 @@ class ResponsesRequest(SamplingRequest):
                 messages.append({"role": item["role"], "content": _joined(item["content"])})
         return messages
 
-    def repeated_fields(self) -> dict[str, Any]:
-        """The fields of a response that repeat those of its request."""
-        chosen, functions = self.tool_choice, self.tools or []
+    def _repeated(self) -> dict[str, Any]:
+        names = ("temperature", "top_p", "instructions", "max_output_tokens", "store", "user")
+        names += ("previous_response_id",)
         return {
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "instructions": self.instructions,
-            "max_output_tokens": self.max_output_tokens,
+            **{name: getattr(self, name) for name in names},
             "metadata": self.metadata or {},
             "parallel_tool_calls": self.parallel_tool_calls is not False,
-            "previous_response_id": self.previous_response_id,
             "reasoning": {"effort": None, "summary": None, **(self.reasoning or {})},
-            "store": self.store,
             "text": {"format": {"type": "text", **((self.text or {}).get("format") or {})}},
-            "tool_choice": chosen or "auto",
-            "tools": [{"type": "function", **tool["function"]} for tool in functions],
+            "tool_choice": self.tool_choice or "auto",
+            "tools": [{"type": "function", **tool["function"]} for tool in self.tools or []],
             "top_logprobs": self.top_logprobs or 0,
             "truncation": "disabled",
-            "user": self.user,
         }
 
 
@@ -303,7 +321,7 @@ class ResponsesResponse(BaseModel):
     id: str
     object: Literal["response"]
     created_at: int
-    status: Literal["completed", "incomplete"]
+    status: str
     model: str
     output: list[dict[str, Any]]
     usage: dict[str, Any]
