@@ -16,8 +16,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.mark.parametrize("format", [None, "w8a8"])
 def test_what_commands_write_is_what_the_engine_serves(format, monkeypatch):
-    """With `generate_texts`, whose sums have another order, rounded activations end in other
-    texts."""
     model, tokenizer = tiny_model(256)
     if format:
         model = fastlm.quantize(model, format, group_size=16)
@@ -36,13 +34,21 @@ def test_what_commands_write_is_what_the_engine_serves(format, monkeypatch):
         served = engine.generate(
             [Request(p, 60, Sampling(**options), seed=5 + i) for i, p in enumerate(prompts)]
         )
-        assert [w.tokens for w in written] == [s.tokens for s in served]
+        assert [w.token_ids for w in written] == [s.token_ids for s in served]
         assert [w.text for w in written] == [s.text for s in served] == pieces
-        assert writer.speed.new_tokens == sum(len(w.tokens) for w in written)
+        texts = [
+            fastlm.generate_text(
+                model, tokenizer, prompt, max_new_tokens=60, sampling=Sampling(**options),
+                seed=5 + i,
+            )
+            for i, prompt in enumerate(prompts)
+        ]  # fmt: skip
+        assert ["".join(text) for text in texts] == pieces
+        assert writer.speed.new_tokens == sum(len(w.token_ids) for w in written)
     (full,) = writer.write([[5] * 250], max_new_tokens=60, temperature=0)
     assert full.finish_reason in ("context", "stop")
     (short,) = writer.write([[5] * 4], max_new_tokens=1, temperature=0)
-    assert short.finish_reason in ("length", "stop") and len(short.tokens) == 1
+    assert short.finish_reason in ("length", "stop") and len(short.token_ids) == 1
     with torch.no_grad():
         model.model.norm.weight[:] = torch.nan
     with pytest.raises(InputError, match="model: expected one that answers, got: logits are not"):
