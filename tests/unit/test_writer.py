@@ -53,3 +53,23 @@ def test_what_commands_write_is_what_the_engine_serves(format, monkeypatch):
         model.model.norm.weight[:] = torch.nan
     with pytest.raises(InputError, match="model: expected one that answers, got: logits are not"):
         writer.write([[5]], max_new_tokens=1, temperature=0)
+
+
+def test_a_text_has_the_frequencies_of_its_own_length(monkeypatch):
+    """Where they depend on it: each length of a context has another engine."""
+    model, tokenizer = tiny_model(256)
+    dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    config = {**model.config.to_dict(), "rope_parameters": dynamic, "max_position_embeddings": 16}
+    model = fastlm.CausalLM(fastlm.ModelConfig.from_dict(config), seed=1).eval()
+    model.config.eos_token_id = None
+    monkeypatch.setattr(fastlm.serve.chat, "load_model", lambda *_: (model, tokenizer))
+    writer = fastlm.serve.chat.Writer("model")
+    ids, limits = tokenizer.encode("The tree sees the river."), []
+    for count in (3, 90, 90, 3):
+        (text,) = writer.write([ids], max_new_tokens=count, temperature=0)
+        pieces = fastlm.generate_text(
+            model, tokenizer, ids, max_new_tokens=count, sampling=Sampling(temperature=0)
+        )
+        assert text.text == "".join(pieces)
+        limits.append(writer._engine.context_limit)
+    assert limits == [len(ids) + count for count in (3, 90, 90, 3)]
