@@ -35,12 +35,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastlm
 from fastlm import backend, ops
-from fastlm.inference.block_manager import PAGE
+from fastlm.inference.block_manager import PAGE, Pages
 from fastlm.inference.engine import Engine
 from fastlm.inference.requests import Request
 from fastlm.inference.sampling import Sampling
 from fastlm.model import cuda_steps
-from fastlm.model.layers import KVCache
 from fastlm.model.paged_call import ModuleSteps
 from fastlm.model.quantized_modules import put_quantized
 from fastlm.ops.quantized_weight import QuantizedWeight
@@ -328,14 +327,16 @@ def random_model(sizes: dict, format: str | None, *, filled: bool = True) -> fas
 
 def step_call(model: fastlm.CausalLM, users: int, keys: int, graph: bool) -> Callable[[], object]:
     """A decode step with `keys` keys per user in the cache, the same step at each call."""
-    cache = KVCache(model.config, users, keys + 1, dtype=BF16, device=DEVICE)  # a row is a page
-    cache.data.normal_()
+    width = keys // PAGE + 1
+    pages = Pages(model.config, users * width, dtype=BF16, device=DEVICE)
+    pages.data.normal_()
     with torch.inference_mode():
         model.model.fuse()
-    steps = cuda_steps.PagedSteps(model, cache.data)
+    steps = cuda_steps.PagedSteps(model, pages.data)
     steps.recordable &= graph
     tokens = torch.randint(0, model.config.vocab_size, (users,))
-    lengths, table = torch.full((users,), keys), torch.arange(users, dtype=torch.int32)[:, None]
+    lengths = torch.full((users,), keys)
+    table = torch.arange(users * width, dtype=torch.int32).view(users, width)
     return lambda: steps.logits(tokens, lengths, table)
 
 

@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from fastlm.hf.patching import patch, patched_ops, unpatch
     from fastlm.hf.sdpa import register_sdpa
     from fastlm.inference.engine import Engine
-    from fastlm.inference.requests import Request
+    from fastlm.inference.requests import Completion, Request
     from fastlm.inference.sampling import Sampling
     from fastlm.inventory import info
     from fastlm.model.causal_lm import CausalLM
-    from fastlm.model.generation import generate_text, generate_texts
+    from fastlm.model.generation import generate_text
     from fastlm.muon import Muon
     from fastlm.optim import AdamW
     from fastlm.quant import QuantizedWeight, quantize
@@ -29,6 +29,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AdamW",
     "CausalLM",
+    "Completion",
     "Engine",
     "InputError",
     "ModelConfig",
@@ -38,7 +39,6 @@ __all__ = [
     "Sampling",
     "Tokenizer",
     "generate_text",
-    "generate_texts",
     "info",
     "ops",
     "patch",
@@ -53,6 +53,7 @@ __all__ = [
 _PUBLIC = {
     "AdamW": "fastlm.optim",
     "CausalLM": "fastlm.model.causal_lm",
+    "Completion": "fastlm.inference.requests",
     "Engine": "fastlm.inference.engine",
     "ModelConfig": "fastlm.checkpoint.config",
     "Muon": "fastlm.muon",
@@ -61,7 +62,6 @@ _PUBLIC = {
     "Sampling": "fastlm.inference.sampling",
     "Tokenizer": "fastlm.tokenizer.tokenizer",
     "generate_text": "fastlm.model.generation",
-    "generate_texts": "fastlm.model.generation",
     "info": "fastlm.inventory",
     "ops": "fastlm.ops",
     "patch": "fastlm.hf.patching",

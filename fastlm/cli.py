@@ -390,7 +390,7 @@ def generate(
         results = [
             {
                 "prompt": text, "prompt_tokens": len(prompt), "text": answer.text,
-                "new_tokens": len(answer.tokens), "finish_reason": answer.finish_reason,
+                "new_tokens": len(answer.token_ids), "finish_reason": answer.finish_reason,
             }
             for text, prompt, answer in zip(texts, ids, answers)
         ]  # fmt: skip

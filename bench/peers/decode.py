@@ -80,8 +80,8 @@ def serving_engine(path: Path, kv_dtype: torch.dtype | None = None) -> Engine:
         start = time.perf_counter()
         results = engine.generate(requests)
         seconds = time.perf_counter() - start
-        assert all(len(r.tokens) == new for r in results)
-        return seconds, [row + r.tokens for row, r in zip(prompts, results)]
+        assert all(len(r.token_ids) == new for r in results)
+        return seconds, [row + r.token_ids for row, r in zip(prompts, results)]
 
     def generate(ids, new):
         first, prompts = run(ids.tolist(), 1)

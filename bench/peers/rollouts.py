@@ -4,9 +4,8 @@
     python bench/peers/rollouts.py --prompt 24 --new 24 --answers 1     every prompt is another one
 
 SmolLM2-135M, prompts of random tokens, several answers to each, all of the same length, drawn at
-temperature 1 without filters. fastlm also returns log-probabilities: from `generate`, and from
-`fastlm.train.rollouts`, which trainings use, through the engine of `fastlm serve`. The sides take
-turns.
+temperature 1 without filters. fastlm (`fastlm.train.rollouts`, which trainings use) also returns
+log-probabilities. The sides take turns.
 """
 
 import argparse
@@ -48,13 +47,8 @@ def main() -> None:
     ids = prompts.repeat_interleave(a.answers, 0)[: a.rows]
 
     def fastlm_side(model) -> None:
-        model.generate(
-            ids, max_new_tokens=a.new, temperature=1.0, seed=0, return_logprobs=True,
-        )  # fmt: skip
-
-    def engine_side(model) -> None:
         answers = sample_answers(model, ids.tolist(), max_new_tokens=a.new)
-        assert all(len(answer.tokens) == a.new for answer in answers)
+        assert all(len(answer.token_ids) == a.new for answer in answers)
 
     def transformers_side(model) -> None:
         with torch.no_grad():
@@ -68,8 +62,7 @@ def main() -> None:
     for _ in range(a.turns):
         for name in DTYPES:
             for side, run, models in (
-                ("fastlm", fastlm_side, ours), ("fastlm engine", engine_side, ours),
-                ("transformers", transformers_side, theirs),
+                ("fastlm", fastlm_side, ours), ("transformers", transformers_side, theirs),
             ):  # fmt: skip
                 began = time.perf_counter()
                 run(models[name])

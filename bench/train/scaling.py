@@ -236,7 +236,7 @@ def roll_out(rank: int, size: int, port: int, kind: str, log) -> None:
             marks.append(loopback())
             objective.ranks.any(False)
     if rank == 0:
-        tokens = sum(len(answer.tokens) for answer in objective.answers)
+        tokens = sum(len(answer.token_ids) for answer in objective.answers)
         log.put((tokens, len(objective.answers), (marks[3] - marks[2]) / size))
 
 

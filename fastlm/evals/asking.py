@@ -1,6 +1,5 @@
 """Ask a model the questions of a task, in parts whose records are kept."""
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any, NotRequired
 
@@ -10,6 +9,7 @@ from fastlm.errors import InputError
 from fastlm.evals.results import Record, Results
 from fastlm.evals.scorer import Likelihood, Prompt, Scorer
 from fastlm.evals.task import Choices, Open, Question, Task
+from fastlm.inference.requests import request_seed
 from fastlm.schema import Count, Finite
 
 PART = 64  # questions whose records are kept at once
@@ -114,7 +114,7 @@ def _ask_open(
     prompts = [
         Prompt(
             q.prompt, q.max_new_tokens, q.stop, q.chat and has_template,
-            seed=_seed(seed, q.id, i),
+            seed=request_seed(seed, q.id, i),
         )
         for q in questions
         for i in range(samples)
@@ -131,7 +131,7 @@ def _ask_open(
             "id": q.id, "answers": [w.text for w in written[own]], "scores": scores[own],
             "gold": None if gold is None else gold.logprob,
         }  # fmt: skip
-        if cut := max(w.cut for w in written[own]):
+        if cut := max(w.truncated_prompt_tokens for w in written[own]):
             record["cut"] = cut
         records.append(record)
     return records
@@ -150,9 +150,3 @@ def _golds(
         for i, one in zip(chosen, scored, strict=True):
             found[i] = one
     return found
-
-
-def _seed(seed: int, id: str, sample: int) -> int:
-    """A seed of its own for each answer, the same in any selection of questions."""
-    text = f"{seed}/{id}/{sample}".encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=7).digest())

@@ -11,13 +11,13 @@ import inspect
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from hashlib import blake2b
 from typing import Any
 
 import torch
 
 from fastlm.errors import InputError
 from fastlm.evals.scorer import TOKENS, Prompt, Scorer
+from fastlm.inference.requests import request_seed
 from fastlm.inference.sampling import Sampling
 from fastlm.model.load import load_model
 from fastlm.tokenizer.tokenizer import Tokenizer
@@ -172,8 +172,7 @@ class FastLM(LM):
                 f"max_gen_toks: wanted less than the context's {self.scorer.context_limit} tokens,"
                 f" got {new}"
             )
-        told = f"{self.seed}/{draw}/{context}".encode(errors="surrogatepass")
-        seed = int.from_bytes(blake2b(told, digest_size=7).digest())
+        seed = request_seed(self.seed, context, draw)
         return Prompt(context, new, tuple(s for s in stop if s), seed=seed, sampling=sampling)
 
     # chat

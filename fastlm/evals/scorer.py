@@ -7,7 +7,7 @@ begin alike.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from fastlm.errors import InputError
 from fastlm.evals.shared import Batch, batches
 from fastlm.inference.engine import Engine
-from fastlm.inference.requests import Request
+from fastlm.inference.requests import Completion, Request
 from fastlm.inference.sampling import Sampling
 from fastlm.ops import linear_logprobs
 from fastlm.ops.linear import split_float32, splits
@@ -67,16 +67,6 @@ class Prompt:
     seed: int = 0
     sampling: Sampling | None = None
     before: tuple[tuple[str, str], ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Written:
-    """``ended``: at an end token or a stop string, which is not in ``text``."""
-
-    text: str
-    tokens: int
-    ended: bool
-    cut: int = 0
 
 
 class Scorer:
@@ -340,9 +330,10 @@ class Scorer:
         *,
         temperature: float = 0.0,
         tick: Callable[[int], Any] | None = None,
-    ) -> list[Written]:
+    ) -> list[Completion]:
         """Answer each prompt, at temperature 0 with the likeliest tokens. A prompt that leaves no
-        room for its answer is cut at its beginning; an answer longer than the context gets half.
+        room for its answer is cut at its beginning (`Completion.truncated_prompt_tokens`); an
+        answer longer than the context gets half.
 
         An answer depends on its prompt and seed alone, not on the others.
         """
@@ -372,12 +363,12 @@ class Scorer:
             if tick is not None:
                 tick(done)
 
-        results = self._engine.generate(requests, count)
-        if failed := [result.error for result in results if result.error]:
+        completions = self._engine.generate(requests, on_completion=count)
+        if failed := [one.error for one in completions if one.error]:
             raise RuntimeError(failed[0])
         return [
-            Written(r.text, len(r.tokens), r.finish_reason == "stop", cut)
-            for r, cut in zip(results, cuts, strict=True)
+            replace(one, truncated_prompt_tokens=cut)
+            for one, cut in zip(completions, cuts, strict=True)
         ]
 
     def _stops(self, strings: Sequence[str]) -> tuple[frozenset[int], tuple[str, ...]]:

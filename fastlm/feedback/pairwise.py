@@ -3,8 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from hashlib import blake2b
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -14,7 +13,7 @@ from fastlm.data.preferences import Comparison, read_preferences
 from fastlm.data.prompts import Prompt
 from fastlm.errors import InputError
 from fastlm.inference.engine import Engine
-from fastlm.inference.requests import Request
+from fastlm.inference.requests import Completion, Request, request_seed
 from fastlm.inference.sampling import Sampling
 from fastlm.model.load import load_model
 from fastlm.model.reward_model import RewardModel, scored_tokens, scores
@@ -22,15 +21,6 @@ from fastlm.progress import silent
 from fastlm.stats.intervals import Interval, clustered_wilson, compare, wilson
 from fastlm.tokenizer.load import load_tokenizer
 from fastlm.tokenizer.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True)
-class Answered:
-    """``ended``: by the model, not by the limit."""
-
-    text: str
-    tokens: int
-    ended: bool
 
 
 def answer(
@@ -42,7 +32,7 @@ def answer(
     temperature: float = 0.7,
     seed: int = 0,
     track: Callable = silent,
-) -> list[Answered]:
+) -> list[Completion]:
     """Return ``answers`` answers to each prompt, those to one prompt together. An answer depends on
     model, prompt and seed alone.
     """
@@ -53,22 +43,20 @@ def answer(
         tools: dict[str, Any] = {} if prompt.tools is None else {"tools": prompt.tools}
         ids = tokenizer.encode_chat(prompt.messages, **tools)
         for i in range(answers):
-            own = blake2b(f"{seed}/{i}/{prompt.key()}".encode(), digest_size=7).digest()
-            requests.append(
-                Request(ids, max_new_tokens, Sampling(temperature), seed=int.from_bytes(own, "big"))
-            )
+            own = request_seed(seed, prompt.key(), i)
+            requests.append(Request(ids, max_new_tokens, Sampling(temperature), seed=own))
     bar = iter(track(range(len(requests)), "answering", unit="answers"))
-    results = engine.generate(requests, lambda _: next(bar, None))
+    completions = engine.generate(requests, on_completion=lambda _: next(bar, None))
     next(bar, None)
-    if failed := [result.error for result in results if result.error]:
-        raise InputError(f"{model}: cannot answer: {failed[0]}")
-    return [Answered(r.text, len(r.tokens), r.finish_reason == "stop") for r in results]
+    if failed := [one.error for one in completions if one.error]:
+        raise InputError(f"{model}: expected a model that answers, got: {failed[0]}")
+    return completions
 
 
 def judged(
     judges: Sequence[Path],
     prompts: Sequence[Prompt],
-    answered: Sequence[Sequence[Answered]],
+    answered: Sequence[Sequence[str]],
     warn: Callable[[str], None] = lambda line: None,
 ) -> list[list[float]]:
     """Return the mean score of every answer by the reward models ``judges``, whose scores have one
@@ -76,12 +64,12 @@ def judged(
     score of all: no template writes one.
     """
     talks = [
-        [*prompts[i // (len(texts) // len(prompts))].messages, _assistant(one.text)]
-        for texts in answered for i, one in enumerate(texts) if one.text.strip()
+        [*prompts[i // (len(texts) // len(prompts))].messages, _assistant(text)]
+        for texts in answered for i, text in enumerate(texts) if text.strip()
     ]  # fmt: skip
     # one judge in memory at a time
     points = map(fmean, zip(*(_points(path, talks) for path in judges), strict=True))
-    found = [[next(points) if one.text.strip() else None for one in texts] for texts in answered]
+    found = [[next(points) if text.strip() else None for text in texts] for texts in answered]
     told = [point for own in found for point in own if point is not None]
     least = min(told, default=0.0)
     if empty := sum(point is None for own in found for point in own):
@@ -156,8 +144,8 @@ def _points_of_rows(judge: Path, rows: Sequence[Comparison]) -> list[list[float]
 
 
 def compared(
-    old: Sequence[Answered],
-    new: Sequence[Answered],
+    old: Sequence[Completion],
+    new: Sequence[Completion],
     points: Sequence[Sequence[float]],
     answers: int,
     confidence: float,
@@ -181,7 +169,7 @@ def compared(
     clusters = groups if answers > 1 else None
     won = share(wins, answers, confidence)
     score = compare(now, before, clusters=clusters, confidence=confidence)
-    lengths = [[float(one.tokens) for one in texts] for texts in (new, old)]
+    lengths = [[float(len(one.token_ids)) for one in texts] for texts in (new, old)]
     longer = compare(*lengths, clusters=clusters, confidence=confidence)
     most = max(1e-9, fmean(lengths[1]))
     ended = wilson(sum(one.ended for one in new) / answers, prompts, confidence)

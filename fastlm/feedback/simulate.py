@@ -188,10 +188,10 @@ The same command starts again from nothing."""
         self, job: Job, prompts: "Sequence[Prompt]", texts: Sequence[Sequence[str]]
     ) -> list[tuple[float, ...]]:
         """Return the scores of the answers to each prompt."""
-        from fastlm.feedback.pairwise import Answered, judged
+        from fastlm.feedback.pairwise import judged
 
-        answered = [Answered(text, 0, True) for pair in texts for text in pair]
-        (points,) = judged([job.path("reward_model")], prompts, [answered], job.warn)
+        answers = [text for pair in texts for text in pair]
+        (points,) = judged([job.path("reward_model")], prompts, [answers], job.warn)
         return [tuple(points[i : i + ANSWERS]) for i in range(0, len(points), ANSWERS)]
 
     def told(self, result: Mapping[str, Any], job: Job) -> str:

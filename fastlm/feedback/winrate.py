@@ -13,7 +13,7 @@ from fastlm.sources.input_digest import Contents
 
 if TYPE_CHECKING:
     from fastlm.data.prompts import Prompt
-    from fastlm.feedback.pairwise import Answered
+    from fastlm.inference.requests import Completion
 
 SCORES, ANSWERS = "scores.json", "answers.jsonl"
 
@@ -97,7 +97,8 @@ class WinRate(Stage):
             for key in ("old", "model")
         )  # fmt: skip
         paths = [given.path for given in job.inputs["judge"]]
-        points = judged(paths, prompts, [old, new], job.warn)
+        texts = [[one.text for one in answers] for answers in (old, new)]
+        points = judged(paths, prompts, texts, job.warn)
         result: dict[str, Any] = compared(old, new, points, self.answers, self.confidence)
         result |= {"ids": ids, "judges": judges}
         if labelled := self._labelled(job):
@@ -192,8 +193,8 @@ def _share(score: Mapping[str, float]) -> str:
 
 def _lines(
     prompts: "Sequence[Prompt]",
-    old: "Sequence[Answered]",
-    new: "Sequence[Answered]",
+    old: "Sequence[Completion]",
+    new: "Sequence[Completion]",
     points: Sequence[Sequence[float]],
     answers: int,
 ) -> str:

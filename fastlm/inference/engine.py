@@ -30,6 +30,7 @@ from fastlm.inference.decode_batch import Decoder, Row, logits_of
 from fastlm.inference.draft_model import Drafter, draft_page_bytes
 from fastlm.inference.requests import (
     Closed,
+    Completion,
     ConstraintError,
     EngineStats,
     FinishReason,
@@ -37,7 +38,7 @@ from fastlm.inference.requests import (
     Piece,
     QueueFull,
     Request,
-    Result,
+    batch_requests,
     room_of,
 )
 from fastlm.inference.sampling import Sampling
@@ -73,8 +74,8 @@ class Engine:
         max_waiting: requests that may wait; beyond it, `submit` raises `QueueFull`.
         max_length: tokens of the longest prompt with its answer; by default the model's. Where
             rotary frequencies depend on the length of the context (`dynamic`, `longrope`), those of
-            this length serve all requests, as in vLLM. So short answers are those of `generate`
-            only where max_length is in the same regime (longrope: up to the original context).
+            this length serve all requests, as in vLLM. Short answers want
+            a max_length of their own regime (longrope: up to the original context).
         kv_dtype: of keys and values: float32, bfloat16, float16 or int8 (with a scale per token
             and key head). By default the model's, float16 where its activations are rounded to 8
             bits.
@@ -128,9 +129,9 @@ class Engine:
         ):  # fmt: skip
             if value is not None and value < 1:
                 raise InputError(f"{name}: wanted at least 1, got {value}")
-        if max_length is not None and not 2 <= max_length <= model.designed_limit:
+        if max_length is not None and not 2 <= max_length <= model.context_limit:
             raise InputError(
-                f"max_length: wanted 2 to the model's {model.designed_limit}, got {max_length}"
+                f"max_length: wanted 2 to the model's {model.context_limit}, got {max_length}"
             )
         least = 0 if draft_model is None else 1
         draft_tokens = 4 * least if draft_tokens is None else draft_tokens
@@ -275,38 +276,50 @@ class Engine:
 
     def generate(
         self,
-        requests: Sequence[Request],
-        on_result: Callable[[Result], Any] | None = None,
+        prompts: Sequence[Request | str | Sequence[int]],
+        sampling: Sampling | None = None,
+        *,
+        max_new_tokens: int = 256,
+        seed: int | None = None,
         on_piece: Callable[[int, Piece], Any] | None = None,
-    ) -> list[Result]:
-        """Answer all requests, in their order; here, or through the thread that `start` began.
-        `on_piece` is called with the number of a request and what is new of its answer,
-        `on_result` with each result as it ends."""
+        on_completion: Callable[[Completion], Any] | None = None,
+    ) -> list[Completion]:
+        """Answer all prompts, in their order; here, or through the thread that `start` began.
+
+        Args:
+            prompts: requests; or texts or lists of token ids, for which the next three say how to
+                continue them: prompt i draws with ``seed + i``.
+            on_piece: called with the index of a prompt and what is new of its answer; a true result
+                ends the answer ("cancelled").
+            on_completion: called with each completion as it ends.
+        """
+        requests = self._requests(prompts, max_new_tokens, sampling or Sampling(), seed)
         done, failures = threading.Event(), []
         answers = [Collected() for _ in requests]
         left = itertools.count(len(requests) - 1, -1)
+        ids: list[int] = []
 
         def listen(index: int, answer: Collected) -> Listener:
             def take(piece: Piece) -> None:
                 answer(piece)
                 try:
-                    if on_piece is not None and not failures:
-                        on_piece(index, piece)
-                    if on_result is not None and not failures and answer.result is not None:
-                        on_result(answer.result)
+                    if on_piece is not None and not failures and on_piece(index, piece):
+                        self.cancel(ids[index])
+                    if on_completion is not None and not failures and answer.completion is not None:
+                        on_completion(answer.completion)
                 except Exception as error:
                     failures.append(error)
                     done.set()
-                if answer.result is not None and next(left) == 0:
+                if answer.completion is not None and next(left) == 0:
                     done.set()
 
             return take
 
         thread = self._thread
-        ids: list[int] = []
         try:
-            for i, (request, answer) in enumerate(zip(requests, answers, strict=True)):
-                ids.append(self._submit(request, listen(i, answer), None))
+            with self._changed:  # so that all are in `ids` before the first piece comes
+                for i, (request, answer) in enumerate(zip(requests, answers, strict=True)):
+                    ids.append(self._submit(request, listen(i, answer), None))
             while not done.is_set() and requests:
                 if thread is not None:
                     done.wait()
@@ -318,9 +331,31 @@ class Engine:
             for id in ids:
                 self.cancel(id)
             raise
-        results = [answer.result for answer in answers if answer.result is not None]
-        assert len(results) == len(requests)
-        return results
+        completions = [answer.completion for answer in answers if answer.completion is not None]
+        assert len(completions) == len(requests)
+        return completions
+
+    def _requests(
+        self,
+        prompts: Sequence[Request | str | Sequence[int]],
+        max_new_tokens: int,
+        sampling: Sampling,
+        seed: int | None,
+    ) -> list[Request]:
+        requests = [prompt for prompt in prompts if isinstance(prompt, Request)]
+        if len(requests) == len(prompts):
+            return requests
+        ids: list[Sequence[int]] = []
+        for prompt in prompts:
+            if isinstance(prompt, Request):
+                raise InputError("prompts: expected requests alone or none, got both")
+            if not isinstance(prompt, str):
+                ids.append(prompt)
+            elif self.tokenizer is not None:
+                ids.append(self.tokenizer.encode(prompt))
+            else:
+                raise InputError("prompts: expected ids, as the engine has no tokenizer, got a str")
+        return batch_requests(ids, max_new_tokens, sampling, seed=seed)
 
     def start(self) -> None:
         """Step in a thread of its own until `close`."""

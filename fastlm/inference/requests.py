@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import Any, Literal, Protocol
 
 from torch import Tensor
@@ -9,9 +10,10 @@ from torch import Tensor
 from fastlm.errors import InputError
 from fastlm.inference.answer_text import checked_stops
 from fastlm.inference.block_manager import PAGE
-from fastlm.inference.sampling import Sampling
+from fastlm.inference.sampling import Sampling, check_seed
 
-FinishReason = Literal["stop", "length", "cancelled", "deadline", "refused", "error"]
+# "context": of `fastlm.serve.chat.Writer`, where "length" means the end of the context
+FinishReason = Literal["stop", "length", "context", "cancelled", "deadline", "refused", "error"]
 
 
 class ConstraintError(InputError):
@@ -69,6 +71,31 @@ class Request:
     deadline: float | None = None
     client: str = ""
     cache_salt: bytes = b""
+
+
+def batch_requests(
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    *,
+    seed: int | None = None,
+    **options: Any,
+) -> list[Request]:
+    """Make a request of each prompt. Prompt i draws with ``seed + i``, or with a random seed.
+    ``options``: further fields of `Request`. InputError: a seed that no generator takes."""
+    check_seed(seed)
+    seeds = [None if seed is None else (seed + i) % 2**63 for i in range(len(prompts))]
+    return [
+        Request(prompt, max_new_tokens, sampling, seed=own, **options)
+        for prompt, own in zip(prompts, seeds, strict=True)
+    ]
+
+
+def request_seed(seed: int, key: str, sample: int = 0) -> int:
+    """Return the seed of a request that ``key`` names: the same whatever other requests there are.
+    ``sample``: tells several requests of one key apart."""
+    text = f"{seed}/{sample}/{key}".encode(errors="surrogatepass")
+    return int.from_bytes(blake2b(text, digest_size=7).digest())
 
 
 def room_of(
@@ -151,17 +178,24 @@ class Piece:
 Listener = Callable[[Piece], Any]
 
 
-@dataclass(frozen=True)
-class Result:
-    """A whole answer; see `Piece`."""
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A whole answer; see `Piece`. Fields are named as vLLM's are."""
 
-    tokens: list[int]
-    text: str
-    logprobs: list[TokenLogprob]
-    finish_reason: FinishReason
-    prompt_tokens: int
-    cached_tokens: int
+    token_ids: list[int]
+    text: str = ""
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: FinishReason = "stop"
     error: str | None = None
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    # tokens at the prompt's beginning that the caller left out, because they did not fit
+    truncated_prompt_tokens: int = 0
+
+    @property
+    def ended(self) -> bool:
+        """Whether the model ended it, by an end token or a stop string, not a limit."""
+        return self.finish_reason == "stop"
 
 
 @dataclass(frozen=True)

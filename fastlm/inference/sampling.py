@@ -232,11 +232,6 @@ class Adjustments:
         if self.counts is not None:
             self.counts.scatter_add_(1, tokens[:, None], torch.ones_like(self.counts[:, :1]))
 
-    def keep(self, rows: Tensor) -> None:
-        """Go on with these rows alone."""
-        self.seen = None if self.seen is None else self.seen[rows]
-        self.counts = None if self.counts is None else self.counts[rows]
-
 
 def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Make the tokens in `seen` (B, V) bool less likely in (B, V) logits (CTRL, arXiv:1909.05858).

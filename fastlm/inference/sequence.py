@@ -11,7 +11,14 @@ from torch import Tensor
 from fastlm.inference.answer_text import AnswerText, checked_stops
 from fastlm.inference.block_manager import PAGE, page_keys
 from fastlm.inference.masks import Masks
-from fastlm.inference.requests import FinishReason, Listener, Piece, Request, Result, TokenLogprob
+from fastlm.inference.requests import (
+    Completion,
+    FinishReason,
+    Listener,
+    Piece,
+    Request,
+    TokenLogprob,
+)
 from fastlm.inference.sampling import Adjustments, make_generators
 
 if TYPE_CHECKING:
@@ -219,21 +226,21 @@ def _logprob(scaled: Tensor, token: int, count: int) -> TokenLogprob:
 
 
 class Collected:
-    """A listener that joins the pieces of an answer to a `Result`."""
+    """A listener that joins the pieces of an answer to a `Completion`."""
 
     def __init__(self) -> None:
         self.pieces: list[Piece] = []
-        self.result: Result | None = None
+        self.completion: Completion | None = None
 
     def __call__(self, piece: Piece) -> None:
         self.pieces.append(piece)
         if piece.finish_reason is not None:
-            self.result = Result(
+            self.completion = Completion(
                 [token for p in self.pieces for token in p.tokens],
                 "".join(p.text for p in self.pieces),
                 [logprob for p in self.pieces for logprob in p.logprobs],
                 piece.finish_reason,
+                piece.error,
                 piece.prompt_tokens,
                 piece.cached_tokens,
-                piece.error,
             )

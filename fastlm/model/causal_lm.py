@@ -4,7 +4,7 @@ saving, and generation.
 Parameter names are Hugging Face's, so checkpoints load by name and saved models load in
 transformers.
 
-Shapes: B batch, S tokens of this call, T keys (cache included), E hidden_size, V vocabulary.
+Shapes: B batch, S tokens of this call, E hidden_size, V vocabulary.
 """
 
 import math
@@ -23,7 +23,7 @@ from fastlm.checkpoint.config import ModelConfig
 from fastlm.checkpoint.folder import base_of, load_state, save_hf
 from fastlm.errors import InputError
 from fastlm.model.adapter import load_adapter
-from fastlm.model.layers import Call, Decoder, KVCache, RMSNorm
+from fastlm.model.layers import Call, Decoder, RMSNorm
 from fastlm.model.lora import LoraConfig, check_plain, merge_lora
 from fastlm.model.quantized_modules import (
     QuantizedEmbedding,
@@ -222,7 +222,6 @@ class CausalLM(nn.Module):
         cu_seqlens: Tensor | None = None,
         position_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        cache: KVCache | None = None,
         logits_to_keep: int = 0,
     ) -> Output:
         """Return ``loss = F.cross_entropy(logits[:, :-1], labels[:, 1:])`` without logits in memory
@@ -238,10 +237,8 @@ class CausalLM(nn.Module):
             cu_seqlens: (n + 1,) int32: the B * S tokens are n documents, one after another.
                 Positions restart, attention stays inside a document, and with `labels` the last
                 token of a document gets no label from the next.
-            position_ids: (B, S) or (S,); by default from the cache's length, the mask or
-                cu_seqlens.
-            attention_mask: (B, T), cache included: 0 marks padding, on the left of each row.
-            cache: holds the tokens before these; this call appends to it.
+            position_ids: (B, S) or (S,); by default from the mask or cu_seqlens.
+            attention_mask: (B, S): 0 marks padding, on the left of each row.
             logits_to_keep: return the logits of this many last positions only (0: all).
 
         Raises InputError: shapes or ids that do not fit, or a context beyond
@@ -252,7 +249,6 @@ class CausalLM(nn.Module):
             cu_seqlens=cu_seqlens,
             position_ids=position_ids,
             attention_mask=attention_mask,
-            cache=cache,
         )
         if labels is None and shift_labels is None:
             return Output(logits=self.logits(hidden[:, -logits_to_keep:]))
@@ -289,7 +285,6 @@ class CausalLM(nn.Module):
         cu_seqlens: Tensor | None = None,
         position_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        cache: KVCache | None = None,
         keys: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Return what the head multiplies, (B, S, E): the last layer's output, normed. Arguments
@@ -305,10 +300,37 @@ class CausalLM(nn.Module):
         self.check_ids(input_ids)
         if keys is not None:
             _check_keys(keys, cu_seqlens)
-        start = 0 if cache is None else cache.length
-        return self._hidden(
-            input_ids, start, cu_seqlens, position_ids, attention_mask, cache, keys=keys
+        batch, length = input_ids.shape
+        visible, context = None, length  # context: the length that the rotary tables cover
+        if position_ids is not None and not torch.compiler.is_compiling() and position_ids.numel():
+            context = int(position_ids.max()) + 1
+        if cu_seqlens is not None:
+            if attention_mask is not None:
+                raise InputError("cu_seqlens: wanted without attention_mask, got both")
+            if position_ids is None:
+                context = batch * length
+                whole = cu_seqlens if keys is None else keys[1]  # with shared prefixes
+                position_ids = packed_positions(cu_seqlens, context, whole).view(batch, length)
+                if self.model.by_length:  # waits for the device; longrope and dynamic only
+                    context = int(whole.diff().max())
+        elif attention_mask is not None:
+            if attention_mask.shape != (batch, length):
+                raise InputError(
+                    f"attention_mask: wanted ({batch}, {length}), got {tuple(attention_mask.shape)}"
+                )
+            visible = attention_mask.bool()[:, None, None]
+            if position_ids is None:
+                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        # with packed documents, the length of each counts instead
+        if cu_seqlens is None and length > self.context_limit:
+            raise InputError(
+                f"input_ids: wanted at most max_position_embeddings {self.context_limit} tokens,"
+                f" got {length}"
+            )
+        rotary = self.model.rotary(
+            0 if position_ids is None else position_ids, length, context, input_ids.device
         )
+        return self.model(input_ids, Call(cu_seqlens, None, visible, rotary, keys=keys))
 
     def logprobs(
         self,
@@ -358,15 +380,6 @@ class CausalLM(nn.Module):
             return_entropy=return_entropy,
         )
 
-    def next_logits(
-        self, input_ids: Tensor, cache: KVCache, attention_mask: Tensor | None
-    ) -> Tensor:
-        """Run a step of generation: checked new ids (B, S), after those in the cache -> (B, V)."""
-        hidden = self._hidden(
-            input_ids, cache.length, None, None, attention_mask, cache, fused=True
-        )
-        return self.logits(hidden[:, -1])
-
     def chunk_hidden(self, input_ids: Tensor, cache: "ChunkCache", every: bool = False) -> Tensor:
         """Run chunks of prompts: checked ids (total,), packed as `cache` says -> what the head
         multiplies after the last token of each chunk, (B, E); ``every``: after each token."""
@@ -395,58 +408,6 @@ class CausalLM(nn.Module):
         if low < 0 or high >= self.config.vocab_size:
             bad = int(low if low < 0 else high)
             raise InputError(f"input_ids: wanted ids in [0, {self.config.vocab_size}), got {bad}")
-
-    def _hidden(
-        self,
-        input_ids: Tensor,
-        start: int,
-        cu_seqlens: Tensor | None,
-        position_ids: Tensor | None,
-        attention_mask: Tensor | None,
-        cache: KVCache | None,
-        fused: bool = False,
-        keys: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
-        """(B, S) ids -> (B, S, E), normed; `start` columns are in the cache."""
-        batch, length = input_ids.shape
-        longest = start + length
-        if cache is not None and longest > cache.capacity:
-            raise InputError(f"cache: wanted capacity for {longest} tokens, got {cache.capacity}")
-        visible, context = None, longest  # context: the length that the rotary tables cover
-        if position_ids is not None and not torch.compiler.is_compiling() and position_ids.numel():
-            context = int(position_ids.max()) + 1
-        if cu_seqlens is not None:
-            if cache is not None or attention_mask is not None:
-                raise InputError("cu_seqlens: wanted without cache and attention_mask, got both")
-            if position_ids is None:
-                context = batch * length
-                whole = cu_seqlens if keys is None else keys[1]  # with shared prefixes
-                position_ids = packed_positions(cu_seqlens, context, whole).view(batch, length)
-                if self.model.by_length:  # waits for the device; longrope and dynamic only
-                    context = int(whole.diff().max())
-        elif attention_mask is not None:
-            if attention_mask.shape != (batch, longest):
-                raise InputError(
-                    f"attention_mask: wanted ({batch}, {longest}),"
-                    f" got {tuple(attention_mask.shape)}"
-                )
-            visible = attention_mask.bool()[:, None, None]
-            if position_ids is None:
-                counted = attention_mask.long().cumsum(-1)[:, start:] - 1
-                position_ids = counted.clamp(min=0)
-        # with packed documents, the length of each counts instead
-        if cu_seqlens is None and longest > self.context_limit:
-            raise InputError(
-                f"input_ids: wanted at most max_position_embeddings {self.context_limit} tokens,"
-                f" got {longest}"
-            )
-        rotary = self.model.rotary(
-            start if position_ids is None else position_ids, length, context, input_ids.device
-        )
-        hidden = self.model(input_ids, Call(cu_seqlens, cache, visible, rotary, fused, keys=keys))
-        if cache is not None:
-            cache.length = longest
-        return hidden
 
     @property
     def context_limit(self) -> int:

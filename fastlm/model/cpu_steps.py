@@ -18,8 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from fastlm import backend
-from fastlm.inference.decode_batch import MAX_ROWS
-from fastlm.model.layers import KVCache
 from fastlm.model.lora import LoraLinear
 from fastlm.model.quantized_modules import QuantizedLinear
 from fastlm.ops.quantized_weight import QuantizedWeight
@@ -48,8 +46,6 @@ def why_not(model: "CausalLM") -> str | None:
 
 def unusual(model: "CausalLM") -> str | None:
     """What in this model only calling its modules one by one would respect, or None."""
-    if model.training and model.config.attention_dropout:
-        return "the model is training with dropout"
     every = torch.nn.modules.module
     if every._global_forward_hooks or every._global_forward_pre_hooks:
         return "all modules have hooks"
@@ -197,14 +193,10 @@ def _linears(model: "CausalLM") -> list[nn.Module]:
     return [m for m in decoder.modules() if isinstance(m, nn.Linear | QuantizedLinear)]
 
 
-# Tokens of a prompt. A row attends alone, the modules for many rows at once: for SmolLM2 rows take
-# 0.95 of the modules' time at 512 tokens, 1.07 at 1024, 1.15 at 2048.
-LONG_PROMPT = 1024
-
-
 def takes_prompts(plan: Plan) -> bool:
     """Whether prompts are rows of decode steps, too, rather than calls of the modules: where that
-    was measured to be as fast, but for those above LONG_PROMPT."""
+    was measured to be as fast (for SmolLM2 rows take 0.95 of the modules' time at 512 tokens, 1.07
+    at 1024, 1.15 at 2048)."""
     return plan.multiplies_int8 and backend.cpu_extension.isa() == "avx2"
 
 
@@ -232,7 +224,9 @@ def scale_table(scales: Tensor, zeros: Tensor | None, bits: int) -> Tensor:
 
 
 def _tensors(model: "CausalLM") -> list[Tensor]:
-    return [*model.parameters(), *model.buffers()]
+    # half the time of `parameters` and `buffers`, which make names
+    own = (t for m in model.modules() for t in (*m._parameters.values(), *m._buffers.values()))
+    return [t for t in own if t is not None]
 
 
 def state_of(model: "CausalLM") -> tuple:
@@ -279,16 +273,13 @@ class PagedSteps:
         table: Tensor,
         *,
         wanted: Tensor | None = None,
-        context: int | None = None,
     ) -> Tensor:
         """(B,) int64 tokens, after ``lengths`` (B,) int64 cached ones -> (B, V) float32, or
         (L, V): of the rows ``wanted`` (L,) int64, in order.
 
         ``table`` (B, P) int32: the pages of each row, in order; entries beyond its last are not
         read. Each row's key and value are written behind its cached ones. Several tokens of one
-        sequence are rows that follow each other, with the same pages. ``context``: the length
-        that rotary frequencies depend on, where they do; by default ``rope_length`` or the longest
-        row's.
+        sequence are rows that follow each other, with the same pages.
         """
         torch.get_num_threads()  # passes torch's number of threads to OpenMP
         plan, longest = self.plan, int(lengths.max()) + 1
@@ -298,7 +289,7 @@ class PagedSteps:
             most = self.data.shape[-2] * table.shape[1]
             room = plan.cpp.workspace_bytes(rows, min(max(2 * longest, 256), most)) + 64
             self.workspace = torch.empty(room, dtype=torch.uint8)
-        context = context or max(longest, self.rope_length)
+        context = max(longest, self.rope_length)
         rotary = [t for r in plan.rotary for t in r.tables(context, tokens.device)]
         wanted = torch.arange(rows) if wanted is None else wanted
         out = torch.empty(wanted.shape[0], self.vocab)
@@ -306,64 +297,4 @@ class PagedSteps:
             plan.cpp, tokens, lengths, table, self.data, self.scales, rotary, self.workspace,
             wanted, out,
         )  # fmt: skip
-        return out
-
-
-class Steps:
-    """The decode steps of one generation. ``cache`` holds the prompts and belongs to this object
-    from the first step on: each row is a page, and its keys move to the page's beginning. `starts`:
-    padding columns before each row, or None.
-    """
-
-    def __init__(self, model: "CausalLM", plan: Plan, cache: KVCache, starts: Tensor | None):
-        self.model, self.plan, self.cache, self.starts = model, plan, cache, starts
-        self.begin()
-
-    def begin(self) -> None:
-        """Make the cache's tokens, which the modules wrote, those of the next step."""
-        self.lengths: Tensor | None = None
-
-    def shrink(self, at: Tensor) -> None:
-        """Go on with these rows, after the cache did."""
-        self.starts = None if self.starts is None else self.starts[at]
-        self.lengths = None if self.lengths is None else self.lengths[at]
-        self._lay_out()
-
-    def _lay_out(self) -> None:
-        data = self.cache.data
-        self.steps = PagedSteps(self.model, self.plan, data)
-        self.table = torch.arange(data.shape[2], dtype=torch.int32)[:, None]
-
-    def prompt_logits(self, ids: Tensor, first: Tensor, prompt_of: Tensor) -> Tensor:
-        """(B, S) int64 prompts for an empty cache -> (B, V) float32, what follows them. Their
-        tokens are rows of steps (`takes_prompts`). Row r has the prompt of row
-        ``first[prompt_of[r]]``, which is computed once."""
-        rows, width = ids.shape
-        starts = torch.zeros(rows, dtype=torch.int64) if self.starts is None else self.starts
-        positions = torch.arange(width) - starts[first, None]
-        prompt, column = (positions >= 0).nonzero(as_tuple=True)
-        positions, places = positions[prompt, column], first[prompt]
-        tokens, table = ids[places, column], places[:, None].int()
-        self._lay_out()
-        self.cache.length, self.lengths = width, width - starts
-        last, out = (width - starts[first]).cumsum(0) - 1, []
-        for begin in range(0, len(tokens), MAX_ROWS):
-            part = slice(begin, begin + MAX_ROWS)
-            ends = last[(last >= begin) & (last < begin + MAX_ROWS)] - begin
-            step = tokens[part], positions[part], table[part]
-            out.append(self.steps.logits(*step, wanted=ends, context=width))
-        if len(first) < rows:
-            for layer in self.cache.data:
-                layer[..., :width, :] = layer[:, first[prompt_of], :, :width]
-        return torch.cat(out)[prompt_of]
-
-    def logits(self, tokens: Tensor) -> Tensor:
-        """(B,) int64 tokens, after those in the cache -> (B, V) float32."""
-        if self.lengths is None:
-            self.lengths = self.cache.align(self.starts)
-            self._lay_out()
-        self.cache.length += 1
-        context = self.cache.length  # padding included, as where the modules computed the prompt
-        out = self.steps.logits(tokens, self.lengths, self.table, context=context)
-        self.lengths += 1
         return out

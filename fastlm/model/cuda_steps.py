@@ -24,8 +24,9 @@ from torch import Tensor
 
 from fastlm import backend
 from fastlm.backend import serves_by
+from fastlm.inference.decode_batch import MAX_ROWS
 from fastlm.model import cpu_steps
-from fastlm.model.layers import Call, Fused, KVCache
+from fastlm.model.layers import Call, Fused
 from fastlm.model.paged_call import PagedCall
 from fastlm.model.quantized_modules import QuantizedEmbedding
 
@@ -73,9 +74,9 @@ _LEAST_ROOM = 1024
 
 
 def _padded_rows(rows: int) -> int:
-    """A power of two up to `cpu_steps.MAX_ROWS`, the most rows of an engine's step; then a multiple
+    """A power of two up to `MAX_ROWS`, the most rows of an engine's step; then a multiple
     of it."""
-    most = cpu_steps.MAX_ROWS
+    most = MAX_ROWS
     return 1 << (rows - 1).bit_length() if rows < most else -(-rows // most) * most
 
 
@@ -175,21 +176,11 @@ class PagedSteps:
             step = self.steps.get(shape)
             if step is None:
                 step = self.steps[shape] = _Step(self.model, self.data, *shape)
-            self.last = step
             step.fill(tokens, lengths, table)
             out = self._run(step)[:rows]
             if wanted is None:
                 return out
             return out.clone() if len(wanted) == rows else out[wanted.to(out.device)]
-
-    @torch.inference_mode()
-    def next_logits(self, tokens: Tensor) -> Tensor:
-        """`logits` of the same rows, each with its next token: (B,) int64, on the device."""
-        rows, step = len(tokens), self.last
-        with self._on_device():
-            step.tokens[:rows, 0] = tokens
-            step.positions[:rows] += 1
-            return self._run(step)[:rows]
 
     def _on_device(self) -> contextlib.AbstractContextManager:
         return (
@@ -214,25 +205,3 @@ class PagedSteps:
         except RuntimeError as error:
             warnings.warn(f"decode steps are not recorded: {error}", stacklevel=2)
             self.recordable = False
-
-
-class Steps:
-    """The decode steps of one generation. `cache` holds the prompts and belongs to this object from
-    the first step on: each row is a page, and its keys move to the page's beginning. `starts`:
-    number of padding columns before each row, or None.
-    """
-
-    def __init__(self, model: "CausalLM", cache: KVCache, starts: Tensor | None):
-        self.cache, self.starts, self.begun = cache, starts, False
-        self.steps = PagedSteps(model, cache.data)
-
-    def logits(self, tokens: Tensor) -> Tensor:
-        """(B,) int64 tokens, after those in the cache -> (B, V), valid until the next call."""
-        if self.begun:
-            out = self.steps.next_logits(tokens)
-        else:
-            lengths = self.cache.align(self.starts)
-            table = torch.arange(len(tokens), dtype=torch.int32)[:, None]
-            out, self.begun = self.steps.logits(tokens, lengths, table), True
-        self.cache.length += 1
-        return out

@@ -1,9 +1,9 @@
-"""The decoder's layers on `fastlm.ops`, and the cache they fill. Each class serves every family in
+"""The decoder's layers on `fastlm.ops`. Each class serves every family in
 `fastlm.checkpoint.config.FAMILIES`; module names are Hugging Face's.
 
 Rejected: a class per architecture (nine near copies), and own names with a table of renames.
 
-Shapes: B batch, S tokens of this call, T keys (cache included), E hidden_size, H / Hkv heads,
+Shapes: B batch, S tokens of this call, T keys (cached ones included), E hidden_size, H / Hkv heads,
 D head_dim, R rotated features.
 """
 
@@ -44,55 +44,6 @@ _NORMS = {
 _PREFILL = 64
 
 
-class KVCache:
-    """Keys and values of a batch, allocated once: (layers, 2, B, Hkv, capacity, D).
-
-    Sliding layers keep everything, too: a ring buffer would save memory but cost a gather per step.
-    """
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        batch_size: int,
-        capacity: int,
-        *,
-        dtype: torch.dtype,
-        device: torch.device | str = "cpu",
-    ):
-        shape = (2, batch_size, config.num_key_value_heads, capacity, config.head_dim)
-        self.data = torch.empty(config.num_hidden_layers, *shape, dtype=dtype, device=device)
-        self.layers = [layer.unbind() for layer in self.data]  # keys, values
-        self.capacity = capacity
-        self.length = 0
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v (B, Hkv, S, D) after the `length` filled columns. Return all keys and values
-        so far, (B, Hkv, T, D) in k's dtype: views, where the cache has that dtype.
-        """
-        keys, values = self.layers[layer]
-        count = k.shape[2]
-        keys.narrow(2, self.length, count).copy_(k)
-        values.narrow(2, self.length, count).copy_(v)
-        if k.dtype != keys.dtype and self.length == 0:
-            return k, v  # unrounded
-        end = self.length + count
-        return keys.narrow(2, 0, end).to(k.dtype), values.narrow(2, 0, end).to(v.dtype)
-
-    def align(self, starts: Tensor | None) -> Tensor:
-        """Move each row's keys and values to begin at column 0, not after ``starts`` (B,) columns
-        of padding. Return each row's number of them, (B,) int64.
-        """
-        rows = self.data.shape[2]
-        lengths = torch.full((rows,), self.length, device=self.data.device)
-        if starts is None:
-            return lengths
-        for row, start in enumerate(starts.tolist()):
-            if start:
-                kept = self.data[:, :, row, :, start : self.length].clone()
-                self.data[:, :, row, :, : self.length - start] = kept
-        return lengths - starts
-
-
 class PackedCache(Protocol):
     """Keys and values of packed sequences that have some already
     (`fastlm.inference.block_manager.ChunkCache`)."""
@@ -120,7 +71,7 @@ class Call:
     """What all layers of one forward call share."""
 
     cu_seqlens: Tensor | None
-    cache: KVCache | PackedCache | None  # packed: with cu_seqlens
+    cache: PackedCache | None  # with cu_seqlens
     visible: Tensor | None  # (B, 1, 1, T) bool: columns that hold a token
     # per layer: cos, sin, (S, R) or (B, S, R), or None for a layer without positions
     rotary: list[tuple[Tensor, Tensor] | None]
@@ -309,19 +260,17 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, S, D)
         if (tables := call.rotary[self.layer]) is not None:
             q, k = rope(q, k, *tables, rotary_dim=tables[0].shape[-1])
-        options["dropout_p"] = self.dropout if self.training else 0.0
         if call.cache is not None:
             k, v = call.cache.append(self.layer, k, v)
+        elif self.training:
+            options["dropout_p"] = self.dropout
         if rounds := length >= _PREFILL and call.rounds(x):
             q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
         if call.cu_seqlens is not None:
             q = q.transpose(1, 2).flatten(0, 1)  # (B * S, heads, D)
-            if call.cache is not None:
-                assert not isinstance(call.cache, KVCache)
-                cu_seqlens_k = call.cache.cu_seqlens_k
-            else:
+            cu_seqlens_k = None if call.cache is None else call.cache.cu_seqlens_k
+            if call.cache is None:
                 k, v = (t.transpose(1, 2).flatten(0, 1) for t in (k, v))
-                cu_seqlens_k = None
             if call.keys is not None:
                 rows, cu_seqlens_k = call.keys
                 k, v = k.index_select(0, rows), v.index_select(0, rows)

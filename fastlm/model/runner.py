@@ -28,7 +28,7 @@ class Runner:
         model.model.fuse()
         self.model = model
         self._plan = cpu_steps.plan_of(model)
-        self._state = cpu_steps.state_of(model)
+        self._state = cpu_steps.state_of(model) if self._plan is None else self._plan.state
         self.reason = cpu_steps.why_not(model) if self._plan is None else None
         self.takes_prompts = self._plan is not None and cpu_steps.takes_prompts(self._plan)
         self.cache_dtype: torch.dtype = (
@@ -36,9 +36,9 @@ class Runner:
         )
 
     def is_current(self) -> bool:
-        if cpu_steps.state_of(self.model) != self._state:
-            return False
-        return self._plan is None or self._plan.follows(self.model)
+        if self._plan is not None:
+            return self._plan.follows(self.model)
+        return cpu_steps.state_of(self.model) == self._state
 
     def decoder(self, pages: "Pages") -> "Decoder":
         """Return what runs steps whose keys and values are in ``pages``."""

@@ -4,20 +4,17 @@ thin shell around this module.
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastlm.errors import InputError
 from fastlm.inference.answer_text import checked_stops
 from fastlm.inference.block_manager import PAGE, page_count
 from fastlm.inference.engine import Engine
-from fastlm.inference.requests import Piece, Request, Result
-from fastlm.inference.sampling import Sampling, check_seed
-from fastlm.model.generation import Generated, generate_texts
+from fastlm.inference.requests import Completion, Piece, Request, batch_requests
+from fastlm.inference.sampling import Sampling
 from fastlm.model.load import load_model
-
-if TYPE_CHECKING:
-    pass
 
 
 class Speed:
@@ -102,7 +99,7 @@ class Writer:
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         **sampling: Any,
-    ) -> list[Generated]:
+    ) -> list[Completion]:
         """Continue each of ``prompts`` until a stop token or string, all in one batch. ``piece`` is
         called with (row, text) as text arrives; ``self.speed`` records the times.
 
@@ -114,22 +111,11 @@ class Writer:
                     f"prompt: wanted fewer than the model's {self.context_limit} tokens of context,"
                     f" got {len(ids)}"
                 )
-        check_seed(seed)
         self.speed = Speed(prompts)
-        if self.model.model.by_length:  # an engine has the frequencies of one length for all
-            return generate_texts(
-                self.model, self.tokenizer, prompts, max_new_tokens=max_new_tokens,
-                sampling=Sampling(**sampling), seed=seed, stop=stop, on_text=piece,
-                on_token=self.speed.token,
-            )  # fmt: skip
-        stops = tuple(checked_stops(stop))
-        requests = [
-            Request(
-                ids, max_new_tokens, Sampling(**sampling),
-                seed=None if seed is None else (seed + row) % 2**63, stop=stops,
-            )
-            for row, ids in enumerate(prompts)
-        ]  # fmt: skip
+        requests = batch_requests(
+            prompts, max_new_tokens, Sampling(**sampling), seed=seed,
+            stop=tuple(checked_stops(stop)),
+        )  # fmt: skip
 
         def take(row: int, part: Piece) -> None:
             for token in part.tokens:
@@ -137,33 +123,33 @@ class Writer:
             if part.text:
                 piece(row, part.text)
 
-        results = self._engine_for(requests).generate(requests, on_piece=take)
-        if failed := [result.error for result in results if result.error]:
+        completions = self._engine_for(requests).generate(requests, on_piece=take)
+        if failed := [one.error for one in completions if one.error]:
             raise InputError(f"model: expected one that answers, got: {failed[0]}")
         return [
-            Generated(result.text, result.tokens, _reason(result, max_new_tokens))
-            for result in results
+            replace(one, finish_reason="context")
+            if one.finish_reason == "length" and len(one.token_ids) < max_new_tokens
+            else one
+            for one in completions
         ]
 
     def _engine_for(self, requests: Sequence[Request]) -> Engine:
         """Return an engine with room for all requests: the last one, which may know their prompts,
-        or a larger one."""
-        limit = self.context_limit
+        or another one. Where rotary frequencies depend on the length of the context, they are
+        those of the longest request."""
+        limit, model = self.context_limit, self.model
         lengths = [min(len(r.prompt) + r.max_new_tokens, limit) for r in requests]
         pages = sum(length // PAGE + 2 for length in lengths)
-        if self._engine is None or self._engine.pages.count < pages:
+        longest = max(lengths, default=2) if model.model.by_length else None
+        last = self._engine
+        if last is None or last.pages.count < pages or longest not in (None, last.context_limit):
             context = page_count(
-                self.model.config, 1, dtype=self.model.dtype, device=self.model.device
+                model.config, 1, dtype=model.dtype, device=model.device, context=longest
             )
-            self._engine = None  # before there are two
-            self._engine = Engine(self.model, self.tokenizer, pages=max(pages, context))
-        return self._engine
-
-
-def _reason(result: Result, max_new_tokens: int) -> str:
-    """Return why a text ends, as `generate_texts` calls it."""
-    full = result.finish_reason == "length" and len(result.tokens) < max_new_tokens
-    return "context" if full else result.finish_reason
+            last = self._engine = None  # before there are two
+            last = Engine(model, self.tokenizer, pages=max(pages, context), max_length=longest)
+            self._engine = last
+        return last
 
 
 class Conversation:
@@ -185,7 +171,7 @@ class Conversation:
         """Forget what was said; the system message stays."""
         self.turns = []
 
-    def say(self, text: str, piece: Callable[[str], Any], **options: Any) -> Generated:
+    def say(self, text: str, piece: Callable[[str], Any], **options: Any) -> Completion:
         """Answer ``text``; ``piece`` is called with the answer as it arrives.
 
         KeyboardInterrupt: what was written until then becomes a turn of the conversation.

@@ -142,7 +142,7 @@ class TeacherTokens(Taught):
             seed=int(rng.integers(2**62)), rows=len(prompts),
         )  # fmt: skip
         model.train()
-        answered = [answer.tokens for answer in answers]
+        answered = [answer.token_ids for answer in answers]
         cpu = torch.device("cpu")  # without keys, which a batch of distillation has not
         packed = pack_answers(prompts, answered, cpu, share_prompts=False)
         return packed.ids, packed.labels, packed.cu_seqlens

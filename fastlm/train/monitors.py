@@ -11,14 +11,14 @@ from torch import Tensor
 from fastlm.train.losses import kl_penalty
 
 if TYPE_CHECKING:
-    from fastlm.train.rollouts import Answer
+    from fastlm.inference.requests import Completion
 
 GRAM = 4  # tokens
 
 
 def of_round(
     scores: np.ndarray,
-    answers: "Sequence[Answer]",
+    answers: "Sequence[Completion]",
     logp: Tensor,
     ref_logp: Tensor,
     difference: Tensor,
@@ -48,7 +48,7 @@ def of_round(
         "length": float(lengths.mean()),
         "ended": float(np.mean([answer.ended for answer in answers])),
         "score_length": correlation(scores, lengths),
-        "repetition": float(np.mean([repetition(answer.tokens) for answer in answers])),
+        "repetition": float(np.mean([repetition(answer.token_ids) for answer in answers])),
         "mismatch": float(difference[mask].abs().mean()),
     }
 

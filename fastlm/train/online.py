@@ -20,7 +20,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from hashlib import sha256
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 
 from fastlm.checkpoint.folder import load_tensors
 from fastlm.errors import InputError
+from fastlm.inference.requests import Completion
 from fastlm.model.lora import without_adapter
 from fastlm.model.merged import merged
 from fastlm.model.quantized_modules import QuantizedLinear
@@ -39,7 +39,6 @@ from fastlm.train.losses import Metrics, aggregate, pooled
 from fastlm.train.monitors import of_round
 from fastlm.train.objective import DivergedError, decay_matrices
 from fastlm.train.rollouts import (
-    Answer,
     Packed,
     answers_of,
     pack_answers,
@@ -51,7 +50,7 @@ if TYPE_CHECKING:
     from fastlm.model.causal_lm import CausalLM
 
 # Returns the score of each answer, given the places of their prompts in the list of prompts
-Score = Callable[[Sequence[int], Sequence[Answer]], Sequence[float]]
+Score = Callable[[Sequence[int], Sequence[Completion]], Sequence[float]]
 ALARM = 3.0  # standard errors below 0 at which a KL estimate is not chance
 TOP_WEIGHT = 2.0  # truncated importance sampling (Yao et al. 2025; verl's default)
 
@@ -177,7 +176,7 @@ class Online:
         self.at = 0  # answers of all passes that were taken
         self.steps = 0  # of the optimizer, since the round began
         self.chosen: list[int] = []  # prompts of the round, one per answer
-        self.answers: list[Answer] = []
+        self.answers: list[Completion] = []
         self.kept: dict[str, Tensor] = {}
         self.made: dict[str, float] = {}  # what the round measured
         self.step_metrics: list[tuple[Metrics, ...]] = []  # of its micro-batches
@@ -296,7 +295,7 @@ class Online:
 
     def _sample(
         self, prompts: Sequence[Sequence[int]], temperature: float, longest: int, seed: int = 0
-    ) -> list[Answer]:
+    ) -> list[Completion]:
         quantized = any(isinstance(m, QuantizedLinear) for m in self.policy.modules())
         # merged, adapters cost nothing per token; a quantized base would be dequantized for it
         with nullcontext() if quantized else merged(self.policy):
@@ -305,7 +304,9 @@ class Online:
                 temperature=temperature, stop_ids=self.stop_ids, rows=self.rules.decode_batch,
             )  # fmt: skip
 
-    def _scored(self, score: Score, places: Sequence[int], answers: Sequence[Answer]) -> np.ndarray:
+    def _scored(
+        self, score: Score, places: Sequence[int], answers: Sequence[Completion]
+    ) -> np.ndarray:
         if not answers:
             return np.zeros(0)
         scores = np.array(score(places, answers), np.float64)
@@ -315,18 +316,18 @@ class Online:
 
     def _mask(self) -> Tensor:
         """(R, S): true on the tokens of an answer."""
-        lengths = torch.tensor([len(answer.tokens) for answer in self.answers])
+        lengths = torch.tensor([len(answer.token_ids) for answer in self.answers])
         return (torch.arange(int(lengths.max())) < lengths[:, None]).to(self.policy.device)
 
     def _packed(self, rows: Sequence[int]) -> Packed:
         return pack_answers(
             [self.prompts[self.chosen[i]] for i in rows],
-            [self.answers[i].tokens for i in rows], self.policy.device,
+            [self.answers[i].token_ids for i in rows], self.policy.device,
         )  # fmt: skip
 
     @torch.no_grad()
     def _measured(
-        self, prompts: Sequence[Sequence[int]], answers: Sequence[Answer]
+        self, prompts: Sequence[Sequence[int]], answers: Sequence[Completion]
     ) -> dict[str, Tensor]:
         """logp, ref_logp and what `measure` adds, of the answers' tokens, (tokens,) each, and logp
         minus that of sampling, as "difference": the engine that samples and the one that trains
@@ -337,14 +338,16 @@ class Online:
         for start in range(0, len(answers), size):
             packed = pack_answers(
                 prompts[start : start + size],
-                [answer.tokens for answer in answers[start : start + size]], self.policy.device,
+                [answer.token_ids for answer in answers[start : start + size]], self.policy.device,
             )  # fmt: skip
             found = {**self.measure(packed), "ref_logp": self._reference_logprobs(packed)}
             for name, value in found.items():
                 parts.setdefault(name, []).append(value[packed.mask].cpu())
         kept = {name: torch.cat(values) for name, values in parts.items()}
         if answers:
-            sampled = torch.tensor([*chain(*(answer.logprobs for answer in answers))])
+            sampled = torch.tensor(
+                [token.logprob for answer in answers for token in answer.logprobs]
+            )
             kept["difference"] = kept["logp"] - sampled
         return kept
 
@@ -502,7 +505,7 @@ class Online:
         answers = self._sample(prompts, 0.0, self.rules.max_new_tokens)
         return (
             self._scored(self.score_heldout, places, answers),
-            np.array([len(answer.tokens) for answer in answers], np.int64),
+            np.array([len(answer.token_ids) for answer in answers], np.int64),
             np.array([answer.ended for answer in answers], bool),
         )
 
@@ -516,4 +519,4 @@ class Online:
         if self.answer_text is None or not self.sample_prompt or not self.sample_tokens:
             return None
         (answer,) = self._sample([self.sample_prompt], 0.0, self.sample_tokens)
-        return self.answer_text(answer.tokens)
+        return self.answer_text(answer.token_ids)

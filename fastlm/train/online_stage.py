@@ -35,11 +35,11 @@ from fastlm.train.options import OPTIMIZERS, TrainOptions
 
 if TYPE_CHECKING:
     from fastlm.data.prompts import Prompt
+    from fastlm.inference.requests import Completion
     from fastlm.model.causal_lm import CausalLM
     from fastlm.model.reward_model import RewardModel
     from fastlm.tokenizer.tokenizer import Tokenizer
     from fastlm.train.online import Online, Rules
-    from fastlm.train.rollouts import Answer
 
 MODEL, LAST_GOOD = "model", "last-good"
 
@@ -490,13 +490,13 @@ class Scorer:
     def of(self, questions: "Sequence[tuple[list[int], Prompt]]") -> Any:
         """A `fastlm.train.online.Score` of answers to these questions."""
 
-        def score(places: Sequence[int], answers: "Sequence[Answer]") -> list[float]:
+        def score(places: Sequence[int], answers: "Sequence[Completion]") -> list[float]:
             scores = [0.0] * len(answers)
             if self.function is not None:
                 for i, (place, answer) in enumerate(zip(places, answers, strict=True)):
                     scores[i] += self.verified(questions[place][1], answer)
             if self.models is not None:
-                whole = [[*questions[p][0], *a.tokens] for p, a in zip(places, answers)]
+                whole = [[*questions[p][0], *a.token_ids] for p, a in zip(places, answers)]
                 found, spread = self.models.score(whole)
                 for i, more in enumerate(found.tolist()):
                     scores[i] += checked(more, questions[places[i]][1].place)
@@ -505,9 +505,9 @@ class Scorer:
 
         return score
 
-    def verified(self, prompt: "Prompt", answer: "Answer") -> float:
+    def verified(self, prompt: "Prompt", answer: "Completion") -> float:
         assert self.function is not None
-        tokens = answer.tokens[:-1] if answer.ended else answer.tokens
+        tokens = answer.token_ids[:-1] if answer.ended else answer.token_ids
         try:
             value = self.function(text_of(self.tokenizer, tokens), prompt.row)
         except InputError as error:

@@ -16,27 +16,14 @@ import torch
 from torch import Tensor
 
 from fastlm.errors import InputError
-from fastlm.inference.block_manager import PAGE, page_count
-from fastlm.inference.engine import Engine
-from fastlm.inference.requests import Request
+from fastlm.inference.requests import Completion, batch_requests
 from fastlm.inference.sampling import Sampling
+from fastlm.model.generation import engine_for
 
 if TYPE_CHECKING:
     from fastlm.model.causal_lm import CausalLM
 
 IGNORE = -100
-_PROMPT_TOKENS = 4096  # of a step: nobody waits for the answers that run
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """``tokens``: sampled ids, with the end token if it was drawn (``ended``). ``logprobs``: of
-    each token, under the distribution that it was drawn from.
-    """
-
-    tokens: list[int]
-    logprobs: list[float]
-    ended: bool
 
 
 def sample_answers(
@@ -49,7 +36,7 @@ def sample_answers(
     stop_ids: frozenset[int] = frozenset(),
     rows: int = 64,
     tick: Callable[[int], Any] | None = None,
-) -> list[Answer]:
+) -> list[Completion]:
     """Sample an answer to every prompt, at most ``rows`` at a time.
 
     Answer i draws from ``seed + i``. It ends with the first end token of the model or of
@@ -58,7 +45,10 @@ def sample_answers(
     be wrong (even negative). Temperature 0 is greedy, for validation. ``tick`` is called with the
     number of answers that are done.
 
-    Raises InputError: see `fastlm.model.generation.generate`; a prompt that leaves no room.
+    Where rotary frequencies depend on the length of the context, those of the longest prompt with
+    its answer serve all.
+
+    Raises InputError: a prompt that leaves no room. RuntimeError: the model fails.
     """
     longest, limit = max(map(len, prompts), default=0), model.context_limit - max_new_tokens
     if longest > limit:
@@ -66,80 +56,39 @@ def sample_answers(
             f"prompts: wanted at most {limit} tokens, which leave room for max_new_tokens"
             f" {max_new_tokens}, got {longest}"
         )
-    if model.model.by_length:
-        return _in_batches(model, prompts, max_new_tokens, temperature, seed, stop_ids, rows, tick)
-    requests = [
-        Request(
-            prompt, max_new_tokens, Sampling(temperature), seed=(seed + i) % 2**63,
-            stop_ids=stop_ids, logprobs=0,
-        )
-        for i, prompt in enumerate(prompts)
-    ]  # fmt: skip
-    # a GPU's memory is taken at once, and training needs the rest
-    # and one page more for each, which the scheduler keeps for growth
-    needed = min(rows, len(prompts)) * (-(-(longest + max_new_tokens) // PAGE) + 1)
-    most = page_count(
-        model.config, rows, dtype=model.dtype, device=model.device,
-        likely=model.config.max_position_embeddings,
-    )  # fmt: skip
-    engine = Engine(
-        model, max_rows=rows, max_tokens_per_step=_PROMPT_TOKENS, max_waiting=len(prompts) or 1,
-        invariant=False, pages=max(1, min(needed, most)),
-    )  # fmt: skip
+    if not prompts:
+        return []
+    requests = batch_requests(
+        prompts, max_new_tokens, Sampling(temperature), seed=seed, stop_ids=stop_ids, logprobs=0
+    )
     done = itertools.count(1)
-    results = engine.generate(requests, lambda _: tick and tick(next(done)))
-    if failed := [result.error for result in results if result.error]:
+    completions = engine_for(model, requests, max_rows=rows).generate(
+        requests, on_completion=lambda _: tick and tick(next(done))
+    )
+    if failed := [one.error for one in completions if one.error]:
         raise RuntimeError(failed[0])
-    return [
-        Answer(r.tokens, [t.logprob for t in r.logprobs], r.finish_reason == "stop")
-        for r in results
-    ]
+    return completions
 
 
-def _in_batches(
-    model: "CausalLM",
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    temperature: float,
-    seed: int,
-    stop_ids: frozenset[int],
-    rows: int,
-    tick: Callable[[int], Any] | None,
-) -> list[Answer]:
-    """`sample_answers` batch by batch, for models whose rotary frequencies depend on the length of
-    the context: the engine would turn all answers by one length, and the training does not."""
-    ends = stop_ids | model.config.stop_ids
-    answers: list[Answer] = []
-    for start in range(0, len(prompts), rows):
-        part = [list(prompt) for prompt in prompts[start : start + rows]]
-        whole, logprobs = model.generate(
-            part, max_new_tokens=max_new_tokens, temperature=temperature,
-            seed=(seed + start) % 2**63, stop_ids=ends, return_logprobs=True,
-        )  # fmt: skip
-        for prompt, row, logp in zip(part, whole, logprobs, strict=True):
-            tokens = row[len(prompt) :]
-            answers.append(Answer(tokens, logp, tokens[-1] in ends))
-        if tick is not None:
-            tick(len(answers))
-    return answers
-
-
-def tensors_of(answers: Sequence[Answer]) -> dict[str, Tensor]:
+def tensors_of(answers: Sequence[Completion]) -> dict[str, Tensor]:
     """Answers for a checkpoint, or for another process: ``tokens``, one answer after the other, the
     ``lengths``, and which ``ended``. Log-probabilities are left out.
     """
-    joined = [token for answer in answers for token in answer.tokens]
+    joined = [token for answer in answers for token in answer.token_ids]
     return {
         "tokens": torch.tensor(joined, dtype=torch.int32),
-        "lengths": torch.tensor([len(answer.tokens) for answer in answers], dtype=torch.int32),
+        "lengths": torch.tensor([len(answer.token_ids) for answer in answers], dtype=torch.int32),
         "ended": torch.tensor([answer.ended for answer in answers], dtype=torch.bool),
     }
 
 
-def answers_of(tensors: Mapping[str, Tensor]) -> list[Answer]:
+def answers_of(tensors: Mapping[str, Tensor]) -> list[Completion]:
     """Undo `tensors_of`."""
     rows = tensors["tokens"].split(tensors["lengths"].tolist())
-    return [Answer(row.tolist(), [], ended) for row, ended in zip(rows, tensors["ended"].tolist())]
+    return [
+        Completion(row.tolist(), finish_reason="stop" if ended else "length")
+        for row, ended in zip(rows, tensors["ended"].tolist(), strict=True)
+    ]
 
 
 @dataclass(frozen=True)

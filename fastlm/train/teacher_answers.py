@@ -87,7 +87,7 @@ def write_answers(
             )  # fmt: skip
             rows = []
             for (_, prompt), answer in zip(part, answers, strict=True):
-                text = text_of(tokenizer, answer.tokens[:-1])
+                text = text_of(tokenizer, answer.token_ids[:-1])
                 if answer.ended and text.strip():
                     rows.append(_row(prompt, text))
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

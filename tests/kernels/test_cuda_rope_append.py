@@ -60,7 +60,7 @@ def test_is_rope_and_append(cuda, dtype, shape):
 
 def test_unaligned_and_rows_as_pages(cuda, dtype):
     q, k, v, cos, sin, _, _, _, positions = case(cuda, dtype, 3, 1, 4, 2, 16, 16, 16, 8)
-    data = torch.full((2, 3, 2, 24, 16), 7.0, dtype=dtype, device=cuda)  # laid out like KVCache
+    data = torch.full((2, 3, 2, 24, 16), 7.0, dtype=dtype, device=cuda)  # laid out like a cache
     keys, values = (t.transpose(1, 2) for t in data.unbind())
     pages = torch.arange(3, dtype=torch.int32, device=cuda)[:, None]
     assert_same((q, k, v, cos, sin, keys, values, pages, positions))

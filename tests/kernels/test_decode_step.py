@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from families import CASES, SMALL
+from row_cache import RowCache, RowSteps, next_logits
 from tolerance import ULP
 
 import fastlm
@@ -12,7 +13,6 @@ from fastlm import backend
 from fastlm.checkpoint.config import ModelConfig
 from fastlm.model import cpu_steps, layers
 from fastlm.model.causal_lm import CausalLM
-from fastlm.model.layers import KVCache
 from fastlm.model.quantized_modules import put_quantized
 from fastlm.ops import quantize_weight
 from fastlm.reference.quantized_linear import round_rows
@@ -34,17 +34,14 @@ def prefilled(model, rows, length, capacity, dtype=torch.float32, seed=0):
     """ids (rows, capacity), and a cache that holds the first `length` of them."""
     g = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, model.config.vocab_size, (rows, capacity), generator=g)
-    cache = KVCache(model.config, rows, capacity, dtype=dtype)
-    with torch.inference_mode():
-        model.next_logits(ids[:, :length], cache, None)
+    cache = RowCache(model, rows, capacity, dtype=dtype)
+    next_logits(model, ids[:, :length], cache)
     return ids, cache
 
 
-def copy_of(model, cache, **options):
-    other = KVCache(model.config, cache.data.shape[2], cache.capacity, dtype=cache.data.dtype)
-    other.data.copy_(cache.data)
-    other.length = cache.length
-    return cpu_steps.Steps(model, cpu_steps.Plan(model), other, options.get("starts"))
+def copy_of(model, cache):
+    data = cache.data.clone()
+    return RowSteps(cpu_steps.PagedSteps(model, cpu_steps.Plan(model), data), cache.length)
 
 
 def int8_of(x):
@@ -65,11 +62,11 @@ def assert_steps_equal_modules(model, rows=3, length=9, count=4, act_bits=16):
     errors = []
     with torch.inference_mode():
         for i in range(length, length + count):
-            wanted = model.next_logits(ids[:, i : i + 1], cache, None)
+            wanted = next_logits(model, ids[:, i : i + 1], cache)
             got = steps.logits(ids[:, i].contiguous())
             errors.append(error_of(got, wanted))
-            errors.append(error_of(steps.cache.data[..., i, :], cache.data[..., i, :]))
-            steps.cache.data.copy_(cache.data)
+            errors.append(error_of(steps.steps.data[..., i, :], cache.data[..., i, :]))
+            steps.steps.data.copy_(cache.data)
     if act_bits == 16:
         assert max(errors) <= NEAR
     else:
@@ -89,20 +86,20 @@ def test_families(case):
 
 def test_a_prompt_beside_a_narrow_cache_is_attended_in_bfloat16(monkeypatch):
     model, seen = model_of("gemma2"), []
-    ours = layers.attention
+    ours = layers.varlen_attention
 
-    def spy(q, k, v, **options):
+    def spy(q, k, v, *rest, **options):
         seen.append({q.dtype, k.dtype, v.dtype})
-        return ours(q, k, v, **options)
+        return ours(q, k, v, *rest, **options)
 
-    monkeypatch.setattr(layers, "attention", spy)
+    monkeypatch.setattr(layers, "varlen_attention", spy)
     ids = torch.randint(0, 97, (2, layers._PREFILL + 5))
     logits = {}
     for dtype in (torch.float32, torch.float16):
-        cache = KVCache(model.config, 2, 80, dtype=dtype)
+        cache = RowCache(model, 2, 80, dtype=dtype)
         with torch.inference_mode():
             logits[dtype] = [
-                model.next_logits(part, cache, None)
+                next_logits(model, part, cache)
                 for part in ids.tensor_split([layers._PREFILL, layers._PREFILL + 1], 1)
             ]
     count = model.config.num_hidden_layers
@@ -158,7 +155,7 @@ def test_all_scores_far_below_zero(length, isa):
     ids, cache = prefilled(model, 2, length, length + 1)
     steps = copy_of(model, cache)
     with torch.inference_mode():
-        wanted = model.next_logits(ids[:, length:], cache, None)
+        wanted = next_logits(model, ids[:, length:], cache)
     # scores near -370 have 370 times the rounding error of scores near 1
     assert error_of(steps.logits(ids[:, length].contiguous()), wanted) <= 370 * NEAR
 
@@ -171,7 +168,7 @@ def test_16_bit_models_are_nearer_to_the_truth(dtype):
     steps = copy_of(model, cache)
     with torch.inference_mode():
         wanted = truth(ids).logits[:, -1]
-        theirs = model.next_logits(ids[:, 9:], cache, None).double()
+        theirs = next_logits(model, ids[:, 9:], cache).double()
         mine = steps.logits(ids[:, 9].contiguous()).double()
     assert (mine - wanted).abs().max() <= 2 * (theirs - wanted).abs().max()
 
@@ -186,7 +183,7 @@ def test_same_bits(format, isa):
     tokens = ids[:, 140].contiguous()
     alone = {}
     for row in (0, 10):
-        alone[row] = KVCache(model.config, 1, 142, dtype=torch.float32)
+        alone[row] = RowCache(model, 1, 142, dtype=torch.float32)
         alone[row].data.copy_(cache.data[:, :, row : row + 1])
         alone[row].length = 140
     threads = torch.get_num_threads()
@@ -287,17 +284,17 @@ def test_several_tokens_of_a_sequence(case, format, dtype, isa):
             steps.logits(*step, wanted=torch.tensor(wanted))
 
 
-class Filled(KVCache):
+class Filled(RowCache):
     """A cache that holds the next keys already; ``given``: those that the modules have for it."""
 
-    def __init__(self, config, data):
-        super().__init__(config, data.shape[2], data.shape[4], dtype=data.dtype)
+    def __init__(self, model, data, length):
+        super().__init__(model, data.shape[2], data.shape[4])
         self.data.copy_(data)
-        self.given = torch.empty_like(data[..., 0, :])
+        self.given, self.length = torch.empty_like(data[..., 0, :]), length
 
     def append(self, layer, k, v):
-        self.given[layer] = torch.stack((k, v))[..., 0, :]
-        return tuple(t.narrow(2, 0, self.length + 1) for t in self.layers[layer])
+        self.given[layer] = torch.stack((k, v))[:, 0].transpose(1, 2)
+        return self.keys_and_values(layer, k.dtype)
 
 
 @pytest.mark.parametrize("head_dim", [64, 80])
@@ -307,11 +304,11 @@ def test_int8_keys(case, head_dim, isa, monkeypatch):
     that are rounded like them. It rounds its own key and value to the nearest int8: codes and
     scales have the bits of `round_rows`."""
 
-    def rounded(q, k, v, **options):
+    def rounded(q, k, v, *rest, **options):
         codes, scales = int8_of(q)
-        return attention(codes.to(q.dtype) * scales[..., None], k, v, **options)
+        return attention(codes.to(q.dtype) * scales[..., None], k, v, *rest, **options)
 
-    attention, errors = layers.attention, []
+    attention, errors = layers.varlen_attention, []
     window = {"sliding_window": 150} if case == "mistral" else {}
     model = model_of(case, head_dim=head_dim, **window)
     truth, plan = copy.deepcopy(model).double(), cpu_steps.plan_of(model)
@@ -322,11 +319,10 @@ def test_int8_keys(case, head_dim, isa, monkeypatch):
     for i in range(254, 258):
         step = ids[:, i].contiguous(), torch.full((3,), i), table
         got = cpu_steps.PagedSteps(model, plan, codes, scales).logits(*step)
-        filled = Filled(model.config, codes.double() * scales.double()[..., None])
-        filled.length = i
+        filled = Filled(truth, codes.double() * scales.double()[..., None], i)
         with torch.inference_mode(), monkeypatch.context() as patch:
-            patch.setattr(layers, "attention", rounded)
-            wanted = truth.next_logits(ids[:, i : i + 1], filled, None)
+            patch.setattr(layers, "varlen_attention", rounded)
+            wanted = next_logits(truth, ids[:, i : i + 1], filled)
         errors.append(error_of(got, wanted))
         error = (filled.given - filled.data[..., i, :]).abs() / scales[..., i, None]
         assert 0.3 < error.max()
@@ -366,7 +362,7 @@ def test_prompts_as_rows_of_steps(monkeypatch):
     prompts += [prompts[1], [5] * 70, prompts[0]]
     options = {"max_new_tokens": 5, "temperature": 0.0, "return_logprobs": True}
     monkeypatch.setattr(cpu_steps, "takes_prompts", lambda plan: True)
-    monkeypatch.setattr(CausalLM, "next_logits", None)
+    monkeypatch.setattr(CausalLM, "chunk_hidden", None)
     ids, logprobs = model.generate(prompts, **options)
     for row, prompt in enumerate(prompts):
         own_ids, own_logprobs = model.generate([prompt], **options)
@@ -382,8 +378,10 @@ def test_generate_takes_it_and_gives_what_modules_give(monkeypatch):
     model = model_of("mistral")
     prompts = [[5], [7, 8, 9, 10, 11, 12], [3, 4]]
     calls = []
-    run = cpu_steps.Steps.logits
-    monkeypatch.setattr(cpu_steps.Steps, "logits", lambda *a: calls.append(1) or run(*a))
+    run = cpu_steps.PagedSteps.logits
+    monkeypatch.setattr(
+        cpu_steps.PagedSteps, "logits", lambda *a, **o: calls.append(1) or run(*a, **o)
+    )
     fast = model.generate(prompts, max_new_tokens=12, temperature=0.0)
     assert len(calls) == 11  # all tokens but the first, which comes from the prompt
     monkeypatch.setattr(cpu_steps, "why_not", lambda model: "tested without")
@@ -459,7 +457,7 @@ def test_8_bit_activations_keep_a_float16_cache():
     got, wanted = (copy_of(model, c).logits(ids[:, 20].contiguous()) for c in (cache, wide))
     assert error_of(got, wanted) <= FLIPPED
     with torch.inference_mode():  # the modules can read such a cache too
-        modules = model.next_logits(ids[:, 20:21], cache, None)
+        modules = next_logits(model, ids[:, 20:21], cache)
     assert error_of(modules, wanted) <= FLIPPED
 
 
@@ -497,11 +495,11 @@ def test_refusals():
     ids, cache = prefilled(model, 2, 4, 5)
     steps = copy_of(model, cache)
     step = backend.cpu_extension.decode_step
-    rotary = list(steps.plan.rotary[0].tables(8, torch.device("cpu")))
+    rotary = list(steps.steps.plan.rotary[0].tables(8, torch.device("cpu")))
     out, work = torch.empty(2, 97), torch.empty(1 << 20, dtype=torch.uint8)
     table = torch.tensor([[0], [1]], dtype=torch.int32)
     good = {
-        "plan": steps.plan.cpp,
+        "plan": steps.steps.plan.cpp,
         "tokens": ids[:, 4].contiguous(),
         "lengths": torch.tensor([4, 4]),
         "table": table,

@@ -7,6 +7,7 @@ import pytest
 import torch
 from fake_graph import Recorder
 from families import CASES, SMALL
+from row_cache import RowCache, RowSteps, next_logits
 from test_decode_step import FLIPPED, NEAR, error_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
@@ -17,7 +18,6 @@ from fastlm.checkpoint.config import ModelConfig
 from fastlm.cuda import extension
 from fastlm.model import cuda_steps, layers
 from fastlm.model.causal_lm import CausalLM
-from fastlm.model.layers import KVCache
 
 FIXED = {name: c for name, c in CASES.items() if "dynamic" not in name and "longrope" not in name}
 
@@ -33,34 +33,31 @@ def modules(model):
     return backend.use_backend("triton" if model.device.type == "cuda" else "cpu")
 
 
-def prefilled(model, rows, length, capacity, mask=None):
+def prefilled(model, rows, length, capacity):
     """ids (rows, capacity), and two caches that hold the first `length` of them."""
     ids = torch.randint(0, model.config.vocab_size, (rows, capacity), device=model.device)
     caches = []
     for _ in range(2):
-        cache = KVCache(model.config, rows, capacity, dtype=model.dtype, device=model.device)
+        cache = RowCache(model, rows, capacity)
         with modules(model), torch.inference_mode():
             model.model.fuse()
-            model.next_logits(ids[:, :length], cache, mask)
+            next_logits(model, ids[:, :length], cache)
         caches.append(cache)
     return ids, *caches
 
 
-def errors_of(model, rows=3, length=9, count=3, starts=None):
-    mask = None
-    if starts is not None:
-        starts = torch.tensor(starts, device=model.device)
-        mask = (torch.arange(length + count, device=model.device) >= starts[:, None]).long()
-    ids, cache, own = prefilled(
-        model, rows, length, length + count, None if mask is None else mask[:, :length]
-    )
-    steps = cuda_steps.Steps(model, own, starts)
+def steps_of(model, cache):
+    return RowSteps(cuda_steps.PagedSteps(model, cache.data), cache.length)
+
+
+def errors_of(model, rows=3, length=9, count=3):
+    ids, cache, own = prefilled(model, rows, length, length + count)
+    steps = steps_of(model, own)
     errors = []
     with torch.inference_mode():
         for i in range(length, length + count):
             with modules(model):
-                seen = None if mask is None else mask[:, : i + 1]
-                wanted = model.next_logits(ids[:, i : i + 1], cache, seen)
+                wanted = next_logits(model, ids[:, i : i + 1], cache)
             errors.append(error_of(steps.logits(ids[:, i].contiguous()), wanted))
     return errors
 
@@ -88,10 +85,6 @@ def test_bfloat16(cuda):
     assert max(errors_of(model)) <= 0.05  # against bfloat16 modules: some ulp of 2^-8 per layer
 
 
-def test_padded_rows(cuda):
-    assert max(errors_of(model_of("mistral", cuda), starts=[0, 4, 8])) <= NEAR
-
-
 @pytest.mark.parametrize("case", ["llama", "phi3"])  # phi3: one projection of q, k and v
 def test_norm_and_gate_round_at_once(cuda, monkeypatch, case):
     """Equal, bit for bit, to norm, gate and rounding one after the other."""
@@ -107,7 +100,7 @@ def test_norm_and_gate_round_at_once(cuda, monkeypatch, case):
     logits = []
     with torch.inference_mode():
         for cache in caches:
-            steps = cuda_steps.Steps(model, cache, None)
+            steps = steps_of(model, cache)
             logits.append(steps.logits(ids[:, 5].contiguous()).clone())
             monkeypatch.setattr(layers.Fused, "rounds", lambda *_: False)
     assert made == ["rms_norm_round", "rms_norm_round", "glu_round"] * 3
@@ -161,11 +154,11 @@ def test_every_step_is_the_same_to_the_host(cuda, monkeypatch, format):
         model = fastlm.quantize(model, format, group_size=16)
     model = model.to(cuda)
     ids, cache, _ = prefilled(model, 2, 5, 200)
-    steps = cuda_steps.Steps(model, cache, None)
+    steps = steps_of(model, cache)
     made, looks = [], []
     with torch.inference_mode():
         steps.logits(ids[:, 5].contiguous())
-        step = steps.steps.last
+        (step,) = steps.steps.steps.values()
         name = extension().__name__
         monkeypatch.setitem(sys.modules, name, Launches(sys.modules[name], made))
         for look in ("item", "tolist", "__bool__", "__int__", "__float__", "nonzero"):
@@ -193,9 +186,9 @@ def test_recorded_steps_are_the_same(monkeypatch, error):
         model.model.fuse()
         ids, *caches = prefilled(model, 2, 5, 10)
     with backend.use_backend("reference"), torch.inference_mode():
-        plain = cuda_steps.Steps(model, caches[0], None)
+        plain = steps_of(model, caches[0])
         recorder = Recorder(monkeypatch)
-        steps = cuda_steps.Steps(model, caches[1], None)
+        steps = steps_of(model, caches[1])
         recorder.error = error
         for i in range(5, 10):
             warns = pytest.warns(UserWarning, match="decode steps are not recorded: operation not")
@@ -212,7 +205,7 @@ def test_what_a_graph_reads_stays(monkeypatch):
     model = fastlm.quantize(model_of("qwen2"), "w8a16", group_size=16)
     ids, cache, _ = prefilled(model, 2, 5, 10)
     Recorder(monkeypatch)
-    steps = cuda_steps.Steps(model, cache, None)
+    steps = steps_of(model, cache)
     with backend.use_backend("reference"), torch.inference_mode():
         for i in (5, 6):
             steps.logits(ids[:, i].contiguous())
@@ -220,7 +213,8 @@ def test_what_a_graph_reads_stays(monkeypatch):
     read = [t.data_ptr() for t in (*model.parameters(), *model.buffers(), bias)]
     model.bfloat16().model.fuse()
     assert model.model.layers[0].self_attn.fused.bias is not bias
-    assert set(read) <= {t.data_ptr() for t in steps.steps.last.kept}
+    (step,) = steps.steps.steps.values()
+    assert set(read) <= {t.data_ptr() for t in step.kept}
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from engine_cases import model_of, told
+from engine_cases import drawn, model_of, told
 from fake_graph import Recorder
 
 import fastlm
@@ -101,24 +101,6 @@ def test_rows_that_pad_change_nothing(cuda):
         torch.testing.assert_close(together[part], alone, **NEAR)
 
 
-def test_the_next_tokens_of_the_same_rows(recorder):
-    """Generation sends tokens alone: positions advance on the device, but for rows that pad."""
-    model = model_of()
-    pages = [pages_of(model, 9) for _ in range(2)]
-    pages[1].data.copy_(pages[0].data)
-    ours, plain = (cuda_steps.PagedSteps(model, p.data) for p in pages)
-    plain.recordable, recorder.data = False, pages[0].data
-    tokens, lengths, table = inputs_of(STEPS[0])
-    ours.logits(tokens, lengths, table)
-    plain.logits(tokens, lengths, table)
-    for i in range(1, 5):
-        tokens = torch.randint(97, (3,))
-        wanted = plain.logits(tokens, lengths + i, table)
-        assert torch.equal(ours.next_logits(tokens), wanted)
-        assert torch.equal(pages[0].data, pages[1].data)
-    assert ours.last.positions[3] == -1 and recorder.graphs[0].replays == 4
-
-
 def test_logits_that_are_wanted_stay(recorder):
     """An engine's step of many rows replays a graph several times before it draws."""
     model = model_of()
@@ -157,7 +139,7 @@ def test_the_engine_replays(recorder, monkeypatch):
     engine = Engine(model)
     assert isinstance(engine._decoder, ModuleSteps)
     for (tokens, logprobs), wanted in zip(got, engine.generate(requests) * 2, strict=True):
-        assert tokens == wanted.tokens
+        assert tokens == wanted.token_ids
         told_of = [t.logprob for t in wanted.logprobs]
         assert [p for _, p, _ in logprobs] == pytest.approx(told_of, abs=1e-4)
 
@@ -169,7 +151,7 @@ def test_more_rows_than_a_graph_has(recorder):
     together = Engine(model, max_rows=80, pages=80).generate(requests)
     assert max(graph.replays for graph in recorder.graphs) > 1
     few = Engine(model, max_rows=4, pages=80).generate(requests)
-    assert [r.tokens for r in together] == [r.tokens for r in few]
+    assert [r.token_ids for r in together] == [r.token_ids for r in few]
 
 
 def test_weights_that_change_drop_the_graphs(recorder):
@@ -189,46 +171,39 @@ def test_weights_that_change_drop_the_graphs(recorder):
     (after,) = engine.generate([request])
     gc.collect()
     assert graph() is None and len(recorder.graphs) == 1
-    assert after.tokens == Engine(model).generate([request])[0].tokens != before[0].tokens
+    assert after.token_ids == Engine(model).generate([request])[0].token_ids != before[0].token_ids
 
 
 def test_a_recording_that_fails(recorder):
     """Steps then run unrecorded, and graphs that were recorded before go on."""
     model = model_of()
     short, long = requests_of(1, 9, max_new_tokens=20)[0], requests_of(4)
-    wanted = [r.tokens for r in Engine(model).generate([short, *long])]
+    wanted = [r.token_ids for r in Engine(model).generate([short, *long])]
     recorder.graphs.clear()
     engine = Engine(model)
     engine.generate([short])
     (graph,), before = recorder.graphs, recorder.graphs[0].replays
     recorder.error = "CUDA out of memory"
     with pytest.warns(UserWarning, match="not recorded: CUDA out of memory") as warned:
-        got = [r.tokens for r in engine.generate([short, *long])]
+        got = [r.token_ids for r in engine.generate([short, *long])]
     assert got == wanted and len(warned) == 1 and len(recorder.graphs) == 1
     assert graph.replays > before
 
 
-def test_rollouts_use_the_engine(recorder, monkeypatch):
-    """Where it serves the model; the tokens of `model.generate` in batches."""
+@pytest.mark.parametrize("case", ["llama", "gemma2"])
+def test_rollouts_replay(recorder, case):
+    """The tokens that full passes draw, with their log-probabilities."""
+    model, done = model_of(case), []
     prompts = [r.prompt for r in requests_of(6, 30)]
-    options = {"max_new_tokens": 7, "temperature": 0.8, "seed": 3, "rows": 4}
-    counts = []
-    for case in ("llama", "llama-dynamic"):
-        model, done = model_of(case), []
-        answers = sample_answers(model, prompts, **options, tick=done.append)
-        counts.append(done)
-        with monkeypatch.context() as patch:
-            patch.setattr(cuda_steps, "why_not", lambda model: "for this test")
-            whole, logprobs = [], []
-            for i in range(0, 6, 4):
-                rows, told_of = model.generate(
-                    prompts[i : i + 4], max_new_tokens=7, temperature=0.8, seed=3 + i,
-                    return_logprobs=True,
-                )  # fmt: skip
-                whole += rows
-                logprobs += told_of
-        assert [p + a.tokens for p, a in zip(prompts, answers, strict=True)] == whole
-        for answer, wanted in zip(answers, logprobs, strict=True):
-            assert answer.logprobs == pytest.approx(wanted, abs=1e-4)
-    assert counts == [[1, 2, 3, 4, 5, 6], [4, 6]]
+    answers = sample_answers(
+        model, prompts, max_new_tokens=7, temperature=0.8, seed=3, rows=4, tick=done.append
+    )
+    for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        wanted = drawn(model, Request(prompt, 7, Sampling(temperature=0.8), seed=3 + i))
+        assert answer.token_ids == wanted and not answer.ended
+        logits = model(torch.tensor([[*prompt, *wanted]])).logits[0, len(prompt) - 1 : -1]
+        logprobs = (logits / 0.8).log_softmax(-1).gather(-1, torch.tensor(wanted)[:, None])[:, 0]
+        got = [token.logprob for token in answer.logprobs]
+        assert got == pytest.approx(logprobs.tolist(), abs=1e-4)
+    assert done == [1, 2, 3, 4, 5, 6]
     assert sum(graph.replays for graph in recorder.graphs) > 5

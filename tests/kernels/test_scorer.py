@@ -152,7 +152,7 @@ def test_contexts_beyond_the_limit_lose_their_beginning(tokenizer):
     model = make_model(max_position_embeddings=24)
     pairs = [(list(range(3, 3 + n)), [7, 8, 9]) for n in (10, 21, 22, 23, 60)]
     found = Scorer(model, tokenizer).token_loglikelihoods(pairs, greedy=True)
-    assert [one.cut for one in found] == [0, 0, 0, 1, 38]
+    assert [one.truncated_prompt_tokens for one in found] == [0, 0, 0, 1, 38]
     assert_equal(found, one_by_one(wide(model), pairs, 24), pairs)
     shorter = Scorer(model, tokenizer, limit=12).token_loglikelihoods(pairs)
     assert_equal(shorter, one_by_one(wide(model), pairs, 12), pairs)
@@ -274,7 +274,7 @@ def test_answers_end_at_stop_strings_and_special_tokens(tokenizer):
     changed = Scorer(model, tokenizer)
     assert greedy_tokens(model, bird, 1) == [special]
     (ended,) = changed.generate([Prompt("the bird", 12, stop=("<|im_end|>",))])
-    assert ended.text == "" and ended.ended and ended.tokens <= 1
+    assert ended.text == "" and ended.ended and len(ended.token_ids) <= 1
 
 
 def test_prompts_leave_room_and_chats_go_through_the_template(tokenizer):
@@ -283,11 +283,11 @@ def test_prompts_leave_room_and_chats_go_through_the_template(tokenizer):
     long = Prompt("the river is near the tree " * 9, 20)
     ids = tokenizer.encode(long.text)
     (one,) = scorer.generate([long])
-    assert one.cut == len(ids) + 20 - 32 and one.tokens <= 20
-    (kept,) = scorer.generate([Prompt(tokenizer.decode(ids[one.cut :]), 20)])
-    assert (kept.text, kept.cut) == (one.text, 0)
+    assert one.truncated_prompt_tokens == len(ids) + 20 - 32 and len(one.token_ids) <= 20
+    (kept,) = scorer.generate([Prompt(tokenizer.decode(ids[one.truncated_prompt_tokens :]), 20)])
+    assert (kept.text, kept.truncated_prompt_tokens) == (one.text, 0)
     (half,) = scorer.generate([Prompt("the " * 40, 99)])
-    assert half.tokens <= 16
+    assert len(half.token_ids) <= 16
     chat = scorer.generate([Prompt("it?", 6, chat=True), Prompt("it?", 6)])
     rendered = tokenizer.render_chat([{"role": "user", "content": "it?"}])
     special = Scorer(model, tokenizer, parse_special=True)

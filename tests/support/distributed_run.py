@@ -166,7 +166,7 @@ def rolling_out(kind: str, run: Path, options: TrainOptions, rules: Rules = ROLL
     scored: list[float] = []
 
     def score(places, answers):
-        scored[:] = [sum(t % 5 for t in a.tokens) / len(a.tokens) - 0.1 * p
+        scored[:] = [sum(t % 5 for t in a.token_ids) / len(a.token_ids) - 0.1 * p
                      for p, a in zip(places, answers, strict=True)]  # fmt: skip
         return list(scored)
 

@@ -9,7 +9,8 @@ from types import SimpleNamespace
 from fastlm.evals.asking import ask
 from fastlm.evals.measures import summary, values
 from fastlm.evals.results import Results
-from fastlm.evals.scorer import Likelihood, Written
+from fastlm.evals.scorer import Likelihood
+from fastlm.inference.requests import Completion
 
 
 def package(cache: Path) -> Path:
@@ -53,7 +54,7 @@ class Known:
         return [Likelihood(like(*pair), 1) for pair in pairs]
 
     def generate(self, prompts, *, temperature=0.0):
-        return [Written(self.says(p.text), 1, True) for p in prompts]
+        return [Completion([1], self.says(p.text)) for p in prompts]
 
 
 def oracle(task) -> Known:

@@ -10,7 +10,8 @@ from types import SimpleNamespace
 from fastlm.evals.safety.asking import Asked
 from fastlm.evals.safety.bench import Bench, Judges, Options
 from fastlm.evals.safety.sets import Sets
-from fastlm.evals.scorer import Likelihood, Written
+from fastlm.evals.scorer import Likelihood
+from fastlm.inference.requests import Completion
 
 THINGS = (
     "ladder kettle pencil bridge window basket candle mirror hammer violin compass bottle saddle"
@@ -189,7 +190,10 @@ class Scripted:
         if self.most is not None and self.asked > self.most:
             raise KeyboardInterrupt
         return [
-            Written(self.answer(p.text), 1, True, max(0, len(p.text) - self.room)) for p in prompts
+            Completion(
+                [1], self.answer(p.text), truncated_prompt_tokens=max(0, len(p.text) - self.room)
+            )
+            for p in prompts
         ]
 
     def loglikelihoods(self, pairs, *, chat=False, greedy=False):

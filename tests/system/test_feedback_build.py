@@ -28,8 +28,9 @@ from fastlm.feedback.gate import Gate
 from fastlm.feedback.gate_metrics import read_scores, scores_of
 from fastlm.feedback.judgements import read_judgements
 from fastlm.feedback.overlap import Overlap
-from fastlm.feedback.pairwise import Answered, compared, share
+from fastlm.feedback.pairwise import compared, share
 from fastlm.feedback.stage import Feedback, _digest
+from fastlm.inference.requests import Completion
 from fastlm.pipeline.funnel import Funnel
 from fastlm.serve.feedback import FeedbackStore, Kept, Opinion
 from fastlm.serve.ratings import Rating
@@ -372,7 +373,7 @@ def test_more_answers_to_a_prompt_narrow_the_interval_of_wins_by_what_they_add()
 
 @pytest.mark.parametrize("answers", [1, 3])
 def test_a_gate_reads_the_scores_of_one_prompt(tmp_path, answers):
-    new, old = ([Answered("a", size + i, True) for i in range(answers)] for size in (6, 5))
+    new, old = ([Completion([1] * (size + i), "a") for i in range(answers)] for size in (6, 5))
     points = [[0.0] * answers, [1.5 + i for i in range(answers)]]
     path = tmp_path / "scores.json"
     path.write_text(json.dumps(compared(old, new, points, answers, 0.95)))
@@ -381,8 +382,10 @@ def test_a_gate_reads_the_scores_of_one_prompt(tmp_path, answers):
 
 
 def test_gates_decide_by_the_ends_of_intervals(tmp_path):
-    new = [Answered(f"a{i}", 6, True) for i in range(100)]
-    old = [Answered("b", 5, i % 2 == 0) for i in range(100)]
+    new = [Completion([1] * 6, f"a{i}") for i in range(100)]
+    old = [
+        Completion([1] * 5, "b", finish_reason="length" if i % 2 else "stop") for i in range(100)
+    ]
     points = [[0.0] * 100, [1.0] * 70 + [0.0] * 10 + [-1.0] * 20]
     told = compared(old, new, points, 1, 0.95)
     won = told["scores"]["rate"]

@@ -17,6 +17,7 @@ from torch import Tensor
 from fastlm.checkpoint.config import ModelConfig
 from fastlm.errors import InputError
 from fastlm.inference.engine import Engine
+from fastlm.inference.requests import Completion
 from fastlm.model.causal_lm import CausalLM
 from fastlm.optim import AdamW
 from fastlm.train import online
@@ -30,7 +31,7 @@ from fastlm.train.online import Rules, RunningScale
 from fastlm.train.options import TrainOptions
 from fastlm.train.ppo import Ppo
 from fastlm.train.ppo_objective import ActorCritic, PpoRules, value_model
-from fastlm.train.rollouts import IGNORE, Answer, pack_answers, sample_answers
+from fastlm.train.rollouts import IGNORE, pack_answers, sample_answers
 from fastlm.train.state import list_checkpoints
 
 END, BOS, WORDS = 0, 1, 8
@@ -60,10 +61,10 @@ def model_of(**changes) -> CausalLM:
 PROMPTS = [[BOS, 5, 6], [BOS], [BOS, 2, 3, 4, 7], [BOS, 3]]
 
 
-def sevens(places, answers: list[Answer]) -> list[float]:
+def sevens(places, answers: list[Completion]) -> list[float]:
     """The share of a token among those of an answer."""
     del places
-    return [sum(t == 7 for t in a.tokens) / len(a.tokens) for a in answers]
+    return [sum(t == 7 for t in a.token_ids) / len(a.token_ids) for a in answers]
 
 
 def objective(kind: str, rules: Rules = RULES, prompts=PROMPTS, score=sevens, **options):
@@ -94,11 +95,12 @@ def test_answers_have_the_log_probabilities_that_training_computes() -> None:
     answers = sample_answers(model, PROMPTS * 3, max_new_tokens=6, temperature=0.7, seed=5)
     assert {a.ended for a in answers} == {True, False}  # both kinds were drawn
     for prompt, answer in zip(PROMPTS * 3, answers, strict=True):
-        assert answer.ended == (answer.tokens[-1] == END)  # kept, although it is the pad token
-        assert END not in answer.tokens[:-1] and 1 <= len(answer.tokens) <= 6
-        packed = pack_answers([prompt], [answer.tokens], torch.device("cpu"))
+        assert answer.ended == (answer.token_ids[-1] == END)  # kept, although it is the pad token
+        assert END not in answer.token_ids[:-1] and 1 <= len(answer.token_ids) <= 6
+        packed = pack_answers([prompt], [answer.token_ids], torch.device("cpu"))
         logp = packed.rows(model.logprobs(packed.ids, packed.labels, temperature=0.7))
-        torch.testing.assert_close(logp[0], torch.tensor(answer.logprobs), rtol=1e-4, atol=1e-5)
+        sampled = torch.tensor([token.logprob for token in answer.logprobs])
+        torch.testing.assert_close(logp[0], sampled, rtol=1e-4, atol=1e-5)
 
 
 def test_as_many_answers_run_as_there_are_rows(monkeypatch) -> None:
@@ -120,7 +122,7 @@ def test_an_answer_does_not_depend_on_its_batch() -> None:
     model = model_of().eval()
     whole = sample_answers(model, PROMPTS, max_new_tokens=5, seed=9)
     parts = sample_answers(model, PROMPTS, max_new_tokens=5, seed=9, rows=1)
-    assert [a.tokens for a in whole] == [a.tokens for a in parts]
+    assert [a.token_ids for a in whole] == [a.token_ids for a in parts]
     with pytest.raises(InputError, match="prompts: wanted at most 2 tokens, which leave room"):
         sample_answers(model, PROMPTS, max_new_tokens=30)
 
@@ -168,7 +170,7 @@ def one_step_game(kind: str, tmp_path, steps: int) -> tuple[Tensor, Tensor]:
     rewards = torch.tensor([0.0, 1.0, 0.5, 0.0, -1.0, 0.2, 0.0, 0.8])
 
     def score(places, answers):
-        return [float(rewards[a.tokens[0]]) for a in answers]
+        return [float(rewards[a.token_ids[0]]) for a in answers]
 
     rules = replace(RULES, max_new_tokens=1, prompts=1, answers=64, batch_size=64, beta=0.5)
     rules = replace(rules, decode_batch=64, passes=1)
@@ -193,11 +195,11 @@ def test_the_optimum_under_a_kl_constraint_is_reached(kind, tmp_path) -> None:
     assert apart < 0.03
 
 
-def copied(places, answers: list[Answer]) -> list[float]:
+def copied(places, answers: list[Completion]) -> list[float]:
     """A half for the second token of the prompt, a half for ending after one token."""
     wanted = [COPY[i][1] for i in places]
     return [
-        0.5 * (a.tokens[0] == w) + 0.5 * (a.tokens[1:] == [END])
+        0.5 * (a.token_ids[0] == w) + 0.5 * (a.token_ids[1:] == [END])
         for a, w in zip(answers, wanted, strict=True)
     ]
 
@@ -219,7 +221,7 @@ def test_a_policy_learns_to_copy_and_to_stop(kind, tmp_path) -> None:
     assert before < 0.5 and after > 0.9
 
 
-def greedy(game) -> list[Answer]:
+def greedy(game) -> list[Completion]:
     return sample_answers(game.policy, COPY, max_new_tokens=4, temperature=0.0)
 
 
@@ -280,7 +282,7 @@ def test_a_round_does_not_depend_on_the_number_of_processes(kind) -> None:
     seen: list[int] = []
 
     def score(places, answers):
-        seen[:] = [len(a.tokens) for a in answers]
+        seen[:] = [len(a.token_ids) for a in answers]
         return sevens(places, answers)
 
     found = {}
@@ -292,7 +294,7 @@ def test_a_round_does_not_depend_on_the_number_of_processes(kind) -> None:
     whole, validated = found.pop(1)
     assert whole.made["said"] == pytest.approx(whole.made["length"])
     for game, held in found.values():
-        assert [a.tokens for a in game.answers] == [a.tokens for a in whole.answers]
+        assert [a.token_ids for a in game.answers] == [a.token_ids for a in whole.answers]
         assert game.made == pytest.approx(whole.made, rel=1e-5, abs=1e-6)
         assert held == pytest.approx(validated, rel=1e-12)
         assert game.kept.keys() == whole.kept.keys()
@@ -430,7 +432,7 @@ def test_ppo_estimates_by_plain_loops() -> None:
     assert game.made["kl"] == pytest.approx(np.mean([sum(r) for r in _gaps(game)]), abs=1e-5)
 
 
-def by_prompt(places, answers: list[Answer]) -> list[float]:
+def by_prompt(places, answers: list[Completion]) -> list[float]:
     """Far from 0, and different for each prompt: what a value model can know."""
     return [2.0 + place % 2 + c for place, c in zip(places, copied(places, answers), strict=True)]
 
@@ -457,7 +459,7 @@ def test_the_value_model_learns_by_default(shared, tmp_path) -> None:
 def test_a_value_model_that_explains_nothing_raises_an_alarm() -> None:
     rounds, warned = [], []
 
-    def drifting(places, answers: list[Answer]) -> list[float]:
+    def drifting(places, answers: list[Completion]) -> list[float]:
         rounds.append(len(rounds))
         return [10.0 * len(rounds) + s for s in sevens(places, answers)]
 
@@ -546,7 +548,10 @@ def other_sampler(monkeypatch, off: float, temperature: float = 1.0):
     def sample(model, prompts, **options):
         options["temperature"] *= temperature
         answers = sample_answers(model, prompts, **options)
-        return [replace(a, logprobs=[x - off for x in a.logprobs]) for a in answers]
+        return [
+            replace(a, logprobs=[replace(x, logprob=x.logprob - off) for x in a.logprobs])
+            for a in answers
+        ]
 
     monkeypatch.setattr(online, "sample_answers", sample)
 
@@ -602,7 +607,7 @@ def test_the_kl_coefficient_follows_its_target() -> None:
     for kl, factor in ((5.0, 1.2), (0.55, 1.1), (0.0, 0.8)):
         game.beta = 0.4
         mask = torch.ones(12, 1)
-        game.answers = [Answer([1], [0.0], True)] * 12
+        game.answers = [Completion([1])] * 12
         logp = torch.full((12, 1), kl)
         kept = {"logp": logp, "ref_logp": torch.zeros(12, 1), "difference": torch.zeros(12, 1)}
         game._watch(np.ones(12), kept, mask.bool())
@@ -628,7 +633,7 @@ def test_denominators() -> None:
     for kind in LOSS_TYPES:
         game = objective(kind)
         batches = game.next_batches(4)
-        tokens = sum(len(a.tokens) for a in game.answers)
+        tokens = sum(len(a.token_ids) for a in game.answers)
         assert sum(map(game.num_items, batches)) == wanted.get(kind, tokens)
         assert sum(map(game.tokens, batches)) == tokens < 12 * RULES.max_new_tokens
 

@@ -43,6 +43,7 @@ from fastlm.evals.safety.stage import Safety
 from fastlm.evals.safety.turns import TURNS
 from fastlm.evals.scorer import Prompt, Scorer
 from fastlm.feedback import gate_metrics as bounds
+from fastlm.inference.requests import Completion
 from fastlm.pipeline.report import render_report
 from fastlm.stages import KINDS
 
@@ -336,9 +337,9 @@ def test_turns_before_a_prompt_go_through_the_template(tmp_path, monkeypatch):
         {"role": "user", "content": "How are you?"},
     ])  # fmt: skip
     seen = []
-    told = SimpleNamespace(error=None, text="", tokens=[], finish_reason="stop")
+    told = Completion([])
     monkeypatch.setattr(
-        scorer._engine, "generate", lambda requests, tick: seen.extend(requests) or [told]
+        scorer._engine, "generate", lambda requests, **_: seen.extend(requests) or [told]
     )
     scorer.generate([prompt])
     assert [request.prompt for request in seen] == [ids]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from preference_models import example, make_base, polite_pairs
 
+from fastlm.inference.requests import Completion, TokenLogprob
 from fastlm.model.causal_lm import CausalLM
 from fastlm.tokenizer.tokenizer import Tokenizer
 from fastlm.train import grpo_objective
@@ -23,7 +24,6 @@ from fastlm.train.online import Rules
 from fastlm.train.options import TrainOptions
 from fastlm.train.preference_loss import PreferenceLoss
 from fastlm.train.preferences import Judged
-from fastlm.train.rollouts import Answer
 from fastlm.train.sft import AnswerTokens
 
 pytestmark = [
@@ -235,18 +235,24 @@ def rollouts_of_fastlm(base, theirs, asked, end: int, **group) -> GroupRelative:
     beta = group.pop("beta")
     scored = {tuple(answer): score for answer, score in zip(known, SCORES)}
 
-    def score(places: Sequence[int], answers: Sequence[Answer]) -> list[float]:
+    def score(places: Sequence[int], answers: Sequence[Completion]) -> list[float]:
         del places
-        return [scored[tuple(answer.tokens)] for answer in answers]
+        return [scored[tuple(answer.token_ids)] for answer in answers]
 
     class Given(GroupRelative):
         """Takes the known completions for its samples."""
 
-        def _sample(self, prompts, temperature, longest, seed=0) -> list[Answer]:
+        def _sample(self, prompts, temperature, longest, seed=0) -> list[Completion]:
             assert (temperature, longest) == (1.0, LONGEST)
             places = [asked.index(prompt) * GROUP + i % GROUP for i, prompt in enumerate(prompts)]
             taken = [known[place] for place in places]
-            return [Answer(tokens, [0.0] * len(tokens), tokens[-1] == end) for tokens in taken]
+            return [
+                Completion(
+                    tokens, logprobs=[TokenLogprob(token, 0.0, []) for token in tokens],
+                    finish_reason="stop" if tokens[-1] == end else "length",
+                )
+                for tokens in taken
+            ]  # fmt: skip
 
     policy = CausalLM.from_pretrained(base, dtype=torch.float32)
     reference = CausalLM.from_pretrained(base, dtype=torch.float32)

@@ -11,11 +11,11 @@ from paths import SUPPORT
 from preference_models import config
 from torch import Tensor
 
+from fastlm.inference.requests import Completion
 from fastlm.model.causal_lm import CausalLM
 from fastlm.train import losses
 from fastlm.train.online import Rules
 from fastlm.train.ppo_objective import ActorCritic, PpoRules, value_model
-from fastlm.train.rollouts import Answer
 
 FOUND = json.loads((SUPPORT / "trl_ppo_values.json").read_text())
 OPTIONS, ROUNDS = FOUND["options"], FOUND["rounds"]
@@ -128,7 +128,9 @@ def test_an_answer_without_an_end(name) -> None:
         policy, None, [[1]], [], lambda places, answers: r["scores_of_model"].tolist(),
         Rules(missing_end=-0.5), base="", value=value_model(policy, shared=True), ppo=PpoRules(),
     )  # fmt: skip
-    answers = [Answer([1], [0.0], end) for end in r.found["ended"]]
+    answers = [
+        Completion([1], finish_reason="stop" if end else "length") for end in r.found["ended"]
+    ]
     ours = torch.tensor(made._scored(made.score, range(len(answers)), answers))
     close(ours, torch.where(ended, r["scores_of_model"], -0.5))
 

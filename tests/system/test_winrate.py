@@ -9,7 +9,7 @@ import pytest
 from fastlm.data.prompts import Prompt
 from fastlm.errors import InputError
 from fastlm.feedback.gate_metrics import scores_of
-from fastlm.feedback.pairwise import Answered, judge_accuracy, judged
+from fastlm.feedback.pairwise import judge_accuracy, judged
 from fastlm.feedback.winrate import WinRate
 from fastlm.model.load import load_model
 from fastlm.model.reward_model import RewardModel
@@ -61,7 +61,7 @@ def test_several_judges_score_by_their_mean(tmp_path):
         RewardModel.from_causal_lm(model, seed=seed).save_pretrained(path)
         tokenizer.save(path)
     prompts = [Prompt([{"role": "user", "content": f"Say {i}."}], {}) for i in range(4)]
-    answered = [[Answered(f"It is {i}.", 4, True) for i in range(3)] + [Answered(" ", 1, True)]]
+    answered = [[f"It is {i}." for i in range(3)] + [" "]]
     said = []
     ((*points, empty),) = judged(judges, prompts, answered, said.append)
     alone = [judged([path], prompts, answered)[0] for path in judges]
@@ -78,7 +78,7 @@ def test_several_judges_score_by_their_mean(tmp_path):
 
     def scored(key):
         asked = [Prompt([{"role": "user", "content": row["prompt"]}], {}) for row in rows]
-        return judged(judges, asked, [[Answered(row[key], 1, True) for row in rows]])[0]
+        return judged(judges, asked, [[row[key] for row in rows]])[0]
 
     # four rows to one prompt say less than four prompts: no row adds to what its prompts tell
     same = tmp_path / "same.jsonl"
@@ -99,5 +99,5 @@ def test_several_judges_score_by_their_mean(tmp_path):
     for line in (tmp_path / "out/answers.jsonl").read_text().splitlines():
         row = json.loads(line)
         prompt = Prompt(row["prompt"], {})
-        told = judged(judges, [prompt], [[Answered(row["new"], 1, True)]])[0][0]
+        told = judged(judges, [prompt], [[row["new"]]])[0][0]
         assert row["score_new"] == pytest.approx(told, abs=1e-3)

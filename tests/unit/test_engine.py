@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from engine_cases import model_of, told
+from engine_cases import drawn, model_of, told
 from serve_app import tiny_model
 
 import fastlm
@@ -111,17 +111,13 @@ def test_prompts_of_rows_and_of_modules_have_the_same_int8_keys():
     torch.testing.assert_close(scales, their_scales, rtol=1e-5, atol=0)
 
 
-def test_it_gives_what_generate_gives():
+def test_it_draws_from_what_full_passes_compute():
     model = model_of("mistral")
-    requests = requests_of(8, longest=40, logprobs=0)
+    prompts = [r.prompt for r in requests_of(8, longest=40)]
     for sampling in (Sampling(temperature=0.0), Sampling(), Sampling(top_p=0.8)):
-        ours = Engine(model).generate(
-            [Request(r.prompt, 12, sampling, seed=5 + i) for i, r in enumerate(requests)]
-        )
-        theirs = fastlm.model.generation.generate(
-            model, [r.prompt for r in requests], max_new_tokens=12, sampling=sampling, seed=5
-        )
-        assert [[*r.prompt, *o.tokens] for r, o in zip(requests, ours, strict=True)] == theirs
+        requests = [Request(prompt, 12, sampling, seed=5 + i) for i, prompt in enumerate(prompts)]
+        for request, got in zip(requests, Engine(model).generate(requests), strict=True):
+            assert got.token_ids == drawn(model, request)
 
 
 def test_prompts_that_are_equal_are_computed_once():
@@ -129,18 +125,18 @@ def test_prompts_that_are_equal_are_computed_once():
     prompt = torch.arange(150).remainder(97).tolist()
     engine = Engine(model, max_tokens_per_step=512)
     results = engine.generate([Request(prompt, 5, seed=i) for i in range(8)])
-    assert len({tuple(r.tokens) for r in results}) > 1
+    assert len({tuple(r.token_ids) for r in results}) > 1
     assert engine.stats().prompt_tokens == 150
     assert [r.cached_tokens for r in results] == [0] + 7 * [128]
     # answers that end at once, to a prompt that ends within a page
     short = Engine(model).generate([Request(prompt[:70], 1, seed=i) for i in range(8)])
     (alone,) = Engine(model).generate([Request(prompt[:70], 1, seed=7)])
-    assert short[7].tokens == alone.tokens and len({r.tokens[0] for r in short}) > 1
+    assert short[7].token_ids == alone.token_ids and len({r.token_ids[0] for r in short}) > 1
     # the last token of a prompt that is cached as a whole is computed again: its logits are wanted
     whole = Engine(model)
     first = whole.generate([Request(prompt[:128], 5, seed=1)])
     (second,) = whole.generate([Request(prompt[:128], 5, seed=1)])
-    assert second.tokens == first[0].tokens and second.cached_tokens == 64
+    assert second.token_ids == first[0].token_ids and second.cached_tokens == 64
 
 
 @pytest.mark.parametrize("prompt_rows", [False, True])
@@ -152,14 +148,14 @@ def test_requests_of_two_salts_share_no_pages(prompt_rows):
     def cached(*salts, tokens=3):
         asked = [Request(prompt, tokens, seed=1, cache_salt=salt) for salt in salts]
         results = engine.generate(asked)
-        assert len({tuple(r.tokens) for r in results}) == 1
+        assert len({tuple(r.token_ids) for r in results}) == 1
         return [r.cached_tokens for r in results]
 
     assert cached(b"a", b"b", b"a") == [0, 0, 128]  # beside each other
     assert cached(b"c") == [0] and cached(b"c") == [128]
     assert cached(b"a", tokens=70) == [128]  # pages of the answer, too
     (answer,) = engine.generate([Request(prompt, 70, seed=1, cache_salt=b"a")])
-    longer = [*prompt, *answer.tokens]
+    longer = [*prompt, *answer.token_ids]
     for salt, least in ((b"b", 128), (b"", 0)):
         (result,) = engine.generate([Request(longer, 3, seed=1, cache_salt=salt)])
         assert result.cached_tokens == least
@@ -178,14 +174,14 @@ def test_ids_beyond_the_tokenizer_are_not_drawn(adjusted):
         [5, 6, vocab + 1], 6, sampling, logprobs=30, prompt_logprobs=30, ignore_eos=True
     )
     (beyond,) = Engine(padded).generate([request])
-    assert max(beyond.tokens) >= vocab
+    assert max(beyond.token_ids) >= vocab
     pieces = []
     engine = Engine(padded, tokenizer)
     (result,) = engine.generate([request], on_piece=lambda _, piece: pieces.append(piece))
     known, unknown = pieces[0].prompt_logprobs
     assert known.logprob > -torch.inf and unknown.logprob == -torch.inf
     assert all(token < vocab for t in (known, unknown) for token, _ in t.top)
-    assert result.finish_reason == "length" and max(result.tokens) < vocab
+    assert result.finish_reason == "length" and max(result.token_ids) < vocab
     assert all(token < vocab for t in result.logprobs for token, _ in t.top)
 
 
@@ -197,62 +193,59 @@ def test_weights_that_change_are_noticed():
     with torch.no_grad():
         model.model.layers[0].self_attn.k_proj.weight.mul_(-1)
     (after,) = engine.generate([Request(prompt, 8, Sampling(temperature=0))])
-    assert after.cached_tokens == 0 and after.tokens != before[0].tokens
+    assert after.cached_tokens == 0 and after.token_ids != before[0].token_ids
     assert (
-        after.tokens
-        == Engine(model).generate([Request(prompt, 8, Sampling(temperature=0))])[0].tokens
+        after.token_ids
+        == Engine(model).generate([Request(prompt, 8, Sampling(temperature=0))])[0].token_ids
     )
 
 
 def test_models_whose_steps_go_through_their_modules():
     model = model_of()
-    wanted = [r.tokens for r in Engine(model).generate(requests_of(5))]
+    wanted = [r.token_ids for r in Engine(model).generate(requests_of(5))]
     with fastlm.use_backend("reference"):
-        got = [r.tokens for r in Engine(model).generate(requests_of(5))]
+        got = [r.token_ids for r in Engine(model).generate(requests_of(5))]
     assert got == wanted
     add_lora(model, 4)
-    assert [r.tokens for r in Engine(model).generate(requests_of(5))] == wanted
+    assert [r.token_ids for r in Engine(model).generate(requests_of(5))] == wanted
 
 
 def test_ends_and_lengths():
     prompt = [5, 6, 7]
     (free,) = Engine(model_of()).generate([Request(prompt, 400, seed=2, ignore_eos=True)])
-    assert len(free.tokens) == 400 and free.finish_reason == "length"
-    end = free.tokens[30]
-    place = free.tokens.index(end)
+    assert len(free.token_ids) == 400 and free.finish_reason == "length"
+    end = free.token_ids[30]
+    place = free.token_ids.index(end)
     model = model_of(eos_token_id=end)
     (ended,) = Engine(model).generate([Request(prompt, 400, Sampling(), seed=2)])
-    assert ended.tokens == free.tokens[: place + 1] and ended.finish_reason == "stop"
-    stop = frozenset({free.tokens[4]})
+    assert ended.token_ids == free.token_ids[: place + 1] and ended.finish_reason == "stop"
+    stop = frozenset({free.token_ids[4]})
     (stopped,) = Engine(model).generate(
         [Request(prompt, 400, Sampling(), seed=2, stop_ids=stop, ignore_eos=True)]
     )
-    assert len(stopped.tokens) <= 5 and stopped.finish_reason == "stop"
+    assert len(stopped.token_ids) <= 5 and stopped.finish_reason == "stop"
     (full,) = Engine(model).generate([Request(prompt, 10**6, seed=2, ignore_eos=True)])
-    assert len(full.tokens) == 512 - 3 and full.finish_reason == "length"
+    assert len(full.token_ids) == 512 - 3 and full.finish_reason == "length"
 
 
 def test_penalties_and_biases():
     model = model_of()
     prompt, plain = [5, 6, 7], Sampling(temperature=0.0)
     (free,) = Engine(model).generate([Request(prompt, 20, plain)])
-    banned = Sampling(temperature=0.0, logit_bias=((free.tokens[0], -100.0),))
+    banned = Sampling(temperature=0.0, logit_bias=((free.token_ids[0], -100.0),))
     (other,) = Engine(model).generate([Request(prompt, 20, banned)])
-    assert free.tokens[0] not in other.tokens
+    assert free.token_ids[0] not in other.token_ids
     forced = Sampling(temperature=0.0, logit_bias=((11, 1000.0),))
-    assert Engine(model).generate([Request(prompt, 4, forced)])[0].tokens == [11] * 4
+    assert Engine(model).generate([Request(prompt, 4, forced)])[0].token_ids == [11] * 4
     never_twice = Sampling(temperature=0.0, presence_penalty=1e4)
     (each,) = Engine(model).generate([Request(prompt, 60, never_twice, ignore_eos=True)])
-    assert len(set(each.tokens)) == 60
+    assert len(set(each.token_ids)) == 60
     counted = Sampling(temperature=0.0, frequency_penalty=1e4)
     (even,) = Engine(model).generate([Request(prompt, 194, counted, ignore_eos=True)])
-    assert sorted(even.tokens) == sorted([*range(97)] * 2)
+    assert sorted(even.token_ids) == sorted([*range(97)] * 2)
     both = Sampling(temperature=0.7, repetition_penalty=1.4, frequency_penalty=0.3)
-    (ours,) = Engine(model).generate([Request(prompt, 20, both, seed=3)])
-    theirs = fastlm.model.generation.generate(
-        model, [prompt], max_new_tokens=20, sampling=both, seed=3
-    )
-    assert theirs[0][3:] == ours.tokens
+    request = Request(prompt, 20, both, seed=3)
+    assert Engine(model).generate([request])[0].token_ids == drawn(model, request)
 
 
 def test_logprobs():
@@ -260,7 +253,7 @@ def test_logprobs():
     for sampling in (Sampling(temperature=0.0), Sampling(temperature=0.6, top_k=5)):
         (result,) = Engine(model).generate([Request([5, 6], 6, sampling, seed=1, logprobs=3)])
         with torch.inference_mode():
-            logits = model(torch.tensor([[5, 6, *result.tokens[:-1]]])).logits[0, 1:]
+            logits = model(torch.tensor([[5, 6, *result.token_ids[:-1]]])).logits[0, 1:]
         logp = (logits / (sampling.temperature or 1)).log_softmax(-1)
         for row, found in zip(logp, result.logprobs, strict=True):
             assert found.logprob == pytest.approx(row[found.token].item(), abs=1e-4)
@@ -378,7 +371,7 @@ def test_a_request_with_the_prompt_of_one_that_fails_is_computed_itself(monkeypa
     while engine.step():
         pass
     assert got[0][-1].finish_reason == "error"
-    assert [t for piece in got[1] for t in piece.tokens] == wanted.tokens
+    assert [t for piece in got[1] for t in piece.tokens] == wanted.token_ids
 
 
 def test_a_request_that_nothing_can_be_drawn_for_ends_alone():
@@ -388,14 +381,14 @@ def test_a_request_that_nothing_can_be_drawn_for_ends_alone():
     (wanted,) = Engine(model).generate([good])
     bad = Request([5, 6, 8], 8, constraint=nothing)
     first, failed, last = Engine(model).generate([good, bad, good])
-    assert first.tokens == last.tokens == wanted.tokens
+    assert first.token_ids == last.token_ids == wanted.token_ids
     assert failed.finish_reason == "refused"
     assert failed.error == "grammar: expected a token that may come next, got none"
-    bad = next(i for i in range(97) if i not in (*good.prompt, *wanted.tokens))
+    bad = next(i for i in range(97) if i not in (*good.prompt, *wanted.token_ids))
     with torch.no_grad():
         model.model.embed_tokens.weight[bad] = torch.nan
     first, failed, last = Engine(model).generate([good, Request([bad], 8), good])
-    assert first.tokens == last.tokens == wanted.tokens
+    assert first.token_ids == last.token_ids == wanted.token_ids
     assert (failed.finish_reason, failed.error) == ("error", "logits are not finite")
 
 
@@ -419,12 +412,12 @@ def test_updates_wait_until_nothing_runs():
     assert changed.result() == "changed"
     (fresh,) = Engine(model).generate([Request(prompt, 9, plain)])
     assert after[-1].cached_tokens == 0
-    assert [t for p in after for t in p.tokens] == fresh.tokens
-    assert [t for p in before for t in p.tokens] != fresh.tokens
+    assert [t for p in after for t in p.tokens] == fresh.token_ids
+    assert [t for p in before for t in p.tokens] != fresh.token_ids
     model.model.norm.weight.data.mul_(2.0)  # norms are compared by value
     (same,) = engine.generate([Request(prompt, 9, Sampling(temperature=0.5), seed=1)])
     (other,) = Engine(model).generate([Request(prompt, 9, Sampling(temperature=0.5), seed=1)])
-    assert same.tokens == other.tokens
+    assert same.token_ids == other.token_ids
 
 
 def test_a_quantized_model_keeps_its_cache():
@@ -480,7 +473,7 @@ def test_listeners_and_callbacks_that_raise():
         if threaded:
             engine.start()
         with pytest.raises(ZeroDivisionError):
-            engine.generate([Request([1], 3), Request([2], 3)], result)
+            engine.generate([Request([1], 3), Request([2], 3)], on_completion=result)
         assert engine.generate([Request([1], 3)])[0].finish_reason == "length"
     engine.close()
 
@@ -530,14 +523,14 @@ def test_an_interrupt_leaves_an_engine_that_works(monkeypatch):
             engine.generate([Request([3], 5)])
     while engine.step():
         pass
-    assert [t for p in pieces for t in p.tokens] == wanted.tokens
+    assert [t for p in pieces for t in p.tokens] == wanted.token_ids
 
 
 def test_threads():
     """Many threads submit, some cancel; every answer is its own prompt's."""
     engine = Engine(model_of(), max_rows=8, pages=40)
     requests = requests_of(24, longest=90, logprobs=None)
-    wanted = [r.tokens for r in Engine(engine.model).generate(requests)]
+    wanted = [r.token_ids for r in Engine(engine.model).generate(requests)]
     engine.start()
     got = [None] * len(requests)
 
@@ -545,7 +538,7 @@ def test_threads():
         if i % 6 == 5:
             id = engine.submit(requests[i], lambda piece: None)
             engine.cancel(id)
-        got[i] = engine.generate([requests[i]])[0].tokens
+        got[i] = engine.generate([requests[i]])[0].token_ids
 
     threads = [threading.Thread(target=ask, args=(i,)) for i in range(len(requests))]
     for thread in threads:

@@ -11,13 +11,13 @@ from engine_cases import model_of, told
 import fastlm
 from fastlm.errors import InputError
 from fastlm.inference import sequence as sequences
+from fastlm.inference.decode_batch import MAX_ROWS
 from fastlm.inference.draft_model import Drafter, _Held, _Job
 from fastlm.inference.engine import Engine
 from fastlm.inference.requests import Request
 from fastlm.inference.sampling import Sampling
 from fastlm.inference.sequence import Collected
 from fastlm.model import cpu_steps
-from fastlm.model.cpu_steps import MAX_ROWS
 from fastlm.tokenizer.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -91,7 +91,7 @@ def test_requests_that_come_and_go():
     engine = Engine(model, draft_model=model, prompt_rows=True, pages=15, draft_tokens=3)
     got, ids, left = [Collected() for _ in requests], {}, list(range(12))
     cancelled = {2, 5, 7}
-    while left or any(answer.result is None for answer in got):
+    while left or any(answer.completion is None for answer in got):
         if left and draw.random() < 0.2:
             ids[left[0]] = engine.submit(requests[left[0]], got[left[0]])
             left.pop(0)
@@ -102,9 +102,9 @@ def test_requests_that_come_and_go():
             engine.scheduler.postpone(draw.choice(engine.scheduler.running))
         engine.step()
     for i, (answer, (tokens, logprobs)) in enumerate(zip(got, wanted, strict=True)):
-        ours = told(answer.result)
+        ours = told(answer.completion)
         if i in cancelled:
-            assert answer.result.finish_reason == "cancelled"
+            assert answer.completion.finish_reason == "cancelled"
             assert ours == (tokens[: len(ours[0])], logprobs[: len(ours[0])])
         else:
             assert ours == (tokens, logprobs)
@@ -225,7 +225,7 @@ def test_a_draft_model_that_fails_ends_no_request():
     bad = None
     while engine.step():
         assert not failed.draft
-    assert [told(answer.result) for answer in got] == alone(model, requests)
+    assert [told(answer.completion) for answer in got] == alone(model, requests)
     stats = engine.stats()
     assert stats.draft_failures == 1 and stats.finished == {"length": 3}
     nothing_is_kept(engine)
@@ -283,7 +283,7 @@ def test_stop_strings_and_grammars():
     )
     stopped.generate(requests[:1])
     even.generate(requests[1:])
-    stats, count = stopped.stats(), len(wanted[0].tokens)
+    stats, count = stopped.stats(), len(wanted[0].token_ids)
     # the model guesses for itself: wrong are only guesses behind the stop, of the last step's four
     assert stats.steps == 1 + math.ceil((count - 1) / 5)
     assert count > 6 and stats.drafted_tokens - stats.accepted_tokens < 4

@@ -3,8 +3,7 @@
 import contextlib
 
 import pytest
-import torch
-from engine_cases import model_of
+from engine_cases import drawn, model_of
 
 import fastlm
 from fastlm.errors import InputError
@@ -26,27 +25,24 @@ def engine_of(request):
         yield lambda model, **options: Engine(model, prompt_rows=how == "rows", **options)
 
 
+def requests_of(lengths, new):
+    prompts = [[(7 * n + i) % 97 for i in range(n)] for n in lengths]
+    return [Request(prompt, new, GREEDY, ignore_eos=True) for prompt in prompts]
+
+
 def answers(engine, lengths, new):
-    requests = [
-        Request([(7 * n + i) % 97 for i in range(n)], new, GREEDY, ignore_eos=True) for n in lengths
-    ]
-    return [r.tokens for r in engine.generate(requests)]
+    return [r.token_ids for r in engine.generate(requests_of(lengths, new))]
 
 
-def generated(model, lengths, new):
-    out = []
-    for n in lengths:
-        ids = torch.tensor([[(7 * n + i) % 97 for i in range(n)]])
-        whole = model.generate(ids, max_new_tokens=new, temperature=0.0, ignore_eos=True)
-        out.append(whole[0, n:].tolist())
-    return out
+def by_definition(model, lengths, new):
+    return [drawn(model, request) for request in requests_of(lengths, new)]
 
 
 def test_longrope_turns_by_the_longest_context(engine_of):
     model = model_of("phi3-longrope", original_max_position_embeddings=80)
-    long = generated(model, (81, 150), 20)  # in the long regime from the first token on
+    long = by_definition(model, (81, 150), 20)  # in the long regime from the first token on
     assert answers(engine_of(model), (81, 150), 20) == long
-    short = generated(model, (5, 60), 20)
+    short = by_definition(model, (5, 60), 20)
     engine = engine_of(model, max_length=80)
     assert answers(engine, (5, 60), 20) == short
     assert answers(engine_of(model), (5, 60), 20) != short
@@ -58,7 +54,9 @@ def test_dynamic_turns_by_the_longest_context(engine_of, monkeypatch):
     """As a plain model whose base is that of the longest context."""
     dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     model = model_of(rope_parameters=dynamic, max_position_embeddings=40)
-    assert answers(engine_of(model, max_length=40), (5, 20), 15) == generated(model, (5, 20), 15)
+    assert answers(engine_of(model, max_length=40), (5, 20), 15) == by_definition(
+        model, (5, 20), 15
+    )
     longest, width = model.designed_limit, model.config.head_dim
     assert longest == 80
     stretch = 2.0 * longest / 40 - 1.0
@@ -67,10 +65,10 @@ def test_dynamic_turns_by_the_longest_context(engine_of, monkeypatch):
         rope_parameters={"rope_type": "default", "rope_theta": base}, max_position_embeddings=80
     )
     engine = engine_of(model)
-    assert answers(engine, (5, 50), 15) == generated(plain, (5, 50), 15)
+    assert answers(engine, (5, 50), 15) == by_definition(plain, (5, 50), 15)
     made = []
     monkeypatch.setattr(rotary, "frequencies", lambda *a: made.append(a) or frequencies(*a))
-    assert answers(engine, (7, 49), 15) == generated(plain, (7, 49), 15)
+    assert answers(engine, (7, 49), 15) == by_definition(plain, (7, 49), 15)
     assert not [a for a in made if a[0]["rope_type"] == "dynamic"]  # tables are kept
     with pytest.raises(InputError, match="max_length: wanted 2 to the model's 80, got 81"):
-        engine_of(model, max_length=81)
+        engine_of(plain, max_length=81)

@@ -36,7 +36,7 @@ def test_constraints():
     results = Engine(model).generate(
         [Request([1], 9, seed=i, constraint=lambda: Fixed([9, 8, 7, 3])) for i in range(3)]
     )
-    assert [r.tokens for r in results] == [[9, 8, 7, 3]] * 3
+    assert [r.token_ids for r in results] == [[9, 8, 7, 3]] * 3
     (bad,) = Engine(model).generate([Request([1], 9, constraint=lambda: Fixed([9]))])
     assert bad.finish_reason == "error" and "IndexError" in bad.error
 
@@ -90,7 +90,7 @@ def test_masks_that_come_late_change_no_answer(options, monkeypatch):
         slow = not patience
         monkeypatch.setattr(fastlm.inference.engine, "MASK_PATIENCE", patience)
         engine = Engine(model, **options)
-        found.append([r.tokens for r in engine.generate(asked)])
+        found.append([r.token_ids for r in engine.generate(asked)])
         assert engine.stats().preemptions or "pages" not in options
         assert engine.stats().pages_used == 0
     assert found[0] == found[1] and all(len(tokens) == 70 for tokens in found[0])
@@ -128,6 +128,6 @@ def test_an_answer_whose_masks_take_too_long_ends_alone(monkeypatch):
     engine = Engine(model_of(eos_token_id=3))
     slow = Request([1], 200, constraint=lambda: Slow([9] * 199))
     result, other = engine.generate([slow, Request([2], 5, ignore_eos=True)])
-    assert result.finish_reason == "refused" and 5 < len(result.tokens) < 40
+    assert result.finish_reason == "refused" and 5 < len(result.token_ids) < 40
     assert result.error.startswith("grammar: expected masks of at most 0.02 s")
     assert other.finish_reason == "length" and engine.stats().finished["refused"] == 1

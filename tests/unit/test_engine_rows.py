@@ -21,7 +21,7 @@ def test_pages_of_answers_are_found_where_prompts_are_rows():
     for rows, cached in ((True, 128), (False, 64)):
         engine = Engine(model, prompt_rows=rows)
         (first,) = engine.generate([Request([5] * 70, 80, seed=1, ignore_eos=True)])
-        prompt = [*[5] * 70, *first.tokens, 7]
+        prompt = [*[5] * 70, *first.token_ids, 7]
         (second,) = engine.generate([Request(prompt, 9, seed=2, logprobs=1)])
         assert second.cached_tokens == cached
         (alone,) = Engine(model, prompt_rows=rows).generate(
@@ -87,7 +87,7 @@ def test_guesses_of_a_request_that_is_preempted_are_forgotten():
         engine.scheduler.postpone(sequence)
         while engine.step():
             pass
-        assert told(got.result) == alone
+        assert told(got.completion) == alone
         assert told(engine.generate([later])[0]) == wanted
 
 
@@ -103,7 +103,7 @@ def test_a_prompt_whose_pages_were_all_found_is_no_source_of_another():
     (second,) = engine.generate([Request(prompt, 5, seed=2, ignore_eos=True)])
     while engine.step():
         pass
-    assert second.finish_reason == got.result.finish_reason == "length"
+    assert second.finish_reason == got.completion.finish_reason == "length"
 
 
 @pytest.mark.parametrize("prompt_rows", [True, False])
@@ -151,7 +151,7 @@ def test_an_update_after_which_modules_compute_prompts(monkeypatch):
     while engine.step():
         pass
     assert engine.scheduler.by_pages
-    assert [len(c.result.tokens) for c in got] == [90, 20]
+    assert [len(c.completion.token_ids) for c in got] == [90, 20]
 
 
 @pytest.mark.parametrize("draft", [False, True])

@@ -1,19 +1,21 @@
-"""Generation: cache, batches, filters, seeds, stops, text streams."""
+"""Generation: batches, filters, seeds, stops, text streams."""
+
+from contextlib import nullcontext
 
 import pytest
 import torch
-from tolerance import ULP
 
 from fastlm import backend
 from fastlm.checkpoint.config import ModelConfig
 from fastlm.errors import InputError
 from fastlm.inference import sampling as sampling_module
 from fastlm.inference.answer_text import split_at_stop
+from fastlm.inference.engine import Engine
+from fastlm.inference.requests import Request
 from fastlm.inference.sampling import Sampling, make_generators, penalise
 from fastlm.model import generation as generation
 from fastlm.model.causal_lm import CausalLM
-from fastlm.model.generation import generate_text, generate_texts
-from fastlm.model.layers import KVCache
+from fastlm.model.generation import generate_text
 from fastlm.quant.model import quantize
 
 GREEDY = Sampling(temperature=0.0)
@@ -37,9 +39,21 @@ KINDS = {
     "olmo2": {},
     "smollm3": {},
 }
+BY_LENGTH = {
+    "dynamic": ("llama", {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
+    "longrope": (
+        "phi3",
+        {
+            "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 1.2, 1.5, 2.0],
+            "long_factor": [1.5, 2.0, 3.0, 4.0], "original_max_position_embeddings": 24,
+        },
+    ),
+}  # fmt: skip
 
 
 def model_of(kind="llama", **changes):
+    kind, rope = BY_LENGTH.get(kind, (kind, None))
+    changes = {**({"rope_parameters": rope} if rope else {}), **changes}
     config = ModelConfig(model_type=kind, **{**SIZES, **KINDS.get(kind, {}), **changes})
     return CausalLM(config, seed=4, scaled_residual=False).eval()
 
@@ -49,21 +63,41 @@ def ids_of(rows, length, seed=0):
     return torch.randint(0, 101, (rows, length), generator=g)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("pieces", [(1,) * 17, (16, 1), (3, 1, 9, 4)], ids=str)
-def test_cache_equals_full_pass(kind, pieces):
+def by_full_passes(model, ids, new):
+    """(B, S) -> (B, S + new): the definition of greedy generation."""
+    with torch.no_grad():
+        for _ in range(new):
+            ids = torch.cat((ids, model(ids).logits[:, -1].argmax(-1, keepdim=True)), 1)
+    return ids
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *BY_LENGTH])
+@pytest.mark.parametrize("how", ["steps", "modules", "w4a16"])
+def test_greedy_tokens_are_those_of_full_passes(kind, how):
+    """Also of rows of other lengths side by side. Where frequencies depend on the length of the
+    context, here all lengths have the same."""
     model = model_of(kind)
-    ids = ids_of(2, sum(pieces))
-    cache = KVCache(model.config, 2, 20, dtype=torch.float32)
-    with torch.inference_mode():
-        full = model(ids).logits
-        parts = [model(part, cache=cache).logits for part in ids.split(pieces, 1)]
-    # products with other shapes round differently: 2^7 units in the last place, as in test_model.py
-    error = (torch.cat(parts, 1) - full).abs().max()
-    assert error <= 2**7 * ULP[torch.float32] * full.abs().max()
-    assert cache.length == 17
-    with pytest.raises(InputError, match="cache: wanted capacity for 21 tokens, got 20"):
-        model(ids[:, :4], cache=cache)
+    if how == "w4a16":
+        model = quantize(model, how, group_size=8)
+    rows = [ids_of(1, n, seed=n) for n in (1, 7, 12, 4)]
+    prompts = [ids[0].tolist() for ids in rows]
+    with backend.use_backend("reference") if how == "modules" else nullcontext():
+        got = model.generate(prompts, max_new_tokens=9, temperature=0.0)
+    assert got == [by_full_passes(model, ids, 9)[0].tolist() for ids in rows]
+
+
+def test_frequencies_are_those_of_the_longest_context():
+    """As of a plain model with that base, also beyond the context that the model names."""
+    model = model_of("dynamic")
+    longest, width = 58, model.config.head_dim
+    base = 1e4 * (2.0 * longest / 48 - 1.0) ** (width / (width - 2))
+    plain = model_of(
+        rope_parameters={"rope_type": "default", "rope_theta": base}, max_position_embeddings=100
+    )
+    prompts = [[3, 1, 4], ids_of(1, 40)[0].tolist()]
+    got = model.generate(prompts, max_new_tokens=18, temperature=0.0)
+    assert got == plain.generate(prompts, max_new_tokens=18, temperature=0.0)
+    assert len(model.generate([[1] * 99], max_new_tokens=5)[0]) == 104  # 48 * factor is 96
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -87,23 +121,23 @@ def test_ragged_batch_equals_each_row_alone(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_prompt_of_several_rows_is_computed_once(kind, monkeypatch):
-    """Each row continues as alone. A prompt that begins with the padding's id is another one."""
+    """Each row continues as alone."""
     model = model_of(kind)
     long, short = ids_of(1, 9)[0].tolist(), ids_of(1, 4, seed=1)[0].tolist()
     prompts = [long, short, long, [0, *short], long, short]
-    rows = []
-    logits = model.next_logits
+    computed = []
+    hidden = model.chunk_hidden
     monkeypatch.setattr(
-        model, "next_logits", lambda ids, *rest: rows.append(len(ids)) or logits(ids, *rest)
+        model, "chunk_hidden", lambda ids, *rest: computed.append(len(ids)) or hidden(ids, *rest)
     )
     for penalty in (1.0, 1.4):
         options = {
             "max_new_tokens": 8, "temperature": 1.0, "repetition_penalty": penalty,
             "stop_ids": range(0, 101, 9), "return_logprobs": True,
         }  # fmt: skip
-        rows.clear()
+        computed.clear()
         together, logprobs = model.generate(prompts, seed=3, **options)
-        assert rows[0] == 3
+        assert computed == [9 + 4 + 5]
         for i, prompt in enumerate(prompts):
             (alone,), (logp,) = model.generate([prompt], seed=3 + i, **options)
             assert together[i] == alone and logprobs[i] == pytest.approx(logp, abs=1e-4)
@@ -193,50 +227,38 @@ def test_generation_ends_at_the_models_end_tokens():
         new = cut(1, end)[5:-1]
         assert text == "abcdefghijklmnop"[: 2 * len(new)]
         letters.start()
-        (one,) = generate_texts(model, letters, [ids[1].tolist()], **greedy)
-        assert (one.text, one.tokens, one.finish_reason) == (text, [*new, end], "stop")
+        (one,) = Engine(model, letters).generate([ids[1].tolist()], GREEDY, max_new_tokens=8)
+        assert (one.text, one.token_ids, one.finish_reason) == (text, [*new, end], "stop")
 
 
-def test_texts_of_a_batch_say_why_they_end():
-    model = model_of()
-    prompts = [[1, 2], [3, 4, 5]]
-    alone = [model.generate([p], max_new_tokens=6, temperature=0.0)[0] for p in prompts]
-    seen, tokens = [], []
-
-    def texts(**options):
-        each = Each("abcdefghijkl", "mnopqrstuvwx")
-        return generate_texts(
-            model, each, prompts, sampling=GREEDY, on_text=lambda *a: seen.append(a),
-            on_token=lambda *a: tokens.append(a), **options,
-        )  # fmt: skip
-
-    first, second = texts(max_new_tokens=6)
-    assert (first.text, second.text) == ("abcdefghijkl", "mnopqrstuvwx")
-    assert (first.tokens, second.tokens) == (alone[0][2:], alone[1][3:])
-    assert first.finish_reason == second.finish_reason == "length"
-    assert seen[:3] == [(0, "ab"), (1, "mn"), (0, "cd")]
-    assert tokens[:2] == [(0, alone[0][2]), (1, alone[1][3])]
-    first, second = texts(max_new_tokens=6, stop=["ef", "zz"])
-    assert (first.text, first.finish_reason, len(first.tokens)) == ("abcd", "stop", 3)
-    assert (second.text, second.finish_reason) == ("mnopqrstuvwx", "length")
-    first, second = texts(max_new_tokens=99)
-    assert first.finish_reason == second.finish_reason == "context"
-    assert 3 + len(second.tokens) == 48
+def test_prompts_are_texts_ids_or_requests():
+    model, letters = model_of(), Letters("abcdefgh")
+    letters.encode = lambda text: [1, 2, 3]
+    engine, prompts, pieces = Engine(model, letters), [[1, 2], "text"], []
+    letters.start()
+    found = engine.generate(
+        prompts, max_new_tokens=6, seed=4, on_piece=lambda i, piece: pieces.append((i, piece))
+    )
+    requests = [Request(ids, 6, seed=4 + i) for i, ids in enumerate(([1, 2], [1, 2, 3]))]
+    again = engine.generate(requests)
+    assert [one.token_ids for one in found] == [one.token_ids for one in again]
+    for row, one in enumerate(found):
+        own = [piece for i, piece in pieces if i == row]
+        assert one.token_ids == [token for piece in own for token in piece.tokens]
+        assert one.text == "".join(piece.text for piece in own) != ""
+        assert one.finish_reason == own[-1].finish_reason == "length" and not one.ended
+    with pytest.raises(InputError, match="prompts: expected requests alone or none, got both"):
+        engine.generate([requests[0], [1, 2]])
+    with pytest.raises(InputError, match="prompts: expected ids, as the engine has no tokenizer"):
+        Engine(model).generate(["text"])
 
 
-class Each:
-    """A tokenizer that gives each row its own text."""
-
-    stop_ids, vocab_size = frozenset(), 10**6
-
-    def __init__(self, *texts):
-        self.letters = [Letters(text) for text in texts]
-        self.rows = iter(self.letters)
-
-    def stream(self):
-        letters = next(self.rows)
-        letters.start()
-        return letters
+def test_a_piece_that_is_enough_ends_an_answer():
+    first, second = Engine(model_of()).generate(
+        [[1, 2], [3]], max_new_tokens=6, on_piece=lambda row, _: row == 1
+    )
+    assert (len(first.token_ids), first.finish_reason) == (6, "length")
+    assert (len(second.token_ids), second.finish_reason) == (1, "cancelled")
 
 
 def test_one_default_of_sampling():
@@ -247,8 +269,8 @@ def test_one_default_of_sampling():
     assert drawn == generation.generate(model, [[1, 2]], max_new_tokens=8, seed=3)
     assert drawn != model.generate([[1, 2]], max_new_tokens=8, temperature=0.0)
     letters.start()
-    (text,) = generate_texts(model, letters, [[1, 2]], max_new_tokens=8, seed=3)
-    assert text.tokens == drawn[0][2:]
+    (text,) = Engine(model, letters).generate([[1, 2]], max_new_tokens=8, seed=3)
+    assert text.token_ids == drawn[0][2:]
 
 
 def test_generation_ends_with_the_context():
@@ -386,8 +408,8 @@ def test_ids_beyond_the_tokenizer_are_not_drawn():
     assert max(drawn) >= 90
     for _ in range(2):
         letters.start()
-        (answer,) = generate_texts(model, letters, [[1, 95]], **greedy)
-        assert max(answer.tokens) < 90
+        (answer,) = Engine(model, letters).generate([[1, 95]], greedy["sampling"], max_new_tokens=5)
+        assert max(answer.token_ids) < 90
         letters.start()
         assert "".join(generate_text(model, letters, [1, 95], **greedy)) == answer.text
 
@@ -500,17 +522,10 @@ def test_fused_projections_of_quantized_models(kind, tmp_path):
     ids = ids_of(2, 6)
     before = {k: v.clone() for k, v in model.state_dict().items()}
 
-    def by_full_passes(model):
-        full = ids
-        with torch.no_grad():
-            for _ in range(6):
-                full = torch.cat((full, model(full).logits[:, -1].argmax(-1, keepdim=True)), 1)
-        return full
-
     def generated(model):
         return model.generate(ids, max_new_tokens=6, temperature=0.0)
 
-    assert torch.equal(generated(model), by_full_passes(model))
+    assert torch.equal(generated(model), by_full_passes(model, ids, 6))
     attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
     made = attention.fused.weight, mlp.fused.weight
     generated(model)
@@ -524,11 +539,11 @@ def test_fused_projections_of_quantized_models(kind, tmp_path):
     torch.manual_seed(1)  # other weights: first written in place, then assigned to a buffer
     other = fastlm.quantize(model_of(kind).apply(_redraw), "w4a16", group_size=16)
     model.load_state_dict(other.state_dict())
-    assert torch.equal(generated(model), by_full_passes(other))
+    assert torch.equal(generated(model), by_full_passes(other, ids, 6))
     mlp.down_proj.qdata = before["model.layers.0.mlp.down_proj.qdata"]
     if kind != "phi3":
         attention.k_proj.qdata = before["model.layers.0.self_attn.k_proj.qdata"]
-    assert torch.equal(generated(model), by_full_passes(model))
+    assert torch.equal(generated(model), by_full_passes(model, ids, 6))
 
 
 def _redraw(module):
@@ -547,24 +562,15 @@ def test_generation_leaves_no_trace():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_that_ended_are_decoded_no_further(kind, monkeypatch):
-    """The others go on as before: tokens, log-probabilities, and penalties of a ragged batch."""
+def test_rows_that_end_leave_the_others_as_they_are(kind):
+    """Tokens, log-probabilities, and penalties of a ragged batch."""
     model = model_of(kind, eos_token_id=7)
     prompts = [ids_of(1, n, seed=n)[0].tolist() for n in (3, 9, 5, 1, 7, 2, 8, 4)]
-    sizes = []
-    step = generation._Decoding.step
-
-    def counted(state, generators):
-        sizes.append(len(generators))
-        return step(state, generators)
-
-    monkeypatch.setattr(generation._Decoding, "step", counted)
     options = {
         "max_new_tokens": 24, "temperature": 2.0, "repetition_penalty": 1.2,
         "stop_ids": range(0, 101, 8),
     }  # fmt: skip
     rows, logprobs = model.generate(prompts, seed=5, return_logprobs=True, **options)
-    assert sizes[0] == 8 and 1 <= sizes[-1] < 8
     for i, prompt in enumerate(prompts):
         (row,), (alone,) = model.generate([prompt], seed=5 + i, return_logprobs=True, **options)
         assert row == rows[i] and len(logprobs[i]) == len(row) - len(prompt)

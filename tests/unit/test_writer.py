@@ -16,8 +16,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.mark.parametrize("format", [None, "w8a8"])
 def test_what_commands_write_is_what_the_engine_serves(format, monkeypatch):
-    """With `generate_texts`, whose sums have another order, rounded activations end in other
-    texts."""
     model, tokenizer = tiny_model(256)
     if format:
         model = fastlm.quantize(model, format, group_size=16)
@@ -36,14 +34,42 @@ def test_what_commands_write_is_what_the_engine_serves(format, monkeypatch):
         served = engine.generate(
             [Request(p, 60, Sampling(**options), seed=5 + i) for i, p in enumerate(prompts)]
         )
-        assert [w.tokens for w in written] == [s.tokens for s in served]
+        assert [w.token_ids for w in written] == [s.token_ids for s in served]
         assert [w.text for w in written] == [s.text for s in served] == pieces
-        assert writer.speed.new_tokens == sum(len(w.tokens) for w in written)
+        texts = [
+            fastlm.generate_text(
+                model, tokenizer, prompt, max_new_tokens=60, sampling=Sampling(**options),
+                seed=5 + i,
+            )
+            for i, prompt in enumerate(prompts)
+        ]  # fmt: skip
+        assert ["".join(text) for text in texts] == pieces
+        assert writer.speed.new_tokens == sum(len(w.token_ids) for w in written)
     (full,) = writer.write([[5] * 250], max_new_tokens=60, temperature=0)
     assert full.finish_reason in ("context", "stop")
     (short,) = writer.write([[5] * 4], max_new_tokens=1, temperature=0)
-    assert short.finish_reason in ("length", "stop") and len(short.tokens) == 1
+    assert short.finish_reason in ("length", "stop") and len(short.token_ids) == 1
     with torch.no_grad():
         model.model.norm.weight[:] = torch.nan
     with pytest.raises(InputError, match="model: expected one that answers, got: logits are not"):
         writer.write([[5]], max_new_tokens=1, temperature=0)
+
+
+def test_a_text_has_the_frequencies_of_its_own_length(monkeypatch):
+    """Where they depend on it: each length of a context has another engine."""
+    model, tokenizer = tiny_model(256)
+    dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    config = {**model.config.to_dict(), "rope_parameters": dynamic, "max_position_embeddings": 16}
+    model = fastlm.CausalLM(fastlm.ModelConfig.from_dict(config), seed=1).eval()
+    model.config.eos_token_id = None
+    monkeypatch.setattr(fastlm.serve.chat, "load_model", lambda *_: (model, tokenizer))
+    writer = fastlm.serve.chat.Writer("model")
+    ids, limits = tokenizer.encode("The tree sees the river."), []
+    for count in (3, 90, 90, 3):
+        (text,) = writer.write([ids], max_new_tokens=count, temperature=0)
+        pieces = fastlm.generate_text(
+            model, tokenizer, ids, max_new_tokens=count, sampling=Sampling(temperature=0)
+        )
+        assert text.text == "".join(pieces)
+        limits.append(writer._engine.context_limit)
+    assert limits == [len(ids) + count for count in (3, 90, 90, 3)]

@@ -93,7 +93,10 @@ class Asked:
                 for i, text in enumerate(part)
             ]  # fmt: skip
             written = self.scorer.generate(asked, temperature=temperature)
-            return [{"answer": one.text, "ended": one.ended, **_cut(one.cut)} for one in written]
+            return [
+                {"answer": one.text, "ended": one.ended, **_cut(one.truncated_prompt_tokens)}
+                for one in written
+            ]
 
         records = self.records(name, prompts, ask, AnswerRecord, size=ANSWERS, about=about)
         return [record["answer"] for record in records]

@@ -1,0 +1,58 @@
+"""A cache for the modules whose rows are sequences of equal length, each in a page of its own, as
+`fastlm.model.cpu_steps` and `fastlm.model.cuda_steps` read pages of any size."""
+
+import torch
+
+
+class RowCache:
+    """``data`` (layers, 2, rows, Hkv, capacity, D), of which `length` columns are filled. It is
+    what `CausalLM.chunk_hidden` wants of a cache for the ``new`` tokens of each row."""
+
+    def __init__(self, model, rows, capacity, dtype=None):
+        config = model.config
+        shape = (2, rows, config.num_key_value_heads, capacity, config.head_dim)
+        self.data = torch.empty(
+            config.num_hidden_layers, *shape, dtype=dtype or model.dtype, device=model.device
+        )
+        self.length = 0
+
+    def begin(self, new):
+        rows, device = self.data.shape[2], self.data.device
+        self.longest = self.length + new
+        self.positions = torch.arange(self.length, self.longest, device=device).repeat(rows)
+        ends = torch.arange(rows + 1, dtype=torch.int32, device=device)
+        self.cu_seqlens, self.cu_seqlens_k = ends * new, ends * self.longest
+
+    def append(self, layer, k, v):
+        rows = self.data.shape[2]
+        for part, new in zip(self.data[layer], (k, v), strict=True):
+            own = new[0].unflatten(1, (rows, -1)).transpose(0, 1)  # (rows, Hkv, new, D)
+            part[..., self.length : self.longest, :] = own
+        return self.keys_and_values(layer, k.dtype)
+
+    def keys_and_values(self, layer, dtype):
+        whole = self.data[layer, ..., : self.longest, :].transpose(2, 3)
+        return tuple(part.flatten(0, 1).to(dtype) for part in whole)
+
+
+@torch.inference_mode()
+def next_logits(model, ids, cache):
+    """Run new tokens (B, S) through the modules, after those in the cache -> (B, V)."""
+    cache.begin(ids.shape[1])
+    hidden = model.chunk_hidden(ids.flatten(), cache)
+    cache.length = cache.longest
+    return model.logits(hidden)
+
+
+class RowSteps:
+    """Steps of rows that have a page each, whose first ``length`` columns are filled."""
+
+    def __init__(self, steps, length):
+        self.steps, self.length = steps, length
+
+    def logits(self, tokens):
+        rows = len(tokens)
+        table = torch.arange(rows, dtype=torch.int32)[:, None]
+        out = self.steps.logits(tokens.cpu(), torch.full((rows,), self.length), table)
+        self.length += 1
+        return out
