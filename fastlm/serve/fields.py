@@ -11,8 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from fastlm.errors import InputError, show
-from fastlm.typed import check_unicode, unknown
+from fastlm.errors import InputError, check_unicode, show, unknown_key
 
 Schema = dict[str, Any]
 KINDS = {
@@ -181,7 +180,7 @@ def read_fields(body: Any, fields: Mapping[str, Field], name: str = "") -> dict[
     for key in body:
         if key not in fields:
             full = f"{prefix}{key}"[:200]
-            raise ApiError(unknown(full, key, fields), param=full)
+            raise ApiError(unknown_key(full, key, fields), param=full)
     found = {}
     for key, field in fields.items():
         value = body.get(key)

@@ -19,12 +19,11 @@ from typing import Any
 
 from fastlm.data.conversations import Message, Rows, read_examples, said
 from fastlm.data.preferences import Comparison, Label, Unranked, answers_of
-from fastlm.errors import InputError, show
+from fastlm.errors import InputError, check_unicode, show
 from fastlm.files import parse_json, replacing
 from fastlm.serve.sqlite_file import SqliteFile
 from fastlm.sources.rows import ignore
 from fastlm.stats.agreement import Agreement, agreement_of
-from fastlm.typed import check_unicode
 
 FILE_RATER = "file"  # the rater of rows that were ranked already and name nobody
 FORMS = ("pairs", "ranked", "labels", "corrected", "demonstrations")
