@@ -1,4 +1,7 @@
-"""The one exception for input that cannot be used."""
+"""The one exception for input that cannot be used, and what several messages say."""
+
+import difflib
+from collections.abc import Iterable
 
 MOST = 1000  # characters of a message: a value from a file may have any length
 HEAD, TAIL = 700, 200
@@ -23,3 +26,19 @@ def show(value: object) -> str:
         return repr(value)
     except (ValueError, RecursionError):
         return f"{type(value).__name__} too long to print"
+
+
+def unknown_key(full: str, key: str, known: Iterable[str]) -> str:
+    """Return the message about a ``key`` that is not among the ``known`` ones."""
+    near = difflib.get_close_matches(key[:80], known, n=1, cutoff=0.0)  # quadratic in its length
+    return f"{full}: unknown key; the nearest known one is {near[0]!r}"
+
+
+def check_unicode(text: str, where: str) -> None:
+    """Raise InputError if UTF-8 cannot encode ``text``, which has a lone surrogate."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{where}: wanted valid Unicode, got a lone surrogate at {error.start}"
+        ) from None

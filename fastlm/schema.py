@@ -11,9 +11,6 @@ has one schema, a dataclass or a `TypedDict`, which pydantic checks.
 What does not fit raises InputError, ``file:line: field: expected X, got Y``. A parser's limits hold
 before a schema does: regular files only (a pipe would block), a number of bytes, 200 levels of
 nesting, UTF-8 without lone surrogates, integers of at most 4,300 digits.
-
-Rejected: `fastlm.typed`, which has no unions, literals or bounds and reads JSON into Python first;
-it builds options, whose errors name the nearest key.
 """
 
 import json
@@ -31,7 +28,7 @@ from fastlm.errors import InputError, show
 from fastlm.files import MAX_JSON_BYTES, open_regular, read_text, reason
 
 T = TypeVar("T")
-Extra = Literal["forbid", "ignore"]
+Extra = Literal["forbid", "ignore", "allow"]
 Field = Sequence[int | str]  # the path of a field: keys and indices
 Where = str | Callable[[Field], str]
 
@@ -98,8 +95,8 @@ def read_lines(
 
 
 def parse(data: str | bytes, schema: type[T], where: Where, *, extra: Extra = "ignore") -> T:
-    """Return the JSON ``data`` as ``schema``. ``where`` precedes the field in messages; a function
-    of the field's path can say its line.
+    """Return the JSON ``data`` as ``schema``. ``where`` precedes the field in messages, without a
+    colon where it ends with a dot; a function of the field's path can say its line.
     """
     from pydantic import ValidationError
     from pydantic_core import from_json
@@ -110,15 +107,18 @@ def parse(data: str | bytes, schema: type[T], where: Where, *, extra: Extra = "i
         first, *_ = error.errors(include_url=False, include_input=False)
         if first["type"] == "json_invalid":
             raise InputError(_not_json(_at(where), first["msg"])) from None
+        if first["type"] == "value_error":  # of the schema's own checks
+            raise InputError(_join(_at(where), str(first["ctx"]["error"]))) from None
         raise InputError(_refusal(where, error, from_json(data))) from None
 
 
 def validate(value: Any, schema: type[T], where: Where, *, extra: Extra = "ignore") -> T:
     """Return ``value``, of a database, TOML or YAML, as ``schema``, by the rules of JSON."""
     try:
-        data = json.dumps(value)
+        data = json.dumps(value, ensure_ascii=False).encode()
     except (TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"{_at(where)}: expected values of JSON, got: {reason(error)}") from None
+        message = f"expected values of JSON, got: {reason(error)}"
+        raise InputError(f"{_at(where).removesuffix('.')}: {message}".removeprefix(": ")) from None
     return parse(data, schema, where, extra=extra)
 
 
@@ -172,8 +172,14 @@ def _at(where: Where, path: Field = ()) -> str:
 
 def _refusal(where: Where, error: Any, value: Any) -> str:
     path, message, _ = first_error(error, value)
-    field = f"{field_name(path)}: " if path else ""
-    return " ".join(f"{_at(where, path)}: {field}{message}".split())
+    name = _join(_at(where, path), field_name(path))
+    return " ".join(f"{name}: {message}".split()).removeprefix(": ")
+
+
+def _join(at: str, text: str) -> str:
+    if not at or not text:
+        return at.removesuffix(".") or text
+    return f"{at}{text}" if at.endswith(".") else f"{at}: {text}"
 
 
 def field_name(path: Field) -> str:

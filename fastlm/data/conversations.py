@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fastlm.errors import InputError
+from fastlm.errors import InputError, check_unicode
 from fastlm.sources.generated import generated_rows, is_generated
 from fastlm.sources.rows import (
     NAMED_LINES,
@@ -31,7 +31,6 @@ from fastlm.sources.rows import (
     read_rows,
     row_unit,
 )
-from fastlm.typed import check_unicode
 
 FORMATS = ("jsonl", "json")
 # Who may speak after whom; None is the beginning

@@ -19,8 +19,8 @@ from fastlm.data.conversations import Message, conversation_of, said
 from fastlm.data.dedup import content_key
 from fastlm.data.preferences import Comparison, preference_of
 from fastlm.errors import InputError
-from fastlm.files import parse_json, reason
-from fastlm.typed import build
+from fastlm.files import reason
+from fastlm.schema import parse
 
 FORGOTTEN = "forgotten.jsonl"
 PROVENANCE = "provenance"  # key of a row: {"responses": [id, ...], "conversations": [id, ...]}
@@ -121,7 +121,7 @@ def read_log(folder: Path) -> list[Line]:
     for number, line in enumerate(lines, 1):
         try:
             if line.strip():
-                found.append(build(Line, parse_json(line, "it")))
+                found.append(parse(line, Line, "it", extra="forbid"))
         except InputError as error:
             if line.endswith("}"):  # whole, and no line of ours
                 raise InputError(f"{path}, line {number}: {error}") from None

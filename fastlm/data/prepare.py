@@ -35,12 +35,12 @@ from fastlm.data.nesting import costly_markup
 from fastlm.data.scrub import scrub
 from fastlm.data.split import split_text
 from fastlm.errors import InputError
-from fastlm.files import clean_up, parse_json, replacing, write_error, write_json
+from fastlm.files import clean_up, replacing, write_error, write_json
 from fastlm.pipeline.funnel import FUNNEL, Funnel
 from fastlm.progress import silent
+from fastlm.schema import parse
 from fastlm.sources.rows import Document, SourceFile, list_files, printable, read_files
 from fastlm.sources.streams import open_stream
-from fastlm.typed import build
 
 TRAIN, HELDOUT = "train.jsonl.zst", "heldout.jsonl.zst"
 ZSTD_LEVEL = 3  # level 6 takes twice the time and saves 5 %
@@ -407,7 +407,7 @@ def read_documents(path: Path) -> Iterator[Document]:
         for number, line in enumerate(stream, 1):
             where = f"{path}, line {number}"
             try:
-                document = build(Document, parse_json(line.decode(), "it"))
+                document = parse(line, Document, "it", extra="forbid")
                 document.text.encode()  # no lone surrogate
             except (InputError, UnicodeError) as e:
                 raise InputError(f"{where}: wanted a prepared document: {e}") from None

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from typing_extensions import TypedDict
 
 from fastlm.errors import InputError
-from fastlm.files import read_json, replacing, write_json
+from fastlm.files import replacing, write_json
 from fastlm.progress import silent
-from fastlm.typed import build, check
+from fastlm.schema import read_document, validate
 
 if TYPE_CHECKING:
     from fastlm.tokenizer.tokenizer import Tokenizer
@@ -30,17 +31,22 @@ INDEX = "index.json"
 FORMAT = "fastlm-shards-1"
 # of a shard, as `write_shards` names it, and `data forget` what it writes in its place
 _FILE = re.compile(r"\d{1,9}(-[0-9a-f]{8})?\.bin", re.ASCII)
-SHARD = {
-    "file": str, "tokens": int, "documents": int, "bytes_of_text": int,
-    "sha256": str, "starts_sha256": str,
-}  # fmt: skip
 # A batch for the tokenizer's threads; larger ones gain nothing and need more memory
 ENCODE_BYTES = 1 << 20
 
 
+class Shard(TypedDict):
+    file: str
+    tokens: int
+    documents: int
+    bytes_of_text: int
+    sha256: str
+    starts_sha256: str
+
+
 @dataclass
 class ShardInfo:
-    """The content of index.json; each of ``shards`` is a `SHARD`. ``tokenizer``: the
+    """The content of index.json. ``tokenizer``: the
     `Tokenizer.vocabulary_id` of the ``vocab_size`` ids.
     """
 
@@ -50,7 +56,7 @@ class ShardInfo:
     tokens: int
     documents: int
     bytes_of_text: int
-    shards: list[dict[str, Any]]
+    shards: list[Shard]
     tokenizer: str
     format: str = FORMAT
 
@@ -92,7 +98,7 @@ def write_shards(
     encoded = _encode(
         track(docs, "tokenizing", unit="documents"), tokenizer, vocab_size, eos_id, dtype
     )
-    shards: list[dict[str, Any]] = []
+    shards: list[Shard] = []
     following = next(encoded, None)
     if following is None:
         raise InputError("docs: wanted at least one document, got none")
@@ -268,7 +274,7 @@ def _stamp(path: Path) -> tuple[int, int, int] | None:
     return stat.st_ino, stat.st_mtime_ns, stat.st_size
 
 
-def _totals(shards: list[dict[str, Any]]) -> list[int]:
+def _totals(shards: list[Shard]) -> list[int]:
     return [sum(s[key] for s in shards) for key in ("tokens", "documents", "bytes_of_text")]
 
 
@@ -278,9 +284,8 @@ def load_index(path: Path) -> ShardInfo:
         hint = f"{inner} is one" if (inner / INDEX).exists() else "'fastlm data shards' makes them"
         raise InputError(f"{path}: wanted a folder of token shards ({hint}), {INDEX} is missing")
     try:
-        info = build(ShardInfo, read_json(file))
+        info = read_document(file, ShardInfo, extra="forbid")
         for i, s in enumerate(info.shards):
-            check(s, SHARD, f"shards[{i}]")
             if not _FILE.fullmatch(s["file"]) or s["tokens"] < 1 or s["documents"] < 1:
                 raise InputError(
                     f"shards[{i}]: wanted a file named as 00000.bin, tokens and documents, got"
@@ -396,7 +401,7 @@ class BatchSampler:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        found = build(_SamplerState, state, "sampler state: wanted that of this sampler: ")
+        found = validate(state, _SamplerState, "sampler state", extra="forbid")
         for key, wanted in self._identity().items():
             if state[key] != wanted:
                 raise InputError(f"sampler state: wanted {key} {wanted!r}, got {state[key]!r:.80}")

@@ -15,13 +15,12 @@ from typing import Any
 
 import torch
 
-from fastlm.errors import InputError
+from fastlm.errors import InputError, unknown_key
 from fastlm.evals.scorer import TOKENS, Prompt, Scorer
 from fastlm.inference.requests import request_seed
 from fastlm.inference.sampling import Sampling
 from fastlm.model.load import load_model
 from fastlm.tokenizer.tokenizer import Tokenizer
-from fastlm.typed import unknown as unknown_key
 
 try:
     from lm_eval.api.instance import Instance

@@ -18,11 +18,11 @@ from fastlm.data.conversations import Message, conversation_of, said
 from fastlm.data.dedup import content_key
 from fastlm.data.forgotten import conversation_key, response_key, talk_key
 from fastlm.data.preferences import Label, preference_of
-from fastlm.errors import InputError
+from fastlm.errors import InputError, check_unicode
+from fastlm.schema import validate
 from fastlm.serve.commands import open_store
 from fastlm.serve.said import latest
 from fastlm.sources.rows import list_files, read_rows
-from fastlm.typed import build, check_unicode
 
 if TYPE_CHECKING:
     from fastlm.serve.ratings import Rating
@@ -270,14 +270,15 @@ class RowFacts:
     licence: str | None = None
     provenance: RowProvenance | None = None
 
-    def __post_init__(self) -> None:
-        check_unicode(self.rater or "", "rater")
-
 
 def _of_row(row: Any, source: str) -> Iterator[Judgement]:
     known = row if isinstance(row, dict) else {}
     names = [item.name for item in fields(RowFacts)]
-    facts = build(RowFacts, {name: known[name] for name in names if name in known})
+    given = {name: known[name] for name in names if name in known}
+    for name, value in given.items():
+        if isinstance(value, str):
+            check_unicode(value, name)
+    facts = validate(given, RowFacts, "", extra="forbid")
     origin = facts.provenance or RowProvenance()
     told: dict[str, Any] = {
         "ids": tuple(origin.responses), "talks": tuple(origin.conversations),

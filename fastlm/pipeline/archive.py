@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastlm.errors import InputError
-from fastlm.files import make_folder, read_json, reason, save_atomic, write_json
-from fastlm.typed import build
+from fastlm.files import make_folder, reason, save_atomic, write_json
+from fastlm.schema import read_document
 
 PREVIOUS = re.compile(r"previous(-\d+)?")
 COMING = ".previous.new"
@@ -70,7 +70,7 @@ def finish_moving(out: Path) -> None:
 
 
 def _read(moves: Path) -> _Move:
-    move = build(_Move, read_json(moves), f"{moves}: ")
+    move = read_document(moves, _Move, extra="forbid")
     if not PREVIOUS.fullmatch(move.to) or any(name != Path(name).name for name in move.names):
         raise InputError(f"{moves}: wanted a list of names of this folder, got {move.names!r:.100}")
     return move

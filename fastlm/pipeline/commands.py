@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 import shlex
 import sys
 import tempfile
@@ -20,7 +21,6 @@ from fastlm.pipeline.stage import Job, Option, Stage, options_of
 from fastlm.progress import silent
 from fastlm.threads import Threads
 from fastlm.torchrun import check_alone, leads
-from fastlm.typed import convert
 
 Cache = Annotated[
     Path | None,
@@ -164,7 +164,9 @@ def _value(option: Option, given: Any) -> Any:
                 f"{option.name}: wanted numbers with commas between, got {given!r:.80}"
             ) from None
     if isinstance(given, list | tuple):
-        return convert(list(given), plain, option.name)
+        if any(isinstance(v, float) and not math.isfinite(v) for v in given):
+            raise InputError(f"{option.name}: expected finite numbers, got {list(given)!r:.80}")
+        return tuple(given) if get_origin(plain) is tuple else list(given)
     return given
 
 

@@ -2,20 +2,36 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import NotRequired
+
+from typing_extensions import TypedDict
 
 from fastlm.errors import InputError
-from fastlm.files import read_json
-from fastlm.typed import build, check
+from fastlm.schema import read_document
 
 FUNNEL = "funnel.json"
 MAX_MESSAGES = 100  # about unreadable files and lines; all are counted
-# What a step reports: what it kept, and how much it removed by reason. Some steps add "replaced"
-# (scrub: personal data by kind), "not_read" (gather: endings of files of other types) or "cut"
-# (extract: long documents and the parts they became).
-STEP = {"step": str, "documents": int, "bytes": int, "removed": dict[str, int]}
-ADDED = ("replaced", "not_read", "cut")
-SOURCE = {"files": int, "documents": int, "bytes": int}
+
+
+class StepCounts(TypedDict):
+    """What a step kept, and how much it removed by reason. Some steps add ``replaced`` (scrub:
+    personal data by kind), ``not_read`` (gather: endings of files of other types) or ``cut``
+    (extract: long documents and the parts they became).
+    """
+
+    step: str
+    documents: int
+    bytes: int
+    removed: dict[str, int]
+    replaced: NotRequired[dict[str, int]]
+    not_read: NotRequired[dict[str, int]]
+    cut: NotRequired[dict[str, int]]
+
+
+class SourceCounts(TypedDict):
+    files: int
+    documents: int
+    bytes: int
 
 
 @dataclass
@@ -25,8 +41,8 @@ class Funnel:
     counted: what its "documents" are.
     """
 
-    steps: list[dict[str, Any]] = field(default_factory=list)
-    sources: dict[str, dict[str, int]] = field(default_factory=dict)
+    steps: list[StepCounts] = field(default_factory=list)
+    sources: dict[str, SourceCounts] = field(default_factory=dict)
     unreadable: list[str] = field(default_factory=list)  # the first MAX_MESSAGES one-line reasons
     counted: str = "documents"
 
@@ -35,15 +51,9 @@ class Funnel:
         """``path``: funnel.json or the folder that holds it."""
         path = path / FUNNEL if path.is_dir() else path
         try:
-            funnel = build(cls, read_json(path))
-            for i, step in enumerate(funnel.steps):
-                added = {key: dict[str, int] for key in ADDED if key in step}
-                check(step, STEP | added, f"steps[{i}]")
-            for name, tally in funnel.sources.items():
-                check(tally, SOURCE, name)
+            return read_document(path, cls, extra="forbid")
         except InputError as e:
             raise InputError(f"{path}: wanted the funnel of a prepared data folder: {e}") from None
-        return funnel
 
     def tell(self, message: str) -> None:
         """Keep the reason why something was skipped. Bytes of its names that are not UTF-8 are

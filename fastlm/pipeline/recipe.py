@@ -25,20 +25,17 @@ to bottom in one file.
 
 import difflib
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastlm.errors import InputError
-from fastlm.files import read_json, read_text
+from fastlm.errors import InputError, unknown_key
+from fastlm.files import read_json
 from fastlm.pipeline.stage import Facts, Stage, Takes, options_of
-from fastlm.typed import build, unknown
+from fastlm.schema import parse_toml, read_toml, validate
 
 MAX_BYTES = 2**16  # of a recipe
-MAX_DOTS = 1000  # in a line: tomllib takes time quadratic in the parts of a key
-_HUGE = re.compile(r"0[box][\da-fA-F_]{65}")  # numbers beyond TOML's 64 bits
 _NAME = re.compile(r"\w([\w .+-]{0,98}[\w+-])?")
 Kinds = Mapping[str, type[Stage]]  # kind -> class of the stage
 SCHEMES = ("model", "pypi", "sdist", "deb")  # of inputs from packages
@@ -88,11 +85,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, kinds: Kinds
         raise InputError(f"recipe {path}: cannot be read: No such file or directory")
     try:
         # recipe.json of a run folder is a recipe too
-        table = read_json(path) if path.suffix == ".json" else _toml(read_text(path, MAX_BYTES))
+        table = read_json(path) if path.suffix == ".json" else read_toml(path, MAX_BYTES)[0]
     except InputError as e:
         raise InputError(f"recipe {e}") from None
-    except (ValueError, RecursionError) as e:
-        raise InputError(f"recipe {path}: wanted TOML: {e}") from None
     try:
         if path.suffix != ".json":
             _resolve_settings(table, kinds, path.parent)
@@ -211,7 +206,7 @@ def _step(
             )
     if "seed" in options:
         given.setdefault("seed", seed)
-    stage = build(cls, given, f"{name}.")
+    stage = validate(given, cls, f"{name}.", extra="forbid")
     inputs = {
         key: _sources(name, edges[key], takes, before, entries, outside)
         if key in edges
@@ -300,16 +295,7 @@ def _misplaced(
     ]
     if found:
         return f"{full}: unknown key; the nearest known one is {' or '.join(found)}"
-    return unknown(full, key, known)
-
-
-def _toml(text: str) -> dict[str, Any]:
-    """Parse TOML. ValueError, RecursionError: not TOML."""
-    if any(line.count(".") > MAX_DOTS for line in text.splitlines()):
-        raise ValueError(f"a line has more than {MAX_DOTS:,} dots")
-    if huge := _HUGE.search(text):
-        raise ValueError(f"{huge[0][:20]}... has more than 64 bits")
-    return tomllib.loads(text)
+    return unknown_key(full, key, known)
 
 
 def _resolve_settings(table: Mapping[str, Any], kinds: Kinds, folder: Path) -> None:
@@ -328,8 +314,8 @@ def _override(table: dict[str, Any], kinds: Kinds, text: str) -> None:
     if len(text) > MAX_BYTES:
         raise InputError(f"set: wanted at most {MAX_BYTES:,} characters, got {len(text):,}")
     try:
-        parsed = _toml(f"value = {value}")["value"]
-    except (ValueError, RecursionError):
+        parsed = parse_toml(f"value = {value}", "set")["value"]
+    except InputError:
         parsed = value
     *parents, last = key.strip().split(".")
     if parents and parents[0] != INPUTS:

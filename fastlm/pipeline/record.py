@@ -6,14 +6,15 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from typing_extensions import TypedDict
+
 from fastlm.errors import InputError
 from fastlm.files import write_json
 from fastlm.pipeline.provenance import Made
 from fastlm.pipeline.recipe import Recipe
 from fastlm.pipeline.run_folder import STAGES
 from fastlm.pipeline.stage import Stage, options_of
-from fastlm.schema import Count, Finite, RelativePath, read_document
-from fastlm.typed import check
+from fastlm.schema import Count, Finite, RelativePath, read_document, validate
 
 ALONE = "record.json"  # in the folder of a stage that ran alone
 LAYOUT = 2  # of a run folder: one folder per stage
@@ -86,8 +87,10 @@ def load_record(out: Path, recipe: Recipe) -> dict[str, Entry]:
         if entry.outputs is None or step is None or step.stage.kind != entry.kind:
             continue
         try:
-            check(asdict(entry), {"seconds": float}, name)
-            check(entry.result, step.stage.result, f"{name}.result")
+            if entry.seconds is None:
+                raise InputError(f"{name}.seconds: expected a number, got nothing")
+            schema = TypedDict("Result", dict(step.stage.result))  # noqa: UP013
+            validate(entry.result, schema, f"{name}.result.", extra="allow")
         except InputError as e:
             raise _bad(path, e) from None
     return record.stages

@@ -193,6 +193,7 @@ class Stage:
     sources_in: ClassVar[tuple[str, ...]] = ()
     settings_in: ClassVar[tuple[str, ...]] = ()
     instructs: ClassVar[bool] = False
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"allow_inf_nan": False}  # of options
     card_section: ClassVar[str] = "Evaluation"
 
     def check(self) -> None:

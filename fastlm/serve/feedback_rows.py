@@ -12,12 +12,12 @@ from typing import Any, TypeVar
 
 from fastlm.data.conversations import messages_of
 from fastlm.data.scrub_chat import scrub_chat
-from fastlm.errors import InputError
+from fastlm.errors import InputError, check_unicode, show
 from fastlm.files import parse_json
+from fastlm.schema import Finite, validate
 from fastlm.serve.ratings import Rating
 from fastlm.serve.said import Kept, Opinion
 from fastlm.serve.tables import ANSWERS, FEEDBACK, RATINGS
-from fastlm.typed import build, check_unicode, convert
 
 T = TypeVar("T")
 SKIPPED = "{}"  # the column of a ranking that says that the rater skipped the answer
@@ -87,7 +87,7 @@ def read_answer(row: Any, name: str) -> Kept:
         "tools": _json(row.tools, f"{where}tools"),
         "conversation_id": row.conversation_id,
     }
-    answer = build(Kept, values, where)
+    answer = validate(_values(values), Kept, where.removesuffix(": "), extra="forbid")
     prompt = [message for _, message in messages_of(answer.prompt, f"{where}prompt")]
     choices = [
         [message for _, message in messages_of(choice, f"{where}choices[{i}]")]
@@ -110,24 +110,18 @@ def read_opinion(row: Any, name: str) -> Opinion:
     if row.ranking is not None:
         values["ranking"] = _json(row.ranking, f"{where}ranking")
     values["metrics"] = [list(item) for item in read_metrics(row.metrics, where).items()]
-    try:
-        return build(Opinion, values, where)
-    except InputError as error:  # of the dataclass itself
-        raise InputError(f"{where}{str(error).removeprefix(where)}") from None
+    return validate(_values(values), Opinion, where.removesuffix(": "), extra="forbid")
 
 
 def read_metrics(text: Any, where: str) -> dict[str, float]:
     """The numbers that an opinion gives, by name."""
-    return convert(_json(text, f"{where}metrics") or {}, dict[str, float], f"{where}metrics")
+    return validate(_json(text, f"{where}metrics") or {}, dict[str, Finite], f"{where}metrics.")
 
 
 def read_rating(row: Any, name: str) -> Rating:
     """A row of `RATINGS`."""
     where = f"{name}: {RATINGS.name} {row.name!r:.80}: "
-    try:
-        return build(Rating, dict(row._mapping), where)
-    except InputError as error:
-        raise InputError(f"{where}{str(error).removeprefix(where)}") from None
+    return validate(_values(row._mapping), Rating, where.removesuffix(": "), extra="forbid")
 
 
 def read_time(value: Any, where: str) -> float:
@@ -145,10 +139,19 @@ def readable(read: Callable[[Any, str], T], rows: Iterable[Any], name: str) -> I
             yield read(row, name)
 
 
+def _values(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _value(value) for key, value in row.items()}
+
+
+def _value(value: Any) -> Any:
+    """A value of a column; bytes, which nothing here has, as an object that no schema fits."""
+    return {"bytes": show(value)} if isinstance(value, bytes) else value
+
+
 def _json(text: Any, where: str) -> Any:
     if text is None:
         return None
-    value = parse_json(convert(text, str, where), where)
+    value = parse_json(validate(_value(text), str, where), where)
     if "\\u" in text:
         _check(value, where)
     return value

@@ -19,7 +19,7 @@ import sqlalchemy as sa
 
 from fastlm.data.conversations import Conversation, Message, Rows, read_examples, said
 from fastlm.data.preferences import Comparison, Label, Unranked, answers_of
-from fastlm.errors import InputError, show
+from fastlm.errors import InputError, check_unicode, show
 from fastlm.files import replacing
 from fastlm.serve import withdrawn
 from fastlm.serve.feedback import FeedbackStore
@@ -36,7 +36,6 @@ from fastlm.serve.said import Kept, Opinion, Ranking, latest
 from fastlm.serve.tables import ANSWERS, FEEDBACK
 from fastlm.sources.rows import ignore
 from fastlm.stats.agreement import Agreement, agreement_of
-from fastlm.typed import check_unicode
 
 FILE_RATER = "file"  # the rater of rows that were ranked already and name nobody
 OF_RANKINGS: dict[str, Callable[[Comparison], Sequence[Comparison | Label]]] = {

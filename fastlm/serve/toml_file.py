@@ -1,16 +1,13 @@
 """Small TOML files of the server, whose errors name the line."""
 
-import tomllib
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from fastlm.errors import InputError
-from fastlm.files import read_text
-from fastlm.typed import build, unknown
-
-MOST_BYTES = 2**18
+from fastlm.errors import InputError, unknown_key
+from fastlm.schema import read_toml, validate
 
 
 @dataclass(frozen=True)
@@ -29,28 +26,26 @@ def read_tables(path: str | Path, kinds: Mapping[str, type]) -> dict[str, list[T
 
     InputError, with the file's line: not TOML, an unknown table or key, a value that is refused.
     """
-    text = read_text(path, MOST_BYTES)
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.count(".") > 1000:  # tomllib takes time quadratic in the parts of a key
-            raise InputError(f"{path} line {number}: wanted fewer dots, got over 1,000")
-    try:
-        parsed = tomllib.loads(text)
-    except (ValueError, RecursionError) as error:  # tomllib's names line and column
-        raise InputError(f"{path}: wanted TOML, got: {' '.join(str(error).split()):.200}") from None
+    parsed, text = read_toml(path)
     places = _places(text)
     found: dict[str, list[Table]] = {kind: [] for kind in kinds}
     for kind, tables in parsed.items():
         top = places.get((kind, 0), places.get(("", 0), {})).get(kind, 1)
         if kind not in kinds:
             line = places.get((kind, 0), {"": top})[""]
-            raise InputError(f"{path} line {line}: {unknown(kind, kind, kinds)}")
+            raise InputError(f"{path} line {line}: {unknown_key(kind, kind, kinds)}")
         if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
             line = places.get((kind, 0), {"": top})[""]
             raise InputError(f"{path} line {line}: {kind}: wanted [[{kind}]]")
         for index, table in enumerate(tables):
             lines = places.get((kind, index), {"": top})
             try:
-                found[kind].append(Table(build(kinds[kind], table), lines))
+                for key, value in table.items():
+                    if key not in (known := [field.name for field in fields(kinds[kind])]):
+                        raise InputError(unknown_key(key, key, known))
+                    if isinstance(value, float) and not math.isfinite(value):
+                        raise InputError(f"{key}: expected a finite number, got {value}")
+                found[kind].append(Table(validate(table, kinds[kind], ""), lines))
             except InputError as error:
                 key = str(error).partition(":")[0].partition(".")[0]
                 line = lines.get(key, lines[""])

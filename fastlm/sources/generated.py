@@ -28,8 +28,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from fastlm.errors import InputError
-from fastlm.typed import unknown
+from fastlm.errors import InputError, unknown_key
 
 SCHEME = "reasoning-gym"
 FORM = f"{SCHEME}:NAME or {SCHEME}:NAME?KEY=VALUE&..."
@@ -205,7 +204,7 @@ def _parsed(spec: str) -> tuple[str, dict[str, Any]]:
         if not equals:
             raise InputError(f"source {spec}: wanted {FORM}, got {part!r:.60}")
         if key not in known:
-            raise InputError(unknown(f"source {spec}: {key}", key, known))
+            raise InputError(unknown_key(f"source {spec}: {key}", key, known))
         options[key] = _value(text)
     if type(seed := options.get("seed", 0)) is not int:  # null would draw one
         raise InputError(f"source {spec}: seed: wanted an integer, got {seed!r:.60}")

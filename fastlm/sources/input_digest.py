@@ -2,25 +2,18 @@
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastlm.errors import InputError
-from fastlm.files import read_json
 from fastlm.progress import silent
+from fastlm.schema import read_document
 from fastlm.sources.generated import is_generated, package_version
 from fastlm.sources.rows import list_files, parse_source, printable
-from fastlm.typed import build
 
 Stamp = tuple[int, int, int]  # size, mtime and ctime in ns
 Seen = dict[str, tuple[int, int, int, str]]  # absolute path -> stamp and sha256
 MAX_SEEN_BYTES = 1 << 30  # about 200 bytes per file
-
-
-@dataclass
-class _Record:
-    seen: Seen
 
 
 class Contents:
@@ -38,7 +31,7 @@ class Contents:
         self.used: Seen = {}
         self.changed = False  # since the record was written
         try:
-            self.seen = build(_Record, {"seen": read_json(record, MAX_SEEN_BYTES)}).seen
+            self.seen = read_document(record, Seen, max_bytes=MAX_SEEN_BYTES)
         except InputError:
             self.seen = {}
 

@@ -24,27 +24,15 @@ HALL, MOST = (0.04, 0.6), 1.7
 NORMAL = 100  # discordant items from which on McNemar's test is normal: a power 0.005 off at most
 
 
-def rate_sd(p: float) -> float:
-    """Return the standard deviation of scores that are 1 with probability ``p``, else 0."""
-    _check_between("p", p, 0, 1)
-    return math.sqrt(p * (1 - p))
-
-
-def difference_sd(sd_a: float, sd_b: float, correlation: float = 0.0) -> float:
-    """Return the sd of a difference per item. Correlation 0: the models saw different items."""
-    _check_between("correlation", correlation, -1, 1)
-    return math.sqrt(max(0.0, sd_a**2 + sd_b**2 - 2 * correlation * sd_a * sd_b))
-
-
 def detectable(
     n: int, sd: float, *, freedom: float | None = None, alpha: float = 0.05, power: float = 0.8
 ) -> float:
     """Return the minimum detectable effect of ``n`` items on a mean: noncentrality sd / sqrt(n),
     which for many items is (z_alpha/2 + z_power) sd / sqrt(n).
 
-    ``sd`` is that of the difference per item (`difference_sd`, or `PairedComparison.sd`). Against a
-    fixed number such as chance it is that of the score. ``freedom``: degrees of freedom of sd;
-    n - 1 where it is not given. Two rates: `detectable_rate`.
+    ``sd`` is that of the difference per item (`PairedComparison.sd`). Against a fixed number such
+    as chance it is that of the score. ``freedom``: degrees of freedom of sd; n - 1 where it is not
+    given. Two rates: `detectable_rate`.
     """
     _check_items(n)
     return _noncentrality(n - 1 if freedom is None else freedom, alpha, power) * sd / math.sqrt(n)

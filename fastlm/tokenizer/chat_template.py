@@ -19,8 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastlm.errors import InputError
-from fastlm.typed import check_unicode
+from fastlm.errors import InputError, check_unicode
 
 CHATML = (
     "{% for message in messages %}"

@@ -23,14 +23,13 @@ import tokenizers
 from tokenizers import decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
-from fastlm.errors import InputError
+from fastlm.errors import InputError, check_unicode
 from fastlm.files import make_folder, read_json, read_text, write_text
 from fastlm.progress import Track, silent
 from fastlm.sources.packages import model_path
 from fastlm.tokenizer import chat_template, gguf_vocab
 from fastlm.tokenizer.gguf_vocab import library
 from fastlm.tokenizer.growth import check_growth
-from fastlm.typed import check_unicode
 
 ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 # tokens with which published chat and base models end their output

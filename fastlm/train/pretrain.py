@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from fastlm.errors import InputError
+from fastlm.errors import InputError, unknown_key
 from fastlm.pipeline.stage import Facts, Job, Part, Stage, Takes, at_least_one
 from fastlm.progress import silent
 from fastlm.sources.input_digest import Contents
@@ -15,7 +15,6 @@ from fastlm.train.best import taken
 from fastlm.train.distributed import Alone
 from fastlm.train.metrics import METRICS, read_metrics
 from fastlm.train.options import OPTIMIZERS, TrainOptions
-from fastlm.typed import unknown
 
 if TYPE_CHECKING:
     import numpy as np
@@ -232,7 +231,7 @@ class Pretrain(TrainOptions, Stage):
         known = {f.name for f in fields(ModelConfig)} - {"extra"} | {"rope_theta", "rope_scaling"}
         for key in self.model or ():
             if key not in known:
-                raise InputError(unknown(f"model.{key}", key, known))
+                raise InputError(unknown_key(f"model.{key}", key, known))
 
     def plan(self, inputs: Mapping[str, Any]) -> Facts:
         (shards,) = inputs["shards"]

@@ -22,8 +22,8 @@ from fastlm.checkpoint.folder import TENSORS, load_tensors, save_tensors
 from fastlm.errors import InputError
 from fastlm.files import make_folder, new_name, reason
 from fastlm.model.quantized_modules import QuantizedEmbedding, QuantizedLinear
+from fastlm.schema import Finite, validate
 from fastlm.train.distributed import Alone
-from fastlm.typed import build
 
 FOLDER = "checkpoints"
 NAME = re.compile(r"step-(\d{8,})")
@@ -45,16 +45,16 @@ class Progress:
 
     step: int
     tokens: int
-    seconds: float  # of all sessions
-    done: float  # as `fastlm.train.loop` counts it
-    training_seconds: float
-    loss: float | None
+    seconds: Finite  # of all sessions
+    done: Finite  # as `fastlm.train.loop` counts it
+    training_seconds: Finite
+    loss: Finite | None
     last_metrics: dict[str, Any]
     metrics_bytes: int
     objective: dict[str, Any]
-    losses: list[float]  # of the last steps, for `fastlm.train.spikes`
+    losses: list[Finite]  # of the last steps, for `fastlm.train.spikes`
     best_step: int | None  # of `fastlm.train.best`
-    best_loss: float | None
+    best_loss: Finite | None
 
     def __post_init__(self) -> None:
         for name in ("step", "tokens", "seconds", "training_seconds", "metrics_bytes"):
@@ -134,7 +134,7 @@ def unpack_optimizer(
     """Undo `pack_optimizer`. param_groups stay those of ``optimizer``: their options were compared
     as part of the run identity.
     """
-    packed = build(Packed, rest, "optimizer.")
+    packed = validate(rest, Packed, "optimizer.", extra="forbid")
     groups = optimizer.state_dict()["param_groups"]
     if packed.groups != len(groups):
         raise InputError(f"optimizer: wanted {len(groups)} parameter groups, got {packed.groups}")
@@ -247,7 +247,7 @@ def load_checkpoint(
     """
     tensors, metadata = _read(path, model, optimizer, ranks)
     try:
-        rest = build(Rest, metadata)
+        rest = validate(metadata, Rest, "", extra="forbid")
     except InputError as error:
         raise InputError(f"{path}: wanted a training checkpoint: {error}") from None
     if differs := difference(rest.identity, identity, may_differ):

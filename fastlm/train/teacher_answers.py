@@ -15,14 +15,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastlm.checkpoint.folder import write_json
 from fastlm.data.conversations import Conversation
 from fastlm.data.forgotten import PROVENANCE
 from fastlm.errors import InputError
-from fastlm.files import make_folder, read_json, save_atomic, write_text
+from fastlm.files import make_folder, write_json, write_text
 from fastlm.progress import silent
+from fastlm.schema import read_document
 from fastlm.train.online_stage import text_of
-from fastlm.typed import build
 
 if TYPE_CHECKING:
     from fastlm.data.prompts import Prompt
@@ -66,14 +65,14 @@ def write_answers(
     about = folder.with_name(f"{folder.name}.json")
     make_folder(folder)
     if about.exists():
-        known = build(Made, read_json(about))
+        known = read_document(about, Made, extra="forbid")
         for name, wanted in asdict(made).items():
             if (got := getattr(known, name)) != wanted:
                 raise InputError(
                     f"teacher_answers: {folder} was made with {name} {got}, not {wanted}"
                 )
     else:
-        save_atomic(about, lambda part: write_json(part, asdict(made)))
+        write_json(about, asdict(made))
     count = 0
     starts = range(0, len(questions), BATCH)
     for start in track(starts, "the teacher answers", unit="batches"):

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 from fastlm.errors import InputError
 from fastlm.files import make_folder, reason, save_atomic
 from fastlm.progress import silent
+from fastlm.schema import parse
 from fastlm.train.encoding import IGNORE, digest, pack
-from fastlm.typed import build
 
 if TYPE_CHECKING:
     import numpy as np
@@ -124,7 +124,7 @@ class TeacherLogits:
         if meta.get("format") != FORMAT:
             raise self._bad(path, f"the format {meta.get('format')!r:.40}")
         try:
-            header = build(Header, json.loads(meta["header"]))
+            header = parse(meta["header"], Header, "header", extra="forbid")
         except (ValueError, InputError) as error:
             raise self._bad(path, f"a header that is none: {reason(error)}") from None
         if self.header not in (None, header):

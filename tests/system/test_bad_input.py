@@ -343,7 +343,7 @@ def test_records_of_another_kind(finished, tmp_path):
             (run / "pretrain/metrics.jsonl").stat().st_size
         )
         file.write_text(json.dumps(record))
-        refused("run", finished / "tiny.toml", "-o", run, text=f"line {len(lines) + 1}")
+        refused("run", finished / "tiny.toml", "-o", run, text=f"metrics.jsonl:{len(lines) + 1}")
 
 
 def test_moves_out_of_a_run_folder(finished, tmp_path):

@@ -477,15 +477,15 @@ def test_what_a_number_means_is_part_of_what_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"provenance": {"responses": 5}}, "provenance.responses: wanted an array, got a whole"),
-        ({"provenance": {"responses": [5]}}, r"provenance.responses\[0\]: wanted a string"),
-        ({"provenance": {"conversations": {}}}, "provenance.conversations: wanted an array"),
-        ({"provenance": {"talks": []}}, "provenance.talks: unknown key"),
-        ({"provenance": 7}, "provenance: wanted a table, got a whole number 7"),
-        ({"rater": ["ann"]}, "rater: wanted a string, got an array"),
+        ({"provenance": {"responses": 5}}, "provenance.responses: expected an array, got 5"),
+        ({"provenance": {"responses": [5]}}, r"provenance.responses\[0\]: expected a string"),
+        ({"provenance": {"conversations": {}}}, "provenance.conversations: expected an array"),
+        ({"provenance": {"talks": []}}, "provenance.talks: expected no such field"),
+        ({"provenance": 7}, "provenance: expected an object, got 7"),
+        ({"rater": ["ann"]}, "rater: expected a string"),
         ({"rater": "\ud800"}, "rater: wanted valid Unicode"),
-        ({"model": 7}, "model: wanted a string"),
-        ({"licence": {}}, "licence: wanted a string"),
+        ({"model": 7}, "model: expected a string"),
+        ({"licence": {}}, "licence: expected a string"),
     ],
 )
 def test_exports_of_strangers(tmp_path, row, message):

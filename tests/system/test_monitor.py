@@ -453,7 +453,7 @@ def test_rules_of_a_file(tmp_path):
         (good + "\n# clear\nclear = 3\n", r"line 8: clear: wanted at most 2, the bound, got 3"),
         (good + "hold = 0\n", r"line 6: hold: wanted 1 to 10,000, got 0"),
         (good + "abov = 0\n", r"line 6: abov: unknown key"),
-        (good.replace("2", "nan"), r"line 4: above: wanted a number"),
+        (good.replace("2", "nan"), r"line 4: above: expected a finite number"),
         (good + good, r"line 7: name: wanted each once"),
         (good.replace("whole_p95", "drift_p") + 'model = "x"\n', r"line 6: model: wanted none"),
         (period.replace("08", "32"), r"line 3: end: wanted a date"),
@@ -461,7 +461,7 @@ def test_rules_of_a_file(tmp_path):
         (period.replace('end = "2026-11-08"\n', ""), r"line 1: end: wanted with begin"),
         (period + period, r"line 4: reference: wanted at most 1"),
         ("[[reference]]\nfirst = 3\n", r"line 2: first: wanted 50 to 5000, got 3"),
-        (good * 2 + "name =", r"wanted TOML, got: "),
+        (good * 2 + "name =", r"expected TOML, got: "),
     ):
         file.write_text(text)
         with pytest.raises(InputError, match=message) as raised:

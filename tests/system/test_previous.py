@@ -85,15 +85,12 @@ def test_cut_off_it_is_finished_by_the_next_start(tmp_path, monkeypatch, count, 
 def test_cut_off_before_it_is_decided_nothing_has_moved(tmp_path, monkeypatch):
     out = run_folder(tmp_path, old=True)
     before = tree(out)
-    save = previous.save_atomic
 
-    def dying(path, writer):
-        if path.name == previous.MOVES:
-            raise Killed
-        save(path, writer)
+    def dying(path, value):
+        raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(previous, "save_atomic", dying)
+        patch.setattr(previous, "write_json", dying)
         with pytest.raises(Killed):
             archive(out, NAMES, copies=["stages.json"])
     finish_moving(out)

@@ -264,7 +264,7 @@ def test_files_of_metrics_and_alerts(folder, tmp_path):
         assert (opinion.model, opinion.kind, opinion.value) == ("tiny", "metrics.stars", 5.0)
     alerts.write_text("[[alert]]\nname = 1\n")
     for given, message in (
-        (options, "alerts.toml line 2: name: wanted a string, got a whole number 1"),
+        (options, "alerts.toml line 2: name: expected a string, got 1"),
         (("--alerts", alerts), "alerts: wanted with --feedback, which has none"),
     ):
         arguments = ["serve", "--model", str(folder), "--port", "0", *map(str, given)]

@@ -269,10 +269,10 @@ def test_foreign_states_are_refused(shards, tmp_path):
         {"seed": "5"},
     )
     for change in bad:
-        with pytest.raises(InputError, match="sampler state: wanted"):
+        with pytest.raises(InputError, match="sampler state: "):
             sampler.load_state_dict({**state, **change})
     for wrong in ({}, [], None, "state"):
-        with pytest.raises(InputError, match="sampler state: wanted"):
+        with pytest.raises(InputError, match="sampler state: "):
             sampler.load_state_dict(wrong)
 
 

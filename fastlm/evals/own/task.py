@@ -15,14 +15,13 @@ from typing import Annotated, Any, Literal, NotRequired
 from annotated_types import Ge, Interval, MaxLen, MinLen
 from typing_extensions import TypedDict
 
-from fastlm.errors import InputError, show
+from fastlm.errors import InputError, show, unknown_key
 from fastlm.evals.own import answers
 from fastlm.evals.own.data import Rows, read_rows
 from fastlm.evals.own.yaml_file import Yaml, read_yaml
 from fastlm.evals.task import Choices, Open, Question, Task
 from fastlm.schema import Field, Name, validate
 from fastlm.tokenizer.chat_template import render_plain
-from fastlm.typed import unknown
 
 Row = Mapping[str, Any]
 # What a task says of itself and does not change what is asked
@@ -142,7 +141,7 @@ def _checked(config: Yaml) -> TaskFile:
             raise config.refuse(key, "expected a task without Python code, which is not run")
         if key not in TaskFile.__annotations__:
             known = [*TaskFile.__annotations__, *TOLD]
-            raise config.refuse(key, unknown(key, key, known).removeprefix(f"{key}: "))
+            raise config.refuse(key, unknown_key(key, key, known).removeprefix(f"{key}: "))
 
     def where(field: Field) -> str:
         return config.place(str(field[0])) if field else str(config.path)
