@@ -29,6 +29,7 @@ from fastlm.feedback.annotators import Rater, rate
 from fastlm.feedback.judgements import ANONYMOUS, Judgement, read_judgements, withdrawn_keys
 from fastlm.files import make_folder, replacing, write_json
 from fastlm.pipeline.funnel import FUNNEL, Funnel
+from fastlm.serve.commands import needs_serve
 from fastlm.sources.rows import printable
 
 if TYPE_CHECKING:
@@ -223,26 +224,10 @@ def _refused(one: Judgement) -> str | None:
 
 
 def _scrubbed(one: Judgement, replaced: Counter[str]) -> Judgement:
-    try:
-        from fastlm.data.scrub_chat import scrub_chat
-    except ImportError as error:
-        raise InputError(
-            f"scrub: expected the package {error.name}, not found: pip install 'fastlm[serve]'"
-        ) from None
-
-    def clean(value: Any) -> Any:
-        if isinstance(value, str):
-            text, counts = scrub_chat(value)
-            replaced.update(counts)
-            return text
-        if isinstance(value, Mapping):
-            return {key: clean(item) for key, item in value.items()}
-        return [clean(item) for item in value] if isinstance(value, list) else value
-
-    return replace(
-        one, prompt=clean(one.prompt), better=clean(one.better), worse=clean(one.worse),
-        tools=clean(one.tools),
-    )  # fmt: skip
+    with needs_serve():
+        from fastlm.serve.feedback_rows import scrubbed
+    texts = {key: getattr(one, key) for key in ("prompt", "better", "worse", "tools")}
+    return replace(one, **{key: scrubbed(text, replaced) for key, text in texts.items()})
 
 
 def _failed(one: Judgement, rules: Sequence[str]) -> str | None:

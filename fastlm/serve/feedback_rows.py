@@ -4,6 +4,7 @@ any column, and the file may be a stranger's.
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -57,14 +58,17 @@ def opinion_row(opinion: Opinion) -> dict[str, Any]:
     }
 
 
-def scrubbed(value: Any) -> Any:
-    """``value`` without personal data in any of its texts."""
+def scrubbed(value: Any, replaced: Counter[str] | None = None) -> Any:
+    """``value`` without personal data in any of its texts. ``replaced`` counts it by kind."""
     if isinstance(value, str):
-        return scrub_chat(value.replace("\0", ""))[0]  # which PostgreSQL does not store
+        text, counts = scrub_chat(value.replace("\0", ""))  # which PostgreSQL does not store
+        if replaced is not None:
+            replaced.update(counts)
+        return text
     if isinstance(value, Mapping):
-        return {key: scrubbed(item) for key, item in value.items()}
+        return {key: scrubbed(item, replaced) for key, item in value.items()}
     if isinstance(value, Sequence):
-        return [scrubbed(item) for item in value]
+        return [scrubbed(item, replaced) for item in value]
     return value
 
 

@@ -333,11 +333,11 @@ def content(path: Path) -> Any:
 
 def rows_of(store: sqlite3.Connection) -> list[str]:
     """A database as text, without times; the ids of responses, which are random, are numbered in
-    the order of their appearance.
+    the order of their appearance. SQLAlchemy makes the indexes of a table in any order.
     """
     names: dict[str, str] = {}
     found = []
-    for line in store.iterdump():
+    for line in sorted(store.iterdump(), key=lambda line: line * line.startswith("CREATE INDEX")):
         if "fastlm_measures" not in line:  # how long answers took
             line = re.sub(r"\d{4}-\d\d-\d\dT[\d:.+]+", "TIME", line)
             for id in re.findall("chatcmpl-[0-9a-f]+", line):

@@ -302,10 +302,11 @@ def test_a_store_in_use_is_waited_for(tmp_path, monkeypatch) -> None:
         other.rank("ann", item, [0, 1, 2])
 
 
-def test_rankings_are_feedback(tmp_path) -> None:
+def test_rankings_are_feedback(where, tmp_path) -> None:
     """Items of `fastlm serve`, too, are ranked, and what was ranked are picks to train on."""
-    base = tmp_path / "store.sqlite"
-    with filled(tmp_path, prompt_row(0), {**prompt_row(1), "ranks": [1, 0, 1]}) as store:
+    file = write(tmp_path / "rows.jsonl", prompt_row(0), {**prompt_row(1), "ranks": [1, 0, 1]})
+    with RankingStore(where) as store:
+        store.add_items(read_answers([file], cache=tmp_path))
         prompt, texts = [{"role": "user", "content": "Served?"}], ("Yes", "No", "So")
         store.keep(
             Kept("r1", "m", prompt, [[{"role": "assistant", "content": text}] for text in texts])
@@ -319,10 +320,13 @@ def test_rankings_are_feedback(tmp_path) -> None:
         assert store.progress("ann") == (RaterCounts(2), 3)
         best = store.item(1, "ann").answers[0][0]["content"]
         assert store.forget(store.item(2, "ann").response_id) == 2  # nor imported again
-        again = store.add_items(read_answers([str(tmp_path / "rows.jsonl")], cache=tmp_path))
+        again = store.add_items(read_answers([file], cache=tmp_path))
         assert (again.items, again.known) == (0, 2)
+        assert store.has_prompt([{"role": "user", "content": "Question 0?"}], None)
+        assert store.next_item("cid").response_id == "r1"
+        assert store.next_item("cid", skipped=True).id == 1
     options = BuildOptions(judge=0.0, test=0.0, rater_share=1.0)
-    done = build([str(base)], tmp_path / "out", options=options, cache=tmp_path)
+    done = build([where], tmp_path / "out", options=options, cache=tmp_path)
     assert done.funnel.steps[0]["removed"] == {
         "answers that a rater tied, or skipped": 7,
         "said again, or otherwise, by the same rater": 4,
