@@ -22,9 +22,9 @@ def refusal(data, model=ChatCompletionRequest):
 @pytest.mark.parametrize(
     "text, reason",
     [
-        ("[" * 10**5, "recursion limit"), ('{"a":' * 201 + "1" + "}" * 201, "recursion limit"),
+        ("[" * 10**5, "200 levels"), ('{"a":' * 202 + "1" + "}" * 202, "200 levels"),
         ('{"a": NaN}', "JSON"), ('{"a": -Infinity}', "JSON"), ('{"a": 1e999}', "finite"),
-        ('{"seed": ' + "9" * 5000 + "}", "number out of range"), ('{"a": "\\ud800"}', "JSON"),
+        ('{"seed": ' + "9" * 5000 + "}", "number out of range"), ('{"a": "\\ud800"}', "surrogate"),
         ('{"a": {"b": 1, "b": 2}}', "b: expected once"), ("\ufeff{}", "JSON"), ("", "JSON"),
         ("[]", "an object"),
     ],
