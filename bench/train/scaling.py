@@ -209,9 +209,9 @@ def roll_out(rank: int, size: int, port: int, kind: str, log) -> None:
 
     import fastlm
     from fastlm.train.distributed import joined
-    from fastlm.train.grpo_objective import GroupRelative, GroupRules
-    from fastlm.train.online import Rules
-    from fastlm.train.ppo_objective import ActorCritic, PpoRules, value_model
+    from fastlm.train.grpo_objective import GroupRelative
+    from fastlm.train.ppo_objective import ActorCritic, value_model
+    from fastlm.train.rollout_options import GrpoOptions, PpoOptions
 
     torch.set_num_threads(1)
     config = fastlm.ModelConfig(
@@ -219,19 +219,19 @@ def roll_out(rank: int, size: int, port: int, kind: str, log) -> None:
         num_hidden_layers=1, num_attention_heads=1, max_position_embeddings=128,
     )  # fmt: skip
     model = fastlm.CausalLM(config, seed=0)
-    rules = Rules(prompts=16, answers=4, max_new_tokens=64)
-    args = (model, model, [[1, 2]] * 16, [], lambda places, answers: [1.0] * len(answers), rules)
+    settings = {"prompts": 16, "answers": 4, "passes": 1, "beta": 0.0, "max_new_tokens": 64}
+    args = (model, model, [[1, 2]] * 16, [], lambda places, answers: [1.0] * len(answers))
     objective = (
-        ActorCritic(*args, base="", value=value_model(model, shared=True), ppo=PpoRules())
+        ActorCritic(*args, PpoOptions(**settings), base="", value=value_model(model, shared=True))
         if kind == "ppo"
-        else GroupRelative(*args, base="", group=GroupRules())
+        else GroupRelative(*args, GrpoOptions(**settings), base="")
     )
     with joined(torch.device("cpu")) as objective.ranks:
         marks = []
         for _ in range(2):  # the first one also opens connections
             objective.ranks.any(False)
             marks.append(loopback())
-            objective.next_batches(64 // rules.batch_size)  # all of a new round
+            objective.next_batches(64 // objective.options.batch_size)  # all of a new round
             objective.ranks.any(False)
             marks.append(loopback())
             objective.ranks.any(False)

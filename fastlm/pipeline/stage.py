@@ -14,15 +14,17 @@ Whatever a stage reads or leaves has a type (`TYPES`), by which a recipe connect
 stages import nothing heavy, so that ``fastlm --help`` answers at once.
 """
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
 from fastlm.errors import InputError
 from fastlm.progress import silent
 from fastlm.sources.input_digest import Contents
 
+T = TypeVar("T")
 # What stages pass to each other
 TYPES = {
     "corpus": "clean documents: train.jsonl.zst, heldout.jsonl.zst, funnel.json",
@@ -315,3 +317,30 @@ def at_least_one(stage: Any, *names: str) -> None:
     for name in names:
         if getattr(stage, name) < 1:
             raise InputError(f"{name}: wanted 1 or more, got {getattr(stage, name)}")
+
+
+def not_negative(stage: Any, *names: str) -> None:
+    """Raise InputError unless each of these options is a finite number of 0 or more."""
+    for name in names:
+        if not 0 <= getattr(stage, name) < math.inf:
+            raise InputError(f"{name}: wanted 0 or more, got {getattr(stage, name)}")
+
+
+def positive(stage: Any, *names: str) -> None:
+    """Raise InputError unless each of these options is None or a finite number above 0."""
+    for name in names:
+        value = getattr(stage, name)
+        if value is not None and not 0 < value < math.inf:
+            raise InputError(f"{name}: wanted a positive number, got {value}")
+
+
+def one_of(stage: Any, **choices: Collection[str]) -> None:
+    """Raise InputError unless each of these options is among its choices."""
+    for name, known in choices.items():
+        if (value := getattr(stage, name)) not in known:
+            raise InputError(f"{name}: wanted one of {', '.join(known)}, got {value!r}")
+
+
+def select_options(stage: Any, options: type[T]) -> T:
+    """Return the options of ``stage`` that the dataclass ``options`` has, as one."""
+    return options(**{f.name: getattr(stage, f.name) for f in fields(options)})  # type: ignore[arg-type]

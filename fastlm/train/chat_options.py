@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Self
 
 from fastlm.data.conversations import FORMATS
 from fastlm.errors import InputError
-from fastlm.pipeline.stage import Facts, Job, MaybePositional, Takes, at_least_one
+from fastlm.pipeline.stage import Facts, Job, MaybePositional, Takes, at_least_one, one_of, positive
 from fastlm.sources.input_digest import Contents
 from fastlm.train.options import TrainOptions
 
@@ -59,15 +59,11 @@ class ChatOptions(TrainOptions):
         at_least_one(self, "batch_size", "accumulate")
         if self.seq_len is not None and self.seq_len < 2:
             raise InputError(f"seq_len: wanted 2 or more, got {self.seq_len}")
-        if self.epochs is not None and not 0 < self.epochs < math.inf:
-            raise InputError(f"epochs: wanted a positive number, got {self.epochs}")
+        positive(self, "epochs")
         self.train_options(1).check()
         if not 0 <= self.heldout < 1:
             raise InputError(f"heldout: wanted a share in [0, 1), got {self.heldout}")
-        if self.overlong not in self.overlongs:
-            raise InputError(
-                f"overlong: wanted one of {', '.join(self.overlongs)}, got {self.overlong!r}"
-            )
+        one_of(self, overlong=self.overlongs)
         try:
             day = date.fromisoformat(self.date).isoformat()
         except ValueError:

@@ -1,13 +1,21 @@
 """Distillation: a student learns the distributions of a teacher over answers' tokens."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastlm.errors import InputError
-from fastlm.pipeline.stage import Facts, Job, Takes, at_least_one
+from fastlm.pipeline.stage import (
+    Facts,
+    Job,
+    Takes,
+    at_least_one,
+    not_negative,
+    one_of,
+    positive,
+    select_options,
+)
 from fastlm.sources.input_digest import Contents
 from fastlm.torchrun import check_alone
 from fastlm.train.distributed import check_replicas
@@ -41,15 +49,19 @@ DIVERGING = (
 
 
 @dataclass(frozen=True)
-class DistillRules:
-    """The options of `Distill` of the same names."""
+class DistillOptions:
+    """The loss of distillation, and the student's own samples."""
 
-    divergence: str = "forward"
-    jsd_beta: float = 0.5
-    temperature: float = 1.0
-    sft_weight: float = 0.0
-    on_policy: float = 0.0
-    max_new_tokens: int = 128
+    divergence: Annotated[
+        str, "forward KL(teacher, student), reverse KL(student, teacher), or jsd, between them"
+    ] = "forward"
+    jsd_beta: Annotated[float, "Share of the teacher in the mixture of jsd, 0 to 1"] = 0.5
+    temperature: Annotated[float, "Divides the logits of both"] = 1.0
+    sft_weight: Annotated[float, "Coefficient of the cross-entropy of the answers' tokens"] = 0.0
+    on_policy: Annotated[float, "Share of micro-batches with answers that the student samples"] = (
+        0.0
+    )
+    max_new_tokens: Annotated[int, "Most tokens of an answer of the student or teacher"] = 128
 
 
 class Taught(AnswerTokens):
@@ -57,7 +69,7 @@ class Taught(AnswerTokens):
     over those of the whole step, plus `sft_weight` times the cross-entropy.
     """
 
-    rules: DistillRules
+    rules: DistillOptions
 
     def divergence(self, student: "Tensor", head: "Tensor", batch: Any, num_items: int) -> "Tensor":
         """The sum over learnt tokens, divided by ``num_items``; ``student``: its hidden states."""
@@ -91,7 +103,7 @@ class TeacherTokens(Taught):
     arXiv:2306.13649).
     """
 
-    def __init__(self, *args: Any, teacher: "CausalLM", rules: DistillRules, **options: Any):
+    def __init__(self, *args: Any, teacher: "CausalLM", rules: DistillOptions, **options: Any):
         self.teacher, self.rules = teacher.requires_grad_(False).eval(), rules
         super().__init__(*args, **options)
         self.own = self.all = 0  # micro-batches of the step, those of them with samples
@@ -175,7 +187,7 @@ class StoredTokens(Taught):
     three tensors.
     """
 
-    def __init__(self, *args: Any, stored: "TeacherLogits", rules: DistillRules, **options: Any):
+    def __init__(self, *args: Any, stored: "TeacherLogits", rules: DistillOptions, **options: Any):
         self.stored, self.rules = stored, rules
         super().__init__(*args, **options)
         self.stored_rows = stored.identity([*self.examples, *self.heldout])
@@ -204,7 +216,7 @@ class StoredTokens(Taught):
 
 
 @dataclass(frozen=True)
-class Distill(Sft):
+class Distill(DistillOptions, Sft):
     """Teach a student what a larger model would say: at every token of the answers it learns the
     teacher's distribution, not the answer's token alone.
 
@@ -219,16 +231,6 @@ class Distill(Sft):
     }
     scratch = ("checkpoints", LOGITS, ANSWERED, f"{ANSWERED}.json")
 
-    divergence: Annotated[
-        str, "forward KL(teacher, student), reverse KL(student, teacher), or jsd, between them"
-    ] = "forward"
-    jsd_beta: Annotated[float, "Share of the teacher in the mixture of jsd, 0 to 1"] = 0.5
-    temperature: Annotated[float, "Divides the logits of both"] = 1.0
-    sft_weight: Annotated[float, "Coefficient of the cross-entropy of the answers' tokens"] = 0.0
-    on_policy: Annotated[float, "Share of micro-batches with answers that the student samples"] = (
-        0.0
-    )
-    max_new_tokens: Annotated[int, "Most tokens of an answer of the student or teacher"] = 128
     teacher_answers: Annotated[
         str, "Learn answers that the teacher gives first, greedy or sampled, and nothing else"
     ] = ""
@@ -259,16 +261,11 @@ class Distill(Sft):
                     f"on_policy: wanted 0 with {name}, which lacks answers that are sampled later,"
                     f" got {self.on_policy}"
                 )
-        if self.divergence not in DIVERGENCES:
-            raise InputError(
-                f"divergence: wanted one of {', '.join(DIVERGENCES)}, got {self.divergence!r}"
-            )
+        one_of(self, divergence=DIVERGENCES)
         if not 0 < self.jsd_beta < 1:
             raise InputError(f"jsd_beta: wanted a number between 0 and 1, got {self.jsd_beta}")
-        if not 0 < self.temperature < math.inf:
-            raise InputError(f"temperature: wanted a positive number, got {self.temperature}")
-        if not 0 <= self.sft_weight < math.inf:
-            raise InputError(f"sft_weight: wanted 0 or more, got {self.sft_weight}")
+        positive(self, "temperature")
+        not_negative(self, "sft_weight")
         for name in ("teacher_top_k", "teacher_answers"):
             if getattr(self, name):
                 check_alone(name, "answers and logits are made by one")
@@ -289,10 +286,7 @@ class Distill(Sft):
             raise InputError(f"teacher: wanted a teacher or teacher_logits, got {got}")
 
     def check_answers(self) -> None:
-        if self.teacher_answers not in ANSWERS:
-            raise InputError(
-                f"teacher_answers: wanted one of {', '.join(ANSWERS)}, got {self.teacher_answers!r}"
-            )
+        one_of(self, teacher_answers=ANSWERS)
         unused = (*DIVERGING, *(("temperature",) if self.teacher_answers == "greedy" else ()))
         for name in unused:
             value, default = getattr(self, name), getattr(type(self), name)
@@ -361,11 +355,9 @@ class Distill(Sft):
         return rows
 
     def objective(self, job: Job, *args: Any, **options: Any) -> AnswerTokens:
-        from dataclasses import fields
-
         if self.teacher_answers:
             return super().objective(job, *args, **options)
-        rules = DistillRules(**{f.name: getattr(self, f.name) for f in fields(DistillRules)})
+        rules = select_options(self, DistillOptions)
         student, training, heldout, _ = args
         if self.teacher_logits or self.teacher_top_k:
             stored = self.stored(job, student, [*training, *heldout], options["tokenizer"])

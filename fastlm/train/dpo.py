@@ -5,12 +5,12 @@ answers, measured against itself before training.
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from textwrap import shorten
 from typing import Annotated, Any
 
 from fastlm.errors import InputError
-from fastlm.pipeline.stage import Job, MaybePositional, Part, Stage, Takes
+from fastlm.pipeline.stage import Job, MaybePositional, Part, Stage, Takes, select_options
 from fastlm.torchrun import leads
 from fastlm.train.best import taken
 from fastlm.train.chat_options import FEEDBACK, ChatOptions
@@ -93,9 +93,6 @@ labels (prompt, completion, label)."""
         """With `kto`, the thumbs of the feedback are its labels."""
         return "kto" if self.loss == "kto" else super().feedback_form()
 
-    def terms(self) -> PreferenceLoss:
-        return PreferenceLoss(**{f.name: getattr(self, f.name) for f in fields(PreferenceLoss)})
-
     def run(self, job: Job) -> dict[str, Any]:
         import torch
 
@@ -118,7 +115,7 @@ labels (prompt, completion, label)."""
         base = weights_digest(model)
         model.config.eos_token_id = sorted(model.config.stop_ids | tokenizer.stop_ids)
         objective = PreferredAnswers(
-            model, found.training, found.heldout, options, self.terms(),
+            model, found.training, found.heldout, options, select_options(self, PreferenceLoss),
             batch_size=self.batch_size, seed=self.seed, base=base, tokenizer=tokenizer,
             prompt=prompt, device=model.device,
         )  # fmt: skip

@@ -2,13 +2,13 @@
 imports torch before a model is loaded.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastlm.errors import InputError
+from fastlm.pipeline.stage import positive
 
 if TYPE_CHECKING:
     from fastlm.model.causal_lm import CausalLM
@@ -49,8 +49,7 @@ class LoraOptions:
                     )
         elif getattr(self, "optimizer", "adamw") == "muon":
             raise InputError("optimizer: wanted adamw to train adapters, got muon")
-        if self.lora_alpha is not None and not 0 < self.lora_alpha < math.inf:
-            raise InputError(f"lora_alpha: wanted a positive number, got {self.lora_alpha}")
+        positive(self, "lora_alpha")
         if not self.lora_targets:
             raise InputError("lora_targets: wanted all-linear or names of layers, got none")
         if not 0 <= self.lora_dropout < 1:

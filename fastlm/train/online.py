@@ -38,6 +38,7 @@ from fastlm.train.encoding import without_dropout
 from fastlm.train.losses import Metrics, aggregate, pooled
 from fastlm.train.monitors import of_round
 from fastlm.train.objective import DivergedError, decay_matrices
+from fastlm.train.rollout_options import RolloutOptions
 from fastlm.train.rollouts import (
     Packed,
     answers_of,
@@ -53,31 +54,6 @@ if TYPE_CHECKING:
 Score = Callable[[Sequence[int], Sequence[Completion]], Sequence[float]]
 ALARM = 3.0  # standard errors below 0 at which a KL estimate is not chance
 TOP_WEIGHT = 2.0  # truncated importance sampling (Yao et al. 2025; verl's default)
-
-
-@dataclass(frozen=True)
-class Rules:
-    """How rollouts are made and scored: the options of `fastlm.train.online_stage.OnlineStage` of
-    the same names.
-    """
-
-    seed: int = 0
-    temperature: float = 1.0
-    max_new_tokens: int = 128
-    prompts: int = 16
-    answers: int = 4
-    passes: int = 1
-    batch_size: int = 8
-    decode_batch: int = 64
-    beta: float = 0.0
-    kl_target: float | None = None
-    kl_horizon: float = 10_000.0
-    max_kl: float = 100.0
-    max_update_kl: float | None = None
-    missing_end: float | None = None
-    mismatch: float = 0.05
-    scale_scores: bool = False
-    val_prompts: int = 64
 
 
 @dataclass(frozen=True)
@@ -145,7 +121,7 @@ class Online:
         prompts: Sequence[Sequence[int]],
         heldout: Sequence[Sequence[int]],
         score: Score,
-        rules: Rules,
+        options: RolloutOptions,
         *,
         base: str,
         scored_by: str = "",
@@ -163,14 +139,14 @@ class Online:
         self.policy, self.reference = policy, reference
         self.trained: nn.Module = policy
         self.ranks = Alone()
-        self.prompts, self.heldout, self.rules, self.base = prompts, heldout, rules, base
+        self.prompts, self.heldout, self.options, self.base = prompts, heldout, options, base
         self.scored_by = scored_by
         self.score, self.score_heldout = score, score_heldout or score
         self.score_metrics = score_metrics
         self.stop_ids, self.places, self.warn = stop_ids, places, warn
         self.answer_text = answer_text
         self.sample_prompt, self.sample_tokens = sample_prompt, sample_tokens
-        self.beta = self.next_beta = rules.beta  # of this round, of the next one
+        self.beta = self.next_beta = options.beta  # of this round, of the next one
         self.scale = RunningScale()
         self.round = -1  # of the rollouts at hand
         self.at = 0  # answers of all passes that were taken
@@ -217,7 +193,7 @@ class Online:
     ) -> tuple[Tensor, Tensor]:
         """The same from the model's hidden states (1, total, E)."""
         logp, entropy = model.logprobs_of(
-            hidden, packed.labels, temperature=self.rules.temperature, return_entropy=True
+            hidden, packed.labels, temperature=self.options.temperature, return_entropy=True
         )
         return packed.rows(logp), packed.rows(entropy)
 
@@ -234,26 +210,26 @@ class Online:
 
     def _prompts_of_round(self) -> list[int]:
         """The places of the next prompts: every prompt once per epoch, in an order of its own."""
-        start = self.round * self.rules.prompts
+        start = self.round * self.options.prompts
         count = len(self.prompts)
         chosen = []
-        for place in range(start, start + self.rules.prompts):
+        for place in range(start, start + self.options.prompts):
             epoch, at = divmod(place, count)
             chosen.append(int(self._order(0, epoch, count)[at]))
         return chosen
 
     def _order(self, *key: int) -> np.ndarray:
         """A permutation of range(key[-1]) that depends on the seed and the key alone."""
-        return np.random.Generator(np.random.PCG64([self.rules.seed, *key])).permutation(key[-1])
+        return np.random.Generator(np.random.PCG64([self.options.seed, *key])).permutation(key[-1])
 
     def _begin_round(self) -> None:
-        rules = self.rules
+        options = self.options
         self.round, self.at, self.stop = self.round + 1, 0, False
         scores, kept, scored = self._roll_out(self.score)
         mask = self._mask()
         self._watch(scores, kept, mask)
         self.made |= scored
-        if rules.scale_scores:
+        if options.scale_scores:
             self.scale.add(scores)
             scores = scores / self.scale.deviation
         device = self.policy.device
@@ -268,10 +244,10 @@ class Online:
         Each process makes its share, and learns that of the others. From here on all of them have
         the same numbers, so they estimate, watch and decide alike.
         """
-        rules = self.rules
-        self.chosen = [i for i in self._prompts_of_round() for _ in range(rules.answers)]
+        options = self.options
+        self.chosen = [i for i in self._prompts_of_round() for _ in range(options.answers)]
         # every answer of the training has a seed of its own; torch's generator takes 32 bits
-        (first,) = np.random.SeedSequence([rules.seed, 1]).generate_state(1, np.uint32)
+        (first,) = np.random.SeedSequence([options.seed, 1]).generate_state(1, np.uint32)
         seed = int(first) // 2 + self.round * len(self.chosen)
         self.policy.eval()
         parts = self.ranks.each(lambda: self._share(seed, score))
@@ -285,10 +261,12 @@ class Online:
         return np.concatenate([part.scores for part in parts]), kept, scored
 
     def _share(self, seed: int, score: Score) -> Share:
-        rules, rows = self.rules, self.ranks.share(len(self.chosen))
+        options, rows = self.options, self.ranks.share(len(self.chosen))
         places = self.chosen[rows.start : rows.stop]
         prompts = [self.prompts[i] for i in places]
-        answers = self._sample(prompts, rules.temperature, rules.max_new_tokens, seed + rows.start)
+        answers = self._sample(
+            prompts, options.temperature, options.max_new_tokens, seed + rows.start
+        )
         scores = self._scored(score, places, answers)
         scored = dict(self.score_metrics())
         return Share(tensors_of(answers), scores, scored, self._measured(prompts, answers))
@@ -301,7 +279,7 @@ class Online:
         with nullcontext() if quantized else merged(self.policy):
             return sample_answers(
                 self.policy, prompts, max_new_tokens=longest, seed=seed,
-                temperature=temperature, stop_ids=self.stop_ids, rows=self.rules.decode_batch,
+                temperature=temperature, stop_ids=self.stop_ids, rows=self.options.decode_batch,
             )  # fmt: skip
 
     def _scored(
@@ -310,8 +288,8 @@ class Online:
         if not answers:
             return np.zeros(0)
         scores = np.array(score(places, answers), np.float64)
-        if self.rules.missing_end is not None:
-            scores[[not answer.ended for answer in answers]] = self.rules.missing_end
+        if self.options.missing_end is not None:
+            scores[[not answer.ended for answer in answers]] = self.options.missing_end
         return scores
 
     def _mask(self) -> Tensor:
@@ -333,7 +311,7 @@ class Online:
         minus that of sampling, as "difference": the engine that samples and the one that trains
         round differently.
         """
-        size = self.rules.batch_size
+        size = self.options.batch_size
         parts: dict[str, list[Tensor]] = {}
         for start in range(0, len(answers), size):
             packed = pack_answers(
@@ -353,16 +331,16 @@ class Online:
 
     def _watch(self, scores: np.ndarray, kept: dict[str, Tensor], mask: Tensor) -> None:
         """Measure a round; raise DivergedError where the policy is too far from the reference."""
-        rules = self.rules
+        options = self.options
         self.made = of_round(
             scores, self.answers, kept["logp"], kept["ref_logp"], kept["difference"], mask
         )
         self.made |= {"round": self.round, "beta": self.beta}
         kl, error, mismatch = (self.made[name] for name in ("kl", "kl_error", "mismatch"))
-        if not abs(kl) <= rules.max_kl:
+        if not abs(kl) <= options.max_kl:
             raise DivergedError(
                 f"round {self.round}: the KL to the reference is {kl:.3g} nats per answer, wanted"
-                f" at most max_kl {rules.max_kl:g}",
+                f" at most max_kl {options.max_kl:g}",
                 steps=self.steps,
             )
         if kl < -ALARM * error - 1e-3:
@@ -371,17 +349,17 @@ class Online:
                 f" {ALARM:g} standard errors below 0: the policy that samples is not the one that"
                 " is trained"
             )
-        if mismatch <= rules.mismatch:
+        if mismatch <= options.mismatch:
             kept["difference"] = torch.zeros_like(kept["difference"])
         else:
             self.warn(
                 f"round {self.round}: log-probabilities in sampling and in training differ by"
-                f" {mismatch:.3g} nats per token, more than mismatch {rules.mismatch:g}: the update"
-                " has truncated importance weights"
+                f" {mismatch:.3g} nats per token, more than mismatch {options.mismatch:g}: the"
+                " update has truncated importance weights"
             )
-        if rules.kl_target is not None:  # Ziegler et al. 2019, arXiv:1909.08593
-            off = min(max(kl / rules.kl_target - 1, -0.2), 0.2)
-            self.next_beta = self.beta * (1 + off * len(scores) / rules.kl_horizon)
+        if options.kl_target is not None:  # Ziegler et al. 2019, arXiv:1909.08593
+            off = min(max(kl / options.kl_target - 1, -0.2), 0.2)
+            self.next_beta = self.beta * (1 + off * len(scores) / options.kl_horizon)
 
     # Objective
 
@@ -393,11 +371,12 @@ class Online:
         for prompt in (*self.prompts, (), *self.heldout):
             digest.update(np.array([len(prompt), *prompt], np.int64).tobytes())
         data = digest.hexdigest()[:16]
-        rules = {k: v for k, v in asdict(self.rules).items() if k not in ("max_kl", "val_prompts")}
-        return {**rules, "base": self.base, "data": data, "scored_by": self.scored_by}
+        watching = ("max_kl", "val_prompts")
+        options = {k: v for k, v in asdict(self.options).items() if k not in watching}
+        return {**options, "base": self.base, "data": data, "scored_by": self.scored_by}
 
     def _over(self) -> bool:
-        return self.stop or self.at >= len(self.answers) * self.rules.passes
+        return self.stop or self.at >= len(self.answers) * self.options.passes
 
     def next_batches(self, count: int) -> list[Batch]:
         """Return the micro-batches of a step: ``count``, or what the pass has left."""
@@ -407,7 +386,7 @@ class Online:
             self.steps = 0
         self.steps += 1
         self.step_metrics = []
-        total, size = len(self.answers), self.rules.batch_size
+        total, size = len(self.answers), self.options.batch_size
         number, start = divmod(self.at, total)
         rows = self._order(2, self.round, number, total)[start : start + count * size].tolist()
         self.at += len(rows)
@@ -438,7 +417,7 @@ class Online:
         for parts in zip(*filter(None, measured), strict=True):
             step |= averaged([(part["tokens"], part) for part in parts])
         del step["tokens"]
-        most = self.rules.max_update_kl
+        most = self.options.max_update_kl
         self.stop = most is not None and step["approx_kl"] > most
         return {**self.made, **step}
 
@@ -487,7 +466,7 @@ class Online:
 
     def validate(self) -> dict[str, float]:
         """Return the mean score of greedy answers to held-out prompts, with its standard error."""
-        count = min(len(self.heldout), self.rules.val_prompts)
+        count = min(len(self.heldout), self.options.val_prompts)
         if not count:
             return {}
         parts = self.ranks.each(lambda: self._answered(self.ranks.share(count)))
@@ -502,7 +481,7 @@ class Online:
     def _answered(self, places: range) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Scores and lengths of greedy answers to held-out prompts, and which ended."""
         prompts = [self.heldout[i] for i in places]
-        answers = self._sample(prompts, 0.0, self.rules.max_new_tokens)
+        answers = self._sample(prompts, 0.0, self.options.max_new_tokens)
         return (
             self._scored(self.score_heldout, places, answers),
             np.array([len(answer.token_ids) for answer in answers], np.int64),

@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from fastlm.data.verify import CHECKS, checked, load_reward
 from fastlm.errors import InputError
-from fastlm.pipeline.stage import Facts, Job, MaybePositional, Part, Stage, Takes, at_least_one
+from fastlm.pipeline.stage import (
+    Facts,
+    Job,
+    MaybePositional,
+    Part,
+    Stage,
+    Takes,
+    not_negative,
+    one_of,
+)
 from fastlm.sources.generated import SCHEME, check_scored, is_generated
 from fastlm.sources.input_digest import Contents
 from fastlm.torchrun import leads
@@ -32,6 +41,7 @@ from fastlm.train.ensemble import ENSEMBLES, RewardEnsemble
 from fastlm.train.lora_options import LoraOptions
 from fastlm.train.metrics import METRICS, read_metrics
 from fastlm.train.options import OPTIMIZERS, TrainOptions
+from fastlm.train.rollout_options import RolloutOptions
 
 if TYPE_CHECKING:
     from fastlm.data.prompts import Prompt
@@ -39,13 +49,13 @@ if TYPE_CHECKING:
     from fastlm.model.causal_lm import CausalLM
     from fastlm.model.reward_model import RewardModel
     from fastlm.tokenizer.tokenizer import Tokenizer
-    from fastlm.train.online import Online, Rules
+    from fastlm.train.online import Online
 
 MODEL, LAST_GOOD = "model", "last-good"
 
 
 @dataclass(frozen=True)
-class OnlineStage(LoraOptions, ChatOptions, Stage):
+class OnlineStage(LoraOptions, RolloutOptions, ChatOptions, Stage):
     """A stage whose objective is a `fastlm.train.online.Online`; a subclass makes it."""
 
     version = 2
@@ -88,35 +98,11 @@ messages), or conversations, of which what precedes the last answer is the promp
         str, "Score of several reward models: mean, min, or uwo (mean - uwo_coefficient * variance)"
     ] = "mean"
     uwo_coefficient: Annotated[float, "What a disagreement of the reward models costs"] = 0.1
-    prompts: Annotated[int, "Prompts per round"] = 16
-    answers: Annotated[int, "Answers to each of them"] = 4
-    passes: Annotated[int, "Passes over the answers of a round"] = 1
-    batch_size: Annotated[int, "Answers per micro-batch, joined without padding"] = 8
-    decode_batch: Annotated[int, "Answers that are sampled side by side"] = 64
-    max_new_tokens: Annotated[int, "Most tokens per answer"] = 128
-    temperature: Annotated[float, "Of sampling, of the policy and of the reference"] = 1.0
     seq_len: Annotated[int | None, "Most tokens of prompt and answer; default: the context"] = None
     overlong: Annotated[str, "Prompts that leave no room for an answer: skip"] = "skip"
     heldout: Annotated[float, "Share of the prompts that is held out"] = 0.05
-    clip: Annotated[float, "The ratio of probabilities counts up to 1 ± this"] = 0.2
-    beta: Annotated[float, "Coefficient of the KL to the reference"] = 0.0
-    kl_target: Annotated[float | None, "Adapt beta to this KL, nats per answer"] = None
-    kl_horizon: Annotated[float, "Answers over which beta adapts"] = 10_000.0
-    max_kl: Annotated[float, "Stop where the KL is larger, nats per answer"] = 100.0
-    max_update_kl: Annotated[
-        float | None, "End a round where the policy has moved further, nats per token"
-    ] = None
-    entropy: Annotated[float, "Coefficient of the entropy that the loss subtracts"] = 0.0
-    missing_end: Annotated[
-        float | None, "Score of an answer that did not end; default: as any other"
-    ] = None
-    scale_scores: Annotated[bool, "Divide scores by their running standard deviation"] = False
-    mismatch: Annotated[
-        float, "Use importance weights where sampling and training differ by more, nats per token"
-    ] = 0.05
     keep_best: Annotated[bool, "Also keep the weights of the highest val_score"] = False
     take: Annotated[str, "The weights to leave: last, or best (of the highest val_score)"] = "last"
-    val_prompts: Annotated[int, "Held-out prompts per validation, answered greedily"] = 64
     spike_factor: Annotated[
         float | None, "A loss so many standard deviations above the mean of spike_window is a spike"
     ] = None  # a surrogate's loss says little
@@ -129,35 +115,12 @@ messages), or conversations, of which what precedes the last answer is the promp
         check_replicas(self.kind, self.parallel)
         super().check()
         self.check_lora()
-        at_least_one(
-            self, "prompts", "answers", "passes", "decode_batch", "max_new_tokens", "val_prompts"
-        )
-        for name in ("temperature", "clip", "kl_horizon", "max_kl", "mismatch"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise InputError(f"{name}: wanted a positive number, got {getattr(self, name)}")
-        for name in ("kl_target", "max_update_kl"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise InputError(f"{name}: wanted a positive number, got {value}")
-        if self.kl_target is not None and not self.beta:
-            raise InputError("kl_target: wanted a beta above 0 to adapt, got 0")
-        if self.kl_target is not None and self.kl_horizon < self.prompts * self.answers:
-            raise InputError(
-                f"kl_horizon: wanted at least the {self.prompts * self.answers} answers of a round,"
-                f" got {self.kl_horizon:g}"
-            )
-        for name in ("beta", "entropy", "uwo_coefficient"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise InputError(f"{name}: wanted 0 or more, got {getattr(self, name)}")
-        if self.ensemble not in ENSEMBLES:
-            raise InputError(
-                f"ensemble: wanted one of {', '.join(ENSEMBLES)}, got {self.ensemble!r}"
-            )
+        self.check_rollouts()
+        not_negative(self, "uwo_coefficient")
+        one_of(self, ensemble=ENSEMBLES)
         if self.reward == SCHEME:
             for spec in filter(is_generated, self.data):
                 check_scored(spec)
-        if self.missing_end is not None and not math.isfinite(self.missing_end):
-            raise InputError(f"missing_end: wanted a finite number, got {self.missing_end}")
         if self.lora_dropout:
             raise InputError(
                 f"lora_dropout: wanted 0, as the update needs the probabilities that the answers"
@@ -211,13 +174,6 @@ messages), or conversations, of which what precedes the last answer is the promp
         function = contents.tree(where) if where.endswith(".py") else None
         return [super().contents(contents), function]
 
-    def rules(self) -> "Rules":
-        from dataclasses import fields
-
-        from fastlm.train.online import Rules
-
-        return Rules(**{f.name: getattr(self, f.name) for f in fields(Rules)})
-
     def objective(
         self, policy: "CausalLM", reward_model: "RewardModel | None", *args: Any, **options: Any
     ) -> "Online":
@@ -253,7 +209,7 @@ messages), or conversations, of which what precedes the last answer is the promp
         objective = self.objective(
             model, scorer.models.models[0] if scorer.models else None, self.reference(model),
             [ids for ids, _ in questions.training], [ids for ids, _ in questions.heldout],
-            scorer.of(questions.training), self.rules(),
+            scorer.of(questions.training),
             base=base, scored_by=scorer.identity(), score_heldout=scorer.of(questions.heldout),
             stop_ids=tokenizer.stop_ids,
             places=[prompt.place for _, prompt in questions.training], sample_prompt=sample,

@@ -1,12 +1,12 @@
 """The options of every training. Nothing here imports torch, because ``--help`` reads them."""
 
-import math
 from collections.abc import Collection
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from fastlm.errors import InputError
+from fastlm.pipeline.stage import at_least_one, not_negative, one_of, positive, select_options
 from fastlm.torchrun import launched, node_size
 from fastlm.train.schedule import SCHEDULES
 from fastlm.train.trackers import check_report_to
@@ -90,7 +90,7 @@ class TrainOptions:
 
     def loop_options(self) -> "TrainOptions":
         """Return these options without those that a stage adds."""
-        return TrainOptions(**{f.name: getattr(self, f.name) for f in fields(TrainOptions)})
+        return select_options(self, TrainOptions)
 
     def identity(self) -> dict[str, Any]:
         """Return the options that decide what is trained: all but OBSERVING, and GUARDS that only
@@ -115,24 +115,12 @@ class TrainOptions:
             raise InputError(
                 "max_tokens, max_steps, max_seconds: wanted at least one of them, got none"
             )
-        for name in (
-            "max_steps",
-            "max_seconds",
-            "max_tokens",
-            "max_grad_norm",
-            "lr",
-            "eps",
+        positive(
+            self, "max_steps", "max_seconds", "max_tokens", "max_grad_norm", "lr", "eps",
             "spike_factor",
-        ):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise InputError(f"{name}: wanted a positive number, got {value}")
-        for name in ("accumulate", "checkpoint_every", "keep", "val_tokens", "spike_window"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}: wanted 1 or more, got {getattr(self, name)}")
-        for name in ("validations", "sample_tokens", "weight_decay", "checkpoint_activations"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name}: wanted 0 or more, got {getattr(self, name)}")
+        )  # fmt: skip
+        at_least_one(self, "accumulate", "checkpoint_every", "keep", "val_tokens", "spike_window")
+        not_negative(self, "validations", "sample_tokens", "weight_decay", "checkpoint_activations")
         shares = {"warmup": self.warmup, "decay": self.decay, "final_lr": self.final_lr}
         shares["batch_warmup"] = self.batch_warmup
         shares |= {f"betas[{i}]": b for i, b in enumerate(self.betas)}
@@ -140,21 +128,17 @@ class TrainOptions:
         for name, value in shares.items():
             if not 0 <= value <= 1:
                 raise InputError(f"{name}: wanted 0 to 1, got {value}")
-        if self.schedule not in SCHEDULES:
-            raise InputError(
-                f"schedule: wanted one of {', '.join(SCHEDULES)}, got {self.schedule!r}"
-            )
+        one_of(self, schedule=SCHEDULES)
         most = 1 - self.warmup
         if self.schedule == "wsd" and self.decay > most + 1e-9:  # the sum may be rounded
             raise InputError(
                 f"decay: expected at most 1 - warmup = {most:g} for wsd, whose rate else jumps at"
                 f" the end of the warm-up, got {self.decay:g}"
             )
-        choices = {"dtype": DTYPES, "optimizer": OPTIMIZERS, "on_spike": ON_SPIKE, "take": TAKE}
-        choices["parallel"] = PARALLEL
-        for name, known in choices.items():
-            if (value := getattr(self, name)) not in known:
-                raise InputError(f"{name}: wanted one of {', '.join(known)}, got {value!r}")
+        one_of(
+            self, dtype=DTYPES, optimizer=OPTIMIZERS, on_spike=ON_SPIKE, take=TAKE,
+            parallel=PARALLEL,
+        )  # fmt: skip
         check_report_to(self.report_to)
         if self.keeps_best and not self.validations:
             raise InputError("validations: wanted 1 or more to find the best weights, got 0")

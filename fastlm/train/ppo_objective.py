@@ -1,8 +1,8 @@
 """PPO: a policy and a value model that estimates, at every token, the score to come."""
 
 import copy
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from fastlm.train.losses import (
 )
 from fastlm.train.objective import decay_matrices
 from fastlm.train.online import Batch, Online, importance
+from fastlm.train.rollout_options import PpoOptions
 from fastlm.train.rollouts import Packed
 
 if TYPE_CHECKING:
@@ -29,24 +30,6 @@ if TYPE_CHECKING:
 
 
 BAD_ROUNDS = 5  # after which the value model's failure is no chance of a first round
-
-
-@dataclass(frozen=True)
-class PpoRules:
-    """The options of `fastlm.train.ppo.Ppo` of the same names."""
-
-    clip: float = 0.2
-    dual_clip: float | None = None
-    value_clip: float = 0.2
-    value_weight: float = 0.1
-    value_lr: float = 10.0
-    critic_warmup: int = 0
-    gamma: float = 1.0
-    lam: float = 0.95
-    entropy: float = 0.0
-    kl_penalty: Literal["k1", "k2", "k3"] = "k1"
-    whiten_rewards: bool = False
-    whiten_advantages: bool = True
 
 
 class ValueModel(nn.Module):
@@ -84,22 +67,24 @@ class ActorCritic(Online):
 
     columns = ("advantages", "returns", "values")
 
-    def __init__(self, *args: Any, value: ValueModel, ppo: PpoRules, **options: Any):
-        super().__init__(*args, **options)
-        self.value, self.ppo = value, ppo
+    options: PpoOptions
+
+    def __init__(self, *args: Any, value: ValueModel, **more: Any):
+        super().__init__(*args, **more)
+        self.value = value
         self.offset: float | None = 0.0 if value.kind == "reward" else None  # None: no round yet
         self.bad_rounds = 0  # in a row in which the value model explained less than the mean does
         self.trained = nn.ModuleDict({"policy": self.policy, "value": value})
         without_dropout(value)
 
     def identity(self) -> dict[str, Any]:
-        return {**super().identity(), **asdict(self.ppo), "value": self.value.kind}
+        return {**super().identity(), "value": self.value.kind}
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         value = decay_matrices(self.value, weight_decay)
         return [
             *decay_matrices(self.policy, weight_decay),
-            *({**group, "lr": self.ppo.value_lr} for group in value),
+            *({**group, "lr": self.options.value_lr} for group in value),
         ]
 
     def both(self, packed: Packed) -> tuple[Tensor, Tensor, Tensor]:
@@ -117,21 +102,21 @@ class ActorCritic(Online):
         return {"logp": logp, "values": values}
 
     def estimate(self, scores: Tensor, mask: Tensor, kept: dict[str, Tensor]) -> dict[str, Tensor]:
-        rules, logp, values = self.ppo, kept["logp"], kept["values"]
+        options, logp, values = self.options, kept["logp"], kept["values"]
         if self.offset is None:
             self.offset = float(scores.mean())
             values = values + self.offset
-        penalty = kl_penalty(logp, kept["ref_logp"], rules.kl_penalty, mask=mask)
+        penalty = kl_penalty(logp, kept["ref_logp"], options.kl_penalty, mask=mask)
         rewards = -self.beta * penalty
         last = mask.sum(1) - 1
         rewards[torch.arange(len(last)), last] += scores
-        if rules.whiten_rewards:
+        if options.whiten_rewards:
             rewards = whiten(rewards, mask, shift_mean=False)
-        advantages, returns = gae(rewards, values, mask, gamma=rules.gamma, lam=rules.lam)
+        advantages, returns = gae(rewards, values, mask, gamma=options.gamma, lam=options.lam)
         spread = float(aggregate((returns - aggregate(returns, mask)).square(), mask))
         error = float(aggregate((returns - values).square(), mask))
         self._watch_critic(1 - error / spread if spread > 0 else 0.0)
-        if rules.whiten_advantages:
+        if options.whiten_advantages:
             advantages = whiten(advantages, mask)
         return {
             "advantages": advantages * importance(kept["difference"]),
@@ -152,7 +137,7 @@ class ActorCritic(Online):
 
     def warming_up(self) -> bool:
         """Whether the value model alone learns from the round at hand."""
-        return self.round < self.ppo.critic_warmup
+        return self.round < self.options.critic_warmup
 
     def num_items(self, batch: Batch) -> int:
         return self.tokens(batch)
@@ -165,22 +150,22 @@ class ActorCritic(Online):
         self.bad_rounds, self.offset = state["bad_rounds"], state["offset"]
 
     def micro_loss(self, batch: Batch, num_items: int) -> tuple[Tensor, tuple[Metrics, ...]]:
-        c, mask, rules = batch.columns, batch.packed.mask, self.ppo
+        c, mask, options = batch.columns, batch.packed.mask, self.options
         logp, entropy, values = self.both(batch.packed)
         loss, metrics = ppo_policy_loss(
-            logp, c["old_logp"], c["advantages"], mask, clip=rules.clip, dual_clip=rules.dual_clip,
-            num_items=num_items,
+            logp, c["old_logp"], c["advantages"], mask, clip=options.clip,
+            dual_clip=options.dual_clip, num_items=num_items,
         )  # fmt: skip
         value_loss, of_value = ppo_value_loss(
-            values, c["values"], c["returns"], mask, clip=rules.value_clip, num_items=num_items
+            values, c["values"], c["returns"], mask, clip=options.value_clip, num_items=num_items
         )
         of_value["value_clip_fraction"] = of_value.pop("clip_fraction")
         if self.warming_up():
-            loss = rules.value_weight * value_loss
+            loss = options.value_weight * value_loss
         else:
-            loss = loss + rules.value_weight * value_loss
-        if rules.entropy and not self.warming_up():
-            loss = loss - rules.entropy * aggregate(entropy, mask, num_items=num_items)
+            loss = loss + options.value_weight * value_loss
+        if options.entropy and not self.warming_up():
+            loss = loss - options.entropy * aggregate(entropy, mask, num_items=num_items)
         return loss, (metrics, of_value, self.mean_entropy(entropy, mask))
 
 

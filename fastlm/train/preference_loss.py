@@ -1,10 +1,10 @@
 """The options of DPO's and KTO's loss."""
 
-import math
 from dataclasses import dataclass
 from typing import Annotated
 
 from fastlm.errors import InputError
+from fastlm.pipeline.stage import not_negative, one_of, positive
 
 LOSSES = ("sigmoid", "ipo", "hinge", "kto")
 
@@ -22,17 +22,13 @@ class PreferenceLoss:
     weight_undesirable: Annotated[float, "Weight of undesirable answers (kto)"] = 1.0
 
     def check_loss(self) -> None:
-        if self.loss not in LOSSES:
-            raise InputError(f"loss: wanted one of {', '.join(LOSSES)}, got {self.loss!r}")
-        if not 0 < self.beta < math.inf:
-            raise InputError(f"beta: wanted a positive number, got {self.beta}")
+        one_of(self, loss=LOSSES)
+        positive(self, "beta")
         if not 0 <= self.label_smoothing < 0.5:
             raise InputError(
                 f"label_smoothing: wanted a number in [0, 0.5), got {self.label_smoothing}"
             )
-        for name in ("sft_weight", "weight_desirable", "weight_undesirable"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise InputError(f"{name}: wanted 0 or more, got {getattr(self, name)}")
+        not_negative(self, "sft_weight", "weight_desirable", "weight_undesirable")
         serve = {
             "label_smoothing": ("sigmoid",),
             "length_normalise": ("sigmoid", "ipo", "hinge"),

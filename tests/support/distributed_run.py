@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 from unittest.mock import patch
@@ -35,21 +35,22 @@ from fastlm.model.causal_lm import CausalLM
 from fastlm.model.lora import add_lora
 from fastlm.model.reward_model import RewardModel
 from fastlm.train import loop
-from fastlm.train.distill import DistillRules, TeacherTokens
+from fastlm.train.distill import DistillOptions, TeacherTokens
 from fastlm.train.distributed import joined
 from fastlm.train.dpo_objective import PreferredAnswers
 from fastlm.train.encoding import Example
 from fastlm.train.grpo import Grpo
-from fastlm.train.grpo_objective import GroupRelative, GroupRules
+from fastlm.train.grpo_objective import GroupRelative
 from fastlm.train.loop import Interrupted, NonFiniteError, train
 from fastlm.train.objective import DivergedError
-from fastlm.train.online import Online, Rules
+from fastlm.train.online import Online
 from fastlm.train.options import TrainOptions
-from fastlm.train.ppo_objective import ActorCritic, PpoRules, value_model
+from fastlm.train.ppo_objective import ActorCritic, value_model
 from fastlm.train.preference_loss import PreferenceLoss
 from fastlm.train.preferences import Judged
 from fastlm.train.pretrain import pretrain
 from fastlm.train.reward import RankedAnswers
+from fastlm.train.rollout_options import GrpoOptions, PpoOptions, RolloutOptions
 from fastlm.train.sft import AnswerTokens
 
 CONFIG = {
@@ -146,20 +147,22 @@ def distilling(run: Path, options: TrainOptions = OPTIONS, on_policy: float = 0.
     objective = TeacherTokens(
         net, examples(14), examples(3), options, batch_size=2, seed=1, base="", tokenizer=None,
         prompt=(), device=net.device, teacher=teacher,
-        rules=DistillRules("jsd", sft_weight=0.5, on_policy=on_policy, max_new_tokens=6),
+        rules=DistillOptions("jsd", sft_weight=0.5, on_policy=on_policy, max_new_tokens=6),
     )  # fmt: skip
     train(objective, options, run)
     return net
 
 
-ROLLOUTS = Rules(
+ROLLOUTS = RolloutOptions(
     prompts=3, answers=3, passes=2, batch_size=2, max_new_tokens=6, decode_batch=4, beta=0.1,
     kl_target=0.01, kl_horizon=50.0, scale_scores=True, missing_end=-0.5, val_prompts=3,
     max_update_kl=3e-3,
 )  # fmt: skip
 
 
-def rolling_out(kind: str, run: Path, options: TrainOptions, rules: Rules = ROLLOUTS) -> Online:
+def rolling_out(
+    kind: str, run: Path, options: TrainOptions, rules: RolloutOptions = ROLLOUTS
+) -> Online:
     """``kind``: "ppo", "ppo shared", or a loss of GRPO's. Passes are 9 answers in 5 micro-batches:
     4, then 1; the second one only if the update has not moved far.
     """
@@ -172,17 +175,19 @@ def rolling_out(kind: str, run: Path, options: TrainOptions, rules: Rules = ROLL
 
     policy = model(initializer_range=0.3)
     prompts = [e.ids.tolist() for e in examples(8)]
-    args = (policy, copy.deepcopy(policy), prompts[:5], prompts[5:], score, rules)
+    args = (policy, copy.deepcopy(policy), prompts[:5], prompts[5:], score)
+    settings = asdict(rules)
     more = {
         "base": "", "stop_ids": frozenset(range(8)),
         "score_metrics": lambda: {"square": float(np.mean(np.square(scored)))},
     }  # fmt: skip
     if kind.startswith("ppo"):
         value = value_model(policy, shared=kind == "ppo shared")
-        objective = ActorCritic(*args, value=value, ppo=PpoRules(value_weight=0.5), **more)
+        settings = PpoOptions(**settings | {"value_weight": 0.5})
+        objective = ActorCritic(*args, settings, value=value, **more)
     else:
-        group = GroupRules(kind, entropy=0.01, mask_truncated=True)
-        objective = GroupRelative(*args, group=group, **more)
+        settings |= {"loss_type": kind, "entropy": 0.01, "mask_truncated": True}
+        objective = GroupRelative(*args, GrpoOptions(**settings), **more)
     train(objective, options, run)
     return objective
 

@@ -16,7 +16,7 @@ from fastlm.cli import app
 from fastlm.errors import InputError
 from fastlm.model.causal_lm import CausalLM
 from fastlm.tokenizer.tokenizer import Tokenizer
-from fastlm.train.distill import Distill, DistillRules, TeacherTokens
+from fastlm.train.distill import Distill, DistillOptions, TeacherTokens
 from fastlm.train.loop import Interrupted
 from fastlm.train.options import TrainOptions
 
@@ -43,7 +43,7 @@ def data(tmp_path) -> str:
     return write(tmp_path / "chats.jsonl", rows)
 
 
-def objective(rules: DistillRules, **changes) -> TeacherTokens:
+def objective(rules: DistillOptions, **changes) -> TeacherTokens:
     student = CausalLM(config(64, **changes), seed=1).double()
     teacher = CausalLM(config(64, hidden_size=48, initializer_range=0.3), seed=2).double()
     return TeacherTokens(
@@ -54,7 +54,7 @@ def objective(rules: DistillRules, **changes) -> TeacherTokens:
 
 @pytest.mark.parametrize("kind", ["forward", "reverse", "jsd"])
 def test_the_loss_is_the_formula_on_logits(kind) -> None:
-    rules = DistillRules(kind, jsd_beta=0.3, temperature=1.7, sft_weight=0.5)
+    rules = DistillOptions(kind, jsd_beta=0.3, temperature=1.7, sft_weight=0.5)
     game = objective(rules, final_logit_softcapping=None)
     model, total = game.trained, 0.0
     count = sum(e.learnt for e in EXAMPLES)
@@ -93,7 +93,7 @@ def test_the_loss_is_the_formula_on_logits(kind) -> None:
 
 def test_its_own_samples() -> None:
     """Answers are drawn anew from the student, after the first question alone."""
-    game = objective(DistillRules(on_policy=1.0, max_new_tokens=5))
+    game = objective(DistillOptions(on_policy=1.0, max_new_tokens=5))
     game.trained.float(), game.teacher.float()
     (batch,) = game.next_batches(1)
     ids, labels, cu_seqlens = batch
@@ -102,10 +102,10 @@ def test_its_own_samples() -> None:
     starts = [[i for i in p if i in (5, 6, 7, 10, 20, 21, 22, 23)] for p in parts]
     assert sorted(s[: len(p)] for s, p in zip(sorted(starts), prompts)) == prompts
     assert game.scalars([game.measurements()])["on_policy"] == 1 and (labels >= 0).sum() >= 3
-    again = objective(DistillRules(on_policy=1.0, max_new_tokens=5))
+    again = objective(DistillOptions(on_policy=1.0, max_new_tokens=5))
     again.trained.float()
     assert torch.equal(again.next_batches(1)[0][0], ids)
-    half = objective(DistillRules(on_policy=0.5))
+    half = objective(DistillOptions(on_policy=0.5))
     half.trained.float(), half.teacher.float()
     shares = set()
     for _ in range(12):

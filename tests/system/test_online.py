@@ -7,7 +7,7 @@ import json
 import math
 import os
 import signal
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -23,14 +23,15 @@ from fastlm.optim import AdamW
 from fastlm.train import online
 from fastlm.train.distributed import Alone
 from fastlm.train.grpo import Grpo
-from fastlm.train.grpo_objective import LOSS_TYPES, GroupRelative, GroupRules
+from fastlm.train.grpo_objective import GroupRelative
 from fastlm.train.loop import Interrupted, train
 from fastlm.train.monitors import correlation, repetition
 from fastlm.train.objective import DivergedError
-from fastlm.train.online import Rules, RunningScale
+from fastlm.train.online import RunningScale
 from fastlm.train.options import TrainOptions
 from fastlm.train.ppo import Ppo
-from fastlm.train.ppo_objective import ActorCritic, PpoRules, value_model
+from fastlm.train.ppo_objective import ActorCritic, value_model
+from fastlm.train.rollout_options import LOSS_TYPES, GrpoOptions, PpoOptions, RolloutOptions
 from fastlm.train.rollouts import IGNORE, pack_answers, sample_answers
 from fastlm.train.state import list_checkpoints
 
@@ -40,7 +41,7 @@ OPTIONS = TrainOptions(
     max_steps=8, lr=0.02, dtype="float32", validations=0, sample_at=(), weight_decay=0.0,
     warmup=0.0, checkpoint_every=3,
 )  # fmt: skip
-RULES = Rules(
+RULES = RolloutOptions(
     max_new_tokens=4, prompts=3, answers=4, passes=2, batch_size=3, decode_batch=12, beta=0.1
 )
 
@@ -67,18 +68,19 @@ def sevens(places, answers: list[Completion]) -> list[float]:
     return [sum(t == 7 for t in a.token_ids) / len(a.token_ids) for a in answers]
 
 
-def objective(kind: str, rules: Rules = RULES, prompts=PROMPTS, score=sevens, **options):
+def objective(kind: str, rules: RolloutOptions = RULES, prompts=PROMPTS, score=sevens, **options):
     torch.manual_seed(0)
     policy = model_of(**options.pop("config", {}))
-    of_ppo = options.pop("ppo", PpoRules(value_weight=0.5))
+    of_ppo = options.pop("ppo", {"value_weight": 0.5})
     shared = options.pop("shared", False)
-    group = options.pop("group", GroupRules())
+    group = options.pop("group", {}) | {"loss_type": kind}
     options = {"base": "", **options}
-    args = (policy, copy.deepcopy(policy), prompts, prompts[:2], score, rules)
+    args = (policy, copy.deepcopy(policy), prompts, prompts[:2], score)
+    settings = asdict(rules)
     if kind == "ppo":
         value = value_model(policy, shared=shared)
-        return ActorCritic(*args, value=value, ppo=of_ppo, **options)
-    return GroupRelative(*args, group=replace(group, loss_type=kind), **options)
+        return ActorCritic(*args, PpoOptions(**settings | of_ppo), value=value, **options)
+    return GroupRelative(*args, GrpoOptions(**settings | group), **options)
 
 
 def lines(run) -> list[dict]:
@@ -174,7 +176,7 @@ def one_step_game(kind: str, tmp_path, steps: int) -> tuple[Tensor, Tensor]:
 
     rules = replace(RULES, max_new_tokens=1, prompts=1, answers=64, batch_size=64, beta=0.5)
     rules = replace(rules, decode_batch=64, passes=1)
-    ppo = PpoRules(value_weight=1.0, whiten_advantages=False)
+    ppo = {"value_weight": 1.0, "whiten_advantages": False}
     game = objective(kind, rules, [[BOS]], score, ppo=ppo)
 
     def policy(model) -> Tensor:
@@ -213,7 +215,7 @@ def test_a_policy_learns_to_copy_and_to_stop(kind, tmp_path) -> None:
     rules = replace(RULES, prompts=6, answers=32, batch_size=192, decode_batch=192, beta=0.0)
     game = objective(
         kind, rules, COPY, copied, config={"initializer_range": 0.05, "hidden_size": 32},
-        group=GroupRules(entropy=0.03), ppo=PpoRules(value_weight=0.5, entropy=0.03),
+        group={"entropy": 0.03}, ppo={"value_weight": 0.5, "entropy": 0.03},
     )  # fmt: skip
     before = np.mean(copied(range(6), greedy(game)))
     train(game, replace(OPTIONS, max_steps=70, lr=0.005, checkpoint_every=100), tmp_path)
@@ -238,7 +240,7 @@ def test_cut_off_anywhere_it_continues_to_the_same_bits(kind, tmp_path) -> None:
     name, _, shared = kind.partition(" ")
 
     def game():
-        ppo = PpoRules(value_weight=0.5, critic_warmup=1)
+        ppo = {"value_weight": 0.5, "critic_warmup": 1}
         return objective(name, rules, shared=bool(shared), ppo=ppo)
 
     train(game(), replace(OPTIONS, max_steps=12), tmp_path / "whole")
@@ -367,7 +369,7 @@ def test_policy_and_value_model_are_clipped_by_one_norm(tmp_path, monkeypatch) -
         step(self)
 
     monkeypatch.setattr(AdamW, "step", watched)
-    game = objective("ppo", ppo=PpoRules(value_weight=0.5))
+    game = objective("ppo", ppo={"value_weight": 0.5})
     train(game, replace(OPTIONS, max_steps=1, max_grad_norm=1e-3), tmp_path)
     (line,) = [line for line in lines(tmp_path) if "loss" in line]
     assert line["grad_norm"] == pytest.approx(seen["norm"], rel=1e-5) and seen["norm"] > 1e-3
@@ -392,7 +394,7 @@ def test_adams_epsilon(stage, tmp_path, monkeypatch) -> None:
 
 def test_ppo_estimates_by_plain_loops() -> None:
     """Rewards, advantages and returns of a round against the formulas, token by token."""
-    ppo = PpoRules(gamma=0.9, lam=0.8, whiten_rewards=True)
+    ppo = {"gamma": 0.9, "lam": 0.8, "whiten_rewards": True}
     game = objective("ppo", replace(RULES, missing_end=-1.0, beta=0.3), ppo=ppo)
     with torch.no_grad():
         for parameter in game.policy.parameters():
@@ -444,9 +446,7 @@ def test_the_value_model_learns_by_default(shared, tmp_path) -> None:
     """
     rules = replace(RULES, prompts=6, answers=4, batch_size=6, passes=4, decode_batch=24)
     warned: list[str] = []
-    game = objective(
-        "ppo", rules, COPY, by_prompt, shared=shared, ppo=PpoRules(), warn=warned.append
-    )
+    game = objective("ppo", rules, COPY, by_prompt, shared=shared, ppo={}, warn=warned.append)
     steps = 6 * 16
     train(game, replace(OPTIONS, max_steps=steps, lr=1e-3, checkpoint_every=100), tmp_path)
     explained = [
@@ -463,7 +463,7 @@ def test_a_value_model_that_explains_nothing_raises_an_alarm() -> None:
         rounds.append(len(rounds))
         return [10.0 * len(rounds) + s for s in sevens(places, answers)]
 
-    ppo = PpoRules(value_lr=1e-9)
+    ppo = {"value_lr": 1e-9}
     game = objective("ppo", replace(RULES, passes=1), score=drifting, ppo=ppo, warn=warned.append)
     for _ in range(11):
         game.stop = True
@@ -487,7 +487,7 @@ def test_the_value_model_alone_learns_in_its_warmup(tmp_path) -> None:
         }
 
     for steps, wanted in ((16, {"value"}), (17, {"policy", "value"})):  # 8 steps are a round
-        ppo = PpoRules(critic_warmup=2, entropy=0.1)
+        ppo = {"critic_warmup": 2, "entropy": 0.1}
         assert moved(objective("ppo", ppo=ppo), steps) == wanted
 
 
@@ -622,7 +622,7 @@ def test_missing_ends() -> None:
         assert True in some and False in some
         scores = [s if e else -7.0 for s, e in zip(sevens(game.chosen, game.answers), some)]
         assert game.made["score"] == pytest.approx(np.mean(scores))
-    game = objective("grpo", replace(RULES, answers=8), group=GroupRules(mask_truncated=True))
+    game = objective("grpo", replace(RULES, answers=8), group={"mask_truncated": True})
     game.next_batches(1)
     assert game.kept["learnt"].any(1).tolist() == [a.ended for a in game.answers]
 

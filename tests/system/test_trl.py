@@ -18,12 +18,12 @@ from fastlm.tokenizer.tokenizer import Tokenizer
 from fastlm.train import grpo_objective
 from fastlm.train.dpo_objective import PreferredAnswers
 from fastlm.train.encoding import Example
-from fastlm.train.grpo_objective import GroupRelative, GroupRules
+from fastlm.train.grpo_objective import GroupRelative
 from fastlm.train.losses import grpo_loss
-from fastlm.train.online import Rules
 from fastlm.train.options import TrainOptions
 from fastlm.train.preference_loss import PreferenceLoss
 from fastlm.train.preferences import Judged
+from fastlm.train.rollout_options import GrpoOptions
 from fastlm.train.sft import AnswerTokens
 
 pytestmark = [
@@ -256,12 +256,13 @@ def rollouts_of_fastlm(base, theirs, asked, end: int, **group) -> GroupRelative:
 
     policy = CausalLM.from_pretrained(base, dtype=torch.float32)
     reference = CausalLM.from_pretrained(base, dtype=torch.float32)
-    rules = Rules(
+    options = GrpoOptions(
         max_new_tokens=LONGEST, prompts=2, answers=GROUP, batch_size=4, beta=beta,
         mismatch=float("inf"),  # the log-probabilities of sampling are made up
+        **group,
     )  # fmt: skip
     copied(policy, theirs)
-    made = Given(policy, reference, asked, [], score, rules, base="", group=GroupRules(**group))
+    made = Given(policy, reference, asked, [], score, options, base="")
     made._begin_round()
     return made
 

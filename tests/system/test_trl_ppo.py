@@ -14,8 +14,8 @@ from torch import Tensor
 from fastlm.inference.requests import Completion
 from fastlm.model.causal_lm import CausalLM
 from fastlm.train import losses
-from fastlm.train.online import Rules
-from fastlm.train.ppo_objective import ActorCritic, PpoRules, value_model
+from fastlm.train.ppo_objective import ActorCritic, value_model
+from fastlm.train.rollout_options import PpoOptions
 
 FOUND = json.loads((SUPPORT / "trl_ppo_values.json").read_text())
 OPTIONS, ROUNDS = FOUND["options"], FOUND["rounds"]
@@ -100,9 +100,9 @@ def test_the_estimate_of_a_round_differs_by_one_position(name) -> None:
     gamma, lam = OPTIONS["gamma"], OPTIONS["lam"]
     policy = CausalLM(config(16), seed=0)
     made = ActorCritic(
-        policy, None, [[1]], [], lambda places, answers: [], Rules(beta=OPTIONS["kl_coef"]),
+        policy, None, [[1]], [], lambda places, answers: [],
+        PpoOptions(beta=OPTIONS["kl_coef"], gamma=gamma, lam=lam, whiten_advantages=False),
         base="", value=value_model(policy, shared=True),
-        ppo=PpoRules(gamma=gamma, lam=lam, whiten_advantages=False),
     )  # fmt: skip
     made.offset = 0.0  # TRL's values are those of its head
     kept = {"logp": r["logprobs"], "ref_logp": r["ref_logprobs"], "values": r["values"],
@@ -126,7 +126,7 @@ def test_an_answer_without_an_end(name) -> None:
     policy = CausalLM(config(16), seed=0)
     made = ActorCritic(
         policy, None, [[1]], [], lambda places, answers: r["scores_of_model"].tolist(),
-        Rules(missing_end=-0.5), base="", value=value_model(policy, shared=True), ppo=PpoRules(),
+        PpoOptions(missing_end=-0.5), base="", value=value_model(policy, shared=True),
     )  # fmt: skip
     answers = [
         Completion([1], finish_reason="stop" if end else "length") for end in r.found["ended"]
