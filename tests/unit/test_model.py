@@ -82,16 +82,16 @@ def test_logits_loss_and_gradients(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_greedy_generation(case):
-    """The cache against transformers computing every step from the start (its own caches keep stale
-    rotary frequencies for dynamic scaling). 13 + 8 tokens exceed longrope's switch at 16 and every
-    window.
+    """The cache against transformers computing every step from the start, on as many tokens as the
+    whole context has, whose rotary frequencies serve all steps. 13 + 8 tokens exceed longrope's
+    switch at 16 and every window.
     """
     theirs, ours = pair(case)
     ids = ids_of(2, 13)
-    full = ids
+    full = F.pad(ids, (0, 8))
     with torch.no_grad():
-        for _ in range(8):
-            full = torch.cat((full, theirs(full).logits[:, -1].argmax(-1, keepdim=True)), 1)
+        for n in range(13, 21):
+            full[:, n] = theirs(full).logits[:, n - 1].argmax(-1)
     assert torch.equal(ours.generate(ids, max_new_tokens=8, temperature=0.0, ignore_eos=True), full)
 
 
