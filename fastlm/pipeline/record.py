@@ -6,8 +6,6 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from typing_extensions import TypedDict
-
 from fastlm.errors import InputError
 from fastlm.files import write_json
 from fastlm.pipeline.provenance import Made
@@ -89,8 +87,9 @@ def load_record(out: Path, recipe: Recipe) -> dict[str, Entry]:
         try:
             if entry.seconds is None:
                 raise InputError(f"{name}.seconds: expected a number, got nothing")
-            schema = TypedDict("Result", dict(step.stage.result))  # noqa: UP013
-            validate(entry.result, schema, f"{name}.result.", extra="allow")
+            result = entry.result or {}
+            for key, hint in step.stage.result.items():
+                validate(result.get(key), hint, f"{name}.result.{key}")
         except InputError as e:
             raise _bad(path, e) from None
     return record.stages

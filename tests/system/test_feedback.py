@@ -579,8 +579,8 @@ def test_metrics_of_a_file(tmp_path):
         (good.replace("[[metric]]", "[[metrics]]"), r"line 1: metrics: unknown key"),
         (good.replace("[[metric]]", "[metric]"), r"line 1: metric: wanted \[\[metric\]\]"),
         ("\nmetric = 3\n", r"line 2: metric: wanted \[\[metric\]\]"),
-        (good + "kind = }", r"wanted TOML, got: .*line 7"),
-        ("a" + ".a" * 2000 + "=1", r"line 1: wanted fewer dots"),
+        (good + "kind = }", r":7: expected TOML, got: "),
+        ("a" + ".a" * 2000 + "=1", r":1: expected at most 1,000 dots"),
     ):
         file.write_text(text)
         with pytest.raises(InputError, match=message) as raised:
