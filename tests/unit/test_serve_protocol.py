@@ -5,14 +5,14 @@ import json
 import pytest
 
 from fastlm.serve.api_error import ApiError
-from fastlm.serve.protocol.body import MAX_ERRORS, read_request
+from fastlm.serve.protocol.body import MAX_ERRORS, RequestBody, read_request
 from fastlm.serve.protocol.chat_completion import ChatCompletionRequest
 from fastlm.serve.protocol.responses_api import ResponsesRequest
 
 SAID = {"role": "assistant", "content": "x"}
 
 
-def refusal(data, model=ChatCompletionRequest):
+def refusal(data, model: type[RequestBody] = ChatCompletionRequest):
     with pytest.raises(ApiError) as refused:
         read_request(data, model)
     assert refused.value.status == 400 and "\n" not in str(refused.value)
