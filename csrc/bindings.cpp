@@ -7,6 +7,7 @@
 #include "cpu/isa.h"
 #include "cpu/ops.h"
 #include "cpu/product_rate.h"
+#include "cpu/token_sampler.h"
 #include "cpu/weights.h"
 #include "tensor_caster.h"
 
@@ -137,6 +138,14 @@ PYBIND11_MODULE(_cpu, m) {
       .def("workspace_bytes", &DecodePlan::workspace_bytes, "rows"_a, "longest"_a);
   m.def("decode_step", &decode_step, "plan"_a, "tokens"_a, "lengths"_a, "table"_a, "cache"_a,
         "scales"_a, "rotary"_a, "workspace"_a, "wanted"_a, "logits"_a, no_gil);
+
+  py::class_<TokenSampler>(m, "TokenSampler")
+      .def(py::init<int64_t, double, int64_t, double, double, double, double, double,
+                    std::vector<int64_t>, OptionalTensor, OptionalTensor, OptionalTensor>(),
+           "vocab"_a, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a, "repetition_penalty"_a,
+           "presence_penalty"_a, "frequency_penalty"_a, "ends"_a, "seen"_a, "counts"_a, "bias"_a);
+  m.def("sample_workspace", &sample_workspace, "vocab"_a);
+  m.def("sample", &sample, "logits"_a, "rows"_a, "workspace"_a, no_gil);
 
   m.def("matmul", &matmul, "a"_a, "b"_a, "c"_a, no_gil);
   m.def("multiply_in_l1", &multiply_in_l1, "bf16_operands"_a, "repeats"_a, no_gil);

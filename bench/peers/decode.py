@@ -66,8 +66,8 @@ def fastlm_engine(path: Path) -> Engine:
 
 def serving_engine(path: Path, kv_dtype: torch.dtype | None = None) -> Engine:
     """What `fastlm serve` runs. It begins to answer a request while it computes the next prompt, so
-    the prefill is a run of one token each, and a second run continues them: it finds the prompts in
-    the cache.
+    the prefill is a run of one token each. A second run finds the prompts in the cache, and its
+    decode time begins when every user has a token: the same steps of all users as elsewhere.
     """
     import fastlm
     from fastlm.inference.requests import Request
@@ -77,15 +77,21 @@ def serving_engine(path: Path, kv_dtype: torch.dtype | None = None) -> Engine:
 
     def run(prompts, new):
         requests = [Request(row, new, Sampling(temperature=0), ignore_eos=True) for row in prompts]
+        begun: dict[int, float] = {}  # when each user had its first token
+
+        def take(user, piece):
+            begun.setdefault(user, time.perf_counter())  # and return None: the answer continues
+
         start = time.perf_counter()
-        results = engine.generate(requests)
-        seconds = time.perf_counter() - start
+        results = engine.generate(requests, on_piece=take)
+        end = time.perf_counter()
         assert all(len(r.token_ids) == new for r in results)
-        return seconds, [row + r.token_ids for row, r in zip(prompts, results)]
+        prompts = [row + r.token_ids for row, r in zip(prompts, results)]
+        return end - start, end - max(begun.values()), prompts
 
     def generate(ids, new):
-        first, prompts = run(ids.tolist(), 1)
-        return first, run(prompts, new - 1)[0]
+        first, _, prompts = run(ids.tolist(), 1)
+        return first, run(prompts, new)[1]
 
     return generate
 

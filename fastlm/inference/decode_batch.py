@@ -27,19 +27,41 @@ class Decoder(Protocol):
     ) -> Tensor: ...
 
 
-@torch.inference_mode()
-def logits_of(decoder: Decoder, rows: Sequence[Row]) -> list[Tensor]:
-    """Compute rows, in steps of `MAX_ROWS`. Return logits (V,) of those wanted, in order."""
-    out: list[Tensor] = []
-    for begin in range(0, len(rows), MAX_ROWS):
-        part = rows[begin : begin + MAX_ROWS]
-        width = max(len(row.pages) for row in part)
-        table = [row.pages + [0] * (width - len(row.pages)) for row in part]
-        ends = [i for i, row in enumerate(part) if row.wanted]
-        out += decoder.logits(
-            torch.tensor([row.token for row in part]),
-            torch.tensor([row.position for row in part]),
-            torch.tensor(table, dtype=torch.int32),
-            wanted=torch.tensor(ends, dtype=torch.int64),
-        )
-    return out
+class DecodeBatch:
+    """Computes rows with ``decoder``. The table of their pages stays from step to step; a row of it
+    is written again where the sequence in that place has changed or has more pages."""
+
+    def __init__(self, decoder: Decoder):
+        self.decoder = decoder
+        self._table = torch.zeros(0, 0, dtype=torch.int32)
+        self._written: list[tuple[list[int], int]] = []  # pages of each row, and how many
+
+    @torch.inference_mode()
+    def logits(self, rows: Sequence[Row]) -> Tensor:
+        """Compute rows, in steps of `MAX_ROWS`. Return logits (L, V) of those wanted, in order."""
+        out: list[Tensor] = []
+        for begin in range(0, len(rows), MAX_ROWS):
+            part = rows[begin : begin + MAX_ROWS]
+            wanted = [i for i, row in enumerate(part) if row.wanted]
+            out.append(
+                self.decoder.logits(
+                    torch.tensor([row.token for row in part]),
+                    torch.tensor([row.position for row in part]),
+                    self._table_of(part),
+                    wanted=torch.tensor(wanted, dtype=torch.int64),
+                )
+            )
+        return out[0] if len(out) == 1 else torch.cat(out)
+
+    def _table_of(self, rows: Sequence[Row]) -> Tensor:
+        width = max(len(row.pages) for row in rows)
+        if self._table.shape != (len(rows), width):
+            self._table = torch.zeros(len(rows), width, dtype=torch.int32)
+            self._written = [([], 0)] * len(rows)
+        for i, row in enumerate(rows):
+            pages, count = self._written[i]
+            if pages is not row.pages or count != len(row.pages):
+                count = len(row.pages)
+                self._table[i, :count] = torch.tensor(row.pages, dtype=torch.int32)
+                self._written[i] = row.pages, count
+        return self._table

@@ -15,11 +15,10 @@ import weakref
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
 from fastlm.errors import InputError
 from fastlm.inference.block_manager import PAGE, Pages, page_bytes
-from fastlm.inference.decode_batch import MAX_ROWS, Row, logits_of
+from fastlm.inference.decode_batch import MAX_ROWS, DecodeBatch, Row
+from fastlm.inference.sampler import NextToken, Sampler
 from fastlm.inference.sequence import Sequence
 
 if TYPE_CHECKING:
@@ -71,13 +70,9 @@ class _Job:
             for i in range(held.length, held.length + self.new)
         ]
 
-    def guess(self, logits: Tensor) -> None:
-        """Guess the next token from (V,) logits. A grammar does not count."""
-        sequence, logits = self.sequence, logits[None, : self.sequence.vocab]
-        if sequence.adjustments is not None:
-            logits = sequence.adjustments.apply(logits)
-        (token,) = sequence.request.sampling.choose(logits, [self._generator]).tolist()
-        self.guesses.append(token)
+    def next_token(self, row: int) -> NextToken:
+        """How to guess from a row of logits. A grammar does not count."""
+        return NextToken(row, self.sequence.options, self._generator)
 
     def guessed(self) -> Row:
         """The last guess."""
@@ -99,25 +94,26 @@ class Drafter:
         self._held: dict[Sequence, _Held] = {}
         self._failed: weakref.WeakSet[Sequence] = weakref.WeakSet()
         self.pages = Pages(model.config, count, dtype=model.dtype)
-        self._runner = self._decoder = None
+        self._sampler = Sampler()
+        self._runner = self._batch = None
         self._follow()
 
     def prepare(self) -> None:
         try:
             self._follow()
         except Exception:  # answers run without guesses until weights change again
-            self._runner = self._decoder = None
+            self._runner = self._batch = None
             self.failures += 1
 
     def _follow(self) -> None:
         if self._runner is not None and self._runner.is_current():
             return
-        self._runner, self._decoder = self.model.runner(), None
+        self._runner, self._batch = self.model.runner(), None
         if self._runner.reason is None:
             dtype = self._runner.cache_dtype
             if dtype != self.pages.data.dtype:
                 self.pages = Pages(self.model.config, self.pages.count, dtype=dtype)
-            self._decoder = self._runner.decoder(self.pages)
+            self._batch = DecodeBatch(self._runner.decoder(self.pages))
 
     def forget(self, sequence: Sequence) -> None:
         if (held := self._held.pop(sequence, None)) is not None:
@@ -126,7 +122,7 @@ class Drafter:
     def guess(self, sequences: list[Sequence], budget: int) -> None:
         for sequence in sequences:
             sequence.draft = []
-        if budget < 1 or self._decoder is None:
+        if budget < 1 or self._batch is None:
             return
         jobs: list[_Job] = []
         try:
@@ -180,14 +176,18 @@ class Drafter:
         return more is not None
 
     def _compute(self, jobs: list[_Job]) -> None:
-        assert self._decoder is not None
+        assert self._batch is not None
         for job in jobs:
             job.begin()
         going = [job for job in jobs if job.count]
         rows = [row for job in jobs for row in job.rows()]
         while rows:
-            for job, logits in zip(going, logits_of(self._decoder, rows), strict=True):
-                job.guess(logits)
+            logits = self._batch.logits(rows)
+            tokens = [job.next_token(row) for row, job in enumerate(going)]
+            for job, choice in zip(going, self._sampler.choose(logits, tokens), strict=True):
+                if choice.token < 0:
+                    raise InputError("draft_model: expected finite logits, got others")
+                job.guesses.append(choice.token)
             going = [job for job in going if len(job.guesses) < job.count]
             rows = [job.guessed() for job in going]
         for job in jobs:

@@ -26,7 +26,7 @@ from fastlm.errors import InputError
 from fastlm.inference import sequence as sequences
 from fastlm.inference.block_manager import PAGE, ChunkCache, Pages, page_count
 from fastlm.inference.calls import Call, Calls
-from fastlm.inference.decode_batch import Decoder, Row, logits_of
+from fastlm.inference.decode_batch import DecodeBatch, Row
 from fastlm.inference.draft_model import Drafter, draft_page_bytes
 from fastlm.inference.requests import (
     Closed,
@@ -41,6 +41,7 @@ from fastlm.inference.requests import (
     batch_requests,
     room_of,
 )
+from fastlm.inference.sampler import NextToken, Sampler
 from fastlm.inference.sampling import Sampling
 from fastlm.inference.scheduler import Chunk, Scheduler
 from fastlm.inference.sequence import Collected
@@ -52,6 +53,8 @@ if TYPE_CHECKING:
     from fastlm.tokenizer.tokenizer import Tokenizer
 
 T = TypeVar("T")
+# (L, V) logits, and the rows of each answer: what follows its last token and each guess
+AnswerLogits = tuple[Tensor, dict[sequences.Sequence, list[int]]]
 MASK_THREADS = 2  # that compute masks of grammars: one that is slow leaves one to the others
 # Seconds of a step that wait for masks: most are ready by the time that logits are, or soon after
 MASK_PATIENCE = 0.005
@@ -171,7 +174,7 @@ class Engine:
         )  # fmt: skip
         self.pages = self._make_pages(count, runner)
         self.scheduler = Scheduler(self.pages, max_rows=max_rows, prefix_cache=prefix_cache)
-        self._decoder = self._make_decoder(runner)
+        self._batch, self._sampler = self._make_batch(runner), Sampler()
         self._guesser: Guesser = PromptLookup(draft_tokens)
         if draft_model is not None:
             self._guesser = Drafter(draft_model, count, draft_tokens)
@@ -425,7 +428,7 @@ class Engine:
         for s in self._held():
             if s.held is not None and s.masks is not None and s.masks.is_ready(0):
                 logits, s.held = s.held, None
-                self._sample([s], logits[None])
+                self._sample(logits[None], [(s, 0)])
 
     def _held(self) -> list[sequences.Sequence]:
         return [s for s in self.scheduler.running if s.held is not None]
@@ -487,7 +490,7 @@ class Engine:
         if dtype != self.pages.data.dtype or model.device != self.pages.data.device:
             self.pages = self.scheduler.pages = self._make_pages(self.pages.count, runner)
         self.pages.forget()
-        self._decoder = self._make_decoder(runner)
+        self._batch = self._make_batch(runner)
 
     def _cache_dtype(self, runner: "Runner") -> torch.dtype:
         # the modules' attention wants keys of its own dtype
@@ -501,13 +504,13 @@ class Engine:
             rope_length=self.context_limit if model.model.by_length else 0,
         )  # fmt: skip
 
-    def _make_decoder(self, runner: "Runner") -> Decoder:
+    def _make_batch(self, runner: "Runner") -> DecodeBatch:
         rows = self.prompt_rows
         self._rowwise = runner.reason is None
         self._takes_prompts = self._rowwise and (runner.takes_prompts if rows is None else rows)
         self.scheduler.by_pages = self.invariant and not self._takes_prompts
         self.scheduler.answers_too = self._takes_prompts
-        return runner.decoder(self.pages)
+        return DecodeBatch(runner.decoder(self.pages))
 
     def _guarded(self, group: list[sequences.Sequence], compute: Callable[[], None]) -> None:
         """Compute something for a group of sequences; if that fails, they end, not the engine."""
@@ -524,9 +527,9 @@ class Engine:
     def _compute(self, answers: list[Chunk], prompts: list[Chunk]) -> None:
         """Compute chunks and draw what follows them: prompts, then copies of them, then answers."""
         computed = [c for c in prompts if c.source is None]
-        logits: dict[sequences.Sequence, list[Tensor]] = {}
+        answered: AnswerLogits | None = None
         if self._takes_prompts:
-            self._through_rows([*answers, *computed], logits)
+            answered = self._through_rows([*answers, *computed])
         else:
             self._through_modules(computed)
         for chunk in prompts:
@@ -542,21 +545,22 @@ class Engine:
         if fresh := [s for s in begun if len(s.tokens) == s.prompt_length]:  # not computed again
             self._cached_tokens += sum(s.cached for s in fresh)
             rows = [s.prompt_logits for s in fresh if s.prompt_logits is not None]
-            self._sample(fresh, torch.cat(rows))
-        if not self._takes_prompts:
-            self._through_rows(answers, logits)
-        self._continue(logits)
+            self._sample(torch.cat(rows), list(zip(fresh, itertools.count())))
+        if answered is None:
+            answered = self._through_rows(answers)
+        self._continue(answered)
 
-    def _continue(self, logits: dict[sequences.Sequence, list[Tensor]]) -> None:
+    def _continue(self, answered: AnswerLogits) -> None:
         """Draw what follows answers. Where that is what was guessed, the next logits are those
         after it."""
-        going = [s for s in logits if s.pages]  # else an error has ended it
+        logits, rows = answered
+        going = [s for s in rows if s.pages]  # else an error has ended it
         for i in itertools.count():
             if not going:
                 return
-            self._sample(going, torch.stack([logits[s][i] for s in going]))
+            self._sample(logits, [(s, rows[s][i]) for s in going])
             drawn = [s for s in going if s.held is None]
-            right = [s for s in drawn if len(logits[s]) > i + 1 and s.tokens[-1] == s.draft[i]]
+            right = [s for s in drawn if len(rows[s]) > i + 1 and s.tokens[-1] == s.draft[i]]
             self._accepted_tokens += len(right)
             going = [s for s in right if s.pages]
             for s in going:
@@ -574,19 +578,26 @@ class Engine:
             if group := [c for c in group if c.sequence.pages]:  # no error so far
                 self._guarded([c.sequence for c in group], lambda group=group: self._fill(group))
 
-    def _through_rows(
-        self, chunks: list[Chunk], logits: dict[sequences.Sequence, list[Tensor]]
-    ) -> None:
-        """Compute tokens as rows of decode steps. ``logits`` get those after answers, (V,), and
-        after each guess. If that fails, each chunk is computed alone."""
+    def _through_rows(self, chunks: list[Chunk]) -> AnswerLogits:
+        """Compute tokens as rows of decode steps. Return the logits after answers and after each
+        guess. If that fails, each chunk is computed alone."""
         if not (chunks := [c for c in chunks if c.sequence.pages]):
-            return
+            return torch.empty(0, self.vocab), {}
         try:
-            self._rows(chunks, logits)
+            return self._rows(chunks)
         except Exception:
-            logits.clear()
+            parts: list[Tensor] = [torch.empty(0, self.model.config.vocab_size)]
+            rows: dict[sequences.Sequence, list[int]] = {}
+
+            def compute(chunk: Chunk) -> None:
+                logits, own = self._rows([chunk])
+                before = sum(map(len, parts))
+                rows.update((s, [row + before for row in of]) for s, of in own.items())
+                parts.append(logits)
+
             for chunk in chunks:
-                self._guarded([chunk.sequence], lambda chunk=chunk: self._rows([chunk], logits))
+                self._guarded([chunk.sequence], lambda chunk=chunk: compute(chunk))
+            return torch.cat([part.to(parts[-1]) for part in parts]), rows
 
     @torch.inference_mode()
     def _fill(self, group: list[Chunk]) -> None:
@@ -630,7 +641,7 @@ class Engine:
         sequence.prompt_logits = source.prompt_logits
         self.scheduler.computed(chunk)
 
-    def _rows(self, chunks: list[Chunk], logits: dict[sequences.Sequence, list[Tensor]]) -> None:
+    def _rows(self, chunks: list[Chunk]) -> AnswerLogits:
         tokens = [(c.sequence, i) for c in chunks for i in range(c.start, c.end)]
         # not where an answer is computed again
         wanted = [
@@ -639,14 +650,15 @@ class Engine:
             for s, i in tokens
         ]  # fmt: skip
         rows = [Row(s.token(i), i, s.pages, w) for (s, i), w in zip(tokens, wanted, strict=True)]
-        after = logits_of(self._decoder, rows)
-        for (s, i), own in zip(itertools.compress(tokens, wanted), after, strict=True):
+        logits = self._batch.logits(rows)
+        answered: dict[sequences.Sequence, list[int]] = {}
+        for row, (s, i) in enumerate(itertools.compress(tokens, wanted)):
             if i + 1 < s.prompt_length:
-                s.score(i, own)
+                s.score(i, logits[row])
             elif i + 1 == s.prompt_length:
-                s.prompt_logits = own[None]
+                s.prompt_logits = logits[row].clone()[None]  # without the memory of the others
             else:
-                logits.setdefault(s, []).append(own)
+                answered.setdefault(s, []).append(row)
         for chunk in chunks:
             sequence = chunk.sequence
             if not sequence.decodes:
@@ -655,43 +667,38 @@ class Engine:
             known = Chunk(sequence, chunk.start, min(chunk.end, len(sequence.tokens)))
             self._drafted_tokens += chunk.end - known.end
             self.scheduler.computed(known)
+        return logits, answered
 
-    def _sample(self, group: list[sequences.Sequence], logits: Tensor) -> None:
-        """Draw the next token of each sequence from (B, V) logits."""
-        logits = logits.float()[:, : self.vocab]
-        alike: dict[Sampling, list[int]] = {}  # rows that are drawn together
-        for row, s in enumerate(group):
-            sampling = s.request.sampling
-            plain = s.adjustments is None and s.masks is None and not s.must_go_on
-            if plain and sampling.rowwise:
-                alike.setdefault(sampling, []).append(row)
-                continue
-            if not self._has_mask(s):
-                s.held = logits[row]
-                continue
-            self._guarded([s], lambda s=s, row=row: self._draw([s], s.allowed(logits[row][None])))
-        for rows in alike.values():
-            part = [group[row] for row in rows]
-            own = logits if len(rows) == len(logits) else logits[rows]
-            self._guarded(part, lambda part=part, own=own: self._draw(part, own))
+    def _sample(self, logits: Tensor, rows: Sequence[tuple[sequences.Sequence, int]]) -> None:
+        """Draw the next token of each sequence from its row of (L, V) logits."""
+        group: list[sequences.Sequence] = []
+        chosen_from: list[NextToken] = []
 
-    def _draw(self, group: list[sequences.Sequence], logits: Tensor) -> None:
-        sampling = group[0].request.sampling
-        chosen = sampling.choose(logits, [s.generator for s in group])
-        tokens, known = chosen.tolist(), None
-        if not self.invariant and any(s.request.logprobs is not None for s in group):
-            known = sampling.logprobs(logits, chosen).tolist()
-        finite = logits.amax(-1).isfinite().tolist()  # not where all are -inf, or one is NaN
-        for row, (s, token) in enumerate(zip(group, tokens, strict=True)):
-            if not finite[row]:
+        def take(s: sequences.Sequence, row: int) -> None:
+            mask = None if s.masks is None else s.masks.mask()
+            chosen_from.append(
+                NextToken(
+                    row, s.options, s.generator, mask, not s.must_go_on, s.request.logprobs
+                )
+            )  # fmt: skip
+            group.append(s)
+
+        for s, row in rows:
+            if self._has_mask(s):
+                self._guarded([s], lambda s=s, row=row: take(s, row))
+            else:
+                s.held = logits[row].clone()
+        self._guarded(group, lambda: self._draw(group, logits, chosen_from))
+
+    def _draw(self, group: list[sequences.Sequence], logits: Tensor, rows: list[NextToken]) -> None:
+        choices = self._sampler.choose(logits, rows)
+        for s, (token, logprob) in zip(group, choices, strict=True):
+            if token < 0:
                 self._end(s, "error", "logits are not finite")
                 continue
             self._new_tokens += 1
             try:
-                wants = s.request.logprobs is not None
-                own = None if known is None else known[row]
-                told = s.logprob(logits[row][None], token, own) if wants else None
-                ended = s.add(token, told)
+                ended = s.add(token, logprob)
             except Exception as error:  # the listener's or the grammar's
                 self._end(s, "error", f"{type(error).__name__}: {error}")
                 continue

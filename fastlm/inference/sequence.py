@@ -19,6 +19,7 @@ from fastlm.inference.requests import (
     Request,
     TokenLogprob,
 )
+from fastlm.inference.sampler import TokenOptions, token_logprob
 from fastlm.inference.sampling import Adjustments, make_generators
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ class Sequence:
             ids = torch.tensor([self.tokens], device=device)
             self.adjustments = Adjustments(request.sampling, ids, None, vocab)
         self.vocab = vocab
+        self.options = TokenOptions(request.sampling, self.adjustments, ends, vocab)
         self.prompt_scores: list[TokenLogprob] = []
         self.text = (
             None if tokenizer is None else AnswerText(tokenizer, checked_stops(request.stop))
@@ -127,36 +129,13 @@ class Sequence:
         deadline = self.request.deadline
         return deadline is not None and time.monotonic() - self.submitted >= deadline
 
-    def allowed(self, logits: Tensor) -> Tensor:
-        """(1, V) of the model -> (1, V) float32 after penalties, biases and grammar."""
-        logits = logits.float()
-        if self.adjustments is not None:
-            logits = self.adjustments.apply(logits)
-        if self.masks is not None:
-            mask = self.masks.mask()
-            known = torch.zeros(logits.shape[1], dtype=torch.bool)
-            known[: len(mask)] = mask[: logits.shape[1]]
-            logits = logits.masked_fill(~known.to(logits.device), -torch.inf)
-        if self.must_go_on:
-            logits = logits.clone()
-            logits[:, [token for token in self.ends if token < logits.shape[1]]] = -torch.inf
-        return logits
-
-    def logprob(self, logits: Tensor, token: int, known: float | None = None) -> TokenLogprob:
-        """What the request wants to know of the token drawn from (1, V) `logits`. ``known``: the
-        token's log-probability."""
-        if known is not None and not self.request.logprobs:
-            return TokenLogprob(token, known, [])
-        scaled = logits / (self.request.sampling.temperature or 1.0)
-        return _logprob(scaled, token, self.request.logprobs or 0)
-
     def score(self, i: int, logits: Tensor) -> None:
         """Take the (V,) logits that follow token i of the prompt, in order; those that come again
         after a preemption are the same."""
         if i == len(self.prompt_scores) and i + 1 < self.prompt_length:
             count = self.request.prompt_logprobs or 0
             known = logits[None, : self.vocab].float()  # what may be drawn, as for answers
-            self.prompt_scores.append(_logprob(known, self.tokens[i + 1], count))
+            self.prompt_scores.append(token_logprob(known, self.tokens[i + 1], count))
 
     def add(self, token: int, logprob: TokenLogprob | None) -> FinishReason | None:
         """Take the token that was drawn and tell the listener. Return why it was the last one."""
@@ -211,18 +190,6 @@ class Sequence:
         except BaseException:
             self.ended = True  # it is told nothing more
             raise
-
-
-def _logprob(scaled: Tensor, token: int, count: int) -> TokenLogprob:
-    """A token under the softmax of (1, V) logits, and the ``count`` likeliest."""
-    total = torch.logsumexp(scaled, -1).item()
-    top: list[tuple[int, float]] = []
-    if count:
-        values, ids = scaled[0].topk(min(count, scaled.shape[1]))
-        pairs = zip(ids.tolist(), values.tolist(), strict=True)
-        top = [(i, v - total) for i, v in pairs if v > -torch.inf]
-    own = scaled[0, token].item() if token < scaled.shape[1] else -torch.inf
-    return TokenLogprob(token, own - total, top)
 
 
 class Collected:

@@ -284,7 +284,7 @@ def test_the_engine_by_graphs(monkeypatch, format):
     def generated():
         engine = Engine(model, pages=8)
         found = [result.token_ids for result in engine.generate(requests)]
-        return type(engine._decoder), found
+        return type(engine._batch.decoder), found
 
     graphs = records(monkeypatch)
     kind, got = generated()

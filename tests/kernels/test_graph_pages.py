@@ -130,14 +130,14 @@ def test_the_engine_replays(recorder, monkeypatch):
     got = []
     for options in ({}, {"pages": 5, "max_rows": 3}):
         engine = Engine(model, **options)
-        assert isinstance(engine._decoder, cuda_steps.PagedSteps)
+        assert isinstance(engine._batch.decoder, cuda_steps.PagedSteps)
         got += [told(r) for r in engine.generate(requests)]
     assert engine.stats().preemptions > 0
     replays = sum(graph.replays for graph in recorder.graphs)
     assert replays > 200 and len(recorder.graphs) <= 7 and len(recorder.pools) == 2
     monkeypatch.setattr(cuda_steps, "why_not", lambda model: "for this test")
     engine = Engine(model)
-    assert isinstance(engine._decoder, ModuleSteps)
+    assert isinstance(engine._batch.decoder, ModuleSteps)
     for (tokens, logprobs), wanted in zip(got, engine.generate(requests) * 2, strict=True):
         assert tokens == wanted.token_ids
         told_of = [t.logprob for t in wanted.logprobs]

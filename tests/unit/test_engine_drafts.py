@@ -15,6 +15,7 @@ from fastlm.inference.decode_batch import MAX_ROWS
 from fastlm.inference.draft_model import Drafter, _Held, _Job
 from fastlm.inference.engine import Engine
 from fastlm.inference.requests import Request
+from fastlm.inference.sampler import Sampler
 from fastlm.inference.sampling import Sampling
 from fastlm.inference.sequence import Collected
 from fastlm.model import cpu_steps
@@ -170,8 +171,8 @@ def test_each_token_is_computed_once_and_together():
     """By the draft model: prompts in chunks, and one step for the guesses of all answers."""
     model, rows = model_of(), []
     engine = Engine(model, draft_model=model, prompt_rows=True, draft_tokens=3)
-    steps = engine._guesser._decoder.logits
-    engine._guesser._decoder.logits = lambda tokens, *rest, **options: (
+    steps = engine._guesser._batch.decoder.logits
+    engine._guesser._batch.decoder.logits = lambda tokens, *rest, **options: (
         rows.append(len(tokens)) or steps(tokens, *rest, **options)
     )
     requests = [Request([i] * n, 40, seed=i, ignore_eos=True) for i, n in enumerate((150, 9, 8, 7))]
@@ -211,14 +212,14 @@ def test_a_draft_model_that_fails_ends_no_request():
     for _ in range(3):
         engine.step()
     drafter, running = engine._guesser, engine.scheduler.running
-    bad, steps = drafter._held[running[1]].pages[0], drafter._decoder.logits
+    bad, steps = drafter._held[running[1]].pages[0], drafter._batch.decoder.logits
 
     def broken(tokens, lengths, table, **options):
         if bad in table[:, 0].tolist():
             raise RuntimeError("out of memory")
         return steps(tokens, lengths, table, **options)
 
-    drafter._decoder.logits = broken
+    drafter._batch.decoder.logits = broken
     failed = running[1]
     engine.step()
     assert failed not in drafter._held and not failed.draft and running[0].draft
@@ -321,5 +322,5 @@ def test_a_padded_model_guesses_ids_of_the_tokenizer():
         device=torch.device("cpu"), threads=None,
     )  # fmt: skip
     job = _Job(sequence, _Held(), 1, 1)
-    job.guess(torch.arange(97.0))
-    assert job.guesses == [89]
+    (guess,) = Sampler().choose(torch.arange(97.0)[None], [job.next_token(0)])
+    assert guess.token == 89

@@ -115,14 +115,14 @@ def test_rows_that_fail_end_their_own_request(prompt_rows):
         engine.submit(Request([1, i], 20, ELEVENS, seed=i, ignore_eos=True), own.append)
     while not all(pieces):
         engine.step()
-    ours, bad = engine._decoder.logits, engine.scheduler.running[68].pages[0]
+    ours, bad = engine._batch.decoder.logits, engine.scheduler.running[68].pages[0]
 
     def broken(tokens, lengths, table, **options):
         if bad in table[:, 0].tolist():
             raise RuntimeError("out of memory")
         return ours(tokens, lengths, table, **options)
 
-    engine._decoder.logits = broken
+    engine._batch.decoder.logits = broken
     while engine.step():
         pass
     ends = [[p.finish_reason for p in own if p.finish_reason] for own in pieces]
@@ -161,8 +161,8 @@ def test_guesses_stay_within_the_tokens_of_a_step(draft):
         model, prompt_rows=True, max_tokens_per_step=16, draft_tokens=7,
         draft_model=model_of() if draft else None,
     )  # fmt: skip
-    ours = engine._decoder.logits
-    engine._decoder.logits = lambda tokens, *rest, **options: (
+    ours = engine._batch.decoder.logits
+    engine._batch.decoder.logits = lambda tokens, *rest, **options: (
         rows.append(len(tokens)) or ours(tokens, *rest, **options)
     )
     engine.generate([Request([1, i], 40, ELEVENS, ignore_eos=True) for i in range(3)])

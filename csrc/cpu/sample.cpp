@@ -1,0 +1,50 @@
+#include "cpu/token_sampler.h"
+
+#define FASTLM_BODY "cpu/sample.h"
+#include "cpu/each_isa.h"
+
+namespace fastlm {
+namespace {
+
+template <class T>
+const T* of_vocab(const char* argument, const OptionalTensor& t, int64_t vocab) {
+  if (!t) return nullptr;
+  check_contiguous(argument, *t);
+  check_size(argument, "elements:", vocab, t->numel());
+  return t->data<T>(argument);
+}
+
+}  // namespace
+
+TokenSampler::TokenSampler(int64_t vocab, double temperature, int64_t top_k, double top_p,
+                           double min_p, double repetition_penalty, double presence_penalty,
+                           double frequency_penalty, std::vector<int64_t> ends, OptionalTensor seen,
+                           OptionalTensor counts, OptionalTensor bias)
+    : vocab(vocab),
+      temperature(float(temperature)),
+      repetition_penalty(float(repetition_penalty)),
+      presence_penalty(float(presence_penalty)),
+      frequency_penalty(float(frequency_penalty)),
+      top_k(top_k),
+      top_p(top_p),
+      min_p(min_p),
+      ends(std::move(ends)),
+      seen(of_vocab<bool>("seen", seen, vocab)),
+      counts(of_vocab<float>("counts", counts, vocab)),
+      bias(of_vocab<float>("bias", bias, vocab)) {
+  if (vocab < 1)
+    throw std::invalid_argument("vocab: expected at least 1, got " + std::to_string(vocab));
+}
+
+int64_t sample_workspace(int64_t vocab) {
+  FASTLM_RUN(sample_workspace, vocab, omp_get_max_threads());
+  return 0;  // not reached
+}
+
+std::vector<SampledToken> sample(TensorView logits, const std::vector<SampleRow>& rows,
+                                 TensorView workspace) {
+  FASTLM_RUN(sample, logits, rows, workspace);
+  return {};  // not reached
+}
+
+}  // namespace fastlm
