@@ -109,13 +109,6 @@ def window(
     return inputs, labels
 
 
-def evaluate_bits_per_byte(
-    model: nn.Module, dataset: TokenDataset, seq_len: int, batch_size: int
-) -> float:
-    """Evaluate the whole data set with half a window of context; see ``evaluate``."""
-    return evaluate(model, dataset, seq_len, batch_size, stride=max(1, seq_len // 2)).bits_per_byte
-
-
 def compressed_bits_per_byte(texts: Iterable[str]) -> dict[str, float]:
     """Return 8 * compressed / original bytes of the joined texts for ``xz -9e`` and
     ``zstd -19``.

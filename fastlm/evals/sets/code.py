@@ -1,5 +1,5 @@
 """Programs: HumanEval (Chen et al. 2021, arXiv:2107.03374) and MBPP (Austin et al. 2021,
-arXiv:2108.07732). A program passes if its tests do, in the sandbox (`fastlm.evals.sandbox`).
+arXiv:2108.07732). A program passes if its tests do, in the sandbox (`fastlm.sandbox`).
 
 HumanEval's format ``completion`` is the prompt as published; ``gold_bpb_0shot`` is OLMES', with a
 code fence after it. MBPP is OLMES': the task, one of its tests, and a code fence.
@@ -22,7 +22,7 @@ TOKENS = 512  # the longest right answers have 268 (HumanEval) and 415 (MBPP) of
 
 def passes(asked: Asked) -> list[float]:
     """1 if the answer's program passes the tests of its row."""
-    from fastlm.evals.sandbox import Case, run_all
+    from fastlm.sandbox import Case, run_all
 
     cases = [
         Case(program_of(answer, row), row["tests"], setup=row["setup"], names=[row["name"]])
@@ -33,9 +33,12 @@ def passes(asked: Asked) -> list[float]:
 
 def can_run() -> None:
     """InputError: this machine cannot run programs."""
-    from fastlm.evals.sandbox import check_machine
+    from fastlm.sandbox import SandboxError, check_machine
 
-    check_machine()
+    try:
+        check_machine()
+    except SandboxError as error:
+        raise InputError(str(error)) from None
 
 
 def program_of(answer: str, row: Mapping[str, Any]) -> str:
