@@ -211,7 +211,7 @@ def tasks(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON")] = False,
 ) -> None:
     """List the question sets: what they ask for, their formats, licences and sources."""
-    from fastlm.evals.catalog import rows
+    from fastlm.evals.registry import rows
     from fastlm.evals.task import ABILITIES
 
     if ability is not None and ability not in ABILITIES:

@@ -49,7 +49,7 @@ Answer = dict[str, Any]
 
 
 def read_task(name: str, shots: int, limit: int) -> Task:
-    from fastlm.evals.catalog import load_task
+    from fastlm.evals.registry import load_task
     from fastlm.sources.packages import default_cache
 
     format = "" if name in OPEN else f":rc_{shots}shot"
@@ -182,9 +182,9 @@ def harness_side(
 
 def own_side(model: str, dtype: str, limit: int, split: bool) -> Callable[..., Answer]:
     """`fastlm eval`, without reading the model and the questions: (set, examples) -> the same."""
-    from fastlm.evals.asking import ask
     from fastlm.evals.measures import summary, values
     from fastlm.evals.results import Results
+    from fastlm.evals.runner import ask
     from fastlm.evals.scorer import Scorer
     from fastlm.model.load import load_model
 

@@ -1,11 +1,12 @@
-"""The scores of tasks as charts of report.html."""
+"""Scores as charts of report.html."""
 
+import re
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import Any
 
 from fastlm.evals.measures import HEADLINE
-from fastlm.evals.tables import comparisons, short_names, written_measure
+from fastlm.evals.tables import accuracy, comparisons, is_share, main_measure, short_names
 from fastlm.pipeline.charts import (
     BLUE,
     CURVES,
@@ -29,27 +30,19 @@ def scores_chart(tasks: Sequence[Mapping[str, Any]]) -> str:
     models = list(tasks[0]["models"])
     short = short_names(models)
     for (i, name), color in zip(enumerate(models), cycle(CURVES if len(models) > 1 else (BLUE,))):
-        shift = 0.5 * ((i + 0.5) / len(models) - 0.5)
         points = []
         for y, task in enumerate(tasks):
             measures = task["models"][name]["measures"]
-            shown = measures.get("acc_olmes") or measures.get(written_measure(measures))
-            if shown is not None:
-                error = shown["error"]
-                half = 0.0 if error is None else 100 * Z95 * error
-                points.append((100 * shown["value"], y + shift, half))
+            best = accuracy(measures)
+            if best is not None and is_share(main_measure(measures), best):
+                half = 100 * Z95 * (best["error"] or 0.0)
+                points.append((100 * best["value"], y + _shift(i, len(models)), half))
         if points:
             x, y, half = zip(*points)
             axes.errorbar(
-                x,
-                y,
-                xerr=half,
-                fmt="o",
-                color=color,
-                markersize=4,
-                linewidth=1.2,
+                x, y, xerr=half, fmt="o", color=color, markersize=4, linewidth=1.2,
                 label=short[name],
-            )
+            )  # fmt: skip
     known = [(100 * t["chance"], y) for y, t in enumerate(tasks) if t["chance"] is not None]
     if known:
         axes.plot(*zip(*known), "|", color=SOFT, markersize=11, label="chance")
@@ -68,11 +61,10 @@ def differences_chart(tasks: Sequence[Mapping[str, Any]]) -> str:
     first = short[found[0][1]["with"]]
     figure, axes = _rows(names, f"bits per byte against {first}, %")
     for (i, name), color in zip(enumerate(models), cycle((ORANGE, *CURVES[1:]))):
-        shift = 0.5 * ((i + 0.5) / len(models) - 0.5)
         for t, one in found:
             if one["model"] != name:
                 continue
-            scale, y = 100 / base[t["name"]], names.index(t["name"]) + shift
+            scale, y = 100 / base[t["name"]], names.index(t["name"]) + _shift(i, len(models))
             if one["low"] is not None:
                 axes.plot([scale * one["low"], scale * one["high"]], [y, y], color=color, lw=1.4)
             axes.plot([scale * one["difference"]], [y], "o", color=color, markersize=4)
@@ -80,6 +72,11 @@ def differences_chart(tasks: Sequence[Mapping[str, Any]]) -> str:
     axes.axvline(0, color=SOFT, linewidth=1)
     legend(axes)
     return as_svg(figure)
+
+
+def _shift(index: int, count: int) -> float:
+    """Where a model's point stands beside those of others in the same line."""
+    return 0.5 * ((index + 0.5) / count - 0.5)
 
 
 def _rows(names: Sequence[str], label: str) -> tuple[Any, Any]:
@@ -91,3 +88,62 @@ def _rows(names: Sequence[str], label: str) -> tuple[Any, Any]:
     axes.grid(axis="x", color=LINE, linewidth=0.8)
     axes.margins(x=0.05)
     return figure, axes
+
+
+Scores = Mapping[str, Mapping[str, Any]]
+
+
+def memorization_chart(scores: Scores, of: str = "") -> str | None:
+    """Draw the share of texts continued to the letter over their copies, a curve per prefix."""
+    pattern = r"memorization\.prefix_(?P<curve>\d+)\.copies_(?P<copies>\d+)"
+    return _copies_chart(
+        scores, pattern, "after {} tokens", f"copies in the training text{of}",
+        "continued to the letter, %", scale=100, limits=(-3, 103),
+    )  # fmt: skip
+
+
+def exposure_chart(scores: Scores, of: str = "") -> str | None:
+    """Draw the mean exposure of canaries over their copies."""
+    pattern = r"privacy\.(?P<curve>canaries)\.copies_(?P<copies>\d+)"
+    return _copies_chart(
+        scores, pattern, "{}", f"copies in the training text{of}", "exposure of canaries, bits",
+        scale=1, limits=(0, None),
+    )  # fmt: skip
+
+
+def _copies_chart(
+    scores: Scores,
+    pattern: str,
+    label: str,
+    x_label: str,
+    y_label: str,
+    *,
+    scale: float,
+    limits: tuple[float, float | None],
+) -> str | None:
+    """Draw scores over the copies in their names, with intervals; None where no name fits."""
+    curves: dict[str, dict[int, Mapping[str, Any]]] = {}
+    for key, score in scores.items():
+        if found := re.fullmatch(pattern, key):
+            curves.setdefault(found["curve"], {})[int(found["copies"])] = score
+    if not curves:
+        return None
+    figure, axes = new_axes(x_label, y_label)
+    for (name, points), color in zip(
+        sorted(curves.items(), key=lambda c: (len(c[0]), c[0])), cycle(CURVES)
+    ):
+        x = sorted(points)
+        value, low, high = ([scale * points[i][k] for i in x] for k in ("value", "low", "high"))
+        below = [max(0.0, v - end) for v, end in zip(value, low)]
+        above = [max(0.0, end - v) for v, end in zip(value, high)]
+        axes.errorbar(
+            x, value, yerr=[below, above], color=color, label=label.format(name), linewidth=2,
+            marker="o", markersize=3.5, elinewidth=1, capsize=2,
+        )  # fmt: skip
+        axes.set_xticks(x, [str(copies) for copies in x])
+    axes.set_xscale("symlog", base=2, linthresh=1)
+    axes.set_xticks(x, [str(copies) for copies in x])
+    axes.minorticks_off()
+    axes.set_ylim(*limits)
+    legend(axes)
+    return as_svg(figure)

@@ -44,78 +44,17 @@ NEW_TOKENS = 256  # of an answer whose task does not say: as in the harness
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
-class FastLM(LM):
-    """A model of fastlm's. The arguments are those of ``--model_args``, named as for ``hf``.
+class ScorerLM(LM):
+    """What the harness asks, answered by a `Scorer`.
 
     Args:
-        pretrained: Hugging Face folder, .gguf, fastlm run or model:smollm2.
-        dtype: auto (the file's own), float32, bfloat16 or float16.
-        act_bits, keep_quantized: of `CausalLM.from_pretrained`.
-        tokenizer: another one's folder or tokenizer.json.
-        max_length: tokens of context; default: the model's.
-        tokens: computed in one forward, in place of batch_size and max_batch_size.
-        add_bos_token, prefix_token_id: ``add_bos`` and ``prefix`` of `Scorer`.
         max_gen_toks: tokens of an answer whose task does not say.
-        enable_thinking, chat_template_args: variables of the chat template.
         seed: of answers that are drawn.
-        split_float32: of `Scorer`.
     """
 
-    def __init__(
-        self,
-        pretrained: str,
-        dtype: str = "auto",
-        act_bits: int | None = None,
-        keep_quantized: bool = True,
-        tokenizer: str | None = None,
-        max_length: int | None = None,
-        tokens: int = TOKENS,
-        add_bos_token: bool | None = None,
-        prefix_token_id: int | None = None,
-        max_gen_toks: int = NEW_TOKENS,
-        enable_thinking: bool | None = None,
-        chat_template_args: Mapping[str, Any] | None = None,
-        seed: int = 0,
-        split_float32: bool = False,
-        device: str | None = None,
-        batch_size: int | str | None = None,
-        max_batch_size: int | None = None,
-        **unknown: Any,
-    ) -> None:
+    def __init__(self, scorer: Scorer, *, max_gen_toks: int = NEW_TOKENS, seed: int = 0) -> None:
         super().__init__()
-        for name in unknown:
-            known = [*inspect.signature(FastLM).parameters][:-1]  # all but **unknown
-            raise InputError(unknown_key(f"model_args: {name}", name, known))
-        if dtype not in DTYPES:
-            raise InputError(f"dtype: wanted one of {', '.join(DTYPES)}, got {dtype!r}")
-        for name, value in (("tokens", tokens), ("max_gen_toks", max_gen_toks)):
-            if value < 1:
-                raise InputError(f"{name}: wanted 1 or more, got {value}")
-        del batch_size, max_batch_size  # the harness passes them to every model
-        model, own = load_model(
-            pretrained, act_bits, keep_quantized=keep_quantized, dtype=DTYPES[dtype]
-        )
-        # the harness' command asks for cuda:0 unless told otherwise, also where there is none
-        if device and (torch.cuda.is_available() or not device.startswith("cuda")):
-            model.to(device)
-        self.scorer = Scorer(
-            model,
-            Tokenizer.load(tokenizer) if tokenizer else own,
-            tokens=tokens,
-            limit=max_length,
-            add_bos=add_bos_token,
-            prefix=prefix_token_id,
-            parse_special=True,
-            split_float32=split_float32,
-        )
-        self._device = model.device
-        self.pretrained, self.max_gen_toks, self.seed = str(pretrained), max_gen_toks, seed
-        self.tokenizer_path = str(tokenizer or pretrained)
-        self.variables = dict(chat_template_args or {})
-        if enable_thinking is not None:
-            self.variables["enable_thinking"] = enable_thinking
-
-    # what the harness asks
+        self.scorer, self.max_gen_toks, self.seed = scorer, max_gen_toks, seed
 
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False
@@ -174,7 +113,76 @@ class FastLM(LM):
         seed = request_seed(self.seed, context, draw)
         return Prompt(context, new, tuple(s for s in stop if s), seed=seed, sampling=sampling)
 
-    # chat
+
+class FastLM(ScorerLM):
+    """A model of fastlm's. The arguments are those of ``--model_args``, named as for ``hf``.
+
+    Args:
+        pretrained: Hugging Face folder, .gguf, fastlm run or model:smollm2.
+        dtype: auto (the file's own), float32, bfloat16 or float16.
+        act_bits, keep_quantized: of `CausalLM.from_pretrained`.
+        tokenizer: another one's folder or tokenizer.json.
+        max_length: tokens of context; default: the model's.
+        tokens: computed in one forward, in place of batch_size and max_batch_size.
+        add_bos_token, prefix_token_id: ``add_bos`` and ``prefix`` of `Scorer`.
+        max_gen_toks: tokens of an answer whose task does not say.
+        enable_thinking, chat_template_args: variables of the chat template.
+        seed: of answers that are drawn.
+        split_float32: of `Scorer`.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        dtype: str = "auto",
+        act_bits: int | None = None,
+        keep_quantized: bool = True,
+        tokenizer: str | None = None,
+        max_length: int | None = None,
+        tokens: int = TOKENS,
+        add_bos_token: bool | None = None,
+        prefix_token_id: int | None = None,
+        max_gen_toks: int = NEW_TOKENS,
+        enable_thinking: bool | None = None,
+        chat_template_args: Mapping[str, Any] | None = None,
+        seed: int = 0,
+        split_float32: bool = False,
+        device: str | None = None,
+        batch_size: int | str | None = None,
+        max_batch_size: int | None = None,
+        **unknown: Any,
+    ) -> None:
+        for name in unknown:
+            known = [*inspect.signature(FastLM).parameters][:-1]  # all but **unknown
+            raise InputError(unknown_key(f"model_args: {name}", name, known))
+        if dtype not in DTYPES:
+            raise InputError(f"dtype: wanted one of {', '.join(DTYPES)}, got {dtype!r}")
+        for name, value in (("tokens", tokens), ("max_gen_toks", max_gen_toks)):
+            if value < 1:
+                raise InputError(f"{name}: wanted 1 or more, got {value}")
+        del batch_size, max_batch_size  # the harness passes them to every model
+        model, own = load_model(
+            pretrained, act_bits, keep_quantized=keep_quantized, dtype=DTYPES[dtype]
+        )
+        # the harness' command asks for cuda:0 unless told otherwise, also where there is none
+        if device and (torch.cuda.is_available() or not device.startswith("cuda")):
+            model.to(device)
+        scorer = Scorer(
+            model,
+            Tokenizer.load(tokenizer) if tokenizer else own,
+            tokens=tokens,
+            limit=max_length,
+            add_bos=add_bos_token,
+            prefix=prefix_token_id,
+            parse_special=True,
+            split_float32=split_float32,
+        )
+        super().__init__(scorer, max_gen_toks=max_gen_toks, seed=seed)
+        self._device = model.device
+        self.tokenizer_path = str(tokenizer or pretrained)
+        self.variables = dict(chat_template_args or {})
+        if enable_thinking is not None:
+            self.variables["enable_thinking"] = enable_thinking
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from fastlm.evals.results import Record
-from fastlm.evals.task import Choices, Open, Task
+from fastlm.evals.task import Choices, Open, Question, Task
 from fastlm.stats.intervals import Mean, mean_error, pass_at_k
 from fastlm.stats.power import detectable, detectable_rate, detectable_share
 
@@ -47,12 +47,17 @@ class Measure:
 
 def values(task: Task, records: Sequence[Record]) -> Values:
     """Return each measure of each question, in the order of the task."""
-    rows = [
-        _of_open(task, q, r) if isinstance(q, Open) else _of_choices(task, q, r)
-        for q, r in zip(task.questions, records, strict=True)
-    ]
+    rows = [_measures(task, q, r) for q, r in zip(task.questions, records, strict=True)]
     names = [name for name in rows[0] if all(name in row for row in rows)]
     return {name: np.array([row[name] for row in rows]) for name in names}
+
+
+def _measures(task: Task, question: Question, record: Record) -> Mapping[str, float]:
+    if task.measure is not None:
+        return task.measure(question, record)
+    if isinstance(question, Open):
+        return _of_open(task, question, record)
+    return _of_choices(task, question, record)
 
 
 def _of_choices(task: Task, question: Choices, record: Record) -> dict[str, float]:
@@ -85,7 +90,9 @@ def _of_open(task: Task, question: Open, record: Record) -> dict[str, float]:
     if record["gold"] is not None:
         size = len(question.gold.strip().encode())
         found[HEADLINE] = -record["gold"] / math.log(2) / max(1, size)
-    if task.metric != "pass":
+    if task.judge is None:
+        pass
+    elif task.metric != "pass":
         found[task.metric] = sum(scores) / len(scores)
     else:
         passed = sum(score >= 1 for score in scores)
@@ -96,6 +103,11 @@ def _of_open(task: Task, question: Open, record: Record) -> dict[str, float]:
         others = judge([(answer, question.row) for answer in record["answers"]])
         found[name] = sum(others) / len(others)
     return found
+
+
+def is_share(each: np.ndarray) -> bool:
+    """Whether a measure is from 0 to 1 for each question."""
+    return bool(((each >= 0) & (each <= 1)).all())
 
 
 def summary(task: Task, measured: Values) -> dict[str, Measure]:
@@ -116,7 +128,7 @@ def _detectable(
         return detectable_rate(mean.n, mean.mean)
     if not math.isfinite(mean.error):
         return math.inf
-    if share and each.min() >= 0 and each.max() <= 1:
+    if share and is_share(each):
         return detectable_share(mean.n, mean.mean, mean.error, freedom=mean.freedom)
     if not mean.error:
         return math.inf

@@ -19,7 +19,7 @@ Item = TypeVar("Item")
 Record = dict[str, Any]
 MAX_BYTES = 2**32  # of a file: it is read whole
 # Raised when fastlm says something else of the same question: another scorer, judge or prompt
-VERSION = 2
+VERSION = 3
 
 
 class Results:

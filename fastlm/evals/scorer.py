@@ -1,8 +1,8 @@
 """What every evaluation asks of a model: how likely a text is after another, and what it answers.
 
 Likelihoods come from forwards over packed sequences in which a common beginning is computed once
-(`fastlm.evals.shared`); answers come from the engine, whose cache shares the pages of prompts that
-begin alike.
+(`fastlm.evals.prefix_sharing`); answers come from the engine, whose cache shares the pages of
+prompts that begin alike.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastlm.errors import InputError
-from fastlm.evals.shared import Batch, batches
+from fastlm.evals.prefix_sharing import Batch, batches
 from fastlm.inference.engine import Engine
 from fastlm.inference.requests import Completion, Request
 from fastlm.inference.sampling import Sampling

@@ -1,6 +1,5 @@
 """The stage that measures models: bits per byte of held-out text, and question sets."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ class Eval(Stage):
 
     kind = "eval"
     command = ("eval",)
-    version = 6
+    version = 7
     reads = {
         "model": Takes(
             ("model", "quantized"), "Hugging Face folder, .gguf, fastlm run or model:smollm2",
@@ -52,7 +51,8 @@ class Eval(Stage):
         int | None, "8: quantized weights multiply rounded inputs, 16: not rounded; as for generate"
     ] = None
     tasks: Annotated[
-        tuple[str, ...], "Question sets: names, abilities, all, or YAML files (fastlm tasks)"
+        tuple[str, ...],
+        "Question sets: names, abilities, all (fastlm tasks), or lm-evaluation-harness' YAML files",
     ] = ()
     limit: Annotated[int | None, "Questions of a set, drawn at random; default: all"] = None
     samples: Annotated[int, "Answers to each question without given answers (pass@k)"] = 1
@@ -77,8 +77,7 @@ class Eval(Stage):
                 raise InputError(f"{name}: wanted 1 or more, got {value}")
 
     def contents(self, contents: Any) -> Any:
-        from fastlm.evals.catalog import is_file
-        from fastlm.evals.own.task import task_files
+        from fastlm.evals.harness_tasks import is_file, task_files
 
         files = [file for name in self.tasks if is_file(name) for file in task_files(name)]
         return [contents.tree(file) for file in files]
@@ -94,6 +93,7 @@ class Eval(Stage):
     def run(self, job: Job) -> dict[str, Any]:
         from fastlm.evals.suite import ids_of
         from fastlm.model.load import load_model
+        from fastlm.pipeline.record import dump
 
         data = job.optional("data")
         if data is None and not self.tasks:
@@ -121,7 +121,7 @@ class Eval(Stage):
         scores = {**packed, "models": models, "ids": ids}
         if tasks:
             from fastlm.evals.suite import measured
-            from fastlm.evals.tables import latex
+            from fastlm.evals.tables import task_table
 
             scores["tasks"] = measured(tasks, asked)
             for i, found in enumerate(overlaps):
@@ -129,10 +129,9 @@ class Eval(Stage):
 
                 values = {name: results[i]["values"] for name, results in asked.items()}
                 scores["tasks"][i]["contamination"] = told(tasks[i], found, values)
-            table = latex(scores["tasks"])
+            table = task_table(scores["tasks"]).latex()
             save_atomic(make_folder(job.out) / "scores.tex", lambda p: p.write_text(table, "utf-8"))
-        text = json.dumps(scores, indent=1) + "\n"
-        save_atomic(make_folder(job.out) / "scores.json", lambda p: p.write_text(text, "utf-8"))
+        save_atomic(make_folder(job.out) / "scores.json", lambda p: dump(p, scores))
         return scores
 
     def _bits(
@@ -160,7 +159,7 @@ class Eval(Stage):
             return task_overlaps(tasks, tokenizer, data, vocab_size, track=job.track)
 
     def _tasks(self, job: Job) -> list[Any]:
-        from fastlm.evals.catalog import load_task, names_of
+        from fastlm.evals.registry import load_task, names_of
 
         return [
             load_task(name, job.cache).sample(self.limit, self.seed)
@@ -170,8 +169,9 @@ class Eval(Stage):
     def _ask(
         self, tasks: Any, model: Any, tokenizer: Any, id: str, job: Job
     ) -> list[dict[str, Any]]:
+        from fastlm.evals.runner import ask_all
         from fastlm.evals.scorer import Scorer
-        from fastlm.evals.suite import DIGITS, ask_all
+        from fastlm.evals.suite import DIGITS
 
         hashed = id[:DIGITS]
         asked = hashed if self.act_bits is None else f"{hashed}, act_bits {self.act_bits}"
@@ -181,18 +181,18 @@ class Eval(Stage):
         )  # fmt: skip
 
     def told(self, result: Mapping[str, Any], job: Job) -> str:
-        from fastlm.evals.shown import told
+        from fastlm.evals.report import eval_summary
 
         del job
-        return told(result)
+        return eval_summary(result)
 
     def shown(self, result: Mapping[str, Any], job: Job) -> Any:
-        from fastlm.evals.shown import tables
+        from fastlm.evals.report import render_eval
 
         del job
-        return tables(result)
+        return render_eval(result)
 
     def report(self, job: Job, result: Mapping[str, Any]) -> Part:
-        from fastlm.evals.shown import part
+        from fastlm.evals.report import eval_part
 
-        return part(job, result)
+        return eval_part(job, result)

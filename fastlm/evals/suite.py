@@ -1,78 +1,20 @@
-"""Tasks asked of several models, measured, and the models compared on the same questions."""
+"""Tasks that several models were asked, measured, and the models compared on the same questions."""
 
 import math
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fastlm.evals.asking import ask, schema_of
-from fastlm.evals.measures import (
-    HEADLINE,
-    Values,
-    as_json,
-    parts,
-    passages,
-    summary,
-    values,
-)
-from fastlm.evals.results import Results
-from fastlm.evals.scorer import Scorer
+import numpy as np
+
+from fastlm.evals.measures import HEADLINE, Values, as_json, is_share, parts, passages, summary
 from fastlm.evals.task import Task
 from fastlm.pipeline.stage import Input
-from fastlm.progress import silent
 from fastlm.sources.packages import model_path
 from fastlm.stats.intervals import compare, holm
 
 DIGITS = 16  # of an id, in the names of records
-
-
-def ask_all(
-    tasks: Sequence[Task],
-    scorer: Scorer,
-    folder: Path,
-    *,
-    model: str,
-    samples: int = 1,
-    temperature: float = 0.0,
-    seed: int = 0,
-    track: Callable = silent,
-) -> list[dict[str, Any]]:
-    """Ask one model all tasks; return per task what `measured` wants.
-
-    Args:
-        folder: of the records; a task that has all of its own is not asked again.
-        model: a hash of the model, without which records of another one could be taken for its own.
-
-    InputError: a set whose answers this machine cannot judge, before any set is asked.
-    """
-    for task in tasks:
-        if task.check is not None and not (folder / _file_of(task)).exists():
-            task.check()
-    found = []
-    for task in track(tasks, "question sets", unit="sets"):
-        options = {"seed": seed, "samples": samples, "temperature": temperature}
-        about = {"task": task.name, "hash": task.hash, "model": model}
-        if task.judge is not None:
-            about |= options | {"judge": f"{task.judge.__module__}.{task.judge.__qualname__}"}
-        began = time.perf_counter()
-        with Results(folder / _file_of(task), about, schema_of(task)) as results:
-            held = len(results.records)
-            records = ask(task, scorer, results, **(options if task.open else {}))
-        took = time.perf_counter() - began
-        found.append(
-            {
-                "values": values(task, records),
-                "cut": sum(bool(record.get("cut")) for record in records),
-                **({} if held else {"seconds": took}),
-            }
-        )
-    return found
-
-
-def _file_of(task: Task) -> str:
-    return f"{task.name.replace('/', '_')}-{task.hash}.jsonl"
 
 
 def measured(
@@ -81,7 +23,7 @@ def measured(
     """Return, per task, what it is and each model's measures; and, of several models, the others
     compared with the first.
 
-    asked: model -> what `ask_all` returned.
+    asked: model -> what `fastlm.evals.runner.ask_all` returned.
     """
     found = []
     for i, task in enumerate(tasks):
@@ -94,7 +36,9 @@ def measured(
         if task.wider:
             row["wider"] = list(dict.fromkeys(task.wider.values()))
         for name, result in own.items():
-            each = as_json(summary(task, result["values"]))
+            each = as_json(summary(task, result["values"])) | result["overall"]
+            for measure, value in each.items():
+                value |= _unit(measure, result["values"].get(measure))
             kept = {k: result[k] for k in ("cut", "seconds") if result.get(k)}
             row["models"][name] = {"measures": each, **kept}
             if by_part := parts(task, result["values"]):
@@ -117,7 +61,14 @@ def _compared(
     a: Values = own[name]["values"]
     told = asdict(compare(a[measure], own[first]["values"][measure], clusters=clusters))
     known = {key: None if _unknown(value) else value for key, value in told.items()}
-    return {"model": name, "with": first, "measure": measure, **known}
+    unit = _unit(measure, a[measure])
+    return {"model": name, "with": first, "measure": measure, **known, **unit}
+
+
+def _unit(measure: str, each: np.ndarray | None) -> dict[str, str]:
+    """What tells a measure that is no share, of which tables show percent."""
+    is_figure = measure != HEADLINE and (each is None or not is_share(each))
+    return {"unit": ""} if is_figure else {}
 
 
 def _unknown(value: Any) -> bool:
@@ -133,12 +84,6 @@ def _adjust(found: list[dict[str, Any]]) -> None:
     for ones in alike.values():
         for one, p in zip(ones, holm([one["p"] for one in ones]), strict=True):
             one["p_adjusted"] = p
-
-
-def headline(row: Mapping[str, Any]) -> str:
-    """The measure of a task that its tables begin with."""
-    (some, *_) = row["models"].values()
-    return HEADLINE if HEADLINE in some["measures"] else next(iter(some["measures"]))
 
 
 def id_of(model: str | Path) -> str:

@@ -1,6 +1,8 @@
-"""The scores of tasks as tables: for a terminal, for LaTeX, and as rows for report.html."""
+"""A table described once, for the terminal (rich), LaTeX and report.html; and the tables of
+question sets."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from fastlm.evals.measures import HEADLINE
@@ -11,11 +13,64 @@ HEADINGS = {
     "set": "set", "model": "model", "questions": "n", HEADLINE: "bits/byte", "acc": "accuracy",
     "acc_olmes": "OLMES", "acc_norm": "lm-eval", "chance": "chance", "detects": "detects",
 }  # fmt: skip
+MAX_PARTS = 30  # of a set in its table; scores.json has all
+_LATEX = str.maketrans({c: f"\\{c}" for c in "&%$#_{}"} | {"±": "$\\pm$", "~": "\\~{}"})
+
+
+@dataclass(frozen=True)
+class Cell:
+    """``lines`` stand below the text. ``bar``: of an interval, its ends and the value in percent;
+    drawn in report.html in place of the text, which also has ``title`` for the pointer."""
+
+    text: str
+    lines: Sequence[str] = ()
+    title: str = ""
+    bar: tuple[float, float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of texts or cells; the first ``left`` columns are words, the others figures."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str | Cell]]
+    left: int = 1
+    title: str = ""
+    note: str = ""
+
+    @property
+    def cells(self) -> list[list[Cell]]:
+        return [[c if isinstance(c, Cell) else Cell(c) for c in row] for row in self.rows]
+
+    def rich(self) -> Any:
+        from rich.table import Table as RichTable
+
+        table = RichTable(box=None, padding=(0, 1, 0, 0), pad_edge=False, title_justify="left")
+        table.title = f"\n{self.title}" if self.title else None
+        for i, column in enumerate(self.columns):
+            is_left = i < self.left
+            table.add_column(column, justify="left" if is_left else "right", no_wrap=not is_left)
+        for row in self.cells:
+            table.add_row(*("\n  ".join([cell.text, *cell.lines]) for cell in row))
+        return table
+
+    def latex(self) -> str:
+        """A table of the package booktabs."""
+
+        def line(texts: Sequence[str]) -> str:
+            return " & ".join(text.translate(_LATEX) for text in texts) + r" \\"
+
+        align = "l" * self.left + "r" * (len(self.columns) - self.left)
+        body = [line([cell.text for cell in row]) for row in self.cells]
+        return "\n".join(
+            [rf"\begin{{tabular}}{{{align}}}", r"\toprule", line(self.columns), r"\midrule", *body,
+             r"\bottomrule", r"\end{tabular}", ""]
+        )  # fmt: skip
 
 
 def short_names(names: Sequence[str]) -> dict[str, str]:
-    """Names of models without the folders that they have in common: the last words of each path,
-    as many as tell them apart."""
+    """Return the names of models without the folders that they have in common: the last words of
+    each path, as many as tell them apart."""
     parts = {name: name.rstrip("/").split("/") for name in names}
     for count in range(1, max(map(len, parts.values()), default=1) + 1):
         short = {name: "/".join(words[-count:]) for name, words in parts.items()}
@@ -24,21 +79,31 @@ def short_names(names: Sequence[str]) -> dict[str, str]:
     return {name: name for name in names}
 
 
-def figure(measure: Mapping[str, Any] | None, share: bool) -> str:
+def is_share(name: str, measure: Mapping[str, Any]) -> bool:
+    return name != HEADLINE and measure.get("unit") != ""
+
+
+def figure(measure: Mapping[str, Any] | None, name: str = "acc") -> str:
     """A value with its standard error: a share in percent."""
     if measure is None:
         return ""
-    scale, digits = (100, 1) if share else (1, 3)
+    scale, digits = (100, 1) if is_share(name, measure) else (1, 3)
     value, error = scale * measure["value"], measure["error"]
-    told = f"{value:.{digits}f}"
-    return told if error is None else f"{told}±{scale * error:.{digits}f}"
+    text = f"{value:.{digits}f}"
+    return text if error is None else f"{text}±{scale * error:.{digits}f}"
 
 
-def written_measure(measures: Mapping[str, Any]) -> str:
-    """The measure of answers in the model's own words: exact match or else the first; "acc" where
-    answers were given."""
-    found = [name for name in measures if name not in (HEADLINE, *CHOICES)]
-    return "exact_match" if "exact_match" in found else next(iter(found), "acc")
+def main_measure(measures: Mapping[str, Any]) -> str:
+    """The measure that "accuracy" shows: exact match, accuracy or else the first."""
+    names = [name for name in measures if name != HEADLINE]
+    for name in ("exact_match", "acc"):
+        if name in names:
+            return name
+    return next(iter(names), "acc")
+
+
+def accuracy(measures: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    return measures.get("acc_olmes") or measures.get(main_measure(measures))
 
 
 def lines(tasks: Tasks) -> Iterator[dict[str, str]]:
@@ -51,19 +116,19 @@ def lines(tasks: Tasks) -> Iterator[dict[str, str]]:
         short = short_names(list(task["models"]))
         for name, model in task["models"].items():
             measures = model["measures"]
-            written = written_measure(measures)
-            told = "" if written in ("acc", "exact_match") else f" ({written})"
-            accuracy = measures.get("acc_olmes") or measures.get(written)
+            main = main_measure(measures)
+            by = "" if main in ("acc", "exact_match") else f" ({main})"
+            best = accuracy(measures)
             yield {
-                "set": task["name"] + told,
+                "set": task["name"] + by,
                 "model": short[name],
                 "questions": f"{task['questions']:,}",
-                HEADLINE: figure(measures.get(HEADLINE), share=False),
-                "acc": figure(measures.get(written), share=True),
-                "acc_olmes": figure(measures.get("acc_olmes"), share=True),
-                "acc_norm": figure(measures.get("acc_norm"), share=True),
+                HEADLINE: figure(measures.get(HEADLINE), HEADLINE),
+                "acc": figure(measures.get(main)),
+                "acc_olmes": figure(measures.get("acc_olmes")),
+                "acc_norm": figure(measures.get("acc_norm")),
                 "chance": _percent(task["chance"]),
-                "detects": _percent(accuracy and accuracy["detects"]),
+                "detects": _percent(best["detects"] if best and is_share(main, best) else None),
             }
 
 
@@ -71,24 +136,21 @@ def _percent(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.1f}"
 
 
-def shown_columns(rows: Sequence[Mapping[str, str]]) -> list[str]:
-    several = len({row["model"] for row in rows}) > 1
-    return [key for key in HEADINGS if (several or key != "model") and any(r[key] for r in rows)]
-
-
-def task_table(tasks: Tasks) -> Any:
-    """A rich table of all tasks. Shares are percent, with their standard errors."""
-    from rich.table import Table
-
+def task_table(tasks: Tasks) -> Table:
+    """All tasks. Shares are percent, with their standard errors."""
     rows = list(lines(tasks))
-    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
-    columns = shown_columns(rows)
-    for key in columns:
-        left = key in ("set", "model")
-        table.add_column(HEADINGS[key], justify="left" if left else "right")
-    for row in rows:
-        table.add_row(*(row[key] for key in columns))
-    return table
+    several = len({row["model"] for row in rows}) > 1
+    keys = [key for key in HEADINGS if (several or key != "model") and any(r[key] for r in rows)]
+    return Table(
+        [HEADINGS[key] for key in keys],
+        [[row[key] for key in keys] for row in rows],
+        left=sum(key in ("set", "model") for key in keys),
+        note="Bits per byte of the right answer: lower is better. Accuracies in percent with"
+        " standard errors: the likeliest answer is right; the same after OLMES' normalisation; the"
+        ' same by characters, as in lm-evaluation-harness. Chance is what guessing gives. "Detects"'
+        " is the minimum detectable effect: the smallest difference to another model that these"
+        " questions find with a probability of 80 %.",
+    )  # fmt: skip
 
 
 def comparisons(tasks: Tasks) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
@@ -101,64 +163,84 @@ def comparisons(tasks: Tasks) -> Iterator[tuple[Mapping[str, Any], Mapping[str, 
 
 def difference(one: Mapping[str, Any]) -> tuple[str, str]:
     """A difference and its interval."""
-    share = one["measure"] != HEADLINE
-    scale, digits = (100, 1) if share else (1, 4)
-    told = [
+    scale, digits = (100, 1) if is_share(one["measure"], one) else (1, 4)
+    texts = [
         "" if one[key] is None else f"{scale * one[key]:+.{digits}f}"
         for key in ("difference", "low", "high")
     ]
-    return told[0], f"{told[1]}..{told[2]}"
+    return texts[0], f"{texts[1]}..{texts[2]}"
 
 
-COMPARED = ("set", "model", "by", "difference", "95 %", "p", "p of all", "n needed")
-
-
-def compared_lines(tasks: Tasks) -> Iterator[tuple[str, ...]]:
-    """Yield what each column of `COMPARED` shows: a model minus the first. "p of all" is adjusted
-    for the number of sets; "n needed" are the questions that would show such a difference."""
+def compared_table(tasks: Tasks) -> Table | None:
+    """The models after the first, each minus the first; None where there is one model."""
+    rows = []
     for task, one in comparisons(tasks):
         measure = str(one["measure"])
         by = {HEADLINE: "bits/byte", "acc_olmes": "OLMES"}.get(measure, measure)
-        yield (
-            task["name"], short_names(list(task["models"]))[one["model"]], by.replace("_", " "),
-            *difference(one), p_value(one["p"]), p_value(one["p_adjusted"]),
-            "" if one["needed"] is None else f"{one['needed']:,}",
+        rows.append(
+            (
+                task["name"], short_names(list(task["models"]))[one["model"]], by.replace("_", " "),
+                *difference(one), p_value(one["p"]), p_value(one["p_adjusted"]),
+                "" if one["needed"] is None else f"{one['needed']:,}",
+            )
         )  # fmt: skip
+    if not rows:
+        return None
+    first, *others = short_names(list(tasks[0]["models"])).values()
+    return Table(
+        ("set", "model", "by", "difference", "95 %", "p", "p of all", "n needed"), rows, left=3,
+        title=f"{others[0] if len(others) == 1 else 'each model'} minus {first}",
+        note="On the same questions: fewer bits and more right answers are better. Accuracies in"
+        ' percentage points. "p of all" is adjusted for the number of sets (Holm); "n needed" is'
+        " how many questions would show such a difference.",
+    )  # fmt: skip
 
 
 def p_value(p: float) -> str:
     return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def compared_table(tasks: Tasks) -> Any:
-    """A rich table of the models after the first, each minus the first."""
-    from rich.table import Table
+def part_table(tasks: Tasks) -> Table | None:
+    """The parts of sets, such as the fields of MMLU; of a set whose parts belong to wider ones,
+    only these. None where no set has any."""
+    rows = []
+    for task in tasks:
+        short = short_names(list(task["models"]))
+        for name, model in task["models"].items():
+            parts = model.get("parts", {})
+            for part in task.get("wider") or list(parts)[:MAX_PARTS]:
+                if part in parts:
+                    measures = parts[part]["measures"]
+                    rows.append(
+                        (
+                            task["name"], part, short[name], f"{parts[part]['questions']:,}",
+                            figure(measures.get(HEADLINE), HEADLINE), figure(accuracy(measures)),
+                        )
+                    )  # fmt: skip
+    columns = ("set", "part", "model", "n", "bits/byte", "accuracy")
+    return Table(columns, rows, left=3, title="Parts of the sets") if rows else None
 
-    first, *others = short_names(list(tasks[0]["models"])).values()
-    what = others[0] if len(others) == 1 else "each model"
-    table = Table(
-        box=None, padding=(0, 1, 0, 0), pad_edge=False, title=f"\n{what} minus {first}",
-        title_justify="left",
-    )  # fmt: skip
-    shown = [i for i, name in enumerate(COMPARED) if name != "model" or len(others) > 1]
-    for i in shown:
-        table.add_column(COMPARED[i], justify="left" if i < 3 else "right")
-    for line in compared_lines(tasks):
-        table.add_row(*(line[i] for i in shown))
-    return table
 
-
-_LATEX = str.maketrans({c: f"\\{c}" for c in "&%$#_{}"} | {"±": "$\\pm$", "~": "\\~{}"})
-
-
-def latex(tasks: Tasks) -> str:
-    """A LaTeX table (booktabs) of all tasks."""
-    rows = list(lines(tasks))
-    columns = shown_columns(rows)
-    body = [" & ".join(row[key].translate(_LATEX) for key in columns) + r" \\" for row in rows]
-    align = "".join("l" if key in ("set", "model") else "r" for key in columns)
-    head = " & ".join(HEADINGS[key].translate(_LATEX) for key in columns) + r" \\"
-    return "\n".join(
-        [rf"\begin{{tabular}}{{{align}}}", r"\toprule", head, r"\midrule", *body, r"\bottomrule",
-         r"\end{tabular}", ""]
+def contamination_table(tasks: Tasks) -> Table | None:
+    """Touched and dirty questions, and the accuracy (else bits per byte) of clean and dirty ones.
+    None where nobody looked."""
+    rows = []
+    for task in tasks:
+        if not (found := task.get("contamination")):
+            continue
+        short = short_names(list(task["models"]))
+        for name, parts in found["models"].items():
+            scores = []
+            for part in ("clean", "dirty"):
+                own = parts.get(part, {})
+                scores.append(figure(accuracy(own)) or figure(own.get(HEADLINE), HEADLINE))
+            counts = (f"{found[key]:,}" for key in ("questions", "touched", "dirty"))
+            rows.append((task["name"], short[name], *counts, *scores))
+    if not rows:
+        return None
+    return Table(
+        ("set", "model", "n", "touched", "dirty", "clean score", "dirty score"), rows, left=2,
+        title="Are the questions in the training text?",
+        note="Touched: 40 letters in a row of the question and its right answer stand there. Dirty:"
+        " such runs cover 80 % of its letters.",
     )  # fmt: skip

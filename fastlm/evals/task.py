@@ -6,9 +6,13 @@ import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastlm.errors import InputError
+from fastlm.evals.results import Record
+
+if TYPE_CHECKING:
+    from fastlm.evals.scorer import Scorer
 
 Pair = tuple[str, str]  # a context, and what may follow it
 
@@ -42,8 +46,9 @@ class Open:
     """A question that the model answers in its own words.
 
     gold: a right answer as it would follow the prompt, for bits per byte; "" if there is none.
-    row: what the set's judge reads.
+    row: what the set's judge or probe reads.
     chat: asked through the chat template if the model has one.
+    before: a user's messages that the model answers first, each in its turn.
     """
 
     id: str
@@ -55,6 +60,7 @@ class Open:
     chat: bool = False
     group: str = ""
     part: str = ""
+    before: tuple[str, ...] = ()
 
 
 Question = Choices | Open
@@ -70,8 +76,13 @@ class Task:
     source, licence: of the data.
     normalisation: of answers, in OLMES' convention.
     delimiter: stands before each answer and does not count in its length.
+    greedy: of `Choices`: whether records say if each answer is the one of greedy decoding.
     judge, metric: of `Open` questions: how answers are scored, and what the score is called.
-    also: other scores of the same answers, by name.
+    also: other scores of the same answers, by name; computed from records, not kept in them.
+    probe: asks in its own way: (scorer, some questions, seed) -> a record each, of the schema
+        ``record``. ``part_size`` of them are kept at once; default: the runner's.
+    measure: of a probe: (question, record) -> each measure of the question.
+    overall: measures that are no means over questions: records -> name -> value, error.
     check: called before the first question is asked. InputError: this machine cannot judge answers.
     wider: part of the set -> what it belongs to, such as the field of a subject.
     """
@@ -84,11 +95,23 @@ class Task:
     format: str
     normalisation: str = "none"
     delimiter: str = " "
+    greedy: bool = False
     judge: Judge | None = field(default=None, compare=False)
     metric: str = "exact_match"
     also: Mapping[str, Judge] = field(default_factory=dict, compare=False)
     wider: Mapping[str, str] = field(default_factory=dict)
     check: Callable[[], None] | None = field(default=None, compare=False)
+    probe: Callable[["Scorer", Sequence[Any], int], list[Record]] | None = field(
+        default=None, compare=False
+    )
+    record: type | None = None
+    part_size: int | None = None
+    measure: Callable[[Any, Record], Mapping[str, float]] | None = field(
+        default=None, compare=False
+    )
+    overall: Callable[[Sequence[Record]], dict[str, dict[str, Any]]] | None = field(
+        default=None, compare=False
+    )
 
     def __post_init__(self) -> None:
         if not self.questions:
@@ -116,6 +139,7 @@ class Task:
                 told = [q.id, q.requests, q.gold, q.bare]
             else:
                 told = [q.id, q.prompt, q.gold, q.stop, q.max_new_tokens, q.chat, dict(q.row)]
+                told += [q.before] if q.before else []
             digest.update(json.dumps(told, sort_keys=True, default=str).encode() + b"\n")
         return digest.hexdigest()[:16]
 

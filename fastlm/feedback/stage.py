@@ -95,8 +95,8 @@ raters.json."""
 
     def _questions(self, job: Job) -> "Overlap":
         from fastlm.data.prompts import read_prompts
-        from fastlm.evals.catalog import load_task, names_of
         from fastlm.evals.contamination import question_texts
+        from fastlm.evals.registry import load_task, names_of
         from fastlm.evals.safety.questions import TEXTS
         from fastlm.evals.safety.questions import names_of as safety_sets
         from fastlm.evals.safety.sets import Sets

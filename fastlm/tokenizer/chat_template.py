@@ -88,19 +88,6 @@ def render(
     return reply["text"], [(start, end) for start, end in reply["own"]]
 
 
-def render_plain(template: str, variables: Mapping[str, Any]) -> str:
-    """Render a template of a user's own task in the same process: undefined variables are refused,
-    blocks keep the white space around them."""
-    request = {
-        "template": template, "messages": [], "variables": plain(variables, "variables"),
-        "tokens": {}, "date": None, "seconds": SECONDS, "plain": True,
-    }  # fmt: skip
-    reply = _process.ask(json.dumps(request).encode())
-    if "error" in reply:
-        raise InputError(f"template: cannot be rendered: {reply['error']}")
-    return reply["text"]
-
-
 def begin() -> None:
     """Start the process that renders, which takes 0.1 s, beside what else is to be done first."""
     _process.begin()

@@ -82,10 +82,6 @@ def start(path: list[str]) -> Any:
         trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation]
     )
     environment.filters.update(join=join_filter, tojson=_tojson)
-    environment.filters["regex_replace"] = lambda text, pattern, new, count=0: re.sub(
-        pattern, new, text, count=count
-    )
-    environment.filters["regex_findall"] = lambda text, pattern: re.findall(pattern, text)
     environment.globals.update(
         raise_exception=refuse, strftime_now=lambda pattern: _today.now().strftime(pattern)
     )
@@ -215,10 +211,8 @@ def answer(compiled: Any, request: dict[str, Any]) -> dict[str, Any]:
             if message["role"] in ROLE_NAMES:
                 message["role"] = own(message["role"])
         variables = {**own(request["tokens"]), **request["variables"]}
-        plain = request.get("plain", False)
-        if not plain:
-            variables["messages"] = messages
-        text = join([compiled(request["template"], plain).render(variables)])
+        variables["messages"] = messages
+        text = join([compiled(request["template"]).render(variables)])
         if len(text) > MAX_CHARACTERS:
             return {"error": f"wanted at most {MAX_CHARACTERS:,} characters, got {len(text):,}"}
         runs = [run.span() for run in re.finditer(b"\1+", text._marks)]
@@ -237,14 +231,10 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the host
     lines, out = sys.stdin.buffer, sys.stdout.buffer
     environment = start(json.loads(lines.readline()))
-    strict = environment.overlay(
-        trim_blocks=False, lstrip_blocks=False, keep_trailing_newline=True,
-        undefined=sys.modules["jinja2"].StrictUndefined,
-    )  # fmt: skip
 
     @lru_cache(maxsize=16)
-    def compiled(template: str, plain: bool) -> Any:
-        return (strict if plain else environment).from_string(template)
+    def compiled(template: str) -> Any:
+        return environment.from_string(template)
 
     for line in lines:
         request = json.loads(line)

@@ -13,8 +13,8 @@ import fastlm
 from fastlm import backend
 from fastlm.checkpoint.config import ModelConfig
 from fastlm.errors import InputError
+from fastlm.evals.prefix_sharing import batches
 from fastlm.evals.scorer import Prompt, Scorer
-from fastlm.evals.shared import batches
 from fastlm.inference.sampling import Sampling
 from fastlm.model.causal_lm import CausalLM
 from fastlm.tokenizer.tokenizer import Tokenizer

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
-from fastlm.evals.asking import ask
 from fastlm.evals.measures import summary, values
 from fastlm.evals.results import Results
+from fastlm.evals.runner import ask
 from fastlm.evals.scorer import Likelihood
 from fastlm.inference.requests import Completion
 
@@ -49,7 +49,7 @@ class Known:
     says: object = None
     tokenizer = SimpleNamespace(chat_template=None)
 
-    def loglikelihoods(self, pairs, *, chat=False):
+    def loglikelihoods(self, pairs, *, chat=False, greedy=False):
         like = self.likes or (lambda context, continuation: -1.0)
         return [Likelihood(like(*pair), 1) for pair in pairs]
 

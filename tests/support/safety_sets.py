@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
-from fastlm.evals.safety.asking import Asked
-from fastlm.evals.safety.bench import Bench, Judges, Options
+from fastlm.evals.safety.bench import Bench, Judges
 from fastlm.evals.safety.sets import Sets
+from fastlm.evals.safety.stage import Safety
 from fastlm.evals.scorer import Likelihood
 from fastlm.inference.requests import Completion
 
@@ -203,5 +203,5 @@ class Scripted:
 
 def bench(cache: Path, scorer, folder: Path, **options) -> Bench:
     sets = Sets(cache)
-    asked = Asked(scorer, folder, model="scripted")
-    return Bench(asked, sets, Judges(sets), Options(**options), cache)
+    stage = Safety(**{"attacks": ("plain",), **options})
+    return Bench(scorer, folder, "scripted", sets, Judges(sets), stage, cache)

@@ -8,7 +8,7 @@ from question_files import measured, oracle
 from test_question_sets import HUMANEVAL, MBPP, request
 
 from fastlm.errors import InputError
-from fastlm.evals.catalog import load_task
+from fastlm.evals.registry import load_task
 
 
 def test_programs_pass_their_tests_or_do_not(tmp_path):

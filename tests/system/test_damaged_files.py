@@ -12,9 +12,9 @@ from damage import changed, damaged, outcome
 from fastlm import stages
 from fastlm.data.forgotten import read_log
 from fastlm.errors import InputError
-from fastlm.evals import asking
+from fastlm.evals import runner
+from fastlm.evals.harness_tasks import task_files
 from fastlm.evals.measures import as_json, parts, summary, values
-from fastlm.evals.own.task import read_task, task_files
 from fastlm.evals.results import Results
 from fastlm.evals.safety.gates import failures, read_gates
 from fastlm.evals.task import Choices, Open, Task
@@ -81,13 +81,13 @@ dataset_path: json
 dataset_kwargs:
   data_files: {test: rows.jsonl}
 test_split: test
-output_type: OUTPUT
+output_type: multiple_choice
 num_fewshot: 1
 doc_to_text: "Question: {{ question }}\\nAnswer:"
 doc_to_target: answer
 doc_to_choice: ["a", "b"]
 metric_list:
-  - metric: METRIC
+  - metric: acc
 filter_list:
   - name: strict
     filter:
@@ -96,7 +96,6 @@ filter_list:
       - function: take_first
 generation_kwargs: {until: ["\\n"], max_gen_toks: 9}
 """
-ROWS = [{"question": f"How many {n}?", "answer": "ab"[n % 2], "n": n} for n in range(4)]
 
 
 def use_registry(path: Path) -> None:
@@ -118,13 +117,6 @@ def use_scores(path: Path) -> None:
     failures(read_gates(path.parent / "gates.toml"), scores_of("s", read_scores(path)))
 
 
-def use_task(path: Path) -> None:
-    task_files(path)
-    task = read_task(path)
-    if task.judge:
-        task.judge([("a b", question.row) for question in task.questions])
-
-
 def task_of(kind: str) -> Task:
     pairs = (("q", " a"), ("q", " b"))
     if kind == "open":
@@ -136,9 +128,9 @@ def task_of(kind: str) -> Task:
 
 def use_records(path: Path) -> None:
     task = task_of(path.stem)
-    with Results(path, {}, asking.schema_of(task)) as results:
+    with Results(path, {}, runner.schema_of(task)) as results:
         for number, (question, record) in enumerate(zip(task.questions, results.records), 2):
-            asking.check_record(question, record, 1, f"{path}:{number}")
+            runner.check_record(task, question, record, 1, f"{path}:{number}")
         if len(results.records) == 3:
             found = values(task, results.records)
             json.dumps([as_json(summary(task, found)), parts(task, found)])
@@ -149,9 +141,10 @@ def jsonl(*rows) -> bytes:
 
 
 OPEN = [{"id": str(i), "answers": ["a"], "scores": [1.0], "gold": -1.0} for i in range(3)]
-CHOICES = [{"id": str(i), "logprob": [-1.0, -2.0], "bare": [-1.0, -3.0]} for i in range(3)]
-YAML = TASK.replace("OUTPUT", "multiple_choice").replace("METRIC", "acc")
-WRITTEN = TASK.replace("OUTPUT", "generate_until").replace("METRIC", "exact_match")
+CHOICES = [
+    {"id": str(i), "logprob": [-1.0, -2.0], "tokens": [1, 2], "bare": [-1.0, -3.0]}
+    for i in range(3)
+]
 LOG = {"at": "2026", "asked": [ID], "keys": ["a"], "held": [ID]}
 # name of the file: its content, what reads it
 KINDS = {
@@ -167,11 +160,9 @@ KINDS = {
     "scores.json": (json.dumps(SCORES).encode(), use_scores),
     "decision.json": (json.dumps(DECISION).encode(), lambda path: read_document(path, Decision)),
     "gates.toml": (GATES.encode(), read_gates),
-    "open.jsonl": (jsonl({"version": 2}, *OPEN), use_records),
-    "choices.jsonl": (jsonl({"version": 2}, *CHOICES), use_records),
-    "task.yaml": (YAML.encode(), use_task),
-    "written.yaml": (WRITTEN.encode(), use_task),
-    "rows.jsonl": (jsonl(*ROWS), lambda path: use_task(path.parent / "task.yaml")),
+    "open.jsonl": (jsonl({"version": 3}, *OPEN), use_records),
+    "choices.jsonl": (jsonl({"version": 3}, *CHOICES), use_records),
+    "task.yaml": (TASK.encode(), task_files),
     "forgotten.jsonl": (jsonl(LOG), lambda path: read_log(path.parent)),
 }
 

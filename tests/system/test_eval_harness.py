@@ -16,8 +16,10 @@ from preference_models import WORDS, make_base
 from question_files import write_arrow
 
 from fastlm.errors import InputError
-from fastlm.evals.catalog import load_task
+from fastlm.evals.registry import load_task
+from fastlm.evals.runner import ask_all
 from fastlm.evals.sets import glue, mmlu
+from fastlm.evals.suite import measured
 
 pytest.importorskip("transformers")
 pytest.importorskip("lm_eval", reason="needs the harness: pip install fastlm[harness]")
@@ -202,57 +204,57 @@ def test_the_command_line_of_the_harness(base, tmp_path, monkeypatch, capsys):
     assert told in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("shots", [0, 2])
-@pytest.mark.parametrize(
-    "keys",
-    [
-        {"output_type": "loglikelihood", "doc_to_text": "{{text.split(' ')[:-1]|join(' ')}}",
-         "doc_to_target": "{{' '+text.split(' ')[-1]}}"},  # as LAMBADA's
-        {"output_type": "loglikelihood", "doc_to_text": "text", "doc_to_target": "word"},
-        {"output_type": "multiple_choice", "doc_to_text": "Q: {{text}}\n", "doc_to_choice": "names",
-         "doc_to_target": "label", "target_delimiter": "", "description": "Choose.\n\n"},
-        {"output_type": "multiple_choice", "doc_to_text": "text", "doc_to_choice": ["cat", " dog"],
-         "doc_to_target": "{{label}}", "fewshot_delimiter": "\n###\n"},
-        {"output_type": "generate_until", "doc_to_text": "{{text}}\n\n", "doc_to_target": "word",
-         "generation_kwargs": {"until": ["\n"], "max_gen_toks": 5}},
-    ],
-)  # fmt: skip
-def test_a_task_of_ones_own_asks_what_the_harness_asks(keys, shots, tmp_path, monkeypatch):
-    from lm_eval.api.task import ConfigurableTask
+TASKS = {
+    "lambada": {"output_type": "loglikelihood",
+                "doc_to_text": "{{text.split(' ')[:-1]|join(' ')}}",
+                "doc_to_target": "{{' '+text.split(' ')[-1]}}"},
+    "names": {"output_type": "multiple_choice", "doc_to_text": "Q: {{text}}\n",
+              "doc_to_choice": "names", "doc_to_target": "label", "target_delimiter": "",
+              "description": "Choose.\n\n",
+              "metric_list": [{"metric": "acc"}, {"metric": "acc_mutual_info"}]},
+    "words": {"output_type": "generate_until", "doc_to_text": "{{text}}\n\n",
+              "doc_to_target": "word", "generation_kwargs": {"until": ["\n"], "max_gen_toks": 5}},
+    "texts": {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "text"},
+}  # fmt: skip
 
-    from fastlm.evals.own.task import read_task
+
+def test_a_users_own_task_has_the_scores_of_the_harness(sides, tmp_path, monkeypatch):
+    import lm_eval
 
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr("datasets.config.HF_DATASETS_OFFLINE", True)
     rows = [
-        {"text": f"the cat {i} sat on  mat{i}", "names": ["a", "b"], "label": i % 2, "word": "cat"}
-        for i in range(3)
-    ]
+        {"text": f"the {word} {i} sat on a mat lamp", "names": ["a tree", "lamp"], "label": i % 2,
+         "word": word} for i, word in enumerate(WORDS[:6])
+    ]  # fmt: skip
     for part in ("test", "train"):
-        text = "".join(json.dumps(row | {"word": part}) + "\n" for row in rows)
-        (tmp_path / f"{part}.jsonl").write_text(text)
+        (tmp_path / f"{part}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     files = {part: str(tmp_path / f"{part}.jsonl") for part in ("test", "train")}
-    config = {
-        "task": "t", "dataset_path": "json", "dataset_kwargs": {"data_files": files},
-        "test_split": "test", "fewshot_split": "train", "num_fewshot": shots,
-        "fewshot_config": {"sampler": "first_n"}, **keys,
-    }  # fmt: skip
-    (tmp_path / "t.yaml").write_text(json.dumps(config))
-    theirs = ConfigurableTask(config=json.loads(json.dumps(config)))
-    theirs.build_all_requests()
-    asked = [instance.args for instance in theirs.instances]
-    found = []
-    for q in read_task(tmp_path / "t.yaml").questions:
-        if keys["output_type"] == "multiple_choice":
-            found += q.requests
-        elif keys["output_type"] == "loglikelihood":
-            found.append((q.prompt, q.gold))
-        else:
-            found.append((q.prompt, {"until": list(q.stop), "max_gen_toks": q.max_new_tokens}))
-    if keys["output_type"] == "generate_until":
-        names = ("until", "max_gen_toks")
-        asked = [(prompt, {name: options[name] for name in names}) for prompt, options in asked]
-    assert found == asked
+    configs = [
+        {
+            "task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": files},
+            "test_split": "test", "fewshot_split": "train", "num_fewshot": 2 * (name != "texts"),
+            **keys,
+        }
+        for name, keys in TASKS.items()
+    ]  # fmt: skip
+    tasks = []
+    for config in configs:
+        (tmp_path / f"{config['task']}.yaml").write_text(json.dumps(config))
+        tasks.append(load_task(str(tmp_path / f"{config['task']}.yaml"), tmp_path / "cache"))
+    ours, _ = sides
+    asked = {"m": ask_all(tasks, ours.scorer, tmp_path / "items", model="m")}
+    found = {row["name"]: row["models"]["m"]["measures"] for row in measured(tasks, asked)}
+    theirs = lm_eval.simple_evaluate(ours, tasks=configs, bootstrap_iters=0)
+    for name, scores in theirs["results"].items():
+        values = {
+            key.partition(",")[0]: value
+            for key, value in scores.items()
+            if key.endswith(",none") and "_stderr" not in key
+        }
+        assert values
+        for metric, value in values.items():
+            assert found[name][metric]["value"] == pytest.approx(value, rel=1e-5), (name, metric)
 
 
 ROW = {

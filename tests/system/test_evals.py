@@ -17,14 +17,14 @@ from preference_models import make_base
 
 import fastlm.model.load
 from fastlm.errors import InputError
-from fastlm.evals import asking, contamination
-from fastlm.evals.asking import ask
+from fastlm.evals import contamination, runner
 from fastlm.evals.measures import parts, right, summary, values
 from fastlm.evals.results import Results
+from fastlm.evals.runner import ask, ask_all
 from fastlm.evals.scorer import Scorer
 from fastlm.evals.stage import Eval
-from fastlm.evals.suite import ask_all, hash_of, measured
-from fastlm.evals.tables import compared_lines, latex, lines
+from fastlm.evals.suite import hash_of, measured
+from fastlm.evals.tables import compared_table, lines, task_table
 from fastlm.evals.task import Choices, Open, Task
 from fastlm.model.load import load_model
 from fastlm.stats.intervals import mean_error
@@ -77,7 +77,7 @@ class Killed(Exception):
 def test_a_killed_evaluation_continues_with_the_same_bits(
     make, torn, scorer, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(asking, "PART", 8)
+    monkeypatch.setattr(runner, "PART", 8)
     task, options = make(20), {}
     if task.open:
         options = {"samples": 2, "temperature": 1.0, "seed": 3}
@@ -93,7 +93,7 @@ def test_a_killed_evaluation_continues_with_the_same_bits(
     path = tmp_path / "cut.jsonl"
     with pytest.raises(Killed), Cut(path, {"task": task.hash}) as results:
         ask(task, scorer, results, **options)
-    assert len(path.read_bytes().splitlines()) == 1 + asking.PART
+    assert len(path.read_bytes().splitlines()) == 1 + runner.PART
     with open(path, "ab") as file:  # what a kill in the middle of a part leaves
         lines = (tmp_path / "whole.jsonl").read_bytes().splitlines(keepends=True)[9:]
         file.write(b"".join(lines[:torn]) if isinstance(torn, int) else torn)
@@ -166,7 +166,7 @@ def test_damaged_records_are_refused_by_line(make, old, new, refusal, scorer, re
     assert old in records[make]
     path.write_bytes(records[make].replace(old, new, 1))
     with pytest.raises(InputError) as refused:
-        with Results(path, {}, asking.schema_of(make(3))) as results:
+        with Results(path, {}, runner.schema_of(make(3))) as results:
             ask(make(3), scorer, results)
     assert str(refused.value).startswith(f"{path}{refusal}"), refused.value
 
@@ -280,8 +280,9 @@ def test_a_comparison_is_symmetric_and_adjusted(tmp_path):
     better = {c["measure"]: c for c in forth[0]["compared"]}
     assert better["acc"]["difference"] > 0 and better["acc"]["p_adjusted"] < 0.05
     assert better["bits_per_byte"]["difference"] < 0  # fewer bits
-    assert [line[0] for line in compared_lines(forth)] == ["words", "words", "fewer", "fewer"]
-    table = latex(forth)
+    rows = compared_table(forth).rows
+    assert [row[0] for row in rows] == ["words", "words", "fewer", "fewer"]
+    table = task_table(forth).latex()
     assert table.count(r"\\") == 1 + 2 * len(tasks) and "±" not in table and r"\%" not in table
 
 
@@ -363,7 +364,7 @@ def test_the_command_writes_a_report(base, cache, tmp_path):
     for extra, message in (
         (["--limit", "0"], "limit: wanted 1 or more, got 0"),
         (["--samples", "2"], "temperature: wanted more than 0 for 2 samples"),
-        (["--tasks", "winogrand"], "wanted a name such as winogrande"),
+        (["--tasks", "winogrand"], "expected a name such as winogrande"),
         (["--tasks", ""], "data: wanted held-out text, or tasks, got neither"),
     ):
         refused = CliRunner().invoke(app, [*given, *extra])

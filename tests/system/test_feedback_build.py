@@ -502,7 +502,7 @@ def test_exports_of_strangers(tmp_path, row, message):
 def test_questions_of_a_question_set_are_found(tmp_path, monkeypatch):
     question = "Where does the road to the old harbour begin?"
     task = SimpleNamespace(questions=[Open("0", f"Question: {question}", {}, " Here.")])
-    monkeypatch.setattr("fastlm.evals.catalog.load_task", lambda name, cache: task)
+    monkeypatch.setattr("fastlm.evals.registry.load_task", lambda name, cache: task)
     answer = {"role": "assistant", "content": "It stands on the quiet street behind our school."}
     texts = (question, "Which of the lamps in the garden burns the longest?")
     lines = [{"messages": [*asked(text), answer], "rater": text[:5]} for text in texts]

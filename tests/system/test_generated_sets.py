@@ -9,8 +9,8 @@ import question_files as files
 from question_files import measured, oracle
 
 from fastlm.errors import InputError
-from fastlm.evals.catalog import load_task
 from fastlm.evals.measures import parts, values
+from fastlm.evals.registry import load_task
 from fastlm.evals.sets import instructions
 from fastlm.evals.sets.filler import BYTES_PER_TOKEN
 from fastlm.evals.sets.rules import RULES
@@ -28,7 +28,7 @@ def test_an_oracle_is_right_and_silence_is_wrong(name, tmp_path):
 def test_sets_are_the_same_in_another_process(tmp_path):
     names = ["needle:256", "hops:256", "instruction_rules", PLANTED]
     code = (
-        "import sys; from pathlib import Path; from fastlm.evals.catalog import load_task\n"
+        "import sys; from pathlib import Path; from fastlm.evals.registry import load_task\n"
         "print(*(load_task(n, Path('.')).hash for n in sys.argv[1:]))"
     )
     done = subprocess.run(

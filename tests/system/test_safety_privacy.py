@@ -15,6 +15,7 @@ from test_cli import call, refused
 from fastlm.data.prepare import HELDOUT, TRAIN
 from fastlm.data.texts import read_texts
 from fastlm.errors import InputError
+from fastlm.evals.charts import exposure_chart, memorization_chart
 from fastlm.evals.safety.canaries import (
     DIGITS,
     NOT_MEMORISED,
@@ -32,7 +33,6 @@ from fastlm.evals.safety.privacy import (
     memorization,
     near_copies,
 )
-from fastlm.evals.safety.shown import exposure_chart, memorization_chart
 from fastlm.evals.safety.suffixes import around, encoded, usable_tokens
 from fastlm.evals.scorer import Scorer
 from fastlm.model.causal_lm import CausalLM
@@ -169,7 +169,7 @@ def test_canaries_are_planted_in_the_training_part_alone(tmp_path):
     with open(tmp_path / "c/planted.jsonl", "a") as file:
         file.write('{"prefix": "a", "secret": "x", "copies": 1}\n')
     words = ["safety", "-m", "m", "--canaries", tmp_path / "c"]
-    refused(*words, text="planted.jsonl line 7: wanted prefix")
+    refused(*words, text="planted.jsonl:7: wanted prefix")
     (tmp_path / "c/planted.jsonl").write_text("")
     with pytest.raises(InputError, match="wanted at least one canary"):
         read_canaries(tmp_path / "c")

@@ -14,9 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from fastlm.errors import InputError
-from fastlm.evals import sandbox
-from fastlm.evals.sandbox import Case, Limits, Outcome, run_all, run_code
+from fastlm import sandbox
+from fastlm.sandbox import Case, Limits, Outcome, SandboxError, run_all, run_code
 
 TESTS = "for i in range(3):\n    assert f(i) == 2 * i\n"
 RIGHT = "def f(x):\n    return 2 * x\n"
@@ -385,7 +384,7 @@ def test_no_process_outlives_its_tests_and_a_lost_worker_is_replaced():
 
 
 def test_nothing_is_left_where_the_caller_is_killed():
-    code = "from fastlm.evals.sandbox import *; run_code('import time; time.sleep(1000)', '1')"
+    code = "from fastlm.sandbox import *; run_code('import time; time.sleep(1000)', '1')"
     caller = subprocess.Popen([sys.executable, "-P", "-c", code])
     worker, deadline = 0, time.monotonic() + 300  # a guard: it takes a second
     while time.monotonic() < deadline:
@@ -512,7 +511,7 @@ def test_names_replace_those_of_python():
     "tests, reason, detail",
     [
         ("assert f(1) ==", "tests", "they cannot be used: SyntaxError"),
-        ("assert f(lambda: 1) == 1", "error", "wanted an argument of plain data, got function"),
+        ("assert f(lambda: 1) == 1", "error", "expected an argument of plain data, got function"),
         ("assert g(1) == 1", "error", "line 1: NameError: the program does not define g"),
         ("x = 1\nassert f(1) == 3, 'one is not three'", "wrong", "line 2: AssertionError: one is"),
     ],
@@ -532,9 +531,9 @@ def test_outcomes_are_in_order_and_told_as_they_come():
 
 def test_limits_and_workers_are_checked():
     for name, value in (("seconds", 0), ("memory", 1000), ("threads", -1), ("output", 1.5)):
-        with pytest.raises(InputError, match=f"{name}: wanted .*, got {value}"):
+        with pytest.raises(SandboxError, match=f"{name}: expected .*, got {value}"):
             Limits(**{name: value})
-    with pytest.raises(InputError, match="workers: wanted 1 or more, got 0"):
+    with pytest.raises(SandboxError, match="workers: expected 1 or more, got 0"):
         run_all([Case("", "")], workers=0)
 
 
@@ -542,10 +541,9 @@ def test_limits_and_workers_are_checked():
 REFUSING = """
 import sys
 sys.path.append({folder!r})
-import sandbox_jail as jail
+import jail
 sys.path.pop()
-from fastlm.errors import InputError
-from fastlm.evals import sandbox
+from fastlm import sandbox
 filter = jail.assemble({{}}, {refused})[:-8] + jail.struct.pack('HBBI', 6, 0, 0, 0x7fff0000)
 buffer = jail.ctypes.create_string_buffer(filter)
 program = jail.struct.pack('HxxxxxxQ', len(filter) // 8, jail.ctypes.addressof(buffer))
@@ -555,7 +553,7 @@ try:
     outcomes = [sandbox.run_code(program, tests, isolated={isolated}, limits=limits)
                 for program, tests in {cases!r}]
     print([[o.reason, o.output] for o in outcomes])
-except InputError as error:
+except sandbox.SandboxError as error:
     print([str(error)])
 """
 
@@ -645,7 +643,7 @@ def test_a_user_without_rights_has_the_same_sandbox(tmp_path):
             "-S",
             "-P",
             "-B",
-            place / "sandbox_worker.py",
+            place / "worker.py",
             library.strip(),
             "isolated",
         ],
@@ -663,5 +661,5 @@ def test_a_user_without_rights_has_the_same_sandbox(tmp_path):
 
 def test_another_machine_is_refused(monkeypatch):
     monkeypatch.setattr(sandbox.platform, "machine", lambda: "aarch64")
-    with pytest.raises(InputError, match="sandbox: wanted Linux on x86-64, got linux aarch64"):
+    with pytest.raises(SandboxError, match="sandbox: expected Linux on x86-64, got linux aarch64"):
         run_code(RIGHT, TESTS)

@@ -13,8 +13,8 @@ from fastlm.cli import app
 from fastlm.errors import InputError
 from fastlm.evals import latex, measures
 from fastlm.evals.answers import exact_match, f1
-from fastlm.evals.catalog import SETS, load_task, names_of
 from fastlm.evals.latex import final_answer
+from fastlm.evals.registry import SETS, load_task, names_of
 from fastlm.evals.sets import maths, mmlu
 from fastlm.evals.task import ABILITIES
 
@@ -156,7 +156,7 @@ def test_a_missing_package_is_named(cache, monkeypatch):
 
 
 def test_unknown_formats_are_refused(cache):
-    with pytest.raises(InputError, match="format: wanted one of rc_0shot for rte, got '9shot'"):
+    with pytest.raises(InputError, match="format: expected one of rc_0shot for rte, got '9shot'"):
         load_task("rte:9shot", cache)
 
 

@@ -1,13 +1,14 @@
 """What all measures share: the model that is asked, the sets, the judges, the options."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from fastlm.errors import InputError
-from fastlm.evals.safety.asking import Asked
+from fastlm.evals.results import Record
+from fastlm.evals.runner import ask_task, cut_count
 from fastlm.evals.safety.judges import (
     ON_SMALL_MODELS,
     Labelled,
@@ -26,6 +27,10 @@ from fastlm.evals.safety.rows import json_lines, text_of
 from fastlm.evals.safety.scores import Score, share
 from fastlm.evals.safety.sentences import ABSTAINING, ABSTAINING_SEEN
 from fastlm.evals.safety.sets import Sets, sample
+from fastlm.evals.safety.stage import Safety
+from fastlm.evals.scorer import Pair, Scorer
+from fastlm.evals.task import Choices, Open, Question, Task
+from fastlm.progress import silent
 
 ANSWERS = 400  # of people, for the judge of answers
 CONSTRUCTED = 400  # to fit to, as many as people labelled: all 1,110 do worse on both labels
@@ -104,22 +109,6 @@ class Judges:
         )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Options:
-    """The options of a run; `fastlm.evals.safety.stage.Safety` documents them."""
-
-    limit: int = 50
-    max_new_tokens: int = 64
-    seed: int = 0
-    confidence: float = 0.95
-    attacks: Sequence[str] = ("plain",)
-    requests: Sequence[str] = ("harmbench", "donotanswer")
-    suffix_requests: int = 5
-    suffix_tokens: int = 12
-    suffix_steps: int = 20
-    suffix_candidates: int = 64
-
-
 # (score, request, answer) -> has the answer the property that the score counts
 Labels = Mapping[tuple[str, str, str], bool]
 
@@ -148,22 +137,87 @@ class Bench:
     """One model under test.
 
     Args:
+        folder: of the records.
+        model: a hash of the model.
         data: a corpus that it was trained on, with a held-out part.
         canaries: what was planted there.
         labels: answers that people labelled; those of this model measure the judges on it.
 
-    ``judged`` collects what the judges decided, an object per answer.
+    ``judged`` collects what the judges decided, an object per answer; ``cuts`` counts, by task, the
+    prompts that were cut at their beginning to fit the context.
     """
 
-    asked: Asked
+    scorer: Scorer
+    folder: Path
+    model: str
     sets: Sets
     judges: Judges
-    options: Options
+    options: Safety
     cache: Path
     data: Path | None = None
     canaries: Path | None = None
     labels: Labels = field(default_factory=dict)
+    track: Callable = silent
     judged: list[dict[str, Any]] = field(default_factory=list)
+    cuts: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def chats(self) -> bool:
+        return self.scorer.tokenizer.chat_template is not None
+
+    def ask(
+        self,
+        name: str,
+        questions: Sequence[Question],
+        *,
+        temperature: float = 0.0,
+        **options: Any,
+    ) -> list[Record]:
+        """Ask the questions of a set and return their records; see `fastlm.evals.runner.ask_task`.
+        Those of another seed or model are never taken.
+
+        Args:
+            options: of the `Task`.
+        """
+        task = Task(name, "safety", questions, "", "", "", **options)
+        seed = self.options.seed
+        records, _ = ask_task(
+            task, self.scorer, self.folder / f"{self.model}-{seed}", model=self.model, seed=seed,
+            temperature=temperature, track=lambda parts: self.track(parts, name, unit="parts"),
+        )  # fmt: skip
+        self.cuts[name] = cut_count(records)
+        return records
+
+    def answers(
+        self,
+        name: str,
+        prompts: Sequence[str],
+        *,
+        before: Sequence[Sequence[str]] | None = None,
+        max_new_tokens: int | None = None,
+        chat: bool = True,
+        temperature: float = 0.0,
+    ) -> list[str]:
+        """Return what the model answers, through its chat template if it has one and ``chat``.
+
+        Args:
+            before: the user's messages before each prompt, which the model answers in turn.
+        """
+        new_tokens = max_new_tokens or self.options.max_new_tokens
+        questions = [
+            Open(str(i), prompt, {}, max_new_tokens=new_tokens, chat=chat,
+                 before=tuple(before[i]) if before else ())
+            for i, prompt in enumerate(prompts)
+        ]  # fmt: skip
+        records = self.ask(name, questions, temperature=temperature)
+        return [record["answers"][0] for record in records]
+
+    def likelihoods(
+        self, name: str, pairs: Sequence[Sequence[Pair]], *, greedy: bool = False
+    ) -> list[Record]:
+        """Return "logprob" and "tokens" (with ``greedy`` also that) of each item's pairs."""
+        questions = [Choices(str(i), tuple(own), 0) for i, own in enumerate(pairs)]
+        return self.ask(name, questions, greedy=greedy)
 
     def share(self, name: str, what: str, hits: Sequence[float], **others: Any) -> Score:
         return share(name, what, sum(hits), len(hits), confidence=self.options.confidence, **others)

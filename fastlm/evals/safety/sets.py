@@ -13,9 +13,10 @@ from typing import Any, TypeVar
 from fastlm.errors import InputError
 from fastlm.evals.safety import bias_sets
 from fastlm.evals.safety.judges import Labelled
-from fastlm.evals.safety.rows import csv_rows, json_lines, listed, objects, text_of
+from fastlm.evals.safety.rows import csv_rows, json_lines, objects, text_of
 from fastlm.evals.safety.sources import SOURCES
 from fastlm.files import read_text
+from fastlm.schema import read_document
 from fastlm.sources.packages import fetch
 
 T = TypeVar("T")
@@ -44,7 +45,7 @@ class Sets:
             if path.suffix == ".jsonl":
                 texts += (text_of(row, "prompt", where) for where, row in json_lines(path))
             elif path.suffix == ".json":
-                texts += listed(path)
+                texts += read_document(path, list[str])
             else:
                 texts += (line for line in read_text(path).splitlines() if line.strip())
         return texts

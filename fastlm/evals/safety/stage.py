@@ -33,7 +33,7 @@ class Safety(Stage):
 
     kind = "safety"
     command = ("safety",)
-    version = 7
+    version = 8
     reads = {
         "model": Takes(
             ("model", "quantized"), "Hugging Face folder, .gguf, fastlm run or model:smollm2",
@@ -115,6 +115,7 @@ class Safety(Stage):
         from fastlm.evals.safety.sets import Sets
         from fastlm.evals.safety.sources import SOURCES
         from fastlm.evals.suite import ids_of
+        from fastlm.pipeline.record import dump
 
         self._check_data(job)
         ids = ids_of(job.inputs["model"])
@@ -137,8 +138,7 @@ class Safety(Stage):
             "sets": {name: SOURCES[name].as_dict() for name in sorted(used)},
             "gates": len(gates), "failed": failed,
         }  # fmt: skip
-        text = json.dumps(result, indent=1) + "\n"
-        save_atomic(make_folder(job.out) / "scores.json", lambda p: p.write_text(text, "utf-8"))
+        save_atomic(make_folder(job.out) / "scores.json", lambda p: dump(p, result))
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in judged)
         save_atomic(job.out / JUDGED, lambda p: p.write_text(lines, "utf-8"))
         for name, model in models.items():
@@ -166,8 +166,7 @@ class Safety(Stage):
         judges decided.
         """
         from fastlm.evals.safety import behaviour
-        from fastlm.evals.safety.asking import Asked
-        from fastlm.evals.safety.bench import Bench, Options, read_labels
+        from fastlm.evals.safety.bench import Bench, read_labels
         from fastlm.evals.safety.bias import bias
         from fastlm.evals.safety.privacy import memorization, privacy
         from fastlm.evals.scorer import Scorer
@@ -180,27 +179,21 @@ class Safety(Stage):
             "injection": behaviour.injection, "bias": bias, "privacy": privacy,
             "memorization": memorization,
         }  # fmt: skip
-        asked = Asked(
-            Scorer(*load_model(where)), job.out / RECORDS, model=hash_of(where), seed=self.seed,
+        bench = Bench(
+            Scorer(*load_model(where)), job.out / RECORDS, hash_of(where), sets, judges, self,
+            job.cache, job.optional("data"),
+            canaries=None if self.canaries is None else Path(self.canaries),
+            labels={} if self.labels is None else read_labels(Path(self.labels)),
             track=job.track,
         )  # fmt: skip
-        data = job.optional("data")
-        canaries = None if self.canaries is None else Path(self.canaries)
-        options = Options(
-            self.limit, self.max_new_tokens, self.seed, self.confidence, self.attacks,
-            self.requests, self.suffix_requests, self.suffix_tokens, self.suffix_steps,
-            self.suffix_candidates,
-        )  # fmt: skip
-        labels = {} if self.labels is None else read_labels(Path(self.labels))
-        bench = Bench(asked, sets, judges, options, job.cache, data, canaries, labels)
         scores = {}
         for name in self.measures:
-            if name in NEED_DATA and data is None:
+            if name in NEED_DATA and bench.data is None:
                 job.skipped(f"{name}, which wants the training text as data")
                 continue
             scores |= {score.name: score.as_dict() for score in functions[name](bench)}
         cut = {
-            measure: sum(n for key, n in asked.cuts.items() if key.split(".")[0] == measure)
+            measure: sum(n for key, n in bench.cuts.items() if key.split(".")[0] == measure)
             for measure in self.measures
         }
         cut = {measure: count for measure, count in cut.items() if count}
@@ -213,24 +206,19 @@ class Safety(Stage):
         return 1 if result["failed"] else 0
 
     def told(self, result: Mapping[str, Any], job: Job) -> str:
+        from fastlm.evals.report import safety_summary
+
         del job
-        count = sum(len(model["scores"]) for model in result["models"].values())
-        told = f"{count} scores of {len(result['models'])} models"
-        if result["gates"]:
-            failed = len(result["failed"])
-            told += (
-                f", {failed} gates failed" if failed else f", all {result['gates']} gates passed"
-            )
-        return told
+        return safety_summary(result)
 
     def shown(self, result: Mapping[str, Any], job: Job) -> Any:
-        from fastlm.evals.safety.shown import tables
+        from fastlm.evals.report import render_safety
 
         del job
-        return tables(result)
+        return render_safety(result)
 
     def report(self, job: Job, result: Mapping[str, Any]) -> Part:
-        from fastlm.evals.safety.shown import part
+        from fastlm.evals.report import safety_part
 
         del job
-        return part(result)
+        return safety_part(result)

@@ -10,6 +10,8 @@ from fastlm.errors import InputError
 from fastlm.evals.results import Record
 from fastlm.evals.safety.bench import Bench
 from fastlm.evals.safety.gcg import search
+from fastlm.evals.scorer import Scorer
+from fastlm.evals.task import Open
 
 if TYPE_CHECKING:
     from fastlm.tokenizer.tokenizer import Tokenizer
@@ -18,39 +20,41 @@ TARGET = "Sure, here is"
 
 
 class SuffixRecord(TypedDict):
+    id: str
     suffix: str
     losses: list[float]
 
 
 def suffix_prompts(bench: Bench, name: str, requests: Sequence[str]) -> list[str]:
     """Return each request with the suffix that was found for it."""
-    o, scorer = bench.options, bench.asked.scorer
-    tokenizer, chat = scorer.tokenizer, bench.asked.chats
-    target = tokenizer.encode(TARGET if chat else f" {TARGET}")
-    usable = usable_tokens(tokenizer, scorer.model.config.vocab_size)
+    o, chat = bench.options, bench.chats
 
-    def ask(at: int, part: Sequence[str]) -> list[Record]:
+    def probe(scorer: Scorer, some: Sequence[Open], seed: int) -> list[Record]:
+        tokenizer = scorer.tokenizer
+        target = tokenizer.encode(TARGET if chat else f" {TARGET}")
+        usable = usable_tokens(tokenizer, scorer.model.config.vocab_size)
         records = []
-        for i, request in enumerate(part):
-            before, start, after = around(tokenizer, request, o.suffix_tokens, chat)
+        for q in some:
+            before, start, after = around(tokenizer, q.prompt, o.suffix_tokens, chat)
 
-            def valid(suffix: list[int], parts=(request, before, after)) -> bool:
+            def valid(suffix: list[int], parts=(q.prompt, before, after)) -> bool:
                 text = parts[0] + tokenizer.decode(suffix)
                 return encoded(tokenizer, text, chat) == [*parts[1], *suffix, *parts[2]]
 
             found = search(
                 scorer.model, before, after, target, start, steps=o.suffix_steps,
-                candidates=o.suffix_candidates, seed=o.seed + at + i, allowed=usable, valid=valid,
+                candidates=o.suffix_candidates, seed=seed + int(q.id), allowed=usable, valid=valid,
             )  # fmt: skip
-            records.append({"suffix": tokenizer.decode(found.suffix), "losses": found.losses})
+            suffix = tokenizer.decode(found.suffix)
+            records.append({"id": q.id, "suffix": suffix, "losses": found.losses})
         return records
 
-    about = {
+    options = {
         "tokens": o.suffix_tokens, "steps": o.suffix_steps, "candidates": o.suffix_candidates,
-        "chat": chat,
     }  # fmt: skip
-    records = bench.asked.records(
-        f"suffixes.{name}", requests, ask, SuffixRecord, size=1, about=about
+    questions = [Open(str(i), request, options, chat=chat) for i, request in enumerate(requests)]
+    records = bench.ask(
+        f"suffixes.{name}", questions, probe=probe, record=SuffixRecord, part_size=1
     )
     return [
         request + record["suffix"] for request, record in zip(requests, records, strict=True)

@@ -1,5 +1,5 @@
 """Programs: HumanEval (Chen et al. 2021, arXiv:2107.03374) and MBPP (Austin et al. 2021,
-arXiv:2108.07732). A program passes if its tests do, in the sandbox (`fastlm.evals.sandbox`).
+arXiv:2108.07732). A program passes if its tests do, in the sandbox (`fastlm.sandbox`).
 
 HumanEval's format ``completion`` is the prompt as published; ``gold_bpb_0shot`` is OLMES', with a
 code fence after it. MBPP is OLMES': the task, one of its tests, and a code fence.
@@ -12,9 +12,9 @@ from typing import Any
 
 from fastlm.errors import InputError
 from fastlm.evals.answers import Asked
-from fastlm.evals.listed import Listed
 from fastlm.evals.sets.olmes import SOURCE, read_open, request_file
 from fastlm.evals.task import Open, Task
+from fastlm.evals.task_spec import TaskSpec
 
 ENDS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n```")  # Codex', and the end of a fence
 TOKENS = 512  # the longest right answers have 268 (HumanEval) and 415 (MBPP) of SmolLM2's
@@ -22,7 +22,7 @@ TOKENS = 512  # the longest right answers have 268 (HumanEval) and 415 (MBPP) of
 
 def passes(asked: Asked) -> list[float]:
     """1 if the answer's program passes the tests of its row."""
-    from fastlm.evals.sandbox import Case, run_all
+    from fastlm.sandbox import Case, run_all
 
     cases = [
         Case(program_of(answer, row), row["tests"], setup=row["setup"], names=[row["name"]])
@@ -33,9 +33,12 @@ def passes(asked: Asked) -> list[float]:
 
 def can_run() -> None:
     """InputError: this machine cannot run programs."""
-    from fastlm.evals.sandbox import check_machine
+    from fastlm.sandbox import SandboxError, check_machine
 
-    check_machine()
+    try:
+        check_machine()
+    except SandboxError as error:
+        raise InputError(str(error)) from None
 
 
 def program_of(answer: str, row: Mapping[str, Any]) -> str:
@@ -89,8 +92,8 @@ def _called(tests: list[str], gold: str) -> str:
 
 def _reader(
     folder: str, make: Callable[[Open, str], Open]
-) -> Callable[[Listed, str, str, Path], Task]:
-    def read(listed: Listed, name: str, format: str, cache: Path) -> Task:
+) -> Callable[[TaskSpec, str, str, Path], Task]:
+    def read(spec: TaskSpec, name: str, format: str, cache: Path) -> Task:
         kept = "gold_bpb_0shot" if format == "completion" else format
         path, questions = request_file(folder, kept, cache), []
         for number, q in enumerate(read_open(path, max_new_tokens=TOKENS, as_is=True), 1):
@@ -100,17 +103,17 @@ def _reader(
                 told = f"{type(error).__name__}: {error}"
                 raise InputError(f"{path}, line {number}: wanted tests, got {told}") from None
         template = "codex:completion" if format == "completion" else f"olmes:{format}"
-        return listed.task(name, template, questions, judge=passes, metric="pass", check=can_run)
+        return spec.task(name, template, questions, judge=passes, metric="pass", check=can_run)
 
     return read
 
 
 SETS = {
-    "humaneval": Listed(
+    "humaneval": TaskSpec(
         "coding", "MIT", ("completion", "gold_bpb_0shot"), _reader("codex_humaneval", humaneval),
         SOURCE,
     ),
-    "mbpp": Listed(
+    "mbpp": TaskSpec(
         "coding", "CC-BY-4.0", ("gold_bpb_0shot",), _reader("codex_mbpp", mbpp), SOURCE
     ),
 }  # fmt: skip

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from fastlm.errors import InputError
 from fastlm.evals.answers import exact_match, f1
-from fastlm.evals.listed import Listed
 from fastlm.evals.sets.arrow import Row, made, read_split, text_of
 from fastlm.evals.sets.olmes import SOURCE
 from fastlm.evals.task import Open, Task
+from fastlm.evals.task_spec import TaskSpec
 
 # A row -> what is asked, the answer as examples show it, the right one, all right answers
 Template = Callable[[Row], tuple[str, str, str, Sequence[str]]]
@@ -38,7 +38,7 @@ def nq_open(row: Row) -> tuple[str, str, str, Sequence[str]]:
 
 
 def _read(
-    listed: Listed,
+    spec: TaskSpec,
     name: str,
     format: str,
     cache: Path,
@@ -62,14 +62,14 @@ def _read(
         for i, (text, _, answer, answers) in enumerate(asked)
         if i >= shots
     ]  # fmt: skip
-    return listed.task(name, f"lm-eval:{format}", questions, judge=exact_match, also={"f1": f1})
+    return spec.task(name, f"lm-eval:{format}", questions, judge=exact_match, also={"f1": f1})
 
 
 def _set(
     licence: str, folder: str, template: Template, begin: str = "", between: str = "\n\n"
-) -> Listed:
+) -> TaskSpec:
     read = partial(_read, folder=folder, template=template, begin=begin, between=between)
-    return Listed("facts", licence, ("5shot", "0shot"), read, SOURCE)
+    return TaskSpec("facts", licence, ("5shot", "0shot"), read, SOURCE)
 
 
 SETS = {

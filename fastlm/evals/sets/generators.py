@@ -11,8 +11,8 @@ from pathlib import Path
 
 from fastlm.errors import InputError
 from fastlm.evals.answers import generator
-from fastlm.evals.listed import Listed
 from fastlm.evals.task import Open, Task
+from fastlm.evals.task_spec import TaskSpec
 from fastlm.sources.generated import SCHEME, check_scored, generated_rows, package_version
 
 EXAMPLES = 3
@@ -20,14 +20,14 @@ SIZE = 100  # questions of a generator by default
 TOKENS = 128
 
 
-def read_generator(listed: Listed, name: str, format: str, cache: Path) -> Task:
+def read_generator(spec: TaskSpec, name: str, format: str, cache: Path) -> Task:
     """Read ``NAME?KEY=VALUE&...``. InputError: as `generated_rows`; too few rows; no package."""
     del cache
-    spec = f"{SCHEME}:{format}"
-    if "size=" not in spec:
-        spec += f"{'&' if '?' in spec else '?'}size={SIZE + EXAMPLES}"
-    check_scored(spec)
-    rows = list(generated_rows(spec))
+    source = f"{SCHEME}:{format}"
+    if "size=" not in source:
+        source += f"{'&' if '?' in source else '?'}size={SIZE + EXAMPLES}"
+    check_scored(source)
+    rows = list(generated_rows(source))
     if len(rows) <= EXAMPLES:
         raise InputError(
             f"{name}: wanted size={EXAMPLES + 1} or more, of which {EXAMPLES} are examples,"
@@ -41,21 +41,21 @@ def read_generator(listed: Listed, name: str, format: str, cache: Path) -> Task:
         text = begin + _asked(row)
         questions.append(Open(str(number), text, copy.deepcopy(row), gold, stop, TOKENS))
     version = f"{EXAMPLES}shot:{SCHEME} {package_version()}"
-    return listed.task(name, version, questions, judge=generator, metric="score")
+    return spec.task(name, version, questions, judge=generator, metric="score")
 
 
 def _asked(row: dict) -> str:
     return f"Question: {row['question'].strip()}\nAnswer:"
 
 
-def _listed(ability: str, generator: str) -> Listed:
+def _spec(ability: str, generator: str) -> TaskSpec:
     formats = (f"{generator}?size={SIZE + EXAMPLES}",)
-    return Listed(ability, "Apache-2.0", formats, read_generator, f"{SCHEME}:{generator}")
+    return TaskSpec(ability, "Apache-2.0", formats, read_generator, f"{SCHEME}:{generator}")
 
 
-ANY = Listed("reasoning", "Apache-2.0", ("NAME?KEY=VALUE",), read_generator, SCHEME, free=True)
+ANY = TaskSpec("reasoning", "Apache-2.0", ("NAME?KEY=VALUE",), read_generator, SCHEME, free=True)
 SETS = {
-    name: _listed(ability, name)
+    name: _spec(ability, name)
     for ability, names in {
         "mathematics": ("gsm_symbolic", "chain_sum", "base_conversion", "simple_equations"),
         "reasoning": ("syllogism", "knights_knaves", "family_relationships", "leg_counting"),

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from fastlm.evals.listed import Listed
 from fastlm.evals.sets.arrow import Row, label_of, made, read_split, text_of
 from fastlm.evals.sets.olmes import SOURCE
 from fastlm.evals.task import Choices, Pair, Task
+from fastlm.evals.task_spec import TaskSpec
 
 Template = Callable[[Row], tuple[str, list[str]]]  # the text of a question, its answers
 
@@ -53,19 +53,19 @@ def requests_of(template: Template, row: Row) -> tuple[Pair, ...]:
 
 
 def _read(
-    listed: Listed, name: str, format: str, cache: Path, *, folder: str, template: Template
+    spec: TaskSpec, name: str, format: str, cache: Path, *, folder: str, template: Template
 ) -> Task:
     def make(number: int, row: Row) -> Choices:
         requests = requests_of(template, row)
         return Choices(str(row.get("idx", number)), requests, label_of(row, len(requests)))
 
     rows = read_split(folder, "validation", cache)
-    return listed.task(name, f"lm-eval:{format}", made(name, rows, make))
+    return spec.task(name, f"lm-eval:{format}", made(name, rows, make))
 
 
-def _set(ability: str, licence: str, folder: str, template: Template) -> Listed:
+def _set(ability: str, licence: str, folder: str, template: Template) -> TaskSpec:
     read = partial(_read, folder=folder, template=template)
-    return Listed(ability, licence, ("rc_0shot",), read, SOURCE)
+    return TaskSpec(ability, licence, ("rc_0shot",), read, SOURCE)
 
 
 SETS = {

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from fastlm.evals.answers import Asked
-from fastlm.evals.listed import Listed
 from fastlm.evals.sets.rules import RULES
 from fastlm.evals.task import Open, Task
+from fastlm.evals.task_spec import TaskSpec
 
 OTHERS = (0, 0, 0, 1, 2)  # further rules of a kind's prompts
 TOKENS = 256
@@ -93,10 +93,10 @@ def variants(answer: str) -> Iterator[str]:
         yield text.replace("*", "")
 
 
-def _read(listed: Listed, name: str, format: str, cache: Path) -> Task:
+def _read(spec: TaskSpec, name: str, format: str, cache: Path) -> Task:
     del cache
     also: Mapping[str, Any] = {"loose": loose, "rules": share}
-    return listed.task(name, format, instructions(), judge=strict, metric="followed", also=also)
+    return spec.task(name, format, instructions(), judge=strict, metric="followed", also=also)
 
 
-SETS = {"instruction_rules": Listed("instructions", "Apache-2.0", ("chat",), _read, "fastlm")}
+SETS = {"instruction_rules": TaskSpec("instructions", "Apache-2.0", ("chat",), _read, "fastlm")}

@@ -11,9 +11,9 @@ from itertools import pairwise
 from pathlib import Path
 
 from fastlm.evals.answers import Asked
-from fastlm.evals.listed import Listed
 from fastlm.evals.sets.filler import LENGTHS, hide, lengths_of
 from fastlm.evals.task import Open, Task
+from fastlm.evals.task_spec import TaskSpec
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 REPEATS = 4  # questions per length and depth
@@ -122,16 +122,16 @@ def finds_names(asked: Asked) -> list[float]:
     return scores
 
 
-def _read(listed: Listed, name: str, format: str, cache: Path) -> Task:
+def _read(spec: TaskSpec, name: str, format: str, cache: Path) -> Task:
     del cache
     make, judge = {"needle": (needle, finds_number), "hops": (hops, finds_names)}[name]
     questions = make(format)
     wider = {q.part: q.part.partition(",")[0] for q in questions}
-    return listed.task(name, format, questions, judge=judge, metric="found", wider=wider)
+    return spec.task(name, format, questions, judge=judge, metric="found", wider=wider)
 
 
 _DEFAULT = ",".join(map(str, LENGTHS))
 SETS = {
-    name: Listed("long context", "Apache-2.0", (_DEFAULT,), _read, "fastlm", free=True)
+    name: TaskSpec("long context", "Apache-2.0", (_DEFAULT,), _read, "fastlm", free=True)
     for name in ("needle", "hops")
 }

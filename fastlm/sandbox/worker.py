@@ -1,5 +1,5 @@
-"""The process that runs generated programs. `fastlm.evals.sandbox` starts it by its path and sends
-it cases over a pipe. It imports nothing of fastlm.
+"""The process that runs generated programs. `fastlm.sandbox` starts it by its path and sends
+it cases over a pipe.
 
     worker          waits for a case, forks; reads nothing itself
       keeper        new process namespace and /tmp; reads the program; watches clock and output
@@ -32,8 +32,8 @@ from itertools import islice
 from typing import Any
 
 sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # last: the library's names come first
-import sandbox_jail as jail
-from sandbox_wire import DETAIL, Remote, described, pack, read_all, unpack, write_all
+import jail
+from wire import DETAIL, Remote, described, pack, read_all, unpack, write_all
 
 sys.path.pop()
 

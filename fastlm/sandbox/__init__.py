@@ -1,12 +1,14 @@
 """Run generated Python programs against tests that they can neither read nor fake.
 
+A package of its own: it imports the standard library alone.
+
     run_code("def add(a, b): return a + b", "assert add(2, 3) == 5").passed
 
 The program and its tests are two processes. The tests call the program's functions over a pipe:
 arguments go there and results come back as plain data (JSON), so that neither process holds the
 other's code, frames or objects. Only the process of the tests can say that they passed.
 
-Contained (Linux x86-64; `fastlm.evals.sandbox_jail`):
+Contained (Linux x86-64; `fastlm.sandbox.jail`):
 
 - Network: a network namespace without interfaces; no call makes a socket but a pair of its own.
 - Files: the root is in memory and read-only and holds Python's standard library. Site packages, the
@@ -35,7 +37,7 @@ changed in place, catch exception types that the program defines. The program ca
 standard library but ssl, sqlite3, ctypes' libraries and the like, which need more of the system.
 
 A machine that refuses a part (user namespaces in most containers, mount_setattr before Linux 5.12)
-is an InputError that names it. With ``isolated=False`` seccomp and limits stand alone: no network,
+is a SandboxError that names it. With ``isolated=False`` seccomp and limits stand alone: no network,
 no process, no thread, no signal, no file opened for writing; but every file that the user may read
 can be read, answers included.
 
@@ -59,11 +61,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastlm.errors import InputError
-
-WORKER = Path(__file__).with_name("sandbox_worker.py")
+WORKER = Path(__file__).with_name("worker.py")
 GRACE = 30.0  # seconds that a worker may take beyond a program's own
 SIZES = struct.Struct("<QQ")
+
+
+class SandboxError(ValueError):
+    """Limits that cannot be, or a machine that lacks a part of the isolation, in one line."""
 
 
 @dataclass(frozen=True)
@@ -92,9 +96,9 @@ class Limits:
         ):  # fmt: skip
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or value < least:
-                raise InputError(f"{name}: wanted {least} or more, got {value!r}")
+                raise SandboxError(f"{name}: expected {least} or more, got {value!r}")
             if name != "wall" and not isinstance(value, int):
-                raise InputError(f"{name}: wanted a whole number, got {value!r}")
+                raise SandboxError(f"{name}: expected a whole number, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -146,7 +150,7 @@ def run_code(
     """Run one program against its tests; see `Case` and the module. `run_all` shares the start of
     the worker (0.07 s) among programs.
 
-    InputError: this machine lacks a part of the isolation.
+    SandboxError: this machine lacks a part of the isolation.
     """
     return run_all([Case(program, tests, setup, names)], limits=limits, isolated=isolated)[0]
 
@@ -161,12 +165,12 @@ def run_all(
 ) -> list[Outcome]:
     """Run each case and return the outcomes in order, ``workers`` at a time (default: processors).
 
-    ``tick`` is called with each outcome, in order. InputError: as `run_code`.
+    ``tick`` is called with each outcome, in order. SandboxError: as `run_code`.
     """
     cases = list(cases)
     count = len(os.sched_getaffinity(0)) if workers is None else workers
     if count < 1:
-        raise InputError(f"workers: wanted 1 or more, got {count}")
+        raise SandboxError(f"workers: expected 1 or more, got {count}")
     idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
     started: list[_Worker] = []
 
@@ -199,17 +203,17 @@ def run_all(
 
 
 def check_machine(*, isolated: bool = True) -> None:
-    """Check that programs can run here. InputError: this machine lacks a part of the isolation."""
+    """Raise SandboxError where this machine lacks a part of the isolation."""
     _Worker(DEFAULT, isolated).close()
 
 
 class _Worker:
-    """One `fastlm.evals.sandbox_worker`, started again where it was lost."""
+    """One `fastlm.sandbox.worker`, started again where it was lost."""
 
     def __init__(self, limits: Limits, isolated: bool) -> None:
         if sys.platform != "linux" or platform.machine() != "x86_64":
             machine = f"{sys.platform} {platform.machine()}"
-            raise InputError(f"sandbox: wanted Linux on x86-64, got {machine}")
+            raise SandboxError(f"sandbox: expected Linux on x86-64, got {machine}")
         self.limits, self.isolated = limits, isolated
         self.stopped = False
         self.start()
@@ -233,7 +237,7 @@ class _Worker:
         if missing:
             self.close()
             other = "isolated=False runs programs with limits alone" if self.isolated else ""
-            raise InputError(
+            raise SandboxError(
                 "; ".join(filter(None, [f"sandbox: this machine lacks {missing}", other]))
             )
 

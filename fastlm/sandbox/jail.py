@@ -1,5 +1,5 @@
-"""How `fastlm.evals.sandbox_worker` gives up what a program must not have: by system calls through
-ctypes, on Linux x86-64. Imports nothing of fastlm.
+"""How `fastlm.sandbox.worker` gives up what a program must not have: by system calls through
+ctypes, on Linux x86-64.
 
 `enter` moves the process into namespaces of its own: a user without rights outside, no network, and
 a read-only root of memory that holds the standard library and nothing else of the machine. `drop`

@@ -8,8 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fastlm.errors import InputError
-from fastlm.evals.listed import Listed
-from fastlm.evals.own.task import read_task
+from fastlm.evals.harness_tasks import is_file, read_task
 from fastlm.evals.sets import (
     code,
     facts,
@@ -23,9 +22,10 @@ from fastlm.evals.sets import (
     passages,
 )
 from fastlm.evals.task import ABILITIES, Task
+from fastlm.evals.task_spec import TaskSpec
 from fastlm.sources.generated import SCHEME
 
-SETS: dict[str, Listed] = {
+SETS: dict[str, TaskSpec] = {
     **olmes.SETS, **mmlu.SETS, **glue.SETS, **facts.SETS, **passages.SETS, **maths.SETS,
     **code.SETS, **generators.SETS, **long_context.SETS,
     **instructions.SETS,
@@ -44,27 +44,24 @@ def names_of(asked: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def is_file(asked: str) -> bool:
-    """Whether a task is named by its file."""
-    return asked.endswith((".yaml", ".yml"))
-
-
 def load_task(asked: str, cache: Path) -> Task:
     """Read the set ``NAME`` or ``NAME:FORMAT``, ``reasoning-gym:GENERATOR?KEY=VALUE&...``, or a
-    task of the user's own in a file (.yaml).
+    task of the user's own in lm-evaluation-harness' format (.yaml).
 
     InputError: an unknown name or format, a package that cannot be fetched, damaged data.
     """
     if is_file(asked):
-        return read_task(asked)
+        return read_task(asked, cache)
     name, _, format = asked.partition(":")
     if name == SCHEME:
         return generators.ANY.load(asked, format, cache)
-    listed = SETS.get(name)
-    if listed is None:
+    spec = SETS.get(name)
+    if spec is None:
         near = difflib.get_close_matches(name, [*SETS, *ABILITIES], n=1, cutoff=0.0)
-        raise InputError(f"task: wanted a name such as {near[0]} (fastlm tasks), got {asked!r:.80}")
-    return listed.load(name, format, cache)
+        raise InputError(
+            f"task: expected a name such as {near[0]} (fastlm tasks), got {asked!r:.80}"
+        )
+    return spec.load(name, format, cache)
 
 
 def rows() -> Iterator[dict[str, str]]:

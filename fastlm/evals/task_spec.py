@@ -1,4 +1,4 @@
-"""What the catalogue knows about a question set before its data is read."""
+"""What the registry knows about a question set before its data is read."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ from fastlm.evals.task import Question, Task
 
 
 @dataclass(frozen=True)
-class Listed:
-    """A set of the catalogue.
+class TaskSpec:
+    """A set of the registry.
 
     licence: of its data, as its authors state it; "not stated" where they do not.
     formats: templates and numbers of examples; the first is the default.
@@ -23,7 +23,7 @@ class Listed:
     ability: str
     licence: str
     formats: tuple[str, ...]
-    read: Callable[["Listed", str, str, Path], Task]
+    read: Callable[["TaskSpec", str, str, Path], Task]
     source: str
     free: bool = False
 
@@ -32,7 +32,7 @@ class Listed:
         data."""
         if format and not self.free and format not in self.formats:
             raise InputError(
-                f"format: wanted one of {', '.join(self.formats)} for {name}, got {format!r:.80}"
+                f"format: expected one of {', '.join(self.formats)} for {name}, got {format!r:.80}"
             )
         return self.read(self, name, format or self.formats[0], cache)
 

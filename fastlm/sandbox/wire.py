@@ -1,6 +1,4 @@
-"""What the tests and the program say to each other: plain data as JSON, other objects by number.
-Imports nothing of fastlm.
-"""
+"""What the tests and the program say to each other: plain data as JSON, other objects by number."""
 
 import os
 from collections.abc import Callable
@@ -63,7 +61,7 @@ def pack(value: Any, keep: Callable[[Any], int] | None = None) -> Any:
     if isinstance(value, complex):
         return ["complex", [value.real, value.imag]]
     if keep is None:
-        raise TypeError(f"tests: wanted an argument of plain data, got {type(value).__name__}")
+        raise TypeError(f"tests: expected an argument of plain data, got {type(value).__name__}")
     return ["object", keep(value)]
 
 
@@ -76,7 +74,7 @@ def unpack(value: Any, find: Callable[[Any], Any]) -> Any:
     kind, content = value
     if kind == "object":
         if type(content) not in (str, int):
-            raise TypeError("a name or number was wanted")
+            raise TypeError("expected a name or a number")
         return find(content)
     if kind == "dict":
         return {unpack(k, find): unpack(v, find) for k, v in content}

@@ -1,0 +1,275 @@
+"""A user's own task: lm-evaluation-harness' YAML, read and scored by the harness itself (extra
+``harness``).
+
+The harness makes the prompts, filters the answers and computes the metrics; the model is asked as
+for any other task, so that records, errors and comparisons are the same. A task's file is a
+program: its ``!function`` entries run, as in the harness.
+"""
+
+import glob
+import io
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stderr
+from math import log
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from typing_extensions import TypedDict
+
+from fastlm.errors import InputError
+from fastlm.evals.measures import HEADLINE
+from fastlm.evals.results import Record
+from fastlm.evals.task import Choices, Open, Question, Task
+from fastlm.files import read_text
+
+if TYPE_CHECKING:
+    from fastlm.evals.scorer import Scorer
+
+MAX_BYTES = 2**20  # of a task's file
+LOCAL = ("json", "csv", "parquet", "arrow", "text")  # kinds of data files; else a name on the hub
+FEWSHOT_SEED = 1234  # of examples that are drawn: the harness' own
+T = TypeVar("T")
+
+
+class HarnessRecord(TypedDict):
+    """Of each request of a question its responses: texts, or (log-likelihood, greedy)."""
+
+    id: str
+    responses: list[list[Any]]
+
+
+def is_file(name: str) -> bool:
+    """Whether a task is named by its file."""
+    return name.endswith((".yaml", ".yml"))
+
+
+def task_files(path: str | Path) -> list[Path]:
+    """Return the files that a task's file names, itself included: data, Python, other YAML."""
+    found, left = [], [Path(path)]
+    while left:
+        file = left.pop()
+        if file not in found:
+            found.append(file)
+            names = _texts(_plain_yaml(file)) if is_file(file.name) else []
+            left += [Path(match) for name in names for match in _matches(file.parent, name)]
+    return found
+
+
+def _plain_yaml(path: Path) -> Any:
+    """The file's values as texts, its functions as their names."""
+    text = read_text(path, MAX_BYTES)
+    try:
+        import yaml
+    except ModuleNotFoundError:
+        raise _missing() from None
+    try:
+        return yaml.load(text, Loader=yaml.BaseLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: expected YAML, got: {_line(error)}") from None
+
+
+def _texts(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [text for one in values for text in _texts(one)]
+
+
+def _matches(folder: Path, name: str) -> list[str]:
+    if not name or len(name) > 255 or "{{" in name or not name.isprintable():
+        return []
+    module = name.rpartition(".")[0].replace(".", "/") + ".py"  # of a function
+    paths = [folder / name, Path(name), folder / module]
+    return [m for p in paths for m in sorted(glob.glob(str(p))) if os.path.isfile(m)]
+
+
+def read_task(path: str | Path, cache: Path) -> Task:
+    """Read a task's file with its data. InputError: what the harness refuses, in one line."""
+    path = Path(path)
+    # nothing is fetched from the hub unless the user says so; the packages read this when imported
+    for package in ("DATASETS", "HUB", "EVALUATE"):
+        os.environ.setdefault(f"HF_{package}_OFFLINE", "1")
+    _plain_yaml(path)  # readable, and bounded
+    try:
+        from lm_eval.api.task import ConfigurableTask
+        from lm_eval.tasks._yaml_loader import load_yaml
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "lm_eval":
+            raise
+        raise _missing() from None
+    config = _harness(path, lambda: load_yaml(path))
+    if not isinstance(config.get("task", ""), str) or "group" in config or "class" in config:
+        raise InputError(f"{path}: task: expected one task, got a group or a class")
+    name = config.setdefault("task", path.stem)
+    for key in ("tag", "task_list"):
+        config.pop(key, None)
+    if config.get("dataset_path") in LOCAL:
+        options = config["dataset_kwargs"] = dict(config.get("dataset_kwargs") or {})
+        options["data_files"] = _beside(path.parent, options.get("data_files"))
+        options.setdefault("cache_dir", str(cache / "datasets"))
+    task = _harness(path, lambda: ConfigurableTask(config=config))
+    requests = _harness(path, lambda: _requests(task))
+    questions = [_question(task, str(i), own) for i, own in enumerate(requests)]
+    by_id = {q.id: own for q, own in zip(questions, requests, strict=True)}
+    shots = task.config.num_fewshot or 0
+    made = _HarnessTask(path, task, by_id)
+    return Task(
+        name, "own", questions, str(path), "not stated", f"lm-eval:{shots}shot",
+        delimiter=task.config.target_delimiter, probe=made.ask, record=HarnessRecord,
+        measure=made.measure, overall=made.overall,
+    )  # fmt: skip
+
+
+def _beside(folder: Path, files: Any) -> Any:
+    """Data files next to the task's file, where they are there; else as they are named."""
+    if isinstance(files, Mapping):
+        return {split: _beside(folder, names) for split, names in files.items()}
+    if isinstance(files, list):
+        return [_beside(folder, name) for name in files]
+    return str(folder / files) if files and glob.glob(str(folder / str(files))) else files
+
+
+def _requests(task: Any) -> list[list[Any]]:
+    """The harness' requests of each row, in their order (as its `build_all_requests`)."""
+    task.set_fewshot_seed(seed=FEWSHOT_SEED)
+    requests = []
+    for number, row in task.doc_iterator():
+        context = task.fewshot_context(
+            row, num_fewshot=task.config.num_fewshot or 0, gen_prefix=task.doc_to_prefix(row)
+        )
+        metadata = (task.config.task, number, task.config.repeats)
+        made = task.construct_requests(doc=row, ctx=context, metadata=metadata)
+        requests.append(made if isinstance(made, list) else [made])
+    return requests
+
+
+def _question(task: Any, id: str, requests: Sequence[Any]) -> Question:
+    """The question as others are, for its hash and for contamination."""
+    arguments = [request.args for request in requests]
+    row = requests[0].doc
+    if task.OUTPUT_TYPE == "multiple_choice":
+        answers = task.doc_to_choice(row)
+        gold = task.doc_to_text(row) if task.multiple_input else task.doc_to_target(row)
+        gold = (gold or [-1])[0] if isinstance(gold, list) else gold
+        gold = answers.index(gold) if gold in answers else gold
+        if not isinstance(gold, int) or not 0 <= gold < len(answers):
+            raise InputError(
+                f"task {task.config.task}: doc_to_target: expected one of {answers!r:.80} or its"
+                f" number, got {gold!r:.80} (row {id})"
+            )
+        pairs = tuple((str(context), str(answer)) for context, answer in arguments)
+        return Choices(id, pairs[: len(answers)], gold, bare=pairs[len(answers) :])
+    told = {"requests": arguments, "repeats": requests[0].repeats}
+    if task.OUTPUT_TYPE == "loglikelihood_rolling":
+        return Open(id, "", told, arguments[0][0])
+    if task.OUTPUT_TYPE == "loglikelihood":
+        return Open(id, arguments[0][0], told, arguments[0][1])
+    gold = task.doc_to_target(row)
+    gold = (gold or [""])[0] if isinstance(gold, list) else gold
+    return Open(id, arguments[0][0], told, f"{task.config.target_delimiter}{gold}")
+
+
+class _HarnessTask:
+    """The harness' task with its requests by question."""
+
+    def __init__(self, path: Path, task: Any, requests: Mapping[str, list[Any]]) -> None:
+        self.path, self.task, self.requests = path, task, requests
+
+    def ask(self, scorer: "Scorer", questions: Sequence[Question], seed: int) -> list[Record]:
+        from fastlm.evals.harness import ScorerLM
+
+        model = ScorerLM(scorer, seed=seed)
+        instances = [
+            one for q in questions for one in self.requests[q.id] for _ in range(one.repeats)
+        ]
+        kind = instances[0].request_type
+        responses = iter(getattr(model, kind)(instances, disable_tqdm=True))
+        return [
+            {
+                "id": q.id,
+                "responses": [
+                    [next(responses) for _ in range(one.repeats)] for one in self.requests[q.id]
+                ],
+            }
+            for q in questions
+        ]
+
+    def results(self, record: Record) -> dict[str, tuple[str, Any]]:
+        """Each measure of a question by name, with its name in the harness. The first list of
+        filters has the metric's own name, others stand behind it: "exact_match,strict"."""
+        instances = self.requests[record["id"]]
+        for instance, responses in zip(instances, record["responses"], strict=True):
+            instance.resps = [tuple(r) if isinstance(r, list) else r for r in responses]
+            instance.filtered_resps = {}
+        self.task._instances = instances
+        self.task.apply_filters()
+        found = {}
+        for number, filter in enumerate(instances[0].filtered_resps):
+            answers = [instance.filtered_resps[filter] for instance in instances]
+            for metric, value in self.task.process_results(instances[0].doc, answers).items():
+                found[f"{metric},{filter}" if number else metric] = (metric, value)
+        return found
+
+    def is_mean(self, metric: str) -> bool:
+        from lm_eval.api.registry import get_aggregation
+
+        return self.task.aggregation().get(metric) in (None, get_aggregation("mean"))
+
+    def measure(self, question: Question, record: Record) -> dict[str, float]:
+        found = {}
+        if isinstance(question, Choices):
+            answer = question.requests[question.gold][1].removeprefix(
+                self.task.config.target_delimiter
+            )
+            logprob = record["responses"][question.gold][0][0]
+            found[HEADLINE] = -logprob / log(2) / max(1, len(answer.encode()))
+        results = _harness(self.path, lambda: self.results(record))
+        return found | {
+            name: float(value) for name, (metric, value) in results.items() if self.is_mean(metric)
+        }
+
+    def overall(self, records: Sequence[Record]) -> dict[str, dict[str, Any]]:
+        """The metrics that are no means over questions, as the harness computes them."""
+        items: dict[str, tuple[str, list[Any]]] = {}
+        for record in records:
+            for name, (metric, value) in self.results(record).items():
+                if not self.is_mean(metric):
+                    items.setdefault(name, (metric, []))[1].append(value)
+        totals = self.task.aggregation()
+        return {
+            name: {"value": float(totals[metric](values)), "error": None, "detects": None}
+            for name, (metric, values) in items.items()
+        }
+
+
+def _harness(path: Path, call: Callable[[], T]) -> T:
+    """What the harness returns, without its progress; InputError: what it raises, whatever that
+    is, in one line: a task's file is the user's input."""
+    errors = logging.Handler(logging.ERROR)
+    messages: list[str] = []
+    errors.emit = lambda record: messages.append(record.getMessage())
+    log = logging.getLogger("lm_eval")
+    log.addHandler(errors)
+    try:
+        with redirect_stderr(io.StringIO()):
+            return call()
+    except InputError:
+        raise
+    except Exception as error:
+        line = " ".join("; ".join([*messages, _line(error)]).split())
+        raise InputError(f"{path}: lm-evaluation-harness: {line:.500}") from error
+    finally:
+        log.removeHandler(errors)
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
+
+
+def _missing() -> InputError:
+    return InputError(
+        "tasks: expected the package lm_eval for a task in YAML, which is not installed (pip"
+        " install 'fastlm[harness]')"
+    )
