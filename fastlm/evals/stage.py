@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fastlm.errors import InputError
-from fastlm.files import make_folder, save_atomic
+from fastlm.files import make_folder, write_json, write_text
 from fastlm.pipeline.stage import Facts, Job, Part, Stage, Takes, at_least_one
 
 ITEMS = "items"  # the folder of what each model said to each question
@@ -93,7 +93,6 @@ class Eval(Stage):
     def run(self, job: Job) -> dict[str, Any]:
         from fastlm.evals.suite import ids_of
         from fastlm.model.load import load_model
-        from fastlm.pipeline.record import dump
 
         data = job.optional("data")
         if data is None and not self.tasks:
@@ -130,8 +129,8 @@ class Eval(Stage):
                 values = {name: results[i]["values"] for name, results in asked.items()}
                 scores["tasks"][i]["contamination"] = told(tasks[i], found, values)
             table = task_table(scores["tasks"]).latex()
-            save_atomic(make_folder(job.out) / "scores.tex", lambda p: p.write_text(table, "utf-8"))
-        save_atomic(make_folder(job.out) / "scores.json", lambda p: dump(p, scores))
+            write_text(make_folder(job.out) / "scores.tex", table)
+        write_json(make_folder(job.out) / "scores.json", scores)
         return scores
 
     def _bits(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fastlm.errors import InputError
-from fastlm.files import make_folder, save_atomic
+from fastlm.files import make_folder, write_json, write_text
 from fastlm.pipeline.stage import Job, Part, Stage, Takes, at_least_one
 from fastlm.sources.input_digest import Contents
 
@@ -115,7 +115,6 @@ class Safety(Stage):
         from fastlm.evals.safety.sets import Sets
         from fastlm.evals.safety.sources import SOURCES
         from fastlm.evals.suite import ids_of
-        from fastlm.pipeline.record import dump
 
         self._check_data(job)
         ids = ids_of(job.inputs["model"])
@@ -138,9 +137,9 @@ class Safety(Stage):
             "sets": {name: SOURCES[name].as_dict() for name in sorted(used)},
             "gates": len(gates), "failed": failed,
         }  # fmt: skip
-        save_atomic(make_folder(job.out) / "scores.json", lambda p: dump(p, result))
+        write_json(make_folder(job.out) / "scores.json", result)
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in judged)
-        save_atomic(job.out / JUDGED, lambda p: p.write_text(lines, "utf-8"))
+        write_text(job.out / JUDGED, lines)
         for name, model in models.items():
             for why in doubts(gates, model["scores"]):
                 job.warn(f"gate: {name}: {why}")
