@@ -19,13 +19,13 @@ from fastlm.serve.gate import key_name
 
 if TYPE_CHECKING:
     from fastlm.serve.app import Server
-    from fastlm.serve.switch import Switch
+    from fastlm.serve.model_manager import ModelManager
 
 PROMOTE: Mapping[str, Field] = {"model": name(4096), "other_tokens": flag()}
 PATHS = ("/v1/admin/promote", "/v1/admin/rollback", "/v1/canary")
 
 
-def routes(server: "Server", switch: "Switch", admins: Sequence[str]) -> list[Route]:
+def routes(server: "Server", manager: "ModelManager", admins: Sequence[str]) -> list[Route]:
     """``admins``: the admin keys."""
     names = [key_name(key) for key in admins]
 
@@ -42,18 +42,18 @@ def routes(server: "Server", switch: "Switch", admins: Sequence[str]) -> list[Ro
     async def promote(http: Request) -> Response:
         admit(http)
         given: Any = await server.body(http, partial(read_fields, fields=PROMOTE))
-        await _done(switch.promote(given["model"], other_tokens=given["other_tokens"]))
-        return JSONResponse(await switch.told())
+        await _done(manager.promote(given["model"], other_tokens=given["other_tokens"]))
+        return JSONResponse(await manager.status())
 
     async def rollback(http: Request) -> Response:
         admit(http)
         await server.body(http, partial(read_fields, fields={}))
-        await _done(switch.rollback())
-        return JSONResponse(await switch.told())
+        await _done(manager.rollback())
+        return JSONResponse(await manager.status())
 
     async def canary(http: Request) -> Response:
         admit(http)
-        return JSONResponse(await switch.told())
+        return JSONResponse(await manager.status())
 
     ways = ((promote, "POST"), (rollback, "POST"), (canary, "GET"))
     return [Route(path, way, methods=[m]) for path, (way, m) in zip(PATHS, ways)]

@@ -30,9 +30,7 @@ from fastlm.serve.asking import requests_of
 from fastlm.serve.fields import ApiError, checked, parse_body
 from fastlm.serve.gate import Gate, Gone, Limits, log, read_body, stack_of, unless_gone
 from fastlm.serve.metrics import Metrics
-from fastlm.serve.model_metrics import ModelMetrics
-from fastlm.serve.models import Models, Served, Turn
-from fastlm.serve.monitor import routes as dashboard
+from fastlm.serve.models import ModelLease, Models, Served
 from fastlm.serve.openai_api import (
     Asked,
     ChatAsked,
@@ -54,9 +52,9 @@ SMALL_BODY = 2**16  # bytes that are parsed in a millisecond or two, without a t
 
 if TYPE_CHECKING:
     from fastlm.serve.feedback import FeedbackStore
-    from fastlm.serve.monitor.monitor import Monitor, Settings
+    from fastlm.serve.hooks import ServerMonitor
+    from fastlm.serve.model_manager import ModelManager
     from fastlm.serve.ratings import Rating
-    from fastlm.serve.switch import Switch
 
 T = TypeVar("T")
 Keep = Callable[[Answer], None]
@@ -74,11 +72,11 @@ TYPES = {
 class Server:
     """Models, and how they are served; `app` is the ASGI application.
 
-    ``feedback``: where opinions and measures go; None: nowhere. ``monitoring``: what is measured of
-    answers; None: the defaults. ``ranking``: the store of `fastlm rank` for the page /rank; None:
+    ``feedback``: where opinions go; None: nowhere. ``monitor``: measures answers; None: nothing
+    does. ``ranking``: the store of `fastlm rank` for the page /rank; None:
     no such page. ``keys`` and ``hosts`` as in `fastlm.serve.gate.Gate`.
     ``origins``: of web pages elsewhere that may call the server; "*": any.
-    ``switch``: what changes the models, for those with one of the keys ``admins``; None: nothing.
+    ``manager``: changes the models, for those with one of the keys ``admins``; None: nothing does.
     """
 
     models: Models
@@ -87,19 +85,20 @@ class Server:
     hosts: frozenset[str] | None = None
     feedback: "FeedbackStore | None" = None
     ranking: Path | None = None
-    switch: "Switch | None" = None
+    manager: "ModelManager | None" = None
     admins: Sequence[str] = ()
     origins: Sequence[str] = ()
-    monitoring: "Settings | None" = None
+    monitor: "ServerMonitor | None" = None
 
     def __post_init__(self) -> None:
         self.metrics = Metrics(self.models.stats)
-        self.monitor = None if self.feedback is None else _monitor(self.feedback, self)
+        if self.monitor is not None:
+            self.metrics.add(self.monitor.collect)
         several = len(self.keys) > 1  # clients; without keys all are of this machine
         self.shares = Shares(max(1, self.served.engine.max_waiting // 2) if several else None)
         self.stopping = False
         self._ignored: set[str] = set()  # fields that the log has named
-        self.writing, self.looking = CapacityLimiter(WRITERS), CapacityLimiter(1)
+        self.writing = CapacityLimiter(WRITERS)
         # Few threads, whatever the clients: each keeps the last 10,000 words that it encoded, 4 MB.
         # More than processors, since some wait for a chat template.
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="fastlm-reader")
@@ -116,7 +115,7 @@ class Server:
             Route("/v1/models/{id:path}", self._model, methods=get),
             Route("/v1/feedback", partial(opinions.give, self), methods=post),
             Route("/dashboard", self._page("dashboard.html"), methods=get),
-            Route("/dashboard/data", partial(dashboard.data, self), methods=get),
+            Route("/dashboard/data", self._dashboard, methods=get),
             Route("/health", self._health, methods=get),
             Route("/ready", self._ready, methods=get),
             Route("/metrics", self._metrics, methods=get),
@@ -131,9 +130,9 @@ class Server:
         if self.ranking is not None:
             routes += [Route("/rank", self._page("rank.html"), methods=get)]
             routes += rank_api.routes(self, self.ranking)
-        if self.switch is not None:
-            routes += admin_api.routes(self, self.switch, self.admins)
-            self.metrics.add(ModelMetrics(self.models, self.switch))
+        if self.manager is not None:
+            routes += admin_api.routes(self, self.manager, self.admins)
+            self.metrics.add(self.manager.collect)
         paths = frozenset(route.path for route in routes)
         gate = Middleware(
             Gate, metrics=self.metrics, limits=self.limits, hosts=self.hosts, paths=paths,
@@ -155,7 +154,7 @@ class Server:
     @property
     def ratings(self) -> Sequence["Rating"]:
         """The numbers that people may give."""
-        return () if self.monitor is None else self.monitor.settings.ratings
+        return () if self.monitor is None else self.monitor.ratings
 
     @property
     def served(self) -> Served:
@@ -188,7 +187,7 @@ class Server:
             if isinstance(asked, ResponsesAsked) and asked.previous is not None:
                 asked = await run_sync(continued, asked, self.feedback, limiter=self.writing)
             kept = self._kept(asked)
-            turn = self.models.turn(asked, http.state.client)
+            turn = self.models.lease(asked, http.state.client)
             try:
                 answer = await self._begin(http, asked, turn)
             except BaseException:
@@ -208,7 +207,7 @@ class Server:
 
         return complete
 
-    async def _begin(self, http: HttpRequest, asked: Asked, turn: Turn) -> Answer:
+    async def _begin(self, http: HttpRequest, asked: Asked, turn: ModelLease) -> Answer:
         """Submit a request, to the current model if the canary refuses it."""
         prefix = "chatcmpl-" if isinstance(asked, ChatAsked) else "cmpl-"
         if isinstance(asked, ResponsesAsked):
@@ -223,7 +222,7 @@ class Server:
         await turn.refused(id)
         return answer
 
-    async def _submit(self, http: HttpRequest, asked: Asked, turn: Turn, id: str) -> Answer:
+    async def _submit(self, http: HttpRequest, asked: Asked, turn: ModelLease, id: str) -> Answer:
         served, told = turn.served, http.state.told
         self._note_ignored(http, asked, served)
         asked, prompts, echoes, requests = await self.read(
@@ -231,9 +230,9 @@ class Server:
         )
         told["model"], told["prompt_tokens"] = served.name, sum(map(len, prompts))
         lengths = [len(prompt) for prompt in prompts]
-        seen = None
+        observer = None
         if self.monitor is not None:  # the gate tells it the end
-            seen = http.state.seen = self.monitor.seen(asked, served.name, id, lengths)
+            observer = http.state.observer = self.monitor.observe(asked, served.name, id, lengths)
         with _refusals():
             running = Running(served.engine, requests, self.metrics, self.shares)
         for length in lengths:
@@ -242,8 +241,8 @@ class Server:
         answer = kind(
             asked, id, running, served.tokenizer, echoes, told["prompt_tokens"], served.name
         )
-        if seen is not None:
-            seen.answer = answer
+        if observer is not None:
+            observer.answer = answer
         return answer
 
     def cache_salt(self, http: HttpRequest) -> bytes:
@@ -261,7 +260,7 @@ class Server:
             log("ignored", fields=new)
 
     async def _whole(
-        self, answer: Answer, turn: Turn, kept: Keep | None, told: dict[str, Any]
+        self, answer: Answer, turn: ModelLease, kept: Keep | None, told: dict[str, Any]
     ) -> bytes:
         try:
             body = await answer.whole()
@@ -309,7 +308,7 @@ class Server:
 
     async def _embed(self, http: HttpRequest) -> Response:
         asked = await self.body(http, embed_asked)
-        turn = self.models.turn(asked, http.state.client)
+        turn = self.models.lease(asked, http.state.client)
         try:
             return await self._embedded(http, asked, turn.served)
         finally:
@@ -419,8 +418,16 @@ class Server:
     async def _metrics(self, _: HttpRequest) -> Response:
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
 
+    async def _dashboard(self, http: HttpRequest) -> Response:
+        if self.monitor is None:
+            raise ApiError(
+                "dashboard: this server has no database for it (fastlm serve --feedback)",
+                status=404, code="no_feedback",
+            )  # fmt: skip
+        return JSONResponse(await self.monitor.dashboard(http.query_params))
+
     async def _openapi(self, _: HttpRequest) -> Response:
-        return JSONResponse(openapi(self.ranking is not None, self.switch is not None))
+        return JSONResponse(openapi(self.ranking is not None, self.manager is not None))
 
     def _page(self, name: str) -> Any:
         file = FILES / name
@@ -439,7 +446,12 @@ class Events(Response):
     """A streamed answer. Ends as `Answer.ends` says, or in an event with an error."""
 
     def __init__(
-        self, server: Server, answer: Answer, turn: Turn, kept: Keep | None, told: dict[str, Any]
+        self,
+        server: Server,
+        answer: Answer,
+        turn: ModelLease,
+        kept: Keep | None,
+        told: dict[str, Any],
     ):
         self.server, self.answer, self.turn, self.kept = server, answer, turn, kept
         self.told, self.background = told, None
@@ -480,12 +492,6 @@ class Events(Response):
             self.told["error"], self.told["error_status"] = error.code or error.kind, error.status
             await write(self.answer.failed(error))
         await write(b"", False)
-
-
-def _monitor(store: "FeedbackStore", server: Server) -> "Monitor":
-    from fastlm.serve.monitor.monitor import Monitor, Settings
-
-    return Monitor(store, server.monitoring or Settings(), server.metrics.registry)
 
 
 @contextmanager

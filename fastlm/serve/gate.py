@@ -142,8 +142,8 @@ class Gate:
             path = scope["path"] if scope["path"] in self.paths else "other"
             self.metrics.requests.labels(path, status or 499).inc()
             self.metrics.request_seconds.labels(path).observe(seconds)
-            if (seen := scope["state"].get("seen")) is not None:
-                seen.end(_outcome(status, told))
+            if (observer := scope["state"].get("observer")) is not None:
+                observer.end(_outcome(status, told))
             if status != 200 or path not in QUIET_PATHS:
                 log(
                     "request", id=scope["state"]["id"], method=scope["method"], path=path,

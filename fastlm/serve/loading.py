@@ -16,7 +16,7 @@ from fastlm.inference.sampling import Sampling
 from fastlm.model.causal_lm import CausalLM
 from fastlm.model.load import load_model
 from fastlm.pipeline.run_folder import is_adapter, locate_model
-from fastlm.serve.models import Served, give_memory_back
+from fastlm.serve.models import Served, release_memory
 from fastlm.tokenizer.tokenizer import Tokenizer
 
 NAMED = 8  # digits of a digest in a name
@@ -76,7 +76,7 @@ class Loader:
             text = reason(error)
         else:
             raise InputError(f"model: wanted another one, got {path}, which is served already")
-        give_memory_back()  # not before the error has gone, whose frames hold the model
+        release_memory()  # not before the error has gone, whose frames hold the model
         raise InputError(f"model: wanted one that can be served, got: {text}")
 
     def _beside(self, path: Path, digest: str, current: Served) -> Served:

@@ -23,7 +23,7 @@ from fastlm.data.preferences import Comparison, Label, read_preferences
 from fastlm.errors import InputError
 from fastlm.feedback.judgements import read_judgements
 from fastlm.serve import withdrawn
-from fastlm.serve.canary_store import CanaryStore
+from fastlm.serve.canary.canary_store import CanaryStore
 from fastlm.serve.feedback import FeedbackStore, Kept, Opinion
 from fastlm.serve.feedback_export import export
 from fastlm.serve.monitor.monitor import Settings

@@ -1,7 +1,7 @@
 """What the database has of a period: measures of answers, and opinions about them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ FLOATS = (
     "new_tokens", "refusal", "toxicity",
 )  # fmt: skip
 TEXTS = ("model", "finish_reason", "refusal_judge", "toxicity_judge")
+KINDS = ("comment", "corrected", "picked")
 C = MEASURES.c
 
 
@@ -44,7 +45,7 @@ class Answers:
 
 
 @dataclass(frozen=True)
-class Said:
+class FeedbackRow:
     """An opinion as numbers. ``at`` and ``model``: its answer's where that was measured, else its
     own time and "". ``thumb``: 1 or 0. ``key``: the answer, or the conversation.
     """
@@ -60,14 +61,37 @@ class Said:
     metrics: dict[str, float]
 
 
-def read_answers(
-    store: "FeedbackStore", since: float, until: float, model: str | None = None
-) -> Answers:
+@dataclass(frozen=True)
+class Period:
+    """What the database has of a period of ``minutes``: of all models, or of one."""
+
+    answers: Answers
+    feedback: list[FeedbackRow]
+    minutes: float
+
+    def of_model(self, model: str | None) -> "Period":
+        """Return what belongs to one model; None: to all."""
+        if model is None:
+            return self
+        answers = self.answers.where(self.answers["model"] == model)
+        return Period(answers, [r for r in self.feedback if r.model == model], self.minutes)
+
+
+def read_period(store: "FeedbackStore", since: float, until: float, minutes: float) -> Period:
+    """Read [since, until), of which ``minutes`` are over. InputError: the database cannot be used.
+
+    Where it has more answers than are read, the period begins with the first one that is.
+    """
+    answers = read_answers(store, since, until)
+    if answers.cut:
+        minutes -= (float(answers["at"][0]) - since) / 60
+    return Period(answers, read_opinions(store, since, until), minutes)
+
+
+def read_answers(store: "FeedbackStore", since: float, until: float) -> Answers:
     """The measures of [since, until). InputError: the database cannot be used."""
     columns = [C[name] for name in (*FLOATS, *TEXTS)]
     query = sa.select(*columns).where(C.at >= since, C.at < until)
-    if model is not None:
-        query = query.where(C.model == model)
     rows = _all(store, query.order_by(C.at.desc()).limit(MOST_ROWS + 1))
     cut = len(rows) > MOST_ROWS
     turned = list(zip(*rows[:MOST_ROWS][::-1])) or [()] * len(columns)
@@ -107,7 +131,7 @@ def span(store: "FeedbackStore") -> tuple[float, float] | None:
     return None if first is None else (first, last)
 
 
-def read_opinions(store: "FeedbackStore", since: float, until: float) -> list[Said]:
+def read_opinions(store: "FeedbackStore", since: float, until: float) -> list[FeedbackRow]:
     """The opinions about answers of [since, until), whenever they came, and those of that time
     about what was not measured. Of several of a rater about the same, the last of each kind counts.
     """
@@ -143,11 +167,11 @@ def read_opinions(store: "FeedbackStore", since: float, until: float) -> list[Sa
     return _latest([_said(row, store.name) for row in _all(store, query)][::-1])
 
 
-def _said(row: Sequence[Any], name: str) -> Said:
+def _said(row: Sequence[Any], name: str) -> FeedbackRow:
     id, choice, talk, rater, created, thumb, comment, corrected, picked, metrics, *its = row
     model, at, talk_model = its
     where = f"{name}: {FEEDBACK.name}: "
-    return Said(
+    return FeedbackRow(
         (id, choice) if id is not None else (talk, -1),
         rater,
         at if at is not None else read_time(created, f"{where}created_at"),
@@ -158,18 +182,16 @@ def _said(row: Sequence[Any], name: str) -> Said:
     )  # fmt: skip
 
 
-def _latest(said: list[Said]) -> list[Said]:
+def _latest(said: list[FeedbackRow]) -> list[FeedbackRow]:
     """One opinion of each rater about each answer, of whose kinds the last counts."""
-    found: dict[Any, Said] = {}
+    found: dict[Any, FeedbackRow] = {}
     for one in said:
         before = found.get((one.rater, one.key))
         if before is not None:
-            one = Said(
-                one.key, one.rater, one.at, one.model,
-                before.thumb if one.thumb is None else one.thumb,
-                before.comment or one.comment, before.corrected or one.corrected,
-                before.picked or one.picked, {**before.metrics, **one.metrics},
-            )  # fmt: skip
+            thumb = before.thumb if one.thumb is None else one.thumb
+            either = {kind: getattr(before, kind) or getattr(one, kind) for kind in KINDS}
+            metrics = {**before.metrics, **one.metrics}
+            one = replace(one, thumb=thumb, metrics=metrics, **either)
         found[one.rater, one.key] = one
     return list(found.values())
 

@@ -1,4 +1,4 @@
-"""A request for answers as the monitor sees it, from its prompt to its end."""
+"""A request for answers from its prompt to its end, which becomes measures."""
 
 import time
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fastlm.serve.monitor import features, judges
-from fastlm.serve.monitor.recorder import Measured, Recorder
+from fastlm.serve.monitor.recorder import Measure, Recorder
 from fastlm.serve.openai_api import Asked, ChatAsked, TextAsked
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ MOST_NAME = 256  # characters of a model's name
 
 
 @dataclass
-class Seen:
+class RequestTrace:
     """What was ``asked`` of ``model``: prompts of so many ``lengths`` tokens, answered under
     ``id``. ``answer``: once the engine has it.
     """
@@ -40,7 +40,7 @@ class Seen:
         if isinstance(self.asked, ChatAsked) and self.asked.store:
             common["conversation_id"] = self.asked.conversation_id
         if status != 200 or self.answer is None:
-            self.recorder.put(Measured(common | {"prompt_tokens": sum(self.lengths)}))
+            self.recorder.put(Measure(common | {"prompt_tokens": sum(self.lengths)}))
             return
         for index, choice in enumerate(self.answer.choices):
             times, prompt = self.answer.running.times[index], index // self.asked.n
@@ -53,7 +53,7 @@ class Seen:
             # of several choices, the first stands for the prompt
             text = self._prompt(prompt) if index % self.asked.n == 0 else None
             answer = choice.text[: judges.MOST_CHARACTERS]
-            self.recorder.put(Measured(values, text, self._turns(), answer))
+            self.recorder.put(Measure(values, text, self._turns(), answer))
 
     def _turns(self) -> int:
         return len(self.asked.messages) if isinstance(self.asked, ChatAsked) else 1
