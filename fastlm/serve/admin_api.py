@@ -15,7 +15,7 @@ from starlette.routing import Route
 
 from fastlm.errors import InputError
 from fastlm.serve.fields import ApiError, Field, flag, name, read_fields
-from fastlm.serve.gate import key_name
+from fastlm.serve.middleware import key_name
 
 if TYPE_CHECKING:
     from fastlm.serve.app import Server

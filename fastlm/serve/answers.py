@@ -15,7 +15,7 @@ from fastlm.serve.openai_api import Asked, ChatAsked, TextAsked
 from fastlm.serve.tools import CallsOrText, ToolText
 
 if TYPE_CHECKING:
-    from fastlm.serve.running import Running
+    from fastlm.serve.response_stream import ResponseStream
     from fastlm.tokenizer.tokenizer import Tokenizer
 
 Event = dict[str, Any]
@@ -55,7 +55,7 @@ class Answer:
         self,
         asked: Asked,
         id: str,
-        running: "Running",
+        running: "ResponseStream",
         tokenizer: "Tokenizer",
         prompts: list[Echo],
         prompt_tokens: int,

@@ -28,8 +28,16 @@ from fastlm.serve import admin_api, opinions, rank_api, tokens_api
 from fastlm.serve.answers import Answer, stopping
 from fastlm.serve.asking import requests_of
 from fastlm.serve.fields import ApiError, checked, parse_body
-from fastlm.serve.gate import Gate, Gone, Limits, log, read_body, stack_of, unless_gone
 from fastlm.serve.metrics import Metrics
+from fastlm.serve.middleware import (
+    ClientDisconnected,
+    Limits,
+    RequestMiddleware,
+    cancel_on_disconnect,
+    log,
+    read_body,
+    stack_of,
+)
 from fastlm.serve.models import ModelLease, Models, Served
 from fastlm.serve.openai_api import (
     Asked,
@@ -41,9 +49,9 @@ from fastlm.serve.openai_api import (
 )
 from fastlm.serve.openapi import openapi
 from fastlm.serve.ranking import RankingStore
+from fastlm.serve.response_stream import ClientQuota, ResponseStream
 from fastlm.serve.responses_answer import ResponsesAnswer
 from fastlm.serve.responses_api import ResponsesAsked, continued, responses_asked
-from fastlm.serve.running import Running, Shares
 from fastlm.serve.said import Kept
 
 READERS = 8
@@ -74,7 +82,7 @@ class Server:
 
     ``feedback``: where opinions go; None: nowhere. ``monitor``: measures answers; None: nothing
     does. ``ranking``: the store of `fastlm rank` for the page /rank; None:
-    no such page. ``keys`` and ``hosts`` as in `fastlm.serve.gate.Gate`.
+    no such page. ``keys`` and ``hosts`` as in `fastlm.serve.middleware.RequestMiddleware`.
     ``origins``: of web pages elsewhere that may call the server; "*": any.
     ``manager``: changes the models, for those with one of the keys ``admins``; None: nothing does.
     """
@@ -95,7 +103,7 @@ class Server:
         if self.monitor is not None:
             self.metrics.add(self.monitor.collect)
         several = len(self.keys) > 1  # clients; without keys all are of this machine
-        self.shares = Shares(max(1, self.served.engine.max_waiting // 2) if several else None)
+        self.quota = ClientQuota(max(1, self.served.engine.max_waiting // 2) if several else None)
         self.stopping = False
         self._ignored: set[str] = set()  # fields that the log has named
         self.writing = CapacityLimiter(WRITERS)
@@ -135,7 +143,8 @@ class Server:
             self.metrics.add(self.manager.collect)
         paths = frozenset(route.path for route in routes)
         gate = Middleware(
-            Gate, metrics=self.metrics, limits=self.limits, hosts=self.hosts, paths=paths,
+            RequestMiddleware, metrics=self.metrics, limits=self.limits, hosts=self.hosts,
+            paths=paths,
             keys=[*self.keys, *self.admins] if self.keys else (),
         )  # fmt: skip
         pages = Middleware(
@@ -196,7 +205,7 @@ class Server:
             if asked.stream:
                 return Events(self, answer, turn, kept, http.state.told)
             try:
-                body = await unless_gone(
+                body = await cancel_on_disconnect(
                     http.receive, self._whole(answer, turn, kept, http.state.told)
                 )
             finally:
@@ -234,7 +243,7 @@ class Server:
         if self.monitor is not None:  # the gate tells it the end
             observer = http.state.observer = self.monitor.observe(asked, served.name, id, lengths)
         with _refusals():
-            running = Running(served.engine, requests, self.metrics, self.shares)
+            running = ResponseStream(served.engine, requests, self.metrics, self.quota)
         for length in lengths:
             self.metrics.prompt_length.observe(length)
         kind = ResponsesAnswer if isinstance(asked, ResponsesAsked) else Answer
@@ -357,13 +366,13 @@ class Server:
             return [vector.tolist() for vector in found]
 
         with _refusals():
-            self.shares.take(client, 1)  # its inputs wait one after the other
+            self.quota.acquire(client, 1)  # its inputs wait one after the other
         try:
-            vectors = await unless_gone(http.receive, embed())
+            vectors = await cancel_on_disconnect(http.receive, embed())
         except TimeoutError:
             raise ApiError("input: took too long", status=503, kind="server_error") from None
         finally:
-            self.shares.give(client)
+            self.quota.release(client)
         data = [
             {"object": "embedding", "index": i, "embedding": vector}
             for i, vector in enumerate(vectors)
@@ -464,7 +473,7 @@ class Events(Response):
         ]
         try:
             await send({"type": "http.response.start", "status": 200, "headers": headers})
-            await unless_gone(receive, self._write(send))
+            await cancel_on_disconnect(receive, self._write(send))
         finally:
             self.answer.running.close()
             self.turn.end()
@@ -478,7 +487,7 @@ class Events(Response):
             try:
                 async for event in self.answer.events():
                     await write(self.answer.encode(event))
-            except Gone:
+            except ClientDisconnected:
                 raise
             except Exception as error:
                 await self.turn.failed(self.answer.id, error)
@@ -527,6 +536,3 @@ async def _http_error(request: HttpRequest, error: Any) -> Response:
         code={404: "not_found", 405: "method_not_allowed"}.get(error.status_code),
         headers=error.headers,
     )
-
-
-__all__ = ["Gone", "Server"]

@@ -10,7 +10,7 @@ from fastlm.serve.generic_tools import generic
 from fastlm.serve.openai_api import Asked, ChatAsked, TextAsked
 
 if TYPE_CHECKING:
-    from fastlm.serve.gate import Limits
+    from fastlm.serve.middleware import Limits
     from fastlm.serve.models import Served
 
 MOST_LOGPROBS = 2**18  # in one response: about 30 MB

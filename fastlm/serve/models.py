@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from fastlm.model.causal_lm import CausalLM
     from fastlm.serve.answers import Answer
     from fastlm.serve.hooks import ModelExperiment
-    from fastlm.serve.running import Engine
+    from fastlm.serve.response_stream import Engine
     from fastlm.tokenizer.tokenizer import Tokenizer
 
 NOW = ("running", "waiting", "pages", "page_bytes", "pages_used", "pages_cached")  # no counters

@@ -18,10 +18,10 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from fastlm.checkpoint.digest import digest_of
 from fastlm.errors import InputError
 from fastlm.files import read_text, reason
-from fastlm.inference.fair_lock import Turns
+from fastlm.inference.fair_lock import FairLock
 from fastlm.serve.app import Server
-from fastlm.serve.gate import Limits, log
 from fastlm.serve.loading import Loader, name_of
+from fastlm.serve.middleware import Limits, log
 from fastlm.serve.model_manager import Allowed, ModelManager
 from fastlm.serve.models import Models
 from fastlm.serve.options import LOCAL_NAMES, ServeOptions
@@ -86,7 +86,7 @@ def _load(
     template = options.chat_template
     loader = Loader(
         name, options.act_bits, options.engine(), options.draft_model,
-        Turns() if state_file or adapters else None, versions=state_file is not None,
+        FairLock() if state_file or adapters else None, versions=state_file is not None,
         template=None if template is None else read_text(template, MOST_TEMPLATE),
         share=len(adapters) + 1,
     )  # fmt: skip

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from serve_app import monitor_of, running, tiny_model
 
-from fastlm.inference.fair_lock import Turns
+from fastlm.inference.fair_lock import FairLock
 from fastlm.serve.app import Server
 from fastlm.serve.canary.canary_config import CanaryConfig
 from fastlm.serve.canary.canary_manager import CanaryManager
@@ -37,7 +37,7 @@ def changing(base, state, *, canary=None, store=None, models_dir=None, turns=Non
     ``keys``, ``admins``, ``monitoring``; the others are of the canary's experiment."""
     own = {key: options.pop(key) for key in ("keys", "admins") if key in options}
     monitor = monitor_of(store, options.pop("monitoring", None))
-    loader = Loader("tiny", None, OPTIONS, turns=turns or Turns(), versions=True)
+    loader = Loader("tiny", None, OPTIONS, turns=turns or FairLock(), versions=True)
     config = replace(DEFAULTS, **options)
     allowed = Allowed([str(base), *([str(canary)] if canary else [])], models_dir)
     if store is None:

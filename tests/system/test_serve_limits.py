@@ -24,7 +24,7 @@ from fastlm.model.causal_lm import CausalLM
 from fastlm.serve.app import READERS
 from fastlm.serve.commands import read_keys
 from fastlm.serve.fields import ApiError, parse_body
-from fastlm.serve.gate import Limits
+from fastlm.serve.middleware import Limits
 from fastlm.serve.openai_api import chat_asked
 from fastlm.serve.prompts import Prompts
 from fastlm.tokenizer import tokenizer as tokenizer_module
@@ -424,14 +424,14 @@ def test_one_key_takes_at_most_half_of_the_queue(tiny):
         mine, other = ({"authorization": f"Bearer {key}"} for key in keys)
         with ThreadPoolExecutor(9) as pool:
             running = [pool.submit(ask, url, {**long, "user": "0"}, **mine)]
-            wait_until(lambda: server.served.engine.stats().running and not server.shares.waiting)
+            wait_until(lambda: server.served.engine.stats().running and not server.quota.waiting)
             running += [pool.submit(ask, url, {**long, "user": str(i)}, **mine) for i in range(4)]
             wait_until(lambda: server.served.engine.stats().waiting == 4)
             full = ask(url, {**long, "user": "x"}, **mine)
             assert full.status_code == 429 and int(full.headers["retry-after"]) >= 1
             assert ask(url, body(), **other).status_code == 200
             assert [r.result().status_code for r in running] == [200] * 5
-        assert not server.shares.waiting
+        assert not server.quota.waiting
 
 
 def test_embeddings_of_one_key_take_at_most_half_of_the_queue(tiny):
@@ -446,10 +446,10 @@ def test_embeddings_of_one_key_take_at_most_half_of_the_queue(tiny):
             assert began.wait(20)
             assert ask(url, sent, "/v1/embeddings", **mine).status_code == 429
             running.append(pool.submit(ask, url, sent, "/v1/embeddings", **other))
-            wait_until(lambda: len(server.shares.waiting) == 2)
+            wait_until(lambda: len(server.quota.waiting) == 2)
             go.set()
             assert [r.result().status_code for r in running] == [200, 200]
-        assert not server.shares.waiting
+        assert not server.quota.waiting
 
 
 def test_many_log_probabilities_are_refused():

@@ -23,7 +23,7 @@ from anyio.to_thread import run_sync
 from fastlm.errors import InputError
 from fastlm.serve.canary.canary_config import CanaryConfig
 from fastlm.serve.canary.canary_lease import CanaryLease
-from fastlm.serve.gate import log
+from fastlm.serve.middleware import log
 from fastlm.serve.models import Models, Served
 from fastlm.serve.openai_api import Asked, ChatAsked, TextAsked
 from fastlm.stats import sequential

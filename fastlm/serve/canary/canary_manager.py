@@ -16,7 +16,7 @@ from fastlm.serve.canary.canary import CanaryExperiment, CanaryVerdict, comparis
 from fastlm.serve.canary.canary_config import CanaryConfig
 from fastlm.serve.canary.canary_metrics import canary_metrics
 from fastlm.serve.fields import ApiError
-from fastlm.serve.gate import log
+from fastlm.serve.middleware import log
 from fastlm.serve.model_manager import Allowed, ModelManager, model_key, model_ref
 from fastlm.serve.state import CanaryState, ModelRef
 

@@ -14,7 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from fastlm.errors import InputError
 from fastlm.serve.fields import ApiError
-from fastlm.serve.gate import log
+from fastlm.serve.middleware import log
 from fastlm.serve.monitor import window
 from fastlm.serve.monitor.alerts import CHECK_SECONDS, Alerts, State
 from fastlm.serve.monitor.judges import JUDGES, Judge

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import sqlalchemy as sa
 
 from fastlm.errors import InputError
-from fastlm.serve.gate import log
+from fastlm.serve.middleware import log
 from fastlm.serve.monitor import features
 from fastlm.serve.monitor.judges import Judge
 from fastlm.serve.tables import MEASURES
