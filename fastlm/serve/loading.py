@@ -110,7 +110,6 @@ def check_answers(served: Served) -> None:
     """InputError: the model does not give finite logits, or its engine fails."""
     token = served.tokenizer.bos_id or 0
     asked = Request([token], max_new_tokens=2, sampling=Sampling(temperature=0), ignore_eos=True)
-    assert isinstance(served.engine, Engine)
     (result,) = served.engine.generate([asked])
     if result.finish_reason == "error":
         raise InputError(f"wanted an answer of two tokens, got: {result.error}")

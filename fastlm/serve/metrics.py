@@ -81,15 +81,6 @@ class Metrics:
         """All of it in Prometheus' text format."""
         return generate_latest(self.registry)
 
-    def names(self) -> set[str]:
-        """The names of all samples that a scrape can have."""
-        return {sample for metric in self.registry.collect() for sample in _samples(metric)}
-
-
-def _samples(metric: Metric) -> list[str]:
-    ends = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "gauge": ("",)}
-    return [metric.name + end for end in ends[metric.type]]
-
 
 class _Source(Collector):
     def __init__(self, metrics: Callable[[], Iterable[Metric]]):

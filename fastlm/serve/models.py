@@ -27,10 +27,10 @@ from fastlm.serve.openai_api import Asked, EmbedAsked
 from fastlm.serve.prompts import Prompts
 
 if TYPE_CHECKING:
+    from fastlm.inference.engine import Engine
     from fastlm.model.causal_lm import CausalLM
     from fastlm.serve.answers import Answer
     from fastlm.serve.hooks import ModelExperiment
-    from fastlm.serve.response_stream import Engine
     from fastlm.tokenizer.tokenizer import Tokenizer
 
 NOW = ("running", "waiting", "pages", "page_bytes", "pages_used", "pages_cached")  # no counters
@@ -177,11 +177,6 @@ class Models:
             await asyncio.to_thread(release_memory)
             if model() is None:
                 break
-
-    async def freed(self) -> None:
-        """Wait until no replaced model is left."""
-        while self._freeing:
-            await asyncio.wait(self._freeing)
 
     def stats(self) -> EngineStats:
         """The sums over all engines; counters include those of models that are gone. For any

@@ -6,32 +6,15 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from fastlm.inference.requests import EngineStats, Listener, Piece, QueueFull, Request
+from fastlm.inference.requests import Listener, Piece, QueueFull, Request
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from concurrent.futures import Future
-
+    from fastlm.inference.engine import Engine
     from fastlm.serve.metrics import Metrics
 
-T = TypeVar("T")
 RETRY_SECONDS = 5.0  # when a client may ask again whose share of the queue is used up
-
-
-class Engine(Protocol):
-    """What the server needs of `fastlm.inference.engine.Engine`."""
-
-    context_limit: int
-    max_waiting: int
-
-    def submit(self, request: Request, listener: Listener) -> int: ...
-    def cancel(self, id: int) -> None: ...
-    def call(self, function: "Callable[[], T]", client: str = "") -> "Future[T]": ...
-    def stats(self) -> EngineStats: ...
-    def start(self) -> None: ...
-    def close(self) -> None: ...
 
 
 class ClientQuota:
@@ -76,7 +59,7 @@ class ResponseStream:
     """
 
     def __init__(
-        self, engine: Engine, requests: Sequence[Request], metrics: "Metrics", quota: ClientQuota
+        self, engine: "Engine", requests: Sequence[Request], metrics: "Metrics", quota: ClientQuota
     ):
         self.engine, self.metrics, self.count = engine, metrics, len(requests)
         self._quota, self._client = quota, requests[0].client

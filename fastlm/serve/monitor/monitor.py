@@ -16,7 +16,7 @@ from fastlm.errors import InputError
 from fastlm.serve.fields import ApiError
 from fastlm.serve.middleware import log
 from fastlm.serve.monitor import window
-from fastlm.serve.monitor.alerts import CHECK_SECONDS, Alerts, State
+from fastlm.serve.monitor.alerts import CHECK_SECONDS, Alerts
 from fastlm.serve.monitor.judges import JUDGES, Judge
 from fastlm.serve.monitor.prompts_drift import Reference, drift
 from fastlm.serve.monitor.recorder import Keep, Recorder
@@ -67,7 +67,9 @@ class Monitor:
         self.recorder = Recorder(
             store, settings.judges, settings.keep, settings.rules.reference.rows, self._often
         )
-        self.alerts = Alerts(settings.rules.alerts, self._value, self._changed)
+        self.alerts = Alerts(
+            settings.rules.alerts, self._value, lambda state: log("alert", **state.row())
+        )
         self._checked = time.monotonic()
         self._values: tuple[float, Callable[[Rule], dict[str, Any]]] | None = None
         self._lock, self._one = threading.Lock(), CapacityLimiter(1)
@@ -140,14 +142,6 @@ class Monitor:
             return value_of(rule.metric, told(length, rule.model), {})
 
         return value
-
-    def _changed(self, state: State) -> None:
-        found, rule = state.found or {}, state.rule
-        log(
-            "alert", name=rule.name, firing=state.firing, metric=rule.metric, model=rule.model,
-            window=rule.window, above=rule.above, below=rule.below,
-            **{key: found.get(key) for key in ("value", "low", "high", "n")},
-        )  # fmt: skip
 
     # ---- the dashboard
 
