@@ -171,17 +171,39 @@ def _at(where: Where, path: Field = ()) -> str:
 
 
 def _refusal(where: Where, error: Any, value: Any) -> str:
-    """The first field that does not fit; of a union, the branch that fits furthest."""
+    path, message, _ = first_error(error, value)
+    field = f"{field_name(path)}: " if path else ""
+    return " ".join(f"{_at(where, path)}: {field}{message}".split())
+
+
+def field_name(path: Field) -> str:
+    """Return a field's path as text: ``messages[0].content``."""
+    parts = (f"[{p}]" if isinstance(p, int) else f".{_key(p)}" for p in path)
+    return "".join(parts).removeprefix(".")
+
+
+def first_error(error: Any, value: Any) -> tuple[Field, str, BaseException | None]:
+    """Return the path of the first field of ``value`` that pydantic's ``error`` refuses, "expected
+    X, got Y", and what a validator raised. An unknown field comes before others, a missing one
+    after them; of a union, the branch that fits furthest.
+    """
     errors = error.errors(include_url=False)
+    errors.sort(key=lambda e: {"extra_forbidden": 0, "missing": 2}.get(e["type"], 1))
     paths = [_path(e, value) for e in errors]
     start = paths[0]
     deepest = max((p for p in paths if p[: len(start)] == start), key=len)
     same = [e for e, path in zip(errors, paths) if path == deepest]
     expected = " or ".join(dict.fromkeys(_expected(e) for e in same))
-    field = "".join(f"[{p}]" if isinstance(p, int) else f".{_key(p)}" for p in deepest)
-    field = f"{field.removeprefix('.')}: " if field else ""
-    got = "nothing" if same[0]["type"] == "missing" else show(same[0]["input"])[:80]
-    return " ".join(f"{_at(where, deepest)}: {field}expected {expected}, got {got}".split())
+    got, tag = same[0]["input"], _tag(same[0])
+    missing = same[0]["type"] == "missing" or (tag and tag not in got)
+    shown = "nothing" if missing else show(got[tag] if tag else got)[:80]
+    return deepest, f"expected {expected}, got {shown}", same[0].get("ctx", {}).get("error")
+
+
+def _tag(error: Any) -> str | None:
+    """The field by which pydantic could not choose a type of a union."""
+    name = error.get("ctx", {}).get("discriminator", "")
+    return name.strip("'") if name.startswith("'") else None
 
 
 def _path(error: Any, value: Any) -> list[int | str]:
@@ -197,11 +219,13 @@ def _path(error: Any, value: Any) -> list[int | str]:
         else:
             continue
         path.append(part)
+    if tag := _tag(error):
+        return [*path, tag]
     return [*path, error["loc"][-1]] if error["type"] == "missing" else path
 
 
 def _key(part: str) -> str:
-    return part if part.isidentifier() else show(part)[:60]
+    return part if re.fullmatch(r"[\w-]{1,64}", part) else show(part)[:60]
 
 
 def _expected(error: Any) -> str:
@@ -209,11 +233,14 @@ def _expected(error: Any) -> str:
         "missing": "this field", "extra_forbidden": "no such field",
         "unexpected_keyword_argument": "no such field", "int_type": "a whole number",
         "float_type": "a number", "bool_type": "true or false", "list_type": "an array",
-        "tuple_type": "an array", "dict_type": "an object",
+        "tuple_type": "an array", "dict_type": "an object", "union_tag_not_found": "this field",
+        "model_attributes_type": "an object",
         "Predicate 'isfinite' failed": "a finite number",
         "Predicate 'isprintable' failed": "one printable line",
         "Predicate 'is_inside' failed": "a path below its folder",
     }  # fmt: skip
+    if error["type"] == "union_tag_invalid":
+        return f"one of {error['ctx']['expected_tags']}"
     message = error["msg"].partition(" after validation")[0]
     phrase = re.sub(r"^\w+ should (be|have) ", "", message).replace("a valid ", "a ")
     return phrases.get(error["type"]) or phrases.get(message, phrase)

@@ -5,8 +5,7 @@ They answer this machine alone, and where the server has API keys, to an admin k
 
 import hmac
 import ipaddress
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
@@ -14,14 +13,14 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from fastlm.errors import InputError
-from fastlm.serve.fields import ApiError, Field, flag, name, read_fields
+from fastlm.serve.api_error import ApiError
 from fastlm.serve.middleware import key_name
+from fastlm.serve.protocol.admin_request import EmptyRequest, PromoteRequest
 
 if TYPE_CHECKING:
     from fastlm.serve.app import Server
     from fastlm.serve.model_manager import ModelManager
 
-PROMOTE: Mapping[str, Field] = {"model": name(4096), "other_tokens": flag()}
 PATHS = ("/v1/admin/promote", "/v1/admin/rollback", "/v1/canary")
 
 
@@ -35,19 +34,19 @@ def routes(server: "Server", manager: "ModelManager", admins: Sequence[str]) -> 
         except ValueError:
             here = False
         if not here:
-            raise _refused("wanted a connection from this machine")
+            raise _refused("expected a connection from this machine")
         if server.keys and sum(hmac.compare_digest(http.state.client, n) for n in names) == 0:
-            raise _refused("wanted an admin key of this server (--admin-key-file)")
+            raise _refused("expected an admin key of this server (--admin-key-file)")
 
     async def promote(http: Request) -> Response:
         admit(http)
-        given: Any = await server.body(http, partial(read_fields, fields=PROMOTE))
-        await _done(manager.promote(given["model"], other_tokens=given["other_tokens"]))
+        request = await server.body(http, PromoteRequest)
+        await _done(manager.promote(request.model, other_tokens=request.other_tokens))
         return JSONResponse(await manager.status())
 
     async def rollback(http: Request) -> Response:
         admit(http)
-        await server.body(http, partial(read_fields, fields={}))
+        await server.body(http, EmptyRequest)
         await _done(manager.rollback())
         return JSONResponse(await manager.status())
 

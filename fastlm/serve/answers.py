@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 from anyio.to_thread import run_sync
 
 from fastlm.inference.requests import Piece, TokenLogprob
-from fastlm.serve.fields import ApiError
+from fastlm.serve.api_error import ApiError
 from fastlm.serve.generic_tools import GenericText
-from fastlm.serve.openai_api import Asked, ChatAsked, TextAsked
+from fastlm.serve.protocol.chat_completion import ChatCompletionRequest
+from fastlm.serve.protocol.completion import CompletionRequest, GenerationRequest
 from fastlm.serve.tools import CallsOrText, ToolText
 
 if TYPE_CHECKING:
@@ -46,14 +47,14 @@ class Choice:
 class Answer:
     """The answer to a request: `whole`, or `events`; either one, once.
 
-    ``asked``, ``id`` and ``model``, the one that answers, as the client sees them; ``prompts``: the
-    texts that /v1/completions puts before the answers where it is asked to; ``prompt_tokens``: of
-    all prompts.
+    ``request``, ``id`` and ``model``, the one that answers, as the client sees them; ``prompts``:
+    the texts that /v1/completions puts before the answers where it is asked to;
+    ``prompt_tokens``: of all prompts.
     """
 
     def __init__(
         self,
-        asked: Asked,
+        request: GenerationRequest,
         id: str,
         running: "ResponseStream",
         tokenizer: "Tokenizer",
@@ -61,12 +62,13 @@ class Answer:
         prompt_tokens: int,
         model: str,
     ):
-        self.asked, self.id, self.running, self.tokenizer = asked, id, running, tokenizer
+        self.request, self.id, self.running, self.tokenizer = request, id, running, tokenizer
         self.model = model
-        self.chat = isinstance(asked, ChatAsked)
+        self.chat = isinstance(request, ChatCompletionRequest)
+        self.num_logprobs = request.num_logprobs
         self.created = int(time.time())
-        self.choices = [Choice(tools=_reader(asked)) for _ in range(running.count)]
-        self.echo = prompts if isinstance(asked, TextAsked) and asked.echo else []
+        self.choices = [Choice(tools=_reader(request)) for _ in range(running.count)]
+        self.echo = prompts if isinstance(request, CompletionRequest) and request.echo else []
         self.prompt_tokens, self.cached_tokens = prompt_tokens, 0
 
     async def whole(self) -> bytes:
@@ -89,8 +91,8 @@ class Answer:
 
         def event(*choices: Event) -> Event:
             usage: dict[str, Any] = {}
-            if self.asked.include_usage:
-                usage["usage"] = self.usage() if self.asked.continuous_usage else None
+            if self.request.include_usage:
+                usage["usage"] = self.usage() if self.request.continuous_usage else None
             return {**head, **usage, "choices": list(choices)}
 
         if self.chat:
@@ -98,7 +100,7 @@ class Answer:
                 yield event(self._chunk(i, {"role": "assistant", "content": ""}))
         else:
             for i, echo in enumerate(self._echoes()):
-                if echo.text and self.asked.logprobs is None:  # else with its log-probabilities
+                if echo.text and self.num_logprobs is None:  # else with its log-probabilities
                     yield event(self._chunk(i, echo.text))
         async for index, piece in self.running:
             text, scored = self._take(index, piece)
@@ -114,7 +116,7 @@ class Answer:
                     numbered = [{"index": i, **call} for i, call in enumerate(calls)]
                     yield event(self._chunk(index, {"tool_calls": numbered}))
                 yield event(self._chunk(index, {} if self.chat else "", None, choice.finish_reason))
-        if self.asked.include_usage:
+        if self.request.include_usage:
             yield {**event(), "usage": self.usage()}
 
     ends = b"data: [DONE]\n\n"  # behind the last event
@@ -146,12 +148,12 @@ class Answer:
         choice, before, scored = self.choices[index], "", list[Scored]()
         if piece.tokens and not choice.began:
             choice.began = True
-            if self.echo and self.asked.logprobs is not None:
+            if self.echo and self.num_logprobs is not None:
                 echo = self._echoes()[index]
-                before = echo.text if self.asked.stream else ""
+                before = echo.text if self.request.stream else ""
                 scored = [] if echo.first is None else [echo.first]
                 scored += piece.prompt_logprobs
-        if self.asked.max_new_tokens == 0 and piece.finish_reason in ("stop", "length"):
+        if self.request.max_tokens == 0 and piece.finish_reason in ("stop", "length"):
             # the token that was drawn is nobody's
             piece = replace(piece, tokens=[], text="", logprobs=[], finish_reason="length")
         scored += piece.logprobs
@@ -163,7 +165,7 @@ class Answer:
         text = piece.text
         if choice.tools is not None:
             text = choice.tools.push(text)
-        if self.asked.logprobs is not None and not self.asked.stream:
+        if self.num_logprobs is not None and not self.request.stream:
             choice.logprobs += scored
         if piece.finish_reason is not None:
             if choice.tools is not None:
@@ -172,7 +174,7 @@ class Answer:
             # OpenAI has no name for the end of the time that a request may take
             ended = "stop" if piece.finish_reason == "stop" else "length"
             choice.finish_reason = "tool_calls" if calls and ended == "stop" else ended
-            if index % self.asked.n == 0:  # the others share the prompt of the first choice
+            if index % self.request.n == 0:  # the others share the prompt of the first choice
                 self.cached_tokens += piece.cached_tokens
         choice.text += text
         return before + text, scored
@@ -181,7 +183,7 @@ class Answer:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
 
     def _echoes(self) -> list[Echo]:
-        return [echo for echo in self.echo for _ in range(self.asked.n)]
+        return [echo for echo in self.echo for _ in range(self.request.n)]
 
     def _whole_choice(self, index: int, choice: Choice) -> str:
         echoes = self._echoes()
@@ -194,7 +196,7 @@ class Answer:
         return f'{to_json(told)[:-1]},"logprobs":{self._logprobs_json(choice)}}}'
 
     def _logprobs_json(self, choice: Choice) -> str:
-        if self.asked.logprobs is None:
+        if self.num_logprobs is None:
             return "null"
         if self.chat:
             content = ",".join(map(to_json, self._chat_logprobs(choice.logprobs)))
@@ -261,14 +263,14 @@ class Answer:
         return self.tokenizer.token_bytes(id) if id < self.tokenizer.vocab_size else b""
 
 
-def _reader(asked: Asked) -> ToolText | CallsOrText | GenericText | None:
+def _reader(request: GenerationRequest) -> ToolText | CallsOrText | GenericText | None:
     """What reads calls in the answer."""
-    form = asked.form
+    form = request.form
     if form is not None and form.kind == "generic":
         return GenericText([tool["function"]["name"] for tool in form.value.tools])
-    if not isinstance(asked, ChatAsked) or asked.tools is None:
+    if not isinstance(request, ChatCompletionRequest) or request.tools is None:
         return None
-    names = [tool["function"]["name"] for tool in asked.tools]
+    names = [tool["function"]["name"] for tool in request.tools]
     if form is not None and form.kind == "calls_or":
         return CallsOrText(names)
     # where a form keeps calls to their schemas, what it does not know as a call is text

@@ -26,8 +26,7 @@ from fastlm.errors import InputError
 from fastlm.inference.requests import Closed, QueueFull
 from fastlm.serve import admin_api, opinions, rank_api, tokens_api
 from fastlm.serve.answers import Answer, stopping
-from fastlm.serve.asking import requests_of
-from fastlm.serve.fields import ApiError, checked, parse_body
+from fastlm.serve.api_error import ApiError
 from fastlm.serve.metrics import Metrics
 from fastlm.serve.middleware import (
     ClientDisconnected,
@@ -39,19 +38,17 @@ from fastlm.serve.middleware import (
     stack_of,
 )
 from fastlm.serve.models import ModelLease, Models, Served
-from fastlm.serve.openai_api import (
-    Asked,
-    ChatAsked,
-    EmbedAsked,
-    chat_asked,
-    embed_asked,
-    text_asked,
-)
 from fastlm.serve.openapi import openapi
+from fastlm.serve.previous_response import with_previous
+from fastlm.serve.protocol.body import Body, read_request
+from fastlm.serve.protocol.chat_completion import ChatCompletionRequest
+from fastlm.serve.protocol.completion import CompletionRequest, GenerationRequest
+from fastlm.serve.protocol.embedding import EmbeddingRequest
+from fastlm.serve.protocol.responses_api import ChatOfResponses, ResponsesRequest
 from fastlm.serve.ranking import RankingStore
+from fastlm.serve.request_builder import build_requests
 from fastlm.serve.response_stream import ClientQuota, ResponseStream
 from fastlm.serve.responses_answer import ResponsesAnswer
-from fastlm.serve.responses_api import ResponsesAsked, continued, responses_asked
 from fastlm.serve.said import Kept
 
 READERS = 8
@@ -114,9 +111,9 @@ class Server:
             RankingStore(self.ranking).close()  # a wrong file is refused now
         post, get = ["POST"], ["GET"]
         routes = [
-            Route("/v1/chat/completions", self._complete(chat_asked), methods=post),
-            Route("/v1/completions", self._complete(text_asked), methods=post),
-            Route("/v1/responses", self._complete(responses_asked), methods=post),
+            Route("/v1/chat/completions", self._complete(ChatCompletionRequest), methods=post),
+            Route("/v1/completions", self._complete(CompletionRequest), methods=post),
+            Route("/v1/responses", self._complete(ResponsesRequest), methods=post),
             Route("/v1/embeddings", self._embed, methods=post),
             *tokens_api.routes(self),
             Route("/v1/models", self._models, methods=get),
@@ -190,19 +187,22 @@ class Server:
 
     # ---- completions
 
-    def _complete(self, read: Callable[[Any], Asked]) -> Any:
+    def _complete(self, model: type[GenerationRequest] | type[ResponsesRequest]) -> Any:
         async def complete(http: HttpRequest) -> Response:
-            asked = await self.body(http, read)
-            if isinstance(asked, ResponsesAsked) and asked.previous is not None:
-                asked = await run_sync(continued, asked, self.feedback, limiter=self.writing)
-            kept = self._kept(asked)
-            turn = self.models.lease(asked, http.state.client)
+            body = await self.body(http, model)
+            request = body.chat if isinstance(body, ResponsesRequest) else body
+            if isinstance(request, ChatOfResponses) and request.previous_response_id is not None:
+                request = await run_sync(
+                    with_previous, request, self.feedback, limiter=self.writing
+                )
+            kept = self._kept(request)
+            turn = self.models.lease(request, http.state.client)
             try:
-                answer = await self._begin(http, asked, turn)
+                answer = await self._begin(http, request, turn)
             except BaseException:
                 turn.end()
                 raise
-            if asked.stream:
+            if request.stream:
                 return Events(self, answer, turn, kept, http.state.told)
             try:
                 body = await cancel_on_disconnect(
@@ -216,39 +216,43 @@ class Server:
 
         return complete
 
-    async def _begin(self, http: HttpRequest, asked: Asked, turn: ModelLease) -> Answer:
+    async def _begin(
+        self, http: HttpRequest, request: GenerationRequest, turn: ModelLease
+    ) -> Answer:
         """Submit a request, to the current model if the canary refuses it."""
-        prefix = "chatcmpl-" if isinstance(asked, ChatAsked) else "cmpl-"
-        if isinstance(asked, ResponsesAsked):
+        prefix = "chatcmpl-" if isinstance(request, ChatCompletionRequest) else "cmpl-"
+        if isinstance(request, ChatOfResponses):
             prefix = "resp_"
         id = f"{prefix}{http.state.id}"
         try:
-            return await self._submit(http, asked, turn, id)
+            return await self._submit(http, request, turn, id)
         except ApiError:
             if not turn.fall_back():
                 raise
-        answer = await self._submit(http, asked, turn, id)
+        answer = await self._submit(http, request, turn, id)
         await turn.refused(id)
         return answer
 
-    async def _submit(self, http: HttpRequest, asked: Asked, turn: ModelLease, id: str) -> Answer:
+    async def _submit(
+        self, http: HttpRequest, request: GenerationRequest, turn: ModelLease, id: str
+    ) -> Answer:
         served, told = turn.served, http.state.told
-        self._note_ignored(http, asked, served)
-        asked, prompts, echoes, requests = await self.read(
-            requests_of, served, asked, self.limits, http.state.client, self.cache_salt(http)
+        self._note_ignored(http, request, served)
+        request, prompts, echoes, requests = await self.read(
+            build_requests, served, request, self.limits, http.state.client, self.cache_salt(http)
         )
         told["model"], told["prompt_tokens"] = served.name, sum(map(len, prompts))
         lengths = [len(prompt) for prompt in prompts]
         observer = None
         if self.monitor is not None:  # the gate tells it the end
-            observer = http.state.observer = self.monitor.observe(asked, served.name, id, lengths)
+            observer = http.state.observer = self.monitor.observe(request, served.name, id, lengths)
         with _refusals():
             running = ResponseStream(served.engine, requests, self.metrics, self.quota)
         for length in lengths:
             self.metrics.prompt_length.observe(length)
-        kind = ResponsesAnswer if isinstance(asked, ResponsesAsked) else Answer
+        kind = ResponsesAnswer if isinstance(request, ChatOfResponses) else Answer
         answer = kind(
-            asked, id, running, served.tokenizer, echoes, told["prompt_tokens"], served.name
+            request, id, running, served.tokenizer, echoes, told["prompt_tokens"], served.name
         )
         if observer is not None:
             observer.answer = answer
@@ -258,9 +262,11 @@ class Server:
         """The clients of several keys share no cached prompts, those of one key or none do."""
         return http.state.client.encode() if len(self.keys) > 1 else b""
 
-    def _note_ignored(self, http: HttpRequest, asked: Asked | EmbedAsked, served: Served) -> None:
+    def _note_ignored(
+        self, http: HttpRequest, request: GenerationRequest | EmbeddingRequest, served: Served
+    ) -> None:
         """Name fields that change nothing: in the response, and once in the log."""
-        names = asked.ignored
+        names = request.ignored_fields
         if "reasoning_effort" in (served.tokenizer.chat_template or ""):
             names = tuple(name for name in names if name != "reasoning_effort")
         http.state.ignored = names
@@ -293,9 +299,9 @@ class Server:
             id = re.split("[-_]", answer.id)[-1]  # of the request
             log("failure", id=id, what="store", **stack_of(error), **reason)
 
-    def _kept(self, asked: Asked) -> Keep | None:
+    def _kept(self, request: GenerationRequest) -> Keep | None:
         """What stores the answer once it is known, where the user consents."""
-        if not isinstance(asked, ChatAsked) or not asked.store:
+        if not isinstance(request, ChatCompletionRequest) or not request.store:
             return None
         if (store := self.feedback) is None:
             raise ApiError(
@@ -306,8 +312,8 @@ class Server:
             choices = answer.messages()
             store.keep(
                 Kept(
-                    answer.id, answer.model, asked.messages, choices, asked.tools,
-                    asked.conversation_id,
+                    answer.id, answer.model, request.messages, choices, request.tools,
+                    request.conversation_id,
                 )
             )  # fmt: skip
 
@@ -316,29 +322,31 @@ class Server:
     # ---- embeddings, models
 
     async def _embed(self, http: HttpRequest) -> Response:
-        asked = await self.body(http, embed_asked)
-        turn = self.models.lease(asked, http.state.client)
+        request = await self.body(http, EmbeddingRequest)
+        turn = self.models.lease(request, http.state.client)
         try:
-            return await self._embedded(http, asked, turn.served)
+            return await self._embedded(http, request, turn.served)
         finally:
             turn.end()
 
-    async def _embedded(self, http: HttpRequest, asked: EmbedAsked, served: Served) -> Response:
-        self._note_ignored(http, asked, served)
-        if (asked.dimensions or 0) > (size := served.model.config.hidden_size):
+    async def _embedded(
+        self, http: HttpRequest, request: EmbeddingRequest, served: Served
+    ) -> Response:
+        self._note_ignored(http, request, served)
+        if (request.dimensions or 0) > (size := served.model.config.hidden_size):
             raise ApiError(
-                f"dimensions: expected at most the model's {size}, got {asked.dimensions}",
+                f"dimensions: expected at most the model's {size}, got {request.dimensions}",
                 param="dimensions",
             )
 
         def encode() -> list[list[int]]:
-            return [served.prompts.embedded(text) for text in asked.inputs]
+            return [served.prompts.embedded(text) for text in request.inputs]
 
         inputs = await self.read(encode)
         http.state.told["prompt_tokens"] = tokens = sum(map(len, inputs))
         if tokens > MOST_EMBEDDED:
             raise ApiError(
-                f"input: wanted at most {MOST_EMBEDDED} tokens in one request, got {tokens}",
+                f"input: expected at most {MOST_EMBEDDED} tokens in one request, got {tokens}",
                 param="input",
             )
 
@@ -347,7 +355,7 @@ class Server:
         async def one(ids: list[int]) -> np.ndarray:
             with _refusals():
                 future = served.engine.call(
-                    partial(served.embedding, ids, asked.dimensions), client
+                    partial(served.embedding, ids, request.dimensions), client
                 )
             try:
                 return await asyncio.wrap_future(future)
@@ -361,7 +369,7 @@ class Server:
             async with asyncio.timeout(self.limits.answer_seconds):
                 # one by one: the engine's steps run between them
                 found = [await one(ids) for ids in inputs]
-            if asked.base64:
+            if request.encoding_format == "base64":
                 return [base64.b64encode(vector.tobytes()).decode() for vector in found]
             return [vector.tolist() for vector in found]
 
@@ -403,18 +411,16 @@ class Server:
 
     # ---- the rest
 
-    async def body(self, http: HttpRequest, read: Callable[[Any], T]) -> T:
-        """What ``read`` makes of the JSON body of a request. ApiError: also that the server is
+    async def body(self, http: HttpRequest, model: type[Body]) -> Body:
+        """Return the JSON body of a request as ``model``. ApiError: also that the server is
         stopping. A large body is parsed and checked outside the event loop.
         """
         if self.stopping:
             raise stopping()
         data = await read_body(http, self.limits)
-
-        def parsed() -> T:
-            return checked(read, parse_body(data))
-
-        return parsed() if len(data) <= SMALL_BODY else await self.read(parsed)
+        if len(data) <= SMALL_BODY:
+            return read_request(data, model)
+        return await self.read(read_request, data, model)
 
     async def _health(self, _: HttpRequest) -> Response:
         return JSONResponse({"status": "ok"})

@@ -8,7 +8,6 @@ text alone is the message. Earlier calls and the tools' results become text of t
 import json
 import re
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fastlm.data.conversations import Message
@@ -16,7 +15,7 @@ from fastlm.inference.forms import Form, GenericTools
 from fastlm.serve.tools import calls_of
 
 if TYPE_CHECKING:
-    from fastlm.serve.openai_api import ChatAsked
+    from fastlm.serve.protocol.chat_completion import ChatCompletionRequest
 
 SYSTEM = (
     "You can call these functions to answer the user, given as JSON:\n{tools}\n\n"
@@ -30,15 +29,17 @@ REQUIRED = (
 ANY_TEXT = {"type": "string"}
 
 
-def generic(asked: "ChatAsked", why_not: Callable[[str], str | None]) -> "ChatAsked":
-    """The request as a model takes it: unchanged where its chat template writes tools and calls,
-    else in the generic form. ``why_not``: `fastlm.serve.prompts.Prompts.why_not`."""
-    messages, form = asked.messages, asked.form
+def with_generic_tools(
+    request: "ChatCompletionRequest", why_not: Callable[[str], str | None]
+) -> "ChatCompletionRequest":
+    """Return the request as a model takes it: unchanged where its chat template writes tools and
+    calls, else in the generic form. ``why_not``: `fastlm.serve.prompts.Prompts.why_not`."""
+    messages, form = request.messages, request.form
     if any(m["role"] == "tool" or m.get("tool_calls") for m in messages) and why_not("tool calls"):
         messages = _plain(messages)
-    if asked.tools is None or not why_not("tools"):
-        return replace(asked, messages=messages)
-    tools, required, response = asked.tools, False, ANY_TEXT
+    if request.tools is None or not why_not("tools"):
+        return request.rewritten(messages, request.tools, form)
+    tools, required, response = request.tools, False, ANY_TEXT
     if form is not None and form.kind == "call":
         tools, required = form.value, True
     elif form is not None and form.kind == "calls_or":
@@ -49,9 +50,9 @@ def generic(asked: "ChatAsked", why_not: Callable[[str], str | None]) -> "ChatAs
     )
     messages = _with_system(messages, text, not why_not("a system message"))
     # one call unless several are asked for: a small model does not end a list
-    value = GenericTools(tools, asked.parallel is True, required, response)
+    value = GenericTools(tools, request.parallel_tool_calls is True, required, response)
     param = "tools" if form is None or form.kind == "calls" else form.param
-    return replace(asked, messages=messages, tools=None, form=Form("generic", value, param))
+    return request.rewritten(messages, None, Form("generic", value, param))
 
 
 def _with_system(messages: Sequence[Message], text: str, has_system: bool) -> list[Message]:

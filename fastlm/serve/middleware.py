@@ -21,7 +21,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.responses import Response
 
-from fastlm.serve.fields import ApiError
+from fastlm.serve.api_error import ApiError
 from fastlm.serve.metrics import Metrics
 from fastlm.serve.response_stream import wait_for_disconnect
 

@@ -16,7 +16,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from fastlm.errors import InputError
 from fastlm.serve import loading
-from fastlm.serve.fields import ApiError
+from fastlm.serve.api_error import ApiError
 from fastlm.serve.middleware import log
 from fastlm.serve.models import Models, Served
 from fastlm.serve.state import ModelRef, State, read_state

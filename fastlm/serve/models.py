@@ -22,9 +22,10 @@ import torch
 from fastlm.inference.block_manager import PAGE
 from fastlm.inference.requests import EngineStats
 from fastlm.inference.structured_output import Grammars
-from fastlm.serve.fields import ApiError
-from fastlm.serve.openai_api import Asked, EmbedAsked
+from fastlm.serve.api_error import ApiError
 from fastlm.serve.prompts import Prompts
+from fastlm.serve.protocol.completion import GenerationRequest
+from fastlm.serve.protocol.embedding import EmbeddingRequest
 
 if TYPE_CHECKING:
     from fastlm.inference.engine import Engine
@@ -124,15 +125,15 @@ class Models:
             code="model_not_found",
         )  # fmt: skip
 
-    def lease(self, asked: "Asked | EmbedAsked", client: str) -> "ModelLease":
+    def lease(self, request: GenerationRequest | EmbeddingRequest, client: str) -> "ModelLease":
         """Choose the model for a request, and hold it. ApiError: none has the name that is asked.
 
         Embeddings of two models do not go together: such requests stay with the current model.
         """
-        served, experiment = self.named(asked.model), self.experiment
-        if experiment is None or isinstance(asked, EmbedAsked) or served in self.beside:
+        served, experiment = self.named(request.model), self.experiment
+        if experiment is None or isinstance(request, EmbeddingRequest) or served in self.beside:
             return ModelLease(self, served)
-        return experiment.lease(self, served, asked, client)
+        return experiment.lease(self, served, request, client)
 
     def start(self) -> None:
         """Begin to answer, and to watch the experiment."""

@@ -1,76 +1,57 @@
-"""The API's description for /openapi.json, made from the tables that check requests."""
+"""The API's description for /openapi.json, made from the models of requests and responses."""
 
 import importlib.metadata
-from collections.abc import Mapping
 from typing import Any
 
-from fastlm.serve import admin_api, openai_api, opinions, rank_api, responses_api, tokens_api
-from fastlm.serve.fields import Field, schema_of
+from pydantic import BaseModel
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue, models_json_schema
 
-POSTS: dict[str, tuple[str, Mapping[str, Field]]] = {
-    "/v1/chat/completions": ("Answer a conversation", openai_api.CHAT),
-    "/v1/completions": ("Continue a text", openai_api.TEXT),
-    "/v1/responses": ("Answer a conversation, in OpenAI's newer API", responses_api.RESPONSES),
-    "/v1/embeddings": ("Texts as vectors", openai_api.EMBED),
-    "/tokenize": ("The tokens of a text or a conversation", tokens_api.TOKENIZE),
-    "/detokenize": ("The text of tokens", tokens_api.DETOKENIZE),
-    "/v1/feedback": ("Say what an answer is worth", opinions.FEEDBACK),
-}
-RANKS: dict[str, tuple[str, Mapping[str, Field]]] = {
-    "/v1/rank/next": ("The next item to rank", rank_api.NEXT),
-    "/v1/rank/judge": ("Rank an item, or skip it", rank_api.JUDGE),
-    "/v1/rank/correct": ("Correct an answer", rank_api.CORRECT),
-    "/v1/rank/agreement": ("How far raters agree", {}),
-}
-ADMIN: dict[str, tuple[str, Mapping[str, Field]]] = {
-    "/v1/admin/promote": ("Let another model answer, or the canary", admin_api.PROMOTE),
-    "/v1/admin/rollback": ("End the canary, or go back to the model before", {}),
+from fastlm.serve import rank_api
+from fastlm.serve.protocol.admin_request import EmptyRequest, PromoteRequest
+from fastlm.serve.protocol.body import RequestBody
+from fastlm.serve.protocol.chat_completion import ChatCompletionRequest, ChatCompletionResponse
+from fastlm.serve.protocol.completion import CompletionRequest, CompletionResponse
+from fastlm.serve.protocol.embedding import (
+    DetokenizeRequest,
+    EmbeddingRequest,
+    EmbeddingResponse,
+    TokenizeRequest,
+    TokenizeResponse,
+)
+from fastlm.serve.protocol.feedback_request import FeedbackRequest
+from fastlm.serve.protocol.responses_api import ResponsesRequest, ResponsesResponse
+
+# path: what it does, its request, and its response: a model, or the keys of an object
+POSTS: dict[str, tuple[str, type[RequestBody], type[BaseModel] | str]] = {
+    "/v1/chat/completions": (
+        "Answer a conversation", ChatCompletionRequest, ChatCompletionResponse
+    ),
+    "/v1/completions": ("Continue a text", CompletionRequest, CompletionResponse),
+    "/v1/responses": (
+        "Answer a conversation, in OpenAI's newer API", ResponsesRequest, ResponsesResponse
+    ),
+    "/v1/embeddings": ("Texts as vectors", EmbeddingRequest, EmbeddingResponse),
+    "/tokenize": ("The tokens of a text or a conversation", TokenizeRequest, TokenizeResponse),
+    "/detokenize": ("The text of tokens", DetokenizeRequest, "prompt"),
+    "/v1/feedback": ("Say what an answer is worth", FeedbackRequest, "object id kept"),
+}  # fmt: skip
+MODELS = "object status model decisions"
+ADMIN: dict[str, tuple[str, type[RequestBody], str]] = {
+    "/v1/admin/promote": ("Let another model answer, or the canary", PromoteRequest, MODELS),
+    "/v1/admin/rollback": ("End the canary, or go back to the model before", EmptyRequest, MODELS),
 }
 GETS = {
-    "/v1/models": "The models that are served",
-    "/health": "Whether the process lives",
-    "/ready": "Whether it takes requests",
-    "/metrics": "Counters for Prometheus",
-    "/dashboard/data": "What the dashboard shows",
-}
-ADMIN_GETS = {"/v1/canary": "How the canary's trial stands, and what was decided"}
-JSON, EVENTS, TEXT = "application/json", "text/event-stream", "text/plain"
-ANSWERS = {  # what a 200 has
-    "/v1/chat/completions": "id object created model choices usage",
-    "/v1/completions": "id object created model choices usage",
-    "/v1/responses": "id object created_at status model output usage",
-    "/v1/embeddings": "object data model usage",
-    "/tokenize": "count max_model_len tokens token_strs",
-    "/detokenize": "prompt",
-    "/v1/feedback": "object id kept",
-    "/v1/rank/next": "item progress",
-    "/v1/rank/judge": "item skipped",
-    "/v1/rank/correct": "item answer",
-    "/v1/rank/agreement": "alpha raters",
-    "/v1/admin/promote": "object status model decisions",
-    "/v1/admin/rollback": "object status model decisions",
-    "/v1/canary": "object status model decisions",
-    "/v1/models": "object data",
-    "/health": "status",
-    "/ready": "status",
-    "/dashboard/data": "now window since until edges groups drift alerts measures",
-}
-STREAMED = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
-MAY_BE_NULL = {"type": ["string", "null"]}
-ERROR = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["message", "type", "param", "code"],
-            "properties": {
-                "message": {"type": "string"}, "type": {"type": "string"},
-                "param": MAY_BE_NULL, "code": MAY_BE_NULL,
-            },
-        }
-    },
+    "/v1/models": ("The models that are served", "object data"),
+    "/health": ("Whether the process lives", "status"),
+    "/ready": ("Whether it takes requests", "status"),
+    "/metrics": ("Counters for Prometheus", None),
+    "/dashboard/data": (
+        "What the dashboard shows", "now window since until edges groups drift alerts measures"
+    ),
 }  # fmt: skip
+ADMIN_GETS = {"/v1/canary": ("How the canary's trial stands, and what was decided", MODELS)}
+JSON = "application/json"
+STREAMED = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 STATUSES = {
     "400": "a field is wrong; the error names it",
     "401": "no key, or a wrong one",
@@ -87,34 +68,70 @@ STATUSES = {
 }
 
 
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Error(BaseModel):
+    error: ErrorDetail
+
+
+class _JsonSchema(GenerateJsonSchema):
+    """``null`` stands for a default. No titles: they repeat the names of fields."""
+
+    def default_schema(self, schema: Any) -> JsonSchemaValue:
+        inner = self.generate_inner(schema["schema"])
+        if schema["schema"]["type"] == "nullable":
+            return inner
+        return {"anyOf": [inner, {"type": "null"}]}
+
+    def field_title_should_be_set(self, schema: Any) -> bool:
+        return False
+
+
 def openapi(ranks: bool, admin: bool) -> dict[str, Any]:
     """OpenAPI 3.1; ``ranks``: with the paths of /rank; ``admin``: with those that change models."""
+    posts = POSTS | (rank_api.PATHS if ranks else {}) | (ADMIN if admin else {})
+    models = dict.fromkeys(model for _, *both in posts.values() for model in both)
+    refs, schemas = models_json_schema(
+        [(model, "validation") for model in (*models, Error) if not isinstance(model, str)],
+        ref_template="#/components/schemas/{model}", schema_generator=_JsonSchema,
+    )  # fmt: skip
+    refs = {model: ref for (model, _), ref in refs.items()}
     paths: dict[str, Any] = {}
-    posts = POSTS | (RANKS if ranks else {}) | (ADMIN if admin else {})
-    for path, (summary, fields) in posts.items():
-        body = {"required": True, "content": {"application/json": {"schema": schema_of(fields)}}}
-        paths[path] = {"post": {**_operation(path, summary), "requestBody": body}}
-    for path, summary in (GETS | (ADMIN_GETS if admin else {})).items():
-        paths[path] = {"get": _operation(path, summary)}
-    version = importlib.metadata.version("fastlm")
+    for path, (summary, request, response) in posts.items():
+        content = {JSON: {"schema": refs[request]}}
+        body = {"required": True, "content": content}
+        schema = _object(response) if isinstance(response, str) else refs[response]
+        paths[path] = {"post": {**_operation(path, summary, schema), "requestBody": body}}
+    for path, (summary, keys) in (GETS | (ADMIN_GETS if admin else {})).items():
+        schema = {"type": "string"} if keys is None else _object(keys)
+        paths[path] = {"get": _operation(path, summary, schema)}
     return {
         "openapi": "3.1.0",
-        "info": {"title": "fastlm", "version": version},
+        "info": {"title": "fastlm", "version": importlib.metadata.version("fastlm")},
         "paths": paths,
-        "components": {"schemas": {"Error": ERROR}},
+        "components": {"schemas": schemas["$defs"]},
     }
 
 
-def _operation(path: str, summary: str) -> dict[str, Any]:
-    content: dict[str, Any] = {TEXT: {"schema": {"type": "string"}}}
-    if path in ANSWERS:
-        content = {JSON: {"schema": {"type": "object", "required": ANSWERS[path].split()}}}
+def _object(keys: str) -> JsonSchemaValue:
+    return {"type": "object", "required": keys.split()}
+
+
+def _operation(path: str, summary: str, schema: JsonSchemaValue) -> dict[str, Any]:
+    """``schema``: that of the response."""
+    kind = "text/plain" if schema.get("type") == "string" else JSON
+    content: dict[str, Any] = {kind: {"schema": schema}}
     if path in STREAMED:
-        content[EVENTS] = {}  # OpenAPI 3.1 cannot describe a stream of events and "[DONE]"
-    told: dict[str, Any] = {"200": {"description": "OK", "content": content}}
+        content["text/event-stream"] = {}  # OpenAPI 3.1 cannot describe events and "[DONE]"
+    responses: dict[str, Any] = {"200": {"description": "OK", "content": content}}
     error = {JSON: {"schema": {"$ref": "#/components/schemas/Error"}}}
-    for status, text in STATUSES.items():
-        told[status] = {"description": text, "content": error}
+    for status, description in STATUSES.items():
+        responses[status] = {"description": description, "content": error}
     if path == "/ready":
-        told["503"] = {"description": "the server is stopping", "content": content}
-    return {"summary": summary, "responses": told}
+        responses["503"] = {"description": "the server is stopping", "content": content}
+    return {"summary": summary, "responses": responses}

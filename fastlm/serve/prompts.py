@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 from fastlm.data.conversations import Message
 from fastlm.errors import InputError
 from fastlm.inference.forms import OPEN
-from fastlm.serve.fields import ApiError
-from fastlm.serve.openai_api import ChatAsked
+from fastlm.serve.api_error import ApiError
+from fastlm.serve.protocol.chat_completion import ChatCompletionRequest
 
 if TYPE_CHECKING:
     from fastlm.tokenizer.tokenizer import Tokenizer
@@ -43,24 +43,27 @@ class Prompts:
         longest = max(len(tokenizer.token_bytes(id)) for id in range(tokenizer.vocab_size))
         self.most_bytes = context_limit * longest
 
-    def chat(self, asked: ChatAsked) -> list[int]:
+    def chat(self, request: ChatCompletionRequest) -> list[int]:
         """The ids of a conversation through the chat template. ApiError: the model has none, it
         refuses the messages or leaves a part of them out, no room for an answer.
         """
         if self.tokenizer.chat_template is None:
             raise ApiError(
-                "messages: wanted a model with a chat template, this one has none"
+                "messages: expected a model with a chat template, this one has none"
                 " (/v1/completions continues text)",
                 param="messages",
             )
-        self._check_parts(asked)
-        variables = dict(asked.variables)
-        if asked.tools is not None:
-            variables["tools"] = asked.tools
+        self._check_parts(request)
+        variables = request.template_variables
+        if request.tools is not None:
+            variables["tools"] = request.tools
         try:
             check = partial(self._check_size, name="messages")
             ids = self.tokenizer.encode_chat(
-                asked.messages, check=check, add_generation_prompt=asked.opens, **variables
+                request.messages,
+                check=check,
+                add_generation_prompt=request.add_generation_prompt,
+                **variables,
             )
         except ApiError:
             raise
@@ -75,7 +78,7 @@ class Prompts:
         if isinstance(prompt, list):
             if (most := max(prompt)) >= self.tokenizer.vocab_size:
                 raise ApiError(
-                    f"{name}: wanted token ids below {self.tokenizer.vocab_size}, got {most}",
+                    f"{name}: expected token ids below {self.tokenizer.vocab_size}, got {most}",
                     param=name,
                 )
             return self._fitting(prompt, name, room)
@@ -112,24 +115,24 @@ class Prompts:
         else:
             return
         raise ApiError(
-            f"{name}: wanted at most {refused}", param=name, code="context_length_exceeded"
+            f"{name}: expected at most {refused}", param=name, code="context_length_exceeded"
         )
 
     def _fitting(self, ids: list[int], name: str, room: int = 1) -> list[int]:
         if len(ids) + room > self.context_limit:
             raise ApiError(
-                f"{name}: wanted at most {self.context_limit - room} tokens of the model's context"
-                f" of {self.context_limit}, got {len(ids)}",
+                f"{name}: expected at most {self.context_limit - room} tokens of the model's"
+                f" context of {self.context_limit}, got {len(ids)}",
                 param=name,
                 code="context_length_exceeded",
             )
         return ids
 
-    def _check_parts(self, asked: ChatAsked) -> None:
-        roles = {message["role"] for message in asked.messages}
-        called = "tool" in roles or any(message.get("tool_calls") for message in asked.messages)
+    def _check_parts(self, request: ChatCompletionRequest) -> None:
+        roles = {message["role"] for message in request.messages}
+        called = "tool" in roles or any(message.get("tool_calls") for message in request.messages)
         has = {
-            "tools": asked.tools is not None,
+            "tools": request.tools is not None,
             "a system message": "system" in roles,
             "tool calls": called,
         }
@@ -137,18 +140,18 @@ class Prompts:
             if given and (why := self.why_not(part)):
                 param = "tools" if part == "tools" else "messages"
                 raise ApiError(
-                    f"{param}: wanted none with {part}: the model's chat template does not write"
+                    f"{param}: expected none with {part}: the model's chat template does not write"
                     f" that: {why}",
                     param=param,
                 )
-        form, template = asked.form, self.tokenizer.chat_template or ""
+        form, template = request.form, self.tokenizer.chat_template or ""
         if form is not None and form.kind == "calls":
             if OPEN not in template or OPEN in self.tokenizer.special_tokens:
                 what = "strict: true" if form.param == "tools" else "false"
                 raise ApiError(
-                    f"{form.param}: wanted {what} with tool_choice 'required' or a named function,"
-                    f" got 'auto': this model does not write calls as {OPEN}, the one form that can"
-                    " be kept to a schema inside free text",
+                    f"{form.param}: expected {what} with tool_choice 'required' or a named"
+                    f" function, got 'auto': this model does not write calls as {OPEN}, the one"
+                    " form that can be kept to a schema inside free text",
                     param=form.param,
                 )
 

@@ -1,106 +1,116 @@
 """The API of the page /rank: `fastlm rank judge` for a browser, on the same store."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from anyio.to_thread import run_sync
+from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from fastlm.errors import InputError
-from fastlm.serve.fields import ApiError, Field, flag, list_of, name, read_fields, text, whole
+from fastlm.schema import Name
+from fastlm.serve.api_error import ApiError
+from fastlm.serve.protocol.admin_request import EmptyRequest
+from fastlm.serve.protocol.body import WHOLE, RequestBody
 from fastlm.serve.ranking import Item, RankingStore, check_rater
 
 if TYPE_CHECKING:
     from fastlm.serve.app import Server
 
-MOST_ANSWERS = 64
-RATER = name(128, required=True)
-ITEM = Field(whole(0, 2**53).read, {"type": "integer"}, required=True)
-NEXT: Mapping[str, Field] = {
-    "rater": RATER,
-    "after": whole(0, 2**53, 0),
-    "skipped": flag(),
-    "item": whole(0, 2**53),
-}
-JUDGE: Mapping[str, Field] = {
-    "rater": RATER,
-    "item": ITEM,
-    # per answer as shown; none: skipped
-    "ranks": list_of(whole(0, MOST_ANSWERS), 1, MOST_ANSWERS),
-}
-CORRECT: Mapping[str, Field] = {
-    "rater": RATER,
-    "item": ITEM,
-    "answer": whole(0, MOST_ANSWERS, 0),
-    "text": text(2**16, required=True),
+MAX_ANSWERS = 64
+Rater = Annotated[Name, Field(max_length=128)]
+ItemId = Annotated[int, Field(ge=0, le=2**53), WHOLE]
+Rank = Annotated[int, Field(ge=0, le=MAX_ANSWERS), WHOLE]
+
+
+class NextRequest(RequestBody):
+    rater: Rater
+    after: ItemId = 0
+    skipped: bool = False
+    item: ItemId | None = None
+
+
+class JudgeRequest(RequestBody):
+    """``ranks``: of the answers as shown; none: the item is skipped."""
+
+    rater: Rater
+    item: ItemId
+    ranks: Annotated[list[Rank], Field(min_length=1, max_length=MAX_ANSWERS)] = []
+
+
+class CorrectRequest(RequestBody):
+    rater: Rater
+    item: ItemId
+    answer: Rank = 0
+    text: Annotated[str, Field(min_length=1, max_length=2**16)]
+
+
+PATHS: dict[str, tuple[str, type[RequestBody], str]] = {  # summary, request, keys of the response
+    "/v1/rank/next": ("The next item to rank", NextRequest, "item progress"),
+    "/v1/rank/judge": ("Rank an item, or skip it", JudgeRequest, "item skipped"),
+    "/v1/rank/correct": ("Correct an answer", CorrectRequest, "item answer"),
+    "/v1/rank/agreement": ("How far raters agree", EmptyRequest, "alpha raters"),
 }
 
 
-def routes(server: "Server", path: Path) -> list[Route]:
-    """The routes, on the store at ``path``. Each request opens the store: raters of other processes
-    work on it at the same time.
+def routes(server: "Server", path_of_store: Path) -> list[Route]:
+    """The routes, on the store at this path. Each request opens the store: raters of other
+    processes work on it at the same time.
     """
 
-    def route(name: str, fields: Mapping[str, Field], work: Callable[..., dict[str, Any]]) -> Route:
-        def locked(given: dict[str, Any]) -> dict[str, Any]:
-            with RankingStore(path) as store:
-                return work(store, **given)
+    def route(path: str, work: Callable[..., dict[str, Any]]) -> Route:
+        def locked(request: RequestBody) -> dict[str, Any]:
+            with RankingStore(path_of_store) as store:
+                return work(store, request)
 
         async def answer(http: Request) -> Response:
-            given = await server.body(http, partial(read_fields, fields=fields))
+            request = await server.body(http, PATHS[path][1])
             try:
-                return JSONResponse(await run_sync(locked, given))
+                return JSONResponse(await run_sync(locked, request))
             except InputError as error:
                 raise ApiError(str(error)) from None
 
-        return Route(f"/v1/rank/{name}", answer, methods=["POST"])
+        return Route(path, answer, methods=["POST"])
 
-    return [
-        route("next", NEXT, _next),
-        route("judge", JUDGE, _judge),
-        route("correct", CORRECT, _correct),
-        route("agreement", {}, _agreement),
-    ]
+    return [route(path, work) for path, work in zip(PATHS, (_next, _judge, _correct, _agreement))]
 
 
-def _next(
-    store: RankingStore, rater: str, after: int, skipped: bool, item: int | None
-) -> dict[str, Any]:
+def _next(store: RankingStore, request: NextRequest) -> dict[str, Any]:
     """The next item for a rater, or the one that is asked for, with how far the rater is."""
+    rater = request.rater
     check_rater(rater)
-    if item is not None:
-        found = store.item(item, rater)
+    if request.item is not None:
+        item = store.item(request.item, rater)
     else:
-        found = store.next_item(rater, after=after, skipped=skipped)
+        item = store.next_item(rater, after=request.after, skipped=request.skipped)
     counts, total = store.progress(rater)
-    shown = None if found is None else _shown(found)
+    shown = None if item is None else _shown(item)
     return {"item": shown, "progress": {**asdict(counts), "total": total}}
 
 
-def _judge(store: RankingStore, rater: str, item: int, ranks: tuple[int, ...]) -> dict[str, Any]:
-    found = store.item(item, rater)
-    if ranks:
-        store.judge(rater, found, ranks)
+def _judge(store: RankingStore, request: JudgeRequest) -> dict[str, Any]:
+    item = store.item(request.item, request.rater)
+    if request.ranks:
+        store.judge(request.rater, item, tuple(request.ranks))
     else:
-        store.skip(rater, found)
-    return {"item": item, "skipped": not ranks}
+        store.skip(request.rater, item)
+    return {"item": request.item, "skipped": not request.ranks}
 
 
-def _correct(store: RankingStore, rater: str, item: int, answer: int, text: str) -> dict[str, Any]:
-    found = store.item(item, rater)
-    if answer >= len(found.answers):
-        raise InputError(f"answer: wanted one below {len(found.answers)}, got {answer}")
-    store.correct(rater, found, found.answers[answer], text)
-    return {"item": item, "answer": answer}
+def _correct(store: RankingStore, request: CorrectRequest) -> dict[str, Any]:
+    item, answer = store.item(request.item, request.rater), request.answer
+    if answer >= len(item.answers):
+        raise InputError(f"answer: expected one below {len(item.answers)}, got {answer}")
+    store.correct(request.rater, item, item.answers[answer], request.text)
+    return {"item": request.item, "answer": answer}
 
 
-def _agreement(store: RankingStore) -> dict[str, Any]:
+def _agreement(store: RankingStore, _: EmptyRequest) -> dict[str, Any]:
     have = asdict(store.agreement())
     have["alpha"] = None if math.isnan(have["alpha"]) else have["alpha"]
     return {**have, "raters": {name: asdict(n) for name, n in store.raters().items()}}

@@ -6,19 +6,19 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 from fastlm.serve.answers import Answer, Event, to_json
-from fastlm.serve.fields import ApiError
-from fastlm.serve.responses_api import ResponsesAsked
+from fastlm.serve.api_error import ApiError
+from fastlm.serve.protocol.responses_api import ChatOfResponses
 
 
 class ResponsesAnswer(Answer):
-    """The answer to a `ResponsesAsked`: a message, calls of functions, or both."""
+    """The answer to a `ChatOfResponses`: a message, calls of functions, or both."""
 
     ends = b""  # the last event says that it is the last
 
     def __init__(self, *arguments: Any):
         super().__init__(*arguments)
-        assert isinstance(self.asked, ResponsesAsked)
-        self.told = self.asked.told
+        assert isinstance(self.request, ChatOfResponses)
+        self.repeated = self.request.repeated
         self._numbers = itertools.count()
         # The log-probabilities as JSON, token by token, and what stands for them in events: four
         # events have them all, and `json.dumps` of so many would stop the server for seconds.
@@ -57,7 +57,7 @@ class ResponsesAnswer(Answer):
             "id": self.id, "object": "response", "created_at": self.created, "status": status,
             "error": None,
             "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
-            "model": self.model, "output": output or [], "background": False, **self.told,
+            "model": self.model, "output": output or [], "background": False, **self.repeated,
             "usage": None if output is None else self.usage(),
         }  # fmt: skip
 

@@ -1,53 +1,36 @@
 """``POST /tokenize`` and ``/detokenize``, as vLLM has them: what clients count tokens by."""
 
-from collections.abc import Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from fastlm.serve.fields import ApiError, Field, checked, flag, list_of, name, read_fields, text
-from fastlm.serve.generic_tools import generic
-from fastlm.serve.openai_api import CHAT, IDS, chat_asked
+from fastlm.errors import InputError
+from fastlm.serve.api_error import ApiError
+from fastlm.serve.generic_tools import with_generic_tools
+from fastlm.serve.protocol.body import validate
+from fastlm.serve.protocol.chat_completion import ChatCompletionRequest
+from fastlm.serve.protocol.embedding import DetokenizeRequest, TokenizeRequest
 
 if TYPE_CHECKING:
     from fastlm.serve.app import Server
     from fastlm.serve.models import Served
 
-MOST_CHARACTERS = 2**20  # of a text, which may be longer than a context: 0.5 s
-OF_CHAT = ("tools", "chat_template_kwargs", "add_generation_prompt")
-TOKENIZE: Mapping[str, Field] = {
-    "model": name(256),
-    "prompt": text(MOST_CHARACTERS, empty=True),
-    "messages": Field(CHAT["messages"].read, CHAT["messages"].schema),
-    **{name: CHAT[name] for name in OF_CHAT},
-    "add_special_tokens": flag(True),
-    "return_token_strs": flag(),
-}
-DETOKENIZE: Mapping[str, Field] = {
-    "model": name(256),
-    "tokens": Field(list_of(IDS, 0, MOST_CHARACTERS).read, list_of(IDS, 0, MOST_CHARACTERS).schema,
-                    required=True),
-}  # fmt: skip
-
 
 def routes(server: "Server") -> list[Route]:
     async def tokenize(http: Request) -> Response:
-        body, given = await server.body(http, lambda body: (body, read_fields(body, TOKENIZE)))
-        if (given["prompt"] is None) == (given["messages"] is None):
-            raise ApiError("prompt: expected this or messages", param="prompt")
-        served = server.models.named(given["model"] or server.models.name)
-        return JSONResponse(await server.read(_tokenized, served, body, given))
+        request = await server.body(http, TokenizeRequest)
+        served = server.models.named(request.model or server.models.name)
+        return JSONResponse(await server.read(_tokenize, served, request))
 
     async def detokenize(http: Request) -> Response:
-        given = await server.body(http, partial(read_fields, fields=DETOKENIZE))
-        served = server.models.named(given["model"] or server.models.name)
-        most = served.tokenizer.vocab_size
-        if bad := [token for token in given["tokens"] if token >= most]:
-            raise ApiError(f"tokens: expected ids below {most}, got {bad[0]}", param="tokens")
-        text = await server.read(served.tokenizer.decode, list(given["tokens"]))
+        request = await server.body(http, DetokenizeRequest)
+        served = server.models.named(request.model or server.models.name)
+        vocab = served.tokenizer.vocab_size
+        if (largest := max(request.tokens, default=0)) >= vocab:
+            raise ApiError(f"tokens: expected ids below {vocab}, got {largest}", param="tokens")
+        text = await server.read(served.tokenizer.decode, request.tokens)
         return JSONResponse({"prompt": text})
 
     return [
@@ -56,18 +39,20 @@ def routes(server: "Server") -> list[Route]:
     ]
 
 
-def _tokenized(served: "Served", body: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
+def _tokenize(served: "Served", request: TokenizeRequest) -> dict[str, Any]:
     tokenizer = served.tokenizer
-    if given["messages"] is not None:
-        chat = {key: body[key] for key in ("messages", *OF_CHAT) if key in body}
-        asked = chat_asked({"model": served.name, **chat})
-        tokens = served.prompts.chat(generic(asked, served.prompts.why_not))
+    if request.prompt is None:
+        chat = validate(request.chat_body(served.name), ChatCompletionRequest)
+        tokens = served.prompts.chat(with_generic_tools(chat, served.prompts.why_not))
     else:
-        tokens = checked(tokenizer.encode, given["prompt"])
-        if given["add_special_tokens"] and tokenizer.bos_id is not None:
+        try:
+            tokens = tokenizer.encode(request.prompt)
+        except InputError as error:
+            raise ApiError(str(error), param="prompt") from None
+        if request.add_special_tokens and tokenizer.bos_id is not None:
             tokens = [tokenizer.bos_id, *tokens]
     names = [tokenizer.token_bytes(token).decode(errors="replace") for token in tokens]
     return {
         "count": len(tokens), "max_model_len": served.context_limit, "tokens": tokens,
-        "token_strs": names if given["return_token_strs"] else None,
+        "token_strs": names if request.return_token_strs else None,
     }  # fmt: skip

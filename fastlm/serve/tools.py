@@ -1,6 +1,4 @@
-"""Tools of a chat request, and the calls in an answer.
-
-Recognised in an answer, where the request has tools:
+"""The calls of tools in an answer. Recognised, where the request has tools:
 
 - ``<tool_call>JSON</tool_call>``, any number of them in a text (Hermes, Qwen, SmolLM);
 - an answer that is JSON as a whole (Llama 3, Mistral, whose marks are special tokens).
@@ -13,62 +11,14 @@ request does not have is text. Models whose template writes no tools have a form
 """
 
 import json
-import re
 import secrets
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
 from fastlm.inference.forms import CLOSE, OPEN
-from fastlm.serve.fields import Field, flag, read_fields, schema_of, text, wrong
 
-MOST_TOOLS = 128
 DECODER = json.JSONDecoder()
-NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
-
-
-def _parameters(value: Any, name: str) -> Any:
-    if not isinstance(value, dict):
-        raise wrong(name, "a JSON schema", value)
-    return value
-
-
-FUNCTION = {
-    "name": text(64, required=True),
-    "description": text(2**14, empty=True),  # LangChain sends an empty one
-    "parameters": Field(_parameters, {"type": "object"}),
-    "strict": flag(),
-}
-
-
-def check_tools(value: Any, name: str) -> list[Any] | None:
-    """OpenAI's list of tools, which goes to the chat template as it is; None for an empty one."""
-    if not isinstance(value, list) or len(value) > MOST_TOOLS:
-        raise wrong(name, f"a list of at most {MOST_TOOLS} tools", value)
-    for i, tool in enumerate(value):
-        where = f"{name}[{i}]"
-        if not isinstance(tool, dict) or tool.get("type") != "function" or len(tool) != 2:
-            raise wrong(where, "an object with type 'function' and function", tool)
-        function = read_fields(tool.get("function"), FUNCTION, f"{where}.function")
-        if not NAME.fullmatch(function["name"]):
-            raise wrong(f"{where}.function.name", "letters, digits, _, . and -", function["name"])
-    names = [tool["function"]["name"] for tool in value]
-    for i, one in enumerate(names):
-        if one in names[:i]:
-            raise wrong(f"{name}[{i}].function.name", "a name of its own", one)
-    return value or None
-
-
-TOOLS = {
-    "type": "array",
-    "items": {
-        "type": "object",
-        "properties": {"type": {"const": "function"}, "function": schema_of(FUNCTION)},
-        "required": ["type", "function"],
-        "additionalProperties": False,
-    },
-    "maxItems": MOST_TOOLS,
-}
 
 
 @dataclass

@@ -16,11 +16,11 @@ import torch
 
 from fastlm.checkpoint.config import ModelConfig
 from fastlm.inference.engine import Engine
+from fastlm.inference.forms import Form
 from fastlm.model.causal_lm import CausalLM
 from fastlm.serve.app import Server
 from fastlm.serve.models import Models, Served
 from fastlm.serve.monitor.monitor import Monitor, Settings
-from fastlm.serve.openai_api import Form
 from fastlm.serve.process import _Process, config_of
 from fastlm.tokenizer.tokenizer import Tokenizer
 

@@ -17,10 +17,16 @@ from paths import ROOT
 from serve_app import ask, serving, tiny_model
 
 from fastlm.serve.feedback import FeedbackStore
-from fastlm.serve.openai_api import CHAT, EMBED, TEXT
-from fastlm.serve.responses_api import RESPONSES
+from fastlm.serve.protocol.chat_completion import ChatCompletionRequest
+from fastlm.serve.protocol.completion import CompletionRequest
+from fastlm.serve.protocol.embedding import EmbeddingRequest
+from fastlm.serve.protocol.responses_api import ResponsesRequest
 
-TABLES = {"chat": CHAT, "text": TEXT, "embed": EMBED, "responses": RESPONSES}
+MODELS = {
+    "chat": ChatCompletionRequest, "text": CompletionRequest, "embed": EmbeddingRequest,
+    "responses": ResponsesRequest,
+}  # fmt: skip
+FIELDS = {kind: set(model.model_fields) for kind, model in MODELS.items()}
 PATHS = {
     "chat": "/v1/chat/completions", "text": "/v1/completions", "embed": "/v1/embeddings",
     "responses": "/v1/responses",

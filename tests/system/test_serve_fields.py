@@ -15,16 +15,15 @@ import openai
 import pytest
 import torch
 from serve_app import HTTP, ask, serving, tiny_model
-from serve_fields import DOCS, PATHS, TABLES, TOOL, Api, Person, case_table, check, field_server
+from serve_fields import DOCS, FIELDS, PATHS, TOOL, Api, Person, case_table, check, field_server
 from typer.testing import CliRunner
 
 from fastlm.cli import app
 from fastlm.serve.feedback import FeedbackStore
-from fastlm.serve.forms import GUIDED
 from fastlm.serve.loading import name_of
-from fastlm.serve.openai_api import CHAT, EMBED, IGNORED, SAMPLED, TEXT, UNSUPPORTED
-from fastlm.serve.opinions import FEEDBACK
-from fastlm.serve.responses_api import RESPONSES
+from fastlm.serve.protocol.body import IGNORED, UNSUPPORTED
+from fastlm.serve.protocol.completion import CompletionRequest, GenerationRequest
+from fastlm.serve.protocol.feedback_request import FeedbackRequest
 
 # /v1/completions has the fields of chat; only differences are tested
 CASES, case = case_table()
@@ -36,10 +35,10 @@ def server(tmp_path_factory):
         yield server
 
 
-@pytest.mark.parametrize("kind", TABLES)
+@pytest.mark.parametrize("kind", FIELDS)
 def test_what_is_not_supported_is_a_400_that_names_it(server, kind):
     api = Api(server, kind)
-    names = sorted(UNSUPPORTED - set(TABLES[kind]))
+    names = sorted(UNSUPPORTED - FIELDS[kind])
     for name in names:
         assert "not supported" in api.refused(name, **{name: "x"})
     api.answer(**dict.fromkeys(names))  # null: not asked for
@@ -50,32 +49,37 @@ def test_what_is_not_supported_is_a_400_that_names_it(server, kind):
 
 def test_the_table_in_the_docs_has_every_field():
     text = DOCS.read_text()
-    for name in {*CHAT, *TEXT, *EMBED, *RESPONSES, *FEEDBACK, *UNSUPPORTED}:
+    for name in {*UNSUPPORTED, *FeedbackRequest.model_fields}.union(*FIELDS.values()):
         assert f"`{name}`" in text, name
 
 
 def test_a_field_that_is_missing(server):
     chat, embed = Api(server, "chat"), Api(server, "embed")
-    assert chat.refused("messages", messages=None) == "messages: wanted a list, got none"
-    assert chat.refused("model", model=None) == "model: wanted a text, got none"
-    call = {"function": {"name": None}}
+    missing = "expected this field, got nothing"
+    assert chat.refused("messages", messages=None) == f"messages: {missing}"
+    assert chat.refused("model", model=None) == f"model: {missing}"
+    call = {"function": {}}
     said = {"role": "assistant", "tool_calls": [call]}
     name = "messages[0].tool_calls[0].function.name"
-    assert chat.refused(name, messages=[said]) == f"{name}: wanted a text, got none"
+    assert chat.refused(name, messages=[said]) == f"{name}: {missing}"
     del call["function"]
     at = name.removesuffix(".name")
-    assert chat.refused(at, messages=[said]) == f"{at}: wanted an object, got none"
-    assert embed.refused("input", input=None) == "input: wanted a text or a list, got none"
+    assert chat.refused(at, messages=[said]) == f"{at}: {missing}"
+    assert embed.refused("input", input=None) == f"input: {missing}"
     content = "messages[0].content"
-    told = chat.refused(content, messages=[{"role": "user"}])
-    assert told == f"{content}: wanted a text or a list of parts, got none"
+    assert chat.refused(content, messages=[{"role": "user"}]) == f"{content}: {missing}"
+    told = chat.refused(content, messages=[{"role": "assistant", "tool_calls": []}])
+    assert told == f"{content}: expected a text or an array of parts, got nothing"
 
 
 def test_openapi_describes_the_fields(server):
-    paths = HTTP.get(server.url + "/openapi.json").json()["paths"]
+    document = HTTP.get(server.url + "/openapi.json").json()
     for kind, path in PATHS.items():
-        schema = paths[path]["post"]["requestBody"]["content"]["application/json"]["schema"]
-        assert set(schema["properties"]) == set(TABLES[kind])
+        post = document["paths"][path]["post"]
+        schema = post["requestBody"]["content"]["application/json"]["schema"]
+        name = schema["$ref"].rpartition("/")[2]
+        assert set(document["components"]["schemas"][name]["properties"]) == FIELDS[kind]
+        schema |= {"components": document["components"]}
         jsonschema.Draft202012Validator.check_schema(schema)
         assert jsonschema.Draft202012Validator(schema).is_valid({"model": "tiny"}) is False
 
@@ -194,7 +198,7 @@ def _(api):
     assert api.said(seed=1, temperature=None) == api.said(seed=1, temperature=1)
     for bad in (-1, "1", True, 1e-7):
         api.refused("temperature", temperature=bad)
-    assert "from 0 to 2, got 2.5" in api.refused("temperature", temperature=2.5)
+    assert "less than or equal to 2, got 2.5" in api.refused("temperature", temperature=2.5)
 
 
 @case("top_k", "top_p", "min_p")
@@ -215,7 +219,7 @@ def _(api):
 def _(api):
     first = api.said(temperature=1, seed=7)
     assert first == api.said(temperature=1, seed=7) != api.said(temperature=1, seed=8)
-    assert "from 0 to 9223372036854775807, got -1" in api.refused("seed", seed=-1)
+    assert "greater than or equal to 0, got -1" in api.refused("seed", seed=-1)
     api.refused("seed", seed=2**63)
 
 
@@ -286,7 +290,7 @@ def _(api):
     assert len(clients) == 1  # who makes up users gets no queue for each
 
 
-@case(*GUIDED)
+@case("guided_json", "guided_regex", "guided_choice", "guided_grammar")
 def _(api):
     def said(**form):
         return api.said(**form, max_tokens=60, temperature=1, seed=3)
@@ -331,7 +335,7 @@ def _(api):
     assert (
         api.answer(logit_bias=bias, stop_token_ids=[api.token])["usage"]["completion_tokens"] == 1
     )
-    api.refused("logit_bias", logit_bias={"a": 1})
+    api.refused("logit_bias.a", logit_bias={"a": 1})
     api.refused("logit_bias", logit_bias={"99999": 1})
     api.refused("logit_bias.5", logit_bias={"5": 101})
     api.refused("stop_token_ids", stop_token_ids=[99999])
@@ -573,7 +577,7 @@ def _(api):
     api.refused("tools", tools={})
     empty = {"type": "function", "function": {**TOOL["function"], "description": ""}}
     api.answer(tools=[empty])  # as LangChain's with_structured_output sends it
-    api.refused("tools[0]", tools=[{"type": "function"}])
+    api.refused("tools[0].function", tools=[{"type": "function"}])
     api.refused("tools[0].function.name", tools=[{"type": "function", "function": {"name": "é"}}])
     api.refused("tools[1].function.name", tools=[TOOL, TOOL])
     strict = {"type": "function", "function": {**TOOL["function"], "strict": True}}
@@ -719,7 +723,7 @@ def test_field(server, kind, names):
 
 def test_every_field_has_a_test():
     tested = {(kind, name) for kind, names in CASES for name in names}
-    shared = {("text", name) for name in SAMPLED if TEXT[name] is CHAT[name] is SAMPLED[name]}
+    own = set(CompletionRequest.__annotations__)
+    shared = {("text", name) for name in GenerationRequest.model_fields if name not in own}
     for kind in ("chat", "text", "embed"):
-        assert {(kind, name) for name in TABLES[kind]} <= tested | shared
-    assert {("chat", name) for name in SAMPLED} <= tested
+        assert {(kind, name) for name in FIELDS[kind]} <= tested | shared

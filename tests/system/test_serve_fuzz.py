@@ -71,6 +71,8 @@ def served(tmp_path_factory):
             raw = HTTP.get(url + "/openapi.json").json()
             for path in (*PATHS, *RANKS):
                 body = raw["paths"][path]["post"]["requestBody"]["content"]["application/json"]
+                name = body["schema"].pop("$ref").rpartition("/")[2]
+                body["schema"] |= raw["components"]["schemas"][name]
                 fields = body["schema"]["properties"]
                 fields.update({name: KNOWN[name] for name in KNOWN.keys() & fields.keys()})
                 for name in REQUIRED.get(path, ()):

@@ -21,12 +21,13 @@ from fastlm.checkpoint.config import ModelConfig
 from fastlm.errors import InputError
 from fastlm.inference.requests import Closed, QueueFull
 from fastlm.model.causal_lm import CausalLM
+from fastlm.serve.api_error import ApiError
 from fastlm.serve.app import READERS
 from fastlm.serve.commands import read_keys
-from fastlm.serve.fields import ApiError, parse_body
 from fastlm.serve.middleware import Limits
-from fastlm.serve.openai_api import chat_asked
 from fastlm.serve.prompts import Prompts
+from fastlm.serve.protocol.body import parse_json, read_request
+from fastlm.serve.protocol.chat_completion import ChatCompletionRequest
 from fastlm.tokenizer import tokenizer as tokenizer_module
 
 KEY = "a-key-of-this-server"
@@ -128,19 +129,19 @@ def test_keys_hosts_paths_and_bodies(tiny):
 def test_many_keys_are_read_in_one_pass():
     pairs = ", ".join(f'"{i}": 1' for i in range(100_000))
     began = time.process_time()
-    with pytest.raises(ApiError, match="99999: wanted once, got it twice"):
-        parse_body(f'{{{pairs}, "99999": 1}}'.encode())
+    with pytest.raises(ApiError, match="99999: expected once, got it twice"):
+        parse_json(f'{{{pairs}, "99999": 1}}'.encode())
     assert time.process_time() - began < 5  # each key against each other takes minutes
 
 
 def test_a_large_body_is_read_beside_the_event_loop(tiny, monkeypatch):
     threads = []
 
-    def parsed(data):
+    def recorded(data, model):
         threads.append(threading.current_thread().name)
-        return parse_body(data)
+        return read_request(data, model)
 
-    monkeypatch.setattr("fastlm.serve.app.parse_body", parsed)
+    monkeypatch.setattr("fastlm.serve.app.read_request", recorded)
     with serving(*tiny) as (url, _):
         for count, path in ((10, "completions"), (10**5, "completions"), (10**5, "embeddings")):
             field = "prompt" if path == "completions" else "input"
@@ -350,11 +351,11 @@ def test_a_prompt_is_encoded_until_the_context_is_full(tiny, monkeypatch):
     )
     text = "".join(chr(ord("a") + i % 25) for i in range(8 * part))
     monkeypatch.setattr(prompts, "most_bytes", 2**20)  # as with a real vocabulary
-    chat = chat_asked({**body(), "messages": [{"role": "user", "content": text}]})
+    chat = ChatCompletionRequest(model="tiny", messages=[{"role": "user", "content": text}])
     for name, read in (("prompt", lambda: prompts.text(text)), ("input", lambda: prompts.text(
         text, "input", 0)), ("messages", lambda: prompts.chat(chat))):  # fmt: skip
         encoded.clear()
-        with pytest.raises(ApiError, match=f"{name}: wanted at most the 4096 tokens") as refused:
+        with pytest.raises(ApiError, match=f"{name}: expected at most the 4096 tokens") as refused:
             read()
         assert (refused.value.param, refused.value.code) == (name, "context_length_exceeded")
         assert sum(map(len, encoded)) < 2 * part

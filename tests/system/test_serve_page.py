@@ -406,7 +406,7 @@ def test_stop_and_errors(opened, tiny):
         assert server.served.engine.stats().finished["cancelled"] == 1
         page.get_by_label("Temperature").fill("7")
         send(page, "Hi")
-        status(page, "temperature: wanted a number from 0 to 2, got 7")
+        status(page, "temperature: expected less than or equal to 2, got 7")
 
 
 def titles(page):

@@ -4,11 +4,11 @@ import json
 
 import openai
 import pytest
-from serve_fields import TOOL, Api, Person, case_table, check, field_server
+from serve_fields import FIELDS, TOOL, Api, Person, case_table, check, field_server
 
-from fastlm.serve.fields import ApiError
-from fastlm.serve.openai_api import CHAT
-from fastlm.serve.responses_api import RESPONSES, continued, responses_asked
+from fastlm.serve.api_error import ApiError
+from fastlm.serve.previous_response import with_previous
+from fastlm.serve.protocol.responses_api import ResponsesRequest
 
 CASES, case = case_table()
 
@@ -53,7 +53,7 @@ def _(api):
     api.refused("instructions", instructions=7)
     for bad, at in (
         ([], "input"), ("", "input"), (["Hi"], "input[0]"), ([{"role": "robot", "content": "x"}],
-        "input[0].role"), ([{"type": "reasoning", "summary": []}], "input[0].type"),
+        "input[0].role"), ([{"type": "reasoning", "summary": []}], "input[0]"),
         ([{**call, "arguments": "7"}], "input[0].arguments"),
         ([{**items[0], "content": [{"type": "input_image"}]}], "input[0].content[0]"),
         ([{**items[0], "quality": 1}], "input[0].quality"),
@@ -198,7 +198,8 @@ def _(api):
     api.refused("store", store="yes")
     api.refused("conversation_id", conversation_id="talk-2")
     with pytest.raises(ApiError, match="keeps no conversations"):
-        continued(responses_asked({"model": "x", "input": "Hi", "previous_response_id": "r"}), None)
+        request = ResponsesRequest(model="x", input="Hi", previous_response_id="r")
+        with_previous(request.chat, None)
 
 
 @pytest.mark.parametrize("kind, names", CASES, ids=str)
@@ -209,4 +210,4 @@ def test_field(server, kind, names):
 def test_every_field_has_a_test():
     """What is not a field of a chat, which test_serve_fields.py tests."""
     tested = {name for _, names in CASES for name in names}
-    assert {name for name in RESPONSES if RESPONSES[name] is not CHAT.get(name)} <= tested
+    assert FIELDS["responses"] - FIELDS["chat"] <= tested

@@ -25,7 +25,8 @@ from fastlm.serve.canary.canary_config import CanaryConfig
 from fastlm.serve.canary.canary_lease import CanaryLease
 from fastlm.serve.middleware import log
 from fastlm.serve.models import Models, Served
-from fastlm.serve.openai_api import Asked, ChatAsked, TextAsked
+from fastlm.serve.protocol.chat_completion import ChatCompletionRequest
+from fastlm.serve.protocol.completion import CompletionRequest, GenerationRequest
 from fastlm.stats import sequential
 from fastlm.stats.latency import BOUND, PacePairs, PairCounts, compare_paces
 
@@ -142,22 +143,24 @@ def _verdict(
     )
 
 
-def unit_of(asked: Asked, client: str) -> str:
+def unit_of(request: GenerationRequest, client: str) -> str:
     """What stays with one model, as a hash: a conversation by its id, else by its client and its
     messages up to the first of a user; a text by its client and its beginning."""
-    if isinstance(asked, ChatAsked):
-        if asked.conversation_id is not None:
-            return _hash("id", asked.conversation_id)
-        count = next((i for i, m in enumerate(asked.messages, 1) if m["role"] == "user"), None)
-        return _hash("chat", client, json.dumps(asked.messages[:count], sort_keys=True))
-    assert isinstance(asked, TextAsked)
-    return _hash("text", client, json.dumps(asked.prompts[0]))
+    if isinstance(request, ChatCompletionRequest):
+        if request.conversation_id is not None:
+            return _hash("id", request.conversation_id)
+        count = next((i for i, m in enumerate(request.messages, 1) if m["role"] == "user"), None)
+        return _hash("chat", client, json.dumps(request.messages[:count], sort_keys=True))
+    assert isinstance(request, CompletionRequest)
+    return _hash("text", client, json.dumps(request.prompts[0]))
 
 
-def uses_ids(asked: Asked) -> bool:
+def uses_ids(request: GenerationRequest) -> bool:
     """Whether a request has token ids in it."""
-    listed = isinstance(asked, TextAsked) and any(isinstance(p, list) for p in asked.prompts)
-    return listed or bool(asked.stop_ids or asked.sampling.logit_bias)
+    listed = isinstance(request, CompletionRequest) and any(
+        isinstance(prompt, list) for prompt in request.prompts
+    )
+    return listed or bool(request.stop_token_ids or request.logit_bias)
 
 
 def _hash(*parts: str) -> str:
@@ -206,11 +209,13 @@ class CanaryExperiment:
         assert self.canary is not None
         return self.canary
 
-    def lease(self, models: Models, served: Served, asked: Asked, client: str) -> CanaryLease:
+    def lease(
+        self, models: Models, served: Served, request: GenerationRequest, client: str
+    ) -> CanaryLease:
         """Choose the model of a request. Ids of tokens that mean something else to the canary stay
         with the current model."""
-        unit = unit_of(asked, client)
-        assigned = asked.model == models.name and (self.same_tokens or not uses_ids(asked))
+        unit = unit_of(request, client)
+        assigned = request.model == models.name and (self.same_tokens or not uses_ids(request))
         if assigned and self.takes(unit):
             served = self.served
         return CanaryLease(models, served, self, unit, assigned)

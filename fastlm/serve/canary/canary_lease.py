@@ -56,7 +56,7 @@ class CanaryLease(ModelLease):
         tokens = sum(choice.tokens for choice in answer.choices)
         seconds = time.perf_counter() - self.began
         await self.experiment.answered(
-            id, self.unit, getattr(answer.asked, "conversation_id", None), arm, name,
+            id, self.unit, getattr(answer.request, "conversation_id", None), arm, name,
             assigned=assigned, seconds=seconds / max(1, tokens),
             stopped=all(choice.finish_reason != "length" for choice in answer.choices),
         )  # fmt: skip

@@ -12,10 +12,10 @@ from prometheus_client.core import Metric
 
 from fastlm.errors import InputError
 from fastlm.serve import loading
+from fastlm.serve.api_error import ApiError
 from fastlm.serve.canary.canary import CanaryExperiment, CanaryVerdict, comparisons
 from fastlm.serve.canary.canary_config import CanaryConfig
 from fastlm.serve.canary.canary_metrics import canary_metrics
-from fastlm.serve.fields import ApiError
 from fastlm.serve.middleware import log
 from fastlm.serve.model_manager import Allowed, ModelManager, model_key, model_ref
 from fastlm.serve.state import CanaryState, ModelRef

@@ -13,7 +13,7 @@ from anyio.to_thread import run_sync
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from fastlm.errors import InputError
-from fastlm.serve.fields import ApiError
+from fastlm.serve.api_error import ApiError
 from fastlm.serve.middleware import log
 from fastlm.serve.monitor import window
 from fastlm.serve.monitor.alerts import CHECK_SECONDS, Alerts
@@ -24,8 +24,8 @@ from fastlm.serve.monitor.request_trace import RequestTrace
 from fastlm.serve.monitor.rules import Rule, Rules, read_rules, seconds
 from fastlm.serve.monitor.summary import LENGTHS, lengths, series, summary, value_of
 from fastlm.serve.monitor.window import Period, read_period
-from fastlm.serve.openai_api import Asked
 from fastlm.serve.options import ServeOptions
+from fastlm.serve.protocol.completion import GenerationRequest
 from fastlm.serve.ratings import Rating, read_ratings
 
 if TYPE_CHECKING:
@@ -85,8 +85,10 @@ class Monitor:
     def close(self) -> None:
         self.recorder.close()
 
-    def observe(self, asked: Asked, model: str, id: str, lengths: Sequence[int]) -> RequestTrace:
-        return RequestTrace(self.recorder, asked, model, id, lengths)
+    def observe(
+        self, request: GenerationRequest, model: str, id: str, lengths: Sequence[int]
+    ) -> RequestTrace:
+        return RequestTrace(self.recorder, request, model, id, lengths)
 
     def collect(self) -> Iterator[Metric]:
         alerts = GaugeMetricFamily(

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from fastlm.serve.monitor import features, judges
 from fastlm.serve.monitor.recorder import Measure, Recorder
-from fastlm.serve.openai_api import Asked, ChatAsked, TextAsked
+from fastlm.serve.protocol.chat_completion import ChatCompletionRequest
+from fastlm.serve.protocol.completion import CompletionRequest, GenerationRequest
 
 if TYPE_CHECKING:
     from fastlm.serve.answers import Answer
@@ -17,12 +18,12 @@ MOST_NAME = 256  # characters of a model's name
 
 @dataclass
 class RequestTrace:
-    """What was ``asked`` of ``model``: prompts of so many ``lengths`` tokens, answered under
+    """A ``request`` to ``model``: prompts of so many ``lengths`` tokens, answered under
     ``id``. ``answer``: once the engine has it.
     """
 
     recorder: Recorder
-    asked: Asked
+    request: GenerationRequest
     model: str
     id: str
     lengths: Sequence[int]
@@ -37,13 +38,13 @@ class RequestTrace:
             "response_id": self.id, "model": self.model[:MOST_NAME], "at": time.time(),
             "status": status, "choice": 0,
         }  # fmt: skip
-        if isinstance(self.asked, ChatAsked) and self.asked.store:
-            common["conversation_id"] = self.asked.conversation_id
+        if isinstance(self.request, ChatCompletionRequest) and self.request.store:
+            common["conversation_id"] = self.request.conversation_id
         if status != 200 or self.answer is None:
             self.recorder.put(Measure(common | {"prompt_tokens": sum(self.lengths)}))
             return
         for index, choice in enumerate(self.answer.choices):
-            times, prompt = self.answer.running.times[index], index // self.asked.n
+            times, prompt = self.answer.running.times[index], index // self.request.n
             values = common | {
                 "choice": index, "finish_reason": choice.finish_reason,
                 "queue_seconds": times.queue, "first_token_seconds": times.first,
@@ -51,21 +52,21 @@ class RequestTrace:
                 "new_tokens": choice.tokens,
             }  # fmt: skip
             # of several choices, the first stands for the prompt
-            text = self._prompt(prompt) if index % self.asked.n == 0 else None
+            text = self._prompt(prompt) if index % self.request.n == 0 else None
             answer = choice.text[: judges.MOST_CHARACTERS]
             self.recorder.put(Measure(values, text, self._turns(), answer))
 
     def _turns(self) -> int:
-        return len(self.asked.messages) if isinstance(self.asked, ChatAsked) else 1
+        return len(self.request.messages) if isinstance(self.request, ChatCompletionRequest) else 1
 
     def _prompt(self, index: int) -> str | None:
         """The last message of the user, or the text; None where it is tokens."""
         found: Any = None
-        if isinstance(self.asked, ChatAsked):
-            users = (m for m in reversed(self.asked.messages) if m["role"] == "user")
+        if isinstance(self.request, ChatCompletionRequest):
+            users = (m for m in reversed(self.request.messages) if m["role"] == "user")
             found = next(users, {}).get("content")
-        elif isinstance(self.asked, TextAsked):
-            found = self.asked.prompts[index]
+        elif isinstance(self.request, CompletionRequest):
+            found = self.request.prompts[index]
         if isinstance(found, list):  # a message's parts
             parts = [part["text"] for part in found if isinstance(part, dict)]
             found = "".join(parts) if parts else None

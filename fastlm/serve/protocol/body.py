@@ -1,0 +1,170 @@
+"""What requests have in common: the base class, types of fields, and how a body is read.
+
+Types are strict: no text stands for a number, no number for true. A field that the server would
+have to ignore is an error, never dropped.
+"""
+
+import difflib
+import json
+import math
+from typing import Annotated, Any, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError, from_json
+
+from fastlm.errors import InputError
+from fastlm.schema import Name, field_name, first_error
+from fastlm.serve.api_error import ApiError, unexpected
+
+Body = TypeVar("Body", bound="RequestBody")
+STRICT = ConfigDict(extra="forbid", strict=True)
+# what OpenAI has and this server does not
+UNSUPPORTED = frozenset(
+    "audio function_call functions suffix web_search_options moderation context_management".split()
+)
+# what cannot change an answer: the log and a header of the response name it
+IGNORED = (
+    "cache_prompt", "metadata", "modalities", "prediction", "prompt_cache_key",
+    "prompt_cache_retention", "reasoning_effort", "safety_identifier", "service_tier", "user",
+    "verbosity",
+)  # fmt: skip
+MAX_ERRORS = 1000  # of a body that are looked at: pydantic takes microseconds for each
+
+
+def _whole(value: Any) -> Any:
+    """3.0 is a whole number, as in JSON schema."""
+    return int(value) if type(value) is float and value.is_integer() else value
+
+
+def _wholes(value: Any) -> Any:
+    has_float = isinstance(value, list) and float in set(map(type, value))
+    return [_whole(item) for item in value] if has_float else value
+
+
+WHOLE = BeforeValidator(_whole)  # after the bounds in an Annotated[int, ...]
+PositiveInt = Annotated[int, Field(ge=1, le=2**31), WHOLE]
+EmptyOrText = Annotated[str, Field(max_length=2**26)]
+Text = Annotated[EmptyOrText, Field(min_length=1)]
+TokenIds = Annotated[
+    list[Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(fail_fast=True), BeforeValidator(_wholes)
+]
+ModelName = Annotated[Name, Field(max_length=256)]
+Label = Annotated[Name, Field(max_length=512)]
+# of a response or a conversation. Personal data is not scrubbed from ids: an address is none
+Identifier = Annotated[str, Field(pattern="^[A-Za-z0-9_-]{1,128}$")]
+JsonSchema = Annotated[dict[str, Any] | bool, WithJsonSchema({"type": ["object", "boolean"]})]
+
+
+def reject(expected: str) -> Any:
+    """Refuse the value of the validator that calls this."""
+    raise PydanticCustomError("expected", "{what}", {"what": expected})
+
+
+# a Literal would take 1 for True
+true, false = (lambda value: value or reject("true")), (lambda value: value and reject("false"))
+AlwaysTrue = Annotated[bool, AfterValidator(true), WithJsonSchema({"const": True})]
+AlwaysFalse = Annotated[bool, AfterValidator(false), WithJsonSchema({"const": False})]
+
+
+def object_of(pattern: str, value: dict[str, Any], **bounds: int) -> WithJsonSchema:
+    """JSON schema of an object whose keys fit ``pattern``, and no others."""
+    keys = {"propertyNames": {"pattern": pattern}, "additionalProperties": value}
+    return WithJsonSchema({"type": "object", **keys, **bounds})
+
+
+class RequestBody(BaseModel):
+    """A JSON object whose fields are all known. ``null`` is the same as no field."""
+
+    model_config = STRICT
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_names(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        fields = cls.__pydantic_fields__
+        for key in body:
+            if key in fields:
+                continue
+            if key not in UNSUPPORTED:
+                near = difflib.get_close_matches(key[:80], fields, n=1)
+                hint = f"; the nearest known one is {near[0]!r}" if near else ""
+                raise ApiError(f"{key:.80}: unknown field{hint}", param=key[:80])
+            if body[key] is not None:
+                raise ApiError(f"{key}: not supported by this server", param=key)
+        return {key: value for key, value in body.items() if value is not None}
+
+    @property
+    def ignored_fields(self) -> tuple[str, ...]:
+        """The fields that were given and change nothing. A default counts as not given."""
+        fields, given = type(self).__pydantic_fields__, self.model_fields_set
+        return tuple(
+            name for name in IGNORED
+            if name in given and getattr(self, name) != fields[name].default
+        )  # fmt: skip
+
+
+def read_request(data: bytes, model: type[Body]) -> Body:
+    """Return the JSON ``data`` as ``model``. ApiError: names the field that does not fit."""
+    body = parse_json(data)
+    if not isinstance(body, dict):
+        raise unexpected("body", "an object", body)
+    return validate(body, model)
+
+
+def validate(body: dict[str, Any], model: type[Body]) -> Body:
+    try:
+        return model.model_validate(body)
+    except ValidationError as error:
+        known = {key: value for key, value in body.items() if value is not None}
+        raise _refusal(error, known) from None
+
+
+def _refusal(error: ValidationError, body: Any) -> ApiError:
+    if (count := error.error_count()) > MAX_ERRORS:
+        return ApiError(f"body: expected fields of the right types, got {count} that are not")
+    path, message, reason = first_error(error, body)
+    if isinstance(reason, ApiError):
+        return reason
+    name = field_name(path)
+    if isinstance(reason, InputError):  # what it says begins with the rest of the path
+        text = f"{name}{reason}"
+        return ApiError(text, param=text.partition(":")[0])
+    return ApiError(f"{name}: {message}", param=name)
+
+
+def parse_json(data: bytes) -> Any:
+    """Return the value of a JSON body. ApiError: not UTF-8, not JSON, a key twice, more than 200
+    levels of nesting, a number that is not finite, a lone surrogate.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            keys = set[str]()
+            key = next(key for key, _ in pairs if key in keys or keys.add(key))
+            raise ApiError(f"{key:.80}: expected once, got it twice", param=key[:80])
+        return found
+
+    def finite(text: str) -> float:
+        if math.isfinite(value := float(text)):
+            return value
+        raise ApiError(f"body: expected finite numbers, got {text:.80}")
+
+    try:
+        from_json(data, allow_inf_nan=False)
+        return json.loads(data, object_pairs_hook=unique, parse_float=finite)
+    except ApiError:
+        raise
+    except (ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise ApiError(f"body: expected JSON, got: {reason:.200}") from None

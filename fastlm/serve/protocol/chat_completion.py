@@ -1,0 +1,265 @@
+"""``POST /v1/chat/completions``: messages, which are text, and tools, which are functions."""
+
+import json
+from typing import Annotated, Any, Literal, NotRequired, Self
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    ValidateAs,
+    WithJsonSchema,
+    WrapValidator,
+    model_validator,
+    with_config,
+)
+from typing_extensions import TypedDict
+
+from fastlm.data.conversations import Message, messages_of
+from fastlm.errors import InputError
+from fastlm.inference.forms import Form
+from fastlm.serve.answer_form import joined_form, response_form, tools_form
+from fastlm.serve.api_error import ApiError
+from fastlm.serve.protocol.body import (
+    STRICT,
+    WHOLE,
+    Identifier,
+    JsonSchema,
+    PositiveInt,
+    reject,
+)
+from fastlm.serve.protocol.completion import CompletionResponse, GenerationRequest, TopLogprobs
+
+MAX_MESSAGES = 4096
+MAX_TOOLS = 128
+# variables of a chat template that the server sets
+TEMPLATE_NAMES = frozenset(
+    "messages tools documents add_generation_prompt date bos_token eos_token pad_token unk_token"
+    " self check".split()
+)
+
+
+def text_part(*kinds: str) -> BeforeValidator:
+    """Refuse parts of a content that are of none of these ``kinds``."""
+    expected = " or ".join(map(repr, kinds))
+
+    def check(part: Any) -> Any:
+        if isinstance(part, dict) and part.get("type") in kinds:
+            return part
+        return reject(f"a part of type {expected} (this server reads text and fetches no URL)")
+
+    return BeforeValidator(check)
+
+
+@with_config(STRICT)
+class TextPart(TypedDict):
+    type: Literal["text"]
+    text: str
+
+
+Content = Annotated[
+    str | Annotated[list[Annotated[TextPart, text_part("text")]], Field(fail_fast=True)],
+    Field(union_mode="left_to_right"),
+]
+ShortText = Annotated[str, Field(min_length=1, max_length=2**10)]
+JsonText = Annotated[
+    str, WithJsonSchema({"type": "string", "contentMediaType": "application/json"})
+]
+
+
+@with_config(STRICT)
+class CalledFunction(TypedDict):
+    name: ShortText
+    arguments: NotRequired[JsonText | dict[str, Any] | None]
+
+
+@with_config(STRICT)
+class ToolCall(TypedDict):
+    id: NotRequired[ShortText | None]
+    index: NotRequired[Annotated[int, Field(ge=0, le=2**31 - 1), WHOLE] | None]
+    type: NotRequired[Literal["function"] | None]
+    function: CalledFunction
+
+
+# what is empty counts as missing
+Empty = Annotated[
+    Any,
+    AfterValidator(lambda value: value if value in (None, []) else reject("no such field")),
+    WithJsonSchema({"enum": [None, []]}),
+]
+
+
+@with_config(strict=True)
+class PromptMessage(TypedDict, extra_items=Empty):
+    role: Literal["system", "developer", "user"]
+    content: Content
+    name: NotRequired[str | None]
+
+
+@with_config(strict=True)
+class AssistantMessage(TypedDict, extra_items=Empty):
+    role: Literal["assistant"]
+    content: NotRequired[Content | None]
+    name: NotRequired[str | None]
+    reasoning_content: NotRequired[str | None]
+    tool_calls: NotRequired[Annotated[list[ToolCall], Field(max_length=1024)] | None]
+
+
+@with_config(strict=True)
+class ToolMessage(TypedDict, extra_items=Empty):
+    role: Literal["tool"]
+    content: Content
+    name: NotRequired[str | None]
+    tool_call_id: NotRequired[str | None]
+
+
+def one_form(messages: list[Any]) -> list[Message]:
+    """Bring messages to the form that chat templates read. InputError: what they cannot have."""
+    for i, message in enumerate(messages):
+        if message.get("content") is None and not message.get("tool_calls"):
+            raise InputError(f"[{i}].content: expected a text or an array of parts, got nothing")
+    try:
+        messages = [message for _, message in messages_of(messages, "")]
+        calls = [message["tool_calls"] for message in messages if "tool_calls" in message]
+        json.dumps(calls, allow_nan=False, ensure_ascii=False).encode()  # were JSON in texts
+    except InputError:
+        raise
+    except ValueError:
+        reject("finite numbers and valid Unicode in the arguments of calls")
+    except RecursionError:
+        reject("arguments of calls that are not nested so deeply")
+    return messages
+
+
+GivenMessages = Annotated[
+    list[Annotated[PromptMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]],
+    Field(min_length=1, max_length=MAX_MESSAGES),
+]
+Messages = Annotated[list[Message], ValidateAs(GivenMessages, one_form)]
+
+
+class FunctionDefinition(TypedDict):
+    name: Annotated[str, Field(pattern="^[a-zA-Z0-9_.-]{1,64}$")]
+    # LangChain sends an empty one
+    description: NotRequired[Annotated[str, Field(max_length=2**14)] | None]
+    parameters: NotRequired[dict[str, Any] | None]
+    strict: NotRequired[bool | None]
+
+
+class Tool(TypedDict):
+    type: Literal["function"]
+    function: FunctionDefinition
+
+
+def unique_names(tools: list[Any]) -> list[Any]:
+    names = set[str]()
+    for i, tool in enumerate(tools):
+        if (name := tool["function"]["name"]) in names:
+            raise InputError(f"[{i}].function.name: expected a name of its own, got {name!r}")
+        names.add(name)
+    return tools
+
+
+def _unchanged(tools: Any, handler: Any) -> Any:
+    """Keep the order of keys: chat templates write tools as JSON."""
+    handler(tools)
+    return tools
+
+
+Tools = Annotated[
+    list[Any],
+    ValidateAs(Annotated[list[Tool], Field(max_length=MAX_TOOLS)], unique_names),
+    WrapValidator(_unchanged),
+]
+
+
+class FunctionName(TypedDict):
+    name: Annotated[str, Field(min_length=1, max_length=64)]
+
+
+class NamedTool(TypedDict):
+    type: NotRequired[Literal["function"] | None]
+    function: FunctionName
+
+
+class NamedSchema(TypedDict, total=False):
+    name: Annotated[str, Field(min_length=1, max_length=64)] | None
+    description: Annotated[str, Field(max_length=1024)] | None
+    schema: JsonSchema | None
+    strict: bool | None  # answers keep to the schema either way
+
+
+class ResponseFormat(TypedDict, total=False):
+    type: Literal["text", "json_object", "json_schema"] | None
+    json_schema: NamedSchema | None
+
+
+def _free_names(variables: dict[str, Any]) -> dict[str, Any]:
+    for name in variables:
+        if name in TEMPLATE_NAMES or not name.isidentifier():
+            reject("names that the server does not set itself")
+    return variables
+
+
+TemplateVariables = Annotated[dict[str, Any], AfterValidator(_free_names)]
+ToolMode = Literal["auto", "none", "required"]
+
+
+class ChatCompletionRequest(GenerationRequest):
+    messages: Messages
+    max_completion_tokens: PositiveInt | None = None
+    logprobs: bool = False
+    top_logprobs: TopLogprobs | None = None
+    response_format: ResponseFormat | None = None
+    tools: Tools | None = None
+    tool_choice: ToolMode | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    chat_template_kwargs: TemplateVariables | None = None
+    add_generation_prompt: bool = True
+    store: bool = False  # the user consents that the conversation is kept
+    conversation_id: Identifier | None = None
+
+    @model_validator(mode="after")
+    def _check_chat(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ApiError("top_logprobs: expected with logprobs true", param="top_logprobs")
+        if self.conversation_id is not None and not self.store:
+            raise ApiError("conversation_id: expected with store true", param="conversation_id")
+        return self
+
+    def _answer_form(self) -> Form | None:
+        self.tools = self.tools or None
+        choice, parallel = self.tool_choice, self.parallel_tool_calls is not False
+        if self.tools is None and choice not in (None, "auto", "none"):
+            raise ApiError("tool_choice: expected with tools", param="tool_choice")
+        if choice == "none":
+            self.tools = None
+        form, structured = response_form(self.response_format), super()._answer_form()
+        if form is not None and structured is not None:
+            param = structured.param.partition(".")[0]
+            raise ApiError(f"{param}: expected this or {form.param}, got both", param=param)
+        named = choice["function"] if isinstance(choice, dict) else choice
+        calls = tools_form(named, self.tools, parallel)
+        return joined_form(form or structured, calls, self.tools, parallel)
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        effort = self.reasoning_effort
+        variables = {} if effort is None else {"reasoning_effort": effort}
+        return variables | (self.chat_template_kwargs or {})
+
+    def rewritten(
+        self, messages: list[Message], tools: list[Any] | None, form: Form | None
+    ) -> "ChatCompletionRequest":
+        """Return the request with other messages, tools and form."""
+        request = self.model_copy(update={"messages": messages, "tools": tools})
+        request._form = form
+        return request
+
+
+class ChatCompletionResponse(CompletionResponse):
+    """Its choices have a ``message`` for a text."""

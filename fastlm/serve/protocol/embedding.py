@@ -1,0 +1,76 @@
+"""``POST /v1/embeddings``, and vLLM's ``/tokenize`` and ``/detokenize``."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, Field, Tag, model_validator
+
+from fastlm.serve.api_error import ApiError
+from fastlm.serve.protocol.body import WHOLE, EmptyOrText, Label, ModelName, RequestBody, TokenIds
+from fastlm.serve.protocol.chat_completion import Messages, TemplateVariables, Tools
+from fastlm.serve.protocol.completion import ITEM, PROMPT, Ids, prompt_list
+
+MAX_INPUTS = 2048  # OpenAI's limit
+MAX_CHARACTERS = 2**20  # of a text, which may be longer than a context: 0.5 s
+InputText = Annotated[EmptyOrText, Tag("text")]
+
+
+class EmbeddingRequest(RequestBody):
+    model: ModelName
+    input: Annotated[
+        InputText
+        | Ids
+        | Annotated[
+            list[Annotated[InputText | Ids, ITEM]],
+            Field(min_length=1, max_length=MAX_INPUTS), Field(fail_fast=True), Tag("list"),
+        ],
+        PROMPT,
+    ]  # fmt: skip
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: Annotated[int, Field(ge=1, le=2**20), WHOLE] | None = None
+    user: Label | None = None
+
+    @property
+    def inputs(self) -> list[str | list[int]]:
+        return prompt_list(self.input)
+
+
+class EmbeddingResponse(BaseModel):
+    object: Literal["list"]
+    data: list[dict[str, Any]]
+    model: str
+    usage: dict[str, int]
+
+
+class TokenizeRequest(RequestBody):
+    """``prompt`` or ``messages``."""
+
+    model: ModelName | None = None
+    prompt: Annotated[str, Field(max_length=MAX_CHARACTERS)] | None = None
+    messages: Messages | None = None
+    tools: Tools | None = None
+    chat_template_kwargs: TemplateVariables | None = None
+    add_generation_prompt: bool = True
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise ApiError("prompt: expected this or messages", param="prompt")
+        return self
+
+    def chat_body(self, model: str) -> dict[str, Any]:
+        names = ("messages", "tools", "chat_template_kwargs", "add_generation_prompt")
+        return {"model": model, **{name: getattr(self, name) for name in names}}
+
+
+class TokenizeResponse(BaseModel):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class DetokenizeRequest(RequestBody):
+    model: ModelName | None = None
+    tokens: Annotated[TokenIds, Field(max_length=MAX_CHARACTERS)]

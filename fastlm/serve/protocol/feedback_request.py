@@ -1,0 +1,52 @@
+"""``POST /v1/feedback``."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+from typing_extensions import TypedDict
+
+from fastlm.schema import Name
+from fastlm.serve.protocol.body import WHOLE, AlwaysTrue, Identifier, RequestBody, object_of
+from fastlm.serve.protocol.chat_completion import Messages, Tools
+from fastlm.serve.protocol.completion import MAX_CHOICES
+from fastlm.serve.ratings import MOST, NAME
+
+CLIENT = 12  # letters of a client's name before a rater's: 1 in 10^14 that two clients share them
+# the column has 128 characters
+Rater = Annotated[Name, Field(max_length=128 - CLIENT - 1)]
+ChoiceIndex = Annotated[int, Field(ge=0, le=MAX_CHOICES - 1), WHOLE]
+Answer = Annotated[str, Field(min_length=1, max_length=2**16)]
+
+
+class ChoiceOfResponse(TypedDict, total=False):
+    response_id: Identifier | None
+    choice: ChoiceIndex | None
+
+
+class ConversationToKeep(TypedDict, total=False):
+    consent: AlwaysTrue | None
+    messages: Messages | None
+    choices: Annotated[list[Answer], Field(min_length=1, max_length=MAX_CHOICES)] | None
+    tools: Tools | None
+
+
+Metrics = Annotated[
+    dict[Annotated[str, Field(pattern=f"^{NAME}$")], float | bool],
+    Field(min_length=1, max_length=MOST),
+    object_of(f"^{NAME}$", {"type": ["number", "boolean"]}, minProperties=1, maxProperties=MOST),
+]
+
+
+class FeedbackRequest(RequestBody):
+    response_id: Identifier | None = None
+    conversation_id: Identifier | None = None
+    choice: ChoiceIndex = 0
+    rater: Rater | None = None
+    thumb: Literal["up", "down"] | None = None
+    comment: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
+    corrected: Answer | None = None
+    metrics: Metrics = {}
+    preferred_over: Annotated[
+        list[ChoiceOfResponse], Field(min_length=1, max_length=MAX_CHOICES)
+    ] = []
+    conversation: ConversationToKeep | None = None

@@ -1,0 +1,327 @@
+"""``POST /v1/responses``, OpenAI's newer API: a chat request in other words.
+
+The server keeps no state but what users let it keep: ``previous_response_id`` names a stored
+answer. Tools are functions; OpenAI's own (search, files, code) are refused.
+"""
+
+import json
+from dataclasses import replace
+from typing import Annotated, Any, Literal, NotRequired, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    Discriminator,
+    Field,
+    PrivateAttr,
+    Tag,
+    ValidateAs,
+    WrapValidator,
+    model_validator,
+)
+from typing_extensions import TypedDict
+
+from fastlm.data.conversations import Message
+from fastlm.errors import InputError
+from fastlm.serve.api_error import ApiError
+from fastlm.serve.protocol.body import (
+    AlwaysFalse,
+    EmptyOrText,
+    Identifier,
+    JsonSchema,
+    Label,
+    PositiveInt,
+    Text,
+    reject,
+    validate,
+)
+from fastlm.serve.protocol.chat_completion import (
+    MAX_MESSAGES,
+    MAX_TOOLS,
+    ChatCompletionRequest,
+    FunctionDefinition,
+    FunctionName,
+    ShortText,
+    TemplateVariables,
+    ToolMode,
+    text_part,
+    unique_names,
+)
+from fastlm.serve.protocol.completion import SamplingRequest, TopLogprobs
+
+LOGPROBS = "message.output_text.logprobs"
+# fields of a chat, as errors name them, in this API
+NAMES = {".function": "", "response_format": "text.format", "messages": "input"}
+
+
+class InputText(TypedDict):
+    type: Literal["input_text"]
+    text: EmptyOrText
+
+
+class OutputText(TypedDict):  # as clients send ours back
+    type: Literal["output_text"]
+    text: EmptyOrText
+    annotations: NotRequired[Any]
+    logprobs: NotRequired[Any]
+
+
+PARTS = "input_text", "output_text"
+Part = Annotated[Annotated[InputText | OutputText, Field(discriminator="type")], text_part(*PARTS)]
+Content = Annotated[
+    str | Annotated[list[Part], Field(fail_fast=True)], Field(union_mode="left_to_right")
+]  # fmt: skip
+
+
+class Item(TypedDict):
+    id: NotRequired[Label | None]
+    status: NotRequired[Literal["in_progress", "completed", "incomplete"] | None]
+
+
+class MessageItem(Item):
+    type: NotRequired[Literal["message"] | None]
+    role: Literal["user", "assistant", "system", "developer"]
+    content: Content
+    phase: NotRequired[Label | None]
+
+
+def _json_object(text: str) -> str:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    return text if isinstance(value, dict) else reject("an object as JSON in a text")
+
+
+class FunctionCallItem(Item):
+    type: Literal["function_call"]
+    call_id: ShortText
+    name: ShortText
+    arguments: Annotated[Text, AfterValidator(_json_object)]
+
+
+class FunctionCallOutputItem(Item):
+    type: Literal["function_call_output"]
+    call_id: ShortText
+    output: Content
+
+
+ITEMS = "message", "function_call", "function_call_output"
+
+
+def _kind_of_item(item: Any) -> str | None:
+    kind = (item.get("type") or "message") if isinstance(item, dict) else "message"
+    return kind if kind in ITEMS else None
+
+
+InputItem = Annotated[
+    Annotated[MessageItem, Tag("message")]
+    | Annotated[FunctionCallItem, Tag("function_call")]
+    | Annotated[FunctionCallOutputItem, Tag("function_call_output")],
+    Discriminator(
+        _kind_of_item, custom_error_type="expected",
+        custom_error_message=f"an item of type {', '.join(ITEMS)}",
+    ),
+]  # fmt: skip
+Input = Annotated[
+    Annotated[Text, Tag("text")]
+    | Annotated[
+        list[InputItem],
+        Field(min_length=1, max_length=MAX_MESSAGES),
+        Field(fail_fast=True),
+        Tag("items"),
+    ],
+    Discriminator(lambda value: "text" if isinstance(value, str) else "items"),
+]
+
+
+class ResponsesTool(FunctionDefinition):
+    type: Literal["function"]
+
+
+def _as_in_chat(tools: Any, handler: Any) -> list[Any]:
+    """Tools as a chat has them, their fields in "function". The order of keys stays."""
+    handler(tools)
+    functions = [
+        {key: value for key, value in tool.items() if key != "type" and value is not None}
+        for tool in tools
+    ]
+    tools = [{"type": "function", "function": function} for function in functions]
+    try:
+        return unique_names(tools)
+    except InputError as error:
+        raise InputError(str(error).replace(".function", "")) from None
+
+
+ResponsesTools = Annotated[
+    list[Any],
+    ValidateAs(Annotated[list[ResponsesTool], Field(max_length=MAX_TOOLS)], list),
+    WrapValidator(_as_in_chat),
+]
+
+
+class NamedFunction(FunctionName):
+    type: NotRequired[Literal["function"] | None]
+
+
+class TextFormat(TypedDict, total=False):
+    type: Literal["text", "json_object", "json_schema"] | None
+    name: Annotated[str, Field(min_length=1, max_length=64)] | None
+    description: Annotated[str, Field(max_length=1024)] | None
+    schema: JsonSchema | None
+    strict: bool | None
+
+
+class TextOptions(TypedDict, total=False):
+    format: TextFormat | None
+    verbosity: Label | None
+
+
+class Reasoning(TypedDict, total=False):
+    effort: Label | None
+    summary: Label | None
+    generate_summary: Label | None
+
+
+class ResponsesStreamOptions(TypedDict, total=False):
+    include_obfuscation: bool | None
+
+
+class ChatOfResponses(ChatCompletionRequest):
+    """A `ResponsesRequest` as a chat."""
+
+    _previous_response_id: str | None = PrivateAttr(None)
+    _repeated: dict[str, Any] = PrivateAttr()
+
+    @property
+    def previous_response_id(self) -> str | None:
+        return self._previous_response_id
+
+    @property
+    def repeated(self) -> dict[str, Any]:
+        """The fields of the request that its response repeats."""
+        return self._repeated
+
+
+class ResponsesRequest(SamplingRequest):
+    input: Input
+    instructions: EmptyOrText | None = None
+    max_output_tokens: PositiveInt | None = None
+    max_tool_calls: PositiveInt | None = None  # of OpenAI's own tools, which this server has not
+    previous_response_id: Identifier | None = None
+    text: TextOptions | None = None
+    reasoning: Reasoning | None = None
+    tools: ResponsesTools | None = None
+    tool_choice: ToolMode | NamedFunction | None = None
+    parallel_tool_calls: bool | None = None
+    include: Annotated[
+        list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]],
+        Field(max_length=8),
+    ] = []
+    top_logprobs: TopLogprobs | None = None
+    store: bool = False  # the user consents that the conversation is kept
+    conversation_id: Identifier | None = None
+    stream_options: ResponsesStreamOptions | None = None
+    background: AlwaysFalse = False
+    truncation: Literal["disabled"] | None = None
+    chat_template_kwargs: TemplateVariables | None = None
+
+    _chat: ChatOfResponses = PrivateAttr()
+
+    @model_validator(mode="after")
+    def _read_as_chat(self) -> Self:
+        try:
+            chat = validate(self._chat_body(), ChatOfResponses)
+        except ApiError as error:
+            message, param = str(error), error.param or ""
+            for name, own in NAMES.items():
+                message, param = message.replace(name, own), param.replace(name, own)
+            raise ApiError(message, param=param) from None
+        if (form := chat.form) is not None and form.param == "response_format":
+            chat._form = replace(form, param="text.format")
+        chat._previous_response_id = self.previous_response_id
+        chat._repeated = self._repeated()
+        self._chat = chat
+        return self
+
+    @property
+    def chat(self) -> ChatOfResponses:
+        """The same request as one to /v1/chat/completions."""
+        return self._chat
+
+    def _chat_body(self) -> dict[str, Any]:
+        shared = self.model_fields_set & ChatCompletionRequest.model_fields.keys()
+        body = {name: getattr(self, name) for name in shared - {"stream_options", "top_logprobs"}}
+        text, format = self.text or {}, (self.text or {}).get("format")
+        if format is not None:
+            schema = format.get("schema")
+            if format.get("type") == "json_schema" and schema is None:
+                at = "text.format.schema"
+                raise ApiError(f"{at}: expected a JSON schema, got nothing", param=at)
+            body["response_format"] = {
+                "type": format.get("type"),
+                "json_schema": {"schema": schema},
+            }
+        if LOGPROBS in self.include or self.top_logprobs is not None:
+            body |= {"logprobs": True, "top_logprobs": self.top_logprobs or 0}
+        if isinstance(self.tool_choice, dict):
+            body["tool_choice"] = {"function": {"name": self.tool_choice["name"]}}
+        return body | {
+            "messages": self._messages(), "max_tokens": self.max_output_tokens,
+            "reasoning_effort": (self.reasoning or {}).get("effort"),
+            "verbosity": text.get("verbosity"),
+        }  # fmt: skip
+
+    def _messages(self) -> list[Message]:
+        """The messages of the input. Calls belong to the message before them."""
+        messages: list[Message] = []
+        if self.instructions:
+            messages.append({"role": "system", "content": self.instructions})
+        items: Any = self.input
+        if isinstance(items, str):
+            return [*messages, {"role": "user", "content": items}]
+        for item in items:
+            if item.get("type") == "function_call":
+                function = {"name": item["name"], "arguments": item["arguments"]}
+                call = {"id": item["call_id"], "type": "function", "function": function}
+                if messages and messages[-1]["role"] == "assistant":
+                    messages[-1].setdefault("tool_calls", []).append(call)
+                else:
+                    messages.append({"role": "assistant", "content": None, "tool_calls": [call]})
+            elif item.get("type") == "function_call_output":
+                content = _joined(item["output"])
+                messages.append(
+                    {"role": "tool", "tool_call_id": item["call_id"], "content": content}
+                )
+            else:
+                messages.append({"role": item["role"], "content": _joined(item["content"])})
+        return messages
+
+    def _repeated(self) -> dict[str, Any]:
+        names = ("temperature", "top_p", "instructions", "max_output_tokens", "store", "user")
+        names += ("previous_response_id",)
+        return {
+            **{name: getattr(self, name) for name in names},
+            "metadata": self.metadata or {},
+            "parallel_tool_calls": self.parallel_tool_calls is not False,
+            "reasoning": {"effort": None, "summary": None, **(self.reasoning or {})},
+            "text": {"format": {"type": "text", **((self.text or {}).get("format") or {})}},
+            "tool_choice": self.tool_choice or "auto",
+            "tools": [{"type": "function", **tool["function"]} for tool in self.tools or []],
+            "top_logprobs": self.top_logprobs or 0,
+            "truncation": "disabled",
+        }
+
+
+def _joined(content: str | list[Any]) -> str:
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+
+class ResponsesResponse(BaseModel):
+    id: str
+    object: Literal["response"]
+    created_at: int
+    status: str
+    model: str
+    output: list[dict[str, Any]]
+    usage: dict[str, Any]
