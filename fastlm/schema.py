@@ -236,11 +236,12 @@ def _expected(error: Any) -> str:
         "tuple_type": "an array", "dict_type": "an object", "union_tag_not_found": "this field",
         "model_attributes_type": "an object",
         "Predicate 'isfinite' failed": "a finite number",
-        "Predicate 'isprintable' failed": "one printable line",
+        "Predicate 'str.isprintable' failed": "one printable line",
         "Predicate 'is_inside' failed": "a path below its folder",
     }  # fmt: skip
     if error["type"] == "union_tag_invalid":
         return f"one of {error['ctx']['expected_tags']}"
     message = error["msg"].partition(" after validation")[0]
+    message = message.replace("String should match pattern", "a text that matches")
     phrase = re.sub(r"^\w+ should (be|have) ", "", message).replace("a valid ", "a ")
     return phrases.get(error["type"]) or phrases.get(message, phrase)

@@ -6,20 +6,30 @@ They answer this machine alone, and where the server has API keys, to an admin k
 import hmac
 import ipaddress
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from fastlm.errors import InputError
+from fastlm.schema import Name
 from fastlm.serve.api_error import ApiError
 from fastlm.serve.middleware import key_name
-from fastlm.serve.protocol.admin_request import EmptyRequest, PromoteRequest
+from fastlm.serve.protocol.body import EmptyRequest, RequestBody
 
 if TYPE_CHECKING:
     from fastlm.serve.app import Server
     from fastlm.serve.model_manager import ModelManager
+
+
+class PromoteRequest(RequestBody):
+    """``model``: None for the canary."""
+
+    model: Annotated[Name, Field(max_length=4096)] | None = None
+    other_tokens: bool = False
+
 
 PATHS = ("/v1/admin/promote", "/v1/admin/rollback", "/v1/canary")
 

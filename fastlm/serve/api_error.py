@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from fastlm.errors import InputError, show
+from fastlm.errors import InputError
 
 
 class ApiError(InputError):
@@ -26,7 +26,3 @@ class ApiError(InputError):
     def body(self) -> dict[str, Any]:
         error = {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}
         return {"error": error}
-
-
-def unexpected(param: str, expected: str, got: Any) -> ApiError:
-    return ApiError(f"{param}: expected {expected}, got {show(got):.80}", param=param)

@@ -191,9 +191,9 @@ class Server:
         async def complete(http: HttpRequest) -> Response:
             body = await self.body(http, model)
             request = body.chat if isinstance(body, ResponsesRequest) else body
-            if isinstance(request, ChatOfResponses) and request.previous_response_id is not None:
+            if isinstance(body, ResponsesRequest) and body.previous_response_id is not None:
                 request = await run_sync(
-                    with_previous, request, self.feedback, limiter=self.writing
+                    with_previous, body.chat, self.feedback, limiter=self.writing
                 )
             kept = self._kept(request)
             turn = self.models.lease(request, http.state.client)

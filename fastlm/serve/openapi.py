@@ -7,8 +7,8 @@ from pydantic import BaseModel
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue, models_json_schema
 
 from fastlm.serve import rank_api
-from fastlm.serve.protocol.admin_request import EmptyRequest, PromoteRequest
-from fastlm.serve.protocol.body import RequestBody
+from fastlm.serve.admin_api import PromoteRequest
+from fastlm.serve.protocol.body import EmptyRequest, RequestBody
 from fastlm.serve.protocol.chat_completion import ChatCompletionRequest, ChatCompletionResponse
 from fastlm.serve.protocol.completion import CompletionRequest, CompletionResponse
 from fastlm.serve.protocol.embedding import (

@@ -17,14 +17,14 @@ def with_previous(request: ChatOfResponses, store: "FeedbackStore | None") -> Ch
 
     ApiError: the server has not kept it.
     """
-    param, previous = "previous_response_id", request.previous_response_id
+    param = "previous_response_id"
+    previous, instructions = request.repeated[param], request.repeated["instructions"]
     if store is None:
         raise ApiError(
             f"{param}: this server keeps no conversations (fastlm serve --feedback): send the whole"
             " conversation as input",
             param=param,
         )
-    assert previous is not None
     try:
         kept = store.answer(previous)
     except InputError:
@@ -39,7 +39,7 @@ def with_previous(request: ChatOfResponses, store: "FeedbackStore | None") -> Ch
             param=param, code="previous_response_not_found",
         )  # fmt: skip
     before = [*kept.prompt, *kept.choices[0]]
-    start = int(bool(request.repeated["instructions"]))
+    start = int(bool(instructions))
     if start and before and before[0]["role"] == "system":
         before = before[1:]
     before = [message for _, message in messages_of(before, param)]

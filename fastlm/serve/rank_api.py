@@ -15,8 +15,7 @@ from starlette.routing import Route
 from fastlm.errors import InputError
 from fastlm.schema import Name
 from fastlm.serve.api_error import ApiError
-from fastlm.serve.protocol.admin_request import EmptyRequest
-from fastlm.serve.protocol.body import WHOLE, RequestBody
+from fastlm.serve.protocol.body import WHOLE, EmptyRequest, RequestBody
 from fastlm.serve.ranking import Item, RankingStore, check_rater
 
 if TYPE_CHECKING:

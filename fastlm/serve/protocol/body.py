@@ -7,10 +7,9 @@ have to ignore is an error, never dropped.
 import difflib
 import json
 import math
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -21,9 +20,9 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError, from_json
 
-from fastlm.errors import InputError
+from fastlm.errors import InputError, show
 from fastlm.schema import Name, field_name, first_error
-from fastlm.serve.api_error import ApiError, unexpected
+from fastlm.serve.api_error import ApiError
 
 Body = TypeVar("Body", bound="RequestBody")
 STRICT = ConfigDict(extra="forbid", strict=True)
@@ -69,10 +68,10 @@ def reject(expected: str) -> Any:
     raise PydanticCustomError("expected", "{what}", {"what": expected})
 
 
-# a Literal would take 1 for True
-true, false = (lambda value: value or reject("true")), (lambda value: value and reject("false"))
-AlwaysTrue = Annotated[bool, AfterValidator(true), WithJsonSchema({"const": True})]
-AlwaysFalse = Annotated[bool, AfterValidator(false), WithJsonSchema({"const": False})]
+# a Literal alone would take 1 for True
+BOOL = BeforeValidator(lambda value: value if isinstance(value, bool) else reject("true or false"))
+AlwaysTrue = Annotated[Literal[True], BOOL]
+AlwaysFalse = Annotated[Literal[False], BOOL]
 
 
 def object_of(pattern: str, value: dict[str, Any], **bounds: int) -> WithJsonSchema:
@@ -113,11 +112,15 @@ class RequestBody(BaseModel):
         )  # fmt: skip
 
 
+class EmptyRequest(RequestBody):
+    """A request without fields."""
+
+
 def read_request(data: bytes, model: type[Body]) -> Body:
     """Return the JSON ``data`` as ``model``. ApiError: names the field that does not fit."""
     body = parse_json(data)
     if not isinstance(body, dict):
-        raise unexpected("body", "an object", body)
+        raise ApiError(f"body: expected an object, got {show(body):.80}", param="body")
     return validate(body, model)
 
 

@@ -189,8 +189,11 @@ class NamedSchema(TypedDict, total=False):
     strict: bool | None  # answers keep to the schema either way
 
 
+FormatType = Literal["text", "json_object", "json_schema"]
+
+
 class ResponseFormat(TypedDict, total=False):
-    type: Literal["text", "json_object", "json_schema"] | None
+    type: FormatType | None
     json_schema: NamedSchema | None
 
 

@@ -22,13 +22,11 @@ from pydantic import (
 from typing_extensions import TypedDict
 
 from fastlm.data.conversations import Message
-from fastlm.errors import InputError
 from fastlm.serve.api_error import ApiError
 from fastlm.serve.protocol.body import (
     AlwaysFalse,
     EmptyOrText,
     Identifier,
-    JsonSchema,
     Label,
     PositiveInt,
     Text,
@@ -39,13 +37,14 @@ from fastlm.serve.protocol.chat_completion import (
     MAX_MESSAGES,
     MAX_TOOLS,
     ChatCompletionRequest,
+    FormatType,
     FunctionDefinition,
     FunctionName,
+    NamedSchema,
     ShortText,
     TemplateVariables,
     ToolMode,
     text_part,
-    unique_names,
 )
 from fastlm.serve.protocol.completion import SamplingRequest, TopLogprobs
 
@@ -127,8 +126,7 @@ Input = Annotated[
     Annotated[Text, Tag("text")]
     | Annotated[
         list[InputItem],
-        Field(min_length=1, max_length=MAX_MESSAGES),
-        Field(fail_fast=True),
+        Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True),
         Tag("items"),
     ],
     Discriminator(lambda value: "text" if isinstance(value, str) else "items"),
@@ -146,11 +144,7 @@ def _as_in_chat(tools: Any, handler: Any) -> list[Any]:
         {key: value for key, value in tool.items() if key != "type" and value is not None}
         for tool in tools
     ]
-    tools = [{"type": "function", "function": function} for function in functions]
-    try:
-        return unique_names(tools)
-    except InputError as error:
-        raise InputError(str(error).replace(".function", "")) from None
+    return [{"type": "function", "function": function} for function in functions]
 
 
 ResponsesTools = Annotated[
@@ -164,12 +158,8 @@ class NamedFunction(FunctionName):
     type: NotRequired[Literal["function"] | None]
 
 
-class TextFormat(TypedDict, total=False):
-    type: Literal["text", "json_object", "json_schema"] | None
-    name: Annotated[str, Field(min_length=1, max_length=64)] | None
-    description: Annotated[str, Field(max_length=1024)] | None
-    schema: JsonSchema | None
-    strict: bool | None
+class TextFormat(NamedSchema, total=False):
+    type: FormatType | None
 
 
 class TextOptions(TypedDict, total=False):
@@ -190,12 +180,7 @@ class ResponsesStreamOptions(TypedDict, total=False):
 class ChatOfResponses(ChatCompletionRequest):
     """A `ResponsesRequest` as a chat."""
 
-    _previous_response_id: str | None = PrivateAttr(None)
     _repeated: dict[str, Any] = PrivateAttr()
-
-    @property
-    def previous_response_id(self) -> str | None:
-        return self._previous_response_id
 
     @property
     def repeated(self) -> dict[str, Any]:
@@ -239,7 +224,6 @@ class ResponsesRequest(SamplingRequest):
             raise ApiError(message, param=param) from None
         if (form := chat.form) is not None and form.param == "response_format":
             chat._form = replace(form, param="text.format")
-        chat._previous_response_id = self.previous_response_id
         chat._repeated = self._repeated()
         self._chat = chat
         return self
