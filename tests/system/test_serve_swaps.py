@@ -190,9 +190,11 @@ def test_what_is_refused_leaves_the_old_model(models, tmp_path, monkeypatch):
             assert server.served.path == str(models["a"])
 
         refused(ready, "wanted 'Bearer KEY'", 401, {})
-        refused(ready, "wanted an admin key", 403, {"authorization": "Bearer " + "k" * 16})
-        for outside in (models["b"], "../../etc", "/etc/passwd", good, "good", place, "", "a\0b"):
+        refused(ready, "expected an admin key", 403, {"authorization": "Bearer " + "k" * 16})
+        for outside in (models["b"], "../../etc", "/etc/passwd", good, "good", place):
             refused(outside, "wanted", 400)
+        for name in ("", "a\0b"):
+            refused(name, "model: expected", 400)
         refused("model:smollm2", "model: wanted one that was named at start, or one below")
         refused("nothing", "no such path")
         refused("empty", "wanted a folder with config.json")

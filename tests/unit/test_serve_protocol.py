@@ -5,14 +5,14 @@ import json
 import pytest
 
 from fastlm.serve.api_error import ApiError
-from fastlm.serve.protocol.body import MAX_ERRORS, read_request
+from fastlm.serve.protocol.body import MAX_ERRORS, RequestBody, read_request
 from fastlm.serve.protocol.chat_completion import ChatCompletionRequest
 from fastlm.serve.protocol.responses_api import ResponsesRequest
 
 SAID = {"role": "assistant", "content": "x"}
 
 
-def refusal(data, model=ChatCompletionRequest):
+def refusal(data, model: type[RequestBody] = ChatCompletionRequest):
     with pytest.raises(ApiError) as refused:
         read_request(data, model)
     assert refused.value.status == 400 and "\n" not in str(refused.value)
@@ -22,9 +22,9 @@ def refusal(data, model=ChatCompletionRequest):
 @pytest.mark.parametrize(
     "text, reason",
     [
-        ("[" * 10**5, "recursion limit"), ('{"a":' * 201 + "1" + "}" * 201, "recursion limit"),
+        ("[" * 10**5, "200 levels"), ('{"a":' * 202 + "1" + "}" * 202, "200 levels"),
         ('{"a": NaN}', "JSON"), ('{"a": -Infinity}', "JSON"), ('{"a": 1e999}', "finite"),
-        ('{"seed": ' + "9" * 5000 + "}", "number out of range"), ('{"a": "\\ud800"}', "JSON"),
+        ('{"seed": ' + "9" * 5000 + "}", "number out of range"), ('{"a": "\\ud800"}', "surrogate"),
         ('{"a": {"b": 1, "b": 2}}', "b: expected once"), ("\ufeff{}", "JSON"), ("", "JSON"),
         ("[]", "an object"),
     ],

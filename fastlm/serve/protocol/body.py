@@ -169,5 +169,7 @@ def parse_json(data: bytes) -> Any:
     except ApiError:
         raise
     except (ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())
+        if "recursion" in (reason := str(error)):
+            raise ApiError("body: expected at most 200 levels of nesting, got more") from None
+        reason = reason.replace("hex escape", "hex escape, as of a lone surrogate,")
         raise ApiError(f"body: expected JSON, got: {reason:.200}") from None

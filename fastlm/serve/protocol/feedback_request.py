@@ -1,6 +1,6 @@
 """``POST /v1/feedback``."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from typing_extensions import TypedDict
@@ -31,7 +31,7 @@ class ConversationToKeep(TypedDict, total=False):
 
 
 Metrics = Annotated[
-    dict[Annotated[str, Field(pattern=f"^{NAME}$")], float | bool],
+    dict[Annotated[str, Field(pattern=f"^{NAME}$")], Any],  # `Rating.read` checks the values
     Field(min_length=1, max_length=MOST),
     object_of(f"^{NAME}$", {"type": ["number", "boolean"]}, minProperties=1, maxProperties=MOST),
 ]
