@@ -40,7 +40,7 @@ def test_the_commands_and_a_kill(tmp_path):
         to = ("--server", url, "--api-key", ADMIN)
         first = answers(url)
         result = call("promote", models["b"], "--server", url, "--api-key", KEY)
-        assert result.exit_code == 2 and "wanted an admin key" in result.stderr
+        assert result.exit_code == 2 and "expected an admin key" in result.stderr
         result = call("rollback", *to)
         assert result.exit_code == 2
         assert "rollback: refused: wanted a promotion to undo, got none" in result.stderr
