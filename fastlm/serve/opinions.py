@@ -46,10 +46,9 @@ def read_feedback(
         )  # fmt: skip
     except InputError as error:
         raise ApiError(str(error), param=str(error).partition(":")[0]) from None
-    opinion = Opinion(
-        response, request.conversation_id, request.choice, request.rater, request.thumb,
-        request.comment, request.corrected, tuple(worse), values,
-    )  # fmt: skip
+    names = ("response_id", "conversation_id", "choice", "rater", "thumb", "comment", "corrected")
+    said: dict[str, Any] = {name: getattr(request, name) for name in names}
+    opinion = Opinion(**said, preferred_over=tuple(worse), metrics=values)
     if not opinion.kinds() and talk is None:
         raise ApiError(
             "thumb: expected this, metrics, comment, corrected, preferred_over or conversation, got"
