@@ -15,7 +15,7 @@ from typing import Any
 
 from fastlm.errors import InputError
 from fastlm.files import make_folder
-from fastlm.serve.commands import ADMIN_KEYS_VARIABLE, KEYS_VARIABLE
+from fastlm.serve.options import ADMIN_KEYS_VARIABLE, KEYS_VARIABLE
 
 NAME = "served"
 START_SECONDS, END_SECONDS = 600, 60

@@ -95,7 +95,7 @@ class Engine:
             (`fastlm.inference.draft_model`); by default 4 tokens. It gets as many pages as the
             model.
         turns: held during each step of `start`'s thread, by engines that share the processors
-            (`fastlm.inference.fair_lock.Turns`).
+            (`fastlm.inference.fair_lock.FairLock`).
         memory_share: so many engines share the memory that `pages` are taken of by default.
 
     `submit`, `cancel`, `call`, `update` and `stats` are for any thread. Steps run in one thread:

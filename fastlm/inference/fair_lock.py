@@ -4,7 +4,7 @@ import threading
 from collections import deque
 
 
-class Turns:
+class FairLock:
     """A lock that is given in the order in which it was asked for, held by an engine during each
     step: with a plain lock, the engine that ends a step begins its next one before another engine
     wakes up. Steps that ran side by side would share the cores, and wait for each other's threads.

@@ -1,4 +1,4 @@
-"""Commands generated from stages: the fields of a stage's class are the flags."""
+"""Commands generated from stages and other dataclasses: the fields of the class are the flags."""
 
 import inspect
 import json
@@ -7,25 +7,47 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import MISSING
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import typer
 from rich.console import Console
 
 from fastlm.errors import InputError
 from fastlm.pipeline.events import View
-from fastlm.pipeline.stage import Job, Option, Stage, options_of
+from fastlm.pipeline.stage import (
+    Job,
+    MaybePositional,
+    Option,
+    Positional,
+    Repeated,
+    Stage,
+    options_of,
+)
 from fastlm.progress import silent
 from fastlm.threads import Threads
 from fastlm.torchrun import check_alone, leads
 
+T = TypeVar("T")
 Cache = Annotated[
     Path | None,
     typer.Option(help="Where packages are kept. Default: $FASTLM_CACHE or ~/.cache/fastlm."),
 ]
+
+
+def options_command(cls: type[T], run: Callable[[T], None]) -> Callable[..., None]:
+    """Return a function that calls ``run`` with its flags as a ``cls``, which typer turns into a
+    command. ``cls`` is a dataclass; the docstring of ``run`` is the help."""
+    options = options_of(cls)
+
+    def command(**given: Any) -> None:
+        run(cls(**_values(options, given)))
+
+    parameters = [*map(_option, options), _keyword("threads", Threads, None)]
+    return _signed(command, parameters, run.__name__, inspect.getdoc(run) or "")
 
 
 def command_of(cls: type[Stage], before: Callable[[], None] = lambda: None) -> Callable[..., None]:
@@ -41,8 +63,7 @@ def command_of(cls: type[Stage], before: Callable[[], None] = lambda: None) -> C
         out, as_json = given.pop("out"), given.pop("as_json")
         given.pop("threads")  # set by its own callback
         cache, every = given.pop("cache"), given.pop("log_every", None)
-        values = {o.name: _value(o, given[o.name]) for o in options}
-        stage = cls(**values)
+        stage = cls(**_values(options, given))
         stage.check()
         if not trains:
             check_alone(cls.command[-1], "it is no training")
@@ -93,8 +114,15 @@ def command_of(cls: type[Stage], before: Callable[[], None] = lambda: None) -> C
     parameters.append(_keyword("as_json", Annotated[bool, as_json], False))
     parameters.append(_keyword("cache", Cache, None))
     parameters.append(_keyword("threads", Threads, None))
-    run.__doc__ = "\n\n".join(filter(None, (inspect.getdoc(cls), cls.notes)))
-    run.__name__ = cls.command[-1]
+    help = "\n\n".join(filter(None, (inspect.getdoc(cls), cls.notes)))
+    return _signed(run, parameters, cls.command[-1], help)
+
+
+def _signed(
+    run: Callable[..., None], parameters: list[inspect.Parameter], name: str, help: str
+) -> Callable[..., None]:
+    """Return ``run`` with what typer reads of a function."""
+    run.__doc__, run.__name__ = help, name
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in parameters}
     return run
@@ -134,19 +162,27 @@ def _input(key: str, takes: Any) -> inspect.Parameter:
 
 
 def _option(option: Option) -> inspect.Parameter:
-    plain = _plain(option.hint)
-    if option.positional:
+    plain, default, hint = _plain(option.hint), option.default, option.hint
+    if isinstance(option.help, Positional):
         (item, *_) = get_args(plain) or (plain,)
         hint = list[item] if get_origin(plain) is tuple else plain
-        if option.optional:
-            return _keyword(
-                option.name, Annotated[hint | None, typer.Argument(help=option.help)], None
-            )
-        return _keyword(option.name, Annotated[hint, typer.Argument(help=option.help)])
-    default, hint = option.default, option.hint
-    if _listed(plain):  # comma-separated values
+        argument = typer.Argument(help=option.help)
+        if isinstance(option.help, MaybePositional):
+            return _keyword(option.name, Annotated[hint | None, argument], None)
+        return _keyword(option.name, Annotated[hint, argument])
+    if isinstance(option.help, Repeated):
+        default, hint = None, list[get_args(plain)[0]] | None
+    elif _listed(plain):  # comma-separated values
         default, hint = ",".join(map(str, default)), str
-    return _keyword(option.name, Annotated[hint, typer.Option(help=option.help)], default)
+    flags = [f"--{option.name.replace('_', '-')}", *option.short] if option.short else []
+    annotated = Annotated[hint, typer.Option(*flags, help=option.help)]
+    if default is MISSING:
+        return _keyword(option.name, annotated)
+    return _keyword(option.name, annotated, default)
+
+
+def _values(options: Iterable[Option], given: dict[str, Any]) -> dict[str, Any]:
+    return {option.name: _value(option, given[option.name]) for option in options}
 
 
 def _value(option: Option, given: Any) -> Any:
@@ -154,7 +190,7 @@ def _value(option: Option, given: Any) -> Any:
     plain = _plain(option.hint)
     if given is None:
         return option.default
-    if _listed(plain) and not option.positional:
+    if _listed(plain) and not isinstance(option.help, Positional | Repeated):
         item = get_args(plain)[0]
         words = [word.strip() for word in given.split(",") if word.strip()]
         try:

@@ -49,6 +49,10 @@ class MaybePositional(Positional):
     """One that may be left out."""
 
 
+class Repeated(str):
+    """The help of an option of several values, each of which has the flag before it."""
+
+
 @dataclass(frozen=True)
 class Takes:
     """One input of a stage.
@@ -144,14 +148,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Option:
-    """A field of a stage, in the form the command line needs."""
+    """A field of a stage, in the form the command line needs. The type of ``help`` says how it is
+    passed (`Positional`, `Repeated`). ``short``: flags beside ``--name``."""
 
     name: str
     hint: Any
-    default: Any
+    default: Any  # MISSING: the option is required
     help: str
-    positional: bool
-    optional: bool = False  # a positional argument that may be left out
+    short: tuple[str, ...] = ()
 
 
 Facts = Mapping[str, Any]
@@ -296,20 +300,19 @@ class Stage:
         )
 
 
-def options_of(cls: type[Stage]) -> list[Option]:
-    """Return the options of a stage, in the order of their definition."""
+def options_of(cls: Any) -> list[Option]:
+    """Return the options of a stage, or of another dataclass, in the order of their definition."""
     hints = get_type_hints(cls, include_extras=True)
-    found = []
+    options = []
     for f in fields(cls):
-        if f.name in cls.unused:
+        if f.name in getattr(cls, "unused", ()):
             continue
-        hint, text = hints[f.name], ""
+        hint, text, short = hints[f.name], "", ()
         if get_origin(hint) is Annotated:
-            hint, text = get_args(hint)[:2]
+            hint, text, *short = get_args(hint)
         default = f.default_factory() if f.default_factory is not MISSING else f.default
-        optional = isinstance(text, MaybePositional)
-        found.append(Option(f.name, hint, default, text, isinstance(text, Positional), optional))
-    return found
+        options.append(Option(f.name, hint, default, text, tuple(short)))
+    return options
 
 
 def at_least_one(stage: Any, *names: str) -> None:

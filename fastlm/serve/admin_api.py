@@ -16,12 +16,12 @@ from starlette.routing import Route
 from fastlm.errors import InputError
 from fastlm.schema import Name
 from fastlm.serve.api_error import ApiError
-from fastlm.serve.gate import key_name
+from fastlm.serve.middleware import key_name
 from fastlm.serve.protocol.body import EmptyRequest, RequestBody
 
 if TYPE_CHECKING:
     from fastlm.serve.app import Server
-    from fastlm.serve.switch import Switch
+    from fastlm.serve.model_manager import ModelManager
 
 
 class PromoteRequest(RequestBody):
@@ -34,7 +34,7 @@ class PromoteRequest(RequestBody):
 PATHS = ("/v1/admin/promote", "/v1/admin/rollback", "/v1/canary")
 
 
-def routes(server: "Server", switch: "Switch", admins: Sequence[str]) -> list[Route]:
+def routes(server: "Server", manager: "ModelManager", admins: Sequence[str]) -> list[Route]:
     """``admins``: the admin keys."""
     names = [key_name(key) for key in admins]
 
@@ -51,18 +51,18 @@ def routes(server: "Server", switch: "Switch", admins: Sequence[str]) -> list[Ro
     async def promote(http: Request) -> Response:
         admit(http)
         request = await server.body(http, PromoteRequest)
-        await _done(switch.promote(request.model, other_tokens=request.other_tokens))
-        return JSONResponse(await switch.told())
+        await _done(manager.promote(request.model, other_tokens=request.other_tokens))
+        return JSONResponse(await manager.status())
 
     async def rollback(http: Request) -> Response:
         admit(http)
         await server.body(http, EmptyRequest)
-        await _done(switch.rollback())
-        return JSONResponse(await switch.told())
+        await _done(manager.rollback())
+        return JSONResponse(await manager.status())
 
     async def canary(http: Request) -> Response:
         admit(http)
-        return JSONResponse(await switch.told())
+        return JSONResponse(await manager.status())
 
     ways = ((promote, "POST"), (rollback, "POST"), (canary, "GET"))
     return [Route(path, way, methods=[m]) for path, (way, m) in zip(PATHS, ways)]

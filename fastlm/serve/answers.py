@@ -16,7 +16,7 @@ from fastlm.serve.protocol.completion import CompletionRequest, GenerationReques
 from fastlm.serve.tools import CallsOrText, ToolText
 
 if TYPE_CHECKING:
-    from fastlm.serve.running import Running
+    from fastlm.serve.response_stream import ResponseStream
     from fastlm.tokenizer.tokenizer import Tokenizer
 
 Event = dict[str, Any]
@@ -56,7 +56,7 @@ class Answer:
         self,
         request: GenerationRequest,
         id: str,
-        running: "Running",
+        running: "ResponseStream",
         tokenizer: "Tokenizer",
         prompts: list[Echo],
         prompt_tokens: int,

@@ -27,11 +27,17 @@ from fastlm.inference.requests import Closed, QueueFull
 from fastlm.serve import admin_api, opinions, rank_api, tokens_api
 from fastlm.serve.answers import Answer, stopping
 from fastlm.serve.api_error import ApiError
-from fastlm.serve.gate import Gate, Gone, Limits, log, read_body, stack_of, unless_gone
 from fastlm.serve.metrics import Metrics
-from fastlm.serve.model_metrics import ModelMetrics
-from fastlm.serve.models import Models, Served, Turn
-from fastlm.serve.monitor import routes as dashboard
+from fastlm.serve.middleware import (
+    ClientDisconnected,
+    Limits,
+    RequestMiddleware,
+    cancel_on_disconnect,
+    log,
+    read_body,
+    stack_of,
+)
+from fastlm.serve.models import ModelLease, Models, Served
 from fastlm.serve.openapi import openapi
 from fastlm.serve.previous_response import with_previous
 from fastlm.serve.protocol.body import Body, read_request
@@ -40,8 +46,8 @@ from fastlm.serve.protocol.completion import CompletionRequest, GenerationReques
 from fastlm.serve.protocol.embedding import EmbeddingRequest
 from fastlm.serve.protocol.responses_api import ChatOfResponses, ResponsesRequest
 from fastlm.serve.request_builder import build_requests
+from fastlm.serve.response_stream import ClientQuota, ResponseStream
 from fastlm.serve.responses_answer import ResponsesAnswer
-from fastlm.serve.running import Running, Shares
 from fastlm.serve.said import Kept
 
 READERS = 8
@@ -50,10 +56,10 @@ SMALL_BODY = 2**16  # bytes that are parsed in a millisecond or two, without a t
 
 if TYPE_CHECKING:
     from fastlm.serve.feedback import FeedbackStore
-    from fastlm.serve.monitor.monitor import Monitor, Settings
+    from fastlm.serve.hooks import ServerMonitor
+    from fastlm.serve.model_manager import ModelManager
     from fastlm.serve.ranking import RankingStore
     from fastlm.serve.ratings import Rating
-    from fastlm.serve.switch import Switch
 
 T = TypeVar("T")
 Keep = Callable[[Answer], None]
@@ -71,11 +77,11 @@ TYPES = {
 class Server:
     """Models, and how they are served; `app` is the ASGI application.
 
-    ``feedback``: where opinions and measures go; None: nowhere. ``monitoring``: what is measured of
-    answers; None: the defaults. ``ranking``: the store of `fastlm rank` for the page /rank; None:
-    no such page. ``keys`` and ``hosts`` as in `fastlm.serve.gate.Gate`.
+    ``feedback``: where opinions go; None: nowhere. ``monitor``: measures answers; None: nothing
+    does. ``ranking``: the store of `fastlm rank` for the page /rank; None:
+    no such page. ``keys`` and ``hosts`` as in `fastlm.serve.middleware.RequestMiddleware`.
     ``origins``: of web pages elsewhere that may call the server; "*": any.
-    ``switch``: what changes the models, for those with one of the keys ``admins``; None: nothing.
+    ``manager``: changes the models, for those with one of the keys ``admins``; None: nothing does.
     """
 
     models: Models
@@ -84,19 +90,20 @@ class Server:
     hosts: frozenset[str] | None = None
     feedback: "FeedbackStore | None" = None
     ranking: "RankingStore | None" = None
-    switch: "Switch | None" = None
+    manager: "ModelManager | None" = None
     admins: Sequence[str] = ()
     origins: Sequence[str] = ()
-    monitoring: "Settings | None" = None
+    monitor: "ServerMonitor | None" = None
 
     def __post_init__(self) -> None:
         self.metrics = Metrics(self.models.stats)
-        self.monitor = None if self.feedback is None else _monitor(self.feedback, self)
+        if self.monitor is not None:
+            self.metrics.add(self.monitor.collect)
         several = len(self.keys) > 1  # clients; without keys all are of this machine
-        self.shares = Shares(max(1, self.served.engine.max_waiting // 2) if several else None)
+        self.quota = ClientQuota(max(1, self.served.engine.max_waiting // 2) if several else None)
         self.stopping = False
         self._ignored: set[str] = set()  # fields that the log has named
-        self.writing, self.looking = CapacityLimiter(WRITERS), CapacityLimiter(1)
+        self.writing = CapacityLimiter(WRITERS)
         # Few threads, whatever the clients: each keeps the last 10,000 words that it encoded, 4 MB.
         # More than processors, since some wait for a chat template.
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="fastlm-reader")
@@ -111,7 +118,7 @@ class Server:
             Route("/v1/models/{id:path}", self._model, methods=get),
             Route("/v1/feedback", partial(opinions.give, self), methods=post),
             Route("/dashboard", self._page("dashboard.html"), methods=get),
-            Route("/dashboard/data", partial(dashboard.data, self), methods=get),
+            Route("/dashboard/data", self._dashboard, methods=get),
             Route("/health", self._health, methods=get),
             Route("/ready", self._ready, methods=get),
             Route("/metrics", self._metrics, methods=get),
@@ -126,12 +133,13 @@ class Server:
         if self.ranking is not None:
             routes += [Route("/rank", self._page("rank.html"), methods=get)]
             routes += rank_api.routes(self, self.ranking)
-        if self.switch is not None:
-            routes += admin_api.routes(self, self.switch, self.admins)
-            self.metrics.add(ModelMetrics(self.models, self.switch))
+        if self.manager is not None:
+            routes += admin_api.routes(self, self.manager, self.admins)
+            self.metrics.add(self.manager.collect)
         paths = frozenset(route.path for route in routes)
         gate = Middleware(
-            Gate, metrics=self.metrics, limits=self.limits, hosts=self.hosts, paths=paths,
+            RequestMiddleware, metrics=self.metrics, limits=self.limits, hosts=self.hosts,
+            paths=paths,
             keys=[*self.keys, *self.admins] if self.keys else (),
         )  # fmt: skip
         pages = Middleware(
@@ -150,7 +158,7 @@ class Server:
     @property
     def ratings(self) -> Sequence["Rating"]:
         """The numbers that people may give."""
-        return () if self.monitor is None else self.monitor.settings.ratings
+        return () if self.monitor is None else self.monitor.ratings
 
     @property
     def served(self) -> Served:
@@ -186,7 +194,7 @@ class Server:
                     with_previous, body.chat, self.feedback, limiter=self.writing
                 )
             kept = self._kept(request)
-            turn = self.models.turn(request, http.state.client)
+            turn = self.models.lease(request, http.state.client)
             try:
                 answer = await self._begin(http, request, turn)
             except BaseException:
@@ -195,7 +203,7 @@ class Server:
             if request.stream:
                 return Events(self, answer, turn, kept, http.state.told)
             try:
-                body = await unless_gone(
+                body = await cancel_on_disconnect(
                     http.receive, self._whole(answer, turn, kept, http.state.told)
                 )
             finally:
@@ -206,7 +214,9 @@ class Server:
 
         return complete
 
-    async def _begin(self, http: HttpRequest, request: GenerationRequest, turn: Turn) -> Answer:
+    async def _begin(
+        self, http: HttpRequest, request: GenerationRequest, turn: ModelLease
+    ) -> Answer:
         """Submit a request, to the current model if the canary refuses it."""
         prefix = "chatcmpl-" if isinstance(request, ChatCompletionRequest) else "cmpl-"
         if isinstance(request, ChatOfResponses):
@@ -222,7 +232,7 @@ class Server:
         return answer
 
     async def _submit(
-        self, http: HttpRequest, request: GenerationRequest, turn: Turn, id: str
+        self, http: HttpRequest, request: GenerationRequest, turn: ModelLease, id: str
     ) -> Answer:
         served, told = turn.served, http.state.told
         self._note_ignored(http, request, served)
@@ -231,19 +241,19 @@ class Server:
         )
         told["model"], told["prompt_tokens"] = served.name, sum(map(len, prompts))
         lengths = [len(prompt) for prompt in prompts]
-        seen = None
+        observer = None
         if self.monitor is not None:  # the gate tells it the end
-            seen = http.state.seen = self.monitor.seen(request, served.name, id, lengths)
+            observer = http.state.observer = self.monitor.observe(request, served.name, id, lengths)
         with _refusals():
-            running = Running(served.engine, requests, self.metrics, self.shares)
+            running = ResponseStream(served.engine, requests, self.metrics, self.quota)
         for length in lengths:
             self.metrics.prompt_length.observe(length)
         kind = ResponsesAnswer if isinstance(request, ChatOfResponses) else Answer
         answer = kind(
             request, id, running, served.tokenizer, echoes, told["prompt_tokens"], served.name
         )
-        if seen is not None:
-            seen.answer = answer
+        if observer is not None:
+            observer.answer = answer
         return answer
 
     def cache_salt(self, http: HttpRequest) -> bytes:
@@ -263,7 +273,7 @@ class Server:
             log("ignored", fields=new)
 
     async def _whole(
-        self, answer: Answer, turn: Turn, kept: Keep | None, told: dict[str, Any]
+        self, answer: Answer, turn: ModelLease, kept: Keep | None, told: dict[str, Any]
     ) -> bytes:
         try:
             body = await answer.whole()
@@ -311,7 +321,7 @@ class Server:
 
     async def _embed(self, http: HttpRequest) -> Response:
         request = await self.body(http, EmbeddingRequest)
-        turn = self.models.turn(request, http.state.client)
+        turn = self.models.lease(request, http.state.client)
         try:
             return await self._embedded(http, request, turn.served)
         finally:
@@ -362,13 +372,13 @@ class Server:
             return [vector.tolist() for vector in found]
 
         with _refusals():
-            self.shares.take(client, 1)  # its inputs wait one after the other
+            self.quota.acquire(client, 1)  # its inputs wait one after the other
         try:
-            vectors = await unless_gone(http.receive, embed())
+            vectors = await cancel_on_disconnect(http.receive, embed())
         except TimeoutError:
             raise ApiError("input: took too long", status=503, kind="server_error") from None
         finally:
-            self.shares.give(client)
+            self.quota.release(client)
         data = [
             {"object": "embedding", "index": i, "embedding": vector}
             for i, vector in enumerate(vectors)
@@ -421,8 +431,16 @@ class Server:
     async def _metrics(self, _: HttpRequest) -> Response:
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
 
+    async def _dashboard(self, http: HttpRequest) -> Response:
+        if self.monitor is None:
+            raise ApiError(
+                "dashboard: this server has no database for it (fastlm serve --feedback)",
+                status=404, code="no_feedback",
+            )  # fmt: skip
+        return JSONResponse(await self.monitor.dashboard(http.query_params))
+
     async def _openapi(self, _: HttpRequest) -> Response:
-        return JSONResponse(openapi(self.ranking is not None, self.switch is not None))
+        return JSONResponse(openapi(self.ranking is not None, self.manager is not None))
 
     def _page(self, name: str) -> Any:
         file = FILES / name
@@ -441,7 +459,12 @@ class Events(Response):
     """A streamed answer. Ends as `Answer.ends` says, or in an event with an error."""
 
     def __init__(
-        self, server: Server, answer: Answer, turn: Turn, kept: Keep | None, told: dict[str, Any]
+        self,
+        server: Server,
+        answer: Answer,
+        turn: ModelLease,
+        kept: Keep | None,
+        told: dict[str, Any],
     ):
         self.server, self.answer, self.turn, self.kept = server, answer, turn, kept
         self.told, self.background = told, None
@@ -454,7 +477,7 @@ class Events(Response):
         ]
         try:
             await send({"type": "http.response.start", "status": 200, "headers": headers})
-            await unless_gone(receive, self._write(send))
+            await cancel_on_disconnect(receive, self._write(send))
         finally:
             self.answer.running.close()
             self.turn.end()
@@ -468,7 +491,7 @@ class Events(Response):
             try:
                 async for event in self.answer.events():
                     await write(self.answer.encode(event))
-            except Gone:
+            except ClientDisconnected:
                 raise
             except Exception as error:
                 await self.turn.failed(self.answer.id, error)
@@ -482,12 +505,6 @@ class Events(Response):
             self.told["error"], self.told["error_status"] = error.code or error.kind, error.status
             await write(self.answer.failed(error))
         await write(b"", False)
-
-
-def _monitor(store: "FeedbackStore", server: Server) -> "Monitor":
-    from fastlm.serve.monitor.monitor import Monitor, Settings
-
-    return Monitor(store, server.monitoring or Settings(), server.metrics.registry)
 
 
 @contextmanager
@@ -523,6 +540,3 @@ async def _http_error(request: HttpRequest, error: Any) -> Response:
         code={404: "not_found", 405: "method_not_allowed"}.get(error.status_code),
         headers=error.headers,
     )
-
-
-__all__ = ["Gone", "Server"]

@@ -1,4 +1,4 @@
-"""The tables of a canary's trial: which model gave which answer, and what became of each
+"""The tables of a canary: which model gave which answer, and what became of each
 conversation. No text of a prompt or an answer.
 """
 
@@ -13,7 +13,7 @@ ANSWERS = sa.Table(
     metadata,
     sa.Column("response_id", sa.String(160), primary_key=True),
     sa.Column("experiment", sa.String(64), nullable=False, index=True),
-    sa.Column("unit", sa.String(64), nullable=False, index=True),  # a keyed hash, `trial.Trial`
+    sa.Column("unit", sa.String(64), nullable=False, index=True),  # a keyed hash
     sa.Column("conversation_id", sa.String(128), index=True),
     sa.Column("arm", sa.String(4), nullable=False),  # old, new
     sa.Column("model", sa.Text, nullable=False),

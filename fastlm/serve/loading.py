@@ -16,7 +16,7 @@ from fastlm.inference.sampling import Sampling
 from fastlm.model.causal_lm import CausalLM
 from fastlm.model.load import load_model
 from fastlm.pipeline.run_folder import is_adapter, locate_model
-from fastlm.serve.models import Served, give_memory_back
+from fastlm.serve.models import Served, release_memory
 from fastlm.tokenizer.tokenizer import Tokenizer
 
 NAMED = 8  # digits of a digest in a name
@@ -76,7 +76,7 @@ class Loader:
             text = reason(error)
         else:
             raise InputError(f"model: wanted another one, got {path}, which is served already")
-        give_memory_back()  # not before the error has gone, whose frames hold the model
+        release_memory()  # not before the error has gone, whose frames hold the model
         raise InputError(f"model: wanted one that can be served, got: {text}")
 
     def _beside(self, path: Path, digest: str, current: Served) -> Served:
@@ -110,7 +110,6 @@ def check_answers(served: Served) -> None:
     """InputError: the model does not give finite logits, or its engine fails."""
     token = served.tokenizer.bos_id or 0
     asked = Request([token], max_new_tokens=2, sampling=Sampling(temperature=0), ignore_eos=True)
-    assert isinstance(served.engine, Engine)
     (result,) = served.engine.generate([asked])
     if result.finish_reason == "error":
         raise InputError(f"wanted an answer of two tokens, got: {result.error}")

@@ -1,7 +1,7 @@
 """What the server counts and measures, for Prometheus. docs/serving.md lists the names;
 fastlm/serve/grafana.json shows them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -71,38 +71,32 @@ class Metrics:
         self.prompt_length = made(
             Histogram, "prompt_length_tokens", "Tokens of a prompt", buckets=TOKENS
         )
-        self.registry.register(_Engine(stats))
+        self.add(lambda: _engine_metrics(stats()))
 
-    def add(self, collector: Collector) -> None:
+    def add(self, collect: Callable[[], Iterable[Metric]]) -> None:
         """Scrape more."""
-        self.registry.register(collector)
+        self.registry.register(_Source(collect))
 
     def text(self) -> bytes:
         """All of it in Prometheus' text format."""
         return generate_latest(self.registry)
 
-    def names(self) -> set[str]:
-        """The names of all samples that a scrape can have."""
-        return {sample for metric in self.registry.collect() for sample in _samples(metric)}
+
+class _Source(Collector):
+    def __init__(self, metrics: Callable[[], Iterable[Metric]]):
+        self.metrics = metrics
+
+    def collect(self) -> Iterable[Metric]:
+        return self.metrics()
 
 
-def _samples(metric: Metric) -> list[str]:
-    ends = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "gauge": ("",)}
-    return [metric.name + end for end in ends[metric.type]]
-
-
-class _Engine(Collector):
-    def __init__(self, stats: Callable[[], EngineStats]):
-        self.stats = stats
-
-    def collect(self) -> Iterator[Metric]:
-        stats = self.stats()
-        for name, text in GAUGES.items():
-            yield GaugeMetricFamily(f"fastlm_{name}", text, getattr(stats, name))
-        for name, text in COUNTERS.items():
-            yield CounterMetricFamily(f"fastlm_{name}", text, getattr(stats, name))
-        text = "Answers by how they ended"
-        ended = CounterMetricFamily("fastlm_answers", text, labels=["reason"])
-        for reason, count in stats.finished.items():
-            ended.add_metric([reason], count)
-        yield ended
+def _engine_metrics(stats: EngineStats) -> Iterator[Metric]:
+    for name, text in GAUGES.items():
+        yield GaugeMetricFamily(f"fastlm_{name}", text, getattr(stats, name))
+    for name, text in COUNTERS.items():
+        yield CounterMetricFamily(f"fastlm_{name}", text, getattr(stats, name))
+    text = "Answers by how they ended"
+    ended = CounterMetricFamily("fastlm_answers", text, labels=["reason"])
+    for reason, count in stats.finished.items():
+        ended.add_metric([reason], count)
+    yield ended

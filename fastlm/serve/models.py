@@ -1,7 +1,7 @@
-"""The models of a server: the one that answers, perhaps a canary beside it, and those that were
-replaced and whose last answers still run.
+"""The models of a server: the one that answers, perhaps one of an experiment beside it, and those
+that were replaced and whose last answers still run.
 
-A request holds its model until its response has ended (`Turn`), so a model is freed only when
+A request holds its model until its response has ended (`ModelLease`), so a model is freed only when
 nobody needs it any more. All of this belongs to the event loop, except where a method says
 otherwise.
 """
@@ -26,12 +26,12 @@ from fastlm.serve.api_error import ApiError
 from fastlm.serve.prompts import Prompts
 from fastlm.serve.protocol.completion import GenerationRequest
 from fastlm.serve.protocol.embedding import EmbeddingRequest
-from fastlm.serve.trial import Trial, unit_of, uses_ids
 
 if TYPE_CHECKING:
+    from fastlm.inference.engine import Engine
     from fastlm.model.causal_lm import CausalLM
     from fastlm.serve.answers import Answer
-    from fastlm.serve.running import Engine
+    from fastlm.serve.hooks import ModelExperiment
     from fastlm.tokenizer.tokenizer import Tokenizer
 
 NOW = ("running", "waiting", "pages", "page_bytes", "pages_used", "pages_cached")  # no counters
@@ -73,23 +73,24 @@ class Served:
             )  # fmt: skip
         return vector.cpu().numpy().astype("<f4")
 
-    def take(self) -> None:
+    def acquire(self) -> None:
         self.users += 1
         self.unused.clear()
 
-    def give(self) -> None:
+    def release(self) -> None:
         self.users -= 1
         if not self.users:
             self.unused.set()
 
 
 class Models:
-    """``current`` answers to ``name`` (by default its own), and so does the canary of ``trial`` for
-    its share of the conversations. Each also answers to a name of its own.
+    """``current`` answers to ``name`` (by default its own), and so does the model of ``experiment``
+    for some of the conversations. Each also answers to a name of its own.
     """
 
-    def __init__(self, current: Served, name: str | None = None, trial: Trial | None = None):
-        self.current, self.name, self.trial = current, name or current.name, trial
+    def __init__(self, current: Served, name: str | None = None):
+        self.current, self.name = current, name or current.name
+        self.experiment: ModelExperiment | None = None
         self.beside: list[Served] = []  # by names of their own, as long as the server runs
         self.leaving: list[Served] = []
         self.answers: Counter[tuple[str, str]] = Counter()  # by model and how they ended
@@ -100,7 +101,7 @@ class Models:
     @property
     def live(self) -> list[Served]:
         """What new requests may go to, the current model first."""
-        return [self.current, *([self.trial.served] if self.trial else []), *self.beside]
+        return [self.current, *([self.experiment.served] if self.experiment else []), *self.beside]
 
     def add(self, served: Served) -> None:
         """Let a model answer to its own name, beside the others."""
@@ -124,27 +125,22 @@ class Models:
             code="model_not_found",
         )  # fmt: skip
 
-    def turn(self, request: GenerationRequest | EmbeddingRequest, client: str) -> "Turn":
+    def lease(self, request: GenerationRequest | EmbeddingRequest, client: str) -> "ModelLease":
         """Choose the model for a request, and hold it. ApiError: none has the name that is asked.
 
-        Embeddings of two models do not go together, and neither do their token ids: such requests
-        stay with the current model.
+        Embeddings of two models do not go together: such requests stay with the current model.
         """
-        served, trial = self.named(request.model), self.trial
-        if trial is None or isinstance(request, EmbeddingRequest) or served in self.beside:
-            return Turn(self, served)
-        unit = unit_of(request, client)
-        assigned = request.model == self.name and (trial.same_tokens or not uses_ids(request))
-        if assigned and trial.takes(unit):
-            served = trial.served
-        return Turn(self, served, trial, unit, assigned)
+        served, experiment = self.named(request.model), self.experiment
+        if experiment is None or isinstance(request, EmbeddingRequest) or served in self.beside:
+            return ModelLease(self, served)
+        return experiment.lease(self, served, request, client)
 
     def start(self) -> None:
-        """Begin to answer, and to watch the trial."""
+        """Begin to answer, and to watch the experiment."""
         for served in self.live:
             served.engine.start()
-        if self.trial is not None:
-            self._watching = asyncio.get_running_loop().create_task(self.trial.watch())
+        if self.experiment is not None:
+            self._watching = asyncio.get_running_loop().create_task(self.experiment.watch())
 
     def close(self) -> None:
         """End all engines, at once or one after the other. For any thread."""
@@ -152,21 +148,17 @@ class Models:
             served.engine.close()
 
     def replace(self, new: Served) -> None:
-        """Let ``new`` answer from now on; it may be the canary. The old model's answers end."""
+        """Let ``new`` answer from now on; it may be the experiment's. The old answers end."""
         old, self.current = self.current, new
-        if self.trial is not None and self.trial.served is new:
-            self.trial = None
+        if self.experiment is not None and self.experiment.served is new:
+            self.experiment = None
         self._leave(old)
 
-    def begin(self, trial: Trial) -> None:
-        """Let a canary answer its share."""
-        self.trial = trial
-
-    def end_trial(self) -> None:
-        """Let the current model answer alone. The canary's answers end."""
-        if self.trial is not None:
-            canary, self.trial = self.trial.served, None
-            self._leave(canary)
+    def end_experiment(self) -> None:
+        """Let the current model answer alone. The other one's answers end."""
+        if self.experiment is not None:
+            served, self.experiment = self.experiment.served, None
+            self._leave(served)
 
     def _leave(self, served: Served) -> None:
         self.leaving.append(served)
@@ -183,14 +175,9 @@ class Models:
         del served
         for pause in (0.0, 0.1, 1.0, 10.0):  # what ends just now may hold the model a little longer
             await asyncio.sleep(pause)
-            await asyncio.to_thread(give_memory_back)
+            await asyncio.to_thread(release_memory)
             if model() is None:
                 break
-
-    async def freed(self) -> None:
-        """Wait until no replaced model is left."""
-        while self._freeing:
-            await asyncio.wait(self._freeing)
 
     def stats(self) -> EngineStats:
         """The sums over all engines; counters include those of models that are gone. For any
@@ -199,67 +186,38 @@ class Models:
         return summed(every, self._past)
 
 
-class Turn:
-    """A request's use of a model, until `end`."""
+class ModelLease:
+    """A request's use of a model, until `end`. Experiments have leases of their own."""
 
-    def __init__(
-        self,
-        models: Models,
-        served: Served,
-        trial: Trial | None = None,
-        unit: str = "",
-        assigned: bool = False,
-    ):
-        self.models, self.served, self.trial = models, served, trial
-        self.unit, self.assigned = unit, assigned
-        self.arm = "new" if trial is not None and served is trial.canary else "old"
-        self.began = time.perf_counter()
-        served.take()
+    def __init__(self, models: Models, served: Served):
+        self.models, self.served = models, served
+        served.acquire()
 
     def fall_back(self) -> bool:
-        """Move from a canary, which was chosen for the client and has refused the request, to the
-        current model. Whether that was so."""
-        if self.arm != "new" or not self.assigned:
-            return False
-        self.served.give()
-        self.served, self.arm = self.models.current, "old"
-        self.served.take()
-        return True
+        """Move to the current model from one that was chosen for the client and has refused the
+        request. Returns whether it was."""
+        return False
 
     async def refused(self, id: str) -> None:
-        """Count what `fall_back` came from: the current model takes what its canary refuses."""
-        trial, self.trial = self.trial, None  # a broken choice: what follows belongs to no arm
-        if trial is not None:
-            await trial.answered(  # the id itself is that of the current model's answer
-                f"refused-{id}", self.unit, None, "new", trial.name, assigned=True, error=True
-            )
+        """Take that the answer comes after `fall_back`."""
+
+    async def record(self, id: str, answer: "Answer | None") -> None:
+        """Take how an answer ended; None: it failed."""
 
     async def answered(self, answer: "Answer") -> None:
-        """Count a whole answer. Its id is known to the trial before the client has all of it."""
+        """Count a whole answer, before the client has all of it."""
         self.models.answers[self.served.name, "whole"] += 1
-        if self.trial is None:
-            return
-        tokens = sum(choice.tokens for choice in answer.choices)
-        ended = [choice.finish_reason for choice in answer.choices]
-        seconds = time.perf_counter() - self.began
-        conversation = getattr(answer.request, "conversation_id", None)
-        await self.trial.answered(
-            answer.id, self.unit, conversation, self.arm, self.served.name, assigned=self.assigned,
-            seconds=seconds / max(1, tokens), stopped="length" not in ended,
-        )  # fmt: skip
+        await self.record(answer.id, answer)
 
     async def failed(self, id: str, error: Exception) -> None:
         """Count an answer that failed through no fault of its client's."""
         if isinstance(error, ApiError) and (error.status < 500 or error.code == "stopping"):
             return
         self.models.answers[self.served.name, "error"] += 1
-        if self.trial is not None:
-            await self.trial.answered(
-                id, self.unit, None, self.arm, self.served.name, assigned=self.assigned, error=True
-            )
+        await self.record(id, None)
 
     def end(self) -> None:
-        self.served.give()
+        self.served.release()
 
 
 def summed(every: Sequence[EngineStats], past: EngineStats | None, now: bool = True) -> EngineStats:
@@ -278,7 +236,7 @@ def summed(every: Sequence[EngineStats], past: EngineStats | None, now: bool = T
     return told if now else replace(told, **dict.fromkeys(NOW, 0))
 
 
-def give_memory_back() -> None:
+def release_memory() -> None:
     """Return the memory of a model that nobody refers to. Its modules refer to each other, and
     glibc keeps freed pieces below 32 MiB."""
     gc.collect()

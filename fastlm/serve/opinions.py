@@ -83,16 +83,16 @@ async def give(server: "Server", http: Request) -> Response:
     opinion, kept = read_feedback(request, server.models.name, server.ratings)
     if len(server.keys) > 1:  # nobody speaks as a rater of another key
         opinion = replace(opinion, rater=rater_of(http.state.client, opinion.rater))
-    switch = server.switch
+    manager = server.manager
 
     def write() -> tuple[int | None, bool | None]:
         _check_conversation(store, opinion)
         if kept is not None:
-            told = None if switch is None else switch.model_of(kept.response_id)
+            told = None if manager is None else manager.model_of(kept.response_id)
             store.keep(kept if told is None else replace(kept, model=told))
         # counted, then stored: said again after a failure, it is stored, and a trial counts it once
-        if switch is not None:
-            switch.opinion(opinion)
+        if manager is not None:
+            manager.feedback(opinion)
         number = store.add(opinion) if opinion.kinds() else None
         try:
             return number, store.keeps(opinion.response_id, opinion.conversation_id)

@@ -4,70 +4,37 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import h11
-import torch
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fastlm.checkpoint.digest import digest_of
 from fastlm.errors import InputError
 from fastlm.files import read_text, reason
-from fastlm.inference.fair_lock import Turns
+from fastlm.inference.fair_lock import FairLock
 from fastlm.serve.app import Server
-from fastlm.serve.gate import Limits, log
 from fastlm.serve.loading import Loader, name_of
+from fastlm.serve.middleware import Limits, log
+from fastlm.serve.model_manager import Allowed, ModelManager
 from fastlm.serve.models import Models
-from fastlm.serve.plan import Plan
-from fastlm.serve.switch import Allowed, Switch, start_models
+from fastlm.serve.options import LOCAL_NAMES, ServeOptions
+
+if TYPE_CHECKING:
+    from fastlm.serve.feedback import FeedbackStore
+    from fastlm.serve.ratings import Rating
 
 MOST_TEMPLATE = 2**20  # bytes; published ones have up to 20,000
-LOCAL_NAMES = frozenset(("localhost", "127.0.0.1", "::1"))
 
 
-def run(
-    path: Path,
-    *,
-    host: str,
-    port: int,
-    name: str | None,
-    feedback: str | None,
-    metrics: Path | None,
-    alerts: Path | None,
-    measure_days: float,
-    measure_rows: int,
-    rank: str | None,
-    keys: Sequence[str],
-    allow_host: Sequence[str],
-    origins: Sequence[str],
-    chat_template: Path | None,
-    adapters: Mapping[str, Path],
-    max_new_tokens: int | None,
-    max_body: int,
-    max_waiting: int,
-    max_rows: int,
-    max_length: int | None,
-    pages: int | None,
-    kv_dtype: str | None,
-    draft_model: Path | None,
-    draft_tokens: int | None,
-    max_connections: int,
-    max_seconds: float,
-    drain: float,
-    act_bits: int | None,
-    canary: str | None = None,
-    plan: Plan | None = None,
-    models_dir: Path | None = None,
-    state: Path | None = None,
-    admins: Sequence[str] = (),
-) -> None:
-    """Serve until SIGTERM or Ctrl-C; see `fastlm.serve.commands.serve` for the arguments.
+def run(options: ServeOptions, keys: Sequence[str] = (), admin_keys: Sequence[str] = ()) -> None:
+    """Serve until SIGTERM or Ctrl-C.
 
     InputError: a model, draft model, database or store that cannot be used, metrics or alerts that
     are refused, a port that is taken, more pages than fit the memory.
@@ -75,66 +42,33 @@ def run(
     logging.getLogger("uvicorn.error").addHandler(_Lines())
     logging.getLogger("uvicorn").propagate = False
     with ExitStack() as stack:
-        listening = stack.enter_context(_listen(host, port))
-        store = monitoring = None
-        if feedback is not None:
+        listening = stack.enter_context(_listen(options.host, options.port))
+        store = monitor = None
+        if options.feedback is not None:
             from fastlm.serve.feedback import FeedbackStore  # SQLAlchemy takes 0.2 s
-            from fastlm.serve.monitor.monitor import read_settings
+            from fastlm.serve.monitor.monitor import Monitor, Settings
 
-            monitoring = read_settings(metrics, alerts, measure_days, measure_rows)
-            store = stack.enter_context(FeedbackStore(feedback))
+            settings = Settings.of(options)
+            store = stack.enter_context(FeedbackStore(options.feedback))
+            monitor = Monitor(store, settings)
+        models, manager = _load(options, store, () if monitor is None else monitor.ratings)
         ranking = None
-        if rank is not None:
+        if options.rank is not None:
             from fastlm.serve.ranking import RankingStore
 
-            ranking = stack.enter_context(RankingStore(rank, create=False))
-        options: dict[str, Any] = {
-            "pages": pages, "max_rows": max_rows, "max_waiting": max_waiting,
-            "max_length": max_length, "draft_tokens": draft_tokens,
-            "kv_dtype": None if kv_dtype is None else getattr(torch, kv_dtype),
-        }  # fmt: skip
-        public = name or name_of(path)
-        template = None if chat_template is None else read_text(chat_template, MOST_TEMPLATE)
-        if public in adapters:
-            raise InputError(f"adapter: expected another name than the model's, got {public!r:.80}")
-        share = len(adapters) + 1
-        if state is None:
-            loader = Loader(
-                public, act_bits, options, draft_model, Turns() if adapters else None,
-                template=template, share=share,
-            )  # fmt: skip
-            switch, models = None, Models(loader.load(path, digest_of(path)))
-        else:
-            loader = Loader(
-                public, act_bits, options, draft_model, Turns(), versions=True, template=template,
-                share=share,
-            )  # fmt: skip
-            counts = None
-            if store is not None:
-                from fastlm.serve.canary_store import CanaryStore
-
-                counts = CanaryStore(store, None if plan is None else plan.rating)
-            models, known = start_models(
-                loader, str(path), state, canary=canary, plan=plan, store=counts
-            )
-            named = [str(path), *([canary] if canary else [])]
-            switch = Switch(
-                models, loader, known, state, Allowed(named, models_dir), store=counts,
-                metric=(plan or Plan()).metric,
-            )  # fmt: skip
-        for key, place in adapters.items():
-            models.add(replace(loader, name=key, versions=False).load(place, digest_of(place)))
-        local = host in LOCAL_NAMES
+            ranking = stack.enter_context(RankingStore(options.rank, create=False))
         server = Server(
             models,
             limits=Limits(
-                body_bytes=max_body, answer_seconds=max_seconds, new_tokens=max_new_tokens
+                body_bytes=options.max_body, answer_seconds=options.max_seconds,
+                new_tokens=options.max_new_tokens,
             ),
-            keys=keys, origins=origins, feedback=store, ranking=ranking, switch=switch,
-            admins=admins, monitoring=monitoring,
-            hosts=LOCAL_NAMES | {h.lower() for h in allow_host} if local else None,
+            keys=keys, origins=options.allow_origin, feedback=store, ranking=ranking,
+            manager=manager, admins=admin_keys, monitor=monitor,
+            hosts=frozenset((*LOCAL_NAMES, *map(str.lower, options.allow_host)))
+            if options.host in LOCAL_NAMES else None,
         )  # fmt: skip
-        config = config_of(server, max_connections, drain)
+        config = config_of(server, options.max_connections, options.drain)
         bound = listening.getsockname()
         shown = f"[{bound[0]}]" if ":" in bound[0] else bound[0]
         cache = models.stats()
@@ -142,7 +76,59 @@ def run(
             "listening", url=f"http://{shown}:{bound[1]}", model=models.name, pages=cache.pages,
             page_bytes=cache.page_bytes, cache_mib=cache.pages * cache.page_bytes // 2**20,
         )  # fmt: skip
-        _Process(config, server, drain).run(sockets=[listening])
+        _Process(config, server, options.drain).run(sockets=[listening])
+
+
+def _load(
+    options: ServeOptions, store: "FeedbackStore | None", ratings: Sequence["Rating"]
+) -> tuple[Models, ModelManager | None]:
+    """Load the models that answer, with what changes them, if anything does. ``ratings``: the
+    numbers that people may give."""
+    adapters, state_file = options.adapters(), options.state_file()
+    name = options.name or name_of(options.model)
+    if name in adapters:
+        raise InputError(f"adapter: expected another name than the model's, got {name!r:.80}")
+    template = options.chat_template
+    loader = Loader(
+        name, options.act_bits, options.engine(), options.draft_model,
+        FairLock() if state_file or adapters else None, versions=state_file is not None,
+        template=None if template is None else read_text(template, MOST_TEMPLATE),
+        share=len(adapters) + 1,
+    )  # fmt: skip
+    if state_file is None:
+        manager = None
+        models = Models(loader.load(options.model, digest_of(options.model)))
+    else:
+        manager = _manager(options, state_file, loader, store, ratings)
+        models = manager.models
+    for key, place in adapters.items():
+        models.add(replace(loader, name=key, versions=False).load(place, digest_of(place)))
+    return models, manager
+
+
+def _manager(
+    options: ServeOptions,
+    state_file: Path,
+    loader: Loader,
+    store: "FeedbackStore | None",
+    ratings: Sequence["Rating"],
+) -> ModelManager:
+    """Load what was decided last, and begin or continue the canary's experiment."""
+    base = str(options.model)
+    allowed = Allowed([base, *([options.canary] if options.canary else [])], options.models_dir)
+    if store is None:
+        manager = ModelManager(loader, base, state_file, allowed)
+        manager.begin()
+        return manager
+    from fastlm.serve.canary.canary_config import CanaryConfig
+    from fastlm.serve.canary.canary_manager import CanaryManager
+    from fastlm.serve.canary.canary_store import CanaryStore
+
+    config = CanaryConfig.of(options, ratings)
+    counts = CanaryStore(store, config.rating)
+    manager = CanaryManager(loader, base, state_file, allowed, counts, config)
+    manager.begin(options.canary)
+    return manager
 
 
 def config_of(server: Server, max_connections: int, drain: float) -> uvicorn.Config:

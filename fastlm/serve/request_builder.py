@@ -11,7 +11,7 @@ from fastlm.serve.protocol.chat_completion import ChatCompletionRequest
 from fastlm.serve.protocol.completion import CompletionRequest, GenerationRequest
 
 if TYPE_CHECKING:
-    from fastlm.serve.gate import Limits
+    from fastlm.serve.middleware import Limits
     from fastlm.serve.models import Served
 
 MAX_LOGPROBS = 2**18  # in one response: about 30 MB

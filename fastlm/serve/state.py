@@ -17,7 +17,7 @@ MOST_DECISIONS = 50
 
 
 @dataclass(frozen=True)
-class Known:
+class ModelRef:
     """A model by where it is and what it is: ``path`` as it was given, ``digest`` of its files."""
 
     path: str
@@ -25,11 +25,11 @@ class Known:
 
 
 @dataclass(frozen=True)
-class Canary:
+class CanaryState:
     """A trial of ``model`` by ``metric``. ``decided``: its verdict's action, None while it runs.
     ``secret``: what keys the hashes of conversations in the database, which does not have it."""
 
-    model: Known
+    model: ModelRef
     experiment: str
     metric: str
     decided: str | None = None
@@ -42,13 +42,13 @@ class State:
     goes back to. ``decisions``: the last ones, newest last, each with its numbers."""
 
     base: str
-    current: Known
-    previous: Known | None = None
-    canary: Canary | None = None
+    current: ModelRef
+    previous: ModelRef | None = None
+    canary: CanaryState | None = None
     decisions: list[dict[str, Any]] = field(default_factory=list)
 
-    def decided(self, action: str, **told: Any) -> "State":
-        """With one more decision."""
+    def with_decision(self, action: str, **told: Any) -> "State":
+        """Return the state with one more decision."""
         at = datetime.now(UTC).isoformat(timespec="seconds")
         kept = self.decisions[1 - MOST_DECISIONS :]
         return replace(self, decisions=[*kept, {"at": at, "action": action, **told}])
@@ -70,9 +70,11 @@ def read_state(path: Path) -> State | None:
         previous, canary = given["previous"], given["canary"]
         return State(
             str(given["base"]),
-            Known(**given["current"]),
-            None if previous is None else Known(**previous),
-            None if canary is None else Canary(**{**canary, "model": Known(**canary["model"])}),
+            ModelRef(**given["current"]),
+            None if previous is None else ModelRef(**previous),
+            None
+            if canary is None
+            else CanaryState(**{**canary, "model": ModelRef(**canary["model"])}),
             list(given["decisions"]),
         )
     except (KeyError, TypeError) as error:

@@ -2,17 +2,22 @@
 
 import contextlib
 import time
+from dataclasses import replace
+from pathlib import Path
 
-from serve_app import running, tiny_model
+from serve_app import monitor_of, running, tiny_model
 
-from fastlm.inference.fair_lock import Turns
+from fastlm.inference.fair_lock import FairLock
 from fastlm.serve.app import Server
-from fastlm.serve.canary_store import CanaryStore
+from fastlm.serve.canary.canary_config import CanaryConfig
+from fastlm.serve.canary.canary_manager import CanaryManager
+from fastlm.serve.canary.canary_store import CanaryStore
 from fastlm.serve.loading import Loader
-from fastlm.serve.plan import Plan
-from fastlm.serve.switch import Allowed, Switch, start_models
+from fastlm.serve.model_manager import Allowed, ModelManager
+from fastlm.serve.options import ServeOptions
 
 OPTIONS = {"pages": 64, "max_rows": 16}
+DEFAULTS = CanaryConfig.of(ServeOptions(Path("model")))
 
 
 def folders(place, names="abc", context=512):
@@ -29,18 +34,20 @@ def folders(place, names="abc", context=512):
 @contextlib.contextmanager
 def changing(base, state, *, canary=None, store=None, models_dir=None, turns=None, **options):
     """Context: (URL, server) of the model in the folder ``base``. The server's own options are
-    ``keys``, ``admins``, ``monitoring``; the others are of the plan of a canary's trial."""
-    own = {key: options.pop(key) for key in ("keys", "admins", "monitoring") if key in options}
-    loader = Loader("tiny", None, OPTIONS, turns=turns or Turns(), versions=True)
-    plan = Plan(**options)
-    counts = None if store is None else CanaryStore(store, plan.rating)
-    models, known = start_models(
-        loader, str(base), state, canary=None if canary is None else str(canary),
-        plan=plan, store=counts,
-    )  # fmt: skip
+    ``keys``, ``admins``, ``monitoring``; the others are of the canary's experiment."""
+    own = {key: options.pop(key) for key in ("keys", "admins") if key in options}
+    monitor = monitor_of(store, options.pop("monitoring", None))
+    loader = Loader("tiny", None, OPTIONS, turns=turns or FairLock(), versions=True)
+    config = replace(DEFAULTS, **options)
     allowed = Allowed([str(base), *([str(canary)] if canary else [])], models_dir)
-    switch = Switch(models, loader, known, state, allowed, store=counts, metric=plan.metric)
-    server = Server(models, feedback=store, switch=switch, **own)
+    if store is None:
+        manager = ModelManager(loader, str(base), state, allowed)
+        manager.begin()
+    else:
+        counts = CanaryStore(store, config.rating)
+        manager = CanaryManager(loader, str(base), state, allowed, counts, config)
+        manager.begin(None if canary is None else str(canary))
+    server = Server(manager.models, feedback=store, manager=manager, monitor=monitor, **own)
     with running(server) as url:
         yield url, server
 

@@ -20,6 +20,7 @@ from fastlm.inference.forms import Form
 from fastlm.model.causal_lm import CausalLM
 from fastlm.serve.app import Server
 from fastlm.serve.models import Models, Served
+from fastlm.serve.monitor.monitor import Monitor, Settings
 from fastlm.serve.process import _Process, config_of
 from fastlm.tokenizer.tokenizer import Tokenizer
 
@@ -58,17 +59,25 @@ def tiny_model(context=512, seed=1):
 
 @contextlib.contextmanager
 def serving(model, tokenizer, *, engine=None, pause=0.0, buffer=None, drain=0.0,
-            connections=1024, name="tiny", **options):  # fmt: skip
+            connections=1024, name="tiny", feedback=None, monitoring=None, **options):  # fmt: skip
     """Context: (URL, server) with a model of this name. ``engine``: options of the engine;
-    ``pause``: seconds that each of its steps takes longer; for the others see `running`.
+    ``pause``: seconds that each of its steps takes longer; ``monitoring``: what is measured with
+    ``feedback``; for the others see `running`.
     """
     runs = Engine(model, tokenizer, **(engine or {}))
     if pause:
         step = runs.step
         runs.step = lambda: (time.sleep(pause), step())[1]
-    server = Server(Models(Served(runs, model, tokenizer, name)), **options)
+    server = Server(
+        Models(Served(runs, model, tokenizer, name)), feedback=feedback,
+        monitor=monitor_of(feedback, monitoring), **options,
+    )  # fmt: skip
     with running(server, buffer=buffer, drain=drain, connections=connections) as url:
         yield url, server
+
+
+def monitor_of(store, settings):
+    return None if store is None else Monitor(store, settings or Settings())
 
 
 @contextlib.contextmanager

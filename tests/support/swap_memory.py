@@ -8,13 +8,13 @@ from pathlib import Path
 from canary_app import changing, wait_until_freed
 from serve_app import ask
 
-from fastlm.serve.models import give_memory_back
+from fastlm.serve.models import release_memory
 
 
 def resident(url):
     body = {"model": "tiny", "prompt": "The", "max_tokens": 4, "ignore_eos": True}
     assert ask(url, body, "/v1/completions").status_code == 200
-    give_memory_back()
+    release_memory()
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize() / 2**20
 

@@ -24,7 +24,7 @@ from fastlm.errors import InputError
 from fastlm.feedback.build import BuildOptions, build
 from fastlm.feedback.judgements import read_judgements
 from fastlm.serve import withdrawn
-from fastlm.serve.canary_store import CanaryStore
+from fastlm.serve.canary.canary_store import CanaryStore
 from fastlm.serve.feedback import FeedbackStore, Kept, Opinion
 from fastlm.serve.monitor.monitor import Settings
 from fastlm.serve.monitor.window import read_opinions

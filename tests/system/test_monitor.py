@@ -20,8 +20,9 @@ from fastlm.serve.monitor.alerts import Alerts
 from fastlm.serve.monitor.judges import JUDGES, RULES, WORDS, Judge
 from fastlm.serve.monitor.monitor import Settings
 from fastlm.serve.monitor.prompts_drift import Reference, drift
-from fastlm.serve.monitor.recorder import Keep, Measured, Recorder
-from fastlm.serve.monitor.rules import Rule, Rules, read_rules, value_of
+from fastlm.serve.monitor.recorder import Keep, Measure, Recorder
+from fastlm.serve.monitor.rules import Rule, Rules, read_rules
+from fastlm.serve.monitor.summary import RATES, VALUES, value_of
 from fastlm.serve.ratings import Rating
 from fastlm.serve.said import Opinion
 from fastlm.serve.tables import MEASURES
@@ -50,7 +51,7 @@ def recorded(store, **options):
 
 def measured(id="r", at=0.0, **more):
     values = {"response_id": id, "choice": 0, "model": "tiny", "at": at, "status": 200}
-    return Measured(values | more, "a prompt", 1, "an answer")
+    return Measure(values | more, "a prompt", 1, "an answer")
 
 
 def test_every_answer_is_measured_without_its_text(tiny, where):
@@ -176,7 +177,7 @@ def test_measures_wait_in_bounded_room(tmp_path, monkeypatch):
         assert mine.counts.dropped == 15
         mine.start()
         assert mine.flush(60) and len(measures(store)) == 10
-        mine.put(Measured(measured().values, "x" * 990, 1, "x" * 11))
+        mine.put(Measure(measured().values, "x" * 990, 1, "x" * 11))
         assert mine.counts.dropped == 16
         mine.close()
         off = recorded(store, keep=Keep(rows=0))
@@ -508,8 +509,6 @@ def test_an_alert_on_the_dashboard_in_prometheus_and_in_the_log(tiny, tmp_path, 
 
 
 def test_every_metric_of_a_rule_has_a_value(tiny, tmp_path):
-    from fastlm.serve.monitor.rules import RATES, VALUES
-
     with (
         FeedbackStore(tmp_path / "f.sqlite") as store,
         serving(*tiny, feedback=store) as (_, server),

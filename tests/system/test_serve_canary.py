@@ -10,23 +10,24 @@ import threading
 import time
 import weakref
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from canary_app import changing, folders
+from canary_app import DEFAULTS, changing, folders
 from serve_app import HTTP, ask
 
 from fastlm.errors import InputError
-from fastlm.serve import plan, trial
-from fastlm.serve.canary_store import CanaryStore
+from fastlm.serve import ratings
+from fastlm.serve.canary import canary as experiments
+from fastlm.serve.canary.canary import CanaryExperiment, Variant
+from fastlm.serve.canary.canary_store import CanaryStore
 from fastlm.serve.feedback import FeedbackStore
 from fastlm.serve.monitor.monitor import Settings
-from fastlm.serve.plan import Plan
 from fastlm.serve.ratings import Rating
 from fastlm.serve.said import Kept, Opinion
 from fastlm.serve.state import read_state
-from fastlm.serve.trial import Arm, Trial
 from fastlm.stats.latency import PairCounts
 
 
@@ -74,7 +75,7 @@ def status(url):
 
 def test_a_conversation_stays_with_its_model(models, tmp_path):
     with trying(models, tmp_path, share=0.3, metric="stop", most=10**6) as (url, server):
-        old, new = server.served.name, server.models.trial.served.name
+        old, new = server.served.name, server.models.experiment.served.name
         listed = [m["id"] for m in HTTP.get(url + "/v1/models").json()["data"]]
         assert listed == ["tiny", old, new] and len(set(listed)) == 3
         first = {f"Hi {i}": chat(url, f"Hi {i}")["model"] for i in range(40)}
@@ -92,14 +93,14 @@ def test_a_conversation_stays_with_its_model(models, tmp_path):
         for name in (old, new):  # asked for by name
             assert chat(url, mine, model=name)["model"] == name
         # one conversation counts once, and one whose client chose the model does not
-        counts = server.models.trial.arms
+        counts = server.models.experiment.arms
         assert counts["old"].outcomes + counts["new"].outcomes == 41
         assert counts["old"].answers + counts["new"].answers == 40 + 40 + 6
         # embeddings, and what has token ids where they differ, stay with the old model
         for i in range(10):
             body = {"model": "tiny", "input": f"text {i}"}
             assert ask(url, body, "/v1/embeddings").json()["model"] == old
-        server.models.trial.same_tokens = False
+        server.models.experiment.same_tokens = False
         assert chat(url, mine, stop_token_ids=[5])["model"] == old
         assert chat(url, mine)["model"] == new
         stream = ask(url, {
@@ -108,26 +109,26 @@ def test_a_conversation_stays_with_its_model(models, tmp_path):
         })  # fmt: skip
         assert json.loads(stream.text.split("\n\n")[0][6:])["model"] == new
         # what the canary refuses is answered by the old model, and counts against the canary
-        server.models.trial.served.context_limit = (
-            server.models.trial.served.prompts.context_limit
+        server.models.experiment.served.context_limit = (
+            server.models.experiment.served.prompts.context_limit
         ) = 8
         assert chat(url, mine)["model"] == old
-        assert server.models.trial.arms["new"].errors == 1
+        assert server.models.experiment.arms["new"].errors == 1
         response = ask(url, {"model": new, "messages": [{"role": "user", "content": mine}]})
         assert response.status_code == 400
 
 
 def test_thumbs_promote_and_late_ones_count_for_who_answered(models, tmp_path, monkeypatch):
-    in_loop, compare = [], trial.compare
+    in_loop, compare = [], experiments.sequential.always_valid
 
     def recorded(*counts):
         with suppress(RuntimeError):  # in a thread without a loop
             in_loop.append(asyncio.get_running_loop())
         return compare(*counts)
 
-    monkeypatch.setattr(trial, "compare", recorded)
+    monkeypatch.setattr(experiments.sequential, "always_valid", recorded)
     with trying(models, tmp_path, alpha=0.2) as (url, server):
-        old, new = server.served.name, server.models.trial.served.name
+        old, new = server.served.name, server.models.experiment.served.name
         answers = [chat(url, f"Hello {i}") for i in range(60)]
         # their feedback comes after the decision
         late, later = (next(a for a in answers if a["model"] == name) for name in (old, new))
@@ -168,23 +169,23 @@ def test_thumbs_promote_and_late_ones_count_for_who_answered(models, tmp_path, m
     assert (decision["rule"], decision["reason"]) == (told["rule"], told["reason"])
     # the next start serves what was promoted; `fastlm rollback` goes back
     with trying(models, tmp_path) as (url, server):
-        assert server.served.name == new and server.models.trial is None
+        assert server.served.name == new and server.models.experiment is None
         assert ask(url, {}, "/v1/admin/rollback").status_code == 200
         assert chat(url, "Hello 0")["model"] == old
     with trying(models, tmp_path) as (url, server):  # and no trial begins again
-        assert server.served.name == old and server.models.trial is None
-        counts = server.switch.store.counts(decision["experiment"])["new"]
+        assert server.served.name == old and server.models.experiment is None
+        counts = server.manager.store.counts(decision["experiment"])["new"]
         thumb(url, later["id"], "up")
-        after = server.switch.store.counts(decision["experiment"])["new"]
+        after = server.manager.store.counts(decision["experiment"])["new"]
         assert after.successes == counts.successes + 1
 
 
-@pytest.mark.parametrize("fails", ["trial", "store"])
+@pytest.mark.parametrize("fails", ["experiment", "store"])
 def test_an_opinion_said_again_is_stored_and_counted_once(models, tmp_path, monkeypatch, fails):
     with trying(models, tmp_path) as (url, server):
         answer = chat(url, "Hello")
         place, name = {
-            "trial": (server.switch, "opinion"), "store": (server.feedback, "add"),
+            "experiment": (server.manager, "feedback"), "store": (server.feedback, "add"),
         }[fails]  # fmt: skip
         works = getattr(place, name)
         left = [InputError("no database")]
@@ -198,13 +199,13 @@ def test_an_opinion_said_again_is_stored_and_counted_once(models, tmp_path, monk
         said = {"response_id": answer["id"], "thumb": "up"}
         assert [ask(url, said, "/v1/feedback").status_code for _ in range(2)] == [503, 200]
         assert len(server.feedback.opinions()) == 1
-        arms = server.switch.store.counts(server.switch.trial.experiment)
+        arms = server.manager.store.counts(server.manager.experiment.id)
         assert sum(arm.outcomes for arm in arms.values()) == 1
 
 
 def test_picks(models, tmp_path):
     with trying(models, tmp_path, metric="pick", alpha=1e-9) as (url, server):
-        old, new = server.served.name, server.models.trial.served.name
+        old, new = server.served.name, server.models.experiment.served.name
         for i in range(20):  # a hash takes each for one of the two: 1 of 500,000 have one side only
             better, worse = (chat(url, f"Hi {i}", model=name)["id"] for name in (new, old))
             said = {"response_id": better, "preferred_over": [{"response_id": worse}]}
@@ -223,7 +224,7 @@ def test_a_declared_number_decides(models, tmp_path):
     effort = Rating("effort", "number", "lower", low=1, high=5)
     options = {"metric": "effort", "rating": effort, "monitoring": Settings([effort])}
     with trying(models, tmp_path, alpha=0.2, **options) as (url, server):
-        new = server.models.trial.served.name
+        new = server.models.experiment.served.name
 
         def say(answer, value):
             said = {"response_id": answer["id"], "metrics": {"effort": value}}
@@ -241,17 +242,17 @@ def test_a_declared_number_decides(models, tmp_path):
         assert told["reason"].startswith("effort: ") and "difference +1.000 in" in told["reason"]
         assert told["arms"]["old"]["successes"] == 0 < told["arms"]["old"]["outcomes"]
         text = HTTP.get(url + "/metrics").text
-    board = json.loads(Path(plan.__file__).with_name("grafana.json").read_text())
+    board = json.loads(Path(ratings.__file__).with_name("grafana.json").read_text())
     shown = "".join(target["expr"] for panel in board["panels"] for target in panel["targets"])
     for name in ("canary", "canary_difference", "model_answers_total", "model_decisions_total"):
         assert re.search(rf"fastlm_{name}\b", shown) and f"fastlm_{name}{{" in text
     with pytest.raises(InputError, match="canary_metric: wanted thumb, pick, stop, or a declared"):
-        Plan(metric="stars", rating=effort)
+        replace(DEFAULTS, metric="stars", rating=effort)
 
 
 def test_a_canary_that_fails_is_rolled_back(models, tmp_path):
     with trying(models, tmp_path, most=10**6) as (url, server):
-        canary = server.models.trial.served
+        canary = server.models.experiment.served
 
         def broken(*_):
             raise RuntimeError("broken")
@@ -260,9 +261,9 @@ def test_a_canary_that_fails_is_rolled_back(models, tmp_path):
         for i in range(60):
             body = {"model": "tiny", "messages": [{"role": "user", "content": f"Hi {i}"}]}
             assert ask(url, {**body, "max_tokens": 2}).status_code in (200, 500)
-            if server.models.trial is None:
+            if server.models.experiment is None:
                 break
-        until(lambda: server.models.trial is None)
+        until(lambda: server.models.experiment is None)
         told, gone = status(url), weakref.ref(canary.model)
         del canary, broken
         until(lambda: gone() is None)  # its memory is returned
@@ -276,6 +277,12 @@ def test_a_canary_that_fails_is_rolled_back(models, tmp_path):
         assert all(chat(url, f"Hi {i}")["model"] == server.served.name for i in range(20))
 
 
+def experiment(store, name, decide=None, **config):
+    return CanaryExperiment(
+        SimpleNamespace(name="new"), replace(DEFAULTS, **config), store, name, decide=decide
+    )
+
+
 def test_a_canary_that_is_slow_is_rolled_back_and_bursts_of_load_decide_nothing(tmp_path):
     async def run(name, slower, count):
         decided = []
@@ -284,7 +291,7 @@ def test_a_canary_that_is_slow_is_rolled_back_and_bursts_of_load_decide_nothing(
             decided.append(verdict)
             trial.end(verdict)
 
-        trial = Trial(SimpleNamespace(name="new"), Plan(share=0.5), store, name, decide=decide)
+        trial = experiment(store, name, share=0.5, decide=decide)
         watching = asyncio.create_task(trial.watch())
         for i in range(count):
             busy = 5 if i % 60 < 25 else 1  # in bursts each answer takes five times as long
@@ -311,7 +318,7 @@ def test_a_canary_that_is_slow_is_rolled_back_and_bursts_of_load_decide_nothing(
         trial, decided = asyncio.run(run("a little", 1.3, 140))
         pairs = trial.paces.counts
         assert not decided and 20 < pairs.total < 60  # one pair of 4 conversations
-        again = Trial(SimpleNamespace(name="new"), Plan(), store, "a little")
+        again = experiment(store, "a little")
         assert again.paces.counts == pairs  # after a restart
 
 
@@ -321,12 +328,12 @@ def test_counts_survive_a_restart(models, tmp_path):
             answer = chat(url, f"Hi {i}")
             if i % 2:
                 thumb(url, answer["id"], "up" if i % 3 else "down")
-        before, experiment = status(url), server.models.trial.experiment
+        before, name = status(url), server.models.experiment.id
         assert sum(arm["outcomes"] for arm in before["arms"].values()) == 12
         first = {f"Hi {i}": chat(url, f"Hi {i}")["model"] for i in range(10)}
         before = status(url)
     with trying(models, tmp_path, most=10**6) as (url, server):
-        assert server.models.trial.experiment == experiment
+        assert server.models.experiment.id == name
         after = status(url)
         assert after["arms"] == before["arms"] and after["tests"] == before["tests"]
         assert {text: chat(url, text)["model"] for text in first} == first
@@ -334,7 +341,7 @@ def test_counts_survive_a_restart(models, tmp_path):
     place = tmp_path / "other"
     shutil.copytree(tmp_path, place)
     with trying(models, place, metric="stop") as (url, server):  # other outcomes: another trial
-        assert server.models.trial.experiment != experiment
+        assert server.models.experiment.id != name
     with trying(models, tmp_path, most=10**6) as (url, server):
         response = ask(url, {"model": str(models["a"])}, "/v1/admin/promote")
         assert response.status_code == 400 and "wanted the canary" in response.text
@@ -346,7 +353,7 @@ def test_counts_survive_a_restart(models, tmp_path):
 
 
 def test_a_database_that_hangs_holds_no_answer(models, tmp_path, monkeypatch):
-    monkeypatch.setattr("fastlm.serve.trial.WRITE_SECONDS", 0.05)
+    monkeypatch.setattr("fastlm.serve.canary.canary.WRITE_SECONDS", 0.05)
     with trying(models, tmp_path, most=10**6) as (url, server):
         other = sqlite3.connect(tmp_path / "feedback.sqlite", isolation_level=None)
         other.execute("begin immediate")  # longer than the answers take
@@ -358,9 +365,9 @@ def test_a_database_that_hangs_holds_no_answer(models, tmp_path, monkeypatch):
             one.start()
         for i in range(20):
             chat(url, f"Hi {i}")
-        assert sum(arm.answers for arm in server.models.trial.arms.values()) == 0
+        assert sum(arm.answers for arm in server.models.experiment.arms.values()) == 0
         other.execute("rollback")
-        until(lambda: sum(arm.answers for arm in server.models.trial.arms.values()) == 20)
+        until(lambda: sum(arm.answers for arm in server.models.experiment.arms.values()) == 20)
         other.close()
         for one in voting:
             one.join()
@@ -374,8 +381,8 @@ def test_what_is_forgotten_counts_without_its_ids(models, tmp_path):
         other = chat(url, "Hi")["id"]
         thumb(url, kept, "up")
         thumb(url, other, "down")
-        store, experiment = server.feedback, server.models.trial.experiment
-        before = server.switch.store.counts(experiment)
+        store, name = server.feedback, server.models.experiment.id
+        before = server.manager.store.counts(name)
         assert server.monitor.recorder.flush()
         unit = hashlib.sha256(b"id\0private-talk").hexdigest()
         assert kept in all_rows(store)
@@ -387,7 +394,7 @@ def test_what_is_forgotten_counts_without_its_ids(models, tmp_path):
         assert store.forget("private-talk") == 2 + 1 + 2 + 2  # answers, thumb, measures, trial
         told = all_rows(store)
         assert not any(word in told for word in ("private-talk", kept, mine)) and other in told
-        assert server.switch.store.counts(experiment) == before
+        assert server.manager.store.counts(name) == before
         # one that is asked for while it is being stored
         late = Kept("late", "tiny", [{"role": "user", "content": "secret"}], [[]], None, "talk-2")
         blocked, looked = store._blocked, []
@@ -414,12 +421,12 @@ def all_rows(store):
 
 def test_what_the_counts_decide():
     def arms(a, b, old=None, new=None):
-        return {"old": Arm(*a, **(old or {})), "new": Arm(*b, **(new or {}))}
+        return {"old": Variant(*a, **(old or {})), "new": Variant(*b, **(new or {}))}
 
     def judge(arms, plan, pairs=None):
-        return trial.judge(arms, pairs or PairCounts(), plan)
+        return experiments.judge(arms, pairs or PairCounts(), plan)
 
-    plan, lenient = Plan(), Plan(rule="non-inferiority", margin=0.1)
+    plan, lenient = DEFAULTS, replace(DEFAULTS, rule="non-inferiority", margin=0.1)
     assert judge(arms((0, 0), (0, 0)), plan) is None
     assert judge(arms((50, 25), (10, 5)), plan) is None
     better, worse = arms((900, 450), (300, 225)), arms((900, 450), (300, 75))
@@ -428,7 +435,7 @@ def test_what_the_counts_decide():
     alike = arms((9000, 4500), (2000, 1000))
     assert judge(alike, lenient).action == "promote"
     assert judge(alike, plan).action == "keep"  # 11,000 outcomes
-    test = trial.comparisons(better, PairCounts(), plan)["outcome"]
+    test = experiments.comparisons(better, PairCounts(), plan)["outcome"]
     assert 0 < test.low < test.difference == 0.25 < test.high < 0.5 and test.p < 0.05
     # the guards come before the outcomes
     failing = arms((900, 450), (100, 75), new={"answers": 20, "errors": 9}, old={"answers": 180})
@@ -443,14 +450,14 @@ def test_what_the_counts_decide():
         {"alpha": float("nan")}, {"most": 0},
     ):  # fmt: skip
         with pytest.raises(InputError, match=next(iter(wrong))):
-            Plan(**wrong)
+            replace(DEFAULTS, **wrong)
 
 
 def test_a_share_of_the_conversations(tmp_path):
     with FeedbackStore(tmp_path / "feedback.sqlite") as store:
-        trial = Trial(SimpleNamespace(name="new"), Plan(share=0.1), CanaryStore(store), "x")
+        trial = experiment(CanaryStore(store), "x", share=0.1)
         taken = sum(trial.takes(str(i)) for i in range(20_000))
         assert 1_850 < taken < 2_150  # 3.5 standard deviations
-        other = Trial(SimpleNamespace(name="new"), Plan(share=0.1), CanaryStore(store), "y")
+        other = experiment(CanaryStore(store), "y", share=0.1)
         both = sum(trial.takes(str(i)) and other.takes(str(i)) for i in range(20_000))
         assert 140 < both < 260  # each trial has a hash of its own

@@ -20,7 +20,7 @@ from serve_app import HTTP, serving, tiny_model
 
 from fastlm.data.preferences import Unranked
 from fastlm.serve.feedback import FeedbackStore
-from fastlm.serve.gate import Limits
+from fastlm.serve.middleware import Limits
 from fastlm.serve.openapi import GETS
 from fastlm.serve.ranking import RankingStore
 

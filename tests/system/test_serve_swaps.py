@@ -26,8 +26,8 @@ from fastlm.model.causal_lm import CausalLM
 from fastlm.model.load import load_model
 from fastlm.serve import loading
 from fastlm.serve.admin_api import PATHS
+from fastlm.serve.model_manager import Allowed
 from fastlm.serve.state import read_state
-from fastlm.serve.switch import Allowed
 from fastlm.tokenizer.tokenizer import Tokenizer
 
 PROMPTS = ["The tree", "What is 1 + 1?", "river", "name"]

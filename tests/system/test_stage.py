@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from fastlm.data.prepare import read_documents
 from fastlm.errors import InputError
 from fastlm.pipeline.commands import command_of
-from fastlm.pipeline.stage import TYPES, Stage, options_of
+from fastlm.pipeline.stage import TYPES, Positional, Stage, options_of
 from fastlm.stages import KINDS, run_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -120,7 +120,8 @@ def test_every_option_has_a_key_a_flag_and_a_help(kind):
         if option.name == "model":  # a table, which only recipes have
             continue
         assert option.help, f"{kind}.{option.name}"
-        flag = option.name if option.positional else f"--{option.name.replace('_', '-')}"
+        positional = isinstance(option.help, Positional)
+        flag = option.name if positional else f"--{option.name.replace('_', '-')}"
         assert flag in text, f"{kind}: {flag}"
     # words that a recipe, a command or a call already uses
     taken = {*cls.reads, "name", "kind", "from", "of", "out", "cache", "threads", "log_every"}

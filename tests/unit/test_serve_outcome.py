@@ -2,7 +2,7 @@
 
 import pytest
 
-from fastlm.serve.gate import _outcome
+from fastlm.serve.middleware import _outcome
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ CHECK_SECONDS = 30.0
 
 
 @dataclass
-class State:
+class AlertState:
     """The state of a rule. ``since``: when it last began or ceased to fire. ``found``: what the
     last check found.
     """
@@ -21,20 +21,27 @@ class State:
     found: Mapping[str, Any] | None = None
     streak: int = 0  # checks in a row that speak for the other state
 
+    def row(self) -> dict[str, Any]:
+        """Return it for the dashboard and the log."""
+        names = ("name", "metric", "model", "window", "above", "below")
+        rule = {name: getattr(self.rule, name) for name in names}
+        value = self.found or dict.fromkeys(("value", "low", "high", "n"))
+        return {**rule, "firing": self.firing, "since": self.since, **value}
+
 
 @dataclass
 class Alerts:
-    """``values``: the metric of a rule now (`fastlm.serve.monitor.rules.value_of`). ``changed``:
+    """``values``: the metric of a rule now (`fastlm.serve.monitor.summary.value_of`). ``changed``:
     told of a state that changed.
     """
 
     rules: tuple[Rule, ...]
     values: Callable[[Rule, float], Mapping[str, Any]]
-    changed: Callable[[State], None]
-    states: list[State] = field(init=False)
+    changed: Callable[[AlertState], None]
+    states: list[AlertState] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.states = [State(rule) for rule in self.rules]
+        self.states = [AlertState(rule) for rule in self.rules]
 
     def check(self, now: float) -> None:
         """Look at every rule. InputError: the database cannot be used; what it had not come to
@@ -50,12 +57,4 @@ class Alerts:
 
     def told(self) -> list[dict[str, Any]]:
         """For the dashboard, those that fire first."""
-        return [
-            {
-                "name": state.rule.name, "metric": state.rule.metric, "model": state.rule.model,
-                "window": state.rule.window, "above": state.rule.above, "below": state.rule.below,
-                "firing": state.firing, "since": state.since,
-                **(state.found or {"value": None, "low": None, "high": None, "n": None}),
-            }
-            for state in sorted(self.states, key=lambda state: not state.firing)
-        ]  # fmt: skip
+        return [state.row() for state in sorted(self.states, key=lambda state: not state.firing)]

@@ -2,27 +2,29 @@
 
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from prometheus_client import CollectorRegistry, Gauge
-from prometheus_client.core import CounterMetricFamily, Metric
-from prometheus_client.registry import Collector
+from anyio import CapacityLimiter
+from anyio.to_thread import run_sync
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from fastlm.errors import InputError
-from fastlm.serve.gate import log
-from fastlm.serve.monitor import rules, window
-from fastlm.serve.monitor.alerts import CHECK_SECONDS, Alerts, State
+from fastlm.serve.api_error import ApiError
+from fastlm.serve.middleware import log
+from fastlm.serve.monitor import window
+from fastlm.serve.monitor.alerts import CHECK_SECONDS, Alerts
 from fastlm.serve.monitor.judges import JUDGES, Judge
 from fastlm.serve.monitor.prompts_drift import Reference, drift
-from fastlm.serve.monitor.recorder import Counts, Keep, Recorder
-from fastlm.serve.monitor.rules import Rule, Rules
-from fastlm.serve.monitor.seen import Seen
-from fastlm.serve.monitor.summary import LENGTHS, lengths, series, summary
-from fastlm.serve.monitor.window import Answers, FeedbackRow
+from fastlm.serve.monitor.recorder import Keep, Recorder
+from fastlm.serve.monitor.request_trace import RequestTrace
+from fastlm.serve.monitor.rules import Rule, Rules, read_rules, seconds
+from fastlm.serve.monitor.summary import LENGTHS, lengths, series, summary, value_of
+from fastlm.serve.monitor.window import Period, read_period
+from fastlm.serve.options import ServeOptions
 from fastlm.serve.protocol.completion import GenerationRequest
 from fastlm.serve.ratings import Rating, read_ratings
 
@@ -34,6 +36,7 @@ WINDOWS = {"hour": (3600.0, 60), "day": (86400.0, 48), "week": (7 * 86400.0, 56)
 WIDE = 4  # parts that rates are taken of together: their intervals need more answers
 CACHE_SECONDS = 5.0  # several who look at the dashboard read the database once
 MOST_MODELS = 6  # side by side: the latest
+PARAMETERS = ("window", "begin", "end")
 
 
 @dataclass(frozen=True)
@@ -47,36 +50,34 @@ class Settings:
     keep: Keep = field(default_factory=Keep)
     judges: Sequence[Judge] = JUDGES
 
-
-def read_settings(metrics: Path | None, alerts: Path | None, days: float, rows: int) -> Settings:
-    """Settings from the files of `fastlm serve`. InputError: names the line that is wrong."""
-    ratings = [] if metrics is None else read_ratings(metrics)
-    found = Rules() if alerts is None else rules.read_rules(alerts, ratings)
-    return Settings(ratings, found, Keep(days, rows))
+    @staticmethod
+    def of(options: ServeOptions) -> "Settings":
+        """Read the options of the server. InputError: names the line of a file that is wrong."""
+        ratings = [] if options.metrics is None else read_ratings(options.metrics)
+        rules = Rules() if options.alerts is None else read_rules(options.alerts, ratings)
+        return Settings(ratings, rules, Keep(options.measure_days, options.measure_rows))
 
 
 class Monitor:
-    """``registry``: where Prometheus finds its gauges. InputError: as `FeedbackStore.declare`."""
+    """InputError: as `FeedbackStore.declare`."""
 
-    def __init__(
-        self, store: "FeedbackStore", settings: Settings, registry: CollectorRegistry
-    ) -> None:
+    def __init__(self, store: "FeedbackStore", settings: Settings) -> None:
         self.store, self.settings = store, settings
         store.declare(settings.ratings)
         self.recorder = Recorder(
             store, settings.judges, settings.keep, settings.rules.reference.rows, self._often
         )
-        self.alerts = Alerts(settings.rules.alerts, self._value, self._changed)
-        self._checked = time.monotonic()
-        self._read_at: tuple[float, dict[Any, Any]] = (0.0, {})
-        self._lock = threading.Lock()
-        self._cached: dict[Any, tuple[float, dict[str, Any]]] = {}
-        self._gauge = Gauge(
-            "fastlm_alert", "1 while a rule for alerts fires", ("name",), registry=registry
+        self.alerts = Alerts(
+            settings.rules.alerts, self._value, lambda state: log("alert", **state.row())
         )
-        for rule in settings.rules.alerts:
-            self._gauge.labels(rule.name).set(0)
-        registry.register(_Counts(self.recorder.counts))
+        self._checked = time.monotonic()
+        self._values: tuple[float, Callable[[Rule], dict[str, Any]]] | None = None
+        self._lock, self._one = threading.Lock(), CapacityLimiter(1)
+        self._cached: dict[Any, tuple[float, dict[str, Any]]] = {}
+
+    @property
+    def ratings(self) -> Sequence[Rating]:
+        return self.settings.ratings
 
     def start(self) -> None:
         self.recorder.start()
@@ -84,9 +85,26 @@ class Monitor:
     def close(self) -> None:
         self.recorder.close()
 
-    def seen(self, request: GenerationRequest, model: str, id: str, lengths: Sequence[int]) -> Seen:
-        """What measures a request; its `end` has to be called once."""
-        return Seen(self.recorder, request, model, id, lengths)
+    def observe(
+        self, request: GenerationRequest, model: str, id: str, lengths: Sequence[int]
+    ) -> RequestTrace:
+        return RequestTrace(self.recorder, request, model, id, lengths)
+
+    def collect(self) -> Iterator[Metric]:
+        alerts = GaugeMetricFamily(
+            "fastlm_alert", "1 while a rule for alerts fires", labels=["name"]
+        )
+        for state in self.alerts.states:
+            alerts.add_metric([state.rule.name], float(state.firing))
+        yield alerts
+        counts = self.recorder.counts
+        text = "Measures of answers: written to the database, dropped because too many waited"
+        measures = CounterMetricFamily("fastlm_measures", text, labels=["outcome"])
+        measures.add_metric(["written"], counts.written)
+        measures.add_metric(["dropped"], counts.dropped)
+        yield measures
+        text = "Times that the database could not be used by the monitor"
+        yield CounterMetricFamily("fastlm_measure_errors", text, counts.database_errors)
 
     # ---- alerts
 
@@ -99,66 +117,62 @@ class Monitor:
         except InputError:
             self.recorder.counts.database_errors += 1
 
-    def _value(self, rule: Rule, now: float) -> Mapping[str, Any]:
-        """The value of a rule's metric; of rules with one window, the database is read once."""
-        if self._read_at[0] != now:
-            self._read_at = (now, {})
-        known, length = self._read_at[1], rules.seconds(rule.window)
+    def _value(self, rule: Rule, now: float) -> dict[str, Any]:
+        if self._values is None or self._values[0] != now:
+            self._values = (now, self._values_at(now))
+        return self._values[1](rule)
 
-        def once(key: Any, read: Any) -> Any:
-            if key not in known:
-                known[key] = read()
-            return known[key]
+    def _values_at(self, now: float) -> Callable[[Rule], dict[str, Any]]:
+        """Values of rules' metrics; for rules with one window, the database is read once."""
 
-        since, until = now - length, now + 1
-        if rule.metric.startswith("drift"):
-            reference = self.settings.rules.reference
-            moved = once(("drift", length), lambda: drift(self.store, reference, since, until))
-            return rules.value_of(rule.metric, {"metrics": {}}, moved)
-        answers, said = once(length, lambda: self._read(since, until))
-        told = once(
-            (length, rule.model),
-            lambda: self._summary(answers, said, rule.model, length / 60),
-        )
-        return rules.value_of(rule.metric, told, {})
+        @cache
+        def period(length: float) -> Period:
+            return read_period(self.store, now - length, now + 1, length / 60)
 
-    def _changed(self, state: State) -> None:
-        found, rule = state.found or {}, state.rule
-        self._gauge.labels(rule.name).set(float(state.firing))
-        log(
-            "alert", name=rule.name, firing=state.firing, metric=rule.metric, model=rule.model,
-            window=rule.window, above=rule.above, below=rule.below,
-            **{key: found.get(key) for key in ("value", "low", "high", "n")},
-        )  # fmt: skip
+        @cache
+        def told(length: float, model: str | None) -> dict[str, Any]:
+            return self._summary(period(length).of_model(model))
+
+        @cache
+        def moved(length: float) -> dict[str, Any]:
+            return drift(self.store, self.settings.rules.reference, now - length, now + 1)
+
+        def value(rule: Rule) -> dict[str, Any]:
+            length = seconds(rule.window)
+            if rule.metric.startswith("drift"):
+                return value_of(rule.metric, {}, moved(length))
+            return value_of(rule.metric, told(length, rule.model), {})
+
+        return value
 
     # ---- the dashboard
 
+    async def dashboard(self, query: Mapping[str, str]) -> dict[str, Any]:
+        name, reference = read_query(query)
+        try:
+            return await run_sync(self.data, name, reference, limiter=self._one)
+        except InputError:
+            raise ApiError(
+                "dashboard: the database cannot be used; try again", status=503,
+                kind="server_error", code="no_database", headers={"retry-after": "5"},
+            ) from None  # fmt: skip
+
     def data(self, name: str, reference: Reference | None = None) -> dict[str, Any]:
-        """All that the dashboard shows of a window of `WINDOWS`. Takes a while.
+        """Return all that the dashboard shows of a window of `WINDOWS`. Takes a while.
 
         InputError: the database cannot be used.
         """
         reference = reference or self.settings.rules.reference
         with self._lock:
-            at, told = self._cached.get((name, reference), (-CACHE_SECONDS, {}))
-            if time.monotonic() - at >= CACHE_SECONDS:
+            oldest = time.monotonic() - CACHE_SECONDS
+            self._cached = {k: known for k, known in self._cached.items() if known[0] > oldest}
+            if (name, reference) not in self._cached:
                 told = self._data(name, reference)
-                fresh = {
-                    key: value
-                    for key, value in self._cached.items()
-                    if time.monotonic() - value[0] < CACHE_SECONDS
-                }
-                self._cached = fresh | {(name, reference): (time.monotonic(), told)}
+                self._cached[name, reference] = time.monotonic(), told
+            told = self._cached[name, reference][1]
         counts = self.recorder.counts
-        return told | {
-            "alerts": self.alerts.told(),
-            "measures": {
-                "written": counts.written, "dropped": counts.dropped,
-                "database_errors": counts.database_errors,
-                "judge_errors": counts.judge_errors,
-                "keep_days": self.settings.keep.days, "keep_rows": self.settings.keep.rows,
-            },
-        }  # fmt: skip
+        keep = {"keep_days": self.settings.keep.days, "keep_rows": self.settings.keep.rows}
+        return told | {"alerts": self.alerts.told(), "measures": asdict(counts) | keep}
 
     def _data(self, name: str, reference: Reference) -> dict[str, Any]:
         now = time.time()
@@ -168,63 +182,46 @@ class Monitor:
             first, last = window.span(self.store) or (now - 3600, now)
             since, until = first, max(now, last)
         edges = np.linspace(since, until + 1e-3, count + 1)
-        answers, said = self._read(since, until + 1)
-        minutes = (until - since) / 60
-        if answers.cut:  # rates are of the time that was read
-            minutes = (until - float(answers["at"][0])) / 60
-        known = window.models(self.store, MOST_MODELS)
+        period = read_period(self.store, since, until + 1, (until - since) / 60)
+        models = window.models(self.store, MOST_MODELS)
         groups = []
-        for model in (None, *(known if len(known) > 1 else ())):
-            some, about = _of(answers, said, model)
-            judges = self.settings.judges
+        for model in (None, *(models if len(models) > 1 else ())):
+            mine = period.of_model(model)
             groups.append(
                 {
                     "model": model,
-                    "summary": summary(some, about, self.settings.ratings, judges, minutes),
-                    "series": series(some, about, judges, edges, edges[::WIDE]),
-                    "lengths": lengths(some),
+                    "summary": self._summary(mine),
+                    "series": series(mine, self.settings.judges, edges, edges[::WIDE]),
+                    "lengths": lengths(mine.answers),
                 }
             )
         return {
             "now": now, "window": name, "since": since, "until": until,
             "edges": edges.tolist(), "rate_edges": edges[::WIDE].tolist(),
-            "length_edges": LENGTHS, "models": known, "groups": groups,
-            "unmatched": len({(one.rater, one.key) for one in said if not one.model}),
-            "cut": answers.cut,
+            "length_edges": LENGTHS, "models": models, "groups": groups,
+            "unmatched": len({(row.rater, row.key) for row in period.feedback if not row.model}),
+            "cut": period.answers.cut,
             "drift": drift(self.store, reference, since, until + 1),
         }  # fmt: skip
 
-    def _read(self, since: float, until: float) -> tuple[Answers, list[FeedbackRow]]:
-        return (
-            window.read_answers(self.store, since, until),
-            window.read_opinions(self.store, since, until),
+    def _summary(self, period: Period) -> dict[str, Any]:
+        return summary(period, self.settings.ratings, self.settings.judges)
+
+
+def read_query(query: Mapping[str, str]) -> tuple[str, Reference | None]:
+    """Read the window (hour, day, week or all), and another reference for drift where the query
+    names one. ApiError: names what is wrong."""
+    for key in query:
+        if key not in PARAMETERS:
+            raise ApiError(f"{key:.80}: wanted one of {', '.join(PARAMETERS)}", param=key[:80])
+    name = query.get("window", "day")
+    if name not in WINDOWS:
+        raise ApiError(
+            f"window: wanted one of {', '.join(WINDOWS)}, got {name!r:.80}", param="window"
         )
-
-    def _summary(
-        self, answers: Answers, said: list[FeedbackRow], model: str | None, minutes: float
-    ) -> dict[str, Any]:
-        some, about = _of(answers, said, model)
-        return summary(some, about, self.settings.ratings, self.settings.judges, minutes)
-
-
-def _of(
-    answers: Answers, said: list[FeedbackRow], model: str | None
-) -> tuple[Answers, list[FeedbackRow]]:
-    """Those of a model; None: all."""
-    if model is None:
-        return answers, said
-    return answers.where(answers["model"] == model), [one for one in said if one.model == model]
-
-
-class _Counts(Collector):
-    def __init__(self, counts: Counts):
-        self.counts = counts
-
-    def collect(self) -> Iterator[Metric]:
-        text = "Measures of answers: written to the database, dropped because too many waited"
-        found = CounterMetricFamily("fastlm_measures", text, labels=["outcome"])
-        found.add_metric(["written"], self.counts.written)
-        found.add_metric(["dropped"], self.counts.dropped)
-        yield found
-        text = "Times that the database could not be used by the monitor"
-        yield CounterMetricFamily("fastlm_measure_errors", text, self.counts.database_errors)
+    if not query.get("begin") and not query.get("end"):
+        return name, None
+    try:
+        return name, Reference(begin=query.get("begin", ""), end=query.get("end", ""))
+    except InputError as error:
+        raise ApiError(str(error), param=str(error).partition(":")[0]) from None

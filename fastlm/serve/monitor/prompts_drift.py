@@ -1,7 +1,6 @@
 """How far the prompts of a period have moved from those of a reference."""
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -117,9 +116,3 @@ def _spread(rows: Any, most: int) -> Any:
     """At most ``most`` rows, evenly from all."""
     step = max(1, -(-len(rows) // most))
     return rows[::step]
-
-
-def worst(told: dict[str, Any]) -> dict[str, Any] | None:
-    """The feature that moved most; None where nothing was compared."""
-    found: Sequence[dict[str, Any]] = told["features"]
-    return max(found, key=lambda one: one["psi"]) if found else None

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import sqlalchemy as sa
 
 from fastlm.errors import InputError
-from fastlm.serve.gate import log
+from fastlm.serve.middleware import log
 from fastlm.serve.monitor import features
 from fastlm.serve.monitor.judges import Judge
 from fastlm.serve.tables import MEASURES
@@ -29,7 +29,7 @@ SWEEP_SECONDS = 600.0
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measure:
     """A choice of a finished answer: the columns of `MEASURES` that are known, and the texts that
     become numbers and are then forgotten. ``prompt``, ``answer``: None where nothing is measured.
     """
@@ -77,7 +77,7 @@ class Recorder:
     counts: Counts = field(default_factory=Counts)
 
     def __post_init__(self) -> None:
-        self._queue: deque[Measured] = deque()
+        self._queue: deque[Measure] = deque()
         self._characters = 0
         self._changed = threading.Condition()
         self._rows: list[dict[str, Any]] = []  # measured, not yet written
@@ -97,7 +97,7 @@ class Recorder:
         if self._thread is not None:
             self._thread.join(10)
 
-    def put(self, measured: Measured) -> None:
+    def put(self, measured: Measure) -> None:
         """Take a choice; from any thread, at once."""
         with self._changed:
             full = len(self._queue) + len(self._rows) >= MOST_WAITING
@@ -141,7 +141,7 @@ class Recorder:
             if ending:
                 return
 
-    def _row(self, measured: Measured) -> dict[str, Any]:
+    def _row(self, measured: Measure) -> dict[str, Any]:
         row = dict(measured.values)
         for column in MEASURES.columns:
             if column.name != "id":

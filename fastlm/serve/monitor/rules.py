@@ -27,18 +27,12 @@ from typing import Any
 
 from fastlm.errors import InputError
 from fastlm.serve.monitor.prompts_drift import Reference
+from fastlm.serve.monitor.summary import RATES, VALUES
 from fastlm.serve.ratings import Rating
 from fastlm.serve.toml_file import read_tables
 
 MOST = 64  # rules
 UNITS = {"m": 60.0, "h": 3600.0, "d": 86400.0}
-RATES = (
-    "refusal", "toxicity", "errors", "refused", "left", "cut", "feedback", "thumbs",
-)  # fmt: skip
-VALUES = (
-    "per_minute", "queue_p95", "first_token_p50", "first_token_p95", "whole_p50", "whole_p95",
-    "prompt_tokens_mean", "new_tokens_mean", "drift_psi", "drift_p",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -133,21 +127,18 @@ def read_rules(path: str | Path, ratings: Sequence[Rating]) -> Rules:
     seen: set[str] = set()
     for table in found["alert"]:
         rule = table.value
-        if rule.metric not in known:
-            raise InputError(
-                f"{path} line {table.line('metric')}: metric: wanted one of {', '.join(known)};"
-                f" got {rule.metric!r:.80}"
-            )
-        if rule.metric.startswith("drift") and rule.model is not None:
-            raise InputError(
-                f"{path} line {table.line('model')}: model: wanted none, since drift is of all"
-                f" prompts, got {rule.model!r:.80}"
-            )
-        if rule.name in seen:
-            raise InputError(
-                f"{path} line {table.line('name')}: name: wanted each once, got"
-                f" {rule.name!r:.80} again"
-            )
+        for key, wrong, text in (
+            ("metric", rule.metric not in known, f"wanted one of {', '.join(known)};"),
+            (
+                "model", rule.metric.startswith("drift") and rule.model is not None,
+                "wanted none, since drift is of all prompts,",
+            ),
+            ("name", rule.name in seen, "wanted each once,"),
+        ):  # fmt: skip
+            if wrong:
+                raise InputError(
+                    f"{path} line {table.line(key)}: {key}: {text} got {getattr(rule, key)!r:.80}"
+                )
         seen.add(rule.name)
     for kind, most in (("alert", MOST), ("reference", 1)):
         if len(found[kind]) > most:
@@ -155,30 +146,3 @@ def read_rules(path: str | Path, ratings: Sequence[Rating]) -> Rules:
             raise InputError(f"{path} line {line}: {kind}: wanted at most {most}")
     reference = found["reference"][0].value if found["reference"] else Reference()
     return Rules(tuple(table.value for table in found["alert"]), reference)
-
-
-def value_of(metric: str, told: Mapping[str, Any], drift: Mapping[str, Any]) -> dict[str, Any]:
-    """The value of a metric in a `summary`, with its interval where it has one, and what it is of.
-
-    ``drift``: of `prompts_drift.drift`, empty where the metric needs none.
-    """
-    none: dict[str, Any] = {"value": None, "low": None, "high": None, "n": 0}
-    if metric in told["metrics"]:
-        return none | _some(told["metrics"][metric])
-    if metric in RATES:
-        return none | _some(told[metric])
-    if metric == "per_minute":  # no answers at all are a value, too
-        return none | {"value": told["per_minute"], "n": 10_000}
-    if metric.startswith("drift"):
-        if not drift.get("enough"):
-            return none
-        value = drift["mmd"]["p"]
-        if metric == "drift_psi":
-            value = max(one["psi"] for one in drift["features"])
-        return none | {"value": value, "n": drift["prompts"]}
-    name, _, part = metric.rpartition("_")
-    return none | {"value": told[name][part], "n": told[name]["n"]}
-
-
-def _some(found: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: found[key] for key in ("value", "low", "high", "n")}

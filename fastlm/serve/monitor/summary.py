@@ -1,29 +1,32 @@
-"""A period in numbers: of all answers, or of a model's."""
+"""A period in numbers: of all answers, or of a model's. Both the dashboard and alerts read them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from fastlm.serve.monitor.judges import Judge
-from fastlm.serve.monitor.window import Answers, FeedbackRow
+from fastlm.serve.monitor.window import Answers, FeedbackRow, Period
 from fastlm.serve.ratings import Rating
 from fastlm.stats.summaries import mean, quantiles, rate
 
 OK = 200
 KINDS = ("comment", "corrected", "picked")
 LENGTHS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)  # tokens; edges between bars
+# what alerts may name, besides the numbers that people give
+RATES = (
+    "refusal", "toxicity", "errors", "refused", "left", "cut", "feedback", "thumbs",
+)  # fmt: skip
+VALUES = (
+    "per_minute", "queue_p95", "first_token_p50", "first_token_p95", "whole_p50", "whole_p95",
+    "prompt_tokens_mean", "new_tokens_mean", "drift_psi", "drift_p",
+)  # fmt: skip
 
 
-def summary(
-    answers: Answers,
-    said: Sequence[FeedbackRow],
-    ratings: Sequence[Rating],
-    judges: Sequence[Judge],
-    minutes: float,
-) -> dict[str, Any]:
-    """What the dashboard shows of a period of ``minutes``, and what alerts look at."""
+def summary(period: Period, ratings: Sequence[Rating], judges: Sequence[Judge]) -> dict[str, Any]:
+    """Summarise a period."""
+    answers, minutes = period.answers, period.minutes
     status = answers["status"]
     good = answers.where(status == OK)
     told: dict[str, Any] = {
@@ -42,7 +45,33 @@ def summary(
     }
     for judge in judges:
         told[judge.kind] = judged(good, judge)
-    return told | opinions(len(good), said, ratings)
+    return told | opinions(len(good), period.feedback, ratings)
+
+
+def value_of(metric: str, told: Mapping[str, Any], drift: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a metric of a `summary` (or of `prompts_drift.drift`) with its interval where it has
+    one, and how many answers it is of.
+    """
+    none: dict[str, Any] = {"value": None, "low": None, "high": None, "n": 0}
+    if metric in told.get("metrics", {}):
+        return none | _some(told["metrics"][metric])
+    if metric in RATES:
+        return none | _some(told[metric])
+    if metric == "per_minute":  # no answers at all are a value, too
+        return none | {"value": told["per_minute"], "n": 10_000}
+    if metric.startswith("drift"):
+        if not drift.get("enough"):
+            return none
+        value = drift["mmd"]["p"]
+        if metric == "drift_psi":
+            value = max(one["psi"] for one in drift["features"])
+        return none | {"value": value, "n": drift["prompts"]}
+    name, _, part = metric.rpartition("_")
+    return none | {"value": told[name][part], "n": told[name]["n"]}
+
+
+def _some(found: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: found[key] for key in ("value", "low", "high", "n")}
 
 
 def judged(good: Answers, judge: Judge) -> dict[str, Any]:
@@ -55,19 +84,19 @@ def judged(good: Answers, judge: Judge) -> dict[str, Any]:
 
 
 def opinions(
-    answers: int, said: Sequence[FeedbackRow], ratings: Sequence[Rating]
+    answers: int, feedback: Sequence[FeedbackRow], ratings: Sequence[Rating]
 ) -> dict[str, Any]:
     """Feedback: the share of ``answers`` that have some, thumbs, and each declared number."""
-    about = {one.key for one in said if one.key[1] >= 0 and one.model}
-    thumbs = [one.value for one in said if one.kind == "thumb"]
+    about = {row.key for row in feedback if row.key[1] >= 0 and row.model}
+    thumbs = [row.value for row in feedback if row.kind == "thumb"]
     told: dict[str, Any] = {
         "feedback": rate(min(len(about), answers), answers),
         "thumbs": rate(sum(thumbs), len(thumbs)) | {"better": "higher"},
-        "opinions": {kind: sum(one.kind == kind for one in said) for kind in KINDS},
+        "opinions": {kind: sum(row.kind == kind for row in feedback) for kind in KINDS},
         "metrics": {},
     }
     for rating in ratings:
-        values = [one.value for one in said if one.kind == f"metrics.{rating.name}"]
+        values = [row.value for row in feedback if row.kind == f"metrics.{rating.name}"]
         boolean = rating.kind == "boolean"
         found = rate(sum(values), len(values)) if boolean else mean(values)
         told["metrics"][rating.name] = found | {
@@ -78,16 +107,12 @@ def opinions(
 
 
 def series(
-    answers: Answers,
-    said: Sequence[FeedbackRow],
-    judges: Sequence[Judge],
-    edges: np.ndarray,
-    wide: np.ndarray,
+    period: Period, judges: Sequence[Judge], edges: np.ndarray, wide: np.ndarray
 ) -> dict[str, Any]:
     """The same over time: values of the parts between ``edges``, rates of those between ``wide`` as
     [value, low, high]; None: no answer.
     """
-    minutes = float(edges[1] - edges[0]) / 60
+    answers, minutes = period.answers, float(edges[1] - edges[0]) / 60
     good = answers.where(answers["status"] == OK)
     cuts = np.searchsorted(good["at"], edges)
     told: dict[str, Any] = {"per_minute": [float(n) / minutes for n in np.diff(cuts)]}
@@ -103,7 +128,7 @@ def series(
     for judge in judges:
         mine = good[f"{judge.kind}_judge"] == judge.id
         told[judge.kind] = _rates(good["at"][mine], good[judge.kind][mine] >= judge.threshold, wide)
-    thumbs = sorted((one.at, one.value) for one in said if one.kind == "thumb")
+    thumbs = sorted((row.at, row.value) for row in period.feedback if row.kind == "thumb")
     at, ups = np.array(thumbs).reshape(-1, 2).T
     told["thumbs"] = _rates(at, ups, wide)
     return told

@@ -59,14 +59,37 @@ class FeedbackRow:
     value: float
 
 
-def read_answers(
-    store: "FeedbackStore", since: float, until: float, model: str | None = None
-) -> Answers:
+@dataclass(frozen=True)
+class Period:
+    """What the database has of a period of ``minutes``: of all models, or of one."""
+
+    answers: Answers
+    feedback: list[FeedbackRow]
+    minutes: float
+
+    def of_model(self, model: str | None) -> "Period":
+        """Return what belongs to one model; None: to all."""
+        if model is None:
+            return self
+        answers = self.answers.where(self.answers["model"] == model)
+        return Period(answers, [r for r in self.feedback if r.model == model], self.minutes)
+
+
+def read_period(store: "FeedbackStore", since: float, until: float, minutes: float) -> Period:
+    """Read [since, until), of which ``minutes`` are over. InputError: the database cannot be used.
+
+    Where it has more answers than are read, the period begins with the first one that is.
+    """
+    answers = read_answers(store, since, until)
+    if answers.cut:
+        minutes -= (float(answers["at"][0]) - since) / 60
+    return Period(answers, read_opinions(store, since, until), minutes)
+
+
+def read_answers(store: "FeedbackStore", since: float, until: float) -> Answers:
     """The measures of [since, until). InputError: the database cannot be used."""
     columns = [C[name] for name in (*FLOATS, *TEXTS)]
     query = sa.select(*columns).where(C.at >= since, C.at < until)
-    if model is not None:
-        query = query.where(C.model == model)
     rows = _all(store, query.order_by(C.at.desc()).limit(MOST_ROWS + 1))
     cut = len(rows) > MOST_ROWS
     turned = list(zip(*rows[:MOST_ROWS][::-1])) or [()] * len(columns)
@@ -107,7 +130,7 @@ def span(store: "FeedbackStore") -> tuple[float, float] | None:
 
 
 def read_opinions(store: "FeedbackStore", since: float, until: float) -> list[FeedbackRow]:
-    """What was said about answers of [since, until), whenever they came, and those of that time
+    """The opinions about answers of [since, until), whenever they came, and those of that time
     about what was not measured. Of several of a rater about the same, the last of each kind counts.
     """
     F = FEEDBACK.c

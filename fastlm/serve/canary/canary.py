@@ -21,15 +21,17 @@ from anyio import CapacityLimiter
 from anyio.to_thread import run_sync
 
 from fastlm.errors import InputError
-from fastlm.serve.gate import log
-from fastlm.serve.plan import Plan
+from fastlm.serve.canary.canary_config import CanaryConfig
+from fastlm.serve.canary.canary_lease import CanaryLease
+from fastlm.serve.middleware import log
+from fastlm.serve.models import Models, Served
 from fastlm.serve.protocol.chat_completion import ChatCompletionRequest
 from fastlm.serve.protocol.completion import CompletionRequest, GenerationRequest
+from fastlm.stats import sequential
 from fastlm.stats.latency import BOUND, PacePairs, PairCounts, compare_paces
 
 if TYPE_CHECKING:
-    from fastlm.serve.canary_store import CanaryStore
-    from fastlm.serve.models import Served
+    from fastlm.serve.canary.canary_store import CanaryStore
     from fastlm.serve.said import Opinion
 
 LOOK_SECONDS = 1.0  # between two looks: a test takes 20 ms of the interpreter
@@ -39,7 +41,7 @@ Action = Literal["promote", "roll back", "keep"]
 
 
 @dataclass(frozen=True)
-class Arm:
+class Variant:
     """What became of one model's conversations: ``successes`` of ``outcomes``, ``errors`` of
     ``answers``."""
 
@@ -50,7 +52,7 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class Rule:
+class DecisionRule:
     """The rule that decided: by the rule ``name`` the ``test`` of what was counted ("outcome",
     "errors", "slow") was on its side of ``bound``, at ``alpha``. ``after``: outcomes, answers or
     pairs of conversations; ``metric``: of outcomes."""
@@ -64,74 +66,62 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class CanaryVerdict:
     """``rule``: None where somebody asked for it."""
 
     action: Action
     reason: str
-    rule: Rule | None = None
+    rule: DecisionRule | None = None
 
 
-@dataclass(frozen=True)
-class Compared:
-    """The difference new - old with its always-valid interval and p-value."""
-
-    difference: float
-    low: float
-    high: float
-    p: float
-
-
-@lru_cache(64)  # most counts are those of the last look
-def compare(old: tuple[int, int], new: tuple[int, int], alpha: float) -> Compared:
-    """Compare (successes, number) of the two arms."""
-    from fastlm.stats.sequential import always_valid
-
-    return Compared(*always_valid(*new, *old, alpha))
-
-
-def comparisons(arms: dict[str, Arm], pairs: PairCounts, plan: Plan) -> dict[str, Compared]:
-    """Outcomes, errors and slowness, compared."""
+def comparisons(
+    arms: dict[str, Variant], pairs: PairCounts, config: CanaryConfig
+) -> dict[str, sequential.Answer]:
+    """Compare outcomes, errors and slowness: each the difference new - old, with its always-valid
+    interval and p-value."""
     old, new = arms["old"], arms["new"]
     return {
-        "outcome": compare(
-            (old.successes, old.outcomes), (new.successes, new.outcomes), plan.alpha
-        ),
-        "errors": compare((old.errors, old.answers), (new.errors, new.answers), plan.alpha),
-        "slow": Compared(*compare_paces(pairs, plan.alpha)),
+        "outcome": _compare(new.successes, new.outcomes, old.successes, old.outcomes, config.alpha),
+        "errors": _compare(new.errors, new.answers, old.errors, old.answers, config.alpha),
+        "slow": compare_paces(pairs, config.alpha),
     }
 
 
-def judge(arms: dict[str, Arm], pairs: PairCounts, plan: Plan) -> Verdict | None:
-    """What the counts decide; None: not yet."""
+@lru_cache(64)  # most counts are those of the last look
+def _compare(*counts: Any) -> sequential.Answer:
+    return sequential.always_valid(*counts)
+
+
+def judge(
+    arms: dict[str, Variant], pairs: PairCounts, config: CanaryConfig
+) -> CanaryVerdict | None:
+    """Return what the counts decide; None: not yet. The guards come before the outcomes."""
     old, new = arms["old"], arms["new"]
-    rate = old.errors / old.answers if old.answers else 0.5
-    if new.answers and new.errors / new.answers > rate:  # else it cannot be
-        test = compare((old.errors, old.answers), (new.errors, new.answers), plan.alpha)
-        if test.low > 0:
-            counts = _shares("errors", (new.errors, new.answers), (old.errors, old.answers))
-            rule = Rule("fewer errors", "errors", 0.0, plan.alpha, old.answers + new.answers)
-            return _verdict("roll back", rule, test, counts)
-    if pairs.new > pairs.old:
-        test = Compared(*compare_paces(pairs, plan.alpha))
-        if test.low > BOUND:
-            counts = (
-                f"slow answers: the new model slower in {pairs.new} of {pairs.total} pairs of"
-                f" conversations, the old one in {pairs.old}"
-            )
-            rule = Rule("as fast", "slow", BOUND, plan.alpha, pairs.total)
-            return _verdict("roll back", rule, test, counts)
+    tests, alpha = comparisons(arms, pairs, config), config.alpha
     outcomes = old.outcomes + new.outcomes
-    rule = Rule(plan.rule, "outcome", plan.bound, plan.alpha, outcomes, plan.metric)
-    if old.outcomes and new.outcomes:
-        test = compare((old.successes, old.outcomes), (new.successes, new.outcomes), plan.alpha)
-        counts = _shares(plan.metric, (new.successes, new.outcomes), (old.successes, old.outcomes))
-        if test.low > plan.bound:
-            return _verdict("promote", rule, test, counts)
-        if test.high < plan.bound:
-            return _verdict("roll back", rule, test, counts)
-    if outcomes >= plan.most:
-        return Verdict("keep", f"{plan.metric}: no decision after {plan.most} outcomes", rule)
+    errors = _shares("errors", (new.errors, new.answers), (old.errors, old.answers))
+    slow = (
+        f"slow answers: the new model slower in {pairs.new} of {pairs.total} pairs of"
+        f" conversations, the old one in {pairs.old}"
+    )
+    for rule, counts in (
+        (DecisionRule("fewer errors", "errors", 0.0, alpha, old.answers + new.answers), errors),
+        (DecisionRule("as fast", "slow", BOUND, alpha, pairs.total), slow),
+    ):
+        if tests[rule.test].low > rule.bound:
+            return _verdict("roll back", rule, tests[rule.test], counts)
+    rule = DecisionRule(config.rule, "outcome", config.bound, alpha, outcomes, config.metric)
+    test = tests["outcome"]
+    if old.outcomes and new.outcomes and not test.low <= config.bound <= test.high:
+        counts = _shares(
+            config.metric, (new.successes, new.outcomes), (old.successes, old.outcomes)
+        )
+        action: Action = "promote" if test.low > config.bound else "roll back"
+        return _verdict(action, rule, test, counts)
+    if outcomes >= config.most:
+        return CanaryVerdict(
+            "keep", f"{config.metric}: no decision after {config.most} outcomes", rule
+        )
     return None
 
 
@@ -139,11 +129,13 @@ def _shares(name: str, new: tuple[int, int], old: tuple[int, int]) -> str:
     return f"{name}: {new[0]} of {new[1]} new, {old[0]} of {old[1]} old"
 
 
-def _verdict(action: Action, rule: Rule, test: Compared, counts: str) -> Verdict:
+def _verdict(
+    action: Action, rule: DecisionRule, test: sequential.Answer, counts: str
+) -> CanaryVerdict:
     """``counts`` say what was counted; the reason also says which rule decided by which numbers."""
     side = "above" if test.low > rule.bound else "below"
     interval = f"{test.difference:+.3f} in [{test.low:+.3f}, {test.high:+.3f}]"
-    return Verdict(
+    return CanaryVerdict(
         action,
         f"{counts}; difference {interval}, {side} the bound {rule.bound:g} of the rule"
         f" {rule.name!r} at alpha {rule.alpha:g}",
@@ -176,32 +168,33 @@ def _hash(*parts: str) -> str:
 
 
 @dataclass(eq=False)
-class Trial:
-    """A canary on trial. ``decide`` is called in the event loop with a verdict, until `end` is.
+class CanaryExperiment:
+    """An experiment with a canary. ``decide`` is called in the event loop with a verdict, until
+    `end` is.
 
     ``canary``: its model, None once it has ended, whose counts outlive the model.
-    ``experiment``: its name in the database, new for each trial, and the salt of its hashes.
+    ``id``: its name in the database, new for each, and the salt of its hashes.
     ``tests``: `comparisons` as of the last look. ``paces``: of its conversations' first answers.
     ``same_tokens``: a token id means the same to both models. ``secret``: with which units are
     hashed for the database, so that nobody who has it can try what a prompt said.
     """
 
-    canary: "Served | None"
-    plan: Plan
+    canary: Served | None
+    config: CanaryConfig
     store: "CanaryStore"
-    experiment: str
+    id: str
     same_tokens: bool = True
     secret: str = ""
-    decide: Callable[["Trial", Verdict], Awaitable[Any]] | None = None
-    verdict: Verdict | None = None
-    arms: dict[str, Arm] = field(default_factory=lambda: {"old": Arm(), "new": Arm()})
-    tests: dict[str, Compared] = field(default_factory=dict)
+    decide: Callable[["CanaryExperiment", CanaryVerdict], Awaitable[Any]] | None = None
+    verdict: CanaryVerdict | None = None
+    arms: dict[str, Variant] = field(default_factory=lambda: {"old": Variant(), "new": Variant()})
+    tests: dict[str, sequential.Answer] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.name = self.served.name
-        self.arms = self.store.counts(self.experiment)
+        self.arms = self.store.counts(self.id)
         self.paces = PacePairs()
-        for arm, pace in self.store.first_paces(self.experiment):
+        for arm, pace in self.store.first_paces(self.id):
             self.paces.add(arm, pace)
         self._changed = asyncio.Event()
         self._changed.set()  # what an earlier process counted may decide at once
@@ -211,31 +204,43 @@ class Trial:
         self._one = CapacityLimiter(1)
 
     @property
-    def served(self) -> "Served":
-        """The canary's model, while the trial runs."""
+    def served(self) -> Served:
+        """The canary's model, while the experiment runs."""
         assert self.canary is not None
         return self.canary
 
+    def lease(
+        self, models: Models, served: Served, request: GenerationRequest, client: str
+    ) -> CanaryLease:
+        """Choose the model of a request. Ids of tokens that mean something else to the canary stay
+        with the current model."""
+        unit = unit_of(request, client)
+        assigned = request.model == models.name and (self.same_tokens or not uses_ids(request))
+        if assigned and self.takes(unit):
+            served = self.served
+        return CanaryLease(models, served, self, unit, assigned)
+
     def takes(self, unit: str) -> bool:
-        """Whether the canary gets this conversation."""
-        return int(_hash(self.experiment, unit)[:13], 16) < self.plan.share * 16**13
+        """Return whether the canary gets this conversation."""
+        return int(_hash(self.id, unit)[:13], 16) < self.config.share * 16**13
 
     async def answered(
         self, id: str, unit: str, conversation: str | None, arm: str, model: str, *,
         assigned: bool, seconds: float | None = None, error: bool = False, stopped: bool = False,
     ) -> None:  # fmt: skip
-        """Store and count an answer. ``seconds``: per token. A database that fails costs the trial
-        an answer, and one that hangs the client `WRITE_SECONDS`; the answer is counted later."""
+        """Store and count an answer. ``seconds``: per token. A database that fails costs the
+        experiment an answer, and one that hangs the client `WRITE_SECONDS`; the answer is counted
+        later."""
         unit = _hash(self.secret, unit)
-        success = stopped if self.plan.metric == "stop" and assigned and not error else None
+        success = stopped if self.config.metric == "stop" and assigned and not error else None
 
         def write() -> tuple[bool, bool]:
             timed = self.store.answer(
-                response_id=id, experiment=self.experiment, unit=unit, conversation_id=conversation,
+                response_id=id, experiment=self.id, unit=unit, conversation_id=conversation,
                 arm=arm, model=model, assigned=assigned, error=error, pace=seconds, at=time.time(),
             )  # fmt: skip
             return timed, success is not None and self.store.outcome(
-                self.experiment, unit, arm, success, id
+                self.id, unit, arm, success, id
             )
 
         async def count() -> None:
@@ -267,11 +272,11 @@ class Trial:
         task.add_done_callback(self._writing.discard)
         await asyncio.wait((task,), timeout=WRITE_SECONDS)
 
-    def opinion(self, opinion: "Opinion") -> None:
+    def feedback(self, opinion: "Opinion") -> None:
         """Count what somebody says, at any time, for the model that answered. For any thread but
         the event loop's. InputError: the database cannot be used."""
-        new = self.store.count(opinion, self.plan.metric)
-        if new is not None and new[0] == self.experiment and self._loop is not None:
+        new = self.store.count(opinion, self.config.metric)
+        if new is not None and new[0] == self.id and self._loop is not None:
             self._loop.call_soon_threadsafe(self._count, *new[1:])
 
     def _count(self, arm: str, success: bool) -> None:
@@ -288,8 +293,8 @@ class Trial:
             await self._changed.wait()
             self._changed.clear()
             arms, pairs = dict(self.arms), self.paces.counts
-            self.tests = await asyncio.to_thread(comparisons, arms, pairs, self.plan)
-            verdict = await asyncio.to_thread(judge, arms, pairs, self.plan)
+            self.tests = await asyncio.to_thread(comparisons, arms, pairs, self.config)
+            verdict = await asyncio.to_thread(judge, arms, pairs, self.config)
             if verdict is not None and self.decide is not None and self.verdict is None:
                 await self.decide(self, verdict)
                 self._changed.set()  # unless that has ended it
@@ -297,7 +302,7 @@ class Trial:
                 await asyncio.wait_for(self._failed.wait(), LOOK_SECONDS)
             self._failed.clear()
 
-    def end(self, verdict: Verdict) -> None:
+    def end(self, verdict: CanaryVerdict) -> None:
         """What was decided, by `decide` or by somebody. The model is not held any longer."""
         self.verdict, self.canary = verdict, None
         self._changed.set()

@@ -1,15 +1,17 @@
-"""What a canary's trial is about. Nothing heavy is imported: the command line makes it."""
+"""What a canary's experiment is about."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fastlm.errors import InputError
+from fastlm.serve.options import ServeOptions
 from fastlm.serve.ratings import BUILT_IN, Rating
 
 RULES = ("superiority", "non-inferiority")
 
 
 @dataclass(frozen=True)
-class Plan:
+class CanaryConfig:
     """share: of the conversations that the canary gets. metric: what is a success: a thumb up among
     thumbs; being preferred over an answer of the other model; an answer that ended by itself; or,
     by its name, a ``rating`` in the better half of its range.
@@ -19,13 +21,23 @@ class Plan:
     so for each of the guards. most: outcomes after which the old model stays.
     """
 
-    share: float = 0.1
-    metric: str = "thumb"
-    rule: str = "superiority"
-    margin: float = 0.05
-    alpha: float = 0.05
-    most: int = 5000
+    share: float
+    metric: str
+    rule: str
+    margin: float
+    alpha: float
+    most: int
     rating: Rating | None = None
+
+    @staticmethod
+    def of(options: ServeOptions, ratings: Sequence[Rating] = ()) -> "CanaryConfig":
+        """Read the options of the server. ``ratings``: the numbers that people may give."""
+        metric = options.canary_metric
+        return CanaryConfig(
+            options.share, metric, options.canary_rule, options.canary_margin,
+            options.canary_alpha, options.canary_most,
+            next((rating for rating in ratings if rating.name == metric), None),
+        )  # fmt: skip
 
     def __post_init__(self) -> None:
         for name, good, wanted, value in (

@@ -23,7 +23,7 @@ from starlette.responses import Response
 
 from fastlm.serve.api_error import ApiError
 from fastlm.serve.metrics import Metrics
-from fastlm.serve.running import gone
+from fastlm.serve.response_stream import wait_for_disconnect
 
 # without a key: what holds no data, and what tells a balancer that the server lives
 OPEN_PATHS = frozenset(("/", "/rank", "/dashboard", "/health", "/ready"))
@@ -58,7 +58,7 @@ class Limits:
     new_tokens: int | None = None
 
 
-class Gone(Exception):
+class ClientDisconnected(Exception):
     """The client has closed the connection, or does not read."""
 
 
@@ -69,7 +69,7 @@ def log(event: str, **told: Any) -> None:
     sys.stderr.flush()
 
 
-class Gate:
+class RequestMiddleware:
     """``keys``: API keys; none: no key is asked for. ``hosts``: names by which clients may call the
     server (an attacker's page in a browser would call it by another); None: any.
     """
@@ -113,7 +113,7 @@ class Gate:
                 # what the client did not take would hold the connection for ever
                 if (abort := scope["state"].get("abort")) is not None:
                     abort()
-                raise Gone from None
+                raise ClientDisconnected from None
 
         try:
             try:
@@ -122,7 +122,7 @@ class Gate:
                 await self.app(scope, receive, sender)
             except ApiError as error:
                 await self.refuse(error)(scope, receive, sender)
-            except Gone:
+            except ClientDisconnected:
                 told["gone"] = True
             except Exception as error:
                 log("failure", id=scope["state"]["id"], **stack_of(error))
@@ -135,15 +135,15 @@ class Gate:
                         status=500, kind="server_error",
                     )  # fmt: skip
                     await self.refuse(failed)(scope, receive, sender)
-        except Gone:
+        except ClientDisconnected:
             told["gone"] = True
         finally:
             seconds = time.perf_counter() - began
             path = scope["path"] if scope["path"] in self.paths else "other"
             self.metrics.requests.labels(path, status or 499).inc()
             self.metrics.request_seconds.labels(path).observe(seconds)
-            if (seen := scope["state"].get("seen")) is not None:
-                seen.end(_outcome(status, told))
+            if (observer := scope["state"].get("observer")) is not None:
+                observer.end(_outcome(status, told))
             if status != 200 or path not in QUIET_PATHS:
                 log(
                     "request", id=scope["state"]["id"], method=scope["method"], path=path,
@@ -211,7 +211,7 @@ async def read_body(request: Request, limits: Limits) -> bytes:
             while True:
                 message = await request.receive()
                 if message["type"] == "http.disconnect":
-                    raise Gone
+                    raise ClientDisconnected
                 data += message.get("body", b"")
                 if len(data) > limits.body_bytes:
                     raise most
@@ -224,14 +224,15 @@ async def read_body(request: Request, limits: Limits) -> bytes:
         ) from None  # fmt: skip
 
 
-async def unless_gone(receive: Callable[[], Awaitable[Any]], work: Any) -> Any:
-    """The result of the coroutine ``work``, which is cancelled if the client goes away (`Gone`)."""
+async def cancel_on_disconnect(receive: Callable[[], Awaitable[Any]], work: Any) -> Any:
+    """Return the result of the coroutine ``work``. ClientDisconnected: the client went away.
+    Then the work is cancelled."""
     working = asyncio.ensure_future(work)
-    watching = asyncio.ensure_future(gone(receive))
+    watching = asyncio.ensure_future(wait_for_disconnect(receive))
     try:
         await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            raise Gone
+            raise ClientDisconnected
         return working.result()
     finally:
         for task in (working, watching):

@@ -6,35 +6,18 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from fastlm.inference.requests import EngineStats, Listener, Piece, QueueFull, Request
+from fastlm.inference.requests import Listener, Piece, QueueFull, Request
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from concurrent.futures import Future
-
+    from fastlm.inference.engine import Engine
     from fastlm.serve.metrics import Metrics
 
-T = TypeVar("T")
 RETRY_SECONDS = 5.0  # when a client may ask again whose share of the queue is used up
 
 
-class Engine(Protocol):
-    """What the server needs of `fastlm.inference.engine.Engine`."""
-
-    context_limit: int
-    max_waiting: int
-
-    def submit(self, request: Request, listener: Listener) -> int: ...
-    def cancel(self, id: int) -> None: ...
-    def call(self, function: "Callable[[], T]", client: str = "") -> "Future[T]": ...
-    def stats(self) -> EngineStats: ...
-    def start(self) -> None: ...
-    def close(self) -> None: ...
-
-
-class Shares:
+class ClientQuota:
     """How many answers of each client have not begun; ``most``: of one client, None: any number.
     For the event loop alone.
     """
@@ -43,14 +26,14 @@ class Shares:
         self.most = most
         self.waiting: Counter[str] = Counter()
 
-    def take(self, client: str, count: int) -> None:
+    def acquire(self, client: str, count: int) -> None:
         """Count ``count`` more. QueueFull: more than the client's share."""
         have = self.waiting[client]
         if self.most is not None and have + count > self.most:
             raise QueueFull(have, RETRY_SECONDS)
         self.waiting[client] += count
 
-    def give(self, client: str, count: int = 1) -> None:
+    def release(self, client: str, count: int = 1) -> None:
         """Count ``count`` fewer."""
         self.waiting[client] -= count
         if not self.waiting[client]:
@@ -58,7 +41,7 @@ class Shares:
 
 
 @dataclass
-class Times:
+class RequestTimings:
     """Seconds of a request since it was submitted; None: not yet, or never."""
 
     queue: float | None = None  # until it is computed
@@ -66,27 +49,27 @@ class Times:
     whole: float | None = None
 
 
-class Running:
+class ResponseStream:
     """The pieces of several requests of one client, as (index, piece), in the order in which they
     arrive.
 
-    All are submitted at once or none is: what `Engine.submit` and `Shares.take` raise is raised
-    here. `close` cancels what still runs. The engine's thread never waits for the client: pieces
-    queue, at most as many as an answer has tokens. ``times``: of each request.
+    All are submitted at once or none is: what `Engine.submit` and `ClientQuota.acquire` raise is
+    raised here. `close` cancels what still runs. The engine's thread never waits for the client:
+    pieces queue, at most as many as an answer has tokens. ``times``: of each request.
     """
 
     def __init__(
-        self, engine: Engine, requests: Sequence[Request], metrics: "Metrics", shares: Shares
+        self, engine: "Engine", requests: Sequence[Request], metrics: "Metrics", quota: ClientQuota
     ):
         self.engine, self.metrics, self.count = engine, metrics, len(requests)
-        self._shares, self._client = shares, requests[0].client
+        self._quota, self._client = quota, requests[0].client
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
         self._began = time.perf_counter()
         self._last: dict[int, float] = {}
-        self.times = [Times() for _ in requests]
+        self.times = [RequestTimings() for _ in requests]
         self._ids: dict[int, int] = {}
-        shares.take(self._client, len(requests))
+        quota.acquire(self._client, len(requests))
         self._waiting = set(range(len(requests)))
         try:
             for index, request in enumerate(requests):
@@ -106,7 +89,7 @@ class Running:
     def _take(self, index: int, piece: Piece, now: float) -> None:
         if index in self._waiting:
             self._waiting.discard(index)
-            self._shares.give(self._client)
+            self._quota.release(self._client)
         self._measure(index, piece, now)
         self._queue.put_nowait((index, piece))
 
@@ -145,11 +128,11 @@ class Running:
         for id in self._ids.values():
             self.engine.cancel(id)
         self._ids = {}
-        self._shares.give(self._client, len(self._waiting))
+        self._quota.release(self._client, len(self._waiting))
         self._waiting = set()
 
 
-async def gone(receive: Any) -> None:
+async def wait_for_disconnect(receive: Any) -> None:
     """Wait until the client has closed the connection. The request's body has been read."""
     while (await receive())["type"] != "http.disconnect":
         pass

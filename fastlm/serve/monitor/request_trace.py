@@ -1,4 +1,4 @@
-"""A request for answers as the monitor sees it, from its prompt to its end."""
+"""A request for answers from its prompt to its end, which becomes measures."""
 
 import time
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fastlm.serve.monitor import features, judges
-from fastlm.serve.monitor.recorder import Measured, Recorder
+from fastlm.serve.monitor.recorder import Measure, Recorder
 from fastlm.serve.protocol.chat_completion import ChatCompletionRequest
 from fastlm.serve.protocol.completion import CompletionRequest, GenerationRequest
 
@@ -17,7 +17,7 @@ MOST_NAME = 256  # characters of a model's name
 
 
 @dataclass
-class Seen:
+class RequestTrace:
     """A ``request`` to ``model``: prompts of so many ``lengths`` tokens, answered under
     ``id``. ``answer``: once the engine has it.
     """
@@ -41,7 +41,7 @@ class Seen:
         if isinstance(self.request, ChatCompletionRequest) and self.request.store:
             common["conversation_id"] = self.request.conversation_id
         if status != 200 or self.answer is None:
-            self.recorder.put(Measured(common | {"prompt_tokens": sum(self.lengths)}))
+            self.recorder.put(Measure(common | {"prompt_tokens": sum(self.lengths)}))
             return
         for index, choice in enumerate(self.answer.choices):
             times, prompt = self.answer.running.times[index], index // self.request.n
@@ -54,7 +54,7 @@ class Seen:
             # of several choices, the first stands for the prompt
             text = self._prompt(prompt) if index % self.request.n == 0 else None
             answer = choice.text[: judges.MOST_CHARACTERS]
-            self.recorder.put(Measured(values, text, self._turns(), answer))
+            self.recorder.put(Measure(values, text, self._turns(), answer))
 
     def _turns(self) -> int:
         return len(self.request.messages) if isinstance(self.request, ChatCompletionRequest) else 1

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
+from fastlm.serve.canary.canary import Variant
 from fastlm.serve.canary_tables import ANSWERS, OUTCOMES, metadata
-from fastlm.serve.trial import Arm
 
 if TYPE_CHECKING:
     from fastlm.serve.feedback import FeedbackStore
@@ -33,7 +33,7 @@ class CanaryStore:
 
     def answer(self, **values: Any) -> bool:
         """Store which model gave an answer: the columns of `ANSWERS`. Return whether it is the
-        first answer with a time of its conversation, by the model that the trial chose."""
+        first answer with a time of its conversation, by the model that the experiment chose."""
         a = ANSWERS.c
         timed = sa.select(a.response_id).where(
             a.experiment == values["experiment"], a.unit == values["unit"], a.assigned,
@@ -58,8 +58,8 @@ class CanaryStore:
         return self._run(lambda c: self.feedback.insert_new(c, OUTCOMES, values))
 
     def count(self, opinion: "Opinion", metric: str) -> tuple[str, str, bool] | None:
-        """Store what an opinion says of an answer of a trial: (experiment, arm, success), None
-        where it says nothing new."""
+        """Store what an opinion says of an answer of an experiment; return (experiment, arm,
+        success), None where it says nothing new."""
         found = self._said(opinion, metric)
         if found is None:
             return None
@@ -69,7 +69,7 @@ class CanaryStore:
 
     def _said(self, opinion: "Opinion", metric: str) -> tuple[str, str, str, bool] | None:
         """What an opinion says by this metric: (experiment, unit, arm, success). None: nothing, or
-        the answer is not one of a trial, or its client chose the model.
+        the answer is not one of an experiment, or its client chose the model.
 
         A pick counts where the two answers are of both models, for one of the two, by a hash: then
         the arms are independent, and a canary as good as the old model wins half of each.
@@ -110,7 +110,7 @@ class CanaryStore:
             return None
         return self._run(lambda c: c.execute(query).first())
 
-    def counts(self, experiment: str) -> dict[str, Arm]:
+    def counts(self, experiment: str) -> dict[str, Variant]:
         """What was counted so far, by arm."""
 
         def number(condition: Any) -> Any:
@@ -127,7 +127,7 @@ class CanaryStore:
             )
             given, errors = self._run(lambda c, q=answers: c.execute(q).one())
             count, successes = self._run(lambda c, q=outcomes: c.execute(q).one())
-            found[arm] = Arm(count, successes, given, errors)
+            found[arm] = Variant(count, successes, given, errors)
         return found
 
     def first_paces(self, experiment: str) -> list[tuple[str, float]]:

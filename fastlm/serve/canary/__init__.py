@@ -1,0 +1,1 @@
+"""A canary: a second model that gets a share of the conversations until a test decides."""
