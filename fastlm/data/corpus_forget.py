@@ -111,16 +111,16 @@ def rewrite_corpus(gone: Gone) -> None:
     before = sum(steps[part]["documents"] for part in counts)
     after = sum(count for count, _ in counts.values())
     for part, (documents, size) in counts.items():
-        steps[part] |= {"documents": documents, "bytes": size}
+        steps[part].update({"documents": documents, "bytes": size})
     if STEP not in steps:
         at = min(funnel.steps.index(steps[part]) for part in counts)
         steps[STEP] = {"step": STEP, "documents": 0, "bytes": 0, "removed": {}}
         funnel.steps.insert(at, steps[STEP])
     removed = steps[STEP]["removed"].get("document", 0) + before - after
-    steps[STEP] |= {
+    steps[STEP].update({
         "documents": after, "bytes": sum(size for _, size in counts.values()),
         "removed": {"document": removed},
-    }  # fmt: skip
+    })  # fmt: skip
     write_json(folder / FUNNEL, asdict(funnel))
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastlm.data.shards import INDEX, ShardInfo, TokenDataset, load_index
+from fastlm.data.shards import INDEX, Shard, ShardInfo, TokenDataset, load_index
 from fastlm.errors import InputError
 from fastlm.files import remove, replacing, sync, write_json
 
@@ -96,7 +96,7 @@ def clean_up(folder: Path, files: Collection[str]) -> None:
             remove(path)
 
 
-def _without(folder: Path, shard: dict, dtype: np.dtype, gone: Mapping[int, int]) -> dict:
+def _without(folder: Path, shard: Shard, dtype: np.dtype, gone: Mapping[int, int]) -> Shard:
     """Write a copy of a shard without some documents; return its entry of the index."""
     old = folder / shard["file"]
     try:
