@@ -108,7 +108,7 @@ def parse(data: str | bytes, schema: type[T], where: Where, *, extra: Extra = "i
         if first["type"] == "json_invalid":
             raise InputError(_not_json(_at(where), first["msg"])) from None
         if first["type"] == "value_error":  # of the schema's own checks
-            raise InputError(_join(_at(where), str(first["ctx"]["error"]))) from None
+            raise InputError(_join(_at(where), str(first.get("ctx", {}).get("error")))) from None
         raise InputError(_refusal(where, error, from_json(data))) from None
 
 

@@ -145,16 +145,18 @@ def refresh_funnel(folder: Path, parts: Mapping[str, FileHits]) -> None:
     if not gone:
         return
     for part, hits in parts.items():
-        steps[part] |= {"documents": hits.documents, "bytes": hits.bytes}
+        steps[part].update({"documents": hits.documents, "bytes": hits.bytes})
     if STEP not in steps:
         at = min(funnel.steps.index(steps[part]) for part in parts)
-        steps[STEP] = {"step": STEP, "removed": {}}
+        steps[STEP] = {"step": STEP, "documents": 0, "bytes": 0, "removed": {}}
         funnel.steps.insert(at, steps[STEP])
-    steps[STEP] |= {
-        "documents": sum(hits.documents for hits in parts.values()),
-        "bytes": sum(hits.bytes for hits in parts.values()),
-        "removed": {"document": steps[STEP]["removed"].get("document", 0) + gone},
-    }
+    steps[STEP].update(
+        {
+            "documents": sum(hits.documents for hits in parts.values()),
+            "bytes": sum(hits.bytes for hits in parts.values()),
+            "removed": {"document": steps[STEP]["removed"].get("document", 0) + gone},
+        }
+    )
     write_json(folder / FUNNEL, asdict(funnel))
 
 

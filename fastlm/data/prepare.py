@@ -23,7 +23,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import IO, Annotated, Any, cast
+from typing import IO, Annotated, cast
 
 import zstandard
 
@@ -36,7 +36,7 @@ from fastlm.data.scrub import scrub
 from fastlm.data.split import split_text
 from fastlm.errors import InputError
 from fastlm.files import clean_up, replacing, write_error, write_json
-from fastlm.pipeline.funnel import FUNNEL, Funnel
+from fastlm.pipeline.funnel import FUNNEL, Funnel, StepCounts
 from fastlm.progress import silent
 from fastlm.schema import parse
 from fastlm.sources.rows import Document, SourceFile, list_files, printable, read_files
@@ -301,7 +301,7 @@ def _write_clean(
         "quality rules": judged, "scrub": scrubbed, "repeated paragraphs": paragraphs,
     }  # fmt: skip
     for name, step in steps.items():
-        entry: dict[str, Any] = {
+        entry: StepCounts = {
             "step": name,
             "documents": step.documents,
             "bytes": step.bytes,

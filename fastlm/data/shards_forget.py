@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastlm.data.shards import INDEX, TokenDataset, load_index
+from fastlm.data.shards import INDEX, Shard, TokenDataset, load_index
 from fastlm.errors import InputError
 from fastlm.files import remove, replacing, sync, write_json
 
@@ -88,7 +88,7 @@ def remove_documents(folder: Path, found: Found) -> None:
             remove(path)
 
 
-def _without(folder: Path, shard: dict, dtype: np.dtype, gone: Mapping[int, int]) -> dict:
+def _without(folder: Path, shard: Shard, dtype: np.dtype, gone: Mapping[int, int]) -> Shard:
     """Write a copy of a shard without some documents; return its entry of the index."""
     old = folder / shard["file"]
     try:

@@ -26,7 +26,7 @@ from fastlm.data.prepare import HELDOUT, TRAIN, ZSTD_LEVEL
 from fastlm.errors import InputError
 from fastlm.evals.safety.rows import json_lines
 from fastlm.files import make_folder, replacing, save_atomic
-from fastlm.pipeline.funnel import FUNNEL, Funnel
+from fastlm.pipeline.funnel import FUNNEL, Funnel, StepCounts
 
 DIGITS = 9
 PLANTED = "planted.jsonl"
@@ -125,7 +125,7 @@ def plant(corpus: Path, out: Path, canaries: Sequence[Canary], seed: int) -> Non
     train["documents"] += len(documents)
     train["bytes"] += size
     funnel.sources[SOURCE] = {"files": 1, "documents": len(documents), "bytes": size}
-    planted = {
+    planted: StepCounts = {
         "step": STEP, "documents": train["documents"] + heldout["documents"],
         "bytes": train["bytes"] + heldout["bytes"], "removed": {},
     }  # fmt: skip
