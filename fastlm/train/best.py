@@ -110,4 +110,5 @@ def taken(result: Mapping[str, Any], take: str) -> str:
     """Say which weights a stage left, where they are not the last."""
     if take != "best":
         return ""
-    return f", weights of step {result['best_step']} with val_loss {result['best_loss']:.4f}"
+    name = "val_loss" if "val_loss" in result["metrics"] else "val_score"
+    return f", weights of step {result['best_step']} with {name} {result['metrics'][name]:.4f}"

@@ -19,13 +19,7 @@ from fastlm.pipeline.stage import (
 from fastlm.sources.input_digest import Contents
 from fastlm.torchrun import check_alone
 from fastlm.train.distributed import check_replicas
-from fastlm.train.encoding import (
-    IGNORE,
-    chat_tokenizer,
-    check_vocabulary,
-    load_model,
-    weights_digest,
-)
+from fastlm.train.encoding import IGNORE, chat_tokenizer, check_vocabulary, weights_digest
 from fastlm.train.sft import AnswerTokens, Encoded, Sft
 
 if TYPE_CHECKING:
@@ -36,6 +30,7 @@ if TYPE_CHECKING:
     from fastlm.model.causal_lm import CausalLM
     from fastlm.tokenizer.tokenizer import Tokenizer
     from fastlm.train.encoding import Batch, Example
+    from fastlm.train.options import TrainOptions
     from fastlm.train.teacher_logits import TeacherLogits
 
 DIVERGENCES = ("forward", "reverse", "jsd")
@@ -300,33 +295,27 @@ class Distill(DistillOptions, Sft):
         stored = contents.tree(self.teacher_logits) if self.teacher_logits else None
         return [super().contents(contents), stored]
 
-    def run(self, job: Job) -> dict[str, Any]:
+    def read_data(self, tokenizer: "Tokenizer", context: int, job: Job) -> Encoded:
         self.check_teacher(bool(job.inputs.get("teacher")))
-        return super().run(job)
-
-    def encoded(self, tokenizer: "Tokenizer", seq_len: int, job: Job) -> Encoded:
         if not self.teacher_answers:
-            return super().encoded(tokenizer, seq_len, job)
+            return super().read_data(tokenizer, context, job)
         rows = self.answered(job)
         answers = replace(self, data=(str(job.out / ANSWERED),), data_weights=())
-        texts = Encoded(answers, tokenizer, seq_len, job)
+        texts = Encoded(answers, tokenizer, self.longest(context), context, job)
         rows.counts.update(texts.rows.counts)
         texts.rows = rows
         return texts
 
     def answered(self, job: Job) -> "Rows":
         """Write the teacher's answers to the prompts of the data."""
-        import torch
-
         from fastlm.data.conversations import Rows
         from fastlm.data.prompts import read_prompts
         from fastlm.train.teacher_answers import Made, prompts_digest, write_answers
 
-        where = job.path("teacher")
-        teacher = load_model(where).to(getattr(torch, self.dtype)).eval()
+        teacher, tokenizer = self.teacher(job)
         try:
             # `chat_template` is the student's, which may be of another family
-            tokenizer = chat_tokenizer(where, teacher.config.to_dict(), "")
+            chat_tokenizer(tokenizer, "")
         except InputError as error:
             told = str(error).removeprefix("chat_template: ")
             raise InputError(f"teacher: wanted a chat template of its own; {told}") from None
@@ -354,16 +343,17 @@ class Distill(DistillOptions, Sft):
             rows.counts["without an answer that ended"] += len(questions) - found
         return rows
 
-    def objective(self, job: Job, *args: Any, **options: Any) -> AnswerTokens:
+    def objective(
+        self, job: Job, model: Any, data: Any, options: "TrainOptions", **common: Any
+    ) -> AnswerTokens:
         if self.teacher_answers:
-            return super().objective(job, *args, **options)
-        rules = select_options(self, DistillOptions)
-        student, training, heldout, _ = args
+            return super().objective(job, model, data, options, **common)
+        args, tokenizer = (model, data.training, data.heldout, options), common["tokenizer"]
+        common |= {"mixture": data.mixture(), "rules": select_options(self, DistillOptions)}
         if self.teacher_logits or self.teacher_top_k:
-            stored = self.stored(job, student, [*training, *heldout], options["tokenizer"])
-            return StoredTokens(*args, stored=stored, rules=rules, **options)
-        teacher = self.load_teacher(job, student, options["tokenizer"])
-        return TeacherTokens(*args, teacher=teacher, rules=rules, **options)
+            stored = self.stored(job, model, [*data.training, *data.heldout], tokenizer)
+            return StoredTokens(*args, stored=stored, **common)
+        return TeacherTokens(*args, teacher=self.load_teacher(job, model, tokenizer), **common)
 
     def stored(
         self, job: Job, student: "CausalLM", examples: "list[Example]", tokenizer: "Tokenizer"
@@ -396,15 +386,20 @@ class Distill(DistillOptions, Sft):
         )  # fmt: skip
         return write_logits(job.out / LOGITS, teacher, examples, header, track=job.track)
 
-    def load_teacher(self, job: Job, student: "CausalLM", tokenizer: "Tokenizer") -> "CausalLM":
-        """The teacher, in the training's dtype. InputError: another vocabulary."""
+    def teacher(self, job: Job) -> "tuple[CausalLM, Tokenizer]":
+        """Load the teacher, in the training's dtype."""
         import torch
 
-        from fastlm.tokenizer.load import load_tokenizer
+        from fastlm.model.load import load_model
 
-        where = job.path("teacher")
-        teacher = load_model(where).to(getattr(torch, self.dtype)).eval()
-        check_vocabulary("teacher", load_tokenizer(where, teacher.config.to_dict()), tokenizer)
+        path = job.path("teacher")
+        teacher, tokenizer = load_model(path, keep_quantized=False, dtype=torch.float32)
+        return teacher.to(getattr(torch, self.dtype)).eval(), tokenizer
+
+    def load_teacher(self, job: Job, student: "CausalLM", tokenizer: "Tokenizer") -> "CausalLM":
+        """Load the teacher. InputError: its vocabulary is not the student's."""
+        teacher, own = self.teacher(job)
+        check_vocabulary("teacher", own, tokenizer)
         if teacher.config.vocab_size != student.config.vocab_size:
             raise InputError(
                 f"teacher: wanted a head of the student's {student.config.vocab_size} tokens, got"

@@ -2,31 +2,28 @@
 answers, measured against itself before training.
 """
 
-import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from textwrap import shorten
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from fastlm.errors import InputError
-from fastlm.pipeline.stage import Job, MaybePositional, Part, Stage, Takes, select_options
-from fastlm.torchrun import leads
-from fastlm.train.best import taken
-from fastlm.train.chat_options import FEEDBACK, ChatOptions
+from fastlm.pipeline.stage import Job, MaybePositional, Part, Takes, select_options
+from fastlm.train.chat_stage import FEEDBACK, ChatStage
 from fastlm.train.distributed import check_replicas
-from fastlm.train.encoding import chat_tokenizer, reasons, weights_digest
+from fastlm.train.encoding import rows_text
 from fastlm.train.lora_options import LoraOptions
-from fastlm.train.metrics import METRICS, read_metrics
-from fastlm.train.options import OPTIMIZERS
+from fastlm.train.options import TrainOptions
 from fastlm.train.preference_loss import PreferenceLoss
-from fastlm.train.preferences import Preferences, accuracy_told
+from fastlm.train.preferences import Preferences, accuracy_text
+from fastlm.train.training_stage import loss_text
 
-MODEL = "model"
+if TYPE_CHECKING:
+    from fastlm.tokenizer.tokenizer import Tokenizer
+    from fastlm.train.objective import Objective
 
 
 @dataclass(frozen=True)
-class Dpo(LoraOptions, PreferenceLoss, ChatOptions, Stage):
+class Dpo(LoraOptions, PreferenceLoss, ChatStage):
     """Train a model on preferences (DPO, IPO, KTO): it comes to prefer the better answers.
 
     It is compared with itself before training, which keeps it close to that. The same command run
@@ -40,8 +37,6 @@ class Dpo(LoraOptions, PreferenceLoss, ChatOptions, Stage):
         "model": Takes(("model",), "Model to train: a run, a Hugging Face folder"),
         "feedback": FEEDBACK,
     }
-    leaves = {"model": MODEL}
-    scratch = ("checkpoints",)
     result = {
         "steps": int, "tokens": int, "tokens_per_second": float, "loss": float | None,
         "metrics": dict, "parameters": int, "trained_parameters": int, "pairs": int,
@@ -93,82 +88,42 @@ labels (prompt, completion, label)."""
         """With `kto`, the thumbs of the feedback are its labels."""
         return "kto" if self.loss == "kto" else super().feedback_form()
 
-    def run(self, job: Job) -> dict[str, Any]:
-        import torch
-
-        from fastlm.checkpoint.architectures import expected_shapes
-        from fastlm.train.dpo_objective import PreferredAnswers
-        from fastlm.train.loop import DTYPES, train
-        from fastlm.train.state import list_checkpoints
-
-        self = self.with_feedback(job)
-        source = job.path("model")
-        model = self.load_trained(source, dtype=self.dtype, seed=self.seed, warn=job.warn)
-        tokenizer = chat_tokenizer(source, model.config.to_dict(), self.chat_template)
-        context = model.config.max_position_embeddings
-        kind = "labels" if self.loss == "kto" else "pairs"
-        found = Preferences(self, tokenizer, self.longest(context), job, kind)
-        prompt, asked = found.prompts.choose(self, tokenizer, context)
-        if not found.training:
-            raise InputError(f"data: wanted {kind} to learn from, got none in {found.told()}")
-        options = self.train_options(len(found.training))
-        base = weights_digest(model)
-        model.config.eos_token_id = sorted(model.config.stop_ids | tokenizer.stop_ids)
-        objective = PreferredAnswers(
-            model, found.training, found.heldout, options, select_options(self, PreferenceLoss),
-            batch_size=self.batch_size, seed=self.seed, base=base, tokenizer=tokenizer,
-            prompt=prompt, device=model.device,
-        )  # fmt: skip
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        torch.manual_seed(self.seed)
-        load = os.getloadavg()[0]
-        if not list_checkpoints(job.out):  # a checkpoint has the reference of its training
-            objective.measure_reference(DTYPES[self.dtype], track=job.track)
-        done = train(objective, options, job.out, track=job.track, on_event=job.on_event)
-        if not leads():
-            return {}
-        self.save_trained(model, job.out / MODEL, source)
-        tokenizer.save(job.out / MODEL)
-        return {
-            **done.facts(load),
-            "parameters": sum(map(math.prod, expected_shapes(model.config).values())),
-            "trained_parameters": trained,
-            "pairs": len(found.training),
-            "heldout": len(found.heldout),
-            "read": found.rows.read,
-            "counts": dict(found.rows.counts),
-            "prompt": asked,
-        }
-
-    def told(self, result: Mapping[str, Any], job: Job) -> str:
-        loss = "no loss" if result["loss"] is None else f"loss {result['loss']:.4f}"
-        return (
-            f"{result['pairs']:,} {self._unit()}, {result['steps']} steps, {loss}"
-            f"{accuracy_told(result['metrics'])}{taken(result, self.take)}: {job.out / MODEL}"
-        )
-
-    def _unit(self) -> str:
+    def unit(self) -> str:
         return "labels" if self.loss == "kto" else "pairs"
 
-    def report(self, job: Job, result: Mapping[str, Any]) -> Part:
+    def read_data(self, tokenizer: "Tokenizer", context: int, job: Job) -> Preferences:
+        longest = self.longest(context)
+        kind = "labels" if self.loss == "kto" else "pairs"
+        return Preferences(self, tokenizer, longest, context, job, kind=kind)
+
+    def data_facts(self, data: Any) -> dict[str, Any]:
+        return {"pairs": len(data.training), "heldout": len(data.heldout)}
+
+    def objective(
+        self, job: Job, model: Any, data: Any, options: TrainOptions, **common: Any
+    ) -> "Objective":
+        from fastlm.train.dpo_objective import PreferredAnswers
+        from fastlm.train.loop import DTYPES
+        from fastlm.train.state import list_checkpoints
+
+        terms = select_options(self, PreferenceLoss)
+        objective = PreferredAnswers(model, data.training, data.heldout, options, terms, **common)
+        if not list_checkpoints(job.out):  # a checkpoint has the reference of its training
+            objective.measure_reference(DTYPES[self.dtype], track=job.track)
+        return objective
+
+    def outcome(self, result: Mapping[str, Any], job: Job) -> tuple[str, list[str]]:
+        figures = [loss_text(result), *accuracy_text(result["metrics"])]
+        return f"{result['pairs']:,} {self.unit()}", figures
+
+    def section(self, job: Job, result: Mapping[str, Any], metrics: list[dict[str, Any]]) -> Part:
         from fastlm.pipeline.charts import loss_chart
-        from fastlm.pipeline.text import seconds_text
         from fastlm.train.preference_charts import accuracy_chart, rewards_chart
 
-        metrics = read_metrics(job.out / METRICS)
-        steps = [m for m in metrics if "logp_chosen" in m]
-        rows = f"{result['read']:,} rows: {result['pairs']:,} {self._unit()} learnt from"
-        rows += f", {result['heldout']:,} held out"
-        if result["counts"]:
-            rows += f"; {reasons(result['counts'])}"
         facts = {
-            "preferences": rows,
+            "preferences": rows_text(result, f"{result['pairs']:,} {self.unit()}"),
             "loss": f"{self.loss}, β {self.beta:g}",
-            "batch": f"{self.batch_size * self.accumulate} {self._unit()} without padding",
-            "schedule": f"{OPTIMIZERS[self.optimizer]}, {self.schedule}, peak {self.lr},"
-            f" weight decay {self.weight_decay}, {self.dtype}",
-            "time": f"{seconds_text(result['used_seconds'])}, steps and checkpoints",
-            "machine load": result["load"],
+            "batch": f"{self.batch_size * self.accumulate} {self.unit()} without padding",
         }
         if self.lora_rank:
             facts["adapters"] = self.lora_told(result)
@@ -184,14 +139,9 @@ labels (prompt, completion, label)."""
             " unlearns them too.",
             facts=facts,
             charts=[
-                loss_chart(metrics, f"loss per {self._unit()[:-1]}"),
+                loss_chart(metrics, f"loss per {self.unit()[:-1]}"),
                 rewards_chart(metrics),
-                *([accuracy_chart(metrics)] if steps else []),
+                *([accuracy_chart(metrics)] if any("logp_chosen" in m for m in metrics) else []),
             ],
             cards=cards,
-            template="training.html.jinja",
-            values={
-                "samples": [m for m in metrics if "sample" in m],
-                "how": f"Answers to “{shorten(result['prompt'], 200)}”, at temperature 0.",
-            },
         )

@@ -1,7 +1,6 @@
 """Conversations as tokens to learn from: what fine-tuning and preference training share."""
 
 import hashlib
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,11 +15,10 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from fastlm.data.conversations import Rows
-    from fastlm.model.causal_lm import CausalLM
+    from fastlm.data.conversations import Conversation
     from fastlm.pipeline.stage import Job
     from fastlm.tokenizer.tokenizer import Tokenizer
-    from fastlm.train.chat_options import ChatOptions
+    from fastlm.train.chat_stage import ChatStage
 
     Batch = tuple[Tensor, Tensor, Tensor]  # input_ids, shift_labels (1, total), cu_seqlens
 
@@ -149,15 +147,6 @@ def without_dropout(model: "nn.Module") -> None:
             module.dropout = 0.0  # type: ignore[assignment]
 
 
-def load_model(source: Path) -> "CausalLM":
-    """The model to train, in float32."""
-    import torch
-
-    from fastlm.model.causal_lm import CausalLM
-
-    return CausalLM.from_pretrained(source, dtype=torch.float32, keep_quantized=False)
-
-
 @contextmanager
 def in_dtype(model: "nn.Module", dtype: "torch.dtype") -> Iterator[None]:
     """Round the parameters to ``dtype`` for a while. The copy is gone before the optimizer needs
@@ -173,15 +162,13 @@ def in_dtype(model: "nn.Module", dtype: "torch.dtype") -> Iterator[None]:
             parameter.data = data
 
 
-def chat_tokenizer(source: Path, config: Mapping[str, Any], chat_template: str) -> "Tokenizer":
-    """The model's tokenizer, with the chat template to train with: the file ``chat_template``, its
-    own, or ChatML.
+def chat_tokenizer(tokenizer: "Tokenizer", chat_template: str) -> "Tokenizer":
+    """Give the tokenizer the chat template to train with: the file ``chat_template``, its own, or
+    ChatML.
     """
     from fastlm.files import read_text
     from fastlm.tokenizer.chat_template import CHATML
-    from fastlm.tokenizer.load import load_tokenizer
 
-    tokenizer = load_tokenizer(source, config)
     if chat_template:
         tokenizer.chat_template = read_text(Path(chat_template))
     elif tokenizer.chat_template is None:
@@ -206,31 +193,73 @@ def check_vocabulary(name: str, own: "Tokenizer", wanted: "Tokenizer") -> None:
             )
 
 
-class Encoder:
-    """Encodes the conversations of a stage by the chat template. One that the template refuses is
-    an error, or with `skip_bad` counted.
+class TrainingData:
+    """The rows of a stage's data as tokens: ``training`` examples, and ``heldout`` ones, of
+    ``held_out`` rows, in the order of `place_in_order`.
+
+    A subclass defines `read`, `prompt_of` and `encode`. A row that the chat template refuses is an
+    error, or with `skip_bad` counted. ``context``: the most tokens of a prompt and its sample.
     """
 
     def __init__(
-        self, stage: "ChatOptions", tokenizer: "Tokenizer", job: "Job", counts: Counter[str]
+        self, stage: "ChatStage", tokenizer: "Tokenizer", seq_len: int, context: int, job: "Job"
     ):
-        self.stage, self.tokenizer, self.job, self.counts = stage, tokenizer, job, counts
-        self.refused = 0
+        from fastlm.data.conversations import Rows
 
-    def encode(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        learnt: Sequence[bool],
-        tools: list[Any] | None,
-        place: str,
-    ) -> list[Example]:
+        self.stage, self.tokenizer, self.job = stage, tokenizer, job
+        self.seq_len, self.context = seq_len, context
+        self.rows, self.prompts = Rows(), Prompts()
+        self.refused = self.held_out = 0
+        self.training: list[Any] = []
+        heldout: list[tuple[float, Any]] = []
+        for row in job.track(self.read(), f"reading {stage.rows}", unit=stage.rows):
+            examples = self.encode(row)
+            if not examples:
+                continue
+            keyed, messages, tools = self.prompt_of(row)
+            place = place_in_order(keyed)
+            self.prompts.add(place, messages, tools)
+            if place < stage.heldout:
+                self.held_out += 1
+                heldout += [(place, example) for example in examples]
+            else:
+                self.learn(examples)
+        if self.refused > NAMED:
+            job.skipped(f"{self.refused - NAMED:,} more that the chat template refuses")
+        self.heldout = [example for _, example in sorted(heldout, key=lambda pair: pair[0])]
+
+    def read(self) -> Iterator[Any]:
+        """Yield the rows."""
+        raise NotImplementedError
+
+    def reading(self) -> dict[str, Any]:
+        """Return the options of the functions that read rows."""
+        return {
+            "cache": self.job.cache, "skip_bad": self.stage.skip_bad, "rows": self.rows,
+            "tell": self.job.skipped,
+        }  # fmt: skip
+
+    def prompt_of(self, row: Any) -> "tuple[Keyed, list[dict[str, Any]], list[Any] | None]":
+        """Return what identifies the row's prompt, its messages and its tools."""
+        raise NotImplementedError
+
+    def encode(self, row: Any) -> Sequence[Any]:
+        """Return the examples of a row, none if it is left out."""
+        raise NotImplementedError
+
+    def learn(self, examples: Sequence[Any]) -> None:
+        """Take the examples of a row that is not held out."""
+        self.training += examples
+
+    def encode_messages(self, conversation: "Conversation") -> list[Example]:
         """See `Tokenizer.encode_conversation`; [] if the template refuses."""
         import numpy as np
 
+        tools, place = conversation.tools, conversation.place
         variables: dict[str, Any] = {} if tools is None else {"tools": tools}
         try:
             encoded = self.tokenizer.encode_conversation(
-                messages, learnt, date=self.stage.date, **variables
+                conversation.messages, conversation.learnt, date=self.stage.date, **variables
             )
         except InputError as error:
             self.refuse(error, place)
@@ -241,15 +270,16 @@ class Encoder:
         refusal = InputError(f"{place}: {error}")
         if not self.stage.skip_bad:
             raise refusal from None
-        self.counts["refused by the chat template"] += 1
+        self.rows.counts["refused by the chat template"] += 1
         self.refused += 1
         if self.refused <= NAMED:
             self.job.skipped(str(refusal))
 
-    def finish(self) -> None:
-        """Tell how many refused conversations were not named."""
-        if self.refused > NAMED:
-            self.job.skipped(f"{self.refused - NAMED:,} more that the chat template refuses")
+    def told(self) -> str:
+        """Return how many rows were read, and what became of those that are not learnt from."""
+        why = [f"{self.held_out:,} held out"] if self.held_out else []
+        why += [reasons(self.rows.counts)] if self.rows.counts else []
+        return f"{self.rows.read:,} rows ({', '.join(why)})" if why else f"{self.rows.read:,} rows"
 
 
 class Prompts:
@@ -265,7 +295,7 @@ class Prompts:
         self.first = sorted(self.first, key=lambda prompt: prompt[0])[:8]
 
     def choose(
-        self, stage: "ChatOptions", tokenizer: "Tokenizer", context: int
+        self, stage: "ChatStage", tokenizer: "Tokenizer", context: int
     ) -> tuple[list[int], str]:
         """Return ids and text of the stage's prompt, or of the first one that leaves room."""
         room = context - stage.sample_tokens
@@ -288,8 +318,8 @@ def reasons(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
 
 
-def told_rows(rows: "Rows", held_out: int) -> str:
-    """Return how many rows were read, and what became of those that are not learnt from."""
-    why = [f"{held_out:,} held out"] if held_out else []
-    why += [reasons(rows.counts)] if rows.counts else []
-    return f"{rows.read:,} rows ({', '.join(why)})" if why else f"{rows.read:,} rows"
+def rows_text(result: Mapping[str, Any], learnt: str = "") -> str:
+    """Return what a report says of the rows that were read; ``learnt``: what came of them."""
+    used = f": {learnt} learnt from" if learnt else ""
+    rows = f"{result['read']:,} rows{used}, {result['heldout']:,} held out"
+    return f"{rows}; {reasons(result['counts'])}" if result["counts"] else rows

@@ -26,13 +26,13 @@ class Grpo(GrpoOptions, OnlineStage):
     kind = "grpo"
     command = ("grpo",)
 
-    def objective(
-        self, policy: "CausalLM", reward_model: "RewardModel | None", *args: Any, **options: Any
+    def online(
+        self, policy: "CausalLM", reward_model: "RewardModel | None", *args: Any, **more: Any
     ) -> "Online":
         del reward_model
         from fastlm.train.grpo_objective import GroupRelative
 
-        return GroupRelative(policy, *args, select_options(self, GrpoOptions), **options)
+        return GroupRelative(policy, *args, select_options(self, GrpoOptions), **more)
 
     def title(self) -> str:
         return "Preference training (RLOO)" if self.loss_type == "rloo" else "GRPO"

@@ -16,7 +16,7 @@ from fastlm.train.losses import (
     rloo_advantages,
 )
 from fastlm.train.online import Batch, Online, importance
-from fastlm.train.rollout_options import LOSS_TYPES, GrpoOptions
+from fastlm.train.rollout_options import LOSS_TYPES, GrpoOptions, How
 
 
 class GroupRelative(Online):
@@ -33,7 +33,8 @@ class GroupRelative(Online):
 
     def __init__(self, *args: Any, **more: Any):
         super().__init__(*args, **more)
-        self.how, self.scaled = LOSS_TYPES[self.options.loss_type]
+        how, self.scaled = LOSS_TYPES[self.options.loss_type]
+        self.how: How = how
 
     def estimate(self, scores: Tensor, mask: Tensor, kept: dict[str, Tensor]) -> dict[str, Tensor]:
         size, difference = self.options.answers, kept["difference"]

@@ -1,47 +1,29 @@
-"""The stages that learn from their own answers: options and run of `ppo` and `grpo`."""
+"""The stages that learn from their own answers: what `ppo` and `grpo` share."""
 
 import math
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
 from itertools import groupby
 from pathlib import Path
-from textwrap import shorten
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
 
 from fastlm.data.verify import CHECKS, checked, load_reward
 from fastlm.errors import InputError
-from fastlm.pipeline.stage import (
-    Facts,
-    Job,
-    MaybePositional,
-    Part,
-    Stage,
-    Takes,
-    not_negative,
-    one_of,
-)
+from fastlm.pipeline.stage import Facts, Job, MaybePositional, Part, Takes, not_negative, one_of
 from fastlm.sources.generated import SCHEME, check_scored, is_generated
 from fastlm.sources.input_digest import Contents
 from fastlm.torchrun import leads
-from fastlm.train.chat_options import FEEDBACK, ChatOptions
+from fastlm.train.chat_stage import FEEDBACK, ChatStage
 from fastlm.train.distributed import check_replicas
-from fastlm.train.encoding import (
-    Encoder,
-    Prompts,
-    chat_tokenizer,
-    check_vocabulary,
-    place_in_order,
-    told_rows,
-    weights_digest,
-)
+from fastlm.train.encoding import TrainingData, check_vocabulary, rows_text, weights_digest
 from fastlm.train.ensemble import ENSEMBLES, RewardEnsemble
 from fastlm.train.lora_options import LoraOptions
 from fastlm.train.metrics import METRICS, read_metrics
-from fastlm.train.options import OPTIMIZERS, TrainOptions
+from fastlm.train.options import TrainOptions
 from fastlm.train.rollout_options import RolloutOptions
+from fastlm.train.training_stage import Training
 
 if TYPE_CHECKING:
     from fastlm.data.prompts import Prompt
@@ -49,18 +31,20 @@ if TYPE_CHECKING:
     from fastlm.model.causal_lm import CausalLM
     from fastlm.model.reward_model import RewardModel
     from fastlm.tokenizer.tokenizer import Tokenizer
+    from fastlm.train.objective import DivergedError
     from fastlm.train.online import Online
 
-MODEL, LAST_GOOD = "model", "last-good"
+LAST_GOOD = "last-good"
 
 
 @dataclass(frozen=True)
-class OnlineStage(LoraOptions, RolloutOptions, ChatOptions, Stage):
+class OnlineStage(LoraOptions, RolloutOptions, ChatStage):
     """A stage whose objective is a `fastlm.train.online.Online`; a subclass makes it."""
 
     version = 2
     overlongs: ClassVar[tuple[str, ...]] = ("skip",)
     rows: ClassVar[str] = "prompts"
+    use: ClassVar[str] = "answer"
     form: ClassVar[str] = "prompts"
     unused = ("val_tokens",)  # `val_prompts` says how long a validation is
     reads = {
@@ -73,8 +57,6 @@ class OnlineStage(LoraOptions, RolloutOptions, ChatOptions, Stage):
         ),
         "feedback": FEEDBACK,
     }
-    leaves = {"model": MODEL}
-    scratch = ("checkpoints",)
     result = {
         "steps": int, "tokens": int, "tokens_per_second": float, "loss": float | None,
         "parameters": int, "trained_parameters": int, "prompts": int, "heldout": int, "read": int,
@@ -174,76 +156,50 @@ messages), or conversations, of which what precedes the last answer is the promp
         function = contents.tree(where) if where.endswith(".py") else None
         return [super().contents(contents), function]
 
-    def objective(
-        self, policy: "CausalLM", reward_model: "RewardModel | None", *args: Any, **options: Any
+    def online(
+        self, policy: "CausalLM", reward_model: "RewardModel | None", *args: Any, **more: Any
     ) -> "Online":
-        """The objective on ``policy``; the rest is for `Online`."""
+        """Return the objective on ``policy``; the rest is for `Online`."""
         raise NotImplementedError
 
-    def run(self, job: Job) -> dict[str, Any]:
-        import torch
-
-        from fastlm.checkpoint.architectures import expected_shapes
-        from fastlm.train.loop import train
-        from fastlm.train.objective import DivergedError
-
-        self = self.with_feedback(job)
+    def read_data(self, tokenizer: "Tokenizer", context: int, job: Job) -> "Questions":
         self.check_models([one.name for one in job.inputs.get("reward_model", ())])
-        source = job.path("model")
-        model = self.load_trained(source, dtype=self.dtype, seed=self.seed, warn=job.warn)
-        tokenizer = chat_tokenizer(source, model.config.to_dict(), self.chat_template)
-        context = self.seq_len or model.config.max_position_embeddings
-        self.longest(model.config.max_position_embeddings)  # refuses a seq_len beyond it
+        self.longest(context)  # refuses a seq_len beyond it
         scorer = Scorer(self, tokenizer, job)
+        context = self.seq_len or context
         if scorer.models is not None:
             context = min(context, scorer.models.context_limit)
-        questions = Questions(self, tokenizer, context - self.max_new_tokens, job)
-        if not questions.training:
-            found = told_rows(questions.rows, len(questions.heldout))
-            raise InputError(f"data: wanted prompts to answer, got none in {found}")
-        sample, asked = questions.samples.choose(self, tokenizer, context)
-        options = self.train_options(len(questions.training))
-        base = weights_digest(model)
-        model.config.eos_token_id = sorted(model.config.stop_ids | tokenizer.stop_ids)
-        torch.manual_seed(self.seed)
-        objective = self.objective(
+        return Questions(scorer, self, tokenizer, context - self.max_new_tokens, context, job)
+
+    def data_facts(self, data: Any) -> dict[str, Any]:
+        return {"prompts": len(data.training), "heldout": len(data.heldout)}
+
+    def objective(
+        self, job: Job, model: Any, data: Any, options: TrainOptions, **common: Any
+    ) -> "Online":
+        scorer, tokenizer = data.scorer, common["tokenizer"]
+        return self.online(
             model, scorer.models.models[0] if scorer.models else None, self.reference(model),
-            [ids for ids, _ in questions.training], [ids for ids, _ in questions.heldout],
-            scorer.of(questions.training),
-            base=base, scored_by=scorer.identity(), score_heldout=scorer.of(questions.heldout),
-            stop_ids=tokenizer.stop_ids,
-            places=[prompt.place for _, prompt in questions.training], sample_prompt=sample,
-            answer_text=partial(text_of, tokenizer), sample_tokens=self.sample_tokens,
+            [ids for ids, _ in data.training], [ids for ids, _ in data.heldout],
+            scorer.of(data.training),
+            base=common["base"], scored_by=scorer.identity(),
+            score_heldout=scorer.of(data.heldout), stop_ids=tokenizer.stop_ids,
+            places=[prompt.place for _, prompt in data.training], sample_prompt=common["prompt"],
+            answer_text=partial(text_of, tokenizer), sample_tokens=options.sample_tokens,
             score_metrics=scorer.metrics, warn=job.warn if leads() else lambda message: None,
         )  # fmt: skip
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        load = os.getloadavg()[0]
 
-        def keep_last_good(error: DivergedError) -> None:
+    def prepare(self, job: Job) -> Training:
+        training = super().prepare(job)
+
+        def keep_last_good(error: "DivergedError") -> None:
             if error.good is not None:
-                objective.load_policy(error.good)
-                self.save_trained(model, job.out / LAST_GOOD, source)
-                tokenizer.save(job.out / LAST_GOOD)
+                cast("Online", training.objective).load_policy(error.good)
+                self.save(training, job.out / LAST_GOOD)
                 job.warn(f"the policy of that checkpoint is {job.out / LAST_GOOD}")
 
-        done = train(
-            objective, options, job.out, track=job.track, on_event=job.on_event,
-            on_diverged=keep_last_good,
-        )  # fmt: skip
-        if not leads():
-            return {}
-        self.save_trained(model, job.out / MODEL, source)
-        tokenizer.save(job.out / MODEL)
-        return {
-            **done.facts(load),
-            "parameters": sum(map(math.prod, expected_shapes(model.config).values())),
-            "trained_parameters": trained,
-            "prompts": len(questions.training),
-            "heldout": len(questions.heldout),
-            "read": questions.rows.read,
-            "counts": dict(questions.rows.counts),
-            "prompt": asked,
-        }
+        training.on_diverged = keep_last_good
+        return training
 
     def reference(self, model: "CausalLM") -> "CausalLM | None":
         """A frozen copy of the policy in the training's dtype; with adapters None (`Online`)."""
@@ -255,20 +211,16 @@ messages), or conversations, of which what precedes the last answer is the promp
             return None
         return copy.deepcopy(model).to(getattr(torch, self.dtype))
 
-    def told(self, result: Mapping[str, Any], job: Job) -> str:
+    def outcome(self, result: Mapping[str, Any], job: Job) -> tuple[str, list[str]]:
         metrics = [m for m in read_metrics(job.out / METRICS) if "val_score" in m]
-        held = ""
+        figures = [f"{result['tokens_per_second']:,.0f} answer tokens/s"]
         if metrics:
             first, last = metrics[0]["val_score"], metrics[-1]["val_score"]
-            held = f", held-out score {first:.3f} to {last:.3f}"
-        kept = f", weights of step {result['best_step']}" if self.take == "best" else ""
-        return (
-            f"{result['prompts']:,} prompts, {result['steps']} steps{held},"
-            f" {result['tokens_per_second']:,.0f} answer tokens/s{kept}: {job.out / MODEL}"
-        )
+            figures = [f"held-out score {first:.3f} to {last:.3f}", *figures]
+        return f"{result['prompts']:,} prompts", figures
 
-    def report(self, job: Job, result: Mapping[str, Any]) -> Part:
-        from fastlm.pipeline.text import count_text, seconds_text
+    def section(self, job: Job, result: Mapping[str, Any], metrics: list[dict[str, Any]]) -> Part:
+        from fastlm.pipeline.text import count_text
         from fastlm.train.online_charts import (
             frontier_chart,
             kl_chart,
@@ -276,7 +228,6 @@ messages), or conversations, of which what precedes the last answer is the promp
             score_chart,
         )
 
-        metrics = read_metrics(job.out / METRICS)
         more = {"adapters": self.lora_told(result)} if self.lora_rank else {}
         held = [m for m in metrics if "val_score" in m]
         models = job.inputs.get("reward_model", ())
@@ -291,7 +242,7 @@ messages), or conversations, of which what precedes the last answer is the promp
             self.title(),
             "The policy answers prompts, and learns from the scores of its own answers.",
             facts={
-                "prompts": f"{told_prompts(result)}",
+                "prompts": rows_text(result),
                 **more,
                 "score": " + ".join(
                     [*([f"function {self.reward}"] if self.reward else []),
@@ -299,24 +250,15 @@ messages), or conversations, of which what precedes the last answer is the promp
                 ),
                 "round": f"{self.prompts} prompts, {self.answers} answers each,"
                 f" {self.passes} {'pass' if self.passes == 1 else 'passes'} in steps of"
-                f" {self.batch_size * self.accumulate}",
-                "schedule": f"{OPTIMIZERS[self.optimizer]}, {self.schedule}, peak {self.lr},"
-                f" β {self.beta}, {self.dtype}",
+                f" {self.batch_size * self.accumulate}, β {self.beta}",
                 "answers": f"{count_text(result['tokens'])} tokens learnt from, at temperature"
                 f" {self.temperature}, at most {self.max_new_tokens} each",
-                "time": f"{seconds_text(result['used_seconds'])}, rollouts, steps and checkpoints",
-                "machine load": result["load"],
             },
             charts=[
                 score_chart(metrics), frontier_chart(metrics), kl_chart(metrics),
                 length_chart(metrics), *self.charts(metrics),
             ],
             cards=cards,
-            template="training.html.jinja",
-            values={
-                "samples": [m for m in metrics if "sample" in m],
-                "how": f"Answers to “{shorten(result['prompt'], 200)}”, at temperature 0.",
-            },
         )  # fmt: skip
 
     def charts(self, metrics: list[dict[str, Any]]) -> list[str]:
@@ -332,58 +274,43 @@ def told_models(count: int, ensemble: str) -> str:
     return "reward model" if count == 1 else f"{ensemble} of {count} reward models"
 
 
-def told_prompts(result: Mapping[str, Any]) -> str:
-    from fastlm.train.encoding import reasons
+class Questions(TrainingData):
+    """The prompts of a stage as (ids, prompt). ``scorer``: of their answers."""
 
-    rows = f"{result['read']:,} rows, {result['heldout']:,} held out"
-    return f"{rows}; {reasons(result['counts'])}" if result["counts"] else rows
+    def __init__(self, scorer: "Scorer", *args: Any):
+        self.scorer = scorer
+        super().__init__(*args)
 
-
-class Questions:
-    """The prompts of a stage as (ids, prompt): ``training``, and ``heldout`` in the order of
-    `place_in_order`.
-    """
-
-    def __init__(self, stage: OnlineStage, tokenizer: "Tokenizer", most: int, job: Job):
-        from fastlm.data.conversations import Rows
+    def read(self) -> "Iterator[Prompt]":
         from fastlm.data.prompts import read_prompts
 
-        self.rows, self.samples = Rows(), Prompts()
-        encoder = Encoder(stage, tokenizer, job, self.rows.counts)
-        self.training: list[tuple[list[int], Prompt]] = []
-        heldout: list[tuple[float, tuple[list[int], Prompt]]] = []
-        read = read_prompts(
-            stage.data, cache=job.cache, skip_bad=stage.skip_bad, rows=self.rows, tell=job.skipped
-        )
-        for prompt in job.track(read, "reading prompts", unit="prompts"):
-            variables: dict[str, Any] = {} if prompt.tools is None else {"tools": prompt.tools}
+        return read_prompts(self.stage.data, **self.reading())
+
+    def prompt_of(self, row: "Prompt") -> Any:
+        return row, row.messages, row.tools
+
+    def encode(self, row: "Prompt") -> "list[tuple[list[int], Prompt]]":
+        variables: dict[str, Any] = {} if row.tools is None else {"tools": row.tools}
+        try:
+            # nothing may be lost on the way into the template
+            answered = [*row.messages, {"role": "assistant", "content": "."}]
+            self.tokenizer.check_written(answered, variables, self.stage.date)
+            ids = self.tokenizer.encode_chat(row.messages, date=self.stage.date, **variables)
+        except InputError as error:
+            self.refuse(error, row.place)
+            return []
+        if len(ids) > self.seq_len:
+            self.rows.counts["too long"] += 1
+            return []
+        if check := CHECKS.get(self.scorer.name):
             try:
-                # nothing may be lost on the way into the template
-                answered = [*prompt.messages, {"role": "assistant", "content": "."}]
-                tokenizer.check_written(answered, variables, stage.date)
-                ids = tokenizer.encode_chat(prompt.messages, date=stage.date, **variables)
+                check(row.row)
             except InputError as error:
-                encoder.refuse(error, prompt.place)
-                continue
-            if len(ids) > most:
-                self.rows.counts["too long"] += 1
-                continue
-            if check := CHECKS.get(stage.reward):
-                try:
-                    check(prompt.row)
-                except InputError as error:
-                    if not stage.skip_bad:
-                        raise InputError(f"{prompt.place}: {error}") from None
-                    self.rows.counts["without a right answer"] += 1
-                    continue
-            place = place_in_order(prompt)
-            if place < stage.heldout:
-                heldout.append((place, (ids, prompt)))
-            else:
-                self.training.append((ids, prompt))
-            self.samples.add(place, prompt.messages, prompt.tools)
-        encoder.finish()
-        self.heldout = [question for _, question in sorted(heldout, key=lambda pair: pair[0])]
+                if not self.stage.skip_bad:
+                    raise InputError(f"{row.place}: {error}") from None
+                self.rows.counts["without a right answer"] += 1
+                return []
+        return [(ids, row)]
 
 
 def text_of(tokenizer: "Tokenizer", tokens: Sequence[int]) -> str:

@@ -40,8 +40,8 @@ class Ppo(PpoOptions, OnlineStage):
         if self.value == "reward" and not names:
             raise InputError("value: wanted a reward_model to begin with, got none")
 
-    def objective(
-        self, policy: "CausalLM", reward_model: "RewardModel | None", *args: Any, **options: Any
+    def online(
+        self, policy: "CausalLM", reward_model: "RewardModel | None", *args: Any, **more: Any
     ) -> "Online":
         from fastlm.train.ppo_objective import ActorCritic, value_model
 
@@ -50,7 +50,7 @@ class Ppo(PpoOptions, OnlineStage):
             reward=reward_model if self.value == "reward" else None,
         )  # fmt: skip
         settings = select_options(self, PpoOptions)
-        return ActorCritic(policy, *args, settings, value=value, **options)
+        return ActorCritic(policy, *args, settings, value=value, **more)
 
     def charts(self, metrics: list[dict[str, Any]]) -> list[str]:
         from fastlm.train.online_charts import value_chart

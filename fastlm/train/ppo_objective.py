@@ -2,7 +2,7 @@
 
 import copy
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -106,7 +106,8 @@ class ActorCritic(Online):
         if self.offset is None:
             self.offset = float(scores.mean())
             values = values + self.offset
-        penalty = kl_penalty(logp, kept["ref_logp"], options.kl_penalty, mask=mask)
+        kind = cast(Any, options.kl_penalty)  # one of `PENALTIES`
+        penalty = kl_penalty(logp, kept["ref_logp"], kind, mask=mask)
         rewards = -self.beta * penalty
         last = mask.sum(1) - 1
         rewards[torch.arange(len(last)), last] += scores

@@ -4,28 +4,17 @@ import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from fastlm.errors import InputError
 from fastlm.stats.intervals import mean_error
-from fastlm.train.encoding import (
-    Encoder,
-    Example,
-    Prompts,
-    digest,
-    fit,
-    place_in_order,
-    told_rows,
-)
+from fastlm.train.encoding import Example, TrainingData, digest, fit
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from fastlm.data.conversations import Conversation
     from fastlm.data.preferences import Comparison, Label
-    from fastlm.pipeline.stage import Job
-    from fastlm.tokenizer.tokenizer import Tokenizer
-    from fastlm.train.chat_options import ChatOptions
 
 # What happens to longer answers -> how their row is counted: where it is lost, else
 OVERLONG = {
@@ -55,9 +44,8 @@ def digest_of(judged: Iterable[Judged]) -> str:
     return found.hexdigest()[:16]
 
 
-class Preferences:
-    """The preferences of a stage as tokens: ``training`` and ``heldout`` (in the order of
-    `place_in_order`).
+class Preferences(TrainingData):
+    """The preferences of a stage as tokens.
 
     ``kind`` says what is made of a row:
 
@@ -69,45 +57,27 @@ class Preferences:
     Labels are refused where pairs or lists are wanted.
     """
 
-    def __init__(
-        self,
-        stage: "ChatOptions",
-        tokenizer: "Tokenizer",
-        seq_len: int,
-        job: "Job",
-        kind: Literal["pairs", "lists", "labels"],
-    ):
-        from fastlm.data.conversations import Rows
-        from fastlm.data.preferences import Label, read_preferences
-
-        self.stage, self.seq_len, self.kind = stage, seq_len, kind
-        self.rows = Rows()
-        self.encoder = Encoder(stage, tokenizer, job, self.rows.counts)
-        self.prompts = Prompts()
-        training: list[Judged] = []
-        heldout: list[tuple[float, Judged]] = []
-        read = read_preferences(
-            stage.data, cache=job.cache, skip_bad=stage.skip_bad, rows=self.rows, tell=job.skipped
-        )
-        self.held_out = 0  # rows
-        for row in job.track(read, "reading preferences", unit="rows"):
-            found = list(self._judged(row))
-            if not found:
-                continue
-            first = row.conversation() if isinstance(row, Label) else row.conversation(0)
-            place = place_in_order(first)
-            self.prompts.add(place, row.prompt, row.tools)
-            if place < stage.heldout:
-                self.held_out += 1
-                heldout += [(place, one) for one in found]
-            else:
-                training += found
-        self.encoder.finish()
-        ordered = [one for _, one in sorted(heldout, key=lambda pair: pair[0])]
+    def __init__(self, *args: Any, kind: Literal["pairs", "lists", "labels"]):
+        self.kind = kind
+        super().__init__(*args)
         if kind == "labels":
-            both = with_other_answers([*training, *ordered], seq_len)
-            training, ordered = both[: len(training)], both[len(training) :]
-        self.training, self.heldout = training, ordered
+            both = with_other_answers([*self.training, *self.heldout], self.seq_len)
+            learnt = len(self.training)
+            self.training, self.heldout = both[:learnt], both[learnt:]
+
+    def read(self) -> "Iterator[Comparison | Label]":
+        from fastlm.data.preferences import read_preferences
+
+        return read_preferences(self.stage.data, **self.reading())
+
+    def prompt_of(self, row: "Comparison | Label") -> Any:
+        from fastlm.data.preferences import Label
+
+        first = row.conversation() if isinstance(row, Label) else row.conversation(0)
+        return first, row.prompt, row.tools
+
+    def encode(self, row: "Comparison | Label") -> list[Judged]:
+        return list(self._judged(row))
 
     def _judged(self, row: "Comparison | Label") -> Iterator[Judged]:
         from fastlm.data.preferences import Label
@@ -145,21 +115,19 @@ class Preferences:
                 self.rows.counts["equal after truncation"] += 1
             else:
                 error = "wanted different answers, got two that the chat template writes alike"
-                self.encoder.refuse(InputError(error), row.place)
+                self.refuse(InputError(error), row.place)
 
     def _encode(self, conversations: "Sequence[Conversation]") -> list[Example]:
         """One example per conversation; none at all if one of them is left out."""
         whole: list[Example] = []
         for conversation in conversations:
-            found = self.encoder.encode(
-                conversation.messages, conversation.learnt, conversation.tools, conversation.place
-            )
+            found = self.encode_messages(conversation)
             if len(found) > 1:
                 error = InputError(
                     "chat_template: wanted one that writes the messages of an answer as they stay,"
                     f" got one that changes them, in an answer of {len(found)} messages"
                 )
-                self.encoder.refuse(error, conversation.place)
+                self.refuse(error, conversation.place)
                 return []
             if not found:
                 return []
@@ -168,9 +136,6 @@ class Preferences:
         if any(len(e.ids) > self.seq_len for e in whole):
             self.rows.counts[OVERLONG[self.stage.overlong][len(cut) == len(whole)]] += 1
         return cut if len(cut) == len(whole) else []
-
-    def told(self) -> str:
-        return told_rows(self.rows, self.held_out)
 
 
 def _margin(row: "Comparison", better: int, worse: int) -> float | None:
@@ -247,8 +212,8 @@ def ranked_right(better: "Tensor", worse: "Tensor") -> tuple[float, float]:
     return float(wins.mean()), math.sqrt(variance)
 
 
-def accuracy_told(metrics: Mapping[str, float]) -> str:
+def accuracy_text(metrics: Mapping[str, float]) -> list[str]:
     if "val_accuracy" not in metrics:
-        return ""
+        return []
     accuracy, error = metrics["val_accuracy"], metrics["val_accuracy_error"]
-    return f", held-out accuracy {100 * accuracy:.1f} % +- {100 * error:.1f}"
+    return [f"held-out accuracy {100 * accuracy:.1f} % +- {100 * error:.1f}"]

@@ -1,24 +1,20 @@
 """Pretraining: next-token prediction on packed shards, which produces a base model."""
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from fastlm.errors import InputError, unknown_key
-from fastlm.pipeline.stage import Facts, Job, Part, Stage, Takes, at_least_one
+from fastlm.pipeline.stage import Facts, Job, Part, Takes, at_least_one
 from fastlm.progress import silent
 from fastlm.sources.input_digest import Contents
-from fastlm.torchrun import leads
-from fastlm.train.best import taken
 from fastlm.train.distributed import Alone
-from fastlm.train.metrics import METRICS, read_metrics
-from fastlm.train.options import OPTIMIZERS, TrainOptions
+from fastlm.train.options import TrainOptions
+from fastlm.train.training_stage import Training, TrainingStage
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
     from torch import Tensor, nn
 
     from fastlm.checkpoint.config import ModelConfig
@@ -28,11 +24,12 @@ if TYPE_CHECKING:
 
     Batch = tuple[Tensor, Tensor, Tensor | None]  # input_ids, labels, cu_seqlens
 
-MODEL = "model"
-
 
 class NextToken:
-    """The objective of `pretrain`."""
+    """The objective of `pretrain`.
+
+    InputError: the data or the tokenizer has more tokens than the model.
+    """
 
     def __init__(
         self,
@@ -40,14 +37,22 @@ class NextToken:
         sampler: "BatchSampler",
         val: "TokenDataset | None",
         options: TrainOptions,
-        tokenizer: "Tokenizer | None",
-        device: "torch.device",
+        tokenizer: "Tokenizer | None" = None,
         *,
         document_mask: bool = False,
     ):
+        vocab_size = model.get_parameter("model.embed_tokens.weight").shape[0]
+        sizes = {"train": sampler.dataset, "val": val, "tokenizer": tokenizer}
+        for name, part in sizes.items():
+            if part is not None and part.vocab_size > vocab_size:
+                raise InputError(
+                    f"{name}: wanted a vocabulary of at most the model's {vocab_size},"
+                    f" got {part.vocab_size}"
+                )
         self.trained, self.ranks = model, Alone()
         self.sampler, self.val, self.options = sampler, val, options
-        self.tokenizer, self.device, self.document_mask = tokenizer, device, document_mask
+        self.tokenizer, self.document_mask = tokenizer, document_mask
+        self.device = next(model.parameters()).device
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         from fastlm.train.objective import decay_matrices
@@ -166,26 +171,12 @@ def pretrain(
     """
     from fastlm.train.loop import train
 
-    vocab_size = model.get_parameter("model.embed_tokens.weight").shape[0]
-    sizes = {"train": train_data.dataset.vocab_size}
-    if val is not None:
-        sizes["val"] = val.vocab_size
-    if tokenizer is not None:
-        sizes["tokenizer"] = tokenizer.vocab_size
-    for name, size in sizes.items():
-        if size > vocab_size:
-            raise InputError(
-                f"{name}: wanted a vocabulary of at most the model's {vocab_size}, got {size}"
-            )
-    device = next(model.parameters()).device
-    objective = NextToken(
-        model, train_data, val, options, tokenizer, device, document_mask=document_mask
-    )
+    objective = NextToken(model, train_data, val, options, tokenizer, document_mask=document_mask)
     return train(objective, options, run_dir, track=track, on_event=on_event)
 
 
 @dataclass(frozen=True)
-class Pretrain(TrainOptions, Stage):
+class Pretrain(TrainingStage):
     """Train a model on token shards. The same command run again resumes from the last checkpoint.
 
     With a larger budget training continues, at the learning rate that the schedule of the whole new
@@ -201,8 +192,6 @@ class Pretrain(TrainOptions, Stage):
             ("tokenizer",), "Tokenizer, for samples and the model folder", optional=True
         ),
     }
-    leaves = {"model": MODEL}
-    scratch = ("checkpoints",)
     settings_in = ("config",)
     result = {
         "steps": int, "tokens": int, "tokens_per_second": float, "loss": float | None,
@@ -275,9 +264,7 @@ class Pretrain(TrainOptions, Stage):
     def contents(self, contents: Contents) -> Any:
         return contents.tree(self.config) if self.config else None
 
-    def run(self, job: Job) -> dict[str, Any]:
-        import torch
-
+    def prepare(self, job: Job) -> Training:
         from fastlm.data.shards import INDEX, BatchSampler, TokenDataset
         from fastlm.model.causal_lm import CausalLM
         from fastlm.tokenizer.tokenizer import Tokenizer
@@ -296,38 +283,24 @@ class Pretrain(TrainOptions, Stage):
                 part.check_tokenizer(tokenizer, "shards")
         sampler = BatchSampler(train_data, self.batch_size, self.seq_len, seed=self.seed)
         model = CausalLM(config, seed=self.seed)
-        torch.manual_seed(self.seed)
         options = self.loop_options()
-        load = os.getloadavg()[0]
-        done = pretrain(
-            model, sampler, val_data, options, job.out, tokenizer=tokenizer,
-            document_mask=self.document_mask, track=job.track, on_event=job.on_event,
-        )  # fmt: skip
-        if not leads():
-            return {}
-        model.save_pretrained(job.out / MODEL)
-        if tokenizer:
-            tokenizer.save(job.out / MODEL)
-        return {
-            **done.facts(load),
+        objective = NextToken(
+            model, sampler, val_data, options, tokenizer, document_mask=self.document_mask
+        )
+        facts = {
             "parameters": sum(p.numel() for p in model.parameters()),
-            "epochs": sampler.epoch + 1,
             "train_tokens": train_data.tokens,
             "prompt": self.sample_prompt,
         }
+        return Training(model, tokenizer, objective, options, facts)
 
-    def told(self, result: Mapping[str, Any], job: Job) -> str:
-        loss = "no loss" if result["loss"] is None else f"loss {result['loss']:.4f}"
-        return (
-            f"{result['steps']} steps, {loss}, {result['tokens_per_second']:,.0f} tokens/s"
-            f"{taken(result, self.take)}: {job.out / MODEL}"
-        )
+    def finish(self, training: Training) -> dict[str, Any]:
+        return {"epochs": cast(NextToken, training.objective).sampler.epoch + 1}
 
-    def report(self, job: Job, result: Mapping[str, Any]) -> Part:
+    def section(self, job: Job, result: Mapping[str, Any], metrics: list[dict[str, Any]]) -> Part:
         from fastlm.pipeline.charts import loss_chart
         from fastlm.pipeline.text import count_text, seconds_text
 
-        metrics = read_metrics(job.out / METRICS)
         step = self.batch_size * self.seq_len * self.accumulate
         tokens, have = result["tokens"], result["train_tokens"]
         if tokens < have:
@@ -339,8 +312,6 @@ class Pretrain(TrainOptions, Stage):
             batch += f", {self.accumulate} accumulated"
         shape = self.config or ", ".join(f"{k} {v}" for k, v in (self.model or {}).items())
         took = seconds_text(result["used_seconds"])
-        prompt = result["prompt"]
-        begin = f"the prompt “{prompt}”" if prompt else "the start of a document"
         return Part(
             "Training",
             f"Training saw {count_text(tokens)} tokens: {result['steps']:,} steps of"
@@ -348,21 +319,17 @@ class Pretrain(TrainOptions, Stage):
             facts={
                 "model": shape,
                 "batch": batch,
-                "schedule": f"{OPTIMIZERS[self.optimizer]}, {self.schedule}, peak {self.lr},"
-                f" weight decay {self.weight_decay}, {self.dtype}",
                 "training text": f"{count_text(have)} tokens, {seen}",
-                "time": f"{took}, steps and checkpoints",
                 "speed": f"{result['tokens_per_second']:,.0f} tokens per second, steps alone",
-                "machine load": result["load"],
             },
             charts=[loss_chart(metrics)],
             cards=[
                 (count_text(result["parameters"]), "parameters"),
                 (count_text(tokens), f"tokens of training in {took}"),
             ],
-            template="training.html.jinja",
-            values={
-                "samples": [m for m in metrics if "sample" in m],
-                "how": f"Sampled with the same seed at each moment, from {begin}.",
-            },
         )
+
+    def sampled(self, result: Mapping[str, Any]) -> str:
+        prompt = result["prompt"]
+        begin = f"the prompt “{prompt}”" if prompt else "the start of a document"
+        return f"Sampled with the same seed at each moment, from {begin}."

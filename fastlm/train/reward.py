@@ -1,45 +1,36 @@
 """A reward model: scores answers as people would rank them."""
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from fastlm.data.conversations import FORMATS
 from fastlm.errors import InputError
-from fastlm.pipeline.stage import Job, MaybePositional, Part, Stage, Takes
+from fastlm.pipeline.stage import Job, MaybePositional, Part, Takes
 from fastlm.sources.input_digest import Contents
-from fastlm.torchrun import leads
-from fastlm.train.chat_options import FEEDBACK, ChatOptions
-from fastlm.train.encoding import (
-    Example,
-    chat_tokenizer,
-    load_model,
-    reasons,
-    weights_digest,
-)
+from fastlm.train.chat_stage import FEEDBACK, ChatStage
+from fastlm.train.encoding import Example, rows_text
 from fastlm.train.epochs import Epochs
-from fastlm.train.metrics import METRICS, read_metrics
-from fastlm.train.options import OPTIMIZERS
 from fastlm.train.preferences import (
     Judged,
     Preferences,
     accuracy_error,
-    accuracy_told,
+    accuracy_text,
     digest_of,
     right,
 )
 from fastlm.train.reward_report import calibration, length_bias
+from fastlm.train.training_stage import MODEL, Training, loss_text
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from fastlm.model.causal_lm import CausalLM
     from fastlm.model.reward_model import RewardModel
     from fastlm.tokenizer.tokenizer import Tokenizer
     from fastlm.train.options import TrainOptions
 
-MODEL = "model"
 SHOWN = 1000  # answers in the figure of lengths
 
 
@@ -60,7 +51,8 @@ class RankedAnswers(Epochs):
     mean over the comparisons of a step. A list of k answers counts as k - 1 comparisons, one for
     each choice of the next best.
 
-    ``margins``: whether a pair's margin is subtracted. For the other arguments see `Epochs`.
+    ``margins``: whether a pair's margin is subtracted. ``reference``: the answers whose scores have
+    mean 0 and deviation 1 after the training. For the other arguments see `Epochs`.
     """
 
     def __init__(
@@ -71,6 +63,7 @@ class RankedAnswers(Epochs):
         options: "TrainOptions",
         *,
         margins: bool = False,
+        reference: Sequence[Judged] = (),
         batch_size: int,
         seed: int,
         base: str,
@@ -81,6 +74,7 @@ class RankedAnswers(Epochs):
             seed=seed, base=base, data=digest_of(judged), tokenizer=None, prompt=(), device=device,
         )  # fmt: skip
         self.judged, self.heldout, self.margins = judged, heldout, margins
+        self.reference = reference
         self.measured: list[tuple[Tensor, Tensor]] = []
 
     def identity(self) -> dict[str, Any]:
@@ -196,7 +190,7 @@ def pairs_of(scores: "Tensor", ranks: "Tensor") -> "tuple[Tensor, Tensor]":
 
 
 @dataclass(frozen=True)
-class Reward(ChatOptions, Stage):
+class Reward(ChatStage):
     """Train a reward model on preferences: the model's layers with a head that scores an answer.
 
     Its scores have mean 0 and standard deviation 1 over the answers of the training. The same
@@ -210,7 +204,6 @@ class Reward(ChatOptions, Stage):
         "feedback": FEEDBACK,
     }
     leaves = {"reward": MODEL}
-    scratch = ("checkpoints",)
     sources_in = ("data", "normalise_on")
     result = {
         "steps": int, "tokens": int, "tokens_per_second": float, "loss": float | None,
@@ -253,78 +246,55 @@ class Reward(ChatOptions, Stage):
         reference = contents.sources(self.normalise_on, FORMATS) if self.normalise_on else None
         return [super().contents(contents), reference]
 
-    def run(self, job: Job) -> dict[str, Any]:
-        import torch
+    def unit(self) -> str:
+        return "pairs"
 
+    def read_data(self, tokenizer: "Tokenizer", context: int, job: Job) -> Preferences:
+        return Preferences(self, tokenizer, self.longest(context), context, job, kind="lists")
+
+    def module(self, model: "CausalLM") -> "RewardModel":
         from fastlm.model.reward_model import RewardModel
-        from fastlm.train.loop import train
 
-        self = self.with_feedback(job)
-        source = job.path("model")
-        base = load_model(source)
-        tokenizer = chat_tokenizer(source, base.config.to_dict(), self.chat_template)
-        longest = self.longest(base.config.max_position_embeddings)
-        found = Preferences(self, tokenizer, longest, job, "lists")
-        if not found.training:
-            raise InputError(f"data: wanted pairs to learn from, got none in {found.told()}")
-        reference = self._reference(tokenizer, longest, job) or answers_of(found.training)
-        options = self.train_options(len(found.training))
-        base.config.eos_token_id = sorted(base.config.stop_ids | tokenizer.stop_ids)
-        model = RewardModel.from_causal_lm(base, seed=self.seed)
-        objective = RankedAnswers(
-            model, found.training, found.heldout, options, margins=self.use_margins,
-            batch_size=self.batch_size, seed=self.seed, base=weights_digest(model),
-            device=model.device,
+        return RewardModel.from_causal_lm(model, seed=self.seed)
+
+    def objective(
+        self, job: Job, model: Any, data: Any, options: "TrainOptions", **common: Any
+    ) -> RankedAnswers:
+        reference = data.training
+        if self.normalise_on:
+            stage = replace(self, data=self.normalise_on, heldout=0.0)
+            other = stage.read_data(data.tokenizer, data.context, job)
+            if not (reference := other.training):
+                raise InputError(f"normalise_on: wanted answers, got none in {other.told()}")
+        del common["tokenizer"], common["prompt"]
+        return RankedAnswers(
+            model, data.training, data.heldout, options, margins=self.use_margins,
+            reference=reference, **common,
         )  # fmt: skip
-        torch.manual_seed(self.seed)
-        load = os.getloadavg()[0]
-        done = train(objective, options, job.out, track=job.track, on_event=job.on_event)
-        if not leads():
-            return {}
+
+    def data_facts(self, data: Any) -> dict[str, Any]:
+        comparisons = sum(len(one.answers) - 1 for one in data.training)
+        return {"comparisons": comparisons, "heldout": len(data.heldout)}
+
+    def finish(self, training: Training) -> dict[str, Any]:
+        model: RewardModel = training.model
+        objective = cast(RankedAnswers, training.objective)
         model.eval()
-        model.normalise(model.score(ids_of(reference)))
-        measured = found.heldout or found.training
-        figures = measure(model, measured)
-        model.save_pretrained(job.out / MODEL)
-        tokenizer.save(job.out / MODEL)
+        model.normalise(model.score(ids_of(answers_of(objective.reference))))
         return {
-            **done.facts(load),
-            **figures,
-            "measured_on": "held-out" if found.heldout else "training",
+            **measure(model, objective.heldout or objective.judged),
+            "measured_on": "held-out" if objective.heldout else "training",
             "parameters": sum(p.numel() for p in model.parameters()),
-            "comparisons": sum(len(one.answers) - 1 for one in found.training),
-            "heldout": len(found.heldout),
-            "read": found.rows.read,
-            "counts": dict(found.rows.counts),
         }
 
-    def _reference(self, tokenizer: "Tokenizer", longest: int, job: Job) -> list[Example]:
-        """The answers of `normalise_on`."""
-        if not self.normalise_on:
-            return []
-        other = replace(self, data=self.normalise_on, heldout=0.0)
-        found = Preferences(other, tokenizer, longest, job, "lists")
-        if not found.training:
-            raise InputError(f"normalise_on: wanted answers, got none in {found.told()}")
-        return answers_of(found.training)
+    def outcome(self, result: Mapping[str, Any], job: Job) -> tuple[str, list[str]]:
+        figures = [loss_text(result), *accuracy_text(result["metrics"])]
+        return f"{result['comparisons']:,} comparisons", figures
 
-    def told(self, result: Mapping[str, Any], job: Job) -> str:
-        loss = "no loss" if result["loss"] is None else f"loss {result['loss']:.4f}"
-        return (
-            f"{result['comparisons']:,} comparisons, {result['steps']} steps, {loss}"
-            f"{accuracy_told(result['metrics'])}: {job.out / MODEL}"
-        )
-
-    def report(self, job: Job, result: Mapping[str, Any]) -> Part:
+    def section(self, job: Job, result: Mapping[str, Any], metrics: list[dict[str, Any]]) -> Part:
         from fastlm.pipeline.charts import loss_chart
-        from fastlm.pipeline.text import seconds_text
         from fastlm.train.preference_charts import accuracy_chart, calibration_chart, length_chart
 
-        metrics = read_metrics(job.out / METRICS)
-        rows = f"{result['read']:,} rows: {result['comparisons']:,} comparisons learnt from"
-        rows += f", {result['heldout']:,} rows held out"
-        if result["counts"]:
-            rows += f"; {reasons(result['counts'])}"
         cards = []
         if (accuracy := result["metrics"].get("val_accuracy")) is not None:
             error = result["metrics"]["val_accuracy_error"]
@@ -336,12 +306,8 @@ class Reward(ChatOptions, Stage):
             "Reward model",
             "Scores have mean 0 and standard deviation 1 over the answers of the training.",
             facts={
-                "preferences": rows,
+                "preferences": rows_text(result, f"{result['comparisons']:,} comparisons"),
                 "batch": f"{self.batch_size * self.accumulate} rows without padding",
-                "schedule": f"{OPTIMIZERS[self.optimizer]}, {self.schedule}, peak {self.lr},"
-                f" weight decay {self.weight_decay}, {self.dtype}",
-                "time": f"{seconds_text(result['used_seconds'])}, steps and checkpoints",
-                "machine load": result["load"],
             },
             charts=[
                 loss_chart(metrics, "loss per comparison"),

@@ -1,36 +1,18 @@
 """Supervised fine-tuning: a model learns the assistant's messages of conversations."""
 
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from textwrap import shorten
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from fastlm.errors import InputError
-from fastlm.pipeline.stage import Job, Part, Stage, Takes
-from fastlm.torchrun import leads
-from fastlm.train.best import taken
-from fastlm.train.chat_options import FEEDBACK, ChatOptions
-from fastlm.train.encoding import (
-    IGNORE,
-    Encoder,
-    Example,
-    Prompts,
-    chat_tokenizer,
-    digest,
-    fit,
-    pack,
-    place_in_order,
-    reasons,
-    told_rows,
-    weights_digest,
-)
+from fastlm.pipeline.stage import Job, Part, Takes
+from fastlm.train.chat_stage import FEEDBACK, ChatStage
+from fastlm.train.encoding import IGNORE, Example, TrainingData, digest, fit, pack, rows_text
 from fastlm.train.epochs import Epochs
 from fastlm.train.lora_options import LoraOptions
-from fastlm.train.metrics import METRICS, read_metrics
 from fastlm.train.mixture import Mixture
-from fastlm.train.options import OPTIMIZERS
+from fastlm.train.training_stage import loss_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,7 +24,6 @@ if TYPE_CHECKING:
     from fastlm.train.encoding import Batch
     from fastlm.train.options import TrainOptions
 
-MODEL = "model"
 # What happens to a longer conversation -> how it is counted: with nothing left to learn, else
 OVERLONG = {
     "skip": ("too long", "too long in part"),  # in part: it gave an example per answer
@@ -120,7 +101,7 @@ class AnswerTokens(Epochs):
 
 
 @dataclass(frozen=True)
-class Sft(LoraOptions, ChatOptions, Stage):
+class Sft(LoraOptions, ChatStage):
     """Fine-tune a model on conversations. It learns the assistant's messages, and to end them.
 
     The model's own chat template writes the conversations; a model without one that has ChatML's
@@ -133,8 +114,6 @@ class Sft(LoraOptions, ChatOptions, Stage):
         "model": Takes(("model",), "Model to fine-tune: a run, a Hugging Face folder"),
         "feedback": FEEDBACK,
     }
-    leaves = {"model": MODEL}
-    scratch = ("checkpoints",)
     result = {
         "steps": int, "tokens": int, "tokens_per_second": float, "loss": float | None,
         "parameters": int, "conversations": int, "heldout": int, "read": int, "counts": dict,
@@ -167,177 +146,102 @@ class Sft(LoraOptions, ChatOptions, Stage):
         weights = (*self.data_weights, 1.0) if self.data_weights else ()
         return replace(self, data=(*self.data, source), data_weights=weights)
 
-    def objective(self, job: Job, *args: Any, **options: Any) -> AnswerTokens:
-        """The objective; all but ``job`` is for `AnswerTokens`."""
-        del job
-        return AnswerTokens(*args, **options)
+    def read_data(self, tokenizer: "Tokenizer", context: int, job: Job) -> "Encoded":
+        return Encoded(self, tokenizer, self.longest(context), context, job)
 
-    def encoded(self, tokenizer: "Tokenizer", seq_len: int, job: Job) -> "Encoded":
-        """The conversations to learn, as tokens."""
-        return Encoded(self, tokenizer, seq_len, job)
+    def num_examples(self, data: Any) -> int:
+        return sum(data.mixture().taken())
 
-    def run(self, job: Job) -> dict[str, Any]:
-        import torch
-
-        from fastlm.checkpoint.architectures import expected_shapes
-        from fastlm.train.loop import train
-
-        self = self.with_feedback(job)
-        source = job.path("model")
-        model = self.load_trained(source, dtype=self.dtype, seed=self.seed, warn=job.warn)
-        tokenizer = chat_tokenizer(source, model.config.to_dict(), self.chat_template)
-        context = model.config.max_position_embeddings
-        texts = self.encoded(tokenizer, self.longest(context), job)
-        prompt, asked = texts.prompts.choose(self, tokenizer, context)
-        if not texts.training:
-            raise InputError(
-                f"data: wanted conversations to learn from, got none in {texts.told()}"
-            )
-        mixture = texts.mixture()
-        options = self.train_options(sum(mixture.taken()))
-        base = weights_digest(model)
-        model.config.eos_token_id = sorted(model.config.stop_ids | tokenizer.stop_ids)
-        objective = self.objective(
-            job, model, texts.training, texts.heldout, options, batch_size=self.batch_size,
-            seed=self.seed, base=base, tokenizer=tokenizer, prompt=prompt, device=model.device,
-            mixture=mixture,
-        )  # fmt: skip
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        torch.manual_seed(self.seed)
-        load = os.getloadavg()[0]
-        done = train(objective, options, job.out, track=job.track, on_event=job.on_event)
-        if not leads():
-            return {}
-        self.save_trained(model, job.out / MODEL, source)
-        tokenizer.save(job.out / MODEL)
+    def data_facts(self, data: Any) -> dict[str, Any]:
         return {
-            **done.facts(load),
-            "parameters": sum(map(math.prod, expected_shapes(model.config).values())),
-            "trained_parameters": trained,
-            "conversations": texts.conversations,
-            "sources": texts.sources(mixture),
-            "heldout": texts.held_out,
-            "read": texts.rows.read,
-            "counts": dict(texts.rows.counts),
-            "learnt_tokens": sum(example.learnt for example in texts.training),
-            "all_tokens": sum(len(example.ids) for example in texts.training),
-            "prompt": asked,
+            "conversations": data.conversations,
+            "heldout": data.held_out,
+            "sources": data.sources(data.mixture()),
+            "learnt_tokens": sum(example.learnt for example in data.training),
+            "all_tokens": sum(len(example.ids) for example in data.training),
         }
 
-    def told(self, result: Mapping[str, Any], job: Job) -> str:
-        loss = "no loss" if result["loss"] is None else f"loss {result['loss']:.4f}"
-        return (
-            f"{result['conversations']:,} conversations, {result['steps']} steps, {loss},"
-            f" {result['tokens_per_second']:,.0f} learnt tokens/s{taken(result, self.take)}:"
-            f" {job.out / MODEL}"
+    def objective(
+        self, job: Job, model: Any, data: Any, options: "TrainOptions", **common: Any
+    ) -> AnswerTokens:
+        del job
+        return AnswerTokens(
+            model, data.training, data.heldout, options, mixture=data.mixture(), **common
         )
+
+    def outcome(self, result: Mapping[str, Any], job: Job) -> tuple[str, list[str]]:
+        speed = f"{result['tokens_per_second']:,.0f} learnt tokens/s"
+        return f"{result['conversations']:,} conversations", [loss_text(result), speed]
 
     def headline(self) -> tuple[str, str]:
         """Title and note of the part of the report."""
         return "Fine-tuning", "The loss is of the assistant's tokens alone."
 
-    def report(self, job: Job, result: Mapping[str, Any]) -> Part:
+    def section(self, job: Job, result: Mapping[str, Any], metrics: list[dict[str, Any]]) -> Part:
         from fastlm.pipeline.charts import loss_chart
-        from fastlm.pipeline.text import count_text, seconds_text
+        from fastlm.pipeline.text import count_text
 
-        metrics = read_metrics(job.out / METRICS)
         learnt, whole = result["learnt_tokens"], result["all_tokens"]
-        rows = f"{result['read']:,} rows, {result['heldout']:,} held out"
-        more = {}
+        facts = {"conversations": rows_text(result)}
         if self.lora_rank:
-            more["adapters"] = self.lora_told(result)
+            facts["adapters"] = self.lora_told(result)
         if self.data_weights:
-            more["mixture"] = ", ".join(
+            facts["mixture"] = ", ".join(
                 f"{s['weight']:g} x {s['source']} ({s['conversations']:,})"
                 for s in result["sources"]
             )
-        if result["counts"]:
-            rows += f"; {reasons(result['counts'])}"
         title, note = self.headline()
         return Part(
             title,
             note,
             facts={
-                "conversations": rows,
-                **more,
+                **facts,
                 "learnt": f"{count_text(learnt)} of {count_text(whole)} tokens"
                 f" ({100 * learnt / whole:.0f} %)",
                 "batch": f"{self.batch_size * self.accumulate} conversations without padding",
-                "schedule": f"{OPTIMIZERS[self.optimizer]}, {self.schedule}, peak {self.lr},"
-                f" weight decay {self.weight_decay}, {self.dtype}",
-                "time": f"{seconds_text(result['used_seconds'])}, steps and checkpoints",
                 "speed": f"{result['tokens_per_second']:,.0f} learnt tokens per second",
-                "machine load": result["load"],
             },
             charts=[loss_chart(metrics)],
             cards=[(f"{result['conversations']:,}", "conversations learnt from")],
-            template="training.html.jinja",
-            values={
-                "samples": [m for m in metrics if "sample" in m],
-                "how": f"Answers to “{shorten(result['prompt'], 200)}”, at temperature 0.",
-            },
         )
 
 
-class Encoded:
-    """The conversations of a stage as tokens: ``training`` and ``heldout`` examples (in the order
-    of `place_in_order`), from so many ``conversations`` and ``held_out`` ones.
-    """
+class Encoded(TrainingData):
+    """The conversations of a stage as tokens, ``conversations`` of them to learn from."""
 
-    def __init__(self, stage: Sft, tokenizer: "Tokenizer", seq_len: int, job: Job):
-        from fastlm.data.conversations import Rows
-
-        self.stage, self.seq_len, self.job = stage, seq_len, job
-        self.rows = Rows()
-        self.encoder = Encoder(stage, tokenizer, job, self.rows.counts)
-        self.conversations = self.held_out = 0
-        self.training: list[Example] = []
-        self.prompts = Prompts()
-        heldout: list[tuple[float, Example]] = []
+    def __init__(self, stage: Sft, *args: Any):
+        self.weights = stage.data_weights
+        self.source = self.conversations = 0  # ``source``: the index of that of the row at hand
         # per source: its conversations and examples
         self.conversations_of, self.examples_of = [0] * len(stage.data), [0] * len(stage.data)
-        for source, conversation in job.track(
-            self.read(), "reading conversations", unit="conversations"
-        ):
-            found = self.encode(conversation)
-            if not found:
-                continue
-            place = place_in_order(conversation)
-            if place < stage.heldout:
-                self.held_out += 1
-                heldout += [(place, example) for example in found]
-            else:
-                self.conversations += 1
-                self.training += found
-                self.conversations_of[source] += 1
-                self.examples_of[source] += len(found)
-            self.prompts.add(place, conversation.prompt(), conversation.tools)
-        self.encoder.finish()
-        self.heldout = [example for _, example in sorted(heldout, key=lambda pair: pair[0])]
+        super().__init__(stage, *args)
 
-    def read(self) -> Iterator[tuple[int, "Conversation"]]:
-        """Yield the conversations, each with the index of its source."""
+    def read(self) -> Iterator["Conversation"]:
         from fastlm.data.conversations import read_conversations
 
-        for source, spec in enumerate(self.stage.data):
-            for conversation in read_conversations(
-                (spec,), cache=self.job.cache, skip_bad=self.stage.skip_bad, rows=self.rows,
-                tell=self.job.skipped,
-            ):  # fmt: skip
-                yield source, conversation
+        for index, spec in enumerate(self.stage.data):
+            self.source = index
+            yield from read_conversations((spec,), **self.reading())
 
-    def encode(self, conversation: "Conversation") -> list[Example]:
+    def prompt_of(self, row: "Conversation") -> Any:
+        return row, row.prompt(), row.tools
+
+    def encode(self, row: "Conversation") -> list[Example]:
         overlong = self.stage.overlong
-        whole = self.encoder.encode(
-            conversation.messages, conversation.learnt, conversation.tools, conversation.place
-        )
+        whole = self.encode_messages(row)
         examples = [piece for one in whole for piece in fit(one, self.seq_len, overlong)]
         if any(len(one.ids) > self.seq_len for one in whole):
             self.rows.counts[OVERLONG[overlong][bool(examples)]] += 1
         return examples
 
+    def learn(self, examples: Sequence[Example]) -> None:
+        super().learn(examples)
+        self.conversations += 1
+        self.conversations_of[self.source] += 1
+        self.examples_of[self.source] += len(examples)
+
     def mixture(self) -> Mixture:
-        weights = self.stage.data_weights or (1.0,) * len(self.examples_of)
+        weights = self.weights or (1.0,) * len(self.examples_of)
         return Mixture(tuple(self.examples_of), weights)
 
     def sources(self, mixture: Mixture) -> list[dict[str, Any]]:
@@ -345,6 +249,3 @@ class Encoded:
         columns = (self.stage.data, mixture.weights, self.conversations_of, mixture.taken())
         keys = ("source", "weight", "conversations", "examples_per_epoch")
         return [dict(zip(keys, row)) for row in zip(*columns)]
-
-    def told(self) -> str:
-        return told_rows(self.rows, self.held_out)

@@ -44,7 +44,7 @@ def model(seed=0):
 
 def objective(net, data, mask=True):
     sampler = BatchSampler(TokenDataset(data / "train"), 3, SEQ, seed=1)
-    return NextToken(net, sampler, None, OPTIONS, None, net.device, document_mask=mask)
+    return NextToken(net, sampler, None, OPTIONS, document_mask=mask)
 
 
 def documents(ids, labels):

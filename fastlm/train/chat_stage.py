@@ -1,29 +1,40 @@
-"""The options of a training on conversations or preferences. Nothing here imports torch, because
-``--help`` reads them.
+"""What the stages that train on rows of text share (conversations, preferences, prompts): options,
+and the way from a model and rows to a training.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import date
-from typing import Annotated, Any, ClassVar, Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 from fastlm.data.conversations import FORMATS
 from fastlm.errors import InputError
 from fastlm.pipeline.stage import Facts, Job, MaybePositional, Takes, at_least_one, one_of, positive
 from fastlm.sources.input_digest import Contents
+from fastlm.train.encoding import TrainingData, chat_tokenizer, weights_digest
 from fastlm.train.options import TrainOptions
+from fastlm.train.training_stage import Training, TrainingStage
+
+if TYPE_CHECKING:
+    from fastlm.model.causal_lm import CausalLM
+    from fastlm.tokenizer.tokenizer import Tokenizer
+    from fastlm.train.objective import Objective
 
 FEEDBACK = Takes(("feedback",), "What `fastlm feedback build` made, beside the data", optional=True)
 LONGEST = 2048  # tokens of a conversation by default, where the context is longer: bounds memory
 
 
 @dataclass(frozen=True)
-class ChatOptions(TrainOptions):
-    """The options that are read by `fastlm.train.encoding` and `fastlm.train.epochs`."""
+class ChatStage(TrainingStage):
+    """A training on rows that the model's chat template writes. A subclass defines `read_data`,
+    `data_facts` and `objective`.
+    """
 
     overlongs: ClassVar[tuple[str, ...]] = ("skip", "truncate")  # values of `overlong`
     rows: ClassVar[str] = "conversations"  # what `data` holds
+    use: ClassVar[str] = "learn from"  # what they are for
     sources_in: ClassVar[tuple[str, ...]] = ("data",)
     settings_in: ClassVar[tuple[str, ...]] = ("chat_template",)
     instructs: ClassVar[bool] = True
@@ -45,7 +56,6 @@ class ChatOptions(TrainOptions):
     date: Annotated[str, "What chat templates take for today, YYYY-MM-DD"] = "2024-07-26"
     heldout: Annotated[float, "Share of the conversations that is held out"] = 0.05
     chat_template: Annotated[str, "Jinja file; default: the model's own, else ChatML"] = ""
-    seed: Annotated[int, "Seed of the order of the data"] = 0
     lr: Annotated[float, "Peak learning rate"] = 2e-5
     warmup: Annotated[float, "Share of the run in which the rate rises"] = 0.03
     weight_decay: Annotated[float, "Weight decay of matrices"] = 0.0
@@ -70,8 +80,7 @@ class ChatOptions(TrainOptions):
             day = ""
         if day != self.date:
             raise InputError(f"date: wanted YYYY-MM-DD, got {self.date!r}")
-        if self.seed < 0:
-            raise InputError(f"seed: wanted 0 or more, got {self.seed}")
+        self.check_seed()
 
     def train_options(self, examples: int) -> TrainOptions:
         """The options of the loop, with `epochs` as a number of steps."""
@@ -131,6 +140,75 @@ class ChatOptions(TrainOptions):
 
     def with_source(self, source: str) -> Self:
         return replace(self, data=(*self.data, source))
+
+    def unit(self) -> str:
+        """Return what the data is counted in, of which there must be some."""
+        return self.rows
+
+    def load_trained(self, source: str | Path, **options: Any) -> "CausalLM":
+        """Load the model at ``source`` to train it, in float32. ``options`` are those of
+        `LoraOptions.load_trained`, which takes the place of this.
+        """
+        import torch
+
+        from fastlm.model.causal_lm import CausalLM
+
+        del options
+        return CausalLM.from_pretrained(source, dtype=torch.float32, keep_quantized=False)
+
+    def read_data(self, tokenizer: "Tokenizer", context: int, job: Job) -> TrainingData:
+        """Return the rows as tokens. ``context``: of the model."""
+        raise NotImplementedError
+
+    def num_examples(self, data: TrainingData) -> int:
+        """Return how many examples an epoch takes."""
+        return len(data.training)
+
+    def data_facts(self, data: TrainingData) -> dict[str, Any]:
+        """Return what the result says of the data."""
+        raise NotImplementedError
+
+    def module(self, model: "CausalLM") -> Any:
+        """Return what is trained and saved: the model, or what has its layers."""
+        return model
+
+    def objective(
+        self, job: Job, model: Any, data: Any, options: TrainOptions, **common: Any
+    ) -> "Objective":
+        """Return what is learnt; ``common`` is for `fastlm.train.epochs.Epochs`."""
+        raise NotImplementedError
+
+    def prepare(self, job: Job) -> Training:
+        from fastlm.checkpoint.architectures import expected_shapes
+        from fastlm.tokenizer.load import load_tokenizer
+
+        self = self.with_feedback(job)
+        source = job.path("model")
+        model = self.load_trained(source, dtype=self.dtype, seed=self.seed, warn=job.warn)
+        config = model.config
+        tokenizer = chat_tokenizer(load_tokenizer(source, config.to_dict()), self.chat_template)
+        data = self.read_data(tokenizer, config.max_position_embeddings, job)
+        if not data.training:
+            raise InputError(f"data: wanted {self.unit()} to {self.use}, got none in {data.told()}")
+        prompt, text = [], ""
+        if "sample_tokens" not in self.unused:
+            prompt, text = data.prompts.choose(self, tokenizer, data.context)
+        options = self.train_options(self.num_examples(data))
+        config.eos_token_id = sorted(config.stop_ids | tokenizer.stop_ids)
+        module = self.module(model)
+        objective = self.objective(
+            job, module, data, options, batch_size=self.batch_size, seed=self.seed,
+            base=weights_digest(module), tokenizer=tokenizer, prompt=prompt, device=module.device,
+        )  # fmt: skip
+        facts = {
+            "parameters": sum(map(math.prod, expected_shapes(config).values())),
+            "trained_parameters": sum(p.numel() for p in module.parameters() if p.requires_grad),
+            "read": data.rows.read,
+            "counts": dict(data.rows.counts),
+            "prompt": text,
+            **self.data_facts(data),
+        }
+        return Training(module, tokenizer, objective, options, facts, source)
 
     def identity(self) -> dict[str, Any]:
         return {k: v for k, v in super().identity().items() if k != "chat_template"}
