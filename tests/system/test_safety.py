@@ -602,10 +602,10 @@ def scripted(monkeypatch):
     """Put a scripted model in the place of what the stage loads."""
     import fastlm.evals.scorer
     import fastlm.evals.suite
-    import fastlm.serve.chat
+    import fastlm.model.load
 
     def put(scorer):
-        monkeypatch.setattr(fastlm.serve.chat, "load_model", lambda where: (None, None))
+        monkeypatch.setattr(fastlm.model.load, "load_model", lambda where: (None, None))
         for name in ("hash_of", "id_of"):
             monkeypatch.setattr(fastlm.evals.suite, name, str)
         monkeypatch.setattr(fastlm.evals.scorer, "Scorer", lambda model, tokenizer: scorer)
