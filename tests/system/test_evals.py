@@ -15,7 +15,7 @@ import question_files
 from paths import PYTHONPATH
 from preference_models import make_base
 
-import fastlm.serve.chat
+import fastlm.model.load
 from fastlm.errors import InputError
 from fastlm.evals import asking, contamination
 from fastlm.evals.asking import ask
@@ -338,7 +338,7 @@ def test_activations_are_rounded_as_asked(base, cache, tmp_path, monkeypatch):
     """Answers of one rounding are not taken for those of another."""
     loaded, load = [], fastlm.model.load.load_model
     monkeypatch.setattr(
-        fastlm.serve.chat, "load_model", lambda path, *rest: (loaded.append(rest), load(path))[1]
+        fastlm.model.load, "load_model", lambda path, *rest: (loaded.append(rest), load(path))[1]
     )
     given = {"model": [str(base)], "cache": cache}
     Eval(tasks=("winogrande",), limit=4, act_bits=8)(tmp_path / "out", **given)
