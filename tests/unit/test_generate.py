@@ -253,10 +253,15 @@ def test_prompts_are_texts_ids_or_requests():
         Engine(model).generate(["text"])
 
 
-def test_a_piece_that_is_enough_ends_an_answer():
-    first, second = Engine(model_of()).generate(
+@pytest.mark.parametrize("threaded", [False, True])
+def test_a_piece_that_is_enough_ends_an_answer(threaded):
+    engine = Engine(model_of())
+    if threaded:
+        engine.start()
+    first, second = engine.generate(
         [[1, 2], [3]], max_new_tokens=6, on_piece=lambda row, _: row == 1
     )
+    engine.close()
     assert (len(first.token_ids), first.finish_reason) == (6, "length")
     assert (len(second.token_ids), second.finish_reason) == (1, "cancelled")
 
