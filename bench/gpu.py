@@ -416,7 +416,7 @@ def engine_call(model: fastlm.CausalLM, users: int, tokens: int, graph: bool) ->
                 for prompt in prompts]  # fmt: skip
     engine = Engine(model, pages=users * -(-(32 + tokens) // PAGE), prefix_cache=False)
     if not graph:
-        engine._decoder = ModuleSteps(model, engine.pages)
+        engine._batch.decoder = ModuleSteps(model, engine.pages)
     return lambda: engine.generate(requests)
 
 
