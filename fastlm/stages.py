@@ -13,7 +13,7 @@ from fastlm.export.stage import Export
 from fastlm.feedback.gate import Gate
 from fastlm.feedback.promotion import Promotion
 from fastlm.feedback.simulate import Simulate
-from fastlm.feedback.stage import Feedback
+from fastlm.feedback.stage import FeedbackBuild
 from fastlm.feedback.winrate import WinRate
 from fastlm.pipeline.stage import Stage
 from fastlm.quant.stage import Quantize
@@ -43,7 +43,7 @@ KINDS: dict[str, type[Stage]] = {
     "eval": Eval,
     "safety": Safety,
     "simulate": Simulate,
-    "feedback": Feedback,
+    "feedback": FeedbackBuild,
     "winrate": WinRate,
     "gate": Gate,
     "promotion": Promotion,

@@ -51,8 +51,8 @@ from fastlm.feedback.gate import Gate
 from fastlm.feedback.gate_metrics import difference
 from fastlm.feedback.local_server import serving
 from fastlm.feedback.pairwise import answer, share
-from fastlm.feedback.simulated import Asked, User, people
-from fastlm.feedback.stage import Feedback
+from fastlm.feedback.simulated_users import Question, User, simulate_users
+from fastlm.feedback.stage import FeedbackBuild
 from fastlm.serve.feedback import FeedbackStore
 from fastlm.stages import run_recipe
 from fastlm.stats.intervals import wilson
@@ -150,7 +150,7 @@ class Round:
         kept = []
         for user, question, (id, texts) in zip(owners, asked, answered, strict=True):
             consent = self.draw.random() >= NO_CONSENT and all(text.strip() for text in texts)
-            answers = Asked(id, texts, [users.points(question, text) for text in texts], None)
+            answers = Question(id, texts, [users.points(question, text) for text in texts], None)
             written = users.correction(question, user)
             bodies = [said.body for said in user.judges(answers, LIKED, written)]
             late = user.draw.random() < LATE
@@ -268,7 +268,7 @@ def hidden_points(path: Path) -> list[tuple[dict[str, Any], float]]:
 
 def left_out(path: Path) -> list[str]:
     """Return the raters of raters.json whose rows were left out."""
-    least = Feedback().least_weight
+    least = FeedbackBuild().least_weight
     return [name for name, one in json.loads(path.read_text()).items() if one["weight"] < least]
 
 
@@ -287,7 +287,7 @@ def circle(
         raise SystemExit(f"{out}: wanted a new folder, it has a circle that was interrupted")
     out.mkdir(parents=True)
     weights = ["feedback.least_weight=0.0"] if trusting else []
-    raters = people(options.users, malicious, NOISE, options.seed)
+    raters = simulate_users(options.users, malicious, NOISE, options.seed)
     database, talk, rows = out / "feedback.db", out / "talk.txt", []
     unheard = users.conversations(random.Random(f"talk/{options.seed}"), 100)
     talk.write_text("\n".join(m["content"] for row in unheard for m in row["messages"]))

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from fastlm.feedback.simulated import HONEST, User
+from fastlm.feedback.simulated_users import HONEST, User
 
 TOPICS = {
     "tea": "a warm drink made of leaves", "snow": "frozen water that falls in winter",

@@ -49,7 +49,7 @@ class Gate(Stage):
             flag="s",
         ),
     }  # fmt: skip
-    leaves = {"decision": DECISION}
+    leaves = {"gate_decision": DECISION}
     result = {"promoted": bool, "gates": list[dict[str, Any]]}
     settings_in = ("gates",)
 

@@ -21,12 +21,12 @@ from fastlm.data.preferences import Label, preference_of
 from fastlm.errors import InputError, check_unicode
 from fastlm.schema import validate
 from fastlm.serve.commands import open_store
-from fastlm.serve.said import latest
+from fastlm.serve.responses import latest
 from fastlm.sources.rows import list_files, read_rows
 
 if TYPE_CHECKING:
     from fastlm.serve.ratings import Rating
-    from fastlm.serve.said import Kept, Opinion
+    from fastlm.serve.responses import Feedback, StoredResponse
 
 EXPORTS = (".jsonl", ".ndjson")
 ANONYMOUS = ""  # whoever gives no name; all of them count as one rater
@@ -158,8 +158,8 @@ def withdrawn_keys(source: str) -> frozenset[str]:
 
 
 def _judgements(
-    opinion: "Opinion",
-    answers: "dict[str, Kept]",
+    opinion: "Feedback",
+    answers: "dict[str, StoredResponse]",
     ratings: "dict[str, Rating]",
     passed: Counter[str],
 ) -> "Iterator[tuple[Said, Judgement | None]]":
@@ -221,24 +221,24 @@ def _thumb_of(rating: "Rating | None", value: float) -> str | None:
 
 
 def _answer(
-    answers: "dict[str, Kept]", key: tuple[str, int]
-) -> "tuple[Kept, list[Message]] | None":
+    answers: "dict[str, StoredResponse]", key: tuple[str, int]
+) -> "tuple[StoredResponse, list[Message]] | None":
     kept = answers.get(key[0])
     return None if kept is None or key[1] >= len(kept.choices) else (kept, kept.choices[key[1]])
 
 
-def _asked(found: "tuple[Kept, list[Message]] | None") -> dict[str, Any]:
+def _asked(found: "tuple[StoredResponse, list[Message]] | None") -> dict[str, Any]:
     if found is None:
         return {}
     return {"prompt": found[0].prompt, "tools": found[0].tools, "model": found[0].model or None}
 
 
-def _talks(*found: "tuple[Kept, list[Message]] | None") -> tuple[str, ...]:
+def _talks(*found: "tuple[StoredResponse, list[Message]] | None") -> tuple[str, ...]:
     ids = [one[0].conversation_id for one in found if one is not None]
     return tuple(dict.fromkeys(id for id in ids if id is not None))
 
 
-def _side(name: str, found: "tuple[Kept, list[Message]] | None") -> dict[str, Any]:
+def _side(name: str, found: "tuple[StoredResponse, list[Message]] | None") -> dict[str, Any]:
     return {} if found is None else {name: found[1]}
 
 

@@ -28,7 +28,7 @@ class Promotion(Stage):
     reads = {
         "new": Takes(("model",), "The new model"),
         "old": Takes(("model",), "The model that serves now", default=False),
-        "decision": Takes(("decision",), "The folder of `fastlm gate`, or its decision.json"),
+        "decision": Takes(("gate_decision",), "The folder of `fastlm gate`, or its decision.json"),
     }
     leaves = {"model": MODEL}
     result = {"promoted": bool, "serves": str, "failed": list[str]}

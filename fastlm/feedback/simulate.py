@@ -40,7 +40,7 @@ class Simulate(Stage):
         ),
         "reward_model": Takes(("reward",), "Its scores are what the users prefer"),
     }  # fmt: skip
-    leaves = {"opinions": DATABASE}
+    leaves = {"feedback_db": DATABASE}
     sources_in = ("data",)
     result = {
         "questions": int, "requests": int, "errors": int, "seconds_p50": float,
@@ -93,7 +93,7 @@ The same command starts again from nothing."""
         import torch
 
         from fastlm.feedback.local_server import serving
-        from fastlm.feedback.simulated import Asked, opinions, people
+        from fastlm.feedback.simulated_users import Question, simulate_feedback, simulate_users
         from fastlm.serve.feedback import FeedbackStore
         from fastlm.stats.intervals import wilson
 
@@ -112,11 +112,13 @@ The same command starts again from nothing."""
             texts = [_texts(replies[i]) for i in whole]
             points = self._points(job, [prompts[i] for i in whole], texts)
             asked = [
-                Asked(replies[i].body["id"], pair, two, _reference(prompts[i]))
+                Question(replies[i].body["id"], pair, two, _reference(prompts[i]))
                 for i, pair, two in zip(whole, texts, points, strict=True)
             ]
-            users = people(self.users, self.malicious, self.noise, self.seed)
-            said = opinions(asked, users, reviews=self.reviews, liked=self.liked, seed=self.seed)
+            users = simulate_users(self.users, self.malicious, self.noise, self.seed)
+            said = simulate_feedback(
+                asked, users, reviews=self.reviews, liked=self.liked, seed=self.seed
+            )
             posted = [
                 served.post("/v1/feedback", one.body)
                 for one in job.track(said, "giving feedback", unit="opinions")

@@ -1,4 +1,4 @@
-"""The stage `Feedback`: what people said about answers, as rows to train on."""
+"""The stage `FeedbackBuild`: what people said about answers, as rows to train on."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Feedback(BuildOptions, Stage):
+class FeedbackBuild(BuildOptions, Stage):
     """Rows to train on from what people said about answers, where they consented.
 
     They are scrubbed, filtered and de-duplicated, questions of evaluations and raters far from the
@@ -31,8 +31,8 @@ class Feedback(BuildOptions, Stage):
     command = ("feedback", "build")
     version = 3
     reads = {
-        "opinions": Takes(
-            ("opinions",), "The database that `fastlm feedback simulate` left, beside others",
+        "feedback_db": Takes(
+            ("feedback_db",), "The database that `fastlm feedback simulate` left, beside others",
             optional=True,
         ),
     }  # fmt: skip
@@ -55,7 +55,7 @@ raters.json."""
     ] = ()
 
     def plan(self, inputs: Mapping[str, Any]) -> Facts:
-        self._check_given(bool(inputs["opinions"]))
+        self._check_given(bool(inputs["feedback_db"]))
         return {}
 
     def _check_given(self, opinions: bool) -> None:
@@ -70,7 +70,7 @@ raters.json."""
     def run(self, job: Job) -> dict[str, Any]:
         from fastlm.feedback.build import build
 
-        given = job.optional("opinions")
+        given = job.optional("feedback_db")
         self._check_given(given is not None)
         databases = [*self.database, *([] if given is None else [str(given)])]
         options = BuildOptions(**{f.name: getattr(self, f.name) for f in fields(BuildOptions)})

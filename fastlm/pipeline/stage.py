@@ -35,9 +35,9 @@ TYPES = {
     "quantized": "a model of 4- or 8-bit weights",
     "exported": "a model in another program's format",
     "scores": "scores.json",
-    "opinions": "a feedback database of fastlm serve",
+    "feedback_db": "a feedback database of fastlm serve",
     "feedback": "rows from users: train/, judge/ and test/, each with a .jsonl file per form",
-    "decision": "decision.json: whether a model passed its gates",
+    "gate_decision": "decision.json: whether a model passed its gates",
 }
 
 

@@ -47,8 +47,8 @@ from fastlm.serve.protocol.embedding import EmbeddingRequest
 from fastlm.serve.protocol.responses_api import ChatOfResponses, ResponsesRequest
 from fastlm.serve.request_builder import build_requests
 from fastlm.serve.response_stream import ClientQuota, ResponseStream
+from fastlm.serve.responses import StoredResponse
 from fastlm.serve.responses_answer import ResponsesAnswer
-from fastlm.serve.said import Kept
 
 READERS = 8
 WRITERS = 8  # threads that use the feedback database: one that hangs leaves threads to answers
@@ -309,7 +309,7 @@ class Server:
         def keep(answer: Answer) -> None:
             choices = answer.messages()
             store.keep(
-                Kept(
+                StoredResponse(
                     answer.id, answer.model, request.messages, choices, request.tools,
                     request.conversation_id,
                 )

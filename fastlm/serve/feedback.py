@@ -32,7 +32,7 @@ from fastlm.serve.feedback_rows import (
     readable,
 )
 from fastlm.serve.ratings import Rating
-from fastlm.serve.said import KINDS, Kept, Opinion
+from fastlm.serve.responses import KINDS, Feedback, StoredResponse
 from fastlm.serve.tables import ANSWERS, FEEDBACK, MEASURES, RATINGS, create_missing, metadata
 
 MOST_IDS = 1000  # in one statement; SQLite takes 32,766
@@ -127,7 +127,7 @@ class FeedbackStore:
         done = connection.execute(dialect.insert(table).values(row).on_conflict_do_nothing())
         return done.rowcount == 1
 
-    def add(self, opinion: Opinion) -> int | None:
+    def add(self, opinion: Feedback) -> int | None:
         """Store an opinion; return its number. None: what it is about was forgotten, and nothing is
         stored.
         """
@@ -143,7 +143,7 @@ class FeedbackStore:
             connection.execute(FEEDBACK.delete().where(FEEDBACK.c.id == number))
         return None
 
-    def keep(self, answer: Kept) -> bool:
+    def keep(self, answer: StoredResponse) -> bool:
         """Store an answer and its prompt, whose user has consented; one that is stored already
         stays as it is. False: that consent was withdrawn, and nothing is stored.
         """
@@ -169,7 +169,7 @@ class FeedbackStore:
                 connection.execute(sa.select(ANSWERS.c.response_id).where(its)).first() is not None
             )
 
-    def _blocked(self, about: Kept | Opinion) -> bool:
+    def _blocked(self, about: StoredResponse | Feedback) -> bool:
         with self.read() as connection:
             return withdrawn.blocks(connection, about.response_id, about.conversation_id)
 
@@ -250,21 +250,21 @@ class FeedbackStore:
         with self._errors(), self.engine.connect() as connection:
             return withdrawn.stored(connection, id)
 
-    def answers(self) -> dict[str, Kept]:
+    def answers(self) -> dict[str, StoredResponse]:
         """All answers that are kept, by id."""
         with self.read() as connection:
             rows = connection.execute(ANSWERS.select().order_by(ANSWERS.c.id)).all()
         answers = (read_answer(row, self.name) for row in rows)
         return {answer.response_id: answer for answer in answers}
 
-    def answer(self, response_id: str) -> Kept | None:
+    def answer(self, response_id: str) -> StoredResponse | None:
         """The answer with this id, where it is kept."""
         query = ANSWERS.select().where(ANSWERS.c.response_id == response_id)
         with self.read() as connection:
             row = connection.execute(query).first()
         return None if row is None else read_answer(row, self.name)
 
-    def opinions(self) -> list[Opinion]:
+    def opinions(self) -> list[Feedback]:
         """All opinions, in the order in which they were given."""
         with self.read() as connection:
             rows = connection.execute(FEEDBACK.select().order_by(FEEDBACK.c.id)).all()

@@ -17,14 +17,14 @@ from fastlm.errors import InputError, check_unicode, show
 from fastlm.files import parse_json
 from fastlm.schema import Finite, validate
 from fastlm.serve.ratings import Rating
-from fastlm.serve.said import Kept, Opinion
+from fastlm.serve.responses import Feedback, StoredResponse
 from fastlm.serve.tables import ANSWERS, FEEDBACK, RATINGS
 
 T = TypeVar("T")
 SKIPPED = "{}"  # the column of a ranking that says that the rater skipped the answer
 
 
-def answer_row(answer: Kept) -> dict[str, Any]:
+def answer_row(answer: StoredResponse) -> dict[str, Any]:
     """The row of an answer, without personal data."""
     return {
         "response_id": answer.response_id,
@@ -38,7 +38,7 @@ def answer_row(answer: Kept) -> dict[str, Any]:
     }
 
 
-def opinion_row(opinion: Opinion) -> dict[str, Any]:
+def opinion_row(opinion: Feedback) -> dict[str, Any]:
     """The row of an opinion, without personal data."""
     over, ranking = opinion.preferred_over, opinion.ranking
     return {
@@ -80,7 +80,7 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def read_answer(row: Any, name: str) -> Kept:
+def read_answer(row: Any, name: str) -> StoredResponse:
     """A row of `ANSWERS` in the database ``name``. InputError names row and column."""
     where = f"{name}: {ANSWERS.name} {row.response_id!r:.140}: "
     values = {
@@ -91,18 +91,18 @@ def read_answer(row: Any, name: str) -> Kept:
         "tools": _json(row.tools, f"{where}tools"),
         "conversation_id": row.conversation_id,
     }
-    answer = validate(_values(values), Kept, where.removesuffix(": "), extra="forbid")
+    answer = validate(_values(values), StoredResponse, where.removesuffix(": "), extra="forbid")
     prompt = [message for _, message in messages_of(answer.prompt, f"{where}prompt")]
     choices = [
         [message for _, message in messages_of(choice, f"{where}choices[{i}]")]
         for i, choice in enumerate(answer.choices)
     ]
-    return Kept(
+    return StoredResponse(
         answer.response_id, answer.model, prompt, choices, answer.tools, answer.conversation_id
     )
 
 
-def read_opinion(row: Any, name: str) -> Opinion:
+def read_opinion(row: Any, name: str) -> Feedback:
     """A row of `FEEDBACK`. InputError names row and column."""
     where = f"{name}: {FEEDBACK.name} {row.id!r:.40}: "
     values = {
@@ -114,7 +114,7 @@ def read_opinion(row: Any, name: str) -> Opinion:
     if row.ranking is not None:
         values["ranking"] = _json(row.ranking, f"{where}ranking")
     values["metrics"] = [list(item) for item in read_metrics(row.metrics, where).items()]
-    return validate(_values(values), Opinion, where.removesuffix(": "), extra="forbid")
+    return validate(_values(values), Feedback, where.removesuffix(": "), extra="forbid")
 
 
 def read_metrics(text: Any, where: str) -> dict[str, float]:

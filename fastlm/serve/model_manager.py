@@ -23,7 +23,7 @@ from fastlm.serve.state import ModelRef, State, read_state
 
 if TYPE_CHECKING:
     from fastlm.serve.loading import Loader
-    from fastlm.serve.said import Opinion
+    from fastlm.serve.responses import Feedback
 
 
 class Allowed:
@@ -144,7 +144,7 @@ class ModelManager:
         self.decisions[told["action"]] += 1
         log("decision", **{key: value for key, value in told.items() if key != "at"})
 
-    def feedback(self, opinion: "Opinion") -> None:
+    def feedback(self, opinion: "Feedback") -> None:
         """Count what somebody says for the model that answered. For any thread but the event
         loop's. InputError: the database cannot be used."""
 

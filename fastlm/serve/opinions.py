@@ -12,7 +12,7 @@ from fastlm.errors import InputError
 from fastlm.serve.api_error import ApiError
 from fastlm.serve.protocol.feedback_request import CLIENT, FeedbackRequest
 from fastlm.serve.ratings import Rating, read_values
-from fastlm.serve.said import Kept, Opinion
+from fastlm.serve.responses import Feedback, StoredResponse
 
 if TYPE_CHECKING:
     from fastlm.serve.app import Server
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def read_feedback(
     request: FeedbackRequest, model: str, ratings: Sequence[Rating] = ()
-) -> tuple[Opinion, Kept | None]:
+) -> tuple[Feedback, StoredResponse | None]:
     """Return what a request says: an opinion, and the conversation if its user lets us keep it.
     ``ratings``: the numbers that it may give.
     """
@@ -48,7 +48,7 @@ def read_feedback(
         raise ApiError(str(error), param=str(error).partition(":")[0]) from None
     names = ("response_id", "conversation_id", "choice", "rater", "thumb", "comment", "corrected")
     said: dict[str, Any] = {name: getattr(request, name) for name in names}
-    opinion = Opinion(**said, preferred_over=tuple(worse), metrics=values)
+    opinion = Feedback(**said, preferred_over=tuple(worse), metrics=values)
     if not opinion.kinds() and talk is None:
         raise ApiError(
             "thumb: expected this, metrics, comment, corrected, preferred_over or conversation, got"
@@ -68,7 +68,9 @@ def read_feedback(
         )
     answers = [[{"role": "assistant", "content": answer}] for answer in choices]
     tools = talk.get("tools") or None
-    return opinion, Kept(response, model, messages, answers, tools, request.conversation_id)
+    return opinion, StoredResponse(
+        response, model, messages, answers, tools, request.conversation_id
+    )
 
 
 async def give(server: "Server", http: Request) -> Response:
@@ -121,7 +123,7 @@ def rater_of(client: str, name: str | None) -> str:
     return f"{letters}:{name or ''}"
 
 
-def _check_conversation(store: "FeedbackStore", opinion: Opinion) -> None:
+def _check_conversation(store: "FeedbackStore", opinion: Feedback) -> None:
     """ApiError: the answer is known, and of another conversation than the opinion says: whoever
     forgets that conversation would delete what was said in this one."""
     response, given = opinion.response_id, opinion.conversation_id

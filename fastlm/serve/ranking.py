@@ -32,7 +32,7 @@ from fastlm.serve.feedback_rows import (
     read_opinion,
     scrubbed,
 )
-from fastlm.serve.said import Kept, Opinion, Ranking, latest
+from fastlm.serve.responses import Feedback, Ranking, StoredResponse, latest
 from fastlm.serve.tables import ANSWERS, FEEDBACK
 from fastlm.sources.rows import ignore
 from fastlm.stats.agreement import Agreement, agreement_of
@@ -154,7 +154,7 @@ class RankingStore(FeedbackStore):
         answers, corrected = list(example.answers), False
         if ranked is not None and ranked.corrected:  # the better one is no answer of a model
             answers, corrected = [ranked.pairs()[0].answers[1]], True
-        row = answer_row(Kept("", model, example.prompt, answers, example.tools))
+        row = answer_row(StoredResponse("", model, example.prompt, answers, example.tools))
         choices = json.loads(row["choices"])
         texts = [as_json(said(choice)) for choice in choices]
         order = sorted(range(len(texts)), key=texts.__getitem__)  # an item has its in any order
@@ -183,13 +183,13 @@ class RankingStore(FeedbackStore):
         rater = ranked.rater or FILE_RATER
         if ranked.corrected:
             column = FEEDBACK.c.corrected
-            opinion = Opinion(id, rater=rater, corrected=_corrected_text(ranked))
+            opinion = Feedback(id, rater=rater, corrected=_corrected_text(ranked))
         else:
             scores = None if ranked.scores is None else tuple(ranked.scores[i] for i in order)
             ranks = tuple(ranked.ranks[i] for i in order)
             column = FEEDBACK.c.ranking
             ranking = Ranking(ranks, scores=scores, margin=ranked.margin)
-            opinion = Opinion(id, rater=rater, ranking=ranking)
+            opinion = Feedback(id, rater=rater, ranking=ranking)
         before = sa.select(FEEDBACK.c.id).where(
             FEEDBACK.c.response_id == id, FEEDBACK.c.rater == rater, column.is_not(None)
         )
@@ -291,7 +291,7 @@ class RankingStore(FeedbackStore):
 
     def _say(self, rater: str, item: Item, **what: Any) -> None:
         check_rater(rater)
-        if self.add(Opinion(item.response_id, rater=rater, **what)) is None:
+        if self.add(Feedback(item.response_id, rater=rater, **what)) is None:
             raise InputError(f"item: wanted one of the store, got {item.id}, which was forgotten")
 
     # ---- results
@@ -351,9 +351,9 @@ class RankingStore(FeedbackStore):
 
     def _opinions(
         self, column: sa.Column[Any], rater: str | None
-    ) -> Iterator[tuple[Kept, Opinion]]:
+    ) -> Iterator[tuple[StoredResponse, Feedback]]:
         """The opinions that count, about answers whose text is here, in the answers' order."""
-        by_answer: dict[str, list[Opinion]] = {}
+        by_answer: dict[str, list[Feedback]] = {}
         for row in self._latest(column, rater):
             opinion = read_opinion(row, self.name)
             by_answer.setdefault(opinion.response_id or "", []).append(opinion)

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 import sqlalchemy as sa
 
 from fastlm.data.forgotten import asked_key, conversation_key, response_key, talk_key
-from fastlm.serve.said import Kept, Opinion
+from fastlm.serve.responses import Feedback, StoredResponse
 
 metadata = sa.MetaData()
 TABLE = sa.Table(
@@ -24,7 +24,7 @@ TABLE = sa.Table(
 
 
 def keys_of(
-    id: str, ids: Iterable[str], answers: Iterable[Kept], opinions: Iterable[Opinion]
+    id: str, ids: Iterable[str], answers: Iterable[StoredResponse], opinions: Iterable[Feedback]
 ) -> set[str]:
     """The keys of what is deleted with ``id``: the response or conversation ``id``, the responses
     ``ids``, and what the answers and the corrections of them say.

@@ -6,7 +6,7 @@ import numpy as np
 
 from fastlm.serve.monitor import features
 from fastlm.serve.monitor.judges import JUDGES
-from fastlm.serve.said import Opinion
+from fastlm.serve.responses import Feedback
 from fastlm.serve.tables import MEASURES
 
 COOKING = "how do I bake a soft loaf of bread with butter and milk in the oven today"
@@ -57,5 +57,5 @@ def fill(store, count, *, days=1.0, models=MODELS[:1], now=None, words=(COOKING,
         for begin in range(0, count, 5000):
             connection.execute(MEASURES.insert(), rows[begin : begin + 5000])
     for id in ids[:500:10]:
-        store.add(Opinion(id, thumb=str(rng.choice(("up", "down"), p=(0.7, 0.3)))))
+        store.add(Feedback(id, thumb=str(rng.choice(("up", "down"), p=(0.7, 0.3)))))
     return ids

@@ -25,8 +25,8 @@ from fastlm.evals.safety.questions import TEXTS
 from fastlm.evals.safety.sources import SOURCES
 from fastlm.evals.safety.stage import Safety
 from fastlm.feedback.gate_metrics import scores_of
-from fastlm.feedback.simulated import people
-from fastlm.feedback.stage import Feedback
+from fastlm.feedback.simulated_users import simulate_users
+from fastlm.feedback.stage import FeedbackBuild
 from fastlm.serve.feedback import FeedbackStore
 from fastlm.stages import load_recipe
 
@@ -49,7 +49,7 @@ def test_users_have_one_hidden_preference():
         assert not any(users.accepted(a, users.answer(draw, a, **fine)) for a in asked)
     harmful = users.ask(draw, harmful=1)
     assert users.accepted(harmful, users.REFUSAL) and not users.accepted(harmful, best[0])
-    for user in people(4, 0.5, 0.0, seed=1):
+    for user in simulate_users(4, 0.5, 0.0, seed=1):
         written = [users.accepted(a, users.correction(a, user)) for a in (*asked, harmful)]
         assert all(written) if user.kind == "honest" else not any(written)
     assert circle.asked_of(asked[0].text) == asked[0] and circle.asked_of(harmful.text) == harmful
@@ -63,7 +63,7 @@ def test_one_round(tmp_path):
     draw = random.Random(5)
     answers = [users.answer(draw, users.ask(draw)) for _ in range(40)]
     database = tmp_path / "feedback.db"
-    raters = people(6, 1 / 6, 0.1, seed=1)
+    raters = simulate_users(6, 1 / 6, 0.1, seed=1)
     with FeedbackStore(database) as store, serving(model, tokenizer, feedback=store) as (url, one):
         script(one, *answers)
         with httpx.Client(base_url=url, timeout=60, trust_env=False) as client:
@@ -208,7 +208,7 @@ MAY_ENTER = {"propile", "toxicity", "refusals", "objectives", "harmless"}
 def test_what_the_recipe_asks_for_safety_is_kept_out_of_its_rows(tmp_path):
     stages = {name: step.stage for name, step in planned().items()}
     feedback, safety = stages["feedback"], stages["safety"]
-    assert isinstance(feedback, Feedback) and isinstance(safety, Safety)
+    assert isinstance(feedback, FeedbackBuild) and isinstance(safety, Safety)
     made = safety_sets.bench(
         safety_sets.write(tmp_path / "cache"), Scripted(complying), tmp_path / "records", limit=4,
         attacks=safety.attacks, requests=safety.requests,

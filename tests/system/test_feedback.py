@@ -25,7 +25,7 @@ from fastlm.feedback.build import BuildOptions, build
 from fastlm.feedback.judgements import read_judgements
 from fastlm.serve import withdrawn
 from fastlm.serve.canary.canary_store import CanaryStore
-from fastlm.serve.feedback import FeedbackStore, Kept, Opinion
+from fastlm.serve.feedback import Feedback, FeedbackStore, StoredResponse
 from fastlm.serve.monitor.monitor import Settings
 from fastlm.serve.monitor.window import read_opinions
 from fastlm.serve.ratings import Rating, read_ratings
@@ -44,7 +44,7 @@ def test_a_reader_that_keeps_the_text_in_the_log_is_told(tmp_path, monkeypatch):
 
     with FeedbackStore(path) as store:
         said = [{"role": "user", "content": "Nobody knows"}]
-        store.keep(Kept("r1", "tiny", said, [[{"role": "assistant", "content": "Yes"}]]))
+        store.keep(StoredResponse("r1", "tiny", said, [[{"role": "assistant", "content": "Yes"}]]))
         reader = sqlite3.connect(path, isolation_level=None)
         reader.execute("begin")
         reader.execute("select * from fastlm_answers").fetchall()
@@ -59,20 +59,20 @@ def test_a_reader_that_keeps_the_text_in_the_log_is_told(tmp_path, monkeypatch):
 def filled(store):
     """Two answers to one prompt, one to another, and opinions about them."""
     texts = [[{"role": "assistant", "content": text}] for text in ("Better", "Worse")]
-    store.keep(Kept("r1", "tiny", PROMPT, texts, conversation_id="talk"))
+    store.keep(StoredResponse("r1", "tiny", PROMPT, texts, conversation_id="talk"))
     other = [{"role": "user", "content": "What?"}]
-    store.keep(Kept("r2", "tiny", other, [[{"role": "assistant", "content": "Wrong"}]]))
+    store.keep(StoredResponse("r2", "tiny", other, [[{"role": "assistant", "content": "Wrong"}]]))
     for opinion in (
-        Opinion("r1", choice=1, preferred_over=(("r1", 0),), rater="ann"),
-        Opinion("r1", choice=0, preferred_over=(("r1", 1),), rater="ann"),  # the other, after all
-        Opinion("r1", choice=0, thumb="down", rater="ann"),
-        Opinion("r1", choice=0, thumb="up", rater="ann"),  # she changed her mind
-        Opinion("r1", choice=1, thumb="down", rater="ann", comment="Mail bob@mail.org"),
-        Opinion("r2", thumb="up"),
-        Opinion("r2", corrected="Right, says\0 bob@mail.org"),
-        Opinion("r3", thumb="up"),  # nobody consented to keep its text
-        Opinion(None, "talk", thumb="up"),
-        Opinion("r1", choice=0, preferred_over=(("r2", 0),)),  # another prompt
+        Feedback("r1", choice=1, preferred_over=(("r1", 0),), rater="ann"),
+        Feedback("r1", choice=0, preferred_over=(("r1", 1),), rater="ann"),  # the other, after all
+        Feedback("r1", choice=0, thumb="down", rater="ann"),
+        Feedback("r1", choice=0, thumb="up", rater="ann"),  # she changed her mind
+        Feedback("r1", choice=1, thumb="down", rater="ann", comment="Mail bob@mail.org"),
+        Feedback("r2", thumb="up"),
+        Feedback("r2", corrected="Right, says\0 bob@mail.org"),
+        Feedback("r3", thumb="up"),  # nobody consented to keep its text
+        Feedback(None, "talk", thumb="up"),
+        Feedback("r1", choice=0, preferred_over=(("r2", 0),)),  # another prompt
     ):
         store.add(opinion)
     return store
@@ -123,17 +123,19 @@ def test_rows_to_train_on(where, tmp_path):
 
 
 def test_what_was_forgotten_is_not_stored_again(where, monkeypatch):
-    answer = Kept("r1", "tiny", PROMPT, [[{"role": "assistant", "content": "Yes"}]], None, "talk")
+    answer = StoredResponse(
+        "r1", "tiny", PROMPT, [[{"role": "assistant", "content": "Yes"}]], None, "talk"
+    )
     about = (
-        Opinion("r1", thumb="up"), Opinion("r1", "talk", comment="Mine"), Opinion(None, "talk"),
-        Opinion("r9", "talk", thumb="down"),
+        Feedback("r1", thumb="up"), Feedback("r1", "talk", comment="Mine"), Feedback(None, "talk"),
+        Feedback("r9", "talk", thumb="down"),
     )  # fmt: skip
     with FeedbackStore(where) as store:
         store.keep(answer)
         assert store.add(about[0]) == 1
         assert store.forget("talk") == 2
         assert [store.add(opinion) for opinion in about] == [None] * 4 and not store.keep(answer)
-        assert not store.opinions() and store.add(Opinion("r2", "other", thumb="up"))
+        assert not store.opinions() and store.add(Feedback("r2", "other", thumb="up"))
         # forgotten by another process in the middle
         blocked, asked = store._blocked, []
 
@@ -145,7 +147,7 @@ def test_what_was_forgotten_is_not_stored_again(where, monkeypatch):
             return blocked(opinion)
 
         monkeypatch.setattr(store, "_blocked", late)
-        assert store.add(Opinion("r3", thumb="up")) is None
+        assert store.add(Feedback("r3", thumb="up")) is None
         assert [opinion.response_id for opinion in store.opinions()] == ["r2"]
 
 
@@ -153,12 +155,12 @@ def test_a_conversation_takes_no_answer_of_another_along(where):
     """An opinion names the victim's answer and the attacker's conversation, who then withdraws."""
     said = [[{"role": "assistant", "content": "Yes"}]]
     with FeedbackStore(where) as store:
-        store.keep(Kept("victims", "tiny", PROMPT, said, None, "theirs"))
-        store.keep(Kept("alone", "tiny", PROMPT, said))
-        store.keep(Kept("mine", "tiny", PROMPT, said, None, "talk"))
+        store.keep(StoredResponse("victims", "tiny", PROMPT, said, None, "theirs"))
+        store.keep(StoredResponse("alone", "tiny", PROMPT, said))
+        store.keep(StoredResponse("mine", "tiny", PROMPT, said, None, "talk"))
         for response in ("victims", "alone", "mine", "unknown"):
-            store.add(Opinion(response, "talk", thumb="down"))
-            store.add(Opinion(response, thumb="up"))
+            store.add(Feedback(response, "talk", thumb="down"))
+            store.add(Feedback(response, thumb="up"))
         assert store.conversation_of("victims") == ("theirs",)
         assert store.conversation_of("alone") == (None,)
         assert store.conversation_of("unknown") is None
@@ -169,15 +171,15 @@ def test_a_conversation_takes_no_answer_of_another_along(where):
             ("victims", "up"), ("alone", "up"),
         ]  # fmt: skip
         assert not withdrawn.is_withdrawn(store.withdrawn(), "victims", "theirs")
-        assert store.add(Opinion("victims", thumb="up"))
+        assert store.add(Feedback("victims", thumb="up"))
 
 
 def test_several_servers_write_at_once(where):
     with FeedbackStore(where) as one, FeedbackStore(where) as other:
 
         def write(i):
-            (one, other)[i % 2].add(Opinion(f"r{i}", thumb="up"))
-            (one, other)[i % 2].keep(Kept("same", "tiny", PROMPT, []))
+            (one, other)[i % 2].add(Feedback(f"r{i}", thumb="up"))
+            (one, other)[i % 2].keep(StoredResponse("same", "tiny", PROMPT, []))
 
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(write, range(60)))
@@ -193,7 +195,7 @@ def test_several_servers_start_with_a_new_database(where):
         together.wait()
         with FeedbackStore(database) as store:
             CanaryStore(store)
-            return store.add(Opinion("r", thumb="up"))
+            return store.add(Feedback("r", thumb="up"))
 
     files = [f"{where}-{i}" for i in range(9)] if "://" not in str(where) else []
     with ThreadPoolExecutor(4) as pool:
@@ -210,7 +212,7 @@ def test_a_closed_database_is_one_file(tmp_path):
                 other = stack.enter_context(FeedbackStore(base))
                 assert not other.opinions()
             with FeedbackStore(base) as store:
-                store.add(Opinion("r1", thumb="up"))
+                store.add(Feedback("r1", thumb="up"))
             copy = Path(shutil.copy(base, tmp_path / "copy.sqlite"))
             with FeedbackStore(copy) as store:
                 assert [opinion.response_id for opinion in store.opinions()] == ["r1"]
@@ -425,8 +427,8 @@ def small(tmp_path_factory):
     base = tmp_path_factory.mktemp("small") / "f.sqlite"
     with FeedbackStore(base) as store:
         store.declare([STARS])
-        store.keep(Kept("r1", "tiny", PROMPT, [[{"role": "assistant", "content": "Hi"}]]))
-        store.add(Opinion("r1", thumb="up", corrected="Hello", metrics=(("stars", 4.0),)))
+        store.keep(StoredResponse("r1", "tiny", PROMPT, [[{"role": "assistant", "content": "Hi"}]]))
+        store.add(Feedback("r1", thumb="up", corrected="Hello", metrics=(("stars", 4.0),)))
     return base
 
 
@@ -455,7 +457,7 @@ def judgements(base, folder):
 def test_the_dashboard_reads_databases_of_strangers(tmp_path):
     base, now = tmp_path / "f.sqlite", time.time()
     with FeedbackStore(base) as store:
-        store.add(Opinion("r1", thumb="up", metrics=(("stars", 4.0),)))
+        store.add(Feedback("r1", thumb="up", metrics=(("stars", 4.0),)))
         for change, message in (
             ("metrics = '{'", "fastlm_feedback: metrics: wanted readable JSON"),
             ("metrics = '[7]'", "fastlm_feedback: metrics: expected an object"),
@@ -485,7 +487,7 @@ def test_commands(tmp_path):
     (comment,) = told["comments"]
     assert comment["comment"] == "Mail <EMAIL>" and comment["response_id"] == "r1"
     with FeedbackStore(base) as store:
-        store.add(Opinion(None, "talk2", comment="Two\nlines \x1b[31mand colour\u202e"))
+        store.add(Feedback(None, "talk2", comment="Two\nlines \x1b[31mand colour\u202e"))
     counts, *lines = call("show", base).stdout.splitlines()
     assert counts.startswith("answers 2, thumb 6, comment 2")
     assert lines[0].endswith("conversation talk2: Two lines \ufffd[31mand colour\ufffd")
@@ -594,7 +596,7 @@ def test_feedback_comes_early_late_and_about_conversations(where):
     now = time.time()
     with FeedbackStore(where) as store:
         store.declare([STARS, SOLVED])
-        store.add(Opinion("early", thumb="up", metrics=(("stars", 5.0),)))
+        store.add(Feedback("early", thumb="up", metrics=(("stars", 5.0),)))
         assert read_opinions(store, now - 60, now + 60)[0].model == ""  # no answer yet
         row = dict.fromkeys(c.name for c in MEASURES.columns if c.name != "id")
         row |= {"choice": 0, "status": 200}
@@ -605,10 +607,10 @@ def test_feedback_comes_early_late_and_about_conversations(where):
                 row | {"response_id": "t1", "conversation_id": "talk", "model": "new", "at": now},
             ])  # fmt: skip
     with FeedbackStore(where) as store:
-        store.add(Opinion("late", thumb="down", rater="ann"))
-        store.add(Opinion("late", thumb="up", rater="ann"))  # she changed her mind
-        store.add(Opinion(None, "talk", metrics=(("solved", 1.0),)))
-        store.add(Opinion(None, "elsewhere", thumb="down"))
+        store.add(Feedback("late", thumb="down", rater="ann"))
+        store.add(Feedback("late", thumb="up", rater="ann"))  # she changed her mind
+        store.add(Feedback(None, "talk", metrics=(("solved", 1.0),)))
+        store.add(Feedback(None, "elsewhere", thumb="down"))
         today = {one.key: one for one in read_opinions(store, now - 3600, now + 60)}
         assert set(today) == {("early", 0), ("talk", -1), ("elsewhere", -1)}
         assert today["early", 0].model == today["talk", -1].model == "new"

@@ -29,10 +29,10 @@ from fastlm.feedback.gate_metrics import read_scores, scores_of
 from fastlm.feedback.judgements import read_judgements
 from fastlm.feedback.overlap import Overlap
 from fastlm.feedback.pairwise import compared, share
-from fastlm.feedback.stage import Feedback, _digest
+from fastlm.feedback.stage import FeedbackBuild, _digest
 from fastlm.inference.requests import Completion
 from fastlm.pipeline.funnel import Funnel
-from fastlm.serve.feedback import FeedbackStore, Kept, Opinion
+from fastlm.serve.feedback import Feedback, FeedbackStore, StoredResponse
 from fastlm.serve.ratings import Rating
 from fastlm.train.dpo import Dpo
 from fastlm.train.reward import Reward
@@ -47,7 +47,9 @@ def asked(text):
 
 def kept(store, id, prompt, *answers):
     store.keep(
-        Kept(id, "tiny", asked(prompt), [[{"role": "assistant", "content": a}] for a in answers])
+        StoredResponse(
+            id, "tiny", asked(prompt), [[{"role": "assistant", "content": a}] for a in answers]
+        )
     )
 
 
@@ -73,21 +75,21 @@ def test_every_step_drops_what_it_must(store, tmp_path):
     kept(store, "r5", "What is tea?", "A drink.")  # another user, the same answer
     kept(store, "r6", "Withdrawn?", "Yes.")
     for opinion in (
-        Opinion("r1", choice=0, preferred_over=(("r1", 1),), rater="ann"),
-        Opinion("r1", choice=0, thumb="down", rater="ann"),
-        Opinion("r1", choice=0, thumb="up", rater="ann"),  # after all
-        Opinion("r5", choice=0, thumb="up", rater="bob"),
-        Opinion("r2", corrected="Ask at the door.", rater="bob"),
-        Opinion("r2", thumb="up", rater="cid"),
-        Opinion("r5", thumb="up", rater="dan"),
-        Opinion("r2", thumb="down", rater="dan"),
-        Opinion("r3", thumb="up", rater="ann"),
-        Opinion("r4", thumb="up", rater="ann"),
-        Opinion("r6", thumb="up", rater="ann"),
-        Opinion("r7", thumb="up", rater="ann"),  # nobody consented
-        Opinion("r1", comment="Hm", rater="ann"),
-        Opinion(None, "talk", thumb="up"),
-        Opinion("r1", choice=0, preferred_over=(("r2", 0),), rater="ann"),
+        Feedback("r1", choice=0, preferred_over=(("r1", 1),), rater="ann"),
+        Feedback("r1", choice=0, thumb="down", rater="ann"),
+        Feedback("r1", choice=0, thumb="up", rater="ann"),  # after all
+        Feedback("r5", choice=0, thumb="up", rater="bob"),
+        Feedback("r2", corrected="Ask at the door.", rater="bob"),
+        Feedback("r2", thumb="up", rater="cid"),
+        Feedback("r5", thumb="up", rater="dan"),
+        Feedback("r2", thumb="down", rater="dan"),
+        Feedback("r3", thumb="up", rater="ann"),
+        Feedback("r4", thumb="up", rater="ann"),
+        Feedback("r6", thumb="up", rater="ann"),
+        Feedback("r7", thumb="up", rater="ann"),  # nobody consented
+        Feedback("r1", comment="Hm", rater="ann"),
+        Feedback(None, "talk", thumb="up"),
+        Feedback("r1", choice=0, preferred_over=(("r2", 0),), rater="ann"),
     ):
         store.add(opinion)
     questions = Overlap([("garden", "How many legs does the common garden spider have?")])
@@ -126,10 +128,10 @@ def test_every_step_drops_what_it_must(store, tmp_path):
 def test_the_funnel_is_told_in_judgements(store, tmp_path):
     for i in range(30):
         kept(store, f"r{i}", f"What is number {i}?", f"It is {i}.")
-        store.add(Opinion(f"r{i}", thumb="up", rater=f"u{i % 5}"))
-    store.add(Opinion("r0", thumb="down", rater="u0"))
+        store.add(Feedback(f"r{i}", thumb="up", rater=f"u{i % 5}"))
+    store.add(Feedback("r0", thumb="down", rater="u0"))
     database, out = str(tmp_path / "feedback.db"), tmp_path / "out"
-    stage = Feedback(database=(database,))
+    stage = FeedbackBuild(database=(database,))
     job = stage.job(out, cache=tmp_path)
     result = stage.run(job)
     console = Console(width=140, record=True, file=io.StringIO())
@@ -160,13 +162,13 @@ def test_feedback_without_rows_is_named(tmp_path):
 def test_rows_that_trainings_read(store, tmp_path):
     for i in range(60):
         kept(store, f"r{i}", f"What is number {i}?", f"It is {i}.", f"No idea about {i}.")
-        store.add(Opinion(f"r{i}", choice=0, preferred_over=((f"r{i}", 1),), rater=f"u{i % 7}"))
-        store.add(Opinion(f"r{i}", choice=i % 2, thumb="ud"[i % 2] + ["p", "own"][i % 2],
+        store.add(Feedback(f"r{i}", choice=0, preferred_over=((f"r{i}", 1),), rater=f"u{i % 7}"))
+        store.add(Feedback(f"r{i}", choice=i % 2, thumb="ud"[i % 2] + ["p", "own"][i % 2],
                           rater=f"u{i % 5}"))  # fmt: skip
         if i % 3 == 0:
-            store.add(Opinion(f"r{i}", choice=1, corrected=f"Number {i} it is.", rater="fix"))
+            store.add(Feedback(f"r{i}", choice=1, corrected=f"Number {i} it is.", rater="fix"))
     database, out = str(tmp_path / "feedback.db"), tmp_path / "out"
-    result = Feedback(database=(database,))(out)
+    result = FeedbackBuild(database=(database,))(out)
     sizes = result["rows"]
     assert all(sizes[part]["preferences"] for part in ("train", "judge"))
     assert sizes["test"]["prompts"]
@@ -215,11 +217,11 @@ def test_rows_that_trainings_read(store, tmp_path):
 
 
 def test_nothing_to_learn_from(store, tmp_path):
-    store.add(Opinion("r1", thumb="up"))
+    store.add(Feedback("r1", thumb="up"))
     with pytest.raises(InputError, match="got none; 1 no consent to keep the text"):
         build([str(tmp_path / "feedback.db")], tmp_path / "out", options=EVERYTHING, cache=tmp_path)
     kept(store, "r2", "A question", "An answer")
-    store.add(Opinion("r2", thumb="up"))
+    store.add(Feedback("r2", thumb="up"))
     with pytest.raises(InputError, match=r"got none; 1 no .*, 1 kept for judge/ \(--judge 0 keeps"):
         build(
             [str(tmp_path / "feedback.db")], tmp_path / "out", cache=tmp_path,
@@ -336,7 +338,7 @@ def test_what_safety_asks_does_not_enter(tmp_path):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     def removed(*names):
-        stage = Feedback(database=(str(path),), decontaminate=names)
+        stage = FeedbackBuild(database=(str(path),), decontaminate=names)
         stage(tmp_path / "out", cache=cache)
         return steps(Funnel.load(tmp_path / "out"))["decontamination"]["removed"]
 
@@ -508,6 +510,6 @@ def test_questions_of_a_question_set_are_found(tmp_path, monkeypatch):
     lines = [{"messages": [*asked(text), answer], "rater": text[:5]} for text in texts]
     path = tmp_path / "said.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    Feedback(database=(str(path),), decontaminate=("arc_easy",))(tmp_path / "out")
+    FeedbackBuild(database=(str(path),), decontaminate=("arc_easy",))(tmp_path / "out")
     removed = steps(Funnel.load(tmp_path / "out"))["decontamination"]["removed"]
     assert removed == {"a question of arc_easy": 1}

@@ -25,7 +25,7 @@ from fastlm.errors import InputError
 from fastlm.feedback.build import FORMS, BuildOptions, build
 from fastlm.feedback.forget import forget
 from fastlm.pipeline.registry import HERE, open_registry
-from fastlm.serve.feedback import FeedbackStore, Kept, Opinion
+from fastlm.serve.feedback import Feedback, FeedbackStore, StoredResponse
 from fastlm.stages import run_recipe
 from fastlm.tokenizer.tokenizer import Tokenizer
 
@@ -246,12 +246,16 @@ def said(*answers):
 
 def filled(where):
     store = FeedbackStore(where)
-    store.keep(Kept("r1", "m", talk("Secret one?"), said("Better one", "Worse one"), None, "talk"))
-    store.keep(Kept("r2", "m", talk("Open two?"), said("Better two", "Worse two")))
+    store.keep(
+        StoredResponse(
+            "r1", "m", talk("Secret one?"), said("Better one", "Worse one"), None, "talk"
+        )
+    )
+    store.keep(StoredResponse("r2", "m", talk("Open two?"), said("Better two", "Worse two")))
     for id in ("r1", "r2"):
-        store.add(Opinion(id, preferred_over=((id, 1),), rater="ann"))
-        store.add(Opinion(id, thumb="up", rater="ann"))
-        store.add(Opinion(id, choice=1, corrected=f"Fixed {id}", rater="bob"))
+        store.add(Feedback(id, preferred_over=((id, 1),), rater="ann"))
+        store.add(Feedback(id, thumb="up", rater="ann"))
+        store.add(Feedback(id, choice=1, corrected=f"Fixed {id}", rater="bob"))
     return store
 
 
@@ -274,8 +278,8 @@ def test_withdrawn_consent_reaches_what_was_exported(tmp_path):
         kept = list(read_conversations([str(rows / "sft.jsonl")], cache=tmp_path))
         assert "provenance" not in kept[0].row()
         assert store.forget("talk") == 4
-        assert not store.keep(Kept("r1", "m", talk("Secret one?"), said("x")))
-        assert not store.keep(Kept("r9", "m", talk("Secret?"), said("x"), None, "talk"))
+        assert not store.keep(StoredResponse("r1", "m", talk("Secret one?"), said("x")))
+        assert not store.keep(StoredResponse("r9", "m", talk("Secret?"), said("x"), None, "talk"))
         built(base, tmp_path / "new")
         for form in FORMS:
             assert "one" not in (tmp_path / f"new/train/{form}.jsonl").read_text().lower()

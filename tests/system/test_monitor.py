@@ -24,7 +24,7 @@ from fastlm.serve.monitor.recorder import Keep, Measure, Recorder
 from fastlm.serve.monitor.rules import Rule, Rules, read_rules
 from fastlm.serve.monitor.summary import RATES, VALUES, value_of
 from fastlm.serve.ratings import Rating
-from fastlm.serve.said import Opinion
+from fastlm.serve.responses import Feedback
 from fastlm.serve.tables import MEASURES
 
 STARS = Rating("stars", "number", "higher", low=1, high=5)
@@ -295,7 +295,7 @@ def test_dashboard_data(tiny, where):
             assert told["groups"][0]["summary"]["refusal"]["value"] is None
             assert not told["drift"]["enough"]
         ids = fill(store, 1, days=0.001)
-        store.add(Opinion(ids[0], metrics=(("stars", 3.0),)))
+        store.add(Feedback(ids[0], metrics=(("stars", 3.0),)))
         with store.read() as connection:
             (row,) = connection.execute(MEASURES.select()).all()
         assert row.status == 200  # seed 0
@@ -328,8 +328,8 @@ def test_two_models_side_by_side(tmp_path, tiny):
     ):
         ids = fill(store, 1200, models=MODELS, words=(COOKING, CODE))
         for i, id in enumerate(ids[:40]):
-            store.add(Opinion(id, metrics=(("stars", 5.0 if i % 2 else 1.0),), rater="ann"))
-        store.add(Opinion("elsewhere", thumb="up"))
+            store.add(Feedback(id, metrics=(("stars", 5.0 if i % 2 else 1.0),), rater="ann"))
+        store.add(Feedback("elsewhere", thumb="up"))
         told = server.monitor.data("day")
         assert [group["model"] for group in told["groups"]] == [None, *MODELS]
         both, old, new = (group["summary"] for group in told["groups"])
@@ -488,7 +488,7 @@ def test_an_alert_on_the_dashboard_in_prometheus_and_in_the_log(tiny, tmp_path, 
     ):
         ids = fill(store, 1000, words=(COOKING, CODE))
         for i, id in enumerate(ids[:30]):
-            store.add(Opinion(id, metrics=(("stars", 1.0 + i % 2),)))
+            store.add(Feedback(id, metrics=(("stars", 1.0 + i % 2),)))
         server.monitor.alerts.check(time.time())
         told = {one["name"]: one for one in server.monitor.data("day")["alerts"]}
         firing = {name for name, one in told.items() if one["firing"]}

@@ -31,7 +31,7 @@ from fastlm.feedback.build import BuildOptions, build
 from fastlm.feedback.rank_terminal import _edited, parse_ranking
 from fastlm.model.causal_lm import CausalLM
 from fastlm.serve.ranking import RankingStore, RaterCounts, read_answers
-from fastlm.serve.said import Kept, Opinion
+from fastlm.serve.responses import Feedback, StoredResponse
 from fastlm.stats.agreement import PairAgreement, agreement_of
 from fastlm.tokenizer.tokenizer import Tokenizer
 
@@ -309,10 +309,12 @@ def test_rankings_are_feedback(where, tmp_path) -> None:
         store.add_items(read_answers([file], cache=tmp_path))
         prompt, texts = [{"role": "user", "content": "Served?"}], ("Yes", "No", "So")
         store.keep(
-            Kept("r1", "m", prompt, [[{"role": "assistant", "content": text}] for text in texts])
+            StoredResponse(
+                "r1", "m", prompt, [[{"role": "assistant", "content": text}] for text in texts]
+            )
         )
-        store.add(Opinion("r1", choice=0, preferred_over=(("r1", 1),), rater="ann"))
-        store.add(Opinion("r1", choice=0, preferred_over=(("r1", 1),), rater="bob"))
+        store.add(Feedback("r1", choice=0, preferred_over=(("r1", 1),), rater="ann"))
+        store.add(Feedback("r1", choice=0, preferred_over=(("r1", 1),), rater="bob"))
         store.rank("ann", store.item(3, "ann"), [0, 0, 0])  # takes back her pick
         store.rank("ann", store.item(1, "ann"), [0, 1, 2])
         store.rank("ann", store.item(1, "ann"), [0, 1, 1])

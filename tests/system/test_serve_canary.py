@@ -26,7 +26,7 @@ from fastlm.serve.canary.canary_store import CanaryStore
 from fastlm.serve.feedback import FeedbackStore
 from fastlm.serve.monitor.monitor import Settings
 from fastlm.serve.ratings import Rating
-from fastlm.serve.said import Kept, Opinion
+from fastlm.serve.responses import Feedback, StoredResponse
 from fastlm.serve.state import read_state
 from fastlm.stats.latency import PairCounts
 
@@ -396,7 +396,9 @@ def test_what_is_forgotten_counts_without_its_ids(models, tmp_path):
         assert not any(word in told for word in ("private-talk", kept, mine)) and other in told
         assert server.manager.store.counts(name) == before
         # one that is asked for while it is being stored
-        late = Kept("late", "tiny", [{"role": "user", "content": "secret"}], [[]], None, "talk-2")
+        late = StoredResponse(
+            "late", "tiny", [{"role": "user", "content": "secret"}], [[]], None, "talk-2"
+        )
         blocked, looked = store._blocked, []
 
         def look(answer):
@@ -405,7 +407,7 @@ def test_what_is_forgotten_counts_without_its_ids(models, tmp_path):
                 store.forget("talk-2")
             return looked[-1]
 
-        store.add(Opinion("late", "talk-2", thumb="up"))
+        store.add(Feedback("late", "talk-2", thumb="up"))
         store._blocked = look
         assert not store.keep(late) and "secret" not in all_rows(store)
         assert looked == [False, True]

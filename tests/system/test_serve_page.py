@@ -20,7 +20,7 @@ from fastlm.serve.monitor.monitor import Settings
 from fastlm.serve.monitor.rules import Rule, Rules
 from fastlm.serve.ranking import RankingStore
 from fastlm.serve.ratings import Rating
-from fastlm.serve.said import Opinion
+from fastlm.serve.responses import Feedback
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 pytestmark = pytest.mark.skipif(
@@ -642,7 +642,7 @@ def test_dashboard(opened, tiny, tmp_path, monkeypatch):
 
         ids = fill(store, 900, models=models, words=(COOKING, CODE))
         for id in ids[:20]:
-            store.add(Opinion(id, metrics=(("stars", 4.0),)))
+            store.add(Feedback(id, metrics=(("stars", 4.0),)))
         server.monitor.alerts.check(time.time())
         page.get_by_role("button", name="Week").click()
         page.get_by_text("the prompts have changed").wait_for()

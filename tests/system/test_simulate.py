@@ -22,8 +22,8 @@ from fastlm.feedback.gate import Gate
 from fastlm.feedback.local_server import NAME, Served, serving
 from fastlm.feedback.promotion import Promotion
 from fastlm.feedback.simulate import DATABASE, LOG, Simulate
-from fastlm.feedback.simulated import Asked, opinions, people
-from fastlm.feedback.stage import Feedback
+from fastlm.feedback.simulated_users import Question, simulate_feedback, simulate_users
+from fastlm.feedback.stage import FeedbackBuild
 from fastlm.feedback.winrate import WinRate
 from fastlm.model.reward_model import RewardModel
 from fastlm.pipeline.stage import Input
@@ -53,8 +53,8 @@ def made(tmp_path_factory):
 
 
 def said_of(users, count=60, reviews=3):
-    asked = [Asked(f"r{i}", ("a", "b"), (i / count, 0.5), f"right {i}") for i in range(count)]
-    return opinions(asked, users, reviews=reviews, liked=0.4, seed=1)
+    asked = [Question(f"r{i}", ("a", "b"), (i / count, 0.5), f"right {i}") for i in range(count)]
+    return simulate_feedback(asked, users, reviews=reviews, liked=0.4, seed=1)
 
 
 def agreement(said):
@@ -63,13 +63,17 @@ def agreement(said):
 
 
 def test_users_say_what_the_scores_say_but_for_noise_and_malice():
-    honest = said_of(people(10, 0.0, 0.1, seed=1))
+    honest = said_of(simulate_users(10, 0.0, 0.1, seed=1))
     assert 0.85 < agreement(honest) < 0.95
-    assert agreement(said_of(people(10, 0.0, 0.0, seed=1))) == 1
-    assert {user.kind for user in people(10, 1.0, 0.0, seed=1)} == {"reversed", "random"}
-    bad = said_of(people(10, 1.0, 0.0, seed=1))
+    assert agreement(said_of(simulate_users(10, 0.0, 0.0, seed=1))) == 1
+    assert {user.kind for user in simulate_users(10, 1.0, 0.0, seed=1)} == {"reversed", "random"}
+    bad = said_of(simulate_users(10, 1.0, 0.0, seed=1))
     assert 0.1 < agreement(bad) < 0.4  # 0 of those who say the opposite, a half of the others
-    assert agreement(bad) < agreement(said_of(people(10, 0.2, 0.1, seed=1))) < agreement(honest)
+    assert (
+        agreement(bad)
+        < agreement(said_of(simulate_users(10, 0.2, 0.1, seed=1)))
+        < agreement(honest)
+    )
     raters = {}
     for one in honest:
         raters.setdefault(one.body["response_id"], set()).add(one.body["rater"])
@@ -89,10 +93,10 @@ def test_users_say_what_the_scores_say_but_for_noise_and_malice():
 
 def corrections(references, malicious, number=200):
     """By question, what those who asked wrote; ``references`` repeat, for ``number`` users."""
-    asked = [Asked(f"r{i}", ("a", "b"), (0.0, 0.0), text) for i, text in enumerate(references)]
-    users, found = people(number, malicious, 0.0, seed=1), {}
+    asked = [Question(f"r{i}", ("a", "b"), (0.0, 0.0), text) for i, text in enumerate(references)]
+    users, found = simulate_users(number, malicious, 0.0, seed=1), {}
     for i in range(0, number, len(asked)):
-        for one in opinions(asked, users[i:], reviews=1, liked=0.4, seed=i):
+        for one in simulate_feedback(asked, users[i:], reviews=1, liked=0.4, seed=i):
             if one.kind == "correction":
                 found.setdefault(one.body["response_id"], set()).add(one.body["corrected"])
     return found
@@ -253,7 +257,7 @@ def test_what_cannot_work_is_refused(made):
         with pytest.raises(InputError, match=f"^{name}: wanted"):
             Simulate(**{**good, **wrong}).check()
     with pytest.raises(InputError, match=r"^database: wanted at least one"):
-        Feedback()("rows")
+        FeedbackBuild()("rows")
 
 
 def decision(folder, promoted):
@@ -404,7 +408,7 @@ def test_the_full_recipe_closes_the_circle():
     recipe = load_recipe(RECIPES / "full.toml", sets)
     steps = {step.name: step.inputs for step in recipe.steps}
     assert steps["simulate"] == {"model": ("quantize",), "reward_model": ("reward",)}
-    assert steps["feedback"]["opinions"] == ("simulate",)
+    assert steps["feedback"]["feedback_db"] == ("simulate",)
     assert steps["dpo"]["feedback"] == steps["judge"]["feedback"] == ("feedback",)
     assert steps["gate"]["scores"] == ("answers", "safety")
     assert steps["promotion"]["decision"] == ("gate-next",)

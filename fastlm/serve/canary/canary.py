@@ -32,7 +32,7 @@ from fastlm.stats.latency import BOUND, PacePairs, PairCounts, compare_paces
 
 if TYPE_CHECKING:
     from fastlm.serve.canary.canary_store import CanaryStore
-    from fastlm.serve.said import Opinion
+    from fastlm.serve.responses import Feedback
 
 LOOK_SECONDS = 1.0  # between two looks: a test takes 20 ms of the interpreter
 WRITE_SECONDS = 5.0  # that the end of an answer waits for the database at most
@@ -272,7 +272,7 @@ class CanaryExperiment:
         task.add_done_callback(self._writing.discard)
         await asyncio.wait((task,), timeout=WRITE_SECONDS)
 
-    def feedback(self, opinion: "Opinion") -> None:
+    def feedback(self, opinion: "Feedback") -> None:
         """Count what somebody says, at any time, for the model that answered. For any thread but
         the event loop's. InputError: the database cannot be used."""
         new = self.store.count(opinion, self.config.metric)

@@ -23,7 +23,7 @@ from fastlm.serve.state import CanaryState, ModelRef
 if TYPE_CHECKING:
     from fastlm.serve.canary.canary_store import CanaryStore
     from fastlm.serve.loading import Loader
-    from fastlm.serve.said import Opinion
+    from fastlm.serve.responses import Feedback
 
 STATUS = {"promote": "promoted", "roll back": "rolled back", "keep": "undecided"}
 
@@ -123,7 +123,7 @@ class CanaryManager(ModelManager):
             self.models.end_experiment()
         experiment.end(verdict)
 
-    def feedback(self, opinion: "Opinion") -> None:
+    def feedback(self, opinion: "Feedback") -> None:
         if self.experiment is not None:
             self.experiment.feedback(opinion)
         else:

@@ -13,7 +13,7 @@ from fastlm.serve.canary_tables import ANSWERS, OUTCOMES, metadata
 if TYPE_CHECKING:
     from fastlm.serve.feedback import FeedbackStore
     from fastlm.serve.ratings import Rating
-    from fastlm.serve.said import Opinion
+    from fastlm.serve.responses import Feedback
 
 
 class CanaryStore:
@@ -57,7 +57,7 @@ class CanaryStore:
         }  # fmt: skip
         return self._run(lambda c: self.feedback.insert_new(c, OUTCOMES, values))
 
-    def count(self, opinion: "Opinion", metric: str) -> tuple[str, str, bool] | None:
+    def count(self, opinion: "Feedback", metric: str) -> tuple[str, str, bool] | None:
         """Store what an opinion says of an answer of an experiment; return (experiment, arm,
         success), None where it says nothing new."""
         found = self._said(opinion, metric)
@@ -67,7 +67,7 @@ class CanaryStore:
         new = self.outcome(experiment, unit, arm, success, opinion.response_id)
         return (experiment, arm, success) if new else None
 
-    def _said(self, opinion: "Opinion", metric: str) -> tuple[str, str, str, bool] | None:
+    def _said(self, opinion: "Feedback", metric: str) -> tuple[str, str, str, bool] | None:
         """What an opinion says by this metric: (experiment, unit, arm, success). None: nothing, or
         the answer is not one of an experiment, or its client chose the model.
 
@@ -91,7 +91,7 @@ class CanaryStore:
                     return better.experiment, unit, counted, better.arm == counted
         return None
 
-    def _thumb(self, opinion: "Opinion", metric: str) -> str | None:
+    def _thumb(self, opinion: "Feedback", metric: str) -> str | None:
         if metric == "thumb":
             return opinion.thumb
         values = dict(opinion.metrics)

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 
 from fastlm.errors import InputError
 from fastlm.serve.feedback_rows import read_metrics, read_time
-from fastlm.serve.said import latest
+from fastlm.serve.responses import latest
 from fastlm.serve.tables import FEEDBACK, MEASURES
 
 if TYPE_CHECKING:

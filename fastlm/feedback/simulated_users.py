@@ -11,7 +11,7 @@ PICK, THUMBS, CORRECTION = 0.5, 0.3, 0.15
 
 
 @dataclass(frozen=True)
-class Asked:
+class Question:
     """A question and its answers. ``points``: their scores. ``reference``: an answer that somebody
     wrote, None where the data has none.
     """
@@ -23,7 +23,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Said:
+class SimulatedFeedback:
     """``body``: for /v1/feedback. ``kind``: pick, thumb or correction. ``agrees``: whether it is
     what the scores say; None of a correction.
     """
@@ -50,7 +50,9 @@ class User:
         wrong = self.draw.random() < self.noise
         return truth if wrong == (self.kind == REVERSED) else not truth
 
-    def judges(self, asked: Asked, liked: float, correction: str | None = None) -> Iterator[Said]:
+    def judges(
+        self, asked: Question, liked: float, correction: str | None = None
+    ) -> Iterator[SimulatedFeedback]:
         """Yield what the user says about the two answers. ``liked``: the score from which an answer
         deserves a thumb up. ``correction``: what to write in place of the first answer; None of a
         user who did not ask, or knows nothing to write.
@@ -64,17 +66,17 @@ class User:
                 best = 0 if better else 1
                 over = [{"choice": 1 - best}]
                 body = {**told, "choice": best, "preferred_over": over}
-                yield Said(body, "pick", better == (first > second))
+                yield SimulatedFeedback(body, "pick", better == (first > second))
         elif what < PICK + THUMBS:
             for choice, points in enumerate(asked.points):
                 up = self.says(points >= liked)
                 body = {**told, "choice": choice, "thumb": "up" if up else "down"}
-                yield Said(body, "thumb", up == (points >= liked))
+                yield SimulatedFeedback(body, "thumb", up == (points >= liked))
         elif what < PICK + THUMBS + CORRECTION and correction not in (None, asked.texts[0]):
-            yield Said({**told, "choice": 0, "corrected": correction}, "correction")
+            yield SimulatedFeedback({**told, "choice": 0, "corrected": correction}, "correction")
 
 
-def people(count: int, malicious: float, noise: float, seed: int) -> list[User]:
+def simulate_users(count: int, malicious: float, noise: float, seed: int) -> list[User]:
     """Return ``count`` users, of whom the share ``malicious`` is not honest: every second one of
     these says the opposite, the others anything.
     """
@@ -86,9 +88,9 @@ def people(count: int, malicious: float, noise: float, seed: int) -> list[User]:
     ]
 
 
-def opinions(
-    asked: Sequence[Asked], users: Sequence[User], *, reviews: int, liked: float, seed: int
-) -> list[Said]:
+def simulate_feedback(
+    asked: Sequence[Question], users: Sequence[User], *, reviews: int, liked: float, seed: int
+) -> list[SimulatedFeedback]:
     """Return what ``users`` say, in the order of the questions: user i asked question i, modulo
     their number, and ``reviews`` others judge the same answers. Who asked corrects by the reference
     of the question, a user who is not honest by that of another question.

@@ -49,7 +49,7 @@ class Ranking:
 
 
 @dataclass(frozen=True)
-class Opinion:
+class Feedback:
     """What somebody says about an answer (``response_id`` and ``choice``) or about a conversation.
 
     thumb: "up" or "down". corrected: the text that the answer should have been. preferred_over:
@@ -81,7 +81,7 @@ class Opinion:
 
 
 @dataclass(frozen=True)
-class Kept:
+class StoredResponse:
     """An answer that its user let us keep. ``choices``: each the messages after the prompt."""
 
     response_id: str
