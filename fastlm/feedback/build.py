@@ -28,7 +28,7 @@ from fastlm.errors import InputError
 from fastlm.feedback.annotators import Rater, rate
 from fastlm.feedback.judgements import ANONYMOUS, Judgement, read_judgements, withdrawn_keys
 from fastlm.files import make_folder, replacing, write_json
-from fastlm.pipeline.funnel import FUNNEL, Funnel
+from fastlm.pipeline.funnel import FUNNEL, Funnel, StepCounts
 from fastlm.sources.rows import printable
 
 if TYPE_CHECKING:
@@ -159,13 +159,15 @@ class _Steps:
         name: str,
         left: Sequence[Judgement],
         removed: Mapping[str, int] | None = None,
-        **more: Mapping[str, int],
+        replaced: Mapping[str, int] | None = None,
     ) -> None:
-        self.funnel.steps.append({
+        entry: StepCounts = {
             "step": name, "documents": len(left), "bytes": sum(one.size for one in left),
             "removed": dict(sorted((removed or {}).items())),
-            **{key: dict(counts) for key, counts in more.items()},
-        })  # fmt: skip
+        }  # fmt: skip
+        if replaced is not None:
+            entry["replaced"] = dict(replaced)
+        self.funnel.steps.append(entry)
 
     def filter(
         self, name: str, found: Sequence[Judgement], why_not: Callable[[Judgement], str | None]
