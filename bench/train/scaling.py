@@ -208,7 +208,7 @@ def roll_out(rank: int, size: int, port: int, kind: str, log) -> None:
     import torch
 
     import fastlm
-    from fastlm.train.distributed import joined
+    from fastlm.train.distributed import process_group
     from fastlm.train.grpo_objective import GroupRelative
     from fastlm.train.ppo_objective import ActorCritic, value_model
     from fastlm.train.rollout_options import GrpoOptions, PpoOptions
@@ -226,15 +226,15 @@ def roll_out(rank: int, size: int, port: int, kind: str, log) -> None:
         if kind == "ppo"
         else GroupRelative(*args, GrpoOptions(**settings), base="")
     )
-    with joined(torch.device("cpu")) as objective.ranks:
+    with process_group(torch.device("cpu")) as objective.world:
         marks = []
         for _ in range(2):  # the first one also opens connections
-            objective.ranks.any(False)
+            objective.world.any(False)
             marks.append(loopback())
             objective.next_batches(64 // objective.options.batch_size)  # all of a new round
-            objective.ranks.any(False)
+            objective.world.any(False)
             marks.append(loopback())
-            objective.ranks.any(False)
+            objective.world.any(False)
     if rank == 0:
         tokens = sum(len(answer.tokens) for answer in objective.answers)
         log.put((tokens, len(objective.answers), (marks[3] - marks[2]) / size))

@@ -19,7 +19,7 @@ from fastlm.pipeline.events import View
 from fastlm.pipeline.stage import Job, Option, Stage, options_of
 from fastlm.progress import silent
 from fastlm.threads import Threads
-from fastlm.torchrun import check_alone, leads
+from fastlm.torchrun import check_alone, is_main_process
 from fastlm.typed import convert
 
 Cache = Annotated[
@@ -46,7 +46,7 @@ def command_of(cls: type[Stage], before: Callable[[], None] = lambda: None) -> C
         stage.check()
         if not trains:
             check_alone(cls.command[-1], "it is no training")
-        told = leads()
+        told = is_main_process()
         if told:
             before()
         inputs = {key: given[key] for key in cls.reads if given[key]}

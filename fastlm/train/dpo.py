@@ -118,7 +118,7 @@ labels (prompt, completion, label)."""
 
     def section(self, job: Job, result: Mapping[str, Any], metrics: list[dict[str, Any]]) -> Part:
         from fastlm.pipeline.charts import loss_chart
-        from fastlm.train.preference_charts import accuracy_chart, rewards_chart
+        from fastlm.train.charts import accuracy_chart, rewards_chart
 
         facts = {
             "preferences": rows_text(result, f"{result['pairs']:,} {self.unit()}"),

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from fastlm.train.distributed import Alone
+from fastlm.train.distributed import SingleProcess
 
 
 class DivergedError(ArithmeticError):
@@ -32,10 +32,10 @@ class Objective(Protocol):
     """The module with all trained parameters. Several models (a policy and its value model) are an
     nn.ModuleDict. Frozen models (a reference) belong to the objective and are not checkpointed."""
 
-    ranks: Alone
+    world: SingleProcess
     """The processes of the training, for an objective that divides more than micro-batches among
-    them (rollouts). `train` sets it; before and after it is ``Alone()``. All processes call the
-    methods together, but for `loss`, `state_dict` and `sample`.
+    them (rollouts). `train` sets it; before and after it is ``SingleProcess()``. All processes call
+    the methods together, but for `loss`, `state_dict` and `sample`.
     """
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
@@ -76,14 +76,14 @@ class Objective(Protocol):
         """
         ...
 
-    def unsettled(self) -> int:
+    def pending_steps(self) -> int:
         """Return how many of the last steps a later check may condemn (`DivergedError`): the newest
         checkpoint from before them is kept.
         """
         ...
 
-    def check_last(self) -> None:
-        """Raise DivergedError where the `unsettled` steps before the end went too far."""
+    def check_pending(self) -> None:
+        """Raise DivergedError where the `pending_steps` steps before the end went too far."""
         ...
 
     def position(self) -> str:

@@ -14,7 +14,7 @@ from fastlm.errors import InputError
 from fastlm.pipeline.stage import Facts, Job, MaybePositional, Part, Takes, not_negative, one_of
 from fastlm.sources.generated import SCHEME, check_scored, is_generated
 from fastlm.sources.input_digest import Contents
-from fastlm.torchrun import leads
+from fastlm.torchrun import is_main_process
 from fastlm.train.chat_stage import FEEDBACK, ChatStage
 from fastlm.train.distributed import check_replicas
 from fastlm.train.encoding import TrainingData, check_vocabulary, rows_text, weights_digest
@@ -186,7 +186,8 @@ messages), or conversations, of which what precedes the last answer is the promp
             score_heldout=scorer.of(data.heldout), stop_ids=tokenizer.stop_ids,
             places=[prompt.place for _, prompt in data.training], sample_prompt=common["prompt"],
             answer_text=partial(text_of, tokenizer), sample_tokens=options.sample_tokens,
-            score_metrics=scorer.metrics, warn=job.warn if leads() else lambda message: None,
+            score_metrics=scorer.metrics,
+            warn=job.warn if is_main_process() else lambda message: None,
         )  # fmt: skip
 
     def prepare(self, job: Job) -> Training:
@@ -221,10 +222,10 @@ messages), or conversations, of which what precedes the last answer is the promp
 
     def section(self, job: Job, result: Mapping[str, Any], metrics: list[dict[str, Any]]) -> Part:
         from fastlm.pipeline.text import count_text
-        from fastlm.train.online_charts import (
+        from fastlm.train.charts import (
+            answers_chart,
             frontier_chart,
             kl_chart,
-            length_chart,
             score_chart,
         )
 
@@ -256,7 +257,7 @@ messages), or conversations, of which what precedes the last answer is the promp
             },
             charts=[
                 score_chart(metrics), frontier_chart(metrics), kl_chart(metrics),
-                length_chart(metrics), *self.charts(metrics),
+                answers_chart(metrics), *self.charts(metrics),
             ],
             cards=cards,
         )  # fmt: skip

@@ -9,7 +9,7 @@ from fastlm.errors import InputError
 from fastlm.pipeline.stage import Facts, Job, Part, Takes, at_least_one
 from fastlm.progress import silent
 from fastlm.sources.input_digest import Contents
-from fastlm.train.distributed import Alone
+from fastlm.train.distributed import SingleProcess
 from fastlm.train.options import TrainOptions
 from fastlm.train.training_stage import Training, TrainingStage
 from fastlm.typed import unknown
@@ -50,7 +50,7 @@ class NextToken:
                     f"{name}: wanted a vocabulary of at most the model's {vocab_size},"
                     f" got {part.vocab_size}"
                 )
-        self.trained, self.ranks = model, Alone()
+        self.trained, self.world = model, SingleProcess()
         self.sampler, self.val, self.options = sampler, val, options
         self.tokenizer, self.document_mask = tokenizer, document_mask
         self.device = next(model.parameters()).device
@@ -103,10 +103,10 @@ class NextToken:
     def scalars(self, measured: Sequence[None]) -> dict[str, float]:
         return {}
 
-    def unsettled(self) -> int:
+    def pending_steps(self) -> int:
         return 0
 
-    def check_last(self) -> None:
+    def check_pending(self) -> None:
         pass
 
     def position(self) -> str:

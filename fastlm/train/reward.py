@@ -23,7 +23,6 @@ from fastlm.train.reward_report import calibration, length_bias
 from fastlm.train.training_stage import MODEL, Training, loss_text
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from fastlm.model.causal_lm import CausalLM
@@ -64,28 +63,23 @@ class RankedAnswers(Epochs):
         *,
         margins: bool = False,
         reference: Sequence[Judged] = (),
-        batch_size: int,
-        seed: int,
-        base: str,
-        device: "torch.device",
+        **common: Any,
     ):
+        places = [one.answers[0].place for one in judged]
         super().__init__(
-            model, [one.answers[0].place for one in judged], options, batch_size=batch_size,
-            seed=seed, base=base, data=digest_of(judged), tokenizer=None, prompt=(), device=device,
-        )  # fmt: skip
-        self.judged, self.heldout, self.margins = judged, heldout, margins
-        self.reference = reference
+            model, judged, heldout, options, places=places, data=digest_of(judged), **common
+        )
+        self.margins, self.reference = margins, reference
         self.measured: list[tuple[Tensor, Tensor]] = []
 
     def identity(self) -> dict[str, Any]:
         return {**super().identity(), "margins": self.margins}
 
     def next_batches(self, count: int) -> list[Batch]:
-        """Return ``count`` micro-batches, or what the epoch has left."""
         self.measured = []
-        return [self._packed([self.judged[i] for i in rows]) for rows in self.take(count)]
+        return super().next_batches(count)
 
-    def _packed(self, judged: Sequence[Judged]) -> Batch:
+    def collate(self, judged: Sequence[Judged]) -> Batch:
         import numpy as np
         import torch
 
@@ -151,7 +145,7 @@ class RankedAnswers(Epochs):
         margins, places = [], []
         for start in range(0, len(self.heldout), self.batch_size):
             rows = self.heldout[start : start + self.batch_size]
-            batch = self._packed(rows)
+            batch = self.collate(rows)
             scores = self.scores(batch)
             total += float(self.losses(scores, batch).sum())
             items += self.num_items(batch)
@@ -266,7 +260,6 @@ class Reward(ChatStage):
             other = stage.read_data(data.tokenizer, data.context, job)
             if not (reference := other.training):
                 raise InputError(f"normalise_on: wanted answers, got none in {other.told()}")
-        del common["tokenizer"], common["prompt"]
         return RankedAnswers(
             model, data.training, data.heldout, options, margins=self.use_margins,
             reference=reference, **common,
@@ -282,7 +275,7 @@ class Reward(ChatStage):
         model.eval()
         model.normalise(model.score(ids_of(answers_of(objective.reference))))
         return {
-            **measure(model, objective.heldout or objective.judged),
+            **measure(model, objective.heldout or objective.examples),
             "measured_on": "held-out" if objective.heldout else "training",
             "parameters": sum(p.numel() for p in model.parameters()),
         }
@@ -293,7 +286,7 @@ class Reward(ChatStage):
 
     def section(self, job: Job, result: Mapping[str, Any], metrics: list[dict[str, Any]]) -> Part:
         from fastlm.pipeline.charts import loss_chart
-        from fastlm.train.preference_charts import accuracy_chart, calibration_chart, length_chart
+        from fastlm.train.charts import accuracy_chart, calibration_chart, length_chart
 
         cards = []
         if (accuracy := result["metrics"].get("val_accuracy")) is not None:

@@ -36,7 +36,7 @@ from fastlm.model.lora import add_lora
 from fastlm.model.reward_model import RewardModel
 from fastlm.train import loop
 from fastlm.train.distill import DistillOptions, TeacherTokens
-from fastlm.train.distributed import joined
+from fastlm.train.distributed import process_group
 from fastlm.train.dpo_objective import PreferredAnswers
 from fastlm.train.encoding import Example
 from fastlm.train.grpo import Grpo
@@ -380,14 +380,14 @@ def work(job: str, rank: int, size: int, port: int, data: Path, out: Path) -> No
     }  # fmt: skip
     if job == "edges":
         cpu = torch.device("cpu")
-        with joined(cpu) as ranks:  # its own group, with what torchrun's environment says
+        with process_group(cpu) as ranks:  # its own group, with what torchrun's environment says
             assert ranks.gather(rank) == list(range(size))
         assert not dist.is_initialized()
         # a caller's, which is for GPUs alone. Groups made later have the same names: without a
         # prefix gloo may find the addresses of this one in the store
         store = PrefixStore("caller", next(iter(rendezvous("env://")))[0])
         dist.init_process_group("cuda:gloo", store=store, rank=rank, world_size=size)
-        with joined(cpu) as ranks:
+        with process_group(cpu) as ranks:
             assert ranks.gather(rank) == list(range(size))
             assert ranks.from_first(rank) == 0 and ranks.any(rank == 1)
         dist.destroy_process_group()
