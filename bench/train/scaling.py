@@ -178,8 +178,9 @@ def work(
 
     import fastlm
     from fastlm.data.shards import BatchSampler, TokenDataset
+    from fastlm.train.loop import train
     from fastlm.train.options import TrainOptions
-    from fastlm.train.pretrain import pretrain
+    from fastlm.train.pretrain import NextToken
 
     torch.set_num_threads(1)
     config = fastlm.ModelConfig(
@@ -197,7 +198,8 @@ def work(
     marks: list[int] = []
     sampler = BatchSampler(TokenDataset(folder / "shards"), 1, 16, seed=0)
     run = folder / f"{way}-{dtype}-{size}-{micro}"
-    pretrain(model, sampler, None, options, run, on_event=lambda event: marks.append(loopback()))
+    objective = NextToken(model, sampler, None, options)
+    train(objective, options, run, on_event=lambda event: marks.append(loopback()))
     if rank == 0:
         log.put((layers, whole, (marks[-2] - marks[1]) / (len(marks) - 3) / size))
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fastlm.train.distributed import SingleProcess
+from fastlm.train.objective import Objective
 
 if TYPE_CHECKING:
     import numpy as np
@@ -53,7 +54,7 @@ class Mixture:
         return {"mixture": [list(self.counts), list(self.weights)]}
 
 
-class Epochs:
+class Epochs(Objective):
     """The part of an objective (`fastlm.train.objective`) that takes ``examples`` in epochs.
 
     An epoch takes every example as often as ``mixture`` says, by default once, in an order that
@@ -99,11 +100,6 @@ class Epochs:
         self.epoch, self.at = epoch, 0
         self.order = self.mixture.order(rng)
 
-    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        from fastlm.train.objective import decay_matrices
-
-        return decay_matrices(self.trained, weight_decay)
-
     def identity(self) -> dict[str, Any]:
         return {
             "base": self.base,
@@ -128,17 +124,8 @@ class Epochs:
         """Return ``count`` micro-batches, or what the epoch has left."""
         return [self.collate([self.examples[i] for i in rows]) for rows in self.take(count)]
 
-    def measurements(self) -> Any:
-        return None
-
     def scalars(self, measured: Sequence[Any]) -> dict[str, float]:
         return {"epoch": self.epoch + self.at / len(self.order)}
-
-    def pending_steps(self) -> int:
-        return 0
-
-    def check_pending(self) -> None:
-        pass
 
     def position(self) -> str:
         if self.at == len(self.order):

@@ -37,7 +37,7 @@ from fastlm.train.distributed import SingleProcess, averaged
 from fastlm.train.encoding import without_dropout
 from fastlm.train.losses import Metrics, aggregate, pooled
 from fastlm.train.monitors import of_round
-from fastlm.train.objective import DivergedError, decay_matrices
+from fastlm.train.objective import DivergedError, Objective
 from fastlm.train.rollout_options import RolloutOptions
 from fastlm.train.rollouts import (
     Answer,
@@ -103,7 +103,7 @@ def importance(difference: Tensor) -> Tensor:
     return difference.clamp(max=math.log(TOP_WEIGHT)).exp()
 
 
-class Online:
+class Online(Objective):
     """An objective (`fastlm.train.objective.Objective`) on answers that the policy samples.
 
     ``prompts``: token ids of each. ``score``: see `Score`; ``scored_by`` identifies it, and
@@ -168,9 +168,6 @@ class Online:
         """Return `columns` from the scores (R,) of a round: advantages and what else there is.
         ``kept`` holds logp, ref_logp and difference (R, S), and what `measure` adds.
         """
-        raise NotImplementedError
-
-    def num_items(self, batch: Batch) -> int:
         raise NotImplementedError
 
     def micro_loss(self, batch: Batch, num_items: int) -> tuple[Tensor, tuple[Metrics, ...]]:
@@ -359,9 +356,6 @@ class Online:
             self.next_beta = self.beta * (1 + off * len(scores) / options.kl_horizon)
 
     # Objective
-
-    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        return decay_matrices(self.policy, weight_decay)
 
     def identity(self) -> dict[str, Any]:
         digest = sha256()

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from itertools import groupby
@@ -57,11 +57,7 @@ class OnlineStage(LoraOptions, RolloutOptions, ChatStage):
         ),
         "feedback": FEEDBACK,
     }
-    result = {
-        "steps": int, "tokens": int, "tokens_per_second": float, "loss": float | None,
-        "parameters": int, "trained_parameters": int, "prompts": int, "heldout": int, "read": int,
-        "counts": dict, "used_seconds": float, "load": str, "prompt": str,
-    }  # fmt: skip
+    result = {**ChatStage.result, "prompts": int}
     notes = """Read are .jsonl and .json files of rows with a prompt or question (a text or
 messages), or conversations, of which what precedes the last answer is the prompt."""
 
@@ -140,16 +136,8 @@ messages), or conversations, of which what precedes the last answer is the promp
         size = self.batch_size * self.accumulate
         return self.passes * math.ceil(self.prompts * self.answers / size)
 
-    def train_options(self, examples: int) -> TrainOptions:
-        """The options of the loop, with `epochs` as a number of steps."""
-        options = self.loop_options()
-        epochs = self.epochs
-        if epochs is None and not (self.max_steps is self.max_seconds is self.max_tokens is None):
-            return options
-        rounds = math.ceil((epochs or 1.0) * examples / self.prompts)
-        steps = rounds * self.steps_of_round()
-        most = steps if self.max_steps is None else self.max_steps
-        return replace(options, max_steps=min(steps, most))
+    def steps_of_epochs(self, epochs: float, examples: int) -> int:
+        return math.ceil(epochs * examples / self.prompts) * self.steps_of_round()
 
     def contents(self, contents: Contents) -> Any:
         where = self.reward.rpartition(":")[0]
@@ -229,7 +217,6 @@ messages), or conversations, of which what precedes the last answer is the promp
             score_chart,
         )
 
-        more = {"adapters": self.lora_told(result)} if self.lora_rank else {}
         held = [m for m in metrics if "val_score" in m]
         models = job.inputs.get("reward_model", ())
         cards = []
@@ -244,7 +231,7 @@ messages), or conversations, of which what precedes the last answer is the promp
             "The policy answers prompts, and learns from the scores of its own answers.",
             facts={
                 "prompts": rows_text(result),
-                **more,
+                **self.lora_facts(result),
                 "score": " + ".join(
                     [*([f"function {self.reward}"] if self.reward else []),
                      *([told_models(len(models), self.ensemble)] if models else [])]

@@ -6,21 +6,21 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from fastlm.data.conversations import FORMATS
 from fastlm.errors import InputError
-from fastlm.pipeline.stage import Job, MaybePositional, Part, Takes
+from fastlm.pipeline.stage import Job, Part, Takes
 from fastlm.sources.input_digest import Contents
-from fastlm.train.chat_stage import FEEDBACK, ChatStage
+from fastlm.train.chat_stage import FEEDBACK
 from fastlm.train.encoding import Example, rows_text
 from fastlm.train.epochs import Epochs
 from fastlm.train.preferences import (
     Judged,
     Preferences,
-    accuracy_text,
+    PreferenceStage,
     digest_of,
     right,
     standard_error,
 )
 from fastlm.train.reward_report import calibration, length_bias
-from fastlm.train.training_stage import MODEL, Training, loss_text
+from fastlm.train.training_stage import MODEL, Training
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -184,7 +184,7 @@ def pairs_of(scores: "Tensor", ranks: "Tensor") -> "tuple[Tensor, Tensor]":
 
 
 @dataclass(frozen=True)
-class Reward(ChatStage):
+class Reward(PreferenceStage):
     """Train a reward model on preferences: the model's layers with a head that scores an answer.
 
     Its scores have mean 0 and standard deviation 1 over the answers of the training. The same
@@ -200,23 +200,13 @@ class Reward(ChatStage):
     leaves = {"reward": MODEL}
     sources_in = ("data", "normalise_on")
     result = {
-        "steps": int, "tokens": int, "tokens_per_second": float, "loss": float | None,
-        "metrics": dict, "parameters": int, "comparisons": int, "heldout": int, "read": int,
-        "counts": dict, "used_seconds": float, "load": str, "calibration": dict,
+        **PreferenceStage.result, "comparisons": int, "calibration": dict,
         "length_bias": dict, "measured_on": str, "lengths": list, "scores": list,
     }  # fmt: skip
     notes = """Read are .jsonl and .json files of pairs (prompt, chosen, rejected), ranked lists
 (prompt, answers, ranks or scores) and corrections (prompt, answer, corrected)."""
-    rows = "preferences"
-    form = "preferences"
     unused = ("sample_at", "sample_prompt", "sample_tokens")
 
-    data: Annotated[
-        tuple[str, ...],
-        MaybePositional(
-            "Preferences: .jsonl or .json files, folders, pypi:, sdist: or deb:NAME#GLOB"
-        ),
-    ] = ()
     normalise_on: Annotated[
         tuple[str, ...], "Preferences whose answers' scores have mean 0; default: those of training"
     ] = ()
@@ -225,12 +215,6 @@ class Reward(ChatStage):
     ] = False
     use_margins: Annotated[bool, "Subtract the margins of the data from a pair's scores"] = False
     batch_size: Annotated[int, "Rows per micro-batch, joined without padding"] = 4
-    accumulate: Annotated[int, "Micro-batches per step"] = 4
-    seq_len: Annotated[
-        int | None, "Most tokens of prompt and answer; default: the context, at most 2048"
-    ] = None
-    overlong: Annotated[str, "Longer answers: skip the row, or truncate"] = "skip"
-    heldout: Annotated[float, "Share of the prompts that is held out"] = 0.1
     lr: Annotated[float, "Peak learning rate"] = 1e-5
 
     def part(self) -> str:
@@ -281,8 +265,7 @@ class Reward(ChatStage):
         }
 
     def outcome(self, result: Mapping[str, Any], job: Job) -> tuple[str, list[str]]:
-        figures = [loss_text(result), *accuracy_text(result["metrics"])]
-        return f"{result['comparisons']:,} comparisons", figures
+        return f"{result['comparisons']:,} comparisons", self.figures(result)
 
     def section(self, job: Job, result: Mapping[str, Any], metrics: list[dict[str, Any]]) -> Part:
         from fastlm.pipeline.charts import loss_chart

@@ -55,9 +55,6 @@ class AnswerTokens(Epochs):
     def num_items(self, batch: "Batch") -> int:
         return int((batch[1] != IGNORE).sum())
 
-    def tokens(self, batch: "Batch") -> int:
-        return self.num_items(batch)
-
     def loss(self, batch: "Batch", num_items: int) -> "Tensor":
         ids, labels, cu_seqlens = batch
         return self.trained(
@@ -91,10 +88,8 @@ class Sft(LoraOptions, ChatStage):
         "feedback": FEEDBACK,
     }
     result = {
-        "steps": int, "tokens": int, "tokens_per_second": float, "loss": float | None,
-        "parameters": int, "conversations": int, "heldout": int, "read": int, "counts": dict,
-        "learnt_tokens": int, "all_tokens": int, "used_seconds": float, "load": str, "prompt": str,
-        "trained_parameters": int, "sources": list,
+        **ChatStage.result, "conversations": int, "learnt_tokens": int, "all_tokens": int,
+        "sources": list,
     }  # fmt: skip
     notes = """Read are .jsonl and .json files of rows in the shapes of OpenAI (messages), ShareGPT
 (conversations), Alpaca (instruction, input, output) and pairs (prompt, completion)."""
@@ -158,9 +153,7 @@ class Sft(LoraOptions, ChatStage):
         from fastlm.pipeline.text import count_text
 
         learnt, whole = result["learnt_tokens"], result["all_tokens"]
-        facts = {"conversations": rows_text(result)}
-        if self.lora_rank:
-            facts["adapters"] = self.lora_told(result)
+        facts = {"conversations": rows_text(result), **self.lora_facts(result)}
         if self.data_weights:
             facts["mixture"] = ", ".join(
                 f"{s['weight']:g} x {s['source']} ({s['conversations']:,})"

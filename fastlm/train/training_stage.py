@@ -46,6 +46,10 @@ class TrainingStage(TrainOptions, Stage):
 
     leaves = {"model": MODEL}
     scratch = ("checkpoints",)
+    result = {
+        "steps": int, "tokens": int, "tokens_per_second": float, "loss": float | None,
+        "metrics": dict, "parameters": int, "used_seconds": float, "load": str,
+    }  # fmt: skip
 
     seed: Annotated[int, "Seed of the order of the data"] = 0
 

@@ -48,7 +48,7 @@ from fastlm.train.options import TrainOptions
 from fastlm.train.ppo_objective import ActorCritic, value_model
 from fastlm.train.preference_loss import PreferenceLoss
 from fastlm.train.preferences import Judged
-from fastlm.train.pretrain import pretrain
+from fastlm.train.pretrain import NextToken
 from fastlm.train.reward import RankedAnswers
 from fastlm.train.rollout_options import GrpoOptions, PpoOptions, RolloutOptions
 from fastlm.train.sft import AnswerTokens
@@ -80,7 +80,8 @@ def pretraining(data: Path, run: Path, options: TrainOptions = OPTIONS, **kwargs
     sampler = BatchSampler(TokenDataset(data / "train"), 2, SEQ, seed=7)
     heldout = TokenDataset(data / "heldout")
     net = model()
-    result = pretrain(net, sampler, heldout, options, run, tokenizer=Letters(), **kwargs)
+    objective = NextToken(net, sampler, heldout, options, Letters())
+    result = train(objective, options, run, **kwargs)
     return net, result
 
 
