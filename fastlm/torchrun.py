@@ -19,7 +19,7 @@ def node_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def leads() -> bool:
+def is_main_process() -> bool:
     """Whether this process writes and reports: rank 0, or the only one."""
     return launched()[0] == 0
 

@@ -178,8 +178,9 @@ def work(
 
     import fastlm
     from fastlm.data.shards import BatchSampler, TokenDataset
+    from fastlm.train.loop import train
     from fastlm.train.options import TrainOptions
-    from fastlm.train.pretrain import pretrain
+    from fastlm.train.pretrain import NextToken
 
     torch.set_num_threads(1)
     config = fastlm.ModelConfig(
@@ -197,7 +198,8 @@ def work(
     marks: list[int] = []
     sampler = BatchSampler(TokenDataset(folder / "shards"), 1, 16, seed=0)
     run = folder / f"{way}-{dtype}-{size}-{micro}"
-    pretrain(model, sampler, None, options, run, on_event=lambda event: marks.append(loopback()))
+    objective = NextToken(model, sampler, None, options)
+    train(objective, options, run, on_event=lambda event: marks.append(loopback()))
     if rank == 0:
         log.put((layers, whole, (marks[-2] - marks[1]) / (len(marks) - 3) / size))
 
@@ -208,7 +210,7 @@ def roll_out(rank: int, size: int, port: int, kind: str, log) -> None:
     import torch
 
     import fastlm
-    from fastlm.train.distributed import joined
+    from fastlm.train.distributed import process_group
     from fastlm.train.grpo_objective import GroupRelative
     from fastlm.train.ppo_objective import ActorCritic, value_model
     from fastlm.train.rollout_options import GrpoOptions, PpoOptions
@@ -226,15 +228,15 @@ def roll_out(rank: int, size: int, port: int, kind: str, log) -> None:
         if kind == "ppo"
         else GroupRelative(*args, GrpoOptions(**settings), base="")
     )
-    with joined(torch.device("cpu")) as objective.ranks:
+    with process_group(torch.device("cpu")) as objective.world:
         marks = []
         for _ in range(2):  # the first one also opens connections
-            objective.ranks.any(False)
+            objective.world.any(False)
             marks.append(loopback())
             objective.next_batches(64 // objective.options.batch_size)  # all of a new round
-            objective.ranks.any(False)
+            objective.world.any(False)
             marks.append(loopback())
-            objective.ranks.any(False)
+            objective.world.any(False)
     if rank == 0:
         tokens = sum(len(answer.token_ids) for answer in objective.answers)
         log.put((tokens, len(objective.answers), (marks[3] - marks[2]) / size))

@@ -27,20 +27,16 @@ def loss_chart(metrics: list[dict[str, Any]], label: str = "loss, nats per token
     tokens = {m["step"]: m["tokens"] / 1e6 for m in steps} | {0: 0.0}
     figure, axes = new_axes("million tokens seen", label)
     x, y = [tokens[m["step"]] for m in steps], [m["loss"] for m in steps]
-    axes.plot(x, y, color=PALE, linewidth=0.8, label="training, each step")
-    axes.plot(x, running_mean(y), color=BLUE, linewidth=2, label="running mean")
+    noisy_curve(axes, x, y, "running mean", each="training, each step")
     held = [(tokens[m["step"]], m["val_loss"]) for m in metrics if "val_loss" in m]
     if held:
         axes.plot(
             *zip(*held), color=ORANGE, linewidth=1.5, marker="o", markersize=3.5, label="held-out"
         )
-    rates = axes.twinx()
+    rates = right_axis(axes, "learning rate (grey)")
     rates.plot(x, [m["lr"] for m in steps], color=LINE, linewidth=1.5, zorder=0)
     rates.set_ylim(bottom=0)
-    rates.tick_params(colors=SOFT, labelsize=FONT, length=0)
     rates.ticklabel_format(axis="y", style="plain")
-    rates.set_ylabel("learning rate (grey)", color=SOFT, fontsize=FONT)
-    rates.spines[:].set_visible(False)
     axes.set_zorder(rates.get_zorder() + 1)
     axes.patch.set_visible(False)
     legend(axes)
@@ -53,6 +49,39 @@ def legend(axes: Any, columns: int = 3) -> None:
         frameon=False, fontsize=FONT, labelcolor=INK, loc="lower left", bbox_to_anchor=(-0.02, 1),
         ncols=columns, columnspacing=1.2, handlelength=1.4, borderpad=0,
     )  # fmt: skip
+
+
+def level(axes: Any, value: float = 0.0) -> None:
+    """Draw a dashed line at a value that curves are compared with."""
+    axes.axhline(value, color=SOFT, linewidth=1, linestyle=(0, (4, 3)))
+
+
+def noisy_curve(
+    axes: Any, x: list[Any], y: list[float], label: str | None = None, each: str | None = None
+) -> None:
+    """Draw each value pale and their running mean strong; ``each`` names the pale one."""
+    axes.plot(x, y, color=PALE, linewidth=0.8, label=each)
+    axes.plot(x, running_mean(y), color=BLUE, linewidth=2, label=label)
+
+
+def points_with_errors(axes: Any, metrics: list[dict[str, Any]], name: str) -> None:
+    """Draw what validations measured, with the standard errors ("..._error")."""
+    held = [m for m in metrics if name in m]
+    if held:
+        axes.errorbar(
+            [m["step"] for m in held], [m[name] for m in held], [m[f"{name}_error"] for m in held],
+            color=ORANGE, linewidth=1.5, marker="o", markersize=3.5, elinewidth=1,
+            label="held-out ± standard error",
+        )  # fmt: skip
+
+
+def right_axis(axes: Any, label: str) -> Any:
+    """Return axes with the same x and their own y, on the right."""
+    right = axes.twinx()
+    right.tick_params(colors=SOFT, labelsize=FONT, length=0)
+    right.set_ylabel(label, color=SOFT, fontsize=FONT)
+    right.spines[:].set_visible(False)
+    return right
 
 
 def bits_chart(
@@ -87,7 +116,7 @@ def _bits_figure(
             firsts.append(held[0][1])
         labels.append((name, models[name], BLUE if len(curves) == 1 else color))
     for name, value in packed.items():
-        axes.axhline(value, color=SOFT, linewidth=1, linestyle=(0, (4, 3)))
+        level(axes, value)
         labels.append((name, value, SOFT))
     values = [value for _, value, _ in labels]
     top = max(values)

@@ -29,7 +29,7 @@ from fastlm.pipeline.stage import (
 )
 from fastlm.progress import silent
 from fastlm.threads import Threads
-from fastlm.torchrun import check_alone, leads
+from fastlm.torchrun import check_alone, is_main_process
 
 T = TypeVar("T")
 Cache = Annotated[
@@ -67,7 +67,7 @@ def command_of(cls: type[Stage], before: Callable[[], None] = lambda: None) -> C
         stage.check()
         if not trains:
             check_alone(cls.command[-1], "it is no training")
-        told = leads()
+        told = is_main_process()
         if told:
             before()
         inputs = {key: given[key] for key in cls.reads if given[key]}

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastlm.errors import InputError
-from fastlm.train.distributed import Alone
-from fastlm.train.writer import Writer
+from fastlm.train.checkpoint_writer import CheckpointWriter
+from fastlm.train.distributed import SingleProcess
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from fastlm.train.parallel import Whole
+    from fastlm.train.parallel import SingleDevice
 
 NAME = re.compile(r"best-(\d{8,})")
 
@@ -28,10 +28,15 @@ class Best:
     """``step`` and ``loss`` of the best weights in ``folder``; None: there are none yet."""
 
     def __init__(
-        self, folder: Path, enabled: bool, writer: Writer, parallel: "Whole", ranks: Alone
+        self,
+        folder: Path,
+        enabled: bool,
+        writer: CheckpointWriter,
+        parallel: "SingleDevice",
+        world: SingleProcess,
     ):
         self.folder, self.enabled, self.writer = folder, enabled, writer
-        self.parallel, self.ranks = parallel, ranks
+        self.parallel, self.world = parallel, world
         self.step: int | None = None
         self.loss: float | None = None
         self.metrics: dict[str, float] = {}
@@ -66,7 +71,7 @@ class Best:
         )
         if self.writer.beside:
             tensors = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
-        self.ranks.on_first(lambda: self.writer.submit(lambda: save_tensors(path, tensors, told)))
+        self.world.on_first(lambda: self.writer.submit(lambda: save_tensors(path, tensors, told)))
         self.step, self.loss = step, loss
 
     def resume(self, step: int | None, loss: float | None) -> None:
@@ -85,7 +90,7 @@ class Best:
         """Remove all but the weights of ``step``, and the remains of interrupted writes."""
         from fastlm.files import new_name
 
-        if not self.enabled or not self.ranks.leads or not self.folder.is_dir():
+        if not self.enabled or not self.world.is_main_process or not self.folder.is_dir():
             return
         for path in self.folder.iterdir():
             if NAME.fullmatch(path.name) and (step is None or path != self.path(step)):

@@ -33,6 +33,10 @@ class ChatStage(TrainingStage):
     """
 
     overlongs: ClassVar[tuple[str, ...]] = ("skip", "truncate")  # values of `overlong`
+    result = {
+        **TrainingStage.result, "trained_parameters": int, "heldout": int, "read": int,
+        "counts": dict, "prompt": str,
+    }  # fmt: skip
     rows: ClassVar[str] = "conversations"  # what `data` holds
     use: ClassVar[str] = "learn from"  # what they are for
     sources_in: ClassVar[tuple[str, ...]] = ("data",)
@@ -88,19 +92,21 @@ class ChatStage(TrainingStage):
         epochs = self.epochs
         if epochs is None and not (self.max_steps is self.max_seconds is self.max_tokens is None):
             return options
-        self.check_no_warmup()
-        batches = math.ceil(examples / self.batch_size)
-        steps = math.ceil((epochs or 1.0) * math.ceil(batches / self.accumulate))
+        steps = self.steps_of_epochs(epochs or 1.0, examples)
         most = steps if self.max_steps is None else self.max_steps
         return replace(options, max_steps=min(steps, most))
 
-    def check_no_warmup(self) -> None:
-        """Refuse `batch_warmup` where the number of steps follows from epochs, and so from it."""
+    def steps_of_epochs(self, epochs: float, examples: int) -> int:
+        """Return the steps of so many passes over the examples. InputError: `batch_warmup`, which
+        the number of steps would depend on.
+        """
         if self.batch_warmup:
             raise InputError(
                 "batch_warmup: wanted 0 where epochs end the training (max_tokens or max_steps do"
                 f" without), got {self.batch_warmup}"
             )
+        batches = math.ceil(examples / self.batch_size)
+        return math.ceil(epochs * math.ceil(batches / self.accumulate))
 
     def longest(self, context: int) -> int:
         """The most tokens of an example of a model with this context."""

@@ -122,11 +122,11 @@ class TeacherTokens(Taught):
             if rng.random() < self.rules.on_policy:
                 drawn.append((place, rng))
             else:
-                batches[place] = self._packed(examples[place])
+                batches[place] = self.collate(examples[place])
         self.own, self.all = len(drawn), len(taken)
-        mine, _ = self.ranks.deal(drawn)
+        mine, _ = self.world.split_batches(drawn)
         if drawn:  # each process samples its share
-            for part in self.ranks.each(
+            for part in self.world.each(
                 lambda: {place: self._sampled(examples[place], rng) for place, rng in mine}
             ):
                 for place, (ids, labels, ends) in part.items():
@@ -192,11 +192,11 @@ class StoredTokens(Taught):
 
         return {**super().identity(), "teacher_logits": self.stored_rows, **asdict(self.rules)}
 
-    def _packed(self, examples: "Sequence[Example]") -> Any:
+    def collate(self, examples: "Sequence[Example]") -> Any:
         import torch
 
         ids, logprobs = (torch.from_numpy(x).to(self.device) for x in self.stored.rows(examples))
-        return (*super()._packed(examples), ids, logprobs[:, :-1], logprobs[:, -1])
+        return (*super().collate(examples), ids, logprobs[:, :-1], logprobs[:, -1])
 
     def divergence(self, student: "Tensor", head: "Tensor", batch: Any, num_items: int) -> "Tensor":
         from fastlm.train.topk_distillation import logprobs_at, topk_forward_kl

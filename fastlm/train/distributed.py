@@ -2,8 +2,8 @@
 
 Every process runs the same loop on its share of a step's micro-batches; an objective may divide
 more (`fastlm.train.online`: the answers of a round). Rank 0 writes and reports.
-What the loop decides (the loss, the end, Ctrl-C) is agreed on first, so all decide alike. A process
-that torchrun did not start is `Alone`: it exchanges nothing and imports no torch.distributed.
+What the loop decides (the loss, the end, Ctrl-C) is agreed on first, so all decide alike. Without
+torchrun, `SingleProcess` exchanges nothing and imports no torch.distributed.
 """
 
 import hashlib
@@ -94,13 +94,13 @@ def agree(store: "Store", rank: int, size: int) -> str:
     return own
 
 
-class Alone:
+class SingleProcess:
     """The only process of a training."""
 
     rank, size = 0, 1
 
     @property
-    def leads(self) -> bool:
+    def is_main_process(self) -> bool:
         return self.rank == 0
 
     def gather(self, value: T) -> list[T]:
@@ -129,7 +129,7 @@ class Alone:
         """Return this process's share of ``count`` rows: consecutive ones, which may be none."""
         return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
-    def deal(self, batches: Sequence[T]) -> tuple[Sequence[T], T | None]:
+    def split_batches(self, batches: Sequence[T]) -> tuple[Sequence[T], T | None]:
         """Return this process's share of a step's micro-batches. The second value is not None where
         others have one more: a micro-batch to run beside them, without effect.
         """
@@ -139,7 +139,7 @@ class Alone:
         """Seed torch's generator (dropout) for this process in this step."""
 
 
-class Ranks(Alone):
+class ProcessGroup(SingleProcess):
     """One of several processes, joined by ``torch.distributed``. All make it together. What they
     tell each other goes over a gloo group of its own: that of a caller may be for GPUs alone.
     """
@@ -201,7 +201,7 @@ class Ranks(Alone):
         dist.all_reduce(told, group=self.group)
         return bool(told)
 
-    def deal(self, batches: Sequence[T]) -> tuple[Sequence[T], T | None]:
+    def split_batches(self, batches: Sequence[T]) -> tuple[Sequence[T], T | None]:
         mine = batches[self.rank :: self.size]
         most = len(batches[:: self.size])
         return mine, batches[0] if len(mine) < most else None
@@ -249,7 +249,7 @@ def check_gpus(places: Sequence[tuple[str, str]]) -> None:
 
 
 @contextmanager
-def joined(device: "torch.device") -> Iterator[Alone]:
+def process_group(device: "torch.device") -> Iterator[SingleProcess]:
     """Context: this process among those that torchrun started. ``device``: of the model. A group
     that the caller made before is used and stays; it must serve the device.
 
@@ -258,7 +258,7 @@ def joined(device: "torch.device") -> Iterator[Alone]:
     global _agreed
     rank, size = launched()
     if size == 1:
-        yield Alone()
+        yield SingleProcess()
         return
     import torch
     import torch.distributed as dist
@@ -267,7 +267,7 @@ def joined(device: "torch.device") -> Iterator[Alone]:
 
     made = not dist.is_initialized()
     cuda = device.type == "cuda"
-    lost, ranks = False, None
+    lost, world = False, None
     try:
         if cuda:
             torch.cuda.set_device(device)
@@ -280,11 +280,11 @@ def joined(device: "torch.device") -> Iterator[Alone]:
                 "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT, rank=rank,
                 world_size=size, store=PrefixStore(f"fastlm/{_agreed}", store),
             )  # fmt: skip
-        ranks = Ranks()
+        world = ProcessGroup()
         if cuda:
             gpu = torch.cuda.get_device_properties(device)
-            check_gpus(ranks.gather((gethostname(), str(gpu.uuid))))
-        yield ranks
+            check_gpus(world.gather((gethostname(), str(gpu.uuid))))
+        yield world
     except RuntimeError as error:
         if is_lost(error):
             lost = True  # taking leave of it would wait
@@ -298,5 +298,5 @@ def joined(device: "torch.device") -> Iterator[Alone]:
         if not lost and dist.is_initialized():
             if made:
                 dist.destroy_process_group()
-            elif ranks is not None:
-                ranks.leave()
+            elif world is not None:
+                world.leave()

@@ -7,15 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastlm.errors import InputError
-from fastlm.pipeline.stage import Job, MaybePositional, Part, Takes, select_options
-from fastlm.train.chat_stage import FEEDBACK, ChatStage
+from fastlm.pipeline.stage import Job, Part, Takes, select_options
+from fastlm.train.chat_stage import FEEDBACK
 from fastlm.train.distributed import check_replicas
 from fastlm.train.encoding import rows_text
 from fastlm.train.lora_options import LoraOptions
 from fastlm.train.options import TrainOptions
 from fastlm.train.preference_loss import PreferenceLoss
-from fastlm.train.preferences import Preferences, accuracy_text
-from fastlm.train.training_stage import loss_text
+from fastlm.train.preferences import Preferences, PreferenceStage
 
 if TYPE_CHECKING:
     from fastlm.tokenizer.tokenizer import Tokenizer
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Dpo(LoraOptions, PreferenceLoss, ChatStage):
+class Dpo(LoraOptions, PreferenceLoss, PreferenceStage):
     """Train a model on preferences (DPO, IPO, KTO): it comes to prefer the better answers.
 
     It is compared with itself before training, which keeps it close to that. The same command run
@@ -37,31 +36,12 @@ class Dpo(LoraOptions, PreferenceLoss, ChatStage):
         "model": Takes(("model",), "Model to train: a run, a Hugging Face folder"),
         "feedback": FEEDBACK,
     }
-    result = {
-        "steps": int, "tokens": int, "tokens_per_second": float, "loss": float | None,
-        "metrics": dict, "parameters": int, "trained_parameters": int, "pairs": int,
-        "heldout": int, "read": int, "counts": dict, "used_seconds": float, "load": str,
-        "prompt": str,
-    }  # fmt: skip
+    result = {**PreferenceStage.result, "pairs": int}
     notes = """Read are .jsonl and .json files of pairs (prompt, chosen, rejected), ranked lists
 (prompt, answers, ranks or scores), corrections (prompt, answer, corrected) and, with loss = kto,
 labels (prompt, completion, label)."""
-    rows = "preferences"
-    form = "preferences"
 
-    data: Annotated[
-        tuple[str, ...],
-        MaybePositional(
-            "Preferences: .jsonl or .json files, folders, pypi:, sdist: or deb:NAME#GLOB"
-        ),
-    ] = ()
     batch_size: Annotated[int, "Pairs (kto: labels) per micro-batch, joined without padding"] = 4
-    accumulate: Annotated[int, "Micro-batches per step"] = 4
-    seq_len: Annotated[
-        int | None, "Most tokens of prompt and answer; default: the context, at most 2048"
-    ] = None
-    overlong: Annotated[str, "Longer answers: skip the row, or truncate"] = "skip"
-    heldout: Annotated[float, "Share of the prompts that is held out"] = 0.1
     lr: Annotated[float, "Peak learning rate"] = 1e-6
     warmup: Annotated[float, "Share of the run in which the rate rises"] = 0.1
 
@@ -113,20 +93,18 @@ labels (prompt, completion, label)."""
         return objective
 
     def outcome(self, result: Mapping[str, Any], job: Job) -> tuple[str, list[str]]:
-        figures = [loss_text(result), *accuracy_text(result["metrics"])]
-        return f"{result['pairs']:,} {self.unit()}", figures
+        return f"{result['pairs']:,} {self.unit()}", self.figures(result)
 
     def section(self, job: Job, result: Mapping[str, Any], metrics: list[dict[str, Any]]) -> Part:
         from fastlm.pipeline.charts import loss_chart
-        from fastlm.train.preference_charts import accuracy_chart, rewards_chart
+        from fastlm.train.charts import accuracy_chart, rewards_chart
 
         facts = {
             "preferences": rows_text(result, f"{result['pairs']:,} {self.unit()}"),
             "loss": f"{self.loss}, β {self.beta:g}",
             "batch": f"{self.batch_size * self.accumulate} {self.unit()} without padding",
+            **self.lora_facts(result),
         }
-        if self.lora_rank:
-            facts["adapters"] = self.lora_told(result)
         cards = []
         if (accuracy := result["metrics"].get("val_accuracy")) is not None:
             error = result["metrics"]["val_accuracy_error"]

@@ -8,14 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from fastlm.progress import silent
-from fastlm.train.encoding import IGNORE, Example, in_dtype, pack, pack_pairs, without_dropout
+from fastlm.train.encoding import IGNORE, in_dtype, pack, pack_pairs, without_dropout
 from fastlm.train.epochs import Epochs
 from fastlm.train.losses import dpo_loss, kto_loss
 from fastlm.train.preference_loss import PreferenceLoss
 from fastlm.train.preferences import Judged, accuracy_error, digest_of, ranked_right, right
 
 if TYPE_CHECKING:
-    from fastlm.tokenizer.tokenizer import Tokenizer
     from fastlm.train.options import TrainOptions
 
 REFERENCE, HELDOUT = "reference", "reference_heldout"  # of a checkpoint
@@ -62,21 +61,14 @@ class PreferredAnswers(Epochs):
         heldout: Sequence[Judged],
         options: "TrainOptions",
         terms: PreferenceLoss,
-        *,
-        batch_size: int,
-        seed: int,
-        base: str,
-        tokenizer: "Tokenizer | None",
-        prompt: Sequence[int],
-        device: torch.device,
+        **common: Any,
     ):
+        places = [one.answers[0].place for one in judged]
         super().__init__(
-            model, [one.answers[0].place for one in judged], options, batch_size=batch_size,
-            seed=seed, base=base, data=digest_of(judged), tokenizer=tokenizer, prompt=prompt,
-            device=device,
-        )  # fmt: skip
+            model, judged, heldout, options, places=places, data=digest_of(judged), **common
+        )
         without_dropout(model)  # the reference is measured without it
-        self.judged, self.heldout, self.terms = judged, heldout, terms
+        self.terms = terms
         self.reference: Tensor | None = None
         self.reference_heldout: Tensor | None = None
         self.measured: list[dict[str, Tensor]] = []
@@ -93,10 +85,10 @@ class PreferredAnswers(Epochs):
     def measure_reference(self, dtype: torch.dtype, *, track: Callable = silent) -> None:
         """Measure the reference with the weights as they are, rounded to ``dtype``."""
         order, rest = self.order.tolist(), list(range(len(self.heldout)))
-        self.reference = torch.zeros(len(self.judged), 2)
+        self.reference = torch.zeros(len(self.examples), 2)
         self.reference_heldout = torch.zeros(len(self.heldout), 2)
         work = [
-            *((self.judged, rows, self.reference) for rows in self._parts(order)),
+            *((self.examples, rows, self.reference) for rows in self._parts(order)),
             # all of them: a resumed training may validate on more
             *((self.heldout, rows, self.reference_heldout) for rows in self._parts(rest)),
         ]
@@ -107,10 +99,10 @@ class PreferredAnswers(Epochs):
     def logps(self, judged: Sequence[Judged]) -> Tensor:
         """Return the model's log-probabilities of both answers, (n, 2)."""
         if self.terms.loss != "kto":
-            packed, keys = self._packed_pairs(judged)
+            packed, keys = pack_pairs([one.answers for one in judged], self.device)
             return self.sums(*packed, keys).view(-1, 2)
         both = ([one.answers[side] for one in judged] for side in (0, 1))
-        return torch.stack([self.sums(*self._packed(side)) for side in both], 1)
+        return torch.stack([self.sums(*pack(side, self.device)) for side in both], 1)
 
     def sums(
         self,
@@ -126,24 +118,13 @@ class PreferredAnswers(Epochs):
         rows = rows.repeat_interleave(cu_seqlens.diff(), output_size=len(logps))
         return logps.new_zeros(len(cu_seqlens) - 1).index_add(0, rows, logps)
 
-    def _packed(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor]:
-        ids, labels, cu_seqlens = pack(examples)
-        return ids.to(self.device), labels.to(self.device), cu_seqlens.to(self.device)
-
-    def _packed_pairs(
-        self, judged: Sequence[Judged]
-    ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
-        (ids, labels, cu_seqlens), (rows, ends) = pack_pairs([one.answers for one in judged])
-        on = self.device
-        return (ids.to(on), labels.to(on), cu_seqlens.to(on)), (rows.to(on), ends.to(on))
-
     # steps
 
     def next_batches(self, count: int) -> list[Batch]:
         """Return ``count`` micro-batches, or what the epoch has left."""
         self.measured = []
         assert self.reference is not None  # by measure_reference or load_state_dict
-        return self._batches(self.take(count), self.judged, self.reference)
+        return self._batches(self.take(count), self.examples, self.reference)
 
     def _batches(
         self, taken: Sequence[list[int]], source: Sequence[Judged], reference: Tensor
@@ -157,9 +138,9 @@ class PreferredAnswers(Epochs):
             known = reference[rows].to(self.device)
             keys = None
             if kto:
-                packed = self._packed(answers)
+                packed = pack(answers, self.device)
             else:
-                packed, keys = self._packed_pairs(judged)
+                packed, keys = pack_pairs([one.answers for one in judged], self.device)
             lengths = torch.tensor([e.learnt for e in answers], device=self.device)
             desirable = torch.tensor([one.desirable for one in judged], device=self.device)
             batches.append(Batch(*packed, lengths, known, desirable, keys, kl))
@@ -171,13 +152,13 @@ class PreferredAnswers(Epochs):
         """KTO's: the mean log-ratio of answers to other prompts, at least 0. Each process measures
         its share of the micro-batches.
         """
-        mine, _ = self.ranks.deal(taken)
+        mine, _ = self.world.split_batches(taken)
         ratios = [torch.zeros(0)]
         with torch.no_grad():
             for rows in mine:
-                others = self.sums(*self._packed([source[i].answers[1] for i in rows]))
+                others = self.sums(*pack([source[i].answers[1] for i in rows], self.device))
                 ratios.append(others.cpu() - reference[rows, 1])
-        every = torch.cat(self.ranks.gather(torch.cat(ratios)))
+        every = torch.cat(self.world.gather(torch.cat(ratios)))
         return every.mean().clamp(min=0).to(self.device)
 
     def num_items(self, batch: Batch) -> int:

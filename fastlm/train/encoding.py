@@ -58,7 +58,7 @@ def fit(example: Example, seq_len: int, overlong: str) -> list[Example]:
     return [piece for piece in pieces if piece.learnt]
 
 
-def pack(examples: Sequence[Example]) -> "Batch":
+def pack(examples: Sequence[Example], device: "torch.device | str" = "cpu") -> "Batch":
     """Join examples without padding: attention stays inside each (``cu_seqlens``), and only learnt
     tokens have labels.
     """
@@ -69,11 +69,13 @@ def pack(examples: Sequence[Example]) -> "Batch":
     labels = np.concatenate([np.where(e.mask[1:], e.ids[1:], IGNORE) for e in examples])
     ends = np.cumsum([0, *(len(e.ids) - 1 for e in examples)], dtype=np.int32)
     packed = (ids[None], labels.astype(np.int64)[None], ends)
-    one, two, three = map(torch.from_numpy, packed)
-    return one, two, three
+    input_ids, shift_labels, cu_seqlens = (torch.from_numpy(x).to(device) for x in packed)
+    return input_ids, shift_labels, cu_seqlens
 
 
-def pack_pairs(pairs: Sequence[tuple[Example, ...]]) -> "tuple[Batch, tuple[Tensor, Tensor]]":
+def pack_pairs(
+    pairs: Sequence[tuple[Example, ...]], device: "torch.device | str" = "cpu"
+) -> "tuple[Batch, tuple[Tensor, Tensor]]":
     """Join pairs of answers to one prompt as `pack` does, in turns, but the second without what it
     shares with the first: at most all before the token that predicts its first learnt one. Also
     return the keys of each, for `CausalLM.hidden`.
@@ -96,7 +98,8 @@ def pack_pairs(pairs: Sequence[tuple[Example, ...]]) -> "tuple[Batch, tuple[Tens
         keys.append(np.concatenate([np.arange(start, start + shared), np.arange(middle, end)]))
         start = end
     ends = np.cumsum([0, *map(len, keys)], dtype=np.int32)
-    return pack(own), (torch.from_numpy(np.concatenate(keys)), torch.from_numpy(ends))
+    rows, offsets = (torch.from_numpy(x).to(device) for x in (np.concatenate(keys), ends))
+    return pack(own, device), (rows, offsets)
 
 
 def digest(examples: Sequence[Example]) -> str:
@@ -208,7 +211,7 @@ class TrainingData:
 
         self.stage, self.tokenizer, self.job = stage, tokenizer, job
         self.seq_len, self.context = seq_len, context
-        self.rows, self.prompts = Rows(), Prompts()
+        self.rows, self.prompts = Rows(), SamplePrompts()
         self.refused = self.held_out = 0
         self.training: list[Any] = []
         heldout: list[tuple[float, Any]] = []
@@ -282,7 +285,7 @@ class TrainingData:
         return f"{self.rows.read:,} rows ({', '.join(why)})" if why else f"{self.rows.read:,} rows"
 
 
-class Prompts:
+class SamplePrompts:
     """The prompts that samples answer: the first ones in the order of `place_in_order`, so that
     held-out ones come before others.
     """

@@ -1,9 +1,13 @@
-"""An objective's passes over examples: order, position, identity and samples."""
+"""An objective's passes over examples: order, position, identity and samples. Nothing here imports
+numpy or torch before a model is trained.
+"""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fastlm.train.distributed import Alone
+from fastlm.train.distributed import SingleProcess
+from fastlm.train.objective import Objective
 
 if TYPE_CHECKING:
     import numpy as np
@@ -14,52 +18,87 @@ if TYPE_CHECKING:
     from fastlm.train.options import TrainOptions
 
 
-class Epochs:
-    """The part of an objective (`fastlm.train.objective`) that takes ``places`` (examples, by file
-    and line) in epochs.
+@dataclass(frozen=True)
+class Mixture:
+    """Sources of ``counts`` examples, one after another, each with a weight. An epoch takes
+    ``max(1, round(weight * count))`` examples of a source: with weight 2 each twice, with weight
+    0.5 a random half, another one in each epoch.
+    """
 
-    An epoch takes every example once, in an order that depends only on ``seed`` and the epoch. Its
-    last step is smaller where the examples do not fill it.
+    counts: tuple[int, ...]
+    weights: tuple[float, ...]
 
-    ``base`` identifies the weights that training began with, ``data`` the examples. ``prompt``: ids
-    that a sample answers.
+    def taken(self) -> list[int]:
+        """How many examples of each source an epoch takes."""
+        pairs = zip(self.counts, self.weights, strict=True)
+        return [max(1, round(weight * count)) if count else 0 for count, weight in pairs]
+
+    def order(self, rng: "np.random.Generator") -> "np.ndarray":
+        """The indices of an epoch's examples, shuffled."""
+        import numpy as np
+
+        if set(self.weights) == {1.0}:
+            return rng.permutation(sum(self.counts))
+        chosen, start = [], 0
+        for count, taken in zip(self.counts, self.taken()):
+            every = np.arange(start, start + count)
+            whole, rest = divmod(taken, count) if count else (0, 0)
+            chosen += [every] * whole + [rng.choice(every, rest, replace=False)]
+            start += count
+        return rng.permutation(np.concatenate(chosen))
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint records; nothing where no weight was given."""
+        if set(self.weights) == {1.0}:
+            return {}
+        return {"mixture": [list(self.counts), list(self.weights)]}
+
+
+class Epochs(Objective):
+    """The part of an objective (`fastlm.train.objective`) that takes ``examples`` in epochs.
+
+    An epoch takes every example as often as ``mixture`` says, by default once, in an order that
+    depends only on ``seed`` and the epoch. Its last step is smaller where the examples do not fill
+    it.
+
+    ``places``: the file and line of each example. ``base`` identifies the weights that training
+    began with, ``data`` the examples. ``prompt``: ids that a sample answers.
     """
 
     def __init__(
         self,
         model: "nn.Module",
-        places: Sequence[str],
+        examples: Sequence[Any],
+        heldout: Sequence[Any],
         options: "TrainOptions",
         *,
+        places: Sequence[str],
+        data: str,
         batch_size: int,
         seed: int,
         base: str,
-        data: str,
-        tokenizer: "Tokenizer | None",
-        prompt: Sequence[int],
         device: "torch.device",
+        tokenizer: "Tokenizer | None" = None,
+        prompt: Sequence[int] = (),
+        mixture: Mixture | None = None,
     ):
-        self.trained, self.ranks = model, Alone()
-        self.places, self.options = places, options
+        self.trained, self.world = model, SingleProcess()
+        self.examples, self.heldout, self.options = examples, heldout, options
+        self.places, self.mixture = places, mixture or Mixture((len(examples),), (1.0,))
         self.batch_size, self.seed, self.device = batch_size, seed, device
         self.base, self.data, self.tokenizer, self.prompt = base, data, tokenizer, prompt
         self._begin(0)
+
+    def collate(self, examples: Sequence[Any]) -> Any:
+        """Return a micro-batch."""
+        raise NotImplementedError
 
     def _begin(self, epoch: int) -> None:
         import numpy as np
 
         rng = np.random.Generator(np.random.PCG64([self.seed, epoch]))
         self.epoch, self.at = epoch, 0
-        self.order = self.order_of(rng)
-
-    def order_of(self, rng: "np.random.Generator") -> "np.ndarray":
-        """Return the places of an epoch's examples, in order."""
-        return rng.permutation(len(self.places))
-
-    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        from fastlm.train.objective import decay_matrices
-
-        return decay_matrices(self.trained, weight_decay)
+        self.order = self.mixture.order(rng)
 
     def identity(self) -> dict[str, Any]:
         return {
@@ -67,6 +106,7 @@ class Epochs:
             "data": self.data,
             "seed": self.seed,
             "batch_size": self.batch_size,
+            **self.mixture.identity(),
         }
 
     def take(self, count: int) -> list[list[int]]:
@@ -80,17 +120,12 @@ class Epochs:
         self.at = min(self.at, len(self.order))
         return batches
 
-    def measurements(self) -> Any:
-        return None
+    def next_batches(self, count: int) -> list[Any]:
+        """Return ``count`` micro-batches, or what the epoch has left."""
+        return [self.collate([self.examples[i] for i in rows]) for rows in self.take(count)]
 
     def scalars(self, measured: Sequence[Any]) -> dict[str, float]:
         return {"epoch": self.epoch + self.at / len(self.order)}
-
-    def unsettled(self) -> int:
-        return 0
-
-    def check_last(self) -> None:
-        pass
 
     def position(self) -> str:
         if self.at == len(self.order):

@@ -8,7 +8,7 @@ ends the running step, saves a checkpoint and reports where. With ``async_checkp
 writes what `collect` copied; whoever names a checkpoint waits for it.
 
 The loss is read back every step: a loss that is not finite has to stop the run before it spoils the
-next checkpoint. A spike (`fastlm.train.spikes`) is named with its batch.
+next checkpoint. A spike (`fastlm.train.loss_spikes`) is named with its batch.
 """
 
 import fcntl
@@ -36,13 +36,14 @@ from fastlm.muon import Muon, muon_groups
 from fastlm.optim import AdamW
 from fastlm.progress import silent
 from fastlm.train.best import Best
-from fastlm.train.distributed import Alone, joined
+from fastlm.train.checkpoint_writer import CheckpointWriter
+from fastlm.train.distributed import SingleProcess, process_group
+from fastlm.train.loss_spikes import Spikes
 from fastlm.train.metrics import METRICS
 from fastlm.train.objective import DivergedError, Objective
 from fastlm.train.options import BUDGET, GUARDS, TrainOptions
 from fastlm.train.parallel import parallel
 from fastlm.train.schedule import due, learning_rate, micro_batches, progress
-from fastlm.train.spikes import Spikes
 from fastlm.train.state import (
     FOLDER,
     Progress,
@@ -55,7 +56,6 @@ from fastlm.train.state import (
     save_checkpoint,
 )
 from fastlm.train.trackers import trackers
-from fastlm.train.writer import Writer
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -121,11 +121,11 @@ def train(
     options.check()
     keep_freed_memory()
     device = next(objective.trained.parameters()).device
-    with joined(device) as ranks, _among(objective, ranks), _diverging(ranks, on_diverged):
-        if not ranks.leads:
+    with process_group(device) as world, _among(objective, world), _diverging(world, on_diverged):
+        if not world.is_main_process:
             track, on_event = silent, None
-        loop = _Loop(objective, options, Path(run_dir), on_event, ranks)
-        names = options.report_to if ranks.leads else ()
+        loop = _Loop(objective, options, Path(run_dir), on_event, world)
+        names = options.report_to if world.is_main_process else ()
         mirrored = trackers(names, loop.run_dir, on_event)
         with (
             loop.metrics, _deferred_interrupt() as interrupted, loop.writer,
@@ -141,23 +141,23 @@ def train(
             if options.take == "best":
                 loop.best.take()
             loop.parallel.keep_gathered()
-            loop.check_last()
+            loop.check_pending()
             loop.leave_if(interrupted)
             return loop.result()
 
 
 @contextmanager
-def _among(objective: Objective, ranks: Alone) -> Iterator[None]:
+def _among(objective: Objective, world: SingleProcess) -> Iterator[None]:
     """Context: the objective knows the processes of its training."""
-    objective.ranks = ranks
+    objective.world = world
     try:
         yield
     finally:
-        objective.ranks = Alone()
+        objective.world = SingleProcess()
 
 
 @contextmanager
-def _diverging(ranks: Alone, do: Callable[[DivergedError], Any] | None) -> Iterator[None]:
+def _diverging(world: SingleProcess, do: Callable[[DivergedError], Any] | None) -> Iterator[None]:
     """Context: rank 0 has called ``do`` with a DivergedError before a process leaves. torchrun ends
     the others when the first one does.
     """
@@ -165,7 +165,7 @@ def _diverging(ranks: Alone, do: Callable[[DivergedError], Any] | None) -> Itera
         yield
     except DivergedError as error:
         if do is not None:
-            ranks.on_first(partial(do, error))
+            world.on_first(partial(do, error))
         raise
 
 
@@ -209,12 +209,12 @@ class _Loop:
         options: TrainOptions,
         run_dir: Path,
         on_event: Callable[[dict[str, Any]], None] | None,
-        ranks: Alone,
+        world: SingleProcess,
     ):
         self.model, self.objective, self.options = objective.trained, objective, options
-        self.run_dir, self.on_event, self.ranks = run_dir, on_event, ranks
+        self.run_dir, self.on_event, self.world = run_dir, on_event, world
         self.seed = torch.initial_seed()
-        self.parallel = parallel(self.model, options, ranks)
+        self.parallel = parallel(self.model, options, world)
         groups = objective.parameter_groups(options.weight_decay)
         kind = {"adamw": AdamW, "muon": Muon}[options.optimizer]
         if kind is Muon:
@@ -240,11 +240,11 @@ class _Loop:
         self.loss: float | None = None
         self.spikes = Spikes(options.spike_factor, options.spike_window)
         self.last_metrics: dict[str, float] = {}
-        self.writer = Writer(options.async_checkpoints)
-        self.best = Best(run_dir / FOLDER, options.keeps_best, self.writer, self.parallel, ranks)
+        self.writer = CheckpointWriter(options.async_checkpoints)
+        self.best = Best(run_dir / FOLDER, options.keeps_best, self.writer, self.parallel, world)
         self.saved_step = -1
         self.started = time.perf_counter()
-        self.metrics = ranks.on_first(self.open_metrics) or open(os.devnull, "a+b")
+        self.metrics = world.on_first(self.open_metrics) or open(os.devnull, "a+b")
 
     def open_metrics(self) -> BinaryIO:
         """Open metrics.jsonl, and lock it until it is closed, by train()."""
@@ -272,7 +272,7 @@ class _Loop:
     def progress(self, steps: float = 0, tokens: float = 0) -> float:
         """Return the progress after this many more steps and tokens."""
         o = self.options
-        seconds = self.seconds() if o.max_seconds is None else self.ranks.from_first(self.seconds())
+        seconds = self.seconds() if o.max_seconds is None else self.world.from_first(self.seconds())
         return progress(
             self.step + steps, seconds, o.max_steps, o.max_seconds,
             self.tokens + tokens, o.max_tokens,
@@ -302,7 +302,7 @@ class _Loop:
         ticks = self.used_ticks()
         while not self.finished():
             self.advance()
-            if self.ranks.any(interrupted.is_set()):
+            if self.world.any(interrupted.is_set()):
                 return
             while ticks < self.used_ticks():
                 ticks += 1
@@ -355,21 +355,21 @@ class _Loop:
 
     def gradients(self, batches: list[Any], num_items: int) -> tuple[float, dict[str, float]]:
         """Add up the gradients of the step's micro-batches. Return its loss and its scalars."""
-        ranks, objective = self.ranks, self.objective
-        ranks.seed(self.seed, self.step)
-        mine, filler = ranks.deal(batches)
+        world, objective = self.world, self.objective
+        world.seed(self.seed, self.step)
+        mine, filler = world.split_batches(batches)
         total: Tensor | float = 0.0
         for left, batch in zip(reversed(range(len(mine))), mine, strict=True):
-            loss = self.parallel.gradient(
+            loss = self.parallel.backward(
                 partial(objective.loss, batch, num_items), last=not left and filler is None
             )
             total = total + loss.float()
         measured = objective.measurements()  # without the filler's
         if filler is not None:
-            self.parallel.gradient(
+            self.parallel.backward(
                 partial(objective.loss, filler, num_items), last=True, factor=0.0
             )
-        parts = ranks.gather((float(total), measured))
+        parts = world.gather((float(total), measured))
         losses = [loss for loss, _ in parts]
         # fsum refuses inf - inf
         loss = math.fsum(losses) if all(map(math.isfinite, losses)) else sum(losses)
@@ -401,13 +401,13 @@ class _Loop:
 
     def leave_if(self, interrupted: threading.Event) -> None:
         """Raise Interrupted in all processes if one was."""
-        if self.ranks.any(interrupted.is_set()):
+        if self.world.any(interrupted.is_set()):
             raise Interrupted(f"stopped after step {self.step}; saved in {self.saved()}")
 
-    def check_last(self) -> None:
+    def check_pending(self) -> None:
         """Check the steps that no later one does."""
         try:
-            self.objective.check_last()
+            self.objective.check_pending()
         except DivergedError as error:
             told = self.diverged(DivergedError, str(error), steps=error.steps, step=self.step)
             raise told from None
@@ -426,7 +426,7 @@ class _Loop:
             self.writer.wait()
             return checkpoint_before(self.run_dir, self.step - steps)
 
-        last = self.ranks.from_first(self.ranks.on_first(good))  # others may look too early
+        last = self.world.from_first(self.world.on_first(good))  # others may look too early
         batch = f"batch: {position}; " if position else ""
         error = kind(
             f"step {self.step + 1 if step is None else step}: {what}; {batch}last good checkpoint:"
@@ -452,12 +452,12 @@ class _Loop:
         ):
             with _evaluating(self.model):
                 metrics = self.parallel.run(self.objective.validate)
-            self.last_metrics = self.ranks.from_first(metrics)
+            self.last_metrics = self.world.from_first(metrics)
             self.log({"step": self.step, **self.last_metrics})
             self.best.offer(self.step, self.last_metrics, self.model)
         if due(o.sample_at, before, self.done):
             with _evaluating(self.model), self.parallel.gathered():
-                text = self.objective.sample() if self.ranks.leads else None
+                text = self.objective.sample() if self.world.is_main_process else None
             if text is not None:
                 self.log({"step": self.step, "sample": text, "progress": self.done})
         self.started += time.perf_counter() - began
@@ -465,7 +465,7 @@ class _Loop:
     # output
 
     def log(self, event: dict[str, Any]) -> None:
-        if not self.ranks.leads:
+        if not self.world.is_main_process:
             return
         try:
             self.metrics.write(json.dumps(event, ensure_ascii=False).encode() + b"\n")
@@ -483,13 +483,13 @@ class _Loop:
 
     def begin(self) -> None:
         """Load the last checkpoint; start from the beginning if there is none."""
-        if self.ranks.leads:
+        if self.world.is_main_process:
             prune(self.run_dir, self.options.keep + 1)  # one may be a trusted one
-        found = self.ranks.from_first(list_checkpoints(self.run_dir))
+        found = self.world.from_first(list_checkpoints(self.run_dir))
         length = 0
         if found:
             state = load_checkpoint(
-                found[-1], self.model, self.optimizer, self.identity(), self.ranks,
+                found[-1], self.model, self.optimizer, self.identity(), self.world,
                 may_differ=(*BUDGET, *GUARDS, "take"),
             )  # fmt: skip
             self.objective.load_state_dict(state.objective)
@@ -499,11 +499,11 @@ class _Loop:
             self.spikes.losses = state.losses[-self.options.spike_window :]
             self.best.resume(state.best_step, state.best_loss)
             length, self.saved_step = state.metrics_bytes, self.step
-        self.ranks.on_first(partial(self.cut_metrics, length, found))
+        self.world.on_first(partial(self.cut_metrics, length, found))
         self.started = time.perf_counter()
         if found:
-            if self.ranks.leads:  # a kill between a checkpoint's write and the deletions
-                prune(self.run_dir, self.options.keep, self.step - self.objective.unsettled())
+            if self.world.is_main_process:  # a kill between a checkpoint's write and the deletions
+                prune(self.run_dir, self.options.keep, self.step - self.objective.pending_steps())
             self.done = min(self.done, self.progress())  # less under a larger budget
         else:
             self.best.prune(None)
@@ -525,16 +525,16 @@ class _Loop:
         if self.saved_step != self.step:
             path = self.save()
         self.writer.wait()
-        self.ranks.any(False)  # none leaves before it is written: torchrun would end the others
+        self.world.any(False)  # none leaves before it is written: torchrun would end the others
         return path
 
     def save(self) -> Path:
         path = checkpoint_path(self.run_dir, self.step)
         self.saved_step = self.step
-        if not (self.ranks.leads or self.parallel.sharded):
-            self.ranks.on_first(lambda: None)
+        if not (self.world.is_main_process or self.parallel.sharded):
+            self.world.on_first(lambda: None)
             return path
-        if self.ranks.leads:
+        if self.world.is_main_process:
             os.fsync(self.metrics.fileno())
         state = Progress(
             step=self.step, tokens=self.tokens, seconds=self.seconds(), done=self.done,
@@ -547,7 +547,7 @@ class _Loop:
             self.model, self.optimizer, state, self.identity(), copy=self.writer.beside
         )
         step, best = self.step, self.best.step
-        trusted = step - self.objective.unsettled()
+        trusted = step - self.objective.pending_steps()
 
         def write() -> None:
             save_checkpoint(
@@ -558,12 +558,12 @@ class _Loop:
         if self.parallel.sharded:
             from fastlm.train.sharded import save_sharded
 
-            save_sharded(path, tensors, rest, self.ranks)
-            if self.ranks.leads:
+            save_sharded(path, tensors, rest, self.world)
+            if self.world.is_main_process:
                 prune(self.run_dir, self.options.keep, trusted)
             self.best.prune(best)
         else:
-            self.ranks.on_first(lambda: self.writer.submit(write))
+            self.world.on_first(lambda: self.writer.submit(write))
         return path
 
     def result(self) -> TrainResult:

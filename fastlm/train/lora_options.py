@@ -138,13 +138,15 @@ class LoraOptions:
         else:
             merge_lora(model).save_pretrained(folder)
 
-    def lora_told(self, result: Mapping[str, Any]) -> str:
-        """One line for a report: what was trained. ``result`` has parameters and
-        trained_parameters.
+    def lora_facts(self, result: Mapping[str, Any]) -> dict[str, str]:
+        """Return what a report says of adapters: none where all weights are trained. ``result`` has
+        parameters and trained_parameters.
         """
+        if not self.lora_rank:
+            return {}
         base = "16-bit" if self.base_bits == 16 else f"int{self.base_bits}"
         share = 100 * result["trained_parameters"] / result["parameters"]
-        return (
-            f"LoRA of rank {self.lora_rank} on {', '.join(self.lora_targets)},"
+        return {
+            "adapters": f"LoRA of rank {self.lora_rank} on {', '.join(self.lora_targets)},"
             f" {result['trained_parameters']:,} parameters trained ({share:.2g} %), {base} base"
-        )
+        }

@@ -9,8 +9,8 @@ takes ``batch_size * accumulate`` of them.
 Temperature divides the logits everywhere: in sampling, in the policy, in the reference and in the
 update. Dropout is off in all of them.
 
-Of several processes each samples, scores and measures its share of a round's answers: `share` of
-`fastlm.train.distributed.Alone`, consecutive answers, whose seeds do not depend on the share.
+Of several processes each samples, scores and measures its share of a round's answers: consecutive
+answers (`fastlm.train.distributed.SingleProcess.share`), whose seeds do not depend on the share.
 Rejected: every n-th answer. A batch is sampled for as long as its longest answer takes, which every
 process would have.
 """
@@ -33,11 +33,11 @@ from fastlm.inference.requests import Completion
 from fastlm.model.lora import without_adapter
 from fastlm.model.merged import merged
 from fastlm.model.quantized_modules import QuantizedLinear
-from fastlm.train.distributed import Alone, averaged
+from fastlm.train.distributed import SingleProcess, averaged
 from fastlm.train.encoding import without_dropout
 from fastlm.train.losses import Metrics, aggregate, pooled
 from fastlm.train.monitors import of_round
-from fastlm.train.objective import DivergedError, decay_matrices
+from fastlm.train.objective import DivergedError, Objective
 from fastlm.train.rollout_options import RolloutOptions
 from fastlm.train.rollouts import (
     Packed,
@@ -102,7 +102,7 @@ def importance(difference: Tensor) -> Tensor:
     return difference.clamp(max=math.log(TOP_WEIGHT)).exp()
 
 
-class Online:
+class Online(Objective):
     """An objective (`fastlm.train.objective.Objective`) on answers that the policy samples.
 
     ``prompts``: token ids of each. ``score``: see `Score`; ``scored_by`` identifies it, and
@@ -138,7 +138,7 @@ class Online:
             raise InputError("prompts: wanted at least one, got none")
         self.policy, self.reference = policy, reference
         self.trained: nn.Module = policy
-        self.ranks = Alone()
+        self.world = SingleProcess()
         self.prompts, self.heldout, self.options, self.base = prompts, heldout, options, base
         self.scored_by = scored_by
         self.score, self.score_heldout = score, score_heldout or score
@@ -167,9 +167,6 @@ class Online:
         """Return `columns` from the scores (R,) of a round: advantages and what else there is.
         ``kept`` holds logp, ref_logp and difference (R, S), and what `measure` adds.
         """
-        raise NotImplementedError
-
-    def num_items(self, batch: Batch) -> int:
         raise NotImplementedError
 
     def micro_loss(self, batch: Batch, num_items: int) -> tuple[Tensor, tuple[Metrics, ...]]:
@@ -250,7 +247,7 @@ class Online:
         (first,) = np.random.SeedSequence([options.seed, 1]).generate_state(1, np.uint32)
         seed = int(first) // 2 + self.round * len(self.chosen)
         self.policy.eval()
-        parts = self.ranks.each(lambda: self._share(seed, score))
+        parts = self.world.each(lambda: self._share(seed, score))
         self.answers = [answer for part in parts for answer in answers_of(part.answers)]
         mask, kept = self._mask(), {}
         parts = [part for part in parts if len(part.scores)]
@@ -261,7 +258,7 @@ class Online:
         return np.concatenate([part.scores for part in parts]), kept, scored
 
     def _share(self, seed: int, score: Score) -> Share:
-        options, rows = self.options, self.ranks.share(len(self.chosen))
+        options, rows = self.options, self.world.share(len(self.chosen))
         places = self.chosen[rows.start : rows.stop]
         prompts = [self.prompts[i] for i in places]
         answers = self._sample(
@@ -363,9 +360,6 @@ class Online:
 
     # Objective
 
-    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        return decay_matrices(self.policy, weight_decay)
-
     def identity(self) -> dict[str, Any]:
         digest = sha256()
         for prompt in (*self.prompts, (), *self.heldout):
@@ -421,10 +415,10 @@ class Online:
         self.stop = most is not None and step["approx_kl"] > most
         return {**self.made, **step}
 
-    def unsettled(self) -> int:
+    def pending_steps(self) -> int:
         return self.steps  # whose KL the next round measures
 
-    def check_last(self) -> None:
+    def check_pending(self) -> None:
         """Measure the KL of the policy that the last step left; raise DivergedError as a round."""
         before = (self.round, self.chosen, self.answers, self.made)
         self.round += 1
@@ -469,7 +463,7 @@ class Online:
         count = min(len(self.heldout), self.options.val_prompts)
         if not count:
             return {}
-        parts = self.ranks.each(lambda: self._answered(self.ranks.share(count)))
+        parts = self.world.each(lambda: self._answered(self.world.share(count)))
         scores, lengths, ended = map(np.concatenate, zip(*parts))
         return {
             "val_score": float(scores.mean()),

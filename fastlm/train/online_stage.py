@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from itertools import groupby
@@ -14,7 +14,7 @@ from fastlm.errors import InputError
 from fastlm.pipeline.stage import Facts, Job, MaybePositional, Part, Takes, not_negative, one_of
 from fastlm.sources.generated import SCHEME, check_scored, is_generated
 from fastlm.sources.input_digest import Contents
-from fastlm.torchrun import leads
+from fastlm.torchrun import is_main_process
 from fastlm.train.chat_stage import FEEDBACK, ChatStage
 from fastlm.train.distributed import check_replicas
 from fastlm.train.encoding import TrainingData, check_vocabulary, rows_text, weights_digest
@@ -57,11 +57,7 @@ class OnlineStage(LoraOptions, RolloutOptions, ChatStage):
         ),
         "feedback": FEEDBACK,
     }
-    result = {
-        "steps": int, "tokens": int, "tokens_per_second": float, "loss": float | None,
-        "parameters": int, "trained_parameters": int, "prompts": int, "heldout": int, "read": int,
-        "counts": dict, "used_seconds": float, "load": str, "prompt": str,
-    }  # fmt: skip
+    result = {**ChatStage.result, "prompts": int}
     notes = """Read are .jsonl and .json files of rows with a prompt or question (a text or
 messages), or conversations, of which what precedes the last answer is the prompt."""
 
@@ -140,16 +136,8 @@ messages), or conversations, of which what precedes the last answer is the promp
         size = self.batch_size * self.accumulate
         return self.passes * math.ceil(self.prompts * self.answers / size)
 
-    def train_options(self, examples: int) -> TrainOptions:
-        """The options of the loop, with `epochs` as a number of steps."""
-        options = self.loop_options()
-        epochs = self.epochs
-        if epochs is None and not (self.max_steps is self.max_seconds is self.max_tokens is None):
-            return options
-        rounds = math.ceil((epochs or 1.0) * examples / self.prompts)
-        steps = rounds * self.steps_of_round()
-        most = steps if self.max_steps is None else self.max_steps
-        return replace(options, max_steps=min(steps, most))
+    def steps_of_epochs(self, epochs: float, examples: int) -> int:
+        return math.ceil(epochs * examples / self.prompts) * self.steps_of_round()
 
     def contents(self, contents: Contents) -> Any:
         where = self.reward.rpartition(":")[0]
@@ -186,7 +174,8 @@ messages), or conversations, of which what precedes the last answer is the promp
             score_heldout=scorer.of(data.heldout), stop_ids=tokenizer.stop_ids,
             places=[prompt.place for _, prompt in data.training], sample_prompt=common["prompt"],
             answer_text=partial(text_of, tokenizer), sample_tokens=options.sample_tokens,
-            score_metrics=scorer.metrics, warn=job.warn if leads() else lambda message: None,
+            score_metrics=scorer.metrics,
+            warn=job.warn if is_main_process() else lambda message: None,
         )  # fmt: skip
 
     def prepare(self, job: Job) -> Training:
@@ -221,14 +210,13 @@ messages), or conversations, of which what precedes the last answer is the promp
 
     def section(self, job: Job, result: Mapping[str, Any], metrics: list[dict[str, Any]]) -> Part:
         from fastlm.pipeline.text import count_text
-        from fastlm.train.online_charts import (
+        from fastlm.train.charts import (
+            answers_chart,
             frontier_chart,
             kl_chart,
-            length_chart,
             score_chart,
         )
 
-        more = {"adapters": self.lora_told(result)} if self.lora_rank else {}
         held = [m for m in metrics if "val_score" in m]
         models = job.inputs.get("reward_model", ())
         cards = []
@@ -243,7 +231,7 @@ messages), or conversations, of which what precedes the last answer is the promp
             "The policy answers prompts, and learns from the scores of its own answers.",
             facts={
                 "prompts": rows_text(result),
-                **more,
+                **self.lora_facts(result),
                 "score": " + ".join(
                     [*([f"function {self.reward}"] if self.reward else []),
                      *([told_models(len(models), self.ensemble)] if models else [])]
@@ -256,7 +244,7 @@ messages), or conversations, of which what precedes the last answer is the promp
             },
             charts=[
                 score_chart(metrics), frontier_chart(metrics), kl_chart(metrics),
-                length_chart(metrics), *self.charts(metrics),
+                answers_chart(metrics), *self.charts(metrics),
             ],
             cards=cards,
         )  # fmt: skip

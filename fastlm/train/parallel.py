@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fastlm.errors import InputError
 from fastlm.torchrun import node_size
-from fastlm.train.distributed import Alone
+from fastlm.train.distributed import SingleProcess
 from fastlm.train.options import TrainOptions
 
 T = TypeVar("T")
@@ -40,7 +40,7 @@ class Root(nn.Module):
         return call()
 
 
-class Whole:
+class SingleDevice:
     """A model in one process."""
 
     sharded = False
@@ -56,7 +56,7 @@ class Whole:
         """Run a call that uses the model without a backward."""
         return call()
 
-    def gradient(self, call: Callable[[], Tensor], *, last: bool, factor: float = 1.0) -> Tensor:
+    def backward(self, call: Callable[[], Tensor], *, last: bool, factor: float = 1.0) -> Tensor:
         """Add the gradient of a loss. Return the loss. ``last``: of the step."""
         loss = call()
         loss.backward()
@@ -79,7 +79,7 @@ class Whole:
         self.model.load_state_dict(tensors, strict=False)
 
 
-class Replicas(Whole):
+class DataParallel(SingleDevice):
     """A model that each process holds whole, in ``DistributedDataParallel``. Gradients are summed
     in buckets while the backward of the last micro-batch runs.
     """
@@ -96,7 +96,7 @@ class Replicas(Whole):
             )
         self.ddp.register_comm_hook(None, _summed)
 
-    def gradient(self, call: Callable[[], Tensor], *, last: bool, factor: float = 1.0) -> Tensor:
+    def backward(self, call: Callable[[], Tensor], *, last: bool, factor: float = 1.0) -> Tensor:
         with nullcontext() if last else self.ddp.no_sync():
             loss = self.ddp(call)
             (loss if factor == 1 else loss * factor).backward()
@@ -115,7 +115,7 @@ def _summed(state: None, bucket) -> torch.futures.Future[Tensor]:
     return work.get_future().then(lambda done: own.copy_(done.value()[0]))
 
 
-class Shards(Whole):
+class FullySharded(SingleDevice):
     """A model of whose parameters, gradients and optimizer state each process holds a part
     (``fully_shard``): the layers one by one, and the rest together. ``within``: the number of
     processes that hold a whole model together; the gradients of such groups are then summed.
@@ -155,7 +155,7 @@ class Shards(Whole):
         finally:
             self._reshard()
 
-    def gradient(self, call: Callable[[], Tensor], *, last: bool, factor: float = 1.0) -> Tensor:
+    def backward(self, call: Callable[[], Tensor], *, last: bool, factor: float = 1.0) -> Tensor:
         loss = self.root(call)
         (loss if factor == 1 else loss * factor).backward()
         return loss.detach()
@@ -208,13 +208,13 @@ class Shards(Whole):
         super().load(parts)
 
 
-def parallel(model: nn.Module, options: TrainOptions, ranks: Alone) -> Whole:
+def parallel(model: nn.Module, options: TrainOptions, world: SingleProcess) -> SingleDevice:
     """Return how this process holds ``model``. Call it before the optimizer is made.
 
     InputError: fsdp, and weights that are not trained; a model that fsdp or hsdp trained before.
     """
-    if ranks.size == 1:
-        return Whole(model)
+    if world.size == 1:
+        return SingleDevice(model)
     from torch.distributed.fsdp import FSDPModule
 
     if any(isinstance(module, FSDPModule) for module in model.modules()):
@@ -223,9 +223,11 @@ def parallel(model: nn.Module, options: TrainOptions, ranks: Alone) -> Whole:
             " one; save it, and load it again"
         )
     if options.parallel == "ddp":
-        return Replicas(model)
+        return DataParallel(model)
     if not all(p.requires_grad for p in model.parameters()):
         raise InputError(
             f"parallel: wanted ddp where a part of the weights is frozen, got {options.parallel}"
         )
-    return Shards(model, ranks.size, node_size() if options.parallel == "hsdp" else ranks.size)
+    return FullySharded(
+        model, world.size, node_size() if options.parallel == "hsdp" else world.size
+    )

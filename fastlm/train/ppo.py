@@ -53,7 +53,7 @@ class Ppo(PpoOptions, OnlineStage):
         return ActorCritic(policy, *args, settings, value=value, **more)
 
     def charts(self, metrics: list[dict[str, Any]]) -> list[str]:
-        from fastlm.train.online_charts import value_chart
+        from fastlm.train.charts import value_chart
 
         return [value_chart(metrics)]
 

@@ -4,11 +4,14 @@ import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fastlm.errors import InputError
+from fastlm.pipeline.stage import MaybePositional
 from fastlm.stats.intervals import mean_error
+from fastlm.train.chat_stage import ChatStage
 from fastlm.train.encoding import Example, TrainingData, digest, fit
+from fastlm.train.training_stage import loss_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,6 +24,35 @@ OVERLONG = {
     "skip": ("too long", "too long"),
     "truncate": ("nothing left to learn", "truncated"),
 }
+
+
+@dataclass(frozen=True)
+class PreferenceStage(ChatStage):
+    """A stage that learns from preferences: what `dpo` and `reward` share."""
+
+    rows = "preferences"
+    form = "preferences"
+
+    data: Annotated[
+        tuple[str, ...],
+        MaybePositional(
+            "Preferences: .jsonl or .json files, folders, pypi:, sdist: or deb:NAME#GLOB"
+        ),
+    ] = ()
+    accumulate: Annotated[int, "Micro-batches per step"] = 4
+    seq_len: Annotated[
+        int | None, "Most tokens of prompt and answer; default: the context, at most 2048"
+    ] = None
+    overlong: Annotated[str, "Longer answers: skip the row, or truncate"] = "skip"
+    heldout: Annotated[float, "Share of the prompts that is held out"] = 0.1
+
+    def figures(self, result: Mapping[str, Any]) -> list[str]:
+        """Return loss and accuracy, for the user."""
+        metrics, figures = result["metrics"], [loss_text(result)]
+        if "val_accuracy" in metrics:
+            accuracy, error = metrics["val_accuracy"], metrics["val_accuracy_error"]
+            figures.append(f"held-out accuracy {100 * accuracy:.1f} % +- {100 * error:.1f}")
+        return figures
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,10 +242,3 @@ def ranked_right(better: "Tensor", worse: "Tensor") -> tuple[float, float]:
     sides = [wins.mean(1 - side) for side in (0, 1)]
     variance = sum(float(side.var()) / len(side) for side in sides if len(side) > 1)
     return float(wins.mean()), math.sqrt(variance)
-
-
-def accuracy_text(metrics: Mapping[str, float]) -> list[str]:
-    if "val_accuracy" not in metrics:
-        return []
-    accuracy, error = metrics["val_accuracy"], metrics["val_accuracy_error"]
-    return [f"held-out accuracy {100 * accuracy:.1f} % +- {100 * error:.1f}"]

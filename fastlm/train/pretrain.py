@@ -1,15 +1,15 @@
 """Pretraining: next-token prediction on packed shards, which produces a base model."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from fastlm.errors import InputError, unknown_key
 from fastlm.pipeline.stage import Facts, Job, Part, Takes, at_least_one
-from fastlm.progress import silent
 from fastlm.sources.input_digest import Contents
-from fastlm.train.distributed import Alone
+from fastlm.train.distributed import SingleProcess
+from fastlm.train.objective import Objective
 from fastlm.train.options import TrainOptions
 from fastlm.train.training_stage import Training, TrainingStage
 
@@ -20,15 +20,17 @@ if TYPE_CHECKING:
     from fastlm.checkpoint.config import ModelConfig
     from fastlm.data.shards import BatchSampler, TokenDataset
     from fastlm.tokenizer.tokenizer import Tokenizer
-    from fastlm.train.loop import TrainResult
 
     Batch = tuple[Tensor, Tensor, Tensor | None]  # input_ids, labels, cu_seqlens
 
 
-class NextToken:
-    """The objective of `pretrain`.
+class NextToken(Objective):
+    """The objective of `Pretrain`: cross-entropy of the next token of packed windows; validation is
+    in bits per byte.
 
-    InputError: the data or the tokenizer has more tokens than the model.
+    With ``document_mask``, attention stays inside documents and positions restart with each
+    (`fastlm.data.shards.document_offsets`), in training and in validation. InputError: the data or
+    the tokenizer has more tokens than the model.
     """
 
     def __init__(
@@ -49,15 +51,10 @@ class NextToken:
                     f"{name}: wanted a vocabulary of at most the model's {vocab_size},"
                     f" got {part.vocab_size}"
                 )
-        self.trained, self.ranks = model, Alone()
+        self.trained, self.world = model, SingleProcess()
         self.sampler, self.val, self.options = sampler, val, options
         self.tokenizer, self.document_mask = tokenizer, document_mask
         self.device = next(model.parameters()).device
-
-    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        from fastlm.train.objective import decay_matrices
-
-        return decay_matrices(self.trained, weight_decay)
 
     def identity(self) -> dict[str, Any]:
         state = self.sampler.state_dict()
@@ -88,25 +85,10 @@ class NextToken:
     def num_items(self, batch: "np.ndarray") -> int:
         return len(batch) * self.sampler.seq_len  # packed windows have no ignored labels
 
-    def tokens(self, batch: "np.ndarray") -> int:
-        return self.num_items(batch)
-
     def loss(self, batch: "np.ndarray", num_items: int) -> "Tensor":
         input_ids, labels, offsets = self.read(batch)
         inside = {} if offsets is None else {"cu_seqlens": offsets}
         return self.trained(input_ids, shift_labels=labels, num_items=num_items, **inside).loss
-
-    def measurements(self) -> None:
-        return None
-
-    def scalars(self, measured: Sequence[None]) -> dict[str, float]:
-        return {}
-
-    def unsettled(self) -> int:
-        return 0
-
-    def check_last(self) -> None:
-        pass
 
     def position(self) -> str:
         state = self.sampler.state_dict()
@@ -150,31 +132,6 @@ class NextToken:
         return o.sample_prompt + self.tokenizer.decode(tokens[0, len(ids) :].tolist())
 
 
-def pretrain(
-    model: "nn.Module",
-    train_data: "BatchSampler",
-    val: "TokenDataset | None",
-    options: TrainOptions,
-    run_dir: Path,
-    *,
-    tokenizer: "Tokenizer | None" = None,
-    document_mask: bool = False,
-    track=silent,
-    on_event: Callable[[dict[str, Any]], None] | None = None,
-) -> "TrainResult":
-    """Train ``model`` on ``train_data``, validating on ``val`` in bits per byte; see ``train``.
-
-    With ``document_mask``, attention stays inside documents and positions restart with each
-    (`fastlm.data.shards.document_offsets`), in training and in validation.
-
-    InputError also when data, tokenizer and model disagree on the vocabulary.
-    """
-    from fastlm.train.loop import train
-
-    objective = NextToken(model, train_data, val, options, tokenizer, document_mask=document_mask)
-    return train(objective, options, run_dir, track=track, on_event=on_event)
-
-
 @dataclass(frozen=True)
 class Pretrain(TrainingStage):
     """Train a model on token shards. The same command run again resumes from the last checkpoint.
@@ -193,11 +150,7 @@ class Pretrain(TrainingStage):
         ),
     }
     settings_in = ("config",)
-    result = {
-        "steps": int, "tokens": int, "tokens_per_second": float, "loss": float | None,
-        "parameters": int, "epochs": int, "used_seconds": float, "train_tokens": int, "load": str,
-        "prompt": str,
-    }  # fmt: skip
+    result = {**TrainingStage.result, "epochs": int, "train_tokens": int, "prompt": str}
 
     batch_size: Annotated[int, "Sequences per micro-batch"] = 16
     seq_len: Annotated[int, "Tokens per sequence"] = 256

@@ -6,24 +6,23 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from fastlm.data.conversations import FORMATS
 from fastlm.errors import InputError
-from fastlm.pipeline.stage import Job, MaybePositional, Part, Takes
+from fastlm.pipeline.stage import Job, Part, Takes
 from fastlm.sources.input_digest import Contents
-from fastlm.train.chat_stage import FEEDBACK, ChatStage
+from fastlm.train.chat_stage import FEEDBACK
 from fastlm.train.encoding import Example, rows_text
 from fastlm.train.epochs import Epochs
 from fastlm.train.preferences import (
     Judged,
     Preferences,
+    PreferenceStage,
     accuracy_error,
-    accuracy_text,
     digest_of,
     right,
 )
 from fastlm.train.reward_report import calibration, length_bias
-from fastlm.train.training_stage import MODEL, Training, loss_text
+from fastlm.train.training_stage import MODEL, Training
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from fastlm.model.causal_lm import CausalLM
@@ -64,28 +63,23 @@ class RankedAnswers(Epochs):
         *,
         margins: bool = False,
         reference: Sequence[Judged] = (),
-        batch_size: int,
-        seed: int,
-        base: str,
-        device: "torch.device",
+        **common: Any,
     ):
+        places = [one.answers[0].place for one in judged]
         super().__init__(
-            model, [one.answers[0].place for one in judged], options, batch_size=batch_size,
-            seed=seed, base=base, data=digest_of(judged), tokenizer=None, prompt=(), device=device,
-        )  # fmt: skip
-        self.judged, self.heldout, self.margins = judged, heldout, margins
-        self.reference = reference
+            model, judged, heldout, options, places=places, data=digest_of(judged), **common
+        )
+        self.margins, self.reference = margins, reference
         self.measured: list[tuple[Tensor, Tensor]] = []
 
     def identity(self) -> dict[str, Any]:
         return {**super().identity(), "margins": self.margins}
 
     def next_batches(self, count: int) -> list[Batch]:
-        """Return ``count`` micro-batches, or what the epoch has left."""
         self.measured = []
-        return [self._packed([self.judged[i] for i in rows]) for rows in self.take(count)]
+        return super().next_batches(count)
 
-    def _packed(self, judged: Sequence[Judged]) -> Batch:
+    def collate(self, judged: Sequence[Judged]) -> Batch:
         import numpy as np
         import torch
 
@@ -151,7 +145,7 @@ class RankedAnswers(Epochs):
         margins, places = [], []
         for start in range(0, len(self.heldout), self.batch_size):
             rows = self.heldout[start : start + self.batch_size]
-            batch = self._packed(rows)
+            batch = self.collate(rows)
             scores = self.scores(batch)
             total += float(self.losses(scores, batch).sum())
             items += self.num_items(batch)
@@ -190,7 +184,7 @@ def pairs_of(scores: "Tensor", ranks: "Tensor") -> "tuple[Tensor, Tensor]":
 
 
 @dataclass(frozen=True)
-class Reward(ChatStage):
+class Reward(PreferenceStage):
     """Train a reward model on preferences: the model's layers with a head that scores an answer.
 
     Its scores have mean 0 and standard deviation 1 over the answers of the training. The same
@@ -206,23 +200,13 @@ class Reward(ChatStage):
     leaves = {"reward": MODEL}
     sources_in = ("data", "normalise_on")
     result = {
-        "steps": int, "tokens": int, "tokens_per_second": float, "loss": float | None,
-        "metrics": dict, "parameters": int, "comparisons": int, "heldout": int, "read": int,
-        "counts": dict, "used_seconds": float, "load": str, "calibration": dict,
+        **PreferenceStage.result, "comparisons": int, "calibration": dict,
         "length_bias": dict, "measured_on": str, "lengths": list, "scores": list,
     }  # fmt: skip
     notes = """Read are .jsonl and .json files of pairs (prompt, chosen, rejected), ranked lists
 (prompt, answers, ranks or scores) and corrections (prompt, answer, corrected)."""
-    rows = "preferences"
-    form = "preferences"
     unused = ("sample_at", "sample_prompt", "sample_tokens")
 
-    data: Annotated[
-        tuple[str, ...],
-        MaybePositional(
-            "Preferences: .jsonl or .json files, folders, pypi:, sdist: or deb:NAME#GLOB"
-        ),
-    ] = ()
     normalise_on: Annotated[
         tuple[str, ...], "Preferences whose answers' scores have mean 0; default: those of training"
     ] = ()
@@ -231,12 +215,6 @@ class Reward(ChatStage):
     ] = False
     use_margins: Annotated[bool, "Subtract the margins of the data from a pair's scores"] = False
     batch_size: Annotated[int, "Rows per micro-batch, joined without padding"] = 4
-    accumulate: Annotated[int, "Micro-batches per step"] = 4
-    seq_len: Annotated[
-        int | None, "Most tokens of prompt and answer; default: the context, at most 2048"
-    ] = None
-    overlong: Annotated[str, "Longer answers: skip the row, or truncate"] = "skip"
-    heldout: Annotated[float, "Share of the prompts that is held out"] = 0.1
     lr: Annotated[float, "Peak learning rate"] = 1e-5
 
     def part(self) -> str:
@@ -266,7 +244,6 @@ class Reward(ChatStage):
             other = stage.read_data(data.tokenizer, data.context, job)
             if not (reference := other.training):
                 raise InputError(f"normalise_on: wanted answers, got none in {other.told()}")
-        del common["tokenizer"], common["prompt"]
         return RankedAnswers(
             model, data.training, data.heldout, options, margins=self.use_margins,
             reference=reference, **common,
@@ -282,18 +259,17 @@ class Reward(ChatStage):
         model.eval()
         model.normalise(model.score(ids_of(answers_of(objective.reference))))
         return {
-            **measure(model, objective.heldout or objective.judged),
+            **measure(model, objective.heldout or objective.examples),
             "measured_on": "held-out" if objective.heldout else "training",
             "parameters": sum(p.numel() for p in model.parameters()),
         }
 
     def outcome(self, result: Mapping[str, Any], job: Job) -> tuple[str, list[str]]:
-        figures = [loss_text(result), *accuracy_text(result["metrics"])]
-        return f"{result['comparisons']:,} comparisons", figures
+        return f"{result['comparisons']:,} comparisons", self.figures(result)
 
     def section(self, job: Job, result: Mapping[str, Any], metrics: list[dict[str, Any]]) -> Part:
         from fastlm.pipeline.charts import loss_chart
-        from fastlm.train.preference_charts import accuracy_chart, calibration_chart, length_chart
+        from fastlm.train.charts import accuracy_chart, calibration_chart, length_chart
 
         cards = []
         if (accuracy := result["metrics"].get("val_accuracy")) is not None:

@@ -9,14 +9,11 @@ from fastlm.errors import InputError
 from fastlm.pipeline.stage import Job, Part, Takes
 from fastlm.train.chat_stage import FEEDBACK, ChatStage
 from fastlm.train.encoding import IGNORE, Example, TrainingData, digest, fit, pack, rows_text
-from fastlm.train.epochs import Epochs
+from fastlm.train.epochs import Epochs, Mixture
 from fastlm.train.lora_options import LoraOptions
-from fastlm.train.mixture import Mixture
 from fastlm.train.training_stage import loss_text
 
 if TYPE_CHECKING:
-    import numpy as np
-    import torch
     from torch import Tensor, nn
 
     from fastlm.data.conversations import Conversation
@@ -36,8 +33,7 @@ class AnswerTokens(Epochs):
     """The objective of `Sft`: cross-entropy of learnt tokens.
 
     The loss is a mean over the learnt tokens of the whole step, however they are spread over its
-    micro-batches. ``mixture``: the sources of ``examples``, one after another; by default one of
-    weight 1. For the other arguments see `Epochs`.
+    micro-batches. For the arguments see `Epochs`.
     """
 
     def __init__(
@@ -46,41 +42,18 @@ class AnswerTokens(Epochs):
         examples: Sequence[Example],
         heldout: Sequence[Example],
         options: "TrainOptions",
-        *,
-        batch_size: int,
-        seed: int,
-        base: str,
-        tokenizer: "Tokenizer | None",
-        prompt: Sequence[int],
-        device: "torch.device",
-        mixture: Mixture | None = None,
+        **common: Any,
     ):
-        self.mixture = mixture or Mixture((len(examples),), (1.0,))
+        places = [example.place for example in examples]
         super().__init__(
-            model, [e.place for e in examples], options, batch_size=batch_size, seed=seed,
-            base=base, data=digest(examples), tokenizer=tokenizer, prompt=prompt, device=device,
-        )  # fmt: skip
-        self.examples, self.heldout = examples, heldout
+            model, examples, heldout, options, places=places, data=digest(examples), **common
+        )
 
-    def order_of(self, rng: "np.random.Generator") -> "np.ndarray":
-        return self.mixture.order(rng)
-
-    def identity(self) -> dict[str, Any]:
-        return {**super().identity(), **self.mixture.identity()}
-
-    def next_batches(self, count: int) -> "list[Batch]":
-        """Return ``count`` micro-batches, or what the epoch has left."""
-        return [self._packed([self.examples[i] for i in batch]) for batch in self.take(count)]
-
-    def _packed(self, examples: Sequence[Example]) -> "Batch":
-        ids, labels, cu_seqlens = pack(examples)
-        return ids.to(self.device), labels.to(self.device), cu_seqlens.to(self.device)
+    def collate(self, examples: Sequence[Example]) -> Any:
+        return pack(examples, self.device)
 
     def num_items(self, batch: "Batch") -> int:
         return int((batch[1] != IGNORE).sum())
-
-    def tokens(self, batch: "Batch") -> int:
-        return self.num_items(batch)
 
     def loss(self, batch: "Batch", num_items: int) -> "Tensor":
         ids, labels, cu_seqlens = batch
@@ -92,7 +65,7 @@ class AnswerTokens(Epochs):
         """Return the mean loss of the held-out tokens, of at most `val_tokens` of them."""
         total, items = 0.0, 0
         for start in range(0, len(self.heldout), self.batch_size):
-            batch = self._packed(self.heldout[start : start + self.batch_size])
+            batch = self.collate(self.heldout[start : start + self.batch_size])
             total += float(self.loss(batch, 1))
             items += self.num_items(batch)
             if items >= self.options.val_tokens:
@@ -115,10 +88,8 @@ class Sft(LoraOptions, ChatStage):
         "feedback": FEEDBACK,
     }
     result = {
-        "steps": int, "tokens": int, "tokens_per_second": float, "loss": float | None,
-        "parameters": int, "conversations": int, "heldout": int, "read": int, "counts": dict,
-        "learnt_tokens": int, "all_tokens": int, "used_seconds": float, "load": str, "prompt": str,
-        "trained_parameters": int, "sources": list,
+        **ChatStage.result, "conversations": int, "learnt_tokens": int, "all_tokens": int,
+        "sources": list,
     }  # fmt: skip
     notes = """Read are .jsonl and .json files of rows in the shapes of OpenAI (messages), ShareGPT
 (conversations), Alpaca (instruction, input, output) and pairs (prompt, completion)."""
@@ -182,9 +153,7 @@ class Sft(LoraOptions, ChatStage):
         from fastlm.pipeline.text import count_text
 
         learnt, whole = result["learnt_tokens"], result["all_tokens"]
-        facts = {"conversations": rows_text(result)}
-        if self.lora_rank:
-            facts["adapters"] = self.lora_told(result)
+        facts = {"conversations": rows_text(result), **self.lora_facts(result)}
         if self.data_weights:
             facts["mixture"] = ", ".join(
                 f"{s['weight']:g} x {s['source']} ({s['conversations']:,})"

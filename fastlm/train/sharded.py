@@ -28,17 +28,17 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from fastlm.checkpoint.folder import MANIFEST, TENSORS, write_json
 from fastlm.errors import InputError
 from fastlm.files import new_name, open_regular, read_json, reason, sync, write_error
-from fastlm.train.distributed import Alone
+from fastlm.train.distributed import SingleProcess
 
 
 def save_sharded(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], ranks: Alone
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], world: SingleProcess
 ) -> None:
     """Write the folder ``path``; all processes call it. DTensors are written shard by shard,
     plain tensors, which are equal in all processes, once.
     """
-    part = ranks.from_first(new_name(path))
-    ranks.on_first(lambda: _made(part))
+    part = world.from_first(new_name(path))
+    world.on_first(lambda: _made(part))
     # a file of safetensors has no slices of a tensor without dimensions
     flat = {name: t if t.dim() else t.reshape(1) for name, t in tensors.items()}
     writer = HuggingFaceStorageWriter(str(part), save_distributed=True)
@@ -48,9 +48,9 @@ def save_sharded(
             save(flat, storage_writer=writer)
     except OSError as caught:
         error = str(write_error(path, caught))
-    mine = sorted(part.glob(f"shard-{ranks.rank + 1:05d}-*"))
+    mine = sorted(part.glob(f"shard-{world.rank + 1:05d}-*"))
     sums = {file.name: _sha256(file) for file in mine} if error is None else {}
-    found = ranks.gather((error, sums))
+    found = world.gather((error, sums))
     for bad, _ in found:
         if bad is not None:
             raise InputError(bad)
@@ -66,7 +66,7 @@ def save_sharded(
         except OSError as caught:
             raise write_error(path, caught) from caught
 
-    ranks.on_first(finish)
+    world.on_first(finish)
 
 
 @contextmanager
@@ -88,7 +88,7 @@ def _made(part: Path) -> None:
 
 
 def load_sharded(
-    path: Path, targets: Mapping[str, Tensor], params: list[Tensor], ranks: Alone
+    path: Path, targets: Mapping[str, Tensor], params: list[Tensor], world: SingleProcess
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return tensors and metadata of the folder ``path``. All processes call it.
 
@@ -100,10 +100,10 @@ def load_sharded(
     try:
         bad = [
             name
-            for name, digest in sorted(sums.items())[ranks.rank :: ranks.size]
+            for name, digest in sorted(sums.items())[world.rank :: world.size]
             if _sha256(path / name) != digest
         ]
-        for name in (name for names in ranks.gather(bad) for name in names):
+        for name in (name for names in world.gather(bad) for name in names):
             raise InputError(f"{path / name}: corrupt: its sha256 is not that of {MANIFEST}")
         reader = HuggingFaceStorageReader(str(path))
         found: dict[str, Any] = reader.read_metadata().state_dict_metadata
@@ -120,7 +120,7 @@ def load_sharded(
                 into[name] = torch.zeros(have.size, dtype=dtype)
         with warnings.catch_warnings(), _unwrapped():
             warnings.simplefilter("ignore", UserWarning)  # it says that one process loads
-            load(into, storage_reader=reader, no_dist=ranks.size == 1)
+            load(into, storage_reader=reader, no_dist=world.size == 1)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: cannot be read: {reason(error)}") from error
     return into, manifest.get("metadata") or {}

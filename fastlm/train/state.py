@@ -23,7 +23,7 @@ from fastlm.errors import InputError
 from fastlm.files import make_folder, new_name, reason
 from fastlm.model.quantized_modules import QuantizedEmbedding, QuantizedLinear
 from fastlm.schema import Finite, validate
-from fastlm.train.distributed import Alone
+from fastlm.train.distributed import SingleProcess
 
 FOLDER = "checkpoints"
 NAME = re.compile(r"step-(\d{8,})")
@@ -52,7 +52,7 @@ class Progress:
     last_metrics: dict[str, Any]
     metrics_bytes: int
     objective: dict[str, Any]
-    losses: list[Finite]  # of the last steps, for `fastlm.train.spikes`
+    losses: list[Finite]  # of the last steps, for `fastlm.train.loss_spikes`
     best_step: int | None  # of `fastlm.train.best`
     best_loss: Finite | None
 
@@ -210,7 +210,7 @@ def save_checkpoint(
 
 
 def _read(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Alone
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: SingleProcess
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     params = [param for group in optimizer.param_groups for param in group["params"]]
     if (path / TENSORS).exists() and not any(hasattr(param, "to_local") for param in params):
@@ -218,7 +218,7 @@ def _read(
     from fastlm.train.sharded import load_sharded  # imports torch.distributed.checkpoint
 
     own = {f"model.{name}": tensor for name, tensor in trained_state(model).items()}
-    return load_sharded(path, own, params, ranks)
+    return load_sharded(path, own, params, world)
 
 
 def difference(
@@ -238,14 +238,14 @@ def load_checkpoint(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     identity: dict[str, Any],
-    ranks: Alone,
+    world: SingleProcess,
     *,
     may_differ: Sequence[str] = (),
 ) -> Progress:
     """Load everything in place, in all processes. InputError: corrupt, or of another run (the
     message names the first difference of ``identity``, apart from the keys in ``may_differ``).
     """
-    tensors, metadata = _read(path, model, optimizer, ranks)
+    tensors, metadata = _read(path, model, optimizer, world)
     try:
         rest = validate(metadata, Rest, "", extra="forbid")
     except InputError as error:

@@ -238,7 +238,7 @@ def _measure(
 
     device = teacher.device
     with torch.no_grad():
-        ids, labels, cu_seqlens = (x.to(device) for x in pack(examples))
+        ids, labels, cu_seqlens = pack(examples, device)
         hidden = teacher.hidden(ids, cu_seqlens=cu_seqlens)[0][labels[0] != IGNORE]
         head = teacher.head_matrix(hidden.dtype)
         step = max(1, WORKSPACE // (4 * len(head)))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from fastlm.errors import InputError
 from fastlm.pipeline.stage import Job, Part, Stage
-from fastlm.torchrun import leads
+from fastlm.torchrun import is_main_process
 from fastlm.train.best import taken
 from fastlm.train.metrics import METRICS, read_metrics
 from fastlm.train.options import OPTIMIZERS, TrainOptions
@@ -46,6 +46,10 @@ class TrainingStage(TrainOptions, Stage):
 
     leaves = {"model": MODEL}
     scratch = ("checkpoints",)
+    result = {
+        "steps": int, "tokens": int, "tokens_per_second": float, "loss": float | None,
+        "metrics": dict, "parameters": int, "used_seconds": float, "load": str,
+    }  # fmt: skip
 
     seed: Annotated[int, "Seed of the order of the data"] = 0
 
@@ -89,7 +93,7 @@ class TrainingStage(TrainOptions, Stage):
             training.objective, training.options, job.out, track=job.track,
             on_event=job.on_event, on_diverged=training.on_diverged,
         )  # fmt: skip
-        if not leads():
+        if not is_main_process():
             return {}
         measured = self.finish(training)
         self.save(training, job.out / MODEL)

@@ -11,7 +11,8 @@ import fastlm
 from fastlm.data.shards import BatchSampler, TokenDataset
 from fastlm.errors import InputError
 from fastlm.model.layers import checkpoint_activations
-from fastlm.train.pretrain import pretrain
+from fastlm.train.loop import train
+from fastlm.train.pretrain import NextToken
 
 LAYERS = 4
 
@@ -100,7 +101,7 @@ def test_a_training_with_it_has_the_same_weights(tmp_path):
             tiny_run.OPTIONS, max_steps=3, validations=0, sample_at=(),
             checkpoint_activations=again,
         )  # fmt: skip
-        pretrain(net, sampler, None, options, tmp_path / f"{again}")
+        train(NextToken(net, sampler, None, options), options, tmp_path / f"{again}")
         assert net.model.checkpoint_activations == again
         weights.append(net.state_dict())
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])

@@ -16,9 +16,9 @@ import fastlm
 from fastlm.data.shards import BatchSampler, TokenDataset
 from fastlm.errors import InputError
 from fastlm.muon import COEFFICIENTS, Muon, muon_groups, orthogonalize
-from fastlm.train.loop import Interrupted
+from fastlm.train.loop import Interrupted, train
 from fastlm.train.objective import decay_matrices
-from fastlm.train.pretrain import pretrain
+from fastlm.train.pretrain import NextToken
 
 SHAPES = ((24, 40), (40, 24), (16, 16))
 CONFIG = fastlm.ModelConfig(
@@ -209,7 +209,8 @@ def test_a_training_resumes_to_the_same_bits(tmp_path):
     def start(name, on_event=None):
         model = fastlm.CausalLM(CONFIG, seed=0)
         sampler = BatchSampler(TokenDataset(tmp_path / "train"), 2, 16, seed=7)
-        result = pretrain(model, sampler, None, options, tmp_path / name, on_event=on_event)
+        objective = NextToken(model, sampler, None, options)
+        result = train(objective, options, tmp_path / name, on_event=on_event)
         return model, result
 
     def press(event):

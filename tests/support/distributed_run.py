@@ -36,7 +36,7 @@ from fastlm.model.lora import add_lora
 from fastlm.model.reward_model import RewardModel
 from fastlm.train import loop
 from fastlm.train.distill import DistillOptions, TeacherTokens
-from fastlm.train.distributed import joined
+from fastlm.train.distributed import process_group
 from fastlm.train.dpo_objective import PreferredAnswers
 from fastlm.train.encoding import Example
 from fastlm.train.grpo import Grpo
@@ -48,7 +48,7 @@ from fastlm.train.options import TrainOptions
 from fastlm.train.ppo_objective import ActorCritic, value_model
 from fastlm.train.preference_loss import PreferenceLoss
 from fastlm.train.preferences import Judged
-from fastlm.train.pretrain import pretrain
+from fastlm.train.pretrain import NextToken
 from fastlm.train.reward import RankedAnswers
 from fastlm.train.rollout_options import GrpoOptions, PpoOptions, RolloutOptions
 from fastlm.train.sft import AnswerTokens
@@ -80,7 +80,8 @@ def pretraining(data: Path, run: Path, options: TrainOptions = OPTIONS, **kwargs
     sampler = BatchSampler(TokenDataset(data / "train"), 2, SEQ, seed=7)
     heldout = TokenDataset(data / "heldout")
     net = model()
-    result = pretrain(net, sampler, heldout, options, run, tokenizer=Letters(), **kwargs)
+    objective = NextToken(net, sampler, heldout, options, Letters())
+    result = train(objective, options, run, **kwargs)
     return net, result
 
 
@@ -380,14 +381,14 @@ def work(job: str, rank: int, size: int, port: int, data: Path, out: Path) -> No
     }  # fmt: skip
     if job == "edges":
         cpu = torch.device("cpu")
-        with joined(cpu) as ranks:  # its own group, with what torchrun's environment says
+        with process_group(cpu) as ranks:  # its own group, with what torchrun's environment says
             assert ranks.gather(rank) == list(range(size))
         assert not dist.is_initialized()
         # a caller's, which is for GPUs alone. Groups made later have the same names: without a
         # prefix gloo may find the addresses of this one in the store
         store = PrefixStore("caller", next(iter(rendezvous("env://")))[0])
         dist.init_process_group("cuda:gloo", store=store, rank=rank, world_size=size)
-        with joined(cpu) as ranks:
+        with process_group(cpu) as ranks:
             assert ranks.gather(rank) == list(range(size))
             assert ranks.from_first(rank) == 0 and ranks.any(rank == 1)
         dist.destroy_process_group()

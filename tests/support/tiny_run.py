@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastlm.data.shards import BatchSampler, TokenDataset, write_shards
+from fastlm.train.loop import train
 from fastlm.train.options import TrainOptions
-from fastlm.train.pretrain import pretrain
+from fastlm.train.pretrain import NextToken
 
 VOCAB, SEQ = 32, 16
 OPTIONS = TrainOptions(
@@ -85,7 +86,7 @@ def start(data: Path, run: Path, options: TrainOptions = OPTIONS, **kwargs):
     model = TinyLM()
     sampler = BatchSampler(TokenDataset(data / "train"), 4, SEQ, seed=7)
     heldout = TokenDataset(data / "heldout")
-    return pretrain(model, sampler, heldout, options, run, tokenizer=Letters(), **kwargs)
+    return train(NextToken(model, sampler, heldout, options, Letters()), options, run, **kwargs)
 
 
 def start_and_die(

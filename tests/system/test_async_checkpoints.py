@@ -15,9 +15,9 @@ from tiny_run import start
 
 from fastlm.checkpoint import folder
 from fastlm.errors import InputError
+from fastlm.train.checkpoint_writer import CheckpointWriter
 from fastlm.train.loop import Interrupted, NonFiniteError
 from fastlm.train.state import list_checkpoints
-from fastlm.train.writer import Writer
 
 PLAIN = replace(tiny_run.OPTIONS, keep_best=True)
 OPTIONS = replace(PLAIN, async_checkpoints=True)
@@ -154,7 +154,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_bits(data, tmp_path, whole, poin
 def test_the_writer():
     done: list[int] = []
     for beside in (False, True):
-        with Writer(beside) as writer:
+        with CheckpointWriter(beside) as writer:
             for i in range(3):
                 writer.submit(lambda i=i: (time.sleep(0.02), done.append(i)))
     assert done == [0, 1, 2] * 2
@@ -162,7 +162,7 @@ def test_the_writer():
     def fail():
         raise InputError("full")
 
-    writer = Writer(True)
+    writer = CheckpointWriter(True)
     writer.submit(fail)
     with pytest.raises(InputError, match="full"):
         writer.wait()

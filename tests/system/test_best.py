@@ -13,12 +13,12 @@ import torch
 from fastlm.checkpoint.folder import load_tensors
 from fastlm.errors import InputError
 from fastlm.train.best import NAME, Best
-from fastlm.train.distributed import Alone
-from fastlm.train.loop import Interrupted
-from fastlm.train.parallel import Whole
-from fastlm.train.pretrain import pretrain
+from fastlm.train.checkpoint_writer import CheckpointWriter
+from fastlm.train.distributed import SingleProcess
+from fastlm.train.loop import Interrupted, train
+from fastlm.train.parallel import SingleDevice
+from fastlm.train.pretrain import NextToken
 from fastlm.train.state import checkpoint_path, list_checkpoints
-from fastlm.train.writer import Writer
 
 # The rate rises until the loss does
 OPTIONS = replace(
@@ -42,7 +42,8 @@ def start(data, run, options=OPTIONS, on_event=None):
     model = tiny_run.TinyLM()
     sampler = tiny_run.BatchSampler(tiny_run.TokenDataset(data / "train"), 4, tiny_run.SEQ, seed=7)
     heldout = tiny_run.TokenDataset(data / "heldout")
-    result = pretrain(model, sampler, heldout, options, run, on_event=on_event)
+    objective = NextToken(model, sampler, heldout, options)
+    result = train(objective, options, run, on_event=on_event)
     return model, result
 
 
@@ -130,11 +131,17 @@ def test_what_is_refused(data, tmp_path):
     with pytest.raises(InputError, match="take: wanted one of last, best, got 'first'"):
         start(data, tmp_path, replace(OPTIONS, take="first"))
     model = tiny_run.TinyLM()
-    train = tiny_run.TokenDataset(data / "train")
-    sampler = tiny_run.BatchSampler(train, 4, tiny_run.SEQ, seed=7)
+    dataset = tiny_run.TokenDataset(data / "train")
+    sampler = tiny_run.BatchSampler(dataset, 4, tiny_run.SEQ, seed=7)
     with pytest.raises(InputError, match="to validate on, got none; raise heldout, give more"):
-        pretrain(model, sampler, None, OPTIONS, tmp_path)
-    best = Best(tmp_path, True, Writer(False), Whole(torch.nn.Linear(1, 1)), Alone())
+        train(NextToken(model, sampler, None, OPTIONS), OPTIONS, tmp_path)
+    best = Best(
+        tmp_path,
+        True,
+        CheckpointWriter(False),
+        SingleDevice(torch.nn.Linear(1, 1)),
+        SingleProcess(),
+    )
     with pytest.raises(InputError, match="best-00000007: wanted the best weights"):
         best.resume(7, 1.0)
     best.offer(1, {"val_loss": float("nan")}, model)

@@ -81,7 +81,7 @@ def test_the_loss_is_the_formula_on_logits(kind) -> None:
     wanted = torch.autograd.grad(total / count, list(model.parameters()))
     for split in (1, 3):  # whatever the micro-batches
         model.zero_grad()
-        batches = [game._packed(EXAMPLES[i : i + split]) for i in range(0, 3, split)]
+        batches = [game.collate(EXAMPLES[i : i + split]) for i in range(0, 3, split)]
         with use_backend("reference"):
             losses = [game.loss(batch, count) for batch in batches]
         sum(losses).backward()

@@ -27,7 +27,7 @@ from torch.distributed import TCPStore
 from fastlm.checkpoint.folder import load_tensors
 from fastlm.errors import InputError
 from fastlm.stages import KINDS, run_recipe
-from fastlm.train.distributed import Ranks, agree, averaged, check_gpus, is_lost
+from fastlm.train.distributed import ProcessGroup, agree, averaged, check_gpus, is_lost
 from fastlm.train.state import list_checkpoints
 
 NEAR = {"float32": 1e-5, "best": 1e-5, "bfloat16": 1e-2}
@@ -299,9 +299,9 @@ def test_a_torch_without_distributed_has_what_one_process_needs(monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     folder = Path(trainings.loop.__file__).parent
     found = [runpy.run_path(str(folder / f"{name}.py")) for name in ("distributed", "parallel")]
-    net, alone = trainings.model(), found[0]["Alone"]()
+    net, alone = trainings.model(), found[0]["SingleProcess"]()
     assert found[1]["parallel"](net, trainings.OPTIONS, alone).model is net
-    with found[0]["joined"](net.device) as ranks:
+    with found[0]["process_group"](net.device) as ranks:
         assert ranks.size == 1
 
 
@@ -446,13 +446,13 @@ def test_what_is_refused(launched, tmp_path):
 
 
 def test_a_share_of_micro_batches():
-    ranks = [Ranks.__new__(Ranks) for _ in range(4)]
+    ranks = [ProcessGroup.__new__(ProcessGroup) for _ in range(4)]
     for rank, one in enumerate(ranks):
         one.rank, one.size = rank, 4
-    assert [one.deal("abcdefgh") for one in ranks] == [
+    assert [one.split_batches("abcdefgh") for one in ranks] == [
         ("ae", None), ("bf", None), ("cg", None), ("dh", None)
     ]  # fmt: skip
-    assert [one.deal("abcde") for one in ranks] == [
+    assert [one.split_batches("abcde") for one in ranks] == [
         ("ae", None),
         ("b", "a"),
         ("c", "a"),

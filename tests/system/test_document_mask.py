@@ -14,8 +14,8 @@ import fastlm
 from fastlm.data.shards import BatchSampler, TokenDataset, document_offsets, write_shards
 from fastlm.errors import InputError
 from fastlm.model.bits_per_byte import evaluate
-from fastlm.train.loop import Interrupted
-from fastlm.train.pretrain import NextToken, pretrain
+from fastlm.train.loop import Interrupted, train
+from fastlm.train.pretrain import NextToken
 from fastlm.train.state import list_checkpoints
 
 CONFIG = fastlm.ModelConfig(
@@ -103,7 +103,8 @@ def test_windows_without_a_boundary_take_the_plain_path(tmp_path):
     for mask in (False, True):
         net = model()
         sampler = BatchSampler(data, 3, SEQ, seed=1)
-        pretrain(net, sampler, None, OPTIONS, tmp_path / f"{mask}", document_mask=mask)
+        objective = NextToken(net, sampler, None, OPTIONS, document_mask=mask)
+        train(objective, OPTIONS, tmp_path / f"{mask}")
         weights.append(net.state_dict())
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
@@ -129,7 +130,8 @@ def test_a_run_goes_on_to_the_same_bits_and_refuses_another_mask(data, tmp_path)
         net = model()
         sampler = BatchSampler(TokenDataset(data / "train"), 3, SEQ, seed=1)
         heldout = TokenDataset(data / "heldout")
-        pretrain(net, sampler, heldout, OPTIONS, folder, document_mask=mask, **options)
+        objective = NextToken(net, sampler, heldout, OPTIONS, document_mask=mask)
+        train(objective, OPTIONS, folder, **options)
         return net.state_dict()
 
     def press(event):

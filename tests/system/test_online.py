@@ -21,7 +21,7 @@ from fastlm.inference.requests import Completion
 from fastlm.model.causal_lm import CausalLM
 from fastlm.optim import AdamW
 from fastlm.train import online
-from fastlm.train.distributed import Alone
+from fastlm.train.distributed import SingleProcess
 from fastlm.train.grpo import Grpo
 from fastlm.train.grpo_objective import GroupRelative
 from fastlm.train.loop import Interrupted, train
@@ -263,7 +263,7 @@ def test_cut_off_anywhere_it_continues_to_the_same_bits(kind, tmp_path) -> None:
     assert len({line["round"] for line in steps}) > 2
 
 
-class Turns(Alone):
+class Turns(SingleProcess):
     """Several processes in one, which take turns."""
 
     def __init__(self, size: int):
@@ -290,7 +290,7 @@ def test_a_round_does_not_depend_on_the_number_of_processes(kind) -> None:
     found = {}
     for size in (1, 2, 5, 16):
         game = objective(kind, rules, score=score, score_metrics=lambda: {"said": np.mean(seen)})
-        game.ranks = Turns(size)
+        game.world = Turns(size)
         game.next_batches(1)
         found[size] = game, game.validate()
     whole, validated = found.pop(1)
@@ -686,13 +686,13 @@ def test_the_last_policy_is_measured_too(tmp_path) -> None:
 
 def test_an_interrupt_of_the_last_measurement_is_not_lost(tmp_path) -> None:
     game = objective("dapo", RULES)
-    check = game.check_last
+    check = game.check_pending
 
     def press() -> None:
         os.kill(os.getpid(), signal.SIGINT)
         check()
 
-    game.check_last = press
+    game.check_pending = press
     with pytest.raises(Interrupted, match=r"after step 4; saved in .*step-00000004$"):
         train(game, replace(OPTIONS, max_steps=4), tmp_path)
     assert train(objective("dapo", RULES), replace(OPTIONS, max_steps=4), tmp_path).steps == 4

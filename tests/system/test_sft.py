@@ -25,7 +25,7 @@ from fastlm.train.encoding import (
     place_in_order,
     weights_digest,
 )
-from fastlm.train.mixture import Mixture
+from fastlm.train.epochs import Mixture
 from fastlm.train.options import TrainOptions
 from fastlm.train.sft import AnswerTokens, Sft
 

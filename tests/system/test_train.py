@@ -18,7 +18,8 @@ from tiny_run import OPTIONS, start
 
 from fastlm.errors import InputError
 from fastlm.train import loop
-from fastlm.train.loop import Interrupted, NonFiniteError
+from fastlm.train.loop import Interrupted, NonFiniteError, train
+from fastlm.train.pretrain import NextToken
 from fastlm.train.schedule import due, learning_rate, micro_batches, progress
 from fastlm.train.state import difference, list_checkpoints, prune
 
@@ -97,7 +98,7 @@ def test_accumulation_is_one_large_batch(data, tmp_path):
             tiny_run.TokenDataset(data / "train"), batch, tiny_run.SEQ, seed=7
         )
         options = replace(plain, accumulate=accumulate)
-        tiny_run.pretrain(model, sampler, None, options, tmp_path / name)
+        train(NextToken(model, sampler, None, options), options, tmp_path / name)
         return [e["loss"] for e in events(tmp_path / name)]
 
     assert losses("a", 2, 4) == pytest.approx(losses("b", 1, 8), rel=1e-5)

@@ -82,10 +82,10 @@ class Bandit:
         (alone,) = measured
         return alone
 
-    def unsettled(self):
+    def pending_steps(self):
         return 0
 
-    def check_last(self):
+    def check_pending(self):
         pass
 
     def position(self):

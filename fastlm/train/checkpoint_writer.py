@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable
 
 
-class Writer:
+class CheckpointWriter:
     """Runs jobs one at a time: in the caller's thread, or with ``beside`` in a thread of its own,
     and then the caller does not wait. The caller must not change what a job reads.
 
@@ -40,7 +40,7 @@ class Writer:
         if error is not None:
             raise error
 
-    def __enter__(self) -> "Writer":
+    def __enter__(self) -> "CheckpointWriter":
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
