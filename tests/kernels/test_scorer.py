@@ -152,7 +152,7 @@ def test_contexts_beyond_the_limit_lose_their_beginning(tokenizer):
     model = make_model(max_position_embeddings=24)
     pairs = [(list(range(3, 3 + n)), [7, 8, 9]) for n in (10, 21, 22, 23, 60)]
     found = Scorer(model, tokenizer).token_loglikelihoods(pairs, greedy=True)
-    assert [one.truncated_prompt_tokens for one in found] == [0, 0, 0, 1, 38]
+    assert [one.cut for one in found] == [0, 0, 0, 1, 38]
     assert_equal(found, one_by_one(wide(model), pairs, 24), pairs)
     shorter = Scorer(model, tokenizer, limit=12).token_loglikelihoods(pairs)
     assert_equal(shorter, one_by_one(wide(model), pairs, 12), pairs)
