@@ -35,7 +35,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastlm
 from fastlm import backend, ops
-from fastlm.inference.block_manager import PAGE, Pages
+from fastlm.inference.block_manager import BLOCK_SIZE, BlockManager
 from fastlm.inference.engine import Engine
 from fastlm.inference.requests import Request
 from fastlm.inference.sampling import Sampling
@@ -327,8 +327,8 @@ def random_model(sizes: dict, format: str | None, *, filled: bool = True) -> fas
 
 def step_call(model: fastlm.CausalLM, users: int, keys: int, graph: bool) -> Callable[[], object]:
     """A decode step with `keys` keys per user in the cache, the same step at each call."""
-    width = keys // PAGE + 1
-    pages = Pages(model.config, users * width, dtype=BF16, device=DEVICE)
+    width = keys // BLOCK_SIZE + 1
+    pages = BlockManager(model.config, users * width, dtype=BF16, device=DEVICE)
     pages.data.normal_()
     with torch.inference_mode():
         model.model.fuse()
@@ -414,7 +414,9 @@ def engine_call(model: fastlm.CausalLM, users: int, tokens: int, graph: bool) ->
     prompts = torch.randint(0, model.config.vocab_size, (users, 32)).tolist()
     requests = [Request(prompt, tokens, Sampling(temperature=0), ignore_eos=True)
                 for prompt in prompts]  # fmt: skip
-    engine = Engine(model, pages=users * -(-(32 + tokens) // PAGE), prefix_cache=False)
+    engine = Engine(
+        model, num_blocks=users * -(-(32 + tokens) // BLOCK_SIZE), enable_prefix_caching=False
+    )
     if not graph:
         engine._batch.decoder = ModuleSteps(model, engine.pages)
     return lambda: engine.generate(requests)

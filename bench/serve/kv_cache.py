@@ -18,7 +18,7 @@ import bench_path  # noqa: F401
 import torch
 from harness import positive
 
-from fastlm.inference.block_manager import PAGE, Pages
+from fastlm.inference.block_manager import BLOCK_SIZE, BlockManager
 from fastlm.model import cpu_steps
 from fastlm.model.causal_lm import CausalLM
 from fastlm.tokenizer.tokenizer import Tokenizer
@@ -29,7 +29,7 @@ TIMED = (torch.float16, torch.int8)
 
 class Steps:
     def __init__(self, model: CausalLM, rows: int, pages: int, dtype: torch.dtype):
-        self.pages = Pages(model.config, rows * pages, dtype=dtype)
+        self.pages = BlockManager(model.config, rows * pages, dtype=dtype)
         plan = cpu_steps.plan_of(model)
         assert plan is not None
         self.steps = cpu_steps.PagedSteps(model, plan, self.pages.data, self.pages.scales)
@@ -42,7 +42,7 @@ class Steps:
 
 
 def times(model: CausalLM, rows: int, keys: int, turns: int) -> None:
-    each = -(-(keys + 1) // PAGE)
+    each = -(-(keys + 1) // BLOCK_SIZE)
     table = torch.arange(rows * each, dtype=torch.int32).view(rows, each)
     step = torch.arange(rows), torch.full((rows,), keys), table
     sides = {dtype: Steps(model, rows, each, dtype) for dtype in TIMED}
@@ -70,7 +70,7 @@ def losses(model: CausalLM, tokenizer: Tokenizer, text: str, windows: int, lengt
     count = sum(len(tokenizer.decode(row[1:].tolist()).encode()) for row in ids)
     truth = None
     for dtype in DTYPES:
-        side = Steps(model, 1, -(-length // PAGE), dtype)
+        side = Steps(model, 1, -(-length // BLOCK_SIZE), dtype)
         table = torch.arange(side.pages.count, dtype=torch.int32)[None]
         logits = []
         for row in ids:
@@ -83,7 +83,7 @@ def losses(model: CausalLM, tokenizer: Tokenizer, text: str, windows: int, lengt
         kl = (truth.exp() * (truth - logp)).sum(-1).mean().item()
         same = (truth.argmax(-1) == logp.argmax(-1)).double().mean().item()
         print(
-            f"{str(dtype)[6:]:8}: {side.pages.page_bytes // PAGE:6} bytes a token,"
+            f"{str(dtype)[6:]:8}: {side.pages.page_bytes // BLOCK_SIZE:6} bytes a token,"
             f" {nats / math.log(2) / count:.4f} bits per byte, KL {kl:.2e} nats,"
             f" likeliest token the same {100 * same:.2f} %",
             flush=True,

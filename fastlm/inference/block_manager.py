@@ -1,10 +1,10 @@
 """Keys and values in pages (Kwon et al. 2023, arXiv:2309.06180): who uses which page, and which
 pages hold the beginning of a prompt that may come again.
 
-A page holds `PAGE` tokens of one sequence, in all layers. Full pages of prompts are remembered
-under a hash of all tokens up to their end, so a later prompt that begins with the same tokens
-shares them. A page without a user stays remembered until its memory is needed, the one that was
-used longest ago first.
+A page holds `BLOCK_SIZE` tokens of one sequence, in all layers. Full pages of prompts are
+remembered under a hash of all tokens up to their end, so a later prompt that begins with the same
+tokens shares them. A page without a user stays remembered until its memory is needed, the one that
+was used longest ago first.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from fastlm.reference.quantized_linear import round_rows
 
 # Tokens of a page: a multiple of 16 (csrc/cpu/decode_step.h). Half of an attention task of the
 # decode step; a prompt's products reach 0.8 to 0.9 of their speed at 512 tokens with 64 (AVX2).
-PAGE = 64
+BLOCK_SIZE = 64
 SCALES = torch.float32
 _MEMORY_SHARE = 4  # a cache takes a quarter of the memory at most
 # Tokens of a likely answer with its prompt. On the CPU, memory grows with the pages that were used
@@ -31,11 +31,11 @@ _MEMORY_SHARE = 4  # a cache takes a quarter of the memory at most
 LIKELY_TOKENS = 512
 
 
-class Pages:
-    """A pool of ``count`` pages: ``data`` (layers, 2, count, Hkv, PAGE, D).
+class BlockManager:
+    """A pool of ``count`` pages: ``data`` (layers, 2, count, Hkv, BLOCK_SIZE, D).
 
-    int8 has ``scales`` (layers, 2, count, Hkv, PAGE), float32: a key is ``data * scales``, with the
-    scale absmax / 127 of its D features. One that is not finite has such a scale.
+    int8 has ``scales`` (layers, 2, count, Hkv, BLOCK_SIZE), float32: a key is ``data * scales``,
+    with the scale absmax / 127 of its D features. One that is not finite has such a scale.
 
     ``rope_length``: the length that rotary frequencies depend on, where they do, for all sequences
     alike: pages of several lengths could not be shared. 0: no model's frequencies do.
@@ -53,7 +53,7 @@ class Pages:
         rope_length: int = 0,
     ):
         self.rope_length = rope_length
-        shape = (2, count, config.num_key_value_heads, PAGE, config.head_dim)
+        shape = (2, count, config.num_key_value_heads, BLOCK_SIZE, config.head_dim)
         self.data = torch.empty(config.num_hidden_layers, *shape, dtype=dtype, device=device)
         self.layers = [layer.unbind() for layer in self.data]  # keys, values
         self.count = count
@@ -140,13 +140,15 @@ class Pages:
                 part[:, :, target] = part[:, :, source]
 
 
-def page_keys(tokens: Sequence[int], before: Sequence[bytes] = ()) -> list[bytes]:
+def block_keys(tokens: Sequence[int], before: Sequence[bytes] = ()) -> list[bytes]:
     """Return a key for each full page of tokens: a hash of them and of the key of the page before;
     ``before``: that of the first page, if there is one. So it tells all tokens up to its end."""
     keys, key = [], before[-1] if before else b""
     whole = array("q", tokens)
-    for end in range(PAGE, len(tokens) + 1, PAGE):
-        key = hashlib.blake2b(key + whole[end - PAGE : end].tobytes(), digest_size=16).digest()
+    for end in range(BLOCK_SIZE, len(tokens) + 1, BLOCK_SIZE):
+        key = hashlib.blake2b(
+            key + whole[end - BLOCK_SIZE : end].tobytes(), digest_size=16
+        ).digest()
         keys.append(key)
     return keys
 
@@ -163,7 +165,7 @@ class ChunkCache:
 
     def __init__(
         self,
-        pages: Pages,
+        pages: BlockManager,
         tables: Sequence[Sequence[int]],
         starts: Sequence[int],
         ends: Sequence[int],
@@ -177,14 +179,14 @@ class ChunkCache:
         self.positions = torch.cat([torch.arange(s, e) for s, e in zip(starts, ends, strict=True)])
         new, used, kept = [], [], []
         for table, start, end in zip(tables, starts, ends, strict=True):
-            own = torch.tensor(table[: -(-end // PAGE)])
-            new.append(own[torch.arange(start, end) // PAGE])
-            kept.append(torch.arange(end) + PAGE * sum(map(len, used)))
+            own = torch.tensor(table[: -(-end // BLOCK_SIZE)])
+            new.append(own[torch.arange(start, end) // BLOCK_SIZE])
+            kept.append(torch.arange(end) + BLOCK_SIZE * sum(map(len, used)))
             used.append(own)
-        self.new = torch.cat(new).to(device), slice(None), (self.positions % PAGE).to(device)
+        self.new = torch.cat(new).to(device), slice(None), (self.positions % BLOCK_SIZE).to(device)
         self.positions = self.positions.to(device)
         self.used = torch.cat(used).to(device)
-        whole = sum(map(len, used)) * PAGE == sum(ends)
+        whole = sum(map(len, used)) * BLOCK_SIZE == sum(ends)
         self.kept = None if whole else torch.cat(kept).to(device)  # tokens of the pages used
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -204,7 +206,7 @@ class ChunkCache:
         return whole[0], whole[1]
 
     def _of_all(self, cache: Tensor) -> Tensor:
-        """(pages, Hkv, PAGE, ..) -> (T, Hkv, ..)"""
+        """(pages, Hkv, BLOCK_SIZE, ..) -> (T, Hkv, ..)"""
         tokens = cache[self.used].transpose(1, 2).flatten(0, 1)
         return tokens if self.kept is None else tokens.index_select(0, self.kept)
 
@@ -216,10 +218,10 @@ def _sums(counts: Sequence[int]) -> Tensor:
 def page_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     heads = 2 * config.num_hidden_layers * config.num_key_value_heads
     width = config.head_dim * dtype.itemsize + (SCALES.itemsize if dtype == torch.int8 else 0)
-    return heads * PAGE * width
+    return heads * BLOCK_SIZE * width
 
 
-def page_count(
+def block_count(
     config: ModelConfig,
     rows: int,
     *,
@@ -238,14 +240,14 @@ def page_count(
     so many caches share that memory.
     """
     # and one page more for each, which the scheduler keeps for growth
-    longest = -(-(context or config.max_position_embeddings) // PAGE) + 1
+    longest = -(-(context or config.max_position_embeddings) // BLOCK_SIZE) + 1
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         memory = (torch.cuda.mem_get_info(device)[0] + cached) // 2
         wanted = rows * longest
     else:
         memory = _memory() // _MEMORY_SHARE
-        wanted = max(longest, rows * min(longest, -(-likely // PAGE) + 1))
+        wanted = max(longest, rows * min(longest, -(-likely // BLOCK_SIZE) + 1))
     return max(1, min(wanted, memory // share // (page_bytes(config, dtype) + beside)))
 
 

@@ -9,14 +9,14 @@ from torch import Tensor
 MAX_ROWS = 64  # of a step: beyond, the modules' matrix products are as fast
 
 
-class Row(NamedTuple):
+class DecodeRow(NamedTuple):
     """A token behind ``position`` others of its sequence, whose ``pages`` get its key and value.
-    ``wanted``: what follows it is asked for."""
+    ``needs_logits``: what follows it is asked for."""
 
     token: int
     position: int
     pages: list[int]
-    wanted: bool
+    needs_logits: bool
 
 
 class Decoder(Protocol):
@@ -37,12 +37,12 @@ class DecodeBatch:
         self._written: list[tuple[list[int], int]] = []  # pages of each row, and how many
 
     @torch.inference_mode()
-    def logits(self, rows: Sequence[Row]) -> Tensor:
+    def logits(self, rows: Sequence[DecodeRow]) -> Tensor:
         """Compute rows, in steps of `MAX_ROWS`. Return logits (L, V) of those wanted, in order."""
         out: list[Tensor] = []
         for begin in range(0, len(rows), MAX_ROWS):
             part = rows[begin : begin + MAX_ROWS]
-            wanted = [i for i, row in enumerate(part) if row.wanted]
+            wanted = [i for i, row in enumerate(part) if row.needs_logits]
             out.append(
                 self.decoder.logits(
                     torch.tensor([row.token for row in part]),
@@ -53,7 +53,7 @@ class DecodeBatch:
             )
         return out[0] if len(out) == 1 else torch.cat(out)
 
-    def _table_of(self, rows: Sequence[Row]) -> Tensor:
+    def _table_of(self, rows: Sequence[DecodeRow]) -> Tensor:
         width = max(len(row.pages) for row in rows)
         if self._table.shape != (len(rows), width):
             self._table = torch.zeros(len(rows), width, dtype=torch.int32)

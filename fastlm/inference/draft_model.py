@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from fastlm.errors import InputError
-from fastlm.inference.block_manager import PAGE, Pages, page_bytes
-from fastlm.inference.decode_batch import MAX_ROWS, DecodeBatch, Row
+from fastlm.inference.block_manager import BLOCK_SIZE, BlockManager, page_bytes
+from fastlm.inference.decode_batch import MAX_ROWS, DecodeBatch, DecodeRow
 from fastlm.inference.sampler import NextToken, Sampler
 from fastlm.inference.sequence import Sequence
 
@@ -62,11 +62,13 @@ class _Job:
         self.guesses: list[int] = []
         self._generator = self.sequence.generator.clone_state()
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[DecodeRow]:
         """The new tokens."""
         held, tokens = self.held, self.sequence.tokens
         return [
-            Row(tokens[i], i, held.pages, wanted=self.count > 0 and i + 1 == len(tokens))
+            DecodeRow(
+                tokens[i], i, held.pages, needs_logits=self.count > 0 and i + 1 == len(tokens)
+            )
             for i in range(held.length, held.length + self.new)
         ]
 
@@ -74,13 +76,13 @@ class _Job:
         """How to guess from a row of logits. A grammar does not count."""
         return NextToken(row, self.sequence.options, self._generator)
 
-    def guessed(self) -> Row:
+    def guessed(self) -> DecodeRow:
         """The last guess."""
         position = len(self.sequence.tokens) + len(self.guesses) - 1
-        return Row(self.guesses[-1], position, self.held.pages, wanted=True)
+        return DecodeRow(self.guesses[-1], position, self.held.pages, needs_logits=True)
 
 
-class Drafter:
+class DraftModelProposer:
     """Guesses up to ``most`` tokens with ``model``, for which `draft_page_bytes` found no reason
     against; ``count``: of its pages.
 
@@ -93,7 +95,7 @@ class Drafter:
         self.model, self.most, self.failures = model, most, 0
         self._held: dict[Sequence, _Held] = {}
         self._failed: weakref.WeakSet[Sequence] = weakref.WeakSet()
-        self.pages = Pages(model.config, count, dtype=model.dtype)
+        self.pages = BlockManager(model.config, count, dtype=model.dtype)
         self._sampler = Sampler()
         self._runner = self._batch = None
         self._follow()
@@ -112,14 +114,14 @@ class Drafter:
         if self._runner.reason is None:
             dtype = self._runner.cache_dtype
             if dtype != self.pages.data.dtype:
-                self.pages = Pages(self.model.config, self.pages.count, dtype=dtype)
+                self.pages = BlockManager(self.model.config, self.pages.count, dtype=dtype)
             self._batch = DecodeBatch(self._runner.decoder(self.pages))
 
     def forget(self, sequence: Sequence) -> None:
         if (held := self._held.pop(sequence, None)) is not None:
             self.pages.release(held.pages)
 
-    def guess(self, sequences: list[Sequence], budget: int) -> None:
+    def propose(self, sequences: list[Sequence], budget: int) -> None:
         for sequence in sequences:
             sequence.draft = []
         if budget < 1 or self._batch is None:
@@ -171,7 +173,7 @@ class Drafter:
     def _make_room(self, job: _Job) -> bool:
         held = job.held
         last = held.length + job.new + max(job.count - 1, 0)
-        more = self.pages.take(max(-(-last // PAGE) - len(held.pages), 0))
+        more = self.pages.take(max(-(-last // BLOCK_SIZE) - len(held.pages), 0))
         held.pages += more or []
         return more is not None
 

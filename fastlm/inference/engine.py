@@ -24,10 +24,10 @@ from torch import Tensor
 
 from fastlm.errors import InputError
 from fastlm.inference import sequence as sequences
-from fastlm.inference.block_manager import PAGE, ChunkCache, Pages, page_count
+from fastlm.inference.block_manager import BLOCK_SIZE, BlockManager, ChunkCache, block_count
 from fastlm.inference.calls import Call, Calls
-from fastlm.inference.decode_batch import DecodeBatch, Row
-from fastlm.inference.draft_model import Drafter, draft_page_bytes
+from fastlm.inference.decode_batch import DecodeBatch, DecodeRow
+from fastlm.inference.draft_model import DraftModelProposer, draft_page_bytes
 from fastlm.inference.requests import (
     Closed,
     Completion,
@@ -45,7 +45,7 @@ from fastlm.inference.sampler import NextToken, Sampler
 from fastlm.inference.sampling import Sampling
 from fastlm.inference.scheduler import Chunk, Scheduler
 from fastlm.inference.sequence import Collected
-from fastlm.inference.speculative import Guesser, PromptLookup
+from fastlm.inference.speculative import DraftProposer, PromptLookup
 
 if TYPE_CHECKING:
     from fastlm.model.causal_lm import CausalLM
@@ -66,45 +66,47 @@ class Engine:
     Args:
         tokenizer: makes text of tokens; without one, answers have no text and no stop strings.
             Ids that only a padded model has are not drawn.
-        pages: of `PAGE` tokens in the cache; by default as many as `max_rows` likely answers need
-            (`fastlm.inference.block_manager.page_count`). On the CPU, memory is taken at first use.
-        max_tokens_per_step: a step computes so many tokens of answers, guesses and prompts, and of
-            prompts in any case a quarter of it, or half as many as answers; where modules compute
-            these, up to the end of a page. More is faster for prompts; fewer keep the pauses in
-            running answers short. By default 256; where prompts are rows of the step 12, 32 with
-            guesses or while more than eight prompts are not done, and 64 while no answer runs.
-        max_rows: requests that run at the same time.
-        max_waiting: requests that may wait; beyond it, `submit` raises `QueueFull`.
-        max_length: tokens of the longest prompt with its answer; by default the model's. Where
+        num_blocks: of `BLOCK_SIZE` tokens in the cache; by default as many as `max_num_seqs` likely
+            answers need (`fastlm.inference.block_manager.block_count`). On the CPU, memory is taken
+            at first use.
+        max_num_batched_tokens: a step computes so many tokens of answers, guesses and prompts, and
+            of prompts in any case a quarter of it, or half as many as answers; where modules
+            compute these, up to the end of a page. More is faster for prompts; fewer keep the
+            pauses in running answers short. By default 256; where prompts are rows of the step 12,
+            32 with guesses or while more than eight prompts are not done, and 64 while no answer
+            runs.
+        max_num_seqs: requests that run at the same time.
+        max_queue_size: requests that may wait; beyond it, `submit` raises `QueueFull`.
+        max_model_len: tokens of the longest prompt with its answer; by default the model's. Where
             rotary frequencies depend on the length of the context (`dynamic`, `longrope`), those of
             this length serve all requests, as in vLLM. Short answers want
-            a max_length of their own regime (longrope: up to the original context).
-        kv_dtype: of keys and values: float32, bfloat16, float16 or int8 (with a scale per token
-            and key head). By default the model's, float16 where its activations are rounded to 8
-            bits.
-        prefix_cache: share the pages of prompts that begin with the same tokens.
-        invariant: a request's result has the same bits in any company. Without it, the modules
-            compute all prompts of a step in one product.
+            a max_model_len of their own regime (longrope: up to the original context).
+        kv_cache_dtype: of keys and values: float32, bfloat16, float16 or int8 (with a scale per
+            token and key head). By default the model's, float16 where its activations are rounded
+            to 8 bits.
+        enable_prefix_caching: share the pages of prompts that begin with the same tokens.
+        batch_invariant: a request's result has the same bits in any company. Without it, the
+            modules compute all prompts of a step in one product.
         prompt_rows: prompts are rows of the decode step. By default where that was measured to be
             as fast as through the modules.
-        draft_tokens: a step guesses up to so many next tokens of an answer and computes them, too.
-            A guess is kept if it equals the token that is drawn, so the answer has the same bits.
-            Without a draft model they come from the prompt
+        num_speculative_tokens: a step guesses up to so many next tokens of an answer and computes
+            them, too. A guess is kept if it equals the token that is drawn, so the answer has the
+            same bits. Without a draft model they come from the prompt
             (`fastlm.inference.speculative.PromptLookup`), which pays where answers repeat it.
         draft_model: a smaller model with the same tokens, which guesses
             (`fastlm.inference.draft_model`); by default 4 tokens. It gets as many pages as the
             model.
         turns: held during each step of `start`'s thread, by engines that share the processors
             (`fastlm.inference.fair_lock.FairLock`).
-        memory_share: so many engines share the memory that `pages` are taken of by default.
+        memory_share: so many engines share the memory that `num_blocks` are taken of by default.
 
     `submit`, `cancel`, `call`, `update` and `stats` are for any thread. Steps run in one thread:
     that of `start`, or that of the caller of `step` and `generate`. Weights may change while
     nothing runs, or in `update`, which waits for that.
 
-    Raises InputError: options out of range, prompt_rows, draft_tokens, a draft_model or a kv_dtype
-    other than the model's where its steps go through its modules; a draft model with another
-    vocabulary, or whose own steps do.
+    Raises InputError: options out of range, prompt_rows, num_speculative_tokens, a draft_model or a
+    kv_cache_dtype other than the model's where its steps go through its modules; a draft model with
+    another vocabulary, or whose own steps do.
     """
 
     def __init__(
@@ -112,55 +114,62 @@ class Engine:
         model: "CausalLM",
         tokenizer: "Tokenizer | None" = None,
         *,
-        pages: int | None = None,
-        max_tokens_per_step: int | None = None,
-        max_rows: int = 64,
-        max_waiting: int = 1024,
-        max_length: int | None = None,
-        kv_dtype: torch.dtype | None = None,
-        prefix_cache: bool = True,
-        invariant: bool = True,
+        num_blocks: int | None = None,
+        max_num_batched_tokens: int | None = None,
+        max_num_seqs: int = 64,
+        max_queue_size: int = 1024,
+        max_model_len: int | None = None,
+        kv_cache_dtype: torch.dtype | None = None,
+        enable_prefix_caching: bool = True,
+        batch_invariant: bool = True,
         prompt_rows: bool | None = None,
-        draft_tokens: int | None = None,
+        num_speculative_tokens: int | None = None,
         draft_model: "CausalLM | None" = None,
         turns: AbstractContextManager[Any] | None = None,
         memory_share: int = 1,
     ):
         for name, value in (
-            ("max_tokens_per_step", max_tokens_per_step), ("max_rows", max_rows), ("pages", pages),
-            ("max_waiting", max_waiting),
-        ):  # fmt: skip
+            ("max_num_batched_tokens", max_num_batched_tokens),
+            ("max_num_seqs", max_num_seqs),
+            ("num_blocks", num_blocks),
+            ("max_queue_size", max_queue_size),
+        ):
             if value is not None and value < 1:
                 raise InputError(f"{name}: wanted at least 1, got {value}")
-        if max_length is not None and not 2 <= max_length <= model.context_limit:
+        if max_model_len is not None and not 2 <= max_model_len <= model.context_limit:
             raise InputError(
-                f"max_length: wanted 2 to the model's {model.context_limit}, got {max_length}"
+                f"max_model_len: wanted 2 to the model's {model.context_limit}, got {max_model_len}"
             )
         least = 0 if draft_model is None else 1
-        draft_tokens = 4 * least if draft_tokens is None else draft_tokens
-        if draft_tokens < least:
+        num_speculative_tokens = (
+            4 * least if num_speculative_tokens is None else num_speculative_tokens
+        )
+        if num_speculative_tokens < least:
             with_model = " with a draft model" if least else ""
             raise InputError(
-                f"draft_tokens: wanted at least {least}{with_model}, got {draft_tokens}"
+                f"num_speculative_tokens: wanted at least {least}{with_model},"
+                f" got {num_speculative_tokens}"
             )
-        if kv_dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.int8):
-            raise InputError(f"kv_dtype: wanted float32, bfloat16, float16 or int8, got {kv_dtype}")
-        self.model, self.tokenizer, self.kv_dtype = model, tokenizer, kv_dtype
+        if kv_cache_dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.int8):
+            raise InputError(
+                f"kv_cache_dtype: wanted float32, bfloat16, float16 or int8, got {kv_cache_dtype}"
+            )
+        self.model, self.tokenizer, self.kv_cache_dtype = model, tokenizer, kv_cache_dtype
         vocab = model.config.vocab_size
         self.vocab = vocab if tokenizer is None else min(vocab, tokenizer.vocab_size)
-        self.max_rows, self.max_waiting = max_rows, max_waiting
+        self.max_num_seqs, self.max_queue_size = max_num_seqs, max_queue_size
         self._turns = turns or nullcontext()
-        self.invariant, self.prompt_rows = invariant, prompt_rows
-        self.max_tokens_per_step = max_tokens_per_step
-        self.context_limit = max_length or model.designed_limit
+        self.batch_invariant, self.prompt_rows = batch_invariant, prompt_rows
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.context_limit = max_model_len or model.designed_limit
         self._ends = model.config.stop_ids | (tokenizer.stop_ids if tokenizer else frozenset())
         self._runner: Runner | None = None
         runner = self._runner = model.runner()
         for name, value, wanted in (
-            ("kv_dtype", kv_dtype, (None, model.dtype)),
+            ("kv_cache_dtype", kv_cache_dtype, (None, model.dtype)),
             ("prompt_rows", prompt_rows, (None, False)),
             ("draft_model", draft_model and draft_model.config.model_type, (None,)),
-            ("draft_tokens", draft_tokens, (0,)),
+            ("num_speculative_tokens", num_speculative_tokens, (0,)),
         ):  # fmt: skip
             if runner.reason is not None and value not in wanted:
                 raise InputError(
@@ -168,17 +177,19 @@ class Engine:
                     f" through its modules ({runner.reason}), got {value}"
                 )
         beside = 0 if draft_model is None else draft_page_bytes(draft_model, model)
-        count = pages or page_count(
-            model.config, max_rows, dtype=self._cache_dtype(runner), device=model.device,
+        count = num_blocks or block_count(
+            model.config, max_num_seqs, dtype=self._cache_dtype(runner), device=model.device,
             context=self.context_limit, beside=beside, share=memory_share,
         )  # fmt: skip
         self.pages = self._make_pages(count, runner)
-        self.scheduler = Scheduler(self.pages, max_rows=max_rows, prefix_cache=prefix_cache)
+        self.scheduler = Scheduler(
+            self.pages, max_num_seqs=max_num_seqs, enable_prefix_caching=enable_prefix_caching
+        )
         self._batch, self._sampler = self._make_batch(runner), Sampler()
-        self._guesser: Guesser = PromptLookup(draft_tokens)
+        self._proposer: DraftProposer = PromptLookup(num_speculative_tokens)
         if draft_model is not None:
-            self._guesser = Drafter(draft_model, count, draft_tokens)
-        self.scheduler.freed = self._guesser.forget
+            self._proposer = DraftModelProposer(draft_model, count, num_speculative_tokens)
+        self.scheduler.freed = self._proposer.forget
         self._changed = threading.Condition()  # guards what follows
         self._ids = itertools.count(1)
         self._alive: set[int] = set()  # ids of requests that have not ended
@@ -201,14 +212,14 @@ class Engine:
         `Piece`; the last has a finish_reason. An error that it raises cancels the request.
 
         Raises InputError: a prompt without tokens or room for an answer, ids out of range, a
-        request that no page is left for even alone. QueueFull: see `max_waiting`. Closed.
+        request that no page is left for even alone. QueueFull: see `max_queue_size`. Closed.
         """
-        return self._submit(request, listener, self.max_waiting)
+        return self._submit(request, listener, self.max_queue_size)
 
-    def _submit(self, request: Request, listener: Listener, max_waiting: int | None) -> int:
+    def _submit(self, request: Request, listener: Listener, max_queue_size: int | None) -> int:
         room = room_of(
             request, vocab=self.model.config.vocab_size, context_limit=self.context_limit,
-            cached=self.pages.count * PAGE, has_tokenizer=self.tokenizer is not None,
+            cached=self.pages.count * BLOCK_SIZE, has_tokenizer=self.tokenizer is not None,
         )  # fmt: skip
         sequence = sequences.Sequence(
             0, request, listener, tokenizer=self.tokenizer, room=room,
@@ -218,7 +229,7 @@ class Engine:
         with self._changed:
             self._check_open()
             waiting = len(self._inbox) + self.scheduler.waiting_count
-            if max_waiting is not None and waiting >= max_waiting:
+            if max_queue_size is not None and waiting >= max_queue_size:
                 raise QueueFull(waiting, self._retry_after())
             sequence.id = next(self._ids)
             self._alive.add(sequence.id)
@@ -258,7 +269,7 @@ class Engine:
         call = Call(function)
         with self._changed:
             self._check_open()
-            if len(calls) >= self.max_waiting:
+            if len(calls) >= self.max_queue_size:
                 raise QueueFull(len(calls), 1.0)
             calls.add(call, client)
             self._changed.notify_all()
@@ -274,7 +285,7 @@ class Engine:
             len(scheduler.running), waiting + scheduler.waiting_count, pages.count,
             pages.page_bytes, used, pages.idle, self._steps, self._prompt_tokens,
             self._cached_tokens, self._new_tokens, scheduler.preemptions, dict(self._finished),
-            self._drafted_tokens, self._accepted_tokens, self._guesser.failures,
+            self._drafted_tokens, self._accepted_tokens, self._proposer.failures,
         )  # fmt: skip
 
     def generate(
@@ -399,10 +410,10 @@ class Engine:
         began, before = time.monotonic(), self._prompt_tokens + self._new_tokens
         self._draw_held()
         decodes = self.scheduler.decodes()
-        most = self.max_tokens_per_step or self._budget(len(decodes))
+        most = self.max_num_batched_tokens or self._budget(len(decodes))
         share = max(most // 4, len(decodes) // 2, 1)  # of prompts
         budget = max(most - len(decodes), share)
-        self._guesser.guess(self.scheduler.running, budget - share if self._rowwise else 0)
+        self._proposer.propose(self.scheduler.running, budget - share if self._rowwise else 0)
         answers = [Chunk(s, s.computed, s.computed + 1 + len(s.draft)) for s in decodes]
         budget -= sum(len(s.draft) for s in decodes)
         prompts: list[Chunk] = []
@@ -451,7 +462,7 @@ class Engine:
         if not answers:
             return 64
         behind = self.scheduler.waiting_count + len(self.scheduler.running) - answers
-        return 12 if behind <= 8 and not self._guesser.most else 32
+        return 12 if behind <= 8 and not self._proposer.most else 32
 
     def _take_in(self) -> bool:
         """Take what other threads asked for. Whether there was anything."""
@@ -482,7 +493,7 @@ class Engine:
     def _prepare(self) -> None:
         """Before the first sequence runs: follow the model, which may have changed."""
         model = self.model
-        self._guesser.prepare()
+        self._proposer.prepare()
         if self._runner is not None and self._runner.is_current():
             return
         runner = self._runner = model.runner()
@@ -494,12 +505,12 @@ class Engine:
 
     def _cache_dtype(self, runner: "Runner") -> torch.dtype:
         # the modules' attention wants keys of its own dtype
-        wanted = self.kv_dtype if runner.reason is None else None
+        wanted = self.kv_cache_dtype if runner.reason is None else None
         return wanted or runner.cache_dtype
 
-    def _make_pages(self, count: int, runner: "Runner") -> Pages:
+    def _make_pages(self, count: int, runner: "Runner") -> BlockManager:
         model = self.model
-        return Pages(
+        return BlockManager(
             model.config, count, dtype=self._cache_dtype(runner), device=model.device,
             rope_length=self.context_limit if model.model.by_length else 0,
         )  # fmt: skip
@@ -508,7 +519,7 @@ class Engine:
         rows = self.prompt_rows
         self._rowwise = runner.reason is None
         self._takes_prompts = self._rowwise and (runner.takes_prompts if rows is None else rows)
-        self.scheduler.by_pages = self.invariant and not self._takes_prompts
+        self.scheduler.by_pages = self.batch_invariant and not self._takes_prompts
         self.scheduler.answers_too = self._takes_prompts
         return DecodeBatch(runner.decoder(self.pages))
 
@@ -569,9 +580,9 @@ class Engine:
     def _through_modules(self, chunks: list[Chunk]) -> None:
         """Compute chunks of prompts: full pages of all sequences packed, then what is left of each
         prompt."""
-        if self.invariant:
-            packed = [c for c in chunks if c.end % PAGE == 0]
-            groups = [packed, *([c] for c in chunks if c.end % PAGE)]
+        if self.batch_invariant:
+            packed = [c for c in chunks if c.end % BLOCK_SIZE == 0]
+            groups = [packed, *([c] for c in chunks if c.end % BLOCK_SIZE)]
         else:
             groups = [chunks]
         for group in groups:
@@ -626,7 +637,7 @@ class Engine:
         """Tell a sequence what follows the tokens of a chunk, of which the head multiplies
         ``hidden``, a page at a time: products of so many rows have the same bits in any company."""
         if chunk.sequence.scores_prompt:
-            rows = (row for page in hidden.split(PAGE) for row in self.model.logits(page))
+            rows = (row for page in hidden.split(BLOCK_SIZE) for row in self.model.logits(page))
             for i, row in enumerate(rows, chunk.start):
                 chunk.sequence.score(i, row)
 
@@ -635,8 +646,8 @@ class Engine:
         """Copy what a prompt has beyond the pages that it shares."""
         sequence, source = chunk.sequence, chunk.source
         assert source is not None and source.prompt_logits is not None
-        if sequence.prompt_length % PAGE:
-            at = sequence.prompt_length // PAGE
+        if sequence.prompt_length % BLOCK_SIZE:
+            at = sequence.prompt_length // BLOCK_SIZE
             self.pages.copy(source.pages[at], sequence.pages[at])
         sequence.prompt_logits = source.prompt_logits
         self.scheduler.computed(chunk)
@@ -649,7 +660,9 @@ class Engine:
             or (s.scores_prompt and i + 1 < s.prompt_length)
             for s, i in tokens
         ]  # fmt: skip
-        rows = [Row(s.token(i), i, s.pages, w) for (s, i), w in zip(tokens, wanted, strict=True)]
+        rows = [
+            DecodeRow(s.token(i), i, s.pages, w) for (s, i), w in zip(tokens, wanted, strict=True)
+        ]
         logits = self._batch.logits(rows)
         answered: dict[sequences.Sequence, list[int]] = {}
         for row, (s, i) in enumerate(itertools.compress(tokens, wanted)):

@@ -1,4 +1,4 @@
-"""Turns on the processors that several engines share."""
+"""FairLock on the processors that several engines share."""
 
 import threading
 from collections import deque

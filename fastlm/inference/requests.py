@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastlm.errors import InputError
 from fastlm.inference.answer_text import checked_stops
-from fastlm.inference.block_manager import PAGE
+from fastlm.inference.block_manager import BLOCK_SIZE
 from fastlm.inference.sampling import Sampling, check_seed
 
 # "context": of `fastlm.serve.chat.Writer`, where "length" means the end of the context
@@ -119,7 +119,7 @@ def room_of(
             f"prompt: wanted fewer than the {context_limit} tokens of the context,"
             f" got {len(prompt)}"
         )
-    if -(-(len(prompt) + room) // PAGE) * PAGE > cached:
+    if -(-(len(prompt) + room) // BLOCK_SIZE) * BLOCK_SIZE > cached:
         raise InputError(
             f"prompt, max_new_tokens: wanted at most the cache's {cached}"
             f" tokens in all, got {len(prompt)} + {room}"

@@ -12,7 +12,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from fastlm.inference.block_manager import PAGE, Pages
+from fastlm.inference.block_manager import BLOCK_SIZE, BlockManager
 from fastlm.inference.sequence import Sequence
 
 
@@ -31,8 +31,12 @@ class Scheduler:
     """``waiting``: one queue per client; they take turns. ``running``: those with pages, in the
     order in which they were admitted."""
 
-    def __init__(self, pages: Pages, *, max_rows: int, prefix_cache: bool):
-        self.pages, self.max_rows, self.prefix_cache = pages, max_rows, prefix_cache
+    def __init__(self, pages: BlockManager, *, max_num_seqs: int, enable_prefix_caching: bool):
+        self.pages, self.max_num_seqs, self.enable_prefix_caching = (
+            pages,
+            max_num_seqs,
+            enable_prefix_caching,
+        )
         self.by_pages = False  # see `chunks`
         self.answers_too = False  # tokens of answers have the keys and values of a prompt's
         self.freed: Callable[[Sequence], None] = lambda sequence: None  # told who has no pages now
@@ -85,7 +89,7 @@ class Scheduler:
         return [s for s in self.running if s.decodes and s.held is None]
 
     def _make_room(self, sequence: Sequence) -> None:
-        if sequence.computed < len(sequence.pages) * PAGE:
+        if sequence.computed < len(sequence.pages) * BLOCK_SIZE:
             return
         while (pages := self.pages.take(1)) is None:
             last = self.running[-1]
@@ -123,7 +127,7 @@ class Scheduler:
                 chunk = self._next_chunk(sequence, budget)
                 budget -= chunk.end - chunk.start
                 yield chunk
-        while admits and budget > 0 and self.waiting and len(self.running) < self.max_rows:
+        while admits and budget > 0 and self.waiting and len(self.running) < self.max_num_seqs:
             sequence = next(iter(self.waiting.values()))[0]
             self._look_at(sequence)
             source = self._same_prompt(sequence)
@@ -143,22 +147,22 @@ class Scheduler:
         """Before a waiting sequence is admitted: what of it is computed as a prompt. It may have
         run before, under other rules."""
         sequence.known = len(sequence.tokens) if self.answers_too else sequence.prompt_length
-        del sequence.keys[sequence.known // PAGE :]
+        del sequence.keys[sequence.known // BLOCK_SIZE :]
 
     def _next_chunk(self, sequence: Sequence, budget: int) -> Chunk:
         start, length = sequence.planned, sequence.known
-        if self.by_pages and start < (whole := length // PAGE * PAGE):
-            end = min(whole, start + max(budget // PAGE, 1) * PAGE)
+        if self.by_pages and start < (whole := length // BLOCK_SIZE * BLOCK_SIZE):
+            end = min(whole, start + max(budget // BLOCK_SIZE, 1) * BLOCK_SIZE)
         else:
             end = length if self.by_pages else min(length, start + budget)
         sequence.planned = end
-        if self.prefix_cache:
-            self._planned_keys.update(sequence.keys[start // PAGE : end // PAGE])
+        if self.enable_prefix_caching:
+            self._planned_keys.update(sequence.keys[start // BLOCK_SIZE : end // BLOCK_SIZE])
         return Chunk(sequence, start, end)
 
     def _same_prompt(self, sequence: Sequence) -> Sequence | None:
         """A running sequence whose prompt is the same and computed, or will be in this step."""
-        if not self.prefix_cache or sequence.known > sequence.prompt_length:
+        if not self.enable_prefix_caching or sequence.known > sequence.prompt_length:
             return None
         if sequence.scores_prompt:
             return None
@@ -177,21 +181,21 @@ class Scheduler:
         logits; all of them where the prompt is scored."""
         if sequence.scores_prompt:
             return []
-        return sequence.keys[: (sequence.known - 1) // PAGE]
+        return sequence.keys[: (sequence.known - 1) // BLOCK_SIZE]
 
     def _admit(self, sequence: Sequence, source: Sequence | None) -> bool:
         """Give pages to the next waiting sequence, for its tokens and the next one. Whether there
         are enough."""
         found: list[int] = []
         if source is not None:
-            found = self.pages.share(source.pages[: sequence.prompt_length // PAGE])
-        elif self.prefix_cache:
+            found = self.pages.share(source.pages[: sequence.prompt_length // BLOCK_SIZE])
+        elif self.enable_prefix_caching:
             for key in self._shareable(sequence):
                 if (page := self.pages.find(key)) is None:
                     break
                 found.append(page)
         # of a sequence that was preempted, for its answer so far, too
-        needed = len(sequence.tokens) // PAGE + 1 - len(found)
+        needed = len(sequence.tokens) // BLOCK_SIZE + 1 - len(found)
         # a page for each running answer's growth, or the newcomer would soon be preempted
         spare = len(self.running)
         pages = self.pages.take(needed) if needed + spare <= self.pages.available else None
@@ -204,7 +208,7 @@ class Scheduler:
         if queue:
             self.waiting[client] = queue  # behind the other clients
         sequence.pages = found + pages
-        sequence.computed = sequence.planned = len(found) * PAGE
+        sequence.computed = sequence.planned = len(found) * BLOCK_SIZE
         if not sequence.admitted:  # else these pages may be its own
             sequence.admitted, sequence.cached = True, sequence.computed
             sequence.queued = time.monotonic() - sequence.submitted
@@ -215,10 +219,10 @@ class Scheduler:
         """Note that a chunk has keys and values. Its full pages can be found from now on."""
         sequence = chunk.sequence
         sequence.computed = chunk.end
-        if not self.prefix_cache:
+        if not self.enable_prefix_caching:
             return
         if self.answers_too:
             sequence.add_keys()
-        for i in range(chunk.start // PAGE, min(chunk.end // PAGE, len(sequence.keys))):
+        for i in range(chunk.start // BLOCK_SIZE, min(chunk.end // BLOCK_SIZE, len(sequence.keys))):
             self._planned_keys.discard(sequence.keys[i])
             self.pages.remember(sequence.keys[i], sequence.pages[i])

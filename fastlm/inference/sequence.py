@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastlm.inference.answer_text import AnswerText, checked_stops
-from fastlm.inference.block_manager import PAGE, page_keys
+from fastlm.inference.block_manager import BLOCK_SIZE, block_keys
 from fastlm.inference.masks import Masks
 from fastlm.inference.requests import (
     Completion,
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 class Sequence:
     """``tokens``: the prompt and what was drawn. The first ``computed`` of them have keys and
     values in ``pages``; ``planned``: with those of the chunks of this step. The first ``known`` are
-    computed as a prompt. ``keys``: of their full pages (`page_keys`). ``room``: the most tokens
+    computed as a prompt. ``keys``: of their full pages (`block_keys`). ``room``: the most tokens
     that may be drawn. ``prompt_logits`` (1, V): what follows the prompt, once computed. ``draft``:
     guesses of the next tokens, computed in this step. ``masks``: of its grammar, if it has one.
     ``held`` (V,): logits that wait for a mask; meanwhile nothing more is computed.
@@ -93,7 +93,7 @@ class Sequence:
         if not self.decodes or self.computed + 1 != len(self.tokens):
             return 0
         left = self.room - (len(self.tokens) - self.prompt_length) - 1
-        return max(0, min(left, len(self.pages) * PAGE - len(self.tokens)))
+        return max(0, min(left, len(self.pages) * BLOCK_SIZE - len(self.tokens)))
 
     def add_keys(self) -> None:
         """Add the keys of the pages that are full by now."""
@@ -101,10 +101,10 @@ class Sequence:
 
     def _key_pages(self, end: int) -> None:
         """Add the keys of the pages that the first ``end`` tokens fill."""
-        done = len(self.keys) * PAGE
-        if end - done >= PAGE:
+        done = len(self.keys) * BLOCK_SIZE
+        if end - done >= BLOCK_SIZE:
             before = self.keys[-1:] or [self.request.cache_salt]
-            self.keys += page_keys(self.tokens[done:end], before)
+            self.keys += block_keys(self.tokens[done:end], before)
 
     def same_prompt(self, other: "Sequence") -> bool:
         """Whether the other's computed prompt may be used for this one."""

@@ -12,7 +12,7 @@ from fastlm.inference.sequence import Sequence
 _NGRAM = 3  # tokens that are looked up
 
 
-class Guesser(Protocol):
+class DraftProposer(Protocol):
     """``most``: tokens of an answer in a step. ``failures``: answers for which it failed, which
     then run without guesses."""
 
@@ -23,7 +23,7 @@ class Guesser(Protocol):
         """Before the first sequence runs: follow weights, which may have changed."""
         ...
 
-    def guess(self, sequences: list[Sequence], budget: int) -> None:
+    def propose(self, sequences: list[Sequence], budget: int) -> None:
         """Set ``draft`` of the running sequences, in all to at most ``budget`` tokens."""
         ...
 
@@ -44,7 +44,7 @@ class PromptLookup:
     def prepare(self) -> None:
         pass
 
-    def guess(self, sequences: list[Sequence], budget: int) -> None:
+    def propose(self, sequences: list[Sequence], budget: int) -> None:
         for sequence in sequences:
             count = min(self.most, budget, sequence.most_guesses)
             sequence.draft = []

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastlm.errors import InputError
 from fastlm.inference.answer_text import checked_stops
-from fastlm.inference.block_manager import PAGE, page_count
+from fastlm.inference.block_manager import BLOCK_SIZE, block_count
 from fastlm.inference.engine import Engine
 from fastlm.inference.requests import Completion, Piece, Request, batch_requests
 from fastlm.inference.sampling import Sampling, check_seed
@@ -31,27 +31,31 @@ def engine_for(
     requests: Sequence[Request],
     tokenizer: "Tokenizer | None" = None,
     *,
-    max_rows: int | None = None,
-    invariant: bool = False,
+    max_num_seqs: int | None = None,
+    batch_invariant: bool = False,
 ) -> Engine:
-    """Return an engine for these requests, ``max_rows`` (default: all) at a time. It has the blocks
-    that they need, within the memory that `page_count` allows, and the rotary frequencies of the
-    longest of them, where these depend on the length of the context. Without ``invariant``, it
-    computes the prompts of a step in one product.
+    """Return an engine for these requests, ``max_num_seqs`` (default: all) at a time. It has the
+    blocks that they need, within the memory that `block_count` allows, and the rotary frequencies
+    of the longest of them, where these depend on the length of the context. Without
+    ``batch_invariant``, it computes the prompts of a step in one product.
     """
     limit, count = model.context_limit, len(requests)
     lengths = sorted(min(len(r.prompt) + r.max_new_tokens, limit) for r in requests)
-    blocks = [-(-length // PAGE) + 1 for length in lengths[-(max_rows or count) :]]
+    blocks = [-(-length // BLOCK_SIZE) + 1 for length in lengths[-(max_num_seqs or count) :]]
     # a GPU's memory is taken at once, and others need the rest
-    allowed = page_count(
+    allowed = block_count(
         model.config, count, dtype=model.dtype, device=model.device, context=lengths[-1],
         likely=lengths[-1],
     )  # fmt: skip
     return Engine(
-        model, tokenizer, pages=max(blocks[-1], min(sum(blocks), allowed)),
-        max_rows=max_rows or count, max_tokens_per_step=_STEP_TOKENS,
-        max_length=lengths[-1] if model.model.by_length else None, invariant=invariant,
-    )  # fmt: skip
+        model,
+        tokenizer,
+        num_blocks=max(blocks[-1], min(sum(blocks), allowed)),
+        max_num_seqs=max_num_seqs or count,
+        max_num_batched_tokens=_STEP_TOKENS,
+        max_model_len=lengths[-1] if model.model.by_length else None,
+        batch_invariant=batch_invariant,
+    )
 
 
 def generate(
@@ -214,7 +218,7 @@ def generate_text(
         [ids], max_new_tokens, sampling, seed=seed, stop=stops, stop_ids=frozenset(stop_ids),
         ignore_eos=ignore_eos,
     )  # fmt: skip
-    engine, pieces = engine_for(model, requests, tokenizer, invariant=True), deque[Piece]()
+    engine, pieces = engine_for(model, requests, tokenizer, batch_invariant=True), deque[Piece]()
     engine.submit(requests[0], pieces.append)
     return _texts(engine, pieces)
 

@@ -12,7 +12,7 @@ from fastlm.model.layers import Call
 from fastlm.ops import paged_append, paged_attention, rope
 
 if TYPE_CHECKING:
-    from fastlm.inference.block_manager import Pages
+    from fastlm.inference.block_manager import BlockManager
     from fastlm.model.causal_lm import CausalLM
 
 
@@ -55,7 +55,7 @@ class ModuleSteps(PagedCall):
     """Decode steps module by module, where neither a kernel runs a whole step (`cpu_steps.why_not`)
     nor a graph (`cuda_steps.why_not`). A row's bits may depend on the number of rows."""
 
-    def __init__(self, model: "CausalLM", pages: "Pages"):
+    def __init__(self, model: "CausalLM", pages: "BlockManager"):
         self.model, self.pages = model, pages
         self.keys_and_values = [[t.transpose(1, 2) for t in layer] for layer in pages.layers]
 

@@ -10,7 +10,7 @@ from fastlm.model import cpu_steps, cuda_steps
 from fastlm.model.paged_call import ModuleSteps
 
 if TYPE_CHECKING:
-    from fastlm.inference.block_manager import Pages
+    from fastlm.inference.block_manager import BlockManager
     from fastlm.inference.decode_batch import Decoder
     from fastlm.model.causal_lm import CausalLM
 
@@ -40,7 +40,7 @@ class Runner:
             return self._plan.follows(self.model)
         return cpu_steps.state_of(self.model) == self._state
 
-    def decoder(self, pages: "Pages") -> "Decoder":
+    def decoder(self, pages: "BlockManager") -> "Decoder":
         """Return what runs steps whose keys and values are in ``pages``."""
         if self._plan is not None:
             return cpu_steps.PagedSteps(

@@ -100,7 +100,9 @@ class Server:
         if self.monitor is not None:
             self.metrics.add(self.monitor.collect)
         several = len(self.keys) > 1  # clients; without keys all are of this machine
-        self.quota = ClientQuota(max(1, self.served.engine.max_waiting // 2) if several else None)
+        self.quota = ClientQuota(
+            max(1, self.served.engine.max_queue_size // 2) if several else None
+        )
         self.stopping = False
         self._ignored: set[str] = set()  # fields that the log has named
         self.writing = CapacityLimiter(WRITERS)

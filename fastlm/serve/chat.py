@@ -10,7 +10,7 @@ from typing import Any
 
 from fastlm.errors import InputError
 from fastlm.inference.answer_text import checked_stops
-from fastlm.inference.block_manager import PAGE, page_count
+from fastlm.inference.block_manager import BLOCK_SIZE, block_count
 from fastlm.inference.engine import Engine
 from fastlm.inference.requests import Completion, Piece, Request, batch_requests
 from fastlm.inference.sampling import Sampling
@@ -139,15 +139,17 @@ class Writer:
         those of the longest request."""
         limit, model = self.context_limit, self.model
         lengths = [min(len(r.prompt) + r.max_new_tokens, limit) for r in requests]
-        pages = sum(length // PAGE + 2 for length in lengths)
+        pages = sum(length // BLOCK_SIZE + 2 for length in lengths)
         longest = max(lengths, default=2) if model.model.by_length else None
         last = self._engine
         if last is None or last.pages.count < pages or longest not in (None, last.context_limit):
-            context = page_count(
+            context = block_count(
                 model.config, 1, dtype=model.dtype, device=model.device, context=longest
             )
             last = self._engine = None  # before there are two
-            last = Engine(model, self.tokenizer, pages=max(pages, context), max_length=longest)
+            last = Engine(
+                model, self.tokenizer, num_blocks=max(pages, context), max_model_len=longest
+            )
             self._engine = last
         return last
 

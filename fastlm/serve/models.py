@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from fastlm.inference.block_manager import PAGE
+from fastlm.inference.block_manager import BLOCK_SIZE
 from fastlm.inference.requests import EngineStats
 from fastlm.inference.structured_output import Grammars
 from fastlm.serve.api_error import ApiError
@@ -52,7 +52,7 @@ class Served:
 
     def __post_init__(self) -> None:
         # a cache smaller than the context bounds a request, too
-        self.context_limit = min(self.engine.context_limit, self.engine.stats().pages * PAGE)
+        self.context_limit = min(self.engine.context_limit, self.engine.stats().pages * BLOCK_SIZE)
         self.prompts = Prompts(self.tokenizer, self.context_limit)
         self.grammars = Grammars(self.tokenizer, self.model.config)
         self.created = int(time.time())

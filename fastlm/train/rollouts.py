@@ -62,7 +62,7 @@ def sample_answers(
         prompts, max_new_tokens, Sampling(temperature), seed=seed, stop_ids=stop_ids, logprobs=0
     )
     done = itertools.count(1)
-    completions = engine_for(model, requests, max_rows=rows).generate(
+    completions = engine_for(model, requests, max_num_seqs=rows).generate(
         requests, on_completion=lambda _: tick and tick(next(done))
     )
     if failed := [one.error for one in completions if one.error]:

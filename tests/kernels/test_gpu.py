@@ -10,7 +10,7 @@ from tolerance import assert_near
 
 import fastlm
 from fastlm import ops
-from fastlm.inference.block_manager import Pages
+from fastlm.inference.block_manager import BlockManager
 from fastlm.inference.engine import Engine
 from fastlm.inference.requests import Request
 from fastlm.inference.sampling import Sampling
@@ -282,7 +282,7 @@ def test_the_engine_by_graphs(monkeypatch, format):
     ]
 
     def generated():
-        engine = Engine(model, pages=8)
+        engine = Engine(model, num_blocks=8)
         found = [result.token_ids for result in engine.generate(requests)]
         return type(engine._batch.decoder), found
 
@@ -302,7 +302,7 @@ def test_a_step_on_pages_does_not_wait():
     """Its inputs come from pinned memory, which is written again while the copy may be running."""
     model = small_model("w4a16").cuda()
     model.model.fuse()
-    data = Pages(model.config, 40, dtype=model.dtype, device="cuda").data.normal_()
+    data = BlockManager(model.config, 40, dtype=model.dtype, device="cuda").data.normal_()
     steps, plain = (cuda_steps.PagedSteps(model, d) for d in (data, data.clone()))
     plain.recordable = False
     inputs = [

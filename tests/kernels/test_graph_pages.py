@@ -11,7 +11,7 @@ from fake_graph import Recorder
 
 import fastlm
 from fastlm import backend
-from fastlm.inference.block_manager import PAGE, Pages
+from fastlm.inference.block_manager import BLOCK_SIZE, BlockManager
 from fastlm.inference.engine import Engine
 from fastlm.inference.requests import Request
 from fastlm.inference.sampling import Sampling
@@ -33,7 +33,7 @@ def recorder(monkeypatch):
 
 def pages_of(model, count):
     """Pages whose keys and values are random, as if prompts had been computed."""
-    pages = Pages(model.config, count, dtype=model.dtype)
+    pages = BlockManager(model.config, count, dtype=model.dtype)
     pages.data.normal_()
     return pages
 
@@ -94,7 +94,7 @@ def test_rows_that_pad_change_nothing(cuda):
     together = steps.logits(tokens, lengths, table).clone()
     changed = (pages.data != before).any(-1).any(0).any(0).any(1)  # (pages, page_size)
     places = {(int(p), int(at)) for p, at in changed.nonzero()}
-    assert places == {(3, 5), (1, 70 - PAGE), (2, 0)}
+    assert places == {(3, 5), (1, 70 - BLOCK_SIZE), (2, 0)}
     for row in range(3):
         part = slice(row, row + 1)
         alone = steps.logits(tokens[part], lengths[part], table[part])
@@ -128,7 +128,7 @@ def test_the_engine_replays(recorder, monkeypatch):
     options = {"logprobs": 0, "ignore_eos": True}
     requests = requests_of(4, 60) + [Request([i] * 50, 90, seed=i, **options) for i in range(3)]
     got = []
-    for options in ({}, {"pages": 5, "max_rows": 3}):
+    for options in ({}, {"num_blocks": 5, "max_num_seqs": 3}):
         engine = Engine(model, **options)
         assert isinstance(engine._batch.decoder, cuda_steps.PagedSteps)
         got += [told(r) for r in engine.generate(requests)]
@@ -148,9 +148,9 @@ def test_more_rows_than_a_graph_has(recorder):
     """Several graphs then run per step, before anything is drawn."""
     model = model_of(num_hidden_layers=1)
     requests = requests_of(70, 3, max_new_tokens=4)
-    together = Engine(model, max_rows=80, pages=80).generate(requests)
+    together = Engine(model, max_num_seqs=80, num_blocks=80).generate(requests)
     assert max(graph.replays for graph in recorder.graphs) > 1
-    few = Engine(model, max_rows=4, pages=80).generate(requests)
+    few = Engine(model, max_num_seqs=4, num_blocks=80).generate(requests)
     assert [r.token_ids for r in together] == [r.token_ids for r in few]
 
 

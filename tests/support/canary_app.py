@@ -16,7 +16,7 @@ from fastlm.serve.loading import Loader
 from fastlm.serve.model_manager import Allowed, ModelManager
 from fastlm.serve.options import ServeOptions
 
-OPTIONS = {"pages": 64, "max_rows": 16}
+OPTIONS = {"num_blocks": 64, "max_num_seqs": 16}
 DEFAULTS = CanaryConfig.of(ServeOptions(Path("model")))
 
 

@@ -106,10 +106,13 @@ def test_every_answer_is_measured_without_its_text(tiny, where):
 def test_outcomes_that_are_no_answer(tiny, tmp_path):
     with (
         FeedbackStore(tmp_path / "f.sqlite") as store,
-        serving(*tiny, feedback=store, pause=0.2, engine={"max_waiting": 1, "max_rows": 1}) as (
-            url, server,
+        serving(
+            *tiny, feedback=store, pause=0.2, engine={"max_queue_size": 1, "max_num_seqs": 1}
+        ) as (
+            url,
+            server,
         ),
-    ):  # fmt: skip
+    ):
         asked = {"model": "tiny", "prompt": "The", "max_tokens": 500, "ignore_eos": True}
         with HTTP.stream(
             "POST", url + "/v1/completions", json=asked | {"stream": True}

@@ -302,7 +302,10 @@ def _received(sock):
 
 
 def test_a_full_queue_is_a_429_and_takes_nothing(tiny):
-    with serving(*tiny, engine={"max_rows": 1, "max_waiting": 2}, pause=0.02) as (url, server):
+    with serving(*tiny, engine={"max_num_seqs": 1, "max_queue_size": 2}, pause=0.02) as (
+        url,
+        server,
+    ):
         engine = server.served.engine
         long = body(max_tokens=60, ignore_eos=True)
         with ThreadPoolExecutor(3) as pool:
@@ -420,7 +423,7 @@ def test_what_was_accepted_before_a_stop_is_answered_within_the_bound(tiny, path
 
 def test_one_key_takes_at_most_half_of_the_queue(tiny):
     keys, long = [KEY, "another-key-of-it"], body(max_tokens=60, ignore_eos=True)
-    options = {"engine": {"max_rows": 1, "max_waiting": 8}, "pause": 0.02, "keys": keys}
+    options = {"engine": {"max_num_seqs": 1, "max_queue_size": 8}, "pause": 0.02, "keys": keys}
     with serving(*tiny, **options) as (url, server):
         mine, other = ({"authorization": f"Bearer {key}"} for key in keys)
         with ThreadPoolExecutor(9) as pool:
@@ -438,7 +441,7 @@ def test_one_key_takes_at_most_half_of_the_queue(tiny):
 def test_embeddings_of_one_key_take_at_most_half_of_the_queue(tiny):
     keys, sent = [KEY, "another-key-of-it"], {"model": "tiny", "input": "a"}
     began, go = threading.Event(), threading.Event()
-    with serving(*tiny, engine={"max_waiting": 2}, keys=keys) as (url, server):
+    with serving(*tiny, engine={"max_queue_size": 2}, keys=keys) as (url, server):
         embedding = server.served.embedding
         server.served.embedding = lambda *given: (began.set(), go.wait(20), embedding(*given))[2]
         mine, other = ({"authorization": f"Bearer {key}"} for key in keys)
@@ -542,7 +545,7 @@ def test_an_answer_ends_after_its_time(tiny):
 
 
 def test_a_request_that_never_began(tiny):
-    with serving(*tiny, engine={"max_rows": 1}, pause=0.05) as (url, server):
+    with serving(*tiny, engine={"max_num_seqs": 1}, pause=0.05) as (url, server):
         with ThreadPoolExecutor(1) as pool:
             long = body(max_tokens=40, ignore_eos=True)
             running = pool.submit(ask, url, long)

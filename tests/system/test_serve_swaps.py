@@ -46,7 +46,7 @@ def alone(models):
     texts = {}
     for folder in models.values():
         model, tokenizer = load_model(folder)
-        engine = Engine(model, tokenizer, pages=64)
+        engine = Engine(model, tokenizer, num_blocks=64)
         start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
         keys = [(prompt, seed) for prompt in PROMPTS for seed in SEEDS]
         asked = [

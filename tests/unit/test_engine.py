@@ -12,7 +12,7 @@ from serve_app import tiny_model
 
 import fastlm
 from fastlm.errors import InputError
-from fastlm.inference.block_manager import PAGE, Pages, page_count, page_keys
+from fastlm.inference.block_manager import BLOCK_SIZE, BlockManager, block_count, block_keys
 from fastlm.inference.engine import Engine
 from fastlm.inference.requests import QueueFull, Request
 from fastlm.inference.sampling import Sampling
@@ -46,15 +46,15 @@ def test_an_answer_is_the_same_in_any_company(case, format, prompt_rows):
     requests = requests_of(6)
     requests += [Request(shared + r.prompt[:9], 30, seed=7, logprobs=1) for r in requests[:3]]
     requests += [Request([i] * 50, 90, seed=i, logprobs=0) for i in range(3)]  # grow by two pages
-    plain = {"prefix_cache": False, "prompt_rows": prompt_rows}
+    plain = {"enable_prefix_caching": False, "prompt_rows": prompt_rows}
     alone = [told(Engine(model, **plain).generate([r])[0]) for r in requests]
     assert all(len(tokens) > 3 for tokens, _ in alone)
     for options in (
         {},
-        {"max_tokens_per_step": 1},
-        {"max_tokens_per_step": 1000, "max_rows": 2},
-        {"pages": 7},
-        {"prefix_cache": False, "pages": 9},
+        {"max_num_batched_tokens": 1},
+        {"max_num_batched_tokens": 1000, "max_num_seqs": 2},
+        {"num_blocks": 7},
+        {"enable_prefix_caching": False, "num_blocks": 9},
     ):
         engine = Engine(model, prompt_rows=prompt_rows, **options)
         order = torch.randperm(9, generator=torch.Generator().manual_seed(1)).tolist()
@@ -63,7 +63,7 @@ def test_an_answer_is_the_same_in_any_company(case, format, prompt_rows):
         assert [told(r) for r in together] == [alone[i] for i in order]
         stats = engine.stats()
         assert stats.pages_used == stats.running == stats.waiting == 0
-        if options.get("pages") == 7:
+        if options.get("num_blocks") == 7:
             assert stats.preemptions > 0
         again = engine.generate(requests)  # now with all prompts cached
         assert [told(r) for r in again] == alone
@@ -76,16 +76,16 @@ def test_int8_keys(prompt_rows):
     model = model_of("gemma2")
     requests = requests_of(5, longest=150)
     requests += [Request([i] * 70, 70, seed=7, logprobs=1) for i in (3, 3, 3, 4)]
-    plain = {"prompt_rows": prompt_rows, "kv_dtype": torch.int8}
-    engine = Engine(model, prefix_cache=False, **plain)
+    plain = {"prompt_rows": prompt_rows, "kv_cache_dtype": torch.int8}
+    engine = Engine(model, enable_prefix_caching=False, **plain)
     alone = [told(engine.generate([r])[0]) for r in requests]
     assert engine.stats().page_bytes == 64 * 3 * 2 * 3 * (24 + 4)
     most, wide = (
-        page_count(model.config, 10**9, dtype=dtype, device=model.device)
+        block_count(model.config, 10**9, dtype=dtype, device=model.device)
         for dtype in (torch.int8, torch.float32)
     )
     assert most == pytest.approx(wide * 96 / 28, rel=0.01)
-    for options in ({"max_tokens_per_step": 20}, {"pages": 7}):
+    for options in ({"max_num_batched_tokens": 20}, {"num_blocks": 7}):
         engine = Engine(model, **plain, **options)
         for _ in range(2):  # then with all prompts cached
             assert [told(r) for r in engine.generate(requests)] == alone
@@ -101,9 +101,9 @@ def test_prompts_of_rows_and_of_modules_have_the_same_int8_keys():
     """Compare the first layer only: later ones differ by the rounding of products."""
     model, pages = model_of(), []
     for rows in (False, True):
-        engine = Engine(model, prompt_rows=rows, kv_dtype=torch.int8)
+        engine = Engine(model, prompt_rows=rows, kv_cache_dtype=torch.int8)
         engine.generate([Request(list(range(90)), 1)])
-        page = engine.pages.find(page_keys(list(range(64)))[0])
+        page = engine.pages.find(block_keys(list(range(64)))[0])
         pages.append((engine.pages.data[0, :, page], engine.pages.scales[0, :, page]))
     (codes, scales), (theirs, their_scales) = pages
     assert (codes.int() - theirs.int()).abs().max() <= 1
@@ -123,7 +123,7 @@ def test_it_draws_from_what_full_passes_compute():
 def test_prompts_that_are_equal_are_computed_once():
     model = model_of()
     prompt = torch.arange(150).remainder(97).tolist()
-    engine = Engine(model, max_tokens_per_step=512)
+    engine = Engine(model, max_num_batched_tokens=512)
     results = engine.generate([Request(prompt, 5, seed=i) for i in range(8)])
     assert len({tuple(r.token_ids) for r in results}) > 1
     assert engine.stats().prompt_tokens == 150
@@ -265,12 +265,14 @@ def test_logprobs():
 def test_the_cache_is_as_large_as_likely_answers(monkeypatch):
     """Not as the machine: the memory of each page stays taken once it was used."""
     config = model_of(max_position_embeddings=8192).config
-    size = PAGE * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+    size = (
+        BLOCK_SIZE * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+    )
 
     def count(rows, gib=1000, **options):
         monkeypatch.setattr(fastlm.inference.block_manager, "_memory", lambda: gib * 2**30)
         device = torch.device("cpu")
-        return page_count(config, rows, dtype=torch.float32, device=device, **options)
+        return block_count(config, rows, dtype=torch.float32, device=device, **options)
 
     assert count(64) == count(64, gib=2000) == 64 * 9  # 512 tokens each, and a page to grow
     assert count(1) == 129 and count(8, context=65536) == 1025  # one whole context
@@ -281,7 +283,7 @@ def test_the_cache_is_as_large_as_likely_answers(monkeypatch):
 
 def test_fair_turns():
     """A client with many requests or calls does not keep another one waiting."""
-    engine, order = Engine(model_of(), max_rows=1), []
+    engine, order = Engine(model_of(), max_num_seqs=1), []
     for i, client in enumerate("aaaab"):
         engine.submit(
             Request([1, 2], 3, client=client), lambda p, i=i: p.finish_reason and order.append(i)
@@ -297,7 +299,7 @@ def test_fair_turns():
 
 
 def test_cancel_deadline_and_failures():
-    engine, ended = Engine(model_of(), max_rows=2, max_waiting=3), {}
+    engine, ended = Engine(model_of(), max_num_seqs=2, max_queue_size=3), {}
 
     def listen(name):
         def take(piece):
@@ -350,7 +352,7 @@ def test_a_step_that_fails_ends_its_requests_not_the_engine(monkeypatch):
 def test_a_request_with_the_prompt_of_one_that_fails_is_computed_itself(monkeypatch):
     """Also when the first of them has been computed before, and was preempted."""
     model = model_of()
-    engine = Engine(model, max_tokens_per_step=1000)
+    engine = Engine(model, max_num_batched_tokens=1000)
     prompt = [13, *range(96), *range(31)]
     (wanted,) = engine.generate([Request(prompt, 5, seed=2)])
     ours, calls = CausalLM.chunk_hidden, []
@@ -362,7 +364,7 @@ def test_a_request_with_the_prompt_of_one_that_fails_is_computed_itself(monkeypa
         return ours(self, ids, *rest)
 
     monkeypatch.setattr(CausalLM, "chunk_hidden", once)
-    engine = Engine(model, max_tokens_per_step=1000)
+    engine = Engine(model, max_num_batched_tokens=1000)
     got = [[], []]
     engine.submit(Request(prompt, 5, seed=1), got[0].append)
     engine.step()
@@ -394,7 +396,7 @@ def test_a_request_that_nothing_can_be_drawn_for_ends_alone():
 
 def test_updates_wait_until_nothing_runs():
     model = model_of()
-    engine, prompt = Engine(model, max_rows=2), torch.arange(150).remainder(97).tolist()
+    engine, prompt = Engine(model, max_num_seqs=2), torch.arange(150).remainder(97).tolist()
     plain = Sampling(temperature=0.0)
     before, after = [], []
     engine.submit(Request(prompt, 9, plain), before.append)
@@ -428,7 +430,7 @@ def test_a_quantized_model_keeps_its_cache():
 
 
 def test_pages_found_again_after_preemption_are_not_told_as_cached():
-    engine = Engine(model_of(), pages=5)
+    engine = Engine(model_of(), num_blocks=5)
     results = engine.generate([Request([i] * 64, 100, ignore_eos=True) for i in range(3)])
     assert engine.stats().preemptions > 0 and engine.stats().cached_tokens == 0
     assert [r.cached_tokens for r in results] == [0, 0, 0]
@@ -528,7 +530,7 @@ def test_an_interrupt_leaves_an_engine_that_works(monkeypatch):
 
 def test_threads():
     """Many threads submit, some cancel; every answer is its own prompt's."""
-    engine = Engine(model_of(), max_rows=8, pages=40)
+    engine = Engine(model_of(), max_num_seqs=8, num_blocks=40)
     requests = requests_of(24, longest=90, logprobs=None)
     wanted = [r.token_ids for r in Engine(engine.model).generate(requests)]
     engine.start()
@@ -554,7 +556,7 @@ def test_threads():
 
 
 def test_refusals():
-    engine = Engine(model_of(), pages=4)
+    engine = Engine(model_of(), num_blocks=4)
     for request, message in (
         (Request([], 5), "prompt: wanted at least one token, got none"),
         (Request([1, 97], 5), r"prompt: wanted ids in \[0, 97\), got 97"),
@@ -571,31 +573,33 @@ def test_refusals():
         with pytest.raises(InputError, match=message):
             engine.submit(request, lambda piece: None)
     assert engine.generate([Request([1], 5)])[0].finish_reason == "length"
-    with pytest.raises(InputError, match="max_length: wanted 2 to the model's 512, got 0"):
-        Engine(model_of(), max_length=0)
-    with pytest.raises(InputError, match="kv_dtype: wanted float32"):
-        Engine(model_of(), kv_dtype=torch.int16)
+    with pytest.raises(InputError, match="max_model_len: wanted 2 to the model's 512, got 0"):
+        Engine(model_of(), max_model_len=0)
+    with pytest.raises(InputError, match="kv_cache_dtype: wanted float32"):
+        Engine(model_of(), kv_cache_dtype=torch.int16)
     for dtype in (torch.float16, torch.int8):
         with (
             fastlm.use_backend("reference"),
-            pytest.raises(InputError, match=r"kv_dtype: wanted None or torch\.float32 for a model"),
+            pytest.raises(
+                InputError, match=r"kv_cache_dtype: wanted None or torch\.float32 for a model"
+            ),
         ):
-            Engine(model_of(), kv_dtype=dtype)
+            Engine(model_of(), kv_cache_dtype=dtype)
     with (
         fastlm.use_backend("reference"),
         pytest.raises(InputError, match="prompt_rows: wanted None or False"),
     ):
         Engine(model_of(), prompt_rows=True)
-    with pytest.raises(InputError, match="max_rows: wanted at least 1, got 0"):
-        Engine(model_of(), max_rows=0)
+    with pytest.raises(InputError, match="max_num_seqs: wanted at least 1, got 0"):
+        Engine(model_of(), max_num_seqs=0)
 
 
 def test_pages():
-    pages = Pages(model_of().config, 4, dtype=torch.float32)
-    keys = page_keys([*range(97), *range(97)])
-    assert len(keys) == 194 // PAGE and len({*keys}) == len(keys)
-    assert page_keys([*range(97), *range(96), 5])[:2] == keys[:2]
-    assert page_keys([1, *range(1, 97), *range(97)])[1:] != keys[1:]  # all tokens before count
+    pages = BlockManager(model_of().config, 4, dtype=torch.float32)
+    keys = block_keys([*range(97), *range(97)])
+    assert len(keys) == 194 // BLOCK_SIZE and len({*keys}) == len(keys)
+    assert block_keys([*range(97), *range(96), 5])[:2] == keys[:2]
+    assert block_keys([1, *range(1, 97), *range(97)])[1:] != keys[1:]  # all tokens before count
     own = pages.take(3)
     assert pages.take(2) is None
     for key, page in zip(keys, own):

@@ -12,7 +12,7 @@ import fastlm
 from fastlm.errors import InputError
 from fastlm.inference import sequence as sequences
 from fastlm.inference.decode_batch import MAX_ROWS
-from fastlm.inference.draft_model import Drafter, _Held, _Job
+from fastlm.inference.draft_model import DraftModelProposer, _Held, _Job
 from fastlm.inference.engine import Engine
 from fastlm.inference.requests import Request
 from fastlm.inference.sampler import Sampler
@@ -51,12 +51,12 @@ def requests_of(lengths, new=70):
 
 
 def alone(model, requests, **options):
-    options = {"prompt_rows": True, "prefix_cache": False, **options}
+    options = {"prompt_rows": True, "enable_prefix_caching": False, **options}
     return [told(Engine(model, **options).generate([r])[0]) for r in requests]
 
 
 def nothing_is_kept(engine):
-    drafter = engine._guesser
+    drafter = engine._proposer
     assert not drafter._held and drafter.pages.available == drafter.pages.count
     assert engine.stats().pages_used == 0
 
@@ -72,13 +72,17 @@ def test_a_draft_model_changes_no_bit(format, prompt_rows):
         model, draft = (fastlm.quantize(m, format, group_size=24) for m in (model, draft))
     requests = requests_of((3, 60, 61, 90, 140, 20))
     wanted = alone(model, requests, prompt_rows=prompt_rows)
-    for options in ({}, {"pages": 5}, {"max_tokens_per_step": 9, "draft_tokens": 30}):
+    for options in (
+        {},
+        {"num_blocks": 5},
+        {"max_num_batched_tokens": 9, "num_speculative_tokens": 30},
+    ):
         engine = Engine(model, draft_model=draft, prompt_rows=prompt_rows, **options)
         assert [told(r) for r in engine.generate(requests)] == wanted
         stats = engine.stats()
         assert 0 < stats.accepted_tokens < stats.drafted_tokens  # how many differs by machine
         assert stats.new_tokens == sum(len(tokens) for tokens, _ in wanted)
-        assert ("pages" in options) == (stats.preemptions > 0)
+        assert ("num_blocks" in options) == (stats.preemptions > 0)
         assert stats.draft_failures == 0
         nothing_is_kept(engine)
 
@@ -89,7 +93,9 @@ def test_requests_that_come_and_go():
     draw = random.Random(1)
     requests = requests_of([draw.randrange(1, 150) for _ in range(12)], new=40)
     wanted = alone(model, requests)
-    engine = Engine(model, draft_model=model, prompt_rows=True, pages=15, draft_tokens=3)
+    engine = Engine(
+        model, draft_model=model, prompt_rows=True, num_blocks=15, num_speculative_tokens=3
+    )
     got, ids, left = [Collected() for _ in requests], {}, list(range(12))
     cancelled = {2, 5, 7}
     while left or any(answer.completion is None for answer in got):
@@ -118,7 +124,7 @@ def test_requests_that_come_and_go():
 def test_a_model_guesses_its_own_tokens():
     """All come true, drawn ones, too, so a step gives five; also after an update of its weights."""
     model = model_of()
-    engine = Engine(model, draft_model=model, prompt_rows=True, max_tokens_per_step=32)
+    engine = Engine(model, draft_model=model, prompt_rows=True, max_num_batched_tokens=32)
     for weights in ("old", "new"):
         before = engine.stats()
         requests = [
@@ -148,20 +154,20 @@ def test_guesses_are_those_of_a_draft_model_that_computes_everything_again():
     """So what is left of rejected guesses and of pauses does not count."""
     model = model_of()
     draft = near(model)
-    engine, seen = Engine(model, draft_model=draft, prompt_rows=True, max_tokens_per_step=12), 0
-    ours = engine._guesser.guess
+    engine, seen = Engine(model, draft_model=draft, prompt_rows=True, max_num_batched_tokens=12), 0
+    ours = engine._proposer.propose
 
     def guess(sequences, budget):
         nonlocal seen
         ours(sequences, budget)
         for s in sequences:
             if s.draft and len(s.tokens) <= MAX_ROWS:
-                guesses, fresh = s.draft, Drafter(draft, 4, 4)
-                fresh.guess([s], len(guesses))
+                guesses, fresh = s.draft, DraftModelProposer(draft, 4, 4)
+                fresh.propose([s], len(guesses))
                 assert s.draft == guesses
                 seen += 1
 
-    engine._guesser.guess = guess
+    engine._proposer.propose = guess
     engine.generate(requests_of((3, 20, 11, 5), new=30))
     stats = engine.stats()
     assert seen > 30 and 0.2 * stats.drafted_tokens < stats.accepted_tokens < stats.drafted_tokens
@@ -170,9 +176,9 @@ def test_guesses_are_those_of_a_draft_model_that_computes_everything_again():
 def test_each_token_is_computed_once_and_together():
     """By the draft model: prompts in chunks, and one step for the guesses of all answers."""
     model, rows = model_of(), []
-    engine = Engine(model, draft_model=model, prompt_rows=True, draft_tokens=3)
-    steps = engine._guesser._batch.decoder.logits
-    engine._guesser._batch.decoder.logits = lambda tokens, *rest, **options: (
+    engine = Engine(model, draft_model=model, prompt_rows=True, num_speculative_tokens=3)
+    steps = engine._proposer._batch.decoder.logits
+    engine._proposer._batch.decoder.logits = lambda tokens, *rest, **options: (
         rows.append(len(tokens)) or steps(tokens, *rest, **options)
     )
     requests = [Request([i] * n, 40, seed=i, ignore_eos=True) for i, n in enumerate((150, 9, 8, 7))]
@@ -192,7 +198,7 @@ def test_it_guesses_up_to_its_context_and_where_it_has_pages():
     stats = engine.stats()  # four of five of the 20 tokens that it has room for
     assert 12 < stats.accepted_tokens == stats.drafted_tokens <= 20
     # prompts that share pages of the model take pages of their own in the draft model's cache
-    engine = Engine(model, draft_model=model, prompt_rows=True, pages=9)
+    engine = Engine(model, draft_model=model, prompt_rows=True, num_blocks=9)
     requests = [Request([7] * 150, 30, seed=i, logprobs=0, ignore_eos=True) for i in range(4)]
     assert [told(r) for r in engine.generate(requests)] == alone(model, requests)
     stats = engine.stats()
@@ -211,7 +217,7 @@ def test_a_draft_model_that_fails_ends_no_request():
         engine.submit(request, answer)
     for _ in range(3):
         engine.step()
-    drafter, running = engine._guesser, engine.scheduler.running
+    drafter, running = engine._proposer, engine.scheduler.running
     bad, steps = drafter._held[running[1]].pages[0], drafter._batch.decoder.logits
 
     def broken(tokens, lengths, table, **options):
@@ -304,8 +310,12 @@ def test_refusals():
 
     other = model_of(vocab_size=98)
     refused("draft_model: wanted the model's vocabulary of 97 tokens, got 98", draft_model=other)
-    refused("draft_tokens: wanted at least 1 with a draft", draft_model=model, draft_tokens=0)
-    refused("draft_tokens: wanted at least 0, got -1", draft_tokens=-1)
+    refused(
+        "num_speculative_tokens: wanted at least 1 with a draft",
+        draft_model=model,
+        num_speculative_tokens=0,
+    )
+    refused("num_speculative_tokens: wanted at least 0, got -1", num_speculative_tokens=-1)
     by_length = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
     refused("draft_model: .* length of the context", draft_model=model_of(rope_scaling=by_length))
     hooked = model_of()

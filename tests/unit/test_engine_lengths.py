@@ -43,7 +43,7 @@ def test_longrope_turns_by_the_longest_context(engine_of):
     long = by_definition(model, (81, 150), 20)  # in the long regime from the first token on
     assert answers(engine_of(model), (81, 150), 20) == long
     short = by_definition(model, (5, 60), 20)
-    engine = engine_of(model, max_length=80)
+    engine = engine_of(model, max_model_len=80)
     assert answers(engine, (5, 60), 20) == short
     assert answers(engine_of(model), (5, 60), 20) != short
     with pytest.raises(InputError, match="prompt: wanted fewer than the 80 tokens"):
@@ -54,7 +54,7 @@ def test_dynamic_turns_by_the_longest_context(engine_of, monkeypatch):
     """As a plain model whose base is that of the longest context."""
     dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     model = model_of(rope_parameters=dynamic, max_position_embeddings=40)
-    assert answers(engine_of(model, max_length=40), (5, 20), 15) == by_definition(
+    assert answers(engine_of(model, max_model_len=40), (5, 20), 15) == by_definition(
         model, (5, 20), 15
     )
     longest, width = model.designed_limit, model.config.head_dim
@@ -70,5 +70,5 @@ def test_dynamic_turns_by_the_longest_context(engine_of, monkeypatch):
     monkeypatch.setattr(rotary, "frequencies", lambda *a: made.append(a) or frequencies(*a))
     assert answers(engine, (7, 49), 15) == by_definition(plain, (7, 49), 15)
     assert not [a for a in made if a[0]["rope_type"] == "dynamic"]  # tables are kept
-    with pytest.raises(InputError, match="max_length: wanted 2 to the model's 80, got 81"):
-        engine_of(plain, max_length=81)
+    with pytest.raises(InputError, match="max_model_len: wanted 2 to the model's 80, got 81"):
+        engine_of(plain, max_model_len=81)

@@ -67,7 +67,9 @@ def test_others_go_on_while_a_mask_is_computed():
     assert ended == [("other", "length"), ("slow", "stop")]
 
 
-@pytest.mark.parametrize("options", [{}, {"draft_tokens": 3}, {"pages": 4}, {"prompt_rows": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"num_speculative_tokens": 3}, {"num_blocks": 4}, {"prompt_rows": True}]
+)
 def test_masks_that_come_late_change_no_answer(options, monkeypatch):
     """Also where the answer is preempted meanwhile."""
 
@@ -91,7 +93,7 @@ def test_masks_that_come_late_change_no_answer(options, monkeypatch):
         monkeypatch.setattr(fastlm.inference.engine, "MASK_PATIENCE", patience)
         engine = Engine(model, **options)
         found.append([r.token_ids for r in engine.generate(asked)])
-        assert engine.stats().preemptions or "pages" not in options
+        assert engine.stats().preemptions or "num_blocks" not in options
         assert engine.stats().pages_used == 0
     assert found[0] == found[1] and all(len(tokens) == 70 for tokens in found[0])
 

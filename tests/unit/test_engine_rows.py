@@ -48,10 +48,14 @@ def test_guesses_change_no_bit(format):
         Request(text[: 80 + i], 70, sampling, seed=i, logprobs=i % 3, ignore_eos=i % 2 == 0)
         for i, (text, sampling) in enumerate(zip(texts, samplings, strict=True))
     ]
-    plain = {"prefix_cache": False, "prompt_rows": True}
+    plain = {"enable_prefix_caching": False, "prompt_rows": True}
     alone = [told(Engine(model, **plain).generate([r])[0]) for r in requests]
-    for options in ({}, {"pages": 9}, {"max_tokens_per_step": 9, "draft_tokens": 30}):
-        engine = Engine(model, **{"draft_tokens": 4, "prompt_rows": True, **options})
+    for options in (
+        {},
+        {"num_blocks": 9},
+        {"max_num_batched_tokens": 9, "num_speculative_tokens": 30},
+    ):
+        engine = Engine(model, **{"num_speculative_tokens": 4, "prompt_rows": True, **options})
         assert [told(r) for r in engine.generate(requests)] == alone
         stats = engine.stats()
         assert 0 < stats.accepted_tokens < stats.drafted_tokens
@@ -60,7 +64,7 @@ def test_guesses_change_no_bit(format):
         again = engine.generate(requests[:2])
         assert [told(r) for r in again] == alone[:2]
     # an answer that repeats itself takes few steps
-    engine, plain = Engine(model, draft_tokens=8), Engine(model)
+    engine, plain = Engine(model, num_speculative_tokens=8), Engine(model)
     sampling = Sampling(temperature=0.0, logit_bias=((5, 90.0),))
     request = Request([5], 200, sampling, logprobs=1, ignore_eos=True)
     assert told(engine.generate([request])[0]) == told(plain.generate([request])[0])
@@ -73,7 +77,7 @@ ELEVENS = Sampling(temperature=0.0, logit_bias=((11, 1000.0),))
 def test_guesses_of_a_request_that_is_preempted_are_forgotten():
     """Else one that comes true would count a token as computed, on a page that others find."""
     model = model_of()
-    options = {"prompt_rows": True, "draft_tokens": 2}
+    options = {"prompt_rows": True, "num_speculative_tokens": 2}
     request = Request([1, 2, 3], 80, ELEVENS, seed=1, logprobs=0, ignore_eos=True)
     later = Request([1, 2, 3] + [11] * 70, 2, logprobs=0, seed=1)
     alone, wanted = (told(Engine(model, **options).generate([r])[0]) for r in (request, later))
@@ -109,7 +113,7 @@ def test_a_prompt_whose_pages_were_all_found_is_no_source_of_another():
 @pytest.mark.parametrize("prompt_rows", [True, False])
 def test_rows_that_fail_end_their_own_request(prompt_rows):
     """Whatever else is in their step, and nobody is told anything after the end."""
-    engine = Engine(model_of(), prompt_rows=prompt_rows, max_rows=80, pages=200)
+    engine = Engine(model_of(), prompt_rows=prompt_rows, max_num_seqs=80, num_blocks=200)
     pieces = [[] for _ in range(70)]
     for i, own in enumerate(pieces):
         engine.submit(Request([1, i], 20, ELEVENS, seed=i, ignore_eos=True), own.append)
@@ -135,7 +139,7 @@ def test_an_update_after_which_modules_compute_prompts(monkeypatch):
     """An answer that waits, preempted, then continues."""
     model = fastlm.quantize(model_of(), "w8a8", group_size=32)
     monkeypatch.setattr(cpu_steps, "takes_prompts", lambda plan: plan.multiplies_int8)
-    engine, got = Engine(model, draft_tokens=3), [Collected(), Collected()]
+    engine, got = Engine(model, num_speculative_tokens=3), [Collected(), Collected()]
     engine.submit(Request([1, 2, 3], 90, seed=1, ignore_eos=True), got[0])
     engine.submit(Request([4, 5], 20, seed=1, ignore_eos=True), got[1])
     for _ in range(70):
@@ -158,7 +162,7 @@ def test_an_update_after_which_modules_compute_prompts(monkeypatch):
 def test_guesses_stay_within_the_tokens_of_a_step(draft):
     model, rows = model_of(), []
     engine = Engine(
-        model, prompt_rows=True, max_tokens_per_step=16, draft_tokens=7,
+        model, prompt_rows=True, max_num_batched_tokens=16, num_speculative_tokens=7,
         draft_model=model_of() if draft else None,
     )  # fmt: skip
     ours = engine._batch.decoder.logits
@@ -171,7 +175,7 @@ def test_guesses_stay_within_the_tokens_of_a_step(draft):
 
 def test_prompts_go_on_beside_many_answers():
     """Prompts get half as many tokens of a step as answers."""
-    engine = Engine(model_of(), prompt_rows=True, max_tokens_per_step=8)
+    engine = Engine(model_of(), prompt_rows=True, max_num_batched_tokens=8)
     for i in range(8):
         engine.submit(Request([i], 400, seed=i, ignore_eos=True), lambda piece: None)
     for _ in range(5):
