@@ -73,7 +73,9 @@ def serving_engine(path: Path, kv_dtype: torch.dtype | None = None) -> Engine:
     from fastlm.inference.requests import Request
     from fastlm.inference.sampling import Sampling
 
-    engine = fastlm.Engine(fastlm.CausalLM.from_pretrained(path), max_num_seqs=16, kv_cache_dtype=kv_dtype)
+    engine = fastlm.Engine(
+        fastlm.CausalLM.from_pretrained(path), max_num_seqs=16, kv_cache_dtype=kv_dtype
+    )
 
     def run(prompts, new):
         requests = [Request(row, new, Sampling(temperature=0), ignore_eos=True) for row in prompts]

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastlm.errors import InputError
 from fastlm.evals.results import Record
@@ -27,10 +27,12 @@ from fastlm.evals.safety.rows import json_lines, text_of
 from fastlm.evals.safety.scores import Score, share
 from fastlm.evals.safety.sentences import ABSTAINING, ABSTAINING_SEEN
 from fastlm.evals.safety.sets import Sets, sample
-from fastlm.evals.safety.stage import Safety
 from fastlm.evals.scorer import Pair, Scorer
 from fastlm.evals.task import Choices, Open, Question, Task
 from fastlm.progress import silent
+
+if TYPE_CHECKING:
+    from fastlm.evals.safety.stage import Safety
 
 ANSWERS = 400  # of people, for the judge of answers
 CONSTRUCTED = 400  # to fit to, as many as people labelled: all 1,110 do worse on both labels
@@ -152,7 +154,7 @@ class Bench:
     model: str
     sets: Sets
     judges: Judges
-    options: Safety
+    options: "Safety"
     cache: Path
     data: Path | None = None
     canaries: Path | None = None
