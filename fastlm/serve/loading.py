@@ -17,6 +17,7 @@ from fastlm.model.causal_lm import CausalLM
 from fastlm.model.load import load_model
 from fastlm.pipeline.run_folder import is_adapter, locate_model
 from fastlm.serve.models import Served, release_memory
+from fastlm.serve.options import ENGINE_OPTIONS
 from fastlm.tokenizer.tokenizer import Tokenizer
 
 NAMED = 8  # digits of a digest in a name
@@ -54,8 +55,11 @@ class Loader:
                 model, tokenizer, draft_model=draft, turns=self.turns, memory_share=self.share,
                 **self.options,
             )  # fmt: skip
+        except InputError as error:  # names an option of the engine
+            name, colon, rest = str(error).partition(":")
+            raise InputError(f"{ENGINE_OPTIONS.get(name, name)}{colon}{rest}") from None
         except RuntimeError as error:  # torch's, which has no memory
-            if (pages := self.options.get("pages")) is None:
+            if (pages := self.options.get("num_blocks")) is None:
                 raise
             raise InputError(
                 f"pages: wanted as many as fit the memory, got {pages}: {reason(error)}"

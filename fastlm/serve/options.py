@@ -24,6 +24,14 @@ BOUNDS = {
 }  # fmt: skip
 
 
+# Options of `fastlm.inference.engine.Engine` -> those of the server, by which users know them
+ENGINE_OPTIONS = {
+    "num_blocks": "pages", "max_num_seqs": "max_rows", "max_queue_size": "max_waiting",
+    "max_model_len": "max_length", "num_speculative_tokens": "draft_tokens",
+    "kv_cache_dtype": "kv_dtype",
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class ServeOptions:
     """How `fastlm serve` serves a model; `check` refuses what cannot work."""
@@ -191,6 +199,6 @@ class ServeOptions:
         """The options of `fastlm.inference.engine.Engine`."""
         import torch
 
-        names = ("pages", "max_rows", "max_waiting", "max_length", "draft_tokens")
         kv_dtype = None if self.kv_dtype is None else getattr(torch, self.kv_dtype)
-        return {name: getattr(self, name) for name in names} | {"kv_dtype": kv_dtype}
+        options = {name: getattr(self, option) for name, option in ENGINE_OPTIONS.items()}
+        return options | {"kv_cache_dtype": kv_dtype}
