@@ -19,6 +19,7 @@ import torch
 from harness import positive
 
 from fastlm.inference.block_manager import BLOCK_SIZE, BlockManager
+from fastlm.inference.decode_batch import MAX_ROWS
 from fastlm.model import cpu_steps
 from fastlm.model.causal_lm import CausalLM
 from fastlm.tokenizer.tokenizer import Tokenizer
@@ -74,7 +75,7 @@ def losses(model: CausalLM, tokenizer: Tokenizer, text: str, windows: int, lengt
         table = torch.arange(side.pages.count, dtype=torch.int32)[None]
         logits = []
         for row in ids:
-            for at in torch.arange(length).split(cpu_steps.MAX_ROWS):
+            for at in torch.arange(length).split(MAX_ROWS):
                 part = table.expand(len(at), -1).contiguous()
                 logits.append(side.steps.logits(row[at], at, part))
         logp = torch.log_softmax(torch.cat(logits).double(), -1).view(windows, length, -1)

@@ -10,6 +10,7 @@ import glob
 import io
 import logging
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr
 from math import log
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 MAX_BYTES = 2**20  # of a task's file
 LOCAL = ("json", "csv", "parquet", "arrow", "text")  # kinds of data files; else a name on the hub
+DATA = (".json", ".jsonl", ".csv", ".parquet", ".txt", ".gz", ".zst")  # ends of data files
 FEWSHOT_SEED = 1234  # of examples that are drawn: the harness' own
 T = TypeVar("T")
 
@@ -47,14 +49,14 @@ def is_file(name: str) -> bool:
 
 def task_files(path: str | Path) -> list[Path]:
     """Return the files that a task's file names, itself included: data, Python, other YAML."""
-    found, left = [], [Path(path)]
+    found, left = {}, [Path(path)]
     while left:
         file = left.pop()
-        if file not in found:
-            found.append(file)
+        if (place := file.resolve()) not in found:
+            found[place] = file
             names = _texts(_plain_yaml(file)) if is_file(file.name) else []
             left += [Path(match) for name in names for match in _matches(file.parent, name)]
-    return found
+    return list(found.values())
 
 
 def _plain_yaml(path: Path) -> Any:
@@ -82,15 +84,29 @@ def _matches(folder: Path, name: str) -> list[str]:
         return []
     module = name.rpartition(".")[0].replace(".", "/") + ".py"  # of a function
     paths = [folder / name, Path(name), folder / module]
-    return [m for p in paths for m in sorted(glob.glob(str(p))) if os.path.isfile(m)]
+    if name.endswith(DATA) and glob.has_magic(name):  # of data files alone: texts have * and ?, too
+        paths = [Path(match) for path in paths[:2] for match in sorted(glob.glob(str(path)))]
+    return [str(path) for path in paths if path.is_file()]
+
+
+def _stay_offline() -> None:
+    """Let nothing be fetched from the hub unless the user says so, by the variables that the
+    packages read when they are imported. One that is imported already has the value as a constant.
+    """
+    modules = {"DATASETS": "datasets.config", "HUB": "huggingface_hub.constants"}
+    for package in ("DATASETS", "HUB", "EVALUATE"):
+        name = f"HF_{package}_OFFLINE"
+        if name in os.environ:
+            continue
+        os.environ[name] = "1"
+        if (module := sys.modules.get(modules.get(package, ""))) is not None:
+            setattr(module, name, True)
 
 
 def read_task(path: str | Path, cache: Path) -> Task:
     """Read a task's file with its data. InputError: what the harness refuses, in one line."""
     path = Path(path)
-    # nothing is fetched from the hub unless the user says so; the packages read this when imported
-    for package in ("DATASETS", "HUB", "EVALUATE"):
-        os.environ.setdefault(f"HF_{package}_OFFLINE", "1")
+    _stay_offline()
     _plain_yaml(path)  # readable, and bounded
     try:
         from lm_eval.api.task import ConfigurableTask
@@ -257,14 +273,14 @@ def _harness(path: Path, call: Callable[[], T]) -> T:
             return call()
     except InputError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a task's function may end the program
         line = " ".join("; ".join([*messages, _line(error)]).split())
         raise InputError(f"{path}: lm-evaluation-harness: {line:.500}") from error
     finally:
         log.removeHandler(errors)
 
 
-def _line(error: Exception) -> str:
+def _line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
 
 

@@ -240,9 +240,10 @@ class _Process(uvicorn.Server):
         await super().shutdown(sockets)
         answered.set()
         await ending
-        if (store := self.server.feedback) is not None:
-            # here: a signal that ended the server ends the process before `run` returns
-            await asyncio.get_running_loop().run_in_executor(None, store.close)
+        for store in (self.server.feedback, self.server.ranking):
+            if store is not None:
+                # here: a signal that ended the server ends the process before `run` returns
+                await asyncio.get_running_loop().run_in_executor(None, store.close)
 
 
 class _Lines(logging.Handler):

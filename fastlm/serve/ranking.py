@@ -173,7 +173,7 @@ class RankingStore(FeedbackStore):
             added.rankings += new and not corrected
         else:
             new = is_item
-        added.items += is_item
+        added.items += is_item and not corrected  # one choice: nothing to rank
         added.known += not (new or is_item)
 
     def _add_opinion(

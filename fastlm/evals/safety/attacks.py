@@ -56,7 +56,7 @@ ATTACKS: dict[str, Attack] = {
     "many_shot": _many_shot,
 }
 SEARCHED = ("in_the_wild", "suffix")  # need a set, or the model
-SEVERAL_TURNS = ("crescendo", "foot_in_the_door", "split_request")  # `fastlm.evals.safety.turns`
+SEVERAL_TURNS = ("crescendo", "foot_in_the_door", "split_request")  # multi_turn_attacks.py
 NAMES = (*ATTACKS, *SEARCHED, *SEVERAL_TURNS)
 
 
