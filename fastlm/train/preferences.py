@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fastlm.errors import InputError
 from fastlm.pipeline.stage import MaybePositional
-from fastlm.stats.intervals import mean_error
 from fastlm.train.chat_stage import ChatStage
 from fastlm.train.encoding import Example, TrainingData, digest, fit
 from fastlm.train.training_stage import loss_text
@@ -227,6 +226,8 @@ def accuracy_error(right: "Tensor", places: Sequence[str]) -> float:
     """The standard error of the mean of ``right``, one per pair. Pairs of one row (``places``) are
     not independent. 0 where it cannot be estimated, from the pairs of a single row.
     """
+    from fastlm.stats.intervals import mean_error  # numpy
+
     if len({*places}) < 2:
         return 0.0
     return mean_error(right.cpu().numpy(), clusters=places).error

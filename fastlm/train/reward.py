@@ -19,7 +19,6 @@ from fastlm.train.preferences import (
     digest_of,
     right,
 )
-from fastlm.train.reward_report import calibration, length_bias
 from fastlm.train.training_stage import MODEL, Training
 
 if TYPE_CHECKING:
@@ -309,6 +308,8 @@ def measure(model: "RewardModel", judged: Sequence[Judged]) -> dict[str, Any]:
     """Return how well the probabilities of a model fit, and how it treats length: "calibration",
     "length_bias", and lengths and scores of the first answers.
     """
+    from fastlm.train.reward_report import calibration, length_bias  # numpy
+
     answers = answers_of(judged)
     scores = model.score(ids_of(answers)).double().cpu().tolist()
     lengths = [answer.learnt for answer in answers]
