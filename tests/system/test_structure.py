@@ -53,5 +53,8 @@ def test_no_import_circle_not_even_inside_functions():
 
 
 def test_stages_are_defined_without_torch_and_numpy():
-    code = "import sys, fastlm.stages, fastlm.pipeline.commands; sys.exit(bool({'torch', 'numpy'} & {*sys.modules}))"
+    code = (
+        "import sys, fastlm.stages, fastlm.pipeline.commands;"
+        " sys.exit(bool({'torch', 'numpy'} & {*sys.modules}))"
+    )
     assert subprocess.run([sys.executable, "-P", "-c", code]).returncode == 0
