@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 
 class HarnessRecord(TypedDict):
-    """Of each request of a question its responses: texts, or (log-likelihood, greedy)."""
+    """``responses``: those of each request, as texts or as (log-likelihood, greedy)."""
 
     id: str
     responses: list[list[Any]]
