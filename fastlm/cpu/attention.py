@@ -140,8 +140,8 @@ def backward_any_layout(
         dq,
         dk,
         dv,
-        nothing() if dsinks is None else dsinks.sum(0),
-        nothing(1) if dbias is None else dbias,
+        torch.empty_like(nothing()) if dsinks is None else dsinks.sum(0),
+        torch.empty_like(nothing()) if dbias is None else dbias,
     )
 
 
@@ -198,7 +198,7 @@ def backward(
             dout, dlse, q, k, v, out, lse, None, None, None, None, None, seed,
             *numbers_and_bias_grad[:-1], dq, dk, dv, None, None, lse,
         )  # fmt: skip
-        return dq, dk, dv, nothing(), nothing(1)
+        return dq, dk, dv, torch.empty_like(nothing()), torch.empty_like(nothing())
     return backward_any_layout(
         dout, dlse, q, k, v, out, lse, (None, None), sinks, alibi_slopes, bias, seed,
         numbers_and_bias_grad[:-1], numbers_and_bias_grad[-1], batch, queries, keys,

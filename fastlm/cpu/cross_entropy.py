@@ -95,7 +95,7 @@ def loss(logits, target, ignore_index, mean, softcap, logit_scale, keep):
     )
     if row >= 0:
         raise reference.bad_target(target, row, logits.shape[1], ignore_index)
-    return loss, stats if keep and stats is not None else nothing()
+    return loss, stats if keep and stats is not None else torch.empty_like(nothing())
 
 
 def loss_backward(d_loss, logits, target, stats, ignore_index, mean, softcap, logit_scale):

@@ -13,9 +13,9 @@ from torch import Tensor
 
 
 @functools.cache
-def nothing(index: int = 0) -> Tensor:
-    """Float32, without elements; also the result that stands for "not needed". Two results of one
-    call have two indices: torch wants them to be two tensors.
+def nothing() -> Tensor:
+    """Float32, without elements. An op never returns it: autograd would write the call's graph into
+    it, and every later call would return that graph. It returns ``torch.empty_like(nothing())``.
     """
     with torch.inference_mode(False):  # an inference tensor could not be saved for a backward
         return torch.empty(0, dtype=torch.float32, device="cpu")

@@ -136,6 +136,18 @@ def test_no_second_derivative_rather_than_zeros(function, tensors):
         torch.autograd.grad(first.square().sum(), leaves)
 
 
+@differentiable
+def test_results_do_not_keep_the_graph_of_another_call(function, tensors):
+    """A result "not needed" was one tensor for all calls: autograd wrote its graph into it."""
+    leaves = [t.detach().clone().requires_grad_() for t in tensors]
+    with warnings.catch_warnings():  # the warning that create_graph may leak memory
+        warnings.simplefilter("ignore")
+        torch.autograd.grad(function(*leaves).square().sum(), leaves, create_graph=True)
+    logits, target = torch.ones(2, 3), torch.zeros(2, dtype=torch.int64)
+    loss, stats = torch.ops.fastlm.cross_entropy_loss(logits, target, -100, True, 0.0, 1.0, False)
+    assert not loss.requires_grad and not stats.requires_grad
+
+
 @each_op
 def test_inductor(function, tensors):
     """The default backend of torch.compile, which asserts the strides that fakes declare."""
