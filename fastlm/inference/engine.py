@@ -344,6 +344,8 @@ class Engine:
         except BaseException:
             for id in ids:
                 self.cancel(id)
+            if thread is None:
+                self._take_in()
             raise
         completions = [answer.completion for answer in answers if answer.completion is not None]
         assert len(completions) == len(requests)
@@ -398,9 +400,6 @@ class Engine:
     def step(self) -> bool:
         """Compute one step. Whether there was anything to do."""
         busy = self._take_in()
-        for sequence in self.scheduler.sequences():
-            if sequence.cancelled or sequence.late:
-                self._end(sequence, "cancelled" if sequence.cancelled else "deadline")
         self.scheduler.begin()
         if not self.scheduler.running:
             busy |= self._update()
@@ -465,7 +464,8 @@ class Engine:
         return 12 if behind <= 8 and not self._proposer.most else 32
 
     def _take_in(self) -> bool:
-        """Take what other threads asked for. Whether there was anything."""
+        """Take what other threads asked for, and end what is cancelled or late. Whether there was
+        anything to take."""
         with self._changed:
             inbox, self._inbox = self._inbox, []
             call = self._calls.take()
@@ -474,8 +474,11 @@ class Engine:
             self.scheduler.add(sequence)
             if sequence.masks is not None:
                 sequence.masks.begin()
-        for sequence in self.scheduler.sequences() if cancelled else ():
-            sequence.cancelled |= sequence.id in cancelled
+        for sequence in self.scheduler.sequences():
+            if sequence.id in cancelled:
+                self._end(sequence, "cancelled")
+            elif sequence.late:
+                self._end(sequence, "deadline")
         if call is not None:
             call.run()
         return bool(inbox or call)

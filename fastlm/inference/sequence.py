@@ -60,7 +60,7 @@ class Sequence:
         self._key_pages(len(self.tokens))
         self.submitted = time.monotonic()
         self.queued: float | None = None  # seconds until it got its pages
-        self.cancelled = self.ended = self.admitted = False
+        self.ended = self.admitted = False
         (self.generator,) = make_generators(request.seed, 1)
         self.adjustments = None
         if request.sampling.adjusts:

@@ -12,6 +12,7 @@ graph does, which keeps the parallel regions.
 
 import os
 import weakref
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,16 +50,28 @@ def unusual(model: "CausalLM") -> str | None:
     every = torch.nn.modules.module
     if every._global_forward_hooks or every._global_forward_pre_hooks:
         return "all modules have hooks"
-    for name, module in model.named_modules():
+    for module in _modules(model):
         if type(module) not in _KNOWN and not type(module).__module__.startswith("fastlm."):
-            return f"{name} is {type(module).__name__}, which the kernel does not know"
-        if isinstance(module, LoraLinear):
-            return f"{name} has an adapter that is not merged"
-        if module._forward_hooks or module._forward_pre_hooks:
-            return f"{name} has hooks"
-        if "forward" in vars(module):
-            return f"{name} has a forward of its own"
+            reason = f"is {type(module).__name__}, which the kernel does not know"
+        elif isinstance(module, LoraLinear):
+            reason = "has an adapter that is not merged"
+        elif module._forward_hooks or module._forward_pre_hooks:
+            reason = "has hooks"
+        elif "forward" in vars(module):
+            reason = "has a forward of its own"
+        else:
+            continue
+        name = next(name for name, other in model.named_modules() if other is module)
+        return f"{name} {reason}"
     return None
+
+
+def _modules(model: nn.Module) -> list[nn.Module]:
+    """The modules of a model: 0.1 ms for SmolLM2, where `Module.modules` takes 2 ms."""
+    found = [model]
+    for module in found:  # which grows
+        found += [m for m in module._modules.values() if m is not None]
+    return found
 
 
 _KNOWN = (nn.Linear, nn.Embedding, nn.ModuleList)
@@ -69,7 +82,7 @@ class Plan:
     kernel points to, and what `state` records by address."""
 
     def __init__(self, model: "CausalLM"):
-        self.tensors = [t.detach() for t in _tensors(model)]
+        self.tensors = [t.detach() for t in _tensors(_modules(model))]
         self.copies: list[tuple[Tensor, Tensor, float]] = []  # copy == source.float() + offset
         self.state = state_of(model)
         self.packs = packs(model)
@@ -223,29 +236,31 @@ def scale_table(scales: Tensor, zeros: Tensor | None, bits: int) -> Tensor:
     return table
 
 
-def _tensors(model: "CausalLM") -> list[Tensor]:
-    # half the time of `parameters` and `buffers`, which make names
-    own = (t for m in model.modules() for t in (*m._parameters.values(), *m._buffers.values()))
+def _tensors(modules: Sequence[nn.Module]) -> list[Tensor]:
+    own = (t for m in modules for t in (*m._parameters.values(), *m._buffers.values()))
     return [t for t in own if t is not None]
 
 
 def state_of(model: "CausalLM") -> tuple:
     """What a plan was built from, equal as long as the model is the same: the config, how
     activations are rounded, where each tensor is stored and how often it was written to."""
-    written = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in _tensors(model)]
-    act_bits = [getattr(m, "act_bits", 16) for m in model.modules()]
+    modules = _modules(model)
+    written = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in _tensors(modules)]
+    act_bits = [vars(m).get("act_bits") for m in modules]
     return dict(vars(model.config)), act_bits, written
 
 
 def plan_of(model: "CausalLM") -> Plan | None:
     """Return the model's plan, built once and rebuilt when the model has changed (writing codes and
     scales of quantized weights through ``.data`` goes unnoticed); None where `why_not` has a
-    reason."""
+    reason. The model is fused then."""
     if why_not(model) is not None:
         _plans.pop(model, None)  # it would keep the old parameters alive
+        model.model.fuse()
         return None
     plan = _plans.get(model)
     if plan is None or not plan.follows(model):
+        model.model.fuse()
         plan = _plans[model] = Plan(model)
     return plan
 

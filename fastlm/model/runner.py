@@ -25,7 +25,6 @@ class Runner:
     """
 
     def __init__(self, model: "CausalLM"):
-        model.model.fuse()
         self.model = model
         self._plan = cpu_steps.plan_of(model)
         self._state = cpu_steps.state_of(model) if self._plan is None else self._plan.state

@@ -468,8 +468,13 @@ def test_listeners_and_callbacks_that_raise():
         pass
     assert heard == [None, None, "length"] and engine.stats().pages_used == 0
 
-    def result(_):
+    def result(*_):
         raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        engine.generate([Request([1], 3), Request([2], 30)], on_piece=result)
+    stats = engine.stats()  # no step is needed to give the pages back
+    assert stats.pages_used == stats.running == stats.waiting == 0
 
     for threaded in (False, True):
         if threaded:
