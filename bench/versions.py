@@ -78,10 +78,7 @@ def work(root: str) -> None:
             train_step = importlib.import_module("train_step")
             return train_step.make_step("fastlm", train_step.SIZES["42m"], 8, 512)
         if op == "decode":
-            decode = importlib.import_module("decode")
-            packages = importlib.import_module("fastlm.sources.packages")
-            path = packages.fetch_model("model:smollm2", packages.default_cache())
-            generate = decode.fastlm_engine(path)
+            generate = importlib.import_module("decode").fastlm_engine("model:smollm2")
             prompt = torch.randint(0, 40000, (1, 64), generator=torch.Generator().manual_seed(1))
             return lambda: generate(prompt, 65)
         case = rows(op)[row]
