@@ -87,10 +87,12 @@ def _state(step: Step, prints: "Fingerprints", done: Entry | None, folder: Path)
     elif done.outputs is None:
         held = held or _holds_any(folder, step.stage.partial)
         why = "was cut off"
-    elif lost := _lost(folder, step, done):
-        why = f"{lost} is missing or changed"
     else:
-        return "skip", "done"
+        sizes = sizes_of(folder, step.stage.scratch)
+        lost = [name for name, size in done.outputs.items() if sizes.get(name) != size]
+        if not lost:
+            return "skip", "done"
+        why = f"{lost[0]} is missing or changed"
     return ("continue" if held else "run"), why
 
 
@@ -121,13 +123,6 @@ def _change(step: Step, done: Entry, changed: Mapping[str, tuple[Any, Any]]) -> 
     if done.version != step.stage.version:
         return f"its code has changed: version {done.version}, now {step.stage.version}"
     return "what it reads has changed"
-
-
-def _lost(folder: Path, step: Step, done: Entry) -> str:
-    """Return the first file of a stage that is missing or has another size."""
-    sizes = sizes_of(folder, step.stage.scratch)
-    changed = (n for n, size in (done.outputs or {}).items() if sizes.get(n) != size)
-    return next(changed, "")
 
 
 def _holds_training(folder: Path, stage: Stage, done: Entry | None, kinds: Kinds) -> bool:

@@ -63,10 +63,11 @@ class Tokenizer:
         self._roles = {name: token for name, token in roles.items() if token is not None}
         self._backend = backend = _with_special_turns(backend, self._roles.values())
         self.chat_template = template
+        ids = {name: backend.token_to_id(token) for name, token in self._roles.items()}
         for name, token in self._roles.items():
-            if backend.token_to_id(token) is None:
+            if ids[name] is None:
                 raise InputError(f"{name}: wanted a token of the vocabulary, got {token!r}")
-        self.bos_id, self.eos_id, self.pad_id = map(self._role_id, ROLES[:3])
+        self.bos_id, self.eos_id, self.pad_id = map(ids.get, ROLES[:3])
         added = {t.content: i for i, t in backend.get_added_tokens_decoder().items()}
         stops = {added[token] for token in STOPS if token in added}
         self.stop_ids = frozenset(stops if self.eos_id is None else stops | {self.eos_id})
@@ -79,10 +80,6 @@ class Tokenizer:
                 f"got a decoder of {sorted(map(str, kinds))}"
             )
         self._strip_first = bool(kinds & {"Strip", "Metaspace"})
-
-    def _role_id(self, role: str) -> int | None:
-        token = self._roles.get(role)
-        return None if token is None else self._backend.token_to_id(token)
 
     @property
     def backend(self) -> tokenizers.Tokenizer:
@@ -305,10 +302,16 @@ class Tokenizer:
     @cached_property
     def _bytes(self) -> list[bytes]:
         added = self._backend.get_added_tokens_decoder()
-        spell = _byte_level_bytes if self.byte_level else _sentencepiece_bytes
         table = [b""] * self.vocab_size
         for token, index in self._backend.get_vocab(with_added_tokens=True).items():
-            table[index] = token.encode() if index in added else spell(token)
+            if index not in added and self.byte_level and BYTE_OF.keys() >= set(token):
+                table[index] = bytes(BYTE_OF[character] for character in token)
+            elif index in added or self.byte_level:  # or padding such as "[PAD 7]"
+                table[index] = token.encode()
+            elif match := re.fullmatch(r"<0x([0-9A-F]{2})>", token):
+                table[index] = bytes([int(match[1], 16)])
+            else:
+                table[index] = token.replace("▁", " ").encode()
         return table
 
     # chat
@@ -579,13 +582,6 @@ BYTE_OF = {chr(byte): byte for byte in _PRINTABLE}
 BYTE_OF |= {chr(256 + index): byte for index, byte in enumerate(_OTHERS)}
 
 
-def _byte_level_bytes(token: str) -> bytes:
-    try:
-        return bytes(BYTE_OF[character] for character in token)
-    except KeyError:  # a token outside the alphabet: padding entries such as "[PAD 7]"
-        return token.encode()
-
-
 def _with_special_turns(
     backend: tokenizers.Tokenizer, roles: Iterable[str]
 ) -> tokenizers.Tokenizer:
@@ -600,12 +596,6 @@ def _with_special_turns(
     for token in state["added_tokens"]:
         token["special"] |= token["content"] in turns
     return library(tokenizers.Tokenizer.from_str, json.dumps(state))
-
-
-def _sentencepiece_bytes(token: str) -> bytes:
-    if match := re.fullmatch(r"<0x([0-9A-F]{2})>", token):
-        return bytes([int(match[1], 16)])
-    return token.replace("▁", " ").encode()
 
 
 def _encode(
