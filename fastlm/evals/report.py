@@ -18,7 +18,7 @@ from fastlm.evals.tables import (
     part_table,
     task_table,
 )
-from fastlm.pipeline.charts import bits_chart
+from fastlm.pipeline.charts import as_svg, bits_figure
 from fastlm.pipeline.stage import Job, Part
 from fastlm.pipeline.text import size_text
 from fastlm.train.metrics import METRICS, read_metrics
@@ -111,7 +111,7 @@ def _bits_part(job: Job, result: Mapping[str, Any]) -> Part:
         cards=[(f"{models[best]:.3f}", card)],
         values={
             "bars": bars(models, packed),
-            "bits_charts": [bits_chart(curves, models, packed)] if curves else [],
+            "bits_charts": [as_svg(bits_figure(curves, models, packed))] if curves else [],
         },
     )
 

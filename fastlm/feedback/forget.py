@@ -36,9 +36,8 @@ from fastlm.data.prepare import HELDOUT, TRAIN, read_documents
 from fastlm.errors import InputError
 from fastlm.files import append_lines, read_json, write_json
 from fastlm.pipeline.archive import PREVIOUS
-from fastlm.pipeline.content_id import artifact_id
 from fastlm.pipeline.funnel import FUNNEL
-from fastlm.pipeline.provenance import digest, ids_of, own_files
+from fastlm.pipeline.provenance import artifact_id, digest, ids_of, own_files
 from fastlm.pipeline.record import ALONE, save_alone, table_of
 from fastlm.pipeline.registry import CHANGED, GONE, INDEX, INNER, Known, Registry, open_registry
 from fastlm.pipeline.report import REPORT, SUMMARY

@@ -40,7 +40,7 @@ class Promotion(Stage):
     def run(self, job: Job) -> dict[str, Any]:
         from fastlm.evals.suite import id_of
         from fastlm.feedback.model_pair import NEW, OLD, Model, Pair, check_decided
-        from fastlm.pipeline.content_id import MODEL as FILES
+        from fastlm.pipeline.provenance import MODEL as FILES
         from fastlm.pipeline.run_folder import is_adapter, locate_model
 
         given = job.path("decision")

@@ -56,21 +56,15 @@ class _Job:
 
     def __init__(self, sequence: Sequence, held: _Held, new: int, count: int):
         self.sequence, self.held, self.new, self.count = sequence, held, new, count
-        self.begin()
-
-    def begin(self) -> None:
         self.guesses: list[int] = []
-        self._generator = self.sequence.generator.clone_state()
 
-    def rows(self) -> list[DecodeRow]:
-        """The new tokens."""
-        held, tokens = self.held, self.sequence.tokens
-        return [
-            DecodeRow(
-                tokens[i], i, held.pages, needs_logits=self.count > 0 and i + 1 == len(tokens)
-            )
-            for i in range(held.length, held.length + self.new)
-        ]
+    def begin(self) -> list[DecodeRow]:
+        """Return the rows of the new tokens."""
+        self.guesses, self._generator = [], self.sequence.generator.clone_state()
+        tokens, begin = self.sequence.tokens, self.held.length
+        rows = [(tokens[i], i) for i in range(begin, begin + self.new)]
+        last = len(tokens) - 1 if self.count else -1
+        return [DecodeRow(t, i, self.held.pages, needs_logits=i == last) for t, i in rows]
 
     def next_token(self, row: int) -> NextToken:
         """How to guess from a row of logits. A grammar does not count."""
@@ -132,15 +126,12 @@ class DraftModelProposer:
             self._compute(jobs)
         except Exception:  # whose fault it is shows alone
             for job in jobs:
-                self._compute_alone(job)
-
-    def _compute_alone(self, job: _Job) -> None:
-        try:
-            self._compute([job])
-        except Exception:
-            self.failures += 1
-            self._failed.add(job.sequence)
-            self.forget(job.sequence)
+                try:
+                    self._compute([job])
+                except Exception:
+                    self.failures += 1
+                    self._failed.add(job.sequence)
+                    self.forget(job.sequence)
 
     def _jobs(self, sequences: list[Sequence], budget: int) -> list[_Job]:
         """Answers first, then prompts, the nearest to their ends first."""
@@ -179,10 +170,8 @@ class DraftModelProposer:
 
     def _compute(self, jobs: list[_Job]) -> None:
         assert self._batch is not None
-        for job in jobs:
-            job.begin()
+        rows = [row for job in jobs for row in job.begin()]
         going = [job for job in jobs if job.count]
-        rows = [row for job in jobs for row in job.rows()]
         while rows:
             logits = self._batch.logits(rows)
             tokens = [job.next_token(row) for row, job in enumerate(going)]

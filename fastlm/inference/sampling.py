@@ -19,7 +19,7 @@ from fastlm.errors import InputError
 # Candidates that top-p and min-p examine before they sort the whole vocabulary: text models put a
 # probability of 0.95 on fewer
 _FIRST_LOOK = 256
-_MOST = 1e9  # of a penalty or a bias: sums of them stay finite in float32
+_MAX = 1e9  # of a penalty or a bias: sums of them stay finite in float32
 _ROWWISE = 1024  # top_k up to which a row's bits do not depend on the number of rows
 _BLOCK = 256  # tokens of the vocabulary whose probabilities are summed together, without filters
 
@@ -49,45 +49,25 @@ class Sampling:
     logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
-        checks = (
-            (
-                "temperature",
-                self.temperature,
-                _number(self.temperature) == 0 or 1e-6 <= _number(self.temperature) < math.inf,
-                "0 or at least 1e-6",
+        t, k, p, m = _number(self.temperature), self.top_k, self.top_p, self.min_p
+        bounds = f"from -{_MAX:g} to {_MAX:g}"
+        biases = self.logit_bias
+        checks = {
+            "temperature": ("0 or at least 1e-6", t == 0 or 1e-6 <= t < math.inf),
+            "top_k": (">= 1 or None", k is None or _whole(k) >= 1),
+            "top_p": ("in (0, 1] or None", p is None or 0 < _number(p) <= 1),
+            "min_p": ("in [0, 1] or None", m is None or 0 <= _number(m) <= 1),
+            "repetition_penalty": ("> 0", 0 < _number(self.repetition_penalty) < math.inf),
+            "presence_penalty": (bounds, abs(_number(self.presence_penalty)) <= _MAX),
+            "frequency_penalty": (bounds, abs(_number(self.frequency_penalty)) <= _MAX),
+            "logit_bias": (
+                f"pairs of a token id >= 0 and a number {bounds}",
+                isinstance(biases, tuple) and all(map(_is_bias, biases)),
             ),
-            ("top_k", self.top_k, self.top_k is None or _whole(self.top_k) >= 1, ">= 1 or None"),
-            (
-                "top_p",
-                self.top_p,
-                self.top_p is None or 0 < _number(self.top_p) <= 1,
-                "in (0, 1] or None",
-            ),
-            (
-                "min_p",
-                self.min_p,
-                self.min_p is None or 0 <= _number(self.min_p) <= 1,
-                "in [0, 1] or None",
-            ),
-            (
-                *("repetition_penalty", self.repetition_penalty),
-                *(0 < _number(self.repetition_penalty) < math.inf, "> 0"),
-            ),
-            *(
-                (name, value, abs(_number(value)) <= _MOST, f"from -{_MOST:g} to {_MOST:g}")
-                for name in ("presence_penalty", "frequency_penalty")
-                for value in (getattr(self, name),)
-            ),
-            (
-                "logit_bias",
-                self.logit_bias,
-                isinstance(self.logit_bias, tuple) and all(map(_is_bias, self.logit_bias)),
-                f"pairs of a token id >= 0 and a number from -{_MOST:g} to {_MOST:g}",
-            ),
-        )
-        for name, value, good, wanted in checks:
+        }
+        for name, (wanted, good) in checks.items():
             if not good:
-                raise InputError(f"{name}: wanted {wanted}, got {value!r}")
+                raise InputError(f"{name}: wanted {wanted}, got {getattr(self, name)!r}")
 
     @property
     def adjusts(self) -> bool:
@@ -117,15 +97,14 @@ class Sampling:
         scaled = logits / self.temperature
         vocab = scaled.shape[1]
         if self.top_k is not None:
-            values, ids = _largest(scaled, min(self.top_k, vocab))
+            values, ids = scaled.topk(min(self.top_k, vocab))
             return self._filter(values, torch.logsumexp(values.double(), -1, keepdim=True)), ids
         total = torch.logsumexp(scaled.double(), -1, keepdim=True)
         if self.top_p is None and self.min_p is None:
-            return (scaled.double() - total).exp(), torch.arange(
-                vocab, device=logits.device
-            ).expand_as(scaled)
+            ids = torch.arange(vocab, device=logits.device)
+            return (scaled.double() - total).exp(), ids.expand_as(scaled)
         if vocab > 2 * _FIRST_LOOK:
-            values, ids = _largest(scaled, _FIRST_LOOK)
+            values, ids = scaled.topk(_FIRST_LOOK)
             probabilities = self._filter(values, total)
             if bool((probabilities[:, -1] == 0).all()):  # each row's last candidate is among these
                 return probabilities, ids
@@ -257,11 +236,6 @@ def make_generators(seed: int | None, rows: int) -> list[torch.Generator]:
     return [torch.Generator("cpu").manual_seed((seed + r) % 2**63) for r in range(rows)]
 
 
-def _largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    top = torch.topk(values, count, dim=-1)
-    return top.values, top.indices
-
-
 def _number(value: object) -> float:
     """The value as float, or NaN, which fails every comparison, if it is not a number."""
     good = isinstance(value, int | float) and not isinstance(value, bool)
@@ -269,9 +243,10 @@ def _number(value: object) -> float:
 
 
 def _is_bias(pair: object) -> bool:
-    if not isinstance(pair, tuple) or len(pair) != 2:
-        return False
-    return _whole(pair[0]) >= 0 and abs(_number(pair[1])) <= _MOST
+    match pair:
+        case (token, bias) if isinstance(pair, tuple):
+            return _whole(token) >= 0 and abs(_number(bias)) <= _MAX
+    return False
 
 
 def _whole(value: object) -> float:

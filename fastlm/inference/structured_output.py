@@ -8,7 +8,7 @@ import json
 import threading
 from collections import deque
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -74,21 +74,22 @@ class Grammars:
         with self._lock:
             tokens = self._tokens
         limits = llguidance.LLParserLimits(**LIMITS)
+        matcher = None
         try:
             grammar = _grammar(form)
-            failed, told = llguidance.LLMatcher.validate_grammar_with_warnings(
+            _, warnings = llguidance.LLMatcher.validate_grammar_with_warnings(
                 grammar, tokens, limits=limits
             )
             matcher = llguidance.LLMatcher(tokens, grammar, log_level=0, limits=limits)
-            refusal = " ".join(told) or matcher.get_error()
+            refusal = " ".join(warnings) or matcher.get_error()
         except InputError as error:
             raise FormError(f"{form.param}: {error}", param=form.param) from None
         except (ValueError, TypeError) as error:
-            failed, refusal, matcher = True, str(error), None
-        if failed or refusal or matcher is None:
-            text = " ".join((refusal or "it has no meaning").split())
+            refusal = str(error) or "it has no meaning"
+        if refusal or matcher is None:
+            refusal = " ".join(refusal.split())
             raise FormError(
-                f"{form.param}: wanted what llguidance can compile, got: {text:.400}",
+                f"{form.param}: wanted what llguidance can compile, got: {refusal:.400}",
                 param=form.param,
             )
         first = _State(matcher, self, form)
@@ -102,6 +103,11 @@ class Grammars:
     def digits(self) -> Tensor:
         """Which tokens begin with a digit, (V,) bool."""
         return torch.tensor([token[:1].isdigit() for token in self._token_bytes])
+
+    @cached_property
+    def quotes(self) -> Tensor:
+        """Which tokens begin with a quotation mark, (V,) bool."""
+        return torch.tensor([token[:1] == b'"' for token in self._token_bytes])
 
     @cached_property
     def _token_bytes(self) -> list[bytes]:
@@ -144,7 +150,7 @@ class _State:
     def __init__(self, matcher: Any, grammars: Grammars, form: Form):
         self.matcher, self.grammars, self.form = matcher, grammars, form
         self.forced: deque[int] = deque()
-        self.json = None if form.kind not in JSON_KINDS else _JsonText(form.kind == "calls")
+        self.digits = 0  # at the end of the text
 
     def copy(self) -> "_State":
         """Return the state of another answer."""
@@ -185,64 +191,38 @@ class _State:
         words = torch.frombuffer(bytearray(found), dtype=torch.uint8)
         bits = (words[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
         allowed = bits.flatten()[: self.grammars.vocab_size].bool()
-        if self.json is not None and self.json.digits >= MAX_DIGITS:
-            fewer = allowed & ~self.grammars.digits
-            return fewer if bool(fewer.any()) else allowed
-        return allowed
+        if self.digits < MAX_DIGITS or self.form.kind not in JSON_KINDS:
+            return allowed
+        # of a number: a string, or text around JSON, could go on with a quotation mark
+        fewer = allowed & ~self.grammars.digits
+        is_number = not bool((allowed & self.grammars.quotes).any())
+        return fewer if is_number and bool(fewer.any()) else allowed
 
     def accept(self, token: int) -> None:
         """Move on by a token."""
         if self.forced and self.forced.popleft() != token:
             self.forced.clear()
-        if self.json is not None:
-            self.json.add(self.grammars.token_bytes(token))
+        text = self.grammars.token_bytes(token)
+        rest = text.rstrip(b"0123456789")
+        self.digits = len(text) - len(rest) + (0 if rest else self.digits)
         if not self.matcher.is_stopped():
             self.matcher.consume_token(token)
             self.check_error()
 
 
-class _JsonText:
-    """Follows JSON: ``digits`` of the number that is written now. ``inside``: JSON is what stands
-    between the marks of tool calls alone."""
-
-    def __init__(self, inside: bool):
-        self.digits = 0
-        self._inside, self._text = inside, b""
-        self._active, self._string, self._escape = not inside, False, False
-
-    def add(self, data: bytes) -> None:
-        for byte in data:
-            if self._inside:
-                self._follow_marks(byte)
-            if not self._active:
-                continue
-            self.digits = self.digits + 1 if not self._string and 48 <= byte <= 57 else 0
-            if self._escape:
-                self._escape = False
-            elif byte == ord("\\"):
-                self._escape = self._string
-            elif byte == ord('"'):
-                self._string = not self._string
-
-    def _follow_marks(self, byte: int) -> None:
-        self._text = (self._text + bytes((byte,)))[-len(CLOSE) :]
-        if self._text.endswith(OPEN.encode()):
-            self._active, self._string, self._escape = True, False, False
-        elif self._text == CLOSE.encode() and not self._string:
-            self._active, self.digits = False, 0
-
-
 def _check_size(form: Form) -> None:
     """FormError: a form of more than `MAX_BYTES`, or tools of more than four times that."""
-    tools, value = (), form.value
-    if form.kind == "call":
-        tools, value = form.value, None
-    elif form.kind == "calls":
-        tools, value = form.value[0], None
-    elif form.kind == "calls_or":
-        tools, value = form.value[0], form.value[2].value
-    elif form.kind == "generic":
-        tools, value = form.value.tools, form.value.response
+    match form.kind, form.value:
+        case "call", tools:
+            value = None
+        case "calls", (tools, _):
+            value = None
+        case "calls_or", (tools, _, other):
+            value = other.value
+        case "generic", GenericTools(tools=tools, response=value):
+            pass
+        case _, value:
+            tools = ()
     for part, most in ((tools, MAX_BYTES * 4), (value, MAX_BYTES)):
         try:
             size = len(json.dumps(part, ensure_ascii=False).encode(errors="surrogatepass"))
@@ -256,104 +236,96 @@ def _grammar(form: Form) -> str:
     from llguidance import LLMatcher, grammar_from
 
     if form.kind in ("json_object", "json_schema"):
-        schema = {"type": "object"} if form.kind == "json_object" else close_objects(form.value)
-        options: Any = OPTIONS
-        return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=options)
+        schema, options = json.dumps(_schema(form)), cast(Any, OPTIONS)
+        return LLMatcher.grammar_from_json_schema(schema, overrides=options)
     if form.kind == "regex":
         return LLMatcher.grammar_from_regex(form.value)
     if form.kind == "choice":
         return grammar_from("choice", json.dumps(form.value))
-    if form.kind == "call":
-        return LLMatcher.grammar_from_lark(_call(form.value))
-    if form.kind == "calls":
-        return LLMatcher.grammar_from_lark(_calls(*form.value))
-    if form.kind == "calls_or":
-        return LLMatcher.grammar_from_lark(_calls_or(*form.value))
-    if form.kind == "generic":
-        return LLMatcher.grammar_from_lark(_generic(form.value))
-    return LLMatcher.grammar_from_lark(form.value)
+    if form.kind == "grammar":
+        return LLMatcher.grammar_from_lark(form.value)
+    rules = {"call": _written_calls, "calls": _calls, "calls_or": _calls_or, "generic": _generic}
+    return LLMatcher.grammar_from_lark("\n".join(rules[form.kind](form.value)))
 
 
-def _call(tools: list[Any]) -> str:
-    """A Lark grammar of a call of one of the tools, as `fastlm.serve.tools` reads it."""
+def _schema(form: Form) -> Any:
+    return {"type": "object"} if form.kind == "json_object" else close_objects(form.value)
+
+
+def _written_calls(tools: list[Any], start: str = "start") -> list[str]:
+    """Lark rules of a call of one of the tools, as `fastlm.serve.tools` reads it."""
     names = [f"call{i}" for i in range(len(tools))]
-    rules = [f"start: {' | '.join(names)}"]
+    rules = [f"{start}: {' | '.join(names)}"]
     for name, tool in zip(names, tools):
         function = tool["function"]
         before = f'{OPEN}\n{{"name": {json.dumps(function["name"])}, "arguments": '
         after = f"}}\n{CLOSE}"
         arguments = _arguments(close_arguments(function.get("parameters")))
         rules.append(f"{name}: {json.dumps(before)} {arguments} {json.dumps(after)}")
-    return "\n".join(rules)
+    return rules
 
 
-def _calls_or(tools: list[Any], several: bool, form: Form) -> str:
-    """A Lark grammar of calls of the tools, or of JSON of a form."""
-    begin, *rules = _call(tools).splitlines()
-    one = begin.removeprefix("start: ")
-    schema = {"type": "object"} if form.kind == "json_object" else form.value
-    calls = "call (SPACE call)*" if several else "call"
-    return "\n".join(
-        [
-            "start: calls | form",
-            f"calls: {calls}",
-            f"call: {one}",
-            f"form: {_json(close_objects(schema))}",
-            f"SPACE: /{WHITESPACE}/",
-            *rules,
-        ]
-    )
+def _calls_or(value: tuple[list[Any], bool, Form]) -> list[str]:
+    """Lark rules of calls of the tools, or of JSON of a form."""
+    tools, several, form = value
+    return [
+        "start: calls | form",
+        f"calls: {'call (SPACE call)*' if several else 'call'}",
+        f"form: {_json(_schema(form))}",
+        f"SPACE: /{WHITESPACE}/",
+        *_written_calls(tools, "call"),
+    ]
 
 
-def _generic(value: GenericTools) -> str:
-    """A Lark grammar of `fastlm.serve.generic_tools`."""
+def _generic(value: GenericTools) -> list[str]:
+    """Lark rules of `fastlm.serve.generic_tools`."""
     more = ' (SPACE "," SPACE call)*' if value.several else ""
     kinds = "calls" if value.required else "calls | response"
-    response, quoted = json.dumps(json.dumps("response")), json.dumps(json.dumps("tool_calls"))
-    names = [f"call{i}" for i in range(len(value.tools))]
     rules = [
         f'start: "{{" SPACE ({kinds}) SPACE "}}"',
-        f'calls: {quoted} SPACE ":" SPACE "[" SPACE call{more} SPACE "]"',
-        f"call: {' | '.join(names)}",
-        f"SPACE: /{WHITESPACE}/",
+        f'calls: {_quoted("tool_calls")} SPACE ":" SPACE "[" SPACE call{more} SPACE "]"',
+        *_json_calls(value.tools, lambda function: True),
     ]
     if not value.required:
-        schema = close_objects(value.response)
-        rules.append(f'response: {response} SPACE ":" SPACE {_json(schema)}')
-    return "\n".join([*rules, *_call_rules(names, value.tools, lambda function: True)])
+        response = _json(close_objects(value.response))
+        rules.append(f'response: {_quoted("response")} SPACE ":" SPACE {response}')
+    return rules
 
 
-def _calls(tools: list[Any], several: bool) -> str:
-    """A Lark grammar of text with calls of the tools in it; those that are strict have arguments
-    that keep to their schemas. Not ``several``: one at most, which ends the answer.
+def _calls(value: tuple[list[Any], bool]) -> list[str]:
+    """Lark rules of text with calls of the tools in it; those that are strict have arguments that
+    keep to their schemas. Not ``several``: one at most, which ends the answer.
     """
-    names = [f"call{i}" for i in range(len(tools))]
+    tools, several = value
     listed = ' | "[" SPACE call (SPACE "," SPACE call)* SPACE "]"' if several else ""
-    rules = [
+    return [
         "start: block* REST" if several else "start: block | REST",
         f'block: head SPACE (call{listed}) SPACE "{CLOSE}"',
         f'head[lazy]: TEXT "{OPEN}"',
         "TEXT: /(.|\\n)*/",
         f"REST: /(.|\\n)*/ & ~/(.|\\n)*{OPEN}(.|\\n)*/",
-        f"call: {' | '.join(names)}",
-        f"SPACE: /{WHITESPACE}/",
+        *_json_calls(tools, lambda function: bool(function.get("strict"))),
     ]
-    rules += _call_rules(names, tools, lambda function: bool(function.get("strict")))
-    return "\n".join(rules)
 
 
-def _call_rules(
-    names: list[str], tools: "Sequence[Any]", keeps: "Callable[[Any], bool]"
-) -> "Iterator[str]":
-    """Lark rules of these names, of a call of each tool as JSON; where it ``keeps`` to its schema,
+def _json_calls(tools: "Sequence[Any]", keeps: "Callable[[Any], bool]") -> "Iterator[str]":
+    """Lark rules of ``call``, a call of one of the tools as JSON; where it ``keeps`` to its schema,
     so do the arguments."""
-    for name, tool in zip(names, tools):
+    yield f"call: {' | '.join(f'call{i}' for i in range(len(tools)))}"
+    yield f"SPACE: /{WHITESPACE}/"
+    for i, tool in enumerate(tools):
         function = tool["function"]
-        called = [json.dumps(json.dumps(text)) for text in ("name", function["name"], "arguments")]
         parameters = close_arguments(function.get("parameters")) if keeps(function) else {}
-        arguments = _arguments(parameters)
-        parts = ('"{"', called[0], '":"', called[1], '","', called[2], '":"', arguments, '"}"')
-        yield f"{name}: {' SPACE '.join(parts)}"
+        parts = (
+            '"{"', _quoted("name"), '":"', _quoted(function["name"]), '","', _quoted("arguments"),
+            '":"', _arguments(parameters), '"}"',
+        )  # fmt: skip
+        yield f"call{i}: {' SPACE '.join(parts)}"
+
+
+def _quoted(text: str) -> str:
+    """Lark for a text as JSON."""
+    return json.dumps(json.dumps(text))
 
 
 def _arguments(parameters: Any) -> str:

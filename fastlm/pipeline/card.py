@@ -17,9 +17,9 @@ from fastlm.pipeline.funnel import FUNNEL, Funnel
 from fastlm.pipeline.lineage import NOT_RECORDED
 from fastlm.pipeline.recipe import Kinds
 from fastlm.pipeline.registry import GONE, HERE, SHORT, Known, Registry
-from fastlm.pipeline.scores import figure, scores
+from fastlm.pipeline.scores import scores
 from fastlm.pipeline.stage import Stage
-from fastlm.pipeline.text import seconds_text
+from fastlm.pipeline.text import figure, seconds_text
 
 CARD = "README.md"
 MARKUP = re.compile(r"([\\`*_{}\[\]<>()#+!|~$&-])")
@@ -41,58 +41,51 @@ def card(
 
     InputError: the record made no model.
     """
+    from huggingface_hub import EvalResult, ModelCardData
+
     if record.model is None:
         raise InputError(f"{record.name}: wanted a model, got {record.entry.kind}")
     line = registry.ancestors(record)
-    outside = [*_outside_models(registry, line)]
+    outside = [
+        (made, read)
+        for made in line
+        for key, read, maker in registry.parents(made)
+        if maker is None and key in ("model", "teacher", "reward_model", "base")
+    ]
     measured = [*_measured(registry, record)]
-    sources = dict.fromkeys(source["spec"] for r in line for source in r.made.sources)
-    bases = [read["name"] for _, read in outside]
-    front = _front(record, measured, licence, language, base_model=bases, datasets=[*sources])
-    sections: dict[str, list[tuple[Known, Figures]]] = {"Evaluation": [], "Safety": []}
-    for made, figures in measured:
-        sections[_kind(made, kinds).card_section].append((made, figures))
-    body = _template(registry, kinds).render(
-        name=record.name, kind=record.entry.kind, finished=record.finished, id=record.model,
-        not_recorded=NOT_RECORDED, outside=outside, sections=sections.items(),
-        data=[r for r in reversed(line) if r.made.sources],
-        stages=[r for r in reversed(line) if not {"scores", "corpus"} & r.entry.leaves.keys()],
-        instructed=outside or any(_kind(r, kinds).instructs for r in line),
-        gone=", ".join(r.name for r in line if r.state != HERE),
-        commands=[*dict.fromkeys(r.made.command for r in reversed(line) if r.made.command)],
-        code=_facts(record.made.code) if all(r.made.code == record.made.code for r in line) else "",
-        recipe=_recipe(line),
-    )  # fmt: skip
-    return f"---\n{front}\n---\n\n{body}".encode("utf-8", "replace").decode()
-
-
-def _front(
-    record: Known,
-    measured: Sequence[tuple[Known, Figures]],
-    licence: str | None,
-    language: str | None,
-    *,
-    base_model: list[str],
-    datasets: list[str],
-) -> str:
-    from huggingface_hub import EvalResult, ModelCardData
-
     results = [
         EvalResult(
             task_type="text-generation", dataset_type=made.name, dataset_name=_data_of(made),
             metric_type=key.rpartition(".")[2], metric_name=key, metric_value=value,
         )
-        for made, found in measured
-        for key, value in _figures(found).items()
+        for made, figures in measured
+        for key, value, _ in _table(figures)
     ]  # fmt: skip
-    return ModelCardData(
+    front = ModelCardData(
         license=licence or "unknown", library_name="fastlm", pipeline_tag="text-generation",
         language=[language] if language else None,
         model_name=record.name, eval_results=results or None,
         metrics=[*dict.fromkeys(result.metric_type for result in results)] or None,
         tags=["fastlm", f"fastlm-id:{record.model}"],
-        base_model=base_model or None, datasets=datasets or None,
-    ).to_yaml()  # fmt: skip
+        base_model=[read["name"] for _, read in outside] or None,
+        datasets=[*dict.fromkeys(s["spec"] for r in line for s in r.made.sources)] or None,
+    )  # fmt: skip
+    sections: dict[str, list[tuple[Known, Figures]]] = {"Evaluation": [], "Safety": []}
+    for made, figures in measured:
+        sections[_kind(made, kinds).card_section].append((made, figures))
+    oldest_first = line[::-1]
+    body = _template(registry, kinds).render(
+        name=record.name, kind=record.entry.kind, finished=record.finished, id=record.model,
+        not_recorded=NOT_RECORDED, outside=outside, sections=sections.items(),
+        data=[r for r in oldest_first if r.made.sources],
+        stages=[r for r in oldest_first if not {"scores", "corpus"} & r.entry.leaves.keys()],
+        instructed=outside or any(_kind(r, kinds).instructs for r in line),
+        gone=", ".join(r.name for r in line if r.state != HERE),
+        commands=[*dict.fromkeys(r.made.command for r in oldest_first if r.made.command)],
+        code=_facts(record.made.code) if all(r.made.code == record.made.code for r in line) else "",
+        recipe=_recipe(line),
+    )  # fmt: skip
+    return f"---\n{front.to_yaml()}\n---\n\n{body}".encode("utf-8", "replace").decode()
 
 
 class Safe(str):
@@ -134,7 +127,7 @@ def _template(registry: Registry, kinds: Kinds) -> Any:
         "seconds": lambda value: NOT_RECORDED if value is None else seconds_text(value),
         "options": lambda table: Safe(", ".join(code_span(f"{k} = {v}") for k, v in table.items())),
         "training": lambda record: bool(_kind(record, kinds).scratch),
-        "trained": lambda record: _numbers(record, ("steps", "tokens", "loss")),
+        "trained": _trained, "figure": figure,
     }  # fmt: skip
     return environment.get_template("card.md.jinja")
 
@@ -147,25 +140,25 @@ def _facts(table: Mapping[str, Any]) -> str:
     return ", ".join(f"{k} {v}" for k, v in table.items() if v is not None)
 
 
-def _numbers(record: Known, names: Sequence[str]) -> str:
-    return ", ".join(f"{k} {figure(v)}" for k, v in scores(record.entry).items() if k in names)
+def _trained(record: Known) -> str:
+    figures = scores(record.entry)
+    return ", ".join(
+        f"{k} {figure(v)}" for k, v in figures.items() if k in ("steps", "tokens", "loss")
+    )
 
 
 def _funnel(record: Known) -> list[tuple[str, str, str, str]] | None:
     try:
-        if record.state == GONE:
-            return None
-        steps = Funnel.load(record.place / FUNNEL).steps
+        steps = Funnel.load(record.place / FUNNEL).steps if record.state != GONE else None
     except InputError:
         return None
     rows = []
-    for step in steps:
+    for step in steps or ():
         removed = {**step["removed"], **step.get("replaced", {}), **step.get("cut", {})}
         reasons = ", ".join(f"{n:,} {reason}" for reason, n in removed.items() if n)
-        rows.append(
-            (step["step"], f"{step['documents']:,}", f"{step['bytes'] / 1e6:,.2f}", reasons)
-        )
-    return rows
+        megabytes = f"{step['bytes'] / 1e6:,.2f}"
+        rows.append((step["step"], f"{step['documents']:,}", megabytes, reasons))
+    return rows or None
 
 
 def _rows(record: Known) -> str:
@@ -177,47 +170,34 @@ def _rows(record: Known) -> str:
     return ", ".join(f"{n:,} {name}" for n, name in numbers if isinstance(n, int))
 
 
-def _measured(registry: Registry, record: Known) -> Iterator[tuple[Known, dict[str, float]]]:
+def _measured(registry: Registry, record: Known) -> Iterator[tuple[Known, Figures]]:
     """The stages that measured this model, each with its figures."""
     for made in registry.records:
-        if made.ids.keys() != {"scores"} or record.model not in set(made.read()):
-            continue
-        found, models = scores(made.entry), (made.entry.result or {}).get("models")
-        if isinstance(models, Mapping):  # of several, only this one's
+        if made.ids.keys() == {"scores"} and record.model in set(made.read()):
             reads = made.made.reads.get("model", [])
             own = {read["name"] for read in reads if read["id"] == record.model}
-            others = tuple(f"models.{name}." for name in models if name not in own)
-            found = {k: v for k, v in found.items() if not k.startswith(others)}
-            mine = tuple(f"models.{name}." for name in own)
-            found = {k[len(_start(k, mine)) :]: v for k, v in found.items()}
-        if found:
-            yield made, found
+            if figures := scores(made.entry, own):
+                yield made, figures
 
 
-def _start(key: str, starts: Sequence[str]) -> str:
-    return next((start for start in starts if key.startswith(start)), "")
-
-
-def _table(found: Figures) -> Iterator[tuple[str, str, str]]:
-    for key, value in _figures(found).items():
-        bounds = [f"{b[len(key) + 1 :]} {figure(found[b])}" for b in found if _bounds(b, key)]
-        yield key, figure(value), ", ".join(sorted(bounds))
-
-
-def _counts(found: Figures) -> str:
-    return ", ".join(f"{k} {v:,}" for k, v in found.items() if isinstance(v, int))
-
-
-def _figures(found: Figures) -> dict[str, float]:
-    """The measurements, without counts (whole numbers) and bounds of other figures."""
-    measured = {k: v for k, v in found.items() if isinstance(v, float)}
-    return {k: v for k, v in measured.items() if not any(_bounds(k, key) for key in measured)}
+def _table(figures: Figures) -> Iterator[tuple[str, float, str]]:
+    """The measurements, each with what bounds it, without counts (whole numbers)."""
+    measured = [k for k, v in figures.items() if isinstance(v, float)]
+    for key in measured:
+        if not any(_bounds(key, other) for other in measured):
+            bounds = [b for b in figures if _bounds(b, key)]
+            texts = [f"{b[len(key) + 1 :]} {figure(figures[b])}" for b in bounds]
+            yield key, figures[key], ", ".join(sorted(texts))
 
 
 def _bounds(bound: str, key: str) -> bool:
     """Whether a figure is an interval or an error of another: accuracy_error, accuracy.low."""
     last = bound.rpartition(".")[2].rpartition("_")[2]
     return last in ERRORS and bound.startswith((f"{key}_", f"{key}."))
+
+
+def _counts(figures: Figures) -> str:
+    return ", ".join(f"{k} {v:,}" for k, v in figures.items() if isinstance(v, int))
 
 
 def _data_of(made: Known) -> str:
@@ -231,16 +211,6 @@ def _recipe(line: Sequence[Known]) -> list[str]:
         if record.made.recipe and path.is_file():
             return json.dumps(read_json(path), indent=1, ensure_ascii=False).splitlines()
     return []
-
-
-def _outside_models(
-    registry: Registry, line: Sequence[Known]
-) -> Iterator[tuple[Known, Mapping[str, Any]]]:
-    """(stage, what it read) of every model that no stage here made."""
-    for record in line:
-        for key, read, maker in registry.parents(record):
-            if maker is None and key in ("model", "teacher", "reward_model", "base"):
-                yield record, read
 
 
 def place_of(record: Known) -> Path:

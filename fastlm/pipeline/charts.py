@@ -84,11 +84,11 @@ def right_axis(axes: Any, label: str) -> Any:
     return right
 
 
-def bits_chart(
+def bits_figure(
     curves: Mapping[str, list[dict[str, Any]]],
     models: Mapping[str, float],
     packed: Mapping[str, float],
-) -> str:
+) -> Any:
     """Draw held-out bits per byte during training, one curve per model, and the compressors' lines.
 
     Args:
@@ -96,14 +96,6 @@ def bits_chart(
         models: model -> its bits per byte at the end.
         packed: compressor -> its bits per byte of the same text.
     """
-    return as_svg(_bits_figure(curves, models, packed))
-
-
-def _bits_figure(
-    curves: Mapping[str, list[dict[str, Any]]],
-    models: Mapping[str, float],
-    packed: Mapping[str, float],
-) -> Any:
     figure, axes = new_axes("million tokens seen", "held-out bits per byte")
     labels, firsts = [], []
     for (name, metrics), color in zip(curves.items(), cycle(CURVES)):
@@ -148,21 +140,12 @@ def _label_values(axes: Any, labels: list[tuple[str, float, str]]) -> None:
 
 
 def _apart(wanted: list[float], gap: float) -> list[float]:
-    """Return the ascending ``wanted``, moved so that neighbours are at least ``gap`` apart: a group
-    that would overlap is spread around its middle.
-    """
-    groups: list[list[float]] = []
-    for y in wanted:
-        groups.append([y])
-        while len(groups) > 1 and _span(groups[-2], gap)[1] + gap > _span(groups[-1], gap)[0]:
-            groups[-2:] = [groups[-2] + groups[-1]]
-    return [_span(group, gap)[0] + i * gap for group in groups for i in range(len(group))]
+    """Return the ascending ``wanted``, moved as little as keeps neighbours ``gap`` apart."""
+    import numpy as np
+    from scipy.optimize import isotonic_regression
 
-
-def _span(group: list[float], gap: float) -> tuple[float, float]:
-    """Return the lowest and highest position of a group that is spread around its middle."""
-    middle, half = sum(group) / len(group), gap * (len(group) - 1) / 2
-    return middle - half, middle + half
+    shifts = gap * np.arange(len(wanted))
+    return (isotonic_regression(wanted - shifts).x + shifts).tolist()
 
 
 def new_axes(x_label: str, y_label: str) -> Any:
@@ -196,11 +179,9 @@ def as_svg(figure: Any) -> str:
 
 
 def running_mean(values: list[float]) -> list[float]:
+    import numpy as np
+
     width = max(1, int(SMOOTHING * len(values)))
-    result, total = [], 0.0
-    for i, value in enumerate(values):
-        total += value
-        if i >= width:
-            total -= values[i - width]
-        result.append(total / min(i + 1, width))
-    return result
+    sums, end = np.cumsum([0.0, *values]), np.arange(1, len(values) + 1)
+    start = np.maximum(end - width, 0)
+    return ((sums[end] - sums[start]) / (end - start)).tolist()

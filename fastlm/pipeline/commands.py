@@ -25,6 +25,7 @@ from fastlm.pipeline.stage import (
     Positional,
     Repeated,
     Stage,
+    Takes,
     options_of,
 )
 from fastlm.progress import silent
@@ -46,7 +47,7 @@ def options_command(cls: type[T], run: Callable[[T], None]) -> Callable[..., Non
     def command(**given: Any) -> None:
         run(cls(**_values(options, given)))
 
-    parameters = [*map(_option, options), _keyword("threads", Threads, None)]
+    parameters = [*map(_option, options), _flag("threads", Threads, None)]
     return _signed(command, parameters, run.__name__, inspect.getdoc(run) or "")
 
 
@@ -57,37 +58,41 @@ def command_of(cls: type[Stage], before: Callable[[], None] = lambda: None) -> C
     """
     options = [option for option in options_of(cls) if get_origin(_plain(option.hint)) is not dict]
     trains = bool(cls.scratch)
-    optional_out = set(cls.leaves) == {"scores"}
+    only_scores = set(cls.leaves) == {"scores"}
 
-    def run(**given: Any) -> None:
-        out, as_json = given.pop("out"), given.pop("as_json")
-        given.pop("threads")  # set by its own callback
-        cache, every = given.pop("cache"), given.pop("log_every", None)
+    def run(
+        out: Path | None,
+        as_json: bool,
+        cache: Path | None,
+        threads: int | None,
+        log_every: int | None = None,
+        **given: Any,
+    ) -> None:
+        del threads  # set by its own callback
         stage = cls(**_values(options, given))
         stage.check()
         if not trains:
             check_alone(cls.command[-1], "it is no training")
-        told = is_main_process()
-        if told:
+        speaks = is_main_process()
+        if speaks:
             before()
         inputs = {key: given[key] for key in cls.reads if given[key]}
-        view = View(every)
+        view = View(log_every)
         with tempfile.TemporaryDirectory() as nowhere:
             job = stage.job(
-                out or nowhere, cache=cache, track=view.track if told else silent,
-                on_event=view if told else None, **inputs,
+                out or nowhere, cache=cache, track=view.track if speaks else silent,
+                on_event=view if speaks else None, **inputs,
             )  # fmt: skip
             began = time.perf_counter()
             result = stage.run(job)
-            if not told:
+            if not speaks:
                 return
             if out is not None:
-                took = time.perf_counter() - began
-                _record(stage, job, result, took)
-                if optional_out:
+                took, command = time.perf_counter() - began, shlex.join(["fastlm", *sys.argv[1:]])
+                _record(stage, job, result, took, command)
+                if only_scores:
                     from fastlm.pipeline.report import write_stage_report
 
-                    command = shlex.join(["fastlm", *sys.argv[1:]])
                     write_stage_report(stage, job, result, took, command)
             shown = json.dumps(result, indent=1) if as_json else stage.shown(result, job)
         if isinstance(shown, str):
@@ -97,23 +102,25 @@ def command_of(cls: type[Stage], before: Callable[[], None] = lambda: None) -> C
         if status := stage.status(result):
             raise typer.Exit(status)
 
-    parameters = [_input(key, takes) for key, takes in cls.reads.items()]
-    parameters += [_option(option) for option in options]
     out = typer.Option("--out", "-o", help="Output folder")
-    parameters.append(
-        _keyword("out", Annotated[Path | None, out], None)
-        if optional_out
-        else _keyword("out", Annotated[Path, out])
-    )
+    parameters = [
+        *(_input(key, takes) for key, takes in cls.reads.items()),
+        *map(_option, options),
+        _flag("out", Annotated[Path | None, out], None)
+        if only_scores
+        else _flag("out", Annotated[Path, out]),
+    ]
     if trains:
         every = typer.Option(
             min=1, help="Steps between two lines on stderr; a terminal has one that is redrawn"
         )
-        parameters.append(_keyword("log_every", Annotated[int, every], 10))
+        parameters.append(_flag("log_every", Annotated[int, every], 10))
     as_json = typer.Option("--json", help="Print the result as JSON")
-    parameters.append(_keyword("as_json", Annotated[bool, as_json], False))
-    parameters.append(_keyword("cache", Cache, None))
-    parameters.append(_keyword("threads", Threads, None))
+    parameters += [
+        _flag("as_json", Annotated[bool, as_json], False),
+        _flag("cache", Cache, None),
+        _flag("threads", Threads, None),
+    ]
     help = "\n\n".join(filter(None, (inspect.getdoc(cls), cls.notes)))
     return _signed(run, parameters, cls.command[-1], help)
 
@@ -128,37 +135,35 @@ def _signed(
     return run
 
 
-def _record(stage: Stage, job: Job, result: dict[str, Any], seconds: float) -> None:
+def _record(stage: Stage, job: Job, result: dict[str, Any], seconds: float, command: str) -> None:
     """Keep a record of the stage in its folder, for `fastlm runs`."""
     from fastlm.pipeline.provenance import describe, own_files
-    from fastlm.pipeline.record import Entry, chosen, save_alone
+    from fastlm.pipeline.record import begun, save_alone
     from fastlm.sources.input_digest import Contents
 
-    contents = Contents(job.out / "sources.json", cache=job.cache)
     inputs = {key: [given.where for given in names] for key, names in job.inputs.items()}
+    entry = begun(stage, "", inputs)
+    contents = Contents(job.out / "sources.json", cache=job.cache)
     # a second earlier: file systems keep times less exactly
-    sizes = own_files(stage.leaves, job.out, time.time() - seconds - 1)
-    command = shlex.join(["fastlm", *sys.argv[1:]])
-    entry = Entry(
-        stage.kind, "", chosen(stage), inputs, dict(stage.leaves), seconds, result, sizes,
-        describe(stage, job, sizes, contents, command=command),
-    )  # fmt: skip
+    entry.outputs = own_files(stage.leaves, job.out, time.time() - seconds - 1)
+    entry.seconds, entry.result = seconds, result
+    entry.made = describe(stage, job, entry.outputs, contents, command=command)
     save_alone(job.out, entry)
 
 
-def _keyword(name: str, hint: Any, default: Any = inspect.Parameter.empty) -> inspect.Parameter:
+def _flag(name: str, hint: Any, default: Any = inspect.Parameter.empty) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
 
 
-def _input(key: str, takes: Any) -> inspect.Parameter:
+def _input(key: str, takes: Takes) -> inspect.Parameter:
     hint: Any = list[str] if takes.several else str
     if takes.positional:
-        return _keyword(key, Annotated[hint, typer.Argument(help=takes.help)])
+        return _flag(key, Annotated[hint, typer.Argument(help=takes.help)])
     flags = [f"--{key.replace('_', '-')}", *([f"-{takes.flag}"] if takes.flag else [])]
-    annotated = Annotated[
-        hint | None if takes.optional else hint, typer.Option(*flags, help=takes.help)
-    ]
-    return _keyword(key, annotated, None) if takes.optional else _keyword(key, annotated)
+    option = typer.Option(*flags, help=takes.help)
+    if takes.optional:
+        return _flag(key, Annotated[hint | None, option], None)
+    return _flag(key, Annotated[hint, option])
 
 
 def _option(option: Option) -> inspect.Parameter:
@@ -168,17 +173,15 @@ def _option(option: Option) -> inspect.Parameter:
         hint = list[item] if get_origin(plain) is tuple else plain
         argument = typer.Argument(help=option.help)
         if isinstance(option.help, MaybePositional):
-            return _keyword(option.name, Annotated[hint | None, argument], None)
-        return _keyword(option.name, Annotated[hint, argument])
+            return _flag(option.name, Annotated[hint | None, argument], None)
+        return _flag(option.name, Annotated[hint, argument])
     if isinstance(option.help, Repeated):
         default, hint = None, list[get_args(plain)[0]] | None
-    elif _listed(plain):  # comma-separated values
+    elif _has_commas(option):
         default, hint = ",".join(map(str, default)), str
     flags = [f"--{option.name.replace('_', '-')}", *option.short] if option.short else []
     annotated = Annotated[hint, typer.Option(*flags, help=option.help)]
-    if default is MISSING:
-        return _keyword(option.name, annotated)
-    return _keyword(option.name, annotated, default)
+    return _flag(option.name, annotated, *([] if default is MISSING else [default]))
 
 
 def _values(options: Iterable[Option], given: dict[str, Any]) -> dict[str, Any]:
@@ -190,11 +193,10 @@ def _value(option: Option, given: Any) -> Any:
     plain = _plain(option.hint)
     if given is None:
         return option.default
-    if _listed(plain) and not isinstance(option.help, Positional | Repeated):
-        item = get_args(plain)[0]
-        words = [word.strip() for word in given.split(",") if word.strip()]
+    if _has_commas(option):
+        item, words = get_args(plain)[0], [word.strip() for word in given.split(",")]
         try:
-            given = [word if item is str else item(word) for word in words]
+            given = [item(word) for word in words if word]
         except ValueError:
             raise InputError(
                 f"{option.name}: wanted numbers with commas between, got {given!r:.80}"
@@ -213,5 +215,8 @@ def _plain(hint: Any) -> Any:
     return hint
 
 
-def _listed(hint: Any) -> bool:
-    return get_origin(hint) is tuple and get_args(hint)[-1] is Ellipsis
+def _has_commas(option: Option) -> bool:
+    """Whether the flag is one text with commas between its values."""
+    plain = _plain(option.hint)
+    several = get_origin(plain) is tuple and get_args(plain)[-1] is Ellipsis
+    return several and not isinstance(option.help, Positional | Repeated)

@@ -1,14 +1,16 @@
 """What differs between two models (or two runs) and everything that they come from."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 from fastlm.errors import InputError
-from fastlm.pipeline.content_id import combined
+from fastlm.pipeline.provenance import combined
 from fastlm.pipeline.recipe import Kinds
 from fastlm.pipeline.registry import SHORT, Known, Registry
-from fastlm.pipeline.scores import figure, is_figure, scores
-from fastlm.pipeline.stage import Stage, options_of
+from fastlm.pipeline.scores import is_figure, models_in, scores
+from fastlm.pipeline.stage import options_of
+from fastlm.pipeline.text import figure
 
 Row = dict[str, Any]  # stage, what, a, b; of scores also difference
 
@@ -24,12 +26,10 @@ def diff(registry: Registry, a: str, b: str, *, kinds: Kinds) -> list[Row]:
     if [r.id for r in one] == [r.id for r in other]:
         raise InputError(f"{b}: wanted another run or model than {a}, got the same")
     rows: list[Row] = []
-    for kind in dict.fromkeys([*(r.entry.kind for r in one), *(r.entry.kind for r in other)]):
+    for kind in dict.fromkeys(r.entry.kind for r in (*one, *other)):
         mine = [r for r in one if r.entry.kind == kind]
         theirs = [r for r in other if r.entry.kind == kind]
-        for i in range(max(len(mine), len(theirs))):
-            first = mine[i] if i < len(mine) else None
-            second = theirs[i] if i < len(theirs) else None
+        for first, second in zip_longest(mine, theirs):
             rows += _compare(kind, kinds, first, second)
     return rows
 
@@ -39,14 +39,11 @@ def _stages(registry: Registry, what: str) -> list[Known]:
     stages that measured it.
     """
     found = registry.find(what)
+    kept = {r.id for record in found for r in registry.ancestors(record)}
     if len(found) == 1:
-        (record,) = found
-        kept = {r.id: r for r in registry.ancestors(record)}
-        own = set(record.ids.values())
+        own = set(found[0].ids.values())
         measured = (r for r in registry.records if r.ids.keys() == {"scores"})
-        kept |= {r.id: r for r in measured if own & set(r.read())}
-    else:
-        kept = {r.id: r for record in found for r in registry.ancestors(record)}
+        kept |= {r.id for r in measured if own & set(r.read())}
     return [r for r in registry.records if r.id in kept]
 
 
@@ -57,61 +54,43 @@ def _compare(kind: str, kinds: Kinds, a: Known | None, b: Known | None) -> Itera
         return
     if a.id == b.id:
         return
-    for what, first, second in (*_facts(kinds.get(kind), a, b), *_scores(a, b)):
-        if first != second:
-            row = {"stage": name, "what": what, "a": first, "b": second}
-            if is_figure(first) and is_figure(second):
-                row["difference"] = second - first
+    defaults = {o.name: o.default for o in options_of(kinds[kind])} if kind in kinds else {}
+    recorded = a.entry.options | b.entry.options
+    defaults = {key: defaults.get(key) for key in recorded}
+    first, second = _facts(a, defaults), _facts(b, defaults)
+    for what in dict.fromkeys((*first, *second)):
+        was, now = first.get(what), second.get(what)
+        if was != now:
+            row = {"stage": name, "what": what, "a": was, "b": now}
+            if is_figure(was) and is_figure(now):
+                row["difference"] = now - was
             yield row
 
 
-def _facts(cls: type[Stage] | None, a: Known, b: Known) -> Iterator[tuple[str, Any, Any]]:
-    defaults = {o.name: o.default for o in options_of(cls)} if cls else {}
-    for key in dict.fromkeys([*a.entry.options, *b.entry.options]):
-        default = defaults.get(key)
-        yield key, a.entry.options.get(key, default), b.entry.options.get(key, default)
-    first, second = a.made, b.made
-    for key in dict.fromkeys([*first.reads, *second.reads]):
-        yield f"input {key}", _ids(first.reads.get(key, ())), _ids(second.reads.get(key, ()))
-    files, others = ({s["spec"]: s for s in made.sources} for made in (first, second))
-    for spec in dict.fromkeys([*files, *others]):
-        yield f"source {spec}", _source(files.get(spec)), _source(others.get(spec))
-    for key in dict.fromkeys([*first.code, *second.code]):
-        yield f"code {key}", first.code.get(key), second.code.get(key)
-    for key in dict.fromkeys([*first.machine, *second.machine]):
-        yield f"machine {key}", first.machine.get(key), second.machine.get(key)
-    yield "stage version", first.version, second.version
+def _facts(record: Known, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """What is compared of a record, by its name in the table."""
+    made, models = record.made, models_in(record.entry)
+    figures = scores(record.entry, models if len(models) == 1 else None)
+    return {
+        **defaults,
+        **record.entry.options,
+        **{f"input {key}": _ids(reads) for key, reads in made.reads.items()},
+        **{f"source {source['spec']}": _source(source) for source in made.sources},
+        **{f"code {key}": value for key, value in made.code.items()},
+        **{f"machine {key}": value for key, value in made.machine.items()},
+        "stage version": record.entry.version,
+        **{f"result {key}": value for key, value in figures.items()},
+    }
 
 
 def _ids(reads: Sequence[Mapping[str, Any]]) -> str:
     return ", ".join((read["id"] or read["name"])[:SHORT] for read in reads) or "none"
 
 
-def _source(source: Mapping[str, Any] | None) -> str | None:
-    if source is None:
-        return None
-    package = source.get("package")
-    return package or f"{source.get('count') or 0:,} files, {_hash(source.get('files', {}))}"
-
-
-def _hash(files: Mapping[str, str]) -> str:
-    return combined((), files.items())[:SHORT] if files else "hashes not recorded"
-
-
-def _scores(a: Known, b: Known) -> Iterator[tuple[str, Any, Any]]:
-    first, second = _named(a), _named(b)
-    for key in dict.fromkeys([*first, *second]):
-        yield f"result {key}", first.get(key), second.get(key)
-
-
-def _named(record: Known) -> dict[str, float]:
-    """The scores; where one model was measured, without its name."""
-    found = scores(record.entry)
-    models = (record.entry.result or {}).get("models")
-    if isinstance(models, Mapping) and len(models) == 1:
-        before = f"models.{next(iter(models))}."
-        found = {key.removeprefix(before): value for key, value in found.items()}
-    return found
+def _source(source: Mapping[str, Any]) -> str:
+    files = source.get("files")
+    hashes = combined((), files.items())[:SHORT] if files else "hashes not recorded"
+    return source.get("package") or f"{source.get('count') or 0:,} files, {hashes}"
 
 
 def shown(rows: Sequence[Row], a: str, b: str) -> Any:
@@ -126,9 +105,9 @@ def shown(rows: Sequence[Row], a: str, b: str) -> Any:
     before = None
     for row in rows:
         change = row.get("difference")
-        cells = [row["stage"] if row["stage"] != before else "", row["what"]]
-        cells += [_text(row["a"]), _text(row["b"])]
-        cells.append("" if change is None else f"{'+' if change >= 0 else ''}{figure(change)}")
+        name = row["stage"] if row["stage"] != before else ""
+        signed = "" if change is None else f"{'+' if change >= 0 else ''}{figure(change)}"
+        cells = (name, row["what"], _text(row["a"]), _text(row["b"]), signed)
         table.add_row(*map(Text, cells))
         before = row["stage"]
     return table

@@ -15,6 +15,8 @@ EVERY_SECONDS = 30.0  # between two lines of steps where nothing else asks for o
 REDRAW_SECONDS = 0.1  # at least, between two drawings of the live line
 WINDOW = 20  # steps whose mean loss, median speed and pace the live line shows
 
+START = {"seconds": 0.0, "progress": 0.0}  # of a training
+
 
 class View:
     """``track`` and ``on_event`` of a command.
@@ -40,7 +42,7 @@ class View:
 
     def start(self) -> None:
         """Forget the previous training."""
-        self.before: dict[str, Any] = {"seconds": 0.0, "progress": 0.0}
+        self.before: dict[str, Any] = START
         self.steps: list[dict[str, Any]] = []  # since the last line
         self.recent: deque[dict[str, Any]] = deque(maxlen=WINDOW + 1)
         self.to_go: int | None = None  # steps, where the budget is in steps
@@ -67,19 +69,17 @@ class View:
             self.say(f"{event['stage']}: {event['state']}{took}")
             self.name = event["stage"]
             self.start()
-        elif "warning" in event:
-            self.say(f"warning: {event['warning']}")
-        elif "note" in event:
-            self.say(event["note"])
+        elif "warning" in event or "note" in event:
+            self.say(event["note"] if "note" in event else f"warning: {event['warning']}")
         elif "loss" in event:
             self.step(event)
         elif "val_loss" in event:
-            lines = self.every or self.live or not self.steps
-            training = "" if lines else f"; {self.training()}"
-            bits = (
-                f", {event['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in event else ""
-            )
-            self.say(f"step {event['step']}: held-out loss {event['val_loss']:.4f}{bits}{training}")
+            text = f"step {event['step']}: held-out loss {event['val_loss']:.4f}"
+            if "bits_per_byte" in event:
+                text += f", {event['bits_per_byte']:.4f} bits per byte"
+            if self.steps and not self.every:
+                text += f"; {self.training()}"
+            self.say(text)
         elif "sample" in event:
             self.say(f"step {event['step']} writes: {event['sample']!r}")
         else:  # a validation of another kind
@@ -101,22 +101,21 @@ class View:
 
     def training(self) -> str:
         """The steps since the last line."""
-        text = _measured(self.before, self.steps)
-        self.before, self.steps = self.steps[-1], []
+        steps, self.steps = self.steps, []
+        text, self.before = _measured(self.before, steps), steps[-1]
         return f"training {text}"
 
     def status(self) -> str:
         """The live line."""
-        steps = [*self.recent]
-        last = steps[-1]
-        before = steps[0] if len(steps) > 1 else {"seconds": 0.0, "progress": 0.0}
+        first, *others = self.recent
+        last = self.recent[-1]
+        measured = _measured(first, others) if others else _measured(START, [first])
         whole = f" of {self.to_go:,}" if self.to_go else ""
         processes = int(os.environ.get("WORLD_SIZE") or 1)
         rank = f"rank {os.environ.get('RANK', '0')} of {processes}" if processes > 1 else ""
         begin = " ".join(filter(None, (self.name, rank)))
         share = f"step {last['step']:,}{whole} ({last['progress']:.0%})"
-        text = _measured(before, steps[1:] or steps)
-        return f"{begin}: {share}, {text}" if begin else f"{share}, {text}"
+        return f"{begin}: {share}, {measured}" if begin else f"{share}, {measured}"
 
     def say(self, text: str) -> None:
         """Write a line, above the live one."""

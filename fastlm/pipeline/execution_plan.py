@@ -9,8 +9,6 @@ again together with everything that depends on it: it need not end at the same w
 is in seconds.
 """
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import Any
 
 from fastlm.errors import InputError
 from fastlm.pipeline.funnel import FUNNEL
+from fastlm.pipeline.provenance import json_hash
 from fastlm.pipeline.recipe import SCHEMES, Kinds, Recipe, Step, is_outside
 from fastlm.pipeline.record import Entry, chosen, sizes_of
 from fastlm.pipeline.run_folder import locate_model
@@ -55,22 +54,20 @@ def make_plan(
     for step in recipe.steps:
         name, done = step.name, record.get(step.name)
         do, why = _state(step, prints, done, out / name)
-        if done is None:
-            stale = False
-        elif any(source in again for names in step.inputs.values() for source in names):
+        stale = False
+        if done is not None and any(map(again.intersection, step.inputs.values())):
             stale = True
             if do != "run":
                 do, why = "run", "what it takes from runs again"
-        else:
+        elif done is not None:
             lost = do == "run" and bool(step.stage.scratch)
             stale = (done.fingerprint != prints[name] and do != "continue") or lost
         if stale:
             again.add(name)
         training = stale and _holds_training(out / name, step.stage, done, recipe.kinds)
-        if name in wanted:
+        if name in wanted or stale:
+            do = do if name in wanted else "later"
             plan.append(Planned(step, prints[name], do, why, stale, training))
-        elif stale:
-            plan.append(Planned(step, prints[name], "later", why, stale, training))
     if any(planned.training for planned in plan):
         plan = [replace(p, do="archive") if p.do == "later" else p for p in plan]
     return plan
@@ -78,35 +75,36 @@ def make_plan(
 
 def _state(step: Step, prints: "Fingerprints", done: Entry | None, folder: Path) -> tuple[str, str]:
     """Return what to do with a step by itself, and why."""
-    held = _holds_any(folder, step.stage.scratch)
     if done is None:
         return "run", "new"
+    held = _holds_any(folder, step.stage.scratch)
     if done.fingerprint != prints[step.name]:
         changed = _changed(step, done)
         # the record's options with everything else as it is now
         alone = done.fingerprint == prints.with_options(step.name, done.options)
-        goes_on = held and alone and step.stage.continues(changed, folder, done.outputs is not None)
-        return ("continue" if goes_on else "run"), _change(step, prints, done, changed)
-    if done.outputs is None:
+        held = held and alone and step.stage.continues(changed, folder, done.outputs is not None)
+        why = _change(step, done, changed)
+    elif done.outputs is None:
         held = held or _holds_any(folder, step.stage.partial)
-        return ("continue" if held else "run"), "was cut off"
-    if lost := _lost(folder, step, done):
-        return ("continue" if held else "run"), f"{lost} is missing or changed"
-    return "skip", "done"
+        why = "was cut off"
+    else:
+        sizes = sizes_of(folder, step.stage.scratch)
+        lost = [name for name, size in done.outputs.items() if sizes.get(name) != size]
+        if not lost:
+            return "skip", "done"
+        why = f"{lost[0]} is missing or changed"
+    return ("continue" if held else "run"), why
 
 
 def _changed(step: Step, done: Entry) -> dict[str, tuple[Any, Any]]:
     """Return the options that differ -> their values before and now."""
     defaults = {option.name: option.default for option in options_of(type(step.stage))}
     before, now = defaults | done.options, defaults | chosen(step.stage)
-    keys = dict.fromkeys([*now, *before])
-    pairs = {key: (before.get(key), now.get(key)) for key in keys}
+    pairs = {key: (before.get(key), now.get(key)) for key in now | before}
     return {key: (was, value) for key, (was, value) in pairs.items() if was != value}
 
 
-def _change(
-    step: Step, prints: "Fingerprints", done: Entry, changed: Mapping[str, tuple[Any, Any]]
-) -> str:
+def _change(step: Step, done: Entry, changed: Mapping[str, tuple[Any, Any]]) -> str:
     """Describe to the user what is new: the first option that differs, else the inputs, else the
     stage's code.
     """
@@ -117,49 +115,25 @@ def _change(
             return f"{key} was {was!r:.40}"
         # an option that decided nothing is not recorded: the stage has its value, or nobody
         now = now if key in step.stage.identity() else options[key]
-        recorded = key in done.options or key in replace(step.stage, **{key: was}).identity()
-        return (
-            f"{key} was {was!r:.40}, now {now!r:.40}" if recorded else f"{key} is now {now!r:.40}"
-        )
+        if key in done.options or key in replace(step.stage, **{key: was}).identity():
+            return f"{key} was {was!r:.40}, now {now!r:.40}"
+        return f"{key} is now {now!r:.40}"
     if {k: list(v) for k, v in step.inputs.items()} != done.inputs:
         return "takes from other stages"
-    was, now = _version(step, prints, done), step.stage.version
-    if was != now:
-        return f"its code has changed: version {was}, now {now}"
+    if done.version != step.stage.version:
+        return f"its code has changed: version {done.version}, now {step.stage.version}"
     return "what it reads has changed"
-
-
-def _version(step: Step, prints: "Fingerprints", done: Entry) -> int:
-    """Return the version of the stage that made ``done``. The record of one that has not ended has
-    none: an older one counts if nothing else has changed.
-    """
-    now = step.stage.version
-    if done.made is not None:
-        return done.made.version
-    older = range(1, now)
-    return next((v for v in older if prints.with_version(step.name, v) == done.fingerprint), now)
-
-
-def _lost(folder: Path, step: Step, done: Entry) -> str:
-    """Return the first file of a stage that is missing or has another size."""
-    sizes = sizes_of(folder, step.stage.scratch)
-    changed = (n for n, size in (done.outputs or {}).items() if sizes.get(n) != size)
-    return next(changed, "")
 
 
 def _holds_training(folder: Path, stage: Stage, done: Entry | None, kinds: Kinds) -> bool:
     """Return whether a folder holds a model or a checkpoint of a training, by its record."""
     made = kinds.get(done.kind, type(stage)) if done else type(stage)
-    parts = (*made.scratch, *made.leaves.values()) if made.scratch else ()
-    return _holds_any(folder, parts)
+    return bool(made.scratch) and _holds_any(folder, (*made.scratch, *made.leaves.values()))
 
 
 def _holds_any(folder: Path, names: Sequence[str]) -> bool:
     """Return whether one of these folders holds something but what was being written."""
-    paths = [folder / name for name in names]
-    return any(
-        path.is_dir() and any(not p.name.startswith(".") for p in path.iterdir()) for path in paths
-    )
+    return any((folder / name).is_dir() and any((folder / name).glob("[!.]*")) for name in names)
 
 
 class Fingerprints(dict[str, str]):
@@ -170,21 +144,12 @@ class Fingerprints(dict[str, str]):
         self.parts: dict[str, list[Any]] = {}  # of the hashes
 
     def add(self, name: str, parts: list[Any]) -> None:
-        self.parts[name], self[name] = parts, _hash(parts)
+        self.parts[name], self[name] = parts, json_hash(parts)
 
     def with_options(self, name: str, options: Mapping[str, Any]) -> str:
         """Return the hash that the stage would have with these options (`chosen`)."""
         kind, version, _, *rest = self.parts[name]
-        return _hash([kind, version, options, *rest])
-
-    def with_version(self, name: str, version: int) -> str:
-        """Return the hash that the stage would have with this version of its code."""
-        kind, _, *rest = self.parts[name]
-        return _hash([kind, version, *rest])
-
-
-def _hash(parts: list[Any]) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+        return json_hash([kind, version, options, *rest])
 
 
 def fingerprints(recipe: Recipe, contents: Contents) -> Fingerprints:

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from fastlm.pipeline.registry import SHORT, Known, Registry
+from fastlm.pipeline.registry import HERE, SHORT, Known, Registry
 from fastlm.pipeline.scores import headline
-from fastlm.pipeline.text import seconds_text
+from fastlm.pipeline.text import minute_text, seconds_text
 
 NOT_RECORDED = "not recorded"
 
@@ -19,23 +19,19 @@ def tree(registry: Registry, record: Known) -> dict[str, Any]:
 
 
 def _node(registry: Registry, record: Known, seen: set[str]) -> dict[str, Any]:
-    made = record.made
-    node: dict[str, Any] = {
-        "name": record.name, "kind": record.entry.kind, "record": record.id, "ids": record.ids,
-        "state": record.state, "place": str(record.place), "finished": record.finished,
-        "seconds": record.entry.seconds, "options": record.entry.options,
-        "code": made.code, "headline": headline(record.entry),
+    node = record.table() | {
+        "options": record.entry.options, "code": record.made.code,
+        "headline": headline(record.entry),
     }  # fmt: skip
     if record.id in seen:
         return node | {"repeated": True}
     seen.add(record.id)
     inputs = []
     for key, read, maker in registry.parents(record):
-        if maker is not None:
-            inputs.append({"input": key, "id": read["id"], **_node(registry, maker, seen)})
-        else:
-            inputs.append({"input": key, "name": read["name"], "id": read["id"], "outside": True})
-    return node | {"inputs": inputs, "sources": list(made.sources)}
+        outside = {"name": read["name"], "outside": True}
+        inner = outside if maker is None else _node(registry, maker, seen)
+        inputs.append({"input": key, "id": read["id"], **inner})
+    return node | {"inputs": inputs, "sources": list(record.made.sources)}
 
 
 def shown(node: Mapping[str, Any]) -> Any:
@@ -43,27 +39,19 @@ def shown(node: Mapping[str, Any]) -> Any:
     from rich.text import Text
     from rich.tree import Tree
 
-    root = Tree(Text(_line(node)))
-    _grow(root, node)
-    return root
-
-
-def _grow(branch: Any, node: Mapping[str, Any]) -> None:
-    from rich.text import Text
-
+    before = f"{node['input']}: " if "input" in node else ""
+    branch = Tree(Text(before + _line(node)))
     for source in node.get("sources") or ():
-        branch.add(Text(f"source {source_line(source)}"))
+        branch.add(Text(f"source {_source_line(source)}"))
     for inner in node.get("inputs", ()):
-        _grow(branch.add(Text(f"{inner['input']}: {_line(inner)}")), inner)
+        branch.children.append(shown(inner))
+    return branch
 
 
-def source_line(source: Mapping[str, Any]) -> str:
-    facts = [source["spec"]]
-    if source.get("package"):
-        facts.append(source["package"])
-    if source.get("count"):
-        facts.append(f"{source['count']:,} files")
-    return ", ".join([*facts, f"licence: {source.get('licence') or NOT_RECORDED}"])
+def _source_line(source: Mapping[str, Any]) -> str:
+    count = f"{source['count']:,} files" if source.get("count") else None
+    licence = f"licence: {source.get('licence') or NOT_RECORDED}"
+    return ", ".join(filter(None, (source["spec"], source.get("package"), count, licence)))
 
 
 def _line(node: Mapping[str, Any]) -> str:
@@ -74,11 +62,7 @@ def _line(node: Mapping[str, Any]) -> str:
     facts = [f"{node['name']} ({node['kind']})", f"id {id[:SHORT]}"]
     if node.get("repeated"):
         return ", ".join([*facts, "see above"])
-    facts.append(node["finished"][:16].replace("T", " "))
-    if node["seconds"] is not None:
-        facts.append(seconds_text(node["seconds"]))
-    if node["headline"]:
-        facts.append(node["headline"])
-    if node["state"] != "here":
-        facts.append(node["state"])
+    took = None if node["seconds"] is None else seconds_text(node["seconds"])
+    state = None if node["state"] == HERE else node["state"]
+    facts += filter(None, (minute_text(node["finished"]), took, node["headline"], state))
     return ", ".join(facts)

@@ -2,15 +2,20 @@
 from.
 
 A run keeps it in stages.json, beside what it needs to plan; a stage that runs alone, in record.json
-in its folder. Inputs and outputs have the hash of their content (`fastlm.pipeline.content_id`), so
-that folders may be moved and copied.
+in its folder. Inputs and outputs have the id of their content, so that folders may be moved and
+copied. The id of one file (a .gguf model, one tokenizer.json) is its SHA-256, as ``sha256sum``
+prints it. That of several is the SHA-256 of the JSON list of [name, SHA-256] of them, sorted. Files
+that are no part of it (README.md, reports, the records of a run) do not count, so that a model
+keeps its id when a card is written beside it.
 """
 
 import hashlib
+import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NotRequired
 
@@ -18,13 +23,28 @@ from typing_extensions import TypedDict
 
 from fastlm.errors import InputError
 from fastlm.machine import code, hardware
-from fastlm.pipeline.content_id import MODELS, NOT_CONTENT, PARTS, artifact_id, combined, matches
+from fastlm.pipeline.run_folder import locate_model
 from fastlm.pipeline.stage import Input, Job, Stage
 from fastlm.schema import Count, RelativePath
 from fastlm.sources.input_digest import Contents
 from fastlm.sources.packages import SCHEMES
 
-MOST_FILES = 1000  # of a source that are listed one by one
+MAX_FILES = 1000  # of a source that are listed one by one
+MODEL = (
+    "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "*.gguf",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template*",
+    "adapter_config.json", "hf_quant_config.json",
+)  # fmt: skip
+MODELS = ("model", "reward", "quantized", "exported")
+# what the artifacts of each type consist of; of other types all files
+PARTS: dict[str, Sequence[str]] = {
+    **dict.fromkeys(MODELS, MODEL),
+    "corpus": ("train.jsonl.zst", "heldout.jsonl.zst"),
+    "tokenizer": ("tokenizer.json", "tokenizer_config.json", "chat_template*"),
+    "shards": ("index.json", "*.bin", "*.starts"),
+    "scores": ("scores.json",),
+}
+NOT_CONTENT = ("README.md", "record.json", "forgotten.jsonl", ".*")
 
 
 class InputRecord(TypedDict):
@@ -49,13 +69,12 @@ class SourceRecord(TypedDict):
 class Made:
     """How an output came to be.
 
-    version: of the stage. finished: ISO 8601, UTC. code: as `fastlm.machine.code`. machine: as
-    `fastlm.machine.hardware`. recipe: SHA-256 of the recipe. ids: type -> id of what was left.
-    hashes: SHA-256 of every file in ``outputs``. reads: by input. earlier: ids that ``ids``
-    replaced when rows were forgotten (`fastlm.feedback.forget`), oldest first.
+    finished: ISO 8601, UTC. code: as `fastlm.machine.code`. machine: as `fastlm.machine.hardware`.
+    recipe: SHA-256 of the recipe. ids: type -> id of what was left. hashes: SHA-256 of every file
+    in ``outputs``. reads: by input. earlier: ids that ``ids`` replaced when rows were forgotten
+    (`fastlm.feedback.forget`), oldest first.
     """
 
-    version: int
     finished: str
     code: dict[str, str] = field(default_factory=dict)
     machine: dict[str, Any] = field(default_factory=dict)
@@ -90,10 +109,10 @@ def describe(
             for g in given
         ]
     hashes = {name: digest(job.out / name) for name in outputs}
+    specs = [spec for name in stage.sources_in for spec in getattr(stage, name)]
     return Made(
-        stage.version, datetime.now(UTC).isoformat(timespec="milliseconds"), code(), hardware(),
-        recipe, command, ids_of(stage.leaves, hashes), hashes, reads,
-        [source(spec, contents) for spec in specs_of(stage)],
+        datetime.now(UTC).isoformat(timespec="milliseconds"), code(), hardware(), recipe, command,
+        ids_of(stage.leaves, hashes), hashes, reads, [_source(spec, contents) for spec in specs],
     )  # fmt: skip
 
 
@@ -105,15 +124,14 @@ def own_files(leaves: Mapping[str, str], out: Path, since: float = math.inf) -> 
     places |= {"train", "heldout"} if leaves.get("shards") == "." else set()
     kinds = [kind for kind, place in leaves.items() if place == "."]
     parts = [pattern for kind in kinds for pattern in PARTS.get(kind, ())]
-    found = {}
+    found = []
     for path in sorted(out.iterdir()):
-        stat = path.stat()
         if path.name in places:
-            files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
-            found |= {str(p.relative_to(out)): p.stat().st_size for p in sorted(files)}
-        elif path.is_file() and (matches(path.name, parts) or stat.st_mtime >= since):
-            found[path.name] = stat.st_size
-    return {n: size for n, size in found.items() if not matches(n, NOT_CONTENT)}
+            found += [path] if path.is_file() else sorted(path.rglob("*"))
+        elif _matches(path.name, parts) or path.stat().st_mtime >= since:
+            found.append(path)
+    sizes = {str(p.relative_to(out)): p.stat().st_size for p in found if p.is_file()}
+    return {name: size for name, size in sizes.items() if not _matches(name, NOT_CONTENT)}
 
 
 def ids_of(leaves: Mapping[str, str], hashes: Mapping[str, str]) -> dict[str, str]:
@@ -129,22 +147,26 @@ def ids_of(leaves: Mapping[str, str], hashes: Mapping[str, str]) -> dict[str, st
     return found
 
 
-def specs_of(stage: Stage) -> list[str]:
-    """Return the sources that the options of a stage name."""
-    return [spec for name in stage.sources_in for spec in getattr(stage, name)]
+def artifact_id(types: Sequence[str], path: Path, contents: Contents) -> str:
+    """Return the id of what is at ``path``, which is of one of ``types``. Reads every file that
+    ``contents`` does not know. InputError: a file that cannot be read.
+    """
+    if path.is_file():
+        return contents.tree(path)[0][2]
+    return combined(types, ((name, digest) for name, _, digest in contents.tree(path)))
 
 
-def source(spec: str, contents: Contents) -> SourceRecord:
-    """Describe a source that an option names: its files with their hashes, its licence."""
-    from fastlm.sources.licences import licence_of
+def model_id(where: str | Path, contents: Contents) -> str:
+    """Return the id of the model at ``where``, as `locate_model` finds it. InputError: no model."""
+    return artifact_id(("model",), locate_model(Path(where)), contents)
 
-    ((_, entries),) = contents.sources([spec])
-    files = {e[0]: e[2] for e in entries if isinstance(e, list)}
-    package, licence = licence_of(spec, contents.cache)
-    return {
-        "spec": spec, "package": package, "licence": licence, "count": len(files) or None,
-        "files": files if len(files) <= MOST_FILES else {},
-    }  # fmt: skip
+
+def combined(types: Sequence[str], hashes: Iterable[tuple[str, str]]) -> str:
+    """Return the id of an artifact from the names and SHA-256 sums of its files."""
+    whole = sorted(pair for pair in hashes if not _matches(pair[0], NOT_CONTENT))
+    patterns = [pattern for kind in types for pattern in PARTS.get(kind, ("*",))]
+    parts = [pair for pair in whole if _matches(pair[0], patterns)] or whole
+    return parts[0][1] if len(parts) == 1 else json_hash(parts)
 
 
 def digest(path: Path) -> str:
@@ -153,8 +175,27 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def text_hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+def json_hash(value: Any) -> str:
+    """Return the SHA-256 of a value as JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether the last part of a name is one of these."""
+    return any(fnmatch(name.rpartition("/")[2], pattern) for pattern in patterns)
+
+
+def _source(spec: str, contents: Contents) -> SourceRecord:
+    """Describe a source that an option names: its files with their hashes, its licence."""
+    from fastlm.sources.licences import licence_of
+
+    ((_, entries),) = contents.sources([spec])
+    files = {e[0]: e[2] for e in entries if isinstance(e, list)}
+    package, licence = licence_of(spec, contents.cache)
+    return {
+        "spec": spec, "package": package, "licence": licence, "count": len(files) or None,
+        "files": files if len(files) <= MAX_FILES else {},
+    }  # fmt: skip
 
 
 def _id(types: Sequence[str], where: str, contents: Contents) -> str | None:
@@ -168,10 +209,3 @@ def _id(types: Sequence[str], where: str, contents: Contents) -> str | None:
         return artifact_id(types, path, contents)
     except (InputError, OSError):
         return None
-
-
-def model_id(where: str | Path, contents: Contents) -> str:
-    """Return the id of the model at ``where``, as `locate_model` finds it. InputError: no model."""
-    from fastlm.pipeline.run_folder import locate_model
-
-    return artifact_id(("model",), locate_model(Path(where)), contents)

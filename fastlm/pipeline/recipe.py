@@ -83,14 +83,17 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, kinds: Kinds
     path = Path(path)
     if not path.exists():
         raise InputError(f"recipe {path}: cannot be read: No such file or directory")
+    is_json = path.suffix == ".json"  # recipe.json of a run folder is a recipe too
     try:
-        # recipe.json of a run folder is a recipe too
-        table = read_json(path) if path.suffix == ".json" else read_toml(path, MAX_BYTES)[0]
+        table = read_json(path) if is_json else read_toml(path, MAX_BYTES)[0]
     except InputError as e:
         raise InputError(f"recipe {e}") from None
     try:
-        if path.suffix != ".json":
-            _resolve_settings(table, kinds, path.parent)
+        # names of files of settings become paths below the recipe's folder
+        for entry in () if is_json else _entries(table, kinds):
+            for key in kinds[entry["kind"]].settings_in:
+                if isinstance(name := entry.get(key), str) and name:
+                    entry[key] = str(path.parent / name)
         for override in overrides:
             _override(table, kinds, override)
         return parse_recipe(table, kinds=kinds)
@@ -116,11 +119,10 @@ def parse_recipe(table: Mapping[str, Any], *, kinds: Kinds) -> Recipe:
         raise InputError(f"seed: wanted 0 or more and less than 2^63, got {seed}")
     if not entries:
         raise InputError("stage: wanted at least one [[stage]], got none")
-    outside = _outside(table.get(INPUTS, {}), entries)
-    steps: dict[str, Step] = {}
+    parser = _Parser(entries, kinds, seed, table.get(INPUTS, {}))
     facts: dict[str, Facts] = {}
     for entry in entries:
-        step = _step(entry, steps, entries, seed, outside, kinds)
+        step = parser.add(entry)
         try:
             step.stage.check()
             known = {
@@ -130,17 +132,14 @@ def parse_recipe(table: Mapping[str, Any], *, kinds: Kinds) -> Recipe:
             facts[step.name] = {**step.stage.plan(known), "name": step.name}
         except InputError as e:
             raise InputError(f"{step.name}.{e}") from None
-        steps[step.name] = step
-    taken = {
-        source for step in steps.values() for given in step.inputs.values() for source in given
-    }
-    if unused := [name for name, path in outside.items() if path not in taken]:
+    steps = tuple(parser.steps.values())
+    taken = {source for step in steps for given in step.inputs.values() for source in given}
+    if unused := [name for name, path in parser.outside.items() if path not in taken]:
         raise InputError(
             f"{INPUTS}.{unused[0]}: wanted a stage that has it as an input, got none (options, such"
             " as a list of data files, and --set of a stage's input take paths)"
         )
-    description = table.get("description", "")
-    return Recipe(name, description, seed, tuple(steps.values()), table, kinds)
+    return Recipe(name, table.get("description", ""), seed, steps, table, kinds)
 
 
 def _entries(table: Mapping[str, Any], kinds: Kinds) -> list[dict[str, Any]]:
@@ -158,104 +157,105 @@ def _entries(table: Mapping[str, Any], kinds: Kinds) -> list[dict[str, Any]]:
     return entries
 
 
-def _outside(named: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Check what a recipe names from outside the run: name -> path."""
-    for name, path in named.items():
-        if not isinstance(path, str) or not is_outside(path):
-            raise InputError(f"{INPUTS}.{name}: wanted a path with a /, got {path!r:.80}")
-        if is_outside(name) or name in map(_name_of, entries):
-            raise InputError(f"{INPUTS}.{name}: wanted a name that is no stage's and no path's")
-    return dict(named)
-
-
 def _name_of(entry: Mapping[str, Any]) -> Any:
     return entry.get("name", entry["kind"])
 
 
-def _step(
-    entry: Mapping[str, Any],
-    before: Mapping[str, Step],
-    entries: Sequence[Mapping[str, Any]],
-    seed: int,
-    outside: Mapping[str, str],
-    kinds: Kinds,
-) -> Step:
-    """Return the step of one ``[[stage]]``, with its inputs among the steps ``before`` and those
-    from ``outside``."""
-    name, cls = _name_of(entry), kinds[entry["kind"]]
-    if not isinstance(name, str) or not _NAME.fullmatch(name) or RESERVED.fullmatch(name):
-        raise InputError(
-            f"stage.name: wanted the name of a folder that no run or recipe has, got {name!r:.80}"
-        )
-    if name in before:
-        raise InputError(f"stage.name: {name!r} stands twice; give each its own name")
-    options = {option.name: option for option in options_of(cls)}
-    main = next(iter(cls.reads), None)
-    alias = {"from", "of"} if main else set()
-    given = {k: v for k, v in entry.items() if k not in ("kind", "name")}
-    edges: dict[str, tuple[str, Any]] = {}  # input -> the key that the recipe used, its value
-    for key in list(given):
-        if key in alias or key in cls.reads:
-            target = main if main and key in alias else key
-            if target in edges:
-                raise InputError(f"{name}.{key}: says once more what {target!r} is")
-            edges[target] = (key, given.pop(key))
-        elif key not in options:
+class _Parser:
+    """Turns the tables of a recipe into ``steps``, one after the other: each takes its inputs from
+    those before it, or from ``outside`` (name -> path)."""
+
+    def __init__(
+        self, entries: list[dict[str, Any]], kinds: Kinds, seed: int, outside: Mapping[str, Any]
+    ):
+        self.entries, self.kinds, self.seed, self.outside = entries, kinds, seed, outside
+        self.steps: dict[str, Step] = {}
+        for name, path in outside.items():
+            if not isinstance(path, str) or not is_outside(path):
+                raise InputError(f"{INPUTS}.{name}: wanted a path with a /, got {path!r:.80}")
+            if is_outside(name) or name in map(_name_of, entries):
+                raise InputError(f"{INPUTS}.{name}: wanted a name that is no stage's and no path's")
+
+    def add(self, entry: Mapping[str, Any]) -> Step:
+        """Add and return the step of one ``[[stage]]``."""
+        name, cls = _name_of(entry), self.kinds[entry["kind"]]
+        if not isinstance(name, str) or not _NAME.fullmatch(name) or RESERVED.fullmatch(name):
             raise InputError(
-                _misplaced(f"{name}.{key}", key, [*options, *cls.reads, *alias], entries, kinds)
+                f"stage.name: wanted the name of a folder that no run or recipe has,"
+                f" got {name!r:.80}"
             )
-    if "seed" in options:
-        given.setdefault("seed", seed)
-    stage = validate(given, cls, f"{name}.", extra="forbid")
-    inputs = {
-        key: _sources(name, edges[key], takes, before, entries, outside)
-        if key in edges
-        else _last_that_fits(name, key, takes, before)
-        for key, takes in cls.reads.items()
-    }
-    return Step(name, stage, inputs)
+        if name in self.steps:
+            raise InputError(f"stage.name: {name!r} stands twice; give each its own name")
+        options = [option.name for option in options_of(cls)]
+        inputs = {key: key for key in cls.reads}  # as a recipe calls them -> their names
+        inputs |= {alias: next(iter(cls.reads)) for alias in ("from", "of") if cls.reads}
+        given = {key: value for key, value in entry.items() if key not in ("kind", "name")}
+        keys: dict[str, str] = {}  # input -> the key that the recipe used
+        for key in given:
+            if key in inputs:
+                if (target := inputs[key]) in keys:
+                    raise InputError(f"{name}.{key}: says once more what {target!r} is")
+                keys[target] = key
+            elif key not in options:
+                known = [*options, *inputs]
+                raise InputError(_misplaced(f"{name}.{key}", key, known, self.entries, self.kinds))
+        values = {key: value for key, value in given.items() if key not in inputs}
+        if "seed" in options:
+            values.setdefault("seed", self.seed)
+        stage = validate(values, cls, f"{name}.", extra="forbid")
+        sources = {
+            key: self.sources(f"{name}.{keys[key]}", given[keys[key]], takes)
+            if key in keys
+            else self.last_that_fits(f"{name}.{key}", takes)
+            for key, takes in cls.reads.items()
+        }
+        self.steps[name] = Step(name, stage, sources)
+        return self.steps[name]
 
+    def sources(self, key: str, value: Any, takes: Takes) -> tuple[str, ...]:
+        """Check what a recipe names as one input of a stage; return stages and paths."""
+        values = value if isinstance(value, list) else [value]
+        if not values and takes.optional:
+            return ()
+        if not values or not all(isinstance(v, str) and v for v in values):
+            raise InputError(f"{key}: wanted the name of a stage or a path, got {value!r:.80}")
+        if len(values) > 1 and not takes.several:
+            raise InputError(f"{key}: wanted one, got {len(values)}")
+        values = [self.outside.get(v, v) for v in values]
+        if len({*values}) < len(values):
+            raise InputError(f"{key}: wanted each once, got {', '.join(values):.80}")
+        for v in values:
+            if not is_outside(v):
+                self.check_source(key, v, takes)
+        return tuple(values)
 
-def _sources(
-    name: str,
-    edge: tuple[str, Any],
-    takes: Takes,
-    before: Mapping[str, Step],
-    entries: Sequence[Mapping[str, Any]],
-    outside: Mapping[str, str],
-) -> tuple[str, ...]:
-    """Check what a recipe names as one input of a stage; return stages and paths."""
-    key, value = edge
-    values = value if isinstance(value, list) else [value]
-    if not values and takes.optional:
-        return ()
-    if not values or not all(isinstance(v, str) and v for v in values):
-        raise InputError(f"{name}.{key}: wanted the name of a stage or a path, got {value!r:.80}")
-    if len(values) > 1 and not takes.several:
-        raise InputError(f"{name}.{key}: wanted one, got {len(values)}")
-    values = [outside.get(v, v) for v in values]
-    if len({*values}) < len(values):
-        raise InputError(f"{name}.{key}: wanted each once, got {', '.join(values):.80}")
-    for v in values:
-        if is_outside(v):
-            continue
-        if v not in before:
-            later = [_name_of(e) for e in entries]
-            if v in later:
-                raise InputError(f"{name}.{key}: wanted a stage above it, {v!r} stands below")
-            near = difflib.get_close_matches(v[:80], [*before, *outside], n=1, cutoff=0.0)
+    def check_source(self, key: str, name: str, takes: Takes) -> None:
+        if name in self.steps:
+            leaves = self.steps[name].stage.leaves
+            if not any(kind in leaves for kind in takes.types):
+                raise InputError(
+                    f"{key}: wanted a stage that makes {' or '.join(takes.types)}; {name!r} makes"
+                    f" {' and '.join(leaves)}"
+                )
+        elif name in map(_name_of, self.entries):
+            raise InputError(f"{key}: wanted a stage above it, {name!r} stands below")
+        else:
+            known = [*self.steps, *self.outside]
+            near = difflib.get_close_matches(name[:80], known, n=1, cutoff=0.0)
             hint = f"; the nearest one is {near[0]!r}" if near else ""
             raise InputError(
-                f"{name}.{key}: wanted the name of a stage above it or a path with a /,"
-                f" got {v!r:.80}{hint}"
+                f"{key}: wanted the name of a stage above it or a path with a /,"
+                f" got {name!r:.80}{hint}"
             )
-        leaves = before[v].stage.leaves
-        if not any(kind in leaves for kind in takes.types):
-            raise InputError(
-                f"{name}.{key}: wanted a stage that makes {' or '.join(takes.types)}; {v!r} makes"
-                f" {' and '.join(leaves)}"
-            )
-    return tuple(values)
+
+    def last_that_fits(self, key: str, takes: Takes) -> tuple[str, ...]:
+        for kind in takes.types if takes.default else ():
+            if made := [s.name for s in self.steps.values() if kind in s.stage.leaves]:
+                return (made[-1],)
+        if takes.optional:
+            return ()
+        wanted = " or ".join(takes.types)
+        raise InputError(f"{key}: wanted a stage above it that makes {wanted}, got none")
 
 
 def is_outside(source: str) -> bool:
@@ -264,46 +264,21 @@ def is_outside(source: str) -> bool:
     return "/" in source or (bool(colon) and scheme in SCHEMES) or source in (".", "..")
 
 
-def _last_that_fits(
-    name: str, key: str, takes: Takes, before: Mapping[str, Step]
-) -> tuple[str, ...]:
-    for kind in takes.types if takes.default else ():
-        made = [step.name for step in before.values() if kind in step.stage.leaves]
-        if made:
-            return (made[-1],)
-    if takes.optional:
-        return ()
-    raise InputError(
-        f"{name}.{key}: wanted a stage above it that makes {' or '.join(takes.types)}, got none"
-    )
-
-
 def _misplaced(
-    full: str,
-    key: str,
-    known: Sequence[str],
-    entries: Sequence[Mapping[str, Any]],
-    kinds: Kinds,
+    full: str, key: str, known: Sequence[str], entries: Sequence[Mapping[str, Any]], kinds: Kinds
 ) -> str:
-    """Describe an unknown key by the stages of the recipe that have it, or the nearest
-    known key.
+    """Describe an unknown key by the stages of the recipe that have it, or the nearest known
+    key.
     """
+    classes = [(entry, kinds[entry["kind"]]) for entry in entries]
     found = [
-        f"{_name_of(e)}.{key}"
-        for e in entries
-        if key in {o.name for o in options_of(kinds[e["kind"]])} | set(kinds[e["kind"]].reads)
+        f"{_name_of(entry)}.{key}"
+        for entry, cls in classes
+        if key in cls.reads or key in (option.name for option in options_of(cls))
     ]
     if found:
         return f"{full}: unknown key; the nearest known one is {' or '.join(found)}"
     return unknown_key(full, key, known)
-
-
-def _resolve_settings(table: Mapping[str, Any], kinds: Kinds, folder: Path) -> None:
-    """Replace the names of files of settings by their paths below the recipe's folder."""
-    for entry in _entries(table, kinds):
-        for key in kinds[entry["kind"]].settings_in:
-            if isinstance(name := entry.get(key), str) and name:
-                entry[key] = str(folder / name)
 
 
 def _override(table: dict[str, Any], kinds: Kinds, text: str) -> None:
@@ -317,19 +292,17 @@ def _override(table: dict[str, Any], kinds: Kinds, text: str) -> None:
         parsed = parse_toml(f"value = {value}", "set")["value"]
     except InputError:
         parsed = value
-    *parents, last = key.strip().split(".")
+    key = key.strip()
+    *parents, last = key.split(".")
     if parents and parents[0] != INPUTS:
         # a stage's name may itself contain dots
         found = _entries(table, kinds)
         entries = {n: e for e in found if isinstance(n := _name_of(e), str)}
-        names = [n for n in entries if key.strip().startswith(f"{n}.")]
-        if not names:
-            raise InputError(
-                f"set: {_misplaced(key.strip(), parents[0], [*entries], found, kinds)}"
-            )
-        name = max(names, key=len)
+        name = max((n for n in entries if key.startswith(f"{n}.")), key=len, default=None)
+        if name is None:
+            raise InputError(f"set: {_misplaced(key, parents[0], [*entries], found, kinds)}")
         table = entries[name]
-        *parents, last = key.strip().removeprefix(f"{name}.").split(".")
+        *parents, last = key.removeprefix(f"{name}.").split(".")
     for parent in parents:
         table = table.setdefault(parent, {})
         if not isinstance(table, dict):

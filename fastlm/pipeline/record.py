@@ -23,12 +23,14 @@ class Entry:
     """The record of one stage. A stage that has begun, or has to run again, has neither result nor
     outputs.
 
-    ``options`` are those that differ from their defaults; ``leaves`` is as in `Stage.leaves`;
-    ``outputs`` has the bytes of every file that the stage left. ``made`` says from what and how.
+    ``version`` is the stage's; ``options`` are those that differ from their defaults; ``leaves`` is
+    as in `Stage.leaves`; ``outputs`` has the bytes of every file that the stage left. ``made`` says
+    from what and how.
     """
 
     kind: str
     fingerprint: str
+    version: int = 1
     options: dict[str, Any] = field(default_factory=dict)
     inputs: dict[str, list[str]] = field(default_factory=dict)
     leaves: dict[str, RelativePath] = field(default_factory=dict)
@@ -47,10 +49,17 @@ class Record:
 
 
 @dataclass
-class Alone(Entry):
+class _Alone(Entry):
     """The content of record.json."""
 
-    layout: Literal[2] = LAYOUT  # type: ignore[assignment]
+    layout: Literal[2] = LAYOUT
+
+
+def begun(stage: Stage, fingerprint: str, inputs: Mapping[str, Sequence[str]]) -> Entry:
+    """Return the record of a stage that begins."""
+    names = {key: list(given) for key, given in inputs.items()}
+    leaves = dict(stage.leaves)
+    return Entry(stage.kind, fingerprint, stage.version, chosen(stage), names, leaves)
 
 
 def sizes_of(folder: Path, scratch: Sequence[str]) -> dict[str, int]:
@@ -78,37 +87,27 @@ def load_record(out: Path, recipe: Recipe) -> dict[str, Entry]:
         return {}
     try:
         record = read_document(path, Record, extra="forbid")
-    except InputError as e:
-        raise _bad(path, e) from None
-    for name, entry in record.stages.items():
-        step = recipe.step(name)
-        if entry.outputs is None or step is None or step.stage.kind != entry.kind:
-            continue
-        try:
+        for name, entry in record.stages.items():
+            step = recipe.step(name)
+            if entry.outputs is None or step is None or step.stage.kind != entry.kind:
+                continue
             if entry.seconds is None:
                 raise InputError(f"{name}.seconds: expected a number, got nothing")
-            result = entry.result or {}
             for key, hint in step.stage.result.items():
-                validate(result.get(key), hint, f"{name}.result.{key}")
-        except InputError as e:
-            raise _bad(path, e) from None
+                validate((entry.result or {}).get(key), hint, f"{name}.result.{key}")
+    except InputError as e:
+        raise InputError(
+            f"{e}: expected the record of a run; choose another folder with --out, or delete"
+            f" {out} to start again"
+        ) from None
     return record.stages
-
-
-def _bad(path: Path, error: InputError) -> InputError:
-    return InputError(
-        f"{error}: expected the record of a run; choose another folder with --out, or delete"
-        f" {path.parent} to start again"
-    )
 
 
 def save_record(out: Path, record: Mapping[str, Entry], recipe: Recipe) -> None:
     """Write the record, in the order of the recipe; stages that it no longer has come first."""
-    places = {step.name: i for i, step in enumerate(recipe.steps)}
-    stages = {
-        name: table_of(entry)
-        for name, entry in sorted(record.items(), key=lambda kv: places.get(kv[0], -1))
-    }
+    names = [step.name for step in recipe.steps if step.name in record]
+    order = [*(name for name in record if name not in names), *names]
+    stages = {name: table_of(record[name]) for name in order}
     write_json(out / STAGES, {"layout": LAYOUT, "stages": stages})
 
 
@@ -119,7 +118,7 @@ def save_alone(out: Path, entry: Entry) -> None:
 
 def load_alone(path: Path) -> Entry:
     """Read a record that `save_alone` wrote. InputError: damaged, or of another fastlm."""
-    alone = read_document(path, Alone, extra="forbid")
+    alone = read_document(path, _Alone, extra="forbid")
     return Entry(**{f.name: getattr(alone, f.name) for f in fields(Entry)})
 
 

@@ -9,8 +9,6 @@ was cut off is left out.
 """
 
 import difflib
-import hashlib
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,8 +17,7 @@ from typing import Any
 
 from fastlm.errors import InputError
 from fastlm.files import append_lines, reason
-from fastlm.pipeline.content_id import MODELS
-from fastlm.pipeline.provenance import Made, digest, model_id
+from fastlm.pipeline.provenance import MODELS, Made, digest, json_hash, model_id
 from fastlm.pipeline.record import ALONE, Entry, Record, load_alone, table_of
 from fastlm.pipeline.run_folder import STAGES
 from fastlm.schema import RelativePath, parse, read_document
@@ -38,35 +35,39 @@ INNER = {"checkpoints", "node_modules", "__pycache__"}  # folders without record
 class Known:
     """One finished stage. ``name``: its folder, from the folder of runs. ``place``: its folder.
     ``state``: "here", "changed" (a file is missing or has another size) or "gone". ``copies``:
-    names of other folders with the same record.
+    names of other folders with the same record. InputError: an entry that does not say how.
     """
 
-    id: str
     name: str
     place: Path
     entry: Entry
     state: str = HERE
     copies: list[str] = field(default_factory=list)
 
-    @property
-    def run(self) -> str:
-        return self.name.rpartition("/")[0] or self.name
+    def __post_init__(self) -> None:
+        if self.entry.made is None:
+            raise InputError(f"{self.place}: made: expected how the stage made this, got nothing")
+        self.made: Made = self.entry.made
+        first_ids = (self.made.earlier or [self.made.ids])[0]
+        # of what was done and when, not of where it is
+        self.id = json_hash(
+            [self.entry.kind, self.entry.options, self.entry.seconds, self.made.finished,
+             self.made.reads, first_ids]
+        )  # fmt: skip
 
     @property
-    def runs(self) -> set[str]:
+    def runs(self) -> list[str]:
         """The names of its run, and of the copies of that."""
-        return {name.rpartition("/")[0] or name for name in (self.name, *self.copies)}
+        return [name.rpartition("/")[0] or name for name in (self.name, *self.copies)]
+
+    @property
+    def run(self) -> str:
+        return self.runs[0]
 
     @property
     def ids(self) -> dict[str, str]:
         """Type -> content id of what it left."""
         return self.made.ids
-
-    @property
-    def made(self) -> Made:
-        """From what and how: every finished stage has it (`_check_made`)."""
-        assert self.entry.made is not None
-        return self.entry.made
 
     @property
     def model(self) -> str | None:
@@ -83,7 +84,7 @@ class Known:
 
     def held(self) -> Iterator[str]:
         """The ids and hashes of everything that it left, also before rows were forgotten."""
-        for ids in (self.made.ids, *self.made.earlier, self.made.hashes):
+        for ids in (self.ids, *self.made.earlier, self.made.hashes):
             yield from ids.values()
 
     def read(self) -> Iterator[str]:
@@ -93,12 +94,19 @@ class Known:
         for source in self.made.sources:
             yield from source.get("files", {}).values()
 
+    def table(self) -> dict[str, Any]:
+        """What `fastlm runs --json` says of it."""
+        return {
+            "name": self.name, "kind": self.entry.kind, "record": self.id, "ids": self.ids,
+            "state": self.state, "place": str(self.place), "finished": self.finished,
+            "seconds": self.entry.seconds,
+        }  # fmt: skip
+
 
 @dataclass
 class IndexRow:
     """A line of the index."""
 
-    id: str
     name: RelativePath
     entry: Entry
 
@@ -114,13 +122,13 @@ class Registry:
         """The stage that left what has this id or hash; of several, one whose folder is in the path
         ``near``, else the first that still exists, else the first.
         """
-        if not id:
-            return None
-        made = [r for r in self.records if id in r.held()]
         at = Path(near).absolute() if near else None
-        closer = [r for r in made if at and at.is_relative_to(r.place.absolute())]
-        made = closer or [r for r in made if id in r.ids.values()] or made
-        return next(iter([r for r in made if r.state != GONE] or made), None)
+
+        def rank(record: Known) -> tuple[bool, ...]:
+            near = at is not None and at.is_relative_to(record.place.absolute())
+            return not near, id not in record.ids.values(), record.state == GONE
+
+        return min((r for r in self.records if id and id in r.held()), key=rank, default=None)
 
     def parents(self, record: Known) -> list[tuple[str, Mapping[str, Any], Known | None]]:
         """(input, what was read, its maker) of a stage."""
@@ -174,17 +182,17 @@ class Registry:
         return (models or found)[-1]
 
     def _at(self, what: str) -> list[Known]:
-        path = Path(what)
-        if not path.exists():
+        if not Path(what).exists():
             return []
-        path = path.absolute()
-        inside = [r for r in self.records if path.is_relative_to(r.place.absolute())]
-        inside = [r for r in inside if r.state != GONE]
-        if inside:  # the innermost
-            deepest = max(len(r.place.parts) for r in inside)
-            return [r for r in inside if len(r.place.parts) == deepest]
-        beside = [r for r in self.records if r.place.absolute().parent == path and r.state != GONE]
-        return beside or self._copied(path)
+        path = Path(what).absolute()
+        here = [(r.place.absolute(), r) for r in self.records if r.state != GONE]
+        inside = [(place, r) for place, r in here if path.is_relative_to(place)]
+        innermost = max((len(place.parts) for place, _ in inside), default=0)
+        return (
+            [r for place, r in inside if len(place.parts) == innermost]
+            or [r for place, r in here if place.parent == path]
+            or self._copied(path)
+        )
 
     def _copied(self, path: Path) -> list[Known]:
         """What made the copy of a model, or of a file, at ``path``."""
@@ -197,11 +205,13 @@ class Registry:
     def _by_id(self, start: str) -> list[Known]:
         if len(start) < LEAST or set(start) - set("0123456789abcdef"):
             return []
-        own = [r for r in self.records if r.id.startswith(start)]
-        made = [r for r in self.records if any(i.startswith(start) for i in r.ids.values())]
-        return own or made or [
-            r for r in self.records if any(i.startswith(start) for i in r.held())
-        ]  # fmt: skip
+
+        def starts(id: str) -> bool:
+            return id.startswith(start)
+
+        own = [r for r in self.records if starts(r.id)]
+        made = [r for r in self.records if any(map(starts, r.ids.values()))]
+        return own or made or [r for r in self.records if any(map(starts, r.held()))]
 
 
 def open_registry(
@@ -227,8 +237,8 @@ def open_registry(
         indexed = _read_index(root / INDEX, warnings)
         for made in indexed.values():
             records.setdefault(made.id, made)
-        if note and not any((root / name).is_file() for name in (STAGES, ALONE)):
-            _note(root / INDEX, [m for m in here if not _same(indexed.get(m.id), m)])
+        if note and not _is_record_folder(root):
+            _note(root, here, indexed)
     _add_elsewhere(records, [Path(path) for path in paths], [*map(Path, roots)], warnings)
     return Registry(sorted(records.values(), key=lambda r: r.finished), warnings)
 
@@ -242,7 +252,7 @@ def _add_elsewhere(
     while paths:
         path = paths.pop().absolute()
         places = (path, *path.parents)
-        folder = next((p for p in places if any((p / n).is_file() for n in (STAGES, ALONE))), None)
+        folder = next(filter(_is_record_folder, places), None)
         if folder is None or not path.exists() or scanned.intersection(places):
             continue
         scanned.add(folder)
@@ -256,99 +266,71 @@ def _add_elsewhere(
 def note_run(out: Path) -> None:
     """Add the stages of one run to the index beside it, if there is one or the folder is runs/."""
     root = out.absolute().parent
-    if root.name != "runs" and not (root / INDEX).is_file():
-        return
-    indexed = _read_index(root / INDEX, [])
-    here = _scan(root, out.absolute(), [])
-    _note(root / INDEX, [m for m in here if not _same(indexed.get(m.id), m)])
+    if root.name == "runs" or (root / INDEX).is_file():
+        _note(root, _scan(root, out.absolute(), []), _read_index(root / INDEX, []))
 
 
-def _same(known: Known | None, made: Known) -> bool:
-    if known is None or known.name != made.name:
-        return False
-    return _indexed(known.entry) == _indexed(made.entry)
+def _note(root: Path, records: Iterable[Known], indexed: Mapping[str, Known]) -> None:
+    """Append what is new to the index. A folder that cannot be written has none."""
+    rows = [(indexed.get(r.id), _index_row(r)) for r in records]
+    new = [row for old, row in rows if old is None or _index_row(old) != row]
+    append_lines(root / INDEX, new, required=False)
 
 
-def _indexed(entry: Entry) -> dict[str, Any]:
+def _index_row(record: Known) -> dict[str, Any]:
     """What an index has of a record: all but samples, which quote prompts of the data, and would
     be kept when the run is deleted and its data forgotten."""
-    result = {k: v for k, v in (entry.result or {}).items() if k != SAMPLES}
-    return table_of(replace(entry, result=None if entry.result is None else result))
+    entry = record.entry
+    if entry.result is not None:
+        entry = replace(entry, result={k: v for k, v in entry.result.items() if k != SAMPLES})
+    return {"name": record.name, "entry": table_of(entry)}
+
+
+def _is_record_folder(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (STAGES, ALONE))
 
 
 def _scan(root: Path, folder: Path, warnings: list[str]) -> Iterator[Known]:
     """The records in and below ``folder``; their names begin at ``root``."""
-    own = root.resolve().name
     for inner, folders, files in os.walk(folder):
         folders[:] = sorted(f for f in folders if f not in INNER and not f.startswith("."))
         place = Path(inner)
-        name = place.relative_to(root).as_posix()
+        name = root.resolve().name if place == root else place.relative_to(root).as_posix()
         try:
             if STAGES in files:
-                name = own if name == "." else name
-                for stage, entry in _entries(place / STAGES):
-                    if (place / stage).is_dir():
-                        yield _made(f"{name}/{stage}", place / stage, entry)
+                stages = read_document(place / STAGES, Record, extra="forbid").stages
+                for stage, entry in stages.items():
+                    if entry.outputs is not None and (place / stage).is_dir():
+                        yield _present(f"{name}/{stage}", place / stage, entry)
             if ALONE in files:
-                yield _made(own if name == "." else name, place, load_alone(place / ALONE))
+                yield _present(name, place, load_alone(place / ALONE))
         except InputError as error:
             warnings.append(str(error))
 
 
-def _entries(path: Path) -> Iterator[tuple[str, Entry]]:
-    """The finished stages of a run."""
-    for name, entry in read_document(path, Record, extra="forbid").stages.items():
-        if entry.outputs is not None:
-            yield name, entry
-
-
-def _made(name: str, place: Path, entry: Entry) -> Known:
-    _check_made(entry, place)
-    sizes = entry.outputs or {}
-    whole = all(
-        file.is_file() and file.stat().st_size == size
-        for file, size in ((place / n, size) for n, size in sizes.items())
-    )
-    return Known(record_id(entry), name, place, entry, HERE if whole else CHANGED)
-
-
-def _check_made(entry: Entry, where: object) -> None:
-    if entry.made is None:
-        raise InputError(f"{where}: made: expected how the stage made this, got nothing")
-
-
-def record_id(entry: Entry) -> str:
-    """The id of a record: of what was done and when, not of where it is."""
-    made = entry.made
-    assert made is not None
-    first_ids = (made.earlier or [made.ids])[0]
-    parts = [entry.kind, entry.options, entry.seconds, made.finished, made.reads, first_ids]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+def _present(name: str, place: Path, entry: Entry) -> Known:
+    """The record of a folder that is there."""
+    sizes = {place / name: size for name, size in (entry.outputs or {}).items()}
+    whole = all(file.is_file() and file.stat().st_size == size for file, size in sizes.items())
+    return Known(name, place, entry, HERE if whole else CHANGED)
 
 
 def _read_index(path: Path, warnings: list[str]) -> dict[str, Known]:
     """The records that an index knows, as gone; of a record that moved, the last line."""
     found: dict[str, Known] = {}
-    if not path.is_file():
-        return found
     try:
-        lines = path.read_text("utf-8", "replace").split("\n")
+        lines = path.read_text("utf-8", "replace").split("\n") if path.is_file() else []
     except OSError as error:
         warnings.append(f"{path}: cannot be read: {reason(error)}")
         return found
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
             row = parse(line, IndexRow, f"{path}:{number}", extra="forbid")
-            _check_made(row.entry, f"{path}:{number}")
+            record = Known(row.name, path.parent / row.name, row.entry, GONE)
         except InputError as error:
-            if line.strip():
-                warnings.append(f"{error}; left out")
+            warnings.append(f"{error}; left out")
             continue
-        found[row.id] = Known(row.id, row.name, path.parent / row.name, row.entry, GONE)
+        found[record.id] = record
     return found
-
-
-def _note(path: Path, new: Iterable[Known]) -> None:
-    """Append records to an index. A folder that cannot be written has none."""
-    rows = [{"id": m.id, "name": m.name, "entry": _indexed(m.entry)} for m in new]
-    append_lines(path, rows, required=False)

@@ -29,35 +29,25 @@ def list_command(context: typer.Context, roots: Roots = None, as_json: AsJson = 
     """
     if context.invoked_subcommand is not None:
         return
-    from fastlm.pipeline.scores import headline, scores
-
-    registry = _opened(roots)
-    if as_json:
-        rows = [
-            {
-                "name": r.name, "kind": r.entry.kind, "record": r.id, "ids": r.ids,
-                "state": r.state, "place": str(r.place), "copies": r.copies,
-                "finished": r.finished, "seconds": r.entry.seconds,
-                "scores": scores(r.entry),
-            }
-            for r in registry.records
-        ]  # fmt: skip
-        typer.echo(json.dumps(rows, indent=1))
-        return
     from rich.table import Column, Table
     from rich.text import Text
 
-    from fastlm.pipeline.text import seconds_text
+    from fastlm.pipeline.scores import headline, scores
+    from fastlm.pipeline.text import minute_text, seconds_text
 
+    records = _opened(roots).records
+    if as_json:
+        rows = [{**r.table(), "copies": r.copies, "scores": scores(r.entry)} for r in records]
+        typer.echo(json.dumps(rows, indent=1))
+        return
     whole = (Column(heading, no_wrap=True) for heading in ("name", "kind", "id"))
     table = Table(*whole, "finished", "took", "result", "", box=None)
-    for r in registry.records:
+    for r in records:
         took = "" if r.entry.seconds is None else seconds_text(r.entry.seconds)
-        state = "" if r.state == "here" else r.state
-        when = r.finished[:16].replace("T", " ")
+        state, when = "" if r.state == "here" else r.state, minute_text(r.finished)
         cells = (r.name, r.entry.kind, r.shown_id, when, took, headline(r.entry), state)
         table.add_row(*map(Text, cells))
-    _print(table if registry.records else "no stage has run here")
+    _print(table if records else "no stage has run here")
 
 
 @app.command("show")

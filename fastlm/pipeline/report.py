@@ -12,6 +12,7 @@ import shlex
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from fastlm.files import write_json, write_text
 from fastlm.machine import commit
 from fastlm.pipeline.recipe import Recipe, Step
 from fastlm.pipeline.stage import Job, Part, Stage
-from fastlm.pipeline.text import count_text, seconds_text, size_text
+from fastlm.pipeline.text import seconds_text, size_text
 
 REPORT, SUMMARY = "report.html", "summary.json"
 TEMPLATES = Path(__file__).parent
@@ -44,18 +45,15 @@ def write_report(
 
     ``until``: the stage after which the run stopped.
     """
-    summary = {
-        "recipe": recipe.name,
-        "command": command,
-        "seconds": sum(d.seconds for d in done),
-        "stages": {
-            d.step.name: {"kind": d.step.stage.kind, "seconds": d.seconds, **d.result} for d in done
-        },
-        "machine": machine(),
+    stages = {
+        d.step.name: {"kind": d.step.stage.kind, "seconds": d.seconds, **d.result} for d in done
     }
-    parts = [(d.step, _part(d)) for d in done]
-    html = render_report(summary, recipe, [(step, part) for step, part in parts if part], until)
-    write_text(out / REPORT, html)
+    summary = {
+        "recipe": recipe.name, "command": command, "seconds": sum(d.seconds for d in done),
+        "stages": stages, "machine": machine(),
+    }  # fmt: skip
+    parts = [(d.step, part) for d in done if (part := _part(d))]
+    write_text(out / REPORT, render_report(summary, recipe, parts, until))
     write_json(out / SUMMARY, summary)
     return summary
 
@@ -91,14 +89,14 @@ def render_report(
 ) -> str:
     """Return the page. ``summary`` as in summary.json, ``until`` as in `write_report`."""
     import jinja2
+    from markupsafe import Markup
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader([TEMPLATES, TEMPLATES / "parts"]), autoescape=True,
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {
-        "size": size_text, "seconds": seconds_text, "count": count_text, "markup": markup,
-    }  # fmt: skip
+    # our own SVG is the only text that is not escaped
+    environment.filters |= {"size": size_text, "seconds": seconds_text, "markup": Markup}
     sections: dict[str, list[tuple[Step, Part]]] = {}
     for step, part in parts:
         sections.setdefault(step.name if part.wide else step.stage.kind, []).append((step, part))
@@ -111,20 +109,25 @@ def render_report(
         for step, part in parts
         for value, what in part.cards
     ]  # fmt: skip
+    seconds = {name: stage["seconds"] for name, stage in summary["stages"].items()}
+    total = sum(seconds.values()) or 1.0
+    rows = [
+        {"name": name, "seconds": value, "percent": 100 * value / total, "color": color}
+        for (name, value), color in zip(seconds.items(), cycle(SHADES))
+    ]
     command = summary["command"]
-    commands = {
-        step.name: command_until(command, step.name) if recipe.table else command
-        for step, _ in parts
-    }  # fmt: skip
     return environment.get_template("report.html.jinja").render(
         s=summary,
-        commands=commands,
+        commands={
+            step.name: command_until(command, step.name) if recipe.table else command
+            for step, _ in parts
+        },
         recipe=recipe,
-        not_run=[step.name for step in recipe.steps if step.name not in summary["stages"]],
+        not_run=[step.name for step in recipe.steps if step.name not in seconds],
         until=until,
         sections=list(sections.values()),
         cards=cards,
-        stages=stage_rows({name: s["seconds"] for name, s in summary["stages"].items()}),
+        stages=rows,
     )
 
 
@@ -132,25 +135,6 @@ def command_until(command: str, name: str) -> str:
     """Return the command that runs a recipe up to the stage ``name``, which gives its numbers."""
     plain = re.sub(r" --until[ =]('[^']*'|\S+)", "", command)
     return f"{plain} --until {shlex.quote(name)}"
-
-
-def markup(svg: str) -> Any:
-    """Return our own SVG, the only text that is not escaped."""
-    from markupsafe import Markup
-
-    return Markup(svg)
-
-
-def stage_rows(seconds: dict[str, float]) -> list[dict[str, Any]]:
-    """Return one row per stage for the bar of times."""
-    total = sum(seconds.values()) or 1.0
-    return [
-        {
-            "name": name, "seconds": value, "percent": 100 * value / total,
-            "color": SHADES[i % len(SHADES)],
-        }
-        for i, (name, value) in enumerate(seconds.items())
-    ]  # fmt: skip
 
 
 def machine() -> dict[str, Any]:

@@ -8,8 +8,6 @@ copied.
 """
 
 import fcntl
-import hashlib
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,19 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from fastlm.errors import InputError
-from fastlm.files import (
-    leftovers,
-    make_folder,
-    new_name,
-    read_json,
-    remove,
-    write_json,
-)
+from fastlm.files import leftovers, make_folder, new_name, read_json, remove, write_json
 from fastlm.pipeline.archive import archive, finish_moving
 from fastlm.pipeline.execution_plan import Planned, fingerprints, make_plan
-from fastlm.pipeline.provenance import describe, text_hash
+from fastlm.pipeline.provenance import describe, json_hash
 from fastlm.pipeline.recipe import Kinds, Recipe, Step, is_outside, load_recipe
-from fastlm.pipeline.record import Entry, chosen, load_record, save_record, sizes_of
+from fastlm.pipeline.record import Entry, begun, load_record, save_record, sizes_of
 from fastlm.pipeline.registry import note_run
 from fastlm.pipeline.report import REPORT, SUMMARY, Done, write_report
 from fastlm.pipeline.run_folder import STAGES
@@ -71,8 +62,9 @@ class _Run:
             return Input(name, name)
         made = self.recipe.step(name)
         assert made is not None  # the recipe is checked
-        kind = next(t for t in step.stage.reads[key].types if t in made.stage.leaves)
-        return Input(name, str(self.out / name / made.stage.leaves[kind]))
+        leaves = made.stage.leaves
+        kind = next(t for t in step.stage.reads[key].types if t in leaves)
+        return Input(name, str(self.out / name / leaves[kind]))
 
     def id_of(self, step: Step, key: str, given: Input) -> str | None:
         """Return the recorded content id of an input that a stage of this run made."""
@@ -128,18 +120,17 @@ def run_recipe(
     out = Path("runs") / recipe.name if out is None else Path(out)
     cache = cache or default_cache()
     tell_plan = on_plan or (lambda plan: None)
+    contents = Contents(out / SOURCES, cache=cache, track=track)
     if dry_run and not out.exists():
-        prints = fingerprints(recipe, Contents(out / SOURCES, cache=cache, track=track))
-        tell_plan(make_plan(recipe, wanted, prints, {}, out))
+        tell_plan(make_plan(recipe, wanted, fingerprints(recipe, contents), {}, out))
         return {}
     make_folder(out)
     with locked(out):
         finish_moving(out)
         record = load_record(out, recipe)
         _refuse_foreign(out, names, record)
-        contents = Contents(out / SOURCES, cache=cache, track=track)
-        command = command or f"fastlm run {path}"
         tell = on_event or (lambda event: None)
+        command = command or f"fastlm run {path}"
         run = _Run(recipe, out, cache, track, tell, record, contents, command)
         prints = fingerprints(recipe, contents)
         plan = make_plan(recipe, wanted, prints, record, out)
@@ -152,7 +143,9 @@ def run_recipe(
         _give_way(run, plan)
         write_json(out / RECIPE, recipe.table)
         for planned in plan:
-            if planned.do not in ("archive", "later"):
+            if planned.do == "skip":
+                run.tell({"stage": planned.step.name, "state": "skipped"})
+            elif planned.do not in ("archive", "later"):
                 _run_step(run, planned)
         summary = _report(run, prints, until)
     note_run(out)
@@ -179,17 +172,11 @@ def _give_way(run: _Run, plan: Sequence[Planned]) -> None:
 
 def _run_step(run: _Run, planned: Planned) -> None:
     step, stage, out = planned.step, planned.step.stage, run.out / planned.step.name
-    if planned.do == "skip":
-        run.tell({"stage": step.name, "state": "skipped"})
-        return
     if planned.do == "run":
         _clear(out)
     make_folder(out)
-    entry = Entry(
-        stage.kind, planned.fingerprint, chosen(stage),
-        {key: list(names) for key, names in step.inputs.items()}, dict(stage.leaves),
-    )  # fmt: skip
-    run.record[step.name] = entry  # begun: its output belongs to this fingerprint
+    entry = begun(stage, planned.fingerprint, step.inputs)
+    run.record[step.name] = entry  # its output belongs to this fingerprint
     run.save()
     run.tell({"stage": step.name, "state": "started"})
     began = time.perf_counter()
@@ -204,7 +191,7 @@ def _run_step(run: _Run, planned: Planned) -> None:
     entry.result, entry.outputs = result, sizes_of(out, stage.scratch)
     entry.made = describe(
         stage, job, entry.outputs, run.contents, known=partial(run.id_of, step),
-        recipe=text_hash(json.dumps(run.recipe.table, default=str)), command=run.command,
+        recipe=json_hash(run.recipe.table), command=run.command,
     )  # fmt: skip
     run.save()
     run.tell({
@@ -228,7 +215,7 @@ def _report(run: _Run, prints: dict[str, str], until: str | None) -> dict[str, A
     missing = [step.name for step in run.recipe.steps if step.name not in entries]
     until = until if missing else None  # the page of a whole run does not say it
     parts = [REPORT_VERSION, run.recipe.name, run.recipe.description, entries, missing, until]
-    fingerprint = hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
+    fingerprint = json_hash(parts)
     old = run.record.get("report")
     there = all((run.out / name).is_file() for name in (REPORT, SUMMARY))
     if old is not None and old.fingerprint == fingerprint and there:
@@ -253,9 +240,7 @@ def _refuse_foreign(out: Path, names: Sequence[str], record: dict[str, Entry]) -
     """Refuse folders that are not this run's. A stage begins by clearing its folder, which must not
     hold the user's own data or model.
     """
-    mine = [name for name in names if name not in record]
-    mine += [] if record else [REPORT, SUMMARY]
-    for name in mine:
+    for name in (*(n for n in names if n not in record), *(() if record else (REPORT, SUMMARY))):
         path = out / name
         if path.exists() and not (path.is_dir() and not any(path.iterdir())):
             raise InputError(

@@ -1,10 +1,11 @@
 """The figures in a stage's result: which count as scores, and the one that stands for all."""
 
 import sys
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeGuard
 
 from fastlm.pipeline.record import Entry
+from fastlm.pipeline.text import figure
 
 # the first of these that a result has stands for it
 HEADLINES = (
@@ -17,26 +18,35 @@ TIMES = ("seconds", "per_second", "load")
 DEPTH = 4
 
 
-def scores(entry: Entry) -> dict[str, float]:
+def models_in(entry: Entry) -> Mapping[str, Any]:
+    """The models that a stage measured -> their results."""
+    models = (entry.result or {}).get("models")
+    return models if isinstance(models, Mapping) else {}
+
+
+def scores(entry: Entry, models: Iterable[str] | None = None) -> dict[str, float]:
     """Every finite figure of a result -> its value, without times; tables inside are joined by
-    dots.
+    dots. ``models``: of several that were measured only these, without their names.
     """
-    return dict(_figures(entry.result or {}, "", DEPTH))
+    result = entry.result or {}
+    if models is not None and (measured := models_in(entry)):
+        result = {key: value for key, value in result.items() if key != "models"}
+        for name in models:
+            result |= table if isinstance(table := measured.get(name), Mapping) else {}
+    return dict(_figures(result, "", DEPTH))
 
 
 def _figures(table: Mapping[str, Any], before: str, depth: int) -> Iterator[tuple[str, float]]:
     for key, value in table.items():
-        name = f"{before}{key}"
         if any(word in str(key) for word in TIMES):
             continue
-        if isinstance(value, Mapping):
-            if depth:
-                yield from _figures(value, f"{name}.", depth - 1)
+        if isinstance(value, Mapping) and depth:
+            yield from _figures(value, f"{before}{key}.", depth - 1)
         elif is_figure(value):
-            yield name, value
+            yield f"{before}{key}", value
 
 
-def is_figure(value: Any) -> bool:
+def is_figure(value: Any) -> TypeGuard[float]:
     """Whether a value is a number: neither NaN, nor infinite, nor beyond all floats."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return number and abs(value) <= sys.float_info.max
@@ -44,18 +54,10 @@ def is_figure(value: Any) -> bool:
 
 def headline(entry: Entry) -> str:
     """The figure that stands for a result, as text: "loss 4.321"; "" if it has none."""
-    found = scores(entry)
-    for wanted in HEADLINES:
-        named = {k: v for k, v in found.items() if k.rpartition(".")[2] == wanted}
-        if named:
-            return ", ".join(f"{_name(k)} {figure(v)}" for k, v in list(named.items())[:3])
+    figures = [(key.split("."), value) for key, value in scores(entry).items()]
+    for name in HEADLINES:
+        found = [(path, value) for path, value in figures if path[-1] == name]
+        if found:
+            names = [f"{path[-2]} {name}" if path[0] == "models" else name for path, _ in found[:3]]
+            return ", ".join(f"{n} {figure(value)}" for n, (_, value) in zip(names, found))
     return ""
-
-
-def _name(key: str) -> str:
-    parts = key.split(".")
-    return f"{parts[-2]} {parts[-1]}" if len(parts) > 1 and parts[0] == "models" else parts[-1]
-
-
-def figure(value: float) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"

@@ -116,15 +116,14 @@ class Job:
         """Tell the user what was left out, and why."""
         self.warn(f"skipped: {message}")
 
-    def tell(self, message: str) -> None:
-        """Tell the user what came of a part of the work."""
-        if self.on_event is not None:
-            self.on_event({"note": message})
-
     def warn(self, message: str) -> None:
         """Tell the user what looks wrong."""
+        self.tell(message, "warning")
+
+    def tell(self, message: str, kind: str = "note") -> None:
+        """Tell the user what came of a part of the work."""
         if self.on_event is not None:
-            self.on_event({"warning": message})
+            self.on_event({kind: message})
 
 
 @dataclass
@@ -254,7 +253,11 @@ class Stage:
         """Return this stage's part of report.html, None if it has none."""
         del job, result
 
-    def __call__(
+    def __call__(self, out: str | Path, **options: Any) -> dict[str, Any]:
+        """Run this stage alone; the arguments are those of `job`. Returns the stage's result."""
+        return self.run(self.job(out, **options))
+
+    def job(
         self,
         out: str | Path,
         *,
@@ -262,17 +265,10 @@ class Stage:
         track: Callable = silent,
         on_event: Callable[[dict[str, Any]], None] | None = None,
         **inputs: str | Path | Sequence[str | Path],
-    ) -> dict[str, Any]:
-        """Run this stage alone, on ``inputs`` named as in `reads`, into the folder ``out``.
-
-        Returns the stage's result. InputError: options, inputs, a folder that cannot be written.
-        """
-        return self.run(self.job(out, cache=cache, track=track, on_event=on_event, **inputs))
-
-    def job(
-        self, out: str | Path, *, cache: Path | None = None, track=silent, on_event=None, **inputs
     ) -> Job:
-        """Return the job of `__call__`, after all checks that need no work."""
+        """Return what this stage works with alone, on ``inputs`` named as in `reads`, in the folder
+        ``out``, after all checks that need no work. InputError: options, inputs.
+        """
         from fastlm.sources.packages import default_cache
 
         self.check()
@@ -289,9 +285,8 @@ class Stage:
             value = inputs.get(key)
             values = () if value is None else (value,) if isinstance(value, str | Path) else value
             if not values and not takes.optional:
-                raise InputError(
-                    f"{key}: wanted {takes.help[:1].lower()}{takes.help[1:]}, got none"
-                )
+                help = takes.help[:1].lower() + takes.help[1:]
+                raise InputError(f"{key}: wanted {help}, got none")
             if len(values) > 1 and not takes.several:
                 raise InputError(f"{key}: wanted one, got {len(values)}")
             given[key] = tuple(Input(str(v), str(v)) for v in values)

@@ -21,3 +21,12 @@ def count_text(value: float) -> str:
     if value < 10_000:
         return f"{value:,.0f}"
     return f"{value / 1e6:,.2f} M" if value >= 1e6 else f"{value / 1e3:,.0f} k"
+
+
+def figure(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+
+
+def minute_text(finished: str) -> str:
+    """Return a time in ISO 8601 up to its minute."""
+    return finished[:16].replace("T", " ")

@@ -31,20 +31,25 @@ SECONDS = 5.0  # of processor time for one rendering; a long conversation takes 
 Runs = list[tuple[int, int]]
 
 
-def plain(value: Any, where: str = "messages") -> Any:
-    """Return a copy of ``value`` that consists of JSON types; anything else is refused."""
-    if isinstance(value, str):
-        check_unicode(value, where)
-        return str(value)
-    if value is None or isinstance(value, bool | int | float):
-        return value
-    if isinstance(value, Mapping):
-        return {str(key): plain(item, where) for key, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
-        return [plain(item, where) for item in value]
-    raise InputError(
-        f"{where}: wanted text, numbers, lists and mappings, got {type(value).__name__}"
-    )
+def _json(value: Any, where: str) -> str:
+    """Return ``value`` as JSON; what has other types than JSON's is refused."""
+
+    def convert(item: Any) -> Any:
+        if isinstance(item, Mapping):
+            return dict(item)
+        if isinstance(item, Sequence) and not isinstance(item, bytes | bytearray):
+            return list(item)
+        name = type(item).__name__
+        raise InputError(f"{where}: wanted text, numbers, lists and mappings, got {name}")
+
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=convert)
+    except InputError:
+        raise
+    except (RecursionError, TypeError, ValueError) as error:  # too deep, numbers too long
+        raise InputError(f"{where}: wanted what JSON can hold: {error}") from None
+    check_unicode(text, where)
+    return text
 
 
 def render(
@@ -67,22 +72,17 @@ def render(
             raise InputError(
                 f"messages[{index}]: wanted a mapping with a text 'role', got {message!r:.80}"
             )
-    try:
-        request = {
-            "template": template,
-            "messages": plain(messages),
-            # as in transformers, these two are always defined
-            "variables": {"tools": None, "documents": None, **plain(variables, "variables")},
-            "tokens": dict(tokens),
-            "date": date,
-            "seconds": SECONDS,
-        }
-        line = json.dumps(request).encode()
-    except (RecursionError, ValueError) as error:  # nested too deep, numbers too long
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"messages: wanted what JSON can hold: {error}") from None
-    reply = _process.ask(line)
+    request = {
+        "template": template,
+        "messages": messages,
+        # as in transformers, these two are always defined
+        "variables": {"tools": None, "documents": None, **variables},
+        "tokens": tokens,
+        "date": date,
+        "seconds": SECONDS,
+    }
+    fields = ", ".join(f'"{name}": {_json(value, name)}' for name, value in request.items())
+    reply = _process.ask(f"{{{fields}}}\n".encode())
     if "error" in reply:
         raise InputError(f"chat_template: cannot render these messages: {reply['error']}")
     return reply["text"], [(start, end) for start, end in reply["own"]]
@@ -107,8 +107,7 @@ class _Process:
 
     def begin(self) -> None:
         with self.lock:
-            if self.child is None:
-                self.child = self._start()
+            self.child = self.child or self._start()
 
     def ask(self, line: bytes) -> dict[str, Any]:
         with self.lock:
@@ -117,7 +116,7 @@ class _Process:
                     self.close()
                     self.child = self._start()
                 assert self.child.stdin is not None and self.child.stdout is not None
-                self.child.stdin.write(line + b"\n")
+                self.child.stdin.write(line)
                 self.child.stdin.flush()
                 reply = self.child.stdout.readline()
             except BrokenPipeError:

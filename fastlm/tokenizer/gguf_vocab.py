@@ -55,6 +55,10 @@ WHOLE_WORDS = frozenset(
 )
 
 MAX_TOKEN = 512  # characters: `_merges` tries every cut; published vocabularies have up to 128
+ROLE_KEYS = {
+    "bos_token": "bos_token_id", "eos_token": "eos_token_id", "unk_token": "unknown_token_id",
+    "pad_token": "padding_token_id",
+}  # fmt: skip
 CONTROL, USER_DEFINED = 3, 4  # tokenizer.ggml.token_type; 1 normal, 2 unknown, 5 unused, 6 byte
 
 
@@ -77,35 +81,27 @@ def build(file: "GGUFFile") -> tuple[Tokenizer, dict[str, str], str | None]:
     def get(key: str, kind: Any, default: Any = None) -> Any:
         return file.get(f"tokenizer.ggml.{key}", kind, default)
 
+    def refuse(key: str, message: str) -> InputError:
+        return InputError(f"{path}: tokenizer.ggml.{key}: wanted {message}")
+
     model, tokens = get("model", str), get("tokens", list)
     if model not in ("gpt2", "llama"):
-        raise InputError(
-            f"{path}: tokenizer.ggml.model: wanted gpt2 (byte-level BPE) or "
-            f"llama (SentencePiece BPE), got {model!r:.60}"
-        )
+        known = "gpt2 (byte-level BPE) or llama (SentencePiece BPE)"
+        raise refuse("model", f"{known}, got {model!r:.60}")
     if not tokens:
-        raise InputError(f"{path}: tokenizer.ggml.tokens: wanted a list of texts, got none")
+        raise refuse("tokens", "a list of texts, got none")
     if len(set(tokens)) != len(tokens):
-        raise InputError(f"{path}: tokenizer.ggml.tokens: wanted each token once, got duplicates")
+        raise refuse("tokens", "each token once, got duplicates")
     longest = max(tokens, key=len)
     if len(longest) > MAX_TOKEN:
-        raise InputError(
-            f"{path}: tokenizer.ggml.tokens: wanted at most {MAX_TOKEN} characters each, "
-            f"got {len(longest)}: {longest!r:.60}"
-        )
+        got = f"{len(longest)}: {longest!r:.60}"
+        raise refuse("tokens", f"at most {MAX_TOKEN} characters each, got {got}")
     kinds = get("token_type", np.ndarray, np.empty(0)).tolist()
     if kinds and len(kinds) != len(tokens):
-        raise InputError(
-            f"{path}: tokenizer.ggml.token_type: wanted {len(tokens)} entries, got {len(kinds)}"
-        )
-    role_ids = {
-        "bos_token": get("bos_token_id", int),
-        "eos_token": get("eos_token_id", int),
-        "unk_token": get("unknown_token_id", int),
-        "pad_token": get("padding_token_id", int),
-    }
+        raise refuse("token_type", f"{len(tokens)} entries, got {len(kinds)}")
     roles = {}
-    for name, token_id in role_ids.items():
+    for name, key in ROLE_KEYS.items():
+        token_id = get(key, int)
         if token_id is None or token_id == 2**32 - 1:  # some writers store "none" as -1
             continue
         if not 0 <= token_id < len(tokens):
@@ -121,18 +117,19 @@ def build(file: "GGUFFile") -> tuple[Tokenizer, dict[str, str], str | None]:
     else:
         tokenizer = _sentencepiece(file, tokens, kinds, roles.get("unk_token"))
         add_bos = get("add_bos_token", bool, True)
-    for kind, special in ((CONTROL, True), (USER_DEFINED, False)):
-        added = [
-            AddedToken(token, normalized=False, special=special)
-            for token, k in zip(tokens, kinds)
-            if k == kind and token
-        ]
-        (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(added)
-    _add_ends(
-        tokenizer,
-        roles.get("bos_token") if add_bos else None,
-        roles.get("eos_token") if get("add_eos_token", bool, False) else None,
-    )
+    for kind, add in (
+        (CONTROL, tokenizer.add_special_tokens),
+        (USER_DEFINED, tokenizer.add_tokens),
+    ):
+        names = [token for token, k in zip(tokens, kinds) if k == kind and token]
+        add([AddedToken(name, normalized=False, special=kind == CONTROL) for name in names])
+    bos = [roles["bos_token"]] if add_bos and "bos_token" in roles else []
+    eos = [roles["eos_token"]] if get("add_eos_token", bool, False) and "eos_token" in roles else []
+    if bos or eos:
+        # no pair templates: they need type ids that language models do not have
+        ids = [(token, tokenizer.token_to_id(token)) for token in dict.fromkeys([*bos, *eos])]
+        single = [*bos, "$A", *eos]
+        tokenizer.post_processor = library(TemplateProcessing, single=single, special_tokens=ids)
     return tokenizer, roles, file.get("tokenizer.chat_template", str)
 
 
@@ -146,15 +143,6 @@ def library(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise InputError(f"tokenizer: wanted a consistent one, got: {reason(error):.200}") from None
-
-
-def _add_ends(tokenizer: Tokenizer, bos: str | None, eos: str | None) -> None:
-    ends = [token for token in (bos, eos) if token is not None]
-    if ends:
-        # no pair templates: they need type ids that language models do not have
-        single = [*([bos] if bos else []), "$A", *([eos] if eos else [])]
-        ids = [(token, tokenizer.token_to_id(token)) for token in dict.fromkeys(ends)]
-        tokenizer.post_processor = library(TemplateProcessing, single=single, special_tokens=ids)
 
 
 def _byte_level_bpe(tokens: list[str], merges: Sequence[str], pre: str, path: Any) -> Tokenizer:
@@ -220,11 +208,8 @@ def _merges(tokens: list[str], vocab: dict[str, int], rank: list[float]) -> list
     known = set(tokens)
     found = []
     for token in tokens:
-        halves = [
-            (token[:cut], token[cut:])
-            for cut in range(1, len(token))
-            if token[:cut] in known and token[cut:] in known
-        ]
+        halves = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
+        halves = [pair for pair in halves if known.issuperset(pair)]
         halves.sort(key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
         found += [(-rank[vocab[token]], pair) for pair in halves]
     found.sort(key=lambda entry: entry[0])  # stable: keeps the order inside one token

@@ -1,7 +1,6 @@
 """A bound on how much longer a tokenizer.json can make a text before it is split into tokens."""
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 from fastlm.errors import InputError
@@ -24,26 +23,19 @@ def check_growth(text: str) -> None:
     for part in ("normalizer", "pre_tokenizer", "decoder"):
         if part == "decoder":  # of another text
             growth = 1.0
-        for rule in _replacements(state.get(part)):
-            growth *= _growth(rule)
-            if growth > MAX_GROWTH:
-                raise InputError(
-                    f"{part}: expected replacements that make a text at most {MAX_GROWTH} times as"
-                    " long, got more"
-                )
-
-
-def _replacements(node: Any) -> Iterator[dict[str, Any]]:
-    """Yield the rules of type Replace in a part of a tokenizer.json, in any order."""
-    nodes = [node]
-    while nodes:
-        node = nodes.pop()
-        if isinstance(node, list):
-            nodes += node
-        elif isinstance(node, dict):
-            if node.get("type") == "Replace":
-                yield node
-            nodes += node.values()
+        nodes = [state.get(part)]
+        while nodes:
+            node = nodes.pop()
+            if isinstance(node, list):
+                nodes += node
+            elif isinstance(node, dict):
+                growth *= _growth(node) if node.get("type") == "Replace" else 1.0
+                nodes += node.values()
+        if growth > MAX_GROWTH:
+            raise InputError(
+                f"{part}: expected replacements that make a text at most {MAX_GROWTH} times as"
+                " long, got more"
+            )
 
 
 def _growth(rule: dict[str, Any]) -> float:

@@ -35,9 +35,9 @@ def has_tokenizer(path: str | Path) -> bool:
     """Whether `load_tokenizer` finds one."""
     path = model_path(path)
     model = locate_model(path)
-    if _tokenizer_of(path, model) is None and is_adapter(model):
-        return has_tokenizer(base_of(model))
-    return _tokenizer_of(path, model) is not None
+    if _tokenizer_of(path, model) is not None:
+        return True
+    return is_adapter(model) and has_tokenizer(base_of(model))
 
 
 def _tokenizer_of(path: Path, model: Path) -> Path | None:

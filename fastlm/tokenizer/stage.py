@@ -3,12 +3,14 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 from fastlm.data.prepare import HELDOUT, TRAIN, read_documents
 from fastlm.pipeline.funnel import FUNNEL, Funnel
 from fastlm.pipeline.stage import Facts, Job, Part, Stage, Takes, at_least_one
+from fastlm.pipeline.text import count_text, size_text
 
 
 @dataclass(frozen=True)
@@ -40,17 +42,18 @@ class TrainTokenizer(Stage):
         return {"vocab_size": self.vocab_size}
 
     def run(self, job: Job) -> dict[str, Any]:
-        from functools import partial
-
+        from fastlm.data.texts import read_texts
         from fastlm.tokenizer.tokenizer import Tokenizer
 
         def texts() -> Iterator[str]:
             left = self.train_bytes
-            for text in self._all_texts(job):
-                if left <= 0:
-                    return
-                yield text
-                left -= len(text.encode())
+            for source in job.inputs["corpus"]:
+                read = read_texts(source.where, part="train", cache=job.cache, tell=job.skipped)
+                for text in read:
+                    if left <= 0:
+                        return
+                    yield text
+                    left -= len(text.encode())
 
         track = partial(job.track, total=self._expected(job))
         tokenizer = Tokenizer.train(texts(), self.vocab_size, track=track)
@@ -58,16 +61,8 @@ class TrainTokenizer(Stage):
         tokenizer.save(job.out)
         return {"vocab_size": tokenizer.vocab_size}
 
-    def _all_texts(self, job: Job) -> Iterator[str]:
-        from fastlm.data.texts import read_texts
-
-        for source in job.inputs["corpus"]:
-            yield from read_texts(source.where, part="train", cache=job.cache, tell=job.skipped)
-
     def _expected(self, job: Job) -> int | None:
-        """Return how many documents will be counted, None unless all sources are
-        prepared folders.
-        """
+        """Return how many documents will be counted, None unless all are in prepared folders."""
         count = 0
         for source in job.inputs["corpus"]:
             if not (source.path / FUNNEL).is_file():
@@ -102,8 +97,6 @@ class Shards(Stage):
         return {**words, "tokenizer": words["name"]}
 
     def run(self, job: Job) -> dict[str, Any]:
-        from functools import partial
-
         from fastlm.data.shards import INDEX, write_shards
         from fastlm.tokenizer.tokenizer import Tokenizer
 
@@ -133,17 +126,13 @@ class Shards(Stage):
         return f"{job.out}: {', '.join(counts)}"
 
     def report(self, job: Job, result: Mapping[str, Any]) -> Part:
-        from fastlm.pipeline.text import count_text, size_text
-
         del job
         facts = {"vocabulary": f"{result['vocab_size']:,}"}
         for part, what in (("train", "training text"), ("heldout", "held-out text")):
-            if f"{part}_tokens" in result:
-                tokens, size = result[f"{part}_tokens"], result[f"{part}_bytes"]
-                facts[what] = (
-                    f"{count_text(tokens)} tokens, {size_text(size)},"
-                    f" {size / max(tokens, 1):.2f} bytes per token"
-                )
+            if tokens := result.get(f"{part}_tokens"):
+                size = result[f"{part}_bytes"]
+                mean = f"{size / tokens:.2f} bytes per token"
+                facts[what] = f"{count_text(tokens)} tokens, {size_text(size)}, {mean}"
         return Part("Tokens", facts=facts)
 
 

@@ -82,33 +82,14 @@ def start(path: list[str]) -> Any:
         trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation]
     )
     environment.filters.update(join=join_filter, tojson=_tojson)
-    environment.globals.update(
-        raise_exception=refuse, strftime_now=lambda pattern: _today.now().strftime(pattern)
-    )
+    environment.globals["raise_exception"] = refuse
     return environment
 
 
 def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
     """Dump JSON without the HTML escapes of jinja2's filter."""
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )
-
-
-class Today:
-    """What templates take for today: a request's date, or the clock's."""
-
-    date: str | None = None
-
-    def now(self) -> datetime:
-        return datetime.now() if self.date is None else datetime.fromisoformat(self.date)
-
-
-_today = Today()
+    form = {"ensure_ascii": ensure_ascii, "indent": indent, "separators": separators}
+    return json.dumps(value, **form, sort_keys=sort_keys)
 
 
 class Own(str):
@@ -205,13 +186,16 @@ def answer(compiled: Any, request: dict[str, Any]) -> dict[str, Any]:
     """Return ``{"text", "own": [[start, end], ...]}`` for a request, or ``{"error"}``."""
     try:
         # as in transformers, an entry of None is dropped
-        _today.date = request["date"]
         messages = [{k: v for k, v in m.items() if v is not None} for m in request["messages"]]
         for message in messages:
             if message["role"] in ROLE_NAMES:
                 message["role"] = own(message["role"])
-        variables = {**own(request["tokens"]), **request["variables"]}
-        variables["messages"] = messages
+        date = request["date"]
+        today = datetime.now() if date is None else datetime.fromisoformat(date)
+        variables = {
+            **own(request["tokens"]), **request["variables"], "messages": messages,
+            "strftime_now": lambda pattern: today.strftime(pattern),
+        }  # fmt: skip
         text = join([compiled(request["template"]).render(variables)])
         if len(text) > MAX_CHARACTERS:
             return {"error": f"wanted at most {MAX_CHARACTERS:,} characters, got {len(text):,}"}

@@ -24,7 +24,7 @@ from tokenizers import decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
 from fastlm.errors import InputError, check_unicode
-from fastlm.files import make_folder, read_json, read_text, write_text
+from fastlm.files import read_json, read_text, write_text
 from fastlm.progress import Track, silent
 from fastlm.sources.packages import model_path
 from fastlm.tokenizer import chat_template, gguf_vocab
@@ -55,6 +55,7 @@ class Tokenizer:
         template: str | None = None,
     ) -> None:
         self._backend = backend
+        self._written: set[Any] = set()  # what `check_written` has found to be right
         if self.vocab_size > MAX_IDS:  # the library lists the unused ids
             raise InputError(
                 f"tokenizer: wanted ids below {MAX_IDS:,}, got one of {self.vocab_size - 1:,}"
@@ -62,10 +63,11 @@ class Tokenizer:
         self._roles = {name: token for name, token in roles.items() if token is not None}
         self._backend = backend = _with_special_turns(backend, self._roles.values())
         self.chat_template = template
+        ids = {name: backend.token_to_id(token) for name, token in self._roles.items()}
         for name, token in self._roles.items():
-            if backend.token_to_id(token) is None:
+            if ids[name] is None:
                 raise InputError(f"{name}: wanted a token of the vocabulary, got {token!r}")
-        self.bos_id, self.eos_id, self.pad_id = map(self._role_id, ROLES[:3])
+        self.bos_id, self.eos_id, self.pad_id = map(ids.get, ROLES[:3])
         added = {t.content: i for i, t in backend.get_added_tokens_decoder().items()}
         stops = {added[token] for token in STOPS if token in added}
         self.stop_ids = frozenset(stops if self.eos_id is None else stops | {self.eos_id})
@@ -78,10 +80,6 @@ class Tokenizer:
                 f"got a decoder of {sorted(map(str, kinds))}"
             )
         self._strip_first = bool(kinds & {"Strip", "Metaspace"})
-
-    def _role_id(self, role: str) -> int | None:
-        token = self._roles.get(role)
-        return None if token is None else self._backend.token_to_id(token)
 
     @property
     def backend(self) -> tokenizers.Tokenizer:
@@ -221,7 +219,7 @@ class Tokenizer:
         """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json into ``folder``,
         each whole or not at all. ``transformers.AutoTokenizer`` reads them.
         """
-        folder = make_folder(folder)
+        folder = Path(folder)
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
@@ -304,10 +302,16 @@ class Tokenizer:
     @cached_property
     def _bytes(self) -> list[bytes]:
         added = self._backend.get_added_tokens_decoder()
-        spell = _byte_level_bytes if self.byte_level else _sentencepiece_bytes
         table = [b""] * self.vocab_size
         for token, index in self._backend.get_vocab(with_added_tokens=True).items():
-            table[index] = token.encode() if index in added else spell(token)
+            if index not in added and self.byte_level and BYTE_OF.keys() >= set(token):
+                table[index] = bytes(BYTE_OF[character] for character in token)
+            elif index in added or self.byte_level:  # or padding such as "[PAD 7]"
+                table[index] = token.encode()
+            elif match := re.fullmatch(r"<0x([0-9A-F]{2})>", token):
+                table[index] = bytes([int(match[1], 16)])
+            else:
+                table[index] = token.replace("▁", " ").encode()
         return table
 
     # chat
@@ -378,26 +382,27 @@ class Tokenizer:
         self.check_learnable()
         self.check_written(messages, variables, date)
         text, own = self._render(messages, False, variables, date)
-        answers = []
+        answers = []  # (begin, text up to the end of the answer, its marks, whether to learn it)
         for i, message in enumerate(messages):
-            if message["role"] == "assistant":
-                before = self._render(messages[:i], True, variables, date)[0]
-                after = self._render(messages[: i + 1], False, variables, date)
-                if not after[0].startswith(before):
-                    raise InputError(
-                        "chat_template: wanted a generation prompt that is how an answer begins,"
-                        f" got {before[-40:]!r} before message {i}"
-                    )
-                learn = learnt is None or learnt[i]
-                if learn:
-                    _check_whole(after[0][len(before) :], message, i)
-                answers.append((len(before), after, learn))
-        if all(text.startswith(after[0]) for _, after, _ in answers):
-            borders = [(begin, len(after[0]), learn) for begin, after, learn in answers]
+            if message["role"] != "assistant":
+                continue
+            before = self._render(messages[:i], True, variables, date)[0]
+            upto, marks = self._render(messages[: i + 1], False, variables, date)
+            if not upto.startswith(before):
+                raise InputError(
+                    "chat_template: wanted a generation prompt that is how an answer begins,"
+                    f" got {before[-40:]!r} before message {i}"
+                )
+            learn = learnt is None or learnt[i]
+            if learn:
+                _check_whole(upto[len(before) :], message, i)
+            answers.append((len(before), upto, marks, learn))
+        if all(text.startswith(upto) for _, upto, _, _ in answers):
+            borders = [(begin, len(upto), learn) for begin, upto, _, learn in answers]
             return [self._masked(text, own, borders)]
         return [
-            self._masked(after[0], after[1], [(begin, len(after[0]), True)])
-            for begin, after, learn in answers
+            self._masked(upto, marks, [(begin, len(upto), True)])
+            for begin, upto, marks, learn in answers
             if learn
         ]
 
@@ -429,8 +434,8 @@ class Tokenizer:
                     f" got {text[begin:end][-40:]!r}"
                 )
             ids += prompt + answer
-            mask += [False] * len(prompt) + [learn] * stop
-            mask += [False] * (len(ids) - len(mask))  # what follows the end token: a line break
+            # what follows the end token, a line break, is not learnt
+            mask += [False] * len(prompt) + [learn] * stop + [False] * (len(answer) - stop)
             at = end
         rest = self._encode_rendered(*_cut(text, own, at, len(text)))
         return ids + rest, mask + [False] * len(rest)
@@ -441,44 +446,40 @@ class Tokenizer:
         """Refuse a template that drops a part of such messages: each part is replaced by a mark of
         its own, which has to be in the rendered text. Once for each sequence of roles and parts.
         """
-        tools = bool(variables.get("tools"))
+        has_tools = bool(variables.get("tools"))
         parts = tuple(
             (m["role"], bool((m.get("content") or "").strip()), len(m.get("tool_calls") or ()))
             for m in messages
         )
-        if (key := (self.chat_template, parts, tools)) in self._written:
+        if (key := (self.chat_template, parts, has_tools)) in self._written:
             return
-        marked, marks = [], {}
-        for i, (message, (role, has_text, calls)) in enumerate(zip(messages, parts)):
+        marks: dict[str, str] = {}  # what the template has to write -> the part that it stands for
+
+        def mark(part: str) -> str:
+            name = f"mark{len(marks)}x"
+            marks[name] = part
+            return name
+
+        marked = []
+        for i, (message, (role, has_text, _)) in enumerate(zip(messages, parts)):
             copy = dict(message)
             if has_text:
-                copy["content"] = f"text{i}mark"
-                marks[copy["content"]] = f"the text of message {i} ({role})"
-            if calls:
-                names = [(f"call{i}x{j}mark", f"value{i}x{j}mark") for j in range(calls)]
+                copy["content"] = mark(f"the text of message {i} ({role})")
+            if calls := message.get("tool_calls"):
+                part = f"the tool calls of message {i} ({role})"
                 copy["tool_calls"] = [
-                    {**call, "function": {"name": name, "arguments": {"argument": value}}}
-                    for call, (name, value) in zip(message["tool_calls"], names)
+                    {**c, "function": {"name": mark(part), "arguments": {"argument": mark(part)}}}
+                    for c in calls
                 ]
-                for mark in (mark for pair in names for mark in pair):
-                    marks[mark] = f"the tool calls of message {i} ({role})"
             marked.append(copy)
+        if has_tools:
+            name = mark("the tools")
+            variables = {**variables, "tools": [_renamed(t, name) for t in variables["tools"]]}
         text = self._render(marked, False, variables, date)[0]
-        for mark, what in marks.items():
-            if mark not in text:
-                raise InputError(f"chat_template: wanted one that writes {what}, got none of it")
-        if tools:
-            named = {**variables, "tools": [_renamed(tool) for tool in variables["tools"]]}
-            if TOOL not in self._render(marked, False, named, date)[0]:
-                raise InputError(
-                    "chat_template: wanted one that writes the tools, got none of them"
-                )
+        for name, part in marks.items():
+            if name not in text:
+                raise InputError(f"chat_template: wanted one that writes {part}, got none of it")
         self._written.add(key)
-
-    @cached_property
-    def _written(self) -> set[Any]:
-        """What `check_written` has found to be right."""
-        return set()
 
     @property
     def special_tokens(self) -> frozenset[str]:
@@ -535,15 +536,14 @@ class TokenStream:
         return self._utf8.decode(b"", final=True)
 
 
-TOOL = "tool0x0mark"  # the name of a tool in `Tokenizer.check_written`
 REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
-def _renamed(tool: Any) -> Any:
-    """The tool under the name `TOOL`."""
+def _renamed(tool: Any, name: str) -> Any:
+    """The tool under another name."""
     if isinstance(tool, Mapping) and isinstance(tool.get("function"), Mapping):
-        return {**tool, "function": {**tool["function"], "name": TOOL}}
-    return {**tool, "name": TOOL} if isinstance(tool, Mapping) else tool
+        return {**tool, "function": {**tool["function"], "name": name}}
+    return {**tool, "name": name} if isinstance(tool, Mapping) else tool
 
 
 def _check_whole(answer: str, message: Mapping[str, Any], index: int) -> None:
@@ -575,24 +575,11 @@ def check_vocab_size(vocab_size: int, special_tokens: Sequence[str]) -> None:
         )
 
 
-def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's spelling of bytes: printable Latin-1 as itself, the others from U+0100 on."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {
-        **{chr(byte): byte for byte in printable},
-        **{chr(256 + index): byte for index, byte in enumerate(others)},
-    }
-
-
-BYTE_OF = _byte_alphabet()
-
-
-def _byte_level_bytes(token: str) -> bytes:
-    try:
-        return bytes(BYTE_OF[character] for character in token)
-    except KeyError:  # a token outside the alphabet: padding entries such as "[PAD 7]"
-        return token.encode()
+# GPT-2's spelling of bytes: printable Latin-1 as itself, the others from U+0100 on
+_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+BYTE_OF = {chr(byte): byte for byte in _PRINTABLE}
+BYTE_OF |= {chr(256 + index): byte for index, byte in enumerate(_OTHERS)}
 
 
 def _with_special_turns(
@@ -609,12 +596,6 @@ def _with_special_turns(
     for token in state["added_tokens"]:
         token["special"] |= token["content"] in turns
     return library(tokenizers.Tokenizer.from_str, json.dumps(state))
-
-
-def _sentencepiece_bytes(token: str) -> bytes:
-    if match := re.fullmatch(r"<0x([0-9A-F]{2})>", token):
-        return bytes([int(match[1], 16)])
-    return token.replace("▁", " ").encode()
 
 
 def _encode(

@@ -350,13 +350,10 @@ def test_moves_out_of_a_run_folder(finished, tmp_path):
     """A run folder from a stranger, with a half-done move of files outside the folder."""
     shutil.copytree(finished / "run", tmp_path / "run")
     (tmp_path / "mine").write_text("x")
-    (tmp_path / "run/.previous.new").mkdir()
-    (tmp_path / "run/.previous.new/.moves.json").write_text(
-        '{"to": "previous", "names": ["../mine"]}'
-    )
-    refused(
-        "run", finished / "tiny.toml", "-o", tmp_path / "run", text="wanted a list of names of this"
-    )
+    (tmp_path / "run/previous").mkdir()
+    (tmp_path / "run/previous/.moves.json").write_text('{"copies": [], "names": ["../mine"]}')
+    text = "names[0]: expected a path below its folder, got '../mine'"
+    refused("run", finished / "tiny.toml", "-o", tmp_path / "run", text=text)
     assert (tmp_path / "mine").exists()
 
 

@@ -35,7 +35,7 @@ def entry(kind: str, leaf: str, number: int, **result) -> dict:
     """A record of a stage; ``number`` tells it from others."""
     id = f"{number:08x}" * 8
     made = {
-        "version": 1, "finished": f"2026-11-{number:02}T00:00:00.000+00:00", "recipe": ID,
+        "finished": f"2026-11-{number:02}T00:00:00.000+00:00", "recipe": ID,
         "code": {"version": "1"}, "machine": {"cpu": "x", "threads": 2}, "ids": {leaf: id},
         "command": "fastlm run x", "hashes": {"a": id}, "earlier": [{leaf: id[::-1]}],
         "reads": {"corpus": [{"name": "data", "path": "data", "id": f"{1:08x}" * 8}]},
@@ -43,7 +43,8 @@ def entry(kind: str, leaf: str, number: int, **result) -> dict:
                      "files": {"a": id}}],
     }  # fmt: skip
     return {
-        "kind": kind, "fingerprint": "f", "options": {"limit": number, "tasks": ["arc_easy"]},
+        "kind": kind, "fingerprint": "f", "version": 1,
+        "options": {"limit": number, "tasks": ["arc_easy"]},
         "inputs": {"model": ["pretrain"]}, "leaves": {leaf: leaf}, "seconds": 1.5,
         "result": {"loss": 2.0 + number, **result}, "outputs": {"a": 3}, "made": made,
     }  # fmt: skip
@@ -154,7 +155,7 @@ KINDS = {
         use_registry,
     ),
     "index.jsonl": (
-        jsonl({"id": ID, "name": "gone/eval", "entry": entry("eval", "scores", 9)}),
+        jsonl({"name": "gone/eval", "entry": entry("eval", "scores", 9)}),
         use_registry,
     ),
     "scores.json": (json.dumps(SCORES).encode(), use_scores),

@@ -59,7 +59,7 @@ def test_what_was_archived_before_stays(tmp_path):
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("count", range(1, 4))  # two names, then the new folder
+@pytest.mark.parametrize("count", range(1, 3))  # of names that move
 def test_cut_off_it_is_finished_by_the_next_start(tmp_path, monkeypatch, count, when):
     out, rename, calls = run_folder(tmp_path, old=True), os.rename, 0
 

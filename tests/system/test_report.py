@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 
-from fastlm.pipeline.charts import _bits_figure
+from fastlm.pipeline.charts import bits_figure
 from fastlm.pipeline.funnel import Funnel
 from fastlm.pipeline.report import Done, command_until, render_report
 from fastlm.pipeline.stage import Input, Job
@@ -221,7 +221,7 @@ def test_labels_stand_at_their_own_lines(model, xz, zstd):
         metrics.append({"step": step, "bits_per_byte": model + 2 * 0.8**step})
     names = {"model": model, "xz -9e": xz, "zstd -19": zstd}
     packed = {"xz -9e": xz, "zstd -19": zstd}
-    figure = _bits_figure({"model": metrics}, {"model": model}, packed)
+    figure = bits_figure({"model": metrics}, {"model": model}, packed)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     axes = figure.axes[0]

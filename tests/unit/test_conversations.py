@@ -358,7 +358,7 @@ TEMPLATES = {
     "wanted one that writes the tool calls of message 1 (assistant), got none of it": (
         CHAT, [{"role": "user", "content": "add!"}, CALLED[1]], {},
     ),
-    "wanted one that writes the tools, got none of them": (
+    "wanted one that writes the tools, got none of it": (
         "{% if tools %}You have tools.{% endif %}" + CHAT, [USER, ANSWER], {"tools": [CALL]},
     ),
     "wanted one that writes the whole content of message 1 (assistant),"

@@ -332,5 +332,6 @@ def test_a_padded_model_guesses_ids_of_the_tokenizer():
         device=torch.device("cpu"), threads=None,
     )  # fmt: skip
     job = _Job(sequence, _Held(), 1, 1)
+    job.begin()
     (guess,) = Sampler().choose(torch.arange(97.0)[None], [job.next_token(0)])
     assert guess.token == 89
