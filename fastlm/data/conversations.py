@@ -26,7 +26,8 @@ from typing import Any, TypeVar
 from fastlm.errors import InputError, check_unicode
 from fastlm.sources.generated import generated_rows, is_generated
 from fastlm.sources.rows import (
-    NAMED_LINES,
+    Row,
+    good_rows,
     ignore,
     list_files,
     read_rows,
@@ -127,40 +128,27 @@ def read_examples(
     """
     rows = Rows() if rows is None else rows
     for name, unit, named, numbered in _files(sources, cache, tell):
-        good, bad, first = 0, 0, None
         try:
-            for number, row in numbered:
-                rows.read += 1
-                place = f"{name}, {unit} {number}"
-                try:
-                    if isinstance(row, InputError):
-                        raise row
-                    example = example_of(row, place)
-                except InputError as error:
-                    refusal = InputError(f"{place}: {error}")
-                    if not skip_bad:
-                        raise refusal from None
-                    bad, first = bad + 1, first or refusal
-                    rows.counts["malformed"] += 1
-                    if bad <= NAMED_LINES:
-                        tell(str(refusal))
-                else:
-                    good += 1
-                    yield example
+            yield from good_rows(
+                _counted(numbered, rows), example_of, name, unit, counts=rows.counts,
+                reason="malformed", tell=tell, skip_bad=skip_bad, required=named,
+            )  # fmt: skip
         except InputError as error:
             if named or not skip_bad:
                 raise
             rows.counts["unreadable files"] += 1
             tell(str(error))
-        if first is not None and not good and named:
-            raise first
-        if bad > NAMED_LINES:
-            tell(f"{name}: {bad - NAMED_LINES:,} more of its {good + bad:,} rows")
+
+
+def _counted(numbered: Iterable[Row], rows: Rows) -> Iterator[Row]:
+    for row in numbered:
+        rows.read += 1
+        yield row
 
 
 def _files(
     sources: Sequence[str], cache: Path, tell: Callable[[str], None]
-) -> Iterator[tuple[str, str, bool, Iterable[tuple[int, Any]]]]:
+) -> Iterator[tuple[str, str, bool, Iterable[Row]]]:
     """Yield (name, what its numbers count, whether the user named it, numbered rows) of each file
     and of each generator.
     """
