@@ -33,7 +33,7 @@ from fastlm.data.filter import MAX_WORDS, TECHNICAL, check_rules, first_failed
 from fastlm.data.forgotten import document_key, line_key, text_key
 from fastlm.data.nesting import costly_markup
 from fastlm.data.scrub import scrub
-from fastlm.data.split import split_text
+from fastlm.data.split import batches, split_text
 from fastlm.errors import InputError
 from fastlm.files import clean_up, replacing, write_error, write_json
 from fastlm.pipeline.funnel import FUNNEL, Funnel, StepCounts
@@ -163,24 +163,12 @@ def _clean_all(
             batch, future = running.popleft()
             yield from zip(batch, future.result(), strict=True)
 
-        for batch in _batches(documents):
+        for batch in batches(documents, lambda d: len(d.text), BATCH_BYTES):
             running.append((batch, pool.submit(_clean_batch, batch, options)))
             if len(running) > 2 * options.workers:
                 yield from finished()
         while running:
             yield from finished()
-
-
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch, size = [], 0
-    for document in documents:
-        batch.append(document)
-        size += len(document.text)
-        if size >= BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def prepare(
