@@ -80,19 +80,28 @@ def beside(path: str | Path) -> Iterator[Path]:
     ones have left of ``path``. A full disk, a read-only folder and the like raise InputError.
     """
     path = Path(path)
+    with scratch(path) as part:
+        yield part
+        for item in [*part.rglob("*"), part] if part.is_dir() else [part]:
+            sync(item)
+        if part.is_dir():
+            _swap(part, path)
+        else:
+            os.replace(part, path)
+        sync(path.parent)
+
+
+@contextlib.contextmanager
+def scratch(path: Path) -> Iterator[Path]:
+    """Context: a temporary name next to ``path`` for a file or folder, removed at the end. What
+    killed processes have left under such names is removed first. InputError: not writable.
+    """
     if path.name in ("", ".."):
         raise InputError(f"{path}: wanted a path that ends in a name")
     part = new_name(path)
     try:
         with _working(path):
             yield part
-            for item in [*part.rglob("*"), part] if part.is_dir() else [part]:
-                sync(item)
-            if part.is_dir():
-                _swap(part, path)
-            else:
-                os.replace(part, path)
-            sync(path.parent)
     except (OSError, SafetensorError) as error:
         raise write_error(path, error) from error
     finally:

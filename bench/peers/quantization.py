@@ -39,6 +39,7 @@ from fastlm.model.quantized_modules import QuantizedLinear, put_quantized
 from fastlm.ops.quantized_weight import QuantizedWeight, pack_rows
 from fastlm.quant.calibration import text_windows
 from fastlm.quant.distill import tokens_of
+from fastlm.quant.options import QuantizeOptions
 from fastlm.quant.plan import plan_of
 from fastlm.quant.report import compare, true_bits
 from fastlm.stats.intervals import ratio_error
@@ -54,10 +55,7 @@ METHODS = (
 
 def plain(model: CausalLM, group_size: int, symmetric: bool) -> CausalLM:
     """Round to nearest: the largest weight of a group on 7, or the group's range on 15 steps."""
-    plan = plan_of(
-        model, "w4a16", group_size=group_size, symmetric=symmetric, scale_dtype=torch.bfloat16,
-        embeddings=0, head=0, overrides=None,
-    )  # fmt: skip
+    plan = plan_of(model, QuantizeOptions(group_size=group_size, symmetric=symmetric))
     for target in plan:
         w = target.module.weight.detach().float()
         n, k = w.shape

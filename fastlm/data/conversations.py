@@ -18,14 +18,16 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, TypeVar
 
 from fastlm.errors import InputError, check_unicode
 from fastlm.sources.generated import generated_rows, is_generated
 from fastlm.sources.rows import (
-    NAMED_LINES,
-    SourceFile,
+    Row,
+    good_rows,
     ignore,
     list_files,
     read_rows,
@@ -53,6 +55,7 @@ SHAPES = (
 )
 
 Example = TypeVar("Example")
+T = TypeVar("T")
 Message = dict[str, Any]
 Placed = list[tuple[str, Message]]  # messages, each with the name of its place in the row
 
@@ -71,8 +74,7 @@ class Conversation:
 
     def prompt(self) -> list[Message]:
         """The messages before the first answer."""
-        first = next(i for i, m in enumerate(self.messages) if m["role"] == "assistant")
-        return self.messages[:first]
+        return list(takewhile(lambda m: m["role"] != "assistant", self.messages))
 
     def row(self) -> dict[str, Any]:
         """The row that `conversation_of` reads as this conversation, in OpenAI's form."""
@@ -84,12 +86,17 @@ class Conversation:
 
     def key(self) -> str:
         """The prompt as text: conversations that begin with the same questions have equal keys."""
-        return json.dumps(said(self.prompt()), ensure_ascii=False, sort_keys=True)
+        return prompt_key(self.prompt())
 
 
 def said(messages: Sequence[Message]) -> list[list[Any]]:
     """What the messages say, without their ids and other fields: equal for equal conversations."""
     return [[m["role"], m["content"], m.get("tool_calls")] for m in messages]
+
+
+def prompt_key(messages: Sequence[Message]) -> str:
+    """A prompt as text: equal for equal prompts."""
+    return json.dumps(said(messages), ensure_ascii=False, sort_keys=True)
 
 
 @dataclass
@@ -98,20 +105,6 @@ class Rows:
 
     read: int = 0
     counts: Counter[str] = field(default_factory=Counter)
-
-
-def read_conversations(
-    sources: Sequence[str],
-    *,
-    cache: Path,
-    skip_bad: bool = False,
-    rows: Rows | None = None,
-    tell: Callable[[str], None] = ignore,
-) -> Iterator[Conversation]:
-    """Yield the conversations of all sources, in order (`read_examples`)."""
-    return read_examples(
-        sources, conversation_of, cache=cache, skip_bad=skip_bad, rows=rows, tell=tell
-    )
 
 
 def read_examples(
@@ -126,20 +119,42 @@ def read_examples(
     """Yield what ``example_of`` makes of each row of all sources, in order. It is called with the
     row and its place, and raises InputError for a row that cannot be used.
 
-    Such a row is an error that names its file and line. With ``skip_bad`` it is
-    counted in ``rows`` and left out, and the first ones of a file are told. A file of only bad rows
-    is then told and left out too, unless the user named it. Files of other types in a folder are
-    told.
+    Such a row is an error that names its file and line. With ``skip_bad`` it is counted in ``rows``
+    and left out, and the first ones of a file are told. A file of only bad rows, and one that
+    cannot be read to its end, is then told and left out too, unless the user named it. Files of
+    other types in a folder are told.
 
     InputError: also a source that is missing or has no file of JSON rows.
     """
     rows = Rows() if rows is None else rows
+    for name, unit, named, numbered in _files(sources, cache, tell):
+        try:
+            yield from good_rows(
+                _counted(numbered, rows), example_of, name, unit, counts=rows.counts,
+                reason="malformed", tell=tell, skip_bad=skip_bad, required=named,
+            )  # fmt: skip
+        except InputError as error:
+            if named or not skip_bad:
+                raise
+            rows.counts["unreadable files"] += 1
+            tell(str(error))
+
+
+def _counted(numbered: Iterable[Row], rows: Rows) -> Iterator[Row]:
+    for row in numbered:
+        rows.read += 1
+        yield row
+
+
+def _files(
+    sources: Sequence[str], cache: Path, tell: Callable[[str], None]
+) -> Iterator[tuple[str, str, bool, Iterable[Row]]]:
+    """Yield (name, what its numbers count, whether the user named it, numbered rows) of each file
+    and of each generator.
+    """
     for spec in sources:
         if is_generated(spec):
-            made = enumerate(generated_rows(spec), 1)
-            yield from _read_rows(
-                made, example_of, spec, "row", skip_bad=skip_bad, named=True, rows=rows, tell=tell
-            )
+            yield spec, "row", True, enumerate(generated_rows(spec), 1)
             continue
         found, passed = list_files(spec, cache=cache)
         files = [file for file in found if file.format in FORMATS]
@@ -149,64 +164,7 @@ def read_examples(
         if others := len(found) - len(files) + passed.total():
             tell(f"{spec}: {others:,} files that are not read: wanted .jsonl or .json")
         for file in files:
-            yield from _read_rows(
-                _readable(file, skip_bad, rows, tell), example_of, str(file.path), row_unit(file),
-                skip_bad=skip_bad, named=file.named, rows=rows, tell=tell,
-            )  # fmt: skip
-
-
-def _read_rows(
-    numbered: Iterable[tuple[int, Any]],
-    example_of: Callable[[Any, str], Example],
-    name: str,
-    unit: str,
-    *,
-    skip_bad: bool,
-    named: bool,
-    rows: Rows,
-    tell: Callable[[str], None],
-) -> Iterator[Example]:
-    """The examples of one file, or of one generator. ``unit``: what the numbers count."""
-    good = bad = 0
-    first: InputError | None = None
-    for number, row in numbered:
-        rows.read += 1
-        place = f"{name}, {unit} {number}"
-        try:
-            if isinstance(row, InputError):
-                raise row
-            example = example_of(row, place)
-        except InputError as error:
-            refusal = InputError(f"{place}: {error}")
-            if not skip_bad:
-                raise refusal from None
-            bad += 1
-            first = first or refusal
-            rows.counts["malformed"] += 1
-            if bad <= NAMED_LINES:
-                tell(str(refusal))
-            continue
-        good += 1
-        yield example
-    if first is not None and not good and named:
-        raise first
-    if bad > NAMED_LINES:
-        tell(f"{name}: {bad - NAMED_LINES:,} more of its {good + bad:,} rows")
-
-
-def _readable(
-    file: SourceFile, skip_bad: bool, rows: Rows, tell: Callable[[str], None]
-) -> Iterator[tuple[int, Any]]:
-    """The rows of a file. With ``skip_bad``, a file of a folder that cannot be read to its end is
-    told and counted.
-    """
-    try:
-        yield from read_rows(file)
-    except InputError as error:
-        if file.named or not skip_bad:
-            raise
-        rows.counts["unreadable files"] += 1
-        tell(str(error))
+            yield str(file.path), row_unit(file), file.named, read_rows(file)
 
 
 def conversation_of(row: Any, place: str = "") -> Conversation:
@@ -216,41 +174,47 @@ def conversation_of(row: Any, place: str = "") -> Conversation:
     """
     if not isinstance(row, Mapping):
         raise InputError(f"wanted an object with {SHAPES}, got {type(row).__name__}")
+    answer = next((key for key in ("completion", "response") if key in row), None)
     if "messages" in row:
         placed = messages_of(row["messages"], "messages")
     elif "conversations" in row:
-        placed = turns_of(row["conversations"], "conversations")
+        placed = messages_of(row["conversations"], "conversations")
     elif "instruction" in row and "output" in row:
-        output = {"role": "assistant", "content": text_of(row["output"], "output")}
-        placed = [*alpaca_prompt(row), ("output", output)]
-    elif "prompt" in row and ("completion" in row or "response" in row):
-        placed = _pair(row, "completion" if "completion" in row else "response")
+        placed = [*alpaca_prompt(row), _placed("output", "assistant", row["output"])]
+    elif "prompt" in row and answer:
+        placed = text_or_messages(row["prompt"], "prompt", "user")
+        for _, message in placed if isinstance(row["prompt"], list) else ():
+            message.setdefault("weight", 0)  # answers in a prompt are examples
+        placed += text_or_messages(row[answer], answer, "assistant")
     else:
-        keys = ", ".join(map(repr, row))[:200] or "no keys"
-        raise InputError(f"wanted an object with {SHAPES}, got {keys}")
+        raise InputError(f"wanted an object with {SHAPES}, got {keys_of(row)}")
     add_system(row, placed)
     check_messages(placed)
-    messages, learnt = [], []
+    learnt = []
     for where, message in placed:
         weight = message.pop("weight", 1)
         if message["role"] == "assistant" and weight not in (0, 1):
             raise InputError(f"{where}: wanted a weight of 0 or 1, got {weight!r:.40}")
-        messages.append(message)
         learnt.append(message["role"] == "assistant" and weight == 1)
     if not any(learnt):
         raise InputError("wanted an assistant message to learn, all have weight 0")
-    return Conversation(messages, learnt, place, tools_of(row))
+    return Conversation([message for _, message in placed], learnt, place, tools_of(row))
+
+
+def keys_of(row: Mapping[str, Any]) -> str:
+    """The keys of a row, for an error message."""
+    return ", ".join(map(repr, row))[:200] or "no keys"
 
 
 def add_system(row: Mapping[str, Any], placed: Placed) -> None:
     """Put the row's ``"system"`` text before its messages; leave out an empty system message."""
     if placed and placed[0][1]["role"] == "system" and not placed[0][1]["content"].strip():
         del placed[0]
-    system = text_of(row.get("system"), "system")
-    if system.strip():
+    system = _placed("system", "system", row.get("system"))
+    if system[1]["content"].strip():
         if placed and placed[0][1]["role"] == "system":
             raise InputError(f"system: wanted none beside {placed[0][0]}, got two system messages")
-        placed.insert(0, ("system", {"role": "system", "content": system}))
+        placed.insert(0, system)
 
 
 def check_messages(placed: Placed) -> None:
@@ -270,23 +234,36 @@ def check_messages(placed: Placed) -> None:
         raise InputError(f"wanted an answer at the end, got {before or 'no message'}")
 
 
+def text_or_messages(value: Any, name: str, role: str) -> Placed:
+    """A list of messages, or one message of ``role`` with a text."""
+    if isinstance(value, list):
+        return messages_of(value, name)
+    return [_placed(name, role, value)]
+
+
 def messages_of(messages: Any, name: str) -> Placed:
-    """Messages under OpenAI's names, brought to one form. ``name``: the key that has them."""
-    if not isinstance(messages, list):
-        raise InputError(f"{name}: wanted a list of messages, got {type(messages).__name__}")
+    """Messages under OpenAI's names or ShareGPT's, brought to one form. ``name``: the key that has
+    them.
+    """
+    kind = "turns" if name == "conversations" else "messages"
     placed: Placed = []
-    for i, given in enumerate(messages):
+    for i, value in enumerate(_typed(messages, list, name, f"a list of {kind}")):
         where = f"{name}[{i}]"
-        if not isinstance(given, Mapping):
-            raise InputError(f"{where}: wanted an object, got {type(given).__name__}")
-        message = {k: v for k, v in given.items() if v is not None}
-        content = message.get("content")
+        message = {
+            k: v for k, v in _typed(value, Mapping, where, "an object").items() if v is not None
+        }
+        if "role" not in message:
+            message["role"] = message.pop("from", None)
+        content = message.get("content", message.pop("value", None))
         if isinstance(content, list):  # parts, as in requests to an API
             content = "".join(_text_part(part, where) for part in content)
-        message["role"] = _role(message.get("role"), where)
-        message["content"] = text_of(content, where)
+        content = text_of(content, where)
         calls, older = message.pop("tool_calls", None), message.pop("function_call", None)
-        calls = calls or ([{"function": older}] if older is not None else None)
+        if older is not None:
+            calls = calls or [{"function": older}]
+        if message["role"] == "function_call":
+            calls, content = [_json(content, f"{where}: wanted a call")], ""
+        message |= {"role": _role(message["role"], where), "content": content}
         if calls:
             message["tool_calls"] = _tool_calls(calls, f"{where}.tool_calls")
         placed.append((where, message))
@@ -297,11 +274,9 @@ def _tool_calls(calls: Any, where: str) -> list[Message]:
     """Calls whose arguments are objects: OpenAI has them as JSON text, which templates would quote
     a second time.
     """
-    if not isinstance(calls, list):
-        raise InputError(f"{where}: wanted a list, got {type(calls).__name__}")
     found = []
-    for i, call in enumerate(calls):
-        function = call.get("function", call) if isinstance(call, Mapping) else None
+    for i, call in enumerate(_typed(calls, list, where, "a list")):
+        function = call.get("function", call) if isinstance(call, Mapping) else {}
         function = function if isinstance(function, Mapping) else {}
         name = function.get("name")
         if not isinstance(name, str) or not name:
@@ -324,55 +299,22 @@ def _text_part(part: Any, where: str) -> str:
     return text_of(part.get("text", part.get("value")), where)
 
 
-def turns_of(turns: Any, name: str) -> Placed:
-    """Messages under ShareGPT's names or OpenAI's. ``name``: the key that has them."""
-    if not isinstance(turns, list):
-        raise InputError(f"{name}: wanted a list of turns, got {type(turns).__name__}")
-    messages = []
-    for i, turn in enumerate(turns):
-        where = f"{name}[{i}]"
-        if not isinstance(turn, Mapping):
-            raise InputError(f"{where}: wanted an object, got {type(turn).__name__}")
-        role, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
-        message = {k: v for k, v in turn.items() if k not in ("from", "value")}
-        message |= {"role": role, "content": text}
-        if role == "function_call":
-            call = _json(text_of(text, where), f"{where}: wanted a call")
-            message |= {"content": "", "tool_calls": [call]}
-        messages.append(message)
-    return messages_of(messages, name)
-
-
 def alpaca_prompt(row: Mapping[str, Any]) -> Placed:
     """``"history"``, and ``"instruction"`` with ``"input"``, as messages."""
     placed: Placed = []
-    history = row.get("history") or []
-    if not isinstance(history, list):
-        raise InputError(f"history: wanted a list of pairs, got {type(history).__name__}")
+    history = _typed(row.get("history") or [], list, "history", "a list of pairs")
     for i, pair in enumerate(history):
         where = f"history[{i}]"
         if not isinstance(pair, list) or len(pair) != 2:
             raise InputError(f"{where}: wanted [question, answer], got {pair!r:.60}")
-        for role, text in zip(("user", "assistant"), pair):
-            placed.append((where, {"role": role, "content": text_of(text, where)}))
+        placed += [_placed(where, role, text) for role, text in zip(("user", "assistant"), pair)]
     texts = [text_of(row[key], key) for key in ("instruction", "input") if row.get(key)]
     question = "\n\n".join(text for text in texts if text.strip())
-    return [*placed, ("instruction", {"role": "user", "content": question})]
+    return [*placed, _placed("instruction", "user", question)]
 
 
-def _pair(row: Mapping[str, Any], key: str) -> Placed:
-    placed: Placed = []
-    for name, role in (("prompt", "user"), (key, "assistant")):
-        value = row[name]
-        if isinstance(value, list):
-            found = messages_of(value, name)
-            if name == "prompt":  # its answers are examples
-                for _, message in found:
-                    message.setdefault("weight", 0)
-            placed += found
-        else:
-            placed.append((name, {"role": role, "content": text_of(value, name)}))
-    return placed
+def _placed(where: str, role: str, text: Any) -> tuple[str, Message]:
+    return where, {"role": role, "content": text_of(text, where)}
 
 
 def _role(role: Any, where: str) -> str:
@@ -385,10 +327,14 @@ def text_of(text: Any, where: str) -> str:
     """The text, "" for None. InputError: another type, or text that UTF-8 cannot encode."""
     if text is None:
         return ""
-    if not isinstance(text, str):
-        raise InputError(f"{where}: wanted text, got {type(text).__name__}")
-    check_unicode(text, where)
+    check_unicode(_typed(text, str, where, "text"), where)
     return text
+
+
+def _typed(value: Any, kind: type[T], where: str, wanted: str) -> T:
+    if not isinstance(value, kind):
+        raise InputError(f"{where}: wanted {wanted}, got {type(value).__name__}")
+    return value
 
 
 def _json(text: str, what: str) -> Any:
@@ -402,14 +348,11 @@ def tools_of(row: Mapping[str, Any]) -> list[Any] | None:
     """The row's ``"tools"``, a list or its JSON, or None."""
     tools = row.get("tools")
     if not tools and row.get("functions"):  # the older form
-        functions = row["functions"]
-        if not isinstance(functions, list):
-            raise InputError(f"functions: wanted a list, got {type(functions).__name__}")
+        functions = _typed(row["functions"], list, "functions", "a list")
         return [{"type": "function", "function": function} for function in functions]
     if isinstance(tools, str):
         tools = _json(tools, "tools: wanted a list") if tools.strip() else None
-    if not tools:
-        return None
-    if not isinstance(tools, list):
-        raise InputError(f"tools: wanted a list, got {type(tools).__name__}")
-    return tools
+    return _typed(tools, list, "tools", "a list") if tools else None
+
+
+read_conversations = partial(read_examples, example_of=conversation_of)

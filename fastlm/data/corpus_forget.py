@@ -4,21 +4,17 @@ them.
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import IO, cast
-
-import zstandard
 
 from fastlm.data.dedup import MIN_PARAGRAPH, PARAGRAPHS, paragraph_key
 from fastlm.data.forgotten import document_key, keys_of_row, line_key, names_of, text_key, whole_id
-from fastlm.data.prepare import HELDOUT, TRAIN, ZSTD_LEVEL, read_documents
+from fastlm.data.prepare import HELDOUT, TRAIN, read_documents
 from fastlm.files import replacing, write_json
 from fastlm.pipeline.funnel import FUNNEL, Funnel
 from fastlm.sources.rows import Document
-from fastlm.sources.streams import GZIP_MAGIC, ZSTD_MAGIC, open_stream
+from fastlm.sources.streams import compressed, open_stream
 
 STEP = "forgotten"  # of the funnel
 PARTS = {"train": TRAIN, "heldout": HELDOUT}
@@ -130,7 +126,7 @@ def rewrite(hits: FileHits) -> None:
     with (
         open_stream(hits.path) as lines,
         replacing(hits.path) as file,
-        _compressed(file, magic) as out,
+        compressed(file, magic) as out,
     ):
         for number, line in enumerate(lines):
             if number not in hits.numbers:
@@ -158,21 +154,6 @@ def refresh_funnel(folder: Path, parts: Mapping[str, FileHits]) -> None:
         }
     )
     write_json(folder / FUNNEL, asdict(funnel))
-
-
-@contextmanager
-def _compressed(file: IO[bytes], magic: bytes) -> Iterator[IO[bytes]]:
-    if magic.startswith(GZIP_MAGIC):
-        import gzip
-
-        with gzip.GzipFile(fileobj=file, mode="wb") as out:
-            yield cast(IO[bytes], out)
-    elif magic == ZSTD_MAGIC:
-        compressor = zstandard.ZstdCompressor(ZSTD_LEVEL, write_checksum=True)
-        with compressor.stream_writer(file, closefd=False) as out:
-            yield cast(IO[bytes], out)
-    else:
-        yield file
 
 
 def paragraphs_of(texts: Iterable[str]) -> set[int]:

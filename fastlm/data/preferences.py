@@ -14,35 +14,35 @@ recognised by a row's keys:
 - labels: ``{"prompt", "completion", "label"}`` (TRL, KTO), or ``{"messages", "label"}``, whose last
   message is the labelled answer.
 
-A prompt is ``"prompt"`` or ``"question"`` (a text or messages), ``"messages"`` (OpenAI),
-``"conversations"`` (ShareGPT), or ``"instruction"`` and ``"input"`` (Alpaca). A text ``"passage"``
-is put before a prompt that is a text (BoolQ, ASDiv). An answer is a text,
-a message or a list of messages. Each row may have ``"system"``, ``"tools"`` and ``"rater"``.
+A prompt is one of those of `fastlm.data.prompts`. An answer is a text, a message or a list of
+messages. Each row may have ``"system"``, ``"tools"`` and ``"rater"``.
 
 Rejected: to cut texts without a prompt where they begin to differ, as TRL does. A row that lacks
 its prompt would become a question of a few words.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import combinations, permutations, takewhile
 from typing import Any
 
-from fastlm.data.candidates import candidates, keys_of, plain, prompt_messages
 from fastlm.data.conversations import (
     Conversation,
     Message,
-    Rows,
+    Placed,
     add_system,
     check_messages,
+    keys_of,
+    messages_of,
     read_examples,
     said,
     text_of,
     tools_of,
 )
+from fastlm.data.prompts import dialogue, plain, prompt_messages
 from fastlm.errors import InputError, show
-from fastlm.sources.rows import ignore
 
 SHAPES = (
     "chosen and rejected, prompt with answers and ranks or scores, prompt with completion and"
@@ -79,12 +79,8 @@ class Comparison:
         if len(self.answers) == 2 and self.ranks == (0, 1):
             return [self]
         order = sorted(range(len(self.ranks)), key=self.ranks.__getitem__)
-        return [
-            self._pair(a, b)
-            for i, a in enumerate(order)
-            for b in order[i + 1 :]
-            if self.ranks[a] < self.ranks[b]
-        ]
+        pairs = combinations(order, 2)
+        return [self._pair(a, b) for a, b in pairs if self.ranks[a] < self.ranks[b]]
 
     def _pair(self, better: int, worse: int) -> "Comparison":
         scores, margin = None, self.margin
@@ -92,10 +88,7 @@ class Comparison:
             scores = (self.scores[better], self.scores[worse])
             margin = scores[0] - scores[1] if margin is None else margin
         answers = (self.answers[better], self.answers[worse])
-        return Comparison(
-            self.prompt, answers, (0, 1), scores, margin, self.tools, self.rater, self.corrected,
-            self.place,
-        )  # fmt: skip
+        return replace(self, answers=answers, ranks=(0, 1), scores=scores, margin=margin)
 
     def labels(self) -> "list[Label]":
         """The best answers as desirable, the worst ones as not. Those between are left out: that an
@@ -171,22 +164,6 @@ class Unranked:
     place: str = ""
 
 
-def read_preferences(
-    sources: Sequence[str],
-    *,
-    cache: Path,
-    skip_bad: bool = False,
-    rows: Rows | None = None,
-    tell: Callable[[str], None] = ignore,
-) -> Iterator[Comparison | Label]:
-    """Yield the comparisons and labels of all sources, in order. Bad rows, ``skip_bad``, ``rows``
-    and ``tell`` are as in `read_conversations`.
-    """
-    return read_examples(
-        sources, preference_of, cache=cache, skip_bad=skip_bad, rows=rows, tell=tell
-    )
-
-
 def preference_of(row: Any, place: str = "") -> Comparison | Label:
     """The comparison or label that a row holds.
 
@@ -202,7 +179,7 @@ def preference_of(row: Any, place: str = "") -> Comparison | Label:
     if "chosen" in row and "rejected" in row:
         return _pair_of(row, place)
     if "corrected" in row and "answer" in row:
-        prompt, answers = candidates(row, {key: row[key] for key in ("corrected", "answer")})
+        prompt, answers = _candidates(row, {key: row[key] for key in ("corrected", "answer")})
         return _comparison(row, prompt, answers, (0, 1), place, corrected=True)
     if "label" in row or "kto_tag" in row:
         return _label_of(row, place)
@@ -215,32 +192,14 @@ def answers_of(row: Any, place: str = "") -> "Comparison | Label | Unranked":
     """`preference_of`; also reads rows ``{"prompt", "answers"}`` without ranks. InputError: also
     two equal answers of those.
     """
-    given = _object(row)
+    values = _object(row)
     ranked = ("ranks", "scores", "chosen", "corrected", "label", "kto_tag")
-    if not _answers_key(given) or any(key in given for key in ranked):
+    if not _answers_key(values) or any(key in values for key in ranked):
         return preference_of(row, place)
-    prompt, answers = _listed(given)
-    heard = [said(answer) for answer in answers]
-    for i, one in enumerate(heard):
-        if (first := heard.index(one)) < i:
-            raise InputError(f"wanted different answers, answers {first} and {i} are equal")
-    return Unranked(prompt, tuple(answers), tools_of(given), place)
-
-
-def prompt_of(row: Any, place: str = "") -> Unranked:
-    """The prompt of a row, without answers: its ``"prompt"`` (see above), or the messages of a
-    conversation before its last answer.
-    """
-    row = _object(row)
-    placed = prompt_messages(row)
-    if placed is None:
-        raise InputError(f"wanted an object with a prompt or messages, got {keys_of(row)}")
-    add_system(row, placed)
-    if placed and placed[-1][1]["role"] == "assistant":
-        placed.pop()
-    answer = ("the answer", {"role": "assistant", "content": "any"})
-    check_messages([*placed, answer])
-    return Unranked(plain(placed), (), tools_of(row), place)
+    prompt, answers = _listed(values)
+    for first, second in _equal(answers):
+        raise InputError(f"wanted different answers, answers {first} and {second} are equal")
+    return Unranked(prompt, tuple(answers), tools_of(values), place)
 
 
 def _object(row: Any) -> dict[str, Any]:
@@ -264,7 +223,7 @@ def _from_openai(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _pair_of(row: Mapping[str, Any], place: str) -> Comparison:
-    prompt, answers = candidates(row, {key: row[key] for key in ("chosen", "rejected")})
+    prompt, answers = _candidates(row, {key: row[key] for key in ("chosen", "rejected")})
     scores = None
     if "score_chosen" in row and "score_rejected" in row:
         better, worse = (_number(row[key], key) for key in ("score_chosen", "score_rejected"))
@@ -276,17 +235,19 @@ def _pair_of(row: Mapping[str, Any], place: str) -> Comparison:
 
 def _ranked_of(row: Mapping[str, Any], place: str) -> Comparison:
     prompt, answers = _listed(row)
-    scores = ranks = None
+    scores, ranks = None, ()
     if "scores" in row:
-        scores = tuple(
-            _number(s, f"scores[{i}]") for i, s in _each(row["scores"], "scores", answers)
-        )
-        ranks = tuple(-s for s in scores)
+        values = _each(row["scores"], "scores", answers)
+        scores = tuple(_number(value, f"scores[{i}]") for i, value in values)
+        ranks = tuple(-score for score in scores)
     if "ranks" in row:
         ranks = _ranks(row["ranks"], answers)
-        if scores is not None:
-            _check_agree(ranks, scores)
-    assert ranks is not None
+        for (better, a), (worse, b) in permutations(zip(ranks, scores or ()), 2):
+            if better < worse and a < b:
+                raise InputError(
+                    f"scores: wanted the order of the ranks, got {b} at rank {worse} and {a} at"
+                    f" rank {better}"
+                )
     places = sorted(set(ranks))
     dense = tuple(places.index(rank) for rank in ranks)
     return _comparison(row, prompt, answers, dense, place, scores=scores)
@@ -304,16 +265,6 @@ def _ranks(given: Any, answers: list[Any]) -> tuple[int, ...]:
     return tuple(given)
 
 
-def _check_agree(ranks: Sequence[int], scores: Sequence[float]) -> None:
-    for i, a in enumerate(ranks):
-        for j, b in enumerate(ranks):
-            if a < b and scores[i] < scores[j]:
-                raise InputError(
-                    f"scores: wanted the order of the ranks, answer {j} of rank {b} has"
-                    f" {scores[j]}, answer {i} of rank {a} has {scores[i]}"
-                )
-
-
 def _each(given: Any, name: str, answers: list[Any]) -> Iterator[tuple[int, Any]]:
     if not isinstance(given, list) or len(given) != len(answers):
         got = len(given) if isinstance(given, list) else type(given).__name__
@@ -322,13 +273,11 @@ def _each(given: Any, name: str, answers: list[Any]) -> Iterator[tuple[int, Any]
 
 
 def _number(value: Any, where: str) -> float:
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        try:
-            number = float(value)
-        except OverflowError:
-            number = math.inf
-        if math.isfinite(number):
-            return number
+    try:
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
+    except OverflowError:  # an integer beyond float64
+        pass
     raise InputError(f"{where}: wanted a finite number, got {show(value):.60}")
 
 
@@ -343,11 +292,9 @@ def _comparison(
 ) -> Comparison:
     if len(set(ranks)) < 2:
         raise InputError("ranks: wanted a better and a worse answer, all are tied")
-    heard = [said(answer) for answer in answers]
-    for i in range(len(heard)):
-        j = heard.index(heard[i])
+    for i, j in _equal(answers):
         if ranks[i] != ranks[j]:
-            names = "corrected and answer" if corrected else f"answers {j} and {i}"
+            names = "corrected and answer" if corrected else f"answers {i} and {j}"
             names = "chosen and rejected" if "chosen" in row else names
             raise InputError(f"wanted different answers, {names} are equal")
     margin = None
@@ -368,7 +315,7 @@ def _label_of(row: Mapping[str, Any], place: str) -> Label:
         raise InputError(f"{key}: wanted true or false, got {show(row[key]):.60}")
     name = next((n for n in ("completion", "response", "answer", "output") if n in row), None)
     if name is not None:
-        prompt, (answer,) = candidates(row, {name: row[name]})
+        prompt, (answer,) = _candidates(row, {name: row[name]})
     else:
         placed = prompt_messages(row)
         if placed is None:
@@ -390,7 +337,79 @@ def _listed(row: Mapping[str, Any]) -> tuple[list[Message], list[list[Message]]]
     if not isinstance(given, list) or len(given) < 2:
         got = len(given) if isinstance(given, list) else type(given).__name__
         raise InputError(f"{key}: wanted a list of two or more answers, got {got}")
-    return candidates(row, {f"{key}[{i}]": answer for i, answer in enumerate(given)})
+    return _candidates(row, {f"{key}[{i}]": answer for i, answer in enumerate(given)})
+
+
+def _candidates(
+    row: Mapping[str, Any], given: Mapping[str, Any]
+) -> tuple[list[Message], list[list[Message]]]:
+    """The prompt of a row and its answers. ``given``: the answers by the names of their places.
+
+    Answers that are whole conversations are cut after their common beginning, which must begin
+    with the prompt if there is one.
+    """
+    prompt = prompt_messages(row)
+    answers = {name: _answer(value, name, prompt is None) for name, value in given.items()}
+    whole = [name for name, answer in answers.items() if answer[0][1]["role"] in ("system", "user")]
+    if len(whole) == len(answers) and len(answers) > 1:
+        columns = zip(*map(_said, answers.values()))
+        begin = len(list(takewhile(lambda column: column.count(column[0]) == len(column), columns)))
+        common = next(iter(answers.values()))[:begin]
+        if prompt is not None and not _begins(common, prompt):
+            raise InputError(
+                f"prompt: wanted the beginning of {' and '.join(answers)}, got another one"
+            )
+        prompt, answers = common, {name: answer[begin:] for name, answer in answers.items()}
+    elif whole:
+        raise InputError(f"{whole[0]}: wanted an answer by the assistant, got a conversation")
+    elif prompt is None:
+        raise InputError(f"wanted a prompt beside {' and '.join(answers)}, got {keys_of(row)}")
+    add_system(row, prompt)
+    for name, answer in answers.items():
+        if not answer:
+            raise InputError(f"{name}: wanted an answer that differs from the others, got none")
+        check_messages([*prompt, *answer])
+        for where, message in answer:
+            if message["role"] not in ("assistant", "tool"):
+                raise InputError(
+                    f"{where}: wanted one prompt for all answers, got a {message['role']}'s message"
+                    " after they differ"
+                )
+    return plain(prompt), [plain(answer) for answer in answers.values()]
+
+
+def _answer(value: Any, name: str, whole: bool) -> Placed:
+    """An answer, or a conversation. ``whole``: there is no prompt, so a text has to be one."""
+    if isinstance(value, Mapping):
+        value = [value]
+    if isinstance(value, list):
+        if not value:
+            raise InputError(f"{name}: wanted an answer, got no message")
+        return messages_of(value, name)
+    text = text_of(value, name)
+    if whole and (placed := dialogue(text, name)):
+        return placed
+    return [(name, {"role": "assistant", "content": text})]
+
+
+def _said(placed: Placed) -> list[list[Any]]:
+    return said([message for _, message in placed])
+
+
+def _begins(messages: Placed, beginning: Placed) -> bool:
+    """Whether messages begin with others; only one of the two may have a system message."""
+    a, b = _said(messages), _said(beginning)
+    if a[:1] != b[:1]:
+        a, b = ([m for m in x if m[0] != "system"] for x in (a, b))
+    return a[: len(b)] == b
+
+
+def _equal(answers: Sequence[list[Message]]) -> Iterator[tuple[int, int]]:
+    """Yield (i, j), i < j, of answers that say the same."""
+    heard = [said(answer) for answer in answers]
+    for j, answer in enumerate(heard):
+        if (i := heard.index(answer)) < j:
+            yield i, j
 
 
 def _rater(row: Mapping[str, Any]) -> str | None:
@@ -407,3 +426,6 @@ def _conversation(
 ) -> Conversation:
     learnt = [False] * len(prompt) + [m["role"] == "assistant" for m in answer]
     return Conversation([*prompt, *answer], learnt, place, tools)
+
+
+read_preferences = partial(read_examples, example_of=preference_of)

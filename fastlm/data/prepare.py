@@ -33,17 +33,19 @@ from fastlm.data.filter import MAX_WORDS, TECHNICAL, check_rules, first_failed
 from fastlm.data.forgotten import document_key, line_key, text_key
 from fastlm.data.nesting import costly_markup
 from fastlm.data.scrub import scrub
-from fastlm.data.split import split_text
+from fastlm.data.split import batches, split_text
 from fastlm.errors import InputError
 from fastlm.files import clean_up, replacing, write_error, write_json
 from fastlm.pipeline.funnel import FUNNEL, Funnel, StepCounts
 from fastlm.progress import silent
 from fastlm.schema import parse
 from fastlm.sources.rows import Document, SourceFile, list_files, printable, read_files
-from fastlm.sources.streams import open_stream
+from fastlm.sources.streams import ZSTD_MAGIC, compressed, open_stream
 
 TRAIN, HELDOUT = "train.jsonl.zst", "heldout.jsonl.zst"
-ZSTD_LEVEL = 3  # level 6 takes twice the time and saves 5 %
+STEPS = (
+    "gather", "extract", "exact duplicates", "quality rules", "scrub", "repeated paragraphs",
+)  # fmt: skip
 # A document that loses more than half to repeats is a copy of another one; what is left is headings
 # without text.
 MIN_LEFT = 0.5
@@ -99,10 +101,17 @@ class _Step:
     documents: int = 0
     bytes: int = 0
     removed: Counter[str] = field(default_factory=Counter)
+    others: dict[str, Counter[str]] = field(default_factory=dict)  # more counts, by their name
 
     def passed(self, size: int) -> None:
         self.documents += 1
         self.bytes += size
+
+    def counts(self, name: str) -> StepCounts:
+        others = {key: dict(count) for key, count in self.others.items() if count}
+        removed = dict(sorted(self.removed.items()))
+        documents = {"documents": self.documents, "bytes": self.bytes}
+        return cast(StepCounts, {"step": name, **documents, "removed": removed, **others})
 
 
 @dataclass(slots=True)
@@ -124,14 +133,14 @@ def clean(document: Document, options: DataOptions) -> list[_Cleaned]:
     if not text.strip():
         page = document.meta.get("format") == "html"
         return [_Cleaned(failed=costly_markup(document.text) if page else None)]
-    return [_judged(part, options) for part in split_text(text, options.max_words)]
-
-
-def _judged(text: str, options: DataOptions) -> _Cleaned:
-    result = _Cleaned(len(text.encode()), content_key(text), first_failed(text, options.rules))
-    if result.failed is None:
-        result.text, result.replaced = scrub(text) if options.scrub else (text, {})
-    return result
+    results = []
+    for part in split_text(text, options.max_words):
+        failed = first_failed(part, options.rules)
+        result = _Cleaned(len(part.encode()), content_key(part), failed)
+        if failed is None:
+            result.text, result.replaced = scrub(part) if options.scrub else (part, {})
+        results.append(result)
+    return results
 
 
 def _leave_ctrl_c_to_parent() -> None:
@@ -163,24 +172,12 @@ def _clean_all(
             batch, future = running.popleft()
             yield from zip(batch, future.result(), strict=True)
 
-        for batch in _batches(documents):
+        for batch in batches(documents, lambda d: len(d.text), BATCH_BYTES):
             running.append((batch, pool.submit(_clean_batch, batch, options)))
             if len(running) > 2 * options.workers:
                 yield from finished()
         while running:
             yield from finished()
-
-
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch, size = [], 0
-    for document in documents:
-        batch.append(document)
-        size += len(document.text)
-        if size >= BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def prepare(
@@ -232,13 +229,14 @@ def prepare(
 
 
 def _write_clean(
-    sources, work, funnel: Funnel, options: DataOptions, cache: Path, track, forgotten
-) -> list[tuple[bytes, int]]:
+    sources: Sequence[str], work: IO[bytes], funnel: Funnel, options: DataOptions, cache: Path,
+    track, forgotten: Collection[str],
+) -> list[tuple[bytes, int]]:  # fmt: skip
     """Write one line per kept document to ``work``. Return [(content key, text bytes)] in order."""
-    gather, extracted, unique, judged, scrubbed, paragraphs = (_Step() for _ in range(6))
-    replaced: Counter[str] = Counter({"email": 0, "phone": 0, "ip": 0} if options.scrub else {})
+    gather, extracted, unique, judged, scrubbed, paragraphs = steps = [_Step() for _ in STEPS]
     unread: Counter[str] = Counter()
-    cut: Counter[str] = Counter()
+    extracted.others["cut"] = cut = Counter()
+    replaced = Counter({"email": 0, "phone": 0, "ip": 0} if options.scrub else {})
     files: list[SourceFile] = []
     for source in track(sources, "fetching", unit="sources"):
         listed, passed = list_files(source, cache=cache, unread=unread)
@@ -246,17 +244,23 @@ def _write_clean(
         gather.removed.update({f"file: {reason}": n for reason, n in passed.items()})
         funnel.sources[printable(source)] = {"files": len(listed), "documents": 0, "bytes": 0}
 
+    def gathered() -> Iterator[Document]:
+        for document in read_files(
+            track(files, "cleaning", unit="files"), field=options.text_field,
+            skipped=gather.removed, tell=funnel.tell,
+        ):  # fmt: skip
+            gather.passed(len(document.text.encode("utf-8", "replace")))
+            yield document
+
     index: list[tuple[bytes, int]] = []
     documents, repeats = DocumentDedup(), ParagraphDedup(options.min_paragraph)
-    gathered = _gather(track(files, "cleaning", unit="files"), gather, funnel, options)
-    compressor = zstandard.ZstdCompressor(ZSTD_LEVEL, write_checksum=True)
     total = 0
-    with compressor.stream_writer(work, closefd=False) as lines:
-        for document, result in _parts(_clean_all(gathered, options), cut):
+    with compressed(work, ZSTD_MAGIC) as lines:
+        for document, result in _parts(_clean_all(gathered(), options), cut):
             if not result.key:
                 extracted.removed[result.failed or "no text"] += 1
                 continue
-            if forgotten and not forgotten.isdisjoint(_keys(document, result)):
+            if forgotten and not _keys(document, result).isdisjoint(forgotten):
                 extracted.removed["forgotten"] += 1
                 continue
             extracted.passed(result.extracted_bytes)
@@ -271,17 +275,10 @@ def _write_clean(
             replaced.update(result.replaced)
             scrubbed.passed(len(result.text.encode()))
             text, removed = repeats.strip(result.text)
-            if removed:
-                paragraphs.removed["paragraph"] += removed
-                if len(text) < MIN_LEFT * len(result.text):
-                    paragraphs.removed["document mostly repeated"] += 1
-                    continue
-                if "word_count" in options.rules and first_failed(text, ["word_count"]):
-                    paragraphs.removed["document left too short"] += 1
-                    continue
-                if text_key(text) in forgotten:
-                    paragraphs.removed["forgotten"] += 1
-                    continue
+            paragraphs.removed.update({"paragraph": removed} if removed else {})
+            if removed and (why := _spoilt(text, result.text, options, forgotten)):
+                paragraphs.removed[why] += 1
+                continue
             size = len(text.encode())
             paragraphs.passed(size)
             tally = funnel.sources[document.source]
@@ -295,31 +292,24 @@ def _write_clean(
             total += size
             if options.max_bytes is not None and total >= options.max_bytes:
                 break
-
-    steps = {
-        "gather": gather, "extract": extracted, "exact duplicates": unique,
-        "quality rules": judged, "scrub": scrubbed, "repeated paragraphs": paragraphs,
-    }  # fmt: skip
-    for name, step in steps.items():
-        entry: StepCounts = {
-            "step": name,
-            "documents": step.documents,
-            "bytes": step.bytes,
-            "removed": dict(sorted(step.removed.items())),
-        }
-        if step is gather and unread:
-            entry["not_read"] = dict(unread.most_common())
-        if step is extracted and cut:
-            entry["cut"] = dict(cut)
-        if step is scrubbed:
-            entry["replaced"] = dict(replaced)
-        funnel.steps.append(entry)
+    gather.others["not_read"] = Counter(dict(unread.most_common()))
+    funnel.steps += [step.counts(name) for name, step in zip(STEPS, steps)]
+    funnel.steps[STEPS.index("scrub")]["replaced"] = dict(replaced)
     if not index:
         why = {s["step"]: s["removed"] for s in funnel.steps if s["removed"]}
         raise InputError(
             f"sources {', '.join(sources)}: wanted text, nothing is left after cleaning: {why}"
         )
     return index
+
+
+def _spoilt(text: str, before: str, options: DataOptions, forgotten: Collection[str]) -> str:
+    """Why a text is of no use without its repeated paragraphs, "" if it is."""
+    if len(text) < MIN_LEFT * len(before):
+        return "document mostly repeated"
+    if "word_count" in options.rules and first_failed(text, ["word_count"]):
+        return "document left too short"
+    return "forgotten" if text_key(text) in forgotten else ""
 
 
 def _keys(document: Document, result: _Cleaned) -> set[str]:
@@ -342,16 +332,6 @@ def _parts(
             yield replace(document, text="", id=f"{document.id}:{number}"), result
 
 
-def _gather(
-    files: Iterable[SourceFile], step: _Step, funnel: Funnel, options: DataOptions
-) -> Iterator[Document]:
-    for document in read_files(
-        files, field=options.text_field, skipped=step.removed, tell=funnel.tell
-    ):
-        step.passed(len(document.text.encode("utf-8", "replace")))
-        yield document
-
-
 def _choose_heldout(index: list[tuple[bytes, int]], options: DataOptions) -> set[int]:
     """Choose documents by the hash of their content, as long as they fit. New text changes few of
     the choices.
@@ -370,31 +350,20 @@ def _choose_heldout(index: list[tuple[bytes, int]], options: DataOptions) -> set
 def _write_split(
     work: IO[bytes], out: Path, index: list[tuple[bytes, int]], heldout: set[int], funnel: Funnel
 ) -> None:
-    def writer(f: IO[bytes]):
-        return zstandard.ZstdCompressor(ZSTD_LEVEL, write_checksum=True).stream_writer(
-            f, closefd=False
-        )
-
     (out / FUNNEL).unlink(missing_ok=True)  # from here on, no mix of old and new looks finished
     clean_up(out / HELDOUT)  # beside TRAIN, it is not alone in the folder
     lines = io.BufferedReader(cast(io.RawIOBase, zstandard.ZstdDecompressor().stream_reader(work)))
     with (
         replacing(out / TRAIN) as train_file,
         replacing(out / HELDOUT) as heldout_file,
-        writer(train_file) as train,
-        writer(heldout_file) as held,
+        compressed(train_file, ZSTD_MAGIC) as train,
+        compressed(heldout_file, ZSTD_MAGIC) as held,
     ):
         for i, line in enumerate(lines):
             (held if i in heldout else train).write(line)
     for name, part in (("train", set(range(len(index))) - heldout), ("heldout", heldout)):
-        funnel.steps.append(
-            {
-                "step": name,
-                "documents": len(part),
-                "bytes": sum(index[i][1] for i in part),
-                "removed": {},
-            }
-        )
+        step = _Step(len(part), sum(index[i][1] for i in part))
+        funnel.steps.append(step.counts(name))
 
 
 def read_documents(path: Path) -> Iterator[Document]:

@@ -1,17 +1,33 @@
-"""Read prompts to answer: of a row, what `fastlm.data.preferences.prompt_of` takes for the prompt.
+"""Read the prompt of a row: ``"prompt"`` or ``"question"`` (a text or messages), ``"messages"``
+(OpenAI), ``"conversations"`` (ShareGPT), or ``"instruction"`` and ``"input"`` (Alpaca).
 
-Whatever else a row holds ("answer", ...) is handed to the reward function.
+A text ``"passage"`` is put before a ``"question"`` that is a text (BoolQ, ASDiv). Whatever else a
+row holds ("answer", ...) is passed to the reward function.
 """
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-from fastlm.data.conversations import Message, Rows, read_examples, said
-from fastlm.data.preferences import prompt_of
-from fastlm.sources.rows import ignore
+from fastlm.data.conversations import (
+    Message,
+    Placed,
+    add_system,
+    alpaca_prompt,
+    check_messages,
+    keys_of,
+    messages_of,
+    prompt_key,
+    read_examples,
+    text_of,
+    tools_of,
+)
+from fastlm.errors import InputError
+
+DIALOGUE = re.compile(r"\n\n(Human|Assistant):")  # the turns of HH-RLHF
+SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,21 +43,61 @@ class Prompt:
 
     def key(self) -> str:
         """The prompt as text: equal for equal prompts."""
-        return json.dumps(said(self.messages), ensure_ascii=False, sort_keys=True)
+        return prompt_key(self.messages)
 
 
-def read_prompts(
-    sources: Sequence[str],
-    *,
-    cache: Path,
-    skip_bad: bool = False,
-    rows: Rows | None = None,
-    tell: Callable[[str], None] = ignore,
-) -> Iterator[Prompt]:
-    """Yield the prompts of all sources, in order (`fastlm.data.conversations.read_examples`)."""
+def prompt_of(row: Any, place: str = "") -> Prompt:
+    """The prompt of a row, or the messages of a conversation before its last answer. InputError:
+    none, roles out of order, an empty message.
+    """
+    values = {k: v for k, v in row.items() if v is not None} if isinstance(row, Mapping) else {}
+    placed = prompt_messages(values)
+    if placed is None:
+        got = keys_of(values) if isinstance(row, Mapping) else type(row).__name__
+        raise InputError(f"wanted an object with a prompt or messages, got {got}")
+    add_system(values, placed)
+    if placed and placed[-1][1]["role"] == "assistant":
+        placed.pop()
+    check_messages([*placed, ("the answer", {"role": "assistant", "content": "any"})])
+    return Prompt(plain(placed), row, tools_of(values), place)
 
-    def read(row: Any, place: str) -> Prompt:
-        asked = prompt_of(row, place)
-        return Prompt(asked.prompt, row, asked.tools, place)
 
-    return read_examples(sources, read, cache=cache, skip_bad=skip_bad, rows=rows, tell=tell)
+def prompt_messages(row: Mapping[str, Any]) -> Placed | None:
+    """The row's prompt, not checked yet; None if it has none."""
+    for key in ("prompt", "question", "messages", "conversations"):
+        if key in row:
+            value = row[key]
+            if isinstance(value, list) or key in ("messages", "conversations"):
+                return messages_of(value, key)
+            text = text_of(value, key)
+            if placed := dialogue(text, key):
+                return placed
+            passage = row.get("passage") if key == "question" else None
+            if isinstance(passage, str) and (passage := text_of(passage, "passage").strip()):
+                text = f"{passage}\n\n{text}"
+            return [(key, {"role": "user", "content": text})]
+    return alpaca_prompt(row) if "instruction" in row else None
+
+
+def dialogue(text: str, name: str) -> Placed | None:
+    """The turns of a text of HH-RLHF, None if it is no such text. A last turn that is empty asks
+    for the answer.
+    """
+    before, *parts = DIALOGUE.split(text)
+    if before.strip() or not parts:
+        return None
+    if not parts[-1].strip():
+        parts = parts[:-2]
+    return [
+        (f"{name}, turn {i}", {"role": SPEAKERS[speaker], "content": content.strip()})
+        for i, (speaker, content) in enumerate(zip(parts[::2], parts[1::2]), 1)
+    ]
+
+
+def plain(placed: Placed) -> list[Message]:
+    """The messages without their places and weights: what is learnt is the answer."""
+    dropped = ("weight", "loss_weight")
+    return [{k: v for k, v in message.items() if k not in dropped} for _, message in placed]
+
+
+read_prompts = partial(read_examples, example_of=prompt_of)

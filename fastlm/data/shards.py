@@ -13,52 +13,63 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import numpy as np
 import torch
+from annotated_types import Interval, MinLen, Predicate
 from typing_extensions import TypedDict
 
+from fastlm.data.split import batches
 from fastlm.errors import InputError
 from fastlm.files import replacing, write_json
 from fastlm.progress import silent
-from fastlm.schema import read_document, validate
+from fastlm.schema import Count, read_document, validate
 
 if TYPE_CHECKING:
     from fastlm.tokenizer.tokenizer import Tokenizer
 
 INDEX = "index.json"
 FORMAT = "fastlm-shards-1"
-# of a shard, as `write_shards` names it, and `data forget` what it writes in its place
-_FILE = re.compile(r"\d{1,9}(-[0-9a-f]{8})?\.bin", re.ASCII)
 # A batch for the tokenizer's threads; larger ones gain nothing and need more memory
 ENCODE_BYTES = 1 << 20
+Positive = Annotated[int, Interval(ge=1, le=2**63 - 1)]
+
+
+def is_shard_name(name: str) -> bool:
+    """Whether `write_shards` names a shard so."""
+    return re.fullmatch(r"\d{5,9}\.bin", name, re.ASCII) is not None
 
 
 class Shard(TypedDict):
-    file: str
-    tokens: int
-    documents: int
-    bytes_of_text: int
+    file: Annotated[str, Predicate(is_shard_name)]
+    tokens: Positive
+    documents: Positive
+    bytes_of_text: Count
     sha256: str
     starts_sha256: str
 
 
 @dataclass
 class ShardInfo:
-    """The content of index.json. ``tokenizer``: the
-    `Tokenizer.vocabulary_id` of the ``vocab_size`` ids.
+    """The content of index.json. ``tokenizer``: the `Tokenizer.vocabulary_id` of the
+    ``vocab_size`` ids.
     """
 
-    dtype: str
+    dtype: Literal["uint16", "uint32"]
     vocab_size: int
-    eos_id: int
+    eos_id: Count
     tokens: int
     documents: int
     bytes_of_text: int
-    shards: list[Shard]
+    shards: Annotated[list[Shard], MinLen(1)]
     tokenizer: str
-    format: str = FORMAT
+    format: Literal["fastlm-shards-1"] = FORMAT
+
+    @property
+    def fingerprint(self) -> str:
+        """The hash of the tokens."""
+        return hashlib.sha256("".join(s["sha256"] for s in self.shards).encode()).hexdigest()
 
 
 @dataclass
@@ -67,8 +78,8 @@ class _SamplerState:
     seed: int
     seq_len: int
     shuffle: bool
-    epoch: int
-    position: int
+    epoch: Count
+    position: Count
 
 
 def write_shards(
@@ -95,9 +106,7 @@ def write_shards(
     if shard_tokens < 1:
         raise InputError(f"shard_tokens: wanted 1 or more, got {shard_tokens}")
     dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
-    encoded = _encode(
-        track(docs, "tokenizing", unit="documents"), tokenizer, vocab_size, eos_id, dtype
-    )
+    encoded = _encode(track(docs, "tokenizing", unit="documents"), tokenizer, dtype)
     shards: list[Shard] = []
     following = next(encoded, None)
     if following is None:
@@ -127,40 +136,37 @@ def write_shards(
     for stale in set(out.glob("[0-9]*.bin")) - {out / s["file"] for s in shards}:
         stale.unlink()
         stale.with_suffix(".starts").unlink(missing_ok=True)
-    tokens, documents, size = _totals(shards)
     info = ShardInfo(
-        dtype.name, vocab_size, eos_id, tokens, documents, size, shards,
+        cast(Any, dtype.name), vocab_size, eos_id, *_totals(shards), shards,
         tokenizer=tokenizer.vocabulary_id(vocab_size),
     )  # fmt: skip
     write_json(out / INDEX, asdict(info))
     return info
 
 
-def _encode(
-    docs, tokenizer: "Tokenizer", vocab_size: int, eos_id: int, dtype
-) -> Iterator[tuple[np.ndarray, int]]:
-    """Yield (tokens of a document with end-of-text, bytes of its text), encoded in batches of
-    ENCODE_BYTES.
+def remove_shards(folder: Path) -> None:
+    """Delete the token shards in ``folder``, the index last: the next call ends the work of one
+    that was killed.
     """
+    patterns = ("[0-9]*.bin", "[0-9]*.starts", ".[0-9]*.part", INDEX)
+    for path in [path for pattern in patterns for path in folder.glob(pattern)]:
+        path.unlink(missing_ok=True)
 
-    def flush(texts: list[str]) -> Iterator[tuple[np.ndarray, int]]:
+
+def _encode(
+    docs: Iterable[str], tokenizer: "Tokenizer", dtype: np.dtype
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Yield (tokens of a document with end-of-text, bytes of its text)."""
+    for texts in batches(docs, len, ENCODE_BYTES):
         for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
-            wide = np.asarray([*ids, eos_id], np.int64)
-            if wide.min() < 0 or wide.max() >= vocab_size:
-                bad = int(wide[(wide < 0) | (wide >= vocab_size)][0])
+            wide = np.asarray([*ids, tokenizer.eos_id], np.int64)
+            bad = wide[(wide < 0) | (wide >= tokenizer.vocab_size)]
+            if len(bad):
                 raise InputError(
-                    f"tokenizer: wanted token ids from 0 to {vocab_size - 1}, got {bad}"
+                    f"tokenizer: wanted token ids from 0 to {tokenizer.vocab_size - 1},"
+                    f" got {int(bad[0])}"
                 )
             yield wide.astype(dtype), len(text.encode())
-
-    texts, size = [], 0
-    for text in docs:
-        texts.append(text)
-        size += len(text)
-        if size >= ENCODE_BYTES:
-            yield from flush(texts)
-            texts, size = [], 0
-    yield from flush(texts)
 
 
 class TokenDataset:
@@ -180,11 +186,8 @@ class TokenDataset:
                 f"{self.path}: wanted tokens of a vocabulary of {vocab_size}, got {info.vocab_size}"
             )
         self.info = info
-        self.tokens, self.documents, self.bytes_of_text = (
-            info.tokens,
-            info.documents,
-            info.bytes_of_text,
-        )
+        self.tokens, self.documents = info.tokens, info.documents
+        self.bytes_of_text = info.bytes_of_text
         self.vocab_size, self.eos_id = info.vocab_size, info.eos_id
         dtype = np.dtype(info.dtype).newbyteorder("<")
         self._shards = [
@@ -192,7 +195,7 @@ class TokenDataset:
             for s in info.shards
         ]
         self._ends = np.cumsum([len(s) for s in self._shards])
-        self.fingerprint = _fingerprint(info)
+        self.fingerprint = info.fingerprint
 
     def check_tokenizer(self, tokenizer: "Tokenizer", name: str) -> None:
         """InputError, about the argument ``name``: the tokens are of another tokenizer."""
@@ -205,13 +208,13 @@ class TokenDataset:
             )
 
     def check_unchanged(self) -> None:
-        """InputError: other shards have taken the place of these since they were opened, as when
-        documents were forgotten. What is mapped is still the old ones.
+        """InputError: these shards are gone since they were opened, as when documents were
+        forgotten, or others have taken their place. What is mapped is still the old ones.
         """
         stamp = _stamp(self.path / INDEX)
-        if stamp in (self._stamp, None):
+        if stamp == self._stamp:
             return
-        if _fingerprint(load_index(self.path)) != self.fingerprint:
+        if stamp is None or load_index(self.path).fingerprint != self.fingerprint:
             raise InputError(
                 f"{self.path}: wanted the shards that were there at the start, they have changed"
                 " (fastlm data forget, or data shards): start the training again"
@@ -261,10 +264,6 @@ class TokenDataset:
         return np.concatenate(parts)
 
 
-def _fingerprint(info: ShardInfo) -> str:
-    return hashlib.sha256("".join(s["sha256"] for s in info.shards).encode()).hexdigest()
-
-
 def _stamp(path: Path) -> tuple[int, int, int] | None:
     """What changes with a file; None if it is not there."""
     try:
@@ -274,8 +273,11 @@ def _stamp(path: Path) -> tuple[int, int, int] | None:
     return stat.st_ino, stat.st_mtime_ns, stat.st_size
 
 
-def _totals(shards: list[Shard]) -> list[int]:
-    return [sum(s[key] for s in shards) for key in ("tokens", "documents", "bytes_of_text")]
+def _totals(shards: list[Shard]) -> tuple[int, int, int]:
+    tokens, documents, size = (
+        sum(s[key] for s in shards) for key in ("tokens", "documents", "bytes_of_text")
+    )
+    return tokens, documents, size
 
 
 def load_index(path: Path) -> ShardInfo:
@@ -285,23 +287,11 @@ def load_index(path: Path) -> ShardInfo:
         raise InputError(f"{path}: wanted a folder of token shards ({hint}), {INDEX} is missing")
     try:
         info = read_document(file, ShardInfo, extra="forbid")
-        for i, s in enumerate(info.shards):
-            if not _FILE.fullmatch(s["file"]) or s["tokens"] < 1 or s["documents"] < 1:
-                raise InputError(
-                    f"shards[{i}]: wanted a file named as 00000.bin, tokens and documents, got"
-                    f" {s['file']!r:.60}, {s['tokens']} and {s['documents']}"
-                )
-        if info.format != FORMAT or info.dtype not in ("uint16", "uint32") or not info.shards:
-            raise InputError(
-                f"wanted shards of format {FORMAT}, uint16 or uint32, got {len(info.shards)} of "
-                f"{info.format:.40}, {info.dtype:.40}"
-            )
-        if not 0 <= info.eos_id < info.vocab_size:
+        if info.eos_id >= info.vocab_size:
             raise InputError(f"eos_id: wanted one below {info.vocab_size}, got {info.eos_id}")
-        if (found := [info.tokens, info.documents, info.bytes_of_text]) != _totals(info.shards):
-            raise InputError(
-                f"wanted the totals of the shards, {_totals(info.shards)}, got {found}"
-            )
+        totals = _totals(info.shards)
+        if (found := (info.tokens, info.documents, info.bytes_of_text)) != totals:
+            raise InputError(f"wanted the totals of the shards, {totals}, got {found}")
         return info
     except InputError as e:
         raise InputError(f"{file}: wanted the index of token shards: {e}") from None
@@ -339,19 +329,14 @@ class BatchSampler:
     """
 
     def __init__(
-        self,
-        dataset: TokenDataset,
-        batch_size: int,
-        seq_len: int,
-        *,
-        seed: int,
+        self, dataset: TokenDataset, batch_size: int, seq_len: int, *, seed: int,
         shuffle: bool = True,
-    ):
-        for name, value in (("batch_size", batch_size), ("seq_len", seq_len)):
-            if value < 1:
-                raise InputError(f"{name}: wanted 1 or more, got {value}")
-        if seed < 0:
-            raise InputError(f"seed: wanted 0 or more, got {seed}")
+    ):  # fmt: skip
+        for name, value, least in (
+            ("batch_size", batch_size, 1), ("seq_len", seq_len, 1), ("seed", seed, 0),
+        ):  # fmt: skip
+            if value < least:
+                raise InputError(f"{name}: wanted {least} or more, got {value}")
         if dataset.tokens < seq_len + 1:
             raise InputError(
                 f"dataset: wanted at least seq_len + 1 = {seq_len + 1} tokens, got {dataset.tokens}"
@@ -393,22 +378,16 @@ class BatchSampler:
         return {**self._identity(), "epoch": self.epoch, "position": self.position}
 
     def _identity(self) -> dict[str, Any]:
-        return {
-            "data": self.dataset.fingerprint,
-            "seed": self.seed,
-            "seq_len": self.seq_len,
-            "shuffle": self.shuffle,
-        }
+        own = {"seed": self.seed, "seq_len": self.seq_len, "shuffle": self.shuffle}
+        return {"data": self.dataset.fingerprint, **own}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         found = validate(state, _SamplerState, "sampler state", extra="forbid")
         for key, wanted in self._identity().items():
             if state[key] != wanted:
                 raise InputError(f"sampler state: wanted {key} {wanted!r}, got {state[key]!r:.80}")
-        if found.epoch < 0:
-            raise InputError(f"sampler state: wanted an epoch from 0, got {found.epoch}")
         self._begin(found.epoch)
-        if not 0 <= found.position <= len(self._order):
+        if found.position > len(self._order):
             raise InputError(
                 f"sampler state: wanted a position within 0..{len(self._order)}, "
                 f"got {found.position}"

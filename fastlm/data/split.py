@@ -5,8 +5,11 @@ and batches shuffled by document work better with chapters.
 import re
 from array import array
 from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator
 from math import ceil
+from typing import TypeVar
 
+T = TypeVar("T")
 WORD = re.compile(r"\S+")
 # What a part may end with, best first
 ENDS = (("\n\n",), ("\n",), (". ", "! ", "? "))
@@ -36,3 +39,16 @@ def _last(text: str, marks: tuple[str, ...], start: int, end: int) -> int:
     """Return where the last of ``marks`` within text[start:end] ends, 0 if there is none."""
     ends = (at + len(mark) for mark in marks if (at := text.rfind(mark, start, end)) >= 0)
     return max(ends, default=0)
+
+
+def batches(items: Iterable[T], size_of: Callable[[T], int], size: int) -> Iterator[list[T]]:
+    """Yield the items in lists, each of which ends with the item that brings it to ``size``."""
+    batch, total = [], 0
+    for item in items:
+        batch.append(item)
+        total += size_of(item)
+        if total >= size:
+            yield batch
+            batch, total = [], 0
+    if batch:
+        yield batch

@@ -43,7 +43,7 @@ class Export(Stage):
             return {}
         from fastlm.export.compressed_tensors_write import check_compressed_tensors
         from fastlm.export.gguf_write import check_gguf
-        from fastlm.quant.outline import outline, stored_outline
+        from fastlm.quant.plan import outline, stored_outline
 
         stored = facts.get("stored") or stored_outline(outline(config))
         if self.format == "gguf":

@@ -33,14 +33,11 @@ def forget_command(
     feedback: Annotated[
         str | None, typer.Option(help="Feedback database: SQLite file or postgresql://...")
     ] = None,
-    tokenizer: Annotated[
-        Path | None, typer.Option(help="Tokenizer of shards of which no record says it")
-    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would go")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON")] = False,
 ) -> None:  # fmt: skip
-    """Remove documents or conversations from prepared text, token shards, rows to train on and the
-    feedback database, and name the models that saw them.
+    """Remove documents or conversations from prepared text, rows to train on and the feedback
+    database, delete the token shards that were made of them, and name the models that saw them.
 
     Nothing is asked. A command that was killed is ended by the same command. Sources are not
     changed: prepared again, they are read without what was forgotten. Exit status 5: a model that
@@ -70,7 +67,7 @@ def forget_command(
         keys = store.withdrawn() if store is not None and withdrawn else frozenset()
         report = forget(
             paths or [Path("runs")], list(dict.fromkeys(names)), keys=keys, store=store,
-            tokenizer=tokenizer, dry_run=dry_run,
+            dry_run=dry_run,
         )  # fmt: skip
     if names and len(report.not_found) == len(set(names)) and not report.removed:
         raise InputError(f"what: wanted something that is here, found nothing of {names[0]!r:.200}")

@@ -1,9 +1,13 @@
 """Forget documents and conversations: in prepared folders, token shards, rows to train on and the
 feedback database; and name the models that saw them.
 
-What is found is noted first (`fastlm.data.forgotten`), then removed: from the database, shards,
-rows, and last from the prepared folders, by whose texts the shards are searched. So the same
-command ends the work of one that was killed, and names the same models when all is gone.
+What is found is noted first (`fastlm.data.forgotten`), then removed: from the database, then the
+token shards that were made of it, rows, and last from the prepared folders, by which the shards are
+found. So the same command ends the work of one that was killed, and names the same models when all
+is gone.
+
+Rejected: to search and rewrite shards. That needs their tokenizer, and a training has to start
+again in any case; `fastlm data shards` makes them from what stays.
 """
 
 import os
@@ -46,7 +50,6 @@ from fastlm.pipeline.run_folder import STAGES
 from fastlm.sources.input_digest import Contents
 
 if TYPE_CHECKING:
-    from fastlm.data.shards_forget import Found
     from fastlm.serve.feedback import FeedbackStore
 
 DATA = {"corpus", "shards"}  # what is searched itself, and so is clean or named
@@ -82,7 +85,6 @@ def forget(
     *,
     keys: Iterable[str] = (),
     store: "FeedbackStore | None" = None,
-    tokenizer: Path | None = None,
     dry_run: bool = False,
 ) -> Report:
     """Remove what is asked for from everything below ``paths``.
@@ -92,7 +94,6 @@ def forget(
         names: ids of documents, responses or conversations, URLs, paths, sources, SHA-256 of texts.
         keys: of `fastlm.data.forgotten`, as of consent that was withdrawn.
         store: a feedback database, in which ``names`` are responses and conversations.
-        tokenizer: of shards of which no record says it.
         dry_run: change nothing.
 
     InputError: nothing asked for, a path that is missing, a run that is at work, damaged data.
@@ -104,7 +105,7 @@ def forget(
         if not (root.is_dir() or (root.is_file() and is_rows(root))):
             got = "another file" if root.exists() else "nothing"
             raise InputError(f"{root}: wanted a folder or a file of JSON lines, got {got}")
-    work = _Work(roots, names, keys, store, tokenizer)
+    work = _Work(roots, names, keys, store)
     work.search()
     if not dry_run:
         work.remove()
@@ -121,9 +122,8 @@ class _Work:
         names: Sequence[str],
         keys: Iterable[str],
         store: "FeedbackStore | None",
-        tokenizer: Path | None,
     ):
-        self.roots, self.names, self.store, self.given = roots, names, store, tokenizer
+        self.roots, self.names, self.store = roots, names, store
         self.folders = list(dict.fromkeys(r if r.is_dir() else r.parent for r in roots))
         self.asked = {asked_key(name): name for name in names}
         # what earlier calls found under the same names or keys
@@ -142,7 +142,7 @@ class _Work:
         self.contents = Contents(Path(os.devnull), cache=Path(os.devnull))
         self.report = Report()
         self.corpora: dict[Path, dict[str, FileHits]] = {}
-        self.shards: dict[Path, Found] = {}
+        self.shards: list[Path] = []
         self.rows: list[FileHits] = []
         self.keys: set[str] = set()
         self.held: set[str] = {id for line in self.before for id in line.held}
@@ -160,12 +160,16 @@ class _Work:
             if self._found("row", path, [hits]):
                 self.rows.append(hits)
         for folder in shards:
-            self.shards[folder] = found = self._search_shards(folder)
-            if found:
+            corpora = self._corpora_of(folder)
+            if corpora & self.gone.keys():
+                self.shards.append(folder)
                 self.held |= self._ids(("shards",), folder)
                 if folder.name in ("train", "heldout"):
                     self.held |= self._ids(("shards",), folder.parent)
-                self._tell("tokenized document", folder, sum(map(len, found.values())))
+                self._tell("set of token shards", folder, 1)
+            elif self.names and not corpora:
+                why = "its prepared text is not here to find the documents by"
+                self.report.unchecked.append(f"{folder}: {why}")
         if self.store is not None:
             counts = [len(self.store.keys_of(name)) for name in self.names]
             self.report.database = sum(1 for count in counts if count)
@@ -207,54 +211,14 @@ class _Work:
         found = [r for r in records if inside.is_relative_to(r.place.absolute())]
         return max(found, key=lambda r: len(r.place.parts), default=None)
 
-    def _search_shards(self, folder: Path) -> "Found":
-        from fastlm.data.shards_forget import find_documents, token_hash
-
-        texts = self.texts
-        by_text = bool(self.wanted.sums or any(k.startswith("text:") for k in self.wanted.keys))
-        if not texts and not by_text:
-            if self.names and not self._corpus_searched(folder):
-                self._doubt(folder, "its prepared text is not here to find the documents by")
-            return {}
-        tokenizer = self._tokenizer(folder)
-        if tokenizer is None:
-            self._doubt(folder, "wanted its tokenizer (--tokenizer), no record says it")
-            return {}
-        import numpy as np
-
-        encoded = zip(texts, tokenizer.encode_batch(texts), strict=True)
-        by_tokens = {token_hash(np.asarray(i, np.int64)): len(t.encode()) for t, i in encoded}
-        decode = tokenizer.decode if by_text else None
-        return find_documents(folder, by_tokens, self.wanted.has_text, decode)
-
-    def _doubt(self, folder: Path, why: str) -> None:
-        self.report.unchecked.append(f"{folder}: {why}")
-
-    def _corpus_searched(self, folder: Path) -> bool:
-        """Whether the prepared folder of these shards is among those that were searched."""
-        record = self._record(folder)
-        if record is None:
-            return any(folder.is_relative_to(c.parent) for c in self.corpora)
-        searched = {c.absolute() for c in self.corpora}
-        for key, _, maker in self.registry.parents(record):
-            if key == "corpus":
-                return maker is not None and maker.place.absolute() in searched
-        return False
-
-    def _tokenizer(self, folder: Path) -> Any:
-        from fastlm.tokenizer.tokenizer import Tokenizer
-
-        record, places = self._record(folder), [self.given]
-        for key, read, maker in self.registry.parents(record) if record else ():
-            if key == "tokenizer":
-                leaf = maker.entry.leaves.get("tokenizer", ".") if maker else "."
-                places += [maker.place / leaf] if maker else []
-                places.append(Path(read["path"]))
-        places += [folder.parent / "tokenizer", folder.parent.parent / "tokenizer"]
-        for place in places:
-            if place is not None and place.exists():
-                return Tokenizer.load(place)
-        return None
+    def _corpora_of(self, folder: Path) -> set[Path]:
+        """The prepared folders that these shards were made of, of those that were searched."""
+        searched = {c.absolute(): c for c in self.corpora}
+        if (record := self._record(folder)) is None:
+            return {c for c in self.corpora if folder.is_relative_to(c.parent)}
+        makers = [maker for key, _, maker in self.registry.parents(record) if key == "corpus"]
+        places = [maker.place.absolute() for maker in makers if maker is not None]
+        return {searched[place] for place in places if place in searched}
 
     def _elsewhere(self) -> None:
         """Find the paragraphs of what goes in documents that stay, and sources that still have
@@ -289,7 +253,7 @@ class _Work:
     # ---- removal
 
     def remove(self) -> None:
-        touched = [*self.gone, *(folder for folder, found in self.shards.items() if found)]
+        touched = [*self.gone, *self.shards]
         records = {r.id: r for folder in touched if (r := self._record(folder))}
         # whose data an earlier call, which was killed, wrote again
         for record in self.registry.records:
@@ -323,11 +287,10 @@ class _Work:
                 append_lines(folder / FORGOTTEN, [line])
 
     def _rewrite(self) -> None:
-        from fastlm.data.shards_forget import remove_documents
+        from fastlm.data.shards import remove_shards
 
-        for folder, found in self.shards.items():
-            if found or self.before:  # an earlier call may have been killed
-                remove_documents(folder, found)
+        for folder in self.shards:
+            remove_shards(folder)
         for hits in self.rows:
             rewrite(hits)
         for folder, parts in self.corpora.items():
@@ -364,8 +327,10 @@ def _quotes(work: _Work) -> list[str]:
     """The folders of stages that read what held it and made no data, and the reports of their
     runs.
     """
-    records = [r for r in work.registry.records if r.state != GONE and not DATA & r.ids.keys()]
-    places = [r.place for r in records if work.held & {*r.read()} and "tokenizer" not in r.ids]
+    made = DATA | {"tokenizer"}
+    records = [r for r in work.registry.records if r.state != GONE]
+    readers = [r for r in records if not made & r.entry.leaves.keys() and work.held & {*r.read()}]
+    places = [r.place for r in readers]
     reports = [p.parent / name for p in places for name in (REPORT, SUMMARY)]
     return [str(p) for p in dict.fromkeys([*places, *(p for p in reports if p.is_file())])]
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastlm.data.conversations import read_examples
-from fastlm.data.preferences import Unranked, prompt_of
+from fastlm.data.preferences import Unranked
+from fastlm.data.prompts import Prompt, read_prompts
 from fastlm.errors import InputError
 from fastlm.progress import Track, silent
 from fastlm.serve.ranking import RankingStore
@@ -41,7 +41,7 @@ def sample_answers(
     tell: Callable[[str], None] = ignore,
 ) -> Sampled:
     """Sample ``k`` answers of ``model`` to each prompt of the sources ``prompts``
-    (`fastlm.data.preferences.prompt_of`) and add them to the store at ``where``, one transaction
+    (`fastlm.data.prompts.prompt_of`) and add them to the store at ``where``, one transaction
     per prompt.
 
     Row i of prompt p draws with seed ``seed + p k + i``. A prompt that the store has
@@ -49,11 +49,11 @@ def sample_answers(
     """
     from fastlm.serve.chat import Writer
 
-    rows = list(read_examples(prompts, prompt_of, cache=cache, skip_bad=skip_bad, tell=tell))
+    rows = list(read_prompts(prompts, cache=cache, skip_bad=skip_bad, tell=tell))
     writer, sampled = Writer(model), Sampled()
     with RankingStore(where) as store:
         for number, row in enumerate(track(rows, "sampling", unit="prompts")):
-            if store.has_prompt(row.prompt, row.tools):
+            if store.has_prompt(row.messages, row.tools):
                 sampled.known += 1
                 continue
             try:
@@ -68,15 +68,15 @@ def sample_answers(
                 sampled.alike += 1
                 continue
             messages = tuple([{"role": "assistant", "content": text}] for text in texts)
-            store.add_items([Unranked(row.prompt, messages, row.tools)], Path(model).name)
+            store.add_items([Unranked(row.messages, messages, row.tools)], Path(model).name)
             sampled.items += 1
     return sampled
 
 
-def _ids(writer: "Writer", row: Unranked) -> list[int]:
+def _ids(writer: "Writer", row: Prompt) -> list[int]:
     if writer.tokenizer.chat_template is not None:
         variables: dict[str, Any] = {} if row.tools is None else {"tools": row.tools}
-        return writer.tokenizer.encode_chat(row.prompt, **variables)
-    if len(row.prompt) > 1:
+        return writer.tokenizer.encode_chat(row.messages, **variables)
+    if len(row.messages) > 1:
         raise InputError("model: wanted a chat template for a prompt of several messages, has none")
-    return writer.prompt_ids(row.prompt[0]["content"], raw=True)
+    return writer.prompt_ids(row.messages[0]["content"], raw=True)

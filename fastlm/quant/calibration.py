@@ -17,7 +17,6 @@ from fastlm.data.conversations import FORMATS, read_conversations
 from fastlm.data.shards import INDEX
 from fastlm.data.texts import has_parts, token_dataset
 from fastlm.errors import InputError
-from fastlm.progress import silent
 from fastlm.sources.packages import default_cache
 from fastlm.sources.rows import ignore, list_files, read_rows
 
@@ -33,7 +32,6 @@ MIXED = (
 )
 UNSEEN = "sdist:llamafactory#*/wiki_demo.txt"  # a kind that is not in the mix: encyclopedia
 SHAPE_KEYS = frozenset(("messages", "conversations", "instruction", "prompt"))
-_ROWS = 16  # samples that are written at once
 
 
 def text_windows(
@@ -105,23 +103,3 @@ def conversation_tokens(
         except InputError as error:
             raise InputError(f"{row.place}: {error}") from None
     return np.array(tokens, np.int64)
-
-
-def own_samples(
-    model: "CausalLM", *, start: int, tokens: int, length: int, seed: int, track=silent
-) -> Tensor:
-    """About `tokens` tokens that the model writes itself, at temperature 1 from the token `start`
-    on, as windows (n, length).
-    """
-    length = min(length, model.context_limit)
-    rows = max(1, tokens // length)
-    parts = []
-    for begin in track(range(0, rows, _ROWS), "calibration text", unit="batches"):
-        prompt = torch.full((min(_ROWS, rows - begin), 1), start)
-        parts.append(
-            model.generate(
-                prompt, max_new_tokens=length - 1, temperature=1.0, seed=seed + begin,
-                ignore_eos=True,
-            )
-        )  # fmt: skip
-    return torch.cat(parts)

@@ -21,19 +21,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from fastlm.errors import InputError
-from fastlm.files import make_folder, remove, save_atomic
+from fastlm.files import remove
 from fastlm.ops import linear_distillation
 from fastlm.ops.quantized_weight import QuantizedWeight
 from fastlm.optim import AdamW
 from fastlm.progress import silent
 from fastlm.quant.plan import Target
-from fastlm.quant.step import Step, digest, keep_step, read_step
+from fastlm.quant.step import Step, digest, keep_step, load_tensors, read_step, save_tensors
 from fastlm.reference import unpack_rows
 
 if TYPE_CHECKING:
@@ -223,7 +221,10 @@ class Distillation:
     def _trained(self, key: str) -> Step:
         with torch.no_grad():
             student = _Student(self.teacher, self.plan, self.weights, self.floats)
-        before, begin = self._heldout_kl(student), self._resume(key, student)
+        before, begin = self._heldout_kl(student), 0
+        if self.folder is not None and (kept := load_tensors(self.folder / STATE, key)):
+            student.load(kept[0])
+            begin = kept[1]["step"]
         losses: list[float] = []
         saved, every = time.monotonic(), max(1, self.steps // 10)
         steps = range(begin, self.steps)
@@ -237,7 +238,7 @@ class Distillation:
                 self.tell(f"distill: step {step + 1} of {self.steps}, KL {mean:.4f}")
                 losses.clear()
             if self.folder is not None and time.monotonic() - saved >= SAVE_SECONDS:
-                self._save(key, step + 1, student)
+                save_tensors(self.folder / STATE, key, student.state(), step=step + 1)
                 saved = time.monotonic()
         after = _finite(self._heldout_kl(student), f"after step {self.steps}")
         figures = {
@@ -300,28 +301,6 @@ class Distillation:
         return digest(
             told, self.ids, self.heldout, *self.teacher.parameters(), *parts, *self.floats.values()
         )
-
-    def _save(self, key: str, step: int, student: _Student) -> None:
-        assert self.folder is not None
-        metadata, state = {"key": key, "step": str(step)}, student.state()
-        make_folder(self.folder)
-        save_atomic(self.folder / STATE, lambda part: save_file(state, part, metadata=metadata))
-
-    def _resume(self, key: str, student: _Student) -> int:
-        """Read the kept state, and return its step: 0 where there is none, or one of other weights
-        or options."""
-        if self.folder is None:
-            return 0
-        try:
-            with safe_open(self.folder / STATE, framework="pt") as kept:
-                metadata = kept.metadata() or {}
-                if metadata.get("key") != key:
-                    return 0
-                found = {name: kept.get_tensor(name) for name in kept.keys()}
-        except (OSError, SafetensorError):
-            return 0
-        student.load(found)
-        return int(metadata["step"])
 
 
 def _finite(loss: float, where: str) -> float:

@@ -7,7 +7,7 @@ states are computed again, so the end is the same to the last bit.
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from fastlm.ops.quantized_weight import QuantizedWeight
 from fastlm.progress import silent
 from fastlm.quant.awq import folds, scale_features
 from fastlm.quant.gptq import gptq
+from fastlm.quant.options import QuantizeOptions
 from fastlm.quant.plan import Target, find_head
 from fastlm.quant.rounding import learn_rounding, weight_of
 from fastlm.quant.step import Step, digest, keep_step, nearest, read_step, relative_error
@@ -34,17 +35,6 @@ VERSION = 3  # raised when the same model, text and options give other weights
 # 0.0077, 0.0069 and 0.0081 with 4, 1, 0.1 and 0.
 LOOKUP = 0.1
 _TOKENS = 4096  # per forward of a layer: activations stay below a few hundred MB
-
-
-@dataclass(frozen=True)
-class Method:
-    """What decides the codes: "rtn", "gptq" or "autoround", see `fastlm.quantize`. `awq`: features
-    are scaled before."""
-
-    name: str
-    iterations: int = 200
-    seed: int = 0
-    awq: bool = False
 
 
 class _Moments:
@@ -91,15 +81,17 @@ class Layerwise:
         model: "CausalLM",
         plan: Sequence[Target],
         ids: Tensor,
-        method: Method,
+        options: QuantizeOptions,
         *,
         folder: Path | None = None,
         track: Callable = silent,
         tell: Callable[[str], None] = lambda line: None,
     ):
-        self.model, self.plan, self.method = model, plan, method
+        if options.awq:
+            check_folds(model, plan)
+        self.model, self.plan, self.options = model, plan, options
         self.ids, self.track, self.tell, self.folder = ids, track, tell, folder
-        self.key = _key(model, plan, ids, method) if folder is not None else ""
+        self.key = _key(model, plan, ids, options) if folder is not None else ""
         self.batch = max(1, _TOKENS // ids.shape[1])
         rotary = model.model.rotary(0, ids.shape[1], ids.shape[1], model.device)
         self.call = Call(None, None, None, rotary)
@@ -107,37 +99,20 @@ class Layerwise:
     @torch.no_grad()
     def run(self) -> Iterator[Step]:
         """Yield the steps in order. The model is not changed."""
-        decoder = self.model.model
-        first = [t for t in self.plan if t.module is decoder.embed_tokens]
-        head = find_head(self.model)
-        last = [t for t in self.plan if t.module is head]
-        tied = first and self.model.head_weight is decoder.embed_tokens.weight
-
-        def embeddings(step: Step) -> None:
-            moments = self._final(self._embedded({}), plain=True) if tied else None
-            if moments is not None and moments.dim() == 2:  # looked up, too: by each row's error
-                moments.diagonal().add_(LOOKUP * moments.diagonal().mean())
-            for target in first:
-                step.add(self._outer(target, moments))
-
-        yield (looked_up := self._step("embeddings", embeddings))
-        hidden = self._embedded(looked_up.weights)
-        plain = self._embedded({}) if self.method.name == "autoround" else None
+        decoder, head = self.model.model, find_head(self.model)
+        step = self._kept("embeddings", self._embeddings)
+        yield step
+        hidden = self._embedded(step.weights)
+        plain = self._embedded({}) if self.options.method == "autoround" else None
         for index in self.track(range(len(decoder.layers)), "quantize", unit="layers"):
             name = f"model.layers.{index}"
-            own = decoder.layers[index]
-            assert isinstance(own, DecoderLayer)
-            layer = copy.deepcopy(own).float().requires_grad_(False)
-            targets = {t.name[len(name) + 1 :]: t for t in self.plan
-                       if t.name.startswith(f"{name}.")}  # fmt: skip
+            layer = copy.deepcopy(decoder.layers[index]).float().requires_grad_(False)
+            assert isinstance(layer, DecoderLayer)
+            targets = targets_of(self.plan, index)
             wanted = None if plain is None else self._through(layer, plain)
-
-            def decode(
-                step: Step, layer=layer, targets=targets, hidden=hidden, wanted=wanted, index=index
-            ) -> None:
-                self._layer(step, layer, targets, hidden, wanted, index)
-
-            step: Step = self._step(f"layer-{index:05d}", decode)
+            step = self._kept(
+                f"layer-{index:05d}", partial(self._layer, layer, targets, hidden, wanted, index)
+            )
             for short, target in targets.items():
                 weight_of(layer, short).copy_(step.weights[target.name].dequantize())
             for full, value in step.floats.items():
@@ -147,32 +122,69 @@ class Layerwise:
                 mean = sum(step.errors.values()) / len(step.errors)
                 self.tell(f"{name}: error {100 * mean:.3g} % of its linear layers' outputs")
             yield step
-        moments = self._final(hidden) if last else None
+        if last := [t for t in self.plan if t.module is head]:
+            moments = self._final(hidden)
+            yield self._kept("head", lambda: self._outer(last, moments))
 
-        def finish(step: Step) -> None:
-            for target in last:
-                step.add(self._outer(target, moments))
+    def _kept(self, name: str, work: Callable[[], Step]) -> Step:
+        """Read the step back if it was finished, else do it and keep it."""
+        if self.folder is None:
+            return work()
+        file = self.folder / f"{name}.safetensors"
+        if (step := read_step(file, self.key)) is None:
+            keep_step(file, self.key, step := work())
+        return step
 
-        if last:
-            yield self._step("head", finish)
+    def _embeddings(self) -> Step:
+        """Quantize the embedding; one that is the head, too, by the head's inputs."""
+        decoder = self.model.model
+        targets = [t for t in self.plan if t.module is decoder.embed_tokens]
+        if not targets or self.model.head_weight is not decoder.embed_tokens.weight:
+            return self._outer(targets, None)
+        hidden = self._embedded({})
+        for own in self.track(decoder.layers, "head's inputs", unit="layers"):
+            hidden = self._through(copy.deepcopy(own).float(), hidden)
+        moments = self._final(hidden)
+        if moments.dim() == 2:  # looked up, too: by each row's error
+            moments.diagonal().add_(LOOKUP * moments.diagonal().mean())
+        return self._outer(targets, moments)
+
+    def _outer(self, targets: Sequence[Target], moments: Tensor | None) -> Step:
+        """Quantize the embedding or the head, with moments of the head's inputs."""
+        step = Step()
+        for target in targets:
+            if moments is None or moments.dim() == 1:
+                step.add(nearest(target, moments))
+                continue
+            w = target.module.weight.detach()
+            q = gptq(w, moments, target.scheme, name=target.name, warn=step.warnings.append)
+            step.weights[target.name] = q
+            step.errors[target.name] = relative_error(w, q, moments)
+        return step
 
     def _layer(
-        self, step: Step, layer: DecoderLayer, targets: Mapping[str, Target], hidden: Tensor,
+        self, layer: DecoderLayer, targets: Mapping[str, Target], hidden: Tensor,
         wanted: Tensor | None, index: int,
-    ) -> None:  # fmt: skip
-        method = self.method.name
+    ) -> Step:  # fmt: skip
+        options, step = self.options, Step()
         modules = {short: layer.get_submodule(short) for short in targets}
-        moments = _Moments(modules, full=method == "gptq" or self.method.awq)
+        moments = _Moments(modules, full=options.method == "gptq" or options.awq)
         for part in hidden.split(self.batch):
             layer(part, None, self.call)
             moments.next()
         sums = moments.close()
-        if self.method.awq:
-            self._scale(step, layer, targets, sums, index)
+        if options.awq:
+            own, name = self.model.model.layers[index], f"model.layers.{index}"
+            powers, floats = scale_features(
+                layer, {short: target.scheme for short, target in targets.items()}, sums,
+                {n: p.dtype for n, p in own.named_parameters()},
+            )  # fmt: skip
+            step.powers = {f"{name}.{short}": power for short, power in powers.items()}
+            step.floats = {f"{name}.{short}": value for short, value in floats.items()}
         found: dict[str, QuantizedWeight] = {}
         for short, target in targets.items():
             w, total = weight_of(layer, short), sums[short]
-            if method == "gptq":
+            if options.method == "gptq":
                 found[short] = gptq(
                     w, total, target.scheme, name=target.name, warn=step.warnings.append
                 )
@@ -182,25 +194,14 @@ class Layerwise:
         if wanted is not None and targets:
             with torch.enable_grad():
                 found = learn_rounding(
-                    layer, found, hidden, wanted, self.call, iterations=self.method.iterations,
-                    seed=self.method.seed * 100_003 + index,
+                    layer, found, hidden, wanted, self.call, iterations=options.iterations,
+                    seed=options.seed * 100_003 + index,
                 )  # fmt: skip
         for short, target in targets.items():
             w = weight_of(layer, short)
             step.weights[target.name] = found[short]
             step.errors[target.name] = relative_error(w, found[short], sums[short])
-
-    def _scale(
-        self, step: Step, layer: DecoderLayer, targets: Mapping[str, Target],
-        sums: dict[str, Tensor], index: int,
-    ) -> None:  # fmt: skip
-        own, name = self.model.model.layers[index], f"model.layers.{index}"
-        powers, floats = scale_features(
-            layer, {short: target.scheme for short, target in targets.items()}, sums,
-            {n: p.dtype for n, p in own.named_parameters()},
-        )  # fmt: skip
-        step.powers |= {f"{name}.{short}": power for short, power in powers.items()}
-        step.floats |= {f"{name}.{short}": value for short, value in floats.items()}
+        return step
 
     def _embedded(self, weights: Mapping[str, QuantizedWeight]) -> Tensor:
         """What enters the first layer, (windows, S, E) float32."""
@@ -212,89 +213,49 @@ class Layerwise:
         hidden = table[self.ids].float()
         return hidden * decoder.embedding_scale(table.dtype)
 
-    def _through(self, layer: DecoderLayer, hidden: Tensor) -> Tensor:
+    def _through(self, layer: nn.Module, hidden: Tensor) -> Tensor:
         out = torch.empty_like(hidden)
         for part, place in zip(hidden.split(self.batch), out.split(self.batch)):
             stream, branch = layer(part, None, self.call)
             torch.add(stream, branch, out=place)
         return out
 
-    def _outer(self, target: Target, moments: Tensor | None) -> Step:
-        """Quantize the embedding or the head, with moments of the head's inputs."""
-        if moments is None or moments.dim() == 1:
-            return nearest(target, moments)
-        step, w = Step(), target.module.weight.detach()
-        q = gptq(w, moments, target.scheme, name=target.name, warn=step.warnings.append)
-        step.weights[target.name] = q
-        step.errors[target.name] = relative_error(w, q, moments)
-        return step
-
-    def _final(self, hidden: Tensor, *, plain: bool = False) -> Tensor:
-        """The head's inputs x: the sum of ``x x^T``, (E, E), or for "rtn" its diagonal, (E,).
-        ``plain``: `hidden` enters the first layer, otherwise it left the last.
+    def _final(self, hidden: Tensor) -> Tensor:
+        """The head's inputs x, of what left the last layer: the sum of ``x x^T``, (E, E), or for
+        "rtn" its diagonal, (E,).
         """
-        decoder = self.model.model
-        if plain:
-            for own in self.track(decoder.layers, "head's inputs", unit="layers"):
-                hidden = self._through(copy.deepcopy(own).float(), hidden)
-        norm = copy.deepcopy(decoder.norm).float()
-        width, full = hidden.shape[-1], self.method.name != "rtn"
+        norm = copy.deepcopy(self.model.model.norm).float()
+        width, full = hidden.shape[-1], self.options.method != "rtn"
         total = hidden.new_zeros((width, width) if full else (width,))
         for part in hidden.split(self.batch):
             x = norm(part).flatten(0, -2)
             total += x.t() @ x if full else x.square().sum(0)
         return total
 
-    def _step(self, name: str, work: Callable[[Step], None]) -> Step:
-        """Read the step back if it was finished, else do it and keep it."""
-        if self.folder is None:
-            work(step := Step())
-            return step
-        file = self.folder / f"{name}.safetensors"
-        if (kept := read_step(file, self.key)) is not None:
-            return kept
-        work(step := Step())
-        keep_step(file, self.key, step)
-        return step
 
-
-def check_ids(ids: Any, model: "CausalLM", name: str = "calibration") -> Tensor:
-    """The windows `ids`, (n, S). InputError, which begins with `name`: others, ids outside the
-    vocabulary, longer than the model's context.
-    """
-    if not isinstance(ids, Tensor) or ids.dim() != 2 or not ids.numel():
-        got = tuple(ids.shape) if isinstance(ids, Tensor) else type(ids)
-        raise InputError(f"{name}: wanted token ids (windows, length), got {got}")
-    try:
-        model.check_ids(ids)
-    except InputError as error:
-        raise InputError(f"{name}: {error}") from None
-    if ids.shape[1] > model.context_limit:
-        raise InputError(
-            f"{name}: wanted windows of at most the context of {model.context_limit} tokens,"
-            f" got {ids.shape[1]}"
-        )
-    return ids.long()
+def targets_of(plan: Sequence[Target], index: int) -> dict[str, Target]:
+    """The targets in a decoder layer, by their names in it."""
+    start = f"model.layers.{index}."
+    return {t.name.removeprefix(start): t for t in plan if t.name.startswith(start)}
 
 
 def check_folds(model: "CausalLM", plan: Sequence[Target]) -> None:
     """Raise InputError if AWQ's scales could be folded into no layer of `model`."""
-    names = {target.name: target for target in plan}
     for index, layer in enumerate(model.model.layers):
         assert isinstance(layer, DecoderLayer)
-        start = f"model.layers.{index}."
-        if folds(layer, {n.removeprefix(start): t for n, t in names.items()
-                         if n.startswith(start)}):  # fmt: skip
+        if folds(layer, targets_of(plan, index)):
             return
     raise InputError(
         "awq: wanted layers whose inputs come from a norm or a quantized layer (all of q_proj,"
         " k_proj and v_proj; gate_proj and up_proj; up_proj and down_proj; v_proj and o_proj), got"
-        f" {len(names)} layers without"
+        f" {len(plan)} layers without"
     )
 
 
-def _key(model: "CausalLM", plan: Sequence[Target], ids: Tensor, method: Method) -> str:
+def _key(model: "CausalLM", plan: Sequence[Target], ids: Tensor, options: QuantizeOptions) -> str:
     """What a kept step depends on."""
-    schemes = [[t.name, {**vars(t.scheme), "scale_dtype": str(t.scheme.scale_dtype)}] for t in plan]
-    told = [VERSION, schemes, asdict(method), list(ids.shape), model.config.to_dict()]
+    told = [
+        VERSION, [[t.name, vars(t.scheme)] for t in plan], list(ids.shape), model.config.to_dict(),
+        options.method, options.iterations, options.seed, options.awq,
+    ]  # fmt: skip
     return digest(told, ids, *model.parameters(), *model.buffers())

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from fastlm.checkpoint.config import ModelConfig
 from fastlm.errors import InputError
 from fastlm.model.quantized_modules import (
     QuantizedEmbedding,
@@ -23,13 +24,12 @@ from fastlm.model.quantized_modules import (
 )
 from fastlm.ops.quantized_weight import QuantizedWeight
 from fastlm.progress import silent
-from fastlm.quant.plan import check_plan_options, plan_of
+from fastlm.quant.options import QuantizeOptions
+from fastlm.quant.plan import plan_of
 from fastlm.quant.step import Step, nearest
 
 if TYPE_CHECKING:
     from fastlm.model.causal_lm import CausalLM
-
-METHODS = ("rtn", "gptq", "autoround")
 
 
 def quantize(
@@ -100,23 +100,24 @@ def quantize(
         InputError: an unknown format or method, sizes that do not fit, a pattern that matches no
             layer, tied weights with different bits, a model of which a layer is quantized already.
     """
+    options = QuantizeOptions(
+        format, group_size, method, awq, 16 if embeddings is None else embeddings,
+        16 if head is None else head, tuple(f"{p}={f}" for p, f in (overrides or {}).items()),
+        symmetric, whole_groups, iterations, distill, seed,
+    )  # fmt: skip
+    options.check()
     track = track or silent
-    check_options(format, group_size, method, embeddings, head, overrides, iterations, distill)
     check_unquantized(model)
     ids = None if calibration is None else _text(model, calibration, "calibration")
     learnt = ids if distill_text is None else _text(model, distill_text, "distill_text")
-    if ids is None and method != "rtn":
-        raise InputError(f"calibration: {method} wants token ids (windows, length), got none")
-    if ids is None and awq:
-        raise InputError("calibration: awq wants token ids (windows, length), got none")
+    if ids is None and (method != "rtn" or awq):
+        needs = method if method != "rtn" else "awq"
+        raise InputError(f"calibration: {needs} wants token ids (windows, length), got none")
     if distill and (learnt is None or len(learnt) < 2):
         got = "none" if learnt is None else "1"
         name = "calibration" if distill_text is None else "distill_text"
         raise InputError(f"{name}: distill wants 2 windows of token ids or more, got {got}")
-    plan = plan_of(
-        model, format, group_size=group_size, symmetric=symmetric, scale_dtype=scale_dtype,
-        embeddings=embeddings, head=head, overrides=overrides, whole_groups=whole_groups,
-    )  # fmt: skip
+    plan = plan_of(model, options, scale_dtype)
     if not plan:
         raise InputError(
             f"model: {type(model).__name__} has no nn.Linear or nn.Embedding to quantize"
@@ -131,30 +132,25 @@ def quantize(
                 done[id(target.module.weight)] = step.weights[target.name]
         on_step(step)
 
+    reports = {"folder": progress, "track": track, "tell": tell}
+    causal = cast("CausalLM", model)  # with text, `_text` has checked that
     if ids is None:
         for target in track(plan, "quantize", total=len(plan), unit="layers"):
             if id(target.module.weight) not in done:
                 keep(nearest(target))
     else:
-        from fastlm.quant.layerwise import Layerwise, Method, check_folds
+        from fastlm.quant.layerwise import Layerwise
 
-        causal, how = cast("CausalLM", model), Method(method, iterations, seed, awq)
-        if awq:
-            check_folds(causal, plan)
-        steps = Layerwise(causal, plan, ids, how, folder=progress, track=track, tell=tell)
-        for step in steps.run():
+        for step in Layerwise(causal, plan, ids, options, **reports).run():
             keep(step)
-    if distill:
+    if learnt is not None and distill:
         from fastlm.quant.distill import Distillation
 
-        assert learnt is not None
         weights = {target.name: done[id(target.module.weight)] for target in plan}
-        keep(
-            Distillation(
-                cast("CausalLM", model), plan, weights, floats, learnt, steps=distill, seed=seed,
-                folder=progress, track=track, tell=tell,
-            ).run()
-        )  # fmt: skip
+        work = Distillation(
+            causal, plan, weights, floats, learnt, steps=distill, seed=seed, **reports
+        )
+        keep(work.run())
     with torch.no_grad():
         for name, value in floats.items():
             model.get_parameter(name).copy_(value)
@@ -191,26 +187,6 @@ def _describe_in_config(model: nn.Module, format: str, method: str) -> None:
                 part.config = described
 
 
-def check_options(
-    format: str,
-    group_size: int | None,
-    method: str,
-    embeddings: int | None,
-    head: int | None,
-    overrides: Mapping[str, str | int] | None = None,
-    iterations: int = 1,
-    distill: int = 0,
-) -> None:
-    """Raise InputError for options that `quantize` refuses for every model."""
-    check_plan_options(format, group_size, embeddings, head, overrides)
-    if isinstance(distill, bool) or not isinstance(distill, int) or distill < 0:
-        raise InputError(f"distill: wanted a number of steps, 0 or more, got {distill!r}")
-    if method not in METHODS:
-        raise InputError(f"method: wanted one of {', '.join(METHODS)}, got {method!r}")
-    if iterations < 1:
-        raise InputError(f"iterations: wanted 1 or more, got {iterations}")
-
-
 def check_unquantized(model: nn.Module) -> None:
     """Raise InputError if a layer of `model` is quantized already."""
     kinds = (QuantizedLinear, QuantizedEmbedding)
@@ -224,14 +200,26 @@ def check_unquantized(model: nn.Module) -> None:
 
 
 def _text(model: nn.Module, ids: Any, name: str) -> Tensor:
-    """Checked token ids. InputError names the argument `name`."""
-    from fastlm.checkpoint.config import ModelConfig
-    from fastlm.quant.layerwise import check_ids
-
+    """The windows `ids`, (n, S). InputError, which names the argument `name`: others, ids outside
+    the vocabulary, longer than the model's context, a model that is no `CausalLM`.
+    """
     # of a CausalLM, whose module imports this one
     if not isinstance(getattr(model, "config", None), ModelConfig):
         raise InputError(
             f"{name}: wanted a fastlm.CausalLM with it, got {type(model).__name__}"
             " (fastlm.CausalLM.from_pretrained reads Hugging Face folders)"
         )
-    return check_ids(ids, cast("CausalLM", model), name)
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or not ids.numel():
+        got = tuple(ids.shape) if isinstance(ids, Tensor) else type(ids)
+        raise InputError(f"{name}: wanted token ids (windows, length), got {got}")
+    causal = cast("CausalLM", model)
+    try:
+        causal.check_ids(ids)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
+    if ids.shape[1] > causal.context_limit:
+        raise InputError(
+            f"{name}: wanted windows of at most the context of {causal.context_limit} tokens,"
+            f" got {ids.shape[1]}"
+        )
+    return ids.long()

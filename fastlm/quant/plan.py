@@ -3,20 +3,23 @@ cannot work refused, before any work.
 """
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from fastlm.checkpoint.config import ModelConfig
 from fastlm.errors import InputError
 from fastlm.model.quantized_modules import REPLACED
-from fastlm.ops.quantized_weight import ANY_K, check_group_size
+from fastlm.ops.quantized_weight import QuantizedWeight, check_group_size
+from fastlm.quant.options import FORMATS, QuantizeOptions
 
-FORMATS = {"w4a16": (4, 16), "w8a16": (8, 16), "w8a8": (8, 8), "w4a8": (4, 8)}
-# Other subclasses may compute something else with their weight.
+if TYPE_CHECKING:
+    from fastlm.model.causal_lm import CausalLM
+
 # Group sizes to choose from: the largest that divides every width. 128 is the field's. Groups of 32
 # cost half a bit per weight for their scales, so smaller ones are left to the user.
 GROUP_SIZES = (128, 64, 32)
@@ -44,79 +47,46 @@ class Target:
     act_bits: int
 
 
-def check_plan_options(
-    format: str,
-    group_size: int | None,
-    embeddings: int | None,
-    head: int | None,
-    overrides: Mapping[str, str | int] | None,
-) -> None:
-    """Raise InputError for options that `plan_of` refuses for every model."""
-    if format not in FORMATS:
-        raise InputError(f"format: wanted one of {', '.join(FORMATS)}, got {format!r}")
-    if group_size is not None:
-        check_group_size(group_size, ANY_K)
-    for name, wish in (("embeddings", embeddings), ("head", head)):
-        if wish not in (None, 0, 4, 8, 16):
-            raise InputError(f"{name}: wanted 4, 8, 16 or 0 (as the format), got {wish!r}")
-    for pattern, wish in (overrides or {}).items():
-        if wish not in (*FORMATS, 4, 8, 16):
-            raise InputError(
-                f"overrides: {pattern}: wanted one of {', '.join(FORMATS)}, 4, 8 or 16 (unchanged),"
-                f" got {wish!r}"
-            )
-
-
 def plan_of(
-    model: nn.Module,
-    format: str,
-    *,
-    group_size: int | None,
-    symmetric: bool,
-    scale_dtype: torch.dtype,
-    embeddings: int | None,
-    head: int | None,
-    overrides: Mapping[str, str | int] | None,
-    whole_groups: bool = False,
+    model: nn.Module, options: QuantizeOptions, scale_dtype: torch.dtype = torch.bfloat16
 ) -> list[Target]:
     """The layers to quantize, in the order of the model. A layer that occurs under several names is
-    there under each. Arguments and errors are those of `fastlm.quantize`.
+    there under each. Errors are those of `fastlm.quantize`.
     """
-    check_plan_options(format, group_size, embeddings, head, overrides)
-    bits, act_bits = FORMATS[format]
-    head_module = find_head(model)
-    if head_module is None and head not in (0, embeddings):
+    options.check()
+    bits, act_bits = FORMATS[options.format]
+    overrides, head = options.formats(), find_head(model)
+    if head is None and options.head not in (0, options.embeddings):
         raise InputError(
-            f"head: {type(model).__name__} has none beside its embeddings: wanted 0, got {head}"
+            f"head: {type(model).__name__} has none beside its embeddings: wanted 0, got"
+            f" {options.head}"
         )
     chosen: list[tuple[str, nn.Linear | nn.Embedding, int, int]] = []
-    wishes: dict[int, tuple[str, int]] = {}
+    shared: dict[int, tuple[str, int]] = {}
     names = []
     for name, module in model.named_modules(remove_duplicate=False):
         if type(module) not in REPLACED:
             continue
         assert isinstance(module, nn.Linear | nn.Embedding)
         names.append(name)
-        own: str | int | None = 0
+        wish: str | int = 0
         if isinstance(module, nn.Embedding):
-            own = embeddings
-        elif module is head_module:
-            own = head
-        for pattern, value in (overrides or {}).items():
+            wish = options.embeddings
+        elif module is head:
+            wish = options.head
+        for pattern, value in overrides.items():
             if fnmatchcase(name, pattern):
-                own = value
-        wish, act = FORMATS[own] if isinstance(own, str) else (own, act_bits)
-        wish = {0: bits, None: 16}.get(wish, wish)
-        assert wish is not None
-        other, before = wishes.setdefault(id(module.weight), (name, wish))
-        if before != wish:
+                wish = value
+        own, act = FORMATS[wish] if isinstance(wish, str) else (wish or bits, act_bits)
+        other, before = shared.setdefault(id(module.weight), (name, own))
+        if before != own:
             raise InputError(
-                f"{'head' if module is head_module else 'embeddings'}: {name} shares its weight"
-                f" with {other}: wanted the same bits for both, got {wish} and {before}"
+                f"{'head' if module is head else 'embeddings'}: {name} shares its weight"
+                f" with {other}: wanted the same bits for both, got {own} and {before}"
             )
-        if wish < 16:
-            chosen.append((name, module, wish, act))
-    for pattern in overrides or {}:
+        if own < 16:
+            chosen.append((name, module, own, act))
+    for pattern in overrides:
         if names and not any(fnmatchcase(name, pattern) for name in names):
             near = difflib.get_close_matches(pattern[:80], names, n=1, cutoff=0.0)[0]
             raise InputError(
@@ -124,12 +94,12 @@ def plan_of(
                 f" layer is {near}"
             )
     widths = {name: module.weight.shape[1] for name, module, *_ in chosen}
-    size = choose_group_size(widths.values()) if group_size is None else group_size
-    if whole_groups:
+    size = options.group_size or choose_group_size(widths.values())
+    if options.whole_groups:
         check_whole_groups(widths, size)
     return [
-        Target(name, module, Scheme(wish, size, symmetric, scale_dtype), act)
-        for name, module, wish, act in chosen
+        Target(name, module, Scheme(own, size, options.symmetric, scale_dtype), act)
+        for name, module, own, act in chosen
     ]
 
 
@@ -140,12 +110,8 @@ def choose_group_size(widths: Iterable[int]) -> int:
     return next(whole, GROUP_SIZES[-1])
 
 
-def check_whole_groups(
-    widths: Mapping[str, int], group_size: int, wanted_by: str = "whole_groups"
-) -> None:
-    """Raise InputError unless `group_size` divides the width (input features) of every layer.
-    ``wanted_by``: the option or file format that demands it.
-    """
+def check_whole_groups(widths: Mapping[str, int], group_size: int) -> None:
+    """Raise InputError unless `group_size` divides the width (input features) of every layer."""
     if group_size == -1:
         return
     bad = {name: width for name, width in widths.items() if width % group_size}
@@ -153,7 +119,7 @@ def check_whole_groups(
         return
     fits = [str(s) for s in GROUP_SIZES if all(w % s == 0 for w in widths.values())]
     raise InputError(
-        f"group_size: {wanted_by} wants groups that divide the width of every layer, got"
+        "group_size: whole_groups wants groups that divide the width of every layer, got"
         f" {group_size} for {layers_text(bad)}; {' and '.join(fits) or 'only -1'} would do"
     )
 
@@ -193,19 +159,35 @@ def layers_text(widths: Mapping[str, int]) -> str:
     return " and ".join(parts) + (f" and {more} more layer{'s' * (more > 1)}" if more else "")
 
 
-def parse_overrides(entries: Iterable[str]) -> dict[str, str | int]:
-    """``["*.down_proj=w8a16", "lm_head=16"]`` as `fastlm.quantize` takes it."""
-    found: dict[str, str | int] = {}
-    for entry in entries:
-        pattern, equals, wish = entry.partition("=")
-        if not (pattern and equals and wish):
-            raise InputError(f"overrides: wanted PATTERN=FORMAT, such as *.down_proj=w8a16, got"
-                             f" {entry!r:.80}")  # fmt: skip
-        found[pattern] = int(wish) if wish.isdecimal() else wish
-    return found
-
-
 def find_head(model: nn.Module) -> nn.Module | None:
     """Return the output layer, by Hugging Face's conventions."""
     getter: Callable[[], nn.Module | None] | None = getattr(model, "get_output_embeddings", None)
     return getter() if callable(getter) else getattr(model, "lm_head", None)
+
+
+def outline(config: ModelConfig) -> "CausalLM":
+    """The model without its weights, on the meta device: a recipe's plan finds what cannot be
+    quantized or exported before the model is trained.
+    """
+    from fastlm.model.causal_lm import CausalLM
+
+    with torch.device("meta"):
+        return CausalLM(config)
+
+
+def stored_outline(
+    model: "CausalLM", targets: Sequence[Target] = ()
+) -> dict[str, Tensor | QuantizedWeight]:
+    """What `CausalLM.stored` returns once `targets` are quantized, on the meta device."""
+    state = model.stored()
+    for target in targets:
+        (n, k), scheme = target.module.weight.shape, target.scheme
+        groups = -(-k // check_group_size(scheme.group_size, k))
+        width, dtype = (k, torch.int8) if scheme.bits == 8 else (-(-k // 2), torch.uint8)
+        scales = torch.empty(n, groups, dtype=scheme.scale_dtype, device="meta")
+        state[f"{target.name}.weight"] = QuantizedWeight(
+            torch.empty(n, width, dtype=dtype, device="meta"), scales,
+            None if scheme.symmetric else torch.empty_like(scales),
+            scheme.bits, scheme.group_size, (n, k),
+        )  # fmt: skip
+    return state

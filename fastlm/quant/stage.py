@@ -4,13 +4,14 @@ import contextlib
 import math
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastlm.errors import InputError
 from fastlm.pipeline.stage import Facts, Job, Part, Stage, Takes, at_least_one
+from fastlm.quant.options import QuantizeOptions
 
 if TYPE_CHECKING:
     from fastlm.data.shards import TokenDataset
@@ -27,7 +28,7 @@ DECODE_ROUNDS = 3  # the models take turns; medians are reported
 
 
 @dataclass(frozen=True)
-class Quantize(Stage):
+class Quantize(QuantizeOptions, Stage):
     """Quantize a model: store its weights in 4 or 8 bits."""
 
     kind = "quantize"
@@ -57,33 +58,8 @@ class Quantize(Stage):
     partial = (PROGRESS,)
     result = {"format": str, "group_size": int, "bytes": int, "bytes_before": int}
 
-    format: Annotated[str, "w4a16, w8a16, w8a8 or w4a8"] = "w4a16"
-    group_size: Annotated[
-        int | None, "Weights that share a scale; default: 128, or 64 or 32 where it does not divide"
-    ] = None
-    method: Annotated[
-        str, "rtn: round to nearest; with calibration text also gptq, or autoround, the slowest"
-    ] = "rtn"
-    awq: Annotated[
-        bool, "Scale features by their size before rounding (AWQ); wants calibration text"
-    ] = False
-    embeddings: Annotated[int, "Bits of the embedding; 16: unchanged; 0: as the format"] = 0
-    head: Annotated[int, "Bits of the output head; 16: unchanged; 0: as the format"] = 0
-    overrides: Annotated[
-        tuple[str, ...], "Other formats by name of layer, such as *.down_proj=w8a16,lm_head=16"
-    ] = ()
-    symmetric: Annotated[bool, "Scales alone; otherwise every group has an offset too"] = True
-    whole_groups: Annotated[
-        bool, "Refuse a group size that does not divide a layer's width, as vLLM does"
-    ] = False
-    own_samples: Annotated[bool, "Calibrate on text that the model writes itself"] = False
     calibration_tokens: Annotated[int, "Tokens of calibration text"] = 32768
     calibration_length: Annotated[int, "Tokens per window of it"] = 512
-    iterations: Annotated[int, "Steps of autoround per decoder layer"] = 200
-    distill: Annotated[
-        int, "Last, steps of training towards the unquantized model's predictions; wants text"
-    ] = 0
-    seed: Annotated[int, "Of the choice and order of text and the draws of autoround"] = 0
     max_loss: Annotated[float, "Warn where held-out bits per byte grow by more than this share"] = (
         0.03
     )
@@ -95,26 +71,12 @@ class Quantize(Stage):
     ] = False
 
     def check(self) -> None:
-        from fastlm.quant.model import check_options
-
-        check_options(
-            self.format, self.group_size, self.method, self.embeddings, self.head,
-            self.overridden(), self.iterations, self.distill,
-        )  # fmt: skip
+        super().check()
         at_least_one(self, "calibration_tokens", "calibration_length")
         if not self.max_loss >= 0:
             raise InputError(f"max_loss: wanted 0 or more, got {self.max_loss}")
-        if self.seed < 0:
-            raise InputError(f"seed: wanted 0 or more, got {self.seed}")
-
-    def overridden(self) -> "dict[str, str | int]":
-        from fastlm.quant.plan import parse_overrides
-
-        return parse_overrides(self.overrides)
 
     def check_inputs(self, inputs: Mapping[str, Any]) -> None:
-        if inputs.get("calibration") and self.own_samples:
-            raise InputError("own_samples: wanted false with calibration text, got both")
         if self.strict and not inputs.get("data"):
             raise InputError("strict: wanted held-out text (data) to measure, got none")
 
@@ -124,8 +86,7 @@ class Quantize(Stage):
 
         if named := inputs.get("calibration"):
             return tuple(source.where for source in named)
-        needed = self.method != "rtn" or self.awq or self.distill
-        return MIXED if needed and not self.own_samples else ()
+        return MIXED if self.method != "rtn" or self.awq or self.distill else ()
 
     def unseen_of(self, inputs: Mapping[str, Any]) -> str | None:
         """The source of text of another kind: the one named, or the default beside `MIXED`."""
@@ -140,71 +101,57 @@ class Quantize(Stage):
         (facts,) = inputs["model"]
         if (config := facts.get("config")) is None:
             return facts
-        from fastlm.quant.outline import outline, stored_outline
+        from fastlm.quant.plan import outline, stored_outline
 
         model = outline(config)
         return {**facts, "stored": stored_outline(model, self.targets(model))}
 
     def targets(self, model: "CausalLM") -> "list[Target]":
         """The layers to quantize. InputError: what cannot work for a model of these shapes."""
-        import torch
-
         from fastlm.quant.layerwise import check_folds
         from fastlm.quant.plan import plan_of
 
-        targets = plan_of(
-            model, self.format, group_size=self.group_size, symmetric=self.symmetric,
-            scale_dtype=torch.bfloat16, embeddings=self.embeddings, head=self.head,
-            overrides=self.overridden(), whole_groups=self.whole_groups,
-        )  # fmt: skip
+        targets = plan_of(model, self)
         if self.awq:
             check_folds(model, targets)
         return targets
 
     def run(self, job: Job) -> dict[str, Any]:
         from fastlm.data.texts import token_dataset
-
-        (source,) = job.inputs["model"]
-        check_out(job.out, source.where)
-        self.check_inputs(job.inputs)
-        data, unseen = job.inputs.get("data"), self.unseen_of(job.inputs)
-        text = data or self.calibration_of(job.inputs) or unseen
-        model, tokenizer = self._load(source.where, bool(text or self.own_samples))
-        with contextlib.ExitStack() as stack:
-
-            def opened(where: str | None) -> "TokenDataset | None":
-                if where is None:
-                    return None
-                assert tokenizer is not None
-                vocab_size = model.config.vocab_size
-                return stack.enter_context(
-                    token_dataset(where, tokenizer, vocab_size, cache=job.cache, tell=job.skipped)
-                )
-
-            # read now: a bad text costs no quantization
-            texts = opened(data[0].where if data else None), opened(unseen)
-            return self._quantize(job, model, tokenizer, *texts)
-
-    @staticmethod
-    def _load(path: str, text: bool) -> "tuple[CausalLM, Tokenizer | None]":
-        """The model, and its tokenizer: None where the model has none and no text is read."""
         from fastlm.model.causal_lm import CausalLM
         from fastlm.model.load import load_model
         from fastlm.tokenizer.load import has_tokenizer
 
-        if text or has_tokenizer(path):
-            return load_model(path)
-        return CausalLM.from_pretrained(path), None
+        source = job.inputs["model"][0].where
+        check_out(job.out, source)
+        self.check_inputs(job.inputs)
+        texts = {
+            "data": job.inputs["data"][0].where if job.inputs.get("data") else None,
+            "unseen": self.unseen_of(job.inputs),
+        }
+        if self.calibration_of(job.inputs) or any(texts.values()) or has_tokenizer(source):
+            model, tokenizer = load_model(source)
+        else:
+            model, tokenizer = CausalLM.from_pretrained(source), None
+        with contextlib.ExitStack() as stack:
+            held: dict[str, TokenDataset] = {}
+            for name, where in texts.items():  # read now: a bad text costs no quantization
+                if where is not None:
+                    assert tokenizer is not None
+                    text = token_dataset(
+                        where, tokenizer, model.config.vocab_size, cache=job.cache, tell=job.skipped
+                    )
+                    held[name] = stack.enter_context(text)
+            return self._quantize(job, model, tokenizer, held)
 
     def _quantize(
         self,
         job: Job,
         model: "CausalLM",
         tokenizer: "Tokenizer | None",
-        dataset: "TokenDataset | None",
-        other: "TokenDataset | None",
+        held: "Mapping[str, TokenDataset]",
     ) -> dict[str, Any]:
-        """Quantize and measure on `dataset` and on `other`, the text of another kind."""
+        """Quantize, and measure on ``held["data"]`` and ``held["unseen"]``."""
         from fastlm.files import remove, write_json
         from fastlm.model.causal_lm import CausalLM
         from fastlm.quant import QuantizedLinear, quantize
@@ -212,29 +159,32 @@ class Quantize(Stage):
         from fastlm.quant.report import true_bits
         from fastlm.quant.step import Step
 
-        (source,) = job.inputs["model"]
+        source = job.inputs["model"][0].where
         size = sum(weight.nbytes for weight in model.stored().values())
         if self.dequantize:
-            model = CausalLM.from_pretrained(source.where, keep_quantized=False)
+            model = CausalLM.from_pretrained(source, keep_quantized=False)
         check_unquantized(model)
-        self.targets(model)  # refuses before calibration text is written
-        ids, learnt = self._texts(job, model, tokenizer)
+        self.targets(model)  # refuses before calibration text is read
+        sources = self.calibration_of(job.inputs)
+        ids, learnt = (None, None)
+        if tokenizer is not None and sources:
+            ids, learnt = self._windows(job, model, tokenizer, sources)
         found, progress = Step(), job.out / PROGRESS
         small = quantize(
             model, self.format, group_size=self.group_size, method=self.method,
             calibration=ids, awq=self.awq, embeddings=self.embeddings, head=self.head,
-            overrides=self.overridden(), symmetric=self.symmetric, whole_groups=self.whole_groups,
+            overrides=self.formats(), symmetric=self.symmetric, whole_groups=self.whole_groups,
             iterations=self.iterations, distill=self.distill, distill_text=learnt, seed=self.seed,
             progress=progress, track=job.track, on_step=found.add, tell=job.tell,
         )  # fmt: skip
         assert isinstance(small, CausalLM)  # only modules inside it are replaced
         unseen = self.unseen_of(job.inputs)
-        if not job.inputs.get("data"):
+        if "data" not in held:
             found.warnings.append(
                 "data: wanted held-out text to measure what was lost, got none: bits per byte and"
                 " KL to the original are not in the report"
             )
-        elif self.calibration_of(job.inputs) and unseen is None:
+        elif sources and unseen is None:
             found.warnings.append(
                 "unseen: expected text of another kind than the calibration, got none: the loss"
                 " elsewhere may be larger, and is not in the report"
@@ -244,26 +194,44 @@ class Quantize(Stage):
         for name, error in found.errors.items():
             if not math.isfinite(error):
                 raise InputError(f"model: wanted finite outputs of {name}, got an error of {error}")
-        result: dict[str, Any] = {**asdict(self), **self._used(job, ids)}
+        named = [one.name for one in job.inputs.get("calibration") or ()]
         sizes = {m.group_size for m in small.modules() if isinstance(m, QuantizedLinear)}
-        if self.group_size != -1:  # whole rows differ in width
-            result["group_size"] = max(sizes, default=self.group_size)
-        result |= {"bytes_before": size, **true_bits(small)}
-        if dataset is not None:
-            assert tokenizer is not None
-            result |= self._measured(job, small, tokenizer, dataset)
-        result["unseen"] = None
-        if unseen is not None:
-            assert other is not None
-            named = bool(job.inputs.get("unseen"))  # the default is a warning, at most
-            compared = self._compared(job, small, other, unseen, UNSEEN_TOKENS, strict=named)
-            result["unseen"] = {"source": unseen, "loss": compared.loss, **compared.figures()}
+        whole_rows = self.group_size == -1  # they differ in width
+        result: dict[str, Any] = {
+            # the options that had an effect as they were used, the others as None
+            **asdict(self),
+            "overrides": list(self.overrides),
+            "calibration_source": ", ".join(named or sources) or None,
+            "calibration_tokens": None if ids is None else ids.numel(),
+            "calibration_length": None if ids is None else ids.shape[1],
+            "iterations": self.iterations if self.method == "autoround" else None,
+            "seed": None if ids is None else self.seed,
+            "group_size": -1 if whole_rows else max(sizes, default=self.group_size),
+            "bytes_before": size,
+            **true_bits(small),
+            "unseen": None,
+        }
+        if held:
+            before = CausalLM.from_pretrained(source, keep_quantized=not self.dequantize)
+            if "data" in held:
+                where = job.inputs["data"][0].where
+                result |= self._compared(job, before, small, held["data"], where).figures()
+                start = 0 if tokenizer is None else tokenizer.eos_id or 0
+                speed = decode_speeds({"before": before, "after": small}, start)
+                result["decode_tokens_per_second_before"] = speed["before"]
+                result["decode_tokens_per_second"] = speed["after"]
+            if unseen is not None:
+                strict = bool(job.inputs.get("unseen"))  # the default is a warning, at most
+                compared = self._compared(
+                    job, before, small, held["unseen"], unseen, UNSEEN_TOKENS, strict=strict
+                )
+                result["unseen"] = {"source": unseen, "loss": compared.loss, **compared.figures()}
         small.config.extra["quantization_config"] = {"method": self.method}
         remove(job.out / REPORT)  # of an earlier model
         small.save_pretrained(job.out)
         if tokenizer is not None:
             tokenizer.save(job.out)
-        result["bytes"] = weight_bytes(job.out)
+        result["bytes"] = sum(file.stat().st_size for file in job.out.glob("*.safetensors"))
         report = {
             **result, "layers": found.errors, "awq_powers": found.powers,
             "distillation": found.distilled or None, "warnings": found.warnings,
@@ -272,40 +240,13 @@ class Quantize(Stage):
         remove(progress)
         return result
 
-    def _used(self, job: Job, ids: Any) -> dict[str, Any]:
-        """The options that had an effect as they were used, the others as None."""
-        source = "own samples" if self.own_samples else None
-        if named := job.inputs.get("calibration"):
-            source = ", ".join(one.name for one in named)
-        elif texts := self.calibration_of(job.inputs):
-            source = ", ".join(texts)
-        return {
-            "overrides": list(self.overrides),
-            "calibration_source": source,
-            "calibration_tokens": None if ids is None else ids.numel(),
-            "calibration_length": None if ids is None else ids.shape[1],
-            "iterations": self.iterations if self.method == "autoround" else None,
-            "seed": None if ids is None else self.seed,
-        }
-
-    def _texts(self, job: Job, model: "CausalLM", tokenizer: "Tokenizer | None") -> tuple[Any, Any]:
-        """The windows that calibrate, and those that distillation learns: the same and more. None:
-        without text.
-        """
-        from fastlm.quant.calibration import own_samples, text_windows
+    def _windows(
+        self, job: Job, model: "CausalLM", tokenizer: "Tokenizer", sources: Sequence[str]
+    ) -> tuple[Any, Any]:
+        """The windows that calibrate, and those that distillation learns: the same and more."""
+        from fastlm.quant.calibration import text_windows
         from fastlm.quant.distill import tokens_of
 
-        cut = {"length": self.calibration_length, "seed": self.seed}
-        if tokenizer is None:
-            return None, None
-        if self.own_samples:
-            ids = own_samples(
-                model, start=tokenizer.eos_id or 0, track=job.track,
-                tokens=self.calibration_tokens, **cut,
-            )  # fmt: skip
-            return ids, ids
-        if not (sources := self.calibration_of(job.inputs)):
-            return None, None
         for name in ("data", "unseen"):
             measured = job.inputs.get(name)
             if measured and any(same_text(where, measured[0].where) for where in sources):
@@ -315,7 +256,8 @@ class Quantize(Stage):
                 )
         learnt = text_windows(
             model, tokenizer, sources[0] if len(sources) == 1 else sources, cache=job.cache,
-            tell=job.skipped, tokens=max(self.calibration_tokens, tokens_of(self.distill)), **cut,
+            tell=job.skipped, tokens=max(self.calibration_tokens, tokens_of(self.distill)),
+            length=self.calibration_length, seed=self.seed,
         )  # fmt: skip
         ids = learnt[: max(1, self.calibration_tokens // learnt.shape[1])]
         if 2 * ids.numel() < self.calibration_tokens:
@@ -325,28 +267,10 @@ class Quantize(Stage):
             )
         return ids, learnt
 
-    def _measured(
-        self, job: Job, small: "CausalLM", tokenizer: "Tokenizer", dataset: "TokenDataset"
-    ) -> dict[str, Any]:
-        """Compare with the original on the held-out text, and compare their speed."""
-        found = self._compared(job, small, dataset, job.inputs["data"][0].where)
-        before = self._original(job)
-        speed = decode_speeds({"before": before, "after": small}, tokenizer.eos_id or 0)
-        return {
-            **found.figures(),
-            "decode_tokens_per_second_before": speed["before"],
-            "decode_tokens_per_second": speed["after"],
-        }
-
-    def _original(self, job: Job) -> "CausalLM":
-        from fastlm.model.causal_lm import CausalLM
-
-        (source,) = job.inputs["model"]
-        return CausalLM.from_pretrained(source.where, keep_quantized=not self.dequantize)
-
     def _compared(
         self,
         job: Job,
+        before: "CausalLM",
         small: "CausalLM",
         dataset: "TokenDataset",
         source: str,
@@ -359,7 +283,6 @@ class Quantize(Stage):
         from fastlm.data.texts import check_window
         from fastlm.quant.report import compare
 
-        before = self._original(job)
         seq_len, stride = check_window(before.context_limit, None, None)
         found = compare(
             before, small, dataset, seq_len=seq_len, stride=stride, max_tokens=max_tokens,
@@ -437,10 +360,6 @@ def check_out(out: Path, model: str) -> None:
     given, found = Path(model), locate_model(Path(model))
     if out.exists() and any(p.exists() and out.samefile(p) for p in (given, found)):
         raise InputError(f"out: wanted another folder than the model's, got {out}")
-
-
-def weight_bytes(folder: Path) -> int:
-    return sum(f.stat().st_size for f in folder.glob("*.safetensors"))
 
 
 def decode_speeds(models: "Mapping[str, CausalLM]", start: int) -> dict[str, float]:

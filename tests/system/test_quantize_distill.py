@@ -12,6 +12,7 @@ from fastlm.checkpoint.config import ModelConfig
 from fastlm.model.causal_lm import CausalLM
 from fastlm.quant import distill
 from fastlm.quant.distill import Distillation, _Rounded, _Scaled, heldout_windows, tokens_of
+from fastlm.quant.options import QuantizeOptions
 from fastlm.quant.plan import plan_of
 from fastlm.reference import unpack_rows
 
@@ -196,10 +197,7 @@ def test_refusals(trained):
 def test_the_order_of_windows_is_a_permutation_of_each_pass(trained, monkeypatch):
     monkeypatch.setattr(distill, "TOKENS", 3 * LENGTH)
     ids = text(8, seed=2)
-    plan = plan_of(
-        trained, "w4a16", group_size=16, symmetric=True, scale_dtype=torch.bfloat16,
-        embeddings=0, head=0, overrides=None,
-    )  # fmt: skip
+    plan = plan_of(trained, QuantizeOptions(group_size=16))
     run = Distillation(trained, plan, {}, {}, ids, steps=7)
     seen = torch.cat([run._windows(step) for step in range(7)]).view(3, 7, LENGTH)
     for taken in seen:

@@ -146,12 +146,9 @@ def test_a_quantized_model_wants_dequantize(base, tmp_path):
     assert result["bytes_before"] == small and 0 < result["kl"] < 0.5
 
 
-def test_own_samples_and_what_is_refused(base, tmp_path):
-    result = run(base, tmp_path / "q", calibrated=False, own_samples=True, method="autoround")
-    assert result["own_samples"] and result["kl"] < 0.5
+def test_what_is_refused(base, tmp_path):
     for options, message in [
         ({"distill": -1}, "distill: wanted a number of steps, 0 or more, got -1"),
-        ({"own_samples": True}, "own_samples: wanted false with calibration text, got both"),
         ({"max_loss": -1.0}, "max_loss: wanted 0 or more, got -1.0"),
         ({"calibration_tokens": 0}, "calibration_tokens: wanted 1 or more, got 0"),
         ({"calibration_length": 10**6, "calibration_tokens": 1, "iterations": 0}, "iterations"),

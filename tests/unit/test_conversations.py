@@ -253,7 +253,7 @@ def test_bad_rows_are_counted_and_told_on_request(tmp_path) -> None:
     )
     assert [c.place for c in found] == [f"{file}, line 1", f"{file}, line 7"]
     assert (rows.read, dict(rows.counts)) == (7, {"malformed": 5})
-    assert len(told) == 4 and "line 2" in told[0] and "2 more of its 7 rows" in told[3]
+    assert len(told) == 4 and "line 2" in told[0] and "2 more of its 7 lines" in told[3]
     bad = write(tmp_path / "b.jsonl", "{")
     with pytest.raises(InputError, match=r"b\.jsonl, line 1: wanted one JSON object"):
         list(read_conversations([bad], cache=tmp_path, skip_bad=True))

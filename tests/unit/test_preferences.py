@@ -13,9 +13,9 @@ from fastlm.data.preferences import (
     Unranked,
     answers_of,
     preference_of,
-    prompt_of,
     read_preferences,
 )
+from fastlm.data.prompts import Prompt, prompt_of
 from fastlm.errors import InputError
 
 
@@ -171,7 +171,7 @@ REFUSED = {
     "scores: wanted one for each of 3 answers, got int": {**LIST, "scores": 7},
     "ranks: wanted a better and a worse answer, all are tied": {**LIST, "ranks": [0, 0, 0]},
     "scores[1]: wanted a finite number, got inf": {**LIST, "scores": [0, float("inf"), 1]},
-    "scores: wanted the order of the ranks, answer 1 of rank 1 has 5.0, answer 0 of rank 0 has 4.0":
+    "scores: wanted the order of the ranks, got 5.0 at rank 1 and 4.0 at rank 0":
         {**LIST, "ranks": [0, 1, 2], "scores": [4, 5, 3]},
     "wanted different answers, answers 0 and 2 are equal": {
         "prompt": "2+2?", "answers": ["4", "5", "4"], "ranks": [0, 1, 2],
@@ -287,8 +287,8 @@ def test_prompts() -> None:
         {"prompt": "2+2?"}, {"messages": [USER]}, {"messages": [USER, GOOD]}, TEXTS,
         {"instruction": "2+2?", "output": "4"},
     ):  # fmt: skip
-        assert prompt_of(row, "here") == Unranked([USER], (), None, "here")
-    assert prompt_of({"messages": [USER, GOOD, USER, GOOD]}).prompt == [USER, GOOD, USER]
+        assert prompt_of(row, "here") == Prompt([USER], row, None, "here")
+    assert prompt_of({"messages": [USER, GOOD, USER, GOOD]}).messages == [USER, GOOD, USER]
     for row, message in (
         ({"text": "2+2?"}, "wanted an object with a prompt or messages, got 'text'"),
         ({"prompt": " "}, "prompt: wanted text from the user, got an empty message"),

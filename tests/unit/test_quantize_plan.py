@@ -8,8 +8,14 @@ from torch import nn
 import fastlm
 from fastlm import CausalLM, InputError, ModelConfig
 from fastlm.quant import QuantizedEmbedding, QuantizedLinear
-from fastlm.quant.outline import outline, stored_outline
-from fastlm.quant.plan import check_whole_groups, choose_group_size, parse_overrides, plan_of
+from fastlm.quant.options import QuantizeOptions
+from fastlm.quant.plan import (
+    check_whole_groups,
+    choose_group_size,
+    outline,
+    plan_of,
+    stored_outline,
+)
 from fastlm.quant.stage import Quantize
 from fastlm.stages import load_recipe
 
@@ -40,7 +46,8 @@ def test_overrides_by_pattern():
     assert isinstance(model.embed, nn.Embedding)
     layers = {n: (m.bits, m.act_bits) for n, m in model.named_children() if n != "embed"}
     assert layers == {"up_proj": (8, 16), "down_proj": (8, 8), "lm_head": (4, 16)}
-    assert parse_overrides(["a*=w8a16", "b=16"]) == {"a*": "w8a16", "b": 16}
+    options = QuantizeOptions(overrides=("a*=w8a16", "b=16"))
+    assert options.formats() == {"a*": "w8a16", "b": 16}
 
 
 def test_asymmetric():
@@ -72,10 +79,10 @@ def test_refused_before_any_work(options, message):
 def test_whole_groups():
     assert fastlm.quantize(Block(576, 64), "w4a16", whole_groups=True).embed.group_size == 64
     check_whole_groups({"a": 100}, -1)
-    with pytest.raises(InputError, match=r"AWQ wants .* got 32 for a \(100 wide\); only -1 would"):
-        check_whole_groups({"a": 100}, 32, "AWQ")
+    with pytest.raises(InputError, match=r"wants .* got 32 for a \(100 wide\); only -1 would"):
+        check_whole_groups({"a": 100}, 32)
     with pytest.raises(InputError, match=r"overrides: wanted PATTERN=FORMAT.*got 'lm_head'"):
-        parse_overrides(["lm_head"])
+        QuantizeOptions(overrides=("lm_head",)).check()
 
 
 def test_a_tied_head_cannot_have_bits_of_its_own():
@@ -155,10 +162,10 @@ def test_the_outline_is_the_model_that_is_made(tied, symmetric):
     )  # fmt: skip
     options = {"group_size": 32, "overrides": {"*.o_proj": 8, "*.up_proj": 16}}
     model = outline(config)
+    overrides = ("*.o_proj=8", "*.up_proj=16")
     targets = plan_of(
-        model, "w4a16", symmetric=symmetric, scale_dtype=torch.bfloat16, embeddings=0, head=0,
-        **options,
-    )  # fmt: skip
+        model, QuantizeOptions(group_size=32, symmetric=symmetric, overrides=overrides)
+    )
     drawn = stored_outline(model, targets)
     real = fastlm.quantize(CausalLM(config), "w4a16", symmetric=symmetric, **options).stored()
     assert drawn.keys() == real.keys()
@@ -167,12 +174,13 @@ def test_the_outline_is_the_model_that_is_made(tied, symmetric):
         assert weight.nbytes == drawn[name].nbytes, name
 
 
-def test_groups_are_checked_before_calibration_text_is_written(tmp_path, monkeypatch):
+def test_groups_are_checked_before_calibration_text_is_read(tmp_path, monkeypatch):
     import preference_models
 
     preference_models.make_base(tmp_path / "base")
-    wrote = "fastlm.quant.calibration.own_samples"
-    monkeypatch.setattr(wrote, lambda *a, **k: pytest.fail("wrote"))
-    stage = Quantize(group_size=24, whole_groups=True, own_samples=True)
+    (tmp_path / "text.txt").write_text("tree river stone bird " * 60)
+    read = "fastlm.quant.calibration.text_windows"
+    monkeypatch.setattr(read, lambda *a, **k: pytest.fail("read"))
+    stage = Quantize(group_size=24, whole_groups=True)
     with pytest.raises(InputError, match="whole_groups wants groups that divide"):
-        stage(tmp_path / "q", model=tmp_path / "base")
+        stage(tmp_path / "q", model=tmp_path / "base", calibration=tmp_path / "text.txt")
