@@ -243,6 +243,7 @@ def _expected(error: Any) -> str:
         "model_attributes_type": "an object",
         "Predicate 'isfinite' failed": "a finite number",
         "Predicate 'str.isprintable' failed": "one printable line",
+        "Predicate 'str.isdigit' failed": "digits",
         "Predicate 'is_inside' failed": "a path below its folder",
     }  # fmt: skip
     if error["type"] == "union_tag_invalid":

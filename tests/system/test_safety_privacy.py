@@ -169,9 +169,9 @@ def test_canaries_are_planted_in_the_training_part_alone(tmp_path):
     with open(tmp_path / "c/planted.jsonl", "a") as file:
         file.write('{"prefix": "a", "secret": "x", "copies": 1}\n')
     words = ["safety", "-m", "m", "--canaries", tmp_path / "c"]
-    refused(*words, text="planted.jsonl:7: wanted prefix")
+    refused(*words, text="planted.jsonl:7: secret: expected digits")
     (tmp_path / "c/planted.jsonl").write_text("")
-    with pytest.raises(InputError, match="wanted at least one canary"):
+    with pytest.raises(InputError, match="expected at least one canary"):
         read_canaries(tmp_path / "c")
 
 

@@ -18,15 +18,16 @@ import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import cast
+from typing import Annotated, cast
 
 import zstandard
+from annotated_types import Predicate
 
 from fastlm.data.prepare import HELDOUT, TRAIN, ZSTD_LEVEL
 from fastlm.errors import InputError
-from fastlm.evals.safety.rows import json_lines
 from fastlm.files import make_folder, replacing, save_atomic
 from fastlm.pipeline.funnel import FUNNEL, Funnel, StepCounts
+from fastlm.schema import Count, read_lines
 
 DIGITS = 9
 PLANTED = "planted.jsonl"
@@ -47,8 +48,8 @@ class Canary:
     """``copies``: how often the sentence was planted; 0 for one that was not, the control."""
 
     prefix: str
-    secret: str
-    copies: int
+    secret: Annotated[str, Predicate(str.isdigit)]
+    copies: Count
 
     @property
     def text(self) -> str:
@@ -136,21 +137,11 @@ def plant(corpus: Path, out: Path, canaries: Sequence[Canary], seed: int) -> Non
 
 def read_canaries(path: Path) -> list[Canary]:
     """Read ``planted.jsonl``, or that of a folder of `plant`. InputError names the line."""
-    found = []
-    for where, row in json_lines(path / PLANTED if path.is_dir() else path):
-        prefix, number, copies = (row.get(key) for key in ("prefix", "secret", "copies"))
-        if (
-            not isinstance(prefix, str)
-            or not isinstance(number, str)
-            or not number.isdigit()
-            or not isinstance(copies, int)
-            or copies < 0
-        ):
-            raise InputError(f"{where}: wanted prefix, secret (digits) and copies, got {row!r:.80}")
-        found.append(Canary(prefix, number, copies))
-    if not found:
-        raise InputError(f"{path}: wanted at least one canary, got none")
-    return found
+    file = path / PLANTED if path.is_dir() else path
+    canaries = [canary for _, canary in read_lines(file, Canary)]
+    if not canaries:
+        raise InputError(f"{path}: expected at least one canary, got none")
+    return canaries
 
 
 def exposure(planted: float, rivals: Sequence[float]) -> float:
