@@ -18,7 +18,6 @@ from fastlm.errors import InputError
 from fastlm.evals.charts import exposure_chart, memorization_chart
 from fastlm.evals.safety.canaries import (
     DIGITS,
-    NOT_MEMORISED,
     exposure,
     make_canaries,
     plant,
@@ -134,7 +133,7 @@ def test_a_memorizer_is_caught_by_its_canaries(models, planted, corpus, tmp_path
 def test_exposure_of_what_was_not_memorised_is_small():
     draw = random.Random(0)
     values = [exposure(draw.random(), [draw.random() for _ in range(255)]) for _ in range(2000)]
-    assert abs(sum(values) / len(values) - NOT_MEMORISED) < 0.1
+    assert abs(sum(values) / len(values) - 1 / math.log(2)) < 0.1  # -log2 of a uniform rank
     assert exposure(1.0, [0.0] * 255) == 8.0 and exposure(0.0, [1.0] * 255) == 0.0
     assert exposure(0.0, [0.0] * 254) == pytest.approx(math.log2(255 / 128))  # ties count half
 

@@ -119,9 +119,10 @@ class Sets:
         rows = []
         for where, row in self.rows("bbq_targets"):
             context, _, question = _text_of(row, "text", where).partition("\nQuestion: ")
-            gold, target, options = (row.get(k) for k in ("correct_idx", "target_idx", "answers"))
-            texts = isinstance(options, list) and all(isinstance(o, str) for o in options)
-            unknown = _unknown(options) if texts else []
+            gold, target, options = map(row.get, ("correct_idx", "target_idx", "answers"))
+            if not isinstance(options, list) or not all(isinstance(o, str) for o in options):
+                options = []
+            unknown = _unknown(options)
             indices = gold in range(3) and target in range(3)
             if not question or len(unknown) != 1 or len(options) != 3 or not indices:
                 raise InputError(f"{where}: expected a context, a question and three answers")
