@@ -23,7 +23,7 @@ from fastlm.errors import InputError
 from fastlm.pipeline.commands import command_of, options_command
 from fastlm.pipeline.stage import Repeated, at_least_one
 from fastlm.startup import imports
-from fastlm.threads import Threads, Watch
+from fastlm.threads import Threads
 from fastlm.tokenizer import chat_template
 from fastlm.train.distributed import LostRankError, says_first
 
@@ -138,7 +138,7 @@ class Writing:
 
     @property
     def shows_stats(self) -> bool:
-        return _on_terminal() if self.stats is None else self.stats
+        return sys.stderr.isatty() if self.stats is None else self.stats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,21 +155,6 @@ class ChatOptions(Writing):
     top_p: Annotated[
         float | None, "Sample from the likeliest tokens that add up to this probability"
     ] = 0.95
-
-
-_watch = Watch()  # measures until the work begins; loading torch takes a second
-
-
-def _on_terminal() -> bool:
-    return sys.stderr.isatty()
-
-
-def _say_if_busy() -> None:
-    """Tell a user who waits at a terminal that the CPUs are busy; a script's stderr stays empty."""
-    import torch
-
-    if _on_terminal() and (line := _watch.line(torch.get_num_threads())):
-        typer.echo(f"fastlm: {line}", err=True)
 
 
 def main() -> None:
@@ -292,7 +277,6 @@ def run(
     from fastlm.pipeline.events import View
     from fastlm.stages import run_recipe
 
-    _say_if_busy()
     told: dict[str, str] = {}
     view = View()
 
@@ -357,7 +341,7 @@ def _stage_commands() -> None:
         app.add_typer(typed, name=group)
     for stage in KINDS.values():
         *group, word = stage.command
-        (groups[group[0]] if group else app).command(word)(command_of(stage, _say_if_busy))
+        (groups[group[0]] if group else app).command(word)(command_of(stage))
 
 
 def _generate(o: GenerateOptions) -> None:
@@ -371,7 +355,6 @@ def _generate(o: GenerateOptions) -> None:
         from fastlm.serve.chat import Writer
         from fastlm.serve.terminal import echo
 
-    _say_if_busy()
     texts = _prompts(o)
     writer = Writer(o.model, o.act_bits)
     ids = [writer.prompt_ids(text, raw=o.raw) for text in texts]
@@ -425,7 +408,6 @@ def _chat(o: ChatOptions) -> None:
         from fastlm.serve import terminal
         from fastlm.serve.chat import Conversation, Writer
 
-    _say_if_busy()
     writer = Writer(o.model, o.act_bits)
     talk = Conversation(writer, system=o.system, max_new_tokens=o.max_new_tokens)
     terminal.run(talk, stats=o.shows_stats, **o.choice)
@@ -450,7 +432,6 @@ def merge(
 
     if not is_adapter(adapter := locate_model(model)):
         raise InputError(f"model: wanted a LoRA adapter, got another model, {model}")
-    _say_if_busy()
     whole = load_adapter(CausalLM.from_pretrained(base or base_of(adapter)), adapter)
     merge_lora(whole).save_pretrained(out)
     load_tokenizer(adapter, whole.config.to_dict()).save(out)
