@@ -27,27 +27,10 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "AdamW",
-    "CausalLM",
-    "Completion",
-    "Engine",
-    "InputError",
-    "ModelConfig",
-    "Muon",
-    "QuantizedWeight",
-    "Request",
-    "Sampling",
-    "Tokenizer",
-    "generate_text",
-    "info",
-    "ops",
-    "patch",
-    "patched_ops",
-    "quantize",
-    "register_sdpa",
-    "unpatch",
-    "use_backend",
-]
+    "AdamW", "CausalLM", "Completion", "Engine", "InputError", "ModelConfig", "Muon",
+    "QuantizedWeight", "Request", "Sampling", "Tokenizer", "generate_text", "info", "ops", "patch",
+    "patched_ops", "quantize", "register_sdpa", "unpatch", "use_backend",
+]  # fmt: skip
 
 # name -> module that defines it (a name that is itself a module maps to that module)
 _PUBLIC = {

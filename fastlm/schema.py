@@ -50,31 +50,16 @@ Count = Annotated[int, Interval(ge=0, le=2**63 - 1)]
 
 
 def read_document(
-    path: str | Path,
-    schema: type[T],
-    *,
-    extra: Extra = "ignore",
-    max_bytes: int = MAX_JSON_BYTES,
+    path: str | Path, schema: type[T], *, extra: Extra = "ignore", max_bytes: int = MAX_JSON_BYTES
 ) -> T:
     """Read the JSON in ``path`` as ``schema``. ``extra``: what to do with keys that the schema
     lacks. InputError: unreadable, too large, not JSON, or a value that the schema refuses.
     """
-    try:
-        with open_regular(path) as file:
-            data = file.read(max_bytes + 1)
-    except OSError as error:
-        raise InputError(f"{path}: expected a readable file, got: {reason(error)}") from error
-    if len(data) > max_bytes:
-        raise InputError(f"{path}: expected at most {max_bytes:,} bytes, got more")
-    return parse(data, schema, str(path), extra=extra)
+    return parse(read_text(path, max_bytes), schema, str(path), extra=extra)
 
 
 def read_lines(
-    path: str | Path,
-    schema: type[T],
-    *,
-    extra: Extra = "ignore",
-    max_bytes: int = MAX_LINE_BYTES,
+    path: str | Path, schema: type[T], *, extra: Extra = "ignore", max_bytes: int = MAX_LINE_BYTES
 ) -> Iterator[tuple[int, T]]:
     """Yield (line number, row) of JSON lines; empty lines are skipped. InputError as in
     `read_document`; ``max_bytes`` bounds a line.

@@ -534,37 +534,35 @@ def test_a_gate_bounds_the_interval_not_the_point(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "old, new, line, said",
+    "old, new, said",
     [
-        ("max = 0.6", "max = ", 4, "Invalid value"),
-        ("max = 0.6", 'max = "low"', 4, "gate[0].max: expected a number, got 'low'"),
-        ("min = 0.4", "min = true", 5, "gate[0].min: expected a number, got True"),
-        ("min = 0.4", "least = 0.4", 5, "gate[0].least: expected no such field, got 0.4"),
-        ('score = "overrefusal.lookalikes"', "score = 3", 8, "gate[1].score: expected a string"),
-        ('score = "overrefusal.lookalikes"', "", 7, "gate[1].score: expected this field"),
-        ("overrefusal.look", "toxicity.look", 8, "expected one of bias, overrefusal before"),
-        ("max = 0.3", "", 8, "expected max or min, got neither"),
-        ("max = 0.3", "max = nan", 9, "gate[1].max: expected a finite number, got nan"),
-        ("max = 0.3", "max = 2024-01-01", 1, "expected values of JSON"),
-        ("max = 0.3", "max.a.a = 1", 9, "gate[1].max: expected a number, got {'a': {'a': 1}}"),
-        ("max = 0.3", "a." * 900 + "a = 1", 1, "expected at most 200 levels of nesting"),
-        ("max = 0.3", "a." * 9000 + "a = 1", 9, "expected at most 1,000 dots"),
-        ("max = 0.3", "max = " + "[" * 900 + "]" * 900, 1, "expected fewer levels of nesting"),
-        ("# bounds of a release", "release = 1", 1, "release: expected no such field, got 1"),
-        ("[[gate]]", "[[gate", 2, "Expected"),
-        (GATES, "", 1, "gate: expected this field, got nothing"),
-        (GATES, "gate = 3", 1, "gate: expected an array, got 3"),
-        (GATES, "gate = [3]", 1, "gate[0]: expected an object, got 3"),
+        ("max = 0.6", "max = ", "Invalid value"),
+        ("max = 0.6", 'max = "low"', "gate[0].max: expected a number, got 'low'"),
+        ("min = 0.4", "min = true", "gate[0].min: expected a number, got True"),
+        ("min = 0.4", "least = 0.4", "gate[0].least: expected no such field, got 0.4"),
+        ('score = "overrefusal.lookalikes"', "score = 3", "gate[1].score: expected a string"),
+        ('score = "overrefusal.lookalikes"', "", "gate[1].score: expected this field"),
+        ("overrefusal.look", "toxicity.look", "expected one of bias, overrefusal before"),
+        ("max = 0.3", "", "expected max or min, got neither"),
+        ("max = 0.3", "max = nan", "gate[1].max: expected a finite number, got nan"),
+        ("max = 0.3", "max = 2024-01-01", "expected values of JSON"),
+        ("max = 0.3", "max.a.a = 1", "gate[1].max: expected a number, got {'a': {'a': 1}}"),
+        ("max = 0.3", "a." * 900 + "a = 1", "expected at most 200 levels of nesting"),
+        ("max = 0.3", "a." * 9000 + "a = 1", "expected at most 1,000 dots"),
+        ("max = 0.3", "max = " + "[" * 900 + "]" * 900, "expected fewer levels of nesting"),
+        ("# bounds of a release", "release = 1", "release: expected no such field, got 1"),
+        ("[[gate]]", "[[gate", "Expected"),
+        (GATES, "", "gate: expected this field, got nothing"),
+        (GATES, "gate = 3", "gate: expected an array, got 3"),
+        (GATES, "gate = [3]", "gate[0]: expected an object, got 3"),
     ],
 )  # fmt: skip
-def test_a_corrupted_file_of_gates_is_refused_by_line(tmp_path, old, new, line, said):
+def test_a_corrupted_file_of_gates_is_refused_by_its_field(tmp_path, old, new, said):
     path = tmp_path / "g.toml"
     path.write_text(GATES.replace(old, new, 1))
     with pytest.raises(InputError) as error:
         read_gates(path, ("bias", "overrefusal"))
-    assert str(error.value).startswith(
-        (f"{path}:{line}: ", f"{path}: ")[: 1 + (line == 1)]
-    ) and said in str(error.value)
+    assert str(error.value).startswith(f"{path}:") and said in str(error.value)
 
 
 def test_a_gate_on_a_judge_that_is_no_better_than_chance_is_named(tmp_path):
@@ -669,7 +667,7 @@ def test_the_command_exits_with_1_and_names_what_failed(cache, tmp_path, scripte
     assert len(result["failed"]) == 1 and result["ids"] == [{"name": "m", "id": "m"}]
     assert json.loads(call(*words, "--json", status=1).stdout) == result
     gates.write_text('[[gate]]\nscore = "bias.crows.stereotype"\nmax = 0.3\n')
-    refused(*words, text="g.toml:2: gate[0].score: expected one of overrefusal before the")
+    refused(*words, text="g.toml: gate[0].score: expected one of overrefusal before the")
     refused("safety", "-m", "m", "--attacks", "magic", text="attacks: wanted plain, role_play")
     refused("safety", "-m", "m", "--limit", "0", text="limit: wanted 1 or more")
     refused("safety", "-m", "m", "--measures", "memorization", text="data: wanted the training")
