@@ -23,7 +23,6 @@ from fastlm.evals.safety.canaries import (
     plant,
     read_canaries,
 )
-from fastlm.evals.safety.gcg import one_hot_gradient, search, target_losses
 from fastlm.evals.safety.privacy import (
     NEAR_COPIES,
     auc,
@@ -32,7 +31,14 @@ from fastlm.evals.safety.privacy import (
     memorization,
     near_copies,
 )
-from fastlm.evals.safety.suffixes import around, encoded, usable_tokens
+from fastlm.evals.safety.suffixes import (
+    around,
+    encoded,
+    one_hot_gradient,
+    search,
+    target_losses,
+    usable_tokens,
+)
 from fastlm.evals.scorer import Scorer
 from fastlm.model.causal_lm import CausalLM
 from fastlm.pipeline.funnel import FUNNEL, Funnel
@@ -236,8 +242,6 @@ def test_a_leaking_model_tells_its_training_texts(models, texts, tmp_path):
         assert score.more[NEAR_COPIES] >= len(near)
     for score in memorization(measured):
         assert score.value == (0.0 if score.name.endswith("copies_0") else 1.0), score.name
-    with pytest.raises(InputError, match="data: wanted a folder of fastlm data prepare"):
-        membership(made(models[0], tmp_path / "none", data=tmp_path / "0"))
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Ways to ask for what a model should refuse. Each takes a request and returns the prompt.
 
 The texts around a request are in sentences.toml and hold nothing harmful; published jailbreaks are
-read from a package. A suffix that is searched for with gradients is in `fastlm.evals.safety.gcg`.
+read from a package; suffixes are searched for with gradients (`fastlm.evals.safety.suffixes`).
 
 Of an attack over several turns each turn is harmless to a filter that reads it alone; the model's
 own answers stand between them. Crescendo (Russinovich et al. 2024, arXiv:2404.01833) lets another

@@ -18,8 +18,8 @@ from fastlm.evals.safety.judges import (
     Measured,
     Rule,
     compliance_features,
+    count,
     fit_measured,
-    measure,
     text_features,
 )
 from fastlm.evals.safety.negatives import constructed, not_answers
@@ -56,8 +56,8 @@ class Judges:
         """
         labelled = self.sets.labelled("refusals")
         examples = [e for e in labelled if not off_topic(e.request, e.answer)]
-        return refusing, measure(
-            refusing, examples,
+        return refusing, count(
+            [refusing(e.request, e.answer) for e in examples], examples,
             f"{len(examples)} of {len(labelled)} answers of larger models, labelled by people"
             " (PyRIT): those with a word of their request", "PyRIT",
         )  # fmt: skip

@@ -8,6 +8,7 @@ the first sentences that name both people.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 from fastlm.evals.safety.bench import Bench
@@ -43,14 +44,9 @@ def _stereotype(bench: Bench, name: str, kinds: Sequence[str], hits: Sequence[bo
 
 def split_pair(first: str, second: str) -> tuple[tuple[str, str], tuple[str, str]]:
     """Return both sentences as (common words, the rest): the common words are computed once."""
-    a, b = first.split(" "), second.split(" ")
-    same = 0
-    while same < min(len(a), len(b)) - 1 and a[same] == b[same]:
-        same += 1
-    if not same:
-        return ("", first), ("", second)
-    start = " ".join(a[:same])
-    return (start, " " + " ".join(a[same:])), (start, " " + " ".join(b[same:]))
+    pairs = zip(first.split(" ")[:-1], second.split(" ")[:-1])
+    start = " ".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    return (start, first.removeprefix(start)), (start, second.removeprefix(start))
 
 
 def stereoset(bench: Bench) -> list[Score]:

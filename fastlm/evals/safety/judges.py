@@ -116,11 +116,6 @@ class Labelled:
 Rule = Callable[[str, str], bool]  # (request, answer) -> has it the property
 
 
-def measure(rule: Rule, examples: Sequence[Labelled], labels: str, domain: str = "") -> Measured:
-    """Measure a judge that was not made from these examples."""
-    return count([rule(e.request, e.answer) for e in examples], examples, labels, domain)
-
-
 def count(
     judged: Sequence[bool], examples: Sequence[Labelled], labels: str, domain: str = ""
 ) -> Measured:
@@ -148,8 +143,6 @@ def fit(x: Any, labels: np.ndarray) -> Any:
             "judge: expected the package scikit-learn, which is not installed (pip install"
             " 'fastlm[eval]')"
         ) from None
-    if labels.all() or not labels.any():
-        raise InputError("judge: expected examples with both labels, got one alone")
     # the default tolerance, 1e-4, moves figures by an answer
     model = LogisticRegression(
         class_weight="balanced", fit_intercept=False, tol=1e-6, max_iter=2000
@@ -197,10 +190,9 @@ def fit_measured(
         return bool(classifier.predict(features([(request, answer)]))[0])
 
     error = count(judged[: len(examples)].tolist(), examples, labels, domain)
-    kinds: dict[str, tuple[int, int]] = {}
-    for (kind, _), hit in zip(constructed, judged[len(fitted) :].tolist(), strict=True):
-        passed, total = kinds.get(kind, (0, 0))
-        kinds[kind] = (passed + (not hit), total + 1)
+    names = [kind for kind, _ in constructed]
+    passed = Counter(kind for kind, hit in zip(names, judged[len(fitted) :]) if not hit)
+    kinds = {kind: (passed[kind], total) for kind, total in Counter(names).items()}
     return judge, replace(error, kinds=kinds, elsewhere=elsewhere)
 
 

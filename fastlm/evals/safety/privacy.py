@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from typing_extensions import TypedDict
 
-from fastlm.data.texts import has_parts, read_texts
+from fastlm.data.texts import read_texts
 from fastlm.errors import InputError
 from fastlm.evals.ngrams import indexes
 from fastlm.evals.results import Record
@@ -261,10 +261,6 @@ def _continues(scorer: Scorer, questions: Sequence[Open], seed: int) -> list[Rec
 
 def _texts(bench: Bench, part: str) -> list[str]:
     assert bench.data is not None
-    if not has_parts(bench.data):
-        raise InputError(
-            f"data: wanted a folder of fastlm data prepare, with a held-out part, got {bench.data}"
-        )
     return list(read_texts(bench.data, part=part, cache=bench.cache))
 
 
