@@ -189,6 +189,7 @@ if __name__ == "__main__":  # tests/support/kernel_build.py asks for CUDA_HOME
         packages=[*find_packages(include=["fastlm*"]), "fastlm.kernels", *DATA],
         package_dir={"fastlm.kernels": "kernels"},  # ./kernels installs as fastlm.kernels
         package_data={
+            "fastlm.evals.safety": ["*.toml"],
             "fastlm.pipeline": ["*.jinja"],
             "fastlm.pipeline.parts": ["*.jinja"],
             "fastlm.serve": ["*.json"],

@@ -27,49 +27,24 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "AdamW",
-    "CausalLM",
-    "Completion",
-    "Engine",
-    "InputError",
-    "ModelConfig",
-    "Muon",
-    "QuantizedWeight",
-    "Request",
-    "Sampling",
-    "Tokenizer",
-    "generate_text",
-    "info",
-    "ops",
-    "patch",
-    "patched_ops",
-    "quantize",
-    "register_sdpa",
-    "unpatch",
-    "use_backend",
-]
+    "AdamW", "CausalLM", "Completion", "Engine", "InputError", "ModelConfig", "Muon",
+    "QuantizedWeight", "Request", "Sampling", "Tokenizer", "generate_text", "info", "ops", "patch",
+    "patched_ops", "quantize", "register_sdpa", "unpatch", "use_backend",
+]  # fmt: skip
 
-# name -> module that defines it (a name that is itself a module maps to that module)
+# module -> the names that it defines; "" for the module itself
+_MODULES = {
+    "backend": "use_backend", "checkpoint.config": "ModelConfig", "inventory": "info",
+    "hf.patching": "patch patched_ops unpatch", "hf.sdpa": "register_sdpa",
+    "inference.engine": "Engine", "inference.requests": "Completion Request",
+    "inference.sampling": "Sampling", "model.causal_lm": "CausalLM",
+    "model.generation": "generate_text", "muon": "Muon", "ops": "", "optim": "AdamW",
+    "quant": "QuantizedWeight quantize", "tokenizer.tokenizer": "Tokenizer",
+}  # fmt: skip
 _PUBLIC = {
-    "AdamW": "fastlm.optim",
-    "CausalLM": "fastlm.model.causal_lm",
-    "Completion": "fastlm.inference.requests",
-    "Engine": "fastlm.inference.engine",
-    "ModelConfig": "fastlm.checkpoint.config",
-    "Muon": "fastlm.muon",
-    "QuantizedWeight": "fastlm.quant",
-    "Request": "fastlm.inference.requests",
-    "Sampling": "fastlm.inference.sampling",
-    "Tokenizer": "fastlm.tokenizer.tokenizer",
-    "generate_text": "fastlm.model.generation",
-    "info": "fastlm.inventory",
-    "ops": "fastlm.ops",
-    "patch": "fastlm.hf.patching",
-    "patched_ops": "fastlm.hf.patching",
-    "quantize": "fastlm.quant",
-    "register_sdpa": "fastlm.hf.sdpa",
-    "unpatch": "fastlm.hf.patching",
-    "use_backend": "fastlm.backend",
+    name: f"fastlm.{module}"
+    for module, names in _MODULES.items()
+    for name in names.split() or [module]
 }
 
 

@@ -12,6 +12,7 @@ import io
 import json
 import shlex
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,8 +20,10 @@ import typer
 from typer.core import TyperGroup
 
 from fastlm.errors import InputError
+from fastlm.pipeline.commands import command_of, options_command
+from fastlm.pipeline.stage import Repeated, at_least_one
 from fastlm.startup import imports
-from fastlm.threads import Threads, Watch
+from fastlm.threads import Threads
 from fastlm.tokenizer import chat_template
 from fastlm.train.distributed import LostRankError, says_first
 
@@ -33,16 +36,14 @@ class Verbs(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except InputError as e:
+        except (InputError, OSError) as e:
+            if getattr(e, "errno", None) == errno.EPIPE:  # the reader has gone: click exits quietly
+                raise
             _fail(e, 2)
         except typer.BadParameter as e:
             if (line := _bad_value(e)) is None:
                 raise
             _fail(line, 2)
-        except OSError as e:
-            if e.errno == errno.EPIPE:  # the reader has closed the pipe: click exits quietly
-                raise
-            _fail(e, 2)
         except KeyboardInterrupt as e:
             _fail(e, INTERRUPTED)
         except LostRankError as e:
@@ -84,56 +85,76 @@ tokenizer_app = typer.Typer(
     help="Train a tokenizer, or encode a text with one.", no_args_is_help=True
 )
 
-Model = Annotated[
-    Path,
-    typer.Option("--model", "-m", help="Hugging Face folder, .gguf, fastlm run or model:smollm2"),
-]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Write at most this many tokens")]
-Temperature = Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token")]
-TopK = Annotated[int | None, typer.Option(help="Sample from the K likeliest tokens")]
-TopP = Annotated[
-    float | None,
-    typer.Option(help="Sample from the likeliest tokens that add up to this probability"),
-]
-MinP = Annotated[
-    float | None,
-    typer.Option(help="Only tokens with at least this share of the highest probability"),
-]
-Penalty = Annotated[
-    float, typer.Option(help="Above 1: tokens already in the text become less likely")
-]
-Stop = Annotated[list[str] | None, typer.Option(help="End before this text; may be given again")]
-ActBits = Annotated[
-    int | None,
-    typer.Option(
-        help="8: multiply quantized weights with inputs rounded to int8, 16: not rounded;"
-        " default: as the model says, 8 for .gguf files"
-    ),
-]
-Seed = Annotated[int | None, typer.Option(help="The same seed writes the same text")]
-Stats = Annotated[
-    bool | None,
-    typer.Option(
-        "--stats/--no-stats",
-        help="Tokens and tokens/s on stderr; default: where stderr is a terminal",
-        show_default=False,
-    ),
-]
+
+@dataclass(frozen=True, kw_only=True)
+class Prompts:
+    """What `fastlm generate` reads, and how it prints."""
+
+    prompt: Annotated[
+        tuple[str, ...],
+        Repeated("What to continue or to answer; - reads stdin; several are one batch"), "-p",
+    ] = ()  # fmt: skip
+    prompt_file: Annotated[tuple[Path, ...], Repeated("Read a prompt from this file")] = ()
+    raw: Annotated[bool, "Continue the prompt as it stands, without the chat template"] = False
+    json: Annotated[bool, "Texts and times as JSON"] = False
 
 
-_watch = Watch()  # measures until the work begins; loading torch takes a second
+@dataclass(frozen=True, kw_only=True)
+class Writing:
+    """Options of what writes text: a model, and how it chooses tokens."""
+
+    model: Annotated[Path, "Hugging Face folder, .gguf, fastlm run or model:smollm2", "-m"]
+    max_new_tokens: Annotated[int, "Write at most this many tokens"] = 256
+    temperature: Annotated[float, "0: always the likeliest token"] = 0.7
+    top_k: Annotated[int | None, "Sample from the K likeliest tokens"] = None
+    top_p: Annotated[
+        float | None, "Sample from the likeliest tokens that add up to this probability"
+    ] = None
+    min_p: Annotated[
+        float | None, "Only tokens with at least this share of the highest probability"
+    ] = None
+    repetition_penalty: Annotated[
+        float, "Above 1: tokens already in the text become less likely"
+    ] = 1.0
+    stop: Annotated[tuple[str, ...], Repeated("End before this text; may be given again")] = ()
+    seed: Annotated[int | None, "The same seed writes the same text"] = None
+    act_bits: Annotated[
+        int | None,
+        "8: multiply quantized weights with inputs rounded to int8, 16: not rounded; default: as"
+        " the model says, 8 for .gguf files",
+    ] = None
+    stats: Annotated[
+        bool | None, "Tokens and tokens/s on stderr; default: where stderr is a terminal"
+    ] = None
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "max_new_tokens")
+
+    @property
+    def choice(self) -> dict[str, Any]:
+        """The options of `fastlm.serve.chat.Writer.write` but the number of tokens."""
+        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "seed")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def shows_stats(self) -> bool:
+        return sys.stderr.isatty() if self.stats is None else self.stats
 
 
-def _on_terminal() -> bool:
-    return sys.stderr.isatty()
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions(Writing, Prompts):
+    """The options of ``fastlm generate``."""
 
 
-def _say_if_busy() -> None:
-    """Tell a user who waits at a terminal that the CPUs are busy; a script's stderr stays empty."""
-    import torch
+@dataclass(frozen=True, kw_only=True)
+class ChatOptions(Writing):
+    """The options of ``fastlm chat``."""
 
-    if _on_terminal() and (line := _watch.line(torch.get_num_threads())):
-        typer.echo(f"fastlm: {line}", err=True)
+    system: Annotated[str | None, "System message"] = None
+    max_new_tokens: Annotated[int, "Write at most this many tokens"] = 512
+    top_p: Annotated[
+        float | None, "Sample from the likeliest tokens that add up to this probability"
+    ] = 0.95
 
 
 def main() -> None:
@@ -174,18 +195,24 @@ def info(
     if model is not None:
         from fastlm.checkpoint.describe import describe_model
 
-        _show_facts(describe_model(model), as_json)
-        return
-    from fastlm import inventory
+        have = describe_model(model)
+    else:
+        from fastlm import inventory
 
-    have = inventory.info()
+        have = inventory.info()
     if as_json:
         typer.echo(json.dumps(have, indent=1))
+        return
+    if model is not None:
+        for key, value in have.items():
+            if isinstance(value, dict):
+                value = ", ".join(f"{count:,} {name}" for name, count in value.items())
+            if value is not None:
+                typer.echo(f"{key}: {value:,}" if isinstance(value, int) else f"{key}: {value}")
         return
     from rich.console import Console
     from rich.table import Column, Table
 
-    console = Console()
     facts = Table(box=None, show_header=False)
     for key, value in have.items():
         if not isinstance(value, dict):
@@ -193,7 +220,6 @@ def info(
     for key in ("cpu_isa_why_not", "backends"):
         for name, why in have[key].items():
             facts.add_row(f"{key.removesuffix('_why_not')} {name}", why or "yes")
-    console.print(facts)
     # what runs each op and what else could run it; the first table says why a backend cannot run
     columns = [name for name, why in have["backends"].items() if why is None]
     ops = Table(
@@ -202,7 +228,7 @@ def info(
     for name, row in have["ops"].items():
         marks = ["" if column in row["why_not"] else "✓" for column in columns]
         ops.add_row(name, row["picked"] or "nothing", *marks)
-    console.print(ops)
+    Console().print(facts, ops)
 
 
 @app.command(short_help="The question sets that `fastlm eval --tasks` knows.")
@@ -228,20 +254,8 @@ def tasks(
         table.add_column(key, no_wrap=key != "formats", overflow="fold")
     for row in sorted(found, key=lambda row: ABILITIES.index(row["ability"])):
         table.add_row(*row.values())
-    wide = None if sys.stdout.isatty() else 140
-    Console(width=wide).print(table, markup=False, highlight=False)
-
-
-def _show_facts(facts: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        typer.echo(json.dumps(facts, indent=1))
-        return
-    for key, value in facts.items():
-        if value is None:
-            continue
-        if isinstance(value, dict):
-            value = ", ".join(f"{count:,} {name}" for name, count in value.items())
-        typer.echo(f"{key}: {value:,}" if isinstance(value, int) else f"{key}: {value}")
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(table, markup=False, highlight=False)
 
 
 @app.command(short_help="Run a recipe, or continue it: from text to a model and its report.")
@@ -263,7 +277,6 @@ def run(
     from fastlm.pipeline.events import View
     from fastlm.stages import run_recipe
 
-    _say_if_busy()
     told: dict[str, str] = {}
     view = View()
 
@@ -305,7 +318,6 @@ def _stage_commands() -> None:
     from fastlm.evals.safety.commands import canaries_command
     from fastlm.feedback.commands import forget_command
     from fastlm.feedback.rank_commands import app as rank_app
-    from fastlm.pipeline.commands import command_of
     from fastlm.pipeline.registry_commands import app as runs_app
     from fastlm.pipeline.registry_commands import card_command, diff_command
     from fastlm.serve.admin_commands import promote, rollback
@@ -313,6 +325,9 @@ def _stage_commands() -> None:
     from fastlm.serve.commands import serve
     from fastlm.stages import KINDS
 
+    generate = options_command(GenerateOptions, _generate)
+    app.command("generate", short_help="Answer a prompt, or continue it.")(generate)
+    app.command("chat")(options_command(ChatOptions, _chat))
     app.command("serve", short_help="Serve a model over HTTP, with a page to chat.")(serve)
     app.command("promote", short_help="Let another model of a running server answer.")(promote)
     app.command("rollback", short_help="End a server's canary, or undo its promotion.")(rollback)
@@ -326,67 +341,27 @@ def _stage_commands() -> None:
         app.add_typer(typed, name=group)
     for stage in KINDS.values():
         *group, word = stage.command
-        (groups[group[0]] if group else app).command(word)(command_of(stage, _say_if_busy))
+        (groups[group[0]] if group else app).command(word)(command_of(stage))
 
 
-@app.command(short_help="Answer a prompt, or continue it.")
-def generate(
-    model: Model,
-    prompts: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--prompt", "-p",
-            help="What to continue or to answer; - reads stdin; several are one batch",
-        ),
-    ] = None,
-    prompt_files: Annotated[
-        list[Path] | None, typer.Option("--prompt-file", help="Read a prompt from this file")
-    ] = None,
-    max_new_tokens: MaxNewTokens = 256,
-    temperature: Temperature = 0.7,
-    top_k: TopK = None,
-    top_p: TopP = None,
-    min_p: MinP = None,
-    repetition_penalty: Penalty = 1.0,
-    stop: Stop = None,
-    seed: Seed = None,
-    act_bits: ActBits = None,
-    raw: Annotated[
-        bool,
-        typer.Option("--raw", help="Continue the prompt as it stands, without the chat template"),
-    ] = False,
-    threads: Threads = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Texts and times as JSON")] = False,
-    stats: Stats = None,
-) -> None:  # fmt: skip
+def _generate(o: GenerateOptions) -> None:
     """Write a text, token by token, through the chat template if the model has one.
 
     Several prompts are one batch; their texts follow in order, with an empty line between them.
     """
-    if not raw:
+    if not o.raw:
         chat_template.begin()
     with imports():
         from fastlm.serve.chat import Writer
         from fastlm.serve.terminal import echo
 
-    _say_if_busy()
-    texts = _prompts(prompts or [], prompt_files or [])
-    writer = Writer(model, act_bits)
-    ids = [writer.prompt_ids(text, raw=raw) for text in texts]
-    streams = len(texts) == 1 and not as_json
-    answers = writer.write(
-        ids,
-        (lambda _, piece: echo(piece)) if streams else (lambda *_: None),
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        stop=stop or (),
-        seed=seed,
-    )
-    if as_json:
+    texts = _prompts(o)
+    writer = Writer(o.model, o.act_bits)
+    ids = [writer.prompt_ids(text, raw=o.raw) for text in texts]
+    streams = len(texts) == 1 and not o.json
+    take = (lambda _, piece: echo(piece)) if streams else (lambda *_: None)
+    answers = writer.write(ids, take, max_new_tokens=o.max_new_tokens, **o.choice)
+    if o.json:
         results = [
             {
                 "prompt": text, "prompt_tokens": len(prompt), "text": answer.text,
@@ -400,51 +375,30 @@ def generate(
     else:
         typer.echo("\n\n".join(answer.text for answer in answers))
     if any(answer.finish_reason == "context" for answer in answers):
-        limit = writer.context_limit
-        typer.echo(
-            f"the model's context of {limit:,} tokens is full: the text ends there", err=True
-        )
-    if _wants_stats(stats):
+        limit = f"the model's context of {writer.context_limit:,} tokens is full"
+        typer.echo(f"{limit}: the text ends there", err=True)
+    if o.shows_stats:
         typer.echo(str(writer.speed), err=True)
 
 
-def _prompts(given: list[str], files: list[Path]) -> list[str]:
+def _prompts(o: Prompts) -> list[str]:
     """Texts of --prompt, then of --prompt-file, without the last newline, which editors add."""
-    if given.count("-") > 1:
+    if o.prompt.count("-") > 1:
         raise InputError("prompt: wanted - once, stdin is read once")
-    texts = [sys.stdin.read().removesuffix("\n") if text == "-" else text for text in given]
-    for file in files:
+    texts = [sys.stdin.read() if text == "-" else text for text in o.prompt]
+    for file in o.prompt_file:
         try:
-            texts.append(file.read_text("utf-8").removesuffix("\n"))
+            texts.append(file.read_text("utf-8"))
         except UnicodeDecodeError as error:
             raise InputError(f"prompt_file {file}: wanted UTF-8 text: {error}") from None
     if not texts:
         raise InputError(
             "prompt: wanted --prompt TEXT (- for stdin) or --prompt-file FILE, got none"
         )
-    return texts
+    return [text.removesuffix("\n") for text in texts]
 
 
-def _wants_stats(stats: bool | None) -> bool:
-    return _on_terminal() if stats is None else stats
-
-
-@app.command()
-def chat(
-    model: Model,
-    system: Annotated[str | None, typer.Option(help="System message")] = None,
-    max_new_tokens: MaxNewTokens = 512,
-    temperature: Temperature = 0.7,
-    top_k: TopK = None,
-    top_p: TopP = 0.95,
-    min_p: MinP = None,
-    repetition_penalty: Penalty = 1.0,
-    stop: Stop = None,
-    seed: Seed = None,
-    act_bits: ActBits = None,
-    threads: Threads = None,
-    stats: Stats = None,
-) -> None:
+def _chat(o: ChatOptions) -> None:
     """Talk with a chat model. /help lists the commands, Ctrl-C stops an answer, Ctrl-D ends.
 
     If stdin is not a terminal, each of its lines is a message.
@@ -454,12 +408,9 @@ def chat(
         from fastlm.serve import terminal
         from fastlm.serve.chat import Conversation, Writer
 
-    _say_if_busy()
-    terminal.run(
-        Conversation(Writer(model, act_bits), system=system, max_new_tokens=max_new_tokens),
-        stats=_wants_stats(stats), temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-        repetition_penalty=repetition_penalty, stop=stop or (), seed=seed,
-    )  # fmt: skip
+    writer = Writer(o.model, o.act_bits)
+    talk = Conversation(writer, system=o.system, max_new_tokens=o.max_new_tokens)
+    terminal.run(talk, stats=o.shows_stats, **o.choice)
 
 
 @app.command()
@@ -481,7 +432,6 @@ def merge(
 
     if not is_adapter(adapter := locate_model(model)):
         raise InputError(f"model: wanted a LoRA adapter, got another model, {model}")
-    _say_if_busy()
     whole = load_adapter(CausalLM.from_pretrained(base or base_of(adapter)), adapter)
     merge_lora(whole).save_pretrained(out)
     load_tokenizer(adapter, whole.config.to_dict()).save(out)

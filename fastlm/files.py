@@ -45,7 +45,7 @@ def read_text(path: str | Path, most: int = MAX_JSON_BYTES) -> str:
         with open_regular(path) as file:
             data = file.read(most + 1)
         if len(data) > most:
-            raise InputError(f"{path}: wanted at most {most:,} bytes of text")
+            raise InputError(f"{path}: expected at most {most:,} bytes, got more")
         return data.decode()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: wanted a readable text file, got: {reason(error)}") from error

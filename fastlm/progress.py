@@ -27,16 +27,10 @@ def bars(
 
     ``total`` defaults to ``len(iterable)``.
     """
+    from rich import progress as rich
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
 
-    class Rate(TextColumn):
+    class Rate(rich.TextColumn):
         def render(self, task):  # type: ignore[override]
             speed = task.finished_speed or task.speed
             self.text_format = f"{speed:,.1f} {unit}/s" if speed and unit != "s" else ""
@@ -44,14 +38,9 @@ def bars(
 
     if total is None and isinstance(iterable, Sized):
         total = len(iterable)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        Rate(""),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    name, remaining = rich.TextColumn("{task.description}"), rich.TimeRemainingColumn()
+    columns = (name, rich.BarColumn(), rich.MofNCompleteColumn(), Rate(""), remaining)
+    with rich.Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(description, total=total)
         try:
             for item in iterable:

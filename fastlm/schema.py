@@ -17,7 +17,7 @@ import json
 import math
 import re
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -30,7 +30,6 @@ from fastlm.files import MAX_JSON_BYTES, open_regular, read_text, reason
 T = TypeVar("T")
 Extra = Literal["forbid", "ignore", "allow"]
 Field = Sequence[int | str]  # the path of a field: keys and indices
-Where = str | Callable[[Field], str]
 
 MAX_LINE_BYTES = 2**26  # of a row: a record of 100 answers of 4,096 tokens has 2 MB
 MAX_TOML_BYTES = 2**18
@@ -50,31 +49,16 @@ Count = Annotated[int, Interval(ge=0, le=2**63 - 1)]
 
 
 def read_document(
-    path: str | Path,
-    schema: type[T],
-    *,
-    extra: Extra = "ignore",
-    max_bytes: int = MAX_JSON_BYTES,
+    path: str | Path, schema: type[T], *, extra: Extra = "ignore", max_bytes: int = MAX_JSON_BYTES
 ) -> T:
     """Read the JSON in ``path`` as ``schema``. ``extra``: what to do with keys that the schema
     lacks. InputError: unreadable, too large, not JSON, or a value that the schema refuses.
     """
-    try:
-        with open_regular(path) as file:
-            data = file.read(max_bytes + 1)
-    except OSError as error:
-        raise InputError(f"{path}: expected a readable file, got: {reason(error)}") from error
-    if len(data) > max_bytes:
-        raise InputError(f"{path}: expected at most {max_bytes:,} bytes, got more")
-    return parse(data, schema, str(path), extra=extra)
+    return parse(read_text(path, max_bytes), schema, str(path), extra=extra)
 
 
 def read_lines(
-    path: str | Path,
-    schema: type[T],
-    *,
-    extra: Extra = "ignore",
-    max_bytes: int = MAX_LINE_BYTES,
+    path: str | Path, schema: type[T], *, extra: Extra = "ignore", max_bytes: int = MAX_LINE_BYTES
 ) -> Iterator[tuple[int, T]]:
     """Yield (line number, row) of JSON lines; empty lines are skipped. InputError as in
     `read_document`; ``max_bytes`` bounds a line.
@@ -94,9 +78,9 @@ def read_lines(
         raise InputError(f"{path}: expected a readable file, got: {reason(error)}") from error
 
 
-def parse(data: str | bytes, schema: type[T], where: Where, *, extra: Extra = "ignore") -> T:
+def parse(data: str | bytes, schema: type[T], where: str, *, extra: Extra = "ignore") -> T:
     """Return the JSON ``data`` as ``schema``. ``where`` precedes the field in messages, without a
-    colon where it ends with a dot; a function of the field's path can say its line.
+    colon where it ends with a dot.
     """
     from pydantic import ValidationError
     from pydantic_core import from_json
@@ -106,19 +90,21 @@ def parse(data: str | bytes, schema: type[T], where: Where, *, extra: Extra = "i
     except ValidationError as error:
         first, *_ = error.errors(include_url=False, include_input=False)
         if first["type"] == "json_invalid":
-            raise InputError(_not_json(_at(where), first["msg"])) from None
+            raise InputError(_not_json(where, first["msg"])) from None
         if first["type"] == "value_error":  # of the schema's own checks
-            raise InputError(_join(_at(where), str(first.get("ctx", {}).get("error")))) from None
-        raise InputError(_refusal(where, error, from_json(data))) from None
+            raise InputError(_join(where, str(first.get("ctx", {}).get("error")))) from None
+        path, message, _ = first_error(error, from_json(data))
+        text = f"{_join(where, field_name(path))}: {message}"
+        raise InputError(" ".join(text.split()).removeprefix(": ")) from None
 
 
-def validate(value: Any, schema: type[T], where: Where, *, extra: Extra = "ignore") -> T:
+def validate(value: Any, schema: type[T], where: str, *, extra: Extra = "ignore") -> T:
     """Return ``value``, of a database, TOML or YAML, as ``schema``, by the rules of JSON."""
     try:
         data = json.dumps(value, ensure_ascii=False).encode()
     except (TypeError, ValueError, RecursionError) as error:
         message = f"expected values of JSON, got: {reason(error)}"
-        raise InputError(f"{_at(where).removesuffix('.')}: {message}".removeprefix(": ")) from None
+        raise InputError(f"{where.removesuffix('.')}: {message}".removeprefix(": ")) from None
     return parse(data, schema, where, extra=extra)
 
 
@@ -164,16 +150,6 @@ def _not_json(where: str, message: str) -> str:
     if line.isdigit() and not where.rpartition(":")[2].isdigit():
         where = f"{where}:{line}"
     return f"{where}: expected JSON, got: {why or message}"
-
-
-def _at(where: Where, path: Field = ()) -> str:
-    return where if isinstance(where, str) else where(path)
-
-
-def _refusal(where: Where, error: Any, value: Any) -> str:
-    path, message, _ = first_error(error, value)
-    name = _join(_at(where, path), field_name(path))
-    return " ".join(f"{name}: {message}".split()).removeprefix(": ")
 
 
 def _join(at: str, text: str) -> str:
@@ -243,6 +219,7 @@ def _expected(error: Any) -> str:
         "model_attributes_type": "an object",
         "Predicate 'isfinite' failed": "a finite number",
         "Predicate 'str.isprintable' failed": "one printable line",
+        "Predicate 'str.isdigit' failed": "digits",
         "Predicate 'is_inside' failed": "a path below its folder",
     }  # fmt: skip
     if error["type"] == "union_tag_invalid":

@@ -1,4 +1,4 @@
-"""The threads of a ``fastlm`` command: how many, how they wait, and what else uses their cores.
+"""The threads of a ``fastlm`` command: how many, and how they wait.
 
 OpenMP reads its environment when torch is loaded, so `settle` must run before that. A library must
 not change its process's environment, so only the command line calls it. docs/troubleshooting.md
@@ -9,7 +9,6 @@ where a process may use only some of them, and reads no quota but the outermost 
 """
 
 import os
-import time
 from pathlib import Path
 from typing import Annotated
 
@@ -95,46 +94,3 @@ def _quota_of(group: Path) -> float:
     except OSError:  # a group without limits has no such file
         return float("inf")
     return float("inf") if limit == "max" or int(limit) < 0 else int(limit) / int(period)
-
-
-class Watch:
-    """Other processes' use of the CPUs that this one may use, since the watch was created."""
-
-    def __init__(self, root: Path = Path("/")):
-        self.root = root
-        self.cpus = os.sched_getaffinity(0)
-        self.start = time.perf_counter(), self._busy(), _own()
-
-    def _busy(self) -> float:
-        """CPU seconds of all processes so far, without low priority (nice) and without idle."""
-        names, ticks = {f"cpu{n}" for n in self.cpus}, 0
-        stat = self.root / "proc/stat"
-        for line in stat.read_text().splitlines() if stat.exists() else []:
-            name, *fields = line.split()
-            if name in names:
-                user, _, system, _, _, irq, softirq, steal = map(int, fields[:8])
-                ticks += user + system + irq + softirq + steal
-        return ticks / os.sysconf("SC_CLK_TCK")
-
-    def others(self) -> float:
-        """CPUs in use by other processes, on average; 0 where it is too early to say."""
-        start, busy, own = self.start
-        seconds = time.perf_counter() - start
-        if seconds < 0.2:  # the system counts in hundredths of a second
-            return 0.0
-        return max(0.0, (self._busy() - busy - (_own() - own)) / seconds)
-
-    def line(self, threads: int) -> str | None:
-        """A line for the user if `threads` and the others exceed the CPUs by more than a half."""
-        others = self.others()
-        if others + threads <= len(self.cpus) + 0.5:
-            return None
-        return (
-            f"other processes use {others:.1f} of {len(self.cpus)} CPUs, {threads} threads want"
-            f" {threads}: expect less than the usual speed"
-        )
-
-
-def _own() -> float:
-    user, system, children_user, children_system, _ = os.times()
-    return user + system + children_user + children_system

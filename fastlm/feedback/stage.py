@@ -97,9 +97,8 @@ raters.json."""
         from fastlm.data.prompts import read_prompts
         from fastlm.evals.contamination import question_texts
         from fastlm.evals.registry import load_task, names_of
-        from fastlm.evals.safety.questions import TEXTS
-        from fastlm.evals.safety.questions import names_of as safety_sets
-        from fastlm.evals.safety.sets import Sets
+        from fastlm.evals.safety.sets import TEXTS, Sets
+        from fastlm.evals.safety.sets import names_of as safety_sets
         from fastlm.feedback.overlap import Overlap
 
         def questions() -> Iterator[tuple[str, str]]:

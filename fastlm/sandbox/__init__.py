@@ -90,15 +90,14 @@ class Limits:
     threads: int = 16
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("seconds", 1), ("wall", 0.1), ("memory", 2**26), ("disk", 2**12), ("output", 1),
-            ("threads", 0),
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or value < least:
-                raise SandboxError(f"{name}: expected {least} or more, got {value!r}")
-            if name != "wall" and not isinstance(value, int):
-                raise SandboxError(f"{name}: expected a whole number, got {value!r}")
+        least = {"wall": 0.1, "memory": 2**26, "disk": 2**12, "threads": 0}
+        for name, value in vars(self).items():
+            kind = (int, float) if name == "wall" else int
+            if isinstance(value, bool) or not isinstance(value, kind) or value < least.get(name, 1):
+                what = "a number" if name == "wall" else "a whole number"
+                raise SandboxError(
+                    f"{name}: expected {what}, {least.get(name, 1)} or more, got {value!r}"
+                )
 
 
 @dataclass(frozen=True)
@@ -161,7 +160,7 @@ def run_all(
     workers: int | None = None,
     limits: Limits = DEFAULT,
     isolated: bool = True,
-    tick: Callable[[Outcome], Any] | None = None,
+    tick: Callable[[Outcome], Any] = lambda outcome: None,
 ) -> list[Outcome]:
     """Run each case and return the outcomes in order, ``workers`` at a time (default: processors).
 
@@ -190,8 +189,7 @@ def run_all(
             try:
                 for outcome in pool.map(run, cases):
                     outcomes.append(outcome)
-                    if tick is not None:
-                        tick(outcome)
+                    tick(outcome)
             except BaseException:
                 for worker in started:
                     worker.stop()  # what runs now is not waited for
@@ -236,10 +234,8 @@ class _Worker:
         missing = "a worker that starts" if ready is None else ready.get("missing")
         if missing:
             self.close()
-            other = "isolated=False runs programs with limits alone" if self.isolated else ""
-            raise SandboxError(
-                "; ".join(filter(None, [f"sandbox: this machine lacks {missing}", other]))
-            )
+            other = "; isolated=False runs programs with limits alone" if self.isolated else ""
+            raise SandboxError(f"sandbox: this machine lacks {missing}{other}")
 
     def run(self, case: Case) -> Outcome:
         request = {"program": case.program, **asdict(self.limits)}

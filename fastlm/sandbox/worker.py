@@ -26,20 +26,21 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from itertools import islice
 from typing import Any
 
 sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # last: the library's names come first
 import jail
-from wire import DETAIL, Remote, described, pack, read_all, unpack, write_all
 
 sys.path.pop()
 
 SIZES = struct.Struct("<QQ")
 ITEMS = 10**6  # of an iterator that the tests read
 REPLY = 2**24  # bytes of one answer
+DETAIL = 500  # characters of a reason
+SEQUENCES = (list, tuple, set, frozenset)
 ENDED = "the program ended before its tests did"
 
 
@@ -69,7 +70,7 @@ def main(library: str, isolated: bool) -> None:
         if pid == 0:
             jail.die_with_parent()
             try:
-                Keeper(isolated).run()
+                keep_case(isolated)
             finally:
                 os._exit(1)
         if os.waitpid(pid, 0)[1]:
@@ -80,28 +81,10 @@ def preload() -> None:
     """Import what programs use most (0.1 ms a program instead of 10), and what needs libraries of
     the system, which the root does not have.
     """
-    import bisect
-    import collections
-    import copy
-    import datetime
-    import decimal
-    import fractions
-    import functools
-    import hashlib
-    import heapq
-    import math
-    import operator
-    import random
-    import re
-    import statistics
-    import string
-    import textwrap
-    import threading
-    import traceback
-    import typing
-
-    del bisect, collections, copy, datetime, decimal, fractions, functools, hashlib, heapq, math
-    del operator, random, re, statistics, string, textwrap, threading, traceback, typing
+    names = """bisect collections copy datetime decimal fractions functools hashlib heapq math
+        operator random re statistics string textwrap threading traceback typing"""
+    for name in names.split():
+        __import__(name)
     for name in ("zlib", "bz2", "lzma", "pyexpat", "uuid"):
         try:
             __import__(name)
@@ -133,81 +116,80 @@ def probe(isolated: bool) -> None:
         raise jail.Missing(reason)
 
 
-class Keeper:
-    """Runs one case and writes its outcome to standard output."""
-
-    def __init__(self, isolated: bool) -> None:
-        self.isolated = isolated
-
-    def run(self) -> None:
-        head = read_all(0, SIZES.size, or_end=True)
-        if not head:
-            os._exit(1)  # no more cases
-        first, second = SIZES.unpack(head)
-        request = json.loads(read_all(0, first))
-        if self.isolated:
-            jail.private(request["disk"])
-        verdicts, verdict = os.pipe()
-        texts, text = os.pipe()
-        outputs, output = os.pipe()
-        pid = os.fork()
-        if pid == 0:
-            jail.die_with_parent()
-            try:
-                keep({texts: 0, output: 1, verdict: 3})
-                Tests(request, self.isolated).run()
-            finally:
-                os._exit(1)
-        for fd in (verdict, texts, output):
-            os.close(fd)
-        os.read(verdicts, 1)  # the program's process exists; or none ever will
-        tests = read_all(0, second)
+def keep_case(isolated: bool) -> None:
+    """Run one case and write its outcome to standard output; ends the process."""
+    head = read_all(0, SIZES.size, or_end=True)
+    if not head:
+        os._exit(1)  # no more cases
+    first, second = SIZES.unpack(head)
+    request = json.loads(read_all(0, first))
+    if isolated:
+        jail.private(request["disk"])
+    verdicts, verdict = os.pipe()
+    texts, text = os.pipe()
+    outputs, output = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        jail.die_with_parent()
         try:
-            write_all(text, tests)
-        except OSError:  # the process of the tests is gone: no verdict follows
-            pass
-        os.close(text)
-        outcome = self.watch(request, verdicts, outputs, pid)
-        os.write(1, json.dumps(outcome).encode() + b"\n")
-        os._exit(0)
+            move_descriptors({texts: 0, output: 1, verdict: 3})
+            Tests(request, isolated).run()
+        finally:
+            os._exit(1)
+    for fd in (verdict, texts, output):
+        os.close(fd)
+    os.read(verdicts, 1)  # the program's process exists; or none ever will
+    tests = read_all(0, second)
+    try:
+        write_all(text, tests)
+    except OSError:  # the process of the tests is gone: no verdict follows
+        pass
+    os.close(text)
+    outcome = watch(request, verdicts, outputs, pid)
+    os.write(1, json.dumps(outcome).encode() + b"\n")
+    os._exit(0)
 
-    def watch(self, request: dict, verdicts: int, outputs: int, pid: int) -> dict[str, Any]:
-        """Wait for the verdict, bounded in time and output; end all processes; return both."""
-        deadline = time.monotonic() + request["wall"]
-        said, output, reason = b"", b"", ""
-        waiting = {verdicts, outputs}
-        while verdicts in waiting and not reason:
-            left = deadline - time.monotonic()
-            ready = select.select(waiting, [], [], max(0.0, left))[0]
-            if not ready:
-                reason = "wall"
-            for fd in ready:
-                data = os.read(fd, 65536)
-                if not data:
-                    waiting.remove(fd)
-                elif fd == verdicts:
-                    said += data
-                else:
-                    output += data
-                    if len(output) > request["output"]:
-                        reason = "output"
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)  # with it all processes of the namespace
-        while outputs in waiting and len(output) <= request["output"]:
-            data = os.read(outputs, 65536)
-            output += data
+
+def watch(request: dict, verdicts: int, outputs: int, pid: int) -> dict[str, Any]:
+    """Wait for the verdict, bounded in time and output; end all processes; return both."""
+    deadline = time.monotonic() + request["wall"]
+    said, output, reason = b"", b"", ""
+    waiting = {verdicts, outputs}
+    while verdicts in waiting and not reason:
+        left = deadline - time.monotonic()
+        ready = select.select(waiting, [], [], max(0.0, left))[0]
+        if not ready:
+            reason = "wall"
+        for fd in ready:
+            data = os.read(fd, 65536)
             if not data:
-                break
-        if len(output) > request["output"]:  # also where the verdict came before the last of it
-            reason = "output"
-        result = {"reason": "crashed", "detail": "the process of the tests ended without a verdict"}
-        if reason == "wall":
-            result = {"reason": reason, "detail": f"more than {request['wall']:g} s by the clock"}
-        elif reason == "output":
-            result = {"reason": reason, "detail": f"more than {request['output']:,} bytes"}
-        elif said.endswith(b"\n"):
-            result = json.loads(said)
-        return {**result, "output": output[: request["output"]].decode("utf-8", "replace")}
+                waiting.remove(fd)
+            elif fd == verdicts:
+                said += data
+            else:
+                output += data
+                if len(output) > request["output"]:
+                    reason = "output"
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)  # with it all processes of the namespace
+    while outputs in waiting and len(output) <= request["output"]:
+        data = os.read(outputs, 65536)
+        output += data
+        if not data:
+            break
+    if len(output) > request["output"]:  # also where the verdict came before the last of it
+        reason = "output"
+    details = {
+        "wall": f"more than {request['wall']:g} s by the clock",
+        "output": f"more than {request['output']:,} bytes",
+        "crashed": "the process of the tests ended without a verdict",
+    }
+    if not reason and said.endswith(b"\n"):
+        result = json.loads(said)
+    else:
+        reason = reason or "crashed"
+        result = {"reason": reason, "detail": details[reason]}
+    return {**result, "output": output[: request["output"]].decode("utf-8", "replace")}
 
 
 class Tests:
@@ -226,7 +208,7 @@ class Tests:
             jail.die_with_parent()
             try:
                 null = os.open("/dev/null", os.O_RDONLY)
-                keep({null: 0, 1: 2, there.detach(): 3}, also={1})
+                move_descriptors({null: 0, 1: 2, there.detach(): 3}, also={1})
                 Program(self.request, self.isolated).run()
             finally:
                 os._exit(1)
@@ -388,6 +370,117 @@ ANSWERS: dict[str, Callable[..., Any]] = {
 }
 
 
+class Remote:
+    """A function or object in the program's process. It equals itself only."""
+
+    def __init__(self, ask: Callable[..., Any], key: str | int) -> None:
+        self.__dict__.update(_ask=ask, _key=key)
+
+    def __call__(self, *args: Any, **keywords: Any) -> Any:
+        return self._ask("call", self, args, keywords)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self._ask("attribute", self, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._ask("set", self, name, value)
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._ask("item", self, key)
+
+    def __iter__(self) -> Any:
+        return iter(self._ask("list", self))
+
+    def __len__(self) -> int:
+        return self._ask("length", self)
+
+    def __bool__(self) -> bool:
+        return self._ask("truth", self) is True
+
+
+def pack(value: Any, keep: Callable[[Any], int] | None = None) -> Any:
+    """Return ``value`` as JSON: text, numbers and None as they are, the rest as [kind, ...].
+
+    Subclasses become their plain type. Other objects are kept and named by number; without
+    ``keep``, in the tests' process, they are a TypeError.
+    """
+    if value is None or value is True or value is False:
+        return value
+    for plain in (int, float, str):
+        if isinstance(value, plain):
+            return plain(value)
+    if isinstance(value, Remote):
+        return ["object", value._key]
+    if isinstance(value, dict):
+        return ["dict", [[pack(k, keep), pack(v, keep)] for k, v in value.items()]]
+    for kind in SEQUENCES:
+        if isinstance(value, kind):
+            return [kind.__name__, [pack(item, keep) for item in value]]
+    if isinstance(value, bytes | bytearray):
+        return [type(value).__name__, value.decode("latin-1")]
+    if isinstance(value, complex):
+        return ["complex", [value.real, value.imag]]
+    if keep is None:
+        raise TypeError(f"tests: expected an argument of plain data, got {type(value).__name__}")
+    return ["object", keep(value)]
+
+
+def unpack(value: Any, find: Callable[[Any], Any]) -> Any:
+    """The inverse of `pack`. ValueError, TypeError, KeyError: what `pack` never writes."""
+    if not isinstance(value, list):
+        if isinstance(value, dict):
+            raise ValueError("an object of JSON")
+        return value
+    kind, content = value
+    if kind == "object":
+        if type(content) not in (str, int):
+            raise TypeError("expected a name or a number")
+        return find(content)
+    if kind == "dict":
+        return {unpack(k, find): unpack(v, find) for k, v in content}
+    if kind == "complex":
+        return complex(*map(float, content))
+    if kind in ("bytes", "bytearray"):
+        return getattr(builtins, kind)(content, "latin-1")
+    sequence = {known.__name__: known for known in SEQUENCES}[kind]
+    return sequence(unpack(item, find) for item in content)
+
+
+def described(error: BaseException, file: str, *, name: bool = True) -> str:
+    """One line: the last line of ``file`` that the error went through, its type and text."""
+    line, trace = 0, error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == file:
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    text = " ".join(str(error).split())
+    if name:
+        text = f"{type(error).__name__}: {text}" if text else type(error).__name__
+        text = f"line {line}: {text}" if line else text
+    return text[:DETAIL]
+
+
+def read_all(fd: int, size: int, *, or_end: bool = False) -> bytes:
+    parts, left = [], size
+    while left:
+        part = os.read(fd, min(left, 2**20))
+        if not part:
+            if or_end and left == size:
+                return b""
+            raise EOFError
+        parts.append(part)
+        left -= len(part)
+    return b"".join(parts)
+
+
+def write_all(fd: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
 def called(code: ast.Module, space: dict[str, Any]) -> list[str]:
     """The names that the tests use and neither define nor find in the setup or in Python."""
     nodes = list(ast.walk(code))
@@ -405,24 +498,20 @@ def called(code: ast.Module, space: dict[str, Any]) -> list[str]:
     return [name for name in used if name not in own | space.keys() and not hasattr(builtins, name)]
 
 
-def keep(moved: dict[int, int], also: frozenset[int] | set[int] = frozenset()) -> None:
+def move_descriptors(moved: dict[int, int], also: Collection[int] = ()) -> None:
     """Move descriptors to where they are wanted and close all others but ``also``."""
     # first beyond every target, so that none is overwritten
     aside = {fcntl.fcntl(fd, fcntl.F_DUPFD, 10): target for fd, target in moved.items()}
     for fd, target in aside.items():
         os.dup2(fd, target)
-    wanted = set(moved.values()) | also
-    for fd in range(3):
-        if fd not in wanted:
-            os.dup2(os.open("/dev/null", os.O_RDWR), fd)
-    highest = max(wanted | {2})
-    for fd in range(3, highest):
-        if fd not in wanted:
-            try:
-                os.close(fd)
-            except OSError:
-                continue
-    os.closerange(highest + 1, 4096)
+    kept = {*moved.values(), *also}
+    for fd in {0, 1, 2} - kept:
+        os.dup2(os.open("/dev/null", os.O_RDWR), fd)
+    first = 3
+    for fd in sorted(kept - {0, 1, 2}):
+        os.closerange(first, fd)
+        first = fd + 1
+    os.closerange(first, 4096)
 
 
 if __name__ == "__main__":

@@ -54,10 +54,10 @@ def mmd(
     """
     x, y = (np.asarray(a, dtype=np.float64) for a in (x, y))
     for name, a in (("x", x), ("y", y)):
-        if a.ndim != 2 or len(a) < 2 or not np.isfinite(a).all():
-            raise InputError(f"{name}: wanted two or more finite vectors, got shape {a.shape}")
-    if x.shape[1] != y.shape[1]:
-        raise InputError(f"y: wanted vectors of width {x.shape[1]} as in x, got {y.shape[1]}")
+        if a.ndim != 2 or len(a) < 2 or not np.isfinite(a).all() or a.shape[1] != x.shape[1]:
+            raise InputError(
+                f"{name}: expected two or more finite vectors, as in x {x.shape}, got {a.shape}"
+            )
     pooled, n = np.concatenate([x, y]), len(x)
     pooled -= pooled.mean(axis=0)  # distances of vectors far from 0 cancel
     squares = (pooled**2).sum(axis=1)
@@ -103,8 +103,9 @@ def _drift(value: float, drawn: np.ndarray) -> Drift:
 
 def _counts(name: str, counts: Any) -> np.ndarray:
     array = np.asarray(counts, dtype=np.float64)
-    if array.ndim != 1 or len(array) < 2 or not np.isfinite(array).all() or (array < 0).any():
-        raise InputError(f"{name}: wanted two or more counts of 0 or more, got {counts!r:.60}")
-    if (array != np.floor(array)).any() or not array.sum():
-        raise InputError(f"{name}: wanted whole numbers that are not all 0, got {counts!r:.60}")
+    whole = np.isfinite(array).all() and (array >= 0).all() and (array == np.floor(array)).all()
+    if array.ndim != 1 or len(array) < 2 or not whole or not array.sum():
+        raise InputError(
+            f"{name}: expected two or more whole numbers, not all 0, got {counts!r:.60}"
+        )
     return array

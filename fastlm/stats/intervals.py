@@ -47,10 +47,12 @@ import numpy as np
 
 from fastlm.errors import InputError
 from fastlm.stats.power import (
+    check_between,
     detectable,
     detectable_discordant,
     discordant_needed,
     items_needed,
+    quantile,
 )
 
 Z95 = NormalDist().inv_cdf(0.975)  # standard errors on each side of a 95 % interval of many items
@@ -222,8 +224,8 @@ def clustered_wilson(
     values are equal, a cluster counts as one item.
     """
     values = _scores("values", values)
-    _between("value", float(values.min()), 0, 1)
-    _between("value", float(values.max()), 0, 1)
+    for end in (values.min(), values.max()):
+        check_between("value", end, 0, 1)
     mean = mean_error(values, clusters=clusters)
     n, (_, sizes) = len(values), _clusters(values, clusters)
     if len(sizes) == n:
@@ -244,7 +246,7 @@ def wilson(successes: float, n: float, confidence: float = 0.95) -> Interval:
 
     scipy's (`scipy.stats.binomtest`) takes whole numbers alone, not an effective n.
     """
-    _between("successes", successes, 0, n)
+    check_between("successes", successes, 0, n)
     if n <= 0:
         raise InputError(f"n: expected a number above 0, got {n}")
     z = _z(confidence)
@@ -316,7 +318,7 @@ def holm(pvalues: Sequence[float]) -> list[float]:
     however the tests depend on each other.
     """
     for p in pvalues:
-        _between("p", p, 0, 1)
+        check_between("p", p, 0, 1)
     values = np.asarray(pvalues, dtype=np.float64)
     order = values.argsort()
     raised = np.minimum(1, np.arange(len(values), 0, -1) * values[order])
@@ -328,9 +330,9 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
     1 - C(n - c, k) / C(n, k), unbiased (Chen et al. 2021, arXiv:2107.03374).
     """
-    _at_least("n", n, 1)
-    _between("c", c, 0, n)
-    _between("k", k, 1, n)
+    check_between("n", n, 1)
+    check_between("c", c, 0, n)
+    check_between("k", k, 1, n)
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
@@ -362,11 +364,11 @@ def rogan_gladen(
 
     InputError: a judge that is no better than chance, from which no rate follows.
     """
-    _between("rate", rate, 0, 1)
-    _at_least("n", n, 1)
+    check_between("rate", rate, 0, 1)
+    check_between("n", n, 1)
     for name, (right, total) in (("sensitivity", sensitivity), ("specificity", specificity)):
-        _at_least(f"{name} items", total, 1)
-        _between(name, right, 0, total)
+        check_between(f"{name} items", total, 1)
+        check_between(name, right, 0, total)
     (tp, positives), (tn, negatives) = sensitivity, specificity
     gain = tp / positives + tn / negatives - 1
     if gain <= 0:
@@ -428,16 +430,5 @@ def _clusters(values: np.ndarray, clusters: Sequence[Any] | None) -> tuple[np.nd
 
 def _z(confidence: float) -> float:
     """Two-sided quantile of the normal distribution."""
-    if not 0 < confidence < 1:
-        raise InputError(f"confidence: expected a number between 0 and 1, got {confidence}")
-    return NormalDist().inv_cdf((1 + confidence) / 2)
-
-
-def _between(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise InputError(f"{name}: expected {low} to {high}, got {value}")
-
-
-def _at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise InputError(f"{name}: expected {least} or more, got {value}")
+    check_between("confidence", confidence, 0, 1)
+    return quantile("confidence", (1 + confidence) / 2)

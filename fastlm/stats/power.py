@@ -34,7 +34,7 @@ def detectable(
     as chance it is that of the score. ``freedom``: degrees of freedom of sd; n - 1 where it is not
     given. Two rates: `detectable_rate`.
     """
-    _check_items(n)
+    check_between("n", n, 1)
     return _noncentrality(n - 1 if freedom is None else freedom, alpha, power) * sd / math.sqrt(n)
 
 
@@ -53,8 +53,8 @@ def detectable_rate(n: int, rate: float, *, alpha: float = 0.05, power: float = 
     1/2 and the two models are right independently of each other. Infinite: no other rate is far
     enough away.
     """
-    _check_items(n)
-    _check_between("rate", rate, 0, 1)
+    check_between("n", n, 1)
+    check_between("rate", rate, 0, 1)
     p = min(rate, 1 - rate)
     return _smallest(
         lambda d: mcnemar_power(n, (p + d) * (1 - p), p * (1 - p - d), alpha),
@@ -70,7 +70,7 @@ def detectable_share(
     ``error``, as `detectable_rate`. Their variance is taken to grow with p (1 - p), as a rate's
     does: the other model's differs.
     """
-    _check_items(n)
+    check_between("n", n, 1)
     p = min(mean, 1 - mean)
     rate = p * (1 - p)
     # scores that are all 0 or all 1 tell no spread: a rate's
@@ -88,7 +88,7 @@ def detectable_discordant(
 ) -> float:
     """Return the minimum detectable effect where a share ``discordant`` of ``n`` items is right for
     one of two models only (or as large a share as the effect itself)."""
-    _check_items(n)
+    check_between("n", n, 1)
 
     def power_of(d: float) -> float:
         share = max(discordant, d)
@@ -105,8 +105,8 @@ def discordant_needed(
     share, difference = wins + losses, abs(wins - losses)
     if difference == 0:
         raise InputError("wins: expected another share than losses, got the same")
-    reach = _quantile("alpha", 1 - alpha / 2) * math.sqrt(share)
-    reach += _quantile("power", power) * math.sqrt(max(0.0, share - difference**2))
+    reach = quantile("alpha", 1 - alpha / 2) * math.sqrt(share)
+    reach += quantile("power", power) * math.sqrt(max(0.0, share - difference**2))
     n = max(1, math.ceil((reach / difference) ** 2))
     if n * share >= NORMAL:
         return n
@@ -128,7 +128,7 @@ def mcnemar_power(n: int, wins: float, losses: float, alpha: float = 0.05) -> fl
     if share <= 0:
         return 0.0
     if n * share >= NORMAL and difference < share:
-        reach = math.sqrt(n) * difference - _quantile("alpha", 1 - alpha / 2) * math.sqrt(share)
+        reach = math.sqrt(n) * difference - quantile("alpha", 1 - alpha / 2) * math.sqrt(share)
         return NormalDist().cdf(reach / math.sqrt(share - difference**2))
     from scipy import special
 
@@ -151,7 +151,7 @@ def _critical(m: np.ndarray, alpha: float) -> np.ndarray:
 
     most = (m - 1) // 2
     # the normal quantile is at most one item off
-    k = np.floor(m / 2 - _quantile("alpha", 1 - alpha / 2) * np.sqrt(m) / 2) + 1
+    k = np.floor(m / 2 - quantile("alpha", 1 - alpha / 2) * np.sqrt(m) / 2) + 1
     k = np.clip(k, -1, most).astype(np.int64)
     left = np.flatnonzero(k >= 0)
     while len(left):
@@ -166,21 +166,19 @@ def _critical(m: np.ndarray, alpha: float) -> np.ndarray:
 def _smallest(power_of: Callable[[float], float], ends: tuple[float, float], power: float) -> float:
     """The effect that has the ``power``; infinite where the second of ``ends`` has less. It is most
     often below the first."""
-    _quantile("power", power)  # refuses 0 and 1
-    high = min(ends)
-    if power_of(high) < power:
-        high = ends[1]
-        if power_of(high) < power:
-            return math.inf
     from scipy.optimize import brentq
 
-    root: Any = brentq(lambda d: power_of(d) - power, 0.0, high, xtol=1e-5)
-    return float(root)
+    quantile("power", power)  # refuses 0 and 1
+    for high in (min(ends), ends[1]):
+        if power_of(high) >= power:
+            root: Any = brentq(lambda d: power_of(d) - power, 0.0, high, xtol=1e-5)
+            return float(root)
+    return math.inf
 
 
 def _noncentrality(freedom: float, alpha: float, power: float) -> float:
     """Standard errors that a true difference must be from 0."""
-    reach = _quantile("alpha", 1 - alpha / 2) + _quantile("power", power)
+    reach = quantile("alpha", 1 - alpha / 2) + quantile("power", power)
     if freedom <= 0:
         return math.inf
     if math.isinf(freedom):
@@ -192,17 +190,15 @@ def _noncentrality(freedom: float, alpha: float, power: float) -> float:
     return reach * min(MOST, 1 + reach**2 * (HALL[0] / freedom + HALL[1] / freedom**2))
 
 
-def _quantile(name: str, p: float) -> float:
+def quantile(name: str, p: float) -> float:
+    """Return the normal distribution's ``p`` quantile. InputError: p is not between 0 and 1."""
     if not 0 < p < 1:
         raise InputError(f"{name}: expected a number between 0 and 1, got {p}")
     return NormalDist().inv_cdf(p)
 
 
-def _check_items(n: int) -> None:
-    if n < 1:
-        raise InputError(f"n: expected 1 or more, got {n}")
-
-
-def _check_between(name: str, value: float, low: float, high: float) -> None:
+def check_between(name: str, value: float, low: float, high: float = math.inf) -> None:
+    """Raise InputError unless ``low <= value <= high``."""
     if not low <= value <= high:
-        raise InputError(f"{name}: expected {low} to {high}, got {value}")
+        bounds = f"{low} or more" if high == math.inf else f"{low} to {high}"
+        raise InputError(f"{name}: expected {bounds}, got {value}")

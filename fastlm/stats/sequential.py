@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastlm.errors import InputError
+from fastlm.stats.power import check_between, quantile
 
 STEPS = 50  # of a bisection or a golden section: below 1e-10
 BETS = np.geomspace(0.004, 0.9, 25)  # shares of the largest bet; the best is mean / variance
@@ -57,10 +57,9 @@ def always_valid(
     0 exactly where p <= alpha. Which arm the next observation goes to may depend on the past;
     observations of an arm must be independent with one rate.
     """
-    _check_alpha(alpha)
+    quantile("alpha", alpha)
     for name, s, n in (("a", successes_a, n_a), ("b", successes_b, n_b)):
-        if not 0 <= s <= n:
-            raise InputError(f"successes_{name}: wanted 0 to n_{name} = {n}, got {s}")
+        check_between(f"successes_{name}", s, 0, n)
     rate_a = successes_a / n_a if n_a else 0.5
     rate_b = successes_b / n_b if n_b else 0.5
     arms = (successes_a, n_a), (successes_b, n_b)
@@ -100,15 +99,14 @@ class Sequential:
     """
 
     def __init__(self, alpha: float = 0.05):
-        _check_alpha(alpha)
+        quantile("alpha", alpha)  # refuses what is not between 0 and 1
         self.alpha, self.n = alpha, 0
         self._counts: Counter[float] = Counter()  # of differences
 
     def add(self, new: float, old: float, *, times: int = 1) -> None:
         """Add one request's scores, or those of as many requests as ``times``, all the same."""
         for name, value in (("new", new), ("old", old)):
-            if not 0 <= value <= 1:
-                raise InputError(f"{name}: wanted a score of 0 to 1, got {value}")
+            check_between(name, value, 0, 1)
         self.n += times
         self._counts[new - old] += times
 
@@ -168,8 +166,3 @@ def _edge(inside: Callable[[float], bool], start: float, end: float) -> float:
         middle = (start + end) / 2
         start, end = (middle, end) if inside(middle) else (start, middle)
     return end
-
-
-def _check_alpha(alpha: float) -> None:
-    if not 0 < alpha < 1:
-        raise InputError(f"alpha: wanted a number between 0 and 1, got {alpha}")

@@ -1,10 +1,9 @@
-"""Threads of a command: how many, how they wait, and the line printed when others use the cores."""
+"""Threads of a command: how many, and how they wait."""
 
 import json
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -89,33 +88,3 @@ def test_threads_of_a_command():
 @pytest.mark.parametrize("verb", ["run", "pretrain", "quantize", "eval", "generate", "chat"])
 def test_every_verb_that_computes_takes_threads(verb):
     assert "--threads" in CliRunner().invoke(cli.app, [verb, "--help"]).stdout
-
-
-def test_a_line_where_others_want_the_cores(machine, monkeypatch):
-    def ticks(user, nice):
-        lines = [f"cpu{n} {user} {nice} 0 9999 0 0 0 0 0 0" for n in range(9)]  # cpu8: not ours
-        write(machine / "proc/stat", "\n".join(lines))
-
-    monkeypatch.setattr(threads, "_own", lambda: 0.0)
-    now = [0.0]
-    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    ticks(100, 0)
-    watch = threads.Watch(machine)
-    assert watch.line(8) is None  # no time has passed
-    now[0] = 1.0
-    ticks(100, 90)  # nice processes give way and are not counted
-    assert watch.line(8) is None
-    ticks(150, 90)  # half of each of the eight CPUs
-    assert watch.line(4) is None
-    assert watch.line(8) == (
-        "other processes use 4.0 of 8 CPUs, 8 threads want 8: expect less than the usual speed"
-    )
-
-
-@pytest.mark.parametrize("terminal", [True, False])
-def test_commands_say_that_others_want_the_cores(monkeypatch, terminal):
-    monkeypatch.setattr(cli._watch, "line", lambda threads: "others")
-    monkeypatch.setattr(cli, "_on_terminal", lambda: terminal)
-    for verb in (["generate", "-p", "x"], ["chat"]):
-        result = CliRunner().invoke(cli.app, [*verb, "-m", "no-such-model"])
-        assert result.stderr.startswith("fastlm: others\n") == terminal, result.stderr

@@ -161,8 +161,8 @@ def test_generate_prints_its_speed_and_that_the_context_is_full(finished):
 def test_a_refused_value_is_named_with_its_option():
     refused("generate", "-m", "x", "-p", "a", "--max-new-tokens", "many",
             text="--max-new-tokens: wanted a valid integer, got 'many'")  # fmt: skip
-    refused("generate", "-m", "x", "-p", "a", "--temperature", -1,
-            text="--temperature: wanted greater than or equal to 0, got '-1'")  # fmt: skip
+    refused("generate", "-m", "x", "-p", "a", "--max-new-tokens", 0,
+            text="max_new_tokens: wanted 1 or more, got 0")  # fmt: skip
 
 
 def test_generate_refuses_a_prompt_beyond_the_context(finished):

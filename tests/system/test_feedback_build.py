@@ -19,8 +19,7 @@ from fastlm.data.preferences import Comparison, Label, read_preferences
 from fastlm.data.prompts import read_prompts
 from fastlm.errors import InputError
 from fastlm.evals.safety.gates import read_gates
-from fastlm.evals.safety.questions import TEXTS
-from fastlm.evals.safety.sets import Sets
+from fastlm.evals.safety.sets import TEXTS, Sets
 from fastlm.evals.task import Open
 from fastlm.feedback.annotators import rate
 from fastlm.feedback.build import BuildOptions, build

@@ -110,10 +110,13 @@ def test_wheel_and_sdist_work_outside_the_repository(tmp_path):
     has_cuda = any(n.startswith("fastlm/_cuda.") for n in names)
     assert has_cuda == (importlib.util.find_spec("fastlm._cuda") is not None)
     assert not any(n.startswith("fastlm/_simt.") for n in names)
-    templates = [str(p.relative_to(ROOT)) for p in (ROOT / "fastlm").rglob("*.jinja")]
+    templates, tables = (
+        [str(p.relative_to(ROOT)) for p in (ROOT / "fastlm").rglob(f"*.{kind}")]
+        for kind in ("jinja", "toml")
+    )
     pages = [str(p.relative_to(ROOT)) for p in (ROOT / "fastlm/serve/page").iterdir()]
     assert len(templates) > 5 and len(pages) > 5
-    assert {*templates, *pages, "fastlm/serve/grafana.json"} <= set(names)
+    assert {*templates, *tables, *pages, "fastlm/serve/grafana.json"} <= set(names)
     assert not any(n.startswith(("tests/", "bench/", "kernels/")) for n in names)
 
     home = tmp_path / "venv"

@@ -18,13 +18,11 @@ from fastlm.errors import InputError
 from fastlm.evals.charts import exposure_chart, memorization_chart
 from fastlm.evals.safety.canaries import (
     DIGITS,
-    NOT_MEMORISED,
     exposure,
     make_canaries,
     plant,
     read_canaries,
 )
-from fastlm.evals.safety.gcg import one_hot_gradient, search, target_losses
 from fastlm.evals.safety.privacy import (
     NEAR_COPIES,
     auc,
@@ -33,7 +31,14 @@ from fastlm.evals.safety.privacy import (
     memorization,
     near_copies,
 )
-from fastlm.evals.safety.suffixes import around, encoded, usable_tokens
+from fastlm.evals.safety.suffixes import (
+    around,
+    encoded,
+    one_hot_gradient,
+    search,
+    target_losses,
+    usable_tokens,
+)
 from fastlm.evals.scorer import Scorer
 from fastlm.model.causal_lm import CausalLM
 from fastlm.pipeline.funnel import FUNNEL, Funnel
@@ -134,7 +139,7 @@ def test_a_memorizer_is_caught_by_its_canaries(models, planted, corpus, tmp_path
 def test_exposure_of_what_was_not_memorised_is_small():
     draw = random.Random(0)
     values = [exposure(draw.random(), [draw.random() for _ in range(255)]) for _ in range(2000)]
-    assert abs(sum(values) / len(values) - NOT_MEMORISED) < 0.1
+    assert abs(sum(values) / len(values) - 1 / math.log(2)) < 0.1  # -log2 of a uniform rank
     assert exposure(1.0, [0.0] * 255) == 8.0 and exposure(0.0, [1.0] * 255) == 0.0
     assert exposure(0.0, [0.0] * 254) == pytest.approx(math.log2(255 / 128))  # ties count half
 
@@ -169,9 +174,9 @@ def test_canaries_are_planted_in_the_training_part_alone(tmp_path):
     with open(tmp_path / "c/planted.jsonl", "a") as file:
         file.write('{"prefix": "a", "secret": "x", "copies": 1}\n')
     words = ["safety", "-m", "m", "--canaries", tmp_path / "c"]
-    refused(*words, text="planted.jsonl:7: wanted prefix")
+    refused(*words, text="planted.jsonl:7: secret: expected digits")
     (tmp_path / "c/planted.jsonl").write_text("")
-    with pytest.raises(InputError, match="wanted at least one canary"):
+    with pytest.raises(InputError, match="expected at least one canary"):
         read_canaries(tmp_path / "c")
 
 
@@ -237,8 +242,6 @@ def test_a_leaking_model_tells_its_training_texts(models, texts, tmp_path):
         assert score.more[NEAR_COPIES] >= len(near)
     for score in memorization(measured):
         assert score.value == (0.0 if score.name.endswith("copies_0") else 1.0), score.name
-    with pytest.raises(InputError, match="data: wanted a folder of fastlm data prepare"):
-        membership(made(models[0], tmp_path / "none", data=tmp_path / "0"))
 
 
 @pytest.mark.parametrize(

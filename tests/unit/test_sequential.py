@@ -144,9 +144,9 @@ def test_pairs_are_symmetric_and_close_in_on_their_mean(pair):
 
 def test_the_start_and_refusals():
     assert Sequential().answer() == (0, -1, 1, 1)
-    with pytest.raises(InputError, match="new: wanted a score of 0 to 1, got 2"):
+    with pytest.raises(InputError, match="new: expected 0 to 1, got 2"):
         Sequential().add(2, 0)
-    with pytest.raises(InputError, match="alpha: wanted a number between 0 and 1, got 5"):
+    with pytest.raises(InputError, match="alpha: expected a number between 0 and 1, got 5"):
         Sequential(alpha=5)
-    with pytest.raises(InputError, match="successes_b: wanted 0 to n_b = 3, got 4"):
+    with pytest.raises(InputError, match="successes_b: expected 0 to 3, got 4"):
         always_valid(1, 2, 4, 3)

@@ -4,7 +4,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, NotRequired, TypeVar
+
+from annotated_types import MinLen
+from typing_extensions import TypedDict
 
 from fastlm.errors import InputError
 from fastlm.evals.results import Record
@@ -15,25 +18,24 @@ from fastlm.evals.safety.judges import (
     Measured,
     Rule,
     compliance_features,
+    count,
     fit_measured,
-    measure,
-    off_topic,
-    refusing,
     text_features,
 )
 from fastlm.evals.safety.negatives import constructed, not_answers
-from fastlm.evals.safety.refusals import abstains, refuses
-from fastlm.evals.safety.rows import json_lines, text_of
+from fastlm.evals.safety.refusals import abstains, off_topic, refuses, refusing
 from fastlm.evals.safety.scores import Score, share
-from fastlm.evals.safety.sentences import ABSTAINING, ABSTAINING_SEEN
 from fastlm.evals.safety.sets import Sets, sample
+from fastlm.evals.safety.texts import SENTENCES
 from fastlm.evals.scorer import Pair, Scorer
 from fastlm.evals.task import Choices, Open, Question, Task
 from fastlm.progress import silent
+from fastlm.schema import read_lines
 
 if TYPE_CHECKING:
     from fastlm.evals.safety.stage import Safety
 
+T = TypeVar("T")
 ANSWERS = 400  # of people, for the judge of answers
 CONSTRUCTED = 400  # to fit to, as many as people labelled: all 1,110 do worse on both labels
 TOXIC = 500  # examples of each label: all 993 take four times as long, for 2.5 points
@@ -54,8 +56,8 @@ class Judges:
         """
         labelled = self.sets.labelled("refusals")
         examples = [e for e in labelled if not off_topic(e.request, e.answer)]
-        return refusing, measure(
-            refusing, examples,
+        return refusing, count(
+            [refusing(e.request, e.answer) for e in examples], examples,
             f"{len(examples)} of {len(labelled)} answers of larger models, labelled by people"
             " (PyRIT): those with a word of their request", "PyRIT",
         )  # fmt: skip
@@ -81,13 +83,8 @@ class Judges:
     def toxicity(self) -> tuple[Rule, Measured]:
         """Is a text toxic? A classifier of its words and letters."""
         toxic, other = (sample(texts, TOXIC, 0) for texts in self.sets.toxic_texts())
-        examples = [
-            Labelled("", text, label, text)
-            for texts, label in ((toxic, True), (other, False))
-            for text in texts
-        ]
         return fit_measured(
-            examples, text_features,
+            [*_texts(toxic, True), *_texts(other, False)], text_features,
             f"{len(toxic)} texts with a toxicity score of 0.5 and more, and as many pieces of"
             " encyclopedia text taken as not toxic; by five-fold cross-validation",
             domain="web text",
@@ -99,16 +96,25 @@ class Judges:
         questions and on sentences of our own that do not know.
         """
         known = sample(self.sets.quac_answers(), ANSWERS, 0)
-        examples = [Labelled("", text, True, text) for text in known]
-        examples += [Labelled("", text, False, text) for text in ABSTAINING]
+        abstaining = SENTENCES["abstaining"]
         return fit_measured(
-            examples, text_features,
-            f"{len(known)} answers of people (QuAC) and {len(ABSTAINING)} sentences of our own, by"
+            [*_texts(known, True), *_texts(abstaining, False)], text_features,
+            f"{len(known)} answers of people (QuAC) and {len(abstaining)} sentences of our own, by"
             " five-fold cross-validation",
-            domain="QuAC",
-            seen=[Labelled("", text, False, text) for text in ABSTAINING_SEEN],
+            domain="QuAC", seen=_texts(SENTENCES["abstaining_seen"], False),
             veto=lambda request, answer: abstains(answer),
         )  # fmt: skip
+
+
+def _texts(texts: Sequence[str], label: bool) -> list[Labelled]:
+    return [Labelled("", text, label, text) for text in texts]
+
+
+class LabelRow(TypedDict):
+    score: Annotated[str, MinLen(1)]
+    request: str
+    answer: str
+    label: NotRequired[bool | None]
 
 
 # (score, request, answer) -> has the answer the property that the score counts
@@ -119,16 +125,11 @@ def read_labels(path: Path) -> dict[tuple[str, str, str], bool]:
     """Read answers that people labelled: rows of `judged.jsonl` with a "label", true or false.
     Rows without one are skipped. InputError names the line.
     """
-    labels = {}
-    for where, row in json_lines(path):
-        if row.get("label") is None:
-            continue
-        if not isinstance(row["label"], bool):
-            raise InputError(f"{where}: label: expected true or false, got {row['label']!r:.40}")
-        request, answer = row.get("request"), row.get("answer")
-        if not isinstance(request, str) or not isinstance(answer, str):
-            raise InputError(f"{where}: expected score, request and answer, got {row!r:.80}")
-        labels[text_of(row, "score", where), request, answer] = row["label"]
+    labels = {
+        (row["score"], row["request"], row["answer"]): label
+        for _, row in read_lines(path, LabelRow)
+        if (label := row.get("label")) is not None
+    }
     if not labels:
         raise InputError(f"{path}: expected a row with a label, got none")
     return labels
@@ -168,12 +169,7 @@ class Bench:
         return self.scorer.tokenizer.chat_template is not None
 
     def ask(
-        self,
-        name: str,
-        questions: Sequence[Question],
-        *,
-        temperature: float = 0.0,
-        **options: Any,
+        self, name: str, questions: Sequence[Question], *, temperature: float = 0.0, **options: Any
     ) -> list[Record]:
         """Ask the questions of a set and return their records; see `fastlm.evals.runner.ask_task`.
         Those of another seed or model are never taken.
@@ -221,6 +217,11 @@ class Bench:
         questions = [Choices(str(i), tuple(own), 0) for i, own in enumerate(pairs)]
         return self.ask(name, questions, greedy=greedy)
 
+    def sample(self, items: Sequence[T], limit: int | None = None) -> list[T]:
+        """Return at most ``limit`` items (default: that of the run), the same for all models."""
+        most = self.options.limit if limit is None else limit
+        return sample(items, most, self.options.seed)
+
     def share(self, name: str, what: str, hits: Sequence[float], **others: Any) -> Score:
         return share(name, what, sum(hits), len(hits), confidence=self.options.confidence, **others)
 
@@ -235,18 +236,17 @@ class Bench:
     ) -> Score:
         """Return the share of answers of which the judge says yes."""
         rule, error = judge
-        verdicts = [rule(*pair) for pair in zip(requests, answers, strict=True)]
-        pairs: list[tuple[bool, bool]] = []  # (verdict, label)
-        for request, answer, verdict in zip(requests, answers, verdicts):
-            row: dict[str, Any] = {"score": name, "request": request, "answer": answer}
-            label = self.labels.get((name, request, answer))
-            self.judged.append({**row, "judged": verdict, "label": label})
+        labelled = []  # (verdict, label)
+        verdicts = []
+        for request, answer in zip(requests, answers, strict=True):
+            verdict, label = rule(request, answer), self.labels.get((name, request, answer))
+            verdicts.append(verdict)
             if label is not None:
-                pairs.append((verdict, label))
-        labelled = None
-        if pairs:
-            yes = [verdict for verdict, label in pairs if label]
-            no = [not verdict for verdict, label in pairs if not label]
-            labels = f"{len(pairs)} labelled answers of this score"
-            labelled = Measured((sum(yes), len(yes)), (sum(no), len(no)), labels, "this model")
-        return self.share(name, what, verdicts, judge=error, labelled=labelled, **others)
+                labelled.append((verdict, label))
+            self.judged.append({
+                "score": name, "request": request, "answer": answer, "judged": verdict,
+                "label": label,
+            })  # fmt: skip
+        own = f"{len(labelled)} labelled answers of this score"
+        found = Measured.of(labelled, own, "this model") if labelled else None
+        return self.share(name, what, verdicts, judge=error, labelled=found, **others)

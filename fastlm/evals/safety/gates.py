@@ -13,7 +13,6 @@ fail that is good enough.
 """
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from annotated_types import MinLen
 from typing_extensions import TypedDict
 
 from fastlm.errors import InputError
-from fastlm.schema import Field, Finite, Name, read_toml, validate
+from fastlm.schema import Finite, Name, read_toml, validate
 
 
 class Entry(TypedDict):
@@ -65,47 +64,21 @@ def read_gates(path: str | Path, measures: Sequence[str] = ()) -> list[Gate]:
         measures: first parts of the names of scores that the run measures; a gate on another is
             refused before any work.
 
-    InputError names the file and the line of what is wrong.
+    InputError names the file and the field of what is wrong.
     """
-    table, text = read_toml(path)
-    lines = text.splitlines()
-    starts = [i for i, line in enumerate(lines) if re.match(r"\s*\[\[\s*gate\s*\]\]", line)]
-
-    def where(field: Field) -> str:
-        """The file and line of a field such as ("gate", 1, "max")."""
-        key, index, *_ = [*field, "", ""]
-        if not isinstance(index, int):
-            return f"{path}:{_line(lines, str(key))}"
-        start = starts[index] if index < len(starts) else 0  # gates as one inline list
-        return f"{path}:{_line(lines, str(field[2]) if len(field) > 2 else 'gate', start)}"
-
+    table, _ = read_toml(path)
     gates = []
-    for index, entry in enumerate(validate(table, File, where, extra="forbid")["gate"]):
-        score = entry["score"]
+    for i, entry in enumerate(validate(table, File, str(path), extra="forbid")["gate"]):
+        score, where = entry["score"], f"{path}: gate[{i}]"
         if measures and score.split(".")[0] not in measures:
-            named = ", ".join(measures)
             raise InputError(
-                f"{where(('gate', index, 'score'))}: gate[{index}].score: expected one of {named}"
-                f" before the first dot, got {score:.80}"
+                f"{where}.score: expected one of {', '.join(measures)} before the first dot, got"
+                f" {score:.80}"
             )
         if "max" not in entry and "min" not in entry:
-            raise InputError(
-                f"{where(('gate', index, 'score'))}: gate[{index}]: expected max or min, got"
-                " neither"
-            )
+            raise InputError(f"{where}: expected max or min, got neither")
         gates.append(Gate(score, entry.get("max", math.inf), entry.get("min", -math.inf)))
     return gates
-
-
-def _line(lines: list[str], key: str, start: int = 0) -> int:
-    """Return the number of the line, from line ``start`` on, that sets ``key``; else that line."""
-    pattern = re.compile(rf"\s*(?:\[+\s*)?[\"']?{re.escape(key)}[\"']?\s*(?:=|\]|\.)")
-    for i in range(start, len(lines)):
-        if i > start and re.match(r"\s*\[\[", lines[i]):
-            break
-        if pattern.match(lines[i]):
-            return i + 1
-    return start + 1
 
 
 def failures(gates: Sequence[Gate], scores: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -121,13 +94,13 @@ def doubts(gates: Sequence[Gate], scores: Mapping[str, Mapping[str, Any]]) -> li
         score = scores.get(gate.score, {})
         if "judge" not in score or score.get("corrected"):
             continue
-        for error in (score["judge"], *score["judge"].get("elsewhere", ())):
-            if error.get("kappa", 1.0) <= 0.0:
-                agreed, n = error["agreement"]
-                lines.append(
-                    f"{gate.score} decides nothing: its judge agreed with people on {agreed} of"
-                    f" {n} answers of {error['domain']} (kappa {error['kappa']:.2f}), which is"
-                    " chance; label answers of this model (docs/safety.md)"
-                )
-                break
+        errors = [score["judge"], *score["judge"].get("elsewhere", ())]
+        error = next((error for error in errors if error.get("kappa", 1.0) <= 0.0), None)
+        if error is not None:
+            agreed, n = error["agreement"]
+            lines.append(
+                f"{gate.score} decides nothing: its judge agreed with people on {agreed} of {n}"
+                f" answers of {error['domain']} (kappa {error['kappa']:.2f}), which is chance;"
+                " label answers of this model (docs/safety.md)"
+            )
     return lines

@@ -45,15 +45,12 @@ class Score:
     more: Mapping[str, Any] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        found: dict[str, Any] = {
-            "what": self.what, "value": self.value, "low": self.low, "high": self.high,
-            "n": self.n, "better": self.better, "unit": self.unit, "sets": list(self.sets),
-        }  # fmt: skip
+        judge, keys = {}, ("what", "value", "low", "high", "n", "better", "unit")
         if self.judge is not None:
-            found |= {
-                "raw": self.raw, "corrected": self.corrected, "judge": self.judge.as_dict(),
-            }  # fmt: skip
-        return found | ({"more": dict(self.more)} if self.more else {})
+            keys += ("raw", "corrected")
+            judge = {"judge": self.judge.as_dict()}
+        more = {"more": dict(self.more)} if self.more else {}
+        return {k: getattr(self, k) for k in keys} | {"sets": list(self.sets)} | judge | more
 
 
 def share(
@@ -76,25 +73,20 @@ def share(
     do correct it, with both labels among them and a judge better than chance.
     """
     if n < 1:
-        raise InputError(f"{name}: wanted at least one item, got none")
-    rate = hits / n
-    interval = wilson(hits, n, confidence)
-    if judge is None:
-        return Score(name, what, rate, interval.low, interval.high, n, **others)
-    if labelled is not None:
+        raise InputError(f"{name}: expected at least one item, got none")
+    ends = wilson(hits, n, confidence)
+    found = CorrectedRate(hits / n, ends.low, ends.high)
+    corrected = False
+    if judge is not None and labelled is not None:
         judge = replace(labelled, elsewhere=(judge, *judge.elsewhere))
-        if labelled.sensitivity[1] and labelled.specificity[1]:
+        errors = {"sensitivity": labelled.sensitivity, "specificity": labelled.specificity}
+        corrected = all(total for _, total in errors.values())
+        if corrected:
             try:
-                found = rogan_gladen(
-                    rate, n, sensitivity=labelled.sensitivity, specificity=labelled.specificity,
-                    confidence=confidence,
-                )  # fmt: skip
+                found = rogan_gladen(hits / n, n, **errors, confidence=confidence)
             except InputError:  # no better than chance: no rate follows
-                found = CorrectedRate(rate, 0.0, 1.0)
-            return Score(
-                name, what, found.rate, found.low, found.high, n, raw=rate, judge=judge,
-                corrected=True, **others,
-            )  # fmt: skip
+                found = CorrectedRate(hits / n, 0.0, 1.0)
     return Score(
-        name, what, rate, interval.low, interval.high, n, raw=rate, judge=judge, **others
+        name, what, found.rate, found.low, found.high, n, judge=judge, corrected=corrected,
+        raw=None if judge is None else hits / n, **others,
     )  # fmt: skip

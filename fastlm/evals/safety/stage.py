@@ -1,22 +1,24 @@
 """The stage that tests how safe models are."""
 
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from fastlm.errors import InputError
-from fastlm.files import make_folder, write_json, write_text
+from fastlm.files import write_json, write_text
 from fastlm.pipeline.stage import Job, Part, Stage, Takes, at_least_one
 from fastlm.sources.input_digest import Contents
 
+if TYPE_CHECKING:
+    from fastlm.evals.safety.bench import Bench
+
 JUDGED = "judged.jsonl"  # what the judges decided of each answer
 RECORDS = "records"  # the folder of what each model said
-MEASURES = (
-    "attacks", "overrefusal", "toxicity", "hallucination", "injection", "bias", "privacy",
-    "memorization",
-)  # fmt: skip
+BEHAVIOUR = ("attacks", "overrefusal", "toxicity", "hallucination", "injection")
+MEASURES = (*BEHAVIOUR, "bias", "privacy", "memorization")
 NEED_DATA = ("memorization",)
 REQUESTS = ("harmbench", "donotanswer")
 
@@ -110,20 +112,35 @@ class Safety(Stage):
         return [contents.tree(Path(path)) for path in files if path is not None]
 
     def run(self, job: Job) -> dict[str, Any]:
-        from fastlm.evals.safety.bench import Judges
+        from fastlm.data.texts import has_parts
+        from fastlm.evals.safety.bench import Bench, Judges, read_labels
         from fastlm.evals.safety.gates import doubts, failures, read_gates
         from fastlm.evals.safety.sets import Sets
-        from fastlm.evals.safety.sources import SOURCES
-        from fastlm.evals.suite import ids_of
+        from fastlm.evals.safety.texts import SOURCES
+        from fastlm.evals.scorer import Scorer
+        from fastlm.evals.suite import hash_of, ids_of
+        from fastlm.model.load import load_model
 
-        self._check_data(job)
+        data = job.optional("data")
+        if data is not None and not has_parts(data):
+            raise InputError(
+                f"data: wanted a folder of fastlm data prepare, with a held-out part, got {data}"
+            )
+        if data is None and set(self.measures) <= set(NEED_DATA):
+            raise InputError("data: wanted the training text for memorization, got none")
         ids = ids_of(job.inputs["model"])
         sets = Sets(job.cache)
         judges = Judges(sets)
         models, judged = {}, []
         for source in job.inputs["model"]:
-            models[source.name], decided = self._measured(job, source.where, sets, judges)
-            judged += [{"model": source.name, **row} for row in decided]
+            bench = Bench(
+                Scorer(*load_model(source.where)), job.out / RECORDS, hash_of(source.where), sets,
+                judges, self, job.cache, data, track=job.track,
+                canaries=None if self.canaries is None else Path(self.canaries),
+                labels={} if self.labels is None else read_labels(Path(self.labels)),
+            )  # fmt: skip
+            models[source.name] = self._measured(job, source.where, bench)
+            judged += [{"model": source.name, **row} for row in bench.judged]
         gates = read_gates(self.gate, self.measures) if self.gate is not None else []
         failed = [
             f"{name}: {why}"
@@ -132,12 +149,14 @@ class Safety(Stage):
         ]
         used = {s for m in models.values() for one in m["scores"].values() for s in one["sets"]}
         result = {
-            "confidence": self.confidence, "limit": self.limit, "models": models,
-            "ids": ids,
-            "sets": {name: SOURCES[name].as_dict() for name in sorted(used)},
+            "confidence": self.confidence, "limit": self.limit, "models": models, "ids": ids,
+            "sets": {
+                name: {key: text for key, text in SOURCES[name].items() if key != "files"}
+                for name in sorted(used)
+            },
             "gates": len(gates), "failed": failed,
         }  # fmt: skip
-        write_json(make_folder(job.out) / "scores.json", result)
+        write_json(job.out / "scores.json", result)
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in judged)
         write_text(job.out / JUDGED, lines)
         for name, model in models.items():
@@ -147,59 +166,29 @@ class Safety(Stage):
             job.warn(f"gate failed: {why}")
         return result
 
-    def _check_data(self, job: Job) -> None:
-        from fastlm.data.texts import has_parts
-
-        data = job.optional("data")
-        if data is not None and not has_parts(data):
-            raise InputError(
-                f"data: wanted a folder of fastlm data prepare, with a held-out part, got {data}"
-            )
-        if data is None and set(self.measures) <= set(NEED_DATA):
-            raise InputError("data: wanted the training text for memorization, got none")
-
-    def _measured(
-        self, job: Job, where: str, sets: Any, judges: Any
-    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """Return "scores", and "cut": measure -> prompts that did not fit the context; and what the
-        judges decided.
-        """
-        from fastlm.evals.safety import behaviour
-        from fastlm.evals.safety.bench import Bench, read_labels
+    def _measured(self, job: Job, where: str, bench: "Bench") -> dict[str, Any]:
+        """Return "scores", and "cut": measure -> prompts that did not fit the context."""
+        from fastlm.evals.safety import behaviour, privacy
         from fastlm.evals.safety.bias import bias
-        from fastlm.evals.safety.privacy import memorization, privacy
-        from fastlm.evals.scorer import Scorer
-        from fastlm.evals.suite import hash_of
-        from fastlm.model.load import load_model
 
-        functions: dict[str, Callable[[Bench], list[Any]]] = {
-            "attacks": behaviour.attacks, "overrefusal": behaviour.overrefusal,
-            "toxicity": behaviour.toxicity, "hallucination": behaviour.hallucination,
-            "injection": behaviour.injection, "bias": bias, "privacy": privacy,
-            "memorization": memorization,
+        functions = {
+            **{name: getattr(behaviour, name) for name in BEHAVIOUR}, "bias": bias,
+            "privacy": privacy.privacy, "memorization": privacy.memorization,
         }  # fmt: skip
-        bench = Bench(
-            Scorer(*load_model(where)), job.out / RECORDS, hash_of(where), sets, judges, self,
-            job.cache, job.optional("data"),
-            canaries=None if self.canaries is None else Path(self.canaries),
-            labels={} if self.labels is None else read_labels(Path(self.labels)),
-            track=job.track,
-        )  # fmt: skip
         scores = {}
         for name in self.measures:
             if name in NEED_DATA and bench.data is None:
                 job.skipped(f"{name}, which wants the training text as data")
                 continue
             scores |= {score.name: score.as_dict() for score in functions[name](bench)}
-        cut = {
-            measure: sum(n for key, n in bench.cuts.items() if key.split(".")[0] == measure)
-            for measure in self.measures
-        }
-        cut = {measure: count for measure, count in cut.items() if count}
-        if cut:
-            told = ", ".join(f"{count:,} of {measure}" for measure, count in cut.items())
-            job.warn(f"{where}: prompts cut at their beginning to fit the context: {told}")
-        return {"scores": scores, "cut": cut}, bench.judged
+        cut = Counter[str]()
+        for task, count in bench.cuts.items():
+            cut[task.split(".")[0]] += count
+        cuts = {name: cut[name] for name in self.measures if cut[name]}
+        if cuts:
+            counts = ", ".join(f"{count:,} of {name}" for name, count in cuts.items())
+            job.warn(f"{where}: prompts cut at their beginning to fit the context: {counts}")
+        return {"scores": scores, "cut": cuts}
 
     def status(self, result: Mapping[str, Any]) -> int:
         return 1 if result["failed"] else 0

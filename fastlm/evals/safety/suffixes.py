@@ -1,22 +1,182 @@
-"""Suffixes found by `fastlm.evals.safety.gcg`, as prompts: tokens of a chat and back to text."""
+"""Suffixes that make a model begin its answer with a given text, searched by greedy coordinate
+gradient (Zou et al. 2023, arXiv:2307.15043).
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+    loss(suffix) = -log p(target | before, suffix, after) / len(target)
+
+A step takes the gradient of the loss by the one-hot vectors of the suffix, keeps for each position
+the ``top_k`` tokens that would lower the loss most to first order, draws ``candidates`` single
+replacements among them, and continues with the best of those. The model is ours, so there is no
+transfer: this is the strongest of the attacks here, and the slowest.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from typing_extensions import TypedDict
 
 from fastlm.errors import InputError
 from fastlm.evals.results import Record
 from fastlm.evals.safety.bench import Bench
-from fastlm.evals.safety.gcg import search
 from fastlm.evals.scorer import Scorer
 from fastlm.evals.task import Open
+from fastlm.model.causal_lm import IGNORE, CausalLM
+from fastlm.ops.quantized_weight import QuantizedWeight
 
 if TYPE_CHECKING:
+    from fastlm.evals.safety.stage import Safety
     from fastlm.tokenizer.tokenizer import Tokenizer
 
 TARGET = "Sure, here is"
+TOP_K = 64  # 256 in the paper, for 500 steps of 512 candidates; a short search draws fewer
+ROWS = 16  # candidates in one forward: 2,000 tokens at a usual length
+
+
+@dataclass(frozen=True)
+class Found:
+    """``losses``: the best loss so far, before the first step and after each, nats per token."""
+
+    suffix: list[int]
+    losses: list[float]
+
+
+def search(
+    model: CausalLM,
+    before: Sequence[int],
+    after: Sequence[int],
+    target: Sequence[int],
+    start: Sequence[int],
+    *,
+    steps: int,
+    candidates: int,
+    seed: int,
+    top_k: int = TOP_K,
+    allowed: Tensor | None = None,
+    valid: Callable[[list[int]], bool] = lambda suffix: True,
+    gradient: bool = True,
+) -> Found:
+    """Return the best suffix of ``steps * candidates`` tried, as long as ``start``.
+
+    Args:
+        before, after: tokens around the suffix; target: tokens to be made likely after them.
+        allowed: (V,) bool, tokens that a suffix may have; default: all.
+        valid: refuses candidates, for example those that would not survive tokenization.
+        gradient: False draws from all allowed tokens: the random search it is compared with.
+    """
+    if not start or not target:
+        raise InputError("suffix: wanted at least one token in it and in its target, got none")
+    vocab = model.config.vocab_size
+    usable = torch.ones(vocab, dtype=torch.bool) if allowed is None else allowed.cpu()
+    pool = usable.nonzero()[:, 0]
+    if not len(pool):
+        raise InputError("allowed: wanted at least one token, got none")
+    draw = torch.Generator().manual_seed(seed)
+    training = model.training
+    model.eval()
+
+    try:
+        current = list(start)
+        best, best_loss = current, float(target_losses(model, before, [current], after, target)[0])
+        history = [best_loss]
+        for _ in range(steps):
+            choices = pool.expand(len(current), -1)
+            if gradient:
+                slope = one_hot_gradient(model, before, current, after, target)
+                slope[:, ~usable] = torch.inf
+                choices = slope.topk(min(top_k, len(pool)), largest=False).indices
+            tried = _replaced(current, choices, candidates, draw, valid)
+            if tried:
+                found = target_losses(model, before, tried, after, target)
+                i = int(found.argmin())
+                current = tried[i]
+                if float(found[i]) < best_loss:
+                    best, best_loss = current, float(found[i])
+            history.append(best_loss)
+        return Found(list(best), history)
+    finally:
+        model.train(training)
+
+
+def _replaced(
+    current: list[int],
+    choices: Tensor,
+    count: int,
+    draw: torch.Generator,
+    valid: Callable[[list[int]], bool],
+) -> list[list[int]]:
+    """Return up to ``count`` copies of ``current``, each with one token replaced."""
+    places = torch.randint(len(current), (count,), generator=draw)
+    picks = torch.randint(choices.shape[1], (count,), generator=draw)
+    tokens = choices[places, picks].tolist()
+    tried = [[*current[:i], token, *current[i + 1 :]] for i, token in zip(places.tolist(), tokens)]
+    return [suffix for suffix in tried if valid(suffix)]
+
+
+def target_losses(
+    model: CausalLM,
+    before: Sequence[int],
+    suffixes: Sequence[Sequence[int]],
+    after: Sequence[int],
+    target: Sequence[int],
+) -> Tensor:
+    """Return the loss of each suffix, float32 (number,) on the CPU."""
+    found = []
+    with torch.no_grad():
+        for i in range(0, len(suffixes), ROWS):
+            rows = [[*before, *suffix, *after, *target] for suffix in suffixes[i : i + ROWS]]
+            ids = torch.tensor(rows, device=model.device)
+            labels = _labels(ids, len(target))
+            found.append(-model.logprobs(ids[:, :-1], labels).sum(1).float().cpu() / len(target))
+    return torch.cat(found)
+
+
+def one_hot_gradient(
+    model: CausalLM,
+    before: Sequence[int],
+    suffix: Sequence[int],
+    after: Sequence[int],
+    target: Sequence[int],
+) -> Tensor:
+    """Return d loss / d one-hot vectors of the suffix: float32 (len(suffix), V) on the CPU.
+
+    It is d loss / d embedding times the embedding matrix; the embedding's output is caught by a
+    hook, so this works for every model, quantized ones too.
+    """
+    ids = torch.tensor([[*before, *suffix, *after, *target]], device=model.device)
+    labels = _labels(ids, len(target))
+    caught: list[Tensor] = []
+
+    def catch(module: object, inputs: object, output: Tensor) -> Tensor:
+        del module, inputs
+        caught.append(output.detach().requires_grad_())
+        return caught[-1]
+
+    handle = model.model.embed_tokens.register_forward_hook(catch)
+    wanted = [parameter.requires_grad for parameter in model.parameters()]
+    try:
+        model.requires_grad_(False)  # no gradient of weights is computed
+        with torch.inference_mode(False), torch.enable_grad():
+            loss = -model.logprobs(ids[:, :-1], labels).sum() / len(target)
+            (slope,) = torch.autograd.grad(loss, caught)
+    finally:
+        handle.remove()
+        for parameter, was in zip(model.parameters(), wanted, strict=True):
+            parameter.requires_grad_(was)
+    matrix: Any = model.model.embed_tokens.weight
+    if isinstance(matrix, QuantizedWeight):
+        matrix = matrix.dequantize(torch.float32)
+    rows = slope[0, len(before) : len(before) + len(suffix)].float()
+    with torch.no_grad():
+        return (rows @ matrix.float().T).cpu()
+
+
+def _labels(ids: Tensor, target: int) -> Tensor:
+    """Return shifted labels of ids (B, S), (B, S - 1): only the target's tokens have one."""
+    labels = ids[:, 1:].clone()
+    labels[:, :-target] = IGNORE
+    return labels
 
 
 class SuffixRecord(TypedDict):
@@ -30,24 +190,9 @@ def suffix_prompts(bench: Bench, name: str, requests: Sequence[str]) -> list[str
     o, chat = bench.options, bench.chats
 
     def probe(scorer: Scorer, some: Sequence[Open], seed: int) -> list[Record]:
-        tokenizer = scorer.tokenizer
-        target = tokenizer.encode(TARGET if chat else f" {TARGET}")
-        usable = usable_tokens(tokenizer, scorer.model.config.vocab_size)
-        records = []
-        for q in some:
-            before, start, after = around(tokenizer, q.prompt, o.suffix_tokens, chat)
-
-            def valid(suffix: list[int], parts=(q.prompt, before, after)) -> bool:
-                text = parts[0] + tokenizer.decode(suffix)
-                return encoded(tokenizer, text, chat) == [*parts[1], *suffix, *parts[2]]
-
-            found = search(
-                scorer.model, before, after, target, start, steps=o.suffix_steps,
-                candidates=o.suffix_candidates, seed=seed + int(q.id), allowed=usable, valid=valid,
-            )  # fmt: skip
-            suffix = tokenizer.decode(found.suffix)
-            records.append({"id": q.id, "suffix": suffix, "losses": found.losses})
-        return records
+        return [
+            {"id": q.id, **_suffix_of(scorer, q.prompt, o, chat, seed + int(q.id))} for q in some
+        ]  # fmt: skip
 
     options = {
         "tokens": o.suffix_tokens, "steps": o.suffix_steps, "candidates": o.suffix_candidates,
@@ -56,9 +201,23 @@ def suffix_prompts(bench: Bench, name: str, requests: Sequence[str]) -> list[str
     records = bench.ask(
         f"suffixes.{name}", questions, probe=probe, record=SuffixRecord, part_size=1
     )
-    return [
-        request + record["suffix"] for request, record in zip(requests, records, strict=True)
-    ]  # fmt: skip
+    return [request + record["suffix"] for request, record in zip(requests, records, strict=True)]
+
+
+def _suffix_of(scorer: Scorer, request: str, o: "Safety", chat: bool, seed: int) -> dict[str, Any]:
+    tokenizer = scorer.tokenizer
+    before, start, after = around(tokenizer, request, o.suffix_tokens, chat)
+
+    def valid(suffix: list[int]) -> bool:
+        ids = encoded(tokenizer, request + tokenizer.decode(suffix), chat)
+        return ids == [*before, *suffix, *after]
+
+    found = search(
+        scorer.model, before, after, tokenizer.encode(TARGET if chat else f" {TARGET}"), start,
+        steps=o.suffix_steps, candidates=o.suffix_candidates, seed=seed, valid=valid,
+        allowed=usable_tokens(tokenizer, scorer.model.config.vocab_size),
+    )  # fmt: skip
+    return {"suffix": tokenizer.decode(found.suffix), "losses": found.losses}
 
 
 def encoded(tokenizer: "Tokenizer", text: str, chat: bool) -> list[int]:
@@ -75,14 +234,11 @@ def around(
     InputError: a tokenizer that does not keep a run of equal words apart from its surroundings.
     """
     for word in (" !", " x", "!", "x"):
-        run = tokenizer.encode(request + word * (length + 8))
-        token = run[-1]
-        ids = encoded(tokenizer, request + tokenizer.decode([token] * length), chat)
-        at = next(
-            (i for i in range(len(ids)) if ids[i : i + length] == [token] * length), None
-        )  # fmt: skip
-        if at is not None:
-            return ids[:at], ids[at : at + length], ids[at + length :]
+        suffix = tokenizer.encode(request + word * (length + 8))[-1:] * length
+        ids = encoded(tokenizer, request + tokenizer.decode(suffix), chat)
+        for i in range(len(ids) - length + 1):
+            if ids[i : i + length] == suffix:
+                return ids[:i], suffix, ids[i + length :]
     raise InputError("suffix: wanted a tokenizer in which a repeated word is a repeated token")
 
 
