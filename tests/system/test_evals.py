@@ -237,8 +237,7 @@ def test_questions_of_a_passage_count_as_one_draw_in_parts_and_clean_ones():
     assert found["a"]["measures"]["acc"]["error"] == pytest.approx(clustered)
     assert clustered > 1.5 * mean_error(each["acc"][rows]).error
     dirty = np.arange(40) < 20
-    overlap = contamination.Overlap(dirty.astype(float), dirty)
-    parted = contamination.told(task, overlap, {"m": each})["models"]["m"]
+    parted = contamination.told(task, dirty.astype(float), {"m": each})["models"]["m"]
     for part, chosen in (("dirty", dirty), ("clean", ~dirty)):
         own = [name for name, one in zip(names, chosen) if one]
         expected = mean_error(each["acc"][chosen], clusters=own).error

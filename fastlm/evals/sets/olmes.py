@@ -57,7 +57,8 @@ def read_rows(path: Path) -> list[Row]:
     rows, number = [], 0  # of the line
     try:
         with gzip.open(path, "rt", encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
+            for line in lines:
+                number += 1
                 rows.append(json.loads(line))
                 if not isinstance(rows[-1], dict):
                     raise ValueError(f"wanted an object, got {type(rows[-1]).__name__}")
