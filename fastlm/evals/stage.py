@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fastlm.errors import InputError
-from fastlm.files import make_folder, write_json, write_text
+from fastlm.files import make_folder, write_json
 from fastlm.pipeline.stage import Facts, Job, Part, Stage, Takes, at_least_one
 
 ITEMS = "items"  # the folder of what each model said to each question
@@ -120,7 +120,6 @@ class Eval(Stage):
         scores = {**packed, "models": models, "ids": ids}
         if tasks:
             from fastlm.evals.suite import measured
-            from fastlm.evals.tables import task_table
 
             scores["tasks"] = measured(tasks, asked)
             for i, found in enumerate(overlaps):
@@ -128,8 +127,6 @@ class Eval(Stage):
 
                 values = {name: results[i]["values"] for name, results in asked.items()}
                 scores["tasks"][i]["contamination"] = told(tasks[i], found, values)
-            table = task_table(scores["tasks"]).latex()
-            write_text(make_folder(job.out) / "scores.tex", table)
         write_json(make_folder(job.out) / "scores.json", scores)
         return scores
 
@@ -186,10 +183,10 @@ class Eval(Stage):
         return eval_summary(result)
 
     def shown(self, result: Mapping[str, Any], job: Job) -> Any:
-        from fastlm.evals.report import render_eval
+        from fastlm.evals.report import eval_blocks, rendered
 
         del job
-        return render_eval(result)
+        return rendered(eval_blocks(result))
 
     def report(self, job: Job, result: Mapping[str, Any]) -> Part:
         from fastlm.evals.report import eval_part
