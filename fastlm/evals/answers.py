@@ -6,15 +6,27 @@ An answer is taken as it stands: what follows it must have been cut by the quest
 import re
 import string
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from typing import Any
 
 from fastlm.data.verify import VERIFIERS, number
 from fastlm.evals.latex import final_answer, same
+from fastlm.evals.task import Judge
 
-Asked = Sequence[tuple[str, Mapping[str, Any]]]
+Row = Mapping[str, Any]
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def one_by_one(score: Callable[[str, Row], float]) -> Judge:
+    """Return the judge that gives each answer its own ``score``."""
+
+    @wraps(score)
+    def judge(asked: Sequence[tuple[str, Row]]) -> list[float]:
+        return [float(score(answer, row)) for answer, row in asked]
+
+    return judge
 
 
 def normalized(text: str) -> str:
@@ -22,69 +34,61 @@ def normalized(text: str) -> str:
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
-def golds_of(row: Mapping[str, Any]) -> list[str]:
+def golds_of(row: Row) -> list[str]:
     """The right answers of a row, any of which will do."""
-    found: list[str] = []
-
-    def take(value: Any) -> None:
-        if isinstance(value, str):
-            found.append(value)
-        elif isinstance(value, Sequence):
-            for one in value:
-                take(one)
-
-    take(row.get("label") if row.get("label") is not None else row.get("choices", ()))
-    return found
+    label = row.get("label")
+    return _texts(row.get("choices", ()) if label is None else label)
 
 
-def exact_match(asked: Asked) -> list[float]:
+def _texts(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    return [text for one in value for text in _texts(one)] if isinstance(value, Sequence) else []
+
+
+def _first_line(answer: str) -> str:
+    return normalized((answer.strip().splitlines() or [""])[0])
+
+
+@one_by_one
+def exact_match(answer: str, row: Row) -> float:
     """1 if the answer's first line is one of the right answers, both `normalized`. An answer of
     which nothing is left is wrong, although some sets list "." or "A" among the right ones."""
-    scores = []
-    for answer, row in asked:
-        lines = answer.strip().splitlines() or [""]
-        wanted = {normalized(gold) for gold in golds_of(row)} - {""}
-        scores.append(float(normalized(lines[0]) in wanted))
-    return scores
+    return _first_line(answer) in {normalized(gold) for gold in golds_of(row)} - {""}
 
 
-def f1(asked: Asked) -> list[float]:
+@one_by_one
+def f1(answer: str, row: Row) -> float:
     """The best F1 of the words of the answer's first line with those of a right answer, all
     `normalized` (SQuAD)."""
-    scores = []
-    for answer, row in asked:
-        words = Counter(normalized((answer.strip().splitlines() or [""])[0]).split())
-        golds = [Counter(normalized(gold).split()) for gold in golds_of(row)]
-        scores.append(max((_f1(words, gold) for gold in golds), default=0.0))
-    return scores
+    words, best = Counter(_first_line(answer).split()), 0.0
+    for gold in golds_of(row):
+        right = Counter(normalized(gold).split())
+        if shared := (words & right).total():
+            best = max(best, 2 * shared / (words.total() + right.total()))
+    return best
 
 
-def _f1(words: Counter[str], gold: Counter[str]) -> float:
-    shared = (words & gold).total()
-    return 2 * shared / (words.total() + gold.total()) if shared else 0.0
-
-
-def first_word(asked: Asked) -> list[float]:
+@one_by_one
+def first_word(answer: str, row: Row) -> float:
     """1 if the answer's first word is that of a right answer, both `normalized` (LAMBADA)."""
-    scores = []
-    for answer, row in asked:
-        words = answer.split()[:1]
-        wanted = {normalized(gold.split()[0]) for gold in golds_of(row) if gold.split()}
-        scores.append(float(bool(words) and normalized(words[0]) in wanted))
-    return scores
+    golds = {normalized(gold.split()[0]) for gold in golds_of(row) if gold.split()}
+    return any(normalized(word) in golds for word in answer.split()[:1])
 
 
-def last_number(asked: Asked) -> list[float]:
+@one_by_one
+def last_number(answer: str, row: Row) -> float:
     """1 if the last number of the answer is that of the row's ``answer`` (GSM8K's rule)."""
-    return [number(answer, row) for answer, row in asked]
+    return number(answer, row)
 
 
-def latex_answer(asked: Asked) -> list[float]:
+@one_by_one
+def latex_answer(answer: str, row: Row) -> float:
     """1 if a solution's final answer is the row's ``answer``, both LaTeX (`fastlm.evals.latex`)."""
-    return [float(same(final_answer(answer), row["answer"])) for answer, row in asked]
+    return same(final_answer(answer), row["answer"])
 
 
-def generator(asked: Asked) -> list[float]:
+@one_by_one
+def generator(answer: str, row: Row) -> float:
     """The score that reasoning-gym's generator of the row gives the answer."""
-    score = VERIFIERS["reasoning-gym"]
-    return [score(answer, row) for answer, row in asked]
+    return VERIFIERS["reasoning-gym"](answer, row)

@@ -6,7 +6,7 @@ from itertools import cycle
 from typing import Any
 
 from fastlm.evals.measures import HEADLINE
-from fastlm.evals.tables import accuracy, comparisons, is_share, main_measure, short_names
+from fastlm.evals.tables import Tasks, accuracy, comparisons, is_share, main_measure, short_names
 from fastlm.pipeline.charts import (
     BLUE,
     CURVES,
@@ -22,27 +22,20 @@ from fastlm.pipeline.charts import (
 from fastlm.stats.intervals import Z95
 
 _ROW = 0.28  # inches of a line of a chart
+Point = tuple[int, float, float, float]  # the line it is in, value, and ends of its interval
 
 
-def scores_chart(tasks: Sequence[Mapping[str, Any]]) -> str:
+def scores_chart(tasks: Tasks) -> str:
     """Draw the share of right answers per task and model with its 95 % interval, and chance."""
-    figure, axes = _rows([task["name"] for task in tasks], "right answers, %")
-    models = list(tasks[0]["models"])
-    short = short_names(models)
-    for (i, name), color in zip(enumerate(models), cycle(CURVES if len(models) > 1 else (BLUE,))):
-        points = []
-        for y, task in enumerate(tasks):
-            measures = task["models"][name]["measures"]
-            best = accuracy(measures)
-            if best is not None and is_share(main_measure(measures), best):
-                half = 100 * Z95 * (best["error"] or 0.0)
-                points.append((100 * best["value"], y + _shift(i, len(models)), half))
-        if points:
-            x, y, half = zip(*points)
-            axes.errorbar(
-                x, y, xerr=half, fmt="o", color=color, markersize=4, linewidth=1.2,
-                label=short[name],
-            )  # fmt: skip
+    points: dict[str, list[Point]] = {name: [] for name in tasks[0]["models"]}
+    for row, task in enumerate(tasks):
+        for name, model in task["models"].items():
+            best = accuracy(model["measures"])
+            if best is not None and is_share(main_measure(model["measures"]), best):
+                value, half = 100 * best["value"], 100 * Z95 * (best["error"] or 0.0)
+                points[name].append((row, value, value - half, value + half))
+    colors = CURVES if len(points) > 1 else (BLUE,)
+    figure, axes = _rows([task["name"] for task in tasks], "right answers, %", points, colors)
     known = [(100 * t["chance"], y) for y, t in enumerate(tasks) if t["chance"] is not None]
     if known:
         axes.plot(*zip(*known), "|", color=SOFT, markersize=11, label="chance")
@@ -51,99 +44,91 @@ def scores_chart(tasks: Sequence[Mapping[str, Any]]) -> str:
     return as_svg(figure)
 
 
-def differences_chart(tasks: Sequence[Mapping[str, Any]]) -> str:
-    """Draw how many bits per byte, in percent, each model needs less or more than the first."""
-    found = [(t, one) for t, one in comparisons(tasks) if one["measure"] == HEADLINE]
-    base = {t["name"]: t["models"][one["with"]]["measures"][HEADLINE]["value"] for t, one in found}
-    names = list(dict.fromkeys(t["name"] for t, _ in found))
-    models = list(dict.fromkeys(one["model"] for _, one in found))
-    short = short_names(list(found[0][0]["models"]))
-    first = short[found[0][1]["with"]]
-    figure, axes = _rows(names, f"bits per byte against {first}, %")
-    for (i, name), color in zip(enumerate(models), cycle((ORANGE, *CURVES[1:]))):
-        for t, one in found:
-            if one["model"] != name:
-                continue
-            scale, y = 100 / base[t["name"]], names.index(t["name"]) + _shift(i, len(models))
-            if one["low"] is not None:
-                axes.plot([scale * one["low"], scale * one["high"]], [y, y], color=color, lw=1.4)
-            axes.plot([scale * one["difference"]], [y], "o", color=color, markersize=4)
-        axes.plot([], [], "o-", color=color, label=short[name])
+def difference_charts(tasks: Tasks) -> list[str]:
+    """Draw how many bits per byte, in percent, each model needs less or more than the first; no
+    chart where no task says so."""
+    points: dict[str, list[Point]] = {}
+    names: list[str] = []
+    for task, one in comparisons(tasks):
+        if one["measure"] == HEADLINE:
+            names += [task["name"]] if task["name"] not in names else []
+            scale = 100 / task["models"][one["with"]]["measures"][HEADLINE]["value"]
+            value = one["difference"]
+            ends = (value, value) if one["low"] is None else (one["low"], one["high"])
+            point = (names.index(task["name"]), *(scale * x for x in (value, *ends)))
+            points.setdefault(one["model"], []).append(point)
+    if not points:
+        return []
+    first = next(iter(short_names([*tasks[0]["models"]]).values()))
+    label = f"bits per byte against {first}, %"
+    figure, axes = _rows(names, label, points, (ORANGE, *CURVES[1:]))
     axes.axvline(0, color=SOFT, linewidth=1)
     legend(axes)
-    return as_svg(figure)
+    return [as_svg(figure)]
 
 
-def _shift(index: int, count: int) -> float:
-    """Where a model's point stands beside those of others in the same line."""
-    return 0.5 * ((index + 0.5) / count - 0.5)
-
-
-def _rows(names: Sequence[str], label: str) -> tuple[Any, Any]:
-    """Axes with a line per name, the first on top."""
+def _rows(
+    names: Sequence[str],
+    label: str,
+    points: Mapping[str, Sequence[Point]],
+    colors: Sequence[str],
+) -> tuple[Any, Any]:
+    """Axes with a line per name, the first on top, and the models' points side by side in it."""
     figure, axes = new_axes(label, "")
     figure.set_size_inches(SIZE[0], max(SIZE[1] / 2, 0.9 + _ROW * len(names)))
     axes.set_yticks(range(len(names)), names, fontsize=FONT)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.grid(axis="x", color=LINE, linewidth=0.8)
     axes.margins(x=0.05)
+    short = short_names([*points])
+    for (i, (model, own)), color in zip(enumerate(points.items()), cycle(colors)):
+        if own:
+            rows, *values = zip(*own)
+            shift = 0.5 * ((i + 0.5) / len(points) - 0.5)
+            y = [row + shift for row in rows]
+            _errorbar(axes, values, color, short[model], y=y, fmt="o", linewidth=1.2)
     return figure, axes
 
 
-Scores = Mapping[str, Mapping[str, Any]]
+def _errorbar(
+    axes: Any, values: Sequence[Sequence[float]], color: str, label: str, **options: Any
+) -> None:
+    """Draw values with the ends of their intervals: along x where ``options`` has y, else along
+    y."""
+    value, low, high = values
+    errors = [[max(0.0, v - end) for v, end in zip(value, low)],
+              [max(0.0, end - v) for v, end in zip(value, high)]]  # fmt: skip
+    along = {"x": value, "xerr": errors} if "y" in options else {"y": value, "yerr": errors}
+    axes.errorbar(**along, **options, color=color, label=label, markersize=4)
 
 
-def memorization_chart(scores: Scores, of: str = "") -> str | None:
-    """Draw the share of texts continued to the letter over their copies, a curve per prefix."""
-    pattern = r"memorization\.prefix_(?P<curve>\d+)\.copies_(?P<copies>\d+)"
-    return _copies_chart(
-        scores, pattern, "after {} tokens", f"copies in the training text{of}",
-        "continued to the letter, %", scale=100, limits=(-3, 103),
-    )  # fmt: skip
-
-
-def exposure_chart(scores: Scores, of: str = "") -> str | None:
-    """Draw the mean exposure of canaries over their copies."""
-    pattern = r"privacy\.(?P<curve>canaries)\.copies_(?P<copies>\d+)"
-    return _copies_chart(
-        scores, pattern, "{}", f"copies in the training text{of}", "exposure of canaries, bits",
-        scale=1, limits=(0, None),
-    )  # fmt: skip
-
-
-def _copies_chart(
-    scores: Scores,
-    pattern: str,
-    label: str,
-    x_label: str,
-    y_label: str,
-    *,
-    scale: float,
-    limits: tuple[float, float | None],
-) -> str | None:
-    """Draw scores over the copies in their names, with intervals; None where no name fits."""
-    curves: dict[str, dict[int, Mapping[str, Any]]] = {}
-    for key, score in scores.items():
-        if found := re.fullmatch(pattern, key):
-            curves.setdefault(found["curve"], {})[int(found["copies"])] = score
-    if not curves:
-        return None
-    figure, axes = new_axes(x_label, y_label)
-    for (name, points), color in zip(
-        sorted(curves.items(), key=lambda c: (len(c[0]), c[0])), cycle(CURVES)
-    ):
-        x = sorted(points)
-        value, low, high = ([scale * points[i][k] for i in x] for k in ("value", "low", "high"))
-        below = [max(0.0, v - end) for v, end in zip(value, low)]
-        above = [max(0.0, end - v) for v, end in zip(value, high)]
-        axes.errorbar(
-            x, value, yerr=[below, above], color=color, label=label.format(name), linewidth=2,
-            marker="o", markersize=3.5, elinewidth=1, capsize=2,
-        )  # fmt: skip
+def copies_charts(scores: Mapping[str, Mapping[str, Any]], of: str = "") -> list[str]:
+    """Draw what a model memorized over the copies in its training text: the share of texts that it
+    continues to the letter, a curve per prefix, and the mean exposure of canaries. A chart is left
+    out where no score is of its kind."""
+    kinds = (
+        (r"memorization\.prefix_(\d+)", "after {} tokens", "continued to the letter, %", 100),
+        (r"privacy\.(canaries)", "{}", "exposure of canaries, bits", 1),
+    )
+    charts = []
+    for pattern, label, y_label, scale in kinds:
+        curves: dict[str, dict[int, Mapping[str, Any]]] = {}
+        for key, score in scores.items():
+            if found := re.fullmatch(rf"{pattern}\.copies_(\d+)", key):
+                curves.setdefault(found[1], {})[int(found[2])] = score
+        if not curves:
+            continue
+        figure, axes = new_axes(f"copies in the training text{of}", y_label)
+        curves = dict(sorted(curves.items(), key=lambda curve: (len(curve[0]), curve[0])))
+        for (name, points), color in zip(curves.items(), cycle(CURVES)):
+            x = sorted(points)
+            values = [[scale * points[i][key] for i in x] for key in ("value", "low", "high")]
+            _errorbar(axes, values, color, label.format(name), x=x, marker="o", capsize=2)
+        axes.set_xscale("symlog", base=2, linthresh=1)
+        x = sorted({copies for points in curves.values() for copies in points})
         axes.set_xticks(x, [str(copies) for copies in x])
-    axes.set_xscale("symlog", base=2, linthresh=1)
-    axes.set_xticks(x, [str(copies) for copies in x])
-    axes.minorticks_off()
-    axes.set_ylim(*limits)
-    legend(axes)
-    return as_svg(figure)
+        axes.minorticks_off()
+        axes.set_ylim(*((-3, 103) if scale == 100 else (0, None)))
+        legend(axes)
+        charts.append(as_svg(figure))
+    return charts

@@ -14,13 +14,12 @@ right answer, and alone, without the label and the lines that all questions of i
 
 import codecs
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastlm.evals.measures import Values, mean_as_json, passages
+from fastlm.evals.measures import Values, means
 from fastlm.evals.ngrams import indexes
 from fastlm.evals.task import Choices, Question, Task
 from fastlm.progress import silent
@@ -34,15 +33,6 @@ DIRTY = 0.8
 BLOCK = 2**15  # tokens hashed at once: the arrays stay in the second-level cache
 BREAK = b"\0"  # between documents
 _NO_LETTER = re.compile(r"[^\w\0]+|_+")
-
-
-@dataclass(frozen=True)
-class Overlap:
-    """What was found of each question: ``share`` (questions,), NaN where it is too short;
-    ``touched``."""
-
-    share: np.ndarray
-    touched: np.ndarray
 
 
 def question_texts(questions: Sequence[Question]) -> list[tuple[str, str, str]]:
@@ -121,8 +111,9 @@ def overlap(
     speller: Speller,
     *,
     track: Any = silent,
-) -> Overlap:
-    """Compare `question_texts` with all of the data."""
+) -> np.ndarray:
+    """Return the share of each of the `question_texts` that all of the data holds, (questions,);
+    NaN where a question is too short."""
     spelled = [[letters(part) for part in parts] for parts in questions]
     whole = [np.concatenate(parts) for parts in spelled]
     size = [
@@ -142,7 +133,7 @@ def overlap(
             covered = found[n].covered(whole[i])
             alone = covered[len(before) : len(before) + len(body)]
             share[i] = max(covered.mean(), alone.mean() if len(body) >= n else 0.0)
-    return Overlap(share, share > 0)
+    return share
 
 
 def task_overlaps(
@@ -152,42 +143,30 @@ def task_overlaps(
     vocab_size: int,
     *,
     track: Any = silent,
-) -> list[Overlap]:
+) -> list[np.ndarray]:
     """`overlap` of several tasks, in one pass over the data."""
-    each = [question_texts(task.questions) for task in tasks]
+    texts = [question_texts(task.questions) for task in tasks]
     speller = Speller(tokenizer, vocab_size)
-    whole = overlap([q for questions in each for q in questions], data, speller, track=track)
-    ends = np.cumsum([len(questions) for questions in each])[:-1]
-    return [
-        Overlap(*both)
-        for both in zip(np.split(whole.share, ends), np.split(whole.touched, ends), strict=True)
-    ]
+    share = overlap([q for own in texts for q in own], data, speller, track=track)
+    return np.split(share, np.cumsum([len(own) for own in texts])[:-1])
 
 
-def told(task: Task, found: Overlap, models: dict[str, Values]) -> dict[str, Any]:
+def told(task: Task, share: np.ndarray, models: Mapping[str, Values]) -> dict[str, Any]:
     """What a result says of a task: counts, the dirtiest questions, and each model's measures on
     the clean and the dirty part."""
-    judged = np.isfinite(found.share)
-    dirty = judged & (np.nan_to_num(found.share) >= DIRTY)
-    order = np.argsort(-np.nan_to_num(found.share), kind="stable")
+    touched, dirty = share > 0, share >= DIRTY  # neither, where it is NaN
+    order = np.argsort(-np.nan_to_num(share), kind="stable")
     named = [
-        {"id": task.questions[i].id, "share": round(float(found.share[i]), 4)}
+        {"id": task.questions[i].id, "share": round(float(share[i]), 4)}
         for i in order[:100]
-        if found.touched[i]
+        if touched[i]
     ]
-    parts = {
-        part: (rows, passages(task, rows.tolist()))
-        for part, rows in (("dirty", np.flatnonzero(dirty)), ("clean", np.flatnonzero(~dirty)))
-    }
+    parts = {"dirty": np.flatnonzero(dirty), "clean": np.flatnonzero(~dirty)}
     return {
-        "n": N, "threshold": DIRTY, "questions": len(judged), "short": int((~judged).sum()),
-        "touched": int(found.touched.sum()), "dirty": int(dirty.sum()), "named": named,
+        "n": N, "threshold": DIRTY, "questions": len(share), "short": int(np.isnan(share).sum()),
+        "touched": int(touched.sum()), "dirty": int(dirty.sum()), "named": named,
         "models": {
-            name: {
-                part: {key: mean_as_json(each[rows], clusters) for key, each in values.items()}
-                for part, (rows, clusters) in parts.items()
-                if len(rows)
-            }
-            for name, values in models.items()
+            name: {part: means(task, own, rows) for part, rows in parts.items() if len(rows)}
+            for name, own in models.items()
         },
     }  # fmt: skip

@@ -15,8 +15,8 @@ Of n answers that are equally the best, a right one counts 1/n.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -136,7 +136,7 @@ def _detectable(
     return detectable(mean.n, sd, freedom=mean.freedom)
 
 
-def passages(task: Task, rows: Sequence[int] | None = None) -> list[str] | None:
+def passages(task: Task, rows: Iterable[int] | None = None) -> list[str] | None:
     """Return the passage of each question (of ``rows``: all by default), as clusters for
     `mean_error`; None where no two questions share one."""
     chosen = range(len(task.questions)) if rows is None else rows
@@ -153,23 +153,23 @@ def parts(task: Task, measured: Values) -> dict[str, dict[str, Any]]:
             members.setdefault(q.part, []).append(i)
             if q.part in task.wider:
                 members.setdefault(task.wider[q.part], []).append(i)
-    found = {}
-    for part, rows in sorted(members.items()):
-        clusters = passages(task, rows)
-        means = {name: mean_as_json(each[rows], clusters) for name, each in measured.items()}
-        found[part] = {"questions": len(rows), "measures": means}
-    return found
-
-
-def mean_as_json(each: np.ndarray, clusters: Sequence[str] | None) -> dict[str, float | None]:
-    """Return the mean with its standard error, None for one question or one passage."""
-    mean = mean_error(each, clusters=clusters)
-    return {"value": mean.mean, "error": mean.error if math.isfinite(mean.error) else None}
-
-
-def as_json(measures: Mapping[str, Measure]) -> dict[str, Any]:
-    """Return measures as JSON has them: None for what one question does not tell."""
     return {
-        name: {key: value if math.isfinite(value) else None for key, value in asdict(m).items()}
-        for name, m in measures.items()
+        part: {"questions": len(rows), "measures": means(task, measured, rows)}
+        for part, rows in sorted(members.items())
+    }
+
+
+def means(task: Task, measured: Values, rows: Sequence[int] | np.ndarray) -> dict[str, Any]:
+    """Return the mean of each measure on some questions with its standard error, None for one
+    question or one passage."""
+    clusters = passages(task, rows)
+    found = {name: mean_error(each[rows], clusters=clusters) for name, each in measured.items()}
+    return {name: finite({"value": mean.mean, "error": mean.error}) for name, mean in found.items()}
+
+
+def finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values as JSON has them: None for what one question does not tell."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in values.items()
     }

@@ -13,11 +13,13 @@ chance with more than 5e-5.
 """
 
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 
 _BITS = 22  # of the table: 4 MB of bytes, 1 of 60 filled by 70,000 n-grams
-_BASE = np.uint64(0x9E3779B97F4A7C15)
+_BASE = 0x9E3779B97F4A7C15
+_INVERSE = pow(_BASE, -1, 2**64)
 _MIX = np.uint64(0xBF58476D1CE4E5B9)
 _NONE = np.empty(0, np.uint64)
 
@@ -26,26 +28,19 @@ def hashes(ids: np.ndarray, n: int) -> np.ndarray:
     """The hash of each n-gram: (length,) integers -> (length - n + 1,) uint64."""
     if len(ids) < n:
         return _NONE
-    power, size, found, covered = ids.astype(np.uint64), 1, None, 0
-    # the hash of twice as many ids from two of half; those of n's binary digits are joined
-    with np.errstate(over="ignore"):
-        while True:
-            if n & size:
-                found = power if found is None else _joined(power, found, size, covered)
-                covered += size
-            if covered == n:
-                break
-            power, size = _joined(power, power, size, size), 2 * size
-        assert found is not None  # n is 1 or more
-        mixed = found[: len(ids) - n + 1]
-        mixed = (mixed ^ (mixed >> np.uint64(31))) * _MIX
+    size = 1 << len(ids).bit_length()
+    # sum of ids[i + k] * BASE^(n - 1 - k), from sums over all ids before i + n and before i
+    sums = np.zeros(len(ids) + 1, np.uint64)
+    np.cumsum(ids.astype(np.uint64) * _powers(_INVERSE, size)[: len(ids)], out=sums[1:])
+    mixed = (sums[n:] - sums[:-n]) * _powers(_BASE, size)[n - 1 : len(ids)]
+    mixed = (mixed ^ (mixed >> np.uint64(31))) * _MIX
     return mixed ^ (mixed >> np.uint64(29))
 
 
-def _joined(left: np.ndarray, right: np.ndarray, size: int, after: int) -> np.ndarray:
-    """The hash of ``size`` ids followed by ``after`` others."""
-    count = min(len(left), len(right) - size)
-    return left[:count] * np.uint64(pow(int(_BASE), after, 2**64)) + right[size : size + count]
+@cache
+def _powers(base: int, count: int) -> np.ndarray:
+    """``base`` to the power of 1 to ``count``, modulo 2^64."""
+    return np.cumprod(np.full(count, base, np.uint64))
 
 
 class Index:
@@ -74,8 +69,7 @@ class Index:
         """Return where the n-grams that ``ids`` holds stand in ``known``, in their order."""
         values = hashes(ids, self.n)
         maybe = values[self.table[_slots(values)]]
-        at = np.searchsorted(self.known, maybe)
-        at[at == len(self.known)] = 0
+        at = np.searchsorted(self.known[:-1], maybe)
         return at[self.known[at] == maybe] if len(maybe) else at
 
     def mark(self, ids: np.ndarray) -> None:

@@ -9,25 +9,12 @@ from pathlib import Path
 
 from fastlm.errors import InputError
 from fastlm.evals.harness_tasks import is_file, read_task
-from fastlm.evals.sets import (
-    code,
-    facts,
-    generators,
-    glue,
-    instructions,
-    long_context,
-    maths,
-    mmlu,
-    olmes,
-    passages,
-)
-from fastlm.evals.task import ABILITIES, Task
-from fastlm.evals.task_spec import TaskSpec
+from fastlm.evals.sets import arrow, code, generators, instructions, long_context, mmlu, olmes
+from fastlm.evals.task import ABILITIES, Task, TaskSpec
 from fastlm.sources.generated import SCHEME
 
 SETS: dict[str, TaskSpec] = {
-    **olmes.SETS, **mmlu.SETS, **glue.SETS, **facts.SETS, **passages.SETS, **maths.SETS,
-    **code.SETS, **generators.SETS, **long_context.SETS,
+    **olmes.SETS, **mmlu.SETS, **arrow.SETS, **code.SETS, **generators.SETS, **long_context.SETS,
     **instructions.SETS,
 }  # fmt: skip
 

@@ -1,48 +1,40 @@
-"""The results of `fastlm eval` and `fastlm safety`: a line, tables, and a part of report.html."""
+"""The results of `fastlm eval` and `fastlm safety`: a line, what the command prints, and a part of
+report.html. The last two show the same blocks: tables, and lines of text."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastlm.evals.charts import (
-    differences_chart,
-    exposure_chart,
-    memorization_chart,
-    scores_chart,
-)
-from fastlm.evals.measures import HEADLINE
-from fastlm.evals.tables import (
-    Cell,
-    Table,
-    compared_table,
-    contamination_table,
-    part_table,
-    task_table,
-)
+from fastlm.evals.charts import copies_charts, difference_charts, scores_chart
+from fastlm.evals.tables import Cell, Table, task_tables
 from fastlm.pipeline.charts import as_svg, bits_figure
 from fastlm.pipeline.stage import Job, Part
 from fastlm.pipeline.text import size_text
 from fastlm.train.metrics import METRICS, read_metrics
 
-YARDSTICKS = {"xz": "xz -9e", "zstd": "zstd -19"}
+XZ = "xz -9e"
+YARDSTICKS = {"xz": XZ, "zstd": "zstd -19"}
 LEGEND = (
     "Below a score that a judge decided: whose answers people labelled; with the property found,"
     " and without it passed, of how many; kappa of judge and labels (0 is chance). Elsewhere the"
     ' judge\'s error is not known. A score is corrected for it where "this model" is labelled'
     " (--labels)."
 )
-# What eval.html.jinja draws, where there is any
-EMPTY: Mapping[str, Any] = {
-    "failed": (), "bars": (), "bits_charts": (), "table": None, "tables": (), "notes": (),
-    "sources": None,
-}  # fmt: skip
+Blocks = list[Table | str]
+
+
+def rendered(blocks: Blocks) -> Any:
+    """Return what a command prints."""
+    from rich.console import Group
+
+    return Group(*(block.rich() if isinstance(block, Table) else block for block in blocks))
+
 
 # fastlm eval
 
 
 def eval_summary(result: Mapping[str, Any]) -> str:
     """Return the line that a run shows."""
-    values = {name: model["bits_per_byte"] for name, model in result["models"].items()}
-    values |= _compressors(result)
+    values = _bits(result) | _compressors(result)
     parts = []
     if values:
         parts.append("bits per byte: " + ", ".join(f"{k} {v:.4f}" for k, v in values.items()))
@@ -52,90 +44,78 @@ def eval_summary(result: Mapping[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def render_eval(result: Mapping[str, Any]) -> Any:
-    """Return what the command prints: a line per number of one model, a table for several and for
-    tasks."""
-    from rich.console import Group
-
-    if tasks := result.get("tasks"):
-        found = [
-            _bits_table(result) if result["models"] else None, task_table(tasks),
-            part_table(tasks), contamination_table(tasks), compared_table(tasks),
-        ]  # fmt: skip
-        return Group(*(table.rich() for table in found if table is not None))
-    if len(result["models"]) > 1 or any("domains" in m for m in result["models"].values()):
-        return _bits_table(result).rich()
-    (values,) = result["models"].values()
-    packed = {k: v for k, v in result.items() if k not in ("models", "ids")}
-    return "\n".join(
-        f"{key}  {value:.4f}" if isinstance(value, float) else f"{key}  {value:,}"
-        for key, value in {**values, **packed}.items()
-    )
+def eval_blocks(result: Mapping[str, Any]) -> Blocks:
+    tables = task_tables(result.get("tasks", ()))
+    return [_bits_table(result), *tables] if result["models"] else [*tables]
 
 
 def eval_part(job: Job, result: Mapping[str, Any]) -> Part:
-    part = _bits_part(job, result) if result["models"] else Part("How well it answers")
-    part.template, part.values = "eval.html.jinja", {**EMPTY, **part.values}
-    if tasks := result.get("tasks"):
-        _add_tasks(part, tasks)
-    return part
+    tasks = result.get("tasks", ())
+    charts, cards = [], []
+    title, note = "How well it answers", ""
+    if models := _bits(result):
+        title = "How well it predicts text it has never seen"
+        best, packed = min(models, key=lambda name: models[name]), _compressors(result)
+        card = "bits per byte of unseen text" + ("" if len(models) == 1 else f" ({best})")
+        if packed:
+            gain = 100 * (1 - models[best] / packed[XZ])
+            card += f", {abs(gain):.0f} % {'below' if gain >= 0 else 'above'} xz -9e"
+        cards.append((f"{models[best]:.3f}", card))
+        size = next(iter(result["models"].values()))["bytes"]
+        documents = f"{result['documents']:,} held-out documents, " if "documents" in result else ""
+        note = (
+            f"{documents}{size_text(size)}. Bits per byte is what a compressor built on the model"
+            " would need; lower is better."
+        )
+        if packed:
+            note += " xz and zstd compress the same text. A bar is the difference to xz."
+        if curves := _curves(job, models):
+            charts.append(as_svg(bits_figure(curves, models, packed)))
+    if tasks:
+        title = "How well it predicts text, and answers questions"
+        charts += [scores_chart(tasks), *difference_charts(tasks)]
+        questions = sum(task["questions"] for task in tasks)
+        cards.append((f"{questions:,}", f"questions of {len(tasks)} sets answered"))
+    blocks = eval_blocks(result)
+    if tasks:
+        columns = ("set", "template", "hash", "source", "licence")
+        rows = [
+            [task["name"], task["format"], *(task[key] for key in columns[2:])] for task in tasks
+        ]
+        blocks.append(Table(columns, rows, left=5, title="Where the questions come from"))
+    return _part(title, note, charts, cards, blocks, wide=bool(tasks))
 
 
-def _bits_part(job: Job, result: Mapping[str, Any]) -> Part:
-    models = {name: model["bits_per_byte"] for name, model in result["models"].items()}
-    best = min(models, key=lambda name: models[name])
+def _part(
+    title: str,
+    note: str,
+    charts: Sequence[str],
+    cards: Sequence[tuple[str, str]],
+    blocks: Blocks,
+    failed: Sequence[str] = (),
+    wide: bool = False,
+) -> Part:
+    return Part(
+        title, note, charts=charts, cards=cards, template="eval.html.jinja",
+        values={"failed": failed, "blocks": blocks}, wide=wide,
+    )  # fmt: skip
+
+
+def _curves(job: Job, models: Mapping[str, float]) -> dict[str, list[dict[str, Any]]]:
+    """Return what the trainings of the models measured, if they did; a fine-tuning does not."""
     curves = {}
     for source in job.inputs["model"]:
         metrics = source.path.parent / METRICS  # next to the model that a training wrote
         if source.name in models and metrics.is_file():
             rows = read_metrics(metrics)
-            if any("bits_per_byte" in row for row in rows):  # a fine-tuning has none
+            if any("bits_per_byte" in row for row in rows):
                 curves[source.name] = rows
-    packed = _compressors(result)
-    of = "" if len(models) == 1 else f" ({best})"
-    card = f"bits per byte of unseen text{of}"
-    if packed:
-        gain = 100 * (1 - models[best] / packed["xz -9e"])
-        card += f", {abs(gain):.0f} % {'below' if gain >= 0 else 'above'} xz -9e"
-    size = next(iter(result["models"].values()))["bytes"]
-    documents = f"{result['documents']:,} held-out documents, " if "documents" in result else ""
-    note = (
-        f"{documents}{size_text(size)}. Bits per byte is what a compressor built on the model"
-        " would need; lower is better."
-    )
-    if packed:
-        note += " xz and zstd compress the same text. A bar is the difference to xz."
-    return Part(
-        "How well it predicts text it has never seen",
-        note,
-        cards=[(f"{models[best]:.3f}", card)],
-        values={
-            "bars": bars(models, packed),
-            "bits_charts": [as_svg(bits_figure(curves, models, packed))] if curves else [],
-        },
-    )
+    return curves
 
 
-def _add_tasks(part: Part, tasks: Sequence[Mapping[str, Any]]) -> None:
-    """Add question sets to a part of the report."""
-    charts = [scores_chart(tasks)]
-    if any(one["measure"] == HEADLINE for task in tasks for one in task["compared"]):
-        charts.append(differences_chart(tasks))
-    sources = Table(
-        ("set", "template", "hash", "source", "licence"),
-        [[task[key] for key in ("name", "format", "hash", "source", "licence")] for task in tasks],
-        left=5, title="Where the questions come from",
-    )  # fmt: skip
-    more = (compared_table(tasks), part_table(tasks), contamination_table(tasks), sources)
-    part.wide = True
-    part.title = "How well it predicts text, and answers questions"
-    part.charts = charts
-    part.values = {
-        **part.values, "heading": "Question sets", "table": task_table(tasks),
-        "tables": [table for table in more if table is not None],
-    }  # fmt: skip
-    questions = sum(task["questions"] for task in tasks)
-    part.cards = [*part.cards, (f"{questions:,}", f"questions of {len(tasks)} sets answered")]
+def _bits(result: Mapping[str, Any]) -> dict[str, float]:
+    """Return model -> bits per byte."""
+    return {name: model["bits_per_byte"] for name, model in result["models"].items()}
 
 
 def _compressors(result: Mapping[str, Any]) -> dict[str, float]:
@@ -148,39 +128,27 @@ def _compressors(result: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _bits_table(result: Mapping[str, Any]) -> Table:
+    """Bits per byte of models, their domains and the compressors. A bar is the difference to xz,
+    without xz to the first model: bars from zero would be nearly equal."""
+    models, packed = _bits(result), _compressors(result)
+    values = [*models.values(), *packed.values()]
+    base, low = packed.get(XZ, values[0]), min(values)
+    span = max(max(values) - low, 0.1 * base)  # negligible differences stay short
+
+    def row(name: str, value: float, *others: str) -> list[str | Cell]:
+        left, right, line = (100 * (v - low) / span for v in (*sorted((value, base)), base))
+        change = Cell(f"{100 * (value / base - 1):+.1f} %", bar=(left, right, line))
+        return [name, f"{value:.4f}", change, *(others or ("",) * 3)]
+
     rows = []
     for name, v in result["models"].items():
-        rows.append(
-            (name, f"{v['bits_per_byte']:.4f}", f"{v['loss']:.4f}", f"{v['tokens']:,}",
-             f"{v['seq_len']:,}")
-        )  # fmt: skip
+        figures = f"{v['loss']:.4f}", f"{v['tokens']:,}", f"{v['seq_len']:,}"
+        rows.append(row(name, v["bits_per_byte"], *figures))
         for domain, own in v.get("domains", {}).items():
             bits = f"{own['bits_per_byte']:.4f}"
-            rows.append((f"  {domain}", bits, "", f"{own['tokens']:,}", ""))
-    for name, value in _compressors(result).items():
-        rows.append((name, f"{value:.4f}", "", "", ""))
-    return Table(("model", "bits per byte", "loss", "tokens", "window"), rows)
-
-
-def bars(models: Mapping[str, float], packed: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Return bits per byte of the compressors and the models, as bars of the difference to xz.
-
-    Bars left of xz's line need fewer bits, bars right of it more. Bars from zero would be nearly
-    equal. Without xz, the first model is the line.
-    """
-    line = packed.get("xz -9e", next(iter(models.values())))
-    rows = [*sorted(packed.items(), key=lambda kv: kv[0], reverse=True), *models.items()]
-    values = [value for _, value in rows]
-    low, high = min(values), max(values)
-    span = max(high - low, 0.1 * line)  # negligible differences stay short
-    return [
-        {
-            "name": name, "value": value, "model": name in models,
-            "change": 100 * (value / line - 1), "left": 100 * (min(value, line) - low) / span,
-            "width": 100 * abs(value - line) / span, "line": 100 * (line - low) / span,
-        }
-        for name, value in rows
-    ]  # fmt: skip
+            rows.append((f"  {domain}", bits, "", "", f"{own['tokens']:,}", ""))
+    rows += [row(name, value) for name, value in packed.items()]
+    return Table(("model", "bits per byte", "difference", "loss", "tokens", "window"), rows)
 
 
 # fastlm safety
@@ -194,26 +162,29 @@ def interval(score: Mapping[str, Any]) -> str:
     return f"{number(score, score['low'])} to {number(score, score['high'])}"
 
 
+def _judges(score: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The judge's errors, one for each domain that it was measured in; none without a judge."""
+    return [score["judge"], *score["judge"].get("elsewhere", ())] if "judge" in score else []
+
+
 def judge_lines(score: Mapping[str, Any]) -> list[str]:
     """Return a line for each domain that the judge was measured in; none where there is no judge.
     Before them stands the judge's own share, where the value is corrected.
     """
-    if "judge" not in score:
-        return []
-    judge = score["judge"]
-    lines = [f"{100 * score['raw']:.1f} % before the correction"] * score["corrected"]
-    for error in (judge, *judge.get("elsewhere", ())):
+    lines = []
+    if score.get("corrected"):
+        lines.append(f"{100 * score['raw']:.1f} % before the correction")
+    for error in _judges(score):
         (hit, of), (passed, rest) = error["sensitivity"], error["specificity"]
         lines.append(f"{error['domain']}: {hit}/{of}, {passed}/{rest}, kappa {error['kappa']:.2f}")
     return lines
 
 
-def safety_table(result: Mapping[str, Any], name: str) -> Table:
+def _safety_table(result: Mapping[str, Any], name: str) -> Table:
     """The scores of a model, each with its interval, and below it its judge."""
     rows = []
     for key, score in result["models"][name]["scores"].items():
-        judge = score.get("judge", {})
-        labels = [one["labels"] for one in (judge, *judge.get("elsewhere", ())) if one]
+        labels = [error["labels"] for error in _judges(score)]
         bar = None
         if score["unit"] == "share":
             bar = (100 * score["low"], 100 * score["high"], 100 * score["value"])
@@ -227,36 +198,35 @@ def safety_table(result: Mapping[str, Any], name: str) -> Table:
     return Table(columns, rows, title=f"{name}:" if len(result["models"]) > 1 else "")
 
 
-def safety_sets(result: Mapping[str, Any]) -> Table | None:
-    if not result["sets"]:
-        return None
-    rows = [
-        (key, source["licence"], f"{source['origin']}; {source['package']}")
-        for key, source in result["sets"].items()
+def safety_blocks(result: Mapping[str, Any]) -> Blocks:
+    """The scores; constructed answers that the judges pass; how many prompts of each model and
+    measure did not fit the context; the sets."""
+    models = result["models"]
+    scores = [score for model in models.values() for score in model["scores"].values()]
+    blocks: Blocks = [_safety_table(result, name) for name in models]
+    if any("judge" in score for score in scores):
+        blocks.append(LEGEND)
+    kinds = [score["judge"].get("kinds", {}) for score in scores if "judge" in score]
+    texts = (", ".join(f"{k} {passed}/{of}" for k, (passed, of) in own.items()) for own in kinds)
+    blocks += [
+        f"the judge passes, of answers constructed not to succeed: {text}"
+        for text in dict.fromkeys(texts)
+        if text
     ]
-    return Table(("set", "licence", "source"), rows, left=3, title="Where the sets come from")
-
-
-def safety_notes(result: Mapping[str, Any]) -> list[str]:
-    """Return what stands below the scores: constructed answers that the judges pass, and how many
-    prompts of each model and measure did not fit the context."""
-    several = len(result["models"]) > 1
-    kinds = [
-        score["judge"]["kinds"]
-        for model in result["models"].values()
-        for score in model["scores"].values()
-        if score.get("judge", {}).get("kinds")
-    ]
-    texts = dict.fromkeys(
-        ", ".join(f"{kind} {passed}/{of}" for kind, (passed, of) in one.items()) for one in kinds
-    )
-    notes = [f"the judge passes, of answers constructed not to succeed: {text}" for text in texts]
-    return notes + [
-        f"{f'{name}: ' if several else ''}{measure}: {count:,} prompts were cut at their beginning"
-        " to fit the context"
-        for name, model in result["models"].items()
+    blocks += [
+        f"{f'{name}: ' if len(models) > 1 else ''}{measure}: {count:,} prompts were cut at their"
+        " beginning to fit the context"
+        for name, model in models.items()
         for measure, count in model.get("cut", {}).items()
     ]
+    if result["sets"]:
+        rows = [
+            (key, source["licence"], f"{source['origin']}; {source['package']}")
+            for key, source in result["sets"].items()
+        ]
+        columns = ("set", "licence", "source")
+        blocks.append(Table(columns, rows, left=3, title="Where the sets come from"))
+    return blocks
 
 
 def safety_summary(result: Mapping[str, Any]) -> str:
@@ -270,43 +240,27 @@ def safety_summary(result: Mapping[str, Any]) -> str:
 
 def render_safety(result: Mapping[str, Any]) -> Any:
     """Return what the command prints: the scores, the sets, the gates."""
-    from rich.console import Group
-
-    parts: list[Any] = [safety_table(result, name).rich() for name in result["models"]]
-    if any("judge" in s for m in result["models"].values() for s in m["scores"].values()):
-        parts.append(LEGEND)
-    parts += safety_notes(result)
-    if sets := safety_sets(result):
-        parts.append(sets.rich())
+    gates = []
     if result["gates"]:
         passed = [f"all {result['gates']} gates passed"]
-        parts += ["", *([f"FAILED {why}" for why in result["failed"]] or passed)]
-    return Group(*parts)
+        gates = ["", *([f"FAILED {why}" for why in result["failed"]] or passed)]
+    return rendered([*safety_blocks(result), *gates])
 
 
 def safety_part(result: Mapping[str, Any]) -> Part:
-    models = result["models"]
-    charts = []
-    for name, model in models.items():
-        of = f" ({name})" if len(models) > 1 else ""
-        drawn = (memorization_chart(model["scores"], of), exposure_chart(model["scores"], of))
-        charts += [chart for chart in drawn if chart is not None]
+    models, failed = result["models"], result["failed"]
+    charts = [
+        chart
+        for name, model in models.items()
+        for chart in copies_charts(model["scores"], f" ({name})" if len(models) > 1 else "")
+    ]
     cards = []
     if result["gates"]:
-        failed = len(result["failed"])
-        cards.append((f"{result['gates'] * len(models) - failed}", "safety gates passed"))
-        if failed:
-            cards.append((f"{failed}", "safety gates failed"))
+        passed = result["gates"] * len(models) - len(failed)
+        cards = [(f"{passed}", "safety gates passed")]
+        cards += [(f"{len(failed)}", "safety gates failed")] if failed else []
     note = (
         f"At most {result['limit']:,} items of each set. A bar is the"
-        f" {100 * result['confidence']:g} % interval, of the items alone. {LEGEND}"
+        f" {100 * result['confidence']:g} % interval, of the items alone."
     )
-    tables = [safety_table(result, name) for name in models]
-    values = {
-        **EMPTY, "failed": result["failed"], "tables": tables, "notes": safety_notes(result),
-        "sources": safety_sets(result),
-    }  # fmt: skip
-    return Part(
-        "How safe it is", note, charts=charts, cards=cards, template="eval.html.jinja",
-        values=values,
-    )  # fmt: skip
+    return _part("How safe it is", note, charts, cards, safety_blocks(result), failed)

@@ -1,15 +1,15 @@
 """Ask a model the questions of a task, in parts whose records are kept."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NotRequired
 
-from typing_extensions import TypedDict
+from typing_extensions import TypedDict, Unpack
 
 from fastlm.errors import InputError
 from fastlm.evals.measures import values
-from fastlm.evals.results import Record, Results
+from fastlm.evals.results import AGAIN, Record, Results
 from fastlm.evals.scorer import Likelihood, Prompt, Scorer
 from fastlm.evals.task import Choices, Open, Question, Task
 from fastlm.inference.requests import request_seed
@@ -17,6 +17,18 @@ from fastlm.progress import silent
 from fastlm.schema import Count, Finite
 
 PART = 64  # questions whose records are kept at once
+
+
+class Drawing(TypedDict, total=False):
+    """How answers to `Open` questions are drawn: ``samples`` of each, which want a ``temperature``
+    of more than 0."""
+
+    samples: int
+    temperature: float
+    seed: int
+
+
+DEFAULTS: Drawing = {"samples": 1, "temperature": 0.0, "seed": 0}
 
 
 class ChoicesRecord(TypedDict):
@@ -48,10 +60,8 @@ def ask_all(
     folder: Path,
     *,
     model: str,
-    samples: int = 1,
-    temperature: float = 0.0,
-    seed: int = 0,
     track: Callable = silent,
+    **drawing: Unpack[Drawing],
 ) -> list[dict[str, Any]]:
     """Ask one model all tasks; return per task what `fastlm.evals.suite.measured` compares.
 
@@ -66,17 +76,12 @@ def ask_all(
             task.check()
     found = []
     for task in track(tasks, "question sets", unit="sets"):
-        options = {"seed": seed, "samples": samples, "temperature": temperature}
         began = time.perf_counter()
-        records, held = ask_task(task, scorer, folder, model=model, **options)
-        took = time.perf_counter() - began
+        records, held = ask_task(task, scorer, folder, model=model, **drawing)
+        took = {} if held else {"seconds": time.perf_counter() - began}
+        overall = task.overall(records) if task.overall is not None else {}
         found.append(
-            {
-                "values": values(task, records),
-                "overall": task.overall(records) if task.overall is not None else {},
-                "cut": cut_count(records),
-                **({} if held else {"seconds": took}),
-            }
+            {"values": values(task, records), "overall": overall, "cut": cut_count(records), **took}
         )
     return found
 
@@ -87,24 +92,19 @@ def ask_task(
     folder: Path,
     *,
     model: str,
-    samples: int = 1,
-    temperature: float = 0.0,
-    seed: int = 0,
     track: Callable = iter,
+    **drawing: Unpack[Drawing],
 ) -> tuple[list[Record], int]:
     """Return a record per question from the task's file in ``folder``, and how many of them were
     there before; see `ask` and `ask_all`."""
     about: dict[str, Any] = {"task": task.name, "hash": task.hash, "model": model}
     if task.open:
-        about |= {"seed": seed, "samples": samples, "temperature": temperature}
+        about |= DEFAULTS | drawing
     if task.judge is not None:
         about["judge"] = f"{task.judge.__module__}.{task.judge.__qualname__}"
     with Results(folder / _file_of(task), about, schema_of(task)) as results:
         held = len(results.records)
-        records = ask(
-            task, scorer, results, samples=samples, temperature=temperature, seed=seed, track=track
-        )
-    return records, held
+        return ask(task, scorer, results, track=track, **drawing), held
 
 
 def _file_of(task: Task) -> str:
@@ -121,42 +121,37 @@ def ask(
     scorer: Scorer,
     results: Results,
     *,
-    samples: int = 1,
-    temperature: float = 0.0,
-    seed: int = 0,
     track: Callable = iter,
+    **drawing: Unpack[Drawing],
 ) -> list[Record]:
     """Return a record per question, asking those that ``results`` lacks.
 
     A record has the question's ``id``. Of `Choices`: ``logprob`` per answer in nats, its
     ``tokens``, whether it is the ``greedy`` one where the task asks, ``bare`` without the question,
-    ``cut`` tokens that did not fit. Of `Open`: ``answers``, ``samples`` of them, their ``scores``
-    by the task's judge, the ``gold`` answer's logprob (None without one). Of a task with a
-    ``probe``: what that returns.
+    ``cut`` tokens that did not fit. Of `Open`: ``answers``, their ``scores`` by the task's judge,
+    the ``gold`` answer's logprob (None without one). Of a task with a ``probe``: what that returns.
 
     Args:
-        temperature: of answers; several samples want more than 0.
-        track: shows progress over the parts.
+        track: shows progress over the parts; not called where nothing is missing.
     """
-
-    def records(at: int, part: Sequence[Any]) -> list[Record]:
-        del at
-        if task.probe is not None:
-            return task.probe(scorer, part, seed)
-        if task.open:
-            return _ask_open(task, part, scorer, samples, temperature, seed)
-        return _ask_choices(task, part, scorer)
-
+    options = DEFAULTS | drawing
     for number, (question, record) in enumerate(zip(task.questions, results.records), 2):
-        check_record(task, question, record, samples, f"{results.path}:{number}")
+        where = f"{results.path}:{number}"
+        check_record(task, question, record, options.get("samples", 1), where)
     size = task.part_size or PART
-    return results.fill(task.questions, records, part=size, track=track)
+    begins = results.continue_parts(len(task.questions), size)
+    for at in track(begins) if begins else ():
+        part: Sequence[Any] = task.questions[at : at + size]
+        if task.probe is not None:
+            results.add(task.probe(scorer, part, options.get("seed", 0)))
+        else:
+            ask_part = _ask_open if task.open else _ask_choices
+            results.add(ask_part(task, part, scorer, **options))
+    return results.records
 
 
 def check_record(task: Task, question: Question, record: Record, samples: int, where: str) -> None:
     """Raise InputError unless a record has what the measures of its question need."""
-    expected: dict[str, Any] = {"id": question.id}
-    got: dict[str, Any] = {"id": record["id"]}
     if task.probe is not None:
         counts = {}
     elif isinstance(question, Open):
@@ -166,24 +161,23 @@ def check_record(task: Task, question: Question, record: Record, samples: int, w
         counts = {"logprob": answers, "tokens": answers}
         counts |= {"bare": len(question.bare)} if question.bare else {}
         counts |= {"greedy": answers} if task.greedy else {}
-    expected |= counts
-    got |= {key: len(record.get(key, ())) for key in counts}
-    for key, value in expected.items():
-        if got[key] != value:
-            values = " values" if key in counts else ""
-            raise InputError(
-                f"{where}: {key}: expected {value!r:.80}{values}, got {got[key]!r:.80}; remove the"
-                " file to begin again"
-            )
+    if record["id"] != question.id:
+        told = f"id: expected {question.id!r:.80}, got {record['id']!r:.80}"
+        raise InputError(f"{where}: {told}; {AGAIN}")
+    for key, count in counts.items():
+        if (got := len(record.get(key, ()))) != count:
+            raise InputError(f"{where}: {key}: expected {count} values, got {got}; {AGAIN}")
 
 
-def _ask_choices(task: Task, questions: Sequence[Any], scorer: Scorer) -> list[Record]:
+def _ask_choices(
+    task: Task, questions: Sequence[Choices], scorer: Scorer, **_: Unpack[Drawing]
+) -> list[Record]:
     pairs = [pair for q in questions for pair in (*q.requests, *q.bare)]
     likelihoods = iter(scorer.loglikelihoods(pairs, greedy=task.greedy))
     return [_choice_record(task, q, likelihoods) for q in questions]
 
 
-def _choice_record(task: Task, question: Choices, likelihoods: Any) -> Record:
+def _choice_record(task: Task, question: Choices, likelihoods: Iterator[Likelihood]) -> Record:
     own = [next(likelihoods) for _ in question.requests]
     record: Record = {
         "id": question.id, "logprob": [one.logprob for one in own],
@@ -200,25 +194,23 @@ def _choice_record(task: Task, question: Choices, likelihoods: Any) -> Record:
 
 def _ask_open(
     task: Task,
-    questions: Sequence[Any],
+    questions: Sequence[Open],
     scorer: Scorer,
-    samples: int,
-    temperature: float,
-    seed: int,
+    samples: int = 1,
+    temperature: float = 0.0,
+    seed: int = 0,
 ) -> list[Record]:
-    has_template = scorer.tokenizer.chat_template is not None
     asked = [(q, request_seed(seed, q.id, i)) for q in questions for i in range(samples)]
-    answers, cuts = _conversations(asked, scorer, temperature, has_template)
+    answers, cuts = _conversations(asked, scorer, temperature)
     scores: list[float] = []
     if task.judge is not None:
         scores = task.judge([(text, q.row) for text, (q, _) in zip(answers, asked, strict=True)])
-    golds = _golds(questions, scorer, has_template)
+    golds = _golds(questions, scorer)
     records = []
-    for i, (q, gold) in enumerate(zip(questions, golds, strict=True)):
+    for i, q in enumerate(questions):
         own = slice(i * samples, (i + 1) * samples)
         record: Record = {
-            "id": q.id, "answers": answers[own], "scores": scores[own],
-            "gold": None if gold is None else gold.logprob,
+            "id": q.id, "answers": answers[own], "scores": scores[own], "gold": golds.get(i)
         }  # fmt: skip
         if cut := max(cuts[own]):
             record["cut"] = cut
@@ -226,49 +218,46 @@ def _ask_open(
     return records
 
 
+def _is_chat(question: Open, scorer: Scorer) -> bool:
+    return question.chat and scorer.tokenizer.chat_template is not None
+
+
 def _conversations(
-    asked: Sequence[tuple[Open, int]], scorer: Scorer, temperature: float, has_template: bool
+    asked: Sequence[tuple[Open, int]], scorer: Scorer, temperature: float
 ) -> tuple[list[str], list[int]]:
-    """Return the answer to each question, after the model's own answers to the messages before it,
-    and the most tokens that were cut off in one of its turns."""
+    """Return the answer to each question, drawn with its seed, after the model's own answers to the
+    messages before it; and the most tokens that were cut off in one of its turns."""
     turns: list[tuple[tuple[str, str], ...]] = [()] * len(asked)
-    answers, cuts = [""] * len(asked), [0] * len(asked)
+    cuts = [0] * len(asked)
     for turn in range(max(len(q.before) for q, _ in asked) + 1):
-        rows = [i for i, (q, _) in enumerate(asked) if turn <= len(q.before)]
-        messages = [(*asked[i][0].before, asked[i][0].prompt)[turn] for i in rows]
-        prompts = []
-        for i, message in zip(rows, messages, strict=True):
-            q, seed = asked[i]
-            chat = q.chat and has_template
-            text = message if chat or not q.before else _as_text(turns[i], message)
-            before = turns[i] if chat else ()
-            prompts.append(
-                Prompt(text, q.max_new_tokens, q.stop, chat=chat, seed=seed, before=before)
-            )
+        rows, prompts = [], []
+        for i, (q, seed) in enumerate(asked):
+            if turn <= len(q.before):
+                chat = _is_chat(q, scorer)
+                text = (*q.before, q.prompt)[turn]
+                if q.before and not chat:  # a conversation for a model without a chat template
+                    told = [f"User: {message}\nAssistant: {answer}" for message, answer in turns[i]]
+                    text = "\n".join([*told, f"User: {text}\nAssistant:"])
+                before = turns[i] if chat else ()
+                rows.append(i)
+                prompts.append(
+                    Prompt(text, q.max_new_tokens, q.stop, chat=chat, seed=seed, before=before)
+                )
         written = scorer.generate(prompts, temperature=temperature)
-        for i, message, answer in zip(rows, messages, written, strict=True):
-            answers[i], cuts[i] = answer.text, max(cuts[i], answer.truncated_prompt_tokens)
-            turns[i] = (*turns[i], (message, answer.text))
-    return answers, cuts
+        for i, answer in zip(rows, written, strict=True):
+            cuts[i] = max(cuts[i], answer.truncated_prompt_tokens)
+            q, _ = asked[i]
+            turns[i] = (*turns[i], ((*q.before, q.prompt)[turn], answer.text))
+    return [own[-1][1] for own in turns], cuts
 
 
-def _as_text(turns: Sequence[tuple[str, str]], prompt: str) -> str:
-    """A conversation for a model without a chat template."""
-    before = [f"User: {message}\nAssistant: {answer}" for message, answer in turns]
-    return "\n".join([*before, f"User: {prompt}\nAssistant:"])
-
-
-def _golds(
-    questions: Sequence[Open], scorer: Scorer, has_template: bool
-) -> list[Likelihood | None]:
-    found: list[Likelihood | None] = [None] * len(questions)
+def _golds(questions: Sequence[Open], scorer: Scorer) -> dict[int, float]:
+    """Return the logprob of the right answer to each question that has one, by its index."""
+    golds: dict[int, float] = {}
     for chat in (False, True):
-        chosen = [
-            i for i, q in enumerate(questions) if q.gold and (q.chat and has_template) is chat
-        ]
+        chosen = [i for i, q in enumerate(questions) if q.gold and _is_chat(q, scorer) is chat]
         if chosen:
             pairs = [(questions[i].prompt, questions[i].gold) for i in chosen]
             scored = scorer.loglikelihoods(pairs, chat=chat)
-            for i, one in zip(chosen, scored, strict=True):
-                found[i] = one
-    return found
+            golds |= {i: one.logprob for i, one in zip(chosen, scored, strict=True)}
+    return golds

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fastlm.errors import InputError
-from fastlm.files import make_folder, write_json, write_text
-from fastlm.pipeline.stage import Facts, Job, Part, Stage, Takes, at_least_one
+from fastlm.files import make_folder, write_json
+from fastlm.pipeline.stage import Facts, Job, Part, Stage, Takes, at_least_one, not_negative
 
 ITEMS = "items"  # the folder of what each model said to each question
 
@@ -60,21 +60,16 @@ class Eval(Stage):
     seed: Annotated[int, "Draws questions and answers"] = 0
 
     def check(self) -> None:
-        at_least_one(self, "batch_size", "samples")
+        given = [name for name in ("limit", "seq_len", "stride") if getattr(self, name) is not None]
+        at_least_one(self, "batch_size", "samples", *given)
+        not_negative(self, "temperature")
         if self.act_bits not in (None, 8, 16):
             raise InputError(f"act_bits: expected 8 or 16, got {self.act_bits}")
-        if self.limit is not None and self.limit < 1:
-            raise InputError(f"limit: wanted 1 or more, got {self.limit}")
-        if self.temperature < 0:
-            raise InputError(f"temperature: wanted 0 or more, got {self.temperature}")
         if self.samples > 1 and not self.temperature:
             raise InputError(
                 f"temperature: wanted more than 0 for {self.samples} samples, got 0: all would be"
                 " the same"
             )
-        for name in ("seq_len", "stride"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise InputError(f"{name}: wanted 1 or more, got {value}")
 
     def contents(self, contents: Any) -> Any:
         from fastlm.evals.harness_tasks import is_file, task_files
@@ -91,13 +86,21 @@ class Eval(Stage):
         return {}
 
     def run(self, job: Job) -> dict[str, Any]:
-        from fastlm.evals.suite import ids_of
+        from fastlm.evals.contamination import told
+        from fastlm.evals.registry import load_task, names_of
+        from fastlm.evals.runner import ask_all
+        from fastlm.evals.scorer import Scorer
+        from fastlm.evals.suite import DIGITS, ids_of, measured
+        from fastlm.evals.text_bits_per_byte import text_bits_per_byte
         from fastlm.model.load import load_model
 
         data = job.optional("data")
         if data is None and not self.tasks:
             raise InputError("data: wanted held-out text, or tasks, got neither")
-        tasks = self._tasks(job)
+        tasks = [
+            load_task(name, job.cache).sample(self.limit, self.seed)
+            for name in names_of(self.tasks)
+        ]
         if job.inputs.get("against") and not tasks:
             raise InputError("against: wanted tasks whose questions to look for, got none")
         overlaps: list[Any] = []
@@ -108,7 +111,11 @@ class Eval(Stage):
         for source, known in zip(job.inputs["model"], ids, strict=True):
             model, tokenizer = load_model(source.where, self.act_bits)
             if data is not None:
-                result = self._bits(model, tokenizer, data, job, first=not models)
+                result = text_bits_per_byte(
+                    model, tokenizer, data, seq_len=self.seq_len, stride=self.stride,
+                    batch_size=self.batch_size, document_mask=self.document_mask,
+                    compressors=not models, cache=job.cache, track=job.track, tell=job.skipped,
+                )  # fmt: skip
                 for key in ("bits_per_byte_xz", "bits_per_byte_zstd", "documents"):
                     if key in result:
                         packed[key] = result.pop(key)
@@ -116,33 +123,21 @@ class Eval(Stage):
             if not overlaps and (against := job.optional("against")):
                 overlaps = self._overlaps(tasks, model, tokenizer, against, job)
             if tasks:
-                asked[source.name] = self._ask(tasks, model, tokenizer, known["id"], job)
+                digits = known["id"][:DIGITS]
+                asked[source.name] = ask_all(
+                    tasks, Scorer(model, tokenizer), job.out / ITEMS / digits,
+                    model=digits + (f", act_bits {self.act_bits}" if self.act_bits else ""),
+                    samples=self.samples, temperature=self.temperature, seed=self.seed,
+                    track=job.track,
+                )  # fmt: skip
         scores = {**packed, "models": models, "ids": ids}
         if tasks:
-            from fastlm.evals.suite import measured
-            from fastlm.evals.tables import task_table
-
             scores["tasks"] = measured(tasks, asked)
-            for i, found in enumerate(overlaps):
-                from fastlm.evals.contamination import told
-
-                values = {name: results[i]["values"] for name, results in asked.items()}
-                scores["tasks"][i]["contamination"] = told(tasks[i], found, values)
-            table = task_table(scores["tasks"]).latex()
-            write_text(make_folder(job.out) / "scores.tex", table)
+        for i, found in enumerate(overlaps):
+            values = {name: results[i]["values"] for name, results in asked.items()}
+            scores["tasks"][i]["contamination"] = told(tasks[i], found, values)
         write_json(make_folder(job.out) / "scores.json", scores)
         return scores
-
-    def _bits(
-        self, model: Any, tokenizer: Any, data: Path, job: Job, *, first: bool
-    ) -> dict[str, Any]:
-        from fastlm.evals.text_bits_per_byte import text_bits_per_byte
-
-        return text_bits_per_byte(
-            model, tokenizer, data, seq_len=self.seq_len, stride=self.stride,
-            batch_size=self.batch_size, document_mask=self.document_mask, compressors=first,
-            cache=job.cache, track=job.track, tell=job.skipped,
-        )  # fmt: skip
 
     def _overlaps(
         self, tasks: Any, model: Any, tokenizer: Any, against: Path, job: Job
@@ -150,34 +145,12 @@ class Eval(Stage):
         from fastlm.data.texts import token_dataset
         from fastlm.evals.contamination import task_overlaps
 
+        vocab_size = model.config.vocab_size
         with token_dataset(
-            against, tokenizer, model.config.vocab_size, part="train", cache=job.cache,
-            tell=job.skipped, name="against",
+            against, tokenizer, vocab_size, part="train", cache=job.cache, tell=job.skipped,
+            name="against",
         ) as data:  # fmt: skip
-            vocab_size = model.config.vocab_size
             return task_overlaps(tasks, tokenizer, data, vocab_size, track=job.track)
-
-    def _tasks(self, job: Job) -> list[Any]:
-        from fastlm.evals.registry import load_task, names_of
-
-        return [
-            load_task(name, job.cache).sample(self.limit, self.seed)
-            for name in names_of(self.tasks)
-        ]
-
-    def _ask(
-        self, tasks: Any, model: Any, tokenizer: Any, id: str, job: Job
-    ) -> list[dict[str, Any]]:
-        from fastlm.evals.runner import ask_all
-        from fastlm.evals.scorer import Scorer
-        from fastlm.evals.suite import DIGITS
-
-        hashed = id[:DIGITS]
-        asked = hashed if self.act_bits is None else f"{hashed}, act_bits {self.act_bits}"
-        return ask_all(
-            tasks, Scorer(model, tokenizer), job.out / ITEMS / hashed, model=asked,
-            samples=self.samples, temperature=self.temperature, seed=self.seed, track=job.track,
-        )  # fmt: skip
 
     def told(self, result: Mapping[str, Any], job: Job) -> str:
         from fastlm.evals.report import eval_summary
@@ -186,10 +159,10 @@ class Eval(Stage):
         return eval_summary(result)
 
     def shown(self, result: Mapping[str, Any], job: Job) -> Any:
-        from fastlm.evals.report import render_eval
+        from fastlm.evals.report import eval_blocks, rendered
 
         del job
-        return render_eval(result)
+        return rendered(eval_blocks(result))
 
     def report(self, job: Job, result: Mapping[str, Any]) -> Part:
         from fastlm.evals.report import eval_part

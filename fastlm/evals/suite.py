@@ -1,6 +1,5 @@
 """Tasks that several models were asked, measured, and the models compared on the same questions."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fastlm.evals.measures import HEADLINE, Values, as_json, is_share, parts, passages, summary
+from fastlm.evals.measures import HEADLINE, finite, is_share, parts, passages, summary
 from fastlm.evals.task import Task
 from fastlm.pipeline.stage import Input
 from fastlm.sources.packages import model_path
@@ -25,65 +24,51 @@ def measured(
 
     asked: model -> what `fastlm.evals.runner.ask_all` returned.
     """
-    found = []
-    for i, task in enumerate(tasks):
-        own = {name: results[i] for name, results in asked.items()}
-        row: dict[str, Any] = {
-            "name": task.name, "ability": task.ability, "format": task.format, "hash": task.hash,
-            "source": task.source, "licence": task.licence, "questions": len(task.questions),
-            "normalisation": task.normalisation, "chance": task.chance, "models": {},
-        }  # fmt: skip
-        if task.wider:
-            row["wider"] = list(dict.fromkeys(task.wider.values()))
-        for name, result in own.items():
-            each = as_json(summary(task, result["values"])) | result["overall"]
-            for measure, value in each.items():
-                value |= _unit(measure, result["values"].get(measure))
-            kept = {k: result[k] for k in ("cut", "seconds") if result.get(k)}
-            row["models"][name] = {"measures": each, **kept}
-            if by_part := parts(task, result["values"]):
-                row["models"][name]["parts"] = by_part
-        first, *others = own
-        row["compared"] = [
-            _compared(task, own, name, first, measure)
-            for name in others
-            for measure in own[first]["values"]
-        ]
-        found.append(row)
-    _adjust(found)
+    found = [
+        _measured(task, {name: results[i] for name, results in asked.items()})
+        for i, task in enumerate(tasks)
+    ]
+    alike: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in found:
+        for one in row["compared"]:
+            alike.setdefault((one["model"], one["measure"]), []).append(one)
+    for ones in alike.values():  # per model and measure, for the number of tasks
+        for one, p in zip(ones, holm([one["p"] for one in ones]), strict=True):
+            one["p_adjusted"] = p
     return found
 
 
-def _compared(
-    task: Task, own: Mapping[str, Any], name: str, first: str, measure: str
-) -> dict[str, Any]:
-    clusters = passages(task)
-    a: Values = own[name]["values"]
-    told = asdict(compare(a[measure], own[first]["values"][measure], clusters=clusters))
-    known = {key: None if _unknown(value) else value for key, value in told.items()}
-    unit = _unit(measure, a[measure])
-    return {"model": name, "with": first, "measure": measure, **known, **unit}
+def _measured(task: Task, own: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    models: dict[str, dict[str, Any]] = {}
+    for name, result in own.items():
+        each = {key: finite(asdict(m)) for key, m in summary(task, result["values"]).items()}
+        each |= result["overall"]
+        measures = {key: m | _unit(key, result["values"].get(key)) for key, m in each.items()}
+        kept = {key: result[key] for key in ("cut", "seconds") if result.get(key)}
+        models[name] = {"measures": measures, **kept}
+        if by_part := parts(task, result["values"]):
+            models[name]["parts"] = by_part
+    first, *others = own
+    compared = []
+    for name in others:
+        for measure, base in own[first]["values"].items():
+            each = own[name]["values"][measure]
+            told = finite(asdict(compare(each, base, clusters=passages(task))))
+            one = {"model": name, "with": first, "measure": measure, **told}
+            compared.append(one | _unit(measure, each))
+    wider = {"wider": list(dict.fromkeys(task.wider.values()))} if task.wider else {}
+    return {
+        "name": task.name, "ability": task.ability, "format": task.format, "hash": task.hash,
+        "source": task.source, "licence": task.licence, "questions": len(task.questions),
+        "normalisation": task.normalisation, "chance": task.chance, "models": models, **wider,
+        "compared": compared,
+    }  # fmt: skip
 
 
 def _unit(measure: str, each: np.ndarray | None) -> dict[str, str]:
     """What tells a measure that is no share, of which tables show percent."""
     is_figure = measure != HEADLINE and (each is None or not is_share(each))
     return {"unit": ""} if is_figure else {}
-
-
-def _unknown(value: Any) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
-
-
-def _adjust(found: list[dict[str, Any]]) -> None:
-    """Add p-values adjusted for the number of tasks: per model and measure (Holm)."""
-    alike: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in found:
-        for one in row["compared"]:
-            alike.setdefault((one["model"], one["measure"]), []).append(one)
-    for ones in alike.values():
-        for one, p in zip(ones, holm([one["p"] for one in ones]), strict=True):
-            one["p_adjusted"] = p
 
 
 def id_of(model: str | Path) -> str:

@@ -1,5 +1,5 @@
-"""A table described once, for the terminal (rich), LaTeX and report.html; and the tables of
-question sets."""
+"""A table described once, for the terminal (rich) and report.html; and the tables of question
+sets."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,6 @@ HEADINGS = {
     "acc_olmes": "OLMES", "acc_norm": "lm-eval", "chance": "chance", "detects": "detects",
 }  # fmt: skip
 MAX_PARTS = 30  # of a set in its table; scores.json has all
-_LATEX = str.maketrans({c: f"\\{c}" for c in "&%$#_{}"} | {"±": "$\\pm$", "~": "\\~{}"})
 
 
 @dataclass(frozen=True)
@@ -54,26 +53,12 @@ class Table:
             table.add_row(*("\n  ".join([cell.text, *cell.lines]) for cell in row))
         return table
 
-    def latex(self) -> str:
-        """A table of the package booktabs."""
-
-        def line(texts: Sequence[str]) -> str:
-            return " & ".join(text.translate(_LATEX) for text in texts) + r" \\"
-
-        align = "l" * self.left + "r" * (len(self.columns) - self.left)
-        body = [line([cell.text for cell in row]) for row in self.cells]
-        return "\n".join(
-            [rf"\begin{{tabular}}{{{align}}}", r"\toprule", line(self.columns), r"\midrule", *body,
-             r"\bottomrule", r"\end{tabular}", ""]
-        )  # fmt: skip
-
 
 def short_names(names: Sequence[str]) -> dict[str, str]:
     """Return the names of models without the folders that they have in common: the last words of
     each path, as many as tell them apart."""
-    parts = {name: name.rstrip("/").split("/") for name in names}
-    for count in range(1, max(map(len, parts.values()), default=1) + 1):
-        short = {name: "/".join(words[-count:]) for name, words in parts.items()}
+    for count in range(1, max(name.count("/") for name in names) + 2):
+        short = {name: "/".join(name.rstrip("/").split("/")[-count:]) for name in names}
         if len(set(short.values())) == len(short):
             return short
     return {name: name for name in names}
@@ -95,11 +80,8 @@ def figure(measure: Mapping[str, Any] | None, name: str = "acc") -> str:
 
 def main_measure(measures: Mapping[str, Any]) -> str:
     """The measure that "accuracy" shows: exact match, accuracy or else the first."""
-    names = [name for name in measures if name != HEADLINE]
-    for name in ("exact_match", "acc"):
-        if name in names:
-            return name
-    return next(iter(names), "acc")
+    names = [name for name in ("exact_match", "acc", *measures) if name in measures]
+    return next((name for name in names if name != HEADLINE), "acc")
 
 
 def accuracy(measures: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -136,6 +118,14 @@ def _percent(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.1f}"
 
 
+def task_tables(tasks: Tasks) -> list[Table]:
+    """The tables of question sets that have a row."""
+    if not tasks:
+        return []
+    makers = (task_table, _part_table, _contamination_table, compared_table)
+    return [table for table in (make(tasks) for make in makers) if table.rows]
+
+
 def task_table(tasks: Tasks) -> Table:
     """All tasks. Shares are percent, with their standard errors."""
     rows = list(lines(tasks))
@@ -144,7 +134,7 @@ def task_table(tasks: Tasks) -> Table:
     return Table(
         [HEADINGS[key] for key in keys],
         [[row[key] for key in keys] for row in rows],
-        left=sum(key in ("set", "model") for key in keys),
+        left=sum(key in ("set", "model") for key in keys), title="Question sets",
         note="Bits per byte of the right answer: lower is better. Accuracies in percent with"
         " standard errors: the likeliest answer is right; the same after OLMES' normalisation; the"
         ' same by characters, as in lm-evaluation-harness. Chance is what guessing gives. "Detects"'
@@ -171,8 +161,9 @@ def difference(one: Mapping[str, Any]) -> tuple[str, str]:
     return texts[0], f"{texts[1]}..{texts[2]}"
 
 
-def compared_table(tasks: Tasks) -> Table | None:
-    """The models after the first, each minus the first; None where there is one model."""
+def compared_table(tasks: Tasks) -> Table:
+    """The models after the first, each minus the first."""
+    first, *others = short_names(list(tasks[0]["models"])).values()
     rows = []
     for task, one in comparisons(tasks):
         measure = str(one["measure"])
@@ -184,9 +175,6 @@ def compared_table(tasks: Tasks) -> Table | None:
                 "" if one["needed"] is None else f"{one['needed']:,}",
             )
         )  # fmt: skip
-    if not rows:
-        return None
-    first, *others = short_names(list(tasks[0]["models"])).values()
     return Table(
         ("set", "model", "by", "difference", "95 %", "p", "p of all", "n needed"), rows, left=3,
         title=f"{others[0] if len(others) == 1 else 'each model'} minus {first}",
@@ -200,9 +188,9 @@ def p_value(p: float) -> str:
     return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def part_table(tasks: Tasks) -> Table | None:
+def _part_table(tasks: Tasks) -> Table:
     """The parts of sets, such as the fields of MMLU; of a set whose parts belong to wider ones,
-    only these. None where no set has any."""
+    only these."""
     rows = []
     for task in tasks:
         short = short_names(list(task["models"]))
@@ -218,12 +206,12 @@ def part_table(tasks: Tasks) -> Table | None:
                         )
                     )  # fmt: skip
     columns = ("set", "part", "model", "n", "bits/byte", "accuracy")
-    return Table(columns, rows, left=3, title="Parts of the sets") if rows else None
+    return Table(columns, rows, left=3, title="Parts of the sets")
 
 
-def contamination_table(tasks: Tasks) -> Table | None:
-    """Touched and dirty questions, and the accuracy (else bits per byte) of clean and dirty ones.
-    None where nobody looked."""
+def _contamination_table(tasks: Tasks) -> Table:
+    """Touched and dirty questions, and the accuracy (else bits per byte) of clean and dirty
+    ones."""
     rows = []
     for task in tasks:
         if not (found := task.get("contamination")):
@@ -236,8 +224,6 @@ def contamination_table(tasks: Tasks) -> Table | None:
                 scores.append(figure(accuracy(own)) or figure(own.get(HEADLINE), HEADLINE))
             counts = (f"{found[key]:,}" for key in ("questions", "touched", "dirty"))
             rows.append((task["name"], short[name], *counts, *scores))
-    if not rows:
-        return None
     return Table(
         ("set", "model", "n", "touched", "dirty", "clean score", "dirty score"), rows, left=2,
         title="Are the questions in the training text?",

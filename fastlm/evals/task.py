@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastlm.errors import InputError
@@ -64,8 +65,9 @@ class Open:
 
 
 Question = Choices | Open
+Asked = Sequence[tuple[str, Mapping[str, Any]]]  # answers, each with its question's row
 # Returns 1 (right) to 0 per answer; gets all answers at once, so that programs run in parallel
-Judge = Callable[[Sequence[tuple[str, Mapping[str, Any]]]], list[float]]
+Judge = Callable[[Asked], list[float]]
 
 
 @dataclass(frozen=True)
@@ -149,3 +151,34 @@ class Task:
             return self
         chosen = sorted(random.Random(seed).sample(range(len(self.questions)), limit))
         return replace(self, questions=[self.questions[i] for i in chosen])
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """What the registry knows about a question set before its data is read.
+
+    licence: of its data, as its authors state it; "not stated" where they do not.
+    formats: templates and numbers of examples; the first is the default.
+    source: where the data comes from.
+    read: (format, cache) -> the fields of the task that are not told here.
+    free: a format that is not listed is passed to ``read``, which may refuse it.
+    """
+
+    ability: str
+    licence: str
+    formats: tuple[str, ...]
+    source: str
+    read: Callable[[str, Path], dict[str, Any]]
+    free: bool = False
+
+    def load(self, name: str, format: str, cache: Path) -> Task:
+        """Read the set. InputError: an unknown format, a package that cannot be fetched, damaged
+        data."""
+        if format and not self.free and format not in self.formats:
+            raise InputError(
+                f"format: expected one of {', '.join(self.formats)} for {name}, got {format!r:.80}"
+            )
+        fields = self.read(format or self.formats[0], cache)
+        return Task(
+            name=name, ability=self.ability, source=self.source, licence=self.licence, **fields
+        )

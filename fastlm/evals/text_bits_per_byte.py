@@ -3,21 +3,16 @@
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
-from fastlm.data.shards import TokenDataset, document_offsets
+from fastlm.data.shards import TokenDataset
 from fastlm.data.texts import check_window, token_dataset
-from fastlm.model.bits_per_byte import (
-    IGNORE,
-    BitsPerByte,
-    compressed_bits_per_byte,
-    evaluate,
-    window,
-    windows,
-)
+from fastlm.model.bits_per_byte import IGNORE, compressed_bits_per_byte, evaluate
 from fastlm.ops import linear_logprobs
 from fastlm.progress import silent
 from fastlm.sources.rows import ignore
@@ -27,67 +22,49 @@ if TYPE_CHECKING:
     from fastlm.tokenizer.tokenizer import Tokenizer
 
 
-def evaluate_domains(
-    model: "CausalLM",
-    dataset: TokenDataset,
-    domains: Sequence[str],
-    sizes: Sequence[int],
-    seq_len: int,
-    batch_size: int,
-    *,
-    stride: int,
-    document_mask: bool = False,
-    track: Any = silent,
-) -> tuple[BitsPerByte, dict[str, dict[str, Any]]]:
-    """`fastlm.model.bits_per_byte.evaluate` of the whole data set, and of each domain.
+class _TokenLosses(nn.Module):
+    """A model that keeps the loss in nats of each token that `evaluate` asks of it, in order."""
 
-    domains, sizes: of each document, what it belongs to and its bytes of text.
-    """
-    names = sorted(set(domains))
-    number = {name: i for i, name in enumerate(names)}
-    of_document = np.array([number[domain] for domain in domains])
+    def __init__(self, model: "CausalLM") -> None:
+        super().__init__()
+        self.model, self.found = model, []
+        self.head, self.softcap = (
+            model.head_matrix(model.dtype),
+            model.config.final_logit_softcapping,
+        )
+        self.train(model.training)
+
+    def forward(self, ids: Tensor, *, shift_labels: Tensor, num_items: int, **options: Any) -> Any:
+        del num_items  # 1
+        hidden, labels = self.model.hidden(ids, **options).flatten(0, 1), shift_labels.flatten()
+        logprobs = linear_logprobs(
+            hidden, self.head, labels, softcap=self.softcap, ignore_index=IGNORE
+        )
+        assert isinstance(logprobs, Tensor)  # a pair only with the entropy
+        self.found.append(-logprobs[labels != IGNORE].double().cpu())
+        return SimpleNamespace(loss=self.found[-1].sum())
+
+
+def _by_domain(
+    losses: Sequence[Tensor], dataset: TokenDataset, texts: Sequence[tuple[str, str]]
+) -> dict[str, dict[str, Any]]:
+    """Return bits per byte of each source of ``texts``, (text, source), from all tokens' losses."""
+    names, of_document = np.unique([source for _, source in texts], return_inverse=True)
     lengths = np.diff([*dataset.document_starts(), dataset.tokens])
-    of_token = np.repeat(of_document, lengths)
-    nats = np.zeros(len(names))
-    chosen = windows(dataset.tokens, seq_len, stride)
-    batches = [chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size)]
-    head, softcap = model.head_matrix(model.dtype), model.config.final_logit_softcapping
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
-        for batch in track(batches, "held-out bits per byte", unit="batches"):
-            rows = [window(dataset, begin, scored, seq_len, stride) for begin, scored in batch]
-            ids = torch.from_numpy(np.stack([r[0] for r in rows])).to(model.device)
-            labels = torch.from_numpy(np.stack([r[1] for r in rows])).to(model.device)
-            offsets = document_offsets(ids, dataset.eos_id) if document_mask else None
-            hidden = model.hidden(ids, cu_seqlens=offsets)
-            flat = labels.flatten()
-            found = linear_logprobs(
-                hidden.flatten(0, 1), head, flat, softcap=softcap, ignore_index=IGNORE
-            )
-            assert isinstance(found, torch.Tensor)  # a pair only with the entropy
-            where = np.concatenate(
-                [of_token[begin : begin + len(r[1])] for (begin, _), r in zip(batch, rows)]
-            )
-            kept = (flat != IGNORE).cpu().numpy()
-            logprobs = found.double().cpu().numpy()[kept]
-            nats -= np.bincount(where[kept], logprobs, minlength=len(names))
-    model.train(was_training)
-    tokens = np.bincount(of_document, lengths, minlength=len(names))
-    size = np.bincount(of_document, sizes, minlength=len(names))
-    bits = nats / math.log(2)
-    found_by = {
-        name: {
-            "bits_per_byte": float(bits[i] / size[i]), "documents": int((of_document == i).sum()),
-            "tokens": int(tokens[i]), "bytes": int(size[i]),
+    each = torch.cat([*losses]).numpy()
+    nats = np.bincount(np.repeat(of_document, lengths), each, len(names))
+    sizes, tokens = (
+        np.bincount(of_document, of, len(names)).astype(int)
+        for of in ([len(text.encode()) for text, _ in texts], lengths)
+    )
+    return {
+        str(name): {
+            "bits_per_byte": float(nats[i] / math.log(2) / sizes[i]),
+            "documents": int((of_document == i).sum()),
+            "tokens": int(tokens[i]), "bytes": int(sizes[i]),
         }
         for i, name in enumerate(names)
     }  # fmt: skip
-    whole = float(bits.sum() / size.sum())
-    return (
-        BitsPerByte(whole, float(nats.sum() / tokens.sum()), int(tokens.sum()), float(size.sum())),
-        found_by,
-    )
 
 
 def text_bits_per_byte(
@@ -120,14 +97,11 @@ def text_bits_per_byte(
         packed: dict[str, Any] = {}
         if texts and compressors:
             packed = compressed_bits_per_byte(t for t, _ in texts) | {"documents": len(texts)}
-        sources = [source for _, source in texts]
-        if len(set(sources)) > 1:
-            sizes = [len(text.encode()) for text, _ in texts]
-            result, domains = evaluate_domains(
-                model, dataset, sources, sizes, seq_len, batch_size, **options
-            )
-        else:
-            result = evaluate(model, dataset, seq_len, batch_size, **options)
+        several = len({source for _, source in texts}) > 1
+        asked = _TokenLosses(model) if several else model
+        result = evaluate(asked, dataset, seq_len, batch_size, **options)
+        if isinstance(asked, _TokenLosses):
+            domains = _by_domain(asked.found, dataset, texts)
     return {
         "bits_per_byte": result.bits_per_byte,
         **{f"bits_per_byte_{name}": packed[name] for name in ("xz", "zstd") if packed},

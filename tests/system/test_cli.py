@@ -231,7 +231,7 @@ def test_eval_of_shards_and_of_text(finished, tmp_path):
         (same,) = folder["models"].values()
         assert same["bits_per_byte"] == pytest.approx(one["bits_per_byte"], rel=1e-6)
     said = call(*options, finished / "shards/heldout", "-o", tmp_path / "scores").stdout
-    assert re.search(r"^bits_per_byte  \d\.\d{4}$", said, re.M)
+    assert re.search(r"^\S+ +\d\.\d{4} +\+0\.0 %", said, re.M)
     assert json.loads((tmp_path / "scores/scores.json").read_text())["models"]
     two = call(*options, finished / "data", "-m", finished / "quantize").stdout
     assert "bits per byte" in two and "xz -9e" in two

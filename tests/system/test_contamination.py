@@ -78,7 +78,7 @@ def test_overlap_is_that_of_a_plain_search(monkeypatch):
             questions.append(("", question.tobytes().decode(), "000"))
     found = overlap(questions, Tokens(data), Letters())
     text = data.tobytes().decode()
-    for (_, body, end), share in zip(questions, found.share):
+    for (_, body, end), share in zip(questions, found):
         whole, n = body + end, 40 if len(body) >= 40 else 25
         covered = np.zeros(len(whole), bool)
         for i in range(len(whole) - n + 1):
@@ -89,7 +89,7 @@ def test_overlap_is_that_of_a_plain_search(monkeypatch):
         else:
             alone = covered[: len(body)].mean() if len(body) >= n else 0
             assert share == max(covered.mean(), alone)
-    assert found.share[-3] == 1 and 0 < found.share[-2] < 1
+    assert found[-3] == 1 and 0 < found[-2] < 1
 
 
 QUESTIONS = [
@@ -119,7 +119,7 @@ def test_copies_are_found_however_they_are_set(copy, base):
     ids = [*itertools.chain(*([*tokenizer.encode(text), tokenizer.eos_id] for text in texts))]
     speller = contamination.Speller(tokenizer, model.config.vocab_size)
     found = overlap(question_texts(rows), Tokens(np.array(ids)), speller)
-    assert (found.share >= contamination.DIRTY).tolist() == [True, False, True, False]
+    assert (found >= contamination.DIRTY).tolist() == [True, False, True, False]
 
 
 def test_letters_of_tokens_are_those_of_the_text(base):

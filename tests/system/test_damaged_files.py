@@ -14,7 +14,7 @@ from fastlm.data.forgotten import read_log
 from fastlm.errors import InputError
 from fastlm.evals import runner
 from fastlm.evals.harness_tasks import task_files
-from fastlm.evals.measures import as_json, parts, summary, values
+from fastlm.evals.measures import parts, summary, values
 from fastlm.evals.results import Results
 from fastlm.evals.safety.gates import failures, read_gates
 from fastlm.evals.task import Choices, Open, Task
@@ -134,7 +134,7 @@ def use_records(path: Path) -> None:
             runner.check_record(task, question, record, 1, f"{path}:{number}")
         if len(results.records) == 3:
             found = values(task, results.records)
-            json.dumps([as_json(summary(task, found)), parts(task, found)])
+            summary(task, found), json.dumps(parts(task, found))
 
 
 def jsonl(*rows) -> bytes:

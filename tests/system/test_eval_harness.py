@@ -18,7 +18,7 @@ from question_files import write_arrow
 from fastlm.errors import InputError
 from fastlm.evals.registry import load_task
 from fastlm.evals.runner import ask_all
-from fastlm.evals.sets import glue, mmlu
+from fastlm.evals.sets import mmlu
 from fastlm.evals.suite import measured
 
 pytest.importorskip("transformers")
@@ -258,17 +258,17 @@ def test_a_users_own_task_has_the_scores_of_the_harness(sides, tmp_path, monkeyp
 
 
 ROW = {
-    "question": " Where is it", "sentence": "it's  a good film .", "sentence1": "A man.",
+    "idx": 0, "question": " Where is it", "sentence": "it's  a good film .", "sentence1": "A man.",
     "sentence2": "He runs.", "premise": "The man ran. ", "hypothesis": "he slept", "label": 1,
     "choices": ["a b", "B", "c", "d"], "choice1": "It rained.", "choice2": "He fell.",
 }  # fmt: skip
 TRIVIA = ROW | {"answer": {"value": "Boulevard", "aliases": ["Blvd", "Boulevard"]}}
 SETS = {  # the harness' file -> rows, what fastlm makes of them with the first as its example
-    "glue/rte/default.yaml": (ROW, glue.rte),
-    "glue/sst2/default.yaml": (ROW, glue.sst2),
-    "glue/mrpc/default.yaml": (ROW, glue.mrpc),
-    "super_glue/cb/default.yaml": (ROW, glue.cb),
-    "super_glue/copa/default.yaml": (ROW | {"question": "cause"}, glue.copa),
+    "glue/rte/default.yaml": (ROW, "rte"),
+    "glue/sst2/default.yaml": (ROW, "sst2"),
+    "glue/mrpc/default.yaml": (ROW, "mrpc"),
+    "super_glue/cb/default.yaml": (ROW, "cb"),
+    "super_glue/copa/default.yaml": (ROW | {"question": "cause"}, "copa"),
     "mmlu/default/mmlu_anatomy.yaml": (ROW | {"answer": 1}, True),
     "mmlu/continuation/mmlu_anatomy.yaml": (ROW | {"answer": 1}, False),
     "triviaqa/default.yaml": (TRIVIA, "triviaqa"),
@@ -291,9 +291,11 @@ def test_sets_are_asked_in_the_templates_of_the_harness(file, tmp_path):
     delimiter = config.get("target_delimiter", " ")
     between = config.get("fewshot_delimiter", "\n\n")
     prompt = f"{config.get('description', '')}{text}{delimiter}{target}{between}{text}"
-    if callable(made):
-        found = glue.requests_of(made, row)
-        assert found == tuple((text, delimiter + choice) for choice in choices)
+    if file.partition("/")[0] in ("glue", "super_glue"):
+        folder = file.partition("/default")[0]
+        write_arrow(tmp_path, folder, "validation", [row])
+        (question,) = load_task(made, tmp_path).questions
+        assert question.requests == tuple((text, delimiter + choice) for choice in choices)
     elif isinstance(made, bool):
         (question,) = mmlu.subject_questions("anatomy", [row], [row], letters=made)
         assert question.requests == tuple((prompt, delimiter + choice) for choice in choices)

@@ -24,7 +24,7 @@ from fastlm.evals.runner import ask, ask_all
 from fastlm.evals.scorer import Scorer
 from fastlm.evals.stage import Eval
 from fastlm.evals.suite import hash_of, measured
-from fastlm.evals.tables import compared_table, lines, task_table
+from fastlm.evals.tables import compared_table, lines
 from fastlm.evals.task import Choices, Open, Task
 from fastlm.model.load import load_model
 from fastlm.stats.intervals import mean_error
@@ -237,8 +237,7 @@ def test_questions_of_a_passage_count_as_one_draw_in_parts_and_clean_ones():
     assert found["a"]["measures"]["acc"]["error"] == pytest.approx(clustered)
     assert clustered > 1.5 * mean_error(each["acc"][rows]).error
     dirty = np.arange(40) < 20
-    overlap = contamination.Overlap(dirty.astype(float), dirty)
-    parted = contamination.told(task, overlap, {"m": each})["models"]["m"]
+    parted = contamination.told(task, dirty.astype(float), {"m": each})["models"]["m"]
     for part, chosen in (("dirty", dirty), ("clean", ~dirty)):
         own = [name for name, one in zip(names, chosen) if one]
         expected = mean_error(each["acc"][chosen], clusters=own).error
@@ -282,8 +281,6 @@ def test_a_comparison_is_symmetric_and_adjusted(tmp_path):
     assert better["bits_per_byte"]["difference"] < 0  # fewer bits
     rows = compared_table(forth).rows
     assert [row[0] for row in rows] == ["words", "words", "fewer", "fewer"]
-    table = task_table(forth).latex()
-    assert table.count(r"\\") == 1 + 2 * len(tasks) and "±" not in table and r"\%" not in table
 
 
 def _pairs(tasks):
@@ -320,7 +317,6 @@ def test_the_stage_asks_models_and_compares_them(base, cache, tmp_path):
     assert scores["models"] == {} and task["questions"] == 8 and task["chance"] == 0.5
     assert set(task["models"]) == {str(base), str(other)} and task["licence"] == "CC-BY"
     assert json.loads((out / "scores.json").read_text()) == json.loads(json.dumps(scores))
-    assert r"\toprule" in (out / "scores.tex").read_text()
     files = sorted(p.relative_to(out / "items") for p in (out / "items").rglob("*.jsonl"))
     assert [p.parts[0] for p in files] == sorted([hash_of(str(base)), hash_of(str(other))])
     told = [(one["name"], one["id"][:16]) for one in scores["ids"]]

@@ -12,8 +12,8 @@ from fastlm.errors import InputError
 from fastlm.evals.measures import parts, values
 from fastlm.evals.registry import load_task
 from fastlm.evals.sets import instructions
-from fastlm.evals.sets.filler import BYTES_PER_TOKEN
-from fastlm.evals.sets.rules import RULES
+from fastlm.evals.sets.instructions import RULES
+from fastlm.evals.sets.long_context import BYTES_PER_TOKEN
 
 PLANTED = "reasoning-gym:chain_sum?size=7&seed=3"
 
@@ -136,8 +136,8 @@ RULE_CASES = {
 def test_rules_tell_right_from_wrong(kind):
     arguments, good, bad = RULE_CASES[kind]
     followed = RULES[kind].followed
-    assert followed(good, arguments)
-    assert not [text for text in bad if followed(text, arguments)]
+    assert followed(good, **arguments)
+    assert not [text for text in bad if followed(text, **arguments)]
 
 
 def test_instructions_are_judged_strictly_and_loosely(tmp_path):
@@ -148,7 +148,7 @@ def test_instructions_are_judged_strictly_and_loosely(tmp_path):
         groups = [RULES[kind].group for kind, _ in q.row["rules"]]
         assert len(set(groups)) == len(groups) and ("alone" not in groups or len(groups) == 1)
         for kind, arguments in q.row["rules"]:
-            assert RULES[kind].ask(arguments) in q.prompt
+            assert RULES[kind].asked(arguments) in q.prompt
     row = {"rules": [["lower case", {}], ["no commas", {}]]}
     answers = ["Sure!\n*all* lower", "all lower", "Sure! all, lower"]
     asked = [(answer, row) for answer in answers]

@@ -56,6 +56,7 @@ TRAINED = {
     "epochs": 1, "used_seconds": 60.0, "train_tokens": 1000,
     "load": "1.2 when the training began", "prompt": EVIL,
 }  # fmt: skip
+WINDOWS = {"loss": 3.0, "tokens": 1000, "seq_len": 32}
 RESULTS = {
     "data": {},
     "tokenizer": {"vocab_size": 512},
@@ -63,7 +64,7 @@ RESULTS = {
     "pretrain": TRAINED,
     "eval": {
         "bits_per_byte_xz": 2.0, "bits_per_byte_zstd": 2.1, "documents": 5,
-        "models": {"pretrain": {"bits_per_byte": 1.5, "bytes": 5000}},
+        "models": {"pretrain": {"bits_per_byte": 1.5, "bytes": 5000, **WINDOWS}},
     },
     "quantize": {
         "format": "w4a16", "group_size": 128, "bytes_before": 1000, "bytes": 300,
@@ -172,8 +173,8 @@ def test_the_page_says_what_happened(html):
 def test_two_models_of_a_kind_stand_side_by_side(tmp_path):
     other = {"kind": "pretrain", "name": "wide", "max_steps": 3, "model": MODEL}
     stages = [*RECIPE["stage"][:4], other, {"kind": "eval", "of": ["pretrain", "wide"]}]
-    scores = {"pretrain": {"bits_per_byte": 1.5, "bytes": 5000}}
-    scores["wide"] = {"bits_per_byte": 1.4, "bytes": 5000}
+    scores = {"pretrain": {"bits_per_byte": 1.5, "bytes": 5000, **WINDOWS}}
+    scores["wide"] = {"bits_per_byte": 1.4, "bytes": 5000, **WINDOWS}
     results = RESULTS | {"wide": TRAINED, "eval": RESULTS["eval"] | {"models": scores}}
     for name in ("pretrain", "wide"):
         metrics_of(tmp_path / name, (4.0, 3.0, 2.0))
@@ -196,7 +197,7 @@ def test_bars_are_the_difference_to_xz(html):
     bars = [(float(left), float(left) + float(width)) for left, width in found]
     line = float(re.findall(r'class="line" style="left:([\d.]+)%"', html)[0])
     assert line == pytest.approx(100 * 0.5 / 0.6, abs=0.1)
-    wanted = [(line, 100), (line, line), (0, line)]  # zstd, xz, the model
+    wanted = [(0, line), (line, line), (line, 100)]  # the model, xz, zstd
     for bar, place in zip(bars, wanted, strict=True):
         assert bar == pytest.approx(place, abs=0.11)
 

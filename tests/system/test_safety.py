@@ -682,8 +682,8 @@ def test_prompts_that_do_not_fit_are_counted_by_measure(cache, tmp_path, scripte
     assert result["models"]["m"]["cut"] == {"attacks": 40}
     scripted(Scripted(complying))  # from the records
     assert stage(tmp_path, cache=cache, model="m") == result
-    *_, line = safety_part(result).values["notes"]
-    assert line == "attacks: 40 prompts were cut at their beginning to fit the context"
+    line = "attacks: 40 prompts were cut at their beginning to fit the context"
+    assert line in safety_part(result).values["blocks"]
     scripted(Scripted(complying))
     assert stage(tmp_path / "fits", cache=cache, model="m")["models"]["m"]["cut"] == {}
 

@@ -15,7 +15,7 @@ from test_cli import call, refused
 from fastlm.data.prepare import HELDOUT, TRAIN
 from fastlm.data.texts import read_texts
 from fastlm.errors import InputError
-from fastlm.evals.charts import exposure_chart, memorization_chart
+from fastlm.evals.charts import copies_charts
 from fastlm.evals.safety.canaries import (
     DIGITS,
     exposure,
@@ -132,8 +132,8 @@ def test_a_memorizer_is_caught_by_its_canaries(models, planted, corpus, tmp_path
     assert clean[name].value < 5.0
     assert leaks[f"privacy.extracted.copies_{COPIES}"].value == 1.0
     assert leaks["privacy.extracted.copies_0"].value == 0.0
-    chart = exposure_chart({key: score.as_dict() for key, score in leaks.items()})
-    assert chart and "exposure of canaries, bits" in chart
+    (chart,) = copies_charts({key: score.as_dict() for key, score in leaks.items()})
+    assert "exposure of canaries, bits" in chart
 
 
 def test_exposure_of_what_was_not_memorised_is_small():
@@ -209,8 +209,8 @@ def test_a_memorizer_continues_what_it_saw_often(models, corpus, tmp_path):
         assert scores[0][often].value == 1.0 and scores[1][often].value == 0.0
         for never in (0, 1):
             assert scores[0][f"memorization.prefix_{length}.copies_{never}"].value == 0.0
-    chart = memorization_chart({key: score.as_dict() for key, score in scores[0].items()})
-    assert chart and "copies in the training text" in chart
+    (chart,) = copies_charts({key: score.as_dict() for key, score in scores[0].items()})
+    assert "copies in the training text" in chart
     # one forward says what greedy generation would
     scorer, text = models[0], next(iter(open_texts(corpus)))
     ids = scorer.tokenizer.encode(text)

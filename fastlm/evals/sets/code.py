@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from fastlm.errors import InputError
-from fastlm.evals.answers import Asked
 from fastlm.evals.sets.olmes import SOURCE, read_open, request_file
-from fastlm.evals.task import Open, Task
-from fastlm.evals.task_spec import TaskSpec
+from fastlm.evals.task import Asked, Open, TaskSpec
 
 ENDS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n```")  # Codex', and the end of a fence
 TOKENS = 512  # the longest right answers have 268 (HumanEval) and 415 (MBPP) of SmolLM2's
@@ -60,19 +58,19 @@ def fenced(answer: str) -> str:
     return rest.partition("\n")[2].partition("```")[0]
 
 
-def humaneval(q: Open, format: str) -> Open:
+def _humaneval(q: Open) -> Open:
     doc = q.row
     prompt, name = doc["prompt"], doc["entry_point"]
     tests = f"{doc['test']}\ncheck({name})\n"
     row = {"prompt": prompt, "name": name, "tests": tests, "setup": prompt}
-    gold = doc["canonical_solution"]
-    if format == "completion":
-        return replace(q, prompt=prompt, gold=gold, row=row, stop=ENDS)
-    return replace(q, gold=gold, row=row, stop=(*q.stop, "\n```"))
+    return replace(q, gold=doc["canonical_solution"], row=row, stop=(*q.stop, "\n```"))
 
 
-def mbpp(q: Open, format: str) -> Open:
-    del format
+def _completion(q: Open) -> Open:
+    return replace(_humaneval(q), prompt=q.row["prompt"], stop=ENDS)
+
+
+def _mbpp(q: Open) -> Open:
     doc = q.row
     # the set's setup builds trees from the program's class
     tests = "\n".join([doc["test_setup_code"], *doc["test_list"]])
@@ -90,30 +88,21 @@ def _called(tests: list[str], gold: str) -> str:
     raise ValueError("tests: wanted a call of a function of the right program, got none")
 
 
-def _reader(
-    folder: str, make: Callable[[Open, str], Open]
-) -> Callable[[TaskSpec, str, str, Path], Task]:
-    def read(spec: TaskSpec, name: str, format: str, cache: Path) -> Task:
-        kept = "gold_bpb_0shot" if format == "completion" else format
-        path, questions = request_file(folder, kept, cache), []
-        for number, q in enumerate(read_open(path, max_new_tokens=TOKENS, as_is=True), 1):
-            try:
-                questions.append(make(q, format))
-            except (KeyError, TypeError, AttributeError, ValueError) as error:
-                told = f"{type(error).__name__}: {error}"
-                raise InputError(f"{path}, line {number}: wanted tests, got {told}") from None
-        template = "codex:completion" if format == "completion" else f"olmes:{format}"
-        return spec.task(name, template, questions, judge=passes, metric="pass", check=can_run)
+def _set(licence: str, folder: str, **make: Callable[[Open], Open]) -> TaskSpec:
+    """``make``: format -> what makes its questions of OLMES'."""
 
-    return read
+    def read(format: str, cache: Path) -> dict[str, Any]:
+        path = request_file(folder, "gold_bpb_0shot", cache)
+        template = "codex:completion" if format == "completion" else f"olmes:{format}"
+        return {
+            "questions": read_open(path, TOKENS, make[format]), "format": template,
+            "judge": passes, "metric": "pass", "check": can_run,
+        }  # fmt: skip
+
+    return TaskSpec("coding", licence, tuple(make), SOURCE, read)
 
 
 SETS = {
-    "humaneval": TaskSpec(
-        "coding", "MIT", ("completion", "gold_bpb_0shot"), _reader("codex_humaneval", humaneval),
-        SOURCE,
-    ),
-    "mbpp": TaskSpec(
-        "coding", "CC-BY-4.0", ("gold_bpb_0shot",), _reader("codex_mbpp", mbpp), SOURCE
-    ),
-}  # fmt: skip
+    "humaneval": _set("MIT", "codex_humaneval", completion=_completion, gold_bpb_0shot=_humaneval),
+    "mbpp": _set("CC-BY-4.0", "codex_mbpp", gold_bpb_0shot=_mbpp),
+}

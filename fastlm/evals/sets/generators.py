@@ -6,13 +6,12 @@ accepted.
 """
 
 import copy
-from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from fastlm.errors import InputError
 from fastlm.evals.answers import generator
-from fastlm.evals.task import Open, Task
-from fastlm.evals.task_spec import TaskSpec
+from fastlm.evals.task import Open, TaskSpec
 from fastlm.sources.generated import SCHEME, check_scored, generated_rows, package_version
 
 EXAMPLES = 3
@@ -20,7 +19,7 @@ SIZE = 100  # questions of a generator by default
 TOKENS = 128
 
 
-def read_generator(spec: TaskSpec, name: str, format: str, cache: Path) -> Task:
+def _read(format: str, cache: Path) -> dict[str, Any]:
     """Read ``NAME?KEY=VALUE&...``. InputError: as `generated_rows`; too few rows; no package."""
     del cache
     source = f"{SCHEME}:{format}"
@@ -30,32 +29,27 @@ def read_generator(spec: TaskSpec, name: str, format: str, cache: Path) -> Task:
     rows = list(generated_rows(source))
     if len(rows) <= EXAMPLES:
         raise InputError(
-            f"{name}: wanted size={EXAMPLES + 1} or more, of which {EXAMPLES} are examples,"
+            f"{source}: wanted size={EXAMPLES + 1} or more, of which {EXAMPLES} are examples,"
             f" got {len(rows)}"
         )
-    begin = "".join(f"{_asked(row)} {row['answer']}\n\n" for row in islice(rows, EXAMPLES))
-    questions = []
-    for number, row in enumerate(rows[EXAMPLES:]):
-        gold = f" {row['answer']}"
-        stop = ("\n\n",) if any("\n" in str(r["answer"]) for r in rows) else ("\n",)
-        text = begin + _asked(row)
-        questions.append(Open(str(number), text, copy.deepcopy(row), gold, stop, TOKENS))
-    version = f"{EXAMPLES}shot:{SCHEME} {package_version()}"
-    return spec.task(name, version, questions, judge=generator, metric="score")
+    texts = [f"Question: {row['question'].strip()}\nAnswer:" for row in rows]
+    begin = "".join(f"{text} {row['answer']}\n\n" for text, row in zip(texts[:EXAMPLES], rows))
+    stop = ("\n\n",) if any("\n" in str(row["answer"]) for row in rows) else ("\n",)
+    questions = [
+        Open(str(i), begin + text, copy.deepcopy(row), f" {row['answer']}", stop, TOKENS)
+        for i, (text, row) in enumerate(zip(texts[EXAMPLES:], rows[EXAMPLES:], strict=True))
+    ]
+    return {
+        "questions": questions, "format": f"{EXAMPLES}shot:{SCHEME} {package_version()}",
+        "judge": generator, "metric": "score",
+    }  # fmt: skip
 
 
-def _asked(row: dict) -> str:
-    return f"Question: {row['question'].strip()}\nAnswer:"
-
-
-def _spec(ability: str, generator: str) -> TaskSpec:
-    formats = (f"{generator}?size={SIZE + EXAMPLES}",)
-    return TaskSpec(ability, "Apache-2.0", formats, read_generator, f"{SCHEME}:{generator}")
-
-
-ANY = TaskSpec("reasoning", "Apache-2.0", ("NAME?KEY=VALUE",), read_generator, SCHEME, free=True)
+ANY = TaskSpec("reasoning", "Apache-2.0", ("NAME?KEY=VALUE",), SCHEME, _read, free=True)
 SETS = {
-    name: _spec(ability, name)
+    name: TaskSpec(
+        ability, "Apache-2.0", (f"{name}?size={SIZE + EXAMPLES}",), f"{SCHEME}:{name}", _read
+    )
     for ability, names in {
         "mathematics": ("gsm_symbolic", "chain_sum", "base_conversion", "simple_equations"),
         "reasoning": ("syllogism", "knights_knaves", "family_relationships", "leg_counting"),

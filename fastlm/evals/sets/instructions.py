@@ -1,4 +1,5 @@
-"""Instructions with rules that a program checks (`fastlm.evals.sets.rules`).
+"""Instructions with rules that a program checks, in the manner of IFEval (Zhou et al. 2023,
+arXiv:2311.07911). Wording and prompts are fastlm's own.
 
 Every kind of rule has five prompts: three with it alone, one with a second rule, one with a third.
 ``followed`` is 1 where an answer follows all its rules. ``loose`` also accepts an answer that does
@@ -6,15 +7,17 @@ so without its first line, its last line, or its asterisks (IFEval's loose accur
 the share of the rules that it follows.
 """
 
+import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
+import re
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastlm.evals.answers import Asked
-from fastlm.evals.sets.rules import RULES
-from fastlm.evals.task import Open, Task
-from fastlm.evals.task_spec import TaskSpec
+from fastlm.evals.answers import Row, one_by_one
+from fastlm.evals.task import Open, TaskSpec
 
 OTHERS = (0, 0, 0, 1, 2)  # further rules of a kind's prompts
 TOKENS = 256
@@ -34,19 +37,213 @@ TOPICS = (
 )  # fmt: skip
 
 
+_WORD = re.compile(r"\w+(?:['\u2019-]\w+)*")
+_SENTENCE = re.compile(r"[^.!?]*\w[^.!?]*[.!?]+(?=\s|$|[\"'\u201d])")
+_WORDS = "ocean bridge silver winter market garden engine letter window forest".split()
+_SCRIPTS = {"CYRILLIC": "Russian", "GREEK": "Greek", "HIRAGANA": "Japanese hiragana"}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A kind of rule.
+
+    group: rules of one group contradict each other; those of "alone" contradict any other.
+    ask: the sentence that asks for it.
+    followed: whether an answer follows it.
+    draws: argument -> its values, or what draws one; ``topic`` is what the answer is about.
+    """
+
+    group: str
+    ask: str
+    followed: Callable[..., bool]
+    draws: Mapping[str, Sequence[Any] | Callable[[random.Random, str], Any]]
+
+    def draw(self, rng: random.Random, topic: str) -> dict[str, Any]:
+        return {
+            name: values(rng, topic) if callable(values) else rng.choice(values)
+            for name, values in self.draws.items()
+        }
+
+    def asked(self, arguments: Mapping[str, Any]) -> str:
+        language = _SCRIPTS.get(arguments.get("script", ""))
+        return self.ask.format(**arguments, language=language)
+
+
+def _rule(group: str, ask: str, followed: Callable[..., bool], **draws: Any) -> Rule:
+    return Rule(group, ask, followed, draws)
+
+
+def _words(text: str) -> list[str]:
+    return _WORD.findall(text)
+
+
+def _sentences(text: str) -> int:
+    return len(_SENTENCE.findall(text))
+
+
+def _times(text: str, word: str) -> int:
+    return sum(one.casefold() == word.casefold() for one in _words(text))
+
+
+def _count(pattern: str, text: str) -> int:
+    return len(re.findall(pattern, text, re.M))
+
+
+def _sections(text: str) -> list[int]:
+    return [int(n) for n in re.findall(r"^\W*Section (\d+)", text, re.M)]
+
+
+def _json(text: str) -> bool:
+    body = text.strip()
+    if fenced := re.fullmatch(r"```(?:json)?\s*\n(.*?)\n?```", body, re.S):
+        body = fenced[1]
+    try:
+        return isinstance(json.loads(body), dict | list)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _script(text: str, script: str) -> bool:
+    letters = [c for c in text if c.isalpha()]
+    return bool(letters) and all(script in unicodedata.name(c, "") for c in letters)
+
+
+def _two(text: str) -> bool:
+    parts = [part.strip() for part in text.split("******")]
+    return len(parts) == 2 and all(parts) and parts[0] != parts[1]
+
+
+def _letters(text: str) -> bool:
+    return any(c.isalpha() for c in text)
+
+
+RULES: dict[str, Rule] = {
+    "words at least": _rule(
+        "length", "Write at least {n} words.", lambda t, n: len(_words(t)) >= n,
+        n=range(40, 121, 20),
+    ),
+    "words at most": _rule(
+        "length", "Write at most {n} words.", lambda t, n: 0 < len(_words(t)) <= n,
+        n=range(20, 61, 10),
+    ),
+    "sentences": _rule(
+        "length", "Write exactly {n} sentences.", lambda t, n: _sentences(t) == n, n=range(2, 6)
+    ),
+    "sentences at most": _rule(
+        "length", "Write no more than {n} sentences.", lambda t, n: 0 < _sentences(t) <= n,
+        n=range(2, 5),
+    ),
+    "paragraphs": _rule(
+        "shape", "Write {n} paragraphs, with an empty line between.",
+        lambda t, n: _count(r"\n\s*\n", t.strip()) == n - 1 and bool(t.strip()), n=range(2, 5),
+    ),
+    "bullets": _rule(
+        "shape", "Give exactly {n} bullet points, each after '* '.",
+        lambda t, n: _count(r"^\s*[*-]\s+\S", t) == n, n=range(3, 7),
+    ),
+    "numbered": _rule(
+        "shape", "Give a list of exactly {n} items, numbered '1.'.",
+        lambda t, n: _count(r"^\s*\d+[.)]\s+\S", t) == n, n=range(3, 7),
+    ),
+    "sections": _rule(
+        "shape", "Write {n} sections that begin with 'Section 1', 'Section 2' and so on.",
+        lambda t, n: _sections(t) == [*range(1, n + 1)], n=(2, 3),
+    ),
+    "two answers": _rule("shape", "Give two different answers, with ****** between them.", _two),
+    "title": _rule(
+        "title", "Begin with a title in double angle brackets: <<title>>.",
+        lambda t: re.match(r"\s*<<[^<>\n]*\w[^<>\n]*>>", t) is not None,
+    ),
+    "keywords": _rule(
+        "words", "Use the words '{words[0]}' and '{words[1]}'.",
+        lambda t, words: all(_times(t, word) for word in words),
+        words=lambda rng, topic: rng.sample(_WORDS, 2),
+    ),
+    "keyword count": _rule(
+        "words", "Use the word '{word}' at least {n} times.",
+        lambda t, word, n: _times(t, word) >= n, word=_WORDS, n=(2, 3, 4),
+    ),
+    "forbidden word": _rule(
+        "forbidden", "Do not use the word '{word}'.",
+        lambda t, word: bool(_words(t)) and not _times(t, word),
+        word=("the", "and", "is", "very", "it"),
+    ),
+    "letter count": _rule(
+        "letters", "Let the letter '{letter}' occur at least {n} times.",
+        lambda t, letter, n: t.lower().count(letter) >= n, letter="bfgkvw", n=range(4, 10),
+    ),
+    "lower case": _rule(
+        "alone", "Write in lower case only, without any capital letter.",
+        lambda t: _letters(t) and t == t.lower(),
+    ),
+    "upper case": _rule(
+        "alone", "WRITE IN CAPITAL LETTERS ONLY.", lambda t: _letters(t) and t == t.upper()
+    ),
+    "capital words": _rule(
+        "capitals", "Write at least {n} words in capital letters.",
+        lambda t, n: sum(w.isupper() and len(w) > 1 for w in _words(t)) >= n, n=range(2, 6),
+    ),
+    "script": _rule(
+        "alone", "Write only in {language}, in its own letters and in no others.", _script,
+        script=sorted(_SCRIPTS),
+    ),
+    "json": _rule("alone", "Write the whole answer as JSON, and nothing else.", _json),
+    "begins with": _rule(
+        "begin", "Begin with the words '{text}'.", lambda t, text: t.lstrip().startswith(text),
+        text=("Dear reader", "In short", "Let us see"),
+    ),
+    "ends with": _rule(
+        "end", "End with the exact words '{text}' and write nothing after them.",
+        lambda t, text: t.rstrip().endswith(text),
+        text=("That is all.", "Any questions?", "The end."),
+    ),
+    "postscript": _rule(
+        "end", "Add a postscript at the end that begins with P.S.",
+        lambda t: _count(r"^\s*P\.\s?S\.\s*\S", t) > 0,
+    ),
+    "no commas": _rule(
+        "commas", "Do not use any comma.", lambda t: bool(_words(t)) and "," not in t
+    ),
+    "no digits": _rule(
+        "digits", "Do not use any digit.",
+        lambda t: bool(_words(t)) and not any(c.isdigit() for c in t),
+    ),
+    "highlights": _rule(
+        "marks", "Mark at least {n} parts with asterisks: *part*.",
+        lambda t, n: _count(r"(?<!\*)\*{1,2}[^*\n]+\*{1,2}(?!\*)", t) >= n, n=range(2, 5),
+    ),
+    "placeholders": _rule(
+        "places", "Leave at least {n} placeholders in square brackets, such as [name].",
+        lambda t, n: _count(r"\[[^\[\]\n]+\]", t) >= n, n=range(2, 5),
+    ),
+    "quoted": _rule(
+        "alone", "Put the whole answer in double quotation marks.",
+        lambda t: len(t.strip()) > 2 and t.strip()[0] == t.strip()[-1] == '"',
+    ),
+    "repeat": _rule(
+        "alone", "First repeat the sentence above word for word, then answer it.",
+        lambda t, text: t.lstrip().startswith(text) and bool(_words(t.lstrip()[len(text) :])),
+        text=lambda rng, topic: topic,
+    ),
+    "choice": _rule(
+        "alone", "Whatever you think of it, answer with one word only: yes, no or maybe.",
+        lambda t: t.strip().rstrip(".!").lower() in ("yes", "no", "maybe"),
+    ),
+}  # fmt: skip
+
+
 def instructions(seed: int = 0) -> list[Open]:
     questions = []
     for kind in RULES:
-        alone = RULES[kind].group == "alone"
         for i, more in enumerate(OTHERS):
             rng = random.Random(f"instructions/{seed}/{kind}/{i}")
             topic = rng.choice(TOPICS)
-            kinds = [kind, *([] if alone else _fitting(kind, more, rng))]
-            rules = [(one, RULES[one].draw(rng, topic)) for one in kinds]
-            asked = " ".join([topic, *(RULES[one].ask(found) for one, found in rules)])
-            row = {"rules": [[one, dict(found)] for one, found in rules]}
+            kinds = [kind, *_fitting(kind, more, rng)]
+            rules = [[one, RULES[one].draw(rng, topic)] for one in kinds]
+            asked = " ".join([topic, *(RULES[one].asked(found) for one, found in rules)])
+            id = f"{kind}/{i}"
             questions.append(
-                Open(f"{kind}/{i}", asked, row, max_new_tokens=TOKENS, chat=True, part=kind)
+                Open(id, asked, {"rules": rules}, max_new_tokens=TOKENS, chat=True, part=kind)
             )
     return questions
 
@@ -54,6 +251,8 @@ def instructions(seed: int = 0) -> list[Open]:
 def _fitting(kind: str, count: int, rng: random.Random) -> list[str]:
     """``count`` kinds of rules that do not contradict this one or each other."""
     found, groups = [], {RULES[kind].group, "alone"}
+    if RULES[kind].group == "alone":
+        return found
     for other in rng.sample(sorted(RULES), len(RULES)):
         if len(found) < count and RULES[other].group not in groups:
             found.append(other)
@@ -61,27 +260,27 @@ def _fitting(kind: str, count: int, rng: random.Random) -> list[str]:
     return found
 
 
-def _followed(answer: str, rules: Sequence[Any]) -> list[bool]:
-    return [RULES[kind].followed(answer, arguments) for kind, arguments in rules]
+def _followed(answer: str, row: Row) -> list[bool]:
+    return [RULES[kind].followed(answer, **arguments) for kind, arguments in row["rules"]]
 
 
-def strict(asked: Asked) -> list[float]:
+@one_by_one
+def strict(answer: str, row: Row) -> float:
     """1 if the answer follows all its rules."""
-    return [float(all(_followed(answer, row["rules"]))) for answer, row in asked]
+    return all(_followed(answer, row))
 
 
-def loose(asked: Asked) -> list[float]:
+@one_by_one
+def loose(answer: str, row: Row) -> float:
     """1 if one of the `variants` of the answer follows all its rules."""
-    return [
-        float(any(all(_followed(one, row["rules"])) for one in variants(answer)))
-        for answer, row in asked
-    ]
+    return any(all(_followed(one, row)) for one in variants(answer))
 
 
-def share(asked: Asked) -> list[float]:
+@one_by_one
+def share(answer: str, row: Row) -> float:
     """The share of its rules that the answer follows."""
-    found = [_followed(answer, row["rules"]) for answer, row in asked]
-    return [sum(each) / len(each) for each in found]
+    found = _followed(answer, row)
+    return sum(found) / len(found)
 
 
 def variants(answer: str) -> Iterator[str]:
@@ -93,10 +292,12 @@ def variants(answer: str) -> Iterator[str]:
         yield text.replace("*", "")
 
 
-def _read(spec: TaskSpec, name: str, format: str, cache: Path) -> Task:
+def _read(format: str, cache: Path) -> dict[str, Any]:
     del cache
-    also: Mapping[str, Any] = {"loose": loose, "rules": share}
-    return spec.task(name, format, instructions(), judge=strict, metric="followed", also=also)
+    return {
+        "questions": instructions(), "format": format, "judge": strict, "metric": "followed",
+        "also": {"loose": loose, "rules": share},
+    }  # fmt: skip
 
 
-SETS = {"instruction_rules": TaskSpec("instructions", "Apache-2.0", ("chat",), _read, "fastlm")}
+SETS = {"instruction_rules": TaskSpec("instructions", "Apache-2.0", ("chat",), "fastlm", _read)}

@@ -1,20 +1,24 @@
 """Long context, made by a seeded program: facts to find (`needle`) and chains to follow (`hops`).
 
 Both follow RULER (Hsieh et al. 2024, arXiv:2404.06654), in words of their own. A format names
-lengths in tokens (`fastlm.evals.sets.filler`): ``needle:1024,8192``. A text that is longer than a
-model's context is cut at its beginning, and the result says how often.
+lengths in tokens of `BYTES_PER_TOKEN` bytes, ``needle:1024,8192``, so that the text does not depend
+on a model's tokenizer and several models are asked the same. A text that is longer than a model's
+context is cut at its beginning, and the result says how often.
 """
 
 import random
 import re
-from itertools import pairwise
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise, product
 from pathlib import Path
+from typing import Any
 
-from fastlm.evals.answers import Asked
-from fastlm.evals.sets.filler import LENGTHS, hide, lengths_of
-from fastlm.evals.task import Open, Task
-from fastlm.evals.task_spec import TaskSpec
+from fastlm.errors import InputError
+from fastlm.evals.answers import Row, one_by_one
+from fastlm.evals.task import Judge, Open, TaskSpec
 
+BYTES_PER_TOKEN = 4  # SmolLM2's tokenizer has 4.3 to 4.5 on this text
+LONGEST = 2**20  # tokens
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 REPEATS = 4  # questions per length and depth
 HOPS = (1, 2, 4)
@@ -26,32 +30,96 @@ _PLACES = (
     "Ottermouth", "Penhallow", "Quarrendon", "Ravensby", "Selworthy", "Thornaby", "Ulverton",
     "Wexcombe", "Yarrowdale",
 )  # fmt: skip
+_WHO = (
+    "the baker", "a young painter", "the old sailor", "our neighbour", "the librarian",
+    "a travelling doctor", "the gardener", "a quiet student", "the town clerk", "a farmer",
+    "the music teacher", "a retired engineer", "the postman", "the innkeeper", "a carpenter",
+)  # fmt: skip
+_DID = (
+    "walked to", "spoke about", "dreamed of", "wrote a letter about", "took a picture of",
+    "waited in front of", "paid a visit to", "made a sketch of", "told a story about",
+    "stood and looked at", "read a book about", "asked the way to",
+)  # fmt: skip
+_WHAT = (
+    "the harbour", "the mill by the river", "a field of barley", "the market square",
+    "an empty theatre", "the railway bridge", "the orchard", "a small chapel", "the lighthouse",
+    "the garden wall", "a row of poplars", "the old school", "the stone well", "a wooden boat",
+)  # fmt: skip
+_WHEN = (
+    "in the early morning", "on a rainy day", "late in autumn", "before supper", "after the fair",
+    "while the bells rang", "as the fog lifted", "during the first snow", "at the end of the week",
+    "when the shops had closed", "under a clear sky", "on the way home",
+)  # fmt: skip
+_AND = (
+    "and nobody noticed", "and then it began to rain", "because there was time",
+    "and came back with bread", "although the wind was cold", "and a dog followed",
+    "for the third time that year", "and went on in silence", "as so often before",
+)  # fmt: skip
 
 
-def needle(format: str, seed: int = 0) -> list[Open]:
+def sentences(rng: random.Random) -> Iterator[str]:
+    """Yield sentences without end."""
+    while True:
+        who, when = rng.choice(_WHO), rng.choice(_WHEN)
+        did = f"{rng.choice(_DID)} {rng.choice(_WHAT)}"
+        more = f", {rng.choice(_AND)}" if rng.random() < 0.5 else ""
+        told = f"{when}, {who} {did}{more}" if rng.random() < 0.4 else f"{who} {did} {when}{more}"
+        yield f"{told[0].upper()}{told[1:]}."
+
+
+def hide(
+    facts: Sequence[str], depths: Sequence[float], tokens: int, rng: random.Random, room: int = 0
+) -> str:
+    """Return text of ``tokens`` tokens with each fact at its depth, 0 (first) to 1 (last).
+
+    room: bytes of it that are left for what comes with the text.
+    """
+    left = tokens * BYTES_PER_TOKEN - room - sum(len(fact) + 1 for fact in facts)
+    found: list[str] = []
+    for sentence in sentences(rng):
+        if (left := left - len(sentence) - 1) < 0:
+            break
+        found.append(sentence)
+    places = [round(depth * len(found)) for depth in depths]
+    # from the last on, so that places before it stay; equal places keep the facts' order
+    for place, fact in sorted(zip(places, facts), key=lambda pair: pair[0])[::-1]:
+        found.insert(place, fact)
+    return " ".join(found)
+
+
+def _lengths(format: str, name: str) -> list[int]:
+    """The lengths that a format such as "1024,4096" names. InputError: it names none."""
+    parts = list(dict.fromkeys(format.split(",")))
+    for part in parts:
+        if not part.isascii() or not part.isdigit() or not 128 <= int(part) <= LONGEST:
+            raise InputError(
+                f"format: wanted lengths of 128 to {LONGEST} tokens such as {name}:1024,4096,"
+                f" got {part!r:.40}"
+            )
+    return [int(part) for part in parts]
+
+
+def needle(lengths: Sequence[int], seed: int = 0) -> list[Open]:
     """Questions for one fact among three others of its kind, at five depths of each length."""
     questions = []
-    for length in lengths_of(format, "needle"):
-        for depth in DEPTHS:
-            for i in range(REPEATS):
-                id = f"{length}/{depth:g}/{i}"
-                rng = random.Random(f"needle/{seed}/{id}")
-                places = rng.sample(_PLACES, 4)
-                numbers = rng.sample(range(1_000_000, 10_000_000), 4)
-                facts = [f"The number of the vault in {p} is {n}." for p, n in zip(places, numbers)]
-                begin = "A number is hidden in the following text. Remember it.\n\n"
-                asked = f"The number of the vault in {places[0]} is"
-                end = f"\n\nQuestion: What is the number of the vault in {places[0]}?\nAnswer: "
-                depths = [depth, *(rng.random() for _ in facts[1:])]
-                room = len(begin) + len(end) + len(asked)
-                text = hide(facts, depths, length, rng, room)
-                questions.append(
-                    Open(
-                        id, f"{begin}{text}{end}{asked}", {"wanted": [str(numbers[0])]},
-                        f" {numbers[0]}", stop=("\n",), max_new_tokens=16,
-                        part=f"{length} tokens, depth {100 * depth:.0f} %",
-                    )
-                )  # fmt: skip
+    begin = "A number is hidden in the following text. Remember it.\n\n"
+    for length, depth, i in product(lengths, DEPTHS, range(REPEATS)):
+        id = f"{length}/{depth:g}/{i}"
+        rng = random.Random(f"needle/{seed}/{id}")
+        places = rng.sample(_PLACES, 4)
+        numbers = rng.sample(range(1_000_000, 10_000_000), 4)
+        facts = [f"The number of the vault in {p} is {n}." for p, n in zip(places, numbers)]
+        asked = f"The number of the vault in {places[0]} is"
+        end = f"\n\nQuestion: What is the number of the vault in {places[0]}?\nAnswer: {asked}"
+        depths = [depth, *(rng.random() for _ in facts[1:])]
+        text = hide(facts, depths, length, rng, len(begin) + len(end))
+        questions.append(
+            Open(
+                id, f"{begin}{text}{end}", {"wanted": [str(numbers[0])]}, f" {numbers[0]}",
+                stop=("\n",), max_new_tokens=16,
+                part=f"{length} tokens, depth {100 * depth:.0f} %",
+            )
+        )  # fmt: skip
     return questions
 
 
@@ -62,76 +130,68 @@ _EXAMPLE = (
 )
 
 
-def hops(format: str, seed: int = 0) -> list[Open]:
+def hops(lengths: Sequence[int], seed: int = 0) -> list[Open]:
     """Questions for all names of a number: each name is the same as the one before it. A second
     chain of the same length is not asked for."""
     questions = []
-    for length in lengths_of(format, "hops"):
-        for count in HOPS:
-            for i in range(CHAINS):
-                id = f"{length}/{count}/{i}"
-                rng = random.Random(f"hops/{seed}/{id}")
-                names = _names(rng, 2 * (count + 1))
-                values = rng.sample(range(10_000, 100_000), 2)
-                facts: list[str] = []
-                depths: list[float] = []
-                chains = names[: count + 1], names[count + 1 :]
-                for chain, value in zip(chains, values):
-                    facts.append(f"{chain[0]} is {value}.")
-                    facts += [f"{b} is the same as {a}." for a, b in pairwise(chain)]
-                    depths += sorted(rng.random() for _ in chain)
-                end = f"\nQuestion: Which {count + 1} names stand for {values[0]}?\nAnswer:"
-                text = hide(facts, depths, length, rng, len(_EXAMPLE) + len(end) + 6)
-                questions.append(
-                    Open(
-                        id, f"{_EXAMPLE}Text: {text}{end}", {"wanted": chains[0]},
-                        f" {', '.join(chains[0])}", stop=("\n",), max_new_tokens=8 * (count + 1),
-                        part=f"{length} tokens, {count} hops",
-                    )
-                )  # fmt: skip
+    for length, count, i in product(lengths, HOPS, range(CHAINS)):
+        id = f"{length}/{count}/{i}"
+        rng = random.Random(f"hops/{seed}/{id}")
+        names = _names(rng, 2 * (count + 1))
+        values = rng.sample(range(10_000, 100_000), 2)
+        facts: list[str] = []
+        depths: list[float] = []
+        chains = names[: count + 1], names[count + 1 :]
+        for chain, value in zip(chains, values):
+            facts.append(f"{chain[0]} is {value}.")
+            facts += [f"{b} is the same as {a}." for a, b in pairwise(chain)]
+            depths += sorted(rng.random() for _ in chain)
+        end = f"\nQuestion: Which {count + 1} names stand for {values[0]}?\nAnswer:"
+        text = hide(facts, depths, length, rng, len(_EXAMPLE) + len(end) + 6)
+        questions.append(
+            Open(
+                id, f"{_EXAMPLE}Text: {text}{end}", {"wanted": chains[0]},
+                f" {', '.join(chains[0])}", stop=("\n",), max_new_tokens=8 * (count + 1),
+                part=f"{length} tokens, {count} hops",
+            )
+        )  # fmt: skip
     return questions
 
 
 def _names(rng: random.Random, count: int) -> list[str]:
     letters = "BCDFGHJKLMNPQRSTVWXZ"  # no vowels: no words
-    known = {"ABC", "DEF", "QRS", "TUV"}
-    found: list[str] = []
-    while len(found) < count:
-        name = "".join(rng.choices(letters, k=3))
-        if name not in known:
-            known.add(name)
-            found.append(name)
-    return found
+    found: dict[str, None] = dict.fromkeys(("ABC", "DEF", "QRS", "TUV"))  # of the example
+    while len(found) < count + 4:
+        found["".join(rng.choices(letters, k=3))] = None
+    return [*found][4:]
 
 
-def finds_number(asked: Asked) -> list[float]:
+@one_by_one
+def finds_number(answer: str, row: Row) -> float:
     """1 if the answer's first number is the wanted one."""
-    return [
-        float(re.findall(r"\d+", answer.replace(",", ""))[:1] == list(row["wanted"]))
-        for answer, row in asked
-    ]
+    return re.findall(r"\d+", answer.replace(",", ""))[:1] == list(row["wanted"])
 
 
-def finds_names(asked: Asked) -> list[float]:
+@one_by_one
+def finds_names(answer: str, row: Row) -> float:
     """The share of the wanted names among as many that the answer names first."""
-    scores = []
-    for answer, row in asked:
-        wanted = set(row["wanted"])
-        named = list(dict.fromkeys(_NAME.findall(answer)))[: len(wanted)]
-        scores.append(len(wanted & set(named)) / len(wanted))
-    return scores
+    wanted = set(row["wanted"])
+    named = list(dict.fromkeys(_NAME.findall(answer)))[: len(wanted)]
+    return len(wanted & set(named)) / len(wanted)
 
 
-def _read(spec: TaskSpec, name: str, format: str, cache: Path) -> Task:
-    del cache
-    make, judge = {"needle": (needle, finds_number), "hops": (hops, finds_names)}[name]
-    questions = make(format)
-    wider = {q.part: q.part.partition(",")[0] for q in questions}
-    return spec.task(name, format, questions, judge=judge, metric="found", wider=wider)
+def _set(make: Callable[[Sequence[int]], list[Open]], judge: Judge) -> TaskSpec:
+    def read(format: str, cache: Path) -> dict[str, Any]:
+        del cache
+        questions = make(_lengths(format, make.__name__))
+        wider = {q.part: q.part.partition(",")[0] for q in questions}
+        return {
+            "questions": questions, "format": format, "judge": judge, "metric": "found",
+            "wider": wider,
+        }  # fmt: skip
+
+    formats = ("512,1024,2048,4096",)
+    return TaskSpec("long context", "Apache-2.0", formats, "fastlm", read, free=True)
 
 
-_DEFAULT = ",".join(map(str, LENGTHS))
-SETS = {
-    name: TaskSpec("long context", "Apache-2.0", (_DEFAULT,), _read, "fastlm", free=True)
-    for name in ("needle", "hops")
-}
+SETS = {"needle": _set(needle, finds_number), "hops": _set(hops, finds_names)}

