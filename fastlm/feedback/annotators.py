@@ -11,10 +11,10 @@ Rejected: to turn the votes of a rater who says the opposite of the others. Who 
 is not wrong always, and a good rater of another taste would be turned too.
 """
 
-import math
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+import numpy as np
 
 PRIOR = (4.0, 1.0)  # right and wrong judgements, of either answer, that everybody begins with
 TRUSTED = 0.75  # of what the prior's rates tell: whoever tells that much or more has weight 1
@@ -44,68 +44,38 @@ def rate(votes: Iterable[Vote]) -> dict[str, Rater]:
     the prior's weight, 1.
     """
     last = {(item, rater): yes for item, rater, yes in votes}
-    items: dict[bytes, list[tuple[str, bool]]] = defaultdict(list)
-    for (item, rater), yes in last.items():
-        items[item].append((rater, yes))
-    shared = [cast for cast in items.values() if len(cast) > 1]
-    rates = {rater: (_share(*PRIOR), _share(*PRIOR)) for _, rater in last}
-    beliefs: list[tuple[str, bool, float]] = []
-    for _ in range(ROUNDS):
-        beliefs = [one for cast in shared for one in _beliefs(cast, rates, shared_prior(shared))]
-        moved = _rates(beliefs, rates)
-        still = max((abs(a - b) for r in rates for a, b in zip(rates[r], moved[r])), default=0.0)
-        rates = moved
-        if still < STILL:
-            break
-    full = TRUSTED * (2 * _share(*PRIOR) - 1)
-    own: dict[str, list[float]] = defaultdict(list)
-    for rater, yes, belief in beliefs:
-        own[rater].append(belief if yes else 1 - belief)
-    return {
-        rater: Rater(
-            min(1.0, max(0.0, (sum(both) - 1) / full)),
-            len(own[rater]),
-            math.fsum(own[rater]) / len(own[rater]) if own[rater] else None,
-        )
-        for rater, both in rates.items()
-    }
+    names = list(dict.fromkeys(rater for _, rater in last))
+    numbers = {name: i for i, name in enumerate(names)}
+    items = {item: i for i, item in enumerate(dict.fromkeys(item for item, _ in last))}
+    item = np.array([items[item] for item, _ in last], int)
+    rater = np.array([numbers[rater] for _, rater in last], int)
+    yes = np.array([*last.values()], bool)
+    shared = np.bincount(item, minlength=1)[item] > 1  # votes on what another rater judged
+    item, rater, yes = item[shared], rater[shared], yes[shared]
+    prior = (yes.sum() + 1) / (len(yes) + 2)  # the share of yes, kept off 0 and 1
 
+    def per_rater(weights: np.ndarray) -> np.ndarray:
+        return np.bincount(rater, weights, minlength=len(names))
 
-def shared_prior(shared: Sequence[Sequence[tuple[str, bool]]]) -> float:
-    """The share of yes among the votes, kept off 0 and 1."""
-    yes = sum(vote for cast in shared for _, vote in cast)
-    return (yes + 1) / (sum(map(len, shared)) + 2)
-
-
-def _share(a: float, b: float) -> float:
-    return a / (a + b)
-
-
-def _beliefs(
-    cast: Sequence[tuple[str, bool]], rates: dict[str, tuple[float, float]], prior: float
-) -> list[tuple[str, bool, float]]:
-    """(rater, its vote, the probability of yes by the votes of the others)."""
-    told = [_evidence(rates[rater], yes) for rater, yes in cast]
-    total = math.fsum(told) + math.log(prior / (1 - prior))
-    return [
-        (rater, yes, 1 / (1 + math.exp(-max(-500.0, min(500.0, total - own)))))
-        for (rater, yes), own in zip(cast, told, strict=True)
-    ]
-
-
-def _evidence(rate: tuple[float, float], yes: bool) -> float:
-    """The log-odds of yes that a vote adds. ``rate``: right where it is yes, where it is no."""
-    a, b = rate
-    return math.log(a / (1 - b)) if yes else math.log((1 - a) / b)
-
-
-def _rates(
-    beliefs: Iterable[tuple[str, bool, float]], rates: dict[str, tuple[float, float]]
-) -> dict[str, tuple[float, float]]:
     right, wrong = PRIOR
-    counts = {rater: [right, wrong, right, wrong] for rater in rates}
-    for rater, yes, belief in beliefs:
-        own = counts[rater]
-        own[0 if yes else 1] += belief
-        own[3 if yes else 2] += 1 - belief
-    return {rater: (_share(c[0], c[1]), _share(c[2], c[3])) for rater, c in counts.items()}
+    start = right / (right + wrong)
+    rates = np.full((2, len(names)), start)  # how often right: where it is yes, where it is no
+    belief = np.zeros(len(yes))  # that it is yes, by the votes of the others
+    for _ in range(ROUNDS):
+        if_yes, if_no = rates[:, rater]
+        # the log-odds of yes that each vote adds
+        evidence = np.where(yes, np.log(if_yes / (1 - if_no)), np.log((1 - if_yes) / if_no))
+        others = np.bincount(item, evidence, minlength=1)[item] - evidence
+        belief = 1 / (1 + np.exp(-np.clip(others + np.log(prior / (1 - prior)), -500, 500)))
+        before, hits = rates, np.stack([belief * yes, (1 - belief) * ~yes])
+        cast = np.stack([per_rater(belief), per_rater(1 - belief)])
+        rates = (right + np.stack([*map(per_rater, hits)])) / (right + wrong + cast)
+        if np.abs(rates - before).max(initial=0.0) < STILL:
+            break
+    weights = np.clip((rates.sum(0) - 1) / (TRUSTED * (2 * start - 1)), 0, 1)
+    judged = per_rater(np.ones(len(yes)))
+    agreed = per_rater(np.where(yes, belief, 1 - belief)) / np.maximum(judged, 1)
+    return {
+        name: Rater(float(weights[i]), int(judged[i]), float(agreed[i]) if judged[i] else None)
+        for i, name in enumerate(names)
+    }

@@ -13,13 +13,14 @@ answer. A later turn holds the earlier ones, so all turns are in the same part.
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import blake2b
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from fastlm.data.conversations import Message, conversation_of
+from fastlm.data.conversations import conversation_of
 from fastlm.data.dedup import DocumentDedup
 from fastlm.data.filter import check_rules, first_failed
 from fastlm.data.forgotten import PROVENANCE
@@ -111,27 +112,33 @@ def build(
     """
     options.check()
     done = Built()
-    steps = _Steps(done.funnel)
     passed: Counter[str] = Counter()
     found = read_judgements(databases, cache, passed)
-    steps.add("gather", found, +passed)
+    _add(done.funnel, "gather", found, +passed)
+
+    def keep(step: str, why_not: Callable[[Judgement], str | None]) -> None:
+        """Keep what ``why_not`` has nothing to say against."""
+        nonlocal found
+        reasons = [why_not(one) for one in found]
+        found = [one for one, reason in zip(found, reasons, strict=True) if reason is None]
+        _add(done.funnel, step, found, Counter(filter(None, reasons)))
+
     gone = frozenset(forgotten).union(*map(withdrawn_keys, databases))
-    found = steps.filter("consent", found, lambda one: _not_allowed(one, gone))
-    found = steps.filter("rows to train on", found, _refused)
+    keep("consent", lambda one: _not_allowed(one, gone))
+    keep("rows to train on", _refused)
     if options.scrub:
         replaced: Counter[str] = Counter({"email": 0, "phone": 0, "ip": 0})
         found = [_scrubbed(one, replaced) for one in found]
-        steps.add("scrub", found, replaced=replaced)
-    found = steps.filter("quality rules", found, lambda one: _failed(one, options.rules))
+        _add(done.funnel, "scrub", found)["replaced"] = dict(replaced)
+    keep("quality rules", lambda one: _failed(one, options.rules))
     if questions is not None:
-        found = steps.filter("decontamination", found, lambda one: _leaks(one, questions))
-    done.raters = rate((item, one.rater, yes) for one in found for item, yes in one.votes())
+        keep("decontamination", lambda one: _leaks(one, questions))
+    done.raters = rate(one.vote() for one in found)
     if not options.least_weight:
         done.raters = {name: replace(one, weight=1.0) for name, one in done.raters.items()}
-    found = steps.filter("raters", found, lambda one: _distrusted(one, done.raters, options))
-    most = _most(found, options.rater_share)
-    found = steps.filter("share of one rater", found, _Bounded(most))
-    found = steps.merge("duplicates and votes", found, done.raters)
+    keep("raters", lambda one: _distrusted(one, done.raters, options))
+    keep("share of one rater", _bounded(found, options.rater_share))
+    keep("duplicates and votes", _outvoted(found, done.raters))
     _write(found, out, options, done)
     if not any(done.rows[TRAIN][form] for form in FORMS):
         raise InputError(f"database: wanted feedback to learn from, got none; {_why(done)}")
@@ -151,64 +158,16 @@ def _why(done: Built) -> str:
     return ", ".join(f"{n:,} {reason}" for reason, n in removed.items()) or "nobody said anything"
 
 
-class _Steps:
-    def __init__(self, funnel: Funnel):
-        self.funnel = funnel
-
-    def add(
-        self,
-        name: str,
-        left: Sequence[Judgement],
-        removed: Mapping[str, int] | None = None,
-        replaced: Mapping[str, int] | None = None,
-    ) -> None:
-        entry: StepCounts = {
-            "step": name,
-            "documents": len(left),
-            "bytes": sum(one.size for one in left),
-            "removed": dict(sorted((removed or {}).items())),
-        }
-        if replaced is not None:
-            entry["replaced"] = dict(replaced)
-        self.funnel.steps.append(entry)
-
-    def filter(
-        self, name: str, found: Sequence[Judgement], why_not: Callable[[Judgement], str | None]
-    ) -> list[Judgement]:
-        """Keep what ``why_not`` has nothing to say against."""
-        left, removed = [], Counter[str]()
-        for one in found:
-            if (reason := why_not(one)) is None:
-                left.append(one)
-            else:
-                removed[reason] += 1
-        self.add(name, left, removed)
-        return left
-
-    def merge(
-        self, name: str, found: Sequence[Judgement], raters: Mapping[str, Rater]
-    ) -> list[Judgement]:
-        """Keep one of the judgements about the same text, by the weights of their raters. A rater
-        who said it of several responses with the same text, or in several ways, has one vote: the
-        last.
-        """
-        last = {(item, one.rater): yes for one in found for item, yes in one.votes()}
-        votes: dict[bytes, list[float]] = defaultdict(lambda: [0.0, 0.0])
-        for (item, rater), yes in last.items():
-            votes[item][yes] += raters[rater].weight
-        seen, removed = DocumentDedup(), Counter[str]()
-        left: list[Judgement] = []
-        for one in found:
-            (about,) = one.votes()
-            against, for_it = votes[about[0]] if about[1] else votes[about[0]][::-1]
-            if for_it <= against:
-                removed["outvoted, or no majority"] += 1
-            elif not seen.is_new(one.key):
-                removed["same judgement"] += 1
-            else:
-                left.append(one)
-        self.add(name, left, removed)
-        return left
+def _add(
+    funnel: Funnel, name: str, left: Sequence[Judgement], removed: Mapping[str, int] | None = None
+) -> StepCounts:
+    size = sum(one.size for one in left)
+    step: StepCounts = {
+        "step": name, "documents": len(left), "bytes": size,
+        "removed": dict(sorted((removed or {}).items())),
+    }  # fmt: skip
+    funnel.steps.append(step)
+    return step
 
 
 def _not_allowed(one: Judgement, gone: frozenset[str]) -> str | None:
@@ -219,7 +178,7 @@ def _not_allowed(one: Judgement, gone: frozenset[str]) -> str | None:
 
 def _refused(one: Judgement) -> str | None:
     try:
-        for row in _rows(one):
+        for row in chain(*_forms(one).values()):
             (conversation_of if "messages" in row else preference_of)(row)
     except InputError:
         equal = one.kind in ("pick", "correction") and one.better == one.worse
@@ -235,12 +194,8 @@ def _scrubbed(one: Judgement, replaced: Counter[str]) -> Judgement:
 
 
 def _failed(one: Judgement, rules: Sequence[str]) -> str | None:
-    return next((why for m in one.better or () if (why := first_failed(_text(m), rules))), None)
-
-
-def _text(message: Message) -> str:
-    content = message.get("content")
-    return content if isinstance(content, str) else ""
+    texts = [m["content"] for m in one.better or () if isinstance(m.get("content"), str)]
+    return next((why for text in texts if (why := first_failed(text, rules))), None)
 
 
 def _leaks(one: Judgement, questions: "Overlap") -> str | None:
@@ -264,29 +219,41 @@ def _number(rater: str, key: bytes) -> float:
     return int.from_bytes(found, "big") / 2**64
 
 
-def _most(found: Sequence[Judgement], share: float) -> int:
+def _bounded(found: Sequence[Judgement], share: float) -> Callable[[Judgement], str | None]:
+    """Leave out what a rater said beyond ``share`` of all, or twice the mean rater's."""
     raters = {one.rater for one in found}
-    return math.ceil(len(found) * max(share, 2 / max(1, len(raters))))
+    most = math.ceil(len(found) * max(share, 2 / max(1, len(raters))))
+    counts: Counter[str] = Counter()
 
-
-class _Bounded:
-    """Leave out what a rater said beyond the first ``most`` judgements."""
-
-    def __init__(self, most: int):
-        self.most, self.counts = most, Counter[str]()
-
-    def __call__(self, one: Judgement) -> str | None:
-        self.counts[one.rater] += 1
-        if self.counts[one.rater] <= self.most:
+    def why_not(one: Judgement) -> str | None:
+        counts[one.rater] += 1
+        if counts[one.rater] <= most:
             return None
         nobody = " without a name" * (one.rater == ANONYMOUS)
         return f"beyond what one rater may give{nobody}"
 
+    return why_not
 
-def _rows(one: Judgement) -> Iterator[dict[str, Any]]:
-    """The rows of a judgement, of the forms `_forms`."""
-    for rows in _forms(one).values():
-        yield from rows
+
+def _outvoted(
+    found: Sequence[Judgement], raters: Mapping[str, Rater]
+) -> Callable[[Judgement], str | None]:
+    """Keep one of the judgements about the same text, by the weights of their raters. A rater who
+    said it of several responses with the same text, or in several ways, has one vote: the last.
+    """
+    last = {(item, rater): yes for item, rater, yes in (one.vote() for one in found)}
+    votes: dict[tuple[bytes, bool], float] = defaultdict(float)
+    for (item, rater), yes in last.items():
+        votes[item, yes] += raters[rater].weight
+    seen = DocumentDedup()
+
+    def why_not(one: Judgement) -> str | None:
+        item, _, yes = one.vote()
+        if votes[item, yes] <= votes[item, not yes]:
+            return "outvoted, or no majority"
+        return None if seen.is_new(one.key) else "same judgement"
+
+    return why_not
 
 
 def _forms(one: Judgement) -> dict[str, list[dict[str, Any]]]:
@@ -309,18 +276,17 @@ def _forms(one: Judgement) -> dict[str, list[dict[str, Any]]]:
     return made
 
 
-def _part(one: Judgement, options: BuildOptions) -> str:
-    place = _number("part", one.opening_key)
-    if place < options.test:
-        return TEST
-    return JUDGE if place < options.test + options.judge else TRAIN
-
-
 def _write(left: Sequence[Judgement], out: Path, options: BuildOptions, done: Built) -> None:
     parts: dict[str, list[Judgement]] = {part: [] for part in PARTS}
     for one in left:
-        parts[_part(one, options)].append(one)
-    steps = _Steps(done.funnel)
+        place = _number("part", one.opening_key)
+        kept = place < options.test + options.judge
+        parts[TEST if place < options.test else JUDGE if kept else TRAIN].append(one)
+        tally = done.funnel.sources.setdefault(
+            printable(one.source), {"files": 1, "documents": 0, "bytes": 0}
+        )
+        tally["documents"] += 1
+        tally["bytes"] += one.size
     corrected = {id for one in left if one.kind == "correction" for id in one.ids}
     for part, found in parts.items():
         rows = _part_rows(found, corrected, options)
@@ -331,13 +297,7 @@ def _write(left: Sequence[Judgement], out: Path, options: BuildOptions, done: Bu
                     file.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace"))
                     file.write(b"\n")
         done.rows[part] = {form: len(rows[form]) for form in FORMS}
-        steps.add(part, found)
-    for one in left:
-        tally = done.funnel.sources.setdefault(
-            printable(one.source), {"files": 1, "documents": 0, "bytes": 0}
-        )
-        tally["documents"] += 1
-        tally["bytes"] += one.size
+        _add(done.funnel, part, found)
 
 
 def _part_rows(

@@ -9,29 +9,30 @@ back what the rater said of them before.
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastlm.data.conversations import Message, conversation_of, said
+from fastlm.data.conversations import Message, conversation_of, read_examples, said
 from fastlm.data.dedup import content_key
 from fastlm.data.forgotten import conversation_key, response_key, talk_key
 from fastlm.data.preferences import Label, preference_of
-from fastlm.errors import InputError, check_unicode
+from fastlm.errors import check_unicode
 from fastlm.schema import validate
 from fastlm.serve.commands import open_store
 from fastlm.serve.responses import latest
-from fastlm.sources.rows import list_files, read_rows
 
 if TYPE_CHECKING:
     from fastlm.serve.ratings import Rating
     from fastlm.serve.responses import Feedback, StoredResponse
 
+    Texts = dict["Choice", tuple[StoredResponse, list[Message]]]  # that are kept
+
 EXPORTS = (".jsonl", ".ndjson")
 ANONYMOUS = ""  # whoever gives no name; all of them count as one rater
-# What a rater said, about which answers
-Said = tuple[str, str, frozenset[tuple[str, int]]]
+Choice = tuple[str, int]  # of a response
+Said = tuple[str, str, frozenset[Choice]]  # what, by whom, about which answers
 
 
 @dataclass(frozen=True)
@@ -97,19 +98,18 @@ class Judgement:
             if answer is not None:
                 yield talk_key([*(self.prompt or ()), *answer])
 
-    def votes(self) -> "Iterator[tuple[bytes, bool]]":
-        """What it says that another rater may also say: (of what, yes or no).
+    def vote(self) -> tuple[bytes, str, bool]:
+        """What it says that another rater may also say: (of what, by whom, yes or no).
 
         A pick says which of two answers is better, a thumb whether one is good; a correction says
         that the answer is not.
         """
+        better, worse = _key(said(self.better or [])), _key(said(self.worse or []))
         if self.kind == "pick":
-            first, second = sorted((_key(said(self.better or [])), _key(said(self.worse or []))))
-            yes = _key(said(self.better or [])) == first
-            yield b"pair" + self.prompt_key + first + second, yes
-        else:
-            answer = self.better if self.kind == "up" else self.worse
-            yield b"good" + self.prompt_key + _key(said(answer or [])), self.kind == "up"
+            first, second = sorted((better, worse))
+            return b"pair" + self.prompt_key + first + second, self.rater, better == first
+        up = self.kind == "up"
+        return b"good" + self.prompt_key + (better if up else worse), self.rater, up
 
 
 def _key(value: Any) -> bytes:
@@ -127,7 +127,8 @@ def read_judgements(sources: Sequence[str], cache: Path, passed: Counter[str]) -
     found: list[Judgement] = []
     for source in sources:
         if is_export(source):
-            found += _exported(source, cache)
+            for rows in read_examples([source], lambda row, _: [*_of_row(row)], cache=cache):
+                found += [replace(one, source=source) for one in rows]
         else:
             found += _stored(source, passed)
     return found
@@ -141,7 +142,12 @@ def _stored(where: str, passed: Counter[str]) -> list[Judgement]:
     with open_store(where) as store:
         answers, opinions, name = store.answers(), store.opinions(), store.name
         ratings = {rating.name: rating for rating in store.ratings()}
-    said = [one for o in opinions for one in _judgements(o, answers, ratings, passed)]
+    texts = {
+        (id, choice): (answer, messages)
+        for id, answer in answers.items()
+        for choice, messages in enumerate(answer.choices)
+    }
+    said = [one for o in opinions for one in _judgements(o, texts, ratings, passed)]
     last = latest(said)
     found = [replace(one, source=name) for one in last.values() if one is not None]
     passed["said again, or otherwise, by the same rater"] += len(said) - len(last)
@@ -158,10 +164,7 @@ def withdrawn_keys(source: str) -> frozenset[str]:
 
 
 def _judgements(
-    opinion: "Feedback",
-    answers: "dict[str, StoredResponse]",
-    ratings: "dict[str, Rating]",
-    passed: Counter[str],
+    opinion: "Feedback", texts: "Texts", ratings: "dict[str, Rating]", passed: Counter[str]
 ) -> "Iterator[tuple[Said, Judgement | None]]":
     """What an opinion says, by rater and answers. None: no more what the rater said of them."""
     if opinion.response_id is None:
@@ -171,86 +174,63 @@ def _judgements(
         passed["neither a thumb, a number, a pick nor a correction"] += 1
         return
     rater, key = opinion.rater or ANONYMOUS, (opinion.response_id, opinion.choice)
-    own = _answer(answers, key)
-    about = frozenset([key])
-    base = Judgement("", rater, (opinion.response_id,), **_asked(own), talks=_talks(own))
+
     thumbs = {"thumb": opinion.thumb} if opinion.thumb else {}
     for name, value in opinion.metrics:
-        if (thumb := _thumb_of(ratings.get(name), value)) is None:
+        rating = ratings.get(name)
+        if rating is None or rating.level != "response" or not (thumb := rating.thumb(value)):
             passed["a number in the middle, or of no declared metric of answers"] += 1
         else:
             thumbs[f"number {name}"] = thumb
     for what, thumb in thumbs.items():
-        side = "better" if thumb == "up" else "worse"
-        yield (what, rater, about), replace(base, kind=thumb, **_side(side, own))
+        side = {"better" if thumb == "up" else "worse": key}
+        yield (what, rater, frozenset([key])), _judgement(thumb, rater, texts, **side)
+
     if opinion.corrected:
-        fixed = None if own is None else own[0].corrected(opinion.choice, opinion.corrected)
-        better: dict[str, Any] = {"better": fixed}
-        yield (
-            ("correction", rater, about),
-            replace(base, kind="correction", **better, **_side("worse", own)),
-        )
+        told = _judgement("correction", rater, texts, worse=key)
+        if told.prompt is not None:
+            told = replace(told, better=texts[key][0].corrected(key[1], opinion.corrected))
+        yield ("correction", rater, frozenset([key])), told
+
     picks = [(key, other) for other in opinion.preferred_over]
     if (ranking := opinion.ranking) is not None:
-        every = range(len(ranking.ranks) or (len(own[0].choices) if own is not None else 0))
-        ranks = ranking.ranks or [0] * len(every)
-        for pair in combinations(every, 2):
-            (first, a), (second, b) = sorted((ranks[i], i) for i in pair)
+        ranks = ranking.ranks
+        if not ranks:  # skipped: as if all were tied
+            answer = texts.get((opinion.response_id, 0))
+            ranks = (0,) * (0 if answer is None else len(answer[0].choices))
+        for i, j in combinations(range(len(ranks)), 2):
+            (first, a), (second, b) = sorted(((ranks[i], i), (ranks[j], j)))
             both = (opinion.response_id, a), (opinion.response_id, b)
             if first < second:
                 picks.append(both)
             else:
                 yield ("pick", rater, frozenset(both)), None
-    for best, other in picks:
-        own, worse = _answer(answers, best), _answer(answers, other)
-        ids = tuple(dict.fromkeys((best[0], other[0])))
-        pick = replace(base, kind="pick", ids=ids, talks=_talks(own, worse))
-        if own is None or worse is None:
-            pick = replace(pick, prompt=None)
-        elif (own[0].prompt, own[0].tools) != (worse[0].prompt, worse[0].tools):
-            passed["a pick between answers to different prompts"] += 1
-            continue
-        else:
-            pick = replace(pick, **_side("better", own), **_side("worse", worse))
-        yield ("pick", rater, frozenset((best, other))), pick
+    for better, worse in picks:
+        pick = _judgement("pick", rater, texts, better=better, worse=worse)
+        if pick.prompt is not None:
+            one, two = texts[better][0], texts[worse][0]
+            if (one.prompt, one.tools) != (two.prompt, two.tools):
+                passed["a pick between answers to different prompts"] += 1
+                continue
+        yield ("pick", rater, frozenset((better, worse))), pick
 
 
-def _thumb_of(rating: "Rating | None", value: float) -> str | None:
-    """What a number about an answer says; None: nothing."""
-    return None if rating is None or rating.level != "response" else rating.thumb(value)
-
-
-def _answer(
-    answers: "dict[str, StoredResponse]", key: tuple[str, int]
-) -> "tuple[StoredResponse, list[Message]] | None":
-    kept = answers.get(key[0])
-    return None if kept is None or key[1] >= len(kept.choices) else (kept, kept.choices[key[1]])
-
-
-def _asked(found: "tuple[StoredResponse, list[Message]] | None") -> dict[str, Any]:
-    if found is None:
-        return {}
-    return {"prompt": found[0].prompt, "tools": found[0].tools, "model": found[0].model or None}
-
-
-def _talks(*found: "tuple[StoredResponse, list[Message]] | None") -> tuple[str, ...]:
-    ids = [one[0].conversation_id for one in found if one is not None]
-    return tuple(dict.fromkeys(id for id in ids if id is not None))
-
-
-def _side(name: str, found: "tuple[StoredResponse, list[Message]] | None") -> dict[str, Any]:
-    return {} if found is None else {name: found[1]}
-
-
-def _exported(path: str, cache: Path) -> Iterator[Judgement]:
-    for file in list_files(path, cache=cache)[0]:
-        for number, row in read_rows(file):
-            if isinstance(row, InputError):
-                raise row
-            try:
-                yield from _of_row(row, path)
-            except InputError as error:
-                raise InputError(f"{file.path}, line {number}: {error}") from None
+def _judgement(kind: str, rater: str, texts: "Texts", **sides: Choice) -> Judgement:
+    """What a rater says about choices ("better", "worse"), with their texts if all are kept."""
+    kept = [texts[key] for key in sides.values() if key in texts]
+    judgement = Judgement(
+        kind,
+        rater,
+        ids=tuple(dict.fromkeys(id for id, _ in sides.values())),
+        talks=tuple(dict.fromkeys(a.conversation_id for a, _ in kept if a.conversation_id)),
+    )
+    if len(kept) < len(sides):
+        return judgement
+    answer = kept[0][0]
+    messages: dict[str, Any] = {side: text for side, (_, text) in zip(sides, kept)}
+    return replace(
+        judgement, prompt=answer.prompt, tools=answer.tools, model=answer.model or None, **messages
+    )
 
 
 @dataclass(frozen=True)
@@ -271,37 +251,32 @@ class RowFacts:
     provenance: RowProvenance | None = None
 
 
-def _of_row(row: Any, source: str) -> Iterator[Judgement]:
+def _of_row(row: Any) -> Iterator[Judgement]:
     known = row if isinstance(row, dict) else {}
-    names = [item.name for item in fields(RowFacts)]
-    given = {name: known[name] for name in names if name in known}
+    given = {name: known[name] for name in RowFacts.__dataclass_fields__ if name in known}
     for name, value in given.items():
         if isinstance(value, str):
             check_unicode(value, name)
     facts = validate(given, RowFacts, "", extra="forbid")
     origin = facts.provenance or RowProvenance()
-    told: dict[str, Any] = {
-        "ids": tuple(origin.responses), "talks": tuple(origin.conversations),
-        "licence": facts.licence, "model": facts.model, "source": source,
-    }  # fmt: skip
+
+    def judgement(kind: str, **texts: Any) -> Judgement:
+        return Judgement(
+            kind, facts.rater or ANONYMOUS, tuple(origin.responses), model=facts.model,
+            licence=facts.licence, talks=tuple(origin.conversations), **texts,
+        )  # fmt: skip
+
     if "messages" in known and "label" not in known and "kto_tag" not in known:
         talk = conversation_of(row)
         prompt, answer = talk.messages[:-1], talk.messages[-1:]
-        yield Judgement(
-            "up", facts.rater or ANONYMOUS, prompt=prompt, better=answer, tools=talk.tools,
-            **told,
-        )  # fmt: skip
+        yield judgement("up", prompt=prompt, better=answer, tools=talk.tools)
         return
     found = preference_of(row)
-    rater = found.rater or ANONYMOUS
     if isinstance(found, Label):
-        sides = {"better" if found.desirable else "worse": found.answer}
-        kind = "up" if found.desirable else "down"
-        yield Judgement(kind, rater, prompt=found.prompt, tools=found.tools, **sides, **told)
+        side, kind = ("better", "up") if found.desirable else ("worse", "down")
+        yield judgement(kind, prompt=found.prompt, tools=found.tools, **{side: found.answer})
         return
     for pair in found.pairs():
         better, worse = pair.answers
         kind = "correction" if pair.corrected else "pick"
-        yield Judgement(
-            kind, rater, prompt=pair.prompt, better=better, worse=worse, tools=pair.tools, **told
-        )
+        yield judgement(kind, prompt=pair.prompt, better=better, worse=worse, tools=pair.tools)

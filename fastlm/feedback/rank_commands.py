@@ -1,7 +1,6 @@
 """``fastlm rank``: answers into a feedback database, their ranks by people, and what was ranked
 out of it."""
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +9,7 @@ import typer
 from fastlm.errors import InputError
 from fastlm.pipeline.commands import Cache
 from fastlm.progress import bars
+from fastlm.serve.commands import needs_serve
 from fastlm.sources.packages import default_cache
 from fastlm.threads import Threads
 
@@ -30,8 +30,6 @@ def _note(text: str) -> None:
 
 def _opened(store: str, *, seed: int = 0) -> "RankingStore":
     """The database, which must exist."""
-    from fastlm.serve.commands import needs_serve
-
     with needs_serve():
         from fastlm.serve.ranking import RankingStore
     return RankingStore(store, create=False, seed=seed)
@@ -52,7 +50,6 @@ def import_command(
     are those of the row's "rater", or of a rater called "file".
     """
     from fastlm.data.conversations import Rows
-    from fastlm.serve.commands import needs_serve
 
     with needs_serve():
         from fastlm.serve.ranking import RankingStore, read_answers
@@ -96,19 +93,17 @@ def sample_command(
 
     Each prompt's answers are stored at once: after Ctrl-C the same command continues.
     """
-    from fastlm.serve.commands import needs_serve
-
     with needs_serve():
         from fastlm.feedback.rank_sample import sample_answers
 
-    sampled = sample_answers(
+    added = sample_answers(
         store, model, prompts, k=k, temperature=temperature, top_p=top_p,
         max_new_tokens=max_new_tokens, seed=seed, cache=cache or default_cache(),
         skip_bad=skip_bad, track=bars, tell=_note,
     )  # fmt: skip
     typer.echo(
-        f"{store}: new prompts {sampled.items:,}, known before {sampled.known:,}, left out because"
-        f" their answers are alike {sampled.alike:,}"
+        f"{store}: new prompts {added.items:,}, known before {added.known:,}, left out because"
+        f" their answers are alike {added.alike:,}"
     )
 
 
@@ -126,8 +121,6 @@ def judge_command(
     Each ranking is stored at once. Several raters can work at the same time. If stdin is not a
     terminal, each of its lines is an input.
     """
-    from fastlm.serve.commands import needs_serve
-
     with needs_serve():
         from fastlm.feedback import rank_terminal
 
@@ -141,41 +134,38 @@ def agreement_command(
 ) -> None:
     """What each rater did, and how far raters agree: Krippendorff's alpha and pairs in order."""
     import json
-    from dataclasses import asdict
 
     from rich.console import Console
     from rich.table import Column, Table
     from rich.text import Text
 
     with _opened(store) as found:
-        raters, have = found.raters(), found.agreement()
+        have = found.figures()
     if as_json:
-        figures = {**asdict(have), "raters": {name: asdict(n) for name, n in raters.items()}}
-        figures["alpha"] = None if math.isnan(have.alpha) else have.alpha
-        typer.echo(json.dumps(figures, indent=1))
+        typer.echo(json.dumps(have, indent=1))
         return
     console = Console(highlight=False)
     counts = Table(
         "rater", *(Column(c, justify="right") for c in ("ranked", "skipped", "corrected"))
     )
-    for name, n in raters.items():
-        counts.add_row(Text(name), f"{n.ranked:,}", f"{n.skipped:,}", f"{n.corrected:,}")
+    for name, n in have["raters"].items():
+        counts.add_row(Text(name), *(f"{n[key]:,}" for key in ("ranked", "skipped", "corrected")))
     console.print(counts)
-    if have.pairs:
+    if have["pairs"]:
         table = Table(
             "raters", Column("prompts in common", justify="right"),
             Column("pairs of answers in the same order", justify="right"),
         )  # fmt: skip
-        for pair in have.pairs:
-            share = f"{pair.alike / pair.pairs:.0%} of {pair.pairs:,}"
-            table.add_row(Text(", ".join(pair.raters)), f"{pair.items:,}", share)
+        for pair in have["pairs"]:
+            share = f"{pair['alike'] / pair['pairs']:.0%} of {pair['pairs']:,}"
+            table.add_row(Text(", ".join(pair["raters"])), f"{pair['items']:,}", share)
         console.print(table)
-    if math.isnan(have.alpha):
+    if have["alpha"] is None:
         typer.echo("Krippendorff's alpha: none, no two raters ranked the same prompt")
     else:
         typer.echo(
-            f"Krippendorff's alpha (ordinal): {have.alpha:.3f}; prompts with two raters or more:"
-            f" {have.items:,}"
+            f"Krippendorff's alpha (ordinal): {have['alpha']:.3f}; prompts with two raters or more:"
+            f" {have['items']:,}"
         )
 
 

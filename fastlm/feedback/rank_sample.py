@@ -1,7 +1,6 @@
 """Answers of a model to be ranked."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,20 +8,11 @@ from fastlm.data.preferences import Unranked
 from fastlm.data.prompts import Prompt, read_prompts
 from fastlm.errors import InputError
 from fastlm.progress import Track, silent
-from fastlm.serve.ranking import RankingStore
+from fastlm.serve.ranking import Added, RankingStore
 from fastlm.sources.rows import ignore
 
 if TYPE_CHECKING:
     from fastlm.serve.chat import Writer
-
-
-@dataclass
-class Sampled:
-    """How many prompts are new, were in the store, or gave fewer than two different answers."""
-
-    items: int = 0
-    known: int = 0
-    alike: int = 0
 
 
 def sample_answers(
@@ -39,22 +29,23 @@ def sample_answers(
     skip_bad: bool = False,
     track: Track = silent,
     tell: Callable[[str], None] = ignore,
-) -> Sampled:
+) -> Added:
     """Sample ``k`` answers of ``model`` to each prompt of the sources ``prompts``
     (`fastlm.data.prompts.prompt_of`) and add them to the store at ``where``, one transaction
     per prompt.
 
     Row i of prompt p draws with seed ``seed + p k + i``. A prompt that the store has
-    already is not sampled again. Equal and empty answers are left out.
+    already is not sampled again. Equal and empty answers are left out, and a prompt with fewer than
+    two is counted as alike.
     """
     from fastlm.serve.chat import Writer
 
     rows = list(read_prompts(prompts, cache=cache, skip_bad=skip_bad, tell=tell))
-    writer, sampled = Writer(model), Sampled()
+    writer, added = Writer(model), Added()
     with RankingStore(where) as store:
         for number, row in enumerate(track(rows, "sampling", unit="prompts")):
             if store.has_prompt(row.messages, row.tools):
-                sampled.known += 1
+                added.known += 1
                 continue
             try:
                 answers = writer.write(
@@ -65,12 +56,12 @@ def sample_answers(
                 raise InputError(f"{row.place}: {error}") from None
             texts = dict.fromkeys(answer.text for answer in answers if answer.text.strip())
             if len(texts) < 2:
-                sampled.alike += 1
+                added.alike += 1
                 continue
             messages = tuple([{"role": "assistant", "content": text}] for text in texts)
             store.add_items([Unranked(row.messages, messages, row.tools)], Path(model).name)
-            sampled.items += 1
-    return sampled
+            added.items += 1
+    return added
 
 
 def _ids(writer: "Writer", row: Prompt) -> list[int]:

@@ -1,21 +1,16 @@
 """The loop of ``fastlm rank judge``: shows an item, reads how the rater ranks it, stores that.
 
-On a terminal prompt_toolkit reads the lines and an answer to be corrected is edited in place, or in
-$VISUAL or $EDITOR. Elsewhere each line of stdin is an input, for scripts.
+On a terminal an answer is corrected in $VISUAL or $EDITOR. Elsewhere each line of stdin is an
+input, for scripts.
 """
 
 import json
-import os
 import re
-import shlex
-import subprocess
 import sys
-import tempfile
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from contextlib import suppress
 
-from rich.console import Console, Group
+import click
+from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
 from rich.rule import Rule
 from rich.text import Text
@@ -29,7 +24,7 @@ HELP = """\
 2 1 3     answer 2 is the best, then 1, then 3; the last one may be left out
 1=2 3     1 and 2 are equally good, 3 is worse (also 1=23)
 s         skip this prompt
-c 2       correct answer 2; c 2 TEXT replaces it by TEXT
+c 2       correct answer 2 in your editor; c 2 TEXT replaces it by TEXT
 b         back to the prompt before
 q         quit; what you ranked is stored already"""
 # What a terminal would obey, and marks that turn the direction of writing
@@ -43,7 +38,15 @@ def run(store: RankingStore, rater: str, *, skipped: bool = False) -> None:
     On a terminal an input that means nothing prints a line; elsewhere it raises InputError.
     """
     check_rater(rater)
-    _Session(store, rater, skipped).run()
+    session = _Session(store, rater, skipped)
+    try:
+        session.ask_all()
+    finally:  # also after Ctrl-C
+        counts, total = store.progress(rater)
+        rest = total - counts.ranked - counts.skipped
+        shown = f", {counts.skipped:,} skipped" if counts.skipped else ""
+        line = f"{rater}: {counts.ranked:,} of {total:,} ranked{shown}, {rest:,} to do"
+        session.console.print(line, markup=False)
 
 
 def parse_ranking(text: str, count: int) -> list[int]:
@@ -73,19 +76,11 @@ class _Session:
     def __init__(self, store: RankingStore, rater: str, skipped: bool):
         self.store, self.rater, self.skipped = store, rater, skipped
         self.terminal = sys.stdin.isatty()
-        self.read = _typed() if self.terminal else _piped
+        if self.terminal:
+            with suppress(ImportError):
+                import readline  # noqa: F401  # `input` edits lines with it
         self.console = Console(highlight=False, soft_wrap=False)
         self.done: list[int] = []  # items ranked in this session
-
-    def run(self) -> None:
-        try:
-            self.ask_all()
-        finally:  # also after Ctrl-C
-            counts, total = self.store.progress(self.rater)
-            rest = total - counts.ranked - counts.skipped
-            skipped = f", {counts.skipped:,} skipped" if counts.skipped else ""
-            line = f"{counts.ranked:,} of {total:,} ranked{skipped}, {rest:,} to do"
-            self.console.print(f"{self.rater}: {line}", markup=False)
 
     def ask_all(self) -> None:
         item, back = self.next(), False
@@ -105,23 +100,20 @@ class _Session:
         counts, total = self.store.progress(self.rater)
         number = counts.ranked + counts.skipped + 1
         title = "back" if back else "skipped before" if self.skipped else f"{number:,} of {total:,}"
-        parts: list[Any] = [Rule(title, style="dim")]
+        parts: list[RenderableType] = [Rule(title, style="dim")]
         for message in item.prompt:
             parts += [Text(message["role"], style="bold"), Text(_shown(message)), Text()]
         for number, answer in enumerate(item.answers, 1):
-            texts = [_shown(message) for message in answer]
-            parts.append(
-                Panel(Text("\n".join(texts)), title=f"[b]{number}[/b]", title_align="left")
-            )
-        width = min(WIDTH, self.console.width)
-        self.console.print(Group(*parts), width=width)
+            text = Text("\n".join(map(_shown, answer)))
+            parts.append(Panel(text, title=f"[b]{number}[/b]", title_align="left"))
+        self.console.print(Group(*parts), width=min(WIDTH, self.console.width))
 
     def ask(self, item: Item) -> str:
         """Read inputs until one of them is done with the item: "judged", "back" or "quit"."""
         while True:
-            line = self.read("best first, ? for help: ", None)
-            if line is None:
-                return "quit"
+            line = "q"
+            with suppress(EOFError):
+                line = input("best first, ? for help: " if self.terminal else "")
             try:
                 if action := self.obey(line.strip(), item):
                     return action
@@ -163,20 +155,19 @@ class _Session:
         if not text.strip():
             if not self.terminal:
                 raise InputError(f"c {number}: wanted the corrected text after it, got none")
-            text = self.edit(item.answers[answer][-1]["content"])
-        if text is None:
-            return
-        self.store.correct(self.rater, item, answer, text)
-        self.console.print(f"stored: a correction of {number}", style="dim")
+            text = edited(item.answers[answer][-1]["content"])
+        if text is not None:
+            self.store.correct(self.rater, item, answer, text)
+            self.console.print(f"stored: a correction of {number}", style="dim")
 
-    def edit(self, text: str) -> str | None:
-        if editor := os.environ.get("VISUAL") or os.environ.get("EDITOR"):
-            return _edited(text, editor)
-        self.console.print("Esc and Enter stores the text, Ctrl-C leaves it as it was", style="dim")
-        try:
-            return self.read("", text)
-        except KeyboardInterrupt:
-            return None
+
+def edited(text: str, editor: str | None = None) -> str | None:
+    """The text after an editor, by default of $VISUAL or $EDITOR; None: it was not saved."""
+    try:
+        saved = click.edit(text, editor)
+    except (click.ClickException, ValueError) as error:
+        raise InputError(f"EDITOR: expected a program that edits a text, got: {error}") from None
+    return None if saved is None else saved.removesuffix("\n")
 
 
 def _order(ranks: list[int]) -> str:
@@ -192,45 +183,3 @@ def _shown(message: Message) -> str:
     calls = message.get("tool_calls")
     text = message["content"] + (json.dumps(calls, ensure_ascii=False) if calls else "")
     return UNSAFE.sub("\ufffd", text)
-
-
-def _edited(text: str, editor: str) -> str:
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "answer.txt"
-        file.write_text(text, "utf-8")
-        try:
-            status = subprocess.run([*shlex.split(editor), str(file)]).returncode
-        except (OSError, ValueError) as error:
-            raise InputError(f"EDITOR: wanted a program, got {editor!r:.60}: {error}") from None
-        if status:
-            raise InputError(f"{editor}: ended with status {status}, nothing is stored")
-        try:
-            return file.read_text("utf-8").removesuffix("\n")
-        except UnicodeDecodeError as error:
-            raise InputError(f"correction: wanted UTF-8 text: {error}") from None
-
-
-Read = Callable[[str, str | None], str | None]
-
-
-def _piped(prompt: str, text: str | None) -> str | None:
-    del prompt, text
-    return sys.stdin.readline() or None
-
-
-def _typed() -> Read:
-    """Reading from the terminal: a line, or a text of several lines that begins as ``text``. None:
-    Ctrl-D.
-    """
-    from prompt_toolkit import PromptSession
-    from prompt_toolkit.output import create_output
-
-    session: Any = PromptSession(output=create_output(always_prefer_tty=True))
-
-    def read(prompt: str, text: str | None) -> str | None:
-        try:
-            return session.prompt(prompt, default=text or "", multiline=text is not None)
-        except EOFError:
-            return None
-
-    return read

@@ -8,9 +8,10 @@ not its text.
 `fastlm feedback build` makes rows to train on; `fastlm.serve.ranking` lets people rank answers.
 """
 
+import secrets
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
@@ -20,20 +21,21 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.event import listen
 from sqlalchemy.exc import SQLAlchemyError
 
+from fastlm.data.forgotten import asked_key, conversation_key, response_key, talk_key
 from fastlm.errors import InputError
-from fastlm.serve import withdrawn
-from fastlm.serve.canary_tables import make_nameless
-from fastlm.serve.feedback_rows import (
-    answer_row,
-    opinion_row,
-    read_answer,
-    read_opinion,
-    read_rating,
-    readable,
-)
+from fastlm.serve.feedback_rows import now, read_answer, read_opinion, read_rating, row_of
 from fastlm.serve.ratings import Rating
 from fastlm.serve.responses import KINDS, Feedback, StoredResponse
-from fastlm.serve.tables import ANSWERS, FEEDBACK, MEASURES, RATINGS, create_missing, metadata
+from fastlm.serve.tables import (
+    ANSWERS,
+    CANARY_ANSWERS,
+    CANARY_OUTCOMES,
+    FEEDBACK,
+    MEASURES,
+    RATINGS,
+    WITHDRAWN,
+    create_missing,
+)
 
 MOST_IDS = 1000  # in one statement; SQLite takes 32,766
 WAIT_SECONDS = 30  # for another process that writes to the same SQLite file
@@ -68,7 +70,8 @@ class FeedbackStore:
         if self.engine.dialect.name == "sqlite":
             self._refuse_another_file()
             listen(self.engine, "connect", _durable)
-        self.create(metadata, withdrawn.metadata)
+        with self._errors():
+            create_missing(self.engine)
 
     def _refuse_another_file(self) -> None:
         """InputError: an SQLite file of another program, which stays as it is."""
@@ -79,11 +82,6 @@ class FeedbackStore:
             self.engine.dispose()  # later connections are durable
         if names and ANSWERS.name not in names:
             raise InputError(f"{self.name}: expected a feedback database, got another SQLite file")
-
-    def create(self, *groups: sa.MetaData) -> None:
-        """Create tables that are missing."""
-        with self._errors():
-            create_missing(self.engine, *groups)
 
     def close(self) -> None:
         """Close the connections, after what SQLite's log has is in the file itself, unless another
@@ -119,6 +117,16 @@ class FeedbackStore:
         with self._errors(), self.engine.begin() as connection:
             yield connection
 
+    def all(self, query: Any) -> Sequence[Any]:
+        """The rows of a query."""
+        with self.read() as connection:
+            return connection.execute(query).all()
+
+    def first(self, query: Any) -> Any:
+        """The first row of a query, None if there is none."""
+        with self.read() as connection:
+            return connection.execute(query.limit(1)).first()
+
     def insert_new(
         self, connection: sa.Connection, table: sa.Table, row: Mapping[str, Any]
     ) -> bool:
@@ -134,14 +142,10 @@ class FeedbackStore:
         if self._blocked(opinion):
             return None
         with self.write() as connection:
-            done = connection.execute(FEEDBACK.insert().values(opinion_row(opinion)))
+            done = connection.execute(FEEDBACK.insert().values(row_of(opinion)))
         assert done.inserted_primary_key is not None
         number = int(done.inserted_primary_key[0])
-        if not self._blocked(opinion):  # as in `keep`
-            return number
-        with self.write() as connection:
-            connection.execute(FEEDBACK.delete().where(FEEDBACK.c.id == number))
-        return None
+        return number if self._stays(opinion, FEEDBACK.c.id == number) else None
 
     def keep(self, answer: StoredResponse) -> bool:
         """Store an answer and its prompt, whose user has consented; one that is stored already
@@ -150,28 +154,34 @@ class FeedbackStore:
         if self._blocked(answer):
             return False
         with self.write() as connection:
-            self.insert_new(connection, ANSWERS, answer_row(answer))
-        if not self._blocked(answer):  # `forget` notes first and deletes then: one of us deletes
+            self.insert_new(connection, ANSWERS, row_of(answer))
+        return self._stays(answer, ANSWERS.c.response_id == answer.response_id)
+
+    def _stays(self, about: StoredResponse | Feedback, row: sa.ColumnElement[bool]) -> bool:
+        """Delete what was just stored if it was forgotten meanwhile: `forget` notes first and
+        deletes then, so one of us deletes."""
+        if not self._blocked(about):
             return True
+        table = ANSWERS if isinstance(about, StoredResponse) else FEEDBACK
         with self.write() as connection:
-            its = ANSWERS.c.response_id == answer.response_id
-            connection.execute(ANSWERS.delete().where(its))
+            connection.execute(table.delete().where(row))
         return False
+
+    def _blocked(self, about: StoredResponse | Feedback) -> bool:
+        """Whether a response, or the conversation that it belongs to, was withdrawn."""
+        keys = []
+        if about.response_id is not None:
+            keys.append(response_key(about.response_id))
+        if about.conversation_id is not None:
+            keys.append(conversation_key(about.conversation_id))
+        return self.first(sa.select(WITHDRAWN.c.key).where(WITHDRAWN.c.key.in_(keys))) is not None
 
     def keeps(self, response_id: str | None, conversation_id: str | None) -> bool:
         """Whether the text of a response is here; without its id, of any of the conversation."""
-        if response_id is None:
-            its = ANSWERS.c.conversation_id == conversation_id
-        else:
-            its = ANSWERS.c.response_id == response_id
-        with self.read() as connection:
-            return (
-                connection.execute(sa.select(ANSWERS.c.response_id).where(its)).first() is not None
-            )
-
-    def _blocked(self, about: StoredResponse | Feedback) -> bool:
-        with self.read() as connection:
-            return withdrawn.blocks(connection, about.response_id, about.conversation_id)
+        a = ANSWERS.c
+        by_talk = a.conversation_id == conversation_id
+        its = by_talk if response_id is None else a.response_id == response_id
+        return self.first(sa.select(a.id).where(its)) is not None
 
     def conversation_of(self, response_id: str) -> tuple[str | None] | None:
         """The conversation of a response, (None,) if it has none. None: nothing says."""
@@ -194,30 +204,63 @@ class FeedbackStore:
 
     def ratings(self) -> list[Rating]:
         """The numbers that were ever declared, by name."""
-        with self.read() as connection:
-            rows = connection.execute(RATINGS.select().order_by(RATINGS.c.name)).all()
+        rows = self.all(RATINGS.select().order_by(RATINGS.c.name))
         return [read_rating(row, self.name) for row in rows]
+
+    def answers(self) -> dict[str, StoredResponse]:
+        """All answers that are kept, by id."""
+        rows = self.all(ANSWERS.select().order_by(ANSWERS.c.id))
+        return {row.response_id: read_answer(row, self.name) for row in rows}
+
+    def answer(self, response_id: str) -> StoredResponse | None:
+        """The answer with this id, where it is kept."""
+        row = self.first(ANSWERS.select().where(ANSWERS.c.response_id == response_id))
+        return None if row is None else read_answer(row, self.name)
+
+    def opinions(self) -> list[Feedback]:
+        """All opinions, in the order in which they were given."""
+        rows = self.all(FEEDBACK.select().order_by(FEEDBACK.c.id))
+        return [read_opinion(row, self.name) for row in rows]
+
+    def comments(self, most: int) -> list[dict[str, Any]]:
+        """The newest comments, the last one first, with what they are about."""
+        query = FEEDBACK.select().where(FEEDBACK.c.comment.is_not(None))
+        keys = ("response_id", "conversation_id", "choice", "rater", "thumb", "comment")
+        found = []
+        for row in self.all(query.order_by(FEEDBACK.c.id.desc()).limit(most)):
+            opinion = read_opinion(row, self.name)
+            about = {key: getattr(opinion, key) for key in keys}
+            found.append({"created_at": str(row.created_at), **about})
+        return found
+
+    def counts(self) -> dict[str, int]:
+        """How many answers are kept, and how many opinions of each kind there are."""
+        answers = self.first(sa.select(sa.func.count(ANSWERS.c.id).label("answers")))
+        kinds = self.first(sa.select(*(sa.func.count(FEEDBACK.c[k]).label(k) for k in KINDS)))
+        return {**answers._mapping, **kinds._mapping}
+
+    # ---- withdrawn consent: what was deleted stays known by hashes alone
 
     def forget(self, id: str) -> int:
         """Delete a response or a conversation: its text, what was said about it, and its measures.
-        Return how many rows there were. Hashes stay, by which exports leave it out
-        (`fastlm.serve.withdrawn`), and the counts of a canary's trial, without ids.
+        Return how many rows there were. Keys stay (`fastlm.data.forgotten`), by which `fastlm
+        feedback build` leaves it out and ``fastlm data forget --withdrawn`` finds what was built
+        before; and the counts of a canary's trial, without ids.
 
         InputError: also that a process which reads keeps the text in SQLite's log.
         """
-        gone = 0
-        keys = self.keys_of(id)
+        rows = [{"key": key, "asked": asked_key(id), "at": now()} for key in self.keys_of(id)]
         with self.write() as connection:  # first, so that a kill in between loses no key
-            for row in withdrawn.rows(id, keys):
-                self.insert_new(connection, withdrawn.TABLE, row)
+            for row in rows:
+                self.insert_new(connection, WITHDRAWN, row)
         with self.write() as connection:
             ids = _responses(connection, id)
+            gone = _make_nameless(connection, ids)
             for table in (ANSWERS, FEEDBACK, MEASURES):
                 for its in _about(table, id, ids):
                     gone += connection.execute(table.delete().where(its)).rowcount
-            gone += make_nameless(connection, ids)
         if self.engine.dialect.name == "sqlite":  # the log has the text, too, until it is emptied
-            with self._errors(), self.engine.connect() as connection:
+            with self.read() as connection:
                 busy = connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").one()[0]
             if busy:
                 raise InputError(
@@ -227,74 +270,40 @@ class FeedbackStore:
         return gone
 
     def keys_of(self, id: str) -> set[str]:
-        """The keys of a response or a conversation that is still there; {} if nothing is."""
+        """The keys of a response or a conversation that is still there: of its ids, its answers
+        and their corrections; {} if nothing is."""
+        answers: dict[str, StoredResponse] = {}
+        opinions: list[Feedback] = []
+        found = False
         with self.read() as connection:
             ids = _responses(connection, id)
-            answers, feedback = (
-                [
-                    row
-                    for its in _about(table, id, ids)
-                    for row in connection.execute(table.select().where(its))
-                ]
-                for table in (ANSWERS, FEEDBACK)
-            )
-        if not answers and not feedback:
+            for table in (ANSWERS, FEEDBACK):
+                for its in _about(table, id, ids):
+                    for row in connection.execute(table.select().where(its)):
+                        found = True
+                        with suppress(InputError):  # a damaged row is deleted all the same
+                            if table is ANSWERS:
+                                answers[row.response_id] = read_answer(row, self.name)
+                            else:
+                                opinions.append(read_opinion(row, self.name))
+        if not found:
             return set()
-        return withdrawn.keys_of(
-            id, ids, readable(read_answer, answers, self.name),
-            readable(read_opinion, feedback, self.name),
-        )  # fmt: skip
+        keys = {conversation_key(id), *map(response_key, ids)}
+        for answer in answers.values():
+            keys |= {talk_key([*answer.prompt, *choice]) for choice in answer.choices}
+        for opinion in opinions:
+            answer = answers.get(opinion.response_id or "")
+            if opinion.corrected and answer is not None and opinion.choice < len(answer.choices):
+                fixed = answer.corrected(opinion.choice, opinion.corrected)
+                keys.add(talk_key([*answer.prompt, *fixed]))
+        return keys
 
     def withdrawn(self, id: str | None = None) -> frozenset[str]:
         """The keys of all that was ever forgotten here, or of what was forgotten as ``id``."""
-        with self._errors(), self.engine.connect() as connection:
-            return withdrawn.stored(connection, id)
-
-    def answers(self) -> dict[str, StoredResponse]:
-        """All answers that are kept, by id."""
-        with self.read() as connection:
-            rows = connection.execute(ANSWERS.select().order_by(ANSWERS.c.id)).all()
-        answers = (read_answer(row, self.name) for row in rows)
-        return {answer.response_id: answer for answer in answers}
-
-    def answer(self, response_id: str) -> StoredResponse | None:
-        """The answer with this id, where it is kept."""
-        query = ANSWERS.select().where(ANSWERS.c.response_id == response_id)
-        with self.read() as connection:
-            row = connection.execute(query).first()
-        return None if row is None else read_answer(row, self.name)
-
-    def opinions(self) -> list[Feedback]:
-        """All opinions, in the order in which they were given."""
-        with self.read() as connection:
-            rows = connection.execute(FEEDBACK.select().order_by(FEEDBACK.c.id)).all()
-        return [read_opinion(row, self.name) for row in rows]
-
-    def comments(self, most: int) -> list[dict[str, Any]]:
-        """The newest comments, the last one first, with what they are about."""
-        query = FEEDBACK.select().where(FEEDBACK.c.comment.is_not(None))
-        with self.read() as connection:
-            rows = connection.execute(query.order_by(FEEDBACK.c.id.desc()).limit(most)).all()
-        keys = ("response_id", "conversation_id", "choice", "rater", "thumb", "comment")
-        found = []
-        for row in rows:
-            opinion = read_opinion(row, self.name)
-            found.append({
-                "created_at": str(row.created_at), **{key: getattr(opinion, key) for key in keys}
-            })  # fmt: skip
-        return found
-
-    def counts(self) -> dict[str, int]:
-        """How many answers are kept, and how many opinions of each kind there are."""
-        found: dict[str, int] = dict.fromkeys(("answers", *KINDS), 0)
-        with self.read() as connection:
-            for name in found:
-                if name == "answers":
-                    query = sa.select(sa.func.count()).select_from(ANSWERS)
-                else:
-                    query = sa.select(sa.func.count(FEEDBACK.c[name]))
-                found[name] = connection.execute(query).scalar_one()
-        return found
+        query = sa.select(WITHDRAWN.c.key)
+        if id is not None:
+            query = query.where(WITHDRAWN.c.asked == asked_key(id))
+        return frozenset(row.key for row in self.all(query))
 
 
 def _conversation(connection: sa.Connection, response: str) -> tuple[str | None] | None:
@@ -329,6 +338,29 @@ def _about(table: sa.Table, id: str, ids: set[str]) -> Iterator[sa.ColumnElement
     ordered = sorted(ids)
     for first in range(0, len(ordered), MOST_IDS):
         yield table.c.response_id.in_(ordered[first : first + MOST_IDS])
+
+
+def _make_nameless(connection: sa.Connection, ids: Iterable[str]) -> int:
+    """Give ids that say nothing to what a canary counted of responses and conversations. Return
+    how many answers there were.
+    """
+    a, o, count = CANARY_ANSWERS, CANARY_OUTCOMES, 0
+    for id in ids:
+        its = sa.or_(a.c.response_id.in_((id, f"refused-{id}")), a.c.conversation_id == id)
+        for row in connection.execute(a.select().where(its)).all():
+            unit = secrets.token_hex(32)
+            for table in (a, o):
+                same = sa.and_(table.c.experiment == row.experiment, table.c.unit == row.unit)
+                connection.execute(table.update().where(same).values(unit=unit))
+            nameless = f"forgotten-{secrets.token_hex(16)}"
+            for table, values in (
+                (a, {"response_id": nameless, "conversation_id": None}),
+                (o, {"response_id": None}),
+            ):
+                same = table.c.response_id == row.response_id
+                connection.execute(table.update().where(same).values(values))
+            count += 1
+    return count
 
 
 def _waits(url: sa.URL) -> dict[str, Any]:

@@ -5,57 +5,39 @@ any column, and the file may be a stranger's.
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, replace
 from datetime import UTC, datetime
-from typing import Any, TypeVar
+from typing import Any
 
-from fastlm.data.conversations import messages_of
+from fastlm.data.conversations import Message, messages_of
 from fastlm.data.scrub_chat import scrub_chat
-from fastlm.errors import InputError, check_unicode, show
-from fastlm.files import parse_json
-from fastlm.schema import Finite, validate
+from fastlm.errors import InputError, show
+from fastlm.schema import Finite, parse, validate
 from fastlm.serve.ratings import Rating
 from fastlm.serve.responses import Feedback, StoredResponse
 from fastlm.serve.tables import ANSWERS, FEEDBACK, RATINGS
 
-T = TypeVar("T")
+Anything: Any = Any  # as a schema
 SKIPPED = "{}"  # the column of a ranking that says that the rater skipped the answer
+JSON_COLUMNS = {"prompt", "tools", "choices", "preferred_over", "ranking", "metrics"}
+USER_TEXTS = {"prompt", "tools", "choices", "rater", "comment", "corrected"}
 
 
-def answer_row(answer: StoredResponse) -> dict[str, Any]:
-    """The row of an answer, without personal data."""
-    return {
-        "response_id": answer.response_id,
-        "conversation_id": answer.conversation_id,
-        "model": answer.model,
-        "prompt": as_json(scrubbed(answer.prompt)),
-        "tools": None if answer.tools is None else as_json(scrubbed(answer.tools)),
-        "choices": as_json(scrubbed(answer.choices)),
-        "num_choices": len(answer.choices),
-        "created_at": _now(),
-    }
-
-
-def opinion_row(opinion: Feedback) -> dict[str, Any]:
-    """The row of an opinion, without personal data."""
-    over, ranking = opinion.preferred_over, opinion.ranking
-    return {
-        "response_id": opinion.response_id,
-        "conversation_id": opinion.conversation_id,
-        "choice": opinion.choice,
-        "rater": scrubbed(opinion.rater),
-        "thumb": opinion.thumb,
-        "comment": scrubbed(opinion.comment),
-        "corrected": scrubbed(opinion.corrected),
-        "preferred_over": as_json(over) if over else None,
-        "ranking": None
-        if ranking is None
-        else as_json({key: x for key, x in asdict(ranking).items() if x not in (None, ())}),
-        "metrics": as_json(dict(opinion.metrics)) if opinion.metrics else None,
-        "created_at": _now(),
-    }
+def row_of(value: StoredResponse | Feedback) -> dict[str, Any]:
+    """The row of an answer or an opinion, without personal data."""
+    row: dict[str, Any] = {field.name: getattr(value, field.name) for field in fields(value)}
+    if isinstance(value, StoredResponse):
+        row["num_choices"] = len(value.choices)
+    else:
+        row |= {"preferred_over": value.preferred_over or None, "metrics": dict(value.metrics)}
+        row["metrics"] = row["metrics"] or None
+        if value.ranking is not None:
+            row["ranking"] = {k: v for k, v in asdict(value.ranking).items() if v not in (None, ())}
+    for name, item in row.items():
+        item = scrubbed(item) if name in USER_TEXTS else item
+        row[name] = item if item is None or name not in JSON_COLUMNS else as_json(item)
+    return row | {"created_at": now()}
 
 
 def scrubbed(value: Any, replaced: Counter[str] | None = None) -> Any:
@@ -76,56 +58,38 @@ def as_json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _now() -> str:
+def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def read_answer(row: Any, name: str) -> StoredResponse:
     """A row of `ANSWERS` in the database ``name``. InputError names row and column."""
     where = f"{name}: {ANSWERS.name} {row.response_id!r:.140}: "
-    values = {
-        "response_id": row.response_id,
-        "model": row.model,
-        "prompt": _json(row.prompt, f"{where}prompt"),
-        "choices": _json(row.choices, f"{where}choices"),
-        "tools": _json(row.tools, f"{where}tools"),
-        "conversation_id": row.conversation_id,
-    }
-    answer = validate(_values(values), StoredResponse, where.removesuffix(": "), extra="forbid")
-    prompt = [message for _, message in messages_of(answer.prompt, f"{where}prompt")]
-    choices = [
-        [message for _, message in messages_of(choice, f"{where}choices[{i}]")]
-        for i, choice in enumerate(answer.choices)
-    ]
-    return StoredResponse(
-        answer.response_id, answer.model, prompt, choices, answer.tools, answer.conversation_id
-    )
+
+    def checked(messages: Any, column: str) -> list[Message]:
+        return [message for _, message in messages_of(messages, where + column)]
+
+    answer = _read(row, StoredResponse, where)
+    choices = [checked(choice, f"choices[{i}]") for i, choice in enumerate(answer.choices)]
+    return replace(answer, prompt=checked(answer.prompt, "prompt"), choices=choices)
 
 
 def read_opinion(row: Any, name: str) -> Feedback:
     """A row of `FEEDBACK`. InputError names row and column."""
     where = f"{name}: {FEEDBACK.name} {row.id!r:.40}: "
-    values = {
-        key: getattr(row, key)
-        for key in ("response_id", "conversation_id", "choice", "rater", "thumb", "comment",
-                    "corrected")
-    }  # fmt: skip
-    values["preferred_over"] = _json(row.preferred_over, f"{where}preferred_over") or []
-    if row.ranking is not None:
-        values["ranking"] = _json(row.ranking, f"{where}ranking")
-    values["metrics"] = [list(item) for item in read_metrics(row.metrics, where).items()]
-    return validate(_values(values), Feedback, where.removesuffix(": "), extra="forbid")
+    metrics = [list(item) for item in read_metrics(row.metrics, where).items()]
+    return _read(row, Feedback, where, metrics=metrics)
 
 
 def read_metrics(text: Any, where: str) -> dict[str, float]:
     """The numbers that an opinion gives, by name."""
-    return validate(_json(text, f"{where}metrics") or {}, dict[str, Finite], f"{where}metrics.")
+    given = _loaded(text, f"{where}metrics")
+    return validate(given or {}, dict[str, Finite], f"{where}metrics.")
 
 
 def read_rating(row: Any, name: str) -> Rating:
     """A row of `RATINGS`."""
-    where = f"{name}: {RATINGS.name} {row.name!r:.80}: "
-    return validate(_values(row._mapping), Rating, where.removesuffix(": "), extra="forbid")
+    return _read(row, Rating, f"{name}: {RATINGS.name} {row.name!r:.80}: ")
 
 
 def read_time(value: Any, where: str) -> float:
@@ -136,39 +100,24 @@ def read_time(value: Any, where: str) -> float:
         raise InputError(f"{where}: expected a time as ISO 8601, got {value!r:.80}") from None
 
 
-def readable(read: Callable[[Any, str], T], rows: Iterable[Any], name: str) -> Iterator[T]:
-    """What can be read of some rows. For deletion alone: no export takes a row that cannot."""
-    for row in rows:
-        with suppress(InputError):
-            yield read(row, name)
+def _read(row: Any, schema: Any, where: str, **known: Any) -> Any:
+    """A row as a dataclass, whose fields have the names of its columns."""
+    values = {}
+    for name in (field.name for field in fields(schema)):
+        value = known[name] if name in known else getattr(row, name)
+        if name in JSON_COLUMNS and name not in known:
+            value = _loaded(value, where + name)
+            if value is None and name == "preferred_over":
+                value = []
+        # bytes, which nothing here has: as an object, which no schema takes
+        values[name] = {"bytes": show(value)} if isinstance(value, bytes) else value
+    return validate(values, schema, where.removesuffix(": "), extra="forbid")
 
 
-def _values(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _value(value) for key, value in row.items()}
-
-
-def _value(value: Any) -> Any:
-    """A value of a column; bytes, which nothing here has, as an object that no schema fits."""
-    return {"bytes": show(value)} if isinstance(value, bytes) else value
-
-
-def _json(text: Any, where: str) -> Any:
+def _loaded(text: Any, where: str) -> Any:
+    """The value of a column of JSON."""
     if text is None:
         return None
-    value = parse_json(validate(_value(text), str, where), where)
-    if "\\u" in text:
-        _check(value, where)
-    return value
-
-
-def _check(value: Any, where: str) -> None:
-    """InputError for a lone surrogate, which only an escape can write."""
-    if isinstance(value, str):
-        check_unicode(value, where)
-    elif isinstance(value, list):
-        for item in value:
-            _check(item, where)
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            check_unicode(key, where)
-            _check(item, where)
+    if not isinstance(text, str):
+        raise InputError(f"{where}: expected a string, got {show(text):.80}")
+    return parse(text, Anything, where)

@@ -120,9 +120,9 @@ def _manager(
         manager = ModelManager(loader, base, state_file, allowed)
         manager.begin()
         return manager
-    from fastlm.serve.canary.canary_config import CanaryConfig
     from fastlm.serve.canary.canary_manager import CanaryManager
     from fastlm.serve.canary.canary_store import CanaryStore
+    from fastlm.serve.canary.decision import CanaryConfig
 
     config = CanaryConfig.of(options, ratings)
     counts = CanaryStore(store, config.rating)

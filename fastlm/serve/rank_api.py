@@ -1,6 +1,5 @@
 """The API of the page /rank: `fastlm rank judge` for a browser, on the same store."""
 
-import math
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -105,6 +104,4 @@ def _correct(store: "RankingStore", request: CorrectRequest) -> dict[str, Any]:
 
 
 def _agreement(store: "RankingStore", _: EmptyRequest) -> dict[str, Any]:
-    have = asdict(store.agreement())
-    have["alpha"] = None if math.isnan(have["alpha"]) else have["alpha"]
-    return {**have, "raters": {name: asdict(n) for name, n in store.raters().items()}}
+    return store.figures()

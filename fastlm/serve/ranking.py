@@ -9,31 +9,31 @@ is an opinion with a `Ranking`: the last one counts, ``fastlm feedback build`` r
 
 import hashlib
 import json
+import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 
 from fastlm.data.conversations import Conversation, Message, Rows, read_examples, said
+from fastlm.data.forgotten import response_key
 from fastlm.data.preferences import Comparison, Label, Unranked, answers_of
 from fastlm.errors import InputError, check_unicode, show
 from fastlm.files import replacing
-from fastlm.serve import withdrawn
 from fastlm.serve.feedback import FeedbackStore
 from fastlm.serve.feedback_rows import (
     SKIPPED,
-    answer_row,
     as_json,
-    opinion_row,
     read_answer,
     read_opinion,
+    row_of,
     scrubbed,
 )
-from fastlm.serve.responses import Feedback, Ranking, StoredResponse, latest
-from fastlm.serve.tables import ANSWERS, FEEDBACK
+from fastlm.serve.responses import Feedback, Ranking, StoredResponse
+from fastlm.serve.tables import ANSWERS, FEEDBACK, WITHDRAWN
 from fastlm.sources.rows import ignore
 from fastlm.stats.agreement import Agreement, agreement_of
 
@@ -141,7 +141,7 @@ class RankingStore(FeedbackStore):
         """
         added = Added()
         with self.write() as connection:
-            gone = withdrawn.stored(connection)
+            gone = frozenset(connection.execute(sa.select(WITHDRAWN.c.key)).scalars())
             for example in examples:
                 self._add(connection, example, model, gone, added)
         return added
@@ -154,7 +154,7 @@ class RankingStore(FeedbackStore):
         answers, corrected = list(example.answers), False
         if ranked is not None and ranked.corrected:  # the better one is no answer of a model
             answers, corrected = [ranked.pairs()[0].answers[1]], True
-        row = answer_row(StoredResponse("", model, example.prompt, answers, example.tools))
+        row = row_of(StoredResponse("", model, example.prompt, answers, example.tools))
         choices = json.loads(row["choices"])
         texts = [as_json(said(choice)) for choice in choices]
         order = sorted(range(len(texts)), key=texts.__getitem__)  # an item has its in any order
@@ -165,7 +165,7 @@ class RankingStore(FeedbackStore):
         content = [said(json.loads(row["prompt"])), sorted(texts), row["tools"]]
         id = f"rank-{_digest(content)[:32]}"
         row |= {"response_id": id, "choices": as_json([choices[i] for i in order])}
-        new = not withdrawn.is_withdrawn(gone, id, None)
+        new = response_key(id) not in gone
         is_item = new and self.insert_new(connection, ANSWERS, row)
         if new and ranked is not None:
             new = self._add_opinion(connection, id, ranked, order)
@@ -182,38 +182,30 @@ class RankingStore(FeedbackStore):
         """Store what a row says. False: its rater has said something of this kind."""
         rater = ranked.rater or FILE_RATER
         if ranked.corrected:
-            column = FEEDBACK.c.corrected
-            opinion = Feedback(id, rater=rater, corrected=_corrected_text(ranked))
+            kind, opinion = "corrected", Feedback(id, corrected=_corrected_text(ranked))
         else:
             scores = None if ranked.scores is None else tuple(ranked.scores[i] for i in order)
             ranks = tuple(ranked.ranks[i] for i in order)
-            column = FEEDBACK.c.ranking
             ranking = Ranking(ranks, scores=scores, margin=ranked.margin)
-            opinion = Feedback(id, rater=rater, ranking=ranking)
-        before = sa.select(FEEDBACK.c.id).where(
-            FEEDBACK.c.response_id == id, FEEDBACK.c.rater == rater, column.is_not(None)
-        )
-        if connection.execute(before.limit(1)).first() is not None:
+            kind, opinion = "ranking", Feedback(id, ranking=ranking)
+        before = _last(kind, rater).where(FEEDBACK.c.response_id == id)
+        if connection.execute(before).first() is not None:
             return False
-        connection.execute(FEEDBACK.insert().values(opinion_row(opinion)))
+        connection.execute(FEEDBACK.insert().values(row_of(replace(opinion, rater=rater))))
         return True
 
     def has_prompt(self, prompt: list[Message], tools: list[Any] | None) -> bool:
         """Whether the store has several answers to this prompt."""
-        query = sa.select(ANSWERS.c.id).where(
-            SEVERAL, ANSWERS.c.prompt == as_json(scrubbed(prompt)),
-            ANSWERS.c.tools.is_(None) if tools is None
-            else ANSWERS.c.tools == as_json(scrubbed(tools)),
-        )  # fmt: skip
-        with self.read() as connection:
-            return connection.execute(query.limit(1)).first() is not None
+        own = ANSWERS.c.tools
+        same = own.is_(None) if tools is None else own == as_json(scrubbed(tools))
+        its = (SEVERAL, ANSWERS.c.prompt == as_json(scrubbed(prompt)), same)
+        return self.first(sa.select(ANSWERS.c.id).where(*its)) is not None
 
     def item(self, id: int, rater: str) -> Item:
         """The item with this id. The rater sees its answers in an order drawn from the store's
         seed, the rater and the item.
         """
-        with self.read() as connection:
-            row = connection.execute(ANSWERS.select().where(SEVERAL, ANSWERS.c.id == id)).first()
+        row = self.first(ANSWERS.select().where(SEVERAL, ANSWERS.c.id == id))
         if row is None:
             raise InputError(f"item: wanted one of the store, got {id}")
         answer = read_answer(row, self.name)
@@ -228,30 +220,21 @@ class RankingStore(FeedbackStore):
         """The first item, of those with an id above ``after``, that the rater has not ranked or
         skipped; or, with ``skipped``, that the rater skipped. None: there is none.
         """
-        its = FEEDBACK.c
-        last = (
-            sa.select(its.ranking)
-            .where(
-                its.response_id == ANSWERS.c.response_id,
-                its.rater == rater,
-                its.ranking.is_not(None),
-            )
-            .order_by(its.id.desc())
-            .limit(1)
-            .scalar_subquery()
+        last = _last("ranking", rater).subquery()
+        state = last.c.ranking == SKIPPED if skipped else last.c.id.is_(None)
+        query = (
+            sa.select(ANSWERS.c.id)
+            .outerjoin(last, last.c.response_id == ANSWERS.c.response_id)
+            .where(SEVERAL, ANSWERS.c.id > after, state)
+            .order_by(ANSWERS.c.id)
         )
-        state = last == SKIPPED if skipped else last.is_(None)
-        query = sa.select(ANSWERS.c.id).where(SEVERAL, ANSWERS.c.id > after, state)
-        with self.read() as connection:
-            id = connection.execute(query.order_by(ANSWERS.c.id).limit(1)).scalar()
-        return None if id is None else self.item(id, rater)
+        row = self.first(query)
+        return None if row is None else self.item(row.id, rater)
 
     def progress(self, rater: str) -> tuple[RaterCounts, int]:
         """(what the rater has done, how many items there are to rank)."""
         check_rater(rater)
-        query = sa.select(sa.func.count()).select_from(ANSWERS).where(SEVERAL)
-        with self.read() as connection:
-            total = connection.execute(query).scalar_one()
+        (total,) = self.first(sa.select(sa.func.count(ANSWERS.c.id)).where(SEVERAL))
         return self.raters(rater).get(rater, RaterCounts()), total
 
     # ---- opinions
@@ -296,41 +279,37 @@ class RankingStore(FeedbackStore):
 
     # ---- results
 
-    def _latest(self, column: sa.Column[Any], rater: str | None) -> list[Any]:
-        """The rows of `FEEDBACK` that count, with this column, of one rater if named."""
-        query = FEEDBACK.select().where(column.is_not(None)).order_by(FEEDBACK.c.id)
-        if rater is not None:
-            query = query.where(FEEDBACK.c.rater == rater)
-        with self.read() as connection:
-            rows = connection.execute(query).all()
-        found = latest(((row.rater, row.response_id, row.choice), row) for row in rows)
-        return list(found.values())
-
     def raters(self, rater: str | None = None) -> dict[str, RaterCounts]:
         """What each rater has done, by name; or only this one."""
         found: dict[str, RaterCounts] = {}
-        for row in self._latest(FEEDBACK.c.ranking, rater):
-            counts = found.setdefault(row.rater or "", RaterCounts())
-            counts.skipped += row.ranking == SKIPPED
-            counts.ranked += row.ranking != SKIPPED
-        for row in self._latest(FEEDBACK.c.corrected, rater):
-            found.setdefault(row.rater or "", RaterCounts()).corrected += 1
+        for kind in ("ranking", "corrected"):
+            for row in self.all(_last(kind, rater)):
+                counts = found.setdefault(row.rater or "", RaterCounts())
+                counts.corrected += kind == "corrected"
+                counts.skipped += kind == "ranking" and row.ranking == SKIPPED
+                counts.ranked += kind == "ranking" and row.ranking != SKIPPED
         return dict(sorted(found.items()))
 
     def agreement(self) -> Agreement:
         """How far the raters agree, on all items that two or more ranked."""
         rankings: dict[str, dict[str, Sequence[int]]] = {}
-        for answer, opinion in self._opinions(FEEDBACK.c.ranking, None):
+        for answer, opinion in self._opinions("ranking", None):
             if opinion.ranking is not None and opinion.ranking.ranks:
                 its = rankings.setdefault(answer.response_id, {})
                 its[opinion.rater or ""] = opinion.ranking.ranks
         return agreement_of(rankings.values())
 
+    def figures(self) -> dict[str, Any]:
+        """`agreement` and `raters` as JSON; alpha is None where it is undefined."""
+        have, raters = asdict(self.agreement()), self.raters()
+        alpha = None if math.isnan(have["alpha"]) else have["alpha"]
+        return {**have, "alpha": alpha, "raters": {name: asdict(n) for name, n in raters.items()}}
+
     def comparisons(self, rater: str | None = None) -> Iterator[Comparison]:
         """The rankings (of one rater, if named), item by item. Those in which all answers are tied
         are left out: nothing is learnt from them.
         """
-        for answer, opinion in self._opinions(FEEDBACK.c.ranking, rater):
+        for answer, opinion in self._opinions("ranking", rater):
             its = opinion.ranking
             if its is not None and len(set(its.ranks)) > 1:
                 yield Comparison(
@@ -342,19 +321,17 @@ class RankingStore(FeedbackStore):
         """The corrected answers (of one rater, if named), each better than the one that it
         corrects.
         """
-        for answer, opinion in self._opinions(FEEDBACK.c.corrected, rater):
+        for answer, opinion in self._opinions("corrected", rater):
             fixed = answer.corrected(opinion.choice, opinion.corrected or "")
             yield Comparison(
                 answer.prompt, (fixed, answer.choices[opinion.choice]), (0, 1),
                 tools=answer.tools, rater=opinion.rater, corrected=True,
             )  # fmt: skip
 
-    def _opinions(
-        self, column: sa.Column[Any], rater: str | None
-    ) -> Iterator[tuple[StoredResponse, Feedback]]:
+    def _opinions(self, kind: str, rater: str | None) -> Iterator[tuple[StoredResponse, Feedback]]:
         """The opinions that count, about answers whose text is here, in the answers' order."""
         by_answer: dict[str, list[Feedback]] = {}
-        for row in self._latest(column, rater):
+        for row in self.all(_last(kind, rater)):
             opinion = read_opinion(row, self.name)
             by_answer.setdefault(opinion.response_id or "", []).append(opinion)
         for id, answer in self.answers().items():
@@ -401,6 +378,16 @@ class RankingStore(FeedbackStore):
         if form in OF_CORRECTIONS:
             for correction in self.corrections(rater):
                 yield OF_CORRECTIONS[form](correction).row()
+
+
+def _last(kind: str, rater: str | None) -> sa.Select[Any]:
+    """The opinions of a kind that count: the last ones about an answer, of each rater or of one."""
+    its = FEEDBACK.c
+    ids = sa.select(sa.func.max(its.id)).where(its[kind].is_not(None))
+    if rater is not None:
+        ids = ids.where(its.rater == rater)
+    ids = ids.group_by(its.rater, its.response_id, its.choice)
+    return FEEDBACK.select().where(its.id.in_(ids)).order_by(its.id)
 
 
 def _digest(value: Any) -> str:

@@ -12,11 +12,12 @@ level = "response"        # or "conversation"
 """
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from fastlm.errors import InputError
 from fastlm.serve.toml_file import read_tables
@@ -32,29 +33,18 @@ class Rating:
     or "lower". level: what it is about, a "response" or a "conversation".
     """
 
-    name: str
-    kind: str
-    better: str
-    level: str = "response"
+    name: Annotated[str, Field(pattern=f"^{NAME}$")]
+    kind: Literal["boolean", "number"]
+    better: Literal["higher", "lower"]
+    level: Literal["response", "conversation"] = "response"
     low: float = 0.0
     high: float = 1.0
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(NAME, self.name):
-            raise InputError(f"name: wanted {NAME}, got {self.name!r:.80}")
-        for key, values in (
-            ("kind", ("boolean", "number")),
-            ("better", ("higher", "lower")),
-            ("level", ("response", "conversation")),
-        ):
-            if getattr(self, key) not in values:
-                raise InputError(
-                    f"{key}: wanted {' or '.join(values)}, got {getattr(self, key)!r:.80}"
-                )
         if self.kind == "boolean" and (self.low, self.high) != (0, 1):
-            raise InputError("low: wanted none for a boolean, got one (its numbers are 0 and 1)")
+            raise InputError("low: expected none for a boolean (its numbers are 0 and 1), got one")
         if not self.low < self.high or not math.isfinite(self.high - self.low):
-            raise InputError(f"high: wanted more than low, {self.low:g}, got {self.high:g}")
+            raise InputError(f"high: expected more than low, {self.low:g}, got {self.high:g}")
 
     def row(self) -> dict[str, Any]:
         return asdict(self)
@@ -82,25 +72,15 @@ class Rating:
 
 def read_ratings(path: str | Path) -> list[Rating]:
     """The [[metric]] tables of a TOML file. InputError: names the file's line."""
-    found = read_tables(path, {"metric": Rating})["metric"]
-    ratings = [table.value for table in found]
-    if len(ratings) > MOST:
-        raise InputError(f"{path}: wanted at most {MOST} metrics, got {len(ratings)}")
-    seen: set[str] = set()
-    for table in found:
+    tables = read_tables(path, {"metric": (Rating, MOST)})["metric"]
+    for table in tables:
         if table.value.name in BUILT_IN:
-            raise InputError(
-                f"{path} line {table.line('name')}: name: wanted another than"
-                f" {', '.join(BUILT_IN)}, which are metrics already (--canary-metric), got"
-                f" {table.value.name!r}"
+            raise table.error(
+                "name",
+                f"expected another than {', '.join(BUILT_IN)}, which are metrics already"
+                f" (--canary-metric), got {table.value.name!r}",
             )
-        if table.value.name in seen:
-            raise InputError(
-                f"{path} line {table.line('name')}: name: wanted each once, got"
-                f" {table.value.name!r} again"
-            )
-        seen.add(table.value.name)
-    return ratings
+    return [table.value for table in tables]
 
 
 def read_values(

@@ -1,11 +1,9 @@
 """The tables of the feedback database.
 
 `fastlm_measures` has numbers about every answer, whether or not its user consents to keep its text:
-`fastlm.serve.monitor` writes and reads them.
+`fastlm.serve.monitor` writes and reads them. Those of a canary have no text either: which model
+gave which answer, and what became of each conversation.
 """
-
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import sqlalchemy as sa
 
@@ -72,27 +70,49 @@ MEASURES = sa.Table(
     sa.Column("toxicity_judge", sa.String(64)),
     sa.Column("features", sa.LargeBinary),  # `fastlm.serve.monitor.features`
 )
+WITHDRAWN = sa.Table(  # keys of `fastlm.data.forgotten`, of what was deleted
+    "fastlm_withdrawn",
+    metadata,
+    sa.Column("key", sa.String(96), primary_key=True),
+    sa.Column("asked", sa.String(96), primary_key=True),  # hash of the id that was deleted
+    sa.Column("at", sa.Text, nullable=False),  # ISO 8601, UTC
+)
+CANARY_ANSWERS = sa.Table(
+    "fastlm_canary_answers",
+    metadata,
+    sa.Column("response_id", sa.String(160), primary_key=True),
+    sa.Column("experiment", sa.String(64), nullable=False, index=True),
+    sa.Column("unit", sa.String(64), nullable=False, index=True),  # a keyed hash
+    sa.Column("conversation_id", sa.String(128), index=True),
+    sa.Column("arm", sa.String(4), nullable=False),  # old, new
+    sa.Column("model", sa.Text, nullable=False),
+    sa.Column("assigned", sa.Boolean, nullable=False),  # by the hash, not by the client
+    sa.Column("error", sa.Boolean, nullable=False),
+    sa.Column("pace", sa.Float),  # seconds per token
+    sa.Column("at", sa.Float, nullable=False),  # seconds since 1970
+)
+CANARY_OUTCOMES = sa.Table(
+    "fastlm_canary_outcomes",
+    metadata,
+    sa.Column("experiment", sa.String(64), primary_key=True),
+    sa.Column("unit", sa.String(64), primary_key=True),
+    sa.Column("arm", sa.String(4), nullable=False),
+    sa.Column("success", sa.Boolean, nullable=False),
+    sa.Column("response_id", sa.String(128)),
+)
 
 
-def create_missing(engine: sa.Engine, *groups: sa.MetaData) -> None:
+def create_missing(engine: sa.Engine) -> None:
     """Create tables that are missing. Servers that start at the same time wait for each other."""
-    with _alone(engine) as connection:
-        for group in groups:
-            group.create_all(connection)
-
-
-@contextmanager
-def _alone(engine: sa.Engine) -> Iterator[sa.Connection]:
-    """Context: a transaction that no other server's `create_missing` runs beside."""
     if engine.dialect.name != "sqlite":
         with engine.begin() as connection:
             connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({LOCK})")
-            yield connection
+            metadata.create_all(connection)
         return
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.exec_driver_sql("BEGIN IMMEDIATE")  # else it begins with the first write
         try:
-            yield connection
+            metadata.create_all(connection)
             connection.exec_driver_sql("COMMIT")
         except BaseException:
             connection.exec_driver_sql("ROLLBACK")

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,19 @@ from fastlm.schema import read_toml, validate
 class Table:
     """One table of a file. ``value``: an object of the class that its kind asks for."""
 
+    path: str | Path
     value: Any
     lines: dict[str, int]  # by key; "": of its header
 
-    def line(self, key: str) -> int:
-        return self.lines.get(key, self.lines[""])
+    def error(self, key: str, text: str) -> InputError:
+        """What is wrong about a key, with its line."""
+        line = self.lines.get(key, self.lines[""])
+        return InputError(f"{self.path} line {line}: {f'{key}: ' if key else ''}{text}")
 
 
-def read_tables(path: str | Path, kinds: Mapping[str, type]) -> dict[str, list[Table]]:
-    """The tables of a file by kind: any number of `[[kind]]`. ``kinds``: the dataclass of each.
+def read_tables(path: str | Path, kinds: Mapping[str, tuple[type, int]]) -> dict[str, list[Table]]:
+    """The tables of a file by kind. ``kinds``: the dataclass of each `[[kind]]`, and how many there
+    may be. If they have a name, each has another one.
 
     InputError, with the file's line: not TOML, an unknown table or key, a value that is refused.
     """
@@ -30,26 +34,33 @@ def read_tables(path: str | Path, kinds: Mapping[str, type]) -> dict[str, list[T
     places = _places(text)
     found: dict[str, list[Table]] = {kind: [] for kind in kinds}
     for kind, tables in parsed.items():
-        top = places.get((kind, 0), places.get(("", 0), {})).get(kind, 1)
+        top = places.get(("", 0), {}).get(kind, 1)
+        whole = Table(path, None, places.get((kind, 0), {"": top}))
         if kind not in kinds:
-            line = places.get((kind, 0), {"": top})[""]
-            raise InputError(f"{path} line {line}: {unknown_key(kind, kind, kinds)}")
+            raise whole.error("", unknown_key(kind, kind, kinds))
         if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
-            line = places.get((kind, 0), {"": top})[""]
-            raise InputError(f"{path} line {line}: {kind}: wanted [[{kind}]]")
-        for index, table in enumerate(tables):
-            lines = places.get((kind, index), {"": top})
+            raise whole.error("", f"{kind}: expected [[{kind}]]")
+        schema, most = kinds[kind]
+        known = [field.name for field in fields(schema)]
+        names: set[str] = set()
+        for index, values in enumerate(tables):
+            table = Table(path, None, places.get((kind, index), {"": top}))
+            if index == most:
+                raise table.error("", f"{kind}: expected at most {most}")
+            for key, value in values.items():
+                if key not in known:
+                    raise table.error(key, unknown_key(key, key, known).removeprefix(f"{key}: "))
+                if isinstance(value, float) and not math.isfinite(value):
+                    raise table.error(key, f"expected a finite number, got {value}")
             try:
-                for key, value in table.items():
-                    if key not in (known := [field.name for field in fields(kinds[kind])]):
-                        raise InputError(unknown_key(key, key, known))
-                    if isinstance(value, float) and not math.isfinite(value):
-                        raise InputError(f"{key}: expected a finite number, got {value}")
-                found[kind].append(Table(validate(table, kinds[kind], ""), lines))
+                table = replace(table, value=validate(values, schema, ""))
             except InputError as error:
-                key = str(error).partition(":")[0].partition(".")[0]
-                line = lines.get(key, lines[""])
-                raise InputError(f"{path} line {line}: {error}") from None
+                key, _, message = str(error).partition(": ")
+                raise table.error(key.partition(".")[0], message) from None
+            if "name" in known and (name := table.value.name) in names:
+                raise table.error("name", f"expected each once, got {name!r} again")
+            names.add(getattr(table.value, "name", ""))
+            found[kind].append(table)
     return found
 
 

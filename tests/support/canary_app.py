@@ -9,9 +9,9 @@ from serve_app import monitor_of, running, tiny_model
 
 from fastlm.inference.fair_lock import FairLock
 from fastlm.serve.app import Server
-from fastlm.serve.canary.canary_config import CanaryConfig
 from fastlm.serve.canary.canary_manager import CanaryManager
 from fastlm.serve.canary.canary_store import CanaryStore
+from fastlm.serve.canary.decision import CanaryConfig
 from fastlm.serve.loading import Loader
 from fastlm.serve.model_manager import Allowed, ModelManager
 from fastlm.serve.options import ServeOptions

@@ -23,7 +23,6 @@ from fastlm.data.preferences import Comparison, Label, read_preferences
 from fastlm.errors import InputError
 from fastlm.feedback.build import BuildOptions, build
 from fastlm.feedback.judgements import read_judgements
-from fastlm.serve import withdrawn
 from fastlm.serve.canary.canary_store import CanaryStore
 from fastlm.serve.feedback import Feedback, FeedbackStore, StoredResponse
 from fastlm.serve.monitor.monitor import Settings
@@ -170,7 +169,6 @@ def test_a_conversation_takes_no_answer_of_another_along(where):
         assert [(o.response_id, o.thumb) for o in store.opinions()] == [
             ("victims", "up"), ("alone", "up"),
         ]  # fmt: skip
-        assert not withdrawn.is_withdrawn(store.withdrawn(), "victims", "theirs")
         assert store.add(Feedback("victims", thumb="up"))
 
 
@@ -382,8 +380,8 @@ def test_a_full_disk_costs_the_conversation_but_not_the_answer(tmp_path, capfd):
 ANSWER, OPINION = "fastlm_answers 'r1': ", "fastlm_feedback 1: "
 DEEP = "[" * 5000
 HOSTILE = [
-    ("answers", "prompt", "{", ANSWER + "prompt: wanted readable JSON"),
-    ("answers", "prompt", DEEP, ANSWER + "prompt: wanted readable JSON"),
+    ("answers", "prompt", "{", ANSWER + "prompt:1: expected JSON, got: EOF"),
+    ("answers", "prompt", DEEP, ANSWER + "prompt: expected at most 200 levels"),
     ("answers", "prompt", "7", ANSWER + "prompt: expected an array, got 7"),
     ("answers", "prompt", "[7]", ANSWER + r"prompt\[0\]: expected an object"),
     ("answers", "prompt", "[{}]", ANSWER + r"prompt\[0\]: wanted a role"),
@@ -392,7 +390,7 @@ HOSTILE = [
         "answers",
         "prompt",
         '[{"role": "user", "content": "\\ud800"}]',
-        ANSWER + "prompt: .*surrogate",
+        ANSWER + "prompt:1: expected JSON, got",
     ),
     ("answers", "prompt", b"\xff", ANSWER + "prompt: expected a string"),
     ("answers", "choices", "[[7]]", ANSWER + r"choices\[0\]\[0\]: expected an object"),
@@ -416,7 +414,7 @@ HOSTILE = [
     ("feedback", "metrics", '{"stars": "x"}', OPINION + "metrics.stars: expected a number"),
     ("feedback", "metrics", '{"stars": 1e999}', OPINION + "metrics.stars: expected a finite"),
     ("feedback", "metrics", "[]", None),  # as none
-    ("metrics", "kind", "star", "fastlm_metrics 'stars': kind: wanted boolean or number"),
+    ("metrics", "kind", "star", "fastlm_metrics 'stars': kind: expected 'boolean' or 'number'"),
     ("metrics", "low", "x", "fastlm_metrics 'stars': low: expected a number, got 'x'"),
 ]
 
@@ -459,7 +457,7 @@ def test_the_dashboard_reads_databases_of_strangers(tmp_path):
     with FeedbackStore(base) as store:
         store.add(Feedback("r1", thumb="up", metrics=(("stars", 4.0),)))
         for change, message in (
-            ("metrics = '{'", "fastlm_feedback: metrics: wanted readable JSON"),
+            ("metrics = '{'", "fastlm_feedback: metrics:1: expected JSON"),
             ("metrics = '[7]'", "fastlm_feedback: metrics: expected an object"),
             ("metrics = NULL, created_at = '2999'", None),
             ("created_at = '2000-13-99T'", "fastlm_feedback: created_at: expected a time"),
@@ -566,21 +564,21 @@ def test_metrics_of_a_file(tmp_path):
     for text, message in (
         (
             good.replace('"number"', '"stars"'),
-            r"line 3: kind: wanted boolean or number, got 'stars'",
+            r"line 3: kind: expected 'boolean' or 'number', got 'stars'",
         ),
-        (good + good.replace("5", "1"), r"line 11: high: wanted more than low, 1, got 1"),
-        (good + good, r"line 8: name: wanted each once, got 'stars' again"),
-        (good + good.replace("stars", "thumb"), r"line 8: name: wanted another than .*'thumb'"),
-        (good.replace("stars", "pick"), r"line 2: name: wanted another than .*'pick'"),
-        (good.replace("stars", "stop"), r"line 2: name: wanted another than .*'stop'"),
+        (good + good.replace("5", "1"), r"line 11: high: expected more than low, 1, got 1"),
+        (good + good, r"line 8: name: expected each once, got 'stars' again"),
+        (good + good.replace("stars", "thumb"), r"line 8: name: expected another than .*'thumb'"),
+        (good.replace("stars", "pick"), r"line 2: name: expected another than .*'pick'"),
+        (good.replace("stars", "stop"), r"line 2: name: expected another than .*'stop'"),
         (good.replace("better", "beter"), r"line 6: beter: unknown key.*'better'"),
         (good.replace('better = "higher"\n', ""), r"line 1: better: expected this field"),
         (good.replace("low = 1", "low = 'x'"), r"line 4: low: expected a number, got 'x'"),
-        (good.replace("stars", "Stars!"), r"line 2: name: wanted \[a-z\]"),
-        (talk + "low = -1\n", r"line 6: low: wanted none for a boolean"),
+        (good.replace("stars", "Stars!"), r"line 2: name: expected a text that matches"),
+        (talk + "low = -1\n", r"line 6: low: expected none for a boolean"),
         (good.replace("[[metric]]", "[[metrics]]"), r"line 1: metrics: unknown key"),
-        (good.replace("[[metric]]", "[metric]"), r"line 1: metric: wanted \[\[metric\]\]"),
-        ("\nmetric = 3\n", r"line 2: metric: wanted \[\[metric\]\]"),
+        (good.replace("[[metric]]", "[metric]"), r"line 1: metric: expected \[\[metric\]\]"),
+        ("\nmetric = 3\n", r"line 2: metric: expected \[\[metric\]\]"),
         (good + "kind = }", r":7: expected TOML, got: "),
         ("a" + ".a" * 2000 + "=1", r":1: expected at most 1,000 dots"),
     ):

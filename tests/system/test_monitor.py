@@ -16,12 +16,11 @@ from serve_app import HTTP, ask, script, serving, tiny_model
 from fastlm.errors import InputError
 from fastlm.serve.feedback import FeedbackStore
 from fastlm.serve.monitor import features, recorder
-from fastlm.serve.monitor.alerts import Alerts
 from fastlm.serve.monitor.judges import JUDGES, RULES, WORDS, Judge
 from fastlm.serve.monitor.monitor import Settings
 from fastlm.serve.monitor.prompts_drift import Reference, drift
 from fastlm.serve.monitor.recorder import Keep, Measure, Recorder
-from fastlm.serve.monitor.rules import Rule, Rules, read_rules
+from fastlm.serve.monitor.rules import Alerts, Rule, Rules, read_rules
 from fastlm.serve.monitor.summary import RATES, VALUES, value_of
 from fastlm.serve.ratings import Rating
 from fastlm.serve.responses import Feedback
@@ -398,7 +397,9 @@ def found(value, n=100, low=None, high=None):
 def watched(rule):
     """(what happened at each value, the alerts)."""
     said, values = [], []
-    alerts = Alerts((rule,), lambda *_: values[-1], lambda state: said.append(state.firing))
+    alerts = Alerts(
+        (rule,), lambda _: lambda _: values[-1], lambda state: said.append(state.firing)
+    )
 
     def see(*given):
         for one in given:
@@ -449,22 +450,25 @@ def test_rules_of_a_file(tmp_path):
     assert rules.alerts == (Rule("slow", "whole_p95", "15m", above=2.0),)
     assert rules.reference.name == "2026-11-01 to 2026-11-08"
     for text, message in (
-        (good.replace("whole", "hole"), r"line 3: metric: wanted one of refusal, .*stars; got"),
-        (good.replace("above = 2\n", ""), r"line 1: above: wanted this or below, got neither"),
-        (good + "below = 1\n", r"line 4: above: wanted this or below, got both"),
-        (good.replace("15m", "15s"), r"line 5: window: wanted minutes, hours or days"),
-        (good.replace("15m", "91d"), r"line 5: window: wanted minutes, hours or days"),
-        (good + "\n# clear\nclear = 3\n", r"line 8: clear: wanted at most 2, the bound, got 3"),
-        (good + "hold = 0\n", r"line 6: hold: wanted 1 to 10,000, got 0"),
+        (good.replace("whole", "hole"), r"line 3: metric: expected one of refusal, .*stars; got"),
+        (good.replace("above = 2\n", ""), r"line 1: above: expected this or below, got neither"),
+        (good + "below = 1\n", r"line 4: above: expected this or below, got both"),
+        (good.replace("15m", "15s"), r"line 5: window: expected minutes, hours or days"),
+        (good.replace("15m", "91d"), r"line 5: window: expected minutes, hours or days"),
+        (good + "\n# clear\nclear = 3\n", r"line 8: clear: expected at most 2, the bound, got 3"),
+        (good + "hold = 0\n", r"line 6: hold: expected greater than or equal to 1, got 0"),
         (good + "abov = 0\n", r"line 6: abov: unknown key"),
         (good.replace("2", "nan"), r"line 4: above: expected a finite number"),
-        (good + good, r"line 7: name: wanted each once"),
-        (good.replace("whole_p95", "drift_p") + 'model = "x"\n', r"line 6: model: wanted none"),
-        (period.replace("08", "32"), r"line 3: end: wanted a date"),
-        (period.replace("08", "01"), r"line 3: end: wanted a time after"),
-        (period.replace('end = "2026-11-08"\n', ""), r"line 1: end: wanted with begin"),
-        (period + period, r"line 4: reference: wanted at most 1"),
-        ("[[reference]]\nfirst = 3\n", r"line 2: first: wanted 50 to 5000, got 3"),
+        (good + good, r"line 7: name: expected each once"),
+        (good.replace("whole_p95", "drift_p") + 'model = "x"\n', r"line 6: model: expected none"),
+        (period.replace("08", "32"), r"line 3: end: expected a date"),
+        (period.replace("08", "01"), r"line 3: end: expected a time after"),
+        (period.replace('end = "2026-11-08"\n', ""), r"line 1: end: expected with begin"),
+        (period + period, r"line 4: reference: expected at most 1"),
+        (
+            "[[reference]]\nfirst = 3\n",
+            r"line 2: first: expected greater than or equal to 50",
+        ),
         (good * 2 + "name =", r"expected TOML, got: "),
     ):
         file.write_text(text)

@@ -20,9 +20,10 @@ from serve_app import HTTP, ask
 
 from fastlm.errors import InputError
 from fastlm.serve import ratings
-from fastlm.serve.canary import canary as experiments
-from fastlm.serve.canary.canary import CanaryExperiment, Variant
+from fastlm.serve.canary import decision as decisions
+from fastlm.serve.canary.canary import CanaryExperiment
 from fastlm.serve.canary.canary_store import CanaryStore
+from fastlm.serve.canary.decision import Variant
 from fastlm.serve.feedback import FeedbackStore
 from fastlm.serve.monitor.monitor import Settings
 from fastlm.serve.ratings import Rating
@@ -119,14 +120,14 @@ def test_a_conversation_stays_with_its_model(models, tmp_path):
 
 
 def test_thumbs_promote_and_late_ones_count_for_who_answered(models, tmp_path, monkeypatch):
-    in_loop, compare = [], experiments.sequential.always_valid
+    in_loop, compare = [], decisions.sequential.always_valid
 
     def recorded(*counts):
         with suppress(RuntimeError):  # in a thread without a loop
             in_loop.append(asyncio.get_running_loop())
         return compare(*counts)
 
-    monkeypatch.setattr(experiments.sequential, "always_valid", recorded)
+    monkeypatch.setattr(decisions.sequential, "always_valid", recorded)
     with trying(models, tmp_path, alpha=0.2) as (url, server):
         old, new = server.served.name, server.models.experiment.served.name
         answers = [chat(url, f"Hello {i}") for i in range(60)]
@@ -246,7 +247,7 @@ def test_a_declared_number_decides(models, tmp_path):
     shown = "".join(target["expr"] for panel in board["panels"] for target in panel["targets"])
     for name in ("canary", "canary_difference", "model_answers_total", "model_decisions_total"):
         assert re.search(rf"fastlm_{name}\b", shown) and f"fastlm_{name}{{" in text
-    with pytest.raises(InputError, match="canary_metric: wanted thumb, pick, stop, or a declared"):
+    with pytest.raises(InputError, match="canary_metric: expected thumb, pick, stop, or a"):
         replace(DEFAULTS, metric="stars", rating=effort)
 
 
@@ -426,7 +427,7 @@ def test_what_the_counts_decide():
         return {"old": Variant(*a, **(old or {})), "new": Variant(*b, **(new or {}))}
 
     def judge(arms, plan, pairs=None):
-        return experiments.judge(arms, pairs or PairCounts(), plan)
+        return decisions.judge(arms, pairs or PairCounts(), plan)
 
     plan, lenient = DEFAULTS, replace(DEFAULTS, rule="non-inferiority", margin=0.1)
     assert judge(arms((0, 0), (0, 0)), plan) is None
@@ -437,7 +438,7 @@ def test_what_the_counts_decide():
     alike = arms((9000, 4500), (2000, 1000))
     assert judge(alike, lenient).action == "promote"
     assert judge(alike, plan).action == "keep"  # 11,000 outcomes
-    test = experiments.comparisons(better, PairCounts(), plan)["outcome"]
+    test = decisions.comparisons(better, PairCounts(), plan)["outcome"]
     assert 0 < test.low < test.difference == 0.25 < test.high < 0.5 and test.p < 0.05
     # the guards come before the outcomes
     failing = arms((900, 450), (100, 75), new={"answers": 20, "errors": 9}, old={"answers": 180})

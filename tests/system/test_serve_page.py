@@ -665,7 +665,7 @@ def test_dashboard(opened, tiny, tmp_path, monkeypatch):
         page.get_by_label("Compare with").fill("2026-01-02")
         page.get_by_label("until").fill("2026-01-01")
         page.get_by_role("button", name="Compare", exact=True).click()
-        status(page, "end: wanted a time after 2026-01-02")
+        status(page, "end: expected a time after 2026-01-02")
         page.get_by_label("until").fill("2026-01-09")
         page.get_by_role("button", name="Compare", exact=True).click()
         page.get_by_text("2026-01-02 to 2026-01-09").wait_for()

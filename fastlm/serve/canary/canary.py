@@ -1,10 +1,8 @@
-"""A canary beside the model that is served: which conversations it gets, what became of them, and
-whether it takes over.
+"""A canary beside the model that is served: which conversations it gets, and what became of them.
 
 A conversation stays with its model: a hash of its id, or of its client and its first messages,
 says which one answers. It counts once, however often its answers are judged, since its answers
-depend on each other. The tests are always valid (`fastlm.stats.sequential`), so each is asked after
-every outcome.
+depend on each other. `fastlm.serve.canary.decision` says whether it takes over.
 """
 
 import asyncio
@@ -14,133 +12,28 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from anyio import CapacityLimiter
 from anyio.to_thread import run_sync
 
 from fastlm.errors import InputError
-from fastlm.serve.canary.canary_config import CanaryConfig
-from fastlm.serve.canary.canary_lease import CanaryLease
+from fastlm.serve.canary.decision import CanaryConfig, CanaryVerdict, Variant, comparisons, judge
 from fastlm.serve.middleware import log
-from fastlm.serve.models import Models, Served
+from fastlm.serve.models import ModelLease, Models, Served
 from fastlm.serve.protocol.chat_completion import ChatCompletionRequest
 from fastlm.serve.protocol.completion import CompletionRequest, GenerationRequest
-from fastlm.stats import sequential
-from fastlm.stats.latency import BOUND, PacePairs, PairCounts, compare_paces
+from fastlm.stats.latency import PacePairs
+from fastlm.stats.sequential import Answer as Comparison
 
 if TYPE_CHECKING:
+    from fastlm.serve.answers import Answer
     from fastlm.serve.canary.canary_store import CanaryStore
     from fastlm.serve.responses import Feedback
 
 LOOK_SECONDS = 1.0  # between two looks: a test takes 20 ms of the interpreter
 WRITE_SECONDS = 5.0  # that the end of an answer waits for the database at most
 MOST_WRITING = 1024  # answers that wait for the database; more are not counted
-Action = Literal["promote", "roll back", "keep"]
-
-
-@dataclass(frozen=True)
-class Variant:
-    """What became of one model's conversations: ``successes`` of ``outcomes``, ``errors`` of
-    ``answers``."""
-
-    outcomes: int = 0
-    successes: int = 0
-    answers: int = 0
-    errors: int = 0
-
-
-@dataclass(frozen=True)
-class DecisionRule:
-    """The rule that decided: by the rule ``name`` the ``test`` of what was counted ("outcome",
-    "errors", "slow") was on its side of ``bound``, at ``alpha``. ``after``: outcomes, answers or
-    pairs of conversations; ``metric``: of outcomes."""
-
-    name: str
-    test: str
-    bound: float
-    alpha: float
-    after: int
-    metric: str | None = None
-
-
-@dataclass(frozen=True)
-class CanaryVerdict:
-    """``rule``: None where somebody asked for it."""
-
-    action: Action
-    reason: str
-    rule: DecisionRule | None = None
-
-
-def comparisons(
-    arms: dict[str, Variant], pairs: PairCounts, config: CanaryConfig
-) -> dict[str, sequential.Answer]:
-    """Compare outcomes, errors and slowness: each the difference new - old, with its always-valid
-    interval and p-value."""
-    old, new = arms["old"], arms["new"]
-    return {
-        "outcome": _compare(new.successes, new.outcomes, old.successes, old.outcomes, config.alpha),
-        "errors": _compare(new.errors, new.answers, old.errors, old.answers, config.alpha),
-        "slow": compare_paces(pairs, config.alpha),
-    }
-
-
-@lru_cache(64)  # most counts are those of the last look
-def _compare(*counts: Any) -> sequential.Answer:
-    return sequential.always_valid(*counts)
-
-
-def judge(
-    arms: dict[str, Variant], pairs: PairCounts, config: CanaryConfig
-) -> CanaryVerdict | None:
-    """Return what the counts decide; None: not yet. The guards come before the outcomes."""
-    old, new = arms["old"], arms["new"]
-    tests, alpha = comparisons(arms, pairs, config), config.alpha
-    outcomes = old.outcomes + new.outcomes
-    errors = _shares("errors", (new.errors, new.answers), (old.errors, old.answers))
-    slow = (
-        f"slow answers: the new model slower in {pairs.new} of {pairs.total} pairs of"
-        f" conversations, the old one in {pairs.old}"
-    )
-    for rule, counts in (
-        (DecisionRule("fewer errors", "errors", 0.0, alpha, old.answers + new.answers), errors),
-        (DecisionRule("as fast", "slow", BOUND, alpha, pairs.total), slow),
-    ):
-        if tests[rule.test].low > rule.bound:
-            return _verdict("roll back", rule, tests[rule.test], counts)
-    rule = DecisionRule(config.rule, "outcome", config.bound, alpha, outcomes, config.metric)
-    test = tests["outcome"]
-    if old.outcomes and new.outcomes and not test.low <= config.bound <= test.high:
-        counts = _shares(
-            config.metric, (new.successes, new.outcomes), (old.successes, old.outcomes)
-        )
-        action: Action = "promote" if test.low > config.bound else "roll back"
-        return _verdict(action, rule, test, counts)
-    if outcomes >= config.most:
-        return CanaryVerdict(
-            "keep", f"{config.metric}: no decision after {config.most} outcomes", rule
-        )
-    return None
-
-
-def _shares(name: str, new: tuple[int, int], old: tuple[int, int]) -> str:
-    return f"{name}: {new[0]} of {new[1]} new, {old[0]} of {old[1]} old"
-
-
-def _verdict(
-    action: Action, rule: DecisionRule, test: sequential.Answer, counts: str
-) -> CanaryVerdict:
-    """``counts`` say what was counted; the reason also says which rule decided by which numbers."""
-    side = "above" if test.low > rule.bound else "below"
-    interval = f"{test.difference:+.3f} in [{test.low:+.3f}, {test.high:+.3f}]"
-    return CanaryVerdict(
-        action,
-        f"{counts}; difference {interval}, {side} the bound {rule.bound:g} of the rule"
-        f" {rule.name!r} at alpha {rule.alpha:g}",
-        rule,
-    )
 
 
 def unit_of(request: GenerationRequest, client: str) -> str:
@@ -187,12 +80,11 @@ class CanaryExperiment:
     secret: str = ""
     decide: Callable[["CanaryExperiment", CanaryVerdict], Awaitable[Any]] | None = None
     verdict: CanaryVerdict | None = None
-    arms: dict[str, Variant] = field(default_factory=lambda: {"old": Variant(), "new": Variant()})
-    tests: dict[str, sequential.Answer] = field(default_factory=dict)
+    tests: dict[str, Comparison] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.name = self.served.name
-        self.arms = self.store.counts(self.id)
+        self.arms: dict[str, Variant] = self.store.counts(self.id)
         self.paces = PacePairs()
         for arm, pace in self.store.first_paces(self.id):
             self.paces.add(arm, pace)
@@ -211,7 +103,7 @@ class CanaryExperiment:
 
     def lease(
         self, models: Models, served: Served, request: GenerationRequest, client: str
-    ) -> CanaryLease:
+    ) -> "CanaryLease":
         """Choose the model of a request. Ids of tokens that mean something else to the canary stay
         with the current model."""
         unit = unit_of(request, client)
@@ -232,16 +124,14 @@ class CanaryExperiment:
         experiment an answer, and one that hangs the client `WRITE_SECONDS`; the answer is counted
         later."""
         unit = _hash(self.secret, unit)
-        success = stopped if self.config.metric == "stop" and assigned and not error else None
+        is_outcome = self.config.metric == "stop" and assigned and not error
 
         def write() -> tuple[bool, bool]:
             timed = self.store.answer(
                 response_id=id, experiment=self.id, unit=unit, conversation_id=conversation,
                 arm=arm, model=model, assigned=assigned, error=error, pace=seconds, at=time.time(),
             )  # fmt: skip
-            return timed, success is not None and self.store.outcome(
-                self.id, unit, arm, success, id
-            )
+            return timed, is_outcome and self.store.outcome(self.id, unit, arm, stopped, id)
 
         async def count() -> None:
             try:
@@ -250,17 +140,11 @@ class CanaryExperiment:
             except InputError as failed:
                 log("failure", type="InputError", what="canary", message=str(failed)[:200])
                 return
-            have = self.arms[arm]
-            self.arms[arm] = replace(
-                have,
-                answers=have.answers + assigned,
-                errors=have.errors + (assigned and error),
-            )
             if timed and seconds is not None:
                 self.paces.add(arm, seconds)
+            self._count(arm, answers=assigned, errors=assigned and error)
             if counted:
-                self._count(arm, bool(success))
-            self._changed.set()
+                self._count(arm, outcomes=1, successes=stopped)
             if error and arm == "new":
                 self._failed.set()
 
@@ -277,13 +161,13 @@ class CanaryExperiment:
         the event loop's. InputError: the database cannot be used."""
         new = self.store.count(opinion, self.config.metric)
         if new is not None and new[0] == self.id and self._loop is not None:
-            self._loop.call_soon_threadsafe(self._count, *new[1:])
+            _, arm, success = new
+            self._loop.call_soon_threadsafe(lambda: self._count(arm, outcomes=1, successes=success))
 
-    def _count(self, arm: str, success: bool) -> None:
-        have = self.arms[arm]
-        self.arms[arm] = replace(
-            have, outcomes=have.outcomes + 1, successes=have.successes + success
-        )
+    def _count(self, arm: str, **more: int) -> None:
+        counts = self.arms[arm]
+        added = {name: getattr(counts, name) + number for name, number in more.items()}
+        self.arms[arm] = replace(counts, **added)
         self._changed.set()
 
     async def watch(self) -> None:
@@ -292,9 +176,9 @@ class CanaryExperiment:
         while self.verdict is None:
             await self._changed.wait()
             self._changed.clear()
-            arms, pairs = dict(self.arms), self.paces.counts
-            self.tests = await asyncio.to_thread(comparisons, arms, pairs, self.config)
-            verdict = await asyncio.to_thread(judge, arms, pairs, self.config)
+            counts = dict(self.arms), self.paces.counts, self.config
+            self.tests = await asyncio.to_thread(comparisons, *counts)
+            verdict = await asyncio.to_thread(judge, *counts)
             if verdict is not None and self.decide is not None and self.verdict is None:
                 await self.decide(self, verdict)
                 self._changed.set()  # unless that has ended it
@@ -306,3 +190,50 @@ class CanaryExperiment:
         """What was decided, by `decide` or by somebody. The model is not held any longer."""
         self.verdict, self.canary = verdict, None
         self._changed.set()
+
+
+class CanaryLease(ModelLease):
+    """A request's use of one of the two models. ``assigned``: the experiment chose the model of
+    conversation ``unit``, not the client."""
+
+    def __init__(
+        self, models: Models, served: Served, experiment: CanaryExperiment, unit: str,
+        assigned: bool,
+    ):  # fmt: skip
+        super().__init__(models, served)
+        self.experiment: CanaryExperiment | None = experiment
+        self.unit, self.assigned = unit, assigned
+        self.arm = "new" if served is experiment.canary else "old"
+        self.began = time.perf_counter()
+
+    def fall_back(self) -> bool:
+        if self.arm != "new" or not self.assigned:
+            return False
+        self.served.release()
+        self.served, self.arm = self.models.current, "old"
+        self.served.acquire()
+        return True
+
+    async def refused(self, id: str) -> None:
+        """Count a refusal against the canary."""
+        experiment, self.experiment = self.experiment, None  # what follows belongs to no arm
+        if experiment is not None:
+            await experiment.answered(  # the id itself is that of the current model's answer
+                f"refused-{id}", self.unit, None, "new", experiment.name, assigned=True, error=True
+            )
+
+    async def record(self, id: str, answer: "Answer | None") -> None:
+        """Count an answer. The experiment knows its id before the client has all of it."""
+        if self.experiment is None:
+            return
+        conversation, told = None, {"error": True}
+        if answer is not None:
+            conversation = getattr(answer.request, "conversation_id", None)
+            tokens = sum(choice.tokens for choice in answer.choices)
+            told = {
+                "seconds": (time.perf_counter() - self.began) / max(1, tokens),
+                "stopped": all(choice.finish_reason != "length" for choice in answer.choices),
+            }
+        await self.experiment.answered(
+            id, self.unit, conversation, self.arm, self.served.name, assigned=self.assigned, **told
+        )

@@ -8,14 +8,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prometheus_client.core import Metric
+from prometheus_client.core import GaugeMetricFamily, Metric
 
 from fastlm.errors import InputError
 from fastlm.serve import loading
 from fastlm.serve.api_error import ApiError
-from fastlm.serve.canary.canary import CanaryExperiment, CanaryVerdict, comparisons
-from fastlm.serve.canary.canary_config import CanaryConfig
-from fastlm.serve.canary.canary_metrics import canary_metrics
+from fastlm.serve.canary.canary import CanaryExperiment
+from fastlm.serve.canary.decision import CanaryConfig, CanaryVerdict, comparisons
 from fastlm.serve.middleware import log
 from fastlm.serve.model_manager import Allowed, ModelManager, model_key, model_ref
 from fastlm.serve.state import CanaryState, ModelRef
@@ -33,14 +32,9 @@ class CanaryManager(ModelManager):
     the metric of ``config``."""
 
     def __init__(
-        self,
-        loader: "Loader",
-        base: str,
-        path: Path,
-        allowed: Allowed,
-        store: "CanaryStore",
+        self, loader: "Loader", base: str, path: Path, allowed: Allowed, store: "CanaryStore",
         config: CanaryConfig,
-    ):
+    ):  # fmt: skip
         super().__init__(loader, base, path, allowed)
         self.store, self.config = store, config
         self.experiment: CanaryExperiment | None = None  # also one that has ended
@@ -111,12 +105,8 @@ class CanaryManager(ModelManager):
         if verdict.action == "promote":
             new = ModelRef(served.path, served.digest)
             state = replace(state, current=new, previous=state.current)
-        await self._save(
-            state.with_decision(
-                verdict.action, model=served.name, path=served.path, reason=verdict.reason,
-                **numbers,
-            )
-        )  # fmt: skip
+        told = {"model": served.name, "path": served.path, "reason": verdict.reason, **numbers}
+        await self._save(state.with_decision(verdict.action, **told))
         if verdict.action == "promote":
             self.models.replace(served)
         else:
@@ -149,8 +139,27 @@ class CanaryManager(ModelManager):
 
     def collect(self) -> Iterator[Metric]:
         yield from super().collect()
-        if self.experiment is not None:
-            yield from canary_metrics(self.experiment)
+        experiment = self.experiment
+        if experiment is None:
+            return
+        counts = GaugeMetricFamily(
+            "fastlm_canary", "What the canary's trial has counted", labels=["arm", "what"]
+        )
+        for arm, counted in dict(experiment.arms).items():
+            slower = getattr(experiment.paces.counts, arm)
+            for what, count in {**asdict(counted), "slower": slower}.items():
+                counts.add_metric([arm, what], count)
+        yield counts
+        share = 0.0 if experiment.canary is None else experiment.config.share
+        yield GaugeMetricFamily("fastlm_canary_share", "Of conversations, of the canary", share)
+        difference = GaugeMetricFamily(
+            "fastlm_canary_difference", "Canary less old model, with its always-valid interval",
+            labels=["test", "what"],
+        )  # fmt: skip
+        for name, test in experiment.tests.items():
+            for what, value in test._asdict().items():
+                difference.add_metric([name, what], value)
+        yield difference
 
 
 def _numbers(experiment: CanaryExperiment) -> dict[str, Any]:

@@ -16,12 +16,11 @@ from fastlm.errors import InputError
 from fastlm.serve.api_error import ApiError
 from fastlm.serve.middleware import log
 from fastlm.serve.monitor import window
-from fastlm.serve.monitor.alerts import CHECK_SECONDS, Alerts
 from fastlm.serve.monitor.judges import JUDGES, Judge
 from fastlm.serve.monitor.prompts_drift import Reference, drift
 from fastlm.serve.monitor.recorder import Keep, Recorder
 from fastlm.serve.monitor.request_trace import RequestTrace
-from fastlm.serve.monitor.rules import Rule, Rules, read_rules, seconds
+from fastlm.serve.monitor.rules import CHECK_SECONDS, Alerts, Rule, Rules, read_rules, seconds
 from fastlm.serve.monitor.summary import LENGTHS, lengths, series, summary, value_of
 from fastlm.serve.monitor.window import Period, read_period
 from fastlm.serve.options import ServeOptions
@@ -68,10 +67,9 @@ class Monitor:
             store, settings.judges, settings.keep, settings.rules.reference.rows, self._often
         )
         self.alerts = Alerts(
-            settings.rules.alerts, self._value, lambda state: log("alert", **state.row())
+            settings.rules.alerts, self._values, lambda state: log("alert", **state.row())
         )
         self._checked = time.monotonic()
-        self._values: tuple[float, Callable[[Rule], dict[str, Any]]] | None = None
         self._lock, self._one = threading.Lock(), CapacityLimiter(1)
         self._cached: dict[Any, tuple[float, dict[str, Any]]] = {}
 
@@ -109,7 +107,7 @@ class Monitor:
     # ---- alerts
 
     def _often(self) -> None:
-        if not self.alerts.rules or time.monotonic() - self._checked < CHECK_SECONDS:
+        if not self.alerts.states or time.monotonic() - self._checked < CHECK_SECONDS:
             return
         self._checked = time.monotonic()
         try:
@@ -117,12 +115,7 @@ class Monitor:
         except InputError:
             self.recorder.counts.database_errors += 1
 
-    def _value(self, rule: Rule, now: float) -> dict[str, Any]:
-        if self._values is None or self._values[0] != now:
-            self._values = (now, self._values_at(now))
-        return self._values[1](rule)
-
-    def _values_at(self, now: float) -> Callable[[Rule], dict[str, Any]]:
+    def _values(self, now: float) -> Callable[[Rule], dict[str, Any]]:
         """Values of rules' metrics; for rules with one window, the database is read once."""
 
         @cache
@@ -172,7 +165,7 @@ class Monitor:
             told = self._cached[name, reference][1]
         counts = self.recorder.counts
         keep = {"keep_days": self.settings.keep.days, "keep_rows": self.settings.keep.rows}
-        return told | {"alerts": self.alerts.told(), "measures": asdict(counts) | keep}
+        return told | {"alerts": self.alerts.rows(), "measures": asdict(counts) | keep}
 
     def _data(self, name: str, reference: Reference) -> dict[str, Any]:
         now = time.time()
@@ -184,25 +177,24 @@ class Monitor:
         edges = np.linspace(since, until + 1e-3, count + 1)
         period = read_period(self.store, since, until + 1, (until - since) / 60)
         models = window.models(self.store, MOST_MODELS)
-        groups = []
-        for model in (None, *(models if len(models) > 1 else ())):
-            mine = period.of_model(model)
-            groups.append(
-                {
-                    "model": model,
-                    "summary": self._summary(mine),
-                    "series": series(mine, self.settings.judges, edges, edges[::WIDE]),
-                    "lengths": lengths(mine.answers),
-                }
-            )
+        sides = (None, *(models if len(models) > 1 else ()))
+        groups = [self._group(model, period.of_model(model), edges) for model in sides]
         return {
             "now": now, "window": name, "since": since, "until": until,
             "edges": edges.tolist(), "rate_edges": edges[::WIDE].tolist(),
             "length_edges": LENGTHS, "models": models, "groups": groups,
             "unmatched": len({(row.rater, row.key) for row in period.feedback if not row.model}),
-            "cut": period.answers.cut,
+            "cut": period.cut,
             "drift": drift(self.store, reference, since, until + 1),
         }  # fmt: skip
+
+    def _group(self, model: str | None, period: Period, edges: np.ndarray) -> dict[str, Any]:
+        return {
+            "model": model,
+            "summary": self._summary(period),
+            "series": series(period, self.settings.judges, edges, edges[::WIDE]),
+            "lengths": lengths(period.answers),
+        }
 
     def _summary(self, period: Period) -> dict[str, Any]:
         return summary(period, self.settings.ratings, self.settings.judges)
@@ -213,11 +205,11 @@ def read_query(query: Mapping[str, str]) -> tuple[str, Reference | None]:
     names one. ApiError: names what is wrong."""
     for key in query:
         if key not in PARAMETERS:
-            raise ApiError(f"{key:.80}: wanted one of {', '.join(PARAMETERS)}", param=key[:80])
+            raise ApiError(f"{key:.80}: expected one of {', '.join(PARAMETERS)}", param=key[:80])
     name = query.get("window", "day")
     if name not in WINDOWS:
         raise ApiError(
-            f"window: wanted one of {', '.join(WINDOWS)}, got {name!r:.80}", param="window"
+            f"window: expected one of {', '.join(WINDOWS)}, got {name!r:.80}", param="window"
         )
     if not query.get("begin") and not query.get("end"):
         return name, None

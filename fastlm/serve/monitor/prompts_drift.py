@@ -3,9 +3,10 @@
 import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import sqlalchemy as sa
+from pydantic import Field
 
 from fastlm.errors import InputError
 from fastlm.serve.monitor import features
@@ -29,20 +30,18 @@ class Reference:
     ``begin`` up to ``end`` (a date and, after a T, a time; UTC where it names no zone).
     """
 
-    first: int = 500
+    first: Annotated[int, Field(ge=LEAST, le=MOST_COUNTED)] = 500
     begin: str = ""
     end: str = ""
 
     def __post_init__(self) -> None:
-        if not LEAST <= self.first <= MOST_COUNTED:
-            raise InputError(f"first: wanted {LEAST} to {MOST_COUNTED}, got {self.first}")
         if bool(self.begin) != bool(self.end):
-            key = "end" if self.begin else "begin"
-            raise InputError(f"{key}: wanted with {'begin' if self.begin else 'end'}, is missing")
+            missing, given = ("end", "begin") if self.begin else ("begin", "end")
+            raise InputError(f"{missing}: expected with {given}, got none")
         if self.begin:
             begin, end = read_time(self.begin, "begin"), read_time(self.end, "end")
             if begin >= end:
-                raise InputError(f"end: wanted a time after {self.begin}, got {self.end}")
+                raise InputError(f"end: expected a time after {self.begin}, got {self.end}")
 
     @property
     def name(self) -> str:
@@ -70,7 +69,7 @@ def read_time(text: str, name: str) -> float:
             raise ValueError
         found = datetime.fromisoformat(text)
     except ValueError:
-        raise InputError(f"{name}: wanted a date such as 2026-11-28, got {text!r:.40}") from None
+        raise InputError(f"{name}: expected a date such as 2026-11-28, got {text!r:.40}") from None
     return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
 
 
@@ -82,15 +81,12 @@ def drift(
 
     Where a side has fewer than `LEAST` prompts, "enough" is False and nothing is compared.
     """
-    known: Any = reference.period()
-    newest = known is not None
-    before, last = read_features(
-        store, C.id >= 0 if known is None else known, MOST_COUNTED if newest else reference.first,
-        newest=newest,
-    )  # fmt: skip
-    period = sa.and_(C.at >= since, C.at < until)
-    if known is None:  # a prompt is not compared with itself
-        period = sa.and_(period, C.id > last)
+    period, known = sa.and_(C.at >= since, C.at < until), reference.period()
+    if known is not None:
+        before, _ = read_features(store, known, MOST_COUNTED)
+    else:
+        before, last = read_features(store, sa.true(), reference.first, newest=False)
+        period = sa.and_(period, C.id > last)  # a prompt is not compared with itself
     now, _ = read_features(store, period, MOST_COUNTED)
     x, y = features.table(before), features.table(now)
     told: dict[str, Any] = {
@@ -106,13 +102,8 @@ def drift(
         {"name": name, "psi": one.value, "floor": one.floor, "p": p}
         for name, one, p in zip(features.NAMES, found, holm([one.p for one in found]))
     ]
-    few = (features.vectors(_spread(rows, MOST_COMPARED)) for rows in (x, y))
+    # at most `MOST_COMPARED`, evenly from all
+    few = (features.vectors(rows[:: -(-len(rows) // MOST_COMPARED)]) for rows in (x, y))
     one = mmd(*few, seed=seed, permutations=PERMUTATIONS)
     told["mmd"] = {"value": one.value, "floor": one.floor, "p": one.p}
     return told
-
-
-def _spread(rows: Any, most: int) -> Any:
-    """At most ``most`` rows, evenly from all."""
-    step = max(1, -(-len(rows) // most))
-    return rows[::step]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from fastlm.serve.monitor.judges import Judge
-from fastlm.serve.monitor.window import Answers, FeedbackRow, Period
+from fastlm.serve.monitor.window import FeedbackRow, Period
 from fastlm.serve.ratings import Rating
 from fastlm.stats.summaries import mean, quantiles, rate
 
@@ -28,35 +28,34 @@ def summary(period: Period, ratings: Sequence[Rating], judges: Sequence[Judge]) 
     """Summarise a period."""
     answers, minutes = period.answers, period.minutes
     status = answers["status"]
-    good = answers.where(status == OK)
-    told: dict[str, Any] = {
+    good = answers[status == OK]
+    return {
         "requests": len(answers),
         "answers": len(good),
         "per_minute": len(good) / minutes if minutes > 0 else 0.0,
-        "errors": rate(int((status >= 500).sum()), len(answers)),
-        "refused": rate(int((status == 429).sum()), len(answers)),
-        "left": rate(int((status == 499).sum()), len(answers)),
-        "cut": rate(int((good["finish_reason"] == "length").sum()), len(good)),
+        "errors": _share(status >= 500),
+        "refused": _share(status == 429),
+        "left": _share(status == 499),
+        "cut": _share(good["finish_reason"] == "length"),
         "queue": quantiles(good["queue_seconds"]),
         "first_token": quantiles(good["first_token_seconds"]),
         "whole": quantiles(good["seconds"]),
         "prompt_tokens": _length(good["prompt_tokens"]),
         "new_tokens": _length(good["new_tokens"]),
+        **{judge.kind: judged(good, judge) for judge in judges},
+        **opinions(len(good), period.feedback, ratings),
     }
-    for judge in judges:
-        told[judge.kind] = judged(good, judge)
-    return told | opinions(len(good), period.feedback, ratings)
 
 
 def value_of(metric: str, told: Mapping[str, Any], drift: Mapping[str, Any]) -> dict[str, Any]:
     """Return a metric of a `summary` (or of `prompts_drift.drift`) with its interval where it has
     one, and how many answers it is of.
     """
+    keys = ("value", "low", "high", "n")
     none: dict[str, Any] = {"value": None, "low": None, "high": None, "n": 0}
-    if metric in told.get("metrics", {}):
-        return none | _some(told["metrics"][metric])
-    if metric in RATES:
-        return none | _some(told[metric])
+    if metric in RATES or metric in told.get("metrics", {}):
+        found = told["metrics"].get(metric) or told[metric]
+        return {key: found[key] for key in keys}
     if metric == "per_minute":  # no answers at all are a value, too
         return none | {"value": told["per_minute"], "n": 10_000}
     if metric.startswith("drift"):
@@ -70,17 +69,17 @@ def value_of(metric: str, told: Mapping[str, Any], drift: Mapping[str, Any]) -> 
     return none | {"value": told[name][part], "n": told[name]["n"]}
 
 
-def _some(found: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: found[key] for key in ("value", "low", "high", "n")}
+def _share(hits: np.ndarray) -> dict[str, Any]:
+    return rate(int(hits.sum()), len(hits))
 
 
-def judged(good: Answers, judge: Judge) -> dict[str, Any]:
+def judged(good: np.ndarray, judge: Judge) -> dict[str, Any]:
     """The rate of a judge, with its name, and how many answers another one judged."""
     scores, ids = good[judge.kind], good[f"{judge.kind}_judge"]
     mine = ids == judge.id
-    found = rate(int((scores[mine] >= judge.threshold).sum()), int(mine.sum()))
     others = int((~mine & (ids != "")).sum())
-    return found | {"judge": judge.id, "method": judge.method, "other_judges": others}
+    about = {"judge": judge.id, "method": judge.method, "other_judges": others}
+    return _share(scores[mine] >= judge.threshold) | about
 
 
 def opinions(
@@ -113,21 +112,17 @@ def series(
     [value, low, high]; None: no answer.
     """
     answers, minutes = period.answers, float(edges[1] - edges[0]) / 60
-    good = answers.where(answers["status"] == OK)
+    good = answers[answers["status"] == OK]
     cuts = np.searchsorted(good["at"], edges)
     told: dict[str, Any] = {"per_minute": [float(n) / minutes for n in np.diff(cuts)]}
-    for name, column, at in (
-        ("first_token", "first_token_seconds", 0.5),
-        ("first_token_high", "first_token_seconds", 0.95),
-        ("whole", "seconds", 0.5),
-        ("whole_high", "seconds", 0.95),
-    ):
-        values = good[column]
-        told[name] = [_quantile(values[a:b], at) for a, b in pairwise(cuts)]
+    for name, column in (("first_token", "first_token_seconds"), ("whole", "seconds")):
+        parts = [quantiles(good[column][a:b], (0.5, 0.95)) for a, b in pairwise(cuts)]
+        told[name] = [part["p50"] for part in parts]
+        told[f"{name}_high"] = [part["p95"] for part in parts]
     told["errors"] = _rates(answers["at"], answers["status"] >= 500, wide)
     for judge in judges:
-        mine = good[f"{judge.kind}_judge"] == judge.id
-        told[judge.kind] = _rates(good["at"][mine], good[judge.kind][mine] >= judge.threshold, wide)
+        mine = good[good[f"{judge.kind}_judge"] == judge.id]
+        told[judge.kind] = _rates(mine["at"], mine[judge.kind] >= judge.threshold, wide)
     thumbs = sorted((row.at, row.value) for row in period.feedback if row.kind == "thumb")
     at, ups = np.array(thumbs).reshape(-1, 2).T
     told["thumbs"] = _rates(at, ups, wide)
@@ -136,32 +131,19 @@ def series(
 
 def _rates(at: np.ndarray, hits: np.ndarray, edges: np.ndarray) -> list[list[float] | None]:
     """The rate of ``hits`` in each part between ``edges``; ``at`` is sorted."""
-    cuts, sums = np.searchsorted(at, edges), np.concatenate([[0], np.cumsum(hits)])
-    return [_rate(float(sums[b] - sums[a]), int(b - a)) for a, b in pairwise(cuts)]
+    parts = [_share(hits[a:b]) for a, b in pairwise(np.searchsorted(at, edges))]
+    return [[p["value"], p["low"], p["high"]] if p["n"] else None for p in parts]
 
 
-def lengths(answers: Answers) -> dict[str, list[int]]:
+def lengths(answers: np.ndarray) -> dict[str, list[int]]:
     """How many prompts and answers there are between `LENGTHS`."""
-    good = answers.where(answers["status"] == OK)
-    told = {}
+    good, told = answers[answers["status"] == OK], {}
     for name in ("prompt_tokens", "new_tokens"):
-        values = good[name][~np.isnan(good[name])]
-        told[name] = np.bincount(
-            np.searchsorted(LENGTHS, values, side="right"), minlength=len(LENGTHS) + 1
-        ).tolist()
+        bars = np.searchsorted(LENGTHS, good[name][~np.isnan(good[name])], side="right")
+        told[name] = np.bincount(bars, minlength=len(LENGTHS) + 1).tolist()
     return told
 
 
 def _length(values: np.ndarray) -> dict[str, Any]:
     known = values[~np.isnan(values)]
     return quantiles(known, (0.5, 0.95)) | {"mean": float(known.mean()) if len(known) else None}
-
-
-def _quantile(values: np.ndarray, at: float) -> float | None:
-    return quantiles(values, (at,))[f"p{at * 100:g}"]
-
-
-def _rate(hits: float, n: int) -> list[float] | None:
-    """[value, low, high]"""
-    found = rate(hits, n)
-    return [found["value"], found["low"], found["high"]] if n else None

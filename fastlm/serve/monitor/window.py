@@ -1,7 +1,7 @@
 """What the database has of a period: measures of answers, and opinions about them."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -22,26 +22,9 @@ FLOATS = (
     "new_tokens", "refusal", "toxicity",
 )  # fmt: skip
 TEXTS = ("model", "finish_reason", "refusal_judge", "toxicity_judge")
+# What is not known is NaN in a column of numbers, and "" in a column of texts
+ANSWER = np.dtype([*((name, np.float64) for name in FLOATS), *((name, object) for name in TEXTS)])
 C = MEASURES.c
-
-
-@dataclass(frozen=True)
-class Answers:
-    """Measures as arrays of one length, oldest first. What is not known is NaN in a column of
-    numbers, and "" in a column of texts. ``cut``: the period has more than `MOST_ROWS`.
-    """
-
-    columns: dict[str, np.ndarray]
-    cut: bool = False
-
-    def __len__(self) -> int:
-        return len(self.columns["at"])
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self.columns[name]
-
-    def where(self, mask: np.ndarray) -> "Answers":
-        return Answers({name: values[mask] for name, values in self.columns.items()}, self.cut)
 
 
 @dataclass(frozen=True)
@@ -61,18 +44,22 @@ class FeedbackRow:
 
 @dataclass(frozen=True)
 class Period:
-    """What the database has of a period of ``minutes``: of all models, or of one."""
+    """What the database has of a period of ``minutes``: of all models, or of one. ``answers``: of
+    dtype `ANSWER`, oldest first; ``cut``: there are more than `MOST_ROWS`.
+    """
 
-    answers: Answers
+    answers: np.ndarray
     feedback: list[FeedbackRow]
     minutes: float
+    cut: bool = False
 
     def of_model(self, model: str | None) -> "Period":
         """Return what belongs to one model; None: to all."""
         if model is None:
             return self
-        answers = self.answers.where(self.answers["model"] == model)
-        return Period(answers, [r for r in self.feedback if r.model == model], self.minutes)
+        answers = self.answers[self.answers["model"] == model]
+        said = [row for row in self.feedback if row.model == model]
+        return replace(self, answers=answers, feedback=said)
 
 
 def read_period(store: "FeedbackStore", since: float, until: float, minutes: float) -> Period:
@@ -81,29 +68,21 @@ def read_period(store: "FeedbackStore", since: float, until: float, minutes: flo
     Where it has more answers than are read, the period begins with the first one that is.
     """
     answers = read_answers(store, since, until)
-    if answers.cut:
+    if cut := len(answers) > MOST_ROWS:
+        answers = answers[1:]
         minutes -= (float(answers["at"][0]) - since) / 60
-    return Period(answers, read_opinions(store, since, until), minutes)
+    return Period(answers, read_opinions(store, since, until), minutes, cut)
 
 
-def read_answers(store: "FeedbackStore", since: float, until: float) -> Answers:
-    """The measures of [since, until). InputError: the database cannot be used."""
-    columns = [C[name] for name in (*FLOATS, *TEXTS)]
-    query = sa.select(*columns).where(C.at >= since, C.at < until)
-    rows = _all(store, query.order_by(C.at.desc()).limit(MOST_ROWS + 1))
-    cut = len(rows) > MOST_ROWS
-    turned = list(zip(*rows[:MOST_ROWS][::-1])) or [()] * len(columns)
-    found: dict[str, np.ndarray] = {}
-    for name, values in zip(FLOATS, turned):
-        try:
-            found[name] = np.array(values, np.float64)  # None becomes NaN
-        except (TypeError, ValueError):
-            raise InputError(
-                f"{store.name}: {MEASURES.name}: {name}: expected numbers, got another value"
-            ) from None
-    for name, values in zip(TEXTS, turned[len(FLOATS) :]):
-        found[name] = np.array([value or "" for value in values], object)
-    return Answers(found, cut)
+def read_answers(store: "FeedbackStore", since: float, until: float) -> np.ndarray:
+    """The measures of [since, until), at most `MOST_ROWS` + 1."""
+    texts = [sa.func.coalesce(C[name], "") for name in TEXTS]
+    query = sa.select(*(C[name] for name in FLOATS), *texts).where(C.at >= since, C.at < until)
+    rows = store.all(query.order_by(C.at.desc()).limit(MOST_ROWS + 1))
+    try:
+        return np.array([tuple(row) for row in rows[::-1]], ANSWER)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{store.name}: {MEASURES.name}: expected numbers, got: {error}") from None
 
 
 def read_features(
@@ -112,20 +91,20 @@ def read_features(
     """The features of at most ``most`` prompts, and the id of the last of them."""
     order = C.id.desc() if newest else C.id
     query = sa.select(C.features, C.id).where(condition, C.features.is_not(None))
-    rows = _all(store, query.order_by(order).limit(most))
+    rows = store.all(query.order_by(order).limit(most))
     return [row[0] for row in rows], max((row[1] for row in rows), default=0)
 
 
 def models(store: "FeedbackStore", most: int) -> list[str]:
     """The ``most`` models that answered last, in the order in which they came."""
     query = sa.select(C.model, sa.func.min(C.id), sa.func.max(C.at)).group_by(C.model)
-    latest = sorted(_all(store, query), key=lambda row: -row[2])[:most]
+    latest = sorted(store.all(query), key=lambda row: -row[2])[:most]
     return [row[0] for row in sorted(latest, key=lambda row: row[1])]
 
 
 def span(store: "FeedbackStore") -> tuple[float, float] | None:
     """When the first and the last measured answer ended."""
-    ((first, last),) = _all(store, sa.select(sa.func.min(C.at), sa.func.max(C.at)))
+    ((first, last),) = store.all(sa.select(sa.func.min(C.at), sa.func.max(C.at)))
     return None if first is None else (first, last)
 
 
@@ -134,59 +113,48 @@ def read_opinions(store: "FeedbackStore", since: float, until: float) -> list[Fe
     about what was not measured. Of several of a rater about the same, the last of each kind counts.
     """
     F = FEEDBACK.c
-    answer = sa.and_(C.response_id == F.response_id, C.choice == F.choice)
-    its = (C.model, C.at)
-    talks = (
+    talks = (  # of which one model alone gave the answers
         sa.select(C.conversation_id, sa.func.max(C.model).label("model"))
         .where(C.conversation_id.is_not(None))
         .group_by(C.conversation_id)
         .having(sa.func.min(C.model) == sa.func.max(C.model))
         .subquery()
     )
-    talk = sa.and_(F.response_id.is_(None), talks.c.conversation_id == F.conversation_id)
+    own_time = sa.and_(F.created_at >= _iso(since), F.created_at < _iso(until))
     query = (
         sa.select(
-            F.response_id, F.choice, F.conversation_id, F.rater, F.created_at, F.thumb,
-            F.comment.is_not(None), F.corrected.is_not(None),
-            sa.or_(F.preferred_over.is_not(None), F.ranking.is_not(None)),
-            F.metrics, *its, talks.c.model,
+            F.response_id, F.choice, F.conversation_id, F.rater, F.created_at, F.thumb, F.metrics,
+            F.comment.is_not(None).label("comment"), F.corrected.is_not(None).label("corrected"),
+            sa.or_(F.preferred_over.is_not(None), F.ranking.is_not(None)).label("picked"),
+            C.at, sa.func.coalesce(C.model, talks.c.model, "").label("model"),
         )
         .select_from(FEEDBACK)
-        .outerjoin(MEASURES, answer)
-        .outerjoin(talks, talk)
-        .where(
-            sa.or_(
-                sa.and_(C.at >= since, C.at < until),
-                sa.and_(C.at.is_(None), F.created_at >= _iso(since), F.created_at < _iso(until)),
-            )
+        .outerjoin(MEASURES, sa.and_(C.response_id == F.response_id, C.choice == F.choice))
+        .outerjoin(
+            talks,
+            sa.and_(F.response_id.is_(None), talks.c.conversation_id == F.conversation_id),
         )
+        .where(sa.or_(sa.and_(C.at >= since, C.at < until), sa.and_(C.at.is_(None), own_time)))
         .order_by(F.id.desc())
         .limit(MOST_ROWS)
     )  # fmt: skip
-    said = [one for row in _all(store, query)[::-1] for one in _said(row, store.name)]
+    said = [one for row in store.all(query)[::-1] for one in _said(row, store.name)]
     return list(latest(((one.rater, one.key, one.kind), one) for one in said).values())
 
 
-def _said(row: Sequence[Any], name: str) -> Iterator[FeedbackRow]:
-    id, choice, talk, rater, created, thumb, comment, corrected, picked, metrics, *its = row
-    model, at, talk_model = its
+def _said(row: Any, name: str) -> Iterator[FeedbackRow]:
     where = f"{name}: {FEEDBACK.name}: "
-    key = (id, choice) if id is not None else (talk, -1)
-    at = at if at is not None else read_time(created, f"{where}created_at")
-    given = {"comment": comment, "corrected": corrected, "picked": picked}
-    values = {kind: 1.0 for kind, is_given in given.items() if is_given}
-    if thumb is not None:
-        values["thumb"] = float(thumb == "up")
-    for metric, value in read_metrics(metrics, where).items():
+    talk = row.response_id is None
+    key = (row.conversation_id, -1) if talk else (row.response_id, row.choice)
+    at = row.at if row.at is not None else read_time(row.created_at, f"{where}created_at")
+    values = {kind: 1.0 for kind in ("comment", "corrected", "picked") if getattr(row, kind)}
+    if row.thumb is not None:
+        values["thumb"] = float(row.thumb == "up")
+    for metric, value in read_metrics(row.metrics, where).items():
         values[f"metrics.{metric}"] = value
     for kind, value in values.items():
-        yield FeedbackRow(key, rater, at, model or talk_model or "", kind, value)
+        yield FeedbackRow(key, row.rater, at, row.model, kind, value)
 
 
 def _iso(at: float) -> str:
     return datetime.fromtimestamp(max(0.0, at), UTC).isoformat(timespec="seconds")
-
-
-def _all(store: "FeedbackStore", query: Any) -> Sequence[Any]:
-    with store.read() as connection:
-        return connection.execute(query).all()

@@ -1,0 +1,162 @@
+"""What a canary's experiment is about, and what its counts decide. The tests are always valid
+(`fastlm.stats.sequential`), so each is asked after every outcome.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+from fastlm.errors import InputError
+from fastlm.serve.options import ServeOptions
+from fastlm.serve.ratings import BUILT_IN, Rating
+from fastlm.stats import sequential
+from fastlm.stats.latency import BOUND, PairCounts, compare_paces
+
+RULES = ("superiority", "non-inferiority")
+Action = Literal["promote", "roll back", "keep"]
+
+
+@dataclass(frozen=True)
+class CanaryConfig:
+    """share: of the conversations that the canary gets. metric: what is a success: a thumb up among
+    thumbs; being preferred over an answer of the other model; an answer that ended by itself; or,
+    by its name, a ``rating`` in the better half of its range.
+
+    rule: with "superiority" the canary is promoted when it is better, with "non-inferiority" when
+    it is worse by less than ``margin``. alpha: the chance that a canary that is not takes over; and
+    so for each of the guards. most: outcomes after which the old model stays.
+    """
+
+    share: float
+    metric: str
+    rule: str
+    margin: float
+    alpha: float
+    most: int
+    rating: Rating | None = None
+
+    @staticmethod
+    def of(options: ServeOptions, ratings: Sequence[Rating] = ()) -> "CanaryConfig":
+        """Read the options of the server. ``ratings``: the numbers that people may give."""
+        metric = options.canary_metric
+        return CanaryConfig(
+            options.share, metric, options.canary_rule, options.canary_margin,
+            options.canary_alpha, options.canary_most,
+            next((rating for rating in ratings if rating.name == metric), None),
+        )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        metrics = (*BUILT_IN, *([self.rating.name] if self.rating is not None else []))
+        between = "a number between 0 and 1"
+        for option, good, expected in (
+            ("share", 0 < self.share < 1, between),
+            (
+                "canary_metric",
+                self.metric in metrics,
+                f"{', '.join(BUILT_IN)}, or a declared number",
+            ),
+            ("canary_rule", self.rule in RULES, " or ".join(RULES)),
+            ("canary_margin", 0 < self.margin < 1, between),
+            ("canary_alpha", 0 < self.alpha < 1, between),
+            ("canary_most", self.most >= 1, "at least 1"),
+        ):
+            if not good:
+                got = getattr(self, option.removeprefix("canary_"))
+                raise InputError(f"{option}: expected {expected}, got {got!r:.80}")
+
+    @property
+    def bound(self) -> float:
+        """What the difference new - old must be above."""
+        return -self.margin if self.rule == "non-inferiority" else 0.0
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What became of one model's conversations: ``successes`` of ``outcomes``, ``errors`` of
+    ``answers``."""
+
+    outcomes: int = 0
+    successes: int = 0
+    answers: int = 0
+    errors: int = 0
+
+
+@dataclass(frozen=True)
+class DecisionRule:
+    """The rule that decided: by the rule ``name`` the ``test`` of what was counted ("outcome",
+    "errors", "slow") was on its side of ``bound``, at ``alpha``. ``after``: outcomes, answers or
+    pairs of conversations; ``metric``: of outcomes."""
+
+    name: str
+    test: str
+    bound: float
+    alpha: float
+    after: int
+    metric: str | None = None
+
+
+@dataclass(frozen=True)
+class CanaryVerdict:
+    """``rule``: None where somebody asked for it."""
+
+    action: Action
+    reason: str
+    rule: DecisionRule | None = None
+
+
+def comparisons(
+    arms: dict[str, Variant], pairs: PairCounts, config: CanaryConfig
+) -> dict[str, sequential.Answer]:
+    """Compare outcomes, errors and slowness: each the difference new - old, with its always-valid
+    interval and p-value."""
+    old, new = arms["old"], arms["new"]
+    return {
+        "outcome": _compare(new.successes, new.outcomes, old.successes, old.outcomes, config.alpha),
+        "errors": _compare(new.errors, new.answers, old.errors, old.answers, config.alpha),
+        "slow": compare_paces(pairs, config.alpha),
+    }
+
+
+@lru_cache(64)  # most counts are those of the last look
+def _compare(*counts: Any) -> sequential.Answer:
+    return sequential.always_valid(*counts)
+
+
+def judge(
+    arms: dict[str, Variant], pairs: PairCounts, config: CanaryConfig
+) -> CanaryVerdict | None:
+    """Return what the counts decide; None: not yet. The guards come before the outcomes."""
+    old, new = arms["old"], arms["new"]
+    tests, alpha, metric = comparisons(arms, pairs, config), config.alpha, config.metric
+    answers, outcomes = old.answers + new.answers, old.outcomes + new.outcomes
+    errors = f"errors: {new.errors} of {new.answers} new, {old.errors} of {old.answers} old"
+    slow = (
+        f"slow answers: the new model slower in {pairs.new} of {pairs.total} pairs of"
+        f" conversations, the old one in {pairs.old}"
+    )
+    successes = (
+        f"{metric}: {new.successes} of {new.outcomes} new, {old.successes} of {old.outcomes} old"
+    )
+    rule = DecisionRule(config.rule, "outcome", config.bound, alpha, outcomes, metric)
+    for by, counted in (
+        (DecisionRule("fewer errors", "errors", 0.0, alpha, answers), errors),
+        (DecisionRule("as fast", "slow", BOUND, alpha, pairs.total), slow),
+        (rule, successes),
+    ):
+        test, is_guard = tests[by.test], by is not rule
+        above, below = test.low > by.bound, test.high < by.bound
+        if not is_guard and not (old.outcomes and new.outcomes):
+            continue
+        if above or (below and not is_guard):
+            side = "above" if above else "below"
+            reason = (
+                f"{counted}; difference {test.difference:+.3f} in [{test.low:+.3f},"
+                f" {test.high:+.3f}], {side} the bound {by.bound:g} of the rule {by.name!r} at"
+                f" alpha {alpha:g}"
+            )
+            action: Action = "promote" if above and not is_guard else "roll back"
+            return CanaryVerdict(action, reason, by)
+    if outcomes >= config.most:
+        return CanaryVerdict("keep", f"{metric}: no decision after {config.most} outcomes", rule)
+    return None
