@@ -172,7 +172,7 @@ def test_curl(server):
     )
     assert said.returncode == 0 and said.stdout.endswith("data: [DONE]\n\n")
     told = json.loads(subprocess.run(command, capture_output=True, text=True).stdout)
-    assert told["error"]["message"].startswith("content-type: wanted application/json")
+    assert told["error"]["message"].startswith("content-type: expected application/json")
 
 
 @case("model", kinds=("chat", "text"))
