@@ -35,7 +35,7 @@ class Echo:
 class Choice:
     """One answer as far as it is known. ``text``: all of it; of a chat without its tool calls."""
 
-    reader: ToolText | CallsOrText | GenericText | None
+    reader: ToolText | GenericText | None
     text: str = ""
     finish_reason: str | None = None
     logprobs: list[Scored] = field(default_factory=list)
@@ -49,14 +49,15 @@ class Choice:
 
 @dataclass
 class Answer:
-    """The answer to a request: `whole`, or `events`; either one, once.
+    """The answer to a request, in the shapes of /v1/chat/completions: `whole`, or `events`; either
+    one, once.
 
     ``request``, ``id`` and ``model``, the one that answers, as the client sees them; ``form``: the
     one that the engine keeps to; ``prompt_tokens``: of all prompts; ``echoes``: the texts before
     each prompt's answers.
     """
 
-    request: Any  # a GenerationRequest of the class that the subclass answers
+    request: Any  # a GenerationRequest
     id: str
     model: str
     running: "ResponseStream"
@@ -65,9 +66,9 @@ class Answer:
     prompt_tokens: int
     echoes: Sequence[Echo] = ()
 
-    prefix: ClassVar[str]  # of ids
-    object: ClassVar[str]
-    chunk_object: ClassVar[str]
+    prefix: ClassVar[str] = "chatcmpl-"  # of ids
+    object: ClassVar[str] = "chat.completion"
+    chunk_object: ClassVar[str] = "chat.completion.chunk"
     ends: ClassVar[bytes] = b"data: [DONE]\n\n"  # behind the last event
 
     def __post_init__(self) -> None:
@@ -145,7 +146,7 @@ class Answer:
         choice.tokens += len(piece.tokens)
         late = ended == "deadline" and not any(c.tokens for c in self.choices)
         if late or ended in ("error", "refused", "cancelled"):
-            self.running.abandon()
+            self.running.close()
             raise ended_badly(piece)
         text = piece.text if choice.reader is None else choice.reader.push(piece.text)
         if self.num_logprobs is not None and not self.request.stream:
@@ -177,30 +178,6 @@ class Answer:
 
     def _content(self, index: int) -> Event:
         """The field of a choice that has its message or text."""
-        raise NotImplementedError
-
-    def _begin(self, index: int) -> Event | None:
-        """What a stream says of a choice before its first piece."""
-        raise NotImplementedError
-
-    def _shaped(self, delta: Event) -> Event:
-        raise NotImplementedError
-
-    def _logprobs(self, scored: Sequence[Scored], choice: Choice) -> Event:
-        """Log-probabilities of tokens that follow those of the choice written before."""
-        raise NotImplementedError
-
-    def _bytes(self, id: int) -> bytes:
-        """Nothing for an id of a padded model that the tokenizer does not have."""
-        return self.tokenizer.token_bytes(id) if id < self.tokenizer.vocab_size else b""
-
-
-class ChatAnswer(Answer):
-    """To /v1/chat/completions."""
-
-    prefix, object, chunk_object = "chatcmpl-", "chat.completion", "chat.completion.chunk"
-
-    def _content(self, index: int) -> Event:
         choice = self.choices[index]
         message = {"role": "assistant", "content": choice.text or (None if choice.calls else "")}
         if choice.calls:
@@ -208,12 +185,14 @@ class ChatAnswer(Answer):
         return {"message": message}
 
     def _begin(self, index: int) -> Event | None:
+        """What a stream says of a choice before its first piece."""
         return {"role": "assistant", "content": ""}
 
     def _shaped(self, delta: Event) -> Event:
         return {"delta": delta}
 
-    def _logprobs(self, scored: Sequence[Scored], choice: Choice) -> Event:
+    def _logprobs(self, scored: Sequence[Any], choice: Choice) -> Event:
+        """Log-probabilities of tokens that follow those of the choice written before."""
         return {"content": list(self._scored_tokens(scored)), "refusal": None}
 
     def _scored_tokens(self, scored: Sequence[Any]) -> Iterator[Event]:
@@ -224,6 +203,10 @@ class ChatAnswer(Answer):
     def _token(self, id: int, logprob: float) -> Event:
         data = self._bytes(id)
         return {"token": data.decode(errors="replace"), "logprob": logprob, "bytes": list(data)}
+
+    def _bytes(self, id: int) -> bytes:
+        """Nothing for an id of a padded model that the tokenizer does not have."""
+        return self.tokenizer.token_bytes(id) if id < self.tokenizer.vocab_size else b""
 
 
 class TextAnswer(Answer):
@@ -261,7 +244,7 @@ class TextAnswer(Answer):
         text, scored = super()._take(index, piece)
         return echo + text, scored
 
-    def _logprobs(self, scored: Sequence[Scored], choice: Choice) -> Event:
+    def _logprobs(self, scored: Sequence[Any], choice: Choice) -> Event:
         told: Event = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for one in scored:
             token, logprob, top = (
@@ -284,9 +267,7 @@ class TextAnswer(Answer):
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
-def _reader(
-    request: "GenerationRequest", form: "Form | None"
-) -> ToolText | CallsOrText | GenericText | None:
+def _reader(request: "GenerationRequest", form: "Form | None") -> ToolText | GenericText | None:
     """What reads calls in the answer."""
     kind = None if form is None else form.kind
     tools = form.value.tools if form and kind == "generic" else getattr(request, "tools", None)

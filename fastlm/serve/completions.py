@@ -2,7 +2,7 @@
 request to the end of its response."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +14,9 @@ from fastlm.data.conversations import messages_of
 from fastlm.errors import InputError
 from fastlm.inference.forms import Form
 from fastlm.inference.requests import Closed, QueueFull, Request
+from fastlm.inference.sampling import Sampling
 from fastlm.inference.structured_output import FormError
-from fastlm.serve.answers import Answer, ChatAnswer, Echo, TextAnswer
+from fastlm.serve.answers import Answer, Echo, TextAnswer
 from fastlm.serve.api_error import ApiError, field_error, server_error, stopping
 from fastlm.serve.middleware import ClientDisconnected, cancel_on_disconnect, log, stack_of
 from fastlm.serve.protocol.chat_completion import ChatCompletionRequest
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 MAX_LOGPROBS = 2**18  # in one response: about 30 MB
 ANSWERS: dict[type[GenerationRequest], type[Answer]] = {
-    ChatCompletionRequest: ChatAnswer, CompletionRequest: TextAnswer,
+    ChatCompletionRequest: Answer, CompletionRequest: TextAnswer,
     ChatOfResponses: ResponsesAnswer,
 }  # fmt: skip
 EVENTS = [
@@ -96,11 +97,7 @@ async def _submit(
 
 
 def build_requests(
-    served: "Served",
-    request: GenerationRequest,
-    limits: "Limits",
-    client: str,
-    cache_salt: bytes = b"",
+    served: "Served", request: GenerationRequest, limits: "Limits", client: str, cache_salt: bytes
 ) -> tuple[list[int], list[Echo], Form | None, list[Request]]:
     """Return the lengths of a request's prompts, their echoes, the form of its answers, and the
     requests to the engine. Takes a while. ApiError: what the model cannot do.
@@ -118,14 +115,28 @@ def build_requests(
     else:
         assert isinstance(request, CompletionRequest)
         prompts = [served.prompts.text(prompt) for prompt in request.prompts]
-        if request.echo:
-            prompt_logprobs = logprobs
-            echoes = [*_echoes(served, request.prompts, prompts)]
-    sampling, seed = request.sampling(), request.seed
+        prompt_logprobs = logprobs if request.echo else None
+        for given, ids in zip(request.prompts if request.echo else (), prompts):
+            text = given if isinstance(given, str) else served.tokenizer.decode(given)
+            # a token that begins texts is not one of the text's
+            begins = isinstance(given, str) and served.tokenizer.bos_id is not None
+            echoes.append(Echo(text, None if begins else ids[0]))
+    seed = request.seed
+    bias = {int(token): bias for token, bias in request.logit_bias.items()}
+    sampling = Sampling(
+        temperature=request.temperature,
+        # vLLM and llama.cpp switch it off by -1 and 0
+        top_k=request.top_k if request.top_k is not None and request.top_k > 0 else None,
+        top_p=request.top_p,
+        min_p=request.min_p,
+        repetition_penalty=request.repetition_penalty,
+        presence_penalty=request.presence_penalty,
+        frequency_penalty=request.frequency_penalty,
+        logit_bias=tuple(sorted(bias.items())),
+    )
     # a padded model has more
     vocab = min(served.tokenizer.vocab_size, served.model.config.vocab_size)
-    biased = [id for id, _ in sampling.logit_bias]
-    for name, ids in (("logit_bias", biased), ("stop_token_ids", request.stop_token_ids)):
+    for name, ids in (("logit_bias", bias), ("stop_token_ids", request.stop_token_ids)):
         if ids and max(ids) >= vocab:
             raise field_error(name, f"expected token ids below {vocab}, got {max(ids)}")
     try:
@@ -171,17 +182,6 @@ def build_requests(
     return lengths, echoes, form, requests
 
 
-def _echoes(
-    served: "Served", prompts: Sequence[str | list[int]], encoded: Sequence[list[int]]
-) -> Iterator[Echo]:
-    for given, ids in zip(prompts, encoded):
-        if isinstance(given, str):
-            # a token that begins texts is not one of the text's
-            yield Echo(given, ids[0] if served.tokenizer.bos_id is None else None)
-        else:
-            yield Echo(served.tokenizer.decode(given), ids[0])
-
-
 class AnswerResponse(Response):
     """Computes an answer and sends it: whole, or as events, of which the last is `Answer.ends` or
     an error."""
@@ -196,30 +196,26 @@ class AnswerResponse(Response):
         try:
             await cancel_on_disconnect(receive, self._write(send))
         finally:
-            answer.running.close()
+            answer.running.close(gone=True)
             self.lease.end()
             told["new_tokens"] = sum(choice.tokens for choice in answer.choices)
             told["finish_reason"] = [choice.finish_reason for choice in answer.choices]
             told["cached_tokens"] = answer.cached_tokens
 
     async def _write(self, send: Any) -> None:
-        answer, stream, whole = self.answer, self.answer.request.stream, b""
-
-        async def write(data: bytes, more: bool = True) -> None:
-            await send({"type": "http.response.body", "body": data, "more_body": more})
-
-        async def begin(headers: list[tuple[bytes, bytes]]) -> None:
-            await send({"type": "http.response.start", "status": 200, "headers": [*headers]})
-
+        answer, stream = self.answer, self.answer.request.stream
+        start = {"type": "http.response.start", "status": 200, "headers": [*EVENTS]}
+        body = {"type": "http.response.body", "body": b"", "more_body": True}
         if stream:
-            await begin(EVENTS)
+            await send(start)
         try:
             try:
                 if not stream:
-                    whole = await answer.whole()
+                    last = await answer.whole()
                 else:
                     async for event in answer.events():
-                        await write(answer.encode(event))
+                        await send({**body, "body": answer.encode(event)})
+                    last = answer.ends
             except ClientDisconnected:
                 raise
             except Exception as error:
@@ -228,7 +224,6 @@ class AnswerResponse(Response):
             await self.lease.answered(answer)
             if getattr(answer.request, "store", False):
                 await self._store()
-            last = answer.ends
         except ApiError as error:
             if not stream:
                 raise
@@ -236,9 +231,10 @@ class AnswerResponse(Response):
             self.told["error"], self.told["error_status"] = error.code or error.kind, error.status
             last = answer.failed(error)
         if not stream:
-            size = str(len(whole)).encode()
-            await begin([(b"content-type", b"application/json"), (b"content-length", size)])
-        await write(last if stream else whole, False)
+            size = str(len(last)).encode()
+            headers = [(b"content-type", b"application/json"), (b"content-length", size)]
+            await send({**start, "headers": headers})
+        await send({**body, "body": last, "more_body": False})
 
     async def _store(self) -> None:
         """Store the conversation. A database that fails costs the conversation, never the answer:

@@ -231,11 +231,9 @@ async def cancel_on_disconnect(receive: Callable[[], Awaitable[Any]], work: Any)
 
 def _outcome(status: int, told: Mapping[str, Any]) -> int:
     """The status of a response, or what it would have been: a stream fails after its 200."""
-    if told.get("gone"):
-        return 499
-    if status == 200:
-        return 500 if told.get("failed") else told.get("error_status", 200)
-    return 500 if told.get("failed") else status or 499
+    if told.get("gone") or told.get("failed"):
+        return 499 if told.get("gone") else 500
+    return told.get("error_status", 200) if status == 200 else status or 499
 
 
 def key_name(key: str) -> str:

@@ -55,9 +55,9 @@ class Prompts:
             raise field_error("messages", f"expected a model with a chat template, {why}")
         messages, tools, form = with_generic_tools(request, self.why_not)
         self._check_parts(messages, tools, form)
-        variables = request.template_variables
-        if tools is not None:
-            variables["tools"] = tools
+        variables = {"reasoning_effort": request.reasoning_effort, "tools": tools}
+        variables = {name: value for name, value in variables.items() if value is not None}
+        variables |= request.chat_template_kwargs or {}
         try:
             ids = self.tokenizer.encode_chat(
                 messages, check=partial(self._check_size, "messages"),

@@ -75,7 +75,7 @@ class ResponseStream:
             for index, request in enumerate(requests):
                 self._ids[index] = engine.submit(request, partial(self._listen, index))
         except BaseException:
-            self.abandon()
+            self.close()
             raise
 
     def _listen(self, index: int, piece: Piece) -> None:
@@ -110,13 +110,10 @@ class ResponseStream:
                 del self._ids[index]
             yield index, piece
 
-    def close(self) -> None:
-        """Cancel the requests that have not ended, because the client is gone."""
-        self.metrics.cancelled.inc(len(self._ids))
-        self.abandon()
-
-    def abandon(self) -> None:
-        """Cancel the requests that have not ended."""
+    def close(self, *, gone: bool = False) -> None:
+        """Cancel the requests that have not ended; ``gone``: because their client is."""
+        if gone:
+            self.metrics.cancelled.inc(len(self._ids))
         for id in self._ids.values():
             self.engine.cancel(id)
         self._ids = {}

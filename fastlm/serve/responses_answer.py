@@ -7,11 +7,11 @@ from typing import Any
 
 from pydantic_core import to_json
 
-from fastlm.serve.answers import ChatAnswer, Event
+from fastlm.serve.answers import Answer, Event
 from fastlm.serve.api_error import ApiError
 
 
-class ResponsesAnswer(ChatAnswer):
+class ResponsesAnswer(Answer):
     """The answer to a `ChatOfResponses`: a message, calls of functions, or both."""
 
     prefix, ends = "resp_", b""  # the last event says that it is the last

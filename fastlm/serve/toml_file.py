@@ -30,18 +30,18 @@ def read_tables(path: str | Path, kinds: Mapping[str, type]) -> dict[str, list[T
     places = _places(text)
     found: dict[str, list[Table]] = {kind: [] for kind in kinds}
     for kind, tables in parsed.items():
-        top = places.get((kind, 0), places.get(("", 0), {})).get(kind, 1)
-        if kind not in kinds:
-            line = places.get((kind, 0), {"": top})[""]
-            raise InputError(f"{path} line {line}: {unknown_key(kind, kind, kinds)}")
+        top = places.get((kind, 0)) or {"": places["", 0].get(kind, 1)}
+        wrong = None if kind in kinds else unknown_key(kind, kind, kinds)
         if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
-            line = places.get((kind, 0), {"": top})[""]
-            raise InputError(f"{path} line {line}: {kind}: wanted [[{kind}]]")
+            wrong = wrong or f"{kind}: wanted [[{kind}]]"
+        if wrong is not None:
+            raise InputError(f"{path} line {top['']}: {wrong}")
+        known = [field.name for field in fields(kinds[kind])]
         for index, table in enumerate(tables):
-            lines = places.get((kind, index), {"": top})
+            lines = places.get((kind, index), top)
             try:
                 for key, value in table.items():
-                    if key not in (known := [field.name for field in fields(kinds[kind])]):
+                    if key not in known:
                         raise InputError(unknown_key(key, key, known))
                     if isinstance(value, float) and not math.isfinite(value):
                         raise InputError(f"{key}: expected a finite number, got {value}")

@@ -290,23 +290,6 @@ def _(api):
     assert len(clients) == 1  # who makes up users gets no queue for each
 
 
-@case("guided_json", "guided_regex", "guided_choice", "guided_grammar")
-def _(api):
-    def said(**form):
-        return api.said(**form, max_tokens=60, temperature=1, seed=3)
-
-    for name, value, wrong in (
-        ("guided_json", {"enum": ["yes", "no"]}, "x"), ("guided_regex", "[0-9]{3}-[a-c]+", 7),
-        ("guided_choice", ["yes", "no"], "yes"), ("guided_grammar", 'start: "(" /[0-9]+/ ")"', 7),
-    ):  # fmt: skip
-        kind = name.removeprefix("guided_")
-        assert said(**{name: value}) == said(structured_outputs={kind: value})
-        api.refused(name, **{name: wrong})
-    api.refused("guided_regex", guided_regex="a", guided_choice=["b"])
-    api.refused("guided_regex", guided_regex="a", response_format={"type": "json_object"})
-    api.refused("guided_regex", guided_regex="(?=a)")
-
-
 @case("max_completion_tokens")
 def _(api):
     whole = api.answer(max_tokens=None, max_completion_tokens=3)
