@@ -1,21 +1,21 @@
 """Answers in OpenAI's shapes, from the pieces of an engine: whole, or as server-sent events."""
 
-import json
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from anyio.to_thread import run_sync
+from pydantic_core import to_json
 
 from fastlm.inference.requests import Piece, TokenLogprob
-from fastlm.serve.api_error import ApiError
+from fastlm.serve.api_error import ApiError, server_error, stopping
 from fastlm.serve.generic_tools import GenericText
-from fastlm.serve.protocol.chat_completion import ChatCompletionRequest
-from fastlm.serve.protocol.completion import CompletionRequest, GenerationRequest
 from fastlm.serve.tools import CallsOrText, ToolText
 
 if TYPE_CHECKING:
+    from fastlm.inference.forms import Form
+    from fastlm.serve.protocol.completion import GenerationRequest
     from fastlm.serve.response_stream import ResponseStream
     from fastlm.tokenizer.tokenizer import Tokenizer
 
@@ -35,198 +35,218 @@ class Echo:
 class Choice:
     """One answer as far as it is known. ``text``: all of it; of a chat without its tool calls."""
 
+    reader: ToolText | GenericText | None
     text: str = ""
     finish_reason: str | None = None
-    tools: ToolText | CallsOrText | GenericText | None = None
     logprobs: list[Scored] = field(default_factory=list)
-    began: bool = False
     tokens: int = 0
-    offset: int = 0  # characters of the tokens whose log-probabilities were told
+    offset: int = 0  # characters of the tokens whose log-probabilities were written
+
+    @property
+    def calls(self) -> list[dict[str, Any]]:
+        return [] if self.reader is None else self.reader.calls
 
 
+@dataclass
 class Answer:
-    """The answer to a request: `whole`, or `events`; either one, once.
+    """The answer to a request, in the shapes of /v1/chat/completions: `whole`, or `events`; either
+    one, once.
 
-    ``request``, ``id`` and ``model``, the one that answers, as the client sees them; ``prompts``:
-    the texts that /v1/completions puts before the answers where it is asked to;
-    ``prompt_tokens``: of all prompts.
+    ``request``, ``id`` and ``model``, the one that answers, as the client sees them; ``form``: the
+    one that the engine keeps to; ``prompt_tokens``: of all prompts; ``echoes``: the texts before
+    each prompt's answers.
     """
 
-    def __init__(
-        self,
-        request: GenerationRequest,
-        id: str,
-        running: "ResponseStream",
-        tokenizer: "Tokenizer",
-        prompts: list[Echo],
-        prompt_tokens: int,
-        model: str,
-    ):
-        self.request, self.id, self.running, self.tokenizer = request, id, running, tokenizer
-        self.model = model
-        self.chat = isinstance(request, ChatCompletionRequest)
-        self.num_logprobs = request.num_logprobs
-        self.created = int(time.time())
-        self.choices = [Choice(tools=_reader(request)) for _ in range(running.count)]
-        self.echo = prompts if isinstance(request, CompletionRequest) and request.echo else []
-        self.prompt_tokens, self.cached_tokens = prompt_tokens, 0
+    request: Any  # a GenerationRequest
+    id: str
+    model: str
+    running: "ResponseStream"
+    tokenizer: "Tokenizer"
+    form: "Form | None"
+    prompt_tokens: int
+    echoes: Sequence[Echo] = ()
+
+    prefix: ClassVar[str] = "chatcmpl-"  # of ids
+    object: ClassVar[str] = "chat.completion"
+    chunk_object: ClassVar[str] = "chat.completion.chunk"
+    ends: ClassVar[bytes] = b"data: [DONE]\n\n"  # behind the last event
+
+    def __post_init__(self) -> None:
+        self.created, self.cached_tokens = int(time.time()), 0
+        self.num_logprobs = self.request.num_logprobs
+        self.choices = [Choice(_reader(self.request, self.form)) for _ in range(self.running.count)]
 
     async def whole(self) -> bytes:
         """The body of a response that is not streamed, as JSON."""
         async for index, piece in self.running:
             self._take(index, piece)
-        return await run_sync(self._body)
+        # many log-probabilities take seconds
+        return self._body() if self.num_logprobs is None else await run_sync(self._body)
 
     def _body(self) -> bytes:
-        """Takes a while where there are many log-probabilities: they become text one by one, since
-        `json.dumps` lets no other thread run."""
-        told = self._head("chat.completion" if self.chat else "text_completion")
-        told["usage"] = self.usage()
-        choices = ",".join(self._whole_choice(i, choice) for i, choice in enumerate(self.choices))
-        return f'{to_json(told)[:-1]},"choices":[{choices}]}}'.encode()
+        choices = []
+        for index, choice in enumerate(self.choices):
+            logprobs = None
+            if self.num_logprobs is not None:
+                logprobs = self._logprobs(choice.logprobs, choice)
+            ended = {"finish_reason": choice.finish_reason, "logprobs": logprobs}
+            choices.append({"index": index, **self._content(index), **ended})
+        return to_json({**self._head(self.object), "usage": self.usage(), "choices": choices})
 
     async def events(self) -> AsyncIterator[Event]:
         """The events of a streamed response, without the last "[DONE]"."""
-        head = self._head("chat.completion.chunk" if self.chat else "text_completion")
-
-        def event(*choices: Event) -> Event:
-            usage: dict[str, Any] = {}
-            if self.request.include_usage:
-                usage["usage"] = self.usage() if self.request.continuous_usage else None
-            return {**head, **usage, "choices": list(choices)}
-
-        if self.chat:
-            for i in range(len(self.choices)):
-                yield event(self._chunk(i, {"role": "assistant", "content": ""}))
-        else:
-            for i, echo in enumerate(self._echoes()):
-                if echo.text and self.num_logprobs is None:  # else with its log-probabilities
-                    yield event(self._chunk(i, echo.text))
+        for index in range(len(self.choices)):
+            if begin := self._begin(index):
+                yield self._chunk(index, begin)
         async for index, piece in self.running:
             text, scored = self._take(index, piece)
-            choice, logprobs = self.choices[index], None
-            if scored:
-                logprobs = self._logprobs(scored, choice)
+            choice = self.choices[index]
+            logprobs = self._logprobs(scored, choice) if scored else None
             if text or logprobs:
-                delta = {"content": text} if self.chat else text
-                yield event(self._chunk(index, delta, logprobs))
+                yield self._chunk(index, {"content": text}, logprobs)
             if choice.finish_reason is not None:
-                calls = choice.tools.calls if choice.tools is not None else []
-                if calls:
-                    numbered = [{"index": i, **call} for i, call in enumerate(calls)]
-                    yield event(self._chunk(index, {"tool_calls": numbered}))
-                yield event(self._chunk(index, {} if self.chat else "", None, choice.finish_reason))
+                if choice.calls:
+                    calls = [{"index": i, **call} for i, call in enumerate(choice.calls)]
+                    yield self._chunk(index, {"tool_calls": calls})
+                yield self._chunk(index, {}, None, choice.finish_reason)
         if self.request.include_usage:
-            yield {**event(), "usage": self.usage()}
-
-    ends = b"data: [DONE]\n\n"  # behind the last event
+            yield {**self._head(self.chunk_object), "usage": self.usage(), "choices": []}
 
     def encode(self, event: Event) -> bytes:
         """An event as the client gets it."""
-        return sse(event)
+        return b"data: " + to_json(event) + b"\n\n"
 
     def failed(self, error: ApiError) -> bytes:
         """The event of an answer that could not be ended."""
-        return sse(error.body())
+        return self.encode(error.body())
 
     def messages(self) -> list[list[dict[str, Any]]]:
-        """Each choice as messages, to be kept."""
-        return [[self._message(choice, kept=True)] for choice in self.choices]
+        """Each choice as messages, as data for training has them, without nulls."""
+        return [
+            [
+                {"role": "assistant", "content": choice.text}
+                | ({"tool_calls": choice.calls} if choice.calls else {})
+            ]
+            for choice in self.choices
+        ]
 
     def usage(self) -> dict[str, Any]:
-        prompt, new = self.prompt_tokens, sum(c.tokens for c in self.choices)
+        new = sum(choice.tokens for choice in self.choices)
         return {
-            "prompt_tokens": prompt,
+            "prompt_tokens": self.prompt_tokens,
             "completion_tokens": new,
-            "total_tokens": prompt + new,
+            "total_tokens": self.prompt_tokens + new,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
 
-    def _take(self, index: int, piece: Piece) -> tuple[str, list[Scored]]:
+    def _take(self, index: int, piece: Piece) -> tuple[str, list[Any]]:
         """Add a piece to its choice; return the text that the client gets now, and tokens with
         their log-probabilities."""
-        choice, before, scored = self.choices[index], "", list[Scored]()
-        if piece.tokens and not choice.began:
-            choice.began = True
-            if self.echo and self.num_logprobs is not None:
-                echo = self._echoes()[index]
-                before = echo.text if self.request.stream else ""
-                scored = [] if echo.first is None else [echo.first]
-                scored += piece.prompt_logprobs
-        if self.request.max_tokens == 0 and piece.finish_reason in ("stop", "length"):
-            # the token that was drawn is nobody's
-            piece = replace(piece, tokens=[], text="", logprobs=[], finish_reason="length")
-        scored += piece.logprobs
+        choice, ended = self.choices[index], piece.finish_reason
         choice.tokens += len(piece.tokens)
-        late = piece.finish_reason == "deadline" and not any(c.tokens for c in self.choices)
-        if late or piece.finish_reason in ("error", "refused", "cancelled"):
-            self.running.abandon()
+        late = ended == "deadline" and not any(c.tokens for c in self.choices)
+        if late or ended in ("error", "refused", "cancelled"):
+            self.running.close()
             raise ended_badly(piece)
-        text = piece.text
-        if choice.tools is not None:
-            text = choice.tools.push(text)
+        text = piece.text if choice.reader is None else choice.reader.push(piece.text)
         if self.num_logprobs is not None and not self.request.stream:
-            choice.logprobs += scored
-        if piece.finish_reason is not None:
-            if choice.tools is not None:
-                text += choice.tools.end()
-            calls = choice.tools is not None and choice.tools.calls
+            choice.logprobs += piece.logprobs
+        if ended is not None:
+            if choice.reader is not None:
+                text += choice.reader.end()
             # OpenAI has no name for the end of the time that a request may take
-            ended = "stop" if piece.finish_reason == "stop" else "length"
-            choice.finish_reason = "tool_calls" if calls and ended == "stop" else ended
+            choice.finish_reason = "length"
+            if ended == "stop":
+                choice.finish_reason = "tool_calls" if choice.calls else "stop"
             if index % self.request.n == 0:  # the others share the prompt of the first choice
                 self.cached_tokens += piece.cached_tokens
         choice.text += text
-        return before + text, scored
+        return text, piece.logprobs
 
-    def _head(self, kind: str) -> Event:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
-
-    def _echoes(self) -> list[Echo]:
-        return [echo for echo in self.echo for _ in range(self.request.n)]
-
-    def _whole_choice(self, index: int, choice: Choice) -> str:
-        echoes = self._echoes()
-        told: Event = {"index": index}
-        if self.chat:
-            told["message"] = self._message(choice)
-        else:
-            told["text"] = (echoes[index].text if echoes else "") + choice.text
-        told["finish_reason"] = choice.finish_reason
-        return f'{to_json(told)[:-1]},"logprobs":{self._logprobs_json(choice)}}}'
-
-    def _logprobs_json(self, choice: Choice) -> str:
-        if self.num_logprobs is None:
-            return "null"
-        if self.chat:
-            content = ",".join(map(to_json, self._chat_logprobs(choice.logprobs)))
-            return f'{{"content":[{content}],"refusal":null}}'
-        told = self._logprobs(choice.logprobs, choice)
-        lists = (f'"{key}":[{",".join(map(to_json, values))}]' for key, values in told.items())
-        return "{" + ",".join(lists) + "}"
-
-    def _message(self, choice: Choice, kept: bool = False) -> Event:
-        """The assistant's message; ``kept``: as data for training has it, without nulls."""
-        calls = choice.tools.calls if choice.tools is not None else []
-        message: Event = {"role": "assistant", "content": choice.text or (None if calls else "")}
-        if kept:
-            message["content"] = choice.text
-        if calls:
-            message["tool_calls"] = calls
-        return message
+    def _head(self, object: str) -> Event:
+        return {"id": self.id, "object": object, "created": self.created, "model": self.model}
 
     def _chunk(
-        self, index: int, delta: Any, logprobs: Event | None = None, reason: str | None = None
+        self, index: int, delta: Event, logprobs: Event | None = None, reason: str | None = None
     ) -> Event:
-        said = {"delta": delta} if self.chat else {"text": delta}
-        return {"index": index, **said, "logprobs": logprobs, "finish_reason": reason}
+        choice = {"index": index, **self._shaped(delta)}
+        choice |= {"logprobs": logprobs, "finish_reason": reason}
+        chunk = {**self._head(self.chunk_object), "choices": [choice]}
+        if self.request.include_usage:
+            chunk["usage"] = self.usage() if self.request.continuous_usage else None
+        return chunk
 
-    def _logprobs(self, found: list[Scored], choice: Choice) -> Event:
-        """``found`` follow what was told of the choice before."""
-        if self.chat:
-            return {"content": list(self._chat_logprobs(found)), "refusal": None}
+    def _content(self, index: int) -> Event:
+        """The field of a choice that has its message or text."""
+        choice = self.choices[index]
+        message = {"role": "assistant", "content": choice.text or (None if choice.calls else "")}
+        if choice.calls:
+            message["tool_calls"] = choice.calls
+        return {"message": message}
+
+    def _begin(self, index: int) -> Event | None:
+        """What a stream says of a choice before its first piece."""
+        return {"role": "assistant", "content": ""}
+
+    def _shaped(self, delta: Event) -> Event:
+        return {"delta": delta}
+
+    def _logprobs(self, scored: Sequence[Any], choice: Choice) -> Event:
+        """Log-probabilities of tokens that follow those of the choice written before."""
+        return {"content": list(self._scored_tokens(scored)), "refusal": None}
+
+    def _scored_tokens(self, scored: Sequence[Any]) -> Iterator[Event]:
+        for one in scored:
+            top = [self._token(*pair) for pair in one.top]
+            yield {**self._token(one.token, one.logprob), "top_logprobs": top}
+
+    def _token(self, id: int, logprob: float) -> Event:
+        data = self._bytes(id)
+        return {"token": data.decode(errors="replace"), "logprob": logprob, "bytes": list(data)}
+
+    def _bytes(self, id: int) -> bytes:
+        """Nothing for an id of a padded model that the tokenizer does not have."""
+        return self.tokenizer.token_bytes(id) if id < self.tokenizer.vocab_size else b""
+
+
+class TextAnswer(Answer):
+    """To /v1/completions, whose ``echoes`` are before the answers where the request asks for it."""
+
+    prefix, object, chunk_object = "cmpl-", "text_completion", "text_completion"
+
+    def _echo(self, index: int) -> Echo:
+        return self.echoes[index // self.request.n] if self.echoes else Echo("", None)
+
+    def _content(self, index: int) -> Event:
+        return {"text": self._echo(index).text + self.choices[index].text}
+
+    def _begin(self, index: int) -> Event | None:
+        text = self._echo(index).text
+        # else with its log-probabilities
+        return {"content": text} if text and self.num_logprobs is None else None
+
+    def _shaped(self, delta: Event) -> Event:
+        return {"text": delta.get("content", "")}
+
+    def _take(self, index: int, piece: Piece) -> tuple[str, list[Any]]:
+        echo, scored = "", list[Any]()
+        first = bool(piece.tokens) and not self.choices[index].tokens
+        if first and self.echoes and self.num_logprobs is not None:
+            before = self._echo(index)
+            echo = before.text if self.request.stream else ""
+            scored = [] if before.first is None else [before.first]
+            scored += piece.prompt_logprobs
+        if self.request.max_tokens == 0 and piece.finish_reason in ("stop", "length"):
+            # the token that was drawn is nobody's
+            piece = replace(piece, tokens=[], text="", logprobs=[], finish_reason="length")
+        if scored:
+            piece = replace(piece, logprobs=[*scored, *piece.logprobs])
+        text, scored = super()._take(index, piece)
+        return echo + text, scored
+
+    def _logprobs(self, scored: Sequence[Any], choice: Choice) -> Event:
         told: Event = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-        for one in found:
+        for one in scored:
             token, logprob, top = (
                 (one, None, None) if isinstance(one, int) else (one.token, one.logprob, one.top)
             )
@@ -235,17 +255,8 @@ class Answer:
             told["token_logprobs"].append(logprob)
             told["top_logprobs"].append(named)
             told["text_offset"].append(choice.offset)
-            choice.offset += len(self._text(token))
+            choice.offset += len(self._bytes(token).decode(errors="replace"))
         return told
-
-    def _chat_logprobs(self, found: list[Scored]) -> Iterator[Event]:
-        for one in found:
-            if not isinstance(one, int):
-                top = [self._token(*pair) for pair in one.top]
-                yield {**self._token(one.token, one.logprob), "top_logprobs": top}
-
-    def _token(self, id: int, logprob: float) -> Event:
-        return {"token": self._text(id), "logprob": logprob, "bytes": list(self._bytes(id))}
 
     def _name(self, id: int) -> str:
         """A token as a key: its text, or ``bytes:\\xNN`` where that is a part of a character."""
@@ -255,26 +266,18 @@ class Answer:
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
-    def _text(self, id: int) -> str:
-        return self._bytes(id).decode(errors="replace")
 
-    def _bytes(self, id: int) -> bytes:
-        """Nothing for an id of a padded model that the tokenizer does not have."""
-        return self.tokenizer.token_bytes(id) if id < self.tokenizer.vocab_size else b""
-
-
-def _reader(request: GenerationRequest) -> ToolText | CallsOrText | GenericText | None:
+def _reader(request: "GenerationRequest", form: "Form | None") -> ToolText | GenericText | None:
     """What reads calls in the answer."""
-    form = request.form
-    if form is not None and form.kind == "generic":
-        return GenericText([tool["function"]["name"] for tool in form.value.tools])
-    if not isinstance(request, ChatCompletionRequest) or request.tools is None:
+    kind = None if form is None else form.kind
+    tools = form.value.tools if form and kind == "generic" else getattr(request, "tools", None)
+    if tools is None:
         return None
-    names = [tool["function"]["name"] for tool in request.tools]
-    if form is not None and form.kind == "calls_or":
-        return CallsOrText(names)
+    names = [tool["function"]["name"] for tool in tools]
+    if kind in ("generic", "calls_or"):
+        return GenericText(names) if kind == "generic" else CallsOrText(names)
     # where a form keeps calls to their schemas, what it does not know as a call is text
-    return ToolText(names, whole=form is None or form.kind != "calls")
+    return ToolText(names, whole=kind != "calls")
 
 
 def ended_badly(piece: Piece) -> ApiError:
@@ -284,25 +287,6 @@ def ended_badly(piece: Piece) -> ApiError:
     if piece.finish_reason == "refused":
         return ApiError(str(piece.error), code="grammar")
     if piece.finish_reason == "deadline":
-        return ApiError(
-            "queue: the time that a request may take was over before its answer began",
-            status=503, kind="server_error", code="too_late", headers={"retry-after": "5"},
-        )  # fmt: skip
-    return ApiError(f"the answer failed: {piece.error}", status=500, kind="server_error")
-
-
-def stopping() -> ApiError:
-    return ApiError(
-        "the server is stopping", status=503, kind="server_error", code="stopping",
-        headers={"retry-after": "5"},
-    )  # fmt: skip
-
-
-def sse(event: Event) -> bytes:
-    """A server-sent event."""
-    return f"data: {to_json(event)}\n\n".encode()
-
-
-def to_json(value: Any) -> str:
-    """Compact JSON."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+        late = "queue: the time that a request may take was over before its answer began"
+        return server_error(late, 503, code="too_late")
+    return server_error(f"the answer failed: {piece.error}")

@@ -26,3 +26,23 @@ class ApiError(InputError):
     def body(self) -> dict[str, Any]:
         error = {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}
         return {"error": error}
+
+
+def field_error(param: str, message: str, code: str | None = None) -> ApiError:
+    """Return the 400 of a field; its message is ``param: message``."""
+    return ApiError(f"{param}: {message}", param=param, code=code)
+
+
+def server_error(
+    message: str, status: int = 500, *, param: str | None = None, code: str | None = None
+) -> ApiError:
+    """Return an error that is no fault of the request. With a ``code``, 503 says when to ask
+    again."""
+    headers = {"retry-after": "5"} if status == 503 and code is not None else None
+    return ApiError(
+        message, status=status, param=param, code=code, kind="server_error", headers=headers
+    )
+
+
+def stopping() -> ApiError:
+    return server_error("the server is stopping", 503, code="stopping")

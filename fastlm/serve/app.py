@@ -1,17 +1,14 @@
 """The server's routes, an ASGI application (`fastlm.serve.commands` runs it with uvicorn)."""
 
 import asyncio
-import base64
-import re
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
 from anyio import CapacityLimiter
 from anyio.to_thread import run_sync
 from starlette.applications import Starlette
@@ -22,37 +19,19 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from fastlm.errors import InputError
-from fastlm.inference.requests import Closed, QueueFull
 from fastlm.serve import admin_api, opinions, rank_api, tokens_api
-from fastlm.serve.answers import Answer, stopping
-from fastlm.serve.api_error import ApiError
+from fastlm.serve.api_error import ApiError, stopping
+from fastlm.serve.completions import complete
 from fastlm.serve.metrics import Metrics
-from fastlm.serve.middleware import (
-    ClientDisconnected,
-    Limits,
-    RequestMiddleware,
-    cancel_on_disconnect,
-    log,
-    read_body,
-    stack_of,
-)
-from fastlm.serve.models import ModelLease, Models, Served
+from fastlm.serve.middleware import Limits, RequestMiddleware, log, read_body
+from fastlm.serve.models import Models, Served
 from fastlm.serve.openapi import openapi
-from fastlm.serve.previous_response import with_previous
 from fastlm.serve.protocol.body import Body, read_request
 from fastlm.serve.protocol.chat_completion import ChatCompletionRequest
 from fastlm.serve.protocol.completion import CompletionRequest, GenerationRequest
 from fastlm.serve.protocol.embedding import EmbeddingRequest
-from fastlm.serve.protocol.responses_api import ChatOfResponses, ResponsesRequest
-from fastlm.serve.request_builder import build_requests
-from fastlm.serve.response_stream import ClientQuota, ResponseStream
-from fastlm.serve.responses import StoredResponse
-from fastlm.serve.responses_answer import ResponsesAnswer
-
-READERS = 8
-WRITERS = 8  # threads that use the feedback database: one that hangs leaves threads to answers
-SMALL_BODY = 2**16  # bytes that are parsed in a millisecond or two, without a thread
+from fastlm.serve.protocol.responses_api import ResponsesRequest
+from fastlm.serve.response_stream import ClientQuota
 
 if TYPE_CHECKING:
     from fastlm.serve.feedback import FeedbackStore
@@ -62,14 +41,20 @@ if TYPE_CHECKING:
     from fastlm.serve.ratings import Rating
 
 T = TypeVar("T")
-Keep = Callable[[Answer], None]
+READERS = 8
+WRITERS = 8  # threads that use the feedback database: one that hangs leaves threads to answers
+SMALL_BODY = 2**16  # bytes that are parsed in a millisecond or two, without a thread
 FILES = Path(__file__).with_name("page")
-MOST_EMBEDDED = 300_000  # tokens of one request to /v1/embeddings: OpenAI's limit
 TYPES = {
     ".html": "text/html",
     ".js": "text/javascript",
     ".css": "text/css",
     ".svg": "image/svg+xml",
+}
+PAGES = {"/": "index.html", "/dashboard": "dashboard.html"} | {
+    f"/page/{file.name}": file.name
+    for file in FILES.iterdir()
+    if file.suffix in TYPES and file.suffix != ".html"
 }
 
 
@@ -97,8 +82,9 @@ class Server:
 
     def __post_init__(self) -> None:
         self.metrics = Metrics(self.models.stats)
-        if self.monitor is not None:
-            self.metrics.add(self.monitor.collect)
+        for source in (self.monitor, self.manager):
+            if source is not None:
+                self.metrics.add(source.collect)
         several = len(self.keys) > 1  # clients; without keys all are of this machine
         self.quota = ClientQuota(
             max(1, self.served.engine.max_queue_size // 2) if several else None
@@ -109,39 +95,10 @@ class Server:
         # Few threads, whatever the clients: each keeps the last 10,000 words that it encoded, 4 MB.
         # More than processors, since some wait for a chat template.
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="fastlm-reader")
-        post, get = ["POST"], ["GET"]
-        routes = [
-            Route("/v1/chat/completions", self._complete(ChatCompletionRequest), methods=post),
-            Route("/v1/completions", self._complete(CompletionRequest), methods=post),
-            Route("/v1/responses", self._complete(ResponsesRequest), methods=post),
-            Route("/v1/embeddings", self._embed, methods=post),
-            *tokens_api.routes(self),
-            Route("/v1/models", self._models, methods=get),
-            Route("/v1/models/{id:path}", self._model, methods=get),
-            Route("/v1/feedback", partial(opinions.give, self), methods=post),
-            Route("/dashboard", self._page("dashboard.html"), methods=get),
-            Route("/dashboard/data", self._dashboard, methods=get),
-            Route("/health", self._health, methods=get),
-            Route("/ready", self._ready, methods=get),
-            Route("/metrics", self._metrics, methods=get),
-            Route("/openapi.json", self._openapi, methods=get),
-            Route("/", self._page("index.html"), methods=get),
-            *[
-                Route(f"/page/{file.name}", self._page(file.name), methods=get)
-                for file in FILES.iterdir()
-                if file.suffix in TYPES and file.suffix != ".html"
-            ],
-        ]
-        if self.ranking is not None:
-            routes += [Route("/rank", self._page("rank.html"), methods=get)]
-            routes += rank_api.routes(self, self.ranking)
-        if self.manager is not None:
-            routes += admin_api.routes(self, self.manager, self.admins)
-            self.metrics.add(self.manager.collect)
-        paths = frozenset(route.path for route in routes)
+        routes = self._routes()
         gate = Middleware(
             RequestMiddleware, metrics=self.metrics, limits=self.limits, hosts=self.hosts,
-            paths=paths,
+            paths=frozenset(route.path for route in routes),
             keys=[*self.keys, *self.admins] if self.keys else (),
         )  # fmt: skip
         pages = Middleware(
@@ -153,9 +110,34 @@ class Server:
         self.app = Starlette(
             routes=routes, middleware=[pages, gate] if self.origins else [gate],
             lifespan=self._lifespan,
-            exception_handlers={HTTPException: _http_error, ApiError: self._refused},
+            exception_handlers={HTTPException: _http_error, ApiError: _refused},
         )  # fmt: skip
         self.app.router.redirect_slashes = False
+
+    def _routes(self) -> list[Route]:
+        posts = {
+            "/v1/chat/completions": partial(complete, self, ChatCompletionRequest),
+            "/v1/completions": partial(complete, self, CompletionRequest),
+            "/v1/responses": partial(complete, self, ResponsesRequest),
+            "/v1/embeddings": partial(tokens_api.embed, self),
+            "/tokenize": partial(tokens_api.tokenize, self),
+            "/detokenize": partial(tokens_api.detokenize, self),
+            "/v1/feedback": partial(opinions.give, self),
+        }
+        pages = PAGES if self.ranking is None else {**PAGES, "/rank": "rank.html"}
+        gets = {
+            "/v1/models": self._models, "/v1/models/{id:path}": self._model,
+            "/dashboard/data": self._dashboard, "/health": self._health, "/ready": self._ready,
+            "/metrics": self._metrics, "/openapi.json": self._openapi,
+            **{path: _page(name) for path, name in pages.items()},
+        }  # fmt: skip
+        routes = [Route(path, answer, methods=["POST"]) for path, answer in posts.items()]
+        routes += [Route(path, answer, methods=["GET"]) for path, answer in gets.items()]
+        if self.ranking is not None:
+            routes += rank_api.routes(self, self.ranking)
+        if self.manager is not None:
+            routes += admin_api.routes(self, self.manager, self.admins)
+        return routes
 
     @property
     def ratings(self) -> Sequence["Rating"]:
@@ -185,208 +167,30 @@ class Server:
         """The result of what takes a while and encodes text, outside the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self._readers, function, *arguments)
 
-    # ---- completions
+    async def body(self, http: HttpRequest, model: type[Body]) -> Body:
+        """Return the JSON body of a request as ``model``. ApiError: also that the server is
+        stopping. A large body is parsed and checked outside the event loop.
+        """
+        if self.stopping:
+            raise stopping()
+        data = await read_body(http, self.limits)
+        if len(data) <= SMALL_BODY:
+            return read_request(data, model)
+        return await self.read(read_request, data, model)
 
-    def _complete(self, model: type[GenerationRequest] | type[ResponsesRequest]) -> Any:
-        async def complete(http: HttpRequest) -> Response:
-            body = await self.body(http, model)
-            request = body.chat if isinstance(body, ResponsesRequest) else body
-            if isinstance(body, ResponsesRequest) and body.previous_response_id is not None:
-                request = await run_sync(
-                    with_previous, body.chat, self.feedback, limiter=self.writing
-                )
-            kept = self._kept(request)
-            turn = self.models.lease(request, http.state.client)
-            try:
-                answer = await self._begin(http, request, turn)
-            except BaseException:
-                turn.end()
-                raise
-            if request.stream:
-                return Events(self, answer, turn, kept, http.state.told)
-            try:
-                body = await cancel_on_disconnect(
-                    http.receive, self._whole(answer, turn, kept, http.state.told)
-                )
-            finally:
-                answer.running.close()
-                turn.end()
-            _tell(http.state.told, answer)
-            return Response(body, media_type="application/json")
-
-        return complete
-
-    async def _begin(
-        self, http: HttpRequest, request: GenerationRequest, turn: ModelLease
-    ) -> Answer:
-        """Submit a request, to the current model if the canary refuses it."""
-        prefix = "chatcmpl-" if isinstance(request, ChatCompletionRequest) else "cmpl-"
-        if isinstance(request, ChatOfResponses):
-            prefix = "resp_"
-        id = f"{prefix}{http.state.id}"
-        try:
-            return await self._submit(http, request, turn, id)
-        except ApiError:
-            if not turn.fall_back():
-                raise
-        answer = await self._submit(http, request, turn, id)
-        await turn.refused(id)
-        return answer
-
-    async def _submit(
-        self, http: HttpRequest, request: GenerationRequest, turn: ModelLease, id: str
-    ) -> Answer:
-        served, told = turn.served, http.state.told
-        self._note_ignored(http, request, served)
-        request, prompts, echoes, requests = await self.read(
-            build_requests, served, request, self.limits, http.state.client, self.cache_salt(http)
-        )
-        told["model"], told["prompt_tokens"] = served.name, sum(map(len, prompts))
-        lengths = [len(prompt) for prompt in prompts]
-        observer = None
-        if self.monitor is not None:  # the gate tells it the end
-            observer = http.state.observer = self.monitor.observe(request, served.name, id, lengths)
-        with _refusals():
-            running = ResponseStream(served.engine, requests, self.metrics, self.quota)
-        for length in lengths:
-            self.metrics.prompt_length.observe(length)
-        kind = ResponsesAnswer if isinstance(request, ChatOfResponses) else Answer
-        answer = kind(
-            request, id, running, served.tokenizer, echoes, told["prompt_tokens"], served.name
-        )
-        if observer is not None:
-            observer.answer = answer
-        return answer
-
-    def cache_salt(self, http: HttpRequest) -> bytes:
-        """The clients of several keys share no cached prompts, those of one key or none do."""
-        return http.state.client.encode() if len(self.keys) > 1 else b""
-
-    def _note_ignored(
-        self, http: HttpRequest, request: GenerationRequest | EmbeddingRequest, served: Served
-    ) -> None:
-        """Name fields that change nothing: in the response, and once in the log."""
+    def ignored(
+        self, request: GenerationRequest | EmbeddingRequest, served: Served
+    ) -> tuple[str, ...]:
+        """The fields of a request that change nothing, which the log names once."""
         names = request.ignored_fields
         if "reasoning_effort" in (served.tokenizer.chat_template or ""):
             names = tuple(name for name in names if name != "reasoning_effort")
-        http.state.ignored = names
         if new := sorted({*names} - self._ignored):
             self._ignored.update(new)
             log("ignored", fields=new)
+        return names
 
-    async def _whole(
-        self, answer: Answer, turn: ModelLease, kept: Keep | None, told: dict[str, Any]
-    ) -> bytes:
-        try:
-            body = await answer.whole()
-        except Exception as error:
-            await turn.failed(answer.id, error)
-            raise
-        await turn.answered(answer)
-        if kept is not None:
-            await self.store(kept, answer, told)
-        return body
-
-    async def store(self, keep: Keep, answer: Answer, told: dict[str, Any]) -> None:
-        """Store a conversation. A database that fails costs the conversation, never the answer:
-        that is counted and logged, with the reason."""
-        try:
-            await run_sync(keep, answer, limiter=self.writing)
-        except Exception as error:
-            told["stored"] = False
-            self.metrics.store_failures.inc()
-            reason = {"message": str(error)[:200]} if isinstance(error, InputError) else {}
-            id = re.split("[-_]", answer.id)[-1]  # of the request
-            log("failure", id=id, what="store", **stack_of(error), **reason)
-
-    def _kept(self, request: GenerationRequest) -> Keep | None:
-        """What stores the answer once it is known, where the user consents."""
-        if not isinstance(request, ChatCompletionRequest) or not request.store:
-            return None
-        if (store := self.feedback) is None:
-            raise ApiError(
-                "store: this server keeps no conversations (fastlm serve --feedback)", param="store"
-            )
-
-        def keep(answer: Answer) -> None:
-            choices = answer.messages()
-            store.keep(
-                StoredResponse(
-                    answer.id, answer.model, request.messages, choices, request.tools,
-                    request.conversation_id,
-                )
-            )  # fmt: skip
-
-        return keep
-
-    # ---- embeddings, models
-
-    async def _embed(self, http: HttpRequest) -> Response:
-        request = await self.body(http, EmbeddingRequest)
-        turn = self.models.lease(request, http.state.client)
-        try:
-            return await self._embedded(http, request, turn.served)
-        finally:
-            turn.end()
-
-    async def _embedded(
-        self, http: HttpRequest, request: EmbeddingRequest, served: Served
-    ) -> Response:
-        self._note_ignored(http, request, served)
-        if (request.dimensions or 0) > (size := served.model.config.hidden_size):
-            raise ApiError(
-                f"dimensions: expected at most the model's {size}, got {request.dimensions}",
-                param="dimensions",
-            )
-
-        def encode() -> list[list[int]]:
-            return [served.prompts.embedded(text) for text in request.inputs]
-
-        inputs = await self.read(encode)
-        http.state.told["prompt_tokens"] = tokens = sum(map(len, inputs))
-        if tokens > MOST_EMBEDDED:
-            raise ApiError(
-                f"input: expected at most {MOST_EMBEDDED} tokens in one request, got {tokens}",
-                param="input",
-            )
-
-        client = http.state.client
-
-        async def one(ids: list[int]) -> np.ndarray:
-            with _refusals():
-                future = served.engine.call(
-                    partial(served.embedding, ids, request.dimensions), client
-                )
-            try:
-                return await asyncio.wrap_future(future)
-            except asyncio.CancelledError:
-                task = asyncio.current_task()
-                if task is None or task.cancelling():
-                    raise
-                raise stopping() from None  # the engine ended what waited
-
-        async def embed() -> list[Any]:
-            async with asyncio.timeout(self.limits.answer_seconds):
-                # one by one: the engine's steps run between them
-                found = [await one(ids) for ids in inputs]
-            if request.encoding_format == "base64":
-                return [base64.b64encode(vector.tobytes()).decode() for vector in found]
-            return [vector.tolist() for vector in found]
-
-        with _refusals():
-            self.quota.acquire(client, 1)  # its inputs wait one after the other
-        try:
-            vectors = await cancel_on_disconnect(http.receive, embed())
-        except TimeoutError:
-            raise ApiError("input: took too long", status=503, kind="server_error") from None
-        finally:
-            self.quota.release(client)
-        data = [
-            {"object": "embedding", "index": i, "embedding": vector}
-            for i, vector in enumerate(vectors)
-        ]
-        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-        return JSONResponse({"object": "list", "data": data, "model": served.name, "usage": usage})
+    # ---- GET
 
     def _described(self, name: str) -> dict[str, Any]:
         served = self.models.named(name)
@@ -408,19 +212,6 @@ class Server:
 
     async def _model(self, http: HttpRequest) -> Response:
         return JSONResponse(self._described(http.path_params["id"]))
-
-    # ---- the rest
-
-    async def body(self, http: HttpRequest, model: type[Body]) -> Body:
-        """Return the JSON body of a request as ``model``. ApiError: also that the server is
-        stopping. A large body is parsed and checked outside the event loop.
-        """
-        if self.stopping:
-            raise stopping()
-        data = await read_body(http, self.limits)
-        if len(data) <= SMALL_BODY:
-            return read_request(data, model)
-        return await self.read(read_request, data, model)
 
     async def _health(self, _: HttpRequest) -> Response:
         return JSONResponse({"status": "ok"})
@@ -444,92 +235,19 @@ class Server:
     async def _openapi(self, _: HttpRequest) -> Response:
         return JSONResponse(openapi(self.ranking is not None, self.manager is not None))
 
-    def _page(self, name: str) -> Any:
-        file = FILES / name
-        data, kind = file.read_bytes(), TYPES[file.suffix]
 
-        async def page(_: HttpRequest) -> Response:
-            return Response(data, media_type=kind, headers={"cache-control": "no-cache"})
+def _page(name: str) -> Any:
+    file = FILES / name
+    data, kind = file.read_bytes(), TYPES[file.suffix]
 
-        return page
+    async def page(_: HttpRequest) -> Response:
+        return Response(data, media_type=kind, headers={"cache-control": "no-cache"})
 
-    async def _refused(self, http: HttpRequest, error: Exception) -> Response:
-        raise error  # to the gate, which writes and counts it
+    return page
 
 
-class Events(Response):
-    """A streamed answer. Ends as `Answer.ends` says, or in an event with an error."""
-
-    def __init__(
-        self,
-        server: Server,
-        answer: Answer,
-        turn: ModelLease,
-        kept: Keep | None,
-        told: dict[str, Any],
-    ):
-        self.server, self.answer, self.turn, self.kept = server, answer, turn, kept
-        self.told, self.background = told, None
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        headers = [
-            (b"content-type", b"text/event-stream; charset=utf-8"),
-            (b"cache-control", b"no-cache"),
-            (b"x-accel-buffering", b"no"),  # nginx passes events on at once
-        ]
-        try:
-            await send({"type": "http.response.start", "status": 200, "headers": headers})
-            await cancel_on_disconnect(receive, self._write(send))
-        finally:
-            self.answer.running.close()
-            self.turn.end()
-            _tell(self.told, self.answer)
-
-    async def _write(self, send: Any) -> None:
-        async def write(data: bytes, more: bool = True) -> None:
-            await send({"type": "http.response.body", "body": data, "more_body": more})
-
-        try:
-            try:
-                async for event in self.answer.events():
-                    await write(self.answer.encode(event))
-            except ClientDisconnected:
-                raise
-            except Exception as error:
-                await self.turn.failed(self.answer.id, error)
-                raise
-            await self.turn.answered(self.answer)
-            if self.kept is not None:
-                await self.server.store(self.kept, self.answer, self.told)
-            await write(self.answer.ends)
-        except ApiError as error:
-            self.server.metrics.errors.labels(error.code or error.kind).inc()
-            self.told["error"], self.told["error_status"] = error.code or error.kind, error.status
-            await write(self.answer.failed(error))
-        await write(b"", False)
-
-
-@contextmanager
-def _refusals() -> Iterator[None]:
-    """What the engine refuses, as the client's error."""
-    try:
-        yield
-    except QueueFull as full:
-        wait = str(max(1, round(full.retry_after)))
-        raise ApiError(
-            str(full), status=429, code="queue_full", kind="rate_limit_error",
-            headers={"retry-after": wait},
-        ) from None  # fmt: skip
-    except Closed:
-        raise stopping() from None
-    except InputError as error:
-        raise ApiError(str(error)) from None
-
-
-def _tell(told: dict[str, Any], answer: Answer) -> None:
-    told["new_tokens"] = sum(choice.tokens for choice in answer.choices)
-    told["finish_reason"] = [choice.finish_reason for choice in answer.choices]
-    told["cached_tokens"] = answer.cached_tokens
+async def _refused(_: HttpRequest, error: Exception) -> Response:
+    raise error  # to the middleware, which writes and counts it
 
 
 async def _http_error(request: HttpRequest, error: Any) -> Response:

@@ -35,14 +35,13 @@ class Speed:
         """Return times and rates. Rates are of all rows together; decoding is all but each row's
         first token. A rate is missing where nothing was measured."""
         prompt, decode = self.first - self.began, self.last - self.first
-        decoded = self.new_tokens - self.rows
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "seconds_to_first_token": prompt,
-            **({"prompt_tokens_per_second": self.prompt_tokens / prompt} if prompt else {}),
-            "new_tokens": self.new_tokens,
-            **({"decode_tokens_per_second": decoded / decode} if decode and decoded > 0 else {}),
-        }
+        found = {"prompt_tokens": self.prompt_tokens, "seconds_to_first_token": prompt}
+        found["new_tokens"] = self.new_tokens
+        if prompt:
+            found["prompt_tokens_per_second"] = self.prompt_tokens / prompt
+        if decode and self.new_tokens > self.rows:
+            found["decode_tokens_per_second"] = (self.new_tokens - self.rows) / decode
+        return found
 
     def __str__(self) -> str:
         f = self.figures()
@@ -73,14 +72,10 @@ class Writer:
         or without a template.
         """
         if raw or self.tokenizer.chat_template is None:
-            start = (
-                self.tokenizer.bos_id
-                if self.tokenizer.bos_id is not None
-                else self.tokenizer.eos_id
-            )
-            ids = self.tokenizer.encode(prompt)
-            if ids and self.tokenizer.bos_id is None:
+            ids, start = self.tokenizer.encode(prompt), self.tokenizer.bos_id
+            if start is None and ids:
                 return ids
+            start = self.tokenizer.eos_id if start is None else start
             if start is None:
                 raise InputError("prompt: wanted text, this model has no token to start from")
             return [start, *ids]
@@ -105,12 +100,11 @@ class Writer:
 
         ``sampling``: as for `fastlm.inference.sampling.Sampling`.
         """
-        for ids in prompts:
-            if len(ids) >= self.context_limit:
-                raise InputError(
-                    f"prompt: wanted fewer than the model's {self.context_limit} tokens of context,"
-                    f" got {len(ids)}"
-                )
+        limit = self.context_limit
+        if (longest := max(map(len, prompts), default=0)) >= limit:
+            raise InputError(
+                f"prompt: wanted fewer than the model's {limit} tokens of context, got {longest}"
+            )
         self.speed = Speed(prompts)
         requests = batch_requests(
             prompts, max_new_tokens, Sampling(**sampling), seed=seed,
@@ -124,14 +118,12 @@ class Writer:
                 piece(row, part.text)
 
         completions = self._engine_for(requests).generate(requests, on_piece=take)
-        if failed := [one.error for one in completions if one.error]:
-            raise InputError(f"model: expected one that answers, got: {failed[0]}")
-        return [
-            replace(one, finish_reason="context")
-            if one.finish_reason == "length" and len(one.token_ids) < max_new_tokens
-            else one
-            for one in completions
-        ]
+        for i, one in enumerate(completions):
+            if one.error:
+                raise InputError(f"model: expected one that answers, got: {one.error}")
+            if one.finish_reason == "length" and len(one.token_ids) < max_new_tokens:
+                completions[i] = replace(one, finish_reason="context")
+        return completions
 
     def _engine_for(self, requests: Sequence[Request]) -> Engine:
         """Return an engine with room for all requests: the last one, which may know their prompts,
@@ -142,16 +134,16 @@ class Writer:
         pages = sum(length // BLOCK_SIZE + 2 for length in lengths)
         longest = max(lengths, default=2) if model.model.by_length else None
         last = self._engine
-        if last is None or last.pages.count < pages or longest not in (None, last.context_limit):
-            context = block_count(
-                model.config, 1, dtype=model.dtype, device=model.device, context=longest
-            )
-            last = self._engine = None  # before there are two
-            last = Engine(
-                model, self.tokenizer, num_blocks=max(pages, context), max_model_len=longest
-            )
-            self._engine = last
-        return last
+        if last is not None and last.pages.count >= pages:
+            if longest in (None, last.context_limit):
+                return last
+        context = block_count(
+            model.config, 1, dtype=model.dtype, device=model.device, context=longest
+        )
+        last = self._engine = None  # before there are two
+        blocks = max(pages, context)
+        self._engine = Engine(model, self.tokenizer, num_blocks=blocks, max_model_len=longest)
+        return self._engine
 
 
 class Conversation:
@@ -179,14 +171,10 @@ class Conversation:
         KeyboardInterrupt: what was written until then becomes a turn of the conversation.
         """
         turns = [*self.turns, {"role": "user", "content": text}]
-        reserve = min(self.max_new_tokens, self.writer.context_limit // 2)
-        encode = self.writer.tokenizer.encode_chat
-        while (
-            len(turns) > 1
-            and len(encode(self.system + turns)) + reserve > self.writer.context_limit
-        ):
+        limit, encode = self.writer.context_limit, self.writer.tokenizer.encode_chat
+        budget = limit - min(self.max_new_tokens, limit // 2)
+        while len(ids := encode(self.system + turns)) > budget and len(turns) > 1:
             turns = turns[2:]
-        ids = encode(self.system + turns)
         written: list[str] = []
 
         def take(_: int, more: str) -> None:

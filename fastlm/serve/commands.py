@@ -1,5 +1,7 @@
 """``fastlm serve`` and ``fastlm feedback``."""
 
+import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fastlm.errors import InputError
+from fastlm.files import read_text
 from fastlm.pipeline.commands import options_command
 from fastlm.serve.options import ADMIN_KEYS_VARIABLE, KEYS_VARIABLE, ServeOptions
 from fastlm.startup import imports
@@ -35,15 +38,11 @@ def _serve(options: ServeOptions) -> None:
     admin_keys = read_keys(options.admin_key_file, "admin_key_file", ADMIN_KEYS_VARIABLE)
     options.check(keys, admin_keys)
     templates.begin()
-    try:
+    with needs_serve("serve"):
         with imports():
             from fastlm.serve import process
         if options.feedback is not None:
-            import fastlm.serve.feedback  # noqa: F401  # a missing package is named below
-    except ImportError as error:
-        raise InputError(
-            f"serve: wanted the package {error.name}, not found: pip install 'fastlm[serve]'"
-        ) from None
+            import fastlm.serve.feedback  # noqa: F401  # names a missing package now
     process.run(options, keys, admin_keys)
 
 
@@ -54,15 +53,11 @@ def read_keys(
     file: Path | None, option: str = "api_key_file", variable: str = KEYS_VARIABLE
 ) -> list[str]:
     """The keys of a file, else of the environment. InputError: one is short or repeated."""
-    import os
-
     if file is None:
-        keys = [key.strip() for key in os.environ.get(variable, "").split(",")]
+        given = os.environ.get(variable, "").split(",")
     else:
-        from fastlm.files import read_text
-
-        keys = [line.strip() for line in read_text(file, 2**20).splitlines()]
-    keys = [key for key in keys if key and not key.startswith("#")]
+        given = read_text(file, 2**20).splitlines()
+    keys = [key.strip() for key in given if key.strip() and not key.strip().startswith("#")]
     for number, key in enumerate(keys, 1):
         if len(key) < 16 or not key.isascii() or not key.isprintable() or " " in key:
             raise InputError(
@@ -82,8 +77,6 @@ def show_command(
     """Show how many answers are kept, how many thumbs, comments, corrections and picks there are,
     and what the newest comments say.
     """
-    import json
-
     with open_store(database) as store:
         counts, newest = store.counts(), store.comments(comments)
     if as_json:
@@ -121,11 +114,11 @@ def open_store(database: str) -> "FeedbackStore":
 
 
 @contextmanager
-def needs_serve() -> Iterator[None]:
+def needs_serve(command: str = "feedback") -> Iterator[None]:
     """Context: of imports. InputError: a package is missing."""
     try:
         yield
     except ImportError as error:
         raise InputError(
-            f"feedback: wanted the package {error.name}, not found: pip install 'fastlm[serve]'"
+            f"{command}: wanted the package {error.name}, not found: pip install 'fastlm[serve]'"
         ) from None

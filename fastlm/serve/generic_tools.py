@@ -31,15 +31,16 @@ ANY_TEXT = {"type": "string"}
 
 def with_generic_tools(
     request: "ChatCompletionRequest", why_not: Callable[[str], str | None]
-) -> "ChatCompletionRequest":
-    """Return the request as a model takes it: unchanged where its chat template writes tools and
-    calls, else in the generic form. ``why_not``: `fastlm.serve.prompts.Prompts.why_not`."""
-    messages, form = request.messages, request.form
+) -> tuple[list[Message], list[Any] | None, Form | None]:
+    """Return messages, tools and form as a model takes them: those of the request where its chat
+    template writes tools and calls, else the generic form. ``why_not``:
+    `fastlm.serve.prompts.Prompts.why_not`."""
+    messages, tools, form = request.messages, request.tools, request.form
     if any(m["role"] == "tool" or m.get("tool_calls") for m in messages) and why_not("tool calls"):
         messages = _plain(messages)
-    if request.tools is None or not why_not("tools"):
-        return request.rewritten(messages, request.tools, form)
-    tools, required, response = request.tools, False, ANY_TEXT
+    if tools is None or not why_not("tools"):
+        return messages, tools, form
+    required, response = False, ANY_TEXT
     if form is not None and form.kind == "call":
         tools, required = form.value, True
     elif form is not None and form.kind == "calls_or":
@@ -48,20 +49,16 @@ def with_generic_tools(
     text = (REQUIRED if required else SYSTEM).format(
         tools=json.dumps([tool["function"] for tool in tools], ensure_ascii=False)
     )
-    messages = _with_system(messages, text, not why_not("a system message"))
+    role = "user" if why_not("a system message") else "system"
+    first, *rest = messages
+    if first["role"] == role:
+        messages = [{**first, "content": f"{text}\n\n{first['content']}"}, *rest]
+    else:
+        messages = [{"role": role, "content": text}, *messages]
     # one call unless several are asked for: a small model does not end a list
     value = GenericTools(tools, request.parallel_tool_calls is True, required, response)
     param = "tools" if form is None or form.kind == "calls" else form.param
-    return request.rewritten(messages, None, Form("generic", value, param))
-
-
-def _with_system(messages: Sequence[Message], text: str, has_system: bool) -> list[Message]:
-    """The messages with a text in the system message, or before the first of the user."""
-    role = "system" if has_system else "user"
-    first, *rest = messages
-    if first["role"] == role:
-        return [{**first, "content": f"{text}\n\n{first['content']}"}, *rest]
-    return [{"role": role, "content": text}, *messages]
+    return messages, None, Form("generic", value, param)
 
 
 def _plain(messages: Sequence[Message]) -> list[Message]:
@@ -70,10 +67,8 @@ def _plain(messages: Sequence[Message]) -> list[Message]:
     found: list[Message] = []
     for message in messages:
         if calls := message.get("tool_calls"):
-            called = [
-                {"name": call["function"]["name"], "arguments": call["function"]["arguments"]}
-                for call in calls
-            ]
+            keys = ("name", "arguments")
+            called = [{key: call["function"][key] for key in keys} for call in calls]
             text = json.dumps({"tool_calls": called}, ensure_ascii=False)
             content = f"{message['content']}\n{text}" if message.get("content") else text
             found.append({"role": "assistant", "content": content})

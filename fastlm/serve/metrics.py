@@ -1,7 +1,7 @@
 """What the server counts and measures, for Prometheus. docs/serving.md lists the names;
 fastlm/serve/grafana.json shows them."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -41,36 +41,29 @@ class Metrics:
     def __init__(self, stats: Callable[[], EngineStats]):
         self.registry = CollectorRegistry()
 
-        def made(kind: Any, name: str, text: str, labels: tuple[str, ...] = (), **more: Any) -> Any:
-            return kind(f"fastlm_{name}", text, labels, registry=self.registry, **more)
+        def counter(name: str, text: str, *labels: str) -> Any:
+            return Counter(f"fastlm_{name}", text, labels, registry=self.registry)
 
-        self.requests = made(Counter, "requests", "Requests by path and status", ("path", "status"))
-        self.errors = made(Counter, "errors", "Requests refused or failed, by type", ("type",))
-        self.cancelled = made(
-            Counter, "cancellations", "Answers whose client went away or was too slow"
-        )
-        self.feedback = made(Counter, "feedback", "Feedback that was stored, by kind", ("kind",))
-        self.store_failures = made(
-            Counter, "store_failures", "Conversations that could not be stored, whose answers were"
-            " delivered",
-        )  # fmt: skip
-        self.request_seconds = made(
-            Histogram, "request_seconds", "Time of a request", ("path",), buckets=SECONDS
-        )
-        self.queue_seconds = made(
-            Histogram, "queue_seconds", "From submission until an answer is computed, told at its"
-            " end", buckets=SECONDS,
-        )  # fmt: skip
-        self.first_token = made(
-            Histogram, "time_to_first_token_seconds", "From submission to the first token",
-            buckets=SECONDS,
-        )  # fmt: skip
-        self.next_token = made(
-            Histogram, "inter_token_seconds", "Between two tokens of an answer", buckets=BETWEEN
-        )
-        self.prompt_length = made(
-            Histogram, "prompt_length_tokens", "Tokens of a prompt", buckets=TOKENS
-        )
+        def histogram(name: str, text: str, buckets: Sequence[float], *labels: str) -> Any:
+            return Histogram(
+                f"fastlm_{name}", text, labels, registry=self.registry, buckets=buckets
+            )
+
+        self.requests = counter("requests", "Requests by path and status", "path", "status")
+        self.errors = counter("errors", "Requests refused or failed, by type", "type")
+        text = "Answers whose client went away or was too slow"
+        self.cancelled = counter("cancellations", text)
+        self.feedback = counter("feedback", "Feedback that was stored, by kind", "kind")
+        text = "Conversations that could not be stored, whose answers were delivered"
+        self.store_failures = counter("store_failures", text)
+        self.request_seconds = histogram("request_seconds", "Time of a request", SECONDS, "path")
+        text = "From submission until an answer is computed, told at its end"
+        self.queue_seconds = histogram("queue_seconds", text, SECONDS)
+        text = "From submission to the first token"
+        self.first_token = histogram("time_to_first_token_seconds", text, SECONDS)
+        text = "Between two tokens of an answer"
+        self.next_token = histogram("inter_token_seconds", text, BETWEEN)
+        self.prompt_length = histogram("prompt_length_tokens", "Tokens of a prompt", TOKENS)
         self.add(lambda: _engine_metrics(stats()))
 
     def add(self, collect: Callable[[], Iterable[Metric]]) -> None:

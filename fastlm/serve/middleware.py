@@ -21,14 +21,14 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.responses import Response
 
-from fastlm.serve.api_error import ApiError
+from fastlm.serve.api_error import ApiError, server_error
 from fastlm.serve.metrics import Metrics
-from fastlm.serve.response_stream import wait_for_disconnect
 
 # without a key: what holds no data, and what tells a balancer that the server lives
 OPEN_PATHS = frozenset(("/", "/rank", "/dashboard", "/health", "/ready"))
 OPEN_PREFIX = "/page/"
 QUIET_PATHS = frozenset(("/health", "/ready", "/metrics"))  # asked every few seconds
+FAILED = "the server failed; its log has the reason under this request's id"
 HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self';"
     " connect-src 'self'; img-src 'self'; base-uri 'none'; form-action 'none';"
@@ -89,52 +89,46 @@ class RequestMiddleware:
         self.paths = paths  # labels of metrics: others are "other"
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            if scope["type"] == "lifespan":
-                await self.app(scope, receive, send)
-            return
-        began, headers = time.perf_counter(), Headers(scope=scope)
-        told: dict[str, Any] = {}
-        scope["state"] = {**scope.get("state", {}), "told": told, "id": secrets.token_hex(16)}
-        status = 0
+        if scope["type"] != "http":  # the beginning and the end of the server
+            return await self.app(scope, receive, send)
+        began, told, status = time.perf_counter(), dict[str, Any](), 0
+        state = {**scope.get("state", {}), "told": told, "id": secrets.token_hex(16)}
+        scope["state"] = state
 
         async def sender(message: Any) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                more = MutableHeaders(raw=message["headers"])
-                more.update(HEADERS | {"x-request-id": scope["state"]["id"]})
-                if ignored := scope["state"].get("ignored"):
-                    more["x-fastlm-ignored"] = ", ".join(ignored)
+                headers = MutableHeaders(raw=message["headers"])
+                headers.update(HEADERS | {"x-request-id": state["id"]})
+                if ignored := state.get("ignored"):
+                    headers["x-fastlm-ignored"] = ", ".join(ignored)
             try:
                 async with asyncio.timeout(self.limits.write_seconds):
                     await send(message)
             except (TimeoutError, OSError):
                 # what the client did not take would hold the connection for ever
-                if (abort := scope["state"].get("abort")) is not None:
+                if (abort := state.get("abort")) is not None:
                     abort()
                 raise ClientDisconnected from None
 
         try:
             try:
-                self._check_framing(scope, headers)
-                scope["state"]["client"] = self._admit(scope, headers)
+                state["client"] = self._admit(scope)
                 await self.app(scope, receive, sender)
-            except ApiError as error:
-                await self.refuse(error)(scope, receive, sender)
             except ClientDisconnected:
-                told["gone"] = True
+                raise
             except Exception as error:
-                log("failure", id=scope["state"]["id"], **stack_of(error))
+                refused = error if isinstance(error, ApiError) else server_error(FAILED)
+                if refused is not error:
+                    log("failure", id=state["id"], **stack_of(error))
+                self.metrics.errors.labels(refused.code or refused.kind).inc()
                 if status:  # in the middle of a response: its end is missing
                     told["failed"] = True
-                    self.metrics.errors.labels("server_error").inc()
                 else:
-                    failed = ApiError(
-                        "the server failed; its log has the reason under this request's id",
-                        status=500, kind="server_error",
-                    )  # fmt: skip
-                    await self.refuse(failed)(scope, receive, sender)
+                    body = json.dumps(refused.body())  # in ASCII: whatever it quotes can be sent
+                    refusal = Response(body, refused.status, refused.headers, "application/json")
+                    await refusal(scope, receive, sender)
         except ClientDisconnected:
             told["gone"] = True
         finally:
@@ -142,23 +136,18 @@ class RequestMiddleware:
             path = scope["path"] if scope["path"] in self.paths else "other"
             self.metrics.requests.labels(path, status or 499).inc()
             self.metrics.request_seconds.labels(path).observe(seconds)
-            if (observer := scope["state"].get("observer")) is not None:
+            if (observer := state.get("observer")) is not None:
                 observer.end(_outcome(status, told))
             if status != 200 or path not in QUIET_PATHS:
                 log(
-                    "request", id=scope["state"]["id"], method=scope["method"], path=path,
+                    "request", id=state["id"], method=scope["method"], path=path,
                     status=status or 499, seconds=round(seconds, 4), **told,
                 )  # fmt: skip
 
-    def refuse(self, error: ApiError) -> Response:
-        self.metrics.errors.labels(error.code or error.kind).inc()
-        told = json.dumps(error.body())  # in ASCII: whatever it quotes can be sent
-        return Response(told, error.status, error.headers, "application/json")
-
-    def _check_framing(self, scope: Any, headers: Headers) -> None:
-        """ApiError: where the body ends can be read in two ways (RFC 9112, 6.1), or headers that
-        are too large. The connection is closed."""
-        close = {"connection": "close"}
+    def _admit(self, scope: Any) -> str:
+        """The client's name: that of its key, else its address. ApiError: it may not ask, its
+        headers are too large, or where the body ends can be read in two ways (RFC 9112, 6.1)."""
+        headers, close = Headers(scope=scope), {"connection": "close"}
         if "content-length" in headers and "transfer-encoding" in headers:
             raise ApiError(
                 "transfer-encoding: expected this or content-length, got both", headers=close
@@ -167,15 +156,12 @@ class RequestMiddleware:
         size += sum(len(name) + len(value) for name, value in scope["headers"])
         if size > (most := self.limits.header_bytes):
             raise ApiError(f"headers: expected at most {most} bytes, got {size}", headers=close)
-
-    def _admit(self, scope: Any, headers: Headers) -> str:
-        """The client's name: that of its key, else its address. ApiError: it may not ask."""
         if self.hosts is not None and _host(headers.get("host", "")) not in self.hosts:
             raise ApiError(
-                f"host: wanted one of {', '.join(sorted(self.hosts))}, got another (--allow-host)",
-                status=403,
-                param="host",
-            )
+                f"host: expected one of {', '.join(sorted(self.hosts))}, got another"
+                " (--allow-host)",
+                status=403, param="host",
+            )  # fmt: skip
         open_path = scope["path"] in OPEN_PATHS or scope["path"].startswith(OPEN_PREFIX)
         if not self.keys or open_path:
             return (scope.get("client") or ("",))[0]
@@ -184,7 +170,7 @@ class RequestMiddleware:
         # every key is compared, whichever fits
         if sum(hmac.compare_digest(given, one) for one in self.keys) == 0:
             raise ApiError(
-                "authorization: wanted 'Bearer KEY' with a key of this server",
+                "authorization: expected 'Bearer KEY' with a key of this server",
                 status=401, code="invalid_api_key", headers={"www-authenticate": "Bearer"},
             )  # fmt: skip
         return given.hex()
@@ -194,17 +180,12 @@ async def read_body(request: Request, limits: Limits) -> bytes:
     """The JSON body of a request. ApiError: 415, 413, 408."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":  # which a page elsewhere cannot send through a browser
-        raise ApiError(
-            f"content-type: wanted application/json, got {kind or 'none'!r:.80}",
-            status=415, param="content-type",
-        )  # fmt: skip
-    most = ApiError(
-        f"body: wanted at most {limits.body_bytes} bytes", status=413, param="body",
-        headers={"connection": "close"},
-    )  # fmt: skip
+        got = f"got {kind or 'none'!r:.80}"
+        raise _unread(415, f"content-type: expected application/json, {got}")
+    large = f"body: expected at most {limits.body_bytes} bytes"
     length = request.headers.get("content-length", "")
     if length.isdigit() and int(length[:19]) > limits.body_bytes:
-        raise most
+        raise _unread(413, large)
     data = bytearray()
     try:
         async with asyncio.timeout(limits.body_seconds):
@@ -214,39 +195,45 @@ async def read_body(request: Request, limits: Limits) -> bytes:
                     raise ClientDisconnected
                 data += message.get("body", b"")
                 if len(data) > limits.body_bytes:
-                    raise most
+                    raise _unread(413, large)
                 if not message.get("more_body"):
                     return bytes(data)
     except TimeoutError:
-        raise ApiError(
-            f"body: wanted all of it within {limits.body_seconds:g} s", status=408, param="body",
-            headers={"connection": "close"},
-        ) from None  # fmt: skip
+        slow = f"body: expected all of it within {limits.body_seconds:g} s"
+        raise _unread(408, slow) from None
+
+
+def _unread(status: int, message: str) -> ApiError:
+    """An error about a request whose body was not read to its end: the connection is closed."""
+    param = message.partition(":")[0]
+    return ApiError(message, status=status, param=param, headers={"connection": "close"})
 
 
 async def cancel_on_disconnect(receive: Callable[[], Awaitable[Any]], work: Any) -> Any:
-    """Return the result of the coroutine ``work``. ClientDisconnected: the client went away.
-    Then the work is cancelled."""
-    working = asyncio.ensure_future(work)
-    watching = asyncio.ensure_future(wait_for_disconnect(receive))
+    """Return the result of the coroutine ``work``, for a request whose body has been read.
+    ClientDisconnected: the client went away. Then the work is cancelled."""
+
+    async def disconnected() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(disconnected())]
     try:
-        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if not tasks[0].done():
             raise ClientDisconnected
-        return working.result()
+        return tasks[0].result()
     finally:
-        for task in (working, watching):
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(working, watching, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _outcome(status: int, told: Mapping[str, Any]) -> int:
     """The status of a response, or what it would have been: a stream fails after its 200."""
-    if told.get("gone"):
-        return 499
-    if status == 200:
-        return 500 if told.get("failed") else told.get("error_status", 200)
-    return 500 if told.get("failed") else status or 499
+    if told.get("gone") or told.get("failed"):
+        return 499 if told.get("gone") else 500
+    return told.get("error_status", 200) if status == 200 else status or 499
 
 
 def key_name(key: str) -> str:

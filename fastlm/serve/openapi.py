@@ -3,40 +3,37 @@
 import importlib.metadata
 from typing import Any
 
-from pydantic import BaseModel
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue, models_json_schema
 
 from fastlm.serve import rank_api
 from fastlm.serve.admin_api import PromoteRequest
 from fastlm.serve.protocol.body import EmptyRequest, RequestBody
-from fastlm.serve.protocol.chat_completion import ChatCompletionRequest, ChatCompletionResponse
-from fastlm.serve.protocol.completion import CompletionRequest, CompletionResponse
-from fastlm.serve.protocol.embedding import (
-    DetokenizeRequest,
-    EmbeddingRequest,
-    EmbeddingResponse,
-    TokenizeRequest,
-    TokenizeResponse,
-)
+from fastlm.serve.protocol.chat_completion import ChatCompletionRequest
+from fastlm.serve.protocol.completion import CompletionRequest
+from fastlm.serve.protocol.embedding import DetokenizeRequest, EmbeddingRequest, TokenizeRequest
 from fastlm.serve.protocol.feedback_request import FeedbackRequest
-from fastlm.serve.protocol.responses_api import ResponsesRequest, ResponsesResponse
+from fastlm.serve.protocol.responses_api import ResponsesRequest
 
-# path: what it does, its request, and its response: a model, or the keys of an object
-POSTS: dict[str, tuple[str, type[RequestBody], type[BaseModel] | str]] = {
-    "/v1/chat/completions": (
-        "Answer a conversation", ChatCompletionRequest, ChatCompletionResponse
-    ),
-    "/v1/completions": ("Continue a text", CompletionRequest, CompletionResponse),
+# path: what it does, its request, and the keys of its response
+Described = tuple[str, type[RequestBody], str]
+ANSWER = "id object created model choices usage"
+POSTS: dict[str, Described] = {
+    "/v1/chat/completions": ("Answer a conversation", ChatCompletionRequest, ANSWER),
+    "/v1/completions": ("Continue a text", CompletionRequest, ANSWER),
     "/v1/responses": (
-        "Answer a conversation, in OpenAI's newer API", ResponsesRequest, ResponsesResponse
+        "Answer a conversation, in OpenAI's newer API", ResponsesRequest,
+        "id object created_at status model output usage",
     ),
-    "/v1/embeddings": ("Texts as vectors", EmbeddingRequest, EmbeddingResponse),
-    "/tokenize": ("The tokens of a text or a conversation", TokenizeRequest, TokenizeResponse),
+    "/v1/embeddings": ("Texts as vectors", EmbeddingRequest, "object data model usage"),
+    "/tokenize": (
+        "The tokens of a text or a conversation", TokenizeRequest,
+        "count max_model_len tokens token_strs",
+    ),
     "/detokenize": ("The text of tokens", DetokenizeRequest, "prompt"),
     "/v1/feedback": ("Say what an answer is worth", FeedbackRequest, "object id kept"),
 }  # fmt: skip
 MODELS = "object status model decisions"
-ADMIN: dict[str, tuple[str, type[RequestBody], str]] = {
+ADMIN: dict[str, Described] = {
     "/v1/admin/promote": ("Let another model answer, or the canary", PromoteRequest, MODELS),
     "/v1/admin/rollback": ("End the canary, or go back to the model before", EmptyRequest, MODELS),
 }
@@ -68,15 +65,11 @@ STATUSES = {
 }
 
 
-class ErrorDetail(BaseModel):
-    message: str
-    type: str
-    param: str | None
-    code: str | None
+def _object(keys: str, **properties: Any) -> JsonSchemaValue:
+    return {"type": "object", "required": keys.split(), "properties": properties}
 
 
-class Error(BaseModel):
-    error: ErrorDetail
+ERROR = _object("error", error=_object("message type param code"))
 
 
 class _JsonSchema(GenerateJsonSchema):
@@ -95,37 +88,30 @@ class _JsonSchema(GenerateJsonSchema):
 def openapi(ranks: bool, admin: bool) -> dict[str, Any]:
     """OpenAPI 3.1; ``ranks``: with the paths of /rank; ``admin``: with those that change models."""
     posts = POSTS | (rank_api.PATHS if ranks else {}) | (ADMIN if admin else {})
-    models = dict.fromkeys(model for _, *both in posts.values() for model in both)
+    requests = dict.fromkeys(request for _, request, _ in posts.values())
     refs, schemas = models_json_schema(
-        [(model, "validation") for model in (*models, Error) if not isinstance(model, str)],
+        [(request, "validation") for request in requests],
         ref_template="#/components/schemas/{model}", schema_generator=_JsonSchema,
     )  # fmt: skip
-    refs = {model: ref for (model, _), ref in refs.items()}
     paths: dict[str, Any] = {}
-    for path, (summary, request, response) in posts.items():
-        content = {JSON: {"schema": refs[request]}}
+    for path, (summary, request, keys) in posts.items():
+        content = {JSON: {"schema": refs[request, "validation"]}}
         body = {"required": True, "content": content}
-        schema = _object(response) if isinstance(response, str) else refs[response]
-        paths[path] = {"post": {**_operation(path, summary, schema), "requestBody": body}}
+        paths[path] = {"post": {**_operation(path, summary, keys), "requestBody": body}}
     for path, (summary, keys) in (GETS | (ADMIN_GETS if admin else {})).items():
-        schema = {"type": "string"} if keys is None else _object(keys)
-        paths[path] = {"get": _operation(path, summary, schema)}
+        paths[path] = {"get": _operation(path, summary, keys)}
     return {
         "openapi": "3.1.0",
         "info": {"title": "fastlm", "version": importlib.metadata.version("fastlm")},
         "paths": paths,
-        "components": {"schemas": schemas["$defs"]},
+        "components": {"schemas": schemas["$defs"] | {"Error": ERROR}},
     }
 
 
-def _object(keys: str) -> JsonSchemaValue:
-    return {"type": "object", "required": keys.split()}
-
-
-def _operation(path: str, summary: str, schema: JsonSchemaValue) -> dict[str, Any]:
-    """``schema``: that of the response."""
-    kind = "text/plain" if schema.get("type") == "string" else JSON
-    content: dict[str, Any] = {kind: {"schema": schema}}
+def _operation(path: str, summary: str, keys: str | None) -> dict[str, Any]:
+    """``keys``: of the response; None: it is a text."""
+    schema = {"type": "string"} if keys is None else _object(keys)
+    content: dict[str, Any] = {"text/plain" if keys is None else JSON: {"schema": schema}}
     if path in STREAMED:
         content["text/event-stream"] = {}  # OpenAPI 3.1 cannot describe events and "[DONE]"
     responses: dict[str, Any] = {"200": {"description": "OK", "content": content}}

@@ -15,15 +15,11 @@ KEYS_VARIABLE = "FASTLM_API_KEYS"
 ADMIN_KEYS_VARIABLE = "FASTLM_ADMIN_KEYS"
 ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s?#]+")
 KV_DTYPES = ("float32", "bfloat16", "float16", "int8")
-BOUNDS = {
-    "port": (0, 65535), "measure_days": (1, math.inf), "measure_rows": (0, 10**7),
-    "max_new_tokens": (1, math.inf), "max_body": (1024, math.inf), "max_waiting": (1, math.inf),
-    "max_rows": (1, math.inf), "max_length": (2, math.inf), "pages": (1, 2**31 - 1),
-    "draft_tokens": (0, math.inf), "max_connections": (1, math.inf), "max_seconds": (1, math.inf),
-    "drain": (0, math.inf),
+AT_LEAST = {
+    "measure_days": 1, "max_new_tokens": 1, "max_body": 1024, "max_waiting": 1, "max_rows": 1,
+    "max_length": 2, "draft_tokens": 0, "max_connections": 1, "max_seconds": 1, "drain": 0,
 }  # fmt: skip
-
-
+BETWEEN = {"port": (0, 65535), "measure_rows": (0, 10**7), "pages": (1, 2**31 - 1)}
 # Options of `fastlm.inference.engine.Engine` -> those of the server, by which users know them
 ENGINE_OPTIONS = {
     "num_blocks": "pages", "max_num_seqs": "max_rows", "max_queue_size": "max_waiting",
@@ -137,8 +133,7 @@ class ServeOptions:
     canary_most: Annotated[int, "Outcomes after which the old model stays"] = 5000
     models_dir: Annotated[Path | None, "`fastlm promote` may load models below this folder"] = None
     state: Annotated[
-        Path | None,
-        "What was decided, for the next start; default: next to the --feedback file",
+        Path | None, "What was decided, for the next start; default: next to the --feedback file"
     ] = None
     admin_key_file: Annotated[
         Path | None, f"Keys that may promote and roll back; or in {ADMIN_KEYS_VARIABLE}"
@@ -146,35 +141,35 @@ class ServeOptions:
 
     def check(self, keys: Sequence[str], admin_keys: Sequence[str]) -> None:
         """Refuse options that cannot work. InputError names the option."""
-        for name, (low, high) in BOUNDS.items():
+        bounds = {name: (least, math.inf) for name, least in AT_LEAST.items()} | BETWEEN
+        for name, (low, high) in bounds.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 bound = f"{low} to {high}" if high < math.inf else f"at least {low}"
                 raise InputError(f"{name}: expected {bound}, got {value}")
-        if admin_keys and not keys:
-            raise InputError("admin_key_file: wanted API keys, too (--api-key-file), got none")
-        if self.host not in LOCAL_NAMES and not keys:
-            raise InputError(
-                f"host: wanted API keys (--api-key-file) to listen on {self.host}, got none"
-            )
+        for wrong, message in (
+            (admin_keys and not keys, "admin_key_file: expected API keys, too (--api-key-file)"),
+            (self.host not in LOCAL_NAMES and not keys,
+             f"host: expected API keys (--api-key-file) to listen on {self.host}"),
+            ("*" in self.allow_origin and not keys,
+             "allow_origin: expected API keys (--api-key-file) with '*'"),
+            (self.metrics and not self.feedback, "metrics: expected with --feedback"),
+            (self.alerts and not self.feedback, "alerts: expected with --feedback"),
+            (self.canary and not self.feedback,
+             "canary: expected --feedback, where its outcomes are kept"),
+        ):  # fmt: skip
+            if wrong:
+                raise InputError(f"{message}, got none")
         for origin in self.allow_origin:
-            if origin == "*" and not keys:
-                raise InputError(
-                    "allow_origin: expected API keys (--api-key-file) with '*', got none"
-                )
             if origin != "*" and not ORIGIN.fullmatch(origin):
                 raise InputError(
                     "allow_origin: expected '*' or a page's scheme, host and port, as"
                     f" https://example.org, got {origin!r:.80}"
                 )
-        self.adapters()
         if self.kv_dtype not in (None, *KV_DTYPES):
-            raise InputError(f"kv_dtype: wanted {', '.join(KV_DTYPES)}, got {self.kv_dtype!r:.80}")
-        for name in ("metrics", "alerts"):
-            if getattr(self, name) is not None and self.feedback is None:
-                raise InputError(f"{name}: wanted with --feedback, which has none")
-        if self.canary is not None and self.feedback is None:
-            raise InputError("canary: wanted --feedback, where its outcomes are kept, got none")
+            names = ", ".join(KV_DTYPES)
+            raise InputError(f"kv_dtype: expected {names}, got {self.kv_dtype!r:.80}")
+        self.adapters()
         self.state_file()
 
     def adapters(self) -> dict[str, Path]:
@@ -192,7 +187,7 @@ class ServeOptions:
         if self.canary is None and self.models_dir is None:
             return None
         if self.state is None and (self.feedback is None or "://" in self.feedback):
-            raise InputError("state: wanted a file for what is decided (--state), got none")
+            raise InputError("state: expected a file for what is decided (--state), got none")
         return self.state or Path(f"{self.feedback}.models.json")
 
     def engine(self) -> dict[str, Any]:

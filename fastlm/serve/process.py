@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import h11
@@ -82,8 +81,8 @@ def run(options: ServeOptions, keys: Sequence[str] = (), admin_keys: Sequence[st
 def _load(
     options: ServeOptions, store: "FeedbackStore | None", ratings: Sequence["Rating"]
 ) -> tuple[Models, ModelManager | None]:
-    """Load the models that answer, with what changes them, if anything does. ``ratings``: the
-    numbers that people may give."""
+    """Load the models that answer, as was decided last, with what changes them, if anything does.
+    ``ratings``: the numbers that people may give."""
     adapters, state_file = options.adapters(), options.state_file()
     name = options.name or name_of(options.model)
     if name in adapters:
@@ -95,40 +94,29 @@ def _load(
         template=None if template is None else read_text(template, MOST_TEMPLATE),
         share=len(adapters) + 1,
     )  # fmt: skip
+    manager = None
     if state_file is None:
-        manager = None
         models = Models(loader.load(options.model, digest_of(options.model)))
     else:
-        manager = _manager(options, state_file, loader, store, ratings)
+        base = str(options.model)
+        named = [base] if options.canary is None else [base, options.canary]
+        allowed = Allowed(named, options.models_dir)
+        if store is None:
+            manager = ModelManager(loader, base, state_file, allowed)
+            manager.begin()
+        else:
+            from fastlm.serve.canary.canary_manager import CanaryManager
+            from fastlm.serve.canary.canary_store import CanaryStore
+            from fastlm.serve.canary.decision import CanaryConfig
+
+            config = CanaryConfig.of(options, ratings)
+            counts = CanaryStore(store, config.rating)
+            manager = CanaryManager(loader, base, state_file, allowed, counts, config)
+            manager.begin(options.canary)
         models = manager.models
     for key, place in adapters.items():
         models.add(replace(loader, name=key, versions=False).load(place, digest_of(place)))
     return models, manager
-
-
-def _manager(
-    options: ServeOptions,
-    state_file: Path,
-    loader: Loader,
-    store: "FeedbackStore | None",
-    ratings: Sequence["Rating"],
-) -> ModelManager:
-    """Load what was decided last, and begin or continue the canary's experiment."""
-    base = str(options.model)
-    allowed = Allowed([base, *([options.canary] if options.canary else [])], options.models_dir)
-    if store is None:
-        manager = ModelManager(loader, base, state_file, allowed)
-        manager.begin()
-        return manager
-    from fastlm.serve.canary.canary_manager import CanaryManager
-    from fastlm.serve.canary.canary_store import CanaryStore
-    from fastlm.serve.canary.decision import CanaryConfig
-
-    config = CanaryConfig.of(options, ratings)
-    counts = CanaryStore(store, config.rating)
-    manager = CanaryManager(loader, base, state_file, allowed, counts, config)
-    manager.begin(options.canary)
-    return manager
 
 
 def config_of(server: Server, max_connections: int, drain: float) -> uvicorn.Config:
@@ -153,50 +141,46 @@ class _Connection(H11Protocol):
     def __init__(self, limits: Limits, *args: Any, **options: Any):
         super().__init__(*args, **options)
         self.limits = limits
-        self._no_headers: asyncio.TimerHandle | None = None
-        self._no_reader: asyncio.TimerHandle | None = None
-        self._no_body: asyncio.TimerHandle | None = None
+        self._timers: dict[str, asyncio.TimerHandle] = {}  # "headers", "reader", "body"
         self._unread = 0  # bytes of a body after the response to its request
-        self.app_state = {**self.app_state, "abort": self._abort}
+        self.app_state = {**self.app_state, "abort": lambda: self.transport.abort()}
 
-    def _abort(self) -> None:
-        self.transport.abort()
+    def _abort_after(self, seconds: float, name: str) -> None:
+        self._timers[name] = self.loop.call_later(seconds, self.transport.abort)
+
+    def _stop(self, *names: str) -> None:
+        for name in names:
+            if (timer := self._timers.pop(name, None)) is not None:
+                timer.cancel()
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._wait_for_headers()
+        self._abort_after(self.limits.header_seconds, "headers")
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if self.conn.their_state is h11.IDLE:
-            self._wait_for_headers()
-        else:
-            self._no_headers = _stopped(self._no_headers)
-            self._no_reader = _stopped(self._no_reader)  # the next response is written, too
+        if self.conn.their_state is not h11.IDLE:
+            self._stop("headers", "reader")  # the next response is written, too
+        elif "headers" not in self._timers:
+            self._abort_after(self.limits.header_seconds, "headers")
         if self.conn.their_state is not h11.SEND_BODY:
-            self._no_body = _stopped(self._no_body)
-        elif self._no_body is not None:
+            self._stop("body")
+        elif "body" in self._timers:
             self._unread += len(data)
             if self._unread > self.limits.body_bytes:
                 self.transport.abort()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        self._no_reader = _stopped(self._no_reader)
+        self._stop("reader")
         self._wait_for_reader(None)
         if self.conn.their_state is h11.SEND_BODY:
             self._unread = 0
-            self._no_body = self.loop.call_later(self.limits.body_seconds, self.transport.abort)
+            self._abort_after(self.limits.body_seconds, "body")
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        self._no_headers, self._no_reader = _stopped(self._no_headers), _stopped(self._no_reader)
-        self._no_body = _stopped(self._no_body)
-
-    def _wait_for_headers(self) -> None:
-        if self._no_headers is None:
-            wait = self.limits.header_seconds
-            self._no_headers = self.loop.call_later(wait, self.transport.abort)
+        self._stop(*self._timers)
 
     def _wait_for_reader(self, before: int | None) -> None:
         """Give up a client that took nothing since ``before`` bytes were left to send."""
@@ -205,12 +189,7 @@ class _Connection(H11Protocol):
             self.transport.abort()
         elif left:
             wait = self.limits.write_seconds
-            self._no_reader = self.loop.call_later(wait, self._wait_for_reader, left)
-
-
-def _stopped(timer: asyncio.TimerHandle | None) -> None:
-    if timer is not None:
-        timer.cancel()
+            self._timers["reader"] = self.loop.call_later(wait, self._wait_for_reader, left)
 
 
 class _Process(uvicorn.Server):

@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 from fastlm.data.conversations import Message
 from fastlm.errors import InputError
-from fastlm.inference.forms import OPEN
-from fastlm.serve.api_error import ApiError
+from fastlm.inference.forms import OPEN, Form
+from fastlm.serve.api_error import ApiError, field_error
+from fastlm.serve.generic_tools import with_generic_tools
 from fastlm.serve.protocol.chat_completion import ChatCompletionRequest
 
 if TYPE_CHECKING:
@@ -43,46 +44,40 @@ class Prompts:
         longest = max(len(tokenizer.token_bytes(id)) for id in range(tokenizer.vocab_size))
         self.most_bytes = context_limit * longest
 
-    def chat(self, request: ChatCompletionRequest) -> list[int]:
-        """The ids of a conversation through the chat template. ApiError: the model has none, it
-        refuses the messages or leaves a part of them out, no room for an answer.
+    def chat(self, request: ChatCompletionRequest) -> tuple[list[int], Form | None]:
+        """The ids of a conversation through the chat template, and the form that the answer must
+        have: that of the request, or the one of `fastlm.serve.generic_tools`. ApiError: the model
+        has no template, it refuses the messages or leaves a part of them out, no room for an
+        answer.
         """
         if self.tokenizer.chat_template is None:
-            raise ApiError(
-                "messages: expected a model with a chat template, this one has none"
-                " (/v1/completions continues text)",
-                param="messages",
-            )
-        self._check_parts(request)
-        variables = request.template_variables
-        if request.tools is not None:
-            variables["tools"] = request.tools
+            why = "this one has none (/v1/completions continues text)"
+            raise field_error("messages", f"expected a model with a chat template, {why}")
+        messages, tools, form = with_generic_tools(request, self.why_not)
+        self._check_parts(messages, tools, form)
+        variables = {"reasoning_effort": request.reasoning_effort, "tools": tools}
+        variables = {name: value for name, value in variables.items() if value is not None}
+        variables |= request.chat_template_kwargs or {}
         try:
-            check = partial(self._check_size, name="messages")
             ids = self.tokenizer.encode_chat(
-                request.messages,
-                check=check,
-                add_generation_prompt=request.add_generation_prompt,
-                **variables,
-            )
+                messages, check=partial(self._check_size, "messages"),
+                add_generation_prompt=request.add_generation_prompt, **variables,
+            )  # fmt: skip
         except ApiError:
             raise
         except InputError as error:
             raise ApiError(str(error), param="messages") from None
-        return self._fitting(ids, "messages")
+        return self._fitting(ids, "messages"), form
 
     def text(self, prompt: str | list[int], name: str = "prompt", room: int = 1) -> list[int]:
         """The ids of a prompt to be continued: as given, or those of the text after the token that
         begins texts.
         """
         if isinstance(prompt, list):
-            if (most := max(prompt)) >= self.tokenizer.vocab_size:
-                raise ApiError(
-                    f"{name}: expected token ids below {self.tokenizer.vocab_size}, got {most}",
-                    param=name,
-                )
+            if (most := max(prompt)) >= (vocab := self.tokenizer.vocab_size):
+                raise field_error(name, f"expected token ids below {vocab}, got {most}")
             return self._fitting(prompt, name, room)
-        self._check_size(prompt, name)
+        self._check_size(name, prompt)
         try:
             ids = self.tokenizer.encode(prompt)
         except InputError as error:
@@ -98,62 +93,49 @@ class Prompts:
         ends = (self.tokenizer.bos_id, self.tokenizer.eos_id)
         ids = ids or [token for token in ends if token is not None][:1]
         if not ids:
-            raise ApiError("input: expected a text that is not empty, got ''", param="input")
+            raise field_error("input", "expected a text that is not empty, got ''")
         return ids
 
-    def _check_size(self, text: str, name: str) -> None:
+    def _check_size(self, name: str, text: str) -> None:
         """Refuse a text that has more tokens than the context, without encoding all of it: for a
         megabyte that takes seconds and 300 MB.
         """
-        if (size := len(text.encode())) > self.most_bytes:
-            refused = f"the {self.most_bytes} bytes that the model's context of"
-            refused += f" {self.context_limit} tokens can hold, got {size}"
-        elif size > PLAIN * self.context_limit and self.tokenizer.is_longer(
-            text, self.context_limit
-        ):
-            refused = f"the {self.context_limit} tokens of the model's context, got more"
-        else:
-            return
-        raise ApiError(
-            f"{name}: expected at most {refused}", param=name, code="context_length_exceeded"
-        )
+        limit, size = self.context_limit, len(text.encode())
+        if size > self.most_bytes:
+            can = f"the model's context of {limit} tokens can hold, got {size}"
+            raise _too_long(name, f"the {self.most_bytes} bytes that {can}")
+        if size > PLAIN * limit and self.tokenizer.is_longer(text, limit):
+            raise _too_long(name, f"the {limit} tokens of the model's context, got more")
 
     def _fitting(self, ids: list[int], name: str, room: int = 1) -> list[int]:
-        if len(ids) + room > self.context_limit:
-            raise ApiError(
-                f"{name}: expected at most {self.context_limit - room} tokens of the model's"
-                f" context of {self.context_limit}, got {len(ids)}",
-                param=name,
-                code="context_length_exceeded",
-            )
+        limit = self.context_limit
+        if len(ids) + room > limit:
+            context = f"tokens of the model's context of {limit}"
+            raise _too_long(name, f"{limit - room} {context}, got {len(ids)}")
         return ids
 
-    def _check_parts(self, request: ChatCompletionRequest) -> None:
-        roles = {message["role"] for message in request.messages}
-        called = "tool" in roles or any(message.get("tool_calls") for message in request.messages)
-        has = {
-            "tools": request.tools is not None,
-            "a system message": "system" in roles,
-            "tool calls": called,
-        }
-        for part, given in has.items():
+    def _check_parts(
+        self, messages: list[Message], tools: list[Any] | None, form: Form | None
+    ) -> None:
+        roles = {message["role"] for message in messages}
+        called = any(message.get("tool_calls") for message in messages)
+        has = (tools is not None, "system" in roles, called or "tool" in roles)
+        for part, given in zip(PARTS, has, strict=True):
             if given and (why := self.why_not(part)):
+                why = f"the model's chat template does not write that: {why}"
                 param = "tools" if part == "tools" else "messages"
-                raise ApiError(
-                    f"{param}: expected none with {part}: the model's chat template does not write"
-                    f" that: {why}",
-                    param=param,
-                )
-        form, template = request.form, self.tokenizer.chat_template or ""
-        if form is not None and form.kind == "calls":
-            if OPEN not in template or OPEN in self.tokenizer.special_tokens:
-                what = "strict: true" if form.param == "tools" else "false"
-                raise ApiError(
-                    f"{form.param}: expected {what} with tool_choice 'required' or a named"
-                    f" function, got 'auto': this model does not write calls as {OPEN}, the one"
-                    " form that can be kept to a schema inside free text",
-                    param=form.param,
-                )
+                raise field_error(param, f"expected none with {part}: {why}")
+        template = self.tokenizer.chat_template or ""
+        if form is None or form.kind != "calls":
+            return
+        if OPEN not in template or OPEN in self.tokenizer.special_tokens:
+            what = "strict: true" if form.param == "tools" else "false"
+            raise field_error(
+                form.param,
+                f"expected {what} with tool_choice 'required' or a named function, got 'auto': this"
+                f" model does not write calls as {OPEN}, the one form that can be kept to a schema"
+                " inside free text",
+            )
 
     def _why_not(self, part: str) -> str | None:
         """Why the template drops this part of a conversation, None if it writes it."""
@@ -164,3 +146,7 @@ class Prompts:
         except InputError as error:
             return str(error)
         return None
+
+
+def _too_long(name: str, most: str) -> ApiError:
+    return field_error(name, f"expected at most {most}", "context_length_exceeded")

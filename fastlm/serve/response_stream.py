@@ -6,9 +6,10 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
-from fastlm.inference.requests import Listener, Piece, QueueFull, Request
+from fastlm.inference.requests import Piece, QueueFull, Request
 
 if TYPE_CHECKING:
     from fastlm.inference.engine import Engine
@@ -46,6 +47,7 @@ class RequestTimings:
 
     queue: float | None = None  # until it is computed
     first: float | None = None  # until its first token
+    last: float = 0.0  # until its last token
     whole: float | None = None
 
 
@@ -62,35 +64,43 @@ class ResponseStream:
         self, engine: "Engine", requests: Sequence[Request], metrics: "Metrics", quota: ClientQuota
     ):
         self.engine, self.metrics, self.count = engine, metrics, len(requests)
-        self._quota, self._client = quota, requests[0].client
-        self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
-        self._began = time.perf_counter()
-        self._last: dict[int, float] = {}
         self.times = [RequestTimings() for _ in requests]
+        self._quota, self._client = quota, requests[0].client
+        self._loop, self._began = asyncio.get_running_loop(), time.perf_counter()
+        self._queue: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
         self._ids: dict[int, int] = {}
         quota.acquire(self._client, len(requests))
         self._waiting = set(range(len(requests)))
         try:
             for index, request in enumerate(requests):
-                self._ids[index] = engine.submit(request, self._listener(index))
+                self._ids[index] = engine.submit(request, partial(self._listen, index))
         except BaseException:
-            self.abandon()
+            self.close()
             raise
 
-    def _listener(self, index: int) -> Listener:
-        def listen(piece: Piece) -> None:
-            now = time.perf_counter()  # a slow client's delays are not the engine's
-            with contextlib.suppress(RuntimeError):  # the loop has ended
-                self._loop.call_soon_threadsafe(self._take, index, piece, now)
+    def _listen(self, index: int, piece: Piece) -> None:
+        """Pass a piece on from the engine's thread."""
+        now = time.perf_counter()  # a slow client's delays are not the engine's
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            self._loop.call_soon_threadsafe(self._take, index, piece, now - self._began)
 
-        return listen
-
-    def _take(self, index: int, piece: Piece, now: float) -> None:
+    def _take(self, index: int, piece: Piece, seconds: float) -> None:
         if index in self._waiting:
             self._waiting.discard(index)
             self._quota.release(self._client)
-        self._measure(index, piece, now)
+        times, new = self.times[index], len(piece.tokens)
+        if new and times.first is None:
+            times.first = seconds
+            self.metrics.first_token.observe(seconds)
+        elif new:
+            for _ in range(new):
+                self.metrics.next_token.observe((seconds - times.last) / new)
+        if new:
+            times.last = seconds
+        if piece.finish_reason is not None:
+            times.queue, times.whole = piece.queue_seconds, seconds
+        if piece.queue_seconds is not None:
+            self.metrics.queue_seconds.observe(piece.queue_seconds)
         self._queue.put_nowait((index, piece))
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Piece]]:
@@ -100,39 +110,12 @@ class ResponseStream:
                 del self._ids[index]
             yield index, piece
 
-    def _measure(self, index: int, piece: Piece, now: float) -> None:
-        new = len(piece.tokens)
-        if new and index not in self._last:
-            self.times[index].first = now - self._began
-            self.metrics.first_token.observe(now - self._began)
-        elif new:
-            for _ in range(new):
-                self.metrics.next_token.observe((now - self._last[index]) / new)
-        if new:
-            self._last[index] = now
-        if piece.finish_reason is not None:
-            self.times[index].queue, self.times[index].whole = (
-                piece.queue_seconds,
-                now - self._began,
-            )
-        if piece.queue_seconds is not None:
-            self.metrics.queue_seconds.observe(piece.queue_seconds)
-
-    def close(self) -> None:
-        """Cancel the requests that have not ended, because the client is gone."""
-        self.metrics.cancelled.inc(len(self._ids))
-        self.abandon()
-
-    def abandon(self) -> None:
-        """Cancel the requests that have not ended."""
+    def close(self, *, gone: bool = False) -> None:
+        """Cancel the requests that have not ended; ``gone``: because their client is."""
+        if gone:
+            self.metrics.cancelled.inc(len(self._ids))
         for id in self._ids.values():
             self.engine.cancel(id)
         self._ids = {}
         self._quota.release(self._client, len(self._waiting))
         self._waiting = set()
-
-
-async def wait_for_disconnect(receive: Any) -> None:
-    """Wait until the client has closed the connection. The request's body has been read."""
-    while (await receive())["type"] != "http.disconnect":
-        pass

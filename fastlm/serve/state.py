@@ -7,12 +7,11 @@ import json
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from fastlm.errors import InputError
-from fastlm.files import read_json, save_atomic
+from fastlm.files import save_atomic
+from fastlm.schema import read_document
 
-VERSION = 1
 MOST_DECISIONS = 50
 
 
@@ -46,6 +45,7 @@ class State:
     previous: ModelRef | None = None
     canary: CanaryState | None = None
     decisions: list[dict[str, Any]] = field(default_factory=list)
+    version: Literal[1] = 1
 
     def with_decision(self, action: str, **told: Any) -> "State":
         """Return the state with one more decision."""
@@ -55,27 +55,9 @@ class State:
 
     def save(self, path: Path) -> None:
         """InputError: the file cannot be written; the old one stays."""
-        text = json.dumps({"version": VERSION, **asdict(self)}, indent=1)
-        save_atomic(path, lambda part: part.write_text(text, "utf-8"))
+        save_atomic(path, lambda part: part.write_text(json.dumps(asdict(self), indent=1), "utf-8"))
 
 
 def read_state(path: Path) -> State | None:
     """The state in a file, None if there is no file. InputError: it is none of ours."""
-    if not path.exists():
-        return None
-    given = read_json(path, 2**20)
-    try:
-        if given["version"] != VERSION:
-            raise KeyError("version")
-        previous, canary = given["previous"], given["canary"]
-        return State(
-            str(given["base"]),
-            ModelRef(**given["current"]),
-            None if previous is None else ModelRef(**previous),
-            None
-            if canary is None
-            else CanaryState(**{**canary, "model": ModelRef(**canary["model"])}),
-            list(given["decisions"]),
-        )
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{path}: wanted a state file of `fastlm serve`, got {error}") from None
+    return read_document(path, State, max_bytes=2**20) if path.exists() else None

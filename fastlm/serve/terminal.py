@@ -85,15 +85,13 @@ def _typed() -> Iterator[str]:
 
 def _obey(command: str, conversation: "Conversation") -> bool:
     """Run a command; return whether the conversation continues."""
-    if command == "/help":
-        _note(HELP)
-    elif command == "/reset":
+    if command not in ("/help", "/reset", "/exit"):
+        name = command.split()[0]
+        raise InputError(f"{name}: wanted /help, /reset or /exit (//TEXT sends /TEXT)")
+    if command == "/reset":
         conversation.reset()
-        _note("the conversation is forgotten")
-    elif command != "/exit":
-        raise InputError(
-            f"{command.split()[0]}: wanted /help, /reset or /exit (//TEXT sends /TEXT)"
-        )
+    if command != "/exit":
+        _note(HELP if command == "/help" else "the conversation is forgotten")
     return command != "/exit"
 
 
@@ -104,8 +102,7 @@ def _answer(conversation: "Conversation", text: str, stats: bool, options: dict[
         typer.echo()
         if not sys.stdin.isatty():
             raise
-        _note("stopped")
-        return
+        return _note("stopped")
     typer.echo()
     if answer.finish_reason == "context":
         _note(f"the model's context of {conversation.writer.context_limit:,} tokens is full")

@@ -1,49 +1,99 @@
-"""``POST /tokenize`` and ``/detokenize``, as vLLM has them: what clients count tokens by."""
+"""``POST /v1/embeddings``, and what clients count tokens by: ``/tokenize`` and ``/detokenize``, as
+vLLM has them."""
 
+import asyncio
+import base64
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from pydantic_core import to_json
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
 
 from fastlm.errors import InputError
-from fastlm.serve.api_error import ApiError
-from fastlm.serve.generic_tools import with_generic_tools
+from fastlm.serve.api_error import ApiError, field_error, server_error, stopping
+from fastlm.serve.completions import engine_errors
+from fastlm.serve.middleware import cancel_on_disconnect
 from fastlm.serve.protocol.body import validate
 from fastlm.serve.protocol.chat_completion import ChatCompletionRequest
-from fastlm.serve.protocol.embedding import DetokenizeRequest, TokenizeRequest
+from fastlm.serve.protocol.embedding import DetokenizeRequest, EmbeddingRequest, TokenizeRequest
 
 if TYPE_CHECKING:
     from fastlm.serve.app import Server
     from fastlm.serve.models import Served
 
+MOST_EMBEDDED = 300_000  # tokens of one request to /v1/embeddings: OpenAI's limit
 
-def routes(server: "Server") -> list[Route]:
-    async def tokenize(http: Request) -> Response:
-        request = await server.body(http, TokenizeRequest)
-        served = server.models.named(request.model or server.models.name)
-        return JSONResponse(await server.read(_tokenize, served, request))
 
-    async def detokenize(http: Request) -> Response:
-        request = await server.body(http, DetokenizeRequest)
-        served = server.models.named(request.model or server.models.name)
-        vocab = served.tokenizer.vocab_size
-        if (largest := max(request.tokens, default=0)) >= vocab:
-            raise ApiError(f"tokens: expected ids below {vocab}, got {largest}", param="tokens")
-        text = await server.read(served.tokenizer.decode, request.tokens)
-        return JSONResponse({"prompt": text})
-
-    return [
-        Route("/tokenize", tokenize, methods=["POST"]),
-        Route("/detokenize", detokenize, methods=["POST"]),
+async def embed(server: "Server", http: Request) -> Response:
+    request = await server.body(http, EmbeddingRequest)
+    client = http.state.client
+    lease = server.models.lease(request, client)
+    try:
+        http.state.ignored = server.ignored(request, lease.served)
+        inputs = await server.read(_inputs, lease.served, request)
+        http.state.told["prompt_tokens"] = tokens = sum(map(len, inputs))
+        if tokens > MOST_EMBEDDED:
+            most = f"{MOST_EMBEDDED} tokens in one request, got {tokens}"
+            raise field_error("input", f"expected at most {most}")
+        with engine_errors():
+            server.quota.acquire(client, 1)  # its inputs wait one after the other
+        work = _vectors(server, lease.served, request, inputs, client)
+        try:
+            vectors = await cancel_on_disconnect(http.receive, work)
+        except TimeoutError:
+            raise server_error("input: took too long", 503) from None
+        finally:
+            server.quota.release(client)
+    finally:
+        lease.end()
+    data = [
+        {"object": "embedding", "index": i, "embedding": vector} for i, vector in enumerate(vectors)
     ]
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+    told = {"object": "list", "data": data, "model": lease.served.name, "usage": usage}
+    return Response(to_json(told), media_type="application/json")
 
 
-def _tokenize(served: "Served", request: TokenizeRequest) -> dict[str, Any]:
+def _inputs(served: "Served", request: EmbeddingRequest) -> list[list[int]]:
+    if (request.dimensions or 0) > (size := served.model.config.hidden_size):
+        most = f"the model's {size}, got {request.dimensions}"
+        raise field_error("dimensions", f"expected at most {most}")
+    return [served.prompts.embedded(text) for text in request.inputs]
+
+
+async def _vectors(
+    server: "Server", served: "Served", request: EmbeddingRequest, inputs: list[Any], client: str
+) -> list[Any]:
+    vectors = []
+    async with asyncio.timeout(server.limits.answer_seconds):
+        for ids in inputs:  # one by one: the engine's steps run between them
+            work = partial(served.embedding, ids, request.dimensions)
+            with engine_errors():
+                future = served.engine.call(work, client)
+            try:
+                vectors.append(await asyncio.wrap_future(future))
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if task is None or task.cancelling():
+                    raise
+                raise stopping() from None  # the engine ended what waited
+    if request.encoding_format == "base64":
+        return [base64.b64encode(vector.tobytes()).decode() for vector in vectors]
+    return [vector.tolist() for vector in vectors]
+
+
+async def tokenize(server: "Server", http: Request) -> Response:
+    request = await server.body(http, TokenizeRequest)
+    served = server.models.named(request.model or server.models.name)
+    return JSONResponse(await server.read(_tokens, served, request))
+
+
+def _tokens(served: "Served", request: TokenizeRequest) -> dict[str, Any]:
     tokenizer = served.tokenizer
     if request.prompt is None:
         chat = validate(request.chat_body(served.name), ChatCompletionRequest)
-        tokens = served.prompts.chat(with_generic_tools(chat, served.prompts.why_not))
+        tokens, _ = served.prompts.chat(chat)
     else:
         try:
             tokens = tokenizer.encode(request.prompt)
@@ -56,3 +106,11 @@ def _tokenize(served: "Served", request: TokenizeRequest) -> dict[str, Any]:
         "count": len(tokens), "max_model_len": served.context_limit, "tokens": tokens,
         "token_strs": names if request.return_token_strs else None,
     }  # fmt: skip
+
+
+async def detokenize(server: "Server", http: Request) -> Response:
+    request = await server.body(http, DetokenizeRequest)
+    tokenizer = server.models.named(request.model or server.models.name).tokenizer
+    if (largest := max(request.tokens, default=0)) >= tokenizer.vocab_size:
+        raise field_error("tokens", f"expected ids below {tokenizer.vocab_size}, got {largest}")
+    return JSONResponse({"prompt": await server.read(tokenizer.decode, request.tokens)})

@@ -16,6 +16,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
+from fastlm.inference.answer_text import split_at_stop
 from fastlm.inference.forms import CLOSE, OPEN
 
 DECODER = json.JSONDecoder()
@@ -39,33 +40,20 @@ class ToolText:
             start = self._held.lstrip()
             if not start or start[0] in "{[":
                 return ""
-        at = self._held.find(OPEN)
-        if at < 0:
-            at = next(
-                (len(self._held) - n for n in range(len(OPEN) - 1, 0, -1)
-                 if self._held.endswith(OPEN[:n])),
-                len(self._held),
-            )  # fmt: skip
-        return self._pass(at)
+        ready, *_ = split_at_stop(self._held, (OPEN,))
+        self._held = self._held[len(ready) :]
+        self._began = self._began or bool(ready.strip())
+        return ready
 
     def end(self) -> str:
         """Return the rest of the text."""
         text, self._held = self._held, ""
-        if self.whole and not self._began and (calls := self._whole(text)):
-            self.calls = calls
+        whole = self._read(text, 0) if self.whole and not self._began else None
+        if whole is not None and not text[whole[1] :].strip():
+            self.calls = whole[0]
             return ""
         rest, self.calls = self._blocks(text)
         return rest if rest.strip() or not self.calls else ""
-
-    def _pass(self, at: int) -> str:
-        ready, self._held = self._held[:at], self._held[at:]
-        self._began = self._began or bool(ready.strip())
-        return ready
-
-    def _whole(self, text: str) -> list[dict[str, Any]]:
-        """The calls of an answer that is JSON as a whole, none where it is text."""
-        found = self._read(text, 0)
-        return found[0] if found and not text[found[1] :].strip() else []
 
     def _blocks(self, text: str) -> tuple[str, list[dict[str, Any]]]:
         """``text`` without its calls, and those; the last may lack its `CLOSE`."""
@@ -91,31 +79,30 @@ class ToolText:
         return (calls, end) if calls else None
 
 
-class CallsOrText:
-    """As `ToolText`, of an answer that is either calls or, where it begins otherwise, text to its
-    end: a text of some form may quote a call.
+class CallsOrText(ToolText):
+    """An answer that is either calls or, where it begins otherwise, text to its end: a text of some
+    form may quote a call.
     """
 
     def __init__(self, names: Collection[str]):
-        self._tools, self._begin = ToolText(names, whole=False), ""
+        super().__init__(names, whole=False)
         self._is_text: bool | None = None  # None: it is not known yet
-
-    @property
-    def calls(self) -> list[dict[str, Any]]:
-        return self._tools.calls
 
     def push(self, piece: str) -> str:
         if self._is_text is None:
-            self._begin += piece
-            start = self._begin.lstrip()
+            self._held += piece
+            start = self._held.lstrip()
             if OPEN.startswith(start):
                 return ""
             self._is_text = not start.startswith(OPEN)
-            piece = self._begin if self._is_text else start
-        return piece if self._is_text else self._tools.push(piece)
+            piece, self._held = self._held if self._is_text else start, ""
+        return piece if self._is_text else super().push(piece)
 
     def end(self) -> str:
-        return self._begin if self._is_text is None else "" if self._is_text else self._tools.end()
+        if self._is_text is not False:
+            text, self._held = self._held, ""
+            return text
+        return super().end()
 
 
 def calls_of(values: Collection[Any], names: Collection[str]) -> list[dict[str, Any]]:
@@ -131,9 +118,9 @@ def _call(call: Any, names: Collection[str]) -> dict[str, Any] | None:
     arguments = call.get("arguments", call.get("parameters", {}))
     try:
         if isinstance(arguments, dict):
-            arguments = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
-            if not _is_unicode(arguments):
-                arguments = json.dumps(call.get("arguments", call.get("parameters")))
+            text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+            # a model may write the escape of a lone surrogate, which UTF-8 cannot encode
+            arguments = text if _is_unicode(text) else json.dumps(arguments)
     except ValueError:  # NaN, which JSON does not have
         return None
     if not isinstance(arguments, str) or not _is_unicode(arguments):
@@ -143,15 +130,8 @@ def _call(call: Any, names: Collection[str]) -> dict[str, Any] | None:
 
 
 def _after_space(text: str, at: int) -> int:
-    while at < len(text) and text[at].isspace():
-        at += 1
-    return at
+    return len(text) - len(text[at:].lstrip())
 
 
 def _is_unicode(text: str) -> bool:
-    """Whether UTF-8 can encode it: a model may write the escape of a lone surrogate."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return text.encode(errors="replace").decode() == text

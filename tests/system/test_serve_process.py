@@ -51,9 +51,9 @@ def test_refusals(folder, tmp_path):
         assert done.returncode == 2, done.stderr
         return done.stderr.strip().splitlines()[-1]
 
-    assert "host: wanted API keys" in refused("-m", folder, "--host", "0.0.0.0")
+    assert "host: expected API keys" in refused("-m", folder, "--host", "0.0.0.0")
     line = refused("-m", folder, "--kv-dtype", "int4")
-    assert line == "fastlm: kv_dtype: wanted float32, bfloat16, float16, int8, got 'int4'"
+    assert line == "fastlm: kv_dtype: expected float32, bfloat16, float16, int8, got 'int4'"
     with socket.create_server(("127.0.0.1", 0)) as taken:
         with pytest.raises(InputError, match=r"port: wanted a free one on 127\.0\.0\.1"):
             _listen("127.0.0.1", taken.getsockname()[1])
@@ -265,7 +265,7 @@ def test_files_of_metrics_and_alerts(folder, tmp_path):
     alerts.write_text("[[alert]]\nname = 1\n")
     for given, message in (
         (options, "alerts.toml line 2: name: expected a string, got 1"),
-        (("--alerts", alerts), "alerts: wanted with --feedback, which has none"),
+        (("--alerts", alerts), "alerts: expected with --feedback, got none"),
     ):
         arguments = ["serve", "--model", str(folder), "--port", "0", *map(str, given)]
         done = CliRunner().invoke(app, arguments)

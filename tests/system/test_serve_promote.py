@@ -81,9 +81,9 @@ def test_the_commands_and_a_kill(tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (("--canary", "b"), "canary: wanted --feedback"),
-        (("--models-dir", "."), "state: wanted a file"),
-        (("--admin-key-file", "keys"), "admin_key_file: wanted API keys, too"),
+        (("--canary", "b"), "canary: expected --feedback"),
+        (("--models-dir", "."), "state: expected a file"),
+        (("--admin-key-file", "keys"), "admin_key_file: expected API keys, too"),
         (("--canary", "b", "--feedback", "x", "--share", "1.5"), "share: wanted a number between"),
         (("--canary", "b", "--feedback", "x", "--canary-metric", "fun"), "canary_metric: wanted"),
         (("--canary", "b", "--feedback", "x", "--canary-rule", "x"), "canary_rule: wanted super"),

@@ -1,7 +1,7 @@
 """``POST /v1/chat/completions``: messages, which are text, and tools, which are functions."""
 
 import json
-from typing import Annotated, Any, Literal, NotRequired, Self
+from typing import Annotated, Any, ClassVar, Literal, NotRequired, Self
 
 from pydantic import (
     AfterValidator,
@@ -18,17 +18,9 @@ from typing_extensions import TypedDict
 from fastlm.data.conversations import Message, messages_of
 from fastlm.errors import InputError
 from fastlm.inference.forms import Form
-from fastlm.serve.answer_form import joined_form, response_form, tools_form
-from fastlm.serve.api_error import ApiError
-from fastlm.serve.protocol.body import (
-    STRICT,
-    WHOLE,
-    Identifier,
-    JsonSchema,
-    PositiveInt,
-    reject,
-)
-from fastlm.serve.protocol.completion import CompletionResponse, GenerationRequest, TopLogprobs
+from fastlm.serve.api_error import field_error
+from fastlm.serve.protocol.body import STRICT, WHOLE, Identifier, JsonSchema, PositiveInt, reject
+from fastlm.serve.protocol.completion import GenerationRequest, TopLogprobs
 
 MAX_MESSAGES = 4096
 MAX_TOOLS = 128
@@ -222,47 +214,58 @@ class ChatCompletionRequest(GenerationRequest):
     store: bool = False  # the user consents that the conversation is kept
     conversation_id: Identifier | None = None
 
+    format_field: ClassVar[str] = "response_format"  # as errors name it
+
     @model_validator(mode="after")
     def _check_chat(self) -> Self:
         if self.top_logprobs is not None and not self.logprobs:
-            raise ApiError("top_logprobs: expected with logprobs true", param="top_logprobs")
+            raise field_error("top_logprobs", "expected with logprobs true")
         if self.conversation_id is not None and not self.store:
-            raise ApiError("conversation_id: expected with store true", param="conversation_id")
+            raise field_error("conversation_id", "expected with store true")
         return self
 
-    def _answer_form(self) -> Form | None:
-        self.tools = self.tools or None
-        choice, parallel = self.tool_choice, self.parallel_tool_calls is not False
-        if self.tools is None and choice not in (None, "auto", "none"):
-            raise ApiError("tool_choice: expected with tools", param="tool_choice")
-        if choice == "none":
+    def _form(self) -> Form | None:
+        """The form of the text, of the calls, or of either, where a call need not come."""
+        if not self.tools and self.tool_choice not in (None, "auto", "none"):
+            raise field_error("tool_choice", "expected with tools")
+        if self.tool_choice == "none" or not self.tools:
             self.tools = None
-        form, structured = response_form(self.response_format), super()._answer_form()
-        if form is not None and structured is not None:
-            param = structured.param.partition(".")[0]
-            raise ApiError(f"{param}: expected this or {form.param}, got both", param=param)
-        named = choice["function"] if isinstance(choice, dict) else choice
-        calls = tools_form(named, self.tools, parallel)
-        return joined_form(form or structured, calls, self.tools, parallel)
+        form, response, at = super()._form(), self.response_format or {}, self.format_field
+        if (kind := response.get("type") or "text") != "text":
+            schema = (response.get("json_schema") or {}).get("schema")
+            if form is not None:
+                name = form.param.partition(".")[0]
+                raise field_error(name, f"expected this or {at}, got both")
+            if kind == "json_schema" and schema is None:
+                raise field_error(f"{at}.json_schema.schema", "expected a schema, got nothing")
+            form = Form(kind, schema if kind == "json_schema" else None, at)
+        calls = self._calls_form()
+        if self.tools is None or form is None or (calls is not None and calls.kind == "call"):
+            return calls or form
+        if form.kind not in ("json_object", "json_schema"):
+            raise field_error(form.param, "expected without tools, or a JSON schema with them")
+        parallel = self.parallel_tool_calls is not False
+        return Form("calls_or", (self.tools, parallel, form), form.param)
+
+    def _calls_form(self) -> Form | None:
+        """The form of an answer that has to be a call, or whose calls have to keep to something."""
+        tools, choice = self.tools, self.tool_choice
+        if tools is None:
+            return None
+        if choice in (None, "auto"):
+            strict = any(tool["function"].get("strict") for tool in tools)
+            parallel = self.parallel_tool_calls is not False
+            if parallel and not strict:
+                return None
+            return Form("calls", (tools, parallel), "tools" if strict else "parallel_tool_calls")
+        name = choice["function"]["name"] if isinstance(choice, dict) else None
+        named = [tool for tool in tools if name in (None, tool["function"]["name"])]
+        if not named:
+            raise field_error(
+                "tool_choice.function.name", f"expected one of the tools, got {name!r}"
+            )
+        return Form("call", named, "tool_choice")
 
     @property
     def num_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
-
-    @property
-    def template_variables(self) -> dict[str, Any]:
-        effort = self.reasoning_effort
-        variables = {} if effort is None else {"reasoning_effort": effort}
-        return variables | (self.chat_template_kwargs or {})
-
-    def rewritten(
-        self, messages: list[Message], tools: list[Any] | None, form: Form | None
-    ) -> "ChatCompletionRequest":
-        """Return the request with other messages, tools and form."""
-        request = self.model_copy(update={"messages": messages, "tools": tools})
-        request._form = form
-        return request
-
-
-class ChatCompletionResponse(CompletionResponse):
-    """Its choices have a ``message`` for a text."""

@@ -1,23 +1,13 @@
 """``POST /v1/completions``, and the fields that it shares with the other requests for answers."""
 
+from functools import cached_property
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    Discriminator,
-    Field,
-    PrivateAttr,
-    Tag,
-    WithJsonSchema,
-    model_validator,
-)
+from pydantic import AfterValidator, Discriminator, Field, Tag, WithJsonSchema, model_validator
 from typing_extensions import TypedDict
 
 from fastlm.inference.forms import Form
-from fastlm.inference.sampling import Sampling
-from fastlm.serve.answer_form import structured_form
-from fastlm.serve.api_error import ApiError
+from fastlm.serve.api_error import field_error
 from fastlm.serve.protocol.body import (
     WHOLE,
     JsonSchema,
@@ -110,10 +100,6 @@ class GenerationRequest(SamplingRequest):
     repeat_penalty: RepetitionPenalty | None = None  # llama.cpp's name of repetition_penalty
     stream_options: StreamOptions | None = None
     structured_outputs: StructuredOutputs | None = None
-    guided_json: JsonSchema | None = None  # vLLM's older names
-    guided_regex: Pattern | None = None
-    guided_choice: Choices | None = None
-    guided_grammar: Pattern | None = None
 
     cache_prompt: bool = True  # llama.cpp's: prompts are cached in any case
     modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
@@ -121,44 +107,43 @@ class GenerationRequest(SamplingRequest):
     reasoning_effort: Label | None = None  # a variable of the chat templates that read it
     verbosity: Label | None = None
 
-    _form: Form | None = PrivateAttr(None)
-
     @model_validator(mode="after")
     def _check(self) -> Self:
-        self._use_name("repeat_penalty", "repetition_penalty")
-        self._use_name("max_completion_tokens", "max_tokens")
+        for alias, name in (
+            ("repeat_penalty", "repetition_penalty"), ("max_completion_tokens", "max_tokens"),
+        ):  # fmt: skip
+            if (value := getattr(self, alias, None)) is not None:
+                if name in self.model_fields_set:
+                    raise field_error(name, f"expected this or {alias}, got both")
+                setattr(self, name, value)
         if self.stream_options is not None and not self.stream:
-            raise ApiError("stream_options: expected with stream true", param="stream_options")
+            raise field_error("stream_options", "expected with stream true")
         if self.continuous_usage and not self.include_usage:
-            at = "stream_options.continuous_usage_stats"
-            raise ApiError(f"{at}: expected with include_usage true", param=at)
-        self._form = form = self._answer_form()
+            raise field_error(
+                "stream_options.continuous_usage_stats", "expected with include_usage true"
+            )
+        form = self.form
         for field in ("ignore_eos", "min_tokens"):
             if form is not None and getattr(self, field):
-                raise ApiError(
-                    f"{field}: expected without {form.param}, whose answers end where the form"
-                    " does",
-                    param=field,
-                )
+                ends = "whose answers end where the form does"
+                raise field_error(field, f"expected without {form.param}, {ends}")
         return self
 
-    def _use_name(self, alias: str, name: str) -> None:
-        if (value := getattr(self, alias, None)) is not None:
-            if name in self.model_fields_set:
-                raise ApiError(f"{name}: expected this or {alias}, got both", param=name)
-            setattr(self, name, value)
-
-    def _answer_form(self) -> Form | None:
-        guided = {
-            "json": self.guided_json, "regex": self.guided_regex, "choice": self.guided_choice,
-            "grammar": self.guided_grammar,
-        }  # fmt: skip
-        return structured_form(guided, self.structured_outputs)
-
-    @property
+    @cached_property
     def form(self) -> Form | None:
-        """The form that the answer must have."""
-        return self._form
+        """The form that the answer must have. ApiError: two forms, or none of those there are."""
+        return self._form()
+
+    def _form(self) -> Form | None:
+        if self.structured_outputs is None:
+            return None
+        at, forms = "structured_outputs", dict(self.structured_outputs)
+        given = [(kind, value) for kind, value in forms.items() if value is not None]
+        if len(given) != 1:
+            kinds = ", ".join(StructuredOutputs.__annotations__)
+            raise field_error(at, f"expected one of {kinds}, got {len(given)}")
+        ((kind, value),) = given
+        return Form("json_schema" if kind == "json" else kind, value, f"{at}.{kind}")
 
     @property
     def include_usage(self) -> bool:
@@ -173,20 +158,6 @@ class GenerationRequest(SamplingRequest):
         """How many of the likeliest tokens are returned with each token; None: not even its own
         log-probability."""
         raise NotImplementedError
-
-    def sampling(self) -> Sampling:
-        bias = {int(token): bias for token, bias in self.logit_bias.items()}
-        return Sampling(
-            temperature=self.temperature,
-            # vLLM and llama.cpp switch it off by -1 and 0
-            top_k=self.top_k if self.top_k is not None and self.top_k > 0 else None,
-            top_p=self.top_p,
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
-            presence_penalty=self.presence_penalty,
-            frequency_penalty=self.frequency_penalty,
-            logit_bias=tuple(sorted(bias.items())),
-        )
 
 
 def _kind_of_prompt(value: Any) -> str | None:
@@ -231,14 +202,12 @@ class CompletionRequest(GenerationRequest):
     @model_validator(mode="after")
     def _check_prompts(self) -> Self:
         if (count := len(self.prompts)) * self.n > MAX_PROMPTS:
-            raise ApiError(
-                f"prompt: expected at most {MAX_PROMPTS} answers in one request, got {count}"
-                f" prompts with n {self.n}",
-                param="prompt",
+            got = f"got {count} prompts with n {self.n}"
+            raise field_error(
+                "prompt", f"expected at most {MAX_PROMPTS} answers in one request, {got}"
             )
         if self.max_tokens == 0 and not self.echo:
-            raise ApiError("max_tokens: expected at least 1, or 0 with echo, got 0",
-                           param="max_tokens")  # fmt: skip
+            raise field_error("max_tokens", "expected at least 1, or 0 with echo, got 0")
         return self
 
     @property
@@ -248,12 +217,3 @@ class CompletionRequest(GenerationRequest):
     @property
     def num_logprobs(self) -> int | None:
         return self.logprobs
-
-
-class CompletionResponse(BaseModel):
-    id: str
-    object: str
-    created: int
-    model: str
-    choices: list[dict[str, Any]]
-    usage: dict[str, Any]

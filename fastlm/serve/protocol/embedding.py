@@ -2,9 +2,9 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, Field, Tag, model_validator
+from pydantic import Field, Tag, model_validator
 
-from fastlm.serve.api_error import ApiError
+from fastlm.serve.api_error import field_error
 from fastlm.serve.protocol.body import WHOLE, EmptyOrText, Label, ModelName, RequestBody, TokenIds
 from fastlm.serve.protocol.chat_completion import Messages, TemplateVariables, Tools
 from fastlm.serve.protocol.completion import ITEM, PROMPT, Ids, prompt_list
@@ -34,13 +34,6 @@ class EmbeddingRequest(RequestBody):
         return prompt_list(self.input)
 
 
-class EmbeddingResponse(BaseModel):
-    object: Literal["list"]
-    data: list[dict[str, Any]]
-    model: str
-    usage: dict[str, int]
-
-
 class TokenizeRequest(RequestBody):
     """``prompt`` or ``messages``."""
 
@@ -56,19 +49,12 @@ class TokenizeRequest(RequestBody):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if (self.prompt is None) == (self.messages is None):
-            raise ApiError("prompt: expected this or messages", param="prompt")
+            raise field_error("prompt", "expected this or messages")
         return self
 
     def chat_body(self, model: str) -> dict[str, Any]:
         names = ("messages", "tools", "chat_template_kwargs", "add_generation_prompt")
         return {"model": model, **{name: getattr(self, name) for name in names}}
-
-
-class TokenizeResponse(BaseModel):
-    count: int
-    max_model_len: int
-    tokens: list[int]
-    token_strs: list[str] | None
 
 
 class DetokenizeRequest(RequestBody):

@@ -5,15 +5,13 @@ answer. Tools are functions; OpenAI's own (search, files, code) are refused.
 """
 
 import json
-from dataclasses import replace
+from functools import cached_property
 from typing import Annotated, Any, Literal, NotRequired, Self
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     Discriminator,
     Field,
-    PrivateAttr,
     Tag,
     ValidateAs,
     WrapValidator,
@@ -22,7 +20,7 @@ from pydantic import (
 from typing_extensions import TypedDict
 
 from fastlm.data.conversations import Message
-from fastlm.serve.api_error import ApiError
+from fastlm.serve.api_error import ApiError, field_error
 from fastlm.serve.protocol.body import (
     AlwaysFalse,
     EmptyOrText,
@@ -50,7 +48,7 @@ from fastlm.serve.protocol.completion import SamplingRequest, TopLogprobs
 
 LOGPROBS = "message.output_text.logprobs"
 # fields of a chat, as errors name them, in this API
-NAMES = {".function": "", "response_format": "text.format", "messages": "input"}
+NAMES = {".function": "", "messages": "input"}
 
 
 class InputText(TypedDict):
@@ -125,9 +123,7 @@ InputItem = Annotated[
 Input = Annotated[
     Annotated[Text, Tag("text")]
     | Annotated[
-        list[InputItem],
-        Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True),
-        Tag("items"),
+        list[InputItem], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True), Tag("items")
     ],
     Discriminator(lambda value: "text" if isinstance(value, str) else "items"),
 ]
@@ -180,12 +176,8 @@ class ResponsesStreamOptions(TypedDict, total=False):
 class ChatOfResponses(ChatCompletionRequest):
     """A `ResponsesRequest` as a chat."""
 
-    _repeated: dict[str, Any] = PrivateAttr()
-
-    @property
-    def repeated(self) -> dict[str, Any]:
-        """The fields of the request that its response repeats."""
-        return self._repeated
+    format_field = "text.format"
+    repeated: dict[str, Any]  # the fields of the request that its response repeats
 
 
 class ResponsesRequest(SamplingRequest):
@@ -211,27 +203,21 @@ class ResponsesRequest(SamplingRequest):
     truncation: Literal["disabled"] | None = None
     chat_template_kwargs: TemplateVariables | None = None
 
-    _chat: ChatOfResponses = PrivateAttr()
-
     @model_validator(mode="after")
-    def _read_as_chat(self) -> Self:
+    def _check(self) -> Self:
+        _ = self.chat
+        return self
+
+    @cached_property
+    def chat(self) -> ChatOfResponses:
+        """The same request as one to /v1/chat/completions."""
         try:
-            chat = validate(self._chat_body(), ChatOfResponses)
+            return validate(self._chat_body(), ChatOfResponses)
         except ApiError as error:
             message, param = str(error), error.param or ""
             for name, own in NAMES.items():
                 message, param = message.replace(name, own), param.replace(name, own)
             raise ApiError(message, param=param) from None
-        if (form := chat.form) is not None and form.param == "response_format":
-            chat._form = replace(form, param="text.format")
-        chat._repeated = self._repeated()
-        self._chat = chat
-        return self
-
-    @property
-    def chat(self) -> ChatOfResponses:
-        """The same request as one to /v1/chat/completions."""
-        return self._chat
 
     def _chat_body(self) -> dict[str, Any]:
         shared = self.model_fields_set & ChatCompletionRequest.model_fields.keys()
@@ -240,12 +226,9 @@ class ResponsesRequest(SamplingRequest):
         if format is not None:
             schema = format.get("schema")
             if format.get("type") == "json_schema" and schema is None:
-                at = "text.format.schema"
-                raise ApiError(f"{at}: expected a JSON schema, got nothing", param=at)
-            body["response_format"] = {
-                "type": format.get("type"),
-                "json_schema": {"schema": schema},
-            }
+                raise field_error("text.format.schema", "expected a JSON schema, got nothing")
+            kind = format.get("type")
+            body["response_format"] = {"type": kind, "json_schema": {"schema": schema}}
         if LOGPROBS in self.include or self.top_logprobs is not None:
             body |= {"logprobs": True, "top_logprobs": self.top_logprobs or 0}
         if isinstance(self.tool_choice, dict):
@@ -253,7 +236,7 @@ class ResponsesRequest(SamplingRequest):
         return body | {
             "messages": self._messages(), "max_tokens": self.max_output_tokens,
             "reasoning_effort": (self.reasoning or {}).get("effort"),
-            "verbosity": text.get("verbosity"),
+            "verbosity": text.get("verbosity"), "repeated": self._repeated(),
         }  # fmt: skip
 
     def _messages(self) -> list[Message]:
@@ -265,20 +248,22 @@ class ResponsesRequest(SamplingRequest):
         if isinstance(items, str):
             return [*messages, {"role": "user", "content": items}]
         for item in items:
-            if item.get("type") == "function_call":
+            kind = item.get("type")
+            if kind == "function_call":
                 function = {"name": item["name"], "arguments": item["arguments"]}
                 call = {"id": item["call_id"], "type": "function", "function": function}
-                if messages and messages[-1]["role"] == "assistant":
-                    messages[-1].setdefault("tool_calls", []).append(call)
-                else:
-                    messages.append({"role": "assistant", "content": None, "tool_calls": [call]})
-            elif item.get("type") == "function_call_output":
-                content = _joined(item["output"])
-                messages.append(
-                    {"role": "tool", "tool_call_id": item["call_id"], "content": content}
-                )
+                if not messages or messages[-1]["role"] != "assistant":
+                    messages.append({"role": "assistant", "content": None})
+                messages[-1].setdefault("tool_calls", []).append(call)
+                continue
+            content = item["output" if kind == "function_call_output" else "content"]
+            if not isinstance(content, str):
+                content = "".join(part["text"] for part in content)
+            if kind == "function_call_output":
+                told = {"role": "tool", "tool_call_id": item["call_id"], "content": content}
             else:
-                messages.append({"role": item["role"], "content": _joined(item["content"])})
+                told = {"role": item["role"], "content": content}
+            messages.append(told)
         return messages
 
     def _repeated(self) -> dict[str, Any]:
@@ -295,17 +280,3 @@ class ResponsesRequest(SamplingRequest):
             "top_logprobs": self.top_logprobs or 0,
             "truncation": "disabled",
         }
-
-
-def _joined(content: str | list[Any]) -> str:
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)
-
-
-class ResponsesResponse(BaseModel):
-    id: str
-    object: Literal["response"]
-    created_at: int
-    status: str
-    model: str
-    output: list[dict[str, Any]]
-    usage: dict[str, Any]

@@ -1,0 +1,303 @@
+"""``POST /v1/chat/completions``, ``/v1/completions`` and ``/v1/responses``: from the body of a
+request to the end of its response."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from anyio.to_thread import run_sync
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from fastlm.data.conversations import messages_of
+from fastlm.errors import InputError
+from fastlm.inference.forms import Form
+from fastlm.inference.requests import Closed, QueueFull, Request
+from fastlm.inference.sampling import Sampling
+from fastlm.inference.structured_output import FormError
+from fastlm.serve.answers import Answer, Echo, TextAnswer
+from fastlm.serve.api_error import ApiError, field_error, server_error, stopping
+from fastlm.serve.middleware import ClientDisconnected, cancel_on_disconnect, log, stack_of
+from fastlm.serve.protocol.chat_completion import ChatCompletionRequest
+from fastlm.serve.protocol.completion import CompletionRequest, GenerationRequest
+from fastlm.serve.protocol.responses_api import ChatOfResponses, ResponsesRequest
+from fastlm.serve.response_stream import ResponseStream
+from fastlm.serve.responses import StoredResponse
+from fastlm.serve.responses_answer import ResponsesAnswer
+
+if TYPE_CHECKING:
+    from fastlm.serve.app import Server
+    from fastlm.serve.feedback import FeedbackStore
+    from fastlm.serve.middleware import Limits
+    from fastlm.serve.models import ModelLease, Served
+
+MAX_LOGPROBS = 2**18  # in one response: about 30 MB
+ANSWERS: dict[type[GenerationRequest], type[Answer]] = {
+    ChatCompletionRequest: Answer, CompletionRequest: TextAnswer,
+    ChatOfResponses: ResponsesAnswer,
+}  # fmt: skip
+EVENTS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # nginx passes events on at once
+]
+Body = GenerationRequest | ResponsesRequest
+
+
+async def complete(server: "Server", model: type[Body], http: HttpRequest) -> Response:
+    """Submit a request to its model, to the current one if the canary refuses it; return what
+    sends the answer."""
+    body = await server.body(http, model)
+    request = body.chat if isinstance(body, ResponsesRequest) else body
+    if isinstance(body, ResponsesRequest) and body.previous_response_id is not None:
+        request = await run_sync(with_previous, body.chat, server.feedback, limiter=server.writing)
+    if isinstance(request, ChatCompletionRequest) and request.store and server.feedback is None:
+        raise field_error("store", "this server keeps no conversations (fastlm serve --feedback)")
+    lease = server.models.lease(request, http.state.client)
+    try:
+        try:
+            answer = await _submit(server, http, request, lease.served)
+        except ApiError:
+            if not lease.fall_back():
+                raise
+            answer = await _submit(server, http, request, lease.served)
+            await lease.refused(answer.id)
+    except BaseException:
+        lease.end()
+        raise
+    return AnswerResponse(server, answer, lease, http.state.told)
+
+
+async def _submit(
+    server: "Server", http: HttpRequest, request: GenerationRequest, served: "Served"
+) -> Answer:
+    state, told = http.state, http.state.told
+    state.ignored = server.ignored(request, served)
+    lengths, echoes, form, requests = await server.read(
+        build_requests, served, request, server.limits, state.client,
+        # the clients of several keys share no cached prompts, those of one key or none do
+        state.client.encode() if len(server.keys) > 1 else b"",
+    )  # fmt: skip
+    kind = ANSWERS[type(request)]
+    id = f"{kind.prefix}{state.id}"
+    told["model"], told["prompt_tokens"] = served.name, sum(lengths)
+    if server.monitor is not None:  # the middleware tells it the end
+        state.observer = server.monitor.observe(request, served.name, id, lengths)
+    with engine_errors():
+        running = ResponseStream(served.engine, requests, server.metrics, server.quota)
+    for length in lengths:
+        server.metrics.prompt_length.observe(length)
+    answer = kind(
+        request, id, served.name, running, served.tokenizer, form, told["prompt_tokens"], echoes
+    )
+    if server.monitor is not None:
+        state.observer.answer = answer
+    return answer
+
+
+def build_requests(
+    served: "Served", request: GenerationRequest, limits: "Limits", client: str, cache_salt: bytes
+) -> tuple[list[int], list[Echo], Form | None, list[Request]]:
+    """Return the lengths of a request's prompts, their echoes, the form of its answers, and the
+    requests to the engine. Takes a while. ApiError: what the model cannot do.
+    """
+    context = served.context_limit
+    longest = limits.new_tokens or context
+    max_tokens, logprobs = request.max_tokens, request.num_logprobs
+    if (max_tokens or 0) > longest and limits.new_tokens is not None:
+        raise field_error("max_tokens", f"expected at most {longest}, got {max_tokens}")
+    length = longest if max_tokens is None else min(max_tokens, longest)
+    form, echoes, prompt_logprobs = request.form, list[Echo](), None
+    if isinstance(request, ChatCompletionRequest):
+        ids, form = served.prompts.chat(request)
+        prompts = [ids]
+    else:
+        assert isinstance(request, CompletionRequest)
+        prompts = [served.prompts.text(prompt) for prompt in request.prompts]
+        prompt_logprobs = logprobs if request.echo else None
+        for given, ids in zip(request.prompts if request.echo else (), prompts):
+            text = given if isinstance(given, str) else served.tokenizer.decode(given)
+            # a token that begins texts is not one of the text's
+            begins = isinstance(given, str) and served.tokenizer.bos_id is not None
+            echoes.append(Echo(text, None if begins else ids[0]))
+    seed = request.seed
+    bias = {int(token): bias for token, bias in request.logit_bias.items()}
+    sampling = Sampling(
+        temperature=request.temperature,
+        # vLLM and llama.cpp switch it off by -1 and 0
+        top_k=request.top_k if request.top_k is not None and request.top_k > 0 else None,
+        top_p=request.top_p,
+        min_p=request.min_p,
+        repetition_penalty=request.repetition_penalty,
+        presence_penalty=request.presence_penalty,
+        frequency_penalty=request.frequency_penalty,
+        logit_bias=tuple(sorted(bias.items())),
+    )
+    # a padded model has more
+    vocab = min(served.tokenizer.vocab_size, served.model.config.vocab_size)
+    for name, ids in (("logit_bias", bias), ("stop_token_ids", request.stop_token_ids)):
+        if ids and max(ids) >= vocab:
+            raise field_error(name, f"expected token ids below {vocab}, got {max(ids)}")
+    try:
+        constraint = None if form is None else served.grammars.constraint(form)
+    except FormError as error:
+        raise ApiError(str(error), param=error.param) from None
+    requests = [
+        Request(
+            prompt,
+            # of 0 tokens, one is drawn and dropped
+            max_new_tokens=max(1, min(length, context - len(prompt))),
+            min_new_tokens=request.min_tokens,
+            sampling=sampling,
+            # choice i of seed s is that of a single request with seed s + i
+            seed=None if seed is None else (seed + i) % 2**63,
+            stop=(request.stop,) if isinstance(request.stop, str) else tuple(request.stop),
+            stop_ids=frozenset(request.stop_token_ids),
+            ignore_eos=request.ignore_eos,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            constraint=constraint,
+            deadline=limits.answer_seconds,
+            client=client,  # not its `user`, of which it may make up many
+            cache_salt=cache_salt,
+        )
+        for prompt in prompts
+        for i in range(request.n)
+    ]
+    lengths = [len(prompt) for prompt in prompts]
+    budget = min(one.max_new_tokens for one in requests)
+    if request.min_tokens > budget:
+        most = f"the {budget} tokens that the answer may have, got {request.min_tokens}"
+        raise field_error("min_tokens", f"expected at most {most}")
+    if logprobs is not None:
+        tokens = sum(one.max_new_tokens for one in requests)
+        tokens += sum(lengths) * request.n if prompt_logprobs is not None else 0
+        if (count := tokens * (logprobs + 1)) > MAX_LOGPROBS:
+            raise field_error(
+                "logprobs",
+                f"expected at most {MAX_LOGPROBS} in one request, got up to {count}:"
+                " answers x max_tokens (with echo: and the prompt's) x (top_logprobs + 1)",
+            )
+    return lengths, echoes, form, requests
+
+
+class AnswerResponse(Response):
+    """Computes an answer and sends it: whole, or as events, of which the last is `Answer.ends` or
+    an error."""
+
+    background = None
+
+    def __init__(self, server: "Server", answer: Answer, lease: "ModelLease", told: dict[str, Any]):
+        self.server, self.answer, self.lease, self.told = server, answer, lease, told
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        answer, told = self.answer, self.told
+        try:
+            await cancel_on_disconnect(receive, self._write(send))
+        finally:
+            answer.running.close(gone=True)
+            self.lease.end()
+            told["new_tokens"] = sum(choice.tokens for choice in answer.choices)
+            told["finish_reason"] = [choice.finish_reason for choice in answer.choices]
+            told["cached_tokens"] = answer.cached_tokens
+
+    async def _write(self, send: Any) -> None:
+        answer, stream = self.answer, self.answer.request.stream
+        start = {"type": "http.response.start", "status": 200, "headers": [*EVENTS]}
+        body = {"type": "http.response.body", "body": b"", "more_body": True}
+        if stream:
+            await send(start)
+        try:
+            try:
+                if not stream:
+                    last = await answer.whole()
+                else:
+                    async for event in answer.events():
+                        await send({**body, "body": answer.encode(event)})
+                    last = answer.ends
+            except ClientDisconnected:
+                raise
+            except Exception as error:
+                await self.lease.failed(answer.id, error)
+                raise
+            await self.lease.answered(answer)
+            if getattr(answer.request, "store", False):
+                await self._store()
+        except ApiError as error:
+            if not stream:
+                raise
+            self.server.metrics.errors.labels(error.code or error.kind).inc()
+            self.told["error"], self.told["error_status"] = error.code or error.kind, error.status
+            last = answer.failed(error)
+        if not stream:
+            size = str(len(last)).encode()
+            headers = [(b"content-type", b"application/json"), (b"content-length", size)]
+            await send({**start, "headers": headers})
+        await send({**body, "body": last, "more_body": False})
+
+    async def _store(self) -> None:
+        """Store the conversation. A database that fails costs the conversation, never the answer:
+        that is counted and logged, with the reason."""
+        answer, request, store = self.answer, self.answer.request, self.server.feedback
+        assert store is not None
+        kept = StoredResponse(
+            answer.id, answer.model, request.messages, answer.messages(), request.tools,
+            request.conversation_id,
+        )  # fmt: skip
+        try:
+            await run_sync(store.keep, kept, limiter=self.server.writing)
+        except Exception as error:
+            self.told["stored"] = False
+            self.server.metrics.store_failures.inc()
+            reason = {"message": str(error)[:200]} if isinstance(error, InputError) else {}
+            id = re.split("[-_]", answer.id)[-1]  # of the request
+            log("failure", id=id, what="store", **stack_of(error), **reason)
+
+
+@contextmanager
+def engine_errors() -> Iterator[None]:
+    """What the engine refuses, as the client's error."""
+    try:
+        yield
+    except QueueFull as full:
+        wait = str(max(1, round(full.retry_after)))
+        raise ApiError(
+            str(full), status=429, code="queue_full", kind="rate_limit_error",
+            headers={"retry-after": wait},
+        ) from None  # fmt: skip
+    except Closed:
+        raise stopping() from None
+    except InputError as error:
+        raise ApiError(str(error)) from None
+
+
+def with_previous(request: ChatOfResponses, store: "FeedbackStore | None") -> ChatOfResponses:
+    """Return a request to /v1/responses with the conversation that it continues. New instructions
+    replace the old ones. ApiError: the server has not kept it.
+    """
+    param = "previous_response_id"
+    previous, instructions = request.repeated[param], request.repeated["instructions"]
+    send = "send the whole conversation as input"
+    if store is None:
+        none = "this server keeps no conversations (fastlm serve --feedback)"
+        raise field_error(param, f"{none}: {send}")
+    try:
+        kept = store.answer(previous)
+    except InputError:
+        failed = f"{param}: the database of conversations cannot be read now"
+        raise server_error(failed, 503, param=param) from None
+    if kept is None or not kept.choices:  # a stranger's database has what it likes
+        stored = f"expected a response that was stored (store: true), got {previous!r}"
+        raise field_error(param, f"{stored}: {send}", "previous_response_not_found")
+    before = [*kept.prompt, *kept.choices[0]]
+    start = int(bool(instructions))
+    if start and before and before[0]["role"] == "system":
+        before = before[1:]
+    before = [message for _, message in messages_of(before, param)]
+    # what is stored of a continuation belongs to what it continues: to forget one forgets both
+    conversation = request.conversation_id
+    if request.store and conversation is None:
+        conversation = kept.conversation_id or previous
+    messages = [*request.messages[:start], *before, *request.messages[start:]]
+    return request.model_copy(update={"messages": messages, "conversation_id": conversation})
