@@ -28,14 +28,7 @@ def _parts(logits: Tensor) -> Tensor | None:
 
 
 def row_statistics(
-    logits: Tensor,
-    target: Tensor,
-    class_weight: Tensor | None,
-    smooth: bool,
-    ignore_index: int,
-    softcap: float | None,
-    logit_scale: float,
-    outputs: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    logits, target, class_weight, smooth, ignore_index, softcap, logit_scale, outputs
 ) -> None:
     """Write `outputs` (shift, log_sum, nll, smoothed), each contiguous."""
     extension().cross_entropy_forward(
@@ -56,17 +49,17 @@ def cross_entropy_forward(
 
 
 def cross_entropy_backward(
-    on_p: Tensor,
-    on_target: Tensor,
-    on_all: Tensor | None,
-    logits: Tensor,
-    target: Tensor,
-    class_weight: Tensor | None,
-    shift: Tensor,
-    log_sum: Tensor,
-    ignore_index: int,
-    softcap: float | None,
-    logit_scale: float,
+    on_p,
+    on_target,
+    on_all,
+    logits,
+    target,
+    class_weight,
+    shift,
+    log_sum,
+    ignore_index,
+    softcap,
+    logit_scale,
 ) -> Tensor:
     d_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     extension().cross_entropy_backward(
@@ -78,13 +71,7 @@ def cross_entropy_backward(
 
 
 def cross_entropy_loss(
-    logits: Tensor,
-    target: Tensor,
-    ignore_index: int,
-    mean: bool,
-    softcap: float | None,
-    logit_scale: float,
-    keep: bool,
+    logits, target, ignore_index, mean, softcap, logit_scale, keep
 ) -> tuple[Tensor, Tensor]:
     make = {"dtype": torch.float32, "device": logits.device}
     stats, loss = torch.empty((3, *target.shape), **make), torch.empty((), **make)
@@ -97,14 +84,7 @@ def cross_entropy_loss(
 
 
 def cross_entropy_loss_backward(
-    d_loss: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    stats: Tensor,
-    ignore_index: int,
-    mean: bool,
-    softcap: float | None,
-    logit_scale: float,
+    d_loss, logits, target, stats, ignore_index, mean, softcap, logit_scale
 ) -> Tensor:
     d_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     share = torch.empty(1, dtype=torch.float32, device=logits.device)
