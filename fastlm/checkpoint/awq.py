@@ -6,53 +6,43 @@ are columns 0 2 4 6 1 3 5 7 of its eight.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastlm.checkpoint.packed_words import from_words, group_of, unpack
+from fastlm.checkpoint.packed_words import SCALES, WORDS, from_words, group_of, unpack
 from fastlm.checkpoint.tensor_folder import Packed, Quantization, TensorFolder
 from fastlm.errors import InputError
 
 FIELD_OF = (0, 4, 1, 5, 2, 6, 3, 7)  # column in a word -> its field
-PARTS = ("qweight", "scales", "qzeros")
 
 
-def read(config: Mapping[str, Any], tensors: TensorFolder, where: Path) -> Quantization:
+def read(config: Mapping[str, Any], tensors: TensorFolder, where: str) -> Quantization:
     """The weights of an AWQ folder; see the module."""
     version = config.get("version", "gemm")
     if str(version).lower() != "gemm":
-        raise InputError(
-            f"{where}: quantization_config: version: wanted gemm for AWQ, got {version!r:.60}"
-        )
-    weights, groups_found = {}, set()
+        raise InputError(f"{where}: version: wanted gemm for AWQ, got {version!r:.60}")
+    weights, sizes = {}, set()
     for name in tensors.modules("qweight"):
-        k, words = tensors.check(f"{name}.qweight", ("I32",), (None, None))
-        n = words * 8
-        groups, _ = tensors.check(f"{name}.scales", ("F16", "BF16", "F32"), (None, n))
-        tensors.check(f"{name}.qzeros", ("I32",), (groups, words))
+        k, words = tensors.check(f"{name}.qweight", WORDS, (None, None))
+        shape = (words * 8, k)
+        groups, _ = tensors.check(f"{name}.scales", SCALES, (None, words * 8))
+        tensors.check(f"{name}.qzeros", WORDS, (groups, words))
         stated = config.get("group_size", config.get("q_group_size"))
         group_size = group_of(k, groups, stated, name)
-        groups_found.add(group_size)
+        sizes.add(group_size)
 
-        def build(stored: dict[str, Tensor], group_size=group_size, shape=(n, k)) -> Any:
-            q = columns(stored["qweight"]).t().contiguous()  # (N, K)
-            if shape[1] % 2:
-                q = torch.nn.functional.pad(q, (0, 1), value=8)
-            packed = q[:, 0::2] | q[:, 1::2] << 4
-            if spare := -packed.shape[1] % 4:
-                packed = torch.nn.functional.pad(packed, (0, spare))
+        def build(stored: dict[str, Tensor], group_size=group_size, shape=shape) -> Any:
+            q = columns(stored["qweight"]).t()  # (N, K)
+            q = torch.nn.functional.pad(q, (0, -shape[1] % 8), value=8)
+            packed = (q[:, 0::2] | q[:, 1::2] << 4).contiguous().view(torch.int32)
             zeros = columns(stored["qzeros"]).t()
-            words = packed.contiguous().view(torch.int32)
-            return from_words(words, 4, stored["scales"].t(), zeros, group_size, shape)
+            return from_words(packed, 4, stored["scales"].t(), zeros, group_size, shape)
 
-        parts = {part: f"{name}.{part}" for part in PARTS}
-        weights[f"{name}.weight"] = Packed((n, k), parts, build)
-    if not weights:
-        raise InputError(f"{where}: quantization_config: wanted AWQ tensors (qweight), got none")
-    text = f"AWQ gemm, 4 bits, groups of {'/'.join(map(str, sorted(groups_found)))}"
+        parts = tensors.parts(name, "qweight", "scales", "qzeros")
+        weights[f"{name}.weight"] = Packed(shape, parts, build)
+    text = f"AWQ gemm, 4 bits, groups of {'/'.join(map(str, sorted(sizes)))}"
     return Quantization(weights, text)
 
 

@@ -14,19 +14,25 @@ int8 weights of which only some have rounded activations: the targets' patterns 
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastlm.checkpoint import fp4
-from fastlm.checkpoint.packed_words import from_words, group_of, in_order, scattered, unpack
+from fastlm.checkpoint.packed_words import (
+    SCALES,
+    WORDS,
+    from_words,
+    group_of,
+    in_order,
+    scattered,
+    unpack,
+)
 from fastlm.checkpoint.tensor_folder import Packed, Quantization, TensorFolder
 from fastlm.errors import InputError
 from fastlm.ops.quantized_weight import QuantizedWeight
 
-SCALES = ("F16", "BF16", "F32")
 INTS = ("I64", "I32")
 FORMATS = (
     *("pack-quantized", "int-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized"),
@@ -40,21 +46,21 @@ UNUSED = (
 )
 
 
-def read(config: Mapping[str, Any], tensors: TensorFolder, where: Path) -> Quantization:
+def read(config: Mapping[str, Any], tensors: TensorFolder, where: str) -> Quantization:
     """The weights of a compressed-tensors folder; see the module."""
     named = config.get("format")
     if named not in FORMATS:
-        raise InputError(
-            f"{where}: quantization_config: format: wanted one of {', '.join(FORMATS)}, got"
-            f" {named!r:.60}"
-        )
+        raise InputError(f"{where}: format: wanted one of {', '.join(FORMATS)}, got {named!r:.60}")
     if config.get("transform_config"):
         raise InputError(
-            f"{where}: quantization_config: transform_config: wanted none (weights without"
-            " rotations), got some"
+            f"{where}: transform_config: wanted none (weights without rotations), got some"
         )
+    groups = config.get("config_groups")
+    groups = groups.values() if isinstance(groups, dict) else ()
+    groups = [group for group in groups if isinstance(group, dict)]
     weights, kinds = {}, set()
-    stated = _group_size(config)
+    sizes = [g["weights"].get("group_size") for g in groups if isinstance(g.get("weights"), dict)]
+    stated = sizes[0] if len(sizes) == 1 else None
     for name in tensors.modules("weight_packed"):
         if tensors.headers[f"{name}.weight_packed"].dtype == "U8":
             packed, kind = _floats(name, tensors)
@@ -66,60 +72,32 @@ def read(config: Mapping[str, Any], tensors: TensorFolder, where: Path) -> Quant
     for name in tensors.modules("weight_scale"):
         if (header := tensors.headers.get(f"{name}.weight")) and header.dtype == "I8":
             weights[f"{name}.weight"] = _int8(name, tensors)
-            act_bits[name] = _activation_bits(config, where)
+            act_bits[name] = _activation_bits(groups, where)
             kinds.add("int-quantized 8 bits")
-    if not weights:
-        raise InputError(
-            f"{where}: quantization_config: wanted tensors of {named} (weight_packed), got none"
-        )
     unused = [n for n in tensors.headers if n.rpartition(".")[2] in UNUSED]
     text = f"compressed-tensors {', '.join(sorted(kinds))}"
     return Quantization(weights, text, frozenset(unused), act_bits)
 
 
-def _parts(name: str, tensors: TensorFolder, *parts: str) -> dict[str, str]:
-    names = {part: f"{name}.{part}" for part in parts}
-    return {part: place for part, place in names.items() if place in tensors.headers}
-
-
-def _groups(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    groups = config.get("config_groups")
-    found = groups.values() if isinstance(groups, dict) else ()
-    return [group for group in found if isinstance(group, dict)]
-
-
-def _group_size(config: Mapping[str, Any]) -> Any:
-    """The group size that all groups state, or None."""
-    sizes = [g["weights"].get("group_size") for g in _groups(config) if _is_dict(g, "weights")]
-    return sizes[0] if len(sizes) == 1 else None
-
-
-def _is_dict(group: Mapping[str, Any], key: str) -> bool:
-    return isinstance(group.get(key), dict)
-
-
-def _activation_bits(config: Mapping[str, Any], where: Path) -> int:
+def _activation_bits(groups: list[dict[str, Any]], where: str) -> int:
     """8 if the inputs of all 8-bit weights are rounded to int8, else 16. InputError: some are."""
-    groups = _groups(config)
-    eight = [g for g in groups if _is_dict(g, "weights") and _bits(g["weights"]) == 8]
-    found = {
-        _is_dict(g, "input_activations") and _bits(g["input_activations"]) == 8
-        for g in eight or groups
-    }
-    if len(found) > 1:
+
+    def is_int8(arguments: Any) -> bool:
+        stated = arguments if isinstance(arguments, dict) else {}
+        return stated.get("type") == "int" and stated.get("num_bits") == 8
+
+    eight = [group for group in groups if is_int8(group.get("weights"))]
+    rounded = {is_int8(group.get("input_activations")) for group in eight or groups}
+    if len(rounded) > 1:
         raise InputError(
-            f"{where}: quantization_config: config_groups: wanted input_activations of 8 bits for"
-            " all 8-bit weights or for none, got some"
+            f"{where}: config_groups: wanted input_activations of 8 bits for all 8-bit weights or"
+            " for none, got some"
         )
-    return 8 if True in found else 16
-
-
-def _bits(arguments: Mapping[str, Any]) -> Any:
-    return arguments.get("num_bits") if arguments.get("type") == "int" else None
+    return 8 if True in rounded else 16
 
 
 def _words(name: str, tensors: TensorFolder, stated: Any) -> tuple[Packed, str]:
-    n, words = tensors.check(f"{name}.weight_packed", ("I32",), (None, None))
+    n, words = tensors.check(f"{name}.weight_packed", WORDS, (None, None))
     tensors.check(f"{name}.weight_shape", INTS, (2,))
     _, groups = tensors.check(f"{name}.weight_scale", SCALES, (n, None))
     rows, k = tensors.get(f"{name}.weight_shape").tolist()
@@ -130,11 +108,10 @@ def _words(name: str, tensors: TensorFolder, stated: Any) -> tuple[Packed, str]:
             f" words, got ({rows}, {k})"
         )
     group_size = group_of(k, groups, stated, name)
-    parts = _parts(
-        name, tensors, "weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx"
-    )
+    names = ("weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx")
+    parts = tensors.parts(name, *names)
     if "weight_zero_point" in parts:
-        tensors.check(parts["weight_zero_point"], ("I32",), (-(-n * bits // 32), groups))
+        tensors.check(parts["weight_zero_point"], WORDS, (-(-n * bits // 32), groups))
     if "weight_g_idx" in parts:
         tensors.check(parts["weight_g_idx"], INTS, (k,))
 
@@ -160,17 +137,17 @@ def _int8(name: str, tensors: TensorFolder) -> Packed:
     n, k = tensors.check(f"{name}.weight", ("I8",), (None, None))
     _, groups = tensors.check(f"{name}.weight_scale", SCALES, (n, None))
     group_size = group_of(k, groups, None, name)
-    parts = _parts(name, tensors, "weight", "weight_scale", "weight_zero_point")
+    parts = tensors.parts(name, "weight", "weight_scale", "weight_zero_point")
     if "weight_zero_point" in parts:
         tensors.check(parts["weight_zero_point"], ("I8",), (n, groups))
 
     def build(stored: dict[str, Tensor]) -> QuantizedWeight:
         scales, zeros = stored["weight_scale"], stored.get("weight_zero_point")
-        if zeros is not None and bool((zeros != 0).any()):
+        if zeros is not None and not bool(zeros.any()):
+            zeros = None
+        if zeros is not None:
             scales = scales.float()
             zeros = scales * -zeros.float()
-        else:
-            zeros = None
         return QuantizedWeight(stored["weight"], scales, zeros, 8, group_size, (n, k))
 
     return Packed((n, k), parts, build)
@@ -179,15 +156,13 @@ def _int8(name: str, tensors: TensorFolder) -> Packed:
 def _floats(name: str, tensors: TensorFolder) -> tuple[Packed, str]:
     nv = f"{name}.weight_global_scale" in tensors.headers
     shape = fp4.layout(name, "weight_packed", tensors, ("F8_E4M3",) if nv else ("U8", "F8_E8M0"))
-    parts = _parts(name, tensors, "weight_packed", "weight_scale", "weight_global_scale")
+    parts = tensors.parts(name, "weight_packed", "weight_scale", "weight_global_scale")
     if nv:
         tensors.check(parts["weight_global_scale"], ("F32",), (1,))
 
     def build(stored: dict[str, Tensor]) -> QuantizedWeight:
-        if nv:
-            scales = stored["weight_scale"].float() / stored["weight_global_scale"]
-        else:
-            scales = fp4.powers(stored["weight_scale"])
+        scales = stored["weight_scale"]
+        scales = scales.float() / stored["weight_global_scale"] if nv else fp4.powers(scales)
         return fp4.from_nibbles(stored["weight_packed"], scales)
 
     return Packed(shape, parts, build), f"{'NVFP4' if nv else 'MXFP4'}, held in int8"

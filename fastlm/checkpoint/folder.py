@@ -14,7 +14,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -30,9 +30,6 @@ from fastlm.errors import InputError
 from fastlm.files import make_folder, open_regular, read_json, reason, save_atomic
 from fastlm.ops.quantized_weight import QuantizedWeight
 from fastlm.pipeline.run_folder import ADAPTER_CONFIG, CONFIG, is_adapter, locate_model
-
-if TYPE_CHECKING:
-    pass
 
 GENERATION = "generation_config.json"
 MODELOPT = "hf_quant_config.json"  # of ModelOpt's exports; newer ones say it in config.json, too
@@ -234,7 +231,7 @@ def _load_folder(folder: Path) -> tuple[dict[str, Any], State]:
         config["quantization_config"] = fp4.modelopt_entry(folder / MODELOPT)
     model = config_of(config, folder / CONFIG)
     tensors = TensorFolder(folder)
-    packed = _read_quantization(config, tensors, folder / CONFIG)
+    packed = _read_quantization(config, tensors, f"{folder / CONFIG}: quantization_config")
     taken = packed.unused | {name for w in packed.weights.values() for name in w.parts.values()}
     wanted = expected_shapes(model)
     # GPTQ's writers add biases of zeros to layers that have none
@@ -264,7 +261,7 @@ def _load_folder(folder: Path) -> tuple[dict[str, Any], State]:
     return config, state()
 
 
-def _read_quantization(config: dict[str, Any], tensors: TensorFolder, where: Path) -> Quantization:
+def _read_quantization(config: dict[str, Any], tensors: TensorFolder, where: str) -> Quantization:
     """Read the weights that ``config`` says are quantized. Another program's entry is replaced by
     what was found: ``{"quant_method", "found", "modules"}``.
     """
@@ -275,11 +272,10 @@ def _read_quantization(config: dict[str, Any], tensors: TensorFolder, where: Pat
         return Quantization({})
     method = entry.get("quant_method") if isinstance(entry, dict) else entry
     if not isinstance(entry, dict) or not isinstance(method, str) or method not in READERS:
-        raise InputError(
-            f"{where}: quantization_config: wanted quant_method {', '.join(READERS)}, "
-            f"got {method!r:.60}"
-        )
+        raise InputError(f"{where}: wanted quant_method {', '.join(READERS)}, got {method!r:.60}")
     found = READERS[method](entry, tensors, where)
+    if not found.weights and method != "fastlm":
+        raise InputError(f"{where}: expected tensors of {method}, got none")
     if found.warning:
         warnings.warn(found.warning, stacklevel=2)
     if method != "fastlm":
@@ -290,13 +286,13 @@ def _read_quantization(config: dict[str, Any], tensors: TensorFolder, where: Pat
     return found
 
 
-def _auto_round(config: dict[str, Any], tensors: TensorFolder, where: Path) -> Quantization:
+def _auto_round(config: dict[str, Any], tensors: TensorFolder, where: str) -> Quantization:
     """AutoRound names the packing of another program."""
     packing = config.get("packing_format", "auto_round:auto_gptq")
     return (awq if "awq" in str(packing) else gptq).read(config, tensors, where)
 
 
-READERS: dict[str, Callable[[dict[str, Any], TensorFolder, Path], Quantization]] = {
+READERS: dict[str, Callable[[dict[str, Any], TensorFolder, str], Quantization]] = {
     "fastlm": own.read,
     "gptq": gptq.read,
     "auto-round": _auto_round,

@@ -62,14 +62,11 @@ def modelopt_entry(file: Path) -> dict[str, Any]:
     return {**told, "quant_method": "modelopt"}
 
 
-def read_modelopt(config: Mapping[str, Any], tensors: TensorFolder, where: Path) -> Quantization:
+def read_modelopt(config: Mapping[str, Any], tensors: TensorFolder, where: str) -> Quantization:
     """NVIDIA ModelOpt's NVFP4: ``weight``, ``weight_scale`` and the factor ``weight_scale_2``."""
     algorithm = config.get("quant_algo")
     if algorithm != "NVFP4":
-        raise InputError(
-            f"{where}: quantization_config: quant_algo: wanted NVFP4 for modelopt,"
-            f" got {algorithm!r:.60}"
-        )
+        raise InputError(f"{where}: quant_algo: wanted NVFP4 for modelopt, got {algorithm!r:.60}")
     weights = {}
     for name in tensors.modules("weight_scale_2"):
         shape = layout(name, "weight", tensors, ("F8_E4M3",))
@@ -80,11 +77,7 @@ def read_modelopt(config: Mapping[str, Any], tensors: TensorFolder, where: Path)
             scales = stored["weight_scale"].float() * stored["weight_scale_2"].reshape(())
             return from_nibbles(stored["weight"], scales)
 
-        parts = ("weight", "weight_scale", "weight_scale_2")
-        weights[f"{name}.weight"] = Packed(shape, {p: f"{name}.{p}" for p in parts}, build)
-    if not weights:
-        raise InputError(
-            f"{where}: quantization_config: wanted NVFP4 tensors (weight_scale_2), got none"
-        )
+        parts = tensors.parts(name, "weight", "weight_scale", "weight_scale_2")
+        weights[f"{name}.weight"] = Packed(shape, parts, build)
     unused = [n for n in tensors.headers if n.endswith((".input_scale", ".k_scale", ".v_scale"))]
     return Quantization(weights, "ModelOpt NVFP4, held in int8", frozenset(unused))

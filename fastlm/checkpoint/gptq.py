@@ -15,13 +15,20 @@ scale.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastlm.checkpoint.packed_words import from_words, group_of, in_order, scattered, unpack
+from fastlm.checkpoint.packed_words import (
+    SCALES,
+    WORDS,
+    from_words,
+    group_of,
+    in_order,
+    scattered,
+    unpack,
+)
 from fastlm.checkpoint.tensor_folder import Packed, Quantization, TensorFolder
 from fastlm.errors import InputError
 
@@ -30,25 +37,25 @@ SAMPLE = 16  # modules from which the version is told
 ROWS = 256  # rows of each that are unpacked: with the modules, a million weights of small models
 # half of the distance between the versions, less the mean of real weights in units of their scale
 MARGIN = 0.3
+PARTS = ("qweight", "qzeros", "scales", "g_idx")
+VERSIONS = {  # checkpoint_format or packing_format -> the version that the file names
+    "gptq": 1, "gptq_v2": 2, "auto_round:auto_gptq": 1, "auto_round:gptq": 1,
+    "auto_round:gptqmodel": 2,
+}  # fmt: skip
 
 
-def read(config: Mapping[str, Any], tensors: TensorFolder, where: Path) -> Quantization:
+def read(config: Mapping[str, Any], tensors: TensorFolder, where: str) -> Quantization:
     """The weights of a GPTQ folder; see the module."""
     layouts = {name: _layout(name, tensors, config) for name in tensors.modules("qweight")}
-    if not layouts:
-        raise InputError(f"{where}: quantization_config: wanted GPTQ tensors (qweight), got none")
-    stated = _stated_version(config)
+    stated = VERSIONS.get(str(config.get("checkpoint_format") or config.get("packing_format")))
     found = _version(tensors, layouts)
     version = found or stated or 1
-    weights = {}
-    scattered_names = []
+    weights, shuffled = {}, 0
     for name, (bits, group_size, shape) in layouts.items():
-        parts = {part: f"{name}.{part}" for part in ("qweight", "qzeros", "scales", "g_idx")}
-        parts = {part: place for part, place in parts.items() if place in tensors.headers}
-        if "g_idx" in parts and not in_order(
-            tensors.get(parts["g_idx"]), shape[1], group_size, -(-shape[1] // group_size)
-        ):
-            scattered_names.append(name)
+        parts = tensors.parts(name, *PARTS)
+        if "g_idx" in parts:
+            groups = -(-shape[1] // group_size)
+            shuffled += not in_order(tensors.get(parts["g_idx"]), shape[1], group_size, groups)
 
         def build(stored: dict[str, Tensor], bits=bits, group_size=group_size, shape=shape) -> Any:
             words, scales = stored["qweight"].t(), stored["scales"].t()
@@ -59,17 +66,17 @@ def read(config: Mapping[str, Any], tensors: TensorFolder, where: Path) -> Quant
             return scattered(words, bits, scales, zeros, index, shape[1])
 
         weights[f"{name}.weight"] = Packed(shape, parts, build)
-    bits = sorted({bits for bits, _, _ in layouts.values()})
-    groups = sorted({group for _, group, _ in layouts.values()})
+    bits, groups = (
+        "/".join(map(str, sorted({layout[i] for layout in layouts.values()}))) for i in (0, 1)
+    )
     says = f" (file says v{stated})" if stated and stated != version else ""
-    text = f"GPTQ v{version} zero points{says}, {_join(bits)} bits, groups of {_join(groups)}"
+    text = f"GPTQ v{version} zero points{says}, {bits} bits, groups of {groups}"
     if not found:
         text += ", version not told by the weights"
-    if scattered_names:
-        text += f", {len(scattered_names)} weights with desc_act dequantized"
-    taken = {f"{n}.{p}" for n in layouts for p in ("qweight", "qzeros", "scales", "g_idx")}
+    if shuffled:
+        text += f", {shuffled} weights with desc_act dequantized"
     warning = f"{where}: {text}" if says else ""
-    return Quantization(weights, text, frozenset(taken), warning=warning)
+    return Quantization(weights, text, warning=warning)
 
 
 def zero_points(words: Tensor, bits: int, version: int) -> Tensor:
@@ -85,18 +92,13 @@ def zero_points(words: Tensor, bits: int, version: int) -> Tensor:
     return unpack(words, bits)
 
 
-def _join(numbers: list[int]) -> str:
-    return "/".join(map(str, numbers))
-
-
 def _layout(
     name: str, tensors: TensorFolder, config: Mapping[str, Any]
 ) -> tuple[int, int, tuple[int, int]]:
     """Bits, group size and shape of a module, by its headers: bits may differ between modules."""
-    ints, floats = ("I32",), ("F16", "BF16", "F32")
-    rows, n = tensors.check(f"{name}.qweight", ints, (None, None))
-    groups, _ = tensors.check(f"{name}.scales", floats, (None, n))
-    _, zero_words = tensors.check(f"{name}.qzeros", ints, (groups, None))
+    rows, n = tensors.check(f"{name}.qweight", WORDS, (None, None))
+    groups, _ = tensors.check(f"{name}.scales", SCALES, (None, n))
+    _, zero_words = tensors.check(f"{name}.qzeros", WORDS, (groups, None))
     bits = zero_words * 32 // n
     if bits not in BITS or bits * n != zero_words * 32:
         raise InputError(
@@ -106,17 +108,8 @@ def _layout(
     k = rows * 32 // bits
     group_size = group_of(k, groups, config.get("group_size"), name)
     if f"{name}.g_idx" in tensors.headers:
-        tensors.check(f"{name}.g_idx", ints, (k,))
+        tensors.check(f"{name}.g_idx", WORDS, (k,))
     return bits, group_size, (n, k)
-
-
-def _stated_version(config: Mapping[str, Any]) -> int | None:
-    """The version that the file names, None if it names none."""
-    named = config.get("checkpoint_format") or config.get("packing_format")
-    return {
-        "gptq": 1, "gptq_v2": 2, "auto_round:auto_gptq": 1, "auto_round:gptq": 1,
-        "auto_round:gptqmodel": 2,
-    }.get(named if isinstance(named, str) else "")  # fmt: skip
 
 
 def _version(tensors: TensorFolder, layouts: Mapping[str, tuple[int, int, Any]]) -> int | None:

@@ -3,7 +3,6 @@ config.json. The format is that of `QuantizedWeight`.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -16,27 +15,24 @@ PARTS = ("qdata", "scales", "zeros")
 _DTYPES = ("U8", "I8")  # of qdata
 
 
-def read(config: Mapping[str, Any], tensors: TensorFolder, where: Path) -> Quantization:
+def read(config: Mapping[str, Any], tensors: TensorFolder, where: str) -> Quantization:
     """The weights of ``modules`` in a fastlm ``quantization_config``."""
-    modules = config.get("modules", {})
-    layouts = {
-        name: _layout(name, entry, where)
-        for name, entry in (modules.items() if isinstance(modules, dict) else ())
-    }
-    for module in tensors.modules(PARTS[0]):
-        header = tensors.headers[f"{module}.{PARTS[0]}"]
+    for module in tensors.modules("qdata"):
+        header = tensors.headers[f"{module}.qdata"]
         if header.dtype not in _DTYPES:
             raise InputError(
-                f"{tensors.folder / header.file}: {module}.{PARTS[0]}: wanted one of"
+                f"{tensors.folder / header.file}: {module}.qdata: wanted one of"
                 f" {', '.join(_DTYPES)}, got {header.dtype}"
             )
-    weights = {}
-    for module, (bits, group_size, shape) in layouts.items():
-        names = {part: f"{module}.{part}" for part in PARTS}
-        parts = {part: name for part, name in names.items() if name in tensors.headers}
-        if PARTS[0] not in parts:  # a head tied to the embedding
+    modules = config.get("modules")
+    weights, kinds = {}, set()
+    for module, entry in modules.items() if isinstance(modules, dict) else ():
+        bits, group_size, shape = _layout(entry, f"{where}: {module}")
+        kinds.add(f"w{bits} group {group_size}")
+        parts = tensors.parts(module, *PARTS)
+        if "qdata" not in parts:  # a head tied to the embedding
             continue
-        if PARTS[1] not in parts:
+        if "scales" not in parts:
             raise InputError(
                 f"{tensors.folder}: {module}: wanted qdata and scales, got one of them"
             )
@@ -44,18 +40,18 @@ def read(config: Mapping[str, Any], tensors: TensorFolder, where: Path) -> Quant
         def build(
             stored: dict[str, Tensor], bits=bits, group_size=group_size, shape=shape
         ) -> QuantizedWeight:
-            qdata, scales, zeros = (stored.get(part) for part in PARTS)
-            assert qdata is not None and scales is not None  # in `parts`, or refused
-            return QuantizedWeight(qdata, scales, zeros, bits, group_size, shape)
+            zeros = stored.get("zeros")
+            return QuantizedWeight(
+                stored["qdata"], stored["scales"], zeros, bits, group_size, shape
+            )
 
         weights[f"{module}.weight"] = Packed(shape, parts, build)
     # parts without an entry: only the config has the number of columns, so the weight is missing
     unused = {f"{module}.{part}" for part in PARTS for module in tensors.modules(part)}
-    kinds = sorted({f"w{bits} group {group}" for bits, group, _ in layouts.values()})
-    return Quantization(weights, f"fastlm, {', '.join(kinds)}", frozenset(unused))
+    return Quantization(weights, f"fastlm, {', '.join(sorted(kinds))}", frozenset(unused))
 
 
-def _layout(name: str, entry: Any, where: Path) -> tuple[int, int, tuple[int, int]]:
+def _layout(entry: Any, where: str) -> tuple[int, int, tuple[int, int]]:
     """Bits, group size and shape as quantization_config states them."""
     try:
         numbers = [entry["bits"], entry["group_size"], *entry["shape"], entry.get("act_bits", 16)]
@@ -63,8 +59,7 @@ def _layout(name: str, entry: Any, where: Path) -> tuple[int, int, tuple[int, in
         numbers = []
     if len(numbers) != 5 or not all(type(number) is int for number in numbers):
         raise InputError(
-            f"{where}: quantization_config: {name}: wanted bits, group_size and a shape of two "
-            f"integers, got {entry!r:.100}"
+            f"{where}: wanted bits, group_size and a shape of two integers, got {entry!r:.100}"
         )
     bits, group_size, n, k, _ = numbers
     return bits, group_size, (n, k)

@@ -8,6 +8,8 @@ from torch import Tensor
 from fastlm.errors import InputError
 from fastlm.ops.quantized_weight import QuantizedWeight, pack_rows
 
+WORDS, SCALES = ("I32",), ("F16", "BF16", "F32")  # dtypes, in safetensors' spelling
+
 
 def unpack(words: Tensor, bits: int) -> Tensor:
     """(R, W) int32 -> (R, W * 32 / bits) uint8, the lowest bits first. bits: 1, 2, 4 or 8."""

@@ -76,6 +76,11 @@ class TensorFolder:
         """The modules that have a tensor ``part``."""
         return [n.removesuffix(f".{part}") for n in self.headers if n.endswith(f".{part}")]
 
+    def parts(self, module: str, *names: str) -> dict[str, str]:
+        """Return part -> tensor name of those parts that the module has."""
+        parts = {part: f"{module}.{part}" for part in names}
+        return {part: name for part, name in parts.items() if name in self.headers}
+
     def check(
         self, name: str, dtypes: tuple[str, ...], shape: tuple[int | None, ...]
     ) -> tuple[int, ...]:
@@ -86,8 +91,7 @@ class TensorFolder:
             raise InputError(f"{self.folder}: wanted a tensor {name}, got none of that name")
         header = self.headers[name]
         fits = len(header.shape) == len(shape) and all(
-            came == wanted or (wanted is None and came > 0)
-            for came, wanted in zip(header.shape, shape)
+            came == size or (size is None and came > 0) for came, size in zip(header.shape, shape)
         )
         if header.dtype not in dtypes or not fits:
             sizes = ", ".join("any" if size is None else str(size) for size in shape)

@@ -14,16 +14,7 @@ from fastlm.memory_order import rows_of
 _NEEDS_NO_WORKSPACE = 8192
 
 
-def forward(
-    x: Tensor,
-    qdata: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bias: Tensor | None,
-    bits: int,
-    group_size: int,
-    act_bits: int,
-) -> Tensor:
+def forward(x, qdata, scales, zeros, bias, bits, group_size, act_bits) -> Tensor:
     y = x.new_empty(*x.shape[:-1], qdata.shape[0])
     if bias is not None:
         bias = bias.float().contiguous()
@@ -39,15 +30,7 @@ def forward(
     return y
 
 
-def backward(
-    dy: Tensor,
-    qdata: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bits: int,
-    group_size: int,
-    k: int,
-) -> Tensor:
+def backward(dy, qdata, scales, zeros, bits, group_size, k) -> Tensor:
     dx = dy.new_empty(*dy.shape[:-1], k)
     dy = rows_of(dy)
     workspace = dy.new_empty(_cpu.quantized_linear_backward_workspace(dy), dtype=torch.float32)
@@ -55,15 +38,7 @@ def backward(
     return dx
 
 
-def dequantize(
-    qdata: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bits: int,
-    group_size: int,
-    k: int,
-    dtype: torch.dtype,
-) -> Tensor:
+def dequantize(qdata, scales, zeros, bits, group_size, k, dtype) -> Tensor:
     if dtype == torch.float64:  # left to the reference
         return reference.dequantize_rows(qdata, scales, zeros, bits, group_size, k, dtype)
     out = qdata.new_empty(qdata.shape[0], k, dtype=dtype)

@@ -77,14 +77,13 @@ def patch(model: nn.Module, *, ops: Sequence[str] | None = None) -> nn.Module:
             op; a module has a forward of its own (patch before accelerate wraps the model). The
             model is then unchanged.
     """
-    if not isinstance(model, nn.Module):
-        raise InputError(f"model: wanted a torch module, got {type(model).__name__}")
     if isinstance(ops, str):
         raise InputError(f"ops: wanted several names, got the string {ops!r}")
-    if unknown := [op for op in ops or () if op not in OPS]:
-        raise InputError(f"ops: wanted some of {', '.join(OPS)}, got {unknown[0]!r}")
-    if ops is not None and not ops:
-        raise InputError(f"ops: wanted some of {', '.join(OPS)}, got none")
+    wanted = OPS if ops is None else tuple(ops)
+    if not wanted or not set(wanted) <= set(OPS):
+        got = next((repr(op) for op in wanted if op not in OPS), "none")
+        raise InputError(f"ops: wanted some of {', '.join(OPS)}, got {got}")
+    _check_module(model)
     if _is_ours(model):
         raise InputError(
             f"model: wanted one of other code, got fastlm's {type(model).__name__},"
@@ -93,14 +92,10 @@ def patch(model: nn.Module, *, ops: Sequence[str] | None = None) -> nn.Module:
     before = {m: type(m) for m in model.modules()}
     own = _restore(model)
     try:
-        plan = _plan(model, OPS if ops is None else ops)
+        plan = _plan(model, wanted)
         found = _count(plan)
-        missing = [op for op in (OPS if ops is None else ops) if not found[op]]
-        if (
-            not found
-            or (ops is None and found.keys() == {"linear"})
-            or (ops is not None and missing)
-        ):
+        missing = [op for op in wanted if not found[op]]
+        if missing if ops is not None else found.keys() <= {"linear"}:
             kinds = sorted({type(m).__name__ for m in model.modules()})
             raise InputError(
                 f"model: wanted modules for {' and '.join(missing)},"
@@ -121,8 +116,21 @@ def patch(model: nn.Module, *, ops: Sequence[str] | None = None) -> nn.Module:
     _set_attention(model, plan, own)
     for module, (op, options) in plan.items():
         become(module, op, **options)
-    _log.log(*_summary(model, ops))
+    found = patched_ops(model)
+    text, level = f"patched {type(model).__name__}: {found}", logging.INFO
+    if ops is not None:
+        text = f"patched {type(model).__name__}: {_listed(found)}"
+    elif rest := [op for op in OPS if op not in found]:
+        text += f"; nothing was recognised for {', '.join(rest)}"
+    if ops is None and (found.keeps_logits or found.keys() <= {"rms_norm", "linear"}):
+        level = logging.WARNING
+    _log.log(level, text)
     return model
+
+
+def _check_module(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model: wanted a torch module, got {type(model).__name__}")
 
 
 class PatchedOps(dict[str, int]):
@@ -152,23 +160,10 @@ def _listed(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {n}" for name, n in counts.items())
 
 
-def _summary(model: nn.Module, ops: Sequence[str] | None) -> tuple[int, str]:
-    """Level and text of the message that `patch` logs."""
-    found = patched_ops(model)
-    if ops is not None:
-        return logging.INFO, f"patched {type(model).__name__}: {_listed(found)}"
-    text = f"patched {type(model).__name__}: {found}"
-    if rest := [op for op in OPS if op not in found]:
-        text += f"; nothing was recognised for {', '.join(rest)}"
-    weak = found.keeps_logits or found.keys() <= {"rms_norm", "linear"}
-    return logging.WARNING if weak else logging.INFO, text
-
-
 def unpatch(model: nn.Module) -> nn.Module:
     """Undo `patch`: restore the classes, forwards and attention from before it, bit for bit. A
     model that is not patched stays as it is. Returns model."""
-    if not isinstance(model, nn.Module):
-        raise InputError(f"model: wanted a torch module, got {type(model).__name__}")
+    _check_module(model)
     _restore(model)
     return model
 
@@ -208,17 +203,15 @@ def _count(plan: Plan) -> Counter[str]:
 def _restore(model: nn.Module) -> dict[int, Any]:
     """Undo `patch` for classes and attention; return the configs that named fastlm, by id."""
     own = {}
-    patched = [m for m in model.modules() if variant_of(m) is not None]
-    for module in patched:
+    patched = [(m, variant) for m in model.modules() if (variant := variant_of(m)) is not None]
+    for module, _ in patched:
         if "_fastlm_variant" not in vars(type(module)):  # torch's parametrize, fully_shard
             raise InputError(
                 f"model: wanted modules with the class that patch gave them, got"
                 f" {type(module).__name__} made on top of it (unpatch before that)"
             )
-    for module in patched:
-        variant = variant_of(module)
-        assert variant is not None
-        module.__class__, op, options = variant
+    for module, (base, op, options) in patched:
+        module.__class__ = base
         if op == "attention" and options["implementation"] is not None:
             config: Any = module.config
             own[id(config)] = config
@@ -244,6 +237,7 @@ def _set_attention(model: nn.Module, plan: Plan, own: dict[int, Any]) -> None:
 def _plan(model: nn.Module, ops: Sequence[str]) -> Plan:
     plan: Plan = {}
     looks = {"rms_norm": _as_rms_norm, "glu": _as_glu, "linear_cross_entropy": _as_causal_lm}
+    looks = {op: look for op, look in looks.items() if op in ops}
     masks = {}  # module -> whether the model it belongs to leaves causality to the kernel
     for module in model.modules():
         if hasattr(module, "_supports_sdpa"):
@@ -253,8 +247,8 @@ def _plan(model: nn.Module, ops: Sequence[str]) -> Plan:
         for module in model.modules():
             if _is_ours(module):
                 continue  # runs the kernels already
-            for op in (op for op in ops if op in looks):
-                if (options := _in_both_modes(looks[op], module)) is not None:
+            for op, look in looks.items():
+                if (options := _in_both_modes(look, module)) is not None:
                     plan[module] = (op, options)
             options = {
                 "interleaved": _attempt(_rotation, module) if "rope" in ops else None,
@@ -393,20 +387,16 @@ class _Affine(nn.Module):
 def _as_layer(module: nn.Module, training: bool) -> dict[str, Any] | None:
     if module._parameters or module._buffers:
         return None
-    parts: dict[str, nn.Module] = {
-        "input_layernorm": _Affine(1.1), "self_attn": _Affine(1.3, None), "mlp": _Affine(1.7),
-        "post_attention_layernorm": _Affine(1.9),
-    }  # fmt: skip
-    if not parts.keys() <= module._modules.keys():
-        return None
+    factors = {"input_layernorm": 1.1, "mlp": 1.7, "post_attention_layernorm": 1.9}
     names: dict[str, Any] = {"after": None, "norm": "post_attention_layernorm", "last": None}
     if "pre_feedforward_layernorm" in module._modules:
-        parts["pre_feedforward_layernorm"] = _Affine(2.3)
-        parts["post_feedforward_layernorm"] = _Affine(2.9)
-        names = {
-            "after": "post_attention_layernorm", "norm": "pre_feedforward_layernorm",
-            "last": "post_feedforward_layernorm",
-        }  # fmt: skip
+        factors |= {"pre_feedforward_layernorm": 2.3, "post_feedforward_layernorm": 2.9}
+        before, last = "pre_feedforward_layernorm", "post_feedforward_layernorm"
+        names = {"after": "post_attention_layernorm", "norm": before, "last": last}
+    parts: dict[str, nn.Module] = {name: _Affine(factor) for name, factor in factors.items()}
+    parts["self_attn"] = _Affine(1.3, None)
+    if not parts.keys() <= module._modules.keys():
+        return None
     rest = [m for name, m in module._modules.items() if name not in parts]
     if not all(isinstance(m, nn.Dropout) and m.p == 0 for m in rest):
         return None
@@ -492,21 +482,17 @@ def _as_causal_lm(module: nn.Module, training: bool) -> dict[str, Any] | None:
     except AttributeError:
         found = run("MoeModelOutputWithPast")
     logits = small(hidden)
-    softcaps = [None, *(n for n in ("final_logit_softcapping",) if getattr(config, n, None))]
-    scales = [
-        None,
-        *(n for n in ("logit_scale", "1/logits_scaling") if hasattr(config, n.removeprefix("1/"))),
-    ]
-    for softcap in softcaps:
-        for scale in scales:
-            z = logits * logit_scale(config, scale)
-            if softcap:
-                z = getattr(config, softcap) * torch.tanh(z / getattr(config, softcap))
-            nll = F.cross_entropy(z[0, :-1], labels[0, 1:], reduction="sum") / 7
-            if _same(found.logits, z) and _same(found.loss, nll):
-                return {
-                    "decoder": decoder, "output": type(found), "softcap": softcap, "scale": scale,
-                }  # fmt: skip
+    softcaps, scales = ("final_logit_softcapping",), ("logit_scale", "1/logits_scaling")
+    softcaps = [None, *(n for n in softcaps if getattr(config, n, None))]
+    scales = [None, *(n for n in scales if hasattr(config, n.removeprefix("1/")))]
+    for softcap, scale in itertools.product(softcaps, scales):
+        z = logits * logit_scale(config, scale)
+        if softcap:
+            z = getattr(config, softcap) * torch.tanh(z / getattr(config, softcap))
+        nll = F.cross_entropy(z[0, :-1], labels[0, 1:], reduction="sum") / 7
+        if _same(found.logits, z) and _same(found.loss, nll):
+            options = {"decoder": decoder, "output": type(found)}
+            return {**options, "softcap": softcap, "scale": scale}
     return None
 
 

@@ -7,13 +7,16 @@ header of the safetensors file, whose entries that library writes in another ord
 """
 
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Required
 
+from annotated_types import Interval
 from safetensors.torch import save_file
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from fastlm.checkpoint.folder import (
     ADAPTER,
@@ -36,25 +39,46 @@ from fastlm.model.lora import (
     digest_of,
     linears_of,
     lora_of,
+    matches,
     put_lora,
-    targets_of,
 )
+from fastlm.schema import read_document
 
 if TYPE_CHECKING:
     from fastlm.model.causal_lm import CausalLM
 
 PREFIX = "base_model.model."  # PEFT's wrappers around the model
 DIGEST = "base_digest"  # key in adapter_base.json
-# What of PEFT's LoraConfig may have any value: it is read here, or changes nothing once trained
-_READ = {
-    *("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "peft_type", "task_type"),
-    *("base_model_name_or_path", "bias", "init_lora_weights", "layers_to_transform"),
-    *("auto_mapping", "peft_version", "revision", "inference_mode", "exclude_modules"),
+# What of PEFT's LoraConfig may have any value besides: it changes nothing once trained
+_IGNORED = {
+    *("base_model_name_or_path", "auto_mapping", "peft_version", "revision", "inference_mode"),
     *("layers_pattern", "megatron_config", "megatron_core", "qalora_group_size", "runtime_config"),
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "ensure_weight_tying"),
 }
 # Initialisations that change the base's weights as well: the adapter does not fit the original
 _CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
+
+
+class PeftConfig(TypedDict, total=False):
+    """What is read of adapter_config.json."""
+
+    peft_type: Required[Literal["LORA"]]
+    task_type: Literal["CAUSAL_LM"] | None
+    bias: Literal["none"]
+    r: Required[Annotated[int, Interval(ge=1)]]
+    lora_alpha: Required[Annotated[float, Interval(gt=0, le=MAX_ALPHA)]]
+    lora_dropout: Annotated[float, Interval(ge=0, lt=1)] | None
+    use_rslora: bool | None
+    init_lora_weights: Any
+    target_modules: Any
+    layers_to_transform: Any
+    exclude_modules: Any
+
+
+class Generation(TypedDict, total=False):
+    """What is read of an adapter's generation_config.json."""
+
+    eos_token_id: int | list[int] | None
 
 
 def save_adapter(model: "CausalLM", folder: str | Path, *, base: str | Path = "") -> None:
@@ -70,10 +94,11 @@ def save_adapter(model: "CausalLM", folder: str | Path, *, base: str | Path = ""
     adapters, lora, folder = lora_of(model), model.lora, Path(folder)
     if lora is None or not adapters:
         raise InputError("model: wanted one with adapters (add_lora), got one without")
-    tensors = {}
-    for name, module in adapters.items():
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = module.lora_A
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = module.lora_B
+    tensors = {
+        f"{PREFIX}{name}.{part}.weight": getattr(module, part)
+        for name, module in adapters.items()
+        for part in ("lora_A", "lora_B")
+    }
     name, more = str(base), {DIGEST: lora.base_digest} if lora.base_digest else {}
     if name and not name.startswith("model:") and Path(name).exists():
         name = str(Path(name).resolve())  # PEFT takes a relative one from the working directory
@@ -128,49 +153,40 @@ def load_adapter(model: "CausalLM", folder: str | Path) -> "CausalLM":
     """
     check_plain(model)
     folder = Path(folder)
-    config = _config(folder)
+    config = _config(folder / ADAPTER_CONFIG)
     here = digest_of(model)
-    tensors = _tensors(folder / ADAPTER)
+    pairs = _pairs(folder / ADAPTER)
     file = folder / ADAPTER_BASE
     digest = read_json(file).get(DIGEST) if file.is_file() else None
-    ends = _end_tokens(folder)
-    lora = LoraConfig(
-        config["r"],
-        config["lora_alpha"],
-        config.get("lora_dropout") or 0.0,
-        bool(config.get("use_rslora")),
-        digest or here,
-    )
+    file, ends = folder / GENERATION, None
+    if file.is_file():  # the end tokens that an adapter of fastlm was trained with
+        ends = read_document(file, Generation).get("eos_token_id")
+    dropout, use_rslora = config.get("lora_dropout") or 0.0, bool(config.get("use_rslora"))
+    lora = LoraConfig(config["r"], config["lora_alpha"], dropout, use_rslora, digest or here)
     linears = linears_of(model)
     adapters = {}
-    for name, pair in _pairs(tensors, folder / ADAPTER).items():
-        base = linears.get(name)
-        if base is None:
+    for name, pair in pairs.items():
+        if (base := linears.get(name)) is None:
             raise InputError(
                 f"{folder}: {name}: is no linear layer of this model; the adapter is of"
                 " another base"
             )
-        if (rank := pair["lora_A"].shape[0]) != lora.r:
-            raise InputError(f"{folder}: {name}: wanted rank {lora.r} by its config, got {rank}")
-        shapes = {
-            "lora_A": (lora.r, base.in_features),
-            "lora_B": (base.out_features, lora.r),
-        }
-        for part, wanted in shapes.items():
-            if tuple(pair[part].shape) != wanted:
+        shapes = {"lora_A": (lora.r, base.in_features), "lora_B": (base.out_features, lora.r)}
+        for part, expected in shapes.items():
+            if (shape := tuple(pair[part].shape)) != expected:
                 raise InputError(
-                    f"{folder}: {name}.{part}: wanted {wanted} for this model, got"
-                    f" {tuple(pair[part].shape)}; the adapter is of another base"
+                    f"{folder}: {name}.{part}: expected {expected} by its rank and this model,"
+                    f" got {shape}; the adapter is of another base"
                 )
         adapters[name] = pair["lora_A"].float(), pair["lora_B"].float()
-    for name in _meant(model, config) - adapters.keys():
+    for name in _targets(linears, config) - adapters.keys():
         raise InputError(
-            f"{folder}: wanted an adapter of {name} by target_modules, got none; the adapter is of"
-            " another base"
+            f"{folder}: expected an adapter of {name} by target_modules, got none; the adapter is"
+            " of another base"
         )
     if digest and here and digest != here:
         raise InputError(
-            f"{folder}: wanted the base model with the digest {digest}, got one with {here}: its"
+            f"{folder}: expected the base model with the digest {digest}, got one with {here}: its"
             " weights are others"
         )
     if ends is not None:
@@ -178,94 +194,55 @@ def load_adapter(model: "CausalLM", folder: str | Path) -> "CausalLM":
     return put_lora(model, adapters, lora)
 
 
-def _end_tokens(folder: Path) -> int | list[int] | None:
-    """The end tokens that an adapter of fastlm was trained with, or None."""
-    file = folder / GENERATION
-    ends = read_json(file).get("eos_token_id") if file.is_file() else None
-    for end in ends if isinstance(ends, list) else [ends]:
-        if end is not None and type(end) is not int:
-            raise InputError(f"{file}: eos_token_id: wanted token ids, got {ends!r:.60}")
-    return ends
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json, checked."""
-    where = folder / ADAPTER_CONFIG
-    config = read_json(where)
-    kind, task = config.get("peft_type"), config.get("task_type")
-    if kind != "LORA":
-        raise InputError(f"{where}: peft_type: wanted LORA, got {kind!r:.60}")
-    if task not in (None, "CAUSAL_LM"):
-        raise InputError(f"{where}: task_type: wanted CAUSAL_LM, got {task!r:.60}")
-    if config.get("bias", "none") != "none":
-        raise InputError(f"{where}: bias: wanted 'none', got {config['bias']!r:.60}")
+def _config(path: Path) -> PeftConfig:
+    config = read_document(path, PeftConfig, extra="allow")
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE):
         raise InputError(
-            f"{where}: init_lora_weights: wanted one that leaves the base as it is, got"
+            f"{path}: init_lora_weights: expected one that leaves the base as it is, got"
             f" {init!r:.60}"
         )
     for key, value in config.items():
-        if key not in _READ and value:
-            raise InputError(f"{where}: {key}: fastlm's LoRA does not have it, got {value!r:.60}")
-    rank, alpha, dropout = (config.get(key) for key in ("r", "lora_alpha", "lora_dropout"))
-    if type(rank) is not int or rank < 1:
-        raise InputError(f"{where}: r: wanted 1 or more, got {rank!r:.60}")
-    if not isinstance(alpha, int | float) or not 0 < alpha <= MAX_ALPHA:
-        raise InputError(
-            f"{where}: lora_alpha: wanted a positive number up to float32's, got {alpha!r:.60}"
-        )
-    share = 0 if dropout is None else dropout
-    if type(share) not in (int, float) or not 0 <= share < 1:
-        raise InputError(f"{where}: lora_dropout: wanted a share in [0, 1), got {dropout!r:.60}")
+        if value and key not in PeftConfig.__annotations__ and key not in _IGNORED:
+            raise InputError(f"{path}: {key}: fastlm's LoRA does not have it, got {value!r:.60}")
     return config
 
 
-def _tensors(file: Path) -> dict[str, Tensor]:
-    """The adapter's tensors."""
-    if not file.is_file() and file.with_suffix(".bin").is_file():
-        raise InputError(f"{file.parent}: wanted {ADAPTER}, got a pickle (convert it first)")
-    with open_tensors(file) as opened:
-        for name in opened.keys():
-            if (got := opened.get_slice(name).get_dtype()) not in FLOATS:
-                raise InputError(f"{file}: {name}: wanted one of {', '.join(FLOATS)}, got {got}")
-        return {name: opened.get_tensor(name) for name in opened.keys()}
-
-
-def _pairs(tensors: Mapping[str, Tensor], file: Path) -> dict[str, dict[str, Tensor]]:
+def _pairs(file: Path) -> dict[str, dict[str, Tensor]]:
     """Module name -> its lora_A and lora_B."""
-    found: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        module, _, part = name.removesuffix(".weight").rpartition(".")
-        if not (
-            name.startswith(PREFIX)
-            and name.endswith(".weight")
-            and part in ("lora_A", "lora_B")
-            and tensor.dim() == 2
-        ):
-            raise InputError(
-                f"{file}: {name:.200}: wanted lora_A.weight and lora_B.weight of linear layers"
-                f" under {PREFIX}, got this"
-            )
-        found.setdefault(module.removeprefix(PREFIX), {})[part] = tensor
-    for module, pair in found.items():
+    if not file.is_file() and file.with_suffix(".bin").is_file():
+        raise InputError(f"{file.parent}: expected {ADAPTER}, got a pickle (convert it first)")
+    pairs: dict[str, dict[str, Tensor]] = {}
+    with open_tensors(file) as tensors:
+        for name in tensors.keys():
+            if (dtype := tensors.get_slice(name).get_dtype()) not in FLOATS:
+                raise InputError(
+                    f"{file}: {name}: expected one of {', '.join(FLOATS)}, got {dtype}"
+                )
+            tensor = tensors.get_tensor(name)
+            match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.(lora_[AB])\.weight", name)
+            if match is None or tensor.dim() != 2:
+                raise InputError(
+                    f"{file}: {name:.200}: expected lora_A.weight and lora_B.weight of linear"
+                    f" layers under {PREFIX}, got this"
+                )
+            pairs.setdefault(match[1], {})[match[2]] = tensor
+    for module, pair in pairs.items():
         if len(pair) < 2:
-            raise InputError(f"{file}: {module}: wanted lora_A and lora_B, got {min(pair)} alone")
-    if not found:
-        raise InputError(f"{file}: wanted the matrices of an adapter, got no tensor")
-    return found
+            raise InputError(f"{file}: {module}: expected lora_A and lora_B, got {min(pair)} alone")
+    if not pairs:
+        raise InputError(f"{file}: expected the matrices of an adapter, got no tensor")
+    return pairs
 
 
-def _meant(model: "CausalLM", config: Mapping[str, Any]) -> set[str]:
-    """The modules of this model that target_modules names; none where it is a regular expression
-    or only some layers are adapted.
+def _targets(linears: Mapping[str, Any], config: PeftConfig) -> set[str]:
+    """The linear layers that target_modules names; none where it is a regular expression or only
+    some layers are adapted.
     """
     targets = config.get("target_modules")
     if config.get("layers_to_transform") is not None or config.get("exclude_modules"):
         return set()
     if targets == ALL:
-        return set(linears_of(model))
-    if not isinstance(targets, list) or not all(isinstance(t, str) for t in targets):
-        return set()
-    known = [t for t in targets if any(n == t or n.endswith(f".{t}") for n in linears_of(model))]
-    return set(targets_of(model, known)) if known else set()
+        return set(linears)
+    targets = targets if isinstance(targets, list) else []
+    return {name for name in linears if any(matches(name, target) for target in targets)}

@@ -166,21 +166,24 @@ class CausalLM(nn.Module):
             dtype = _float_dtype(config, state)
         quantization = config.extra.get("quantization_config")
         modules = (quantization or {}).get("modules") or {}
-        quantized = {}
+        quantized, plain = {}, {}
         for name in list(state):
             value = state.pop(name)  # one at a time: never the whole model in two dtypes
-            if isinstance(value, QuantizedWeight) and not keep_quantized:
-                value = value.dequantize(dtype)
-            if isinstance(value, QuantizedWeight):
-                quantized[name.removesuffix(".weight")] = value
+            if isinstance(value, QuantizedWeight) and keep_quantized:
+                quantized[name] = value
+            elif isinstance(value, QuantizedWeight):
+                plain[name] = value.dequantize(dtype)
             elif not name.endswith("rotary_emb.inv_freq"):  # in old files
-                _put(model, name, value.to(dtype))
+                plain[name] = value.to(dtype)
+        missing, unknown = model.load_state_dict(plain, strict=False, assign=True)
+        if unknown:
+            raise InputError(f"{path}: expected tensors of the model only, got {unknown[0]}")
+        if missing := [name for name in missing if name not in quantized]:
+            raise InputError(f"{path}: expected a tensor {missing[0]}, got none of that name")
         for name, weight in quantized.items():
+            name = name.removesuffix(".weight")
             own = modules.get(name, {}).get("act_bits", 16 if quantization else 8)
             put_quantized(model, name, weight, act_bits=act_bits or own, dtype=dtype)
-        for name, parameter in model.named_parameters():
-            if parameter.is_meta:
-                raise InputError(f"{path}: wanted a tensor {name}, got none of that name")
         return model.eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -538,24 +541,3 @@ def packed_positions(cu_seqlens: Tensor, total: int, whole: Tensor) -> Tensor:
     document = torch.searchsorted(cu_seqlens.long(), index, right=True) - 1
     before = whole.long().diff() - cu_seqlens.long().diff()
     return index - cu_seqlens.long()[document] + before[document]
-
-
-def _module_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The module that holds the parameter `name`, and its name there."""
-    parent, _, last = name.rpartition(".")
-    try:
-        module = model.get_submodule(parent)
-        if last in module._parameters and module._parameters[last] is not None:
-            return module, last
-    except AttributeError:
-        pass
-    raise InputError(f"{name}: wanted tensors of the model only, got one it does not have")
-
-
-def _put(model: nn.Module, name: str, value: Tensor) -> None:
-    module, last = _module_of(model, name)
-    wanted = module._parameters[last]
-    assert wanted is not None
-    if wanted.shape != value.shape:
-        raise InputError(f"{name}: wanted {tuple(wanted.shape)}, got {tuple(value.shape)}")
-    module._parameters[last] = nn.Parameter(value)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlm.errors import InputError
-from fastlm.model.quantized_modules import QuantizedEmbedding, QuantizedLinear
+from fastlm.model.quantized_modules import QuantizedEmbedding, QuantizedLinear, replace_module
 from fastlm.ops.linear import Linear, linear
 from fastlm.ops.quantized_weight import QuantizedWeight
 
@@ -84,7 +84,11 @@ class LoraLinear(nn.Module):
         dtype, or to `dtype` where that is quantized.
         """
         base: Any = self.base_layer
-        weight, dtype = _matrix(base.weight, dtype)
+        weight = base.weight
+        if isinstance(weight, QuantizedWeight):
+            weight = weight.dequantize(torch.float32)
+        else:
+            dtype = weight.dtype
         weight = torch.addmm(
             weight.float(), self.lora_B.float(), self.lora_A.float(), alpha=self.scaling
         )
@@ -150,7 +154,7 @@ def put_lora(
 
 def check_plain(model: nn.Module) -> None:
     """Raise InputError if the model has adapters."""
-    if any(_adapters(model)):
+    if lora_of(model):
         raise InputError("model: wanted one without adapters, got one that has some")
 
 
@@ -171,31 +175,23 @@ def targets_of(model: nn.Module, targets: str | Sequence[str]) -> dict[str, Any]
         return linears
     kinds = sorted({name.rpartition(".")[2] for name in linears})
     for target in wanted:
-        if not any(_matches(name, target) for name in linears):
+        if not any(matches(name, target) for name in linears):
             raise InputError(
                 f"targets: wanted {ALL} or some of {', '.join(kinds)}, got {target!r:.60}"
             )
     if not wanted:
         raise InputError(f"targets: wanted {ALL} or some of {', '.join(kinds)}, got none")
-    return {n: m for n, m in linears.items() if any(_matches(n, target) for target in wanted)}
+    return {n: m for n, m in linears.items() if any(matches(n, target) for target in wanted)}
 
 
-def _matches(name: str, target: str) -> bool:
+def matches(name: str, target: str) -> bool:
+    """Whether a name of ``targets`` stands for this module."""
     return name == target or name.endswith(f".{target}")
 
 
 def lora_of(model: nn.Module) -> dict[str, LoraLinear]:
     """Module name -> adapted layer."""
     return {n: m for n, m in model.named_modules() if isinstance(m, LoraLinear)}
-
-
-def _adapters(model: nn.Module) -> Iterator[LoraLinear]:
-    return (m for m in model.modules() if isinstance(m, LoraLinear))
-
-
-def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, new)
 
 
 def merge_lora(model: "CausalLM") -> "CausalLM":
@@ -209,17 +205,15 @@ def merge_lora(model: "CausalLM") -> "CausalLM":
     if adapters:
         for name, module in list(model.named_modules()):
             if isinstance(module, QuantizedLinear | QuantizedEmbedding):
-                replace_module(model, name, _dequantized(module, dtype).train(module.training))
+                weight = module.weight.dequantize(dtype)
+                if isinstance(module, QuantizedLinear):
+                    new = _linear(weight, module.bias)
+                else:
+                    new = nn.Embedding.from_pretrained(weight, freeze=False)
+                replace_module(model, name, new.train(module.training))
         model.requires_grad_(True)
         model.lora = None
     return model
-
-
-def _dequantized(module: QuantizedLinear | QuantizedEmbedding, dtype: torch.dtype) -> nn.Module:
-    weight = module.weight.dequantize(dtype)
-    if isinstance(module, QuantizedLinear):
-        return _linear(weight, module.bias)
-    return nn.Embedding.from_pretrained(weight, freeze=False)
 
 
 def _linear(weight: Tensor, bias: nn.Parameter | None) -> Linear:
@@ -230,19 +224,12 @@ def _linear(weight: Tensor, bias: nn.Parameter | None) -> Linear:
     return new
 
 
-def _matrix(weight: Any, dtype: torch.dtype) -> tuple[Tensor, torch.dtype]:
-    """A layer's weight as floats, and the dtype that belongs to it."""
-    if isinstance(weight, QuantizedWeight):
-        return weight.dequantize(torch.float32), dtype
-    return weight, weight.dtype
-
-
 @contextmanager
 def without_adapter(model: nn.Module) -> Iterator[None]:
     """Context in which the model computes what its frozen base computes: the reference of DPO or
     PPO, without a second model in memory.
     """
-    adapters = list(_adapters(model))
+    adapters = lora_of(model).values()
     before = [module.enabled for module in adapters]
     for module in adapters:
         module.enabled = False

@@ -5,7 +5,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from fastlm.model.cpu_steps import plan_of
-from fastlm.model.lora import lora_of, replace_module
+from fastlm.model.lora import lora_of
+from fastlm.model.quantized_modules import replace_module
 
 if TYPE_CHECKING:
     from fastlm.model.causal_lm import CausalLM

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlm import ops
-from fastlm.checkpoint.own import describe
+from fastlm.checkpoint.own import PARTS, describe
 from fastlm.errors import InputError
 from fastlm.ops.linear import Linear
 from fastlm.ops.quantized_weight import QuantizedWeight
@@ -108,18 +108,10 @@ class QuantizedEmbedding(_Quantized):
         self.dtype = dtype
 
     def forward(self, ids: Tensor) -> Tensor:
-        def rows(t: Tensor) -> Tensor:
-            return t[ids.reshape(-1)]
-
-        out = torch.ops.fastlm.dequantize(
-            rows(self.qdata),
-            rows(self.scales),
-            None if self.zeros is None else rows(self.zeros),
-            self.bits,
-            self.group_size,
-            self.embedding_dim,
-            self.dtype,
-        )
+        parts = (self.qdata, self.scales, self.zeros)
+        rows = (None if t is None else t[ids.reshape(-1)] for t in parts)
+        layout = self.bits, self.group_size, self.embedding_dim, self.dtype
+        out = torch.ops.fastlm.dequantize(*rows, *layout)
         return out.view(*ids.shape, self.embedding_dim)
 
     def _apply(self, fn, recurse=True):
@@ -163,9 +155,13 @@ def put_quantized(
     new.train(old.training)
     if not name:
         return new
+    replace_module(model, name, new)
+    return model
+
+
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, new)
-    return model
 
 
 def _module(model: nn.Module, name: str) -> nn.Linear | nn.Embedding:
@@ -185,12 +181,12 @@ def quantization_config(
     """Return what config.json states about a quantized model: enough to read its weights and
     rebuild its modules.
     """
-    modules: dict[str, dict[str, Any]] = {}
-    for name, m in model.named_modules(remove_duplicate=False):
-        if isinstance(m, QuantizedLinear):
-            modules[name] = {**describe("linear", m.weight), "act_bits": m.act_bits}
-        elif isinstance(m, QuantizedEmbedding):
-            modules[name] = {**describe("embedding", m.weight), "act_bits": m.act_bits}
+    kinds = {QuantizedLinear: "linear", QuantizedEmbedding: "embedding"}
+    modules = {
+        name: {**describe(kinds[type(m)], m.weight), "act_bits": m.act_bits}
+        for name, m in model.named_modules(remove_duplicate=False)
+        if isinstance(m, QuantizedLinear | QuantizedEmbedding)
+    }
     return {
         "quant_method": "fastlm",
         "format": format,
@@ -217,21 +213,13 @@ def load_quantized(
     for name, entry in config["modules"].items():
         if f"{name}.qdata" not in state:
             continue
-        missing = [
-            p
-            for p in ("scales", *(["zeros"] if entry["zeros"] else []))
-            if f"{name}.{p}" not in state
-        ]
-        if missing:
-            raise InputError(f"state: {name}.{missing[0]} is missing")
-        weights[name] = QuantizedWeight(
-            state[f"{name}.qdata"],
-            state[f"{name}.scales"],
-            state.get(f"{name}.zeros"),
-            entry["bits"],
-            entry["group_size"],
-            tuple(entry["shape"]),
-        )
+        for part in ("scales", "zeros") if entry["zeros"] else ("scales",):
+            if f"{name}.{part}" not in state:
+                raise InputError(f"state: {name}.{part} is missing")
+        qdata, scales, zeros = (state.get(f"{name}.{part}") for part in PARTS)
+        assert qdata is not None and scales is not None
+        layout = entry["bits"], entry["group_size"], tuple(entry["shape"])
+        weights[name] = QuantizedWeight(qdata, scales, zeros, *layout)
     # tied modules share one parameter
     keys = {name: id(_module(model, name).weight) for name in config["modules"]}
     shared = {keys[name]: weight for name, weight in weights.items()}

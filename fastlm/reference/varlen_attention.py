@@ -1,5 +1,7 @@
 """The definition of `varlen_attention`."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -29,14 +31,10 @@ def varlen_attention_forward(
     seed: Tensor | None,
     max_seqlen_q: int,
     max_seqlen_k: int,
-    causal: bool,
-    scale: float,
-    window: int,
-    softcap: float,
-    dropout_p: float,
+    *numbers: Any,
 ) -> tuple[Tensor, Tensor]:
     """`attention_forward` of each sequence: q (total_q, H, D) -> out (total_q, H, Dv),
-    lse (H, total_q).
+    lse (H, total_q). numbers: causal to dropout_p, as there.
     """
     outs, lses = [q.new_zeros(0, q.shape[1], v.shape[2])], [widen(q[:0, :, 0]).mT]
     ends_q = _offsets(cu_seqlens_q, q.shape[0], "cu_seqlens_q")
@@ -46,15 +44,8 @@ def varlen_attention_forward(
             q[q0:q1].transpose(0, 1)[None],
             k[k0:k1].transpose(0, 1)[None],
             v[k0:k1].transpose(0, 1)[None],
-            sinks,
-            alibi_slopes,
-            bias_of(bias, b, q1 - q0, k1 - k0),
-            seed,
-            causal,
-            scale,
-            window,
-            softcap,
-            dropout_p,
+            *(sinks, alibi_slopes, bias_of(bias, b, q1 - q0, k1 - k0), seed),
+            *numbers,
             first_batch=b,
         )
         outs.append(o[0].transpose(0, 1))
@@ -78,14 +69,10 @@ def varlen_attention_backward(
     seed: Tensor | None,
     max_seqlen_q: int,
     max_seqlen_k: int,
-    causal: bool,
-    scale: float,
-    window: int,
-    softcap: float,
-    dropout_p: float,
-    bias_grad: bool,
+    *numbers: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`attention_backward` of each sequence."""
+    """`attention_backward` of each sequence. numbers: causal to bias_grad, as there."""
+    bias_grad = numbers[-1]
     grads = [[t.new_zeros(0, *t.shape[1:])] for t in (q, k, v)]
     dsinks = lse.new_zeros(0 if sinks is None else sinks.shape[0])
     dbias = lse.new_zeros(bias.shape if bias is not None and bias_grad else 0)
@@ -99,16 +86,8 @@ def varlen_attention_backward(
             v[k0:k1].transpose(0, 1)[None],
             out[q0:q1].transpose(0, 1)[None],
             lse[None, :, q0:q1],
-            sinks,
-            alibi_slopes,
-            bias_of(bias, b, q1 - q0, k1 - k0),
-            seed,
-            causal,
-            scale,
-            window,
-            softcap,
-            dropout_p,
-            bias_grad,
+            *(sinks, alibi_slopes, bias_of(bias, b, q1 - q0, k1 - k0), seed),
+            *numbers,
             first_batch=b,
         )
         for parts, one in zip(grads, each):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from patch_models import FAMILIES, SMALL, model_of, pair, tokens
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config
+from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import (
@@ -19,12 +19,10 @@ from transformers.models.llama.modeling_llama import (
     LlamaRMSNorm,
     apply_rotary_pos_emb,
 )
-from transformers.models.phi3.modeling_phi3 import Phi3MLP
 
 from fastlm import InputError
 from fastlm.compat import liger as door
 from fastlm.compat.liger import (
-    CrossEntropyOutput,
     LigerCrossEntropyLoss,
     LigerFusedLinearCrossEntropyLoss,
     LigerGEGLUMLP,
@@ -42,63 +40,23 @@ from fastlm.hf.patching import patched_ops
 # warnings of transformers about its own names do not concern the kernels
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
-MORE = "return_z_loss=False, return_token_accuracy=False, return_predicted_tokens=False"
-LOSS = "lse_square_scale=0.0, label_smoothing=0.0, reduction='mean', softcap=None"
-APPLY = "rope=True, cross_entropy=False, fused_linear_cross_entropy=True, rms_norm=True, "
 SIGNATURES = {
-    "liger_cross_entropy": (
-        "input, target, weight=None, size_average=None, ignore_index=-100, reduce=None,"
-        " reduction='mean', label_smoothing=0.0, lse_square_scale=0.0, softcap=None, " + MORE
-    ),
+    "liger_cross_entropy": "input, target, weight=None, **options",
     "liger_fused_linear_cross_entropy": (
-        f"input, weight, target, bias=None, ce_weight=None, ignore_index=-100, {LOSS},"
-        " return_z_loss=False, accum_dtype=None, use_token_scaling=False,"
-        " return_token_accuracy=False, return_predicted_tokens=False, chunk_mem_const=1"
+        "input, weight, target, bias=None, ce_weight=None, **options"
     ),
-    "LigerCrossEntropyLoss": f"weight=None, ignore_index=-100, {LOSS}, {MORE}",
-    "LigerFusedLinearCrossEntropyLoss": (
-        f"ce_weight=None, ignore_index=-100, {LOSS}, return_z_loss=False, accum_dtype=None,"
-        " use_token_scaling=False, return_token_accuracy=False, return_predicted_tokens=False"
-    ),
+    "LigerCrossEntropyLoss": "weight=None, **options",
+    "LigerFusedLinearCrossEntropyLoss": "ce_weight=None, **options",
     "liger_rms_norm": "X, W, eps, offset=0.0, casting_mode='llama', in_place=True",
     "LigerRMSNorm": (
         "hidden_size, eps=1e-06, offset=0.0, casting_mode='llama', init_fn='ones', in_place=True,"
         " row_mode=None, elementwise_affine=True"
     ),
-    "LigerRMSNormForGemma": (
-        "hidden_size, eps=1e-06, offset=1.0, casting_mode='gemma', init_fn='zeros', in_place=True,"
-        " row_mode=None"
-    ),
-    "LigerRMSNormForGemma2": (
-        "hidden_size, eps=1e-06, offset=1.0, casting_mode='gemma', init_fn='zeros', in_place=False,"
-        " row_mode=None"
-    ),
-    "LigerRMSNormForGemma3": (
-        "dim, eps=1e-06, offset=1.0, casting_mode='gemma', init_fn='zeros', in_place=False"
-    ),
-    "LigerRMSNormForOlmo2": (
-        "hidden_size, eps=1e-06, offset=0.0, casting_mode='llama', init_fn='ones', in_place=False,"
-        " row_mode=None"
-    ),
-    "LigerRMSNormForGlm4": (
-        "hidden_size, eps=1e-06, offset=0.0, casting_mode='llama', init_fn='ones', in_place=False,"
-        " row_mode=None"
-    ),
-    "liger_fused_add_rms_norm": "X, R, W, eps, offset=0.0, casting_mode='llama', in_place=True",
-    "LigerFusedAddRMSNorm": (
-        "hidden_size, eps=1e-06, offset=0.0, casting_mode='llama', init_fn='ones', in_place=False"
-    ),
-    "apply_liger_kernel_to_llama": APPLY + "swiglu=True, model=None",
-    "apply_liger_kernel_to_mixtral": APPLY + "swiglu=True, model=None",
-    "apply_liger_kernel_to_gemma2": APPLY + "geglu=True, model=None",
     "liger_rope": "q, k, cos, sin, position_ids=None, unsqueeze_dim=1",
-    "LigerPhi3SwiGLUMLP": "config",
-    "liger_rotary_pos_emb": ("q, k, cos, sin, position_ids=None, unsqueeze_dim=1, rotary_dim=None"),
     "liger_swiglu": "a, b",
     "liger_geglu": "a, b",
     "LigerSwiGLUMLP": "config, intermediate_size=None",
-    "LigerGEGLUMLP": "config",
-}  # from Liger-Kernel 0.8
+}  # from Liger-Kernel 0.8; its losses list their options one by one
 
 
 @pytest.mark.parametrize("name", SIGNATURES)
@@ -111,21 +69,17 @@ ROWS, CLASSES, WIDTH, IGNORED = 13, 37, 8, 5
 
 
 def truth(logits, target, *, weight, ignore_index, smoothing, scale, reduction, softcap):
-    """The loss and its z-loss in float64. The loss of an ignored row is 0."""
+    """The loss in float64. That of an ignored row is 0."""
     z = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     valid = target != ignore_index
     loss = F.cross_entropy(
         z, target, weight, ignore_index=ignore_index, label_smoothing=smoothing, reduction="none"
     )
-    z_loss = scale * z.logsumexp(-1).square() * valid
+    loss = loss + scale * z.logsumexp(-1).square() * valid
     if reduction == "none":
-        return loss + z_loss, z_loss
+        return loss
     total = (valid if weight is None else weight[target.clamp(min=0)] * valid).sum()
-    if reduction == "sum":
-        total, count = 1, 1
-    else:
-        count = valid.sum()
-    return loss.sum() / total + z_loss.sum() / count, z_loss.sum() / count
+    return loss.sum() / (1 if reduction == "sum" else total)
 
 
 def drawn(dtype=torch.float32, ignore_index=IGNORED):
@@ -154,87 +108,43 @@ LOSSES = {
 
 
 @pytest.mark.parametrize("options", LOSSES.values(), ids=LOSSES)
-@pytest.mark.parametrize("more", [False, True])
 @pytest.mark.parametrize("ignore_index", [-100, IGNORED])
 @pytest.mark.parametrize("fused", [False, True])
-def test_losses(options, more, ignore_index, fused):
+def test_losses(options, ignore_index, fused):
     options = dict(options)
     x, head, target = drawn(ignore_index=ignore_index)
     bias = torch.randn(CLASSES)
     weight = torch.rand(CLASSES) + 0.1 if options.pop("weight", False) else None
-    options |= {"ignore_index": ignore_index, "return_z_loss": more}
-    options |= {"return_token_accuracy": more, "return_predicted_tokens": more}
+    options["ignore_index"] = ignore_index
     leaves = (x, head, bias) if fused else (F.linear(x, head, bias),)
     leaves = [t.requires_grad_() for t in leaves]
     if fused:
         module = LigerFusedLinearCrossEntropyLoss(ce_weight=weight, **options)
-        out = module(head, x, target, bias)
+        loss = module(head, x, target, bias)
         again = liger_fused_linear_cross_entropy(
             x, head, target, bias, ce_weight=weight, accum_dtype=torch.float32, chunk_mem_const=2,
             **options,
         )  # fmt: skip
     else:
         module = LigerCrossEntropyLoss(weight=weight, **options)
-        out = module(leaves[0], target)
+        loss = module(leaves[0], target)
         again = liger_cross_entropy(leaves[0], target, weight, **options)
     assert not module.state_dict() and not list(module.parameters())
     doubles = [t.detach().double().requires_grad_() for t in leaves]
-    logits = F.linear(*doubles) if fused else doubles[0]
-    reduction = options.get("reduction", "mean")
-    expected, z_loss = truth(
-        logits, target, weight=None if weight is None else weight.double(),
+    expected = truth(
+        F.linear(*doubles) if fused else doubles[0], target,
+        weight=None if weight is None else weight.double(),
         ignore_index=ignore_index, smoothing=options.get("label_smoothing", 0.0),
-        scale=options.get("lse_square_scale", 0.0), reduction=reduction,
+        scale=options.get("lse_square_scale", 0.0), reduction=options.get("reduction", "mean"),
         softcap=options.get("softcap"),
     )  # fmt: skip
-    loss = out
-    if more:
-        assert isinstance(out, CrossEntropyOutput) and torch.equal(out.loss, again.loss)
-        loss = out.loss
-        torch.testing.assert_close(out.z_loss.double(), z_loss, rtol=1e-5, atol=1e-6)
-        valid = target != ignore_index
-        predicted = torch.where(valid, logits.argmax(-1), -1)
-        assert torch.equal(out.predicted_tokens, predicted)
-        hits = (predicted == target).float()
-        accuracy = hits if reduction == "none" else hits.sum() / valid.sum()
-        torch.testing.assert_close(out.token_accuracy, accuracy)
-    else:
-        assert torch.equal(out, again)
-    assert loss.dtype == torch.float32
+    assert torch.equal(loss, again) and loss.dtype == torch.float32
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
     upstream = torch.randn(loss.shape)  # not 1, and of either sign
     found = torch.autograd.grad(loss, leaves, upstream)
     wanted = torch.autograd.grad(expected, doubles, upstream.double())
     for a, b in zip(found, wanted):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("more", [{}, {"label_smoothing": 0.1, "lse_square_scale": 0.01}])
-def test_token_scaling(reduction, more):
-    """Each row's loss is scaled by the probability of its target, which gets no gradient."""
-    x, head, target = drawn()
-    x.requires_grad_()
-    out = liger_fused_linear_cross_entropy(
-        x, head, target, ignore_index=IGNORED, reduction=reduction, use_token_scaling=True,
-        softcap=3.0, return_z_loss=True, **more,
-    )  # fmt: skip
-    wide = x.detach().double().requires_grad_()
-    logits = F.linear(wide, head.double())
-    rows, z_rows = truth(
-        logits, target, weight=None, ignore_index=IGNORED, reduction="none", softcap=3.0,
-        smoothing=more.get("label_smoothing", 0.0), scale=more.get("lse_square_scale", 0.0),
-    )  # fmt: skip
-    probability = (3 * torch.tanh(logits / 3)).softmax(-1)[torch.arange(ROWS), target].detach()
-    divisor = (target != IGNORED).sum() if reduction == "mean" else 1
-    for found, each in ((out.loss, rows), (out.z_loss, z_rows)):
-        each = each * probability / divisor
-        expected = each if reduction == "none" else each.sum()
-        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
-        if found is out.loss:
-            (a,) = torch.autograd.grad(found.sum(), x)
-            (b,) = torch.autograd.grad(expected.sum(), wide)
-            torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -302,28 +212,11 @@ def test_rms_norm_of_models():
     for theirs, ours in (
         (LlamaRMSNorm(32), LigerRMSNorm(32)),
         (GemmaRMSNorm(32), LigerRMSNorm(32, offset=1.0, init_fn="zeros")),
-        (GemmaRMSNorm(32), door.LigerRMSNormForGemma(32)),
-        (GemmaRMSNorm(32), door.LigerRMSNormForGemma3(dim=32)),
-        (LlamaRMSNorm(32), door.LigerRMSNormForOlmo2(32)),
     ):
         assert torch.equal(ours(x), liger_rms_norm(x, theirs.weight, 1e-6, ours.offset))
         nn.init.normal_(theirs.weight)
         ours.load_state_dict(theirs.state_dict())
         torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("offset, init", [(0.0, "ones"), (1.0, "zeros")])
-def test_rms_norm_of_a_sum(offset, init):
-    x, residual = torch.randn(2, 3, 7, 32).requires_grad_().unbind()
-    norm = door.LigerFusedAddRMSNorm(32, 1e-5, offset, init_fn=init)
-    assert list(norm.state_dict()) == ["weight"]
-    nn.init.normal_(norm.weight)
-    y, total = norm(x, residual)
-    torch.testing.assert_close(total, x + residual)
-    expected = F.rms_norm(x + residual, (32,), norm.weight + offset, 1e-5)
-    torch.testing.assert_close(y, expected)
-    with pytest.raises(InputError, match="casting_mode: wanted one of"):
-        door.liger_fused_add_rms_norm(x, residual, norm.weight, 1e-5, casting_mode="bf16")
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -340,18 +233,11 @@ def test_rotary(batch):
         door.liger_rope(q, k, cos, sin, places),
         liger_rotary_pos_emb(q, k, cos[:, None], sin[:, None]),
         liger_rotary_pos_emb(q, k, cos[:, :, None], sin[:, :, None], places, 2),
-        liger_rotary_pos_emb(q, k, angles.cos(), angles.sin(), rotary_dim=16),
     ):
         for a, b in zip(found, expected):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
         (gradient,) = torch.autograd.grad(found[0], q, upstream)
         torch.testing.assert_close(gradient, wanted, rtol=1e-6, atol=1e-6)
-    half = cos[..., 4:12], sin[..., 4:12]  # the first 8 elements are rotated, the rest stays
-    q_out, _ = liger_rotary_pos_emb(q, k, *half, rotary_dim=8)
-    table = [torch.cat((t[..., :4], t[..., :4]), -1) for t in half]
-    turned, _ = apply_rotary_pos_emb(q[..., :8], k[..., :8], *table)
-    torch.testing.assert_close(q_out[..., :8], turned, rtol=1e-6, atol=1e-6)
-    assert torch.equal(q_out[..., 8:], q[..., 8:])
 
 
 def test_gated_products():
@@ -374,18 +260,7 @@ def test_mlps(cls, act):
         assert ours(x).dtype == torch.bfloat16
 
 
-def test_mlp_of_one_projection():
-    """The module replaces Phi-3's MLP, with its weights."""
-    config = Phi3Config(**SMALL)
-    theirs, ours = Phi3MLP(config), door.LigerPhi3SwiGLUMLP(config)
-    ours.load_state_dict(theirs.state_dict())
-    x = torch.randn(2, 5, 64)
-    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-6)
-    with pytest.raises(InputError, match=r"config\.hidden_act: wanted silu or swish"):
-        door.LigerPhi3SwiGLUMLP(Phi3Config(**SMALL, hidden_act="gelu"))
-
-
-APPLIED = [n for n in door.__all__ if n.startswith("apply_liger_kernel_to_")]
+APPLIED = [n for n in vars(door) if n.startswith("apply_liger_kernel_to_")]
 
 
 @pytest.mark.parametrize("name", APPLIED)
@@ -400,12 +275,16 @@ def test_apply_to_models(name):
     assert patched_ops(model) == found
     apply(model=model, rope=False, fused_linear_cross_entropy=False)
     assert patched_ops(model).keys() == found.keys() - {"rope", "linear_cross_entropy"}
-    apply(False, False, True, False, False, model)
+    act = "geglu" if "gemma" in kind else "swiglu"
+    none = {"rope": False, "cross_entropy": False, "rms_norm": False, act: False}
+    apply(**none, fused_linear_cross_entropy=True, model=model)
     assert patched_ops(model).keys() == {"linear_cross_entropy"}
-    apply(False, False, False, False, False, model)
+    apply(**none, fused_linear_cross_entropy=False, model=model)
     assert patched_ops(model) == {}
-    with pytest.raises(InputError, match="cross_entropy: wanted False"):
+    with pytest.raises(InputError, match="cross_entropy: expected False"):
         apply(cross_entropy=True, fused_linear_cross_entropy=False, model=model)
+    with pytest.raises(InputError, match=r"options: expected some of rope, .*, got swigl"):
+        apply(swigl=False, model=model)
 
 
 @pytest.fixture
@@ -435,7 +314,7 @@ def test_apply_without_a_model_patches_those_that_are_built(llama_classes, tmp_p
             torch.testing.assert_close(model(ids).logits, before(ids).logits, rtol=1e-4, atol=1e-5)
     door.apply_liger_kernel_to_llama(rope=False, swiglu=False)  # replaces the first choice
     assert patched_ops(LlamaModel(before.config)) == {"rms_norm": 5}
-    with pytest.raises(InputError, match="cross_entropy: wanted False"):
+    with pytest.raises(InputError, match="cross_entropy: expected False"):
         door.apply_liger_kernel_to_llama(cross_entropy=True)
 
 
@@ -445,14 +324,13 @@ def test_the_auto_class_takes_the_options_of_both(tmp_path):
     model = auto.from_pretrained(tmp_path, dtype=torch.bfloat16, rope=False)
     assert patched_ops(model).keys() == {"rms_norm", "glu", "linear_cross_entropy"}
     assert model.dtype == torch.bfloat16
-    assert "rope" in patched_ops(auto.from_config(model.config))
 
 
 def test_mlp_sizes():
     config = SimpleNamespace(hidden_size=8, intermediate_size=16, hidden_act="swish")
     assert LigerSwiGLUMLP(config, intermediate_size=24).up_proj.weight.shape == (24, 8)
     config.hidden_act = "gelu"
-    with pytest.raises(InputError, match=r"config\.hidden_act: wanted silu or swish, got 'gelu'"):
+    with pytest.raises(InputError, match=r"config\.hidden_act: expected silu or swish, got 'gelu'"):
         LigerSwiGLUMLP(config)
 
 
@@ -509,7 +387,7 @@ def test_compiles_in_one_graph():
     def function(x, head):
         x = liger_rms_norm(x, head[0], 1e-6)
         loss = liger_fused_linear_cross_entropy(x, head, target, lse_square_scale=0.1)
-        return loss + liger_cross_entropy(F.linear(x, head), target, return_z_loss=True).loss
+        return loss + liger_cross_entropy(F.linear(x, head), target)
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x, head), function(x, head))
@@ -518,8 +396,11 @@ def test_compiles_in_one_graph():
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda x, h, t: liger_cross_entropy(x, t, size_average=True), "size_average: wanted None"),
-        (lambda x, h, t: liger_cross_entropy(x, t, reduce=False), "reduce: wanted None"),
+        (lambda x, h, t: liger_cross_entropy(x, t, size_average=True), "size_average: expected"),
+        (
+            lambda x, h, t: liger_cross_entropy(x, t, return_z_loss=True),
+            "return_z_loss: expected none",
+        ),
         (lambda x, h, t: liger_cross_entropy(x, t, reduction="batchmean"), "reduction: wanted"),
         (lambda x, h, t: liger_cross_entropy(x, t, softcap=-1.0), "softcap: wanted > 0"),
         (lambda x, h, t: LigerCrossEntropyLoss(label_smoothing=2)(x, t), "label_smoothing: wanted"),
@@ -528,14 +409,8 @@ def test_compiles_in_one_graph():
             lambda x, h, t: liger_cross_entropy(x, t + 99, torch.ones(WIDTH)),
             "target: wanted",
         ),
-        (lambda x, h, t: liger_rms_norm(x, h[0], 1e-6, 0.0, "gemm"), "casting_mode: wanted one of"),
-        (lambda x, h, t: LigerRMSNorm(8, init_fn="randn"), "init_fn: wanted ones or zeros"),
-        (
-            lambda x, h, t: liger_rotary_pos_emb(
-                *torch.zeros(4, 1, 1, 5, 8).unbind(), rotary_dim=7
-            ),
-            "rotary_dim: wanted even, at most D = 8",
-        ),
+        (lambda x, h, t: liger_rms_norm(x, h[0], 1e-6, 0.0, "gemm"), "casting_mode: expected one"),
+        (lambda x, h, t: LigerRMSNorm(8, init_fn="randn"), "init_fn: expected ones or zeros"),
     ],
 )  # fmt: skip
 def test_refusals(call, message):

@@ -307,11 +307,11 @@ def test_we_load_pefts_adapter(saved, tmp_path, kind) -> None:
 
 REFUSED_OF_PEFT = {
     "use_dora: fastlm's LoRA does not have it": {"use_dora": True},
-    "bias: wanted 'none', got 'lora_only'": {"bias": "lora_only"},
+    "bias: expected 'none', got 'lora_only'": {"bias": "lora_only"},
     "modules_to_save: fastlm's LoRA does not have it": {"modules_to_save": ["norm"]},
     "rank_pattern: fastlm's LoRA does not have it": {"rank_pattern": {"q_proj": 2}},
     "alpha_pattern: fastlm's LoRA does not have it": {"alpha_pattern": {"q_proj": 2}},
-    "init_lora_weights: wanted one that leaves the base": {"init_lora_weights": "pissa"},
+    "init_lora_weights: expected one that leaves the base": {"init_lora_weights": "pissa"},
 }
 
 
@@ -334,10 +334,12 @@ def adapter(model, saved, tmp_path) -> Path:
 
 
 OTHER_BASES = {
-    "mlp.down_proj.lora_A: wanted (4, 96) for this model, got (4, 128)": {"intermediate_size": 96},
+    "mlp.down_proj.lora_A: expected (4, 96) by its rank and this model, got (4, 128)": {
+        "intermediate_size": 96
+    },
     "model.layers.1.mlp.down_proj: is no linear layer of this model": {"num_hidden_layers": 1},
-    "wanted an adapter of model.layers.2": {"num_hidden_layers": 3},
-    "wanted the base model with the digest": {"seed": 4},
+    "expected an adapter of model.layers.2": {"num_hidden_layers": 3},
+    "expected the base model with the digest": {"seed": 4},
 }
 
 
@@ -355,14 +357,14 @@ def test_the_base_is_recognised_in_either_dtype(adapter, saved) -> None:
 
 
 CHANGES = {
-    "peft_type: wanted LORA, got 'IA3'": {"peft_type": "IA3"},
-    "task_type: wanted CAUSAL_LM, got 'SEQ_CLS'": {"task_type": "SEQ_CLS"},
-    "r: wanted 1 or more, got 'four'": {"r": "four"},
-    "lora_alpha: wanted a positive number up to float32's, got None": {"lora_alpha": None},
-    "up to float32's, got 1e+308": {"lora_alpha": 1e308},
-    "lora_alpha: wanted a positive number up to float32's, got 1000": {"lora_alpha": 10**400},
-    "lora_dropout: wanted a share in [0, 1), got 2": {"lora_dropout": 2},
-    "down_proj: wanted rank 8 by its config, got 4": {"r": 8},
+    "peft_type: expected 'LORA', got 'IA3'": {"peft_type": "IA3"},
+    "task_type: expected 'CAUSAL_LM', got 'SEQ_CLS'": {"task_type": "SEQ_CLS"},
+    "r: expected a whole number, got 'four'": {"r": "four"},
+    "lora_alpha: expected a number, got None": {"lora_alpha": None},
+    "lora_alpha: expected less than or equal to": {"lora_alpha": 1e308},
+    "lora_alpha: expected less than or equal to 3": {"lora_alpha": 10**400},
+    "lora_dropout: expected less than 1, got 2": {"lora_dropout": 2},
+    "down_proj.lora_A: expected (8, 128) by its rank": {"r": 8},
     "new_option: fastlm's LoRA does not have it, got 'x'": {"new_option": "x"},
 }
 
@@ -396,10 +398,10 @@ def test_refused_tensors(adapter, saved) -> None:
     whole = load_file(file)
     name = next(n for n in whole if "lora_B" in n)
     for tensors, message in (
-        ({k: v for k, v in whole.items() if k != name}, "wanted lora_A and lora_B, got lora_A"),
-        ({**whole, "lm_head.weight": torch.zeros(2, 2)}, "lm_head.weight: wanted lora_A.weight"),
-        ({name: torch.zeros(2, dtype=torch.int64)}, "wanted one of F32, BF16, F16, F64, got I64"),
-        ({}, "wanted the matrices of an adapter, got no tensor"),
+        ({k: v for k, v in whole.items() if k != name}, "expected lora_A and lora_B, got lora_A"),
+        ({**whole, "lm_head.weight": torch.zeros(2, 2)}, "lm_head.weight: expected lora_A.weight"),
+        ({name: torch.zeros(2, dtype=torch.int64)}, "expected one of F32, BF16, F16, F64, got I64"),
+        ({}, "expected the matrices of an adapter, got no tensor"),
     ):
         save_file(tensors, file)
         with pytest.raises(InputError, match=re.escape(message)):
@@ -579,7 +581,7 @@ def test_a_run_can_move(base, data, tmp_path) -> None:
     shutil.rmtree(tmp_path / "moved" / "base")
     other = CausalLM(CausalLM.from_pretrained(base).config, seed=9)
     other.save_pretrained(tmp_path / "moved" / "base")
-    with pytest.raises(InputError, match="wanted the base model with the digest"):
+    with pytest.raises(InputError, match="expected the base model with the digest"):
         CausalLM.from_pretrained(tmp_path / "moved" / "sft")
 
 

@@ -264,8 +264,8 @@ def test_tensors_that_do_not_fit(case, part, change, message, tmp_path):
         (GPTQ | {"quant_method": "bitsandbytes"}, "wanted quant_method fastlm, gptq.*'bitsandb"),
         ({"quant_method": "modelopt", "quant_algo": "FP8"}, "quant_algo: wanted NVFP4"),
         ("awq", "wanted quant_method fastlm, gptq.* got 'awq'"),
-        (AWQ, "wanted AWQ tensors"),
-        (V1, "wanted GPTQ tensors"),
+        (AWQ, "expected tensors of awq"),
+        (V1, "expected tensors of gptq"),
     ],
 )
 def test_entries_that_do_not_fit(entry, message, tmp_path):

@@ -35,11 +35,9 @@ def unpad_input(
         length of the longest sequence, an int (this waits for a GPU); rows per sequence of
         attention_mask alone, (B,) int32.
     """
-    if attention_mask.shape != hidden_states.shape[:2]:
-        raise InputError(
-            f"attention_mask: wanted {tuple(hidden_states.shape[:2])} as hidden_states,"
-            f" got {tuple(attention_mask.shape)}"
-        )
+    if (wanted := hidden_states.shape[:2]) != attention_mask.shape:
+        got = tuple(attention_mask.shape)
+        raise InputError(f"attention_mask: expected {tuple(wanted)} as hidden_states, got {got}")
     kept = attention_mask if unused_mask is None else attention_mask + unused_mask
     lengths = kept.sum(-1, dtype=torch.int32)
     indices = kept.flatten().nonzero()[:, 0]
