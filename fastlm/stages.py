@@ -20,8 +20,7 @@ from fastlm.quant.stage import Quantize
 from fastlm.tokenizer.stage import Shards, TrainTokenizer
 from fastlm.train.distill import Distill
 from fastlm.train.dpo import Dpo
-from fastlm.train.grpo import Grpo
-from fastlm.train.ppo import Ppo
+from fastlm.train.online_stage import Grpo, Ppo
 from fastlm.train.pretrain import Pretrain
 from fastlm.train.reward import Reward
 from fastlm.train.sft import Sft

@@ -109,13 +109,11 @@ def fastlm_side(given: dict[str, Any], folder: Path, rows: list[dict]) -> dict[s
     import torch
 
     from fastlm.train.dpo_objective import PreferredAnswers
-    from fastlm.train.encoding import Example
-    from fastlm.train.loop import DTYPES as TORCH
     from fastlm.train.loop import train
     from fastlm.train.lora_options import LoraOptions
+    from fastlm.train.objective import Example
     from fastlm.train.options import TrainOptions
-    from fastlm.train.preference_loss import PreferenceLoss
-    from fastlm.train.preferences import Judged
+    from fastlm.train.preferences import Judged, PreferenceLoss
     from fastlm.train.sft import AnswerTokens
 
     imports = peak()
@@ -136,7 +134,6 @@ def fastlm_side(given: dict[str, Any], folder: Path, rows: list[dict]) -> dict[s
 
     common: dict[str, Any] = {
         "batch_size": BATCH[method], "seed": 0, "base": "", "tokenizer": None, "prompt": (),
-        "device": torch.device("cpu"),
     }  # fmt: skip
     began = time.process_time()
     if method == "sft":
@@ -144,7 +141,7 @@ def fastlm_side(given: dict[str, Any], folder: Path, rows: list[dict]) -> dict[s
     else:
         judged = [Judged((example(r, "chosen"), example(r, "rejected"))) for r in rows]
         made = PreferredAnswers(model, judged, [], options, PreferenceLoss(beta=BETA), **common)
-        made.measure_reference(TORCH[given["dtype"]])
+        made.measure_reference(getattr(torch, given["dtype"]))
     reference = time.process_time() - began
     found = Found(imports, reference)
     found.begin()

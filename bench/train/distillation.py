@@ -66,7 +66,6 @@ def heldout_loss(stage: Sft, model: str | Path) -> float:
     game = AnswerTokens(
         own, texts.training, texts.heldout, replace(stage.train_options(1), val_tokens=10**9),
         batch_size=stage.batch_size, seed=0, base="", tokenizer=None, prompt=(),
-        device=own.device,
     )  # fmt: skip
     with torch.no_grad():
         return game.validate()["val_loss"]

@@ -210,9 +210,8 @@ def roll_out(rank: int, size: int, port: int, kind: str, log) -> None:
     import torch
 
     import fastlm
-    from fastlm.train.distributed import process_group
-    from fastlm.train.grpo_objective import GroupRelative
-    from fastlm.train.ppo_objective import ActorCritic, value_model
+    from fastlm.train.online_objectives import ActorCritic, GroupRelative, value_model
+    from fastlm.train.parallel import process_group
     from fastlm.train.rollout_options import GrpoOptions, PpoOptions
 
     torch.set_num_threads(1)

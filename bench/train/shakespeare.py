@@ -26,7 +26,7 @@ from fastlm.data.prepare import HELDOUT, TRAIN, read_documents
 from fastlm.progress import bars
 from fastlm.sources.packages import default_cache
 from fastlm.stages import run_recipe
-from fastlm.train.schedule import learning_rate
+from fastlm.train.options import TrainOptions
 
 # nanoGPT's README, "I only have a macbook"
 LAYERS, HEADS, WIDTH, BLOCK, BATCH, LR = 4, 4, 128, 64, 12, 1e-3
@@ -121,11 +121,12 @@ def train_plain(data: Path, seconds: float) -> list[tuple[float, float]]:
     for _ in range(3):
         step(0.0)  # compiles, not timed
     curve = [(0.0, evaluate(plain, held_ids, bytes_per_character, CURVE_SHARE))]
+    schedule = TrainOptions(lr=LR, warmup=0.05, final_lr=0.1)
     used, steps = 0.0, 0
     for target in bars(range(1, EVALUATIONS + 1), "plain torch.compile"):
         while used < seconds * target / EVALUATIONS:
             began = time.perf_counter()
-            step(learning_rate(used / seconds, lr=LR, warmup=0.05, final_lr=0.1))
+            step(schedule.learning_rate(used / seconds))
             used, steps = used + time.perf_counter() - began, steps + 1
         if target < EVALUATIONS:
             curve.append((used, evaluate(plain, held_ids, bytes_per_character, CURVE_SHARE)))

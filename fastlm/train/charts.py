@@ -6,7 +6,6 @@ from typing import Any
 from fastlm.pipeline.charts import (
     BLUE,
     GREEN,
-    LINE,
     ORANGE,
     PALE,
     SOFT,
@@ -44,19 +43,35 @@ def rewards_chart(metrics: Metrics) -> str:
     return as_svg(figure)
 
 
-def accuracy_chart(metrics: Metrics) -> str:
-    """Draw the share of answers that are ranked right: of training (each step pale, running mean
-    strong) and held-out, with its standard error.
+def curve_chart(
+    metrics: Metrics,
+    label: str,
+    name: str,
+    title: str | None = None,
+    *,
+    reference: float | None = None,
+    limits: tuple[float, float] | None = None,
+) -> str:
+    """Draw what steps or rounds measured as ``name`` (each pale, running mean strong), what
+    validations measured, with its standard error, and a level to compare with.
     """
-    figure, axes = new_axes("step", "share ranked right")
-    steps = [m for m in metrics if "accuracy" in m]
-    x, y = [m["step"] for m in steps], [m["accuracy"] for m in steps]
-    level(axes, 0.5)
-    noisy_curve(axes, x, y, "training")
-    points_with_errors(axes, metrics, "val_accuracy")
-    axes.set_ylim(-0.02, 1.02)
-    legend(axes)
+    figure, axes = new_axes("step", label)
+    if reference is not None:
+        level(axes, reference)
+    noisy_curve(axes, *_series(metrics, name), title)
+    points_with_errors(axes, metrics, f"val_{name}")
+    if limits is not None:
+        axes.set_ylim(*limits)
+    if title is not None:
+        legend(axes)
     return as_svg(figure)
+
+
+def accuracy_chart(metrics: Metrics) -> str:
+    """Draw the share of answers that are ranked right, of training and held-out."""
+    return curve_chart(
+        metrics, "share ranked right", "accuracy", "training", reference=0.5, limits=(-0.02, 1.02)
+    )
 
 
 def calibration_chart(bins: Sequence[Mapping[str, float]]) -> str:
@@ -79,40 +94,13 @@ def calibration_chart(bins: Sequence[Mapping[str, float]]) -> str:
     return as_svg(figure)
 
 
-def length_chart(lengths: Sequence[int], scores: Sequence[float]) -> str:
-    """Draw scores over the lengths of answers, with the line of least squares."""
-    import numpy as np
-
-    figure, axes = new_axes("tokens of the answer", "score")
-    axes.grid(axis="x", color=LINE, linewidth=0.8)
-    axes.scatter(lengths, scores, 9, color=GREEN, alpha=0.5, linewidths=0, label="answers")
-    if len(set(lengths)) > 1:
-        slope, start = np.polyfit(lengths, scores, 1)
-        ends = np.array([min(lengths), max(lengths)])
-        label = f"{100 * slope:+.2f} per 100 tokens"
-        axes.plot(ends, start + slope * ends, color=ORANGE, linewidth=2, label=label)
-    legend(axes)
-    return as_svg(figure)
-
-
-def score_chart(metrics: Metrics) -> str:
-    """Draw the mean score of each round's answers (pale, running mean strong) and that of greedy
-    answers to held-out prompts, with its standard error.
-    """
-    figure, axes = new_axes("step", "score")
-    noisy_curve(axes, *_rounds(metrics, "score"), "rounds")
-    points_with_errors(axes, metrics, "val_score")
-    legend(axes)
-    return as_svg(figure)
-
-
 def frontier_chart(metrics: Metrics) -> str:
     """Draw score over KL, a point per round, from pale to dark (Gao et al. 2022, arXiv:2210.10760:
     score at first rises with the root of the KL; where it falls again, the reward is hacked).
     """
     figure, axes = new_axes("√KL to the reference, √nats per answer", "score")
-    _, kl = _rounds(metrics, "kl3")
-    steps, score = _rounds(metrics, "score")
+    _, kl = _series(metrics, "kl3")
+    steps, score = _series(metrics, "score")
     x = [max(value, 0.0) ** 0.5 for value in kl]
     axes.plot(x, score, color=PALE, linewidth=0.8)
     axes.scatter(x, score, 16, c=steps, cmap="Blues", vmin=-max(steps, default=1) / 2, zorder=3)
@@ -125,12 +113,12 @@ def kl_chart(metrics: Metrics) -> str:
     """
     figure, axes = new_axes("step", "KL to the reference, nats per answer")
     level(axes)
-    x, y = _rounds(metrics, "kl")
-    _, error = _rounds(metrics, "kl_error")
+    x, y = _series(metrics, "kl")
+    _, error = _series(metrics, "kl_error")
     low, high = ([v + sign * e for v, e in zip(y, error)] for sign in (-1, 1))
     axes.fill_between(x, low, high, color=PALE, linewidth=0, alpha=0.6)
     axes.plot(x, y, color=BLUE, linewidth=2, label="k1 ± standard error")
-    axes.plot(x, _rounds(metrics, "kl3")[1], color=GREEN, linewidth=1.5, label="k3")
+    axes.plot(x, _series(metrics, "kl3")[1], color=GREEN, linewidth=1.5, label="k3")
     legend(axes)
     return as_svg(figure)
 
@@ -138,11 +126,11 @@ def kl_chart(metrics: Metrics) -> str:
 def answers_chart(metrics: Metrics) -> str:
     """Draw the mean length of answers, and the share of them that ended (right axis)."""
     figure, axes = new_axes("step", "tokens per answer")
-    axes.plot(*_rounds(metrics, "length"), color=BLUE, linewidth=2, label="length")
+    axes.plot(*_series(metrics, "length"), color=BLUE, linewidth=2, label="length")
     axes.set_ylim(bottom=0)
     shares = right_axis(axes, "share")
-    shares.plot(*_rounds(metrics, "ended"), color=ORANGE, linewidth=1.5)
-    shares.plot(*_rounds(metrics, "repetition"), color=GREEN, linewidth=1.5)
+    shares.plot(*_series(metrics, "ended"), color=ORANGE, linewidth=1.5)
+    shares.plot(*_series(metrics, "repetition"), color=GREEN, linewidth=1.5)
     shares.set_ylim(-0.02, 1.02)
     axes.plot([], [], color=ORANGE, linewidth=1.5, label="share that ended")
     axes.plot([], [], color=GREEN, linewidth=1.5, label="repeated 4-grams")
@@ -154,16 +142,15 @@ def value_chart(metrics: Metrics) -> str:
     """Draw the share of the returns' variance that the value model explains; below 0 it is worse
     than their mean.
     """
-    figure, axes = new_axes("step", "explained variance of the returns")
-    level(axes)
-    x, y = _rounds(metrics, "explained_variance")
-    noisy_curve(axes, x, y)
-    axes.set_ylim(max(-2.0, min([-0.1, *y])), 1.05)  # a first round may be far below
-    return as_svg(figure)
+    lowest = min([-0.1, *_series(metrics, "explained_variance")[1]])
+    return curve_chart(
+        metrics, "explained variance of the returns", "explained_variance", reference=0.0,
+        limits=(max(-2.0, lowest), 1.05),  # a first round may be far below
+    )  # fmt: skip
 
 
-def _rounds(metrics: Metrics, name: str) -> tuple[list[int], list[float]]:
-    """The first step of each round, and what it measured."""
-    found = {m["round"]: (m["step"], m[name]) for m in reversed(metrics) if "round" in m}
-    places = sorted(found.values())
-    return [step for step, _ in places], [value for _, value in places]
+def _series(metrics: Metrics, name: str) -> tuple[list[int], list[float]]:
+    """The steps, or the first step of each round, and what they measured."""
+    lines = {m.get("round", m["step"]): m for m in reversed(metrics) if name in m}
+    series = sorted((m["step"], m[name]) for m in lines.values())
+    return [step for step, _ in series], [value for _, value in series]

@@ -1,7 +1,7 @@
 """Distillation: a student learns the distributions of a teacher over answers' tokens."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,8 +18,9 @@ from fastlm.pipeline.stage import (
 )
 from fastlm.sources.input_digest import Contents
 from fastlm.torchrun import check_alone
-from fastlm.train.distributed import check_replicas
-from fastlm.train.encoding import IGNORE, chat_tokenizer, check_vocabulary, weights_digest
+from fastlm.train.encoding import chat_tokenizer, check_vocabulary, template_variables
+from fastlm.train.objective import IGNORE, weights_digest
+from fastlm.train.options import check_replicas, expect
 from fastlm.train.sft import AnswerTokens, Encoded, Sft
 
 if TYPE_CHECKING:
@@ -29,12 +30,13 @@ if TYPE_CHECKING:
     from fastlm.data.conversations import Rows
     from fastlm.model.causal_lm import CausalLM
     from fastlm.tokenizer.tokenizer import Tokenizer
-    from fastlm.train.encoding import Batch, Example
+    from fastlm.train.objective import Batch, Example
     from fastlm.train.options import TrainOptions
     from fastlm.train.teacher_logits import TeacherLogits
 
-DIVERGENCES = ("forward", "reverse", "jsd")
-ANSWERS = ("greedy", "sampled")
+DIVERGENCES = {
+    "forward": "forward KL", "reverse": "reverse KL", "jsd": "Jensen-Shannon divergence",
+}  # fmt: skip
 LOGITS, ANSWERED = "teacher-logits", "teacher-answers"
 # The options that a loss of the teacher's answers alone has no use for
 DIVERGING = (
@@ -64,7 +66,12 @@ class Taught(AnswerTokens):
     over those of the whole step, plus `sft_weight` times the cross-entropy.
     """
 
-    rules: DistillOptions
+    def __init__(self, *args: Any, rules: DistillOptions, **common: Any):
+        self.rules = rules
+        super().__init__(*args, **common)
+
+    def identity(self) -> dict[str, Any]:
+        return {**super().identity(), **asdict(self.rules)}
 
     def divergence(self, student: "Tensor", head: "Tensor", batch: Any, num_items: int) -> "Tensor":
         """The sum over learnt tokens, divided by ``num_items``; ``student``: its hidden states."""
@@ -98,16 +105,13 @@ class TeacherTokens(Taught):
     arXiv:2306.13649).
     """
 
-    def __init__(self, *args: Any, teacher: "CausalLM", rules: DistillOptions, **options: Any):
-        self.teacher, self.rules = teacher.requires_grad_(False).eval(), rules
-        super().__init__(*args, **options)
+    def __init__(self, *args: Any, teacher: "CausalLM", **common: Any):
+        self.teacher = teacher.requires_grad_(False).eval()
+        super().__init__(*args, **common)
         self.own = self.all = 0  # micro-batches of the step, those of them with samples
 
     def identity(self) -> dict[str, Any]:
-        from dataclasses import asdict
-
-        teacher = weights_digest(self.teacher)
-        return {**super().identity(), "teacher": teacher, **asdict(self.rules)}
+        return {**super().identity(), "teacher": weights_digest(self.teacher)}
 
     def next_batches(self, count: int) -> "list[Batch]":
         """Return ``count`` micro-batches, or what the epoch has left."""
@@ -182,15 +186,13 @@ class StoredTokens(Taught):
     three tensors.
     """
 
-    def __init__(self, *args: Any, stored: "TeacherLogits", rules: DistillOptions, **options: Any):
-        self.stored, self.rules = stored, rules
-        super().__init__(*args, **options)
+    def __init__(self, *args: Any, stored: "TeacherLogits", **common: Any):
+        self.stored = stored
+        super().__init__(*args, **common)
         self.stored_rows = stored.identity([*self.examples, *self.heldout])
 
     def identity(self) -> dict[str, Any]:
-        from dataclasses import asdict
-
-        return {**super().identity(), "teacher_logits": self.stored_rows, **asdict(self.rules)}
+        return {**super().identity(), "teacher_logits": self.stored_rows}
 
     def collate(self, examples: "Sequence[Example]") -> Any:
         import torch
@@ -199,7 +201,7 @@ class StoredTokens(Taught):
         return (*super().collate(examples), ids, logprobs[:, :-1], logprobs[:, -1])
 
     def divergence(self, student: "Tensor", head: "Tensor", batch: Any, num_items: int) -> "Tensor":
-        from fastlm.train.topk_distillation import logprobs_at, topk_forward_kl
+        from fastlm.train.teacher_logits import logprobs_at, topk_forward_kl
 
         _, labels, _, ids, teacher, rest = batch
         model: Any = self.trained
@@ -240,25 +242,18 @@ class Distill(DistillOptions, Sft):
         super().check()
         self.check_data(feedback=False)
         at_least_one(self, "max_new_tokens")
+        one_of(self, divergence=DIVERGENCES)
         if self.teacher_top_k is not None:
             at_least_one(self, "teacher_top_k")
-            if self.teacher_logits:
-                raise InputError("teacher_top_k: wanted none beside teacher_logits, got both")
+            expect(not self.teacher_logits, "teacher_top_k", "none beside teacher_logits", "both")
         if self.teacher_top_k or self.teacher_logits:
             name = "teacher_top_k" if self.teacher_top_k else "teacher_logits"
-            if self.divergence != "forward":
-                raise InputError(
-                    f"divergence: wanted forward with {name}, which lacks the probabilities of the"
-                    f" other tokens, got {self.divergence}"
-                )
-            if self.on_policy:
-                raise InputError(
-                    f"on_policy: wanted 0 with {name}, which lacks answers that are sampled later,"
-                    f" got {self.on_policy}"
-                )
-        one_of(self, divergence=DIVERGENCES)
-        if not 0 < self.jsd_beta < 1:
-            raise InputError(f"jsd_beta: wanted a number between 0 and 1, got {self.jsd_beta}")
+            lacks = f"with {name}, which lacks"
+            only = f"forward {lacks} the probabilities of the other tokens"
+            expect(self.divergence == "forward", "divergence", only, self.divergence)
+            none = f"0 {lacks} answers that are sampled later"
+            expect(not self.on_policy, "on_policy", none, self.on_policy)
+        expect(0 < self.jsd_beta < 1, "jsd_beta", "a number between 0 and 1", self.jsd_beta)
         positive(self, "temperature")
         not_negative(self, "sft_weight")
         for name in ("teacher_top_k", "teacher_answers"):
@@ -266,30 +261,22 @@ class Distill(DistillOptions, Sft):
                 check_alone(name, "answers and logits are made by one")
         if self.on_policy:
             check_replicas("on_policy", self.parallel)
-        if not 0 <= self.on_policy <= 1:
-            raise InputError(f"on_policy: wanted 0 to 1, got {self.on_policy}")
+        expect(0 <= self.on_policy <= 1, "on_policy", "0 to 1", self.on_policy)
         if self.teacher_answers:
-            self.check_answers()
+            how = self.teacher_answers
+            one_of(self, teacher_answers=("greedy", "sampled"))
+            for name in (*DIVERGING, *(("temperature",) if how == "greedy" else ())):
+                value, default = getattr(self, name), getattr(type(self), name)
+                unused = f"{default or 'none'} with teacher_answers {how}, which does not use it"
+                expect(value == default, name, unused, value)
 
     def plan(self, inputs: Mapping[str, Any]) -> Facts:
         self.check_teacher(bool(inputs["teacher"]))
         return super().plan(inputs)
 
     def check_teacher(self, given: bool) -> None:
-        if bool(self.teacher_logits) == given:
-            got = "both" if given else "neither"
-            raise InputError(f"teacher: wanted a teacher or teacher_logits, got {got}")
-
-    def check_answers(self) -> None:
-        one_of(self, teacher_answers=ANSWERS)
-        unused = (*DIVERGING, *(("temperature",) if self.teacher_answers == "greedy" else ()))
-        for name in unused:
-            value, default = getattr(self, name), getattr(type(self), name)
-            if value != default:
-                raise InputError(
-                    f"{name}: wanted {default or 'none'} with teacher_answers"
-                    f" {self.teacher_answers}, which does not use it, got {value}"
-                )
+        one = bool(self.teacher_logits) != given
+        expect(one, "teacher", "a teacher or teacher_logits", "both" if given else "neither")
 
     def contents(self, contents: Contents) -> Any:
         stored = contents.tree(self.teacher_logits) if self.teacher_logits else None
@@ -310,7 +297,7 @@ class Distill(DistillOptions, Sft):
         """Write the teacher's answers to the prompts of the data."""
         from fastlm.data.conversations import Rows
         from fastlm.data.prompts import read_prompts
-        from fastlm.train.teacher_answers import Made, prompts_digest, write_answers
+        from fastlm.train.teacher_answers import write_answers
 
         teacher, tokenizer = self.teacher(job)
         try:
@@ -325,20 +312,17 @@ class Distill(DistillOptions, Sft):
         for prompt in read_prompts(
             self.data, cache=job.cache, skip_bad=self.skip_bad, rows=rows, tell=job.skipped
         ):
-            variables: dict[str, Any] = {} if prompt.tools is None else {"tools": prompt.tools}
+            variables = template_variables(prompt.tools)
             ids = tokenizer.encode_chat(prompt.messages, date=self.date, **variables)
             if len(ids) <= room:
                 questions.append((ids, prompt))
             else:
                 rows.counts["too long for the teacher"] += 1
-        made = Made(
-            weights_digest(teacher), prompts_digest(questions),
-            0.0 if self.teacher_answers == "greedy" else self.temperature, self.max_new_tokens,
-            self.seed,
-        )  # fmt: skip
         found = write_answers(
-            job.out / ANSWERED, teacher, tokenizer, questions, made, track=job.track
-        )
+            job.out / ANSWERED, teacher, tokenizer, questions,
+            temperature=0.0 if self.teacher_answers == "greedy" else self.temperature,
+            max_new_tokens=self.max_new_tokens, seed=self.seed, track=job.track,
+        )  # fmt: skip
         if found < len(questions):
             rows.counts["without an answer that ended"] += len(questions) - found
         return rows
@@ -349,7 +333,7 @@ class Distill(DistillOptions, Sft):
         if self.teacher_answers:
             return super().objective(job, model, data, options, **common)
         args, tokenizer = (model, data.training, data.heldout, options), common["tokenizer"]
-        common |= {"mixture": data.mixture(), "rules": select_options(self, DistillOptions)}
+        common["rules"] = select_options(self, DistillOptions)
         if self.teacher_logits or self.teacher_top_k:
             stored = self.stored(job, model, [*data.training, *data.heldout], tokenizer)
             return StoredTokens(*args, stored=stored, **common)
@@ -364,26 +348,17 @@ class Distill(DistillOptions, Sft):
         if self.teacher_logits:
             stored = TeacherLogits(Path(self.teacher_logits))
             assert stored.header is not None
-            for name, wanted, got in (
-                ("vocab_size", student.config.vocab_size, stored.header.vocab_size),
-                ("temperature", self.temperature, stored.header.temperature),
-            ):
-                if got != wanted:
-                    raise InputError(
-                        f"teacher_logits: wanted {name} {wanted} of the training, got {got}"
-                    )
+            wanted = {"vocab_size": student.config.vocab_size, "temperature": self.temperature}
+            for name, value in wanted.items():
+                got = getattr(stored.header, name)
+                expect(got == value, "teacher_logits", f"{name} {value} of the training", got)
             return stored
-        assert self.teacher_top_k is not None
-        if self.teacher_top_k > student.config.vocab_size:
-            raise InputError(
-                f"teacher_top_k: wanted at most the vocabulary of {student.config.vocab_size},"
-                f" got {self.teacher_top_k}"
-            )
+        top_k, vocab_size = self.teacher_top_k, student.config.vocab_size
+        assert top_k is not None
+        most = f"at most the vocabulary of {vocab_size}"
+        expect(top_k <= vocab_size, "teacher_top_k", most, top_k)
         teacher = self.load_teacher(job, student, tokenizer)
-        header = Header(
-            weights_digest(teacher), student.config.vocab_size, self.teacher_top_k,
-            self.temperature,
-        )  # fmt: skip
+        header = Header(weights_digest(teacher), vocab_size, top_k, self.temperature)
         return write_logits(job.out / LOGITS, teacher, examples, header, track=job.track)
 
     def teacher(self, job: Job) -> "tuple[CausalLM, Tokenizer]":
@@ -400,20 +375,15 @@ class Distill(DistillOptions, Sft):
         """Load the teacher. InputError: its vocabulary is not the student's."""
         teacher, own = self.teacher(job)
         check_vocabulary("teacher", own, tokenizer)
-        if teacher.config.vocab_size != student.config.vocab_size:
-            raise InputError(
-                f"teacher: wanted a head of the student's {student.config.vocab_size} tokens, got"
-                f" {teacher.config.vocab_size}"
-            )
+        size, own_size = student.config.vocab_size, teacher.config.vocab_size
+        expect(own_size == size, "teacher", f"a head of the student's {size} tokens", own_size)
         return teacher
 
     def headline(self) -> tuple[str, str]:
         if self.teacher_answers:
             how = self.teacher_answers
             return "Distillation", f"The student learns {how} answers of the teacher."
-        name = {
-            "forward": "forward KL",
-            "reverse": "reverse KL",
-            "jsd": "Jensen-Shannon divergence",
-        }
-        return "Distillation", f"The loss is the {name[self.divergence]} to the teacher, per token."
+        return (
+            "Distillation",
+            f"The loss is the {DIVERGENCES[self.divergence]} to the teacher, per token.",
+        )

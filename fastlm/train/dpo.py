@@ -6,15 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
-from fastlm.errors import InputError
 from fastlm.pipeline.stage import Job, Part, Takes, select_options
-from fastlm.train.chat_stage import FEEDBACK
-from fastlm.train.distributed import check_replicas
 from fastlm.train.encoding import rows_text
 from fastlm.train.lora_options import LoraOptions
-from fastlm.train.options import TrainOptions
-from fastlm.train.preference_loss import PreferenceLoss
-from fastlm.train.preferences import Preferences, PreferenceStage
+from fastlm.train.options import TrainOptions, check_replicas, expect
+from fastlm.train.preferences import PreferenceLoss, Preferences, PreferenceStage
+from fastlm.train.training_stage import FEEDBACK
 
 if TYPE_CHECKING:
     from fastlm.tokenizer.tokenizer import Tokenizer
@@ -49,24 +46,21 @@ labels (prompt, completion, label)."""
         super().check()
         self.check_lora()
         self.check_loss()
-        if self.lora_dropout:
-            raise InputError(
-                "lora_dropout: wanted 0, as the reference is measured without dropout, got"
-                f" {self.lora_dropout}"
-            )
-        if self.loss == "kto":
+        dropout, kto = self.lora_dropout, self.loss == "kto"
+        why = "0, as the reference is measured without dropout"
+        expect(not dropout, "lora_dropout", why, dropout)
+        if kto:
             check_replicas("loss = 'kto'", self.parallel)
         least = self.batch_size * (1 if self.batch_warmup else self.accumulate)
-        if self.loss == "kto" and least < 2:
-            raise InputError(
-                "batch_size: wanted a step of 2 labels or more with loss = 'kto', whose reference"
-                " point is a mean over the step, got 1"
-                f"{' at the beginning of batch_warmup' if self.batch_warmup else ''}"
-            )
+        expect(
+            not kto or least >= 2, "batch_size",
+            "a step of 2 labels or more with loss = 'kto', whose reference point is a mean over the"
+            " step", f"1{' at the beginning of batch_warmup' if self.batch_warmup else ''}",
+        )  # fmt: skip
 
-    def feedback_form(self) -> str:
+    def feedback_file(self) -> str:
         """With `kto`, the thumbs of the feedback are its labels."""
-        return "kto" if self.loss == "kto" else super().feedback_form()
+        return "train/kto.jsonl" if self.loss == "kto" else super().feedback_file()
 
     def unit(self) -> str:
         return "labels" if self.loss == "kto" else "pairs"
@@ -82,14 +76,15 @@ labels (prompt, completion, label)."""
     def objective(
         self, job: Job, model: Any, data: Any, options: TrainOptions, **common: Any
     ) -> "Objective":
+        import torch
+
         from fastlm.train.dpo_objective import PreferredAnswers
-        from fastlm.train.loop import DTYPES
         from fastlm.train.state import list_checkpoints
 
         terms = select_options(self, PreferenceLoss)
         objective = PreferredAnswers(model, data.training, data.heldout, options, terms, **common)
         if not list_checkpoints(job.out):  # a checkpoint has the reference of its training
-            objective.measure_reference(DTYPES[self.dtype], track=job.track)
+            objective.measure_reference(getattr(torch, self.dtype), track=job.track)
         return objective
 
     def outcome(self, result: Mapping[str, Any], job: Job) -> tuple[str, list[str]]:

@@ -8,16 +8,21 @@ import torch
 from torch import Tensor, nn
 
 from fastlm.progress import silent
-from fastlm.train.encoding import IGNORE, in_dtype, pack, pack_pairs, without_dropout
-from fastlm.train.epochs import Epochs
 from fastlm.train.losses import dpo_loss, kto_loss
-from fastlm.train.preference_loss import PreferenceLoss
-from fastlm.train.preferences import Judged, accuracy_error, digest_of, ranked_right, right
+from fastlm.train.objective import (
+    IGNORE,
+    Epochs,
+    Example,
+    digest,
+    in_dtype,
+    pack,
+    pack_pairs,
+    without_dropout,
+)
+from fastlm.train.preferences import Judged, PreferenceLoss, accuracy_error, ranked_right, right
 
 if TYPE_CHECKING:
     from fastlm.train.options import TrainOptions
-
-REFERENCE, HELDOUT = "reference", "reference_heldout"  # of a checkpoint
 
 
 @dataclass(frozen=True)
@@ -34,10 +39,10 @@ class Batch:
     ids: Tensor
     labels: Tensor
     cu_seqlens: Tensor
+    keys: tuple[Tensor, Tensor] | None
     lengths: Tensor
     reference: Tensor
     desirable: Tensor
-    keys: tuple[Tensor, Tensor] | None = None
     kl: Tensor | None = None
 
 
@@ -63,21 +68,17 @@ class PreferredAnswers(Epochs):
         terms: PreferenceLoss,
         **common: Any,
     ):
-        places = [one.answers[0].place for one in judged]
-        super().__init__(
-            model, judged, heldout, options, places=places, data=digest_of(judged), **common
-        )
+        super().__init__(model, judged, heldout, options, **common)
         without_dropout(model)  # the reference is measured without it
         self.terms = terms
         self.reference: Tensor | None = None
         self.reference_heldout: Tensor | None = None
-        self.measured: list[dict[str, Tensor]] = []
 
     def identity(self) -> dict[str, Any]:
         return {
             **super().identity(),
             **asdict(self.terms),
-            "heldout": digest_of(self.heldout),  # their reference is in the checkpoint
+            "heldout": digest(self.heldout),  # their reference is in the checkpoint
         }
 
     # the reference
@@ -94,15 +95,21 @@ class PreferredAnswers(Epochs):
         ]
         with in_dtype(self.trained, dtype), torch.no_grad():
             for source, rows, into in track(work, "reference", unit="batches"):
-                into[rows] = self.logps([source[i] for i in rows]).cpu()
+                into[rows] = self.logps([source[i].answers for i in rows]).cpu()
 
-    def logps(self, judged: Sequence[Judged]) -> Tensor:
+    def logps(self, answers: Sequence[tuple[Example, ...]]) -> Tensor:
         """Return the model's log-probabilities of both answers, (n, 2)."""
         if self.terms.loss != "kto":
-            packed, keys = pack_pairs([one.answers for one in judged], self.device)
-            return self.sums(*packed, keys).view(-1, 2)
-        both = ([one.answers[side] for one in judged] for side in (0, 1))
-        return torch.stack([self.sums(*pack(side, self.device)) for side in both], 1)
+            return self.sums(*self._pack(answers)).view(-1, 2)
+        sides = ([(both[side],) for both in answers] for side in (0, 1))
+        return torch.stack([self.sums(*self._pack(side)) for side in sides], 1)
+
+    def _pack(self, answers: Sequence[tuple[Example, ...]]) -> tuple[Any, ...]:
+        """Pack single answers, or pairs with their keys, for `sums`."""
+        if len(answers[0]) == 1:
+            return *pack([one for (one,) in answers], self.device), None
+        packed, keys = pack_pairs(answers, self.device)
+        return *packed, keys
 
     def sums(
         self,
@@ -122,28 +129,23 @@ class PreferredAnswers(Epochs):
 
     def next_batches(self, count: int) -> list[Batch]:
         """Return ``count`` micro-batches, or what the epoch has left."""
-        self.measured = []
         assert self.reference is not None  # by measure_reference or load_state_dict
         return self._batches(self.take(count), self.examples, self.reference)
 
     def _batches(
         self, taken: Sequence[list[int]], source: Sequence[Judged], reference: Tensor
     ) -> list[Batch]:
-        batches = []
+        batches, device = [], self.device
         kto = self.terms.loss == "kto"
         kl = self._reference_point(taken, source, reference) if kto else None
         for rows in taken:
             judged = [source[i] for i in rows]
-            answers = [e for one in judged for e in (one.answers[:1] if kto else one.answers)]
-            known = reference[rows].to(self.device)
-            keys = None
-            if kto:
-                packed = pack(answers, self.device)
-            else:
-                packed, keys = pack_pairs([one.answers for one in judged], self.device)
-            lengths = torch.tensor([e.learnt for e in answers], device=self.device)
-            desirable = torch.tensor([one.desirable for one in judged], device=self.device)
-            batches.append(Batch(*packed, lengths, known, desirable, keys, kl))
+            answers = [one.answers[:1] if kto else one.answers for one in judged]
+            lengths = torch.tensor([e.learnt for row in answers for e in row], device=device)
+            desirable = torch.tensor([one.desirable for one in judged], device=device)
+            known = reference[rows].to(device)
+            ids, labels, cu_seqlens, keys = self._pack(answers)
+            batches.append(Batch(ids, labels, cu_seqlens, keys, lengths, known, desirable, kl))
         return batches
 
     def _reference_point(
@@ -156,7 +158,7 @@ class PreferredAnswers(Epochs):
         ratios = [torch.zeros(0)]
         with torch.no_grad():
             for rows in mine:
-                others = self.sums(*pack([source[i].answers[1] for i in rows], self.device))
+                others = self.sums(*self._pack([source[i].answers[1:] for i in rows]))
                 ratios.append(others.cpu() - reference[rows, 1])
         every = torch.cat(self.world.gather(torch.cat(ratios)))
         return every.mean().clamp(min=0).to(self.device)
@@ -174,54 +176,39 @@ class PreferredAnswers(Epochs):
 
     def compare(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the losses (n,), and what is measured of the pairs or labels."""
-        if self.terms.loss == "kto":
-            return self._compare_labels(batch)
-        return self._compare_pairs(batch)
-
-    def _compare_pairs(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        o = self.terms
-        logps = self.sums(batch.ids, batch.labels, batch.cu_seqlens, batch.keys).view(-1, 2)
-        lengths = batch.lengths.view(-1, 2)
+        o, good = self.terms, batch.desirable
+        logps = self.sums(batch.ids, batch.labels, batch.cu_seqlens, batch.keys)
+        if o.loss == "kto":
+            assert batch.kl is not None
+            losses = kto_loss(
+                logps, batch.reference[:, 0], good, batch.kl, beta=o.beta,
+                weight_desirable=o.weight_desirable, weight_undesirable=o.weight_undesirable,
+            )  # fmt: skip
+            rewards = o.beta * (logps - batch.reference[:, 0])
+            columns = {"reward": rewards, "logp": logps, "length": batch.lengths.float()}
+            return losses, {
+                "kl": batch.kl.view(1),
+                **{f"{name}_chosen": values[good] for name, values in columns.items()},
+                **{f"{name}_rejected": values[~good] for name, values in columns.items()},
+            }
+        logps, lengths, reference = logps.view(-1, 2), batch.lengths.view(-1, 2), batch.reference
         losses = dpo_loss(
-            logps[:, 0], logps[:, 1], batch.reference[:, 0], batch.reference[:, 1], beta=o.beta,
+            logps[:, 0], logps[:, 1], reference[:, 0], reference[:, 1], beta=o.beta,
             label_smoothing=o.label_smoothing, kind=cast(Any, o.loss),
             lengths=(lengths[:, 0], lengths[:, 1]) if o.length_normalise else None,
         )  # fmt: skip
         if o.sft_weight:
             losses = losses - o.sft_weight * logps[:, 0] / lengths[:, 0]
-        rewards = o.beta * (logps - batch.reference)
+        rewards = o.beta * (logps - reference)
         if o.length_normalise:
             rewards = rewards / lengths
         margins = rewards[:, 0] - rewards[:, 1]
+        columns = {"reward": rewards, "logp": logps, "length": lengths.float()}
         return losses, {
-            "reward_chosen": rewards[:, 0],
-            "reward_rejected": rewards[:, 1],
             "margin": margins,
             "accuracy": right(margins),
-            "logp_chosen": logps[:, 0],
-            "logp_rejected": logps[:, 1],
-            "length_chosen": lengths[:, 0].float(),
-            "length_rejected": lengths[:, 1].float(),
-        }
-
-    def _compare_labels(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        o, good = self.terms, batch.desirable
-        assert batch.kl is not None
-        logps = self.sums(batch.ids, batch.labels, batch.cu_seqlens)
-        losses = kto_loss(
-            logps, batch.reference[:, 0], good, batch.kl, beta=o.beta,
-            weight_desirable=o.weight_desirable, weight_undesirable=o.weight_undesirable,
-        )  # fmt: skip
-        rewards = o.beta * (logps - batch.reference[:, 0])
-        lengths = batch.lengths.float()
-        return losses, {
-            "reward_chosen": rewards[good],
-            "reward_rejected": rewards[~good],
-            "kl": batch.kl.view(1),
-            "logp_chosen": logps[good],
-            "logp_rejected": logps[~good],
-            "length_chosen": lengths[good],
-            "length_rejected": lengths[~good],
+            **{f"{name}_chosen": values[:, 0] for name, values in columns.items()},
+            **{f"{name}_rejected": values[:, 1] for name, values in columns.items()},
         }
 
     def measurements(self) -> dict[str, Tensor]:
@@ -231,32 +218,29 @@ class PreferredAnswers(Epochs):
         return {**super().scalars(measured), **_means(_joined([m for m in measured if m]))}
 
     def state_dict(self) -> dict[str, Any]:
-        held = {REFERENCE: self.reference, HELDOUT: self.reference_heldout}
-        return {**super().state_dict(), **held}
+        names = ("reference", "reference_heldout")
+        return {**super().state_dict(), **{name: getattr(self, name) for name in names}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.reference, self.reference_heldout = state[REFERENCE], state[HELDOUT]
+        self.reference, self.reference_heldout = state["reference"], state["reference_heldout"]
 
     def _parts(self, rows: list[int]) -> list[list[int]]:
         return [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
 
-    def _heldout_batches(self) -> list[list[int]]:
-        """The held-out rows of a validation, of at most `val_tokens` tokens."""
-        batches, tokens = [], 0
-        for rows in self._parts(list(range(len(self.heldout)))):
-            batches.append(rows)
-            tokens += sum(e.learnt for i in rows for e in self.heldout[i].answers)
-            if tokens >= self.options.val_tokens:
-                break
-        return batches
-
     def validate(self) -> dict[str, float]:
-        """Return loss, accuracy with its standard error, and margin of the held-out rows."""
+        """Return loss, accuracy with its standard error, and margin of the held-out rows, of at
+        most `val_tokens` tokens.
+        """
         if not self.heldout:
             return {}
         assert self.reference_heldout is not None
-        taken = self._heldout_batches()
+        taken, tokens = [], 0
+        for rows in self._parts(list(range(len(self.heldout)))):
+            taken.append(rows)
+            tokens += sum(e.learnt for i in rows for e in self.heldout[i].answers)
+            if tokens >= self.options.val_tokens:
+                break
         batches = self._batches(taken, self.heldout, self.reference_heldout)
         found = [self.compare(batch) for batch in batches]
         joined = _joined([measured for _, measured in found])
@@ -264,7 +248,7 @@ class PreferredAnswers(Epochs):
         if self.terms.loss == "kto":
             error = ranked_right(joined["reward_chosen"], joined["reward_rejected"])[1]
         else:
-            places = [self.heldout[i].answers[0].place for rows in taken for i in rows]
+            places = [self.heldout[i].place for rows in taken for i in rows]
             error = accuracy_error(joined["accuracy"], places)
         kept = ("accuracy", "margin", "reward_chosen", "reward_rejected")
         return {

@@ -8,7 +8,7 @@ ends the running step, saves a checkpoint and reports where. With ``async_checkp
 writes what `collect` copied; whoever names a checkpoint waits for it.
 
 The loss is read back every step: a loss that is not finite has to stop the run before it spoils the
-next checkpoint. A spike (`fastlm.train.loss_spikes`) is named with its batch.
+next checkpoint. A spike (`fastlm.train.metrics.Spikes`) is named with its batch.
 """
 
 import fcntl
@@ -19,9 +19,9 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -29,23 +29,23 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
+from fastlm.checkpoint.folder import save_tensors
 from fastlm.errors import InputError
+from fastlm.files import make_folder
 from fastlm.memory import keep_freed_memory
 from fastlm.model.layers import checkpoint_activations
 from fastlm.muon import Muon, muon_groups
 from fastlm.optim import AdamW
 from fastlm.progress import silent
-from fastlm.train.best import Best
-from fastlm.train.checkpoint_writer import CheckpointWriter
-from fastlm.train.distributed import SingleProcess, process_group
-from fastlm.train.loss_spikes import Spikes
-from fastlm.train.metrics import METRICS
+from fastlm.train.distributed import SingleProcess
+from fastlm.train.metrics import METRICS, Spikes, trackers
 from fastlm.train.objective import DivergedError, Objective
 from fastlm.train.options import BUDGET, GUARDS, TrainOptions
-from fastlm.train.parallel import parallel
-from fastlm.train.schedule import due, learning_rate, micro_batches, progress
+from fastlm.train.parallel import parallel, process_group
 from fastlm.train.state import (
     FOLDER,
+    Best,
+    CheckpointWriter,
     Progress,
     checkpoint_before,
     checkpoint_path,
@@ -53,11 +53,7 @@ from fastlm.train.state import (
     list_checkpoints,
     load_checkpoint,
     prune,
-    save_checkpoint,
 )
-from fastlm.train.trackers import trackers
-
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class NonFiniteError(DivergedError):
@@ -88,13 +84,6 @@ class TrainResult:
     best_step: int | None = None
     best_loss: float | None = None
 
-    def facts(self, load: float) -> dict[str, Any]:
-        """Return what every training stage's result has. ``load``: the machine's when it began."""
-        facts = asdict(self)
-        facts["used_seconds"] = facts.pop("seconds")  # of all sessions
-        now = os.getloadavg()[0]
-        return {**facts, "load": f"{load:.1f} when the training began, {now:.1f} when it ended"}
-
 
 def train(
     objective: Objective,
@@ -121,52 +110,19 @@ def train(
     options.check()
     keep_freed_memory()
     device = next(objective.trained.parameters()).device
-    with process_group(device) as world, _among(objective, world), _diverging(world, on_diverged):
-        if not world.is_main_process:
-            track, on_event = silent, None
-        loop = _Loop(objective, options, Path(run_dir), on_event, world)
-        names = options.report_to if world.is_main_process else ()
-        mirrored = trackers(names, loop.run_dir, on_event)
-        with (
-            loop.metrics, _deferred_interrupt() as interrupted, loop.writer,
-            mirrored as loop.on_event,
-        ):  # fmt: skip
-            loop.begin()
-            ticks = loop.ticks(interrupted)
-            total = loop.total_ticks() - loop.used_ticks()
-            for _ in track(ticks, "training", total=total, unit=loop.unit()):
-                pass
-            loop.writer.wait()
-            loop.leave_if(interrupted)  # after the last step too: no more was wanted
-            if options.take == "best":
-                loop.best.take()
-            loop.parallel.keep_gathered()
-            loop.check_pending()
-            loop.leave_if(interrupted)
-            return loop.result()
-
-
-@contextmanager
-def _among(objective: Objective, world: SingleProcess) -> Iterator[None]:
-    """Context: the objective knows the processes of its training."""
-    objective.world = world
-    try:
-        yield
-    finally:
-        objective.world = SingleProcess()
-
-
-@contextmanager
-def _diverging(world: SingleProcess, do: Callable[[DivergedError], Any] | None) -> Iterator[None]:
-    """Context: rank 0 has called ``do`` with a DivergedError before a process leaves. torchrun ends
-    the others when the first one does.
-    """
-    try:
-        yield
-    except DivergedError as error:
-        if do is not None:
-            world.on_first(partial(do, error))
-        raise
+    with process_group(device) as world:
+        objective.world = world
+        try:
+            if not world.is_main_process:
+                track, on_event = silent, None
+            return _Loop(objective, options, Path(run_dir), world).run(track, on_event)
+        except DivergedError as error:
+            # before a process leaves: torchrun ends the others when the first one does
+            if on_diverged is not None:
+                world.on_first(partial(on_diverged, error))
+            raise
+        finally:
+            objective.world = SingleProcess()
 
 
 @contextmanager
@@ -203,16 +159,13 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 class _Loop:
+    on_event: Callable[[dict[str, Any]], None] | None = None
+
     def __init__(
-        self,
-        objective: Objective,
-        options: TrainOptions,
-        run_dir: Path,
-        on_event: Callable[[dict[str, Any]], None] | None,
-        world: SingleProcess,
+        self, objective: Objective, options: TrainOptions, run_dir: Path, world: SingleProcess
     ):
         self.model, self.objective, self.options = objective.trained, objective, options
-        self.run_dir, self.on_event, self.world = run_dir, on_event, world
+        self.run_dir, self.world = run_dir, world
         self.seed = torch.initial_seed()
         self.parallel = parallel(self.model, options, world)
         groups = objective.parameter_groups(options.weight_decay)
@@ -229,17 +182,17 @@ class _Loop:
             max_grad_norm=options.max_grad_norm or math.inf,  # the norm is measured either way
         )
         self.optimizer.keep_masters()  # the bits that bfloat16 would cut off a new model's weights
-        self.parallel.to(DTYPES[options.dtype])
+        self.parallel.to(getattr(torch, options.dtype))
         self.model.train()
         if options.checkpoint_activations:
             checkpoint_activations(self.model, options.checkpoint_activations)
-        self.step = self.tokens = 0
-        self.used = 0.0  # seconds of earlier sessions
-        self.training_seconds = 0.0  # of steps alone: the basis of tokens_per_second
-        self.done = -1.0  # progress at the end of the last step; below 0: nothing happened yet
-        self.loss: float | None = None
+        # done below 0: nothing happened yet. seconds: of earlier sessions
+        self.state = Progress(
+            step=0, tokens=0, seconds=0.0, done=-1.0, training_seconds=0.0, loss=None,
+            last_metrics={}, metrics_bytes=0, objective={}, losses=[], best_step=None,
+            best_loss=None,
+        )  # fmt: skip
         self.spikes = Spikes(options.spike_factor, options.spike_window)
-        self.last_metrics: dict[str, float] = {}
         self.writer = CheckpointWriter(options.async_checkpoints)
         self.best = Best(run_dir / FOLDER, options.keeps_best, self.writer, self.parallel, world)
         self.saved_step = -1
@@ -247,7 +200,7 @@ class _Loop:
         self.metrics = world.on_first(self.open_metrics) or open(os.devnull, "a+b")
 
     def open_metrics(self) -> BinaryIO:
-        """Open metrics.jsonl, and lock it until it is closed, by train()."""
+        """Open metrics.jsonl, and lock it until it is closed, by `run`."""
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             metrics = open(self.run_dir / METRICS, "a+b")
@@ -264,47 +217,73 @@ class _Loop:
             pass  # a file system without locks
         return metrics
 
+    def run(
+        self,
+        track: Callable[..., Iterable[None]],
+        on_event: Callable[[dict[str, Any]], None] | None,
+    ) -> TrainResult:
+        """Train to the end of the budget."""
+        names = self.options.report_to if self.world.is_main_process else ()
+        mirrored = trackers(names, self.run_dir, on_event)
+        with (
+            self.metrics, _deferred_interrupt() as interrupted, self.writer,
+            mirrored as self.on_event,
+        ):  # fmt: skip
+            self.begin()
+            used, total, unit = self.budget()
+            for _ in track(self.ticks(interrupted), "training", total=total - used, unit=unit):
+                pass
+            self.writer.wait()
+            self.leave_if(interrupted)  # after the last step too: no more was wanted
+            if self.options.take == "best":
+                self.best.take()
+            self.parallel.keep_gathered()
+            try:
+                self.objective.check_pending()
+            except DivergedError as error:
+                step = self.state.step
+                raise self.diverged(
+                    DivergedError, str(error), steps=error.steps, step=step
+                ) from None
+            self.leave_if(interrupted)
+        state, seconds = self.state, self.state.training_seconds
+        return TrainResult(
+            state.step, state.tokens, self.seconds(), state.tokens / seconds if seconds else 0.0,
+            state.loss, self.best.metrics or state.last_metrics, self.best.step, self.best.loss,
+        )  # fmt: skip
+
     # the budget
 
     def seconds(self) -> float:
-        return self.used + time.perf_counter() - self.started
+        return self.state.seconds + time.perf_counter() - self.started
 
     def progress(self, steps: float = 0, tokens: float = 0) -> float:
         """Return the progress after this many more steps and tokens."""
         o = self.options
         seconds = self.seconds() if o.max_seconds is None else self.world.from_first(self.seconds())
-        return progress(
-            self.step + steps, seconds, o.max_steps, o.max_seconds,
-            self.tokens + tokens, o.max_tokens,
-        )  # fmt: skip
+        return o.progress(self.state.step + steps, self.state.tokens + tokens, seconds)
 
-    def finished(self) -> bool:
-        return self.done >= 1.0
-
-    def unit(self) -> str:
-        """Return the unit of a tick of the progress bar: a second, a thousand tokens or a step."""
+    def budget(self) -> tuple[int, int, str]:
+        """Return what is used of the budget, the whole, and their unit, a tick of the progress
+        bar: a second, a thousand tokens or a step.
+        """
         o = self.options
         if o.max_seconds is not None:
-            return "s"
-        return "steps" if o.max_tokens is None else "k tokens"
-
-    def total_ticks(self) -> int:
-        o = self.options
-        most = {"s": o.max_seconds, "k tokens": (o.max_tokens or 0) / 1000, "steps": o.max_steps}
-        return int(most[self.unit()] or 0)
-
-    def used_ticks(self) -> int:
-        used = {"s": self.seconds(), "k tokens": self.tokens / 1000, "steps": self.step}
-        return min(int(used[self.unit()]), self.total_ticks())
+            used, total, unit = self.seconds(), o.max_seconds, "s"
+        elif o.max_tokens is not None:
+            used, total, unit = self.state.tokens / 1000, o.max_tokens / 1000, "k tokens"
+        else:
+            used, total, unit = self.state.step, o.max_steps or 0, "steps"
+        return min(int(used), int(total)), int(total), unit
 
     def ticks(self, interrupted: threading.Event) -> Iterator[None]:
         """Train to the end or to an interrupt. Yield once per tick of the budget that is used."""
-        ticks = self.used_ticks()
-        while not self.finished():
+        ticks = self.budget()[0]
+        while self.state.done < 1.0:
             self.advance()
             if self.world.any(interrupted.is_set()):
                 return
-            while ticks < self.used_ticks():
+            while ticks < self.budget()[0]:
                 ticks += 1
                 yield
 
@@ -312,51 +291,51 @@ class _Loop:
 
     def advance(self) -> None:
         """Run one step and what is due after it."""
-        o = self.options
-        self.writer.check()
+        o, state = self.options, self.state
+        if o.async_checkpoints:
+            self.writer.check()
         began = time.perf_counter()
         position = self.objective.position()
-        count = micro_batches(self.progress(), o.accumulate, o.batch_warmup)
         try:
-            batches = self.objective.next_batches(count)
+            batches = self.objective.next_batches(o.micro_batches(self.progress()))
         except DivergedError as error:
             raise self.diverged(DivergedError, str(error), steps=error.steps) from None
         num_items = sum(self.objective.num_items(batch) for batch in batches)
         tokens = sum(self.objective.tokens(batch) for batch in batches)
-        lr = learning_rate(
-            self.progress(0.5, 0.5 * tokens),
-            lr=o.lr, schedule=o.schedule, warmup=o.warmup, decay=o.decay, final_lr=o.final_lr,
-        )  # fmt: skip
-        loss_value, scalars = self.gradients(batches, num_items)
+        lr = o.learning_rate(self.progress(0.5, 0.5 * tokens))
+        loss, scalars = self.gradients(batches, num_items)
         for group, factor in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = lr * factor
-        if not math.isfinite(loss_value):
-            raise self.diverged(NonFiniteError, f"the loss is {loss_value}", position)
-        found = self.on_spike(loss_value, position)
-        norm = self.update(skip="skipped" in found)
+        if not math.isfinite(loss):
+            raise self.diverged(NonFiniteError, f"the loss is {loss}", position)
+        spike = self.on_spike(loss, position)
+        norm = 0.0  # before clipping; of a skipped step
+        if "skipped" not in spike:
+            self.optimizer.step()
+            assert self.optimizer.grad_norm is not None  # max_grad_norm is never None here
+            norm = float(self.optimizer.grad_norm)
+        self.optimizer.zero_grad(set_to_none=True)
         if not math.isfinite(norm):
             raise self.diverged(NonFiniteError, f"the gradient norm is {norm}", position)
-        self.step += 1
-        self.tokens += tokens
         took = time.perf_counter() - began
-        self.training_seconds += took
-        self.loss = loss_value
+        state.step, state.tokens, state.loss = state.step + 1, state.tokens + tokens, loss
+        state.training_seconds += took
         line = {
-            "step": self.step, "loss": loss_value, "lr": lr, "grad_norm": norm,
-            "tokens": self.tokens, "tokens_per_second": tokens / took, "seconds": self.seconds(),
-            "progress": self.progress(), **found,
+            "step": state.step, "loss": loss, "lr": lr, "grad_norm": norm,
+            "tokens": state.tokens, "tokens_per_second": tokens / took, "seconds": self.seconds(),
+            "progress": self.progress(), **spike,
         }  # fmt: skip
         if taken := line.keys() & scalars.keys():
             raise ValueError(f"scalars: wanted names that the loop has not, got {min(taken)!r}")
         self.log({**line, **scalars})
         self.moments()
-        if self.finished() or self.step % o.checkpoint_every == 0:
+        if state.done >= 1.0 or state.step % o.checkpoint_every == 0:
             self.save()
 
     def gradients(self, batches: list[Any], num_items: int) -> tuple[float, dict[str, float]]:
         """Add up the gradients of the step's micro-batches. Return its loss and its scalars."""
         world, objective = self.world, self.objective
-        world.seed(self.seed, self.step)
+        world.seed(self.seed, self.state.step)
         mine, filler = world.split_batches(batches)
         total: Tensor | float = 0.0
         for left, batch in zip(reversed(range(len(mine))), mine, strict=True):
@@ -369,21 +348,10 @@ class _Loop:
             self.parallel.backward(
                 partial(objective.loss, filler, num_items), last=True, factor=0.0
             )
-        parts = world.gather((float(total), measured))
-        losses = [loss for loss, _ in parts]
+        losses, parts = zip(*world.gather((float(total), measured)))
         # fsum refuses inf - inf
         loss = math.fsum(losses) if all(map(math.isfinite, losses)) else sum(losses)
-        return loss, objective.scalars([found for _, found in parts])
-
-    def update(self, *, skip: bool) -> float:
-        """Clip and step. Return the gradient's norm before clipping; 0 for a skipped step."""
-        norm = 0.0
-        if not skip:
-            self.optimizer.step()
-            assert self.optimizer.grad_norm is not None  # max_grad_norm is never None here
-            norm = float(self.optimizer.grad_norm)
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm
+        return loss, objective.scalars(parts)
 
     def on_spike(self, loss: float, position: str) -> dict[str, Any]:
         """Do what `on_spike` says where the loss is a spike. Return what the step's line says."""
@@ -393,24 +361,24 @@ class _Loop:
         policy = self.options.on_spike
         if policy == "stop":
             raise self.diverged(SpikeError, what, position)
+        skipped = {"skipped": True} if policy == "skip" else {}
         if self.on_event is not None:
-            done = "; the step is skipped" if policy == "skip" else ""
-            told = f"step {self.step + 1}: {what}; batch: {position}{done}"
-            self.on_event({"warning": told})
-        return {"spike": position, **({"skipped": True} if policy == "skip" else {})}
+            done = "; the step is skipped" if skipped else ""
+            message = f"step {self.state.step + 1}: {what}; batch: {position}{done}"
+            self.on_event({"warning": message})
+        return {"spike": position, **skipped}
 
     def leave_if(self, interrupted: threading.Event) -> None:
-        """Raise Interrupted in all processes if one was."""
-        if self.world.any(interrupted.is_set()):
-            raise Interrupted(f"stopped after step {self.step}; saved in {self.saved()}")
-
-    def check_pending(self) -> None:
-        """Check the steps that no later one does."""
-        try:
-            self.objective.check_pending()
-        except DivergedError as error:
-            told = self.diverged(DivergedError, str(error), steps=error.steps, step=self.step)
-            raise told from None
+        """Raise Interrupted in all processes if one was, with the checkpoint of this step."""
+        if not self.world.any(interrupted.is_set()):
+            return
+        step = self.state.step
+        if self.saved_step != step:
+            self.save()
+        self.writer.wait()
+        self.world.any(False)  # none leaves before it is written: torchrun would end the others
+        path = checkpoint_path(self.run_dir, step)
+        raise Interrupted(f"stopped after step {step}; saved in {path}")
 
     def diverged(
         self,
@@ -421,15 +389,16 @@ class _Loop:
         step: int | None = None,
     ) -> DivergedError:
         """The error of ``step`` (the one that runs), after ``steps`` that cannot be trusted."""
+        now = self.state.step
 
         def good() -> Path | None:
             self.writer.wait()
-            return checkpoint_before(self.run_dir, self.step - steps)
+            return checkpoint_before(self.run_dir, now - steps)
 
         last = self.world.from_first(self.world.on_first(good))  # others may look too early
         batch = f"batch: {position}; " if position else ""
         error = kind(
-            f"step {self.step + 1 if step is None else step}: {what}; {batch}last good checkpoint:"
+            f"step {now + 1 if step is None else step}: {what}; {batch}last good checkpoint:"
             f" {last or 'none'}",
             steps=steps,
         )
@@ -443,23 +412,23 @@ class _Loop:
         the demo 0.1 bits per byte.
         """
         began = time.perf_counter()
-        o, before = self.options, self.done
-        self.done = self.progress()
-        if due(
-            (i / o.validations for i in range(o.validations + 1 if o.validations else 0)),
-            before,
-            self.done,
-        ):
+        o, state, before = self.options, self.state, self.state.done
+        state.done = self.progress()
+
+        def due(moments: Iterable[float]) -> bool:
+            return any(before < moment <= state.done for moment in moments)
+
+        if o.validations and due(i / o.validations for i in range(o.validations + 1)):
             with _evaluating(self.model):
                 metrics = self.parallel.run(self.objective.validate)
-            self.last_metrics = self.world.from_first(metrics)
-            self.log({"step": self.step, **self.last_metrics})
-            self.best.offer(self.step, self.last_metrics, self.model)
-        if due(o.sample_at, before, self.done):
+            state.last_metrics = self.world.from_first(metrics)
+            self.log({"step": state.step, **state.last_metrics})
+            self.best.offer(state.step, state.last_metrics, self.model)
+        if due(o.sample_at):
             with _evaluating(self.model), self.parallel.gathered():
                 text = self.objective.sample() if self.world.is_main_process else None
             if text is not None:
-                self.log({"step": self.step, "sample": text, "progress": self.done})
+                self.log({"step": state.step, "sample": text, "progress": state.done})
         self.started += time.perf_counter() - began
 
     # output
@@ -486,25 +455,23 @@ class _Loop:
         if self.world.is_main_process:
             prune(self.run_dir, self.options.keep + 1)  # one may be a trusted one
         found = self.world.from_first(list_checkpoints(self.run_dir))
-        length = 0
         if found:
-            state = load_checkpoint(
+            self.state = state = load_checkpoint(
                 found[-1], self.model, self.optimizer, self.identity(), self.world,
                 may_differ=(*BUDGET, *GUARDS, "take"),
             )  # fmt: skip
             self.objective.load_state_dict(state.objective)
-            self.step, self.tokens, self.used = state.step, state.tokens, state.seconds
-            self.done, self.loss, self.last_metrics = state.done, state.loss, state.last_metrics
-            self.training_seconds = state.training_seconds
             self.spikes.losses = state.losses[-self.options.spike_window :]
             self.best.resume(state.best_step, state.best_loss)
-            length, self.saved_step = state.metrics_bytes, self.step
-        self.world.on_first(partial(self.cut_metrics, length, found))
+            self.saved_step = state.step
+        self.world.on_first(partial(self.cut_metrics, self.state.metrics_bytes, found))
         self.started = time.perf_counter()
         if found:
+            step = self.state.step
             if self.world.is_main_process:  # a kill between a checkpoint's write and the deletions
-                prune(self.run_dir, self.options.keep, self.step - self.objective.pending_steps())
-            self.done = min(self.done, self.progress())  # less under a larger budget
+                prune(self.run_dir, self.options.keep, step - self.objective.pending_steps())
+            # less under a larger budget
+            self.state.done = min(self.state.done, self.progress())
         else:
             self.best.prune(None)
             self.moments()
@@ -519,57 +486,38 @@ class _Loop:
             )
         self.metrics.truncate(length)
 
-    def saved(self) -> Path:
-        """Return the checkpoint of this step; write it if it does not exist."""
-        path = checkpoint_path(self.run_dir, self.step)
-        if self.saved_step != self.step:
-            path = self.save()
-        self.writer.wait()
-        self.world.any(False)  # none leaves before it is written: torchrun would end the others
-        return path
-
-    def save(self) -> Path:
-        path = checkpoint_path(self.run_dir, self.step)
-        self.saved_step = self.step
+    def save(self) -> None:
+        """Write the checkpoint of this step."""
+        self.saved_step = step = self.state.step
         if not (self.world.is_main_process or self.parallel.sharded):
             self.world.on_first(lambda: None)
-            return path
+            return
         if self.world.is_main_process:
             os.fsync(self.metrics.fileno())
-        state = Progress(
-            step=self.step, tokens=self.tokens, seconds=self.seconds(), done=self.done,
-            training_seconds=self.training_seconds, loss=self.loss,
-            last_metrics=self.last_metrics, metrics_bytes=self.metrics.tell(),
+        state = replace(
+            self.state, seconds=self.seconds(), metrics_bytes=self.metrics.tell(),
             objective=self.objective.state_dict(), losses=self.spikes.losses,
             best_step=self.best.step, best_loss=self.best.loss,
         )  # fmt: skip
         tensors, rest = collect(
-            self.model, self.optimizer, state, self.identity(), copy=self.writer.beside
+            self.model, self.optimizer, state, self.identity(), copy=self.options.async_checkpoints
         )
-        step, best = self.step, self.best.step
-        trusted = step - self.objective.pending_steps()
+        path, trusted = checkpoint_path(self.run_dir, step), step - self.objective.pending_steps()
+
+        def finish() -> None:
+            if self.world.is_main_process:
+                prune(self.run_dir, self.options.keep, trusted)
+            self.best.prune(state.best_step)
 
         def write() -> None:
-            save_checkpoint(
-                self.run_dir, step, tensors, rest, keep=self.options.keep, trusted=trusted
-            )
-            self.best.prune(best)
+            make_folder(path.parent)
+            save_tensors(path, tensors, rest)
+            finish()
 
         if self.parallel.sharded:
             from fastlm.train.sharded import save_sharded
 
             save_sharded(path, tensors, rest, self.world)
-            if self.world.is_main_process:
-                prune(self.run_dir, self.options.keep, trusted)
-            self.best.prune(best)
+            finish()
         else:
             self.world.on_first(lambda: self.writer.submit(write))
-        return path
-
-    def result(self) -> TrainResult:
-        rate = self.tokens / self.training_seconds if self.training_seconds else 0.0
-        metrics = self.best.metrics or self.last_metrics  # of the weights that are left
-        return TrainResult(
-            self.step, self.tokens, self.seconds(), rate, self.loss, metrics,
-            self.best.step, self.best.loss,
-        )  # fmt: skip

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastlm.errors import InputError
-from fastlm.pipeline.stage import positive
+from fastlm.pipeline.stage import not_negative, positive
+from fastlm.train.options import expect
 
 if TYPE_CHECKING:
     from fastlm.model.causal_lm import CausalLM
@@ -36,24 +37,19 @@ class LoraOptions:
 
     def check_lora(self) -> None:
         """Check the values. InputError names the option."""
-        if self.lora_rank < 0:
-            raise InputError(f"lora_rank: wanted 0 or more, got {self.lora_rank}")
-        if self.base_bits not in (4, 8, 16):
-            raise InputError(f"base_bits: wanted 4, 8 or 16, got {self.base_bits}")
+        not_negative(self, "lora_rank")
+        expect(self.base_bits in (4, 8, 16), "base_bits", "4, 8 or 16", self.base_bits)
         if not self.lora_rank:
             for f in fields(LoraOptions):
-                if getattr(self, f.name) != f.default:
-                    raise InputError(
-                        f"{f.name}: wanted lora_rank with it, got {getattr(self, f.name)} and all"
-                        " weights trained"
-                    )
-        elif getattr(self, "optimizer", "adamw") == "muon":
-            raise InputError("optimizer: wanted adamw to train adapters, got muon")
+                value = getattr(self, f.name)
+                unused = f"{value} and all weights trained"
+                expect(value == f.default, f.name, "lora_rank with it", unused)
+        muon = self.lora_rank and getattr(self, "optimizer", "adamw") == "muon"
+        expect(not muon, "optimizer", "adamw to train adapters", "muon")
         positive(self, "lora_alpha")
-        if not self.lora_targets:
-            raise InputError("lora_targets: wanted all-linear or names of layers, got none")
-        if not 0 <= self.lora_dropout < 1:
-            raise InputError(f"lora_dropout: wanted a share in [0, 1), got {self.lora_dropout}")
+        expect(self.lora_targets, "lora_targets", "all-linear or names of layers", "none")
+        dropout = self.lora_dropout
+        expect(0 <= dropout < 1, "lora_dropout", "a share in [0, 1)", dropout)
         if self.base_bits < 16:
             from fastlm.ops.quantized_weight import ANY_K, check_group_size
 

@@ -37,45 +37,31 @@ def aggregate(
     *,
     how: Literal["token", "sequence", "constant"] = "token",
     num_items: Count | None = None,
-    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """The masked sum or mean of x, a scalar.
+    """The masked sum or mean of x (B, S), a row per sequence: a scalar.
 
     - "token": ``x[mask].sum() / (num_items or mask.sum())``;
     - "sequence": the mean over sequences of their token means, divided by `num_items` sequences
       where given. A sequence without tokens does not count;
-    - "constant": ``x[mask].sum() / num_items`` (Liu et al. 2025, arXiv:2503.20783).
+    - "constant": the same as "token", with `num_items` (Liu et al. 2025, arXiv:2503.20783).
 
-    A mean over nothing is 0.
-
-    Args:
-        x: (B, S), a row per sequence; or (total,), packed, with `cu_seqlens` for "sequence".
-        mask: shape of x, bool or 0 and 1.
-        cu_seqlens: (n + 1,) integers, where packed sequences begin.
-
-    Raises:
-        InputError: shapes do not fit, an unknown `how`, "constant" without `num_items`.
+    A mean over nothing is 0. InputError: shapes do not fit.
     """
+    _one_of(how=(how, "token", "sequence", "constant"))
+    if how == "constant" and num_items is None:
+        raise InputError("num_items: expected a number with how='constant', got None")
     keep, x = _read(mask, x=x)
     if how == "sequence":
-        sums, counts = _per_sequence(x, keep, cu_seqlens)
-        means = sums / counts.clamp(min=1)
+        counts = keep.sum(1)
+        means = x.sum(1) / counts.clamp(min=1)
         return means.sum() / _at_least_one((counts > 0).sum() if num_items is None else num_items)
-    if how == "token":
-        return x.sum() / _at_least_one(keep.sum() if num_items is None else num_items)
-    if how != "constant":
-        raise InputError(f"how: wanted token, sequence or constant, got {how!r}")
-    if num_items is None:
-        raise InputError("num_items: wanted a number with how='constant', got None")
-    return x.sum() / _at_least_one(num_items)
+    return x.sum() / _at_least_one(keep.sum() if num_items is None else num_items)
 
 
 def pooled(metrics: Sequence[Metrics]) -> Metrics:
     """The metrics of several calls (micro-batches, ranks) as those of one call on all their tokens:
     means weighted by "tokens". A call without tokens does not count.
     """
-    if not metrics:
-        raise InputError("metrics: wanted those of at least one call, got none")
     tokens = torch.stack([m["tokens"] for m in metrics])
     total = tokens.sum()
     means = {
@@ -104,8 +90,7 @@ def kl_penalty(
 
     Returns the shape of logp; 0 where `mask` is false.
     """
-    if kind not in ("k1", "k2", "k3"):
-        raise InputError(f"kind: wanted k1, k2 or k3, got {kind!r}")
+    _one_of(kind=(kind, "k1", "k2", "k3"))
     if mask is not None:
         _, logp, ref_logp = _read(mask, logp=logp, ref_logp=ref_logp)
     else:
@@ -132,8 +117,6 @@ def gae(
         (advantages, returns), each (B, S) and 0 where masked; returns = advantages + values. No
         gradient flows through either.
     """
-    if rewards.ndim != 2:
-        raise InputError(f"rewards: wanted (B, S), got shape {tuple(rewards.shape)}")
     keep, rewards, values = _read(mask, rewards=rewards.detach(), values=values.detach())
     advantages = torch.zeros_like(rewards)
     next_value = next_advantage = rewards.new_zeros(rewards.shape[:1])
@@ -205,7 +188,6 @@ def ppo_value_loss(
         (loss, metrics): "value", "return", "value_error" (the square without clip) and
         "clip_fraction".
     """
-    _check_positive("clip", clip)
     keep, values, old_values, returns = _read(
         mask, values=values, old_values=old_values.detach(), returns=returns.detach()
     )
@@ -284,9 +266,8 @@ def grpo_loss(
     _, advantages = _read(mask, advantages=advantages.detach().to(logp.dtype))
     loss, metrics = _clipped(logp, old_logp, advantages, clip, None)
     if ref_logp is not None:
+        _one_of(kl_gradient=(kl_gradient, "k2", "k3"))
         _, reference = _read(mask, ref_logp=ref_logp.detach())
-        if kl_gradient not in ("k2", "k3"):
-            raise InputError(f"kl_gradient: wanted k2 or k3, got {kl_gradient!r}")
         estimate = kl_penalty(logp, reference, kl_gradient)
         metrics["kl"] = k3 = kl_penalty(logp.detach(), reference, "k3")
         loss = loss + beta * (k3 + estimate - estimate.detach())
@@ -331,17 +312,11 @@ def dpo_loss(
     Returns (B,).
     """
     chosen, rejected, ref_chosen, ref_rejected = _floats(
-        chosen=chosen,
-        rejected=rejected,
-        ref_chosen=ref_chosen.detach(),
+        chosen=chosen, rejected=rejected, ref_chosen=ref_chosen.detach(),
         ref_rejected=ref_rejected.detach(),
-    )
-    if label_smoothing and kind != "sigmoid":
-        raise InputError(f"label_smoothing: wanted 0 with kind={kind!r}, got {label_smoothing:g}")
-    if not 0 <= label_smoothing < 0.5:
-        raise InputError(f"label_smoothing: wanted a number in [0, 0.5), got {label_smoothing:g}")
+    )  # fmt: skip
+    _one_of(kind=(kind, "sigmoid", "ipo", "hinge"))
     ratios = [chosen - ref_chosen, rejected - ref_rejected]
-    _check_positive("beta", beta)
     if lengths is not None:
         if len(lengths) != 2 or any(n.shape != chosen.shape for n in lengths):
             raise InputError(
@@ -355,9 +330,7 @@ def dpo_loss(
         return -(1 - wrong) * F.logsigmoid(beta * h) - wrong * F.logsigmoid(-beta * h)
     if kind == "ipo":
         return (h - 1 / (2 * beta)).square()
-    if kind == "hinge":
-        return torch.relu(1 - beta * h)
-    raise InputError(f"kind: wanted sigmoid, ipo or hinge, got {kind!r}")
+    return torch.relu(1 - beta * h)
 
 
 def kto_loss(
@@ -448,15 +421,12 @@ def _clipped(
     logp: Tensor, old_logp: Tensor, advantages: Tensor, clip: float, dual_clip: float | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and metrics of PPO per token; masked positions are 0 in all operands."""
-    _check_positive("clip", clip)
-    log_ratio = _clamped(logp - old_logp)
+    log_ratio = (logp - old_logp).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio = log_ratio.exp()
     plain = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip, 1 + clip)
     loss = torch.maximum(plain, clipped)
     if dual_clip is not None:
-        if dual_clip <= 1:
-            raise InputError(f"dual_clip: wanted a number above 1, got {dual_clip:g}")
         loss = torch.where(advantages < 0, torch.minimum(loss, -advantages * dual_clip), loss)
     metrics = {
         "ratio": ratio,
@@ -495,17 +465,14 @@ def _floats(**tensors: Tensor) -> list[Tensor]:
     return [t.to(torch.float64 if wide else torch.float32) for t in tensors.values()]
 
 
-def _clamped(log_ratio: Tensor) -> Tensor:
-    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+def _one_of(**choices: tuple[str, ...]) -> None:
+    ((name, (value, *known)),) = choices.items()
+    if value not in known:
+        raise InputError(f"{name}: expected {' or '.join(known)}, got {value!r}")
 
 
 def _at_least_one(count: Count) -> Count:
     return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
-
-
-def _check_positive(name: str, value: float) -> None:
-    if not value > 0:
-        raise InputError(f"{name}: wanted a positive number, got {value:g}")
 
 
 def _per_row(name: str, value: Tensor | float, rows: Tensor) -> Tensor:
@@ -516,24 +483,6 @@ def _per_row(name: str, value: Tensor | float, rows: Tensor) -> Tensor:
             f"{name}: wanted a number or shape {tuple(rows.shape)}, got {tuple(value.shape)}"
         )
     return value
-
-
-def _per_sequence(x: Tensor, keep: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Sum and number of the kept elements of each sequence."""
-    if cu_seqlens is None:
-        if x.ndim != 2:
-            raise InputError(f"x: wanted (B, S), or cu_seqlens, got shape {tuple(x.shape)}")
-        return x.sum(1), keep.sum(1)
-    if x.ndim != 1:
-        raise InputError(f"x: wanted (total,) with cu_seqlens, got shape {tuple(x.shape)}")
-    lengths = cu_seqlens.diff().to(torch.int64)
-    if int(cu_seqlens[0]) or int(cu_seqlens[-1]) != len(x) or (lengths < 0).any():
-        raise InputError(
-            f"cu_seqlens: wanted offsets that rise from 0 to {len(x)}, got {cu_seqlens.tolist()}"
-        )
-    rows = torch.repeat_interleave(torch.arange(len(lengths), device=x.device), lengths)
-    sums = x.new_zeros(len(lengths)).index_add(0, rows, x)
-    return sums, x.new_zeros(len(lengths)).index_add(0, rows, keep.to(x.dtype))
 
 
 def _groups(rewards: Tensor, group_size: int) -> Tensor:

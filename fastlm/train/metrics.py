@@ -1,5 +1,14 @@
-"""metrics.jsonl: what a training records of its steps, validations and samples, one line each."""
+"""metrics.jsonl: what a training records of its steps, validations and samples, one line each; its
+mirrors in other programs (the option ``report_to``), and loss spikes.
+"""
 
+import importlib
+import importlib.util
+import io
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, NotRequired
 
@@ -9,12 +18,13 @@ from fastlm.errors import InputError
 from fastlm.files import read_text
 from fastlm.schema import parse
 
+Line = dict[str, Any]
 METRICS = "metrics.jsonl"
 MAX_METRICS = 2**33  # bytes; a step's line takes 225
-
-
 # a line that has the key has these, too
 COMPLETE = {"loss": ("lr", "tokens", "seconds"), "sample": ("progress",)}
+# Where trackio would send the metrics to somebody's server
+REMOTE = ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL")
 
 
 class MetricsLine(TypedDict):
@@ -31,7 +41,7 @@ class MetricsLine(TypedDict):
     progress: NotRequired[float]
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path) -> list[Line]:
     """Read and check the lines of steps ("loss"), validations ("val_loss") and samples.
 
     InputError names the line.
@@ -52,3 +62,152 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             raise InputError(f"{where}: wanted a step that was trained, got {line['step']}")
         lines.append(line)
     return lines
+
+
+def correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
+    """Return Pearson's correlation; None where one side is constant."""
+    import numpy as np
+
+    return float(np.corrcoef(x, y)[0, 1]) if np.ptp(x) and np.ptp(y) else None
+
+
+class TensorBoard:
+    """Event files in ``run_dir``/tensorboard, which a resumed training writes again."""
+
+    def __init__(self, run_dir: Path):
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder = run_dir / "tensorboard"
+        for file in folder.glob("events.out.tfevents.*"):
+            file.unlink()
+        self.writer = SummaryWriter(str(folder), purge_step=0)  # hides what a viewer has read
+
+    def log(self, numbers: dict[str, float], line: Line) -> None:
+        for name, value in numbers.items():
+            self.writer.add_scalar(name, value, line["step"])
+        if "sample" in line:
+            self.writer.add_text("sample", line["sample"], line["step"])
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class Trackio:
+    """A run of trackio's local store, named as ``run_dir``, in the project that the folder above
+    names. A resumed training replaces its run.
+    """
+
+    def __init__(self, run_dir: Path):
+        self.trackio: Any = importlib.import_module("trackio")
+        folder = run_dir.resolve()
+        project, config = folder.parent.name or "fastlm", {"folder": str(folder)}
+        with suppress(ValueError):  # there is no such project yet
+            for run in [*self.trackio.Api().runs(project)]:
+                if config.items() <= (run.config or {}).items():
+                    run.delete()
+        with redirect_stdout(io.StringIO()):  # stdout is for results
+            self.run = self.trackio.init(
+                project, folder.name, config=config, embed=False, auto_log_gpu=False,
+                auto_log_cpu=False,
+            )  # fmt: skip
+
+    def log(self, numbers: dict[str, float], line: Line) -> None:
+        self.run.log(numbers, step=line["step"])
+
+    def close(self) -> None:
+        with redirect_stdout(io.StringIO()):
+            self.trackio.finish()
+
+
+TRACKERS: dict[str, Any] = {"tensorboard": TensorBoard, "trackio": Trackio}
+
+
+def check_report_to(names: Sequence[str]) -> None:
+    """Refuse trackers that are not known, not installed, or not local. InputError says why."""
+    for name in names:
+        if name not in TRACKERS:
+            raise InputError(f"report_to: expected {' or '.join(TRACKERS)}, got {name!r}")
+        if importlib.util.find_spec(name) is None:
+            raise InputError(
+                f"report_to: expected the package {name}, got none: pip install {name}"
+            )
+        for variable in REMOTE if name == "trackio" else ():
+            if os.environ.get(variable):
+                raise InputError(
+                    f"report_to: expected {variable} unset, as metrics stay on this machine, got"
+                    f" {os.environ[variable]!r:.80}"
+                )
+
+
+@contextmanager
+def trackers(
+    names: Sequence[str], run_dir: Path, on_event: Callable[[Line], None] | None
+) -> Iterator[Callable[[Line], None]]:
+    """Context: an ``on_event`` that passes events on, and each line of metrics to the trackers. One
+    that fails is given up with one warning.
+    """
+    running: dict[str, Any] = {}
+    failed: set[str] = set()
+
+    def give_up(name: str, error: Exception) -> None:
+        running.pop(name, None)
+        failed.add(name)
+        if on_event is not None:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            on_event({"warning": f"report_to: {name} failed and is off: {reason}"})
+
+    def tell(event: Line) -> None:
+        if on_event is not None:
+            on_event(event)
+        if "step" not in event:
+            return
+        for name in sorted({*names} - failed):
+            try:
+                lines = [event]
+                if name not in running:
+                    running[name] = TRACKERS[name](run_dir)
+                    lines = read_metrics(run_dir / METRICS)  # those before this one, too
+                for line in lines:
+                    kinds = int | float
+                    numbers = {
+                        k: v for k, v in line.items() if k != "step" and isinstance(v, kinds)
+                    }
+                    running[name].log(numbers, line)
+            except Exception as error:
+                give_up(name, error)
+
+    try:
+        yield tell
+    finally:
+        for name, tracker in [*running.items()]:
+            try:
+                tracker.close()
+            except Exception as error:
+                give_up(name, error)
+
+
+class Spikes:
+    """A loss is a spike if it exceeds the mean of the last ``window`` losses by more than
+    ``factor`` of their standard deviations (None: nothing is).
+
+    Every loss then joins the window, spikes included: a lasting change of level is soon accepted.
+    """
+
+    def __init__(self, factor: float | None, window: int):
+        self.factor, self.window = factor, window
+        self.losses: list[float] = []
+
+    def check(self, loss: float) -> str | None:
+        """Take in the next loss. Return what is wrong with it, or None."""
+        before, self.losses = self.losses, [*self.losses, loss][-self.window :]
+        if self.factor is None or len(before) < self.window:
+            return None
+        mean = math.fsum(before) / len(before)
+        deviation = math.sqrt(math.fsum((x - mean) ** 2 for x in before) / len(before))
+        if loss <= mean + self.factor * deviation or deviation == 0:
+            return None
+        return (
+            f"the loss {loss:.4g} is {(loss - mean) / deviation:.1f} standard deviations above"
+            f" the mean {mean:.4g} of the {len(before)} steps before"
+        )

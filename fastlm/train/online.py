@@ -33,26 +33,21 @@ from fastlm.inference.requests import Completion
 from fastlm.model.lora import without_adapter
 from fastlm.model.merged import merged
 from fastlm.model.quantized_modules import QuantizedLinear
-from fastlm.train.distributed import SingleProcess, averaged
-from fastlm.train.encoding import without_dropout
-from fastlm.train.losses import Metrics, aggregate, pooled
-from fastlm.train.monitors import of_round
-from fastlm.train.objective import DivergedError, Objective
+from fastlm.train.distributed import averaged
+from fastlm.train.losses import Metrics, aggregate, kl_penalty, pooled
+from fastlm.train.metrics import correlation
+from fastlm.train.objective import DivergedError, Objective, without_dropout
 from fastlm.train.rollout_options import RolloutOptions
-from fastlm.train.rollouts import (
-    Packed,
-    answers_of,
-    pack_answers,
-    sample_answers,
-    tensors_of,
-)
+from fastlm.train.rollouts import Packed, answers_of, pack_answers, sample_answers, tensors_of
 
 if TYPE_CHECKING:
     from fastlm.model.causal_lm import CausalLM
 
+STATE = ("round", "at", "steps", "stop", "beta", "next_beta", "made")  # of a checkpoint
 # Returns the score of each answer, given the places of their prompts in the list of prompts
 Score = Callable[[Sequence[int], Sequence[Completion]], Sequence[float]]
 ALARM = 3.0  # standard errors below 0 at which a KL estimate is not chance
+GRAM = 4  # tokens, of which a repetition consists
 TOP_WEIGHT = 2.0  # truncated importance sampling (Yao et al. 2025; verl's default)
 
 
@@ -64,42 +59,15 @@ class Batch:
     columns: Mapping[str, Tensor]
 
 
-@dataclass(frozen=True)
-class Share:
-    """What a process tells the others of its share of a round: ``answers`` (`tensors_of`), their
-    ``scores``, what the score says of them (``scored``), and ``kept``, (tokens,) each on the CPU.
-    """
-
-    answers: Mapping[str, Tensor]
-    scores: np.ndarray
-    scored: Mapping[str, float]
-    kept: Mapping[str, Tensor]
-
-
-class RunningScale:
-    """Count, mean and sum of squared deviations of all scores so far (Chan et al. 1979)."""
-
-    def __init__(self) -> None:
-        self.count, self.mean, self.squares = 0, 0.0, 0.0
-
-    def add(self, scores: np.ndarray) -> None:
-        count, mean = len(scores), float(scores.mean())
-        total = self.count + count
-        gap = mean - self.mean
-        self.squares += float(((scores - mean) ** 2).sum()) + gap**2 * self.count * count / total
-        self.mean += gap * count / total
-        self.count = total
-
-    @property
-    def deviation(self) -> float:
-        """The standard deviation, or 1 while all scores are equal."""
-        variance = self.squares / self.count if self.count else 0.0
-        return math.sqrt(variance) if variance > 0 else 1.0
-
-
 def importance(difference: Tensor) -> Tensor:
     """Truncated importance weights of log-probabilities in training minus those in sampling."""
     return difference.clamp(max=math.log(TOP_WEIGHT)).exp()
+
+
+def repetition(tokens: Sequence[int], size: int = GRAM) -> float:
+    """The share of n-grams that occurred before among these tokens."""
+    grams = [tuple(tokens[i : i + size]) for i in range(len(tokens) - size + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 class Online(Objective):
@@ -138,16 +106,13 @@ class Online(Objective):
             raise InputError("prompts: wanted at least one, got none")
         self.policy, self.reference = policy, reference
         self.trained: nn.Module = policy
-        self.world = SingleProcess()
         self.prompts, self.heldout, self.options, self.base = prompts, heldout, options, base
-        self.scored_by = scored_by
         self.score, self.score_heldout = score, score_heldout or score
-        self.score_metrics = score_metrics
+        self.scored_by, self.score_metrics = scored_by, score_metrics
         self.stop_ids, self.places, self.warn = stop_ids, places, warn
-        self.answer_text = answer_text
-        self.sample_prompt, self.sample_tokens = sample_prompt, sample_tokens
+        self.answer_text, self.sample_prompt = answer_text, sample_prompt
+        self.sample_tokens = sample_tokens
         self.beta = self.next_beta = options.beta  # of this round, of the next one
-        self.scale = RunningScale()
         self.round = -1  # of the rollouts at hand
         self.at = 0  # answers of all passes that were taken
         self.steps = 0  # of the optimizer, since the round began
@@ -181,17 +146,16 @@ class Online(Objective):
 
     # log-probabilities
 
-    def logprobs(self, model: "CausalLM", packed: Packed) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of the answers' tokens and entropies, (B, S)."""
-        return self.logprobs_of(model, packed.hidden(model), packed)
-
-    def logprobs_of(
-        self, model: "CausalLM", hidden: Tensor, packed: Packed
+    def logprobs(
+        self, model: "CausalLM", packed: Packed, hidden: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The same from the model's hidden states (1, total, E)."""
+        """Log-probabilities of the answers' tokens and entropies, (B, S). ``hidden``: the model's
+        hidden states (1, total, E), where they are known.
+        """
         logp, entropy = model.logprobs_of(
-            hidden, packed.labels, temperature=self.options.temperature, return_entropy=True
-        )
+            packed.hidden(model) if hidden is None else hidden, packed.labels,
+            temperature=self.options.temperature, return_entropy=True,
+        )  # fmt: skip
         return packed.rows(logp), packed.rows(entropy)
 
     def _reference_logprobs(self, packed: Packed) -> Tensor:
@@ -207,36 +171,25 @@ class Online(Objective):
 
     def _prompts_of_round(self) -> list[int]:
         """The places of the next prompts: every prompt once per epoch, in an order of its own."""
-        start = self.round * self.options.prompts
-        count = len(self.prompts)
-        chosen = []
-        for place in range(start, start + self.options.prompts):
-            epoch, at = divmod(place, count)
-            chosen.append(int(self._order(0, epoch, count)[at]))
-        return chosen
+        count, size = len(self.prompts), self.options.prompts
+        places = (divmod(i, count) for i in range(self.round * size, (self.round + 1) * size))
+        return [int(self._order(0, epoch, count)[at]) for epoch, at in places]
 
     def _order(self, *key: int) -> np.ndarray:
         """A permutation of range(key[-1]) that depends on the seed and the key alone."""
         return np.random.Generator(np.random.PCG64([self.options.seed, *key])).permutation(key[-1])
 
     def _begin_round(self) -> None:
-        options = self.options
         self.round, self.at, self.stop = self.round + 1, 0, False
-        scores, kept, scored = self._roll_out(self.score)
-        mask = self._mask()
-        self._watch(scores, kept, mask)
-        self.made |= scored
-        if options.scale_scores:
-            self.scale.add(scores)
-            scores = scores / self.scale.deviation
+        scores, mask, kept = self._roll_out(self.score)
         device = self.policy.device
         found = self.estimate(torch.tensor(scores, dtype=torch.float32, device=device), mask, kept)
         self.kept = {"old_logp": kept["logp"], **{k: found[k] for k in self.columns}}
         self.policy.train()
 
-    def _roll_out(self, score: Score) -> tuple[np.ndarray, dict[str, Tensor], dict[str, float]]:
-        """Sample and score the answers of the round. Return their scores, logp, ref_logp and what
-        else is measured of them, (R, S) each, and what the score says of them.
+    def _roll_out(self, score: Score) -> tuple[np.ndarray, Tensor, dict[str, Tensor]]:
+        """Sample, score and watch the answers of the round. Return their scores (R,), the mask of
+        their tokens, and logp, ref_logp and what else is measured of these, (R, S) each.
 
         Each process makes its share, and learns that of the others. From here on all of them have
         the same numbers, so they estimate, watch and decide alike.
@@ -246,27 +199,32 @@ class Online(Objective):
         # every answer of the training has a seed of its own; torch's generator takes 32 bits
         (first,) = np.random.SeedSequence([options.seed, 1]).generate_state(1, np.uint32)
         seed = int(first) // 2 + self.round * len(self.chosen)
-        self.policy.eval()
-        parts = self.world.each(lambda: self._share(seed, score))
-        self.answers = [answer for part in parts for answer in answers_of(part.answers)]
-        mask, kept = self._mask(), {}
-        parts = [part for part in parts if len(part.scores)]
-        for name in parts[0].kept:
-            tokens = torch.cat([part.kept[name] for part in parts]).to(mask.device)
-            kept[name] = tokens.new_zeros(mask.shape).masked_scatter(mask, tokens)
-        scored = averaged([(len(part.scores), part.scored) for part in parts])
-        return np.concatenate([part.scores for part in parts]), kept, scored
 
-    def _share(self, seed: int, score: Score) -> Share:
-        options, rows = self.options, self.world.share(len(self.chosen))
-        places = self.chosen[rows.start : rows.stop]
-        prompts = [self.prompts[i] for i in places]
-        answers = self._sample(
-            prompts, options.temperature, options.max_new_tokens, seed + rows.start
-        )
-        scores = self._scored(score, places, answers)
-        scored = dict(self.score_metrics())
-        return Share(tensors_of(answers), scores, scored, self._measured(prompts, answers))
+        def share() -> tuple[dict[str, Tensor], np.ndarray, dict[str, float], dict[str, Tensor]]:
+            rows = self.world.share(len(self.chosen))
+            places = self.chosen[rows.start : rows.stop]
+            prompts = [self.prompts[i] for i in places]
+            answers = self._sample(
+                prompts, options.temperature, options.max_new_tokens, seed + rows.start
+            )
+            scores = self._scored(score, places, answers)
+            measured = self._measured(prompts, answers)
+            return tensors_of(answers), scores, dict(self.score_metrics()), measured
+
+        self.policy.eval()
+        parts = [part for part in self.world.each(share) if len(part[1])]
+        answers, scores, scored, measured = zip(*parts)
+        self.answers = [answer for tensors in answers for answer in answers_of(tensors)]
+        lengths = torch.tensor([len(answer.token_ids) for answer in self.answers])
+        mask = (torch.arange(int(lengths.max())) < lengths[:, None]).to(self.policy.device)
+        kept = {}
+        for name in measured[0]:
+            tokens = torch.cat([tensors[name] for tensors in measured]).to(mask.device)
+            kept[name] = tokens.new_zeros(mask.shape).masked_scatter(mask, tokens)
+        whole = np.concatenate(scores)
+        self._watch(whole, kept, mask)
+        self.made |= averaged([(len(one), said) for one, said in zip(scores, scored)])
+        return whole, mask, kept
 
     def _sample(
         self, prompts: Sequence[Sequence[int]], temperature: float, longest: int, seed: int = 0
@@ -288,17 +246,6 @@ class Online(Objective):
         if self.options.missing_end is not None:
             scores[[not answer.ended for answer in answers]] = self.options.missing_end
         return scores
-
-    def _mask(self) -> Tensor:
-        """(R, S): true on the tokens of an answer."""
-        lengths = torch.tensor([len(answer.token_ids) for answer in self.answers])
-        return (torch.arange(int(lengths.max())) < lengths[:, None]).to(self.policy.device)
-
-    def _packed(self, rows: Sequence[int]) -> Packed:
-        return pack_answers(
-            [self.prompts[self.chosen[i]] for i in rows],
-            [self.answers[i].token_ids for i in rows], self.policy.device,
-        )  # fmt: skip
 
     @torch.no_grad()
     def _measured(
@@ -327,13 +274,40 @@ class Online(Objective):
         return kept
 
     def _watch(self, scores: np.ndarray, kept: dict[str, Tensor], mask: Tensor) -> None:
-        """Measure a round; raise DivergedError where the policy is too far from the reference."""
-        options = self.options
-        self.made = of_round(
-            scores, self.answers, kept["logp"], kept["ref_logp"], kept["difference"], mask
-        )
-        self.made |= {"round": self.round, "beta": self.beta}
-        kl, error, mismatch = (self.made[name] for name in ("kl", "kl_error", "mismatch"))
+        """Measure a round; raise DivergedError where the policy is too far from the reference.
+
+        Measured for metrics.jsonl, means over the answers:
+
+        - "score", "score_deviation": as the reward gave them, after the rule of missing end tokens;
+        - "kl", "kl_error": KL(policy || reference) in nats per answer by k1, and its standard
+          error; "kl3": by k3, which is never negative;
+        - "length" in tokens; "ended": share that drew an end token;
+        - "score_length": correlation of the two. A policy that is paid for length has it near 1;
+        - "repetition": share of 4-grams that the same answer had before;
+        - "mismatch": mean absolute difference per token of log-probabilities in training and
+          sampling.
+        """
+        options, answers = self.options, self.answers
+        lengths = mask.sum(1).cpu().numpy()
+        logp, reference = kept["logp"], kept["ref_logp"]
+        estimates = [kl_penalty(logp, reference, kind, mask=mask) for kind in ("k1", "k3")]
+        k1, k3 = (estimate.sum(1).double().cpu().numpy() for estimate in estimates)
+        kl, error = float(k1.mean()), float(k1.std()) / math.sqrt(len(k1))
+        mismatch = float(kept["difference"][mask].abs().mean())
+        self.made = {
+            "score": float(scores.mean()),
+            "score_deviation": float(scores.std()),
+            "kl": kl,
+            "kl_error": error,
+            "kl3": float(k3.mean()),
+            "length": float(lengths.mean()),
+            "ended": float(np.mean([answer.ended for answer in answers])),
+            "score_length": correlation(scores, lengths) or 0.0,  # type: ignore[arg-type]
+            "repetition": float(np.mean([repetition(answer.token_ids) for answer in answers])),
+            "mismatch": mismatch,
+            "round": self.round,
+            "beta": self.beta,
+        }
         if not abs(kl) <= options.max_kl:
             raise DivergedError(
                 f"round {self.round}: the KL to the reference is {kl:.3g} nats per answer, wanted"
@@ -388,7 +362,10 @@ class Online(Objective):
         return [self._batch(rows[i : i + size]) for i in range(0, len(rows), size)]
 
     def _batch(self, rows: list[int]) -> Batch:
-        packed = self._packed(rows)
+        packed = pack_answers(
+            [self.prompts[self.chosen[i]] for i in rows],
+            [self.answers[i].token_ids for i in rows], self.policy.device,
+        )  # fmt: skip
         width = packed.mask.shape[1]
         return Batch(packed, {name: value[rows, :width] for name, value in self.kept.items()})
 
@@ -422,8 +399,7 @@ class Online(Objective):
         """Measure the KL of the policy that the last step left; raise DivergedError as a round."""
         before = (self.round, self.chosen, self.answers, self.made)
         self.round += 1
-        scores, kept, _ = self._roll_out(lambda places, answers: [0.0] * len(answers))
-        self._watch(scores, kept, self._mask())
+        self._roll_out(lambda places, answers: [0.0] * len(answers))
         self.round, self.chosen, self.answers, self.made = before
 
     def position(self) -> str:
@@ -436,24 +412,18 @@ class Online(Objective):
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "round": self.round, "at": self.at, "steps": self.steps, "stop": self.stop,
-            "beta": self.beta, "next_beta": self.next_beta, "made": self.made,
-            "scale": [self.scale.count, self.scale.mean, self.scale.squares],
+            **{name: getattr(self, name) for name in STATE},
             "chosen": torch.tensor(self.chosen),
             **tensors_of(self.answers),
             **{f"kept.{name}": value for name, value in self.kept.items()},
-        }  # fmt: skip
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.round, self.at, self.stop = state["round"], state["at"], state["stop"]
-        self.steps = state["steps"]
-        self.beta, self.next_beta, self.made = state["beta"], state["next_beta"], state["made"]
-        self.scale.count, self.scale.mean, self.scale.squares = state["scale"]
-        self.chosen = state["chosen"].tolist()
-        self.answers = answers_of(state)
-        device = self.policy.device
+        for name in STATE:
+            setattr(self, name, state[name])
+        self.chosen, self.answers = state["chosen"].tolist(), answers_of(state)
         self.kept = {
-            name.removeprefix("kept."): value.to(device)
+            name.removeprefix("kept."): value.to(self.policy.device)
             for name, value in state.items()
             if name.startswith("kept.")
         }
@@ -463,24 +433,22 @@ class Online(Objective):
         count = min(len(self.heldout), self.options.val_prompts)
         if not count:
             return {}
-        parts = self.world.each(lambda: self._answered(self.world.share(count)))
-        scores, lengths, ended = map(np.concatenate, zip(*parts))
+
+        def answered() -> tuple[dict[str, Tensor], np.ndarray]:
+            places = self.world.share(count)
+            prompts = [self.heldout[i] for i in places]
+            answers = self._sample(prompts, 0.0, self.options.max_new_tokens)
+            return tensors_of(answers), self._scored(self.score_heldout, places, answers)
+
+        parts = self.world.each(answered)
+        answers = [answer for tensors, _ in parts for answer in answers_of(tensors)]
+        scores = np.concatenate([scores for _, scores in parts])
         return {
             "val_score": float(scores.mean()),
             "val_score_error": float(scores.std(ddof=1)) / math.sqrt(count) if count > 1 else 0.0,
-            "val_length": float(lengths.mean()),
-            "val_ended": float(ended.mean()),
+            "val_length": float(np.mean([len(answer.token_ids) for answer in answers])),
+            "val_ended": float(np.mean([answer.ended for answer in answers])),
         }
-
-    def _answered(self, places: range) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Scores and lengths of greedy answers to held-out prompts, and which ended."""
-        prompts = [self.heldout[i] for i in places]
-        answers = self._sample(prompts, 0.0, self.options.max_new_tokens)
-        return (
-            self._scored(self.score_heldout, places, answers),
-            np.array([len(answer.token_ids) for answer in answers], np.int64),
-            np.array([answer.ended for answer in answers], bool),
-        )
 
     def load_policy(self, checkpoint: Path) -> None:
         """Put back the models of a checkpoint."""

@@ -1,33 +1,33 @@
-"""The stages that learn from their own answers: what `ppo` and `grpo` share."""
+"""PPO, GRPO and its relatives: trainings that learn from their own answers."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from hashlib import sha256
-from itertools import groupby
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
 
-from fastlm.data.verify import CHECKS, checked, load_reward
-from fastlm.errors import InputError
-from fastlm.pipeline.stage import Facts, Job, MaybePositional, Part, Takes, not_negative, one_of
+from fastlm.pipeline.stage import (
+    Facts,
+    Job,
+    MaybePositional,
+    Part,
+    Takes,
+    not_negative,
+    one_of,
+    select_options,
+)
 from fastlm.sources.generated import SCHEME, check_scored, is_generated
 from fastlm.sources.input_digest import Contents
 from fastlm.torchrun import is_main_process
-from fastlm.train.chat_stage import FEEDBACK, ChatStage
-from fastlm.train.distributed import check_replicas
-from fastlm.train.encoding import TrainingData, check_vocabulary, rows_text, weights_digest
-from fastlm.train.ensemble import ENSEMBLES, RewardEnsemble
+from fastlm.train.encoding import rows_text
 from fastlm.train.lora_options import LoraOptions
 from fastlm.train.metrics import METRICS, read_metrics
-from fastlm.train.options import TrainOptions
-from fastlm.train.rollout_options import RolloutOptions
-from fastlm.train.training_stage import Training
+from fastlm.train.options import TrainOptions, check_replicas, expect
+from fastlm.train.rollout_options import GrpoOptions, PpoOptions, RolloutOptions
+from fastlm.train.scorer import Questions, Scorer, text_of
+from fastlm.train.training_stage import FEEDBACK, ChatStage, Training
 
 if TYPE_CHECKING:
-    from fastlm.data.prompts import Prompt
-    from fastlm.inference.requests import Completion
     from fastlm.model.causal_lm import CausalLM
     from fastlm.model.reward_model import RewardModel
     from fastlm.tokenizer.tokenizer import Tokenizer
@@ -95,27 +95,21 @@ messages), or conversations, of which what precedes the last answer is the promp
         self.check_lora()
         self.check_rollouts()
         not_negative(self, "uwo_coefficient")
-        one_of(self, ensemble=ENSEMBLES)
+        one_of(self, ensemble=("mean", "min", "uwo"))
         if self.reward == SCHEME:
             for spec in filter(is_generated, self.data):
                 check_scored(spec)
-        if self.lora_dropout:
-            raise InputError(
-                f"lora_dropout: wanted 0, as the update needs the probabilities that the answers"
-                f" were drawn with, got {self.lora_dropout}"
-            )
-        if self.checkpoint_every < (steps := self.steps_of_round()):
-            raise InputError(
-                f"checkpoint_every: wanted at least the {steps} steps of a round, so that a"
-                f" checkpoint from before it is kept, got {self.checkpoint_every}"
-            )
-        if self.batch_warmup:
-            raise InputError(
-                f"batch_warmup: wanted 0, as a round has a fixed number of steps, got"
-                f" {self.batch_warmup}"
-            )
-        if self.keep < 2:
-            raise InputError(f"keep: wanted 2 or more, as the last may be too far, got {self.keep}")
+        dropout = self.lora_dropout
+        why = "0, as the update needs the probabilities that the answers were drawn with"
+        expect(not dropout, "lora_dropout", why, dropout)
+        steps, every = self.steps_of_round(), self.checkpoint_every
+        least = (
+            f"at least the {steps} steps of a round, so that a checkpoint from before it is kept"
+        )
+        expect(every >= steps, "checkpoint_every", least, every)
+        why = "0, as a round has a fixed number of steps"
+        expect(not self.batch_warmup, "batch_warmup", why, self.batch_warmup)
+        expect(self.keep >= 2, "keep", "2 or more, as the last may be too far", self.keep)
 
     def plan(self, inputs: Mapping[str, Any]) -> Facts:
         self.check_models([facts["name"] for facts in inputs["reward_model"]])
@@ -123,14 +117,11 @@ messages), or conversations, of which what precedes the last answer is the promp
 
     def check_models(self, names: Sequence[str]) -> None:
         """Refuse what does not fit reward models of these names."""
-        if not self.reward and not names:
-            raise InputError("reward: wanted a function, or a reward_model, got neither")
-        if len(names) < 2 and self.ensemble != "mean":
-            raise InputError(
-                f"ensemble: wanted two or more reward_models for {self.ensemble}, got {len(names)}"
-            )
-        if len(set(names)) < len(names):
-            raise InputError(f"reward_model: wanted each once, got {', '.join(names)}")
+        expect(self.reward or names, "reward", "a function, or a reward_model", "neither")
+        several = f"two or more reward_models for {self.ensemble}"
+        expect(len(names) > 1 or self.ensemble == "mean", "ensemble", several, len(names))
+        once = len(set(names)) == len(names)
+        expect(once, "reward_model", "each once", ", ".join(names))
 
     def steps_of_round(self) -> int:
         size = self.batch_size * self.accumulate
@@ -210,12 +201,7 @@ messages), or conversations, of which what precedes the last answer is the promp
 
     def section(self, job: Job, result: Mapping[str, Any], metrics: list[dict[str, Any]]) -> Part:
         from fastlm.pipeline.text import count_text
-        from fastlm.train.charts import (
-            answers_chart,
-            frontier_chart,
-            kl_chart,
-            score_chart,
-        )
+        from fastlm.train.charts import answers_chart, curve_chart, frontier_chart, kl_chart
 
         held = [m for m in metrics if "val_score" in m]
         models = job.inputs.get("reward_model", ())
@@ -234,7 +220,8 @@ messages), or conversations, of which what precedes the last answer is the promp
                 **self.lora_facts(result),
                 "score": " + ".join(
                     [*([f"function {self.reward}"] if self.reward else []),
-                     *([told_models(len(models), self.ensemble)] if models else [])]
+                     *(["reward model"] if len(models) == 1 else []),
+                     *([f"{self.ensemble} of {len(models)} reward models"] if models[1:] else [])]
                 ),
                 "round": f"{self.prompts} prompts, {self.answers} answers each,"
                 f" {self.passes} {'pass' if self.passes == 1 else 'passes'} in steps of"
@@ -243,147 +230,81 @@ messages), or conversations, of which what precedes the last answer is the promp
                 f" {self.temperature}, at most {self.max_new_tokens} each",
             },
             charts=[
-                score_chart(metrics), frontier_chart(metrics), kl_chart(metrics),
-                answers_chart(metrics), *self.charts(metrics),
+                curve_chart(metrics, "score", "score", "rounds"), frontier_chart(metrics),
+                kl_chart(metrics), answers_chart(metrics), *self.charts(metrics),
             ],
             cards=cards,
         )  # fmt: skip
 
     def charts(self, metrics: list[dict[str, Any]]) -> list[str]:
         """Further charts of the report."""
-        del metrics
         return []
 
     def title(self) -> str:
         raise NotImplementedError
 
 
-def told_models(count: int, ensemble: str) -> str:
-    return "reward model" if count == 1 else f"{ensemble} of {count} reward models"
+@dataclass(frozen=True)
+class Ppo(PpoOptions, OnlineStage):
+    """Train a policy on scores of its own answers by PPO, with a value model.
 
-
-class Questions(TrainingData):
-    """The prompts of a stage as (ids, prompt). ``scorer``: of their answers."""
-
-    def __init__(self, scorer: "Scorer", *args: Any):
-        self.scorer = scorer
-        super().__init__(*args)
-
-    def read(self) -> "Iterator[Prompt]":
-        from fastlm.data.prompts import read_prompts
-
-        return read_prompts(self.stage.data, **self.reading())
-
-    def prompt_of(self, row: "Prompt") -> Any:
-        return row, row.messages, row.tools
-
-    def encode(self, row: "Prompt") -> "list[tuple[list[int], Prompt]]":
-        variables: dict[str, Any] = {} if row.tools is None else {"tools": row.tools}
-        try:
-            # nothing may be lost on the way into the template
-            answered = [*row.messages, {"role": "assistant", "content": "."}]
-            self.tokenizer.check_written(answered, variables, self.stage.date)
-            ids = self.tokenizer.encode_chat(row.messages, date=self.stage.date, **variables)
-        except InputError as error:
-            self.refuse(error, row.place)
-            return []
-        if len(ids) > self.seq_len:
-            self.rows.counts["too long"] += 1
-            return []
-        if check := CHECKS.get(self.scorer.name):
-            try:
-                check(row.row)
-            except InputError as error:
-                if not self.stage.skip_bad:
-                    raise InputError(f"{row.place}: {error}") from None
-                self.rows.counts["without a right answer"] += 1
-                return []
-        return [(ids, row)]
-
-
-def text_of(tokenizer: "Tokenizer", tokens: Sequence[int]) -> str:
-    """The text of an answer. Ids that the model has and the tokenizer has not (a padded vocabulary)
-    are the replacement character.
-    """
-    parts = [
-        tokenizer.decode(run) if known else "\N{REPLACEMENT CHARACTER}"
-        for known, run in groupby(tokens, key=lambda token: token < tokenizer.vocab_size)
-    ]
-    return "".join(parts)
-
-
-def load_reward_model(where: Path, tokenizer: "Tokenizer", dtype: str) -> "RewardModel":
-    """The reward model at ``where``. InputError unless it reads the policy's tokens."""
-    import torch
-
-    from fastlm.model.reward_model import RewardModel
-    from fastlm.tokenizer.load import load_tokenizer
-
-    model = RewardModel.from_pretrained(where, dtype=getattr(torch, dtype))
-    own = load_tokenizer(where, model.config.to_dict())
-    check_vocabulary("reward_model", own, tokenizer)
-    return model
-
-
-class Scorer:
-    """The score of an answer: what the function says of its text, plus what the reward models say
-    of its tokens.
+    Scores come from a function, from a reward model, or from both. The same command run again
+    resumes from the last checkpoint. docs/ppo.md lists every convention.
     """
 
-    def __init__(self, stage: OnlineStage, tokenizer: "Tokenizer", job: Job):
-        self.tokenizer, self.name = tokenizer, stage.reward
-        self.function = load_reward(stage.reward) if stage.reward else None
-        self.models: RewardEnsemble | None = None
-        self.spread = 0.0  # of the reward models, over the answers scored last
-        given = job.inputs.get("reward_model", ())
-        if given:
-            models = [load_reward_model(one.path, tokenizer, stage.dtype) for one in given]
-            if len(models) > 1:  # of other names, one may be a copy
-                digests = [weights_digest(model) for model in models]
-                stage.check_models([given[digests.index(digest)].name for digest in digests])
-            self.models = RewardEnsemble(models, stage.ensemble, stage.uwo_coefficient)
+    kind = "ppo"
+    command = ("ppo",)
 
-    def identity(self) -> str:
-        """Identify what scores: the function's name and file, the reward model's weights."""
-        where = self.name.rpartition(":")[0]
-        parts = [self.name]
-        if where.endswith(".py"):
-            parts.append(sha256(Path(where).read_bytes()).hexdigest()[:16])
-        if self.models is not None:
-            parts += self.models.identity()
-        return " ".join(parts)
+    def check(self) -> None:
+        super().check()
+        steps, most = self.critic_warmup * self.steps_of_round(), self.max_steps
+        why = f"rounds of fewer than the {most} steps of the run, or the policy learns nothing"
+        got = f"{self.critic_warmup} of {steps} steps"
+        expect(most is None or most > steps, "critic_warmup", why, got)
 
-    def metrics(self) -> dict[str, float]:
-        """What else a round has to say of its scores."""
-        several = self.models is not None and len(self.models.models) > 1
-        return {"score_spread": self.spread} if several else {}
+    def check_models(self, names: Sequence[str]) -> None:
+        super().check_models(names)
+        some = self.value != "reward" or names
+        expect(some, "value", "a reward_model to begin with", "none")
 
-    def of(self, questions: "Sequence[tuple[list[int], Prompt]]") -> Any:
-        """A `fastlm.train.online.Score` of answers to these questions."""
+    def online(
+        self, policy: "CausalLM", reward_model: "RewardModel | None", *args: Any, **more: Any
+    ) -> "Online":
+        from fastlm.train.online_objectives import ActorCritic, value_model
 
-        def score(places: Sequence[int], answers: "Sequence[Completion]") -> list[float]:
-            scores = [0.0] * len(answers)
-            if self.function is not None:
-                for i, (place, answer) in enumerate(zip(places, answers, strict=True)):
-                    scores[i] += self.verified(questions[place][1], answer)
-            if self.models is not None:
-                whole = [[*questions[p][0], *a.token_ids] for p, a in zip(places, answers)]
-                found, spread = self.models.score(whole)
-                for i, more in enumerate(found.tolist()):
-                    scores[i] += checked(more, questions[places[i]][1].place)
-                self.spread = float(spread.mean())
-            return scores
+        value = value_model(
+            policy, shared=self.value == "shared",
+            reward=reward_model if self.value == "reward" else None,
+        )  # fmt: skip
+        settings = select_options(self, PpoOptions)
+        return ActorCritic(policy, *args, settings, value=value, **more)
 
-        return score
+    def charts(self, metrics: list[dict[str, Any]]) -> list[str]:
+        from fastlm.train.charts import value_chart
 
-    def verified(self, prompt: "Prompt", answer: "Completion") -> float:
-        assert self.function is not None
-        tokens = answer.token_ids[:-1] if answer.ended else answer.token_ids
-        try:
-            value = self.function(text_of(self.tokenizer, tokens), prompt.row)
-        except InputError as error:
-            raise InputError(f"{prompt.place}: {error}") from None
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise InputError(f"{prompt.place}: the reward function failed: {reason}") from None
-        return checked(value, prompt.place)
+        return [value_chart(metrics)]
+
+    def title(self) -> str:
+        return "PPO"
+
+
+@dataclass(frozen=True)
+class Grpo(GrpoOptions, OnlineStage):
+    """Train a policy on scores of its own answers, relative to its other answers to the prompt.
+
+    Scores come from a function, from a reward model, or from both. The same command run again
+    resumes from the last checkpoint.
+    """
+
+    kind = "grpo"
+    command = ("grpo",)
+
+    def online(
+        self, policy: "CausalLM", reward_model: "RewardModel | None", *args: Any, **more: Any
+    ) -> "Online":
+        from fastlm.train.online_objectives import GroupRelative
+
+        return GroupRelative(policy, *args, select_options(self, GrpoOptions), **more)
+
+    def title(self) -> str:
+        return "Preference training (RLOO)" if self.loss_type == "rloo" else "GRPO"

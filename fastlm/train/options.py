@@ -1,5 +1,13 @@
-"""The options of every training. Nothing here imports torch, because ``--help`` reads them."""
+"""The options of every training, and how far a run has come by them. Nothing here imports torch,
+because ``--help`` reads them.
 
+Everything that depends on the moment in a run (learning rate, batch, validations, samples) is a
+function of its `TrainOptions.progress`, 0 to 1. A run with a budget of ten minutes therefore
+anneals to its end on any machine, and a run with a budget of tokens ends at the same quality on
+every machine. Schedules in steps were the alternative: they cannot end a run on time.
+"""
+
+import math
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -8,8 +16,7 @@ from typing import Annotated, Any
 from fastlm.errors import InputError
 from fastlm.pipeline.stage import at_least_one, not_negative, one_of, positive, select_options
 from fastlm.torchrun import launched, node_size
-from fastlm.train.schedule import SCHEDULES
-from fastlm.train.trackers import check_report_to
+from fastlm.train.metrics import check_report_to
 
 # What changes no bit of the trained weights: it uses none of the training's random numbers
 OBSERVING = (
@@ -20,11 +27,18 @@ OBSERVING = (
 BUDGET = ("max_steps", "max_seconds", "max_tokens")
 # What is done about a spike; they decide weights where spikes are skipped
 GUARDS = ("spike_factor", "spike_window", "on_spike")
-ON_SPIKE = ("warn", "skip", "stop")
-TAKE = ("last", "best")
-DTYPES = ("bfloat16", "float32")
-PARALLEL = ("ddp", "fsdp", "hsdp")
 OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}
+
+
+def expect(holds: object, name: str, expected: str, got: Any) -> None:
+    """Raise InputError of the option ``name`` unless it ``holds``."""
+    if not holds:
+        raise InputError(f"{name}: expected {expected}, got {got}")
+
+
+def check_replicas(what: str, parallel: str) -> None:
+    """Refuse several processes of torchrun's that do not hold the model whole."""
+    expect(parallel == "ddp" or launched()[1] == 1, "parallel", f"ddp with {what}", parallel)
 
 
 @dataclass(frozen=True)
@@ -121,47 +135,76 @@ class TrainOptions:
         )  # fmt: skip
         at_least_one(self, "accumulate", "checkpoint_every", "keep", "val_tokens", "spike_window")
         not_negative(self, "validations", "sample_tokens", "weight_decay", "checkpoint_activations")
-        shares = {"warmup": self.warmup, "decay": self.decay, "final_lr": self.final_lr}
-        shares["batch_warmup"] = self.batch_warmup
+        shares = {n: getattr(self, n) for n in ("warmup", "decay", "final_lr", "batch_warmup")}
         shares |= {f"betas[{i}]": b for i, b in enumerate(self.betas)}
         shares |= {f"sample_at[{i}]": s for i, s in enumerate(self.sample_at)}
         for name, value in shares.items():
-            if not 0 <= value <= 1:
-                raise InputError(f"{name}: wanted 0 to 1, got {value}")
-        one_of(self, schedule=SCHEDULES)
-        most = 1 - self.warmup
-        if self.schedule == "wsd" and self.decay > most + 1e-9:  # the sum may be rounded
-            raise InputError(
-                f"decay: expected at most 1 - warmup = {most:g} for wsd, whose rate else jumps at"
-                f" the end of the warm-up, got {self.decay:g}"
-            )
+            expect(0 <= value <= 1, name, "0 to 1", value)
         one_of(
-            self, dtype=DTYPES, optimizer=OPTIMIZERS, on_spike=ON_SPIKE, take=TAKE,
-            parallel=PARALLEL,
+            self, schedule=("cosine", "wsd"), dtype=("bfloat16", "float32"), optimizer=OPTIMIZERS,
+            on_spike=("warn", "skip", "stop"), take=("last", "best"),
+            parallel=("ddp", "fsdp", "hsdp"),
         )  # fmt: skip
+        most = 1 - self.warmup
+        expect(
+            self.schedule != "wsd" or self.decay <= most + 1e-9,  # the sum may be rounded
+            "decay",
+            f"at most 1 - warmup = {most:g} for wsd, whose rate else jumps at the end of the"
+            " warm-up",
+            f"{self.decay:g}",
+        )
         check_report_to(self.report_to)
-        if self.keeps_best and not self.validations:
-            raise InputError("validations: wanted 1 or more to find the best weights, got 0")
+        best = not self.keeps_best or self.validations
+        expect(best, "validations", "1 or more to find the best weights", 0)
         self._check_processes(launched()[1])
 
     def _check_processes(self, size: int) -> None:
-        if self.accumulate % size:
-            below = self.accumulate // size * size
-            fits = " or ".join(str(n) for n in (below, below + size) if n)
-            raise InputError(
-                f"accumulate: wanted micro-batches that {size} processes can share evenly ({fits}),"
-                f" got {self.accumulate}"
-            )
+        below = self.accumulate // size * size
+        fits = " or ".join(str(n) for n in (below, below + size) if n)
+        expect(
+            self.accumulate % size == 0, "accumulate",
+            f"micro-batches that {size} processes can share evenly ({fits})", self.accumulate,
+        )  # fmt: skip
         if size == 1 or self.parallel == "ddp":
             return
-        if size % (node := node_size()):
-            raise InputError(f"parallel: wanted whole nodes of {node} processes, got {size}")
+        node = node_size()
+        expect(size % node == 0, "parallel", f"whole nodes of {node} processes", size)
         for name, only in (("optimizer", "adamw"), ("async_checkpoints", False)):
-            if (value := getattr(self, name)) != only:
-                raise InputError(
-                    f"{name}: wanted {only} with parallel = {self.parallel!r}, got {value}"
-                )
+            value = getattr(self, name)
+            expect(value == only, name, f"{only} with parallel = {self.parallel!r}", value)
 
     @property
     def keeps_best(self) -> bool:
         return self.keep_best or self.take == "best"
+
+    def progress(self, steps: float, tokens: float, seconds: float) -> float:
+        """Return 0 at the start, 1 when the first of the budgets is used up."""
+        used = (steps, self.max_steps), (tokens, self.max_tokens), (seconds, self.max_seconds)
+        return min(max(amount / budget for amount, budget in used if budget is not None), 1.0)
+
+    def learning_rate(self, done: float) -> float:
+        """Return the rate at ``done`` (0..1): linear from 0 to ``lr`` within ``warmup``,
+        ``final_lr * lr`` at 1.
+
+        cosine: falls from the end of the warm-up. wsd: stays constant, then falls linearly within
+        the last ``decay``.
+        """
+        if done < self.warmup:
+            return self.lr * done / self.warmup
+        if self.schedule == "cosine":
+            falling = (done - self.warmup) / max(1 - self.warmup, 1e-9)
+            share = 0.5 * (1 + math.cos(math.pi * min(falling, 1.0)))
+        else:
+            share = min(1.0, (1 - done) / self.decay) if self.decay > 0 else 1.0
+        return self.lr * (self.final_lr + (1 - self.final_lr) * share)
+
+    def micro_batches(self, done: float) -> int:
+        """Return the micro-batches of the step that begins at ``done`` (0..1): 1 to
+        ``accumulate - 1`` in equal parts of ``batch_warmup``, then ``accumulate``.
+
+        Early in a run the gradient's noise is small beside the gradient, and a small batch learns
+        as much per step (McCandlish et al. 2018, arXiv:1812.06162).
+        """
+        if done >= self.batch_warmup:
+            return self.accumulate
+        return 1 + int((self.accumulate - 1) * done / self.batch_warmup)

@@ -1,4 +1,5 @@
-"""How the processes of a training hold its model: whole in each (DDP), or each a shard (FSDP2).
+"""The processes of a training that torchrun started: what they tell each other, and how they hold
+its model: whole in each (DDP), or each a shard (FSDP2).
 
 Gradients are summed over the processes, because a loss is already divided by the items of the whole
 step. They are summed in float32, whatever their dtype: a sum of 1,024 in bfloat16 would lose bits.
@@ -8,25 +9,200 @@ micro-batch, whichever methods of the model an objective uses. Rejected: wrappin
 registering the methods (``hidden``, ``logprobs``, ...) one by one.
 """
 
+import hashlib
+import re
+import time
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, TypeVar
+from datetime import timedelta
+from secrets import token_hex
+from socket import gethostname
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastlm.errors import InputError
-from fastlm.torchrun import node_size
-from fastlm.train.distributed import SingleProcess
+from fastlm.torchrun import launched, node_size
+from fastlm.train import distributed
+from fastlm.train.distributed import LostRankError, SingleDevice, SingleProcess
 from fastlm.train.options import TrainOptions
 
+if TYPE_CHECKING:
+    from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
+
 T = TypeVar("T")
+# The longest wait for another process. Rank 0 alone writes checkpoints and samples meanwhile
+TIMEOUT = timedelta(minutes=10)
+# How gloo reports a process that is gone: an error of its own has no class (torch 2.13)
+LOST = re.compile(
+    r"gloo/transport/.*(connection (closed|reset|refused)|broken pipe|timed? ?out)", re.IGNORECASE
+)
 # Where nn.Module keeps the hooks of `fully_shard`
 HOOKS = (
     "_forward_pre_hooks", "_forward_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks"
 )  # fmt: skip
+
+
+def _attempt(do: Callable[[], T]) -> tuple[T | None, InputError | None]:
+    """Return ``do()``, and its InputError."""
+    try:
+        return do(), None
+    except InputError as error:
+        return None, error
+
+
+class ProcessGroup(SingleProcess):
+    """One of several processes, joined by ``torch.distributed``. All make it together. What they
+    tell each other goes over a gloo group of its own: that of a caller may be for GPUs alone.
+    """
+
+    def __init__(self) -> None:
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.group: Any = dist.new_group(backend="gloo", timeout=TIMEOUT)
+
+    def gather(self, value: T) -> list[T]:
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value, group=self.group)
+        return found
+
+    def from_first(self, value: T) -> T:
+        said = [value]
+        dist.broadcast_object_list(said, src=0, group=self.group)
+        return said[0]
+
+    def on_first(self, do: Callable[[], T]) -> T | None:
+        made, error = _attempt(do) if self.rank == 0 else (None, None)
+        if (first := self.from_first(error)) is not None:
+            raise error or first
+        return made
+
+    def each(self, do: Callable[[], T]) -> list[T]:
+        made, error = _attempt(do)
+        found = self.gather((made, error))
+        for rank, (_, other) in enumerate(found):
+            if other is not None:
+                raise error if error is not None and rank == self.rank else other
+        return [cast(T, one) for one, _ in found]
+
+    def any(self, flag: bool) -> bool:
+        told = torch.tensor([float(flag)])
+        dist.all_reduce(told, group=self.group)
+        return bool(told)
+
+    def split_batches(self, batches: Sequence[T]) -> tuple[Sequence[T], T | None]:
+        mine = batches[self.rank :: self.size]
+        most = len(batches[:: self.size])
+        return mine, batches[0] if len(mine) < most else None
+
+    def seed(self, base: int, step: int) -> None:
+        text = f"{base} {step} {self.rank}".encode()
+        torch.manual_seed(int.from_bytes(hashlib.sha256(text).digest()[:7], "little"))
+
+
+def agree(store: "Store", rank: int, size: int) -> str:
+    """Return a new word that the processes of a group agree on. No group before had it.
+
+    torchrun's store outlives the processes, and no variable of theirs numbers the groups:
+    TORCHELASTIC_RESTART_COUNT is that of one agent, which may have joined later. So each process
+    asks under a random name, and rank 0 answers whoever asks until all have heard the word. Names
+    that dead processes left are answered too, which no one reads.
+    """
+    own = token_hex(8)
+    if rank:
+        store.set(f"fastlm/asks/{rank}", own)
+        word = store.get(f"fastlm/answer/{own}").decode()
+        store.set(f"fastlm/heard/{word}/{rank}", "")
+        return word
+    asks = [f"fastlm/asks/{other}" for other in range(1, size)]
+    heard = [f"fastlm/heard/{own}/{other}" for other in range(1, size)]
+    answered: set[bytes] = set()
+    ends = time.monotonic() + TIMEOUT.total_seconds()
+    while not store.check(heard):
+        for name in set(store.multi_get(asks)) - answered:
+            store.set(f"fastlm/answer/{name.decode()}", own)
+            answered.add(name)
+        if time.monotonic() > ends:
+            raise LostRankError(f"rank 0 of {size}: not all processes have joined in {TIMEOUT}")
+        time.sleep(0.02)
+    return own
+
+
+def is_lost(error: RuntimeError) -> bool:
+    """Whether torch says so because another process is gone, or does not answer."""
+    known = (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)
+    return isinstance(error, known) or LOST.search(_line(error)) is not None
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def check_gpus(places: Sequence[tuple[str, str]]) -> None:
+    """Raise InputError if two processes have their model on the same GPU. ``places``: host and GPU
+    of each.
+    """
+    for rank, place in enumerate(places):
+        if (other := places.index(place)) != rank:
+            raise InputError(
+                "device: wanted a GPU of its own for each process (that of LOCAL_RANK), got"
+                f" processes {other} and {rank} on one GPU of {place[0]}"
+            )
+
+
+@contextmanager
+def process_group(device: torch.device) -> Iterator[SingleProcess]:
+    """Context: this process among those that torchrun started. ``device``: of the model. A group
+    that the caller made before is used and stays; it must serve the device.
+
+    LostRankError: another process is gone. InputError: two models are on the same GPU.
+    """
+    rank, size = launched()
+    if size == 1:
+        yield SingleProcess()
+        return
+    from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage]
+    from torch.distributed.rendezvous import rendezvous
+
+    made = not dist.is_initialized()
+    cuda = device.type == "cuda"
+    lost = False
+    world: ProcessGroup | None = None
+    try:
+        if cuda:
+            torch.cuda.set_device(device)
+        if made:
+            store, rank, size = next(iter(rendezvous("env://", timeout=TIMEOUT)))
+            # torchrun keeps its store when it starts the processes again (torch 2.13): without a
+            # prefix of their own, gloo may find the addresses of the processes that are gone
+            distributed.group_name = agree(store, rank, size)
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT, rank=rank,
+                world_size=size, store=PrefixStore(f"fastlm/{distributed.group_name}", store),
+            )  # fmt: skip
+        world = ProcessGroup()
+        if cuda:
+            gpu = torch.cuda.get_device_properties(device)
+            check_gpus(world.gather((gethostname(), str(gpu.uuid))))
+        yield world
+    except RuntimeError as error:
+        if is_lost(error):
+            lost = True  # taking leave of it would wait
+            text = _line(error)
+            raise LostRankError(
+                f"rank {rank} of {size}: another process has ended or does not answer"
+                f" ({text:.300}); the same command resumes from the last checkpoint"
+            ) from error
+        raise
+    finally:
+        if not lost and dist.is_initialized():
+            if made:
+                dist.destroy_process_group()
+            elif world is not None:
+                dist.destroy_process_group(world.group)
 
 
 class Root(nn.Module):
@@ -38,45 +214,6 @@ class Root(nn.Module):
 
     def forward(self, call: Callable[[], Any]) -> Any:
         return call()
-
-
-class SingleDevice:
-    """A model in one process."""
-
-    sharded = False
-
-    def __init__(self, model: nn.Module):
-        self.model = model
-
-    def to(self, dtype: torch.dtype) -> None:
-        """Cast the model. Call it after the optimizer was made."""
-        self.model.to(dtype)
-
-    def run(self, call: Callable[[], T]) -> T:
-        """Run a call that uses the model without a backward."""
-        return call()
-
-    def backward(self, call: Callable[[], Tensor], *, last: bool, factor: float = 1.0) -> Tensor:
-        """Add the gradient of a loss. Return the loss. ``last``: of the step."""
-        loss = call()
-        loss.backward()
-        return loss.detach()
-
-    @contextmanager
-    def gathered(self) -> Iterator[None]:
-        """Context: all parameters are plain tensors, for anything but training."""
-        yield
-
-    def keep_gathered(self) -> None:
-        """Leave a model of plain parameters, at the end of the training."""
-
-    def full(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the tensors as plain ones."""
-        return tensors
-
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        """Undo `full` of some of the model's ``state_dict()``, in place."""
-        self.model.load_state_dict(tensors, strict=False)
 
 
 class DataParallel(SingleDevice):
@@ -105,8 +242,6 @@ class DataParallel(SingleDevice):
 
 def _summed(state: None, bucket) -> torch.futures.Future[Tensor]:
     """DDP's hook for a bucket: a sum, where its own default is a mean."""
-    import torch.distributed as dist
-
     del state
     own = bucket.buffer()
     wide = own.float()

@@ -1,16 +1,16 @@
-"""Preferences as tokens to learn from: what `dpo` and `reward` share."""
+"""Preferences as tokens, and the options of their loss: what `dpo` and `reward` share."""
 
-import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fastlm.errors import InputError
-from fastlm.pipeline.stage import MaybePositional
-from fastlm.train.chat_stage import ChatStage
-from fastlm.train.encoding import Example, TrainingData, digest, fit
-from fastlm.train.training_stage import loss_text
+from fastlm.pipeline.stage import MaybePositional, not_negative, one_of, positive
+from fastlm.train.encoding import TrainingData
+from fastlm.train.objective import Example, digest, fit
+from fastlm.train.options import expect
+from fastlm.train.training_stage import ChatStage, loss_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,6 +23,42 @@ OVERLONG = {
     "skip": ("too long", "too long"),
     "truncate": ("nothing left to learn", "truncated"),
 }
+
+
+# option of the loss -> the losses that use it
+SERVE = {
+    "label_smoothing": ("sigmoid",),
+    "length_normalise": ("sigmoid", "ipo", "hinge"),
+    "sft_weight": ("sigmoid", "ipo", "hinge"),
+    "weight_desirable": ("kto",),
+    "weight_undesirable": ("kto",),
+}
+
+
+@dataclass(frozen=True)
+class PreferenceLoss:
+    """The loss of `dpo`, see `fastlm.train.losses.dpo_loss` and `kto_loss`."""
+
+    loss: Annotated[str, "sigmoid (DPO), ipo, hinge or kto"] = "sigmoid"
+    beta: Annotated[float, "Scale of the log-ratios; larger stays closer to the base"] = 0.1
+    label_smoothing: Annotated[float, "Share of pairs taken to be wrong (cDPO), below 0.5"] = 0.0
+    length_normalise: Annotated[bool, "Divide the log-ratio of an answer by its length"] = False
+    sft_weight: Annotated[float, "Weight of the chosen answers' loss per token, beside"] = 0.0
+    weight_desirable: Annotated[float, "Weight of desirable answers (kto)"] = 1.0
+    weight_undesirable: Annotated[float, "Weight of undesirable answers (kto)"] = 1.0
+
+    def check_loss(self) -> None:
+        one_of(self, loss=("sigmoid", "ipo", "hinge", "kto"))
+        positive(self, "beta")
+        smoothing = self.label_smoothing
+        expect(0 <= smoothing < 0.5, "label_smoothing", "a number in [0, 0.5)", smoothing)
+        not_negative(self, "sft_weight", "weight_desirable", "weight_undesirable")
+        for name, losses in SERVE.items():
+            value = getattr(self, name)
+            expect(
+                self.loss in losses or value == getattr(PreferenceLoss, name), name,
+                f"none with loss = {self.loss!r}", f"{value} (it serves {', '.join(losses)})",
+            )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -66,13 +102,12 @@ class Judged:
     margin: float | None = None
     desirable: bool = True
 
+    @property
+    def place(self) -> str:
+        return self.answers[0].place
 
-def digest_of(judged: Iterable[Judged]) -> str:
-    """Identify judged answers and their order."""
-    found = hashlib.sha256()
-    for one in judged:
-        found.update(f"{digest(one.answers)} {one.margin} {one.desirable}\n".encode())
-    return found.hexdigest()[:16]
+    def content(self) -> bytes:
+        return f"{digest(self.answers)} {self.margin} {self.desirable}\n".encode()
 
 
 class Preferences(TrainingData):
@@ -162,7 +197,8 @@ class Preferences(TrainingData):
                 return []
             if not found:
                 return []
-            whole.append(_trimmed(found[0]))
+            # without what the template writes after the answer's last token
+            whole.append(found[0][: int(found[0].mask.nonzero()[0][-1]) + 1])
         cut = [piece for e in whole for piece in fit(e, self.seq_len, self.stage.overlong)]
         if any(len(e.ids) > self.seq_len for e in whole):
             self.rows.counts[OVERLONG[self.stage.overlong][len(cut) == len(whole)]] += 1
@@ -175,12 +211,6 @@ def _margin(row: "Comparison", better: int, worse: int) -> float | None:
     return row.margin
 
 
-def _trimmed(example: Example) -> Example:
-    """Without what the template writes after the answer's last token."""
-    end = int(example.mask.nonzero()[0][-1]) + 1
-    return Example(example.ids[:end], example.mask[:end], example.place)
-
-
 def with_other_answers(labelled: Sequence[Judged], seq_len: int) -> list[Judged]:
     """Give each labelled answer the same prompt with an answer to another prompt: the next one in
     the order of ``labelled``, from its beginning again after the last. InputError: there is only
@@ -189,6 +219,8 @@ def with_other_answers(labelled: Sequence[Judged], seq_len: int) -> list[Judged]
     KTO's reference point is a mean over such answers. They are fixed here, once, so that their
     reference log-probabilities are measured once too.
     """
+    import numpy as np
+
     starts = [int(one.answers[0].mask.argmax()) for one in labelled]
     prompts = [one.answers[0].ids[:n].tobytes() for one, n in zip(labelled, starts)]
     if labelled and len(set(prompts)) == 1:
@@ -198,23 +230,12 @@ def with_other_answers(labelled: Sequence[Judged], seq_len: int) -> list[Judged]
         after = max(after, i + 1)
         while prompts[after % len(labelled)] == prompts[i]:
             after += 1
-        own, other = one.answers[0], labelled[after % len(labelled)].answers[0]
-        result.append(Judged((own, _swapped(own, starts[i], other)), desirable=one.desirable))
-    return [
-        Judged((one.answers[0], *fit(one.answers[1], seq_len, "truncate")), None, one.desirable)
-        for one in result
-    ]
-
-
-def _swapped(own: Example, start: int, other: Example) -> Example:
-    import numpy as np
-
-    begin = int(other.mask.argmax())
-    return Example(
-        np.concatenate([own.ids[:start], other.ids[begin:]]),
-        np.concatenate([own.mask[:start], other.mask[begin:]]),
-        own.place,
-    )
+        (own,), other = one.answers, after % len(labelled)
+        parts = (own[: starts[i]], labelled[other].answers[0][starts[other] :])
+        ids, mask = (np.concatenate([getattr(e, key) for e in parts]) for key in ("ids", "mask"))
+        swapped = fit(Example(ids, mask, own.place), seq_len, "truncate")
+        result.append(Judged((own, *swapped), desirable=one.desirable))
+    return result
 
 
 def right(margins: "Tensor") -> "Tensor":

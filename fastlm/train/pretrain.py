@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 from fastlm.errors import InputError, unknown_key
 from fastlm.pipeline.stage import Facts, Job, Part, Takes, at_least_one
 from fastlm.sources.input_digest import Contents
-from fastlm.train.distributed import SingleProcess
 from fastlm.train.objective import Objective
 from fastlm.train.options import TrainOptions
 from fastlm.train.training_stage import Training, TrainingStage
@@ -51,7 +50,7 @@ class NextToken(Objective):
                     f"{name}: wanted a vocabulary of at most the model's {vocab_size},"
                     f" got {part.vocab_size}"
                 )
-        self.trained, self.world = model, SingleProcess()
+        self.trained = model
         self.sampler, self.val, self.options = sampler, val, options
         self.tokenizer, self.document_mask = tokenizer, document_mask
         self.device = next(model.parameters()).device

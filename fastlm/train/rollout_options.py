@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from fastlm.errors import InputError
 from fastlm.pipeline.stage import at_least_one, not_negative, one_of, positive
+from fastlm.train.options import expect
 
 How = Literal["token", "sequence", "constant"]
 # loss_type -> how the loss is aggregated, whether advantages are divided by the group's deviation
@@ -17,8 +17,6 @@ LOSS_TYPES: dict[str, tuple[How, bool]] = {
     "dr_grpo": ("constant", False),  # Liu et al. 2025, arXiv:2503.20783
     "rloo": ("sequence", False),  # Ahmadian et al. 2024, arXiv:2402.14740
 }
-VALUES = ("own", "shared", "reward")
-PENALTIES = ("k1", "k2", "k3")
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,6 @@ class RolloutOptions:
     missing_end: Annotated[
         float | None, "Score of an answer that did not end; default: as any other"
     ] = None
-    scale_scores: Annotated[bool, "Divide scores by their running standard deviation"] = False
     mismatch: Annotated[
         float, "Use importance weights where sampling and training differ by more, nats per token"
     ] = 0.05
@@ -60,16 +57,14 @@ class RolloutOptions:
             self, "temperature", "clip", "kl_horizon", "max_kl", "mismatch", "kl_target",
             "max_update_kl",
         )  # fmt: skip
-        if self.kl_target is not None and not self.beta:
-            raise InputError("kl_target: wanted a beta above 0 to adapt, got 0")
-        if self.kl_target is not None and self.kl_horizon < self.prompts * self.answers:
-            raise InputError(
-                f"kl_horizon: wanted at least the {self.prompts * self.answers} answers of a round,"
-                f" got {self.kl_horizon:g}"
-            )
+        if self.kl_target is not None:
+            size = self.prompts * self.answers
+            expect(self.beta, "kl_target", "a beta above 0 to adapt", 0)
+            least = f"at least the {size} answers of a round"
+            expect(self.kl_horizon >= size, "kl_horizon", least, f"{self.kl_horizon:g}")
         not_negative(self, "beta", "entropy")
-        if self.missing_end is not None and not math.isfinite(self.missing_end):
-            raise InputError(f"missing_end: wanted a finite number, got {self.missing_end}")
+        finite = self.missing_end is None or math.isfinite(self.missing_end)
+        expect(finite, "missing_end", "a finite number", self.missing_end)
 
 
 @dataclass(frozen=True)
@@ -97,14 +92,12 @@ class PpoOptions(RolloutOptions):
     def check_rollouts(self) -> None:
         super().check_rollouts()
         positive(self, "value_weight", "value_clip", "value_lr")
-        if self.critic_warmup < 0:
-            raise InputError(f"critic_warmup: expected 0 or more, got {self.critic_warmup}")
+        not_negative(self, "critic_warmup")
         for name in ("gamma", "lam"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"{name}: wanted 0 to 1, got {getattr(self, name)}")
-        if self.dual_clip is not None and not 1 < self.dual_clip < math.inf:
-            raise InputError(f"dual_clip: wanted a number above 1, got {self.dual_clip}")
-        one_of(self, value=VALUES, kl_penalty=PENALTIES)
+            expect(0 <= getattr(self, name) <= 1, name, "0 to 1", getattr(self, name))
+        bound = self.dual_clip
+        expect(bound is None or 1 < bound < math.inf, "dual_clip", "a number above 1", bound)
+        one_of(self, value=("own", "shared", "reward"), kl_penalty=("k1", "k2", "k3"))
 
 
 @dataclass(frozen=True)
@@ -117,6 +110,5 @@ class GrpoOptions(RolloutOptions):
 
     def check_rollouts(self) -> None:
         super().check_rollouts()
-        if self.answers < 2:
-            raise InputError(f"answers: wanted 2 or more to compare, got {self.answers}")
+        expect(self.answers >= 2, "answers", "2 or more to compare", self.answers)
         one_of(self, loss_type=LOSS_TYPES)

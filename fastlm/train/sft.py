@@ -5,20 +5,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
-from fastlm.errors import InputError
 from fastlm.pipeline.stage import Job, Part, Takes
-from fastlm.train.chat_stage import FEEDBACK, ChatStage
-from fastlm.train.encoding import IGNORE, Example, TrainingData, digest, fit, pack, rows_text
-from fastlm.train.epochs import Epochs, Mixture
+from fastlm.train.encoding import TrainingData, rows_text
 from fastlm.train.lora_options import LoraOptions
-from fastlm.train.training_stage import loss_text
+from fastlm.train.objective import IGNORE, Epochs, Example, Mixture, fit, pack
+from fastlm.train.options import expect
+from fastlm.train.training_stage import FEEDBACK, ChatStage, loss_text
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from fastlm.data.conversations import Conversation
     from fastlm.tokenizer.tokenizer import Tokenizer
-    from fastlm.train.encoding import Batch
+    from fastlm.train.objective import Batch
     from fastlm.train.options import TrainOptions
 
 # What happens to a longer conversation -> how it is counted: with nothing left to learn, else
@@ -36,19 +35,6 @@ class AnswerTokens(Epochs):
     micro-batches. For the arguments see `Epochs`.
     """
 
-    def __init__(
-        self,
-        model: "nn.Module",
-        examples: Sequence[Example],
-        heldout: Sequence[Example],
-        options: "TrainOptions",
-        **common: Any,
-    ):
-        places = [example.place for example in examples]
-        super().__init__(
-            model, examples, heldout, options, places=places, data=digest(examples), **common
-        )
-
     def collate(self, examples: Sequence[Example]) -> Any:
         return pack(examples, self.device)
 
@@ -64,12 +50,9 @@ class AnswerTokens(Epochs):
     def validate(self) -> dict[str, float]:
         """Return the mean loss of the held-out tokens, of at most `val_tokens` of them."""
         total, items = 0.0, 0
-        for start in range(0, len(self.heldout), self.batch_size):
-            batch = self.collate(self.heldout[start : start + self.batch_size])
+        for _, batch in self.heldout_batches():
             total += float(self.loss(batch, 1))
             items += self.num_items(batch)
-            if items >= self.options.val_tokens:
-                break
         return {"val_loss": total / items} if items else {}
 
 
@@ -104,14 +87,11 @@ class Sft(LoraOptions, ChatStage):
     def check(self) -> None:
         super().check()
         self.check_lora()
-        if self.data_weights and len(self.data_weights) != len(self.data):
-            raise InputError(
-                f"data_weights: wanted one for each of {len(self.data)} sources,"
-                f" got {len(self.data_weights)}"
-            )
-        for weight in self.data_weights:
-            if not 0 < weight < math.inf:
-                raise InputError(f"data_weights: wanted positive numbers, got {weight}")
+        weights, count = self.data_weights, len(self.data)
+        fits = len(weights) in (0, count)
+        expect(fits, "data_weights", f"one for each of {count} sources", len(weights))
+        for weight in weights:
+            expect(0 < weight < math.inf, "data_weights", "positive numbers", weight)
 
     def with_source(self, source: str) -> Self:
         weights = (*self.data_weights, 1.0) if self.data_weights else ()
@@ -120,14 +100,11 @@ class Sft(LoraOptions, ChatStage):
     def read_data(self, tokenizer: "Tokenizer", context: int, job: Job) -> "Encoded":
         return Encoded(self, tokenizer, self.longest(context), context, job)
 
-    def num_examples(self, data: Any) -> int:
-        return sum(data.mixture().taken())
-
     def data_facts(self, data: Any) -> dict[str, Any]:
         return {
             "conversations": data.conversations,
             "heldout": data.held_out,
-            "sources": data.sources(data.mixture()),
+            "sources": data.sources(),
             "learnt_tokens": sum(example.learnt for example in data.training),
             "all_tokens": sum(len(example.ids) for example in data.training),
         }
@@ -135,10 +112,7 @@ class Sft(LoraOptions, ChatStage):
     def objective(
         self, job: Job, model: Any, data: Any, options: "TrainOptions", **common: Any
     ) -> AnswerTokens:
-        del job
-        return AnswerTokens(
-            model, data.training, data.heldout, options, mixture=data.mixture(), **common
-        )
+        return AnswerTokens(model, data.training, data.heldout, options, **common)
 
     def outcome(self, result: Mapping[str, Any], job: Job) -> tuple[str, list[str]]:
         speed = f"{result['tokens_per_second']:,.0f} learnt tokens/s"
@@ -179,11 +153,14 @@ class Encoded(TrainingData):
     """The conversations of a stage as tokens, ``conversations`` of them to learn from."""
 
     def __init__(self, stage: Sft, *args: Any):
-        self.weights = stage.data_weights
-        self.source = self.conversations = 0  # ``source``: the index of that of the row at hand
+        self.source = 0  # the index of that of the row at hand
         # per source: its conversations and examples
         self.conversations_of, self.examples_of = [0] * len(stage.data), [0] * len(stage.data)
         super().__init__(stage, *args)
+
+    @property
+    def conversations(self) -> int:
+        return sum(self.conversations_of)
 
     def read(self) -> Iterator["Conversation"]:
         from fastlm.data.conversations import read_conversations
@@ -205,16 +182,16 @@ class Encoded(TrainingData):
 
     def learn(self, examples: Sequence[Example]) -> None:
         super().learn(examples)
-        self.conversations += 1
         self.conversations_of[self.source] += 1
         self.examples_of[self.source] += len(examples)
 
     def mixture(self) -> Mixture:
-        weights = self.weights or (1.0,) * len(self.examples_of)
+        weights = self.stage.data_weights or (1.0,) * len(self.examples_of)  # type: ignore[attr-defined]
         return Mixture(tuple(self.examples_of), weights)
 
-    def sources(self, mixture: Mixture) -> list[dict[str, Any]]:
+    def sources(self) -> list[dict[str, Any]]:
         """What the result says of each source."""
+        mixture = self.mixture()
         columns = (self.stage.data, mixture.weights, self.conversations_of, mixture.taken())
         keys = ("source", "weight", "conversations", "examples_per_epoch")
         return [dict(zip(keys, row)) for row in zip(*columns)]

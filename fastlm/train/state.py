@@ -6,27 +6,35 @@ JSON, step, seconds, position in the data, length of metrics.jsonl and the ident
 renamed before it is deleted. A folder named step-* is therefore whole at any moment. No pickles:
 tensors are in safetensors with a checksum, the rest is JSON. `fastlm.train.sharded` writes those of
 sharded models.
+
+``checkpoints/best-00000200/`` holds the weights of the lowest ``val_loss`` or the highest
+``val_score``. A checkpoint records which were the best at its step. They are removed only after a
+later checkpoint is whole, so a training that was killed finds those of the checkpoint it continues
+from.
 """
 
+import math
 import re
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge
 from torch import Tensor, nn
 
 from fastlm.checkpoint.folder import TENSORS, load_tensors, save_tensors
 from fastlm.errors import InputError
 from fastlm.files import make_folder, new_name, reason
 from fastlm.model.quantized_modules import QuantizedEmbedding, QuantizedLinear
-from fastlm.schema import Finite, validate
-from fastlm.train.distributed import SingleProcess
+from fastlm.schema import Count, Finite, validate
+from fastlm.train.distributed import SingleDevice, SingleProcess
 
 FOLDER = "checkpoints"
-NAME = re.compile(r"step-(\d{8,})")
+STEP_NAME, BEST_NAME = re.compile(r"step-(\d{8,})"), re.compile(r"best-(\d{8,})")
 
 # keys of an identity whose values are hashes -> what differs where they do
 CONTENT = {
@@ -43,23 +51,18 @@ CONTENT = {
 class Progress:
     """How far a training has come."""
 
-    step: int
-    tokens: int
-    seconds: Finite  # of all sessions
+    step: Count
+    tokens: Count
+    seconds: Annotated[Finite, Ge(0)]  # of all sessions
     done: Finite  # as `fastlm.train.loop` counts it
-    training_seconds: Finite
+    training_seconds: Annotated[Finite, Ge(0)]
     loss: Finite | None
     last_metrics: dict[str, Any]
-    metrics_bytes: int
+    metrics_bytes: Count
     objective: dict[str, Any]
-    losses: list[Finite]  # of the last steps, for `fastlm.train.loss_spikes`
-    best_step: int | None  # of `fastlm.train.best`
+    losses: list[Finite]  # of the last steps, for `fastlm.train.metrics.Spikes`
+    best_step: int | None  # of `Best`
     best_loss: Finite | None
-
-    def __post_init__(self) -> None:
-        for name in ("step", "tokens", "seconds", "training_seconds", "metrics_bytes"):
-            if getattr(self, name) < 0:
-                raise InputError(f"progress.{name}: wanted 0 or more, got {getattr(self, name)}")
 
 
 @dataclass
@@ -76,7 +79,7 @@ class Rest:
 
     progress: Progress
     identity: dict[str, Any]
-    optimizer: dict[str, Any]
+    optimizer: Packed
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
@@ -88,7 +91,7 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     folder = run_dir / FOLDER
     found = folder.iterdir() if folder.is_dir() else ()
     return sorted(
-        (p for p in found if NAME.fullmatch(p.name)),
+        (p for p in found if STEP_NAME.fullmatch(p.name)),
         key=lambda p: int(p.name.removeprefix("step-")),
     )
 
@@ -114,27 +117,21 @@ def prune(run_dir: Path, keep: int, trusted: int | None = None) -> None:
         shutil.rmtree(stray, ignore_errors=True)
 
 
-def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return ``optimizer.state_dict()`` as flat named tensors and the rest as JSON values."""
+def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], Packed]:
+    """Return ``optimizer.state_dict()`` as flat named tensors and the rest."""
     state = optimizer.state_dict()
-    tensors, scalars = {}, {}
-    for index, slots in state["state"].items():
-        for name, value in slots.items():
-            key = f"{index}.{name}"
-            if isinstance(value, Tensor):
-                tensors[key] = value
-            else:
-                scalars[key] = value
-    return tensors, {"state": scalars, "groups": len(state["param_groups"])}
+    flat = {f"{i}.{name}": v for i, slots in state["state"].items() for name, v in slots.items()}
+    tensors = {key: value for key, value in flat.items() if isinstance(value, Tensor)}
+    rest = {key: value for key, value in flat.items() if key not in tensors}
+    return tensors, Packed(rest, len(state["param_groups"]))
 
 
 def unpack_optimizer(
-    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], packed: Packed
 ) -> None:
     """Undo `pack_optimizer`. param_groups stay those of ``optimizer``: their options were compared
     as part of the run identity.
     """
-    packed = validate(rest, Packed, "optimizer.", extra="forbid")
     groups = optimizer.state_dict()["param_groups"]
     if packed.groups != len(groups):
         raise InputError(f"optimizer: wanted {len(groups)} parameter groups, got {packed.groups}")
@@ -173,11 +170,9 @@ def collect(
     JSON-serialisable; so is ``progress.objective``, except for values that are tensors. ``copy``:
     the tensors are copies in memory, which the training does not change.
     """
-    optimizer_tensors, optimizer_rest = pack_optimizer(optimizer)
+    optimizer_tensors, packed = pack_optimizer(optimizer)
     kept = {k: v for k, v in progress.objective.items() if isinstance(v, Tensor)}
-    progress = replace(
-        progress, objective={k: v for k, v in progress.objective.items() if k not in kept}
-    )
+    rest = {k: v for k, v in progress.objective.items() if k not in kept}
     tensors = {
         **{f"model.{k}": v for k, v in trained_state(model).items()},
         **{f"optimizer.{k}": v for k, v in optimizer_tensors.items()},
@@ -189,24 +184,7 @@ def collect(
     if copy:
         tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
     # asdict copies lists and dicts as well
-    return tensors, asdict(Rest(progress, identity, optimizer_rest))
-
-
-def save_checkpoint(
-    run_dir: Path,
-    step: int,
-    tensors: Mapping[str, Tensor],
-    rest: Mapping[str, Any],
-    *,
-    keep: int,
-    trusted: int | None = None,
-) -> Path:
-    """Write step-<step> from what `collect` returned, and prune."""
-    path = checkpoint_path(run_dir, step)
-    make_folder(path.parent)
-    save_tensors(path, tensors, rest)
-    prune(run_dir, keep, trusted)
-    return path
+    return tensors, asdict(Rest(replace(progress, objective=rest), identity, packed))
 
 
 def _read(
@@ -284,3 +262,120 @@ def _check_tensors(prefix: str, came: Mapping[str, Tensor], own: Mapping[str, Te
             raise InputError(f"{prefix}{name}: wanted {wanted[0]} {wanted[1]}, got {got}")
     if other := came.keys() - own.keys() - {"cuda"}:
         raise InputError(f"{prefix}{min(other)}: is not of the model")
+
+
+class CheckpointWriter:
+    """Context: runs jobs one at a time, in the caller's thread, or with ``beside`` in a thread of
+    its own, and then the caller does not wait. The caller must not change what a job reads.
+
+    An error of a job is raised by the next `submit` or `wait`. A process that ends waits for it.
+    """
+
+    def __init__(self, beside: bool):
+        self.pool = ThreadPoolExecutor(1, "fastlm-writer") if beside else None
+        self.job: Future[object] | None = None
+
+    def submit(self, job: Callable[[], object]) -> None:
+        """Run the job after the one before it is done."""
+        self.wait()
+        if self.pool is None:
+            job()
+        else:
+            self.job = self.pool.submit(job)
+
+    def check(self) -> None:
+        """Raise the error of a job that is over; do not wait."""
+        if self.job is not None and self.job.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until nothing is being written."""
+        job, self.job = self.job, None
+        if job is not None:
+            job.result()
+
+    def __enter__(self) -> "CheckpointWriter":
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        """Wait. An error that already ends the training is not hidden by one of a job."""
+        if self.pool is not None:
+            self.pool.shutdown()
+        if kind is None:
+            self.wait()
+
+
+class Best:
+    """``step`` and ``loss`` of the best weights in ``folder``; None: there are none yet."""
+
+    def __init__(
+        self,
+        folder: Path,
+        enabled: bool,
+        writer: CheckpointWriter,
+        parallel: SingleDevice,
+        world: SingleProcess,
+    ):
+        self.folder, self.enabled, self.writer = folder, enabled, writer
+        self.parallel, self.world = parallel, world
+        self.step: int | None = None
+        self.loss: float | None = None
+        self.metrics: dict[str, float] = {}
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"best-{step:08d}"
+
+    def offer(self, step: int, metrics: Mapping[str, float], model: nn.Module) -> None:
+        """Keep the model's weights if its validation is the best so far."""
+        if not self.enabled:
+            return
+        if "val_loss" in metrics:
+            loss = metrics["val_loss"]
+        elif "val_score" in metrics:  # of answers: higher is better
+            loss = -metrics["val_score"]
+        else:
+            raise InputError(
+                "keep_best: wanted held-out data to validate on, got none; raise heldout, give more"
+                " rows or feedback, or do without keep_best and with take = last"
+            )
+        if not loss < (math.inf if self.loss is None else self.loss):
+            return
+        make_folder(self.folder)
+        path, told = self.path(step), dict(metrics)
+        tensors = self.parallel.full(trained_state(model))
+        if self.writer.pool:
+            tensors = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
+        self.world.on_first(lambda: self.writer.submit(lambda: save_tensors(path, tensors, told)))
+        self.step, self.loss = step, loss
+
+    def resume(self, step: int | None, loss: float | None) -> None:
+        """Go on from what a checkpoint recorded."""
+        if not self.enabled:
+            return
+        if step is not None and not self.path(step).is_dir():
+            raise InputError(
+                f"{self.path(step)}: wanted the best weights of the checkpoint that continues, got"
+                f" no such folder; delete {self.folder} to start again"
+            )
+        self.step, self.loss = step, loss
+        self.prune(step)
+
+    def prune(self, step: int | None) -> None:
+        """Remove all but the weights of ``step``, and the remains of interrupted writes."""
+        if not self.enabled or not self.world.is_main_process or not self.folder.is_dir():
+            return
+        for path in self.folder.iterdir():
+            if BEST_NAME.fullmatch(path.name) and (step is None or path != self.path(step)):
+                path.rename(new_name(path))
+        for stray in self.folder.glob(".best-*"):
+            shutil.rmtree(stray, ignore_errors=True)
+
+    def take(self) -> None:
+        """Load the best weights in place."""
+        if self.step is None:
+            raise InputError(
+                "take: wanted keep_best from the start, and a validation, for best; got none"
+            )
+        tensors, metrics = load_tensors(self.path(self.step))
+        self.metrics = dict(metrics)
+        self.parallel.load(tensors)  # what is frozen is not in them

@@ -10,18 +10,18 @@ The student may have another tokenizer than the teacher: what passes is text.
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastlm.data.conversations import Conversation
 from fastlm.data.forgotten import PROVENANCE
-from fastlm.errors import InputError
-from fastlm.files import make_folder, write_json, write_text
+from fastlm.files import make_folder, read_json, write_json, write_text
 from fastlm.progress import silent
-from fastlm.schema import read_document
-from fastlm.train.online_stage import text_of
+from fastlm.train.objective import weights_digest
+from fastlm.train.options import expect
+from fastlm.train.rollouts import sample_answers
+from fastlm.train.scorer import text_of
 
 if TYPE_CHECKING:
     from fastlm.data.prompts import Prompt
@@ -31,48 +31,36 @@ if TYPE_CHECKING:
 BATCH = 64  # prompts that are answered side by side
 
 
-@dataclass(frozen=True)
-class Made:
-    """What answers were made with. ``temperature`` 0 is greedy; ``prompts``: a digest."""
-
-    teacher: str
-    prompts: str
-    temperature: float
-    max_new_tokens: int
-    seed: int
-
-
-def prompts_digest(questions: "Sequence[tuple[list[int], Prompt]]") -> str:
-    return sha256(json.dumps([ids for ids, _ in questions]).encode()).hexdigest()[:16]
-
-
 def write_answers(
     folder: Path,
     teacher: "CausalLM",
     tokenizer: "Tokenizer",
     questions: "Sequence[tuple[list[int], Prompt]]",
-    made: Made,
     *,
+    temperature: float,
+    max_new_tokens: int,
+    seed: int,
     track: Callable[..., Any] = silent,
 ) -> int:
     """Write the teacher's answers to ``questions`` (the ids of a prompt, and the prompt) into
     ``folder``, but for the batches that it has already. Return the number of answers.
 
-    Prompt i draws from ``seed + i``. InputError: the folder's answers were made otherwise.
+    Prompt i draws from ``seed + i``; temperature 0 is greedy. InputError: the folder's answers were
+    made otherwise.
     """
-    from fastlm.train.rollouts import sample_answers
-
-    about = folder.with_name(f"{folder.name}.json")
-    make_folder(folder)
+    prompts = sha256(json.dumps([ids for ids, _ in questions]).encode()).hexdigest()[:16]
+    made = {
+        "teacher": weights_digest(teacher), "prompts": prompts, "temperature": temperature,
+        "max_new_tokens": max_new_tokens, "seed": seed,
+    }  # fmt: skip
+    about = make_folder(folder).with_name(f"{folder.name}.json")
     if about.exists():
-        known = read_document(about, Made, extra="forbid")
-        for name, wanted in asdict(made).items():
-            if (got := getattr(known, name)) != wanted:
-                raise InputError(
-                    f"teacher_answers: {folder} was made with {name} {got}, not {wanted}"
-                )
+        known = read_json(about)
+        for name, value in made.items():
+            got = known.get(name)
+            expect(got == value, "teacher_answers", f"{folder} made with {name} {value}", got)
     else:
-        write_json(about, asdict(made))
+        write_json(about, made)
     count = 0
     starts = range(0, len(questions), BATCH)
     for start in track(starts, "the teacher answers", unit="batches"):
@@ -80,17 +68,16 @@ def write_answers(
         if not path.exists():
             part = questions[start : start + BATCH]
             answers = sample_answers(
-                teacher, [ids for ids, _ in part], max_new_tokens=made.max_new_tokens,
-                temperature=made.temperature, seed=made.seed + start, rows=BATCH,
+                teacher, [ids for ids, _ in part], max_new_tokens=max_new_tokens,
+                temperature=temperature, seed=seed + start, rows=BATCH,
                 stop_ids=tokenizer.stop_ids,
             )  # fmt: skip
             rows = []
             for (_, prompt), answer in zip(part, answers, strict=True):
                 text = text_of(tokenizer, answer.token_ids[:-1])
                 if answer.ended and text.strip():
-                    rows.append(_row(prompt, text))
-            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            write_text(path, lines)
+                    rows.append(json.dumps(_row(prompt, text), ensure_ascii=False) + "\n")
+            write_text(path, "".join(rows))
         count += path.read_bytes().count(b"\n")
     return count
 

@@ -1,45 +1,60 @@
 """A teacher's distributions on disk: per learnt token its k likeliest tokens, their
 log-probabilities, and the log of what is left over.
 
-A folder has shards ``teacher-00000.safetensors`` and so on, each complete in itself:
+A folder has shards ``teacher-*.safetensors``, each complete in itself. They hold, of an example
+that `fastlm.train.objective.digest` identifies as D, a row for each learnt token:
 
-- ``ids`` (rows, k), uint16 or int32; ``logprobs`` (rows, k + 1) float16, the rest last. A row is
-  divided by its sum when it is read, so that rounding leaves a distribution;
-- ``examples`` (E, 8) uint8, `fastlm.train.encoding.digest` of each example, and ``starts`` (E + 1)
-  int64, where its rows begin. An example has a row for each learnt token;
-- metadata: "format", and "header", the JSON of `Header`.
+- ``D.ids`` (rows, k), uint16 or int32;
+- ``D.logprobs`` (rows, k + 1) float16, the rest last. A row is divided by its sum when it is read,
+  so that rounding leaves a distribution;
+- the metadata "header" is the JSON of `Header`.
 
-An example is found by its tokens and mask: order, held-out share and other examples do not matter.
+So an example is found by its tokens and mask: order, held-out share and other examples do not
+matter.
+
+The loss (`topk_forward_kl`) is a forward KL to the k tokens and how much is left over:
+
+    KL = sum over the k of t (log t - log s) + t_rest (log t_rest - log s_rest)
+
+with ``t_rest = 1 - sum t`` and ``s_rest = 1 - sum s`` over the same k tokens: the divergence after
+all other tokens are made one. It is at most the divergence over the vocabulary, and equal to it
+where k is the vocabulary, or where the student divides the rest as the teacher does.
+
+Rejected: to leave the rest out, or to divide it among the k. Both teach more of the k than the
+teacher gives them (Anshumann et al. 2025, "Sparse Logit Sampling", arXiv:2503.16870).
 """
 
+import hashlib
 import json
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from torch import Tensor
+
 from fastlm.errors import InputError
 from fastlm.files import make_folder, reason, save_atomic
+from fastlm.ops import linear_logprobs
 from fastlm.progress import silent
 from fastlm.schema import parse
-from fastlm.train.encoding import IGNORE, digest, pack
+from fastlm.train.objective import IGNORE, Example, digest, pack
 
 if TYPE_CHECKING:
-    import numpy as np
-    from torch import Tensor
-
     from fastlm.model.causal_lm import CausalLM
-    from fastlm.train.encoding import Example
 
-FORMAT = "fastlm teacher logits 1"
 SHARD_BYTES = 1 << 28  # written at once
 SAVE_SECONDS = 60.0  # or what was measured in this time: what a kill loses is less
-NAME = re.compile(r"teacher-(\d+)\.safetensors")
 PASS_TOKENS = 4096  # of a forward of the teacher
-WORKSPACE = 1 << 26  # bytes of the teacher's logits at a time
+WORKSPACE = 1 << 26  # bytes of the teacher's logits, or of gathered rows of the head, at a time
 OFF = 0.02  # float16 moves the sum of a row by less
+# 1 - sum s is a difference of float32 numbers near 1: below this it is rounding
+LEAST_REST = 2.0**-20
 
 
 @dataclass(frozen=True)
@@ -59,46 +74,50 @@ class TeacherLogits:
     """
 
     def __init__(self, folder: Path, *, empty: bool = False):
-        from safetensors import SafetensorError, safe_open
-
         self.folder = folder
         self.header: Header | None = None
-        self.places: dict[str, tuple[Any, int, int]] = {}  # digest -> shard, first row, end
-        self.shards = 0
-        self.next = 0  # the number of a new shard, beyond all others: any of them may be missing
+        self.shards: dict[str, Any] = {}  # digest of an example -> its shard
         for path in sorted(folder.glob("teacher-*.safetensors")):
             try:
-                self._add(path, safe_open(path, framework="np"))
-            except (OSError, SafetensorError, KeyError) as error:
+                shard = safe_open(path, framework="np")
+                meta = shard.metadata() or {}
+                header = parse(meta.get("header", ""), Header, "header", extra="forbid")
+            except (OSError, SafetensorError, InputError) as error:
                 raise self._bad(path, reason(error)) from None
-            self.shards += 1
-            if number := NAME.fullmatch(path.name):
-                self.next = max(self.next, int(number[1]) + 1)
+            if self.header not in (None, header):
+                raise self._bad(path, "another header than in the shards before it")
+            self.header = header
+            self.shards |= {key.partition(".")[0]: shard for key in shard.keys()}
         if self.header is None and not empty:
             raise InputError(f"teacher_logits: wanted shards in {folder}, got none")
 
-    def __contains__(self, example: "Example") -> bool:
-        return digest([example]) in self.places
+    def __contains__(self, example: Example) -> bool:
+        return digest([example]) in self.shards
 
-    def rows(self, examples: Sequence["Example"]) -> "tuple[np.ndarray, np.ndarray]":
+    def rows(self, examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarray]:
         """Return ids (rows, k) int64 and logprobs (rows, k + 1) float32 of the learnt tokens of
         ``examples``, in order. InputError: an example that is not there, with its line, or rows
         that are no distributions.
         """
-        import numpy as np
-
         assert self.header is not None
         found = []
         for example in examples:
-            if (key := digest([example])) not in self.places:
+            if (key := digest([example])) not in self.shards:
                 raise InputError(
                     f"teacher_logits: wanted the tokens of {example.place} in {self.folder}, which"
                     " holds other ones: was it made with this data, chat template, date, seq_len"
                     " and overlong?"
                 )
-            shard, begin, end = self.places[key]
-            ids = shard.get_slice("ids")[begin:end].astype(np.int64)
-            logprobs = shard.get_slice("logprobs")[begin:end].astype(np.float32)
+            try:
+                ids, logprobs = (
+                    self.shards[key].get_tensor(f"{key}.{name}") for name in ("ids", "logprobs")
+                )
+            except SafetensorError as error:
+                raise self._bad(self.folder, reason(error)) from None
+            ids, logprobs = ids.astype(np.int64), logprobs.astype(np.float32)
+            rows, k = example.learnt, self.header.top_k
+            if (ids.shape, logprobs.shape) != ((rows, k), (rows, k + 1)):
+                raise self._bad(self.folder, f"ids of shape {ids.shape}, not {(rows, k)}")
             if (ids < 0).any() or (ids >= self.header.vocab_size).any():
                 raise self._bad(self.folder, f"ids beyond {self.header.vocab_size}")
             total = np.exp(logprobs).sum(-1, dtype=np.float32)
@@ -108,42 +127,14 @@ class TeacherLogits:
         ids, logprobs = zip(*found)
         return np.concatenate(ids), np.concatenate(logprobs)
 
-    def identity(self, examples: Sequence["Example"]) -> str:
+    def identity(self, examples: Sequence[Example]) -> str:
         """Identify the header and the rows of ``examples``, all of which are read and checked."""
-        import hashlib
-
         assert self.header is not None
         found = hashlib.sha256(json.dumps(asdict(self.header)).encode())
         for example in examples:
             for array in self.rows([example]):
                 found.update(array.tobytes())
         return found.hexdigest()[:16]
-
-    def _add(self, path: Path, shard: Any) -> None:
-        meta = shard.metadata() or {}
-        if meta.get("format") != FORMAT:
-            raise self._bad(path, f"the format {meta.get('format')!r:.40}")
-        try:
-            header = parse(meta["header"], Header, "header", extra="forbid")
-        except (ValueError, InputError) as error:
-            raise self._bad(path, f"a header that is none: {reason(error)}") from None
-        if self.header not in (None, header):
-            raise self._bad(path, "another header than in the shards before it")
-        self.header = header
-        examples, starts = shard.get_tensor("examples"), shard.get_tensor("starts")
-        rows, k = int(starts[-1]) if starts.ndim == 1 and len(starts) else -1, header.top_k
-        for name, tensor, shape in (
-            ("examples", examples, [len(starts) - 1, 8]), ("ids", None, [rows, k]),
-            ("logprobs", None, [rows, k + 1]),
-        ):  # fmt: skip
-            got = list(shard.get_slice(name).get_shape() if tensor is None else tensor.shape)
-            if got != shape:
-                raise self._bad(path, f"{name} of shape {got}, not {shape}")
-        bounds = starts.tolist()
-        if bounds[0] != 0 or sorted(bounds) != bounds or k < 1:
-            raise self._bad(path, "starts out of order")
-        for key, begin, end in zip(examples, bounds, bounds[1:]):
-            self.places[key.tobytes().hex()] = (shard, begin, end)
 
     @staticmethod
     def _bad(where: Path, got: str) -> InputError:
@@ -153,7 +144,7 @@ class TeacherLogits:
 def write_logits(
     folder: Path,
     teacher: "CausalLM",
-    examples: Sequence["Example"],
+    examples: Sequence[Example],
     header: Header,
     *,
     track: Callable[..., Any] = silent,
@@ -165,57 +156,40 @@ def write_logits(
     A shard is written for `SHARD_BYTES`, every `SAVE_SECONDS`, and where the call is interrupted;
     the next call keeps them. InputError: the folder's shards have another header.
     """
-    import numpy as np
-
     known = TeacherLogits(make_folder(folder), empty=True)
     for name, wanted in asdict(header).items():
         got = wanted if known.header is None else getattr(known.header, name)
         if got != wanted:
             raise InputError(f"teacher_logits: {folder} was made with {name} {got}, not {wanted}")
     missing = {digest([e]): e for e in examples if e not in known}
-    wide = header.vocab_size > 1 << 16
-    row_bytes = header.top_k * (4 if wide else 2) + 2 * (header.top_k + 1)
-    kept: list[tuple[str, Any, Any]] = []
-    number = known.next
+    dtype = np.int32 if header.vocab_size > 1 << 16 else np.uint16
+    tensors: dict[str, np.ndarray] = {}
 
     def save() -> None:
-        nonlocal number
-        from safetensors.numpy import save_file
-
-        keys, ids, logprobs = zip(*kept)
-        tensors = {
-            "examples": np.frombuffer(bytes.fromhex("".join(keys)), np.uint8).reshape(-1, 8),
-            "starts": np.cumsum([0, *map(len, ids)], dtype=np.int64),
-            "ids": np.concatenate(ids).astype(np.int32 if wide else np.uint16),
-            "logprobs": np.concatenate(logprobs),
-        }
-        meta = {"format": FORMAT, "header": json.dumps(asdict(header))}
-        path = folder / f"teacher-{number:05d}.safetensors"
+        meta = {"header": json.dumps(asdict(header))}
+        path = folder / f"teacher-{next(iter(tensors)).removesuffix('.ids')}.safetensors"
         save_atomic(path, lambda part: save_file(tensors, part, meta))
-        number += 1
-        kept.clear()
+        tensors.clear()
 
-    size, saved = 0, time.monotonic()
+    saved = time.monotonic()
     batches = list(_passes(missing))
     try:
         for batch in track(batches, "asking the teacher", unit="batches"):
             ids, logprobs = _measure(teacher, [missing[key] for key in batch], header)
-            at = 0
-            for key in batch:
-                end = at + missing[key].learnt
-                kept.append((key, ids[at:end], logprobs[at:end]))
-                at = end
-            size += at * row_bytes
+            ends = np.cumsum([missing[key].learnt for key in batch])[:-1]
+            for key, *rows in zip(batch, np.split(ids, ends), np.split(logprobs, ends)):
+                tensors |= {f"{key}.ids": rows[0].astype(dtype), f"{key}.logprobs": rows[1]}
+            size = sum(tensor.nbytes for tensor in tensors.values())
             if size >= shard_bytes or time.monotonic() - saved >= SAVE_SECONDS:
                 save()
-                size, saved = 0, time.monotonic()
+                saved = time.monotonic()
     finally:
-        if kept:
+        if tensors:
             save()
     return TeacherLogits(folder)
 
 
-def _passes(missing: "dict[str, Example]") -> Iterator[list[str]]:
+def _passes(missing: dict[str, Example]) -> Iterator[list[str]]:
     """Groups of examples of about `PASS_TOKENS` tokens."""
     batch: list[str] = []
     tokens = 0
@@ -229,39 +203,111 @@ def _passes(missing: "dict[str, Example]") -> Iterator[list[str]]:
         yield batch
 
 
+@torch.no_grad()
 def _measure(
-    teacher: "CausalLM", examples: Sequence["Example"], header: Header
-) -> "tuple[np.ndarray, np.ndarray]":
+    teacher: "CausalLM", examples: Sequence[Example], header: Header
+) -> tuple[np.ndarray, np.ndarray]:
     """Return ids (rows, k) and logprobs with the rest (rows, k + 1) float16."""
-    import numpy as np
-    import torch
-
-    device = teacher.device
-    with torch.no_grad():
-        ids, labels, cu_seqlens = pack(examples, device)
-        hidden = teacher.hidden(ids, cu_seqlens=cu_seqlens)[0][labels[0] != IGNORE]
-        head = teacher.head_matrix(hidden.dtype)
-        step = max(1, WORKSPACE // (4 * len(head)))
-        parts = [_likeliest(teacher, h, head, header) for h in hidden.split(step)]
+    ids, labels, cu_seqlens = pack(examples, teacher.device)
+    hidden = teacher.hidden(ids, cu_seqlens=cu_seqlens)[0][labels[0] != IGNORE]
+    head = teacher.head_matrix(hidden.dtype)
+    step = max(1, WORKSPACE // (4 * len(head)))
+    parts = []
+    for rows in hidden.split(step):
+        # 16-bit scores choose the tokens; their log-probabilities are sums in float32
+        top = torch.nn.functional.linear(rows, head).float().topk(header.top_k).indices
+        logprobs = logprobs_at(
+            rows, head, top, temperature=header.temperature,
+            softcap=teacher.config.final_logit_softcapping,
+        )  # fmt: skip
+        rest = 1 - logprobs.exp().sum(-1, keepdim=True)
+        if header.top_k == header.vocab_size:
+            rest = torch.zeros_like(rest)
+        rest = torch.where(rest > LEAST_REST, rest, torch.zeros_like(rest)).log()
+        parts.append((top, torch.cat([logprobs, rest], -1)))
     ids, logprobs = (torch.cat(column).cpu().numpy() for column in zip(*parts))
     return ids, logprobs.astype(np.float16)
 
 
-def _likeliest(
-    teacher: "CausalLM", hidden: "Tensor", head: "Tensor", header: Header
-) -> "tuple[Tensor, Tensor]":
-    import torch
+def topk_forward_kl(student: Tensor, teacher: Tensor, rest: Tensor) -> Tensor:
+    """The divergence (N,) of log-probabilities ``student`` and ``teacher`` (N, k) at the same
+    tokens; ``rest`` (N,), the log of what the teacher leaves over, -inf for nothing.
 
-    from fastlm.train.topk_distillation import LEAST_REST, logprobs_at
+    The student's rest counts as 2^-20 where it is less.
+    """
+    known = teacher.exp() * (teacher - student)
+    left = torch.log((1 - student.exp().sum(-1)).clamp(min=LEAST_REST))
+    over = rest.exp() * (rest - left)
+    zero = known.new_zeros(())
+    return torch.where(teacher > -torch.inf, known, zero).sum(-1) + torch.where(
+        rest > -torch.inf, over, zero
+    )
 
-    # 16-bit scores choose the tokens; their log-probabilities are sums in float32
-    ids = torch.nn.functional.linear(hidden, head).float().topk(header.top_k).indices
-    logprobs = logprobs_at(
-        hidden, head, ids, temperature=header.temperature,
-        softcap=teacher.config.final_logit_softcapping,
-    )  # fmt: skip
-    rest = 1 - logprobs.exp().sum(-1, keepdim=True)
-    if header.top_k == header.vocab_size:
-        rest = torch.zeros_like(rest)
-    rest = torch.where(rest > LEAST_REST, rest, torch.zeros_like(rest)).log()
-    return ids, torch.cat([logprobs, rest], -1)
+
+def logprobs_at(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """Log-probabilities (N, k) of the tokens ``ids`` (N, k) under the head ``weight`` (V, D) at
+    ``hidden`` (N, D), with gradients to both.
+
+    Logits exist at the k tokens alone. `linear_logprobs` of the first token knows the log of the
+    normaliser: ``log p_j = log p_0 + z_j - z_0``. So of a 16-bit head the two gradients are rounded
+    one by one.
+    """
+    first = linear_logprobs(hidden, weight, ids[:, 0], temperature=temperature, softcap=softcap)
+    assert isinstance(first, Tensor)  # a pair only with return_entropy
+    scores: Any = _Scores.apply(hidden, weight, ids)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores / temperature
+    return first[:, None] + (scores - scores[:, :1])
+
+
+class _Scores(torch.autograd.Function):
+    """``hidden @ weight[ids].T`` row by row, in float32 (float64 of float64). Gathers the head's
+    rows for `WORKSPACE` bytes at a time, in the backward once more.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden, weight, ids)
+        parts = [torch.bmm(w, h[:, :, None])[:, :, 0] for h, w, _ in _gathered(hidden, weight, ids)]
+        return torch.cat(parts) if parts else hidden.new_zeros(ids.shape, dtype=_wide(hidden))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        (grad,) = grads
+        hidden, weight, ids = ctx.saved_tensors
+        d_hidden = d_weight = None
+        if ctx.needs_input_grad[0]:
+            parts = [
+                torch.bmm(grad[rows, None, :], w)[:, 0].to(hidden.dtype)
+                for _, w, rows in _gathered(hidden, weight, ids)
+            ]
+            d_hidden = torch.cat(parts) if parts else torch.zeros_like(hidden)
+        if ctx.needs_input_grad[1]:
+            rows = torch.arange(len(ids), device=ids.device)[:, None].expand_as(ids)
+            places = torch.stack([ids.reshape(-1), rows.reshape(-1)])
+            sparse = torch.sparse_coo_tensor(
+                places, grad.reshape(-1), (len(weight), len(hidden)), check_invariants=False
+            )
+            d_weight = torch.sparse.mm(sparse, hidden.to(grad.dtype)).to(weight.dtype)
+        return d_hidden, d_weight, None
+
+
+def _wide(hidden: Tensor) -> torch.dtype:
+    return torch.float64 if hidden.dtype is torch.float64 else torch.float32
+
+
+def _gathered(hidden: Tensor, weight: Tensor, ids: Tensor):
+    """Yield (hidden (n, D), weight[ids] (n, k, D), slice of the rows), wide."""
+    wide = _wide(hidden)
+    step = max(1, WORKSPACE // (ids.shape[1] * weight.shape[1] * wide.itemsize))
+    for start in range(0, len(ids), step):
+        rows = slice(start, start + step)
+        yield hidden[rows].to(wide), weight[ids[rows]].to(wide), rows

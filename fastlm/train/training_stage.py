@@ -1,24 +1,46 @@
-"""What all stages that train share: the loop, what they leave, the result and the report."""
+"""What all stages that train share: the loop, what they leave, the result and the report; and what
+those on rows of text share (conversations, preferences, prompts): options, and the way from a model
+and rows to a training.
+"""
 
+import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from datetime import date
 from pathlib import Path
 from textwrap import shorten
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
+from fastlm.data.conversations import FORMATS
 from fastlm.errors import InputError
-from fastlm.pipeline.stage import Job, Part, Stage
+from fastlm.pipeline.stage import (
+    Facts,
+    Job,
+    MaybePositional,
+    Part,
+    Stage,
+    Takes,
+    at_least_one,
+    not_negative,
+    one_of,
+    positive,
+)
+from fastlm.sources.input_digest import Contents
 from fastlm.torchrun import is_main_process
-from fastlm.train.best import taken
+from fastlm.train.encoding import TrainingData, chat_tokenizer
 from fastlm.train.metrics import METRICS, read_metrics
-from fastlm.train.options import OPTIMIZERS, TrainOptions
+from fastlm.train.objective import weights_digest
+from fastlm.train.options import OPTIMIZERS, TrainOptions, expect
 
 if TYPE_CHECKING:
+    from fastlm.model.causal_lm import CausalLM
     from fastlm.tokenizer.tokenizer import Tokenizer
     from fastlm.train.objective import DivergedError, Objective
 
 MODEL = "model"
+FEEDBACK = Takes(("feedback",), "What `fastlm feedback build` made, beside the data", optional=True)
+LONGEST = 2048  # tokens of a conversation by default, where the context is longer: bounds memory
 
 
 @dataclass
@@ -55,11 +77,7 @@ class TrainingStage(TrainOptions, Stage):
 
     def check(self) -> None:
         super().check()
-        self.check_seed()
-
-    def check_seed(self) -> None:
-        if self.seed < 0:
-            raise InputError(f"seed: wanted 0 or more, got {self.seed}")
+        not_negative(self, "seed")
 
     def prepare(self, job: Job) -> Training:
         """Load the model and read the data."""
@@ -67,12 +85,10 @@ class TrainingStage(TrainOptions, Stage):
 
     def finish(self, training: Training) -> dict[str, Any]:
         """Return what the result says of the trained model, which is saved afterwards."""
-        del training
         return {}
 
     def save_trained(self, model: Any, folder: Path, source: Path | None) -> None:
         """Write the model to ``folder``; it began as the one in ``source``."""
-        del source
         model.save_pretrained(folder)
 
     def save(self, training: Training, folder: Path) -> None:
@@ -89,25 +105,32 @@ class TrainingStage(TrainOptions, Stage):
         training = self.prepare(job)
         torch.manual_seed(self.seed)
         load = os.getloadavg()[0]
-        done = train(
+        result = train(
             training.objective, training.options, job.out, track=job.track,
             on_event=job.on_event, on_diverged=training.on_diverged,
         )  # fmt: skip
         if not is_main_process():
             return {}
+        trained = asdict(result)
+        trained["used_seconds"] = trained.pop("seconds")  # of all sessions
+        now = os.getloadavg()[0]
+        trained["load"] = f"{load:.1f} when the training began, {now:.1f} when it ended"
         measured = self.finish(training)
         self.save(training, job.out / MODEL)
-        return {**done.facts(load), **training.facts, **measured}
+        return {**trained, **training.facts, **measured}
 
     def outcome(self, result: Mapping[str, Any], job: Job) -> tuple[str, list[str]]:
         """Return what was learnt from, and figures of the end, for the user."""
-        del job
         return "", [loss_text(result), f"{result['tokens_per_second']:,.0f} tokens/s"]
 
     def told(self, result: Mapping[str, Any], job: Job) -> str:
         data, figures = self.outcome(result, job)
         parts = [*([data] if data else []), f"{result['steps']} steps", *figures]
-        return f"{', '.join(parts)}{taken(result, self.take)}: {job.out / MODEL}"
+        if self.take == "best":
+            name = "val_loss" if "val_loss" in result["metrics"] else "val_score"
+            value = result["metrics"][name]
+            parts.append(f"weights of step {result['best_step']} with {name} {value:.4f}")
+        return f"{', '.join(parts)}: {job.out / MODEL}"
 
     def section(self, job: Job, result: Mapping[str, Any], metrics: list[dict[str, Any]]) -> Part:
         """Return the stage's part of report.html, without what `report` adds for all of them."""
@@ -127,10 +150,8 @@ class TrainingStage(TrainOptions, Stage):
         }
         if part.template == Part.template:
             part.template = "training.html.jinja"
-            part.values = {
-                "samples": [m for m in metrics if "sample" in m],
-                "how": self.sampled(result),
-            }
+            samples = [m for m in metrics if "sample" in m]
+            part.values = {"samples": samples, "how": self.sampled(result)}
         return part
 
     def sampled(self, result: Mapping[str, Any]) -> str:
@@ -140,3 +161,185 @@ class TrainingStage(TrainOptions, Stage):
 
 def loss_text(result: Mapping[str, Any]) -> str:
     return "no loss" if result["loss"] is None else f"loss {result['loss']:.4f}"
+
+
+@dataclass(frozen=True)
+class ChatStage(TrainingStage):
+    """A training on rows that the model's chat template writes. A subclass defines `read_data`,
+    `data_facts` and `objective`.
+    """
+
+    overlongs: ClassVar[tuple[str, ...]] = ("skip", "truncate")  # values of `overlong`
+    result = {
+        **TrainingStage.result, "trained_parameters": int, "heldout": int, "read": int,
+        "counts": dict, "prompt": str,
+    }  # fmt: skip
+    rows: ClassVar[str] = "conversations"  # what `data` holds
+    use: ClassVar[str] = "learn from"  # what they are for
+    sources_in: ClassVar[tuple[str, ...]] = ("data",)
+    settings_in: ClassVar[tuple[str, ...]] = ("chat_template",)
+    instructs: ClassVar[bool] = True
+    form: ClassVar[str] = "sft"  # of `fastlm.feedback.build.FORMS`
+
+    data: Annotated[
+        tuple[str, ...],
+        MaybePositional(
+            "Conversations: .jsonl or .json files, folders, pypi:, sdist: or deb:NAME#GLOB"
+        ),
+    ] = ()
+    epochs: Annotated[float | None, "Passes over the data; default: 1 if nothing else ends"] = None
+    batch_size: Annotated[int, "Conversations per micro-batch, joined without padding"] = 8
+    seq_len: Annotated[
+        int | None, "Most tokens per conversation; default: the context, at most 2048"
+    ] = None
+    overlong: Annotated[str, "Longer conversations: skip or truncate"] = "skip"
+    skip_bad: Annotated[bool, "Count bad rows instead of stopping at the first one"] = False
+    date: Annotated[str, "What chat templates take for today, YYYY-MM-DD"] = "2024-07-26"
+    heldout: Annotated[float, "Share of the conversations that is held out"] = 0.05
+    chat_template: Annotated[str, "Jinja file; default: the model's own, else ChatML"] = ""
+    lr: Annotated[float, "Peak learning rate"] = 2e-5
+    warmup: Annotated[float, "Share of the run in which the rate rises"] = 0.03
+    weight_decay: Annotated[float, "Weight decay of matrices"] = 0.0
+    validations: Annotated[int, "Number of validations, evenly spaced over the run"] = 4
+    sample_at: Annotated[
+        tuple[float, ...], "Moments of the run, 0 to 1, at which the model answers a prompt"
+    ] = (0.0, 0.5, 1.0)
+    sample_prompt: Annotated[str, "Message that a sample answers; default: a held-out prompt"] = ""
+
+    def check(self) -> None:
+        at_least_one(self, "batch_size", "accumulate")
+        expect(self.seq_len is None or self.seq_len >= 2, "seq_len", "2 or more", self.seq_len)
+        positive(self, "epochs")
+        self.train_options(1).check()
+        expect(0 <= self.heldout < 1, "heldout", "a share in [0, 1)", self.heldout)
+        one_of(self, overlong=self.overlongs)
+        try:
+            day = date.fromisoformat(self.date).isoformat()
+        except ValueError:
+            day = ""
+        expect(day == self.date, "date", "YYYY-MM-DD", repr(self.date))
+        not_negative(self, "seed")
+
+    def train_options(self, examples: int) -> TrainOptions:
+        """The options of the loop, with `epochs` as a number of steps."""
+        options = self.loop_options()
+        epochs = self.epochs
+        if epochs is None and not (self.max_steps is self.max_seconds is self.max_tokens is None):
+            return options
+        steps = self.steps_of_epochs(epochs or 1.0, examples)
+        most = steps if self.max_steps is None else self.max_steps
+        return replace(options, max_steps=min(steps, most))
+
+    def steps_of_epochs(self, epochs: float, examples: int) -> int:
+        """Return the steps of so many passes over the examples. InputError: `batch_warmup`, which
+        the number of steps would depend on.
+        """
+        expect(
+            not self.batch_warmup, "batch_warmup",
+            "0 where epochs end the training (max_tokens or max_steps do without)",
+            self.batch_warmup,
+        )  # fmt: skip
+        batches = math.ceil(examples / self.batch_size)
+        return math.ceil(epochs * math.ceil(batches / self.accumulate))
+
+    def longest(self, context: int) -> int:
+        """The most tokens of an example of a model with this context."""
+        longest = self.seq_len or min(context, LONGEST)
+        expect(longest <= context, "seq_len", f"at most the model's context {context}", longest)
+        return longest
+
+    def plan(self, inputs: Mapping[str, Any]) -> Facts:
+        self.check_data(bool(inputs.get("feedback")))
+        return inputs["model"][0]
+
+    def check_data(self, feedback: bool) -> None:
+        """Refuse a training without data. ``feedback``: it has that of users."""
+        expect(self.data or feedback, "data", f"at least one source of {self.rows}", "none")
+
+    def feedback_file(self) -> str:
+        """The file of the feedback that it learns from (`fastlm.feedback.build.PARTS`)."""
+        return f"train/{self.form}.jsonl"
+
+    def with_feedback(self, job: Job) -> Self:
+        """The stage with the rows of the feedback among its data."""
+        folder = job.optional("feedback")
+        self.check_data(folder is not None)
+        if folder is None:
+            return self
+        file = folder / self.feedback_file()
+        some = file.is_file() and file.stat().st_size
+        expect(some, "feedback", f"{self.rows} in {file.parent}", "none")
+        return self.with_source(str(file))
+
+    def with_source(self, source: str) -> Self:
+        return replace(self, data=(*self.data, source))
+
+    def unit(self) -> str:
+        """Return what the data is counted in, of which there must be some."""
+        return self.rows
+
+    def load_trained(self, source: str | Path, **options: Any) -> "CausalLM":
+        """Load the model at ``source`` to train it, in float32. ``options`` are those of
+        `LoraOptions.load_trained`, which takes the place of this.
+        """
+        import torch
+
+        from fastlm.model.causal_lm import CausalLM
+
+        return CausalLM.from_pretrained(source, dtype=torch.float32, keep_quantized=False)
+
+    def read_data(self, tokenizer: "Tokenizer", context: int, job: Job) -> TrainingData:
+        """Return the rows as tokens. ``context``: of the model."""
+        raise NotImplementedError
+
+    def data_facts(self, data: Any) -> dict[str, Any]:
+        """Return what the result says of the data."""
+        raise NotImplementedError
+
+    def module(self, model: "CausalLM") -> Any:
+        """Return what is trained and saved: the model, or what has its layers."""
+        return model
+
+    def objective(
+        self, job: Job, model: Any, data: Any, options: TrainOptions, **common: Any
+    ) -> "Objective":
+        """Return what is learnt; ``common`` is for `fastlm.train.objective.Epochs`."""
+        raise NotImplementedError
+
+    def prepare(self, job: Job) -> Training:
+        from fastlm.checkpoint.architectures import expected_shapes
+        from fastlm.tokenizer.load import load_tokenizer
+
+        self = self.with_feedback(job)
+        source = job.path("model")
+        model = self.load_trained(source, dtype=self.dtype, seed=self.seed, warn=job.warn)
+        config = model.config
+        tokenizer = chat_tokenizer(load_tokenizer(source, config.to_dict()), self.chat_template)
+        data = self.read_data(tokenizer, config.max_position_embeddings, job)
+        if not data.training:
+            raise InputError(f"data: wanted {self.unit()} to {self.use}, got none in {data.told()}")
+        prompt, text = data.sample_prompt() if "sample_tokens" not in self.unused else ([], "")
+        mixture = data.mixture()
+        options = self.train_options(sum(mixture.taken()))
+        config.eos_token_id = sorted(config.stop_ids | tokenizer.stop_ids)
+        module = self.module(model)
+        objective = self.objective(
+            job, module, data, options, batch_size=self.batch_size, seed=self.seed,
+            base=weights_digest(module), tokenizer=tokenizer, prompt=prompt, mixture=mixture,
+        )  # fmt: skip
+        facts = {
+            "parameters": sum(map(math.prod, expected_shapes(config).values())),
+            "trained_parameters": sum(p.numel() for p in module.parameters() if p.requires_grad),
+            "read": data.rows.read,
+            "counts": dict(data.rows.counts),
+            "prompt": text,
+            **self.data_facts(data),
+        }
+        return Training(module, tokenizer, objective, options, facts, source)
+
+    def identity(self) -> dict[str, Any]:
+        return {k: v for k, v in super().identity().items() if k != "chat_template"}
+
+    def contents(self, contents: Contents) -> Any:
+        template = contents.tree(self.chat_template) if self.chat_template else None
+        return [contents.sources(self.data, FORMATS), template]

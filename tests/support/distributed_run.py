@@ -36,18 +36,15 @@ from fastlm.model.lora import add_lora
 from fastlm.model.reward_model import RewardModel
 from fastlm.train import loop
 from fastlm.train.distill import DistillOptions, TeacherTokens
-from fastlm.train.distributed import process_group
 from fastlm.train.dpo_objective import PreferredAnswers
-from fastlm.train.encoding import Example
-from fastlm.train.grpo import Grpo
-from fastlm.train.grpo_objective import GroupRelative
 from fastlm.train.loop import Interrupted, NonFiniteError, train
-from fastlm.train.objective import DivergedError
+from fastlm.train.objective import DivergedError, Example
 from fastlm.train.online import Online
+from fastlm.train.online_objectives import ActorCritic, GroupRelative, value_model
+from fastlm.train.online_stage import Grpo
 from fastlm.train.options import TrainOptions
-from fastlm.train.ppo_objective import ActorCritic, value_model
-from fastlm.train.preference_loss import PreferenceLoss
-from fastlm.train.preferences import Judged
+from fastlm.train.parallel import process_group
+from fastlm.train.preferences import Judged, PreferenceLoss
 from fastlm.train.pretrain import NextToken
 from fastlm.train.reward import RankedAnswers
 from fastlm.train.rollout_options import GrpoOptions, PpoOptions, RolloutOptions
@@ -103,7 +100,6 @@ def fine_tuning(run: Path, options: TrainOptions = OPTIONS, rank: int = 0, net=N
         add_lora(net, rank, 2.0 * rank, seed=3)
     objective = AnswerTokens(
         net, examples(14), [], options, batch_size=2, seed=1, base="", tokenizer=None, prompt=(),
-        device=net.device,
     )  # fmt: skip
     train(objective, options, run)
     return net
@@ -114,9 +110,7 @@ def rewarding(run: Path, options: TrainOptions = OPTIONS):
     net = RewardModel(ModelConfig.from_dict(CONFIG), seed=0)
     both = examples(18)
     judged = [Judged(pair) for pair in zip(both[::2], both[1::2])]
-    objective = RankedAnswers(
-        net, judged, judged[:3], options, batch_size=2, seed=1, base="", device=net.device
-    )
+    objective = RankedAnswers(net, judged, judged[:3], options, batch_size=2, seed=1, base="")
     train(objective, options, run)
     scores = net.eval().score([e.ids.tolist() for e in both])  # the model is whole again
     assert torch.isfinite(scores).all()
@@ -135,7 +129,7 @@ def preferring(run: Path, options: TrainOptions = OPTIONS, loss: str = "sigmoid"
         judged.append(Judged((one, Example(ids, one.mask, one.place)), desirable=i % 3 > 0))
     objective = PreferredAnswers(
         net, judged, judged[:3], options, PreferenceLoss(loss), batch_size=2, seed=1, base="",
-        tokenizer=None, prompt=(), device=net.device,
+        tokenizer=None, prompt=(),
     )  # fmt: skip
     objective.measure_reference(torch.float32)
     train(objective, options, run)
@@ -147,7 +141,7 @@ def distilling(run: Path, options: TrainOptions = OPTIONS, on_policy: float = 0.
     net, teacher = model(), model(num_hidden_layers=1, initializer_range=0.3)
     objective = TeacherTokens(
         net, examples(14), examples(3), options, batch_size=2, seed=1, base="", tokenizer=None,
-        prompt=(), device=net.device, teacher=teacher,
+        prompt=(), teacher=teacher,
         rules=DistillOptions("jsd", sft_weight=0.5, on_policy=on_policy, max_new_tokens=6),
     )  # fmt: skip
     train(objective, options, run)
@@ -156,7 +150,7 @@ def distilling(run: Path, options: TrainOptions = OPTIONS, on_policy: float = 0.
 
 ROLLOUTS = RolloutOptions(
     prompts=3, answers=3, passes=2, batch_size=2, max_new_tokens=6, decode_batch=4, beta=0.1,
-    kl_target=0.01, kl_horizon=50.0, scale_scores=True, missing_end=-0.5, val_prompts=3,
+    kl_target=0.01, kl_horizon=50.0, missing_end=-0.5, val_prompts=3,
     max_update_kl=3e-3,
 )  # fmt: skip
 

@@ -10,7 +10,7 @@ import numpy as np
 from fastlm.checkpoint.config import ModelConfig
 from fastlm.model.causal_lm import CausalLM
 from fastlm.tokenizer.tokenizer import Tokenizer
-from fastlm.train.encoding import Example
+from fastlm.train.objective import Example
 
 WORDS = "tree river stone bird cloud road house garden letter winter lamp boat field song".split()
 

@@ -15,9 +15,8 @@ from tiny_run import start
 
 from fastlm.checkpoint import folder
 from fastlm.errors import InputError
-from fastlm.train.checkpoint_writer import CheckpointWriter
 from fastlm.train.loop import Interrupted, NonFiniteError
-from fastlm.train.state import list_checkpoints
+from fastlm.train.state import CheckpointWriter, list_checkpoints
 
 PLAIN = replace(tiny_run.OPTIONS, keep_best=True)
 OPTIONS = replace(PLAIN, async_checkpoints=True)

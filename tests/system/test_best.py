@@ -12,13 +12,10 @@ import torch
 
 from fastlm.checkpoint.folder import load_tensors
 from fastlm.errors import InputError
-from fastlm.train.best import NAME, Best
-from fastlm.train.checkpoint_writer import CheckpointWriter
-from fastlm.train.distributed import SingleProcess
+from fastlm.train.distributed import SingleDevice, SingleProcess
 from fastlm.train.loop import Interrupted, train
-from fastlm.train.parallel import SingleDevice
 from fastlm.train.pretrain import NextToken
-from fastlm.train.state import checkpoint_path, list_checkpoints
+from fastlm.train.state import BEST_NAME, Best, CheckpointWriter, checkpoint_path, list_checkpoints
 
 # The rate rises until the loss does
 OPTIONS = replace(
@@ -53,7 +50,7 @@ def curve(run):
 
 
 def bests(run):
-    return sorted(p.name for p in (run / "checkpoints").iterdir() if NAME.fullmatch(p.name))
+    return sorted(p.name for p in (run / "checkpoints").iterdir() if BEST_NAME.fullmatch(p.name))
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +123,7 @@ def test_killed_at_a_rename_it_ends_with_the_same_best(data, whole, tmp_path, co
 
 
 def test_what_is_refused(data, tmp_path):
-    with pytest.raises(InputError, match="validations: wanted 1 or more to find the best"):
+    with pytest.raises(InputError, match="validations: expected 1 or more to find the best"):
         start(data, tmp_path, replace(OPTIONS, validations=0))
     with pytest.raises(InputError, match="take: wanted one of last, best, got 'first'"):
         start(data, tmp_path, replace(OPTIONS, take="first"))

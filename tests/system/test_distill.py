@@ -48,7 +48,7 @@ def objective(rules: DistillOptions, **changes) -> TeacherTokens:
     teacher = CausalLM(config(64, hidden_size=48, initializer_range=0.3), seed=2).double()
     return TeacherTokens(
         student, EXAMPLES, [], TrainOptions(max_steps=1), batch_size=3, seed=0, base="",
-        tokenizer=None, prompt=(), device=torch.device("cpu"), teacher=teacher, rules=rules,
+        tokenizer=None, prompt=(), teacher=teacher, rules=rules,
     )  # fmt: skip
 
 
@@ -161,9 +161,9 @@ def test_refused(models, data, tmp_path) -> None:
     student, teacher = models
     for changes, message in (
         ({"divergence": "kl"}, "divergence: wanted one of forward, reverse, jsd, got 'kl'"),
-        ({"jsd_beta": 1.0}, "jsd_beta: wanted a number between 0 and 1, got 1.0"),
+        ({"jsd_beta": 1.0}, "jsd_beta: expected a number between 0 and 1, got 1.0"),
         ({"temperature": 0.0}, "temperature: wanted a positive number, got 0.0"),
-        ({"on_policy": 1.5}, "on_policy: wanted 0 to 1, got 1.5"),
+        ({"on_policy": 1.5}, "on_policy: expected 0 to 1, got 1.5"),
         ({"sft_weight": -1.0}, "sft_weight: wanted 0 or more, got -1.0"),
     ):
         with pytest.raises(InputError, match=message):

@@ -15,6 +15,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import distributed_run as trainings
 import pytest
@@ -27,7 +28,8 @@ from torch.distributed import TCPStore
 from fastlm.checkpoint.folder import load_tensors
 from fastlm.errors import InputError
 from fastlm.stages import KINDS, run_recipe
-from fastlm.train.distributed import ProcessGroup, agree, averaged, check_gpus, is_lost
+from fastlm.train.distributed import averaged
+from fastlm.train.parallel import ProcessGroup, agree, check_gpus, is_lost
 from fastlm.train.state import list_checkpoints
 
 NEAR = {"float32": 1e-5, "best": 1e-5, "bfloat16": 1e-2}
@@ -297,11 +299,13 @@ def test_a_torch_without_distributed_has_what_one_process_needs(monkeypatch):
     """Its torch.distributed is almost empty: the modules of the loop import it in several alone."""
     for name in [name for name in sys.modules if name.startswith("torch.distributed")]:
         monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, "torch.distributed", ModuleType("torch.distributed"))
+    monkeypatch.setattr(torch, "distributed", sys.modules["torch.distributed"])
     folder = Path(trainings.loop.__file__).parent
     found = [runpy.run_path(str(folder / f"{name}.py")) for name in ("distributed", "parallel")]
     net, alone = trainings.model(), found[0]["SingleProcess"]()
     assert found[1]["parallel"](net, trainings.OPTIONS, alone).model is net
-    with found[0]["process_group"](net.device) as ranks:
+    with found[1]["process_group"](net.device) as ranks:
         assert ranks.size == 1
 
 
@@ -413,12 +417,12 @@ def launched(monkeypatch):
 
 def test_what_is_refused(launched, tmp_path):
     refused = {
-        r"accumulate: wanted micro-batches that 2 processes can share evenly \(2 or 4\), got 3":
+        r"accumulate: expected micro-batches that 2 processes can share evenly \(2 or 4\), got 3":
             {"accumulate": 3},
         r"accumulate: .* \(2\), got 1": {"accumulate": 1},
-        "optimizer: wanted adamw with parallel = 'fsdp', got muon":
+        "optimizer: expected adamw with parallel = 'fsdp', got muon":
             {"optimizer": "muon", "parallel": "fsdp"},
-        "async_checkpoints: wanted False with parallel = 'fsdp', got True":
+        "async_checkpoints: expected False with parallel = 'fsdp', got True":
             {"async_checkpoints": True, "parallel": "fsdp"},
         "parallel: wanted one of ddp, fsdp, hsdp, got 'tensor'": {"parallel": "tensor"},
     }  # fmt: skip
@@ -435,7 +439,7 @@ def test_what_is_refused(launched, tmp_path):
         stage.check()
         for parallel in ("fsdp", "hsdp"):
             with pytest.raises(
-                InputError, match=f"parallel: wanted ddp with {name}, got {parallel}"
+                InputError, match=f"parallel: expected ddp with {name}, got {parallel}"
             ):
                 replace(stage, parallel=parallel).check()
     for name, value in {"teacher_top_k": 4, "teacher_answers": "greedy"}.items():

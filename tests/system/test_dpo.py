@@ -20,11 +20,10 @@ from fastlm.errors import InputError
 from fastlm.model.causal_lm import CausalLM
 from fastlm.train.dpo import Dpo
 from fastlm.train.dpo_objective import PreferredAnswers
-from fastlm.train.encoding import IGNORE, Example, pack_pairs
 from fastlm.train.loop import Interrupted
+from fastlm.train.objective import IGNORE, Example, pack_pairs
 from fastlm.train.options import TrainOptions
-from fastlm.train.preference_loss import PreferenceLoss
-from fastlm.train.preferences import Judged, with_other_answers
+from fastlm.train.preferences import Judged, PreferenceLoss, with_other_answers
 
 TINY = Dpo(
     data=("x.jsonl",), epochs=2, batch_size=3, accumulate=2, lr=2e-3, heldout=0.25, validations=2,
@@ -78,7 +77,7 @@ def objective(terms: PreferenceLoss, batch_size: int = 2, judged=None) -> Prefer
     judged = judged or (LABELS if terms.loss == "kto" else PAIRS)
     made = PreferredAnswers(
         model, judged, judged, TrainOptions(max_steps=1), terms, batch_size=batch_size, seed=4,
-        base="", tokenizer=None, prompt=(), device=torch.device("cpu"),
+        base="", tokenizer=None, prompt=(),
     )  # fmt: skip
     made.measure_reference(torch.float32)
     with torch.no_grad():
@@ -184,7 +183,7 @@ def test_every_reference_is_measured_once() -> None:
     model = CausalLM(config(64), seed=3)
     made = PreferredAnswers(
         model, PAIRS, PAIRS, TrainOptions(max_steps=1, val_tokens=1), PreferenceLoss(),
-        batch_size=2, seed=4, base="", tokenizer=None, prompt=(), device=torch.device("cpu"),
+        batch_size=2, seed=4, base="", tokenizer=None, prompt=(),
     )  # fmt: skip
     made.measure_reference(torch.float32)
     with torch.no_grad():
@@ -397,18 +396,18 @@ def test_long_answers_are_counted(base, tmp_path) -> None:
 REFUSED = {
     "loss: wanted one of sigmoid, ipo, hinge, kto, got 'simpo'": {"loss": "simpo"},
     "beta: wanted a positive number, got 0": {"beta": 0},
-    "label_smoothing: wanted a number in [0, 0.5), got 0.5": {"label_smoothing": 0.5},
-    "label_smoothing: wanted none with loss = 'ipo', got 0.1 (it serves sigmoid)": {
+    "label_smoothing: expected a number in [0, 0.5), got 0.5": {"label_smoothing": 0.5},
+    "label_smoothing: expected none with loss = 'ipo', got 0.1 (it serves sigmoid)": {
         "label_smoothing": 0.1, "loss": "ipo",
     },
-    "weight_desirable: wanted none with loss = 'sigmoid', got 2.0 (it serves kto)": {
+    "weight_desirable: expected none with loss = 'sigmoid', got 2.0 (it serves kto)": {
         "weight_desirable": 2.0,
     },
     "sft_weight: wanted 0 or more, got -1": {"sft_weight": -1},
     "overlong: wanted one of skip, truncate, got 'split'": {"overlong": "split"},
-    "batch_size: wanted a step of 2 labels or more with loss = 'kto', whose reference point is a"
+    "batch_size: expected a step of 2 labels or more with loss = 'kto', whose reference point is a"
     " mean over the step, got 1": {"loss": "kto", "batch_size": 1, "accumulate": 1},
-    "batch_size: wanted a step of 2 labels or more with loss = 'kto', whose reference point is a"
+    "batch_size: expected a step of 2 labels or more with loss = 'kto', whose reference point is a"
     " mean over the step, got 1 at the beginning of batch_warmup": {
         "loss": "kto", "batch_size": 1, "accumulate": 4, "batch_warmup": 0.5, "max_steps": 3,
         "epochs": None,
@@ -522,7 +521,7 @@ def test_loss_and_gradient_are_those_of_trl(base, tmp_path, name) -> None:
     model = CausalLM.from_pretrained(base, dtype=torch.float32)
     made = PreferredAnswers(
         model, judged, [], TrainOptions(max_steps=1), terms, batch_size=4, seed=0, base="",
-        tokenizer=None, prompt=(), device=torch.device("cpu"),
+        tokenizer=None, prompt=(),
     )  # fmt: skip
     made.measure_reference(torch.float32)
     model.load_state_dict(theirs.state_dict(), strict=False)

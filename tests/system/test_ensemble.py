@@ -19,9 +19,9 @@ from fastlm.model.causal_lm import CausalLM
 from fastlm.model.reward_model import RewardModel
 from fastlm.stages import parse_recipe
 from fastlm.tokenizer.tokenizer import Tokenizer
-from fastlm.train.ensemble import RewardEnsemble, combined
 from fastlm.train.loop import Interrupted
-from fastlm.train.ppo import Ppo
+from fastlm.train.online_stage import Ppo
+from fastlm.train.scorer import RewardEnsemble, combined
 
 PPO = Ppo(
     data=("x.jsonl",), prompts=4, answers=2, batch_size=4, max_new_tokens=5, max_steps=4, lr=1e-3,
@@ -143,8 +143,8 @@ dtype = "float32"
     ("changes", "count", "message"),
     [
         ({"ensemble": "max"}, 2, "ensemble: wanted one of mean, min, uwo, got 'max'"),
-        ({}, 1, "ensemble: wanted two or more reward_models for uwo, got 1"),
-        ({"reward": "exact"}, 0, "ensemble: wanted two or more reward_models for uwo, got 0"),
+        ({}, 1, "ensemble: expected two or more reward_models for uwo, got 1"),
+        ({"reward": "exact"}, 0, "ensemble: expected two or more reward_models for uwo, got 0"),
         ({"uwo_coefficient": -1.0}, 2, r"uwo_coefficient: wanted 0 or more, got -1\.0"),
     ],
 )
@@ -160,18 +160,18 @@ def test_one_model_is_no_ensemble(base, rewards, data, tmp_path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(rewards[0], copy)
     for twice in ([rewards[0], rewards[0]], [rewards[0], copy]):
-        with pytest.raises(InputError, match=r"reward_model: wanted each once, got .*, "):
+        with pytest.raises(InputError, match=r"reward_model: expected each once, got .*, "):
             replace(PPO, data=(data,))(tmp_path / "out", model=base, reward_model=twice)
 
 
 @pytest.mark.parametrize(
     ("stage", "message"),
     [
-        ({"kind": "ppo", "ensemble": "min", "reward_model": ["./a"]}, "ensemble: wanted two or"),
-        ({"kind": "ppo", "reward_model": ["./a", "./a"]}, "reward_model: wanted each once, got"),
-        ({"kind": "grpo"}, "reward: wanted a function, or a reward_model, got neither"),
-        ({"kind": "ppo", "reward": "exact", "value": "reward"}, "value: wanted a reward_model"),
-        ({"kind": "distill"}, "teacher: wanted a teacher or teacher_logits, got neither"),
+        ({"kind": "ppo", "ensemble": "min", "reward_model": ["./a"]}, "ensemble: expected two or"),
+        ({"kind": "ppo", "reward_model": ["./a", "./a"]}, "reward_model: expected each once, got"),
+        ({"kind": "grpo"}, "reward: expected a function, or a reward_model, got neither"),
+        ({"kind": "ppo", "reward": "exact", "value": "reward"}, "value: expected a reward_model"),
+        ({"kind": "distill"}, "teacher: expected a teacher or teacher_logits, got neither"),
         ({"kind": "distill", "teacher": "./a", "teacher_logits": "b"}, "teacher: .* got both"),
     ],
 )

@@ -153,7 +153,7 @@ def test_feedback_without_rows_is_named(tmp_path):
             (where / "train/preferences.jsonl").touch()
         with pytest.raises(InputError) as error:
             stage.with_feedback(job)
-        assert str(error.value) == f"feedback: wanted preferences in {where}/train, got none"
+        assert str(error.value) == f"feedback: expected preferences in {where}/train, got none"
     (where / "train/kto.jsonl").write_text("{}\n")  # thumbs are enough for KTO
     assert Dpo(loss="kto").with_feedback(job).data == (f"{where}/train/kto.jsonl",)
 
@@ -195,9 +195,9 @@ def test_rows_that_trainings_read(store, tmp_path):
         (Dpo(), "preferences"),
         (Reward(), "preferences"),
     ):
-        with pytest.raises(InputError, match=f"data: wanted at least one source of {rows}"):
+        with pytest.raises(InputError, match=f"data: expected at least one source of {rows}"):
             stage.with_feedback(stage.job("x", model="m"))
-        with pytest.raises(InputError, match=f"data: wanted at least one source of {rows}"):
+        with pytest.raises(InputError, match=f"data: expected at least one source of {rows}"):
             stage.plan({"model": [{"name": "m"}], "feedback": []})
     job = Reward(judge=True).job("x", model="m", feedback=out)
     assert Reward(judge=True).with_feedback(job).data == (str(out / "judge/preferences.jsonl"),)

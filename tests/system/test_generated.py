@@ -24,7 +24,7 @@ from fastlm.sources import generated
 from fastlm.sources.generated import generated_rows, generator_score
 from fastlm.sources.input_digest import Contents
 from fastlm.sources.rows import list_files
-from fastlm.train.grpo import Grpo
+from fastlm.train.online_stage import Grpo
 
 SUMS = "reasoning-gym:chain_sum?size=40&seed=3&min_terms=2&max_terms=2&min_digits=1&max_digits=1"
 

@@ -548,17 +548,17 @@ def test_other_adapters_are_another_training(base, data, tmp_path) -> None:
 REFUSED_OPTIONS = {
     "lora_rank: wanted 0 or more, got -1": {"lora_rank": -1},
     "lora_alpha: wanted a positive number, got 0": {"lora_rank": 4, "lora_alpha": 0},
-    "lora_targets: wanted all-linear or names of layers, got none": {
+    "lora_targets: expected all-linear or names of layers, got none": {
         "lora_rank": 4,
         "lora_targets": (),
     },
-    "lora_dropout: wanted lora_rank with it, got 0.1 and all weights trained": {
+    "lora_dropout: expected lora_rank with it, got 0.1 and all weights trained": {
         "lora_dropout": 0.1
     },
-    "lora_dropout: wanted a share in [0, 1), got 1": {"lora_rank": 4, "lora_dropout": 1},
-    "base_bits: wanted 4, 8 or 16, got 3": {"base_bits": 3},
-    "base_bits: wanted lora_rank with it, got 4 and all weights trained": {"base_bits": 4},
-    "merge: wanted lora_rank with it, got False and all weights trained": {"merge": False},
+    "lora_dropout: expected a share in [0, 1), got 1": {"lora_rank": 4, "lora_dropout": 1},
+    "base_bits: expected 4, 8 or 16, got 3": {"base_bits": 3},
+    "base_bits: expected lora_rank with it, got 4 and all weights trained": {"base_bits": 4},
+    "merge: expected lora_rank with it, got False and all weights trained": {"merge": False},
 }
 
 

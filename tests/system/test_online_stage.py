@@ -22,12 +22,10 @@ from fastlm.model.quantized_modules import QuantizedLinear
 from fastlm.model.reward_model import RewardModel
 from fastlm.quant import quantize
 from fastlm.tokenizer.tokenizer import Tokenizer
-from fastlm.train.grpo import Grpo
 from fastlm.train.loop import Interrupted
 from fastlm.train.objective import DivergedError
-from fastlm.train.online_stage import text_of
-from fastlm.train.ppo import Ppo
-from fastlm.train.ppo_objective import value_model
+from fastlm.train.online_objectives import value_model
+from fastlm.train.online_stage import Grpo, Ppo, text_of
 from fastlm.train.rollouts import pack_answers
 
 SMALL = {
@@ -342,30 +340,30 @@ def test_a_reward_of_ones_own(base, data, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("stage", "message"),
     [
-        (replace(GRPO, answers=1), "answers: wanted 2 or more to compare, got 1"),
+        (replace(GRPO, answers=1), "answers: expected 2 or more to compare, got 1"),
         (replace(GRPO, loss_type="gspo"), "loss_type: wanted one of dapo, grpo, dr_grpo, rloo"),
         (replace(GRPO, temperature=0.0), "temperature: wanted a positive number, got 0.0"),
-        (replace(GRPO, passes=9), "checkpoint_every: wanted at least the 18 steps of a round"),
-        (replace(GRPO, keep=1), "keep: wanted 2 or more, as the last may be too far, got 1"),
-        (replace(GRPO, kl_target=1.0), "kl_target: wanted a beta above 0 to adapt, got 0"),
-        (replace(PPO, kl_target=1.0, kl_horizon=2.0), "kl_horizon: wanted at least the 8 answers"),
-        (replace(GRPO, batch_warmup=0.5), "batch_warmup: wanted 0, as a round has a fixed number"),
-        (replace(GRPO, lora_rank=2, optimizer="muon"), "optimizer: wanted adamw to train adapters"),
-        (replace(GRPO, lora_alpha=8.0), "lora_alpha: wanted lora_rank with it, got 8.0"),
+        (replace(GRPO, passes=9), "checkpoint_every: expected at least the 18 steps of a round"),
+        (replace(GRPO, keep=1), "keep: expected 2 or more, as the last may be too far, got 1"),
+        (replace(GRPO, kl_target=1.0), "kl_target: expected a beta above 0 to adapt, got 0"),
+        (replace(PPO, kl_target=1.0, kl_horizon=2.0), "kl_horizon: expected at least the 8"),
+        (replace(GRPO, batch_warmup=0.5), "batch_warmup: expected 0, as a round has a fixed"),
+        (replace(GRPO, lora_rank=2, optimizer="muon"), "optimizer: expected adamw to train"),
+        (replace(GRPO, lora_alpha=8.0), "lora_alpha: expected lora_rank with it, got 8.0"),
         (replace(GRPO, beta=-1.0), "beta: wanted 0 or more, got -1.0"),
-        (replace(GRPO, lora_rank=2, lora_dropout=0.1), "lora_dropout: wanted 0, as the update"),
+        (replace(GRPO, lora_rank=2, lora_dropout=0.1), "lora_dropout: expected 0, as the update"),
         (replace(GRPO, val_tokens=99), "val_tokens: grpo has no use for it, got 99"),
-        (replace(GRPO, missing_end=math.inf), "missing_end: wanted a finite number, got inf"),
+        (replace(GRPO, missing_end=math.inf), "missing_end: expected a finite number, got inf"),
         (replace(GRPO, overlong="truncate"), "overlong: wanted one of skip, got 'truncate'"),
-        (replace(GRPO, data=()), "data: wanted at least one source of prompts, got none"),
+        (replace(GRPO, data=()), "data: expected at least one source of prompts, got none"),
         (replace(PPO, value="none"), "value: wanted one of own, shared, reward, got 'none'"),
         (replace(PPO, kl_penalty="k4"), "kl_penalty: wanted one of k1, k2, k3, got 'k4'"),
         (replace(PPO, critic_warmup=-1), "critic_warmup: expected 0 or more, got -1"),
         (replace(PPO, critic_warmup=2), "critic_warmup: expected rounds of fewer than the 6 steps"),
-        (replace(PPO, lam=1.5), "lam: wanted 0 to 1, got 1.5"),
-        (replace(PPO, dual_clip=1.0), "dual_clip: wanted a number above 1, got 1.0"),
-        (PPO, "reward: wanted a function, or a reward_model, got neither"),
-        (replace(PPO, reward="exact", value="reward"), "value: wanted a reward_model to begin"),
+        (replace(PPO, lam=1.5), "lam: expected 0 to 1, got 1.5"),
+        (replace(PPO, dual_clip=1.0), "dual_clip: expected a number above 1, got 1.0"),
+        (PPO, "reward: expected a function, or a reward_model, got neither"),
+        (replace(PPO, reward="exact", value="reward"), "value: expected a reward_model to begin"),
         (replace(GRPO, seq_len=8), "data: wanted prompts to answer, got none in 14 rows"),
     ],
 )  # fmt: skip

@@ -17,15 +17,8 @@ from fastlm.data.conversations import conversation_of
 from fastlm.errors import InputError
 from fastlm.model.causal_lm import CausalLM
 from fastlm.tokenizer.tokenizer import Tokenizer
-from fastlm.train.encoding import (
-    IGNORE,
-    Example,
-    fit,
-    pack,
-    place_in_order,
-    weights_digest,
-)
-from fastlm.train.epochs import Mixture
+from fastlm.train.encoding import place_in_order
+from fastlm.train.objective import IGNORE, Example, Mixture, fit, pack, weights_digest
 from fastlm.train.options import TrainOptions
 from fastlm.train.sft import AnswerTokens, Sft
 
@@ -127,7 +120,7 @@ def loss_of(model, parts: list[list[Example]], count: int) -> tuple[float, list[
     model.zero_grad()
     objective = AnswerTokens(
         model, EXAMPLES, [], TrainOptions(max_steps=1), batch_size=1, seed=0, base="",
-        tokenizer=None, prompt=(), device=torch.device("cpu"),
+        tokenizer=None, prompt=(),
     )  # fmt: skip
     total = 0.0
     for part in parts:
@@ -162,7 +155,7 @@ def test_the_loss_is_the_mean_over_learnt_tokens(model) -> None:
 def test_an_epoch_takes_every_example_once(model) -> None:
     objective = AnswerTokens(
         model, EXAMPLES, [], TrainOptions(max_steps=1), batch_size=3, seed=5, base="",
-        tokenizer=None, prompt=(), device=torch.device("cpu"),
+        tokenizer=None, prompt=(),
     )  # fmt: skip
     firsts = sorted(int(e.ids[0]) for e in EXAMPLES)
     epochs, sizes = [], []
@@ -189,7 +182,7 @@ def test_an_epoch_takes_sources_by_their_weights(model) -> None:
     assert mixture.taken() == [6, 1, 3]
     objective = AnswerTokens(
         model, [example([i, 9, 9], 1) for i in range(14)], [], TrainOptions(max_steps=1),
-        batch_size=4, seed=5, base="", tokenizer=None, prompt=(), device=torch.device("cpu"),
+        batch_size=4, seed=5, base="", tokenizer=None, prompt=(),
         mixture=mixture,
     )  # fmt: skip
     subsets = set()
@@ -214,7 +207,7 @@ def test_weights_of_one_change_nothing() -> None:
     rng = [np.random.Generator(np.random.PCG64(3)) for _ in range(2)]
     mixture = Mixture((3, 4), (1.0, 1.0))
     assert mixture.order(rng[0]).tolist() == rng[1].permutation(7).tolist()
-    assert mixture.identity() == {} and mixture.taken() == [3, 4]
+    assert mixture.taken() == [3, 4]
     assert Mixture((1000, 0), (0.0001, 2.0)).taken() == [1, 0]  # at least one where there are any
 
 
@@ -312,7 +305,7 @@ def test_a_position_names_the_row_of_the_next_batch(model) -> None:
     examples = [Example(e.ids, e.mask, f"file, line {i}") for i, e in enumerate(EXAMPLES)]
     objective = AnswerTokens(
         model, examples, [], TrainOptions(max_steps=1), batch_size=2, seed=1, base="",
-        tokenizer=None, prompt=(), device=torch.device("cpu"),
+        tokenizer=None, prompt=(),
     )  # fmt: skip
     for step in range(6):
         position = objective.position()
@@ -414,7 +407,7 @@ def test_nothing_to_learn(base, tmp_path) -> None:
     with pytest.raises(InputError, match=r"got none in 1 rows \(1 held out\)"):
         options(data=(str(file),), heldout=0.999999)(tmp_path / "none", model=base)
     with pytest.raises(
-        InputError, match="seq_len: wanted at most the model's context 128, got 129"
+        InputError, match="seq_len: expected at most the model's context 128, got 129"
     ):
         options(data=(str(file),), seq_len=129)(tmp_path / "none", model=base)
     with pytest.raises(InputError, match="sample_prompt: wanted at most 48 tokens"):
@@ -445,20 +438,20 @@ def test_rows_that_the_template_refuses(base, tmp_path) -> None:
 # ---- options and commands
 
 REFUSED = {
-    "batch_warmup: wanted 0 where epochs end the training (max_tokens or max_steps do without),"
+    "batch_warmup: expected 0 where epochs end the training (max_tokens or max_steps do without),"
     " got 0.1": {"batch_warmup": 0.1},
     "epochs: wanted a positive number, got 0": {"epochs": 0},
-    "heldout: wanted a share in [0, 1), got 1": {"heldout": 1},
+    "heldout: expected a share in [0, 1), got 1": {"heldout": 1},
     "overlong: wanted one of skip, truncate, split, got 'cut'": {"overlong": "cut"},
-    "seq_len: wanted 2 or more, got 1": {"seq_len": 1},
+    "seq_len: expected 2 or more, got 1": {"seq_len": 1},
     "batch_size: wanted 1 or more, got 0": {"batch_size": 0},
     "max_steps: wanted a positive number, got 0": {"max_steps": 0},
     "lr: wanted a positive number, got -1": {"lr": -1},
-    "date: wanted YYYY-MM-DD, got 'today'": {"date": "today"},
-    "date: wanted YYYY-MM-DD, got '20240726'": {"date": "20240726"},
+    "date: expected YYYY-MM-DD, got 'today'": {"date": "today"},
+    "date: expected YYYY-MM-DD, got '20240726'": {"date": "20240726"},
     "seed: wanted 0 or more, got -1": {"seed": -1},
-    "data_weights: wanted one for each of 1 sources, got 2": {"data_weights": (1.0, 2.0)},
-    "data_weights: wanted positive numbers, got 0.0": {"data_weights": (0.0,)},
+    "data_weights: expected one for each of 1 sources, got 2": {"data_weights": (1.0, 2.0)},
+    "data_weights: expected positive numbers, got 0.0": {"data_weights": (0.0,)},
 }
 
 

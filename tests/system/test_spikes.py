@@ -11,7 +11,7 @@ import torch
 
 from fastlm.errors import InputError
 from fastlm.train.loop import Interrupted, SpikeError
-from fastlm.train.loss_spikes import Spikes
+from fastlm.train.metrics import Spikes
 from fastlm.train.state import list_checkpoints
 
 BAD = 12  # the step whose loss is broken

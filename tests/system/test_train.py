@@ -19,8 +19,8 @@ from tiny_run import OPTIONS, start
 from fastlm.errors import InputError
 from fastlm.train import loop
 from fastlm.train.loop import Interrupted, NonFiniteError, train
+from fastlm.train.options import TrainOptions
 from fastlm.train.pretrain import NextToken
-from fastlm.train.schedule import due, learning_rate, micro_batches, progress
 from fastlm.train.state import difference, list_checkpoints, prune
 
 TIMES = ("seconds", "tokens_per_second", "progress")
@@ -47,22 +47,23 @@ def events(run):
 
 
 def test_schedules():
-    flat = dict(lr=2.0, warmup=0.1)
-    assert learning_rate(0.05, **flat) == 1.0
-    assert learning_rate(0.1, **flat) == pytest.approx(2.0)
-    assert learning_rate(0.55, **flat) == pytest.approx(1.0)
-    assert learning_rate(1.0, **flat, final_lr=0.1) == pytest.approx(0.2)
-    wsd = dict(flat, schedule="wsd", decay=0.2)
-    assert learning_rate(0.5, **wsd) == learning_rate(0.79, **wsd) == 2.0
-    assert learning_rate(0.9, **wsd) == pytest.approx(1.0)
-    assert learning_rate(1.0, **wsd) == 0.0
-    assert progress(5, 30, 10, 40) == 0.75
-    assert progress(5, 50, None, 40) == 1.0
-    assert progress(5, 10, 10, 40, tokens=90, max_tokens=100) == 0.9
-    grows = [micro_batches(done, 4, 0.3) for done in (0.0, 0.09, 0.11, 0.21, 0.29, 0.3, 1.0)]
-    assert grows == [1, 1, 2, 3, 3, 4, 4]
-    assert micro_batches(0.0, 4, 0.0) == 4 and micro_batches(0.5, 1, 1.0) == 1
-    assert due((0.0, 0.5), -1.0, 0.0) and due((0.5,), 0.4, 0.5) and not due((0.5,), 0.5, 0.6)
+    flat = TrainOptions(lr=2.0, warmup=0.1)
+    assert flat.learning_rate(0.05) == 1.0
+    assert flat.learning_rate(0.1) == pytest.approx(2.0)
+    assert flat.learning_rate(0.55) == pytest.approx(1.0)
+    assert replace(flat, final_lr=0.1).learning_rate(1.0) == pytest.approx(0.2)
+    wsd = replace(flat, schedule="wsd", decay=0.2)
+    assert wsd.learning_rate(0.5) == wsd.learning_rate(0.79) == 2.0
+    assert wsd.learning_rate(0.9) == pytest.approx(1.0)
+    assert wsd.learning_rate(1.0) == 0.0
+    assert TrainOptions(max_steps=10, max_seconds=40).progress(5, 0, 30) == 0.75
+    assert TrainOptions(max_seconds=40).progress(5, 0, 50) == 1.0
+    assert TrainOptions(max_steps=10, max_seconds=40, max_tokens=100).progress(5, 90, 10) == 0.9
+    grows = TrainOptions(accumulate=4, batch_warmup=0.3)
+    sizes = [grows.micro_batches(done) for done in (0.0, 0.09, 0.11, 0.21, 0.29, 0.3, 1.0)]
+    assert sizes == [1, 1, 2, 3, 3, 4, 4]
+    assert TrainOptions(accumulate=4).micro_batches(0.0) == 4
+    assert TrainOptions(batch_warmup=1.0).micro_batches(0.5) == 1
 
 
 def test_a_run_learns_and_writes_every_step(data, tmp_path):
@@ -356,10 +357,7 @@ def test_a_training_goes_on_under_a_larger_budget(data, tmp_path, interrupted):
     assert [e["step"] for e in steps] == list(range(1, 25))
     first = 8 if interrupted else 12
     for e in steps[first:]:
-        wanted = learning_rate(
-            (e["step"] - 0.5) / 24, lr=3e-3, schedule="wsd", warmup=0.1, decay=0.25
-        )
-        assert e["lr"] == pytest.approx(wanted)
+        assert e["lr"] == pytest.approx(plain.learning_rate((e["step"] - 0.5) / 24))
     assert [e["step"] for e in written if "val_loss" in e][-1] == 24
     before = (tmp_path / "metrics.jsonl").read_bytes()
     assert start(data, tmp_path, replace(plain, max_steps=20)).steps == 24  # already reached
@@ -403,9 +401,9 @@ def test_a_corrupt_checkpoint_is_refused(data, tmp_path):
         ({"lr": -1.0}, "lr: wanted a positive number, got -1.0"),
         ({"schedule": "linear"}, "schedule: wanted one of cosine, wsd"),
         ({"schedule": "wsd", "warmup": 0.4, "decay": 0.7}, "decay: expected at most 1 - warmup ="),
-        ({"sample_at": (2.0,)}, r"sample_at\[0\]: wanted 0 to 1"),
+        ({"sample_at": (2.0,)}, r"sample_at\[0\]: expected 0 to 1"),
         ({"keep": 0}, "keep: wanted 1 or more"),
-        ({"batch_warmup": 1.5}, "batch_warmup: wanted 0 to 1, got 1.5"),
+        ({"batch_warmup": 1.5}, "batch_warmup: expected 0 to 1, got 1.5"),
         ({"dtype": "float64"}, "dtype: wanted one of bfloat16, float32"),
     ],
 )

@@ -15,14 +15,13 @@ from preference_models import example, make_base, polite_pairs
 from fastlm.inference.requests import Completion, TokenLogprob
 from fastlm.model.causal_lm import CausalLM
 from fastlm.tokenizer.tokenizer import Tokenizer
-from fastlm.train import grpo_objective
+from fastlm.train import online_objectives
 from fastlm.train.dpo_objective import PreferredAnswers
-from fastlm.train.encoding import Example
-from fastlm.train.grpo_objective import GroupRelative
 from fastlm.train.losses import grpo_loss
+from fastlm.train.objective import Example
+from fastlm.train.online_objectives import GroupRelative
 from fastlm.train.options import TrainOptions
-from fastlm.train.preference_loss import PreferenceLoss
-from fastlm.train.preferences import Judged
+from fastlm.train.preferences import Judged, PreferenceLoss
 from fastlm.train.rollout_options import GrpoOptions
 from fastlm.train.sft import AnswerTokens
 
@@ -294,7 +293,7 @@ def test_grpo(base, tmp_path, monkeypatch, theirs_type, ours_type, scale, beta) 
     copied(made.policy, theirs)
     loss = trainer.compute_loss(theirs, batch)
     loss.backward()
-    monkeypatch.setattr(grpo_objective, "grpo_loss", partial(grpo_loss, kl_gradient="k3"))
+    monkeypatch.setattr(online_objectives, "grpo_loss", partial(grpo_loss, kl_gradient="k3"))
     assert step(made) == pytest.approx(float(loss.detach()), rel=1e-4, abs=1e-6)
     assert 0 < made.scalars([made.measurements()])["clip_fraction"] < 1
     assert apart(made.policy, theirs) < 1e-4
@@ -317,7 +316,7 @@ def test_the_kl_of_grpo_has_the_gradient_of_trls_default(base, tmp_path, monkeyp
     # advantages cancel: what is left is near the float32 rounding of terms near 1
     assert step(made) == pytest.approx(float(loss.detach()), rel=1e-4, abs=1e-6)
     assert apart(made.policy, theirs) < 1e-4
-    monkeypatch.setattr(grpo_objective, "grpo_loss", partial(grpo_loss, kl_gradient="k3"))
+    monkeypatch.setattr(online_objectives, "grpo_loss", partial(grpo_loss, kl_gradient="k3"))
     made.policy.zero_grad()
     made.at = 0
     step(made)

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastlm.inference.requests import Completion
 from fastlm.model.causal_lm import CausalLM
 from fastlm.train import losses
-from fastlm.train.ppo_objective import ActorCritic, value_model
+from fastlm.train.online_objectives import ActorCritic, value_model
 from fastlm.train.rollout_options import PpoOptions
 
 FOUND = json.loads((SUPPORT / "trl_ppo_values.json").read_text())

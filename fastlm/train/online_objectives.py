@@ -1,4 +1,6 @@
-"""PPO: a policy and a value model that estimates, at every token, the score to come."""
+"""PPO, with a value model that estimates the score to come at every token; GRPO and its relatives,
+where the advantage of an answer is relative to the others of its prompt.
+"""
 
 import copy
 from dataclasses import replace
@@ -9,25 +11,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlm.model.quantized_modules import QuantizedEmbedding, QuantizedLinear
-from fastlm.train.encoding import without_dropout
 from fastlm.train.losses import (
     Metrics,
     aggregate,
     gae,
+    grpo_advantages,
+    grpo_loss,
     kl_penalty,
     ppo_policy_loss,
     ppo_value_loss,
+    rloo_advantages,
     whiten,
 )
-from fastlm.train.objective import decay_matrices
+from fastlm.train.objective import decay_matrices, without_dropout
 from fastlm.train.online import Batch, Online, importance
-from fastlm.train.rollout_options import PpoOptions
+from fastlm.train.rollout_options import LOSS_TYPES, GrpoOptions, How, PpoOptions
 from fastlm.train.rollouts import Packed
 
 if TYPE_CHECKING:
     from fastlm.model.causal_lm import CausalLM
     from fastlm.model.reward_model import RewardModel
-
 
 BAD_ROUNDS = 5  # after which the value model's failure is no chance of a first round
 
@@ -36,7 +39,7 @@ class ValueModel(nn.Module):
     """The score to come at every token: a trunk, and a head from its hidden states to a number.
 
     ``trunk`` None shares the policy's, which then is given to `values`. ``kind``: how it began,
-    the option `value` of `fastlm.train.ppo.Ppo`.
+    the option `value` of `fastlm.train.online_stage.Ppo`.
     """
 
     def __init__(self, trunk: "CausalLM | None", width: int, kind: str):
@@ -57,7 +60,7 @@ class ValueModel(nn.Module):
 
 
 class ActorCritic(Online):
-    """The objective of `fastlm.train.ppo.Ppo`; the conventions are those of docs/ppo.md.
+    """The objective of `fastlm.train.online_stage.Ppo`; the conventions are those of docs/ppo.md.
 
     ``value``: the value model; see `ValueModel`. ``offset`` is added to its values: the mean score
     of the first round, so that a head of zeros begins with what is known of the returns and not
@@ -93,7 +96,7 @@ class ActorCritic(Online):
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.warming_up()):
             hidden = packed.hidden(self.policy)
-            logp, entropy = self.logprobs_of(self.policy, hidden, packed)
+            logp, entropy = self.logprobs(self.policy, packed, hidden)
         values = self.value.values(packed, None if self.value.trunk is not None else hidden)
         return logp, entropy, values + (self.offset or 0.0)
 
@@ -106,9 +109,8 @@ class ActorCritic(Online):
         if self.offset is None:
             self.offset = float(scores.mean())
             values = values + self.offset
-        kind = cast(Any, options.kl_penalty)  # one of `PENALTIES`
-        penalty = kl_penalty(logp, kept["ref_logp"], kind, mask=mask)
-        rewards = -self.beta * penalty
+        kind = cast(Any, options.kl_penalty)
+        rewards = -self.beta * kl_penalty(logp, kept["ref_logp"], kind, mask=mask)
         last = mask.sum(1) - 1
         rewards[torch.arange(len(last)), last] += scores
         if options.whiten_rewards:
@@ -116,18 +118,7 @@ class ActorCritic(Online):
         advantages, returns = gae(rewards, values, mask, gamma=options.gamma, lam=options.lam)
         spread = float(aggregate((returns - aggregate(returns, mask)).square(), mask))
         error = float(aggregate((returns - values).square(), mask))
-        self._watch_critic(1 - error / spread if spread > 0 else 0.0)
-        if options.whiten_advantages:
-            advantages = whiten(advantages, mask)
-        return {
-            "advantages": advantages * importance(kept["difference"]),
-            "returns": returns,
-            "values": values,
-        }
-
-    def _watch_critic(self, explained: float) -> None:
-        """Warn where the value model is worse than the mean of the returns for `BAD_ROUNDS`."""
-        self.made["explained_variance"] = explained
+        self.made["explained_variance"] = explained = 1 - error / spread if spread > 0 else 0.0
         self.bad_rounds = self.bad_rounds + 1 if explained < 0 else 0
         if self.bad_rounds and self.bad_rounds % BAD_ROUNDS == 0:
             self.warn(
@@ -135,6 +126,13 @@ class ActorCritic(Online):
                 f" mean for {self.bad_rounds} rounds (explained_variance {explained:.3g}): it adds"
                 " noise to the advantages; a higher value_lr or critic_warmup may help"
             )
+        if options.whiten_advantages:
+            advantages = whiten(advantages, mask)
+        return {
+            "advantages": advantages * importance(kept["difference"]),
+            "returns": returns,
+            "values": values,
+        }
 
     def warming_up(self) -> bool:
         """Whether the value model alone learns from the round at hand."""
@@ -161,12 +159,13 @@ class ActorCritic(Online):
             values, c["values"], c["returns"], mask, clip=options.value_clip, num_items=num_items
         )
         of_value["value_clip_fraction"] = of_value.pop("clip_fraction")
+        value_loss = options.value_weight * value_loss
         if self.warming_up():
-            loss = options.value_weight * value_loss
+            loss = value_loss
         else:
-            loss = loss + options.value_weight * value_loss
-        if options.entropy and not self.warming_up():
-            loss = loss - options.entropy * aggregate(entropy, mask, num_items=num_items)
+            loss = loss + value_loss
+            if options.entropy:
+                loss = loss - options.entropy * aggregate(entropy, mask, num_items=num_items)
         return loss, (metrics, of_value, self.mean_entropy(entropy, mask))
 
 
@@ -203,3 +202,74 @@ def _trunk_of(policy: "CausalLM") -> "CausalLM":
         del trunk.lm_head
         trunk.config = replace(trunk.config, tie_word_embeddings=True)
     return trunk
+
+
+class GroupRelative(Online):
+    """The objective of `fastlm.train.online_stage.Grpo`.
+
+    The KL to the reference is a term of the loss, but for RLOO: there it is subtracted from the
+    score of the answer, and an answer is one action, whose log-probability is the sum of its
+    tokens'.
+    """
+
+    columns = ("advantages", "ref_logp", "learnt")
+
+    options: GrpoOptions
+
+    def __init__(self, *args: Any, **more: Any):
+        super().__init__(*args, **more)
+        how, self.scaled = LOSS_TYPES[self.options.loss_type]
+        self.how: How = how
+
+    def estimate(self, scores: Tensor, mask: Tensor, kept: dict[str, Tensor]) -> dict[str, Tensor]:
+        size, difference = self.options.answers, kept["difference"]
+        if self.options.loss_type == "rloo":
+            difference = torch.where(mask, difference, 0.0).sum(1, keepdim=True)
+            gap = torch.where(mask, kept["logp"] - kept["ref_logp"], 0.0).sum(1)
+            advantages = rloo_advantages(scores - self.beta * gap, size)
+        else:
+            advantages = grpo_advantages(scores, size, scale=self.scaled)
+        low, high = scores.view(-1, size).aminmax(dim=1)
+        self.made["groups_apart"] = float((high > low).float().mean())  # others teach nothing
+        learnt = mask
+        if self.options.mask_truncated:
+            ended = torch.tensor([answer.ended for answer in self.answers], device=mask.device)
+            learnt = mask & ended[:, None]
+        weighted = advantages[:, None] * importance(difference)
+        return {
+            "advantages": weighted.expand_as(mask).contiguous(),
+            "ref_logp": kept["ref_logp"],
+            "learnt": learnt,
+        }
+
+    def num_items(self, batch: Batch) -> int:
+        learnt = batch.columns["learnt"]
+        if self.how == "token":
+            return int(learnt.sum())
+        answers = int(learnt.any(1).sum())
+        return answers * self.options.max_new_tokens if self.how == "constant" else answers
+
+    def micro_loss(self, batch: Batch, num_items: int) -> tuple[Tensor, tuple[Metrics, ...]]:
+        c, options = batch.columns, self.options
+        logp, entropy = self.logprobs(self.policy, batch.packed)
+        if options.loss_type == "rloo":
+            new, old = (
+                torch.where(c["learnt"], x, 0.0).sum(1, keepdim=True) for x in (logp, c["old_logp"])
+            )
+            some = c["learnt"].any(1, keepdim=True)
+            loss, _ = ppo_policy_loss(
+                new, old, c["advantages"][:, :1], some, clip=options.clip, num_items=num_items
+            )
+            _, metrics = ppo_policy_loss(  # per token, as those of the others
+                logp.detach(), c["old_logp"], c["advantages"], c["learnt"], clip=options.clip
+            )
+        else:
+            loss, metrics = grpo_loss(
+                logp, c["old_logp"], c["ref_logp"], c["advantages"], c["learnt"], clip=options.clip,
+                beta=self.beta, how=self.how, num_items=num_items,
+            )  # fmt: skip
+            metrics["update_kl"] = metrics.pop("kl")
+        if options.entropy:
+            bonus = aggregate(entropy, c["learnt"], how=self.how, num_items=num_items)
+            loss = loss - options.entropy * bonus
+        return loss, (metrics, self.mean_entropy(entropy, batch.packed.mask))
