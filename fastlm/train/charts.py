@@ -1,11 +1,10 @@
-"""Charts of trainings on preferences and on a policy's own answers, and of reward models."""
+"""Charts of trainings, by what their metrics.jsonl holds, and of reward models."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastlm.pipeline.charts import (
     BLUE,
-    GREEN,
     ORANGE,
     PALE,
     SOFT,
@@ -13,65 +12,52 @@ from fastlm.pipeline.charts import (
     legend,
     level,
     new_axes,
-    noisy_curve,
-    points_with_errors,
-    right_axis,
     running_mean,
 )
 
 Metrics = list[dict[str, Any]]
+# label of the y axis, what is drawn, a level to compare with, the most that is shown
+CHARTS: tuple[tuple[str, tuple[str, ...], float | None, tuple[float, float] | None], ...] = (
+    ("reward, nats times β", ("reward_chosen", "reward_rejected"), 0.0, None),
+    ("share ranked right", ("accuracy",), 0.5, (-0.02, 1.02)),
+    ("score", ("score",), None, None),
+    ("KL to the reference, nats per answer", ("kl", "kl3"), 0.0, None),
+    ("tokens per answer", ("length",), None, None),
+    ("share of answers that ended, of repeated 4-grams", ("ended", "repetition"), None, None),
+    ("explained variance of the returns", ("explained_variance",), 0.0, (-2.0, 1.05)),
+)
 
 
-def rewards_chart(metrics: Metrics) -> str:
-    """Draw the rewards of chosen and rejected answers, running means over the steps, and the
-    held-out ones.
+def training_charts(metrics: Metrics) -> list[str]:
+    """Draw each of `CHARTS` that was measured: of steps or rounds the running mean, and alone each
+    value pale; of validations points, with their standard error.
     """
-    figure, axes = new_axes("step", "reward, nats times β")
-    level(axes)
-    for side, color in (("chosen", BLUE), ("rejected", ORANGE)):
-        steps = [m for m in metrics if f"reward_{side}" in m]
-        if steps:
-            values = running_mean([m[f"reward_{side}"] for m in steps])
-            axes.plot([m["step"] for m in steps], values, color=color, linewidth=2, label=side)
-        held = [m for m in metrics if f"val_reward_{side}" in m]
-        if held:
-            axes.plot(
-                [m["step"] for m in held], [m[f"val_reward_{side}"] for m in held], "o",
-                color=color, markersize=5, markerfacecolor="white", label=f"{side}, held-out",
-            )  # fmt: skip
-    legend(axes, columns=2)
-    return as_svg(figure)
-
-
-def curve_chart(
-    metrics: Metrics,
-    label: str,
-    name: str,
-    title: str | None = None,
-    *,
-    reference: float | None = None,
-    limits: tuple[float, float] | None = None,
-) -> str:
-    """Draw what steps or rounds measured as ``name`` (each pale, running mean strong), what
-    validations measured, with its standard error, and a level to compare with.
-    """
-    figure, axes = new_axes("step", label)
-    if reference is not None:
-        level(axes, reference)
-    noisy_curve(axes, *_series(metrics, name), title)
-    points_with_errors(axes, metrics, f"val_{name}")
-    if limits is not None:
-        axes.set_ylim(*limits)
-    if title is not None:
-        legend(axes)
-    return as_svg(figure)
-
-
-def accuracy_chart(metrics: Metrics) -> str:
-    """Draw the share of answers that are ranked right, of training and held-out."""
-    return curve_chart(
-        metrics, "share ranked right", "accuracy", "training", reference=0.5, limits=(-0.02, 1.02)
-    )
+    charts = []
+    for label, names, reference, limits in CHARTS:
+        if not any(name in line for line in metrics for name in names):
+            continue
+        figure, axes = new_axes("step", label)
+        if reference is not None:
+            level(axes, reference)
+        for name, color in zip(names, (BLUE, ORANGE)):
+            x, y = _series(metrics, name)
+            title = name.replace("_", " ")
+            if len(names) == 1:
+                axes.plot(x, y, color=PALE, linewidth=0.8)
+            axes.plot(x, running_mean(y), color=color, linewidth=2, label=title)
+            held = _series(metrics, f"val_{name}")
+            if held[0]:
+                axes.errorbar(
+                    *held, _series(metrics, f"val_{name}_error")[1] or None, fmt="o", elinewidth=1,
+                    color=ORANGE if len(names) == 1 else color, markersize=5,
+                    markerfacecolor="white", label=f"{title}, held-out",
+                )  # fmt: skip
+        if limits is not None:
+            low, high = axes.get_ylim()
+            axes.set_ylim(max(low, limits[0]), min(high, limits[1]))
+        legend(axes, columns=2)
+        charts.append(as_svg(figure))
+    return charts
 
 
 def calibration_chart(bins: Sequence[Mapping[str, float]]) -> str:
@@ -105,48 +91,6 @@ def frontier_chart(metrics: Metrics) -> str:
     axes.plot(x, score, color=PALE, linewidth=0.8)
     axes.scatter(x, score, 16, c=steps, cmap="Blues", vmin=-max(steps, default=1) / 2, zorder=3)
     return as_svg(figure)
-
-
-def kl_chart(metrics: Metrics) -> str:
-    """Draw the KL to the reference by k1, with its standard error, and by k3, which is never
-    negative.
-    """
-    figure, axes = new_axes("step", "KL to the reference, nats per answer")
-    level(axes)
-    x, y = _series(metrics, "kl")
-    _, error = _series(metrics, "kl_error")
-    low, high = ([v + sign * e for v, e in zip(y, error)] for sign in (-1, 1))
-    axes.fill_between(x, low, high, color=PALE, linewidth=0, alpha=0.6)
-    axes.plot(x, y, color=BLUE, linewidth=2, label="k1 ± standard error")
-    axes.plot(x, _series(metrics, "kl3")[1], color=GREEN, linewidth=1.5, label="k3")
-    legend(axes)
-    return as_svg(figure)
-
-
-def answers_chart(metrics: Metrics) -> str:
-    """Draw the mean length of answers, and the share of them that ended (right axis)."""
-    figure, axes = new_axes("step", "tokens per answer")
-    axes.plot(*_series(metrics, "length"), color=BLUE, linewidth=2, label="length")
-    axes.set_ylim(bottom=0)
-    shares = right_axis(axes, "share")
-    shares.plot(*_series(metrics, "ended"), color=ORANGE, linewidth=1.5)
-    shares.plot(*_series(metrics, "repetition"), color=GREEN, linewidth=1.5)
-    shares.set_ylim(-0.02, 1.02)
-    axes.plot([], [], color=ORANGE, linewidth=1.5, label="share that ended")
-    axes.plot([], [], color=GREEN, linewidth=1.5, label="repeated 4-grams")
-    legend(axes)
-    return as_svg(figure)
-
-
-def value_chart(metrics: Metrics) -> str:
-    """Draw the share of the returns' variance that the value model explains; below 0 it is worse
-    than their mean.
-    """
-    lowest = min([-0.1, *_series(metrics, "explained_variance")[1]])
-    return curve_chart(
-        metrics, "explained variance of the returns", "explained_variance", reference=0.0,
-        limits=(max(-2.0, lowest), 1.05),  # a first round may be far below
-    )  # fmt: skip
 
 
 def _series(metrics: Metrics, name: str) -> tuple[list[int], list[float]]:

@@ -182,8 +182,7 @@ class TeacherTokens(Taught):
 
 class StoredTokens(Taught):
     """A teacher on disk (`fastlm.train.teacher_logits`): the forward KL to its likeliest tokens and
-    the rest (`fastlm.train.topk_distillation`). Batches have the teacher's rows after the usual
-    three tensors.
+    the rest. Batches have the teacher's rows after the usual three tensors.
     """
 
     def __init__(self, *args: Any, stored: "TeacherLogits", **common: Any):

@@ -92,7 +92,6 @@ labels (prompt, completion, label)."""
 
     def section(self, job: Job, result: Mapping[str, Any], metrics: list[dict[str, Any]]) -> Part:
         from fastlm.pipeline.charts import loss_chart
-        from fastlm.train.charts import accuracy_chart, rewards_chart
 
         facts = {
             "preferences": rows_text(result, f"{result['pairs']:,} {self.unit()}"),
@@ -100,21 +99,12 @@ labels (prompt, completion, label)."""
             "batch": f"{self.batch_size * self.accumulate} {self.unit()} without padding",
             **self.lora_facts(result),
         }
-        cards = []
-        if (accuracy := result["metrics"].get("val_accuracy")) is not None:
-            error = result["metrics"]["val_accuracy_error"]
-            facts["held-out accuracy"] = f"{100 * accuracy:.1f} % ± {100 * error:.1f}"
-            cards = [(f"{100 * accuracy:.0f} %", "of held-out answers ranked right")]
         return Part(
             "Preference training",
             "An answer's reward is β times how much likelier it has become, in nats, than by the"
             " model before training. A falling reward of the chosen answers means that the model"
             " unlearns them too.",
             facts=facts,
-            charts=[
-                loss_chart(metrics, f"loss per {self.unit()[:-1]}"),
-                rewards_chart(metrics),
-                *([accuracy_chart(metrics)] if any("logp_chosen" in m for m in metrics) else []),
-            ],
-            cards=cards,
+            charts=[loss_chart(metrics, f"loss per {self.unit()[:-1]}")],
+            cards=self.cards(result),
         )

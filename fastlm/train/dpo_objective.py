@@ -16,7 +16,7 @@ from fastlm.train.objective import (
     digest,
     in_dtype,
     pack,
-    pack_pairs,
+    pack_groups,
     without_dropout,
 )
 from fastlm.train.preferences import Judged, PreferenceLoss, accuracy_error, ranked_right, right
@@ -108,7 +108,7 @@ class PreferredAnswers(Epochs):
         """Pack single answers, or pairs with their keys, for `sums`."""
         if len(answers[0]) == 1:
             return *pack([one for (one,) in answers], self.device), None
-        packed, keys = pack_pairs(answers, self.device)
+        packed, keys = pack_groups(answers, self.device)
         return *packed, keys
 
     def sums(

@@ -180,29 +180,30 @@ def pack(examples: Sequence[Example], device: "torch.device | str" = "cpu") -> "
     return input_ids, shift_labels, cu_seqlens
 
 
-def pack_pairs(
-    pairs: Sequence[tuple[Example, ...]], device: "torch.device | str" = "cpu"
+def pack_groups(
+    groups: Sequence[Sequence[Example]], device: "torch.device | str" = "cpu"
 ) -> "tuple[Batch, tuple[Tensor, Tensor]]":
-    """Join pairs of answers to one prompt as `pack` does, in turns, but the second without what it
-    shares with the first: at most all before the token that predicts its first learnt one. Also
-    return the keys of each, for `CausalLM.hidden`.
+    """Join groups of answers to one prompt as `pack` does, but the others of a group without what
+    they share with its first: at most all before the token that predicts their first learnt one.
+    Also return the keys of each, for `CausalLM.hidden`.
     """
     import numpy as np
     import torch
 
     own: list[Example] = []
     keys: list[np.ndarray] = []
-    start = 0  # of a pair's first answer
-    for first, second in pairs:
-        n = min(len(first.ids) - 1, int(second.mask[1:].argmax()))
-        same = first.ids[:n] == second.ids[:n]
-        shared = n if same.all() else int(same.argmin())
-        own += [first, second[shared:]]
-        middle = start + len(first.ids) - 1
-        end = middle + len(second.ids) - shared - 1
-        keys.append(np.arange(start, middle))
-        keys.append(np.concatenate([np.arange(start, start + shared), np.arange(middle, end)]))
-        start = end
+    end = 0  # of what is joined so far
+    for first, *others in groups:
+        start, end = end, end + len(first.ids) - 1
+        own.append(first)
+        keys.append(np.arange(start, end))
+        for other in others:
+            n = min(len(first.ids) - 1, int(other.mask[1:].argmax()))
+            same = first.ids[:n] == other.ids[:n]
+            shared = n if same.all() else int(same.argmin())
+            own.append(other[shared:])
+            begin, end = end, end + len(other.ids) - shared - 1
+            keys.append(np.concatenate([np.arange(start, start + shared), np.arange(begin, end)]))
     ends = np.cumsum([0, *map(len, keys)], dtype=np.int32)
     rows, offsets = (torch.from_numpy(x).to(device) for x in (np.concatenate(keys), ends))
     return pack(own, device), (rows, offsets)

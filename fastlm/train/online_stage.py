@@ -78,16 +78,12 @@ messages), or conversations, of which what precedes the last answer is the promp
     uwo_coefficient: Annotated[float, "What a disagreement of the reward models costs"] = 0.1
     seq_len: Annotated[int | None, "Most tokens of prompt and answer; default: the context"] = None
     overlong: Annotated[str, "Prompts that leave no room for an answer: skip"] = "skip"
-    heldout: Annotated[float, "Share of the prompts that is held out"] = 0.05
-    keep_best: Annotated[bool, "Also keep the weights of the highest val_score"] = False
-    take: Annotated[str, "The weights to leave: last, or best (of the highest val_score)"] = "last"
     spike_factor: Annotated[
         float | None, "A loss so many standard deviations above the mean of spike_window is a spike"
     ] = None  # a surrogate's loss says little
     lr: Annotated[float, "Peak learning rate"] = 1e-6
     eps: Annotated[float, "AdamW's epsilon"] = 1e-5
     checkpoint_every: Annotated[int, "Steps between checkpoints"] = 50
-    sample_prompt: Annotated[str, "Message that a sample answers; default: a held-out prompt"] = ""
 
     def check(self) -> None:
         check_replicas(self.kind, self.parallel)
@@ -201,7 +197,7 @@ messages), or conversations, of which what precedes the last answer is the promp
 
     def section(self, job: Job, result: Mapping[str, Any], metrics: list[dict[str, Any]]) -> Part:
         from fastlm.pipeline.text import count_text
-        from fastlm.train.charts import answers_chart, curve_chart, frontier_chart, kl_chart
+        from fastlm.train.charts import frontier_chart
 
         held = [m for m in metrics if "val_score" in m]
         models = job.inputs.get("reward_model", ())
@@ -229,16 +225,9 @@ messages), or conversations, of which what precedes the last answer is the promp
                 "answers": f"{count_text(result['tokens'])} tokens learnt from, at temperature"
                 f" {self.temperature}, at most {self.max_new_tokens} each",
             },
-            charts=[
-                curve_chart(metrics, "score", "score", "rounds"), frontier_chart(metrics),
-                kl_chart(metrics), answers_chart(metrics), *self.charts(metrics),
-            ],
+            charts=[frontier_chart(metrics)],
             cards=cards,
         )  # fmt: skip
-
-    def charts(self, metrics: list[dict[str, Any]]) -> list[str]:
-        """Further charts of the report."""
-        return []
 
     def title(self) -> str:
         raise NotImplementedError
@@ -278,11 +267,6 @@ class Ppo(PpoOptions, OnlineStage):
         )  # fmt: skip
         settings = select_options(self, PpoOptions)
         return ActorCritic(policy, *args, settings, value=value, **more)
-
-    def charts(self, metrics: list[dict[str, Any]]) -> list[str]:
-        from fastlm.train.charts import value_chart
-
-        return [value_chart(metrics)]
 
     def title(self) -> str:
         return "PPO"

@@ -91,8 +91,8 @@ class TrainOptions:
     async_checkpoints: Annotated[
         bool, "Write checkpoints beside the training, from copies in memory"
     ] = False
-    keep_best: Annotated[bool, "Also keep the weights of the lowest val_loss"] = False
-    take: Annotated[str, "The weights to leave: last, or best (of the lowest val_loss)"] = "last"
+    keep_best: Annotated[bool, "Also keep the weights of the best validation"] = False
+    take: Annotated[str, "The weights to leave: last, or best (of the best validation)"] = "last"
     parallel: Annotated[
         str,
         "Under torchrun: ddp (each process has the whole model), fsdp (a shard of it) or hsdp (a"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fastlm.errors import InputError
-from fastlm.pipeline.stage import MaybePositional, not_negative, one_of, positive
+from fastlm.pipeline.stage import not_negative, one_of, positive
 from fastlm.train.encoding import TrainingData
 from fastlm.train.objective import Example, digest, fit
 from fastlm.train.options import expect
@@ -68,18 +68,8 @@ class PreferenceStage(ChatStage):
     rows = "preferences"
     form = "preferences"
 
-    data: Annotated[
-        tuple[str, ...],
-        MaybePositional(
-            "Preferences: .jsonl or .json files, folders, pypi:, sdist: or deb:NAME#GLOB"
-        ),
-    ] = ()
     accumulate: Annotated[int, "Micro-batches per step"] = 4
-    seq_len: Annotated[
-        int | None, "Most tokens of prompt and answer; default: the context, at most 2048"
-    ] = None
-    overlong: Annotated[str, "Longer answers: skip the row, or truncate"] = "skip"
-    heldout: Annotated[float, "Share of the prompts that is held out"] = 0.1
+    heldout: Annotated[float, "Share of the data that is held out"] = 0.1
 
     def figures(self, result: Mapping[str, Any]) -> list[str]:
         """Return loss and accuracy, for the user."""
@@ -88,6 +78,14 @@ class PreferenceStage(ChatStage):
             accuracy, error = metrics["val_accuracy"], metrics["val_accuracy_error"]
             figures.append(f"held-out accuracy {100 * accuracy:.1f} % +- {100 * error:.1f}")
         return figures
+
+    def cards(self, result: Mapping[str, Any]) -> list[tuple[str, str]]:
+        """Return the accuracy, for the top of the report."""
+        metrics = result["metrics"]
+        if "val_accuracy" not in metrics:
+            return []
+        accuracy, error = (100 * metrics[f"val_accuracy{name}"] for name in ("", "_error"))
+        return [(f"{accuracy:.0f} ± {error:.0f} %", "of held-out answers ranked right")]
 
 
 @dataclass(frozen=True, slots=True)

@@ -224,14 +224,8 @@ class Reward(PreferenceStage):
 
     def section(self, job: Job, result: Mapping[str, Any], metrics: list[dict[str, Any]]) -> Part:
         from fastlm.pipeline.charts import loss_chart
-        from fastlm.train.charts import accuracy_chart, calibration_chart
+        from fastlm.train.charts import calibration_chart
 
-        cards = []
-        if (accuracy := result["metrics"].get("val_accuracy")) is not None:
-            error = result["metrics"]["val_accuracy_error"]
-            cards = [
-                (f"{100 * accuracy:.0f} ± {100 * error:.0f} %", "of held-out pairs ranked right")
-            ]
         bias, calibrated = result["length_bias"], result["calibration"]
         return Part(
             "Reward model",
@@ -241,14 +235,12 @@ class Reward(PreferenceStage):
                 "batch": f"{self.batch_size * self.accumulate} rows without padding",
             },
             charts=[
-                loss_chart(metrics, "loss per comparison"),
-                accuracy_chart(metrics),
-                calibration_chart(calibrated["bins"]),
+                loss_chart(metrics, "loss per comparison"), calibration_chart(calibrated["bins"])
             ],
-            cards=cards,
+            cards=self.cards(result),
             template="reward.html.jinja",
             values={"c": calibrated, "b": bias, "on": result["measured_on"]},
-        )
+        )  # fmt: skip
 
 
 def ids_of(judged: Sequence[Judged]) -> list[list[int]]:

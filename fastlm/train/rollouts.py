@@ -6,10 +6,9 @@ again. Which tokens are an answer's follows from lengths, never from token ids: 
 token is its end token (SmolLM2-Instruct) learns its end token like any other.
 """
 
-import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,11 +18,10 @@ from fastlm.errors import InputError
 from fastlm.inference.requests import Completion, batch_requests
 from fastlm.inference.sampling import Sampling
 from fastlm.model.generation import engine_for
+from fastlm.train.objective import IGNORE, Example, pack_groups
 
 if TYPE_CHECKING:
     from fastlm.model.causal_lm import CausalLM
-
-IGNORE = -100
 
 
 def sample_answers(
@@ -35,15 +33,13 @@ def sample_answers(
     seed: int = 0,
     stop_ids: frozenset[int] = frozenset(),
     rows: int = 64,
-    tick: Callable[[int], Any] | None = None,
 ) -> list[Completion]:
     """Sample an answer to every prompt, at most ``rows`` at a time.
 
     Answer i draws from ``seed + i``. It ends with the first end token of the model or of
     ``stop_ids``, which is kept, or after ``max_new_tokens``. There are no top-k, top-p and min-p:
     they would sample from another policy than the one that is trained, whose KL estimates would
-    be wrong (even negative). Temperature 0 is greedy, for validation. ``tick`` is called with the
-    number of answers that are done.
+    be wrong (even negative). Temperature 0 is greedy, for validation.
 
     Where rotary frequencies depend on the length of the context, those of the longest prompt with
     its answer serve all.
@@ -61,10 +57,7 @@ def sample_answers(
     requests = batch_requests(
         prompts, max_new_tokens, Sampling(temperature), seed=seed, stop_ids=stop_ids, logprobs=0
     )
-    done = itertools.count(1)
-    completions = engine_for(model, requests, max_num_seqs=rows).generate(
-        requests, on_completion=lambda _: tick and tick(next(done))
-    )
+    completions = engine_for(model, requests, max_num_seqs=rows).generate(requests)
     if failed := [one.error for one in completions if one.error]:
         raise RuntimeError(failed[0])
     return completions
@@ -129,32 +122,14 @@ def pack_answers(
     the same prompt have it once: of the later ones, only its last token is there, which predicts
     the answer.
     """
-    ids: list[list[int]] = []
-    labels: list[list[int]] = []
-    keys: list[np.ndarray] = []
-    start = end = 0  # of the prompt that is shared, of what is joined so far
+    groups: list[list[Example]] = []
     for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        same = share_prompts and i > 0 and prompt == prompts[i - 1]
-        shared = len(prompt) - 1 if same else 0
-        if not shared:
-            start = end
-        ids.append([*prompt[shared:], *answer[:-1]])
-        labels.append([IGNORE] * (len(prompt) - 1 - shared) + list(answer))
-        own = np.arange(end, end + len(ids[-1]))
-        keys.append(np.concatenate([np.arange(start, start + shared), own]))
-        end += len(ids[-1])
+        ids = np.array([*prompt, *answer], np.int32)
+        if not (share_prompts and i and prompt == prompts[i - 1]):
+            groups.append([])
+        groups[-1].append(Example(ids, np.arange(len(ids)) >= len(prompt)))
+    (ids, labels, cu_seqlens), keys = pack_groups(groups, device)
+    shares = len(keys[0]) > ids.shape[1]
     lengths = torch.tensor([len(answer) for answer in answers])
-    rows = np.concatenate(keys)
-    shares = len(rows) > end
-    return Packed(
-        torch.tensor([[*itertools.chain(*ids)]], device=device),
-        torch.tensor([[*itertools.chain(*labels)]], device=device),
-        _ends(ids).to(device),
-        (torch.from_numpy(rows).to(device), _ends(keys).to(device)) if shares else None,
-        (torch.arange(int(lengths.max())) < lengths[:, None]).to(device),
-    )
-
-
-def _ends(rows: Sequence[Any]) -> Tensor:
-    """Where each row begins in their concatenation, and where the last ends: (B + 1,) int32."""
-    return torch.tensor(np.cumsum([0, *map(len, rows)]), dtype=torch.int32)
+    mask = (torch.arange(int(lengths.max())) < lengths[:, None]).to(device)
+    return Packed(ids, labels, cu_seqlens, keys if shares else None, mask)

@@ -79,7 +79,7 @@ class Sft(LoraOptions, ChatStage):
 
     overlongs = tuple(OVERLONG)
 
-    overlong: Annotated[str, "Longer conversations: skip, truncate or split"] = "skip"
+    overlong: Annotated[str, "Longer examples: skip, truncate or split"] = "skip"
     data_weights: Annotated[
         tuple[float, ...], "How often an epoch takes each source of the data; default: once"
     ] = ()

@@ -138,9 +138,11 @@ class TrainingStage(TrainOptions, Stage):
 
     def report(self, job: Job, result: Mapping[str, Any]) -> Part:
         from fastlm.pipeline.text import seconds_text
+        from fastlm.train.charts import training_charts
 
         metrics = read_metrics(job.out / METRICS)
         part = self.section(job, result, metrics)
+        part.charts = [*part.charts, *training_charts(metrics)]
         part.facts = {
             **part.facts,
             "schedule": f"{OPTIMIZERS[self.optimizer]}, {self.schedule}, peak {self.lr},"
@@ -183,19 +185,17 @@ class ChatStage(TrainingStage):
 
     data: Annotated[
         tuple[str, ...],
-        MaybePositional(
-            "Conversations: .jsonl or .json files, folders, pypi:, sdist: or deb:NAME#GLOB"
-        ),
+        MaybePositional("Rows: .jsonl or .json files, folders, pypi:, sdist: or deb:NAME#GLOB"),
     ] = ()
     epochs: Annotated[float | None, "Passes over the data; default: 1 if nothing else ends"] = None
     batch_size: Annotated[int, "Conversations per micro-batch, joined without padding"] = 8
     seq_len: Annotated[
-        int | None, "Most tokens per conversation; default: the context, at most 2048"
+        int | None, "Most tokens of an example; default: the context, at most 2048"
     ] = None
-    overlong: Annotated[str, "Longer conversations: skip or truncate"] = "skip"
+    overlong: Annotated[str, "Longer examples: skip or truncate"] = "skip"
     skip_bad: Annotated[bool, "Count bad rows instead of stopping at the first one"] = False
     date: Annotated[str, "What chat templates take for today, YYYY-MM-DD"] = "2024-07-26"
-    heldout: Annotated[float, "Share of the conversations that is held out"] = 0.05
+    heldout: Annotated[float, "Share of the data that is held out"] = 0.05
     chat_template: Annotated[str, "Jinja file; default: the model's own, else ChatML"] = ""
     lr: Annotated[float, "Peak learning rate"] = 2e-5
     warmup: Annotated[float, "Share of the run in which the rate rises"] = 0.03

@@ -21,7 +21,7 @@ from fastlm.model.causal_lm import CausalLM
 from fastlm.train.dpo import Dpo
 from fastlm.train.dpo_objective import PreferredAnswers
 from fastlm.train.loop import Interrupted
-from fastlm.train.objective import IGNORE, Example, pack_pairs
+from fastlm.train.objective import IGNORE, Example, pack_groups
 from fastlm.train.options import TrainOptions
 from fastlm.train.preferences import Judged, PreferenceLoss, with_other_answers
 
@@ -199,7 +199,7 @@ def test_every_reference_is_measured_once() -> None:
 
 def test_a_pair_has_its_prompt_once() -> None:
     """But for the token that predicts the first token of the answer: it has two labels."""
-    (ids, labels, cu_seqlens), (rows, ends) = pack_pairs([pair.answers for pair in PAIRS[:2]])
+    (ids, labels, cu_seqlens), (rows, ends) = pack_groups([pair.answers for pair in PAIRS[:2]])
     assert ids.tolist() == [[5, 6, 7, 8, 7, 11, 12, 11, 14, 15, 16, 17]]
     assert labels.tolist() == [[IGNORE, IGNORE, 8, 9, 10, 12, 13, 14, 15, 16, 17, 18]]
     assert cu_seqlens.tolist() == [0, 4, 5, 7, 12]
@@ -217,7 +217,7 @@ def test_a_shared_prompt_changes_no_log_probability(window) -> None:
         (example([*prompt, 10, 11, 12], 7), example([*prompt, 10, 13], 7)),
         (example([*prompt, 10, 11], 7), example([*prompt[:4], 1, 2, 10, 13, 14], 6)),
     ]
-    packed, keys = pack_pairs(pairs)
+    packed, keys = pack_groups(pairs)
     assert packed[0].shape[1] < sum(len(e.ids) - 1 for pair in pairs for e in pair)
     ids, labels, cu_seqlens = packed
     logps = model.logprobs(ids, labels, cu_seqlens=cu_seqlens, keys=keys)[0]
@@ -236,7 +236,7 @@ def test_a_shared_prompt_changes_no_log_probability(window) -> None:
 
 def test_keys_that_cannot_be_are_refused() -> None:
     model = CausalLM(config(64), seed=2)
-    (ids, labels, cu_seqlens), (rows, ends) = pack_pairs([pair.answers for pair in PAIRS[:2]])
+    (ids, labels, cu_seqlens), (rows, ends) = pack_groups([pair.answers for pair in PAIRS[:2]])
     model.hidden(ids, cu_seqlens=cu_seqlens, keys=(rows, ends))
     with pytest.raises(InputError, match="keys: wanted with cu_seqlens, got none"):
         model.logprobs(ids, labels, keys=(rows, ends))

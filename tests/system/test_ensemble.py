@@ -168,7 +168,7 @@ def test_one_model_is_no_ensemble(base, rewards, data, tmp_path) -> None:
     ("stage", "message"),
     [
         ({"kind": "ppo", "ensemble": "min", "reward_model": ["./a"]}, "ensemble: expected two or"),
-        ({"kind": "ppo", "reward_model": ["./a", "./a"]}, "reward_model: expected each once, got"),
+        ({"kind": "ppo", "reward_model": ["./a", "./a"]}, "reward_model: wanted each once, got"),
         ({"kind": "grpo"}, "reward: expected a function, or a reward_model, got neither"),
         ({"kind": "ppo", "reward": "exact", "value": "reward"}, "value: expected a reward_model"),
         ({"kind": "distill"}, "teacher: expected a teacher or teacher_logits, got neither"),

@@ -358,7 +358,7 @@ def test_a_reward_of_ones_own(base, data, tmp_path) -> None:
         (replace(GRPO, data=()), "data: expected at least one source of prompts, got none"),
         (replace(PPO, value="none"), "value: wanted one of own, shared, reward, got 'none'"),
         (replace(PPO, kl_penalty="k4"), "kl_penalty: wanted one of k1, k2, k3, got 'k4'"),
-        (replace(PPO, critic_warmup=-1), "critic_warmup: expected 0 or more, got -1"),
+        (replace(PPO, critic_warmup=-1), "critic_warmup: wanted 0 or more, got -1"),
         (replace(PPO, critic_warmup=2), "critic_warmup: expected rounds of fewer than the 6 steps"),
         (replace(PPO, lam=1.5), "lam: expected 0 to 1, got 1.5"),
         (replace(PPO, dual_clip=1.0), "dual_clip: expected a number above 1, got 1.0"),

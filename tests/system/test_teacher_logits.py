@@ -26,7 +26,7 @@ from fastlm.errors import InputError
 from fastlm.model.causal_lm import CausalLM
 from fastlm.ops import linear_distillation
 from fastlm.tokenizer.tokenizer import Tokenizer
-from fastlm.train import teacher_logits, topk_distillation
+from fastlm.train import teacher_logits
 from fastlm.train.distill import Distill
 from fastlm.train.loop import Interrupted
 from fastlm.train.objective import digest, weights_digest
@@ -83,7 +83,7 @@ def test_the_formula_on_logits(k, softcap, monkeypatch) -> None:
     wanted = formula()
     grads = torch.autograd.grad(wanted.sum(), (h, w))
     for workspace in (1 << 26, 2 * k * 6 * 8, 1):
-        monkeypatch.setattr(topk_distillation, "WORKSPACE", workspace)
+        monkeypatch.setattr(teacher_logits, "WORKSPACE", workspace)
         with use_backend("reference"):
             got = topk_forward_kl(
                 logprobs_at(h, w, ids, temperature=1.7, softcap=softcap), top, rest
