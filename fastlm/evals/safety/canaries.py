@@ -26,11 +26,12 @@ from typing import Annotated, cast
 import zstandard
 from annotated_types import Predicate
 
-from fastlm.data.prepare import HELDOUT, TRAIN, ZSTD_LEVEL
+from fastlm.data.prepare import HELDOUT, TRAIN
 from fastlm.errors import InputError
 from fastlm.files import make_folder, replacing, save_atomic, write_json, write_text
 from fastlm.pipeline.funnel import FUNNEL, Funnel, StepCounts
 from fastlm.schema import Count, read_lines
+from fastlm.sources.streams import ZSTD_MAGIC, compressed
 
 DIGITS = 9
 PLANTED = "planted.jsonl"
@@ -105,12 +106,11 @@ def plant(corpus: Path, out: Path, canaries: Sequence[Canary], seed: int) -> Non
     lines = deque(json.dumps(each, ensure_ascii=False).encode() + b"\n" for each in documents)
     make_folder(out)
     (out / FUNNEL).unlink(missing_ok=True)  # last, as in fastlm.data.prepare
-    compressor = zstandard.ZstdCompressor(ZSTD_LEVEL, write_checksum=True)
     with (
         (corpus / TRAIN).open("rb") as file,
         zstandard.ZstdDecompressor().stream_reader(file) as packed,
         replacing(out / TRAIN) as new,
-        compressor.stream_writer(new, closefd=False) as writer,
+        compressed(new, ZSTD_MAGIC) as writer,
     ):
         for number, line in enumerate(io.BufferedReader(cast(io.RawIOBase, packed))):
             while places and places[0] <= number:
