@@ -18,6 +18,7 @@ from torch.func import functional_call
 from fastlm.model.layers import Call
 from fastlm.ops.quantize_weight import code_range
 from fastlm.ops.quantized_weight import QuantizedWeight, pack_rows
+from fastlm.quant.step import weight_of
 
 BATCH = 8  # windows per step, AutoRound's
 # Bounds of a: a scale keeps its sign, and the learning rate cannot carry a further than 0.5
@@ -59,13 +60,6 @@ class _Rounded:
         return QuantizedWeight(
             codes, s.to(start.scales.dtype), start.zeros, start.bits, start.group_size, start.shape
         )
-
-
-def weight_of(layer: nn.Module, name: str) -> Tensor:
-    """The weight of a linear layer inside `layer`."""
-    weight = layer.get_submodule(name).weight
-    assert isinstance(weight, Tensor)
-    return weight
 
 
 def learn_rounding(
