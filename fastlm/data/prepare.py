@@ -155,8 +155,8 @@ def _clean_all(
         for document in documents:
             yield document, clean(document, options)
         return
-    # spawn: a fork of a process with OpenMP threads (torch) may hang. SIGINT: a terminal sends it to
-    # all processes, and a worker would print a traceback
+    # spawn: a fork of a process with OpenMP threads (torch) may hang. SIGINT: a terminal sends it
+    # to all processes, and a worker would print a traceback
     with ProcessPoolExecutor(
         options.workers, mp_context=get_context("spawn"), initializer=signal.signal,
         initargs=(signal.SIGINT, signal.SIG_IGN),
