@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
 from fastlm.errors import InputError
-from fastlm.progress import silent
 from fastlm.sources.streams import open_stream
 
 # One page, one JSON line, one WARC record, one line of text. The longest book is 6 MB; anything
@@ -152,11 +151,11 @@ def list_files(
     spec = printable(spec)
     if not root.exists():
         raise InputError(f"source {spec}: wanted a path, {kinds}; not found")
-    types = f"source {spec}: wanted files of a type that is read, as {' '.join(DOCUMENTS)}"
+    types = f"of a type that is read, as {' '.join(DOCUMENTS)}"
     if root.is_file():
         name = printable(root.name)
         if (ending := file_ending(name)) not in FORMATS:
-            raise InputError(f"{types}; got {name}")
+            raise InputError(f"source {spec}: wanted a file {types}; got {name}")
         if root.stat().st_size == 0:
             raise InputError(f"source {spec}: wanted text, the file is empty")
         return [SourceFile(root, name, spec, FORMATS[ending], named=True)], passed
@@ -184,7 +183,7 @@ def list_files(
             files.append(SourceFile(path, relative, spec, FORMATS[ending], package=package))
     if not files:
         found = f" ({', '.join(f'{n} {why}' for why, n in passed.items())})" if passed else ""
-        raise InputError(f"{types}; found none{found}")
+        raise InputError(f"source {spec}: wanted files {types}; found none{found}")
     return files, passed
 
 
@@ -272,13 +271,13 @@ def read_files(
 
 
 def read_source(
-    spec: str, *, cache: Path, track=silent, tell: Callable[[str], None] = ignore
+    spec: str, *, cache: Path, tell: Callable[[str], None] = ignore
 ) -> Iterator[Document]:
     """Yield all documents of one source; bad files in a folder or a package are reported and
     skipped.
     """
     files, _ = list_files(spec, cache=cache)
-    yield from read_files(track(files, f"reading {spec}", unit="files"), tell=tell)
+    yield from read_files(files, tell=tell)
 
 
 def decode_web(data: bytes, *, html: bool) -> str:
