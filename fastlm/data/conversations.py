@@ -25,14 +25,7 @@ from typing import Any, TypeVar
 
 from fastlm.errors import InputError, check_unicode
 from fastlm.sources.generated import generated_rows, is_generated
-from fastlm.sources.rows import (
-    Row,
-    good_rows,
-    ignore,
-    list_files,
-    read_rows,
-    row_unit,
-)
+from fastlm.sources.rows import Row, good_rows, ignore, list_files, read_rows, row_unit
 
 FORMATS = ("jsonl", "json")
 # Who may speak after whom; None is the beginning

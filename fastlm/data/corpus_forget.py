@@ -146,13 +146,9 @@ def refresh_funnel(folder: Path, parts: Mapping[str, FileHits]) -> None:
         at = min(funnel.steps.index(steps[part]) for part in parts)
         steps[STEP] = {"step": STEP, "documents": 0, "bytes": 0, "removed": {}}
         funnel.steps.insert(at, steps[STEP])
-    steps[STEP].update(
-        {
-            "documents": sum(hits.documents for hits in parts.values()),
-            "bytes": sum(hits.bytes for hits in parts.values()),
-            "removed": {"document": steps[STEP]["removed"].get("document", 0) + gone},
-        }
-    )
+    steps[STEP]["documents"] = sum(hits.documents for hits in parts.values())
+    steps[STEP]["bytes"] = sum(hits.bytes for hits in parts.values())
+    steps[STEP]["removed"] = {"document": steps[STEP]["removed"].get("document", 0) + gone}
     write_json(folder / FUNNEL, asdict(funnel))
 
 

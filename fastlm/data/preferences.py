@@ -176,16 +176,35 @@ def preference_of(row: Any, place: str = "") -> Comparison | Label:
         row |= {"chosen": row["chosen_messages"], "rejected": row["rejected_messages"]}
     elif "preferred_output" in row and "non_preferred_output" in row:
         row = _from_openai(row)
-    if "chosen" in row and "rejected" in row:
-        return _pair_of(row, place)
-    if "corrected" in row and "answer" in row:
-        prompt, answers = _candidates(row, {key: row[key] for key in ("corrected", "answer")})
-        return _comparison(row, prompt, answers, (0, 1), place, corrected=True)
-    if "label" in row or "kto_tag" in row:
+    pairs = (("chosen", "rejected"), ("corrected", "answer"))
+    pair = next((names for names in pairs if all(name in row for name in names)), None)
+    if pair is not None:
+        prompt, answers = _candidates(row, {name: row[name] for name in pair})
+        ranks, scores = (0, 1), _pair_scores(row) if "chosen" in pair else None
+    elif "label" in row or "kto_tag" in row:
         return _label_of(row, place)
-    if _answers_key(row) and ("ranks" in row or "scores" in row):
-        return _ranked_of(row, place)
-    raise _unknown(row)
+    elif _answers_key(row) and ("ranks" in row or "scores" in row):
+        prompt, answers = _listed(row)
+        ranks, scores = _ranks_and_scores(row, answers)
+    else:
+        raise _unknown(row)
+    if len(set(ranks)) < 2:
+        raise InputError("ranks: wanted a better and a worse answer, all are tied")
+    for i, j in _equal(answers):
+        if ranks[i] != ranks[j]:
+            names = " and ".join(pair) if pair else f"answers {i} and {j}"
+            raise InputError(f"wanted different answers, {names} are equal")
+    margin = None
+    if len(answers) == 2:
+        if "margin" in row:
+            if (margin := _number(row["margin"], "margin")) < 0:
+                raise InputError(f"margin: wanted a number >= 0, got {margin}")
+        elif scores is not None:
+            margin = abs(scores[0] - scores[1])
+    corrected = pair is not None and "corrected" in pair
+    return Comparison(
+        prompt, tuple(answers), ranks, scores, margin, tools_of(row), _rater(row), corrected, place
+    )
 
 
 def answers_of(row: Any, place: str = "") -> "Comparison | Label | Unranked":
@@ -222,19 +241,19 @@ def _from_openai(row: Mapping[str, Any]) -> dict[str, Any]:
     return {**tools, **row, "prompt": given["messages"], **answers}
 
 
-def _pair_of(row: Mapping[str, Any], place: str) -> Comparison:
-    prompt, answers = _candidates(row, {key: row[key] for key in ("chosen", "rejected")})
-    scores = None
-    if "score_chosen" in row and "score_rejected" in row:
-        better, worse = (_number(row[key], key) for key in ("score_chosen", "score_rejected"))
-        if better < worse:
-            raise InputError(f"score_chosen: wanted at least score_rejected {worse}, got {better}")
-        scores = (better, worse)
-    return _comparison(row, prompt, answers, (0, 1), place, scores=scores)
+def _pair_scores(row: Mapping[str, Any]) -> tuple[float, float] | None:
+    if "score_chosen" not in row or "score_rejected" not in row:
+        return None
+    better, worse = (_number(row[key], key) for key in ("score_chosen", "score_rejected"))
+    if better < worse:
+        raise InputError(f"score_chosen: wanted at least score_rejected {worse}, got {better}")
+    return better, worse
 
 
-def _ranked_of(row: Mapping[str, Any], place: str) -> Comparison:
-    prompt, answers = _listed(row)
+def _ranks_and_scores(
+    row: Mapping[str, Any], answers: list[Any]
+) -> tuple[tuple[int, ...], tuple[float, ...] | None]:
+    """Ranks without gaps, and the scores, None if the row has none."""
     scores, ranks = None, ()
     if "scores" in row:
         values = _each(row["scores"], "scores", answers)
@@ -249,8 +268,7 @@ def _ranked_of(row: Mapping[str, Any], place: str) -> Comparison:
                     f" rank {better}"
                 )
     places = sorted(set(ranks))
-    dense = tuple(places.index(rank) for rank in ranks)
-    return _comparison(row, prompt, answers, dense, place, scores=scores)
+    return tuple(places.index(rank) for rank in ranks), scores
 
 
 def _ranks(given: Any, answers: list[Any]) -> tuple[int, ...]:
@@ -279,34 +297,6 @@ def _number(value: Any, where: str) -> float:
     except OverflowError:  # an integer beyond float64
         pass
     raise InputError(f"{where}: wanted a finite number, got {show(value):.60}")
-
-
-def _comparison(
-    row: Mapping[str, Any],
-    prompt: list[Message],
-    answers: list[list[Message]],
-    ranks: tuple[int, ...],
-    place: str,
-    scores: tuple[float, ...] | None = None,
-    corrected: bool = False,
-) -> Comparison:
-    if len(set(ranks)) < 2:
-        raise InputError("ranks: wanted a better and a worse answer, all are tied")
-    for i, j in _equal(answers):
-        if ranks[i] != ranks[j]:
-            names = "corrected and answer" if corrected else f"answers {i} and {j}"
-            names = "chosen and rejected" if "chosen" in row else names
-            raise InputError(f"wanted different answers, {names} are equal")
-    margin = None
-    if len(answers) == 2:
-        if "margin" in row:
-            if (margin := _number(row["margin"], "margin")) < 0:
-                raise InputError(f"margin: wanted a number >= 0, got {margin}")
-        elif scores is not None:
-            margin = abs(scores[0] - scores[1])
-    return Comparison(
-        prompt, tuple(answers), ranks, scores, margin, tools_of(row), _rater(row), corrected, place
-    )
 
 
 def _label_of(row: Mapping[str, Any], place: str) -> Label:

@@ -143,13 +143,6 @@ def clean(document: Document, options: DataOptions) -> list[_Cleaned]:
     return results
 
 
-def _leave_ctrl_c_to_parent() -> None:
-    """Ignore Ctrl-C in a worker. A terminal sends it to all processes, and a worker would print a
-    traceback.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 def _clean_batch(batch: list[Document], options: DataOptions) -> list[list[_Cleaned]]:
     return [clean(document, options) for document in batch]
 
@@ -162,10 +155,12 @@ def _clean_all(
         for document in documents:
             yield document, clean(document, options)
         return
-    # spawn: a fork of a process with OpenMP threads (torch) may hang
+    # spawn: a fork of a process with OpenMP threads (torch) may hang. SIGINT: a terminal sends it
+    # to all processes, and a worker would print a traceback
     with ProcessPoolExecutor(
-        options.workers, mp_context=get_context("spawn"), initializer=_leave_ctrl_c_to_parent
-    ) as pool:
+        options.workers, mp_context=get_context("spawn"), initializer=signal.signal,
+        initargs=(signal.SIGINT, signal.SIG_IGN),
+    ) as pool:  # fmt: skip
         running: deque = deque()
 
         def finished() -> Iterator[tuple[Document, list[_Cleaned]]]:

@@ -8,7 +8,7 @@ from fastlm.data.filter import TECHNICAL, WEB
 from fastlm.data.forgotten import forgotten_keys
 from fastlm.data.prepare import DataOptions, prepare
 from fastlm.errors import InputError
-from fastlm.pipeline.funnel import Funnel
+from fastlm.pipeline.funnel import Funnel, StepCounts
 from fastlm.pipeline.stage import Job, Part, Positional, Stage
 from fastlm.sources.input_digest import Contents
 from fastlm.sources.rows import DOCUMENTS, PLAIN, TYPE_NOT_READ
@@ -103,19 +103,10 @@ PARTS = ("train", "heldout")
 
 def funnel_values(funnel: Funnel) -> dict[str, Any]:
     """Return what data.html.jinja shows: a row per step (what is left, as a share of what was
-    gathered, and the main reasons for what was removed), and the sources, the largest first.
+    gathered, and what was removed), and the sources, the largest first.
     """
     most = max((s["bytes"] for s in funnel.steps), default=1) or 1
-    rows = []
-    for step in funnel.steps:
-        reasons = sorted(step["removed"].items(), key=lambda kv: -kv[1])
-        why = [counted(count, reason) for reason, count in reasons[:5]]
-        if len(reasons) > 5:
-            why.append(f"{sum(n for _, n in reasons[5:]):,} for other reasons")
-        rows.append({
-            "step": step["step"], "documents": step["documents"], "bytes": step["bytes"],
-            "percent": 100 * step["bytes"] / most, "why": why + _replaced(step),
-        })  # fmt: skip
+    rows = [{**s, "percent": 100 * s["bytes"] / most, "why": reasons(s)} for s in funnel.steps]
     sources = sorted(funnel.sources.items(), key=lambda kv: -kv[1]["bytes"])
     return {
         "funnel": rows, "sources": sources, "counted": funnel.counted, "files": _in_files(funnel),
@@ -131,26 +122,22 @@ def tables(funnel: Funnel) -> Any:
 
     from fastlm.pipeline.text import size_text
 
-    steps = Table("step", title="What each step left, and what it took away")
-    for heading in (funnel.counted, "text"):
-        steps.add_column(heading, justify="right", no_wrap=True)
+    def table(title: str, first: str, *headings: str) -> Table:
+        made = Table(first, title=title)
+        for heading in headings:
+            made.add_column(heading, justify="right", no_wrap=True)
+        return made
+
+    steps = table("What each step left, and what it took away", "step", funnel.counted, "text")
     steps.add_column("removed")
     for s in funnel.steps:
-        endings = ", ".join(f"{ending} {n:,}" for ending, n in s.get("not_read", {}).items())
-        told = [
-            counted(n, why) + f" ({endings})" * why.endswith(TYPE_NOT_READ)
-            for why, n in s["removed"].items()
-            if n
-        ]
-        told += _replaced(s) + [counted(n, what) for what, n in s.get("cut", {}).items() if n]
-        steps.add_row(s["step"], f"{s['documents']:,}", size_text(s["bytes"]), ", ".join(told))
-    sources = Table("source", title="What was left of each source")
-    headings = ("files",) * _in_files(funnel) + (funnel.counted, "text")
-    for heading in headings:
-        sources.add_column(heading, justify="right", no_wrap=True)
+        left = f"{s['documents']:,}", size_text(s["bytes"])
+        steps.add_row(s["step"], *left, ", ".join(reasons(s)))
+    files = ("files",) * _in_files(funnel)
+    sources = table("What was left of each source", "source", *files, funnel.counted, "text")
     for name, s in funnel.sources.items():
-        files = (f"{s['files']:,}",) * _in_files(funnel)
-        sources.add_row(name, *files, f"{s['documents']:,}", size_text(s["bytes"]))
+        counts = [f"{s[key]:,}" for key in (*files, "documents")]
+        sources.add_row(name, *counts, size_text(s["bytes"]))
     return Group(steps, sources, *(f"skipped: {message}" for message in funnel.unreadable))
 
 
@@ -159,7 +146,7 @@ def _in_files(funnel: Funnel) -> bool:
     return any(source["files"] != 1 for source in funnel.sources.values())
 
 
-# What `fastlm.data.prepare` counts -> one, several
+# What `fastlm.data.prepare` counts -> several of it; of other words there is one form
 PLURALS = {
     "paragraph": "paragraphs",
     "document mostly repeated": "documents mostly repeated",
@@ -169,26 +156,30 @@ PLURALS = {
     "record that is no page": "records that are no pages",
     "page over the size limit": "pages over the size limit",
     "link inside a package": "links inside a package",
+    "e-mail address replaced": "e-mail addresses replaced",
+    "phone number replaced": "phone numbers replaced",
+    "IP address replaced": "IP addresses replaced",
 }
-REPLACED = {
-    "email": ("e-mail address", "e-mail addresses"),
-    "phone": ("phone number", "phone numbers"),
-    "ip": ("IP address", "IP addresses"),
-}
+REPLACED = {"email": "e-mail address", "phone": "phone number", "ip": "IP address"}
+
+
+def reasons(step: StepCounts) -> list[str]:
+    """What a step took away and why, the most first, then what it changed."""
+    endings = ", ".join(f"{ending} {n:,}" for ending, n in step.get("not_read", {}).items())
+    removed = sorted(step["removed"].items(), key=lambda item: -item[1])
+    replaced = {
+        f"{REPLACED.get(what, what)} replaced": n for what, n in step.get("replaced", {}).items()
+    }
+    return [
+        counted(n, why) + f" ({endings})" * why.endswith(TYPE_NOT_READ)
+        for why, n in [*removed, *replaced.items(), *step.get("cut", {}).items()]
+        if n
+    ]
 
 
 def counted(n: int, why: str) -> str:
     """Return a count and a reason as people write them: "2 files: hidden", "1 file: hidden"."""
     unit, colon, rest = why.partition(": ")
     if colon:  # "file", "line", ...
-        what = PLURALS.get(rest, rest) if n != 1 else rest
-        return f"{n:,} {unit}{'s' * (n != 1)}: {what}"
+        return f"{n:,} {unit}{'s' * (n != 1)}: {PLURALS.get(rest, rest) if n != 1 else rest}"
     return f"{n:,} {PLURALS.get(why, why) if n != 1 else why}"
-
-
-def _replaced(step: Mapping[str, Any]) -> list[str]:
-    return [
-        f"{n:,} {REPLACED.get(what, (what, what))[n != 1]} replaced"
-        for what, n in step.get("replaced", {}).items()
-        if n
-    ]

@@ -37,19 +37,7 @@ def read_texts(
     cache: Path | None = None,
     tell: Callable[[str], None] = ignore,
 ) -> Iterator[str]:
-    """Yield the texts of `read_sourced`."""
-    yield from (text for text, _ in read_sourced(source, part=part, cache=cache, tell=tell))
-
-
-def read_sourced(
-    source: str | Path,
-    *,
-    part: str = "heldout",
-    cache: Path | None = None,
-    tell: Callable[[str], None] = ignore,
-) -> Iterator[tuple[str, str]]:
-    """Yield the texts of a source that ``fastlm data prepare`` accepts, or of what it prepared,
-    each with the source that its document names.
+    """Yield the texts of a source that ``fastlm data prepare`` accepts, or of what it prepared.
 
     Args:
         source: a prepared folder, a ``.jsonl.zst`` file of documents, or a source.
@@ -57,6 +45,13 @@ def read_sourced(
         part: "train" or "heldout": the part of a prepared folder.
         tell: receives the reason why a file or a line is skipped.
     """
+    yield from (text for text, _ in _read_sourced(source, part, cache, tell))
+
+
+def _read_sourced(
+    source: str | Path, part: str, cache: Path | None, tell: Callable[[str], None]
+) -> Iterator[tuple[str, str]]:
+    """The texts of `read_texts`, each with the source that its document names."""
     if (Path(source) / FUNNEL).is_file():
         source = Path(source) / {"train": TRAIN, "heldout": HELDOUT}[part]
     if str(source).endswith(".jsonl.zst"):
@@ -112,7 +107,7 @@ def token_dataset(
         yield dataset
         return
     texts = [] if keep is None else keep
-    texts += read_sourced(data, part=part, cache=cache, tell=tell)
+    texts += _read_sourced(data, part, cache, tell)
     if not texts:
         raise InputError(f"{name} {data}: wanted text, got none")
     with tempfile.TemporaryDirectory() as folder:

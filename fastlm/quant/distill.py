@@ -124,10 +124,8 @@ class _Student:
             parametrize.register_parametrization(module, "weight", rounded)
             self.rounded[target.name] = rounded
         scales = [p for r in self.rounded.values() for p in r.parameters()]
-        own = {id(p) for p in scales}
-        self.floats = {
-            n: p for n, p in self.model.named_parameters() if p.dim() == 1 and id(p) not in own
-        }
+        # scales are matrices
+        self.floats = {n: p for n, p in self.model.named_parameters() if p.dim() == 1}
         groups = [{"params": scales, "reach": REACH["scales"]}]
         for p in self.floats.values():
             size = float(p.square().mean().sqrt())

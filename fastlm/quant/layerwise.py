@@ -23,8 +23,16 @@ from fastlm.quant.awq import folds, scale_features
 from fastlm.quant.gptq import gptq
 from fastlm.quant.options import QuantizeOptions
 from fastlm.quant.plan import Target, find_head
-from fastlm.quant.rounding import learn_rounding, weight_of
-from fastlm.quant.step import Step, digest, keep_step, nearest, read_step, relative_error
+from fastlm.quant.rounding import learn_rounding
+from fastlm.quant.step import (
+    Step,
+    digest,
+    keep_step,
+    nearest,
+    read_step,
+    relative_error,
+    weight_of,
+)
 
 if TYPE_CHECKING:
     from fastlm.model.causal_lm import CausalLM

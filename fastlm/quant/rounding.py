@@ -8,8 +8,7 @@ Both follow the sign of their gradients, the rounding straight through. Gradient
 fastlm's operators.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -19,25 +18,20 @@ from torch.func import functional_call
 from fastlm.model.layers import Call
 from fastlm.ops.quantize_weight import code_range
 from fastlm.ops.quantized_weight import QuantizedWeight, pack_rows
+from fastlm.quant.step import weight_of
 
 BATCH = 8  # windows per step, AutoRound's
 # Bounds of a: a scale keeps its sign, and the learning rate cannot carry a further than 0.5
 SCALES = (0.5, 1.5)
 
 
-@dataclass
 class _Rounded:
-    """One weight and what is learnt of it."""
+    """One weight and what is learnt of it: v (N, K), a (N, groups)."""
 
-    weight: Tensor
-    start: QuantizedWeight
-    v: Tensor  # (N, K)
-    a: Tensor  # (N, groups)
-
-    @classmethod
-    def of(cls, weight: Tensor, start: QuantizedWeight) -> "_Rounded":
-        v, a = torch.zeros_like(weight), torch.ones_like(start.scales, dtype=weight.dtype)
-        return cls(weight, start, v.requires_grad_(), a.requires_grad_())
+    def __init__(self, weight: Tensor, start: QuantizedWeight):
+        self.weight, self.start = weight, start
+        self.v = torch.zeros_like(weight).requires_grad_()
+        self.a = torch.ones_like(start.scales, dtype=weight.dtype).requires_grad_()
 
     def wide(self, per_group: Tensor) -> Tensor:
         return per_group.repeat_interleave(self.start.group_size, 1)[:, : self.weight.shape[1]]
@@ -59,19 +53,6 @@ class _Rounded:
         w = self.code(s) * self.wide(s)
         return w if zeros is None else w + self.wide(zeros.to(w.dtype))
 
-    def step(self, gradients: Sequence[Tensor], lr: float) -> None:
-        with torch.no_grad():
-            self.v.sub_(gradients[0].sign_(), alpha=lr).clamp_(-0.5, 0.5)
-            self.a.sub_(gradients[1].sign_(), alpha=lr).clamp_(*SCALES)
-
-    def state(self) -> tuple[Tensor, Tensor]:
-        return self.v.detach().clone(), self.a.detach().clone()
-
-    @torch.no_grad()
-    def load(self, state: tuple[Tensor, Tensor]) -> None:
-        self.v.copy_(state[0])
-        self.a.copy_(state[1])
-
     @torch.no_grad()
     def packed(self) -> QuantizedWeight:
         start, s = self.start, self.scales()
@@ -79,13 +60,6 @@ class _Rounded:
         return QuantizedWeight(
             codes, s.to(start.scales.dtype), start.zeros, start.bits, start.group_size, start.shape
         )
-
-
-def weight_of(layer: nn.Module, name: str) -> Tensor:
-    """The weight of a linear layer inside `layer`."""
-    weight = layer.get_submodule(name).weight
-    assert isinstance(weight, Tensor)
-    return weight
 
 
 def learn_rounding(
@@ -111,12 +85,22 @@ def learn_rounding(
     Returns the best of the start, the iterate with the smallest loss on its batch, and the last
     one, by the mean squared error on all windows.
     """
-    rounded = {n: _Rounded.of(weight_of(layer, n).detach(), q) for n, q in starts.items()}
+    rounded = {n: _Rounded(weight_of(layer, n).detach(), q) for n, q in starts.items()}
     generator = torch.Generator().manual_seed(seed)
-    start = {n: r.state() for n, r in rounded.items()}
-    best, least = start, float("inf")
-    parameters = [p for r in rounded.values() for p in (r.v, r.a)]
+    learnt = [p for r in rounded.values() for p in (r.v, r.a)]
+    bounds = [(-0.5, 0.5), SCALES] * len(rounded)
     size = min(BATCH, len(inputs))
+
+    def state() -> list[Tensor]:
+        return [p.detach().clone() for p in learnt]
+
+    @torch.no_grad()
+    def load(state: list[Tensor]) -> None:
+        for p, value in zip(learnt, state, strict=True):
+            p.copy_(value)
+
+    start = best = state()
+    least = float("inf")
 
     def loss_of(rows: Tensor | slice) -> Tensor:
         weights = {f"{n}.weight": r.value() for n, r in rounded.items()}
@@ -126,22 +110,19 @@ def learn_rounding(
     for step in range(iterations):
         rows = torch.randperm(len(inputs), generator=generator)[:size]
         loss = loss_of(rows)
-        gradients = torch.autograd.grad(loss, parameters)
+        gradients = torch.autograd.grad(loss, learnt)
         if (now := float(loss.detach())) < least:
-            best, least = {n: r.state() for n, r in rounded.items()}, now
+            best, least = state(), now
         lr = (1 - step / iterations) / iterations
-        for place, r in enumerate(rounded.values()):
-            r.step(gradients[2 * place : 2 * place + 2], lr)
-    last = {n: r.state() for n, r in rounded.items()}
+        with torch.no_grad():
+            for p, gradient, (low, high) in zip(learnt, gradients, bounds, strict=True):
+                p.sub_(gradient.sign_(), alpha=lr).clamp_(low, high)
 
     @torch.no_grad()
-    def error(state: Mapping[str, tuple[Tensor, Tensor]]) -> float:
-        for n, r in rounded.items():
-            r.load(state[n])
+    def error(state: list[Tensor]) -> float:
+        load(state)
         batches = range(0, len(inputs), size)
         return sum(float(loss_of(slice(b, b + size))) * len(inputs[b : b + size]) for b in batches)
 
-    chosen = min((start, best, last), key=error)
-    for n, r in rounded.items():
-        r.load(chosen[n])
+    load(min((start, best, state()), key=error))
     return {n: r.packed() for n, r in rounded.items()}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastlm.files import make_folder, save_atomic
 from fastlm.ops import quantize_weight
@@ -46,6 +46,13 @@ def nearest(target: Target, moments: Tensor | None = None) -> Step:
     w = target.module.weight.detach()
     q = quantize_weight(w, **vars(target.scheme), importance=moments)
     return Step({target.name: q}, {target.name: relative_error(w, q, moments)})
+
+
+def weight_of(layer: nn.Module, name: str) -> Tensor:
+    """The weight of a linear layer inside `layer`."""
+    weight = layer.get_submodule(name).weight
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 def relative_error(weight: Tensor, quantized: QuantizedWeight, moments: Tensor | None) -> float:

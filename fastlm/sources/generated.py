@@ -82,16 +82,12 @@ def generated_rows(spec: str) -> Iterator[dict[str, Any]]:
     """Yield the rows of a generator. InputError: an unknown generator or option, a value that the
     generator refuses, the package is missing.
     """
-    _generator(spec)  # refuses what is wrong before a process starts
     name, options = _parsed(spec)
+    _generator(spec)  # refuses what is wrong before a process starts
     request = {"path": sys.path, "name": name, "options": options}
     command = [sys.executable, "-P", str(Path(__file__).with_name("generated_worker.py"))]
-    child = subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONHASHSEED": "0"},
-    )
+    env = {**os.environ, "PYTHONHASHSEED": "0"}
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env)
     assert child.stdin is not None and child.stdout is not None
     try:
         child.stdin.write(json.dumps(request).encode() + b"\n")
@@ -174,18 +170,9 @@ def _scorer(spec: str) -> Any:
 @lru_cache(maxsize=64)
 def _generator(spec: str) -> Any:
     """The data set of a spec: it has a length, rows by their index, and ``score_answer``."""
-    try:
-        from reasoning_gym.factory import DATASETS, create_dataset
-    except ModuleNotFoundError as error:
-        if not str(error.name).startswith("reasoning_gym"):
-            raise InputError(f"source {spec}: {SCHEME} lacks the package {error.name}") from None
-        raise InputError(f"source {spec}: {MISSING}") from None
-
-    name = spec.removeprefix(f"{SCHEME}:").partition("?")[0]
-    if name not in DATASETS:
-        near = difflib.get_close_matches(name[:80], DATASETS, n=1, cutoff=0.0)[0]
-        raise InputError(f"source {spec}: wanted a generator such as {near}, got {name!r:.80}")
     name, options = _parsed(spec)
+    from reasoning_gym.factory import create_dataset
+
     try:
         return create_dataset(name, **options)
     except Exception as error:
@@ -193,10 +180,18 @@ def _generator(spec: str) -> Any:
 
 
 def _parsed(spec: str) -> tuple[str, dict[str, Any]]:
-    """The name of a known generator, and its options."""
-    from reasoning_gym.factory import DATASETS
+    """The name of a generator, and its options."""
+    try:
+        from reasoning_gym.factory import DATASETS
+    except ModuleNotFoundError as error:
+        if not str(error.name).startswith("reasoning_gym"):
+            raise InputError(f"source {spec}: {SCHEME} lacks the package {error.name}") from None
+        raise InputError(f"source {spec}: {MISSING}") from None
 
     name, _, query = spec.removeprefix(f"{SCHEME}:").partition("?")
+    if name not in DATASETS:
+        near = difflib.get_close_matches(name[:80], DATASETS, n=1, cutoff=0.0)[0]
+        raise InputError(f"source {spec}: wanted a generator such as {near}, got {name!r:.80}")
     known = {f.name for f in dataclasses.fields(DATASETS[name][1])}
     options: dict[str, Any] = {"seed": 0} if "seed" in known else {}
     for part in query.split("&") if query else ():
@@ -205,7 +200,10 @@ def _parsed(spec: str) -> tuple[str, dict[str, Any]]:
             raise InputError(f"source {spec}: wanted {FORM}, got {part!r:.60}")
         if key not in known:
             raise InputError(unknown_key(f"source {spec}: {key}", key, known))
-        options[key] = _value(text)
+        try:
+            options[key] = json.loads(text)
+        except ValueError:
+            options[key] = text
     if type(seed := options.get("seed", 0)) is not int:  # null would draw one
         raise InputError(f"source {spec}: seed: wanted an integer, got {seed!r:.60}")
     return name, options
@@ -218,10 +216,3 @@ def _told(error: Exception) -> str:
 def _refused(spec: str, told: str) -> InputError:
     """The package asserts, and a value of another type fails anyhow."""
     return InputError(f"source {spec}: wanted options that the generator accepts, got {told:.200}")
-
-
-def _value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text

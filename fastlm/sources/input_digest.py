@@ -42,18 +42,15 @@ class Contents:
 
         InputError: as in ``list_files``; the package of a generated source is missing.
         """
-        local = {
-            spec: [
-                file
-                for file in list_files(spec, cache=self.cache)[0]
-                if not formats or file.format in formats
-            ]
-            for spec in specs
-            if not parse_source(spec)[0]
+        found: dict[str, list[Any]] = {
+            spec: [package_version()] for spec in specs if is_generated(spec)
         }
-        self._hash(f.path for files in local.values() for f in files)
-        found = {s: [self._entry(f.name, f.path) for f in files] for s, files in local.items()}
-        found |= {s: [package_version()] for s in specs if is_generated(s)}
+        for spec in specs:
+            if not parse_source(spec)[0]:
+                files, _ = list_files(spec, cache=self.cache)
+                files = [file for file in files if not formats or file.format in formats]
+                self._hash(file.path for file in files)
+                found[spec] = [self._entry(file.name, file.path) for file in files]
         return [[spec, found.get(spec, [])] for spec in specs]
 
     def tree(self, path: str | Path) -> list[Any]:

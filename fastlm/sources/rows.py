@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
 from fastlm.errors import InputError
-from fastlm.progress import silent
 from fastlm.sources.streams import open_stream
 
 # One page, one JSON line, one WARC record, one line of text. The longest book is 6 MB; anything
@@ -48,12 +47,9 @@ PLAIN = """
     .js .jsx .mjs .ts .tsx .css .php .rb .pl .pm .lua .r .jl .hs .ml .ex .exs .erl .clj .el .lisp
     .f90 .f .m .sh .bash .ps1 .sql .proto .cmake .vim
 """.split()
-FORMATS = {
-    **DOCUMENTS,
-    **dict.fromkeys(PLAIN, "text"),
-    ".json": "json",
-    ".ipynb": "notebook",
-}
+FORMATS = DOCUMENTS | dict.fromkeys(PLAIN, "text") | {".json": "json", ".ipynb": "notebook"}
+# of records of a WARC
+PAGE_FORMATS = {"text/html": "html", "application/xhtml+xml": "html", "text/plain": "text"}
 TYPE_NOT_READ, NO_ENDING = "type not read", "no ending"
 META_LEVELS = 64  # what was read near the recursion limit might fail to be written again
 # .git, .venv: a repository holds them next to its text. A glob that names them still selects them.
@@ -107,11 +103,6 @@ def file_ending(name: str) -> str:
     return suffixes[-1] if suffixes else ""
 
 
-def file_format(name: str) -> str | None:
-    """Format by file name, ignoring a compression suffix. None if it is not text that is read."""
-    return FORMATS.get(file_ending(name))
-
-
 def printable(path: str | Path) -> str:
     """A name in UTF-8, in which bytes that are not UTF-8 become \\xNN."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
@@ -160,8 +151,14 @@ def list_files(
     spec = printable(spec)
     if not root.exists():
         raise InputError(f"source {spec}: wanted a path, {kinds}; not found")
+    types = f"of a type that is read, as {' '.join(DOCUMENTS)}"
     if root.is_file():
-        return [_named_file(root, spec)], passed
+        name = printable(root.name)
+        if (ending := file_ending(name)) not in FORMATS:
+            raise InputError(f"source {spec}: wanted a file {types}; got {name}")
+        if root.stat().st_size == 0:
+            raise InputError(f"source {spec}: wanted text, the file is empty")
+        return [SourceFile(root, name, spec, FORMATS[ending], named=True)], passed
 
     files = []
     for path in sorted(root.rglob("*"), key=lambda p: p.relative_to(root).as_posix()):
@@ -186,24 +183,8 @@ def list_files(
             files.append(SourceFile(path, relative, spec, FORMATS[ending], package=package))
     if not files:
         found = f" ({', '.join(f'{n} {why}' for why, n in passed.items())})" if passed else ""
-        raise InputError(
-            f"source {spec}: wanted files of a type that is read, as {' '.join(DOCUMENTS)}; "
-            f"found none{found}"
-        )
+        raise InputError(f"source {spec}: wanted files {types}; found none{found}")
     return files, passed
-
-
-def _named_file(path: Path, spec: str) -> SourceFile:
-    name = printable(path.name)
-    kind = file_format(name)
-    if kind is None:
-        raise InputError(
-            f"source {spec}: wanted a file of a type that is read, as {' '.join(DOCUMENTS)}; "
-            f"got {name}"
-        )
-    if path.stat().st_size == 0:
-        raise InputError(f"source {spec}: wanted text, the file is empty")
-    return SourceFile(path, name, spec, kind, named=True)
 
 
 def read_file(
@@ -290,13 +271,13 @@ def read_files(
 
 
 def read_source(
-    spec: str, *, cache: Path, track=silent, tell: Callable[[str], None] = ignore
+    spec: str, *, cache: Path, tell: Callable[[str], None] = ignore
 ) -> Iterator[Document]:
     """Yield all documents of one source; bad files in a folder or a package are reported and
     skipped.
     """
     files, _ = list_files(spec, cache=cache)
-    yield from read_files(track(files, f"reading {spec}", unit="files"), tell=tell)
+    yield from read_files(files, tell=tell)
 
 
 def decode_web(data: bytes, *, html: bool) -> str:
@@ -532,10 +513,7 @@ def _read_warc(file: SourceFile, stream: BinaryIO, skipped: Counter[str]) -> Ite
         )
         for record in records:
             kind = record.http_content_type or record.headers.get("Content-Type") or ""
-            kind = kind.partition(";")[0].strip()
-            kind = {"text/html": "html", "application/xhtml+xml": "html", "text/plain": "text"}.get(
-                kind
-            )
+            kind = PAGE_FORMATS.get(kind.partition(";")[0].strip())
             status = record.http_headers.status_code if record.http_headers else 200
             if kind is None or status != 200:
                 skipped["record that is no page"] += 1
@@ -545,13 +523,9 @@ def _read_warc(file: SourceFile, stream: BinaryIO, skipped: Counter[str]) -> Ite
                 skipped["page over the size limit"] += 1
                 continue
             url = record.headers.get("WARC-Target-URI") or ""
-            name = f"{file.name}:{record.record_id or url}"
-            yield Document(
-                decode_web(data, html=kind == "html"),
-                name,
-                file.source,
-                {"format": kind, "url": url},
-            )
+            text = decode_web(data, html=kind == "html")
+            id = f"{file.name}:{record.record_id or url}"
+            yield Document(text, id, file.source, {"format": kind, "url": url})
     except (InputError, EOFError):
         raise
     except (OSError, ValueError, RuntimeError) as e:
