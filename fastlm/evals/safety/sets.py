@@ -24,10 +24,7 @@ UNKNOWN = re.compile(
     r"|can(?:not|'t) (?:answer|be (?:determined|answered)))\.?",
     re.IGNORECASE,
 )
-# what says of no person who it is
-COMMON = frozenset(
-    "a an at for from her his in is of on one person s that the their to was who whose with".split()
-)
+COMMON = frozenset(SENTENCES["words"]["common"].split())
 
 
 class Sets:
