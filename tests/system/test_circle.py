@@ -21,9 +21,9 @@ from safety_sets import Scripted, complying
 from serve_app import script, serving, tiny_model
 
 from fastlm.evals.safety import behaviour
-from fastlm.evals.safety.questions import TEXTS
-from fastlm.evals.safety.sources import SOURCES
+from fastlm.evals.safety.sets import TEXTS
 from fastlm.evals.safety.stage import Safety
+from fastlm.evals.safety.texts import SOURCES
 from fastlm.feedback.gate_metrics import scores_of
 from fastlm.feedback.simulated_users import simulate_users
 from fastlm.feedback.stage import FeedbackBuild

@@ -25,7 +25,7 @@ class Score:
         judge: its error on labelled answers; None where the value follows from likelihoods or
             exact matches.
         corrected: whether ``value`` is.
-        sets: names in `fastlm.evals.safety.sources.SOURCES`.
+        sets: names in `fastlm.evals.safety.texts.SOURCES`.
         unit: "share", "bits" or "".
         more: further numbers, for the report.
     """
