@@ -48,7 +48,7 @@ def read_text(path: str | Path, most: int = MAX_JSON_BYTES) -> str:
             raise InputError(f"{path}: expected at most {most:,} bytes, got more")
         return data.decode()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: wanted a readable text file, got: {reason(error)}") from error
+        raise InputError(f"{path}: expected a readable text file, got: {reason(error)}") from error
 
 
 def parse_json(text: str, where: object) -> Any:

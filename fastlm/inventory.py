@@ -31,10 +31,10 @@ def info() -> dict[str, Any]:
             }
             | {b: r for b, r in rows.items() if r is not None},
         }
-    isas: dict[str, str | None] = {}
+    isas: dict[str, str] = {}
     if backend.why_not("cpu") is None:
         names = ("amx", "avx512", "avx512_fma", "avx2", "scalar")
-        isas = {name: backend.cpu_extension.why_not(name) or None for name in names}
+        isas = {name: why for name in names if (why := backend.cpu_extension.why_not(name))}
     return {
         "fastlm": fastlm.__version__,
         "python": platform.python_version(),
@@ -44,7 +44,7 @@ def info() -> dict[str, Any]:
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "cpu_isa": backend.cpu_isa(),
-        "cpu_isa_why_not": {k: v for k, v in isas.items() if v},
+        "cpu_isa_why_not": isas,
         "bf16_products": _products_of_bf16(),
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "forced_backend": forced,

@@ -21,27 +21,24 @@ from fastlm.startup import imports
 SPIN_ROUNDS = "10000"
 
 
-def settle(threads: int | None = None) -> None:
-    """Set up `threads` threads (default: `default_threads`) that sleep after a wait of 0.1 ms. Call
-    it before torch is loaded. Variables that the user has exported are kept, but `threads`
-    overrides OMP_NUM_THREADS. If torch is already loaded, only an explicit `threads` has an effect.
+def settle(threads: int | None = None) -> int | None:
+    """Set up `threads` threads (default: `default_threads`) that sleep after a wait of 0.1 ms, and
+    return ``threads``. Call it before torch is loaded. Variables that the user has exported are
+    kept, but `threads` overrides OMP_NUM_THREADS. If torch is already loaded, only an explicit
+    `threads` has an effect.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_ROUNDS)
     if threads is None:
         for name in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS"):
             os.environ.setdefault(name, str(default_threads()))
-        return
+        return None
     os.environ["OMP_NUM_THREADS"] = str(threads)
     os.environ["RAYON_NUM_THREADS"] = str(threads)  # for the tokenizers package
     with imports():
         import torch
 
     torch.set_num_threads(threads)  # from the environment, torch uses at most the physical cores
-
-
-def _settled(threads: int | None) -> int | None:
-    settle(threads)
     return threads
 
 
@@ -49,7 +46,7 @@ def _settled(threads: int | None) -> int | None:
 Threads = Annotated[
     int | None,
     typer.Option(
-        min=1, callback=_settled, help="Threads that compute; default: the physical cores to be had"
+        min=1, callback=settle, help="Threads that compute; default: the physical cores to be had"
     ),
 ]
 

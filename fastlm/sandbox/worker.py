@@ -26,6 +26,7 @@ import socket
 import struct
 import sys
 import time
+import traceback
 from collections.abc import Callable, Collection
 from functools import partial
 from itertools import islice
@@ -66,15 +67,20 @@ def main(library: str, isolated: bool) -> None:
     os.write(1, b"{}\n")
     gc.freeze()  # a collection in a child would copy every page
     while select.select([0], [], []):
-        pid = os.fork()
-        if pid == 0:
-            jail.die_with_parent()
-            try:
-                keep_case(isolated)
-            finally:
-                os._exit(1)
-        if os.waitpid(pid, 0)[1]:
+        if os.waitpid(child(keep_case, isolated), 0)[1]:
             return
+
+
+def child(run: Callable[..., None], *arguments: Any) -> int:
+    """Fork a process that runs ``run``, which ends it, and dies with this one; return its id."""
+    pid = os.fork()
+    if pid == 0:
+        jail.die_with_parent()
+        try:
+            run(*arguments)
+        finally:
+            os._exit(1)
+    return pid
 
 
 def preload() -> None:
@@ -128,14 +134,7 @@ def keep_case(isolated: bool) -> None:
     verdicts, verdict = os.pipe()
     texts, text = os.pipe()
     outputs, output = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        jail.die_with_parent()
-        try:
-            move_descriptors({texts: 0, output: 1, verdict: 3})
-            Tests(request, isolated).run()
-        finally:
-            os._exit(1)
+    pid = child(Tests(request, isolated).run, texts, output, verdict)
     for fd in (verdict, texts, output):
         os.close(fd)
     os.read(verdicts, 1)  # the program's process exists; or none ever will
@@ -201,17 +200,10 @@ class Tests:
     def __init__(self, request: dict, isolated: bool) -> None:
         self.request, self.isolated = request, isolated
 
-    def run(self) -> None:
+    def run(self, texts: int, output: int, verdict: int) -> None:
+        move_descriptors({texts: 0, output: 1, verdict: 3})
         here, there = socket.socketpair()
-        self.child = os.fork()
-        if self.child == 0:
-            jail.die_with_parent()
-            try:
-                null = os.open("/dev/null", os.O_RDONLY)
-                move_descriptors({null: 0, 1: 2, there.detach(): 3}, also={1})
-                Program(self.request, self.isolated).run()
-            finally:
-                os._exit(1)
+        self.child = child(Program(self.request, self.isolated).run, there.fileno())
         there.close()
         self.channel = here.makefile("rwb")
         os.write(3, b" ")
@@ -307,7 +299,9 @@ class Program:
         self.request, self.isolated = request, isolated
         self.objects: list[Any] = []
 
-    def run(self) -> None:
+    def run(self, channel: int) -> None:
+        null = os.open("/dev/null", os.O_RDONLY)
+        move_descriptors({null: 0, 1: 2, channel: 3}, also={1})
         reader = os.fdopen(3, "rb")
         request = self.request
         jail.drop(
@@ -450,11 +444,8 @@ def unpack(value: Any, find: Callable[[Any], Any]) -> Any:
 
 def described(error: BaseException, file: str, *, name: bool = True) -> str:
     """One line: the last line of ``file`` that the error went through, its type and text."""
-    line, trace = 0, error.__traceback__
-    while trace is not None:
-        if trace.tb_frame.f_code.co_filename == file:
-            line = trace.tb_lineno
-        trace = trace.tb_next
+    frames = traceback.walk_tb(error.__traceback__)
+    line = next((n for frame, n in reversed([*frames]) if frame.f_code.co_filename == file), 0)
     text = " ".join(str(error).split())
     if name:
         text = f"{type(error).__name__}: {text}" if text else type(error).__name__

