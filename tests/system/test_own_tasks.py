@@ -75,7 +75,7 @@ class Model(Known):
             each(i, one)
         return found
 
-    def generate(self, prompts, *, temperature=0.0, tick=lambda done: None):
+    def generate(self, prompts, *, temperature=0.0, each=None):
         Model.asked += len(prompts)
         return super().generate(prompts)
 
