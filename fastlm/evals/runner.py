@@ -1,7 +1,7 @@
 """Ask a model the questions of a task, in parts whose records are kept."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NotRequired
 
@@ -10,7 +10,7 @@ from typing_extensions import TypedDict, Unpack
 from fastlm.errors import InputError
 from fastlm.evals.measures import values
 from fastlm.evals.results import AGAIN, Record, Results
-from fastlm.evals.scorer import Likelihood, Prompt, Scorer
+from fastlm.evals.scorer import Prompt, Scorer
 from fastlm.evals.task import Choices, Open, Question, Task
 from fastlm.inference.requests import request_seed
 from fastlm.progress import silent
@@ -174,22 +174,21 @@ def _ask_choices(
 ) -> list[Record]:
     pairs = [pair for q in questions for pair in (*q.requests, *q.bare)]
     likelihoods = iter(scorer.loglikelihoods(pairs, greedy=task.greedy))
-    return [_choice_record(task, q, likelihoods) for q in questions]
-
-
-def _choice_record(task: Task, question: Choices, likelihoods: Iterator[Likelihood]) -> Record:
-    own = [next(likelihoods) for _ in question.requests]
-    record: Record = {
-        "id": question.id, "logprob": [one.logprob for one in own],
-        "tokens": [one.tokens for one in own],
-    }  # fmt: skip
-    if task.greedy:
-        record["greedy"] = [bool(one.greedy) for one in own]
-    if question.bare:
-        record["bare"] = [next(likelihoods).logprob for _ in question.bare]
-    if cut := max(one.cut for one in own):
-        record["cut"] = cut
-    return record
+    records = []
+    for q in questions:
+        own = [next(likelihoods) for _ in q.requests]
+        record: Record = {
+            "id": q.id, "logprob": [one.logprob for one in own],
+            "tokens": [one.tokens for one in own],
+        }  # fmt: skip
+        if task.greedy:
+            record["greedy"] = [bool(one.greedy) for one in own]
+        if q.bare:
+            record["bare"] = [next(likelihoods).logprob for _ in q.bare]
+        if cut := max(one.cut for one in own):
+            record["cut"] = cut
+        records.append(record)
+    return records
 
 
 def _ask_open(

@@ -6,7 +6,6 @@ prompts that begin alike.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -209,13 +208,19 @@ class Scorer:
         found: list[Likelihood | None] = [None] * len(pairs)
         # frequencies that depend on the length of a context are those of the longest in a batch
         most = 1 if self.model.model.by_length else None
-        with self._evaluating():
-            for batch in batches(sequences, tokens=self.tokens, keys=KEYS, most=most):
-                scored = self._score(batch, [continuations[i] for i in batch.members], greedy)
-                for i, (logprob, likeliest) in zip(batch.members, scored, strict=True):
-                    found[i] = one = Likelihood(logprob, len(continuations[i]), likeliest, cuts[i])
-                    if each is not None:
-                        each(i, one)
+        training = self.model.training
+        self.model.eval()
+        try:
+            with torch.inference_mode(), split_float32(self.split_float32):
+                for batch in batches(sequences, tokens=self.tokens, keys=KEYS, most=most):
+                    scored = self._score(batch, [continuations[i] for i in batch.members], greedy)
+                    for i, (logprob, best) in zip(batch.members, scored, strict=True):
+                        one = Likelihood(logprob, len(continuations[i]), best, cuts[i])
+                        found[i] = one
+                        if each is not None:
+                            each(i, one)
+        finally:
+            self.model.train(training)
         return [one for one in found if one is not None]
 
     def rolling(
@@ -245,17 +250,6 @@ class Scorer:
             end = min(at + limit, len(ids))
             # the last token of a continuation is only predicted
             yield whole[max(0, end - limit) : at + 1], ids[at:end]
-
-    @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        """Context: the model in eval mode, without gradients; afterwards as it was."""
-        training = self.model.training
-        self.model.eval()
-        try:
-            with torch.inference_mode(), split_float32(self.split_float32):
-                yield
-        finally:
-            self.model.train(training)
 
     def _score(
         self, batch: Batch, continuations: list[list[int]], greedy: bool
