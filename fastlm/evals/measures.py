@@ -27,8 +27,7 @@ from fastlm.evals.task import Choices, Open, Task
 from fastlm.stats.intervals import Mean, mean_error, pass_at_k
 from fastlm.stats.power import detectable, detectable_rate, detectable_share
 
-HEADLINE = "bits_per_byte"
-LOWER_IS_BETTER = frozenset({HEADLINE})
+HEADLINE = "bits_per_byte"  # lower is better, and no share
 Values = dict[str, np.ndarray]  # measure -> (questions,)
 PASS_AT = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)  # answers; and as many as were drawn
 
@@ -114,7 +113,7 @@ def summary(task: Task, measured: Values) -> dict[str, Measure]:
     found = {}
     for name, each in measured.items():
         mean = mean_error(each, clusters=clusters)
-        effect = _detectable(each, mean, clusters, share=name not in LOWER_IS_BETTER)
+        effect = _detectable(each, mean, clusters, share=name != HEADLINE)
         found[name] = Measure(mean.mean, mean.error, effect)
     return found
 

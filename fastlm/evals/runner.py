@@ -1,6 +1,5 @@
 """Ask a model the questions of a task, in parts whose records are kept."""
 
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NotRequired
@@ -76,12 +75,10 @@ def ask_all(
             task.check()
     found = []
     for task in track(tasks, "question sets", unit="sets"):
-        began = time.perf_counter()
-        records, held = ask_task(task, scorer, folder, model=model, **drawing)
-        took = {} if held else {"seconds": time.perf_counter() - began}
+        records = ask_task(task, scorer, folder, model=model, **drawing)
         overall = task.overall(records) if task.overall is not None else {}
         found.append(
-            {"values": values(task, records), "overall": overall, "cut": cut_count(records), **took}
+            {"values": values(task, records), "overall": overall, "cut": cut_count(records)}
         )
     return found
 
@@ -94,17 +91,15 @@ def ask_task(
     model: str,
     track: Callable = iter,
     **drawing: Unpack[Drawing],
-) -> tuple[list[Record], int]:
-    """Return a record per question from the task's file in ``folder``, and how many of them were
-    there before; see `ask` and `ask_all`."""
+) -> list[Record]:
+    """Return a record per question, from the task's file in ``folder``; see `ask` and `ask_all`."""
     about: dict[str, Any] = {"task": task.name, "hash": task.hash, "model": model}
     if task.open:
         about |= DEFAULTS | drawing
     if task.judge is not None:
         about["judge"] = f"{task.judge.__module__}.{task.judge.__qualname__}"
     with Results(folder / _file_of(task), about, schema_of(task)) as results:
-        held = len(results.records)
-        return ask(task, scorer, results, track=track, **drawing), held
+        return ask(task, scorer, results, track=track, **drawing)
 
 
 def _file_of(task: Task) -> str:
