@@ -85,12 +85,11 @@ class ScorerLM(LM):
             prompts.append(self._prompt(context, options, draws[context]))
             draws[context] += 1
         with _bar(len(asked), "generate_until", disable_tqdm) as bar:
-            answers = self.scorer.generate(prompts, tick=lambda done: bar.update())
-        texts = []
-        for (context, options), answer in zip(asked, answers, strict=True):
-            texts.append(answer.text)
-            if not options.get("do_sample"):
-                self.cache_hook.add_partial("generate_until", (context, options), texts[-1])
+            answers = self.scorer.generate(prompts, each=lambda one: bar.update())
+        texts = [answer.text for answer in answers]
+        for arguments, text in zip(asked, texts, strict=True):
+            if not arguments[1].get("do_sample"):
+                self.cache_hook.add_partial("generate_until", arguments, text)
         return texts
 
     def _prompt(self, context: str, options: Mapping[str, Any], draw: int) -> Prompt:
@@ -202,14 +201,10 @@ class FastLM(ScorerLM):
         if prompt:
             return text
         # the model continues the last message: nothing of the template follows it
-        last = messages[-1]["content"]
-        end = text.rfind(last)
-        if end < 0:
-            last = last.strip()
-            end = text.rfind(last)
-        if end < 0:
-            raise InputError("chat_template: wanted one that writes the last message, got none")
-        return text[: end + len(last)]
+        for last in (messages[-1]["content"], messages[-1]["content"].strip()):
+            if (begin := text.rfind(last)) >= 0:
+                return text[: begin + len(last)]
+        raise InputError("chat_template: wanted one that writes the last message, got none")
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The template; its name is not chosen here (`Tokenizer.load` takes the default one)."""

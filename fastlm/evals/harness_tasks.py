@@ -13,14 +13,13 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr
-from math import log
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from typing_extensions import TypedDict
 
 from fastlm.errors import InputError
-from fastlm.evals.measures import HEADLINE
+from fastlm.evals.measures import HEADLINE, bits_per_byte
 from fastlm.evals.results import Record
 from fastlm.evals.task import Choices, Open, Question, Task
 from fastlm.files import read_text
@@ -93,14 +92,13 @@ def _stay_offline() -> None:
     """Let nothing be fetched from the hub unless the user says so, by the variables that the
     packages read when they are imported. One that is imported already has the value as a constant.
     """
-    modules = {"DATASETS": "datasets.config", "HUB": "huggingface_hub.constants"}
-    for package in ("DATASETS", "HUB", "EVALUATE"):
+    modules = {"DATASETS": "datasets.config", "HUB": "huggingface_hub.constants", "EVALUATE": ""}
+    for package, module in modules.items():
         name = f"HF_{package}_OFFLINE"
-        if name in os.environ:
-            continue
-        os.environ[name] = "1"
-        if (module := sys.modules.get(modules.get(package, ""))) is not None:
-            setattr(module, name, True)
+        if name not in os.environ:
+            os.environ[name] = "1"
+            if module in sys.modules:
+                setattr(sys.modules[module], name, True)
 
 
 def read_task(path: str | Path, cache: Path) -> Task:
@@ -126,13 +124,15 @@ def read_task(path: str | Path, cache: Path) -> Task:
         options["data_files"] = _beside(path.parent, options.get("data_files"))
         options.setdefault("cache_dir", str(cache / "datasets"))
     task = _harness(path, lambda: ConfigurableTask(config=config))
-    requests = _harness(path, lambda: _requests(task))
-    questions = [_question(task, str(i), own) for i, own in enumerate(requests)]
-    by_id = {q.id: own for q, own in zip(questions, requests, strict=True)}
-    shots = task.config.num_fewshot or 0
-    made = _HarnessTask(path, task, by_id)
+    task.set_fewshot_seed(seed=FEWSHOT_SEED)
+    _harness(path, task.build_all_requests)
+    requests: dict[str, list[Any]] = {}
+    for one in task.instances:
+        requests.setdefault(str(one.doc_id), []).append(one)
+    made = _HarnessTask(path, task, requests)
     return Task(
-        name, "own", questions, str(path), "not stated", f"lm-eval:{shots}shot",
+        name, "own", [_question(task, id, own) for id, own in requests.items()], str(path),
+        "not stated", f"lm-eval:{task.config.num_fewshot or 0}shot",
         delimiter=task.config.target_delimiter, probe=made.ask, record=HarnessRecord,
         measure=made.measure, overall=made.overall,
     )  # fmt: skip
@@ -145,20 +145,6 @@ def _beside(folder: Path, files: Any) -> Any:
     if isinstance(files, list):
         return [_beside(folder, name) for name in files]
     return str(folder / files) if files and glob.glob(str(folder / str(files))) else files
-
-
-def _requests(task: Any) -> list[list[Any]]:
-    """The harness' requests of each row, in their order (as its `build_all_requests`)."""
-    task.set_fewshot_seed(seed=FEWSHOT_SEED)
-    requests = []
-    for number, row in task.doc_iterator():
-        context = task.fewshot_context(
-            row, num_fewshot=task.config.num_fewshot or 0, gen_prefix=task.doc_to_prefix(row)
-        )
-        metadata = (task.config.task, number, task.config.repeats)
-        made = task.construct_requests(doc=row, ctx=context, metadata=metadata)
-        requests.append(made if isinstance(made, list) else [made])
-    return requests
 
 
 def _question(task: Any, id: str, requests: Sequence[Any]) -> Question:
@@ -196,21 +182,14 @@ class _HarnessTask:
     def ask(self, scorer: "Scorer", questions: Sequence[Question], seed: int) -> list[Record]:
         from fastlm.evals.harness import ScorerLM
 
-        model = ScorerLM(scorer, seed=seed)
-        instances = [
-            one for q in questions for one in self.requests[q.id] for _ in range(one.repeats)
-        ]
-        kind = instances[0].request_type
-        responses = iter(getattr(model, kind)(instances, disable_tqdm=True))
-        return [
-            {
-                "id": q.id,
-                "responses": [
-                    [next(responses) for _ in range(one.repeats)] for one in self.requests[q.id]
-                ],
-            }
-            for q in questions
-        ]
+        asked = [one for q in questions for one in self.requests[q.id] for _ in range(one.repeats)]
+        answer = getattr(ScorerLM(scorer, seed=seed), asked[0].request_type)
+        responses = iter(answer(asked, disable_tqdm=True))
+        records = []
+        for q in questions:
+            own = [[next(responses) for _ in range(one.repeats)] for one in self.requests[q.id]]
+            records.append({"id": q.id, "responses": own})
+        return records
 
     def results(self, record: Record) -> dict[str, tuple[str, Any]]:
         """Each measure of a question by name, with its name in the harness. The first list of
@@ -236,11 +215,8 @@ class _HarnessTask:
     def measure(self, question: Question, record: Record) -> dict[str, float]:
         found = {}
         if isinstance(question, Choices):
-            answer = question.requests[question.gold][1].removeprefix(
-                self.task.config.target_delimiter
-            )
             logprob = record["responses"][question.gold][0][0]
-            found[HEADLINE] = -logprob / log(2) / max(1, len(answer.encode()))
+            found[HEADLINE] = bits_per_byte(question, logprob, self.task.config.target_delimiter)
         results = _harness(self.path, lambda: self.results(record))
         return found | {
             name: float(value) for name, (metric, value) in results.items() if self.is_mean(metric)

@@ -15,19 +15,19 @@ Of n answers that are equally the best, a right one counts 1/n.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from fastlm.evals.results import Record
-from fastlm.evals.task import Choices, Open, Question, Task
+from fastlm.evals.task import Choices, Open, Task
 from fastlm.stats.intervals import Mean, mean_error, pass_at_k
 from fastlm.stats.power import detectable, detectable_rate, detectable_share
 
-HEADLINE = "bits_per_byte"
-LOWER_IS_BETTER = frozenset({HEADLINE})
+HEADLINE = "bits_per_byte"  # lower is better, and no share
 Values = dict[str, np.ndarray]  # measure -> (questions,)
 PASS_AT = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)  # answers; and as many as were drawn
 
@@ -47,17 +47,17 @@ class Measure:
 
 def values(task: Task, records: Sequence[Record]) -> Values:
     """Return each measure of each question, in the order of the task."""
-    rows = [_measures(task, q, r) for q, r in zip(task.questions, records, strict=True)]
+    measure: Callable[[Any, Record], Mapping[str, float]]
+    measure = task.measure or partial(_of_open if task.open else _of_choices, task)
+    rows = [measure(*pair) for pair in zip(task.questions, records, strict=True)]
     names = [name for name in rows[0] if all(name in row for row in rows)]
     return {name: np.array([row[name] for row in rows]) for name in names}
 
 
-def _measures(task: Task, question: Question, record: Record) -> Mapping[str, float]:
-    if task.measure is not None:
-        return task.measure(question, record)
-    if isinstance(question, Open):
-        return _of_open(task, question, record)
-    return _of_choices(task, question, record)
+def bits_per_byte(question: Choices, logprob: float, delimiter: str) -> float:
+    """Of the right answer, without the delimiter before it."""
+    answer = question.requests[question.gold][1].removeprefix(delimiter)
+    return -logprob / math.log(2) / max(1, len(answer.encode()))
 
 
 def _of_choices(task: Task, question: Choices, record: Record) -> dict[str, float]:
@@ -70,7 +70,7 @@ def _of_choices(task: Task, question: Choices, record: Record) -> dict[str, floa
     elif task.normalisation == "unconditional":
         by_olmes = [p - q for p, q in zip(logprobs, record["bare"])]
     return {
-        HEADLINE: -logprobs[gold] / math.log(2) / max(1, len(plain[gold].encode())),
+        HEADLINE: bits_per_byte(question, logprobs[gold], task.delimiter),
         "acc": right(logprobs, gold),
         "acc_olmes": right(by_olmes, gold),
         "acc_norm": right([p / max(1, len(a)) for p, a in zip(logprobs, plain)], gold),
@@ -85,20 +85,17 @@ def right(scores: Sequence[float], gold: int) -> float:
 
 
 def _of_open(task: Task, question: Open, record: Record) -> dict[str, float]:
-    scores = record["scores"]
+    scores, count = record["scores"], len(record["scores"])
     found = {}
     if record["gold"] is not None:
         size = len(question.gold.strip().encode())
         found[HEADLINE] = -record["gold"] / math.log(2) / max(1, size)
-    if task.judge is None:
-        pass
-    elif task.metric != "pass":
-        found[task.metric] = sum(scores) / len(scores)
-    else:
+    if task.judge is not None and task.metric == "pass":
         passed = sum(score >= 1 for score in scores)
-        count = len(scores)
         for k in (*(k for k in PASS_AT if k < count), count):
             found[f"pass@{k}"] = pass_at_k(count, passed, k)
+    elif task.judge is not None:
+        found[task.metric] = sum(scores) / count
     for name, judge in task.also.items():
         others = judge([(answer, question.row) for answer in record["answers"]])
         found[name] = sum(others) / len(others)
@@ -116,7 +113,7 @@ def summary(task: Task, measured: Values) -> dict[str, Measure]:
     found = {}
     for name, each in measured.items():
         mean = mean_error(each, clusters=clusters)
-        effect = _detectable(each, mean, clusters, share=name not in LOWER_IS_BETTER)
+        effect = _detectable(each, mean, clusters, share=name != HEADLINE)
         found[name] = Measure(mean.mean, mean.error, effect)
     return found
 

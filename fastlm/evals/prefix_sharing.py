@@ -41,64 +41,46 @@ def batches(
             each layer.
         most: sequences of a batch.
     """
-    order = sorted(range(len(sequences)), key=lambda i: sequences[i])
-    part = _Part()
-    for i in order:
+    members: list[tuple[int, int]] = []  # with how many tokens each shares with the one before it
+    total, key_count, last = 0, 0, []
+    for i in sorted(range(len(sequences)), key=lambda i: sequences[i]):
         sequence = sequences[i]
-        new = len(sequence) - part.shared(sequence)
-        full = part.total + new > tokens or part.key_count + len(sequence) > keys
-        if part.members and (full or len(part.members) == most):
-            yield part.batch()
-            part = _Part()
-        part.add(i, sequence)
-    if part.members:
-        yield part.batch()
+        shared = _shared(last, sequence)
+        full = total + len(sequence) - shared > tokens or key_count + len(sequence) > keys
+        if members and (full or len(members) == most):
+            yield _batch(sequences, members)
+            members, total, key_count, shared = [], 0, 0, 0
+        members.append((i, shared))
+        total += len(sequence) - shared
+        key_count += len(sequence) if len(sequence) > shared else 0
+        last = sequence
+    if members:
+        yield _batch(sequences, members)
 
 
-class _Part:
-    """A batch that grows."""
+def _shared(last: list[int], sequence: list[int]) -> int:
+    """How many tokens a sequence has in common with the last one: with any, as they are sorted."""
+    length = min(len(sequence), len(last))
+    if sequence[:length] == last[:length]:
+        return length
+    return next(n for n in range(length) if sequence[n] != last[n])
 
-    def __init__(self) -> None:
-        self.members: list[int] = []
-        self.rows: list[np.ndarray] = []
-        self.ids: list[int] = []
-        self.ends = [0]
-        self.keys: list[np.ndarray] = []  # per document
-        self.key_count = 0
-        self.last: list[int] = []
 
-    @property
-    def total(self) -> int:
-        return len(self.ids)
-
-    def shared(self, sequence: list[int]) -> int:
-        """How many tokens the sequence has in common with the last one: with any, as they are
-        sorted."""
-        length = min(len(sequence), len(self.last))
-        if sequence[:length] == self.last[:length]:
-            return length
-        return next(n for n in range(length) if sequence[n] != self.last[n])
-
-    def add(self, index: int, sequence: list[int]) -> None:
-        shared = self.shared(sequence)
-        own = np.arange(self.total, self.total + len(sequence) - shared)
-        rows = np.concatenate([self.rows[-1][:shared], own]) if shared else own
+def _batch(sequences: Sequence[list[int]], members: Sequence[tuple[int, int]]) -> Batch:
+    ids: list[int] = []
+    rows: list[np.ndarray] = []
+    own_keys: list[np.ndarray] = []  # per document
+    ends = [0]
+    for i, shared in members:
+        own = np.arange(len(ids), len(ids) + len(sequences[i]) - shared)
+        rows.append(np.concatenate([rows[-1][:shared], own]) if shared else own)
         if len(own):
-            self.ids += sequence[shared:]
-            self.ends.append(self.total)
-            self.keys.append(rows)
-            self.key_count += len(rows)
-        self.members.append(index)
-        self.rows.append(rows)
-        self.last = sequence
-
-    def batch(self) -> Batch:
-        keys = None
-        if self.key_count > self.total:
-            ends = np.cumsum([0, *map(len, self.keys)])
-            keys = (
-                torch.from_numpy(np.concatenate(self.keys)),
-                torch.from_numpy(ends.astype(np.int32)),
-            )
-        ends = torch.tensor(self.ends, dtype=torch.int32)
-        return Batch(self.members, torch.tensor([self.ids]), ends, keys, self.rows)
+            ids += sequences[i][shared:]
+            ends.append(len(ids))
+            own_keys.append(rows[-1])
+    keys = None
+    key_ends = np.cumsum([0, *map(len, own_keys)], dtype=np.int32)
+    if key_ends[-1] > len(ids):
+        keys = torch.from_numpy(np.concatenate(own_keys)), torch.from_numpy(key_ends)
+    cu_seqlens = torch.tensor(ends, dtype=torch.int32)
+    return Batch([i for i, _ in members], torch.tensor([ids]), cu_seqlens, keys, rows)

@@ -1,7 +1,6 @@
 """Ask a model the questions of a task, in parts whose records are kept."""
 
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NotRequired
 
@@ -10,7 +9,7 @@ from typing_extensions import TypedDict, Unpack
 from fastlm.errors import InputError
 from fastlm.evals.measures import values
 from fastlm.evals.results import AGAIN, Record, Results
-from fastlm.evals.scorer import Likelihood, Prompt, Scorer
+from fastlm.evals.scorer import Prompt, Scorer
 from fastlm.evals.task import Choices, Open, Question, Task
 from fastlm.inference.requests import request_seed
 from fastlm.progress import silent
@@ -76,12 +75,10 @@ def ask_all(
             task.check()
     found = []
     for task in track(tasks, "question sets", unit="sets"):
-        began = time.perf_counter()
-        records, held = ask_task(task, scorer, folder, model=model, **drawing)
-        took = {} if held else {"seconds": time.perf_counter() - began}
+        records = ask_task(task, scorer, folder, model=model, **drawing)
         overall = task.overall(records) if task.overall is not None else {}
         found.append(
-            {"values": values(task, records), "overall": overall, "cut": cut_count(records), **took}
+            {"values": values(task, records), "overall": overall, "cut": cut_count(records)}
         )
     return found
 
@@ -94,17 +91,15 @@ def ask_task(
     model: str,
     track: Callable = iter,
     **drawing: Unpack[Drawing],
-) -> tuple[list[Record], int]:
-    """Return a record per question from the task's file in ``folder``, and how many of them were
-    there before; see `ask` and `ask_all`."""
+) -> list[Record]:
+    """Return a record per question, from the task's file in ``folder``; see `ask` and `ask_all`."""
     about: dict[str, Any] = {"task": task.name, "hash": task.hash, "model": model}
     if task.open:
         about |= DEFAULTS | drawing
     if task.judge is not None:
         about["judge"] = f"{task.judge.__module__}.{task.judge.__qualname__}"
     with Results(folder / _file_of(task), about, schema_of(task)) as results:
-        held = len(results.records)
-        return ask(task, scorer, results, track=track, **drawing), held
+        return ask(task, scorer, results, track=track, **drawing)
 
 
 def _file_of(task: Task) -> str:
@@ -174,22 +169,21 @@ def _ask_choices(
 ) -> list[Record]:
     pairs = [pair for q in questions for pair in (*q.requests, *q.bare)]
     likelihoods = iter(scorer.loglikelihoods(pairs, greedy=task.greedy))
-    return [_choice_record(task, q, likelihoods) for q in questions]
-
-
-def _choice_record(task: Task, question: Choices, likelihoods: Iterator[Likelihood]) -> Record:
-    own = [next(likelihoods) for _ in question.requests]
-    record: Record = {
-        "id": question.id, "logprob": [one.logprob for one in own],
-        "tokens": [one.tokens for one in own],
-    }  # fmt: skip
-    if task.greedy:
-        record["greedy"] = [bool(one.greedy) for one in own]
-    if question.bare:
-        record["bare"] = [next(likelihoods).logprob for _ in question.bare]
-    if cut := max(one.cut for one in own):
-        record["cut"] = cut
-    return record
+    records = []
+    for q in questions:
+        own = [next(likelihoods) for _ in q.requests]
+        record: Record = {
+            "id": q.id, "logprob": [one.logprob for one in own],
+            "tokens": [one.tokens for one in own],
+        }  # fmt: skip
+        if task.greedy:
+            record["greedy"] = [bool(one.greedy) for one in own]
+        if q.bare:
+            record["bare"] = [next(likelihoods).logprob for _ in q.bare]
+        if cut := max(one.cut for one in own):
+            record["cut"] = cut
+        records.append(record)
+    return records
 
 
 def _ask_open(

@@ -6,7 +6,6 @@ prompts that begin alike.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -165,15 +164,12 @@ class Scorer:
             contexts = {text: self._chat(text) for text, _ in pairs}
             after = self.tokenizer.encode_batch([text for _, text in pairs])
             return [(contexts[c], ids) for (c, _), ids in zip(pairs, after, strict=True)]
-        moved = []
-        for context, continuation in pairs:
-            kept = context.rstrip()
-            moved.append((kept, context[len(kept) :] + continuation))
-        texts = list(dict.fromkeys([c for c, _ in moved] + [c + t for c, t in moved]))
+        joined = [(context.rstrip(), context + continuation) for context, continuation in pairs]
+        texts = list(dict.fromkeys([c for c, _ in joined] + [whole for _, whole in joined]))
         known = dict(zip(texts, self.encode_texts(texts), strict=True))
         return [
-            (known[c], known[c + t][len(known[c]) :]) if c else self._alone(known[t])
-            for c, t in moved
+            (known[c], known[whole][len(known[c]) :]) if c else self._alone(known[whole])
+            for c, whole in joined
         ]
 
     def _alone(self, ids: list[int]) -> tuple[list[int], list[int]]:
@@ -183,11 +179,9 @@ class Scorer:
         return ([self.prefix], ids) if ids[:1] != [self.prefix] else (ids[:1], ids[1:])
 
     def _chat(self, text: str, before: Sequence[tuple[str, str]] = ()) -> list[int]:
-        messages = []
-        for message, answer in before:
-            messages.append({"role": "user", "content": message})
-            messages.append({"role": "assistant", "content": answer})
-        return self.tokenizer.encode_chat([*messages, {"role": "user", "content": text}])
+        turns = [part for turn in before for part in zip(("user", "assistant"), turn)]
+        messages = [{"role": role, "content": said} for role, said in (*turns, ("user", text))]
+        return self.tokenizer.encode_chat(messages)
 
     def token_loglikelihoods(
         self,
@@ -214,13 +208,19 @@ class Scorer:
         found: list[Likelihood | None] = [None] * len(pairs)
         # frequencies that depend on the length of a context are those of the longest in a batch
         most = 1 if self.model.model.by_length else None
-        with self._evaluating():
-            for batch in batches(sequences, tokens=self.tokens, keys=KEYS, most=most):
-                scored = self._score(batch, [continuations[i] for i in batch.members], greedy)
-                for i, (logprob, likeliest) in zip(batch.members, scored, strict=True):
-                    found[i] = one = Likelihood(logprob, len(continuations[i]), likeliest, cuts[i])
-                    if each is not None:
-                        each(i, one)
+        training = self.model.training
+        self.model.eval()
+        try:
+            with torch.inference_mode(), split_float32(self.split_float32):
+                for batch in batches(sequences, tokens=self.tokens, keys=KEYS, most=most):
+                    scored = self._score(batch, [continuations[i] for i in batch.members], greedy)
+                    for i, (logprob, best) in zip(batch.members, scored, strict=True):
+                        one = Likelihood(logprob, len(continuations[i]), best, cuts[i])
+                        found[i] = one
+                        if each is not None:
+                            each(i, one)
+        finally:
+            self.model.train(training)
         return [one for one in found if one is not None]
 
     def rolling(
@@ -235,10 +235,10 @@ class Scorer:
             each: called with the index of a window and its likelihood.
         """
         windows = [list(self._windows(ids)) for ids in self.encode_texts(texts)]
-        found = self.token_loglikelihoods([w for own in windows for w in own], each=each)
-        sums, at = [], 0
+        found = iter(self.token_loglikelihoods([w for own in windows for w in own], each=each))
+        sums = []
         for own in windows:
-            parts, at = found[at : at + len(own)], at + len(own)
+            parts = [next(found) for _ in own]
             sums.append(Likelihood(sum(p.logprob for p in parts), sum(p.tokens for p in parts)))
         return sums
 
@@ -250,17 +250,6 @@ class Scorer:
             end = min(at + limit, len(ids))
             # the last token of a continuation is only predicted
             yield whole[max(0, end - limit) : at + 1], ids[at:end]
-
-    @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        """Context: the model in eval mode, without gradients; afterwards as it was."""
-        training = self.model.training
-        self.model.eval()
-        try:
-            with torch.inference_mode(), split_float32(self.split_float32):
-                yield
-        finally:
-            self.model.train(training)
 
     def _score(
         self, batch: Batch, continuations: list[list[int]], greedy: bool
@@ -329,41 +318,29 @@ class Scorer:
         prompts: Sequence[Prompt],
         *,
         temperature: float = 0.0,
-        tick: Callable[[int], Any] | None = None,
+        each: Callable[[Completion], Any] | None = None,
     ) -> list[Completion]:
         """Answer each prompt, at temperature 0 with the likeliest tokens. A prompt that leaves no
         room for its answer is cut at its beginning (`Completion.truncated_prompt_tokens`); an
         answer longer than the context gets half.
 
-        An answer depends on its prompt and seed alone, not on the others.
+        An answer depends on its prompt and seed alone, not on the others. ``each``: called with an
+        answer as soon as it ends.
         """
         limit = min(self.context_limit, self._engine.context_limit)
         plain = iter(self.encode_texts([p.text for p in prompts if not p.chat]))
         requests, cuts = [], []
-        for prompt in prompts:
-            ids = (
-                self._chat(prompt.text, prompt.before)
-                if prompt.chat
-                else next(plain) or [self.prefix]
-            )
-            room = prompt.max_new_tokens if prompt.max_new_tokens < limit else limit // 2
+        for p in prompts:
+            ids = self._chat(p.text, p.before) if p.chat else next(plain) or [self.prefix]
+            room = p.max_new_tokens if p.max_new_tokens < limit else limit // 2
             cuts.append(max(0, len(ids) + room - limit))
-            stop_ids, stop = self._stops(prompt.stop)
-            sampling = prompt.sampling or Sampling(temperature)
+            stop_ids, stop = self._stops(p.stop)
+            sampling = p.sampling or Sampling(temperature)
+            kept = ids[cuts[-1] :]
             requests.append(
-                Request(
-                    ids[cuts[-1] :], room, sampling, seed=prompt.seed, stop=stop, stop_ids=stop_ids
-                )
+                Request(kept, room, sampling, seed=p.seed, stop=stop, stop_ids=stop_ids)
             )
-        done = 0
-
-        def count(_: Any) -> None:
-            nonlocal done
-            done += 1
-            if tick is not None:
-                tick(done)
-
-        completions = self._engine.generate(requests, on_completion=count)
+        completions = self._engine.generate(requests, on_completion=each)
         if failed := [one.error for one in completions if one.error]:
             raise RuntimeError(failed[0])
         return [
@@ -375,9 +352,8 @@ class Scorer:
         """Special tokens, and strings that are none: an answer's text has no special tokens."""
         names = self.tokenizer.special_tokens
         ids = [self.tokenizer.backend.token_to_id(s) for s in strings if s in names]
-        return frozenset(i for i in ids if i is not None), tuple(
-            s for s in strings if s not in names
-        )
+        plain = tuple(s for s in strings if s not in names)
+        return frozenset(i for i in ids if i is not None), plain
 
     @cached_property
     def _engine(self) -> Engine:

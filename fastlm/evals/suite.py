@@ -44,8 +44,7 @@ def _measured(task: Task, own: Mapping[str, Mapping[str, Any]]) -> dict[str, Any
         each = {key: finite(asdict(m)) for key, m in summary(task, result["values"]).items()}
         each |= result["overall"]
         measures = {key: m | _unit(key, result["values"].get(key)) for key, m in each.items()}
-        kept = {key: result[key] for key in ("cut", "seconds") if result.get(key)}
-        models[name] = {"measures": measures, **kept}
+        models[name] = {"measures": measures, **({"cut": result["cut"]} if result["cut"] else {})}
         if by_part := parts(task, result["values"]):
             models[name]["parts"] = by_part
     first, *others = own

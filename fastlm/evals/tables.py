@@ -1,7 +1,7 @@
 """A table described once, for the terminal (rich) and report.html; and the tables of question
 sets."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,10 +9,7 @@ from fastlm.evals.measures import HEADLINE
 
 Tasks = Sequence[Mapping[str, Any]]
 CHOICES = ("acc", "acc_olmes", "acc_norm", "acc_bytes")
-HEADINGS = {
-    "set": "set", "model": "model", "questions": "n", HEADLINE: "bits/byte", "acc": "accuracy",
-    "acc_olmes": "OLMES", "acc_norm": "lm-eval", "chance": "chance", "detects": "detects",
-}  # fmt: skip
+WORDS = ("set", "part", "model", "by")  # columns that are no figures
 MAX_PARTS = 30  # of a set in its table; scores.json has all
 
 
@@ -88,8 +85,48 @@ def accuracy(measures: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return measures.get("acc_olmes") or measures.get(main_measure(measures))
 
 
+def task_tables(tasks: Tasks) -> list[Table]:
+    """The tables of question sets that have a row."""
+    if not tasks:
+        return []
+    short = short_names(list(tasks[0]["models"]))
+    first, *others = short.values()
+    tables = (
+        _table(
+            lines(tasks), "Question sets",
+            "Bits per byte of the right answer: lower is better. Accuracies in percent with"
+            " standard errors: the likeliest answer is right; the same after OLMES' normalisation;"
+            " the same by characters, as in lm-evaluation-harness. Chance is what guessing gives."
+            ' "Detects" is the minimum detectable effect: the smallest difference to another model'
+            " that these questions find with a probability of 80 %.",
+        ),
+        _table(_parts(tasks, short), "Parts of the sets"),
+        _table(
+            _contamination(tasks, short), "Are the questions in the training text?",
+            "Touched: 40 letters in a row of the question and its right answer stand there. Dirty:"
+            " such runs cover 80 % of its letters.",
+        ),
+        _table(
+            _compared(tasks, short),
+            f"{others[0] if len(others) == 1 else 'each model'} minus {first}",
+            "On the same questions: fewer bits and more right answers are better. Accuracies in"
+            ' percentage points. "p of all" is adjusted for the number of sets (Holm); "n needed"'
+            " is how many questions would show such a difference.",
+        ),
+    )  # fmt: skip
+    return [table for table in tables if table.rows]
+
+
+def _table(rows: Iterable[Mapping[str, str]], title: str, note: str = "") -> Table:
+    """A table of rows by column, without the columns that are empty."""
+    rows = [*rows]
+    columns = [key for key in rows[0] if any(row[key] for row in rows)] if rows else []
+    left = sum(column in WORDS for column in columns)
+    return Table(columns, [[row[key] for key in columns] for row in rows], left, title, note)
+
+
 def lines(tasks: Tasks) -> Iterator[dict[str, str]]:
-    """Yield a line per task and model: what each of `HEADINGS` shows.
+    """Yield a row per task and model; the model's name where there are several.
 
     Accuracies are percent. Of answers in the model's own words, "accuracy" is the share that is
     right, and the task says by which measure.
@@ -98,49 +135,21 @@ def lines(tasks: Tasks) -> Iterator[dict[str, str]]:
         short = short_names(list(task["models"]))
         for name, model in task["models"].items():
             measures = model["measures"]
-            main = main_measure(measures)
+            main, best = main_measure(measures), accuracy(measures)
             by = "" if main in ("acc", "exact_match") else f" ({main})"
-            best = accuracy(measures)
             yield {
-                "set": task["name"] + by,
-                "model": short[name],
-                "questions": f"{task['questions']:,}",
-                HEADLINE: figure(measures.get(HEADLINE), HEADLINE),
-                "acc": figure(measures.get(main)),
-                "acc_olmes": figure(measures.get("acc_olmes")),
-                "acc_norm": figure(measures.get("acc_norm")),
-                "chance": _percent(task["chance"]),
+                "set": task["name"] + by, "model": short[name] if len(short) > 1 else "",
+                "n": f"{task['questions']:,}",
+                "bits/byte": figure(measures.get(HEADLINE), HEADLINE),
+                "accuracy": figure(measures.get(main)),
+                "OLMES": figure(measures.get("acc_olmes")),
+                "lm-eval": figure(measures.get("acc_norm")), "chance": _percent(task["chance"]),
                 "detects": _percent(best["detects"] if best and is_share(main, best) else None),
-            }
+            }  # fmt: skip
 
 
 def _percent(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.1f}"
-
-
-def task_tables(tasks: Tasks) -> list[Table]:
-    """The tables of question sets that have a row."""
-    if not tasks:
-        return []
-    makers = (task_table, _part_table, _contamination_table, compared_table)
-    return [table for table in (make(tasks) for make in makers) if table.rows]
-
-
-def task_table(tasks: Tasks) -> Table:
-    """All tasks. Shares are percent, with their standard errors."""
-    rows = list(lines(tasks))
-    several = len({row["model"] for row in rows}) > 1
-    keys = [key for key in HEADINGS if (several or key != "model") and any(r[key] for r in rows)]
-    return Table(
-        [HEADINGS[key] for key in keys],
-        [[row[key] for key in keys] for row in rows],
-        left=sum(key in ("set", "model") for key in keys), title="Question sets",
-        note="Bits per byte of the right answer: lower is better. Accuracies in percent with"
-        " standard errors: the likeliest answer is right; the same after OLMES' normalisation; the"
-        ' same by characters, as in lm-evaluation-harness. Chance is what guessing gives. "Detects"'
-        " is the minimum detectable effect: the smallest difference to another model that these"
-        " questions find with a probability of 80 %.",
-    )  # fmt: skip
 
 
 def comparisons(tasks: Tasks) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
@@ -151,82 +160,53 @@ def comparisons(tasks: Tasks) -> Iterator[tuple[Mapping[str, Any], Mapping[str, 
                 yield task, one
 
 
-def difference(one: Mapping[str, Any]) -> tuple[str, str]:
-    """A difference and its interval."""
-    scale, digits = (100, 1) if is_share(one["measure"], one) else (1, 4)
-    texts = [
-        "" if one[key] is None else f"{scale * one[key]:+.{digits}f}"
-        for key in ("difference", "low", "high")
-    ]
-    return texts[0], f"{texts[1]}..{texts[2]}"
-
-
-def compared_table(tasks: Tasks) -> Table:
+def _compared(tasks: Tasks, short: Mapping[str, str]) -> Iterator[dict[str, str]]:
     """The models after the first, each minus the first."""
-    first, *others = short_names(list(tasks[0]["models"])).values()
-    rows = []
     for task, one in comparisons(tasks):
         measure = str(one["measure"])
-        by = {HEADLINE: "bits/byte", "acc_olmes": "OLMES"}.get(measure, measure)
-        rows.append(
-            (
-                task["name"], short_names(list(task["models"]))[one["model"]], by.replace("_", " "),
-                *difference(one), p_value(one["p"]), p_value(one["p_adjusted"]),
-                "" if one["needed"] is None else f"{one['needed']:,}",
-            )
-        )  # fmt: skip
-    return Table(
-        ("set", "model", "by", "difference", "95 %", "p", "p of all", "n needed"), rows, left=3,
-        title=f"{others[0] if len(others) == 1 else 'each model'} minus {first}",
-        note="On the same questions: fewer bits and more right answers are better. Accuracies in"
-        ' percentage points. "p of all" is adjusted for the number of sets (Holm); "n needed" is'
-        " how many questions would show such a difference.",
-    )  # fmt: skip
+        by = {HEADLINE: "bits/byte", "acc_olmes": "OLMES"}.get(measure, measure.replace("_", " "))
+        scale, digits = (100, 1) if is_share(measure, one) else (1, 4)
+        difference, low, high = (
+            "" if one[key] is None else f"{scale * one[key]:+.{digits}f}"
+            for key in ("difference", "low", "high")
+        )
+        p, p_of_all = (
+            "<0.001" if one[key] < 0.001 else f"{one[key]:.3f}" for key in ("p", "p_adjusted")
+        )
+        yield {
+            "set": task["name"], "model": short[one["model"]], "by": by, "difference": difference,
+            "95 %": f"{low}..{high}", "p": p, "p of all": p_of_all,
+            "n needed": "" if one["needed"] is None else f"{one['needed']:,}",
+        }  # fmt: skip
 
 
-def p_value(p: float) -> str:
-    return "<0.001" if p < 0.001 else f"{p:.3f}"
-
-
-def _part_table(tasks: Tasks) -> Table:
+def _parts(tasks: Tasks, short: Mapping[str, str]) -> Iterator[dict[str, str]]:
     """The parts of sets, such as the fields of MMLU; of a set whose parts belong to wider ones,
     only these."""
-    rows = []
     for task in tasks:
-        short = short_names(list(task["models"]))
         for name, model in task["models"].items():
             parts = model.get("parts", {})
             for part in task.get("wider") or list(parts)[:MAX_PARTS]:
                 if part in parts:
                     measures = parts[part]["measures"]
-                    rows.append(
-                        (
-                            task["name"], part, short[name], f"{parts[part]['questions']:,}",
-                            figure(measures.get(HEADLINE), HEADLINE), figure(accuracy(measures)),
-                        )
-                    )  # fmt: skip
-    columns = ("set", "part", "model", "n", "bits/byte", "accuracy")
-    return Table(columns, rows, left=3, title="Parts of the sets")
+                    yield {
+                        "set": task["name"], "part": part, "model": short[name],
+                        "n": f"{parts[part]['questions']:,}",
+                        "bits/byte": figure(measures.get(HEADLINE), HEADLINE),
+                        "accuracy": figure(accuracy(measures)),
+                    }  # fmt: skip
 
 
-def _contamination_table(tasks: Tasks) -> Table:
+def _contamination(tasks: Tasks, short: Mapping[str, str]) -> Iterator[dict[str, str]]:
     """Touched and dirty questions, and the accuracy (else bits per byte) of clean and dirty
     ones."""
-    rows = []
     for task in tasks:
-        if not (found := task.get("contamination")):
-            continue
-        short = short_names(list(task["models"]))
+        found = task.get("contamination", {"models": {}})
         for name, parts in found["models"].items():
-            scores = []
-            for part in ("clean", "dirty"):
-                own = parts.get(part, {})
-                scores.append(figure(accuracy(own)) or figure(own.get(HEADLINE), HEADLINE))
-            counts = (f"{found[key]:,}" for key in ("questions", "touched", "dirty"))
-            rows.append((task["name"], short[name], *counts, *scores))
-    return Table(
-        ("set", "model", "n", "touched", "dirty", "clean score", "dirty score"), rows, left=2,
-        title="Are the questions in the training text?",
-        note="Touched: 40 letters in a row of the question and its right answer stand there. Dirty:"
-        " such runs cover 80 % of its letters.",
-    )  # fmt: skip
+            clean, dirty = (parts.get(part, {}) for part in ("clean", "dirty"))
+            yield {
+                "set": task["name"], "model": short[name], "n": f"{found['questions']:,}",
+                "touched": f"{found['touched']:,}", "dirty": f"{found['dirty']:,}",
+                "clean score": figure(accuracy(clean)) or figure(clean.get(HEADLINE), HEADLINE),
+                "dirty score": figure(accuracy(dirty)) or figure(dirty.get(HEADLINE), HEADLINE),
+            }  # fmt: skip

@@ -245,8 +245,8 @@ def test_answers_depend_on_prompt_and_seed(tokenizer):
     scorer = Scorer(model, tokenizer)
     prompts = [Prompt("the bird", 9, seed=s) for s in range(4)] + [Prompt("what is it?", 9, seed=1)]
     done = []
-    drawn = scorer.generate(prompts, temperature=1.0, tick=done.append)
-    assert done == [1, 2, 3, 4, 5]
+    drawn = scorer.generate(prompts, temperature=1.0, each=done.append)
+    assert {one.text for one in done} == {one.text for one in drawn} and len(done) == 5
     assert len({one.text for one in drawn[:4]}) > 1
     assert scorer.generate(prompts[2:], temperature=1.0) == drawn[2:]
     best = scorer.generate(prompts)

@@ -75,7 +75,7 @@ class Model(Known):
             each(i, one)
         return found
 
-    def generate(self, prompts, *, temperature=0.0, tick=lambda done: None):
+    def generate(self, prompts, *, temperature=0.0, each=None):
         Model.asked += len(prompts)
         return super().generate(prompts)
 
@@ -178,7 +178,7 @@ def test_code_of_a_task_runs_and_its_figures_are_no_percent(write, tmp_path, cac
     values, row = scores(task, tmp_path, m=Model(says=lambda prompt: "one two three"))
     assert task.name == "more" and values["m"] == {"words": 3}
     (line,) = lines([row])
-    assert line["acc"] == "3.000±0.000" and line["detects"] == ""
+    assert line["accuracy"] == "3.000±0.000" and line["detects"] == ""
     named = {path.name for path in task_files(tmp_path / "task.yaml")}
     assert named == {"task.yaml", "sums.yaml", "sums.csv", "utils.py"}
     assert {p.name for p in task_files(base)} == {"sums.yaml", "sums.csv"}

@@ -179,7 +179,7 @@ class Bench:
         """
         task = Task(name, "safety", questions, "", "", "", **options)
         seed = self.options.seed
-        records, _ = ask_task(
+        records = ask_task(
             task, self.scorer, self.folder / f"{self.model}-{seed}", model=self.model, seed=seed,
             temperature=temperature, track=lambda parts: self.track(parts, name, unit="parts"),
         )  # fmt: skip
