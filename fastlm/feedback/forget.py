@@ -7,7 +7,8 @@ command ends the work of one that was killed, and names the same models when all
 """
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -117,13 +118,9 @@ def forget(
 
 class _Work:
     def __init__(
-        self,
-        roots: list[Path],
-        names: Sequence[str],
-        keys: Iterable[str],
-        store: "FeedbackStore | None",
-        tokenizer: Path | None,
-    ):
+        self, roots: list[Path], names: Sequence[str], keys: Iterable[str],
+        store: "FeedbackStore | None", tokenizer: Path | None,
+    ):  # fmt: skip
         self.roots, self.names, self.store, self.given = roots, names, store, tokenizer
         self.folders = list(dict.fromkeys(r if r.is_dir() else r.parent for r in roots))
         self.asked = {asked_key(name): name for name in names}
@@ -131,16 +128,15 @@ class _Work:
         log = [line for folder in self.folders for line in read_log(folder)]
         asked = [line for line in log if self.asked.keys() & {*line.asked}]
         self.before = [line for line in log if line in asked or {*keys} & {*line.keys}]
-        wanted_keys = {*keys, *(key for line in asked for key in line.keys)}
+        wanted = {*keys, *(key for line in asked for key in line.keys)}
         for name in names:
-            wanted_keys |= {response_key(name), conversation_key(name)}
+            wanted |= {response_key(name), conversation_key(name)}
             if store is not None:
-                wanted_keys |= {*store.withdrawn(name), *store.keys_of(name)}
-        sums = frozenset(name.lower() for name in names if _is_sum(name))
+                wanted |= {*store.withdrawn(name), *store.keys_of(name)}
+        sums = frozenset(name.lower() for name in names if re.fullmatch("(?i)[0-9a-f]{64}", name))
         paths = {str(Path(name).absolute()) for name in names if Path(name).exists()}
-        self.wanted = Wanted(frozenset([*names, *paths]), sums, frozenset(wanted_keys))
+        self.wanted = Wanted(frozenset([*names, *paths]), sums, frozenset(wanted))
         self.registry = open_registry(self.folders, note=False)
-        self.contents = Contents(Path(os.devnull), cache=Path(os.devnull))
         self.report = Report()
         self.corpora: dict[Path, dict[str, FileHits]] = {}
         self.shards: dict[Path, Found] = {}
@@ -155,7 +151,7 @@ class _Work:
         for folder in corpora:
             self.corpora[folder] = parts = search_corpus(folder, self.wanted)
             if self._found("document", folder, parts.values()):
-                self.held |= self._ids(("corpus",), folder)
+                self.held |= self._ids("corpus", folder)
         for path in rows:
             hits = search_rows(path, self.wanted)
             if self._found("row", path, [hits]):
@@ -163,13 +159,12 @@ class _Work:
         for folder in shards:
             self.shards[folder] = found = self._search_shards(folder)
             if found:
-                self.held |= self._ids(("shards",), folder)
+                self.held |= self._ids("shards", folder)
                 if folder.name in ("train", "heldout"):
-                    self.held |= self._ids(("shards",), folder.parent)
+                    self.held |= self._ids("shards", folder.parent)
                 self._tell("tokenized document", folder, sum(map(len, found.values())))
         if self.store is not None:
-            counts = [len(self.store.keys_of(name)) for name in self.names]
-            self.report.database = sum(1 for count in counts if count)
+            self.report.database = sum(bool(self.store.keys_of(name)) for name in self.names)
         self._elsewhere()
 
     def _found(self, what: str, place: Path, files: Iterable[FileHits]) -> bool:
@@ -182,6 +177,9 @@ class _Work:
             self._tell(what, place, sum(len(hits.numbers) for hits in hit))
         return bool(hit)
 
+    def _tell(self, what: str, place: Path, count: int) -> None:
+        self.report.removed.append({"place": str(place), "what": what, "count": count})
+
     @property
     def gone(self) -> dict[Path, list[FileHits]]:
         """The prepared folders of which something goes, with their parts."""
@@ -192,85 +190,81 @@ class _Work:
     def texts(self) -> list[str]:
         return [text for parts in self.gone.values() for hits in parts for text in hits.texts]
 
-    def _tell(self, what: str, place: Path, count: int) -> None:
-        self.report.removed.append({"place": str(place), "what": what, "count": count})
-
-    def _ids(self, types: tuple[str, ...], folder: Path) -> set[str]:
+    def _ids(self, kind: str, folder: Path) -> set[str]:
         """The content ids of a data folder: now, and by its record."""
         record = self._record(folder)
-        known = {record.ids[t] for t in types if t in record.ids} if record else set()
-        return known | {artifact_id(types, folder, self.contents)}
+        known = {record.ids[kind]} if record is not None and kind in record.ids else set()
+        contents = Contents(Path(os.devnull), cache=Path(os.devnull))
+        return known | {artifact_id((kind,), folder, contents)}
 
     def _record(self, folder: Path) -> Known | None:
         """The record of the stage in whose folder this is."""
-        inside = folder.absolute()
         records = [r for r in self.registry.records if r.state != GONE]
-        found = [r for r in records if inside.is_relative_to(r.place.absolute())]
+        found = [r for r in records if folder.absolute().is_relative_to(r.place.absolute())]
         return max(found, key=lambda r: len(r.place.parts), default=None)
+
+    def _parents(self, folder: Path, kind: str) -> list[tuple[Mapping[str, Any], Known | None]]:
+        """What the stage in whose folder this is read as this input: (what, its maker)."""
+        record = self._record(folder)
+        parents = self.registry.parents(record) if record is not None else ()
+        return [(read, maker) for key, read, maker in parents if key == kind]
 
     def _search_shards(self, folder: Path) -> "Found":
         from fastlm.data.shards_forget import find_documents, token_hash
 
         texts = self.texts
         by_text = bool(self.wanted.sums or any(k.startswith("text:") for k in self.wanted.keys))
+        doubt = ""
         if not texts and not by_text:
             if self.names and not self._corpus_searched(folder):
-                self._doubt(folder, "its prepared text is not here to find the documents by")
-            return {}
-        tokenizer = self._tokenizer(folder)
-        if tokenizer is None:
-            self._doubt(folder, "wanted its tokenizer (--tokenizer), no record says it")
-            return {}
-        import numpy as np
+                doubt = "its prepared text is not here to find the documents by"
+        elif (tokenizer := self._tokenizer(folder)) is None:
+            doubt = "wanted its tokenizer (--tokenizer), no record says it"
+        else:
+            import numpy as np
 
-        encoded = zip(texts, tokenizer.encode_batch(texts), strict=True)
-        by_tokens = {token_hash(np.asarray(i, np.int64)): len(t.encode()) for t, i in encoded}
-        decode = tokenizer.decode if by_text else None
-        return find_documents(folder, by_tokens, self.wanted.has_text, decode)
-
-    def _doubt(self, folder: Path, why: str) -> None:
-        self.report.unchecked.append(f"{folder}: {why}")
+            encoded = zip(texts, tokenizer.encode_batch(texts), strict=True)
+            by_tokens = {token_hash(np.asarray(i, np.int64)): len(t.encode()) for t, i in encoded}
+            decode = tokenizer.decode if by_text else None
+            return find_documents(folder, by_tokens, self.wanted.has_text, decode)
+        if doubt:
+            self.report.unchecked.append(f"{folder}: {doubt}")
+        return {}
 
     def _corpus_searched(self, folder: Path) -> bool:
         """Whether the prepared folder of these shards is among those that were searched."""
-        record = self._record(folder)
-        if record is None:
+        if self._record(folder) is None:
             return any(folder.is_relative_to(c.parent) for c in self.corpora)
         searched = {c.absolute() for c in self.corpora}
-        for key, _, maker in self.registry.parents(record):
-            if key == "corpus":
-                return maker is not None and maker.place.absolute() in searched
-        return False
+        makers = [maker for _, maker in self._parents(folder, "corpus")]
+        return bool(makers) and makers[0] is not None and makers[0].place.absolute() in searched
 
     def _tokenizer(self, folder: Path) -> Any:
         from fastlm.tokenizer.tokenizer import Tokenizer
 
-        record, places = self._record(folder), [self.given]
-        for key, read, maker in self.registry.parents(record) if record else ():
-            if key == "tokenizer":
-                leaf = maker.entry.leaves.get("tokenizer", ".") if maker else "."
-                places += [maker.place / leaf] if maker else []
-                places.append(Path(read["path"]))
+        places = [self.given]
+        for read, maker in self._parents(folder, "tokenizer"):
+            if maker is not None:
+                places.append(maker.place / maker.entry.leaves.get("tokenizer", "."))
+            places.append(Path(read["path"]))
         places += [folder.parent / "tokenizer", folder.parent.parent / "tokenizer"]
-        for place in places:
-            if place is not None and place.exists():
-                return Tokenizer.load(place)
-        return None
+        found = next((place for place in places if place is not None and place.exists()), None)
+        return None if found is None else Tokenizer.load(found)
 
     def _elsewhere(self) -> None:
         """Find the paragraphs of what goes in documents that stay, and sources that still have
         it.
         """
         paragraphs = paragraphs_of(self.texts)
-        for folder, parts in self.corpora.items():
-            for hits in parts.values() if paragraphs else ():
-                for number, document in enumerate(read_documents(hits.path)):
-                    shared = paragraphs & paragraphs_of([document.text])
-                    if shared and number not in hits.numbers:
-                        self.report.elsewhere.append({
-                            "place": str(folder), "source": document.source, "id": document.id,
-                            "paragraphs": len(shared),
-                        })  # fmt: skip
+        files = [(f, hits) for f, parts in self.corpora.items() for hits in parts.values()]
+        for folder, hits in files if paragraphs else ():
+            for number, document in enumerate(read_documents(hits.path)):
+                shared = paragraphs & paragraphs_of([document.text])
+                if shared and number not in hits.numbers:
+                    self.report.elsewhere.append({
+                        "place": str(folder), "source": document.source, "id": document.id,
+                        "paragraphs": len(shared),
+                    })  # fmt: skip
         places = [place for parts in self.gone.values() for hits in parts for place in hits.places]
         self.report.sources = list(dict.fromkeys(f"{source}: {id}" for source, id in places))
 
@@ -278,18 +272,21 @@ class _Work:
         """The names of which nothing was found, now or earlier."""
         told = {name for line in self.before for a in line.asked if (name := self.asked.get(a))}
         found = {*self.wanted.matched, *told}
-        absolute = {name: str(Path(name).absolute()) for name in self.names}
         return [
             name
             for name in self.names
-            if not found & {name, absolute[name], name.lower()}
-            and not found & {response_key(name), conversation_key(name)}
+            if found.isdisjoint([
+                name, str(Path(name).absolute()), name.lower(), response_key(name),
+                conversation_key(name),
+            ])
             and not (self.store is not None and self.store.withdrawn(name))
-        ]
+        ]  # fmt: skip
 
     # ---- removal
 
     def remove(self) -> None:
+        from fastlm.data.shards_forget import remove_documents
+
         touched = [*self.gone, *(folder for folder, found in self.shards.items() if found)]
         records = {r.id: r for folder in touched if (r := self._record(folder))}
         # whose data an earlier call, which was killed, wrote again
@@ -305,7 +302,15 @@ class _Work:
             if self.store is not None:
                 for name in self.names:
                     self.store.forget(name)
-            self._rewrite()
+            for folder, found in self.shards.items():
+                if found or self.before:  # an earlier call may have been killed
+                    remove_documents(folder, found)
+            corpora = [hits for parts in self.corpora.values() for hits in parts.values()]
+            for hits in (*self.rows, *(hits for hits in corpora if hits.numbers)):
+                rewrite(hits)
+            for folder, parts in self.corpora.items():
+                if folder in self.gone or self.before:
+                    refresh_funnel(folder, parts)
             for record in records.values():
                 refresh(record)
 
@@ -322,21 +327,6 @@ class _Work:
             told = {word for old in log for word in (*old.keys, *old.held)}
             if not told.issuperset([*keys, *self.held]):
                 append_lines(folder / FORGOTTEN, [line])
-
-    def _rewrite(self) -> None:
-        from fastlm.data.shards_forget import remove_documents
-
-        for folder, found in self.shards.items():
-            if found or self.before:  # an earlier call may have been killed
-                remove_documents(folder, found)
-        for hits in self.rows:
-            rewrite(hits)
-        for folder, parts in self.corpora.items():
-            for hits in parts.values():
-                if hits.numbers:
-                    rewrite(hits)
-            if folder in self.gone or self.before:
-                refresh_funnel(folder, parts)
 
 
 def refresh(record: Known) -> None:
@@ -390,18 +380,15 @@ def descendants(registry: Registry, held: Iterable[str]) -> list[Known]:
     Data that is still there was searched itself: only its earlier content, in ``held``, counts. A
     tokenizer learned words from it; what is only split by these is not counted.
     """
-    ids, found = set(held), {}
-    grows = True
-    while grows:
-        grows = False
+    ids, found, before = set(held), {}, -1
+    while len(found) > before:
+        before = len(found)
         for record in registry.records:
-            if record.id in found or not ids & {*record.read()}:
-                continue
-            found[record.id] = record
-            grows = True
-            searched = record.state != GONE and DATA & record.ids.keys()
-            if not searched and "tokenizer" not in record.ids:
-                ids |= {*record.held()}
+            if record.id not in found and ids & {*record.read()}:
+                found[record.id] = record
+                searched = record.state != GONE and DATA & record.ids.keys()
+                if not searched and "tokenizer" not in record.ids:
+                    ids |= {*record.held()}
     return [record for record in registry.records if record.id in found]
 
 
@@ -440,10 +427,6 @@ def _is_shards(index: Path) -> bool:
         return str(read_json(index).get("format", "")).startswith(SHARDS)
     except InputError:
         return False
-
-
-def _is_sum(name: str) -> bool:
-    return len(name) == 64 and not set(name.lower()) - set("0123456789abcdef")
 
 
 def lines(report: Report, dry_run: bool) -> Iterator[str]:
