@@ -22,8 +22,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="As JSON")]
 
 def promote(
     model: Annotated[
-        str | None,
-        typer.Argument(help="As for serve; without it, the canary", show_default=False),
+        str | None, typer.Argument(help="As for serve; without it, the canary", show_default=False)
     ] = None,
     other_tokens: Annotated[
         bool,
@@ -47,9 +46,7 @@ def promote(
 
 
 def rollback(
-    server: Server = "http://127.0.0.1:8000",
-    api_key: Key = None,
-    as_json: AsJson = False,
+    server: Server = "http://127.0.0.1:8000", api_key: Key = None, as_json: AsJson = False
 ) -> None:
     """End the canary, or go back to the model before the last promotion, without losing a request.
 
