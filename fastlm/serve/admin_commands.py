@@ -72,11 +72,10 @@ def _change(server: str, what: str, body: dict[str, Any], key: str | None, as_js
             told = json.load(response)
     except urllib.error.HTTPError as error:
         message = f"status {error.code}"
+        with error, suppress(ValueError, KeyError, TypeError):
+            message = json.load(error)["error"]["message"]
         if error.code == 404:
             message = "the server changes no models (fastlm serve --canary or --models-dir)"
-        else:
-            with suppress(ValueError, KeyError, TypeError):
-                message = json.load(error)["error"]["message"]
         raise InputError(f"{what}: refused: {message}") from None
     except (OSError, ValueError) as error:
         text = getattr(error, "reason", error)
