@@ -231,9 +231,12 @@ struct SampledRow {
     double sum = 0, first = 0;
     likeliest(most, [&](const Candidate& c) {
       const double p = std::exp(double(c.x) - log_sum);
-      if (ids.empty()) first = p;
-      if (o.top_p >= 0 && o.top_p < 1 && (sum + p) - p >= o.top_p) return false;
-      if (o.min_p >= 0 && p < o.min_p * first) return false;
+      if (ids.empty()) {  // always kept: where denormals are zero, a tiny top_p is 0
+        first = p;
+      } else {
+        if (o.top_p >= 0 && o.top_p < 1 && (sum + p) - p >= o.top_p) return false;
+        if (o.min_p >= 0 && p < o.min_p * first) return false;
+      }
       sum += p;
       reached.push_back(sum), ids.push_back(c.id);
       return true;

@@ -13,8 +13,10 @@ is not wrong always, and a good rater of another taste would be turned too.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 PRIOR = (4.0, 1.0)  # right and wrong judgements, of either answer, that everybody begins with
 TRUSTED = 0.75  # of what the prior's rates tell: whoever tells that much or more has weight 1
@@ -43,6 +45,8 @@ def rate(votes: Iterable[Vote]) -> dict[str, Rater]:
     """Return what each rater's votes are worth. A rater without a vote in common with another has
     the prior's weight, 1.
     """
+    import numpy as np  # not above: recipes are read without it
+
     last = {(item, rater): yes for item, rater, yes in votes}
     names = list(dict.fromkeys(rater for _, rater in last))
     numbers = {name: i for i, name in enumerate(names)}
@@ -54,7 +58,7 @@ def rate(votes: Iterable[Vote]) -> dict[str, Rater]:
     item, rater, yes = item[shared], rater[shared], yes[shared]
     prior = (yes.sum() + 1) / (len(yes) + 2)  # the share of yes, kept off 0 and 1
 
-    def per_rater(weights: np.ndarray) -> np.ndarray:
+    def per_rater(weights: "np.ndarray") -> "np.ndarray":
         return np.bincount(rater, weights, minlength=len(names))
 
     right, wrong = PRIOR

@@ -11,6 +11,7 @@ again in any case; `fastlm data shards` makes them from what stays.
 """
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -117,12 +118,9 @@ def forget(
 
 class _Work:
     def __init__(
-        self,
-        roots: list[Path],
-        names: Sequence[str],
-        keys: Iterable[str],
+        self, roots: list[Path], names: Sequence[str], keys: Iterable[str],
         store: "FeedbackStore | None",
-    ):
+    ):  # fmt: skip
         self.roots, self.names, self.store = roots, names, store
         self.folders = list(dict.fromkeys(r if r.is_dir() else r.parent for r in roots))
         self.asked = {asked_key(name): name for name in names}
@@ -130,16 +128,15 @@ class _Work:
         log = [line for folder in self.folders for line in read_log(folder)]
         asked = [line for line in log if self.asked.keys() & {*line.asked}]
         self.before = [line for line in log if line in asked or {*keys} & {*line.keys}]
-        wanted_keys = {*keys, *(key for line in asked for key in line.keys)}
+        wanted = {*keys, *(key for line in asked for key in line.keys)}
         for name in names:
-            wanted_keys |= {response_key(name), conversation_key(name)}
+            wanted |= {response_key(name), conversation_key(name)}
             if store is not None:
-                wanted_keys |= {*store.withdrawn(name), *store.keys_of(name)}
-        sums = frozenset(name.lower() for name in names if _is_sum(name))
+                wanted |= {*store.withdrawn(name), *store.keys_of(name)}
+        sums = frozenset(name.lower() for name in names if re.fullmatch("(?i)[0-9a-f]{64}", name))
         paths = {str(Path(name).absolute()) for name in names if Path(name).exists()}
-        self.wanted = Wanted(frozenset([*names, *paths]), sums, frozenset(wanted_keys))
+        self.wanted = Wanted(frozenset([*names, *paths]), sums, frozenset(wanted))
         self.registry = open_registry(self.folders, note=False)
-        self.contents = Contents(Path(os.devnull), cache=Path(os.devnull))
         self.report = Report()
         self.corpora: dict[Path, dict[str, FileHits]] = {}
         self.shards: list[Path] = []
@@ -154,7 +151,7 @@ class _Work:
         for folder in corpora:
             self.corpora[folder] = parts = search_corpus(folder, self.wanted)
             if self._found("document", folder, parts.values()):
-                self.held |= self._ids(("corpus",), folder)
+                self.held |= self._ids("corpus", folder)
         for path in rows:
             hits = search_rows(path, self.wanted)
             if self._found("row", path, [hits]):
@@ -163,16 +160,15 @@ class _Work:
             corpora = self._corpora_of(folder)
             if corpora & self.gone.keys():
                 self.shards.append(folder)
-                self.held |= self._ids(("shards",), folder)
+                self.held |= self._ids("shards", folder)
                 if folder.name in ("train", "heldout"):
-                    self.held |= self._ids(("shards",), folder.parent)
+                    self.held |= self._ids("shards", folder.parent)
                 self._tell("set of token shards", folder, 1)
             elif self.names and not corpora:
                 why = "its prepared text is not here to find the documents by"
                 self.report.unchecked.append(f"{folder}: {why}")
         if self.store is not None:
-            counts = [len(self.store.keys_of(name)) for name in self.names]
-            self.report.database = sum(1 for count in counts if count)
+            self.report.database = sum(bool(self.store.keys_of(name)) for name in self.names)
         self._elsewhere()
 
     def _found(self, what: str, place: Path, files: Iterable[FileHits]) -> bool:
@@ -185,6 +181,9 @@ class _Work:
             self._tell(what, place, sum(len(hits.numbers) for hits in hit))
         return bool(hit)
 
+    def _tell(self, what: str, place: Path, count: int) -> None:
+        self.report.removed.append({"place": str(place), "what": what, "count": count})
+
     @property
     def gone(self) -> dict[Path, list[FileHits]]:
         """The prepared folders of which something goes, with their parts."""
@@ -195,20 +194,17 @@ class _Work:
     def texts(self) -> list[str]:
         return [text for parts in self.gone.values() for hits in parts for text in hits.texts]
 
-    def _tell(self, what: str, place: Path, count: int) -> None:
-        self.report.removed.append({"place": str(place), "what": what, "count": count})
-
-    def _ids(self, types: tuple[str, ...], folder: Path) -> set[str]:
+    def _ids(self, kind: str, folder: Path) -> set[str]:
         """The content ids of a data folder: now, and by its record."""
         record = self._record(folder)
-        known = {record.ids[t] for t in types if t in record.ids} if record else set()
-        return known | {artifact_id(types, folder, self.contents)}
+        known = {record.ids[kind]} if record is not None and kind in record.ids else set()
+        contents = Contents(Path(os.devnull), cache=Path(os.devnull))
+        return known | {artifact_id((kind,), folder, contents)}
 
     def _record(self, folder: Path) -> Known | None:
         """The record of the stage in whose folder this is."""
-        inside = folder.absolute()
         records = [r for r in self.registry.records if r.state != GONE]
-        found = [r for r in records if inside.is_relative_to(r.place.absolute())]
+        found = [r for r in records if folder.absolute().is_relative_to(r.place.absolute())]
         return max(found, key=lambda r: len(r.place.parts), default=None)
 
     def _corpora_of(self, folder: Path) -> set[Path]:
@@ -225,15 +221,15 @@ class _Work:
         it.
         """
         paragraphs = paragraphs_of(self.texts)
-        for folder, parts in self.corpora.items():
-            for hits in parts.values() if paragraphs else ():
-                for number, document in enumerate(read_documents(hits.path)):
-                    shared = paragraphs & paragraphs_of([document.text])
-                    if shared and number not in hits.numbers:
-                        self.report.elsewhere.append({
-                            "place": str(folder), "source": document.source, "id": document.id,
-                            "paragraphs": len(shared),
-                        })  # fmt: skip
+        files = [(f, hits) for f, parts in self.corpora.items() for hits in parts.values()]
+        for folder, hits in files if paragraphs else ():
+            for number, document in enumerate(read_documents(hits.path)):
+                shared = paragraphs & paragraphs_of([document.text])
+                if shared and number not in hits.numbers:
+                    self.report.elsewhere.append({
+                        "place": str(folder), "source": document.source, "id": document.id,
+                        "paragraphs": len(shared),
+                    })  # fmt: skip
         places = [place for parts in self.gone.values() for hits in parts for place in hits.places]
         self.report.sources = list(dict.fromkeys(f"{source}: {id}" for source, id in places))
 
@@ -241,18 +237,21 @@ class _Work:
         """The names of which nothing was found, now or earlier."""
         told = {name for line in self.before for a in line.asked if (name := self.asked.get(a))}
         found = {*self.wanted.matched, *told}
-        absolute = {name: str(Path(name).absolute()) for name in self.names}
         return [
             name
             for name in self.names
-            if not found & {name, absolute[name], name.lower()}
-            and not found & {response_key(name), conversation_key(name)}
+            if found.isdisjoint([
+                name, str(Path(name).absolute()), name.lower(), response_key(name),
+                conversation_key(name),
+            ])
             and not (self.store is not None and self.store.withdrawn(name))
-        ]
+        ]  # fmt: skip
 
     # ---- removal
 
     def remove(self) -> None:
+        from fastlm.data.shards import remove_shards
+
         touched = [*self.gone, *self.shards]
         records = {r.id: r for folder in touched if (r := self._record(folder))}
         # whose data an earlier call, which was killed, wrote again
@@ -268,7 +267,14 @@ class _Work:
             if self.store is not None:
                 for name in self.names:
                     self.store.forget(name)
-            self._rewrite()
+            for folder in self.shards:
+                remove_shards(folder)
+            corpora = [hits for parts in self.corpora.values() for hits in parts.values()]
+            for hits in (*self.rows, *(hits for hits in corpora if hits.numbers)):
+                rewrite(hits)
+            for folder, parts in self.corpora.items():
+                if folder in self.gone or self.before:
+                    refresh_funnel(folder, parts)
             for record in records.values():
                 refresh(record)
 
@@ -285,20 +291,6 @@ class _Work:
             told = {word for old in log for word in (*old.keys, *old.held)}
             if not told.issuperset([*keys, *self.held]):
                 append_lines(folder / FORGOTTEN, [line])
-
-    def _rewrite(self) -> None:
-        from fastlm.data.shards import remove_shards
-
-        for folder in self.shards:
-            remove_shards(folder)
-        for hits in self.rows:
-            rewrite(hits)
-        for folder, parts in self.corpora.items():
-            for hits in parts.values():
-                if hits.numbers:
-                    rewrite(hits)
-            if folder in self.gone or self.before:
-                refresh_funnel(folder, parts)
 
 
 def refresh(record: Known) -> None:
@@ -354,18 +346,15 @@ def descendants(registry: Registry, held: Iterable[str]) -> list[Known]:
     Data that is still there was searched itself: only its earlier content, in ``held``, counts. A
     tokenizer learned words from it; what is only split by these is not counted.
     """
-    ids, found = set(held), {}
-    grows = True
-    while grows:
-        grows = False
+    ids, found, before = set(held), {}, -1
+    while len(found) > before:
+        before = len(found)
         for record in registry.records:
-            if record.id in found or not ids & {*record.read()}:
-                continue
-            found[record.id] = record
-            grows = True
-            searched = record.state != GONE and DATA & record.ids.keys()
-            if not searched and "tokenizer" not in record.ids:
-                ids |= {*record.held()}
+            if record.id not in found and ids & {*record.read()}:
+                found[record.id] = record
+                searched = record.state != GONE and DATA & record.ids.keys()
+                if not searched and "tokenizer" not in record.ids:
+                    ids |= {*record.held()}
     return [record for record in registry.records if record.id in found]
 
 
@@ -404,10 +393,6 @@ def _is_shards(index: Path) -> bool:
         return str(read_json(index).get("format", "")).startswith(SHARDS)
     except InputError:
         return False
-
-
-def _is_sum(name: str) -> bool:
-    return len(name) == 64 and not set(name.lower()) - set("0123456789abcdef")
 
 
 def lines(report: Report, dry_run: bool) -> Iterator[str]:

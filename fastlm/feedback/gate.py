@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, NotRequired
 from typing_extensions import TypedDict
 
 from fastlm.errors import InputError
-from fastlm.feedback.model_pair import Model, common, pair_of
+from fastlm.feedback.gate_metrics import Model
 from fastlm.files import write_json
 from fastlm.pipeline.stage import Facts, Job, Part, Stage, Takes
 from fastlm.sources.input_digest import Contents
@@ -78,10 +78,10 @@ class Gate(Stage):
 
     def run(self, job: Job) -> dict[str, Any]:
         from fastlm.evals.safety.gates import doubts, read_gates
-        from fastlm.feedback.gate_metrics import read_scores, scores_of
+        from fastlm.feedback.gate_metrics import models_of, read_scores, scores_of
 
         scores: dict[str, Any] = {}
-        pairs = []
+        tables = []
         for given in job.inputs["scores"]:
             path = given.path / "scores.json" if given.path.is_dir() else given.path
             stage = path.resolve().parent.name
@@ -92,18 +92,16 @@ class Gate(Stage):
                     f"scores: wanted folders of different names, got two called {stage}"
                 )
             scores |= found
-            pairs.append((given.where, pair_of(table.get("ids", ()))))
-            if not pairs[-1][1]:
+            tables.append((given.where, table.get("ids", ())))
+            if not tables[-1][1]:
                 job.warn(f"scores: {given.where} does not say which models it is about")
-        models = common(pairs)
+        models = models_of(tables)
         checks = []
         for gate in read_gates(self.gates):
-            why = gate.failure(scores)
-            found = scores.get(gate.score, {})
+            why, found = gate.failure(scores), scores.get(gate.score, {})
             checks.append({
                 "score": gate.score, "bounds": _bounds(gate), "passed": why is None,
-                "why": why or "",
-                "doubt": "; ".join(doubts([gate], scores)),
+                "why": why or "", "doubt": "; ".join(doubts([gate], scores)),
                 **{key: found.get(key) for key in ("value", "low", "high", "n")},
             })  # fmt: skip
         result = {
@@ -131,31 +129,25 @@ class Gate(Stage):
         del job
         facts = {f"{key} model": model["name"] for key, model in result.get("models", {}).items()}
         for check in result["gates"]:
-            measured = "not measured"
-            if check["value"] is not None:
-                measured = f"{check['value']:.3f}"
+            measured = "not measured" if check["value"] is None else f"{check['value']:.3f}"
             if check["low"] is not None and check["high"] is not None:
                 measured += " ({low:.3f} to {high:.3f})".format(**check)
             passed = "passed" if check["passed"] else "failed"
             doubt = f"; {check['doubt']}" if check["doubt"] else ""
             facts[check["score"]] = f"{measured}, wanted {check['bounds']}: {passed}{doubt}"
-        failed = sum(not check["passed"] for check in result["gates"])
-        decided = "The new model is promoted: all gates passed."
-        if failed:
-            decided = (
-                f"The new model is not promoted: {failed} of {len(result['gates'])} gates failed."
-            )
         total = len(result["gates"])
+        failed = sum(not check["passed"] for check in result["gates"])
         promoted = "" if result["promoted"] else "not "
+        why = f"{failed} of {total} gates failed" if failed else "all gates passed"
         return Part(
             "May the new model replace the old one?",
-            f"{decided} A gate bounds the end of the interval, not the point.",
+            f"The new model is {promoted}promoted: {why}. A gate bounds the end of the interval,"
+            " not the point.",
             facts=facts,
             cards=[(f"{total - failed} of {total}", f"gates passed: {promoted}promoted")],
         )
 
 
 def _bounds(gate: Any) -> str:
-    least, most = gate.least, gate.most
-    told = [f"at least {least:g}"] * (least > -math.inf) + [f"at most {most:g}"] * (most < math.inf)
-    return ", ".join(told)
+    bounds = (("at least", gate.least), ("at most", gate.most))
+    return ", ".join(f"{side} {bound:g}" for side, bound in bounds if math.isfinite(bound))

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -117,7 +117,7 @@ def _port(process: "subprocess.Popen[bytes]", log: Path) -> int:
     until = time.monotonic() + START_SECONDS
     while time.monotonic() < until:
         ended = process.poll() is not None
-        events = {event["event"]: event for event in map(_event, _lines(log)) if event}
+        events = {event["event"]: event for event in _read(log)[0]}
         if "ready" in events:
             return int(events["listening"]["url"].rpartition(":")[2])
         if ended:
@@ -127,21 +127,22 @@ def _port(process: "subprocess.Popen[bytes]", log: Path) -> int:
 
 
 def _ended(process: "subprocess.Popen[bytes]", log: Path) -> InputError:
-    said = next((line for line in reversed(_lines(log)) if not _event(line)), "it said nothing")
+    said = ["it said nothing", *_read(log)[1]][-1]
     return InputError(
         f"the server ended with status {process.returncode}:"
         f" {said.removeprefix('fastlm: ')[:300]} ({log})"
     )
 
 
-def _lines(log: Path) -> list[str]:
-    text = log.read_text("utf-8", "replace")
-    return [line for line in text.splitlines() if line.strip()]
-
-
-def _event(line: str) -> dict[str, Any] | None:
-    try:
-        found = json.loads(line)
-    except ValueError:
-        return None
-    return found if isinstance(found, dict) and "event" in found else None
+def _read(log: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """The events of a log, and its other lines."""
+    events, others = [], []
+    for line in filter(str.strip, log.read_text("utf-8", "replace").splitlines()):
+        found = None
+        with suppress(ValueError):
+            found = json.loads(line)
+        if isinstance(found, dict) and "event" in found:
+            events.append(found)
+        else:
+            others.append(line)
+    return events, others

@@ -3,12 +3,11 @@
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from fastlm.data.conversations import Message, said
+from fastlm.data.conversations import said
 from fastlm.data.preferences import Comparison, read_preferences
 from fastlm.data.prompts import Prompt
 from fastlm.errors import InputError
@@ -63,31 +62,23 @@ def judged(
     scale (standard deviations over the answers of their training). An empty answer has the lowest
     score of all: no template writes one.
     """
-    talks = [
-        [*prompts[i // (len(texts) // len(prompts))].messages, _assistant(text)]
-        for texts in answered for i, text in enumerate(texts) if text.strip()
-    ]  # fmt: skip
+    talks = []
+    for texts in answered:
+        for i, text in enumerate(texts):
+            asked = prompts[i // (len(texts) // len(prompts))].messages
+            if text.strip():
+                talks.append([*asked, {"role": "assistant", "content": text}])
     # one judge in memory at a time
-    points = map(fmean, zip(*(_points(path, talks) for path in judges), strict=True))
-    found = [[next(points) if text.strip() else None for text in texts] for texts in answered]
-    told = [point for own in found for point in own if point is not None]
-    least = min(told, default=0.0)
-    if empty := sum(point is None for own in found for point in own):
+    points = [fmean(p) for p in zip(*(scores(*_judge(j), talks).tolist() for j in judges))]
+    least, following = min(points, default=0.0), iter(points)
+    if empty := sum(map(len, answered)) - len(points):
         warn(f"empty answers have the lowest score of all: {empty:,}")
-    return [[least if point is None else point for point in own] for own in found]
-
-
-def _assistant(text: str) -> Message:
-    return {"role": "assistant", "content": text}
+    return [[next(following) if text.strip() else least for text in texts] for texts in answered]
 
 
 def _judge(path: Path) -> tuple[RewardModel, Tokenizer]:
     model = RewardModel.from_pretrained(path)
     return model, load_tokenizer(path, model.config.to_dict())
-
-
-def _points(judge: Path, talks: Sequence[list[Message]]) -> list[float]:
-    return scores(*_judge(judge), talks).tolist()
 
 
 def judge_accuracy(
@@ -165,35 +156,36 @@ def compared(
     before, now = points
     wins = [1.0 if b > a else 0.5 if a == b else 0.0 for a, b in zip(before, now, strict=True)]
     prompts = len(wins) // answers
-    groups = [str(i // answers) for i in range(len(wins))]
-    clusters = groups if answers > 1 else None
+    clusters = [str(i // answers) for i in range(len(wins))] if answers > 1 else None
     won = share(wins, answers, confidence)
     score = compare(now, before, clusters=clusters, confidence=confidence)
     lengths = [[float(len(one.token_ids)) for one in texts] for texts in (new, old)]
     longer = compare(*lengths, clusters=clusters, confidence=confidence)
-    most = max(1e-9, fmean(lengths[1]))
+    usual = max(1e-9, fmean(lengths[1]))
     ended = wilson(sum(one.ended for one in new) / answers, prompts, confidence)
     distinct = len({one.text for one in new}) / max(1, len({one.text for one in old}))
-
-    def told(value: float, low: float, high: float, better: str = "higher") -> dict[str, Any]:
-        ends = [end if math.isfinite(end) else None for end in (low, high)]
-        return {"value": value, "low": ends[0], "high": ends[1], "n": prompts, "better": better}
-
+    measured = {
+        "rate": (fmean(wins), won.low, won.high),
+        "score": (score.difference, score.low, score.high),
+        "length": (fmean(lengths[0]) / usual, 1 + longer.low / usual, 1 + longer.high / usual),
+        "ended": (fmean(one.ended for one in new), ended.low, ended.high),
+        "distinct": (distinct, distinct, distinct),
+    }
     return {
         "prompts": prompts,
         "scores": {
-            "rate": told(fmean(wins), won.low, won.high),
-            "score": told(score.difference, score.low, score.high),
-            "length": told(
-                fmean(lengths[0]) / most, 1 + longer.low / most, 1 + longer.high / most, ""
-            ),
-            "ended": told(fmean(one.ended for one in new), ended.low, ended.high),
-            "distinct": told(distinct, distinct, distinct, ""),
+            name: {
+                "value": value,
+                "low": low if math.isfinite(low) else None,
+                "high": high if math.isfinite(high) else None,
+                "n": prompts,
+                "better": "" if name in ("length", "distinct") else "higher",
+            }
+            for name, (value, low, high) in measured.items()
         },
         "compared": {
             "wins": wins.count(1.0), "ties": wins.count(0.5), "losses": wins.count(0.0),
-            "new": fmean(now), "old": fmean(before), "p": score.p,
-            "test": asdict(score)["test"],
+            "new": fmean(now), "old": fmean(before), "p": score.p, "test": score.test,
         },
     }  # fmt: skip
 

@@ -39,19 +39,23 @@ class Promotion(Stage):
 
     def run(self, job: Job) -> dict[str, Any]:
         from fastlm.evals.suite import id_of
-        from fastlm.feedback.model_pair import NEW, OLD, Model, Pair, check_decided
+        from fastlm.feedback.gate_metrics import NEW, OLD, Model
         from fastlm.pipeline.provenance import MODEL as FILES
         from fastlm.pipeline.run_folder import is_adapter, locate_model
 
         given = job.path("decision")
         decision = read_document(given / DECISION if given.is_dir() else given, Decision)
         promoted, gates = decision["promoted"], decision["gates"]
-        wanted = {
+        models = {
             key: Model(one.name, id_of(one.where)) for key in (NEW, OLD) for one in job.inputs[key]
         }
-        decided: Pair = {**decision.get("models", {})}
-        check_decided(wanted, decided, str(given))
-        if unknown := [key for key in wanted if key not in decided]:
+        decided: Mapping[str, Model] = {**decision.get("models", {})}
+        if any(key in decided and decided[key].id != models[key].id for key in models):
+            raise InputError(
+                f"decision: wanted one about {_pair(models)}, got one about {_pair(decided)}:"
+                f" {given}"
+            )
+        if unknown := [key for key in models if key not in decided]:
             job.warn(f"decision: {given} does not name the {' and the '.join(unknown)} model")
         (taken,) = job.inputs["new" if promoted else "old"]
         folder = locate_model(taken.path)
@@ -85,6 +89,10 @@ class Promotion(Stage):
             facts=facts,
             cards=[(result["serves"], "is the model that serves next")],
         )
+
+
+def _pair(models: Mapping[str, Any]) -> str:
+    return " and ".join(f"the {key} model {models[key]}" for key in ("new", "old") if key in models)
 
 
 def _decided(result: Mapping[str, Any]) -> str:

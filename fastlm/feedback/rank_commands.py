@@ -2,7 +2,7 @@
 out of it."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,12 +14,11 @@ from fastlm.sources.packages import default_cache
 from fastlm.threads import Threads
 
 if TYPE_CHECKING:
+    from fastlm.data.prompts import Prompt
+    from fastlm.serve.chat import Writer
     from fastlm.serve.ranking import RankingStore
 
-app = typer.Typer(
-    help="Rank answers to prompts: preferences to train on.",
-    no_args_is_help=True,
-)
+app = typer.Typer(help="Rank answers to prompts: preferences to train on.", no_args_is_help=True)
 Store = Annotated[str, typer.Argument(help="Feedback database: SQLite file or postgresql://...")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Count bad rows and continue")]
 
@@ -91,20 +90,48 @@ def sample_command(
 ) -> None:
     """Let a model answer each prompt K times, and add the answers to a store.
 
-    Each prompt's answers are stored at once: after Ctrl-C the same command continues.
+    Each prompt's answers are stored at once: after Ctrl-C the same command continues. Equal and
+    empty answers are left out.
     """
     with needs_serve():
-        from fastlm.feedback.rank_sample import sample_answers
+        from fastlm.data.preferences import Unranked
+        from fastlm.data.prompts import read_prompts
+        from fastlm.serve.chat import Writer
+        from fastlm.serve.ranking import Added, RankingStore
 
-    added = sample_answers(
-        store, model, prompts, k=k, temperature=temperature, top_p=top_p,
-        max_new_tokens=max_new_tokens, seed=seed, cache=cache or default_cache(),
-        skip_bad=skip_bad, track=bars, tell=_note,
-    )  # fmt: skip
+    sources = read_prompts(prompts, cache=cache or default_cache(), skip_bad=skip_bad, tell=_note)
+    rows, writer, added = list(sources), Writer(model), Added()
+    sampling = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
+    with RankingStore(store) as found:
+        for number, row in enumerate(bars(rows, "sampling", unit="prompts")):
+            if found.has_prompt(row.messages, row.tools):
+                added.known += 1
+                continue
+            try:
+                ids = _prompt_ids(writer, row)
+                answers = writer.write([ids] * k, seed=seed + number * k, **sampling)
+            except InputError as error:
+                raise InputError(f"{row.place}: {error}") from None
+            texts = dict.fromkeys(answer.text for answer in answers if answer.text.strip())
+            if len(texts) < 2:
+                added.alike += 1
+                continue
+            messages = tuple([{"role": "assistant", "content": text}] for text in texts)
+            found.add_items([Unranked(row.messages, messages, row.tools)], model.name)
+            added.items += 1
     typer.echo(
         f"{store}: new prompts {added.items:,}, known before {added.known:,}, left out because"
         f" their answers are alike {added.alike:,}"
     )
+
+
+def _prompt_ids(writer: "Writer", row: "Prompt") -> list[int]:
+    if writer.tokenizer.chat_template is not None:
+        variables: dict[str, Any] = {} if row.tools is None else {"tools": row.tools}
+        return writer.tokenizer.encode_chat(row.messages, **variables)
+    if len(row.messages) > 1:
+        raise InputError("model: wanted a chat template for a prompt of several messages, has none")
+    return writer.prompt_ids(row.messages[0]["content"], raw=True)
 
 
 @app.command("judge", short_help="Rank the answers, prompt by prompt.")
@@ -174,8 +201,7 @@ def export_command(
     store: Store,
     path: Annotated[Path, typer.Argument(help="The .jsonl file to write")],
     form: Annotated[
-        str,
-        typer.Option(help="pairs, ranked, labels, corrected or demonstrations"),
+        str, typer.Option(help="pairs, ranked, labels, corrected or demonstrations")
     ] = "pairs",
     rater: Annotated[
         str | None, typer.Option("--rater", "-r", help="Only what this rater did")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from fastlm.data.conversations import FORMATS
 from fastlm.errors import InputError
+from fastlm.feedback.gate_metrics import percent
 from fastlm.files import make_folder
 from fastlm.pipeline.stage import Job, Part, Positional, Stage, Takes, at_least_one
 from fastlm.sources.input_digest import Contents
@@ -93,6 +94,7 @@ The same command starts again from nothing."""
         import torch
 
         from fastlm.feedback.local_server import serving
+        from fastlm.feedback.pairwise import judged
         from fastlm.feedback.simulated_users import Question, simulate_feedback, simulate_users
         from fastlm.serve.feedback import FeedbackStore
         from fastlm.stats.intervals import wilson
@@ -109,8 +111,13 @@ The same command starts again from nothing."""
             whole = [i for i, reply in enumerate(replies) if reply.status == 200]
             if not whole:
                 raise InputError(f"model: wanted answers, got none: {_why(replies[0])}")
-            texts = [_texts(replies[i]) for i in whole]
-            points = self._points(job, [prompts[i] for i in whole], texts)
+            texts = [
+                [choice["message"]["content"] or "" for choice in replies[i].body["choices"]]
+                for i in whole
+            ]
+            rewards, answers = [job.path("reward_model")], [text for pair in texts for text in pair]
+            (scored,) = judged(rewards, [prompts[i] for i in whole], [answers], job.warn)
+            points = [scored[i : i + ANSWERS] for i in range(0, len(scored), ANSWERS)]
             asked = [
                 Question(replies[i].body["id"], pair, two, _reference(prompts[i]))
                 for i, pair, two in zip(whole, texts, points, strict=True)
@@ -128,10 +135,11 @@ The same command starts again from nothing."""
         failed = [reply for reply in (*replies, *posted) if reply.status != 200]
         if failed:
             job.warn(f"{len(failed):,} requests failed, the first one: {_why(failed[0])}")
-        took = np.array([replies[i].seconds for i in whole])
+        took = [replies[i].seconds for i in whole]
         tokens = sum(replies[i].body["usage"]["completion_tokens"] for i in whole)
         thumbs = [one.body["thumb"] == "up" for one in said if one.kind == "thumb"]
-        share = wilson(sum(thumbs), max(1, len(thumbs)))
+        total = max(1, len(thumbs))
+        liked = wilson(sum(thumbs), total)
         agrees = [one.agrees for one in said if one.agrees is not None]
         return {
             "questions": len(prompts), "requests": len(replies) + len(posted),
@@ -141,7 +149,7 @@ The same command starts again from nothing."""
             "kinds": dict(sorted(Counter(one.kind for one in said).items())),
             "consented": sum(self._consents(prompts[i]) for i in whole),
             "liked": {
-                "value": sum(thumbs) / max(1, len(thumbs)), "low": share.low, "high": share.high,
+                "value": sum(thumbs) / total, "low": liked.low, "high": liked.high,
                 "n": len(thumbs),
             },
             "score": float(np.mean(points)),
@@ -186,21 +194,11 @@ The same command starts again from nothing."""
         with ThreadPoolExecutor(self.clients) as pool:
             return list(job.track(pool.map(one, prompts), "asking", len(prompts), unit="questions"))
 
-    def _points(
-        self, job: Job, prompts: "Sequence[Prompt]", texts: Sequence[Sequence[str]]
-    ) -> list[tuple[float, ...]]:
-        """Return the scores of the answers to each prompt."""
-        from fastlm.feedback.pairwise import judged
-
-        answers = [text for pair in texts for text in pair]
-        (points,) = judged([job.path("reward_model")], prompts, [answers], job.warn)
-        return [tuple(points[i : i + ANSWERS]) for i in range(0, len(points), ANSWERS)]
-
     def told(self, result: Mapping[str, Any], job: Job) -> str:
         kinds = ", ".join(f"{n:,} {kind}s" for kind, n in result["kinds"].items())
         return (
             f"{job.out / DATABASE}: {result['questions']:,} questions, {result['errors']:,} errors;"
-            f" simulated users gave {kinds}, and liked {_share(result['liked'])}"
+            f" simulated users gave {kinds}, and liked {percent(result['liked'])}"
         )
 
     def report(self, job: Job, result: Mapping[str, Any]) -> Part:
@@ -223,12 +221,8 @@ The same command starts again from nothing."""
                 if agreement is None
                 else f"{100 * agreement:.1f} % of picks and thumbs",
             },
-            cards=[(_share(result["liked"]), "of answers were liked by simulated users")],
+            cards=[(percent(result["liked"]), "of answers were liked by simulated users")],
         )
-
-
-def _texts(reply: "Reply") -> list[str]:
-    return [choice["message"]["content"] or "" for choice in reply.body["choices"]]
 
 
 def _why(reply: "Reply") -> str:
@@ -242,14 +236,7 @@ def _reference(prompt: "Prompt") -> str | None:
     from fastlm.data.conversations import conversation_of
 
     try:
-        last = conversation_of(prompt.row).messages[-1]
+        content = conversation_of(prompt.row).messages[-1].get("content")
     except InputError:
         return None
-    content = last.get("content")
     return content if isinstance(content, str) and content.strip() else None
-
-
-def _share(score: Mapping[str, float]) -> str:
-    return "{:.1f} % ({:.1f} to {:.1f})".format(
-        *(100 * score[key] for key in ("value", "low", "high"))
-    )

@@ -1,7 +1,7 @@
 """The stage `FeedbackBuild`: what people said about answers, as rows to train on."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -73,7 +73,6 @@ raters.json."""
         given = job.optional("feedback_db")
         self._check_given(given is not None)
         databases = [*self.database, *([] if given is None else [str(given)])]
-        options = BuildOptions(**{f.name: getattr(self, f.name) for f in fields(BuildOptions)})
         questions = self._questions(job) if self.decontaminate else None
         if questions is None:
             job.warn("decontaminate: names no question sets: answers to them may enter")
@@ -81,7 +80,7 @@ raters.json."""
         above = (job.out.parent, job.out.absolute().parent.parent) if job.in_recipe else ()
         forgotten = forgotten_keys([job.out, *above])
         done = build(
-            databases, job.out, options=options, questions=questions, forgotten=forgotten,
+            databases, job.out, options=self, questions=questions, forgotten=forgotten,
             cache=job.cache,
         )  # fmt: skip
         left_out = {n for n, one in done.raters.items() if one.weight < self.least_weight}
@@ -101,20 +100,21 @@ raters.json."""
         from fastlm.evals.safety.sets import names_of as safety_sets
         from fastlm.feedback.overlap import Overlap
 
-        def questions() -> Iterator[tuple[str, str]]:
-            for name in self.decontaminate:
-                if _is_file(name):
-                    for prompt in read_prompts([name], cache=job.cache):
-                        yield Path(name).name, prompt.messages[-1]["content"]
-            for name in dict.fromkeys(n for one in self.decontaminate for n in safety_sets(one)):
-                for text in TEXTS[name](Sets(job.cache)):
-                    yield name, text
-            rest = [n for n in self.decontaminate if not _is_file(n) and not safety_sets(n)]
-            for name in names_of(rest):
-                for parts in question_texts(load_task(name, job.cache).questions):
-                    yield name, "".join(parts)
-
-        return Overlap(questions(), self.ngram)
+        questions: list[tuple[str, str]] = []
+        rest = []
+        for name in dict.fromkeys(self.decontaminate):
+            sets = safety_sets(name)
+            if _is_file(name):
+                prompts = read_prompts([name], cache=job.cache)
+                questions += [(Path(name).name, p.messages[-1]["content"]) for p in prompts]
+            elif sets:
+                questions += [(one, text) for one in sets for text in TEXTS[one](Sets(job.cache))]
+            else:
+                rest.append(name)
+        for name in names_of(rest):
+            parts = question_texts(load_task(name, job.cache).questions)
+            questions += [(name, "".join(part)) for part in parts]
+        return Overlap(dict.fromkeys(questions), self.ngram)
 
     def told(self, result: Mapping[str, Any], job: Job) -> str:
         rows = ", ".join(f"{n:,} {form}" for form, n in result["rows"][TRAIN].items())

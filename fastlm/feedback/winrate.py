@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from fastlm.data.conversations import FORMATS
 from fastlm.errors import InputError
+from fastlm.feedback.gate_metrics import percent
 from fastlm.files import write_json, write_text
 from fastlm.pipeline.stage import Facts, Job, Part, Stage, Takes, at_least_one
 from fastlm.sources.input_digest import Contents
 
 if TYPE_CHECKING:
     from fastlm.data.prompts import Prompt
-    from fastlm.inference.requests import Completion
 
 SCORES, ANSWERS = "scores.json", "answers.jsonl"
 
@@ -107,7 +107,7 @@ class WinRate(Stage):
             )  # fmt: skip
             if accuracy is not None:
                 result["scores"]["judge"] = accuracy
-        write_text(job.out / ANSWERS, _lines(prompts, old, new, points, self.answers))
+        write_text(job.out / ANSWERS, _lines(prompts, texts, points))
         write_json(job.out / SCORES, result)
         return result
 
@@ -140,7 +140,7 @@ class WinRate(Stage):
         del job
         won = result["scores"]["rate"]
         return (
-            f"the new model wins {_share(won)} of {result['prompts']:,} prompts (ties count half);"
+            f"the new model wins {percent(won)} of {result['prompts']:,} prompts (ties count half);"
             f" its answers are {result['scores']['length']['value']:.2f} times as long;"
             f" {_who(result)} is right in {_judge(result['scores'])}"
         )
@@ -154,7 +154,7 @@ class WinRate(Stage):
             f" (p {compared['p']:.4f})",
             "length": f"{scores['length']['value']:.2f} times that of before"
             f" ({_interval(scores['length'])})",
-            "ended by themselves": _share(scores["ended"]),
+            "ended by themselves": percent(scores["ended"]),
             "different answers": f"{scores['distinct']['value']:.2f} times as many as before",
         }
         return Part(
@@ -163,7 +163,7 @@ class WinRate(Stage):
             f" are judged by {_who(result)}, reward models that have trained neither: read how"
             f" often that is right before its verdict. {job.out / ANSWERS} has the answers.",
             facts=facts,
-            cards=[(_share(scores["rate"]), "of prompts are won by the new model")],
+            cards=[(percent(scores["rate"]), "of prompts are won by the new model")],
         )
 
 
@@ -176,7 +176,7 @@ def _judge(scores: Mapping[str, Mapping[str, Any]]) -> str:
     found = scores.get("judge")
     if found is None:
         return "an unknown share (no preferences to measure it with)"
-    return f"{_share(found)} of {found['n']:,} preferences that it has not seen"
+    return f"{percent(found)} of {found['n']:,} preferences that it has not seen"
 
 
 def _interval(score: Mapping[str, Any]) -> str:
@@ -185,24 +185,15 @@ def _interval(score: Mapping[str, Any]) -> str:
     return f"{score['low']:.2f} to {score['high']:.2f}"
 
 
-def _share(score: Mapping[str, float]) -> str:
-    return "{:.1f} % ({:.1f} to {:.1f})".format(
-        *(100 * score[key] for key in ("value", "low", "high"))
-    )
-
-
 def _lines(
-    prompts: "Sequence[Prompt]",
-    old: "Sequence[Completion]",
-    new: "Sequence[Completion]",
-    points: Sequence[Sequence[float]],
-    answers: int,
+    prompts: "Sequence[Prompt]", texts: Sequence[Sequence[str]], points: Sequence[Sequence[float]]
 ) -> str:
+    answers = len(texts[0]) // len(prompts)
     rows = [
         {
-            "prompt": prompts[i // answers].messages, "old": old[i].text, "new": new[i].text,
-            "score_old": round(points[0][i], 4), "score_new": round(points[1][i], 4),
+            "prompt": prompts[i // answers].messages, "old": old, "new": new,
+            "score_old": round(before, 4), "score_new": round(now, 4),
         }
-        for i in range(len(old))
+        for i, (old, new, before, now) in enumerate(zip(*texts, *points, strict=True))
     ]  # fmt: skip
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -5,8 +5,8 @@ They answer this machine alone, and where the server has API keys, to an admin k
 
 import hmac
 import ipaddress
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Awaitable, Sequence
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 from starlette.requests import Request
@@ -51,30 +51,28 @@ def routes(server: "Server", manager: "ModelManager", admins: Sequence[str]) -> 
     async def promote(http: Request) -> Response:
         admit(http)
         request = await server.body(http, PromoteRequest)
-        await _done(manager.promote(request.model, other_tokens=request.other_tokens))
-        return JSONResponse(await manager.status())
+        return await done(manager.promote(request.model, other_tokens=request.other_tokens))
 
     async def rollback(http: Request) -> Response:
         admit(http)
         await server.body(http, EmptyRequest)
-        await _done(manager.rollback())
-        return JSONResponse(await manager.status())
+        return await done(manager.rollback())
 
     async def canary(http: Request) -> Response:
         admit(http)
         return JSONResponse(await manager.status())
 
+    async def done(work: Awaitable[None]) -> Response:
+        try:
+            await work
+        except ApiError:
+            raise
+        except InputError as error:
+            raise ApiError(str(error), param="model", code="not_promoted") from None
+        return JSONResponse(await manager.status())
+
     ways = ((promote, "POST"), (rollback, "POST"), (canary, "GET"))
     return [Route(path, way, methods=[m]) for path, (way, m) in zip(PATHS, ways)]
-
-
-async def _done(work: Any) -> None:
-    try:
-        await work
-    except ApiError:
-        raise
-    except InputError as error:
-        raise ApiError(str(error), param="model", code="not_promoted") from None
 
 
 def _refused(text: str) -> ApiError:

@@ -3,6 +3,7 @@
 import json
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,8 +22,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="As JSON")]
 
 def promote(
     model: Annotated[
-        str | None,
-        typer.Argument(help="As for serve; without it, the canary", show_default=False),
+        str | None, typer.Argument(help="As for serve; without it, the canary", show_default=False)
     ] = None,
     other_tokens: Annotated[
         bool,
@@ -42,51 +42,42 @@ def promote(
     if model is not None and Path(model).exists():  # else it is one below --models-dir
         path = str(Path(model).resolve())
     body = {} if path is None else {"model": path, "other_tokens": other_tokens}
-    _tell(_asked(server, "promote", body, api_key), as_json)
+    _change(server, "promote", body, api_key, as_json)
 
 
 def rollback(
-    server: Server = "http://127.0.0.1:8000",
-    api_key: Key = None,
-    as_json: AsJson = False,
+    server: Server = "http://127.0.0.1:8000", api_key: Key = None, as_json: AsJson = False
 ) -> None:
     """End the canary, or go back to the model before the last promotion, without losing a request.
 
     The model is loaded again, and refused if its files have changed.
     """
-    _tell(_asked(server, "rollback", {}, api_key), as_json)
+    _change(server, "rollback", {}, api_key, as_json)
 
 
-def _tell(told: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        typer.echo(json.dumps(told))
-    else:
-        typer.echo(f"{told['path']} answers as {told['model']}")
-
-
-def _asked(server: str, what: str, body: dict[str, Any], key: str | None) -> dict[str, Any]:
-    """What the server answers. InputError: its refusal, or that it cannot be reached."""
+def _change(server: str, what: str, body: dict[str, Any], key: str | None, as_json: bool) -> None:
+    """Ask the server and print what it serves. InputError: its refusal, or that it cannot be
+    reached."""
     if not server.startswith(("http://", "https://")):
         raise InputError(f"server: wanted http://HOST:PORT, got {server!r:.80}")
     headers = {"content-type": "application/json"}
     if key is not None:
         headers["authorization"] = f"Bearer {key}"
-    request = urllib.request.Request(
-        f"{server.rstrip('/')}/v1/admin/{what}", json.dumps(body).encode(), headers
-    )
+    url = f"{server.rstrip('/')}/v1/admin/{what}"
+    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
     # no proxy: the server only listens to this machine
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(request, timeout=SECONDS) as response:
-            return json.load(response)
+            told = json.load(response)
     except urllib.error.HTTPError as error:
-        try:
+        message = f"status {error.code}"
+        with error, suppress(ValueError, KeyError, TypeError):
             message = json.load(error)["error"]["message"]
-        except (ValueError, KeyError, TypeError):
-            message = f"status {error.code}"
         if error.code == 404:
             message = "the server changes no models (fastlm serve --canary or --models-dir)"
         raise InputError(f"{what}: refused: {message}") from None
     except (OSError, ValueError) as error:
         text = getattr(error, "reason", error)
         raise InputError(f"server: wanted `fastlm serve` at {server}, got: {text}") from None
+    typer.echo(json.dumps(told) if as_json else f"{told['path']} answers as {told['model']}")

@@ -74,29 +74,25 @@ class Loader:
         cannot do what the current one does, or gives no answer.
         """
         try:
-            if (digest := digest_of(path)) != current.digest:
-                return self._beside(path, digest, current)
+            if (digest := digest_of(path)) == current.digest:
+                raise InputError(f"{path}, which is served already")
+            _check_memory(int(size_of(path) * SPARE), "the model")
+            served = self.load(path, digest)
+            try:
+                cache = served.engine.stats()
+                if served.model.device.type == "cpu":  # a GPU's is taken at once
+                    _check_memory(cache.pages * cache.page_bytes, "its cache (--pages)")
+                check_like(served, current)
+                served.engine.start()
+                check_answers(served)
+            except BaseException:
+                served.engine.close()
+                raise
+            return served
         except (InputError, OSError, RuntimeError) as error:
             text = reason(error)
-        else:
-            raise InputError(f"model: wanted another one, got {path}, which is served already")
         release_memory()  # not before the error has gone, whose frames hold the model
         raise InputError(f"model: wanted one that can be served, got: {text}")
-
-    def _beside(self, path: Path, digest: str, current: Served) -> Served:
-        _check_memory(int(size_of(path) * SPARE), "the model")
-        served = self.load(path, digest)
-        try:
-            cache = served.engine.stats()
-            if served.model.device.type == "cpu":  # a GPU's is taken at once
-                _check_memory(cache.pages * cache.page_bytes, "its cache (--pages)")
-            check_like(served, current)
-            served.engine.start()
-            check_answers(served)
-        except BaseException:
-            served.engine.close()
-            raise
-        return served
 
 
 def check_like(new: Served, current: Served) -> None:

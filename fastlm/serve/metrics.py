@@ -1,7 +1,7 @@
 """What the server counts and measures, for Prometheus. docs/serving.md lists the names;
 fastlm/serve/grafana.json shows them."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -88,8 +88,16 @@ def _engine_metrics(stats: EngineStats) -> Iterator[Metric]:
         yield GaugeMetricFamily(f"fastlm_{name}", text, getattr(stats, name))
     for name, text in COUNTERS.items():
         yield CounterMetricFamily(f"fastlm_{name}", text, getattr(stats, name))
+    finished = {(reason,): count for reason, count in stats.finished.items()}
     text = "Answers by how they ended"
-    ended = CounterMetricFamily("fastlm_answers", text, labels=["reason"])
-    for reason, count in stats.finished.items():
-        ended.add_metric([reason], count)
-    yield ended
+    yield labelled(CounterMetricFamily, "answers", text, ["reason"], finished)
+
+
+def labelled(
+    kind: Any, name: str, text: str, labels: Sequence[str], values: Mapping[Any, float]
+) -> Metric:
+    """A metric of values by their labels."""
+    family = kind(f"fastlm_{name}", text, labels=labels)
+    for key, value in list(values.items()):
+        family.add_metric(key, value)
+    return family

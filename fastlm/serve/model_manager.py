@@ -17,6 +17,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from fastlm.errors import InputError
 from fastlm.serve import loading
 from fastlm.serve.api_error import ApiError
+from fastlm.serve.metrics import labelled
 from fastlm.serve.middleware import log
 from fastlm.serve.models import Models, Served
 from fastlm.serve.state import ModelRef, State, read_state
@@ -165,26 +166,20 @@ class ModelManager:
     def collect(self) -> Iterator[Metric]:
         """Return what Prometheus scrapes."""
         models = self.models
-        info = GaugeMetricFamily("fastlm_model", "Models in memory", labels=["model", "role"])
-        roles = [(models.current, "current"), *((served, "leaving") for served in models.leaving)]
+        roles = {(served.name, "leaving"): 1 for served in models.leaving}
+        roles[models.current.name, "current"] = 1
         if models.experiment is not None:
-            roles.append((models.experiment.served, "canary"))
-        for served, role in roles:
-            info.add_metric([served.name, role], 1)
-        yield info
-        answers = CounterMetricFamily(
-            "fastlm_model_answers", "Answers of each model", labels=["model", "ended"]
-        )
-        for labels, count in list(models.answers.items()):
-            answers.add_metric(labels, count)
-        yield answers
-        decisions = CounterMetricFamily(
-            "fastlm_model_decisions", "Promotions, rollbacks and trials without a decision",
-            labels=["action"],
+            roles[models.experiment.served.name, "canary"] = 1
+        yield labelled(GaugeMetricFamily, "model", "Models in memory", ["model", "role"], roles)
+        yield labelled(
+            CounterMetricFamily, "model_answers", "Answers of each model", ["model", "ended"],
+            models.answers,
         )  # fmt: skip
-        for action, count in list(self.decisions.items()):
-            decisions.add_metric([action], count)
-        yield decisions
+        yield labelled(
+            CounterMetricFamily, "model_decisions",
+            "Promotions, rollbacks and trials without a decision", ["action"],
+            {(action,): count for action, count in list(self.decisions.items())},
+        )  # fmt: skip
 
 
 def restore_models(loader: "Loader", base: str, path: Path) -> tuple[Models, State]:
@@ -195,15 +190,23 @@ def restore_models(loader: "Loader", base: str, path: Path) -> tuple[Models, Sta
     """
     base = model_key(base)
     state = read_state(path)
-    if state is None or state.base != base:
-        state = State(base, model_ref(base))
-    elif _digest(state.current.path, path) != state.current.digest:
-        if state.current.path != base or state.previous is not None:
+    if state is not None and state.base == base:
+        try:
+            unchanged = model_ref(state.current.path).digest == state.current.digest
+        except InputError as error:
+            raise InputError(
+                f"{path}: expected the model that was promoted last, {state.current.path}, got:"
+                f" {error} (put it back, or delete the state file to begin with --model)"
+            ) from None
+        if not unchanged and (state.current.path != base or state.previous is not None):
             raise InputError(
                 f"{path}: wanted {state.current.path} as it was when it was promoted, its files"
                 " have changed (delete the file to begin with --model)"
             )
-        state = State(base, model_ref(base))  # trained again
+        if not unchanged:  # trained again
+            state = None
+    if state is None or state.base != base:
+        state = State(base, model_ref(base))
     current = loader.load(Path(state.current.path), state.current.digest)
     return Models(current, loader.name), state
 
@@ -212,14 +215,3 @@ def model_ref(path: str) -> ModelRef:
     """Return the model at a path as it is now. InputError: none is there."""
     path = model_key(path)
     return ModelRef(path, loading.digest_of(Path(path)))
-
-
-def _digest(model: str, path: Path) -> str:
-    """The digest of the model that the state file ``path`` names."""
-    try:
-        return loading.digest_of(Path(model))
-    except InputError as error:
-        raise InputError(
-            f"{path}: expected the model that was promoted last, {model}, got: {error} (put it"
-            " back, or delete the state file to begin with --model)"
-        ) from None

@@ -67,10 +67,8 @@ def read_feedback(
             param="conversation.consent",
         )
     answers = [[{"role": "assistant", "content": answer}] for answer in choices]
-    tools = talk.get("tools") or None
-    return opinion, StoredResponse(
-        response, model, messages, answers, tools, request.conversation_id
-    )
+    tools, conversation = talk.get("tools") or None, request.conversation_id
+    return opinion, StoredResponse(response, model, messages, answers, tools, conversation)
 
 
 async def give(server: "Server", http: Request) -> Response:
@@ -127,9 +125,7 @@ def _check_conversation(store: "FeedbackStore", opinion: Feedback) -> None:
     """ApiError: the answer is known, and of another conversation than the opinion says: whoever
     forgets that conversation would delete what was said in this one."""
     response, given = opinion.response_id, opinion.conversation_id
-    if response is None or given is None:
-        return
-    own = store.conversation_of(response)
+    own = None if response is None or given is None else store.conversation_of(response)
     if own is not None and own != (given,):
         raise ApiError(
             "conversation_id: expected that of the answer, or none, got another",

@@ -24,14 +24,7 @@ from fastlm.data.preferences import Comparison, Label, Unranked, answers_of
 from fastlm.errors import InputError, check_unicode, show
 from fastlm.files import replacing
 from fastlm.serve.feedback import FeedbackStore
-from fastlm.serve.feedback_rows import (
-    SKIPPED,
-    as_json,
-    read_answer,
-    read_opinion,
-    row_of,
-    scrubbed,
-)
+from fastlm.serve.feedback_rows import SKIPPED, as_json, read_answer, read_opinion, row_of, scrubbed
 from fastlm.serve.responses import Feedback, Ranking, StoredResponse
 from fastlm.serve.tables import ANSWERS, FEEDBACK, WITHDRAWN
 from fastlm.sources.rows import ignore

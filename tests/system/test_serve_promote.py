@@ -47,7 +47,9 @@ def test_the_commands_and_a_kill(tmp_path):
         result = call("promote", models["b"], *to)
         assert result.exit_code == 0, result.stderr
         result_again = call("promote", models["b"], *to)
-        refusal = f"promote: refused: model: wanted another one, got {models['b']}, which is served"
+        refusal = (
+            f"promote: refused: model: wanted one that can be served, got: {models['b']}, which is"
+        )
         assert result_again.exit_code == 2 and refusal in result_again.stderr
         second = answers(url)
         assert result.stdout == f"{models['b']} answers as {second}\n" and second != first
@@ -84,9 +86,9 @@ def test_the_commands_and_a_kill(tmp_path):
         (("--canary", "b"), "canary: expected --feedback"),
         (("--models-dir", "."), "state: expected a file"),
         (("--admin-key-file", "keys"), "admin_key_file: expected API keys, too"),
-        (("--canary", "b", "--feedback", "x", "--share", "1.5"), "share: wanted a number between"),
-        (("--canary", "b", "--feedback", "x", "--canary-metric", "fun"), "canary_metric: wanted"),
-        (("--canary", "b", "--feedback", "x", "--canary-rule", "x"), "canary_rule: wanted super"),
+        (("--canary", "b", "--feedback", "x", "--share", "1.5"), "share: expected a number"),
+        (("--canary", "b", "--feedback", "x", "--canary-metric", "fun"), "canary_metric: expected"),
+        (("--canary", "b", "--feedback", "x", "--canary-rule", "x"), "canary_rule: expected super"),
     ],
 )
 def test_refusals(options, message, tmp_path, monkeypatch):

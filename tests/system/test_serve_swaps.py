@@ -202,7 +202,8 @@ def test_what_is_refused_leaves_the_old_model(models, tmp_path, monkeypatch):
         refused(other, "model: expected the tokens of the current model")
         refused(broken, "wanted an answer of two tokens, got: logits are not finite")
         refused(
-            models["a"], f"model: wanted another one, got {models['a']}, which is served already"
+            models["a"],
+            f"model: wanted one that can be served, got: {models['a']}, which is served",
         )
         refused(None, "wanted a path, got none, and no canary runs")
         monkeypatch.setattr(loading, "free_memory", lambda: 1000)

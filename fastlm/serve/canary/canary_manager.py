@@ -15,6 +15,7 @@ from fastlm.serve import loading
 from fastlm.serve.api_error import ApiError
 from fastlm.serve.canary.canary import CanaryExperiment
 from fastlm.serve.canary.decision import CanaryConfig, CanaryVerdict, comparisons
+from fastlm.serve.metrics import labelled
 from fastlm.serve.middleware import log
 from fastlm.serve.model_manager import Allowed, ModelManager, model_key, model_ref
 from fastlm.serve.state import CanaryState, ModelRef
@@ -142,24 +143,23 @@ class CanaryManager(ModelManager):
         experiment = self.experiment
         if experiment is None:
             return
-        counts = GaugeMetricFamily(
-            "fastlm_canary", "What the canary's trial has counted", labels=["arm", "what"]
-        )
-        for arm, counted in dict(experiment.arms).items():
-            slower = getattr(experiment.paces.counts, arm)
-            for what, count in {**asdict(counted), "slower": slower}.items():
-                counts.add_metric([arm, what], count)
-        yield counts
+        counts = {
+            (arm, what): count
+            for arm, counted in dict(experiment.arms).items()
+            for what, count in asdict(counted).items()
+        }
+        counts |= {(arm, "slower"): getattr(experiment.paces.counts, arm) for arm in ("old", "new")}
+        text = "What the canary's trial has counted"
+        yield labelled(GaugeMetricFamily, "canary", text, ["arm", "what"], counts)
         share = 0.0 if experiment.canary is None else experiment.config.share
         yield GaugeMetricFamily("fastlm_canary_share", "Of conversations, of the canary", share)
-        difference = GaugeMetricFamily(
-            "fastlm_canary_difference", "Canary less old model, with its always-valid interval",
-            labels=["test", "what"],
-        )  # fmt: skip
-        for name, test in experiment.tests.items():
-            for what, value in test._asdict().items():
-                difference.add_metric([name, what], value)
-        yield difference
+        tests = {
+            (name, what): value
+            for name, test in experiment.tests.items()
+            for what, value in test._asdict().items()
+        }
+        text = "Canary less old model, with its always-valid interval"
+        yield labelled(GaugeMetricFamily, "canary_difference", text, ["test", "what"], tests)
 
 
 def _numbers(experiment: CanaryExperiment) -> dict[str, Any]:

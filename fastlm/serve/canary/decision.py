@@ -138,25 +138,24 @@ def judge(
     successes = (
         f"{metric}: {new.successes} of {new.outcomes} new, {old.successes} of {old.outcomes} old"
     )
-    rule = DecisionRule(config.rule, "outcome", config.bound, alpha, outcomes, metric)
-    for by, counted in (
+
+    def verdict(action: Action, rule: DecisionRule, counted: str) -> CanaryVerdict:
+        test = tests[rule.test]
+        interval = f"{test.difference:+.3f} in [{test.low:+.3f}, {test.high:+.3f}]"
+        side = "above" if test.low > rule.bound else "below"
+        reason = f"{side} the bound {rule.bound:g} of the rule {rule.name!r} at alpha {alpha:g}"
+        return CanaryVerdict(action, f"{counted}; difference {interval}, {reason}", rule)
+
+    for guard, counted in (
         (DecisionRule("fewer errors", "errors", 0.0, alpha, answers), errors),
         (DecisionRule("as fast", "slow", BOUND, alpha, pairs.total), slow),
-        (rule, successes),
     ):
-        test, is_guard = tests[by.test], by is not rule
-        above, below = test.low > by.bound, test.high < by.bound
-        if not is_guard and not (old.outcomes and new.outcomes):
-            continue
-        if above or (below and not is_guard):
-            side = "above" if above else "below"
-            reason = (
-                f"{counted}; difference {test.difference:+.3f} in [{test.low:+.3f},"
-                f" {test.high:+.3f}], {side} the bound {by.bound:g} of the rule {by.name!r} at"
-                f" alpha {alpha:g}"
-            )
-            action: Action = "promote" if above and not is_guard else "roll back"
-            return CanaryVerdict(action, reason, by)
+        if tests[guard.test].low > guard.bound:
+            return verdict("roll back", guard, counted)
+    rule = DecisionRule(config.rule, "outcome", config.bound, alpha, outcomes, metric)
+    test = tests["outcome"]
+    if old.outcomes and new.outcomes and not test.low <= rule.bound <= test.high:
+        return verdict("promote" if test.low > rule.bound else "roll back", rule, successes)
     if outcomes >= config.most:
         return CanaryVerdict("keep", f"{metric}: no decision after {config.most} outcomes", rule)
     return None

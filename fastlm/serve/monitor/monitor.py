@@ -14,6 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from fastlm.errors import InputError
 from fastlm.serve.api_error import ApiError
+from fastlm.serve.metrics import labelled
 from fastlm.serve.middleware import log
 from fastlm.serve.monitor import window
 from fastlm.serve.monitor.judges import JUDGES, Judge
@@ -89,18 +90,13 @@ class Monitor:
         return RequestTrace(self.recorder, request, model, id, lengths)
 
     def collect(self) -> Iterator[Metric]:
-        alerts = GaugeMetricFamily(
-            "fastlm_alert", "1 while a rule for alerts fires", labels=["name"]
-        )
-        for state in self.alerts.states:
-            alerts.add_metric([state.rule.name], float(state.firing))
-        yield alerts
+        alerts = {(state.rule.name,): float(state.firing) for state in self.alerts.states}
+        text = "1 while a rule for alerts fires"
+        yield labelled(GaugeMetricFamily, "alert", text, ["name"], alerts)
         counts = self.recorder.counts
+        outcomes = {("written",): counts.written, ("dropped",): counts.dropped}
         text = "Measures of answers: written to the database, dropped because too many waited"
-        measures = CounterMetricFamily("fastlm_measures", text, labels=["outcome"])
-        measures.add_metric(["written"], counts.written)
-        measures.add_metric(["dropped"], counts.dropped)
-        yield measures
+        yield labelled(CounterMetricFamily, "measures", text, ["outcome"], outcomes)
         text = "Times that the database could not be used by the monitor"
         yield CounterMetricFamily("fastlm_measure_errors", text, counts.database_errors)
 
@@ -110,10 +106,7 @@ class Monitor:
         if not self.alerts.states or time.monotonic() - self._checked < CHECK_SECONDS:
             return
         self._checked = time.monotonic()
-        try:
-            self.alerts.check(time.time())
-        except InputError:
-            self.recorder.counts.database_errors += 1
+        self.alerts.check(time.time())
 
     def _values(self, now: float) -> Callable[[Rule], dict[str, Any]]:
         """Values of rules' metrics; for rules with one window, the database is read once."""

@@ -127,10 +127,14 @@ class Recorder:
                 self._busy = True
             try:
                 self._rows += [self._row(measured) for measured in taken]
-                self._write()
-                if not ending:
-                    self._sweep()
-                    self.often()
+                for work in (self._write,) if ending else (self._write, self._sweep, self.often):
+                    try:
+                        work()
+                    except InputError:
+                        if not self.counts.database_errors:
+                            what = "measures: the database cannot be used"
+                            log("failure", type="InputError", what=what)
+                        self.counts.database_errors += 1
             except Exception as error:  # a fault of ours must not end all measures
                 self.counts.dropped += max(len(self._rows), len(taken))
                 self._rows = []
@@ -142,10 +146,10 @@ class Recorder:
                 return
 
     def _row(self, measured: Measure) -> dict[str, Any]:
-        row = dict(measured.values)
-        for column in MEASURES.columns:
-            if column.name != "id":
-                row.setdefault(column.name, None)
+        row: dict[str, Any] = {
+            column.name: None for column in MEASURES.columns if column.name != "id"
+        }
+        row |= measured.values
         if measured.prompt is not None:
             tokens = row["prompt_tokens"] or 0
             row["features"] = features.features(measured.prompt, tokens, measured.turns)
@@ -161,29 +165,18 @@ class Recorder:
         return row
 
     def _write(self) -> None:
-        if not self._rows:
-            return
-        try:
+        if self._rows:
             with self.store.write() as connection:
                 connection.execute(MEASURES.insert(), self._rows)
-        except InputError:
-            if not self.counts.database_errors:
-                log("failure", type="InputError", what="measures: the database cannot be used")
-            self.counts.database_errors += 1
-            return
-        with self._changed:
-            self.counts.written += len(self._rows)
-            self._rows = []
+            with self._changed:
+                self.counts.written += len(self._rows)
+                self._rows = []
 
     def _sweep(self) -> None:
         """Delete the measures that are too old or too many."""
-        if time.monotonic() - self._swept < SWEEP_SECONDS:
-            return
-        self._swept = time.monotonic()
-        try:
+        if time.monotonic() - self._swept >= SWEEP_SECONDS:
+            self._swept = time.monotonic()
             self.sweep(time.time())
-        except InputError:
-            self.counts.database_errors += 1
 
     def sweep(self, now: float) -> int:
         """Delete at ``now``; return how many rows went. InputError: the database cannot be used."""

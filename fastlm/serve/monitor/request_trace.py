@@ -43,6 +43,8 @@ class RequestTrace:
         if status != 200 or self.answer is None:
             self.recorder.put(Measure(common | {"prompt_tokens": sum(self.lengths)}))
             return
+        request = self.request
+        turns = len(request.messages) if isinstance(request, ChatCompletionRequest) else 1
         for index, choice in enumerate(self.answer.choices):
             times, prompt = self.answer.running.times[index], index // self.request.n
             values = common | {
@@ -54,10 +56,7 @@ class RequestTrace:
             # of several choices, the first stands for the prompt
             text = self._prompt(prompt) if index % self.request.n == 0 else None
             answer = choice.text[: judges.MOST_CHARACTERS]
-            self.recorder.put(Measure(values, text, self._turns(), answer))
-
-    def _turns(self) -> int:
-        return len(self.request.messages) if isinstance(self.request, ChatCompletionRequest) else 1
+            self.recorder.put(Measure(values, text, turns, answer))
 
     def _prompt(self, index: int) -> str | None:
         """The last message of the user, or the text; None where it is tokens."""

@@ -86,8 +86,9 @@ class Rule:
         edge = found["high" if self.above is None else "low"]
         if edge is None and found["n"] >= self.least:
             edge = found["value"]
-        known = found["value"] is not None and edge is not None
-        return known and self._past(edge, self.bound)
+        if found["value"] is None or edge is None:
+            return False
+        return self._past(edge, self.bound)
 
     def within(self, found: Mapping[str, Any]) -> bool:
         """Whether a value is well within the bound again."""
