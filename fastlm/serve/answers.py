@@ -122,13 +122,11 @@ class Answer:
 
     def messages(self) -> list[list[dict[str, Any]]]:
         """Each choice as messages, as data for training has them, without nulls."""
-        return [
-            [
-                {"role": "assistant", "content": choice.text}
-                | ({"tool_calls": choice.calls} if choice.calls else {})
-            ]
-            for choice in self.choices
-        ]
+        return [[self._message(choice)] for choice in self.choices]
+
+    def _message(self, choice: Choice) -> Event:
+        message: Event = {"role": "assistant", "content": choice.text}
+        return message | ({"tool_calls": choice.calls} if choice.calls else {})
 
     def usage(self) -> dict[str, Any]:
         new = sum(choice.tokens for choice in self.choices)
@@ -178,10 +176,9 @@ class Answer:
 
     def _content(self, index: int) -> Event:
         """The field of a choice that has its message or text."""
-        choice = self.choices[index]
-        message = {"role": "assistant", "content": choice.text or (None if choice.calls else "")}
-        if choice.calls:
-            message["tool_calls"] = choice.calls
+        message = self._message(self.choices[index])
+        if "tool_calls" in message and not message["content"]:
+            message["content"] = None
         return {"message": message}
 
     def _begin(self, index: int) -> Event | None:

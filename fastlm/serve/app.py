@@ -252,11 +252,13 @@ async def _refused(_: HttpRequest, error: Exception) -> Response:
 
 async def _http_error(request: HttpRequest, error: Any) -> Response:
     """Refuse a path or a method that the server does not have."""
+    if error.status_code == 404:
+        got = f"{request.url.path!r:.200}"
+        raise ApiError(
+            f"path: expected one that /openapi.json lists, got {got}", status=404, code="not_found"
+        )
+    allowed = (error.headers or {}).get("Allow", "another")
     raise ApiError(
-        {404: f"path: wanted one that /openapi.json lists, got {request.url.path!r:.200}"}.get(
-            error.status_code, f"method: wanted {(error.headers or {}).get('Allow', 'another')}"
-        ),
-        status=error.status_code,
-        code={404: "not_found", 405: "method_not_allowed"}.get(error.status_code),
+        f"method: expected {allowed}", status=error.status_code, code="method_not_allowed",
         headers=error.headers,
-    )
+    )  # fmt: skip

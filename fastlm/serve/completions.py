@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from anyio.to_thread import run_sync
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
@@ -18,7 +19,7 @@ from fastlm.inference.sampling import Sampling
 from fastlm.inference.structured_output import FormError
 from fastlm.serve.answers import Answer, Echo, TextAnswer
 from fastlm.serve.api_error import ApiError, field_error, server_error, stopping
-from fastlm.serve.middleware import ClientDisconnected, cancel_on_disconnect, log, stack_of
+from fastlm.serve.middleware import cancel_on_disconnect, log, stack_of
 from fastlm.serve.protocol.chat_completion import ChatCompletionRequest
 from fastlm.serve.protocol.completion import CompletionRequest, GenerationRequest
 from fastlm.serve.protocol.responses_api import ChatOfResponses, ResponsesRequest
@@ -216,7 +217,7 @@ class AnswerResponse(Response):
                     async for event in answer.events():
                         await send({**body, "body": answer.encode(event)})
                     last = answer.ends
-            except ClientDisconnected:
+            except ClientDisconnect:
                 raise
             except Exception as error:
                 await self.lease.failed(answer.id, error)

@@ -6,9 +6,10 @@ text alone is the message. Earlier calls and the tools' results become text of t
 """
 
 import json
-import re
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
+
+from pydantic_core import from_json
 
 from fastlm.data.conversations import Message
 from fastlm.inference.forms import Form, GenericTools
@@ -84,16 +85,6 @@ def _plain(messages: Sequence[Message]) -> list[Message]:
     return found
 
 
-# what may follow in a JSON text up to here: characters, escapes, and pairs of surrogates; a first
-# half waits for what follows it
-CHARACTERS = re.compile(
-    r'(?:[^"\\]|\\["\\/bfnrt]|\\u(?![dD][89abAB])[0-9a-fA-F]{4}'
-    r"|\\u[dD][89abAB][0-9a-fA-F]{2}"
-    r"(?:\\u[dD][c-fC-F][0-9a-fA-F]{2}|(?=[^\\]|\\[^u]|\\u[^dD]|\\u[dD][^c-fC-F])))*"
-)
-BEGIN = re.compile(r'\s*\{\s*"response"\s*:\s*"')
-
-
 class GenericText:
     """As `fastlm.serve.tools.ToolText`, of an answer in the generic form: a response that is a text
     is passed on as it arrives, all else at the end."""
@@ -101,36 +92,36 @@ class GenericText:
     def __init__(self, names: Collection[str]):
         self.names = names
         self.calls: list[dict[str, Any]] = []
-        self._held, self._in_text = "", False
+        self._held = ""
+        self._text: str | None = None  # what was passed on of a response that is a text
 
     def push(self, piece: str) -> str:
         self._held += piece
-        if not self._in_text:
-            if (begin := BEGIN.match(self._held)) is None:
-                return ""
-            self._in_text, self._held = True, self._held[begin.end() :]
-        ready = CHARACTERS.match(self._held)
-        assert ready is not None
-        self._held = self._held[ready.end() :]  # from the closing quote on, nothing is text
-        return _decoded(ready[0])
+        try:
+            value = from_json(self._held, allow_partial="trailing-strings")
+        except ValueError:  # nothing yet, or half a surrogate pair, after which all waits
+            return ""
+        return self._pass_on(value)
+
+    def _pass_on(self, value: Any) -> str:
+        text = value.get("response") if isinstance(value, dict) else None
+        if not isinstance(text, str):
+            return ""
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        before, self._text = self._text or "", text
+        return text[len(before) :]
 
     def end(self) -> str:
-        if self._in_text:
-            return ""
         try:
-            value = json.loads(self._held)
-        except (ValueError, RecursionError):
-            return self._held  # cut at the limit of tokens
+            value = json.loads(self._held, strict=False)
+        except (ValueError, RecursionError):  # cut at the limit of tokens
+            return self._held if self._text is None else ""
         if isinstance(value, dict) and "tool_calls" in value:
             self.calls = calls_of(value["tool_calls"], self.names)
             return "" if self.calls else self._held
-        if isinstance(value, dict) and set(value) == {"response"}:
-            text = json.dumps(value["response"], ensure_ascii=False)
-            return text.encode(errors="replace").decode()
-        return self._held
-
-
-def _decoded(escaped: str) -> str:
-    """The text that a part of JSON's text stands for; half a surrogate pair is replaced."""
-    text = json.loads(f'"{escaped}"', strict=False)
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        if not isinstance(value, dict) or set(value) != {"response"}:
+            return self._held
+        if isinstance(value["response"], str):
+            return self._pass_on(value)
+        text = json.dumps(value["response"], ensure_ascii=False)
+        return text.encode(errors="replace").decode()

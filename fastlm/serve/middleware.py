@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from fastlm.serve.api_error import ApiError, server_error
@@ -56,10 +56,6 @@ class Limits:
     answer_seconds: float = 600.0
     write_seconds: float = 60.0
     new_tokens: int | None = None
-
-
-class ClientDisconnected(Exception):
-    """The client has closed the connection, or does not read."""
 
 
 def log(event: str, **told: Any) -> None:
@@ -110,13 +106,13 @@ class RequestMiddleware:
                 # what the client did not take would hold the connection for ever
                 if (abort := state.get("abort")) is not None:
                     abort()
-                raise ClientDisconnected from None
+                raise ClientDisconnect from None
 
         try:
             try:
                 state["client"] = self._admit(scope)
                 await self.app(scope, receive, sender)
-            except ClientDisconnected:
+            except ClientDisconnect:
                 raise
             except Exception as error:
                 refused = error if isinstance(error, ApiError) else server_error(FAILED)
@@ -129,7 +125,7 @@ class RequestMiddleware:
                     body = json.dumps(refused.body())  # in ASCII: whatever it quotes can be sent
                     refusal = Response(body, refused.status, refused.headers, "application/json")
                     await refusal(scope, receive, sender)
-        except ClientDisconnected:
+        except ClientDisconnect:
             told["gone"] = True
         finally:
             seconds = time.perf_counter() - began
@@ -189,15 +185,11 @@ async def read_body(request: Request, limits: Limits) -> bytes:
     data = bytearray()
     try:
         async with asyncio.timeout(limits.body_seconds):
-            while True:
-                message = await request.receive()
-                if message["type"] == "http.disconnect":
-                    raise ClientDisconnected
-                data += message.get("body", b"")
+            async for part in request.stream():
+                data += part
                 if len(data) > limits.body_bytes:
                     raise _unread(413, large)
-                if not message.get("more_body"):
-                    return bytes(data)
+        return bytes(data)
     except TimeoutError:
         slow = f"body: expected all of it within {limits.body_seconds:g} s"
         raise _unread(408, slow) from None
@@ -211,7 +203,7 @@ def _unread(status: int, message: str) -> ApiError:
 
 async def cancel_on_disconnect(receive: Callable[[], Awaitable[Any]], work: Any) -> Any:
     """Return the result of the coroutine ``work``, for a request whose body has been read.
-    ClientDisconnected: the client went away. Then the work is cancelled."""
+    ClientDisconnect: the client went away. Then the work is cancelled."""
 
     async def disconnected() -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -221,7 +213,7 @@ async def cancel_on_disconnect(receive: Callable[[], Awaitable[Any]], work: Any)
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         if not tasks[0].done():
-            raise ClientDisconnected
+            raise ClientDisconnect
         return tasks[0].result()
     finally:
         for task in tasks:

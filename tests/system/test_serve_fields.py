@@ -204,7 +204,7 @@ def _(api):
 @case("top_k", "top_p", "min_p")
 def _(api):
     greedy = api.said()
-    for narrow in ({"top_k": 1}, {"top_p": 1e-9}, {"min_p": 1.0}):
+    for narrow in ({"top_k": 1}, {"top_p": 1e-9}, {"min_p": 1.0}, {"top_p": 5e-324}):
         assert api.said(temperature=1, seed=5, **narrow) == greedy
         (name,) = narrow
         api.refused(name, **{name: -2})

@@ -96,7 +96,7 @@ def test_keys_hosts_paths_and_bodies(tiny):
             assert HTTP.get(url + path).status_code == 200
         refused(403, host="evil.example")
         told = refused(404, path="/v1/nothing").json()["error"]["message"]
-        assert told == "path: wanted one that /openapi.json lists, got '/v1/nothing'"
+        assert told == "path: expected one that /openapi.json lists, got '/v1/nothing'"
         refused(404, path="/v1/feedback", sent='{"response_id": "x", "thumb": "up"}')
         assert refused(405, method="GET").headers["allow"] == "POST"
         refused(405, method="OPTIONS", origin="http://evil.example")  # no CORS

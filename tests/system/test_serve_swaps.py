@@ -189,7 +189,7 @@ def test_what_is_refused_leaves_the_old_model(models, tmp_path, monkeypatch):
             assert text in response.json()["error"]["message"], response.text
             assert server.served.path == str(models["a"])
 
-        refused(ready, "wanted 'Bearer KEY'", 401, {})
+        refused(ready, "expected 'Bearer KEY'", 401, {})
         refused(ready, "expected an admin key", 403, {"authorization": "Bearer " + "k" * 16})
         for outside in (models["b"], "../../etc", "/etc/passwd", good, "good", place):
             refused(outside, "wanted", 400)
