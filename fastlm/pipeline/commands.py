@@ -95,10 +95,7 @@ def command_of(cls: type[Stage], before: Callable[[], None] = lambda: None) -> C
 
                     write_stage_report(stage, job, result, took, command)
             shown = json.dumps(result, indent=1) if as_json else stage.shown(result, job)
-        if isinstance(shown, str):
-            typer.echo(shown)
-        else:
-            Console().print(shown, markup=False, highlight=False)
+        print_result(shown)
         if status := stage.status(result):
             raise typer.Exit(status)
 
@@ -123,6 +120,14 @@ def command_of(cls: type[Stage], before: Callable[[], None] = lambda: None) -> C
     ]
     help = "\n\n".join(filter(None, (inspect.getdoc(cls), cls.notes)))
     return _signed(run, parameters, cls.command[-1], help)
+
+
+def print_result(shown: Any) -> None:
+    """Print text, or a rich renderable, to stdout."""
+    if isinstance(shown, str):
+        typer.echo(shown)
+    else:
+        Console().print(shown, markup=False, highlight=False)
 
 
 def _signed(

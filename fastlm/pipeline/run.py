@@ -8,7 +8,7 @@ copied.
 """
 
 import fcntl
-import shutil
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -262,13 +262,11 @@ def _clear(folder: Path) -> None:
     """
     old = new_name(folder)
     try:
-        if folder.is_dir() and not folder.is_symlink():
+        if os.path.lexists(folder):
             folder.rename(old)
-            shutil.rmtree(old)
-        else:
-            folder.unlink(missing_ok=True)
     except OSError as e:
         raise InputError(f"{e.filename or folder}: cannot be cleared: {e.strerror}") from e
+    remove(old)
 
 
 @contextmanager
