@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,17 +42,10 @@ class Entry:
 
 @dataclass
 class Record:
-    """The content of stages.json."""
+    """The content of stages.json, and of record.json: there the only stage is ``.``, the folder."""
 
     layout: Literal[2]
     stages: dict[RelativePath, Entry]
-
-
-@dataclass
-class _Alone(Entry):
-    """The content of record.json."""
-
-    layout: Literal[2] = LAYOUT
 
 
 def begun(stage: Stage, fingerprint: str, inputs: Mapping[str, Sequence[str]]) -> Entry:
@@ -113,13 +106,7 @@ def save_record(out: Path, record: Mapping[str, Entry], recipe: Recipe) -> None:
 
 def save_alone(out: Path, entry: Entry) -> None:
     """Write the record of a stage that ran alone into its folder."""
-    write_json(out / ALONE, {"layout": LAYOUT, **table_of(entry)})
-
-
-def load_alone(path: Path) -> Entry:
-    """Read a record that `save_alone` wrote. InputError: damaged, or of another fastlm."""
-    alone = read_document(path, _Alone, extra="forbid")
-    return Entry(**{f.name: getattr(alone, f.name) for f in fields(Entry)})
+    write_json(out / ALONE, {"layout": LAYOUT, "stages": {".": table_of(entry)}})
 
 
 def table_of(entry: Entry) -> dict[str, Any]:

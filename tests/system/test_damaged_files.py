@@ -151,7 +151,7 @@ LOG = {"at": "2026", "asked": [ID], "keys": ["a"], "held": [ID]}
 KINDS = {
     "bad/stages.json": (json.dumps(run(4)).encode(), use_registry),
     "bad/record.json": (
-        json.dumps({"layout": 2, **entry("pretrain", "model", 8)}).encode(),
+        json.dumps({"layout": 2, "stages": {".": entry("pretrain", "model", 8)}}).encode(),
         use_registry,
     ),
     "index.jsonl": (
