@@ -33,7 +33,7 @@ def list_command(context: typer.Context, roots: Roots = None, as_json: AsJson = 
     from rich.table import Column, Table
     from rich.text import Text
 
-    from fastlm.pipeline.scores import headline, scores
+    from fastlm.pipeline.record import headline, scores
     from fastlm.pipeline.text import minute_text, seconds_text
 
     records = _opened(roots).records

@@ -10,7 +10,7 @@ copied.
 import fcntl
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -200,7 +200,7 @@ def _run_step(run: _Run, planned: Planned) -> None:
     })  # fmt: skip
 
 
-def _report(run: _Run, prints: dict[str, str], until: str | None) -> dict[str, Any]:
+def _report(run: _Run, prints: Mapping[str, str], until: str | None) -> dict[str, Any]:
     """Write report.html and summary.json of all finished stages, unless they exist and nothing has
     changed.
     """

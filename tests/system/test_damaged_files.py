@@ -24,8 +24,8 @@ from fastlm.feedback.gate_metrics import read_scores, scores_of
 from fastlm.pipeline.card import card
 from fastlm.pipeline.diff import diff, shown
 from fastlm.pipeline.lineage import tree
+from fastlm.pipeline.record import headline
 from fastlm.pipeline.registry import open_registry
-from fastlm.pipeline.scores import headline
 from fastlm.schema import read_document
 
 ID = "0123456789abcdef" * 4
