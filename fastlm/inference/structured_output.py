@@ -46,9 +46,9 @@ LIMITS = {
 class FormError(InputError):
     """A form that cannot be compiled. ``param``: the field of the request that asks for it."""
 
-    def __init__(self, message: str, param: str):
-        super().__init__(message)
-        self.param = param
+    def __init__(self, form: Form, message: object):
+        super().__init__(f"{form.param}: {message}")
+        self.param = form.param
 
 
 class Grammars:
@@ -66,10 +66,8 @@ class Grammars:
         try:
             import llguidance
         except ImportError:
-            raise FormError(
-                f"{form.param}: wanted llguidance on the server ({INSTALL}), not found",
-                param=form.param,
-            ) from None
+            message = f"wanted llguidance on the server ({INSTALL}), not found"
+            raise FormError(form, message) from None
         _check_size(form)
         with self._lock:
             tokens = self._tokens
@@ -83,20 +81,17 @@ class Grammars:
             matcher = llguidance.LLMatcher(tokens, grammar, log_level=0, limits=limits)
             refusal = " ".join(warnings) or matcher.get_error()
         except InputError as error:
-            raise FormError(f"{form.param}: {error}", param=form.param) from None
+            raise FormError(form, error) from None
         except (ValueError, TypeError) as error:
             refusal = str(error) or "it has no meaning"
         if refusal or matcher is None:
             refusal = " ".join(refusal.split())
-            raise FormError(
-                f"{form.param}: wanted what llguidance can compile, got: {refusal:.400}",
-                param=form.param,
-            )
+            raise FormError(form, f"wanted what llguidance can compile, got: {refusal:.400}")
         first = _State(matcher, self, form)
         try:
             first.check()
         except ConstraintError as error:
-            raise FormError(f"{form.param}: {error}", param=form.param) from None
+            raise FormError(form, error) from None
         return first.copy
 
     @cached_property
@@ -229,7 +224,7 @@ def _check_size(form: Form) -> None:
         except RecursionError:
             size = most + 1
         if size > most:
-            raise FormError(f"{form.param}: expected at most {most} bytes", param=form.param)
+            raise FormError(form, f"expected at most {most} bytes")
 
 
 def _grammar(form: Form) -> str:

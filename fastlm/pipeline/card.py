@@ -16,8 +16,8 @@ from fastlm.files import read_json
 from fastlm.pipeline.funnel import FUNNEL, Funnel
 from fastlm.pipeline.lineage import NOT_RECORDED
 from fastlm.pipeline.recipe import Kinds
+from fastlm.pipeline.record import scores
 from fastlm.pipeline.registry import GONE, HERE, SHORT, Known, Registry
-from fastlm.pipeline.scores import scores
 from fastlm.pipeline.stage import Stage
 from fastlm.pipeline.text import figure, seconds_text
 

@@ -47,7 +47,7 @@ def options_command(cls: type[T], run: Callable[[T], None]) -> Callable[..., Non
     def command(**given: Any) -> None:
         run(cls(**_values(options, given)))
 
-    parameters = [*map(_option, options), _flag("threads", Threads, None)]
+    parameters = [*map(_option, options), _flag("threads", Threads, None, None)]
     return _signed(command, parameters, run.__name__, inspect.getdoc(run) or "")
 
 
@@ -95,10 +95,7 @@ def command_of(cls: type[Stage], before: Callable[[], None] = lambda: None) -> C
 
                     write_stage_report(stage, job, result, took, command)
             shown = json.dumps(result, indent=1) if as_json else stage.shown(result, job)
-        if isinstance(shown, str):
-            typer.echo(shown)
-        else:
-            Console().print(shown, markup=False, highlight=False)
+        print_result(shown)
         if status := stage.status(result):
             raise typer.Exit(status)
 
@@ -106,23 +103,26 @@ def command_of(cls: type[Stage], before: Callable[[], None] = lambda: None) -> C
     parameters = [
         *(_input(key, takes) for key, takes in cls.reads.items()),
         *map(_option, options),
-        _flag("out", Annotated[Path | None, out], None)
-        if only_scores
-        else _flag("out", Annotated[Path, out]),
+        _flag("out", Path | None, out, None) if only_scores else _flag("out", Path, out),
     ]
     if trains:
         every = typer.Option(
             min=1, help="Steps between two lines on stderr; a terminal has one that is redrawn"
         )
-        parameters.append(_flag("log_every", Annotated[int, every], 10))
+        parameters.append(_flag("log_every", int, every, 10))
     as_json = typer.Option("--json", help="Print the result as JSON")
-    parameters += [
-        _flag("as_json", Annotated[bool, as_json], False),
-        _flag("cache", Cache, None),
-        _flag("threads", Threads, None),
-    ]
+    parameters.append(_flag("as_json", bool, as_json, False))
+    parameters += [_flag("cache", Cache, None, None), _flag("threads", Threads, None, None)]
     help = "\n\n".join(filter(None, (inspect.getdoc(cls), cls.notes)))
     return _signed(run, parameters, cls.command[-1], help)
+
+
+def print_result(shown: Any) -> None:
+    """Print text, or a rich renderable, to stdout."""
+    if isinstance(shown, str):
+        typer.echo(shown)
+    else:
+        Console().print(shown, markup=False, highlight=False)
 
 
 def _signed(
@@ -151,19 +151,21 @@ def _record(stage: Stage, job: Job, result: dict[str, Any], seconds: float, comm
     save_alone(job.out, entry)
 
 
-def _flag(name: str, hint: Any, default: Any = inspect.Parameter.empty) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
+def _flag(name: str, hint: Any, info: Any, *default: Any) -> inspect.Parameter:
+    """A parameter with what typer has to know of it; without a default it has to be given."""
+    value = default[0] if default else inspect.Parameter.empty
+    annotation = Annotated[hint, info] if info else hint
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, kind, default=value, annotation=annotation)
 
 
 def _input(key: str, takes: Takes) -> inspect.Parameter:
     hint: Any = list[str] if takes.several else str
     if takes.positional:
-        return _flag(key, Annotated[hint, typer.Argument(help=takes.help)])
+        return _flag(key, hint, typer.Argument(help=takes.help))
     flags = [f"--{key.replace('_', '-')}", *([f"-{takes.flag}"] if takes.flag else [])]
     option = typer.Option(*flags, help=takes.help)
-    if takes.optional:
-        return _flag(key, Annotated[hint | None, option], None)
-    return _flag(key, Annotated[hint, option])
+    return _flag(key, hint | None, option, None) if takes.optional else _flag(key, hint, option)
 
 
 def _option(option: Option) -> inspect.Parameter:
@@ -173,15 +175,15 @@ def _option(option: Option) -> inspect.Parameter:
         hint = list[item] if get_origin(plain) is tuple else plain
         argument = typer.Argument(help=option.help)
         if isinstance(option.help, MaybePositional):
-            return _flag(option.name, Annotated[hint | None, argument], None)
-        return _flag(option.name, Annotated[hint, argument])
+            return _flag(option.name, hint | None, argument, None)
+        return _flag(option.name, hint, argument)
     if isinstance(option.help, Repeated):
         default, hint = None, list[get_args(plain)[0]] | None
     elif _has_commas(option):
         default, hint = ",".join(map(str, default)), str
     flags = [f"--{option.name.replace('_', '-')}", *option.short] if option.short else []
-    annotated = Annotated[hint, typer.Option(*flags, help=option.help)]
-    return _flag(option.name, annotated, *([] if default is MISSING else [default]))
+    info = typer.Option(*flags, help=option.help)
+    return _flag(option.name, hint, info, *([] if default is MISSING else [default]))
 
 
 def _values(options: Iterable[Option], given: dict[str, Any]) -> dict[str, Any]:

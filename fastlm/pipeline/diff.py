@@ -7,8 +7,8 @@ from typing import Any
 from fastlm.errors import InputError
 from fastlm.pipeline.provenance import combined
 from fastlm.pipeline.recipe import Kinds
+from fastlm.pipeline.record import is_figure, models_in, scores
 from fastlm.pipeline.registry import SHORT, Known, Registry
-from fastlm.pipeline.scores import is_figure, models_in, scores
 from fastlm.pipeline.stage import options_of
 from fastlm.pipeline.text import figure
 

@@ -24,6 +24,12 @@ from fastlm.pipeline.stage import Stage, options_of
 from fastlm.sources.input_digest import Contents
 
 
+class Fingerprint(str):
+    """The hash of ``parts``: everything that decides a stage's output."""
+
+    parts: list[Any]
+
+
 @dataclass(frozen=True)
 class Planned:
     """A step, and what a run does with it.
@@ -44,7 +50,7 @@ class Planned:
 def make_plan(
     recipe: Recipe,
     wanted: Sequence[str],
-    prints: "Fingerprints",
+    prints: Mapping[str, Fingerprint],
     record: Mapping[str, Entry],
     out: Path,
 ) -> list[Planned]:
@@ -53,7 +59,7 @@ def make_plan(
     again: set[str] = set()  # the output of these differs from before
     for step in recipe.steps:
         name, done = step.name, record.get(step.name)
-        do, why = _state(step, prints, done, out / name)
+        do, why = _state(step, prints[name], done, out / name)
         stale = False
         if done is not None and any(map(again.intersection, step.inputs.values())):
             stale = True
@@ -67,21 +73,22 @@ def make_plan(
         training = stale and _holds_training(out / name, step.stage, done, recipe.kinds)
         if name in wanted or stale:
             do = do if name in wanted else "later"
-            plan.append(Planned(step, prints[name], do, why, stale, training))
+            plan.append(Planned(step, str(prints[name]), do, why, stale, training))
     if any(planned.training for planned in plan):
         plan = [replace(p, do="archive") if p.do == "later" else p for p in plan]
     return plan
 
 
-def _state(step: Step, prints: "Fingerprints", done: Entry | None, folder: Path) -> tuple[str, str]:
+def _state(step: Step, now: Fingerprint, done: Entry | None, folder: Path) -> tuple[str, str]:
     """Return what to do with a step by itself, and why."""
     if done is None:
         return "run", "new"
     held = _holds_any(folder, step.stage.scratch)
-    if done.fingerprint != prints[step.name]:
+    if done.fingerprint != now:
         changed = _changed(step, done)
         # the record's options with everything else as it is now
-        alone = done.fingerprint == prints.with_options(step.name, done.options)
+        kind, version, _, *rest = now.parts
+        alone = done.fingerprint == json_hash([kind, version, done.options, *rest])
         held = held and alone and step.stage.continues(changed, folder, done.outputs is not None)
         why = _change(step, done, changed)
     elif done.outputs is None:
@@ -136,27 +143,11 @@ def _holds_any(folder: Path, names: Sequence[str]) -> bool:
     return any((folder / name).is_dir() and any((folder / name).glob("[!.]*")) for name in names)
 
 
-class Fingerprints(dict[str, str]):
-    """Stage name -> hash of everything that decides its output."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.parts: dict[str, list[Any]] = {}  # of the hashes
-
-    def add(self, name: str, parts: list[Any]) -> None:
-        self.parts[name], self[name] = parts, json_hash(parts)
-
-    def with_options(self, name: str, options: Mapping[str, Any]) -> str:
-        """Return the hash that the stage would have with these options (`chosen`)."""
-        kind, version, _, *rest = self.parts[name]
-        return json_hash([kind, version, options, *rest])
-
-
-def fingerprints(recipe: Recipe, contents: Contents) -> Fingerprints:
-    """Return the fingerprints of all stages. InputError: an input from outside the run that does
-    not exist.
+def fingerprints(recipe: Recipe, contents: Contents) -> dict[str, Fingerprint]:
+    """Return the fingerprints of all stages, by name. InputError: an input from outside the run
+    that does not exist.
     """
-    prints = Fingerprints()
+    prints: dict[str, Fingerprint] = {}
     for step in recipe.steps:
         stage, upstream = step.stage, {}
         for key, names in step.inputs.items():
@@ -167,7 +158,8 @@ def fingerprints(recipe: Recipe, contents: Contents) -> Fingerprints:
             # if there may be several, the result refers to each by its name
             upstream[key] = [*zip(names, states)] if stage.reads[key].several else states
         parts = [stage.kind, stage.version, chosen(stage), stage.contents(contents), upstream]
-        prints.add(step.name, parts)
+        prints[step.name] = Fingerprint(json_hash(parts))
+        prints[step.name].parts = parts
     return prints
 
 

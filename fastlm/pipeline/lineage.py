@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from fastlm.pipeline.record import headline
 from fastlm.pipeline.registry import HERE, SHORT, Known, Registry
-from fastlm.pipeline.scores import headline
 from fastlm.pipeline.text import minute_text, seconds_text
 
 NOT_RECORDED = "not recorded"

@@ -1,10 +1,13 @@
-"""stages.json: what a run records about each stage. record.json: of a stage that ran alone."""
+"""What is recorded about each stage, in stages.json of a run, and in record.json of a stage that
+ran alone. Figures in results count as scores, but for times; one stands for all (`headline`).
+"""
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from fastlm.errors import InputError
 from fastlm.files import write_json
@@ -12,10 +15,20 @@ from fastlm.pipeline.provenance import Made
 from fastlm.pipeline.recipe import Recipe
 from fastlm.pipeline.run_folder import STAGES
 from fastlm.pipeline.stage import Stage, options_of
+from fastlm.pipeline.text import figure
 from fastlm.schema import Count, Finite, RelativePath, read_document, validate
 
 ALONE = "record.json"  # in the folder of a stage that ran alone
 LAYOUT = 2  # of a run folder: one folder per stage
+# the first of these that a result has stands for it
+HEADLINES = (
+    "bits_per_byte", "val_accuracy", "accuracy", "win_rate", "mean_reward", "reward", "score",
+    "val_loss", "best_loss", "loss", "quality_loss", "kl", "bytes", "train_tokens", "train_bytes",
+    "vocab_size",
+)  # fmt: skip
+# what says how fast or how long, not how good
+TIMES = ("seconds", "per_second", "load")
+DEPTH = 4
 
 
 @dataclass
@@ -42,17 +55,10 @@ class Entry:
 
 @dataclass
 class Record:
-    """The content of stages.json."""
+    """The content of stages.json, and of record.json: there the only stage is ``.``, the folder."""
 
     layout: Literal[2]
     stages: dict[RelativePath, Entry]
-
-
-@dataclass
-class _Alone(Entry):
-    """The content of record.json."""
-
-    layout: Literal[2] = LAYOUT
 
 
 def begun(stage: Stage, fingerprint: str, inputs: Mapping[str, Sequence[str]]) -> Entry:
@@ -113,14 +119,53 @@ def save_record(out: Path, record: Mapping[str, Entry], recipe: Recipe) -> None:
 
 def save_alone(out: Path, entry: Entry) -> None:
     """Write the record of a stage that ran alone into its folder."""
-    write_json(out / ALONE, {"layout": LAYOUT, **table_of(entry)})
-
-
-def load_alone(path: Path) -> Entry:
-    """Read a record that `save_alone` wrote. InputError: damaged, or of another fastlm."""
-    alone = read_document(path, _Alone, extra="forbid")
-    return Entry(**{f.name: getattr(alone, f.name) for f in fields(Entry)})
+    write_json(out / ALONE, {"layout": LAYOUT, "stages": {".": table_of(entry)}})
 
 
 def table_of(entry: Entry) -> dict[str, Any]:
     return {k: v for k, v in asdict(entry).items() if v is not None}
+
+
+def models_in(entry: Entry) -> Mapping[str, Any]:
+    """The models that a stage measured -> their results."""
+    models = (entry.result or {}).get("models")
+    return models if isinstance(models, Mapping) else {}
+
+
+def scores(entry: Entry, models: Iterable[str] | None = None) -> dict[str, float]:
+    """Every finite figure of a result -> its value, without times; tables inside are joined by
+    dots. ``models``: of several that were measured only these, without their names.
+    """
+    result = entry.result or {}
+    if models is not None and (measured := models_in(entry)):
+        result = {key: value for key, value in result.items() if key != "models"}
+        for name in models:
+            result |= table if isinstance(table := measured.get(name), Mapping) else {}
+    return dict(_figures(result, "", DEPTH))
+
+
+def _figures(table: Mapping[str, Any], before: str, depth: int) -> Iterator[tuple[str, float]]:
+    for key, value in table.items():
+        if any(word in str(key) for word in TIMES):
+            continue
+        if isinstance(value, Mapping) and depth:
+            yield from _figures(value, f"{before}{key}.", depth - 1)
+        elif is_figure(value):
+            yield f"{before}{key}", value
+
+
+def is_figure(value: Any) -> TypeGuard[float]:
+    """Whether a value is a number: neither NaN, nor infinite, nor beyond all floats."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and abs(value) <= sys.float_info.max
+
+
+def headline(entry: Entry) -> str:
+    """The figure that stands for a result, as text: "loss 4.321"; "" if it has none."""
+    figures = [(key.split("."), value) for key, value in scores(entry).items()]
+    for name in HEADLINES:
+        found = [(path, value) for path, value in figures if path[-1] == name]
+        if found:
+            names = [f"{path[-2]} {name}" if path[0] == "models" else name for path, _ in found[:3]]
+            return ", ".join(f"{n} {figure(value)}" for n, (_, value) in zip(names, found))
+    return ""

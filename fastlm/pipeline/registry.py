@@ -18,7 +18,7 @@ from typing import Any
 from fastlm.errors import InputError
 from fastlm.files import append_lines, reason
 from fastlm.pipeline.provenance import MODELS, Made, digest, json_hash, model_id
-from fastlm.pipeline.record import ALONE, Entry, Record, load_alone, table_of
+from fastlm.pipeline.record import ALONE, Entry, Record, table_of
 from fastlm.pipeline.run_folder import STAGES
 from fastlm.schema import RelativePath, parse, read_document
 from fastlm.sources.input_digest import Contents
@@ -297,13 +297,12 @@ def _scan(root: Path, folder: Path, warnings: list[str]) -> Iterator[Known]:
         place = Path(inner)
         name = root.resolve().name if place == root else place.relative_to(root).as_posix()
         try:
-            if STAGES in files:
-                stages = read_document(place / STAGES, Record, extra="forbid").stages
+            for file in (f for f in (STAGES, ALONE) if f in files):
+                stages = read_document(place / file, Record, extra="forbid").stages
                 for stage, entry in stages.items():
                     if entry.outputs is not None and (place / stage).is_dir():
-                        yield _present(f"{name}/{stage}", place / stage, entry)
-            if ALONE in files:
-                yield _present(name, place, load_alone(place / ALONE))
+                        full = name if stage == "." else f"{name}/{stage}"
+                        yield _present(full, place / stage, entry)
         except InputError as error:
             warnings.append(str(error))
 

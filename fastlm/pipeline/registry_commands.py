@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fastlm.pipeline.commands import print_result
 from fastlm.pipeline.recipe import Kinds
 
 app = typer.Typer(
@@ -32,14 +33,13 @@ def list_command(context: typer.Context, roots: Roots = None, as_json: AsJson = 
     from rich.table import Column, Table
     from rich.text import Text
 
-    from fastlm.pipeline.scores import headline, scores
+    from fastlm.pipeline.record import headline, scores
     from fastlm.pipeline.text import minute_text, seconds_text
 
     records = _opened(roots).records
     if as_json:
         rows = [{**r.table(), "copies": r.copies, "scores": scores(r.entry)} for r in records]
-        typer.echo(json.dumps(rows, indent=1))
-        return
+        return print_result(json.dumps(rows, indent=1))
     whole = (Column(heading, no_wrap=True) for heading in ("name", "kind", "id"))
     table = Table(*whole, "finished", "took", "result", "", box=None)
     for r in records:
@@ -47,7 +47,7 @@ def list_command(context: typer.Context, roots: Roots = None, as_json: AsJson = 
         state, when = "" if r.state == "here" else r.state, minute_text(r.finished)
         cells = (r.name, r.entry.kind, r.shown_id, when, took, headline(r.entry), state)
         table.add_row(*map(Text, cells))
-    _print(table if records else "no stage has run here")
+    print_result(table if records else "no stage has run here")
 
 
 @app.command("show")
@@ -59,10 +59,7 @@ def show_command(
 
     registry = _opened(roots, what)
     found = tree(registry, registry.find_one(what))
-    if as_json:
-        typer.echo(json.dumps(found, indent=1))
-    else:
-        _print(shown(found))
+    print_result(json.dumps(found, indent=1) if as_json else shown(found))
 
 
 def diff_command(kinds: Kinds) -> Callable[..., None]:
@@ -78,10 +75,7 @@ def diff_command(kinds: Kinds) -> Callable[..., None]:
         from fastlm.pipeline.diff import diff, shown
 
         rows = diff(_opened(roots, a, b), a, b, kinds=kinds)
-        if as_json:
-            typer.echo(json.dumps(rows, indent=1, default=str))
-        else:
-            _print(shown(rows, a, b))
+        print_result(json.dumps(rows, indent=1, default=str) if as_json else shown(rows, a, b))
 
     return run
 
@@ -113,10 +107,9 @@ def card_command(kinds: Kinds) -> Callable[..., None]:
         registry = _opened(roots, model)
         record = registry.find_one(model)
         text = card(registry, record, kinds=kinds, licence=licence, language=language)
-        if out is None:
-            if record.state == GONE:
-                raise InputError(f"{record.name}: wanted --out, since its folder is gone")
-            out = place_of(record) / CARD
+        if out is None and record.state == GONE:
+            raise InputError(f"{record.name}: wanted --out, since its folder is gone")
+        out = out or place_of(record) / CARD
         write_text(out, text)
         typer.echo(out)
 
@@ -133,9 +126,3 @@ def _opened(roots: list[Path] | None, *names: str) -> Any:
     for warning in registry.warnings:
         typer.echo(f"left out: {warning}", err=True)
     return registry
-
-
-def _print(shown: Any) -> None:
-    from rich.console import Console
-
-    Console().print(shown, markup=False, highlight=False)

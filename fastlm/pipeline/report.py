@@ -50,7 +50,7 @@ def write_report(
     }
     summary = {
         "recipe": recipe.name, "command": command, "seconds": sum(d.seconds for d in done),
-        "stages": stages, "machine": machine(),
+        "stages": stages, "machine": _machine(),
     }  # fmt: skip
     parts = [(d.step, part) for d in done if (part := _part(d))]
     write_text(out / REPORT, render_report(summary, recipe, parts, until))
@@ -137,11 +137,11 @@ def command_until(command: str, name: str) -> str:
     return f"{plain} --until {shlex.quote(name)}"
 
 
-def machine() -> dict[str, Any]:
+def _machine() -> dict[str, Any]:
     """Describe what the run ran on: CPU, threads, device, versions, commit, system."""
     from fastlm.inventory import info
 
     have = info()
     keys = ("cpu", "cpu_isa", "threads", "device", "fastlm", "torch", "python")
-    facts = {k: have.get(k) for k in keys}
-    return {**facts, "commit": commit() or "not a clone", "system": platform.platform()}
+    own = {"commit": commit() or "not a clone", "system": platform.platform()}
+    return {key: have.get(key) for key in keys} | own

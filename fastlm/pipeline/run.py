@@ -8,9 +8,9 @@ copied.
 """
 
 import fcntl
-import shutil
+import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -200,7 +200,7 @@ def _run_step(run: _Run, planned: Planned) -> None:
     })  # fmt: skip
 
 
-def _report(run: _Run, prints: dict[str, str], until: str | None) -> dict[str, Any]:
+def _report(run: _Run, prints: Mapping[str, str], until: str | None) -> dict[str, Any]:
     """Write report.html and summary.json of all finished stages, unless they exist and nothing has
     changed.
     """
@@ -262,13 +262,11 @@ def _clear(folder: Path) -> None:
     """
     old = new_name(folder)
     try:
-        if folder.is_dir() and not folder.is_symlink():
+        if os.path.lexists(folder):
             folder.rename(old)
-            shutil.rmtree(old)
-        else:
-            folder.unlink(missing_ok=True)
     except OSError as e:
         raise InputError(f"{e.filename or folder}: cannot be cleared: {e.strerror}") from e
+    remove(old)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ for every rendering (0.1 s each).
 import atexit
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -28,6 +29,7 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 SECONDS = 5.0  # of processor time for one rendering; a long conversation takes 0.01 s
+STRING = re.compile(r'"(?:[^"\\]|\\.)*"')  # in JSON
 Runs = list[tuple[int, int]]
 
 
@@ -48,7 +50,9 @@ def _json(value: Any, where: str) -> str:
         raise
     except (RecursionError, TypeError, ValueError) as error:  # too deep, numbers too long
         raise InputError(f"{where}: wanted what JSON can hold: {error}") from None
-    check_unicode(text, where)
+    if not text.isascii():
+        for string in STRING.findall(text):
+            check_unicode(json.loads(string), where)
     return text
 
 

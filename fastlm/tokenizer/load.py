@@ -13,14 +13,10 @@ from fastlm.tokenizer.tokenizer import Tokenizer
 
 
 def load_tokenizer(path: str | Path, config: Mapping[str, Any]) -> Tokenizer:
-    """Load the tokenizer stored with a model (or in its run folder). It is refused when it has ids
-    that the model's embedding lacks."""
-    path = model_path(path)
-    model = locate_model(path)
-    found = _tokenizer_of(path, model)
-    if found is None and is_adapter(model):
-        return load_tokenizer(base_of(model), config)
-    found = found or model
+    """Load the tokenizer stored with a model (or in its run folder, or with an adapter's base). It
+    is refused when it has ids that the model's embedding lacks."""
+    model = locate_model(model_path(path))
+    found = _tokenizer_of(path) or model
     tokenizer = Tokenizer.load(found)
     vocab = config_of(config, model).vocab_size
     if tokenizer.vocab_size > vocab:
@@ -33,14 +29,14 @@ def load_tokenizer(path: str | Path, config: Mapping[str, Any]) -> Tokenizer:
 
 def has_tokenizer(path: str | Path) -> bool:
     """Whether `load_tokenizer` finds one."""
+    return _tokenizer_of(path) is not None
+
+
+def _tokenizer_of(path: str | Path) -> Path | None:
+    """The folder of the tokenizer (or the .gguf file), None where there is none."""
     path = model_path(path)
     model = locate_model(path)
-    if _tokenizer_of(path, model) is not None:
-        return True
-    return is_adapter(model) and has_tokenizer(base_of(model))
-
-
-def _tokenizer_of(path: Path, model: Path) -> Path | None:
-    """The folder of the tokenizer (or the .gguf file), None where there is none."""
-    places = (model, path / "tokenizer", path.parent / "tokenizer")
-    return next((p for p in places if p.is_file() or (p / "tokenizer.json").exists()), None)
+    for place in (model, path / "tokenizer", path.parent / "tokenizer"):
+        if place.is_file() or (place / "tokenizer.json").exists():
+            return place
+    return _tokenizer_of(base_of(model)) if is_adapter(model) else None

@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any
 
 from fastlm.data.prepare import HELDOUT, TRAIN, read_documents
@@ -102,7 +101,12 @@ class Shards(Stage):
 
         tokenizer, corpus = Tokenizer.load(job.path("tokenizer")), job.path("corpus")
         result = {"vocab_size": tokenizer.vocab_size}
-        for part, file, documents in parts_of(corpus):
+        parts = [("train", corpus, None)]  # of text: its name, file and number of documents
+        if corpus.is_dir():
+            counts = {s["step"]: s["documents"] for s in Funnel.load(corpus).steps}
+            files = {"train": TRAIN, "heldout": HELDOUT}
+            parts = [(part, corpus / file, counts.get(part, 0)) for part, file in files.items()]
+        for part, file, documents in parts:
             folder = job.out / part if corpus.is_dir() else job.out
             if documents == 0:
                 # the index of another text, which may be in the training part now
@@ -134,12 +138,3 @@ class Shards(Stage):
                 mean = f"{size / tokens:.2f} bytes per token"
                 facts[what] = f"{count_text(tokens)} tokens, {size_text(size)}, {mean}"
         return Part("Tokens", facts=facts)
-
-
-def parts_of(corpus: Path) -> list[tuple[str, Path, int | None]]:
-    """Return (part, file, number of documents) of a prepared folder, or of a file of documents."""
-    if not corpus.is_dir():
-        return [("train", corpus, None)]
-    counts = {s["step"]: s["documents"] for s in Funnel.load(corpus).steps}
-    files = {"train": TRAIN, "heldout": HELDOUT}
-    return [(part, corpus / files[part], counts.get(part, 0)) for part in files]

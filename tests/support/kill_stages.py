@@ -318,7 +318,7 @@ def content(path: Path) -> Any:
             found[0]["stages"]["report"].pop("fingerprint")
         if path.name == "record.json":
             for name in ("metrics.jsonl", "serve.log"):  # bytes of lines with seconds
-                found[0].get("outputs", {}).pop(name, None)
+                found[0]["stages"]["."].get("outputs", {}).pop(name, None)
         return found
     if path.suffix in (".sqlite", ".db"):
         with sqlite3.connect(path) as store:

@@ -24,8 +24,8 @@ from fastlm.feedback.gate_metrics import read_scores, scores_of
 from fastlm.pipeline.card import card
 from fastlm.pipeline.diff import diff, shown
 from fastlm.pipeline.lineage import tree
+from fastlm.pipeline.record import headline
 from fastlm.pipeline.registry import open_registry
-from fastlm.pipeline.scores import headline
 from fastlm.schema import read_document
 
 ID = "0123456789abcdef" * 4
@@ -151,7 +151,7 @@ LOG = {"at": "2026", "asked": [ID], "keys": ["a"], "held": [ID]}
 KINDS = {
     "bad/stages.json": (json.dumps(run(4)).encode(), use_registry),
     "bad/record.json": (
-        json.dumps({"layout": 2, **entry("pretrain", "model", 8)}).encode(),
+        json.dumps({"layout": 2, "stages": {".": entry("pretrain", "model", 8)}}).encode(),
         use_registry,
     ),
     "index.jsonl": (

@@ -23,7 +23,7 @@ from fastlm.cli import app
 from fastlm.data.prepare import DataOptions, prepare, read_documents
 from fastlm.errors import InputError
 from fastlm.pipeline.funnel import Funnel
-from fastlm.pipeline.record import load_alone
+from fastlm.pipeline.registry import open_registry
 
 WORDS = "the of and to model token weight page line file data with have that read write".split()
 
@@ -415,8 +415,9 @@ def test_a_source_whose_own_name_is_no_utf8(tmp_path):
         app, ["data", "prepare", str(file), "-o", str(out), "--heldout-bytes", "0"]
     )
     assert result.exit_code == 0, (result.output, result.exception)
-    record = json.loads((out / "record.json").read_bytes().decode())
+    record = json.loads((out / "record.json").read_bytes().decode())["stages"]["."]
     assert record["options"]["sources"] == [rf"{tmp_path}/caf\xe9.txt"]
-    assert load_alone(out / "record.json").options == record["options"]
+    (known,) = open_registry([out], note=False).records
+    assert known.entry.options == record["options"]
     again = ["data", "show", str(out)]
     assert CliRunner().invoke(app, again).exit_code == 0

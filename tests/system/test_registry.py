@@ -219,7 +219,7 @@ def test_a_stage_alone_has_a_record(made, tmp_path, monkeypatch):
         shown = call("show", path).stdout
         assert "sm-int4" in shown and "one/pretrain" in shown and "one/data" in shown
     assert "sm-int4" in call("diff", elsewhere, made / "one").stdout
-    (out / "record.json").write_text('{"layout": 2, "kind": 1}')
+    (out / "record.json").write_text('{"layout": 2, "stages": {".": 1}}')
     assert "record.json" in call("--in", tmp_path / "runs").stderr
     assert "wanted a folder of runs" in call("--in", tmp_path / "none", status=2).stderr
 
