@@ -1,6 +1,5 @@
 """paged_append through csrc/cuda/paged_append.cu."""
 
-
 from fastlm.cuda import extension, stream
 from fastlm.memory_order import elements_last
 
