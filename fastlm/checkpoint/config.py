@@ -218,34 +218,26 @@ class ModelConfig:
 
     def _fill(self) -> None:
         """Replace each FAMILY with its value; later fields depend on earlier ones."""
-        defaults = {
-            "hidden_act": "silu",
-            "rms_norm_eps": 1e-6,
-            "tie_word_embeddings": False,
-            **self.family.defaults,
-        }
+        defaults = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
+        defaults |= self.family.defaults
         for f in fields(self):
-            if getattr(self, f.name) is FAMILY and f.name not in _DERIVED:
+            if getattr(self, f.name) is FAMILY:
                 setattr(self, f.name, defaults.get(f.name))
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"):
+        for name in (*_REQUIRED, "max_position_embeddings"):
             _check_size(name, getattr(self, name))
-        _check_layer_count(self.num_hidden_layers)
-        _check_size("max_position_embeddings", self.max_position_embeddings)
-        if self.num_key_value_heads is FAMILY or self.num_key_value_heads is None:
+        if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
-        if self.head_dim is FAMILY or self.head_dim is None:
+        if self.head_dim is None:
             self.head_dim = defaults.get("head_dim") or self._default_head_dim()
         if self.model_type in ("qwen2", "qwen3", "smollm3") and not self.use_sliding_window:
             self.sliding_window = None
-        layers = range(self.num_hidden_layers)
-        if self.no_rope_layers is FAMILY or self.no_rope_layers is None:
-            every = (
-                _SMOLLM3_INTERVAL if self.model_type == "smollm3" else self.num_hidden_layers + 1
-            )
-            self.no_rope_layers = [int((i + 1) % every != 0) for i in layers]
-        if self.layer_types is FAMILY or self.layer_types is None:
-            self.layer_types = [LAYER_TYPES[self._slides(i)] for i in layers]
-        if self.rope_parameters is FAMILY or self.rope_parameters is None:
+        layers = self.num_hidden_layers
+        if self.no_rope_layers is None:
+            every = _SMOLLM3_INTERVAL if self.model_type == "smollm3" else layers + 1
+            self.no_rope_layers = _periodic(layers, every)
+        if self.layer_types is None:
+            self.layer_types = [LAYER_TYPES[self._slides(i)] for i in range(layers)]
+        if self.rope_parameters is None:
             self.rope_parameters = _rope_parameters(self.model_type, {})
 
     def _default_head_dim(self) -> int:
@@ -282,12 +274,8 @@ class ModelConfig:
             raise InputError(
                 f"hidden_act: wanted one of {', '.join(ACTIVATIONS)}, got {self.hidden_act!r}"
             )
-        for name, zero in (
-            *(("rms_norm_eps", False), ("initializer_range", True), ("attention_dropout", True)),
-            *(("query_pre_attn_scalar", False), ("attn_logit_softcapping", False)),
-            ("final_logit_softcapping", False),
-        ):
-            value = getattr(self, name)
+        for name in _NUMBERS:
+            value, zero = getattr(self, name), name in ("initializer_range", "attention_dropout")
             optional = name in _OPTIONAL and value is None
             if not optional and not (_is_number(value) and (value > 0 or (zero and value == 0))):
                 raise InputError(f"{name}: wanted a positive number, got {value!r}")
@@ -349,21 +337,19 @@ class ModelConfig:
             activation = given.pop("hidden_activation")
             given["hidden_act"] = activation or given.get("hidden_act", "gelu_pytorch_tanh")
         pattern = given.get("sliding_window_pattern", given.get("_sliding_window_pattern"))
+        layers = given.get("num_hidden_layers")
         if model_type == "gemma3_text" and pattern and not given.get("layer_types"):
             _check_size("sliding_window_pattern", pattern)
-            layers = range(_check_layer_count(given.get("num_hidden_layers")))
-            given["layer_types"] = [LAYER_TYPES[(i + 1) % pattern != 0] for i in layers]
+            given["layer_types"] = [LAYER_TYPES[i] for i in _periodic(layers, pattern)]
         interval = given.get("no_rope_layer_interval")
         if model_type == "smollm3" and interval and not given.get("no_rope_layers"):
             _check_size("no_rope_layer_interval", interval)
-            layers = range(_check_layer_count(given.get("num_hidden_layers")))
-            given["no_rope_layers"] = [int((i + 1) % interval != 0) for i in layers]
+            given["no_rope_layers"] = _periodic(layers, interval)
         given["rope_parameters"] = _rope_parameters(model_type, given)
         names = {f.name for f in fields(cls)} - {"extra"}
         known: dict[str, Any] = {k: given.pop(k) for k in list(given) if k in names}
         known = {k: v for k, v in known.items() if v is not None or k in _NONE_MEANS_NONE}
-        missing = [f.name for f in fields(cls) if f.name in _REQUIRED and f.name not in known]
-        if missing:
+        if missing := [name for name in _REQUIRED if name not in known]:
             raise InputError(f"{missing[0]}: wanted in the config, got none")
         for name in _OLD_ROPE:
             given.pop(name, None)
@@ -392,25 +378,26 @@ class ModelConfig:
         rope = self.rope_parameters
         nested = bool(set(rope) & set(LAYER_TYPES))
         out["rope_parameters"] = {k: dict(v) for k, v in rope.items()} if nested else dict(rope)
-        main = rope["full_attention"] if nested else rope
-        out["rope_theta"] = main["rope_theta"]
-        scaling = {
-            k: v for k, v in main.items() if k not in ("rope_theta", "partial_rotary_factor")
-        }
-        out["rope_scaling"] = None if main["rope_type"] == "default" else scaling
-        if main.get("partial_rotary_factor", 1.0) != 1.0:
-            out["partial_rotary_factor"] = main["partial_rotary_factor"]
+        scaling = dict(rope["full_attention"] if nested else rope)
+        out["rope_theta"] = scaling.pop("rope_theta")
+        partial = scaling.pop("partial_rotary_factor", 1.0)
+        out["rope_scaling"] = None if scaling["rope_type"] == "default" else scaling
+        if partial != 1.0:
+            out["partial_rotary_factor"] = partial
         if nested:
             out["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
         return out
 
 
-_DERIVED = ("num_key_value_heads", "head_dim", "layer_types", "no_rope_layers", "rope_parameters")
 _REQUIRED = (
     *("vocab_size", "hidden_size", "intermediate_size"),
     *("num_hidden_layers", "num_attention_heads"),
 )
 _FAMILY_ONLY = (*_OPTIONAL, "max_window_layers", "layer_types", "no_rope_layers")
+_NUMBERS = (
+    *("rms_norm_eps", "initializer_range", "attention_dropout", "query_pre_attn_scalar"),
+    *("attn_logit_softcapping", "final_logit_softcapping"),
+)
 _COMPUTED = ("attn_logit_softcapping", "final_logit_softcapping")
 _OLD_ROPE = ("rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor")
 # Fields for which null in a file is a value; elsewhere null means left out
@@ -467,15 +454,15 @@ def _is_number(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _check_size(name: str, value: Any, most: int = 2**31 - 1) -> None:
-    # beyond the limit it is a mistake, not a model
+def _check_size(name: str, value: Any) -> None:
     if not _is_int(value) or value < 1:
         raise InputError(f"{name}: wanted a positive integer, got {value!r:.60}")
+    most = MAX_LAYERS if name == "num_hidden_layers" else 2**31 - 1  # beyond: a mistake
     if value > most:
         raise InputError(f"{name}: wanted at most {most}, got {value}")
 
 
-def _check_layer_count(value: Any) -> int:
-    """Check the count before lists of that length are created."""
-    _check_size("num_hidden_layers", value, MAX_LAYERS)
-    return value
+def _periodic(layers: Any, period: int) -> list[int]:
+    """1 for each layer, 0 for the last of each period."""
+    _check_size("num_hidden_layers", layers)  # before a list of that length is created
+    return [int((i + 1) % period != 0) for i in range(layers)]

@@ -314,10 +314,8 @@ def save_tensors(
         part.mkdir()
         data = part / TENSORS
         save_file(own_memory(tensors), data)
-        write_json(
-            part / MANIFEST,
-            {"bytes": data.stat().st_size, "sha256": _sha256(data), "metadata": metadata or {}},
-        )
+        manifest = {"bytes": data.stat().st_size, "sha256": _sha256(data)}
+        write_json(part / MANIFEST, {**manifest, "metadata": metadata or {}})
 
     save_atomic(path, write)
 

@@ -27,19 +27,8 @@ from fastlm.ops.quantized_weight import QuantizedWeight
 MAX_DIMS = 4  # ggml's own limit
 MAX_NAME = 255  # ggml's is 63 for tensors; the longest key in use is under 60
 # type of a metadata value in the file -> struct code, bytes
-SCALARS = {
-    0: ("B", 1),
-    1: ("b", 1),
-    2: ("H", 2),
-    3: ("h", 2),
-    4: ("I", 4),
-    5: ("i", 4),
-    6: ("f", 4),
-    7: ("?", 1),
-    10: ("Q", 8),
-    11: ("q", 8),
-    12: ("d", 8),
-}
+SCALARS = {i: (code, struct.calcsize(f"<{code}")) for i, code in enumerate("BbHhIif?")}
+SCALARS |= {10: ("Q", 8), 11: ("q", 8), 12: ("d", 8)}  # 8 and 9: below
 STRING, ARRAY = 8, 9
 KINDS = {  # Python type of a metadata value -> its name in a message
     int: "one int",
@@ -169,9 +158,7 @@ class GGUFFile:
             raise InputError(f"{self.path}: wanted a GGUF file, got one that begins with {magic!r}")
         version = cursor.number("I", 4)
         if version not in (2, 3):
-            raise InputError(
-                f"{self.path}: wanted little-endian GGUF version 2 or 3, got {version}"
-            )
+            raise InputError(f"{self.path}: wanted little-endian GGUF 2 or 3, got {version}")
         # least bytes per entry: an empty name and no dimensions; an empty key and a one-byte value
         n_tensors = cursor.count("tensor count", 8 + 4 + 4 + 8)
         n_metadata = cursor.count("metadata count", 8 + 4 + 1)
@@ -232,13 +219,9 @@ class GGUFFile:
             raise InputError(f"{self.path}: {name}: wanted 1 to {MAX_DIMS} dimensions, got {dims}")
         shape = tuple(cursor.number("Q", 8) for _ in range(dims))[::-1]
         raw = cursor.number("I", 4)
-        try:
-            kind = GGMLQuantizationType(raw)
-        except ValueError:
-            raise InputError(
-                f"{self.path}: {name}: wanted a known tensor type, got {raw}"
-            ) from None
-        return name, kind, shape, cursor.number("Q", 8)
+        if raw not in iter(GGMLQuantizationType):
+            raise InputError(f"{self.path}: {name}: wanted a known tensor type, got {raw}")
+        return name, GGMLQuantizationType(raw), shape, cursor.number("Q", 8)
 
     def raw(self, name: str) -> np.ndarray:
         """The tensor's bytes (rows, bytes per row), uint8, a read-only view of the file."""

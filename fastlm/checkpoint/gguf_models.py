@@ -30,6 +30,12 @@ ARCHITECTURES = {
 INTERLEAVED = ("llama", "mistral", "smollm3")  # q and k rows reordered
 NORM_PLUS_ONE = ("gemma2", "gemma3_text")
 
+SIZES = {  # key of the file -> entry of config.json
+    "block_count": "num_hidden_layers",
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+}
 TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 LAYER = {
     "attn_norm": "input_layernorm",
@@ -106,8 +112,9 @@ def config_of(file: GGUFFile) -> dict[str, Any]:
         model_type = "mistral"  # llama.cpp files Mistral under llama
     if model_type == "olmo2" and window:
         raise InputError(f"{file.path}: general.architecture: wanted olmo2, got olmo3 (windowed)")
-    hidden, heads = number("embedding_length"), number("attention.head_count")
-    layers = number("block_count")
+    sizes = {field: number(key) for key, field in SIZES.items()}
+    hidden, heads = sizes["hidden_size"], number("attention.head_count")
+    layers = sizes["num_hidden_layers"]
     if not 0 < layers <= MAX_LAYERS:  # before lists of that length are created
         raise InputError(
             f"{file.path}: {architecture}.block_count: wanted 1 to {MAX_LAYERS}, got {layers}"
@@ -128,13 +135,10 @@ def config_of(file: GGUFFile) -> dict[str, Any]:
         "architectures": [FAMILIES[model_type].architecture],
         "model_type": model_type,
         "vocab_size": file.tensors["token_embd.weight"].shape[0],
-        "hidden_size": hidden,
-        "intermediate_size": number("feed_forward_length"),
-        "num_hidden_layers": layers,
+        **sizes,
         "num_attention_heads": heads,
         "num_key_value_heads": get("attention.head_count_kv", int, heads),
         "head_dim": head_dim,
-        "max_position_embeddings": number("context_length"),
         "rms_norm_eps": epsilon,
         "rope_theta": theta,
         "tie_word_embeddings": "output.weight" not in file.tensors,
@@ -160,29 +164,22 @@ def config_of(file: GGUFFile) -> dict[str, Any]:
         config["no_rope_layers"] = [int((i + 1) % 4 != 0) for i in range(layers)]
     if model_type in NORM_PLUS_ONE:
         del config["hidden_act"]
-        config |= _gemma(model_type, config, get, number)
+        # the file has no query scale: llama.cpp recognises the 27B models by their layer count;
+        # the last layer of each period is global
+        of_27b, period = {"gemma2": (46, 2), "gemma3_text": (62, 6)}[model_type]
+        scale = hidden // max(heads, 1) if layers == of_27b else head_dim
+        kinds = ["sliding_attention"] * (period - 1) + ["full_attention"]
+        config |= {
+            "hidden_activation": "gelu_pytorch_tanh",
+            "sliding_window": number("attention.sliding_window"),
+            "query_pre_attn_scalar": scale,
+            "layer_types": (kinds * layers)[:layers],
+            "attn_logit_softcapping": get("attn_logit_softcapping", float),
+            "final_logit_softcapping": get("final_logit_softcapping", float),
+        }
+        if model_type == "gemma3_text":
+            config["rope_local_base_freq"] = 10000.0
     return config
-
-
-def _gemma(model_type: str, config: dict[str, Any], get: Any, number: Any) -> dict[str, Any]:
-    heads, layers = config["num_attention_heads"], config["num_hidden_layers"]
-    # the file has no query scale: llama.cpp recognises the 27B models by their layer count
-    is_27b = layers == {"gemma2": 46, "gemma3_text": 62}[model_type]
-    scale = config["hidden_size"] // max(heads, 1) if is_27b else config["head_dim"]
-    period = {"gemma2": 2, "gemma3_text": 6}[model_type]  # the last layer of each period is global
-    local = {} if model_type == "gemma2" else {"rope_local_base_freq": 10000.0}
-    return {
-        "hidden_activation": "gelu_pytorch_tanh",
-        "sliding_window": number("attention.sliding_window"),
-        "query_pre_attn_scalar": scale,
-        "layer_types": [
-            "full_attention" if (i + 1) % period == 0 else "sliding_attention"
-            for i in range(layers)
-        ],
-        "attn_logit_softcapping": get("attn_logit_softcapping", float),
-        "final_logit_softcapping": get("final_logit_softcapping", float),
-        **local,
-    }
 
 
 def _rope_scaling(file: GGUFFile, config: dict[str, Any], get: Any) -> dict[str, Any] | None:
@@ -197,13 +194,9 @@ def _rope_scaling(file: GGUFFile, config: dict[str, Any], get: Any) -> dict[str,
     if "rope_freqs.weight" in file.tensors:
         return _llama3_scaling(file, config)
     if kind == "linear":
-        return {"rope_type": "linear", "factor": factor}
+        return {"rope_type": kind, "factor": factor}
     if kind == "yarn":
-        return {
-            "rope_type": "yarn",
-            "factor": factor,
-            "original_max_position_embeddings": original,
-        }
+        return {"rope_type": kind, "factor": factor, "original_max_position_embeddings": original}
     if kind not in ("none", "longrope"):
         raise InputError(
             f"{file.path}: rope.scaling.type: wanted none, linear, yarn or longrope, "
@@ -239,14 +232,16 @@ def llama3_divisors(theta: float, half: int, factor: float) -> np.ndarray:
     return 1 / (blend + (1 - blend) / factor)
 
 
-def _undo_interleave(weight: Tensor | QuantizedWeight, heads: int) -> Tensor | QuantizedWeight:
-    """Reorder rows (head, pair, 2), as interleaved RoPE needs them, to (head, 2, pair)."""
-    rows = weight.shape[0]
-    order = torch.arange(rows).view(heads, -1, 2).transpose(1, 2).reshape(-1)
+def swap_rows(weight: Any, heads: int, *, interleave: bool) -> Any:
+    """Reorder rows (head, pair, 2), as interleaved RoPE needs them, to (head, 2, pair); with
+    ``interleave`` back.
+    """
+    shape = (heads, 2, -1) if interleave else (heads, -1, 2)
+    order = torch.arange(weight.shape[0]).view(shape).transpose(1, 2).reshape(-1)
     if isinstance(weight, QuantizedWeight):
         zeros = None if weight.zeros is None else weight.zeros[order]
         return replace(weight, qdata=weight.qdata[order], scales=weight.scales[order], zeros=zeros)
-    return weight[order]
+    return weight.detach()[order]
 
 
 def load_gguf(file: GGUFFile) -> tuple[dict[str, Any], Iterator[tuple[str, Any]]]:
@@ -269,14 +264,14 @@ def load_gguf(file: GGUFFile) -> tuple[dict[str, Any], Iterator[tuple[str, Any]]
 
     def tensors() -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
         for name, target in names.items():
-            weight = file.load(name)
+            weight: Any = file.load(name)
             if file.metadata["general.architecture"] in INTERLEAVED:
                 if ".attn_q." in name:
-                    weight = _undo_interleave(weight, config["num_attention_heads"])
+                    weight = swap_rows(weight, config["num_attention_heads"], interleave=False)
                 elif ".attn_k." in name:
-                    weight = _undo_interleave(weight, config["num_key_value_heads"])
+                    weight = swap_rows(weight, config["num_key_value_heads"], interleave=False)
             if kind in NORM_PLUS_ONE and name.endswith("norm.weight"):
-                weight = weight - 1  # type: ignore[operator]  # norms are never quantized
+                weight = weight - 1  # norms are never quantized
             yield target, weight
 
     return config, tensors()

@@ -41,13 +41,7 @@ def check_rope(rope: Any, head_dim: int, where: str) -> None:
             raise InputError(f"{where}: {name}: wanted for rope_type {kind}, got none")
     for name in _NUMBERS:
         value = rope.get(name)
-        if value is None:
-            continue
-        if (
-            not isinstance(value, int | float)
-            or isinstance(value, bool)
-            or not 0 < value < math.inf
-        ):
+        if value is not None and not (type(value) in (int, float) and 0 < value < math.inf):
             raise InputError(f"{where}: {name}: wanted a positive number, got {value!r}")
     if rope["rope_theta"] <= 1:
         raise InputError(f"{where}: rope_theta: wanted more than 1, got {rope['rope_theta']!r}")
@@ -66,12 +60,9 @@ def check_rope(rope: Any, head_dim: int, where: str) -> None:
         )
     if kind == "longrope":
         for name in ("long_factor", "short_factor"):
-            factors = rope[name]
-            if (
-                not isinstance(factors, list | tuple)
-                or len(factors) != width // 2
-                or not all(isinstance(f, int | float) and f > 0 for f in factors)
-            ):
+            factors, count = rope[name], width // 2
+            good = isinstance(factors, list | tuple) and len(factors) == count
+            if not good or not all(isinstance(f, int | float) and f > 0 for f in factors):
                 raise InputError(
-                    f"{where}: {name}: wanted {width // 2} positive numbers, got {factors!r}"
+                    f"{where}: {name}: wanted {count} positive numbers, got {factors!r}"
                 )

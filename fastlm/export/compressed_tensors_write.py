@@ -5,6 +5,7 @@ and scales. Embedding and head are written as floats: vLLM reads no others. Roun
 is not written: the files hold weights.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,11 @@ def save_compressed_tensors(
     layers = check_compressed_tensors(state)
     zeros = {name: _zero_points(name, weight) for name, weight in layers.items()}
     matrices = _matrices(state)
-    _join_zeros(matrices, layers, zeros)
+    for names in _fused(matrices):  # layers that vLLM fuses have zero points if one of them has
+        if any(zeros.get(name) is not None for name in names):
+            for name in (name for name in names if zeros[name] is None):
+                middle = 2 ** (layers[name].bits - 1)
+                zeros[name] = torch.full(layers[name].scales.shape, middle)
     tensors: dict[str, Tensor] = {}
     dequantized = []
     for name, weight in state.items():
@@ -68,19 +73,20 @@ def save_compressed_tensors(
         "config_groups": {
             f"group_{i}": {
                 "targets": ["Linear"] if len(schemes) == 1 else names,
-                "weights": _arguments(*scheme),
+                "weights": {
+                    **{"num_bits": bits, "type": "int", "symmetric": symmetric, "dynamic": False},
+                    "strategy": "group" if group else "channel",
+                    "group_size": group,
+                },
                 "input_activations": None,
                 "output_activations": None,
             }
-            for i, (scheme, names) in enumerate(schemes.items())
+            for i, ((bits, group, symmetric), names) in enumerate(schemes.items())
         },
     }
     save_hf(folder, config, tensors, quantization_config=entry)
-    formats: dict[str, int] = {}
-    for (bits, group, _), names in schemes.items():  # two of them may differ in offsets alone
-        kind = _named((bits, group))
-        formats[kind] = formats.get(kind, 0) + len(names)
-    return {"formats": formats, "dequantized": dequantized}
+    formats = Counter(_named(_layout(weight)) for weight in layers.values())
+    return {"formats": dict(formats), "dequantized": dequantized}
 
 
 def check_compressed_tensors(
@@ -122,13 +128,6 @@ def _fused(matrices: Sequence[str]) -> Iterator[list[str]]:
             yield [f"{parent}.{part}" for part in parts if f"{parent}.{part}" in matrices]
 
 
-def _arguments(bits: int, group_size: int | None, symmetric: bool) -> dict[str, Any]:
-    return {
-        "num_bits": bits, "type": "int", "symmetric": symmetric, "dynamic": False,
-        "strategy": "group" if group_size else "channel", "group_size": group_size,
-    }  # fmt: skip
-
-
 def _layout(weight: QuantizedWeight) -> tuple[int, int | None]:
     """Bits and group size; None: one scale for a row."""
     return weight.bits, weight.group_size if weight.group_size < weight.shape[1] else None
@@ -136,20 +135,6 @@ def _layout(weight: QuantizedWeight) -> tuple[int, int | None]:
 
 def _named(layout: tuple[int, int | None] | None) -> str:
     return "float" if layout is None else f"w{layout[0]} group {layout[1] or 'row'}"
-
-
-def _join_zeros(
-    matrices: Sequence[str],
-    layers: Mapping[str, QuantizedWeight],
-    zeros: dict[str, Tensor | None],
-) -> None:
-    """Give layers that vLLM fuses zero points if one of them has some."""
-    for names in _fused(matrices):
-        if any(zeros.get(name) is not None for name in names):
-            for name in names:
-                if zeros[name] is None:
-                    middle = 2 ** (layers[name].bits - 1)
-                    zeros[name] = torch.full(layers[name].scales.shape, middle)
 
 
 def _check_layout(name: str, weight: QuantizedWeight, widths: list[int]) -> None:

@@ -36,8 +36,7 @@ def kind_of(name: str, weight: Tensor | QuantizedWeight) -> GGMLQuantizationType
     """
     if isinstance(weight, Tensor):  # llama.cpp wants vectors in float32
         return GGMLQuantizationType.F32 if weight.dim() == 1 else DENSE[weight.dtype]
-    n, k = weight.shape
-    del n
+    _, k = weight.shape
     if k % BLOCK:
         raise InputError(
             f"{name}: wanted rows of a multiple of {BLOCK} columns for GGUF, got {k}: quantize"
@@ -48,14 +47,13 @@ def kind_of(name: str, weight: Tensor | QuantizedWeight) -> GGMLQuantizationType
             f"{name}: wanted groups of a multiple of {BLOCK} for GGUF (quantize with --group-size"
             f" {BLOCK}), got {weight.group_size}"
         )
-    if weight.zeros is None:
-        kinds = {4: GGMLQuantizationType.Q4_0, 8: GGMLQuantizationType.Q8_0}
-        return kinds[weight.bits]
-    if weight.bits == 8:
+    if weight.bits == 8 and weight.zeros is not None:
         raise InputError(
             f"{name}: wanted 4 bits, or 8 without offsets, for GGUF, got 8 bits with offsets"
         )
-    return GGMLQuantizationType.Q4_1
+    if weight.bits == 8:
+        return GGMLQuantizationType.Q8_0
+    return GGMLQuantizationType.Q4_0 if weight.zeros is None else GGMLQuantizationType.Q4_1
 
 
 def row_bytes(kind: GGMLQuantizationType, k: int) -> int:

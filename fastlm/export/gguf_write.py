@@ -7,13 +7,12 @@ model (biases in the MLP, another pattern of windows) shows as a difference ther
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
-import torch
 from gguf import GGMLQuantizationType
 from torch import Tensor
 
@@ -26,9 +25,11 @@ from fastlm.checkpoint.gguf_models import (
     LLAMA3_ROPE,
     NORM_PLUS_ONE,
     OVERRIDES,
+    SIZES,
     TOP,
     config_of,
     llama3_divisors,
+    swap_rows,
 )
 from fastlm.errors import InputError
 from fastlm.export.gguf_encode import encode, kind_of, row_bytes
@@ -133,10 +134,7 @@ def _metadata(config: ModelConfig, architecture: str) -> dict[str, Any]:
     rope = config.rope_parameters["full_attention"] if nested else config.rope_parameters
     rotary = int(config.head_dim * rope.get("partial_rotary_factor", 1.0))
     values: dict[str, Any] = {
-        "block_count": config.num_hidden_layers,
-        "context_length": config.max_position_embeddings,
-        "embedding_length": config.hidden_size,
-        "feed_forward_length": config.intermediate_size,
+        **{key: getattr(config, field) for key, field in SIZES.items()},
         "vocab_size": config.vocab_size,
         "attention.head_count": config.num_attention_heads,
         "attention.head_count_kv": config.num_key_value_heads,
@@ -164,68 +162,42 @@ def _metadata(config: ModelConfig, architecture: str) -> dict[str, Any]:
 
 
 def _rope_tables(config: ModelConfig) -> dict[str, np.ndarray]:
-    rope = config.rope_parameters
+    rope, tables = config.rope_parameters, {}
     if rope.get("rope_type") == "llama3":
-        half = config.head_dim // 2
-        divisors = llama3_divisors(rope["rope_theta"], half, rope["factor"])
-        return {"rope_freqs.weight": divisors.astype(np.float32)}
+        divisors = llama3_divisors(rope["rope_theta"], config.head_dim // 2, rope["factor"])
+        tables = {"rope_freqs.weight": divisors}
     if rope.get("rope_type") == "longrope":
-        return {
-            f"rope_factors_{length}.weight": np.array(rope[f"{length}_factor"], np.float32)
-            for length in ("long", "short")
-        }
-    return {}
+        lengths = ("long", "short")
+        tables = {f"rope_factors_{n}.weight": rope[f"{n}_factor"] for n in lengths}
+    return {name: np.array(table, np.float32) for name, table in tables.items()}
 
 
-def _as_llama_cpp(
-    name: str, weight: Tensor | QuantizedWeight, config: ModelConfig, architecture: str
-) -> Tensor | QuantizedWeight:
+def _as_llama_cpp(name: str, weight: Any, config: ModelConfig, architecture: str) -> Any:
     """The rows of q and k as interleaved RoPE needs them, and one added to Gemma's norms."""
-    if architecture in INTERLEAVED:
-        for part, heads in (
-            ("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads),
-        ):  # fmt: skip
-            if f".self_attn.{part}." in name:
-                order = torch.arange(weight.shape[0]).view(heads, 2, -1).transpose(1, 2).reshape(-1)
-                return _rows(weight, order)
+    if architecture in INTERLEAVED and ".self_attn.q_proj." in name:
+        return swap_rows(weight, config.num_attention_heads, interleave=True)
+    if architecture in INTERLEAVED and ".self_attn.k_proj." in name:
+        return swap_rows(weight, config.num_key_value_heads, interleave=True)
     if config.model_type in NORM_PLUS_ONE and name.endswith("norm.weight"):
-        assert isinstance(weight, Tensor)  # norms are never quantized
-        return weight.detach().float() + 1
+        return weight.detach().float() + 1  # norms are never quantized
     return weight
-
-
-def _rows(weight: Tensor | QuantizedWeight, order: Tensor) -> Tensor | QuantizedWeight:
-    if isinstance(weight, Tensor):
-        return weight.detach()[order]
-    zeros = None if weight.zeros is None else weight.zeros[order]
-    return replace(weight, qdata=weight.qdata[order], scales=weight.scales[order], zeros=zeros)
 
 
 def _announce(
     writer: gguf.GGUFWriter, name: str, kind: GGMLQuantizationType, shape: tuple[int, ...]
 ) -> None:
     plain = {GGMLQuantizationType.F32: np.float32, GGMLQuantizationType.F16: np.float16}
-    if kind in plain:
-        dtype = np.dtype(plain[kind])
-        size = int(np.prod(shape)) * dtype.itemsize
-        writer.add_tensor_info(name, shape, dtype, size)
-    else:
-        rows, width = shape[0], row_bytes(kind, shape[1])
-        writer.add_tensor_info(name, (rows, width), np.dtype(np.uint8), rows * width, kind)
+    dtype, raw = np.dtype(plain.get(kind, np.uint8)), None if kind in plain else kind
+    if raw is not None:
+        shape = (shape[0], row_bytes(kind, shape[1]))
+    writer.add_tensor_info(name, shape, dtype, int(np.prod(shape)) * dtype.itemsize, raw)
 
 
 def add_value(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
     """Write a key with the type of `value`: whole numbers are uint32, floats float32."""
-    if isinstance(value, bool):
-        writer.add_bool(key, value)
-    elif isinstance(value, int):
-        writer.add_uint32(key, value)
-    elif isinstance(value, float):
-        writer.add_float32(key, value)
-    elif isinstance(value, str):
-        writer.add_string(key, value)
-    else:
-        writer.add_array(key, value)
+    kind = gguf.GGUFValueType.get_type(value)
+    unsigned = kind is gguf.GGUFValueType.INT32
+    writer.add_key_value(key, value, gguf.GGUFValueType.UINT32 if unsigned else kind)
 
 
 def _check(part: Path, path: str | Path, config: ModelConfig) -> None:

@@ -87,9 +87,7 @@ class CausalLM(nn.Module):
     @torch.no_grad()
     def initialize(self, seed: int | None = None, *, scaled_residual: bool = True) -> None:
         """Initialise every parameter; see the class."""
-        generator = None
-        if seed is not None:
-            generator = torch.Generator().manual_seed(seed)
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
         shrink = 1 / math.sqrt(2 * self.config.num_hidden_layers) if scaled_residual else 1.0
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Embedding):
@@ -247,30 +245,25 @@ class CausalLM(nn.Module):
         Raises InputError: shapes or ids that do not fit, or a context beyond
         max_position_embeddings.
         """
-        hidden = self.hidden(
-            input_ids,
-            cu_seqlens=cu_seqlens,
-            position_ids=position_ids,
-            attention_mask=attention_mask,
-        )
+        options: dict[str, Any] = {"position_ids": position_ids, "attention_mask": attention_mask}
+        hidden = self.hidden(input_ids, cu_seqlens=cu_seqlens, **options)
         if labels is None and shift_labels is None:
             return Output(logits=self.logits(hidden[:, -logits_to_keep:]))
         if labels is not None and shift_labels is not None:
             raise InputError("labels: wanted labels or shift_labels, got both")
-        name, target = (
-            ("labels", labels) if shift_labels is None else ("shift_labels", shift_labels)
-        )
-        assert target is not None
-        _check_labels(name, target, input_ids.shape)
-        if labels is not None:
+        if labels is None:
+            _check_labels("shift_labels", shift_labels, input_ids.shape)
+            target = shift_labels
+        else:
+            _check_labels("labels", labels, input_ids.shape)
             rows = labels if cu_seqlens is None else labels.view(1, -1)
             target = F.pad(rows[:, 1:], (0, 1), value=IGNORE)
             if cu_seqlens is not None:
-                ends = (
-                    cu_seqlens[1:].long() - 1
-                )  # an empty first document gives -1: the last position, which has no label anyway
+                # an empty first document gives -1: the last position, which has no label anyway
+                ends = cu_seqlens[1:].long() - 1
                 target = target.index_fill(1, ends % target.shape[1], IGNORE)
-        loss = linear_cross_entropy(
+        assert target is not None
+        loss: Any = linear_cross_entropy(
             hidden.flatten(0, 1),
             self.head_matrix(hidden.dtype),
             target.flatten(),
@@ -278,7 +271,6 @@ class CausalLM(nn.Module):
             ignore_index=IGNORE,
             num_items=num_items,
         )
-        assert isinstance(loss, Tensor)  # a pair only with return_lse
         return Output(loss=loss)
 
     def hidden(
@@ -399,12 +391,10 @@ class CausalLM(nn.Module):
         """
         if not isinstance(input_ids, Tensor):  # the tokenizer's whole output, a list
             raise InputError(f"input_ids: wanted a tensor (B, S), got {type(input_ids).__name__}")
-        if input_ids.dim() != 2:
-            raise InputError(
-                f"input_ids: wanted integers (B, S), got shape {tuple(input_ids.shape)}"
-            )
-        if input_ids.dtype not in (torch.int64, torch.int32):
-            raise InputError(f"input_ids: wanted integers (B, S), got {input_ids.dtype}")
+        if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
+            shape = f"shape {tuple(input_ids.shape)}"
+            got = input_ids.dtype if input_ids.dim() == 2 else shape
+            raise InputError(f"input_ids: wanted integers (B, S), got {got}")
         if not is_eager(input_ids) or input_ids.device.type != "cpu" or not input_ids.numel():
             return  # reading the values would break the graph, or wait for the device
         low, high = torch.aminmax(input_ids)
@@ -497,7 +487,7 @@ def _float_dtype(config: ModelConfig, state: Mapping[str, Any]) -> torch.dtype:
     return next((_DTYPES[str(name)] for name in names if str(name) in _DTYPES), torch.float32)
 
 
-def _check_labels(name: str, labels: Tensor, shape: torch.Size) -> None:
+def _check_labels(name: str, labels: Any, shape: torch.Size) -> None:
     if labels.shape != shape or labels.dtype not in (torch.int64, torch.int32):
         raise InputError(
             f"{name}: wanted integers {tuple(shape)} as input_ids,"

@@ -9,7 +9,7 @@ D head_dim, R rotated features.
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -142,15 +142,14 @@ def fuse(modules: Sequence[nn.Module | None], before: Fused | None) -> Fused | N
     first = linears[0]
     if len(linears) == 1:
         return Fused(first.weight, bias, first.act_bits)
-    joined: dict[str, Tensor | None] = {"zeros": None}
+    joined: dict[str, Any] = {}
     rows = [m.out_features for m in linears]
     for name in ("qdata", "scales", "zeros"):
         if getattr(first, name) is not None:
             joined[name] = whole = torch.cat([getattr(m, name) for m in linears])
             for m, part in zip(linears, whole.split(rows)):
                 setattr(m, name, part)
-    shape = (sum(rows), first.in_features)
-    weight = QuantizedWeight(**joined, bits=first.bits, group_size=first.group_size, shape=shape)  # type: ignore[arg-type]
+    weight = replace(first.weight, **joined, shape=(sum(rows), first.in_features))
     return Fused(weight, bias, first.act_bits)
 
 
@@ -180,7 +179,8 @@ class RMSNorm(nn.Module):
         summed, weight, dtype = summed.detach(), self.weight.detach(), x.dtype
 
         def make() -> Tensor:  # without x, which this would keep alive
-            return _only(rms_norm(summed, weight, self.eps, offset=self.offset)).to(dtype)
+            y: Any = rms_norm(summed, weight, self.eps, offset=self.offset)
+            return y.to(dtype)
 
         return made_again(x, make)
 
@@ -190,23 +190,15 @@ def _keeping(x: Tensor) -> bool:
     return x.requires_grad and torch.is_grad_enabled() and is_eager(x)
 
 
-def _only(out: Any) -> Tensor:
-    assert isinstance(out, Tensor)  # a pair only with residual
-    return out
-
-
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        family, heads, kv_heads = (
-            config.family,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-        )
+        family, heads = config.family, config.num_attention_heads
         self.layer, self.head_dim = layer, config.head_dim
         self.scale, self.window = config.scale, config.window(layer)
         self.softcap, self.dropout = config.attn_logit_softcapping, config.attention_dropout
-        self.q_width, self.kv_width = heads * self.head_dim, kv_heads * self.head_dim
+        self.q_width = heads * self.head_dim
+        self.kv_width = config.num_key_value_heads * self.head_dim
         width, bias = config.hidden_size, config.attention_bias
         if family.fused_projections:
             self.qkv_proj = Linear(width, self.q_width + 2 * self.kv_width, bias=bias)
@@ -247,12 +239,8 @@ class Attention(nn.Module):
         q, k, v = q.view(heads), k.view(heads), v.view(heads)
         if self.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
-        options: dict[str, Any] = {
-            "causal": True,
-            "scale": self.scale,
-            "window": self.window,
-            "softcap": self.softcap,
-        }
+        options: dict[str, Any] = {"causal": True, "scale": self.scale}
+        options |= {"window": self.window, "softcap": self.softcap}
         project = (call.fused and self.fused_out) or self.o_proj
         if call.step is not None:
             out = call.step.attention(self.layer, q, k, v, **options)
@@ -274,11 +262,9 @@ class Attention(nn.Module):
             if call.keys is not None:
                 rows, cu_seqlens_k = call.keys
                 k, v = k.index_select(0, rows), v.index_select(0, rows)
-            out = varlen_attention(q, k, v, call.cu_seqlens, cu_seqlens_k, **options)
-            assert isinstance(out, Tensor)  # a pair only with return_lse
+            out: Any = varlen_attention(q, k, v, call.cu_seqlens, cu_seqlens_k, **options)
         else:
             out = attention(q, k, v, bias=call.visible, **options)
-            assert isinstance(out, Tensor)
             out = out.transpose(1, 2)
         if rounds:
             out = out.to(x.dtype)
@@ -413,18 +399,13 @@ class Decoder(nn.Module):
             DecoderLayer(config, i) for i in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config)
-        made: dict[str, RotaryTables] = {}  # one per set of parameters, shared by layers
-        self._rotary: list[RotaryTables | None] = []
-        for layer in range(config.num_hidden_layers):
-            parameters = config.rope(layer)
-            self._rotary.append(
-                None
-                if parameters is None
-                else made.setdefault(
-                    repr(parameters),
-                    RotaryTables(parameters, config.head_dim, config.max_position_embeddings),
-                )
-            )
+        ropes = [config.rope(layer) for layer in range(config.num_hidden_layers)]
+        tables = {  # one per set of parameters, shared by layers
+            repr(rope): RotaryTables(rope, config.head_dim, config.max_position_embeddings)
+            for rope in ropes
+            if rope is not None
+        }
+        self._rotary = [tables.get(repr(rope)) for rope in ropes]
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -439,33 +420,23 @@ class Decoder(nn.Module):
     def by_length(self) -> bool:
         return any(r is not None and r.by_length for r in self._rotary)
 
-    def regime(self, length: int) -> tuple[int, ...]:
-        """Contexts of two lengths can share a cache if this is equal; see `RotaryTables`."""
-        return tuple(r.regime(length) for r in self._rotary if r is not None)
-
     def rotary(
         self, positions: Tensor | int, count: int, longest: int, device: torch.device
     ) -> list[tuple[Tensor, Tensor] | None]:
         """Per layer cos and sin: (S, R) for `count` positions from an int on, or (..., R) for a
         tensor of positions.
         """
-        done: dict[int, tuple[Tensor, Tensor]] = {}
-        out: list[tuple[Tensor, Tensor] | None] = []
+        rows: Any = positions
+        if isinstance(positions, int):
+            rows = slice(positions, positions + count)
+            if is_traced():  # past the table's end a slice is cut, an index refused
+                rows = torch.arange(positions, positions + count, device=device)
+        found: dict[int, tuple[Tensor, Tensor]] = {}
         for tables in self._rotary:
-            if tables is None:
-                out.append(None)
-                continue
-            if id(tables) not in done:
+            if tables is not None and id(tables) not in found:
                 cos, sin = tables.tables(longest, device)
-                if isinstance(positions, int):
-                    rows = slice(positions, positions + count)
-                    if is_traced():  # past the table's end a slice is cut, an index refused
-                        rows = torch.arange(positions, positions + count, device=device)
-                    done[id(tables)] = cos[rows], sin[rows]
-                else:
-                    done[id(tables)] = cos[positions], sin[positions]
-            out.append(done[id(tables)])
-        return out
+                found[id(tables)] = cos[rows], sin[rows]
+        return [found.get(id(tables)) for tables in self._rotary]
 
     def embedding_scale(self, dtype: torch.dtype) -> float:
         """The factor on embeddings, rounded to the model's dtype, as in Gemma's training."""
@@ -477,21 +448,16 @@ class Decoder(nn.Module):
         stream = self.embed_tokens(input_ids)
         if self.config.family.scaled_embedding:
             stream = stream * self.embedding_scale(stream.dtype)
-        branch = None
-        again = self._computed_again()
+        branch, again = None, 0  # layers whose backward computes their forward again
+        if self.training and torch.is_grad_enabled():
+            wanted, most = self.checkpoint_activations, len(self.layers)
+            again = most if wanted is True else min(wanted, most)
         for i, layer in enumerate(self.layers):
             if i < again:
                 stream, branch = checkpoint(layer, stream, branch, call, use_reentrant=False)
             else:
                 stream, branch = layer(stream, branch, call)
         return _add_norm(self.norm, stream, branch)[0]
-
-    def _computed_again(self) -> int:
-        """The number of layers, from the first, whose backward computes their forward again."""
-        if not (self.training and torch.is_grad_enabled()):
-            return 0
-        wanted, most = self.checkpoint_activations, len(self.layers)
-        return most if wanted is True else min(wanted, most)
 
 
 def checkpoint_activations(model: nn.Module, layers: bool | int) -> None:

@@ -85,17 +85,16 @@ class RewardModel(nn.Module):
         config = ModelConfig.from_dict(config_dict)
         with torch.device("meta"):
             made = cls(config)
-        state = {}
-        for name, tensor in tensors:
-            assert isinstance(tensor, Tensor)
-            own = "head.weight" if name == HEAD else f"trunk.{name}"
-            state[own] = tensor.to(dtype or tensor.dtype)
+        state: dict[str, Any] = dict(tensors)
+        state = {
+            "head.weight" if name == HEAD else f"trunk.{name}": tensor.to(dtype or tensor.dtype)
+            for name, tensor in state.items()
+        }
         wanted = (1, config.hidden_size)
         came = tuple(state["head.weight"].shape) if "head.weight" in state else "none"
         if came != wanted:
             raise InputError(f"{path}: wanted a reward model, with {HEAD} {wanted}, got {came}")
-        names = [name for name, _ in made.named_parameters()]
-        made.load_state_dict({name: state[name] for name in names}, assign=True)
+        made.load_state_dict(state, strict=False, assign=True)  # `load_state` has checked them
         return made.eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -152,25 +151,20 @@ class RewardModel(nn.Module):
         for i, sequence in enumerate(sequences):
             if not 0 < len(sequence) <= limit:
                 raise InputError(f"sequences[{i}]: wanted 1 to {limit} tokens, got {len(sequence)}")
-        scores = [self._score(part) for part in _parts(sequences)]
-        return torch.cat(scores) if scores else torch.zeros(0, device=self.device)
+        batches: list[list[Sequence[int]]] = [[]]  # of at most BATCH_TOKENS, or one sequence
+        for sequence in sequences:
+            if batches[-1] and sum(map(len, batches[-1])) + len(sequence) > BATCH_TOKENS:
+                batches.append([])
+            batches[-1].append(sequence)
+        return torch.cat([self._score(batch) for batch in batches])
 
     def _score(self, sequences: Sequence[Sequence[int]]) -> Tensor:
+        if not sequences:
+            return torch.zeros(0, device=self.device)
         ids = torch.tensor([[i for s in sequences for i in s]], device=self.device)
         lengths = torch.tensor([0, *map(len, sequences)], device=self.device)
         ends = lengths.cumsum(0)
         return self.values(ids, ends.to(torch.int32))[0, ends[1:] - 1]
-
-
-def _parts(sequences: Sequence[Sequence[int]]) -> list[Sequence[Sequence[int]]]:
-    """The sequences in parts of at most BATCH_TOKENS tokens, at least one sequence each."""
-    parts, begin, tokens = [], 0, 0
-    for i, sequence in enumerate(sequences):
-        if i > begin and tokens + len(sequence) > BATCH_TOKENS:
-            parts.append(sequences[begin:i])
-            begin, tokens = i, 0
-        tokens += len(sequence)
-    return [*parts, sequences[begin:]] if len(sequences) > begin else parts
 
 
 def scores(

@@ -135,10 +135,7 @@ class RotaryTables:
                     " length, which a trace does not look at"
                 )
             with untraced():
-                return self._tables_of(max(int(length), self.max_position), device)
-        return self._tables_of(length, device)
-
-    def _tables_of(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+                return self.tables(max(int(length), self.max_position), device)
         key = (device, self.regime(length))
         found = self._tables.get(key)
         if found is None or found[0].shape[0] < length:
