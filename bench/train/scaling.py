@@ -211,8 +211,8 @@ def roll_out(rank: int, size: int, port: int, kind: str, log) -> None:
 
     import fastlm
     from fastlm.train.online_objectives import ActorCritic, GroupRelative, value_model
+    from fastlm.train.options import GrpoOptions, PpoOptions
     from fastlm.train.parallel import process_group
-    from fastlm.train.rollout_options import GrpoOptions, PpoOptions
 
     torch.set_num_threads(1)
     config = fastlm.ModelConfig(

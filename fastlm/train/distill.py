@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from fastlm.tokenizer.tokenizer import Tokenizer
     from fastlm.train.objective import Batch, Example
     from fastlm.train.options import TrainOptions
-    from fastlm.train.teacher_logits import TeacherLogits
+    from fastlm.train.teacher import TeacherLogits
 
 DIVERGENCES = {
     "forward": "forward KL", "reverse": "reverse KL", "jsd": "Jensen-Shannon divergence",
@@ -181,7 +181,7 @@ class TeacherTokens(Taught):
 
 
 class StoredTokens(Taught):
-    """A teacher on disk (`fastlm.train.teacher_logits`): the forward KL to its likeliest tokens and
+    """A teacher on disk (`fastlm.train.teacher`): the forward KL to its likeliest tokens and
     the rest. Batches have the teacher's rows after the usual three tensors.
     """
 
@@ -200,7 +200,7 @@ class StoredTokens(Taught):
         return (*super().collate(examples), ids, logprobs[:, :-1], logprobs[:, -1])
 
     def divergence(self, student: "Tensor", head: "Tensor", batch: Any, num_items: int) -> "Tensor":
-        from fastlm.train.teacher_logits import logprobs_at, topk_forward_kl
+        from fastlm.train.teacher import logprobs_at, topk_forward_kl
 
         _, labels, _, ids, teacher, rest = batch
         model: Any = self.trained
@@ -296,7 +296,7 @@ class Distill(DistillOptions, Sft):
         """Write the teacher's answers to the prompts of the data."""
         from fastlm.data.conversations import Rows
         from fastlm.data.prompts import read_prompts
-        from fastlm.train.teacher_answers import write_answers
+        from fastlm.train.teacher import write_answers
 
         teacher, tokenizer = self.teacher(job)
         try:
@@ -342,7 +342,7 @@ class Distill(DistillOptions, Sft):
         self, job: Job, student: "CausalLM", examples: "list[Example]", tokenizer: "Tokenizer"
     ) -> "TeacherLogits":
         """What the teacher says of the examples, read or measured."""
-        from fastlm.train.teacher_logits import Header, TeacherLogits, write_logits
+        from fastlm.train.teacher import Header, TeacherLogits, write_logits
 
         if self.teacher_logits:
             stored = TeacherLogits(Path(self.teacher_logits))

@@ -4,6 +4,7 @@ prompts share.
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -61,6 +62,17 @@ def check_vocabulary(name: str, own: "Tokenizer", wanted: "Tokenizer") -> None:
                 f"{name}: wanted the vocabulary of the model that is trained, in which token {i} is"
                 f" {theirs!r}, got one in which it is {ours!r}"
             )
+
+
+def text_of(tokenizer: "Tokenizer", tokens: Sequence[int]) -> str:
+    """The text of an answer. Ids that the model has and the tokenizer has not (a padded vocabulary)
+    are the replacement character.
+    """
+    parts = [
+        tokenizer.decode(run) if known else "\N{REPLACEMENT CHARACTER}"
+        for known, run in groupby(tokens, key=lambda token: token < tokenizer.vocab_size)
+    ]
+    return "".join(parts)
 
 
 def template_variables(tools: list[Any] | None) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from fastlm.train.distributed import averaged
 from fastlm.train.losses import Metrics, aggregate, kl_penalty, pooled
 from fastlm.train.metrics import correlation
 from fastlm.train.objective import DivergedError, Objective, without_dropout
-from fastlm.train.rollout_options import RolloutOptions
+from fastlm.train.options import RolloutOptions
 from fastlm.train.rollouts import Packed, answers_of, pack_answers, sample_answers, tensors_of
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from fastlm.train.losses import (
 )
 from fastlm.train.objective import decay_matrices, without_dropout
 from fastlm.train.online import Batch, Online, importance
-from fastlm.train.rollout_options import LOSS_TYPES, GrpoOptions, How, PpoOptions
+from fastlm.train.options import LOSS_TYPES, GrpoOptions, How, PpoOptions
 from fastlm.train.rollouts import Packed
 
 if TYPE_CHECKING:

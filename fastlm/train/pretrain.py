@@ -9,7 +9,7 @@ from fastlm.errors import InputError, unknown_key
 from fastlm.pipeline.stage import Facts, Job, Part, Takes, at_least_one
 from fastlm.sources.input_digest import Contents
 from fastlm.train.objective import Objective
-from fastlm.train.options import TrainOptions
+from fastlm.train.options import TrainOptions, expect
 from fastlm.train.training_stage import Training, TrainingStage
 
 if TYPE_CHECKING:
@@ -43,13 +43,10 @@ class NextToken(Objective):
         document_mask: bool = False,
     ):
         vocab_size = model.get_parameter("model.embed_tokens.weight").shape[0]
-        sizes = {"train": sampler.dataset, "val": val, "tokenizer": tokenizer}
-        for name, part in sizes.items():
-            if part is not None and part.vocab_size > vocab_size:
-                raise InputError(
-                    f"{name}: wanted a vocabulary of at most the model's {vocab_size},"
-                    f" got {part.vocab_size}"
-                )
+        for name, part in (("train", sampler.dataset), ("val", val), ("tokenizer", tokenizer)):
+            size = vocab_size if part is None else part.vocab_size
+            most = f"a vocabulary of at most the model's {vocab_size}"
+            expect(size <= vocab_size, name, most, size)
         self.trained = model
         self.sampler, self.val, self.options = sampler, val, options
         self.tokenizer, self.document_mask = tokenizer, document_mask
@@ -72,14 +69,12 @@ class NextToken(Objective):
         from fastlm.data.shards import document_offsets
 
         input_ids, labels = self.sampler.read(windows)
-        offsets = None
+        offsets = None  # also where no document ends inside
         if self.document_mask:
             offsets = document_offsets(input_ids, self.sampler.dataset.eos_id)
-        return (
-            input_ids.to(self.device),
-            labels.to(self.device),
-            None if offsets is None else offsets.to(self.device),
-        )
+        if offsets is not None:
+            offsets = offsets.to(self.device)
+        return input_ids.to(self.device), labels.to(self.device), offsets
 
     def num_items(self, batch: "np.ndarray") -> int:
         return len(batch) * self.sampler.seq_len  # packed windows have no ignored labels
@@ -164,11 +159,11 @@ class Pretrain(TrainingStage):
 
         super().check()
         at_least_one(self, "batch_size", "seq_len")
-        if bool(self.config) == (self.model is not None):
-            raise InputError(
-                "config: wanted the model as a config.json, or in a recipe as the table model,"
-                f" got {'both' if self.config else 'neither'}"
-            )
+        expect(
+            bool(self.config) != (self.model is not None), "config",
+            "the model as a config.json, or in a recipe as the table model",
+            "both" if self.config else "neither",
+        )  # fmt: skip
         known = {f.name for f in fields(ModelConfig)} - {"extra"} | {"rope_theta", "rope_scaling"}
         for key in self.model or ():
             if key not in known:
@@ -177,11 +172,9 @@ class Pretrain(TrainingStage):
     def plan(self, inputs: Mapping[str, Any]) -> Facts:
         (shards,) = inputs["shards"]
         words = inputs["tokenizer"][0] if inputs["tokenizer"] else shards
-        if inputs["tokenizer"] and shards.get("tokenizer", words["name"]) != words["name"]:
-            raise InputError(
-                f"tokenizer: wanted the one that made the shards, {shards['tokenizer']!r}, got"
-                f" {words['name']!r}"
-            )
+        made = shards.get("tokenizer", words["name"]) if inputs["tokenizer"] else words["name"]
+        same = made == words["name"]
+        expect(same, "tokenizer", f"the one that made the shards, {made!r}", repr(words["name"]))
         vocab_size = words.get("vocab_size")
         if self.model is not None and vocab_size is None and "vocab_size" not in self.model:
             return {}  # from outside the run: known only once it is read

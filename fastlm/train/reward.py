@@ -46,17 +46,8 @@ class RankedAnswers(Epochs):
     ``margins``: whether a pair's margin is subtracted. For the other arguments see `Epochs`.
     """
 
-    def __init__(
-        self,
-        model: "RewardModel",
-        judged: Sequence[Judged],
-        heldout: Sequence[Judged],
-        options: "TrainOptions",
-        *,
-        margins: bool = False,
-        **common: Any,
-    ):
-        super().__init__(model, judged, heldout, options, **common)
+    def __init__(self, *args: Any, margins: bool = False, **common: Any):
+        super().__init__(*args, **common)
         self.margins = margins
 
     def identity(self) -> dict[str, Any]:

@@ -42,19 +42,17 @@ def save_sharded(
     # a file of safetensors has no slices of a tensor without dimensions
     flat = {name: t if t.dim() else t.reshape(1) for name, t in tensors.items()}
     writer = HuggingFaceStorageWriter(str(part), save_distributed=True)
-    error = None
-    try:
-        with _unwrapped():
-            save(flat, storage_writer=writer)
-    except OSError as caught:
-        error = str(write_error(path, caught))
-    mine = sorted(part.glob(f"shard-{world.rank + 1:05d}-*"))
-    sums = {file.name: _sha256(file) for file in mine} if error is None else {}
-    found = world.gather((error, sums))
-    for bad, _ in found:
-        if bad is not None:
-            raise InputError(bad)
-    files = {name: digest for _, part_of in found for name, digest in part_of.items()}
+
+    def write() -> dict[str, str]:
+        try:
+            with _unwrapped():
+                save(flat, storage_writer=writer)
+            shards = sorted(part.glob(f"shard-{world.rank + 1:05d}-*"))
+            return {file.name: _sha256(file) for file in shards}
+        except OSError as error:
+            raise write_error(path, error) from error
+
+    files = {name: digest for sums in world.each(write) for name, digest in sums.items()}
 
     def finish() -> None:
         try:

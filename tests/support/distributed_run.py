@@ -42,12 +42,11 @@ from fastlm.train.objective import DivergedError, Example
 from fastlm.train.online import Online
 from fastlm.train.online_objectives import ActorCritic, GroupRelative, value_model
 from fastlm.train.online_stage import Grpo
-from fastlm.train.options import TrainOptions
+from fastlm.train.options import GrpoOptions, PpoOptions, RolloutOptions, TrainOptions
 from fastlm.train.parallel import process_group
 from fastlm.train.preferences import Judged, PreferenceLoss
 from fastlm.train.pretrain import NextToken
 from fastlm.train.reward import RankedAnswers
-from fastlm.train.rollout_options import GrpoOptions, PpoOptions, RolloutOptions
 from fastlm.train.sft import AnswerTokens
 
 CONFIG = {

@@ -20,8 +20,7 @@ from fastlm.model.reward_model import RewardModel
 from fastlm.stages import parse_recipe
 from fastlm.tokenizer.tokenizer import Tokenizer
 from fastlm.train.loop import Interrupted
-from fastlm.train.online_stage import Ppo
-from fastlm.train.scorer import RewardEnsemble, combined
+from fastlm.train.online_stage import Ppo, RewardEnsemble, combined
 
 PPO = Ppo(
     data=("x.jsonl",), prompts=4, answers=2, batch_size=4, max_new_tokens=5, max_steps=4, lr=1e-3,

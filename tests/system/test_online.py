@@ -28,8 +28,7 @@ from fastlm.train.objective import DivergedError
 from fastlm.train.online import repetition
 from fastlm.train.online_objectives import ActorCritic, GroupRelative, value_model
 from fastlm.train.online_stage import Grpo, Ppo
-from fastlm.train.options import TrainOptions
-from fastlm.train.rollout_options import LOSS_TYPES, GrpoOptions, PpoOptions, RolloutOptions
+from fastlm.train.options import LOSS_TYPES, GrpoOptions, PpoOptions, RolloutOptions, TrainOptions
 from fastlm.train.rollouts import IGNORE, pack_answers, sample_answers
 from fastlm.train.state import list_checkpoints
 

@@ -286,6 +286,7 @@ def test_scores_have_mean_0_and_standard_deviation_1_on_the_training(trained) ->
     assert float(found.std(correction=0)) == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_same_command_continues_to_the_same_bits(base, tmp_path, dtype) -> None:
     data = write(tmp_path / "pairs.jsonl", polite_pairs(24))
     stage = options(data=(data,), dtype=dtype, epochs=2)

@@ -381,7 +381,7 @@ model = {hidden_size = 64, intermediate_size = 64, num_hidden_layers = 1, num_at
 
 def test_a_tokenizer_that_did_not_make_the_shards_is_refused(tmp_path):
     run = Runs(tmp_path, TWO)
-    wanted = "second.tokenizer: wanted the one that made the shards, 'tokenizer', got 'words'"
+    wanted = "second.tokenizer: expected the one that made the shards, 'tokenizer', got 'words'"
     with pytest.raises(InputError, match=re.escape(wanted)):
         run()
     run("second.tokenizer=tokenizer", until="data")

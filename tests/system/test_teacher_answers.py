@@ -13,7 +13,7 @@ from fastlm.errors import InputError
 from fastlm.feedback.forget import forget
 from fastlm.model.causal_lm import CausalLM
 from fastlm.tokenizer.tokenizer import Tokenizer
-from fastlm.train import teacher_answers
+from fastlm.train import teacher as teacher_answers
 from fastlm.train.distill import Distill
 from fastlm.train.loop import Interrupted
 from fastlm.train.sft import Sft

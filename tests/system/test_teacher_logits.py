@@ -26,11 +26,11 @@ from fastlm.errors import InputError
 from fastlm.model.causal_lm import CausalLM
 from fastlm.ops import linear_distillation
 from fastlm.tokenizer.tokenizer import Tokenizer
-from fastlm.train import teacher_logits
+from fastlm.train import teacher as teacher_logits
 from fastlm.train.distill import Distill
 from fastlm.train.loop import Interrupted
 from fastlm.train.objective import digest, weights_digest
-from fastlm.train.teacher_logits import (
+from fastlm.train.teacher import (
     Header,
     TeacherLogits,
     logprobs_at,

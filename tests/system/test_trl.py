@@ -20,9 +20,8 @@ from fastlm.train.dpo_objective import PreferredAnswers
 from fastlm.train.losses import grpo_loss
 from fastlm.train.objective import Example
 from fastlm.train.online_objectives import GroupRelative
-from fastlm.train.options import TrainOptions
+from fastlm.train.options import GrpoOptions, TrainOptions
 from fastlm.train.preferences import Judged, PreferenceLoss
-from fastlm.train.rollout_options import GrpoOptions
 from fastlm.train.sft import AnswerTokens
 
 pytestmark = [

@@ -15,7 +15,7 @@ from fastlm.inference.requests import Completion
 from fastlm.model.causal_lm import CausalLM
 from fastlm.train import losses
 from fastlm.train.online_objectives import ActorCritic, value_model
-from fastlm.train.rollout_options import PpoOptions
+from fastlm.train.options import PpoOptions
 
 FOUND = json.loads((SUPPORT / "trl_ppo_values.json").read_text())
 OPTIONS, ROUNDS = FOUND["options"], FOUND["rounds"]
