@@ -42,8 +42,7 @@ class TokenOptions:
                 vocab=self.vocab,
                 temperature=s.temperature,
                 top_k=s.top_k or 0,
-                # the engine's thread takes a denormal number as 0, which keeps no token
-                top_p=-1.0 if s.top_p is None else max(s.top_p, 1e-300),
+                top_p=-1.0 if s.top_p is None else s.top_p,
                 min_p=-1.0 if s.min_p is None else s.min_p,
                 repetition_penalty=s.repetition_penalty,
                 presence_penalty=s.presence_penalty,
