@@ -55,12 +55,9 @@ raters.json."""
     ] = ()
 
     def plan(self, inputs: Mapping[str, Any]) -> Facts:
-        self._check_given(bool(inputs["feedback_db"]))
-        return {}
-
-    def _check_given(self, opinions: bool) -> None:
-        if not self.database and not opinions:
+        if not self.database and not inputs.get("feedback_db"):
             raise InputError("database: wanted at least one database or .jsonl file, got none")
+        return {}
 
     def contents(self, contents: Contents) -> Any:
         rows = [contents.tree(one) if is_export(one) else _digest(one) for one in self.database]
@@ -70,8 +67,8 @@ raters.json."""
     def run(self, job: Job) -> dict[str, Any]:
         from fastlm.feedback.build import build
 
+        self.plan(job.inputs)
         given = job.optional("feedback_db")
-        self._check_given(given is not None)
         databases = [*self.database, *([] if given is None else [str(given)])]
         questions = self._questions(job) if self.decontaminate else None
         if questions is None:

@@ -66,12 +66,9 @@ class WinRate(Stage):
             raise InputError(f"confidence: wanted between 0 and 1, got {self.confidence}")
 
     def plan(self, inputs: Mapping[str, Any]) -> Facts:
-        self._check_data(bool(inputs["feedback"]))
-        return {}
-
-    def _check_data(self, feedback: bool) -> None:
-        if not self.data and not feedback:
+        if not self.data and not inputs.get("feedback"):
             raise InputError("data: wanted prompts, or feedback, got neither")
+        return {}
 
     def contents(self, contents: Contents) -> Any:
         return contents.sources((*self.data, *self.labelled), FORMATS)
@@ -80,7 +77,7 @@ class WinRate(Stage):
         from fastlm.evals.suite import ids_of
         from fastlm.feedback.pairwise import answer, compared, judge_accuracy, judged
 
-        self._check_data(bool(job.inputs.get("feedback")))
+        self.plan(job.inputs)
         prompts = self._prompts(job)
         ids = ids_of([*job.inputs["old"], *job.inputs["model"]])
         judges = ids_of(job.inputs["judge"])

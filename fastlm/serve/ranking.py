@@ -31,17 +31,13 @@ from fastlm.sources.rows import ignore
 from fastlm.stats.agreement import Agreement, agreement_of
 
 FILE_RATER = "file"  # the rater of rows that were ranked already and name nobody
-OF_RANKINGS: dict[str, Callable[[Comparison], Sequence[Comparison | Label]]] = {
-    "pairs": Comparison.pairs,
-    "ranked": lambda ranking: [ranking],
-    "labels": Comparison.labels,
+FORMS: dict[str, Callable[[Comparison], Sequence[Comparison | Label | Conversation]]] = {
+    "pairs": lambda one: [replace(pair, corrected=False) for pair in one.pairs()],
+    "ranked": lambda one: [] if one.corrected else [one],
+    "labels": lambda one: [] if one.corrected else one.labels(),
+    "corrected": lambda one: [one] if one.corrected else [],
+    "demonstrations": lambda one: [one.demonstration()] if one.corrected else [],
 }
-OF_CORRECTIONS: dict[str, Callable[[Comparison], Comparison | Conversation]] = {
-    "pairs": lambda correction: replace(correction, corrected=False),
-    "corrected": lambda correction: correction,
-    "demonstrations": Comparison.demonstration,
-}
-FORMS = tuple(dict.fromkeys([*OF_RANKINGS, *OF_CORRECTIONS]))
 SEVERAL = ANSWERS.c.num_choices > 1
 
 
@@ -298,28 +294,25 @@ class RankingStore(FeedbackStore):
         alpha = None if math.isnan(have["alpha"]) else have["alpha"]
         return {**have, "alpha": alpha, "raters": {name: asdict(n) for name, n in raters.items()}}
 
-    def comparisons(self, rater: str | None = None) -> Iterator[Comparison]:
-        """The rankings (of one rater, if named), item by item. Those in which all answers are tied
+    def comparisons(
+        self, rater: str | None = None, *, corrected: bool = False
+    ) -> Iterator[Comparison]:
+        """The rankings (of one rater, if named), item by item; or with ``corrected`` the corrected
+        answers, each better than the one that it corrects. Rankings in which all answers are tied
         are left out: nothing is learnt from them.
         """
-        for answer, opinion in self._opinions("ranking", rater):
+        for answer, opinion in self._opinions("corrected" if corrected else "ranking", rater):
+            about: dict[str, Any] = {"tools": answer.tools, "rater": opinion.rater}
             its = opinion.ranking
-            if its is not None and len(set(its.ranks)) > 1:
+            if corrected:
+                fixed = answer.corrected(opinion.choice, opinion.corrected or "")
+                answers = (fixed, answer.choices[opinion.choice])
+                yield Comparison(answer.prompt, answers, (0, 1), corrected=True, **about)
+            elif its is not None and len(set(its.ranks)) > 1:
                 yield Comparison(
                     answer.prompt, tuple(answer.choices), its.ranks, its.scores, its.margin,
-                    answer.tools, opinion.rater,
+                    **about,
                 )  # fmt: skip
-
-    def corrections(self, rater: str | None = None) -> Iterator[Comparison]:
-        """The corrected answers (of one rater, if named), each better than the one that it
-        corrects.
-        """
-        for answer, opinion in self._opinions("corrected", rater):
-            fixed = answer.corrected(opinion.choice, opinion.corrected or "")
-            yield Comparison(
-                answer.prompt, (fixed, answer.choices[opinion.choice]), (0, 1),
-                tools=answer.tools, rater=opinion.rater, corrected=True,
-            )  # fmt: skip
 
     def _opinions(self, kind: str, rater: str | None) -> Iterator[tuple[StoredResponse, Feedback]]:
         """The opinions that count, about answers whose text is here, in the answers' order."""
@@ -357,20 +350,14 @@ class RankingStore(FeedbackStore):
             raise InputError(f"rater: wanted one of {', '.join(known) or 'none'}, got {rater!r}")
         rows = 0
         with replacing(Path(path)) as file:
-            for row in self._rows(form, rater):
-                file.write(as_json(row).encode() + b"\n")
-                rows += 1
+            for corrected in (False, True):
+                for comparison in self.comparisons(rater, corrected=corrected):
+                    for part in FORMS[form](comparison):
+                        file.write(as_json(part.row()).encode() + b"\n")
+                        rows += 1
             if not rows:
                 raise InputError(f"{self.name}: wanted something to export as {form}, got nothing")
         return rows
-
-    def _rows(self, form: str, rater: str | None) -> Iterator[dict[str, Any]]:
-        if form in OF_RANKINGS:
-            for ranking in self.comparisons(rater):
-                yield from (part.row() for part in OF_RANKINGS[form](ranking))
-        if form in OF_CORRECTIONS:
-            for correction in self.corrections(rater):
-                yield OF_CORRECTIONS[form](correction).row()
 
 
 def _last(kind: str, rater: str | None) -> sa.Select[Any]:

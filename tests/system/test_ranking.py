@@ -214,7 +214,7 @@ def test_items_are_judged_once_and_skipped_ones_return_on_request(tmp_path) -> N
                 store.correct("ann", first, 0, text)
         store.correct("ann", first, 0, "better")
         store.correct("ann", first, 0, "best, says bob@mail.org")
-        (corrected,) = store.corrections("ann")
+        (corrected,) = store.comparisons("ann", corrected=True)
         assert corrected.answers[0] == [{"role": "assistant", "content": "best, says <EMAIL>"}]
 
 
@@ -447,7 +447,7 @@ def test_lines_of_a_pipe_are_inputs(tmp_path) -> None:
     assert "1=2 3     1 and 2 are equally good" in shown
     assert shown.endswith("ann: 3 of 5 ranked, 2 to do\n")
     with RankingStore(path) as store:
-        (correction,) = store.corrections("ann")
+        (correction,) = store.comparisons("ann", corrected=True)
         assert correction.answers[0][0]["content"] == "Fixed."
         assert correction.prompt[0]["content"] == "Question 1?"
     for line, message in (
@@ -527,7 +527,7 @@ def test_on_a_terminal(tmp_path) -> None:
         os.close(fd)
     with RankingStore(path) as store:
         assert store.raters() == {"ann": RaterCounts(1, 0, 1)}
-        (correction,) = store.corrections()
+        (correction,) = store.comparisons(corrected=True)
         better, worse = (answer[0]["content"] for answer in correction.answers)
         assert better == f"{worse} or so"
 

@@ -19,8 +19,7 @@ from fastlm.serve.middleware import log
 from fastlm.serve.monitor import window
 from fastlm.serve.monitor.judges import JUDGES, Judge
 from fastlm.serve.monitor.prompts_drift import Reference, drift
-from fastlm.serve.monitor.recorder import Keep, Recorder
-from fastlm.serve.monitor.request_trace import RequestTrace
+from fastlm.serve.monitor.recorder import Keep, Recorder, RequestTrace
 from fastlm.serve.monitor.rules import CHECK_SECONDS, Alerts, Rule, Rules, read_rules, seconds
 from fastlm.serve.monitor.summary import LENGTHS, lengths, series, summary, value_of
 from fastlm.serve.monitor.window import Period, read_period

@@ -1,4 +1,5 @@
-"""Measures of answers, written in a thread of their own: an answer never waits for them.
+"""Measures of answers: taken at the end of a request, written in a thread of their own, so that an
+answer never waits for them.
 
 What is measured waits in a queue of bounded size and is dropped and counted where that is full. A
 database that is gone is tried again each second, and what was measured until then is kept.
@@ -16,16 +17,21 @@ import sqlalchemy as sa
 from fastlm.errors import InputError
 from fastlm.serve.middleware import log
 from fastlm.serve.monitor import features
+from fastlm.serve.monitor.judges import MOST_CHARACTERS as MOST_JUDGED
 from fastlm.serve.monitor.judges import Judge
+from fastlm.serve.protocol.chat_completion import ChatCompletionRequest
+from fastlm.serve.protocol.completion import CompletionRequest, GenerationRequest
 from fastlm.serve.tables import MEASURES
 
 if TYPE_CHECKING:
+    from fastlm.serve.answers import Answer
     from fastlm.serve.feedback import FeedbackStore
 
 BATCH_SECONDS = 1.0
 MOST_WAITING = 4096  # choices
 MOST_CHARACTERS = 4 * 2**20  # of their prompts and answers
 SWEEP_SECONDS = 600.0
+MOST_NAME = 256  # characters of a model's name
 
 
 @dataclass(frozen=True)
@@ -192,3 +198,60 @@ class Recorder:
             named = MEASURES.c.response_id.is_not(None)
             connection.execute(MEASURES.update().where(old, stays, named).values(nameless))
         return gone
+
+
+@dataclass
+class RequestTrace:
+    """A ``request`` to ``model``: prompts of so many ``lengths`` tokens, answered under
+    ``id``. ``answer``: once the engine has it.
+    """
+
+    recorder: Recorder
+    request: GenerationRequest
+    model: str
+    id: str
+    lengths: Sequence[int]
+    answer: "Answer | None" = None
+
+    def end(self, status: int) -> None:
+        """Pass the measures on; at once. ``status``: of the response; 499: the client went away.
+
+        A response of 200 has one measure per choice, another has one.
+        """
+        common: dict[str, Any] = {
+            "response_id": self.id, "model": self.model[:MOST_NAME], "at": time.time(),
+            "status": status, "choice": 0,
+        }  # fmt: skip
+        request = self.request
+        chat = request if isinstance(request, ChatCompletionRequest) else None
+        if chat is not None and chat.store:
+            common["conversation_id"] = chat.conversation_id
+        if status != 200 or self.answer is None:
+            self.recorder.put(Measure(common | {"prompt_tokens": sum(self.lengths)}))
+            return
+        turns = 1 if chat is None else len(chat.messages)
+        for index, choice in enumerate(self.answer.choices):
+            times, prompt = self.answer.running.times[index], index // request.n
+            values = common | {
+                "choice": index, "finish_reason": choice.finish_reason,
+                "queue_seconds": times.queue, "first_token_seconds": times.first,
+                "seconds": times.whole, "prompt_tokens": self.lengths[prompt],
+                "new_tokens": choice.tokens,
+            }  # fmt: skip
+            # of several choices, the first stands for the prompt
+            text = self._prompt(prompt) if index % request.n == 0 else None
+            answer = choice.text[:MOST_JUDGED]
+            self.recorder.put(Measure(values, text, turns, answer))
+
+    def _prompt(self, index: int) -> str | None:
+        """The last message of the user, or the text; None where it is tokens."""
+        found: Any = None
+        if isinstance(self.request, ChatCompletionRequest):
+            users = (m for m in reversed(self.request.messages) if m["role"] == "user")
+            found = next(users, {}).get("content")
+        elif isinstance(self.request, CompletionRequest):
+            found = self.request.prompts[index]
+        if isinstance(found, list):  # a message's parts
+            parts = [part["text"] for part in found if isinstance(part, dict)]
+            found = "".join(parts) if parts else None
+        return found[: features.MOST_CHARACTERS] if isinstance(found, str) else None
