@@ -200,7 +200,7 @@ def own_side(model: str, dtype: str, limit: int, split: bool) -> Callable[..., A
             took = time.perf_counter() - began[0], time.process_time() - began[1]
         found = summary(task, values(task, records))
         return {
-            "scores": {k: [m.value, m.error] for k, m in found.items()},
+            "scores": {k: [m["value"], m["error"]] for k, m in found.items()},
             "logprobs": [p for r in records for p in r["logprob"]],
             "seconds": took[0],
             "processor": took[1],

@@ -16,7 +16,6 @@ Of n answers that are equally the best, a right one counts 1/n.
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -24,25 +23,12 @@ import numpy as np
 
 from fastlm.evals.results import Record
 from fastlm.evals.task import Choices, Open, Task
-from fastlm.stats.intervals import Mean, mean_error, pass_at_k
+from fastlm.stats.intervals import mean_error, pass_at_k
 from fastlm.stats.power import detectable, detectable_rate, detectable_share
 
 HEADLINE = "bits_per_byte"  # lower is better, and no share
 Values = dict[str, np.ndarray]  # measure -> (questions,)
 PASS_AT = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)  # answers; and as many as were drawn
-
-
-@dataclass(frozen=True)
-class Measure:
-    """The mean of a measure, its standard error, and the minimum detectable effect.
-
-    detects: the smallest difference to another model that these questions find with a probability
-        of 80 %, if the two models' scores are independent. Infinite where they tell no spread.
-    """
-
-    value: float
-    error: float
-    detects: float
 
 
 def values(task: Task, records: Sequence[Record]) -> Values:
@@ -107,30 +93,28 @@ def is_share(each: np.ndarray) -> bool:
     return bool(((each >= 0) & (each <= 1)).all())
 
 
-def summary(task: Task, measured: Values) -> dict[str, Measure]:
-    """Return the mean of each measure with its error."""
+def summary(task: Task, measured: Values) -> dict[str, dict[str, Any]]:
+    """Return of each measure the mean ``value``, its standard ``error``, and ``detects``, the
+    minimum detectable effect: the smallest difference to another model that these questions find
+    with a probability of 80 %, if the two models' scores are independent. None where they tell no
+    spread.
+    """
     clusters = passages(task)
     found = {}
     for name, each in measured.items():
-        mean = mean_error(each, clusters=clusters)
-        effect = _detectable(each, mean, clusters, share=name != HEADLINE)
-        found[name] = Measure(mean.mean, mean.error, effect)
+        mean, is_bits = mean_error(each, clusters=clusters), name == HEADLINE
+        if not is_bits and clusters is None and np.isin(each, (0, 1)).all():
+            effect = detectable_rate(mean.n, mean.mean)
+        elif not math.isfinite(mean.error):
+            effect = math.inf
+        elif not is_bits and is_share(each):
+            effect = detectable_share(mean.n, mean.mean, mean.error, freedom=mean.freedom)
+        elif mean.error:
+            effect = detectable(mean.n, math.sqrt(2 * mean.n) * mean.error, freedom=mean.freedom)
+        else:
+            effect = math.inf
+        found[name] = finite({"value": mean.mean, "error": mean.error, "detects": effect})
     return found
-
-
-def _detectable(
-    each: np.ndarray, mean: Mean, clusters: Sequence[str] | None, *, share: bool
-) -> float:
-    if share and clusters is None and np.isin(each, (0, 1)).all():
-        return detectable_rate(mean.n, mean.mean)
-    if not math.isfinite(mean.error):
-        return math.inf
-    if share and is_share(each):
-        return detectable_share(mean.n, mean.mean, mean.error, freedom=mean.freedom)
-    if not mean.error:
-        return math.inf
-    sd = math.sqrt(2 * mean.n) * mean.error
-    return detectable(mean.n, sd, freedom=mean.freedom)
 
 
 def passages(task: Task, rows: Iterable[int] | None = None) -> list[str] | None:

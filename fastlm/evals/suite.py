@@ -41,8 +41,7 @@ def measured(
 def _measured(task: Task, own: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     models: dict[str, dict[str, Any]] = {}
     for name, result in own.items():
-        each = {key: finite(asdict(m)) for key, m in summary(task, result["values"]).items()}
-        each |= result["overall"]
+        each = summary(task, result["values"]) | result["overall"]
         measures = {key: m | _unit(key, result["values"].get(key)) for key, m in each.items()}
         models[name] = {"measures": measures, **({"cut": result["cut"]} if result["cut"] else {})}
         if by_part := parts(task, result["values"]):

@@ -78,4 +78,4 @@ def measured(task, scorer: Known, folder: Path) -> dict[str, float]:
     path = folder / f"{task.hash}-{len(list(folder.iterdir()))}.jsonl"
     with Results(path, {"task": task.name}) as results:
         records = ask(task, scorer, results)
-    return {k: m.value for k, m in summary(task, values(task, records)).items()}
+    return {k: m["value"] for k, m in summary(task, values(task, records)).items()}
