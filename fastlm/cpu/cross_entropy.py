@@ -39,21 +39,48 @@ def forward(logits, target, class_weight, smooth, ignore_index, softcap, logit_s
     shift = logits.new_empty(n, dtype=torch.float32)
     log_sum, nll = torch.empty_like(shift), torch.empty_like(shift)
     smoothed = shift.new_empty(n if smooth else 0)
-    target = checked_target(target, classes, ignore_index)
-    options = all_weights(class_weight, smooth, classes), ignore_index, softcap or 0.0, logit_scale
-    outputs = shift, log_sum, nll, smoothed
-    _cpu.cross_entropy_forward(rows_apart(logits), target, *options, *outputs)
+    _cpu.cross_entropy_forward(
+        rows_apart(logits),
+        checked_target(target, classes, ignore_index),
+        all_weights(class_weight, smooth, classes),
+        ignore_index,
+        softcap or 0.0,
+        logit_scale,
+        shift,
+        log_sum,
+        nll,
+        smoothed,
+    )
     return shift, log_sum, nll, smoothed
 
 
-def backward(on_p, on_target, on_all, logits, target, class_weight, shift, log_sum, *options):
-    ignore_index, softcap, logit_scale = options
+def backward(
+    on_p,
+    on_target,
+    on_all,
+    logits,
+    target,
+    class_weight,
+    shift,
+    log_sum,
+    ignore_index,
+    softcap,
+    logit_scale,
+):
     d_logits = logits.new_empty(logits.shape)
-    factors = (None if on is None else on.contiguous() for on in (on_p, on_target, on_all))
-    weights = all_weights(class_weight, on_all is not None, logits.shape[1])
-    operands = rows_apart(logits), target.contiguous(), weights, shift, log_sum
     _cpu.cross_entropy_backward(
-        *factors, *operands, ignore_index, softcap or 0.0, logit_scale, d_logits
+        on_p.contiguous(),
+        on_target.contiguous(),
+        None if on_all is None else on_all.contiguous(),
+        rows_apart(logits),
+        target.contiguous(),
+        all_weights(class_weight, on_all is not None, logits.shape[1]),
+        shift,
+        log_sum,
+        ignore_index,
+        softcap or 0.0,
+        logit_scale,
+        d_logits,
     )
     return d_logits
 
@@ -74,7 +101,15 @@ def loss(logits, target, ignore_index, mean, softcap, logit_scale, keep):
 def loss_backward(d_loss, logits, target, stats, ignore_index, mean, softcap, logit_scale):
     contiguous = logits.is_contiguous()
     d_logits = torch.empty_like(logits) if contiguous else logits.new_empty(logits.shape)
-    rows = logits if contiguous else rows_apart(logits)
-    options = ignore_index, mean, softcap or 0.0, logit_scale
-    _cpu.cross_entropy_loss_backward(d_loss, rows, target.contiguous(), stats, *options, d_logits)
+    _cpu.cross_entropy_loss_backward(
+        d_loss,
+        logits if contiguous else rows_apart(logits),
+        target.contiguous(),
+        stats,
+        ignore_index,
+        mean,
+        softcap or 0.0,
+        logit_scale,
+        d_logits,
+    )
     return d_logits

@@ -19,12 +19,8 @@ def _matrix(t: Tensor) -> Tensor:
 
 
 def _workspace(m: int, n: int, k: int, *, weight_gradient: bool = False) -> Tensor:
-    return _floats(_cpu.linear_workspace(m, n, k, weight_gradient))
-
-
-def _floats(size: int) -> Tensor:
-    """At least so many bytes."""
-    return torch.empty(size // 4 + 1, dtype=torch.float32, device="cpu")
+    size = _cpu.linear_workspace(m, n, k, weight_gradient) // 4 + 1
+    return torch.empty(size, dtype=torch.float32, device="cpu")
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -45,7 +41,8 @@ def split_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows = x.numel() // k
     y = x.new_empty(*x.shape[:-1], n)
     bias = None if bias is None else bias.contiguous()
-    room = _floats(_cpu.linear_split_workspace(rows, n, k))
+    size = _cpu.linear_split_workspace(rows, n, k) // 4 + 1
+    room = torch.empty(size, dtype=torch.float32, device="cpu")
     _cpu.linear_split(_matrix(x), _matrix(weight), bias, y.view(rows, n), room)
     return y
 

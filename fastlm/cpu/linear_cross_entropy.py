@@ -66,13 +66,22 @@ class Chunks:
             )
         return self.workspaces[rows]
 
-    def operands(self, part: slice) -> tuple:
-        return self.input[part], self.weight, self.bias, self.target[part], self.class_weight
-
-    def scores(self, part: slice, *workspace) -> None:
-        outputs = (self.shift, self.log_sum, self.nll, self.smoothed, self.entropy)
+    def scores(self, part: slice, exponentials, stats, at_target) -> None:
         _cpu.linear_cross_entropy_scores(
-            *self.operands(part), *self.options, *workspace, *_at(part, *outputs)
+            self.input[part],
+            self.weight,
+            self.bias,
+            self.target[part],
+            self.class_weight,
+            *self.options,
+            exponentials,
+            stats,
+            at_target,
+            self.shift[part],
+            self.log_sum[part],
+            self.nll[part],
+            self.smoothed[part],
+            None if self.entropy is None else self.entropy[part],
         )
 
     def statistics(self) -> None:
@@ -83,22 +92,37 @@ class Chunks:
             self.scores(part, None, stats, at_target)
 
     def gradients(
-        self, part, factors, have_exponentials, gradients, on_entropy=None, entropy=None
+        self,
+        part,
+        on_p,
+        on_target,
+        on_all,
+        have_exponentials,
+        d_input,
+        d_weight,
+        d_bias,
+        on_entropy=None,
+        entropy=None,
     ) -> None:
-        """`factors`: on_p, on_target and on_all of the part. `gradients`: where d_input of all
-        rows, d_weight and d_bias go.
-        """
-        d_input, *others = gradients
         _cpu.linear_cross_entropy_gradients(
-            *factors,
+            on_p,
+            on_target,
+            on_all,
             on_entropy,
-            *self.operands(part),
-            *(self.shift[part], self.log_sum[part], entropy),
+            self.input[part],
+            self.weight,
+            self.bias,
+            self.target[part],
+            self.class_weight,
+            self.shift[part],
+            self.log_sum[part],
+            entropy,
             *self.options,
             have_exponentials,
             *self.workspace(part),
-            *_at(part, d_input),
-            *others,
+            None if d_input is None else d_input[part],
+            d_weight,
+            d_bias,
             part.start > 0,
         )
 
@@ -122,51 +146,110 @@ def _or_empty(t: Tensor | None, dtype: torch.dtype) -> Tensor:
     return torch.empty(0, dtype=dtype, device="cpu") if t is None else t
 
 
-def _at(rows: slice | Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
-    """These rows of each tensor."""
-    return [None if t is None else t[rows] for t in tensors]
-
-
-def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if t is None else t.contiguous() for t in tensors]
-
-
-def forward(input, linear_weight, linear_bias, target, class_weight, smooth, *options):
-    chunks = Chunks(input, linear_weight, linear_bias, target, class_weight, smooth, *options)
+def forward(
+    input,
+    linear_weight,
+    linear_bias,
+    target,
+    class_weight,
+    smooth,
+    ignore_index,
+    softcap,
+    logit_scale,
+):
+    chunks = Chunks(
+        input,
+        linear_weight,
+        linear_bias,
+        target,
+        class_weight,
+        smooth,
+        ignore_index,
+        softcap,
+        logit_scale,
+    )
     chunks.statistics()
     return chunks.shift, chunks.log_sum, chunks.nll, chunks.smoothed
 
 
-def backward(on_p, on_target, on_all, *operands, on_entropy=None, entropy=None):
+def backward(
+    on_p,
+    on_target,
+    on_all,
+    input,
+    linear_weight,
+    linear_bias,
+    target,
+    class_weight,
+    shift,
+    log_sum,
+    ignore_index,
+    softcap,
+    logit_scale,
+    need_input,
+    need_weight,
+    on_entropy=None,
+    entropy=None,
+):
     """The gradients of `linear_cross_entropy`, or with the last two of `linear_logprobs`."""
-    input, *linear, target, class_weight, shift, log_sum = operands[:7]
-    *options, need_input, need_weight = operands[7:]
     used = (on_p != 0) | (on_target != 0)
     for on in (on_all, on_entropy):
         if on is not None:
             used |= on != 0
     if not used.all():  # as in `loss`
         rows = used.nonzero()[:, 0]
-        on_entropy, entropy, shift, log_sum = _at(rows, on_entropy, entropy, shift, log_sum)
         d_input, *rest = backward(
-            *_at(rows, on_p, on_target, on_all),
-            *(input[rows], *linear, target[rows], class_weight, shift, log_sum),
-            *operands[7:],
-            on_entropy=on_entropy,
-            entropy=entropy,
+            on_p[rows],
+            on_target[rows],
+            None if on_all is None else on_all[rows],
+            input[rows],
+            linear_weight,
+            linear_bias,
+            target[rows],
+            class_weight,
+            shift[rows],
+            log_sum[rows],
+            ignore_index,
+            softcap,
+            logit_scale,
+            need_input,
+            need_weight,
+            None if on_entropy is None else on_entropy[rows],
+            None if entropy is None else entropy[rows],
         )
         if need_input:
             d_input = input.new_zeros(input.shape).index_copy_(0, rows, d_input)
         return d_input, *rest
-    chunks = Chunks(input, *linear, target, class_weight, on_all is not None, *options)
+    chunks = Chunks(
+        input,
+        linear_weight,
+        linear_bias,
+        target,
+        class_weight,
+        on_all is not None,
+        ignore_index,
+        softcap,
+        logit_scale,
+    )
     chunks.shift, chunks.log_sum = shift, log_sum
-    dtype = input.dtype if len(input) <= chunks.rows else torch.float32  # one chunk: no sum
-    gradients = chunks.outputs(linear[1], need_input, need_weight, dtype)
-    on_p, on_target, on_all, on_entropy = _contiguous(on_p, on_target, on_all, on_entropy)
+    once = len(input) <= chunks.rows
+    dtype = input.dtype if once else torch.float32
+    gradients = chunks.outputs(linear_bias, need_input, need_weight, dtype)
+    on_p, on_target = on_p.contiguous(), on_target.contiguous()
+    on_all = None if on_all is None else on_all.contiguous()
+    on_entropy = None if on_entropy is None else on_entropy.contiguous()
     for part in chunks:
-        factors = _at(part, on_p, on_target, on_all)
-        chunks.gradients(part, factors, False, gradients, *_at(part, on_entropy, entropy))
-    bias_dtype = input.dtype if linear[1] is None else linear[1].dtype
+        chunks.gradients(
+            part,
+            on_p[part],
+            on_target[part],
+            None if on_all is None else on_all[part],
+            False,
+            *gradients,
+            None if on_entropy is None else on_entropy[part],
+            None if entropy is None else entropy[part],
+        )
+    bias_dtype = input.dtype if linear_bias is None else linear_bias.dtype
     return (
         _or_empty(gradients[0], input.dtype),
         _or_empty(gradients[1], input.dtype).to(input.dtype),
@@ -174,22 +257,55 @@ def backward(on_p, on_target, on_all, *operands, on_entropy=None, entropy=None):
     )
 
 
-def loss(input, linear_weight, linear_bias, target, class_weight, *options):
-    on_nll, on_smoothed, on_square, *scores, need_input, need_weight = options
-    linear, ignore_index = (linear_weight, linear_bias), scores[0]
+def loss(
+    input,
+    linear_weight,
+    linear_bias,
+    target,
+    class_weight,
+    on_nll,
+    on_smoothed,
+    on_square,
+    ignore_index,
+    softcap,
+    logit_scale,
+    need_input,
+    need_weight,
+):
     smooth, valid = on_smoothed is not None, target != ignore_index
     if not valid.all():  # leave the ignored rows out: in fine-tuning they are most of a batch
         rows = valid.nonzero()[:, 0]
-        factors = _at(rows, on_nll, on_smoothed, on_square)
         summed, d_input, *rest = loss(
-            input[rows], *linear, target[rows], class_weight, *factors, *options[3:]
+            input[rows],
+            linear_weight,
+            linear_bias,
+            target[rows],
+            class_weight,
+            on_nll[rows],
+            None if on_smoothed is None else on_smoothed[rows],
+            None if on_square is None else on_square[rows],
+            ignore_index,
+            softcap,
+            logit_scale,
+            need_input,
+            need_weight,
         )
         # NaN where the mean is over no rows, as in torch
         summed = summed + (0 * on_nll[~valid]).sum()
         if need_input:
             d_input = input.new_zeros(input.shape).index_copy_(0, rows, d_input)
         return summed, d_input, *rest
-    chunks = Chunks(input, *linear, target, class_weight, smooth, *scores)
+    chunks = Chunks(
+        input,
+        linear_weight,
+        linear_bias,
+        target,
+        class_weight,
+        smooth,
+        ignore_index,
+        softcap,
+        logit_scale,
+    )
     gradients = chunks.outputs(linear_bias, need_input, need_weight)
     total = 0.0 if chunks.class_weight is None else chunks.class_weight.sum()
     for part in chunks:
@@ -200,8 +316,8 @@ def loss(input, linear_weight, linear_bias, target, class_weight, *options):
         if on_square is not None:
             lse = chunks.shift[part] + chunks.log_sum[part]
             on_p = on_p + 2 * on_square[part] * lse
-        factors = (on_p, *_at(part, on_nll, on_smoothed))
-        chunks.gradients(part, factors, True, gradients)
+        on_all = None if on_smoothed is None else on_smoothed[part]
+        chunks.gradients(part, on_p, on_nll[part], on_all, True, *gradients)
     lse = chunks.shift + chunks.log_sum
     losses = row_losses(on_nll, on_smoothed, on_square, chunks.nll, chunks.smoothed, lse, valid)
     return (

@@ -40,12 +40,38 @@ class _Room:
         return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
-def loss(student, student_weight, teacher, teacher_weight, keep, *options):
-    kind, beta, logit_scale, *softcaps, unit, need_student, need_weight = options
+def loss(
+    student,
+    student_weight,
+    teacher,
+    teacher_weight,
+    keep,
+    kind,
+    beta,
+    logit_scale,
+    student_softcap,
+    teacher_softcap,
+    unit,
+    need_student,
+    need_weight,
+):
     if keep is not None and not keep.all():  # in fine-tuning most rows of a batch are left out
         rows = keep.nonzero()[:, 0]
-        heads = student[rows], student_weight, teacher[rows], teacher_weight
-        total, d_student, d_weight = loss(*heads, None, *options)
+        total, d_student, d_weight = loss(
+            student[rows],
+            student_weight,
+            teacher[rows],
+            teacher_weight,
+            None,
+            kind,
+            beta,
+            logit_scale,
+            student_softcap,
+            teacher_softcap,
+            unit,
+            need_student,
+            need_weight,
+        )
         if need_student:
             d_student = student.new_zeros(student.shape).index_copy_(0, rows, d_student)
         return total, d_student, d_weight
@@ -60,7 +86,7 @@ def loss(student, student_weight, teacher, teacher_weight, keep, *options):
     chunks.rows = min(_MOST_ROWS, max(budget // row_bytes // _RP * _RP, _RP))
     heads = (chunks.input, chunks.weight), (rows_apart(teacher), rows_apart(teacher_weight))
     # a softcap before the scale is softcap * scale after it
-    caps = [(cap or 0.0) * logit_scale for cap in softcaps]
+    caps = [(cap or 0.0) * logit_scale for cap in (student_softcap, teacher_softcap)]
     on_row, nothing = (
         torch.full((n,), value, dtype=torch.float32, device="cpu") for value in (unit, 0.0)
     )
@@ -81,12 +107,23 @@ def loss(student, student_weight, teacher, teacher_weight, keep, *options):
             scores = [room.floats(*room.shape) if own is None else own, room.floats(*room.shape)]
         for (x, w), cap, z, lse in zip(heads, caps, scores, room.lse):
             _cpu.linear_distillation_scores(x[part], w, cap, logit_scale, z, lse, room.workspace)
-        both = scores[0], room.lse[0], scores[1], room.lse[1]
-        outputs = losses[part], d_scores, room.workspace
-        _cpu.linear_distillation_rows(kind, beta, caps[0], classes, *both, *outputs)
+        _cpu.linear_distillation_rows(
+            kind,
+            beta,
+            caps[0],
+            classes,
+            scores[0],
+            room.lse[0],
+            scores[1],
+            room.lse[1],
+            losses[part],
+            d_scores,
+            room.workspace,
+        )
         if need:
-            factors = on_row[part], nothing[part], None
-            chunks.gradients(part, factors, True, (d_student, d_weight, None))
+            chunks.gradients(
+                part, on_row[part], nothing[part], None, True, d_student, d_weight, None
+            )
     return (
         losses.sum() * unit,
         _or_empty(d_student, student.dtype),

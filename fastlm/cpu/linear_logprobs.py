@@ -13,15 +13,28 @@ def _options(ignore_index, softcap, temperature):
 
 
 def forward(
-    input, linear_weight, linear_bias, target, with_entropy, ignore_index, softcap, temperature
+    input,
+    linear_weight,
+    linear_bias,
+    target,
+    with_entropy,
+    ignore_index,
+    softcap,
+    temperature,
 ):
     valid = target != ignore_index
     if not valid.all():
         checked_target(target, len(linear_weight), ignore_index)  # here its message knows the row
         rows = valid.nonzero()[:, 0]
-        options = with_entropy, ignore_index, softcap, temperature
         logprob, entropy, *stats = forward(
-            input[rows], linear_weight, linear_bias, target[rows], *options
+            input[rows],
+            linear_weight,
+            linear_bias,
+            target[rows],
+            with_entropy,
+            ignore_index,
+            softcap,
+            temperature,
         )
 
         def placed(t):
@@ -37,17 +50,37 @@ def forward(
     return chunks.nll.neg_(), entropy, chunks.shift, chunks.log_sum
 
 
-def backward(d_logprob, d_entropy, *operands):
-    """``operands``: input, linear_weight, linear_bias, target, entropy, shift, log_sum,
-    ignore_index, softcap, temperature, need_input, need_weight.
-    """
-    *linear, target, entropy, shift, log_sum, ignore_index, softcap, temperature = operands[:-2]
-    on_p, options = -d_logprob, _options(ignore_index, softcap, temperature)
-    entropy = None if d_entropy is None else entropy
+def backward(
+    d_logprob,
+    d_entropy,
+    input,
+    linear_weight,
+    linear_bias,
+    target,
+    entropy,
+    shift,
+    log_sum,
+    ignore_index,
+    softcap,
+    temperature,
+    need_input,
+    need_weight,
+):
+    on_p = -d_logprob
     return linear_cross_entropy.backward(
-        *(on_p, on_p, None),
-        *(*linear, target, None, shift, log_sum),
-        *(*options, *operands[-2:]),
-        on_entropy=d_entropy,
-        entropy=entropy,
+        on_p,
+        on_p,
+        None,
+        input,
+        linear_weight,
+        linear_bias,
+        target,
+        None,
+        shift,
+        log_sum,
+        *_options(ignore_index, softcap, temperature),
+        need_input,
+        need_weight,
+        d_entropy,
+        None if d_entropy is None else entropy,
     )

@@ -9,8 +9,19 @@ from fastlm.cpu.attention import forward_any_layout
 _ROOM = 1 << 15
 
 
-def paged_attention(q, k_cache, v_cache, block_table, seq_lens, k_scale, v_scale, *options):
-    sinks, alibi_slopes, bias, *numbers = options
+def paged_attention(
+    q,
+    k_cache,
+    v_cache,
+    block_table,
+    seq_lens,
+    k_scale,
+    v_scale,
+    sinks,
+    alibi_slopes,
+    bias,
+    *numbers,
+):
     table = block_table if block_table.stride(-1) == 1 else block_table.contiguous()
     layout = (None, None, table, seq_lens.contiguous(), k_scale, v_scale)
     b, s, h, _ = q.shape

@@ -14,7 +14,16 @@ from fastlm.memory_order import rows_of
 _NEEDS_NO_WORKSPACE = 8192
 
 
-def forward(x, qdata, scales, zeros, bias, bits, group_size, act_bits) -> Tensor:
+def forward(
+    x: Tensor,
+    qdata: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    act_bits: int,
+) -> Tensor:
     y = x.new_empty(*x.shape[:-1], qdata.shape[0])
     if bias is not None:
         bias = bias.float().contiguous()
@@ -30,7 +39,15 @@ def forward(x, qdata, scales, zeros, bias, bits, group_size, act_bits) -> Tensor
     return y
 
 
-def backward(dy, qdata, scales, zeros, bits, group_size, k) -> Tensor:
+def backward(
+    dy: Tensor,
+    qdata: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bits: int,
+    group_size: int,
+    k: int,
+) -> Tensor:
     dx = dy.new_empty(*dy.shape[:-1], k)
     dy = rows_of(dy)
     workspace = dy.new_empty(_cpu.quantized_linear_backward_workspace(dy), dtype=torch.float32)
@@ -38,7 +55,15 @@ def backward(dy, qdata, scales, zeros, bits, group_size, k) -> Tensor:
     return dx
 
 
-def dequantize(qdata, scales, zeros, bits, group_size, k, dtype) -> Tensor:
+def dequantize(
+    qdata: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bits: int,
+    group_size: int,
+    k: int,
+    dtype: torch.dtype,
+) -> Tensor:
     if dtype == torch.float64:  # left to the reference
         return reference.dequantize_rows(qdata, scales, zeros, bits, group_size, k, dtype)
     out = qdata.new_empty(qdata.shape[0], k, dtype=dtype)

@@ -1,7 +1,5 @@
 """cross_entropy through csrc/cuda/cross_entropy.cu."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -28,7 +26,14 @@ def _parts(logits: Tensor) -> Tensor | None:
 
 
 def row_statistics(
-    logits, target, class_weight, smooth, ignore_index, softcap, logit_scale, outputs
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    smooth: bool,
+    ignore_index: int,
+    softcap: float | None,
+    logit_scale: float,
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor | None],
 ) -> None:
     """Write `outputs` (shift, log_sum, nll, smoothed), each contiguous."""
     extension().cross_entropy_forward(
@@ -37,41 +42,75 @@ def row_statistics(
     )  # fmt: skip
 
 
-def cross_entropy_forward(
-    logits: Tensor, target: Tensor, class_weight: Tensor | None, smooth: bool, *options: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    make = {"dtype": torch.float32, "device": logits.device}
-    shift, log_sum, nll = torch.empty((3, *target.shape), **make).unbind(0)
-    smoothed = torch.empty(target.shape if smooth else 0, **make)
-    outputs = shift, log_sum, nll, smoothed if smooth else None
-    row_statistics(logits, target, class_weight, smooth, *options, outputs=outputs)
-    return shift, log_sum, nll, smoothed
-
-
-def cross_entropy_backward(
-    on_p,
-    on_target,
-    on_all,
-    logits,
-    target,
-    class_weight,
-    shift,
-    log_sum,
-    ignore_index,
-    softcap,
-    logit_scale,
-) -> Tensor:
-    d_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+def row_gradients(
+    on_p: Tensor,
+    on_target: Tensor,
+    on_all: Tensor | None,
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    shift: Tensor,
+    log_sum: Tensor,
+    ignore_index: int,
+    softcap: float | None,
+    logit_scale: float,
+    d_logits: Tensor,
+) -> None:
+    """Write `d_logits`: contiguous, dtype of `logits`; may be `logits` where that is contiguous."""
     extension().cross_entropy_backward(
         on_p.contiguous(), on_target.contiguous(), None if on_all is None else on_all.contiguous(),
         dense(logits), target.contiguous(), _weights(class_weight, on_all is not None),
         shift, log_sum, ignore_index, softcap or 0.0, logit_scale, d_logits, stream(logits),
     )  # fmt: skip
+
+
+def cross_entropy_forward(
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    smooth: bool,
+    ignore_index: int,
+    softcap: float | None,
+    logit_scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    make = {"dtype": torch.float32, "device": logits.device}
+    shift, log_sum, nll = torch.empty((3, *target.shape), **make).unbind(0)
+    smoothed = torch.empty(target.shape if smooth else 0, **make)
+    outputs = shift, log_sum, nll, smoothed if smooth else None
+    options = (ignore_index, softcap, logit_scale)
+    row_statistics(logits, target, class_weight, smooth, *options, outputs)
+    return shift, log_sum, nll, smoothed
+
+
+def cross_entropy_backward(
+    on_p: Tensor,
+    on_target: Tensor,
+    on_all: Tensor | None,
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    shift: Tensor,
+    log_sum: Tensor,
+    ignore_index: int,
+    softcap: float | None,
+    logit_scale: float,
+) -> Tensor:
+    d_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    row_gradients(
+        on_p, on_target, on_all, logits, target, class_weight, shift, log_sum, ignore_index,
+        softcap, logit_scale, d_logits,
+    )  # fmt: skip
     return d_logits
 
 
 def cross_entropy_loss(
-    logits, target, ignore_index, mean, softcap, logit_scale, keep
+    logits: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    mean: bool,
+    softcap: float | None,
+    logit_scale: float,
+    keep: bool,
 ) -> tuple[Tensor, Tensor]:
     make = {"dtype": torch.float32, "device": logits.device}
     stats, loss = torch.empty((3, *target.shape), **make), torch.empty((), **make)
@@ -84,7 +123,14 @@ def cross_entropy_loss(
 
 
 def cross_entropy_loss_backward(
-    d_loss, logits, target, stats, ignore_index, mean, softcap, logit_scale
+    d_loss: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    stats: Tensor,
+    ignore_index: int,
+    mean: bool,
+    softcap: float | None,
+    logit_scale: float,
 ) -> Tensor:
     d_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     share = torch.empty(1, dtype=torch.float32, device=logits.device)

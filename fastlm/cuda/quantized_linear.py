@@ -35,7 +35,15 @@ FUSED_ROWS = 256
 _BLOCK_WEIGHTS = 1 << 24
 
 
-def dequantize(qdata, scales, zeros, bits, group_size, k, dtype) -> Tensor:
+def dequantize(
+    qdata: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bits: int,
+    group_size: int,
+    k: int,
+    dtype: torch.dtype,
+) -> Tensor:
     if dtype == torch.float64:  # left to the reference
         return reference.dequantize_rows(qdata, scales, zeros, bits, group_size, k, dtype)
     out = torch.empty((qdata.shape[0], k), dtype=dtype, device=qdata.device)
@@ -93,7 +101,16 @@ def rounded(x: Tensor, qdata: Tensor, scales: Tensor, bits: int, group_size: int
     return out
 
 
-def quantized_linear_forward(x, qdata, scales, zeros, bias, bits, group_size, act_bits) -> Tensor:
+def quantized_linear_forward(
+    x: Tensor,
+    qdata: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    act_bits: int,
+) -> Tensor:
     out = torch.empty((*x.shape[:-1], qdata.shape[0]), dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
@@ -140,7 +157,18 @@ def _floats(bias: Tensor | None) -> Tensor | None:
     return (bias if bias.dtype != torch.float64 else bias.float()).contiguous()
 
 
-def _multiply(x, x_scale, x_sums, weight, bias, bits, group_size, k, y, by_vectors) -> None:
+def _multiply(
+    x: Tensor,
+    x_scale: Tensor | None,
+    x_sums: Tensor | None,
+    weight: tuple,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    k: int,
+    y: Tensor,
+    by_vectors: bool,
+) -> None:
     kernels = extension()
     if by_vectors:
         kernels.quantized_linear_vector(

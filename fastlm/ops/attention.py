@@ -282,9 +282,15 @@ def _autograd_backward(ctx, dout, dlse):
         dout = torch.zeros_like(out)
     bias_grad = bias is not None and ctx.needs_input_grad[5]
     dq, dk, dv, dsinks, dbias = _backward(dout, dlse, *saved, *ctx.numbers, bias_grad)
-    dsinks = None if sinks is None else dsinks.to(sinks.dtype)
-    dbias = dbias.to(bias.dtype) if bias is not None and bias_grad else None
-    return dq, dk, dv, dsinks, None, dbias, *(None,) * 6  # seed, the numbers
+    return (
+        dq,
+        dk,
+        dv,
+        None if sinks is None else dsinks.to(sinks.dtype),
+        None,
+        None if bias is None or not bias_grad else dbias.to(bias.dtype),
+        *(None,) * 6,  # seed, the numbers
+    )
 
 
 def _flops(q, k, v, *_, **__):

@@ -84,20 +84,40 @@ def cross_entropy(
             logits = logits.reshape(-1, shape[-1])
         plain = weight is None and not label_smoothing and not z_loss and not return_lse
         if plain and reduction != "none":
-            mean = reduction == "mean" and num_items is None
-            keep = wants_gradient(logits)
-            loss, _ = _loss(logits, rows, ignore_index, mean, softcap, logit_scale, keep)
+            loss, _ = _loss(
+                logits,
+                rows,
+                ignore_index,
+                reduction == "mean" and num_items is None,
+                softcap,
+                logit_scale,
+                wants_gradient(logits),
+            )
             return loss if num_items is None else loss / one_number(num_items)
-        smoothing = weight if label_smoothing else None, label_smoothing > 0
         shift, log_sum, nll, smoothed = _forward(
-            logits, rows, *smoothing, ignore_index, softcap, logit_scale
+            logits,
+            rows,
+            weight if label_smoothing else None,
+            label_smoothing > 0,
+            ignore_index,
+            softcap,
+            logit_scale,
         )
         if plain:
             return nll.view(target.shape)
         lse = shift + log_sum
-        terms = ignore_index, label_smoothing, z_loss, shape[-1]
-        factors = row_factors(rows, weight, *terms, reduction, num_items, nll.dtype)
-        loss = row_losses(*factors, nll, smoothed, lse, rows != ignore_index)
+        on_nll, on_smoothed, on_square = row_factors(
+            rows,
+            weight,
+            ignore_index,
+            label_smoothing,
+            z_loss,
+            shape[-1],
+            reduction,
+            num_items,
+            nll.dtype,
+        )
+        loss = row_losses(on_nll, on_smoothed, on_square, nll, smoothed, lse, rows != ignore_index)
         loss = loss.view(target.shape) if reduction == "none" else loss.sum()
         return (loss, lse.view(target.shape)) if return_lse else loss
     except FAILURES as error:
@@ -160,7 +180,19 @@ def _forward_fake(logits, target, class_weight, smooth, ignore_index, softcap, l
     return *per_row, logits.new_empty(target.shape if smooth else 0, dtype=wide(logits))
 
 
-def _backward_fake(on_p, on_target, on_all, logits, *_):
+def _backward_fake(
+    on_p,
+    on_target,
+    on_all,
+    logits,
+    target,
+    class_weight,
+    shift,
+    log_sum,
+    ignore_index,
+    softcap,
+    logit_scale,
+):
     return logits.new_empty(logits.shape)
 
 
@@ -198,13 +230,21 @@ def coefficients(
 
 
 def _autograd_backward(ctx, _, d_log_sum, d_nll, d_smoothed):
-    logits, target, class_weight, shift, _ = ctx.saved_tensors
+    logits, target, class_weight, shift, log_sum = ctx.saved_tensors
     if d_nll is None:
         d_nll = torch.zeros_like(shift)
     total = logits.shape[1] if class_weight is None else class_weight.to(shift.dtype).sum()
-    d_smoothed = d_smoothed if ctx.smooth else None
-    factors = coefficients(d_log_sum, d_nll, d_smoothed, target, ctx.options[0], total)
-    d_logits = _backward(*factors, *ctx.saved_tensors, *ctx.options)
+    d_logits = _backward(
+        *coefficients(
+            d_log_sum, d_nll, d_smoothed if ctx.smooth else None, target, ctx.options[0], total
+        ),
+        logits,
+        target,
+        class_weight,
+        shift,
+        log_sum,
+        *ctx.options,
+    )
     return d_logits, None, None, None, None, None, None
 
 

@@ -113,8 +113,17 @@ def linear_cross_entropy(
                 return_lse=return_lse,
             )
         rows, flat = target.reshape(-1).long(), input.reshape(-1, input.shape[-1])
-        terms = ignore_index, label_smoothing, z_loss, classes
-        factors = row_factors(rows, weight, *terms, reduction, num_items, wide(input))
+        factors = row_factors(
+            rows,
+            weight,
+            ignore_index,
+            label_smoothing,
+            z_loss,
+            classes,
+            reduction,
+            num_items,
+            wide(input),
+        )
         options = (ignore_index, softcap, logit_scale)
         smoothing_weight = weight if label_smoothing else None
         need_input, need_weight, need_bias = (
@@ -132,8 +141,17 @@ def linear_cross_entropy(
             )
             if unit is not None:
                 factors = tuple(f if f is None else f * unit for f in factors)
-            operands = flat, linear_weight, linear_bias, rows, smoothing_weight
-            loss = _loss(*operands, *factors, *options, need_input, need_weight)[0]
+            loss = _loss(
+                flat,
+                linear_weight,
+                linear_bias,
+                rows,
+                smoothing_weight,
+                *factors,
+                *options,
+                need_input,
+                need_weight,
+            )[0]
             return loss if unit is None else loss / unit
         shift, log_sum, nll, smoothed = _forward(
             flat, linear_weight, linear_bias, rows, smoothing_weight, label_smoothing > 0, *options
@@ -193,13 +211,38 @@ def _float32_logits(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | 
     return F.linear(input, linear_weight, linear_bias)
 
 
-def _forward_fake(input, linear_weight, linear_bias, target, class_weight, smooth, *_):
+def _forward_fake(
+    input,
+    linear_weight,
+    linear_bias,
+    target,
+    class_weight,
+    smooth,
+    ignore_index,
+    softcap,
+    logit_scale,
+):
     per_row = [input.new_empty(target.shape, dtype=wide(input)) for _ in range(3)]
     return *per_row, input.new_empty(target.shape if smooth else 0, dtype=wide(input))
 
 
-def _backward_fake(on_p, on_target, on_all, input, linear_weight, linear_bias, *options):
-    *_, need_input, need_weight = options
+def _backward_fake(
+    on_p,
+    on_target,
+    on_all,
+    input,
+    linear_weight,
+    linear_bias,
+    target,
+    class_weight,
+    shift,
+    log_sum,
+    ignore_index,
+    softcap,
+    logit_scale,
+    need_input,
+    need_weight,
+):
     return (
         input.new_empty(input.shape if need_input else 0),
         linear_weight.new_empty(linear_weight.shape if need_weight else 0),
@@ -207,8 +250,21 @@ def _backward_fake(on_p, on_target, on_all, input, linear_weight, linear_bias, *
     )
 
 
-def _loss_fake(input, linear_weight, linear_bias, *options):
-    *_, need_input, need_weight = options
+def _loss_fake(
+    input,
+    linear_weight,
+    linear_bias,
+    target,
+    class_weight,
+    on_nll,
+    on_smoothed,
+    on_square,
+    ignore_index,
+    softcap,
+    logit_scale,
+    need_input,
+    need_weight,
+):
     dtype = wide(input)
     return (
         input.new_empty((), dtype=dtype),
@@ -234,13 +290,30 @@ def _setup_forward(ctx, inputs, output):
 
 
 def _autograd_forward(ctx, _, d_log_sum, d_nll, d_smoothed):
-    _, linear_weight, _, target, class_weight, shift, _ = ctx.saved_tensors
+    input, linear_weight, linear_bias, target, class_weight, shift, log_sum = ctx.saved_tensors
     total = linear_weight.shape[0] if class_weight is None else class_weight.to(shift.dtype).sum()
     need = ctx.needs_input_grad
-    d_smoothed = d_smoothed if ctx.smooth else None
-    factors = coefficients(d_log_sum, d_nll, d_smoothed, target, ctx.options[0], total)
-    gradients = _backward(*factors, *ctx.saved_tensors, *ctx.options, need[0], need[1])
-    return *(g if n else None for g, n in zip(gradients, need)), *[None] * 6
+    d_input, d_weight, d_bias = _backward(
+        *coefficients(
+            d_log_sum, d_nll, d_smoothed if ctx.smooth else None, target, ctx.options[0], total
+        ),
+        input,
+        linear_weight,
+        linear_bias,
+        target,
+        class_weight,
+        shift,
+        log_sum,
+        *ctx.options,
+        need[0],
+        need[1],
+    )
+    return (
+        d_input if need[0] else None,
+        d_weight if need[1] else None,
+        d_bias if need[2] else None,
+        *[None] * 6,
+    )
 
 
 def _setup_loss(ctx, inputs, output):

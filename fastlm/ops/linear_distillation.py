@@ -97,10 +97,21 @@ def linear_distillation(
         unit = 1.0
         if student.dtype is torch.float16:
             unit = 2.0 ** math.floor(math.log2(_HALF_PEAK * temperature))
-        heads = rows, student_weight, teacher.detach().reshape(-1, teacher.shape[-1])
-        options = kind, beta, 1.0 / temperature, student_softcap, teacher_softcap, unit
-        need = (traced or wants_gradient(t) for t in (student, student_weight))
-        loss = _loss(*heads, teacher_weight.detach(), keep, *options, *need)[0]
+        loss = _loss(
+            rows,
+            student_weight,
+            teacher.detach().reshape(-1, teacher.shape[-1]),
+            teacher_weight.detach(),
+            keep,
+            kind,
+            beta,
+            1.0 / temperature,
+            student_softcap,
+            teacher_softcap,
+            unit,
+            traced or wants_gradient(student),
+            traced or wants_gradient(student_weight),
+        )[0]
         if num_items is not None:
             items = one_number(num_items)
         else:
@@ -121,8 +132,10 @@ def _check(
     teacher_weight: Tensor,
     mask: Tensor | None,
 ) -> None:
-    heads = ("student", student, student_weight), ("teacher", teacher, teacher_weight)
-    for name, x, w in heads:
+    for name, x, w in (
+        ("student", student, student_weight),
+        ("teacher", teacher, teacher_weight),
+    ):
         if not x.is_floating_point() or x.dim() == 0 or x.shape[-1] == 0:
             raise InputError(
                 f"{name}: wanted a float tensor (..., features) of at least one feature,"
@@ -181,8 +194,10 @@ def _check_options(
         )
     if not 0.0 < temperature < math.inf:
         raise InputError(f"temperature: wanted > 0, got {temperature}")
-    softcaps = ("student_softcap", student_softcap), ("teacher_softcap", teacher_softcap)
-    for name, softcap in softcaps:
+    for name, softcap in (
+        ("student_softcap", student_softcap),
+        ("teacher_softcap", teacher_softcap),
+    ):
         if softcap is not None and not softcap > 0:
             raise InputError(f"{name}: wanted > 0 or None, got {softcap}")
     if isinstance(num_items, Tensor):
@@ -192,8 +207,21 @@ def _check_options(
         raise InputError(f"num_items: wanted > 0, got {num_items}")
 
 
-def _loss_fake(student, student_weight, *options):
-    *_, need_student, need_weight = options
+def _loss_fake(
+    student,
+    student_weight,
+    teacher,
+    teacher_weight,
+    keep,
+    kind,
+    beta,
+    logit_scale,
+    student_softcap,
+    teacher_softcap,
+    unit,
+    need_student,
+    need_weight,
+):
     dtype = wide(student)
     return (
         student.new_empty((), dtype=dtype),

@@ -71,22 +71,52 @@ def linear_logprobs(
         check_options(softcap, "none", None)
         if not 0 < temperature < math.inf:
             raise InputError(f"temperature: wanted a finite number > 0, got {temperature}")
-        linear = input.reshape(-1, input.shape[-1]), linear_weight, linear_bias
-        options = return_entropy, ignore_index, softcap, temperature
-        logprob, entropy, _, _ = _forward(*linear, target.reshape(-1).long(), *options)
+        logprob, entropy, _, _ = _forward(
+            input.reshape(-1, input.shape[-1]),
+            linear_weight,
+            linear_bias,
+            target.reshape(-1).long(),
+            return_entropy,
+            ignore_index,
+            softcap,
+            temperature,
+        )
         logprob = logprob.view(target.shape)
         return (logprob, entropy.view(target.shape)) if return_entropy else logprob
     except FAILURES as error:
         raise explained(error, linear_logprobs, locals()) from None
 
 
-def _forward_fake(input, linear_weight, linear_bias, target, with_entropy, *_):
+def _forward_fake(
+    input,
+    linear_weight,
+    linear_bias,
+    target,
+    with_entropy,
+    ignore_index,
+    softcap,
+    temperature,
+):
     sizes = (target.shape, target.shape if with_entropy else 0, target.shape, target.shape)
     return tuple(input.new_empty(size, dtype=wide(input)) for size in sizes)
 
 
-def _backward_fake(d_logprob, d_entropy, input, linear_weight, linear_bias, *options):
-    *_, need_input, need_weight = options
+def _backward_fake(
+    d_logprob,
+    d_entropy,
+    input,
+    linear_weight,
+    linear_bias,
+    target,
+    entropy,
+    shift,
+    log_sum,
+    ignore_index,
+    softcap,
+    temperature,
+    need_input,
+    need_weight,
+):
     return (
         input.new_empty(input.shape if need_input else 0),
         linear_weight.new_empty(linear_weight.shape if need_weight else 0),
@@ -103,15 +133,32 @@ def _setup_context(ctx, inputs, output):
 
 
 def _autograd_backward(ctx, d_logprob, d_entropy, *_):
-    _, _, _, target, _, shift, _ = ctx.saved_tensors
+    input, linear_weight, linear_bias, target, entropy, shift, log_sum = ctx.saved_tensors
     ignored = target == ctx.options[0]
     d_logprob = torch.zeros_like(shift) if d_logprob is None else d_logprob
     if not ctx.with_entropy:
         d_entropy = None
-    on_rows = (None if d is None else torch.where(ignored, 0.0, d) for d in (d_logprob, d_entropy))
     need = ctx.needs_input_grad
-    gradients = _backward(*on_rows, *ctx.saved_tensors, *ctx.options, need[0], need[1])
-    return *(g if n else None for g, n in zip(gradients, need)), *[None] * 5
+    d_input, d_weight, d_bias = _backward(
+        torch.where(ignored, 0.0, d_logprob),
+        None if d_entropy is None else torch.where(ignored, 0.0, d_entropy),
+        input,
+        linear_weight,
+        linear_bias,
+        target,
+        entropy,
+        shift,
+        log_sum,
+        *ctx.options,
+        need[0],
+        need[1],
+    )
+    return (
+        d_input if need[0] else None,
+        d_weight if need[1] else None,
+        d_bias if need[2] else None,
+        *[None] * 5,
+    )
 
 
 def _forward_flops(input, linear_weight, *_, **__):

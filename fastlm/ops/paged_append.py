@@ -97,7 +97,16 @@ def paged_append(
         raise explained(error, paged_append, locals()) from None
 
 
-def _by_torch(k, v, k_cache, v_cache, block_table, positions, k_scale, v_scale) -> None:
+def _by_torch(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    positions: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+) -> None:
     """The reference without reading values back. A token that is left out writes the same as one
     that is not or, if all are left out, what the cache already has.
     """

@@ -98,8 +98,14 @@ def quantize_weight(
                 )
             qdata.append(pack_rows(q.reshape(-1, groups * width)[:, :k], bits))
             scales.append(s.to(scale_dtype))
-        offsets = torch.cat(zeros) if zeros else None
-        return QuantizedWeight(torch.cat(qdata), torch.cat(scales), offsets, bits, size, (n, k))
+        return QuantizedWeight(
+            torch.cat(qdata),
+            torch.cat(scales),
+            torch.cat(zeros) if zeros else None,
+            bits,
+            size,
+            (n, k),
+        )
     except FAILURES as error:
         raise explained(error, quantize_weight, locals()) from None
 

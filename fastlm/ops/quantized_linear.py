@@ -57,17 +57,42 @@ def quantized_linear(
                 f"bias: wanted a float tensor ({n},) on {x.device},"
                 f" got {bias.dtype} {tuple(bias.shape)} on {bias.device}"
             )
-        w = qweight
-        return _forward(x, w.qdata, w.scales, w.zeros, bias, w.bits, w.group_size, act_bits)
+        return _forward(
+            x,
+            qweight.qdata,
+            qweight.scales,
+            qweight.zeros,
+            bias,
+            qweight.bits,
+            qweight.group_size,
+            act_bits,
+        )
     except FAILURES as error:
         raise explained(error, quantized_linear, locals()) from None
 
 
-def _forward_fake(x: Tensor, qdata: Tensor, *_) -> Tensor:
+def _forward_fake(
+    x: Tensor,
+    qdata: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    act_bits: int,
+) -> Tensor:
     return x.new_empty(*x.shape[:-1], qdata.shape[0])
 
 
-def _backward_fake(dy, qdata, scales, zeros, bits, group_size, k: int) -> Tensor:
+def _backward_fake(
+    dy: Tensor,
+    qdata: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bits: int,
+    group_size: int,
+    k: int,
+) -> Tensor:
     return dy.new_empty(*dy.shape[:-1], k)
 
 
@@ -123,7 +148,15 @@ _backward = register(
 )
 
 
-def _dequantize_fake(qdata, scales, zeros, bits, group_size, k: int, dtype) -> Tensor:
+def _dequantize_fake(
+    qdata: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bits: int,
+    group_size: int,
+    k: int,
+    dtype: torch.dtype,
+) -> Tensor:
     return scales.new_empty(qdata.shape[0], k, dtype=dtype)
 
 

@@ -6,7 +6,7 @@ second copy is made. Rejected: a layout repacked per instruction set (the CPU ke
 rows at a time in registers, which costs a few percent of one product and nothing in memory).
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -113,15 +113,26 @@ class QuantizedWeight:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """(N, K) in `dtype`; products and sums in float32 (float64 for float64)."""
-        layout = self.bits, self.group_size, self.shape[1]
-        return torch.ops.fastlm.dequantize(self.qdata, self.scales, self.zeros, *layout, dtype)
+        return torch.ops.fastlm.dequantize(
+            self.qdata,
+            self.scales,
+            self.zeros,
+            self.bits,
+            self.group_size,
+            self.shape[1],
+            dtype,
+        )
 
     def to(self, device: torch.device | str) -> "QuantizedWeight":
         """The same weight on another device, with unchanged dtypes."""
-        parts = (self.qdata, self.scales, self.zeros)
-        qdata, scales, zeros = (None if t is None else t.to(device) for t in parts)
-        assert qdata is not None and scales is not None
-        return replace(self, qdata=qdata, scales=scales, zeros=zeros)
+        return QuantizedWeight(
+            self.qdata.to(device),
+            self.scales.to(device),
+            None if self.zeros is None else self.zeros.to(device),
+            self.bits,
+            self.group_size,
+            self.shape,
+        )
 
 
 def pack_rows(q: Tensor, bits: int) -> Tensor:

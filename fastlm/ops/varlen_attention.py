@@ -129,9 +129,17 @@ def _autograd_backward(ctx, dout, dlse):
         ctx.needs_input_grad[7],
     )  # fmt: skip
     dq, dk, dv, dsinks, dbias = grads
-    dsinks = None if sinks is None else dsinks.to(sinks.dtype)
-    dbias = dbias.to(bias.dtype) if ctx.needs_input_grad[7] else None
-    return dq, dk, dv, None, None, dsinks, None, dbias, *(None,) * (1 + len(ctx.numbers))
+    return (
+        dq,
+        dk,
+        dv,
+        None,
+        None,
+        None if sinks is None else dsinks.to(sinks.dtype),
+        None,
+        dbias.to(bias.dtype) if ctx.needs_input_grad[7] else None,
+        *(None,) * (1 + len(ctx.numbers)),
+    )
 
 
 def _pairs(cu_q, cu_k, sinks, alibi_slopes, bias, seed, longest_q, longest_k, *_):

@@ -77,12 +77,19 @@ def cross_entropy_backward(
     """dz[v] = on_p * p[v] - on_target * (v == target) - on_all * class_weight[v], and from dz the
     gradient of the logits.
     """
-    options = ignore_index, softcap, logit_scale
     parts = (
         cross_entropy_rows_backward(
-            *(on_p[b], on_target[b], None if on_all is None else on_all[b]),
-            *(logits[b], target[b], class_weight, shift[b], log_sum[b]),
-            *options,
+            on_p[b],
+            on_target[b],
+            None if on_all is None else on_all[b],
+            logits[b],
+            target[b],
+            class_weight,
+            shift[b],
+            log_sum[b],
+            ignore_index,
+            softcap,
+            logit_scale,
         )
         for b in row_blocks(*logits.shape)
     )
@@ -105,8 +112,11 @@ def cross_entropy_rows_backward(
     z = _capped(logits, softcap, logit_scale)
     dz = on_p[:, None] * (z - shift[:, None] - log_sum[:, None]).exp()
     ignored = target == ignore_index
-    classes, on_target = target.masked_fill(ignored, 0), on_target.masked_fill(ignored, 0)
-    dz = dz.scatter_add(1, classes[:, None], -on_target[:, None])
+    dz = dz.scatter_add(
+        1,
+        target.masked_fill(ignored, 0)[:, None],
+        on_target.masked_fill(ignored, 0).neg()[:, None],
+    )
     if on_all is not None:
         dz = dz - on_all[:, None] * (1.0 if class_weight is None else widen(class_weight))
     if softcap is not None:

@@ -52,9 +52,19 @@ def linear_cross_entropy_backward(
     x, w, none = widen(input), widen(linear_weight), input.new_empty(0)
     d_inputs, d_weight, d_bias = [], torch.zeros_like(w), w.new_zeros(len(w))
     for b in row_blocks(len(input), len(linear_weight)):
-        factors = on_p[b], on_target[b], None if on_all is None else on_all[b]
-        rows = _logits(x[b], w, linear_bias), target[b], class_weight, shift[b], log_sum[b]
-        d_logits = cross_entropy_rows_backward(*factors, *rows, ignore_index, softcap, logit_scale)
+        d_logits = cross_entropy_rows_backward(
+            on_p[b],
+            on_target[b],
+            None if on_all is None else on_all[b],
+            _logits(x[b], w, linear_bias),
+            target[b],
+            class_weight,
+            shift[b],
+            log_sum[b],
+            ignore_index,
+            softcap,
+            logit_scale,
+        )
         d_inputs.append(d_logits @ w)
         d_weight = d_weight + d_logits.t() @ x[b]
         d_bias = d_bias + d_logits.sum(0)
@@ -82,9 +92,17 @@ def linear_cross_entropy_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """loss = sum of on_nll * nll + on_smoothed * smoothed + on_square * lse^2, and gradients."""
     smooth, valid = on_smoothed is not None, target != ignore_index
-    operands = input, linear_weight, linear_bias, target, class_weight
-    options = ignore_index, softcap, logit_scale
-    shift, log_sum, nll, smoothed = linear_cross_entropy_forward(*operands, smooth, *options)
+    shift, log_sum, nll, smoothed = linear_cross_entropy_forward(
+        input,
+        linear_weight,
+        linear_bias,
+        target,
+        class_weight,
+        smooth,
+        ignore_index,
+        softcap,
+        logit_scale,
+    )
     lse = torch.where(valid, shift + log_sum, 0.0)
     loss, on_p = on_nll * nll, on_nll
     if on_smoothed is not None:
@@ -95,9 +113,22 @@ def linear_cross_entropy_loss(
         loss = loss + on_square * lse.square()
         on_p = on_p + 2 * on_square * lse
     on_p = torch.where(valid, on_p, 0.0)
-    on_all = None if on_smoothed is None else torch.where(valid, on_smoothed, 0.0)
     gradients = linear_cross_entropy_backward(
-        *(on_p, on_nll, on_all), *operands, shift, log_sum, *options, need_input, need_weight
+        on_p,
+        on_nll,
+        None if on_smoothed is None else torch.where(valid, on_smoothed, 0.0),
+        input,
+        linear_weight,
+        linear_bias,
+        target,
+        class_weight,
+        shift,
+        log_sum,
+        ignore_index,
+        softcap,
+        logit_scale,
+        need_input,
+        need_weight,
     )
     return loss.sum(), gradients[0], widen(gradients[1]), widen(gradients[2])
 

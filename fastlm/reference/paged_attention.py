@@ -1,7 +1,5 @@
 """The definition of `paged_attention`."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -22,12 +20,14 @@ def paged_attention(
     sinks: Tensor | None,
     alibi_slopes: Tensor | None,
     bias: Tensor | None,
-    *numbers: Any,
+    causal: bool,
+    scale: float,
+    window: int,
+    softcap: float,
 ) -> tuple[Tensor, Tensor]:
     """`attention_forward` of each sequence on its pages: q (B, S, H, D) -> out (B, S, H, Dv),
-    lse (B, H, S). numbers: causal to softcap, as there.
+    lse (B, H, S).
     """
-    numbers = (*numbers, 0.0)  # no dropout
     pages, page_size = k_cache.shape[:2]
     outs = [q.new_zeros(0, *q.shape[1:3], v_cache.shape[3])]
     lses = [widen(q[:0, :, :, 0]).mT]
@@ -52,8 +52,15 @@ def paged_attention(
             widen(q[b : b + 1].transpose(1, 2)),
             gather(k_cache, table, keys, k_scale),
             gather(v_cache, table, keys, v_scale),
-            *(sinks, alibi_slopes, bias_of(bias, b, q.shape[1], keys), None),
-            *numbers,
+            sinks,
+            alibi_slopes,
+            bias_of(bias, b, q.shape[1], keys),
+            None,
+            causal,
+            scale,
+            window,
+            softcap,
+            0.0,
         )
         outs.append(o.transpose(1, 2).to(q.dtype))
         lses.append(one_lse)

@@ -1,7 +1,5 @@
 """The definition of `varlen_attention`."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -31,10 +29,14 @@ def varlen_attention_forward(
     seed: Tensor | None,
     max_seqlen_q: int,
     max_seqlen_k: int,
-    *numbers: Any,
+    causal: bool,
+    scale: float,
+    window: int,
+    softcap: float,
+    dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
     """`attention_forward` of each sequence: q (total_q, H, D) -> out (total_q, H, Dv),
-    lse (H, total_q). numbers: causal to dropout_p, as there.
+    lse (H, total_q).
     """
     outs, lses = [q.new_zeros(0, q.shape[1], v.shape[2])], [widen(q[:0, :, 0]).mT]
     ends_q = _offsets(cu_seqlens_q, q.shape[0], "cu_seqlens_q")
@@ -44,8 +46,15 @@ def varlen_attention_forward(
             q[q0:q1].transpose(0, 1)[None],
             k[k0:k1].transpose(0, 1)[None],
             v[k0:k1].transpose(0, 1)[None],
-            *(sinks, alibi_slopes, bias_of(bias, b, q1 - q0, k1 - k0), seed),
-            *numbers,
+            sinks,
+            alibi_slopes,
+            bias_of(bias, b, q1 - q0, k1 - k0),
+            seed,
+            causal,
+            scale,
+            window,
+            softcap,
+            dropout_p,
             first_batch=b,
         )
         outs.append(o[0].transpose(0, 1))
@@ -69,10 +78,14 @@ def varlen_attention_backward(
     seed: Tensor | None,
     max_seqlen_q: int,
     max_seqlen_k: int,
-    *numbers: Any,
+    causal: bool,
+    scale: float,
+    window: int,
+    softcap: float,
+    dropout_p: float,
+    bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`attention_backward` of each sequence. numbers: causal to bias_grad, as there."""
-    bias_grad = numbers[-1]
+    """`attention_backward` of each sequence."""
     grads = [[t.new_zeros(0, *t.shape[1:])] for t in (q, k, v)]
     dsinks = lse.new_zeros(0 if sinks is None else sinks.shape[0])
     dbias = lse.new_zeros(bias.shape if bias is not None and bias_grad else 0)
@@ -86,8 +99,16 @@ def varlen_attention_backward(
             v[k0:k1].transpose(0, 1)[None],
             out[q0:q1].transpose(0, 1)[None],
             lse[None, :, q0:q1],
-            *(sinks, alibi_slopes, bias_of(bias, b, q1 - q0, k1 - k0), seed),
-            *numbers,
+            sinks,
+            alibi_slopes,
+            bias_of(bias, b, q1 - q0, k1 - k0),
+            seed,
+            causal,
+            scale,
+            window,
+            softcap,
+            dropout_p,
+            bias_grad,
             first_batch=b,
         )
         for parts, one in zip(grads, each):

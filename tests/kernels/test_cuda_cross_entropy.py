@@ -108,12 +108,29 @@ def test_more_parts_than_lanes_of_the_warp_that_adds_them(cuda, monkeypatch):
         check(logits, target, label_smoothing=0.1, return_lse=True)
 
 
+@pytest.mark.parametrize("classes", [40, 77])
+def test_gradient_in_place(cuda, dtype, classes):
+    from fastlm.cuda.cross_entropy import row_gradients
+
+    logits, target = make(5, classes, dtype, device=cuda)
+    shift, log_sum, _, _ = torch.ops.fastlm.cross_entropy(
+        logits, target, None, False, -100, None, 1.0
+    )
+    on = torch.rand(2, 5, device=cuda).unbind(0)
+    row = (logits, target, None, shift, log_sum, -100, None, 1.0)
+    expected = torch.ops.fastlm.cross_entropy_backward(*on, None, *row)
+    row_gradients(*on, None, *row, logits)
+    assert torch.equal(logits, expected)
+
+
 def test_without_a_factor_of_p_no_p_is_looked_at(cuda, dtype):
     """The gradients of loss and lse cancel: only the target's is left, whatever the logits."""
+    from fastlm.cuda.cross_entropy import row_gradients
+
     logits = torch.tensor([[0.5, torch.nan, torch.inf] * 7], device=cuda).to(dtype)
     target, none = torch.zeros(1, dtype=torch.int64, device=cuda), torch.zeros(1, device=cuda)
-    row = (logits, target, None, none, none, -100, None, 1.0)
-    gradient = torch.ops.fastlm.cross_entropy_backward(none, none + 2, None, *row)
+    gradient = torch.empty_like(logits)
+    row_gradients(none, none + 2, None, logits, target, None, none, none, -100, None, 1.0, gradient)
     assert gradient[0, 0] == -2 and (gradient[0, 1:] == 0).all()
 
 
