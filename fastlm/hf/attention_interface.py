@@ -66,8 +66,9 @@ def attention_forward(
         "scale": scaling, "softcap": softcap, "sinks": s_aux, "dropout_p": dropout,
     }  # fmt: skip
     if attention_mask is not None and attention_mask.dim() == 4:
-        out = attention(query, key, value, bias=attention_mask[..., : key.shape[2]], **options)
-        return _plain(out).transpose(1, 2), None
+        options["bias"] = attention_mask[..., : key.shape[2]]
+        out: Any = attention(query, key, value, **options)
+        return out.transpose(1, 2), None
     # some models set is_causal = False because they have a mask; our masks are causal
     causal = is_causal or attention_mask is not None
     options |= {"causal": causal, "window": sliding_window if causal else None}
@@ -76,16 +77,12 @@ def attention_forward(
         offsets = cu_seq_lens_q  # from transformers' collator for packed batches
     if offsets is not None and offsets.dim() == 1:
         q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))
-        out = _plain(varlen_attention(q, k, v, offsets, **options))
+        out = varlen_attention(q, k, v, offsets, **options)
         return out.unflatten(0, (query.shape[0], query.shape[2])), None
     if attention_mask is not None:
         options["bias"] = attention_mask[:, None, None]
-    return _plain(attention(query, key, value, **options)).transpose(1, 2), None
-
-
-def _plain(out: Any) -> Tensor:
-    assert isinstance(out, Tensor)  # a pair only with return_lse
-    return out
+    out = attention(query, key, value, **options)
+    return out.transpose(1, 2), None
 
 
 def attention_mask(

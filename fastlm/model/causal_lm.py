@@ -194,13 +194,11 @@ class CausalLM(nn.Module):
             config.pop(key, None)
             config[key] = str(self.dtype).removeprefix("torch.")
         before = config.pop("quantization_config", None) or {}
-        linears = [m for m in self.modules() if isinstance(m, QuantizedLinear)]
-        if linears:
+        first = next((m for m in self.modules() if isinstance(m, QuantizedLinear)), None)
+        if first is not None:
+            format, method = f"w{first.bits}a{first.act_bits}", before.get("method", "rtn")
             config["quantization_config"] = quantization_config(
-                self,
-                f"w{linears[0].bits}a{linears[0].act_bits}",
-                group_size=linears[0].group_size,
-                method=before.get("method", "rtn"),
+                self, format, group_size=first.group_size, method=method
             )
         save_hf(folder, config, self.stored())
 

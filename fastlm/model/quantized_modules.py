@@ -49,11 +49,10 @@ class _Quantized(nn.Module):
         )
 
     def _apply(self, fn, recurse=True):
-        dtypes = {n: b.dtype for n, b in self.named_buffers(recurse=False)}
         kept = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
         for name, buffer in self.named_buffers(recurse=False):
-            if buffer.dtype != dtypes[name]:
+            if buffer.dtype != kept[name].dtype:
                 setattr(self, name, kept[name].to(buffer.device))
         return self
 
@@ -79,11 +78,9 @@ class QuantizedLinear(_Quantized):
         return ops.quantized_linear(x, self.weight, self.bias, act_bits=self.act_bits)
 
     def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features},"
-            f" bias={self.bias is not None}, w{self.bits}a{self.act_bits},"
-            f" group_size={self.group_size}"
-        )
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        format = f"w{self.bits}a{self.act_bits}, group_size={self.group_size}"
+        return f"{sizes}, bias={self.bias is not None}, {format}"
 
 
 class QuantizedEmbedding(_Quantized):
@@ -96,11 +93,7 @@ class QuantizedEmbedding(_Quantized):
     """
 
     def __init__(
-        self,
-        weight: QuantizedWeight,
-        *,
-        dtype: torch.dtype = torch.float32,
-        act_bits: int = 16,
+        self, weight: QuantizedWeight, *, dtype: torch.dtype = torch.float32, act_bits: int = 16
     ) -> None:
         super().__init__(weight)
         self.act_bits = check_act_bits(act_bits)
@@ -120,10 +113,8 @@ class QuantizedEmbedding(_Quantized):
         return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
-        return (
-            f"{self.num_embeddings}, {self.embedding_dim}, int{self.bits},"
-            f" group_size={self.group_size}"
-        )
+        sizes = f"{self.num_embeddings}, {self.embedding_dim}"
+        return f"{sizes}, int{self.bits}, group_size={self.group_size}"
 
 
 def put_quantized(
