@@ -100,11 +100,6 @@ class Grammars:
         return torch.tensor([token[:1].isdigit() for token in self._token_bytes])
 
     @cached_property
-    def quotes(self) -> Tensor:
-        """Which tokens begin with a quotation mark, (V,) bool."""
-        return torch.tensor([token[:1] == b'"' for token in self._token_bytes])
-
-    @cached_property
     def _token_bytes(self) -> list[bytes]:
         known = min(self.vocab_size, self.tokenizer.vocab_size)
         tokens = [self.tokenizer.token_bytes(i) for i in range(known)]
@@ -145,7 +140,7 @@ class _State:
     def __init__(self, matcher: Any, grammars: Grammars, form: Form):
         self.matcher, self.grammars, self.form = matcher, grammars, form
         self.forced: deque[int] = deque()
-        self.digits = 0  # at the end of the text
+        self.json = None if form.kind not in JSON_KINDS else _JsonText(form.kind == "calls")
 
     def copy(self) -> "_State":
         """Return the state of another answer."""
@@ -186,23 +181,51 @@ class _State:
         words = torch.frombuffer(bytearray(found), dtype=torch.uint8)
         bits = (words[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
         allowed = bits.flatten()[: self.grammars.vocab_size].bool()
-        if self.digits < MAX_DIGITS or self.form.kind not in JSON_KINDS:
-            return allowed
-        # of a number: a string, or text around JSON, could go on with a quotation mark
-        fewer = allowed & ~self.grammars.digits
-        is_number = not bool((allowed & self.grammars.quotes).any())
-        return fewer if is_number and bool(fewer.any()) else allowed
+        if self.json is not None and self.json.digits >= MAX_DIGITS:
+            fewer = allowed & ~self.grammars.digits
+            return fewer if bool(fewer.any()) else allowed
+        return allowed
 
     def accept(self, token: int) -> None:
         """Move on by a token."""
         if self.forced and self.forced.popleft() != token:
             self.forced.clear()
-        text = self.grammars.token_bytes(token)
-        rest = text.rstrip(b"0123456789")
-        self.digits = len(text) - len(rest) + (0 if rest else self.digits)
+        if self.json is not None:
+            self.json.add(self.grammars.token_bytes(token))
         if not self.matcher.is_stopped():
             self.matcher.consume_token(token)
             self.check_error()
+
+
+class _JsonText:
+    """Follows JSON: ``digits`` of the number that is written now. ``inside``: JSON is what stands
+    between the marks of tool calls alone."""
+
+    def __init__(self, inside: bool):
+        self.digits = 0
+        self._inside, self._text = inside, b""
+        self._active, self._string, self._escape = not inside, False, False
+
+    def add(self, data: bytes) -> None:
+        for byte in data:
+            if self._inside:
+                self._follow_marks(byte)
+            if not self._active:
+                continue
+            self.digits = self.digits + 1 if not self._string and 48 <= byte <= 57 else 0
+            if self._escape:
+                self._escape = False
+            elif byte == ord("\\"):
+                self._escape = self._string
+            elif byte == ord('"'):
+                self._string = not self._string
+
+    def _follow_marks(self, byte: int) -> None:
+        self._text = (self._text + bytes((byte,)))[-len(CLOSE) :]
+        if self._text.endswith(OPEN.encode()):
+            self._active, self._string, self._escape = True, False, False
+        elif self._text == CLOSE.encode() and not self._string:
+            self._active, self.digits = False, 0
 
 
 def _check_size(form: Form) -> None:
