@@ -22,11 +22,12 @@ from typing import cast
 
 import zstandard
 
-from fastlm.data.prepare import HELDOUT, TRAIN, ZSTD_LEVEL
+from fastlm.data.prepare import HELDOUT, TRAIN
 from fastlm.errors import InputError
 from fastlm.evals.safety.rows import json_lines
 from fastlm.files import make_folder, replacing, save_atomic
 from fastlm.pipeline.funnel import FUNNEL, Funnel, StepCounts
+from fastlm.sources.streams import ZSTD_LEVEL
 
 DIGITS = 9
 PLANTED = "planted.jsonl"
