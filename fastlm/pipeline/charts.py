@@ -64,17 +64,6 @@ def noisy_curve(
     axes.plot(x, running_mean(y), color=BLUE, linewidth=2, label=label)
 
 
-def points_with_errors(axes: Any, metrics: list[dict[str, Any]], name: str) -> None:
-    """Draw what validations measured, with the standard errors ("..._error")."""
-    held = [m for m in metrics if name in m]
-    if held:
-        axes.errorbar(
-            [m["step"] for m in held], [m[name] for m in held], [m[f"{name}_error"] for m in held],
-            color=ORANGE, linewidth=1.5, marker="o", markersize=3.5, elinewidth=1,
-            label="held-out ± standard error",
-        )  # fmt: skip
-
-
 def right_axis(axes: Any, label: str) -> Any:
     """Return axes with the same x and their own y, on the right."""
     right = axes.twinx()
