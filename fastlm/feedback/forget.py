@@ -121,11 +121,13 @@ class _Work:
         self, roots: list[Path], names: Sequence[str], keys: Iterable[str],
         store: "FeedbackStore | None",
     ):  # fmt: skip
-        self.roots, self.names, self.store = roots, names, store
+        self.names, self.store = names, store
         self.folders = list(dict.fromkeys(r if r.is_dir() else r.parent for r in roots))
         self.asked = {asked_key(name): name for name in names}
         # what earlier calls found under the same names or keys
-        log = [line for folder in self.folders for line in read_log(folder)]
+        self.places = _places(roots)
+        logs = dict.fromkeys([*self.folders, *self.places[0]])
+        log = [line for folder in logs for line in read_log(folder)]
         asked = [line for line in log if self.asked.keys() & {*line.asked}]
         self.before = [line for line in log if line in asked or {*keys} & {*line.keys}]
         wanted = {*keys, *(key for line in asked for key in line.keys)}
@@ -147,7 +149,7 @@ class _Work:
     # ---- search
 
     def search(self) -> None:
-        corpora, shards, rows = _places(self.roots)
+        corpora, shards, rows = self.places
         for folder in corpora:
             self.corpora[folder] = parts = search_corpus(folder, self.wanted)
             if self._found("document", folder, parts.values()):
@@ -157,15 +159,19 @@ class _Work:
             if self._found("row", path, [hits]):
                 self.rows.append(hits)
         for folder in shards:
-            corpora = self._corpora_of(folder)
-            if corpora & self.gone.keys():
+            corpora, record = self._corpora_of(folder), self._record(folder)
+            # made of text of which an earlier call removed something
+            stale = record is not None and not self.held.isdisjoint(record.read())
+            if stale or corpora & self.gone.keys():
                 self.shards.append(folder)
                 self.held |= self._ids("shards", folder)
                 if folder.name in ("train", "heldout"):
                     self.held |= self._ids("shards", folder.parent)
                 self._tell("set of token shards", folder, 1)
-            elif self.names and not corpora:
+            elif not corpora or (record is None and self.before):
                 why = "its prepared text is not here to find the documents by"
+                if corpora:
+                    why = "no record says whether it was made before documents were removed"
                 self.report.unchecked.append(f"{folder}: {why}")
         if self.store is not None:
             self.report.database = sum(bool(self.store.keys_of(name)) for name in self.names)

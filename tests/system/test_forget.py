@@ -98,6 +98,24 @@ def test_a_document_leaves_text_and_shards(runs, lost, made):
     assert len(read_log(runs)) == 1
 
 
+def test_shards_of_text_that_an_earlier_call_cleaned(runs, lost, tmp_path):
+    """Only the prepared text was named the first time; a moved copy has no record."""
+    id, _ = lost
+    moved = tmp_path / "moved"
+    for name in ("data", "shards"):
+        shutil.copytree(runs / "one" / name, moved / name)
+    call(moved / "data", "--what", id)
+    told = json.loads(call(moved, "--what", id, "--json", status=5).stdout)
+    assert {line.rpartition(": ")[2] for line in told["unchecked"]} == {
+        "no record says whether it was made before documents were removed"
+    }
+    data = runs / "one/data"
+    first = json.loads(call(data, "--what", id, "--json").stdout)
+    assert [r["what"] for r in first["removed"]] == ["document"] and shards(runs)
+    second = json.loads(call(runs, "--what", id, "--json", status=5).stdout)
+    assert {r["what"] for r in second["removed"]} == {"set of token shards"} and not shards(runs)
+
+
 def test_it_does_not_come_back_and_the_training_runs_again(runs, lost, made):
     id, text = lost
     call(runs, "--what", id, status=5)
