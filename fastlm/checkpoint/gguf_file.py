@@ -158,7 +158,9 @@ class GGUFFile:
             raise InputError(f"{self.path}: wanted a GGUF file, got one that begins with {magic!r}")
         version = cursor.number("I", 4)
         if version not in (2, 3):
-            raise InputError(f"{self.path}: wanted little-endian GGUF 2 or 3, got {version}")
+            raise InputError(
+                f"{self.path}: wanted little-endian GGUF of version 2 or 3, got {version}"
+            )
         # least bytes per entry: an empty name and no dimensions; an empty key and a one-byte value
         n_tensors = cursor.count("tensor count", 8 + 4 + 4 + 8)
         n_metadata = cursor.count("metadata count", 8 + 4 + 1)

@@ -267,6 +267,8 @@ def _clear(folder: Path) -> None:
     except OSError as e:
         raise InputError(f"{e.filename or folder}: cannot be cleared: {e.strerror}") from e
     remove(old)
+    if os.path.lexists(old):
+        raise InputError(f"{folder}: cannot be cleared: {old} is left of it")
 
 
 @contextmanager

@@ -60,7 +60,7 @@ class QuantizeOptions:
                 )
         if self.iterations < 1:
             raise InputError(f"iterations: wanted 1 or more, got {self.iterations}")
-        if isinstance(self.distill, bool) or self.distill < 0:
+        if type(self.distill) is not int or self.distill < 0:
             raise InputError(f"distill: wanted a number of steps, 0 or more, got {self.distill!r}")
         if self.seed < 0:
             raise InputError(f"seed: wanted 0 or more, got {self.seed}")

@@ -242,11 +242,11 @@ class AnswerResponse(Response):
         that is counted and logged, with the reason."""
         answer, request, store = self.answer, self.answer.request, self.server.feedback
         assert store is not None
-        kept = StoredResponse(
-            answer.id, answer.model, request.messages, answer.messages(), request.tools,
-            request.conversation_id,
-        )  # fmt: skip
         try:
+            kept = StoredResponse(
+                answer.id, answer.model, request.messages, answer.messages(), request.tools,
+                request.conversation_id,
+            )  # fmt: skip
             await run_sync(store.keep, kept, limiter=self.server.writing)
         except Exception as error:
             self.told["stored"] = False

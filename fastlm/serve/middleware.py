@@ -85,8 +85,10 @@ class RequestMiddleware:
         self.paths = paths  # labels of metrics: others are "other"
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":  # the beginning and the end of the server
+        if scope["type"] == "lifespan":  # the beginning and the end of the server
             return await self.app(scope, receive, send)
+        if scope["type"] != "http":
+            return None
         began, told, status = time.perf_counter(), dict[str, Any](), 0
         state = {**scope.get("state", {}), "told": told, "id": secrets.token_hex(16)}
         scope["state"] = state

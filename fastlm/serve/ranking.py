@@ -177,8 +177,10 @@ class RankingStore(FeedbackStore):
             ranks = tuple(ranked.ranks[i] for i in order)
             ranking = Ranking(ranks, scores=scores, margin=ranked.margin)
             kind, opinion = "ranking", Feedback(id, ranking=ranking)
-        before = _last(kind, rater).where(FEEDBACK.c.response_id == id)
-        if connection.execute(before).first() is not None:
+        before = sa.select(FEEDBACK.c.id).where(
+            FEEDBACK.c.response_id == id, FEEDBACK.c.rater == rater, FEEDBACK.c[kind].is_not(None)
+        )
+        if connection.execute(before.limit(1)).first() is not None:
             return False
         connection.execute(FEEDBACK.insert().values(row_of(replace(opinion, rater=rater))))
         return True
@@ -209,15 +211,13 @@ class RankingStore(FeedbackStore):
         """The first item, of those with an id above ``after``, that the rater has not ranked or
         skipped; or, with ``skipped``, that the rater skipped. None: there is none.
         """
-        last = _last("ranking", rater).subquery()
-        state = last.c.ranking == SKIPPED if skipped else last.c.id.is_(None)
-        query = (
-            sa.select(ANSWERS.c.id)
-            .outerjoin(last, last.c.response_id == ANSWERS.c.response_id)
-            .where(SEVERAL, ANSWERS.c.id > after, state)
-            .order_by(ANSWERS.c.id)
-        )
-        row = self.first(query)
+        its = FEEDBACK.c
+        own = its.response_id == ANSWERS.c.response_id, its.rater == rater, its.ranking.is_not(None)
+        # a look-up of each item: the last opinions of all items at once would be read for each call
+        last = sa.select(its.ranking).where(*own).order_by(its.id.desc()).limit(1).scalar_subquery()
+        state = last == SKIPPED if skipped else last.is_(None)
+        query = sa.select(ANSWERS.c.id).where(SEVERAL, ANSWERS.c.id > after, state)
+        row = self.first(query.order_by(ANSWERS.c.id))
         return None if row is None else self.item(row.id, rater)
 
     def progress(self, rater: str) -> tuple[RaterCounts, int]:

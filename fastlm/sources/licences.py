@@ -1,15 +1,17 @@
 """The licence that a source of text states of itself, read from what is already in the cache."""
 
 import re
-from importlib.metadata import Distribution, PackageNotFoundError, distribution
+from email.parser import HeaderParser
+from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
+from typing import Any
 
 from fastlm.errors import InputError
 from fastlm.sources.generated import SCHEME, is_generated
 from fastlm.sources.packages import fetch
 from fastlm.sources.rows import parse_source
 
-MOST = 1 << 20  # bytes of a debian/copyright
+MOST = 1 << 20  # bytes that are read of a file
 LINE = 200  # characters: some packages put the whole text of a licence into one field
 
 
@@ -19,7 +21,7 @@ def licence_of(spec: str, cache: Path) -> tuple[str | None, str | None]:
     """
     if is_generated(spec):
         try:
-            return SCHEME, _stated(distribution(SCHEME))
+            return SCHEME, _stated(metadata(SCHEME))
         except PackageNotFoundError:
             return SCHEME, None
     scheme, name, *_ = parse_source(spec)
@@ -36,15 +38,11 @@ def _python(folder: Path) -> str | None:
     """Return the licence that a wheel's METADATA or a source archive's PKG-INFO states."""
     patterns = ("*.dist-info/METADATA", "PKG-INFO", "*/PKG-INFO")
     files = [file for pattern in patterns for file in sorted(folder.glob(pattern))]
-    found = (_stated(Distribution.at(file.parent)) for file in files)
+    found = (_stated(HeaderParser().parsestr(_head(file))) for file in files)
     return next((licence for licence in found if licence), None)
 
 
-def _stated(package: Distribution) -> str | None:
-    try:
-        fields = package.metadata
-    except UnicodeDecodeError:
-        return None
+def _stated(fields: Any) -> str | None:
     for key in ("License-Expression", "License"):
         for value in fields.get_all(key) or ():
             line = " ".join(value.split())
@@ -59,8 +57,13 @@ def _debian(folder: Path) -> str | None:
     """The names in the machine-readable form of debian/copyright."""
     names: dict[str, None] = {}
     for file in sorted(folder.glob("usr/share/doc/*/copyright")):
-        if file.is_file():
-            with open(file, "rb") as opened:
-                text = opened.read(MOST).decode("utf-8", "replace")
-            names |= dict.fromkeys(re.findall(r"^License: *(\S.*?)\s*$", text, re.MULTILINE))
+        names |= dict.fromkeys(re.findall(r"^License: *(\S.*?)\s*$", _head(file), re.MULTILINE))
     return ", ".join(names)[:LINE] or None
+
+
+def _head(file: Path) -> str:
+    try:
+        with open(file, "rb") as opened:
+            return opened.read(MOST).decode("utf-8", "replace")
+    except OSError:
+        return ""

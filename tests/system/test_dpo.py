@@ -476,7 +476,7 @@ def test_the_command_and_a_recipe(base, data, tmp_path) -> None:
     done = CliRunner().invoke(app, ["run", str(recipe), "--out", str(tmp_path / "run")])
     assert done.exit_code == 0, done.output
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "Preference training" in page and "held-out accuracy" in page
+    assert "Preference training" in page and "accuracy, held-out" in page
     assert "share ranked right" in page
 
 

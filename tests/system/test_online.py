@@ -401,7 +401,8 @@ def test_ppo_estimates_by_plain_loops() -> None:
     answers = game.answers
     rewards, values = [], []
     for i, answer in enumerate(answers):
-        packed = game._packed([i])
+        prompt = game.prompts[game.chosen[i]]
+        packed = pack_answers([prompt], [answer.token_ids], game.policy.device)
         with torch.no_grad():
             logp, _, value = game.both(packed)
             ref = game.logprobs(game.reference, packed)[0]
@@ -492,7 +493,8 @@ def _gaps(game) -> list[list[float]]:
     """logp - ref_logp of each answer of the round."""
     found = []
     for i in range(len(game.answers)):
-        packed = game._packed([i])
+        prompt = game.prompts[game.chosen[i]]
+        packed = pack_answers([prompt], [game.answers[i].token_ids], game.policy.device)
         with torch.no_grad():
             logp = game.logprobs(game.policy, packed)[0]
             found.append((logp - game.logprobs(game.reference, packed)[0])[0].tolist())
@@ -556,7 +558,8 @@ def test_a_mismatch_of_sampling_and_training_is_corrected(kind, monkeypatch) -> 
         game.next_batches(4)
         assert game.made["mismatch"] == pytest.approx(off, abs=1e-5)
         weight = min(math.exp(off), online.TOP_WEIGHT)
-        mask = plain._mask()
+        lengths = torch.tensor([len(answer.token_ids) for answer in plain.answers])
+        mask = torch.arange(int(lengths.max())) < lengths[:, None]
         if kind == "rloo":  # an answer is one action: the difference is that of its sum
             weight = (off * mask.sum(1).float()).exp().clamp(max=online.TOP_WEIGHT)
             weight = weight[:, None].expand_as(mask)[mask]

@@ -109,7 +109,7 @@ dtype = "float32"
     done = CliRunner().invoke(app, ["run", str(recipe), "--out", str(tmp_path / "run")])
     assert done.exit_code == 0, done.output
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "PPO" in page and page.count('class="chart"') == 5
+    assert "PPO" in page and page.count('class="chart"') == 6
     assert "explained variance of the returns" in page
     assert "reward model" in page and "held-out score" in page
     steps = [line for line in metrics_of(tmp_path / "run" / "ppo") if "loss" in line]

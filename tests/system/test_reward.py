@@ -179,7 +179,7 @@ def test_transformers_gives_the_same_scores(tmp_path, tied) -> None:
             (logit,) = theirs(torch.tensor([sequence])).logits[0]
         normed = (float(logit) - settings["score_mean"]) / settings["score_std"]
         assert normed == pytest.approx(float(score), abs=1e-4)
-    with pytest.raises(InputError, match="wanted tensors of the model only"):
+    with pytest.raises(InputError, match="expected tensors of the model only"):
         CausalLM.from_pretrained(tmp_path)  # no language model
     lm.save_pretrained(tmp_path / "lm")
     with pytest.raises(InputError, match=r"wanted a reward model, with score.weight \(1, 32\)"):

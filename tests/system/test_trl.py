@@ -35,7 +35,7 @@ ARGUMENTS = {
 }  # fmt: skip
 ONCE = TrainOptions(max_steps=1)
 COMMON: dict[str, Any] = {
-    "seed": 0, "base": "", "tokenizer": None, "prompt": (), "device": torch.device("cpu"),
+    "seed": 0, "base": "", "tokenizer": None, "prompt": (),
 }  # fmt: skip
 
 
