@@ -163,7 +163,7 @@ def rolling_out(
     scored: list[float] = []
 
     def score(places, answers):
-        scored[:] = [sum(t % 5 for t in a.token_ids) / len(a.token_ids) - 0.1 * p
+        scored[:] = [(sum(t % 5 for t in a.token_ids) / len(a.token_ids) - 0.1 * p) / 1.5
                      for p, a in zip(places, answers, strict=True)]  # fmt: skip
         return list(scored)
 
