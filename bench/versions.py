@@ -177,6 +177,8 @@ def main() -> None:
             all_ratios[op, label] = ratio
             mark = "" if ratio >= 1 - LEAST else "  SLOWER"
             print(f"{ratio:6.3f}  {label}  ({attempts}){mark}", flush=True)
+    if not all_ratios:
+        sys.exit("versions: expected rows to compare, got none (--row, --below)")
     slower = sum(ratio < 1 - LEAST for ratio in all_ratios.values())
     faster = sum(ratio > 1 + LEAST for ratio in all_ratios.values())
     middle = statistics.median(all_ratios.values())
