@@ -41,7 +41,7 @@ def values(task: Task, records: Sequence[Record]) -> Values:
 
 
 def bits_per_byte(question: Choices, logprob: float, delimiter: str) -> float:
-    """Of the right answer, without the delimiter before it."""
+    """Return bits per byte of the right answer, without the delimiter before it."""
     answer = question.requests[question.gold][1].removeprefix(delimiter)
     return -logprob / math.log(2) / max(1, len(answer.encode()))
 

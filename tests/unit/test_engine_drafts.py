@@ -250,7 +250,7 @@ def test_a_draft_model_whose_weights_cannot_be_followed(monkeypatch):
         return plan_of(model)
 
     with torch.no_grad():
-        next(draft.parameters()).mul_(1)  # a write: the engine builds its plan anew
+        next(draft.parameters()).mul_(1)  # a write, after which the engine rebuilds its plan
     with monkeypatch.context() as patch:
         patch.setattr(cpu_steps, "plan_of", broken)
         assert [told(r) for r in engine.generate(requests)] == alone(model, requests)
