@@ -76,7 +76,7 @@ def extension(name: str, patterns: str, cxx_std: int, options: list[str], link: 
 
 
 # What can be built here. build.ninja has all of it; the environment says what of it is wanted
-EXTENSIONS = [extension("fastlm._cpu", "bindings.cpp cpu/*.cpp", 17, [], [])]
+EXTENSIONS = [extension("fastlm._cpu", "bindings.cpp cpu/*.cpp cpu/*/*.cpp", 17, [], [])]
 KERNELS = {}  # the compiler of an extension's .cu files
 CUDA_HOME = cuda_home()
 if CUDA_HOME and (CUDA_HOME / "bin/nvcc").exists():

@@ -2,12 +2,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "cpu/huge_pages.h"
-#include "cpu/decode_plan.h"
-#include "cpu/isa.h"
+#include "cpu/base/huge_pages.h"
+#include "cpu/decode/decode_plan.h"
+#include "cpu/base/isa.h"
 #include "cpu/ops.h"
-#include "cpu/product_rate.h"
-#include "cpu/token_sampler.h"
+#include "cpu/probes/product_rate.h"
+#include "cpu/decode/token_sampler.h"
 #include "cpu/weights.h"
 #include "tensor_caster.h"
 

@@ -4,7 +4,7 @@
 #include <vector>
 
 #define FASTLM_BODY "cpu/adamw.h"
-#include "cpu/each_isa.h"
+#include "cpu/base/each_isa.h"
 #include "cpu/ops.h"
 
 namespace fastlm {

@@ -11,7 +11,7 @@
 // reads once and writes once. A row is a sequence of spans, which are summed separately and added
 // in order: a few rows of a large vocabulary keep all threads busy, and the result does not depend
 // on which thread took which span.
-#include "cpu/parallel.h"
+#include "cpu/base/parallel.h"
 #include "cpu/scores.h"
 
 constexpr int64_t BLOCK = 1024;     // 4 KiB of scores: they stay in the L1 between the two loops

@@ -9,8 +9,8 @@
 #include <unistd.h>
 #endif
 
-#include "cpu/isa.h"
-#include "cpu/product_rate.h"
+#include "cpu/base/isa.h"
+#include "cpu/probes/product_rate.h"
 
 namespace fastlm {
 namespace {

@@ -5,7 +5,7 @@
 //              activation is recomputed
 //
 // Work is cut into pieces of PIECE elements of a row; contiguous tensors are one row.
-#include "cpu/parallel.h"
+#include "cpu/base/parallel.h"
 
 constexpr int64_t PIECE = 4096;  // elements: 8 to 16 KiB per operand; hides the cost of the loop
 

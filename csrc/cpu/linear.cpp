@@ -1,6 +1,6 @@
 #define FASTLM_BODY "cpu/linear.h"
-#include "cpu/each_isa.h"
-#include "cpu/huge_pages.h"
+#include "cpu/base/each_isa.h"
+#include "cpu/base/huge_pages.h"
 #include "cpu/ops.h"
 
 namespace fastlm {

@@ -11,8 +11,8 @@
 // the caller's rows: rows a power of two apart share a few sets of the L2.
 //
 // E is the type of gemm.h's operands (bf16 or float).
-#include "cpu/gemm.h"
-#include "cpu/workspace.h"
+#include "cpu/base/gemm.h"
+#include "cpu/base/workspace.h"
 
 using E = Elem<bf16>;
 constexpr int64_t IN_L2 =

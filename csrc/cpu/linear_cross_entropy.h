@@ -22,9 +22,9 @@
 // R is padded to a multiple of RP with zero rows of x. E's elements have the type of gemm.h's
 // operands (bf16 or float). With up to FEW rows the cost is reading w: scores are dot products with
 // w's rows in place.
-#include "cpu/gemm.h"
+#include "cpu/base/gemm.h"
 #include "cpu/scores.h"
-#include "cpu/workspace.h"
+#include "cpu/base/workspace.h"
 
 constexpr int64_t VB = 256;     // rows of w per block: 256 x 512 fp32 of dw are half of an L2
 constexpr int64_t DB = 256;     // most columns of dx per task: 512 x 256 fp32 in the L2

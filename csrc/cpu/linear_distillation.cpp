@@ -2,8 +2,8 @@
 #include <type_traits>
 
 #define FASTLM_BODY "cpu/linear_distillation.h"
-#include "cpu/each_isa.h"
-#include "cpu/huge_pages.h"
+#include "cpu/base/each_isa.h"
+#include "cpu/base/huge_pages.h"
 #include "cpu/ops.h"
 
 namespace fastlm {

@@ -11,8 +11,8 @@
 // Each row is read twice: from memory, then from the L1 (a row is at most a few tens of KiB). dw is
 // summed per block of BLOCK_ROWS rows and then over blocks in order, so it does not depend on the
 // thread count.
-#include "cpu/parallel.h"
-#include "cpu/rows.h"
+#include "cpu/base/parallel.h"
+#include "cpu/base/rows.h"
 
 constexpr int SUMS = 4;             // independent sums per row
 constexpr int64_t BLOCK_ROWS = 64;  // rows per partial sum of dw: 64 blocks for a 4096-row batch

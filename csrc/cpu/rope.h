@@ -8,7 +8,7 @@
 // One unit of work is all heads of one position, so the table row (R floats, twice) is read from
 // memory once and from the L1 for every further head. Each element of q and k is read once and
 // written once.
-#include "cpu/parallel.h"
+#include "cpu/base/parallel.h"
 
 // Swaps neighbours: (1, 0, 3, 2, ...).
 FASTLM_INLINE vfloat swap_pairs(vfloat x) {

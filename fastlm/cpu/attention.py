@@ -1,4 +1,4 @@
-"""attention through csrc/cpu/attention.h. `varlen_attention` and `paged_attention` use parts of it.
+"""attention through csrc/cpu/attention. `varlen_attention` and `paged_attention` use parts of it.
 
 Allocates the results and one workspace for all threads. The sizes of its parts are computed here
 (forward) or in C++ (backward).
@@ -67,7 +67,7 @@ def forward_any_layout(
     if layout[0] is None and seed is None and (queries == 1 or queries * group <= 8):
         if longest_keys > 512:
             # partial results of 512 keys each, 2 + Dv floats per row, rows padded to eights
-            # (attention_decode.h)
+            # (attention_chunks.h)
             rows = sequences * kv_heads * _padded(queries * group, 8)
             floats += rows * ((longest_keys + 511) // 512) * (2 + _padded(v_width, 16))
         if wide > 256:  # per thread: eight rows of q, of 512 scores, twice of out
@@ -147,7 +147,7 @@ def backward_any_layout(
 
 # Up to these sizes the C++ body needs no workspace, and finding that out would cost 1 us of a
 # single token's 7. In order: sequences; D and Dv; rows per key head and keys in the forward
-# (attention_decode.h); queries and keys in the backward (attention_backward.h).
+# (attention_chunks.h); queries and keys in the backward (attention_backward.h).
 _FEW_SEQUENCES, _FEW_WIDE, _FEW_ROWS, _FEW_KEYS, _FEW = 16, 256, 8, 512, 8
 _FEW_WORK = 1 << 17  # products in the backward where D = Dv
 

@@ -1,4 +1,4 @@
-"""paged_attention through csrc/cpu/attention.h. Calls the host side of `attention` with the pages
+"""paged_attention through csrc/cpu/attention. Calls the host side of `attention` with the pages
 and the number of keys for which its workspace must have room.
 """
 

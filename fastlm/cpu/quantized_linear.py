@@ -1,4 +1,4 @@
-"""quantized_linear and dequantize through csrc/cpu/quantized_linear.h. Allocates the results, and a
+"""quantized_linear and dequantize through csrc/cpu/quantized. Allocates the results, and a
 workspace of the size that C++ reports.
 """
 

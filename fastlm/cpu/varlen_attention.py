@@ -1,4 +1,4 @@
-"""varlen_attention through csrc/cpu/attention.h: the host side of `attention`, with offsets."""
+"""varlen_attention through csrc/cpu/attention: the host side of `attention`, with offsets."""
 
 from fastlm.cpu.attention import backward_any_layout, forward_any_layout
 

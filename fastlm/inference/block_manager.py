@@ -21,7 +21,7 @@ from torch import Tensor
 from fastlm.checkpoint.config import ModelConfig
 from fastlm.reference.quantized_linear import round_rows
 
-# Tokens of a page: a multiple of 16 (csrc/cpu/decode_step.h). Half of an attention task of the
+# Tokens of a page: a multiple of 16 (csrc/cpu/decode). Half of an attention task of the
 # decode step; a prompt's products reach 0.8 to 0.9 of their speed at 512 tokens with 64 (AVX2).
 BLOCK_SIZE = 64
 SCALES = torch.float32

@@ -1,6 +1,6 @@
 """Choose the next tokens of a step, each with the options of its own sequence.
 
-Logits on the CPU are read by one call into C++ for all rows (csrc/cpu/sample.h). Elsewhere, and
+Logits on the CPU are read by one call into C++ for all rows (csrc/cpu/decode). Elsewhere, and
 where that is not built, torch does the same (`fastlm.inference.sampling`, which is the definition).
 Both draw the token at which the sum of probabilities exceeds the same random number.
 """

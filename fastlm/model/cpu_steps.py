@@ -1,5 +1,5 @@
 """Decode steps on the CPU as one call into `fastlm._cpu`: one token per row, or several rows of one
-sequence, run through the whole model in one parallel region (csrc/cpu/decode_step.h).
+sequence, run through the whole model in one parallel region (csrc/cpu/decode/decode_step.h).
 
 The modules compute the same up to rounding, op by op. Their roughly 300 calls per step, each a
 parallel region, cost a small model more time than its weights do. Here activations stay float32

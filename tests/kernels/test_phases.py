@@ -1,4 +1,4 @@
-"""The phases of a decode step (csrc/cpu/phases.h) on more threads than cores, one often asleep."""
+"""The phases of a decode step (csrc/cpu/base/phases.h): more threads than cores, one asleep."""
 
 import shutil
 import subprocess

@@ -1,8 +1,8 @@
-// csrc/cpu/phases.h alone, on threads of which the first is often away: thousands of short phases,
-// each the sum over the phase before it, in two buffers that the phases share.
+// csrc/cpu/base/phases.h alone, on threads of which the first is often away: thousands of short
+// phases, each the sum over the phase before it, in two buffers that the phases share.
 //
 //     phases THREADS PHASES      prints the last phase's values; ends 1 where a unit ran twice
-#include "cpu/phases.h"
+#include "cpu/base/phases.h"
 
 #include <cstdio>
 #include <cstdlib>

@@ -18,7 +18,8 @@ ENV = {k: v for k, v in kernel_build.QUIET.items() if not k.startswith("FASTLM_"
 
 def test_every_source_is_compiled_where_it_belongs(monkeypatch):
     monkeypatch.chdir(ROOT)
-    folders = {"fastlm._cpu": {"csrc", "csrc/cpu"}, "fastlm._cuda": {"csrc/cuda"}}
+    rooms = {str(p) for p in Path("csrc/cpu").iterdir() if any(p.glob("*.cpp"))}
+    folders = {"fastlm._cpu": {"csrc", "csrc/cpu", *rooms}, "fastlm._cuda": {"csrc/cuda"}}
     folders["fastlm._simt"] = {"csrc/cuda", "csrc/simt"}
     sources = [str(p) for p in Path("csrc").rglob("*") if p.suffix in {".cpp", ".cu"}]
     assert {os.path.dirname(s) for s in sources} == set.union(*folders.values())
@@ -44,11 +45,11 @@ def tree(tmp_path):
     files = {
         "fastlm/__init__.py": "",
         "kernels/__init__.py": "",
-        "csrc/bindings.cpp": '#include "cpu/rows.h"\n',
-        "csrc/cpu/rows.h": "#pragma once\n",
-        "csrc/cpu/glu.h": '#pragma once\n#include "cpu/rows.h"\n',
+        "csrc/bindings.cpp": '#include "cpu/base/rows.h"\n',
+        "csrc/cpu/base/rows.h": "#pragma once\n",
+        "csrc/cpu/glu.h": '#pragma once\n#include "cpu/base/rows.h"\n',
         "csrc/cpu/glu.cpp": '#include "cpu/glu.h"\nint glu() { return 1; }\n',
-        "csrc/cpu/rope.cpp": '#include "cpu/rows.h"\nint rope() { return 1; }\n',
+        "csrc/cpu/rope.cpp": '#include "cpu/base/rows.h"\nint rope() { return 1; }\n',
     }
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

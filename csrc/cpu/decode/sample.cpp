@@ -1,7 +1,7 @@
-#include "cpu/token_sampler.h"
+#include "cpu/decode/token_sampler.h"
 
-#define FASTLM_BODY "cpu/sample.h"
-#include "cpu/each_isa.h"
+#define FASTLM_BODY "cpu/decode/sample.h"
+#include "cpu/base/each_isa.h"
 
 namespace fastlm {
 namespace {

@@ -4,21 +4,21 @@
 //   attention_problem.h   where the sequences lie; which keys a row sees
 //   attention_scores.h    softcap, ALiBi, bias, dropout on a row of scores
 //   attention_forward.h   blocks of queries against blocks of packed keys (training, prefill)
-//   attention_decode.h    a few queries against a long cache, which is read once, in place
+//   attention_chunks.h    a few queries against a long cache, which is read once, in place
 //   attention_backward.h  gradients
 //
 // Names: b batch, h query head, i query row, j key; S, T lengths of q and k; D, Dv widths of a
 // head. Types: T of q, C of k and v, E of the operands of the products (gemm.h).
-#include "cpu/gemm.h"
-#include "cpu/simd_int8.h"
-#include "cpu/workspace.h"
+#include "cpu/base/gemm.h"
+#include "cpu/base/simd_int8.h"
+#include "cpu/base/workspace.h"
 
 namespace attention_body {
-#include "cpu/attention_problem.h"
-#include "cpu/attention_scores.h"
-#include "cpu/attention_forward.h"
-#include "cpu/attention_decode.h"
-#include "cpu/attention_backward.h"
+#include "cpu/attention/attention_problem.h"
+#include "cpu/attention/attention_scores.h"
+#include "cpu/attention/attention_forward.h"
+#include "cpu/attention/attention_chunks.h"
+#include "cpu/attention/attention_backward.h"
 
 template <class T, class C>
 void forward(const AttentionInputs& in, const TensorView& out, const TensorView& lse,

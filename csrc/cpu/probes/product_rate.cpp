@@ -1,4 +1,4 @@
-#include "cpu/product_rate.h"
+#include "cpu/probes/product_rate.h"
 
 #include <cpuid.h>
 
@@ -6,7 +6,7 @@
 #include <chrono>
 #include <cstring>
 
-#include "cpu/peak.h"
+#include "cpu/probes/peak.h"
 
 namespace fastlm {
 namespace {

@@ -1,12 +1,12 @@
 // The rate of each multiplying instruction with operands in registers, on all threads: the ceilings
 // that a benchmark divides by.
-#include "cpu/peak.h"
+#include "cpu/probes/peak.h"
 
 #include <immintrin.h>
 
 #include <stdexcept>
 
-#include "cpu/isa.h"
+#include "cpu/base/isa.h"
 #include "cpu/ops.h"
 
 namespace fastlm {

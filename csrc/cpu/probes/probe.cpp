@@ -2,8 +2,8 @@
 // ceilings, the cost of a bound call, the threads.
 #include <vector>
 
-#define FASTLM_BODY "cpu/probe.h"
-#include "cpu/each_isa.h"
+#define FASTLM_BODY "cpu/probes/probe.h"
+#include "cpu/base/each_isa.h"
 #include "cpu/ops.h"
 
 namespace fastlm {

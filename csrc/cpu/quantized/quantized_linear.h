@@ -8,19 +8,19 @@
 //   quantized_panel_int8.h  8-bit activations: panels of integers (gemm_int8.h)
 //
 // One thread computes an output, in one order: results are bit-equal on any number of threads.
-#include "cpu/gemm.h"
-#include "cpu/quantized_weight.h"
-#include "cpu/rows.h"
-#include "cpu/workspace.h"
+#include "cpu/base/gemm.h"
+#include "cpu/quantized/quantized_weight.h"
+#include "cpu/base/rows.h"
+#include "cpu/base/workspace.h"
 //
-#include "cpu/gemm_int8.h"
+#include "cpu/base/gemm_int8.h"
 //
-#include "cpu/quantized_dot.h"
-#include "cpu/quantized_scaled.h"
+#include "cpu/quantized/quantized_dot.h"
+#include "cpu/quantized/quantized_scaled.h"
 //
-#include "cpu/quantized_panel.h"
+#include "cpu/quantized/quantized_panel.h"
 //
-#include "cpu/quantized_panel_int8.h"
+#include "cpu/quantized/quantized_panel_int8.h"
 
 // Rows of x up to which the dot form is faster, as measured. The dot form unpacks W for every 4
 // rows; the panel form unpacks once, and pays for the transposition. From 2048 x 2048 on, reading W

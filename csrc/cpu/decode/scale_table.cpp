@@ -4,7 +4,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "cpu/decode_plan.h"
+#include "cpu/decode/decode_plan.h"
 #include "cpu/weights.h"
 
 namespace fastlm {

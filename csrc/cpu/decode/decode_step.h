@@ -27,15 +27,15 @@
 // and no sum crosses lanes:
 //
 //   lane i of vector l   4 bytes of row n + i: columns [l * PER_LANE, ...)    x broadcast
-#include "cpu/gemm.h"
-#include "cpu/quantized_weight.h"
+#include "cpu/base/gemm.h"
+#include "cpu/quantized/quantized_weight.h"
 //
-#include "cpu/gemm_int8.h"
-#include "cpu/simd_int8.h"
+#include "cpu/base/gemm_int8.h"
+#include "cpu/base/simd_int8.h"
 
-#include "cpu/decode_linear.h"
+#include "cpu/decode/decode_linear.h"
 //
-#include "cpu/decode_attention.h"
+#include "cpu/decode/decode_attention.h"
 
 constexpr int64_t SPLIT_ROWS = 4;  // of x: from this many on, threads share their preparation
 

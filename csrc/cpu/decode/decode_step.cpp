@@ -2,11 +2,11 @@
 #include <new>
 #include <utility>
 
-#include "cpu/decode_plan.h"
-#include "cpu/phases.h"
+#include "cpu/decode/decode_plan.h"
+#include "cpu/base/phases.h"
 
-#define FASTLM_BODY "cpu/decode_step.h"
-#include "cpu/each_isa.h"
+#define FASTLM_BODY "cpu/decode/decode_step.h"
+#include "cpu/base/each_isa.h"
 
 namespace fastlm {
 namespace {

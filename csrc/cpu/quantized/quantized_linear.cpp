@@ -1,8 +1,8 @@
 #include <type_traits>
 
-#define FASTLM_BODY "cpu/quantized_linear.h"
-#include "cpu/each_isa.h"
-#include "cpu/huge_pages.h"
+#define FASTLM_BODY "cpu/quantized/quantized_linear.h"
+#include "cpu/base/each_isa.h"
+#include "cpu/base/huge_pages.h"
 #include "cpu/ops.h"
 
 namespace fastlm {

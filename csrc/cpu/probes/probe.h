@@ -1,6 +1,6 @@
 // The matrix core alone, and the ceilings of the machine, which a benchmark divides by. Body of
 // probe.cpp.
-#include "cpu/gemm.h"
+#include "cpu/base/gemm.h"
 
 // C = A . B^T, packing included.
 inline void matmul(const TensorView& a, const TensorView& b, const TensorView& c) {

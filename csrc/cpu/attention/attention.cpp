@@ -1,7 +1,7 @@
-#include "cpu/attention_inputs.h"
-#define FASTLM_BODY "cpu/attention.h"
-#include "cpu/each_isa.h"
-#include "cpu/huge_pages.h"
+#include "cpu/attention/attention_inputs.h"
+#define FASTLM_BODY "cpu/attention/attention.h"
+#include "cpu/base/each_isa.h"
+#include "cpu/base/huge_pages.h"
 #include "cpu/ops.h"
 
 namespace fastlm {

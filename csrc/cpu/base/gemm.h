@@ -36,7 +36,7 @@ template <class T>
 using Elem = typename ElemOf<T>::type;
 
 #ifdef FASTLM_AMX
-#include "cpu/amx.h"
+#include "cpu/base/amx.h"
 #else
 struct TileScope {
   FlushDenormals flush;

@@ -14,7 +14,7 @@
 //
 // The logits are read once from the L2 or L3 for `tops`, and again for each of the others: exp, and
 // the collection of candidates, which skips blocks below its threshold.
-#include "cpu/parallel.h"
+#include "cpu/base/parallel.h"
 
 constexpr int64_t SAMPLE_BLOCK = 256;
 

@@ -1,7 +1,7 @@
 // Compiles one kernel body for every instruction set. In <op>.cpp:
 //
 //     #define FASTLM_BODY "cpu/<op>.h"
-//     #include "cpu/each_isa.h"
+//     #include "cpu/base/each_isa.h"
 //     void fastlm::<op>(...) { FASTLM_RUN(<op>, ...); }
 //
 // The body is included once per instruction set, inside namespace fastlm::<isa> and inside a target
@@ -23,7 +23,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "cpu/isa.h"
+#include "cpu/base/isa.h"
 #include "tensor.h"
 
 // AddressSanitizer does not see masked moves (opaque builtins in GCC), so a partial load or store
@@ -52,7 +52,7 @@ extern "C" void __asan_unpoison_memory_region(const volatile void* p, size_t byt
 
 #define FASTLM_VL 4
 namespace fastlm::scalar {
-#include "cpu/simd.h"
+#include "cpu/base/simd.h"
 #include FASTLM_BODY
 }  // namespace fastlm::scalar
 #undef FASTLM_VL
@@ -61,7 +61,7 @@ namespace fastlm::scalar {
 #pragma GCC target("avx2,fma,f16c,bmi2")
 #define FASTLM_VL 8
 namespace fastlm::avx2 {
-#include "cpu/simd.h"
+#include "cpu/base/simd.h"
 #include FASTLM_BODY
 }  // namespace fastlm::avx2
 #undef FASTLM_VL
@@ -72,7 +72,7 @@ namespace fastlm::avx2 {
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi")
 namespace fastlm::avx512_fma {
-#include "cpu/simd.h"
+#include "cpu/base/simd.h"
 #include FASTLM_BODY
 }  // namespace fastlm::avx512_fma
 #pragma GCC pop_options
@@ -82,14 +82,14 @@ namespace fastlm::avx512_fma {
 #pragma GCC target( \
     "avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512bf16")
 namespace fastlm::avx512 {
-#include "cpu/simd.h"
+#include "cpu/base/simd.h"
 #include FASTLM_BODY
 }  // namespace fastlm::avx512
 
 #define FASTLM_AMX
 #define FASTLM_AMX_EMULATED
 namespace fastlm::amx_emulated {
-#include "cpu/simd.h"
+#include "cpu/base/simd.h"
 #include FASTLM_BODY
 }  // namespace fastlm::amx_emulated
 #undef FASTLM_AMX_EMULATED
@@ -99,7 +99,7 @@ namespace fastlm::amx_emulated {
 #pragma GCC target( \
     "avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512bf16,amx-tile,amx-int8,amx-bf16")
 namespace fastlm::amx {
-#include "cpu/simd.h"
+#include "cpu/base/simd.h"
 #include FASTLM_BODY
 }  // namespace fastlm::amx
 #undef FASTLM_AMX
