@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <stdexcept>
 #include <string>
 
@@ -132,6 +133,8 @@ struct TensorView {
     return reinterpret_cast<T*>(static_cast<char*>(dl.data) + dl.byte_offset);
   }
 };
+
+using OptionalTensor = std::optional<TensorView>;
 
 // Throws an error that says what was wanted and what came: check_size("weight", "size", n, k).
 inline void check_size(const char* argument, const char* what, int64_t wanted, int64_t got) {

@@ -13,11 +13,19 @@
 
 namespace pybind11::detail {
 
+// A parameter `const TensorView*` is null where Python passes None; `TensorView` and
+// `const TensorView&` refuse it.
 template <>
 struct type_caster<fastlm::TensorView> {
-  PYBIND11_TYPE_CASTER(fastlm::TensorView, const_name("Tensor"));
+  static constexpr auto name = const_name("Tensor");
+  template <class T>
+  using cast_op_type = movable_cast_op_type<T>;
+  operator fastlm::TensorView*() { return is_none ? nullptr : &value; }
+  operator fastlm::TensorView&() { return given(); }
+  operator fastlm::TensorView&&() && { return std::move(given()); }
 
   bool load(handle source, bool) {
+    if ((is_none = source.is_none())) return true;
     const fastlm::dlpack::ExchangeApi* api = exchange_api(Py_TYPE(source.ptr()));
     if (api) {
       if (api->view_of_object(source.ptr(), &value.dl) != 0) throw error_already_set();
@@ -51,6 +59,14 @@ struct type_caster<fastlm::TensorView> {
   }
 
  private:
+  fastlm::TensorView value;
+  bool is_none = false;
+
+  fastlm::TensorView& given() {
+    if (is_none) throw reference_cast_error();
+    return value;
+  }
+
   // The exchange table of a Python type, or null. One entry is cached: consecutive calls mostly
   // have the same type.
   static const fastlm::dlpack::ExchangeApi* exchange_api(PyTypeObject* type) {

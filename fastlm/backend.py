@@ -1,28 +1,30 @@
-"""The only file that checks what hardware and extras exist, and picks the implementation of an op.
+"""The only file that checks what hardware and extras exist, and chooses an op's implementation.
 
-Every op is one torch operator, ``torch.ops.fastlm.<name>``, with up to four implementations of the
-same signature:
+Every op (`fastlm.operator`) has up to four implementations of the same signature. A backend is one
+row of `BACKENDS`:
 
-- ``reference``  plain PyTorch (`fastlm.reference`); the definition; every device and float dtype;
-- ``cpu``        C++ (`fastlm._cpu`); float32, bfloat16, float16;
+- ``cuda``       CUDA C++ (`fastlm._cuda`), on CUDA devices;
 - ``triton``     Triton (`fastlm.kernels`), on CUDA devices, or on CPU tensors with
                  ``TRITON_INTERPRET=1`` (numpy emulates the GPU, for tests);
-- ``cuda``       CUDA C++ (`fastlm._cuda`), on CUDA devices;
-- ``simt``       the same CUDA C++ on CPU tensors, in an emulator (`fastlm._simt`); only when
-                 forced, for tests.
+- ``cpu``        C++ (`fastlm._cpu`);
+- ``simt``       the CUDA C++ on CPU tensors, in an emulator (`fastlm._simt`); only when forced, for
+                 tests;
+- ``reference``  plain PyTorch (`fastlm.reference`); the definition; every device and float dtype.
 
-`pick` takes the first backend of `ORDER[device]` that implements the op, is available and supports
-the dtype. ``FASTLM_BACKEND=name`` or ``with use_backend("name"):`` forces one backend. An op that
-it cannot run raises: nothing falls back silently.
+`pick` takes the first row that has the op, is available, and serves the tensors' device and dtype
+and, where the op has a predicate for it, the arguments. ``FASTLM_BACKEND=name`` or
+``with use_backend("name"):`` forces one backend. An op that it cannot run raises: nothing falls
+back silently. `add` adds a row from outside this package.
 """
 
 import contextlib
 import functools
 import importlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -32,24 +34,142 @@ from fastlm.errors import InputError
 # because it shares torch's OpenMP runtime.
 cpu_extension: Any = importlib.import_module("fastlm._cpu") if find_spec("fastlm._cpu") else None
 
-BACKENDS = ("cuda", "simt", "triton", "cpu", "reference")
-# Best first, per device type. A device that is not listed runs the reference.
-ORDER: dict[str, tuple[str, ...]] = {
-    "cpu": ("cpu", "reference"),
-    "cuda": ("cuda", "triton", "reference"),
-}
-DTYPES: dict[str, tuple[torch.dtype, ...]] = {
-    "cpu": (torch.float32, torch.bfloat16, torch.float16),
-    "triton": (torch.float32, torch.bfloat16, torch.float16),
-    "cuda": (torch.float32, torch.bfloat16, torch.float16),
-}
-DTYPES["simt"] = DTYPES["cuda"]
+_HALVES_AND_FLOAT = (torch.float32, torch.bfloat16, torch.float16)
+_FLOATS = (*_HALVES_AND_FLOAT, torch.float64)
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-IMPLEMENTATIONS: dict[str, dict[str, Any]] = {}  # callables, or `Kernel` until first picked
-_picked_by: dict[str, str] = {}  # op -> the argument whose device and dtype decide
-_fakes: dict[str, Callable] = {}  # op -> its shape function, for tensors without memory
+class Serves(NamedTuple):
+    """What a backend serves of an op: a sentence for `fastlm info`, and the predicate, which gets
+    the op's arguments."""
+
+    text: str
+    holds: Callable[..., bool]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A row of the table.
+
+    Args:
+        name: as in `use_backend`.
+        package: holds the host functions. That of an op is the function of the definition's name in
+            the module of the definition's name: `fastlm.reference.rms_norm.rms_norm_forward` has
+            its host in ``<package>.rms_norm``.
+        devices: types of the devices whose tensors it runs on; empty: any.
+        dtypes: of the argument that decides; empty: any float.
+        why_not: why it cannot run on this machine, or None.
+        emulates: whether it runs on CPU tensors as well, when it is forced.
+        ops_of: has the ops of this other row.
+        ops: name of an op -> what it serves of it (None: everything). For a backend from outside;
+            what those of fastlm have is in the declarations of `fastlm.ops`.
+        around: makes of a host function what is called.
+    """
+
+    name: str
+    package: str
+    devices: tuple[str, ...]
+    why_not: Callable[[], str | None] = lambda: None
+    dtypes: tuple[torch.dtype, ...] = _HALVES_AND_FLOAT
+    emulates: Callable[[], bool] = lambda: False
+    ops_of: str = ""
+    ops: Mapping[str, Serves | None] = field(default_factory=dict)
+    around: Callable[[Callable], Callable] = lambda function: function
+
+
+@dataclass
+class Entry:
+    """An op in the table: where its implementations are."""
+
+    name: str
+    module: str  # of the host functions, within each backend's package
+    function: str
+    serves: dict[str, Serves | None]  # backend -> what it serves; None: everything
+    chosen_by: str  # the argument whose device and dtype decide
+    fake: Callable | None  # runs on tensors without memory
+    implementations: dict[str, Callable] = field(default_factory=dict)  # loaded so far
+
+    def has(self, row: Backend) -> bool:
+        return row.name in self.serves or row.name in row.ops or row.ops_of in self.serves
+
+    def serves_of(self, row: Backend) -> Serves | None:
+        served = row.ops.get(self.name) or self.serves.get(row.name)
+        return served or self.serves.get(row.ops_of)
+
+    def load(self, row: Backend) -> Callable:
+        """The row's implementation, imported at first use: Triton may be missing and takes half a
+        second."""
+        if row.name not in self.implementations:
+            module = importlib.import_module(f"{row.package}.{self.module}")
+            self.implementations[row.name] = row.around(getattr(module, self.function))
+        return self.implementations[row.name]
+
+
+def _why_not_cpu() -> str | None:
+    if cpu_extension is not None:
+        return None
+    return (
+        "the C++ extension fastlm._cpu is not built"
+        " (pip install -e . builds it; it needs a C++17 compiler)"
+    )
+
+
+def _why_not_triton() -> str | None:
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if not torch.cuda.is_available() and not _triton_is_interpreted():
+        return "no CUDA device is visible to torch"
+    return None
+
+
+def _triton_is_interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _why_not_cuda() -> str | None:
+    if find_spec("fastlm._cuda") is None:
+        return "the CUDA extension fastlm._cuda is not built"
+    return None if torch.cuda.is_available() else "no CUDA device is visible to torch"
+
+
+def _why_not_simt() -> str | None:
+    if find_spec("fastlm._simt") is None:
+        return "the emulator fastlm._simt is not built (FASTLM_SIMT=1 pip install -e .)"
+    return None
+
+
+def on_its_device(function: Callable) -> Callable:
+    """The function, run with its tensors' device as the current one: kernels launch there."""
+
+    @functools.wraps(function)
+    def run(*args: Any) -> Any:
+        first = args[0][0] if isinstance(args[0], list | tuple) else args[0]
+        if not first.is_cuda or first.device.index == torch.cuda.current_device():
+            return function(*args)
+        with torch.cuda.device(first.device):
+            return function(*args)
+
+    return run
+
+
+# Best first
+BACKENDS: dict[str, Backend] = {
+    row.name: row
+    for row in (
+        Backend("cuda", "fastlm.cuda", ("cuda",), _why_not_cuda, around=on_its_device),
+        Backend(
+            "simt", "fastlm.cuda", (), _why_not_simt, emulates=lambda: True, ops_of="cuda",
+            around=on_its_device,
+        ),
+        Backend(
+            "triton", "fastlm.kernels", ("cuda",), _why_not_triton,
+            emulates=_triton_is_interpreted,
+        ),
+        Backend("cpu", "fastlm.cpu", ("cpu",), _why_not_cpu),
+        Backend("reference", "fastlm.reference", (), dtypes=_FLOATS),
+    )
+}  # fmt: skip
+OPS: dict[str, Entry] = {}
+
 _get_num_threads = torch.get_num_threads
 # A forked process has none of OpenMP's threads and waits for them for ever, in torch's parallel
 # loops as in ours. With one thread it needs none.
@@ -58,21 +178,41 @@ _picked: dict[tuple, Callable] = {}
 
 
 def add_op(
-    op: str, implementations: dict[str, Any], *, picked_by: str = "", fake: Callable | None = None
-) -> None:
-    """Add an op to the table that `pick` reads.
+    definition: Callable,
+    backends: str,
+    *,
+    chosen_by: str,
+    serves: Mapping[str, Serves] | None = None,
+    fake: Callable | None = None,
+) -> Entry:
+    """Add an op to the table; `fastlm.operator.declare` describes the arguments."""
+    name = definition.__name__.removesuffix("_forward")
+    serves = serves or {}
+    OPS[name] = Entry(
+        name,
+        module=definition.__module__.rsplit(".", 1)[1],
+        function=definition.__name__,
+        serves={b: serves.get(b) for b in (*backends.split(), "reference")},
+        chosen_by=chosen_by,
+        fake=fake,
+    )
+    return OPS[name]
 
-    Args:
-        implementations: backend -> a callable or a `Kernel`; "cuda" serves "simt" too.
-        picked_by: the name of the argument whose device and dtype decide.
-        fake: runs on tensors without memory.
-    """
-    IMPLEMENTATIONS[op] = dict(implementations)
-    if "cuda" in implementations:
-        IMPLEMENTATIONS[op]["simt"] = implementations["cuda"]
-    _picked_by[op] = picked_by
-    if fake is not None:
-        _fakes[op] = fake
+
+def add(row: Backend) -> None:
+    """Add a backend, the best for its devices, with the ops that it names."""
+    others = {name: other for name, other in BACKENDS.items() if name != row.name}
+    BACKENDS.clear()
+    BACKENDS.update({row.name: row} | others)
+    _picked.clear()
+
+
+def remove(name: str) -> None:
+    """Take back `add`."""
+    del BACKENDS[name]
+    for entry in OPS.values():
+        entry.implementations.pop(name, None)
+    _picked.clear()
 
 
 def _checked_backend(name: str, source: str) -> str:
@@ -88,43 +228,29 @@ if _forced is not None:
 
 def why_not(backend: str) -> str | None:
     """Why this backend cannot run on this machine, or None when it can."""
-    if backend == "cpu":
-        if cpu_extension is None:
-            return (
-                "the C++ extension fastlm._cpu is not built"
-                " (pip install -e . builds it; it needs a C++17 compiler)"
-            )
-    elif backend == "triton":
-        if find_spec("triton") is None:
-            return "triton is not installed"
-        if not torch.cuda.is_available() and not _triton_is_interpreted():
-            return "no CUDA device is visible to torch"
-    elif backend == "cuda":
-        if find_spec("fastlm._cuda") is None:
-            return "the CUDA extension fastlm._cuda is not built"
-        if not torch.cuda.is_available():
-            return "no CUDA device is visible to torch"
-    elif backend == "simt" and find_spec("fastlm._simt") is None:
-        return "the emulator fastlm._simt is not built (FASTLM_SIMT=1 pip install -e .)"
-    return None
-
-
-def _triton_is_interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    return BACKENDS[backend].why_not()
 
 
 def why_not_here(op: str, backend: str, device: str, dtype: torch.dtype) -> str | None:
     """Why `backend` cannot serve `op` on tensors of this device type and dtype, or None."""
-    if backend not in IMPLEMENTATIONS[op]:
+    row = BACKENDS[backend]
+    if not OPS[op].has(row):
         return f"{op} has no {backend} implementation"
     if backend != "reference":
-        on_cpu = backend == "simt" or (backend == "triton" and _triton_is_interpreted())
-        if not (on_cpu and device == "cpu") and backend not in ORDER.get(device, ()):
+        if device not in row.devices and not (device == "cpu" and row.emulates()):
             return f"{backend} does not run on {device} tensors"
-        if dtype not in DTYPES[backend]:
-            wanted = ", ".join(str(d).removeprefix("torch.") for d in DTYPES[backend])
-            return f"{backend} serves {wanted}, not {str(dtype).removeprefix('torch.')}"
-    return why_not(backend)
+        if dtype not in row.dtypes:
+            return f"{backend} serves {_names(row.dtypes)}, not {_names((dtype,))}"
+    return row.why_not()
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+
+
+def order(device: str) -> list[str]:
+    """The backends that serve tensors of this device type without being forced, best first."""
+    return [n for n, row in BACKENDS.items() if n == "reference" or device in row.devices]
 
 
 def pick(op: str, tensor: torch.Tensor) -> Callable:
@@ -145,65 +271,47 @@ def forced() -> str | None:
 
 def serves_by(backend: str, op: str, tensor: torch.Tensor) -> bool:
     """Whether `op` runs on this backend for tensors like this one."""
-    return pick(op, tensor) is IMPLEMENTATIONS[op].get(backend)
-
-
-class Kernel:
-    """A function of ``fastlm.kernels.<module>``, imported when it is first picked, because Triton
-    may be missing and takes half a second to import.
-    """
-
-    package = "fastlm.kernels"
-
-    def __init__(self, module: str, name: str):
-        self.module, self.name = module, name
-
-    def load(self) -> Callable:
-        return getattr(importlib.import_module(f"{self.package}.{self.module}"), self.name)
-
-
-class CudaKernel(Kernel):
-    """A function of ``fastlm.cuda.<module>``, run on its tensors' device; serves ``cuda`` and
-    ``simt``.
-    """
-
-    package = "fastlm.cuda"
-
-    def load(self) -> Callable:
-        function = super().load()
-
-        @functools.wraps(function)
-        def on_its_device(*args: Any) -> Any:
-            first = args[0][0] if isinstance(args[0], list | tuple) else args[0]
-            if not first.is_cuda or first.device.index == torch.cuda.current_device():
-                return function(*args)
-            with torch.cuda.device(first.device):
-                return function(*args)
-
-        return on_its_device
-
-
-def _loaded(op: str, backend: str) -> Callable:
-    implementation = IMPLEMENTATIONS[op][backend]
-    if isinstance(implementation, Kernel):
-        implementation = IMPLEMENTATIONS[op][backend] = implementation.load()
-    return implementation
+    return pick(op, tensor) is OPS[op].implementations.get(backend)
 
 
 def _choose(op: str, device: str, dtype: torch.dtype) -> Callable:
+    entry = OPS[op]
     if dtype.is_floating_point and dtype not in _FLOATS:  # float8 is left to torch's own products
-        names = ", ".join(str(d).removeprefix("torch.") for d in _FLOATS)
-        raise InputError(f"{_picked_by[op]}: wanted {names}, got {dtype}")
+        raise InputError(f"{entry.chosen_by}: wanted {_names(_FLOATS)}, got {dtype}")
     if device == "meta":
-        return _fakes[op]
+        assert entry.fake is not None
+        return entry.fake
     if _forced is not None:
         if reason := why_not_here(op, _forced, device, dtype):
             raise InputError(f"backend: {_forced!r} is forced but cannot serve: {reason}")
-        return _loaded(op, _forced)
-    for backend in ORDER.get(device, ("reference",)):
-        if why_not_here(op, backend, device, dtype) is None:
-            return _loaded(op, backend)
-    raise InputError(f"{op}: no implementation for {device} tensors of {dtype}")
+        candidates = [_forced]
+    else:
+        candidates = [b for b in order(device) if why_not_here(op, b, device, dtype) is None]
+    rows = [BACKENDS[b] for b in candidates]
+    if not rows:
+        raise InputError(f"{op}: no implementation for {device} tensors of {dtype}")
+    if entry.serves_of(rows[0]) is None:
+        return entry.load(rows[0])
+    return _by_predicate(entry, rows)
+
+
+def _by_predicate(entry: Entry, rows: list[Backend]) -> Callable:
+    """The function that runs the first of these backends that serves its arguments."""
+
+    def run(*args: Any) -> Any:
+        for row in rows:
+            served = entry.serves_of(row)
+            if served is None or served.holds(*args):
+                return entry.load(row)(*args)
+        row = rows[0]
+        served = entry.serves_of(row)
+        assert served is not None
+        raise InputError(
+            f"backend: {row.name!r} is forced but cannot serve: it has {entry.name} for"
+            f" {served.text}"
+        )
+
+    return run
 
 
 @contextlib.contextmanager
@@ -264,3 +372,17 @@ def use_cpu_isa(name: str) -> Iterator[None]:
         yield
     finally:
         cpu_extension.set_isa(before)
+
+
+class Kernel:  # TRANSITION
+    package = "fastlm.kernels"
+
+    def __init__(self, module: str, name: str):
+        self.module, self.name = module, name
+
+    def load(self):
+        return getattr(importlib.import_module(f"{self.package}.{self.module}"), self.name)
+
+
+class CudaKernel(Kernel):  # TRANSITION
+    package = "fastlm.cuda"

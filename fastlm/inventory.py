@@ -19,10 +19,10 @@ def info() -> dict[str, Any]:
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ops, forced = {}, backend.forced()
-    for op in sorted(backend.IMPLEMENTATIONS):
+    for op in sorted(backend.OPS):
         dtype = torch.bfloat16
         rows = {b: backend.why_not_here(op, b, device, dtype) for b in backend.BACKENDS}
-        candidates = backend.ORDER[device] if forced is None else (forced,)
+        candidates = backend.order(device) if forced is None else (forced,)
         order = [b for b in candidates if rows[b] is None]
         ops[op] = {
             "picked": order[0] if order else None,

@@ -1,94 +1,163 @@
-"""How an op becomes a torch operator, and what its public function calls.
+"""How an op is declared: once, in its file of `fastlm.ops`, from its definition.
 
-`register` defines ``torch.ops.fastlm.<name>``. The function that it returns bypasses torch's
-dispatcher where nothing traces or transforms the call. Public functions first convert dtypes with
-`autocast` and `promoted`.
+`declare` takes the plain PyTorch functions of `fastlm.reference` and derives the rest:
+
+- the schema of ``torch.ops.fastlm.<name>``, from the definition's signature;
+- shapes for tensors without memory, by running the definition on such tensors;
+- the derivative, from the names of the backward's parameters (`_Derivative`);
+- the hosts of the kernels, by the definition's module and name (`fastlm.backend`).
+
+The function that it returns is what the public function calls. It bypasses torch's dispatcher where
+nothing traces or transforms the call. Public functions first convert dtypes with `autocast` and
+`promoted`.
 
 Ops are registered with ``torch.library.Library`` (1.8 us per call here) and not with
 ``torch.library.custom_op`` (7.6 us).
 """
 
 import functools
-from collections.abc import Callable
+import inspect
+import operator as operators
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._C._profiler import _RecordFunctionFast
 from torch.autograd import forward_ad, profiler
 
 from fastlm import flops as flop_formulas
 from fastlm import transforms
-from fastlm.backend import add_op, pick
+from fastlm.backend import OPS, Entry, Serves, add_op, pick
 from fastlm.transforms import PLAIN
 
 _library = torch.library.Library("fastlm", "DEF")
 
 
-def register(
-    schema: str,
+def declare(
+    definition: Callable,
+    backends: str,
     *,
-    fake: Callable,
-    implementations: dict[str, Any],
-    setup_context: Callable | None = None,
+    chosen_by: str = "",
+    serves: Mapping[str, Serves] | None = None,
+    fake: Callable | None = None,
+    writes: Sequence[str] = (),
+    outputs: str = "",
     backward: Callable | None = None,
-    picked_by: int = 0,
+    gradients: Sequence[str | tuple[str, ...]] = (),
+    keeps: Mapping[str, Callable] | None = None,
+    zeros: Mapping[str, str] | None = None,
+    constants: Sequence[str] = (),
     flops: Callable | None = None,
     flops_by_values: Callable | None = None,
 ) -> Callable:
-    """Define ``torch.ops.fastlm.<name>``: schema, shapes (`fake`), implementations and autograd.
+    """Define ``torch.ops.fastlm.<name>``, where the definition is called ``<name>`` or
+    ``<name>_forward``.
 
-    `picked_by` is the position of the tensor whose device and dtype decide the implementation.
-    `flops` counts FLOPs from the arguments, tensors as shapes (`fastlm.flops`); `flops_by_values`
-    counts them from the tensors themselves.
-
-    Returns the function that the public function calls. It runs the operator or, on plain tensors
-    with nothing tracing or transforming, the implementation itself: the dispatcher costs 4 us here,
-    as much as a decode-size kernel. Where a gradient is needed, the implementation runs inside a
-    `torch.autograd.Function` (10 us in all, where the operator's derivative costs 35).
+    Args:
+        definition: a function of `fastlm.reference`. Its annotated signature is the operator's. A
+            parameter whose type is a NamedTuple of numbers is one argument of every implementation,
+            and its fields are arguments of the operator.
+        backends: those with an implementation, by name, apart from the reference.
+        chosen_by: the tensor whose device and dtype decide; the first one by default.
+        serves: backend -> which arguments it serves; without an entry, all.
+        fake: shapes of the results, where the definition reads values or loops over sizes, or
+            where a result is not contiguous.
+        writes: the arguments that the op writes. Such an op has no derivative.
+        outputs: names of the results, separated by spaces, for `backward`.
+        backward: a declared op, or a function that calls one. Its parameters, by name:
+            ``d<output>`` or ``d_<output>``, the gradient of a result (where there is none: None, if
+            the annotation of one of them allows None, else zeros; that of an empty result, which
+            stands for none, is None as well); ``need_<input>``, whether a
+            gradient of the input is needed; an input, a result or a name of `keeps`, which is kept
+            from the forward.
+        gradients: the inputs of which `backward` returns the gradients, in this order; a tuple
+            where several inputs have the same.
+        keeps: name -> function of inputs, results and ``need_<input>``, by name, called in the
+            forward; returns what is kept.
+        zeros: ``d<output>`` -> a kept tensor; a missing gradient is zeros like it.
+        constants: results that are not differentiable.
+        flops: counts FLOPs from the operator's arguments, tensors as shapes (`fastlm.flops`);
+            `flops_by_values` counts them from the tensors themselves.
     """
-    name = schema.split("(", 1)[0]
-    definition = _without_autocast(implementations["reference"])
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-
-    def run(*args: Any) -> Any:
-        return pick(name, args[picked_by])(*args)
-
-    _library.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastlm::{name}", fake, lib=_library)
+    name = definition.__name__.removesuffix("_forward")
+    signature = _Signature(definition, writes)
+    inputs = signature.names
+    by = inputs.index(chosen_by) if chosen_by else signature.tensors[0]
+    plain_definition = _without_autocast(definition)
+    fake = fake or _shapes_of(definition, bool(writes))
+    entry = add_op(definition, backends, chosen_by=inputs[by], serves=serves, fake=fake)
+    entry.implementations["reference"] = plain_definition
+    derivative = None
+    if backward is not None:
+        derivative = _Derivative(
+            signature, outputs.split(), backward, gradients, keeps or {}, zeros or {}, constants
+        )
 
     def refuse(*_: Any) -> Any:  # without it torch warns and continues with zeros
         raise NotImplementedError(f"fastlm::{name} has no derivative")
 
-    packet = getattr(torch.ops.fastlm, name)
-    operator = packet.default
-    add_op(
-        name, implementations | {"reference": definition},
-        picked_by=operator._schema.arguments[picked_by].name, fake=fake,
-    )  # fmt: skip
+    setup, backward_of_operator = derivative.functions(True) if derivative else (None, refuse)
+    operator = _operator(name, signature, by, fake)
     if formula := flops or flops_by_values:
-        flop_formulas.add(packet, formula, raw=flops is None)
-    if not operator._schema.is_mutable:  # torch differentiates no op that writes its arguments
-        transforms.register_derivative(_library, operator, setup_context, backward or refuse)
+        flop_formulas.add(getattr(torch.ops.fastlm, name), formula, raw=flops is None)
+    if not writes:  # torch differentiates no op that writes its arguments
+        transforms.register_derivative(_library, operator, setup, backward_of_operator)
     differentiable = operator
-    if backward:
-        differentiable = _differentiable(name, picked_by, setup_context, backward)
-    transformed = transforms.transformed(operator, definition, setup_context, backward or refuse)
-    tensors = [i for i, a in enumerate(operator._schema.arguments) if "Tensor" in str(a.type)]
+    if derivative:
+        differentiable = _function(name, by, *derivative.functions(False))
+    transformed = transforms.transformed(
+        operator, plain_definition, setup, backward_of_operator, signature.flat
+    )
+    call = _call(name, signature, by, operator, differentiable, transformed)
+    return functools.update_wrapper(call, definition)
+
+
+def _operator(name: str, signature: "_Signature", by: int, fake: Callable) -> Any:
+    """Define the operator, with its implementation for every device and its fake."""
+    pack = signature.pack
+    _library.define(f"{name}{signature.schema}", tags=(torch.Tag.pt2_compliant_tag,))
+
+    def run(*args: Any) -> Any:
+        args = pack(args)
+        return pick(name, args[by])(*args)
+
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    flat_fake = fake if signature.is_flat else lambda *args: fake(*pack(args))
+    torch.library.register_fake(f"fastlm::{name}", flat_fake, lib=_library)
+    return getattr(torch.ops.fastlm, name).default
+
+
+def _call(
+    name: str,
+    signature: "_Signature",
+    by: int,
+    operator: Any,
+    differentiable: Callable,
+    transformed: Callable,
+) -> Callable:
+    """What the public function calls. It runs the operator or, on plain tensors with nothing
+    tracing or transforming, the implementation itself: the dispatcher costs 4 us here, as much as
+    a decode-size kernel. Where a gradient is needed, the implementation runs inside a
+    `torch.autograd.Function` (10 us in all, where the operator's derivative costs 35).
+    """
+    tensors, flat = signature.tensors, signature.flat
+    is_flat = signature.is_flat
     is_compiling, is_grad_enabled = torch.compiler.is_dynamo_compiling, torch.is_grad_enabled
     modes, transform = torch._C._len_torch_dispatch_stack, transforms.innermost
-    plain, is_tracing = PLAIN.issuperset, torch._C._is_tracing
+    plain, is_tracing = (PLAIN | signature.options).issuperset, torch._C._is_tracing
 
     def recorded(*args: Any) -> Any:  # the dispatcher takes four times as long
-        with _RecordFunctionFast(f"fastlm::{name}", args):
+        with _RecordFunctionFast(f"fastlm::{name}", flat(args)):
             if is_grad_enabled() and any(
                 args[i] is not None and args[i].requires_grad for i in tensors
             ):
                 return differentiable(*args)
-            return pick(name, args[picked_by])(*args)
+            return pick(name, args[by])(*args)
 
     def call(*args: Any) -> Any:
         if is_compiling():
-            return operator(*args)
+            return operator(*args) if is_flat else operator(*flat(args))
         if (
             plain(map(type, args))
             and not modes()
@@ -103,25 +172,230 @@ def register(
                     if (tensor := args[i]) is not None and tensor.requires_grad:
                         return differentiable(*args)
             try:
-                return pick(name, args[picked_by])(*args)
+                return pick(name, args[by])(*args)
             except RuntimeError:  # tensors of a batched backward look plain but have no memory
                 if not transforms.in_batched_backward():
                     raise
-            return operator(*args)
+            return operator(*flat(args))
         return transformed(*args)
 
     return call
 
 
-def _differentiable(name: str, picked_by: int, setup: Callable | None, backward: Callable):
+class _Signature:
+    """A definition's parameters, as the implementations have them, and as the operator has them,
+    where the fields of a NamedTuple are arguments of their own.
+
+    Attributes:
+        schema: the operator's, without its name.
+        names: of the parameters.
+        tensors: positions of the tensors.
+        options: the types of the NamedTuples.
+        is_flat: whether there is no NamedTuple.
+    """
+
+    def __init__(self, definition: Callable, writes: Sequence[str]):
+        parameters = [*inspect.signature(definition).parameters.values()]
+        self.names = [p.name for p in parameters]
+        flat, self._packed, self.options = [], [], frozenset()
+        for parameter in parameters:
+            kind = parameter.annotation
+            fields = getattr(kind, "_fields", None)
+            if fields is None:
+                flat.append(parameter)
+                self._packed.append(None)
+                continue
+            self.options |= {kind}
+            if any("Tensor" in str(p.annotation) for p in parameters[len(self._packed) :]):
+                raise TypeError(
+                    f"{definition.__name__}: expected {parameter.name} after all tensors"
+                )
+            self._packed.append(kind)
+            flat += [parameter.replace(name=f, annotation=kind.__annotations__[f]) for f in fields]
+        self.is_flat = not self.options
+
+        def flattened(*_: Any) -> None: ...
+
+        parameters = [p.replace(default=inspect.Parameter.empty) for p in flat]
+        returns = inspect.signature(definition).return_annotation
+        flattened.__signature__ = inspect.Signature(  # pyright: ignore[reportFunctionMemberAccess]
+            parameters, return_annotation=returns
+        )
+        self.schema = torch.library.infer_schema(flattened, mutates_args=tuple(writes))
+        kinds = {
+            p.name: str(p.annotation) for p in inspect.signature(definition).parameters.values()
+        }
+        self.tensors = [i for i, n in enumerate(self.names) if "Tensor" in kinds[n]]
+        self.annotations = kinds
+
+    def flat(self, args: Sequence[Any]) -> tuple:
+        """The operator's arguments."""
+        if self.is_flat:
+            return tuple(args)
+        parts = ((a,) if kind is None else a for a, kind in zip(args, self._packed))
+        return tuple(value for part in parts for value in part)
+
+    def pack(self, args: tuple) -> tuple:
+        """The implementations' arguments from the operator's."""
+        if self.is_flat:
+            return args
+        packed, at = [], 0
+        for kind in self._packed:
+            size = 1 if kind is None else len(kind._fields)
+            packed.append(args[at] if kind is None else kind(*args[at : at + size]))
+            at += size
+        return tuple(packed)
+
+
+def _shapes_of(definition: Callable, writes: bool) -> Callable:
+    """The fake of an op whose results are contiguous and whose shapes do not depend on values."""
+    if writes:
+        return lambda *_: None
+
+    def fake(*args: Any) -> Any:
+        results = definition(*args)
+        if isinstance(results, Tensor):
+            return results.new_empty(results.shape)
+        return tuple(r.new_empty(r.shape) for r in results)
+
+    return fake
+
+
+def _getter(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple]:
+    """The function that returns these elements of a sequence as a tuple."""
+    if len(positions) == 1:
+        (only,) = positions
+        return lambda values: (values[only],)
+    return operators.itemgetter(*positions) if positions else lambda values: ()
+
+
+class _Derivative:
+    """What autograd calls, derived from the names of the backward's parameters."""
+
+    def __init__(
+        self,
+        signature: _Signature,
+        outputs: Sequence[str],
+        backward: Callable,
+        gradients: Sequence[str | tuple[str, ...]],
+        keeps: Mapping[str, Callable],
+        zeros: Mapping[str, str],
+        constants: Sequence[str],
+    ):
+        inputs, self._signature, self._function = signature.names, signature, backward
+        known = [*inputs, *outputs, *keeps]
+        kinds = signature.annotations
+        self._single = len(outputs) == 1
+        self._keeps = [self._by_name(f, inputs, outputs) for f in keeps.values()]
+        parameters = inspect.signature(backward).parameters
+        of_output = {f"{d}{o}": i for i, o in enumerate(outputs) for d in ("d", "d_")}
+        kept = [p for p in parameters if p in known]
+        is_tensor = {p: "Tensor" in str(parameters[p].annotation) for p in kept}
+        tensors = [p for p in kept if is_tensor[p]]
+        numbers = [p for p in kept if not is_tensor[p]]
+        self._tensors = _getter([_last(known, p) for p in tensors])
+        self._numbers = _getter([_last(known, p) for p in numbers])
+        # what the backward's arguments are taken from: gradients, tensors, numbers, needs
+        available = [
+            *(f"d {o}" for o in outputs),
+            *tensors,
+            *numbers,
+            *(f"need_{i}" for i in inputs),
+        ]
+        order = []
+        for p in parameters:
+            found = f"d {outputs[of_output[p]]}" if p in of_output and p not in known else p
+            if found not in available:
+                raise TypeError(f"{backward.__name__}: {p}: expected the name of a value, got {p}")
+            order.append(available.index(found))
+        self._order = _getter(order)
+        self._needs = any(p.startswith("need_") for p in parameters)
+        given = {p: str(v.annotation) for p, v in parameters.items() if p in of_output}
+        self._absent = [of_output[d] for d, kind in given.items() if "None" in kind]
+        self._materializes = not zeros and not any("None" in kind for kind in given.values())
+        self._zeros = [(of_output[d], len(outputs) + tensors.index(t)) for d, t in zeros.items()]
+        self._constants = [outputs.index(c) for c in constants]
+        # the results at the places of the inputs: 0 is None
+        at = {}
+        for i, names in enumerate(gradients):
+            for name in (names,) if isinstance(names, str) else names:
+                at[name] = i + 1
+        places = [at.get(name, 0) for name in inputs]
+        flat = [
+            p
+            for p, kind in zip(places, signature._packed)
+            for _ in range(1 if kind is None else len(kind._fields))
+        ]
+        self._places, self._flat_places = _getter(places), _getter(flat)
+        self._no_gradients = (None,) * len(gradients)
+        # a gradient of an argument that is None must be None
+        self._optional = self._needs or any("None" in kinds[name] for name in at)
+
+    @staticmethod
+    def _by_name(function: Callable, inputs: Sequence[str], outputs: Sequence[str]) -> Callable:
+        known = [*inputs, *outputs, *(f"need_{i}" for i in inputs)]
+        arguments = _getter([known.index(p) for p in inspect.signature(function).parameters])
+        return lambda values: function(*arguments(values))
+
+    def functions(self, of_operator: bool) -> tuple[Callable, Callable]:
+        """setup_context and backward of a `torch.autograd.Function` that is applied to the
+        implementations' arguments, or to the operator's."""
+        pack = self._signature.pack if of_operator and not self._signature.is_flat else None
+        places = self._flat_places if of_operator else self._places
+        single, keeps, materializes = self._single, self._keeps, self._materializes
+        tensors, numbers, constants = self._tensors, self._numbers, self._constants
+        call, order, zeros = self._function, self._order, self._zeros
+        needs, optional, no_gradients = self._needs, self._optional, self._no_gradients
+        absent = self._absent
+
+        def setup(ctx: Any, inputs: tuple, output: Any) -> None:
+            if pack is not None:
+                inputs = pack(inputs)
+            values = (*inputs, output) if single else (*inputs, *output)
+            if keeps:
+                with_needs = values + ctx.needs_input_grad
+                values += tuple([keep(with_needs) for keep in keeps])
+            ctx.save_for_backward(*tensors(values))
+            ctx.numbers = numbers(values)
+            if not materializes:
+                ctx.set_materialize_grads(False)
+            if constants:
+                ctx.mark_non_differentiable(*[output[i] for i in constants])
+
+        def backward(ctx: Any, *grads: Any) -> Any:
+            values = (*grads, *ctx.saved_tensors, *ctx.numbers)
+            if needs:
+                values += ctx.needs_input_grad
+            for d in absent:
+                if values[d] is not None and values[d].shape == (0,):
+                    values = (*values[:d], None, *values[d + 1 :])
+            for d, like in zeros:
+                if values[d] is None:
+                    values = (*values[:d], torch.zeros_like(values[like]), *values[d + 1 :])
+            results = call(*order(values))
+            if results is None:
+                results = no_gradients
+            placed = places((None, results) if isinstance(results, Tensor) else (None, *results))
+            if not optional:
+                return placed
+            return tuple([g if need else None for g, need in zip(placed, ctx.needs_input_grad)])
+
+        return setup, backward
+
+
+def _last(names: Sequence[str], name: str) -> int:
+    """The last position: a value of `keeps` takes the place of the input or result of its name."""
+    return len(names) - 1 - names[::-1].index(name)
+
+
+def _function(name: str, by: int, setup: Callable, backward: Callable):
     """The implementation with its derivative, for plain tensors: the counterpart of what
     `register_autograd` adds to the operator.
     """
 
     def forward(ctx: Any, *args: Any) -> Any:
-        output = pick(name, args[picked_by])(*args)
-        if setup is not None:
-            setup(ctx, args, output)
+        output = pick(name, args[by])(*args)
+        setup(ctx, args, output)
         return output
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
@@ -129,6 +403,76 @@ def _differentiable(name: str, picked_by: int, setup: Callable | None, backward:
     function._backward_cls.apply = backward  # torch's own checks for other kinds of derivative
     # Function.apply checks for transforms, 0.9 us per call; `call` has already done that
     return super(torch.autograd.Function, function).apply  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def register(
+    schema,
+    *,
+    fake,
+    implementations,
+    setup_context=None,
+    backward=None,
+    picked_by=0,
+    flops=None,
+    flops_by_values=None,
+):
+    """TRANSITION: until every op is declared."""
+
+    name = schema.split("(", 1)[0]
+    definition = _without_autocast(implementations["reference"])
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+    def run(*args):
+        return pick(name, args[picked_by])(*args)
+
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastlm::{name}", fake, lib=_library)
+
+    def refuse(*_):
+        raise NotImplementedError(f"fastlm::{name} has no derivative")
+
+    packet = getattr(torch.ops.fastlm, name)
+    operator = packet.default
+    OPS[name] = Old(
+        name,
+        "",
+        "",
+        {b: None for b in implementations},
+        operator._schema.arguments[picked_by].name,
+        fake,
+        {"reference": definition},
+    )
+    OPS[name].given = implementations
+    if formula := flops or flops_by_values:
+        flop_formulas.add(packet, formula, raw=flops is None)
+    if not operator._schema.is_mutable:
+        transforms.register_derivative(_library, operator, setup_context, backward or refuse)
+    differentiable = operator
+    if backward:
+        differentiable = _function(name, picked_by, setup_context or (lambda *a: None), backward)
+    transformed = transforms.transformed(
+        operator, definition, setup_context, backward or refuse, tuple
+    )
+
+    class S:
+        pass
+
+    sig = S()
+    sig.tensors = [i for i, a in enumerate(operator._schema.arguments) if "Tensor" in str(a.type)]
+    sig.flat = tuple
+    sig.is_flat = True
+    sig.options = frozenset()
+    return _call(name, sig, picked_by, operator, differentiable, transformed)
+
+
+class Old(Entry):
+    def load(self, row):
+        from fastlm.backend import Kernel
+
+        if row.name not in self.implementations:
+            f = self.given[row.ops_of or row.name]
+            self.implementations[row.name] = row.around(f.load() if isinstance(f, Kernel) else f)
+        return self.implementations[row.name]
 
 
 def _without_autocast(function: Callable) -> Callable:

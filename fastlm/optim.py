@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from fastlm import backend, reference
-from fastlm.cpu import adamw as cpu
 from fastlm.errors import InputError
 
 MIN_8BIT_SIZE = 4096  # smaller tensors (norms, biases) gain nothing from 8 bits; the paper's limit
@@ -156,7 +155,7 @@ class AdamW(torch.optim.Optimizer):
         copies: list[tuple[Tensor, Tensor]] = []
         grads: list[Tensor] = []
         special: Tensor | None = None  # on another device, or of a dtype that no kernel has
-        ordinal, served = -1, backend.DTYPES["cpu"]
+        ordinal, served = -1, backend.BACKENDS["cpu"].dtypes
         for group in groups:
             lr, (beta1, beta2) = group["lr"], group["betas"]
             if not isinstance(lr, Tensor) or lr.is_cpu:  # reading it from a GPU would wait
@@ -476,13 +475,4 @@ def _portable(state: dict[str, Any], param: Tensor) -> dict[str, Any]:
     return state
 
 
-backend.add_op(
-    "adamw",
-    {
-        "reference": reference.adamw,
-        "cpu": cpu.adamw,
-        "triton": backend.Kernel("adamw", "adamw"),
-        "cuda": backend.CudaKernel("adamw", "adamw"),
-    },
-    picked_by="params",
-)
+backend.add_op(reference.adamw, "cpu triton cuda", chosen_by="params")

@@ -60,19 +60,26 @@ def untraced() -> Iterator[None]:
 
 
 def transformed(
-    operator: Any, definition: Callable, setup_context: Callable | None, backward: Callable
+    operator: Any,
+    definition: Callable,
+    setup_context: Callable | None,
+    backward: Callable,
+    flat: Callable[[tuple], tuple],
 ) -> Callable:
-    """The function for calls with tensors that are not plain, or with tracing or a transform."""
+    """The function for calls with tensors that are not plain, or with tracing or a transform.
+    `flat` makes the operator's arguments of the definition's."""
     name = operator._schema.name
     function = _function(operator, setup_context, backward)
 
     def call(*args: Any) -> Any:
         transform = innermost()
         if transform is None and not carries_tangent(args):
-            return operator(*args)
+            return operator(*flat(args))
         if operator._schema.is_mutable:
             raise NotImplementedError(f"{name} writes its arguments: no transform serves it")
-        return definition(*args) if forward_ad._current_level >= 0 else function.apply(*args)
+        if forward_ad._current_level >= 0:
+            return definition(*args)
+        return function.apply(*flat(args))
 
     return call
 

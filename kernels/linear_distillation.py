@@ -165,7 +165,7 @@ def _add_product(d_weight: Tensor, dz: Tensor, x: Tensor, first: bool) -> None:
         torch.addmm(d_weight, dz.t(), x, **mixed, out=d_weight)
 
 
-def linear_distillation_loss(
+def linear_distillation_forward(
     student: Tensor,
     student_weight: Tensor,
     teacher: Tensor,

@@ -1,11 +1,11 @@
 #include "cpu/adamw_table.h"
 
 #include <new>
+#include <tuple>
 #include <vector>
 
 #define FASTLM_BODY "cpu/adamw.h"
 #include "cpu/base/each_isa.h"
-#include "cpu/ops.h"
 
 namespace fastlm {
 namespace {
@@ -29,6 +29,11 @@ float* optional_floats(const OptionalTensor& t, const char* argument) {
 
 }  // namespace
 
+// lr, beta1, beta2, eps, weight_decay, maximize, stochastic rounding
+using AdamwOptions = std::tuple<double, double, double, double, double, bool, bool>;
+
+// One step of every tensor. States are float32, or uint8 codes where the scales are given.
+// have_norm: grad_norm is an input, else an output.
 void adamw(const std::vector<TensorView>& params, const std::vector<TensorView>& grads,
            const std::vector<TensorView>& steps, const std::vector<TensorView>& exp_avgs,
            const std::vector<TensorView>& exp_avg_sqs,
@@ -112,3 +117,7 @@ void adamw(const std::vector<TensorView>& params, const std::vector<TensorView>&
 }
 
 }  // namespace fastlm
+
+FASTLM_BIND(adamw,
+            "params grads steps exp_avgs exp_avg_sqs exp_avg_scales exp_avg_sq_scales masters"
+            " options keys max_grad_norm grad_norm have_norm workspace")

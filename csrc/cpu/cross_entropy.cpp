@@ -1,10 +1,9 @@
 #define FASTLM_BODY "cpu/cross_entropy.h"
 #include "cpu/base/each_isa.h"
-#include "cpu/base/huge_pages.h"
-#include "cpu/ops.h"
 
 namespace fastlm {
 
+// The first row whose target is neither a class nor ignored, or -1.
 int64_t first_bad_target(const TensorView& target, int64_t classes, int64_t ignore_index) {
   const int64_t *t = target.data<int64_t>("target"), n = target.numel();
   for (int64_t i = 0; i < n; ++i)
@@ -12,41 +11,27 @@ int64_t first_bad_target(const TensorView& target, int64_t classes, int64_t igno
   return -1;
 }
 
-void cross_entropy_forward(TensorView logits, TensorView target, OptionalTensor class_weight,
-                           int64_t ignore_index, float softcap, float scale, TensorView shift,
-                           TensorView log_sum, TensorView nll, TensorView smoothed) {
-  FASTLM_RUN(cross_entropy_forward, logits, target, class_weight ? &*class_weight : nullptr,
-             ignore_index, softcap, scale, shift, log_sum, nll, smoothed);
-}
-
-void cross_entropy_backward(TensorView on_p, TensorView on_target, OptionalTensor on_all,
-                            TensorView logits, TensorView target, OptionalTensor class_weight,
-                            TensorView shift, TensorView log_sum, int64_t ignore_index,
-                            float softcap, float scale, TensorView dlogits) {
-  prefer_huge_pages(dlogits);
-  FASTLM_RUN(cross_entropy_backward, on_p, on_target, on_all ? &*on_all : nullptr, logits, target,
-             class_weight ? &*class_weight : nullptr, shift, log_sum, ignore_index, softcap, scale,
-             dlogits);
-}
-
-int64_t cross_entropy_loss(TensorView logits, TensorView target, int64_t ignore_index, bool mean,
-                           float softcap, float scale, TensorView loss, OptionalTensor stats) {
+// The loss of all rows. Returns first_bad_target, and computes nothing unless that is -1.
+int64_t cross_entropy_loss(const TensorView& logits, const TensorView& target, int64_t ignore_index,
+                           bool mean, float softcap, float scale, const TensorView& loss,
+                           const TensorView* stats) {
   const int64_t bad = first_bad_target(target, logits.size(1), ignore_index);
   if (bad >= 0) return bad;
   const auto run = [&] {
-    FASTLM_RUN(cross_entropy_loss, logits, target, ignore_index, mean, softcap, scale, loss,
-               stats ? &*stats : nullptr);
+    FASTLM_RUN(cross_entropy_loss, logits, target, ignore_index, mean, softcap, scale, loss, stats);
   };
   run();
   return -1;
 }
 
-void cross_entropy_loss_backward(TensorView dloss, TensorView logits, TensorView target,
-                                 TensorView stats, int64_t ignore_index, bool mean, float softcap,
-                                 float scale, TensorView dlogits) {
-  prefer_huge_pages(dlogits);
-  FASTLM_RUN(cross_entropy_loss_backward, dloss, logits, target, stats, ignore_index, mean, softcap,
-             scale, dlogits);
-}
-
 }  // namespace fastlm
+
+FASTLM_OP(cross_entropy_forward,
+          "logits target class_weight ignore_index softcap scale shift log_sum nll smoothed")
+FASTLM_OP(cross_entropy_backward,
+          "on_p on_target on_all logits target class_weight shift log_sum ignore_index softcap"
+          " scale dlogits")
+FASTLM_BIND(first_bad_target, "target classes ignore_index")
+FASTLM_BIND(cross_entropy_loss, "logits target ignore_index mean softcap scale loss stats")
+FASTLM_OP(cross_entropy_loss_backward,
+          "dloss logits target stats ignore_index mean softcap scale dlogits")

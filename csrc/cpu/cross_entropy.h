@@ -238,6 +238,7 @@ inline void cross_entropy_backward(const TensorView& on_p, const TensorView& on_
                                    const TensorView& shift, const TensorView& log_sum,
                                    int64_t ignore_index, float softcap, float scale,
                                    const TensorView& dlogits) {
+  prefer_huge_pages(dlogits);
   const float *all = on_all ? on_all->data<float>("on_all") : nullptr,
               *p = on_p.data<float>("on_p"), *at = on_target.data<float>("on_target");
   cross_entropy_rows_backward(
@@ -253,6 +254,7 @@ inline void cross_entropy_loss_backward(const TensorView& dloss, const TensorVie
                                         const TensorView& target, const TensorView& stats,
                                         int64_t ignore_index, bool mean, float softcap, float scale,
                                         const TensorView& dlogits) {
+  prefer_huge_pages(dlogits);
   const int64_t* t = target.data<int64_t>("target");
   const float* s = stats.data<float>("stats");
   check_size("stats", "elements:", 3 * logits.size(0), stats.numel());

@@ -9,7 +9,7 @@
 #include <unistd.h>
 #endif
 
-#include "cpu/base/isa.h"
+#include "cpu/base/op.h"
 #include "cpu/probes/product_rate.h"
 
 namespace fastlm {
@@ -153,3 +153,35 @@ std::vector<std::string> supported_isas() {
 }
 
 }  // namespace fastlm
+
+FASTLM_MODULE(m) {
+  using namespace fastlm;
+  m.def("isa", [] { return name(isa()); });
+  m.def("products_of_bf16", [] {
+    const ProductsOfBf16 p = products_of_bf16();
+    return std::tuple(p.by, p.because, p.dot_gflops, p.fma_gflops);
+  });
+}
+FASTLM_BIND(set_isa, "isa")
+FASTLM_BIND(supported_isas, "")
+FASTLM_BIND(why_not, "isa")
+
+// For tests of the choice
+FASTLM_MODULE(m) {
+  using namespace fastlm;
+  using namespace pybind11::literals;
+  m.def(
+      "choice_on",
+      [](bool avx2, bool avx512, bool avx512_bf16, bool amx_cpu, bool amx_permission, bool widen) {
+        return choice_on({avx2, avx512, avx512_bf16, amx_cpu, amx_permission, widen});
+      },
+      "avx2"_a, "avx512"_a, "avx512_bf16"_a, "amx_cpu"_a, "amx_permission"_a, "widen"_a);
+  m.def(
+      "choose_product",
+      [](const std::string& vendor, int family, int model, double dot, double fma) {
+        const ProductChoice c =
+            choose_product(vendor, family, model, [=] { return ProductRates{dot, fma}; });
+        return std::pair(c.widen, c.because);
+      },
+      "vendor"_a, "family"_a, "model"_a, "dot_gflops"_a, "fma_gflops"_a);
+}

@@ -119,6 +119,7 @@ inline Matrix matrix_of(std::initializer_list<const TensorView*> tensors) {
 // gate, up: contiguous, or (N, F) with contiguous rows of any stride; y contiguous
 inline void glu_forward(const TensorView& gate, const TensorView& up, const std::string& act,
                         const TensorView& y) {
+  prefer_huge_pages(y);
   with_float(gate.dtype(), "gate", [&](auto tag) {
     using T = decltype(tag);
     const T *pg = gate.data<T>("gate"), *pu = up.data<T>("up");
@@ -137,6 +138,7 @@ inline void glu_forward(const TensorView& gate, const TensorView& up, const std:
 // dy, gate, up: as above; dgate, dup contiguous
 inline void glu_backward(const TensorView& dy, const TensorView& gate, const TensorView& up,
                          const std::string& act, const TensorView& dgate, const TensorView& dup) {
+  prefer_huge_pages(dgate), prefer_huge_pages(dup);
   with_float(gate.dtype(), "gate", [&](auto tag) {
     using T = decltype(tag);
     const T *pdy = dy.data<T>("dy"), *pg = gate.data<T>("gate"), *pu = up.data<T>("up");

@@ -168,6 +168,7 @@ inline void multiply_columns(int64_t m, int64_t n, int64_t k, const bf16* dy, in
 
 inline void linear_forward(const TensorView& x, const TensorView& w, const TensorView* bias,
                            const TensorView& y, const TensorView& workspace) {
+  prefer_huge_pages(y);
   check_size("w", "columns, as x:", x.size(1), w.size(1));
   check_contiguous("y", y);
   multiply_rows(x.size(0), w.size(0), x.size(1), x.data<bf16>("x"), x.stride(0), w.data<bf16>("w"),
@@ -177,6 +178,7 @@ inline void linear_forward(const TensorView& x, const TensorView& w, const Tenso
 
 inline void linear_input_gradient(const TensorView& dy, const TensorView& w, const TensorView& dx,
                                   const TensorView& workspace) {
+  prefer_huge_pages(dx);
   check_size("w", "rows, as columns of dy:", dy.size(1), w.size(0));
   check_contiguous("dx", dx);
   multiply_rows(dy.size(0), w.size(1), dy.size(1), dy.data<bf16>("dy"), dy.stride(0),
@@ -186,6 +188,7 @@ inline void linear_input_gradient(const TensorView& dy, const TensorView& w, con
 
 inline void linear_weight_gradient(const TensorView& dy, const TensorView& x, const TensorView& dw,
                                    const TensorView& workspace) {
+  prefer_huge_pages(dw);
   check_size("x", "rows, as dy:", dy.size(0), x.size(0));
   check_contiguous("dw", dw);
   multiply_columns(dy.size(0), dy.size(1), x.size(1), dy.data<bf16>("dy"), dy.stride(0),

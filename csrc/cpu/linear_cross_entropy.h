@@ -630,6 +630,7 @@ inline void linear_cross_entropy_scores(const TensorView& x, const TensorView& w
                                         const TensorView& shift, const TensorView& log_sum,
                                         const TensorView& nll, const TensorView& smoothed,
                                         const TensorView* entropy) {
+  if (exponentials) prefer_huge_pages(*exponentials);
   with_float(x.dtype(), "x", [&](auto tag) {
     using T = decltype(tag);
     const auto chunk = linear_scores<T>(x, w, bias, softcap, scale);
@@ -653,6 +654,8 @@ inline void linear_cross_entropy_gradients(
     float scale, bool have_exponentials, const TensorView& exponentials, const TensorView& stats,
     const TensorView& at_target, const TensorView* dx, const TensorView* dw,
     const TensorView* dbias, bool accumulate) {
+  if (dw && !accumulate) prefer_huge_pages(*dw);
+  if (!have_exponentials) prefer_huge_pages(exponentials);
   with_float(x.dtype(), "x", [&](auto tag) {
     using T = decltype(tag);
     const auto chunk = linear_scores<T>(x, w, bias, softcap, scale);
@@ -679,6 +682,7 @@ inline void linear_cross_entropy_gradients(
 
 // out = source * factor, in out's dtype: a float32 gradient becomes the parameter's.
 inline void scale_to(const TensorView& source, float factor, const TensorView& out) {
+  prefer_huge_pages(out);
   const int64_t n = source.numel();
   const float* s = source.data<float>("source");
   with_float(out.dtype(), "out", [&](auto tag) {

@@ -204,6 +204,7 @@ void linear_distillation_rows_of(int64_t classes, int64_t rows, int64_t rp, floa
 inline void linear_distillation_scores(const TensorView& x, const TensorView& w, float softcap,
                                        float scale, const TensorView& scores, const TensorView& lse,
                                        const TensorView& workspace) {
+  prefer_huge_pages(scores);
   with_float(x.dtype(), "x", [&](auto tag) {
     using T = decltype(tag);
     const auto chunk = linear_scores<T>(x, w, nullptr, softcap, scale);

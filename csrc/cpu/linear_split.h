@@ -106,6 +106,7 @@ inline void split_block(int64_t steps, const bf16* a, const bf16* b, int64_t nex
 
 inline void linear_split(const TensorView& x, const TensorView& w, const TensorView* bias,
                          const TensorView& y, const TensorView& workspace) {
+  prefer_huge_pages(y);
   check_size("w", "columns, as x:", x.size(1), w.size(1));
   check_contiguous("y", y);
   const int64_t m = x.size(0), n = w.size(0), k = x.size(1), kp = round_up(k, 32),

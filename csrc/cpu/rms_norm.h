@@ -9,13 +9,12 @@
 //             dw = sum over rows of dy * h * rstd
 //
 // Each row is read twice: from memory, then from the L1 (a row is at most a few tens of KiB). dw is
-// summed per block of BLOCK_ROWS rows and then over blocks in order, so it does not depend on the
+// summed per block of RMS_NORM_BLOCK_ROWS rows and then over blocks in order, so it does not depend on the
 // thread count.
 #include "cpu/base/parallel.h"
 #include "cpu/base/rows.h"
 
-constexpr int SUMS = 4;             // independent sums per row
-constexpr int64_t BLOCK_ROWS = 64;  // rows per partial sum of dw: 64 blocks for a 4096-row batch
+constexpr int SUMS = 4;  // independent sums per row
 
 template <class T, class W>
 void rms_norm_row(const T* x, const T* residual, const W* weight, float eps, float offset,
@@ -62,6 +61,8 @@ void with_weight(const TensorView& weight, F&& f) {
 inline void rms_norm_forward(const TensorView& x, const TensorView* residual,
                              const TensorView& weight, float eps, float offset, const TensorView& y,
                              const TensorView* h, const TensorView& rstd) {
+  prefer_huge_pages(y);
+  if (h) prefer_huge_pages(*h);
   const Rows r = rows_of("x", x);
   const int64_t rows = r.count, n = r.width, x_stride = r.stride;
   const int64_t r_stride = residual ? rows_of("residual", *residual).stride : 0;
@@ -118,11 +119,13 @@ void rms_norm_backward_row(const T* dy, const T* dh_above, const T* h, const W* 
 inline void rms_norm_backward(const TensorView& dy, const TensorView* dh_above, const TensorView& h,
                               const TensorView& weight, const TensorView& rstd, float offset,
                               const TensorView& dx, const TensorView& dw) {
+  prefer_huge_pages(dx);
   const Rows r = rows_of("h", h);
   const int64_t rows = r.count, n = r.width, s_h = r.stride;
   const int64_t s_dy = rows_of("dy", dy).stride, blocks = dw.size(0),
                 s_a = dh_above ? rows_of("dh_above", *dh_above).stride : 0;
-  check_size("dw", "ceil(N / 64) rows:", (rows + BLOCK_ROWS - 1) / BLOCK_ROWS, blocks);
+  check_size("dw", "ceil(N / 64) rows:", (rows + RMS_NORM_BLOCK_ROWS - 1) / RMS_NORM_BLOCK_ROWS,
+             blocks);
   with_float(h.dtype(), "h", [&](auto tag) {
     using T = decltype(tag);
     const T *pdy = dy.data<T>("dy"), *pa = dh_above ? dh_above->data<T>("dh_above") : nullptr,
@@ -134,7 +137,8 @@ inline void rms_norm_backward(const TensorView& dy, const TensorView* dh_above, 
       parallel_for(blocks, rows * n > 32768, [=](int64_t b) {
         float* partial = pdw + b * n;
         memset(partial, 0, size_t(n) * sizeof(float));
-        for (int64_t i = b * BLOCK_ROWS; i < std::min(rows, (b + 1) * BLOCK_ROWS); ++i)
+        for (int64_t i = b * RMS_NORM_BLOCK_ROWS; i < std::min(rows, (b + 1) * RMS_NORM_BLOCK_ROWS);
+             ++i)
           rms_norm_backward_row(pdy + i * s_dy, pa ? pa + i * s_a : nullptr, ph + i * s_h, pw,
                                 pr[i], offset, n, pdx + i * n, partial);
       });

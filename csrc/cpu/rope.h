@@ -102,6 +102,7 @@ void rope_typed(const TensorView* const (&inputs)[2], const TensorView* const (&
 inline void rope(const TensorView& q, const TensorView& k, const TensorView& cos,
                  const TensorView& sin, bool interleaved, bool inverse, const TensorView& q_out,
                  const TensorView& k_out) {
+  prefer_huge_pages(q_out), prefer_huge_pages(k_out);
   with_float(q.dtype(), "q", [&](auto tag) {
     using T = decltype(tag);
     if (cos.dtype() == DType::f32)

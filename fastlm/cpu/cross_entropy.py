@@ -34,7 +34,7 @@ def rows_apart(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
-def forward(logits, target, class_weight, smooth, ignore_index, softcap, logit_scale):
+def cross_entropy_forward(logits, target, class_weight, smooth, ignore_index, softcap, logit_scale):
     n, classes = logits.shape
     shift = logits.new_empty(n, dtype=torch.float32)
     log_sum, nll = torch.empty_like(shift), torch.empty_like(shift)
@@ -54,7 +54,7 @@ def forward(logits, target, class_weight, smooth, ignore_index, softcap, logit_s
     return shift, log_sum, nll, smoothed
 
 
-def backward(
+def cross_entropy_backward(
     on_p,
     on_target,
     on_all,
@@ -85,7 +85,7 @@ def backward(
     return d_logits
 
 
-def loss(logits, target, ignore_index, mean, softcap, logit_scale, keep):
+def cross_entropy_loss(logits, target, ignore_index, mean, softcap, logit_scale, keep):
     loss, n = torch.empty_like(scalar()), target.shape[0]
     stats = scalar().new_empty(3, n) if keep or n > _STATS_ON_STACK else None
     target = target.contiguous()
@@ -98,7 +98,9 @@ def loss(logits, target, ignore_index, mean, softcap, logit_scale, keep):
     return loss, stats if keep and stats is not None else torch.empty_like(nothing())
 
 
-def loss_backward(d_loss, logits, target, stats, ignore_index, mean, softcap, logit_scale):
+def cross_entropy_loss_backward(
+    d_loss, logits, target, stats, ignore_index, mean, softcap, logit_scale
+):
     contiguous = logits.is_contiguous()
     d_logits = torch.empty_like(logits) if contiguous else logits.new_empty(logits.shape)
     _cpu.cross_entropy_loss_backward(

@@ -7,7 +7,7 @@ from fastlm.backend import cpu_extension as _cpu
 from fastlm.memory_order import matrix
 
 
-def forward(gate: Tensor, up: Tensor, act: str) -> Tensor:
+def glu_forward(gate: Tensor, up: Tensor, act: str) -> Tensor:
     if gate.is_contiguous() and up.is_contiguous():
         y = torch.empty_like(gate)
         _cpu.glu_forward(gate, up, act, y)
@@ -17,7 +17,7 @@ def forward(gate: Tensor, up: Tensor, act: str) -> Tensor:
     return y
 
 
-def backward(dy: Tensor, gate: Tensor, up: Tensor, act: str) -> tuple[Tensor, Tensor]:
+def glu_backward(dy: Tensor, gate: Tensor, up: Tensor, act: str) -> tuple[Tensor, Tensor]:
     if dy.is_contiguous() and gate.is_contiguous() and up.is_contiguous():
         dgate, dup = torch.empty_like(gate), torch.empty_like(up)
     else:

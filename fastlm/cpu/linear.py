@@ -23,7 +23,7 @@ def _workspace(m: int, n: int, k: int, *, weight_gradient: bool = False) -> Tens
     return torch.empty(size, dtype=torch.float32, device="cpu")
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if x.dtype != torch.bfloat16 or 0 in (x.numel(), weight.numel()):
         return F.linear(x, weight, bias)
     n, k = weight.shape
@@ -35,7 +35,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y
 
 
-def split_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def linear_split(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The product of float32 matrices, neither empty, by tiles of bfloat16 (AMX)."""
     n, k = weight.shape
     rows = x.numel() // k
@@ -47,11 +47,11 @@ def split_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y
 
 
-def backward(
-    dy: Tensor, x: Tensor | None, weight: Tensor | None, want_bias: bool
+def linear_backward(
+    dy: Tensor, x: Tensor | None, weight: Tensor | None, need_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     if dy.dtype != torch.bfloat16 or any(t is not None and not t.numel() for t in (dy, x, weight)):
-        return reference.linear_backward(dy, x, weight, want_bias)
+        return reference.linear_backward(dy, x, weight, need_bias)
     shape, n = dy.shape[:-1], dy.shape[-1]
     dy = _matrix(dy)
     rows = len(dy)
@@ -65,4 +65,4 @@ def backward(
         dweight = dy.new_empty(n, k)
         room = _workspace(rows, n, k, weight_gradient=True)
         _cpu.linear_weight_gradient(dy, _matrix(x), dweight, room)
-    return dx, dweight, dy.sum(0) if want_bias else dy.new_empty(0)
+    return dx, dweight, dy.sum(0) if need_bias else dy.new_empty(0)

@@ -146,7 +146,7 @@ def _or_empty(t: Tensor | None, dtype: torch.dtype) -> Tensor:
     return torch.empty(0, dtype=dtype, device="cpu") if t is None else t
 
 
-def forward(
+def linear_cross_entropy_forward(
     input,
     linear_weight,
     linear_bias,
@@ -172,7 +172,7 @@ def forward(
     return chunks.shift, chunks.log_sum, chunks.nll, chunks.smoothed
 
 
-def backward(
+def linear_cross_entropy_backward(
     on_p,
     on_target,
     on_all,
@@ -198,7 +198,7 @@ def backward(
             used |= on != 0
     if not used.all():  # as in `loss`
         rows = used.nonzero()[:, 0]
-        d_input, *rest = backward(
+        d_input, *rest = linear_cross_entropy_backward(
             on_p[rows],
             on_target[rows],
             None if on_all is None else on_all[rows],
@@ -257,7 +257,7 @@ def backward(
     )
 
 
-def loss(
+def linear_cross_entropy_loss(
     input,
     linear_weight,
     linear_bias,
@@ -275,7 +275,7 @@ def loss(
     smooth, valid = on_smoothed is not None, target != ignore_index
     if not valid.all():  # leave the ignored rows out: in fine-tuning they are most of a batch
         rows = valid.nonzero()[:, 0]
-        summed, d_input, *rest = loss(
+        summed, d_input, *rest = linear_cross_entropy_loss(
             input[rows],
             linear_weight,
             linear_bias,
@@ -327,7 +327,7 @@ def loss(
     )
 
 
-def loss_backward(d_loss, d_input, d_weight, d_bias, weight_dtype, bias_dtype):
+def linear_cross_entropy_loss_backward(d_loss, d_input, d_weight, d_bias, weight_dtype, bias_dtype):
     factor = d_loss.item()  # a CPU tensor: nothing to wait for
     d_weight_out = d_weight.new_empty(d_weight.shape, dtype=weight_dtype)
     _cpu.scale_to(d_weight, factor, d_weight_out)

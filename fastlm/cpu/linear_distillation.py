@@ -15,7 +15,7 @@ from torch import Tensor
 from fastlm.backend import cpu_extension as _cpu
 from fastlm.cpu.cross_entropy import rows_apart
 from fastlm.cpu.linear_cross_entropy import _RP, _VB, Chunks, _or_empty
-from fastlm.cpu.linear_cross_entropy import loss_backward as _scaled
+from fastlm.cpu.linear_cross_entropy import linear_cross_entropy_loss_backward as _scaled
 
 # Bytes for a chunk's scores of both heads, 8 or (with a 16-bit gradient of the scores beside them)
 # 10 per class; more where an eighth of the float32 gradient of the weight is more.
@@ -40,7 +40,7 @@ class _Room:
         return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
-def loss(
+def linear_distillation_forward(
     student,
     student_weight,
     teacher,
@@ -57,7 +57,7 @@ def loss(
 ):
     if keep is not None and not keep.all():  # in fine-tuning most rows of a batch are left out
         rows = keep.nonzero()[:, 0]
-        total, d_student, d_weight = loss(
+        total, d_student, d_weight = linear_distillation_forward(
             student[rows],
             student_weight,
             teacher[rows],
@@ -131,6 +131,6 @@ def loss(
     )
 
 
-def backward(d_loss, d_student, d_weight, weight_dtype):
+def linear_distillation_backward(d_loss, d_student, d_weight, weight_dtype):
     none = d_student.new_empty(0)
     return _scaled(d_loss, d_student, d_weight, none, weight_dtype, none.dtype)[:2]

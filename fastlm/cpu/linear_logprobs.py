@@ -12,7 +12,7 @@ def _options(ignore_index, softcap, temperature):
     return ignore_index, None if softcap is None else softcap / temperature, 1 / temperature
 
 
-def forward(
+def linear_logprobs_forward(
     input,
     linear_weight,
     linear_bias,
@@ -26,7 +26,7 @@ def forward(
     if not valid.all():
         checked_target(target, len(linear_weight), ignore_index)  # here its message knows the row
         rows = valid.nonzero()[:, 0]
-        logprob, entropy, *stats = forward(
+        logprob, entropy, *stats = linear_logprobs_forward(
             input[rows],
             linear_weight,
             linear_bias,
@@ -50,7 +50,7 @@ def forward(
     return chunks.nll.neg_(), entropy, chunks.shift, chunks.log_sum
 
 
-def backward(
+def linear_logprobs_backward(
     d_logprob,
     d_entropy,
     input,
@@ -67,7 +67,7 @@ def backward(
     need_weight,
 ):
     on_p = -d_logprob
-    return linear_cross_entropy.backward(
+    return linear_cross_entropy.linear_cross_entropy_backward(
         on_p,
         on_p,
         None,

@@ -14,7 +14,7 @@ from fastlm.memory_order import rows_of
 _NEEDS_NO_WORKSPACE = 8192
 
 
-def forward(
+def quantized_linear_forward(
     x: Tensor,
     qdata: Tensor,
     scales: Tensor,
@@ -39,7 +39,7 @@ def forward(
     return y
 
 
-def backward(
+def quantized_linear_backward(
     dy: Tensor,
     qdata: Tensor,
     scales: Tensor,
@@ -65,7 +65,7 @@ def dequantize(
     dtype: torch.dtype,
 ) -> Tensor:
     if dtype == torch.float64:  # left to the reference
-        return reference.dequantize_rows(qdata, scales, zeros, bits, group_size, k, dtype)
+        return reference.dequantize(qdata, scales, zeros, bits, group_size, k, dtype)
     out = qdata.new_empty(qdata.shape[0], k, dtype=dtype)
     _cpu.dequantize(qdata, scales, zeros, bits, group_size, out)
     return out

@@ -8,8 +8,6 @@ from torch import Tensor
 from fastlm.backend import cpu_extension as _cpu
 from fastlm.memory_order import rows_of
 
-_BLOCK_ROWS = 64  # rows per partial sum of the weight's gradient, as in csrc/cpu/rms_norm.h
-
 
 def _weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the weight as the kernels accept it: float32 or x's dtype, contiguous."""
@@ -18,7 +16,7 @@ def _weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return weight.contiguous()
 
 
-def forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float):
+def rms_norm_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float):
     y = x.new_empty(x.shape)
     rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
     h = None if residual is None else x.new_empty(x.shape)
@@ -29,14 +27,13 @@ def forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offs
     return y, x.new_empty(0) if h is None else h, rstd
 
 
-def backward(
-    dy: Tensor, dh_above: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor, offset: float
+def rms_norm_backward(
+    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor, offset: float
 ):
     dx = h.new_empty(h.shape)
-    blocks = (rstd.numel() + _BLOCK_ROWS - 1) // _BLOCK_ROWS
-    dw = rstd.new_empty(blocks, h.shape[-1])
+    dw = rstd.new_empty(-(-rstd.numel() // _cpu.RMS_NORM_BLOCK_ROWS), h.shape[-1])
     _cpu.rms_norm_backward(
-        rows_of(dy), None if dh_above is None else rows_of(dh_above), rows_of(h),
+        rows_of(dy), None if dh is None else rows_of(dh), rows_of(h),
         _weight(weight, h.dtype), rstd, offset, dx, dw,
     )  # fmt: skip
     return dx, dw.sum(0)

@@ -45,7 +45,7 @@ def dequantize(
     dtype: torch.dtype,
 ) -> Tensor:
     if dtype == torch.float64:  # left to the reference
-        return reference.dequantize_rows(qdata, scales, zeros, bits, group_size, k, dtype)
+        return reference.dequantize(qdata, scales, zeros, bits, group_size, k, dtype)
     out = torch.empty((qdata.shape[0], k), dtype=dtype, device=qdata.device)
     w = (t if t is None else t.contiguous() for t in (qdata, scales, zeros))
     extension().dequantize(*w, bits, group_size, out, stream(qdata))

@@ -20,10 +20,8 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
-from fastlm.backend import CudaKernel, Kernel
-from fastlm.cpu import cross_entropy as cpu
 from fastlm.errors import InputError
-from fastlm.operator import register
+from fastlm.operator import declare
 from fastlm.ops.wrong_type import FAILURES, explained
 from fastlm.row_losses import one_number, row_factors, row_losses
 from fastlm.transforms import wants_gradient
@@ -175,44 +173,6 @@ def wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _forward_fake(logits, target, class_weight, smooth, ignore_index, softcap, logit_scale):
-    per_row = [logits.new_empty(target.shape, dtype=wide(logits)) for _ in range(3)]
-    return *per_row, logits.new_empty(target.shape if smooth else 0, dtype=wide(logits))
-
-
-def _backward_fake(
-    on_p,
-    on_target,
-    on_all,
-    logits,
-    target,
-    class_weight,
-    shift,
-    log_sum,
-    ignore_index,
-    softcap,
-    logit_scale,
-):
-    return logits.new_empty(logits.shape)
-
-
-def _loss_fake(logits, target, ignore_index, mean, softcap, logit_scale, keep):
-    stats = logits.new_empty((3, *target.shape) if keep else 0, dtype=wide(logits))
-    return stats.new_empty(()), stats
-
-
-def _loss_backward_fake(d_loss, logits, target, stats, ignore_index, mean, softcap, logit_scale):
-    return logits.new_empty(logits.shape)
-
-
-def _setup_context(ctx, inputs, output):
-    logits, target, class_weight, ctx.smooth, *ctx.options = inputs
-    shift, log_sum, _, _ = output
-    ctx.mark_non_differentiable(shift)
-    ctx.save_for_backward(logits, target, class_weight, shift, log_sum)
-    ctx.set_materialize_grads(False)
-
-
 def coefficients(
     d_log_sum: Tensor | None,
     d_nll: Tensor,
@@ -229,86 +189,61 @@ def coefficients(
     return (on_p if d_smoothed is None else on_p + total_weight * d_smoothed), d_nll, d_smoothed
 
 
-def _autograd_backward(ctx, _, d_log_sum, d_nll, d_smoothed):
-    logits, target, class_weight, shift, log_sum = ctx.saved_tensors
-    if d_nll is None:
-        d_nll = torch.zeros_like(shift)
+def _derivative(
+    d_log_sum: Tensor | None,
+    d_nll: Tensor,
+    d_smoothed: Tensor | None,
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    shift: Tensor,
+    log_sum: Tensor,
+    smooth: bool,
+    ignore_index: int,
+    softcap: float | None,
+    logit_scale: float,
+) -> Tensor:
     total = logits.shape[1] if class_weight is None else class_weight.to(shift.dtype).sum()
-    d_logits = _backward(
-        *coefficients(
-            d_log_sum, d_nll, d_smoothed if ctx.smooth else None, target, ctx.options[0], total
-        ),
-        logits,
-        target,
-        class_weight,
-        shift,
-        log_sum,
-        *ctx.options,
-    )
-    return d_logits, None, None, None, None, None, None
+    d_smoothed = d_smoothed if smooth else None
+    return _backward(
+        *coefficients(d_log_sum, d_nll, d_smoothed, target, ignore_index, total),
+        logits, target, class_weight, shift, log_sum, ignore_index, softcap, logit_scale,
+    )  # fmt: skip
 
 
-def _setup_loss(ctx, inputs, output):
-    logits, target, *ctx.options, _ = inputs
-    stats = output[1]
-    ctx.mark_non_differentiable(stats)
-    ctx.save_for_backward(logits, target, stats)
-    ctx.set_materialize_grads(False)  # otherwise the backward begins with zeros like stats
+def _loss_derivative(
+    d_loss: Tensor | None,
+    logits: Tensor,
+    target: Tensor,
+    stats: Tensor,
+    ignore_index: int,
+    mean: bool,
+    softcap: float | None,
+    logit_scale: float,
+) -> Tensor | None:
+    if d_loss is None:
+        return None
+    return _loss_backward(d_loss, logits, target, stats, ignore_index, mean, softcap, logit_scale)
 
 
-def _autograd_loss(ctx, d_loss, _):
-    d_logits = None if d_loss is None else _loss_backward(d_loss, *ctx.saved_tensors, *ctx.options)
-    return d_logits, None, None, None, None, None, None
-
-
-_forward = register(
-    "cross_entropy(Tensor logits, Tensor target, Tensor? class_weight, bool smooth,"
-    " int ignore_index, float? softcap, float logit_scale) -> (Tensor, Tensor, Tensor, Tensor)",
-    fake=_forward_fake,
-    implementations={
-        "reference": reference.cross_entropy_forward,
-        "cpu": cpu.forward,
-        "triton": Kernel("cross_entropy", "cross_entropy_forward"),
-        "cuda": CudaKernel("cross_entropy", "cross_entropy_forward"),
-    },
-    setup_context=_setup_context,
-    backward=_autograd_backward,
+_backward = declare(reference.cross_entropy_backward, "cpu triton cuda", chosen_by="logits")
+_forward = declare(
+    reference.cross_entropy_forward,
+    "cpu triton cuda",
+    outputs="shift log_sum nll smoothed",
+    backward=_derivative,
+    gradients=["logits"],
+    zeros={"d_nll": "shift"},
+    constants=["shift"],
 )
-_backward = register(
-    "cross_entropy_backward(Tensor on_p, Tensor on_target, Tensor? on_all, Tensor logits,"
-    " Tensor target, Tensor? class_weight, Tensor shift, Tensor log_sum, int ignore_index,"
-    " float? softcap, float logit_scale) -> Tensor",
-    fake=_backward_fake,
-    implementations={
-        "reference": reference.cross_entropy_backward,
-        "cpu": cpu.backward,
-        "triton": Kernel("cross_entropy", "cross_entropy_backward"),
-        "cuda": CudaKernel("cross_entropy", "cross_entropy_backward"),
-    },
-    picked_by=3,
+_loss_backward = declare(
+    reference.cross_entropy_loss_backward, "cpu triton cuda", chosen_by="logits"
 )
-_loss = register(
-    "cross_entropy_loss(Tensor logits, Tensor target, int ignore_index, bool mean, float? softcap,"
-    " float logit_scale, bool keep) -> (Tensor, Tensor)",
-    fake=_loss_fake,
-    implementations={
-        "reference": reference.cross_entropy_loss,
-        "cpu": cpu.loss,
-        "triton": Kernel("cross_entropy", "cross_entropy_loss"),
-        "cuda": CudaKernel("cross_entropy", "cross_entropy_loss"),
-    },
-    setup_context=_setup_loss,
-    backward=_autograd_loss,
-)
-_loss_backward = register(
-    "cross_entropy_loss_backward(Tensor d_loss, Tensor logits, Tensor target, Tensor stats,"
-    " int ignore_index, bool mean, float? softcap, float logit_scale) -> Tensor",
-    fake=_loss_backward_fake,
-    implementations={
-        "reference": reference.cross_entropy_loss_backward,
-        "cpu": cpu.loss_backward,
-        "triton": Kernel("cross_entropy", "cross_entropy_loss_backward"),
-        "cuda": CudaKernel("cross_entropy", "cross_entropy_loss_backward"),
-    },
-    picked_by=1,
+_loss = declare(
+    reference.cross_entropy_loss,
+    "cpu triton cuda",
+    outputs="loss stats",
+    backward=_loss_derivative,
+    gradients=["logits"],
+    constants=["stats"],
 )

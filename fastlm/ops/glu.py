@@ -7,10 +7,8 @@ multiply-adds per byte moved, the arithmetic is free and the memory is not.
 from torch import Tensor
 
 from fastlm import reference
-from fastlm.backend import CudaKernel, Kernel
-from fastlm.cpu import glu as cpu
 from fastlm.errors import InputError
-from fastlm.operator import autocasts, promoted, register
+from fastlm.operator import autocasts, declare, promoted
 from fastlm.ops.wrong_type import FAILURES, explained
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
@@ -53,42 +51,11 @@ def glu(gate: Tensor, up: Tensor, *, act: str = "silu") -> Tensor:
         raise explained(error, glu, locals()) from None
 
 
-def _forward_fake(gate: Tensor, up: Tensor, act: str):
-    return gate.new_empty(gate.shape)
-
-
-def _backward_fake(dy: Tensor, gate: Tensor, up: Tensor, act: str):
-    return gate.new_empty(gate.shape), gate.new_empty(gate.shape)
-
-
-def _setup_context(ctx, inputs, output):
-    gate, up, ctx.act = inputs
-    ctx.save_for_backward(gate, up)
-
-
-def _autograd_backward(ctx, dy):
-    return *_backward(dy, *ctx.saved_tensors, ctx.act), None
-
-
-_forward = register(
-    "glu(Tensor gate, Tensor up, str act) -> Tensor",
-    fake=_forward_fake,
-    implementations={
-        "reference": reference.glu_forward,
-        "cpu": cpu.forward,
-        "triton": Kernel("glu", "glu_forward"),
-        "cuda": CudaKernel("glu", "glu_forward"),
-    },
-    setup_context=_setup_context,
-    backward=_autograd_backward,
-)
-_backward = register(
-    "glu_backward(Tensor dy, Tensor gate, Tensor up, str act) -> (Tensor, Tensor)",
-    fake=_backward_fake,
-    implementations={
-        "reference": reference.glu_backward,
-        "cpu": cpu.backward,
-        "triton": Kernel("glu", "glu_backward"),
-    },
-    picked_by=1,
+_backward = declare(reference.glu_backward, "cpu triton", chosen_by="gate")
+_forward = declare(
+    reference.glu_forward,
+    "cpu triton cuda",
+    outputs="y",
+    backward=_backward,
+    gradients=("gate", "up"),
 )

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from fastlm import reference
 from fastlm.backend import cpu_isa, forced
-from fastlm.cpu import linear as cpu
+from fastlm.cpu.linear import linear_split
 from fastlm.errors import InputError
-from fastlm.operator import autocast, autocast_somewhere, register
+from fastlm.operator import autocast, autocast_somewhere, declare
 from fastlm.ops.wrong_type import FAILURES, explained
 from fastlm.transforms import is_eager
 
@@ -104,7 +104,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
                     f"{name}: wanted {x.dtype} on {x.device} as x, got {t.dtype} on {t.device}"
                 )
         if not torch.compiler.is_compiling() and splits(x, weight):
-            return cpu.split_forward(x, weight, bias)
+            return linear_split(x, weight, bias)
         if not _own(x, weight):
             return F.linear(x, weight, bias)
         if casts:
@@ -140,51 +140,24 @@ def _own(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _forward_fake(x: Tensor, weight: Tensor, bias: Tensor | None):
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
-
-
-def _backward_fake(dy: Tensor, x: Tensor | None, weight: Tensor | None, want_bias: bool):
-    n = dy.shape[-1]
-    return (
-        dy.new_empty(0 if weight is None else (*dy.shape[:-1], weight.shape[1])),
-        dy.new_empty(0 if x is None else (n, x.shape[-1])),
-        dy.new_empty(n if want_bias else 0),
-    )
-
-
 def _flops(x, weight, bias, **_):
     return 2 * math.prod(x) * weight[0]
 
 
-def _backward_flops(dy, x, weight, want_bias, **_):
+def _backward_flops(dy, x, weight, need_bias, **_):
     return sum(2 * math.prod(dy) * t[-1] for t in (x, weight) if t is not None)
 
 
-def _setup_context(ctx, inputs, output):
-    x, weight, _ = inputs
-    want_x, want_weight = ctx.needs_input_grad[:2]
-    ctx.save_for_backward(x if want_weight else None, weight if want_x else None)
-
-
-def _autograd_backward(ctx, dy):
-    wanted = ctx.needs_input_grad
-    grads = _backward(dy, *ctx.saved_tensors, wanted[2])
-    return tuple(g if want else None for g, want in zip(grads, wanted))
-
-
-_forward = register(
-    "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
-    fake=_forward_fake,
-    implementations={"reference": reference.linear_forward, "cpu": cpu.forward},
-    setup_context=_setup_context,
-    backward=_autograd_backward,
+_backward = declare(reference.linear_backward, "cpu", flops=_backward_flops)
+_forward = declare(
+    reference.linear_forward,
+    "cpu",
+    outputs="y",
+    backward=_backward,
+    gradients=("x", "weight", "bias"),
+    keeps={
+        "x": lambda x, need_weight: x if need_weight else None,
+        "weight": lambda weight, need_x: weight if need_x else None,
+    },
     flops=_flops,
-)
-_backward = register(
-    "linear_backward(Tensor dy, Tensor? x, Tensor? weight, bool want_bias)"
-    " -> (Tensor, Tensor, Tensor)",
-    fake=_backward_fake,
-    implementations={"reference": reference.linear_backward, "cpu": cpu.backward},
-    flops=_backward_flops,
 )

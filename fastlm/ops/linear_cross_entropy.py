@@ -22,10 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlm import reference
-from fastlm.backend import Kernel, serves_by
-from fastlm.cpu import linear_cross_entropy as cpu
+from fastlm.backend import serves_by
 from fastlm.errors import InputError
-from fastlm.operator import autocast, autocast_somewhere, register
+from fastlm.operator import autocast, autocast_somewhere, declare
 from fastlm.ops.cross_entropy import (
     check,
     check_options,
@@ -211,124 +210,44 @@ def _float32_logits(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | 
     return F.linear(input, linear_weight, linear_bias)
 
 
-def _forward_fake(
-    input,
-    linear_weight,
-    linear_bias,
-    target,
-    class_weight,
-    smooth,
-    ignore_index,
-    softcap,
-    logit_scale,
-):
-    per_row = [input.new_empty(target.shape, dtype=wide(input)) for _ in range(3)]
-    return *per_row, input.new_empty(target.shape if smooth else 0, dtype=wide(input))
-
-
-def _backward_fake(
-    on_p,
-    on_target,
-    on_all,
-    input,
-    linear_weight,
-    linear_bias,
-    target,
-    class_weight,
-    shift,
-    log_sum,
-    ignore_index,
-    softcap,
-    logit_scale,
-    need_input,
-    need_weight,
-):
-    return (
-        input.new_empty(input.shape if need_input else 0),
-        linear_weight.new_empty(linear_weight.shape if need_weight else 0),
-        input.new_empty(0) if linear_bias is None else linear_bias.new_empty(linear_bias.shape),
-    )
-
-
-def _loss_fake(
-    input,
-    linear_weight,
-    linear_bias,
-    target,
-    class_weight,
-    on_nll,
-    on_smoothed,
-    on_square,
-    ignore_index,
-    softcap,
-    logit_scale,
-    need_input,
-    need_weight,
-):
-    dtype = wide(input)
-    return (
-        input.new_empty((), dtype=dtype),
-        input.new_empty(input.shape if need_input else 0),
-        input.new_empty(linear_weight.shape if need_weight else 0, dtype=dtype),
-        input.new_empty(0 if linear_bias is None else linear_bias.shape, dtype=dtype),
-    )
-
-
-def _loss_backward_fake(d_loss, d_input, d_weight, d_bias, weight_dtype, bias_dtype):
-    return (
-        d_input.new_empty(d_input.shape),
-        d_weight.new_empty(d_weight.shape, dtype=weight_dtype),
-        d_bias.new_empty(d_bias.shape, dtype=bias_dtype),
-    )
-
-
-def _setup_forward(ctx, inputs, output):
-    input, linear_weight, linear_bias, target, class_weight, ctx.smooth, *ctx.options = inputs
-    shift, log_sum, _, _ = output
-    ctx.mark_non_differentiable(shift)
-    ctx.save_for_backward(input, linear_weight, linear_bias, target, class_weight, shift, log_sum)
-
-
-def _autograd_forward(ctx, _, d_log_sum, d_nll, d_smoothed):
-    input, linear_weight, linear_bias, target, class_weight, shift, log_sum = ctx.saved_tensors
+def _derivative(
+    d_log_sum: Tensor | None,
+    d_nll: Tensor,
+    d_smoothed: Tensor | None,
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    shift: Tensor,
+    log_sum: Tensor,
+    smooth: bool,
+    ignore_index: int,
+    softcap: float | None,
+    logit_scale: float,
+    need_input: bool,
+    need_linear_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     total = linear_weight.shape[0] if class_weight is None else class_weight.to(shift.dtype).sum()
-    need = ctx.needs_input_grad
-    d_input, d_weight, d_bias = _backward(
-        *coefficients(
-            d_log_sum, d_nll, d_smoothed if ctx.smooth else None, target, ctx.options[0], total
-        ),
-        input,
-        linear_weight,
-        linear_bias,
-        target,
-        class_weight,
-        shift,
-        log_sum,
-        *ctx.options,
-        need[0],
-        need[1],
-    )
-    return (
-        d_input if need[0] else None,
-        d_weight if need[1] else None,
-        d_bias if need[2] else None,
-        *[None] * 6,
-    )
+    d_smoothed = d_smoothed if smooth else None
+    return _backward(
+        *coefficients(d_log_sum, d_nll, d_smoothed, target, ignore_index, total),
+        input, linear_weight, linear_bias, target, class_weight, shift, log_sum, ignore_index,
+        softcap, logit_scale, need_input, need_linear_weight,
+    )  # fmt: skip
 
 
-def _setup_loss(ctx, inputs, output):
-    _, *gradients = output  # differentiable, so that a second derivative is refused and not zero
-    ctx.set_materialize_grads(False)  # otherwise the backward begins with zeros for each of them
-    ctx.save_for_backward(*gradients)
-    ctx.dtypes = inputs[1].dtype, (inputs[0] if inputs[2] is None else inputs[2]).dtype
-
-
-def _autograd_loss(ctx, d_loss, *_):
+def _loss_derivative(
+    d_loss: Tensor | None,
+    d_input: Tensor,
+    d_weight: Tensor,
+    d_bias: Tensor,
+    weight_dtype: torch.dtype,
+    bias_dtype: torch.dtype,
+) -> tuple[Tensor, ...] | None:
     if d_loss is None:
-        return (None,) * 13
-    gradients = _loss_backward(d_loss, *ctx.saved_tensors, *ctx.dtypes)
-    needed = [g if need else None for g, need in zip(gradients, ctx.needs_input_grad)]
-    return *needed, *[None] * 10
+        return None
+    return _loss_backward(d_loss, d_input, d_weight, d_bias, weight_dtype, bias_dtype)
 
 
 def _logits_flops(input, linear_weight, *_, **__):
@@ -344,57 +263,33 @@ def _loss_flops(input, linear_weight, *options, **_):
     return (1 + need_input + need_weight) * _logits_flops(input, linear_weight)
 
 
-_forward = register(
-    "linear_cross_entropy(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target,"
-    " Tensor? class_weight, bool smooth, int ignore_index, float? softcap, float logit_scale)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-    fake=_forward_fake,
-    implementations={
-        "reference": reference.linear_cross_entropy_forward,
-        "cpu": cpu.forward,
-        "triton": Kernel("linear_cross_entropy", "linear_cross_entropy_forward"),
-    },
-    setup_context=_setup_forward,
-    backward=_autograd_forward,
+_backward = declare(
+    reference.linear_cross_entropy_backward, "cpu triton", chosen_by="input", flops=_backward_flops
+)
+_forward = declare(
+    reference.linear_cross_entropy_forward,
+    "cpu triton",
+    outputs="shift log_sum nll smoothed",
+    backward=_derivative,
+    gradients=("input", "linear_weight", "linear_bias"),
+    zeros={"d_nll": "shift"},
+    constants=["shift"],
     flops=_logits_flops,
 )
-_backward = register(
-    "linear_cross_entropy_backward(Tensor on_p, Tensor on_target, Tensor? on_all, Tensor input,"
-    " Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? class_weight, Tensor shift,"
-    " Tensor log_sum, int ignore_index, float? softcap, float logit_scale, bool need_input,"
-    " bool need_weight) -> (Tensor, Tensor, Tensor)",
-    fake=_backward_fake,
-    implementations={
-        "reference": reference.linear_cross_entropy_backward,
-        "cpu": cpu.backward,
-        "triton": Kernel("linear_cross_entropy", "linear_cross_entropy_backward"),
-    },
-    picked_by=3,
-    flops=_backward_flops,
+_loss_backward = declare(
+    reference.linear_cross_entropy_loss_backward, "cpu triton", chosen_by="d_input"
 )
-_loss = register(
-    "linear_cross_entropy_loss(Tensor input, Tensor linear_weight, Tensor? linear_bias,"
-    " Tensor target, Tensor? class_weight, Tensor on_nll, Tensor? on_smoothed, Tensor? on_square,"
-    " int ignore_index, float? softcap, float logit_scale, bool need_input, bool need_weight)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-    fake=_loss_fake,
-    implementations={
-        "reference": reference.linear_cross_entropy_loss,
-        "cpu": cpu.loss,
-        "triton": Kernel("linear_cross_entropy", "linear_cross_entropy_loss"),
+_loss = declare(  # the gradients are differentiable: a second derivative is refused, not zero
+    reference.linear_cross_entropy_loss,
+    "cpu triton",
+    outputs="loss d_input d_weight d_bias",
+    backward=_loss_derivative,
+    gradients=("input", "linear_weight", "linear_bias"),
+    keeps={
+        "weight_dtype": lambda linear_weight: linear_weight.dtype,
+        "bias_dtype": lambda input, linear_bias: (
+            (input if linear_bias is None else linear_bias).dtype
+        ),
     },
-    setup_context=_setup_loss,
-    backward=_autograd_loss,
     flops=_loss_flops,
-)
-_loss_backward = register(
-    "linear_cross_entropy_loss_backward(Tensor d_loss, Tensor d_input, Tensor d_weight,"
-    " Tensor d_bias, ScalarType weight_dtype, ScalarType bias_dtype) -> (Tensor, Tensor, Tensor)",
-    fake=_loss_backward_fake,
-    implementations={
-        "reference": reference.linear_cross_entropy_loss_backward,
-        "cpu": cpu.loss_backward,
-        "triton": Kernel("linear_cross_entropy", "linear_cross_entropy_loss_backward"),
-    },
-    picked_by=1,
 )

@@ -14,11 +14,8 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
-from fastlm.backend import Kernel
-from fastlm.cpu import linear_distillation as cpu
 from fastlm.errors import InputError
-from fastlm.operator import autocast, autocast_somewhere, register
-from fastlm.ops.cross_entropy import wide
+from fastlm.operator import autocast, autocast_somewhere, declare
 from fastlm.ops.wrong_type import FAILURES, explained
 from fastlm.row_losses import one_number
 from fastlm.transforms import is_traced, wants_gradient
@@ -207,49 +204,10 @@ def _check_options(
         raise InputError(f"num_items: wanted > 0, got {num_items}")
 
 
-def _loss_fake(
-    student,
-    student_weight,
-    teacher,
-    teacher_weight,
-    keep,
-    kind,
-    beta,
-    logit_scale,
-    student_softcap,
-    teacher_softcap,
-    unit,
-    need_student,
-    need_weight,
-):
-    dtype = wide(student)
-    return (
-        student.new_empty((), dtype=dtype),
-        student.new_empty(student.shape if need_student else 0),
-        student.new_empty(student_weight.shape if need_weight else 0, dtype=dtype),
-    )
-
-
-def _backward_fake(d_loss, d_student, d_weight, weight_dtype):
-    return (
-        d_student.new_empty(d_student.shape),
-        d_weight.new_empty(d_weight.shape, dtype=weight_dtype),
-    )
-
-
-def _setup_loss(ctx, inputs, output):
-    _, *gradients = output  # differentiable, so that a second derivative is refused and not zero
-    ctx.set_materialize_grads(False)  # otherwise the backward begins with zeros for each of them
-    ctx.save_for_backward(*gradients)
-    ctx.dtype = inputs[1].dtype
-
-
-def _autograd_loss(ctx, d_loss, *_):
-    if d_loss is None:
-        return (None,) * 13
-    gradients = _backward(d_loss, *ctx.saved_tensors, ctx.dtype)
-    needed = [g if need else None for g, need in zip(gradients, ctx.needs_input_grad)]
-    return *needed, *[None] * 11
+def _derivative(
+    d_loss: Tensor | None, d_student: Tensor, d_weight: Tensor, weight_dtype: torch.dtype
+) -> tuple[Tensor, ...] | None:
+    return None if d_loss is None else _backward(d_loss, d_student, d_weight, weight_dtype)
 
 
 def _flops(student, student_weight, teacher, teacher_weight, *options, **_):
@@ -258,29 +216,13 @@ def _flops(student, student_weight, teacher, teacher_weight, *options, **_):
     return 2 * math.prod(teacher) * teacher_weight[0] + (1 + need_student + need_weight) * own
 
 
-_loss = register(
-    "linear_distillation(Tensor student, Tensor student_weight, Tensor teacher,"
-    " Tensor teacher_weight, Tensor? keep, str kind, float beta, float logit_scale,"
-    " float? student_softcap, float? teacher_softcap, float unit, bool need_student,"
-    " bool need_weight) -> (Tensor, Tensor, Tensor)",
-    fake=_loss_fake,
-    implementations={
-        "reference": reference.linear_distillation_loss,
-        "cpu": cpu.loss,
-        "triton": Kernel("linear_distillation", "linear_distillation_loss"),
-    },
-    setup_context=_setup_loss,
-    backward=_autograd_loss,
+_backward = declare(reference.linear_distillation_backward, "cpu triton", chosen_by="d_student")
+_loss = declare(  # the gradients are differentiable: a second derivative is refused, not zero
+    reference.linear_distillation_forward,
+    "cpu triton",
+    outputs="loss d_student d_weight",
+    backward=_derivative,
+    gradients=("student", "student_weight"),
+    keeps={"weight_dtype": lambda student_weight: student_weight.dtype},
     flops=_flops,
-)
-_backward = register(
-    "linear_distillation_backward(Tensor d_loss, Tensor d_student, Tensor d_weight,"
-    " ScalarType weight_dtype) -> (Tensor, Tensor)",
-    fake=_backward_fake,
-    implementations={
-        "reference": reference.linear_distillation_backward,
-        "cpu": cpu.backward,
-        "triton": Kernel("linear_distillation", "linear_distillation_backward"),
-    },
-    picked_by=1,
 )

@@ -15,11 +15,9 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
-from fastlm.backend import Kernel
-from fastlm.cpu import linear_logprobs as cpu
 from fastlm.errors import InputError
-from fastlm.operator import autocast, autocast_somewhere, register
-from fastlm.ops.cross_entropy import check, check_options, wide
+from fastlm.operator import autocast, autocast_somewhere, declare
+from fastlm.ops.cross_entropy import check, check_options
 from fastlm.ops.linear_cross_entropy import check_linear
 from fastlm.ops.wrong_type import FAILURES, explained
 
@@ -87,78 +85,29 @@ def linear_logprobs(
         raise explained(error, linear_logprobs, locals()) from None
 
 
-def _forward_fake(
-    input,
-    linear_weight,
-    linear_bias,
-    target,
-    with_entropy,
-    ignore_index,
-    softcap,
-    temperature,
-):
-    sizes = (target.shape, target.shape if with_entropy else 0, target.shape, target.shape)
-    return tuple(input.new_empty(size, dtype=wide(input)) for size in sizes)
-
-
-def _backward_fake(
-    d_logprob,
-    d_entropy,
-    input,
-    linear_weight,
-    linear_bias,
-    target,
-    entropy,
-    shift,
-    log_sum,
-    ignore_index,
-    softcap,
-    temperature,
-    need_input,
-    need_weight,
-):
-    return (
-        input.new_empty(input.shape if need_input else 0),
-        linear_weight.new_empty(linear_weight.shape if need_weight else 0),
-        input.new_empty(0) if linear_bias is None else linear_bias.new_empty(linear_bias.shape),
-    )
-
-
-def _setup_context(ctx, inputs, output):
-    input, linear_weight, linear_bias, target, ctx.with_entropy, *ctx.options = inputs
-    _, entropy, shift, log_sum = output
-    ctx.mark_non_differentiable(shift, log_sum)
-    ctx.save_for_backward(input, linear_weight, linear_bias, target, entropy, shift, log_sum)
-    ctx.set_materialize_grads(False)  # without a loss on the entropy its terms are not computed
-
-
-def _autograd_backward(ctx, d_logprob, d_entropy, *_):
-    input, linear_weight, linear_bias, target, entropy, shift, log_sum = ctx.saved_tensors
-    ignored = target == ctx.options[0]
-    d_logprob = torch.zeros_like(shift) if d_logprob is None else d_logprob
-    if not ctx.with_entropy:
-        d_entropy = None
-    need = ctx.needs_input_grad
-    d_input, d_weight, d_bias = _backward(
+def _derivative(
+    d_logprob: Tensor,
+    d_entropy: Tensor | None,
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    entropy: Tensor,
+    shift: Tensor,
+    log_sum: Tensor,
+    ignore_index: int,
+    softcap: float | None,
+    temperature: float,
+    need_input: bool,
+    need_linear_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    ignored = target == ignore_index
+    return _backward(
         torch.where(ignored, 0.0, d_logprob),
         None if d_entropy is None else torch.where(ignored, 0.0, d_entropy),
-        input,
-        linear_weight,
-        linear_bias,
-        target,
-        entropy,
-        shift,
-        log_sum,
-        *ctx.options,
-        need[0],
-        need[1],
-    )
-    return (
-        d_input if need[0] else None,
-        d_weight if need[1] else None,
-        d_bias if need[2] else None,
-        *[None] * 5,
-    )
+        input, linear_weight, linear_bias, target, entropy, shift, log_sum, ignore_index, softcap,
+        temperature, need_input, need_linear_weight,
+    )  # fmt: skip
 
 
 def _forward_flops(input, linear_weight, *_, **__):
@@ -170,31 +119,16 @@ def _backward_flops(d_logprob, d_entropy, input, linear_weight, *options, **_):
     return (1 + need_input + need_weight) * _forward_flops(input, linear_weight)
 
 
-_forward = register(
-    "linear_logprobs(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target,"
-    " bool with_entropy, int ignore_index, float? softcap, float temperature)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-    fake=_forward_fake,
-    implementations={
-        "reference": reference.linear_logprobs_forward,
-        "cpu": cpu.forward,
-        "triton": Kernel("linear_logprobs", "linear_logprobs_forward"),
-    },
-    setup_context=_setup_context,
-    backward=_autograd_backward,
-    flops=_forward_flops,
+_backward = declare(
+    reference.linear_logprobs_backward, "cpu triton", chosen_by="input", flops=_backward_flops
 )
-_backward = register(
-    "linear_logprobs_backward(Tensor d_logprob, Tensor? d_entropy, Tensor input,"
-    " Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor entropy, Tensor shift,"
-    " Tensor log_sum, int ignore_index, float? softcap, float temperature, bool need_input,"
-    " bool need_weight) -> (Tensor, Tensor, Tensor)",
-    fake=_backward_fake,
-    implementations={
-        "reference": reference.linear_logprobs_backward,
-        "cpu": cpu.backward,
-        "triton": Kernel("linear_logprobs", "linear_logprobs_backward"),
-    },
-    picked_by=2,
-    flops=_backward_flops,
+_forward = declare(
+    reference.linear_logprobs_forward,
+    "cpu triton",
+    outputs="logprob entropy shift log_sum",
+    backward=_derivative,
+    gradients=("input", "linear_weight", "linear_bias"),
+    zeros={"d_logprob": "shift"},
+    constants=("shift", "log_sum"),
+    flops=_forward_flops,
 )

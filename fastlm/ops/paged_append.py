@@ -4,9 +4,8 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
-from fastlm.backend import CudaKernel
 from fastlm.errors import InputError
-from fastlm.operator import autocasts, register
+from fastlm.operator import autocasts, declare
 from fastlm.ops.attention import as_int32
 from fastlm.ops.paged_attention import cache_scales
 from fastlm.ops.wrong_type import FAILURES, explained
@@ -97,45 +96,4 @@ def paged_append(
         raise explained(error, paged_append, locals()) from None
 
 
-def _by_torch(
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_table: Tensor,
-    positions: Tensor,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-) -> None:
-    """The reference without reading values back. A token that is left out writes the same as one
-    that is not or, if all are left out, what the cache already has.
-    """
-    pages, page_size = k_cache.shape[:2]
-    if not pages * block_table.shape[1] * positions.numel():
-        return
-    positions = positions.long()
-    entry = positions.div(page_size, rounding_mode="floor")
-    page = block_table.long().gather(1, entry.clamp(0, block_table.shape[1] - 1))
-    there = (entry >= 0) & (entry < block_table.shape[1]) & (page >= 0) & (page < pages)
-    there = there.flatten()
-    token = torch.arange(there.numel(), device=there.device)
-    token = token.where(there, there.int().argmax())
-    at = page.flatten()[token].clamp(0, pages - 1), (positions % page_size).flatten()[token]
-    for x, cache, scale in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
-        rows = x.flatten(0, 1)[token]
-        if scale is not None:
-            rows = (rows.float() / scale[:, None]).round().clamp(-127, 127)
-        cache[at] = rows.to(cache.dtype).where(there.any(), cache[at])
-
-
-_append = register(
-    "paged_append(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor block_table,"
-    " Tensor positions, Tensor? k_scale, Tensor? v_scale) -> ()",
-    fake=lambda *_: None,
-    implementations={
-        "reference": reference.paged_append,
-        "cpu": reference.paged_append,
-        "triton": _by_torch,
-        "cuda": CudaKernel("paged_append", "paged_append"),
-    },
-)
+_append = declare(reference.paged_append, "cpu triton cuda", writes=("k_cache", "v_cache"))

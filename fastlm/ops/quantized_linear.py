@@ -6,10 +6,8 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
-from fastlm.backend import CudaKernel, Kernel
-from fastlm.cpu import quantized_linear as cpu
 from fastlm.errors import InputError
-from fastlm.operator import register
+from fastlm.operator import declare
 from fastlm.ops.quantized_weight import QuantizedWeight
 from fastlm.ops.wrong_type import FAILURES, explained
 
@@ -71,31 +69,6 @@ def quantized_linear(
         raise explained(error, quantized_linear, locals()) from None
 
 
-def _forward_fake(
-    x: Tensor,
-    qdata: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bias: Tensor | None,
-    bits: int,
-    group_size: int,
-    act_bits: int,
-) -> Tensor:
-    return x.new_empty(*x.shape[:-1], qdata.shape[0])
-
-
-def _backward_fake(
-    dy: Tensor,
-    qdata: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bits: int,
-    group_size: int,
-    k: int,
-) -> Tensor:
-    return dy.new_empty(*dy.shape[:-1], k)
-
-
 def _flops(x, qdata, *_, **__):
     return 2 * math.prod(x) * qdata[0]
 
@@ -104,72 +77,33 @@ def _backward_flops(dy, qdata, scales, zeros, bits, group_size, k, **_):
     return 2 * math.prod(dy) * k
 
 
-def _setup_context(ctx, inputs, output):
-    x, qdata, scales, zeros, bias, bits, group_size, _ = inputs
-    ctx.save_for_backward(qdata, scales, zeros)
-    ctx.options = (bits, group_size, x.shape[-1])
-    ctx.bias_dtype = None if bias is None else bias.dtype
-
-
-def _autograd_backward(ctx, dy):
-    qdata, scales, zeros = ctx.saved_tensors
-    dx = _backward(dy, qdata, scales, zeros, *ctx.options) if ctx.needs_input_grad[0] else None
-    db = None
-    if ctx.needs_input_grad[4]:
-        wide = torch.promote_types(dy.dtype, torch.float32)
-        db = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=wide).to(ctx.bias_dtype)
-    return dx, None, None, None, db, None, None, None
-
-
-_forward = register(
-    "quantized_linear(Tensor x, Tensor qdata, Tensor scales, Tensor? zeros, Tensor? bias, int bits,"
-    " int group_size, int act_bits) -> Tensor",
-    fake=_forward_fake,
-    implementations={
-        "reference": reference.quantized_linear_forward,
-        "cpu": cpu.forward,
-        "triton": Kernel("quantized_linear", "quantized_linear_forward"),
-        "cuda": CudaKernel("quantized_linear", "quantized_linear_forward"),
-    },
-    setup_context=_setup_context,
-    backward=_autograd_backward,
-    flops=_flops,
-)
-_backward = register(
-    "quantized_linear_backward(Tensor dy, Tensor qdata, Tensor scales, Tensor? zeros, int bits,"
-    " int group_size, int k) -> Tensor",
-    fake=_backward_fake,
-    implementations={
-        "reference": reference.quantized_linear_backward,
-        "cpu": cpu.backward,
-        "triton": Kernel("quantized_linear", "quantized_linear_backward"),
-    },
-    flops=_backward_flops,
-)
-
-
-def _dequantize_fake(
+def _derivative(
+    dy: Tensor,
     qdata: Tensor,
     scales: Tensor,
     zeros: Tensor | None,
     bits: int,
     group_size: int,
     k: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    return scales.new_empty(qdata.shape[0], k, dtype=dtype)
+    need_x: bool,
+    need_bias: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    dx = _backward(dy, qdata, scales, zeros, bits, group_size, k) if need_x else None
+    if not need_bias:
+        return dx, None
+    wide = torch.promote_types(dy.dtype, torch.float32)
+    return dx, dy.reshape(-1, dy.shape[-1]).sum(0, dtype=wide)
 
 
-# (rows, K) of a QuantizedWeight, or of rows taken from one. Picked by scales: qdata is no float.
-dequantize = register(
-    "dequantize(Tensor qdata, Tensor scales, Tensor? zeros, int bits, int group_size, int k,"
-    " ScalarType dtype) -> Tensor",
-    fake=_dequantize_fake,
-    implementations={
-        "reference": reference.dequantize_rows,
-        "cpu": cpu.dequantize,
-        "triton": Kernel("quantized_linear", "dequantize"),
-        "cuda": CudaKernel("quantized_linear", "dequantize"),
-    },
-    picked_by=1,
+_backward = declare(reference.quantized_linear_backward, "cpu triton", flops=_backward_flops)
+_forward = declare(
+    reference.quantized_linear_forward,
+    "cpu triton cuda",
+    outputs="y",
+    backward=_derivative,
+    gradients=("x", "bias"),
+    keeps={"k": lambda x: x.shape[-1]},
+    flops=_flops,
 )
+# (rows, K) of a QuantizedWeight, or of rows taken from one. Chosen by scales: qdata is no float.
+dequantize = declare(reference.dequantize, "cpu triton cuda", chosen_by="scales")

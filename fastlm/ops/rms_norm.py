@@ -1,13 +1,10 @@
 """RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467), alone or after a residual addition."""
 
-import torch
 from torch import Tensor
 
 from fastlm import reference
-from fastlm.backend import CudaKernel, Kernel
-from fastlm.cpu import rms_norm as cpu
 from fastlm.errors import InputError
-from fastlm.operator import autocasts, promoted, register
+from fastlm.operator import autocasts, declare, promoted
 from fastlm.ops.wrong_type import FAILURES, explained
 
 
@@ -77,52 +74,13 @@ def rms_norm(
         raise explained(error, rms_norm, locals()) from None
 
 
-def _forward_fake(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float):
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    h = x.new_empty(0) if residual is None else x.new_empty(x.shape)
-    return x.new_empty(x.shape), h, x.new_empty(x.shape[:-1], dtype=wide)
-
-
-def _backward_fake(
-    dy: Tensor, dh_above: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor, offset: float
-):
-    return h.new_empty(h.shape), h.new_empty(h.shape[-1:], dtype=rstd.dtype)
-
-
-def _setup_context(ctx, inputs, output):
-    x, residual, weight, _, offset = inputs
-    _, h, rstd = output
-    ctx.save_for_backward(x if residual is None else h, weight, rstd)
-    ctx.offset, ctx.has_residual = offset, residual is not None
-
-
-def _autograd_backward(ctx, dy, dh_above, _):
-    h, weight, rstd = ctx.saved_tensors
-    dh, dw = _backward(dy, dh_above if ctx.has_residual else None, h, weight, rstd, ctx.offset)
-    return dh, dh if ctx.has_residual else None, dw.to(weight.dtype), None, None
-
-
-_forward = register(
-    "rms_norm(Tensor x, Tensor? residual, Tensor weight, float eps, float offset)"
-    " -> (Tensor, Tensor, Tensor)",
-    fake=_forward_fake,
-    implementations={
-        "reference": reference.rms_norm_forward,
-        "cpu": cpu.forward,
-        "triton": Kernel("rms_norm", "rms_norm_forward"),
-        "cuda": CudaKernel("rms_norm", "rms_norm_forward"),
-    },
-    setup_context=_setup_context,
-    backward=_autograd_backward,
-)
-_backward = register(
-    "rms_norm_backward(Tensor dy, Tensor? dh_above, Tensor h, Tensor weight, Tensor rstd,"
-    " float offset) -> (Tensor, Tensor)",
-    fake=_backward_fake,
-    implementations={
-        "reference": reference.rms_norm_backward,
-        "cpu": cpu.backward,
-        "triton": Kernel("rms_norm", "rms_norm_backward"),
-    },
-    picked_by=2,
+_backward = declare(reference.rms_norm_backward, "cpu triton", chosen_by="h")
+_forward = declare(
+    reference.rms_norm_forward,
+    "cpu triton cuda",
+    outputs="y h rstd",
+    backward=_backward,
+    gradients=(("x", "residual"), "weight"),
+    keeps={"h": lambda x, residual, h: x if residual is None else h},
+    zeros={"dy": "h"},
 )

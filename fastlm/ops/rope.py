@@ -9,11 +9,9 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
-from fastlm.backend import CudaKernel, Kernel
-from fastlm.cpu import rope as cpu
 from fastlm.errors import InputError
 from fastlm.memory_order import dense
-from fastlm.operator import autocasts, promoted, register
+from fastlm.operator import autocasts, declare, promoted
 from fastlm.ops.wrong_type import FAILURES, explained
 from fastlm.transforms import is_eager
 
@@ -122,30 +120,17 @@ def _with_every_angle_twice(cos: Tensor, interleaved: bool) -> Tensor:
     return cos
 
 
-def _fake(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool):
-    return torch.empty_like(q), torch.empty_like(k)
+def _turned_back(
+    dq_out: Tensor, dk_out: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    return _rope(dense(dq_out), dense(dk_out), cos, sin, interleaved, not inverse)
 
 
-def _setup_context(ctx, inputs, output):
-    _, _, cos, sin, ctx.interleaved, ctx.inverse = inputs
-    ctx.save_for_backward(cos, sin)
-
-
-def _autograd_backward(ctx, dq, dk):
-    dq, dk = _rope(dense(dq), dense(dk), *ctx.saved_tensors, ctx.interleaved, not ctx.inverse)
-    return dq, dk, None, None, None, None
-
-
-_rope = register(
-    "rope(Tensor q, Tensor k, Tensor cos, Tensor sin, bool interleaved, bool inverse)"
-    " -> (Tensor, Tensor)",
-    fake=_fake,
-    implementations={
-        "reference": reference.rope,
-        "cpu": cpu.rope,
-        "triton": Kernel("rope", "rope"),
-        "cuda": CudaKernel("rope", "rope"),
-    },
-    setup_context=_setup_context,
-    backward=_autograd_backward,
+_rope = declare(
+    reference.rope,
+    "cpu triton cuda",
+    fake=lambda q, k, *_: (torch.empty_like(q), torch.empty_like(k)),
+    outputs="q_out k_out",
+    backward=_turned_back,
+    gradients=("q", "k"),
 )

@@ -41,14 +41,14 @@ from fastlm.reference.linear_cross_entropy import (
 )
 from fastlm.reference.linear_distillation import (
     linear_distillation_backward,
-    linear_distillation_loss,
+    linear_distillation_forward,
 )
 from fastlm.reference.linear_logprobs import linear_logprobs_backward, linear_logprobs_forward
 from fastlm.reference.paged_append import paged_append
 from fastlm.reference.paged_attention import paged_attention
 from fastlm.reference.quantized_linear import (
     RUN_MAX,
-    dequantize_rows,
+    dequantize,
     quantized_linear_backward,
     quantized_linear_forward,
     round_rows,
@@ -71,7 +71,7 @@ __all__ = [
     "cross_entropy_forward",
     "cross_entropy_loss",
     "cross_entropy_loss_backward",
-    "dequantize_rows",
+    "dequantize",
     "dropout_factor",
     "glu_backward",
     "glu_forward",
@@ -82,7 +82,7 @@ __all__ = [
     "linear_cross_entropy_loss",
     "linear_cross_entropy_loss_backward",
     "linear_distillation_backward",
-    "linear_distillation_loss",
+    "linear_distillation_forward",
     "linear_forward",
     "linear_logprobs_backward",
     "linear_logprobs_forward",

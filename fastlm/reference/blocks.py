@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 # Scores or logits that exist at once: 32 MB per temporary in float64, so that the reference result
@@ -10,6 +11,9 @@ SCORES = 1 << 22
 
 
 def row_blocks(rows: int, classes: int) -> list[slice]:
+    """All rows at once where sizes are symbols: shapes alone are computed there."""
+    if isinstance(rows, torch.SymInt) or isinstance(classes, torch.SymInt):
+        return [slice(None)]
     step = max(1, SCORES // max(1, classes))
     return [slice(i, i + step) for i in range(0, max(1, rows), step)]
 
@@ -19,13 +23,13 @@ def joined(parts: Iterator[Tensor], rows: int) -> Tensor:
     so that not all of them exist beside the result.
     """
     part = next(parts)
-    if len(part) == rows:
+    if part.shape[0] == rows:
         return part
     # created from a part: under vmap it is batched as all parts are, under forward-mode AD it gets
     # their tangents
     whole, at = part.new_empty(rows, *part.shape[1:]), 0
     while at < rows:
-        whole[at : at + len(part)] = part
-        at += len(part)
+        whole[at : at + part.shape[0]] = part
+        at += part.shape[0]
         part = next(parts, part)
     return whole

@@ -93,7 +93,7 @@ def cross_entropy_backward(
         )
         for b in row_blocks(*logits.shape)
     )
-    return joined(parts, len(logits))
+    return joined(parts, logits.shape[0])
 
 
 def cross_entropy_rows_backward(

@@ -14,10 +14,10 @@ def linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def linear_backward(
-    dy: Tensor, x: Tensor | None, weight: Tensor | None, want_bias: bool
+    dy: Tensor, x: Tensor | None, weight: Tensor | None, need_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx = dy weight if weight is given, dweight = dy^T x if x is given, dbias = sum of dy if
-    wanted; otherwise empty."""
+    needed; otherwise empty."""
     n, g = dy.shape[-1], widen(dy)
     rows = g.reshape(math.prod(dy.shape[:-1]), n)
     dx, dweight, dbias = (g.new_empty(0) for _ in range(3))
@@ -25,6 +25,6 @@ def linear_backward(
         dx = g @ widen(weight)
     if x is not None:
         dweight = rows.mT @ widen(x).reshape(len(rows), x.shape[-1])
-    if want_bias:
+    if need_bias:
         dbias = rows.sum(0)
     return dx.to(dy.dtype), dweight.to(dy.dtype), dbias.to(dy.dtype)

@@ -21,11 +21,11 @@ def linear_cross_entropy_forward(
     logit_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """cross_entropy_forward of input (N, D) @ linear_weight (V, D)^T + linear_bias (V)."""
-    check_target(target, len(linear_weight), ignore_index)
+    check_target(target, linear_weight.shape[0], ignore_index)
     options = (class_weight, smooth, ignore_index, softcap, logit_scale)
     parts = [
         cross_entropy_rows(_logits(input[b], linear_weight, linear_bias), target[b], *options)
-        for b in row_blocks(len(input), len(linear_weight))
+        for b in row_blocks(input.shape[0], linear_weight.shape[0])
     ]
     shift, log_sum, nll, smoothed = (torch.cat(part) for part in zip(*parts))
     return shift, log_sum, nll, smoothed
@@ -50,8 +50,8 @@ def linear_cross_entropy_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of input, linear_weight and linear_bias; empty where not needed."""
     x, w, none = widen(input), widen(linear_weight), input.new_empty(0)
-    d_inputs, d_weight, d_bias = [], torch.zeros_like(w), w.new_zeros(len(w))
-    for b in row_blocks(len(input), len(linear_weight)):
+    d_inputs, d_weight, d_bias = [], torch.zeros_like(w), w.new_zeros(w.shape[0])
+    for b in row_blocks(input.shape[0], linear_weight.shape[0]):
         d_logits = cross_entropy_rows_backward(
             on_p[b],
             on_target[b],

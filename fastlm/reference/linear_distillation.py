@@ -9,7 +9,7 @@ from fastlm.reference.blocks import row_blocks
 from fastlm.reference.precision import widen
 
 
-def linear_distillation_loss(
+def linear_distillation_forward(
     student: Tensor,
     student_weight: Tensor,
     teacher: Tensor,
@@ -33,7 +33,7 @@ def linear_distillation_loss(
     wide = torch.float64 if student.dtype == torch.float64 else torch.float32
     loss, w = student.new_zeros((), dtype=wide), widen(student_weight)
     d_student, d_weight = [], torch.zeros_like(w)
-    for b in row_blocks(len(student), len(w)):
+    for b in row_blocks(student.shape[0], w.shape[0]):
         x = widen(student[b])
         z = _scores(x, w, logit_scale, student_softcap)
         z_t = _scores(widen(teacher[b]), widen(teacher_weight), logit_scale, teacher_softcap)
@@ -59,7 +59,7 @@ def linear_distillation_loss(
 def linear_distillation_backward(
     d_loss: Tensor, d_student: Tensor, d_weight: Tensor, weight_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """The gradients from linear_distillation_loss times the gradient of its loss."""
+    """The gradients from linear_distillation_forward times the gradient of its loss."""
     return (d_student * d_loss).to(d_student.dtype), (d_weight * d_loss).to(weight_dtype)
 
 

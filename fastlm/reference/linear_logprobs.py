@@ -24,9 +24,9 @@ def linear_logprobs_forward(
     p = softmax(z);  shift (N) = max z;  log_sum (N) = log sum exp(z - shift), so
     lse = shift + log_sum. logprob and entropy are 0 where the target is ignored.
     """
-    check_target(target, len(linear_weight), ignore_index)
+    check_target(target, linear_weight.shape[0], ignore_index)
     parts = []
-    for b in row_blocks(len(input), len(linear_weight)):
+    for b in row_blocks(input.shape[0], linear_weight.shape[0]):
         z = _scores(input[b], linear_weight, linear_bias, softcap, temperature)
         ignored = target[b] == ignore_index
         shift = z.amax(1).detach()  # any constant will do: the backward has no gradient for it
@@ -62,8 +62,8 @@ def linear_logprobs_backward(
     whose target is ignored has none.
     """
     x, w, none = widen(input), widen(linear_weight), input.new_empty(0)
-    d_inputs, d_weight, d_bias = [], torch.zeros_like(w), w.new_zeros(len(w))
-    for b in row_blocks(len(input), len(linear_weight)):
+    d_inputs, d_weight, d_bias = [], torch.zeros_like(w), w.new_zeros(w.shape[0])
+    for b in row_blocks(input.shape[0], linear_weight.shape[0]):
         ignored = (target[b] == ignore_index)[:, None]
         rows = x[b].masked_fill(ignored, 0)  # NaN there must not reach the weight
         z = _scores(rows, w, linear_bias, softcap, temperature)

@@ -14,7 +14,7 @@ def unpack_rows(qdata: Tensor, bits: int, k: int) -> Tensor:
     return nibbles[..., :k].to(torch.int8) - 8
 
 
-def dequantize_rows(
+def dequantize(
     qdata: Tensor,
     scales: Tensor,
     zeros: Tensor | None,
@@ -73,7 +73,7 @@ def quantized_linear_forward(
     if act_bits == 8:  # its derivative is that of x: wide - wide.detach() is 0
         q, scale = round_rows(x.detach(), group_size)
         wide = q * scale + (wide - wide.detach())
-    w = dequantize_rows(qdata, scales, zeros, bits, group_size, x.shape[-1], wide.dtype)
+    w = dequantize(qdata, scales, zeros, bits, group_size, x.shape[-1], wide.dtype)
     y = wide @ w.t()
     return (y if bias is None else y + bias.to(wide.dtype)).to(x.dtype)
 
@@ -89,5 +89,5 @@ def quantized_linear_backward(
 ) -> Tensor:
     """dx = dy . W."""
     wide = widen(dy)
-    w = dequantize_rows(qdata, scales, zeros, bits, group_size, k, wide.dtype)
+    w = dequantize(qdata, scales, zeros, bits, group_size, k, wide.dtype)
     return (wide @ w).to(dy.dtype)

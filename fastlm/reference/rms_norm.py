@@ -21,12 +21,12 @@ def rms_norm_forward(
 
 
 def rms_norm_backward(
-    dy: Tensor, dh_above: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor, offset: float
+    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor, offset: float
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of h and of the weight; `dh_above` is h's gradient from the residual stream."""
+    """Gradients of x (and of the residual) and of the weight; `dh`: from the residual stream."""
     g, wide, r = widen(dy), widen(h), rstd[..., None]
     gw = g * (offset + widen(weight))
-    dh = r * (gw - wide * r.square() * (gw * wide).mean(-1, keepdim=True))
-    if dh_above is not None:
-        dh = dh + widen(dh_above)
-    return dh.to(h.dtype), (g * wide * r).reshape(-1, h.shape[-1]).sum(0)
+    dx = r * (gw - wide * r.square() * (gw * wide).mean(-1, keepdim=True))
+    if dh is not None:
+        dx = dx + widen(dh)
+    return dx.to(h.dtype), (g * wide * r).reshape(-1, h.shape[-1]).sum(0)

@@ -1,8 +1,6 @@
 #include "cpu/attention/attention_inputs.h"
 #define FASTLM_BODY "cpu/attention/attention.h"
 #include "cpu/base/each_isa.h"
-#include "cpu/base/huge_pages.h"
-#include "cpu/ops.h"
 
 namespace fastlm {
 
@@ -43,3 +41,12 @@ int64_t attention_backward_workspace(TensorView q, int64_t sequences, int64_t he
 }
 
 }  // namespace fastlm
+
+FASTLM_BIND(attention_forward,
+            "q k v cu_seqlens_q cu_seqlens_k block_table seq_lens k_scale v_scale sinks"
+            " alibi_slopes bias seed causal scale window softcap dropout_p out lse workspace")
+FASTLM_BIND(attention_backward,
+            "dout dlse q k v out lse cu_seqlens_q cu_seqlens_k sinks alibi_slopes bias seed causal"
+            " scale window softcap dropout_p dq dk dv dsinks dbias workspace")
+FASTLM_BIND(attention_backward_workspace,
+            "q sequences heads kv_heads v_width most_q most_k all_rows bias_grad")

@@ -2,7 +2,7 @@
 //
 //     #define FASTLM_BODY "cpu/<op>.h"
 //     #include "cpu/base/each_isa.h"
-//     void fastlm::<op>(...) { FASTLM_RUN(<op>, ...); }
+//     FASTLM_OP(<op>_forward, "x weight y")
 //
 // The body is included once per instruction set, inside namespace fastlm::<isa> and inside a target
 // region, so the file as a whole is compiled for the baseline and only these functions use the wide
@@ -23,7 +23,9 @@
 #include <stdexcept>
 #include <string>
 
+#include "cpu/base/huge_pages.h"
 #include "cpu/base/isa.h"
+#include "cpu/base/op.h"
 #include "tensor.h"
 
 // AddressSanitizer does not see masked moves (opaque builtins in GCC), so a partial load or store
@@ -107,6 +109,7 @@ namespace fastlm::amx {
 #undef FASTLM_BF16_DOT
 #undef FASTLM_VL
 
+// Runs a function of the body from C++ that is compiled once.
 #define FASTLM_RUN(function, ...)                           \
   switch (::fastlm::isa()) {                                \
     case ::fastlm::Isa::amx:                                \

@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu/ops.h"
+#include "tensor.h"
 
 namespace fastlm {
 

@@ -122,3 +122,22 @@ void decode_step(const DecodePlan& plan, TensorView tokens, TensorView lengths, 
 }
 
 }  // namespace fastlm
+
+FASTLM_MODULE(m) {
+  using namespace fastlm;
+  using namespace pybind11::literals;
+  pybind11::class_<DecodeLinear>(m, "DecodeLinear")
+      .def(pybind11::init<TensorView, OptionalTensor, OptionalTensor, int, int64_t, int64_t, int>(),
+           "weight"_a, "table"_a, "bias"_a, "bits"_a, "k"_a, "group_size"_a, "act_bits"_a)
+      .def_property_readonly("tile_bytes", &DecodeLinear::tile_bytes)
+      .def("pack", &DecodeLinear::pack, "tiles"_a);
+  pybind11::class_<DecodePlan>(m, "DecodePlan")
+      .def(pybind11::init<const DecodeLinear&, const DecodeLinear&, TensorView, int64_t, int64_t,
+                          int64_t, const std::string&, float, float, float, float, float>(),
+           "embedding"_a, "head"_a, "norm"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "act"_a,
+           "eps"_a, "scale"_a, "softcap"_a, "embedding_scale"_a, "logit_softcap"_a)
+      .def("add_layer", &DecodePlan::add_layer, "norms"_a, "qkv"_a, "out"_a, "gate"_a, "up"_a,
+           "down"_a, "q_norm"_a, "k_norm"_a, "window"_a, "rotary"_a)
+      .def("workspace_bytes", &DecodePlan::workspace_bytes, "rows"_a, "longest"_a);
+}
+FASTLM_BIND(decode_step, "plan tokens lengths table cache scales rotary workspace wanted logits")

@@ -36,15 +36,22 @@ TokenSampler::TokenSampler(int64_t vocab, double temperature, int64_t top_k, dou
     throw std::invalid_argument("vocab: expected at least 1, got " + std::to_string(vocab));
 }
 
+// bytes
 int64_t sample_workspace(int64_t vocab) {
   FASTLM_RUN(sample_workspace, vocab, omp_get_max_threads());
   return 0;  // not reached
 }
 
-std::vector<SampledToken> sample(TensorView logits, const std::vector<SampleRow>& rows,
-                                 TensorView workspace) {
-  FASTLM_RUN(sample, logits, rows, workspace);
-  return {};  // not reached
-}
-
 }  // namespace fastlm
+
+FASTLM_MODULE(m) {
+  using namespace fastlm;
+  using namespace pybind11::literals;
+  pybind11::class_<TokenSampler>(m, "TokenSampler")
+      .def(pybind11::init<int64_t, double, int64_t, double, double, double, double, double,
+                          std::vector<int64_t>, OptionalTensor, OptionalTensor, OptionalTensor>(),
+           "vocab"_a, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a, "repetition_penalty"_a,
+           "presence_penalty"_a, "frequency_penalty"_a, "ends"_a, "seen"_a, "counts"_a, "bias"_a);
+}
+FASTLM_BIND(sample_workspace, "vocab")
+FASTLM_OP(sample, "logits rows workspace")

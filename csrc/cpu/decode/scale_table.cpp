@@ -5,7 +5,7 @@
 #include <string>
 
 #include "cpu/decode/decode_plan.h"
-#include "cpu/weights.h"
+#include "cpu/base/op.h"
 
 namespace fastlm {
 namespace {
@@ -66,6 +66,8 @@ bool fill(const float* scales, const float* zeros, int64_t n, int64_t groups, in
 
 }  // namespace
 
+// scales, and zeros if any, (n, groups) float32, as the table of a DecodeLinear. Whether the table's
+// dtype holds every number of it exactly.
 bool scale_table(TensorView scales, OptionalTensor zeros, int bits, TensorView table) {
   const int64_t n = scales.size(0), groups = scales.size(1);
   check_contiguous("scales", scales);
@@ -89,3 +91,5 @@ bool scale_table(TensorView scales, OptionalTensor zeros, int bits, TensorView t
 }
 
 }  // namespace fastlm
+
+FASTLM_BIND(scale_table, "scales zeros bits table")

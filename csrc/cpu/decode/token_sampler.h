@@ -7,7 +7,7 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/ops.h"
+#include "tensor.h"
 
 namespace fastlm {
 
@@ -36,10 +36,5 @@ struct TokenSampler {
 using SampleRow = std::tuple<int64_t, const TokenSampler*, double, OptionalTensor, bool, int64_t>;
 // token, -1 where the logits are not finite; its log-probability; the likeliest with theirs
 using SampledToken = std::tuple<int64_t, double, std::vector<std::pair<int64_t, double>>>;
-
-// sample.h: the token of each row of logits (L, V) float32
-std::vector<SampledToken> sample(TensorView logits, const std::vector<SampleRow>& rows,
-                                 TensorView workspace);
-int64_t sample_workspace(int64_t vocab);  // bytes
 
 }  // namespace fastlm

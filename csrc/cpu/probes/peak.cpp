@@ -6,8 +6,7 @@
 
 #include <stdexcept>
 
-#include "cpu/base/isa.h"
-#include "cpu/ops.h"
+#include "cpu/base/op.h"
 
 namespace fastlm {
 
@@ -104,6 +103,7 @@ std::vector<std::string> peak_instructions() {
   return names;
 }
 
+// Operations done.
 double run_peak(const std::string& instruction, int64_t steps) {
   for (const Instruction& i : instructions()) {
     if (instruction != i.name) continue;
@@ -121,3 +121,6 @@ double run_peak(const std::string& instruction, int64_t steps) {
 }
 
 }  // namespace fastlm
+
+FASTLM_BIND(peak_instructions, "")
+FASTLM_BIND(run_peak, "instruction steps")

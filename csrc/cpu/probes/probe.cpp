@@ -4,21 +4,8 @@
 
 #define FASTLM_BODY "cpu/probes/probe.h"
 #include "cpu/base/each_isa.h"
-#include "cpu/ops.h"
 
 namespace fastlm {
-
-void matmul(TensorView a, TensorView b, TensorView c) { FASTLM_RUN(matmul, a, b, c); }
-
-double multiply_in_l1(bool bf16_operands, int64_t repeats) {
-  FASTLM_RUN(multiply_in_l1, bf16_operands, repeats);
-  return 0;
-}
-
-double read_all(TensorView buffer) {
-  FASTLM_RUN(read_all, buffer);
-  return 0;
-}
 
 // Does nothing: measures how long four tensors take over the boundary.
 int64_t count_elements(TensorView a, TensorView b, TensorView c, TensorView d) {
@@ -33,6 +20,7 @@ int thread_count() {
   return n;
 }
 
+// Of all, those to which a denormal number is zero.
 int threads_that_flush() {
   int n = 0;
 #pragma omp parallel
@@ -42,3 +30,10 @@ int threads_that_flush() {
 }
 
 }  // namespace fastlm
+
+FASTLM_OP(matmul, "a b c")
+FASTLM_OP(multiply_in_l1, "bf16_operands repeats")
+FASTLM_OP(read_all, "buffer")
+FASTLM_BIND(count_elements, "a b c d")
+FASTLM_BIND(thread_count, "")
+FASTLM_BIND(threads_that_flush, "")

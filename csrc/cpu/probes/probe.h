@@ -38,7 +38,7 @@ inline void matmul(const TensorView& a, const TensorView& b, const TensorView& c
 // is random, because zeros run faster. Returns floating-point operations done; the caller takes the
 // time.
 template <class E>
-double multiply_in_l1(int64_t repeats) {
+double multiply_elements_in_l1(int64_t repeats) {
   constexpr int64_t M = 4 * MR, K = (32 << 10) / NR / int64_t(sizeof(E));  // 32 KiB of b
   int threads = 0;
 #pragma omp parallel
@@ -60,7 +60,7 @@ double multiply_in_l1(int64_t repeats) {
 }
 
 inline double multiply_in_l1(bool bf16_operands, int64_t repeats) {
-  return bf16_operands ? multiply_in_l1<Elem<bf16>>(repeats) : multiply_in_l1<float>(repeats);
+  return bf16_operands ? multiply_elements_in_l1<Elem<bf16>>(repeats) : multiply_elements_in_l1<float>(repeats);
 }
 
 // Reads a buffer once with all threads; the sum keeps the compiler from removing the loop.

@@ -4,7 +4,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "cpu/weights.h"
+#include "cpu/base/op.h"
 
 namespace fastlm {
 namespace {
@@ -36,6 +36,8 @@ void pairs(const uint8_t* nibbles, uint8_t* out) {
 
 }  // namespace
 
+// raw (N, bytes a row) uint8 in blocks of `kind` (Q4_0, Q4_1 or Q8_0) as qdata and (N, groups)
+// float32 scales, and zeros for Q4_1 (fastlm/checkpoint/gguf_blocks.py has the formulas).
 void unpack_blocks(TensorView raw, const std::string& kind, TensorView qdata, TensorView scales,
                    OptionalTensor zeros) {
   const bool offsets = kind == "Q4_1", bytes = kind == "Q8_0";
@@ -75,3 +77,5 @@ void unpack_blocks(TensorView raw, const std::string& kind, TensorView qdata, Te
 }
 
 }  // namespace fastlm
+
+FASTLM_BIND(unpack_blocks, "raw kind qdata scales zeros")

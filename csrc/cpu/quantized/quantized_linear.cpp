@@ -2,8 +2,6 @@
 
 #define FASTLM_BODY "cpu/quantized/quantized_linear.h"
 #include "cpu/base/each_isa.h"
-#include "cpu/base/huge_pages.h"
-#include "cpu/ops.h"
 
 namespace fastlm {
 namespace {
@@ -16,19 +14,18 @@ bool tiles_lose(int64_t group_size, int act_bits) {
 
 }  // namespace
 
-void quantized_linear(TensorView x, TensorView qdata, TensorView scales, OptionalTensor zeros,
-                      OptionalTensor bias, int bits, int64_t group_size, int act_bits, int form,
-                      TensorView y, OptionalTensor workspace) {
+void quantized_linear(const TensorView& x, const TensorView& qdata, const TensorView& scales,
+                      const TensorView* zeros, const TensorView* bias, int bits, int64_t group_size,
+                      int act_bits, int form, const TensorView& y, const TensorView* workspace) {
   prefer_huge_pages(y);
-  const TensorView *z = zeros ? &*zeros : nullptr, *b = bias ? &*bias : nullptr,
-                   *room = workspace ? &*workspace : nullptr;
   if (tiles_lose(group_size, act_bits))
-    return avx512::quantized_linear(x, qdata, scales, z, b, bits, group_size, act_bits, form, y,
-                                    room);
-  FASTLM_RUN(quantized_linear, x, qdata, scales, z, b, bits, group_size, act_bits, form, y, room);
+    return avx512::quantized_linear(x, qdata, scales, zeros, bias, bits, group_size, act_bits, form,
+                                    y, workspace);
+  FASTLM_RUN(quantized_linear, x, qdata, scales, zeros, bias, bits, group_size, act_bits, form, y,
+             workspace);
 }
 
-int64_t quantized_linear_workspace(TensorView x, int64_t n, int bits, int64_t group_size,
+int64_t quantized_linear_workspace(const TensorView& x, int64_t n, int bits, int64_t group_size,
                                    int act_bits, int form) {
   if (tiles_lose(group_size, act_bits))
     return avx512::quantized_linear_workspace(x, n, bits, group_size, act_bits, form);
@@ -36,21 +33,10 @@ int64_t quantized_linear_workspace(TensorView x, int64_t n, int bits, int64_t gr
   return 0;
 }
 
-void quantized_linear_backward(TensorView dy, TensorView qdata, TensorView scales,
-                               OptionalTensor zeros, int bits, int64_t group_size, TensorView dx,
-                               TensorView workspace) {
-  FASTLM_RUN(quantized_linear_backward, dy, qdata, scales, zeros ? &*zeros : nullptr, bits,
-             group_size, dx, workspace);
-}
-
-int64_t quantized_linear_backward_workspace(TensorView dy) {
-  FASTLM_RUN(quantized_linear_backward_workspace, dy);
-  return 0;
-}
-
-void dequantize(TensorView qdata, TensorView scales, OptionalTensor zeros, int bits,
-                int64_t group_size, TensorView out) {
-  FASTLM_RUN(dequantize, qdata, scales, zeros ? &*zeros : nullptr, bits, group_size, out);
-}
-
 }  // namespace fastlm
+
+FASTLM_BIND(quantized_linear, "x qdata scales zeros bias bits group_size act_bits form y workspace")
+FASTLM_BIND(quantized_linear_workspace, "x n bits group_size act_bits form")
+FASTLM_OP(quantized_linear_backward, "dy qdata scales zeros bits group_size dx workspace")
+FASTLM_OP(quantized_linear_backward_workspace, "dy")
+FASTLM_OP(dequantize, "qdata scales zeros bits group_size out")

@@ -17,9 +17,9 @@ def _case(kind: str, *, every_option: bool, dtypes: tuple) -> Case:
         keep = meta(rows, dtype=torch.bool) if every_option else None
         cap = 30.0 if every_option else None
         options = (keep, kind, 0.3, 0.5, cap, cap, 1.0)
-        made = linear_distillation.linear_distillation_loss(x, w, *teacher, *options, True, True)
+        made = linear_distillation.linear_distillation_forward(x, w, *teacher, *options, True, True)
         linear_distillation.linear_distillation_backward(*made, dtype)
-        linear_distillation.linear_distillation_loss(x, w, *teacher, *options, False, False)
+        linear_distillation.linear_distillation_forward(x, w, *teacher, *options, False, False)
 
     name = f"{kind}{', every option' if every_option else ''}"
     return Case(name, run, {"_forward": ("LDG.E.128",), "_rows": ("LDG.E.128",)}, dtypes)
