@@ -4,7 +4,7 @@
 
 - the schema of ``torch.ops.fastlm.<name>``, from the definition's signature;
 - shapes for tensors without memory, by running the definition on such tensors;
-- the derivative, from the names of the backward's parameters (`_Derivative`);
+- the derivative, from the names of the backward's parameters (`fastlm.derivative`);
 - the hosts of the kernels, by the definition's module and name (`fastlm.backend`).
 
 The function that it returns is what the public function calls. It bypasses torch's dispatcher where
@@ -17,7 +17,6 @@ Ops are registered with ``torch.library.Library`` (1.8 us per call here) and not
 
 import functools
 import inspect
-import operator as operators
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -29,6 +28,7 @@ from torch.autograd import forward_ad, profiler
 from fastlm import flops as flop_formulas
 from fastlm import transforms
 from fastlm.backend import OPS, Entry, Serves, add_op, pick
+from fastlm.derivative import Derivative
 from fastlm.transforms import PLAIN
 
 _library = torch.library.Library("fastlm", "DEF")
@@ -64,19 +64,8 @@ def declare(
         fake: shapes of the results, where the definition reads values or loops over sizes, or
             where a result is not contiguous.
         writes: the arguments that the op writes. Such an op has no derivative.
-        outputs: names of the results, separated by spaces, for `backward`.
-        backward: a declared op, or a function that calls one. Its parameters, by name:
-            ``d<output>`` or ``d_<output>``, the gradient of a result (where there is none: None, if
-            the annotation of one of them allows None, else zeros; that of an empty result, which
-            stands for none, is None as well); ``need_<input>``, whether a
-            gradient of the input is needed; an input, a result or a name of `keeps`, which is kept
-            from the forward.
-        gradients: the inputs of which `backward` returns the gradients, in this order; a tuple
-            where several inputs have the same.
-        keeps: name -> function of inputs, results and ``need_<input>``, by name, called in the
-            forward; returns what is kept.
-        zeros: ``d<output>`` -> a kept tensor; a missing gradient is zeros like it.
-        constants: results that are not differentiable.
+        outputs, backward, gradients, keeps, zeros, constants: the derivative; see
+            `fastlm.derivative`.
         flops: counts FLOPs from the operator's arguments, tensors as shapes (`fastlm.flops`);
             `flops_by_values` counts them from the tensors themselves.
     """
@@ -90,14 +79,17 @@ def declare(
     entry.implementations["reference"] = plain_definition
     derivative = None
     if backward is not None:
-        derivative = _Derivative(
-            signature, outputs.split(), backward, gradients, keeps or {}, zeros or {}, constants
-        )
+        derivative = Derivative(
+            signature.names, signature.optional, outputs, backward, gradients, keeps or {},
+            zeros or {}, constants,
+        )  # fmt: skip
 
     def refuse(*_: Any) -> Any:  # without it torch warns and continues with zeros
         raise NotImplementedError(f"fastlm::{name} has no derivative")
 
-    setup, backward_of_operator = derivative.functions(True) if derivative else (None, refuse)
+    setup, backward_of_operator = None, refuse
+    if derivative:
+        setup, backward_of_operator = derivative.functions(signature.sizes, signature.pack)
     operator = _operator(name, signature, by, fake)
     if formula := flops or flops_by_values:
         flop_formulas.add(getattr(torch.ops.fastlm, name), formula, raw=flops is None)
@@ -105,7 +97,7 @@ def declare(
         transforms.register_derivative(_library, operator, setup, backward_of_operator)
     differentiable = operator
     if derivative:
-        differentiable = _function(name, by, *derivative.functions(False))
+        differentiable = _function(name, by, *derivative.functions())
     transformed = transforms.transformed(
         operator, plain_definition, setup, backward_of_operator, signature.flat
     )
@@ -190,6 +182,8 @@ class _Signature:
         schema: the operator's, without its name.
         names: of the parameters.
         tensors: positions of the tensors.
+        optional: the names of those that may be None.
+        sizes: of each parameter, its number of arguments of the operator.
         options: the types of the NamedTuples.
         is_flat: whether there is no NamedTuple.
     """
@@ -213,6 +207,7 @@ class _Signature:
             self._packed.append(kind)
             flat += [parameter.replace(name=f, annotation=kind.__annotations__[f]) for f in fields]
         self.is_flat = not self.options
+        self.sizes = [1 if kind is None else len(kind._fields) for kind in self._packed]
 
         def flattened(*_: Any) -> None: ...
 
@@ -226,7 +221,7 @@ class _Signature:
             p.name: str(p.annotation) for p in inspect.signature(definition).parameters.values()
         }
         self.tensors = [i for i, n in enumerate(self.names) if "Tensor" in kinds[n]]
-        self.annotations = kinds
+        self.optional = {n for n in self.names if "None" in kinds[n]}
 
     def flat(self, args: Sequence[Any]) -> tuple:
         """The operator's arguments."""
@@ -240,8 +235,7 @@ class _Signature:
         if self.is_flat:
             return args
         packed, at = [], 0
-        for kind in self._packed:
-            size = 1 if kind is None else len(kind._fields)
+        for kind, size in zip(self._packed, self.sizes):
             packed.append(args[at] if kind is None else kind(*args[at : at + size]))
             at += size
         return tuple(packed)
@@ -259,133 +253,6 @@ def _shapes_of(definition: Callable, writes: bool) -> Callable:
         return tuple(r.new_empty(r.shape) for r in results)
 
     return fake
-
-
-def _getter(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple]:
-    """The function that returns these elements of a sequence as a tuple."""
-    if len(positions) == 1:
-        (only,) = positions
-        return lambda values: (values[only],)
-    return operators.itemgetter(*positions) if positions else lambda values: ()
-
-
-class _Derivative:
-    """What autograd calls, derived from the names of the backward's parameters."""
-
-    def __init__(
-        self,
-        signature: _Signature,
-        outputs: Sequence[str],
-        backward: Callable,
-        gradients: Sequence[str | tuple[str, ...]],
-        keeps: Mapping[str, Callable],
-        zeros: Mapping[str, str],
-        constants: Sequence[str],
-    ):
-        inputs, self._signature, self._function = signature.names, signature, backward
-        known = [*inputs, *outputs, *keeps]
-        kinds = signature.annotations
-        self._single = len(outputs) == 1
-        self._keeps = [self._by_name(f, inputs, outputs) for f in keeps.values()]
-        parameters = inspect.signature(backward).parameters
-        of_output = {f"{d}{o}": i for i, o in enumerate(outputs) for d in ("d", "d_")}
-        kept = [p for p in parameters if p in known]
-        is_tensor = {p: "Tensor" in str(parameters[p].annotation) for p in kept}
-        tensors = [p for p in kept if is_tensor[p]]
-        numbers = [p for p in kept if not is_tensor[p]]
-        self._tensors = _getter([_last(known, p) for p in tensors])
-        self._numbers = _getter([_last(known, p) for p in numbers])
-        # what the backward's arguments are taken from: gradients, tensors, numbers, needs
-        available = [
-            *(f"d {o}" for o in outputs),
-            *tensors,
-            *numbers,
-            *(f"need_{i}" for i in inputs),
-        ]
-        order = []
-        for p in parameters:
-            found = f"d {outputs[of_output[p]]}" if p in of_output and p not in known else p
-            if found not in available:
-                raise TypeError(f"{backward.__name__}: {p}: expected the name of a value, got {p}")
-            order.append(available.index(found))
-        self._order = _getter(order)
-        self._needs = any(p.startswith("need_") for p in parameters)
-        given = {p: str(v.annotation) for p, v in parameters.items() if p in of_output}
-        self._absent = [of_output[d] for d, kind in given.items() if "None" in kind]
-        self._materializes = not zeros and not any("None" in kind for kind in given.values())
-        self._zeros = [(of_output[d], len(outputs) + tensors.index(t)) for d, t in zeros.items()]
-        self._constants = [outputs.index(c) for c in constants]
-        # the results at the places of the inputs: 0 is None
-        at = {}
-        for i, names in enumerate(gradients):
-            for name in (names,) if isinstance(names, str) else names:
-                at[name] = i + 1
-        places = [at.get(name, 0) for name in inputs]
-        flat = [
-            p
-            for p, kind in zip(places, signature._packed)
-            for _ in range(1 if kind is None else len(kind._fields))
-        ]
-        self._places, self._flat_places = _getter(places), _getter(flat)
-        self._no_gradients = (None,) * len(gradients)
-        # a gradient of an argument that is None must be None
-        self._optional = self._needs or any("None" in kinds[name] for name in at)
-
-    @staticmethod
-    def _by_name(function: Callable, inputs: Sequence[str], outputs: Sequence[str]) -> Callable:
-        known = [*inputs, *outputs, *(f"need_{i}" for i in inputs)]
-        arguments = _getter([known.index(p) for p in inspect.signature(function).parameters])
-        return lambda values: function(*arguments(values))
-
-    def functions(self, of_operator: bool) -> tuple[Callable, Callable]:
-        """setup_context and backward of a `torch.autograd.Function` that is applied to the
-        implementations' arguments, or to the operator's."""
-        pack = self._signature.pack if of_operator and not self._signature.is_flat else None
-        places = self._flat_places if of_operator else self._places
-        single, keeps, materializes = self._single, self._keeps, self._materializes
-        tensors, numbers, constants = self._tensors, self._numbers, self._constants
-        call, order, zeros = self._function, self._order, self._zeros
-        needs, optional, no_gradients = self._needs, self._optional, self._no_gradients
-        absent = self._absent
-
-        def setup(ctx: Any, inputs: tuple, output: Any) -> None:
-            if pack is not None:
-                inputs = pack(inputs)
-            values = (*inputs, output) if single else (*inputs, *output)
-            if keeps:
-                with_needs = values + ctx.needs_input_grad
-                values += tuple([keep(with_needs) for keep in keeps])
-            ctx.save_for_backward(*tensors(values))
-            ctx.numbers = numbers(values)
-            if not materializes:
-                ctx.set_materialize_grads(False)
-            if constants:
-                ctx.mark_non_differentiable(*[output[i] for i in constants])
-
-        def backward(ctx: Any, *grads: Any) -> Any:
-            values = (*grads, *ctx.saved_tensors, *ctx.numbers)
-            if needs:
-                values += ctx.needs_input_grad
-            for d in absent:
-                if values[d] is not None and values[d].shape == (0,):
-                    values = (*values[:d], None, *values[d + 1 :])
-            for d, like in zeros:
-                if values[d] is None:
-                    values = (*values[:d], torch.zeros_like(values[like]), *values[d + 1 :])
-            results = call(*order(values))
-            if results is None:
-                results = no_gradients
-            placed = places((None, results) if isinstance(results, Tensor) else (None, *results))
-            if not optional:
-                return placed
-            return tuple([g if need else None for g, need in zip(placed, ctx.needs_input_grad)])
-
-        return setup, backward
-
-
-def _last(names: Sequence[str], name: str) -> int:
-    """The last position: a value of `keeps` takes the place of the input or result of its name."""
-    return len(names) - 1 - names[::-1].index(name)
 
 
 def _function(name: str, by: int, setup: Callable, backward: Callable):

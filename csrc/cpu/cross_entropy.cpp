@@ -1,3 +1,9 @@
+#include <cstdint>
+
+namespace fastlm {
+constexpr int64_t CROSS_ENTROPY_FEW_ROWS = 64;  // up to so many, statistics fit on the stack
+}  // namespace fastlm
+
 #define FASTLM_BODY "cpu/cross_entropy.h"
 #include "cpu/base/each_isa.h"
 
@@ -35,3 +41,4 @@ FASTLM_BIND(first_bad_target, "target classes ignore_index")
 FASTLM_BIND(cross_entropy_loss, "logits target ignore_index mean softcap scale loss stats")
 FASTLM_OP(cross_entropy_loss_backward,
           "dloss logits target stats ignore_index mean softcap scale dlogits")
+FASTLM_CONSTANT(CROSS_ENTROPY_FEW_ROWS)

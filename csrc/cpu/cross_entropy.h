@@ -160,16 +160,14 @@ inline float share_of_row(const TensorView& target, int64_t ignore_index, bool m
   return float(1. / double(target.numel() - std::count(t, t + target.numel(), ignore_index)));
 }
 
-constexpr int64_t STATS_ON_STACK = 64;  // rows
-
-// loss () float32; stats (3, N) float32: shift, log_sum, nll; optional up to STATS_ON_STACK rows
+// loss () float32; stats (3, N) float32: shift, log_sum, nll; optional up to CROSS_ENTROPY_FEW_ROWS rows
 inline void cross_entropy_loss(const TensorView& logits, const TensorView& target,
                                int64_t ignore_index, bool mean, float softcap, float scale,
                                const TensorView& loss, const TensorView* stats) {
   const int64_t rows = logits.size(0);
-  float local[3 * STATS_ON_STACK];
+  float local[3 * CROSS_ENTROPY_FEW_ROWS];
   check_size("stats", "elements:", 3 * rows,
-             stats ? stats->numel() : 3 * std::min(rows, STATS_ON_STACK));
+             stats ? stats->numel() : 3 * std::min(rows, CROSS_ENTROPY_FEW_ROWS));
   float *s = stats ? stats->data<float>("stats") : local, *nll = s + 2 * rows;
   cross_entropy_rows(logits, target.data<int64_t>("target"), nullptr, ignore_index, softcap, scale,
                      {s, s + rows, nll, nullptr});

@@ -9,7 +9,8 @@ from fastlm import reference
 from fastlm.backend import cpu_extension as _cpu
 from fastlm.cpu.templates import nothing, scalar
 
-_STATS_ON_STACK = 64  # rows, as in csrc/cpu/cross_entropy.h
+# Up to so many rows the statistics of a loss need no memory
+_FEW_ROWS = _cpu.CROSS_ENTROPY_FEW_ROWS if _cpu else 0
 
 
 def checked_target(target: Tensor, classes: int, ignore_index: int) -> Tensor:
@@ -87,7 +88,7 @@ def cross_entropy_backward(
 
 def cross_entropy_loss(logits, target, ignore_index, mean, softcap, logit_scale, keep):
     loss, n = torch.empty_like(scalar()), target.shape[0]
-    stats = scalar().new_empty(3, n) if keep or n > _STATS_ON_STACK else None
+    stats = scalar().new_empty(3, n) if keep or n > _FEW_ROWS else None
     target = target.contiguous()
     rows = logits if logits.is_contiguous() else rows_apart(logits)
     row = _cpu.cross_entropy_loss(

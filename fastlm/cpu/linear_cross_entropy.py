@@ -14,7 +14,6 @@ from fastlm.backend import cpu_extension as _cpu
 from fastlm.cpu.cross_entropy import all_weights, checked_target, rows_apart
 from fastlm.row_losses import row_losses
 
-_VB, _RP = 256, 32  # rows of the weight per block, padding of a chunk's rows: as in the kernel
 _MOST_ROWS = 512  # per chunk: the weight's float32 gradient is read and written once per chunk
 # Bytes for a chunk's exponentials: half of this where the float32 gradient of a 16-bit weight needs
 # memory as well, more where an eighth of that gradient is more.
@@ -31,11 +30,11 @@ class Chunks:
         self.target = checked_target(target, len(linear_weight), ignore_index)
         self.class_weight = all_weights(class_weight, smooth, len(linear_weight))
         self.options = (ignore_index, softcap or 0.0, scale)
-        self.blocks = -(-len(linear_weight) // _VB)
-        self.row_bytes = self.blocks * _VB * _cpu.matrix_element_bytes(input)
+        step = _cpu.CHUNK_ROW_STEP
+        self.row_bytes = self.sizes(step)[0] // step  # of the exponentials
         budget = _WORKSPACE if input.dtype.itemsize == 4 else _WORKSPACE // 2
         budget = max(budget, linear_weight.numel() * 4 // 8)
-        self.rows = min(_MOST_ROWS, max(budget // self.row_bytes // _RP * _RP, _RP))
+        self.rows = min(_MOST_ROWS, max(budget // self.row_bytes // step * step, step))
         sizes = (*(len(input),) * 3, len(input) if smooth else 0)
         outputs = [input.new_empty(size, dtype=torch.float32) for size in sizes]
         self.shift, self.log_sum, self.nll, self.smoothed = outputs
@@ -46,22 +45,19 @@ class Chunks:
         for i in range(0, len(self.input), self.rows):
             yield slice(i, min(i + self.rows, len(self.input)))
 
+    def sizes(self, rows: int) -> tuple[int, int]:
+        """Bytes of a chunk's exponentials, float32 elements of its statistics."""
+        return _cpu.linear_cross_entropy_workspace(self.input, len(self.weight), rows)
+
     def workspace(self, part: slice) -> tuple[Tensor, Tensor, Tensor]:
         """exponentials, stats and at_target of a chunk; only the last chunk differs in size."""
         rows = part.stop - part.start
         if rows not in self.workspaces:
             self.workspaces.clear()
-            padded = -(-rows // _RP) * _RP
-            # shared: x packed, scaled and packed again, 14 numbers per row, 2 per block; per
-            # thread: blocks of w, of scores, of gradients and of dx; gaps in between
-            width = -(-self.input.shape[1] // 32) * 32
-            shared = padded * (3 * width + 14) + 2 * self.blocks + 256
-            each = _VB * (2 * width + padded + 3 * _VB) + _VB * padded + 1024
+            exponentials, stats = self.sizes(rows)
             self.workspaces[rows] = (
-                self.shift.new_empty(padded * self.row_bytes, dtype=torch.uint8),
-                self.shift.new_empty(
-                    (1 + 2 * self.blocks) * padded + shared + torch.get_num_threads() * each
-                ),
+                self.shift.new_empty(exponentials if self.row_bytes else 0, dtype=torch.uint8),
+                self.shift.new_empty(stats),
                 self.shift.new_empty(rows),
             )
         return self.workspaces[rows]

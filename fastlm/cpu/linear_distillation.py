@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastlm.backend import cpu_extension as _cpu
 from fastlm.cpu.cross_entropy import rows_apart
-from fastlm.cpu.linear_cross_entropy import _RP, _VB, Chunks, _or_empty
+from fastlm.cpu.linear_cross_entropy import Chunks, _or_empty
 from fastlm.cpu.linear_cross_entropy import linear_cross_entropy_loss_backward as _scaled
 
 # Bytes for a chunk's scores of both heads, 8 or (with a 16-bit gradient of the scores beside them)
@@ -28,12 +28,8 @@ class _Room:
     """The scores of a chunk, their sums and the workspace of the kernels."""
 
     def __init__(self, rows: int, classes: int, width: int):
-        padded, blocks = -(-rows // _RP) * _RP, -(-classes // _VB)
-        width = -(-width // 32) * 32
-        # x packed; 2 numbers per block and row, 5 per row; a block of w per thread; gaps in between
-        sizes = padded * (width + 2 * blocks + 5), torch.get_num_threads() * (_VB * width + 64)
-        self.rows, self.shape = rows, (blocks * _VB, padded)
-        self.workspace = self.floats(sum(sizes) + 256)
+        *self.shape, floats = _cpu.linear_distillation_workspace(classes, width, rows)
+        self.rows, self.workspace = rows, self.floats(floats)
         self.lse = [self.floats(2, rows) for _ in range(2)]
 
     def floats(self, *shape: int) -> Tensor:
@@ -81,9 +77,11 @@ def linear_distillation_forward(
     chunks.shift.zero_()
     chunks.log_sum.zero_()
     direct = not need or _cpu.matrix_element_bytes(student) == 4
-    row_bytes = chunks.blocks * _VB * (8 if direct else 10)
+    step = _cpu.CHUNK_ROW_STEP
+    padded = _cpu.linear_distillation_workspace(classes, student.shape[1], step)[0]
+    row_bytes = padded * (8 if direct else 10)
     budget = max(_WORKSPACE, student_weight.numel() * 4 // 8 if need_weight else 0)
-    chunks.rows = min(_MOST_ROWS, max(budget // row_bytes // _RP * _RP, _RP))
+    chunks.rows = min(_MOST_ROWS, max(budget // row_bytes // step * step, step))
     heads = (chunks.input, chunks.weight), (rows_apart(teacher), rows_apart(teacher_weight))
     # a softcap before the scale is softcap * scale after it
     caps = [(cap or 0.0) * logit_scale for cap in (student_softcap, teacher_softcap)]

@@ -9,9 +9,7 @@ from fastlm import reference
 from fastlm.backend import cpu_extension as _cpu
 from fastlm.memory_order import rows_of
 
-# One row of up to this many columns is arranged on the stack (ON_STACK of quantized_dot.h) in any
-# format, so decoding skips the query for the size, 0.6 us of 28.
-_NEEDS_NO_WORKSPACE = 8192
+_ROW_ON_STACK = _cpu.QUANTIZED_ROW_ON_STACK if _cpu else 0  # columns that need no workspace
 
 
 def quantized_linear_forward(
@@ -29,7 +27,7 @@ def quantized_linear_forward(
         bias = bias.float().contiguous()
     x = rows_of(x)
     workspace = None
-    if x.numel() > _NEEDS_NO_WORKSPACE or x.numel() != x.shape[-1]:
+    if x.numel() > _ROW_ON_STACK or x.numel() != x.shape[-1]:
         floats = _cpu.quantized_linear_workspace(x, qdata.shape[0], bits, group_size, act_bits, 0)
         if floats:
             workspace = x.new_empty(floats, dtype=torch.float32)

@@ -198,39 +198,22 @@ def _derivative(
     class_weight: Tensor | None,
     shift: Tensor,
     log_sum: Tensor,
-    smooth: bool,
     ignore_index: int,
     softcap: float | None,
     logit_scale: float,
 ) -> Tensor:
     total = logits.shape[1] if class_weight is None else class_weight.to(shift.dtype).sum()
-    d_smoothed = d_smoothed if smooth else None
     return _backward(
         *coefficients(d_log_sum, d_nll, d_smoothed, target, ignore_index, total),
         logits, target, class_weight, shift, log_sum, ignore_index, softcap, logit_scale,
     )  # fmt: skip
 
 
-def _loss_derivative(
-    d_loss: Tensor | None,
-    logits: Tensor,
-    target: Tensor,
-    stats: Tensor,
-    ignore_index: int,
-    mean: bool,
-    softcap: float | None,
-    logit_scale: float,
-) -> Tensor | None:
-    if d_loss is None:
-        return None
-    return _loss_backward(d_loss, logits, target, stats, ignore_index, mean, softcap, logit_scale)
-
-
 _backward = declare(reference.cross_entropy_backward, "cpu triton cuda", chosen_by="logits")
 _forward = declare(
     reference.cross_entropy_forward,
     "cpu triton cuda",
-    outputs="shift log_sum nll smoothed",
+    outputs="shift log_sum nll smoothed?",
     backward=_derivative,
     gradients=["logits"],
     zeros={"d_nll": "shift"},
@@ -243,7 +226,7 @@ _loss = declare(
     reference.cross_entropy_loss,
     "cpu triton cuda",
     outputs="loss stats",
-    backward=_loss_derivative,
+    backward=_loss_backward,
     gradients=["logits"],
     constants=["stats"],
 )

@@ -221,7 +221,6 @@ def _derivative(
     class_weight: Tensor | None,
     shift: Tensor,
     log_sum: Tensor,
-    smooth: bool,
     ignore_index: int,
     softcap: float | None,
     logit_scale: float,
@@ -229,25 +228,11 @@ def _derivative(
     need_linear_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     total = linear_weight.shape[0] if class_weight is None else class_weight.to(shift.dtype).sum()
-    d_smoothed = d_smoothed if smooth else None
     return _backward(
         *coefficients(d_log_sum, d_nll, d_smoothed, target, ignore_index, total),
         input, linear_weight, linear_bias, target, class_weight, shift, log_sum, ignore_index,
         softcap, logit_scale, need_input, need_linear_weight,
     )  # fmt: skip
-
-
-def _loss_derivative(
-    d_loss: Tensor | None,
-    d_input: Tensor,
-    d_weight: Tensor,
-    d_bias: Tensor,
-    weight_dtype: torch.dtype,
-    bias_dtype: torch.dtype,
-) -> tuple[Tensor, ...] | None:
-    if d_loss is None:
-        return None
-    return _loss_backward(d_loss, d_input, d_weight, d_bias, weight_dtype, bias_dtype)
 
 
 def _logits_flops(input, linear_weight, *_, **__):
@@ -269,7 +254,7 @@ _backward = declare(
 _forward = declare(
     reference.linear_cross_entropy_forward,
     "cpu triton",
-    outputs="shift log_sum nll smoothed",
+    outputs="shift log_sum nll smoothed?",
     backward=_derivative,
     gradients=("input", "linear_weight", "linear_bias"),
     zeros={"d_nll": "shift"},
@@ -283,7 +268,7 @@ _loss = declare(  # the gradients are differentiable: a second derivative is ref
     reference.linear_cross_entropy_loss,
     "cpu triton",
     outputs="loss d_input d_weight d_bias",
-    backward=_loss_derivative,
+    backward=_loss_backward,
     gradients=("input", "linear_weight", "linear_bias"),
     keeps={
         "weight_dtype": lambda linear_weight: linear_weight.dtype,

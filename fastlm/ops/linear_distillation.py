@@ -204,12 +204,6 @@ def _check_options(
         raise InputError(f"num_items: wanted > 0, got {num_items}")
 
 
-def _derivative(
-    d_loss: Tensor | None, d_student: Tensor, d_weight: Tensor, weight_dtype: torch.dtype
-) -> tuple[Tensor, ...] | None:
-    return None if d_loss is None else _backward(d_loss, d_student, d_weight, weight_dtype)
-
-
 def _flops(student, student_weight, teacher, teacher_weight, *options, **_):
     need_student, need_weight = options[-2:]
     own = 2 * math.prod(student) * student_weight[0]
@@ -221,7 +215,7 @@ _loss = declare(  # the gradients are differentiable: a second derivative is ref
     reference.linear_distillation_forward,
     "cpu triton",
     outputs="loss d_student d_weight",
-    backward=_derivative,
+    backward=_backward,
     gradients=("student", "student_weight"),
     keeps={"weight_dtype": lambda student_weight: student_weight.dtype},
     flops=_flops,

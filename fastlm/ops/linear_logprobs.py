@@ -125,7 +125,7 @@ _backward = declare(
 _forward = declare(
     reference.linear_logprobs_forward,
     "cpu triton",
-    outputs="logprob entropy shift log_sum",
+    outputs="logprob entropy? shift log_sum",
     backward=_derivative,
     gradients=("input", "linear_weight", "linear_bias"),
     zeros={"d_logprob": "shift"},

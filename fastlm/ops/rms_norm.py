@@ -78,7 +78,7 @@ _backward = declare(reference.rms_norm_backward, "cpu triton", chosen_by="h")
 _forward = declare(
     reference.rms_norm_forward,
     "cpu triton cuda",
-    outputs="y h rstd",
+    outputs="y h? rstd",
     backward=_backward,
     gradients=(("x", "residual"), "weight"),
     keeps={"h": lambda x, residual, h: x if residual is None else h},

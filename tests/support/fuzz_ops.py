@@ -636,8 +636,8 @@ def build_linear(case: Case, _: torch.dtype) -> Built:
     bias = [torch.randn(n).bfloat16()] if case["bias"] else []
 
     def function(x, weight, dy, bias=None):
-        y = cpu_linear.forward(x, weight, bias)
-        return y, *cpu_linear.backward(dy, x, weight, bias is not None)
+        y = cpu_linear.linear_forward(x, weight, bias)
+        return y, *cpu_linear.linear_backward(dy, x, weight, bias is not None)
 
     def check():
         x64, w64, dy64 = x.double(), weight.double(), dy.double()

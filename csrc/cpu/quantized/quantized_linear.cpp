@@ -14,6 +14,10 @@ bool tiles_lose(int64_t group_size, int act_bits) {
 
 }  // namespace
 
+// One row of up to this many columns is arranged on the stack (ON_STACK of quantized_dot.h) in any
+// format: a decode step need not ask for the size of its workspace, 0.6 us of 28.
+constexpr int64_t QUANTIZED_ROW_ON_STACK = 8192;
+
 void quantized_linear(const TensorView& x, const TensorView& qdata, const TensorView& scales,
                       const TensorView* zeros, const TensorView* bias, int bits, int64_t group_size,
                       int act_bits, int form, const TensorView& y, const TensorView* workspace) {
@@ -35,6 +39,7 @@ int64_t quantized_linear_workspace(const TensorView& x, int64_t n, int bits, int
 
 }  // namespace fastlm
 
+FASTLM_CONSTANT(QUANTIZED_ROW_ON_STACK)
 FASTLM_BIND(quantized_linear, "x qdata scales zeros bias bits group_size act_bits form y workspace")
 FASTLM_BIND(quantized_linear_workspace, "x n bits group_size act_bits form")
 FASTLM_OP(quantized_linear_backward, "dy qdata scales zeros bits group_size dx workspace")
