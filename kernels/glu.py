@@ -16,7 +16,7 @@ from torch import Tensor
 from fastlm.kernels.launch import Config, launch
 from fastlm.memory_order import matrix
 
-ACTS = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
+ACTS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu2": 3}
 # 8 16-bit elements per thread: one 128-bit access per operand
 _CONFIG = Config({"BLOCK": 2048}, num_warps=8)
 
@@ -38,6 +38,10 @@ def _value_and_slope(x, ACT: tl.constexpr):
         t = _tanh(c * (x + 0.044715 * x * x * x))
         value = 0.5 * x * (1.0 + t)
         slope = 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * c * (1.0 + 0.134145 * x * x)
+    elif ACT == 3:
+        positive = tl.where(x < 0.0, 0.0, x)  # NaN stays
+        value = positive * positive
+        slope = 2.0 * positive
     else:
         cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
         value = x * cdf

@@ -9,13 +9,14 @@
 
 constexpr int64_t PIECE = 4096;  // elements: 8 to 16 KiB per operand; hides the cost of the loop
 
-enum class Act { silu, gelu_tanh, gelu };
+enum class Act { silu, gelu_tanh, gelu, relu2 };
 
 inline Act act_of(const std::string& name) {
   if (name == "silu") return Act::silu;
   if (name == "gelu_tanh") return Act::gelu_tanh;
   if (name == "gelu") return Act::gelu;
-  throw std::invalid_argument("act: wanted silu, gelu_tanh or gelu, got '" + name + "'");
+  if (name == "relu2") return Act::relu2;
+  throw std::invalid_argument("act: expected silu, gelu_tanh, gelu or relu2, got '" + name + "'");
 }
 
 struct ActAndSlope {
@@ -36,6 +37,9 @@ FASTLM_INLINE ActAndSlope activate(vfloat x) {
   if constexpr (A == Act::silu) {
     const Sigmoid g = both_sigmoids(x);
     return {x * g.s, g.s * (1.f + x * g.rest)};
+  } else if constexpr (A == Act::relu2) {
+    const vfloat positive = x < splat(0.f) ? splat(0.f) : x;  // NaN stays
+    return {positive * positive, 2.f * positive};
   } else if constexpr (A == Act::gelu) {
     const vfloat z = x * 0.70710678118654752f;
     const vfloat cdf = .5f + .5f * (sizeof(T) == 2 ? verf_coarse(z) : verf(z));
@@ -100,6 +104,8 @@ void with_act(const std::string& name, F&& f) {
       return f(std::integral_constant<Act, Act::gelu_tanh>{});
     case Act::gelu:
       return f(std::integral_constant<Act, Act::gelu>{});
+    case Act::relu2:
+      return f(std::integral_constant<Act, Act::relu2>{});
   }
 }
 

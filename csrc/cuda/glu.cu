@@ -16,9 +16,10 @@ namespace {
 
 constexpr int kThreads = 256;
 
-enum Act { kSilu, kGeluTanh, kGelu };  // in the order of fastlm.ops.glu.ACTIVATIONS
+enum Act { kSilu, kGeluTanh, kGelu, kRelu2 };  // in the order of fastlm.ops.glu.ACTIVATIONS
 
 DEVICE float activation(float x, int act) {
+  if (act == kRelu2) return x < 0.0f ? 0.0f : x * x;
   if (act == kGelu) return 0.5f * x * (1.0f + erff(x * 0.7071067811865476f));
   constexpr float log2e = 1.4426950408889634f, c = 2 * 0.7978845608028654f;  // 2 sqrt(2 / pi)
   const float of = act == kSilu ? x : c * (x + 0.044715f * x * x * x);
@@ -66,8 +67,8 @@ __global__ void __launch_bounds__(kThreads)
 
 void check_operands(const TensorView& gate, const TensorView& up, int act) {
   check_size("up", "elements", gate.numel(), up.numel());
-  if (act < kSilu || act > kGelu)
-    throw std::invalid_argument("act: wanted 0 to 2, got " + std::to_string(act));
+  if (act < kSilu || act > kRelu2)
+    throw std::invalid_argument("act: expected 0 to 3, got " + std::to_string(act));
 }
 
 }  // namespace

@@ -21,6 +21,7 @@ ACTIVATIONS = {  # hidden_act -> fastlm.ops.glu's act
     "gelu": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
+    "relu2": "relu2",
 }
 MAX_LAYERS = 4096  # the deepest published decoders have under 200
 LAYER_TYPES = ("full_attention", "sliding_attention")

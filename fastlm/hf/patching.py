@@ -37,6 +37,7 @@ _ACTIVATIONS = {
     "silu": F.silu,
     "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
     "gelu": F.gelu,
+    "relu2": lambda x: F.relu(x).square(),
 }
 
 

@@ -11,24 +11,24 @@ from fastlm.errors import InputError
 from fastlm.operator import autocasts, declare, promoted
 from fastlm.ops.wrong_type import FAILURES, explained
 
-ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
+ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu2")
 
 
 def glu(gate: Tensor, up: Tensor, *, act: str = "silu") -> Tensor:
-    """``F.silu(gate) * up``, or with ``F.gelu(gate, approximate="tanh")`` (`gelu_tanh`) or
-    ``F.gelu(gate)`` (`gelu`).
+    """``F.silu(gate) * up``, or with ``F.gelu(gate, approximate="tanh")`` (`gelu_tanh`),
+    ``F.gelu(gate)`` (`gelu`) or ``F.relu(gate) ** 2`` (`relu2`: So et al. 2021, arXiv:2109.08668).
 
     Args:
         gate: (..., F), float32, bfloat16 or float16 (float64 on the reference). The halves of one
             fused projection, ``x.chunk(2, -1)``, are read without a copy.
         up: shape and dtype of gate. Under ``torch.autocast`` both are cast to the wider dtype.
-        act: silu, gelu_tanh or gelu.
+        act: silu, gelu_tanh, gelu or relu2.
 
     Computed in float32 and rounded once. The forward reads 2 and writes 1 element per result. The
     backward reads 3, writes 2 and keeps only gate and up.
 
     Raises:
-        InputError: gate and up differ in shape, dtype or device; act is not one of the three.
+        InputError: gate and up differ in shape, dtype or device; act is not one of the four.
     """
     try:
         if act not in ACTIVATIONS:

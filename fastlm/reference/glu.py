@@ -11,6 +11,8 @@ from fastlm.reference.precision import widen
 def _activation(x: Tensor, act: str) -> Tensor:
     if act == "silu":
         return torch.nn.functional.silu(x)
+    if act == "relu2":
+        return torch.relu(x).square()
     return torch.nn.functional.gelu(x, approximate="tanh" if act == "gelu_tanh" else "none")
 
 
@@ -25,6 +27,9 @@ def glu_backward(dy: Tensor, gate: Tensor, up: Tensor, act: str) -> tuple[Tensor
     if act == "silu":
         s = torch.sigmoid(x)
         value, slope = x * s, s * (1 + x * (1 - s))
+    elif act == "relu2":
+        positive = torch.relu(x)
+        value, slope = positive.square(), 2 * positive
     elif act == "gelu":
         cdf = 0.5 * (1 + torch.erf(x * math.sqrt(0.5)))
         value = x * cdf

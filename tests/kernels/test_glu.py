@@ -10,12 +10,14 @@ from tolerance import ULP, assert_near
 
 from fastlm import InputError, ops
 
-ACTS = ("silu", "gelu_tanh", "gelu")
+ACTS = ("silu", "gelu_tanh", "gelu", "relu2")
 
 
 def naive(gate, up, act="silu"):
     if act == "silu":
         return F.silu(gate) * up
+    if act == "relu2":
+        return F.relu(gate).square() * up
     return F.gelu(gate, approximate="tanh" if act == "gelu_tanh" else "none") * up
 
 
@@ -76,9 +78,8 @@ def test_infinities_and_nan(isa, act):
     gate = torch.tensor([float("inf"), float("nan"), 1.0, 50.0, -200.0])
     up = torch.tensor([2.0, 1.0, float("nan"), 1.0, 1.0])
     y = ops.glu(gate, up, act=act)
-    assert (
-        y[0] == float("inf") and y[1].isnan() and y[2].isnan() and y[3] == 50 and y[4].abs() < 1e-30
-    )
+    assert y[0] == float("inf") and y[1].isnan() and y[2].isnan()
+    assert y[3] == (2500 if act == "relu2" else 50) and y[4].abs() < 1e-30
 
 
 @pytest.mark.parametrize("act", ACTS)
@@ -144,7 +145,7 @@ def test_compiles_without_break_or_recompile():
 
 def test_refusals():
     x = torch.randn(2, 8)
-    with pytest.raises(InputError, match="act: wanted one of silu, gelu_tanh, gelu, got 'relu'"):
+    with pytest.raises(InputError, match="act: wanted one of silu, gelu_tanh, gelu, relu2, got 'relu'"):
         ops.glu(x, x, act="relu")
     with pytest.raises(InputError, match=r"up: wanted torch.float32 \(2, 8\) .* \(2, 7\)"):
         ops.glu(x, x[:, :7])
