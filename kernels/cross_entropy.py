@@ -120,7 +120,7 @@ def _forward(
     logits,  # (rows, classes), row stride `stride`
     bias,  # (classes,), or any tensor if not BIAS
     target,  # (rows,) int64
-    class_weight,  # (classes,), or None: weights of 1
+    class_weight,  # (classes,), or (rows, classes), or None: weights of 1
     parts,  # (4, rows, splits) float32: m, s, sum of weights, sum of weight * (m - z);
     # (3, rows, splits) for the entropy: m, s, sum of e^(z - m) * (z - m)
     shift,  # (rows,) float32
@@ -133,6 +133,7 @@ def _forward(
     ignore_index,
     scale,
     cap,
+    weight_stride,  # between the rows of class_weight; 0: the same weights for all
     width,  # classes per part, a multiple of BLOCK
     splits,
     BIAS: tl.constexpr,
@@ -160,7 +161,8 @@ def _forward(
         if SMOOTH:
             w = tl.where(mask, 1.0, 0.0)
             if WEIGHTED:
-                w = tl.load(class_weight + at, mask=mask, other=0.0).to(tl.float32)
+                w = tl.load(class_weight + row * weight_stride + at, mask=mask, other=0.0)
+                w = w.to(tl.float32)
             spread += (above - m) * weights + tl.where(mask, w * (above - z), 0.0)
             weights += w
         e = tl.exp(-tl.abs(z - m))
@@ -245,7 +247,7 @@ def _backward(
     logits,  # (rows, classes), row stride `stride`
     bias,  # (classes,), or any tensor if not BIAS
     target,  # (rows,) int64
-    class_weight,  # (classes,), or None: weights of 1
+    class_weight,  # (classes,), or (rows, classes), or None: weights of 1
     shift,  # (rows,) float32
     log_sum,  # (rows,) float32
     entropy,  # (rows,) float32, or None if not ENTROPY
@@ -255,6 +257,7 @@ def _backward(
     ignore_index,
     scale,
     cap,
+    weight_stride,
     BIAS: tl.constexpr,
     CAPPED: tl.constexpr,
     SMOOTH: tl.constexpr,
@@ -289,7 +292,8 @@ def _backward(
     if SMOOTH:
         w = all_classes
         if WEIGHTED:
-            w *= tl.load(class_weight + at, mask=mask, other=0.0).to(tl.float32)
+            of_row = tl.load(class_weight + row * weight_stride + at, mask=mask, other=0.0)
+            w *= of_row.to(tl.float32)
         less += w
     dz -= less  # as one sum: with a single class on_p equals it, and the difference is 0
     grad = tl.where(read, dz * slope * scale, 0.0)
@@ -299,6 +303,10 @@ def _backward(
 def _config(classes: int) -> Config:
     block = min(_BLOCK, triton.next_power_of_2(classes))
     return Config({"BLOCK": block}, num_warps=max(1, min(8, block // 128)))
+
+
+def _weight_stride(class_weight: Tensor | None) -> int:
+    return 0 if class_weight is None or class_weight.dim() == 1 else class_weight.stride(0)
 
 
 def row_statistics(
@@ -333,8 +341,9 @@ def row_statistics(
     flags = {"BIAS": bias is not None, "CAPPED": softcap is not None, "SMOOTH": smooth}
     flags["ENTROPY"] = entropy is not None
     launch(
-        _forward, (rows, splits), *operands, class_weight, parts, *outputs, entropy, *sizes, width,
-        splits, config=config, WEIGHTED=class_weight is not None, SPLIT=splits > 1, **flags,
+        _forward, (rows, splits), *operands, class_weight, parts, *outputs, entropy, *sizes,
+        _weight_stride(class_weight), width, splits, config=config,
+        WEIGHTED=class_weight is not None, SPLIT=splits > 1, **flags,
     )  # fmt: skip
     if splits > 1:
         adding = Config({"BLOCK": triton.next_power_of_2(splits)}, num_warps=1)
@@ -385,6 +394,7 @@ def row_gradients(
         ignore_index,
         logit_scale,
         softcap or 1.0,
+        _weight_stride(class_weight),
         config=config,
         BIAS=bias is not None,
         CAPPED=softcap is not None,

@@ -45,12 +45,36 @@ def of_shape(rows: int, classes: int, dtype: torch.dtype, odd: bool = False) -> 
     return made
 
 
+def soft(rows: int, classes: int, dtype: torch.dtype) -> Case:
+    """The probability of every class as target."""
+
+    def operands():
+        logits = torch.randn(rows, classes).to(dtype).requires_grad_()
+        return logits, torch.randn(rows, classes).softmax(-1).to(dtype), None
+
+    return Case(
+        f"cross_entropy soft targets fwd+bwd {str(dtype).removeprefix('torch.')}",
+        f"{rows} x {classes}",
+        {"fastlm": gradients(ops.cross_entropy), "torch": gradients(F.cross_entropy)},
+        data=operands,
+    )
+
+
+SOFT = [
+    (512, 32000, torch.float32),
+    (512, 32000, torch.bfloat16),
+    (4096, 1000, torch.float32),
+    (4, 50257, torch.float32),
+]
+
+
 def own(rows: int, classes: int) -> list[Case]:
     return [c for d in (torch.bfloat16, torch.float32) for c in of_shape(rows, classes, d)]
 
 
 def cases() -> list[Case]:
-    return [c for shape in SHAPES + ODD for c in of_shape(*shape, shape in ODD)]
+    hard = [c for shape in SHAPES + ODD for c in of_shape(*shape, shape in ODD)]
+    return hard + [soft(*shape) for shape in SOFT]
 
 
 if __name__ == "__main__":

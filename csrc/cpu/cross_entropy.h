@@ -19,11 +19,11 @@ constexpr int64_t SPAN = 16384;     // classes: 5 us, the least that is worth a 
 constexpr int64_t FEW_ROWS = 8;     // fewer rows are shared among the threads span by span
 constexpr int64_t MOST_SPANS = 32;  // per row in that case: 512 thousand classes
 
-template <class T>
+template <class T, class W>
 struct CrossEntropyRow {
   const T* logits;
   int64_t classes, target;  // target -1: none
-  const float* class_weight;
+  const W* class_weight;
   Scores score;
 };
 
@@ -45,8 +45,8 @@ struct SpanSums {
   }
 };
 
-template <class T>
-SpanSums cross_entropy_span(const CrossEntropyRow<T>& row, int64_t from) {
+template <class T, class W>
+SpanSums cross_entropy_span(const CrossEntropyRow<T, W>& row, int64_t from) {
   alignas(64) float z[BLOCK];
   vfloat weighted{};  // class_weight * (z - m)
   float m = NEGATIVE_INFINITY, sum = 0, weight_so_far = 0;
@@ -88,8 +88,8 @@ SpanSums cross_entropy_span(const CrossEntropyRow<T>& row, int64_t from) {
   return {m, sum, hsum(weighted), weight_so_far};
 }
 
-template <class T>
-void cross_entropy_finish(const CrossEntropyRow<T>& row, const SpanSums& s, float* shift,
+template <class T, class W>
+void cross_entropy_finish(const CrossEntropyRow<T, W>& row, const SpanSums& s, float* shift,
                           float* log_sum, float* nll, float* smoothed) {
   const float log_of_sum =
       s.m == NEGATIVE_INFINITY ? std::numeric_limits<float>::quiet_NaN() : std::log(s.sum);
@@ -98,57 +98,80 @@ void cross_entropy_finish(const CrossEntropyRow<T>& row, const SpanSums& s, floa
   if (row.class_weight) *smoothed = s.weights * log_of_sum - s.weighted;
 }
 
-// out: shift, log_sum, nll and, with class_weight w, smoothed of N rows
-inline void cross_entropy_rows(const TensorView& logits, const int64_t* t, const float* w,
-                               int64_t ignore_index, float softcap, float scale,
-                               float* const (&out)[4]) {
+// Weights of a row's classes, null: none. `stride` 0: the same for all rows.
+template <class W>
+struct ClassWeights {
+  const W* first = nullptr;
+  int64_t stride = 0;
+  const W* of_row(int64_t i) const { return first ? first + i * stride : nullptr; }
+};
+// Calls f(ClassWeights) of the tensor's type, which is float or T.
+template <class T, class F>
+void with_class_weights(const TensorView* t, F&& f) {
+  if (!t) return f(ClassWeights<float>{});
+  const int64_t stride = t->ndim() == 2 ? t->stride(0) : 0;
+  if (t->dtype() == DType::f32)
+    f(ClassWeights<float>{t->data<float>("class_weight"), stride});
+  else
+    f(ClassWeights<T>{t->data<T>("class_weight"), stride});
+}
+
+// out: shift, log_sum, nll and, with class weights w, smoothed of N rows
+inline void cross_entropy_rows(const TensorView& logits, const int64_t* t,
+                               const TensorView* class_weight, int64_t ignore_index, float softcap,
+                               float scale, float* const (&out)[4]) {
   const int64_t rows = logits.size(0), classes = logits.size(1), stride = logits.stride(0);
   const int64_t spans = (classes + SPAN - 1) / SPAN;
   with_float(logits.dtype(), "logits", [&](auto tag) {
     using T = decltype(tag);
     const T* x = logits.data<T>("logits");
-    const auto row_at = [=](int64_t i) {
-      return CrossEntropyRow<T>{
-          x + i * stride, classes, t[i] == ignore_index ? -1 : t[i], w, {scale, softcap}};
-    };
-    const auto finish = [=](const CrossEntropyRow<T>& row, int64_t i, const SpanSums& s) {
-      cross_entropy_finish<T>(row, s, out[0] + i, out[1] + i, out[2] + i, out[3] + i);
-    };
-    if (rows < FEW_ROWS && spans > 1 && spans <= MOST_SPANS) {
-      SpanSums sums[FEW_ROWS * MOST_SPANS];
+    with_class_weights<T>(class_weight, [&](auto w) {
+      using Row = CrossEntropyRow<T, std::remove_const_t<std::remove_pointer_t<decltype(w.first)>>>;
+      const auto row_at = [=](int64_t i) {
+        return Row{x + i * stride,
+                   classes,
+                   t[i] == ignore_index ? -1 : t[i],
+                   w.of_row(i),
+                   {scale, softcap}};
+      };
+      const auto finish = [=](const Row& row, int64_t i, const SpanSums& s) {
+        cross_entropy_finish(row, s, out[0] + i, out[1] + i, out[2] + i, out[3] + i);
+      };
+      if (rows < FEW_ROWS && spans > 1 && spans <= MOST_SPANS) {
+        SpanSums sums[FEW_ROWS * MOST_SPANS];
 #pragma omp parallel
-      {
-        FlushDenormals flush;
+        {
+          FlushDenormals flush;
 #pragma omp for schedule(static)
-        for (int64_t task = 0; task < rows * spans; ++task)
-          sums[task] = cross_entropy_span<T>(row_at(task / spans), task % spans * SPAN);
+          for (int64_t task = 0; task < rows * spans; ++task)
+            sums[task] = cross_entropy_span(row_at(task / spans), task % spans * SPAN);
+        }
+        for (int64_t i = 0; i < rows; ++i) {
+          for (int64_t k = 1; k < spans; ++k) sums[i * spans].add(sums[i * spans + k]);
+          finish(row_at(i), i, sums[i * spans]);
+        }
+        return;
       }
-      for (int64_t i = 0; i < rows; ++i) {
-        for (int64_t k = 1; k < spans; ++k) sums[i * spans].add(sums[i * spans + k]);
-        finish(row_at(i), i, sums[i * spans]);
-      }
-      return;
-    }
-    // below 32768 elements a parallel region costs more than it saves
-    parallel_for(rows, rows * classes > 32768, [=](int64_t i) {
-      const CrossEntropyRow<T> row = row_at(i);
-      SpanSums s = cross_entropy_span<T>(row, 0);
-      for (int64_t k = 1; k < spans; ++k) s.add(cross_entropy_span<T>(row, k * SPAN));
-      finish(row, i, s);
+      // below 32768 elements a parallel region costs more than it saves
+      parallel_for(rows, rows * classes > 32768, [=](int64_t i) {
+        const Row row = row_at(i);
+        SpanSums s = cross_entropy_span(row, 0);
+        for (int64_t k = 1; k < spans; ++k) s.add(cross_entropy_span(row, k * SPAN));
+        finish(row, i, s);
+      });
     });
   });
 }
 
-// logits (N, V), rows of any stride; target (N) int64; class_weight (V) float32 or absent; shift,
-// log_sum, nll, smoothed (N) float32, smoothed only with class_weight
+// logits (N, V), rows of any stride; target (N) int64; class_weight (V) or (N, V), float32 or as logits, or absent;
+// shift, log_sum, nll, smoothed (N) float32, smoothed only with class_weight
 inline void cross_entropy_forward(const TensorView& logits, const TensorView& target,
                                   const TensorView* class_weight, int64_t ignore_index,
                                   float softcap, float scale, const TensorView& shift,
                                   const TensorView& log_sum, const TensorView& nll,
                                   const TensorView& smoothed) {
-  cross_entropy_rows(logits, target.data<int64_t>("target"),
-                     class_weight ? class_weight->data<float>("class_weight") : nullptr,
-                     ignore_index, softcap, scale,
+  cross_entropy_rows(logits, target.data<int64_t>("target"), class_weight, ignore_index, softcap,
+                     scale,
                      {shift.data<float>("shift"), log_sum.data<float>("log_sum"),
                       nll.data<float>("nll"), smoothed.data<float>("smoothed")});
 }
@@ -176,8 +199,8 @@ inline void cross_entropy_loss(const TensorView& logits, const TensorView& targe
   *loss.data<float>("loss") = float(sum) * share_of_row(target, ignore_index, mean);
 }
 
-template <class T>
-void cross_entropy_backward_span(const CrossEntropyRow<T>& row, int64_t from, float shift,
+template <class T, class W>
+void cross_entropy_backward_span(const CrossEntropyRow<T, W>& row, int64_t from, float shift,
                                  float log_sum, float on_p, float on_target, float on_all, T* out) {
   const Scores score = row.score;
   const auto gradient = [&](vfloat x, vfloat w) __attribute__((always_inline)) {
@@ -187,14 +210,14 @@ void cross_entropy_backward_span(const CrossEntropyRow<T>& row, int64_t from, fl
     return g * score.scale;
   };
   const int64_t end = std::min(row.classes, from + SPAN), whole = from + (end - from) / VL * VL;
-  const float* w = row.class_weight;
+  const W* w = row.class_weight;
   for (int64_t j = from; j < whole; j += VL)
     store(out + j, gradient(load(row.logits + j), w ? load(w + j) : vfloat{}));
   if (const int k = int(end - whole))
     store(out + whole, gradient(load(row.logits + whole, k), w ? load(w + whole, k) : vfloat{}), k);
   if (const int64_t t = row.target; t >= from && t < end) {
     const vfloat x = splat(to_float(row.logits[t]));
-    float g = gradient(x, splat(w ? w[t] : 0.f))[0];
+    float g = gradient(x, splat(w ? to_float(w[t]) : 0.f))[0];
     g -= on_target * score.scale * (score.cap ? score.slope(score(x))[0] : 1.f);
     out[t] = from_float<T>(g);
   }
@@ -203,24 +226,32 @@ void cross_entropy_backward_span(const CrossEntropyRow<T>& row, int64_t from, fl
 // coefficients(i): on_p, on_target, on_all of row i; shift, log_sum (N); dlogits (N, V) contiguous
 template <class F>
 void cross_entropy_rows_backward(F coefficients, const TensorView& logits, const int64_t* t,
-                                 const float* w, const float* shift, const float* log_sum,
-                                 int64_t ignore_index, float softcap, float scale,
-                                 const TensorView& dlogits) {
+                                 const TensorView* class_weight, const float* shift,
+                                 const float* log_sum, int64_t ignore_index, float softcap,
+                                 float scale, const TensorView& dlogits) {
   const int64_t rows = logits.size(0), classes = logits.size(1), stride = logits.stride(0);
   with_float(logits.dtype(), "logits", [&](auto tag) {
     using T = decltype(tag);
     const T* x = logits.data<T>("logits");
     T* out = dlogits.data<T>("dlogits");
     const int64_t spans = (classes + SPAN - 1) / SPAN;
-    parallel_for(rows * spans, rows * classes > 32768, [=](int64_t task) {
-      const int64_t i = task / spans, from = task % spans * SPAN;
-      const auto [on_p, on_target, on_all] = coefficients(i);
-      if (on_p == 0 && on_target == 0 && on_all == 0)  // an ignored row is zero whatever its logits
-        memset(out + i * classes + from, 0, size_t(std::min(SPAN, classes - from)) * sizeof(T));
-      else
-        cross_entropy_backward_span<T>(
-            {x + i * stride, classes, t[i] == ignore_index ? -1 : t[i], w, {scale, softcap}}, from,
-            shift[i], log_sum[i], on_p, on_target, on_all, out + i * classes);
+    with_class_weights<T>(class_weight, [&](auto w) {
+      using Row = CrossEntropyRow<T, std::remove_const_t<std::remove_pointer_t<decltype(w.first)>>>;
+      parallel_for(rows * spans, rows * classes > 32768, [=](int64_t task) {
+        const int64_t i = task / spans, from = task % spans * SPAN;
+        const auto [on_p, on_target, on_all] = coefficients(i);
+        if (on_p == 0 && on_target == 0 &&
+            on_all == 0)  // an ignored row is zero whatever its logits
+          memset(out + i * classes + from, 0, size_t(std::min(SPAN, classes - from)) * sizeof(T));
+        else
+          cross_entropy_backward_span(Row{x + i * stride,
+                                          classes,
+                                          t[i] == ignore_index ? -1 : t[i],
+                                          w.of_row(i),
+                                          {scale, softcap}},
+                                      from, shift[i], log_sum[i], on_p, on_target, on_all,
+                                      out + i * classes);
+      });
     });
   });
 }
@@ -241,10 +272,8 @@ inline void cross_entropy_backward(const TensorView& on_p, const TensorView& on_
               *p = on_p.data<float>("on_p"), *at = on_target.data<float>("on_target");
   cross_entropy_rows_backward(
       [=](int64_t i) { return Coefficients{p[i], at[i], all ? all[i] : 0.f}; }, logits,
-      target.data<int64_t>("target"),
-      class_weight ? class_weight->data<float>("class_weight") : nullptr,
-      shift.data<float>("shift"), log_sum.data<float>("log_sum"), ignore_index, softcap, scale,
-      dlogits);
+      target.data<int64_t>("target"), class_weight, shift.data<float>("shift"),
+      log_sum.data<float>("log_sum"), ignore_index, softcap, scale, dlogits);
 }
 
 // dloss () and stats (3, N) float32, as the loss left them; dlogits (N, V) contiguous

@@ -22,12 +22,13 @@ def checked_target(target: Tensor, classes: int, ignore_index: int) -> Tensor:
 
 
 def all_weights(class_weight: Tensor | None, smooth: bool, classes: int) -> Tensor | None:
-    """(V) float32 weights of the sum over all classes, or None without that sum."""
+    """(V) or (N, V) weights of the sum over all classes, or None without that sum. Those of a row
+    may be 16-bit."""
     if not smooth:
         return None
     if class_weight is None:
         return torch.ones(classes, dtype=torch.float32, device="cpu")
-    return class_weight.float().contiguous()
+    return (class_weight if class_weight.dim() == 2 else class_weight.float()).contiguous()
 
 
 def rows_apart(t: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
+from fastlm.backend import Serves
 from fastlm.errors import InputError
 from fastlm.operator import declare
 from fastlm.ops.wrong_type import FAILURES, explained
@@ -27,6 +28,7 @@ from fastlm.row_losses import one_number, row_factors, row_losses
 from fastlm.transforms import wants_gradient
 
 _CLASS_NUMBERS = (torch.int64, torch.int32)
+_NO_CLASS = -100  # the default of ignore_index
 
 
 def cross_entropy(
@@ -49,15 +51,16 @@ def cross_entropy(
     Args:
         logits: (..., V): classes are the last dimension. float32, bfloat16 or float16 (float64 on
             the reference).
-        target: (...), int64 or int32 class of each row.
+        target: (...), int64 or int32 class of each row; or (..., V) floats, the probability of each
+            class (soft targets, as in torch; constants).
         weight: (V,), weight of each class, as in torch. The z-loss of a row is not weighted.
         ignore_index: rows with this target have no loss and no gradient.
         label_smoothing: in [0, 1], as in torch.
         z_loss: factor of lse^2 (PaLM, arXiv:2204.02311).
         softcap: > 0, or None.
         reduction: "none", "sum" or "mean". The mean is over the rows that are not ignored (over
-            their weights with `weight`). With every row ignored it is NaN (its gradient 0), as in
-            torch; with `num_items` it is 0.
+            their weights with `weight`), and over all rows with soft targets. With every row
+            ignored it is NaN (its gradient 0), as in torch; with `num_items` it is 0.
         num_items: divide by this number (the tokens of all micro-batches or ranks) instead of the
             number of rows in this call. Nothing waits for the value of a tensor.
         return_lse: also return logsumexp(z), (...), differentiable, ignored rows included.
@@ -73,6 +76,13 @@ def cross_entropy(
     """
     try:
         shape = logits.shape
+        if target.is_floating_point() and target.dim() == len(shape):
+            _check_soft(logits, target, weight, ignore_index, label_smoothing)
+            check_options(softcap, reduction, num_items)
+            return _soft(
+                logits, target, weight, label_smoothing, z_loss, softcap, logit_scale, reduction,
+                num_items, return_lse,
+            )  # fmt: skip
         check(logits, "logits", shape[-1] if shape else 0, target, weight, label_smoothing)
         check_options(softcap, reduction, num_items)
         rows = target if target.dim() == 1 else target.reshape(-1)
@@ -122,16 +132,66 @@ def cross_entropy(
         raise explained(error, cross_entropy, locals()) from None
 
 
+def _soft(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    logit_scale: float,
+    reduction: str,
+    num_items: int | Tensor | None,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The loss with the probability of every class: sum over v of q[v] * (lse - z[v]), the kernels'
+    `smoothed` with class weights q of each row. No row has a class of its own.
+    """
+    shape, classes = target.shape[:-1], target.shape[-1]
+    q = target.detach().reshape(-1, classes)
+    if label_smoothing or weight is not None or q.dtype != logits.dtype:
+        q = q.to(wide(logits)) * (1.0 - label_smoothing) + label_smoothing / classes
+        q = q if weight is None else q * weight.detach().to(q.dtype)
+    none = torch.full((q.shape[0],), _NO_CLASS, dtype=torch.int64, device=logits.device)
+    shift, log_sum, _, loss = _forward(
+        logits.reshape(-1, classes), none, q, True, _NO_CLASS, softcap, logit_scale
+    )
+    lse = shift + log_sum
+    if z_loss:
+        loss = loss + z_loss * lse.square()
+    if reduction == "none":
+        loss = loss.view(shape)
+    else:
+        loss = loss.sum()
+        if reduction == "mean":
+            loss = loss / (q.shape[0] if num_items is None else one_number(num_items))
+    return (loss, lse.view(shape)) if return_lse else loss
+
+
+def _check_soft(
+    logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, smoothing: float
+) -> None:
+    classes = logits.shape[-1] if logits.dim() else 0
+    check_rows(logits, "logits", classes, weight, smoothing)
+    if target.shape != logits.shape or target.device != logits.device:
+        raise InputError(
+            f"target: expected probabilities of shape {tuple(logits.shape)} on {logits.device} as"
+            f" logits, got {tuple(target.shape)} on {target.device}"
+        )
+    if target.requires_grad:
+        raise InputError("target: expected constants (detach them), got requires_grad")
+    if ignore_index != _NO_CLASS:
+        raise InputError(
+            f"ignore_index: expected class numbers as target, got {ignore_index} with probabilities"
+        )
+
+
 def check(
     x: Tensor, name: str, classes: int, target: Tensor, weight: Tensor | None, smoothing: float
 ) -> None:
+    """Check what the losses of rows with a class each have in common."""
+    check_rows(x, name, classes, weight, smoothing)
     shape = x.shape
-    if not shape or not x.is_floating_point():
-        raise InputError(
-            f"{name}: wanted a float tensor (..., features), got {x.dtype} {tuple(shape)}"
-        )
-    if classes == 0:
-        raise InputError(f"{name}: wanted at least one class, got shape {tuple(shape)}")
     if target.dtype not in _CLASS_NUMBERS:
         raise InputError(f"target: wanted int64 class numbers, got {target.dtype}")
     if target.shape != shape[:-1]:
@@ -141,6 +201,16 @@ def check(
         )
     if not (target.is_cpu and x.is_cpu) and target.device != x.device:
         raise InputError(f"target: wanted device {x.device} as {name}, got {target.device}")
+
+
+def check_rows(x: Tensor, name: str, classes: int, weight: Tensor | None, smoothing: float) -> None:
+    shape = x.shape
+    if not shape or not x.is_floating_point():
+        raise InputError(
+            f"{name}: wanted a float tensor (..., features), got {x.dtype} {tuple(shape)}"
+        )
+    if classes == 0:
+        raise InputError(f"{name}: wanted at least one class, got shape {tuple(shape)}")
     if weight is not None and (
         weight.shape != (classes,) or weight.device != x.device or not weight.is_floating_point()
     ):
@@ -202,17 +272,34 @@ def _derivative(
     softcap: float | None,
     logit_scale: float,
 ) -> Tensor:
-    total = logits.shape[1] if class_weight is None else class_weight.to(shift.dtype).sum()
+    total = logits.shape[1] if class_weight is None else class_weight.sum(-1, dtype=shift.dtype)
     return _backward(
         *coefficients(d_log_sum, d_nll, d_smoothed, target, ignore_index, total),
         logits, target, class_weight, shift, log_sum, ignore_index, softcap, logit_scale,
     )  # fmt: skip
 
 
-_backward = declare(reference.cross_entropy_backward, "cpu triton cuda", chosen_by="logits")
+def _but_soft_targets(class_weight: int) -> dict[str, Serves]:
+    """What the CUDA kernels serve; they read the same class weights (an argument's place) for all
+    rows."""
+    return {
+        "cuda": Serves(
+            "class numbers as targets",
+            lambda *args: args[class_weight] is None or args[class_weight].dim() == 1,
+        )
+    }
+
+
+_backward = declare(
+    reference.cross_entropy_backward,
+    "cpu triton cuda",
+    chosen_by="logits",
+    serves=_but_soft_targets(5),
+)
 _forward = declare(
     reference.cross_entropy_forward,
     "cpu triton cuda",
+    serves=_but_soft_targets(2),
     outputs="shift log_sum nll smoothed?",
     backward=_derivative,
     gradients=["logits"],

@@ -22,14 +22,17 @@ def cross_entropy_forward(
 
     shift (N) = max z;  log_sum (N) = log sum exp(z - shift), so lse = shift + log_sum;
     nll (N) = lse - z[target], 0 where the target is ignored;
-    smoothed (N; empty unless `smooth`) = sum over v of class_weight[v] * (lse - z[v]).
+    smoothed (N; empty unless `smooth`) = sum over v of class_weight[v] * (lse - z[v]), with class
+    weights (V), or (N, V) of each row.
     """
     if logits.shape[1] == 0:
         raise InputError(f"logits: wanted at least one class, got shape {tuple(logits.shape)}")
     check_target(target, logits.shape[1], ignore_index)
-    options = (class_weight, smooth, ignore_index, softcap, logit_scale)
-    blocks = row_blocks(*logits.shape)
-    parts = [cross_entropy_rows(logits[b], target[b], *options) for b in blocks]
+    options = (smooth, ignore_index, softcap, logit_scale)
+    parts = [
+        cross_entropy_rows(logits[b], target[b], _weights_of(class_weight, b), *options)
+        for b in row_blocks(*logits.shape)
+    ]
     shift, log_sum, nll, smoothed = (torch.cat(part) for part in zip(*parts))
     return shift, log_sum, nll, smoothed
 
@@ -84,7 +87,7 @@ def cross_entropy_backward(
             None if on_all is None else on_all[b],
             logits[b],
             target[b],
-            class_weight,
+            _weights_of(class_weight, b),
             shift[b],
             log_sum[b],
             ignore_index,
@@ -163,6 +166,10 @@ def cross_entropy_loss_backward(
     return cross_entropy_backward(
         on_p, on_p, None, logits, target, None, shift, log_sum, ignore_index, softcap, logit_scale
     )
+
+
+def _weights_of(class_weight: Tensor | None, rows: slice) -> Tensor | None:
+    return class_weight if class_weight is None or class_weight.dim() == 1 else class_weight[rows]
 
 
 def _capped(logits: Tensor, softcap: float | None, logit_scale: float) -> Tensor:

@@ -145,7 +145,9 @@ def test_compiles_without_break_or_recompile():
 
 def test_refusals():
     x = torch.randn(2, 8)
-    with pytest.raises(InputError, match="act: wanted one of silu, gelu_tanh, gelu, relu2, got 'relu'"):
+    with pytest.raises(
+        InputError, match="act: wanted one of silu, gelu_tanh, gelu, relu2, got 'relu'"
+    ):
         ops.glu(x, x, act="relu")
     with pytest.raises(InputError, match=r"up: wanted torch.float32 \(2, 8\) .* \(2, 7\)"):
         ops.glu(x, x[:, :7])
