@@ -5,6 +5,8 @@ with ``inverse=True`` is its own backward. Rejected: two calls, one for q and on
 read the tables twice and pay for the call twice.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,7 @@ def rope(
     *,
     interleaved: bool = False,
     rotary_dim: int | None = None,
+    mrope_section: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``x * cos + rotate(x) * sin`` for the first R elements of every head of q and k; the rest
     passes through. ``rotate`` is
@@ -43,6 +46,9 @@ def rope(
             those of a whole rotation with every angle once, as in Llama's own code: they are
             refused unless they have every angle twice. This check reads the tables; where values
             cannot be read (a GPU, torch.compile) the result is NaN instead of a refusal.
+        mrope_section: positions with several axes (mRoPE, Wang et al. 2024, arXiv:2409.12191): cos
+            and sin are (A, B, S, R), one table per axis (time, height, width in Qwen2-VL), and this
+            has the number of angles that each axis turns, in order; their sum is R / 2.
 
     Products and sums are float32, rounded once. Each element is read once and written once; the
     results have the memory order of q and k.
@@ -58,10 +64,18 @@ def rope(
         if k.dim() != 4 or k.shape[0] != batch or k.shape[2:] != q.shape[2:] or k.dtype != q.dtype:
             if k.dtype != q.dtype and autocasts(q):
                 q, k = promoted(q, k)
-                return rope(q, k, cos, sin, interleaved=interleaved, rotary_dim=rotary_dim)
+                return rope(
+                    q, k, cos, sin, interleaved=interleaved, rotary_dim=rotary_dim,
+                    mrope_section=mrope_section,
+                )  # fmt: skip
             raise InputError(
                 f"k: wanted {q.dtype} (B, Hkv, S, D) with B, S, D of q {tuple(q.shape)},"
                 f" got {k.dtype} {tuple(k.shape)}"
+            )
+        if mrope_section is not None:
+            cos, sin = (
+                _one_table(name, t, mrope_section, interleaved)
+                for name, t in (("cos", cos), ("sin", sin))
             )
         if (
             cos.dim() not in (2, 3)
@@ -99,6 +113,20 @@ def rope(
         return _rope(dense(q), dense(k), cos, sin, interleaved, False)
     except FAILURES as error:
         raise explained(error, rope, locals()) from None
+
+
+def _one_table(name: str, table: Tensor, sections: Sequence[int], interleaved: bool) -> Tensor:
+    """The (B, S, R) table whose angles are those of their section's axis. It is read once per
+    head, so that making it costs a fraction of the rotation."""
+    if table.dim() != 4 or len(sections) != table.shape[0] or 2 * sum(sections) != table.shape[3]:
+        raise InputError(
+            f"{name}: expected (A, B, S, R) with A = {len(sections)} axes and R = 2 *"
+            f" {sum(sections)} as mrope_section {tuple(sections)}, got {tuple(table.shape)}"
+        )
+    # every angle is there twice: side by side, or in both halves
+    sizes = [2 * n for n in sections] if interleaved else [*sections, *sections]
+    parts = table.split(sizes, -1)
+    return torch.cat([part[i % len(sections)] for i, part in enumerate(parts)], -1)
 
 
 def _with_every_angle_twice(cos: Tensor, interleaved: bool) -> Tensor:

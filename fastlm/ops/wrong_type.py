@@ -43,7 +43,8 @@ def explained(error: Exception, op: Callable, arguments: Mapping[str, Any]) -> E
     for name, hint in typing.get_type_hints(op).items():
         if name == "return" or hint is typing.Never:
             continue
-        wanted = typing.get_args(hint) or (hint,)
+        kinds = (hint,) if typing.get_origin(hint) is not types.UnionType else hint.__args__
+        wanted = [typing.get_origin(kind) or kind for kind in kinds]
         value = arguments[name]
         if not any(isinstance(value, (t, *_WIDER.get(t, ()))) for t in wanted):
             names = " or ".join(_NAMES.get(t, f"a {t.__name__}") for t in wanted)
