@@ -1,4 +1,5 @@
-"""y = act(gate) * up, forward and backward: one read of each operand, one write of each result.
+"""y = act(gate) * up, or act(gate) where up is None, forward and backward: one read of each
+operand, one write of each result.
 
 Rows may have any stride (`gate` and `up` as halves of one projection); the elements of a row are
 contiguous. A program handles BLOCK elements of one row; contiguous operands count as a single row.
@@ -52,22 +53,24 @@ def _value_and_slope(x, ACT: tl.constexpr):
 @triton.jit
 def _forward(
     gate,  # (rows, width), row stride gate_stride
-    up,  # likewise
+    up,  # likewise, or None
     y,  # (rows, width), contiguous
     width,
     blocks,  # per row
     gate_stride,
     up_stride,
     ACT: tl.constexpr,
+    HAS_UP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = (tl.program_id(0) // blocks).to(tl.int64)
     at = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < width
     x = tl.load(gate + row * gate_stride + at, mask=mask, other=0.0).to(tl.float32)
-    u = tl.load(up + row * up_stride + at, mask=mask, other=0.0).to(tl.float32)
     value, _ = _value_and_slope(x, ACT)
-    tl.store(y + row * width + at, (value * u).to(y.dtype.element_ty), mask=mask)
+    if HAS_UP:
+        value *= tl.load(up + row * up_stride + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y + row * width + at, value.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -83,6 +86,7 @@ def _backward(
     gate_stride,
     up_stride,
     ACT: tl.constexpr,
+    HAS_UP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = (tl.program_id(0) // blocks).to(tl.int64)
@@ -90,36 +94,40 @@ def _backward(
     mask = at < width
     g = tl.load(dy + row * dy_stride + at, mask=mask, other=0.0).to(tl.float32)
     x = tl.load(gate + row * gate_stride + at, mask=mask, other=0.0).to(tl.float32)
-    u = tl.load(up + row * up_stride + at, mask=mask, other=0.0).to(tl.float32)
     value, slope = _value_and_slope(x, ACT)
-    tl.store(dgate + row * width + at, (g * u * slope).to(dgate.dtype.element_ty), mask=mask)
-    tl.store(dup + row * width + at, (g * value).to(dup.dtype.element_ty), mask=mask)
+    if HAS_UP:
+        tl.store(dup + row * width + at, (g * value).to(dup.dtype.element_ty), mask=mask)
+        slope *= tl.load(up + row * up_stride + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(dgate + row * width + at, (g * slope).to(dgate.dtype.element_ty), mask=mask)
 
 
-def _rows(*tensors: Tensor) -> tuple[int, int, list[Tensor], list[int]]:
+def _rows(*tensors: Tensor | None) -> tuple[int, int, list[Tensor | None], list[int]]:
     """The number of rows, the width, the operands with contiguous rows, and their row strides."""
-    if all(t.is_contiguous() for t in tensors):
-        return 1, tensors[0].numel(), list(tensors), [0] * len(tensors)
-    flat = [*map(matrix, tensors)]
-    return *flat[0].shape, flat, [t.stride(0) for t in flat]
+    first = next(t for t in tensors if t is not None)
+    if all(t is None or t.is_contiguous() for t in tensors):
+        return 1, first.numel(), list(tensors), [0] * len(tensors)
+    flat = [None if t is None else matrix(t) for t in tensors]
+    return *matrix(first).shape, flat, [0 if t is None else t.stride(0) for t in flat]
 
 
-def glu_forward(gate: Tensor, up: Tensor, act: str) -> Tensor:
+def glu_forward(gate: Tensor, up: Tensor | None, act: str) -> Tensor:
     y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     rows, width, (g, u), strides = _rows(gate, up)
     blocks = triton.cdiv(width, _CONFIG.sizes["BLOCK"])
     launch(
-        _forward, (rows * blocks,), g, u, y, width, blocks, *strides, config=_CONFIG, ACT=ACTS[act]
+        _forward, (rows * blocks,), g, u, y, width, blocks, *strides, config=_CONFIG,
+        ACT=ACTS[act], HAS_UP=up is not None,
     )  # fmt: skip
     return y
 
 
-def glu_backward(dy: Tensor, gate: Tensor, up: Tensor, act: str) -> tuple[Tensor, Tensor]:
-    dgate, dup = (torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(2))
+def glu_backward(dy: Tensor, gate: Tensor, up: Tensor | None, act: str) -> tuple[Tensor, Tensor]:
+    dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    dup = torch.empty_like(dgate) if up is not None else dgate.new_empty(0)
     rows, width, (d, g, u), strides = _rows(dy, gate, up)
     blocks = triton.cdiv(width, _CONFIG.sizes["BLOCK"])
     launch(
         _backward, (rows * blocks,), d, g, u, dgate, dup, width, blocks, *strides,
-        config=_CONFIG, ACT=ACTS[act],
+        config=_CONFIG, ACT=ACTS[act], HAS_UP=up is not None,
     )  # fmt: skip
     return dgate, dup

@@ -63,12 +63,45 @@ def of_shape(rows: int, k: int, n: int) -> Case:
     return Case("fwd+bwd bf16", f"{rows} x {k} -> {n}", variants, flops=flops, data=data)
 
 
+def activated(rows: int, k: int, n: int, dtype: torch.dtype, learns: bool) -> Case:
+    """The first layer of a GPT-2 MLP with its gelu."""
+
+    def data():
+        x, weight = torch.randn(rows, k), torch.randn(n, k) / k**0.5
+        tensors = (t.to(dtype).requires_grad_(learns) for t in (x, weight, torch.randn(n)))
+        return *tensors, torch.randn(rows, n).to(dtype)
+
+    def variant(f):
+        def made(x, weight, bias, dy):
+            if not learns:
+                return lambda: f(x, weight, bias)
+            return lambda: torch.autograd.grad(f(x, weight, bias), (x, weight, bias), dy)
+
+        return made
+
+    variants = {
+        "fastlm": variant(lambda *a: ops.linear(*a, act="gelu_tanh")),
+        "torch": variant(lambda *a: F.gelu(F.linear(*a), approximate="tanh")),
+    }
+    passes = "fwd+bwd" if learns else "fwd"
+    name = f"linear + gelu_tanh {passes} {str(dtype).removeprefix('torch.')}"
+    return Case(name, f"{rows} x {k} -> {n}", variants, data=data)
+
+
+ACTIVATED = [
+    (rows, 768, 3072, dtype, learns)
+    for rows in (1, 16, 512, 2048)
+    for dtype in (torch.float32, torch.bfloat16)
+    for learns in (False, True)
+]
+
+
 def own(rows: int, k: int, n: int) -> list[Case]:
     return [of_shape(rows, k, n)]
 
 
 def cases() -> list[Case]:
-    return [of_shape(*shape) for shape in SHAPES]
+    return [of_shape(*shape) for shape in SHAPES] + [activated(*shape) for shape in ACTIVATED]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-// Gated linear unit: y = act(gate) * up. Body of glu.cpp, compiled per instruction set.
+// Gated linear unit: y = act(gate) * up, or act(gate) where up is null. Body of glu.cpp, compiled per
+// instruction set.
 //
 //   forward    reads gate, up; writes y
 //   backward   reads dy, gate, up; writes dgate = dy * up * act'(gate), dup = dy * act(gate); the
@@ -66,6 +67,12 @@ void glu_piece(const T* gate, const T* up, int64_t n, T* y) {
   if (const int k = int(n - j))
     store(y + j, value_of<A, T>(load(gate + j, k)) * load(up + j, k), k);
 }
+template <Act A, class T>
+void act_piece(const T* gate, int64_t n, T* y) {
+  int64_t j = 0;
+  for (; j + VL <= n; j += VL) store(y + j, value_of<A, T>(load(gate + j)));
+  if (const int k = int(n - j)) store(y + j, value_of<A, T>(load(gate + j, k)), k);
+}
 
 template <Act A, class T>
 void glu_backward_piece(const T* dy, const T* gate, const T* up, int64_t n, T* dgate, T* dup) {
@@ -82,6 +89,14 @@ void glu_backward_piece(const T* dy, const T* gate, const T* up, int64_t n, T* d
     store(dgate + j, g * load(up + j, k) * a.slope, k);
     store(dup + j, g * a.value, k);
   }
+}
+template <Act A, class T>
+void act_backward_piece(const T* dy, const T* gate, int64_t n, T* dgate) {
+  int64_t j = 0;
+  for (; j + VL <= n; j += VL)
+    store(dgate + j, load(dy + j) * activate<A, T>(load(gate + j)).slope);
+  if (const int k = int(n - j))
+    store(dgate + j, load(dy + j, k) * activate<A, T>(load(gate + j, k)).slope, k);
 }
 
 // Calls f(row, first column, columns) for every piece, in parallel.
@@ -112,51 +127,62 @@ void with_act(const std::string& name, F&& f) {
 struct Matrix {
   int64_t rows, columns;
 };
-// Contiguous tensors of any shape are one row; others are matrices whose rows have a stride.
+// Contiguous tensors of any shape are one row; others are matrices whose rows have a stride. A
+// tensor that is null does not count.
 inline Matrix matrix_of(std::initializer_list<const TensorView*> tensors) {
   const TensorView& first = **tensors.begin();
   bool contiguous = true;
-  for (const TensorView* t : tensors) contiguous = contiguous && t->contiguous();
+  for (const TensorView* t : tensors) contiguous = contiguous && (!t || t->contiguous());
   if (contiguous) return {1, first.numel()};
-  for (const TensorView* t : tensors) check_size("glu", "dimensions:", 2, t->ndim());
+  for (const TensorView* t : tensors)
+    if (t) check_size("glu", "dimensions:", 2, t->ndim());
   return {first.size(0), first.size(1)};
 }
+inline int64_t row_stride(const Matrix& m, const TensorView* t) {
+  return t && m.rows > 1 ? t->stride(0) : 0;
+}
 
-// gate, up: contiguous, or (N, F) with contiguous rows of any stride; y contiguous
-inline void glu_forward(const TensorView& gate, const TensorView& up, const std::string& act,
+// gate, up (may be null): contiguous, or (N, F) with contiguous rows of any stride; y contiguous
+inline void glu_forward(const TensorView& gate, const TensorView* up, const std::string& act,
                         const TensorView& y) {
   prefer_huge_pages(y);
   with_float(gate.dtype(), "gate", [&](auto tag) {
     using T = decltype(tag);
-    const T *pg = gate.data<T>("gate"), *pu = up.data<T>("up");
+    const T *pg = gate.data<T>("gate"), *pu = up ? up->data<T>("up") : nullptr;
     T* py = y.data<T>("y");
-    const Matrix m = matrix_of({&gate, &up});
-    const int64_t rows = m.rows, n = m.columns;
-    const int64_t s_g = rows > 1 ? gate.stride(0) : 0, s_u = rows > 1 ? up.stride(0) : 0;
+    const Matrix m = matrix_of({&gate, up});
+    const int64_t n = m.columns, s_g = row_stride(m, &gate), s_u = row_stride(m, up);
     with_act(act, [&](auto a) {
-      for_each_piece(rows, n, [=](int64_t i, int64_t j, int64_t k) {
-        glu_piece<a.value>(pg + i * s_g + j, pu + i * s_u + j, k, py + i * n + j);
+      for_each_piece(m.rows, n, [=](int64_t i, int64_t j, int64_t k) {
+        if (pu)
+          glu_piece<a.value>(pg + i * s_g + j, pu + i * s_u + j, k, py + i * n + j);
+        else
+          act_piece<a.value>(pg + i * s_g + j, k, py + i * n + j);
       });
     });
   });
 }
 
-// dy, gate, up: as above; dgate, dup contiguous
-inline void glu_backward(const TensorView& dy, const TensorView& gate, const TensorView& up,
-                         const std::string& act, const TensorView& dgate, const TensorView& dup) {
-  prefer_huge_pages(dgate), prefer_huge_pages(dup);
+// dy, gate, up: as above; dgate, dup (null as up) contiguous
+inline void glu_backward(const TensorView& dy, const TensorView& gate, const TensorView* up,
+                         const std::string& act, const TensorView& dgate, const TensorView* dup) {
+  prefer_huge_pages(dgate);
+  if (dup) prefer_huge_pages(*dup);
   with_float(gate.dtype(), "gate", [&](auto tag) {
     using T = decltype(tag);
-    const T *pdy = dy.data<T>("dy"), *pg = gate.data<T>("gate"), *pu = up.data<T>("up");
-    T *pdg = dgate.data<T>("dgate"), *pdu = dup.data<T>("dup");
-    const Matrix m = matrix_of({&dy, &gate, &up});
-    const int64_t rows = m.rows, n = m.columns;
-    const int64_t s_d = rows > 1 ? dy.stride(0) : 0, s_g = rows > 1 ? gate.stride(0) : 0,
-                  s_u = rows > 1 ? up.stride(0) : 0;
+    const T *pdy = dy.data<T>("dy"), *pg = gate.data<T>("gate"),
+            *pu = up ? up->data<T>("up") : nullptr;
+    T *pdg = dgate.data<T>("dgate"), *pdu = dup ? dup->data<T>("dup") : nullptr;
+    const Matrix m = matrix_of({&dy, &gate, up});
+    const int64_t n = m.columns, s_d = row_stride(m, &dy), s_g = row_stride(m, &gate),
+                  s_u = row_stride(m, up);
     with_act(act, [&](auto a) {
-      for_each_piece(rows, n, [=](int64_t i, int64_t j, int64_t k) {
-        glu_backward_piece<a.value>(pdy + i * s_d + j, pg + i * s_g + j, pu + i * s_u + j, k,
-                                    pdg + i * n + j, pdu + i * n + j);
+      for_each_piece(m.rows, n, [=](int64_t i, int64_t j, int64_t k) {
+        const T *d = pdy + i * s_d + j, *g = pg + i * s_g + j;
+        if (pu)
+          glu_backward_piece<a.value>(d, g, pu + i * s_u + j, k, pdg + i * n + j, pdu + i * n + j);
+        else
+          act_backward_piece<a.value>(d, g, k, pdg + i * n + j);
       });
     });
   });

@@ -7,6 +7,7 @@ multiply-adds per byte moved, the arithmetic is free and the memory is not.
 from torch import Tensor
 
 from fastlm import reference
+from fastlm.backend import Serves
 from fastlm.errors import InputError
 from fastlm.operator import autocasts, declare, promoted
 from fastlm.ops.wrong_type import FAILURES, explained
@@ -51,10 +52,17 @@ def glu(gate: Tensor, up: Tensor, *, act: str = "silu") -> Tensor:
         raise explained(error, glu, locals()) from None
 
 
+def activated(x: Tensor, act: str) -> Tensor:
+    """act(x): `glu` without `up`, for `fastlm.ops.linear`."""
+    return _forward(x, None, act)
+
+
+_CUDA = {"cuda": Serves("gate and up", lambda gate, up, act: up is not None)}
 _backward = declare(reference.glu_backward, "cpu triton", chosen_by="gate")
 _forward = declare(
     reference.glu_forward,
     "cpu triton cuda",
+    serves=_CUDA,
     outputs="y",
     backward=_backward,
     gradients=("gate", "up"),

@@ -19,6 +19,7 @@ from fastlm.backend import cpu_isa, forced
 from fastlm.cpu.linear import linear_split
 from fastlm.errors import InputError
 from fastlm.operator import autocast, autocast_somewhere, declare
+from fastlm.ops.glu import ACTIVATIONS, activated
 from fastlm.ops.wrong_type import FAILURES, explained
 from fastlm.transforms import is_eager
 
@@ -69,14 +70,19 @@ def splits(x: Tensor, *weights: Tensor) -> bool:
     )
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``F.linear(x, weight, bias)``: x weight^T + bias, in the dtype of ``torch.autocast`` where it
-    is on.
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, act: str | None = None
+) -> Tensor:
+    """``act(F.linear(x, weight, bias))``: x weight^T + bias, in the dtype of ``torch.autocast``
+    where it is on.
 
     Args:
         x: (..., K), any float dtype.
         weight: (N, K), x's dtype.
         bias: (N,), x's dtype.
+        act: an activation of `glu`: silu, gelu_tanh, gelu or relu2; None: none. It is computed in
+            float32 and rounded once. Where no gradient is needed on a CPU, oneDNN applies it to the
+            sums of the product; elsewhere it is a pass over the product, which the backward keeps.
 
     Sums are float32 and rounded once. On a CPU without AMX, bfloat16 products with enough rows
     (`_LEAST_ROWS`) run on fastlm's kernels, which are then faster. Everything else, and everything
@@ -103,6 +109,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
                 raise InputError(
                     f"{name}: wanted {x.dtype} on {x.device} as x, got {t.dtype} on {t.device}"
                 )
+        if act is not None:
+            return _activated_product(x, weight, bias, act)
         if not torch.compiler.is_compiling() and splits(x, weight):
             return linear_split(x, weight, bias)
         if not _own(x, weight):
@@ -113,6 +121,38 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return _forward(x, weight, bias)
     except FAILURES as error:
         raise explained(error, linear, locals()) from None
+
+
+# The activations that oneDNN applies to the sums of a product: its names and variants
+_BY_ONEDNN = {"silu": ("swish", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh")}
+
+
+def _activated_product(x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> Tensor:
+    if act not in ACTIVATIONS:
+        raise InputError(f"act: expected one of {', '.join(ACTIVATIONS)}, got {act!r}")
+    if torch.compiler.is_compiling():  # Inductor fuses what it can see
+        return reference.activation(linear(x, weight, bias), act)
+    if act in _BY_ONEDNN and _serves_onednn(x, weight, bias):
+        name, variant = _BY_ONEDNN[act]
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, name, [], variant)
+    return activated(linear(x, weight, bias), act)
+
+
+def _serves_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether oneDNN's product with an activation runs: no gradient, and no product of ours."""
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    return (
+        is_eager(*tensors)
+        and x.is_cpu
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and x.numel() > 0 < weight.numel()
+        and not torch.is_autocast_enabled("cpu")
+        and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+        and forced() in (None, "cpu")
+        and torch.backends.mkldnn.is_available()
+        and not _own(x, weight)
+        and not splits(x, weight)
+    )
 
 
 class Linear(nn.Linear):

@@ -31,7 +31,7 @@ from fastlm.reference.cross_entropy import (
     cross_entropy_loss_backward,
 )
 from fastlm.reference.dropout import dropout_factor, philox
-from fastlm.reference.glu import glu_backward, glu_forward
+from fastlm.reference.glu import activation, glu_backward, glu_forward
 from fastlm.reference.linear import linear_backward, linear_forward
 from fastlm.reference.linear_cross_entropy import (
     linear_cross_entropy_backward,
@@ -62,6 +62,7 @@ from fastlm.reference.varlen_attention import varlen_attention_backward, varlen_
 __all__ = [
     "RUN_MAX",
     "STATE_BLOCK",
+    "activation",
     "adamw",
     "attention_backward",
     "attention_forward",

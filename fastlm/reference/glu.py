@@ -8,7 +8,7 @@ from torch import Tensor
 from fastlm.reference.precision import widen
 
 
-def _activation(x: Tensor, act: str) -> Tensor:
+def activation(x: Tensor, act: str) -> Tensor:
     if act == "silu":
         return torch.nn.functional.silu(x)
     if act == "relu2":
@@ -16,14 +16,15 @@ def _activation(x: Tensor, act: str) -> Tensor:
     return torch.nn.functional.gelu(x, approximate="tanh" if act == "gelu_tanh" else "none")
 
 
-def glu_forward(gate: Tensor, up: Tensor, act: str) -> Tensor:
-    """y = act(gate) * up, elementwise."""
-    return (_activation(widen(gate), act) * widen(up)).to(gate.dtype).contiguous()
+def glu_forward(gate: Tensor, up: Tensor | None, act: str) -> Tensor:
+    """y = act(gate) * up, elementwise; act(gate) without up."""
+    y = activation(widen(gate), act)
+    return (y if up is None else y * widen(up)).to(gate.dtype).contiguous()
 
 
-def glu_backward(dy: Tensor, gate: Tensor, up: Tensor, act: str) -> tuple[Tensor, Tensor]:
-    """dgate = dy * up * act'(gate), dup = dy * act(gate)."""
-    g, x, u = widen(dy), widen(gate), widen(up)
+def glu_backward(dy: Tensor, gate: Tensor, up: Tensor | None, act: str) -> tuple[Tensor, Tensor]:
+    """dgate = dy * up * act'(gate), dup = dy * act(gate); dup is empty without up."""
+    g, x = widen(dy), widen(gate)
     if act == "silu":
         s = torch.sigmoid(x)
         value, slope = x * s, s * (1 + x * (1 - s))
@@ -39,4 +40,7 @@ def glu_backward(dy: Tensor, gate: Tensor, up: Tensor, act: str) -> tuple[Tensor
         t = torch.tanh(c * (x + 0.044715 * x**3))
         value = 0.5 * x * (1 + t)
         slope = 0.5 * (1 + t) + 0.5 * x * (1 - t.square()) * c * (1 + 3 * 0.044715 * x.square())
-    return (g * u * slope).to(gate.dtype).contiguous(), (g * value).to(gate.dtype).contiguous()
+    if up is None:
+        return (g * slope).to(gate.dtype).contiguous(), gate.new_empty(0)
+    dgate = g * widen(up) * slope
+    return dgate.to(gate.dtype).contiguous(), (g * value).to(gate.dtype).contiguous()
