@@ -372,17 +372,3 @@ def use_cpu_isa(name: str) -> Iterator[None]:
         yield
     finally:
         cpu_extension.set_isa(before)
-
-
-class Kernel:  # TRANSITION
-    package = "fastlm.kernels"
-
-    def __init__(self, module: str, name: str):
-        self.module, self.name = module, name
-
-    def load(self):
-        return getattr(importlib.import_module(f"{self.package}.{self.module}"), self.name)
-
-
-class CudaKernel(Kernel):  # TRANSITION
-    package = "fastlm.cuda"

@@ -32,6 +32,14 @@ def empty_out(q: Tensor, width: int) -> Tensor:
     return q.new_empty(*q.shape[:-1], width)
 
 
+def in_order_of(q: Tensor, out: Tensor) -> Tensor:
+    """out in the memory order that `empty_out` gives it."""
+    (q,) = elements_last(q)
+    if q.dim() == 4 and q.stride(1) < q.stride(2):
+        return out.transpose(1, 2).contiguous().transpose(1, 2)
+    return out.contiguous()
+
+
 def elements_last(*tensors: Tensor) -> list[Tensor]:
     """`dense` of each tensor, in one call."""
     return [*map(dense, tensors)]

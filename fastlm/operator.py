@@ -27,7 +27,7 @@ from torch.autograd import forward_ad, profiler
 
 from fastlm import flops as flop_formulas
 from fastlm import transforms
-from fastlm.backend import OPS, Entry, Serves, add_op, pick
+from fastlm.backend import Serves, add_op, pick
 from fastlm.derivative import Derivative
 from fastlm.transforms import PLAIN
 
@@ -95,13 +95,15 @@ def declare(
         flop_formulas.add(getattr(torch.ops.fastlm, name), formula, raw=flops is None)
     if not writes:  # torch differentiates no op that writes its arguments
         transforms.register_derivative(_library, operator, setup, backward_of_operator)
-    differentiable = operator
+    flat = signature.flat
+    packed = operator if signature.is_flat else lambda *args: operator(*flat(args))
+    differentiable = packed
     if derivative:
         differentiable = _function(name, by, *derivative.functions())
     transformed = transforms.transformed(
-        operator, plain_definition, setup, backward_of_operator, signature.flat
+        operator, plain_definition, setup, backward_of_operator, flat
     )
-    call = _call(name, signature, by, operator, differentiable, transformed)
+    call = _call(name, signature, by, packed, differentiable, transformed)
     return functools.update_wrapper(call, definition)
 
 
@@ -128,13 +130,13 @@ def _call(
     differentiable: Callable,
     transformed: Callable,
 ) -> Callable:
-    """What the public function calls. It runs the operator or, on plain tensors with nothing
-    tracing or transforming, the implementation itself: the dispatcher costs 4 us here, as much as
-    a decode-size kernel. Where a gradient is needed, the implementation runs inside a
-    `torch.autograd.Function` (10 us in all, where the operator's derivative costs 35).
+    """What the public function calls. It runs `operator`, which gets the implementations'
+    arguments, or, on plain tensors with nothing tracing or transforming, the implementation itself:
+    the dispatcher costs 4 us here, as much as a decode-size kernel. Where a gradient is needed, the
+    implementation runs inside a `torch.autograd.Function` (10 us in all, where the operator's
+    derivative costs 35).
     """
     tensors, flat = signature.tensors, signature.flat
-    is_flat = signature.is_flat
     is_compiling, is_grad_enabled = torch.compiler.is_dynamo_compiling, torch.is_grad_enabled
     modes, transform = torch._C._len_torch_dispatch_stack, transforms.innermost
     plain, is_tracing = (PLAIN | signature.options).issuperset, torch._C._is_tracing
@@ -149,7 +151,7 @@ def _call(
 
     def call(*args: Any) -> Any:
         if is_compiling():
-            return operator(*args) if is_flat else operator(*flat(args))
+            return operator(*args)
         if (
             plain(map(type, args))
             and not modes()
@@ -168,7 +170,7 @@ def _call(
             except RuntimeError:  # tensors of a batched backward look plain but have no memory
                 if not transforms.in_batched_backward():
                     raise
-            return operator(*flat(args))
+            return operator(*args)
         return transformed(*args)
 
     return call
@@ -270,76 +272,6 @@ def _function(name: str, by: int, setup: Callable, backward: Callable):
     function._backward_cls.apply = backward  # torch's own checks for other kinds of derivative
     # Function.apply checks for transforms, 0.9 us per call; `call` has already done that
     return super(torch.autograd.Function, function).apply  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def register(
-    schema,
-    *,
-    fake,
-    implementations,
-    setup_context=None,
-    backward=None,
-    picked_by=0,
-    flops=None,
-    flops_by_values=None,
-):
-    """TRANSITION: until every op is declared."""
-
-    name = schema.split("(", 1)[0]
-    definition = _without_autocast(implementations["reference"])
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-
-    def run(*args):
-        return pick(name, args[picked_by])(*args)
-
-    _library.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastlm::{name}", fake, lib=_library)
-
-    def refuse(*_):
-        raise NotImplementedError(f"fastlm::{name} has no derivative")
-
-    packet = getattr(torch.ops.fastlm, name)
-    operator = packet.default
-    OPS[name] = Old(
-        name,
-        "",
-        "",
-        {b: None for b in implementations},
-        operator._schema.arguments[picked_by].name,
-        fake,
-        {"reference": definition},
-    )
-    OPS[name].given = implementations
-    if formula := flops or flops_by_values:
-        flop_formulas.add(packet, formula, raw=flops is None)
-    if not operator._schema.is_mutable:
-        transforms.register_derivative(_library, operator, setup_context, backward or refuse)
-    differentiable = operator
-    if backward:
-        differentiable = _function(name, picked_by, setup_context or (lambda *a: None), backward)
-    transformed = transforms.transformed(
-        operator, definition, setup_context, backward or refuse, tuple
-    )
-
-    class S:
-        pass
-
-    sig = S()
-    sig.tensors = [i for i, a in enumerate(operator._schema.arguments) if "Tensor" in str(a.type)]
-    sig.flat = tuple
-    sig.is_flat = True
-    sig.options = frozenset()
-    return _call(name, sig, picked_by, operator, differentiable, transformed)
-
-
-class Old(Entry):
-    def load(self, row):
-        from fastlm.backend import Kernel
-
-        if row.name not in self.implementations:
-            f = self.given[row.ops_of or row.name]
-            self.implementations[row.name] = row.around(f.load() if isinstance(f, Kernel) else f)
-        return self.implementations[row.name]
 
 
 def _without_autocast(function: Callable) -> Callable:

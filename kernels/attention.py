@@ -33,6 +33,7 @@ from torch import Tensor
 
 from fastlm.kernels.launch import Config, Tiles, launch, multiprocessors
 from fastlm.memory_order import elements_last, empty_out
+from fastlm.reference import AttentionOptions
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -667,7 +668,7 @@ def dense(q: Tensor, k: Tensor) -> Layout:
 
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, alibi_slopes: Tensor | None,
-    bias: Tensor | None, seed: Tensor | None, *numbers: Any,
+    bias: Tensor | None, seed: Tensor | None, numbers: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     q, k, v = elements_last(q, k, v)
     out = empty_out(q, v.shape[3])
@@ -675,3 +676,10 @@ def attention_forward(
     o = options(sinks, alibi_slopes, bias, seed, *numbers)
     forward(q, k, v, out, lse, _DIMS, _DIMS, dense(q, k), o)
     return out, lse
+
+
+def attention_backward(*args: Any) -> tuple[Tensor, ...]:
+    """Its file imports this one."""
+    from fastlm.kernels.attention_backward import attention_backward as backward
+
+    return backward(*args)

@@ -17,8 +17,6 @@ beyond itself; a bias with few elements runs few programs. A program reads its o
 and once those that it walks along (mostly from L2). None of this has been measured on a GPU.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -48,6 +46,7 @@ from fastlm.kernels.attention import (
 )
 from fastlm.kernels.launch import Config, Tiles, launch
 from fastlm.memory_order import elements_last
+from fastlm.reference import AttentionOptions
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -615,12 +614,11 @@ _DIMS = (0, 1, 2)
 def attention_backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     sinks: Tensor | None, alibi_slopes: Tensor | None, bias: Tensor | None, seed: Tensor | None,
-    *numbers_and_bias_grad: Any,
+    numbers: AttentionOptions, need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    *numbers, bias_grad = numbers_and_bias_grad
     dout, q, k, v, out = elements_last(dout, q, k, v, out)
     dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))
     o = options(sinks, alibi_slopes, bias, seed, *numbers)
     layout = dense(q, k)
-    rest = backward(dout, dlse, q, k, v, out, lse, dq, dk, dv, _DIMS, layout, o, bias_grad)
+    rest = backward(dout, dlse, q, k, v, out, lse, dq, dk, dv, _DIMS, layout, o, need_bias)
     return dq, dk, dv, *rest

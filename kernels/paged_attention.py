@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastlm.kernels.attention import Layout, forward, options
 from fastlm.memory_order import elements_last
+from fastlm.reference import AttentionOptions
 
 _DIMS = (0, 2, 1)  # dimensions of sequence (or page), head and row
 
@@ -17,15 +18,14 @@ _DIMS = (0, 2, 1)  # dimensions of sequence (or page), head and row
 def paged_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor,
     k_scale: Tensor | None, v_scale: Tensor | None, sinks: Tensor | None,
-    alibi_slopes: Tensor | None, bias: Tensor | None, causal: bool, scale: float, window: int,
-    softcap: float,
+    alibi_slopes: Tensor | None, bias: Tensor | None, numbers: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     q, k_cache, v_cache = elements_last(q, k_cache, v_cache)
     table = block_table if block_table.stride(-1) == 1 else block_table.contiguous()
     batch, queries, heads, _ = q.shape
     out = q.new_empty(batch, queries, heads, v_cache.shape[3])
     lse = q.new_empty(batch, heads, queries, dtype=torch.float32)
-    o = options(sinks, alibi_slopes, bias, None, causal, scale, window, softcap, 0.0)
+    o = options(sinks, alibi_slopes, bias, None, *numbers)
     pages, page = k_cache.shape[:2]
     room = table.shape[1] * page if pages else 0  # without pages there is none to clamp to
     layout = Layout(

@@ -6,14 +6,13 @@ Offsets cannot be refused here, as the CPU does, because that would wait for the
 clamped to the tensors; rows that belong to no sequence are left as they were.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from fastlm.kernels.attention import Layout, forward, options
 from fastlm.kernels.attention_backward import backward
 from fastlm.memory_order import elements_last
+from fastlm.reference import AttentionOptions
 
 _DIMS = (None, 1, 0)  # dimensions of sequence, head and row
 
@@ -27,7 +26,7 @@ def _layout(q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor, longest_q: int) ->
 def varlen_attention_forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
     sinks: Tensor | None, alibi_slopes: Tensor | None, bias: Tensor | None, seed: Tensor | None,
-    max_seqlen_q: int, max_seqlen_k: int, *numbers: Any,
+    max_seqlen_q: int, max_seqlen_k: int, numbers: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     q, k, v = elements_last(q, k, v)
     out = q.new_empty(*q.shape[:2], v.shape[2])
@@ -42,12 +41,11 @@ def varlen_attention_backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, sinks: Tensor | None, alibi_slopes: Tensor | None,
     bias: Tensor | None, seed: Tensor | None, max_seqlen_q: int, max_seqlen_k: int,
-    *numbers_and_bias_grad: Any,
+    numbers: AttentionOptions, need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    *numbers, bias_grad = numbers_and_bias_grad
     dout, q, k, v, out = elements_last(dout, q, k, v, out)
     dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
     o = options(sinks, alibi_slopes, bias, seed, *numbers)
     layout = _layout(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q)
-    rest = backward(dout, dlse, q, k, v, out, lse, dq, dk, dv, _DIMS, layout, o, bias_grad)
+    rest = backward(dout, dlse, q, k, v, out, lse, dq, dk, dv, _DIMS, layout, o, need_bias)
     return dq, dk, dv, *rest

@@ -11,6 +11,7 @@ from fastlm.backend import cpu_extension as _cpu
 from fastlm.cpu.templates import nothing
 from fastlm.errors import InputError
 from fastlm.memory_order import elements_last, empty_out
+from fastlm.reference import AttentionOptions
 
 
 def _all_contiguous(*tensors: Tensor) -> bool:
@@ -41,7 +42,7 @@ def forward_any_layout(
     alibi_slopes: Tensor | None,
     bias: Tensor | None,
     seed: Tensor | None,
-    numbers: tuple,
+    options: AttentionOptions,
     lse_shape: tuple[int, ...],
     sequences: int,
     key_rows: int,
@@ -86,7 +87,7 @@ def forward_any_layout(
         alibi_slopes = _float(alibi_slopes)
     try:
         _cpu.attention_forward(
-            q, k, v, *layout, sinks, alibi_slopes, bias, seed, *numbers, out, lse, workspace
+            q, k, v, *layout, sinks, alibi_slopes, bias, seed, *options, out, lse, workspace
         )
     except ValueError as error:
         raise InputError(str(error)) from None
@@ -110,8 +111,8 @@ def backward_any_layout(
     alibi_slopes: Tensor | None,
     bias: Tensor | None,
     seed: Tensor | None,
-    numbers: tuple,
-    bias_grad: bool,
+    options: AttentionOptions,
+    need_bias: bool,
     sequences: int,
     longest_queries: int,
     longest_keys: int,
@@ -125,7 +126,7 @@ def backward_any_layout(
     dq, dk, dv = empty(q), empty(k), empty(v)
     heads, kv_heads = q.shape[1], k.shape[1]
     dsinks = None if sinks is None else lse.new_empty(sequences, heads)
-    dbias = lse.new_zeros(bias.shape) if bias is not None and bias_grad else None
+    dbias = lse.new_zeros(bias.shape) if bias is not None and need_bias else None
     rows = q.numel() // (heads * q.shape[-1]) if heads else 0
     floats = _cpu.attention_backward_workspace(
         q, sequences, heads, kv_heads, v.shape[-1], longest_queries, longest_keys, rows,
@@ -134,7 +135,7 @@ def backward_any_layout(
     workspace = lse.new_empty(floats) if floats else lse
     _cpu.attention_backward(
         dout, dlse, q, k, v, out, lse, *cu_seqlens, _float(sinks), _float(alibi_slopes), bias, seed,
-        *numbers, dq, dk, dv, dsinks, dbias, workspace,
+        *options, dq, dk, dv, dsinks, dbias, workspace,
     )  # fmt: skip
     return (
         dq,
@@ -152,7 +153,7 @@ _FEW_SEQUENCES, _FEW_WIDE, _FEW_ROWS, _FEW_KEYS, _FEW = 16, 256, 8, 512, 8
 _FEW_WORK = 1 << 17  # products in the backward where D = Dv
 
 
-def forward(q, k, v, sinks, alibi_slopes, bias, seed, *numbers):
+def attention_forward(q, k, v, sinks, alibi_slopes, bias, seed, options):
     batch, heads, queries, width = q.shape
     _, kv_heads, keys, _ = k.shape
     if (
@@ -167,19 +168,19 @@ def forward(q, k, v, sinks, alibi_slopes, bias, seed, *numbers):
         out, lse = torch.empty_like(q), nothing().new_empty(batch, heads, queries)
         try:
             _cpu.attention_forward(
-                q, k, v, *_DENSE, None, None, bias, None, *numbers, out, lse, lse
+                q, k, v, *_DENSE, None, None, bias, None, *options, out, lse, lse
             )
         except ValueError as error:
             raise InputError(str(error)) from None
         return out, lse
     return forward_any_layout(
-        q, k, v, _DENSE, sinks, alibi_slopes, bias, seed, numbers, (batch, heads, queries), batch,
+        q, k, v, _DENSE, sinks, alibi_slopes, bias, seed, options, (batch, heads, queries), batch,
         batch * keys, keys,
     )  # fmt: skip
 
 
-def backward(
-    dout, dlse, q, k, v, out, lse, sinks, alibi_slopes, bias, seed, *numbers_and_bias_grad
+def attention_backward(
+    dout, dlse, q, k, v, out, lse, sinks, alibi_slopes, bias, seed, options, need_bias
 ):
     batch, _, queries, width = q.shape
     keys = k.shape[2]
@@ -196,10 +197,10 @@ def backward(
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         _cpu.attention_backward(
             dout, dlse, q, k, v, out, lse, None, None, None, None, None, seed,
-            *numbers_and_bias_grad[:-1], dq, dk, dv, None, None, lse,
+            *options, dq, dk, dv, None, None, lse,
         )  # fmt: skip
         return dq, dk, dv, torch.empty_like(nothing()), torch.empty_like(nothing())
     return backward_any_layout(
         dout, dlse, q, k, v, out, lse, (None, None), sinks, alibi_slopes, bias, seed,
-        numbers_and_bias_grad[:-1], numbers_and_bias_grad[-1], batch, queries, keys,
+        options, need_bias, batch, queries, keys,
     )  # fmt: skip

@@ -20,7 +20,7 @@ def paged_attention(
     sinks,
     alibi_slopes,
     bias,
-    *numbers,
+    options,
 ):
     table = block_table if block_table.stride(-1) == 1 else block_table.contiguous()
     layout = (None, None, table, seq_lens.contiguous(), k_scale, v_scale)
@@ -31,6 +31,6 @@ def paged_attention(
         rows = min(rows, max(0, int(seq_lens.sum())))
         longest = min(longest, max(0, int(seq_lens.max())))
     return forward_any_layout(
-        q, k_cache, v_cache, layout, sinks, alibi_slopes, bias, None, (*numbers, 0.0), (b, h, s), b,
+        q, k_cache, v_cache, layout, sinks, alibi_slopes, bias, None, options, (b, h, s), b,
         rows, longest,
     )  # fmt: skip

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastlm import backend, reference
 from fastlm.cuda import extension, multiprocessors, stream
 from fastlm.memory_order import elements_last
+from fastlm.reference import AttentionOptions
 
 _TILE = 64  # keys, as in csrc/cuda/paged_attention.cuh
 _LEAST_TILES = 4  # worth a block of their own: 256 keys, as in kernels/attention.py
@@ -71,7 +72,7 @@ def _rows_of_a_block(q: Tensor, k: Tensor, v: Tensor) -> int:
 def _other(q: Tensor) -> Callable:
     """The function for what this kernel does not serve; the emulator has no Triton kernel."""
     if q.is_cuda and backend.why_not("triton") is None:
-        return backend.Kernel("paged_attention", "paged_attention").load()
+        return backend.OPS["paged_attention"].load(backend.BACKENDS["triton"])
     return reference.paged_attention
 
 
@@ -82,15 +83,14 @@ def _floats(t: Tensor | None) -> Tensor | None:
 def paged_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor,
     k_scale: Tensor | None, v_scale: Tensor | None, sinks: Tensor | None,
-    alibi_slopes: Tensor | None, bias: Tensor | None, causal: bool, scale: float, window: int,
-    softcap: float,
+    alibi_slopes: Tensor | None, bias: Tensor | None, options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     q, k_cache, v_cache = elements_last(q, k_cache, v_cache)
     rows = _rows_of_a_block(q, k_cache, v_cache)
     if not rows:
         return _other(q)(
             q, k_cache, v_cache, block_table, seq_lens, k_scale, v_scale, sinks, alibi_slopes, bias,
-            causal, scale, window, softcap,
+            options,
         )  # fmt: skip
     batch, queries, heads, _ = q.shape
     v_width = v_cache.shape[3]
@@ -107,7 +107,7 @@ def paged_attention(
     workspace = lse.new_empty(blocks * (2 * rows * (v_width + 2) + 4))
     extension().paged_attention_forward(
         q, k_cache, v_cache, table, seq_lens.contiguous(), k_scale, v_scale, _floats(sinks),
-        _floats(alibi_slopes), None if bias is None else bias.float(), causal, scale, window,
-        softcap, rows, blocks, _LEAST_TILES, out, lse, workspace, stream(q),
+        _floats(alibi_slopes), None if bias is None else bias.float(), *options[:4],
+        rows, blocks, _LEAST_TILES, out, lse, workspace, stream(q),
     )  # fmt: skip
     return out, lse

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fastlm.errors import InputError
 from fastlm.ops.attention import _backward, _bias_4d, _forward
+from fastlm.reference import AttentionOptions
 
 NAME = "fastlm"
 _OPERATOR = "_scaled_dot_product_flash_attention_for_cpu"
@@ -101,7 +102,16 @@ def _sdpa_forward(
     bias, scale = _bias(query, key, attn_mask), _scale(query, scale)
     k, v = key[:, :, :keys], value[:, :, :keys]
     results = [
-        _forward(query[:, :, rows], k, v, None, None, bias, None, causal, scale, 0, 0.0, dropout_p)
+        _forward(
+            query[:, :, rows],
+            k,
+            v,
+            None,
+            None,
+            bias,
+            None,
+            AttentionOptions(causal, scale, dropout_p=dropout_p),
+        )
         for rows, causal in parts
     ]
     out, lse = results[0] if len(results) == 1 else (torch.cat(t, 2) for t in zip(*results))
@@ -128,8 +138,8 @@ def _sdpa_backward(
     lse = logsumexp.contiguous()
     if keys == key.shape[2] and (not is_causal or query.shape[2] <= keys):  # all in one part
         gradients = _backward(
-            grad_out, None, query, key, value, out, lse, None, None, bias, None, is_causal, scale,
-            0, 0.0, dropout_p, False,
+            grad_out, None, query, key, value, out, lse, None, None, bias, None,
+            AttentionOptions(is_causal, scale, dropout_p=dropout_p), False,
         )[:3]  # fmt: skip
         dq, dk, dv = (_as_torch(t) for t in gradients)
         return dq, dk, dv
@@ -139,8 +149,8 @@ def _sdpa_backward(
     for i, (rows, causal) in enumerate(parts):
         each, *keys_and_values = _backward(
             grad_out[:, :, rows], None, query[:, :, rows], key[:, :, :keys], value[:, :, :keys],
-            out[:, :, rows], lse[:, :, rows].contiguous(), None, None, bias, None, causal, scale,
-            0, 0.0, dropout_p, False,
+            out[:, :, rows], lse[:, :, rows].contiguous(), None, None, bias, None,
+            AttentionOptions(causal, scale, dropout_p=dropout_p), False,
         )[:3]  # fmt: skip
         dq[:, :, rows] = each
         for t, part in zip((dk, dv), keys_and_values):

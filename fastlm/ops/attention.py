@@ -18,16 +18,14 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
-from fastlm.backend import Kernel
-from fastlm.cpu import attention as cpu
 from fastlm.errors import InputError
 from fastlm.memory_order import elements_last, empty_out
-from fastlm.operator import autocast, autocast_somewhere, register
+from fastlm.operator import autocast, autocast_somewhere, declare
 from fastlm.ops.wrong_type import FAILURES, explained
+from fastlm.reference import AttentionOptions
 
-# sinks, alibi_slopes, bias, causal, scale, window, softcap as operators expect them: 0 means none.
-# A plain tuple: a named one costs 0.4 us, a twentieth of a decode call.
-Options = tuple[Tensor | None, Tensor | None, Tensor | None, bool, float, int, float]
+# AttentionOptions(causal, scale) in a third of the time
+_new, _NO_OPTIONS = tuple.__new__, tuple(AttentionOptions._field_defaults.values())
 
 
 def attention(
@@ -98,16 +96,15 @@ def attention(
         if sinks is alibi_slopes is bias is window is softcap is None and dropout_p == 0:
             check_tensors(q, k, v, heads, kv_heads)
             scale = 1 / math.sqrt(q_shape[3]) if scale is None else float(scale)
-            out, lse = _forward(q, k, v, None, None, None, None, causal, scale, 0, 0.0, 0.0)
+            options = _new(AttentionOptions, (causal, scale, *_NO_OPTIONS))
+            out, lse = _forward(q, k, v, None, None, None, None, options)
         else:
-            sinks, alibi_slopes, bias, *numbers = check_options(
-                q, k, v, heads, kv_heads, causal, scale, window, softcap, sinks, alibi_slopes, bias,
-                (batch, heads, queries, keys),
-            )  # fmt: skip
-            seed = dropout_seed(dropout_p, q)
-            out, lse = _forward(
-                q, k, v, sinks, alibi_slopes, bias, seed, *numbers, float(dropout_p)
+            bias = check_option_tensors(
+                q, k, v, sinks, alibi_slopes, bias, kv_heads, (batch, heads, queries, keys)
             )
+            options = check_options(q, causal, scale, window, softcap, dropout_p)
+            seed = dropout_seed(dropout_p, q)
+            out, lse = _forward(q, k, v, sinks, alibi_slopes, bias, seed, options)
         return (out, lse) if return_lse else out
     except FAILURES as error:
         raise explained(error, attention, locals()) from None
@@ -154,26 +151,21 @@ def check_tensors(
         raise InputError(f"q: wanted heads a multiple of k's {kv_heads}, got {heads}")
 
 
-def check_options(
+def check_option_tensors(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    heads: int,
-    kv_heads: int,
-    causal: bool,
-    scale: float | None,
-    window: int | None,
-    softcap: float | None,
     sinks: Tensor | None,
     alibi_slopes: Tensor | None,
     bias: Tensor | None,
+    kv_heads: int,
     bias_shape: tuple[int, ...],
-    *,
     kv_dtypes: tuple[torch.dtype, ...] = (),
-) -> Options:
-    """Check the arguments that the three ops share, tensors included."""
+) -> Tensor | None:
+    """Check the tensors that the three ops share; return bias with four dimensions. `bias_shape`:
+    (B, H, S, T)."""
+    heads, device = bias_shape[1], q.device
     check_tensors(q, k, v, heads, kv_heads, kv_dtypes)
-    device, width = q.device, q.shape[-1]
     given = (
         () if sinks is alibi_slopes is None else (("sinks", sinks), ("alibi_slopes", alibi_slopes))
     )
@@ -189,14 +181,26 @@ def check_options(
         raise InputError(
             "alibi_slopes: wanted constants (detach them), got a tensor that requires grad"
         )
-    if bias is not None:
-        bias = _bias_4d(q, bias, bias_shape)
+    return None if bias is None else _bias_4d(q, bias, bias_shape)
+
+
+def check_options(
+    q: Tensor,
+    causal: bool,
+    scale: float | None,
+    window: int | None,
+    softcap: float | None,
+    dropout_p: float = 0.0,
+) -> AttentionOptions:
+    """Check the numbers that the three ops share."""
     if window is not None and window < 1:
         raise InputError(f"window: wanted at least 1 or None, got {window}")
     if softcap is not None and not softcap > 0:
         raise InputError(f"softcap: wanted above 0 or None, got {softcap}")
-    scale = 1 / math.sqrt(width) if scale is None else float(scale)
-    return sinks, alibi_slopes, bias, causal, scale, window or 0, softcap or 0.0
+    if not 0 <= dropout_p <= 1:
+        raise InputError(f"dropout_p: wanted 0 to 1, got {dropout_p}")
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    return AttentionOptions(causal, scale, window or 0, softcap or 0.0, float(dropout_p))
 
 
 def _bias_4d(q: Tensor, bias: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -218,8 +222,6 @@ def _bias_4d(q: Tensor, bias: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def dropout_seed(dropout_p: float, q: Tensor) -> Tensor | None:
     """(1,) int64 from torch's generator, or None without dropout."""
-    if not 0 <= dropout_p <= 1:
-        raise InputError(f"dropout_p: wanted 0 to 1, got {dropout_p}")
     if dropout_p == 0:
         return None
     return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=q.device)
@@ -236,18 +238,19 @@ def wide_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _forward_fake(q, k, v, sinks, alibi_slopes, bias, seed, *_):
+def _forward_fake(q, k, v, *_):
     (q,) = elements_last(q)
     return empty_out(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=wide_dtype(q))
 
 
 def backward_fake(dout, dlse, q, k, v, out, lse, *rest):
-    """Shapes of the gradients; `rest` is sinks, alibi_slopes, bias, seed and the numbers."""
-    sinks, bias, bias_grad = rest[0], rest[2], rest[-1]
+    """Shapes of the gradients; `rest` is sinks, alibi_slopes, bias, seed, options, need_bias, or
+    ends with them."""
+    sinks, _, bias, _, *_, need_bias = rest
     return (
         *(t.new_empty(t.shape) for t in (q, k, v)),
         lse.new_empty(0 if sinks is None else sinks.shape[0]),
-        lse.new_empty(bias.shape if bias is not None and bias_grad else (0,)),
+        lse.new_empty(bias.shape if bias is not None and need_bias else (0,)),
     )
 
 
@@ -255,42 +258,6 @@ def _backward_fake(dout, dlse, q, k, v, *rest):
     """Gradients in the memory order of q, k and v, for the same reason as `empty_out`."""
     _, _, _, dsinks, dbias = backward_fake(dout, dlse, q, k, v, *rest)
     return *(torch.empty_like(t) for t in elements_last(q, k, v)), dsinks, dbias
-
-
-def _reference_forward(q: Tensor, k: Tensor, v: Tensor, *rest):
-    out, lse = reference.attention_forward(q, k, v, *rest)
-    (q,) = elements_last(q)
-    return empty_out(q, v.shape[3]).copy_(out), lse
-
-
-def _reference_backward(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest):
-    *grads, dsinks, dbias = reference.attention_backward(dout, dlse, q, k, v, *rest)
-    inputs = elements_last(q, k, v)
-    return *(torch.empty_like(t).copy_(g) for t, g in zip(inputs, grads)), dsinks, dbias
-
-
-def _setup_context(ctx, inputs, output):
-    q, k, v, sinks, alibi_slopes, bias, seed, *ctx.numbers = inputs
-    ctx.save_for_backward(q, k, v, *output, sinks, alibi_slopes, bias, seed)
-    ctx.set_materialize_grads(False)
-
-
-def _autograd_backward(ctx, dout, dlse):
-    saved = ctx.saved_tensors
-    _, _, _, out, _, sinks, _, bias, _ = saved
-    if dout is None:
-        dout = torch.zeros_like(out)
-    bias_grad = bias is not None and ctx.needs_input_grad[5]
-    dq, dk, dv, dsinks, dbias = _backward(dout, dlse, *saved, *ctx.numbers, bias_grad)
-    return (
-        dq,
-        dk,
-        dv,
-        None if sinks is None else dsinks.to(sinks.dtype),
-        None,
-        None if bias is None or not bias_grad else dbias.to(bias.dtype),
-        *(None,) * 6,  # seed, the numbers
-    )
 
 
 def _flops(q, k, v, *_, **__):
@@ -304,30 +271,20 @@ def _backward_flops(dout, dlse, q, k, v, *_, **__):
     return 2 * batch * heads * queries * k[2] * (3 * width + 2 * v[3])
 
 
-NUMBERS = "bool causal, float scale, SymInt window, float softcap"
-_forward = register(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? alibi_slopes, Tensor? bias,"
-    f" Tensor? seed, {NUMBERS}, float dropout_p) -> (Tensor, Tensor)",
-    fake=_forward_fake,
-    implementations={
-        "reference": _reference_forward,
-        "cpu": cpu.forward,
-        "triton": Kernel("attention", "attention_forward"),
-    },
-    setup_context=_setup_context,
-    backward=_autograd_backward,
-    flops=_flops,
-)
-_backward = register(
-    "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out,"
-    " Tensor lse, Tensor? sinks, Tensor? alibi_slopes, Tensor? bias, Tensor? seed,"
-    f" {NUMBERS}, float dropout_p, bool bias_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+_backward = declare(
+    reference.attention_backward,
+    "cpu triton",
+    chosen_by="q",
     fake=_backward_fake,
-    implementations={
-        "reference": _reference_backward,
-        "cpu": cpu.backward,
-        "triton": Kernel("attention_backward", "attention_backward"),
-    },
-    picked_by=2,
     flops=_backward_flops,
+)
+_forward = declare(
+    reference.attention_forward,
+    "cpu triton",
+    fake=_forward_fake,
+    outputs="out lse",
+    backward=_backward,
+    gradients=("q", "k", "v", "sinks", "bias"),
+    zeros={"dout": "out"},
+    flops=_flops,
 )

@@ -4,12 +4,10 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
-from fastlm.backend import CudaKernel, Kernel
-from fastlm.cpu import paged_attention as cpu
 from fastlm.errors import InputError
 from fastlm.flops import has_values
-from fastlm.operator import autocasts, register
-from fastlm.ops.attention import NUMBERS, as_int32, check_options, wide_dtype
+from fastlm.operator import autocasts, declare
+from fastlm.ops.attention import as_int32, check_option_tensors, check_options, wide_dtype
 from fastlm.ops.wrong_type import FAILURES, explained
 
 
@@ -116,13 +114,13 @@ def checked(
         bias_shape = (q.shape[0], q.shape[2], q.shape[1], 1)
     else:
         bias_shape = (q.shape[0], q.shape[2], q.shape[1], bias.shape[-1] if bias.dim() else 1)
-    options = check_options(
-        q, k_cache, v_cache, q.shape[2], k_cache.shape[2], causal, scale, window, softcap, sinks,
-        alibi_slopes, bias, bias_shape, kv_dtypes=(torch.int8,),
-    )  # fmt: skip
+    bias = check_option_tensors(
+        q, k_cache, v_cache, sinks, alibi_slopes, bias, k_cache.shape[2], bias_shape, (torch.int8,)
+    )
     return (
         q, k_cache, v_cache, as_int32(block_table), as_int32(seq_lens),
-        cache_scales("k", k_scale, k_cache), cache_scales("v", v_scale, v_cache), *options,
+        cache_scales("k", k_scale, k_cache), cache_scales("v", v_scale, v_cache), sinks,
+        alibi_slopes, bias, check_options(q, causal, scale, window, softcap),
     )  # fmt: skip
 
 
@@ -161,16 +159,4 @@ def _flops(q, k_cache, v_cache, block_table, seq_lens, *_, **__):
     return 2 * queries * heads * keys * (width + v_cache.shape[3])
 
 
-op = register(
-    "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens,"
-    " Tensor? k_scale, Tensor? v_scale, Tensor? sinks, Tensor? alibi_slopes, Tensor? bias,"
-    f" {NUMBERS}) -> (Tensor, Tensor)",
-    fake=_fake,
-    implementations={
-        "reference": reference.paged_attention,
-        "cpu": cpu.paged_attention,
-        "triton": Kernel("paged_attention", "paged_attention"),
-        "cuda": CudaKernel("paged_attention", "paged_attention"),
-    },
-    flops_by_values=_flops,
-)
+op = declare(reference.paged_attention, "cpu triton cuda", fake=_fake, flops_by_values=_flops)

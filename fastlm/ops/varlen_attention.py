@@ -4,15 +4,13 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
-from fastlm.backend import Kernel
-from fastlm.cpu import varlen_attention as cpu
 from fastlm.errors import InputError
 from fastlm.flops import has_values
-from fastlm.operator import autocast, autocast_somewhere, register
+from fastlm.operator import autocast, autocast_somewhere, declare
 from fastlm.ops.attention import (
-    NUMBERS,
     as_int32,
     backward_fake,
+    check_option_tensors,
     check_options,
     dropout_seed,
     wide_dtype,
@@ -86,16 +84,13 @@ def varlen_attention(
             bias_shape = (batch, q.shape[1], 1, 1)
         else:  # its last two sizes are checked where the offsets are read
             bias_shape = (batch, q.shape[1], *(1, 1, *bias.shape)[-2:])
-        options = check_options(
-            q, k, v, q.shape[1], k.shape[1], causal, scale, window, softcap, sinks, alibi_slopes,
-            bias, bias_shape,
-        )  # fmt: skip
+        bias = check_option_tensors(q, k, v, sinks, alibi_slopes, bias, k.shape[1], bias_shape)
+        options = check_options(q, causal, scale, window, softcap, dropout_p)
         seed = dropout_seed(dropout_p, q)
         out, lse = _forward(
-            q, k, v, as_int32(cu_seqlens_q), as_int32(cu_seqlens_k), *options[:3], seed,
-            q.shape[0] if max_seqlen_q is None else max_seqlen_q,
-            k.shape[0] if max_seqlen_k is None else max_seqlen_k,
-            *options[3:], float(dropout_p),
+            q, k, v, as_int32(cu_seqlens_q), as_int32(cu_seqlens_k), sinks, alibi_slopes, bias,
+            seed, q.shape[0] if max_seqlen_q is None else max_seqlen_q,
+            k.shape[0] if max_seqlen_k is None else max_seqlen_k, options,
         )  # fmt: skip
         return (out, lse) if return_lse else out
     except FAILURES as error:
@@ -111,35 +106,6 @@ def _forward_fake(q, k, v, *_):
 
 def _backward_fake(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *rest):
     return backward_fake(dout, dlse, q, k, v, out, lse, *rest)
-
-
-def _setup_context(ctx, inputs, output):
-    *tensors, sinks, alibi_slopes, bias, seed = inputs[:9]
-    ctx.numbers = inputs[9:]
-    ctx.save_for_backward(*tensors, *output, sinks, alibi_slopes, bias, seed)
-    ctx.set_materialize_grads(False)
-
-
-def _autograd_backward(ctx, dout, dlse):
-    q, k, v, cu_q, cu_k, out, lse, sinks, alibi_slopes, bias, seed = ctx.saved_tensors
-    if dout is None:
-        dout = torch.zeros_like(out)
-    grads = _backward(
-        dout, dlse, q, k, v, out, lse, cu_q, cu_k, sinks, alibi_slopes, bias, seed, *ctx.numbers,
-        ctx.needs_input_grad[7],
-    )  # fmt: skip
-    dq, dk, dv, dsinks, dbias = grads
-    return (
-        dq,
-        dk,
-        dv,
-        None,
-        None,
-        None if sinks is None else dsinks.to(sinks.dtype),
-        None,
-        dbias.to(bias.dtype) if ctx.needs_input_grad[7] else None,
-        *(None,) * (1 + len(ctx.numbers)),
-    )
 
 
 def _pairs(cu_q, cu_k, sinks, alibi_slopes, bias, seed, longest_q, longest_k, *_):
@@ -159,32 +125,20 @@ def _backward_flops(dout, dlse, q, k, v, out, lse, *layout, **_):
     return 2 * q.shape[1] * _pairs(*layout) * (3 * q.shape[2] + 2 * v.shape[2])
 
 
-_NUMBERS = f"SymInt max_seqlen_q, SymInt max_seqlen_k, {NUMBERS}"
-_forward = register(
-    "varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k,"
-    " Tensor? sinks, Tensor? alibi_slopes, Tensor? bias, Tensor? seed,"
-    f" {_NUMBERS}, float dropout_p) -> (Tensor, Tensor)",
-    fake=_forward_fake,
-    implementations={
-        "reference": reference.varlen_attention_forward,
-        "cpu": cpu.forward,
-        "triton": Kernel("varlen_attention", "varlen_attention_forward"),
-    },
-    setup_context=_setup_context,
-    backward=_autograd_backward,
-    flops_by_values=_flops,
-)
-_backward = register(
-    "varlen_attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out,"
-    " Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? sinks, Tensor? alibi_slopes,"
-    f" Tensor? bias, Tensor? seed, {_NUMBERS}, float dropout_p, bool bias_grad)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+_backward = declare(
+    reference.varlen_attention_backward,
+    "cpu triton",
+    chosen_by="q",
     fake=_backward_fake,
-    implementations={
-        "reference": reference.varlen_attention_backward,
-        "cpu": cpu.backward,
-        "triton": Kernel("varlen_attention", "varlen_attention_backward"),
-    },
-    picked_by=2,
     flops_by_values=_backward_flops,
+)
+_forward = declare(
+    reference.varlen_attention_forward,
+    "cpu triton",
+    fake=_forward_fake,
+    outputs="out lse",
+    backward=_backward,
+    gradients=("q", "k", "v", "sinks", "bias"),
+    zeros={"dout": "out"},
+    flops_by_values=_flops,
 )

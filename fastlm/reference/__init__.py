@@ -23,7 +23,7 @@ from fastlm.reference.adamw import (
     step_key,
     unpack_state,
 )
-from fastlm.reference.attention import attention_backward, attention_forward
+from fastlm.reference.attention import AttentionOptions, attention_backward, attention_forward
 from fastlm.reference.cross_entropy import (
     cross_entropy_backward,
     cross_entropy_forward,
@@ -62,6 +62,7 @@ from fastlm.reference.varlen_attention import varlen_attention_backward, varlen_
 __all__ = [
     "RUN_MAX",
     "STATE_BLOCK",
+    "AttentionOptions",
     "activation",
     "adamw",
     "attention_backward",

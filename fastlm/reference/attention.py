@@ -1,11 +1,27 @@
-"""The definition of `attention`."""
+"""The definition of `attention`. `varlen_attention` and `paged_attention` are it (`attend`), one
+sequence at a time.
+"""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastlm.memory_order import elements_last, in_order_of
 from fastlm.reference.blocks import SCORES
 from fastlm.reference.dropout import dropout_factor
 from fastlm.reference.precision import widen
+
+
+class AttentionOptions(NamedTuple):
+    """The options that are numbers, as every implementation gets them; 0: none. One more option is
+    one more field here and what computes it in each backend."""
+
+    causal: bool
+    scale: float
+    window: int = 0
+    softcap: float = 0.0
+    dropout_p: float = 0.0
 
 
 def _scores(
@@ -15,14 +31,12 @@ def _scores(
     bias: Tensor | None,
     rows: Tensor,
     query_length: int,
-    causal: bool,
-    scale: float,
-    window: int,
-    softcap: float,
+    options: AttentionOptions,
 ) -> tuple[Tensor, Tensor | None]:
     """q (B, Hkv, G, R, D), k (B, Hkv, T, D) wide -> scores (B, H, R, T) of these rows and, with a
     softcap, their derivative with respect to scale q k.
     """
+    causal, scale, window, softcap, _ = options
     s = scale * (q @ k[:, :, None].transpose(-1, -2)).flatten(1, 2)
     slope = None
     if softcap > 0:
@@ -57,15 +71,27 @@ def attention_forward(
     alibi_slopes: Tensor | None,
     bias: Tensor | None,
     seed: Tensor | None,
-    causal: bool,
-    scale: float,
-    window: int,
-    softcap: float,
-    dropout_p: float,
+    options: AttentionOptions,
+) -> tuple[Tensor, Tensor]:
+    """q (B, H, S, D), k (B, Hkv, T, D), v (B, Hkv, T, Dv) -> out (B, H, S, Dv) in q's memory order,
+    lse (B, H, S). bias is 4-D.
+    """
+    out, lse = attend(q, k, v, sinks, alibi_slopes, bias, seed, options)
+    return in_order_of(q, out), lse
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    options: AttentionOptions,
     first_batch: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """q (B, H, S, D), k (B, Hkv, T, D), v (B, Hkv, T, Dv) -> out (B, H, S, Dv), lse (B, H, S), one
-    block of queries at a time. window 0 and softcap 0 mean none; bias is 4-D; first_batch is the
+    """`attention_forward` in any memory order, one block of queries at a time. first_batch is the
     number of the first sequence, for dropout.
     """
     groups = (k.shape[1], q.shape[1] // k.shape[1])
@@ -75,9 +101,7 @@ def attention_forward(
     outs, lses = [q.new_zeros(*q.shape[:2], 0, v.shape[3])], [wide_k.new_zeros(*q.shape[:2], 0)]
     for rows in _query_blocks(q, k.shape[2]):
         block = widen(q[:, :, rows]).unflatten(1, groups)
-        s, _ = _scores(
-            block, wide_k, alibi_slopes, bias, rows, q.shape[2], causal, scale, window, softcap
-        )
+        s, _ = _scores(block, wide_k, alibi_slopes, bias, rows, q.shape[2], options)
         terms = s
         if sinks is not None:
             extra = sinks.to(s.dtype)[:, None, None].expand(*s.shape[:3], 1)
@@ -86,7 +110,8 @@ def attention_forward(
         total = torch.logsumexp(terms.masked_fill(blind[..., None], 0), -1)
         p = torch.exp(s - total.masked_fill(blind, 0)[..., None])
         if seed is not None:
-            p = p * dropout_factor(seed, dropout_p, batch, q.shape[1], rows, k.shape[2]).to(p.dtype)
+            keep = dropout_factor(seed, options.dropout_p, batch, q.shape[1], rows, k.shape[2])
+            p = p * keep.to(p.dtype)
         outs.append((p.unflatten(1, groups) @ wide_v[:, :, None]).flatten(1, 2).to(q.dtype))
         lses.append(total.masked_fill(blind, -torch.inf))
     return torch.cat(outs, 2), torch.cat(lses, 2)
@@ -104,15 +129,36 @@ def attention_backward(
     alibi_slopes: Tensor | None,
     bias: Tensor | None,
     seed: Tensor | None,
-    causal: bool,
-    scale: float,
-    window: int,
-    softcap: float,
-    dropout_p: float,
-    bias_grad: bool,
+    options: AttentionOptions,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv like q, k, v, in their memory orders; dsinks (H) and dbias (shaped like bias)
+    wide, or empty.
+    """
+    *grads, dsinks, dbias = attend_backward(
+        dout, dlse, q, k, v, out, lse, sinks, alibi_slopes, bias, seed, options, need_bias
+    )
+    dq, dk, dv = (torch.empty_like(t).copy_(g) for t, g in zip(elements_last(q, k, v), grads))
+    return dq, dk, dv, dsinks, dbias
+
+
+def attend_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    options: AttentionOptions,
+    need_bias: bool,
     first_batch: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv like q, k, v; dsinks (H) and dbias (shaped like bias) wide, or empty.
+    """`attention_backward` in any memory order, one block of queries at a time.
 
     P = exp(s - lse), dP = dout v^T (through dropout), delta = sum(dout out) - dlse,
     ds = P (dP - delta).
@@ -123,13 +169,11 @@ def attention_backward(
     dqs = [q.new_zeros(*q.shape[:2], 0, q.shape[3])]
     dk, dv = torch.zeros_like(wide_k), torch.zeros_like(wide_v)
     dsinks = lse.new_zeros(0 if sinks is None else sinks.shape[0])
-    dbias = lse.new_zeros(bias.shape if bias is not None and bias_grad else 0)
+    dbias = lse.new_zeros(bias.shape if bias is not None and need_bias else 0)
     dbiases = []
     for rows in _query_blocks(q, k.shape[2]):
         block = widen(q[:, :, rows]).unflatten(1, groups)
-        s, slope = _scores(
-            block, wide_k, alibi_slopes, bias, rows, q.shape[2], causal, scale, window, softcap
-        )
+        s, slope = _scores(block, wide_k, alibi_slopes, bias, rows, q.shape[2], options)
         total = lse[:, :, rows]
         offset = total.masked_fill(total == -torch.inf, 0)
         p = torch.exp(s - offset[..., None])
@@ -141,11 +185,12 @@ def attention_backward(
         dp = (grouped @ wide_v[:, :, None].transpose(-1, -2)).flatten(1, 2)
         dropped = p
         if seed is not None:
-            keep = dropout_factor(seed, dropout_p, batch, q.shape[1], rows, k.shape[2]).to(p.dtype)
+            keep = dropout_factor(seed, options.dropout_p, batch, q.shape[1], rows, k.shape[2])
+            keep = keep.to(p.dtype)
             dropped, dp = p * keep, dp * keep
         dv = dv + (dropped.unflatten(1, groups).transpose(-1, -2) @ grouped).sum(2)
         ds = p * (dp - delta[..., None])
-        if bias is not None and bias_grad:
+        if bias is not None and need_bias:
             part = ds.sum_to_size(*[d if d == 1 else n for d, n in zip(bias.shape, ds.shape)])
             if bias.shape[2] == 1:
                 dbias = dbias + part
@@ -154,7 +199,7 @@ def attention_backward(
         if sinks is not None:
             weight = torch.exp(sinks.to(s.dtype)[:, None] - offset)
             dsinks = dsinks - torch.where(total == -torch.inf, 0, weight * delta).sum((0, 2))
-        ds = (ds if slope is None else ds * slope).unflatten(1, groups) * scale
+        ds = (ds if slope is None else ds * slope).unflatten(1, groups) * options.scale
         dqs.append((ds @ wide_k[:, :, None]).flatten(1, 2).to(q.dtype))
         dk = dk + (ds.transpose(-1, -2) @ block).sum(2)
     if dbiases:

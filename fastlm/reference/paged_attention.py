@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fastlm.errors import InputError
-from fastlm.reference.attention import attention_forward
+from fastlm.reference.attention import AttentionOptions, attend
 from fastlm.reference.bias import bias_of
 from fastlm.reference.precision import widen
 
@@ -20,12 +20,9 @@ def paged_attention(
     sinks: Tensor | None,
     alibi_slopes: Tensor | None,
     bias: Tensor | None,
-    causal: bool,
-    scale: float,
-    window: int,
-    softcap: float,
+    options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
-    """`attention_forward` of each sequence on its pages: q (B, S, H, D) -> out (B, S, H, Dv),
+    """`attention` of each sequence on its pages: q (B, S, H, D) -> out (B, S, H, Dv),
     lse (B, H, S).
     """
     pages, page_size = k_cache.shape[:2]
@@ -48,7 +45,7 @@ def paged_attention(
                 f"block_table: wanted pages 0 to {pages - 1},"
                 f" got {int(table.min())} to {int(table.max())} for sequence {b}"
             )
-        o, one_lse = attention_forward(
+        o, one_lse = attend(
             widen(q[b : b + 1].transpose(1, 2)),
             gather(k_cache, table, keys, k_scale),
             gather(v_cache, table, keys, v_scale),
@@ -56,11 +53,7 @@ def paged_attention(
             alibi_slopes,
             bias_of(bias, b, q.shape[1], keys),
             None,
-            causal,
-            scale,
-            window,
-            softcap,
-            0.0,
+            options,
         )
         outs.append(o.transpose(1, 2).to(q.dtype))
         lses.append(one_lse)

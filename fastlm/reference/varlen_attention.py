@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fastlm.errors import InputError
-from fastlm.reference.attention import attention_backward, attention_forward
+from fastlm.reference.attention import AttentionOptions, attend, attend_backward
 from fastlm.reference.bias import bias_of
 from fastlm.reference.precision import widen
 
@@ -29,20 +29,16 @@ def varlen_attention_forward(
     seed: Tensor | None,
     max_seqlen_q: int,
     max_seqlen_k: int,
-    causal: bool,
-    scale: float,
-    window: int,
-    softcap: float,
-    dropout_p: float,
+    options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
-    """`attention_forward` of each sequence: q (total_q, H, D) -> out (total_q, H, Dv),
+    """`attention` of each sequence: q (total_q, H, D) -> out (total_q, H, Dv),
     lse (H, total_q).
     """
     outs, lses = [q.new_zeros(0, q.shape[1], v.shape[2])], [widen(q[:0, :, 0]).mT]
     ends_q = _offsets(cu_seqlens_q, q.shape[0], "cu_seqlens_q")
     ends_k = _offsets(cu_seqlens_k, k.shape[0], "cu_seqlens_k")
     for b, (q0, q1, k0, k1) in enumerate(zip(ends_q, ends_q[1:], ends_k, ends_k[1:])):
-        o, one_lse = attention_forward(
+        o, one_lse = attend(
             q[q0:q1].transpose(0, 1)[None],
             k[k0:k1].transpose(0, 1)[None],
             v[k0:k1].transpose(0, 1)[None],
@@ -50,11 +46,7 @@ def varlen_attention_forward(
             alibi_slopes,
             bias_of(bias, b, q1 - q0, k1 - k0),
             seed,
-            causal,
-            scale,
-            window,
-            softcap,
-            dropout_p,
+            options,
             first_batch=b,
         )
         outs.append(o[0].transpose(0, 1))
@@ -78,20 +70,16 @@ def varlen_attention_backward(
     seed: Tensor | None,
     max_seqlen_q: int,
     max_seqlen_k: int,
-    causal: bool,
-    scale: float,
-    window: int,
-    softcap: float,
-    dropout_p: float,
-    bias_grad: bool,
+    options: AttentionOptions,
+    need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`attention_backward` of each sequence."""
+    """`attention` of each sequence, backward."""
     grads = [[t.new_zeros(0, *t.shape[1:])] for t in (q, k, v)]
     dsinks = lse.new_zeros(0 if sinks is None else sinks.shape[0])
-    dbias = lse.new_zeros(bias.shape if bias is not None and bias_grad else 0)
+    dbias = lse.new_zeros(bias.shape if bias is not None and need_bias else 0)
     ends_q, ends_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     for b, (q0, q1, k0, k1) in enumerate(zip(ends_q, ends_q[1:], ends_k, ends_k[1:])):
-        *each, one_dsinks, one_dbias = attention_backward(
+        *each, one_dsinks, one_dbias = attend_backward(
             dout[q0:q1].transpose(0, 1)[None],
             None if dlse is None else dlse[None, :, q0:q1],
             q[q0:q1].transpose(0, 1)[None],
@@ -103,18 +91,14 @@ def varlen_attention_backward(
             alibi_slopes,
             bias_of(bias, b, q1 - q0, k1 - k0),
             seed,
-            causal,
-            scale,
-            window,
-            softcap,
-            dropout_p,
-            bias_grad,
+            options,
+            need_bias,
             first_batch=b,
         )
         for parts, one in zip(grads, each):
             parts.append(one[0].transpose(0, 1))
         dsinks = dsinks + one_dsinks
-        if bias is not None and bias_grad:
+        if bias is not None and need_bias:
             before = b if bias.shape[0] > 1 else 0
             behind = [n - m for n, m in zip(bias.shape, one_dbias.shape)]
             padding = (0, behind[3], 0, behind[2], 0, 0, before, behind[0] - before)

@@ -179,7 +179,7 @@ def test_opcheck_and_compile():
     q = torch.randn(2, 3, 4, 16)
     torch.library.opcheck(
         torch.ops.fastlm.paged_attention.default,
-        (q, k, v, table, lens, None, None, None, None, None, True, 0.3, 0, 0.0),
+        (q, k, v, table, lens, None, None, None, None, None, True, 0.3, 0, 0.0, 0.0),
     )
     compiled = torch.compile(
         lambda q: ops.paged_attention(q, k, v, table, lens, causal=True), fullgraph=True,

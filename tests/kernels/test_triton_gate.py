@@ -30,15 +30,16 @@ ANY_LENGTH = """
 from collections import defaultdict
 from fastlm.kernels import attention, attention_backward
 from fastlm.kernels.launch import compiling
+from fastlm.reference import AttentionOptions
 from triton_gate import meta
 
-variants, numbers = defaultdict(set), (True, 1.0, 0, 0.0, 0.0)
+variants, numbers = defaultdict(set), AttentionOptions(True, 1.0)
 with compiling(80) as compiled:
     for queries, keys in ((512, 512), (513, 1030), (1000, 1001)):
         q, k = meta(64, 4, queries, 64), meta(64, 2, keys, 64)
-        out, lse = attention.attention_forward(q, k, k, *[None] * 4, *numbers)
+        out, lse = attention.attention_forward(q, k, k, *[None] * 4, numbers)
         attention_backward.attention_backward(
-            out, None, q, k, k, out, lse, *[None] * 4, *numbers, False
+            out, None, q, k, k, out, lse, *[None] * 4, numbers, False
         )
 for made in compiled:
     variants[made.name].add(id(made.kernel))

@@ -3,6 +3,7 @@
 import torch
 
 from fastlm.kernels import attention, attention_backward
+from fastlm.reference import AttentionOptions
 from triton_gate import MATRIX, Case, meta
 
 BFLOAT16 = (torch.bfloat16,)  # float16 has the same tiles
@@ -12,8 +13,8 @@ PRODUCTS = {name: MATRIX for name in ("_forward", "_dq", "_dkdv", "_dbias")} | {
 }
 
 
-def _numbers(causal: bool, width: int, window: int, softcap: float, dropout_p: float) -> tuple:
-    return causal, width**-0.5, window, softcap, dropout_p
+def _numbers(causal: bool, width: int, window: int, softcap: float, dropout_p: float):
+    return AttentionOptions(causal, width**-0.5, window, softcap, dropout_p)
 
 
 def _training(name: str, width: int, dtypes: tuple, wanted: dict, *, all_options=False) -> Case:
@@ -28,9 +29,9 @@ def _training(name: str, width: int, dtypes: tuple, wanted: dict, *, all_options
             numbers = _numbers(True, width, 1024, 30.0, 0.1)
         else:
             options, seed, numbers = (None, None, None), None, _numbers(True, width, 0, 0.0, 0.0)
-        out, lse = attention.attention_forward(q, k, v, *options, seed, *numbers)
+        out, lse = attention.attention_forward(q, k, v, *options, seed, numbers)
         attention_backward.attention_backward(
-            out, None, q, k, v, out, lse, *options, seed, *numbers, all_options
+            out, None, q, k, v, out, lse, *options, seed, numbers, all_options
         )
 
     return Case(name, run, wanted, dtypes)
@@ -41,7 +42,7 @@ def _decoding(width: int) -> Case:
         q = meta(1, 32, 1, width, dtype=dtype)
         k, v = (meta(1, 8, 8192, width, dtype=dtype) for _ in range(2))
         numbers = _numbers(True, width, 0, 0.0, 0.0)
-        attention.attention_forward(q, k, v, None, None, None, None, *numbers)
+        attention.attention_forward(q, k, v, None, None, None, None, numbers)
 
     wanted = {"_forward": (*MATRIX, "LDGSTS"), "_combine": ("LDG.E.128",)}
     return Case(f"decoding {width}", run, wanted, BFLOAT16)

@@ -3,6 +3,7 @@
 import torch
 
 from fastlm.kernels import paged_attention
+from fastlm.reference import AttentionOptions
 from triton_gate import MATRIX, Case, meta
 
 
@@ -14,7 +15,7 @@ def _case(name: str, queries: int, width: int, page_size: int, int8: bool, loads
         table, lens = meta(4, 512, dtype=torch.int32), meta(4, dtype=torch.int32)
         paged_attention.paged_attention(
             q, cache, cache, table, lens, scales, scales, None, None, None,
-            True, width**-0.5, 0, 0.0,
+            AttentionOptions(True, width**-0.5),
         )  # fmt: skip
 
     return Case(name, run, {"_forward": (*MATRIX, loads)}, (torch.bfloat16,))
