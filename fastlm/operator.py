@@ -61,8 +61,9 @@ def declare(
         backends: those with an implementation, by name, apart from the reference.
         chosen_by: the tensor whose device and dtype decide; the first one by default.
         serves: backend -> which arguments it serves; without an entry, all.
-        fake: shapes of the results, where the definition reads values or loops over sizes, or
-            where a result is not contiguous.
+        fake: shapes of the results, where the definition reads values, where a result is not
+            contiguous, or where a model has the op in every layer: tracing a definition of ten
+            torch ops takes 15 ms at a call, this 1 ms.
         writes: the arguments that the op writes. Such an op has no derivative.
         outputs, backward, gradients, keeps, zeros, constants: the derivative; see
             `fastlm.derivative`.

@@ -24,6 +24,7 @@ from fastlm.backend import Serves
 from fastlm.errors import InputError
 from fastlm.operator import declare
 from fastlm.ops.wrong_type import FAILURES, explained
+from fastlm.reference.precision import wide_dtype
 from fastlm.row_losses import one_number, row_factors, row_losses
 from fastlm.transforms import wants_gradient
 
@@ -150,7 +151,7 @@ def _soft(
     shape, classes = target.shape[:-1], target.shape[-1]
     q = target.detach().reshape(-1, classes)
     if label_smoothing or weight is not None or q.dtype != logits.dtype:
-        q = q.to(wide(logits)) * (1.0 - label_smoothing) + label_smoothing / classes
+        q = q.to(wide_dtype(logits)) * (1.0 - label_smoothing) + label_smoothing / classes
         q = q if weight is None else q * weight.detach().to(q.dtype)
     none = torch.full((q.shape[0],), _NO_CLASS, dtype=torch.int64, device=logits.device)
     shift, log_sum, _, loss = _forward(
@@ -237,10 +238,6 @@ def check_options(softcap: float | None, reduction: str, num_items: int | Tensor
                 )
         elif not num_items > 0:
             raise InputError(f"num_items: wanted > 0, got {num_items}")
-
-
-def wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def coefficients(

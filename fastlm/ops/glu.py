@@ -58,11 +58,20 @@ def activated(x: Tensor, act: str) -> Tensor:
 
 
 _CUDA = {"cuda": Serves("gate and up", lambda gate, up, act: up is not None)}
-_backward = declare(reference.glu_backward, "cpu triton", chosen_by="gate")
+_backward = declare(
+    reference.glu_backward,
+    "cpu triton",
+    chosen_by="gate",
+    fake=lambda dy, gate, up, act: (
+        gate.new_empty(gate.shape),
+        gate.new_empty(0 if up is None else gate.shape),
+    ),
+)
 _forward = declare(
     reference.glu_forward,
     "cpu triton cuda",
     serves=_CUDA,
+    fake=lambda gate, up, act: gate.new_empty(gate.shape),
     outputs="y",
     backward=_backward,
     gradients=("gate", "up"),

@@ -30,9 +30,9 @@ from fastlm.ops.cross_entropy import (
     check_options,
     coefficients,
     cross_entropy,
-    wide,
 )
 from fastlm.ops.wrong_type import FAILURES, explained
+from fastlm.reference.precision import wide_dtype
 from fastlm.row_losses import row_factors, row_losses
 from fastlm.transforms import is_eager, wants_gradient
 
@@ -121,7 +121,7 @@ def linear_cross_entropy(
             classes,
             reduction,
             num_items,
-            wide(input),
+            wide_dtype(input),
         )
         options = (ignore_index, softcap, logit_scale)
         smoothing_weight = weight if label_smoothing else None

@@ -6,6 +6,7 @@ from fastlm import reference
 from fastlm.errors import InputError
 from fastlm.operator import autocasts, declare, promoted
 from fastlm.ops.wrong_type import FAILURES, explained
+from fastlm.reference.precision import wide_dtype
 
 
 def rms_norm(
@@ -74,10 +75,20 @@ def rms_norm(
         raise explained(error, rms_norm, locals()) from None
 
 
-_backward = declare(reference.rms_norm_backward, "cpu triton", chosen_by="h")
+def _forward_shapes(x: Tensor, residual: Tensor | None, *_):
+    h = x.new_empty(0 if residual is None else x.shape)
+    return x.new_empty(x.shape), h, x.new_empty(x.shape[:-1], dtype=wide_dtype(x))
+
+
+def _backward_shapes(dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor, *_):
+    return h.new_empty(h.shape), h.new_empty(h.shape[-1:], dtype=rstd.dtype)
+
+
+_backward = declare(reference.rms_norm_backward, "cpu triton", chosen_by="h", fake=_backward_shapes)
 _forward = declare(
     reference.rms_norm_forward,
     "cpu triton cuda",
+    fake=_forward_shapes,
     outputs="y h? rstd",
     backward=_backward,
     gradients=(("x", "residual"), "weight"),

@@ -4,5 +4,10 @@ import torch
 from torch import Tensor
 
 
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """float64 for float64, else float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def widen(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
