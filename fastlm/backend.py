@@ -142,7 +142,9 @@ def on_its_device(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def run(*args: Any) -> Any:
-        first = args[0][0] if isinstance(args[0], list | tuple) else args[0]
+        first = args[0]
+        while isinstance(first, list | tuple):  # AdamW's list of named tuples
+            first = first[0]
         if not first.is_cuda or first.device.index == torch.cuda.current_device():
             return function(*args)
         with torch.cuda.device(first.device):

@@ -6,8 +6,7 @@ from typing import Any
 import torch
 
 import fastlm
-import fastlm.ops
-import fastlm.optim  # together with fastlm.ops, this registers every op
+import fastlm.ops  # declares every op
 from fastlm import backend
 from fastlm.machine import cpu_name
 

@@ -23,8 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlm import backend, reference
+from fastlm import reference
 from fastlm.errors import InputError
+from fastlm.ops.adamw import adamw
+from fastlm.reference import AdamWOptions, AdamWTensor
 
 MIN_8BIT_SIZE = 4096  # smaller tensors (norms, biases) gain nothing from 8 bits; the paper's limit
 
@@ -151,75 +153,72 @@ class AdamW(torch.optim.Optimizer):
 
     def _update(self, groups: list[dict[str, Any]], norm: Tensor | None = None) -> None:
         """Step these groups; ``norm``: that of all gradients, where it is known."""
-        rows: list[tuple] = []  # per parameter: its entries in the kernel's ten tables
+        tensors: list[AdamWTensor] = []
         copies: list[tuple[Tensor, Tensor]] = []
         grads: list[Tensor] = []
-        special: Tensor | None = None  # on another device, or of a dtype that no kernel has
-        ordinal, served = -1, backend.BACKENDS["cpu"].dtypes
+        ordinal = -1
         for group in groups:
-            lr, (beta1, beta2) = group["lr"], group["betas"]
-            if not isinstance(lr, Tensor) or lr.is_cpu:  # reading it from a GPU would wait
-                lr = float(lr)
-            options = (lr, beta1, beta2, group["eps"], group["weight_decay"], group["maximize"])
-            exact, stochastic = (*options, False), (*options, True)
-            rounding = group["stochastic_rounding"]
+            exact = _options(group)
+            of_bfloat16 = exact._replace(stochastic=group["stochastic_rounding"])
             for param in group["params"]:
                 ordinal += 1
                 grad = param.grad
                 if grad is None:
                     continue
-                if grad.layout != torch.strided:
-                    raise InputError(f"grad: wanted a dense gradient, got layout {grad.layout}")
-                state = self.state[param]
-                if not state:
-                    self._start(param, group, state)
-                if group["master_weights"]:
-                    _keep_master(param, state)
-                if param.dtype not in served or (special is None and not param.is_cpu):
-                    special = param
                 grads.append(grad)
-                here = _local(param)
-                target, grad = _dense(here, _local(grad))
-                if target is not here:
-                    copies.append((here, target))
-                packed = "exp_avg_scale" in state
-                moments = _PACKED if packed else _PLAIN
-                if _local(state[moments[0]]).stride() != target.stride():
-                    # the parameter changed its memory order, for example by .to(memory_format=...)
-                    portable = _portable(state, param)
-                    state = self.state[param] = _laid_out(param, group, portable, _PLAIN)
-                rounds = rounding and param.dtype == torch.bfloat16
-                rows.append(
-                    (
-                        target,
-                        grad,
-                        state["step"],
-                        _local(state[moments[0]]),
-                        _local(state[moments[1]]),
-                        state.get("exp_avg_scale"),
-                        state.get("exp_avg_sq_scale"),
-                        _local(
-                            state.get("master_low" if param.dtype == torch.bfloat16 else "master")
-                        ),
-                        stochastic if rounds else exact,
-                        (self.seed, ordinal),
-                    )
-                )
-        if rows:
-            tables = [list(column) for column in zip(*rows)]
-            have_norm = norm is not None or any(map(_is_sharded, grads))
-            if self.max_grad_norm is not None:
-                if norm is None:
-                    norm = torch.empty((), dtype=torch.float32, device=tables[0][0].device)
-                    norm = _norm_of_shards(grads, norm) if have_norm else norm
-                self.grad_norm = norm
-            run = backend.pick("adamw", tables[0][0] if special is None else special)
-            run(*tables, self.max_grad_norm or 0.0, norm, have_norm)
-            for param, target in copies:
-                param.copy_(target)
-            # The kernel's writes must count as new versions: autograd checks them for saved
-            # tensors, and the decoder for its packed copies.
-            torch.autograd.graph.increment_version([row[0] for row in rows])
+                options = of_bfloat16 if param.dtype == torch.bfloat16 else exact
+                here, tensor = self._tensor(param, grad, group, options, ordinal)
+                tensors.append(tensor)
+                if tensor.param is not here:
+                    copies.append((here, tensor.param))
+        if not tensors:
+            return
+        have_norm = norm is not None
+        if self.max_grad_norm is not None:
+            if norm is None:
+                norm = torch.empty((), dtype=torch.float32, device=tensors[0].param.device)
+                if have_norm := any(map(_is_sharded, grads)):
+                    norm = _norm_of_shards(grads, norm)
+            self.grad_norm = norm
+        adamw(tensors, self.max_grad_norm or 0.0, norm, have_norm)
+        for here, target in copies:
+            here.copy_(target)
+        # The kernel's writes must count as new versions: autograd checks them for saved tensors,
+        # and the decoder for its packed copies.
+        torch.autograd.graph.increment_version([t.param for t in tensors])
+
+    def _tensor(
+        self,
+        param: Tensor,
+        grad: Tensor,
+        group: dict[str, Any],
+        options: AdamWOptions,
+        ordinal: int,
+    ) -> tuple[Tensor, AdamWTensor]:
+        """This rank's part of the parameter, and what the op updates: itself or a dense copy."""
+        if grad.layout != torch.strided:
+            raise InputError(f"grad: wanted a dense gradient, got layout {grad.layout}")
+        state = self.state[param]
+        if not state:
+            self._start(param, group, state)
+        if group["master_weights"]:
+            _keep_master(param, state)
+        sharded = _is_sharded(param)
+        here, grad = (_local(param), _local(grad)) if sharded else (param, grad)
+        target, grad = _dense(here, grad)
+        moments = _PACKED if "exp_avg_scale" in state else _PLAIN
+        moment = state[moments[0]]
+        if (_local(moment) if sharded else moment).stride() != target.stride():
+            # the parameter changed its memory order, for example by .to(memory_format=...)
+            portable = _portable(state, param)
+            state = self.state[param] = _laid_out(param, group, portable, _PLAIN)
+        master = state.get("master_low" if param.dtype == torch.bfloat16 else "master")
+        whole = state[moments[0]], state[moments[1]], master
+        exp_avg, exp_avg_sq, master = map(_local, whole) if sharded else whole
+        return here, AdamWTensor(
+            target, grad, state["step"], exp_avg, exp_avg_sq, state.get("exp_avg_scale"),
+            state.get("exp_avg_sq_scale"), master, options, self.seed & 0xFFFFFFFF, ordinal,
+        )  # fmt: skip
 
     @torch.no_grad()
     def keep_masters(self) -> None:
@@ -318,6 +317,15 @@ def _check_group(group: dict[str, Any]) -> None:
             raise InputError(
                 f"stochastic_rounding: wanted bfloat16 or float32 parameters, got {param.dtype}"
             )
+
+
+def _options(group: dict[str, Any]) -> AdamWOptions:
+    lr, (beta1, beta2) = group["lr"], group["betas"]
+    if not isinstance(lr, Tensor) or lr.is_cpu:  # reading it from a GPU would wait
+        lr = float(lr)
+    return AdamWOptions(
+        lr, beta1, beta2, group["eps"], group["weight_decay"], group["maximize"], stochastic=False
+    )
 
 
 def _is_number(value: Any) -> bool:
@@ -473,6 +481,3 @@ def _portable(state: dict[str, Any], param: Tensor) -> dict[str, Any]:
             x = reference.unpack_state(codes, scales, root=root)
             state[name] = _sharded_as(param, x.square() if root else x)
     return state
-
-
-backend.add_op(reference.adamw, "cpu triton cuda", chosen_by="params")

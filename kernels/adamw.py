@@ -30,9 +30,10 @@ from fastlm import reference
 from fastlm.cuda import adamw_tables
 from fastlm.cuda.adamw_tables import CHUNK, Kind, Tables, tables_of
 from fastlm.kernels.launch import Config, launch
+from fastlm.reference import AdamWTensor
 
 _STATE_BLOCK = tl.constexpr(reference.STATE_BLOCK)
-_RANDOM_CHUNK = tl.constexpr(32768)  # elements that share a key (reference.round_stochastic)
+_RANDOM_CHUNK = tl.constexpr(reference.RANDOM_CHUNK)
 # 8 elements per thread: two 128-bit accesses per float32 operand, one per 16-bit operand
 _UPDATE = Config({"BLOCK": 1024}, num_warps=4)
 # float32 masters add two operands: with 8 elements per thread they spilled (sm_80, Triton 3.9)
@@ -355,26 +356,11 @@ def _constants(kind: Kind) -> dict[str, Any]:
 
 
 def adamw(
-    params: list[Tensor],
-    grads: list[Tensor],
-    steps: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    exp_avg_scales: list[Tensor | None],
-    exp_avg_sq_scales: list[Tensor | None],
-    masters: list[Tensor | None],
-    options: list[tuple[float | Tensor, float, float, float, float, bool, bool]],
-    keys: list[tuple[int, int]],
-    max_grad_norm: float,
-    grad_norm: Tensor | None,
-    have_norm: bool,
+    tensors: list[AdamWTensor], max_grad_norm: float, grad_norm: Tensor | None, have_norm: bool
 ) -> None:
     """`reference.adamw`, in place. Everything is checked before anything is written."""
-    device = params[0].device
-    tables = tables_of(
-        params, grads, steps, exp_avgs, exp_avg_sqs, exp_avg_scales, exp_avg_sq_scales, masters,
-        options, keys, by_kind=True,
-    )  # fmt: skip
+    device = tensors[0].param.device
+    tables = tables_of(tensors, by_kind=True)
     clip = None
     if grad_norm is not None:
         clip = torch.empty(1, dtype=torch.float32, device=device)
@@ -382,7 +368,7 @@ def adamw(
         launch(
             _norm, (1,), sums, grad_norm, clip, len(sums), float(max_grad_norm), config=_NORM
         )  # fmt: skip
-    count = len(params)
+    count = len(tensors)
     scalars = torch.empty((count, adamw_tables.SCALARS), dtype=torch.float32, device=device)
     random_keys = torch.empty(count, dtype=torch.int32, device=device)
     grid = (triton.cdiv(count, _BEGIN.sizes["BLOCK"]),)

@@ -1,11 +1,33 @@
 #include "cpu/adamw_table.h"
 
 #include <new>
-#include <tuple>
 #include <vector>
 
 #define FASTLM_BODY "cpu/adamw.h"
 #include "cpu/base/each_isa.h"
+#include "tuple_caster.h"
+
+namespace fastlm {
+
+// fastlm.reference.AdamWOptions
+struct AdamwOptions {
+  double lr, beta1, beta2, eps, weight_decay;
+  bool maximize, stochastic;
+};
+
+// fastlm.reference.AdamWTensor
+struct AdamwArguments {
+  TensorView param, grad, step, exp_avg, exp_avg_sq;
+  OptionalTensor exp_avg_scale, exp_avg_sq_scale, master;
+  AdamwOptions options;
+  uint32_t seed, ordinal;
+};
+
+}  // namespace fastlm
+
+FASTLM_TUPLE_CASTER(fastlm::AdamwOptions, lr, beta1, beta2, eps, weight_decay, maximize, stochastic)
+FASTLM_TUPLE_CASTER(fastlm::AdamwArguments, param, grad, step, exp_avg, exp_avg_sq, exp_avg_scale,
+                    exp_avg_sq_scale, master, options, seed, ordinal)
 
 namespace fastlm {
 namespace {
@@ -17,6 +39,26 @@ void update(const AdamwTensor* t, const AdamwChunk* c, int64_t count, float clip
   FASTLM_RUN(adamw_update, t, c, count, clip);
 }
 
+int64_t chunk_count(int64_t n) { return (n + ADAMW_CHUNK - 1) / ADAMW_CHUNK; }
+
+// The parts of the workspace
+struct AdamwTables {
+  AdamwTensor* tensors;
+  AdamwChunk* chunks;
+  double* sums;  // of squares, one per chunk
+
+  static int64_t bytes(int64_t tensors, int64_t chunks) {
+    return tensors * int64_t(sizeof(AdamwTensor)) +
+           chunks * int64_t(sizeof(AdamwChunk) + sizeof(double));
+  }
+  AdamwTables(const TensorView& workspace, int64_t tensor_count, int64_t chunks_of_all)
+      : tensors(reinterpret_cast<AdamwTensor*>(workspace.data<int64_t>("workspace"))),
+        chunks(reinterpret_cast<AdamwChunk*>(tensors + tensor_count)),
+        sums(reinterpret_cast<double*>(chunks + chunks_of_all)) {
+    check_size("workspace", "bytes:", bytes(tensor_count, chunks_of_all), workspace.numel() * 8);
+  }
+};
+
 void* data_of(const TensorView& t, const char* argument) {
   void* p = nullptr;
   with_float(t.dtype(), argument, [&](auto tag) { p = t.data<decltype(tag)>(argument); });
@@ -27,97 +69,106 @@ float* optional_floats(const OptionalTensor& t, const char* argument) {
   return t ? t->data<float>(argument) : nullptr;
 }
 
+// A row of the table of tensors, without the step's scalars
+AdamwTensor checked(const AdamwArguments& a) {
+  AdamwTensor t{};
+  t.n = a.param.numel();
+  check_size("grad", "elements:", t.n, a.grad.numel());
+  check_size("exp_avg", "elements:", t.n, a.exp_avg.numel());
+  check_size("exp_avg_sq", "elements:", t.n, a.exp_avg_sq.numel());
+  t.param = data_of(a.param, "param"), t.param_type = a.param.dtype();
+  t.grad = data_of(a.grad, "grad"), t.grad_type = a.grad.dtype();
+  if (a.master) {
+    check_size("master", "elements:", t.n, a.master->numel());
+    if (t.param_type == DType::bf16)
+      t.master_low = a.master->data<int16_t>("master_low");
+    else
+      t.master = a.master->data<float>("master");
+  }
+  t.exp_avg_scale = optional_floats(a.exp_avg_scale, "exp_avg_scale");
+  t.exp_avg_sq_scale = optional_floats(a.exp_avg_sq_scale, "exp_avg_sq_scale");
+  if (t.exp_avg_scale) {
+    t.exp_avg = a.exp_avg.data<uint8_t>("exp_avg");
+    t.exp_avg_sq = a.exp_avg_sq.data<uint8_t>("exp_avg_sq");
+    const int64_t blocks = (t.n + ADAMW_BLOCK - 1) / ADAMW_BLOCK;
+    check_size("exp_avg_scale", "blocks:", blocks, a.exp_avg_scale->numel());
+    check_size("exp_avg_sq_scale", "blocks:", blocks,
+               a.exp_avg_sq_scale ? a.exp_avg_sq_scale->numel() : 0);
+  } else {
+    t.exp_avg = a.exp_avg.data<float>("exp_avg");
+    t.exp_avg_sq = a.exp_avg_sq.data<float>("exp_avg_sq");
+  }
+  t.step = a.step.data<float>("step");
+  return t;
+}
+
+// Counts the step, and sets its scalars and the key of its random numbers (`reference.step_key`)
+void begin_step(AdamwTensor& t, const AdamwArguments& a) {
+  const auto& [lr, beta1, beta2, eps, weight_decay, maximize, stochastic] = a.options;
+  t.stochastic = stochastic;
+  if (stochastic) t.key = mix32(mix32(mix32(a.seed ^ 0x9e3779b9u) ^ uint32_t(*t.step)) ^ a.ordinal);
+  const float step = *t.step += 1;
+  t.step_size = float(lr / (1 - std::pow(beta1, step)));
+  t.decay = float(lr * weight_decay);
+  t.beta1 = float(beta1), t.rest1 = float(1 - beta1);
+  t.beta2 = float(beta2), t.rest2 = float(1 - beta2);
+  t.eps = float(eps);
+  t.root_scale = float(1 / std::sqrt(1 - std::pow(beta2, step)));
+  t.sign = maximize ? -1.f : 1.f;
+}
+
+// Writes the chunks of tensor i and returns the place of the next one's.
+AdamwChunk* cut(AdamwChunk* next, int64_t i, int64_t n) {
+  for (int64_t start = 0; start < n; start += ADAMW_CHUNK)
+    new (next++) AdamwChunk{i, start, std::min(ADAMW_CHUNK, n - start)};
+  return next;
+}
+
+// The norm of all gradients: sums in order, so the same bits on any number of threads
+float norm_of(const AdamwTables& tables, int64_t chunks) {
+  square_sums(tables.tensors, tables.chunks, chunks, tables.sums);
+  double total = 0;
+  for (int64_t c = 0; c < chunks; ++c) total += tables.sums[c];
+  return float(std::sqrt(total));
+}
+
 }  // namespace
 
-// lr, beta1, beta2, eps, weight_decay, maximize, stochastic rounding
-using AdamwOptions = std::tuple<double, double, double, double, double, bool, bool>;
+// Size of the workspace, in int64, for tensors of these sizes
+int64_t adamw_workspace(const std::vector<int64_t>& sizes) {
+  int64_t chunks = 0;
+  for (int64_t n : sizes) chunks += chunk_count(n);
+  return AdamwTables::bytes(int64_t(sizes.size()), chunks) / 8;
+}
 
-// One step of every tensor. States are float32, or uint8 codes where the scales are given.
-// have_norm: grad_norm is an input, else an output.
-void adamw(const std::vector<TensorView>& params, const std::vector<TensorView>& grads,
-           const std::vector<TensorView>& steps, const std::vector<TensorView>& exp_avgs,
-           const std::vector<TensorView>& exp_avg_sqs,
-           const std::vector<OptionalTensor>& exp_avg_scales,
-           const std::vector<OptionalTensor>& exp_avg_sq_scales,
-           const std::vector<OptionalTensor>& masters, const std::vector<AdamwOptions>& options,
-           const std::vector<uint32_t>& keys, double max_grad_norm, OptionalTensor grad_norm,
-           bool have_norm, TensorView workspace) {
-  const int64_t count = int64_t(params.size());
-  int64_t chunk_count = 0;
-  for (const TensorView& p : params) chunk_count += (p.numel() + ADAMW_CHUNK - 1) / ADAMW_CHUNK;
-  // Parts of the workspace: the table of tensors, the table of chunks, one sum of squares per chunk
-  check_size("workspace", "elements:", count * ADAMW_TENSOR_INTS + chunk_count * ADAMW_CHUNK_INTS,
-             workspace.numel());
-  auto* tensors = reinterpret_cast<AdamwTensor*>(workspace.data<int64_t>("workspace"));
-  auto* chunks = reinterpret_cast<AdamwChunk*>(workspace.data<int64_t>("workspace") +
-                                               count * ADAMW_TENSOR_INTS);
-  auto* sums = reinterpret_cast<double*>(chunks + chunk_count);
+// One step of every tensor. have_norm: grad_norm is an input, else an output.
+void adamw(const std::vector<AdamwArguments>& tensors, double max_grad_norm,
+           OptionalTensor grad_norm, bool have_norm, TensorView workspace) {
+  const int64_t count = int64_t(tensors.size());
+  int64_t chunks = 0;
+  for (const AdamwArguments& a : tensors) chunks += chunk_count(a.param.numel());
+  const AdamwTables tables(workspace, count, chunks);
   // Everything is checked before anything is written: a refusal leaves the state unchanged, and a
   // parallel region must not throw.
-  for (int64_t i = 0; i < count; ++i) {
-    AdamwTensor& t = *new (tensors + i) AdamwTensor{};
-    t.n = params[i].numel();
-    check_size("grad", "elements:", t.n, grads[i].numel());
-    check_size("exp_avg", "elements:", t.n, exp_avgs[i].numel());
-    check_size("exp_avg_sq", "elements:", t.n, exp_avg_sqs[i].numel());
-    t.param = data_of(params[i], "param"), t.param_type = params[i].dtype();
-    t.grad = data_of(grads[i], "grad"), t.grad_type = grads[i].dtype();
-    t.master = nullptr, t.master_low = nullptr;
-    if (masters[i]) {
-      check_size("master", "elements:", t.n, masters[i]->numel());
-      if (t.param_type == DType::bf16)
-        t.master_low = masters[i]->data<int16_t>("master_low");
-      else
-        t.master = masters[i]->data<float>("master");
-    }
-    t.exp_avg_scale = optional_floats(exp_avg_scales[i], "exp_avg_scale");
-    t.exp_avg_sq_scale = optional_floats(exp_avg_sq_scales[i], "exp_avg_sq_scale");
-    if (t.exp_avg_scale) {
-      t.exp_avg = exp_avgs[i].data<uint8_t>("exp_avg");
-      t.exp_avg_sq = exp_avg_sqs[i].data<uint8_t>("exp_avg_sq");
-      const int64_t blocks = (t.n + ADAMW_BLOCK - 1) / ADAMW_BLOCK;
-      check_size("exp_avg_scale", "blocks:", blocks, exp_avg_scales[i]->numel());
-      check_size("exp_avg_sq_scale", "blocks:", blocks, exp_avg_sq_scales[i]->numel());
-    } else {
-      t.exp_avg = exp_avgs[i].data<float>("exp_avg");
-      t.exp_avg_sq = exp_avg_sqs[i].data<float>("exp_avg_sq");
-    }
-    t.step = steps[i].data<float>("step");
-  }
+  for (int64_t i = 0; i < count; ++i) new (tables.tensors + i) AdamwTensor(checked(tensors[i]));
   float* norm = optional_floats(grad_norm, "grad_norm");
-  AdamwChunk* next = chunks;
+  AdamwChunk* next = tables.chunks;
   for (int64_t i = 0; i < count; ++i) {
-    const auto [lr, beta1, beta2, eps, weight_decay, maximize, stochastic] = options[i];
-    AdamwTensor& t = tensors[i];
-    const float step = *t.step += 1;
-    t.step_size = float(lr / (1 - std::pow(beta1, step)));
-    t.decay = float(lr * weight_decay);
-    t.beta1 = float(beta1), t.rest1 = float(1 - beta1);
-    t.beta2 = float(beta2), t.rest2 = float(1 - beta2);
-    t.eps = float(eps);
-    t.root_scale = float(1 / std::sqrt(1 - std::pow(beta2, step)));
-    t.sign = maximize ? -1.f : 1.f;
-    t.stochastic = stochastic, t.key = keys[i];
-    for (int64_t start = 0; start < t.n; start += ADAMW_CHUNK)
-      new (next++) AdamwChunk{i, start, std::min(ADAMW_CHUNK, t.n - start)};
+    begin_step(tables.tensors[i], tensors[i]);
+    next = cut(next, i, tables.tensors[i].n);
   }
   float clip = 1;
-  if (norm && !have_norm) {
-    square_sums(tensors, chunks, chunk_count, sums);
-    double total = 0;
-    for (int64_t c = 0; c < chunk_count; ++c)
-      total += sums[c];  // in order: the same bits on any number of threads
-    *norm = float(std::sqrt(total));
-  }
   if (norm) {
+    if (!have_norm) *norm = norm_of(tables, chunks);
     const float wanted = float(max_grad_norm) / (*norm + 1e-6f);  // as clip_grad_norm_; NaN stays
     clip = wanted > 1 ? 1 : wanted;
   }
-  update(tensors, chunks, chunk_count, clip);
+  update(tables.tensors, tables.chunks, chunks, clip);
 }
 
 }  // namespace fastlm
 
-FASTLM_BIND(adamw,
-            "params grads steps exp_avgs exp_avg_sqs exp_avg_scales exp_avg_sq_scales masters"
-            " options keys max_grad_norm grad_norm have_norm workspace")
+FASTLM_BIND(adamw, "tensors max_grad_norm grad_norm have_norm workspace")
+FASTLM_BIND(adamw_workspace, "sizes")
+FASTLM_CONSTANT(ADAMW_CHUNK)
+FASTLM_CONSTANT(ADAMW_BLOCK)

@@ -21,11 +21,7 @@
 typedef uint32_t vuint __attribute__((vector_size(4 * VL)));
 typedef uint8_t vbyte __attribute__((vector_size(VL)));
 
-FASTLM_INLINE uint32_t mix32(uint32_t x) {
-  x = (x ^ x >> 16) * 0x7feb352du;
-  x = (x ^ x >> 15) * 0x846ca68bu;
-  return x ^ x >> 16;
-}
+using fastlm::mix32;
 FASTLM_INLINE vuint mix32(vuint x) {
   x = (x ^ x >> 16) * 0x7feb352du;
   x = (x ^ x >> 15) * 0x846ca68bu;

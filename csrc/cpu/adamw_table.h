@@ -35,9 +35,11 @@ struct AdamwChunk {
   int64_t tensor, start, n;
 };
 
-// Size of a table row in the workspace, in int64 (fastlm/cpu/adamw.py); a chunk's includes its sum
-constexpr int64_t ADAMW_TENSOR_INTS = 20, ADAMW_CHUNK_INTS = 4;
-static_assert(sizeof(AdamwTensor) <= 8 * ADAMW_TENSOR_INTS);
-static_assert(sizeof(AdamwChunk) + sizeof(double) <= 8 * ADAMW_CHUNK_INTS);
+// Keys of random numbers: a bijection of 32-bit integers that looks random
+inline uint32_t mix32(uint32_t x) {
+  x = (x ^ x >> 16) * 0x7feb352du;
+  x = (x ^ x >> 15) * 0x846ca68bu;
+  return x ^ x >> 16;
+}
 
 }  // namespace fastlm

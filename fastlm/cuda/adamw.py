@@ -1,24 +1,31 @@
 """AdamW through csrc/cuda/adamw.cu: one launch for all tensors, after two or three small ones."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from fastlm.cuda import extension, stream
 from fastlm.cuda.adamw_tables import CHUNK, SCALARS, tables_of
+from fastlm.reference import AdamWTensor
 
 
-def _pointed_at(arguments: tuple[Any, ...]) -> tuple[list[Tensor], list[Tensor]]:
+def _pointed_at(tensors: list[AdamWTensor]) -> tuple[list[Tensor], list[Tensor]]:
     """The tensors that the table points to, (read, written), for the emulator's access checks."""
-    params, grads, *others = arguments[:8]
-    return grads, [t for column in (params, *others) for t in column if t is not None]
+    written = [
+        tensor
+        for t in tensors
+        for tensor in (
+            t.param, t.step, t.exp_avg, t.exp_avg_sq, t.exp_avg_scale, t.exp_avg_sq_scale, t.master,
+        )
+        if tensor is not None
+    ]  # fmt: skip
+    return [t.grad for t in tensors], written
 
 
-def adamw(*arguments: Any) -> None:
+def adamw(
+    tensors: list[AdamWTensor], max_grad_norm: float, grad_norm: Tensor | None, have_norm: bool
+) -> None:
     """`reference.adamw`, in place. Everything is checked before anything is written."""
-    *tensors_options_keys, max_grad_norm, grad_norm, have_norm = arguments
-    tables = tables_of(*tensors_options_keys, by_kind=False)
+    tables = tables_of(tensors, by_kind=False)
     device, (_, chunks) = tables.tensors.device, tables.chunks[0]
     count = len(tables.tensors)
     scalars = torch.empty((count, SCALARS), dtype=torch.float32, device=device)
@@ -28,7 +35,7 @@ def adamw(*arguments: Any) -> None:
         clip = torch.empty(1, dtype=torch.float32, device=device)
         if not have_norm:
             sums = torch.empty(len(chunks), dtype=torch.float64, device=device)
-    read, written = ([], []) if device.type == "cuda" else _pointed_at(arguments)
+    read, written = ([], []) if device.type == "cuda" else _pointed_at(tensors)
     extension().adamw(
         tables.tensors, tables.settings, chunks, CHUNK, scalars, keys, sums, grad_norm, clip,
         max_grad_norm, read, written, stream(tables.tensors),

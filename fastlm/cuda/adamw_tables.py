@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastlm import reference
 from fastlm.errors import InputError
+from fastlm.reference import AdamWTensor
 
 # elements per program: 1 MB of chunk table per 1e9 parameters, and enough programs from 1 M
 # parameters on; divides the 32768 elements that share a key of random numbers
@@ -117,56 +118,42 @@ def _check(name: str, tensor: Tensor, device: torch.device, size: int | None = N
         raise InputError(f"{name}: wanted elements: {size}, got {tensor.numel()}")
 
 
-def tables_of(
-    params: list[Tensor],
-    grads: list[Tensor],
-    steps: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    exp_avg_scales: list[Tensor | None],
-    exp_avg_sq_scales: list[Tensor | None],
-    masters: list[Tensor | None],
-    options: list[tuple[float | Tensor, float, float, float, float, bool, bool]],
-    keys: list[tuple[int, int]],
-    *,
-    by_kind: bool,
-) -> Tables:
+def tables_of(tensors: list[AdamWTensor], *, by_kind: bool) -> Tables:
     """Check the arguments of `reference.adamw` and return their tables. `by_kind`: one table of
     chunks per kind, for kernels compiled for one kind; otherwise a single one."""
-    device = params[0].device
+    device = tensors[0].param.device
     rows: list[tuple[int, ...]] = []
     kinds: list[Kind | None] = []
     settings: dict[tuple, int] = {}
     lrs: dict[int, Tensor] = {}  # row of the settings -> lr
     seeds: dict[int, int] = {}
-    for i, param in enumerate(params):
-        size, master = param.numel(), masters[i]
-        scales = exp_avg_scales[i], exp_avg_sq_scales[i]
+    for t in tensors:
+        param, grad, master, size = t.param, t.grad, t.master, t.param.numel()
         _check("param", param, device)
-        _check("grad", grads[i], device, size)
-        _check("step", steps[i], device, 1)
-        lr, *numbers, maximize, rounds = options[i]
+        _check("grad", grad, device, size)
+        _check("step", t.step, device, 1)
+        lr, *numbers, maximize, rounds = t.options
         by_tensor = isinstance(lr, Tensor)
         setting = (id(lr) if by_tensor else lr, *numbers, maximize)
         place = settings.setdefault(setting, len(settings))
         if by_tensor:
             lrs[place] = lr
-        seed, ordinal = keys[i]
-        if seed not in seeds:
-            seeds[seed] = reference.mix32((seed ^ 0x9E3779B9) & 0xFFFFFFFF)
-        optional = [0 if t is None else t.data_ptr() for t in (*scales, master)]
-        pointers = [t.data_ptr() for t in (param, grads[i], exp_avgs[i], exp_avg_sqs[i])]
+        if t.seed not in seeds:
+            seeds[t.seed] = reference.mix32((t.seed ^ 0x9E3779B9) & 0xFFFFFFFF)
+        scales = t.exp_avg_scale, t.exp_avg_sq_scale
+        optional = [0 if x is None else x.data_ptr() for x in (*scales, master)]
+        pointers = [x.data_ptr() for x in (param, grad, t.exp_avg, t.exp_avg_sq)]
         together = functools.reduce(int.__or__, pointers) | optional[2]
         kind = Kind(
             param.dtype,
-            grads[i].dtype,
+            grad.dtype,
             MASTERS[None if master is None else master.dtype],
             scales[0] is not None,
             rounds,
             together % 16 == 0,
         )
-        last = seeds[seed], ordinal | kind.code() << 32
-        rows.append((*pointers, *optional, size, steps[i].data_ptr(), place, *last))
+        last = seeds[t.seed], t.ordinal | kind.code() << 32
+        rows.append((*pointers, *optional, size, t.step.data_ptr(), place, *last))
         kinds.append(kind if by_kind else None)
     numbers = tuple(
         (0.0 if place in lrs else lr, *rest, -1.0 if maximize else 1.0)
@@ -176,7 +163,7 @@ def tables_of(
     tables = Tables(
         _tensor_table(device, tuple(rows)),
         _setting_table(device, numbers, addresses),
-        _chunk_tables(device, tuple(param.numel() for param in params), tuple(kinds)),
+        _chunk_tables(device, tuple(t.param.numel() for t in tensors), tuple(kinds)),
     )
     if _is_capturing(device):
         _captured.append(tables)

@@ -5,6 +5,7 @@ One file per op; see each function's docstring.
 
 import torch  # noqa: F401  (before _cpu: its OpenMP then resolves to torch's)
 
+from fastlm.ops import adamw  # noqa: F401  (declares it; `fastlm.AdamW` calls it)
 from fastlm.ops.attention import attention
 from fastlm.ops.cross_entropy import cross_entropy
 from fastlm.ops.glu import glu

@@ -7,13 +7,16 @@ given float64, and return the input's dtype.
 Forward-mode AD works through them, also under ``vmap``: a value that depends on an input is never
 written into a tensor that does not.
 
-One file per op, with the same name as its file in `fastlm/ops`, and `adamw`. The other files hold
-what several ops share. `rope`, `paged_append`, `paged_attention` and `adamw` each name a file and a
+One file per op, with the same name as its file in `fastlm/ops`. The other files hold what several
+ops share. `rope`, `paged_append`, `paged_attention` and `adamw` each name a file and a
 function: as attributes of this package they are the functions.
 """
 
 from fastlm.reference.adamw import (
+    RANDOM_CHUNK,
     STATE_BLOCK,
+    AdamWOptions,
+    AdamWTensor,
     adamw,
     join_master,
     mix32,
@@ -60,8 +63,11 @@ from fastlm.reference.target import bad_target, check_target
 from fastlm.reference.varlen_attention import varlen_attention_backward, varlen_attention_forward
 
 __all__ = [
+    "RANDOM_CHUNK",
     "RUN_MAX",
     "STATE_BLOCK",
+    "AdamWOptions",
+    "AdamWTensor",
     "AttentionOptions",
     "activation",
     "adamw",

@@ -1,14 +1,16 @@
 """The definition of the AdamW step, of its 8-bit states and of its stochastic rounding."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastlm.reference.precision import widen
 
+# csrc/cpu/adamw_table.h has both numbers, too; tests/kernels/test_optim.py compares them
 STATE_BLOCK = 256  # elements that share one scale of an 8-bit state
-_CHUNK = 32768  # elements that share one key of random numbers, as in csrc/cpu/adamw_table.h
+RANDOM_CHUNK = 32768  # elements that share one key of random numbers
 
 
 def pack_state(x: Tensor, *, root: bool) -> tuple[Tensor, Tensor]:
@@ -78,8 +80,8 @@ def round_stochastic(x: Tensor, key: int) -> Tensor:
     the same key."""
     flat = _flat(x)
     i = torch.arange(flat.numel(), device=x.device)
-    chunk = mix32((key + (i // _CHUNK) * 0x9E3779B9) & 0xFFFFFFFF)
-    h = mix32(((i % _CHUNK) * 0x9E3779B9 + chunk) & 0xFFFFFFFF)
+    chunk = mix32((key + (i // RANDOM_CHUNK) * 0x9E3779B9) & 0xFFFFFFFF)
+    h = mix32(((i % RANDOM_CHUNK) * 0x9E3779B9 + chunk) & 0xFFFFFFFF)
     up = flat.view(torch.int32) + (h >> 16).int()
     rounded = torch.where(flat.isfinite(), (up & -65536).view(torch.float32), flat)
     return _unflat(rounded, x).bfloat16()
@@ -108,69 +110,87 @@ def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
     return high, bits.short()
 
 
+class AdamWOptions(NamedTuple):
+    """How a tensor is updated."""
+
+    lr: float | Tensor
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    maximize: bool
+    stochastic: bool  # round a bfloat16 parameter by `round_stochastic`
+
+
+class AdamWTensor(NamedTuple):
+    """A parameter, and what its step reads and writes: n dense elements each, in the same order."""
+
+    param: Tensor
+    grad: Tensor
+    step: Tensor  # () float32: steps so far
+    exp_avg: Tensor  # the moments: float32 (float64 of float64), or codes of `pack_state`
+    exp_avg_sq: Tensor
+    exp_avg_scale: Tensor | None  # of the codes
+    exp_avg_sq_scale: Tensor | None
+    # float32 of a float16 parameter; the lower half of `split_master` of a bfloat16 one
+    master: Tensor | None
+    options: AdamWOptions
+    seed: int  # 32 bits; with `ordinal` and `step`, for `step_key`
+    ordinal: int
+
+
 def adamw(
-    params: list[Tensor],
-    grads: list[Tensor],
-    steps: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    exp_avg_scales: list[Tensor | None],
-    exp_avg_sq_scales: list[Tensor | None],
-    masters: list[Tensor | None],
-    options: list[tuple[float | Tensor, float, float, float, float, bool, bool]],
-    keys: list[tuple[int, int]],
-    max_grad_norm: float,
-    grad_norm: Tensor | None,
-    have_norm: bool,
+    tensors: list[AdamWTensor], max_grad_norm: float, grad_norm: Tensor | None, have_norm: bool
 ) -> None:
     """One AdamW step (Loshchilov and Hutter 2019, arXiv:1711.05101) of every tensor, in place.
 
-    `options` per tensor: lr, beta1, beta2, eps, weight_decay, maximize, stochastic rounding.
-    `keys`: seed and ordinal for `step_key`.
-    `masters`: float32 for a float16 parameter, the lower half of `split_master` for a bfloat16 one.
     With `grad_norm` (a scalar, written unless `have_norm`), gradients are scaled as
     `clip_grad_norm_` would scale them.
     """
     clip = None
     if grad_norm is not None:
         if not have_norm:
-            squares = [widen(g).double().square().sum().to(grad_norm.device) for g in grads]
+            squares = [widen(t.grad).double().square().sum().to(grad_norm.device) for t in tensors]
             grad_norm.copy_(torch.stack(squares).sum().sqrt() if squares else torch.zeros(()))
         clip = (max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)
-    for i, param in enumerate(params):
-        lr, beta1, beta2, eps, weight_decay, maximize, stochastic = options[i]
-        lr = float(lr)
-        m, v, master = exp_avgs[i], exp_avg_sqs[i], masters[i]
-        m_scale, v_scale = exp_avg_scales[i], exp_avg_sq_scales[i]
-        if m_scale is not None and v_scale is not None:
-            m = unpack_state(m, m_scale, root=False)
-            v = unpack_state(v, v_scale, root=True).square()
-        g = grads[i].to(m.dtype)
-        if clip is not None:
-            g = g * clip.to(g.device, g.dtype)
-        if maximize:
-            g = -g
-        steps[i] += 1
-        step = steps[i].item()
-        m.mul_(beta1).add_(g, alpha=1 - beta1)
-        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        split = master is not None and master.dtype == torch.int16
-        w = param if master is None else join_master(param, master) if split else master
-        w = w.to(m.dtype)
-        denominator = v.sqrt() / math.sqrt(1 - beta2**step) + eps
-        w = w - (lr * weight_decay * w + lr / (1 - beta1**step) * (m / denominator))
-        if split and master is not None:
-            param_bits, master_bits = split_master(w)
-            param.copy_(param_bits)
-            master.copy_(master_bits)
-        else:
-            if master is not None:
-                master.copy_(w)
-            if stochastic:
-                w = round_stochastic(w, step_key(*keys[i], int(step) - 1))
-            param.copy_(w)
-        if m_scale is not None and v_scale is not None:
-            states = ((m, exp_avgs[i], m_scale, False), (v.sqrt(), exp_avg_sqs[i], v_scale, True))
-            for x, codes, scales, root in states:
-                for old, new in zip((codes, scales), pack_state(x, root=root)):
-                    old.copy_(new)
+    for t in tensors:
+        _step(t, clip)
+
+
+def _step(t: AdamWTensor, clip: Tensor | None) -> None:
+    param, master, m, v = t.param, t.master, t.exp_avg, t.exp_avg_sq
+    m_scale, v_scale = t.exp_avg_scale, t.exp_avg_sq_scale
+    lr, beta1, beta2, eps, weight_decay, maximize, stochastic = t.options
+    lr = float(lr)
+    if m_scale is not None and v_scale is not None:
+        m = unpack_state(m, m_scale, root=False)
+        v = unpack_state(v, v_scale, root=True).square()
+    g = t.grad.to(m.dtype)
+    if clip is not None:
+        g = g * clip.to(g.device, g.dtype)
+    if maximize:
+        g = -g
+    t.step.add_(1)
+    step = t.step.item()
+    m.mul_(beta1).add_(g, alpha=1 - beta1)
+    v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    split = master is not None and master.dtype == torch.int16
+    w = param if master is None else join_master(param, master) if split else master
+    w = w.to(m.dtype)
+    denominator = v.sqrt() / math.sqrt(1 - beta2**step) + eps
+    w = w - (lr * weight_decay * w + lr / (1 - beta1**step) * (m / denominator))
+    if split and master is not None:
+        param_bits, master_bits = split_master(w)
+        param.copy_(param_bits)
+        master.copy_(master_bits)
+    else:
+        if master is not None:
+            master.copy_(w)
+        if stochastic:
+            w = round_stochastic(w, step_key(t.seed, t.ordinal, int(step) - 1))
+        param.copy_(w)
+    if m_scale is not None and v_scale is not None:
+        states = ((m, t.exp_avg, m_scale, False), (v.sqrt(), t.exp_avg_sq, v_scale, True))
+        for x, codes, scales, root in states:
+            for old, new in zip((codes, scales), pack_state(x, root=root)):
+                old.copy_(new)

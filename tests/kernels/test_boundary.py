@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from fastlm import InputError, _cpu, backend, inventory, operator
+from fastlm.reference import AdamWOptions
 
 
 def test_takes_torch_parameters_grad_strided_and_numpy():
@@ -78,15 +79,25 @@ def test_capsules_live_until_the_call_ends():
     assert sorted(log[3:]) == ["free residual", "free w", "free x"]
     assert (h == 3).all() and (y == 1).all()
     log.clear()
+    options = AdamWOptions(0.5, 0.9, 0.9, 0.0, 0.0, maximize=False, stochastic=False)
     params = [np.ones(8, "f") for _ in range(2)]
-    state = [[np.zeros(8, "f") for _ in range(2)] for _ in range(2)]
-    grads = [Producer("a", np.ones(8, "f"), log), Producer("b", np.ones(8, "f"), log)]
-    _cpu.adamw(
-        params, grads, [np.zeros((), "f") for _ in range(2)], *state,
-        *[[None] * 2] * 3, [(0.5, 0.9, 0.9, 0.0, 0.0, False, False)] * 2, [0, 0], 0.0, None,
-        False, np.zeros(2 * 24, "i8"),
-    )  # fmt: skip
+    tensors: list = [
+        (
+            param, Producer(name, np.ones(8, "f"), log), np.zeros((), "f"), np.zeros(8, "f"),
+            np.zeros(8, "f"), None, None, None, options, 0, 0,
+        )
+        for name, param in zip("ab", params)
+    ]  # fmt: skip
+    _cpu.adamw(tensors, 0.0, None, False, np.zeros(_cpu.adamw_workspace([8, 8]), "i8"))
     assert log[:2] == ["take a", "take b"] and all((p == 0.5).all() for p in params)
+
+
+@pytest.mark.parametrize("fields", [(), (1.0,) * 6, [0.5, 0.9, 0.9, 0.0, 0.0, False, False]])
+def test_a_struct_wants_a_tuple_of_its_fields(fields):
+    x = np.ones(8, "f")
+    tensor = (x, x, x[0], x, x, None, None, None, fields, 0, 0)
+    with pytest.raises(TypeError, match="incompatible function arguments"):
+        _cpu.adamw([tensor], 0.0, None, False, np.zeros(_cpu.adamw_workspace([8]), "i8"))
 
 
 def test_threads_follow_torch():

@@ -203,12 +203,8 @@ def test_tensors_that_begin_between_16_bytes():
 
 def test_a_master_that_begins_between_16_bytes(module):
     """Everything else is aligned to 16 bytes."""
-    p, g, step, none = torch.zeros(300).half(), torch.ones(300).half(), torch.zeros(()), [None]
-    m, v, master = torch.zeros(300), torch.zeros(300), torch.zeros(301)[1:]
-    options = [(0.5, 0.9, 0.999, 1e-8, 0.0, False, False)]
-    module.adamw(
-        [p], [g], [step], [m], [v], none, none, [master], options, [(0, 0)], 0.0, None, False
-    )  # fmt: skip
+    p, g, master = torch.zeros(300).half(), torch.ones(300).half(), torch.zeros(301)[1:]
+    module.adamw([on_cpu.tensor(p, g, lr=0.5, master=master)], 0.0, None, False)
     torch.testing.assert_close(master, torch.full((300,), -0.5))
     assert torch.equal(p, master.half())
 
@@ -232,14 +228,13 @@ def test_codes_of_states_of_every_size(module):
     g[::2] *= -1
     g = g.view(256, 8).t().contiguous().flatten()  # every size in every block
     g[::256] = 1.0
-    p, step, none = torch.zeros(2048), torch.zeros(()), [None]
     codes = [torch.zeros(2048, dtype=torch.uint8) for _ in range(2)]
     scales = [torch.zeros(8) for _ in range(2)]
-    options = [(0.1, 0.0, 0.0, 1e-8, 0.0, False, False)]  # betas 0: the states depend on g only
-    module.adamw(
-        [p], [g], [step], [codes[0]], [codes[1]], [scales[0]], [scales[1]], none, options,
-        [(0, 0)], 0.0, None, False,
+    tensor = on_cpu.tensor(
+        torch.zeros(2048), g, beta1=0.0, beta2=0.0,  # the states depend on g only
+        exp_avg=codes[0], exp_avg_sq=codes[1], exp_avg_scale=scales[0], exp_avg_sq_scale=scales[1],
     )  # fmt: skip
+    module.adamw([tensor], 0.0, None, False)
     for i, x in enumerate((g, (g * g).sqrt())):
         wanted, scale = reference.pack_state(x.cpu(), root=i == 1)
         assert torch.equal(codes[i].cpu(), wanted) and torch.equal(scales[i].cpu(), scale)
@@ -249,23 +244,16 @@ def test_stochastic_rounding_keeps_every_nan(module):
     """A GPU's own NaN has all bits set: the number added for rounding would turn it into -0."""
     bits = torch.full((600,), 0x7FFFFFFF, dtype=torch.int32)
     p, g = torch.zeros(600).bfloat16(), bits.view(torch.float32)
-    m, v, step, none = torch.zeros(600), torch.zeros(600), torch.zeros(()), [None]
-    options = [(0.1, 0.9, 0.999, 1e-8, 0.0, False, True)]
-    module.adamw(
-        [p], [g], [step], [m], [v], none, none, none, options, [(0, 0)], 0.0, None, False
-    )  # fmt: skip
+    module.adamw([on_cpu.tensor(p, g, stochastic=True)], 0.0, None, False)
     assert p.isnan().all()
 
 
 def test_a_norm_that_is_given(module):
     """A norm passed in, as for sharded parameters, whose norm was summed over ranks before."""
     p, g, norm = torch.zeros(20), torch.full((20,), 2.0), torch.tensor(4.0)
-    m, v, step, none = torch.zeros(20), torch.zeros(20), torch.zeros(()), [None]
-    options = [(0.1, 0.9, 0.999, 1e-8, 0.0, False, False)]
-    module.adamw(
-        [p], [g], [step], [m], [v], none, none, none, options, [(0, 0)], 1.0, norm, True
-    )  # fmt: skip
-    torch.testing.assert_close(m, torch.full((20,), 0.1 * 2.0 / (4.0 + 1e-6)))
+    tensor = on_cpu.tensor(p, g)
+    module.adamw([tensor], 1.0, norm, True)
+    torch.testing.assert_close(tensor.exp_avg, torch.full((20,), 0.1 * 2.0 / (4.0 + 1e-6)))
     assert norm == 4.0
 
 

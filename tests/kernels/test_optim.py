@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from torch.nn.utils import clip_grad_norm_
 
 from fastlm import AdamW, InputError, backend, reference
+from fastlm.ops.adamw import adamw
+from fastlm.reference import AdamWOptions, AdamWTensor
 
 SHAPES = [(33, 70), (257,), (1,), (), (0, 4), (3, 5, 7), (70000,)]
 
@@ -30,6 +32,19 @@ def give_grads(params, *others, dtype=None, scale=1.0):
         p.grad = g
         for c in copies:
             c.grad = g.to(c.dtype)
+
+
+def tensor(
+    param, grad, *, lr=0.1, beta1=0.9, beta2=0.999, stochastic=False, exp_avg=None,
+    exp_avg_sq=None, exp_avg_scale=None, exp_avg_sq_scale=None, master=None,
+):  # fmt: skip
+    """An argument of the op, before its first step."""
+    zeros = [torch.zeros(param.shape) if x is None else x for x in (exp_avg, exp_avg_sq)]
+    options = AdamWOptions(lr, beta1, beta2, 1e-8, 0.0, maximize=False, stochastic=stochastic)
+    return AdamWTensor(
+        param, grad, torch.zeros(()), *zeros, exp_avg_scale, exp_avg_sq_scale, master, options,
+        seed=0, ordinal=0,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("maximize", [False, True])
@@ -182,6 +197,31 @@ def test_packed_states_keep_what_they_promise(n, spread, root):
     assert (y[x == 0] == 0).all() and (not root or (y[x > 0] > 0).all())
     again, same = reference.pack_state(y, root=root)
     assert torch.equal(reference.unpack_state(again, same, root=root), y)
+
+
+def test_the_kernel_has_the_definitions_constants():
+    assert backend.cpu_extension.ADAMW_CHUNK == reference.RANDOM_CHUNK
+    assert backend.cpu_extension.ADAMW_BLOCK == reference.STATE_BLOCK
+
+
+def test_the_op_refuses_before_it_writes():
+    good, bad = (tensor(torch.ones(5000), torch.ones(5000)) for _ in range(2))
+    codes = torch.zeros(5000, dtype=torch.uint8)
+    packed = bad._replace(exp_avg=codes, exp_avg_sq=codes, exp_avg_scale=torch.zeros(20))
+    for name, wrong, message in (
+        ("grad", bad._replace(grad=torch.ones(5)), "grad: wanted elements: 5000, got 5"),
+        ("step", bad._replace(step=torch.zeros((), dtype=torch.int64)), "step: wanted dtype float"),
+        ("scale", packed, "exp_avg_sq_scale: wanted blocks: 20, got 0"),
+    ):
+        with pytest.raises(InputError, match=message):
+            adamw([good, wrong], 0.0, None, False)
+        assert good.step == 0 and (good.param == 1).all(), name
+
+
+def test_the_profiler_shows_the_op():
+    with torch.profiler.profile() as profile:
+        adamw([tensor(torch.ones(3), torch.ones(3))], 0.0, None, False)
+    assert [e.count for e in profile.key_averages() if e.key == "fastlm::adamw"] == [1]
 
 
 def test_8bit_states_are_small_and_start_at_4096():

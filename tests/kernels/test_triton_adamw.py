@@ -249,24 +249,15 @@ def test_capture_of_a_graph_wants_its_tables_made(uploaded, monkeypatch):
 def test_lr_of_the_device_is_read_at_every_step(module):
     """A captured step reads it in this way. On a GPU `AdamW` passes such a tensor on unchanged."""
     lr = torch.tensor(1e-2)
-    p, q = (torch.ones(20) for _ in range(2))
-    states = [[torch.zeros(20) for _ in range(2)] for _ in range(2)]
-    steps, g = [torch.zeros(()) for _ in range(2)], torch.randn(20)
-
-    def step(i, param, lr):
-        options = [(lr, 0.9, 0.999, 1e-8, 0.1, False, False)]
-        none = [None]
-        state = [states[i][0]], [states[i][1]]
-        module.adamw(
-            [param], [g], [steps[i]], *state, none, none, none, options, [(0, 0)], 0.0, None, False
-        )
-
+    g = torch.randn(20)
+    by_tensor, by_number = (on_cpu.tensor(torch.ones(20), g) for _ in range(2))
     for value in (1e-2, 1e-3, 0.5):
         lr.fill_(value)
-        step(0, p, lr)
-        step(1, q, lr.item())
-        assert torch.equal(p, q)
-    assert steps[0] == 3
+        for t, rate in ((by_tensor, lr), (by_number, lr.item())):
+            options = t.options._replace(lr=rate, weight_decay=0.1)
+            module.adamw([t._replace(options=options)], 0.0, None, False)
+        assert torch.equal(by_tensor.param, by_number.param)
+    assert by_tensor.step == 3
 
 
 def test_steps_are_where_the_parameters_are(triton):
@@ -295,11 +286,6 @@ def test_bias_correction_of_late_steps(module):
 
 
 def test_refuses_tensors_of_several_devices(module):
-    one, there = torch.ones(3), torch.ones(3, device="meta")
+    tensor = on_cpu.tensor(torch.ones(3), torch.ones(3, device="meta"))
     with pytest.raises(InputError, match=r"grad: wanted device .* as the first .*, got meta"):
-        none, options = [None], [(0.1, 0.9, 0.9, 0.0, 0.0, False, False)]
-        step = torch.zeros(())
-        module.adamw(
-            [one], [there], [step], [one], [one], none, none, none, options, [(0, 0)], 0.0, None,
-            False,
-        )  # fmt: skip
+        module.adamw([tensor], 0.0, None, False)

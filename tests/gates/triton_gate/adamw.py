@@ -1,8 +1,11 @@
 """What the gate compiles of AdamW; see tests/gates/triton_gate/__main__.py."""
 
+import math
+
 import torch
 
 from fastlm.kernels import adamw as op
+from fastlm.reference import AdamWOptions, AdamWTensor
 from triton_gate import LOADS, Case, meta
 
 
@@ -11,19 +14,21 @@ def _step(
 ) -> Case:
     def run(dtype: torch.dtype) -> None:
         shapes = (1024, 4096), (4096,)
-        params, grads, m, v = (
-            [meta(*s, dtype=d) for s in shapes]
-            for d in (dtype, grad, *[torch.uint8 if bits == 8 else torch.float32] * 2)
-        )
-        scales = [meta(-(-p.numel() // 256)) if bits == 8 else None for p in params]
-        masters = [None if master is None else meta(*p.shape, dtype=master) for p in params]
-        steps = [meta() for _ in params]
-        options = [(1e-3, 0.9, 0.999, 1e-8, 0.1, False, rounds)] * 2
-        norm = meta() if clip else None
-        op.adamw(
-            params, grads, steps, m, v, scales, scales, masters, options, [(0, 0), (0, 1)],
-            clip, norm, False,
-        )  # fmt: skip
+        state = torch.uint8 if bits == 8 else torch.float32
+        options = AdamWOptions(1e-3, 0.9, 0.999, 1e-8, 0.1, maximize=False, stochastic=rounds)
+        tensors = []
+        for ordinal, s in enumerate(shapes):
+            scale = meta(-(-math.prod(s) // 256)) if bits == 8 else None
+            tensors.append(
+                AdamWTensor(
+                    param=meta(*s, dtype=dtype), grad=meta(*s, dtype=grad), step=meta(),
+                    exp_avg=meta(*s, dtype=state), exp_avg_sq=meta(*s, dtype=state),
+                    exp_avg_scale=scale, exp_avg_sq_scale=scale,
+                    master=None if master is None else meta(*s, dtype=master),
+                    options=options, seed=0, ordinal=ordinal,
+                )
+            )  # fmt: skip
+        op.adamw(tensors, clip, meta() if clip else None, False)
 
     wanted = {"_update": LOADS, "_squares": LOADS[:1]}
     return Case(name, run, wanted, dtypes)
