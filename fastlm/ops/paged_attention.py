@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
-from fastlm.backend import CudaKernel, Kernel
+from fastlm.backend import OPS, CudaKernel, Kernel
 from fastlm.cpu import paged_attention as cpu
+from fastlm.cuda.paged_attention import SERVES
 from fastlm.errors import InputError
 from fastlm.flops import has_values
 from fastlm.operator import autocasts, register
@@ -174,3 +175,4 @@ op = register(
     },
     flops_by_values=_flops,
 )
+OPS["paged_attention"].serves["cuda"] = SERVES

@@ -99,7 +99,8 @@ def assert_left_out(arguments, place, added):
 def test_triton_does_without_values():
     """Tensors without values raise an error for anything that would have to wait for a GPU."""
     arguments, _ = case(torch.float32, device="meta")
-    backend.IMPLEMENTATIONS["paged_append"]["triton"](*arguments, None, None)
+    triton = backend.OPS["paged_append"].load(backend.BACKENDS["triton"])
+    triton(*arguments, None, None)
 
 
 @pytest.mark.parametrize("int8", [False, True])
