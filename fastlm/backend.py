@@ -39,8 +39,8 @@ _FLOATS = (*_HALVES_AND_FLOAT, torch.float64)
 
 
 class Serves(NamedTuple):
-    """What a backend serves of an op: a sentence for `fastlm info`, and the predicate, which gets
-    the op's arguments."""
+    """What a backend serves of an op: words for `fastlm info`, and the predicate, which gets the
+    op's arguments. It is called before the host function: it must be cheap and read no values."""
 
     text: str
     holds: Callable[..., bool]
@@ -89,7 +89,7 @@ class Entry:
     implementations: dict[str, Callable] = field(default_factory=dict)  # loaded so far
 
     def has(self, row: Backend) -> bool:
-        return row.name in self.serves or row.name in row.ops or row.ops_of in self.serves
+        return row.name in self.serves or self.name in row.ops or row.ops_of in self.serves
 
     def serves_of(self, row: Backend) -> Serves | None:
         served = row.ops.get(self.name) or self.serves.get(row.name)
@@ -176,7 +176,9 @@ _get_num_threads = torch.get_num_threads
 # A forked process has none of OpenMP's threads and waits for them for ever, in torch's parallel
 # loops as in ours. With one thread it needs none.
 os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
+# by op, device type and dtype
 _picked: dict[tuple, Callable] = {}
+_rows: dict[tuple, list[Backend]] = {}
 
 
 def add_op(
@@ -206,7 +208,7 @@ def add(row: Backend) -> None:
     others = {name: other for name, other in BACKENDS.items() if name != row.name}
     BACKENDS.clear()
     BACKENDS.update({row.name: row} | others)
-    _picked.clear()
+    _forget()
 
 
 def remove(name: str) -> None:
@@ -214,7 +216,13 @@ def remove(name: str) -> None:
     del BACKENDS[name]
     for entry in OPS.values():
         entry.implementations.pop(name, None)
+    _forget()
+
+
+def _forget() -> None:
+    """Choose anew from now on."""
     _picked.clear()
+    _rows.clear()
 
 
 def _checked_backend(name: str, source: str) -> str:
@@ -271,9 +279,28 @@ def forced() -> str | None:
     return _forced
 
 
-def serves_by(backend: str, op: str, tensor: torch.Tensor) -> bool:
-    """Whether `op` runs on this backend for tensors like this one."""
-    return pick(op, tensor) is OPS[op].implementations.get(backend)
+def picked(op: str, tensor: torch.Tensor, *others: Any) -> str | None:
+    """The name of the backend that runs `op`, or None where the forced one cannot.
+
+    Args:
+        tensor: the argument that decides.
+        others: where the op has a predicate, the arguments behind `tensor` that it reads.
+    """
+    key = (op, "cpu" if tensor.is_cpu else tensor.device.type, tensor.dtype)
+    if (rows := _rows.get(key)) is None:
+        rows = _rows[key] = _candidates(*key)
+    entry = OPS[op]
+    for row in rows:
+        served = entry.serves_of(row)
+        if served is None or served.holds(tensor, *others):
+            return row.name
+    return None
+
+
+def has_kernel(op: str, tensor: torch.Tensor, *others: Any) -> bool:
+    """Whether more than the definition runs `op`; the arguments are those of `picked`. For ops that
+    join others: without a kernel of their own, calling the others is faster."""
+    return picked(op, tensor, *others) not in (None, "reference")
 
 
 def _choose(op: str, device: str, dtype: torch.dtype) -> Callable:
@@ -283,35 +310,41 @@ def _choose(op: str, device: str, dtype: torch.dtype) -> Callable:
     if device == "meta":
         assert entry.fake is not None
         return entry.fake
-    if _forced is not None:
-        if reason := why_not_here(op, _forced, device, dtype):
-            raise InputError(f"backend: {_forced!r} is forced but cannot serve: {reason}")
-        candidates = [_forced]
-    else:
-        candidates = [b for b in order(device) if why_not_here(op, b, device, dtype) is None]
-    rows = [BACKENDS[b] for b in candidates]
+    if _forced is not None and (reason := why_not_here(op, _forced, device, dtype)):
+        raise InputError(f"backend: {_forced!r} is forced but cannot serve: {reason}")
+    rows = _candidates(op, device, dtype)
     if not rows:
         raise InputError(f"{op}: no implementation for {device} tensors of {dtype}")
-    if entry.serves_of(rows[0]) is None:
-        return entry.load(rows[0])
-    return _by_predicate(entry, rows)
+    return _first_that_serves(entry, rows)
 
 
-def _by_predicate(entry: Entry, rows: list[Backend]) -> Callable:
-    """The function that runs the first of these backends that serves its arguments."""
+def _candidates(op: str, device: str, dtype: torch.dtype) -> list[Backend]:
+    """The rows that have `op` for tensors like these, best first; predicates are not asked."""
+    names = order(device) if _forced is None else [_forced]
+    return [BACKENDS[b] for b in names if why_not_here(op, b, device, dtype) is None]
+
+
+def _first_that_serves(entry: Entry, rows: list[Backend]) -> Callable:
+    """The implementation of the first row or, where that has a predicate, a function that runs the
+    first of the rows that serves its arguments."""
+    row, *rest = rows
+    implementation, served = entry.load(row), entry.serves_of(row)
+    if served is None:
+        return implementation
+    holds, other = served.holds, None
 
     def run(*args: Any) -> Any:
-        for row in rows:
-            served = entry.serves_of(row)
-            if served is None or served.holds(*args):
-                return entry.load(row)(*args)
-        row = rows[0]
-        served = entry.serves_of(row)
-        assert served is not None
-        raise InputError(
-            f"backend: {row.name!r} is forced but cannot serve: it has {entry.name} for"
-            f" {served.text}"
-        )
+        nonlocal other
+        if holds(*args):
+            return implementation(*args)
+        if not rest:
+            raise InputError(
+                f"backend: {row.name!r} is forced but cannot serve: it has {entry.name} for"
+                f" {served.text}"
+            )
+        if other is None:
+            other = _first_that_serves(entry, rest)
+        return other(*args)
 
     return run
 
@@ -325,12 +358,12 @@ def use_backend(name: str) -> Iterator[None]:
     global _forced
     before = _forced
     _forced = _checked_backend(name, "use_backend")
-    _picked.clear()
+    _forget()
     try:
         yield
     finally:
         _forced = before
-        _picked.clear()
+        _forget()
 
 
 def cpu_isa() -> str | None:

@@ -225,10 +225,16 @@ def info(
     ops = Table(
         Column("op", no_wrap=True), "runs on", *(Column(c, justify="center") for c in columns)
     )
+    limits = Table(Column("~ serves a part", no_wrap=True), "", box=None, header_style="")
     for name, row in have["ops"].items():
-        marks = ["" if column in row["why_not"] else "✓" for column in columns]
+        marks = ["" if c in row["why_not"] else "✓~"[c in row["serves"]] for c in columns]
         ops.add_row(name, row["picked"] or "nothing", *marks)
-    Console().print(facts, ops)
+        by_text: dict[str, list[str]] = {}
+        for backend, text in row["serves"].items():
+            by_text.setdefault(text, []).append(backend)
+        for text, backends in by_text.items():
+            limits.add_row(name, f"{', '.join(backends)}: {text}")
+    Console().print(facts, ops, limits)
 
 
 @app.command(short_help="The question sets that `fastlm eval --tasks` knows.")

@@ -12,7 +12,8 @@ from fastlm.machine import cpu_name
 
 
 def info() -> dict[str, Any]:
-    """Versions, hardware, extensions, and per op what runs here and why the others do not.
+    """Versions, hardware, extensions, and per op what runs here, why the others do not, and what a
+    backend serves of it where that is not everything.
 
     JSON-serialisable.
     """
@@ -22,6 +23,7 @@ def info() -> dict[str, Any]:
         dtype = torch.bfloat16
         rows = {b: backend.why_not_here(op, b, device, dtype) for b in backend.BACKENDS}
         candidates = backend.order(device) if forced is None else (forced,)
+        served = {b: backend.OPS[op].serves_of(row) for b, row in backend.BACKENDS.items()}
         order = [b for b in candidates if rows[b] is None]
         ops[op] = {
             "picked": order[0] if order else None,
@@ -29,6 +31,7 @@ def info() -> dict[str, Any]:
                 b: f"{forced} is forced" for b in backend.BACKENDS if forced not in (None, b)
             }
             | {b: r for b, r in rows.items() if r is not None},
+            "serves": {b: s.text for b, s in served.items() if s is not None},
         }
     isas: dict[str, str] = {}
     if backend.why_not("cpu") is None:

@@ -1,14 +1,12 @@
-"""linear through csrc/cpu/linear.h, in bfloat16; torch multiplies other dtypes and empty matrices.
-float32 by tiles of bfloat16: csrc/cpu/linear_split.h.
+"""linear through csrc/cpu/linear.h, in bfloat16. float32 by tiles of bfloat16:
+csrc/cpu/linear_split.h.
 
 Allocates the results, and for each product a workspace of the size that C++ reports.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastlm import reference
 from fastlm.backend import cpu_extension as _cpu
 
 
@@ -24,8 +22,6 @@ def _workspace(m: int, n: int, k: int, *, weight_gradient: bool = False) -> Tens
 
 
 def linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if x.dtype != torch.bfloat16 or 0 in (x.numel(), weight.numel()):
-        return F.linear(x, weight, bias)
     n, k = weight.shape
     rows = x.numel() // k
     y = x.new_empty(*x.shape[:-1], n)
@@ -50,8 +46,6 @@ def linear_split(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def linear_backward(
     dy: Tensor, x: Tensor | None, weight: Tensor | None, need_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if dy.dtype != torch.bfloat16 or any(t is not None and not t.numel() for t in (dy, x, weight)):
-        return reference.linear_backward(dy, x, weight, need_bias)
     shape, n = dy.shape[:-1], dy.shape[-1]
     dy = _matrix(dy)
     rows = len(dy)

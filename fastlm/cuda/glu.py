@@ -4,10 +4,9 @@ import torch
 from torch import Tensor
 
 from fastlm.cuda import extension, stream
-from fastlm.cuda.quantized_linear import Rounded
+from fastlm.cuda.quantized_linear import empty_rows
 from fastlm.memory_order import matrix
 from fastlm.ops.glu import ACTIVATIONS
-from fastlm.ops.quantized_weight import QuantizedWeight
 
 
 def _rows(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -22,12 +21,13 @@ def glu_forward(gate: Tensor, up: Tensor, act: str) -> Tensor:
     return y
 
 
-def glu_round(gate: Tensor, up: Tensor, act: str, into: QuantizedWeight) -> Rounded:
-    """Return the rounded input of ``quantized_linear(glu(gate, up), into, act_bits=8)``."""
-    y = Rounded.empty(gate, into.scales, into.group_size)
+def glu_round(
+    gate: Tensor, up: Tensor, qdata: Tensor, scales: Tensor, act: str, bits: int, group_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    out = empty_rows(gate, group_size)
     rows = (t.reshape(-1, t.shape[-1]) for t in (gate, up))
     extension().glu_round(
         *(t if t.stride(-1) == 1 else t.contiguous() for t in rows), ACTIVATIONS.index(act),
-        into.qdata, into.scales, into.bits, into.group_size, *y[:3], stream(gate),
+        qdata, scales, bits, group_size, *out, stream(gate),
     )  # fmt: skip
-    return y
+    return out

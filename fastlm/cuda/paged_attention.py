@@ -1,17 +1,15 @@
 """paged_attention through csrc/cuda/paged_attention.cu: the decode step.
 
-It serves up to 64 rows of q per key head (queries times the group of heads that share it), a single
-query of any group, and up to 8 rows in float32. Head widths must be multiples of 8 up to 256. Rows
-must begin at multiples of 16 bytes (of 8 in an int8 cache). The rest goes to the Triton kernel.
+`SERVES` says which calls; the backends behind it run the others. Rows that are not dense are copied
+first.
 """
 
 import functools
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from fastlm import backend, reference
+from fastlm.backend import Serves
 from fastlm.cuda import extension, multiprocessors, stream
 from fastlm.memory_order import elements_last
 from fastlm.reference import AttentionOptions
@@ -23,6 +21,7 @@ _MOST_ROWS = 64  # with several queries; more rows of one query use matrix instr
 _DOT_ROWS = 2  # at a time: more need more registers than two blocks per multiprocessor have
 # Rows that matrix instructions cannot handle (float32, for one) read K and V once per two rows.
 _MOST_DOT_ROWS = 8
+_COPY = 16  # bytes that matrix instructions load at a time; dot products of int8 load 8
 
 
 @functools.cache
@@ -36,8 +35,10 @@ def _fits(device: torch.device, rows: int, width: int, v_width: int, size: int) 
 
 
 def _aligned(t: Tensor, size: int) -> bool:
-    """Whether every row begins at a multiple of `size` bytes."""
+    """Whether every row of `dense(t)` begins at a multiple of `size` bytes."""
     each = t.element_size()
+    if t.stride(-1) != 1 and t.shape[-1] > 1:  # the copy is contiguous
+        return t.shape[-1] * each % size == 0
     if t.data_ptr() % size:
         return False
     if t.is_contiguous():
@@ -45,35 +46,49 @@ def _aligned(t: Tensor, size: int) -> bool:
     return all(n == 1 or s * each % size == 0 for n, s in zip(t.shape[:-1], t.stride()))
 
 
-def _rows_of_a_block(q: Tensor, k: Tensor, v: Tensor) -> int:
-    """1 or 2 by dot products, 16 or 64 by matrix instructions; 0: not by this kernel."""
-    q_shape, width, v_width = q.shape, q.shape[-1], v.shape[-1]
-    rows = q_shape[1] * (q_shape[2] // k.shape[2])
+def _rows_of_key_head(q: Tensor, k: Tensor) -> int:
+    """Queries, times the heads that share a key head."""
+    return q.shape[1] * (q.shape[2] // k.shape[2])
+
+
+def _in_whole_copies(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether matrix instructions can load q, k and v."""
+    return q.element_size() == 2 and all(
+        t.shape[-1] * t.element_size() % _COPY == 0 and _aligned(t, _COPY) for t in (k, v)
+    )
+
+
+def _holds(q: Tensor, k: Tensor, v: Tensor, *_) -> bool:
+    rows, width, v_width = _rows_of_key_head(q, k), q.shape[-1], v.shape[-1]
     size = k.element_size()
     if (
-        (rows > _MOST_ROWS and q_shape[1] > 1)
+        (rows > _MOST_ROWS and q.shape[1] > 1)
         or max(width, v_width) > _WIDEST
         or width % 8
         or v_width % 8
         or k.dtype != v.dtype  # one of them int8
-        or not _aligned(q, 16)
+        or not _aligned(q, _COPY)
     ):
-        return 0
-    whole = _aligned(k, 16) and _aligned(v, 16)
-    if rows > _DOT_ROWS and q.element_size() == 2 and whole and width * size % 16 == 0:
-        if v_width * size % 16 == 0:
-            rows = 16 if rows <= 16 else 64
-            return rows if _fits(q.device, rows, width, v_width, size) else 0
-    if rows > _MOST_DOT_ROWS or not (whole or (size == 1 and _aligned(k, 8) and _aligned(v, 8))):
-        return 0
-    return 1 if rows == 1 else 2
+        return False
+    if rows > _DOT_ROWS and _in_whole_copies(q, k, v):
+        return _fits(q.device, 16 if rows <= 16 else 64, width, v_width, size)
+    load = 8 if size == 1 else _COPY
+    return rows <= _MOST_DOT_ROWS and _aligned(k, load) and _aligned(v, load)
 
 
-def _other(q: Tensor) -> Callable:
-    """The function for what this kernel does not serve; the emulator has no Triton kernel."""
-    if q.is_cuda and backend.why_not("triton") is None:
-        return backend.OPS["paged_attention"].load(backend.BACKENDS["triton"])
-    return reference.paged_attention
+SERVES = Serves(
+    f"D and Dv multiples of 8, up to {_WIDEST}; one query, or up to {_MOST_ROWS} rows of q per key"
+    f" head, {_MOST_DOT_ROWS} in float32; aligned to {_COPY} bytes, a cache of int8 to 8",
+    _holds,
+)
+
+
+def _rows_of_a_block(q: Tensor, k: Tensor, v: Tensor) -> int:
+    """1 or 2 by dot products, 16 or 64 by matrix instructions, of arguments that `_holds`."""
+    rows = _rows_of_key_head(q, k)
+    if rows <= _DOT_ROWS or (rows <= _MOST_DOT_ROWS and not _in_whole_copies(q, k, v)):
+        return 1 if rows == 1 else 2
+    return 16 if rows <= 16 else 64
 
 
 def _floats(t: Tensor | None) -> Tensor | None:
@@ -87,11 +102,6 @@ def paged_attention(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     q, k_cache, v_cache = elements_last(q, k_cache, v_cache)
     rows = _rows_of_a_block(q, k_cache, v_cache)
-    if not rows:
-        return _other(q)(
-            q, k_cache, v_cache, block_table, seq_lens, k_scale, v_scale, sinks, alibi_slopes, bias,
-            options,
-        )  # fmt: skip
     batch, queries, heads, _ = q.shape
     v_width = v_cache.shape[3]
     out = q.new_empty(batch, queries, heads, v_width)

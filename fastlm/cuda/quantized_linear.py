@@ -9,11 +9,9 @@ The kernel depends on the number of rows of x:
 
 The limits are from instruction counts and an H100's rates, not measured on a GPU.
 
-A decode step creates the int8 rows where it computes their values (`Rounded`): `rms_norm_round`
-and `glu_round` each save it a launch and a trip to memory.
+A decode step creates the int8 rows where it computes their values: `rms_norm_round` and `glu_round`
+each save it a launch and a trip to memory.
 """
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,8 +42,6 @@ def dequantize(
     k: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    if dtype == torch.float64:  # left to the reference
-        return reference.dequantize(qdata, scales, zeros, bits, group_size, k, dtype)
     out = torch.empty((qdata.shape[0], k), dtype=dtype, device=qdata.device)
     w = (t if t is None else t.contiguous() for t in (qdata, scales, zeros))
     extension().dequantize(*w, bits, group_size, out, stream(qdata))
@@ -72,31 +68,24 @@ def _many_rows(
             torch.addmm(bias[rows], x, block, out=y[:, rows])
 
 
-class Rounded(NamedTuple):
-    """Rows of x in int8, for weights of one format (bits, group_size)."""
-
-    q: Tensor  # (rows, k rounded up to 16) int8
-    scale: Tensor  # per run, (runs, rows rounded up to 64)
-    sums: Tensor  # scale * sum of the run's q, same shape
-    shape: torch.Size  # of x
-    dtype: torch.dtype
-
-    @classmethod
-    def empty(cls, x: Tensor, scales: Tensor, group_size: int) -> "Rounded":
-        k = x.shape[-1]
-        rows = x.numel() // k
-        runs = scales.shape[1] * -(-min(group_size, k) // reference.RUN_MAX)
-        q = torch.empty((rows, -(-k // 16) * 16), dtype=torch.int8, device=x.device)
-        size = (2, runs, -(-rows // 64) * 64)
-        scale, sums = torch.empty(size, dtype=torch.float32, device=x.device)
-        return cls(q, scale, sums, x.shape, x.dtype)
+def empty_rows(x: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What x is rounded into: q, scale and sums of `reference.int8_rows`."""
+    k = x.shape[-1]
+    rows, group = x.numel() // k, min(group_size, k)
+    runs = -(-k // group) * -(-group // reference.RUN_MAX)
+    q = torch.empty((rows, -(-k // 16) * 16), dtype=torch.int8, device=x.device)
+    size = (2, runs, -(-rows // 64) * 64)
+    scale, sums = torch.empty(size, dtype=torch.float32, device=x.device)
+    return q, scale, sums
 
 
-def rounded(x: Tensor, qdata: Tensor, scales: Tensor, bits: int, group_size: int) -> Rounded:
-    """Round x for a weight as act_bits 8 does: `reference.round_rows`."""
-    out = Rounded.empty(x, scales, group_size)
+def int8_rows(
+    x: Tensor, qdata: Tensor, scales: Tensor, bits: int, group_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`reference.int8_rows`, for a weight."""
+    out = empty_rows(x, group_size)
     extension().quantized_linear_round(
-        matrix(x), qdata.contiguous(), scales.contiguous(), bits, group_size, *out[:3], stream(x)
+        matrix(x), qdata.contiguous(), scales.contiguous(), bits, group_size, *out, stream(x)
     )
     return out
 
@@ -115,8 +104,10 @@ def quantized_linear_forward(
     if out.numel() == 0:
         return out
     if act_bits == 8:
-        in_bytes = rounded(x, qdata, scales, bits, group_size)
-        return rounded_linear(in_bytes, qdata, scales, zeros, bias, bits, group_size, out)
+        rows = int8_rows(x, qdata, scales, bits, group_size)
+        weight, k = (qdata, scales, zeros), x.shape[-1]
+        _multiply_int8(*rows, weight, bias, bits, group_size, k, out.view(-1, out.shape[-1]))
+        return out
     x, y = matrix(x), out.view(-1, out.shape[-1])
     weight = qdata.contiguous(), scales.contiguous(), None if zeros is None else zeros.contiguous()
     by_vectors = len(x) <= (VECTOR_ROWS_FLOAT32 if x.dtype == torch.float32 else VECTOR_ROWS[16])
@@ -129,26 +120,40 @@ def quantized_linear_forward(
 
 
 def rounded_linear(
-    x: Rounded,
+    q: Tensor,
+    scale: Tensor,
+    sums: Tensor,
     qdata: Tensor,
     scales: Tensor,
     zeros: Tensor | None,
     bias: Tensor | None,
     bits: int,
     group_size: int,
-    out: Tensor | None = None,
+    k: int,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """`quantized_linear_forward` of an x that is already rounded."""
-    k = x.shape[-1]
-    if out is None:
-        out = torch.empty((*x.shape[:-1], qdata.shape[0]), dtype=x.dtype, device=x.q.device)
-    y = out.view(-1, out.shape[-1])
-    weight = qdata.contiguous(), scales.contiguous(), None if zeros is None else zeros.contiguous()
-    most = VECTOR_ROWS_FLOAT32 if x.dtype == torch.float32 else VECTOR_ROWS[8]
+    y = torch.empty((q.shape[0], qdata.shape[0]), dtype=dtype, device=q.device)
+    if y.numel():
+        _multiply_int8(q, scale, sums, (qdata, scales, zeros), bias, bits, group_size, k, y)
+    return y
+
+
+def _multiply_int8(
+    q: Tensor,
+    scale: Tensor,
+    sums: Tensor,
+    weight: tuple[Tensor, Tensor, Tensor | None],
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    k: int,
+    y: Tensor,
+) -> None:
+    weight = tuple(None if t is None else t.contiguous() for t in weight)
+    most = VECTOR_ROWS_FLOAT32 if y.dtype == torch.float32 else VECTOR_ROWS[8]
     # an instruction multiplies 32 columns: they must share a scale
     by_vectors = len(y) <= most or (group_size < k and group_size % 32 != 0)
-    _multiply(x.q, x.scale, x.sums, weight, _floats(bias), bits, group_size, k, y, by_vectors)
-    return out
+    _multiply(q, scale, sums, weight, _floats(bias), bits, group_size, k, y, by_vectors)
 
 
 def _floats(bias: Tensor | None) -> Tensor | None:

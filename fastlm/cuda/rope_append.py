@@ -18,15 +18,6 @@ def rope_append(
     block_table: Tensor,
     positions: Tensor,
 ) -> Tensor:
-    """Return q rotated by its positions; write rotated k and plain v at their cache positions.
-
-    Args:
-        q: (B, S, H, D), k: (B, S, Hkv, D), v: (B, S, Hkv, Dv): one float dtype, the cache's too.
-        cos, sin: (P, R) float32, one row per position, as `fastlm.ops.rope` accepts them.
-        k_cache, v_cache, block_table, positions: as `fastlm.ops.paged_append`.
-
-    Returns rotated q, (B, S, H, D).
-    """
     q, k, v = elements_last(q, k, v)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if q.numel():

@@ -37,7 +37,7 @@ def why_not(model: "CausalLM") -> str | None:
         return "the kernel runs on the CPU, outside torch.compile"
     if backend.why_not("cpu"):
         return backend.why_not("cpu")
-    if not backend.serves_by("cpu", "rms_norm", model.model.norm.weight):
+    if backend.picked("rms_norm", model.model.norm.weight) != "cpu":
         return "another backend is forced, or the kernel does not serve the model's dtype"
     layers: Any = model.model.layers
     if [layer.self_attn.layer for layer in layers] != list(range(model.config.num_hidden_layers)):

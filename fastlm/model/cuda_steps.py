@@ -6,9 +6,9 @@ launch it. In a graph nothing may depend on host state, so a step reads its toke
 each row's next key and the pages of each row from the device. `fastlm.ops.paged_append` writes keys
 and values to the pages; attention is `fastlm.ops.paged_attention`.
 
-In a small model, launches are most of a step, so the CUDA kernels combine some: rotation with
-append (`fastlm.cuda.rope_append`), and a norm or a gate with rounding its result for a projection
-in int8 (`rms_norm_round`, `glu_round`).
+In a small model, launches are most of a step, so some ops join others: rotation and append
+(`rope_append`), a norm or a gate and rounding its result for a projection in int8
+(`rms_norm_round`, `glu_round`).
 
 `why_not` decides which models run module by module instead. Not measured on a GPU.
 """
@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from fastlm import backend
-from fastlm.backend import serves_by
 from fastlm.inference.decode_batch import MAX_ROWS
 from fastlm.model import cpu_steps
 from fastlm.model.layers import Call, Fused
@@ -42,7 +41,7 @@ def why_not(model: "CausalLM") -> str | None:
         return "its rotary frequencies depend on the length of the context"
     if backend.forced() not in (None, "cuda"):
         return "another backend is forced"
-    if not serves_by("cuda", "paged_append", model.model.norm.weight):
+    if backend.picked("paged_append", model.model.norm.weight) != "cuda":
         return "the CUDA kernels are not built, or do not serve its dtype"
     if backend.why_not("triton"):  # attention that the CUDA kernel does not support
         return backend.why_not("triton")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastlm.backend import multiplies_bf16, serves_by
+from fastlm.backend import has_kernel, multiplies_bf16
 from fastlm.checkpoint.config import ModelConfig
 from fastlm.errors import InputError
 from fastlm.memory import made_again
@@ -24,8 +24,11 @@ from fastlm.model.quantized_modules import QuantizedLinear
 from fastlm.model.rotary import RotaryTables
 from fastlm.operator import autocast, autocast_somewhere
 from fastlm.ops import attention, glu, quantized_linear, rms_norm, rope, varlen_attention
+from fastlm.ops.glu import glu_round
 from fastlm.ops.linear import Linear
+from fastlm.ops.quantized_linear import Int8Rows, rounded_linear
 from fastlm.ops.quantized_weight import QuantizedWeight
+from fastlm.ops.rms_norm import rms_norm_round
 from fastlm.transforms import is_eager, is_traced
 
 # module names of the norms (before attention, after it, before the MLP, after it)
@@ -107,22 +110,18 @@ class Fused:
     bias: Tensor | None
     act_bits: int
 
-    def __call__(self, x: Any) -> Tensor:
-        """Multiply x: a Tensor, or already rounded by `rms_norm_round` or `glu_round`."""
+    def __call__(self, x: Tensor | Int8Rows) -> Tensor:
         if isinstance(x, Tensor):
             return quantized_linear(x, self.weight, self.bias, act_bits=self.act_bits)
-        from fastlm.cuda.quantized_linear import rounded_linear
-
-        w = self.weight
-        return rounded_linear(x, w.qdata, w.scales, w.zeros, self.bias, w.bits, w.group_size)
-
-    def rounds(self, x: Tensor) -> bool:
-        """Whether the CUDA kernels multiply x in int8: the kernel that computes x can round it."""
-        return (
-            self.act_bits == 8
-            and x.numel() > 0
-            and any(serves_by(b, "quantized_linear", x) for b in ("cuda", "simt"))
+        w, k = self.weight, x.shape[-1]
+        y = rounded_linear(
+            *x[:3], w.qdata, w.scales, w.zeros, self.bias, w.bits, w.group_size, k, x.dtype
         )
+        return y.view(*x.shape[:-1], -1)
+
+    def rounds(self, op: str, x: Tensor) -> bool:
+        """Whether `op`, which computes the input of this product from x, can round it to int8."""
+        return self.act_bits == 8 and x.numel() > 0 and has_kernel(op, x)
 
 
 def fuse(modules: Sequence[nn.Module | None], before: Fused | None) -> Fused | None:
@@ -230,7 +229,7 @@ class Attention(nn.Module):
         return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
     def forward(self, x: Any, call: Call) -> Tensor:
-        """x: Tensor (B, S, E), or in a decode step its `Rounded`."""
+        """x: Tensor (B, S, E), or in a decode step its `Int8Rows`."""
         batch, length, _ = x.shape
         q, k, v = self.project(x, call.fused)
         if self.qk_norm == "full":
@@ -300,10 +299,11 @@ class MLP(nn.Module):
     def forward(self, x: Any, call: Call) -> Tensor:
         gate, up = self.project(x, call.fused)
         project = (call.fused and self.fused_down) or self.down_proj
-        if call.step is not None and self.fused_down is not None and self.fused_down.rounds(gate):
-            from fastlm.cuda.glu import glu_round
-
-            return self.fused_down(glu_round(gate, up, self.act, self.fused_down.weight))
+        down = self.fused_down
+        if call.step is not None and down is not None and down.rounds("glu_round", gate):
+            w = down.weight
+            rows = glu_round(gate, up, w.qdata, w.scales, self.act, w.bits, w.group_size)
+            return down(Int8Rows(*rows, gate.shape, gate.dtype))
         product = glu(gate, up, act=self.act)
         if not _keeping(product):
             return project(product)
@@ -351,21 +351,20 @@ def _add_norm(
     norm: nn.Module | None, stream: Tensor, branch: Tensor | None, into: Fused | None = None
 ) -> tuple[Any, Tensor, AbstractContextManager]:
     """Return norm(stream + branch), stream + branch, and the context in which to use the norm's
-    output. That output is `Rounded` where `into`, the projection that multiplies it, rounds. Under
+    output. That output is `Int8Rows` where `into`, the projection that multiplies it, rounds. Under
     autocast it is cast here once, not by every product that uses it."""
     if norm is None:
         stream = stream if branch is None else stream + branch
         return stream, stream, nullcontext()
     assert isinstance(norm, RMSNorm)
-    if into is not None and into.rounds(stream):
-        from fastlm.cuda.rms_norm import ROUND_BYTES, rms_norm_round
-
-        if stream.shape[-1] * stream.element_size() <= ROUND_BYTES:
-            first, residual = (stream, None) if branch is None else (branch, stream)
-            x, stream = rms_norm_round(
-                first, residual, norm.weight, norm.eps, norm.offset, into.weight
-            )
-            return x, stream, nullcontext()
+    if into is not None and into.rounds("rms_norm_round", stream):
+        x, residual = (stream, None) if branch is None else (branch, stream)
+        w = into.weight
+        *rows, summed = rms_norm_round(
+            x, residual, norm.weight, w.qdata, w.scales, norm.eps, norm.offset, w.bits, w.group_size
+        )
+        rounded = Int8Rows(*rows, x.shape, x.dtype)
+        return rounded, x if residual is None else summed, nullcontext()
     if branch is None:
         x = norm(stream)
     else:

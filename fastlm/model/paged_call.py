@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastlm.backend import serves_by
+from fastlm.backend import has_kernel
 from fastlm.model.layers import Call
 from fastlm.ops import paged_append, paged_attention, rope
+from fastlm.ops.rope_append import rope_append
 
 if TYPE_CHECKING:
     from fastlm.inference.block_manager import BlockManager
@@ -34,9 +35,7 @@ class PagedCall:
         keys, values = self.keys_and_values[layer]
         places = keys, values, self.table, self.positions
         tables = self.rotary[layer]
-        if tables is not None and any(serves_by(b, "rope", q) for b in ("cuda", "simt")):
-            from fastlm.cuda.rope_append import rope_append
-
+        if tables is not None and has_kernel("rope_append", q):
             q = rope_append(q, k, v, *tables, *places)
         else:
             if tables is not None:

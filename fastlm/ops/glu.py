@@ -76,3 +76,5 @@ _forward = declare(
     backward=_backward,
     gradients=("gate", "up"),
 )
+# A gate before a product in int8, in a decode step: no launch and no trip to memory of its own.
+glu_round = declare(reference.glu_round, "cuda")

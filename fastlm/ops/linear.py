@@ -2,7 +2,8 @@
 
 The library's bfloat16 products (oneDNN through torch) read some operands unpacked, and in a
 training step they take 5 to 30 % longer in one process than in the next. `csrc/cpu/linear.h` packs
-what it reads twice. Where that does not pay, torch's product runs (`_own`).
+what it reads twice. Where that does not pay (`_own`), on a GPU always, torch's product is the
+implementation, whatever backend is forced: a library's kernel, and the faster one.
 """
 
 import math
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlm import reference
-from fastlm.backend import cpu_isa, forced
+from fastlm.backend import Serves, cpu_isa, forced
 from fastlm.cpu.linear import linear_split
 from fastlm.errors import InputError
 from fastlm.operator import autocast, autocast_somewhere, declare
@@ -188,10 +189,18 @@ def _backward_flops(dy, x, weight, need_bias, **_):
     return sum(2 * math.prod(dy) * t[-1] for t in (x, weight) if t is not None)
 
 
-_backward = declare(reference.linear_backward, "cpu", flops=_backward_flops)
+def _served(first: Tensor, *others) -> bool:
+    return first.dtype == torch.bfloat16 and all(
+        t.numel() > 0 for t in (first, *others) if isinstance(t, Tensor)
+    )
+
+
+_SERVES = {"cpu": Serves("bfloat16, no empty matrix", _served)}
+_backward = declare(reference.linear_backward, "cpu", serves=_SERVES, flops=_backward_flops)
 _forward = declare(
     reference.linear_forward,
     "cpu",
+    serves=_SERVES,
     outputs="y",
     backward=_backward,
     gradients=("x", "weight", "bias"),

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlm import reference
-from fastlm.backend import serves_by
+from fastlm.backend import picked
 from fastlm.errors import InputError
 from fastlm.operator import autocast, autocast_somewhere, declare
 from fastlm.ops.cross_entropy import (
@@ -93,7 +93,7 @@ def linear_cross_entropy(
             is_eager(input, linear_weight, target)  # first: a traced size would add a guard
             and target.numel() <= _FEW_ROWS
             and target.numel() * linear_weight.numel() <= _SMALL
-            and serves_by("cpu", "linear_cross_entropy", input)
+            and picked("linear_cross_entropy", input) == "cpu"
             and ignore_index
             not in target.reshape(-1).tolist()  # ignored rows must not reach dw, even as NaN
         ):

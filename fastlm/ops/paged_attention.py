@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
+from fastlm.cuda.paged_attention import SERVES
 from fastlm.errors import InputError
 from fastlm.flops import has_values
 from fastlm.operator import autocasts, declare
@@ -159,4 +160,10 @@ def _flops(q, k_cache, v_cache, block_table, seq_lens, *_, **__):
     return 2 * queries * heads * keys * (width + v_cache.shape[3])
 
 
-op = declare(reference.paged_attention, "cpu triton cuda", fake=_fake, flops_by_values=_flops)
+op = declare(
+    reference.paged_attention,
+    "cpu triton cuda",
+    serves={"cuda": SERVES},
+    fake=_fake,
+    flops_by_values=_flops,
+)

@@ -1,11 +1,13 @@
 """x @ W^T with an int8 or int4 W: W4A16, W8A16, W4A8, W8A8."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastlm import reference
+from fastlm.backend import Serves
 from fastlm.errors import InputError
 from fastlm.operator import declare
 from fastlm.ops.quantized_weight import QuantizedWeight
@@ -77,6 +79,10 @@ def _backward_flops(dy, qdata, scales, zeros, bits, group_size, k, **_):
     return 2 * math.prod(dy) * k
 
 
+def _rounded_flops(q, scale, sums, qdata, scales, zeros, bias, bits, group_size, k, *_, **__):
+    return 2 * q[0] * k * qdata[0]
+
+
 def _derivative(
     dy: Tensor,
     qdata: Tensor,
@@ -105,5 +111,32 @@ _forward = declare(
     keeps={"k": lambda x: x.shape[-1]},
     flops=_flops,
 )
+
+
+def _not_float64(*arguments) -> bool:
+    return arguments[-1] != torch.float64
+
+
+_FLOATS = Serves("float32, bfloat16 and float16 results", _not_float64)
 # (rows, K) of a QuantizedWeight, or of rows taken from one. Chosen by scales: qdata is no float.
-dequantize = declare(reference.dequantize, "cpu triton cuda", chosen_by="scales")
+dequantize = declare(
+    reference.dequantize,
+    "cpu triton cuda",
+    chosen_by="scales",
+    serves=dict.fromkeys(("cpu", "triton", "cuda"), _FLOATS),
+)
+
+
+class Int8Rows(NamedTuple):
+    """x, rounded to int8 for products with quantized weights of one format; see
+    `reference.int8_rows`."""
+
+    q: Tensor
+    scale: Tensor
+    sums: Tensor
+    shape: torch.Size  # of x
+    dtype: torch.dtype
+
+
+# The product behind `rms_norm_round` and `glu_round`. Chosen by scales: q is no float.
+rounded_linear = declare(reference.rounded_linear, "cuda", chosen_by="scales", flops=_rounded_flops)

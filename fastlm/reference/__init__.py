@@ -8,8 +8,8 @@ Forward-mode AD works through them, also under ``vmap``: a value that depends on
 written into a tensor that does not.
 
 One file per op, with the same name as its file in `fastlm/ops`. The other files hold what several
-ops share. `rope`, `paged_append`, `paged_attention` and `adamw` each name a file and a
-function: as attributes of this package they are the functions.
+ops share. `rope`, `rope_append`, `paged_append`, `paged_attention` and `adamw` each
+name a file and a function: as attributes of this package they are the functions.
 """
 
 from fastlm.reference.adamw import (
@@ -34,7 +34,7 @@ from fastlm.reference.cross_entropy import (
     cross_entropy_loss_backward,
 )
 from fastlm.reference.dropout import dropout_factor, philox
-from fastlm.reference.glu import activation, glu_backward, glu_forward
+from fastlm.reference.glu import activation, glu_backward, glu_forward, glu_round
 from fastlm.reference.linear import linear_backward, linear_forward
 from fastlm.reference.linear_cross_entropy import (
     linear_cross_entropy_backward,
@@ -52,13 +52,16 @@ from fastlm.reference.paged_attention import paged_attention
 from fastlm.reference.quantized_linear import (
     RUN_MAX,
     dequantize,
+    int8_rows,
     quantized_linear_backward,
     quantized_linear_forward,
     round_rows,
+    rounded_linear,
     unpack_rows,
 )
-from fastlm.reference.rms_norm import rms_norm_backward, rms_norm_forward
+from fastlm.reference.rms_norm import rms_norm_backward, rms_norm_forward, rms_norm_round
 from fastlm.reference.rope import rope
+from fastlm.reference.rope_append import rope_append
 from fastlm.reference.target import bad_target, check_target
 from fastlm.reference.varlen_attention import varlen_attention_backward, varlen_attention_forward
 
@@ -83,6 +86,8 @@ __all__ = [
     "dropout_factor",
     "glu_backward",
     "glu_forward",
+    "glu_round",
+    "int8_rows",
     "join_master",
     "linear_backward",
     "linear_cross_entropy_backward",
@@ -103,9 +108,12 @@ __all__ = [
     "quantized_linear_forward",
     "rms_norm_backward",
     "rms_norm_forward",
+    "rms_norm_round",
     "rope",
+    "rope_append",
     "round_rows",
     "round_stochastic",
+    "rounded_linear",
     "split_master",
     "step_key",
     "unpack_rows",

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastlm.reference.precision import widen
+from fastlm.reference.quantized_linear import int8_rows
 
 
 def activation(x: Tensor, act: str) -> Tensor:
@@ -20,6 +21,13 @@ def glu_forward(gate: Tensor, up: Tensor | None, act: str) -> Tensor:
     """y = act(gate) * up, elementwise; act(gate) without up."""
     y = activation(widen(gate), act)
     return (y if up is None else y * widen(up)).to(gate.dtype).contiguous()
+
+
+def glu_round(
+    gate: Tensor, up: Tensor, qdata: Tensor, scales: Tensor, act: str, bits: int, group_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`int8_rows` of act(gate) * up, for `rounded_linear` with the weight (qdata, scales)."""
+    return int8_rows(glu_forward(gate, up, act), bits, group_size)
 
 
 def glu_backward(dy: Tensor, gate: Tensor, up: Tensor | None, act: str) -> tuple[Tensor, Tensor]:

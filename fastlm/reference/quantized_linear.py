@@ -58,6 +58,68 @@ def round_rows(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     return q, scale
 
 
+def int8_rows(x: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x (..., K), as `round_rows` rounds it, in the order in which `rounded_linear` reads it: the
+    results of `rms_norm_round` and `glu_round`.
+
+    Returns, for N rows and R runs, (K's groups) x (runs in a group):
+
+    - q, (N, K rounded up to 16) int8, 0 behind K. For int4 weights the columns of an octet are in
+      the order 0 2 4 6 1 3 5 7: their codes lie so in a word.
+    - scale and sums, (R, N rounded up to 64) float32: per run its scale, and scale * (sum of q).
+      Behind N they are undefined, here 0.
+
+    A run with NaN or infinity has the scale NaN, and q = 0. A run without columns (K ends before it
+    does) has the scale of zeros.
+    """
+    k = x.shape[-1]
+    rows = x.reshape(-1, k)
+    q, scale = round_rows(rows, group_size)
+    broken = ~torch.isfinite(scale)
+    q, scale = q.masked_fill(broken, 0), scale.masked_fill(broken, torch.nan)
+    run, runs = _runs(k, group_size, x.device)
+    empty = torch.full_like(rows[:, :1], 1e-30, dtype=scale.dtype) / 127.0
+    by_run = empty.expand(-1, runs).scatter(1, run.expand_as(scale), scale)
+    sums = torch.zeros_like(by_run).index_add(1, run, q) * by_run
+    q = torch.nn.functional.pad(q, (0, -k % 16)).to(torch.int8)
+    if bits == 4:
+        q = q.unflatten(-1, (-1, 4, 2)).transpose(-1, -2).flatten(-3)
+    behind = (0, -rows.shape[0] % 64)
+    scale, sums = (torch.nn.functional.pad(t.t(), behind).contiguous() for t in (by_run, sums))
+    return q.contiguous(), scale, sums
+
+
+def _runs(k: int, group_size: int, device: torch.device) -> tuple[Tensor, int]:
+    """The run of each of k columns, and how many there are."""
+    group = min(group_size, k)
+    of_group = -(-group // RUN_MAX)
+    column = torch.arange(k, device=device)
+    return column // group * of_group + column % group // RUN_MAX, -(-k // group) * of_group
+
+
+def rounded_linear(
+    q: Tensor,
+    scale: Tensor,
+    sums: Tensor,
+    qdata: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    k: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """``quantized_linear(x, ..., act_bits=8)`` of `int8_rows` of x: (N, out features) in x's dtype.
+    `sums` saves kernels the sums that they multiply with a weight's offsets."""
+    if bits == 4:
+        q = q.unflatten(-1, (-1, 2, 4)).transpose(-1, -2).flatten(-3)
+    run, _ = _runs(k, group_size, q.device)
+    x = q[:, :k] * scale[:, : q.shape[0]].t().index_select(1, run)
+    y = x @ dequantize(qdata, scales, zeros, bits, group_size, k, x.dtype).t()
+    return (y if bias is None else y + bias.to(x.dtype)).to(dtype)
+
+
 def quantized_linear_forward(
     x: Tensor,
     qdata: Tensor,

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from fastlm.reference.precision import widen
+from fastlm.reference.quantized_linear import int8_rows
 
 
 def rms_norm_forward(
@@ -18,6 +19,23 @@ def rms_norm_forward(
     rstd = torch.rsqrt(wide.square().mean(-1) + eps)
     y = (wide * rstd[..., None] * (offset + widen(weight))).to(x.dtype)
     return y, (x.new_empty(0) if residual is None else h), rstd
+
+
+def rms_norm_round(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    qdata: Tensor,
+    scales: Tensor,
+    eps: float,
+    offset: float,
+    bits: int,
+    group_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`int8_rows` of the norm, for `rounded_linear` with the weight (qdata, scales), and h (empty
+    without residual)."""
+    y, h, _ = rms_norm_forward(x, residual, weight, eps, offset)
+    return *int8_rows(y, bits, group_size), h
 
 
 def rms_norm_backward(

@@ -6,18 +6,9 @@ import pytest
 import torch
 from test_paged_attention import OPTIONS, assert_paged_near, cache
 
-from fastlm import backend, ops, reference
+from fastlm import InputError, backend, ops
 from fastlm.cuda import paged_attention as host
-
-
-@pytest.fixture(autouse=True)
-def only_here(monkeypatch):
-    """Refuse to pass calls on to the reference: it would be compared with itself."""
-
-    def refuse(q):
-        raise AssertionError("handed on")
-
-    monkeypatch.setattr(host, "_other", refuse)
+from fastlm.cuda import stream
 
 
 def on(device, *values):
@@ -249,7 +240,7 @@ def test_empty(cuda, shape, heads, width):
 
 
 # more rows, wider or odd heads, rows not aligned to 16 (8) bytes, only one cache in int8
-HANDED_ON = {
+NOT_SERVED = {
     "65 rows": ((13, 5, 16), {}),
     "width": ((1, 1, 264), {}),
     "odd width": ((1, 1, 20), {}),
@@ -260,15 +251,17 @@ HANDED_ON = {
 }
 
 
-@pytest.mark.parametrize("shape, change", HANDED_ON.values(), ids=HANDED_ON)
-def test_hands_on(cuda, monkeypatch, shape, change):
-    calls = []
+def not_forced():
+    """The rows as if the emulator had a device of its own."""
+    names = (backend.forced(), "reference")
+    return lambda *key: [
+        backend.BACKENDS[b] for b in names if backend.why_not_here(key[0], b, *key[1:]) is None
+    ]
 
-    def other(q):
-        calls.append(q.shape)
-        return reference.paged_attention
 
-    monkeypatch.setattr(host, "_other", other)
+@pytest.mark.parametrize("shape, change", NOT_SERVED.values(), ids=NOT_SERVED)
+def test_what_it_does_not_serve(cuda, monkeypatch, shape, change):
+    """The next backend serves it; where this one is forced it raises."""
     queries, heads, width = shape
     dtype = change.get("dtype", torch.bfloat16)
     k, v, table, lens = on(cuda, *cache([40], 16, 1, width + 8, width + 8, dtype))
@@ -279,18 +272,40 @@ def test_hands_on(cuda, monkeypatch, shape, change):
         k, scales = (k.nan_to_num() * 10).to(torch.int8), {"k_scale": 0.1}
     q_dtype = torch.float32 if dtype == torch.float32 else torch.bfloat16
     q = torch.randn(1, queries, heads, width, device=cuda).to(q_dtype)
-    out = ops.paged_attention(q, k, v, table, lens, causal=True, **scales)
-    assert calls and not out.isnan().any()
+    arguments = (q, k, v, table, lens)
+    with pytest.raises(
+        InputError, match="is forced but cannot serve: it has paged_attention for D"
+    ):
+        ops.paged_attention(*arguments, causal=True, **scales)
+    with backend.use_backend("reference"):
+        wanted = ops.paged_attention(*arguments, causal=True, **scales)
+    monkeypatch.setattr(backend, "_candidates", not_forced())
+    monkeypatch.setattr(backend, "_picked", {})
+    assert torch.equal(ops.paged_attention(*arguments, causal=True, **scales), wanted)
 
 
-def test_hands_on_what_has_no_room(cuda, monkeypatch):
+def test_served_and_not_in_turn(cuda, monkeypatch):
+    """The predicate is asked for each call, once."""
+    asked, launches, holds = [], [], host.SERVES.holds
+    served = host.SERVES._replace(holds=lambda *a: (asked.append(1), holds(*a))[1])
+    monkeypatch.setitem(backend.OPS["paged_attention"].serves, "cuda", served)
+    monkeypatch.setattr(backend, "_candidates", not_forced())
+    monkeypatch.setattr(backend, "_picked", {})
+    monkeypatch.setattr(host, "stream", lambda t: (launches.append(t.shape[-1]), stream(t))[1])
+    for width in (16, 20, 24):
+        parts = on(cuda, *cache([40], 16, 1, width, width, torch.float16))
+        ops.paged_attention(torch.zeros(1, 1, 2, width, device=cuda).half(), *parts)
+    assert len(asked) == 3 and launches == [16, 24]
+
+
+def test_what_has_no_room(cuda, monkeypatch):
     """Tiles of wide heads do not fit into the shared memory of every architecture."""
     monkeypatch.setattr(host, "_fits", lambda device, rows, *_: rows <= 16)
     parts = on(cuda, *cache([40], 16, 1, 16, 16, torch.bfloat16))
     for rows in (16, 17):
         q = torch.randn(1, 1, rows, 16, device=cuda).bfloat16()
         if rows > 16:
-            with pytest.raises(AssertionError, match="handed on"):
+            with pytest.raises(InputError, match="forced but cannot serve"):
                 ops.paged_attention(q, *parts)
         else:
             ops.paged_attention(q, *parts)

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import test_quantized_linear as on_cpu
 import torch
+from exact import dequantized
 from tolerance import assert_near
 
 from fastlm import backend, ops, reference
@@ -128,7 +129,7 @@ def test_stripes_of_any_length():
     q = on_cpu.weight(70, 1520, 8)
     x, y = torch.randn(12, 1520).bfloat16(), torch.empty(12, 70)
     weight = (q.qdata, q.scales, None, None, 8, 128, 1520)
-    wanted = x.double() @ q.dequantize(torch.float64).t()
+    wanted = x.double() @ dequantized(q).t()
     for stripe in range(1, 8):  # 2 x 6 tiles
         parts = torch.full((7, *y.shape), float("nan"))
         y.fill_(float("nan"))
@@ -199,8 +200,7 @@ def test_rounds_as_the_reference(dtype):
         x[2] = torch.arange(k) % 255 - 127.0  # absmax 127: halves would be ties
         x[3] = x[2] / 2
         x[3, ::8] = 127
-        got = quantized_linear.rounded(x, q.qdata, q.scales, bits, q.group_size)
-        rounded, scale, sums = got[:3]
+        rounded, scale, sums = quantized_linear.int8_rows(x, q.qdata, q.scales, bits, q.group_size)
         if bits == 4:  # an octet's even columns come first
             octets = torch.cat([rounded, rounded.new_zeros(5, -rounded.shape[1] % 8)], 1)
             rounded = octets.view(5, -1, 2, 4).transpose(2, 3).reshape(5, -1)
@@ -251,7 +251,7 @@ def test_dequantize(dtype):
                 wanted = q.dequantize(dtype)
             # without offsets: one product, rounded once
             assert torch.equal(q.dequantize(dtype), wanted)
-            assert torch.equal(q.dequantize(torch.float64).to(dtype), wanted)
+            assert torch.equal(dequantized(q).to(dtype), wanted)
     assert on_cpu.weight(0, 16, 8).dequantize(dtype).shape == (0, 16)
 
 
@@ -263,7 +263,7 @@ def test_rounds_weights_as_dequantize_does():
         assert_near(
             ops.quantized_linear(x, q),
             q.dequantize(dtype)[:, :6].t(),
-            q.dequantize(torch.float64)[:, :6].t(),
+            dequantized(q)[:, :6].t(),
             factor=1,
             floor=2**-16,
         )

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastlm import backend, ops
-from fastlm.cuda.rope_append import rope_append
+from fastlm.ops.rope_append import rope_append
 
 
 def case(device, dtype, b, s, heads, hkv, d, dv, turned, page_size, per=3):
@@ -34,6 +34,11 @@ def wanted(q, k, v, cos, sin, k_cache, v_cache, block_table, positions):
 
 def assert_same(arguments):
     expected = wanted(*arguments)
+    copies = [t.clone() for t in arguments]
+    with backend.use_backend("reference"):
+        defined = rope_append(*copies), *copies[5:7]
+    for got, want in zip(defined, expected):
+        torch.testing.assert_close(got, want)
     q = rope_append(*arguments)
     eps = torch.finfo(q.dtype).eps  # nvcc fuses products and sums in its own way
     for got, want in zip((q, arguments[5]), expected):
@@ -98,3 +103,8 @@ def test_refusals(cuda, change, message):
         arguments[i] = how(arguments[i]) if callable(how) else arguments[i][how]
     with pytest.raises(ValueError, match=message):
         rope_append(*arguments)
+
+
+def test_opcheck():
+    arguments = case("cpu", torch.float32, 3, 1, 4, 2, 16, 16, 8, 8)
+    torch.library.opcheck(torch.ops.fastlm.rope_append, arguments)

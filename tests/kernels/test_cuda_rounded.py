@@ -5,11 +5,11 @@ on the emulator if there is no GPU.
 import pytest
 import torch
 
-from fastlm import ops
+from fastlm import InputError, backend, ops, reference
 from fastlm.cuda import extension, quantized_linear, stream
-from fastlm.cuda.glu import glu_round
-from fastlm.cuda.quantized_linear import Rounded, rounded_linear
-from fastlm.cuda.rms_norm import rms_norm_round
+from fastlm.ops.glu import glu_round
+from fastlm.ops.quantized_linear import rounded_linear
+from fastlm.ops.rms_norm import rms_norm_round
 
 # (rows, width, group size): whole and cut runs, several groups, a short last one; in vectors and
 # element by element; more runs than warps in a block
@@ -22,17 +22,34 @@ def weight(width, bits, group_size, device):
     return ops.quantize_weight(torch.randn(16, width, device=device), bits, group_size=group_size)
 
 
-def rounded(x, into):
-    return quantized_linear.rounded(x, into.qdata, into.scales, into.bits, into.group_size)
+def norm(x, residual, weight, into, eps=1e-6, offset=0.0):
+    format = into.bits, into.group_size
+    return rms_norm_round(x, residual, weight, into.qdata, into.scales, eps, offset, *format)
 
 
-def assert_equal(got, wanted, into):
-    rows = len(wanted.q)
-    assert torch.equal(got.q, wanted.q) and got[3:] == wanted[3:]
-    for a, b in zip(got[1:3], wanted[1:3]):  # columns are padded to 64
+def gated(gate, up, into, act="silu"):
+    return glu_round(gate, up, into.qdata, into.scales, act, into.bits, into.group_size)
+
+
+def assert_rounded(got, x, into):
+    """The definition's int8 rows of x, and the product that `quantized_linear` has."""
+    rows = x.numel() // x.shape[-1]
+    wanted = reference.int8_rows(x, into.bits, into.group_size)
+    for a, b in zip(got, wanted):
+        assert a.shape == b.shape and a.dtype == b.dtype
+    assert torch.equal(got[0], wanted[0])
+    for a, b in zip(got[1:], wanted[1:]):  # columns are padded to 64
         assert torch.equal(a[:, :rows].nan_to_num(7e7), b[:, :rows].nan_to_num(7e7))
-    w = into.qdata, into.scales, into.zeros, None, into.bits, into.group_size
-    assert rounded_linear(got, *w).shape == (*wanted.shape[:-1], 16)
+    k = x.shape[-1]
+    w = into.qdata, into.scales, into.zeros, None, into.bits, into.group_size, k, x.dtype
+    y = ops.quantized_linear(x, into, act_bits=8).view(rows, -1)
+    assert torch.equal(rounded_linear(*got, *w).nan_to_num(7e7), y.nan_to_num(7e7))
+    with backend.use_backend("reference"):
+        near = rounded_linear(*wanted, *w)
+        assert torch.equal(
+            near.nan_to_num(7e7),
+            ops.quantized_linear(x, into, act_bits=8).nan_to_num(7e7).view(rows, -1),
+        )
 
 
 @shapes
@@ -42,14 +59,14 @@ def test_rms_norm_round(cuda, dtype, shape, bits, with_residual):
     rows, width, group_size = shape
     x, r = torch.randn(2, rows, width, device=cuda).to(dtype).unbind(0)
     w, into = torch.randn(width, device=cuda).to(dtype), weight(width, bits, group_size, cuda)
-    got, h = rms_norm_round(x, r if with_residual else None, w, 1e-5, 1.0, into)
+    *got, h = norm(x, r if with_residual else None, w, into, 1e-5, 1.0)
     if with_residual:
         y, wanted_h = ops.rms_norm(x, w, 1e-5, residual=r, offset=1.0)
         assert torch.equal(h, wanted_h)
     else:
         y = ops.rms_norm(x, w, 1e-5, offset=1.0)
-        assert h is x
-    assert_equal(got, rounded(y, into), into)
+        assert h.shape == (0,)
+    assert_rounded(got, y, into)
 
 
 @shapes
@@ -60,9 +77,9 @@ def test_glu_round(cuda, dtype, shape, bits, act):
     both = torch.randn(rows, 2 * width, device=cuda).to(dtype)
     gate, up = both.chunk(2, -1)
     into = weight(width, bits, group_size, cuda)
-    wanted = rounded(ops.glu(gate, up, act=act), into)
-    assert_equal(glu_round(gate, up, act, into), wanted, into)
-    assert_equal(glu_round(gate.contiguous(), up.contiguous(), act, into), wanted, into)
+    wanted = ops.glu(gate, up, act=act)
+    assert_rounded(gated(gate, up, into, act), wanted, into)
+    assert_rounded(gated(gate.contiguous(), up.contiguous(), into, act), wanted, into)
 
 
 def test_rows_of_a_batch_apart_and_a_weight_of_another_dtype(cuda):
@@ -70,9 +87,9 @@ def test_rows_of_a_batch_apart_and_a_weight_of_another_dtype(cuda):
     into, w = weight(64, 8, 32, cuda), torch.randn(64, device=cuda)
     x, r = base[:, :, 16:80], base[:, :, 32:]
     y, wanted_h = ops.rms_norm(x, w, residual=r)
-    got, h = rms_norm_round(x, r, w, 1e-6, 0.0, into)
+    *got, h = norm(x, r, w, into)
     assert torch.equal(h, wanted_h)
-    assert_equal(got, rounded(y, into), into)
+    assert_rounded(got, y, into)
 
 
 def test_a_run_with_nan_or_infinity_is_nan(cuda):
@@ -80,15 +97,43 @@ def test_a_run_with_nan_or_infinity_is_nan(cuda):
     gate, up = torch.randn(2, 2, 64, device=cuda).unbind(0)
     up[0, 40], gate[1, 3] = torch.inf, torch.nan
     into = weight(64, 8, 32, cuda)
-    got = glu_round(gate, up, "silu", into)
-    assert_equal(got, rounded(ops.glu(gate, up), into), into)
-    assert got.scale[:, :2].isnan().tolist() == [[False, True], [True, False]]
+    got = gated(gate, up, into)
+    assert_rounded(got, ops.glu(gate, up), into)
+    assert got[1][:, :2].isnan().tolist() == [[False, True], [True, False]]
     x = torch.randn(2, 64, device=cuda)
     x[1, 5] = torch.nan
     w = torch.ones(64, device=cuda)
-    got, _ = rms_norm_round(x, None, w, 1e-6, 0.0, into)
-    assert_equal(got, rounded(ops.rms_norm(x, w), into), into)
-    assert got.scale[:, :2].isnan().tolist() == [[False, True]] * 2
+    *got, _ = norm(x, None, w, into)
+    assert_rounded(got, ops.rms_norm(x, w), into)
+    assert got[1][:, :2].isnan().tolist() == [[False, True]] * 2
+
+
+def test_a_run_without_columns(cuda):
+    """The last group ends within the first of its two runs."""
+    gate, up = torch.randn(2, 3, 1500, device=cuda).unbind(0)
+    into = weight(1500, 4, 1024, cuda)
+    assert into.scales.shape[1] == 2
+    assert_rounded(gated(gate, up, into), ops.glu(gate, up), into)
+
+
+def test_rows_that_do_not_fit_are_refused(cuda):
+    x, into = torch.zeros(1, 12296, device=cuda), weight(12296, 8, 8, cuda)
+    assert not backend.has_kernel("rms_norm_round", x)
+    assert backend.has_kernel("rms_norm_round", x[:, :12288])
+    with pytest.raises(InputError, match="it has rms_norm_round for rows of up to 48 KiB"):
+        norm(x, None, torch.ones(12296, device=cuda), into)
+
+
+def test_opcheck():
+    """Where no kernel serves, the definition does."""
+    x, w, into = torch.randn(3, 40), torch.randn(40), weight(40, 4, 8, "cpu")
+    codes, format = (into.qdata, into.scales), (4, 8)
+    fastlm = torch.ops.fastlm
+    *rows, _ = norm(x, x, w, into)
+    torch.library.opcheck(fastlm.rms_norm_round, (x, x, w, *codes, 1e-6, 0.0, *format))
+    torch.library.opcheck(fastlm.glu_round, (x, x, *codes, "silu", *format))
+    product = (*rows, *codes, into.zeros, torch.randn(16), *format, 40, x.dtype)
+    torch.library.opcheck(fastlm.rounded_linear, product)
 
 
 def test_refusals(cuda):
@@ -97,17 +142,17 @@ def test_refusals(cuda):
         torch.ones(64, device=cuda),
         weight(64, 8, 32, cuda),
     )
-    out = Rounded.empty(x, into.scales, 32)
+    q, scale, sums = out = quantized_linear.empty_rows(x, 32)
     codes = into.qdata, into.scales, 8, 32
     kernels = extension()
     with pytest.raises(ValueError, match="q: wanted columns 64, got 48"):
-        narrow = out.q[:, :48].contiguous()
-        kernels.glu_round(x, x, 0, *codes, narrow, out.scale, out.sums, stream(x))
+        narrow = q[:, :48].contiguous()
+        kernels.glu_round(x, x, 0, *codes, narrow, scale, sums, stream(x))
     with pytest.raises(ValueError, match="x_sums: wanted rows 2, got 1"):
-        kernels.glu_round(x, x, 0, *codes, out.q, out.scale, out.sums[:1], stream(x))
+        kernels.glu_round(x, x, 0, *codes, q, scale, sums[:1], stream(x))
     with pytest.raises(ValueError, match="act: wanted 0 to 2, got 3"):
-        kernels.glu_round(x, x, 3, *codes, *out[:3], stream(x))
+        kernels.glu_round(x, x, 3, *codes, *out, stream(x))
     with pytest.raises(ValueError, match="weight: wanted size 64, got 63"):
-        kernels.rms_norm_round(x, None, w[:63], 1e-6, 0.0, None, *codes, *out[:3], stream(x))
+        kernels.rms_norm_round(x, None, w[:63], 1e-6, 0.0, None, *codes, *out, stream(x))
     with pytest.raises(ValueError, match="x: wanted elements 128, got 64"):
-        kernels.rms_norm_round(x[:1], None, w, 1e-6, 0.0, None, *codes, *out[:3], stream(x))
+        kernels.rms_norm_round(x[:1], None, w, 1e-6, 0.0, None, *codes, *out, stream(x))

@@ -32,10 +32,11 @@ def test_new_cases(kernels, op):
 
 
 def test_every_cuda_kernel_has_cases():
-    """The kernels of rope_append, glu_round and rms_norm_round are not ops."""
-    ops = {name for name, kernels in backend.IMPLEMENTATIONS.items() if "simt" in kernels}
-    inside = {"dequantize", "cross_entropy_loss"}  # in quantized_linear's and cross_entropy's cases
-    assert {op for op in ops if not op.endswith("_backward")} - inside == set(ops_of("simt"))
+    simt = backend.BACKENDS["simt"]
+    found = {name for name, entry in backend.OPS.items() if entry.has(simt)}
+    # in the cases of quantized_linear, of cross_entropy, and of the two ops that round
+    inside = {"dequantize", "cross_entropy_loss", "rounded_linear"}
+    assert {op for op in found if not op.endswith("_backward")} - inside == set(ops_of("simt"))
 
 
 def broken(y: torch.Tensor, how: str, order: int) -> torch.Tensor:
@@ -77,7 +78,7 @@ def test_sees(kernels, how, message, monkeypatch):
         return broken(right(gate, up, act), how, order)
 
     run(case)
-    monkeypatch.setitem(backend.IMPLEMENTATIONS["glu"], kernels, wrong)
+    monkeypatch.setitem(backend.OPS["glu"].implementations, kernels, wrong)
     with backend.use_backend(kernels), pytest.raises(AssertionError, match=message):
         run(case)
 

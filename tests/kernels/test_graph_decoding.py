@@ -91,12 +91,10 @@ def test_norm_and_gate_round_at_once(cuda, monkeypatch, case):
     model = model_of(case, tie_word_embeddings=False)
     model = fastlm.quantize(model, "w8a8", group_size=16).to(cuda)
     ids, *caches = prefilled(model, 2, 5, 8)
-    from fastlm.cuda import glu, rms_norm
-
     made = []
-    for module, name in ((rms_norm, "rms_norm_round"), (glu, "glu_round")):
-        ours = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *a, f=ours, n=name: (made.append(n), f(*a))[1])
+    for name in ("rms_norm_round", "glu_round"):
+        ours = getattr(layers, name)
+        monkeypatch.setattr(layers, name, lambda *a, f=ours, n=name: (made.append(n), f(*a))[1])
     logits = []
     with torch.inference_mode():
         for cache in caches:
@@ -237,7 +235,7 @@ def test_why_not(monkeypatch):
     # as if it were on a GPU that has the kernels
     monkeypatch.setattr(CausalLM, "device", torch.device("cuda"))
     assert "CUDA kernels" in cuda_steps.why_not(model)
-    monkeypatch.setattr(cuda_steps, "serves_by", lambda *_: True)
+    monkeypatch.setattr(backend, "picked", lambda *_: "cuda")
     monkeypatch.setattr(backend, "why_not", lambda _: None)
     assert cuda_steps.why_not(model) is None
     for name in ("triton", "reference"):

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compiled import assert_compiles_once
+from exact import dequantized
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import ULP, assert_near
@@ -46,7 +47,7 @@ def sum_floor(dtype, k):
 
 def check(x, q, bias, act_bits, what=""):
     actual = ops.quantized_linear(x, q, bias, act_bits=act_bits)
-    w64, b64 = q.dequantize(torch.float64), None if bias is None else bias.double()
+    w64, b64 = dequantized(q), None if bias is None else bias.double()
     if act_bits == 16:
         truth = F.linear(x.double(), w64, b64)
         naive = F.linear(x, q.dequantize(x.dtype), None if bias is None else bias.to(x.dtype))
@@ -62,7 +63,7 @@ def check(x, q, bias, act_bits, what=""):
     )
     if q.zeros is not None:
         # q and the offset are summed separately and may cancel
-        magnitude = q.dequantize(torch.float64).abs().amax() + q.zeros.double().abs().amax() * 2
+        magnitude = dequantized(q).abs().amax() + q.zeros.double().abs().amax() * 2
         terms = terms + (rounded * scale).abs().double().sum(-1, keepdim=True) * magnitude
     bound = terms * (groups + 4) * ULP[torch.float32] + truth.abs() * ULP[x.dtype]
     bound += torch.finfo(x.dtype).tiny * ULP[x.dtype]  # subnormal results
@@ -87,7 +88,7 @@ def test_int8_activations_are_near_the_unrounded_product(isa, dtype):
     # of the rows' maxima.
     q = weight(64, 512, 4)
     x = torch.randn(40, 512).to(dtype)
-    truth = F.linear(x.double(), q.dequantize(torch.float64))
+    truth = F.linear(x.double(), dequantized(q))
     noise = ops.quantized_linear(x, q, act_bits=8).double() - truth
     assert 10 * torch.log10(truth.square().sum() / noise.square().sum()) > 38
 
@@ -140,7 +141,7 @@ def test_an_outlier_costs_only_its_own_run(isa, dtype):
                 *(q.scales, None, 8, q.group_size, (30, k)),
             )
             got = ops.quantized_linear(x, rest, act_bits=8).double()
-            truth = F.linear(x.double(), rest.dequantize(torch.float64))
+            truth = F.linear(x.double(), dequantized(rest))
             noise = (got - truth).square().sum() / truth.square().sum()
             assert noise < 1e-3, (m, k)
 
@@ -203,7 +204,7 @@ def test_backward_matches_float64(isa, dtype, bits, symmetric):
         dy = torch.randn(m, n).to(dtype)
         dx, db = torch.autograd.grad(ops.quantized_linear(x, q, bias), (x, bias), dy)
         naive = dy @ q.dequantize(dtype)
-        truth = dy.double() @ q.dequantize(torch.float64)
+        truth = dy.double() @ dequantized(q)
         assert_near(
             dx, naive, truth, factor=3, floor=sum_floor(dtype, n), what=f"dx {isa} {m, n, k}"
         )

@@ -9,6 +9,7 @@ import itertools
 import pytest
 import test_quantized_linear as on_cpu
 import torch
+from exact import dequantized
 from tolerance import assert_near
 
 from fastlm import backend, ops, reference
@@ -95,7 +96,7 @@ def test_backward_matches_float64(module, monkeypatch, dtype, bits, symmetric):
         dy = torch.randn(m, n).to(dtype)
         y = ops.quantized_linear(x, q, bias)
         dx, db = torch.autograd.grad(y, (x, bias), dy)
-        naive, truth = dy @ q.dequantize(dtype), dy.double() @ q.dequantize(torch.float64)
+        naive, truth = dy @ q.dequantize(dtype), dy.double() @ dequantized(q)
         floor = on_cpu.sum_floor(dtype, n)
         assert_near(dx, naive, truth, factor=3, floor=floor, what=f"dx {m, n, k}")
         assert_near(db, dy.sum(0), dy.double().sum(0), factor=3, what="db")
@@ -176,5 +177,5 @@ def test_dequantize(dtype):
     with backend.use_backend("reference"):
         wanted = q.dequantize(dtype)
     assert torch.equal(q.dequantize(dtype), wanted)  # without offsets: one product, rounded once
-    assert torch.equal(q.dequantize(torch.float64).to(dtype), wanted)
+    assert torch.equal(dequantized(q).to(dtype), wanted)
     assert on_cpu.weight(0, 16, 8).dequantize(dtype).shape == (0, 16)

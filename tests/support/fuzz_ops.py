@@ -11,6 +11,7 @@ from typing import NamedTuple
 import test_attention
 import test_cross_entropy
 import test_cuda_glu
+import test_cuda_rope_append
 import test_glu
 import test_linear_cross_entropy
 import test_linear_distillation
@@ -23,6 +24,7 @@ import test_rope
 import test_varlen_attention
 import torch
 from attention_cases import assert_kernel_near
+from exact import dequantized
 from fuzz_cases import (
     DTYPES,
     Built,
@@ -40,8 +42,13 @@ from poison import guarded_memory
 from tolerance import assert_near
 from torch import Tensor
 
-from fastlm import AdamW, _cpu, backend, ops
+from fastlm import AdamW, _cpu, backend, ops, reference
 from fastlm.cpu import linear as cpu_linear
+from fastlm.cuda.paged_attention import SERVES
+from fastlm.ops.glu import glu_round
+from fastlm.ops.quantized_linear import rounded_linear
+from fastlm.ops.rms_norm import rms_norm_round
+from fastlm.ops.rope_append import rope_append
 
 SLOW = ("scalar", "amx_emulated")  # 10 to 50 times slower: smaller cases
 
@@ -150,13 +157,23 @@ def build_paged(case: Case, dtype: torch.dtype) -> Built:
         if name in options:
             options[name] = torch.rand(h)
 
+    def serving(q, k_cache, v_cache, *_):
+        """What the CUDA kernel does not serve runs on the next backend, as where none is forced."""
+        left = case.get("isa") == "simt" and not SERVES.holds(q, k_cache, v_cache)
+        return backend.use_backend("reference") if left else contextlib.nullcontext()
+
     def function(*leaves):
-        return ops.paged_attention(*leaves, **options, return_lse=True)
+        with serving(*leaves):
+            return ops.paged_attention(*leaves, **options, return_lse=True)
+
+    def check():
+        with serving(q, *cache):
+            test_paged_attention.assert_paged_near(q, *cache, what="paged", **options)
 
     return Built(
         function,
         [q, *cache],
-        lambda: test_paged_attention.assert_paged_near(q, *cache, what="paged", **options),
+        check,
         differentiable=False,
         any_strides=case.get("isa") != "simt",  # other kernels run for other memory layouts
     )
@@ -533,6 +550,41 @@ def build_rope(case: Case, dtype: torch.dtype) -> Built:
     return Built(function, [q, k, cos, sin], check)
 
 
+def draw_rope_append(r: Random, isa: str) -> Case:
+    d = r.choice([8, 16, 22, 64])
+    page_size, per = r.choice([1, 5, 8, 16]), 3
+    return {
+        "shape": [r.choice([1, 2, 3]), r.choice([1, 1, 2, page_size]), r.choice([2, 4, 6])],
+        "widths": [d, r.choice([8, 9, d]), r.choice([d, d // 4 * 2])],
+        "pages": [page_size, per],
+        "absent": some(r, 0.3),
+    }
+
+
+def build_rope_append(case: Case, dtype: torch.dtype) -> Built:
+    (b, s, h), (d, dv, turned), (page_size, per) = case["shape"], case["widths"], case["pages"]
+    leaves = test_cuda_rope_append.case("cpu", dtype, b, s, h, 2, d, dv, turned, page_size, per)
+    leaves = [t.clone(memory_format=torch.contiguous_format) for t in leaves]
+    if case["absent"]:
+        for t, end in ((leaves[7], len(leaves[5])), (leaves[8], page_size * per)):
+            chosen = torch.rand(t.shape) < case["absent"]
+            t[chosen] = torch.tensor([-1, end], dtype=torch.int32)[torch.randint(2, t.shape)][
+                chosen
+            ]
+
+    def function(q, k, v, cos, sin, k_cache, v_cache, table, positions):
+        q = rope_append(
+            q, k, v, cos.contiguous(), sin.contiguous(), k_cache, v_cache, table.contiguous(),
+            positions.contiguous(),
+        )  # fmt: skip
+        return q, k_cache, v_cache
+
+    def check():
+        test_cuda_rope_append.assert_same([t.clone() for t in leaves])
+
+    return Built(function, leaves, check, differentiable=False, written=(5, 6))
+
+
 # ---- matrix products
 
 
@@ -572,12 +624,12 @@ def build_quantized_linear(case: Case, dtype: torch.dtype) -> Built:
             test_quantized_linear.check(x, q, bias, 8)
         else:
             y = ops.quantized_linear(x, q, bias)
-            near_product(y, x, q.dequantize(torch.float64).T, bias, 2)
+            near_product(y, x, dequantized(q).T, bias, 2)
         if on_gpu:
             return
         leaf = x.clone().requires_grad_()
         (dx,) = torch.autograd.grad(ops.quantized_linear(leaf, q), leaf, dy)
-        near_product(dx, dy, q.dequantize(torch.float64), None, 3)
+        near_product(dx, dy, dequantized(q), None, 3)
 
     def near_product(got, a, b, bias, factor):
         """Compare as test_quantized_linear.check does. Sums of few outputs may all be small, so the
@@ -594,6 +646,82 @@ def build_quantized_linear(case: Case, dtype: torch.dtype) -> Built:
 
     leaves = [x, *([] if bias is None else [bias])]
     return Built(function, leaves, check, differentiable=not on_gpu, any_strides=not on_gpu)
+
+
+def draw_glu_round(r: Random, isa: str) -> Case:
+    return {
+        **draw_glu(r, isa),
+        "shape": rows_of(r, isa, 1 << 12, 1),
+        "bits": r.choice([4, 8]),
+        "group_size": r.choice([8, 24, 32, 128, 512, 1024, -1]),
+    }
+
+
+def draw_rms_norm_round(r: Random, isa: str) -> Case:
+    return {
+        **draw_rms_norm(r, isa),
+        "bits": r.choice([4, 8]),
+        "group_size": r.choice([8, 24, 32, 128, 512, 1024, -1]),
+    }
+
+
+def rounded_like(case: Case, joined: Callable, plain: Callable, leaves: list[Tensor]) -> Built:
+    """`joined` of leaves and a weight: the same bits as the definition's rounding of `plain` of
+    them, and the product of that, in any memory order."""
+    n, k = 5, case["shape"][-1]
+    into = test_quantized_linear.weight(n, k, case["bits"], case["group_size"])
+    format = into.bits, into.group_size
+
+    def function(*leaves):
+        *rows, h = joined(*leaves, into)
+        x, wanted_h = plain(*leaves)
+        count = x.numel() // k
+        wanted = reference.int8_rows(x, *format)
+        cut = [t[:, :count] for t in (*rows[1:], *wanted[1:])]  # undefined behind the last row
+        assert_same([wanted[0], *cut[2:]], [rows[0], *cut[:2]], "rounded")
+        product = into.qdata, into.scales, into.zeros, None, *format, k, x.dtype
+        wanted_y = ops.quantized_linear(x, into, act_bits=8).reshape(count, n)
+        assert_same([wanted_y, wanted_h], [rounded_linear(*rows, *product), h], "product")
+        return x, h
+
+    return Built(
+        function, leaves, lambda: function(*leaves), differentiable=False, any_strides=False
+    )
+
+
+def build_glu_round(case: Case, dtype: torch.dtype) -> Built:
+    gate, up = (case["spread"] * torch.randn(2, *case["shape"])).to(dtype).unbind(0)
+    act, none = case["act"], torch.empty(0)
+
+    def joined(gate, up, into):
+        codes = into.qdata, into.scales
+        return *glu_round(gate, up, *codes, act, into.bits, into.group_size), none
+
+    def plain(gate, up):
+        return ops.glu(gate, up, act=act), none
+
+    return rounded_like(case, joined, plain, [gate.clone(), up.clone()])
+
+
+def build_rms_norm_round(case: Case, dtype: torch.dtype) -> Built:
+    shape, options = case["shape"], case["options"]
+    x = torch.randn(shape).to(dtype) * case["spread"]
+    residual = [torch.randn(shape).to(dtype)] if case["residual"] else []
+    weight = torch.randn(shape[-1]).to(torch.float32 if case["wide_weight"] else dtype)
+
+    def joined(x, weight, *rest):
+        *residual, into = rest
+        format = into.bits, into.group_size
+        return rms_norm_round(
+            x, *(residual or [None]), weight, into.qdata, into.scales, options["eps"],
+            options["offset"], *format,
+        )  # fmt: skip
+
+    def plain(x, weight, residual=None):
+        y = ops.rms_norm(x, weight, residual=residual, **options)
+        return (y, torch.empty(0, dtype=dtype)) if residual is None else y
+
+    return rounded_like(case, joined, plain, [x, weight, *residual])
 
 
 def draw_matmul(r: Random, isa: str) -> Case:
@@ -784,6 +912,7 @@ OPS = {
     "attention": Op(draw_attention, build_attention, ("cpu",)),
     "cross_entropy": Op(draw_cross_entropy, build_cross_entropy),
     "glu": Op(draw_glu, build_glu),
+    "glu_round": Op(draw_glu_round, build_glu_round, ("simt",)),
     "linear": Op(draw_linear, build_linear, ("cpu",)),
     "linear_cross_entropy": Op(draw_linear_cross_entropy, build_linear_cross_entropy, ("cpu",)),
     "linear_logprobs": Op(draw_linear_logprobs, build_linear_logprobs, ("cpu",)),
@@ -793,7 +922,9 @@ OPS = {
     "paged_attention": Op(draw_paged, build_paged),
     "quantized_linear": Op(draw_quantized_linear, build_quantized_linear),
     "rms_norm": Op(draw_rms_norm, build_rms_norm),
+    "rms_norm_round": Op(draw_rms_norm_round, build_rms_norm_round, ("simt",)),
     "rope": Op(draw_rope, build_rope),
+    "rope_append": Op(draw_rope_append, build_rope_append, ("simt",)),
     "varlen_attention": Op(draw_varlen, build_varlen, ("cpu",)),
 }
 

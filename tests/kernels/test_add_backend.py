@@ -1,0 +1,122 @@
+"""A backend from outside (tests/support/metal: a row and a host function), and that host functions
+and declarations agree in every backend.
+"""
+
+import importlib
+import importlib.util
+import inspect
+
+import metal
+import pytest
+import torch
+from metal.rms_norm import calls
+
+import fastlm.ops
+import fastlm.optim  # noqa: F401  together with fastlm.ops, this declares every op
+from fastlm import InputError, backend, inventory, ops
+from fastlm.backend import BACKENDS, OPS
+from fastlm.operator import Old
+
+
+@pytest.fixture
+def added():
+    backend.add(metal.ROW)
+    calls.clear()
+    yield
+    backend.remove("metal")
+
+
+def test_is_picked(added):
+    x, w = torch.randn(3, 8, requires_grad=True), torch.randn(8)
+    with backend.use_backend("reference"):
+        wanted = ops.rms_norm(x, w, residual=x)
+        (dx,) = torch.autograd.grad(wanted[0].sum(), x)
+    y, h = ops.rms_norm(x, w, residual=x)
+    torch.testing.assert_close((y, h), wanted)
+    assert calls == [(3, 8)]
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], dx)  # by the next backend's
+    compiled = torch.compile(lambda x: ops.rms_norm(x, w), backend="aot_eager", fullgraph=True)
+    compiled(x.detach())
+    assert calls == [(3, 8)] * 2
+    assert backend.picked("rms_norm", x) == "metal" and backend.has_kernel("rms_norm", x)
+
+
+def test_what_it_does_not_serve(added):
+    """The next backend runs; where metal is forced it raises."""
+    wide, w = torch.randn(2, 1025), torch.ones(1025)
+    expected = "'metal' is forced but cannot serve: "
+    ops.rms_norm(wide, w)
+    ops.rms_norm(torch.randn(2, 8).double(), torch.ones(8).double())
+    assert not calls and backend.picked("rms_norm", wide) != "metal"
+    with backend.use_backend("metal"):
+        ops.rms_norm(wide[:, :1024], w[:1024])
+        assert calls == [(2, 1024)]
+        with pytest.raises(InputError, match=expected + "it has rms_norm for rows of up to 1024"):
+            ops.rms_norm(wide, w)
+        with pytest.raises(InputError, match=expected + "glu has no metal implementation"):
+            ops.glu(wide, wide)
+        with pytest.raises(InputError, match=expected + "metal serves float32, .*, not float64"):
+            ops.rms_norm(wide.double(), w)
+        assert backend.picked("rms_norm", wide) is None and not backend.has_kernel("glu", wide)
+
+
+def test_is_in_info(added):
+    info = inventory.info()
+    assert info["backends"]["metal"] is None
+    row = info["ops"]["rms_norm"]
+    on_cpu = not torch.cuda.is_available()
+    assert (row["picked"] == "metal") == on_cpu and ("metal" in row["why_not"]) != on_cpu
+    assert row["serves"] == {"metal": "rows of up to 1024"}
+    assert info["ops"]["glu"]["why_not"]["metal"] == "glu has no metal implementation"
+
+
+def test_nothing_is_left_of_it():
+    def table():
+        info = inventory.info()
+        return info["backends"], info["ops"]
+
+    before = list(BACKENDS), table()
+    backend.add(metal.ROW)
+    ops.rms_norm(torch.ones(1, 8), torch.ones(8))
+    backend.remove("metal")
+    calls.clear()
+    ops.rms_norm(torch.ones(1, 8), torch.ones(8))
+    assert not calls and (list(BACKENDS), table()) == before
+    expected = r"use_backend: wanted one of .*, got 'metal'"
+    with pytest.raises(InputError, match=expected), backend.use_backend("metal"):
+        pass
+
+
+# An op of `operator.register`, which goes, has hosts by other rules.
+DECLARED = {name: entry for name, entry in OPS.items() if not isinstance(entry, Old)}
+ROWS = {name: row for name, row in BACKENDS.items() if not row.ops_of} | {"metal": metal.ROW}
+
+
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+def test_hosts_are_what_is_declared(row):
+    """Each declared host function exists, with the definition's parameters, and no other has the
+    name of one."""
+    for entry in DECLARED.values():
+        module = f"{row.package}.{entry.module}"
+        exists = importlib.util.find_spec(module) is not None
+        host = getattr(importlib.import_module(module), entry.function, None) if exists else None
+        assert (host is not None) == entry.has(row), f"{module}.{entry.function}"
+        if host is None:
+            continue
+        definition = entry.load(BACKENDS["reference"])
+        parameters = [[*inspect.signature(f).parameters] for f in (host, definition)]
+        assert parameters[0] == parameters[1], f"{module}.{entry.function}"
+
+
+def test_every_definition_is_declared():
+    """No forward or backward of `fastlm.reference` stays out of the table."""
+    reference = importlib.import_module("fastlm.reference")
+    functions = {(entry.module, entry.function) for entry in OPS.values()}
+    for name in reference.__all__:
+        function = getattr(reference, name)
+        if callable(function) and name.endswith(("_forward", "_backward", "_loss", "_round")):
+            module = function.__module__.rsplit(".", 1)[1]
+            known = (module, name) in functions or isinstance(
+                OPS.get(name.removesuffix("_forward")), Old
+            )
+            assert known, name

@@ -1,0 +1,12 @@
+"""The truth that kernels are compared with."""
+
+import torch
+from torch import Tensor
+
+from fastlm import QuantizedWeight, reference
+
+
+def dequantized(q: QuantizedWeight) -> Tensor:
+    """The weight in float64, by the definition, whatever backend is forced."""
+    k = q.shape[1]
+    return reference.dequantize(q.qdata, q.scales, q.zeros, q.bits, q.group_size, k, torch.float64)
