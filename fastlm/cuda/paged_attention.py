@@ -12,14 +12,9 @@ import torch
 from torch import Tensor
 
 from fastlm import backend, reference
-from fastlm.cuda import extension, multiprocessors, stream
+from fastlm.cuda import constants, extension, multiprocessors, stream
 from fastlm.memory_order import elements_last
 
-_TILE = 64  # keys, as in csrc/cuda/paged_attention.cuh
-_LEAST_TILES = 4  # worth a block of their own: 256 keys, as in kernels/attention.py
-_WIDEST = 256
-_MOST_ROWS = 64  # with several queries; more rows of one query use matrix instructions in groups
-_DOT_ROWS = 2  # at a time: more need more registers than two blocks per multiprocessor have
 # Rows that matrix instructions cannot handle (float32, for one) read K and V once per two rows.
 _MOST_DOT_ROWS = 8
 
@@ -45,13 +40,15 @@ def _aligned(t: Tensor, size: int) -> bool:
 
 
 def _rows_of_a_block(q: Tensor, k: Tensor, v: Tensor) -> int:
-    """1 or 2 by dot products, 16 or 64 by matrix instructions; 0: not by this kernel."""
+    """Return the rows that a unit has at a time (csrc/cuda/ops.h); 0: not by this kernel."""
+    limits = constants()
     q_shape, width, v_width = q.shape, q.shape[-1], v.shape[-1]
     rows = q_shape[1] * (q_shape[2] // k.shape[2])
     size = k.element_size()
     if (
-        (rows > _MOST_ROWS and q_shape[1] > 1)
-        or max(width, v_width) > _WIDEST
+        # more rows of one query use matrix instructions in groups
+        (rows > limits.PAGED_MMA_ROWS and q_shape[1] > 1)
+        or max(width, v_width) > limits.PAGED_MAX_WIDTH
         or width % 8
         or v_width % 8
         or k.dtype != v.dtype  # one of them int8
@@ -59,13 +56,13 @@ def _rows_of_a_block(q: Tensor, k: Tensor, v: Tensor) -> int:
     ):
         return 0
     whole = _aligned(k, 16) and _aligned(v, 16)
-    if rows > _DOT_ROWS and q.element_size() == 2 and whole and width * size % 16 == 0:
+    if rows > limits.PAGED_DOT_ROWS and q.element_size() == 2 and whole and width * size % 16 == 0:
         if v_width * size % 16 == 0:
-            rows = 16 if rows <= 16 else 64
+            rows = 16 if rows <= 16 else limits.PAGED_MMA_ROWS
             return rows if _fits(q.device, rows, width, v_width, size) else 0
     if rows > _MOST_DOT_ROWS or not (whole or (size == 1 and _aligned(k, 8) and _aligned(v, 8))):
         return 0
-    return 1 if rows == 1 else 2
+    return 1 if rows == 1 else limits.PAGED_DOT_ROWS
 
 
 def _other(q: Tensor) -> Callable:
@@ -101,13 +98,14 @@ def paged_attention(
     table = block_table if block_table.stride(-1) == 1 else block_table.contiguous()
     # two blocks per multiprocessor, where there are enough tiles
     units = batch * k_cache.shape[2] * -(-queries * heads // k_cache.shape[2] // rows)
-    tiles = -(-table.shape[1] * k_cache.shape[1] // _TILE)
-    blocks = min(2 * multiprocessors(q.device), units * max(1, -(-tiles // _LEAST_TILES)))
-    # two slots per block: out, largest score and sum of each row; and a record of 4 numbers
-    workspace = lse.new_empty(blocks * (2 * rows * (v_width + 2) + 4))
-    extension().paged_attention_forward(
+    min_tiles = constants().PAGED_MIN_TILES
+    tiles = -(-table.shape[1] * k_cache.shape[1] // constants().PAGED_TILE)
+    blocks = min(2 * multiprocessors(q.device), units * max(1, -(-tiles // min_tiles)))
+    kernels = extension()
+    workspace = lse.new_empty(kernels.paged_attention_workspace(rows, blocks, v_width))
+    kernels.paged_attention_forward(
         q, k_cache, v_cache, table, seq_lens.contiguous(), k_scale, v_scale, _floats(sinks),
         _floats(alibi_slopes), None if bias is None else bias.float(), causal, scale, window,
-        softcap, rows, blocks, _LEAST_TILES, out, lse, workspace, stream(q),
+        softcap, rows, blocks, min_tiles, out, lse, workspace, stream(q),
     )  # fmt: skip
     return out, lse

@@ -2,7 +2,7 @@
 
 The kernel depends on the number of rows of x:
 
-    vector kernel    16 bits: 1 or 2; float32: up to 4; rounded to int8: up to 4, or any number
+    vector kernel    up to QUANTIZED_VECTOR_ROWS_<bits of x> of csrc/cuda/ops.h; int8: any number
                      where groups are not a multiple of 32
     matrix kernel    16 bits: up to FUSED_ROWS; int8: any number; float32: never
     dequantize, and torch's matmul: everything else
@@ -19,17 +19,12 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
-from fastlm.cuda import extension, multiprocessors, stream
+from fastlm.cuda import constants, extension, multiprocessors, stream
 from fastlm.memory_order import matrix
 
-# Each code of a 4096 x 4096 W costs a lane 4.3 instructions at 2 rows (2.4 us in all, as long as
-# loading its bytes takes), 6.2 at 4 rows; the matrix kernel 2.4 at up to 8 rows. (int8: 1.5 at
-# 4 rows.)
-VECTOR_ROWS = {16: 2, 8: 4}  # by act_bits
-VECTOR_ROWS_FLOAT32 = 4
-# The matrix kernel takes 3.5 us for 64 rows of such a W at best. dequantize takes 13 us before
-# torch's matmul, which is about as fast per row as that kernel can be: at half of the kernel's best
-# speed they break even at 250 rows.
+# The matrix kernel takes 3.5 us for 64 rows of a 4096 x 4096 W at best. dequantize takes 13 us
+# before torch's matmul, which is about as fast per row as that kernel can be: at half of the
+# kernel's best speed they break even at 250 rows.
 FUSED_ROWS = 256
 # weights dequantized at a time for torch's matmul: 32 MB in 16 bits stay in an H100's 50 MB of L2
 _BLOCK_WEIGHTS = 1 << 24
@@ -75,8 +70,8 @@ def _many_rows(
 class Rounded(NamedTuple):
     """Rows of x in int8, for weights of one format (bits, group_size)."""
 
-    q: Tensor  # (rows, k rounded up to 16) int8
-    scale: Tensor  # per run, (runs, rows rounded up to 64)
+    q: Tensor  # (rows, k rounded up to ROUNDED_COLUMNS) int8
+    scale: Tensor  # per run, (runs, rows rounded up to ROUNDED_ROWS)
     sums: Tensor  # scale * sum of the run's q, same shape
     shape: torch.Size  # of x
     dtype: torch.dtype
@@ -86,8 +81,9 @@ class Rounded(NamedTuple):
         k = x.shape[-1]
         rows = x.numel() // k
         runs = scales.shape[1] * -(-min(group_size, k) // reference.RUN_MAX)
-        q = torch.empty((rows, -(-k // 16) * 16), dtype=torch.int8, device=x.device)
-        size = (2, runs, -(-rows // 64) * 64)
+        columns, padded = constants().ROUNDED_COLUMNS, constants().ROUNDED_ROWS
+        q = torch.empty((rows, -(-k // columns) * columns), dtype=torch.int8, device=x.device)
+        size = (2, runs, -(-rows // padded) * padded)
         scale, sums = torch.empty(size, dtype=torch.float32, device=x.device)
         return cls(q, scale, sums, x.shape, x.dtype)
 
@@ -119,8 +115,9 @@ def quantized_linear_forward(
         return rounded_linear(in_bytes, qdata, scales, zeros, bias, bits, group_size, out)
     x, y = matrix(x), out.view(-1, out.shape[-1])
     weight = qdata.contiguous(), scales.contiguous(), None if zeros is None else zeros.contiguous()
-    by_vectors = len(x) <= (VECTOR_ROWS_FLOAT32 if x.dtype == torch.float32 else VECTOR_ROWS[16])
-    if not by_vectors and (len(x) > FUSED_ROWS or x.dtype == torch.float32):
+    single, of = x.dtype == torch.float32, constants()
+    by_vectors = len(x) <= (of.QUANTIZED_VECTOR_ROWS_32 if single else of.QUANTIZED_VECTOR_ROWS_16)
+    if not by_vectors and (len(x) > FUSED_ROWS or single):
         _many_rows(x, weight, bias, bits, group_size, y)
     else:
         k = x.shape[1]
@@ -144,9 +141,9 @@ def rounded_linear(
         out = torch.empty((*x.shape[:-1], qdata.shape[0]), dtype=x.dtype, device=x.q.device)
     y = out.view(-1, out.shape[-1])
     weight = qdata.contiguous(), scales.contiguous(), None if zeros is None else zeros.contiguous()
-    most = VECTOR_ROWS_FLOAT32 if x.dtype == torch.float32 else VECTOR_ROWS[8]
     # an instruction multiplies 32 columns: they must share a scale
-    by_vectors = len(y) <= most or (group_size < k and group_size % 32 != 0)
+    split = group_size < k and group_size % 32 != 0
+    by_vectors = split or len(y) <= constants().QUANTIZED_VECTOR_ROWS_8
     _multiply(x.q, x.scale, x.sums, weight, _floats(bias), bits, group_size, k, y, by_vectors)
     return out
 

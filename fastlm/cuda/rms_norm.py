@@ -8,9 +8,6 @@ from fastlm.cuda.quantized_linear import Rounded
 from fastlm.memory_order import rows_of
 from fastlm.ops.quantized_weight import QuantizedWeight
 
-ROUND_BYTES = 48 << 10
-"""Longest row that `rms_norm_round` takes, in bytes: it fits the shared memory of every card."""
-
 
 def rms_norm_forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float

@@ -358,9 +358,10 @@ def _add_norm(
         return stream, stream, nullcontext()
     assert isinstance(norm, RMSNorm)
     if into is not None and into.rounds(stream):
-        from fastlm.cuda.rms_norm import ROUND_BYTES, rms_norm_round
+        from fastlm.cuda import constants
+        from fastlm.cuda.rms_norm import rms_norm_round
 
-        if stream.shape[-1] * stream.element_size() <= ROUND_BYTES:
+        if stream.shape[-1] * stream.element_size() <= constants().RMS_NORM_ROUND_BYTES:
             first, residual = (stream, None) if branch is None else (branch, stream)
             x, stream = rms_norm_round(
                 first, residual, norm.weight, norm.eps, norm.offset, into.weight
