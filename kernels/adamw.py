@@ -49,7 +49,7 @@ PARAM, GRAD, MOMENT, ROOT, MOMENT_SCALE, ROOT_SCALE, MASTER, SIZE, STEP, SETTING
     tl.constexpr(i) for i in range(12)
 )
 COLUMNS = tl.constexpr(adamw_tables.COLUMNS)
-SCALARS = tl.constexpr(adamw_tables.SCALARS)
+SCALARS = tl.constexpr(16)  # float32 values per tensor in a step, of which 9 are used
 
 
 @triton.jit
@@ -369,7 +369,7 @@ def adamw(
             _norm, (1,), sums, grad_norm, clip, len(sums), float(max_grad_norm), config=_NORM
         )  # fmt: skip
     count = len(tensors)
-    scalars = torch.empty((count, adamw_tables.SCALARS), dtype=torch.float32, device=device)
+    scalars = torch.empty((count, SCALARS.value), dtype=torch.float32, device=device)
     random_keys = torch.empty(count, dtype=torch.int32, device=device)
     grid = (triton.cdiv(count, _BEGIN.sizes["BLOCK"]),)
     launch(

@@ -30,7 +30,6 @@ constexpr int kStateBlock = 256;     // elements that share a scale: one warp's
 constexpr int kRandomChunk = 32768;  // elements that share a key of random numbers
 constexpr int kNormThreads = 1024;
 constexpr int kBeginThreads = 128;
-constexpr int kScalars = 16;  // float32 per tensor and step, of which 9 are used
 static_assert(32 * kEach == kStateBlock);
 
 // columns of a row of `tensors`; the upper half of kOrdinal is the kind
@@ -88,13 +87,13 @@ struct Raw {
 
 // Four elements from `at` and four from kApart later: adjacent lanes read whole sectors of any
 // dtype.
-struct Place {
+struct ThreadElements {
   static constexpr int kApart = kStateBlock / 2, kRun = kEach / 2;
   int64_t at;
   int left;  // elements of the chunk from `at` on: at most kStateBlock, may be negative
   bool aligned;
 
-  DEVICE Place(int64_t at, int64_t end, bool aligned)
+  DEVICE ThreadElements(int64_t at, int64_t end, bool aligned)
       : at(at),
         left(end - at < kStateBlock ? static_cast<int>(end - at) : kStateBlock),
         aligned(aligned) {}
@@ -108,7 +107,7 @@ using Element =
     std::conditional_t<BYTES == 4, uint32_t, std::conditional_t<BYTES == 2, uint16_t, uint8_t>>;
 
 template <int BYTES>
-DEVICE Raw read(const void* from, const Place& place) {
+DEVICE Raw read(const void* from, const ThreadElements& place) {
   constexpr int OF_WORD = 4 / BYTES;
   const auto* p = static_cast<const Element<BYTES>*>(from) + place.at;
   Raw raw{};
@@ -116,22 +115,22 @@ DEVICE Raw read(const void* from, const Place& place) {
   for (int run = 0; run < 2; ++run) {
     if (place.whole(run)) {
       using V = Vector<uint32_t, BYTES>;
-      const V v = load(reinterpret_cast<const V*>(p + run * Place::kApart));
+      const V v = load(reinterpret_cast<const V*>(p + run * ThreadElements::kApart));
 #pragma unroll
       for (int i = 0; i < BYTES; ++i) raw.word[run * BYTES + i] = v.at[i];
       continue;
     }
 #pragma unroll
-    for (int j = run * Place::kRun; j < (run + 1) * Place::kRun; ++j)
+    for (int j = run * ThreadElements::kRun; j < (run + 1) * ThreadElements::kRun; ++j)
       if (place.inside(j))
-        raw.word[j / OF_WORD] |= static_cast<uint32_t>(load(p + Place::offset(j)))
+        raw.word[j / OF_WORD] |= static_cast<uint32_t>(load(p + ThreadElements::offset(j)))
                                  << j % OF_WORD * 8 * BYTES;
   }
   return raw;
 }
 
 template <int BYTES>
-DEVICE void write(void* to, const Place& place, const Raw& raw) {
+DEVICE void write(void* to, const ThreadElements& place, const Raw& raw) {
   constexpr int OF_WORD = 4 / BYTES;
   auto* p = static_cast<Element<BYTES>*>(to) + place.at;
 #pragma unroll
@@ -141,18 +140,18 @@ DEVICE void write(void* to, const Place& place, const Raw& raw) {
       V v;
 #pragma unroll
       for (int i = 0; i < BYTES; ++i) v.at[i] = raw.word[run * BYTES + i];
-      store_global(reinterpret_cast<V*>(p + run * Place::kApart), v);
+      store_global(reinterpret_cast<V*>(p + run * ThreadElements::kApart), v);
       continue;
     }
 #pragma unroll
-    for (int j = run * Place::kRun; j < (run + 1) * Place::kRun; ++j)
+    for (int j = run * ThreadElements::kRun; j < (run + 1) * ThreadElements::kRun; ++j)
       if (place.inside(j))
-        store(p + Place::offset(j),
+        store(p + ThreadElements::offset(j),
               static_cast<Element<BYTES>>(raw.word[j / OF_WORD] >> j % OF_WORD * 8 * BYTES));
   }
 }
 
-DEVICE Raw read_floats(const void* from, int type, const Place& place) {
+DEVICE Raw read_floats(const void* from, int type, const ThreadElements& place) {
   return type == kFloat32 ? read<4>(from, place) : read<2>(from, place);
 }
 DEVICE uint32_t half_word(const Raw& raw, int j) { return raw.word[j / 2] >> j % 2 * 16 & 0xffff; }
@@ -233,7 +232,7 @@ DEVICE Scalars scalars_of(const float* of) {
 
 // The new moment and the root of the new second moment of a warp's 256 elements. Reads and
 // overwrites their codes.
-DEVICE void packed_states(const int64_t* row, const Place& place, const Scalars& s,
+DEVICE void packed_states(const int64_t* row, const ThreadElements& place, const Scalars& s,
                           const float (&g)[kEach], const Raw& raw_m, const Raw& raw_r,
                           float (&m)[kEach], float (&root)[kEach]) {
   const int64_t block = place.at / kStateBlock;
@@ -265,7 +264,7 @@ DEVICE void packed_states(const int64_t* row, const Place& place, const Scalars&
   write<1>(pointer<void>(row, kRoot), place, of_bytes(code_r));
 }
 
-DEVICE void float_states(const int64_t* row, const Place& place, const Scalars& s,
+DEVICE void float_states(const int64_t* row, const ThreadElements& place, const Scalars& s,
                          const float (&g)[kEach], const Raw& raw_m, const Raw& raw_v,
                          float (&m)[kEach], float (&root)[kEach]) {
   float v[kEach];
@@ -307,7 +306,7 @@ DEVICE float round_stochastic(float w, uint32_t random) {
 }
 
 // Writes eight parameters; `key` is the key of the chunk's random numbers.
-DEVICE void write_params(void* to, const Kind& kind, const Place& place, float (&w)[kEach],
+DEVICE void write_params(void* to, const Kind& kind, const ThreadElements& place, float (&w)[kEach],
                          uint32_t key) {
   if (kind.param == kFloat32) return write<4>(to, place, of_floats(w));
   uint32_t bits[kEach];
@@ -318,7 +317,8 @@ DEVICE void write_params(void* to, const Kind& kind, const Place& place, float (
 #pragma unroll
     for (int j = 0; j < kEach; ++j) {
       if (kind.rounds) {
-        const uint32_t i = static_cast<uint32_t>(place.at % kRandomChunk) + Place::offset(j);
+        const uint32_t i =
+            static_cast<uint32_t>(place.at % kRandomChunk) + ThreadElements::offset(j);
         w[j] = round_stochastic(w[j], mix(i * 0x9e3779b9u + key));
       }
       bits[j] = __bfloat16_as_ushort(__float2bfloat16(w[j]));
@@ -335,17 +335,17 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t start = static_cast<int64_t>(chunk.y) * chunk_size, size = load(row + kSize);
   const int64_t end = start + chunk_size < size ? start + chunk_size : size;
   const Kind kind = kind_of(row);
-  const Scalars s = scalars_of(scalars + static_cast<int64_t>(chunk.x) * kScalars);
+  const Scalars s = scalars_of(scalars + static_cast<int64_t>(chunk.x) * ADAMW_SCALARS);
   const uint32_t key =
       mix(load(keys + chunk.x) + static_cast<uint32_t>(start / kRandomChunk) * 0x9e3779b9u);
   const float factor = (clip ? load(clip) : 1.0f) * s.sign;
   void* param = pointer<void>(row, kParam);
   void* master = pointer<void>(row, kMaster);
-  const int lane_at = threadIdx.x % 32 * Place::kRun;
+  const int lane_at = threadIdx.x % 32 * ThreadElements::kRun;
 #pragma unroll 1
   for (int64_t of_warp = start + threadIdx.x / 32 * kStateBlock; of_warp < end;
        of_warp += kThreads * kEach) {
-    const Place place(of_warp + lane_at, end, kind.aligned);
+    const ThreadElements place(of_warp + lane_at, end, kind.aligned);
     const Raw raw_g = read_floats(pointer<void>(row, kGrad), kind.grad, place);
     const Raw raw_p = kind.masters == kWhole ? Raw{} : read_floats(param, kind.param, place);
     const Raw raw_w = kind.masters == kWhole       ? read<4>(master, place)
@@ -411,9 +411,9 @@ __global__ void __launch_bounds__(kThreads)
   const Kind kind = kind_of(row);
   const void* grad = pointer<void>(row, kGrad);
   float sum = 0;  // of 32 squares, which are then added in float64
-  const int thread_at = threadIdx.x / 32 * kStateBlock + threadIdx.x % 32 * Place::kRun;
+  const int thread_at = threadIdx.x / 32 * kStateBlock + threadIdx.x % 32 * ThreadElements::kRun;
   for (int64_t at = start + thread_at; at < end; at += kThreads * kEach) {
-    const Place place(at, end, kind.aligned);
+    const ThreadElements place(at, end, kind.aligned);
     float g[kEach];
     to_floats(read_floats(grad, kind.grad, place), kind.grad, g);
 #pragma unroll
@@ -464,7 +464,7 @@ __global__ void __launch_bounds__(kBeginThreads)
       lr / (1 - power(beta1, step)),    lr * decay, beta1, 1 - beta1, beta2, 1 - beta2, eps,
       1 / sqrt(1 - power(beta2, step)), sign};
 #pragma unroll
-  for (int j = 0; j < 9; ++j) store(scalars + i * kScalars + j, static_cast<float>(of[j]));
+  for (int j = 0; j < 9; ++j) store(scalars + i * ADAMW_SCALARS + j, static_cast<float>(of[j]));
   const auto seed = static_cast<uint32_t>(load(row + kSeed));
   const auto ordinal = static_cast<uint32_t>(load(row + kOrdinal));
   store(keys + i, mix(mix(seed ^ static_cast<uint32_t>(before)) ^ ordinal));

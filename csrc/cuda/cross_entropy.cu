@@ -29,21 +29,22 @@ namespace fastlm {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kUnroll = 4;            // 64 bytes per thread in flight, 128 KB per multiprocessor
+// vectors in flight: 64 bytes per thread, 128 KB per multiprocessor
+constexpr int kUnroll = CROSS_ENTROPY_PART_BYTES / (kThreads * 16);
 constexpr int kReduceThreads = 1024;  // in the one block that adds up the rows
 constexpr int kRowsOfBlock = 4;       // rows per block of the kernel that adds parts: a warp each
 constexpr float kLog2e = 1.4426950408889634f;
 // The initial m: with -inf, a masked class would give -inf - -inf
 constexpr float kLowest = -FLT_MAX;
 
-struct Scores {
+struct LogitTransform {
   float scale, cap;  // cap 0: none
   float inverse;     // 1 / cap
 };
 
 // z of one logit; slope is dz / d(scale * logit). PLAIN: scale is 1, and no cap.
 template <bool PLAIN>
-DEVICE float score(const Scores& of, float x, float& slope) {
+DEVICE float score(const LogitTransform& of, float x, float& slope) {
   slope = 1.0f;
   if constexpr (PLAIN) return x;
   float z = __fmul_rn(x, of.scale);  // rounded, so that z - shift is 0 at the largest
@@ -59,11 +60,11 @@ DEVICE float score(const Scores& of, float x, float& slope) {
 // The vectors of a row that begins at `p`, aligned to 16 bytes. The first may begin before the row,
 // the last may end after it.
 template <class T>
-struct Row {
+struct RowVectors {
   static constexpr int VEC = 16 / sizeof(T);
   int before, classes, count;  // elements of vector 0 before the row; vectors
 
-  DEVICE Row(const T* p, int classes)
+  DEVICE RowVectors(const T* p, int classes)
       : before(reinterpret_cast<uintptr_t>(p) % 16 / sizeof(T)),
         classes(classes),
         count((before + classes + VEC - 1) / VEC) {}
@@ -85,21 +86,21 @@ struct Row {
 // ---- forward -----------------------------------------------------------------------------------
 
 // Statistics of some classes: largest z, sum of e^(z - m), sums of weight and of weight * (m - z)
-struct Sums {
+struct ClassSums {
   float m = kLowest, s = 0, weights = 0, spread = 0;
 };
 
 DEVICE float power(float difference) { return exp2_approximate(difference * kLog2e); }
 
 template <bool SMOOTH>
-DEVICE void raise(Sums& a, float top) {
+DEVICE void raise(ClassSums& a, float top) {
   a.s *= power(a.m - top);
   if (SMOOTH && a.weights != 0.0f) a.spread += (top - a.m) * a.weights;
   a.m = top;
 }
 
 template <bool SMOOTH, int N>
-DEVICE void add(Sums& a, const float (&z)[N], const float (&weight)[N]) {
+DEVICE void add(ClassSums& a, const float (&z)[N], const float (&weight)[N]) {
   float top = a.m, s = 0;
 #pragma unroll
   for (int j = 0; j < N; ++j) top = fmaxf(top, z[j]);
@@ -114,7 +115,7 @@ DEVICE void add(Sums& a, const float (&z)[N], const float (&weight)[N]) {
 }
 
 template <bool SMOOTH>
-DEVICE void add(Sums& a, Sums b) {
+DEVICE void add(ClassSums& a, ClassSums b) {
   const float top = fmaxf(a.m, b.m);
   raise<SMOOTH>(a, top);
   raise<SMOOTH>(b, top);
@@ -122,28 +123,28 @@ DEVICE void add(Sums& a, Sums b) {
 }
 
 template <bool SMOOTH>
-DEVICE Sums of_warp(Sums a) {
+DEVICE ClassSums of_warp(ClassSums a) {
   raise<SMOOTH>(a, max_of_warp(a.m));
   a.s = sum_of_warp(a.s);
   if (SMOOTH) a.weights = sum_of_warp(a.weights), a.spread = sum_of_warp(a.spread);
   return a;
 }
 
-struct Outputs {
+struct RowStatistics {
   float *shift, *log_sum, *nll, *smoothed;  // (rows); smoothed only for label smoothing
 };
 
-struct Problem {
+struct CrossEntropyProblem {
   const int64_t* target;               // (rows)
   const float* weight;                 // (classes), or null: weights of 1
   int64_t ignore_index, stride, rows;  // stride: elements between rows of logits
   int classes;
-  Scores scores;
+  LogitTransform scores;
 };
 
 template <bool SMOOTH, bool PLAIN, class T>
-DEVICE void store_row(const Problem& p, const T* logits, int64_t row, const Sums& a,
-                      const Outputs& out) {
+DEVICE void store_row(const CrossEntropyProblem& p, const T* logits, int64_t row,
+                      const ClassSums& a, const RowStatistics& out) {
   const float log_sum = logf(a.s);
   store(out.shift + row, a.m);
   store(out.log_sum + row, log_sum);
@@ -159,7 +160,7 @@ DEVICE void store_row(const Problem& p, const T* logits, int64_t row, const Sums
 }
 
 template <bool SMOOTH, bool PLAIN, int N, class T>
-DEVICE void add_logits(const Problem& p, Sums& a, const Vector<T, N>& x, int at) {
+DEVICE void add_logits(const CrossEntropyProblem& p, ClassSums& a, const Vector<T, N>& x, int at) {
   float z[N], weight[N], slope;
 #pragma unroll
   for (int j = 0; j < N; ++j) {
@@ -171,15 +172,16 @@ DEVICE void add_logits(const Problem& p, Sums& a, const Vector<T, N>& x, int at)
 
 template <bool SMOOTH, bool PLAIN, class T>
 __global__ void __launch_bounds__(kThreads)
-    cross_entropy_kernel(Problem p, const T* logits, int parts, Outputs out, Sums* partial) {
+    cross_entropy_kernel(CrossEntropyProblem p, const T* logits, int parts, RowStatistics out,
+                         ClassSums* partial) {
   const int64_t row = blockIdx.x / parts;
   const int part = blockIdx.x % parts;
   const T* x = logits + row * p.stride;
-  const Row<T> vectors(x, p.classes);
+  const RowVectors<T> vectors(x, p.classes);
   const int each = (vectors.count + parts - 1) / parts;
   const int from = part * each, end = min(vectors.count, from + each);
-  using V = Vector<T, Row<T>::VEC>;
-  Sums a;
+  using V = Vector<T, RowVectors<T>::VEC>;
+  ClassSums a;
   for (int first = from + threadIdx.x; first < end; first += kThreads * kUnroll) {
     V v[kUnroll];
 #pragma unroll
@@ -204,18 +206,19 @@ __global__ void __launch_bounds__(kThreads)
   }
   if (threadIdx.x != 0) return;
   if (partial)
-    store(reinterpret_cast<Vector<Sums, 1>*>(partial) + blockIdx.x, Vector<Sums, 1>{a});
+    store(reinterpret_cast<Vector<ClassSums, 1>*>(partial) + blockIdx.x, Vector<ClassSums, 1>{a});
   else
     store_row<SMOOTH, PLAIN>(p, logits, row, a, out);
 }
 
 template <bool SMOOTH, bool PLAIN, class T>
 __global__ void __launch_bounds__(32 * kRowsOfBlock)
-    add_parts_kernel(Problem p, const T* logits, int parts, Outputs out, const Sums* partial) {
+    add_parts_kernel(CrossEntropyProblem p, const T* logits, int parts, RowStatistics out,
+                     const ClassSums* partial) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowsOfBlock + threadIdx.x / 32;
   if (row >= p.rows) return;
-  const auto* of_row = reinterpret_cast<const Vector<Sums, 1>*>(partial) + row * parts;
-  Sums a;
+  const auto* of_row = reinterpret_cast<const Vector<ClassSums, 1>*>(partial) + row * parts;
+  ClassSums a;
   for (int part = threadIdx.x % 32; part < parts; part += 32)
     add<SMOOTH>(a, load(of_row + part).at[0]);
   a = of_warp<SMOOTH>(a);
@@ -225,7 +228,7 @@ __global__ void __launch_bounds__(32 * kRowsOfBlock)
 // ---- loss of all rows --------------------------------------------------------------------------
 
 // Returns the number of rows that count (float32: exact up to 2^24) to all threads.
-DEVICE float rows_that_count(const Problem& p) {
+DEVICE float rows_that_count(const CrossEntropyProblem& p) {
   float count = 0;
   for (int64_t row = threadIdx.x; row < p.rows; row += kReduceThreads)
     count += load(p.target + row) != p.ignore_index ? 1.0f : 0.0f;
@@ -233,7 +236,7 @@ DEVICE float rows_that_count(const Problem& p) {
 }
 
 __global__ void __launch_bounds__(kReduceThreads)
-    cross_entropy_sum_kernel(Problem p, const float* nll, bool mean, float* loss) {
+    cross_entropy_sum_kernel(CrossEntropyProblem p, const float* nll, bool mean, float* loss) {
   float sum = 0;
   for (int64_t row = threadIdx.x; row < p.rows; row += kReduceThreads) sum += load(nll + row);
   sum = sum_of_block<kReduceThreads>(sum);
@@ -242,14 +245,15 @@ __global__ void __launch_bounds__(kReduceThreads)
 }
 
 __global__ void __launch_bounds__(kReduceThreads)
-    cross_entropy_share_kernel(Problem p, const float* d_loss, bool mean, float* share) {
+    cross_entropy_share_kernel(CrossEntropyProblem p, const float* d_loss, bool mean,
+                               float* share) {
   const float count = mean ? rows_that_count(p) : 1.0f;
   if (threadIdx.x == 0) store(share, load(d_loss) / count);
 }
 
 // ---- backward ----------------------------------------------------------------------------------
 
-struct Factors {
+struct GradientFactors {
   const float *on_p, *on_target, *on_all;  // (rows); on_all only for label smoothing
   bool one;                      // all rows that count have the same on_p and the same on_target
   const float *shift, *log_sum;  // (rows)
@@ -262,7 +266,8 @@ struct RowFactors {
 
 // False where the row does not count: its gradient is 0, even where a logit is NaN.
 template <bool SMOOTH>
-DEVICE bool read_factors(const Problem& p, const Factors& of, int64_t row, RowFactors& f) {
+DEVICE bool read_factors(const CrossEntropyProblem& p, const GradientFactors& of, int64_t row,
+                         RowFactors& f) {
   const int64_t label = load(p.target + row);
   const bool valid = label != p.ignore_index, exists = label >= 0 && label < p.classes;
   f.label = valid && exists ? static_cast<int>(label) : -1;
@@ -275,7 +280,7 @@ DEVICE bool read_factors(const Problem& p, const Factors& of, int64_t row, RowFa
 }
 
 template <bool SMOOTH, bool PLAIN>
-DEVICE float gradient(const Problem& p, const RowFactors& f, float x, int at) {
+DEVICE float gradient(const CrossEntropyProblem& p, const RowFactors& f, float x, int at) {
   float slope;
   const float z = score<PLAIN>(p.scores, x, slope);
   float less = at == f.label ? f.on_target : 0.0f;
@@ -288,13 +293,14 @@ DEVICE float gradient(const Problem& p, const RowFactors& f, float x, int at) {
 
 template <bool SMOOTH, bool PLAIN, class T>
 __global__ void __launch_bounds__(kThreads)
-    cross_entropy_backward_kernel(Problem p, Factors of, const T* logits, T* d_logits, int parts) {
+    cross_entropy_backward_kernel(CrossEntropyProblem p, GradientFactors of, const T* logits,
+                                  T* d_logits, int parts) {
   const int64_t row = blockIdx.x / parts;
   const T* x = logits + row * p.stride;
   T* dx = d_logits + row * p.classes;
-  const Row<T> vectors(dx, p.classes);
-  const bool together = Row<T>(x, p.classes).before == vectors.before;
-  constexpr int VEC = Row<T>::VEC;
+  const RowVectors<T> vectors(dx, p.classes);
+  const bool together = RowVectors<T>(x, p.classes).before == vectors.before;
+  constexpr int VEC = RowVectors<T>::VEC;
   using V = Vector<T, VEC>;
   const int from = blockIdx.x % parts * kThreads * kUnroll, first = from + threadIdx.x;
   const int edge = vectors.edge(from, from + kThreads * kUnroll);
@@ -334,9 +340,9 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- host --------------------------------------------------------------------------------------
 
-Problem problem_of(const TensorView& logits, const TensorView& target,
-                   const OptionalTensor& class_weight, int64_t ignore_index, float softcap,
-                   float scale) {
+CrossEntropyProblem problem_of(const TensorView& logits, const TensorView& target,
+                               const OptionalTensor& class_weight, int64_t ignore_index,
+                               float softcap, float scale) {
   check_contiguous("target", target);
   check_size("target", "rows", logits.size(0), target.numel());
   if (logits.size(1) > 1 && logits.size(0) && logits.stride(1) != 1)
@@ -357,7 +363,7 @@ Problem problem_of(const TensorView& logits, const TensorView& target,
 
 // Calls f with two std::bool_constant and the device type of the logits.
 template <class F>
-void with_kind(bool smooth, const Problem& p, DType dtype, F&& f) {
+void with_kind(bool smooth, const CrossEntropyProblem& p, DType dtype, F&& f) {
   const bool plain = p.scores.scale == 1.0f && p.scores.cap == 0.0f;
   with_device_float(dtype, "logits", [&](auto element) {
     const auto with_smooth = [&](auto smooth_or_not) {
@@ -381,14 +387,15 @@ Launch grid_of(const char* name, int64_t blocks, int threads, Stream stream) {
           reinterpret_cast<cudaStream_t>(stream)};
 }
 
-void backward(const Problem& p, const Factors& of, bool smooth, const TensorView& logits,
-              const TensorView& d_logits, Stream stream) {
+void backward(const CrossEntropyProblem& p, const GradientFactors& of, bool smooth,
+              const TensorView& logits, const TensorView& d_logits, Stream stream) {
   check_contiguous("d_logits", d_logits);
   check_size("d_logits", "elements", logits.numel(), d_logits.numel());
   with_kind(smooth, p, logits.dtype(), [&](auto smoothed, auto plain, auto element) {
     using T = decltype(element);
     // one vector more than the classes fill, for a row that begins within a vector
-    const int parts = ceil_div(p.classes + Row<T>::VEC - 1, kThreads * kUnroll * Row<T>::VEC);
+    const int parts =
+        ceil_div(p.classes + RowVectors<T>::VEC - 1, kThreads * kUnroll * RowVectors<T>::VEC);
     launch(grid_of("cross_entropy_backward", p.rows * parts, kThreads, stream),
            cross_entropy_backward_kernel<smoothed, plain, T>, p, of, input<T>(logits, "logits"),
            output<T>(d_logits, "d_logits"), parts);
@@ -401,12 +408,13 @@ void cross_entropy_forward(TensorView logits, TensorView target, OptionalTensor 
                            bool smooth, int64_t ignore_index, float softcap, float scale,
                            OptionalTensor partial, TensorView shift, TensorView log_sum,
                            TensorView nll, OptionalTensor smoothed, Stream stream) {
-  const Problem p = problem_of(logits, target, class_weight, ignore_index, softcap, scale);
-  const Outputs out{output<float>(shift, "shift"), output<float>(log_sum, "log_sum"),
-                    output<float>(nll, "nll"), output<float>(smoothed, "smoothed")};
+  const CrossEntropyProblem p =
+      problem_of(logits, target, class_weight, ignore_index, softcap, scale);
+  const RowStatistics out{output<float>(shift, "shift"), output<float>(log_sum, "log_sum"),
+                          output<float>(nll, "nll"), output<float>(smoothed, "smoothed")};
   if (!p.rows) return;
   const int parts = partial ? static_cast<int>(partial->numel() / 4 / p.rows) : 1;
-  auto* sums = reinterpret_cast<Sums*>(output<float>(partial, "partial"));
+  auto* sums = reinterpret_cast<ClassSums*>(output<float>(partial, "partial"));
   with_kind(smooth, p, logits.dtype(), [&](auto smooth_or_not, auto plain, auto element) {
     using T = decltype(element);
     const T* x = input<T>(logits, "logits");
@@ -420,7 +428,7 @@ void cross_entropy_forward(TensorView logits, TensorView target, OptionalTensor 
 
 void cross_entropy_sum(TensorView nll, TensorView target, int64_t ignore_index, bool mean,
                        TensorView loss, Stream stream) {
-  Problem p{};
+  CrossEntropyProblem p{};
   p.target = input<int64_t>(target, "target"), p.ignore_index = ignore_index;
   p.rows = target.numel();
   launch(grid_of("cross_entropy_sum", 1, kReduceThreads, stream), cross_entropy_sum_kernel, p,
@@ -431,10 +439,11 @@ void cross_entropy_backward(TensorView on_p, TensorView on_target, OptionalTenso
                             TensorView logits, TensorView target, OptionalTensor class_weight,
                             TensorView shift, TensorView log_sum, int64_t ignore_index,
                             float softcap, float scale, TensorView d_logits, Stream stream) {
-  const Problem p = problem_of(logits, target, class_weight, ignore_index, softcap, scale);
-  const Factors of{input<float>(on_p, "on_p"),     input<float>(on_target, "on_target"),
-                   input<float>(on_all, "on_all"), false,
-                   input<float>(shift, "shift"),   input<float>(log_sum, "log_sum")};
+  const CrossEntropyProblem p =
+      problem_of(logits, target, class_weight, ignore_index, softcap, scale);
+  const GradientFactors of{input<float>(on_p, "on_p"),     input<float>(on_target, "on_target"),
+                           input<float>(on_all, "on_all"), false,
+                           input<float>(shift, "shift"),   input<float>(log_sum, "log_sum")};
   backward(p, of, on_all.has_value(), logits, d_logits, stream);
 }
 
@@ -442,11 +451,12 @@ void cross_entropy_loss_backward(TensorView d_loss, TensorView logits, TensorVie
                                  TensorView shift, TensorView log_sum, int64_t ignore_index,
                                  bool mean, float softcap, float scale, TensorView share,
                                  TensorView d_logits, Stream stream) {
-  const Problem p = problem_of(logits, target, std::nullopt, ignore_index, softcap, scale);
+  const CrossEntropyProblem p =
+      problem_of(logits, target, std::nullopt, ignore_index, softcap, scale);
   float* each = output<float>(share, "share");
   launch(grid_of("cross_entropy_share", 1, kReduceThreads, stream), cross_entropy_share_kernel, p,
          input<float>(d_loss, "d_loss"), mean, each);
-  const Factors of{
+  const GradientFactors of{
       each, each, nullptr, true, input<float>(shift, "shift"), input<float>(log_sum, "log_sum")};
   backward(p, of, false, logits, d_logits, stream);
 }

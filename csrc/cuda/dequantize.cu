@@ -10,7 +10,7 @@ namespace {
 constexpr int kThreads = 128;  // 1024 columns: rows of small models fill a block
 
 template <int BITS, class T, bool WHOLE>
-__global__ void __launch_bounds__(kThreads) dequantize_kernel(Weight w, T* out) {
+__global__ void __launch_bounds__(kThreads) dequantize_kernel(DeviceWeight w, T* out) {
   const int64_t row = blockIdx.x;
   const int column = (blockIdx.y * kThreads + threadIdx.x) * 8;
   if (column >= w.k) return;
@@ -54,7 +54,7 @@ void dequantize(TensorView qdata, TensorView scales, OptionalTensor zeros, int b
                 int64_t group_size, TensorView out, Stream stream) {
   check_contiguous("out", out);
   check_size("out", "rows", qdata.size(0), out.size(0));
-  const Weight w = weight_of(qdata, scales, zeros, bits, group_size, out.size(1));
+  const DeviceWeight w = weight_of(qdata, scales, zeros, bits, group_size, out.size(1));
   const Launch how{"dequantize", dim3(w.n, ceil_div(w.k, 8 * kThreads)), dim3(kThreads), 0,
                    reinterpret_cast<cudaStream_t>(stream)};
   with_device_float(out.dtype(), "out", [&](auto element) {

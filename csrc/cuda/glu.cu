@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kThreads)
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     glu_round_kernel(const T* gate, const T* up, int64_t gate_stride, int64_t up_stride, bool whole,
-                     int act, int rows, Weight w, Rounded to) {
+                     int act, int rows, DeviceWeight w, RoundedRows to) {
   const int64_t task = blockIdx.x * static_cast<int64_t>(kThreads / 32) + threadIdx.x / 32;
   const int64_t row = task / w.runs;
   if (row >= rows) return;
@@ -116,8 +116,8 @@ void glu_round(TensorView gate, TensorView up, int act, TensorView qdata, Tensor
   check_operands(gate, up, act);
   const int rows = static_cast<int>(gate.size(0));
   const int64_t width = gate.size(1), gate_stride = gate.stride(0), up_stride = up.stride(0);
-  const Weight w = weight_of(qdata, scales, std::nullopt, bits, group_size, width);
-  const Rounded to = rounded_of(w, bits, rows, q, x_scale, x_sums);
+  const DeviceWeight w = weight_of(qdata, scales, std::nullopt, bits, group_size, width);
+  const RoundedRows to = rounded_of(w, bits, rows, q, x_scale, x_sums);
   with_device_float(gate.dtype(), "gate", [&](auto element) {
     using T = decltype(element);
     const T *x = input<T>(gate, "gate"), *u = input<T>(up, "up");

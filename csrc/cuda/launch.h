@@ -29,6 +29,7 @@ bool aligned(size_t bytes, const P*... p) {
 }
 
 constexpr int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
+constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // Calls f with a value of the device type behind a float dtype.
 template <class F>

@@ -12,16 +12,17 @@ namespace {
 constexpr int kThreads = 128;
 
 template <class T, class C>
-struct Part {          // k or v
-  const T* x;          // (B, S, Hkv, D)
-  C* cache;            // (pages, page_size, Hkv, D), T or int8
-  const float* scale;  // (Hkv,), for int8
+struct AppendedHeads {  // k or v
+  const T* x;           // (B, S, Hkv, D)
+  C* cache;             // (pages, page_size, Hkv, D), T or int8
+  const float* scale;   // (Hkv,), for int8
   int width;
   int64_t x_step[3], cache_step[3];  // strides of sequence, token, head; of page, slot, head
 };
 
 template <int VEC, class T, class C>
-DEVICE void append(const Part<T, C>& h, int b, int s, int page, int slot, int head, int at) {
+DEVICE void append(const AppendedHeads<T, C>& h, int b, int s, int page, int slot, int head,
+                   int at) {
   const auto x = load(reinterpret_cast<const Vector<T, VEC>*>(
       h.x + b * h.x_step[0] + s * h.x_step[1] + head * h.x_step[2] + at));
   auto* to = reinterpret_cast<Vector<C, VEC>*>(
@@ -41,7 +42,7 @@ DEVICE void append(const Part<T, C>& h, int b, int s, int page, int slot, int he
 
 template <int VEC, class T, class C>
 __global__ void __launch_bounds__(kThreads)
-    paged_append_kernel(Part<T, C> k, Part<T, C> v, Places places, int heads) {
+    paged_append_kernel(AppendedHeads<T, C> k, AppendedHeads<T, C> v, Places places, int heads) {
   const auto [b, s, position, page, slot] = places.of(blockIdx.x);
   if (page < 0) return;
   const int of_k = k.width / VEC, of_head = of_k + v.width / VEC;
@@ -56,8 +57,9 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T, class C>
-Part<T, C> part_of(const char* name, const TensorView& x, const char* cache_name,
-                   const TensorView& cache, const char* scale_name, const OptionalTensor& scale) {
+AppendedHeads<T, C> part_of(const char* name, const TensorView& x, const char* cache_name,
+                            const TensorView& cache, const char* scale_name,
+                            const OptionalTensor& scale) {
   check_size(name, "key heads as its cache", cache.size(2), x.size(2));
   check_size(name, "elements of a head as its cache", cache.size(3), x.size(3));
   if (scale.has_value() != std::is_same_v<C, int8_t>)
@@ -79,7 +81,7 @@ Part<T, C> part_of(const char* name, const TensorView& x, const char* cache_name
 }
 
 template <int VEC, class T, class C>
-bool in_vectors(const Part<T, C>& h) {
+bool in_vectors(const AppendedHeads<T, C>& h) {
   bool whole =
       h.width % VEC == 0 && aligned(VEC * sizeof(T), h.x) && aligned(VEC * sizeof(C), h.cache);
   for (int i = 0; i < 3; ++i) whole = whole && h.x_step[i] % VEC == 0 && h.cache_step[i] % VEC == 0;

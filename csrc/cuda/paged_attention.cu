@@ -12,8 +12,6 @@
 // More rows of 16 bits: paged_attention_mma.cu. Not measured on a GPU.
 #include "cuda/paged_attention.cuh"
 
-#include "cuda/ops.h"
-
 namespace fastlm {
 namespace paged {
 namespace {
@@ -21,9 +19,8 @@ namespace {
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kMostUnroll = 4;
 constexpr int kFurthest = kMostUnroll * kThreads;  // most keys of a block at once: one per lane
-static_assert(kFurthest >= kTile);
+static_assert(kFurthest >= PAGED_TILE);
 constexpr int kCombineThreads = 128;
-constexpr int kWidest = 256;
 
 // Eight elements of a row as in memory, in pieces of at most 16 bytes. Words, because nvcc would
 // split a vector of bytes and reassemble its words.
@@ -72,7 +69,8 @@ DEVICE void to_floats(const Eight<C>& x, float (&f)[8]) {
 
 // 128 registers: 16 warps on a multiprocessor, in which each lane has 2 kUnroll loads in flight
 template <int ROWS, class T, class C>
-__global__ void __launch_bounds__(kThreads, 2) paged_dot_kernel(Problem<T, C> p, int lanes_log2) {
+__global__ void __launch_bounds__(kThreads, 2)
+    paged_dot_kernel(PagedProblem<T, C> p, int lanes_log2) {
   constexpr int kUnroll = sizeof(T) == 4 ? 2 : kMostUnroll;
   DYNAMIC_SHARED(memory);
   SHARED(float2, sums, kWarps * ROWS);
@@ -87,7 +85,7 @@ __global__ void __launch_bounds__(kThreads, 2) paged_dot_kernel(Problem<T, C> p,
     // lanes beyond the row read its start: their q is zero, and their out is not stored
     const C* const k = p.k + kv_head * p.k_step.head + (column < p.d ? column : 0);
     const C* const v = p.v + kv_head * p.v_step.head + (column < p.dv ? column : 0);
-    Row row[ROWS];
+    QueryRow row[ROWS];
     float q[ROWS][8] = {}, out[ROWS][8] = {}, top[ROWS], sum[ROWS];
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
@@ -109,7 +107,7 @@ __global__ void __launch_bounds__(kThreads, 2) paged_dot_kernel(Problem<T, C> p,
       for (int u = 0; u < kUnroll; ++u) page[u] = page_of(p, piece.b, min(key(from, u), last));
     };
     const int step = kUnroll * kWarps * groups;
-    const Range seen = seen_by_all(p, piece);
+    const KeyRange seen = seen_by_all(p, piece);
     if (piece.begin < piece.end) find_pages(piece.begin);
 #pragma unroll 1  // registers do not hold twice as many keys
     for (int from = piece.begin; from < piece.end; from += step) {
@@ -203,10 +201,12 @@ __global__ void __launch_bounds__(kThreads, 2) paged_dot_kernel(Problem<T, C> p,
 // block (i, r): row r of the unit that block i of the previous kernel began and other blocks ended.
 // A warp adds every fourth slot; a lane adds 4 of its columns. `rows`: rows per slot.
 template <class T, class C>
-__global__ void __launch_bounds__(kCombineThreads) paged_combine_kernel(Problem<T, C> p, int rows) {
+__global__ void __launch_bounds__(kCombineThreads)
+    paged_combine_kernel(PagedProblem<T, C> p, int rows) {
   constexpr int kWarpsOf = kCombineThreads / 32;
   SHARED(float4, parts,
-         kWarpsOf * kWidest / 4);  // of each warp; float4: an array of float is not aligned to 16
+         kWarpsOf * PAGED_MAX_WIDTH /
+             4);  // of each warp; float4: an array of float is not aligned to 16
   float* const part = reinterpret_cast<float*>(parts);
   const int first = blockIdx.x, r = blockIdx.y;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -227,7 +227,7 @@ __global__ void __launch_bounds__(kCombineThreads) paged_combine_kernel(Problem<
     const float2 one = load(p.part_sum + at(i));
     sum += one.y * exp2f(one.x - or_zero(top));
   }
-  const Finish last = finish(p, head, kv_head, top, sum_of_warp(sum));
+  const RowFinish last = finish(p, head, kv_head, top, sum_of_warp(sum));
   for (int c = lane * 4; c < p.dv; c += 128) {
     float4 x{0, 0, 0, 0};
 #pragma unroll 4
@@ -236,13 +236,13 @@ __global__ void __launch_bounds__(kCombineThreads) paged_combine_kernel(Problem<
       const float4 y = load(reinterpret_cast<const float4*>(p.part + at(i) * p.dv + c));
       x.x += weight * y.x, x.y += weight * y.y, x.z += weight * y.z, x.w += weight * y.w;
     }
-    store(reinterpret_cast<float4*>(part + warp * kWidest + c), x);
+    store(reinterpret_cast<float4*>(part + warp * PAGED_MAX_WIDTH + c), x);
   }
   __syncthreads();
   for (int c = threadIdx.x; c < p.dv; c += kCombineThreads) {
     float x = 0;
 #pragma unroll
-    for (int w = 0; w < kWarpsOf; ++w) x += load(part + w * kWidest + c);
+    for (int w = 0; w < kWarpsOf; ++w) x += load(part + w * PAGED_MAX_WIDTH + c);
     store(p.out + ((int64_t{unit.x} * p.work.queries + query) * p.heads + head) * p.dv + c,
           from_float<T>(x * last.factor));
   }
@@ -251,7 +251,7 @@ __global__ void __launch_bounds__(kCombineThreads) paged_combine_kernel(Problem<
 }
 
 template <class T, class C>
-void start(Problem<T, C>& p, int rows, int blocks, cudaStream_t stream) {
+void start(PagedProblem<T, C>& p, int rows, int blocks, cudaStream_t stream) {
   if (rows >= 16) {
     if constexpr (!std::is_same_v<T, float>) start_mma(p, rows, blocks, stream);
   } else {
@@ -262,7 +262,7 @@ void start(Problem<T, C>& p, int rows, int blocks, cudaStream_t stream) {
     if (rows == 1)
       launch(how, paged_dot_kernel<1, T, C>, p, lanes_log2);
     else
-      launch(how, paged_dot_kernel<2, T, C>, p, lanes_log2);
+      launch(how, paged_dot_kernel<PAGED_DOT_ROWS, T, C>, p, lanes_log2);
   }
   if (blocks > 1)  // a slot of 16 rows may have 4 of them
     launch({"paged_attention combine", dim3(blocks, std::min(rows, p.rows)), dim3(kCombineThreads),
@@ -281,19 +281,23 @@ CacheStrides strides_of(const char* argument, const TensorView& t) {
 }  // namespace
 }  // namespace paged
 
-// `rows` of a unit at a time: 1 or 2 by dot products, 16 or 64 by matrix instructions (16-bit q).
+int64_t paged_attention_workspace(int rows, int blocks, int dv) {
+  return int64_t{2} * blocks * rows * (dv + 2) + int64_t{4} * blocks;
+}
+
 void paged_attention_forward(TensorView q, TensorView k, TensorView v, TensorView block_table,
                              TensorView seq_lens, OptionalTensor k_scale, OptionalTensor v_scale,
                              OptionalTensor sinks, OptionalTensor slopes, OptionalTensor bias,
                              bool causal, float scale, int64_t window, float softcap, int rows,
-                             int blocks, int least_tiles, TensorView out, TensorView lse,
+                             int blocks, int min_tiles, TensorView out, TensorView lse,
                              TensorView workspace, Stream stream) {
   const int64_t slots = int64_t{2} * blocks * rows;
-  check_size("workspace", "floats", slots * (v.size(3) + 2) + 4 * blocks, workspace.numel());
+  check_size("workspace", "floats", paged_attention_workspace(rows, blocks, v.size(3)),
+             workspace.numel());
   const auto with_cache = [&](auto element, auto cached) {
     using T = decltype(element);
     using C = decltype(cached);
-    paged::Problem<T, C> p{};
+    paged::PagedProblem<T, C> p{};
     p.q = input<T>(q, "q");
     p.k = input<C>(k, "k_cache");
     p.v = input<C>(v, "v_cache");
@@ -340,7 +344,7 @@ void paged_attention_forward(TensorView q, TensorView k, TensorView v, TensorVie
                                                             INT32_MAX - 2 * paged::kFurthest));
     p.work.row_groups = ceil_div(p.rows, rows);
     p.work.units = static_cast<int>(k.size(2)) * p.work.row_groups;
-    p.work.least = least_tiles;
+    p.work.min_tiles = min_tiles;
     paged::start(p, rows, blocks, reinterpret_cast<cudaStream_t>(stream));
   };
   with_device_float(q.dtype(), "q", [&](auto element) {

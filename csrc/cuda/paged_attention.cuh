@@ -18,23 +18,23 @@
 #include <cmath>
 
 #include "cuda/launch.h"
+#include "cuda/ops.h"
 
 namespace fastlm::paged {
 
-constexpr int kTile = 64;  // keys: two stages of the widest rows fit in shared memory
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
-struct Work {
+struct PagedWork {
   const int* seq_lens;
   int batch, queries;
   int window;   // 0: none
   int longest;  // keys that the page table has room for
   int units;    // per sequence: key heads * row_groups
   int row_groups;
-  int least;  // fewest tiles that are worth a block
+  int min_tiles;  // fewest that are worth a block
 };
 
-struct Strides {
+struct QueryStrides {
   int64_t outer, row, head;  // strides of sequence, query, head
 };
 struct CacheStrides {
@@ -57,7 +57,7 @@ DEVICE int divide(int n, const Divisor& d) {
 }
 
 template <class T, class C>
-struct Problem {
+struct PagedProblem {
   const T* q;        // (B, S, H, D)
   const C *k, *v;    // (pages, page_size, Hkv, D or Dv)
   T* out;            // (B, S, H, Dv)
@@ -70,7 +70,7 @@ struct Problem {
   const float *sinks, *slopes, *bias;  // (H,), (H,), (B, H, S, T) or null
   int64_t bias_step[4];                // strides of sequence, head, query, key
   int bias_keys;
-  Strides q_step;
+  QueryStrides q_step;
   CacheStrides k_step, v_step;
   int64_t table_row;
   Divisor page_size;
@@ -78,17 +78,19 @@ struct Problem {
   float scale, softcap, softcap_inverse;  // in units of log2(e); softcap 0: none
   bool causal;
   bool plain;  // no softcap, slopes, bias
-  Work work;
+  PagedWork work;
 };
 
-struct Keys {
+struct KeySpan {
   int first, end, all;  // of a sequence: the range that some row sees, and its number of keys
 };
-DEVICE Keys keys_of(const Work& w, int b) {
+DEVICE KeySpan keys_of(const PagedWork& w, int b) {
   const int all = min(max(load(w.seq_lens + b), 0), w.longest);
   return {w.window ? max(all - w.queries - w.window + 1, 0) : 0, all, all};
 }
-DEVICE int tiles_of(const Keys& k) { return max((k.end - k.first + kTile - 1) / kTile, 1); }
+DEVICE int tiles_of(const KeySpan& k) {
+  return max((k.end - k.first + PAGED_TILE - 1) / PAGED_TILE, 1);
+}
 
 // One block's part of a unit.
 struct Piece {
@@ -123,14 +125,14 @@ DEVICE int exclusive_sum_of_block(int n, int& total) {
 
 // Calls attend(piece) for every piece of this block, all threads together.
 template <int THREADS, class F>
-DEVICE void for_each_piece(const Work& w, int4* record, F&& attend) {
+DEVICE void for_each_piece(const PagedWork& w, int4* record, F&& attend) {
   SHARED(int, found, 2);
   int tiles = 0, total;
   for (int b = threadIdx.x; b < w.batch; b += THREADS) tiles += tiles_of(keys_of(w, b));
   exclusive_sum_of_block<THREADS>(tiles, total);
   total *= w.units;
   const int blocks = gridDim.x, block = blockIdx.x;
-  const int share = max((total + blocks - 1) / blocks, w.least);
+  const int share = max((total + blocks - 1) / blocks, w.min_tiles);
   const int first = block * share;
   int left = min(share, total - first);
   if (threadIdx.x == 0) store(record + block, int4{0, 0, 0, 0});
@@ -148,17 +150,17 @@ DEVICE void for_each_piece(const Work& w, int4* record, F&& attend) {
   __syncthreads();
   int b = load(found), at = load(found + 1);
   while (left > 0) {
-    const Keys keys = keys_of(w, b);
+    const KeySpan keys = keys_of(w, b);
     const int n = tiles_of(keys), unit = at / n, tile = at - unit * n;
     const int count = min(left, n - tile);
     const bool begins = tile == 0, ends = tile + count == n;
-    const int begin = keys.first + tile * kTile;
+    const int begin = keys.first + tile * PAGED_TILE;
     const int kv_head = unit / w.row_groups;
     const Piece piece{b,
                       kv_head,
                       unit - kv_head * w.row_groups,
                       begin,
-                      min(begin + count * kTile, keys.end),
+                      min(begin + count * PAGED_TILE, keys.end),
                       keys.all,
                       begins && ends ? -1 : 2 * block + begins};
     if (begins && !ends && threadIdx.x == 0)
@@ -175,12 +177,12 @@ struct KeyAt {
   int64_t k, v;
 };
 template <class T, class C>
-DEVICE int page_of(const Problem<T, C>& p, int b, int j) {
+DEVICE int page_of(const PagedProblem<T, C>& p, int b, int j) {
   const int page = load(p.table + b * p.table_row + divide(j, p.page_size));
   return min(max(page, 0), p.pages - 1);  // a kernel cannot raise an error: stay inside the cache
 }
 template <class T, class C>
-DEVICE KeyAt key_at(const Problem<T, C>& p, int page, int j) {
+DEVICE KeyAt key_at(const PagedProblem<T, C>& p, int page, int j) {
   const int slot = j - divide(j, p.page_size) * p.page_size.by;
   return {int64_t{page} * p.k_step.page + int64_t{slot} * p.k_step.row,
           int64_t{page} * p.v_step.page + int64_t{slot} * p.v_step.row};
@@ -188,13 +190,13 @@ DEVICE KeyAt key_at(const Problem<T, C>& p, int page, int j) {
 
 // A row of q: its position, and the keys that it sees. Values that only options need are read by
 // `score`, because registers are scarce.
-struct Row {
+struct QueryRow {
   int query, head;
   int first, end;
   DEVICE bool there() const { return query >= 0; }
 };
 template <int ROWS, class T, class C>
-DEVICE Row row_of(const Problem<T, C>& p, const Piece& piece, int r) {
+DEVICE QueryRow row_of(const PagedProblem<T, C>& p, const Piece& piece, int r) {
   r += piece.row_group * ROWS;
   if (r >= p.rows) return {-1, 0, 0, 0};
   const int query = r / p.group, head = piece.kv_head * p.group + r % p.group;
@@ -206,8 +208,8 @@ DEVICE Row row_of(const Problem<T, C>& p, const Piece& piece, int r) {
 // log2(e) times the score of key j, from q k: scale, softcap, ALiBi, bias, mask. `scale` includes
 // the factor log2(e).
 template <class T, class C>
-DEVICE float score(const Problem<T, C>& p, const Piece& piece, const Row& row, int j, float product,
-                   float scale) {
+DEVICE float score(const PagedProblem<T, C>& p, const Piece& piece, const QueryRow& row, int j,
+                   float product, float scale) {
   const bool sees = j >= row.first && j < min(row.end, piece.end);
   product *= scale;
   if (!p.plain) {
@@ -225,30 +227,30 @@ DEVICE float score(const Problem<T, C>& p, const Piece& piece, const Row& row, i
 }
 
 // The keys that all rows of a piece see; none where an option changes the scaled product.
-struct Range {
+struct KeyRange {
   int first, end;
   DEVICE bool has(int begin, int count) const { return begin >= first && begin + count <= end; }
 };
 template <class T, class C>
-DEVICE Range seen_by_all(const Problem<T, C>& p, const Piece& piece) {
+DEVICE KeyRange seen_by_all(const PagedProblem<T, C>& p, const Piece& piece) {
   if (!p.plain) return {0, 0};
   return {p.work.window ? max(piece.all - p.work.window, 0) : 0,
           p.causal ? min(piece.all - p.work.queries + 1, piece.end) : piece.end};
 }
 
 template <class T, class C>
-DEVICE float scale_of(const Problem<T, C>& p, int kv_head) {
+DEVICE float scale_of(const PagedProblem<T, C>& p, int kv_head) {
   return p.scale * (p.k_scale ? load(p.k_scale + kv_head) : 1.0f);
 }
 
 DEVICE float or_zero(float top) { return top == -INFINITY ? 0.0f : top; }
 
 // Adds the sink. Returns the factor of out, and the natural lse, from `top` and `sum` of all keys.
-struct Finish {
+struct RowFinish {
   float factor, lse;
 };
 template <class T, class C>
-DEVICE Finish finish(const Problem<T, C>& p, int head, int kv_head, float top, float sum) {
+DEVICE RowFinish finish(const PagedProblem<T, C>& p, int head, int kv_head, float top, float sum) {
   const float sink = p.sinks ? load(p.sinks + head) * kLog2e : -INFINITY;
   const float highest = fmaxf(top, sink), zero = or_zero(highest);
   const float weight = exp2f(top - zero), total = sum * weight + exp2f(sink - zero);
@@ -260,11 +262,11 @@ DEVICE Finish finish(const Problem<T, C>& p, int head, int kv_head, float top, f
 // Merges the results of the COPIES warps that shared the keys of a piece, `out` (COPIES, ROWS,
 // pitch) and `sums` (COPIES, ROWS), and writes them: finished, or to the piece's slot.
 template <int THREADS, int COPIES, int ROWS, class T, class C>
-DEVICE void write_rows(const Problem<T, C>& p, const Piece& piece, const float* out, int pitch,
+DEVICE void write_rows(const PagedProblem<T, C>& p, const Piece& piece, const float* out, int pitch,
                        const float2* sums) {
   const int lane = threadIdx.x % 32;
   for (int r = threadIdx.x / 32; r < ROWS; r += THREADS / 32) {
-    const Row row = row_of<ROWS>(p, piece, r);
+    const QueryRow row = row_of<ROWS>(p, piece, r);
     if (!row.there()) break;
     float2 sum[COPIES];
     float top = -INFINITY, total = 0;
@@ -281,7 +283,7 @@ DEVICE void write_rows(const Problem<T, C>& p, const Piece& piece, const float* 
     const bool whole = piece.slot < 0;
     const int64_t to = whole ? (int64_t{piece.b} * p.work.queries + row.query) * p.heads + row.head
                              : int64_t{piece.slot} * ROWS + r;
-    Finish last{1, 0};
+    RowFinish last{1, 0};
     if (whole) last = finish(p, row.head, row.head / p.group, top, total);
     for (int at = lane; at < p.dv; at += 32) {
       float x = 0;
@@ -301,6 +303,6 @@ DEVICE void write_rows(const Problem<T, C>& p, const Piece& piece, const float* 
 // Rows of 16 bits by matrix instructions, `rows` (16 or 64) of a unit at once
 // (paged_attention_mma.cu).
 template <class T, class C>
-void start_mma(const Problem<T, C>& p, int rows, int blocks, cudaStream_t stream);
+void start_mma(const PagedProblem<T, C>& p, int rows, int blocks, cudaStream_t stream);
 
 }  // namespace fastlm::paged

@@ -21,38 +21,35 @@
 // are read in whole sectors. Not measured on a GPU.
 #include "cuda/paged_attention.cuh"
 
-#include "cuda/ops.h"
-
 namespace fastlm::paged {
 namespace {
 
 constexpr int kThreads = 128, kWarps = kThreads / 32;
 
-struct Sizes {
+struct TileSizes {
   int d_pad, dv_pad;                // columns, with zeros beyond D and Dv
   int q_pitch, k_pitch, v_pitch;    // bytes from row to row
   int k_bytes, v_bytes, out_pitch;  // of a tile; floats from row to row
 };
 
-constexpr int round_up(int n, int to) { return (n + to - 1) / to * to; }
-
-Sizes sizes_of(int d, int dv, int bytes) {
+TileSizes sizes_of(int d, int dv, int bytes) {
   const auto pitch = [](int columns, int each) { return (columns * each / 16 | 1) * 16; };
-  Sizes s;
-  s.d_pad = round_up(d, 16);
-  s.dv_pad = round_up(dv, bytes == 1 ? 32 : 16);  // what ldmatrix_x4_transposed covers
+  TileSizes s;
+  s.d_pad = static_cast<int>(round_up(d, 16));
+  s.dv_pad =
+      static_cast<int>(round_up(dv, bytes == 1 ? 32 : 16));  // what ldmatrix_x4_transposed covers
   s.q_pitch = pitch(s.d_pad, 2);
   s.k_pitch = pitch(s.d_pad, bytes);
   s.v_pitch = pitch(s.dv_pad, bytes);
-  s.k_bytes = kTile * s.k_pitch;
-  s.v_bytes = kTile * s.v_pitch;
+  s.k_bytes = PAGED_TILE * s.k_pitch;
+  s.v_bytes = PAGED_TILE * s.v_pitch;
   s.out_pitch = s.dv_pad + 8;
   return s;
 }
 
-size_t shared_bytes(const Sizes& size, int rows) {
+size_t shared_bytes(const TileSizes& size, int rows) {
   const size_t tiles = 2 * (size.k_bytes + size.v_bytes);
-  const size_t outs = kTile * size.out_pitch * sizeof(float);  // WK * 16 WM rows
+  const size_t outs = PAGED_TILE * size.out_pitch * sizeof(float);  // WK * 16 WM rows
   return rows * size.q_pitch + std::max(tiles, outs);
 }
 
@@ -89,13 +86,13 @@ DEVICE uint32_t widen(uint32_t bytes, uint32_t select) {
 
 // q of the unit's rows, zeros for rows and columns that do not exist
 template <int ROWS, class T, class C>
-DEVICE void load_q(const Problem<T, C>& p, const Sizes& size, const Piece& piece,
+DEVICE void load_q(const PagedProblem<T, C>& p, const TileSizes& size, const Piece& piece,
                    unsigned char* to) {
   using V = Vector<T, 8>;
   const int columns = size.d_pad / 8;
   for (int i = threadIdx.x; i < ROWS * columns; i += kThreads) {
     const int r = i / columns, column = i % columns * 8;
-    const Row row = row_of<ROWS>(p, piece, r);
+    const QueryRow row = row_of<ROWS>(p, piece, r);
     V x{};
     if (row.there() && column < p.d)
       x = load(reinterpret_cast<const V*>(p.q + piece.b * p.q_step.outer +
@@ -127,17 +124,18 @@ DEVICE void copy_rows(unsigned char* to, int pitch, const C* from, const int64_t
   to += first * pitch + column * sizeof(C);
   constexpr int kTogether = kThreads / LANES;
 #pragma unroll 4
-  for (int row = 0; row < kTile; row += kTogether)
+  for (int row = 0; row < PAGED_TILE; row += kTogether)
     cp_async<16>(to + row * pitch, from + load(at + first + row), first + row < rows ? 16 : 0);
 }
 
 template <int WM, int WIDTH, class T, class C>
-__global__ void __launch_bounds__(kThreads, 2) paged_mma_kernel(Problem<T, C> p, Sizes size) {
-  constexpr int WK = kWarps / WM, kRows = 16 * WM, kKeys = kTile / WK;  // of a warp
-  constexpr int kLanes = WIDTH * sizeof(C) / 16;                        // that copy a row
+__global__ void __launch_bounds__(kThreads, 2)
+    paged_mma_kernel(PagedProblem<T, C> p, TileSizes size) {
+  constexpr int WK = kWarps / WM, kRows = 16 * WM, kKeys = PAGED_TILE / WK;  // of a warp
+  constexpr int kLanes = WIDTH * sizeof(C) / 16;                             // that copy a row
   DYNAMIC_SHARED(memory);
-  SHARED(int64_t, k_at, 2 * kTile);  // offsets of the rows of this tile and the next
-  SHARED(int64_t, v_at, 2 * kTile);
+  SHARED(int64_t, k_at, 2 * PAGED_TILE);  // offsets of the rows of this tile and the next
+  SHARED(int64_t, v_at, 2 * PAGED_TILE);
   SHARED(float2, sums, WK * kRows);
   unsigned char* const q_tile = memory;
   unsigned char* const tiles = memory + kRows * size.q_pitch;  // two of k, two of v
@@ -151,22 +149,22 @@ __global__ void __launch_bounds__(kThreads, 2) paged_mma_kernel(Problem<T, C> p,
     const float scale = scale_of(p, kv_head);
     const C* const k = p.k + kv_head * p.k_step.head;
     const C* const v = p.v + kv_head * p.v_step.head;
-    const int count = (piece.end - piece.begin + kTile - 1) / kTile;
+    const int count = (piece.end - piece.begin + PAGED_TILE - 1) / PAGED_TILE;
     const auto find_rows = [&](int tile) {
-      if (threadIdx.x >= kTile || tile >= count) return;
-      const int j = piece.begin + tile * kTile + threadIdx.x;
+      if (threadIdx.x >= PAGED_TILE || tile >= count) return;
+      const int j = piece.begin + tile * PAGED_TILE + threadIdx.x;
       KeyAt at{0, 0};
       if (j < piece.end) at = key_at(p, page_of(p, piece.b, j), j);
-      store(k_at + tile % 2 * kTile + threadIdx.x, at.k);
-      store(v_at + tile % 2 * kTile + threadIdx.x, at.v);
+      store(k_at + tile % 2 * PAGED_TILE + threadIdx.x, at.k);
+      store(v_at + tile % 2 * PAGED_TILE + threadIdx.x, at.v);
     };
     const auto copy_tile = [&](int tile) {
       if (tile < count) {
-        const int stage = tile % 2, rows = piece.end - piece.begin - tile * kTile;
-        copy_rows<kLanes>(tiles + stage * size.k_bytes, size.k_pitch, k, k_at + stage * kTile, rows,
-                          p.d, size.d_pad);
-        copy_rows<kLanes>(v_tiles + stage * size.v_bytes, size.v_pitch, v, v_at + stage * kTile,
-                          rows, p.dv, size.dv_pad);
+        const int stage = tile % 2, rows = piece.end - piece.begin - tile * PAGED_TILE;
+        copy_rows<kLanes>(tiles + stage * size.k_bytes, size.k_pitch, k, k_at + stage * PAGED_TILE,
+                          rows, p.d, size.d_pad);
+        copy_rows<kLanes>(v_tiles + stage * size.v_bytes, size.v_pitch, v,
+                          v_at + stage * PAGED_TILE, rows, p.dv, size.dv_pad);
       }
       cp_async_commit();
     };
@@ -176,12 +174,12 @@ __global__ void __launch_bounds__(kThreads, 2) paged_mma_kernel(Problem<T, C> p,
     __syncthreads();
     copy_tile(0);
 
-    Row row[2];  // this lane's rows: lane / 4, and 8 below
+    QueryRow row[2];  // this lane's rows: lane / 4, and 8 below
 #pragma unroll
     for (int h = 0; h < 2; ++h) row[h] = row_of<kRows>(p, piece, wm * 16 + h * 8 + lane / 4);
     float out[WIDTH / 8][4] = {};
     float top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
-    const Range seen = seen_by_all(p, piece);
+    const KeyRange seen = seen_by_all(p, piece);
     for (int tile = 0; tile < count; ++tile) {
       cp_async_wait<0>();
       __syncthreads();  // this tile has arrived, and all warps have read the one before
@@ -219,8 +217,8 @@ __global__ void __launch_bounds__(kThreads, 2) paged_mma_kernel(Problem<T, C> p,
         }
       }
 
-      const int from = piece.begin + tile * kTile;
-      if (seen.has(from, kTile)) {
+      const int from = piece.begin + tile * PAGED_TILE;
+      if (seen.has(from, PAGED_TILE)) {
 #pragma unroll
         for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll
@@ -322,8 +320,8 @@ __global__ void __launch_bounds__(kThreads, 2) paged_mma_kernel(Problem<T, C> p,
 }
 
 template <int WM, class T, class C>
-void start(const Problem<T, C>& p, int blocks, cudaStream_t stream) {
-  const Sizes size = sizes_of(p.d, p.dv, sizeof(C));
+void start(const PagedProblem<T, C>& p, int blocks, cudaStream_t stream) {
+  const TileSizes size = sizes_of(p.d, p.dv, sizeof(C));
   const Launch how{"paged_attention", dim3(blocks), dim3(kThreads), shared_bytes(size, 16 * WM),
                    stream};
   const int width = std::max(size.d_pad, size.dv_pad);
@@ -338,16 +336,16 @@ void start(const Problem<T, C>& p, int blocks, cudaStream_t stream) {
 }  // namespace
 
 template <class T, class C>
-void start_mma(const Problem<T, C>& p, int rows, int blocks, cudaStream_t stream) {
+void start_mma(const PagedProblem<T, C>& p, int rows, int blocks, cudaStream_t stream) {
   if (rows == 16)
     start<1>(p, blocks, stream);
   else
-    start<4>(p, blocks, stream);
+    start<PAGED_MMA_ROWS / 16>(p, blocks, stream);
 }
-template void start_mma(const Problem<bfloat16, bfloat16>&, int, int, cudaStream_t);
-template void start_mma(const Problem<bfloat16, int8_t>&, int, int, cudaStream_t);
-template void start_mma(const Problem<float16, float16>&, int, int, cudaStream_t);
-template void start_mma(const Problem<float16, int8_t>&, int, int, cudaStream_t);
+template void start_mma(const PagedProblem<bfloat16, bfloat16>&, int, int, cudaStream_t);
+template void start_mma(const PagedProblem<bfloat16, int8_t>&, int, int, cudaStream_t);
+template void start_mma(const PagedProblem<float16, float16>&, int, int, cudaStream_t);
+template void start_mma(const PagedProblem<float16, int8_t>&, int, int, cudaStream_t);
 
 }  // namespace fastlm::paged
 

@@ -45,7 +45,7 @@ constexpr int kWarps = 8, kThreads = kWarps * 32;
 enum Form { kScales, kOffsets, kNarrow, kAny };
 
 template <class T>
-struct Rows {
+struct MatrixInput {
   const T* x;                 // (rows, width), row stride x_stride
   const float *scale, *sums;  // (runs, scale_stride) for int8 x: scale; scale times the sum of q
   int rows, width;
@@ -53,7 +53,7 @@ struct Rows {
   int granule;
 };
 
-struct Output {
+struct MatrixOutput {
   void* y;  // (rows, n)
   DType dtype;
   const void* bias;  // (n), or null
@@ -67,7 +67,7 @@ struct Output {
 // (4 KB for 64 rows of 32 columns, at 128 bytes per clock) takes longer than the instructions of 16
 // rows.
 template <int BITS, class T, int NT>
-struct Shape {
+struct MatrixShape {
   static constexpr bool kInteger = std::is_same_v<T, int8_t>;
   static constexpr int kTiles = NT < 4 ? 1 : 2;
   static constexpr int kWarpsN = NT == 1 ? 2 : 4, kWarpsK = kWarps / kWarpsN;
@@ -86,7 +86,7 @@ struct Shape {
 };
 
 template <class S>
-DEVICE int tiles_of(const Weight& w) {  // tiles per row of tiles
+DEVICE int tiles_of(const DeviceWeight& w) {  // tiles per row of tiles
   return (w.k + S::kColumns - 1) / S::kColumns;
 }
 
@@ -144,11 +144,11 @@ DEVICE void load_words(uint32_t (&words)[WORDS], const unsigned char* p) {
 }
 
 // Scales and offsets of a lane's two rows in a tile of W, as in memory.
-struct Factors {
+struct ScaleBits {
   uint32_t scale[2], zero[2];
 };
-DEVICE Factors load_factors(const Weight& w, bool zeros, const int (&first)[2], int group) {
-  Factors f;
+DEVICE ScaleBits load_factors(const DeviceWeight& w, bool zeros, const int (&first)[2], int group) {
+  ScaleBits f;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     f.scale[r] = load_bits(w.scales, w.factors, first[r] + group);
@@ -192,9 +192,9 @@ constexpr uint32_t kOnes = std::is_same_v<T, bfloat16> ? 0x3f803f80u : 0x3c003c0
 
 // Multiplies `tiles` tiles of a row of tiles, from tile `first` on, and writes y or a part.
 template <Form FORM, int BITS, class T, int NT, bool ALIGNED>
-DEVICE void multiply(const Rows<T>& p, const Weight& w, const Output& out, unsigned char* shared,
-                     int n_tile, int first, int tiles) {
-  using S = Shape<BITS, T, NT>;
+DEVICE void multiply(const MatrixInput<T>& p, const DeviceWeight& w, const MatrixOutput& out,
+                     unsigned char* shared, int n_tile, int first, int tiles) {
+  using S = MatrixShape<BITS, T, NT>;
   using Sum = std::conditional_t<S::kInteger, int, float>;
   constexpr Sum kZero = S::kInteger ? kIntegerZero : 0;
   constexpr bool kExact = FORM != kAny;
@@ -248,7 +248,7 @@ DEVICE void multiply(const Rows<T>& p, const Weight& w, const Output& out, unsig
   float total[S::kTiles][NT][4] = {};
   for (int tile = 0; tile < tiles; ++tile) {
     const int column = (first + tile) * S::kColumns + warp_k * S::kRange;
-    Factors f[S::kTiles];  // of the first step: loads issued here have arrived after the barrier
+    ScaleBits f[S::kTiles];  // of the first step: loads issued here have arrived after the barrier
     const auto read = [&](int step) {
       const int group = w.group_of(column + 32 * step + (kExact ? 0 : lane % 4 * 8));
 #pragma unroll
@@ -377,8 +377,8 @@ constexpr int kBlocks =
 // other operands.
 template <Form FORM, int BITS, class T, int NT, bool ALIGNED>
 __global__ void __launch_bounds__(kThreads, kBlocks<FORM, BITS, T, NT>)
-    matrix_kernel(Rows<T> p, Weight w, Output out) {
-  using S = Shape<BITS, T, NT>;
+    matrix_kernel(MatrixInput<T> p, DeviceWeight w, MatrixOutput out) {
+  using S = MatrixShape<BITS, T, NT>;
   DYNAMIC_SHARED(shared);
   const int k_tiles = tiles_of<S>(w), n_tiles = (w.n + S::kN - 1) / S::kN;
   const int begin = blockIdx.y * out.stripe, end = min(begin + out.stripe, n_tiles * k_tiles);
@@ -392,7 +392,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<FORM, BITS, T, NT>)
 
 // block (row of x, kThreads columns of y)
 __global__ void __launch_bounds__(kThreads)
-    add_parts(Output out, int rows, int n, int tile_n, int k_tiles) {
+    add_parts(MatrixOutput out, int rows, int n, int tile_n, int k_tiles) {
   const int row = blockIdx.x, column = blockIdx.y * kThreads + threadIdx.x;
   if (column >= n) return;
   const int first = column / tile_n * k_tiles;
@@ -440,7 +440,7 @@ std::pair<int, int> quantized_linear_stripe(TensorView x, TensorView qdata, int 
   const int64_t rows = x.size(0);
   with_tiles(rows, rows_are_aligned(x, qdata), [&](auto nt) {
     constexpr int kNT = decltype(nt)::value;
-    using S = Shape<4, bfloat16, kNT>;  // all dtypes have the same rows and columns per tile
+    using S = MatrixShape<4, bfloat16, kNT>;  // all dtypes have the same rows and columns per tile
     const int64_t tiles = ceil_div(k, S::kColumns), n_tiles = ceil_div(qdata.size(0), S::kN);
     const int64_t m_tiles = ceil_div(rows, S::kM);
     // The work of a multiprocessor with uncut rows of tiles (with fewer rows of x it is shared by
@@ -467,7 +467,7 @@ void quantized_linear_matrix(TensorView x, OptionalTensor x_scale, OptionalTenso
   check_contiguous("y", y);
   check_size("y", "rows", x.size(0), y.size(0));
   check_size("y", "columns", qdata.size(0), y.size(1));
-  const Weight w = weight_of(qdata, scales, zeros, bits, group_size, k);
+  const DeviceWeight w = weight_of(qdata, scales, zeros, bits, group_size, k);
   const bool by_steps = w.groups == 1 || w.group % 32 == 0;
   if (x_scale && !by_steps)
     throw std::invalid_argument("group_size: wanted a multiple of 32, got " +
@@ -478,12 +478,12 @@ void quantized_linear_matrix(TensorView x, OptionalTensor x_scale, OptionalTenso
     check_contiguous("parts", *parts);
     check_size("parts", "elements", parts->size(0) * y.numel(), parts->numel());
   }
-  Output out{nullptr,
-             y.dtype(),
-             any_float(bias, "bias"),
-             bias ? bias->dtype() : DType::f32,
-             output<float>(parts, "parts"),
-             stripe};
+  MatrixOutput out{nullptr,
+                   y.dtype(),
+                   any_float(bias, "bias"),
+                   bias ? bias->dtype() : DType::f32,
+                   output<float>(parts, "parts"),
+                   stripe};
   with_device_float(y.dtype(), "y",
                     [&](auto element) { out.y = output<decltype(element)>(y, "y"); });
   const int rows = static_cast<int>(x.size(0));
@@ -491,16 +491,16 @@ void quantized_linear_matrix(TensorView x, OptionalTensor x_scale, OptionalTenso
   const auto start = [&](auto* from, auto form, auto b, auto nt, auto aligned) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(from)>>;
     constexpr int kBits = decltype(b)::value, kNT = decltype(nt)::value;
-    using S = Shape<kBits, T, kNT>;
+    using S = MatrixShape<kBits, T, kNT>;
     const int64_t stride = x.stride(0), size = sizeof(T);
-    const Rows<T> p{from,
-                    input<float>(x_scale, "x_scale"),
-                    input<float>(x_sums, "x_sums"),
-                    rows,
-                    static_cast<int>(x.size(1)),
-                    stride,
-                    x_scale ? x_scale->size(1) : 0,
-                    granule_of(from, stride * size | x.size(1) * size)};
+    const MatrixInput<T> p{from,
+                           input<float>(x_scale, "x_scale"),
+                           input<float>(x_sums, "x_sums"),
+                           rows,
+                           static_cast<int>(x.size(1)),
+                           stride,
+                           x_scale ? x_scale->size(1) : 0,
+                           granule_of(from, stride * size | x.size(1) * size)};
     tile_n = S::kN;
     tile_k = S::kColumns;
     const int64_t tiles = ceil_div(k, tile_k), all = tiles * ceil_div(w.n, tile_n);
@@ -520,7 +520,7 @@ void quantized_linear_matrix(TensorView x, OptionalTensor x_scale, OptionalTenso
       with_tiles(rows, aligned, [&](auto nt) {
         constexpr int kNT = decltype(nt)::value;
         const auto aligned_form = [&](auto form) { start(from, form, b, nt, std::true_type{}); };
-        const bool wide = w.groups == 1 || w.group % Shape<kBits, T, kNT>::kRange == 0;
+        const bool wide = w.groups == 1 || w.group % MatrixShape<kBits, T, kNT>::kRange == 0;
         constexpr bool kInteger = std::is_same_v<T, int8_t>;
         constexpr Form kRest = kInteger ? kNarrow : kAny;
         if constexpr (kNT == 8)

@@ -8,8 +8,8 @@ namespace {
 constexpr int kThreads = 128;
 
 template <class X>
-__global__ void __launch_bounds__(kThreads)
-    round_kernel(const X* x, int64_t x_stride, bool whole, int rows, Weight w, Rounded to) {
+__global__ void __launch_bounds__(kThreads) round_kernel(const X* x, int64_t x_stride, bool whole,
+                                                         int rows, DeviceWeight w, RoundedRows to) {
   const int64_t task = blockIdx.x * static_cast<int64_t>(kThreads / 32) + threadIdx.x / 32;
   const int64_t row = task / w.runs;
   if (row >= rows) return;
@@ -26,8 +26,8 @@ void quantized_linear_round(TensorView x, TensorView qdata, TensorView scales, i
                             Stream stream) {
   const int64_t k = x.size(1), x_stride = x.stride(0);
   const int rows = static_cast<int>(x.size(0));
-  const Weight w = weight_of(qdata, scales, std::nullopt, bits, group_size, k);
-  const Rounded to = rounded_of(w, bits, rows, q, x_scale, x_sums);
+  const DeviceWeight w = weight_of(qdata, scales, std::nullopt, bits, group_size, k);
+  const RoundedRows to = rounded_of(w, bits, rows, q, x_scale, x_sums);
   const Launch how{"quantized_linear round",
                    dim3(ceil_div(static_cast<int64_t>(rows) * w.runs, kThreads / 32)),
                    dim3(kThreads), 0, reinterpret_cast<cudaStream_t>(stream)};

@@ -16,7 +16,7 @@
 
 namespace fastlm {
 
-struct Rounded {
+struct RoundedRows {
   int8_t* q;
   int64_t q_stride;
   float *scales, *sums;  // (runs, rows): scale; scale * the sum of the run's q
@@ -27,7 +27,8 @@ struct Rounded {
 // Called by all lanes of a warp. octet(column, end, value) sets `value` to the 8 columns of the row
 // from `column` on, with zeros from `end` on; it is not called with a column past `end`.
 template <class Octet>
-DEVICE void round_run(const Weight& w, const Rounded& to, int64_t row, int run, Octet octet) {
+DEVICE void round_run(const DeviceWeight& w, const RoundedRows& to, int64_t row, int run,
+                      Octet octet) {
   constexpr int kOctets = kRunMax / 8 / 32;  // per lane
   const int lane = threadIdx.x % 32;
   const int group = run / w.group_runs;
@@ -98,17 +99,17 @@ DEVICE void load_octet(const X* from, bool whole, int left, float (&value)[8]) {
 
 // ---- host
 
-// Where the int8 rows go: q (rows, columns rounded up to 16), x_scale and x_sums (runs, rows
-// rounded up to 64).
-inline Rounded rounded_of(const Weight& w, int bits, int64_t rows, const TensorView& q,
-                          const TensorView& x_scale, const TensorView& x_sums) {
+// Where the int8 rows go: q (rows, columns rounded up to ROUNDED_COLUMNS), x_scale and x_sums
+// (runs, rows rounded up to ROUNDED_ROWS).
+inline RoundedRows rounded_of(const DeviceWeight& w, int bits, int64_t rows, const TensorView& q,
+                              const TensorView& x_scale, const TensorView& x_sums) {
   check_contiguous("q", q);
   check_size("q", "rows", rows, q.size(0));
-  check_size("q", "columns", (w.k + 15) / 16 * 16, q.size(1));
+  check_size("q", "columns", round_up(w.k, ROUNDED_COLUMNS), q.size(1));
   for (const auto& [t, argument] : {std::pair{&x_scale, "x_scale"}, {&x_sums, "x_sums"}}) {
     check_contiguous(argument, *t);
     check_size(argument, "rows", w.runs, t->size(0));
-    check_size(argument, "columns", (rows + 63) / 64 * 64, t->size(1));
+    check_size(argument, "columns", round_up(rows, ROUNDED_ROWS), t->size(1));
   }
   return {output<int8_t>(q, "q"),          q.size(1),       output<float>(x_scale, "x_scale"),
           output<float>(x_sums, "x_sums"), x_scale.size(1), bits == 4};

@@ -24,7 +24,7 @@ namespace {
 constexpr int kWarps = 4;
 
 template <class X>
-struct Rows {
+struct VectorInput {
   const X* x;          // (rows, k), row stride x_stride
   const float* scale;  // (runs, scale_stride), for int8 x
   int rows;
@@ -33,7 +33,7 @@ struct Rows {
 };
 
 template <int BITS, class X, int M>
-struct Shape {
+struct VectorShape {
   // rows of W in flight, as many as registers allow
   static constexpr int kR = M == 1 ? 8 : M == 4 && BITS == 8 && sizeof(X) == 1 ? 2 : 4;
   static constexpr int kColumns = 128 / BITS;           // columns per lane: 16 bytes of codes
@@ -47,7 +47,7 @@ struct Shape {
 // The 16 bytes of codes at byte `at` of a row, zeros past its end. ALIGNED: rows are aligned to 16
 // bytes.
 template <bool ALIGNED>
-DEVICE uint4 load_codes(const Weight& w, const uint8_t* row, int at) {
+DEVICE uint4 load_codes(const DeviceWeight& w, const uint8_t* row, int at) {
   if constexpr (ALIGNED)
     return at < w.row_bytes ? load_once(reinterpret_cast<const uint4*>(row + at))
                             : uint4{0, 0, 0, 0};
@@ -60,9 +60,9 @@ DEVICE uint4 load_codes(const Weight& w, const uint8_t* row, int at) {
 
 // Copies chunks `first` .. of M rows of x to shared memory, with zeros past the ends.
 template <int BITS, class X, int M>
-DEVICE void stage(const Rows<X>& p, int first_row, int k, int first, int chunks,
+DEVICE void stage(const VectorInput<X>& p, int first_row, int k, int first, int chunks,
                   unsigned char* staged) {
-  using S = Shape<BITS, X, M>;
+  using S = VectorShape<BITS, X, M>;
   using Unit = Vector<X, S::kUnit>;
   const int units = chunks * (S::kChunk / S::kUnit);
   for (int u = threadIdx.x; u < units; u += kWarps * 32) {
@@ -92,7 +92,7 @@ DEVICE void stage(const Rows<X>& p, int first_row, int k, int first, int chunks,
 template <int BITS, class X, int M, int R>
 DEVICE void multiply(const uint4 (&codes)[R], int o, const unsigned char* staged,
                      float (&part)[R][M], float (&sum)[M]) {
-  using S = Shape<BITS, X, M>;
+  using S = VectorShape<BITS, X, M>;
   constexpr int kVectors = 8 / S::kUnit;  // per octet of x
   float x[M][8];
 #pragma unroll
@@ -126,7 +126,7 @@ DEVICE void multiply(const uint4 (&codes)[R], int o, const unsigned char* staged
 template <int BITS, class X, int M, int R>
 DEVICE void multiply(const uint4 (&codes)[R], int o, const unsigned char* staged, int (&part)[R][M],
                      int (&sum)[M]) {
-  using S = Shape<BITS, X, M>;
+  using S = VectorShape<BITS, X, M>;
   using Unit = Vector<int, 4>;  // two octets; for the second one it is in registers already
   const int at = o % 2 * 2;
   int x[M][2];
@@ -157,9 +157,9 @@ DEVICE void multiply(const uint4 (&codes)[R], int o, const unsigned char* staged
 template <int BITS, class X, int M, bool ALIGNED>
 // int8 by int8: 3 blocks per multiprocessor, since 4 leave too few registers
 __global__ void __launch_bounds__(kWarps * 32, std::is_same_v<X, int8_t>&& BITS == 8 ? 3 : 4)
-    vector_kernel(Rows<X> p, Weight w, const void* bias, DType bias_dtype, void* y, DType y_dtype,
-                  int warps_k) {
-  using S = Shape<BITS, X, M>;
+    vector_kernel(VectorInput<X> p, DeviceWeight w, const void* bias, DType bias_dtype, void* y,
+                  DType y_dtype, int warps_k) {
+  using S = VectorShape<BITS, X, M>;
   constexpr bool kInteger = std::is_same_v<X, int8_t>;
   constexpr int kOctets = S::kColumns / 8, kR = S::kR;
   using Sum = std::conditional_t<kInteger, int, float>;
@@ -249,9 +249,9 @@ __global__ void __launch_bounds__(kWarps * 32, std::is_same_v<X, int8_t>&& BITS 
 }
 
 template <int BITS, class X, int M, bool ALIGNED = true>
-void start(const Rows<X>& p, const Weight& w, const OptionalTensor& bias, void* y, DType y_dtype,
-           Stream stream) {
-  using S = Shape<BITS, X, M>;
+void start(const VectorInput<X>& p, const DeviceWeight& w, const OptionalTensor& bias, void* y,
+           DType y_dtype, Stream stream) {
+  using S = VectorShape<BITS, X, M>;
   const int chunks = ceil_div(w.k, S::kChunk);
   const int warps_k = chunks >= 4 ? 4 : chunks >= 2 ? 2 : 1;
   const dim3 grid(ceil_div(w.n, kWarps / warps_k * S::kR) * ceil_div(p.rows, M));
@@ -270,13 +270,13 @@ void quantized_linear_vector(TensorView x, OptionalTensor x_scale, TensorView qd
   check_contiguous("y", y);
   check_size("y", "rows", x.size(0), y.size(0));
   check_size("y", "columns", qdata.size(0), y.size(1));
-  const Weight w = weight_of(qdata, scales, zeros, bits, group_size, k);
+  const DeviceWeight w = weight_of(qdata, scales, zeros, bits, group_size, k);
   void* to = nullptr;
   with_device_float(y.dtype(), "y", [&](auto element) { to = output<decltype(element)>(y, "y"); });
   const auto with_rows = [&](auto* from) {
     using X = std::remove_const_t<std::remove_pointer_t<decltype(from)>>;
     const int64_t stride = x.stride(0);
-    const Rows<X> p{
+    const VectorInput<X> p{
         from,
         input<float>(x_scale, "x_scale"),
         static_cast<int>(x.size(0)),
@@ -285,8 +285,9 @@ void quantized_linear_vector(TensorView x, OptionalTensor x_scale, TensorView qd
         aligned(16, from) && stride * sizeof(X) % 16 == 0 && (x_scale || k * sizeof(X) % 16 == 0)};
     const auto with_bits = [&](auto b) {
       constexpr int kBits = decltype(b)::value;
-      // the matrix kernel takes 3 rows of 16 bits (fastlm/cuda/quantized_linear.py)
-      constexpr int kMost = sizeof(X) == 2 ? 2 : 4;
+      constexpr int kMost = sizeof(X) == 2   ? QUANTIZED_VECTOR_ROWS_16
+                            : sizeof(X) == 1 ? QUANTIZED_VECTOR_ROWS_8
+                                             : QUANTIZED_VECTOR_ROWS_32;
       if (w.granule != 16)  // one variant is enough for weights of odd widths
         start<kBits, X, kMost, false>(p, w, bias, to, y.dtype(), stream);
       else if (p.rows == 1)

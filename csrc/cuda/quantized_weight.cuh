@@ -14,7 +14,7 @@ namespace fastlm {
 
 constexpr int kRunMax = 512;  // columns of 8-bit activations with one scale: reference.RUN_MAX
 
-struct Weight {
+struct DeviceWeight {
   const uint8_t* codes;        // (n, row_bytes)
   const void *scales, *zeros;  // (n, groups) of `factors`; zeros may be null
   DType factors;
@@ -159,8 +159,9 @@ inline const void* any_float(const OptionalTensor& t, const char* argument) {
   return p;
 }
 
-inline Weight weight_of(const TensorView& qdata, const TensorView& scales,
-                        const OptionalTensor& zeros, int bits, int64_t group_size, int64_t k) {
+inline DeviceWeight weight_of(const TensorView& qdata, const TensorView& scales,
+                              const OptionalTensor& zeros, int bits, int64_t group_size,
+                              int64_t k) {
   check_contiguous("qdata", qdata);
   check_contiguous("scales", scales);
   if (bits != 4 && bits != 8)
@@ -182,7 +183,7 @@ inline Weight weight_of(const TensorView& qdata, const TensorView& scales,
       throw std::invalid_argument(std::string("zeros: wanted the dtype of scales, ") +
                                   name(scales.dtype()) + ", got " + name(zeros->dtype()));
   }
-  Weight w{};
+  DeviceWeight w{};
   w.codes = bits == 4 ? input<uint8_t>(qdata, "qdata")
                       : reinterpret_cast<const uint8_t*>(input<int8_t>(qdata, "qdata"));
   w.scales = any_float(scales, "scales");

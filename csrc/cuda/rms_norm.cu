@@ -18,7 +18,7 @@ namespace {
 constexpr int kThreads = 256;
 
 template <class T>
-struct Rows {
+struct NormRows {
   const T *x, *residual;  // row strides x_stride, residual_stride; residual may be null
   T *y, *h;               // contiguous; h only with residual
   float* rstd;            // may be null
@@ -28,7 +28,7 @@ struct Rows {
 
 // Loads one vector of h in float32; stores it where there is a residual.
 template <int VEC, class T>
-DEVICE void load_h(const Rows<T>& p, int64_t row, int at, float (&value)[VEC]) {
+DEVICE void load_h(const NormRows<T>& p, int64_t row, int at, float (&value)[VEC]) {
   using V = Vector<T, VEC>;
   const V v = load(reinterpret_cast<const V*>(p.x + row * p.x_stride + at));
 #pragma unroll
@@ -57,7 +57,7 @@ DEVICE void store_y(T* to, const W* weight, float offset, const float (&value)[V
 
 // Returns the scale of a row, from all threads' shares of the sum of squares; thread 0 stores it.
 template <class T>
-DEVICE float scale_of(const Rows<T>& p, int64_t row, float squares, float eps) {
+DEVICE float scale_of(const NormRows<T>& p, int64_t row, float squares, float eps) {
   const float scale = rsqrtf(sum_of_block<kThreads>(squares) / p.width + eps);
   if (threadIdx.x == 0 && p.rstd) store(p.rstd + row, scale);
   return scale;
@@ -65,7 +65,7 @@ DEVICE float scale_of(const Rows<T>& p, int64_t row, float squares, float eps) {
 
 template <int VEC, int PER, class T, class W>
 __global__ void __launch_bounds__(kThreads)
-    rms_norm_kernel(Rows<T> p, const W* weight, float eps, float offset) {
+    rms_norm_kernel(NormRows<T> p, const W* weight, float eps, float offset) {
   const int64_t row = blockIdx.x;
   float value[PER][VEC];
   float squares = 0;
@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kThreads)
 
 template <int VEC, class T, class W>
 __global__ void __launch_bounds__(kThreads)
-    rms_norm_wide_kernel(Rows<T> p, const W* weight, float eps, float offset) {
+    rms_norm_wide_kernel(NormRows<T> p, const W* weight, float eps, float offset) {
   const int64_t row = blockIdx.x;
   float value[VEC];
   float squares = 0;
@@ -107,8 +107,8 @@ __global__ void __launch_bounds__(kThreads)
 
 template <int VEC, class T, class W>
 __global__ void __launch_bounds__(kThreads)
-    rms_norm_round_kernel(Rows<T> p, const W* weight, float eps, float offset, Weight w,
-                          Rounded to) {
+    rms_norm_round_kernel(NormRows<T> p, const W* weight, float eps, float offset, DeviceWeight w,
+                          RoundedRows to) {
   DYNAMIC_SHARED(memory);
   T* const y = reinterpret_cast<T*>(memory);  // holds h at first; a thread reads its own elements
   const int64_t row = blockIdx.x;
@@ -142,7 +142,8 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <int VEC, class T, class W>
-void start(const Rows<T>& p, const W* weight, float eps, float offset, int rows, Stream stream) {
+void start(const NormRows<T>& p, const W* weight, float eps, float offset, int rows,
+           Stream stream) {
   const Launch how{"rms_norm", dim3(rows), dim3(kThreads), 0,
                    reinterpret_cast<cudaStream_t>(stream)};
   const int vectors = ceil_div(p.width, VEC * kThreads);
@@ -162,8 +163,8 @@ int64_t row_stride(const TensorView& t) {  // (rows, width), or contiguous of an
 
 // The operands of both functions; y is absent in rms_norm_round.
 template <class T>
-Rows<T> rows_of(const TensorView& x, const OptionalTensor& residual, T* y, const OptionalTensor& h,
-                float* rstd) {
+NormRows<T> rows_of(const TensorView& x, const OptionalTensor& residual, T* y,
+                    const OptionalTensor& h, float* rstd) {
   return {input<T>(x, "x"),
           input<T>(residual, "residual"),
           y,
@@ -176,7 +177,7 @@ Rows<T> rows_of(const TensorView& x, const OptionalTensor& residual, T* y, const
 
 // Calls f(weight in its own dtype, number of elements that a thread can take at once).
 template <class T, class F>
-void with_weight(const Rows<T>& p, const TensorView& weight, F&& f) {
+void with_weight(const NormRows<T>& p, const TensorView& weight, F&& f) {
   check_contiguous("weight", weight);
   check_size("weight", "size", p.width, weight.numel());
   const auto with = [&](auto* w) {
@@ -205,7 +206,8 @@ void rms_norm_forward(TensorView x, OptionalTensor residual, TensorView weight, 
   if (x.numel() == 0) return;
   with_device_float(x.dtype(), "x", [&](auto element) {
     using T = decltype(element);
-    const Rows<T> p = rows_of<T>(x, residual, output<T>(y, "y"), h, output<float>(rstd, "rstd"));
+    const NormRows<T> p =
+        rows_of<T>(x, residual, output<T>(y, "y"), h, output<float>(rstd, "rstd"));
     with_weight(p, weight, [&](auto* w, auto vec) {
       start<decltype(vec)::value>(p, w, eps, offset, rows, stream);
     });
@@ -216,14 +218,18 @@ void rms_norm_round(TensorView x, OptionalTensor residual, TensorView weight, fl
                     float offset, OptionalTensor h, TensorView qdata, TensorView scales, int bits,
                     int64_t group_size, TensorView q, TensorView x_scale, TensorView x_sums,
                     Stream stream) {
-  const Weight into = weight_of(qdata, scales, std::nullopt, bits, group_size, x.size(-1));
+  const DeviceWeight into = weight_of(qdata, scales, std::nullopt, bits, group_size, x.size(-1));
   const int64_t rows = q.size(0);
-  const Rounded to = rounded_of(into, bits, rows, q, x_scale, x_sums);
+  const RoundedRows to = rounded_of(into, bits, rows, q, x_scale, x_sums);
   if (x.numel() == 0) return;
   check_size("x", "elements", rows * into.k, x.numel());
+  if (into.k * x.dl.dtype.bits / 8 > RMS_NORM_ROUND_BYTES)
+    throw std::invalid_argument("x: expected rows of at most " +
+                                std::to_string(RMS_NORM_ROUND_BYTES) + " bytes, got " +
+                                std::to_string(into.k * x.dl.dtype.bits / 8));
   with_device_float(x.dtype(), "x", [&](auto element) {
     using T = decltype(element);
-    const Rows<T> p = rows_of<T>(x, residual, nullptr, h, nullptr);
+    const NormRows<T> p = rows_of<T>(x, residual, nullptr, h, nullptr);
     with_weight(p, weight, [&](auto* w, auto vec) {
       using W = std::remove_const_t<std::remove_pointer_t<decltype(w)>>;
       const Launch how{"rms_norm round", dim3(rows), dim3(kThreads), p.width * sizeof(T),

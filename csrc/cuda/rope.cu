@@ -21,7 +21,7 @@ namespace {
 constexpr int kThreads = 128;
 
 template <class T>
-struct Heads {
+struct RopeHeads {
   const T* x;
   T* y;
   int heads;
@@ -29,15 +29,15 @@ struct Heads {
 };
 
 template <class U>
-struct Table {
+struct RopeTable {
   const U* at;
   int64_t batch, token;  // strides; 0 where one entry serves all of the batch
 };
 
 template <class T, class U>
-struct Problem {
-  Heads<T> q, k;
-  Table<U> cos, sin;
+struct RopeProblem {
+  RopeHeads<T> q, k;
+  RopeTable<U> cos, sin;
   int64_t rows;
   int length, half, width, each;  // positions, pairs and elements of a head, heads per group
   bool inverse;
@@ -58,7 +58,7 @@ DEVICE void store_run(T* p, const Vector<T, VEC>& v) {
 }
 
 template <int VEC, bool INTERLEAVED, class T, class U>
-__global__ void __launch_bounds__(kThreads) rope_kernel(Problem<T, U> p) {
+__global__ void __launch_bounds__(kThreads) rope_kernel(RopeProblem<T, U> p) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (row >= p.rows) return;
   const int of_q = (p.q.heads + p.each - 1) / p.each;
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kThreads) rope_kernel(Problem<T, U> p) {
   const unsigned position = static_cast<unsigned>(row) / groups;
   const int group = static_cast<unsigned>(row) % groups;
   const int64_t batch = position / p.length, token = position % p.length;
-  const Heads<T>& t = group < of_q ? p.q : p.k;
+  const RopeHeads<T>& t = group < of_q ? p.q : p.k;
   const int first_head = (group < of_q ? group : group - of_q) * p.each;
   const int last_head = min(first_head + p.each, t.heads);
   const T* x = t.x + batch * t.x_batch + token * t.x_token + first_head * t.x_head;
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kThreads) rope_kernel(Problem<T, U> p) {
 }
 
 template <class T>
-Heads<T> heads_of(const TensorView& x, const TensorView& y, const char* name) {
+RopeHeads<T> heads_of(const TensorView& x, const TensorView& y, const char* name) {
   if (x.stride(3) != 1 && x.size(3) > 1)
     throw std::invalid_argument(std::string(name) + ": wanted elements side by side, got stride " +
                                 std::to_string(x.stride(3)));
@@ -117,24 +117,24 @@ Heads<T> heads_of(const TensorView& x, const TensorView& y, const char* name) {
 }
 
 template <class U>
-Table<U> table_of(const TensorView& t, const char* name) {
+RopeTable<U> table_of(const TensorView& t, const char* name) {
   const bool shared = t.ndim() == 2 || t.size(0) == 1;
   return {input<U>(t, name), shared ? 0 : t.stride(0), t.stride(-2)};
 }
 
 template <class T>
-bool whole(const Heads<T>& t, int vec) {
+bool whole(const RopeHeads<T>& t, int vec) {
   return aligned(vec * sizeof(T), t.x, t.y) && t.x_batch % vec == 0 && t.x_head % vec == 0 &&
          t.x_token % vec == 0 && t.y_batch % vec == 0 && t.y_head % vec == 0 &&
          t.y_token % vec == 0;
 }
 template <class U>
-bool whole(const Table<U>& t, int vec) {
+bool whole(const RopeTable<U>& t, int vec) {
   return aligned(16, t.at) && t.batch % vec == 0 && t.token % vec == 0;
 }
 
 template <int VEC, class T, class U>
-void start(const Problem<T, U>& p, bool interleaved, Stream stream) {
+void start(const RopeProblem<T, U>& p, bool interleaved, Stream stream) {
   const int units = std::max({1, p.half / VEC, (p.width - 2 * p.half + VEC - 1) / VEC});
   const int across = std::min(units, 32), down = kThreads / across;
   const Launch how{"rope", dim3(ceil_div(p.rows, down)), dim3(across, down), 0,
@@ -160,16 +160,16 @@ void rope(TensorView q, TensorView k, TensorView cos, TensorView sin, bool inter
     using T = decltype(element);
     const auto with_table = [&](auto entry) {
       using U = decltype(entry);
-      const Problem<T, U> p{heads_of<T>(q, q_out, "q"),
-                            heads_of<T>(k, k_out, "k"),
-                            table_of<U>(cos, "cos"),
-                            table_of<U>(sin, "sin"),
-                            rows,
-                            static_cast<int>(length),
-                            static_cast<int>(cos.size(-1) / 2),
-                            static_cast<int>(width),
-                            static_cast<int>(each),
-                            inverse};
+      const RopeProblem<T, U> p{heads_of<T>(q, q_out, "q"),
+                                heads_of<T>(k, k_out, "k"),
+                                table_of<U>(cos, "cos"),
+                                table_of<U>(sin, "sin"),
+                                rows,
+                                static_cast<int>(length),
+                                static_cast<int>(cos.size(-1) / 2),
+                                static_cast<int>(width),
+                                static_cast<int>(each),
+                                inverse};
       constexpr int VEC = 16 / sizeof(U);  // longer runs: half sectors of the tables per lane
       if (whole(p.q, VEC) && whole(p.k, VEC) && whole(p.cos, VEC) && whole(p.sin, VEC) &&
           p.half % VEC == 0 && p.width % VEC == 0)

@@ -18,23 +18,23 @@ namespace {
 constexpr int kThreads = 128;
 
 template <class T>
-struct Rows {  // q, k or v, (B, S, heads, D), and their destination
+struct TokenHeads {  // q, k or v, (B, S, heads, D), and their destination
   const T* x;
   T* y;
   int heads, width;
   int64_t x_step[3], y_step[3];  // strides of sequence, token, head; in the cache: page, slot, head
 };
 
-struct Tables {
+struct RopeTables {
   const float *cos, *sin;  // (rows, 2 half)
   int rows, half;
 };
 
 template <class T>
-struct Problem {
-  Rows<T> q, k, v;
+struct RopeAppendProblem {
+  TokenHeads<T> q, k, v;
   Places places;
-  Tables tables;
+  RopeTables tables;
 };
 
 template <int VEC, class T>
@@ -44,7 +44,7 @@ DEVICE void copy(const T* from, T* to) {
 
 // Unit `unit` of a head: the pairs first, then the elements past R.
 template <int VEC, class T>
-DEVICE void turn(const T* from, T* to, const Tables& tables, int64_t row, int unit) {
+DEVICE void turn(const T* from, T* to, const RopeTables& tables, int64_t row, int unit) {
   const int at = unit * VEC, half = tables.half;
   if (at >= half) return copy<VEC>(from + at + half, to + at + half);
   const auto x1 = load(reinterpret_cast<const Vector<T, VEC>*>(from + at));
@@ -66,7 +66,7 @@ DEVICE void turn(const T* from, T* to, const Tables& tables, int64_t row, int un
 }
 
 template <int VEC, class T>
-__global__ void __launch_bounds__(kThreads) rope_append_kernel(Problem<T> p) {
+__global__ void __launch_bounds__(kThreads) rope_append_kernel(RopeAppendProblem<T> p) {
   const auto [b, s, position, page, slot] = p.places.of(blockIdx.x);
   const bool kept = page >= 0;
   const int64_t row = min(max(position, 0), p.tables.rows - 1);
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kThreads) rope_append_kernel(Problem<T> p) {
   for (int i = blockIdx.y * kThreads + threadIdx.x; i < of_q + of_k + of_v;
        i += gridDim.y * kThreads) {
     const bool is_q = i < of_q, is_v = i >= of_q + of_k;
-    const Rows<T>& t = is_q ? p.q : is_v ? p.v : p.k;
+    const TokenHeads<T>& t = is_q ? p.q : is_v ? p.v : p.k;
     const int unit = i - (is_q ? 0 : is_v ? of_q + of_k : of_q);
     const int each = is_v ? t.width / VEC : of_head, head = unit / each;
     const T* from = t.x + b * t.x_step[0] + s * t.x_step[1] + head * t.x_step[2];
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kThreads) rope_append_kernel(Problem<T> p) {
 }
 
 template <class T>
-Rows<T> rows_of(const char* name, const TensorView& x, const char* to, const TensorView& y) {
+TokenHeads<T> rows_of(const char* name, const TensorView& x, const char* to, const TensorView& y) {
   check_size(name, "heads", y.size(2), x.size(2));
   check_size(name, "elements of a head", y.size(3), x.size(3));
   for (const auto& [argument, t] : {std::pair{name, &x}, {to, &y}})
@@ -105,7 +105,7 @@ Rows<T> rows_of(const char* name, const TensorView& x, const char* to, const Ten
 }
 
 template <class T>
-bool whole(const Rows<T>& t, int vec) {
+bool whole(const TokenHeads<T>& t, int vec) {
   bool all = t.width % vec == 0 && aligned(vec * sizeof(T), t.x, t.y);
   for (int i = 0; i < 3; ++i) all = all && t.x_step[i] % vec == 0 && t.y_step[i] % vec == 0;
   return all;
@@ -131,8 +131,8 @@ void rope_append(TensorView q, TensorView k, TensorView v, TensorView cos, Tenso
                                 " of " + std::to_string(cos.size(1)));
   check_size("k", "elements of a head as q", q.size(3), k.size(3));
   const Places places = places_of(positions, block_table, q.size(0), q.size(1), k_cache, v_cache);
-  const Tables tables{input<float>(cos, "cos"), input<float>(sin, "sin"),
-                      static_cast<int>(cos.size(0)), static_cast<int>(cos.size(1) / 2)};
+  const RopeTables tables{input<float>(cos, "cos"), input<float>(sin, "sin"),
+                          static_cast<int>(cos.size(0)), static_cast<int>(cos.size(1) / 2)};
   with_device_float(q.dtype(), "q", [&](auto element) {
     using T = decltype(element);
     const auto of_q = rows_of<T>("q", q, "q_out", q_out);
@@ -144,7 +144,7 @@ void rope_append(TensorView q, TensorView k, TensorView v, TensorView cos, Tenso
                             of_v.heads * (of_v.width / VEC);
       launch({"rope_append", dim3(positions.numel(), std::min(ceil_div(units, kThreads), 8)),
               dim3(kThreads), 0, reinterpret_cast<cudaStream_t>(stream)},
-             rope_append_kernel<VEC, T>, Problem<T>{of_q, of_k, of_v, places, tables});
+             rope_append_kernel<VEC, T>, RopeAppendProblem<T>{of_q, of_k, of_v, places, tables});
     };
     constexpr int VEC = 4;  // 16 bytes of a table
     if (whole(of_q, VEC) && whole(of_k, VEC) && whole(of_v, VEC) && tables.half % VEC == 0 &&

@@ -219,8 +219,8 @@ void run_block(Scheduler& s, const Launch& launch, uint64_t number) {
 
 }  // namespace
 
-Options& options() {
-  static Options instance;
+EmulatorOptions& options() {
+  static EmulatorOptions instance;
   return instance;
 }
 

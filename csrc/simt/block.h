@@ -30,7 +30,7 @@ struct Fault : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-struct Options {
+struct EmulatorOptions {
   uint64_t seed = 1;
   bool count = false;  // bank conflicts and memory transactions; see count.h
   bool races = false;  // in global memory; blocks run one at a time
@@ -38,7 +38,7 @@ struct Options {
   int preempt = 16;    // every so many checked accesses, on average, another thread runs; 0: never
   int64_t max_steps = 2'000'000'000;  // switches after which a launch counts as stuck
 };
-Options& options();
+EmulatorOptions& options();
 
 struct Thread;
 struct Barrier;

@@ -31,12 +31,12 @@ constexpr size_t kStaticRoom = 2 * kMostStatic;  // room for alignment and gaps 
 constexpr size_t kGap = 64;    // between shared variables, so that an overrun is found
 constexpr int kPoison = 0xff;  // NaN as float32, bfloat16 and float16; -1 as an integer
 
-struct Range {
+struct TensorBytes {
   const char *begin, *end;
   const char* name;
   bool writable;
 };
-std::vector<Range> ranges;
+std::vector<TensorBytes> ranges;
 // The shadow of global memory, keyed by address / 1 KiB
 std::unordered_map<uintptr_t, std::unique_ptr<std::array<Word, 256>>> global_words;
 
@@ -74,8 +74,8 @@ void refuse_race(const Stamp& before, const void* p, const Site& site) {
 
 void access_global(const void* address, size_t size, Access access, const Site& site) {
   const char* p = static_cast<const char*>(address);
-  const Range *nearest = nullptr, *input = nullptr;
-  for (const Range& r : ranges) {
+  const TensorBytes *nearest = nullptr, *input = nullptr;
+  for (const TensorBytes& r : ranges) {
     if (p >= r.begin && p + size <= r.end) {
       if (access != Access::read && !r.writable) {  // the same memory may also be an output
         input = &r;
@@ -89,7 +89,7 @@ void access_global(const void* address, size_t size, Access access, const Site& 
         });
       return;
     }
-    const auto distance = [&](const Range& x) {
+    const auto distance = [&](const TensorBytes& x) {
       return p < x.begin ? x.begin - p : p + size > x.end ? p + size - x.end : 0;
     };
     if (!nearest || distance(r) < distance(*nearest)) nearest = &r;
@@ -178,7 +178,7 @@ void check_global(const void* address, const char* instruction, const Site& site
 
 void check_constant(const void* address, const char* instruction, const Site& site) {
   check_global(address, instruction, site);
-  for (const Range& r : ranges)
+  for (const TensorBytes& r : ranges)
     if (r.writable && address >= r.begin && address < r.end)
       fail(std::string(instruction) + ": of '" + r.name + "', which is an output", site);
 }

@@ -4,9 +4,9 @@
 // code registered with `know`, or inside the block's shared memory, which is poisoned when the
 // block begins and must be written before it is read. A shadow word for every 4 bytes records which
 // threads wrote and read them. Two accesses by different threads, one of which writes, must be
-// ordered (order.h); so a race is found whatever order the threads ran in. Options::races includes
-// global memory; blocks then run one at a time. Accesses past these functions (`p[i]`) are checked
-// only by the sanitizers and by the poison.
+// ordered (order.h); so a race is found whatever order the threads ran in. EmulatorOptions::races
+// includes global memory; blocks then run one at a time. Accesses past these functions (`p[i]`) are
+// checked only by the sanitizers and by the poison.
 #pragma once
 
 #include <cstddef>

@@ -3,12 +3,12 @@
 namespace simt {
 namespace {
 
-struct Vote {
+struct VoteArgument {
   bool predicate;
   uint32_t result;
 };
 
-struct Rows {
+struct LdmatrixArgument {
   uint32_t* registers;
   const void* row;
   int matrices;
@@ -16,7 +16,7 @@ struct Rows {
 };
 
 template <class D>
-struct Tiles {
+struct MmaArgument {
   D* d;
   const uint32_t *a, *b;
 };
@@ -32,7 +32,7 @@ void multiply(void** arguments, uint32_t, const Site&) {
   using Sum = std::conditional_t<std::is_same_v<D, int>, uint32_t, D>;
   D a[16][kDepth], b[kDepth][8];
   Sum c[16][8];
-  const auto at = [&](int lane) { return static_cast<Tiles<D>*>(arguments[lane]); };
+  const auto at = [&](int lane) { return static_cast<MmaArgument<D>*>(arguments[lane]); };
   for (int lane = 0; lane < 32; ++lane) {
     const int row = lane / 4, column = lane % 4 * kPer;
     E e[kPer];
@@ -60,22 +60,22 @@ void multiply(void** arguments, uint32_t, const Site&) {
 
 template <class E, class D>
 void mma_of(const char* name, D* d, const uint32_t* a, const uint32_t* b, const Site& site) {
-  Tiles<D> tiles{d, a, b};
+  MmaArgument<D> tiles{d, a, b};
   collective(kAllLanes, name, &tiles, multiply<E, D>, site);
 }
 
 }  // namespace
 
 uint32_t ballot(uint32_t mask, bool predicate, const Site& site) {
-  Vote vote{predicate, 0};
+  VoteArgument vote{predicate, 0};
   const Operation count = [](void** arguments, uint32_t lanes_of, const Site&) {
     uint32_t result = 0;
     for (uint32_t lanes = lanes_of; lanes; lanes &= lanes - 1) {
       const int lane = __builtin_ctz(lanes);
-      result |= uint32_t(static_cast<Vote*>(arguments[lane])->predicate) << lane;
+      result |= uint32_t(static_cast<VoteArgument*>(arguments[lane])->predicate) << lane;
     }
     for (uint32_t lanes = lanes_of; lanes; lanes &= lanes - 1)
-      static_cast<Vote*>(arguments[__builtin_ctz(lanes)])->result = result;
+      static_cast<VoteArgument*>(arguments[__builtin_ctz(lanes)])->result = result;
   };
   collective(mask, "a vote", &vote, count, site);
   return vote.result;
@@ -95,9 +95,9 @@ void load_matrices(uint32_t* registers, int matrices, bool transposed, const voi
       fail("ldmatrix: not an address of shared memory", site);
     check(row, 16, 16, Access::read, site);
   }
-  Rows rows{registers, row, matrices, transposed};
+  LdmatrixArgument rows{registers, row, matrices, transposed};
   const Operation load = [](void** arguments, uint32_t, const Site&) {
-    const auto at = [&](int lane) { return static_cast<Rows*>(arguments[lane]); };
+    const auto at = [&](int lane) { return static_cast<LdmatrixArgument*>(arguments[lane]); };
     for (int m = 0; m < at(0)->matrices; ++m)
       for (int lane = 0; lane < 32; ++lane) {
         uint16_t pair[2];

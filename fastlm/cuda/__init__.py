@@ -17,6 +17,12 @@ def extension() -> Any:
     return importlib.import_module(f"fastlm._{'simt' if backend.forced() == 'simt' else 'cuda'}")
 
 
+@functools.cache
+def constants() -> Any:
+    """An extension, for the constants of csrc/cuda/ops.h: they are the same in both."""
+    return extension()
+
+
 def stream(tensor: torch.Tensor) -> int:
     """The current CUDA stream of the tensor's device; 0 on the emulator."""
     if not tensor.is_cuda:

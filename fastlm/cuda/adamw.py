@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from fastlm.cuda import extension, stream
-from fastlm.cuda.adamw_tables import CHUNK, SCALARS, tables_of
+from fastlm.cuda import constants, extension, stream
+from fastlm.cuda.adamw_tables import CHUNK, tables_of
 from fastlm.reference import AdamWTensor
 
 
@@ -28,7 +28,8 @@ def adamw(
     tables = tables_of(tensors, by_kind=False)
     device, (_, chunks) = tables.tensors.device, tables.chunks[0]
     count = len(tables.tensors)
-    scalars = torch.empty((count, SCALARS), dtype=torch.float32, device=device)
+    size = count, constants().ADAMW_SCALARS
+    scalars = torch.empty(size, dtype=torch.float32, device=device)
     keys = torch.empty(count, dtype=torch.int32, device=device)
     clip = sums = None
     if grad_norm is not None:

@@ -26,7 +26,6 @@ CHUNK = 8192
 # columns of `tensors`: PARAM, GRAD, MOMENT, ROOT, MOMENT_SCALE, ROOT_SCALE, MASTER, SIZE, STEP,
 # SETTING, SEED, ORDINAL, whose upper 32 bits are `Kind.code`
 COLUMNS = 12
-SCALARS = 16  # float32 values per tensor in a step, of which 9 are used
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 MASTERS = {None: 0, torch.float32: 1, torch.int16: 2}
 _KEPT_TABLES = 16  # of each kind: for a process's optimizers and patterns of gradient addresses

@@ -3,10 +3,9 @@
 import torch
 from torch import Tensor
 
-from fastlm.cuda import extension, multiprocessors, stream
+from fastlm.cuda import constants, extension, multiprocessors, stream
 from fastlm.memory_order import dense
 
-_PART_BYTES = 16384  # of a row, loaded at once by a block's threads: the smallest part to split off
 _WAVES = 4  # blocks per multiprocessor, below which rows are split
 
 
@@ -18,7 +17,7 @@ def _weights(class_weight: Tensor | None, smooth: bool) -> Tensor | None:
 def _parts(logits: Tensor) -> Tensor | None:
     """A buffer for the sums of the parts of split rows; None where rows are not split."""
     rows, classes = logits.shape
-    most = classes * logits.element_size() // _PART_BYTES
+    most = classes * logits.element_size() // constants().CROSS_ENTROPY_PART_BYTES
     parts = min(most, -(-_WAVES * multiprocessors(logits.device) // max(1, rows)))
     if parts <= 1:
         return None

@@ -10,15 +10,10 @@ import torch
 from torch import Tensor
 
 from fastlm.backend import Serves
-from fastlm.cuda import extension, multiprocessors, stream
+from fastlm.cuda import constants, extension, multiprocessors, stream
 from fastlm.memory_order import elements_last
 from fastlm.reference import AttentionOptions
 
-_TILE = 64  # keys, as in csrc/cuda/paged_attention.cuh
-_LEAST_TILES = 4  # worth a block of their own: 256 keys, as in kernels/attention.py
-_WIDEST = 256
-_MOST_ROWS = 64  # with several queries; more rows of one query use matrix instructions in groups
-_DOT_ROWS = 2  # at a time: more need more registers than two blocks per multiprocessor have
 # Rows that matrix instructions cannot handle (float32, for one) read K and V once per two rows.
 _MOST_DOT_ROWS = 8
 _COPY = 16  # bytes that matrix instructions load at a time; dot products of int8 load 8
@@ -61,34 +56,41 @@ def _in_whole_copies(q: Tensor, k: Tensor, v: Tensor) -> bool:
 def _holds(q: Tensor, k: Tensor, v: Tensor, *_) -> bool:
     rows, width, v_width = _rows_of_key_head(q, k), q.shape[-1], v.shape[-1]
     size = k.element_size()
+    limits = constants()
     if (
-        (rows > _MOST_ROWS and q.shape[1] > 1)
-        or max(width, v_width) > _WIDEST
+        # more rows of one query use matrix instructions in groups
+        (rows > limits.PAGED_MMA_ROWS and q.shape[1] > 1)
+        or max(width, v_width) > limits.PAGED_MAX_WIDTH
         or width % 8
         or v_width % 8
         or k.dtype != v.dtype  # one of them int8
         or not _aligned(q, _COPY)
     ):
         return False
-    if rows > _DOT_ROWS and _in_whole_copies(q, k, v):
-        return _fits(q.device, 16 if rows <= 16 else 64, width, v_width, size)
+    if rows > limits.PAGED_DOT_ROWS and _in_whole_copies(q, k, v):
+        return _fits(q.device, _rows_of_tile(rows), width, v_width, size)
     load = 8 if size == 1 else _COPY
     return rows <= _MOST_DOT_ROWS and _aligned(k, load) and _aligned(v, load)
 
 
-SERVES = Serves(
-    f"D and Dv multiples of 8, up to {_WIDEST}; one query, or up to {_MOST_ROWS} rows of q per key"
-    f" head, {_MOST_DOT_ROWS} in float32; aligned to {_COPY} bytes, a cache of int8 to 8",
+SERVES = Serves(  # the limits of csrc/cuda/ops.h, which a machine without the extension lacks
+    "D and Dv multiples of 8, up to 256; one query, or up to 64 rows of q per key head, 8 in"
+    " float32; aligned to 16 bytes, a cache of int8 to 8",
     _holds,
 )
 
 
 def _rows_of_a_block(q: Tensor, k: Tensor, v: Tensor) -> int:
-    """1 or 2 by dot products, 16 or 64 by matrix instructions, of arguments that `_holds`."""
-    rows = _rows_of_key_head(q, k)
-    if rows <= _DOT_ROWS or (rows <= _MOST_DOT_ROWS and not _in_whole_copies(q, k, v)):
-        return 1 if rows == 1 else 2
-    return 16 if rows <= 16 else 64
+    """The rows that a unit has at a time (csrc/cuda/ops.h): by dot products, or by matrix
+    instructions. The arguments are those that `_holds`."""
+    rows, by_dots = _rows_of_key_head(q, k), constants().PAGED_DOT_ROWS
+    if rows <= by_dots or (rows <= _MOST_DOT_ROWS and not _in_whole_copies(q, k, v)):
+        return 1 if rows == 1 else by_dots
+    return _rows_of_tile(rows)
+
+
+def _rows_of_tile(rows: int) -> int:
+    return 16 if rows <= 16 else constants().PAGED_MMA_ROWS
 
 
 def _floats(t: Tensor | None) -> Tensor | None:
@@ -111,13 +113,14 @@ def paged_attention(
     table = block_table if block_table.stride(-1) == 1 else block_table.contiguous()
     # two blocks per multiprocessor, where there are enough tiles
     units = batch * k_cache.shape[2] * -(-queries * heads // k_cache.shape[2] // rows)
-    tiles = -(-table.shape[1] * k_cache.shape[1] // _TILE)
-    blocks = min(2 * multiprocessors(q.device), units * max(1, -(-tiles // _LEAST_TILES)))
-    # two slots per block: out, largest score and sum of each row; and a record of 4 numbers
-    workspace = lse.new_empty(blocks * (2 * rows * (v_width + 2) + 4))
-    extension().paged_attention_forward(
+    min_tiles = constants().PAGED_MIN_TILES
+    tiles = -(-table.shape[1] * k_cache.shape[1] // constants().PAGED_TILE)
+    blocks = min(2 * multiprocessors(q.device), units * max(1, -(-tiles // min_tiles)))
+    kernels = extension()
+    workspace = lse.new_empty(kernels.paged_attention_workspace(rows, blocks, v_width))
+    kernels.paged_attention_forward(
         q, k_cache, v_cache, table, seq_lens.contiguous(), k_scale, v_scale, _floats(sinks),
         _floats(alibi_slopes), None if bias is None else bias.float(), *options[:4],
-        rows, blocks, _LEAST_TILES, out, lse, workspace, stream(q),
+        rows, blocks, min_tiles, out, lse, workspace, stream(q),
     )  # fmt: skip
     return out, lse

@@ -2,7 +2,7 @@
 
 The kernel depends on the number of rows of x:
 
-    vector kernel    16 bits: 1 or 2; float32: up to 4; rounded to int8: up to 4, or any number
+    vector kernel    up to QUANTIZED_VECTOR_ROWS_<bits of x> of csrc/cuda/ops.h; int8: any number
                      where groups are not a multiple of 32
     matrix kernel    16 bits: up to FUSED_ROWS; int8: any number; float32: never
     dequantize, and torch's matmul: everything else
@@ -17,17 +17,12 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
-from fastlm.cuda import extension, multiprocessors, stream
+from fastlm.cuda import constants, extension, multiprocessors, stream
 from fastlm.memory_order import matrix
 
-# Each code of a 4096 x 4096 W costs a lane 4.3 instructions at 2 rows (2.4 us in all, as long as
-# loading its bytes takes), 6.2 at 4 rows; the matrix kernel 2.4 at up to 8 rows. (int8: 1.5 at
-# 4 rows.)
-VECTOR_ROWS = {16: 2, 8: 4}  # by act_bits
-VECTOR_ROWS_FLOAT32 = 4
-# The matrix kernel takes 3.5 us for 64 rows of such a W at best. dequantize takes 13 us before
-# torch's matmul, which is about as fast per row as that kernel can be: at half of the kernel's best
-# speed they break even at 250 rows.
+# The matrix kernel takes 3.5 us for 64 rows of a 4096 x 4096 W at best. dequantize takes 13 us
+# before torch's matmul, which is about as fast per row as that kernel can be: at half of the
+# kernel's best speed they break even at 250 rows.
 FUSED_ROWS = 256
 # weights dequantized at a time for torch's matmul: 32 MB in 16 bits stay in an H100's 50 MB of L2
 _BLOCK_WEIGHTS = 1 << 24
@@ -73,8 +68,9 @@ def empty_rows(x: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
     k = x.shape[-1]
     rows, group = x.numel() // k, min(group_size, k)
     runs = -(-k // group) * -(-group // reference.RUN_MAX)
-    q = torch.empty((rows, -(-k // 16) * 16), dtype=torch.int8, device=x.device)
-    size = (2, runs, -(-rows // 64) * 64)
+    columns, padded = constants().ROUNDED_COLUMNS, constants().ROUNDED_ROWS
+    q = torch.empty((rows, -(-k // columns) * columns), dtype=torch.int8, device=x.device)
+    size = (2, runs, -(-rows // padded) * padded)
     scale, sums = torch.empty(size, dtype=torch.float32, device=x.device)
     return q, scale, sums
 
@@ -110,8 +106,9 @@ def quantized_linear_forward(
         return out
     x, y = matrix(x), out.view(-1, out.shape[-1])
     weight = qdata.contiguous(), scales.contiguous(), None if zeros is None else zeros.contiguous()
-    by_vectors = len(x) <= (VECTOR_ROWS_FLOAT32 if x.dtype == torch.float32 else VECTOR_ROWS[16])
-    if not by_vectors and (len(x) > FUSED_ROWS or x.dtype == torch.float32):
+    single, of = x.dtype == torch.float32, constants()
+    by_vectors = len(x) <= (of.QUANTIZED_VECTOR_ROWS_32 if single else of.QUANTIZED_VECTOR_ROWS_16)
+    if not by_vectors and (len(x) > FUSED_ROWS or single):
         _many_rows(x, weight, bias, bits, group_size, y)
     else:
         k = x.shape[1]
@@ -150,7 +147,8 @@ def _multiply_int8(
     y: Tensor,
 ) -> None:
     weight = tuple(None if t is None else t.contiguous() for t in weight)
-    most = VECTOR_ROWS_FLOAT32 if y.dtype == torch.float32 else VECTOR_ROWS[8]
+    of = constants()
+    most = of.QUANTIZED_VECTOR_ROWS_32 if y.dtype == torch.float32 else of.QUANTIZED_VECTOR_ROWS_8
     # an instruction multiplies 32 columns: they must share a scale
     by_vectors = len(y) <= most or (group_size < k and group_size % 32 != 0)
     _multiply(q, scale, sums, weight, _floats(bias), bits, group_size, k, y, by_vectors)

@@ -3,9 +3,16 @@
 import torch
 from torch import Tensor
 
-from fastlm.cuda import extension, stream
+from fastlm.backend import Serves
+from fastlm.cuda import constants, extension, stream
 from fastlm.cuda.quantized_linear import empty_rows
 from fastlm.memory_order import rows_of
+
+# What the kernel keeps in shared memory, on every card, while it rounds it
+ROUND_SERVES = Serves(
+    "rows of up to 48 KiB",
+    lambda x, *_: x.shape[-1] * x.element_size() <= constants().RMS_NORM_ROUND_BYTES,
+)
 
 
 def rms_norm_forward(

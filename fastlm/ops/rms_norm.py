@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from fastlm import reference
-from fastlm.backend import Serves
+from fastlm.cuda.rms_norm import ROUND_SERVES
 from fastlm.errors import InputError
 from fastlm.operator import autocasts, declare, promoted
 from fastlm.ops.wrong_type import FAILURES, explained
@@ -98,15 +98,5 @@ _forward = declare(
 )
 
 
-# The longest row that the CUDA kernel keeps in shared memory, on every card, while it rounds it.
-_ROUND_BYTES = 48 << 10
-
-
-def _fits(x: Tensor, *_) -> bool:
-    return x.shape[-1] * x.element_size() <= _ROUND_BYTES
-
-
 # A norm before a product in int8, in a decode step: no launch and no trip to memory of its own.
-rms_norm_round = declare(
-    reference.rms_norm_round, "cuda", serves={"cuda": Serves("rows of up to 48 KiB", _fits)}
-)
+rms_norm_round = declare(reference.rms_norm_round, "cuda", serves={"cuda": ROUND_SERVES})

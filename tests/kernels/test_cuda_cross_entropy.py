@@ -12,10 +12,10 @@ from fastlm import ops
 @pytest.fixture(params=["whole rows", "split rows"])
 def split(request, monkeypatch, cuda):
     """Whole or split rows: parts of 128 bytes, and enough blocks to split the most rows here."""
-    from fastlm.cuda import cross_entropy
+    from fastlm.cuda import constants, cross_entropy
 
     if request.param == "split rows":
-        monkeypatch.setattr(cross_entropy, "_PART_BYTES", 128)
+        monkeypatch.setattr(constants(), "CROSS_ENTROPY_PART_BYTES", 128)
         monkeypatch.setattr(cross_entropy, "_WAVES", 1)
         monkeypatch.setattr(cross_entropy, "multiprocessors", lambda device: 40)
     return cuda
@@ -98,9 +98,9 @@ def test_strides_and_repeat(split, dtype):
 
 
 def test_more_parts_than_lanes_of_the_warp_that_adds_them(cuda, monkeypatch):
-    from fastlm.cuda import cross_entropy
+    from fastlm.cuda import constants, cross_entropy
 
-    monkeypatch.setattr(cross_entropy, "_PART_BYTES", 16)
+    monkeypatch.setattr(constants(), "CROSS_ENTROPY_PART_BYTES", 16)
     monkeypatch.setattr(cross_entropy, "multiprocessors", lambda device: 40)
     for offset in (-50.0, 50.0):  # the largest logit is in the first parts, or in the last
         logits, target = make(1, 500, torch.float32, ignored=0, device=cuda)

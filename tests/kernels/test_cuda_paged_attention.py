@@ -7,8 +7,8 @@ import torch
 from test_paged_attention import OPTIONS, assert_paged_near, cache
 
 from fastlm import InputError, backend, ops
+from fastlm.cuda import constants, stream
 from fastlm.cuda import paged_attention as host
-from fastlm.cuda import stream
 
 
 def on(device, *values):
@@ -81,7 +81,7 @@ def test_every_int8_is_widened_exactly(cuda, dtype, heads):
 @pytest.mark.parametrize("blocks", [2, 6, 40])
 def test_any_division_of_the_keys(cuda, monkeypatch, blocks, queries, options):
     """Blocks with a part of a unit, several units or none; units with many blocks."""
-    monkeypatch.setattr(host, "_LEAST_TILES", 1)
+    monkeypatch.setattr(constants(), "PAGED_MIN_TILES", 1)
     monkeypatch.setattr(host, "multiprocessors", lambda _: blocks // 2)
     dtype = torch.float32 if queries == 1 else torch.float16
     q = torch.randn(5, queries, 4, 16).to(dtype)
@@ -115,7 +115,7 @@ def test_a_tile_with_room_does_not_show_the_start_of_the_cache(cuda, dtype, quer
 
 def test_row_groups_of_several_key_heads(cuda, monkeypatch):
     """More rows than fit in a block, from two key heads, in pieces."""
-    monkeypatch.setattr(host, "_LEAST_TILES", 1)
+    monkeypatch.setattr(constants(), "PAGED_MIN_TILES", 1)
     q = torch.randn(2, 1, 2 * 130, 16).half()
     check(cuda, q, cache([150, 70], 16, 2, 16, 16, q.dtype), "", sinks=torch.randn(260))
 

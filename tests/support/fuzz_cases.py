@@ -26,6 +26,7 @@ from poison import Guards
 from torch import Tensor
 
 from fastlm import backend
+from fastlm.cuda import constants
 
 Case = dict[str, Any]
 
@@ -175,7 +176,8 @@ def kernels(case: Case) -> Iterator[None]:
         stack.enter_context(threads(case["threads"]))
         for place, value in case["host"].items():
             module, _, name = f"fastlm.cuda.{place}".rpartition(".")
-            stack.enter_context(mock.patch.object(importlib.import_module(module), name, value))
+            of = constants() if place.isupper() else importlib.import_module(module)
+            stack.enter_context(mock.patch.object(of, name, value))
         stack.enter_context(another(case, 0))
         yield
 

@@ -931,8 +931,8 @@ OPS = {
 
 # Sizes by which host functions divide work, with values that also divide the work of small cases.
 HOST = {
-    "cross_entropy": {"cross_entropy._PART_BYTES": 128},
-    "paged_attention": {"paged_attention._LEAST_TILES": 1},
+    "cross_entropy": {"CROSS_ENTROPY_PART_BYTES": 128},
+    "paged_attention": {"PAGED_MIN_TILES": 1},
     "quantized_linear": {"quantized_linear.FUSED_ROWS": 8, "quantized_linear._BLOCK_WEIGHTS": 3000},
     "rope": {"rope._POSITIONS": 0, "rope._HEADS": 3},
 }

@@ -486,7 +486,7 @@ const Case cases[] = {
     CASE(sums_without_a_fence_behind),
     CASE(sums_without_a_barrier),
 };
-constexpr int kGlobal = 6;  // the last cases, which need Options::races
+constexpr int kGlobal = 6;  // the last cases, which need EmulatorOptions::races
 
 __global__ void touches_nothing_at_all(float* y) { y[threadIdx.x] = 1; }
 
