@@ -68,8 +68,8 @@ def test_refusals(cuda):
     x = torch.zeros(4, 8, device=cuda)
     with pytest.raises(ValueError, match="up: wanted elements 32, got 16"):
         extension().glu_forward(x, x[:2], 0, x, 0)
-    with pytest.raises(ValueError, match="act: wanted 0 to 2, got 3"):
-        extension().glu_forward(x, x, 3, x, 0)
+    with pytest.raises(ValueError, match="act: expected 0 to 3, got 4"):
+        extension().glu_forward(x, x, 4, x, 0)
     with pytest.raises(ValueError, match="gate, up: wanted rows whose elements lie side by side"):
         extension().glu_forward(x.view(8, 4)[:, ::2], x.view(8, 4)[:, ::2], 0, x[:2], 0)
     with pytest.raises(ValueError, match="gate: wanted float32, bfloat16 or float16, got int64"):

@@ -150,8 +150,8 @@ def test_refusals(cuda):
         kernels.glu_round(x, x, 0, *codes, narrow, scale, sums, stream(x))
     with pytest.raises(ValueError, match="x_sums: wanted rows 2, got 1"):
         kernels.glu_round(x, x, 0, *codes, q, scale, sums[:1], stream(x))
-    with pytest.raises(ValueError, match="act: wanted 0 to 2, got 3"):
-        kernels.glu_round(x, x, 3, *codes, *out, stream(x))
+    with pytest.raises(ValueError, match="act: expected 0 to 3, got 4"):
+        kernels.glu_round(x, x, 4, *codes, *out, stream(x))
     with pytest.raises(ValueError, match="weight: wanted size 64, got 63"):
         kernels.rms_norm_round(x, None, w[:63], 1e-6, 0.0, None, *codes, *out, stream(x))
     with pytest.raises(ValueError, match="x: wanted elements 128, got 64"):
