@@ -678,8 +678,9 @@ def attention_forward(
     return out, lse
 
 
-def attention_backward(*args: Any) -> tuple[Tensor, ...]:
-    """Its file imports this one."""
-    from fastlm.kernels.attention_backward import attention_backward as backward
+def __getattr__(name: str) -> Any:
+    if name != "attention_backward":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from fastlm.kernels.attention_backward import attention_backward  # whose file imports this one
 
-    return backward(*args)
+    return attention_backward

@@ -4,21 +4,23 @@ from fastlm.cpu.attention import backward_any_layout, forward_any_layout
 
 
 def varlen_attention_forward(
-    q, k, v, cu_q, cu_k, sinks, alibi_slopes, bias, seed, max_seqlen_q, max_seqlen_k, options
-):
-    layout = (cu_q.contiguous(), cu_k.contiguous(), None, None, None, None)
+    q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, alibi_slopes, bias, seed,
+    max_seqlen_q, max_seqlen_k, options,
+):  # fmt: skip
+    layout = (cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), None, None, None, None)
     return forward_any_layout(
         q, k, v, layout, sinks, alibi_slopes, bias, seed, options, (q.shape[1], q.shape[0]),
-        cu_q.shape[0] - 1, k.shape[0], 0,  # packed sequences never use the decode kernel
+        cu_seqlens_q.shape[0] - 1, k.shape[0], 0,  # packed sequences never use the decode kernel
     )  # fmt: skip
 
 
 def varlen_attention_backward(
-    dout, dlse, q, k, v, out, lse, cu_q, cu_k, sinks, alibi_slopes, bias, seed,
+    dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, sinks, alibi_slopes, bias, seed,
     max_seqlen_q, max_seqlen_k, options, need_bias,
 ):  # fmt: skip
+    cu_seqlens = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
     return backward_any_layout(
-        dout, dlse, q, k, v, out, lse, (cu_q.contiguous(), cu_k.contiguous()), sinks, alibi_slopes,
-        bias, seed, options, need_bias, cu_q.shape[0] - 1,
-        *(int(cu.diff().max()) if cu.shape[0] > 1 else 0 for cu in (cu_q, cu_k)),
+        dout, dlse, q, k, v, out, lse, cu_seqlens, sinks, alibi_slopes, bias, seed, options,
+        need_bias, cu_seqlens_q.shape[0] - 1,
+        *(int(cu.diff().max()) if cu.shape[0] > 1 else 0 for cu in cu_seqlens),
     )  # fmt: skip

@@ -19,6 +19,7 @@ from fastlm.ops.quantize_weight import quantize_weight
 from fastlm.ops.quantized_linear import quantized_linear
 from fastlm.ops.rms_norm import rms_norm
 from fastlm.ops.rope import rope
+from fastlm.ops.rope_append import rope_append  # noqa: F401  declared for the decoder's steps
 from fastlm.ops.varlen_attention import varlen_attention
 
 __all__ = [

@@ -23,6 +23,8 @@ FIXED = {name: c for name, c in CASES.items() if "dynamic" not in name and "long
 
 
 def model_of(case="llama", device="cpu", **changes):
+    if case == "phi3":  # its heads share hidden_size; the CUDA kernel wants a multiple of 8
+        changes = {"hidden_size": 48, **changes}
     options = {**SMALL, "max_position_embeddings": 512, **CASES[case], **changes}
     config = ModelConfig.from_dict({"model_type": case.split("-")[0], **options})
     return CausalLM(config, seed=4, scaled_residual=False).eval().to(device)
@@ -173,7 +175,7 @@ def test_every_step_is_the_same_to_the_host(cuda, monkeypatch, format):
                 of_step.append(list(made))
                 made.clear()
     assert len(plain[0]) > 15 and plain[0] == plain[1] == plain[2]
-    assert len(operators[0]) > 80 and operators[0] == operators[1] == operators[2]
+    assert len(operators[0]) > 60 and operators[0] == operators[1] == operators[2]
     assert not looks
 
 
