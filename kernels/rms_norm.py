@@ -101,9 +101,7 @@ def _forward_wide(
     for start in range(0, width, BLOCK):
         at = start + tl.arange(0, BLOCK)
         mask = at < width
-        sum_ = load_sum(
-            x, residual, row * x_stride + at, row * residual_stride + at, mask, HAS_RESIDUAL
-        )
+        sum_ = load_sum(x, residual, row * x_stride + at, row * residual_stride + at, mask)
         if residual is not None:
             tl.store(h + row * width + at, sum_, mask=mask)
         scaled = sum_.to(tl.float32) * r

@@ -9,8 +9,8 @@ from fastlm.reference.precision import widen
 def rms_norm_forward(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, offset: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """h = x + residual, rstd = 1 / sqrt(mean(h^2) + eps), y = h * rstd * (offset + weight), without a weight
-    y = h * rstd.
+    """h = x + residual, rstd = 1 / sqrt(mean(h^2) + eps), y = h * rstd * (offset + weight),
+    without a weight y = h * rstd.
 
     x (..., H) -> y (..., H), h (..., H; empty without residual), rstd (...).
     """
