@@ -74,7 +74,7 @@ _backward = declare(reference.layer_norm_backward, "cpu triton", chosen_by="h")
 _forward = declare(
     reference.layer_norm_forward,
     "cpu triton",
-    outputs="y h mean rstd",
+    outputs="y h? mean rstd",
     backward=_backward,
     gradients=(("x", "residual"), "weight", "bias"),
     keeps={"h": lambda x, residual, h: x if residual is None else h},
