@@ -27,6 +27,7 @@ OPS = (
     "linear_logprobs",
     "linear_distillation",
     "rms_norm",
+    "layer_norm",
     "rope",
     "glu",
     "adamw",

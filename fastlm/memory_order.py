@@ -19,6 +19,12 @@ def rows_of(t: Tensor) -> Tensor:
     return t if t.is_contiguous() else matrix(t)
 
 
+def empty_rows(t: Tensor) -> Tensor:
+    """An empty contiguous tensor of t's shape and dtype; half as long as ``t.new_empty(t.shape)``,
+    which passes the shape through Python."""
+    return torch.empty_like(t, memory_format=torch.contiguous_format)
+
+
 def empty_out(q: Tensor, width: int) -> Tensor:
     """An empty tensor of q's shape with `width` elements per row, in q's memory order. Where q is
     the transpose of a projection's (B, S, H, D), so is the result, and the next projection reads it

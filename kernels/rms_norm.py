@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlm.kernels.launch import Config, launch, multiprocessors
+from fastlm.kernels.rows import load_sum, matrix, tile
 
 _WHOLE = 8192  # elements of a row in registers: 16 to 32 per thread for each of up to four operands
 _TILE = 4096  # elements of narrow rows per program of the forward; half of that in the backward
@@ -38,20 +39,10 @@ def _rstd(squares, width, eps):
 
 
 @triton.jit
-def _sum_of(x, residual, at, other_at, mask, HAS_RESIDUAL: tl.constexpr):
-    """x + residual, rounded to x's dtype."""
-    h = tl.load(x + at, mask=mask, other=0.0)
-    if HAS_RESIDUAL:
-        r = tl.load(residual + other_at, mask=mask, other=0.0)
-        h = (h.to(tl.float32) + r.to(tl.float32)).to(h.dtype)
-    return h
-
-
-@triton.jit
 def _forward(
     x,  # (rows, width), row stride x_stride
     residual,  # likewise, or None
-    weight,  # (width,)
+    weight,  # (width,), or None
     y,  # (rows, width), contiguous
     h,  # likewise, or None
     rstd,  # (rows,) float32
@@ -61,7 +52,6 @@ def _forward(
     residual_stride,
     eps,
     offset,
-    HAS_RESIDUAL: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -71,13 +61,16 @@ def _forward(
     from_x = row[:, None] * x_stride + at[None, :]
     to = row[:, None] * width + at[None, :]
     from_residual = row[:, None] * residual_stride + at[None, :]
-    sum_ = _sum_of(x, residual, from_x, from_residual, mask, HAS_RESIDUAL)
-    if HAS_RESIDUAL:
+    sum_ = load_sum(x, residual, from_x, from_residual, mask)
+    if residual is not None:
         tl.store(h + to, sum_, mask=mask)
     wide = sum_.to(tl.float32)
     r = _rstd(tl.sum(wide * wide, 1), width, eps)
-    w = offset + tl.load(weight + at, mask=at < width, other=0.0).to(tl.float32)
-    tl.store(y + to, (wide * r[:, None] * w[None, :]).to(y.dtype.element_ty), mask=mask)
+    scaled = wide * r[:, None]
+    if weight is not None:
+        w = offset + tl.load(weight + at, mask=at < width, other=0.0).to(tl.float32)
+        scaled *= w[None, :]
+    tl.store(y + to, scaled.to(y.dtype.element_ty), mask=mask)
     tl.store(rstd + row, r, mask=row < rows)
 
 
@@ -85,7 +78,7 @@ def _forward(
 def _forward_wide(
     x,  # (rows, width), row stride x_stride
     residual,  # likewise, or None
-    weight,  # (width,)
+    weight,  # (width,), or None
     y,  # (rows, width), contiguous
     h,  # likewise, or None
     rstd,  # (rows,) float32
@@ -94,28 +87,26 @@ def _forward_wide(
     residual_stride,
     eps,
     offset,
-    HAS_RESIDUAL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     squares = tl.zeros([BLOCK], tl.float32)
     for start in range(0, width, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        wide = _sum_of(
-            x, residual, row * x_stride + at, row * residual_stride + at, at < width, HAS_RESIDUAL
+        wide = load_sum(
+            x, residual, row * x_stride + at, row * residual_stride + at, at < width
         ).to(tl.float32)
         squares += wide * wide
     r = _rstd(tl.sum(squares, 0), width, eps)
     for start in range(0, width, BLOCK):
         at = start + tl.arange(0, BLOCK)
         mask = at < width
-        sum_ = _sum_of(
-            x, residual, row * x_stride + at, row * residual_stride + at, mask, HAS_RESIDUAL
-        )
-        if HAS_RESIDUAL:
+        sum_ = load_sum(x, residual, row * x_stride + at, row * residual_stride + at, mask)
+        if residual is not None:
             tl.store(h + row * width + at, sum_, mask=mask)
-        w = offset + tl.load(weight + at, mask=mask, other=0.0).to(tl.float32)
-        scaled = sum_.to(tl.float32) * r * w
+        scaled = sum_.to(tl.float32) * r
+        if weight is not None:
+            scaled *= offset + tl.load(weight + at, mask=mask, other=0.0).to(tl.float32)
         tl.store(y + row * width + at, scaled.to(y.dtype.element_ty), mask=mask)
     tl.store(rstd + row, r)
 
@@ -125,24 +116,24 @@ def _backward(
     dy,  # (rows, width), row stride dy_stride
     dh_above,  # likewise, or None
     h,  # likewise
-    weight,  # (width,)
+    weight,  # (width,), or None
     rstd,  # (rows,) float32
     dh,  # (rows, width), contiguous
-    dweight,  # (programs, width) float32, contiguous
+    dweight,  # (programs, width) float32, contiguous; None without a weight
     rows,
     width,
     dy_stride,
     above_stride,
     h_stride,
     offset,
-    HAS_ABOVE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
-    w = offset + tl.load(weight + at, mask=at < width, other=0.0).to(tl.float32)
-    share = tl.zeros([ROWS, BLOCK], tl.float32)
+    if weight is not None:
+        w = offset + tl.load(weight + at, mask=at < width, other=0.0).to(tl.float32)
+        share = tl.zeros([ROWS, BLOCK], tl.float32)
     for first in range(program * ROWS, rows, tl.num_programs(0) * ROWS):
         row = first + tl.arange(0, ROWS)
         mask = (row < rows)[:, None] & (at < width)[None, :]
@@ -151,16 +142,19 @@ def _backward(
         d = d.to(tl.float32)
         normed = tl.load(h + row[:, None] * h_stride + at[None, :], mask=mask, other=0.0)
         normed = normed.to(tl.float32) * r
-        share += d * normed
-        g = d * w[None, :]
+        g = d
+        if weight is not None:
+            share += d * normed
+            g = d * w[None, :]
         mean = tl.sum(g * normed, 1) / width
         grad = r * (g - normed * mean[:, None])
-        if HAS_ABOVE:
+        if dh_above is not None:
             from_above = row[:, None] * above_stride + at[None, :]
             grad += tl.load(dh_above + from_above, mask=mask, other=0.0).to(tl.float32)
         to = row[:, None] * width + at[None, :]
         tl.store(dh + to, grad.to(dh.dtype.element_ty), mask=mask)
-    tl.store(dweight + program * width + at, tl.sum(share, 0), mask=at < width)
+    if weight is not None:
+        tl.store(dweight + program * width + at, tl.sum(share, 0), mask=at < width)
 
 
 @triton.jit
@@ -168,7 +162,7 @@ def _backward_wide(
     dy,  # (rows, width), row stride dy_stride
     dh_above,  # likewise, or None
     h,  # likewise
-    weight,  # (width,)
+    weight,  # (width,), or None
     rstd,  # (rows,) float32
     dh,  # (rows, width), contiguous
     width,
@@ -176,7 +170,6 @@ def _backward_wide(
     above_stride,
     h_stride,
     offset,
-    HAS_ABOVE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -185,19 +178,21 @@ def _backward_wide(
     for start in range(0, width, BLOCK):
         at = start + tl.arange(0, BLOCK)
         mask = at < width
-        w = offset + tl.load(weight + at, mask=mask, other=0.0).to(tl.float32)
-        g = tl.load(dy + row * dy_stride + at, mask=mask, other=0.0).to(tl.float32) * w
+        g = tl.load(dy + row * dy_stride + at, mask=mask, other=0.0).to(tl.float32)
+        if weight is not None:
+            g *= offset + tl.load(weight + at, mask=mask, other=0.0).to(tl.float32)
         normed = tl.load(h + row * h_stride + at, mask=mask, other=0.0).to(tl.float32) * r
         products += g * normed
     mean = tl.sum(products, 0) / width
     for start in range(0, width, BLOCK):
         at = start + tl.arange(0, BLOCK)
         mask = at < width
-        w = offset + tl.load(weight + at, mask=mask, other=0.0).to(tl.float32)
-        g = tl.load(dy + row * dy_stride + at, mask=mask, other=0.0).to(tl.float32) * w
+        g = tl.load(dy + row * dy_stride + at, mask=mask, other=0.0).to(tl.float32)
+        if weight is not None:
+            g *= offset + tl.load(weight + at, mask=mask, other=0.0).to(tl.float32)
         normed = tl.load(h + row * h_stride + at, mask=mask, other=0.0).to(tl.float32) * r
         grad = r * (g - normed * mean)
-        if HAS_ABOVE:
+        if dh_above is not None:
             grad += tl.load(dh_above + row * above_stride + at, mask=mask, other=0.0).to(tl.float32)
         tl.store(dh + row * width + at, grad.to(dh.dtype.element_ty), mask=mask)
 
@@ -225,69 +220,59 @@ def _weight_gradient(
     tl.store(dweight + program * width + at, share, mask=mask)
 
 
-def _matrix(t: Tensor) -> Tensor:
-    """Reshape to (rows, width) with contiguous elements in a row; rows may have any stride."""
-    t = t.reshape(-1, t.shape[-1])
-    return t if t.stride(1) == 1 else t.contiguous()
-
-
-def _tile(rows: int, width: int, most: int, each: int) -> Config:
-    """A tile of whole rows: one wide row or several narrow ones, no more than there are. A thread
-    has `each` elements, twice as many where 16 warps are not enough."""
-    block = triton.next_power_of_2(width)
-    tile = max(1, min(most // block, triton.next_power_of_2(rows)))
-    warps = max(1, min(16, tile * block // (32 * each)))
-    return Config({"ROWS": tile, "BLOCK": block}, num_warps=warps)
-
-
 _WIDE = Config({"BLOCK": _BLOCK}, num_warps=8)  # 8 elements per thread: at 16 ptxas 12.8 spills two
 _COLUMNS = Config({"BLOCK": 1024}, num_warps=4)  # 8 per thread: one 128-bit access if 16-bit
 
 
 def rms_norm_forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, offset: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     width = x.shape[-1]
     make = {"dtype": x.dtype, "device": x.device}
     y, h = torch.empty(x.shape, **make), torch.empty(0 if residual is None else x.shape, **make)
     rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
-    xs = _matrix(x)
-    rs = xs if residual is None else _matrix(residual)
-    operands = (xs, rs, weight.contiguous(), y, h, rstd)
-    sizes = (width, xs.stride(0), rs.stride(0), eps, offset)
-    rows, flags = len(xs), {"HAS_RESIDUAL": residual is not None}
+    xs, rs = matrix(x), None if residual is None else matrix(residual)
+    operands = (xs, rs, None if weight is None else weight.contiguous(), y, h, rstd)
+    sizes = (width, xs.stride(0), xs.stride(0) if rs is None else rs.stride(0), eps, offset)
+    rows = len(xs)
     if width > _WHOLE:
-        launch(_forward_wide, (rows,), *operands, *sizes, config=_WIDE, **flags)
+        launch(_forward_wide, (rows,), *operands, *sizes, config=_WIDE)
     else:
-        config = _tile(rows, width, _TILE, 16)
+        config = tile(rows, width, _TILE, 16)
         grid = (triton.cdiv(rows, config.sizes["ROWS"]),)
-        launch(_forward, grid, *operands, rows, *sizes, config=config, **flags)
+        launch(_forward, grid, *operands, rows, *sizes, config=config)
     return y, h, rstd
 
 
 def rms_norm_backward(
-    dy: Tensor, dh_above: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor, offset: float
+    dy: Tensor,
+    dh_above: Tensor | None,
+    h: Tensor,
+    weight: Tensor | None,
+    rstd: Tensor,
+    offset: float,
 ) -> tuple[Tensor, Tensor]:
     width = h.shape[-1]
     dh = torch.empty(h.shape, dtype=h.dtype, device=h.device)
-    ds, hs = _matrix(dy), _matrix(h)
-    above = ds if dh_above is None else _matrix(dh_above)
-    operands = (ds, above, hs, weight.contiguous(), rstd, dh)
-    sizes = (width, ds.stride(0), above.stride(0), hs.stride(0), offset)
-    rows, flags = len(hs), {"HAS_ABOVE": dh_above is not None}
-    most = _WAVES * multiprocessors(h.device)
-    make = {"dtype": torch.float32, "device": h.device}
+    ds, hs, above = matrix(dy), matrix(h), None if dh_above is None else matrix(dh_above)
+    operands = (ds, above, hs, None if weight is None else weight.contiguous(), rstd, dh)
+    above_stride = ds.stride(0) if above is None else above.stride(0)
+    sizes = (width, ds.stride(0), above_stride, hs.stride(0), offset)
+    rows, most = len(hs), _WAVES * multiprocessors(h.device)
+    shares = None  # of dweight
     if width > _WHOLE:
-        launch(_backward_wide, (rows,), *operands, *sizes, config=_WIDE, **flags)
-        columns = triton.cdiv(width, _COLUMNS.sizes["BLOCK"])
-        shares = torch.empty(min(rows, triton.cdiv(most, columns)), width, **make)
-        launch(
-            _weight_gradient, (columns, len(shares)), ds, hs, rstd, shares, rows, width,
-            ds.stride(0), hs.stride(0), config=_COLUMNS,
-        )  # fmt: skip
+        launch(_backward_wide, (rows,), *operands, *sizes, config=_WIDE)
+        if weight is not None:
+            columns = triton.cdiv(width, _COLUMNS.sizes["BLOCK"])
+            shares = rstd.new_empty(min(rows, triton.cdiv(most, columns)), width)
+            launch(
+                _weight_gradient, (columns, len(shares)), ds, hs, rstd, shares, rows, width,
+                ds.stride(0), hs.stride(0), config=_COLUMNS,
+            )  # fmt: skip
     else:
-        config = _tile(rows, width, _TILE // 2, 8)  # four operands
-        tiles = triton.cdiv(rows, config.sizes["ROWS"])
-        shares = torch.empty(min(tiles, most), width, **make)
-        launch(_backward, (len(shares),), *operands, shares, rows, *sizes, config=config, **flags)
-    return dh, shares.sum(0)
+        config = tile(rows, width, _TILE // 2, 8)  # four operands
+        programs = min(triton.cdiv(rows, config.sizes["ROWS"]), most)
+        if weight is not None:
+            shares = rstd.new_empty(programs, width)
+        launch(_backward, (programs,), *operands, shares, rows, *sizes, config=config)
+    return dh, rstd.new_empty(0) if shares is None else shares.sum(0)

@@ -3,8 +3,8 @@
 //
 //   forward   h = x + residual (rounded to x's dtype, as the unfused addition would be)
 //             rstd = 1 / sqrt(mean(h^2) + eps)
-//             y = h * rstd * (offset + weight)
-//   backward  g = dy * (offset + weight)
+//             y = h * rstd * (offset + weight), without a weight y = h * rstd
+//   backward  g = dy * (offset + weight), without a weight g = dy
 //             dh = rstd * (g - h * rstd^2 * mean(g * h)) [+ dh from above]
 //             dw = sum over rows of dy * h * rstd
 //
@@ -15,6 +15,13 @@
 #include "cpu/base/rows.h"
 
 constexpr int SUMS = 4;  // independent sums per row
+
+// offset + weight, of the elements [j, j + k); 1 without a weight
+template <class W>
+FASTLM_INLINE vfloat rms_norm_factor(const W* weight, float offset, int64_t j, int k) {
+  if (!weight) return splat(1.f);
+  return (k == VL ? load(weight + j) : load(weight + j, k)) + offset;
+}
 
 template <class T, class W>
 void rms_norm_row(const T* x, const T* residual, const W* weight, float eps, float offset,
@@ -42,24 +49,15 @@ void rms_norm_row(const T* x, const T* residual, const W* weight, float eps, flo
   *rstd = r;
   const T* source = residual ? h : x;
   for (j = 0; j + VL <= n; j += VL)
-    store(y + j, load(source + j) * r * (load(weight + j) + offset));
+    store(y + j, load(source + j) * r * rms_norm_factor(weight, offset, j, VL));
   if (const int k = int(n - j))
-    store(y + j, load(source + j, k) * r * (load(weight + j, k) + offset), k);
+    store(y + j, load(source + j, k) * r * rms_norm_factor(weight, offset, j, k), k);
 }
 
-// Calls f(pointer to the weight), whose type is float or T.
-template <class T, class F>
-void with_weight(const TensorView& weight, F&& f) {
-  if (weight.dtype() == DType::f32)
-    f(static_cast<const float*>(weight.data<float>("weight")));
-  else
-    f(static_cast<const T*>(weight.data<T>("weight")));
-}
-
-// x (..., H) as rows.h says; residual the same or empty; weight (H) float32 or x's dtype; y, h like
-// x, contiguous; rstd (...) float32
+// x (..., H) as rows.h says; residual the same or null; weight (H) float32 or x's dtype, or null;
+// y, h like x, contiguous; rstd (...) float32
 inline void rms_norm_forward(const TensorView& x, const TensorView* residual,
-                             const TensorView& weight, float eps, float offset, const TensorView& y,
+                             const TensorView* weight, float eps, float offset, const TensorView& y,
                              const TensorView* h, const TensorView& rstd) {
   prefer_huge_pages(y);
   if (h) prefer_huge_pages(*h);
@@ -88,7 +86,7 @@ void rms_norm_backward_row(const T* dy, const T* dh_above, const T* h, const W* 
                            float offset, int64_t n, T* dx, float* dw) {
   vfloat dots[SUMS] = {};
   const auto product = [&](int64_t j) __attribute__((always_inline)) {
-    return load(dy + j) * (load(weight + j) + offset) * load(h + j);
+    return load(dy + j) * rms_norm_factor(weight, offset, j, VL) * load(h + j);
   };
   int64_t i = 0;
   for (; i + SUMS * VL <= n; i += SUMS * VL) {
@@ -97,46 +95,50 @@ void rms_norm_backward_row(const T* dy, const T* dh_above, const T* h, const W* 
   }
   for (; i + VL <= n; i += VL) dots[0] += product(i);
   if (const int k = int(n - i))
-    dots[0] += load(dy + i, k) * (load(weight + i, k) + offset) * load(h + i, k);
+    dots[0] += load(dy + i, k) * rms_norm_factor(weight, offset, i, k) * load(h + i, k);
   const float c = hsum((dots[0] + dots[1]) + (dots[2] + dots[3])) * r * r / float(n);
   for (int64_t j = 0; j < n; j += VL) {
     const int k = int(std::min<int64_t>(VL, n - j));
     const vfloat g = k == VL ? load(dy + j) : load(dy + j, k),
                  v = k == VL ? load(h + j) : load(h + j, k);
-    const vfloat w = (k == VL ? load(weight + j) : load(weight + j, k)) + offset;
-    vfloat d = (g * w - v * c) * r;
+    vfloat d = (g * rms_norm_factor(weight, offset, j, k) - v * c) * r;
     if (dh_above) d += k == VL ? load(dh_above + j) : load(dh_above + j, k);
+    if (k == VL)
+      store(dx + j, d);
+    else
+      store(dx + j, d, k);
+    if (!weight) continue;
     const vfloat sum = (k == VL ? load(dw + j) : load(dw + j, k)) + g * v * r;
     if (k == VL)
-      store(dx + j, d), store(dw + j, sum);
+      store(dw + j, sum);
     else
-      store(dx + j, d, k), store(dw + j, sum, k);
+      store(dw + j, sum, k);
   }
 }
 
-// dy, dh_above (may be absent), h (..., H) as rows.h says; rstd (...); dx like h, contiguous; dw
-// (blocks, H) float32 with blocks = ceil(N / 64): partial sums
+// dy, dh_above (may be null), h (..., H) as rows.h says; rstd (...); dx like h, contiguous; dw
+// (blocks, H) float32 with blocks = ceil(N / 64): partial sums, null like the weight
 inline void rms_norm_backward(const TensorView& dy, const TensorView* dh_above, const TensorView& h,
-                              const TensorView& weight, const TensorView& rstd, float offset,
-                              const TensorView& dx, const TensorView& dw) {
+                              const TensorView* weight, const TensorView& rstd, float offset,
+                              const TensorView& dx, const TensorView* dw) {
   prefer_huge_pages(dx);
   const Rows r = rows_of("h", h);
   const int64_t rows = r.count, n = r.width, s_h = r.stride;
-  const int64_t s_dy = rows_of("dy", dy).stride, blocks = dw.size(0),
+  const int64_t s_dy = rows_of("dy", dy).stride,
                 s_a = dh_above ? rows_of("dh_above", *dh_above).stride : 0;
-  check_size("dw", "ceil(N / 64) rows:", (rows + RMS_NORM_BLOCK_ROWS - 1) / RMS_NORM_BLOCK_ROWS,
-             blocks);
+  const int64_t blocks = (rows + RMS_NORM_BLOCK_ROWS - 1) / RMS_NORM_BLOCK_ROWS;
+  if (weight) check_size("dw", "ceil(N / 64) rows:", blocks, dw ? dw->size(0) : 0);
   with_float(h.dtype(), "h", [&](auto tag) {
     using T = decltype(tag);
     const T *pdy = dy.data<T>("dy"), *pa = dh_above ? dh_above->data<T>("dh_above") : nullptr,
             *ph = h.data<T>("h");
     const float* pr = rstd.data<float>("rstd");
     T* pdx = dx.data<T>("dx");
-    float* pdw = dw.data<float>("dw");
+    float* pdw = weight ? dw->data<float>("dw") : nullptr;
     with_weight<T>(weight, [&](const auto* pw) {
       parallel_for(blocks, rows * n > 32768, [=](int64_t b) {
-        float* partial = pdw + b * n;
-        memset(partial, 0, size_t(n) * sizeof(float));
+        float* partial = pdw ? pdw + b * n : nullptr;
+        if (partial) memset(partial, 0, size_t(n) * sizeof(float));
         for (int64_t i = b * RMS_NORM_BLOCK_ROWS; i < std::min(rows, (b + 1) * RMS_NORM_BLOCK_ROWS);
              ++i)
           rms_norm_backward_row(pdy + i * s_dy, pa ? pa + i * s_a : nullptr, ph + i * s_h, pw,

@@ -16,8 +16,10 @@ ROUND_SERVES = Serves(
 
 
 def rms_norm_forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, offset: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if weight is None:
+        weight = x.new_ones(x.shape[-1])
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     h = None if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)

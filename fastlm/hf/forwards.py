@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlm.operator import autocast, autocast_somewhere
-from fastlm.ops import glu, linear, linear_cross_entropy, rms_norm, rope
+from fastlm.ops import glu, layer_norm, linear, linear_cross_entropy, rms_norm, rope
 
 
 def variant_of(module: nn.Module) -> tuple[type, str, dict[str, Any]] | None:
@@ -69,6 +69,15 @@ def _rms_norm(base: type, *, eps: str, offset: float) -> Callable:
         if epsilon is None:  # torch's own RMSNorm
             epsilon = torch.finfo(hidden_states.dtype).eps
         return rms_norm(hidden_states, self.weight, epsilon, residual=residual, offset=offset)
+
+    return forward
+
+
+def _layer_norm(base: type, *, eps: str) -> Callable:
+    @functools.wraps(base.forward)
+    def forward(self: Any, hidden_states: Tensor, residual: Tensor | None = None) -> Any:
+        bias = self._parameters.get("bias")
+        return layer_norm(hidden_states, self.weight, bias, getattr(self, eps), residual=residual)
 
     return forward
 
@@ -244,6 +253,7 @@ def logit_scale(config: Any, name: str | None) -> float:
 ROTATE = "apply_rotary_pos_emb"  # the rotation's name in every model of transformers
 FORWARDS: dict[str, Callable[..., Callable]] = {
     "rms_norm": _rms_norm,
+    "layer_norm": _layer_norm,
     "glu": _glu,
     "attention": _attention,
     "layer": _layer,

@@ -1,6 +1,6 @@
 """`patch` and `unpatch`: fastlm's kernels in a Hugging Face model, matched by what its modules do.
 
-A module is taken for an RMSNorm, a GLU, a decoder layer or a head with its loss when its children
+A module is taken for a norm, a GLU, a decoder layer or a head with its loss when its children
 and attributes look like one *and* it computes like one: the module's own forward runs on a few
 numbers, with tiny layers for its children, and must return what the kernel would. So an
 architecture needs no entry in a table here, one that is nearly like another is not mistaken for it,
@@ -30,7 +30,8 @@ from fastlm.errors import InputError
 from fastlm.hf.forwards import ROTATE, become, logit_scale, variant_of
 from fastlm.ops import rope
 
-OPS = ("rms_norm", "rope", "glu", "attention", "linear", "linear_cross_entropy")
+NORMS = ("rms_norm", "layer_norm")
+OPS = (*NORMS, "rope", "glu", "attention", "linear", "linear_cross_entropy")
 Plan = dict[nn.Module, tuple[str, dict[str, Any]]]  # what a module becomes: op, options
 _log = logging.getLogger("fastlm")
 _ACTIVATIONS = {
@@ -45,6 +46,7 @@ def patch(model: nn.Module, *, ops: Sequence[str] | None = None) -> nn.Module:
     """Run `model`, a Hugging Face model (or one built like it), on fastlm's kernels, in place.
 
     - ``rms_norm``: every RMSNorm, with the residual addition before it inside a decoder layer;
+    - ``layer_norm``: every LayerNorm, likewise;
     - ``rope``: the rotation of queries and keys in every attention module;
     - ``glu``: SwiGLU and GeGLU between the projections of every MLP;
     - ``attention``: transformers' ``attn_implementation="fastlm"`` (padding, packed sequences,
@@ -123,7 +125,7 @@ def patch(model: nn.Module, *, ops: Sequence[str] | None = None) -> nn.Module:
         text = f"patched {type(model).__name__}: {_listed(found)}"
     elif rest := [op for op in OPS if op not in found]:
         text += f"; nothing was recognised for {', '.join(rest)}"
-    if ops is None and (found.keeps_logits or found.keys() <= {"rms_norm", "linear"}):
+    if ops is None and (found.keeps_logits or found.keys() <= {*NORMS, "linear"}):
         level = logging.WARNING
     _log.log(level, text)
     return model
@@ -237,7 +239,10 @@ def _set_attention(model: nn.Module, plan: Plan, own: dict[int, Any]) -> None:
 
 def _plan(model: nn.Module, ops: Sequence[str]) -> Plan:
     plan: Plan = {}
-    looks = {"rms_norm": _as_rms_norm, "glu": _as_glu, "linear_cross_entropy": _as_causal_lm}
+    looks = {
+        "rms_norm": _as_rms_norm, "layer_norm": _as_layer_norm, "glu": _as_glu,
+        "linear_cross_entropy": _as_causal_lm,
+    }  # fmt: skip
     looks = {op: look for op, look in looks.items() if op in ops}
     masks = {}  # module -> whether the model it belongs to leaves causality to the kernel
     for module in model.modules():
@@ -265,9 +270,9 @@ def _plan(model: nn.Module, ops: Sequence[str]) -> Plan:
             # a module that accelerate wrapped keeps its forward
             if type(module) is nn.Linear and module not in heads and "forward" not in vars(module):
                 plan[module] = ("linear", {})
-        for module in model.modules() if "rms_norm" in ops else ():
+        for module in model.modules() if {*NORMS} & {*ops} else ():
             if (options := _in_both_modes(_as_layer, module)) is not None:
-                if plan.get(getattr(module, options["norm"]), (None,))[0] == "rms_norm":
+                if plan.get(getattr(module, options["norm"]), (None,))[0] in NORMS:
                     plan[module] = ("layer", options)
     return plan
 
@@ -349,6 +354,26 @@ def _as_rms_norm(module: nn.Module, training: bool) -> dict[str, Any] | None:
         if _same(result, F.rms_norm(x, x.shape[1:], weight + offset, epsilon)):
             return {"eps": eps, "offset": offset}
     return None
+
+
+def _as_layer_norm(module: nn.Module, training: bool) -> dict[str, Any] | None:
+    parameters = {n: p for n, p in module._parameters.items() if p is not None}
+    names = parameters.keys()
+    if "weight" not in names or not names <= {"weight", "bias"} or module._modules:
+        return None
+    if any(p.dim() != 1 for p in parameters.values()) or not _takes_one(module):
+        return None
+    eps = next(name for name in ("variance_epsilon", "eps") if hasattr(module, name))
+    twin = _stand_in(module, training)
+    weight = _numbers(parameters["weight"].numel())
+    bias = weight.flip(0) if "bias" in parameters else None
+    twin._parameters["weight"] = nn.Parameter(weight)
+    if bias is not None:
+        twin._parameters["bias"] = nn.Parameter(bias)
+    # rows whose variances are far above and near eps
+    x = _numbers(2, len(weight)) * torch.tensor([[1.0], [math.sqrt(getattr(module, eps))]]) + 1.0
+    same = _same(twin.forward(x), F.layer_norm(x, x.shape[1:], weight, bias, getattr(module, eps)))
+    return {"eps": eps} if same else None
 
 
 def _as_glu(module: nn.Module, training: bool) -> dict[str, Any] | None:

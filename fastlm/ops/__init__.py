@@ -9,6 +9,7 @@ from fastlm.ops import adamw  # noqa: F401  (declares it; `fastlm.AdamW` calls i
 from fastlm.ops.attention import attention
 from fastlm.ops.cross_entropy import cross_entropy
 from fastlm.ops.glu import glu
+from fastlm.ops.layer_norm import layer_norm
 from fastlm.ops.linear import linear
 from fastlm.ops.linear_cross_entropy import linear_cross_entropy
 from fastlm.ops.linear_distillation import linear_distillation
@@ -26,6 +27,7 @@ __all__ = [
     "attention",
     "cross_entropy",
     "glu",
+    "layer_norm",
     "linear",
     "linear_cross_entropy",
     "linear_distillation",

@@ -24,7 +24,7 @@ def rms_norm(
 
     Args:
         x: (..., H), float32, bfloat16 or float16 (float64 on the reference).
-        weight: (H,), any float dtype; None: ones, and no offset.
+        weight: (H,), any float dtype; None: no factor, and no offset.
         eps: added to the mean square.
         residual: like x. The sum is rounded to x's dtype before it is normalised, as by two
             separate ops. Under ``torch.autocast`` x and residual are cast to the wider dtype.
@@ -45,13 +45,12 @@ def rms_norm(
         if weight is None:
             if offset:
                 raise InputError(f"offset: expected 0 without a weight, got {offset}")
-            weight = x.new_ones(x.shape[-1])
-        if weight.shape != x.shape[-1:]:
+        elif weight.shape != x.shape[-1:]:
             raise InputError(
                 f"weight: wanted shape (H,) = the last dimension of x {tuple(x.shape)},"
                 f" got {tuple(weight.shape)}"
             )
-        if weight.device != x.device or not weight.is_floating_point():
+        elif weight.device != x.device or not weight.is_floating_point():
             raise InputError(
                 f"weight: wanted floats on {x.device} as x, got {weight.dtype} on {weight.device}"
             )

@@ -35,6 +35,7 @@ from fastlm.reference.cross_entropy import (
 )
 from fastlm.reference.dropout import dropout_factor, philox
 from fastlm.reference.glu import activation, glu_backward, glu_forward, glu_round
+from fastlm.reference.layer_norm import layer_norm_backward, layer_norm_forward
 from fastlm.reference.linear import linear_backward, linear_forward
 from fastlm.reference.linear_cross_entropy import (
     linear_cross_entropy_backward,
@@ -89,6 +90,8 @@ __all__ = [
     "glu_round",
     "int8_rows",
     "join_master",
+    "layer_norm_backward",
+    "layer_norm_forward",
     "linear_backward",
     "linear_cross_entropy_backward",
     "linear_cross_entropy_forward",

@@ -8,17 +8,20 @@ from fastlm.reference.quantized_linear import int8_rows
 
 
 def rms_norm_forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, offset: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """h = x + residual, rstd = 1 / sqrt(mean(h^2) + eps), y = h * rstd * (offset + weight).
+    """h = x + residual, rstd = 1 / sqrt(mean(h^2) + eps), y = h * rstd * (offset + weight),
+    without a weight y = h * rstd.
 
     x (..., H) -> y (..., H), h (..., H; empty without residual), rstd (...).
     """
     h = x if residual is None else x + residual
     wide = widen(h)
     rstd = torch.rsqrt(wide.square().mean(-1) + eps)
-    y = (wide * rstd[..., None] * (offset + widen(weight))).to(x.dtype)
-    return y, (x.new_empty(0) if residual is None else h), rstd
+    y = wide * rstd[..., None]
+    if weight is not None:
+        y = y * (offset + widen(weight))
+    return y.to(x.dtype), (x.new_empty(0) if residual is None else h), rstd
 
 
 def rms_norm_round(
@@ -39,12 +42,15 @@ def rms_norm_round(
 
 
 def rms_norm_backward(
-    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor, offset: float
+    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor | None, rstd: Tensor, offset: float
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x (and of the residual) and of the weight; `dh`: from the residual stream."""
+    """Gradients of x (and of the residual) and of the weight (empty without one); `dh`: from
+    the residual stream."""
     g, wide, r = widen(dy), widen(h), rstd[..., None]
-    gw = g * (offset + widen(weight))
+    gw = g if weight is None else g * (offset + widen(weight))
     dx = r * (gw - wide * r.square() * (gw * wide).mean(-1, keepdim=True))
     if dh is not None:
         dx = dx + widen(dh)
+    if weight is None:
+        return dx.to(h.dtype), rstd.new_empty(0)
     return dx.to(h.dtype), (g * wide * r).reshape(-1, h.shape[-1]).sum(0)

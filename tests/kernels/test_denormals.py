@@ -132,6 +132,7 @@ def slow_ones():
         weight_rows = x[:2], small[:2]
     cases = {
         "rms_norm": [tails(lambda x: ops.rms_norm(x, w), t.clone()) for t in (x, small)],
+        "layer_norm": [tails(lambda x: ops.layer_norm(x, w, w), t.clone()) for t in (x, small)],
         "glu": [tails(ops.glu, x.clone(), t.clone()) for t in (x, small)],
         "glu gate": [tails(ops.glu, t.clone(), x.clone()) for t in (x, small)],
         "glu tail": [tails(ops.glu, t.clone(), x.clone()) for t in (x, x - 95)],

@@ -46,6 +46,11 @@ OPS = {
         lambda x, w: ops.rms_norm(x, w),
         lambda x, w: F.rms_norm(x, x.shape[-1:], w, 1e-6),
     ),
+    "layer_norm": (
+        lambda: [random(4096, 4096), random(4096), random(4096)],
+        lambda x, w, b: ops.layer_norm(x, w, b),
+        lambda x, w, b: F.layer_norm(x, x.shape[-1:], w, b),
+    ),
     "glu": (
         lambda: [random(4096, 2816), random(4096, 2816)],
         lambda g, u: ops.glu(g, u),

@@ -93,8 +93,8 @@ def test_says_what_it_did(caplog):
     assert everything.levelno == chosen.levelno == logging.INFO
     assert norms.levelno == logging.WARNING
     assert norms.getMessage() == (
-        "patched Sequential: rms_norm 1, linear 1; nothing was recognised for rope, glu, attention,"
-        " linear_cross_entropy"
+        "patched Sequential: rms_norm 1, linear 1; nothing was recognised for layer_norm, rope,"
+        " glu, attention, linear_cross_entropy"
     )
     assert chosen.getMessage() == "patched Sequential: rms_norm 1"
 

@@ -85,6 +85,13 @@ class Norm(nn.Module):
         return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
 
 
+class OfRootMean(nn.LayerNorm):
+    """An RMSNorm with a bias."""
+
+    def forward(self, input):
+        return nn.functional.rms_norm(input, (8,), self.weight, self.eps) + self.bias
+
+
 class Gated(Norm):
     """Like Mamba's norm: without a gate it is an RMSNorm."""
 
@@ -133,6 +140,9 @@ class ScaledLayer(Layer):
         (Scaled(), {}),
         (Norm(), {"rms_norm": 1}),
         (Norm(1e-12), {"rms_norm": 1}),
+        (nn.LayerNorm(8), {"layer_norm": 1}),
+        (nn.LayerNorm(8, bias=False), {"layer_norm": 1}),
+        (OfRootMean(8), {}),
         (Gated(), {}),
         (OutsideTheRoot(1e-12), {}),
         (Layer().eval(), {"rms_norm": 2, "glu": 1, "layer": 1}),

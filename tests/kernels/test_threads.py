@@ -84,6 +84,10 @@ CASES = {
         "shape": [401, 257], "residual": True, "wide_weight": True, "spread": 1.0,
         "options": {"eps": 1e-6, "offset": 1.0},
     },
+    "layer_norm": {
+        "shape": [401, 257], "residual": True, "wide": True, "parameters": [True, True],
+        "spread": 1.0, "offset": 0.0, "options": {"eps": 1e-5},
+    },
     "rope": {
         "shape": [2, 8, 2, 150], "widths": [64, 64], "interleaved": False, "tables": 3,
         "table_dtype": "float32",

@@ -212,6 +212,7 @@ def test_per_sample_gradients_of_a_model(patched):
 # (t moves a tensor to the device under test)
 ON_META = {
     "rms_norm": lambda t: ops.rms_norm(t(rows), t(weight), residual=t(rows)),
+    "layer_norm": lambda t: ops.layer_norm(t(rows), t(weight), t(weight), residual=t(rows)),
     "rope": lambda t: ops.rope(t(q), t(k), t(cos), t(sin)),
     "glu": lambda t: ops.glu(t(rows), t(rows)),
     "cross_entropy": lambda t: ops.cross_entropy(t(rows), t(target), z_loss=0.1, return_lse=True),

@@ -33,6 +33,12 @@ def test_matches_float64(walk, dtype, shape, with_residual, offset):
     test_rms_norm.check(dtype, shape, with_residual, offset, walk)
 
 
+@pytest.mark.parametrize("shape", [(13, 107), (18, 1100)], ids=str)
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_without_a_weight(walk, dtype, shape, with_residual):
+    test_rms_norm.check(dtype, shape, with_residual, 0.0, walk, with_weight=False)
+
+
 def test_wide_rows_by_their_own_blocks(triton):
     test_rms_norm.check(torch.bfloat16, (3, 8200), True, 0.0, triton)
     test_rms_norm.check(torch.float32, (2, 8192), False, 0.0, triton)

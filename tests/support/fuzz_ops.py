@@ -13,6 +13,7 @@ import test_cross_entropy
 import test_cuda_glu
 import test_cuda_rope_append
 import test_glu
+import test_layer_norm
 import test_linear_cross_entropy
 import test_linear_distillation
 import test_linear_logprobs
@@ -514,6 +515,36 @@ def build_rms_norm(case: Case, dtype: torch.dtype) -> Built:
     return Built(function, leaves, check, differentiable=not on_gpu, any_strides=not on_gpu)
 
 
+def draw_layer_norm(r: Random, isa: str) -> Case:
+    return {
+        "shape": rows_of(r, isa, 1 << 12, 1),
+        "residual": r.random() < 0.5,
+        "wide": r.random() < 0.5,
+        "parameters": [r.random() < 0.7, r.random() < 0.7],
+        "spread": r.choice([0.01, 1.0, 100.0]),
+        "offset": r.choice([0.0, 0.0, 30.0]),  # in spreads
+        "options": {"eps": r.choice([1e-5, 1e-12])},
+    }
+
+
+def build_layer_norm(case: Case, dtype: torch.dtype) -> Built:
+    shape, residual, eps = case["shape"], case["residual"], case["options"]["eps"]
+    x, weight, bias, r, dy, dh = test_layer_norm.tensors(shape, dtype, case["parameters"], residual)
+    x = (x + case["offset"]) * case["spread"]
+    if case["wide"]:
+        weight, bias = (p if p is None else p.float() for p in (weight, bias))
+    leaves = {"x": x, "weight": weight, "bias": bias, "residual": r}
+    leaves = {name: t for name, t in leaves.items() if t is not None}
+
+    def function(*tensors):
+        return ops.layer_norm(**dict(zip(leaves, tensors)), eps=eps)
+
+    def check():
+        test_layer_norm.check(x, weight, bias, r, dy, dh, eps)
+
+    return Built(function, [*leaves.values()], check)
+
+
 def draw_rope(r: Random, isa: str) -> Case:
     while True:
         width = size(r, 200, 1)
@@ -913,6 +944,7 @@ OPS = {
     "cross_entropy": Op(draw_cross_entropy, build_cross_entropy),
     "glu": Op(draw_glu, build_glu),
     "glu_round": Op(draw_glu_round, build_glu_round, ("simt",)),
+    "layer_norm": Op(draw_layer_norm, build_layer_norm, ("cpu",)),
     "linear": Op(draw_linear, build_linear, ("cpu",)),
     "linear_cross_entropy": Op(draw_linear_cross_entropy, build_linear_cross_entropy, ("cpu",)),
     "linear_logprobs": Op(draw_linear_logprobs, build_linear_logprobs, ("cpu",)),

@@ -31,7 +31,10 @@ OPS = {
         "linear_logprobs", "paged_attention", "quantized_linear", "rms_norm", "rope",
     ),
     "cuda": ("adamw", "cross_entropy", "glu", "paged_append", "rms_norm", "rope"),
-    "cpu": ("adamw", "cross_entropy", "glu", "linear", "linear_cross_entropy", "rms_norm", "rope"),
+    "cpu": (
+        "adamw", "cross_entropy", "glu", "layer_norm", "linear", "linear_cross_entropy",
+        "rms_norm", "rope",
+    ),
 }  # fmt: skip
 SOURCE = {"triton": "kernels/{}.py", "cuda": "csrc/cuda/{}.cu", "cpu": "csrc/cpu/{}.h"}
 TEST = {"triton": "test_triton_{}.py", "cuda": "test_cuda_{}.py", "cpu": "test_{}.py"}

@@ -24,6 +24,12 @@ def teacher(x):
 # name -> (function of its float tensors, those tensors)
 CALLS = {
     "rms_norm": (lambda x, w: ops.rms_norm(x, w, residual=x)[0], (rows, weight)),
+    "rms_norm, no weight": (lambda x: ops.rms_norm(x), (rows,)),
+    "layer_norm": (
+        lambda x, w, b: ops.layer_norm(x, w, b, residual=x)[0],
+        (rows, weight, weight.flip(0)),
+    ),
+    "layer_norm, no parameters": (lambda x: ops.layer_norm(x), (rows,)),
     "rope": (lambda q, k: ops.rope(q, k, cos, sin)[0], (q, k)),
     "glu": (lambda g, u: ops.glu(g, u), (rows, rows.flip(0))),
     "cross_entropy": (

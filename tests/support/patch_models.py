@@ -89,13 +89,15 @@ FAMILIES = {
         {**_ALL, "rms_norm": 5},
         0,
     ),
-    "cohere": (CohereConfig(**SMALL, logit_scale=0.25), _ALL, 0),
+    "cohere": (CohereConfig(**SMALL, logit_scale=0.25), {**_ALL, "layer_norm": 3}, 0),
     "gpt2": (
-        GPT2Config(vocab_size=99, **_GPT2, **IDS), {"attention": 2, "linear_cross_entropy": 1}, 0
+        GPT2Config(vocab_size=99, **_GPT2, **IDS),
+        {"layer_norm": 5, "attention": 2, "linear_cross_entropy": 1},
+        0,
     ),
     "neox": (
         GPTNeoXConfig(**_NEOX, rotary_pct=0.25),
-        {"rope": 2, "attention": 2, "linear_cross_entropy": 1},
+        {"layer_norm": 5, "rope": 2, "attention": 2, "linear_cross_entropy": 1},
         0,
     ),
     "mixtral": (

@@ -28,11 +28,19 @@ from fastlm.checkpoint.gguf_file import GGUFFile
 from fastlm.model.causal_lm import CausalLM
 
 OPS = ("adamw", "attention", "boundary", "cross_entropy", "glu", "linear", "linear_cross_entropy")
-OPS += ("linear_distillation", "linear_logprobs", "quantized_linear", "rms_norm", "rope")
+OPS += (
+    "layer_norm",
+    "linear_distillation",
+    "linear_logprobs",
+    "quantized_linear",
+    "rms_norm",
+    "rope",
+)
 OWN = {
     "attention": (1, 2, 5, 16),
     "cross_entropy": (3, 7),
     "glu": (3, 8),
+    "layer_norm": (9, 16),
     "linear": (5, 16, 8),
     "linear_cross_entropy": (3, 8, 7),
     "linear_logprobs": (3, 8, 7),

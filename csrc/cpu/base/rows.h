@@ -10,3 +10,14 @@ inline Rows rows_of(const char* argument, const TensorView& t) {
   for (int i = 0; i < t.ndim() - 1; ++i) count *= t.size(i);
   return {count, t.size(-1), t.size(-1)};
 }
+
+// Calls f(pointer to the weight), whose type is float or T; null without a weight.
+template <class T, class F>
+void with_weight(const TensorView* weight, F&& f) {
+  if (!weight)
+    f(static_cast<const T*>(nullptr));
+  else if (weight->dtype() == DType::f32)
+    f(static_cast<const float*>(weight->data<float>("weight")));
+  else
+    f(static_cast<const T*>(weight->data<T>("weight")));
+}
