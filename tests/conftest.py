@@ -57,6 +57,9 @@ def pytest_runtest_makereport(item, call):
 
 def pytest_addoption(parser):
     parser.addoption("--all", action="store_true", help="Run what `make test-all` runs.")
+    parser.addoption(
+        "--kernels", choices=("cpu", "triton", "cuda"), help="Tests of these kernels alone."
+    )
 
 
 def pytest_collection_modifyitems(config, items):
@@ -69,8 +72,16 @@ def pytest_collection_modifyitems(config, items):
     named = config.option.keyword or any("::" in name for name in config.args)
     if not (config.option.all or named):  # what somebody names is run on every combination
         items[:] = all_pairs(items)
+    if only := config.option.kernels:
+        items[:] = [item for item in items if language(item) == only]
     # the longest files are in system: at the end of a run in parallel only short ones are left
     items.sort(key=lambda item: TIERS.index(item.path.parent.name))
+
+
+def language(item: pytest.Item) -> str:
+    """The kernels that a test of kernels runs (tests/support/on_kernels.py)."""
+    call = getattr(item, "callspec", None)
+    return call.params["kernel"].language if call and "kernel" in call.params else "cpu"
 
 
 @pytest.fixture(autouse=True)

@@ -17,9 +17,8 @@ from paths import PYTHONPATH, SUPPORT
 COUNT = """
 import ctypes, json
 import torch
-from fuzz_cases import results
-from fuzz_ops import OPS, run_adamw
-from test_threads import CASES
+from cases.base import results
+from fuzz_ops import OPS, run_adamw, split_cases
 from random import Random
 import fastlm
 from fastlm import backend
@@ -30,7 +29,7 @@ torch.set_num_threads(2)
 report = {}
 # one source makes the kernels of all instruction sets: two of them are enough for a case
 isas = [isa for isa in backend.cpu_isas() if isa != "amx_emulated"]  # whose tiles are slow
-for number, (name, case) in enumerate(CASES.items()):
+for number, (name, case) in enumerate(split_cases().items()):
     op = name.split()[0]
     for i, dtype in enumerate((torch.float32, torch.bfloat16)):
         isa = isas[(number + i) % len(isas)]

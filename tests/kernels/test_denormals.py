@@ -12,12 +12,13 @@ from random import Random
 
 import pytest
 import torch
-from fuzz_cases import assert_same, results, threads
-from fuzz_ops import OPS, run_adamw
-from test_threads import CASES
+from cases.base import assert_same, results
+from fuzz_cases import threads
+from fuzz_ops import OPS, run_adamw, split_cases
 
 from fastlm import AdamW, _cpu, backend, ops
 
+CASES = split_cases()
 TINY = 2.0**-126  # the smallest normal float32 and bfloat16
 
 

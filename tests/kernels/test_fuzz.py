@@ -55,7 +55,7 @@ def broken(y: torch.Tensor, how: str, order: int) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("value", "lu: error"),
+        ("value", "y: error"),
         ("unwritten", "error nan"),
         ("beside", "written beside an allocation"),
         ("threads", "threads: result 0 differs"),

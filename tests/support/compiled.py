@@ -24,9 +24,11 @@ def assert_compiles_once(
                 for a in arguments
             ]
             out = f(*leaves)
-            if out.requires_grad:
-                out.float().square().sum().backward()
-            results.append([out.detach(), *(a.grad for a in leaves if torch.is_tensor(a))])
+            outs = [out] if torch.is_tensor(out) else out
+            if any(t.requires_grad for t in outs):
+                torch.stack([t.float().square().sum() for t in outs]).sum().backward()
+            gradients = (a.grad for a in leaves if torch.is_tensor(a))
+            results.append([*(t.detach() for t in outs), *gradients])
         for plain, fast in zip(*results):
             if plain is not None:
                 torch.testing.assert_close(fast, plain)

@@ -6,13 +6,10 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from random import Random
-from typing import NamedTuple
 
 import test_attention
 import test_cross_entropy
-import test_cuda_glu
 import test_cuda_rope_append
-import test_glu
 import test_layer_norm
 import test_linear_cross_entropy
 import test_linear_distillation
@@ -20,25 +17,13 @@ import test_linear_logprobs
 import test_paged_append
 import test_paged_attention
 import test_quantized_linear
-import test_rms_norm
-import test_rope
 import test_varlen_attention
 import torch
 from attention_cases import assert_kernel_near
+from cases import OPS as TABLES
+from cases.base import DTYPES, Built, Case, Op, assert_same, given, rows_of, scattered, size, some
 from exact import dequantized
-from fuzz_cases import (
-    DTYPES,
-    Built,
-    Case,
-    another,
-    assert_same,
-    given,
-    hold,
-    kernels,
-    scattered,
-    size,
-    some,
-)
+from fuzz_cases import another, hold, kernels
 from poison import guarded_memory
 from tolerance import assert_near
 from torch import Tensor
@@ -416,105 +401,6 @@ def build_linear_distillation(case: Case, dtype: torch.dtype) -> Built:
 # ---- row ops
 
 
-def leading(r: Random, rows: int) -> list[int]:
-    """A shape with that many rows."""
-    for n in (2, 3, 5):
-        if rows % n == 0 and rows and r.random() < 0.3:
-            return [n, rows // n]
-    return [rows]
-
-
-def rows_of(r: Random, isa: str, widest: int, least: int = 0) -> list[int]:
-    """A random shape with some rows, of at most the given width."""
-    while True:
-        rows, width = size(r, 300), size(r, widest, least)
-        if isa != "simt" or rows * width <= 20000:
-            return [*leading(r, rows), width]
-
-
-def draw_glu(r: Random, isa: str) -> Case:
-    shape = rows_of(r, isa, 1 << 12)
-    return {"shape": shape, "act": r.choice(test_glu.ACTS), "spread": r.choice([0.1, 3.0, 20.0])}
-
-
-def build_glu(case: Case, dtype: torch.dtype) -> Built:
-    gate, up, dy = (case["spread"] * torch.randn(3, *case["shape"])).to(dtype).unbind(0)
-    forward_only = case.get("isa") == "simt"
-
-    def check():
-        if forward_only:
-            test_cuda_glu.check(gate, up, case["act"])
-        else:
-            test_glu.check(gate, up, dy, case["act"], "glu", test_glu.ACT_ERROR)
-
-    return Built(
-        lambda gate, up: ops.glu(gate, up, act=case["act"]),
-        [gate.clone(), up.clone()],
-        check,
-        differentiable=not forward_only,
-    )
-
-
-def draw_rms_norm(r: Random, isa: str) -> Case:
-    return {
-        "shape": rows_of(r, isa, 10000 if isa == "simt" else 1 << 12, 1),
-        "residual": r.random() < 0.5,
-        "wide_weight": r.random() < 0.5,
-        "spread": r.choice([0.01, 1.0, 100.0]),
-        "options": {"eps": r.choice([1e-6, 1e-5]), "offset": r.choice([0.0, 1.0, -0.5])},
-    }
-
-
-def build_rms_norm(case: Case, dtype: torch.dtype) -> Built:
-    shape, options = case["shape"], case["options"]
-    x, dy, dh = (torch.randn(shape).to(dtype) for _ in range(3))
-    x = x * case["spread"]
-    residual = torch.randn(shape).to(dtype) if case["residual"] else None
-    weight = torch.randn(shape[-1]).to(torch.float32 if case["wide_weight"] else dtype)
-    on_gpu = case.get("isa") == "simt"  # which has no backward
-
-    def check():
-        if on_gpu:
-            mine = test_rms_norm.fused(x, weight, residual, **options)[
-                : 1 if residual is None else 2
-            ]
-        else:
-            mine = test_rms_norm.run(test_rms_norm.fused, x, weight, residual, dy, dh, **options)
-        plain = test_rms_norm.run(
-            test_rms_norm.naive, x, weight.to(dtype), residual, dy, dh, **options
-        )
-        h = (x if residual is None else x + residual).double()  # rounded by definition
-        y, dx, dw = test_rms_norm.run(
-            test_rms_norm.naive, h, weight.double(), None, dy.double(), None, **options
-        )
-        truth = [y, dx, dw] if residual is None else [y, h, *2 * [dx + dh.double()]]
-        if residual is not None:
-            truth.insert(3, dw)
-        names = ["y", *([] if residual is None else ["h"]), "dx", "dweight", "dresidual"]
-        # dx may cancel (entirely if H = 1), dweight is a sum over rows: compare with their terms
-        rstd = (h.square().mean(-1, keepdim=True) + options["eps"]).rsqrt()
-        dx_terms = dy.double() * (options["offset"] + weight.double()) * rstd
-        dw_terms = (dy.double() * h * rstd).square().reshape(-1, shape[-1]).sum(0).sqrt()
-        sizes = {"dx": dx_terms, "dresidual": dx_terms, "dweight": dw_terms}
-        for name, a, p, t in zip(names, mine, plain, truth):
-            # the sum of squares: H / VL float32 additions per lane
-            eps = torch.finfo(a.dtype).eps
-            floor = max(eps, 2**-23 * shape[-1] ** 0.5 / 16)
-            if name in sizes and a.numel():
-                ratio = (sizes[name].abs().max() / t.abs().max().clamp_min(1e-300)).item()
-                # a random walk of 64 additions to a block's sum, which is as large as the root
-                # sum of the terms
-                floor += (8 if name == "dweight" else 4) * 2**-23 * ratio
-            factor = 2 if name in "yh" else 3
-            assert_near(a, p.to(a.dtype), t, factor=factor, floor=floor, what=name)
-
-    def function(x, weight, residual=None):
-        return ops.rms_norm(x, weight, residual=residual, **options)
-
-    leaves = [x, weight, *([] if residual is None else [residual])]
-    return Built(function, leaves, check, differentiable=not on_gpu, any_strides=not on_gpu)
-
-
 def draw_layer_norm(r: Random, isa: str) -> Case:
     return {
         "shape": rows_of(r, isa, 1 << 12, 1),
@@ -543,42 +429,6 @@ def build_layer_norm(case: Case, dtype: torch.dtype) -> Built:
         test_layer_norm.check(x, weight, bias, r, dy, dh, eps)
 
     return Built(function, [*leaves.values()], check)
-
-
-def draw_rope(r: Random, isa: str) -> Case:
-    while True:
-        width = size(r, 200, 1)
-        shape = [r.choice([0, 1, 2, 3]), r.choice([1, 2, 5, 32]), r.choice([1, 2]), size(r, 100)]
-        if isa != "simt" or math.prod(shape) * width <= 10000:
-            break
-    return {
-        "shape": shape,
-        "widths": [width, r.choice([width // 2 * 2, size(r, width) // 2 * 2])],
-        "interleaved": r.random() < 0.5,
-        "tables": r.choice([2, 3, 3]),
-        "table_dtype": r.choice(list(DTYPES)),
-    }
-
-
-def build_rope(case: Case, dtype: torch.dtype) -> Built:
-    (b, h, hkv, s), (d, turned) = case["shape"], case["widths"]
-    q, dq = torch.randn(2, b, h, s, d).to(dtype).unbind(0)
-    k, dk = torch.randn(2, b, hkv, s, d).to(dtype).unbind(0)
-    batch = () if case["tables"] == 2 else (b,)
-    cos, sin = torch.randn(2, *batch, s, turned).to(DTYPES[case["table_dtype"]]).unbind(0)
-    arguments, interleaved = (q, k, cos, sin, dq, dk), case["interleaved"]
-
-    def check():
-        mine = test_rope.run(test_rope.any_tables, *arguments, interleaved)
-        plain = test_rope.run(test_rope.naive, *arguments, interleaved)
-        truth = test_rope.run(test_rope.naive, *(t.double() for t in arguments), interleaved)
-        for name, a, p, t in zip(("q", "k", "dq", "dk"), mine, plain, truth):
-            assert_near(a, p, t, factor=2 if name in "qk" else 3, what=name)
-
-    def function(q, k, cos, sin):
-        return test_rope.any_tables(q, k, cos.detach(), sin.detach(), interleaved)
-
-    return Built(function, [q, k, cos, sin], check)
 
 
 def draw_rope_append(r: Random, isa: str) -> Case:
@@ -681,7 +531,7 @@ def build_quantized_linear(case: Case, dtype: torch.dtype) -> Built:
 
 def draw_glu_round(r: Random, isa: str) -> Case:
     return {
-        **draw_glu(r, isa),
+        **TABLES["glu"].draw(r, isa),
         "shape": rows_of(r, isa, 1 << 12, 1),
         "bits": r.choice([4, 8]),
         "group_size": r.choice([8, 24, 32, 128, 512, 1024, -1]),
@@ -690,7 +540,7 @@ def draw_glu_round(r: Random, isa: str) -> Case:
 
 def draw_rms_norm_round(r: Random, isa: str) -> Case:
     return {
-        **draw_rms_norm(r, isa),
+        **TABLES["rms_norm"].draw(r, isa),
         "bits": r.choice([4, 8]),
         "group_size": r.choice([8, 24, 32, 128, 512, 1024, -1]),
     }
@@ -932,33 +782,121 @@ def blocks(x: Tensor) -> Tensor:
 # ---- any op
 
 
-class Op(NamedTuple):
-    draw: Callable[[Random, str], Case]
-    build: Callable[[Case, torch.dtype], Built] | None  # None: run_adamw
-    kernels: tuple[str, ...] = ("cpu", "simt")
-
-
-OPS = {
-    "adamw": Op(draw_adamw, None),
-    "attention": Op(draw_attention, build_attention, ("cpu",)),
-    "cross_entropy": Op(draw_cross_entropy, build_cross_entropy),
-    "glu": Op(draw_glu, build_glu),
-    "glu_round": Op(draw_glu_round, build_glu_round, ("simt",)),
-    "layer_norm": Op(draw_layer_norm, build_layer_norm, ("cpu",)),
-    "linear": Op(draw_linear, build_linear, ("cpu",)),
-    "linear_cross_entropy": Op(draw_linear_cross_entropy, build_linear_cross_entropy, ("cpu",)),
-    "linear_logprobs": Op(draw_linear_logprobs, build_linear_logprobs, ("cpu",)),
-    "linear_distillation": Op(draw_linear_distillation, build_linear_distillation, ("cpu",)),
-    "matmul": Op(draw_matmul, build_matmul, ("cpu",)),
-    "paged_append": Op(draw_append, build_append, ("simt",)),
-    "paged_attention": Op(draw_paged, build_paged),
-    "quantized_linear": Op(draw_quantized_linear, build_quantized_linear),
-    "rms_norm": Op(draw_rms_norm, build_rms_norm),
-    "rms_norm_round": Op(draw_rms_norm_round, build_rms_norm_round, ("simt",)),
-    "rope": Op(draw_rope, build_rope),
-    "rope_append": Op(draw_rope_append, build_rope_append, ("simt",)),
-    "varlen_attention": Op(draw_varlen, build_varlen, ("cpu",)),
+CPU, BOTH = ("cpu",), ("cpu", "cuda")
+OPS = TABLES | {
+    "adamw": Op(None, draw_adamw, BOTH),  # run_adamw
+    "attention": Op(build_attention, draw_attention, CPU),
+    "cross_entropy": Op(build_cross_entropy, draw_cross_entropy, BOTH),
+    "glu_round": Op(build_glu_round, draw_glu_round, ("cuda",)),
+    "layer_norm": Op(build_layer_norm, draw_layer_norm, CPU),
+    "linear": Op(build_linear, draw_linear, CPU),
+    "linear_cross_entropy": Op(build_linear_cross_entropy, draw_linear_cross_entropy, CPU),
+    "linear_logprobs": Op(build_linear_logprobs, draw_linear_logprobs, CPU),
+    "linear_distillation": Op(build_linear_distillation, draw_linear_distillation, CPU),
+    "matmul": Op(build_matmul, draw_matmul, CPU),
+    "paged_append": Op(build_append, draw_append, ("cuda",)),
+    "paged_attention": Op(build_paged, draw_paged, BOTH),
+    "quantized_linear": Op(build_quantized_linear, draw_quantized_linear, BOTH),
+    "rms_norm_round": Op(build_rms_norm_round, draw_rms_norm_round, ("cuda",)),
+    "rope_append": Op(build_rope_append, draw_rope_append, ("cuda",)),
+    "varlen_attention": Op(build_varlen, draw_varlen, CPU),
 }
+
+
+# Cases with enough work for several threads, of the ops that have no table yet; `op name`.
+LOSS = {"ignored": 0.3, "ignore_index": -100, "weight": False, "spread": 1.0}
+EVERYTHING = {"causal": True, "window": 300, "softcap": 9.0, "alibi": True, "sinks": True}
+QUANTIZED = {"group_size": 64, "symmetric": False, "scale_dtype": "bfloat16", "bias": True}
+SPLIT: dict[str, Case] = {
+    "layer_norm": {
+        "shape": [401, 257], "residual": True, "wide": True, "parameters": [True, True],
+        "spread": 1.0, "offset": 0.0, "options": {"eps": 1e-5},
+    },
+    "attention": {"shape": [2, 4, 2, 200, 300, 64, 40], "options": {"causal": True}},
+    "attention spans": {"shape": [1, 2, 1, 150, 1300, 32, 32], "options": {"bias": "full"}},
+    "attention heads": {"shape": [3, 6, 3, 140, 140, 33, 33], "options": {"bias": "keys"}},
+    "attention options": {
+        "shape": [2, 4, 4, 130, 260, 48, 48],
+        "options": EVERYTHING | {"bias": "rows", "dropout_p": 0.2},
+    },
+    "attention decode": {"shape": [2, 6, 3, 1, 2100, 64, 64], "options": {"sinks": True}},
+    "varlen_attention": {
+        "lengths": [[100, 260], [0, 5], [130, 130], [7, 600]],
+        "heads": [6, 2],
+        "widths": [40, 24],
+        "options": EVERYTHING | {"bias": True},
+    },
+    "paged_attention": {
+        "lengths": [700, 3, 1500], "page_size": 16, "queries": 1, "heads": [8, 2],
+        "widths": [64, 64], "int8": None, "options": {"causal": True},
+    },
+    "paged_attention int8": {
+        "lengths": [700, 3, 1500], "page_size": 7, "queries": 2, "heads": [8, 2],
+        "widths": [64, 48], "int8": "heads", "options": {"causal": True},
+    },
+    "paged_attention prefill": {
+        "lengths": [300, 40], "page_size": 16, "queries": 130, "heads": [4, 2], "widths": [32, 32],
+        "int8": "number", "options": {"causal": True, "sinks": True},
+    },
+    "cross_entropy": {"shape": [67, 3001], **LOSS, "options": {"z_loss": 0.1, "return_lse": True}},
+    "cross_entropy smoothed": {
+        "shape": [67, 3001], **LOSS, "options": {"label_smoothing": 0.1, "softcap": 9.0},
+    },
+    "linear": {"shape": [1500, 130, 71], "bias": True},
+    "linear_cross_entropy": {"shape": [151, 71, 900], "bias": True, **LOSS, "options": {}},
+    "linear_cross_entropy recomputed": {
+        "shape": [151, 71, 900], "bias": True, **LOSS, "options": {"reduction": "none"},
+    },
+    "linear_cross_entropy smoothed": {
+        "shape": [97, 2, 900], "bias": True, **LOSS, "weight": True,
+        "options": {"label_smoothing": 0.1, "softcap": 2.0, "z_loss": 0.1, "return_lse": True},
+    },
+    "linear_cross_entropy chunks": {"shape": [1100, 20, 300], "bias": True, **LOSS, "options": {}},
+    "linear_logprobs": {
+        "shape": [151, 71, 900], "bias": True, **LOSS, "entropy": True,
+        "options": {"softcap": 9.0, "temperature": 0.7},
+    },
+    **{
+        f"linear_distillation {kind}": {
+            "shape": [151, 71, 40, 900], "left_out": 0.3, "spread": 1.0, "options": {"kind": kind},
+        }
+        for kind in ("forward", "reverse", "jsd")
+    },
+    "linear_distillation chunks": {
+        "shape": [1100, 20, 12, 300], "left_out": 0.0, "spread": 1.0,
+        "options": {"kind": "jsd", "student_softcap": 2.0},
+    },
+    "matmul": {"shape": [403, 301, 130]},
+    **{
+        f"quantized_linear w{bits}a{act} {m}": {
+            "shape": [m, 517, 648], "bits": bits, "act_bits": act, **QUANTIZED,
+        }
+        for bits in (4, 8)
+        for act in (8, 16)
+        for m in (1, 5, 150)
+    },
+    **{
+        f"adamw {state}": {
+            "shapes": [[300, 257], [70001], [9]], "state": state, "grad_dtype": "float32",
+            "spread": 1.0, "steps": 2,
+            "options": {
+                "lr": 1e-2, "betas": [0.9, 0.99], "eps": 1e-8, "weight_decay": 0.1,
+                "maximize": False, "max_grad_norm": 1.0,
+            },
+        }
+        for state in ("float32", "8 bits", "master", "8 bits, master", "stochastic")
+    },
+}  # fmt: skip
+
+
+def split_cases() -> dict[str, Case]:
+    """The cases of all ops with enough work for several threads, by `op name`."""
+    return SPLIT | {
+        f"{name} {row}": op.rows[row].case
+        for name, op in TABLES.items()
+        for row in op.rows
+        if op.rows[row].split
+    }
 
 
 # Sizes by which host functions divide work, with values that also divide the work of small cases.
@@ -972,6 +910,7 @@ HOST = {
 
 def ops_of(kernels: str) -> list[str]:
     """The ops that have kernels of this kind."""
+    kernels = "cuda" if kernels == "simt" else kernels
     return [name for name, op in OPS.items() if kernels in op.kernels]
 
 
@@ -990,11 +929,12 @@ def draw(op: str, seed: int, kernels: str = "cpu") -> Case:
 def run(case: Case) -> None:
     """Raise if the op is wrong on this case."""
     r, dtype = Random(case["seed"]), DTYPES[case["dtype"]]
-    build = OPS[case["op"]].build
+    op = OPS[case["op"]]
     with kernels(case), guarded_memory() as memory:
         torch.manual_seed(case["seed"])
-        if build is None:
+        if op.build is None:
             run_adamw(case, dtype, r)
             memory.check()
         else:
-            hold(build(case, dtype), case, r, memory)
+            language = "cuda" if case["isa"] == "simt" else "cpu"
+            hold(op.built(case, dtype, language), case, r, memory)

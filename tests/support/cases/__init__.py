@@ -1,0 +1,7 @@
+"""Every op as a table of cases (base.py says of what): the tests that all ops pass (contract.py)
+and the fuzz runs draw from it.
+"""
+
+from cases import glu, rms_norm, rope
+
+OPS = {"glu": glu.OP, "rms_norm": rms_norm.OP, "rope": rope.OP}

@@ -1,0 +1,233 @@
+"""What a table of cases is made of.
+
+A case is a dict of JSON values: shapes, flags, options. `build` makes tensors and functions of it.
+A row of a table is a case with a name, a line of the fuzz corpus is one that was drawn.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from random import Random
+from typing import Any, NamedTuple
+
+import torch
+from tolerance import assert_accurate
+from torch import Tensor
+
+Case = dict[str, Any]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ALL = ("cpu", "triton", "cuda")
+
+
+class Terms(NamedTuple):
+    """The size of the terms of a result's elements, and of those that appear in float32 alone."""
+
+    scale: Tensor | None = None
+    float32: Tensor | None = None
+
+
+class Built(NamedTuple):
+    function: Callable  # maps the leaves to one tensor or a tuple
+    leaves: list[Tensor]  # every tensor of the call
+    plain: Callable | None = None  # the same in plain torch, in the dtype of its arguments
+    # (leaves and upstream gradients in float64) -> the scales of tolerance.py by the name of the
+    # result ("y", "dx"), where they are more than its own size
+    terms: Callable[..., dict[str, Tensor | Terms]] | None = None
+    outputs: tuple[str, ...] = ("y",)
+    check: Callable[[], None] | None = None  # instead of `plain`
+    differentiable: bool = True
+    constant: tuple[int, ...] = ()  # leaves of floats that get no gradient
+    library: bool = False  # products are torch's: threads and strides may change their last bits
+    # All strides yield the same bits: no sum depends on whether vectors fit.
+    any_strides: bool = True
+    written: tuple[int, ...] = ()  # leaves that the function writes to
+
+
+class Row(NamedTuple):
+    """A case of a table, and which tests run it besides the comparison with float64."""
+
+    case: Case
+    on: tuple[str, ...] = ALL  # kernels that have an edge there
+    bits: bool = False  # strides, repetition
+    split: bool = False  # enough work for several threads: tests of threads, denormals, allocation
+
+
+class Op(NamedTuple):
+    build: Callable[[Case, torch.dtype], Built] | None
+    draw: Callable[[Random, str], Case]  # (random numbers, instruction set) -> a random case
+    kernels: tuple[str, ...] = ALL
+    rows: dict[str, Row] = {}
+    small: dict[str, Case] = {}  # for opcheck, and gradcheck of the reference
+    batches: dict[str, list[Case]] = {}  # for torch.compile: one graph serves each list
+    forward_only: tuple[str, ...] = ()  # kernels without a backward
+    any_strides: tuple[str, ...] = ALL  # kernels for which all strides yield the same bits
+    # kernels -> name -> a function that makes the host divide the work of small cases
+    settings: dict[str, dict[str, Callable[[Any], None]]] = {}
+
+    def built(self, case: Case, dtype: torch.dtype, kernels: str, device: str = "cpu") -> Built:
+        """Build a case for a kind of kernels: cpu, triton or cuda."""
+        assert self.build
+        built = self.build(case, dtype)
+        return built._replace(
+            leaves=[t.to(device) for t in built.leaves],
+            differentiable=built.differentiable and kernels not in self.forward_only,
+            any_strides=built.any_strides and kernels in self.any_strides,
+        )
+
+
+# ---- random cases
+
+
+def size(r: Random, most: int, least: int = 0) -> int:
+    """Small more often than large, and mostly near multiples of what kernels divide work by."""
+    if r.random() < 0.1:
+        return least
+    n = math.exp(r.uniform(0, math.log(most)))
+    if r.random() < 0.6:
+        step = r.choice([8, 16, 32, 64, 128, 256])
+        n = round(n / step) * step + r.choice([-1, 0, 0, 0, 1])
+    return min(most, max(least, int(n)))
+
+
+def some(r: Random, *choices: Any) -> Any:
+    """Return None half of the time, else one of the choices."""
+    return r.choice(choices) if r.random() < 0.5 else None
+
+
+def given(**options: Any) -> Case:
+    return {name: value for name, value in options.items() if value not in (None, False)}
+
+
+def leading(r: Random, rows: int) -> list[int]:
+    """A shape with that many rows."""
+    for n in (2, 3, 5):
+        if rows % n == 0 and rows and r.random() < 0.3:
+            return [n, rows // n]
+    return [rows]
+
+
+def rows_of(r: Random, isa: str, widest: int, least: int = 0) -> list[int]:
+    """A random shape with some rows, of at most the given width."""
+    while True:
+        rows, width = size(r, 300), size(r, widest, least)
+        if isa != "simt" or rows * width <= 20000:
+            return [*leading(r, rows), width]
+
+
+# ---- running them
+
+
+def run(
+    function: Callable,
+    leaves: Sequence[Tensor],
+    upstream: Sequence[Tensor] | None = None,
+    *,
+    differentiable: bool = True,
+    constant: Sequence[int] = (),
+    scatter: Random | None = None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return outputs and gradients, and the upstream gradients: random ones, or those passed.
+    `scatter` also scatters these.
+    """
+    leaves = [t.detach() for t in leaves]
+    if differentiable:
+        for i, t in enumerate(leaves):
+            t.requires_grad_(gets_gradient(t, i, constant))
+    torch.manual_seed(5)  # for dropout
+    outputs = function(*leaves)
+    outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    reached = [t for t in outputs if t.requires_grad]
+    if upstream is None:
+        generator = torch.Generator().manual_seed(1)
+        upstream = [
+            torch.randn(t.shape, generator=generator).to(t.device, t.dtype) for t in reached
+        ]
+    used = [u.to(t.dtype) for u, t in zip(upstream, reached)]
+    if scatter:
+        used = [scattered(t, scatter) for t in used]
+    grads = ()
+    if reached:
+        wanted = [t for t in leaves if t.requires_grad]
+        grads = torch.autograd.grad(reached, wanted, used, allow_unused=True)
+    found = [t.detach() for t in outputs] + [t for t in grads if t is not None]
+    return found, list(upstream)
+
+
+def gets_gradient(leaf: Tensor, i: int, constant: Sequence[int]) -> bool:
+    return leaf.is_floating_point() and i not in constant
+
+
+def results(built: Built, leaves: Sequence[Tensor], scatter: Random | None = None) -> list[Tensor]:
+    """Return outputs and gradients. `scatter` scatters the upstream gradients."""
+    how = {"differentiable": built.differentiable, "constant": built.constant}
+    return run(built.function, leaves, **how, scatter=scatter)[0]
+
+
+def check(built: Built) -> None:
+    """Compare outputs and gradients with those of plain torch in float64."""
+    if built.check:
+        built.check()
+        return
+    assert built.plain
+    wide = [t.double() if t.is_floating_point() else t for t in built.leaves]
+    how = {"differentiable": built.differentiable, "constant": built.constant}
+    actual, upstream = run(built.function, built.leaves, **how)
+    naive, _ = run(built.plain, built.leaves, upstream, **how)
+    truth, _ = run(built.plain, wide, upstream, **how)
+    names = list(built.outputs)
+    if len(actual) > len(names):
+        inputs = enumerate(zip(inspect.signature(built.function).parameters, built.leaves))
+        names += [f"d{x}" for i, (x, t) in inputs if gets_gradient(t, i, built.constant)]
+    with torch.no_grad():
+        terms = built.terms(*wide, *(u.double() for u in upstream)) if built.terms else {}
+    for name, a, p, t in zip(names, actual, naive, truth, strict=True):
+        size = terms.get(name)
+        scale, float32 = size if isinstance(size, Terms) else (size, None)
+        factor = 3 if name.startswith("d") else 2  # backward, forward
+        assert_accurate(a, p.to(a.dtype), t, scale=scale, float32=float32, factor=factor, what=name)
+
+
+def scattered(t: Tensor, r: Random, unit: int = 0) -> Tensor:
+    """The same values in any memory order, with gaps of NaN in and around every dimension. `unit`:
+    elements of the last dimension are contiguous, and each row begins at a multiple of `unit`
+    elements.
+    """
+    order = list(range(t.dim()))
+    if r.random() < 0.3:
+        r.shuffle(order)
+    steps = [r.choice([1, 1, 1, 2]) for _ in order]
+    before, after = ([r.choice([0, 0, 1, 3]) for _ in order] for _ in range(2))
+    offset = r.choice([0, 1, 5])
+    if unit and order:
+        order.sort(key=lambda i: i == t.dim() - 1)
+        steps[-1], offset = 1, offset * unit
+        before[-1], after[-1] = before[-1] * unit, after[-1] * unit + -t.shape[-1] % unit
+    shape = [t.shape[i] * steps[i] + before[i] + after[i] for i in order]
+    base = torch.empty(offset + math.prod(shape), dtype=t.dtype, device=t.device)[offset:]
+    view = base.view(shape).permute([order.index(i) for i in range(t.dim())])
+    for i in range(t.dim()):
+        view = view.narrow(i, before[i], t.shape[i] * steps[i])
+        view = view.unflatten(i, (t.shape[i], steps[i])).select(i + 1, 0)
+    return view.copy_(t)
+
+
+def assert_same(wanted: Sequence[Tensor], got: Sequence[Tensor], what: str) -> None:
+    """Assert equality to the last bit; any NaN equals any other."""
+    assert len(wanted) == len(got)
+    for i, (a, b) in enumerate(zip(wanted, got)):
+        assert torch.equal(a.isnan(), b.isnan()), f"{what}: result {i} is NaN elsewhere"
+        same = a.nan_to_num(0.0) == b.nan_to_num(0.0)
+        assert same.all(), (
+            f"{what}: result {i} differs in {int((~same).sum())} of {same.numel()} elements, "
+            f"by {(a.double() - b.double()).nan_to_num(0.0).abs().max():.3e}"
+        )
+
+
+def assert_like(wanted: Sequence[Tensor], got: Sequence[Tensor], what: str) -> None:
+    """Equality up to two roundings, or up to what reordered sums of logits of 20 change in e^z."""
+    for a, b in zip(wanted, got, strict=True):
+        near = max(2 * torch.finfo(a.dtype).eps, 1e-4)
+        scale = a[a.isfinite()].abs().max().item() if a.isfinite().any() else 0.0
+        torch.testing.assert_close(
+            b, a, rtol=near, atol=near * scale, equal_nan=True, msg=lambda m: f"{what}: {m}"
+        )

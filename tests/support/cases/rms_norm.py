@@ -1,0 +1,104 @@
+"""rms_norm as cases."""
+
+from random import Random
+
+import torch
+import torch.nn.functional as F
+
+from cases.base import Built, Case, Op, Row, rows_of
+from fastlm import ops
+
+
+def build(case: Case, dtype: torch.dtype) -> Built:
+    shape, options = case["shape"], case["options"]
+    x = torch.randn(shape).to(dtype) * case["spread"]
+    kind = torch.promote_types(dtype, torch.float32) if case["wide_weight"] else dtype
+    weight = torch.randn(shape[-1]).to(kind)
+    leaves = [x, weight, *([torch.randn(shape).to(dtype)] if case["residual"] else [])]
+    eps, offset = options["eps"], options["offset"]
+
+    def function(x, weight, residual=None):
+        return ops.rms_norm(x, weight, residual=residual, **options)
+
+    def plain(x, weight, residual=None):
+        h = x if residual is None else x + residual
+        h = h + (h.to(dtype).to(h.dtype) - h).detach()  # the sum is rounded by definition
+        y = F.rms_norm(h, h.shape[-1:], (offset + weight).to(h.dtype), eps)
+        return y if residual is None else (y, h)
+
+    def terms(x, weight, *rest):
+        """dx and dweight are differences and sums."""
+        h = (x + rest[0]).to(dtype).double() if case["residual"] else x
+        if len(rest) == case["residual"]:  # no upstream gradients
+            return {}
+        dy, *dh = rest[case["residual"] :]
+        rstd = (h.square().mean(-1, keepdim=True) + eps).rsqrt()
+        g, n = (dy * (offset + weight)).abs(), (h * rstd).abs()
+        dx = rstd * (g + n * (g * n).mean(-1, keepdim=True)) + sum(t.abs() for t in dh)
+        dweight = (dy.abs() * n).reshape(-1, shape[-1]).sum(0)
+        return {"dx": dx, "dresidual": dx, "dweight": dweight}
+
+    return Built(function, leaves, plain, terms, ("y", "h") if case["residual"] else ("y",))
+
+
+def draw(r: Random, isa: str) -> Case:
+    return {
+        "shape": rows_of(r, isa, 10000 if isa == "simt" else 1 << 12, 1),
+        "residual": r.random() < 0.5,
+        "wide_weight": r.random() < 0.5,
+        "spread": r.choice([0.01, 1.0, 100.0]),
+        "options": {"eps": r.choice([1e-6, 1e-5]), "offset": r.choice([0.0, 1.0, -0.5])},
+    }
+
+
+def case(*shape: int, residual=False, wide_weight=False, spread=1.0, offset=0.0, eps=1e-6) -> Case:
+    options = {"eps": eps, "offset": offset}
+    return {
+        "shape": list(shape), "residual": residual, "wide_weight": wide_weight, "spread": spread,
+        "options": options,
+    }  # fmt: skip
+
+
+def wide_rows(patch) -> None:
+    """Small rows also use the path for wide ones, in blocks that do not divide them."""
+    from fastlm.kernels import rms_norm as module
+
+    patch.setattr(module, "_WHOLE", 0)
+    patch.setattr(module, "_WIDE", module.Config({"BLOCK": 128}))
+    patch.setattr(module, "_COLUMNS", module.Config({"BLOCK": 128}))
+
+
+OP = Op(
+    build,
+    draw,
+    rows={
+        "ragged": Row(case(252, 507), on=("cpu",)),
+        "ragged, residual": Row(case(252, 507, residual=True, offset=1.0), on=("cpu",)),
+        "one row": Row(case(1, 123, residual=True), bits=True),
+        "one element": Row(case(2, 1)),
+        "three dimensions": Row(case(3, 5, 64, residual=True, offset=1.0), bits=True),
+        "more rows than programs": Row(case(70, 17, wide_weight=True), on=("cpu", "triton")),
+        "whole vectors": Row(case(4, 512, residual=True), bits=True),
+        "no rows": Row(case(0, 8, residual=True)),
+        "small": Row(case(6, 200, spread=1e-4)),
+        "large": Row(case(6, 200, spread=1e2, residual=True)),
+        "several tiles": Row(case(18, 1100, residual=True, offset=1.0), on=("triton",)),
+        "wider than registers": Row(case(2, 8200, residual=True), on=("triton",)),
+        "two vectors a thread": Row(case(1, 2056, residual=True, offset=1.0), on=("cuda",)),
+        "four vectors a thread": Row(case(1, 4104), on=("cuda",)),
+        "four elements a thread": Row(case(1, 1025, residual=True), on=("cuda",)),
+        "wide rows": Row(case(2, 9001, offset=1.0), on=("cuda",), bits=True),
+        "split": Row(
+            case(401, 257, residual=True, wide_weight=True, offset=1.0), on=("cpu",), split=True
+        ),
+    },
+    small={
+        "alone": case(2, 3, 7, offset=1.0),
+        "residual": case(5, 7, residual=True),
+        "vector": case(7, residual=True),
+    },
+    batches={"rows": [case(n, 64, residual=True) for n in (4, 9, 17)]},
+    forward_only=("cuda",),
+    any_strides=("cpu", "triton"),
+    settings={"triton": {"wide rows": wide_rows}},
+)
