@@ -80,8 +80,11 @@ def _forward_shapes(x: Tensor, residual: Tensor | None, *_):
     return x.new_empty(x.shape), h, x.new_empty(x.shape[:-1], dtype=wide_dtype(x))
 
 
-def _backward_shapes(dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor, *_):
-    return h.new_empty(h.shape), h.new_empty(h.shape[-1:], dtype=rstd.dtype)
+def _backward_shapes(
+    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor | None, rstd: Tensor, *_
+):
+    dw = h.new_empty(0 if weight is None else h.shape[-1:], dtype=rstd.dtype)
+    return h.new_empty(h.shape), dw
 
 
 _backward = declare(reference.rms_norm_backward, "cpu triton", chosen_by="h", fake=_backward_shapes)

@@ -78,7 +78,7 @@ def test_operands_between_16_bytes(kernel, dtype):
 
 def test_refusals():
     x = torch.randn(2, 8)
-    with pytest.raises(InputError, match="act: wanted one of .*, relu2, got 'relu'"):
+    with pytest.raises(InputError, match=r"act: wanted one of .*, relu2, got 'relu'"):
         ops.glu(x, x, act="relu")
     with pytest.raises(InputError, match=r"up: wanted torch.float32 \(2, 8\) .* \(2, 7\)"):
         ops.glu(x, x[:, :7])

@@ -42,19 +42,6 @@ def test_leading_dimensions(kernel):
     assert torch.equal(y[1, 2, 1], ops.rms_norm(x[1, 2, 1], weight))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["cpu", "reference"])
-def test_without_a_weight(name, dtype):
-    x, r = (torch.randn(3, 5, 48).to(dtype) for _ in range(2))
-    with backend.use_backend(name):
-        none, ones = (
-            run(lambda x, r, w=w: ops.rms_norm(x, w, residual=r), [x, r])[0]
-            for w in (None, torch.ones(48))
-        )
-        assert_same(ones, none, "no weight")
-        assert torch.equal(ops.rms_norm(x), ops.rms_norm(x, torch.ones(48)))
-
-
 def test_refusals():
     x = torch.randn(2, 8)
     with pytest.raises(InputError, match=r"weight: wanted shape \(H,\) .*\(2, 8\), got \(7,\)"):

@@ -541,6 +541,7 @@ def draw_glu_round(r: Random, isa: str) -> Case:
 def draw_rms_norm_round(r: Random, isa: str) -> Case:
     return {
         **TABLES["rms_norm"].draw(r, isa),
+        "weight": r.choice(["wide", "like x"]),
         "bits": r.choice([4, 8]),
         "group_size": r.choice([8, 24, 32, 128, 512, 1024, -1]),
     }
@@ -588,7 +589,7 @@ def build_rms_norm_round(case: Case, dtype: torch.dtype) -> Built:
     shape, options = case["shape"], case["options"]
     x = torch.randn(shape).to(dtype) * case["spread"]
     residual = [torch.randn(shape).to(dtype)] if case["residual"] else []
-    weight = torch.randn(shape[-1]).to(torch.float32 if case["wide_weight"] else dtype)
+    weight = torch.randn(shape[-1]).to(torch.float32 if case["weight"] == "wide" else dtype)
 
     def joined(x, weight, *rest):
         *residual, into = rest

@@ -114,6 +114,14 @@ def rows_of(r: Random, isa: str, widest: int, least: int = 0) -> list[int]:
             return [*leading(r, rows), width]
 
 
+def named(function: Callable, names: Sequence[str]) -> Callable:
+    """The function, whose leaves have these names: their gradients are "dx" and so on."""
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter(name, kind) for name in names]
+    function.__dict__["__signature__"] = inspect.Signature(parameters)
+    return function
+
+
 # ---- running them
 
 

@@ -5,56 +5,74 @@ from random import Random
 import torch
 import torch.nn.functional as F
 
-from cases.base import Built, Case, Op, Row, rows_of
+from cases.base import Built, Case, Op, Row, named, rows_of
 from fastlm import ops
 
 
 def build(case: Case, dtype: torch.dtype) -> Built:
     shape, options = case["shape"], case["options"]
-    x = torch.randn(shape).to(dtype) * case["spread"]
-    kind = torch.promote_types(dtype, torch.float32) if case["wide_weight"] else dtype
-    weight = torch.randn(shape[-1]).to(kind)
-    leaves = [x, weight, *([torch.randn(shape).to(dtype)] if case["residual"] else [])]
     eps, offset = options["eps"], options["offset"]
+    x = torch.randn(shape).to(dtype) * case["spread"]
+    leaves = [x]
+    if case["weight"]:
+        wide = torch.promote_types(dtype, torch.float32)
+        leaves.append(torch.randn(shape[-1]).to(wide if case["weight"] == "wide" else dtype))
+    if case["residual"]:
+        leaves.append(torch.randn(shape).to(dtype))
 
-    def function(x, weight, residual=None):
+    def parted(tensors):
+        """x, weight, residual and what follows."""
+        x, *rest = tensors
+        weight = rest.pop(0) if case["weight"] else None
+        return x, weight, rest.pop(0) if case["residual"] else None, rest
+
+    def function(*tensors):
+        x, weight, residual, _ = parted(tensors)
         return ops.rms_norm(x, weight, residual=residual, **options)
 
-    def plain(x, weight, residual=None):
+    def plain(*tensors):
+        x, weight, residual, _ = parted(tensors)
         h = x if residual is None else x + residual
         h = h + (h.to(dtype).to(h.dtype) - h).detach()  # the sum is rounded by definition
-        y = F.rms_norm(h, h.shape[-1:], (offset + weight).to(h.dtype), eps)
+        factor = None if weight is None else (offset + weight).to(h.dtype)
+        y = F.rms_norm(h, h.shape[-1:], factor, eps)
         return y if residual is None else (y, h)
 
-    def terms(x, weight, *rest):
+    def terms(*tensors):
         """dx and dweight are differences and sums."""
-        h = (x + rest[0]).to(dtype).double() if case["residual"] else x
-        if len(rest) == case["residual"]:  # no upstream gradients
+        x, weight, residual, upstream = parted(tensors)
+        h = x if residual is None else (x + residual).to(dtype).double()
+        if not upstream:
             return {}
-        dy, *dh = rest[case["residual"] :]
+        dy, *dh = upstream
         rstd = (h.square().mean(-1, keepdim=True) + eps).rsqrt()
-        g, n = (dy * (offset + weight)).abs(), (h * rstd).abs()
+        g, n = (dy * (1 if weight is None else offset + weight)).abs(), (h * rstd).abs()
         dx = rstd * (g + n * (g * n).mean(-1, keepdim=True)) + sum(t.abs() for t in dh)
         dweight = (dy.abs() * n).reshape(-1, shape[-1]).sum(0)
         return {"dx": dx, "dresidual": dx, "dweight": dweight}
 
-    return Built(function, leaves, plain, terms, ("y", "h") if case["residual"] else ("y",))
+    names = ["x", *["weight"] * bool(case["weight"]), *["residual"] * case["residual"]]
+    return Built(
+        named(function, names), leaves, plain, terms, ("y", "h") if case["residual"] else ("y",)
+    )
 
 
 def draw(r: Random, isa: str) -> Case:
+    weight = r.choice(["wide", "like x", None])
+    offset = r.choice([0.0, 1.0, -0.5]) if weight else 0.0
     return {
         "shape": rows_of(r, isa, 10000 if isa == "simt" else 1 << 12, 1),
         "residual": r.random() < 0.5,
-        "wide_weight": r.random() < 0.5,
+        "weight": weight,
         "spread": r.choice([0.01, 1.0, 100.0]),
-        "options": {"eps": r.choice([1e-6, 1e-5]), "offset": r.choice([0.0, 1.0, -0.5])},
+        "options": {"eps": r.choice([1e-6, 1e-5]), "offset": offset},
     }
 
 
-def case(*shape: int, residual=False, wide_weight=False, spread=1.0, offset=0.0, eps=1e-6) -> Case:
+def case(*shape: int, residual=False, weight="like x", spread=1.0, offset=0.0, eps=1e-6) -> Case:
     options = {"eps": eps, "offset": offset}
     return {
-        "shape": list(shape), "residual": residual, "wide_weight": wide_weight, "spread": spread,
+        "shape": list(shape), "residual": residual, "weight": weight, "spread": spread,
         "options": options,
     }  # fmt: skip
 
@@ -76,8 +94,10 @@ OP = Op(
         "ragged, residual": Row(case(252, 507, residual=True, offset=1.0), on=("cpu",)),
         "one row": Row(case(1, 123, residual=True), bits=True),
         "one element": Row(case(2, 1)),
+        "no weight": Row(case(9, 107, weight=None), bits=True),
+        "no weight, residual": Row(case(4, 512, weight=None, residual=True)),
         "three dimensions": Row(case(3, 5, 64, residual=True, offset=1.0), bits=True),
-        "more rows than programs": Row(case(70, 17, wide_weight=True), on=("cpu", "triton")),
+        "more rows than programs": Row(case(70, 17, weight="wide"), on=("cpu", "triton")),
         "whole vectors": Row(case(4, 512, residual=True), bits=True),
         "no rows": Row(case(0, 8, residual=True)),
         "small": Row(case(6, 200, spread=1e-4)),
@@ -89,13 +109,14 @@ OP = Op(
         "four elements a thread": Row(case(1, 1025, residual=True), on=("cuda",)),
         "wide rows": Row(case(2, 9001, offset=1.0), on=("cuda",), bits=True),
         "split": Row(
-            case(401, 257, residual=True, wide_weight=True, offset=1.0), on=("cpu",), split=True
+            case(401, 257, residual=True, weight="wide", offset=1.0), on=("cpu",), split=True
         ),
     },
     small={
         "alone": case(2, 3, 7, offset=1.0),
         "residual": case(5, 7, residual=True),
         "vector": case(7, residual=True),
+        "no weight": case(5, 7, weight=None, residual=True),
     },
     batches={"rows": [case(n, 64, residual=True) for n in (4, 9, 17)]},
     forward_only=("cuda",),
