@@ -9,12 +9,47 @@
 //       x          m [ 8 NT rows ][ warps_k x RANGE columns ]          read once per block of n
 //       warp       16 TILES rows of W, all of x's, RANGE columns in steps of 32
 //
-// cp.async copies both to shared memory as they are, STAGES tiles deep. The codes need no other
-// layout: an instruction's k may be any columns as long as both operands agree. Lane c of the four
-// of a row holds the octet 8 c of a step, so codes are one 32-bit (int4) or 64-bit (int8) read and
-// x one of 128 bits (int8: 64). Rows in shared memory are padded so that these reads have no bank
-// conflict. Rejected: a repacked weight. It would save the pad and 6 of 8 reads of codes, 6 of 150
-// instructions per 128 columns of a warp, and cost a second copy of every checkpoint.
+// A block takes a stripe of W, one row of tiles after the other (multiply_stripe):
+//
+//     copy       cp.async: a tile of codes and of x, as they are, to one of kStages stages
+//     load       a lane's octets of codes -> the left operands, its octets of x -> the right ones
+//     multiply   matrix instructions; sums of exact products -> scaled -> totals (float32)
+//     store      totals of the warps_k -> shared memory -> added in order, with bias -> y or a part
+//
+// Indices:
+//
+//     m, n, k    row of x, row of W (column of y), column of both
+//     n_tile     row of tiles: kN rows of W
+//     tile       kColumns columns, of which a warp has kRange from `column` on
+//     step       32 columns of that range; UNIT steps are scaled at once
+//     i, t       16 of a warp's rows of W (kTiles of them); 8 rows of x (NT of them)
+//     j          instruction of a step (kProducts: two of k16, one of k32)
+//     g, c       lane / 4, lane % 4
+//     r, e       row g + 8 r of 16 rows of W; a lane's e-th sum of four, row r = e / 2
+//
+// Which elements a lane 4 g + c holds, A for W, B for x^T, D for y^T:
+//
+//     16 bits, m16n8k16: two per register       int8, m16n8k32: four per register
+//     A       k: 2c, 2c+1    2c+8, 2c+9         A       k: 4c .. 4c+3    4c+16 .. 4c+19
+//       n: g         a0           a2              n: g         a0              a2
+//       n: g+8       a1           a3              n: g+8       a1              a3
+//     B                                         B
+//       m: g         b0           b1              m: g         b0              b1
+//     D       m: 2c    2c+1
+//       n: g       d0    d1                     D: the same, in int32
+//       n: g+8     d2    d3
+//
+// An instruction's k may be any columns as long as A and B agree, so the codes need no other
+// layout: lane c takes the octet of columns 8 c to 8 c + 7 of a step, and its registers are
+//
+//     octet       0, 1    2, 3    4, 5    6, 7
+//     16 bits     a0 b0   a2 b1   a0 b0   a2 b1     (a1, a3: row g + 8); j = 0, 0, 1, 1
+//     int8        a0 b0   a0 b0   a2 b1   a2 b1     (int4: even columns a0, odd ones a2)
+//
+// so codes are one 32-bit (int4) or 64-bit (int8) read and x one of 128 bits (int8: 64). Rows in
+// shared memory are padded so that these reads have no bank conflict. Rejected: a repacked weight.
+// It would save the pad and 6 of 8 reads of codes, 6 of 150 instructions per 128 columns of a warp,
+// and cost a second copy of every checkpoint.
 //
 // FORM depends on the groups. Where a group is a multiple of 32 columns, the instructions multiply
 // q, which is exact in 16 bits, and sums in float32 are scaled. A warp's whole range is scaled at
@@ -68,6 +103,8 @@ struct MatrixOutput {
 // rows.
 template <int BITS, class T, int NT>
 struct MatrixShape {
+  using X = T;
+  static constexpr int kBits = BITS, kNT = NT;
   static constexpr bool kInteger = std::is_same_v<T, int8_t>;
   static constexpr int kTiles = NT < 4 ? 1 : 2;
   static constexpr int kWarpsN = NT == 1 ? 2 : 4, kWarpsK = kWarps / kWarpsN;
@@ -143,20 +180,6 @@ DEVICE void load_words(uint32_t (&words)[WORDS], const unsigned char* p) {
   for (int i = 0; i < WORDS; ++i) words[i] = v.at[i];
 }
 
-// Scales and offsets of a lane's two rows in a tile of W, as in memory.
-struct ScaleBits {
-  uint32_t scale[2], zero[2];
-};
-DEVICE ScaleBits load_factors(const DeviceWeight& w, bool zeros, const int (&first)[2], int group) {
-  ScaleBits f;
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    f.scale[r] = load_bits(w.scales, w.factors, first[r] + group);
-    f.zero[r] = zeros ? load_bits(w.zeros, w.factors, first[r] + group) : 0;
-  }
-  return f;
-}
-
 // The left operands of one step of 32 columns, from this lane's octets of two rows of W.
 template <Form FORM, int BITS>
 DEVICE void operands_of(const uint32_t (&octets)[2][BITS / 4], const float (&)[2],
@@ -187,185 +210,275 @@ DEVICE void operands_of(const uint32_t (&octets)[2][BITS / 4], const float (&sca
   }
 }
 
+// A thread's part of a block.
+template <class S>
+struct MatrixThread {
+  int number, warp_n, warp_k, g, c;
+
+  DEVICE MatrixThread() {
+    // The shuffle tells nvcc that the value is the same in all lanes: it computes with it once, and
+    // does not keep addresses of x for the whole stripe, which would spill.
+    const int warp = __shfl_sync(kAllLanes, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+    number = warp * 32 + lane;
+    warp_n = warp % S::kWarpsN, warp_k = warp / S::kWarpsN;
+    g = lane / 4, c = lane % 4;
+  }
+};
+
+// Copies the tiles of a stripe to their stages, codes before x.
+template <class S, bool ALIGNED>
+struct StripeCopier {
+  const MatrixInput<typename S::X>& x;
+  const DeviceWeight& w;
+  unsigned char* shared;
+  int first_m, first_n, first, tiles, granule, x_granule;
+  Copier<S::kN, S::kCodeBytes, S::kCodeStride> codes;
+  Copier<S::kM, S::kXBytes, S::kXStride> rows;
+
+  DEVICE StripeCopier(const MatrixInput<typename S::X>& x, const DeviceWeight& w,
+                      unsigned char* shared, int first_m, int first_n, int first, int tiles,
+                      int thread)
+      : x(x),
+        w(w),
+        shared(shared),
+        first_m(first_m),
+        first_n(first_n),
+        first(first),
+        tiles(tiles),
+        granule(ALIGNED ? 16 : min(w.granule, 4)),
+        x_granule(ALIGNED ? 16 : min(x.granule, 4)),
+        codes(w.codes + static_cast<int64_t>(first_n) * w.row_bytes + first * S::kCodeBytes,
+              w.row_bytes, granule, thread),
+        rows(x.x + first_m * x.x_stride + first * S::kColumns, x.x_stride * sizeof(typename S::X),
+             x_granule, thread) {}
+
+  DEVICE void copy(int tile) {
+    if (tile < tiles) {
+      unsigned char* to = shared + tile % S::kStages * S::kStage;
+      const int bytes = w.row_bytes - (first + tile) * S::kCodeBytes;
+      const int x_bytes =
+          (x.width - (first + tile) * S::kColumns) * static_cast<int>(sizeof(typename S::X));
+      copy_part(codes, to, w.n - first_n, bytes, granule);
+      copy_part(rows, to + S::kN * S::kCodeStride, x.rows - first_m, x_bytes, x_granule);
+    }
+    cp_async_commit();
+  }
+
+ private:
+  template <class C>
+  DEVICE void copy_part(C& copier, unsigned char* to, int rows, int bytes, int granule) {
+    if constexpr (ALIGNED)
+      copier.template copy<16>(to, rows, bytes);
+    else if (granule == 4)
+      copier.template copy<4>(to, rows, bytes);
+    else
+      copier.template copy<1>(to, rows, bytes);
+  }
+};
+
+// Scales and offsets of a lane's two rows of 16, as in memory.
+struct ScaleBits {
+  uint32_t scale[2], zero[2];
+};
+
+// `at`: the index of each row's first scale.
+template <class S>
+DEVICE void load_scales(const DeviceWeight& w, bool zeros, const int (&at)[S::kTiles][2],
+                        int column, ScaleBits (&bits)[S::kTiles]) {
+  const int group = w.group_of(column);
+#pragma unroll
+  for (int i = 0; i < S::kTiles; ++i)
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      bits[i].scale[r] = load_bits(w.scales, w.factors, at[i][r] + group);
+      bits[i].zero[r] = zeros ? load_bits(w.zeros, w.factors, at[i][r] + group) : 0;
+    }
+}
+
+// The left operands of UNIT steps from `step` on. `codes`: this lane's octet of step 0 in row g.
+template <Form FORM, class S, int UNIT>
+DEVICE void load_left(const unsigned char* codes, int step, const float (&scale)[S::kTiles][2],
+                      const float (&zero)[S::kTiles][2],
+                      uint32_t (&a)[UNIT][S::kTiles][S::kProducts][4]) {
+#pragma unroll
+  for (int s = 0; s < UNIT; ++s)
+#pragma unroll
+    for (int i = 0; i < S::kTiles; ++i) {
+      uint32_t octets[2][S::kBits / 4];
+      load_words(octets[0], codes + 16 * i * S::kCodeStride + (step + s) * 4 * S::kBits);
+      load_words(octets[1], codes + (16 * i + 8) * S::kCodeStride + (step + s) * 4 * S::kBits);
+      operands_of<FORM, S::kBits>(octets, scale[i], zero[i], a[s][i], typename S::X{});
+    }
+}
+
 template <class T>
 constexpr uint32_t kOnes = std::is_same_v<T, bfloat16> ? 0x3f803f80u : 0x3c003c00u;  // two
 
-// Multiplies `tiles` tiles of a row of tiles, from tile `first` on, and writes y or a part.
-template <Form FORM, int BITS, class T, int NT, bool ALIGNED>
-DEVICE void multiply(const MatrixInput<T>& p, const DeviceWeight& w, const MatrixOutput& out,
-                     unsigned char* shared, int n_tile, int first, int tiles) {
-  using S = MatrixShape<BITS, T, NT>;
-  using Sum = std::conditional_t<S::kInteger, int, float>;
-  constexpr Sum kZero = S::kInteger ? kIntegerZero : 0;
-  constexpr bool kExact = FORM != kAny;
-  const bool zeros =
-      FORM == kOffsets || ((S::kInteger || FORM == kNarrow || FORM == kAny) && w.zeros);
-  // The shuffle tells nvcc that the value is the same in all lanes: it computes with it once, and
-  // does not keep addresses of x for the whole stripe, which would spill.
-  const int warp = __shfl_sync(kAllLanes, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
-  const int thread = warp * 32 + lane;
-  const int warp_n = warp % S::kWarpsN, warp_k = warp / S::kWarpsN;
-  const int first_m = blockIdx.x * S::kM, first_n = n_tile * S::kN;
-
-  const int granule = ALIGNED ? 16 : min(w.granule, 4),
-            x_granule = ALIGNED ? 16 : min(p.granule, 4);
-  Copier<S::kN, S::kCodeBytes, S::kCodeStride> code_copier(
-      w.codes + static_cast<int64_t>(first_n) * w.row_bytes + first * S::kCodeBytes, w.row_bytes,
-      granule, thread);
-  Copier<S::kM, S::kXBytes, S::kXStride> x_copier(p.x + first_m * p.x_stride + first * S::kColumns,
-                                                  p.x_stride * sizeof(T), x_granule, thread);
-  const auto copy = [&](int tile) {
-    if (tile < tiles) {
-      unsigned char* to = shared + tile % S::kStages * S::kStage;
-      unsigned char* x = to + S::kN * S::kCodeStride;
-      const int rows = w.n - first_n, x_rows = p.rows - first_m;
-      const int bytes = w.row_bytes - (first + tile) * S::kCodeBytes;
-      const int x_bytes = (p.width - (first + tile) * S::kColumns) * static_cast<int>(sizeof(T));
-      if constexpr (ALIGNED) {
-        code_copier.template copy<16>(to, rows, bytes);
-        x_copier.template copy<16>(x, x_rows, x_bytes);
-      } else {
-        if (granule == 4)
-          code_copier.template copy<4>(to, rows, bytes);
-        else
-          code_copier.template copy<1>(to, rows, bytes);
-        if (x_granule == 4)
-          x_copier.template copy<4>(x, x_rows, x_bytes);
-        else
-          x_copier.template copy<1>(x, x_rows, x_bytes);
-      }
-    }
-    cp_async_commit();
-  };
+// sums[..][t] += the products of UNIT steps from `step` on with 8 rows of x. `x`: this lane's octet
+// of step 0 in row g of them. x_sums, where they are wanted: x times 1 instead of W.
+template <class S, int UNIT, int N, class Sum>
+DEVICE void multiply(const uint32_t (&a)[UNIT][S::kTiles][S::kProducts][4], const unsigned char* x,
+                     int step, Sum (&sums)[S::kTiles][N][4], int t, bool want_x_sums,
+                     float (&x_sums)[4]) {
+  using T = typename S::X;
 #pragma unroll
-  for (int s = 0; s < S::kStages - 1; ++s) copy(s);
-
-  int factors[S::kTiles][2];  // index of a row's first scale; rows beyond W have the last one's
+  for (int s = 0; s < UNIT; ++s) {
+    uint32_t b[2 * S::kProducts];
+    load_words(b, x + (step + s) * 32 * sizeof(T));
 #pragma unroll
-  for (int i = 0; i < 2 * S::kTiles; ++i)
-    factors[i / 2][i % 2] =
-        min(first_n + warp_n * 16 * S::kTiles + lane / 4 + 8 * i, w.n - 1) * w.groups;
-  float total[S::kTiles][NT][4] = {};
-  for (int tile = 0; tile < tiles; ++tile) {
-    const int column = (first + tile) * S::kColumns + warp_k * S::kRange;
-    ScaleBits f[S::kTiles];  // of the first step: loads issued here have arrived after the barrier
-    const auto read = [&](int step) {
-      const int group = w.group_of(column + 32 * step + (kExact ? 0 : lane % 4 * 8));
+    for (int j = 0; j < S::kProducts; ++j) {
+      const uint32_t columns[2] = {b[2 * j], b[2 * j + 1]};
 #pragma unroll
-      for (int i = 0; i < S::kTiles; ++i) f[i] = load_factors(w, zeros, factors[i], group);
-    };
-    read(0);
-    cp_async_wait<S::kStages - 2>();
-    __syncthreads();  // all copies have arrived, and all threads have read the stage to fill next
-    copy(tile + S::kStages - 1);
-    const unsigned char* stage = shared + tile % S::kStages * S::kStage;
-    const unsigned char* codes = stage + (warp_n * 16 * S::kTiles + lane / 4) * S::kCodeStride +
-                                 warp_k * (S::kRange * BITS / 8) + lane % 4 * BITS;
-    const unsigned char* x = stage + S::kN * S::kCodeStride + lane / 4 * S::kXStride +
-                             (warp_k * S::kRange + lane % 4 * 8) * sizeof(T);
-    // kUnit steps from `step` on, within one group: their sums are scaled once
-    const auto add = [&](int step, auto steps) {
-      constexpr int kUnit = decltype(steps)::value;
-      float scale[S::kTiles][2], zero[S::kTiles][2];
-#pragma unroll
-      for (int i = 0; i < S::kTiles * 2; ++i) {
-        scale[i / 2][i % 2] = float_of(f[i / 2].scale[i % 2], w.factors);
-        zero[i / 2][i % 2] = float_of(f[i / 2].zero[i % 2], w.factors);
-      }
-      if (kUnit == 1 && step < S::kSteps - 1) read(step + 1);
-      uint32_t a[kUnit][S::kTiles][S::kProducts][4];
-#pragma unroll
-      for (int s = 0; s < kUnit; ++s)
-#pragma unroll
-        for (int i = 0; i < S::kTiles; ++i) {
-          uint32_t octets[2][BITS / 4];
-          load_words(octets[0], codes + 16 * i * S::kCodeStride + (step + s) * 4 * BITS);
-          load_words(octets[1], codes + (16 * i + 8) * S::kCodeStride + (step + s) * 4 * BITS);
-          operands_of<FORM, BITS>(octets, scale[i], zero[i], a[s][i], T{});
-        }
-#pragma unroll
-      for (int t = 0; t < NT; ++t) {
-        Sum sums[S::kTiles][4];
-        [[maybe_unused]] float x_sums[4] = {};  // 16-bit x: the sums of two rows of x, twice
-#pragma unroll
-        for (int i = 0; i < 4 * S::kTiles; ++i) sums[i / 4][i % 4] = kZero;
-#pragma unroll
-        for (int s = 0; s < kUnit; ++s) {
-          uint32_t b[2 * S::kProducts];
-          load_words(b, x + t * 8 * S::kXStride + (step + s) * 32 * sizeof(T));
-#pragma unroll
-          for (int j = 0; j < S::kProducts; ++j) {
-            const uint32_t columns[2] = {b[2 * j], b[2 * j + 1]};
-#pragma unroll
-            for (int i = 0; i < S::kTiles; ++i) {
-              if constexpr (kExact)
-                mma(sums[i], a[s][i][j], columns, T{});
-              else
-                mma(total[i][t], a[s][i][j], columns, T{});
-            }
-            if constexpr (kExact && !S::kInteger)
-              if (zeros) mma(x_sums, {kOnes<T>, kOnes<T>, kOnes<T>, kOnes<T>}, columns, T{});
-          }
-        }
-        if constexpr (kExact) {
-          [[maybe_unused]] Vector<float, 2> x_scale{{1, 1}};
-          Vector<float, 2> x_sum{{x_sums[0], x_sums[1]}};
-          bool offset = zeros;
-          if constexpr (S::kInteger) {
-            const int from = column + 32 * step;  // first column of these sums
-            const int64_t at = w.run_of(from) * p.scale_stride + first_m + 8 * t + lane % 4 * 2;
-            x_scale = load(reinterpret_cast<const Vector<float, 2>*>(p.scale + at));
-            offset = zeros && w.begins_run(from);
-            if (offset) x_sum = load(reinterpret_cast<const Vector<float, 2>*>(p.sums + at));
-          }
-#pragma unroll
-          for (int i = 0; i < S::kTiles; ++i)
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-              float factor = scale[i][e / 2];
-              if constexpr (S::kInteger) factor *= x_scale.at[e % 2] * (1.0f / kIntegerUnit<BITS>);
-              total[i][t][e] += value_of(sums[i][e]) * factor;
-              if (offset) total[i][t][e] += zero[i][e / 2] * x_sum.at[e % 2];
-            }
-        }
-      }
-    };
-    if constexpr (FORM == kScales || FORM == kOffsets) {
-      add(0, std::integral_constant<int, S::kSteps>{});
-    } else {
-#pragma unroll 1  // for registers
-      for (int step = 0; step < S::kSteps; ++step) add(step, std::integral_constant<int, 1>{});
+      for (int i = 0; i < S::kTiles; ++i) mma(sums[i][t], a[s][i][j], columns, T{});
+      if constexpr (!S::kInteger)
+        if (want_x_sums) mma(x_sums, {kOnes<T>, kOnes<T>, kOnes<T>, kOnes<T>}, columns, T{});
     }
   }
+}
 
-  cp_async_wait<0>();
-  __syncthreads();  // from here on the stages' memory holds sums: (warps_k, m, n)
-  float* const part = reinterpret_cast<float*>(shared);
-  // parts are numbered from the stripe that begins this row of tiles
-  const int k_tiles = tiles_of<S>(w);
-  const int64_t before = static_cast<int64_t>(blockIdx.y - n_tile * k_tiles / out.stripe) * p.rows;
+// total += scale sums + zero x_sums, for the 8 rows of x from first_m + 8 t on. Scales and sums of
+// int8 x are those of the run that contains column `from`: the sums are added where it begins.
+template <class S, class Sum>
+DEVICE void add_scaled(const MatrixInput<typename S::X>& x, const DeviceWeight& w, bool zeros,
+                       int from, int first_m, int t, int c, const float (&scale)[S::kTiles][2],
+                       const float (&zero)[S::kTiles][2], const Sum (&sums)[S::kTiles][1][4],
+                       const float (&x_sums)[4], float (&total)[S::kTiles][S::kNT][4]) {
+  [[maybe_unused]] Vector<float, 2> x_scale{{1, 1}};
+  Vector<float, 2> x_sum{{x_sums[0], x_sums[1]}};  // of rows 2 c and 2 c + 1 of x
+  bool offset = zeros;
+  if constexpr (S::kInteger) {
+    const int64_t at = w.run_of(from) * x.scale_stride + first_m + 8 * t + c * 2;
+    x_scale = load(reinterpret_cast<const Vector<float, 2>*>(x.scale + at));
+    offset = zeros && w.begins_run(from);
+    if (offset) x_sum = load(reinterpret_cast<const Vector<float, 2>*>(x.sums + at));
+  }
 #pragma unroll
-  for (int t = 0; t < NT; ++t)
+  for (int i = 0; i < S::kTiles; ++i)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      float factor = scale[i][e / 2];
+      if constexpr (S::kInteger) factor *= x_scale.at[e % 2] * (1.0f / kIntegerUnit<S::kBits>);
+      total[i][t][e] += value_of(sums[i][0][e]) * factor;
+      if (offset) total[i][t][e] += zero[i][e / 2] * x_sum.at[e % 2];
+    }
+}
+
+// Stores a lane's totals to shared memory: (warps_k, m, n).
+template <class S>
+DEVICE void store_totals(const MatrixThread<S>& thread, const float (&total)[S::kTiles][S::kNT][4],
+                         float* to) {
+#pragma unroll
+  for (int t = 0; t < S::kNT; ++t)
 #pragma unroll
     for (int i = 0; i < 4 * S::kTiles; ++i)
-      store(part + (warp_k * S::kM + 8 * t + lane % 4 * 2 + i % 2) * S::kSumStride +
-                warp_n * 16 * S::kTiles + lane / 4 + i / 2 * 8,
+      store(to + (thread.warp_k * S::kM + 8 * t + thread.c * 2 + i % 2) * S::kSumStride +
+                thread.warp_n * 16 * S::kTiles + thread.g + i / 2 * 8,
             total[i / 4][t][i % 4]);
-  __syncthreads();
+}
+
+// Adds the totals of the warps_k. Writes y, or a part of it where the stripe is not a whole row of
+// tiles; parts are numbered from the stripe that begins this row.
+template <class S>
+DEVICE void write_output(const MatrixOutput& out, const float* totals, int rows, int n_of_w,
+                         int n_tile, int k_tiles, bool whole) {
+  const int first_m = blockIdx.x * S::kM, first_n = n_tile * S::kN;
+  const int64_t before = static_cast<int64_t>(blockIdx.y - n_tile * k_tiles / out.stripe) * rows;
   for (int i = threadIdx.x; i < S::kM * S::kN; i += kThreads) {
     const int m = i / S::kN, n = i % S::kN;
-    if (first_m + m >= p.rows || first_n + n >= w.n) continue;
+    if (first_m + m >= rows || first_n + n >= n_of_w) continue;
     float sum = 0;
 #pragma unroll
-    for (int k = 0; k < S::kWarpsK; ++k) sum += load(part + (k * S::kM + m) * S::kSumStride + n);
-    const int64_t at = static_cast<int64_t>(first_m + m) * w.n + first_n + n;
-    if (tiles < k_tiles) {
-      store(out.parts + before * w.n + at, sum);
+    for (int k = 0; k < S::kWarpsK; ++k) sum += load(totals + (k * S::kM + m) * S::kSumStride + n);
+    const int64_t at = static_cast<int64_t>(first_m + m) * n_of_w + first_n + n;
+    if (!whole) {
+      store(out.parts + before * n_of_w + at, sum);
     } else {
       if (out.bias) sum += load_float(out.bias, out.bias_dtype, first_n + n);
       store_float(out.y, out.dtype, at, sum);
     }
   }
+}
+
+// Multiplies `tiles` tiles of a row of tiles, from tile `first` on, and writes y or a part.
+template <Form FORM, class S, bool ALIGNED>
+DEVICE void multiply_stripe(const MatrixInput<typename S::X>& x, const DeviceWeight& w,
+                            const MatrixOutput& out, unsigned char* shared, int n_tile, int first,
+                            int tiles) {
+  using Sum = std::conditional_t<S::kInteger, int, float>;
+  constexpr bool kExact = FORM != kAny;
+  [[maybe_unused]] constexpr Sum kZero = S::kInteger ? kIntegerZero : 0;
+  const bool zeros =
+      FORM == kOffsets || ((S::kInteger || FORM == kNarrow || FORM == kAny) && w.zeros);
+  const MatrixThread<S> thread;
+  const int first_m = blockIdx.x * S::kM, first_n = n_tile * S::kN;
+  StripeCopier<S, ALIGNED> copier(x, w, shared, first_m, first_n, first, tiles, thread.number);
+#pragma unroll
+  for (int s = 0; s < S::kStages - 1; ++s) copier.copy(s);
+
+  int scales_at[S::kTiles][2];  // of a row's first scale; rows beyond W have the last one's
+#pragma unroll
+  for (int i = 0; i < 2 * S::kTiles; ++i)
+    scales_at[i / 2][i % 2] =
+        min(first_n + thread.warp_n * 16 * S::kTiles + thread.g + 8 * i, w.n - 1) * w.groups;
+  float total[S::kTiles][S::kNT][4] = {};
+  for (int tile = 0; tile < tiles; ++tile) {
+    const int column = (first + tile) * S::kColumns + thread.warp_k * S::kRange;
+    ScaleBits bits[S::kTiles];  // of the first step: loads issued here arrive before the barrier
+    const auto read_scales = [&](int step) {
+      load_scales<S>(w, zeros, scales_at, column + 32 * step + (kExact ? 0 : thread.c * 8), bits);
+    };
+    read_scales(0);
+    cp_async_wait<S::kStages - 2>();
+    __syncthreads();  // all copies have arrived, and all threads have read the stage to fill next
+    copier.copy(tile + S::kStages - 1);
+    const unsigned char* stage = shared + tile % S::kStages * S::kStage;
+    const unsigned char* codes = stage +
+                                 (thread.warp_n * 16 * S::kTiles + thread.g) * S::kCodeStride +
+                                 thread.warp_k * (S::kRange * S::kBits / 8) + thread.c * S::kBits;
+    const unsigned char* rows = stage + S::kN * S::kCodeStride + thread.g * S::kXStride +
+                                (thread.warp_k * S::kRange + thread.c * 8) * sizeof(typename S::X);
+    const auto multiply_steps = [&](int step, auto unit) {  // from `step` on, scaled at once
+      constexpr int kUnit = decltype(unit)::value;
+      float scale[S::kTiles][2], zero[S::kTiles][2];
+#pragma unroll
+      for (int i = 0; i < S::kTiles * 2; ++i) {
+        scale[i / 2][i % 2] = float_of(bits[i / 2].scale[i % 2], w.factors);
+        zero[i / 2][i % 2] = float_of(bits[i / 2].zero[i % 2], w.factors);
+      }
+      if (kUnit == 1 && step < S::kSteps - 1) read_scales(step + 1);
+      uint32_t a[kUnit][S::kTiles][S::kProducts][4];
+      load_left<FORM, S>(codes, step, scale, zero, a);
+#pragma unroll
+      for (int t = 0; t < S::kNT; ++t) {
+        [[maybe_unused]] float x_sums[4] = {};  // 16-bit x: the sums of two rows of x, twice
+        if constexpr (kExact) {
+          Sum sums[S::kTiles][1][4];
+#pragma unroll
+          for (int i = 0; i < 4 * S::kTiles; ++i) sums[i / 4][0][i % 4] = kZero;
+          multiply<S>(a, rows + t * 8 * S::kXStride, step, sums, 0, zeros, x_sums);
+          add_scaled<S>(x, w, zeros, column + 32 * step, first_m, t, thread.c, scale, zero, sums,
+                        x_sums, total);
+        } else {
+          multiply<S>(a, rows + t * 8 * S::kXStride, step, total, t, false, x_sums);
+        }
+      }
+    };
+    if constexpr (FORM == kScales || FORM == kOffsets) {
+      multiply_steps(0, std::integral_constant<int, S::kSteps>{});
+    } else {
+#pragma unroll 1  // for registers
+      for (int step = 0; step < S::kSteps; ++step)
+        multiply_steps(step, std::integral_constant<int, 1>{});
+    }
+  }
+
+  cp_async_wait<0>();
+  __syncthreads();  // from here on the stages' memory holds totals
+  float* const totals = reinterpret_cast<float*>(shared);
+  store_totals(thread, total, totals);
+  __syncthreads();
+  const int k_tiles = tiles_of<S>(w);
+  write_output<S>(out, totals, x.rows, w.n, n_tile, k_tiles, tiles == k_tiles);
 }
 
 // Blocks per multiprocessor. Two leave 128 registers each; some forms with 32 rows would spill.
@@ -377,7 +490,7 @@ constexpr int kBlocks =
 // other operands.
 template <Form FORM, int BITS, class T, int NT, bool ALIGNED>
 __global__ void __launch_bounds__(kThreads, kBlocks<FORM, BITS, T, NT>)
-    matrix_kernel(MatrixInput<T> p, DeviceWeight w, MatrixOutput out) {
+    matrix_kernel(MatrixInput<T> x, DeviceWeight w, MatrixOutput out) {
   using S = MatrixShape<BITS, T, NT>;
   DYNAMIC_SHARED(shared);
   const int k_tiles = tiles_of<S>(w), n_tiles = (w.n + S::kN - 1) / S::kN;
@@ -385,7 +498,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<FORM, BITS, T, NT>)
   int n_tile = __shfl_sync(kAllLanes, begin / k_tiles, 0);
   for (int first = begin - n_tile * k_tiles; n_tile * k_tiles + first < end; ++n_tile, first = 0) {
     const int tiles = min(k_tiles - first, end - n_tile * k_tiles - first);
-    multiply<FORM, BITS, T, NT, ALIGNED>(p, w, out, shared, n_tile, first, tiles);
+    multiply_stripe<FORM, S, ALIGNED>(x, w, out, shared, n_tile, first, tiles);
     __syncthreads();  // the sums have been read
   }
 }
