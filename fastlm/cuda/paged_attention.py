@@ -107,7 +107,8 @@ def paged_attention(
     workspace = lse.new_empty(blocks * (2 * rows * (v_width + 2) + 4))
     extension().paged_attention_forward(
         q, k_cache, v_cache, table, seq_lens.contiguous(), k_scale, v_scale, _floats(sinks),
-        _floats(alibi_slopes), None if bias is None else bias.float(), *options[:4],
-        rows, blocks, _LEAST_TILES, out, lse, workspace, stream(q),
+        _floats(alibi_slopes), None if bias is None else bias.float(), options.causal,
+        options.scale, options.window, options.softcap, rows, blocks, _LEAST_TILES, out, lse,
+        workspace, stream(q),
     )  # fmt: skip
     return out, lse
