@@ -1,26 +1,28 @@
 """varlen_attention through csrc/cpu/attention: the host side of `attention`, with offsets."""
 
-from fastlm.cpu.attention import backward_any_layout, forward_any_layout
+from fastlm.cpu.attention import run_backward, run_forward
+from fastlm.cpu.templates import nothing
+from fastlm.memory_order import elements_last
 
 
 def varlen_attention_forward(
     q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, alibi_slopes, bias, seed,
     max_seqlen_q, max_seqlen_k, options,
 ):  # fmt: skip
+    q, k, v = elements_last(q, k, v)
+    out = q.new_empty(*q.shape[:2], v.shape[2])
+    lse = nothing().new_empty(q.shape[1], q.shape[0])
     layout = (cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), None, None, None, None)
-    return forward_any_layout(
-        q, k, v, layout, sinks, alibi_slopes, bias, seed, options, (q.shape[1], q.shape[0]),
-        cu_seqlens_q.shape[0] - 1, k.shape[0], 0,  # packed sequences never use the decode kernel
-    )  # fmt: skip
+    return run_forward(q, k, v, layout, sinks, alibi_slopes, bias, seed, options, out, lse)
 
 
 def varlen_attention_backward(
     dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, sinks, alibi_slopes, bias, seed,
     max_seqlen_q, max_seqlen_k, options, need_bias,
 ):  # fmt: skip
-    cu_seqlens = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
-    return backward_any_layout(
-        dout, dlse, q, k, v, out, lse, cu_seqlens, sinks, alibi_slopes, bias, seed, options,
-        need_bias, cu_seqlens_q.shape[0] - 1,
-        *(int(cu.diff().max()) if cu.shape[0] > 1 else 0 for cu in cu_seqlens),
+    dout, q, k, v, out = elements_last(dout, q, k, v, out)
+    layout = (cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), None, None, None, None)
+    return run_backward(
+        dout, dlse, q, k, v, out, lse, layout, sinks, alibi_slopes, bias, seed, options, need_bias,
+        *(t.new_empty(t.shape) for t in (q, k, v)),
     )  # fmt: skip

@@ -120,7 +120,8 @@ def paged_attention(
     workspace = lse.new_empty(kernels.paged_attention_workspace(rows, blocks, v_width))
     kernels.paged_attention_forward(
         q, k_cache, v_cache, table, seq_lens.contiguous(), k_scale, v_scale, _floats(sinks),
-        _floats(alibi_slopes), None if bias is None else bias.float(), *options[:4],
-        rows, blocks, min_tiles, out, lse, workspace, stream(q),
+        _floats(alibi_slopes), None if bias is None else bias.float(), options.causal,
+        options.scale, options.window, options.softcap, rows, blocks, min_tiles, out, lse,
+        workspace, stream(q),
     )  # fmt: skip
     return out, lse

@@ -36,12 +36,11 @@ def _scores(
     """q (B, Hkv, G, R, D), k (B, Hkv, T, D) wide -> scores (B, H, R, T) of these rows and, with a
     softcap, their derivative with respect to scale q k.
     """
-    causal, scale, window, softcap, _ = options
-    s = scale * (q @ k[:, :, None].transpose(-1, -2)).flatten(1, 2)
+    s = options.scale * (q @ k[:, :, None].transpose(-1, -2)).flatten(1, 2)
     slope = None
-    if softcap > 0:
-        t = torch.tanh(s / softcap)
-        s, slope = softcap * t, 1 - t.square()
+    if options.softcap > 0:
+        t = torch.tanh(s / options.softcap)
+        s, slope = options.softcap * t, 1 - t.square()
     keys = k.shape[2]
     i = rows[:, None] + (keys - query_length)
     j = torch.arange(keys, device=q.device)
@@ -49,10 +48,10 @@ def _scores(
         s = s - alibi_slopes.to(s.dtype)[:, None, None] * (i - j).abs()
     if bias is not None:
         s = s + (bias if bias.shape[2] == 1 else bias[:, :, rows]).to(s.dtype)
-    if causal or window > 0:
+    if options.causal or options.window > 0:
         hidden = j > i
-        if window > 0:
-            hidden = hidden | (j <= i - window)
+        if options.window > 0:
+            hidden = hidden | (j <= i - options.window)
         s = s.masked_fill(hidden, -torch.inf)
     return s, slope
 

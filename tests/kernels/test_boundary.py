@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastlm import InputError, _cpu, backend, inventory, operator
+from fastlm import InputError, _cpu, backend, inventory, operator, ops
 from fastlm.reference import AdamWOptions
 
 
@@ -42,6 +42,25 @@ def test_refuses_what_is_not_a_tensor_and_wrong_dtypes():
         _cpu.matmul(t, torch.ones(2, 3), t)
     with pytest.raises(ValueError, match="c: wanted a contiguous tensor"):
         _cpu.matmul(t, t, torch.ones(2, 4)[:, ::2])
+
+
+def test_structs_from_tuples():
+    q, one = torch.randn(1, 1, 2, 8), np.ones(1, np.float32)
+    numbers = True, 8**-0.5, 0, 0.0, 0.0
+    out, lse = torch.empty_like(q), torch.empty(1, 1, 2)
+
+    def run(extras, options):
+        return _cpu.attention_forward(q, q, q, None, extras, options, out, lse, None)
+
+    assert run((None, one, None, None), numbers) == 0  # this size needs no workspace
+    assert torch.equal(out, ops.attention(q, q, q, causal=True, alibi_slopes=torch.ones(1)))
+    assert run(None, numbers) == 0
+    assert torch.equal(out, ops.attention(q, q, q, causal=True))
+    for options in (numbers[:-1], (*numbers, 0.0), (True, 1.0, 0.5, 0.0, 0.0), None, [*numbers]):
+        with pytest.raises(TypeError):
+            run(None, options)
+    with pytest.raises(TypeError):
+        run((None, 1.0, None, None), numbers)
 
 
 def test_a_type_that_dies_does_not_leave_its_entry_behind():

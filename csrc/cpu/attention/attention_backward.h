@@ -19,18 +19,18 @@ constexpr int64_t BK = 128;       // keys a block: two fp32 tiles of 64 KiB and 
 constexpr int64_t SPAN = 512;     // keys per task when there are fewer than MIN_TASKS heads
 constexpr int64_t MIN_TASKS = 8;  // key heads x sequences that keep the cores of one socket busy
 
-FASTLM_INLINE int64_t spans_of(const Shape& s, int64_t longest) {
-  return s.B * s.Hkv >= MIN_TASKS ? 1 : std::max<int64_t>(1, (longest + SPAN - 1) / SPAN);
+FASTLM_INLINE int64_t spans_of(const Shape& s, const Lengths& lengths) {
+  return s.B * s.Hkv >= MIN_TASKS ? 1 : std::max<int64_t>(1, (lengths.most_k + SPAN - 1) / SPAN);
 }
 
 // Where packing costs more than the products (one token: 5 us of packing, 0.3 of products), rows
 // are computed one by one, in float32 on the stack.
 constexpr int64_t FEW = 8;             // queries and keys
 constexpr int64_t FEW_WIDE = 256;      // D and Dv
-constexpr int64_t FEW_SEQUENCES = 16;  // 3 KiB of problems on the stack
 constexpr int64_t FEW_WORK = 1 << 18;  // products; more are worth waking all threads
 
-FASTLM_INLINE bool are_few(const Shape& s, int64_t most_q, int64_t most_k) {
+FASTLM_INLINE bool are_few(const Shape& s, const Lengths& lengths) {
+  const int64_t most_q = lengths.most_q, most_k = lengths.most_k;
   return s.B <= FEW_SEQUENCES && most_q <= FEW && most_k <= FEW && s.D <= FEW_WIDE &&
          s.Dv <= FEW_WIDE && s.B * s.H * most_q * most_k * (s.D + s.Dv) <= FEW_WORK;
 }
@@ -160,20 +160,31 @@ struct BackwardSizes {
   }
 };
 
-// The lengths of the sequences of one call.
-struct Lengths {
-  int64_t most_q = 0, most_k = 0, all_rows = 0, spans = 1;
-
-  // With several spans, the dq of each: spans x rows of all queries x H x padded D floats.
-  int64_t parts(const Shape& s) const {
-    return spans > 1 ? spans * all_rows * s.H * round_up(s.D, VL) : 0;
-  }
-};
-
 template <class T>
 BackwardSizes<Elem<T>> sizes_of(const Shape& s, const Lengths& lengths) {
-  return {s, lengths.most_q, lengths.spans == 1 ? lengths.most_k : SPAN,
+  return {s, lengths.most_q, spans_of(s, lengths) == 1 ? lengths.most_k : SPAN,
           std::is_same_v<Elem<T>, T>};
+}
+
+// Sizes of a task of `backward_bias`, which takes one block of keys at a time.
+template <class T>
+BackwardSizes<Elem<T>> sizes_for_bias(const Shape& s, const Lengths& lengths) {
+  return {s, lengths.most_q, BK, std::is_same_v<Elem<T>, T>};
+}
+
+// With several spans, the dq of each: spans x rows of all queries x H x padded D floats.
+inline int64_t parts_of_dq(const Shape& s, const Lengths& lengths) {
+  const int64_t spans = spans_of(s, lengths);
+  return spans > 1 ? spans * lengths.all_rows * s.H * round_up(s.D, VL) : 0;
+}
+
+// Bytes of the workspace of `backward_all` and, with a bias that needs a gradient, `backward_bias`.
+template <class T>
+int64_t bytes_of_backward(const Shape& s, const Lengths& lengths, bool bias) {
+  int64_t each = sizes_of<T>(s, lengths).bytes(s);
+  if (bias) each = std::max(each, sizes_for_bias<T>(s, lengths).bytes(s));
+  return round_up(parts_of_dq(s, lengths) * int64_t(sizeof(float)), 64) +
+         omp_get_max_threads() * each;
 }
 
 template <class T>
@@ -331,9 +342,9 @@ void backward_all(const Shape& s, const Options& o, const Gradients& grad,
                   const Problem<T, T>* problems, const T* dout, const T* out, const float* lse,
                   T* dq, T* dk, T* dv, const Lengths& lengths, Workspace workspace) {
   using E = Elem<T>;
-  const int64_t spans = lengths.spans, all_rows = lengths.all_rows, G = s.H / s.Hkv,
+  const int64_t spans = spans_of(s, lengths), all_rows = lengths.all_rows, G = s.H / s.Hkv,
                 D_wide = round_up(s.D, VL);
-  float* dq_parts = workspace.take<float>(lengths.parts(s));
+  float* dq_parts = workspace.take<float>(parts_of_dq(s, lengths));
   const BackwardSizes<E> size = sizes_of<T>(s, lengths);
   workspace.divide(size.bytes(s));
   // below it a second thread costs more than it saves: 10 products of 131072 are 10 us
@@ -502,7 +513,7 @@ void backward_bias(const Shape& s, const Options& o, const Gradients& grad,
   const auto stride = [&](int i) { return dbias.size(i) == 1 ? 0 : dbias.stride(i); };
   const int64_t bias_b = dbias.size(0), bias_h = dbias.size(1), row = stride(2), key = stride(3);
   const int64_t blocks = row ? (lengths.most_q + BQ - 1) / BQ : 1, G = s.H / s.Hkv;
-  const BackwardSizes<E> size(s, lengths.most_q, BK, std::is_same_v<E, T>);
+  const BackwardSizes<E> size = sizes_for_bias<T>(s, lengths);
   workspace.divide(size.bytes(s));
 #pragma omp parallel num_threads(workspace.threads)
   {

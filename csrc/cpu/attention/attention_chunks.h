@@ -194,28 +194,40 @@ void combine_chunks(float* partial, int64_t chunks, int64_t apart, float sink, f
 
 constexpr int64_t ON_STACK = 48 << 10;  // bytes per thread: enough up to D, Dv = 256
 
-// workspace: with several chunks, the partials: B * Hkv * groups * chunks * MAX_ROWS * (2 + padded
-// Dv) floats, with groups of MAX_ROWS rows and chunks = ceil(longest T / CHUNK). Then each thread's
-// arrays, where they do not fit on the stack.
+// A set is up to MAX_ROWS rows of one sequence and key head, a task one chunk of its keys.
+struct ChunkSizes {
+  int64_t chunks, groups, sets, partial, thread;  // partial: floats of a task; thread: bytes
+
+  ChunkSizes(const Shape& s, const Lengths& lengths)
+      : chunks(std::max<int64_t>(1, (lengths.most_k + CHUNK - 1) / CHUNK)),
+        groups((s.H / s.Hkv * lengths.most_q + MAX_ROWS - 1) / MAX_ROWS),
+        sets(s.B * s.Hkv * groups),
+        partial(MAX_ROWS * (2 + round_up(s.Dv, VL))),
+        thread(Buffer::size_of<float>(MAX_ROWS * round_up(s.D, VL)) +
+               Buffer::size_of<float>(MAX_ROWS * CHUNK) +
+               Buffer::size_of<float>(MAX_ROWS * round_up(s.Dv, VL)) +
+               Buffer::size_of<float>(partial)) {}
+  bool on_stack() const { return thread <= ON_STACK; }
+  // Of the workspace: with several chunks the partials, then each thread's arrays, where they do
+  // not fit on the stack.
+  int64_t bytes() const {
+    return (chunks > 1 ? round_up(sets * chunks * partial * int64_t(sizeof(float)), 64) : 0) +
+           (on_stack() ? 0 : omp_get_max_threads() * thread);
+  }
+};
+
 template <class T, class C>
 void forward_by_chunks(const Shape& s, const Options& o, const Problem<T, C>* problems,
-                       const float* k_scale, const float* v_scale, T* out, float* lse,
-                       Workspace workspace) {
-  int64_t most = 0, total = 0;
-  for (int64_t b = 0; b < s.B; ++b)
-    most = std::max(most, problems[b].keys), total += problems[b].keys;
-  const int64_t chunks = std::max<int64_t>(1, (most + CHUNK - 1) / CHUNK), G = s.H / s.Hkv;
-  const int64_t ldp = 2 + round_up(s.Dv, VL), apart = MAX_ROWS * ldp;
-  const int64_t bytes = Buffer::size_of<float>(MAX_ROWS * round_up(s.D, VL)) +
-                        Buffer::size_of<float>(MAX_ROWS * CHUNK) +
-                        Buffer::size_of<float>(MAX_ROWS * round_up(s.Dv, VL)) +
-                        Buffer::size_of<float>(apart);
+                       const ChunkSizes& sizes, const float* k_scale, const float* v_scale, T* out,
+                       float* lse, Workspace workspace) {
   // problem b, key head g, its rows from row0 on; their partials are `chunks` x `apart` floats
-  const int64_t groups = (G * problems[0].queries + MAX_ROWS - 1) / MAX_ROWS,
-                sets = s.B * s.Hkv * groups, tasks = sets * chunks;
+  const int64_t chunks = sizes.chunks, groups = sizes.groups, sets = sizes.sets, G = s.H / s.Hkv,
+                apart = sizes.partial, ldp = apart / MAX_ROWS, tasks = sets * chunks;
+  int64_t total = 0;
+  for (int64_t b = 0; b < s.B; ++b) total += problems[b].keys;
   float* all = chunks > 1 ? workspace.take<float>(tasks * apart) : nullptr;
-  const bool on_stack = bytes <= ON_STACK;
-  workspace.divide(on_stack ? 0 : bytes);
+  const bool on_stack = sizes.on_stack();
+  workspace.divide(on_stack ? 0 : sizes.thread);
   const auto combine = [&](int64_t set, float* partials) {
     const int64_t b = set / groups / s.Hkv, g = set / groups % s.Hkv,
                   row0 = set % groups * MAX_ROWS;

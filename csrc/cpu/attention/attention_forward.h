@@ -180,20 +180,26 @@ struct ForwardBlock {
   }
 };
 
+// Bytes of forward_by_blocks' workspace: the packed keys, then each thread's arrays.
+template <class T, class C>
+int64_t bytes_by_blocks(const Shape& s, const Lengths& lengths) {
+  using E = Elem<T>;
+  const int64_t packed = PackedShape<E>(s).elements(lengths.all_packed) * s.Hkv;
+  return round_up(packed * int64_t(sizeof(E)), 64) +
+         omp_get_max_threads() * ForwardBlock<E, T, C>::bytes(s);
+}
+
 template <class T, class C>
 void forward_by_blocks(const Shape& s, const Options& o, const Problem<T, C>* problems,
-                       int64_t packed_rows, const float* k_scale, const float* v_scale, T* out,
+                       const Lengths& lengths, const float* k_scale, const float* v_scale, T* out,
                        float* lse, Workspace workspace) {
   using E = Elem<T>;
   const PackedShape<E> packed(s);
-  E* K = workspace.take<E>(packed.elements(packed_rows) * s.Hkv);
-  E* V = K + packed_rows * s.Hkv * packed.D;
+  E* K = workspace.take<E>(packed.elements(lengths.all_packed) * s.Hkv);
+  E* V = K + lengths.all_packed * s.Hkv * packed.D;
   workspace.divide(ForwardBlock<E, T, C>::bytes(s));
-  int64_t most_q = 0, most_k = 0;
-  for (int64_t b = 0; b < s.B; ++b)
-    most_q = std::max(most_q, problems[b].queries), most_k = std::max(most_k, problems[b].keys);
-  const int64_t q_blocks = (most_q + Q_BLOCK - 1) / Q_BLOCK,
-                k_blocks = (most_k + KV_BLOCK - 1) / KV_BLOCK, G = s.H / s.Hkv;
+  const int64_t q_blocks = (lengths.most_q + Q_BLOCK - 1) / Q_BLOCK,
+                k_blocks = (lengths.most_k + KV_BLOCK - 1) / KV_BLOCK, G = s.H / s.Hkv;
   // the rows of key head g of problem b begin at packed(b) * Hkv + g * rows(b)
   const auto start = [&](const Problem<T, C>& p, int64_t g) {
     return p.packed * s.Hkv + g * round_up(p.keys, ROW_PAD);

@@ -1,27 +1,94 @@
-// The operands of all three attention ops, which share one body (attention.h). Which of the
-// optional ones are present tells the ops apart. Nothing here depends on the instruction set.
+// The operands of all three attention ops, which share one body (attention.h), as Python passes
+// them: structs come from tuples. Nothing here depends on the instruction set.
 #pragma once
 
-#include <optional>
-
-#include "tensor.h"
+#include "struct_caster.h"
 
 namespace fastlm {
 
-struct AttentionInputs {
-  // dense:   q (B, H, S, D), k, v (B, Hkv, T, D | Dv)
-  // packed:  q (total_q, H, D), k, v (total_k, Hkv, D | Dv) and both cu_seqlens (B + 1) int32
-  // paged:   q (B, S, H, D), k, v (pages, page_size, Hkv, D | Dv), block_table (B, max_pages) and
-  //          seq_lens (B) int32, k_scale and v_scale (Hkv) float32 with int8 pages
-  TensorView q, k, v;
-  std::optional<TensorView> cu_seqlens_q, cu_seqlens_k, block_table, seq_lens, k_scale, v_scale;
-  // sinks, alibi_slopes (H) float32; bias 4-D, sizes 1 or full; seed (1) int64
-  std::optional<TensorView> sinks, alibi_slopes, bias, seed;
+// `AttentionOptions` of fastlm/reference/attention.py
+struct AttentionOptions {
   bool causal;
   float scale;
   int64_t window;  // 0: none
   float softcap;   // 0: none
   double dropout_p;
+
+  template <class F>
+  void members(F&& f) {
+    f(causal), f(scale), f(window), f(softcap), f(dropout_p);
+  }
+};
+
+// Where the sequences are; None: dense. Which tensors are present tells the ops apart.
+//   dense:   q (B, H, S, D), k, v (B, Hkv, T, D | Dv)
+//   packed:  q (total_q, H, D), k, v (total_k, Hkv, D | Dv) and both cu_seqlens (B + 1) int32
+//   paged:   q (B, S, H, D), k, v (pages, page_size, Hkv, D | Dv), block_table (B, max_pages) and
+//            seq_lens (B) int32, k_scale and v_scale (Hkv) float32 with int8 pages
+struct AttentionLayout {
+  OptionalTensor cu_seqlens_q, cu_seqlens_k, block_table, seq_lens, k_scale, v_scale;
+
+  template <class F>
+  void members(F&& f) {
+    f(cu_seqlens_q), f(cu_seqlens_k), f(block_table), f(seq_lens), f(k_scale), f(v_scale);
+  }
+};
+
+// Tensors that change scores or probabilities; None: no such tensor.
+// sinks, alibi_slopes (H) float32; bias 4-D, sizes 1 or full; seed (1) int64
+struct AttentionExtras {
+  OptionalTensor sinks, alibi_slopes, bias, seed;
+
+  template <class F>
+  void members(F&& f) {
+    f(sinks), f(alibi_slopes), f(bias), f(seed);
+  }
+};
+
+// dq, dk, dv like q, k, v; dsinks (B, H); dbias like the bias, filled with zeros
+struct AttentionGradients {
+  TensorView dq, dk, dv;
+  OptionalTensor dsinks, dbias;
+
+  template <class F>
+  void members(F&& f) {
+    f(dq), f(dk), f(dv), f(dsinks), f(dbias);
+  }
+};
+
+struct AttentionInputs {
+  const TensorView &q, &k, &v;
+  const AttentionLayout& layout;
+  const AttentionExtras& extras;
+  const AttentionOptions& options;
+
+  AttentionInputs(const TensorView& q, const TensorView& k, const TensorView& v,
+                  const AttentionLayout* layout, const AttentionExtras* extras,
+                  const AttentionOptions& options)
+      : q(q),
+        k(k),
+        v(v),
+        layout(layout ? *layout : none<AttentionLayout>()),
+        extras(extras ? *extras : none<AttentionExtras>()),
+        options(options) {}
+
+ private:
+  template <class Struct>
+  static const Struct& none() {
+    static const Struct empty{};
+    return empty;
+  }
 };
 
 }  // namespace fastlm
+
+namespace pybind11::detail {
+template <>
+struct type_caster<fastlm::AttentionOptions> : struct_caster<fastlm::AttentionOptions> {};
+template <>
+struct type_caster<fastlm::AttentionLayout> : struct_caster<fastlm::AttentionLayout> {};
+template <>
+struct type_caster<fastlm::AttentionExtras> : struct_caster<fastlm::AttentionExtras> {};
+template <>
+struct type_caster<fastlm::AttentionGradients> : struct_caster<fastlm::AttentionGradients> {};
+}  // namespace pybind11::detail

@@ -60,6 +60,14 @@ struct Shape {
   }
 };
 
+constexpr int64_t FEW_SEQUENCES = 16;  // so many problems are on the stack: 3 KiB
+
+// Of the workspace, for more problems than that.
+template <class T, class C>
+int64_t bytes_of_problems(const Shape& s) {
+  return s.B <= FEW_SEQUENCES ? 0 : round_up(s.B * int64_t(sizeof(Problem<T, C>)), 64);
+}
+
 inline Strides strides_of(const TensorView& t, int batch, int head, int row) {
   return {batch < 0 ? 0 : t.stride(batch), t.stride(head), t.stride(row)};
 }
@@ -67,14 +75,15 @@ inline Strides strides_of(const TensorView& t, int batch, int head, int row) {
 // Sizes and strides; `out` like q in layout, `lse` (B, H, S) or (H, total_q).
 inline Shape shape_of(const AttentionInputs& in, const TensorView& out, const TensorView& lse) {
   Shape s{};
-  s.causal = in.causal, s.packed = bool(in.cu_seqlens_q), s.window = in.window;
+  s.causal = in.options.causal, s.window = in.options.window;
+  s.packed = bool(in.layout.cu_seqlens_q);
   s.D = in.q.size(-1), s.Dv = in.v.size(-1);
-  if (in.cu_seqlens_q) {
-    s.B = in.cu_seqlens_q->size(0) - 1, s.H = in.q.size(1), s.Hkv = in.k.size(1);
+  if (in.layout.cu_seqlens_q) {
+    s.B = in.layout.cu_seqlens_q->size(0) - 1, s.H = in.q.size(1), s.Hkv = in.k.size(1);
     s.q = strides_of(in.q, -1, 1, 0), s.out = strides_of(out, -1, 1, 0);
     s.k = strides_of(in.k, -1, 1, 0), s.v = strides_of(in.v, -1, 1, 0);
     s.lse = strides_of(lse, -1, 0, 1);
-  } else if (in.block_table) {
+  } else if (in.layout.block_table) {
     s.B = in.q.size(0), s.H = in.q.size(2), s.Hkv = in.k.size(2);
     s.q = strides_of(in.q, 0, 2, 1), s.out = strides_of(out, 0, 2, 1);
     s.k = strides_of(in.k, 0, 2, 1), s.v = strides_of(in.v, 0, 2, 1);
@@ -99,11 +108,7 @@ inline void check_offsets(const char* argument, const int32_t* offsets, int64_t 
 }
 
 inline void check_pages(const AttentionInputs& in, const int32_t* table, int64_t b, int64_t keys) {
-  const int64_t page_size = in.k.size(1), room = in.block_table->size(1) * page_size;
-  if (keys < 0 || keys > room)
-    throw std::invalid_argument("seq_lens: wanted 0 to " + std::to_string(room) +
-                                " (pages a sequence x page size), got " + std::to_string(keys) +
-                                " for sequence " + std::to_string(b));
+  const int64_t page_size = in.k.size(1);
   for (int64_t p = 0; p * page_size < keys; ++p)
     if (table[p] < 0 || table[p] >= in.k.size(0))
       throw std::invalid_argument("block_table: wanted pages 0 to " +
@@ -111,36 +116,67 @@ inline void check_pages(const AttentionInputs& in, const int32_t* table, int64_t
                                   std::to_string(table[p]) + " for sequence " + std::to_string(b));
 }
 
-// Fills problems[B]. Checks every offset and page before anything is read through it. Returns the
-// rows of packed keys of all sequences together.
+inline void check_lengths(const int32_t* lens, int64_t n, int64_t room) {
+  for (int64_t b = 0; b < n; ++b)
+    if (lens[b] < 0 || lens[b] > room)
+      throw std::invalid_argument("seq_lens: wanted 0 to " + std::to_string(room) +
+                                  " (pages a sequence x page size), got " +
+                                  std::to_string(lens[b]) + " for sequence " + std::to_string(b));
+}
+
+// The rows of each sequence. Offsets and lengths are checked before anything is read through them.
+struct Sequences {
+  const int32_t *cu_q = nullptr, *cu_k = nullptr, *lens = nullptr;
+  int64_t queries = 0, keys = 0;  // of each sequence, unless it is packed; keys: unless paged
+
+  Sequences(const AttentionInputs& in, const Shape& s) {
+    const AttentionLayout& of = in.layout;
+    if (of.cu_seqlens_q) {
+      cu_q = of.cu_seqlens_q->data<int32_t>("cu_seqlens_q");
+      cu_k = of.cu_seqlens_k->data<int32_t>("cu_seqlens_k");
+      check_offsets("cu_seqlens_q", cu_q, s.B + 1, in.q.size(0));
+      check_offsets("cu_seqlens_k", cu_k, s.B + 1, in.k.size(0));
+    } else if (of.block_table) {
+      lens = of.seq_lens->data<int32_t>("seq_lens");
+      check_lengths(lens, s.B, of.block_table->size(1) * in.k.size(1));
+      queries = in.q.size(1);
+    } else {
+      queries = in.q.size(2), keys = in.k.size(2);
+    }
+  }
+  int64_t queries_of(int64_t b) const { return cu_q ? cu_q[b + 1] - cu_q[b] : queries; }
+  int64_t keys_of(int64_t b) const { return cu_k ? cu_k[b + 1] - cu_k[b] : lens ? lens[b] : keys; }
+};
+
+struct Lengths {
+  int64_t most_q = 0, most_k = 0;        // of the longest sequence
+  int64_t all_rows = 0, all_packed = 0;  // queries and packed keys of all sequences
+
+  Lengths(const Shape& s, const Sequences& of) {
+    for (int64_t b = 0; b < s.B; ++b) {
+      const int64_t queries = of.queries_of(b), keys = of.keys_of(b);
+      most_q = std::max(most_q, queries), most_k = std::max(most_k, keys);
+      all_rows += queries, all_packed += round_up(keys, ROW_PAD);
+    }
+  }
+};
+
+// Fills problems[B]. Checks every page before anything is read through it.
 template <class T, class C>
-int64_t make_problems(const AttentionInputs& in, const Shape& s, Problem<T, C>* problems) {
+void make_problems(const AttentionInputs& in, const Shape& s, const Sequences& of,
+                   Problem<T, C>* problems) {
   const T* q = in.q.data<T>("q");
   const C *k = in.k.data<C>("k"), *v = in.v.data<C>("v");
-  const int32_t *cu_q = nullptr, *cu_k = nullptr, *lens = nullptr, *tables = nullptr;
-  if (in.cu_seqlens_q) {
-    cu_q = in.cu_seqlens_q->data<int32_t>("cu_seqlens_q");
-    cu_k = in.cu_seqlens_k->data<int32_t>("cu_seqlens_k");
-    check_offsets("cu_seqlens_q", cu_q, s.B + 1, in.q.size(0));
-    check_offsets("cu_seqlens_k", cu_k, s.B + 1, in.k.size(0));
-  } else if (in.block_table) {
-    tables = in.block_table->data<int32_t>("block_table");
-    lens = in.seq_lens->data<int32_t>("seq_lens");
-  }
+  const int32_t* tables = of.lens ? in.layout.block_table->data<int32_t>("block_table") : nullptr;
   int64_t packed = 0, before = 0;
   for (int64_t b = 0; b < s.B; ++b) {
     Problem<T, C>& p = problems[b];
     const int32_t* table = nullptr;
-    p.q0 = p.k0 = 0;
-    if (cu_q) {
-      p.q0 = cu_q[b], p.k0 = cu_k[b];
-      p.queries = cu_q[b + 1] - p.q0, p.keys = cu_k[b + 1] - p.k0;
-    } else if (lens) {
-      table = tables + b * in.block_table->stride(0);
-      check_pages(in, table, b, lens[b]);
-      p.queries = in.q.size(1), p.keys = lens[b];
-    } else {
-      p.queries = in.q.size(2), p.keys = in.k.size(2);
+    p.q0 = of.cu_q ? of.cu_q[b] : 0, p.k0 = of.cu_k ? of.cu_k[b] : 0;
+    p.queries = of.queries_of(b), p.keys = of.keys_of(b);
+    if (tables) {
+      table = tables + b * in.layout.block_table->stride(0);
+      check_pages(in, table, b, of.lens[b]);
     }
     p.q = q + s.q.at(b, 0, p.q0);
     p.k = {k, s.k.head, s.k.row, table, table ? in.k.size(1) : 0, s.k.batch};
@@ -148,8 +184,8 @@ int64_t make_problems(const AttentionInputs& in, const Shape& s, Problem<T, C>* 
     if (!table) p.k.base += s.k.at(b, 0, p.k0), p.v.base += s.v.at(b, 0, p.k0);
     p.packed = packed, p.before = before;
     packed += round_up(p.keys, ROW_PAD), before += p.queries;
-    if (in.bias) {
-      const int64_t rows = in.bias->size(2), keys = in.bias->size(3);
+    if (in.extras.bias) {
+      const int64_t rows = in.extras.bias->size(2), keys = in.extras.bias->size(3);
       if ((rows != 1 && rows < p.queries) || (keys != 1 && keys < p.keys))
         throw std::invalid_argument("bias: wanted at least (" + std::to_string(p.queries) + ", " +
                                     std::to_string(p.keys) + ") for sequence " + std::to_string(b) +
@@ -157,7 +193,6 @@ int64_t make_problems(const AttentionInputs& in, const Shape& s, Problem<T, C>* 
                                     ")");
     }
   }
-  return packed;
 }
 
 // Rows j .. j + n of head h as E, contiguous, D elements each.

@@ -60,11 +60,10 @@ struct Bias {
   }
 };
 
-struct Options {
-  float scale, softcap;
+struct Options : AttentionOptions {
   const float* alibi_slopes = nullptr;
   const float* sinks = nullptr;
-  Bias bias;
+  Bias bias{};
   bool dropout = false;
   uint64_t seed = 0;
   uint32_t threshold = 0;  // a word below it drops
@@ -75,11 +74,11 @@ struct Options {
 };
 
 inline Options options_of(const AttentionInputs& in) {
-  Options o;
-  o.scale = in.scale, o.softcap = in.softcap;
-  if (in.alibi_slopes) o.alibi_slopes = in.alibi_slopes->data<float>("alibi_slopes");
-  if (in.sinks) o.sinks = in.sinks->data<float>("sinks");
-  if (const auto& t = in.bias) {
+  Options o{in.options};
+  const AttentionExtras& extras = in.extras;
+  if (extras.alibi_slopes) o.alibi_slopes = extras.alibi_slopes->data<float>("alibi_slopes");
+  if (extras.sinks) o.sinks = extras.sinks->data<float>("sinks");
+  if (const auto& t = extras.bias) {
     with_float(t->dtype(), "bias", [&](auto tag) {
       o.bias.p = reinterpret_cast<const char*>(t->data<decltype(tag)>("bias"));
     });
@@ -88,12 +87,12 @@ inline Options options_of(const AttentionInputs& in) {
     o.bias.batch = stride(0), o.bias.head = stride(1);
     o.bias.row = stride(2), o.bias.key = stride(3);
   }
-  if (in.seed) {
+  if (extras.seed) {
     o.dropout = true;
-    o.seed = uint64_t(*in.seed->data<int64_t>("seed"));
+    o.seed = uint64_t(*extras.seed->data<int64_t>("seed"));
     // p = 1 drops everything: the factor is 0 whatever the word
-    o.threshold = uint32_t(std::min(in.dropout_p * 4294967296.0, 4294967295.0));
-    o.kept = in.dropout_p < 1 ? float(1 / (1 - in.dropout_p)) : 0.f;
+    o.threshold = uint32_t(std::min(o.dropout_p * 4294967296.0, 4294967295.0));
+    o.kept = o.dropout_p < 1 ? float(1 / (1 - o.dropout_p)) : 0.f;
   }
   return o;
 }
