@@ -24,7 +24,7 @@ struct CrossEntropyRow {
   const T* logits;
   int64_t classes, target;  // target -1: none
   const W* class_weight;
-  Scores score;
+  ScoreFunction score;
 };
 
 // Statistics of a span of a row's classes: maximum m, sum of e^(z - m), sums of
@@ -202,7 +202,7 @@ inline void cross_entropy_loss(const TensorView& logits, const TensorView& targe
 template <class T, class W>
 void cross_entropy_backward_span(const CrossEntropyRow<T, W>& row, int64_t from, float shift,
                                  float log_sum, float on_p, float on_target, float on_all, T* out) {
-  const Scores score = row.score;
+  const ScoreFunction score = row.score;
   const auto gradient = [&](vfloat x, vfloat w) __attribute__((always_inline)) {
     const vfloat z = score(x);
     vfloat g = vexp(z - shift - log_sum) * on_p - w * on_all;

@@ -1,6 +1,6 @@
 // Cross-entropy of x (R, D) . w (V, D)^T + bias, and the entropy of its softmax, for one chunk of R
 // rows; the caller loops over chunks. Body of linear_cross_entropy.cpp, compiled per instruction
-// set.
+// set. linear_scores.h computes the scores z, and its head has the index legend.
 //
 //            R columns (rows of x)            scores     z^T block = w block . x^T, with its
 //          +------------------------+                    E = e^(z - base) and their sum per column;
@@ -9,168 +9,36 @@
 //          +------------------------+                    dloss/dz^T; E is transposed; then, all
 //          |  ...                   |                    blocks done, dx = f (E^T . w)
 //
-// Scores are transposed. So w's rows are the A operand in place, x is packed once per chunk, the
-// statistics of the rows of x sit in lanes (no horizontal reduction), and E is already the A
-// operand of dw. dloss/dz is f E but for one element per target, which is added to dw and dx in
-// float32. With label smoothing dloss/dz is computed in E's place: its terms may cancel, so they
-// are added before they are rounded.
+// E is already the A operand of dw. dloss/dz is f E but for one element per target, which is added
+// to dw and dx in float32. With label smoothing dloss/dz is computed in E's place: its terms may
+// cancel, so they are added before they are rounded.
 //
 // `base` is one number per row, not the block's maximum, so that f is one number per row too. It is
 // the largest of a few scores, which equals the row's maximum to within a window in which nothing
 // over- or underflows. Outside that window the chunk is recomputed with the maximum itself.
 //
-// R is padded to a multiple of RP with zero rows of x. E's elements have the type of gemm.h's
-// operands (bf16 or float). With up to FEW rows the cost is reading w: scores are dot products with
-// w's rows in place.
-#include "cpu/base/gemm.h"
-#include "cpu/scores.h"
-#include "cpu/base/workspace.h"
+// How often an operand is read. (In the head of a 124M model, V 50257 and D 768 in bf16, a chunk of
+// 320 rows has 32 MB of E; w has 77 MB and dw in float32 154 MB.)
+//
+//   E    written once by the scores; read from the memory by dw's product, then from the L2 by its
+//        transposition. Each of dx's `across` tasks in a row reads E^T once, from the memory
+//   f x  packed once; read once per block, from the L2 or (all threads read it) the L3
+//   dw   written by the first chunk; each later one reads and writes it, in the memory
+//   w    read once for dx, each task its columns; without E once more for the scores
+//   dx   summed over all blocks in the L2 of the task's thread, then written once
+//
+//   dw (V, D)      D features           dx (R, D)   `across` tasks
+//              +------------------+            +--------+--------+--------+
+//   VB classes |  block b, by one |     height |  task  |  task  |  task  |  reads E^T of its rows
+//              |  thread          |     rows   |        |        |        |  and w's columns, of
+//              +------------------+            +--------+--------+--------+  all blocks
+//              |  ...             |            |  ...                     |
+#include "cpu/linear_scores.h"
 
-constexpr int64_t VB = 256;     // rows of w per block: 256 x 512 fp32 of dw are half of an L2
 constexpr int64_t DB = 256;     // most columns of dx per task: 512 x 256 fp32 in the L2
-constexpr int64_t RC = 256;     // columns of z^T at a time: 256 KiB of fp32 in the L2
-constexpr int64_t RP = 32;      // a tile row of bf16: E is used in place
 constexpr int64_t SAMPLE = 64;  // scores whose maximum is the first `base`: one micro-panel
-constexpr int64_t FEW = 8;      // rows of x up to which reading w takes longer than the products
 constexpr double WINDOW = 50;   // e^50 squared is a float, e^-50 and 16 digits below it are too
 constexpr float LEAST = -128;   // e^-128 is 0 in float, and 0 * -128 is 0 where 0 * -inf is NaN
-
-inline int64_t padded_rows(int64_t r) { return (r + RP - 1) / RP * RP; }
-inline int64_t vocabulary_blocks(int64_t v) { return (v + VB - 1) / VB; }
-
-// z (count, n): dot products of `count` rows of w with R rows of x, which are `ldx` apart and
-// padded with zeros. W rows of w are multiplied side by side, VL sums are reduced together.
-template <int R, class E, class T>
-void few_products(int64_t count, int64_t k, const T* w, int64_t w_stride, const E* x, int64_t ldx,
-                  float* z, int64_t n) {
-  constexpr int STEP = KP<E> * VL, GROUP = VL / R, W = std::min(GROUP, VL == 16 ? 4 : 2);
-  for (int64_t v = 0; v < count; v += GROUP) {
-    alignas(64) float sums[VL];
-    vfloat parts[VL] = {};
-    for (int64_t c = 0; c < GROUP; c += W) {
-      const T* rows[W];  // beyond the last row: the last row again
-      for (int i = 0; i < W; ++i) rows[i] = w + std::min(v + c + i, count - 1) * w_stride;
-      vfloat acc[W][R] = {};
-      for (int64_t j = 0; j < k; j += STEP) {
-#pragma GCC unroll 4
-        for (int i = 0; i < W; ++i) {
-          __builtin_prefetch(rows[i] + W * w_stride + j);
-          const vfloat row = as_float(row_words<E>(rows[i] + j, k - j));
-#pragma GCC unroll 4
-          for (int r = 0; r < R; ++r)
-            acc[i][r] = multiply_add(acc[i][r], row,
-                                     load(reinterpret_cast<const float*>(x + r * ldx + j)), E{});
-        }
-      }
-#pragma GCC unroll 4
-      for (int i = 0; i < W; ++i)
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) parts[(c + i) * R + r] = acc[i][r];
-    }
-    store(sums, sums_of(parts));
-    for (int64_t i = 0; i < std::min<int64_t>(GROUP, count - v); ++i)
-      memcpy(z + (v + i) * n, sums + i * R, R * sizeof(float));
-  }
-}
-
-// The shapes of a chunk and its operands, for both functions.
-template <class T>
-struct LinearScores {
-  using E = Elem<T>;
-  const T *x, *w;
-  int64_t rows, width, classes, x_stride, w_stride;
-  const float* bias;
-  Scores score;
-
-  int64_t padded() const { return padded_rows(rows); }
-  bool few() const { return rows <= FEW; }
-  int64_t row_of_few() const { return (width + KP<E> * VL - 1) / (KP<E> * VL) * KP<E> * VL; }
-  int64_t packed_elements() const {
-    return few() ? FEW * row_of_few() : padded() * padded_k<E>(width);
-  }
-
-  // x as B operand of z^T = w . x^T: (K = D) x (N = R); FEW rows in their own order, padded with
-  // zeros
-  void pack_x(E* packed) const {
-    if (few()) {
-      const int64_t ldx = row_of_few();
-      memset(packed, 0, size_t(FEW * ldx) * sizeof(E));
-      for (int64_t i = 0; i < rows; ++i)
-        for (int64_t j = 0; j < width; j += KP<E> * VL)
-          store_words(packed + i * ldx + j, row_words<E>(x + i * x_stride + j, width - j));
-      return;
-    }
-    const int64_t panel = padded_k<E>(width) * VL, panels = padded() / VL;
-#pragma omp parallel for schedule(static)
-    for (int64_t p = 0; p < panels; ++p)
-      if (p * VL < rows)
-        pack_b<E>(x + p * VL * x_stride, 1, x_stride, width, std::min<int64_t>(VL, rows - p * VL),
-                  packed + p * panel);
-      else
-        memset(packed + p * panel, 0, size_t(panel) * sizeof(E));
-  }
-
-  // Scores of `count` rows of w from v0 on against columns [j0, j0 + n) of x^T, to z (count, n).
-  // `rows_of_w` holds the rows of w where they cannot be used in place.
-  void block(int64_t v0, int64_t count, int64_t j0, int64_t n, const E* packed, E* rows_of_w,
-             float* z, bool pack) const {
-    if (few()) {
-      memset(z, 0, size_t(count * n) * sizeof(float));
-      const int64_t ldx = row_of_few();
-      const T* from = w + v0 * w_stride;
-      for (int64_t i = 0; i < rows;) {
-        const auto some = [&](auto R) {
-          constexpr int r = decltype(R)::value;
-          few_products<r>(count, width, from, w_stride, packed + i * ldx, ldx, z + i, n);
-          i += r;
-        };
-        if (rows - i > 2)
-          some(std::integral_constant<int, 4>{});
-        else if (rows - i == 2)
-          some(std::integral_constant<int, 2>{});
-        else
-          some(std::integral_constant<int, 1>{});
-      }
-    } else
-      many(v0, count, j0, n, packed, rows_of_w, z, pack);
-    if (!bias && score.scale == 1 && !score.cap) return;
-    for (int64_t r = 0; r < count; ++r)
-      for (int64_t j = 0; j < n; j += VL)
-        store(z + r * n + j, score(load(z + r * n + j) + (bias ? bias[v0 + r] : 0.f)));
-  }
-
-  void many(int64_t v0, int64_t count, int64_t j0, int64_t n, const E* packed, E* rows_of_w,
-            float* z, bool pack) const {
-    const E* a = rows_of_w;
-    int64_t lda = padded_k<E>(width);
-    if constexpr (std::is_same_v<E, T>)
-      if (width == lda) a = w + v0 * w_stride, lda = w_stride;
-    if (a == rows_of_w && pack) pack_a<E>(w + v0 * w_stride, w_stride, 1, count, width, rows_of_w);
-    gemm<E>(count, n, width, a, lda, packed + j0 * padded_k<E>(width), z, n, false);
-  }
-
-  // Calls f(b, v0, count, j0, n, z) for every block of scores of `columns`, on all threads.
-  template <class F>
-  void each_block(const Workspace& room, const E* packed, int64_t columns, F f) const {
-    const int64_t blocks = vocabulary_blocks(classes);
-#pragma omp parallel num_threads(room.threads)
-    {
-      Buffer memory(room.mine());
-      E* rows_of_w = memory.take<E>(VB * padded_k<E>(width));
-      float* z = memory.take<float>(VB * RC);
-      TileScope tiles;
-#pragma omp for schedule(dynamic)
-      for (int64_t b = 0; b < blocks; ++b) {
-        const int64_t v0 = b * VB, count = std::min(VB, classes - v0);
-        for (int64_t j0 = 0; j0 < columns; j0 += RC) {
-          const int64_t n = std::min(RC, columns - j0);
-          block(v0, count, j0, n, packed, rows_of_w, z, j0 == 0);
-          f(b, v0, count, j0, n, static_cast<const float*>(z));
-        }
-      }
-    }
-  }
-};
 
 // Statistics of a chunk: `base` per column, then per block and column the sum of E and the sum of
 // z - base weighted by class_weight or, for the entropy, its mean weighted by E.
@@ -181,6 +49,45 @@ struct ChunkStats {
   ChunkStats(float* stats, int64_t blocks, int64_t padded)
       : base(stats), sum(base + padded), weighted(sum + blocks * padded), padded(padded) {}
 };
+
+// The class that each row of x should be.
+struct TargetClasses {
+  const int64_t* class_of;
+  int64_t ignore_index;
+  FASTLM_INLINE bool ignored(int64_t i) const { return class_of[i] == ignore_index; }
+  // Whether row i's target is one of `count` classes from v0 on.
+  FASTLM_INLINE bool is_in(int64_t i, int64_t v0, int64_t count) const {
+    return !ignored(i) && class_of[i] >= v0 && class_of[i] < v0 + count;
+  }
+};
+
+// For P vectors of columns of z (count, n): the sum of E, and the mean of z - base weighted by E.
+// Both are summed relative to the block's largest score: a sum of E (z - base) would be rounded to
+// the precision of z - base, which is far from 0 where `base` is far below the largest scores.
+template <int P>
+void means_of(const float* z, int64_t count, int64_t n, const float* base, float* sums,
+              float* means) {
+  vfloat most[P], sum[P], weighted[P];
+#pragma GCC unroll 8
+  for (int p = 0; p < P; ++p)  // finite where every score is -inf
+    most[p] = splat(std::numeric_limits<float>::lowest()), sum[p] = weighted[p] = vfloat{};
+  for (int64_t c = 0; c < count; ++c)
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) most[p] = vmax(most[p], load(z + c * n + p * VL));
+  for (int64_t c = 0; c < count; ++c)
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) {
+      const vfloat below = load(z + c * n + p * VL) - most[p], e = vexp(below);
+      sum[p] += e;
+      weighted[p] += e * vmax(below, splat(LEAST));
+    }
+#pragma GCC unroll 8
+  for (int p = 0; p < P; ++p) {
+    const vfloat above = most[p] - load(base + p * VL);
+    store(sums + p * VL, sum[p] * vexp(above));
+    store(means + p * VL, weighted[p] / sum[p] + above);
+  }
+}
 
 // y += a x
 template <class X>
@@ -194,423 +101,530 @@ FASTLM_INLINE void add_scaled(float* y, float a, const X* x, int64_t n) {
   }
 }
 
-// The largest of `count` scores per column of z (count, n).
-inline void largest(const float* z, int64_t count, int64_t n, float* most) {
-  for (int64_t j = 0; j < n; j += VL) store(most + j, load(z + j));
-  for (int64_t r = 1; r < count; ++r)
-    for (int64_t j = 0; j < n; j += VL) store(most + j, vmax(load(most + j), load(z + r * n + j)));
-}
+// Results per row of x, (R) float32. shift + log_sum is the log of the sum of e^z, shift its
+// nearest float. smoothed is written where there is a class_weight. entropy, that of softmax(z),
+// may be null; with it exponentials and class_weight are.
+struct RowStatistics {
+  float *at_target, *shift, *log_sum, *nll, *smoothed, *entropy;
+};
 
-// Two consecutive vectors.
-template <class E>
-FASTLM_INLINE void store_pair(E* p, vfloat a, vfloat b) {
-#ifdef FASTLM_BF16_DOT
-  if constexpr (sizeof(E) == 2) {
-    const auto both = _mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
-    memcpy(p, &both, sizeof both);
-    return;
-  }
-#endif
-  store(p, a), store(p + VL, b);
-}
-
-// E and its sum for P vectors of columns of z (count, n); E of a single vector is not stored.
-template <int P, class E>
-void exponentials_of(const Scores& score, const float* z, int64_t count, int64_t n,
-                     const float* base, float* sums, E* kept, int64_t kept_stride) {
-  vfloat sum[P];
-#pragma GCC unroll 8
-  for (int p = 0; p < P; ++p) sum[p] = vfloat{};
-  for (int64_t r = 0; r < count; ++r) {
-    vfloat e[P];
-#pragma GCC unroll 8
-    for (int p = 0; p < P; ++p) {
-      e[p] = vexp(load(z + r * n + p * VL) - load(base + p * VL));
-      sum[p] += e[p];
-    }
-    if constexpr (P % 2 == 0) {
-      if (!kept) continue;
-      if (score.cap)
-        for (int p = 0; p < P; ++p) e[p] *= score.slope(load(z + r * n + p * VL));
-#pragma GCC unroll 8
-      for (int p = 0; p < P; p += 2) store_pair(kept + r * kept_stride + p * VL, e[p], e[p + 1]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int p = 0; p < P; ++p) store(sums + p * VL, sum[p]);
-}
-
-// For P vectors of columns of z (count, n): the sum of E, and the mean of z - base weighted by E.
-// Both are summed relative to the block's largest score: a sum of E (z - base) would be rounded to
-// the precision of z - base, which is far from 0 where `base` is far below the largest scores.
-template <int P>
-void means_of(const float* z, int64_t count, int64_t n, const float* base, float* sums,
-              float* means) {
-  vfloat most[P], sum[P], weighted[P];
-#pragma GCC unroll 8
-  for (int p = 0; p < P; ++p)  // finite where every score is -inf
-    most[p] = splat(std::numeric_limits<float>::lowest()), sum[p] = weighted[p] = vfloat{};
-  for (int64_t r = 0; r < count; ++r)
-#pragma GCC unroll 8
-    for (int p = 0; p < P; ++p) most[p] = vmax(most[p], load(z + r * n + p * VL));
-  for (int64_t r = 0; r < count; ++r)
-#pragma GCC unroll 8
-    for (int p = 0; p < P; ++p) {
-      const vfloat below = load(z + r * n + p * VL) - most[p], e = vexp(below);
-      sum[p] += e;
-      weighted[p] += e * vmax(below, splat(LEAST));
-    }
-#pragma GCC unroll 8
-  for (int p = 0; p < P; ++p) {
-    const vfloat above = most[p] - load(base + p * VL);
-    store(sums + p * VL, sum[p] * vexp(above));
-    store(means + p * VL, weighted[p] / sum[p] + above);
-  }
-}
-
-// x (R, D), w (V, D), bias (V) float32 or absent, target (R) int64, class_weight (V) float32 or
-// absent; exponentials: (V rounded up to VB) x (R padded) elements of E, or absent; stats: float32,
-// (1 + 2 blocks, R padded), followed by workspace (fastlm/cpu/linear_cross_entropy.py computes the
-// size); at_target, shift, log_sum, nll, smoothed, entropy (R) float32. shift + log_sum is the log
-// of the sum of e^z, shift its nearest float. entropy, that of softmax(z), may be absent; with it
-// exponentials and class_weight are.
+// x (R, D), w (V, D), bias (V) float32 or null, class_weight (V) float32 or null; exponentials: (V
+// rounded up to VB) x (R padded) elements of E, or null.
 template <class T>
-void linear_cross_entropy_scores_of(const LinearScores<T>& chunk, const int64_t* target,
-                                    const float* class_weight, int64_t ignore_index,
-                                    Elem<T>* exponentials, ChunkStats stats, float* at_target,
-                                    float* shift, float* log_sum, float* nll, float* smoothed,
-                                    float* entropy, Workspace room) {
+struct ChunkScores {
   using E = Elem<T>;
-  const int64_t rp = chunk.padded(), rows = chunk.rows, blocks = vocabulary_blocks(chunk.classes);
-  // only exponentials that are kept need columns of padding
-  const int64_t columns = chunk.few() && !exponentials ? (rows + VL - 1) / VL * VL : chunk.padded();
-  E* packed = room.take<E>(chunk.packed_elements());
-  chunk.pack_x(packed);
-  double* total = room.take<double>(rows);
-  float* most = room.take<float>(rp);
-  room.divide(Buffer::size_of<E>(VB * padded_k<E>(chunk.width)) + Buffer::size_of<float>(VB * RC));
-  const auto set_base = [&](const float* most) {
-    for (int64_t i = 0; i < rp; ++i)  // a padded column's E is 0, whatever the bias is
-      stats.base[i] = i >= rows ? -NEGATIVE_INFINITY : finite_max(most[i]);
-  };
-  const auto sweep = [&] {
-    chunk.each_block(
-        room, packed, columns,
-        [&](int64_t b, int64_t v0, int64_t count, int64_t j0, int64_t n, const float* z) {
-          for (int64_t i = j0; i < std::min(j0 + n, rows); ++i)
-            if (target[i] != ignore_index && target[i] >= v0 && target[i] < v0 + count)
-              at_target[i] = z[(target[i] - v0) * n + i - j0];
-          constexpr int P = VL == 16 ? 8 : RP / VL;  // 128 columns with 32 registers
-          for (int64_t j = 0; j < n;) {
-            const auto part = [&](auto vectors) {
-              constexpr int p = decltype(vectors)::value;
-              const int64_t at = b * rp + j0 + j;
-              if (entropy)
-                means_of<p>(z + j, count, n, stats.base + j0 + j, stats.sum + at,
-                            stats.weighted + at);
-              else
-                exponentials_of<p, E>(chunk.score, z + j, count, n, stats.base + j0 + j,
-                                      stats.sum + at,
-                                      exponentials ? exponentials + v0 * rp + j0 + j : nullptr, rp);
-              j += p * VL;
-            };
-            if (n - j >= P * VL)
-              part(std::integral_constant<int, P>{});
-            else if (n - j >= RP)
-              part(std::integral_constant<int, RP / VL>{});
-            else
-              part(std::integral_constant<int, 1>{});
-          }
-          if (class_weight)
-            for (int64_t j = 0; j < n; j += VL) {
-              vfloat weighted{};
-              for (int64_t r = 0; r < count; ++r)
-                weighted +=
-                    class_weight[v0 + r] * (load(z + r * n + j) - load(stats.base + j0 + j));
-              store(stats.weighted + b * rp + j0 + j, weighted);
-            }
-        });
-    for (int64_t i = 0; i < rows; ++i) total[i] = 0;
-    for (int64_t b = 0; b < blocks; ++b)
-      for (int64_t i = 0; i < rows; ++i) total[i] += stats.sum[b * rp + i];
-  };
-  {
-#pragma omp parallel num_threads(room.threads)
+  const LinearScores<T>& chunk;
+  const TargetClasses target;
+  const float* class_weight;
+  E* exponentials;
+  const ChunkStats stats;
+  const RowStatistics out;
+  const int64_t rows, padded, blocks;
+  const int64_t columns;  // only exponentials that are stored need columns of padding
+  Workspace workspace;
+  E* packed;         // x
+  double* total;     // (R): the sum of E over all blocks
+  float* max_score;  // (R padded)
+
+  // `workspace`: fastlm/cpu/linear_cross_entropy.py computes its size
+  ChunkScores(const LinearScores<T>& chunk, TargetClasses target, const float* class_weight,
+              E* exponentials, ChunkStats stats, RowStatistics out, Workspace workspace)
+      : chunk(chunk),
+        target(target),
+        class_weight(class_weight),
+        exponentials(exponentials),
+        stats(stats),
+        out(out),
+        rows(chunk.rows),
+        padded(chunk.padded()),
+        blocks(chunk.blocks()),
+        columns(chunk.has_few_rows() && !exponentials ? round_up(rows, VL) : padded),
+        workspace(workspace) {
+    Workspace& shared = this->workspace;
+    packed = shared.take<E>(chunk.packed_elements());
+    total = shared.take<double>(rows);
+    max_score = shared.take<float>(padded);
+    shared.divide(Buffer::size_of<E>(chunk.block_elements()) + Buffer::size_of<float>(VB * RC));
+  }
+
+  void run() const {
+    chunk.pack_x(packed);
+    sample_base();
+    sum_exponentials();
+    if (!is_in_window()) {
+      largest_as_base();
+      sum_exponentials();
+    }
+    write_results();
+  }
+
+  // base: the largest of each row's first SAMPLE scores, or 0 where that is not finite.
+  void sample_base() const {
+    const int64_t count = std::min(SAMPLE, chunk.classes),
+                  width = std::min<int64_t>(columns, 2 * RP);
+#pragma omp parallel num_threads(workspace.threads)
     {
-      const int64_t count = std::min(SAMPLE, chunk.classes),
-                    width = std::min<int64_t>(columns, 2 * RP);
-      Buffer memory(room.mine());
+      Buffer memory(workspace.mine());
       E* rows_of_w = memory.take<E>(SAMPLE * padded_k<E>(chunk.width));
       float* z = memory.take<float>(SAMPLE * width);
       TileScope tiles;
 #pragma omp for schedule(static)
-      for (int64_t j0 = 0; j0 < columns; j0 += width) {
-        const int64_t n = std::min(width, columns - j0);
-        chunk.block(0, count, j0, n, packed, rows_of_w, z, true);
-        largest(z, count, n, most + j0);
+      for (int64_t i0 = 0; i0 < columns; i0 += width) {
+        const ScoreTile t{0, 0, count, i0, std::min(width, columns - i0), z};
+        chunk.compute(t, packed, rows_of_w, true);
+        largest(z, count, t.n, max_score + i0);
       }
     }
-    set_base(most);
+    set_base(max_score);
     for (int64_t i = 0; i < rows; ++i)
       if (!std::isfinite(stats.base[i])) stats.base[i] = 0;
   }
-  sweep();
-  bool in_window = true;  // not where a total is NaN
-  for (int64_t i = 0; i < rows; ++i) in_window &= std::abs(std::log(total[i])) < WINDOW;
-  if (!in_window) {
-    chunk.each_block(room, packed, columns,
-                     [&](int64_t b, int64_t, int64_t count, int64_t j0, int64_t n, const float* z) {
-                       largest(z, count, n, stats.sum + b * rp + j0);
-                     });
+
+  // base: the largest of all scores of a row. `stats.sum` holds those of the blocks meanwhile.
+  void largest_as_base() const {
+    chunk.each_tile(workspace, packed, columns, [&](const ScoreTile& t) {
+      largest(t.z, t.count, t.n, stats.sum + t.b * padded + t.i0);
+    });
     for (int64_t b = 1; b < blocks; ++b)
       for (int64_t i = 0; i < rows; ++i)
-        stats.sum[i] = std::max(stats.sum[i], stats.sum[b * rp + i]);
+        stats.sum[i] = std::max(stats.sum[i], stats.sum[b * padded + i]);
     set_base(stats.sum);
-    sweep();
   }
-  double weights = 0;
-  if (class_weight)
-    for (int64_t v = 0; v < chunk.classes; ++v) weights += class_weight[v];
-  for (int64_t i = 0; i < rows; ++i) {
-    const double above = std::log(total[i]), lse = stats.base[i] + above;
-    shift[i] = float(lse);
-    log_sum[i] = std::isfinite(lse) ? float(lse - shift[i]) : 0.f;
-    nll[i] = target[i] == ignore_index ? 0.f : float(lse - at_target[i]);
-    if (class_weight) {
-      double weighted = 0;
-      for (int64_t b = 0; b < blocks; ++b) weighted += stats.weighted[b * rp + i];
-      smoothed[i] = float(weights * above - weighted);
-    }
-    if (entropy) {
-      double weighted = 0;
-      for (int64_t b = 0; b < blocks; ++b)
-        if (const double sum = stats.sum[b * rp + i]; sum != 0)  // the mean of nothing is NaN
-          weighted += sum * stats.weighted[b * rp + i];
-      entropy[i] = float(std::max(above - weighted / total[i], 0.0));
-    }
-  }
-}
 
-// Coefficients of the rows: dloss/dz = on_p p - on_target [v is the target] - on_all class_weight
-// - on_entropy p (log p + entropy). on_all may be absent; on_entropy and entropy too.
-struct Coefficients {
+  void set_base(const float* max_score) const {
+    for (int64_t i = 0; i < padded; ++i)  // a padded column's E is 0, whatever the bias is
+      stats.base[i] = i >= rows ? -NEGATIVE_INFINITY : finite_max(max_score[i]);
+  }
+
+  bool is_in_window() const {
+    bool in_window = true;  // not where a total is NaN
+    for (int64_t i = 0; i < rows; ++i) in_window &= std::abs(std::log(total[i])) < WINDOW;
+    return in_window;
+  }
+
+  // stats.sum, `total` and, where wanted, E, at_target and stats.weighted.
+  void sum_exponentials() const {
+    chunk.each_tile(workspace, packed, columns, [&](const ScoreTile& t) {
+      copy_targets(t);
+      sum_columns(t);
+      if (class_weight) weigh_classes(t);
+    });
+    for (int64_t i = 0; i < rows; ++i) total[i] = 0;
+    for (int64_t b = 0; b < blocks; ++b)
+      for (int64_t i = 0; i < rows; ++i) total[i] += stats.sum[b * padded + i];
+  }
+
+  void copy_targets(const ScoreTile& t) const {
+    for (int64_t i = t.i0; i < std::min(t.i0 + t.n, rows); ++i)
+      if (target.is_in(i, t.v0, t.count))
+        out.at_target[i] = t.z[(target.class_of[i] - t.v0) * t.n + i - t.i0];
+  }
+
+  void sum_columns(const ScoreTile& t) const {
+    constexpr int P = VL == 16 ? 8 : RP / VL;  // 128 columns with 32 registers
+    int64_t j = 0;
+    for (; t.n - j >= P * VL; j += P * VL) sum_vectors<P>(t, j);
+    for (; t.n - j >= RP; j += RP) sum_vectors<RP / VL>(t, j);
+    for (; j < t.n; j += VL) sum_vectors<1>(t, j);
+  }
+
+  // P vectors of columns from column j of the tile on.
+  template <int P>
+  void sum_vectors(const ScoreTile& t, int64_t j) const {
+    const int64_t i = t.i0 + j, at = t.b * padded + i;
+    if (out.entropy)
+      means_of<P>(t.z + j, t.count, t.n, stats.base + i, stats.sum + at, stats.weighted + at);
+    else
+      exponentials_of<P, E>(chunk.score, t.z + j, t.count, t.n, stats.base + i, stats.sum + at,
+                            exponentials ? exponentials + t.v0 * padded + i : nullptr, padded);
+  }
+
+  void weigh_classes(const ScoreTile& t) const {
+    for (int64_t j = 0; j < t.n; j += VL) {
+      vfloat weighted{};
+      for (int64_t c = 0; c < t.count; ++c)
+        weighted +=
+            class_weight[t.v0 + c] * (load(t.z + c * t.n + j) - load(stats.base + t.i0 + j));
+      store(stats.weighted + t.b * padded + t.i0 + j, weighted);
+    }
+  }
+
+  void write_results() const {
+    double weights = 0;
+    if (class_weight)
+      for (int64_t v = 0; v < chunk.classes; ++v) weights += class_weight[v];
+    for (int64_t i = 0; i < rows; ++i) {
+      const double above = std::log(total[i]), lse = stats.base[i] + above;
+      out.shift[i] = float(lse);
+      out.log_sum[i] = std::isfinite(lse) ? float(lse - out.shift[i]) : 0.f;
+      out.nll[i] = target.ignored(i) ? 0.f : float(lse - out.at_target[i]);
+      if (class_weight) {
+        double weighted = 0;
+        for (int64_t b = 0; b < blocks; ++b) weighted += stats.weighted[b * padded + i];
+        out.smoothed[i] = float(weights * above - weighted);
+      }
+      if (out.entropy) {
+        double weighted = 0;
+        for (int64_t b = 0; b < blocks; ++b)
+          if (const double sum = stats.sum[b * padded + i]; sum != 0)  // the mean of nothing is NaN
+            weighted += sum * stats.weighted[b * padded + i];
+        out.entropy[i] = float(std::max(above - weighted / total[i], 0.0));
+      }
+    }
+  }
+};
+
+// Coefficients of the rows, (R) float32: dloss/dz = on_p p - on_target [v is the target]
+// - on_all class_weight - on_entropy p (log p + entropy), p the softmax of z. on_all may be null;
+// on_entropy and entropy too.
+struct LossCoefficients {
   const float *on_p, *on_target, *on_all, *on_entropy, *shift, *log_sum, *entropy;
 };
 
-// dx (R, D) like x; dw (V, D) float32, or like x where nothing is added to it (`dw_narrow`);
-// dbias (V) float32: each may be absent. With `have_exponentials`, `exponentials`, `stats` and
-// `at_target` are those that linear_cross_entropy_scores wrote; without, `exponentials` is
-// workspace, and dloss/dz^T is computed there from recomputed scores; only so is the entropy
-// differentiated. `accumulate` adds to dw and dbias.
+// dx (R, D) like x; dw (V, D) float32, or like x where nothing is added to it (`dw_narrow`); dbias
+// (V) float32: each may be null. `accumulate` adds to dw and dbias.
 template <class T>
-void linear_cross_entropy_gradients_of(const LinearScores<T>& chunk, const Coefficients& of,
-                                       const int64_t* target, const float* class_weight,
-                                       int64_t ignore_index, bool have_exponentials,
-                                       Elem<T>* exponentials, ChunkStats stats,
-                                       const float* at_target, T* dx, float* dw, T* dw_narrow,
-                                       float* dbias, bool accumulate, Workspace room) {
+struct HeadGradients {
+  T* dx;
+  float* dw;
+  T* dw_narrow;
+  float* dbias;
+  bool accumulate;
+};
+
+// Per column, (R padded) each: the coefficients, times the scores' scale and 0 in padding, and what
+// follows from them.
+struct ColumnFactors {
+  static constexpr int ARRAYS = 11;
+  float *on_p, *on_target, *on_all, *on_entropy, *shift, *log_sum, *entropy;
+  float* of_e;          // turns E into on_p p
+  float* of_row;        // f, the part of `of_e` that scales x and dx
+  float* target_value;  // at the target: on_p p - on_target
+  float* target_e;      // at the target: E
+  bool has_all, has_entropy;
+  ScoreFunction score;
+
+  ColumnFactors(float* memory, int64_t padded, const LossCoefficients& loss, ScoreFunction score)
+      : has_all(loss.on_all), has_entropy(loss.on_entropy), score(score) {
+    for (float** p : {&on_p, &on_target, &on_all, &on_entropy, &shift, &log_sum, &entropy, &of_e,
+                      &of_row, &target_value, &target_e})
+      *p = memory, memory += padded;
+  }
+
+  FASTLM_INLINE float slope(vfloat s, int lane) const {
+    return score.cap ? score.slope(s)[lane] : 1.f;
+  }
+
+  // dloss/dz of the scores s of columns i .. i + VL, without the target's share; w: class_weight
+  FASTLM_INLINE vfloat gradient(vfloat s, int64_t i, float w) const {
+    const vfloat logp = s - load(shift + i) - load(log_sum + i);
+    vfloat on = load(on_p + i);
+    if (has_entropy) on -= load(on_entropy + i) * (vmax(logp, splat(LEAST)) + load(entropy + i));
+    vfloat e = vexp(logp) * on;
+    if (has_all) e -= load(on_all + i) * w;
+    return score.cap ? e * score.slope(s) : e;
+  }
+};
+
+// With `has_exponentials`, `exponentials`, `stats` and `at_target` are those that ChunkScores
+// wrote; without, `exponentials` is workspace, and dloss/dz^T is computed there from recomputed
+// scores; only so is the entropy differentiated.
+template <class T>
+struct ChunkGradients {
   using E = Elem<T>;
-  const int64_t rows = chunk.rows, rp = chunk.padded(), d = chunk.width,
-                blocks = vocabulary_blocks(chunk.classes);
-  const Scores score = chunk.score;
-  // E is multiplied as stored; otherwise dloss/dz^T is computed in its place first
-  const bool direct = have_exponentials && !of.on_all;
-  E* packed = room.take<E>(have_exponentials ? 0 : chunk.packed_elements());  // for z^T = w . x^T
-  E* scaled = room.take<E>(rows * d);                                         // f x
-  E* packed_rows = room.take<E>(packed_b_elements<E>(rows, d));  // the same for dw = E . (f x)
-  // Per column: the coefficients, padded with zeros; `factor`, which turns E into on_p p; f, the
-  // part of it that scales x and dx; at the target, on_p p - on_target and E.
-  float *on_p = room.take<float>(11 * rp), *on_target = on_p + rp, *on_all = on_target + rp,
-        *on_entropy = on_all + rp, *shift = on_entropy + rp, *log_sum = shift + rp,
-        *entropy = log_sum + rp, *factor = entropy + rp, *f = factor + rp, *whole = f + rp,
-        *e_target = whole + rp;
-  for (int64_t i = 0; i < rp; ++i) {
-    const bool real = i < rows;
-    on_p[i] = real ? of.on_p[i] * score.scale : 0.f;
-    on_target[i] = real ? of.on_target[i] * score.scale : 0.f;
-    on_all[i] = real && of.on_all ? of.on_all[i] * score.scale : 0.f;
-    on_entropy[i] = real && of.on_entropy ? of.on_entropy[i] * score.scale : 0.f;
-    entropy[i] = real && of.on_entropy ? of.entropy[i] : 0.f;
-    // a padded column's scores are the bias: whatever it is, e^(bias - inf) is 0
-    shift[i] = real ? of.shift[i] : -NEGATIVE_INFINITY, log_sum[i] = real ? of.log_sum[i] : 0.f;
-    f[i] = real ? 1.f : 0.f;
-    factor[i] = whole[i] = e_target[i] = 0.f;
-    if (!real || !have_exponentials) continue;
-    const double lse = double(shift[i]) + log_sum[i];
-    factor[i] = float(on_p[i] * std::exp(stats.base[i] - lse));
-    if (direct) f[i] = factor[i];
-    const float slope = score.cap ? score.slope(splat(at_target[i]))[0] : 1.f;
-    whole[i] = float(on_p[i] * std::exp(at_target[i] - lse) - on_target[i]) * slope;
+  const LinearScores<T>& chunk;
+  const TargetClasses target;
+  const float* class_weight;
+  const bool has_exponentials;
+  const bool direct;  // E is multiplied as stored; else dloss/dz^T is first computed in its place
+  E* exponentials;
+  const HeadGradients<T> out;
+  const int64_t rows, padded, width, blocks;
+  Workspace workspace;
+  E* packed;       // x, for z^T = w . x^T
+  E* scaled;       // f x
+  E* packed_rows;  // f x, for dw = E . (f x)
+  ColumnFactors column;
+  E** transposed;  // where a block's E^T is
+
+  // A thread's arrays. E^T of a block is written where E of the thread's block before it was:
+  //
+  //   spare       E of block 0    E of block 5    E of block 7     blocks that one thread took
+  //   E^T of 0    E^T of 5        E^T of 7        the next spare
+  struct ThreadArrays {
+    E *rows_of_w, *spare;
+    float *z, *dw_wide;
+    double* dbias;  // double: the terms of all rows and those of the targets may cancel
+  };
+  struct ThreadSizes {
+    int64_t rows_of_w, spare, panels, z, dw_wide, dx;
+  };
+
+  ChunkGradients(const LinearScores<T>& chunk, const LossCoefficients& loss, TargetClasses target,
+                 const float* class_weight, bool has_exponentials, E* exponentials,
+                 const HeadGradients<T>& out, Workspace shared)
+      : chunk(chunk),
+        target(target),
+        class_weight(class_weight),
+        has_exponentials(has_exponentials),
+        direct(has_exponentials && !loss.on_all),
+        exponentials(exponentials),
+        out(out),
+        rows(chunk.rows),
+        padded(chunk.padded()),
+        width(chunk.width),
+        blocks(chunk.blocks()),
+        packed(shared.take<E>(has_exponentials ? 0 : chunk.packed_elements())),
+        scaled(shared.take<E>(rows * width)),
+        packed_rows(shared.take<E>(packed_b_elements<E>(rows, width))),
+        column(shared.take<float>(ColumnFactors::ARRAYS * padded), padded, loss, chunk.score),
+        transposed(shared.take<E*>(blocks)) {
+    workspace = shared;
+    workspace.divide(bytes_per_thread());
   }
-  if (!have_exponentials) chunk.pack_x(packed);
-  const int64_t panel = padded_k<E>(rows) * VL;
-  E** turned = room.take<E*>(blocks);  // where a block's E^T is: in the block transposed before it
-  const int64_t sizes_e[] = {have_exponentials ? 0 : VB * padded_k<E>(d), VB * rp,
-                             packed_b_elements<E>(VB, DB)},
-                sizes_f[] = {have_exponentials ? 0 : VB * RC, dw_narrow ? VB * d : 0, rp * DB};
-  int64_t each = Buffer::size_of<double>(VB);
-  for (int64_t n : sizes_e) each += Buffer::size_of<E>(n);
-  for (int64_t n : sizes_f) each += Buffer::size_of<float>(n);
-  room.divide(each);
-#pragma omp parallel num_threads(room.threads)
-  {
-    Buffer memory(room.mine());
-    TileScope tiles;
-    if (dw || dw_narrow) {
+
+  ThreadSizes sizes() const {
+    return {has_exponentials ? 0 : chunk.block_elements(),
+            VB * padded,
+            packed_b_elements<E>(VB, DB),
+            has_exponentials ? 0 : VB * RC,
+            out.dw_narrow ? VB * width : 0,
+            padded * DB};
+  }
+  int64_t bytes_per_thread() const {
+    const ThreadSizes n = sizes();
+    int64_t bytes = Buffer::size_of<double>(VB);
+    for (int64_t e : {n.rows_of_w, n.spare, n.panels}) bytes += Buffer::size_of<E>(e);
+    for (int64_t f : {n.z, n.dw_wide, n.dx}) bytes += Buffer::size_of<float>(f);
+    return bytes;
+  }
+  ThreadArrays take_arrays(Buffer& memory) const {
+    const ThreadSizes n = sizes();
+    ThreadArrays own;
+    own.rows_of_w = memory.take<E>(n.rows_of_w), own.spare = memory.take<E>(n.spare);
+    own.z = memory.take<float>(n.z), own.dw_wide = memory.take<float>(n.dw_wide);
+    own.dbias = memory.take<double>(VB);
+    return own;
+  }
+
+  void run(const LossCoefficients& loss, const ChunkStats& stats, const float* at_target) const {
+    fill_columns(loss, stats, at_target);
+    if (!has_exponentials) chunk.pack_x(packed);
+#pragma omp parallel num_threads(workspace.threads)
+    {
+      Buffer memory(workspace.mine());
+      TileScope tiles;
+      if (out.dw || out.dw_narrow) pack_scaled_rows();
+      ThreadArrays own = take_arrays(memory);
+#pragma omp for schedule(dynamic)
+      for (int64_t b = 0; b < blocks; ++b) block_gradients(b, own);
+      if (out.dx) input_gradients(memory);
+    }
+  }
+
+  void fill_columns(const LossCoefficients& loss, const ChunkStats& stats,
+                    const float* at_target) const {
+    const ColumnFactors& f = column;
+    const float scale = f.score.scale;
+    for (int64_t i = 0; i < padded; ++i) {
+      const bool real = i < rows;
+      f.on_p[i] = real ? loss.on_p[i] * scale : 0.f;
+      f.on_target[i] = real ? loss.on_target[i] * scale : 0.f;
+      f.on_all[i] = real && f.has_all ? loss.on_all[i] * scale : 0.f;
+      f.on_entropy[i] = real && f.has_entropy ? loss.on_entropy[i] * scale : 0.f;
+      f.entropy[i] = real && f.has_entropy ? loss.entropy[i] : 0.f;
+      // a padded column's scores are the bias: whatever it is, e^(bias - inf) is 0
+      f.shift[i] = real ? loss.shift[i] : -NEGATIVE_INFINITY;
+      f.log_sum[i] = real ? loss.log_sum[i] : 0.f;
+      f.of_row[i] = real ? 1.f : 0.f;
+      f.of_e[i] = f.target_value[i] = f.target_e[i] = 0.f;
+      if (!real || !has_exponentials) continue;
+      const double lse = double(f.shift[i]) + f.log_sum[i];
+      f.of_e[i] = float(f.on_p[i] * std::exp(stats.base[i] - lse));
+      if (direct) f.of_row[i] = f.of_e[i];
+      f.target_value[i] = float(f.on_p[i] * std::exp(at_target[i] - lse) - f.on_target[i]) *
+                          f.slope(splat(at_target[i]), 0);
+    }
+  }
+
+  // `scaled` and `packed_rows`, VL features at a time; inside the parallel region.
+  void pack_scaled_rows() const {
+    const int64_t panel = padded_k<E>(rows) * VL;
 #pragma omp for schedule(static)
-      for (int64_t p = 0; p < (d + VL - 1) / VL; ++p) {
-        const int64_t j = p * VL;
-        const int n = int(std::min<int64_t>(VL, d - j));
-        for (int64_t i = 0; i < rows; ++i) {
-          const T* from = chunk.x + i * chunk.x_stride + j;
-          const vfloat x = n == VL ? load(from) : load(from, n);
-          store(scaled + i * d + j, x * f[i], n);
-        }
-        pack_b<E>(scaled + j, d, 1, rows, n, packed_rows + p * panel);
+    for (int64_t p = 0; p < (width + VL - 1) / VL; ++p) {
+      const int64_t d = p * VL;
+      const int n = int(std::min<int64_t>(VL, width - d));
+      for (int64_t i = 0; i < rows; ++i) {
+        const T* from = chunk.x + i * chunk.x_stride + d;
+        const vfloat x = n == VL ? load(from) : load(from, n);
+        store(scaled + i * width + d, x * column.of_row[i], n);
       }
-    }
-    E *rows_of_w = memory.take<E>(sizes_e[0]), *spare = memory.take<E>(sizes_e[1]);
-    float *z = memory.take<float>(sizes_f[0]), *wide = memory.take<float>(sizes_f[1]);
-    // double: the terms of all rows and those of the targets may cancel
-    double* bias_sum = memory.take<double>(VB);
-#pragma omp for schedule(dynamic)
-    for (int64_t b = 0; b < blocks; ++b) {
-      const int64_t v0 = b * VB, count = std::min(VB, chunk.classes - v0);
-      E* region = exponentials + v0 * rp;
-      const auto here = [&](int64_t i) {
-        return target[i] != ignore_index && target[i] >= v0 && target[i] < v0 + count;
-      };
-      const auto weight_of = [&](int64_t r) { return class_weight ? class_weight[v0 + r] : 0.f; };
-      if (dbias) memset(bias_sum, 0, VB * sizeof(double));
-      if (have_exponentials && !direct) {
-        for (int64_t r = 0; r < count; ++r) {
-          E* g = region + r * rp;
-          const float w = weight_of(r);
-          for (int64_t i = 0; i < rp; i += VL)
-            store(g + i, load(g + i) * load(factor + i) - load(on_all + i) * w);
-        }
-        for (int64_t i = 0; i < rows; ++i)
-          if (here(i)) {
-            const int64_t r = target[i] - v0;
-            region[r * rp + i] = from_float<E>(whole[i] - on_all[i] * weight_of(r));
-          }
-      }
-      if (!have_exponentials)
-        for (int64_t j0 = 0; j0 < rp; j0 += RC) {
-          const int64_t n = std::min(RC, rp - j0);
-          chunk.block(v0, count, j0, n, packed, rows_of_w, z, j0 == 0);
-          const auto gradient = [&](vfloat s, int64_t i, float w) {
-            const vfloat logp = s - load(shift + i) - load(log_sum + i);
-            vfloat on = load(on_p + i);
-            if (of.on_entropy)
-              on -= load(on_entropy + i) * (vmax(logp, splat(LEAST)) + load(entropy + i));
-            vfloat e = vexp(logp) * on;
-            if (of.on_all) e -= load(on_all + i) * w;
-            return score.cap ? e * score.slope(s) : e;
-          };
-          for (int64_t r = 0; r < count; ++r) {
-            const float w = weight_of(r);
-            for (int64_t j = 0; j < n; j += VL)
-              store(region + r * rp + j0 + j, gradient(load(z + r * n + j), j0 + j, w));
-          }
-          for (int64_t i = j0; i < std::min(j0 + n, rows); ++i)
-            if (here(i)) {
-              const int64_t r = target[i] - v0, j = (i - j0) / VL * VL;
-              const vfloat s = load(z + r * n + j);
-              const int lane = int(i - j0 - j);
-              const float slope = score.cap ? score.slope(s)[lane] : 1.f;
-              const float g = gradient(s, j0 + j, weight_of(r))[lane] - on_target[i] * slope;
-              region[r * rp + i] = from_float<E>(g);
-              if (dbias) bias_sum[r] += double(g) - to_float(region[r * rp + i]);
-            }
-        }
-      if (dbias)
-        for (int64_t r = 0; r < count; ++r) {
-          vfloat sum{};
-          for (int64_t i = 0; i < rp; i += VL) sum += load(region + r * rp + i) * load(f + i);
-          for (int lane = 0; lane < VL; ++lane) bias_sum[r] += sum[lane];
-        }
-      float* dw_block = dw ? dw + v0 * d : dw_narrow ? wide : nullptr;
-      if (dw_block) gemm<E>(count, d, rows, region, rp, packed_rows, dw_block, d, accumulate);
-      if (direct)
-        for (int64_t i = 0; i < rows; ++i)
-          if (here(i)) {
-            const int64_t r = target[i] - v0;
-            e_target[i] = to_float(region[r * rp + i]);
-            if (dbias) bias_sum[r] += double(whole[i]) - double(f[i]) * e_target[i];
-            if (!dw_block) continue;
-            add_scaled(dw_block + r * d, whole[i], chunk.x + i * chunk.x_stride, d);
-            add_scaled(dw_block + r * d, -e_target[i], static_cast<const E*>(scaled) + i * d, d);
-          }
-      if (dw_narrow)
-        for (int64_t j = 0; j < count * d; j += VL) {
-          const int n = int(std::min<int64_t>(VL, count * d - j));
-          if (n == VL)
-            store(dw_narrow + v0 * d + j, load(wide + j));
-          else
-            store(dw_narrow + v0 * d + j, load(wide + j, n), n);
-        }
-      if (dbias)
-        for (int64_t r = 0; r < count; ++r)
-          dbias[v0 + r] = float(bias_sum[r] + (accumulate ? dbias[v0 + r] : 0.f));
-      if (dx) {
-        pack_a<E>(static_cast<const E*>(region), 1, rp, rp, count, spare);
-        turned[b] = spare, spare = region;
-      }
-    }
-    if (dx) {
-      // columns are split among the threads, rows only where there are more threads than column
-      // blocks: each task packs its columns of w
-      const int64_t threads = omp_get_num_threads(),
-                    least = (((d + DB - 1) / DB + threads - 1) / threads) * threads,
-                    width = std::min(
-                        DB, std::max<int64_t>(((d + least - 1) / least + 63) / 64 * 64, 64)),
-                    across = (d + width - 1) / width, wanted = (threads + across - 1) / across,
-                    height = std::max(RP, padded_rows((rows + wanted - 1) / wanted)),
-                    down = (rows + height - 1) / height;
-      float* c = memory.take<float>(height * width);
-      E* panels = memory.take<E>(packed_b_elements<E>(VB, width));
-#pragma omp for schedule(dynamic)
-      for (int64_t task = 0; task < across * down; ++task) {
-        const int64_t i0 = task / across * height, d0 = task % across * width;
-        const int64_t m = std::min(height, rows - i0), n = std::min(width, d - d0);
-        for (int64_t b = 0; b < blocks; ++b) {
-          const int64_t v0 = b * VB, count = std::min(VB, chunk.classes - v0),
-                        lda = padded_k<E>(count);
-          pack_b<E>(chunk.w + v0 * chunk.w_stride + d0, chunk.w_stride, 1, count, n, panels);
-          gemm<E>(m, n, count, turned[b] + i0 * lda, lda, panels, c, width, b > 0);
-        }
-        for (int64_t i = i0; i < i0 + m; ++i) {
-          float* sum = c + (i - i0) * width;
-          for (int64_t j = 0; j < n; j += VL) store(sum + j, load(sum + j) * f[i]);
-          if (direct && target[i] != ignore_index)
-            add_scaled(sum, whole[i] - f[i] * e_target[i],
-                       chunk.w + target[i] * chunk.w_stride + d0, n);
-          for (int64_t j = 0; j < n; j += VL)
-            store(dx + i * d + d0 + j, load(sum + j), int(std::min<int64_t>(VL, n - j)));
-        }
-      }
+      pack_b<E>(scaled + d, width, 1, rows, n, packed_rows + p * panel);
     }
   }
-}
 
-template <class T>
-LinearScores<T> linear_scores(const TensorView& x, const TensorView& w, const TensorView* bias,
-                              float softcap, float scale) {
-  check_size("w", "columns, as x:", x.size(1), w.size(1));
-  return {x.data<T>("x"),  w.data<T>("w"), x.size(0),   x.size(1),
-          w.size(0),       x.stride(0),    w.stride(0), bias ? bias->data<float>("bias") : nullptr,
-          {scale, softcap}};
-}
+  // dw and dbias of a block, and its E^T.
+  void block_gradients(int64_t b, ThreadArrays& own) const {
+    const int64_t v0 = b * VB, count = std::min(VB, chunk.classes - v0);
+    E* e = exponentials + v0 * padded;  // (count, R padded): E, then dloss/dz^T unless `direct`
+    if (out.dbias) memset(own.dbias, 0, VB * sizeof(double));
+    if (!has_exponentials)
+      recompute(b, v0, count, e, own);
+    else if (!direct)
+      turn_exponentials(v0, count, e);
+    if (out.dbias) sum_columns(count, e, own.dbias);
+    float* dw = out.dw ? out.dw + v0 * width : out.dw_narrow ? own.dw_wide : nullptr;
+    if (dw) gemm<E>(count, width, rows, e, padded, packed_rows, dw, width, out.accumulate);
+    if (direct) add_targets(v0, count, e, dw, own.dbias);
+    if (out.dw_narrow) store_narrow(dw, count * width, out.dw_narrow + v0 * width);
+    if (out.dbias)
+      for (int64_t c = 0; c < count; ++c)
+        out.dbias[v0 + c] = float(own.dbias[c] + (out.accumulate ? out.dbias[v0 + c] : 0.f));
+    if (!out.dx) return;
+    pack_a<E>(static_cast<const E*>(e), 1, padded, padded, count, own.spare);
+    transposed[b] = own.spare, own.spare = e;
+  }
 
-template <class T>
-T* data_or_null(const TensorView* t, const char* argument) {
-  return t ? t->data<T>(argument) : nullptr;
-}
+  float weight_of(int64_t v) const { return class_weight ? class_weight[v] : 0.f; }
+
+  // E to dloss/dz^T, in place.
+  void turn_exponentials(int64_t v0, int64_t count, E* e) const {
+    const ColumnFactors f = column;
+    const int64_t columns = padded;
+    for (int64_t c = 0; c < count; ++c) {
+      E* g = e + c * columns;
+      const float w = weight_of(v0 + c);
+      for (int64_t i = 0; i < columns; i += VL)
+        store(g + i, load(g + i) * load(f.of_e + i) - load(f.on_all + i) * w);
+    }
+    for (int64_t i = 0; i < rows; ++i)
+      if (target.is_in(i, v0, count)) {
+        const int64_t v = target.class_of[i];
+        e[(v - v0) * padded + i] = from_float<E>(f.target_value[i] - f.on_all[i] * weight_of(v));
+      }
+  }
+
+  // dloss/dz^T to g, and what its rounding at the targets changed to `dbias`.
+  void recompute(int64_t b, int64_t v0, int64_t count, E* g, const ThreadArrays& own) const {
+    for (int64_t i0 = 0; i0 < padded; i0 += RC) {
+      const ScoreTile t{b, v0, count, i0, std::min(RC, padded - i0), own.z};
+      chunk.compute(t, packed, own.rows_of_w, i0 == 0);
+      write_gradients(t, g + i0);
+      write_target_gradients(t, g + i0, own.dbias);
+    }
+  }
+
+  void write_gradients(const ScoreTile& t, E* g) const {
+    const ColumnFactors f = column;  // a copy, so that stores to g change none of it
+    const int64_t i0 = t.i0, n = t.n;
+    for (int64_t c = 0; c < t.count; ++c) {
+      const float w = weight_of(t.v0 + c);
+      const float* z = t.z + c * n;
+      E* row = g + c * padded;
+      for (int64_t j = 0; j < n; j += VL) store(row + j, f.gradient(load(z + j), i0 + j, w));
+    }
+  }
+
+  void write_target_gradients(const ScoreTile& t, E* g, double* dbias) const {
+    for (int64_t i = t.i0; i < std::min(t.i0 + t.n, rows); ++i)
+      if (target.is_in(i, t.v0, t.count)) {
+        const int64_t v = target.class_of[i], c = v - t.v0, j = i - t.i0, first = j / VL * VL;
+        const vfloat s = load(t.z + c * t.n + first);
+        const int lane = int(j - first);
+        const float slope = column.slope(s, lane);
+        const float value =
+            column.gradient(s, t.i0 + first, weight_of(v))[lane] - column.on_target[i] * slope;
+        E& element = g[c * padded + j];
+        element = from_float<E>(value);
+        if (out.dbias) dbias[c] += double(value) - to_float(element);
+      }
+  }
+
+  // dbias[c] += the sum of class c's row of dloss/dz^T = f e
+  void sum_columns(int64_t count, const E* e, double* dbias) const {
+    const float* f = column.of_row;
+    for (int64_t c = 0; c < count; ++c) {
+      vfloat sum{};
+      for (int64_t i = 0; i < padded; i += VL) sum += load(e + c * padded + i) * load(f + i);
+      for (int lane = 0; lane < VL; ++lane) dbias[c] += sum[lane];
+    }
+  }
+
+  // Replaces the targets' share of dw and dbias, so far that of f E, by that of target_value.
+  void add_targets(int64_t v0, int64_t count, const E* e, float* dw, double* dbias) const {
+    const ColumnFactors& f = column;
+    for (int64_t i = 0; i < rows; ++i)
+      if (target.is_in(i, v0, count)) {
+        const int64_t c = target.class_of[i] - v0;
+        const float value = f.target_value[i], stored = to_float(e[c * padded + i]);
+        f.target_e[i] = stored;
+        if (out.dbias) dbias[c] += double(value) - double(f.of_row[i]) * stored;
+        if (!dw) continue;
+        add_scaled(dw + c * width, value, chunk.x + i * chunk.x_stride, width);
+        add_scaled(dw + c * width, -stored, static_cast<const E*>(scaled) + i * width, width);
+      }
+  }
+
+  static void store_narrow(const float* from, int64_t count, T* to) {
+    for (int64_t k = 0; k < count; k += VL) {
+      const int n = int(std::min<int64_t>(VL, count - k));
+      if (n == VL)
+        store(to + k, load(from + k));
+      else
+        store(to + k, load(from + k, n), n);
+    }
+  }
+
+  // Columns are split among the threads, rows only where there are more threads than column blocks:
+  // each task packs its columns of w.
+  struct InputTasks {
+    int64_t width, across;  // features of a task, tasks in a row
+    int64_t height, down;   // rows of a task, tasks in a column
+    InputTasks(int64_t rows, int64_t d, int64_t threads) {
+      const int64_t least = (((d + DB - 1) / DB + threads - 1) / threads) * threads;
+      width = std::min(DB, std::max<int64_t>(((d + least - 1) / least + 63) / 64 * 64, 64));
+      across = (d + width - 1) / width;
+      const int64_t wanted = (threads + across - 1) / across;
+      height = std::max(RP, padded_rows((rows + wanted - 1) / wanted));
+      down = (rows + height - 1) / height;
+    }
+  };
+
+  // dx = f (E^T . w); inside the parallel region.
+  void input_gradients(Buffer& memory) const {
+    const InputTasks tasks(rows, width, omp_get_num_threads());
+    float* sums = memory.take<float>(tasks.height * tasks.width);
+    E* panels = memory.take<E>(packed_b_elements<E>(VB, tasks.width));
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < tasks.across * tasks.down; ++task) {
+      const int64_t i0 = task / tasks.across * tasks.height, d0 = task % tasks.across * tasks.width;
+      const int64_t m = std::min(tasks.height, rows - i0), n = std::min(tasks.width, width - d0);
+      for (int64_t b = 0; b < blocks; ++b) {
+        const int64_t v0 = b * VB, count = std::min(VB, chunk.classes - v0),
+                      lda = padded_k<E>(count);
+        pack_b<E>(chunk.w + v0 * chunk.w_stride + d0, chunk.w_stride, 1, count, n, panels);
+        gemm<E>(m, n, count, transposed[b] + i0 * lda, lda, panels, sums, tasks.width, b > 0);
+      }
+      for (int64_t i = i0; i < i0 + m; ++i)
+        store_input_row(i, d0, n, sums + (i - i0) * tasks.width);
+    }
+  }
+
+  // dx of row i, features [d0, d0 + n)
+  void store_input_row(int64_t i, int64_t d0, int64_t n, float* sum) const {
+    const float f = column.of_row[i];
+    for (int64_t d = 0; d < n; d += VL) store(sum + d, load(sum + d) * f);
+    if (direct && !target.ignored(i))
+      add_scaled(sum, column.target_value[i] - f * column.target_e[i],
+                 chunk.w + target.class_of[i] * chunk.w_stride + d0, n);
+    for (int64_t d = 0; d < n; d += VL)
+      store(out.dx + i * width + d0 + d, load(sum + d), int(std::min<int64_t>(VL, n - d)));
+  }
+};
 
 // The workspace holds elements of E, whatever its dtype is.
 template <class E>
-E* workspace(const TensorView* t, const char* argument, int64_t elements) {
+E* elements_of(const TensorView* t, const char* argument, int64_t elements) {
   if (!t) return nullptr;
   check_size(argument, "bytes:", elements * int64_t(sizeof(E)), t->numel());
   return reinterpret_cast<E*>(t->data<uint8_t>(argument));
@@ -634,15 +648,18 @@ inline void linear_cross_entropy_scores(const TensorView& x, const TensorView& w
   with_float(x.dtype(), "x", [&](auto tag) {
     using T = decltype(tag);
     const auto chunk = linear_scores<T>(x, w, bias, softcap, scale);
-    const int64_t rp = chunk.padded(), blocks = vocabulary_blocks(chunk.classes);
+    const int64_t padded = chunk.padded(), blocks = chunk.blocks();
     Workspace room(stats);
-    float* of_chunk = room.take<float>(ChunkStats::elements(blocks, rp));
-    linear_cross_entropy_scores_of<T>(
-        chunk, target.data<int64_t>("target"), data_or_null<float>(class_weight, "class_weight"),
-        ignore_index, workspace<Elem<T>>(exponentials, "exponentials", blocks * VB * rp),
-        ChunkStats(of_chunk, blocks, rp), at_target.data<float>("at_target"),
-        shift.data<float>("shift"), log_sum.data<float>("log_sum"), nll.data<float>("nll"),
-        smoothed.data<float>("smoothed"), data_or_null<float>(entropy, "entropy"), room);
+    float* of_chunk = room.take<float>(ChunkStats::elements(blocks, padded));
+    ChunkScores<T>(chunk, {target.data<int64_t>("target"), ignore_index},
+                   data_or_null<float>(class_weight, "class_weight"),
+                   elements_of<Elem<T>>(exponentials, "exponentials", blocks * VB * padded),
+                   ChunkStats(of_chunk, blocks, padded),
+                   {at_target.data<float>("at_target"), shift.data<float>("shift"),
+                    log_sum.data<float>("log_sum"), nll.data<float>("nll"),
+                    smoothed.data<float>("smoothed"), data_or_null<float>(entropy, "entropy")},
+                   room)
+        .run();
   });
 }
 
@@ -659,24 +676,26 @@ inline void linear_cross_entropy_gradients(
   with_float(x.dtype(), "x", [&](auto tag) {
     using T = decltype(tag);
     const auto chunk = linear_scores<T>(x, w, bias, softcap, scale);
-    const int64_t rp = chunk.padded(), blocks = vocabulary_blocks(chunk.classes);
+    const int64_t padded = chunk.padded(), blocks = chunk.blocks();
     Workspace room(stats);
-    float* of_chunk = room.take<float>(ChunkStats::elements(blocks, rp));
+    float* of_chunk = room.take<float>(ChunkStats::elements(blocks, padded));
     const bool narrow = dw && dw->dtype() != DType::f32;
     if (narrow && accumulate) throw std::invalid_argument("dw: wanted float32 to add to");
-    linear_cross_entropy_gradients_of<T>(
-        chunk,
-        {on_p.data<float>("on_p"), on_target.data<float>("on_target"),
-         data_or_null<float>(on_all, "on_all"), data_or_null<float>(on_entropy, "on_entropy"),
-         shift.data<float>("shift"), log_sum.data<float>("log_sum"),
-         data_or_null<float>(entropy, "entropy")},
-        target.data<int64_t>("target"), data_or_null<float>(class_weight, "class_weight"),
-        ignore_index, have_exponentials,
-        workspace<Elem<T>>(&exponentials, "exponentials", blocks * VB * rp),
-        ChunkStats(of_chunk, blocks, rp), at_target.data<float>("at_target"),
-        data_or_null<T>(dx, "dx"), narrow ? nullptr : data_or_null<float>(dw, "dw"),
-        narrow ? dw->data<T>("dw") : nullptr, data_or_null<float>(dbias, "dbias"), accumulate,
-        room);
+    const LossCoefficients loss{on_p.data<float>("on_p"),
+                                on_target.data<float>("on_target"),
+                                data_or_null<float>(on_all, "on_all"),
+                                data_or_null<float>(on_entropy, "on_entropy"),
+                                shift.data<float>("shift"),
+                                log_sum.data<float>("log_sum"),
+                                data_or_null<float>(entropy, "entropy")};
+    ChunkGradients<T>(
+        chunk, loss, {target.data<int64_t>("target"), ignore_index},
+        data_or_null<float>(class_weight, "class_weight"), have_exponentials,
+        elements_of<Elem<T>>(&exponentials, "exponentials", blocks * VB * padded),
+        {data_or_null<T>(dx, "dx"), narrow ? nullptr : data_or_null<float>(dw, "dw"),
+         narrow ? dw->data<T>("dw") : nullptr, data_or_null<float>(dbias, "dbias"), accumulate},
+        room)
+        .run(loss, ChunkStats(of_chunk, blocks, padded), at_target.data<float>("at_target"));
   });
 }
 

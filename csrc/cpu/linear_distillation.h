@@ -8,9 +8,9 @@
 //          +------------------------+    divergence  reads both heads' blocks: the loss's terms, and
 //          |  ...                   |                dloss/dz^T of the student in their place
 //
-// Scores are transposed, as in linear_cross_entropy.h: the statistics of the rows of x sit in lanes,
-// and dloss/dz^T has the layout of that file's exponentials, from which its gradients multiply dx
-// and dw.
+// Scores are transposed, as linear_scores.h says, which has the index legend; here j is a column.
+// dloss/dz^T has the layout of the exponentials of linear_cross_entropy.h, whose gradients multiply
+// dx and dw from it.
 //
 // With s and t the probabilities:
 //
@@ -21,7 +21,7 @@
 //
 // A mean is known only after all blocks, so reverse and jsd store s (...) and s, and a second sweep
 // over the blocks joins them.
-#include "cpu/linear_cross_entropy.h"
+#include "cpu/linear_scores.h"
 
 enum class Divergence { forward, reverse, jsd };
 
@@ -70,7 +70,7 @@ void linear_distillation_scores_of(const LinearScores<T>& chunk, float* scores, 
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t v0 = b * VB, count = std::min(VB, chunk.classes - v0);
       float *z = scores + v0 * rp, *top = most + b * rp;
-      chunk.block(v0, count, 0, rp, packed, rows_of_w, z, true);
+      chunk.compute({b, v0, count, 0, rp, z}, packed, rows_of_w, true);
       largest(z, count, rp, top);
       for (int64_t j = 0; j < rp; ++j) top[j] = finite_max(top[j]);
       constexpr int P = RP / VL;
@@ -111,7 +111,7 @@ FASTLM_INLINE Mixture mixed(vfloat log_s, vfloat log_t, float beta) {
 // the scores' places.
 template <Divergence D, int P, class E>
 void divergence_of(int64_t count, int64_t stride, float* zs, float* zt, const LogSums& student,
-                   const LogSums& teacher, int64_t j0, const Scores& score, float beta, E* g,
+                   const LogSums& teacher, int64_t j0, const ScoreFunction& score, float beta, E* g,
                    float* of_student, float* of_teacher) {
   vfloat first[P], second[P];
 #pragma GCC unroll 8
@@ -153,7 +153,7 @@ void divergence_of(int64_t count, int64_t stride, float* zs, float* zt, const Lo
 // the same memory. `score.cap` is the student's.
 template <Divergence D, class E>
 void linear_distillation_rows_of(int64_t classes, int64_t rows, int64_t rp, float* zs, float* zt,
-                                 const float* lse_s, const float* lse_t, const Scores& score,
+                                 const float* lse_s, const float* lse_t, const ScoreFunction& score,
                                  float beta, float* loss, E* g, Workspace room) {
   const int64_t blocks = vocabulary_blocks(classes);
   const LogSums student(room.take<float>(2 * rp), rp), teacher(room.take<float>(2 * rp), rp);
@@ -233,7 +233,7 @@ inline void linear_distillation_rows(const std::string& kind, float beta, float 
     linear_distillation_rows_of<decltype(which)::value>(
         classes, rows, rp, student_scores.data<float>("student_scores"),
         teacher_scores.data<float>("teacher_scores"), student_lse.data<float>("student_lse"),
-        teacher_lse.data<float>("teacher_lse"), Scores{1.f, softcap}, beta,
+        teacher_lse.data<float>("teacher_lse"), ScoreFunction{1.f, softcap}, beta,
         loss.data<float>("loss"), g, Workspace(workspace));
   };
   const auto as = [&](auto which) {

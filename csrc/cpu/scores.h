@@ -3,7 +3,7 @@
 //
 // Infinities and NaN give what torch gives: z - max is NaN where both are infinite, and a NaN
 // reaches the sum.
-struct Scores {
+struct ScoreFunction {
   float scale, cap;  // cap 0: none
 
   FASTLM_INLINE vfloat operator()(vfloat x) const {

@@ -1,21 +1,37 @@
 // Attention of decode_step.h: one query per head against a cache, cut into chunks of DECODE_KEYS
-// keys. A task is one chunk for all heads that share a key head, so keys and values are read from
-// memory once and from the L1 after the first heads. Keys are stored in pages; a run is the part of
-// a chunk that one page holds, and where a chunk is cut into runs changes no sum.
+// keys. A task is one chunk for all heads that share a key head. Keys are stored in pages; a run is
+// the part of a chunk that one page holds, and where a chunk is cut into runs changes no sum:
+//
+//   key j of row m    0              128            256            384
+//   chunk c           |      0       |      1       |      2       |  ..
+//   page              |     7     |     2     |     9     |     4     |  ..
+//   run               |           |  |        |     |     |        |  |
+//
+// Index legend:
+//
+//   m   row of the step, a token          h   query head
+//   g   key head                          r   query head among the `ratio` of key head g
+//   c   chunk of a row's keys             j   key of a row's sequence
+//   d   feature of a head; D (`head_dim`) of them; a multiple of 16 floats in partials
+//   C   type of the cache
+//
+// Keys and values are read from the memory once, by the first four heads of a key head, and from
+// the L1 by its other heads: a chunk has 16 KiB of each. Queries, scores and partials stay in the
+// L2.
 //
 // int8 keys and values have a scale each, absmax / 127 over their features. Queries are rounded in
 // the same way, so a score is a sum of integers times two scales. Values become floats in registers;
 // their scales multiply the weights. A key that is not finite has such a scale, so the result is
 // NaN.
 //
-//   partial of a head and chunk: m, l, O (D)    combined in the chunks' order by `combine`
+//   partial of a head and chunk: max, sum, O (D)    combined in the chunks' order by `combine`
 
 inline int64_t partial_size(int64_t head_dim) { return (head_dim + 15) / 16 * 16; }
 // A query as floats, and in front of them its int8.
 inline int64_t query_size(int64_t head_dim) { return 3 * partial_size(head_dim); }
 
 template <class C>
-struct AttentionInputs {
+struct DecodeAttention {
   int64_t heads, kv_heads, head_dim, width;
   const float* qkv;                  // (M, width): q heads, k heads, v heads
   C *keys, *values;                  // (pages, kv_heads, page_size, head_dim)
@@ -26,14 +42,15 @@ struct AttentionInputs {
   int64_t shortest, longest;  // of all rows, with the new token
   int64_t window;             // 0: none
   int64_t chunks;
-  float *partials, *most, *sum;  // (M, heads, chunks, partial_size); (M, heads, chunks)
-  float* q;                      // (M, heads, query_size): where `begin_row` has run, else null
+  float *partials, *max, *sum;  // (M, heads, chunks, partial_size); (M, heads, chunks)
+  float* q;                     // (M, heads, query_size): where `begin_row` has run, else null
   const float *q_norm, *k_norm;
   bool norm_whole;
   float eps, scale, softcap;
   const float *cos, *sin;
-  int64_t turned;
+  int64_t rotary_width;
 
+  int64_t ratio() const { return heads / kv_heads; }
   int64_t length(int64_t m) const { return lengths[m] + 1; }
   int64_t first_key(int64_t m) const {
     return window ? std::max(length(m) - window, int64_t(0)) : 0;
@@ -91,8 +108,8 @@ inline void add(float* x, const float* y, int64_t n) {
 
 // Head `h` of a row's `all` heads: norm, rotation, times `factor`.
 template <class C>
-void turned_head(const AttentionInputs<C>& a, const float* all, int64_t heads, int64_t h,
-                 const float* norm, int64_t position, float factor, float* out) {
+void prepare_head(const DecodeAttention<C>& a, const float* all, int64_t heads, int64_t h,
+                  const float* norm, int64_t position, float factor, float* out) {
   const int64_t D = a.head_dim;
   const float* x = all + h * D;
   if (norm && a.norm_whole)
@@ -102,8 +119,8 @@ void turned_head(const AttentionInputs<C>& a, const float* all, int64_t heads, i
   else
     memcpy(out, x, size_t(D) * sizeof(float));
   if (a.cos) {
-    const float *cos = a.cos + position * a.turned, *sin = a.sin + position * a.turned;
-    const int64_t half = a.turned / 2;
+    const float *cos = a.cos + position * a.rotary_width, *sin = a.sin + position * a.rotary_width;
+    const int64_t half = a.rotary_width / 2;
     for (int64_t j = 0; j < half; j += VL) {
       const int n = int(std::min<int64_t>(VL, half - j));
       const vfloat lo = load(out + j, n), hi = load(out + half + j, n);
@@ -292,10 +309,10 @@ float put(const float* x, int64_t D, C* to) {
 
 // Writes the new key and value of row m and key head g to the cache; `key`: room for one.
 template <class C>
-void append(const AttentionInputs<C>& a, int64_t m, int64_t g, float* key) {
+void append(const DecodeAttention<C>& a, int64_t m, int64_t g, float* key) {
   const int64_t D = a.head_dim, position = a.lengths[m], slot = a.slot(m, g, position);
   const float *row = a.qkv + m * a.width, *value = row + (a.heads + a.kv_heads + g) * D;
-  turned_head(a, row + a.heads * D, a.kv_heads, g, a.k_norm, position, 1.f, key);
+  prepare_head(a, row + a.heads * D, a.kv_heads, g, a.k_norm, position, 1.f, key);
   const float of_key = put(key, D, a.keys + slot * D),
               of_value = put(value, D, a.values + slot * D);
   if constexpr (SCALED<C>) a.key_scales[slot] = of_key, a.value_scales[slot] = of_value;
@@ -303,13 +320,13 @@ void append(const AttentionInputs<C>& a, int64_t m, int64_t g, float* key) {
 
 // The queries of row m for key head g, ready for the products: q (ratio, query_size)
 template <class C>
-void turned_queries(const AttentionInputs<C>& a, int64_t m, int64_t g, float* q) {
-  const int64_t D = a.head_dim, ratio = a.heads / a.kv_heads;
+void prepare_queries(const DecodeAttention<C>& a, int64_t m, int64_t g, float* q) {
+  const int64_t D = a.head_dim, ratio = a.ratio();
   for (int64_t r = 0; r < ratio; ++r, q += query_size(D)) {
     float* after = q + int8_floats(D);  // of int8
     float* turned = SCALED<C> ? after + 2 : q;
-    turned_head(a, a.qkv + m * a.width, a.heads, g * ratio + r, a.q_norm, a.lengths[m], a.scale,
-                turned);
+    prepare_head(a, a.qkv + m * a.width, a.heads, g * ratio + r, a.q_norm, a.lengths[m], a.scale,
+                 turned);
     if constexpr (SCALED<C>) {
       float inverse;
       after[0] = int8_scale(turned, D, &inverse);
@@ -322,40 +339,47 @@ void turned_queries(const AttentionInputs<C>& a, int64_t m, int64_t g, float* q)
 
 // What the tasks of row m and key head g share, for all of them; `key`: room for one.
 template <class C>
-void begin_row(const AttentionInputs<C>& a, int64_t m, int64_t g, float* key) {
+void begin_row(const DecodeAttention<C>& a, int64_t m, int64_t g, float* key) {
   append(a, m, g, key);
-  turned_queries(a, m, g, a.q + (m * a.heads + g * a.heads / a.kv_heads) * query_size(a.head_dim));
+  prepare_queries(a, m, g, a.q + (m * a.heads + g * a.heads / a.kv_heads) * query_size(a.head_dim));
 }
 
-// The partials of chunk c of row m for the heads of key head g. Without `begin_row`, the task with
-// the newest key first writes that key and value to the cache; `own_q`: room for the queries.
+// f(std::integral_constant<int, R>, r) over the `ratio` heads of a key head, in fours
+template <class F>
+FASTLM_INLINE void in_fours(int64_t ratio, F f) {
+  int64_t r = 0;
+  for (; ratio - r >= 4; r += 4) f(std::integral_constant<int, 4>{}, r);
+  if (ratio - r == 3) f(std::integral_constant<int, 3>{}, r);
+  if (ratio - r == 2) f(std::integral_constant<int, 2>{}, r);
+  if (ratio - r == 1) f(std::integral_constant<int, 1>{}, r);
+}
+
+// A task: chunk c of row m for the query heads of key head g. [low, high): the keys that the row
+// sees of it.
+struct DecodeChunk {
+  int64_t m, g, c, ratio, low, high;
+  template <class C>
+  DecodeChunk(const DecodeAttention<C>& a, int64_t m, int64_t g, int64_t c)
+      : m(m),
+        g(g),
+        c(c),
+        ratio(a.ratio()),
+        low(std::max(c * DECODE_KEYS, a.first_key(m))),
+        high(std::min((c + 1) * DECODE_KEYS, a.length(m))) {}
+};
+
+// scores[r][j - low] = q[r] . k[j], run by run
 template <class C>
-void attend_chunk(const AttentionInputs<C>& a, int64_t m, int64_t g, int64_t c, float* own_q,
-                  float* scores) {
-  const int64_t D = a.head_dim, ldq = query_size(D), ratio = a.heads / a.kv_heads;
-  const int64_t low = std::max(c * DECODE_KEYS, a.first_key(m)),
-                high = std::min((c + 1) * DECODE_KEYS, a.length(m)), count = high - low;
-  if (count <= 0) return;  // `combine` does not read the partial of an empty chunk
-  const int64_t position = a.lengths[m];
-  const float* q = a.q ? a.q + (m * a.heads + g * ratio) * ldq : own_q;
-  if (!a.q) {
-    if (high == a.length(m)) append(a, m, g, own_q);
-    turned_queries(a, m, g, own_q);
-  }
-  const auto in_fours = [&](auto f) {
-    int64_t r = 0;
-    for (; ratio - r >= 4; r += 4) f(std::integral_constant<int, 4>{}, r);
-    if (ratio - r == 3) f(std::integral_constant<int, 3>{}, r);
-    if (ratio - r == 2) f(std::integral_constant<int, 2>{}, r);
-    if (ratio - r == 1) f(std::integral_constant<int, 1>{}, r);
-  };
-  for (int64_t j = low, end; j < high; j = end) {
-    end = a.run_end(j, high);
-    const int64_t slot = a.slot(m, g, j);
+FASTLM_INLINE void chunk_scores(const DecodeAttention<C>& a, const DecodeChunk& t, const float* q,
+                                float* scores) {
+  const int64_t D = a.head_dim, ldq = query_size(D);
+  for (int64_t j = t.low, end; j < t.high; j = end) {
+    end = a.run_end(j, t.high);
+    const int64_t slot = a.slot(t.m, t.g, j);
     const C *k = a.keys + slot * D, *ahead = a.values + slot * D;
-    in_fours([&](auto R, int64_t r) {
+    in_fours(t.ratio, [&](auto R, int64_t r) {
       const float* own = q + r * ldq;
-      float* S = scores + r * DECODE_KEYS + (j - low);
+      float* S = scores + r * DECODE_KEYS + (j - t.low);
       const auto dot = [&](auto fixed) {
         if constexpr (SCALED<C>)
           dot_int8_keys<R.value, fixed.value>(own, ldq, k, ahead, a.key_scales + slot, end - j, D,
@@ -366,63 +390,87 @@ void attend_chunk(const AttentionInputs<C>& a, int64_t m, int64_t g, int64_t c, 
       D == 64 ? dot(std::integral_constant<int, 64>{}) : dot(std::integral_constant<int, 0>{});
     });
   }
-  for (int64_t r = 0; r < ratio; ++r) {
-    float* s = scores + r * DECODE_KEYS;
-    const auto at = [&](int64_t j) {
-      return j + VL <= count ? load(s + j) : load(s + j, int(count - j));
-    };
-    if (a.softcap > 0)
-      for (int64_t j = 0; j < count; j += VL)
-        store(s + j, vtanh(load(s + j) * (1.f / a.softcap)) * a.softcap);
-    vfloat tops = splat(s[0]);
-    for (int64_t j = 0; j + VL <= count; j += VL) tops = vmax(tops, load(s + j));
-    float most = hmax(tops);
-    for (int64_t j = count / VL * VL; j < count; ++j) most = std::max(most, s[j]);
-    vfloat sum{};
-    for (int64_t j = 0; j < count; j += VL) {
-      vfloat e = vexp(at(j) - most);
-      if (j + VL > count) {
-        store(s + j, e, int(count - j));
-        e = load(s + j, int(count - j));
-      } else {
-        store(s + j, e);
-      }
-      sum += e;
+}
+
+// The `count` scores s of one head become e^(s - max), in place; their maximum and sum.
+FASTLM_INLINE void exponentials(float* s, int64_t count, float softcap, float* max, float* sum) {
+  if (softcap > 0)
+    for (int64_t j = 0; j < count; j += VL)
+      store(s + j, vtanh(load(s + j) * (1.f / softcap)) * softcap);
+  vfloat tops = splat(s[0]);
+  for (int64_t j = 0; j + VL <= count; j += VL) tops = vmax(tops, load(s + j));
+  float top = hmax(tops);
+  for (int64_t j = count / VL * VL; j < count; ++j) top = std::max(top, s[j]);
+  vfloat total{};
+  for (int64_t j = 0; j < count; j += VL) {
+    const int n = int(std::min<int64_t>(VL, count - j));
+    vfloat e = vexp((n == VL ? load(s + j) : load(s + j, n)) - top);
+    if (n < VL) {
+      store(s + j, e, n);
+      e = load(s + j, n);
+    } else {
+      store(s + j, e);
     }
-    const int64_t at_partial = (m * a.heads + g * ratio + r) * a.chunks + c;
-    a.most[at_partial] = most, a.sum[at_partial] = hsum(sum);
+    total += e;
   }
-  const int64_t apart = a.chunks * partial_size(D);  // between heads
-  for (int64_t j = low, end; j < high; j = end) {
-    end = a.run_end(j, high);
-    const C *v = a.values + a.place(m, g, j),
-            *ahead = a.keys + a.place(m, g, std::min(j + DECODE_KEYS, position));
+  *max = top, *sum = hsum(total);
+}
+
+// The partials' O: the values weighted by `scores`, run by run
+template <class C>
+FASTLM_INLINE void weigh_chunk(const DecodeAttention<C>& a, const DecodeChunk& t, float* scores) {
+  const int64_t D = a.head_dim, apart = a.chunks * partial_size(D);  // between heads
+  for (int64_t j = t.low, end; j < t.high; j = end) {
+    end = a.run_end(j, t.high);
+    const int64_t next = std::min(j + DECODE_KEYS, a.lengths[t.m]);
+    const C *v = a.values + a.place(t.m, t.g, j), *ahead = a.keys + a.place(t.m, t.g, next);
     if constexpr (SCALED<C>)
-      scale_weights(scores + (j - low), a.value_scales + a.slot(m, g, j), ratio, end - j);
-    in_fours([&](auto R, int64_t r) {
-      const float* P = scores + r * DECODE_KEYS + (j - low);
-      float* O = a.partial(m, g * ratio + r, c);
+      scale_weights(scores + (j - t.low), a.value_scales + a.slot(t.m, t.g, j), t.ratio, end - j);
+    in_fours(t.ratio, [&](auto R, int64_t r) {
+      const float* P = scores + r * DECODE_KEYS + (j - t.low);
+      float* O = a.partial(t.m, t.g * t.ratio + r, t.c);
       if (D == 64)
-        weigh_values<R.value, 64>(P, v, ahead, end - j, D, j == low, O, apart);
+        weigh_values<R.value, 64>(P, v, ahead, end - j, D, j == t.low, O, apart);
       else
-        weigh_values<R.value, 0>(P, v, ahead, end - j, D, j == low, O, apart);
+        weigh_values<R.value, 0>(P, v, ahead, end - j, D, j == t.low, O, apart);
     });
   }
 }
 
+// The partials of a chunk. Without `begin_row`, the task with the newest key first writes that key
+// and value to the cache; `own_q`: room for the queries; `scores` (ratio, DECODE_KEYS).
+template <class C>
+void attend_chunk(const DecodeAttention<C>& a, int64_t m, int64_t g, int64_t c, float* own_q,
+                  float* scores) {
+  const DecodeChunk t(a, m, g, c);
+  if (t.high <= t.low) return;  // `combine` does not read the partial of an empty chunk
+  const float* q = a.q ? a.q + (m * a.heads + g * t.ratio) * query_size(a.head_dim) : own_q;
+  if (!a.q) {
+    if (t.high == a.length(m)) append(a, m, g, own_q);
+    prepare_queries(a, m, g, own_q);
+  }
+  chunk_scores(a, t, q, scores);
+  for (int64_t r = 0; r < t.ratio; ++r) {
+    const int64_t head_chunk = (m * a.heads + g * t.ratio + r) * a.chunks + c;
+    exponentials(scores + r * DECODE_KEYS, t.high - t.low, a.softcap, a.max + head_chunk,
+                 a.sum + head_chunk);
+  }
+  weigh_chunk(a, t, scores);
+}
+
 // Combines the partials of row m to its attention: out (heads, D)
 template <class C>
-void combine(const AttentionInputs<C>& a, int64_t m, float* out) {
+void combine(const DecodeAttention<C>& a, int64_t m, float* out) {
   const int64_t D = a.head_dim, first = a.first_key(m) / DECODE_KEYS,
                 end = a.lengths[m] / DECODE_KEYS + 1;
   for (int64_t h = 0; h < a.heads; ++h, out += D) {
-    const float *most = a.most + (m * a.heads + h) * a.chunks,
+    const float *max = a.max + (m * a.heads + h) * a.chunks,
                 *sum = a.sum + (m * a.heads + h) * a.chunks;
-    float top = most[first];
-    for (int64_t c = first + 1; c < end; ++c) top = std::max(top, most[c]);
+    float top = max[first];
+    for (int64_t c = first + 1; c < end; ++c) top = std::max(top, max[c]);
     // <= 1 also in lanes without a chunk, where a `top` far below 0 would give infinity; NaN stays
     const auto weights_at = [&](int64_t c, int count) {
-      return vexp(vmin(splat(0.f), load(most + c, count) - top));
+      return vexp(vmin(splat(0.f), load(max + c, count) - top));
     };
     vfloat total{};
     for (int64_t c = first; c < end; c += VL) {

@@ -23,10 +23,23 @@
 // pool of its own would spin on the cores where torch's threads spin. Only the end of the region,
 // once per step, waits for every thread.
 //
-// W is read once, in place; 16 of its rows are transposed, so that each lane computes one output
-// and no sum crosses lanes:
+// W is read from the memory once per step, in place; 16 of its rows are transposed, so that each
+// lane computes one output and no sum crosses lanes:
 //
 //   lane i of vector l   4 bytes of row n + i: columns [l * PER_LANE, ...)    x broadcast
+//
+//   W        once per step from the memory; with more rows of x than one pass takes, a tile again
+//            from the L2 (decode_linear.h)
+//   x        (M, K) is written once per phase and read by every tile, from the L1 or L2
+//   keys     once per step from the memory (decode_attention.h)
+//   logits   written once
+//
+// Index legend:
+//
+//   m   row of the step, a token: M (`rows`)    n   output of a linear, a row of W
+//   i   layer, or one of several linears        k   input of a linear, a column of W
+//   t   task of attention                       u   unit of a phase: a tile of 16 rows of W
+//   g, h, c, j   key head, query head, chunk, key (decode_attention.h)
 #include "cpu/base/gemm.h"
 #include "cpu/quantized/quantized_weight.h"
 //
@@ -40,7 +53,7 @@
 constexpr int64_t SPLIT_ROWS = 4;  // of x: from this many on, threads share their preparation
 
 struct DecodeWork {  // arrays of one step; everything is written before it is read
-  float *qkv, *q, *branch, *inner, *partials, *most, *sum;  // q: null without `split`
+  float *qkv, *q, *branch, *inner, *partials, *max, *sum;  // q: null without `split`
   float* streams[2];  // residual streams of two versions, for a thread that missed a phase
   struct Slot {       // what `prepare` makes: one, or one per thread
     float* stream;
@@ -77,7 +90,7 @@ inline int64_t lay_out(const DecodePlan& p, int64_t rows, int64_t longest, int t
   w.branch = a.take<float>(rows * p.hidden);
   w.inner = a.take<float>(rows * p.inner);
   w.partials = a.take<float>(rows * p.heads * chunks * partial_size(p.head_dim));
-  w.most = a.take<float>(rows * p.heads * chunks);
+  w.max = a.take<float>(rows * p.heads * chunks);
   w.sum = a.take<float>(rows * p.heads * chunks);
   const int64_t widest = std::max({p.hidden, q_width, p.inner}), runs = (widest + 7) / 8;
   const int64_t slots = split ? 1 : threads;
@@ -113,29 +126,38 @@ inline int64_t decode_workspace(const DecodePlan& p, int64_t rows, int64_t longe
   return lay_out(p, rows, longest, threads, rows >= SPLIT_ROWS, nullptr, w);
 }
 
-template <class C>
-struct DecodeStep {
-  const DecodePlan& p;
-  const DecodeWork& w;
+// A step's operands, checked (`decode_batch`).
+struct DecodeBatch {
   const int64_t *tokens, *lengths;  // lengths: cached tokens of each row, without the new one
   const int32_t* table;             // (rows, max_pages)
   const int64_t* wanted;            // rows whose logits are computed
-  int64_t rows, wanted_rows, max_pages, pages, page_size, shortest, longest;
-  bool chained;   // some row continues the one before it
-  C* cache;       // (layers, 2, pages, kv_heads, page_size, head_dim)
-  float* scales;  // of int8: (layers, 2, pages, kv_heads, page_size)
-  const float* const* rotary;
+  int64_t rows, wanted_rows, max_pages, pages, page_size;
+  int64_t shortest, longest;  // of all rows, with the new token
+  bool chained;               // some row continues the one before it
+  float* scales;              // of int8: (layers, 2, pages, kv_heads, page_size)
+  const float* rotary[16];    // cos, sin, cos, sin ..
   int64_t rotary_width[8];
   float* logits;
+
+  bool split() const { return rows >= SPLIT_ROWS || chained; }
+};
+
+template <class C>
+struct DecodeStep : DecodeBatch {
+  const DecodePlan& p;
+  const DecodeWork& w;
+  C* cache;  // (layers, 2, pages, kv_heads, page_size, head_dim)
   // one per thread
   int thread = 0;
   int prepared = -1, version = -1;  // the phase that the slot is for; additions in its stream
+
+  DecodeStep(const DecodeBatch& batch, const DecodePlan& p, const DecodeWork& w, C* cache)
+      : DecodeBatch(batch), p(p), w(w), cache(cache) {}
 
   enum Kind { QKV, ATTEND, OUT, GLU, DOWN, KINDS };  // phases of a layer; the head comes last
 
   DecodeWork::Slot& slot() const { return w.slots[split() ? 0 : thread]; }
   DecodeWork::Thread& own() const { return w.threads[thread]; }
-  bool split() const { return rows >= SPLIT_ROWS || chained; }
   // the work of every layer, then the head's; with SPLIT_ROWS, each after its preparation
   int works() const { return int(p.layers.size()) * KINDS + 1; }
 
@@ -263,10 +285,10 @@ struct DecodeStep {
       memcpy(row, stream, size_t(p.hidden) * sizeof(float));
   }
 
-  AttentionInputs<C> attention(size_t index) const {
+  DecodeAttention<C> attention(size_t index) const {
     const DecodeLayer& layer = p.layers[index];
     const int64_t slots = pages * p.kv_heads * page_size, plane = slots * p.head_dim;
-    AttentionInputs<C> a{};
+    DecodeAttention<C> a{};
     a.heads = p.heads, a.kv_heads = p.kv_heads, a.head_dim = p.head_dim;
     a.width = (p.heads + 2 * p.kv_heads) * p.head_dim;
     a.qkv = w.qkv, a.keys = cache + int64_t(index) * 2 * plane, a.values = a.keys + plane;
@@ -275,12 +297,12 @@ struct DecodeStep {
     a.table = table, a.max_pages = max_pages, a.page_size = page_size, a.lengths = lengths;
     a.shortest = shortest, a.longest = longest, a.window = layer.window;
     a.chunks = a.last_chunk() + 1, a.partials = w.partials;
-    a.most = w.most, a.sum = w.sum, a.q = w.q;
+    a.max = w.max, a.sum = w.sum, a.q = w.q;
     a.q_norm = layer.q_norm, a.k_norm = layer.k_norm, a.norm_whole = layer.norm_whole;
     a.eps = p.eps, a.scale = p.scale, a.softcap = p.softcap;
     if (layer.rotary >= 0) {
       a.cos = rotary[size_t(2 * layer.rotary)], a.sin = rotary[size_t(2 * layer.rotary + 1)];
-      a.turned = rotary_width[layer.rotary];
+      a.rotary_width = rotary_width[layer.rotary];
     }
     return a;
   }
@@ -296,7 +318,7 @@ struct DecodeStep {
         return all;
       }
       case ATTEND: {
-        const AttentionInputs<C> a = attention(i);
+        const DecodeAttention<C> a = attention(i);
         return rows * p.kv_heads * (a.last_chunk() + 1 - a.first_chunk());
       }
       case OUT:
@@ -336,12 +358,12 @@ struct DecodeStep {
       }
       case ATTEND: {
         if (!split()) return;  // the tasks do it
-        const AttentionInputs<C> a = attention(i);
+        const DecodeAttention<C> a = attention(i);
         for (int64_t t = from; t < to; ++t) begin_row(a, t / p.kv_heads, t % p.kv_heads, own().q);
         return;
       }
       case OUT: {
-        const AttentionInputs<C> attended = attention(i);
+        const DecodeAttention<C> attended = attention(i);
         return prepare({&layer.out}, from, to,
                        [&](int64_t m, float*, float* row) { combine(attended, m, row); });
       }
@@ -369,7 +391,7 @@ struct DecodeStep {
         return project(qkv, parts, from, to, w.qkv, (p.heads + 2 * p.kv_heads) * p.head_dim);
       }
       case ATTEND: {
-        const AttentionInputs<C> a = attention(i);
+        const DecodeAttention<C> a = attention(i);
         const int64_t first = a.first_chunk(), chunks = a.last_chunk() + 1 - first;
         for (int64_t t = from; t < to; ++t) {
           if (chained)  // rows of a sequence after each other, for their keys in the L1
@@ -399,99 +421,135 @@ void check_range(const char* argument, const T* x, int64_t count, int64_t end) {
                                   std::to_string(end) + "), got " + std::to_string(x[i]));
 }
 
-// tokens (M) int64; lengths (M) int64: cached tokens of each row; table (M, max_pages) int32: its
-// pages in order, none of which another sequence's row writes to; cache (layers, 2, pages, kv_heads,
-// page_size, head_dim), where each row's next key and value are written; scales, of an int8 cache,
-// (layers, 2, pages, kv_heads, page_size) float32; rotary: cos, sin, cos, sin .. (positions, R)
-// float32; wanted (L) int64: rows; logits (L, V) float32, theirs. Rows of one sequence follow each
-// other, in order: a row continues the one before it where it has one more cached token and the page
-// that the one before writes to.
-inline void decode_step(const DecodePlan& p, const TensorView& tokens, const TensorView& lengths,
-                        const TensorView& table, const TensorView& cache,
-                        const OptionalTensor& scales, const std::vector<TensorView>& rotary,
-                        const TensorView& workspace, const TensorView& wanted,
-                        const TensorView& logits) {
-  const int64_t rows = tokens.numel(), wanted_rows = wanted.numel(), pages = cache.size(2),
-                page_size = cache.size(4);
-  if (rows == 0) return;
+// Throws where an operand does not have the plan's or the others' sizes. Values are checked in
+// `decode_batch`.
+inline void check_decode_sizes(const DecodePlan& p, const TensorView& tokens,
+                               const TensorView& lengths, const TensorView& table,
+                               const TensorView& cache, const TensorView& wanted,
+                               const TensorView& logits) {
   check_contiguous("tokens", tokens), check_contiguous("lengths", lengths);
   check_contiguous("table", table), check_contiguous("cache", cache);
   check_contiguous("wanted", wanted), check_contiguous("logits", logits);
   check_size("cache", "layers:", int64_t(p.layers.size()), cache.size(0));
   check_size("cache", "heads:", p.kv_heads, cache.size(3));
   check_size("cache", "features:", p.head_dim, cache.size(5));
+  check_size("lengths", "elements:", tokens.numel(), lengths.numel());
+  check_size("table", "rows:", tokens.numel(), table.size(0));
+  check_size("logits", "elements:", wanted.numel() * p.head.n, logits.numel());
+  if (table.size(1) > 1 && cache.size(4) % 16)  // runs of scores are stored as whole vectors
+    throw std::invalid_argument("cache: wanted pages of a multiple of 16 tokens, got " +
+                                std::to_string(cache.size(4)));
+}
+
+// The scales of an int8 cache, null for another.
+inline float* checked_scales(const DecodePlan& p, const TensorView& cache,
+                             const OptionalTensor& scales) {
   const bool scaled = cache.dtype() == DType::i8;
   if (scales.has_value() != scaled)
     throw std::invalid_argument(std::string("scales: wanted ") + (scaled ? "those" : "none") +
                                 " of a cache of " + name(cache.dtype()) + ", got " +
                                 (scaled ? "none" : "some"));
-  if (scales) {
-    check_contiguous("scales", *scales);
-    check_size("scales", "elements:", cache.numel() / p.head_dim, scales->numel());
-  }
-  check_size("lengths", "elements:", rows, lengths.numel());
-  check_size("table", "rows:", rows, table.size(0));
-  check_size("logits", "elements:", wanted_rows * p.head.n, logits.numel());
-  const int64_t max_pages = table.size(1);
-  if (max_pages > 1 && page_size % 16)  // runs of scores are stored as whole vectors
-    throw std::invalid_argument("cache: wanted pages of a multiple of 16 tokens, got " +
-                                std::to_string(page_size));
-  if (rotary.size() > 16) throw std::invalid_argument("rotary: wanted at most 8 pairs of tables");
-  const int64_t *ids = tokens.data<int64_t>("tokens"), *cached = lengths.data<int64_t>("lengths");
-  const int32_t* page_of = table.data<int32_t>("table");
-  const int64_t* rows_of_logits = wanted.data<int64_t>("wanted");
-  check_range("tokens", ids, rows, p.embedding.n);
-  check_range("wanted", rows_of_logits, wanted_rows, rows);
-  if (!std::is_sorted(rows_of_logits, rows_of_logits + wanted_rows, std::less_equal<int64_t>{}))
+  if (!scales) return nullptr;
+  check_contiguous("scales", *scales);
+  check_size("scales", "elements:", cache.numel() / p.head_dim, scales->numel());
+  return scales->data<float>("scales");
+}
+
+// Throws where a token, a length or a page that will be read is out of range.
+inline void check_decode_values(const DecodePlan& p, const DecodeBatch& s) {
+  check_range("tokens", s.tokens, s.rows, p.embedding.n);
+  check_range("wanted", s.wanted, s.wanted_rows, s.rows);
+  if (!std::is_sorted(s.wanted, s.wanted + s.wanted_rows, std::less_equal<int64_t>{}))
     throw std::invalid_argument("wanted: wanted rows in order, each once");
-  check_range("lengths", cached, rows, max_pages * page_size);
-  for (int64_t m = 0; m < rows; ++m)  // later entries are not read
-    check_range("table", page_of + m * max_pages, cached[m] / page_size + 1, pages);
-  bool chained = false;
-  for (int64_t m = 1; m < rows && !chained; ++m) {  // the page that a row writes to is its own
-    const int64_t page = cached[m - 1] / page_size;
-    chained = cached[m] == cached[m - 1] + 1 &&
-              page_of[m * max_pages + page] == page_of[(m - 1) * max_pages + page];
+  check_range("lengths", s.lengths, s.rows, s.max_pages * s.page_size);
+  for (int64_t m = 0; m < s.rows; ++m)  // later entries are not read
+    check_range("table", s.table + m * s.max_pages, s.lengths[m] / s.page_size + 1, s.pages);
+}
+
+// Whether some row continues the one before it: it has one more cached token, and the page that the
+// one before writes to.
+inline bool is_chained(const DecodeBatch& s) {
+  for (int64_t m = 1; m < s.rows; ++m) {  // the page that a row writes to is its own
+    const int64_t page = s.lengths[m - 1] / s.page_size;
+    if (s.lengths[m] == s.lengths[m - 1] + 1 &&
+        s.table[m * s.max_pages + page] == s.table[(m - 1) * s.max_pages + page])
+      return true;
   }
-  const int64_t shortest = *std::min_element(cached, cached + rows) + 1,
-                longest = *std::max_element(cached, cached + rows) + 1;
-  const int threads = omp_get_max_threads();
-  DecodeWork work;
-  const bool split = rows >= SPLIT_ROWS || chained;
-  const int64_t bytes = lay_out(p, rows, longest, threads, split, nullptr, work);
-  char* base = reinterpret_cast<char*>(workspace.data<uint8_t>("workspace"));
-  char* aligned = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(base) + 63) / 64 * 64);
-  if (aligned - base + bytes > workspace.numel())
-    throw std::invalid_argument("workspace: wanted " + std::to_string(bytes + 64) + " bytes, got " +
-                                std::to_string(workspace.numel()));
-  lay_out(p, rows, longest, threads, split, aligned, work);
-  const float* tables[16] = {};
-  int64_t widths[8] = {};
+  return false;
+}
+
+// The tables of the rotary embedding, of which every layer that has one needs a pair.
+inline void add_rotary(const DecodePlan& p, const std::vector<TensorView>& rotary, DecodeBatch& s) {
+  if (rotary.size() > 16) throw std::invalid_argument("rotary: wanted at most 8 pairs of tables");
   for (size_t i = 0; i < rotary.size(); ++i) {
     check_contiguous("rotary", rotary[i]);
-    if (rotary[i].size(0) < longest)
-      throw std::invalid_argument("rotary: wanted tables of at least " + std::to_string(longest) +
+    if (rotary[i].size(0) < s.longest)
+      throw std::invalid_argument("rotary: wanted tables of at least " + std::to_string(s.longest) +
                                   " positions, got " + std::to_string(rotary[i].size(0)));
-    tables[i] = rotary[i].data<float>("rotary");
-    widths[i / 2] = rotary[i].size(1);
-    if (widths[i / 2] > p.head_dim) check_size("rotary", "columns:", p.head_dim, widths[i / 2]);
+    s.rotary[i] = rotary[i].data<float>("rotary");
+    const int64_t width = s.rotary_width[i / 2] = rotary[i].size(1);
+    if (width > p.head_dim) check_size("rotary", "columns:", p.head_dim, width);
   }
   for (const DecodeLayer& layer : p.layers)
     if (layer.rotary >= int64_t(rotary.size() / 2))
       throw std::invalid_argument("rotary: wanted tables for every layer, got " +
                                   std::to_string(rotary.size() / 2) + " pairs");
-  float* out = logits.data<float>("logits");
-  float* of_codes = scales ? scales->data<float>("scales") : nullptr;
+}
+
+inline DecodeBatch decode_batch(const DecodePlan& p, const TensorView& tokens,
+                                const TensorView& lengths, const TensorView& table,
+                                const TensorView& cache, const OptionalTensor& scales,
+                                const std::vector<TensorView>& rotary, const TensorView& wanted,
+                                const TensorView& logits) {
+  check_decode_sizes(p, tokens, lengths, table, cache, wanted, logits);
+  DecodeBatch s{};
+  s.scales = checked_scales(p, cache, scales);
+  s.rows = tokens.numel(), s.wanted_rows = wanted.numel(), s.max_pages = table.size(1);
+  s.pages = cache.size(2), s.page_size = cache.size(4);
+  s.tokens = tokens.data<int64_t>("tokens"), s.lengths = lengths.data<int64_t>("lengths");
+  s.table = table.data<int32_t>("table"), s.wanted = wanted.data<int64_t>("wanted");
+  s.logits = logits.data<float>("logits");
+  check_decode_values(p, s);
+  s.chained = is_chained(s);
+  s.shortest = *std::min_element(s.lengths, s.lengths + s.rows) + 1;
+  s.longest = *std::max_element(s.lengths, s.lengths + s.rows) + 1;
+  add_rotary(p, rotary, s);
+  return s;
+}
+
+// The arrays of a step, in `workspace`.
+inline DecodeWork decode_work(const DecodePlan& p, const DecodeBatch& s, int threads,
+                              const TensorView& workspace) {
+  DecodeWork work;
+  const int64_t bytes = lay_out(p, s.rows, s.longest, threads, s.split(), nullptr, work);
+  char* base = reinterpret_cast<char*>(workspace.data<uint8_t>("workspace"));
+  char* aligned = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(base) + 63) / 64 * 64);
+  if (aligned - base + bytes > workspace.numel())
+    throw std::invalid_argument("workspace: wanted " + std::to_string(bytes + 64) + " bytes, got " +
+                                std::to_string(workspace.numel()));
+  lay_out(p, s.rows, s.longest, threads, s.split(), aligned, work);
+  return work;
+}
+
+// tokens (M) int64; lengths (M) int64: cached tokens of each row; table (M, max_pages) int32: its
+// pages in order, none of which another sequence's row writes to; cache (layers, 2, pages, kv_heads,
+// page_size, head_dim), where each row's next key and value are written; scales, of an int8 cache,
+// (layers, 2, pages, kv_heads, page_size) float32; rotary: cos, sin, cos, sin .. (positions, R)
+// float32; wanted (L) int64: rows; logits (L, V) float32, theirs. Rows of one sequence follow each
+// other, in order.
+inline void decode_step(const DecodePlan& p, const TensorView& tokens, const TensorView& lengths,
+                        const TensorView& table, const TensorView& cache,
+                        const OptionalTensor& scales, const std::vector<TensorView>& rotary,
+                        const TensorView& workspace, const TensorView& wanted,
+                        const TensorView& logits) {
+  if (tokens.numel() == 0) return;
+  const DecodeBatch batch =
+      decode_batch(p, tokens, lengths, table, cache, scales, rotary, wanted, logits);
+  const int threads = omp_get_max_threads();
+  const DecodeWork work = decode_work(p, batch, threads, workspace);
   const auto run = [&](auto tag) {
     using C = decltype(tag);
-    DecodeStep<C> step{p,        work,        ids,
-                       cached,   page_of,     rows_of_logits,
-                       rows,     wanted_rows, max_pages,
-                       pages,    page_size,   shortest,
-                       longest,  chained,     cache.data<C>("cache"),
-                       of_codes, tables,      {},
-                       out};
-    std::copy(widths, widths + 8, step.rotary_width);
+    DecodeStep<C> step(batch, p, work, cache.data<C>("cache"));
     Phases phases(step);
 #pragma omp parallel num_threads(threads) firstprivate(step)
     {
@@ -500,7 +558,7 @@ inline void decode_step(const DecodePlan& p, const TensorView& tokens, const Ten
       phases.work(step, omp_get_num_threads());
     }
   };
-  if (scaled)
+  if (cache.dtype() == DType::i8)
     run(int8_t{});
   else
     with_float(cache.dtype(), "cache", run);
