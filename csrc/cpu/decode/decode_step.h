@@ -240,7 +240,7 @@ struct DecodeStep : DecodeBatch {
   void project_glu(const DecodeLayer& layer, int64_t from, int64_t to) {
     const DecodeLinear* const both[] = {&layer.gate, &layer.up};
     float *gate = own().out, *up = gate + rows * DECODE_TILE;
-    const int act = p.act == "silu" ? 0 : p.act == "gelu_tanh" ? 1 : 2;
+    const int act = p.act == "silu" ? 0 : p.act == "gelu_tanh" ? 1 : p.act == "gelu" ? 2 : 3;
     for (int64_t u = from; u < to; ++u) {
       const int64_t n = u * DECODE_TILE, width = std::min(DECODE_TILE, layer.gate.n - n);
       tile_product(layer.gate, n, slot().x, 0, rows, own().panel, gate);
@@ -255,7 +255,9 @@ struct DecodeStep : DecodeBatch {
     if (act == 0) return x * vsigmoid(x);
     if (act == 1)
       return x * 0.5f * (1.f + vtanh((x + x * x * x * 0.044715f) * 0.7978845608028654f));
-    return x * 0.5f * (1.f + verf(x * 0.7071067811865476f));
+    if (act == 2) return x * 0.5f * (1.f + verf(x * 0.7071067811865476f));
+    const vfloat positive = vmax(splat(0.f), x);  // relu2
+    return positive * positive;
   }
 
   void project_head(int64_t from, int64_t to) {
