@@ -32,35 +32,38 @@ def _fits(device: torch.device, rows: int, width: int, v_width: int, size: int) 
 def _aligned(t: Tensor, size: int) -> bool:
     """Whether every row of `dense(t)` begins at a multiple of `size` bytes."""
     each = t.element_size()
-    if t.stride(-1) != 1 and t.shape[-1] > 1:  # the copy is contiguous
-        return t.shape[-1] * each % size == 0
-    if t.data_ptr() % size:
-        return False
     if t.is_contiguous():
-        return t.shape[-1] * each % size == 0
-    return all(n == 1 or s * each % size == 0 for n, s in zip(t.shape[:-1], t.stride()))
-
-
-def _rows_of_key_head(q: Tensor, k: Tensor) -> int:
-    """Queries, times the heads that share a key head."""
-    return q.shape[1] * (q.shape[2] // k.shape[2])
+        return t.data_ptr() % size == 0 and t.shape[-1] * each % size == 0
+    strides, shape = t.stride(), t.shape
+    if strides[-1] != 1 and shape[-1] > 1:  # the copy is contiguous
+        return shape[-1] * each % size == 0
+    return t.data_ptr() % size == 0 and all(
+        [n == 1 or s * each % size == 0 for n, s in zip(shape[:-1], strides)]
+    )
 
 
 def _in_whole_copies(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether matrix instructions can load q, k and v."""
-    return q.element_size() == 2 and all(
-        t.shape[-1] * t.element_size() % _COPY == 0 and _aligned(t, _COPY) for t in (k, v)
+    size = k.element_size()
+    return (
+        q.element_size() == 2
+        and q.shape[-1] * size % _COPY == 0
+        and v.shape[-1] * size % _COPY == 0
+        and _aligned(k, _COPY)
+        and _aligned(v, _COPY)
     )
 
 
 def _holds(q: Tensor, k: Tensor, v: Tensor, *_) -> bool:
-    rows, width, v_width = _rows_of_key_head(q, k), q.shape[-1], v.shape[-1]
+    _, queries, heads, width = q.shape
+    rows, v_width = queries * (heads // k.shape[2]), v.shape[3]
     size = k.element_size()
     limits = constants()
     if (
         # more rows of one query use matrix instructions in groups
-        (rows > limits.PAGED_MMA_ROWS and q.shape[1] > 1)
-        or max(width, v_width) > limits.PAGED_MAX_WIDTH
+        (rows > limits.PAGED_MMA_ROWS and queries > 1)
+        or width > limits.PAGED_MAX_WIDTH
+        or v_width > limits.PAGED_MAX_WIDTH
         or width % 8
         or v_width % 8
         or k.dtype != v.dtype  # one of them int8
@@ -80,12 +83,15 @@ SERVES = Serves(  # the limits of csrc/cuda/ops.h, which a machine without the e
 )
 
 
-def _rows_of_a_block(q: Tensor, k: Tensor, v: Tensor) -> int:
+def _rows_of_a_block(rows: int, q: Tensor, k: Tensor, v: Tensor) -> int:
     """The rows that a unit has at a time (csrc/cuda/ops.h): by dot products, or by matrix
-    instructions. The arguments are those that `_holds`."""
-    rows, by_dots = _rows_of_key_head(q, k), constants().PAGED_DOT_ROWS
-    if rows <= by_dots or (rows <= _MOST_DOT_ROWS and not _in_whole_copies(q, k, v)):
-        return 1 if rows == 1 else by_dots
+    instructions. The arguments, with so many `rows` per key head, are those that `_holds`."""
+    at_once = constants().PAGED_DOT_ROWS
+    by_dots = rows <= at_once or q.element_size() == 4
+    if not by_dots and rows <= _MOST_DOT_ROWS and k.element_size() == 1:
+        by_dots = not _in_whole_copies(q, k, v)  # a cache of 16 bits is
+    if by_dots:
+        return 1 if rows == 1 else at_once
     return _rows_of_tile(rows)
 
 
@@ -103,9 +109,9 @@ def paged_attention(
     alibi_slopes: Tensor | None, bias: Tensor | None, options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     q, k_cache, v_cache = elements_last(q, k_cache, v_cache)
-    rows = _rows_of_a_block(q, k_cache, v_cache)
     batch, queries, heads, _ = q.shape
-    v_width = v_cache.shape[3]
+    per_head, v_width = queries * (heads // k_cache.shape[2]), v_cache.shape[3]
+    rows = _rows_of_a_block(per_head, q, k_cache, v_cache)
     out = q.new_empty(batch, queries, heads, v_width)
     lse = q.new_empty(batch, heads, queries, dtype=torch.float32)
     if lse.numel() == 0:
