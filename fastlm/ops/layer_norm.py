@@ -37,18 +37,17 @@ def layer_norm(
             dtype or device.
     """
     try:
-        if not x.is_floating_point() or x.dim() == 0 or x.shape[-1] == 0:
+        width = x.shape[-1:]
+        if not x.is_floating_point() or not width or width[0] == 0:
             raise InputError(f"x: expected floats (..., H), H >= 1, got {x.dtype} {tuple(x.shape)}")
-        for name, parameter in (("weight", weight), ("bias", bias)):
-            if parameter is not None and (
-                parameter.shape != x.shape[-1:]
-                or parameter.device != x.device
-                or not parameter.is_floating_point()
-            ):
-                raise InputError(
-                    f"{name}: expected floats ({x.shape[-1]},) on {x.device} as x {tuple(x.shape)},"
-                    f" got {parameter.dtype} {tuple(parameter.shape)} on {parameter.device}"
-                )
+        if weight is not None and (
+            weight.shape != width or weight.device != x.device or not weight.is_floating_point()
+        ):
+            raise _does_not_fit("weight", weight, x)
+        if bias is not None and (
+            bias.shape != width or bias.device != x.device or not bias.is_floating_point()
+        ):
+            raise _does_not_fit("bias", bias, x)
         if residual is not None and (
             residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device
         ):
@@ -68,6 +67,13 @@ def layer_norm(
                 f" dimension of x is normalised), got {weight!r:.40}"
             ) from None
         raise explained(error, layer_norm, locals()) from None
+
+
+def _does_not_fit(name: str, parameter: Tensor, x: Tensor) -> InputError:
+    return InputError(
+        f"{name}: expected floats ({x.shape[-1]},) on {x.device} as x {tuple(x.shape)},"
+        f" got {parameter.dtype} {tuple(parameter.shape)} on {parameter.device}"
+    )
 
 
 _backward = declare(reference.layer_norm_backward, "cpu triton", chosen_by="h")

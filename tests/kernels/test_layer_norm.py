@@ -73,8 +73,9 @@ def check(x, weight, bias, residual, dy, dh, eps=1e-5):
         truth["dresidual"] = truth["dx"]
     assert mine.keys() == plain.keys() == truth.keys()
     # dx may cancel (entirely if H = 1), the others are sums over rows: compare with their terms
-    rstd = (h.var(-1, correction=0, keepdim=True) + eps).rsqrt()
-    z = (h - h.mean(-1, keepdim=True)) * rstd
+    z = h - h.mean(-1, keepdim=True)
+    rstd = (z.square().mean(-1, keepdim=True) + eps).rsqrt()
+    z = z * rstd
     g = dy.double() * (1 if weight is None else weight.double())
     sums = {"dweight": dy.double() * z, "dbias": dy.double()}
     terms = {k: t.square().reshape(-1, h.shape[-1]).sum(0).sqrt() for k, t in sums.items()}
