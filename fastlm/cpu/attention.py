@@ -72,7 +72,8 @@ def run_backward(
     if not (sinks is alibi_slopes is bias is seed is None):
         extras = _float(sinks), _float(alibi_slopes), bias, seed
         if sinks is not None:
-            sequences = q.shape[0] if layout is None else layout[0].shape[0] - 1
+            cu_seqlens_q = None if layout is None else layout[0]
+            sequences = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
             dsinks = lse.new_empty(sequences, q.shape[1])
         if bias is not None and need_bias:
             dbias = lse.new_zeros(bias.shape)

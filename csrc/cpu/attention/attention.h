@@ -83,8 +83,7 @@ int64_t backward(const AttentionInputs& in, const TensorView& dout, const Tensor
   const OptionalTensor& dbias = gradients.dbias;
   const bool few_rows = are_few(s, lengths) && !dbias;
   if (!memory && !few_rows)
-    return workspace_floats(bytes_of_problems<T, T>(s) +
-                            bytes_of_backward<T>(s, lengths, bool(dbias)));
+    return workspace_floats(bytes_of_problems<T, T>(s) + bytes_of_backward<T>(s, lengths));
   for (const TensorView* t : {&gradients.dq, &gradients.dk, &gradients.dv}) prefer_huge_pages(*t);
   if (memory) prefer_huge_pages(*memory);
   Workspace workspace = memory ? Workspace(*memory) : Workspace();

@@ -178,13 +178,13 @@ inline int64_t parts_of_dq(const Shape& s, const Lengths& lengths) {
   return spans > 1 ? spans * lengths.all_rows * s.H * round_up(s.D, VL) : 0;
 }
 
-// Bytes of the workspace of `backward_all` and, with a bias that needs a gradient, `backward_bias`.
+// Bytes of the workspace of `backward_all` and `backward_bias`, whether the bias needs a gradient or
+// not: half as many, and glibc returned freed memory to the system in every call (docs/log.md).
 template <class T>
-int64_t bytes_of_backward(const Shape& s, const Lengths& lengths, bool bias) {
-  int64_t each = sizes_of<T>(s, lengths).bytes(s);
-  if (bias) each = std::max(each, sizes_for_bias<T>(s, lengths).bytes(s));
+int64_t bytes_of_backward(const Shape& s, const Lengths& lengths) {
   return round_up(parts_of_dq(s, lengths) * int64_t(sizeof(float)), 64) +
-         omp_get_max_threads() * each;
+         omp_get_max_threads() *
+             std::max(sizes_of<T>(s, lengths).bytes(s), sizes_for_bias<T>(s, lengths).bytes(s));
 }
 
 template <class T>
