@@ -1,7 +1,7 @@
 // Softmax attention, forward and backward, dense, packed and paged. Body of attention.cpp; the
 // options and their order are in fastlm/ops/attention.py.
 //
-//   attention_problem.h   where the sequences lie; which keys a row sees
+//   attention_sequence.h   where the sequences lie; which keys a row sees
 //   attention_scores.h    softcap, ALiBi, bias, dropout on a row of scores
 //   attention_forward.h   blocks of queries against blocks of packed keys (training, prefill)
 //   attention_chunks.h    a few queries against a long cache, which is read once, in place
@@ -26,33 +26,33 @@ inline int64_t workspace_floats(int64_t bytes) { return bytes ? (bytes + 64 + 3)
 template <class T, class C>
 int64_t forward(const AttentionInputs& in, const TensorView& out, const TensorView& lse,
                 const TensorView* memory) {
-  const Shape s = shape_of(in, out, lse);
-  const Options o = options_of(in);
+  const AttentionShape s = shape_of(in, out, lse);
+  const ScoreOptions o = score_options(in);
   if (s.B == 0) return 0;
-  const Sequences sequences(in, s);
-  const Lengths lengths(s, sequences);
+  const SequenceOffsets offsets(in, s);
+  const SequenceLengths lengths(s, offsets);
   const ChunkSizes chunks(s, lengths);
   const bool by_chunks = decodes(s, o, lengths.most_q);
   if (!memory) {
-    const int64_t bytes = bytes_of_problems<T, C>(s) +
+    const int64_t bytes = bytes_of_sequences<T, C>(s) +
                           (by_chunks ? chunks.bytes() : bytes_by_blocks<T, C>(s, lengths));
     if (bytes) return workspace_floats(bytes);
   }
   prefer_huge_pages(out);
   if (memory) prefer_huge_pages(*memory);
   Workspace workspace = memory ? Workspace(*memory) : Workspace();
-  Problem<T, C> few[FEW_SEQUENCES];
-  auto* problems = s.B <= FEW_SEQUENCES ? few : workspace.take<Problem<T, C>>(s.B);
-  make_problems(in, s, sequences, problems);
+  AttentionSequence<T, C> few[FEW_SEQUENCES];
+  auto* sequences = s.B <= FEW_SEQUENCES ? few : workspace.take<AttentionSequence<T, C>>(s.B);
+  make_sequences(in, s, offsets, sequences);
   const AttentionLayout& of = in.layout;
   const float* k_scale = of.k_scale ? of.k_scale->data<float>("k_scale") : nullptr;
   const float* v_scale = of.v_scale ? of.v_scale->data<float>("v_scale") : nullptr;
   T* p_out = out.data<T>("out");
   float* p_lse = lse.data<float>("lse");
   if (by_chunks)
-    forward_by_chunks(s, o, problems, chunks, k_scale, v_scale, p_out, p_lse, workspace);
+    forward_by_chunks(s, o, sequences, chunks, k_scale, v_scale, p_out, p_lse, workspace);
   else
-    forward_by_blocks(s, o, problems, lengths, k_scale, v_scale, p_out, p_lse, workspace);
+    forward_by_blocks(s, o, sequences, lengths, k_scale, v_scale, p_out, p_lse, workspace);
   return 0;
 }
 
@@ -76,21 +76,21 @@ template <class T>
 int64_t backward(const AttentionInputs& in, const TensorView& dout, const TensorView* dlse,
                  const TensorView& out, const TensorView& lse, const AttentionGradients& gradients,
                  const TensorView* memory) {
-  const Shape s = shape_of(in, out, lse);
-  const Options o = options_of(in);
-  const Sequences sequences(in, s);
-  const Lengths lengths(s, sequences);
+  const AttentionShape s = shape_of(in, out, lse);
+  const ScoreOptions o = score_options(in);
+  const SequenceOffsets offsets(in, s);
+  const SequenceLengths lengths(s, offsets);
   const OptionalTensor& dbias = gradients.dbias;
   const bool few_rows = are_few(s, lengths) && !dbias;
   if (!memory && !few_rows)
-    return workspace_floats(bytes_of_problems<T, T>(s) + bytes_of_backward<T>(s, lengths));
+    return workspace_floats(bytes_of_sequences<T, T>(s) + bytes_of_backward<T>(s, lengths));
   for (const TensorView* t : {&gradients.dq, &gradients.dk, &gradients.dv}) prefer_huge_pages(*t);
   if (memory) prefer_huge_pages(*memory);
   Workspace workspace = memory ? Workspace(*memory) : Workspace();
-  Problem<T, T> few[FEW_SEQUENCES];
-  auto* problems = s.B <= FEW_SEQUENCES ? few : workspace.take<Problem<T, T>>(s.B);
-  make_problems(in, s, sequences, problems);
-  Gradients grad{};
+  AttentionSequence<T, T> few[FEW_SEQUENCES];
+  auto* sequences = s.B <= FEW_SEQUENCES ? few : workspace.take<AttentionSequence<T, T>>(s.B);
+  make_sequences(in, s, offsets, sequences);
+  GradientStrides grad{};
   const auto rows = [&](const TensorView& t) {
     return s.packed ? strides_of(t, -1, 1, 0) : strides_of(t, 0, 1, 2);
   };
@@ -106,11 +106,11 @@ int64_t backward(const AttentionInputs& in, const TensorView& dout, const Tensor
   T *dq = gradients.dq.data<T>("dq"), *dk = gradients.dk.data<T>("dk"),
     *dv = gradients.dv.data<T>("dv");
   if (few_rows) {
-    backward_few(s, o, grad, problems, p_dout, p_out, p_lse, dq, dk, dv);
+    backward_few(s, o, grad, sequences, p_dout, p_out, p_lse, dq, dk, dv);
     return 0;
   }
-  backward_all(s, o, grad, problems, p_dout, p_out, p_lse, dq, dk, dv, lengths, workspace);
-  if (dbias) backward_bias(s, o, grad, problems, p_dout, p_out, p_lse, *dbias, lengths, workspace);
+  backward_all(s, o, grad, sequences, p_dout, p_out, p_lse, dq, dk, dv, lengths, workspace);
+  if (dbias) backward_bias(s, o, grad, sequences, p_dout, p_out, p_lse, *dbias, lengths, workspace);
   return 0;
 }
 

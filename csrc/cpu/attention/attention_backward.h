@@ -19,7 +19,7 @@ constexpr int64_t BK = 128;       // keys a block: two fp32 tiles of 64 KiB and 
 constexpr int64_t SPAN = 512;     // keys per task when there are fewer than MIN_TASKS heads
 constexpr int64_t MIN_TASKS = 8;  // key heads x sequences that keep the cores of one socket busy
 
-FASTLM_INLINE int64_t spans_of(const Shape& s, const Lengths& lengths) {
+FASTLM_INLINE int64_t spans_of(const AttentionShape& s, const SequenceLengths& lengths) {
   return s.B * s.Hkv >= MIN_TASKS ? 1 : std::max<int64_t>(1, (lengths.most_k + SPAN - 1) / SPAN);
 }
 
@@ -29,14 +29,14 @@ constexpr int64_t FEW = 8;             // queries and keys
 constexpr int64_t FEW_WIDE = 256;      // D and Dv
 constexpr int64_t FEW_WORK = 1 << 18;  // products; more are worth waking all threads
 
-FASTLM_INLINE bool are_few(const Shape& s, const Lengths& lengths) {
+FASTLM_INLINE bool are_few(const AttentionShape& s, const SequenceLengths& lengths) {
   const int64_t most_q = lengths.most_q, most_k = lengths.most_k;
   return s.B <= FEW_SEQUENCES && most_q <= FEW && most_k <= FEW && s.D <= FEW_WIDE &&
          s.Dv <= FEW_WIDE && s.B * s.H * most_q * most_k * (s.D + s.Dv) <= FEW_WORK;
 }
 
-struct Gradients {
-  Strides dq, dk, dv, dout, dlse;
+struct GradientStrides {
+  HeadStrides dq, dk, dv, dout, dlse;
   const float* dlse_p;  // (B, H, S) or (H, total_q), or null
   float* dsinks;        // (B, H), summed over B by the caller, or null
 };
@@ -44,10 +44,11 @@ struct Gradients {
 // In place, for row i: scores s become P after dropout, dP becomes dS (the gradient of the scaled
 // scores; of the biased ones when `for_bias`).
 template <class T, class C>
-inline void backward_row(const Shape& s, const Options& o, const Problem<T, C>& p, int64_t b,
-                         int64_t h, int64_t i, int64_t j0, int64_t n, float lse, float delta,
-                         bool for_bias, float* x, float* dp, float* factor, float* slope) {
-  const Span see = s.span(i, p.queries, p.keys);
+inline void backward_row(const AttentionShape& s, const ScoreOptions& o,
+                         const AttentionSequence<T, C>& p, int64_t b, int64_t h, int64_t i,
+                         int64_t j0, int64_t n, float lse, float delta, bool for_bias, float* x,
+                         float* dp, float* factor, float* slope) {
+  const KeySpan see = s.span(i, p.queries, p.keys);
   const int64_t stop = round_up(n, VL), first = std::clamp<int64_t>(see.first - j0, 0, stop),
                 end = std::clamp<int64_t>(see.end - j0, 0, n);
   const bool plain = o.plain();
@@ -142,14 +143,14 @@ void store_rows(const float* in, int64_t ld, int64_t n, int64_t D, float scale, 
 template <class E>
 struct BackwardSizes {
   int64_t keys, queries, D, Dv, D_wide, k_panels, v_panels, k_rows, q_columns, dO_columns, q, dO;
-  BackwardSizes(const Shape& s, int64_t most_queries, int64_t most_keys, bool direct)
+  BackwardSizes(const AttentionShape& s, int64_t most_queries, int64_t most_keys, bool direct)
       : keys(round_up(most_keys, BK)), queries(round_up(most_queries, BQ)) {
     D = padded_k<E>(s.D), Dv = padded_k<E>(s.Dv), D_wide = round_up(s.D, VL);
     k_panels = keys * D, v_panels = keys * Dv, k_rows = keys * D_wide;
     q_columns = s.D * queries, dO_columns = s.Dv * queries;
     q = direct && D == s.D ? 0 : BQ * D, dO = direct && Dv == s.Dv ? 0 : BQ * Dv;
   }
-  int64_t bytes(const Shape& s) const {
+  int64_t bytes(const AttentionShape& s) const {
     int64_t n = 0;
     for (int64_t e :
          {k_panels, v_panels, k_rows, q_columns, dO_columns, q, dO, BQ * BK, BQ * BK, BQ * BK})
@@ -161,19 +162,19 @@ struct BackwardSizes {
 };
 
 template <class T>
-BackwardSizes<Elem<T>> sizes_of(const Shape& s, const Lengths& lengths) {
+BackwardSizes<Elem<T>> sizes_of(const AttentionShape& s, const SequenceLengths& lengths) {
   return {s, lengths.most_q, spans_of(s, lengths) == 1 ? lengths.most_k : SPAN,
           std::is_same_v<Elem<T>, T>};
 }
 
 // Sizes of a task of `backward_bias`, which takes one block of keys at a time.
 template <class T>
-BackwardSizes<Elem<T>> sizes_for_bias(const Shape& s, const Lengths& lengths) {
+BackwardSizes<Elem<T>> sizes_for_bias(const AttentionShape& s, const SequenceLengths& lengths) {
   return {s, lengths.most_q, BK, std::is_same_v<Elem<T>, T>};
 }
 
 // With several spans, the dq of each: spans x rows of all queries x H x padded D floats.
-inline int64_t parts_of_dq(const Shape& s, const Lengths& lengths) {
+inline int64_t parts_of_dq(const AttentionShape& s, const SequenceLengths& lengths) {
   const int64_t spans = spans_of(s, lengths);
   return spans > 1 ? spans * lengths.all_rows * s.H * round_up(s.D, VL) : 0;
 }
@@ -181,7 +182,7 @@ inline int64_t parts_of_dq(const Shape& s, const Lengths& lengths) {
 // Bytes of the workspace of `backward_all` and `backward_bias`, whether the bias needs a gradient or
 // not: half as many, and glibc returned freed memory to the system in every call (docs/log.md).
 template <class T>
-int64_t bytes_of_backward(const Shape& s, const Lengths& lengths) {
+int64_t bytes_of_backward(const AttentionShape& s, const SequenceLengths& lengths) {
   return round_up(parts_of_dq(s, lengths) * int64_t(sizeof(float)), 64) +
          omp_get_max_threads() *
              std::max(sizes_of<T>(s, lengths).bytes(s), sizes_for_bias<T>(s, lengths).bytes(s));
@@ -190,16 +191,16 @@ int64_t bytes_of_backward(const Shape& s, const Lengths& lengths) {
 template <class T>
 struct BackwardTask {
   using E = Elem<T>;
-  const Shape& s;
-  const Options& o;
-  const Gradients& grad;
+  const AttentionShape& s;
+  const ScoreOptions& o;
+  const GradientStrides& grad;
   const BackwardSizes<E>& size;
   const T *dout, *out;
   const float* lse;
   E *k_panels, *v_panels, *k_rows, *q_columns, *dO_columns, *q, *dO, *P, *dS, *dS_rows;
   float *dk, *dv, *dq, *delta, *scores, *dP, *factor, *slope;
 
-  BackwardTask(const Shape& s, const Options& o, const Gradients& grad,
+  BackwardTask(const AttentionShape& s, const ScoreOptions& o, const GradientStrides& grad,
                const BackwardSizes<E>& size, const T* dout, const T* out, const float* lse,
                Buffer& memory)
       : s(s), o(o), grad(grad), size(size), dout(dout), out(out), lse(lse) {
@@ -214,12 +215,12 @@ struct BackwardTask {
     factor = memory.take<float>(BK), slope = memory.take<float>(BK);
   }
 
-  const T* dO_row(const Problem<T, T>& p, int64_t b, int64_t h, int64_t i) const {
+  const T* dO_row(const AttentionSequence<T, T>& p, int64_t b, int64_t h, int64_t i) const {
     return dout + grad.dout.at(b, h, p.q0 + i);
   }
 
   // delta of every row of head h; returns the head's gradient of its sink.
-  float rows_of_head(const Problem<T, T>& p, int64_t b, int64_t h) {
+  float rows_of_head(const AttentionSequence<T, T>& p, int64_t b, int64_t h) {
     double dsink = 0;  // terms have both signs: their sum may be far below any of them
     for (int64_t i = 0; i < p.queries; ++i) {
       const T *g = dO_row(p, b, h, i), *y = out + s.out.at(b, h, p.q0 + i);
@@ -231,12 +232,12 @@ struct BackwardTask {
     return float(dsink);
   }
 
-  void pack_head(const Problem<T, T>& p, int64_t b, int64_t h) {
+  void pack_head(const AttentionSequence<T, T>& p, int64_t b, int64_t h) {
     pack_a<E>(p.q + h * s.q.head, 1, s.q.row, s.D, p.queries, q_columns);
     pack_a<E>(dO_row(p, b, h, 0), 1, grad.dout.row, s.Dv, p.queries, dO_columns);
   }
 
-  void pack_span(const Problem<T, T>& p, int64_t g, int64_t j_begin, int64_t j_end) {
+  void pack_span(const AttentionSequence<T, T>& p, int64_t g, int64_t j_begin, int64_t j_end) {
     for (int64_t j = j_begin; j < j_end; j += BK) {
       const int64_t n = std::min(BK, j_end - j), at = j - j_begin;
       const T *k = p.k.base + g * p.k.head + j * p.k.row,
@@ -248,15 +249,15 @@ struct BackwardTask {
   }
 
   // Whether forward_by_chunks computed the lse of these rows (see scores_as_decoded).
-  bool as_decoded(const Problem<T, T>& p) const {
+  bool as_decoded(const AttentionSequence<T, T>& p) const {
     return sizeof(E) == 4 && decodes(s, o, p.queries) && p.queries * round_up(s.D, VL) <= BQ * BK;
   }
 
   // The scores, summed in the same order as in decode_chunk. Their rounding errors are then those
   // in lse, and cancel: P of a key that outweighs the others is 1. With another order and large
   // scores, dv's error was 5 times as large.
-  void scores_as_decoded(const Problem<T, T>& p, int64_t h, int64_t i0, int64_t rows, int64_t j0,
-                         int64_t n) {
+  void scores_as_decoded(const AttentionSequence<T, T>& p, int64_t h, int64_t i0, int64_t rows,
+                         int64_t j0, int64_t n) {
     const int64_t ldq = round_up(s.D, VL), g = h / (s.H / s.Hkv);
     float* wide = dP;  // not written yet
     for (int64_t r = 0; r < rows; ++r) {
@@ -272,8 +273,8 @@ struct BackwardTask {
   }
 
   // S and dP of queries [i0, i0 + rows) and keys [j0, j0 + n), then, in place, P and dS.
-  void tile(const Problem<T, T>& p, int64_t b, int64_t h, int64_t i0, int64_t rows, int64_t j0,
-            int64_t n, int64_t j_begin, bool for_bias) {
+  void tile(const AttentionSequence<T, T>& p, int64_t b, int64_t h, int64_t i0, int64_t rows,
+            int64_t j0, int64_t n, int64_t j_begin, bool for_bias) {
     int64_t lda;
     if (as_decoded(p)) {
       scores_as_decoded(p, h, i0, rows, j0, n);
@@ -291,15 +292,16 @@ struct BackwardTask {
   }
 
   // Whether some query of [i0, i0 + rows) sees a key of [j0, j0 + n).
-  bool visible(const Problem<T, T>& p, int64_t i0, int64_t rows, int64_t j0, int64_t n) const {
+  bool visible(const AttentionSequence<T, T>& p, int64_t i0, int64_t rows, int64_t j0,
+               int64_t n) const {
     return s.span(i0 + rows - 1, p.queries, p.keys).end > j0 &&
            s.span(i0, p.queries, p.keys).first < j0 + n;
   }
 
   // Adds head h's share to dk^T, dv^T of keys [j_begin, j_end); computes dq of head h from these
   // keys.
-  void run_head(const Problem<T, T>& p, int64_t b, int64_t h, int64_t j_begin, int64_t j_end,
-                bool first_head) {
+  void run_head(const AttentionSequence<T, T>& p, int64_t b, int64_t h, int64_t j_begin,
+                int64_t j_end, bool first_head) {
     const int64_t ldt = padded_k<E>(p.queries);
     memset(dq, 0, size_t(p.queries * size.D_wide) * sizeof(float));
     for (int64_t j0 = j_begin; j0 < j_end; j0 += BK) {
@@ -338,9 +340,10 @@ struct BackwardTask {
 };
 
 template <class T>
-void backward_all(const Shape& s, const Options& o, const Gradients& grad,
-                  const Problem<T, T>* problems, const T* dout, const T* out, const float* lse,
-                  T* dq, T* dk, T* dv, const Lengths& lengths, Workspace workspace) {
+void backward_all(const AttentionShape& s, const ScoreOptions& o, const GradientStrides& grad,
+                  const AttentionSequence<T, T>* sequences, const T* dout, const T* out,
+                  const float* lse, T* dq, T* dk, T* dv, const SequenceLengths& lengths,
+                  Workspace workspace) {
   using E = Elem<T>;
   const int64_t spans = spans_of(s, lengths), all_rows = lengths.all_rows, G = s.H / s.Hkv,
                 D_wide = round_up(s.D, VL);
@@ -358,7 +361,7 @@ void backward_all(const Shape& s, const Options& o, const Gradients& grad,
     for (int64_t b = 0; b < s.B; ++b)
       for (int64_t g = 0; g < s.Hkv; ++g)
         for (int64_t span = 0; span < spans; ++span) {
-          const Problem<T, T>& p = problems[b];
+          const AttentionSequence<T, T>& p = sequences[b];
           const int64_t j_begin = spans == 1 ? 0 : std::min(p.keys, span * SPAN),
                         j_end = spans == 1 ? p.keys : std::min(p.keys, (span + 1) * SPAN);
           task.pack_span(p, g, j_begin, j_end);
@@ -387,8 +390,8 @@ void backward_all(const Shape& s, const Options& o, const Gradients& grad,
 #pragma omp for schedule(static) collapse(2)
       for (int64_t b = 0; b < s.B; ++b)
         for (int64_t h = 0; h < s.H; ++h)
-          for (int64_t i = 0; i < problems[b].queries; ++i) {
-            const Problem<T, T>& p = problems[b];
+          for (int64_t i = 0; i < sequences[b].queries; ++i) {
+            const AttentionSequence<T, T>& p = sequences[b];
             float* first = dq_parts + ((p.before + i) * s.H + h) * D_wide;
             for (int64_t span = 1; span < spans; ++span)
               for (int64_t d = 0; d < D_wide; d += VL)
@@ -422,16 +425,16 @@ FASTLM_INLINE void add_scaled(float factor, const float* x, int64_t n, float* ou
 }
 
 template <class T>
-void backward_few(const Shape& s, const Options& o, const Gradients& grad,
-                  const Problem<T, T>* problems, const T* dout, const T* out, const float* lse,
-                  T* dq, T* dk, T* dv) {
+void backward_few(const AttentionShape& s, const ScoreOptions& o, const GradientStrides& grad,
+                  const AttentionSequence<T, T>* sequences, const T* dout, const T* out,
+                  const float* lse, T* dq, T* dk, T* dv) {
   FlushDenormals flush;
   alignas(64) float K[FEW * FEW_WIDE], V[FEW * FEW_WIDE], dK[FEW * FEW_WIDE], dV[FEW * FEW_WIDE],
       q[FEW_WIDE], dO[FEW_WIDE], dQ[FEW_WIDE], P[2 * FEW], dS[2 * FEW], factor[64], slope[2 * FEW];
   const int64_t G = s.H / s.Hkv, D = round_up(s.D, VL), Dv = round_up(s.Dv, VL);
   for (int64_t b = 0; b < s.B; ++b)
     for (int64_t g = 0; g < s.Hkv; ++g) {
-      const Problem<T, T>& p = problems[b];
+      const AttentionSequence<T, T>& p = sequences[b];
       widen_rows(p.k.base + g * p.k.head, p.k.row, p.keys, s.D, D, K);
       widen_rows(p.v.base + g * p.v.head, p.v.row, p.keys, s.Dv, Dv, V);
       memset(dK, 0, size_t(p.keys * D) * sizeof(float));
@@ -505,9 +508,10 @@ inline void add_tile(const float* tile, int64_t rows, int64_t n, int64_t row, in
 // head of the bias. It sums over the sequences, heads, rows and keys that share an element, in
 // order. S and dP are recomputed for it; only a bias that needs a gradient pays for that.
 template <class T>
-void backward_bias(const Shape& s, const Options& o, const Gradients& grad,
-                   const Problem<T, T>* problems, const T* dout, const T* out, const float* lse,
-                   const TensorView& dbias, const Lengths& lengths, Workspace workspace) {
+void backward_bias(const AttentionShape& s, const ScoreOptions& o, const GradientStrides& grad,
+                   const AttentionSequence<T, T>* sequences, const T* dout, const T* out,
+                   const float* lse, const TensorView& dbias, const SequenceLengths& lengths,
+                   Workspace workspace) {
   using E = Elem<T>;
   float* p_dbias = dbias.data<float>("dbias");
   const auto stride = [&](int i) { return dbias.size(i) == 1 ? 0 : dbias.stride(i); };
@@ -526,7 +530,7 @@ void backward_bias(const Shape& s, const Options& o, const Gradients& grad,
         for (int64_t block = 0; block < blocks; ++block)
           for (int64_t b = bias_b == 1 ? 0 : bb; b < (bias_b == 1 ? s.B : bb + 1); ++b)
             for (int64_t h = bias_h == 1 ? 0 : bh; h < (bias_h == 1 ? s.H : bh + 1); ++h) {
-              const Problem<T, T>& p = problems[b];
+              const AttentionSequence<T, T>& p = sequences[b];
               const int64_t i_end = row ? std::min(p.queries, (block + 1) * BQ) : p.queries;
               task.rows_of_head(p, b, h);
               for (int64_t j0 = 0; j0 < p.keys; j0 += BK) {

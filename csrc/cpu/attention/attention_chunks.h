@@ -11,7 +11,7 @@ constexpr int64_t MAX_ROWS = 8;  // with more, packing costs less than reading e
 constexpr int64_t CHUNK =
     512;  // keys: 128 KiB of a bf16 cache at D 64, 20 us: a task worth a switch
 
-FASTLM_INLINE bool decodes(const Shape& s, const Options& o, int64_t queries) {
+FASTLM_INLINE bool decodes(const AttentionShape& s, const ScoreOptions& o, int64_t queries) {
   return !s.packed && !o.dropout && (queries == 1 || queries * (s.H / s.Hkv) <= MAX_ROWS);
 }
 
@@ -106,8 +106,9 @@ FASTLM_INLINE void with_rows(int64_t rows, F&& f) {
 // One chunk of one sequence and key head, for the rows from row0 on; partial: MAX_ROWS x (2 +
 // padded Dv) floats.
 template <class T, class C>
-void decode_chunk(const Problem<T, C>& p, const Shape& s, const Options& o, int64_t b, int64_t g,
-                  int64_t row0, int64_t chunk, float k_scale, float* partial, Buffer& memory) {
+void decode_chunk(const AttentionSequence<T, C>& p, const AttentionShape& s, const ScoreOptions& o,
+                  int64_t b, int64_t g, int64_t row0, int64_t chunk, float k_scale, float* partial,
+                  Buffer& memory) {
   const int64_t G = s.H / s.Hkv, rows = std::min(MAX_ROWS, G * p.queries - row0),
                 ldq = round_up(s.D, VL), ldo = round_up(s.Dv, VL), ldp = 2 + ldo;
   float* q = memory.take<float>(MAX_ROWS * ldq);
@@ -117,7 +118,7 @@ void decode_chunk(const Problem<T, C>& p, const Shape& s, const Options& o, int6
   const bool plain = o.plain() && scale > 0;
   int64_t low = p.keys, high = 0;  // keys that some row of the chunk sees
   for (int64_t i = 0; i < p.queries; ++i) {
-    const Span see = s.span(i, p.queries, p.keys);
+    const KeySpan see = s.span(i, p.queries, p.keys);
     low = std::min(low, see.first), high = std::max(high, see.end);
   }
   low = std::max(low, chunk * CHUNK), high = std::min(high, (chunk + 1) * CHUNK);
@@ -140,7 +141,7 @@ void decode_chunk(const Problem<T, C>& p, const Shape& s, const Options& o, int6
     });
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t h = g * G + (row0 + r) / p.queries, i = (row0 + r) % p.queries;
-      const Span see = s.span(i, p.queries, p.keys);
+      const KeySpan see = s.span(i, p.queries, p.keys);
       const int64_t first = std::max(see.first, low) - low, stop = std::min(see.end, high) - low;
       float* x = scores + r * CHUNK;
       if (first >= stop) {
@@ -198,7 +199,7 @@ constexpr int64_t ON_STACK = 48 << 10;  // bytes per thread: enough up to D, Dv 
 struct ChunkSizes {
   int64_t chunks, groups, sets, partial, thread;  // partial: floats of a task; thread: bytes
 
-  ChunkSizes(const Shape& s, const Lengths& lengths)
+  ChunkSizes(const AttentionShape& s, const SequenceLengths& lengths)
       : chunks(std::max<int64_t>(1, (lengths.most_k + CHUNK - 1) / CHUNK)),
         groups((s.H / s.Hkv * lengths.most_q + MAX_ROWS - 1) / MAX_ROWS),
         sets(s.B * s.Hkv * groups),
@@ -217,21 +218,22 @@ struct ChunkSizes {
 };
 
 template <class T, class C>
-void forward_by_chunks(const Shape& s, const Options& o, const Problem<T, C>* problems,
-                       const ChunkSizes& sizes, const float* k_scale, const float* v_scale, T* out,
-                       float* lse, Workspace workspace) {
+void forward_by_chunks(const AttentionShape& s, const ScoreOptions& o,
+                       const AttentionSequence<T, C>* sequences, const ChunkSizes& sizes,
+                       const float* k_scale, const float* v_scale, T* out, float* lse,
+                       Workspace workspace) {
   // problem b, key head g, its rows from row0 on; their partials are `chunks` x `apart` floats
   const int64_t chunks = sizes.chunks, groups = sizes.groups, sets = sizes.sets, G = s.H / s.Hkv,
                 apart = sizes.partial, ldp = apart / MAX_ROWS, tasks = sets * chunks;
   int64_t total = 0;
-  for (int64_t b = 0; b < s.B; ++b) total += problems[b].keys;
+  for (int64_t b = 0; b < s.B; ++b) total += sequences[b].keys;
   float* all = chunks > 1 ? workspace.take<float>(tasks * apart) : nullptr;
   const bool on_stack = sizes.on_stack();
   workspace.divide(on_stack ? 0 : sizes.thread);
   const auto combine = [&](int64_t set, float* partials) {
     const int64_t b = set / groups / s.Hkv, g = set / groups % s.Hkv,
                   row0 = set % groups * MAX_ROWS;
-    const Problem<T, C>& p = problems[b];
+    const AttentionSequence<T, C>& p = sequences[b];
     for (int64_t r = 0; r < std::min(MAX_ROWS, G * p.queries - row0); ++r) {
       const int64_t h = g * G + (row0 + r) / p.queries, i = (row0 + r) % p.queries;
       combine_chunks(partials + r * ldp, chunks, apart, o.sinks ? o.sinks[h] : -INFINITE,
@@ -243,7 +245,7 @@ void forward_by_chunks(const Shape& s, const Options& o, const Problem<T, C>* pr
     const int64_t set = t / chunks, b = set / groups / s.Hkv, g = set / groups % s.Hkv;
     memory.clear();
     float* partial = chunks == 1 ? memory.take<float>(apart) : all + t * apart;
-    decode_chunk(problems[b], s, o, b, g, set % groups * MAX_ROWS, t % chunks,
+    decode_chunk(sequences[b], s, o, b, g, set % groups * MAX_ROWS, t % chunks,
                  k_scale ? k_scale[g] : 1.f, partial, memory);
     if (chunks == 1) combine(set, partial);
   };

@@ -14,14 +14,14 @@ constexpr float RESCALE = 5.5f;    // O is rescaled when a row's sum could grow 
 template <class E>
 struct PackedShape {
   int64_t D, Dv;  // padded: K rows to K_STEP, V columns to VL
-  explicit PackedShape(const Shape& s) : D(padded_k<E>(s.D)), Dv(round_up(s.Dv, VL)) {}
+  explicit PackedShape(const AttentionShape& s) : D(padded_k<E>(s.D)), Dv(round_up(s.Dv, VL)) {}
   int64_t elements(int64_t rows) const { return rows * (D + Dv); }
 };
 
 // Keys j0 .. j0 + n of head g into the panels that begin at row j0 of `k`, `v`.
 template <class E, class T, class C>
-void pack_keys(const Problem<T, C>& p, const Shape& s, int64_t g, int64_t j0, int64_t n, E* k, E* v,
-               E* scratch) {
+void pack_keys(const AttentionSequence<T, C>& p, const AttentionShape& s, int64_t g, int64_t j0,
+               int64_t n, E* k, E* v, E* scratch) {
   if constexpr (!std::is_same_v<C, int8_t>) {
     if (!p.k.table) {
       pack_b<E>(p.k.base + g * p.k.head + j0 * p.k.row, 1, p.k.row, s.D, n, k);
@@ -93,21 +93,21 @@ FASTLM_INLINE float softmax_row(float* s, int64_t first, int64_t end, int64_t n_
 
 template <class E, class T, class C>
 struct ForwardBlock {
-  const Shape& s;
-  const Options& o;
+  const AttentionShape& s;
+  const ScoreOptions& o;
   const PackedShape<E>& packed;
   const float *k_scale, *v_scale;
   E *scratch, *q, *P;
   float *scores, *O, *factor;
 
-  static int64_t bytes(const Shape& s) {
+  static int64_t bytes(const AttentionShape& s) {
     return Buffer::size_of<E>(KV_BLOCK * std::max(s.D, s.Dv)) +
            Buffer::size_of<E>(Q_BLOCK * padded_k<E>(s.D)) + Buffer::size_of<E>(Q_BLOCK * KV_BLOCK) +
            Buffer::size_of<float>(Q_BLOCK * KV_BLOCK) +
            Buffer::size_of<float>(Q_BLOCK * round_up(s.Dv, VL)) + Buffer::size_of<float>(KV_BLOCK);
   }
-  ForwardBlock(const Shape& s, const Options& o, const PackedShape<E>& packed, const float* k_scale,
-               const float* v_scale, Buffer& memory)
+  ForwardBlock(const AttentionShape& s, const ScoreOptions& o, const PackedShape<E>& packed,
+               const float* k_scale, const float* v_scale, Buffer& memory)
       : s(s), o(o), packed(packed), k_scale(k_scale), v_scale(v_scale) {
     scratch = memory.take<E>(KV_BLOCK * std::max(s.D, s.Dv));
     q = memory.take<E>(Q_BLOCK * padded_k<E>(s.D));
@@ -118,8 +118,8 @@ struct ForwardBlock {
   }
 
   // Queries i0 .. i0 + rows of head h; k, v: the packed keys of its sequence and key head.
-  void run(const Problem<T, C>& p, int64_t b, int64_t h, int64_t i0, int64_t rows, const E* k,
-           const E* v, T* out, float* lse) {
+  void run(const AttentionSequence<T, C>& p, int64_t b, int64_t h, int64_t i0, int64_t rows,
+           const E* k, const E* v, T* out, float* lse) {
     int64_t lda;
     const E* a = as_operand(p.q + h * s.q.head + i0 * s.q.row, s.q.row, rows, s.D, q, &lda);
     const int64_t g = h / (s.H / s.Hkv);
@@ -139,7 +139,7 @@ struct ForwardBlock {
                     n_padded = padded_k<E>(n);
       gemm<E>(rows, round_up(n, VL), s.D, a, lda, k + j0 * packed.D, scores, KV_BLOCK, false);
       for (int64_t r = 0; r < rows; ++r) {
-        const Span see = s.span(i0 + r, p.queries, p.keys);
+        const KeySpan see = s.span(i0 + r, p.queries, p.keys);
         const int64_t first = std::max<int64_t>(see.first - j0, 0),
                       stop = std::min(see.end - j0, n);
         E* row = P + r * KV_BLOCK;
@@ -182,7 +182,7 @@ struct ForwardBlock {
 
 // Bytes of forward_by_blocks' workspace: the packed keys, then each thread's arrays.
 template <class T, class C>
-int64_t bytes_by_blocks(const Shape& s, const Lengths& lengths) {
+int64_t bytes_by_blocks(const AttentionShape& s, const SequenceLengths& lengths) {
   using E = Elem<T>;
   const int64_t packed = PackedShape<E>(s).elements(lengths.all_packed) * s.Hkv;
   return round_up(packed * int64_t(sizeof(E)), 64) +
@@ -190,9 +190,10 @@ int64_t bytes_by_blocks(const Shape& s, const Lengths& lengths) {
 }
 
 template <class T, class C>
-void forward_by_blocks(const Shape& s, const Options& o, const Problem<T, C>* problems,
-                       const Lengths& lengths, const float* k_scale, const float* v_scale, T* out,
-                       float* lse, Workspace workspace) {
+void forward_by_blocks(const AttentionShape& s, const ScoreOptions& o,
+                       const AttentionSequence<T, C>* sequences, const SequenceLengths& lengths,
+                       const float* k_scale, const float* v_scale, T* out, float* lse,
+                       Workspace workspace) {
   using E = Elem<T>;
   const PackedShape<E> packed(s);
   E* K = workspace.take<E>(packed.elements(lengths.all_packed) * s.Hkv);
@@ -201,7 +202,7 @@ void forward_by_blocks(const Shape& s, const Options& o, const Problem<T, C>* pr
   const int64_t q_blocks = (lengths.most_q + Q_BLOCK - 1) / Q_BLOCK,
                 k_blocks = (lengths.most_k + KV_BLOCK - 1) / KV_BLOCK, G = s.H / s.Hkv;
   // the rows of key head g of problem b begin at packed(b) * Hkv + g * rows(b)
-  const auto start = [&](const Problem<T, C>& p, int64_t g) {
+  const auto start = [&](const AttentionSequence<T, C>& p, int64_t g) {
     return p.packed * s.Hkv + g * round_up(p.keys, ROW_PAD);
   };
 #pragma omp parallel num_threads(workspace.threads)
@@ -213,7 +214,7 @@ void forward_by_blocks(const Shape& s, const Options& o, const Problem<T, C>* pr
     for (int64_t b = 0; b < s.B; ++b)
       for (int64_t g = 0; g < s.Hkv; ++g)
         for (int64_t kb = 0; kb < k_blocks; ++kb) {
-          const Problem<T, C>& p = problems[b];
+          const AttentionSequence<T, C>& p = sequences[b];
           const int64_t j0 = kb * KV_BLOCK, n = std::min(KV_BLOCK, p.keys - j0);
           if (n > 0)
             pack_keys<E>(p, s, g, j0, n, K + (start(p, g) + j0) * packed.D,
@@ -224,7 +225,7 @@ void forward_by_blocks(const Shape& s, const Options& o, const Problem<T, C>* pr
     for (int64_t b = 0; b < s.B; ++b)
       for (int64_t h = 0; h < s.H; ++h)
         for (int64_t back = 0; back < q_blocks; ++back) {
-          const Problem<T, C>& p = problems[b];
+          const AttentionSequence<T, C>& p = sequences[b];
           const int64_t i0 = (q_blocks - 1 - back) * Q_BLOCK,
                         rows = std::min(Q_BLOCK, p.queries - i0);
           const int64_t at = start(p, h / G);

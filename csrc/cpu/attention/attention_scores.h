@@ -34,7 +34,7 @@ FASTLM_INLINE vfloat vexp2(vfloat x) {
 #endif
 }
 
-struct Bias {
+struct ScoreBias {
   const char* p = nullptr;
   DType dtype = DType::f32;
   int64_t batch = 0, head = 0, row = 0, key = 0;  // strides, 0 where the size is 1
@@ -60,10 +60,10 @@ struct Bias {
   }
 };
 
-struct Options : AttentionOptions {
+struct ScoreOptions : AttentionOptions {
   const float* alibi_slopes = nullptr;
   const float* sinks = nullptr;
-  Bias bias{};
+  ScoreBias bias{};
   bool dropout = false;
   uint64_t seed = 0;
   uint32_t threshold = 0;  // a word below it drops
@@ -73,8 +73,8 @@ struct Options : AttentionOptions {
   bool plain() const { return scale > 0 && softcap == 0 && !alibi_slopes && !bias.p; }
 };
 
-inline Options options_of(const AttentionInputs& in) {
-  Options o{in.options};
+inline ScoreOptions score_options(const AttentionInputs& in) {
+  ScoreOptions o{in.options};
   const AttentionExtras& extras = in.extras;
   if (extras.alibi_slopes) o.alibi_slopes = extras.alibi_slopes->data<float>("alibi_slopes");
   if (extras.sinks) o.sinks = extras.sinks->data<float>("sinks");
@@ -100,7 +100,7 @@ inline Options options_of(const AttentionInputs& in) {
 // Applies scale, softcap, ALiBi and bias to the scores s of row i of head h of sequence b, keys
 // j0 .. j0 + n, and multiplies by `unit`. `slope`, unless null, receives the softcap's derivative.
 // `place` is the key at the query's own position.
-inline void finish_scores(const Options& o, float scale, int64_t b, int64_t h, int64_t i,
+inline void finish_scores(const ScoreOptions& o, float scale, int64_t b, int64_t h, int64_t i,
                           int64_t place, int64_t j0, int64_t n, float* s, float* slope) {
   const float alibi = o.alibi_slopes ? o.alibi_slopes[h] : 0.f;
   const int64_t bias = b * o.bias.batch + h * o.bias.head + i * o.bias.row + j0 * o.bias.key;
@@ -148,8 +148,8 @@ FASTLM_INLINE void philox(vuint c[4], uint64_t seed) {
 
 // factor[j - j0] = 0 or 1 / (1 - p) for keys j0 .. j0 + n, j0 a multiple of 64; room for n rounded
 // up to 64. Key j takes word (j / 16) % 4 of counter (j / 64 * 16 + j % 16, i, h, b).
-inline void dropout_row(const Options& o, int64_t b, int64_t h, int64_t i, int64_t j0, int64_t n,
-                        float* factor) {
+inline void dropout_row(const ScoreOptions& o, int64_t b, int64_t h, int64_t i, int64_t j0,
+                        int64_t n, float* factor) {
   for (int64_t j = 0; j < n; j += 64)
     for (int lane = 0; lane < 16; lane += VL) {
       vuint c[4] = {(vuint)(iota() + int32_t((j0 + j) / 4 + lane)), vuint{} + uint32_t(i),

@@ -1,9 +1,9 @@
-// One Problem per sequence: pointers to its rows. Only here do dense, packed and paged differ.
+// One AttentionSequence per sequence: pointers to its rows. Only here do dense, packed and paged differ.
 
 constexpr int64_t ROW_PAD = 32;  // packed keys start at its multiples; every K_STEP<E> divides it
 
 // Strides in elements of a tensor with rows of heads.
-struct Strides {
+struct HeadStrides {
   int64_t batch, head, row;  // batch 0: packed
   FASTLM_INLINE int64_t at(int64_t b, int64_t h, int64_t i) const {
     return b * batch + h * head + i * row;
@@ -12,7 +12,7 @@ struct Strides {
 
 // Keys or values of one sequence: rows of one tensor, or pages of a cache.
 template <class C>
-struct Rows {
+struct KeyRows {
   const C* base;
   int64_t head, row;
   const int32_t* table;  // null: not paged
@@ -31,9 +31,9 @@ struct Rows {
 };
 
 template <class T, class C>
-struct Problem {
+struct AttentionSequence {
   const T* q;
-  Rows<C> k, v;
+  KeyRows<C> k, v;
   int64_t out, lse;  // offsets of its first row
   int64_t queries, keys;
   int64_t q0, k0;  // its first row within its batch entry: 0 unless packed
@@ -42,17 +42,17 @@ struct Problem {
 };
 
 // Keys that row i sees: [first, end).
-struct Span {
+struct KeySpan {
   int64_t first, end;
 };
 
-struct Shape {
+struct AttentionShape {
   int64_t B, H, Hkv, D, Dv;
-  Strides q, k, v, out, lse;
+  HeadStrides q, k, v, out, lse;
   bool causal, packed;
   int64_t window;
 
-  FASTLM_INLINE Span span(int64_t i, int64_t S, int64_t keys) const {
+  FASTLM_INLINE KeySpan span(int64_t i, int64_t S, int64_t keys) const {
     if (!causal && window == 0) return {0, keys};
     const int64_t last = i + keys - S;  // the key at the query's own place
     const int64_t end = std::clamp<int64_t>(last + 1, 0, keys);
@@ -64,17 +64,18 @@ constexpr int64_t FEW_SEQUENCES = 16;  // so many problems are on the stack: 3 K
 
 // Of the workspace, for more problems than that.
 template <class T, class C>
-int64_t bytes_of_problems(const Shape& s) {
-  return s.B <= FEW_SEQUENCES ? 0 : round_up(s.B * int64_t(sizeof(Problem<T, C>)), 64);
+int64_t bytes_of_sequences(const AttentionShape& s) {
+  return s.B <= FEW_SEQUENCES ? 0 : round_up(s.B * int64_t(sizeof(AttentionSequence<T, C>)), 64);
 }
 
-inline Strides strides_of(const TensorView& t, int batch, int head, int row) {
+inline HeadStrides strides_of(const TensorView& t, int batch, int head, int row) {
   return {batch < 0 ? 0 : t.stride(batch), t.stride(head), t.stride(row)};
 }
 
 // Sizes and strides; `out` like q in layout, `lse` (B, H, S) or (H, total_q).
-inline Shape shape_of(const AttentionInputs& in, const TensorView& out, const TensorView& lse) {
-  Shape s{};
+inline AttentionShape shape_of(const AttentionInputs& in, const TensorView& out,
+                               const TensorView& lse) {
+  AttentionShape s{};
   s.causal = in.options.causal, s.window = in.options.window;
   s.packed = bool(in.layout.cu_seqlens_q);
   s.D = in.q.size(-1), s.Dv = in.v.size(-1);
@@ -125,11 +126,11 @@ inline void check_lengths(const int32_t* lens, int64_t n, int64_t room) {
 }
 
 // The rows of each sequence. Offsets and lengths are checked before anything is read through them.
-struct Sequences {
+struct SequenceOffsets {
   const int32_t *cu_q = nullptr, *cu_k = nullptr, *lens = nullptr;
   int64_t queries = 0, keys = 0;  // of each sequence, unless it is packed; keys: unless paged
 
-  Sequences(const AttentionInputs& in, const Shape& s) {
+  SequenceOffsets(const AttentionInputs& in, const AttentionShape& s) {
     const AttentionLayout& of = in.layout;
     if (of.cu_seqlens_q) {
       cu_q = of.cu_seqlens_q->data<int32_t>("cu_seqlens_q");
@@ -148,11 +149,11 @@ struct Sequences {
   int64_t keys_of(int64_t b) const { return cu_k ? cu_k[b + 1] - cu_k[b] : lens ? lens[b] : keys; }
 };
 
-struct Lengths {
+struct SequenceLengths {
   int64_t most_q = 0, most_k = 0;        // of the longest sequence
   int64_t all_rows = 0, all_packed = 0;  // queries and packed keys of all sequences
 
-  Lengths(const Shape& s, const Sequences& of) {
+  SequenceLengths(const AttentionShape& s, const SequenceOffsets& of) {
     for (int64_t b = 0; b < s.B; ++b) {
       const int64_t queries = of.queries_of(b), keys = of.keys_of(b);
       most_q = std::max(most_q, queries), most_k = std::max(most_k, keys);
@@ -163,14 +164,14 @@ struct Lengths {
 
 // Fills problems[B]. Checks every page before anything is read through it.
 template <class T, class C>
-void make_problems(const AttentionInputs& in, const Shape& s, const Sequences& of,
-                   Problem<T, C>* problems) {
+void make_sequences(const AttentionInputs& in, const AttentionShape& s, const SequenceOffsets& of,
+                    AttentionSequence<T, C>* sequences) {
   const T* q = in.q.data<T>("q");
   const C *k = in.k.data<C>("k"), *v = in.v.data<C>("v");
   const int32_t* tables = of.lens ? in.layout.block_table->data<int32_t>("block_table") : nullptr;
   int64_t packed = 0, before = 0;
   for (int64_t b = 0; b < s.B; ++b) {
-    Problem<T, C>& p = problems[b];
+    AttentionSequence<T, C>& p = sequences[b];
     const int32_t* table = nullptr;
     p.q0 = of.cu_q ? of.cu_q[b] : 0, p.k0 = of.cu_k ? of.cu_k[b] : 0;
     p.queries = of.queries_of(b), p.keys = of.keys_of(b);
@@ -197,7 +198,7 @@ void make_problems(const AttentionInputs& in, const Shape& s, const Sequences& o
 
 // Rows j .. j + n of head h as E, contiguous, D elements each.
 template <class E, class C>
-void gather_rows(const Rows<C>& rows, int64_t h, int64_t j, int64_t n, int64_t D, E* out) {
+void gather_rows(const KeyRows<C>& rows, int64_t h, int64_t j, int64_t n, int64_t D, E* out) {
   for (int64_t end = j + n; j < end;) {
     const C* p;
     const int64_t count = rows.run(h, j, end, &p);
