@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlm.kernels.attention import Layout, forward, options
+from fastlm.kernels.attention import AttentionOptions, Layout, Packed, forward, options_of
 from fastlm.kernels.attention_backward import backward
 from fastlm.memory_order import elements_last
 
@@ -19,9 +19,8 @@ _DIMS = (None, 1, 0)  # dimensions of sequence, head and row
 
 
 def _layout(q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor, longest_q: int) -> Layout:
-    return Layout(
-        cu_q.shape[0] - 1, q.shape[0], k.shape[0], cu_q.contiguous(), cu_k.contiguous(), longest_q
-    )
+    packed = Packed(cu_q.contiguous(), cu_k.contiguous())
+    return Layout(cu_q.shape[0] - 1, q.shape[0], k.shape[0], packed, longest_q)
 
 
 def varlen_attention_forward(
@@ -29,12 +28,13 @@ def varlen_attention_forward(
     sinks: Tensor | None, alibi_slopes: Tensor | None, bias: Tensor | None, seed: Tensor | None,
     max_seqlen_q: int, max_seqlen_k: int, *numbers: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    options = AttentionOptions(*numbers)
     q, k, v = elements_last(q, k, v)
     out = q.new_empty(*q.shape[:2], v.shape[2])
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
-    o = options(sinks, alibi_slopes, bias, seed, *numbers)
+    o = options_of(alibi_slopes, seed, options)
     layout = _layout(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q)
-    forward(q, k, v, out, lse, _DIMS, _DIMS, layout, o)
+    forward(q, k, v, out, lse, _DIMS, _DIMS, layout, sinks, bias, o)
     return out, lse
 
 
@@ -45,9 +45,12 @@ def varlen_attention_backward(
     *numbers_and_bias_grad: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     *numbers, bias_grad = numbers_and_bias_grad
+    options = AttentionOptions(*numbers)
     dout, q, k, v, out = elements_last(dout, q, k, v, out)
-    dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
-    o = options(sinks, alibi_slopes, bias, seed, *numbers)
+    gradients = tuple(t.new_empty(t.shape) for t in (q, k, v))
+    o = options_of(alibi_slopes, seed, options)
     layout = _layout(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q)
-    rest = backward(dout, dlse, q, k, v, out, lse, dq, dk, dv, _DIMS, layout, o, bias_grad)
-    return dq, dk, dv, *rest
+    rest = backward(
+        dout, dlse, q, k, v, out, lse, *gradients, _DIMS, layout, sinks, bias, o, bias_grad
+    )
+    return *gradients, *rest
