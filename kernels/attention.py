@@ -3,7 +3,7 @@
 Dense, packed (varlen) and paged tensors; `fastlm.reference` defines the scores. A program owns
 BLOCK_M rows of one key head and walks the keys that they see, BLOCK_N at a time:
 
-                   keys   lo      full_lo            full_hi        hi
+                   keys  edge 0   edge 1             edge 2      edge 3
     BLOCK_M rows    |      |masked  |  whole, unmasked  |  masked    |      split 0 | split 1 | ..
     of PACK heads   |      |------->|------------------>|----------->|
 
@@ -19,9 +19,16 @@ q is read once, K and V once per block of rows (from L2 after the first). Scores
 of log2(e), so that exp is exp2. Products of 16-bit tensors run on the tensor cores with float32
 sums, those of float32 in float32. None of this has been measured on a GPU.
 
-Names: b is a sequence, i a query position aligned to the keys (the last query is at the last key)
-and j a key. `q_row` etc. are strides in units of UNIT elements, so that the compiler knows them to
-be multiples of 16 or 8 where they are.
+    b       sequence                        slot    block of rows (keys in dk, dv) of any sequence
+    head    query head; kv_head: key head   task    program: a split of a slot of PACK heads
+    query   row of q within its sequence    first   the first row of a slot
+    i       query, aligned to the keys:     shift   keys - queries = i - query
+            the last query is the last key
+    j       key                             part    0, 1, 2: masked, whole, masked
+
+An option of attention is a number in `AttentionOptions` or a tensor, a field of `Options`, and its
+lines in `scores`, which the backward shares. An option that is off is None there: the compiler
+removes its code.
 """
 
 from typing import Any, NamedTuple
@@ -31,22 +38,107 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlm.kernels.launch import Config, Tiles, launch, multiprocessors
+from fastlm.kernels.launch import Config, Tiles, jit, launch, multiprocessors
 from fastlm.memory_order import elements_last, empty_out
 from fastlm.reference import AttentionOptions
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
-# Arguments whose new values compile no new variant: sizes, and strides except those of a bias,
-# whose last stride must be known to be 1 where it is. UNIT covers what alignment needs of the rest.
+
+# ---- arguments of the kernels --------------------------------------------------------------------
+
+
+class Rows(NamedTuple):
+    """A tensor of rows and its strides in units of UNIT elements, so that the compiler knows the
+    offsets to be multiples of 16 or 8 where they are."""
+
+    data: Tensor
+    batch: int  # 0 for packed sequences; the stride of a page in a paged cache
+    head: int
+    row: int
+
+
+class Bias(NamedTuple):
+    """Strides are 0 where the bias is broadcast. The last must be known to be 1 where it is."""
+
+    data: Tensor
+    batch: int
+    head: int
+    row: int
+    key: int
+
+
+class Dropout(NamedTuple):
+    seed: Tensor  # (1,) int64
+    threshold: int  # a random word below it, read as unsigned, drops its probability
+    scale: float  # of a kept probability
+
+
+class Options(NamedTuple):
+    """What changes the scores or the probabilities; None where it is off."""
+
+    scale: float
+    causal: bool | None  # True or None
+    window: int | None  # causal too
+    softcap: float | None
+    alibi_slopes: Tensor | None  # (H,) float32
+    dropout: Dropout | None
+
+
+class Packed(NamedTuple):
+    """Where packed sequences start: (B + 1,) int32 each."""
+
+    cu_q: Tensor
+    cu_k: Tensor
+
+
+class Pages(NamedTuple):
+    """A paged cache. `k_scale` and `v_scale`: (Hkv,) float32 of an int8 cache."""
+
+    table: Tensor  # (B, pages) int32
+    seq_lens: Tensor  # (B,) int32
+    k_scale: Tensor | None
+    v_scale: Tensor | None
+    table_row: int  # stride
+    pages: int
+
+
+class Sizes(NamedTuple):
+    sequences: int
+    queries: int  # of one sequence; of all packed sequences together
+    keys: int  # likewise; paged: the room in the table
+    blocks: int  # of rows (keys in dk, dv) of one sequence
+    slots: int
+    lse_batch: int  # strides of lse and delta: (B, H, S), packed (H, total_q)
+    lse_head: int
+    bias_rows: int
+    bias_keys: int
+    splits: int = 1
+    lse_split: int = 0
+
+
+class Shape(NamedTuple):
+    """Constants, besides the sizes of tiles."""
+
+    D: int  # width of a row of q and k
+    DV: int  # of v and out
+    BLOCK_D: int  # padded
+    BLOCK_DV: int
+    GROUP: int  # query heads per key head
+    UNIT: int
+    PACK: int = 1
+    PAGE: int = 0  # keys per page
+    SPLIT: bool = False
+    FIRST_PART: int = 0
+    LAST_PART: int = 2
+
+
+# Parameters whose new integers compile no new variant: all but the strides of a bias. (`opts`:
+# Triton has an argument `options` of its own.)
 LENGTHS = (
-    "blocks queries keys sequences slots total_q total_k window splits bias_rows bias_keys"
-    " threshold lse_batch lse_head lse_rows table_row pages rows columns heads batches"
+    "q k v out dout dq dk dv pages opts sizes queries heads rows columns batches lse_rows splits"
 ).split()
-LENGTHS += [
-    f"{t}_{step}" for t in "q k v out dout dq dk dv".split() for step in ("batch", "head", "row")
-]
 
 
 # ---- what the kernels of all three ops share -----------------------------------------------------
@@ -60,35 +152,37 @@ def sequence(cu, b, total):
 
 
 @triton.jit
-def place(
-    slot, blocks, length, other_length, cu, other_cu, total, other_total, sequences,
-    PACK: tl.constexpr, BLOCK: tl.constexpr, VARLEN: tl.constexpr, LAST_FIRST: tl.constexpr,
-):  # fmt: skip
+def locate(
+    slot, sizes, packed, PACK: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr = False
+):
     """The sequence and BLOCK of a slot: b, the block's first row, and the first row and length of
-    the sequence in this tensor and in the other one (keys for queries, queries for keys).
+    the sequence in this tensor and in the other one. KEYS: a block of keys, the other is queries.
 
     Packed: the slots of sequence b start at cu[b] * PACK // BLOCK + b. It has at least as many
     slots as blocks, so that the grid follows from the totals. Offsets that do not rise from 0 may
     put a slot before the start of its sequence; such a slot gets no rows.
     """
-    if VARLEN:
+    length = sizes.keys if KEYS else sizes.queries
+    other_length = sizes.queries if KEYS else sizes.keys
+    if packed is not None:
+        cu = packed.cu_k if KEYS else packed.cu_q
         low = slot * 0
-        high = low + sequences
+        high = low + sizes.sequences
         while high - low > 1:
             middle = (low + high) // 2
             after = tl.load(cu + middle) * PACK // BLOCK + middle > slot
             low = tl.where(after, low, middle)
             high = tl.where(after, middle, high)
         b = low
-        start, length = sequence(cu, b, total)
-        other, other_length = sequence(other_cu, b, other_total)
+        start, length = sequence(cu, b, length)
+        other, other_length = sequence(packed.cu_q if KEYS else packed.cu_k, b, other_length)
         block = slot - (start * PACK // BLOCK + b)
         first = tl.where(block < 0, length * PACK, block * BLOCK)
     else:
-        b = slot // blocks
-        block = slot % blocks
-        if LAST_FIRST:
-            block = blocks - 1 - block
+        b = slot // sizes.blocks
+        block = slot % sizes.blocks
+        if not KEYS:  # causal: the blocks with the most keys first
+            block = sizes.blocks - 1 - block
         first = block * BLOCK
         start = slot * 0
         other = start
@@ -96,103 +190,164 @@ def place(
 
 
 @triton.jit
-def seen_keys(
-    earliest, latest, keys, window,
-    BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-):  # fmt: skip
-    """lo and hi: the keys that any row in earliest .. latest sees; lo is a multiple of BLOCK_N."""
+def key_edges(
+    earliest, latest, keys, split, splits, opts, SHAPE: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """The four edges of the three parts of the keys that any row in earliest .. latest sees, of a
+    split's share of them. The inner two are multiples of BLOCK_N: between them every row sees all.
+    """
     lo = keys * 0
     hi = keys
-    if CAUSAL:
+    if opts.causal is not None:
         hi = tl.minimum(keys, latest + 1)
-    if WINDOW:
-        lo = tl.maximum(earliest - window + 1, 0) // BLOCK_N * BLOCK_N
-    return lo, hi
-
-
-@triton.jit
-def whole_tiles(
-    lo, hi, earliest, latest, window,
-    BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, FIRST_PART: tl.constexpr,
-):  # fmt: skip
-    """full_lo and full_hi, multiples of BLOCK_N: the keys within lo .. hi that every row sees."""
+    if opts.window is not None:
+        lo = tl.maximum(earliest - opts.window + 1, 0) // BLOCK_N * BLOCK_N
+    if SHAPE.SPLIT:
+        share = tl.cdiv(tl.cdiv(tl.maximum(hi - lo, 0), splits), BLOCK_N) * BLOCK_N
+        lo += split * share
+        hi = tl.minimum(hi, lo + share)
     full_hi = hi
-    if CAUSAL:
+    if opts.causal is not None:
         full_hi = tl.minimum(hi, earliest + 1)
     full_hi = tl.maximum(tl.maximum(full_hi, 0) // BLOCK_N * BLOCK_N, lo)
     full_lo = lo
-    if WINDOW:
-        full_lo = tl.cdiv(tl.maximum(latest - window + 1, 0), BLOCK_N) * BLOCK_N
+    if opts.window is not None:
+        full_lo = tl.cdiv(tl.maximum(latest - opts.window + 1, 0), BLOCK_N) * BLOCK_N
         full_lo = tl.minimum(tl.maximum(full_lo, lo), full_hi)
-    if FIRST_PART == 2:
+    if SHAPE.FIRST_PART == 2:
         full_hi = lo
-    return full_lo, full_hi
+    return lo, full_lo, full_hi, hi
 
 
 @triton.jit
-def load_rows(at, columns, rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+def offsets(t, b, head, row, UNIT: tl.constexpr):
+    """Offset of a row, or of each row of a tile, in elements of `Rows` t."""
+    return (b.to(tl.int64) * t.batch + head.to(tl.int64) * t.head + row.to(tl.int64) * t.row) * UNIT
+
+
+@triton.jit
+def row_offsets(t, row, UNIT: tl.constexpr):
+    """The same within one sequence and head, from `head_rows`."""
+    return row.to(tl.int64) * t.row * UNIT
+
+
+@triton.jit
+def head_rows(t, b, head, row, UNIT: tl.constexpr):
+    """`Rows` t from this row of the sequence and head on."""
+    return Rows(t.data + offsets(t, b, head, row, UNIT), t.batch, t.head, t.row)
+
+
+@triton.jit
+def load_tile(
+    at, offsets, mask, WIDTH: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr = True
+):
     """A tile (rows, BLOCK) whose rows have WIDTH elements. Elements past WIDTH are zero and, if
-    MASKED, so are the rows where the mask `rows` is false."""
+    MASKED, so are the rows where `mask` is false."""
+    columns = tl.arange(0, BLOCK)
+    at = at + offsets[:, None] + columns[None, :]
     if WIDTH == BLOCK:
         if MASKED:
-            return tl.load(at, mask=rows[:, None], other=0)
+            return tl.load(at, mask=mask[:, None], other=0)
         else:
             return tl.load(at)
     else:
         if MASKED:
-            return tl.load(at, mask=rows[:, None] & (columns < WIDTH)[None, :], other=0)
+            return tl.load(at, mask=mask[:, None] & (columns < WIDTH)[None, :], other=0)
         else:
             return tl.load(at, mask=(columns < WIDTH)[None, :], other=0)
 
 
 @triton.jit
-def store_rows(at, tile, columns, rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def store_tile(at, offsets, tile, mask, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    columns = tl.arange(0, BLOCK)
+    at = at + offsets[:, None] + columns[None, :]
     if WIDTH == BLOCK:
-        tl.store(at, tile.to(at.dtype.element_ty), mask=rows[:, None])
+        tl.store(at, tile.to(at.dtype.element_ty), mask=mask[:, None])
     else:
-        mask = rows[:, None] & (columns < WIDTH)[None, :]
+        mask = mask[:, None] & (columns < WIDTH)[None, :]
         tl.store(at, tile.to(at.dtype.element_ty), mask=mask)
+
+
+class BiasRows(NamedTuple):
+    """The bias of a tile's rows, along the axis of the rows."""
+
+    data: Any  # pointers
+    inside: Any  # mask: the bias may have fewer rows
+    key: Any  # stride
+    keys: Any
+
+
+class ScoreRows(NamedTuple):
+    """What `scores` needs of a tile's rows, along the axis of the rows."""
+
+    i: Any
+    slope: Any  # of ALiBi, times log2(e), or None
+    bias: Any  # BiasRows or None
+
+
+@triton.jit
+def head_bias(bias, b, head):
+    """`Bias` of this sequence and head, None if there is none."""
+    if bias is not None:
+        at = bias.data + b.to(tl.int64) * bias.batch + head.to(tl.int64) * bias.head
+        return Bias(at, bias.batch, bias.head, bias.row, bias.key)
+    else:
+        return None
+
+
+@triton.jit
+def score_rows(query, mask, shift, slope, bias, sizes, AXIS: tl.constexpr):
+    """`ScoreRows` of these queries; `bias` from `head_bias`. AXIS: the axis of the keys."""
+    bias_rows = None
+    if bias is not None:
+        at = bias.data + query.to(tl.int64) * bias.row
+        inside = mask & (query < sizes.bias_rows)
+        bias_rows = BiasRows(
+            tl.expand_dims(at, AXIS), tl.expand_dims(inside, AXIS), bias.key, sizes.bias_keys
+        )
+    return ScoreRows(tl.expand_dims(query + shift, AXIS), slope, bias_rows)
 
 
 @triton.jit
 def scores(
-    product, i, j, scale, softcap, slope, bias, bias_key, seen, window, keys,
-    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr, MASKED: tl.constexpr,
+    product, scale, rows, j, keys, opts, MASKED: tl.constexpr, AXIS: tl.constexpr = 1
 ):  # fmt: skip
     """Return log2(e) times the scores of a tile of q k^T, and the derivative of the scores with
     respect to scale q k^T.
 
-    i, slope and bias (pointers) run along one axis, j along the other: the tile may be transposed.
+    The keys j run along AXIS, `rows` along the other: the tile may be transposed.
     """
+    key = tl.expand_dims(j, 1 - AXIS)
     derivative = 1.0
-    if SOFTCAP:
+    if opts.softcap is not None:
         # tanh, exactly odd; 1 - 2 / (e^2x + 1) would lose the digits of small x
-        x = product * (scale / softcap)
+        x = product * (scale / opts.softcap)
         e = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
         small = x * (1.0 - x * x * (0.3333333333 - 0.1333333333 * x * x))
         t = (1.0 - e) / (1.0 + e)
         t = tl.where(tl.abs(x) < 0.1, small, tl.where(x < 0, -t, t))
-        s = t * (softcap * LOG2E)
+        s = t * (opts.softcap * LOG2E)
         derivative = 1.0 - t * t
     else:
         s = product * (scale * LOG2E)
-    if ALIBI:
-        s -= slope * tl.abs(i - j).to(tl.float32)
-    if BIAS:
-        s += tl.load(bias + j.to(tl.int64) * bias_key, mask=seen, other=0.0).to(tl.float32) * LOG2E
+    if opts.alibi_slopes is not None:
+        s -= rows.slope * tl.abs(rows.i - key).to(tl.float32)
+    if rows.bias is not None:
+        at = rows.bias.data + key.to(tl.int64) * rows.bias.key
+        inside = rows.bias.inside & tl.expand_dims(j < rows.bias.keys, 1 - AXIS)
+        s += tl.load(at, mask=inside, other=0.0).to(tl.float32) * LOG2E
     if MASKED:
-        visible = j < keys
-        if CAUSAL:
-            visible = visible & (j <= i)
-        if WINDOW:
-            visible = visible & (j > i - window)
+        visible = key < keys
+        if opts.causal is not None:
+            visible = visible & (key <= rows.i)
+        if opts.window is not None:
+            visible = visible & (key > rows.i - opts.window)
         s = tl.where(visible, s, float("-inf"))
     return s, derivative
 
 
 @triton.jit
-def kept(seed, threshold, b, head, query, start, BLOCK: tl.constexpr):
+def dropout_mask(dropout, b, head, query, start, BLOCK: tl.constexpr):
     """Which of the probabilities (query, start .. start + BLOCK) dropout keeps.
 
     Philox4x32-10 as in `reference.dropout_factor`: a counter's four words serve keys 16 apart.
@@ -203,13 +358,13 @@ def kept(seed, threshold, b, head, query, start, BLOCK: tl.constexpr):
         lanes = start // 64 * 16 + tl.arange(0, 16)
     zero = query[:, None] * 0 + lanes[None, :] * 0
     w0, w1, w2, w3 = tl.philox(
-        tl.load(seed),
+        tl.load(dropout.seed),
         lanes[None, :] + zero,
         query[:, None] + zero,
         (head + zero).to(tl.int32),
         b + zero,
     )
-    least = threshold.to(tl.uint32, bitcast=True)
+    least = dropout.threshold.to(tl.uint32, bitcast=True)
     k0 = (w0 >= least).to(tl.int8)
     k1 = (w1 >= least).to(tl.int8)
     k2 = (w2 >= least).to(tl.int8)
@@ -231,188 +386,152 @@ def kept(seed, threshold, b, head, query, start, BLOCK: tl.constexpr):
     return keep != 0
 
 
+@triton.jit
+def lse_row(sizes, b, head, row):
+    """Offset of a row, or of each row of a tile, in lse and delta."""
+    return b.to(tl.int64) * sizes.lse_batch + head.to(tl.int64) * sizes.lse_head + row.to(tl.int64)
+
+
 # ---- forward -------------------------------------------------------------------------------------
 
 
 @triton.jit
+def _key_offsets(j, mask, k, v, table, pages, SHAPE: tl.constexpr):
+    """Offsets of the keys j in k and in v, through the page table if there is one."""
+    if pages is not None:
+        page = tl.load(table + j // SHAPE.PAGE, mask=mask, other=0)
+        page = tl.minimum(tl.maximum(page, 0), pages.pages - 1).to(tl.int64)  # inside the cache
+        slot = (j % SHAPE.PAGE).to(tl.int64)
+        k_offsets = (page * k.batch + slot * k.row) * SHAPE.UNIT
+        v_offsets = (page * v.batch + slot * v.row) * SHAPE.UNIT
+    else:
+        k_offsets = row_offsets(k, j, SHAPE.UNIT)
+        v_offsets = row_offsets(v, j, SHAPE.UNIT)
+    return k_offsets, v_offsets
+
+
+@triton.jit
+def _softmax_step(s, total, top):
+    """The probabilities of a tile of scores and the factor of earlier sums, both in units of
+    2^top, the new maximum; total and top."""
+    higher = tl.maximum(top, tl.max(s, 1))
+    zero = tl.where(higher == float("-inf"), 0.0, higher)  # nothing seen yet
+    p = tl.exp2(s - zero[:, None])
+    rescale = tl.exp2(top - zero)
+    return p, rescale, total * rescale + tl.sum(p, 1), higher
+
+
+@triton.jit
 def _attend(
-    out, total, top, q, k, v, seed, table, bias, lo, hi, keys, i, query, seen_rows, slope, b, head,
-    key_columns, value_columns, pages, k_batch, k_row, v_batch, v_row, bias_key, bias_keys,
-    scale, softcap, window, threshold,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_N: tl.constexpr, UNIT: tl.constexpr, PAGE: tl.constexpr, SOFTCAP: tl.constexpr,
-    ALIBI: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr, MASKED: tl.constexpr,
+    out, total, top, q, k, v, lo, hi, keys, rows, query, b, head, table, pages, scale, opts,
+    SHAPE: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add the keys lo .. hi to out (M, DV) and total (M), which are in units of 2^top."""
     for start in tl.range(lo, hi, BLOCK_N):
         start = tl.multiple_of(start, BLOCK_N)
         j = start + tl.arange(0, BLOCK_N)
-        inside = j < keys
-        if PAGE:
-            page = tl.load(table + j // PAGE, mask=inside, other=0)
-            page = tl.minimum(tl.maximum(page, 0), pages - 1).to(tl.int64)  # inside the cache
-            slot = (j % PAGE).to(tl.int64)
-            k_rows = (page * k_batch + slot * k_row) * UNIT
-            v_rows = (page * v_batch + slot * v_row) * UNIT
-        else:
-            k_rows = j.to(tl.int64) * k_row * UNIT
-            v_rows = j.to(tl.int64) * v_row * UNIT
-        k_at = k + k_rows[:, None] + key_columns[None, :]
-        key = load_rows(k_at, key_columns, inside, D, BLOCK_D, MASKED).to(q.dtype)
+        mask = j < keys
+        k_offsets, v_offsets = _key_offsets(j, mask, k, v, table, pages, SHAPE)
+        key = load_tile(k.data, k_offsets, mask, SHAPE.D, SHAPE.BLOCK_D, MASKED).to(q.dtype)
         s = tl.dot(q, tl.trans(key), input_precision="ieee")
-        s, _ = scores(
-            s, i[:, None], j[None, :], scale, softcap, slope[:, None], bias[:, None], bias_key,
-            seen_rows[:, None] & (j < bias_keys)[None, :], window, keys,
-            SOFTCAP, ALIBI, BIAS, CAUSAL, WINDOW, MASKED,
-        )  # fmt: skip
-        higher = tl.maximum(top, tl.max(s, 1))
-        zero = tl.where(higher == float("-inf"), 0.0, higher)  # nothing seen yet
-        p = tl.exp2(s - zero[:, None])
-        rescale = tl.exp2(top - zero)
-        total = total * rescale + tl.sum(p, 1)
-        if DROPOUT:
-            keep = kept(seed, threshold, b, head[:, None], query, start, BLOCK_N)
+        s, _ = scores(s, scale, rows, j, keys, opts, MASKED)
+        p, rescale, total, top = _softmax_step(s, total, top)
+        if opts.dropout is not None:
+            keep = dropout_mask(opts.dropout, b, head[:, None], query, start, BLOCK_N)
             p = tl.where(keep, p, 0.0)
-        v_at = v + v_rows[:, None] + value_columns[None, :]
-        value = load_rows(v_at, value_columns, inside, DV, BLOCK_DV, MASKED).to(q.dtype)
+        value = load_tile(v.data, v_offsets, mask, SHAPE.DV, SHAPE.BLOCK_DV, MASKED).to(q.dtype)
         out = tl.dot(p.to(q.dtype), value, out * rescale[:, None], input_precision="ieee")
-        top = higher
     return out, total, top
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@jit(*LENGTHS)
 def _forward(
-    q,  # rows of D elements, strides q_batch, q_head, q_row
-    k,  # likewise; paged: k_batch is the stride of a page
-    v,  # rows of DV elements
-    out,  # like q, with v's width; splits: (splits, rows of lse, DV) float32
-    lse,  # (B, H, S), varlen (H, total_q); splits: (splits, rows of lse), in units of log2(e)
-    sinks,  # (H,) float32 or None; so may be all others up to seq_lens
-    slopes,  # (H,) float32
-    bias,  # strides bias_batch, bias_head, bias_row, bias_key, 0 where it is broadcast
-    seed,  # (1,) int64
-    k_scale,  # (Hkv,) float32 of an int8 cache
-    v_scale,
-    cu_q,  # (B + 1,) int32
-    cu_k,
-    table,  # (B, pages) int32, row stride table_row
-    seq_lens,  # (B,) int32
-    blocks, queries, keys, sequences, slots, total_q, total_k, splits, table_row, pages,
-    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
-    out_batch, out_head, out_row, lse_batch, lse_head, lse_rows,
-    bias_batch, bias_head, bias_row, bias_key, bias_rows, bias_keys,
-    scale, softcap, window, threshold, keep_scale,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    UNIT: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, VARLEN: tl.constexpr,
-    PAGE: tl.constexpr, SPLIT: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr, FIRST_PART: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    q,  # Rows of D elements
+    k,  # Rows of D elements
+    v,  # Rows of DV elements
+    out,  # Rows of DV elements; splits: (splits, rows of lse, DV) float32
+    lse,  # (B, H, S), packed (H, total_q); splits: (splits, rows of lse), in units of log2(e)
+    sinks,  # (H,) float32 or None
+    bias,  # Bias or None
+    packed,  # Packed or None
+    pages,  # Pages or None
+    opts,  # Options
+    sizes,  # Sizes
+    SHAPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     task = tl.program_id(0)
-    split = task % splits
-    slot = task // splits % slots
-    heads = task // splits // slots  # a set of PACK heads
-    b, first, row, queries, key_row, keys = place(
-        slot, blocks, queries, keys, cu_q, cu_k, total_q, total_k, sequences, PACK, BLOCK_M, VARLEN,
-        True,  # causal: the blocks with the most keys first
-    )  # fmt: skip
-    if first >= queries * PACK:
+    split = task % sizes.splits
+    slot = task // sizes.splits % sizes.slots
+    heads = task // sizes.splits // sizes.slots  # a set of PACK heads
+    b, first, row, queries, key_row, keys = locate(slot, sizes, packed, SHAPE.PACK, BLOCK_M)
+    if first >= queries * SHAPE.PACK:
         return
-    wide_b = b.to(tl.int64)
-    if PAGE:
-        keys = tl.minimum(tl.maximum(tl.load(seq_lens + b), 0), keys)
-        table += wide_b * table_row
-
     r = first + tl.arange(0, BLOCK_M)
-    query = r // PACK
-    head = heads * PACK + r % PACK
-    seen_rows = query < queries
-    wide_head = head.to(tl.int64)
-    wide_row = (row + query).to(tl.int64)
-    kv_head = (heads * PACK // GROUP).to(tl.int64)
-    key_columns = tl.arange(0, BLOCK_D)
-    value_columns = tl.arange(0, BLOCK_DV)
-    q_at = q + (wide_b * q_batch + wide_head * q_head + wide_row * q_row)[:, None] * UNIT
-    q_tile = load_rows(q_at + key_columns[None, :], key_columns, seen_rows, D, BLOCK_D, True)
-    k += kv_head * k_head * UNIT
-    v += kv_head * v_head * UNIT
-    if not PAGE:
-        k += (wide_b * k_batch + key_row.to(tl.int64) * k_row) * UNIT
-        v += (wide_b * v_batch + key_row.to(tl.int64) * v_row) * UNIT
-    if k_scale is not None:
-        scale = scale * tl.load(k_scale + kv_head)
-    slope = seen_rows
-    if slopes is not None:
-        slope = tl.load(slopes + head, mask=seen_rows, other=0.0) * LOG2E
-    bias_at = seen_rows
-    seen_bias = seen_rows
-    if bias is not None:
-        bias_at = bias + wide_b * bias_batch + wide_head * bias_head + query.to(tl.int64) * bias_row
-        seen_bias = seen_rows & (query < bias_rows)
-
-    # the keys that the rows see, in up to three parts: masked lo .. full_lo (window),
-    # full_lo .. full_hi, masked full_hi .. hi
+    query = r // SHAPE.PACK
+    head = heads * SHAPE.PACK + r % SHAPE.PACK
+    mask = query < queries
+    kv_head = (heads * SHAPE.PACK // SHAPE.GROUP).to(tl.int64)
+    q_at = offsets(q, b, head, row + query, SHAPE.UNIT)
+    q_tile = load_tile(q.data, q_at, mask, SHAPE.D, SHAPE.BLOCK_D)
+    scale = opts.scale
+    table = None
+    if pages is not None:
+        keys = tl.minimum(tl.maximum(tl.load(pages.seq_lens + b), 0), keys)
+        table = pages.table + b.to(tl.int64) * pages.table_row
+        k = Rows(k.data + kv_head * k.head * SHAPE.UNIT, k.batch, k.head, k.row)
+        v = Rows(v.data + kv_head * v.head * SHAPE.UNIT, v.batch, v.head, v.row)
+        if pages.k_scale is not None:
+            scale = scale * tl.load(pages.k_scale + kv_head)
+    else:
+        k = head_rows(k, b, kv_head, key_row, SHAPE.UNIT)
+        v = head_rows(v, b, kv_head, key_row, SHAPE.UNIT)
+    slope = None
+    if opts.alibi_slopes is not None:
+        slope = (tl.load(opts.alibi_slopes + head, mask=mask, other=0.0) * LOG2E)[:, None]
     shift = keys - queries
-    earliest = first // PACK + shift
-    latest = tl.minimum((first + BLOCK_M - 1) // PACK, queries - 1) + shift
-    lo, hi = seen_keys(earliest, latest, keys, window, BLOCK_N, CAUSAL, WINDOW)
-    if SPLIT:
-        share = tl.cdiv(tl.cdiv(tl.maximum(hi - lo, 0), splits), BLOCK_N) * BLOCK_N
-        lo += split * share
-        hi = tl.minimum(hi, lo + share)
-    full_lo, full_hi = whole_tiles(
-        lo, hi, earliest, latest, window, BLOCK_N, CAUSAL, WINDOW, FIRST_PART
-    )
+    rows = score_rows(query, mask, shift, slope, head_bias(bias, b, head), sizes, 1)
+
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    if (sinks is not None) and (not SPLIT):
-        top = tl.load(sinks + head, mask=seen_rows, other=0.0) * LOG2E
+    if (sinks is not None) and (not SHAPE.SPLIT):
+        top = tl.load(sinks + head, mask=mask, other=0.0) * LOG2E
         total = tl.where(top == float("-inf"), 0.0, 1.0)
-    result = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    for part in tl.static_range(FIRST_PART, 3):
-        if part == 0:
-            start = lo
-            end = full_lo
-        elif part == 1:
-            start = full_lo
-            end = full_hi
-        else:
-            start = full_hi
-            end = hi
+    result = tl.zeros([BLOCK_M, SHAPE.BLOCK_DV], tl.float32)
+    earliest = first // SHAPE.PACK + shift
+    latest = tl.minimum((first + BLOCK_M - 1) // SHAPE.PACK, queries - 1) + shift
+    edges = key_edges(earliest, latest, keys, split, sizes.splits, opts, SHAPE, BLOCK_N)
+    for part in tl.static_range(SHAPE.FIRST_PART, 3):
         result, total, top = _attend(
-            result, total, top, q_tile, k, v, seed, table, bias_at, start, end, keys,
-            query + shift, query, seen_bias, slope, b, head, key_columns, value_columns,
-            pages, k_batch, k_row, v_batch, v_row, bias_key, bias_keys, scale, softcap, window,
-            threshold, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, UNIT, PAGE, SOFTCAP,
-            slopes is not None, bias is not None, seed is not None, CAUSAL, WINDOW, part != 1,
+            result, total, top, q_tile, k, v, edges[part], edges[part + 1], keys, rows, query, b,
+            head, table, pages, scale, opts, SHAPE, BLOCK_N, part != 1,
         )  # fmt: skip
 
     factor = tl.where(total == 0.0, 0.0, 1.0 / total)
-    if seed is not None:
-        factor *= keep_scale
-    if v_scale is not None:
-        factor *= tl.load(v_scale + kv_head)
-    lse_row = wide_b * lse_batch + wide_head * lse_head + wide_row
+    if opts.dropout is not None:
+        factor *= opts.dropout.scale
+    if pages is not None:
+        if pages.v_scale is not None:
+            factor *= tl.load(pages.v_scale + kv_head)
+    at = lse_row(sizes, b, head, row + query)
     lse_value = tl.where(total == 0.0, float("-inf"), top + tl.log2(total))
-    if SPLIT:
-        lse_row += split.to(tl.int64) * lse_rows
-        out_row_at = lse_row * DV
+    if SHAPE.SPLIT:
+        at += split.to(tl.int64) * sizes.lse_split
+        out_at = at * SHAPE.DV
     else:
         lse_value *= LN2
-        out_row_at = (wide_b * out_batch + wide_head * out_head + wide_row * out_row) * UNIT
-    tl.store(lse + lse_row, lse_value, mask=seen_rows)
-    out_at = out + out_row_at[:, None] + value_columns[None, :]
-    store_rows(out_at, result * factor[:, None], value_columns, seen_rows, DV, BLOCK_DV)
+        out_at = offsets(out, b, head, row + query, SHAPE.UNIT)
+    tl.store(lse + at, lse_value, mask=mask)
+    store_tile(out.data, out_at, result * factor[:, None], mask, SHAPE.DV, SHAPE.BLOCK_DV)
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@jit(*LENGTHS)
 def _combine(
     parts,  # (splits, B, H, S, DV) float32
     part_lse,  # (splits, B, H, S), in units of log2(e)
     sinks,  # (H,) float32 or None
-    out,  # rows of DV elements
+    out,  # Rows of DV elements, UNIT 1
     lse,  # (B, H, S)
-    queries, heads, lse_rows, splits, out_batch, out_head, out_row,
+    queries, heads, lse_rows, splits,
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Combine the splits of one row: their out, weighted by the softmax of their lse. SPLITS is a
@@ -438,8 +557,8 @@ def _combine(
     mask = (split < splits)[:, None] & (columns < DV)[None, :]
     tile = tl.load(parts + at[:, None] * DV + columns[None, :], mask=mask, other=0.0)
     result = tl.sum(tile * weight[:, None], 0) * tl.where(total == 0.0, 0.0, 1.0 / total)
-    out_at = out + b * out_batch + head * out_head + row % queries * out_row + columns
-    tl.store(out_at, result.to(out.dtype.element_ty), mask=columns < DV)
+    out_at = out.data + offsets(out, b, head, row % queries, 1) + columns
+    tl.store(out_at, result.to(out.data.dtype.element_ty), mask=columns < DV)
     lse_value = tl.where(total == 0.0, float("-inf"), zero + tl.log2(total))
     tl.store(lse + row, lse_value * LN2)
 
@@ -498,13 +617,15 @@ def padded(width: int) -> int:
     return max(16, triton.next_power_of_2(width))
 
 
-def sizes_of(tiles: Tiles, q: Tensor, width: int, o: "Options", int8: bool = False) -> Config:
-    """The entry for q's dtype and architecture, a padded head width and the given options."""
+def needs_registers(bias: Tensor | None, o: Options) -> bool:
+    return not (bias is o.alibi_slopes is o.softcap is o.dropout is None)
+
+
+def sizes_of(tiles: Tiles, q: Tensor, width: int, more: bool) -> Config:
+    """The entry for q's dtype and architecture and a padded head width; `more`: for OPTIONS."""
     key = q.element_size(), min(max(width, 64), _WIDEST)
-    if not (o.slopes is o.bias is o.seed is None and o.softcap == 0) or int8:
-        with_options = (*key, OPTIONS)
-        key = with_options if with_options in tiles.table else key
-    return tiles.of(key, q)
+    with_options = (*key, OPTIONS)
+    return tiles.of(with_options if more and with_options in tiles.table else key, q)
 
 
 # ---- host ----------------------------------------------------------------------------------------
@@ -517,82 +638,70 @@ class Layout(NamedTuple):
     sequences: int
     queries: int
     keys: int
-    cu_q: Tensor | None = None
-    cu_k: Tensor | None = None
+    packed: Packed | None = None
     longest_q: int = 0  # packed: a hint
-    table: Tensor | None = None
-    seq_lens: Tensor | None = None
+    pages: Pages | None = None
     page: int = 0  # keys per page
-    pages: int = 0
+
+    def lse_steps(self, heads: int) -> tuple[int, int]:
+        return 0 if self.packed else heads * self.queries, self.queries
+
+    def slots(self, rows: int, block: int) -> tuple[int, int]:
+        """The blocks of one sequence of `rows` rows, and the slots of all sequences."""
+        blocks = triton.cdiv(rows, block)
+        return blocks, rows // block + self.sequences if self.packed else blocks * self.sequences
 
 
-class Options(NamedTuple):
-    """The options of the operators in the form that the kernels expect."""
-
-    sinks: Tensor | None
-    slopes: Tensor | None
-    bias: Tensor | None
-    seed: Tensor | None
-    causal: bool
-    scale: float
-    window: int
-    softcap: float
-    threshold: int  # a random word below it, read as unsigned, drops its probability
-    keep_scale: float
-
-    def flags(self) -> dict[str, bool]:
-        return {"CAUSAL": self.causal, "WINDOW": self.window > 0, "SOFTCAP": self.softcap > 0}
-
-    def parts(self) -> dict[str, int]:
-        """Return the parts of the forward and of dq (`_forward`). With dropout one masked part
-        covers all keys: the draws cost more than the masks, and the code shrinks to a third."""
-        return {"FIRST_PART": 2 if self.seed is not None else 0 if self.window > 0 else 1}
-
-    def numbers(self) -> tuple:
-        return float(self.scale), float(self.softcap), self.window, self.threshold, self.keep_scale
-
-
-def options(sinks, alibi_slopes, bias, seed, causal, scale, window, softcap, dropout_p) -> Options:
-    drops = min(int(dropout_p * 2**32), 2**32 - 1)  # dropping all relies on keep_scale 0
+def options_of(
+    alibi_slopes: Tensor | None, seed: Tensor | None, given: AttentionOptions
+) -> Options:
+    dropout = None
+    if seed is not None:
+        drops = min(int(given.dropout_p * 2**32), 2**32 - 1)  # dropping all relies on scale 0
+        dropout = Dropout(
+            seed, drops - 2**32 if drops >= 2**31 else drops,
+            1 / (1 - given.dropout_p) if given.dropout_p < 1 else 0.0,
+        )  # fmt: skip
     return Options(
-        _floats(sinks), _floats(alibi_slopes), bias, seed, causal or window > 0, scale,
-        min(window, _WIDEST_WINDOW), softcap, drops - 2**32 if drops >= 2**31 else drops,
-        1 / (1 - dropout_p) if dropout_p < 1 else 0.0,
+        float(given.scale), True if given.causal or given.window > 0 else None,
+        min(given.window, _WIDEST_WINDOW) if given.window > 0 else None,
+        float(given.softcap) if given.softcap > 0 else None, floats(alibi_slopes), dropout,
     )  # fmt: skip
 
 
-def _floats(t: Tensor | None) -> Tensor | None:
+def floats(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.float().contiguous()
 
 
-def strides(t: Tensor, dims: tuple[int | None, int, int]) -> tuple[int, int, int]:
-    """Return the strides of sequence (or page), head and row; packed sequences have none."""
-    sequence, head, row = dims
-    return 0 if sequence is None else t.stride(sequence), t.stride(head), t.stride(row)
+Dims = tuple[int | None, int, int]
 
 
-def in_units(*steps: tuple[int, ...]) -> tuple[int, list[int]]:
-    """UNIT, and the strides in units of it. Reading 16 bytes at a time requires multiples of 16
-    elements for int8, of 8 or fewer for the other dtypes."""
-    flat = [n for step in steps for n in step]
-    unit = next(u for u in (16, 8, 1) if all(n % u == 0 for n in flat))
-    return unit, [n // unit for n in flat]
+def in_units(*tensors: tuple[Tensor, Dims | None]) -> tuple[int, list[Rows]]:
+    """UNIT, and the tensors with their strides in units of it. Reading 16 bytes at a time requires
+    multiples of 16 elements for int8, of 8 or fewer for the other dtypes.
+
+    With each tensor: its dimensions of sequence (or page), head and row; packed sequences have no
+    dimension, and their stride is 0."""
+    steps = [
+        [0 if d is None else t.stride(d) for d in dims or (None, None, None)] for t, dims in tensors
+    ]
+    unit = next(u for u in (16, 8, 1) if all(n % u == 0 for step in steps for n in step))
+    rows = (Rows(t, *(n // unit for n in step)) for (t, _), step in zip(tensors, steps))
+    return unit, list(rows)
 
 
-NO_BIAS = (0, 0, 0, 0, 0, 0)
-
-
-def bias_arguments(bias: Tensor | None) -> tuple[int, ...]:
-    """The bias's strides of sequence, head, row and key, and its numbers of rows and keys."""
+def bias_of(bias: Tensor | None) -> tuple[Bias | None, tuple[int, int]]:
+    """The bias with its strides, and its numbers of rows and keys."""
     if bias is None:
-        return NO_BIAS
+        return None, (0, 0)
     steps = (0 if n == 1 else s for n, s in zip(bias.shape, bias.stride()))
-    return *steps, *(2**31 - 1 if n == 1 else n for n in bias.shape[2:])
+    rows, keys = (2**31 - 1 if n == 1 else n for n in bias.shape[2:])
+    return Bias(bias, *steps), (rows, keys)
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dims: tuple, kv_dims: tuple,
-    layout: Layout, o: Options, k_scale: Tensor | None = None, v_scale: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dims: Dims, kv_dims: Dims,
+    layout: Layout, sinks: Tensor | None, bias: Tensor | None, options: Options,
 ) -> None:  # fmt: skip
     """Fill out and lse. `dims`: the dimensions of sequence, head and row in q and out; `kv_dims`:
     those in k and v. Elements of a row are contiguous.
@@ -601,56 +710,52 @@ def forward(
     group = heads // kv_heads
     width, v_width = q.shape[-1], v.shape[-1]
     block_d, block_dv = padded(width), padded(v_width)
-    widest = max(block_d, block_dv)
-    varlen = layout.cu_q is not None
-    longest = layout.longest_q if varlen else layout.queries
-    int8 = k.dtype == torch.int8
-    config = sizes_of(_MANY, q, widest, o, int8)
+    more = needs_registers(bias, options) or k.dtype == torch.int8
+    config = sizes_of(_MANY, q, max(block_d, block_dv), more)
+    longest = layout.longest_q if layout.packed else layout.queries
     pack = group if longest < config.sizes["BLOCK_M"] else 1
     if longest * pack <= FEW_ROWS:
-        config = sizes_of(_FEW, q, widest, o, int8)
-    block_m = config.sizes["BLOCK_M"]
-    blocks = triton.cdiv(layout.queries * pack, block_m)
-    if varlen:
-        slots = layout.queries * pack // block_m + layout.sequences
-    else:
-        slots = blocks * layout.sequences
+        config = sizes_of(_FEW, q, max(block_d, block_dv), more)
+    blocks, slots = layout.slots(layout.queries * pack, config.sizes["BLOCK_M"])
     if 0 in (slots, heads, layout.queries, layout.sequences):
         return
     programs = slots * (heads // pack)
-    splits = 1 if varlen else _splits(programs, layout.keys, multiprocessors(q.device))
-    to, to_lse = out, lse
-    out_steps = strides(out, dims)
+    splits = 1 if layout.packed else _splits(programs, layout.keys, multiprocessors(q.device))
+    to, to_lse, to_dims = out, lse, dims
     if splits > 1:
         to = q.new_empty(splits, *lse.shape, v_width, dtype=torch.float32)
-        to_lse = lse.new_empty(splits, *lse.shape)
-    unit, steps = in_units(
-        strides(q, dims), strides(k, kv_dims), strides(v, kv_dims),
-        (0, 0, 0) if splits > 1 else out_steps,
-    )  # fmt: skip
-    lse_batch, lse_head = (
-        (0, layout.queries) if varlen else (heads * layout.queries, layout.queries)
-    )
+        to_lse, to_dims = lse.new_empty(splits, *lse.shape), None
+    unit, tensors = in_units((q, dims), (k, kv_dims), (v, kv_dims), (to, to_dims))
+    sinks = floats(sinks)
+    bias_rows, bias_size = bias_of(bias)
     launch(
-        _forward, (programs * splits,),
-        q, k, v, to, to_lse, o.sinks, o.slopes, o.bias, o.seed, k_scale, v_scale,
-        layout.cu_q, layout.cu_k, layout.table, layout.seq_lens,
-        blocks, layout.queries, layout.keys, layout.sequences, slots, layout.queries, layout.keys,
-        splits, 0 if layout.table is None else layout.table.stride(0), layout.pages,
-        *steps, lse_batch, lse_head, lse.numel(), *bias_arguments(o.bias), *o.numbers(),
-        config=config, D=width, DV=v_width, BLOCK_D=block_d, BLOCK_DV=block_dv, UNIT=unit,
-        GROUP=group, PACK=pack, VARLEN=varlen, PAGE=layout.page, SPLIT=splits > 1, **o.flags(),
-        **o.parts(),
+        _forward, (programs * splits,), *tensors, to_lse, sinks, bias_rows,
+        layout.packed, layout.pages, options,
+        Sizes(
+            layout.sequences, layout.queries, layout.keys, blocks, slots, *layout.lse_steps(heads),
+            *bias_size, splits, lse.numel(),
+        ),
+        config=config,
+        SHAPE=Shape(
+            width, v_width, block_d, block_dv, group, unit, pack, layout.page, splits > 1,
+            first_part(options),
+        ),
     )  # fmt: skip
     if splits > 1:
         launch(
-            _combine, (lse.numel(),), to, to_lse, o.sinks, out, lse, layout.queries, heads,
-            lse.numel(), splits, *out_steps, config=_COMBINE, DV=v_width, BLOCK_DV=block_dv,
-            SPLITS=triton.next_power_of_2(splits),
+            _combine, (lse.numel(),), to, to_lse, sinks, Rows(out, *(out.stride(d) for d in dims)),
+            lse, layout.queries, heads, lse.numel(), splits, config=_COMBINE, DV=v_width,
+            BLOCK_DV=block_dv, SPLITS=triton.next_power_of_2(splits),
         )  # fmt: skip
 
 
 _COMBINE = Config({}, num_warps=4, num_stages=1)
+
+
+def first_part(options: Options) -> int:
+    """The first part that the forward and dq have. With dropout one masked part covers all keys:
+    the draws cost more than the masks, and the code shrinks to a third."""
+    return 2 if options.dropout else 0 if options.window else 1
 
 
 def _splits(programs: int, keys: int, at_a_time: int) -> int:
@@ -668,13 +773,13 @@ def dense(q: Tensor, k: Tensor) -> Layout:
 
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, alibi_slopes: Tensor | None,
-    bias: Tensor | None, seed: Tensor | None, numbers: AttentionOptions,
+    bias: Tensor | None, seed: Tensor | None, options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     q, k, v = elements_last(q, k, v)
     out = empty_out(q, v.shape[3])
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    o = options(sinks, alibi_slopes, bias, seed, *numbers)
-    forward(q, k, v, out, lse, _DIMS, _DIMS, dense(q, k), o)
+    o = options_of(alibi_slopes, seed, options)
+    forward(q, k, v, out, lse, _DIMS, _DIMS, dense(q, k), sinks, bias, o)
     return out, lse
 
 

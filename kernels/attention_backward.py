@@ -15,6 +15,8 @@ Seven products of rows x keys, where five are the minimum: computing dq separate
 needs neither atomic additions nor float32 copies of dq. dbias costs two more products and no memory
 beyond itself; a bias with few elements runs few programs. A program reads its own operands once,
 and once those that it walks along (mostly from L2). None of this has been measured on a GPU.
+
+Indices as in attention.py. Tiles are rows x keys, in `_dkdv` keys x rows. `base`: see `_base`.
 """
 
 import torch
@@ -26,36 +28,46 @@ from fastlm.kernels.attention import (
     LENGTHS,
     LOG2E,
     OPTIONS,
+    Dims,
     Layout,
     Options,
-    bias_arguments,
+    Shape,
+    Sizes,
+    bias_of,
     dense,
+    dropout_mask,
+    first_part,
+    floats,
+    head_bias,
+    head_rows,
     in_units,
-    kept,
-    load_rows,
-    options,
+    key_edges,
+    load_tile,
+    locate,
+    lse_row,
+    needs_registers,
+    offsets,
+    options_of,
     padded,
-    place,
+    row_offsets,
+    score_rows,
     scores,
-    seen_keys,
     sequence,
     sizes_of,
-    store_rows,
-    strides,
-    whole_tiles,
+    store_tile,
 )
-from fastlm.kernels.launch import Config, Tiles, launch
+from fastlm.kernels.launch import Config, Tiles, jit, launch
 from fastlm.memory_order import elements_last
 from fastlm.reference import AttentionOptions
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@jit(*LENGTHS)
 def _delta(
-    dout,  # rows of DV elements, strides dout_batch, dout_head, dout_row
-    out,  # likewise
+    dout,  # Rows of DV elements
+    out,  # Rows of DV elements
     dlse,  # (B, H, rows) float32 or None
     delta,  # (B, H, rows) float32
-    rows, heads, dout_batch, dout_head, dout_row, out_batch, out_head, out_row,
+    rows, heads,
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, UNIT: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(rows, BLOCK_M)
@@ -63,303 +75,278 @@ def _delta(
     b = part // heads
     head = part % heads
     row = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
-    seen = row < rows
-    wide_row = row.to(tl.int64)
-    columns = tl.arange(0, BLOCK_DV)
-    dout_at = dout + (b * dout_batch + head * dout_head + wide_row * dout_row)[:, None] * UNIT
-    out_at = out + (b * out_batch + head * out_head + wide_row * out_row)[:, None] * UNIT
-    g = load_rows(dout_at + columns[None, :], columns, seen, DV, BLOCK_DV, True)
-    o = load_rows(out_at + columns[None, :], columns, seen, DV, BLOCK_DV, True)
+    mask = row < rows
+    g = load_tile(dout.data, offsets(dout, b, head, row, UNIT), mask, DV, BLOCK_DV)
+    o = load_tile(out.data, offsets(out, b, head, row, UNIT), mask, DV, BLOCK_DV)
     result = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
+    at = part * rows + row.to(tl.int64)
     if dlse is not None:
-        result -= tl.load(dlse + part * rows + wide_row, mask=seen, other=0.0)
-    tl.store(delta + part * rows + wide_row, result, mask=seen)
+        result -= tl.load(dlse + at, mask=mask, other=0.0)
+    tl.store(delta + at, result, mask=mask)
 
 
 @triton.jit
-def _base(lse_at, seen):
+def _base(lse_at, mask):
     """log2(e) lse, for exp2(s - base): 0 where a row sees nothing (s is -inf), +inf past the last
     row."""
-    lse = tl.load(lse_at, mask=seen, other=float("inf"))
+    lse = tl.load(lse_at, mask=mask, other=float("inf"))
     return tl.where(lse == float("-inf"), 0.0, lse * LOG2E)
 
 
 @triton.jit
+def _slope(opts, head):
+    slope = None
+    if opts.alibi_slopes is not None:
+        slope = tl.load(opts.alibi_slopes + head) * LOG2E
+    return slope
+
+
+@triton.jit
+def _dropped(x, keep, opts):
+    return tl.where(keep, x * opts.dropout.scale, 0.0)
+
+
+# ---- dq ------------------------------------------------------------------------------------------
+
+
+@triton.jit
 def _along_keys(
-    dq, q, dout, base, delta, k, v, seed, bias, lo, hi, keys, i, query, seen_bias, slope, b, head,
-    key_columns, value_columns, k_row, v_row, bias_key, bias_keys,
-    scale, softcap, window, threshold, keep_scale,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_N: tl.constexpr, UNIT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
-    BIAS: tl.constexpr, DROPOUT: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-    MASKED: tl.constexpr,
+    dq, q, dout, base, delta, k, v, lo, hi, keys, rows, query, b, head, opts,
+    SHAPE: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add dS k of the keys lo .. hi to dq (M, D)."""
     for start in tl.range(lo, hi, BLOCK_N):
         start = tl.multiple_of(start, BLOCK_N)
         j = start + tl.arange(0, BLOCK_N)
-        wide_j = j.to(tl.int64)
-        k_at = k + (wide_j * k_row * UNIT)[:, None] + key_columns[None, :]
-        key = load_rows(k_at, key_columns, j < keys, D, BLOCK_D, MASKED)
+        mask = j < keys
+        k_at = row_offsets(k, j, SHAPE.UNIT)
+        key = load_tile(k.data, k_at, mask, SHAPE.D, SHAPE.BLOCK_D, MASKED)
         s = tl.dot(q, tl.trans(key), input_precision="ieee")
-        s, derivative = scores(
-            s, i[:, None], j[None, :], scale, softcap, slope, bias[:, None], bias_key,
-            seen_bias[:, None] & (j < bias_keys)[None, :], window, keys,
-            SOFTCAP, ALIBI, BIAS, CAUSAL, WINDOW, MASKED,
-        )  # fmt: skip
+        s, derivative = scores(s, opts.scale, rows, j, keys, opts, MASKED)
         p = tl.exp2(s - base[:, None])
-        v_at = v + (wide_j * v_row * UNIT)[:, None] + value_columns[None, :]
-        value = load_rows(v_at, value_columns, j < keys, DV, BLOCK_DV, MASKED)
+        v_at = row_offsets(v, j, SHAPE.UNIT)
+        value = load_tile(v.data, v_at, mask, SHAPE.DV, SHAPE.BLOCK_DV, MASKED)
         dp = tl.dot(dout, tl.trans(value), input_precision="ieee")
-        if DROPOUT:
-            keep = kept(seed, threshold, b, head, query, start, BLOCK_N)
-            dp = tl.where(keep, dp * keep_scale, 0.0)
+        if opts.dropout is not None:
+            keep = dropout_mask(opts.dropout, b, head, query, start, BLOCK_N)
+            dp = _dropped(dp, keep, opts)
         ds = p * (dp - delta[:, None]) * derivative
         dq = tl.dot(ds.to(key.dtype), key, dq, input_precision="ieee")
     return dq
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@jit(*LENGTHS)
 def _dq(
-    q,  # strides q_batch, q_head, q_row
-    k,
-    v,
-    dout,  # rows of DV elements
-    lse,  # (B, H, S), varlen (H, total_q); delta likewise
-    delta,
-    dq,
-    slopes,  # as in `attention._forward`
-    bias,
-    seed,
-    cu_q,
-    cu_k,
-    blocks, queries, keys, sequences, slots, total_q, total_k,
-    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
-    dout_batch, dout_head, dout_row, dq_batch, dq_head, dq_row, lse_batch, lse_head,
-    bias_batch, bias_head, bias_row, bias_key, bias_rows, bias_keys,
-    scale, softcap, window, threshold, keep_scale,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    UNIT: tl.constexpr, GROUP: tl.constexpr, VARLEN: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, FIRST_PART: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    q,  # Rows of D elements
+    k,  # Rows of D elements
+    v,  # Rows of DV elements
+    dout,  # Rows of DV elements
+    lse,  # (B, H, S), packed (H, total_q)
+    delta,  # like lse
+    dq,  # Rows of D elements
+    bias,  # Bias or None
+    packed,  # Packed or None
+    opts,  # Options
+    sizes,  # Sizes
+    SHAPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    slot = tl.program_id(0) % slots
-    head = (tl.program_id(0) // slots).to(tl.int64)
-    b, first, row, queries, key_row, keys = place(
-        slot, blocks, queries, keys, cu_q, cu_k, total_q, total_k, sequences, 1, BLOCK_M, VARLEN,
-        True,  # causal: the blocks with the most keys first
-    )  # fmt: skip
+    slot = tl.program_id(0) % sizes.slots
+    head = (tl.program_id(0) // sizes.slots).to(tl.int64)
+    b, first, row, queries, key_row, keys = locate(slot, sizes, packed, 1, BLOCK_M)
     if first >= queries:
         return
-    wide_b = b.to(tl.int64)
     query = first + tl.arange(0, BLOCK_M)
-    seen_rows = query < queries
-    wide_row = (row + query).to(tl.int64)
-    key_columns = tl.arange(0, BLOCK_D)
-    value_columns = tl.arange(0, BLOCK_DV)
-    q_at = q + (wide_b * q_batch + head * q_head + wide_row * q_row)[:, None] * UNIT
-    q_tile = load_rows(q_at + key_columns[None, :], key_columns, seen_rows, D, BLOCK_D, True)
-    dout_at = dout + (wide_b * dout_batch + head * dout_head + wide_row * dout_row)[:, None] * UNIT
-    g = load_rows(dout_at + value_columns[None, :], value_columns, seen_rows, DV, BLOCK_DV, True)
-    kv_head = head // GROUP
-    wide_key = key_row.to(tl.int64)
-    k += (wide_b * k_batch + kv_head * k_head + wide_key * k_row) * UNIT
-    v += (wide_b * v_batch + kv_head * v_head + wide_key * v_row) * UNIT
-    lse_row = wide_b * lse_batch + head * lse_head + wide_row
-    base = _base(lse + lse_row, seen_rows)
-    delta_tile = tl.load(delta + lse_row, mask=seen_rows, other=0.0)
-    slope = 0.0
-    if slopes is not None:
-        slope = tl.load(slopes + head) * LOG2E
-    bias_at = seen_rows
-    seen_bias = seen_rows
-    if bias is not None:
-        bias_at = bias + wide_b * bias_batch + head * bias_head + query.to(tl.int64) * bias_row
-        seen_bias = seen_rows & (query < bias_rows)
-
-    # the keys that the rows see, as in `attention._forward`
+    mask = query < queries
+    q_at = offsets(q, b, head, row + query, SHAPE.UNIT)
+    q_tile = load_tile(q.data, q_at, mask, SHAPE.D, SHAPE.BLOCK_D)
+    g_at = offsets(dout, b, head, row + query, SHAPE.UNIT)
+    g = load_tile(dout.data, g_at, mask, SHAPE.DV, SHAPE.BLOCK_DV)
+    k = head_rows(k, b, head // SHAPE.GROUP, key_row, SHAPE.UNIT)
+    v = head_rows(v, b, head // SHAPE.GROUP, key_row, SHAPE.UNIT)
+    lse_at = lse_row(sizes, b, head, row + query)
+    base = _base(lse + lse_at, mask)
+    delta_tile = tl.load(delta + lse_at, mask=mask, other=0.0)
     shift = keys - queries
+    slope = _slope(opts, head)
+    rows = score_rows(query, mask, shift, slope, head_bias(bias, b, head), sizes, 1)
+
+    result = tl.zeros([BLOCK_M, SHAPE.BLOCK_D], tl.float32)
     earliest = first + shift
     latest = tl.minimum(first + BLOCK_M, queries) - 1 + shift
-    lo, hi = seen_keys(earliest, latest, keys, window, BLOCK_N, CAUSAL, WINDOW)
-    full_lo, full_hi = whole_tiles(
-        lo, hi, earliest, latest, window, BLOCK_N, CAUSAL, WINDOW, FIRST_PART
-    )
-    result = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for part in tl.static_range(FIRST_PART, 3):
-        if part == 0:
-            start = lo
-            end = full_lo
-        elif part == 1:
-            start = full_lo
-            end = full_hi
-        else:
-            start = full_hi
-            end = hi
+    edges = key_edges(earliest, latest, keys, 0, 1, opts, SHAPE, BLOCK_N)
+    for part in tl.static_range(SHAPE.FIRST_PART, 3):
         result = _along_keys(
-            result, q_tile, g, base, delta_tile, k, v, seed, bias_at, start, end, keys,
-            query + shift, query, seen_bias, slope, b, head, key_columns, value_columns,
-            k_row, v_row, bias_key, bias_keys, scale, softcap, window, threshold, keep_scale,
-            D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, UNIT, SOFTCAP, slopes is not None,
-            bias is not None, seed is not None, CAUSAL, WINDOW, part != 1,
+            result, q_tile, g, base, delta_tile, k, v, edges[part], edges[part + 1], keys, rows,
+            query, b, head, opts, SHAPE, BLOCK_N, part != 1,
         )  # fmt: skip
-    dq_at = dq + (wide_b * dq_batch + head * dq_head + wide_row * dq_row)[:, None] * UNIT
-    store_rows(dq_at + key_columns[None, :], result * scale, key_columns, seen_rows, D, BLOCK_D)
+    dq_at = offsets(dq, b, head, row + query, SHAPE.UNIT)
+    store_tile(dq.data, dq_at, result * opts.scale, mask, SHAPE.D, SHAPE.BLOCK_D)
+
+
+# ---- dk and dv -----------------------------------------------------------------------------------
 
 
 @triton.jit
-def _along_rows(
-    dk, dv, k, v, q, dout, lse, delta, seed, bias, lo, hi, queries, keys, j, shift, slope, b, head,
-    start_j, key_columns, value_columns, q_row, dout_row, bias_row, bias_key, bias_rows, bias_keys,
-    scale, softcap, window, threshold, keep_scale,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UNIT: tl.constexpr, SOFTCAP: tl.constexpr,
-    ALIBI: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr, MASKED: tl.constexpr,
+def _row_edges(
+    first, keys, queries, shift, opts,
+    SHAPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Add the contribution of rows lo .. hi of one query head to dk (N, D) and dv (N, DV). Tiles of
-    scores are keys x rows."""
-    for start in tl.range(lo, hi, BLOCK_M):
-        query = start + tl.arange(0, BLOCK_M)
-        seen_rows = query < queries
-        wide_query = query.to(tl.int64)
-        q_at = q + (wide_query * q_row * UNIT)[:, None] + key_columns[None, :]
-        q_tile = load_rows(q_at, key_columns, seen_rows, D, BLOCK_D, True)
-        base = _base(lse + wide_query, seen_rows)
-        s = tl.dot(k, tl.trans(q_tile), input_precision="ieee")
-        bias_at = seen_rows
-        seen_bias = seen_rows
-        if BIAS:
-            bias_at = bias + wide_query * bias_row
-            seen_bias = seen_rows & (query < bias_rows)
-        s, derivative = scores(
-            s, (query + shift)[None, :], j[:, None], scale, softcap, slope, bias_at[None, :],
-            bias_key, seen_bias[None, :] & (j < bias_keys)[:, None], window, keys,
-            SOFTCAP, ALIBI, BIAS, CAUSAL, WINDOW, MASKED,
-        )  # fmt: skip
-        p = tl.exp2(s - base[None, :])
-        g_at = dout + (wide_query * dout_row * UNIT)[:, None] + value_columns[None, :]
-        g = load_rows(g_at, value_columns, seen_rows, DV, BLOCK_DV, True)
-        dp = tl.dot(v, tl.trans(g), input_precision="ieee")
-        dropped = p
-        if DROPOUT:
-            keep = tl.trans(kept(seed, threshold, b, head, query, start_j, BLOCK_N))
-            dropped = tl.where(keep, p * keep_scale, 0.0)
-            dp = tl.where(keep, dp * keep_scale, 0.0)
-        dv = tl.dot(dropped.to(g.dtype), g, dv, input_precision="ieee")
-        delta_tile = tl.load(delta + wide_query, mask=seen_rows, other=0.0)
-        ds = p * (dp - delta_tile[None, :]) * derivative
-        dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision="ieee")
-    return dk, dv
-
-
-@triton.jit(do_not_specialize=LENGTHS)
-def _dkdv(
-    q, k, v, dout, lse, delta,  # as in `_dq`
-    dk,  # strides dk_batch, dk_head, dk_row
-    dv,
-    slopes, bias, seed, cu_q, cu_k,
-    blocks, queries, keys, sequences, slots, total_q, total_k,
-    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
-    dout_batch, dout_head, dout_row, dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row,
-    lse_batch, lse_head,
-    bias_batch, bias_head, bias_row, bias_key, bias_rows, bias_keys,
-    scale, softcap, window, threshold, keep_scale,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    UNIT: tl.constexpr, GROUP: tl.constexpr, VARLEN: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, FIRST_PART: tl.constexpr, LAST_PART: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    slot = tl.program_id(0) % slots
-    kv_head = (tl.program_id(0) // slots).to(tl.int64)
-    b, first, key_row, keys, row, queries = place(
-        slot, blocks, keys, queries, cu_k, cu_q, total_k, total_q, sequences, 1, BLOCK_N, VARLEN,
-        False,
-    )  # fmt: skip
-    if first >= keys:
-        return
-    wide_b = b.to(tl.int64)
-    j = first + tl.arange(0, BLOCK_N)
-    inside = j < keys
-    wide_key = (key_row + j).to(tl.int64)
-    key_columns = tl.arange(0, BLOCK_D)
-    value_columns = tl.arange(0, BLOCK_DV)
-    k_at = k + (wide_b * k_batch + kv_head * k_head + wide_key * k_row)[:, None] * UNIT
-    k_tile = load_rows(k_at + key_columns[None, :], key_columns, inside, D, BLOCK_D, True)
-    v_at = v + (wide_b * v_batch + kv_head * v_head + wide_key * v_row)[:, None] * UNIT
-    v_tile = load_rows(v_at + value_columns[None, :], value_columns, inside, DV, BLOCK_DV, True)
-
-    # rows that see any of the keys, in up to three parts: lo .. full_lo, masked (causal);
-    # full_lo .. full_hi, which see all of the keys; full_hi .. hi, masked (window)
-    shift = keys - queries
+    """The edges of three parts of the rows that see any of the keys from first on: masked (causal);
+    rows that see all of the keys; masked (window)."""
     last = tl.minimum(first + BLOCK_N, keys) - 1
     lo = queries * 0
     hi = queries
     full_lo = lo
     full_hi = queries
-    if CAUSAL:
+    if opts.causal is not None:
         lo = tl.maximum(first - shift, 0)
         full_lo = tl.maximum(last - shift, lo)
-    if WINDOW:
-        hi = tl.minimum(queries, last + window - shift)
-        full_hi = tl.minimum(queries, first + window - shift)
+    if opts.window is not None:
+        hi = tl.minimum(queries, last + opts.window - shift)
+        full_hi = tl.minimum(queries, first + opts.window - shift)
     # tiles are counted from lo: the first part ends at the start of a tile
     full_lo = tl.minimum(lo + tl.cdiv(full_lo - lo, BLOCK_M) * BLOCK_M, tl.maximum(hi, lo))
     full_hi = full_lo + tl.maximum(full_hi - full_lo, 0) // BLOCK_M * BLOCK_M
-    if not WINDOW:
+    if opts.window is None:
         full_hi = hi
-    if LAST_PART == 0:
+    if SHAPE.LAST_PART == 0:
         full_lo = hi
+    return lo, full_lo, full_hi, hi
 
-    dk_tile = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    dv_tile = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-    for head in tl.range(kv_head * GROUP, kv_head * GROUP + GROUP):
-        q_of = q + (wide_b * q_batch + head * q_head + row.to(tl.int64) * q_row) * UNIT
-        g_of = dout + (wide_b * dout_batch + head * dout_head + row.to(tl.int64) * dout_row) * UNIT
-        lse_row = wide_b * lse_batch + head * lse_head + row
-        slope = 0.0
-        if slopes is not None:
-            slope = tl.load(slopes + head) * LOG2E
-        bias_of = bias
-        if bias is not None:
-            bias_of = bias + wide_b * bias_batch + head * bias_head
-        for part in tl.static_range(FIRST_PART, LAST_PART + 1):
-            if part == 0:
-                start = lo
-                end = full_lo
-            elif part == 1:
-                start = full_lo
-                end = full_hi
-            else:
-                start = full_hi
-                end = hi
+
+@triton.jit
+def _along_rows(
+    dk, dv, k, v, q, dout, lse, delta, lo, hi, queries, keys, j, shift, slope, bias, b, head,
+    start_j, opts, sizes,
+    SHAPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Add the contribution of rows lo .. hi of one query head to dk (N, D) and dv (N, DV)."""
+    for start in tl.range(lo, hi, BLOCK_M):
+        query = start + tl.arange(0, BLOCK_M)
+        mask = query < queries
+        q_at = row_offsets(q, query, SHAPE.UNIT)
+        q_tile = load_tile(q.data, q_at, mask, SHAPE.D, SHAPE.BLOCK_D)
+        base = _base(lse + query.to(tl.int64), mask)
+        s = tl.dot(k, tl.trans(q_tile), input_precision="ieee")
+        rows = score_rows(query, mask, shift, slope, bias, sizes, 0)
+        s, derivative = scores(s, opts.scale, rows, j, keys, opts, MASKED, 0)
+        p = tl.exp2(s - base[None, :])
+        g_at = row_offsets(dout, query, SHAPE.UNIT)
+        g = load_tile(dout.data, g_at, mask, SHAPE.DV, SHAPE.BLOCK_DV)
+        dp = tl.dot(v, tl.trans(g), input_precision="ieee")
+        dropped = p
+        if opts.dropout is not None:
+            keep = tl.trans(dropout_mask(opts.dropout, b, head, query, start_j, BLOCK_N))
+            dropped = _dropped(p, keep, opts)
+            dp = _dropped(dp, keep, opts)
+        dv = tl.dot(dropped.to(g.dtype), g, dv, input_precision="ieee")
+        delta_tile = tl.load(delta + query.to(tl.int64), mask=mask, other=0.0)
+        ds = p * (dp - delta_tile[None, :]) * derivative
+        dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision="ieee")
+    return dk, dv
+
+
+@jit(*LENGTHS)
+def _dkdv(
+    q, k, v, dout, lse, delta,  # as in `_dq`
+    dk,  # Rows of D elements
+    dv,  # Rows of DV elements
+    bias, packed, opts, sizes,  # as in `_dq`
+    SHAPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    slot = tl.program_id(0) % sizes.slots
+    kv_head = (tl.program_id(0) // sizes.slots).to(tl.int64)
+    b, first, key_row, keys, row, queries = locate(slot, sizes, packed, 1, BLOCK_N, True)
+    if first >= keys:
+        return
+    wide_b = b.to(tl.int64)
+    j = first + tl.arange(0, BLOCK_N)
+    mask = j < keys
+    k_at = offsets(k, wide_b, kv_head, key_row + j, SHAPE.UNIT)
+    k_tile = load_tile(k.data, k_at, mask, SHAPE.D, SHAPE.BLOCK_D)
+    v_at = offsets(v, wide_b, kv_head, key_row + j, SHAPE.UNIT)
+    v_tile = load_tile(v.data, v_at, mask, SHAPE.DV, SHAPE.BLOCK_DV)
+
+    dk_tile = tl.zeros([BLOCK_N, SHAPE.BLOCK_D], tl.float32)
+    dv_tile = tl.zeros([BLOCK_N, SHAPE.BLOCK_DV], tl.float32)
+    shift = keys - queries
+    edges = _row_edges(first, keys, queries, shift, opts, SHAPE, BLOCK_M, BLOCK_N)
+    for h in tl.range(kv_head * SHAPE.GROUP, kv_head * SHAPE.GROUP + SHAPE.GROUP):
+        head = kv_head * 0 + h  # in the interpreter h is a Python int
+        at = lse_row(sizes, wide_b, head, row)
+        slope = _slope(opts, head)
+        bias_of_head = head_bias(bias, wide_b, head)
+        for part in tl.static_range(SHAPE.FIRST_PART, SHAPE.LAST_PART + 1):
             dk_tile, dv_tile = _along_rows(
-                dk_tile, dv_tile, k_tile, v_tile, q_of, g_of, lse + lse_row, delta + lse_row, seed,
-                bias_of, start, end, queries, keys, j, shift, slope, b, head, first,
-                key_columns, value_columns, q_row, dout_row, bias_row, bias_key, bias_rows,
-                bias_keys, scale, softcap, window, threshold, keep_scale,
-                D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, UNIT, SOFTCAP, slopes is not None,
-                bias is not None, seed is not None, CAUSAL, WINDOW, part != 1,
+                dk_tile, dv_tile, k_tile, v_tile, head_rows(q, wide_b, head, row, SHAPE.UNIT),
+                head_rows(dout, wide_b, head, row, SHAPE.UNIT), lse + at, delta + at,
+                edges[part], edges[part + 1], queries, keys, j, shift, slope, bias_of_head, b, head,
+                first, opts, sizes, SHAPE, BLOCK_M, BLOCK_N, part != 1,
             )  # fmt: skip
-    dk_at = dk + (wide_b * dk_batch + kv_head * dk_head + wide_key * dk_row)[:, None] * UNIT
-    store_rows(dk_at + key_columns[None, :], dk_tile * scale, key_columns, inside, D, BLOCK_D)
-    dv_at = dv + (wide_b * dv_batch + kv_head * dv_head + wide_key * dv_row)[:, None] * UNIT
-    store_rows(dv_at + value_columns[None, :], dv_tile, value_columns, inside, DV, BLOCK_DV)
+    dk_at = offsets(dk, wide_b, kv_head, key_row + j, SHAPE.UNIT)
+    store_tile(dk.data, dk_at, dk_tile * opts.scale, mask, SHAPE.D, SHAPE.BLOCK_D)
+    dv_at = offsets(dv, wide_b, kv_head, key_row + j, SHAPE.UNIT)
+    store_tile(dv.data, dv_at, dv_tile, mask, SHAPE.DV, SHAPE.BLOCK_DV)
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+# ---- dbias ---------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _add_head(
+    dbias, q, k, v, dout, lse, delta, tile_m, tile_n, queries, keys, slope, bias, b, head, opts,
+    sizes, SHAPE: tl.constexpr,
+    ALL_ROWS: tl.constexpr, ALL_KEYS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Add dS of one sequence and head to dbias (M, N): of the tile, or also of all those after it
+    along the rows or keys that the bias is broadcast over."""
+    shift = keys - queries
+    m_end = tl.minimum(tile_m + BLOCK_M, queries)
+    if ALL_ROWS:
+        m_end = queries
+    for m in tl.range(tile_m, m_end, BLOCK_M):
+        query = m + tl.arange(0, BLOCK_M)
+        mask = query < queries
+        q_at = row_offsets(q, query, SHAPE.UNIT)
+        q_tile = load_tile(q.data, q_at, mask, SHAPE.D, SHAPE.BLOCK_D)
+        g_at = row_offsets(dout, query, SHAPE.UNIT)
+        g = load_tile(dout.data, g_at, mask, SHAPE.DV, SHAPE.BLOCK_DV)
+        base = _base(lse + query.to(tl.int64), mask)
+        delta_tile = tl.load(delta + query.to(tl.int64), mask=mask, other=0.0)
+        rows = score_rows(query, mask, shift, slope, bias, sizes, 1)
+        n_first = tile_n
+        n_end = tl.minimum(tile_n + BLOCK_N, keys)
+        if ALL_KEYS:
+            n_end = keys
+        if opts.causal is not None:
+            n_end = tl.minimum(n_end, tl.minimum(m + BLOCK_M, queries) + shift)
+        if opts.window is not None:
+            unseen = tl.maximum(m + shift - opts.window + 1 - n_first, 0) // BLOCK_N
+            n_first += unseen * BLOCK_N
+        for n in tl.range(n_first, n_end, BLOCK_N):
+            j = n + tl.arange(0, BLOCK_N)
+            k_at = row_offsets(k, j, SHAPE.UNIT)
+            key = load_tile(k.data, k_at, j < keys, SHAPE.D, SHAPE.BLOCK_D)
+            v_at = row_offsets(v, j, SHAPE.UNIT)
+            value = load_tile(v.data, v_at, j < keys, SHAPE.DV, SHAPE.BLOCK_DV)
+            s = tl.dot(q_tile, tl.trans(key), input_precision="ieee")
+            s, _ = scores(s, opts.scale, rows, j, keys, opts, True)
+            p = tl.exp2(s - base[:, None])
+            dp = tl.dot(g, tl.trans(value), input_precision="ieee")
+            if opts.dropout is not None:
+                keep = dropout_mask(opts.dropout, b, head, query, n, BLOCK_N)
+                dp = _dropped(dp, keep, opts)
+            dbias += p * (dp - delta_tile[:, None])
+    return dbias
+
+
+@jit(*LENGTHS)
 def _dbias(
     q, k, v, dout, lse, delta,  # as in `_dq`
-    dbias,  # (batches, bias_heads, rows, columns) float32, contiguous
-    slopes, bias, seed, cu_q, cu_k,
-    queries, keys, sequences, heads, total_q, total_k, batches, bias_heads, rows, columns,
-    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
-    dout_batch, dout_head, dout_row, lse_batch, lse_head,
-    bias_batch, bias_head, bias_row, bias_key, bias_rows, bias_keys,
-    scale, softcap, window, threshold, keep_scale,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    UNIT: tl.constexpr, GROUP: tl.constexpr, VARLEN: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, ALL_ROWS: tl.constexpr, ALL_KEYS: tl.constexpr,
+    dbias,  # (batches, bias_heads, rows, columns) float32, contiguous; each may be 1
+    bias, packed, opts, sizes,  # as in `_dq`
+    heads, batches, bias_heads, rows, columns,
+    SHAPE: tl.constexpr, ALL_ROWS: tl.constexpr, ALL_KEYS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Write a tile of dbias. ALL_ROWS, ALL_KEYS: an element is a sum over all rows, all keys."""
@@ -371,84 +358,39 @@ def _dbias(
     part = task // column_tiles // row_tiles
     one_head = part % bias_heads
     one_batch = part // bias_heads
-    first_batch = one_batch
-    last_batch = one_batch + 1
-    if batches != sequences:
-        first_batch = one_batch * 0
-        last_batch = first_batch + sequences
+    first_b = one_batch
+    last_b = one_batch + 1
+    if batches != sizes.sequences:
+        first_b = one_batch * 0
+        last_b = first_b + sizes.sequences
     first_head = one_head
     last_head = one_head + 1
     if bias_heads != heads:
         first_head = one_head * 0
         last_head = first_head + heads
-    key_columns = tl.arange(0, BLOCK_D)
-    value_columns = tl.arange(0, BLOCK_DV)
     result = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     row = task * 0
     key_row = row
-    for b in tl.range(first_batch, last_batch):
+    queries = sizes.queries
+    keys = sizes.keys
+    for b in tl.range(first_b, last_b):
         wide_b = (task * 0 + b).to(tl.int64)  # in the interpreter b is a Python int
-        if VARLEN:
-            row, queries = sequence(cu_q, b, total_q)
-            key_row, keys = sequence(cu_k, b, total_k)
-        shift = keys - queries
-        wide_row = row.to(tl.int64)
-        wide_key = key_row.to(tl.int64)
-        m_end = tl.minimum(tile_m + BLOCK_M, queries)
-        if ALL_ROWS:
-            m_end = queries
+        if packed is not None:
+            row, queries = sequence(packed.cu_q, b, sizes.queries)
+            key_row, keys = sequence(packed.cu_k, b, sizes.keys)
         for head in tl.range(first_head, last_head):
             wide_head = wide_b * 0 + head
-            kv_head = wide_head // GROUP
-            q_of = q + (wide_b * q_batch + wide_head * q_head + wide_row * q_row) * UNIT
-            g_of = dout + (wide_b * dout_batch + wide_head * dout_head + wide_row * dout_row) * UNIT
-            k_of = k + (wide_b * k_batch + kv_head * k_head + wide_key * k_row) * UNIT
-            v_of = v + (wide_b * v_batch + kv_head * v_head + wide_key * v_row) * UNIT
-            lse_row = wide_b * lse_batch + wide_head * lse_head + wide_row
-            slope = 0.0
-            if slopes is not None:
-                slope = tl.load(slopes + head) * LOG2E
-            bias_of = bias + wide_b * bias_batch + wide_head * bias_head
-            for m in tl.range(tile_m, m_end, BLOCK_M):
-                query = m + tl.arange(0, BLOCK_M)
-                seen_rows = query < queries
-                wide_query = query.to(tl.int64)
-                q_at = q_of + (wide_query * q_row * UNIT)[:, None] + key_columns[None, :]
-                q_tile = load_rows(q_at, key_columns, seen_rows, D, BLOCK_D, True)
-                g_at = g_of + (wide_query * dout_row * UNIT)[:, None] + value_columns[None, :]
-                g = load_rows(g_at, value_columns, seen_rows, DV, BLOCK_DV, True)
-                base = _base(lse + lse_row + wide_query, seen_rows)
-                delta_tile = tl.load(delta + lse_row + wide_query, mask=seen_rows, other=0.0)
-                n_first = tile_n
-                n_end = tl.minimum(tile_n + BLOCK_N, keys)
-                if ALL_KEYS:
-                    n_end = keys
-                if CAUSAL:
-                    n_end = tl.minimum(n_end, tl.minimum(m + BLOCK_M, queries) + shift)
-                if WINDOW:
-                    unseen = tl.maximum(m + shift - window + 1 - n_first, 0) // BLOCK_N
-                    n_first += unseen * BLOCK_N
-                for n in tl.range(n_first, n_end, BLOCK_N):
-                    j = n + tl.arange(0, BLOCK_N)
-                    inside = j < keys
-                    wide_j = j.to(tl.int64)
-                    k_at = k_of + (wide_j * k_row * UNIT)[:, None] + key_columns[None, :]
-                    key = load_rows(k_at, key_columns, inside, D, BLOCK_D, True)
-                    v_at = v_of + (wide_j * v_row * UNIT)[:, None] + value_columns[None, :]
-                    value = load_rows(v_at, value_columns, inside, DV, BLOCK_DV, True)
-                    s = tl.dot(q_tile, tl.trans(key), input_precision="ieee")
-                    s, _ = scores(
-                        s, (query + shift)[:, None], j[None, :], scale, softcap, slope,
-                        (bias_of + wide_query * bias_row)[:, None], bias_key,
-                        (seen_rows & (query < bias_rows))[:, None] & (j < bias_keys)[None, :],
-                        window, keys, SOFTCAP, slopes is not None, True, CAUSAL, WINDOW, True,
-                    )  # fmt: skip
-                    p = tl.exp2(s - base[:, None])
-                    dp = tl.dot(g, tl.trans(value), input_precision="ieee")
-                    if seed is not None:
-                        keep = kept(seed, threshold, b, head, query, n, BLOCK_N)
-                        dp = tl.where(keep, dp * keep_scale, 0.0)
-                    result += p * (dp - delta_tile[:, None])
+            kv_head = wide_head // SHAPE.GROUP
+            at = lse_row(sizes, wide_b, wide_head, row)
+            result = _add_head(
+                result, head_rows(q, wide_b, wide_head, row, SHAPE.UNIT),
+                head_rows(k, wide_b, kv_head, key_row, SHAPE.UNIT),
+                head_rows(v, wide_b, kv_head, key_row, SHAPE.UNIT),
+                head_rows(dout, wide_b, wide_head, row, SHAPE.UNIT), lse + at, delta + at, tile_m,
+                tile_n, queries, keys, _slope(opts, head),
+                head_bias(bias, wide_b, wide_head), b, head, opts, sizes, SHAPE,
+                ALL_ROWS, ALL_KEYS, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
     at = dbias + part.to(tl.int64) * rows * columns
     m = tile_m + tl.arange(0, BLOCK_M)
     n = tile_n + tl.arange(0, BLOCK_N)
@@ -526,84 +468,81 @@ _DBIAS = Tiles(
 
 def backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    dq: Tensor, dk: Tensor, dv: Tensor, dims: tuple, layout: Layout, o: Options, bias_grad: bool,
+    dq: Tensor, dk: Tensor, dv: Tensor, dims: Dims, layout: Layout, sinks: Tensor | None,
+    bias: Tensor | None, options: Options, bias_grad: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Fill dq, dk and dv; return dsinks and dbias, empty where there are none. `dims`: the
     dimensions of sequence, head and row."""
     heads, kv_heads = q.shape[dims[1]], k.shape[dims[1]]
     width, v_width = q.shape[-1], v.shape[-1]
     block_d, block_dv = padded(width), padded(v_width)
-    widest = max(block_d, block_dv)
-    varlen = layout.cu_q is not None
-    lse_steps = (0, layout.queries) if varlen else (heads * layout.queries, layout.queries)
+    group = heads // kv_heads if kv_heads else 1
+    more = needs_registers(bias, options)
+    bias_rows, bias_size = bias_of(bias)
+    inputs = ((q, dims), (k, dims), (v, dims), (dout, dims))
+
+    def tiles(table: Tiles) -> Config:
+        return sizes_of(table, q, max(block_d, block_dv), more)
+
+    def sizes(blocks: int, slots: int) -> Sizes:
+        lengths = layout.sequences, layout.queries, layout.keys
+        return Sizes(*lengths, blocks, slots, *layout.lse_steps(heads), *bias_size)
+
+    def shape(unit: int, first: int = 0, last: int = 2) -> Shape:
+        return Shape(
+            width, v_width, block_d, block_dv, group, unit, FIRST_PART=first, LAST_PART=last
+        )
 
     # for delta, all packed rows count as one sequence
     delta = torch.empty_like(lse)
-    unit, steps = in_units(strides(dout, dims), strides(out, dims))
+    unit, rows = in_units((dout, dims), (out, dims))
     config = Config({"BLOCK_M": max(1, _DELTA_ELEMENTS // block_dv)}, num_warps=4)
     blocks = triton.cdiv(layout.queries, config.sizes["BLOCK_M"])
-    parts = heads * (1 if varlen else layout.sequences)
+    parts = heads * (1 if layout.packed else layout.sequences)
     launch(
-        _delta, (blocks * parts,), dout, out, None if dlse is None else dlse.float().contiguous(),
-        delta, layout.queries, heads, *steps, config=config, DV=v_width, BLOCK_DV=block_dv,
-        UNIT=unit,
+        _delta, (blocks * parts,), *rows, floats(dlse), delta, layout.queries, heads,
+        config=config, DV=v_width, BLOCK_DV=block_dv, UNIT=unit,
     )  # fmt: skip
 
-    inputs = (strides(q, dims), strides(k, dims), strides(v, dims), strides(dout, dims))
-    options_ = (*bias_arguments(o.bias), *o.numbers())
-    tensors = (o.slopes, o.bias, o.seed, layout.cu_q, layout.cu_k)
-    totals = (layout.queries, layout.keys)
-    constants = dict(
-        D=width, DV=v_width, BLOCK_D=block_d, BLOCK_DV=block_dv,
-        GROUP=heads // kv_heads if kv_heads else 1, VARLEN=varlen, **o.flags(),
-    )  # fmt: skip
-
-    def slots(rows: int, block: int) -> tuple[int, int]:
-        blocks = triton.cdiv(rows, block)
-        return blocks, rows // block + layout.sequences if varlen else blocks * layout.sequences
-
-    config = sizes_of(_DQ, q, widest, o)
-    unit, steps = in_units(*inputs, strides(dq, dims))
-    blocks, programs = slots(layout.queries, config.sizes["BLOCK_M"])
+    config = tiles(_DQ)
+    unit, (*rows, dq_rows) = in_units(*inputs, (dq, dims))
+    blocks, slots = layout.slots(layout.queries, config.sizes["BLOCK_M"])
     launch(
-        _dq, (programs * heads if layout.queries else 0,), q, k, v, dout, lse, delta, dq, *tensors,
-        blocks, layout.queries, layout.keys, layout.sequences, programs, *totals,
-        *steps, *lse_steps, *options_, config=config, UNIT=unit, **constants,
-        **o.parts(),
+        _dq, (slots * heads if layout.queries else 0,), *rows, lse, delta, dq_rows, bias_rows,
+        layout.packed, options, sizes(blocks, slots), config=config,
+        SHAPE=shape(unit, first_part(options)),
     )  # fmt: skip
-    if o.seed is not None:  # one masked part, as in `Options.parts`
-        first_part, last_part = 0, 0
+
+    if options.dropout:  # one masked part, as in `first_part`
+        edges = 0, 0
     else:
-        first_part, last_part = 0 if o.causal else 1, 2 if o.window > 0 else 1
-    config = sizes_of(_DKDV, q, widest, o)
-    unit, steps = in_units(*inputs, strides(dk, dims), strides(dv, dims))
-    blocks, programs = slots(layout.keys, config.sizes["BLOCK_N"])
+        edges = 0 if options.causal else 1, 2 if options.window else 1
+    config = tiles(_DKDV)
+    unit, (*rows, dk_rows, dv_rows) = in_units(*inputs, (dk, dims), (dv, dims))
+    blocks, slots = layout.slots(layout.keys, config.sizes["BLOCK_N"])
     launch(
-        _dkdv, (programs * kv_heads if layout.keys else 0,), q, k, v, dout, lse, delta, dk, dv,
-        *tensors, blocks, layout.queries, layout.keys, layout.sequences, programs, *totals,
-        *steps, *lse_steps, *options_, config=config, UNIT=unit, **constants,
-        FIRST_PART=first_part, LAST_PART=last_part,
+        _dkdv, (slots * kv_heads if layout.keys else 0,), *rows, lse, delta, dk_rows, dv_rows,
+        bias_rows, layout.packed, options, sizes(blocks, slots), config=config,
+        SHAPE=shape(unit, *edges),
     )  # fmt: skip
 
     dbias = lse.new_empty(0)
-    if o.bias is not None and bias_grad:
-        dbias = lse.new_empty(o.bias.shape)
-        config = sizes_of(_DBIAS, q, widest, o)
-        batches, bias_heads, rows, columns = o.bias.shape
-        tiles = triton.cdiv(rows, config.sizes["BLOCK_M"])
-        tiles *= triton.cdiv(columns, config.sizes["BLOCK_N"])
-        unit, steps = in_units(*inputs)
+    if bias is not None and bias_grad:
+        dbias = lse.new_empty(bias.shape)
+        config = tiles(_DBIAS)
+        batches, bias_heads, bias_queries, columns = bias.shape
+        programs = batches * bias_heads * triton.cdiv(bias_queries, config.sizes["BLOCK_M"])
+        programs *= triton.cdiv(columns, config.sizes["BLOCK_N"])
+        unit, rows = in_units(*inputs)
         launch(
-            _dbias, (tiles * batches * bias_heads,), q, k, v, dout, lse, delta, dbias, *tensors,
-            layout.queries, layout.keys, layout.sequences, heads, *totals, *dbias.shape,
-            *steps, *lse_steps, *options_, config=config, UNIT=unit, ALL_ROWS=rows == 1,
-            ALL_KEYS=columns == 1, **constants,
+            _dbias, (programs,), *rows, lse, delta, dbias, bias_rows, layout.packed, options,
+            sizes(0, 0), heads, *dbias.shape, config=config, SHAPE=shape(unit),
+            ALL_ROWS=bias_queries == 1, ALL_KEYS=columns == 1,
         )  # fmt: skip
 
     dsinks = lse.new_empty(0)
-    if o.sinks is not None:
-        sinks = o.sinks[:, None]
-        weight = torch.exp(sinks - lse) * delta  # (B, H, S) or (H, total_q)
+    if sinks is not None:
+        weight = torch.exp(sinks.float()[:, None] - lse) * delta  # (B, H, S) or (H, total_q)
         dsinks = -weight.masked_fill(lse == -torch.inf, 0).transpose(-2, 0).flatten(1).sum(1)
     return dsinks, dbias
 
@@ -614,11 +553,13 @@ _DIMS = (0, 1, 2)
 def attention_backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     sinks: Tensor | None, alibi_slopes: Tensor | None, bias: Tensor | None, seed: Tensor | None,
-    numbers: AttentionOptions, need_bias: bool,
+    options: AttentionOptions, need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dout, q, k, v, out = elements_last(dout, q, k, v, out)
-    dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))
-    o = options(sinks, alibi_slopes, bias, seed, *numbers)
+    gradients = tuple(torch.empty_like(t) for t in (q, k, v))
+    o = options_of(alibi_slopes, seed, options)
     layout = dense(q, k)
-    rest = backward(dout, dlse, q, k, v, out, lse, dq, dk, dv, _DIMS, layout, o, need_bias)
-    return dq, dk, dv, *rest
+    rest = backward(
+        dout, dlse, q, k, v, out, lse, *gradients, _DIMS, layout, sinks, bias, o, need_bias
+    )
+    return *gradients, *rest

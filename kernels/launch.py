@@ -20,7 +20,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,8 +30,62 @@ import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
+from triton.runtime.jit import JITFunction
 
 INTERPRETED: bool = knobs.runtime.interpret
+
+
+# ---- kernels whose sizes and strides are in tuples -----------------------------------------------
+
+
+def jit(*unspecialized: str) -> Callable[[Callable], Any]:
+    """`triton.jit(do_not_specialize=unspecialized)`, also for the integers inside a tuple: new
+    values of these parameters compile no new variant of the kernel."""
+
+    def decorate(function: Callable) -> Any:
+        if INTERPRETED:
+            return triton.jit(function)
+        return _Kernel(function, do_not_specialize=unspecialized)
+
+    return decorate
+
+
+class _Kernel(JITFunction):
+    """Triton (3.6 to 3.9) ignores `do_not_specialize` within a tuple. This binder heeds it."""
+
+    def create_binder(self) -> tuple:
+        *caches, bind = super().create_binder()
+        # a cache per parameter: NamedTuples of two classes are equal where their values are
+        unspecialize = {
+            p.num: functools.lru_cache(256)(_unspecialize)
+            for p in self.params
+            if p.do_not_specialize
+        }
+
+        def bind_unspecialized(*args: Any, **constants: Any) -> tuple:
+            bound, specialization, options = bind(*args, **constants)
+            for place, plain in unspecialize.items():
+                types, values = specialization[place]
+                if isinstance(types, tuple):
+                    specialization[place] = plain(types, values)
+            return bound, specialization, options
+
+        return *caches, bind_unspecialized
+
+
+def _unspecialize(types: Any, values: Any) -> tuple[Any, Any]:
+    """Triton's pair for an argument, where integers have their type only. `values` has 1 for a 1,
+    "D" for a multiple of 16; those of tensors stay, for their alignment."""
+    if isinstance(types, tuple):
+        pairs = [_unspecialize(t, v) for t, v in zip(types, values)]
+        make = getattr(types, "_make", tuple)
+        return make(t for t, _ in pairs), make(v for _, v in pairs)
+    if types == "constexpr" and values == 1:
+        types = "i32"
+    return types, None if types in ("i32", "i64") else values
+
+
+# ---- launch --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

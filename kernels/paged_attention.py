@@ -8,7 +8,7 @@ bounds cannot be refused, as the CPU does: they are clamped to the table and the
 import torch
 from torch import Tensor
 
-from fastlm.kernels.attention import Layout, forward, options
+from fastlm.kernels.attention import Layout, Pages, forward, options_of
 from fastlm.memory_order import elements_last
 from fastlm.reference import AttentionOptions
 
@@ -18,18 +18,17 @@ _DIMS = (0, 2, 1)  # dimensions of sequence (or page), head and row
 def paged_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor,
     k_scale: Tensor | None, v_scale: Tensor | None, sinks: Tensor | None,
-    alibi_slopes: Tensor | None, bias: Tensor | None, numbers: AttentionOptions,
+    alibi_slopes: Tensor | None, bias: Tensor | None, options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     q, k_cache, v_cache = elements_last(q, k_cache, v_cache)
     table = block_table if block_table.stride(-1) == 1 else block_table.contiguous()
     batch, queries, heads, _ = q.shape
     out = q.new_empty(batch, queries, heads, v_cache.shape[3])
     lse = q.new_empty(batch, heads, queries, dtype=torch.float32)
-    o = options(sinks, alibi_slopes, bias, None, *numbers)
-    pages, page = k_cache.shape[:2]
-    room = table.shape[1] * page if pages else 0  # without pages there is none to clamp to
-    layout = Layout(
-        batch, queries, room, table=table, seq_lens=seq_lens.contiguous(), page=page, pages=pages
-    )
-    forward(q, k_cache, v_cache, out, lse, _DIMS, _DIMS, layout, o, k_scale, v_scale)
+    count, page = k_cache.shape[:2]
+    pages = Pages(table, seq_lens.contiguous(), k_scale, v_scale, table.stride(0), count)
+    room = table.shape[1] * page if count else 0  # without pages there is none to clamp to
+    layout = Layout(batch, queries, room, pages=pages, page=page)
+    o = options_of(alibi_slopes, None, options)
+    forward(q, k_cache, v_cache, out, lse, _DIMS, _DIMS, layout, sinks, bias, o)
     return out, lse

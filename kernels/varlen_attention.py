@@ -9,7 +9,7 @@ clamped to the tensors; rows that belong to no sequence are left as they were.
 import torch
 from torch import Tensor
 
-from fastlm.kernels.attention import Layout, forward, options
+from fastlm.kernels.attention import Layout, Packed, forward, options_of
 from fastlm.kernels.attention_backward import backward
 from fastlm.memory_order import elements_last
 from fastlm.reference import AttentionOptions
@@ -18,22 +18,21 @@ _DIMS = (None, 1, 0)  # dimensions of sequence, head and row
 
 
 def _layout(q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor, longest_q: int) -> Layout:
-    return Layout(
-        cu_q.shape[0] - 1, q.shape[0], k.shape[0], cu_q.contiguous(), cu_k.contiguous(), longest_q
-    )
+    packed = Packed(cu_q.contiguous(), cu_k.contiguous())
+    return Layout(cu_q.shape[0] - 1, q.shape[0], k.shape[0], packed, longest_q)
 
 
 def varlen_attention_forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
     sinks: Tensor | None, alibi_slopes: Tensor | None, bias: Tensor | None, seed: Tensor | None,
-    max_seqlen_q: int, max_seqlen_k: int, numbers: AttentionOptions,
+    max_seqlen_q: int, max_seqlen_k: int, options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     q, k, v = elements_last(q, k, v)
     out = q.new_empty(*q.shape[:2], v.shape[2])
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
-    o = options(sinks, alibi_slopes, bias, seed, *numbers)
+    o = options_of(alibi_slopes, seed, options)
     layout = _layout(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q)
-    forward(q, k, v, out, lse, _DIMS, _DIMS, layout, o)
+    forward(q, k, v, out, lse, _DIMS, _DIMS, layout, sinks, bias, o)
     return out, lse
 
 
@@ -41,11 +40,13 @@ def varlen_attention_backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, sinks: Tensor | None, alibi_slopes: Tensor | None,
     bias: Tensor | None, seed: Tensor | None, max_seqlen_q: int, max_seqlen_k: int,
-    numbers: AttentionOptions, need_bias: bool,
+    options: AttentionOptions, need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dout, q, k, v, out = elements_last(dout, q, k, v, out)
-    dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
-    o = options(sinks, alibi_slopes, bias, seed, *numbers)
+    gradients = tuple(t.new_empty(t.shape) for t in (q, k, v))
+    o = options_of(alibi_slopes, seed, options)
     layout = _layout(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q)
-    rest = backward(dout, dlse, q, k, v, out, lse, dq, dk, dv, _DIMS, layout, o, need_bias)
-    return dq, dk, dv, *rest
+    rest = backward(
+        dout, dlse, q, k, v, out, lse, *gradients, _DIMS, layout, sinks, bias, o, need_bias
+    )
+    return *gradients, *rest

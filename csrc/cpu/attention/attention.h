@@ -14,7 +14,7 @@
 #include "cpu/base/workspace.h"
 
 namespace attention_body {
-#include "cpu/attention/attention_problem.h"
+#include "cpu/attention/attention_sequence.h"
 #include "cpu/attention/attention_scores.h"
 #include "cpu/attention/attention_forward.h"
 #include "cpu/attention/attention_chunks.h"

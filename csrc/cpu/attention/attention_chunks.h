@@ -222,7 +222,7 @@ void forward_by_chunks(const AttentionShape& s, const ScoreOptions& o,
                        const AttentionSequence<T, C>* sequences, const ChunkSizes& sizes,
                        const float* k_scale, const float* v_scale, T* out, float* lse,
                        Workspace workspace) {
-  // problem b, key head g, its rows from row0 on; their partials are `chunks` x `apart` floats
+  // sequence b, key head g, its rows from row0 on; their partials are `chunks` x `apart` floats
   const int64_t chunks = sizes.chunks, groups = sizes.groups, sets = sizes.sets, G = s.H / s.Hkv,
                 apart = sizes.partial, ldp = apart / MAX_ROWS, tasks = sets * chunks;
   int64_t total = 0;

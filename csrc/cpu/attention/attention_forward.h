@@ -201,7 +201,7 @@ void forward_by_blocks(const AttentionShape& s, const ScoreOptions& o,
   workspace.divide(ForwardBlock<E, T, C>::bytes(s));
   const int64_t q_blocks = (lengths.most_q + Q_BLOCK - 1) / Q_BLOCK,
                 k_blocks = (lengths.most_k + KV_BLOCK - 1) / KV_BLOCK, G = s.H / s.Hkv;
-  // the rows of key head g of problem b begin at packed(b) * Hkv + g * rows(b)
+  // the rows of key head g of sequence b begin at packed(b) * Hkv + g * rows(b)
   const auto start = [&](const AttentionSequence<T, C>& p, int64_t g) {
     return p.packed * s.Hkv + g * round_up(p.keys, ROW_PAD);
   };

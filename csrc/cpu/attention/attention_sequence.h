@@ -60,9 +60,9 @@ struct AttentionShape {
   }
 };
 
-constexpr int64_t FEW_SEQUENCES = 16;  // so many problems are on the stack: 3 KiB
+constexpr int64_t FEW_SEQUENCES = 16;  // so many sequences are on the stack: 3 KiB
 
-// Of the workspace, for more problems than that.
+// Of the workspace, for more sequences than that.
 template <class T, class C>
 int64_t bytes_of_sequences(const AttentionShape& s) {
   return s.B <= FEW_SEQUENCES ? 0 : round_up(s.B * int64_t(sizeof(AttentionSequence<T, C>)), 64);
@@ -162,7 +162,7 @@ struct SequenceLengths {
   }
 };
 
-// Fills problems[B]. Checks every page before anything is read through it.
+// Fills sequences[B]. Checks every page before anything is read through it.
 template <class T, class C>
 void make_sequences(const AttentionInputs& in, const AttentionShape& s, const SequenceOffsets& of,
                     AttentionSequence<T, C>* sequences) {
