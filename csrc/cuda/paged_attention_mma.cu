@@ -377,7 +377,6 @@ __global__ void __launch_bounds__(kThreads, 2)
       copy_tile<kLanes>(p, size, piece, tile + 1, count, kv);
       find_keys(p, piece, tile + 2, count, kv);
       const unsigned char* const k = k_tiles + tile % 2 * size.k_bytes + first_key * size.k_pitch;
-      const unsigned char* const v = v_tiles + tile % 2 * size.v_bytes + first_key * size.v_pitch;
       float s[kKeys / 8][4] = {}, rescale[2];
       multiply_qk<kKeys, T, C>(size, q_tile, wm * 16, k, s);
       mask<kKeys>(p, piece, row, seen, piece.begin + tile * PAGED_TILE, first_key, scale, s);
@@ -388,6 +387,8 @@ __global__ void __launch_bounds__(kThreads, 2)
         for (int n = 0; n < WIDTH / 8; ++n)
 #pragma unroll
           for (int i = 0; i < 4; ++i) out[n][i] *= rescale[i / 2];
+      // found here, not beside k: sm_100 has no registers left to hold it (WIDTH 256)
+      const unsigned char* const v = v_tiles + tile % 2 * size.v_bytes + first_key * size.v_pitch;
       multiply_pv<kKeys, WIDTH, T, C>(size, s, v, out);
     }
 
