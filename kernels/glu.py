@@ -67,9 +67,11 @@ def _forward(
     at = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < width
     x = tl.load(gate + row * gate_stride + at, mask=mask, other=0.0).to(tl.float32)
+    if HAS_UP:
+        u = tl.load(up + row * up_stride + at, mask=mask, other=0.0).to(tl.float32)
     value, _ = _value_and_slope(x, ACT)
     if HAS_UP:
-        value *= tl.load(up + row * up_stride + at, mask=mask, other=0.0).to(tl.float32)
+        value = value * u
     tl.store(y + row * width + at, value.to(y.dtype.element_ty), mask=mask)
 
 
@@ -94,11 +96,14 @@ def _backward(
     mask = at < width
     g = tl.load(dy + row * dy_stride + at, mask=mask, other=0.0).to(tl.float32)
     x = tl.load(gate + row * gate_stride + at, mask=mask, other=0.0).to(tl.float32)
+    if HAS_UP:
+        u = tl.load(up + row * up_stride + at, mask=mask, other=0.0).to(tl.float32)
     value, slope = _value_and_slope(x, ACT)
     if HAS_UP:
+        tl.store(dgate + row * width + at, (g * u * slope).to(dgate.dtype.element_ty), mask=mask)
         tl.store(dup + row * width + at, (g * value).to(dup.dtype.element_ty), mask=mask)
-        slope *= tl.load(up + row * up_stride + at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(dgate + row * width + at, (g * slope).to(dgate.dtype.element_ty), mask=mask)
+    else:
+        tl.store(dgate + row * width + at, (g * slope).to(dgate.dtype.element_ty), mask=mask)
 
 
 def _rows(*tensors: Tensor | None) -> tuple[int, int, list[Tensor | None], list[int]]:

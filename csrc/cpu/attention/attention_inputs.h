@@ -2,7 +2,7 @@
 // them: structs come from tuples. Nothing here depends on the instruction set.
 #pragma once
 
-#include "struct_caster.h"
+#include "tuple_caster.h"
 
 namespace fastlm {
 
@@ -13,11 +13,6 @@ struct AttentionOptions {
   int64_t window;  // 0: none
   float softcap;   // 0: none
   double dropout_p;
-
-  template <class F>
-  void members(F&& f) {
-    f(causal), f(scale), f(window), f(softcap), f(dropout_p);
-  }
 };
 
 // Where the sequences are; None: dense. Which tensors are present tells the ops apart.
@@ -27,33 +22,18 @@ struct AttentionOptions {
 //            seq_lens (B) int32, k_scale and v_scale (Hkv) float32 with int8 pages
 struct AttentionLayout {
   OptionalTensor cu_seqlens_q, cu_seqlens_k, block_table, seq_lens, k_scale, v_scale;
-
-  template <class F>
-  void members(F&& f) {
-    f(cu_seqlens_q), f(cu_seqlens_k), f(block_table), f(seq_lens), f(k_scale), f(v_scale);
-  }
 };
 
 // Tensors that change scores or probabilities; None: no such tensor.
 // sinks, alibi_slopes (H) float32; bias 4-D, sizes 1 or full; seed (1) int64
 struct AttentionExtras {
   OptionalTensor sinks, alibi_slopes, bias, seed;
-
-  template <class F>
-  void members(F&& f) {
-    f(sinks), f(alibi_slopes), f(bias), f(seed);
-  }
 };
 
 // dq, dk, dv like q, k, v; dsinks (B, H); dbias like the bias, filled with zeros
 struct AttentionGradients {
   TensorView dq, dk, dv;
   OptionalTensor dsinks, dbias;
-
-  template <class F>
-  void members(F&& f) {
-    f(dq), f(dk), f(dv), f(dsinks), f(dbias);
-  }
 };
 
 struct AttentionInputs {
@@ -82,13 +62,8 @@ struct AttentionInputs {
 
 }  // namespace fastlm
 
-namespace pybind11::detail {
-template <>
-struct type_caster<fastlm::AttentionOptions> : struct_caster<fastlm::AttentionOptions> {};
-template <>
-struct type_caster<fastlm::AttentionLayout> : struct_caster<fastlm::AttentionLayout> {};
-template <>
-struct type_caster<fastlm::AttentionExtras> : struct_caster<fastlm::AttentionExtras> {};
-template <>
-struct type_caster<fastlm::AttentionGradients> : struct_caster<fastlm::AttentionGradients> {};
-}  // namespace pybind11::detail
+FASTLM_TUPLE_CASTER(fastlm::AttentionOptions, causal, scale, window, softcap, dropout_p)
+FASTLM_TUPLE_CASTER(fastlm::AttentionLayout, cu_seqlens_q, cu_seqlens_k, block_table, seq_lens,
+                    k_scale, v_scale)
+FASTLM_TUPLE_CASTER(fastlm::AttentionExtras, sinks, alibi_slopes, bias, seed)
+FASTLM_TUPLE_CASTER(fastlm::AttentionGradients, dq, dk, dv, dsinks, dbias)
