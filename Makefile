@@ -86,7 +86,7 @@ kill: build      ## 20 SIGKILLs at random moments in every command, each to the 
 
 sanitize: build  ## the op tests on AddressSanitizer + UndefinedBehaviorSanitizer builds, the CUDA kernels on ThreadSanitizer too and in 20 orders
 	sh tests/support/sanitize.sh
-	FASTLM_SIMT_SEEDS=20 $(BIN)/pytest -q --all -m 'not slow' $(filter-out %_gate.py,$(wildcard tests/kernels/test_cuda_*.py))
+	FASTLM_SIMT_SEEDS=20 $(BIN)/pytest -q --all -m 'not slow' --kernels cuda --ignore tests/kernels/test_cuda_gate.py tests/kernels
 	sh tests/support/sanitize_simt.sh address
 	sh tests/support/sanitize_simt.sh thread
 

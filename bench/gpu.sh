@@ -44,17 +44,17 @@ for step in $steps; do
     tail -n 25 "$out/gpu-tests.log"
     ;;
   triton)
-    files=$(ls tests/kernels/test_triton_*.py | grep -v gate) # the gate compiles for other GPUs
-    $pytest 110 $python -m pytest -q -W default --all $parallel --maxfail=20 $files >"$out/gpu-triton.log" 2>&1 || status=1
+    # the gate compiles for other GPUs
+    $pytest 110 $python -m pytest -q -W default --all $parallel --maxfail=20 --kernels triton --ignore tests/kernels/test_triton_gate.py tests/kernels >"$out/gpu-triton.log" 2>&1 || status=1
     tail -n 25 "$out/gpu-triton.log"
     ;;
   cuda)
     # first check of what the emulator cannot show: fragment layouts, memory order
-    $pytest 60 $python -m pytest -q -W default --all $parallel --maxfail=20 $(ls tests/kernels/test_cuda_*.py | grep -v gate) tests/kernels/test_graph_decoding.py >"$out/gpu-cuda.log" 2>&1 || status=1
+    $pytest 60 $python -m pytest -q -W default --all $parallel --maxfail=20 --kernels cuda --ignore tests/kernels/test_cuda_gate.py tests/kernels >"$out/gpu-cuda.log" 2>&1 || status=1
     tail -n 25 "$out/gpu-cuda.log"
     if command -v compute-sanitizer >/dev/null; then
       for tool in memcheck racecheck; do
-        timeout 45 compute-sanitizer --tool $tool --error-exitcode 9 $python -m pytest -q -W default -x -k "float16 and 507 or repeats" tests/kernels/test_cuda_rms_norm.py >"$out/gpu-$tool.log" 2>&1 || status=1
+        timeout 45 compute-sanitizer --tool $tool --error-exitcode 9 $python -m pytest -q -W default -x -k "float16 and (rows or repeats)" --kernels cuda tests/kernels/test_rms_norm.py >"$out/gpu-$tool.log" 2>&1 || status=1
         tail -n 3 "$out/gpu-$tool.log"
       done
     else

@@ -81,7 +81,12 @@ def pytest_collection_modifyitems(config, items):
 def language(item: pytest.Item) -> str:
     """The kernels that a test of kernels runs (tests/support/on_kernels.py)."""
     call = getattr(item, "callspec", None)
-    return call.params["kernel"].language if call and "kernel" in call.params else "cpu"
+    if call and "kernel" in call.params:
+        return call.params["kernel"].language
+    for name in ("cuda", "triton"):
+        if name in item.fixturenames or item.path.name.startswith(f"test_{name}_"):
+            return name
+    return "cpu"
 
 
 @pytest.fixture(autouse=True)

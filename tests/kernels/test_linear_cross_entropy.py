@@ -8,11 +8,11 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from cases.losses import definition as plain
 from compiled import assert_compiles_once
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peak import printed_alone
-from test_cross_entropy import plain
 from tolerance import ULP, assert_near
 
 from fastlm import InputError, backend, ops

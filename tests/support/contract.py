@@ -34,7 +34,7 @@ def rows(which: Callable[[Row], bool]) -> Callable:
 
 
 class Recorded(TorchDispatchMode):
-    """One call of each of fastlm's operators, with and without each optional argument. Those of a
+    """A call of each of fastlm's operators with all its arguments, and one without some. Those of a
     backward have no derivative.
     """
 
@@ -51,8 +51,7 @@ class Recorded(TorchDispatchMode):
                 else t
                 for t in args
             ]
-            missing = tuple(t is None for t in args)
-            self.calls.setdefault((func, missing), given)
+            self.calls.setdefault((func, any(t is None for t in args)), given)
         return func(*args, **(kwargs or {}))
 
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from random import Random
 
 import test_attention
-import test_cross_entropy
 import test_cuda_rope_append
 import test_layer_norm
 import test_linear_cross_entropy
@@ -21,6 +20,7 @@ import test_varlen_attention
 import torch
 from attention_cases import assert_kernel_near
 from cases import OPS as TABLES
+from cases import losses
 from cases.base import DTYPES, Built, Case, Op, assert_same, given, rows_of, scattered, size, some
 from exact import dequantized
 from fuzz_cases import another, hold, kernels
@@ -212,60 +212,6 @@ def build_append(case: Case, dtype: torch.dtype) -> Built:
 # ---- losses
 
 
-def draw_loss(r: Random, classes: int) -> Case:
-    reduction = r.choice(["none", "mean", "sum"])
-    return {
-        "ignored": r.choice([0.0, 0.0, 0.3, 1.0]),
-        "ignore_index": r.choice([-100, -100, -1, 0, classes - 1]),
-        "weight": r.random() < 0.3,
-        "spread": r.choice([0.1, 1.0, 3.0, 20.0]),
-        "options": given(
-            label_smoothing=some(r, 0.1, 1.0),
-            z_loss=some(r, 1e-3, 0.1),
-            softcap=some(r, 2.0, 30.0),
-            logit_scale=some(r, 0.3),
-            reduction=reduction,
-            num_items=some(r, 77) if reduction == "mean" else None,
-            return_lse=r.random() < 0.3,
-        ),
-    }
-
-
-def make_target(case: Case, rows: int, classes: int) -> tuple[Tensor, dict]:
-    target = torch.randint(0, classes, (rows,))
-    target[torch.rand(rows) < case["ignored"]] = case["ignore_index"]
-    options = case["options"] | {"ignore_index": case["ignore_index"]}
-    if (target == case["ignore_index"]).all() and "num_items" not in options:
-        options["reduction"] = "sum"  # the mean over zero rows is NaN
-    if case["weight"]:
-        options["weight"] = torch.rand(classes) + 0.1
-    return target, options
-
-
-def draw_cross_entropy(r: Random, isa: str) -> Case:
-    while True:
-        rows, classes = size(r, 200), size(r, 2000 if isa in SLOW else 9000, 2)
-        if isa != "simt" or rows * classes <= 10000:
-            break
-    return {"shape": [rows, classes], **draw_loss(r, classes)}
-
-
-def build_cross_entropy(case: Case, dtype: torch.dtype) -> Built:
-    rows, classes = case["shape"]
-    logits = (torch.randn(rows, classes) * case["spread"]).to(dtype)
-    target, options = make_target(case, rows, classes)
-
-    def check():
-        test_cross_entropy.check(logits, target, ulps=16, of_terms=True, **options)
-
-    return Built(
-        lambda z, t: ops.cross_entropy(z, t, **options),
-        [logits, target],
-        check,
-        any_strides=case.get("isa") != "simt",
-    )
-
-
 @contextlib.contextmanager
 def small_products(allowed: bool) -> Iterator[None]:
     """Set whether small products may use the definition, or use the kernels like all others."""
@@ -284,7 +230,7 @@ def draw_linear_cross_entropy(r: Random, isa: str) -> Case:
         rows, width, classes = size(r, 1200), size(r, 300, 1), size(r, 6000, 2)
         if rows * width * classes <= work:
             break
-    loss = draw_loss(r, classes)
+    loss = losses.draw(r, classes)
     return {
         "shape": [rows, width, classes],
         "bias": r.random() < 0.5,
@@ -297,7 +243,8 @@ def build_linear_cross_entropy(case: Case, dtype: torch.dtype) -> Built:
     rows, width, classes = case["shape"]
     x = torch.randn(rows, width).to(dtype)
     w = (torch.randn(classes, width) * case["spread"] / width**0.5).to(dtype)
-    target, options = make_target(case, rows, classes)
+    target, weights, options = losses.targets(case, rows, classes)
+    options |= {"weight": weights[0]} if weights else {}
     bias = torch.randn(classes).to(dtype) if case["bias"] else None
 
     small = case.get("small", False)
@@ -330,7 +277,7 @@ def build_linear_logprobs(case: Case, dtype: torch.dtype) -> Built:
     rows, width, classes = case["shape"]
     x = torch.randn(rows, width).to(dtype)
     w = (torch.randn(classes, width) * case["spread"] / width**0.5).to(dtype)
-    target, options = make_target(case | {"weight": False, "options": {}}, rows, classes)
+    target, _, options = losses.targets(case | {"weight": False, "options": {}}, rows, classes)
     options = case["options"] | {"ignore_index": options["ignore_index"]}
     bias = torch.randn(classes).to(dtype) if case["bias"] else None
     entropy = case["entropy"]
@@ -787,7 +734,6 @@ CPU, BOTH = ("cpu",), ("cpu", "cuda")
 OPS = TABLES | {
     "adamw": Op(None, draw_adamw, BOTH),  # run_adamw
     "attention": Op(build_attention, draw_attention, CPU),
-    "cross_entropy": Op(build_cross_entropy, draw_cross_entropy, BOTH),
     "glu_round": Op(build_glu_round, draw_glu_round, ("cuda",)),
     "layer_norm": Op(build_layer_norm, draw_layer_norm, CPU),
     "linear": Op(build_linear, draw_linear, CPU),
@@ -838,10 +784,6 @@ SPLIT: dict[str, Case] = {
     "paged_attention prefill": {
         "lengths": [300, 40], "page_size": 16, "queries": 130, "heads": [4, 2], "widths": [32, 32],
         "int8": "number", "options": {"causal": True, "sinks": True},
-    },
-    "cross_entropy": {"shape": [67, 3001], **LOSS, "options": {"z_loss": 0.1, "return_lse": True}},
-    "cross_entropy smoothed": {
-        "shape": [67, 3001], **LOSS, "options": {"label_smoothing": 0.1, "softcap": 9.0},
     },
     "linear": {"shape": [1500, 130, 71], "bias": True},
     "linear_cross_entropy": {"shape": [151, 71, 900], "bias": True, **LOSS, "options": {}},

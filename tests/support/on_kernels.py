@@ -123,7 +123,7 @@ def parametrize(metafunc: pytest.Metafunc, op: Op) -> None:
             pytest.param(row, kernel, id=f"{name}-{kernel}")
             for name, row in op.rows.items()
             for kernel in kernels
-            if which(row) and kernel.language in row.on
+            if which(row) and kernel.language in row.on and not (row.shipped and kernel.setting)
         ]
         metafunc.parametrize("row, kernel", pairs, indirect=["kernel"])
     elif "kernel" in metafunc.fixturenames:

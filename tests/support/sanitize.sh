@@ -35,7 +35,7 @@ built=$(date +%s)
 status=0
 export preload logs
 printf '%s\n' "$@" | xargs -P "$(getconf _NPROCESSORS_ONLN)" -I{} sh -c '
-  LD_PRELOAD=$preload "$0" -P -m pytest -v --capture=sys -p no:faulthandler --tb=short -m "not slow" -k "not compile" tests/kernels/test_{}.py >"$logs/{}" 2>&1
+  LD_PRELOAD=$preload "$0" -P -m pytest -v --capture=sys -p no:faulthandler --tb=short -m "not slow" -k "not compile" --kernels cpu tests/kernels/test_{}.py >"$logs/{}" 2>&1
   status=$?
   last=$(tail -n 1 "$logs/{}" | tr -d = | grep -E " (passed|failed)") || last="stopped by the report below"
   echo "{}: $last"

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Runs the CUDA kernels on the emulator under sanitizers, next to a copy of fastlm/ (build/simt-<sanitizer>/site):
-#     sh tests/support/sanitize_simt.sh address|thread [test file ...]        default: tests/kernels/test_cuda_*.py
+#     sh tests/support/sanitize_simt.sh address|thread [test file ...]        default: all tests of CUDA kernels
 # AddressSanitizer and UndefinedBehaviorSanitizer see what a kernel does outside load and store; ThreadSanitizer sees two
 # CUDA threads that access global memory without synchronization. The exit status is non-zero after any finding.
 set -eu
@@ -9,7 +9,7 @@ shift
 root=$PWD
 site=$root/build/simt-$sanitizer/site
 python=$root/.venv/bin/python
-test $# -gt 0 || set -- tests/kernels/test_cuda_*.py
+test $# -gt 0 || set -- --ignore tests/kernels/test_cuda_gate.py tests/kernels
 rm -rf "$site"
 mkdir -p "$site"
 cp -a fastlm "$site"
@@ -36,6 +36,6 @@ export UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 export TSAN_OPTIONS=halt_on_error=1:report_signal_unsafe=0:ignore_noninstrumented_modules=1
 export OMP_NUM_THREADS=1
 export PYTHONPATH="$site"
-LD_PRELOAD=$preload "$python" -P -m pytest -q --all --capture=sys -p no:faulthandler --tb=short -m "not slow" "$@" ||
+LD_PRELOAD=$preload "$python" -P -m pytest -q --all --capture=sys -p no:faulthandler --tb=short -m "not slow" --kernels cuda "$@" ||
   { echo "sanitize_simt: FINDINGS under $sanitizer"; exit 1; }
 echo "sanitize_simt: clean under $sanitizer"

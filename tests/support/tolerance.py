@@ -31,12 +31,14 @@ def assert_accurate(
     *,
     scale: Tensor | None = None,
     float32: Tensor | None = None,
+    rounded: Tensor | None = None,
     factor: float = 2.0,
     what: str = "",
 ) -> None:
     """Compare `actual` with `naive`, both in the low precision, and with `truth` in float64. All
     have one shape. `scale`, `float32`: the size of each element's terms, where it is more than the
-    element's own.
+    element's own. `rounded`: the root of the sum of the squares of terms that are rounded to the
+    dtype before they are added.
 
     NaN anywhere in `actual` fails.
     """
@@ -48,6 +50,8 @@ def assert_accurate(
     scale = truth.abs() if scale is None else torch.maximum(scale, truth.abs())
     float32 = scale if float32 is None else torch.maximum(scale, float32)
     least = FOUR_ROUNDINGS * float32 + SMALLEST[actual.dtype]
+    if rounded is not None:  # twice; a random walk of errors of a third of an ulp, by its tail
+        least = least + 2 * ULP[actual.dtype] * rounded
     theirs = ((naive.double() - truth).abs() - least).clamp_min(0) / scale
     theirs = theirs[scale >= torch.finfo(actual.dtype).smallest_normal]
     worst = theirs.max().item() if theirs.numel() else 0.0

@@ -2,6 +2,6 @@
 and the fuzz runs draw from it.
 """
 
-from cases import glu, rms_norm, rope
+from cases import cross_entropy, glu, rms_norm, rope
 
-OPS = {"glu": glu.OP, "rms_norm": rms_norm.OP, "rope": rope.OP}
+OPS = {"cross_entropy": cross_entropy.OP, "glu": glu.OP, "rms_norm": rms_norm.OP, "rope": rope.OP}

@@ -20,10 +20,11 @@ ALL = ("cpu", "triton", "cuda")
 
 
 class Terms(NamedTuple):
-    """The size of the terms of a result's elements, and of those that appear in float32 alone."""
+    """The sizes of the terms of a result's elements, as tolerance.py takes them."""
 
     scale: Tensor | None = None
     float32: Tensor | None = None
+    rounded: Tensor | None = None
 
 
 class Built(NamedTuple):
@@ -34,6 +35,7 @@ class Built(NamedTuple):
     # result ("y", "dx"), where they are more than its own size
     terms: Callable[..., dict[str, Tensor | Terms]] | None = None
     outputs: tuple[str, ...] = ("y",)
+    names: tuple[str, ...] = ()  # of the leaves; without: the function's parameters
     check: Callable[[], None] | None = None  # instead of `plain`
     differentiable: bool = True
     constant: tuple[int, ...] = ()  # leaves of floats that get no gradient
@@ -50,6 +52,7 @@ class Row(NamedTuple):
     on: tuple[str, ...] = ALL  # kernels that have an edge there
     bits: bool = False  # strides, repetition
     split: bool = False  # enough work for several threads: tests of threads, denormals, allocation
+    shipped: bool = False  # large: on the constants that ship, not on an op's `settings`
 
 
 class Op(NamedTuple):
@@ -184,15 +187,16 @@ def check(built: Built) -> None:
     truth, _ = run(built.plain, wide, upstream, **how)
     names = list(built.outputs)
     if len(actual) > len(names):
-        inputs = enumerate(zip(inspect.signature(built.function).parameters, built.leaves))
+        of_leaves = built.names or inspect.signature(built.function).parameters
+        inputs = enumerate(zip(of_leaves, built.leaves))
         names += [f"d{x}" for i, (x, t) in inputs if gets_gradient(t, i, built.constant)]
     with torch.no_grad():
         terms = built.terms(*wide, *(u.double() for u in upstream)) if built.terms else {}
     for name, a, p, t in zip(names, actual, naive, truth, strict=True):
         size = terms.get(name)
-        scale, float32 = size if isinstance(size, Terms) else (size, None)
+        sizes = size if isinstance(size, Terms) else Terms(size)
         factor = 3 if name.startswith("d") else 2  # backward, forward
-        assert_accurate(a, p.to(a.dtype), t, scale=scale, float32=float32, factor=factor, what=name)
+        assert_accurate(a, p.to(a.dtype), t, **sizes._asdict(), factor=factor, what=name)
 
 
 def scattered(t: Tensor, r: Random, unit: int = 0) -> Tensor:

@@ -1,0 +1,167 @@
+"""What the tables of losses over classes share: their options, their targets, the definition."""
+
+from random import Random
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cases.base import Case, given, some
+
+
+def options_of(case: Case) -> dict:
+    return case["options"] | {"ignore_index": case["ignore_index"]}
+
+
+def draw(r: Random, classes: int) -> Case:
+    reduction = r.choice(["none", "mean", "sum"])
+    return {
+        "ignored": r.choice([0.0, 0.0, 0.3, 1.0]),
+        "ignore_index": r.choice([-100, -100, -1, 0, classes - 1]),
+        "weight": r.random() < 0.3,
+        "spread": r.choice([0.1, 1.0, 3.0, 20.0]),
+        "options": given(
+            label_smoothing=some(r, 0.1, 1.0),
+            z_loss=some(r, 1e-3, 0.1),
+            softcap=some(r, 2.0, 30.0),
+            logit_scale=some(r, 0.3),
+            reduction=reduction,
+            num_items=some(r, 77) if reduction == "mean" else None,
+            return_lse=r.random() < 0.3,
+        ),
+    }
+
+
+def case(*, ignored=0.25, ignore_index=-100, weight=False, spread=3.0, **options) -> Case:
+    return {
+        "ignored": ignored, "ignore_index": ignore_index, "weight": weight, "spread": spread,
+        "options": options,
+    }  # fmt: skip
+
+
+def targets(case: Case, rows: int, classes: int) -> tuple[Tensor, list[Tensor], dict]:
+    """Return the target, the weights of the classes if there are any, and the options."""
+    target = torch.randint(0, classes, (rows,))
+    if rows:
+        target[0] = classes - 1
+    target[torch.rand(rows) < case["ignored"]] = case["ignore_index"]
+    options = options_of(case)
+    if (target == case["ignore_index"]).all() and "num_items" not in options:
+        options["reduction"] = "sum"  # the mean over zero rows is NaN
+    return target, [torch.rand(classes) + 0.1] if case["weight"] else [], options
+
+
+def definition(
+    logits,
+    target,
+    weight=None,
+    *,
+    ignore_index=-100,
+    label_smoothing=0.0,
+    z_loss=0.0,
+    softcap=None,
+    logit_scale=1.0,
+    reduction="mean",
+    num_items=None,
+    return_lse=False,
+):
+    """The loss composed of torch's own functions, in float32 or wider."""
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32)) * logit_scale
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    w = None if weight is None else weight.to(z.dtype)
+    rows = F.cross_entropy(
+        z, target, w, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none"
+    )
+    lse, valid = torch.logsumexp(z, -1), target != ignore_index
+    loss = rows + torch.where(valid, z_loss * lse**2, 0.0)
+    if reduction == "mean":
+        seen = valid.sum() if w is None else w[target[valid]].sum()
+        loss = loss.sum() / (seen if num_items is None else num_items)
+    elif reduction == "sum":
+        loss = loss.sum()
+    return (loss, lse) if return_lse else loss
+
+
+class Scores(NamedTuple):
+    """Logits in float64 as a kernel sees them: by how much each is below the largest of its row."""
+
+    below: Tensor
+    log_sum: Tensor  # of e^-below, (N, 1); lse is the largest plus this
+    lse: Tensor  # (N, 1)
+    p: Tensor
+    slope: Tensor  # of softcap
+    size: Tensor  # of the terms of a logit, whose rounding is its error
+
+
+def scores(z: Tensor, size: Tensor | None, *, softcap=None, scale=1.0) -> Scores:
+    """Softcap and scale logits. `size`: of their terms; None if they are exact."""
+    slope = torch.ones_like(z)
+    if softcap is not None:
+        slope = 1 - torch.tanh(z / softcap) ** 2
+        z = softcap * torch.tanh(z / softcap)
+    z = z * scale
+    if size is not None:
+        size = size * scale
+    elif softcap is not None or scale != 1:
+        size = z.abs()
+    else:  # a common offset costs nothing
+        size = torch.zeros_like(z)
+    shift = z.amax(-1, keepdim=True)
+    below = shift - z
+    log_sum = (-below).exp().sum(-1, keepdim=True).log()
+    return Scores(below, log_sum, shift + log_sum, (-below - log_sum).exp(), slope, size)
+
+
+def sizes(
+    logits,
+    target,
+    weight=None,
+    upstream=(),
+    *,
+    size=None,
+    ignore_index=-100,
+    label_smoothing=0.0,
+    z_loss=0.0,
+    softcap=None,
+    logit_scale=1.0,
+    reduction="mean",
+    num_items=None,
+    return_lse=False,
+) -> tuple[dict[str, Tensor], Tensor | None, Tensor | None]:
+    """Return the sizes of the terms of loss and lse, of the logits' gradient, and of the latter
+    what float32 has. `size`: of the logits' terms; None if they are exact.
+
+    The gradient of a logit is a difference of p and 1. A logit's own error makes one of p.
+    """
+    below, log_sum, lse, p, _, size = scores(
+        logits * logit_scale, None if size is None else size * logit_scale, softcap=softcap
+    )
+    if logit_scale != 1:
+        size = torch.maximum(size, logits.abs() * logit_scale)
+    slope = 1 if softcap is None else 1 - torch.tanh(logits * logit_scale / softcap) ** 2
+    valid = target != ignore_index
+    class_weight = logits.new_ones(logits.shape[-1]) if weight is None else weight
+    at = target.where(valid, 0)
+    one = F.one_hot(at, logits.shape[-1])
+    of_target = ((1 - label_smoothing) * class_weight[at] * valid)[..., None]
+    of_all = label_smoothing / logits.shape[-1] * class_weight * valid[..., None]
+    of_lse = (z_loss * valid)[..., None]
+    error = size + (p * size).sum(-1, keepdim=True)  # of a logit and of lse
+    nll = below + log_sum + error
+    lse_size = log_sum + (lse - log_sum).abs() + (p * size).sum(-1, keepdim=True)
+    rows = ((of_target * one + of_all) * nll).sum(-1) + (of_lse * lse_size**2)[..., 0]
+    items = 1.0
+    if reduction == "mean":
+        items = class_weight[at][valid].sum() if num_items is None else num_items
+    results = {"loss": rows if reduction == "none" else rows.sum() / items, "lse": lse_size[..., 0]}
+    if not upstream:
+        return results, None, None
+    on = (upstream[0].abs() / items)[..., None]
+    of_p = on * (of_target + of_all.sum(-1, keepdim=True) + 2 * of_lse * lse_size)
+    if return_lse:
+        of_p = of_p + upstream[1].abs()[..., None]
+    rest = on * (of_target * one + of_all)
+    gradient = logit_scale * slope * (of_p * p + rest)
+    in_float32 = logit_scale * (of_p * p * (1 + below + log_sum + error) + rest)
+    return results, gradient, in_float32
