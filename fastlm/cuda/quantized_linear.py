@@ -146,7 +146,8 @@ def _multiply_int8(
     k: int,
     y: Tensor,
 ) -> None:
-    weight = tuple(None if t is None else t.contiguous() for t in weight)
+    qdata, scales, zeros = weight
+    weight = qdata.contiguous(), scales.contiguous(), None if zeros is None else zeros.contiguous()
     of = constants()
     most = of.QUANTIZED_VECTOR_ROWS_32 if y.dtype == torch.float32 else of.QUANTIZED_VECTOR_ROWS_8
     # an instruction multiplies 32 columns: they must share a scale

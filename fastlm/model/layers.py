@@ -302,8 +302,8 @@ class MLP(nn.Module):
         down = self.fused_down
         if call.step is not None and down is not None and down.rounds("glu_round", gate):
             w = down.weight
-            rows = glu_round(gate, up, w.qdata, w.scales, self.act, w.bits, w.group_size)
-            return down(Int8Rows(*rows, gate.shape, gate.dtype))
+            q, scale, sums = glu_round(gate, up, w.qdata, w.scales, self.act, w.bits, w.group_size)
+            return down(Int8Rows(q, scale, sums, gate.shape, gate.dtype))
         product = glu(gate, up, act=self.act)
         if not _keeping(product):
             return project(product)
@@ -360,10 +360,10 @@ def _add_norm(
     if into is not None and into.rounds("rms_norm_round", stream):
         x, residual = (stream, None) if branch is None else (branch, stream)
         w = into.weight
-        *rows, summed = rms_norm_round(
+        q, scale, sums, summed = rms_norm_round(
             x, residual, norm.weight, w.qdata, w.scales, norm.eps, norm.offset, w.bits, w.group_size
         )
-        rounded = Int8Rows(*rows, x.shape, x.dtype)
+        rounded = Int8Rows(q, scale, sums, x.shape, x.dtype)
         return rounded, x if residual is None else summed, nullcontext()
     if branch is None:
         x = norm(stream)
