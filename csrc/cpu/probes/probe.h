@@ -60,7 +60,8 @@ double multiply_elements_in_l1(int64_t repeats) {
 }
 
 inline double multiply_in_l1(bool bf16_operands, int64_t repeats) {
-  return bf16_operands ? multiply_elements_in_l1<Elem<bf16>>(repeats) : multiply_elements_in_l1<float>(repeats);
+  return bf16_operands ? multiply_elements_in_l1<Elem<bf16>>(repeats)
+                       : multiply_elements_in_l1<float>(repeats);
 }
 
 // Reads a buffer once with all threads; the sum keeps the compiler from removing the loop.
