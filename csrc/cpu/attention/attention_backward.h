@@ -179,8 +179,7 @@ inline int64_t parts_of_dq(const AttentionShape& s, const SequenceLengths& lengt
   return spans > 1 ? spans * lengths.all_rows * s.H * round_up(s.D, VL) : 0;
 }
 
-// Bytes of the workspace of `backward_all` and `backward_bias`, whether the bias needs a gradient or
-// not: half as many, and glibc returned freed memory to the system in every call (docs/log.md).
+// Bytes of the workspace, which `backward_all` and `backward_bias` use one after the other.
 template <class T>
 int64_t bytes_of_backward(const AttentionShape& s, const SequenceLengths& lengths) {
   return round_up(parts_of_dq(s, lengths) * int64_t(sizeof(float)), 64) +
