@@ -66,7 +66,9 @@ def draw_attention(r: Random, isa: str) -> Case:
 
 def build_attention(case: Case, dtype: torch.dtype) -> Built:
     function, leaves, names = test_attention.case(case["shape"], case["options"], dtype)
-    return Built(function, leaves, lambda: assert_kernel_near(function, leaves, names, "attention"))
+    return Built(
+        function, leaves, check=lambda: assert_kernel_near(function, leaves, names, "attention")
+    )
 
 
 def draw_varlen(r: Random, isa: str) -> Case:
@@ -98,7 +100,9 @@ def build_varlen(case: Case, dtype: torch.dtype) -> Built:
     function, leaves, names = test_varlen_attention.case(
         lengths, case["options"], dtype, case["heads"], case["widths"]
     )
-    return Built(function, leaves, lambda: assert_kernel_near(function, leaves, names, "varlen"))
+    return Built(
+        function, leaves, check=lambda: assert_kernel_near(function, leaves, names, "varlen")
+    )
 
 
 def draw_paged(r: Random, isa: str) -> Case:
@@ -159,7 +163,7 @@ def build_paged(case: Case, dtype: torch.dtype) -> Built:
     return Built(
         function,
         [q, *cache],
-        check,
+        check=check,
         differentiable=False,
         any_strides=case.get("isa") != "simt",  # other kernels run for other memory layouts
     )
@@ -206,7 +210,7 @@ def build_append(case: Case, dtype: torch.dtype) -> Built:
         assert_same(expected, wide, "reference")
 
     leaves = [k, v, *caches, table, positions]
-    return Built(function, leaves, check, differentiable=False, written=(2, 3))
+    return Built(function, leaves, check=check, differentiable=False, written=(2, 3))
 
 
 # ---- losses
@@ -263,7 +267,7 @@ def build_linear_cross_entropy(case: Case, dtype: torch.dtype) -> Built:
             test_linear_cross_entropy.check(x, w, bias, target, ulps=ulps, **options)
 
     leaves = [x, w, target, *([bias] if case["bias"] else [])]
-    return Built(function, leaves, check, library=small)
+    return Built(function, leaves, check=check, library=small)
 
 
 def draw_linear_logprobs(r: Random, isa: str) -> Case:
@@ -295,7 +299,7 @@ def build_linear_logprobs(case: Case, dtype: torch.dtype) -> Built:
         on = (True, entropy)
         test_linear_logprobs.check(x, w, bias, target, on=on, ulps=ulps, entropy=entropy, **options)
 
-    return Built(function, [x, w, target, *([bias] if case["bias"] else [])], check)
+    return Built(function, [x, w, target, *([bias] if case["bias"] else [])], check=check)
 
 
 def draw_linear_distillation(r: Random, isa: str) -> Case:
@@ -342,7 +346,7 @@ def build_linear_distillation(case: Case, dtype: torch.dtype) -> Built:
         ulps *= 2 if "student_softcap" in case["options"] else 1  # tanh and its slope
         test_linear_distillation.check(tensors, ulps=ulps, mask=mask, **case["options"])
 
-    return Built(function, [*tensors, mask], check)
+    return Built(function, [*tensors, mask], check=check)
 
 
 # ---- row ops
@@ -375,7 +379,7 @@ def build_layer_norm(case: Case, dtype: torch.dtype) -> Built:
     def check():
         test_layer_norm.check(x, weight, bias, r, dy, dh, eps)
 
-    return Built(function, [*leaves.values()], check)
+    return Built(function, [*leaves.values()], check=check)
 
 
 def draw_rope_append(r: Random, isa: str) -> Case:
@@ -410,7 +414,7 @@ def build_rope_append(case: Case, dtype: torch.dtype) -> Built:
     def check():
         test_cuda_rope_append.assert_same([t.clone() for t in leaves])
 
-    return Built(function, leaves, check, differentiable=False, written=(5, 6))
+    return Built(function, leaves, check=check, differentiable=False, written=(5, 6))
 
 
 # ---- matrix products
@@ -473,7 +477,7 @@ def build_quantized_linear(case: Case, dtype: torch.dtype) -> Built:
         assert_near(got, plain, truth, factor=factor, floor=floor, what="product")
 
     leaves = [x, *([] if bias is None else [bias])]
-    return Built(function, leaves, check, differentiable=not on_gpu, any_strides=not on_gpu)
+    return Built(function, leaves, check=check, differentiable=not on_gpu, any_strides=not on_gpu)
 
 
 def draw_glu_round(r: Random, isa: str) -> Case:
@@ -514,7 +518,7 @@ def rounded_like(case: Case, joined: Callable, plain: Callable, leaves: list[Ten
         return x, h
 
     return Built(
-        function, leaves, lambda: function(*leaves), differentiable=False, any_strides=False
+        function, leaves, check=lambda: function(*leaves), differentiable=False, any_strides=False
     )
 
 
@@ -575,7 +579,7 @@ def build_matmul(case: Case, dtype: torch.dtype) -> Built:
         bound = (a.double().abs() @ b.double().abs().T) * (k + 2) * 2**-24
         assert ((function(a, b).double() - a.double() @ b.double().T).abs() <= bound).all()
 
-    return Built(function, [a, b], check, differentiable=False)
+    return Built(function, [a, b], check=check, differentiable=False)
 
 
 def draw_linear(r: Random, isa: str) -> Case:
@@ -612,7 +616,7 @@ def build_linear(case: Case, _: torch.dtype) -> Built:
             bound = truth.abs() * 2**-8 + a.abs() @ b.abs() * (count + 2) * 2**-24
             assert ((got.double() - truth).abs() <= bound).all()
 
-    return Built(function, [x, weight, dy, *bias], check, differentiable=False)
+    return Built(function, [x, weight, dy, *bias], check=check, differentiable=False)
 
 
 # ---- AdamW
