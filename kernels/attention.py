@@ -287,25 +287,19 @@ class ScoreRows(NamedTuple):
 
 @triton.jit
 def head_bias(bias, b, head):
-    """`Bias` of this sequence and head, None if there is none."""
-    if bias is not None:
-        at = bias.data + b.to(tl.int64) * bias.batch + head.to(tl.int64) * bias.head
-        return Bias(at, bias.batch, bias.head, bias.row, bias.key)
-    else:
-        return None
+    """`Bias` of this sequence and head."""
+    at = bias.data + b.to(tl.int64) * bias.batch + head.to(tl.int64) * bias.head
+    return Bias(at, bias.batch, bias.head, bias.row, bias.key)
 
 
 @triton.jit
-def score_rows(query, mask, shift, slope, bias, sizes, AXIS: tl.constexpr):
-    """`ScoreRows` of these queries; `bias` from `head_bias`. AXIS: the axis of the keys."""
-    bias_rows = None
-    if bias is not None:
-        at = bias.data + query.to(tl.int64) * bias.row
-        inside = mask & (query < sizes.bias_rows)
-        bias_rows = BiasRows(
-            tl.expand_dims(at, AXIS), tl.expand_dims(inside, AXIS), bias.key, sizes.bias_keys
-        )
-    return ScoreRows(tl.expand_dims(query + shift, AXIS), slope, bias_rows)
+def bias_rows(bias, query, mask, sizes, AXIS: tl.constexpr):
+    """`BiasRows` of these queries; `bias` from `head_bias`. AXIS: the axis of the keys."""
+    at = bias.data + query.to(tl.int64) * bias.row
+    inside = mask & (query < sizes.bias_rows)
+    return BiasRows(
+        tl.expand_dims(at, AXIS), tl.expand_dims(inside, AXIS), bias.key, sizes.bias_keys
+    )
 
 
 @triton.jit
@@ -485,22 +479,28 @@ def _forward(
     else:
         k = head_rows(k, b, kv_head, key_row, SHAPE.UNIT)
         v = head_rows(v, b, kv_head, key_row, SHAPE.UNIT)
+    # Triton 3.6 cannot return None from a function: what may be None is made here
     slope = None
     if opts.alibi_slopes is not None:
         slope = (tl.load(opts.alibi_slopes + head, mask=mask, other=0.0) * LOG2E)[:, None]
+    bias_tile = None
+    if bias is not None:
+        bias_tile = bias_rows(head_bias(bias, b, head), query, mask, sizes, 1)
     shift = keys - queries
-    rows = score_rows(query, mask, shift, slope, head_bias(bias, b, head), sizes, 1)
+    rows = ScoreRows((query + shift)[:, None], slope, bias_tile)
 
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     if (sinks is not None) and (not SHAPE.SPLIT):
         top = tl.load(sinks + head, mask=mask, other=0.0) * LOG2E
         total = tl.where(top == float("-inf"), 0.0, 1.0)
-    result = tl.zeros([BLOCK_M, SHAPE.BLOCK_DV], tl.float32)
+    BLOCK_DV: tl.constexpr = SHAPE.BLOCK_DV  # Triton 3.6: an attribute is no constexpr
+    result = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     earliest = first // SHAPE.PACK + shift
     latest = tl.minimum((first + BLOCK_M - 1) // SHAPE.PACK, queries - 1) + shift
     edges = key_edges(earliest, latest, keys, split, sizes.splits, opts, SHAPE, BLOCK_N)
-    for part in tl.static_range(SHAPE.FIRST_PART, 3):
+    FIRST_PART: tl.constexpr = SHAPE.FIRST_PART
+    for part in tl.static_range(FIRST_PART, 3):
         result, total, top = _attend(
             result, total, top, q_tile, k, v, edges[part], edges[part + 1], keys, rows, query, b,
             head, table, pages, scale, opts, SHAPE, BLOCK_N, part != 1,
@@ -727,9 +727,9 @@ def forward(
         to_lse, to_dims = lse.new_empty(splits, *lse.shape), None
     unit, tensors = in_units((q, dims), (k, kv_dims), (v, kv_dims), (to, to_dims))
     sinks = floats(sinks)
-    bias_rows, bias_size = bias_of(bias)
+    bias_strides, bias_size = bias_of(bias)
     launch(
-        _forward, (programs * splits,), *tensors, to_lse, sinks, bias_rows,
+        _forward, (programs * splits,), *tensors, to_lse, sinks, bias_strides,
         layout.packed, layout.pages, options,
         Sizes(
             layout.sequences, layout.queries, layout.keys, blocks, slots, *layout.lse_steps(heads),

@@ -31,9 +31,11 @@ from fastlm.kernels.attention import (
     Dims,
     Layout,
     Options,
+    ScoreRows,
     Shape,
     Sizes,
     bias_of,
+    bias_rows,
     dense,
     dropout_mask,
     first_part,
@@ -50,7 +52,6 @@ from fastlm.kernels.attention import (
     options_of,
     padded,
     row_offsets,
-    score_rows,
     scores,
     sequence,
     sizes_of,
@@ -91,14 +92,6 @@ def _base(lse_at, mask):
     row."""
     lse = tl.load(lse_at, mask=mask, other=float("inf"))
     return tl.where(lse == float("-inf"), 0.0, lse * LOG2E)
-
-
-@triton.jit
-def _slope(opts, head):
-    slope = None
-    if opts.alibi_slopes is not None:
-        slope = tl.load(opts.alibi_slopes + head) * LOG2E
-    return slope
 
 
 @triton.jit
@@ -167,14 +160,21 @@ def _dq(
     base = _base(lse + lse_at, mask)
     delta_tile = tl.load(delta + lse_at, mask=mask, other=0.0)
     shift = keys - queries
-    slope = _slope(opts, head)
-    rows = score_rows(query, mask, shift, slope, head_bias(bias, b, head), sizes, 1)
+    slope = None
+    if opts.alibi_slopes is not None:
+        slope = tl.load(opts.alibi_slopes + head) * LOG2E
+    bias_tile = None
+    if bias is not None:
+        bias_tile = bias_rows(head_bias(bias, b, head), query, mask, sizes, 1)
+    rows = ScoreRows((query + shift)[:, None], slope, bias_tile)
 
-    result = tl.zeros([BLOCK_M, SHAPE.BLOCK_D], tl.float32)
+    BLOCK_D: tl.constexpr = SHAPE.BLOCK_D
+    result = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     earliest = first + shift
     latest = tl.minimum(first + BLOCK_M, queries) - 1 + shift
     edges = key_edges(earliest, latest, keys, 0, 1, opts, SHAPE, BLOCK_N)
-    for part in tl.static_range(SHAPE.FIRST_PART, 3):
+    FIRST_PART: tl.constexpr = SHAPE.FIRST_PART
+    for part in tl.static_range(FIRST_PART, 3):
         result = _along_keys(
             result, q_tile, g, base, delta_tile, k, v, edges[part], edges[part + 1], keys, rows,
             query, b, head, opts, SHAPE, BLOCK_N, part != 1,
@@ -228,7 +228,10 @@ def _along_rows(
         q_tile = load_tile(q.data, q_at, mask, SHAPE.D, SHAPE.BLOCK_D)
         base = _base(lse + query.to(tl.int64), mask)
         s = tl.dot(k, tl.trans(q_tile), input_precision="ieee")
-        rows = score_rows(query, mask, shift, slope, bias, sizes, 0)
+        bias_tile = None
+        if bias is not None:
+            bias_tile = bias_rows(bias, query, mask, sizes, 0)
+        rows = ScoreRows((query + shift)[None, :], slope, bias_tile)
         s, derivative = scores(s, opts.scale, rows, j, keys, opts, MASKED, 0)
         p = tl.exp2(s - base[None, :])
         g_at = row_offsets(dout, query, SHAPE.UNIT)
@@ -267,16 +270,24 @@ def _dkdv(
     v_at = offsets(v, wide_b, kv_head, key_row + j, SHAPE.UNIT)
     v_tile = load_tile(v.data, v_at, mask, SHAPE.DV, SHAPE.BLOCK_DV)
 
-    dk_tile = tl.zeros([BLOCK_N, SHAPE.BLOCK_D], tl.float32)
-    dv_tile = tl.zeros([BLOCK_N, SHAPE.BLOCK_DV], tl.float32)
+    BLOCK_D: tl.constexpr = SHAPE.BLOCK_D
+    BLOCK_DV: tl.constexpr = SHAPE.BLOCK_DV
+    FIRST_PART: tl.constexpr = SHAPE.FIRST_PART
+    END_PART: tl.constexpr = SHAPE.LAST_PART + 1
+    dk_tile = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv_tile = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     shift = keys - queries
     edges = _row_edges(first, keys, queries, shift, opts, SHAPE, BLOCK_M, BLOCK_N)
     for h in tl.range(kv_head * SHAPE.GROUP, kv_head * SHAPE.GROUP + SHAPE.GROUP):
         head = kv_head * 0 + h  # in the interpreter h is a Python int
         at = lse_row(sizes, wide_b, head, row)
-        slope = _slope(opts, head)
-        bias_of_head = head_bias(bias, wide_b, head)
-        for part in tl.static_range(SHAPE.FIRST_PART, SHAPE.LAST_PART + 1):
+        slope = None
+        if opts.alibi_slopes is not None:
+            slope = tl.load(opts.alibi_slopes + head) * LOG2E
+        bias_of_head = None
+        if bias is not None:
+            bias_of_head = head_bias(bias, wide_b, head)
+        for part in tl.static_range(FIRST_PART, END_PART):
             dk_tile, dv_tile = _along_rows(
                 dk_tile, dv_tile, k_tile, v_tile, head_rows(q, wide_b, head, row, SHAPE.UNIT),
                 head_rows(dout, wide_b, head, row, SHAPE.UNIT), lse + at, delta + at,
@@ -313,7 +324,8 @@ def _add_head(
         g = load_tile(dout.data, g_at, mask, SHAPE.DV, SHAPE.BLOCK_DV)
         base = _base(lse + query.to(tl.int64), mask)
         delta_tile = tl.load(delta + query.to(tl.int64), mask=mask, other=0.0)
-        rows = score_rows(query, mask, shift, slope, bias, sizes, 1)
+        bias_tile = bias_rows(bias, query, mask, sizes, 1)
+        rows = ScoreRows((query + shift)[:, None], slope, bias_tile)
         n_first = tile_n
         n_end = tl.minimum(tile_n + BLOCK_N, keys)
         if ALL_KEYS:
@@ -344,7 +356,7 @@ def _add_head(
 def _dbias(
     q, k, v, dout, lse, delta,  # as in `_dq`
     dbias,  # (batches, bias_heads, rows, columns) float32, contiguous; each may be 1
-    bias, packed, opts, sizes,  # as in `_dq`
+    opts, sizes, bias, packed,  # as in `_dq`
     heads, batches, bias_heads, rows, columns,
     SHAPE: tl.constexpr, ALL_ROWS: tl.constexpr, ALL_KEYS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -382,12 +394,15 @@ def _dbias(
             wide_head = wide_b * 0 + head
             kv_head = wide_head // SHAPE.GROUP
             at = lse_row(sizes, wide_b, wide_head, row)
+            slope = None
+            if opts.alibi_slopes is not None:
+                slope = tl.load(opts.alibi_slopes + head) * LOG2E
             result = _add_head(
                 result, head_rows(q, wide_b, wide_head, row, SHAPE.UNIT),
                 head_rows(k, wide_b, kv_head, key_row, SHAPE.UNIT),
                 head_rows(v, wide_b, kv_head, key_row, SHAPE.UNIT),
                 head_rows(dout, wide_b, wide_head, row, SHAPE.UNIT), lse + at, delta + at, tile_m,
-                tile_n, queries, keys, _slope(opts, head),
+                tile_n, queries, keys, slope,
                 head_bias(bias, wide_b, wide_head), b, head, opts, sizes, SHAPE,
                 ALL_ROWS, ALL_KEYS, BLOCK_M, BLOCK_N,
             )  # fmt: skip
@@ -478,7 +493,7 @@ def backward(
     block_d, block_dv = padded(width), padded(v_width)
     group = heads // kv_heads if kv_heads else 1
     more = needs_registers(bias, options)
-    bias_rows, bias_size = bias_of(bias)
+    bias_strides, bias_size = bias_of(bias)
     inputs = ((q, dims), (k, dims), (v, dims), (dout, dims))
 
     def tiles(table: Tiles) -> Config:
@@ -508,7 +523,7 @@ def backward(
     unit, (*rows, dq_rows) = in_units(*inputs, (dq, dims))
     blocks, slots = layout.slots(layout.queries, config.sizes["BLOCK_M"])
     launch(
-        _dq, (slots * heads if layout.queries else 0,), *rows, lse, delta, dq_rows, bias_rows,
+        _dq, (slots * heads if layout.queries else 0,), *rows, lse, delta, dq_rows, bias_strides,
         layout.packed, options, sizes(blocks, slots), config=config,
         SHAPE=shape(unit, first_part(options)),
     )  # fmt: skip
@@ -522,7 +537,7 @@ def backward(
     blocks, slots = layout.slots(layout.keys, config.sizes["BLOCK_N"])
     launch(
         _dkdv, (slots * kv_heads if layout.keys else 0,), *rows, lse, delta, dk_rows, dv_rows,
-        bias_rows, layout.packed, options, sizes(blocks, slots), config=config,
+        bias_strides, layout.packed, options, sizes(blocks, slots), config=config,
         SHAPE=shape(unit, *edges),
     )  # fmt: skip
 
@@ -535,8 +550,8 @@ def backward(
         programs *= triton.cdiv(columns, config.sizes["BLOCK_N"])
         unit, rows = in_units(*inputs)
         launch(
-            _dbias, (programs,), *rows, lse, delta, dbias, bias_rows, layout.packed, options,
-            sizes(0, 0), heads, *dbias.shape, config=config, SHAPE=shape(unit),
+            _dbias, (programs,), *rows, lse, delta, dbias, options, sizes(0, 0), bias_strides,
+            layout.packed, heads, *dbias.shape, config=config, SHAPE=shape(unit),
             ALL_ROWS=bias_queries == 1, ALL_KEYS=columns == 1,
         )  # fmt: skip
 
