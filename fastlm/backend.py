@@ -55,8 +55,8 @@ class Backend:
         package: holds the host functions. That of an op is the function of the definition's name in
             the module of the definition's name: `fastlm.reference.rms_norm.rms_norm_forward` has
             its host in ``<package>.rms_norm``.
-        devices: types of the devices whose tensors it runs on; empty: any.
-        dtypes: of the argument that decides; empty: any float.
+        devices: types of the devices whose tensors it runs on. (The reference runs on any.)
+        dtypes: of the argument that decides.
         why_not: why it cannot run on this machine, or None.
         emulates: whether it runs on CPU tensors as well, when it is forced.
         ops_of: has the ops of this other row.

@@ -14,8 +14,7 @@
     constants=              results that are not differentiable.
 
 A missing gradient without an entry in `zeros` is None where the parameter's annotation allows that.
-Otherwise it is zeros; if it is the only one of that kind, nothing depends on the op, and no
-gradient leaves.
+Otherwise it is zeros; where only one result has a gradient and that is missing, none leaves.
 """
 
 import inspect
@@ -88,7 +87,12 @@ class Derivative:
         self.zeros = [(of_result[d], at[t]) for d, t in zeros.items()]
         required = [i for p, i in incoming.items() if "None" not in kinds[p] and p not in zeros]
         self.materializes = len(required) > 1
-        self.required = required[0] if len(required) == 1 else None
+        self.required = required[0] if len(required) == len(incoming) == 1 else None
+        if len(required) == 1 < len(incoming):
+            raise TypeError(
+                f"{backward.__name__}: expected an entry of `zeros` for the gradient of"
+                f" {results[required[0]]}, as another may come alone, got none"
+            )
         self.constants = [results.index(c) for c in constants]
 
         place = {}  # of each input's gradient; 0 is None
@@ -107,7 +111,6 @@ class Derivative:
         """setup_context and backward of a `torch.autograd.Function`. It is applied to the inputs,
         or to `sizes` arguments for each of them, of which `pack` makes the inputs."""
         sizes = [1] * len(self.place_of) if sizes is None else sizes
-        pack = None if max(sizes) == 1 else pack
         places = _getter([p for p, size in zip(self.place_of, sizes) for _ in range(size)])
         call, single, keeps, materializes = self.call, self.single, self.keeps, self.materializes
         tensors, numbers, constants, order = self.tensors, self.numbers, self.constants, self.order

@@ -29,6 +29,7 @@ from fastlm import flops as flop_formulas
 from fastlm import transforms
 from fastlm.backend import Serves, add_op, pick
 from fastlm.derivative import Derivative
+from fastlm.reference.blocks import shapes_only
 from fastlm.transforms import PLAIN
 
 _library = torch.library.Library("fastlm", "DEF")
@@ -90,7 +91,9 @@ def declare(
 
     setup, backward_of_operator = None, refuse
     if derivative:
-        setup, backward_of_operator = derivative.functions(signature.sizes, signature.pack)
+        setup, backward_of_operator = derivative.functions(
+            signature.sizes, None if signature.is_flat else signature.pack
+        )
     operator = _operator(name, signature, by, fake)
     if formula := flops or flops_by_values:
         flop_formulas.add(getattr(torch.ops.fastlm, name), formula, raw=flops is None)
@@ -250,7 +253,8 @@ def _shapes_of(definition: Callable, writes: bool) -> Callable:
         return lambda *_: None
 
     def fake(*args: Any) -> Any:
-        results = definition(*args)
+        with shapes_only():
+            results = definition(*args)
         if isinstance(results, Tensor):
             return results.new_empty(results.shape)
         return tuple(r.new_empty(r.shape) for r in results)

@@ -16,7 +16,8 @@ needs neither atomic additions nor float32 copies of dq. dbias costs two more pr
 beyond itself; a bias with few elements runs few programs. A program reads its own operands once,
 and once those that it walks along (mostly from L2). None of this has been measured on a GPU.
 
-Indices as in attention.py. Tiles are rows x keys, in `_dkdv` keys x rows. `base`: see `_base`.
+Indices as in attention_forward.py. Tiles are rows x keys, in `_dkdv` keys x rows. `base`: see
+`_base`.
 """
 
 import torch
@@ -24,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlm.kernels.attention import (
+from fastlm.kernels.attention_forward import (
     LENGTHS,
     LOG2E,
     OPTIONS,
@@ -36,7 +37,6 @@ from fastlm.kernels.attention import (
     Sizes,
     bias_of,
     bias_rows,
-    dense,
     dropout_mask,
     first_part,
     floats,
@@ -49,7 +49,6 @@ from fastlm.kernels.attention import (
     lse_row,
     needs_registers,
     offsets,
-    options_of,
     padded,
     row_offsets,
     scores,
@@ -58,8 +57,6 @@ from fastlm.kernels.attention import (
     store_tile,
 )
 from fastlm.kernels.launch import Config, Tiles, jit, launch
-from fastlm.memory_order import elements_last
-from fastlm.reference import AttentionOptions
 
 
 @jit(*LENGTHS)
@@ -427,7 +424,7 @@ def _tiles(m: int, n: int, warps: int, stages: int) -> Config:
     return Config({"BLOCK_M": m, "BLOCK_N": n}, warps, stages)
 
 
-# As in kernels/attention.py
+# As in attention_forward.py
 _DELTA_ELEMENTS = 2048  # elements of each operand: 16 per thread of four warps
 _DQ = Tiles(
     "attention dq",
@@ -560,21 +557,3 @@ def backward(
         weight = torch.exp(sinks.float()[:, None] - lse) * delta  # (B, H, S) or (H, total_q)
         dsinks = -weight.masked_fill(lse == -torch.inf, 0).transpose(-2, 0).flatten(1).sum(1)
     return dsinks, dbias
-
-
-_DIMS = (0, 1, 2)
-
-
-def attention_backward(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    sinks: Tensor | None, alibi_slopes: Tensor | None, bias: Tensor | None, seed: Tensor | None,
-    options: AttentionOptions, need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    dout, q, k, v, out = elements_last(dout, q, k, v, out)
-    gradients = tuple(torch.empty_like(t) for t in (q, k, v))
-    o = options_of(alibi_slopes, seed, options)
-    layout = dense(q, k)
-    rest = backward(
-        dout, dlse, q, k, v, out, lse, *gradients, _DIMS, layout, sinks, bias, o, need_bias
-    )
-    return *gradients, *rest

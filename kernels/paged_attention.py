@@ -1,4 +1,4 @@
-"""attention on a paged cache: the kernel of attention.py, which looks up the page of each key.
+"""attention on a paged cache: the kernel of attention_forward.py, which looks up each key's page.
 
 The lengths stay on the device. How many programs share a sequence's keys follows from the number of
 keys that the table has room for; the programs divide the keys that exist. Lengths and pages out of
@@ -8,7 +8,7 @@ bounds cannot be refused, as the CPU does: they are clamped to the table and the
 import torch
 from torch import Tensor
 
-from fastlm.kernels.attention import Layout, Pages, forward, options_of
+from fastlm.kernels.attention_forward import Layout, Pages, forward, options_of
 from fastlm.memory_order import elements_last
 from fastlm.reference import AttentionOptions
 

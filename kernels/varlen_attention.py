@@ -1,6 +1,7 @@
-"""attention of packed sequences: the kernels of attention.py and attention_backward.py, whose
-programs find their sequence in cu_seqlens on the device. max_seqlen_q only chooses tile sizes: a
-wrong value costs time, not rows.
+"""attention of packed sequences: the kernels of attention_forward.py and attention_backward.py.
+
+Their programs find their sequence in cu_seqlens on the device. max_seqlen_q only chooses tile
+sizes: a wrong value costs time, not rows.
 
 Offsets cannot be refused here, as the CPU does, because that would wait for the device. They are
 clamped to the tensors; rows that belong to no sequence are left as they were.
@@ -9,8 +10,8 @@ clamped to the tensors; rows that belong to no sequence are left as they were.
 import torch
 from torch import Tensor
 
-from fastlm.kernels.attention import Layout, Packed, forward, options_of
 from fastlm.kernels.attention_backward import backward
+from fastlm.kernels.attention_forward import Layout, Packed, forward, options_of
 from fastlm.memory_order import elements_last
 from fastlm.reference import AttentionOptions
 

@@ -82,7 +82,7 @@ FASTLM_QUERY(int64_t, paged_attention_workspace, (int rows, int blocks, int dv))
 // bytes of shared memory per block of the matrix kernel, for a cache of `bytes` per element
 FASTLM_QUERY(int64_t, paged_attention_shared, (int rows, int d, int dv, int bytes))
 FASTLM_CONSTANT(PAGED_TILE, 64)        // keys: two stages of the widest rows fit in shared memory
-FASTLM_CONSTANT(PAGED_MIN_TILES, 4)    // worth a block of their own: as in kernels/attention.py
+FASTLM_CONSTANT(PAGED_MIN_TILES, 4)    // worth a block, as in kernels/attention_forward.py
 FASTLM_CONSTANT(PAGED_MAX_WIDTH, 256)  // of a head
 FASTLM_CONSTANT(PAGED_DOT_ROWS, 2)     // more need more registers than two blocks have
 FASTLM_CONSTANT(PAGED_MMA_ROWS, 64)    // four warps of 16

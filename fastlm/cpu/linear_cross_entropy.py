@@ -192,7 +192,7 @@ def linear_cross_entropy_backward(
     for on in (on_all, on_entropy):
         if on is not None:
             used |= on != 0
-    if not used.all():  # as in `loss`
+    if not used.all():  # as in `linear_cross_entropy_loss`
         rows = used.nonzero()[:, 0]
         d_input, *rest = linear_cross_entropy_backward(
             on_p[rows],

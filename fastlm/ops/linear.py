@@ -6,6 +6,7 @@ what it reads twice. Where that does not pay (`_own`), on a GPU always, torch's 
 implementation, whatever backend is forced: a library's kernel, and the faster one.
 """
 
+import functools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -139,13 +140,20 @@ def _activated_product(x: Tensor, weight: Tensor, bias: Tensor | None, act: str)
     return activated(linear(x, weight, bias), act)
 
 
+@functools.cache
+def _onednn_dtypes() -> tuple[torch.dtype, ...]:
+    """oneDNN multiplies bfloat16 from AVX-512 on."""
+    has_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return (torch.float32, torch.bfloat16) if has_bf16 else (torch.float32,)
+
+
 def _serves_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether oneDNN's product with an activation runs: no gradient, and no product of ours."""
     tensors = (x, weight) if bias is None else (x, weight, bias)
     return (
         is_eager(*tensors)
         and x.is_cpu
-        and x.dtype in (torch.float32, torch.bfloat16)
+        and x.dtype in _onednn_dtypes()
         and x.numel() > 0 < weight.numel()
         and not torch.is_autocast_enabled("cpu")
         and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))

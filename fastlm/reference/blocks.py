@@ -1,8 +1,9 @@
 """The blocks in which scores and logits are computed, so that not all of them exist at once."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
-import torch
 from torch import Tensor
 
 # Scores or logits that exist at once: 32 MB per temporary in float64, so that the reference result
@@ -10,9 +11,21 @@ from torch import Tensor
 SCORES = 1 << 22
 
 
+_shapes_only: ContextVar[bool] = ContextVar("shapes_only", default=False)
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """Context: tensors have no memory, so that all rows are one block."""
+    token = _shapes_only.set(True)
+    try:
+        yield
+    finally:
+        _shapes_only.reset(token)
+
+
 def row_blocks(rows: int, classes: int) -> list[slice]:
-    """All rows at once where sizes are symbols: shapes alone are computed there."""
-    if isinstance(rows, torch.SymInt) or isinstance(classes, torch.SymInt):
+    if _shapes_only.get():
         return [slice(None)]
     step = max(1, SCORES // max(1, classes))
     return [slice(i, i + step) for i in range(0, max(1, rows), step)]

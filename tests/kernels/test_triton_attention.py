@@ -9,7 +9,7 @@ from attention_cases import assert_kernel_near, far_apart, run
 from test_attention import OPTIONS, case
 
 from fastlm import backend, ops
-from fastlm.kernels import attention as kernel
+from fastlm.kernels import attention_forward as kernel
 
 # (B, H, Hkv, S, T, D, Dv): one tile and several of rows and of keys, widths that are not a power of
 # two, few rows (packed heads), rows that see nothing, one key

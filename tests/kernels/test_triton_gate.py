@@ -28,7 +28,7 @@ def test_machine_code():
 
 ANY_LENGTH = """
 from collections import defaultdict
-from fastlm.kernels import attention, attention_backward
+from fastlm.kernels import attention
 from fastlm.kernels.launch import compiling
 from fastlm.reference import AttentionOptions
 from triton_gate import meta
@@ -38,7 +38,7 @@ with compiling(80) as compiled:
     for queries, keys in ((512, 512), (513, 1030), (1000, 1001)):
         q, k = meta(64, 4, queries, 64), meta(64, 2, keys, 64)
         out, lse = attention.attention_forward(q, k, k, *[None] * 4, numbers)
-        attention_backward.attention_backward(
+        attention.attention_backward(
             out, None, q, k, k, out, lse, *[None] * 4, numbers, False
         )
 for made in compiled:

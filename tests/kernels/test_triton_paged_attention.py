@@ -7,7 +7,7 @@ from attention_cases import far_apart
 from test_paged_attention import OPTIONS, assert_paged_near, cache
 
 from fastlm import ops
-from fastlm.kernels import attention as kernel
+from fastlm.kernels import attention_forward as kernel
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)

@@ -13,7 +13,7 @@ import torch
 from fastlm import ops
 
 pytest.importorskip("triton", reason="fastlm.kernels needs Triton")
-from fastlm.kernels import attention, launch, tune
+from fastlm.kernels import attention_forward, launch, tune
 
 KEY = (4, 64)  # float32, heads of up to 64
 
@@ -23,7 +23,7 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTLM_CACHE", str(tmp_path))
     yield tmp_path
     launch.measured.cache_clear()
-    attention._MANY.forget()
+    attention_forward._MANY.forget()
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_climbs_to_the_fastest_and_keeps_it(cache, call):
     assert sizes_of(call) == tuned.after
 
     launch.measured.cache_clear()  # as seen by another process
-    attention._MANY.forget()
+    attention_forward._MANY.forget()
     assert sizes_of(call) == tuned.after
     (file,) = cache.iterdir()
     assert f"triton-{launch.triton.__version__}" in file.name
@@ -111,7 +111,7 @@ def test_a_broken_file_is_named_and_fixed_sizes_serve(cache, call, text):
     q = torch.empty(0, device="cpu" if launch.INTERPRETED else "cuda")
     launch.cache_file(q).write_text(text)
     launch.measured.cache_clear()
-    attention._MANY.forget()
+    attention_forward._MANY.forget()
     with pytest.warns(UserWarning, match="not tile sizes"):
         assert sizes_of(call) == before
 
@@ -122,7 +122,7 @@ def test_sizes_of_an_older_kernel_are_not_taken(cache, call):
     (file,) = cache.iterdir()
     file.write_text(file.read_text().replace("BLOCK_M", "ROWS"))
     launch.measured.cache_clear()
-    attention._MANY.forget()
+    attention_forward._MANY.forget()
     assert sizes_of(call) == before != tuned.after
 
 

@@ -647,7 +647,8 @@ def test_dashboard(opened, tiny, tmp_path, monkeypatch):
         page.get_by_role("button", name="Week").click()
         page.get_by_text("the prompts have changed").wait_for()
         firing = page.locator(".alert.firing")
-        assert firing.count() == 1 and HOSTILE in firing.inner_text()
+        firing.wait_for()  # one: a reading from before the alert may be shown first
+        assert HOSTILE in firing.inner_text()
         heads = page.locator("#table thead th").all_inner_texts()
         assert heads[1:] == ["all", models[0], models[1]]
         row = page.locator("#table tbody tr", has_text="stars")

@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 def lengths(tmp_path_factory):
     """The class of the worked example, from the text of CONTRIBUTING.md."""
     text = (ROOT / "CONTRIBUTING.md").read_text()
-    code = re.search(r"```python\n(.*?class Lengths.*?)```", text, re.DOTALL)
+    code = re.search(r"```python\n((?:(?!```).)*?class Lengths.*?)```", text, re.DOTALL)
     assert code
     file = tmp_path_factory.mktemp("example") / "lengths.py"
     file.write_text(textwrap.dedent(code[1]))

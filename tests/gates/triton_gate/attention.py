@@ -2,7 +2,7 @@
 
 import torch
 
-from fastlm.kernels import attention, attention_backward
+from fastlm.kernels import attention
 from fastlm.reference import AttentionOptions
 from triton_gate import MATRIX, Case, meta
 
@@ -30,7 +30,7 @@ def _training(name: str, width: int, dtypes: tuple, wanted: dict, *, all_options
         else:
             options, seed, numbers = (None, None, None), None, _numbers(True, width, 0, 0.0, 0.0)
         out, lse = attention.attention_forward(q, k, v, *options, seed, numbers)
-        attention_backward.attention_backward(
+        attention.attention_backward(
             out, None, q, k, v, out, lse, *options, seed, numbers, all_options
         )
 
