@@ -40,7 +40,8 @@ _FLOATS = (*_HALVES_AND_FLOAT, torch.float64)
 
 class Serves(NamedTuple):
     """What a backend serves of an op: words for `fastlm info`, and the predicate, which gets the
-    op's arguments. It is called before the host function: it must be cheap and read no values."""
+    op's arguments. It is called before the host function: it must be cheap and read no values.
+    `picked` passes the arguments that it was given: those behind them need a default."""
 
     text: str
     holds: Callable[..., bool]
@@ -204,8 +205,16 @@ def add_op(
 
 
 def add(row: Backend) -> None:
-    """Add a backend, the best for its devices, with the ops that it names."""
-    others = {name: other for name, other in BACKENDS.items() if name != row.name}
+    """Add a backend, the best for its devices, with the ops that it names.
+
+    Raises:
+        InputError: a backend has the name already; an op of the row is in no table.
+    """
+    if row.name in BACKENDS:
+        raise InputError(f"name: expected one that no backend has, got {row.name!r}")
+    if unknown := sorted(row.ops.keys() - OPS.keys()):
+        raise InputError(f"ops: expected some of {', '.join(OPS)}, got {', '.join(unknown)}")
+    others = dict(BACKENDS)
     BACKENDS.clear()
     BACKENDS.update({row.name: row} | others)
     _forget()

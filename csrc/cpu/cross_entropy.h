@@ -163,8 +163,8 @@ inline void cross_entropy_rows(const TensorView& logits, const int64_t* t,
   });
 }
 
-// logits (N, V), rows of any stride; target (N) int64; class_weight (V) or (N, V), float32 or as logits, or absent;
-// shift, log_sum, nll, smoothed (N) float32, smoothed only with class_weight
+// logits (N, V), rows of any stride; target (N) int64; class_weight (V) or (N, V), float32 or as
+// logits, or absent; shift, log_sum, nll, smoothed (N) float32, smoothed only with class_weight
 inline void cross_entropy_forward(const TensorView& logits, const TensorView& target,
                                   const TensorView* class_weight, int64_t ignore_index,
                                   float softcap, float scale, const TensorView& shift,
@@ -183,7 +183,8 @@ inline float share_of_row(const TensorView& target, int64_t ignore_index, bool m
   return float(1. / double(target.numel() - std::count(t, t + target.numel(), ignore_index)));
 }
 
-// loss () float32; stats (3, N) float32: shift, log_sum, nll; optional up to CROSS_ENTROPY_FEW_ROWS rows
+// loss () float32; stats (3, N) float32: shift, log_sum, nll; optional up to
+// CROSS_ENTROPY_FEW_ROWS rows
 inline void cross_entropy_loss(const TensorView& logits, const TensorView& target,
                                int64_t ignore_index, bool mean, float softcap, float scale,
                                const TensorView& loss, const TensorView* stats) {

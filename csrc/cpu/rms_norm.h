@@ -9,8 +9,8 @@
 //             dw = sum over rows of dy * h * rstd
 //
 // Each row is read twice: from memory, then from the L1 (a row is at most a few tens of KiB). dw is
-// summed per block of RMS_NORM_BLOCK_ROWS rows and then over blocks in order, so it does not depend on the
-// thread count.
+// summed per block of RMS_NORM_BLOCK_ROWS rows and then over blocks in order, so it does not depend
+// on the thread count.
 #include "cpu/base/parallel.h"
 #include "cpu/base/rows.h"
 

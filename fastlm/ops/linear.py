@@ -184,7 +184,7 @@ def _own(x: Tensor, weight: Tensor) -> bool:
     least = _LEAST_ROWS.get(cpu_isa() or "", (math.inf, math.inf))[0 if learns else 1]
     return (
         x.numel() >= least * x.shape[-1] > 0
-        and forced() != "triton"  # when interpreted, Triton leaves products to torch, as on a GPU
+        and forced() in (None, "cpu", "reference")  # kernels of a GPU leave products to torch
         and weight.numel() > 0
     )
 

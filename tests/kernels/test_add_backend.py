@@ -86,6 +86,15 @@ def test_nothing_is_left_of_it():
         pass
 
 
+def test_refuses_what_does_not_fit(added):
+    with pytest.raises(InputError, match="name: expected one that no backend has, got 'metal'"):
+        backend.add(metal.ROW)
+    row = backend.Backend("tin", "tin", ("cpu",), ops={"rms_nrom": None})
+    with pytest.raises(InputError, match=r"ops: expected some of .*, got rms_nrom"):
+        backend.add(row)
+    assert "tin" not in BACKENDS
+
+
 ROWS = {name: row for name, row in BACKENDS.items() if not row.ops_of} | {"metal": metal.ROW}
 
 

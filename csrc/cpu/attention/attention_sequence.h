@@ -1,4 +1,5 @@
-// One AttentionSequence per sequence: pointers to its rows. Only here do dense, packed and paged differ.
+// One AttentionSequence per sequence: pointers to its rows. Only here do dense, packed and paged
+// tensors differ.
 
 constexpr int64_t ROW_PAD = 32;  // packed keys start at its multiples; every K_STEP<E> divides it
 

@@ -20,7 +20,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <deque>
 #include <sstream>
 #include <string>
 #include <utility>
@@ -55,23 +54,17 @@ constexpr IsaTable<R, A...> isa_table(R (*first)(A...), Others... others) {
   return {{first, others...}};
 }
 
-// `names`: the arguments', separated by spaces. The strings live as long as the process, as
-// pybind11 keeps pointers to them.
+// `names`: the arguments', separated by spaces.
 template <class Function, size_t... I>
 void define(pybind11::module_& m, const char* name, const char* names, Function function,
             std::index_sequence<I...>) {
-  static std::deque<std::string> kept;
   std::istringstream words(names);
-  [[maybe_unused]] const char* argument[sizeof...(I) + 1];
-  size_t count = 0;
-  for (std::string word; words >> word; ++count) {
-    kept.push_back(word);
-    if (count < sizeof...(I)) argument[count] = kept.back().c_str();
-  }
-  if (count != sizeof...(I))
+  std::vector<std::string> argument;
+  for (std::string word; words >> word;) argument.push_back(word);
+  if (argument.size() != sizeof...(I))
     throw std::logic_error(std::string(name) + ": expected " + std::to_string(sizeof...(I)) +
-                           " names of arguments, got " + std::to_string(count));
-  m.def(name, function, pybind11::arg(argument[I])...,
+                           " names of arguments, got " + std::to_string(argument.size()));
+  m.def(name, function, pybind11::arg(argument[I].c_str())...,
         pybind11::call_guard<pybind11::gil_scoped_release>());
 }
 template <class R, class... A>

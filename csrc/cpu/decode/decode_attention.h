@@ -185,8 +185,8 @@ void dot_keys(const float* q, int64_t ldq, const C* k, const C* ahead, int64_t c
   }
 }
 
-// A query of int8 in the room of one of floats: `int8_floats` of integers, zeros from D on, its scale,
-// and where its sums begin (int32): -OFFSET<8> times its sum.
+// A query of int8 in the room of one of floats: `int8_floats` of integers, zeros from D on, its
+// scale, and where its sums begin (int32): -OFFSET<8> times its sum.
 inline int64_t int8_floats(int64_t head_dim) { return (head_dim + 4 * VL - 1) / (4 * VL) * VL; }
 
 FASTLM_INLINE vint lanes_of(const int8_t* p, int64_t n) {  // zeros beyond n bytes
