@@ -30,8 +30,8 @@ def test_every_op_has_a_definition_in_a_file_of_its_name():
     assert files(ops) - set(NO_DEFINITION) <= files(reference)
 
 
-def test_files_that_are_functions():
-    assert BOTH == ["adamw", "paged_append", "paged_attention", "rope"]
+def test_some_files_are_functions():  # else the test below checks nothing
+    assert {"adamw", "rope"} <= set(BOTH)
 
 
 @pytest.mark.parametrize("name", BOTH)
