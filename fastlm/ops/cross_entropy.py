@@ -77,7 +77,7 @@ def cross_entropy(
     """
     try:
         shape = logits.shape
-        if target.is_floating_point() and target.dim() == len(shape):
+        if target.dim() == len(shape) and target.is_floating_point():
             _check_soft(logits, target, weight, ignore_index, label_smoothing)
             check_options(softcap, reduction, num_items)
             return _soft(
@@ -173,7 +173,7 @@ def _check_soft(
     logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, smoothing: float
 ) -> None:
     classes = logits.shape[-1] if logits.dim() else 0
-    check_rows(logits, "logits", classes, weight, smoothing)
+    check(logits, "logits", classes, None, weight, smoothing)
     if target.shape != logits.shape or target.device != logits.device:
         raise InputError(
             f"target: expected probabilities of shape {tuple(logits.shape)} on {logits.device} as"
@@ -188,23 +188,14 @@ def _check_soft(
 
 
 def check(
-    x: Tensor, name: str, classes: int, target: Tensor, weight: Tensor | None, smoothing: float
+    x: Tensor,
+    name: str,
+    classes: int,
+    target: Tensor | None,
+    weight: Tensor | None,
+    smoothing: float,
 ) -> None:
-    """Check what the losses of rows with a class each have in common."""
-    check_rows(x, name, classes, weight, smoothing)
-    shape = x.shape
-    if target.dtype not in _CLASS_NUMBERS:
-        raise InputError(f"target: wanted int64 class numbers, got {target.dtype}")
-    if target.shape != shape[:-1]:
-        raise InputError(
-            f"target: wanted shape {tuple(shape[:-1])} (the rows of {name}),"
-            f" got {tuple(target.shape)}"
-        )
-    if not (target.is_cpu and x.is_cpu) and target.device != x.device:
-        raise InputError(f"target: wanted device {x.device} as {name}, got {target.device}")
-
-
-def check_rows(x: Tensor, name: str, classes: int, weight: Tensor | None, smoothing: float) -> None:
+    """Check what the losses of rows have in common. target: the class of each row, or None."""
     shape = x.shape
     if not shape or not x.is_floating_point():
         raise InputError(
@@ -221,6 +212,17 @@ def check_rows(x: Tensor, name: str, classes: int, weight: Tensor | None, smooth
         )
     if not 0.0 <= smoothing <= 1.0:
         raise InputError(f"label_smoothing: wanted 0 to 1, got {smoothing}")
+    if target is None:
+        return
+    if target.dtype not in _CLASS_NUMBERS:
+        raise InputError(f"target: wanted int64 class numbers, got {target.dtype}")
+    if target.shape != shape[:-1]:
+        raise InputError(
+            f"target: wanted shape {tuple(shape[:-1])} (the rows of {name}),"
+            f" got {tuple(target.shape)}"
+        )
+    if not (target.is_cpu and x.is_cpu) and target.device != x.device:
+        raise InputError(f"target: wanted device {x.device} as {name}, got {target.device}")
 
 
 def check_options(softcap: float | None, reduction: str, num_items: int | Tensor | None) -> None:
