@@ -8,12 +8,10 @@ from collections.abc import Callable, Iterator
 from random import Random
 
 import test_attention
-import test_cuda_rope_append
 import test_layer_norm
 import test_linear_cross_entropy
 import test_linear_distillation
 import test_linear_logprobs
-import test_paged_append
 import test_paged_attention
 import test_quantized_linear
 import test_varlen_attention
@@ -34,7 +32,6 @@ from fastlm.cuda.paged_attention import SERVES
 from fastlm.ops.glu import glu_round
 from fastlm.ops.quantized_linear import rounded_linear
 from fastlm.ops.rms_norm import rms_norm_round
-from fastlm.ops.rope_append import rope_append
 
 SLOW = ("scalar", "amx_emulated")  # 10 to 50 times slower: smaller cases
 
@@ -167,50 +164,6 @@ def build_paged(case: Case, dtype: torch.dtype) -> Built:
         differentiable=False,
         any_strides=case.get("isa") != "simt",  # other kernels run for other memory layouts
     )
-
-
-def draw_append(r: Random, isa: str) -> Case:
-    widths = [size(r, 130, 1), size(r, 130, 1)]
-    if r.random() < 0.5:
-        widths = [-(-n // 16) * 16 for n in widths]
-    page_size, per = r.choice([1, 3, 7, 16]), r.choice([1, 2, 5])
-    return {
-        "shape": [r.choice([0, 1, 2, 5]), size(r, page_size * per), r.choice([1, 2, 3, 9])],
-        "widths": widths,
-        "pages": [page_size, per],
-        "int8": r.random() < 0.5,
-        "absent": some(r, 0.3),
-        "spread": r.choice([1.0, 10.0]),
-    }
-
-
-def build_append(case: Case, dtype: torch.dtype) -> Built:
-    """Equal to the last bit; `check` also shows that memory between heads is left unchanged."""
-    int8 = case["int8"]
-    (k, v, *caches, table, positions), scales = test_paged_append.case(
-        dtype, *case["shape"], *case["widths"], *case["pages"], int8=int8
-    )
-    k, v = k * case["spread"], v * case["spread"]
-    if case["absent"]:
-        for t, end in ((table, len(caches[0])), (positions, math.prod(case["pages"]))):
-            bad = torch.tensor([-1, end, -(2**31), 2**31 - 1], dtype=torch.int32)
-            chosen = torch.rand(t.shape) < case["absent"]
-            t[chosen] = bad[torch.randint(0, 4, t.shape)][chosen]
-
-    def function(k, v, k_cache, v_cache, table, positions):
-        ops.paged_append(k, v, k_cache, v_cache, table, positions, **scales)
-        return k_cache, v_cache
-
-    def check():
-        wide = [torch.nn.functional.pad(c, (16, 16), value=7) for c in caches]
-        expected = [t.clone() for t in wide]
-        for name, (a, b) in (("simt", wide), ("reference", expected)):
-            with backend.use_backend(name):
-                function(k, v, a[..., 16:-16], b[..., 16:-16], table, positions)
-        assert_same(expected, wide, "reference")
-
-    leaves = [k, v, *caches, table, positions]
-    return Built(function, leaves, check=check, differentiable=False, written=(2, 3))
 
 
 # ---- losses
@@ -380,41 +333,6 @@ def build_layer_norm(case: Case, dtype: torch.dtype) -> Built:
         test_layer_norm.check(x, weight, bias, r, dy, dh, eps)
 
     return Built(function, [*leaves.values()], check=check)
-
-
-def draw_rope_append(r: Random, isa: str) -> Case:
-    d = r.choice([8, 16, 22, 64])
-    page_size, per = r.choice([1, 5, 8, 16]), 3
-    return {
-        "shape": [r.choice([1, 2, 3]), r.choice([1, 1, 2, page_size]), r.choice([2, 4, 6])],
-        "widths": [d, r.choice([8, 9, d]), r.choice([d, d // 4 * 2])],
-        "pages": [page_size, per],
-        "absent": some(r, 0.3),
-    }
-
-
-def build_rope_append(case: Case, dtype: torch.dtype) -> Built:
-    (b, s, h), (d, dv, turned), (page_size, per) = case["shape"], case["widths"], case["pages"]
-    leaves = test_cuda_rope_append.case("cpu", dtype, b, s, h, 2, d, dv, turned, page_size, per)
-    leaves = [t.clone(memory_format=torch.contiguous_format) for t in leaves]
-    if case["absent"]:
-        for t, end in ((leaves[7], len(leaves[5])), (leaves[8], page_size * per)):
-            chosen = torch.rand(t.shape) < case["absent"]
-            t[chosen] = torch.tensor([-1, end], dtype=torch.int32)[torch.randint(2, t.shape)][
-                chosen
-            ]
-
-    def function(q, k, v, cos, sin, k_cache, v_cache, table, positions):
-        q = rope_append(
-            q, k, v, cos.contiguous(), sin.contiguous(), k_cache, v_cache, table.contiguous(),
-            positions.contiguous(),
-        )  # fmt: skip
-        return q, k_cache, v_cache
-
-    def check():
-        test_cuda_rope_append.assert_same([t.clone() for t in leaves])
-
-    return Built(function, leaves, check=check, differentiable=False, written=(5, 6))
 
 
 # ---- matrix products
@@ -745,11 +663,9 @@ OPS = TABLES | {
     "linear_logprobs": Op(build_linear_logprobs, draw_linear_logprobs, CPU),
     "linear_distillation": Op(build_linear_distillation, draw_linear_distillation, CPU),
     "matmul": Op(build_matmul, draw_matmul, CPU),
-    "paged_append": Op(build_append, draw_append, ("cuda",)),
     "paged_attention": Op(build_paged, draw_paged, BOTH),
     "quantized_linear": Op(build_quantized_linear, draw_quantized_linear, BOTH),
     "rms_norm_round": Op(build_rms_norm_round, draw_rms_norm_round, ("cuda",)),
-    "rope_append": Op(build_rope_append, draw_rope_append, ("cuda",)),
     "varlen_attention": Op(build_varlen, draw_varlen, CPU),
 }
 
