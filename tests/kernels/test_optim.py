@@ -696,3 +696,12 @@ def test_torch_knows_what_a_step_wrote(isa):
     assert p._version > before
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         product.sum().backward()
+
+
+def test_tensors_without_memory():
+    """A step of a model on ``torch.device("meta")`` makes states of the right shapes."""
+    p = torch.nn.Parameter(torch.empty(3, 5, dtype=torch.bfloat16, device="meta"))
+    p.grad = torch.empty_like(p)
+    optimizer = AdamW([p], max_grad_norm=1.0)
+    optimizer.step()
+    assert optimizer.state[p]["exp_avg"].shape == (3, 5) and optimizer.state[p]["exp_avg"].is_meta
