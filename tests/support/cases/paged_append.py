@@ -24,10 +24,11 @@ def place(case: Case) -> tuple[Tensor, Tensor]:
     positions = torch.randint(0, max(slots - s, 0) + 1, (b, 1)) + torch.arange(s)
     for t, end in ((table, pages), (positions, slots)):
         absent = torch.rand(t.shape) < case["absent"]
-        bad = torch.tensor([-1, end, -(2**31), 2**31 - 1])[torch.randint(0, 4, t.shape)]
+        turn = torch.arange(int(absent.sum()))  # every kind of bad number in turn
+        bad = torch.tensor([-1, end, -(2**31), 2**31 - 1])[turn % 4]
         if case["wide"]:
-            bad = torch.where(torch.rand(t.shape) < 0.5, t + FAR, t - FAR)
-        t.copy_(torch.where(absent, bad, t))
+            bad = t[absent] + torch.tensor([FAR, -FAR])[turn % 2]
+        t[absent] = bad
     kind = torch.int64 if case["wide"] else torch.int32
     return table.to(kind), positions.to(kind)
 
@@ -121,10 +122,10 @@ OP = Op(
             Row(case(1, 2, 9, widths=(127, 128), pages=(8, 5)), on=("cuda",)),
         ),
         **both_caches(
-            "tokens without a place", Row(case(4, 3, 2, widths=(16, 16), pages=(4, 5), absent=0.4))
+            "tokens without a place", Row(case(6, 4, 2, widths=(16, 16), pages=(4, 5), absent=0.4))
         ),
         "numbers beyond 32 bits": Row(
-            case(4, 3, 2, widths=(16, 16), pages=(4, 5), absent=0.4, wide=True)
+            case(6, 4, 2, widths=(16, 16), pages=(4, 5), absent=0.4, wide=True)
         ),
         "no token has a place": Row(case(2, 3, 2, widths=(16, 16), pages=(4, 5), absent=1.0)),
         "ties and saturation": Row(

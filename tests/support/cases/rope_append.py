@@ -94,7 +94,7 @@ OP = Op(
         "many tokens": Row(case(2, 9, 4, 4, widths=(32, 8, 32), pages=(7, 3))),
         # q is rotated nevertheless, by the nearest row of the tables
         "tokens without a place": Row(
-            case(4, 3, 4, 2, widths=(16, 16, 16), pages=(4, 3), absent=0.4)
+            case(6, 4, 4, 2, widths=(16, 16, 16), pages=(4, 3), absent=0.4)
         ),
         "few rows of the tables": Row(
             case(4, 3, 4, 2, widths=(16, 16, 16), pages=(4, 3), rows=5)
