@@ -2,9 +2,10 @@
 and the fuzz runs draw from it.
 """
 
-from cases import cross_entropy, glu, paged_append, rms_norm, rope, rope_append
+from cases import adamw, cross_entropy, glu, paged_append, rms_norm, rope, rope_append
 
 OPS = {
+    "adamw": adamw.OP,
     "cross_entropy": cross_entropy.OP,
     "glu": glu.OP,
     "paged_append": paged_append.OP,
