@@ -87,7 +87,7 @@ AdamwTensor checked(const AdamwArguments& a) {
   }
   t.exp_avg_scale = optional_floats(a.exp_avg_scale, "exp_avg_scale");
   t.exp_avg_sq_scale = optional_floats(a.exp_avg_sq_scale, "exp_avg_sq_scale");
-  if (t.exp_avg_scale) {
+  if (a.exp_avg_scale) {  // its pointer is null where there are no elements
     t.exp_avg = a.exp_avg.data<uint8_t>("exp_avg");
     t.exp_avg_sq = a.exp_avg_sq.data<uint8_t>("exp_avg_sq");
     const int64_t blocks = (t.n + ADAMW_BLOCK - 1) / ADAMW_BLOCK;

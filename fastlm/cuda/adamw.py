@@ -35,7 +35,8 @@ def adamw(
     if grad_norm is not None:
         clip = torch.empty(1, dtype=torch.float32, device=device)
         if not have_norm:
-            sums = torch.empty(len(chunks), dtype=torch.float64, device=device)
+            # one where there are no elements: without any the kernel would take the norm as given
+            sums = torch.empty(max(len(chunks), 1), dtype=torch.float64, device=device)
     read, written = ([], []) if device.type == "cuda" else _pointed_at(tensors)
     extension().adamw(
         tables.tensors, tables.settings, chunks, CHUNK, scalars, keys, sums, grad_norm, clip,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastlm.reference.precision import widen
 
-# csrc/cpu/adamw_table.h has both numbers, too; tests/kernels/test_optim.py compares them
+# csrc/cpu/adamw_table.h has both numbers, too; tests/kernels/test_adamw.py compares them
 STATE_BLOCK = 256  # elements that share one scale of an 8-bit state
 RANDOM_CHUNK = 32768  # elements that share one key of random numbers
 

@@ -9,7 +9,7 @@ from on_kernels import KERNELS, parametrize, using
 
 from fastlm import backend
 
-pytest.register_assert_rewrite("contract")
+pytest.register_assert_rewrite("contract", "contract_in_place")
 
 
 def op_of(module) -> str:

@@ -1,125 +1,90 @@
-"""paged_append against a loop over tokens; what it leaves out or refuses; torch.compile."""
+"""paged_append: what its table of cases (cases/paged_append.py) does not say."""
 
 import pytest
 import torch
+from cases.base import assert_same, copies, misaligned
+from cases.paged_append import case, wanted
+from contract import (  # noqa: F401
+    test_compiles_without_break_or_recompile,
+    test_opcheck,
+)
+from contract_in_place import *  # noqa: F403
+from on_kernels import on
 
-from fastlm import InputError, backend, ops
+from fastlm import InputError, backend, ops, reference
 
-
-@pytest.fixture(params=["cpu", "triton"])
-def by(request):
-    """The backends on which `ops.paged_append` runs without CUDA kernels."""
-    with backend.use_backend(request.param):
-        yield
-
-
-def case(dtype, b=3, s=4, hkv=2, d=16, dv=8, page_size=5, per=3, int8=False, device="cpu"):
-    """k, v, caches, a table of shuffled pages, positions; scales by name."""
-    k = torch.randn(b, s, hkv, d, device=device).to(dtype)
-    v = 3 * torch.randn(b, s, hkv, dv, device=device).to(dtype)
-    caches = [
-        torch.randint(-127, 128, (b * per + 2, page_size, hkv, n), device=device).to(
-            torch.int8 if int8 else dtype
-        )
-        for n in (d, dv)
-    ]
-    table = torch.randperm(b * per + 2, device=device)[: b * per].view(b, per).int()
-    start = torch.randint(0, per * page_size - s + 1, (b, 1), device=device)
-    positions = (start + torch.arange(s, device=device)).int()
-    scales = {}
-    if int8:
-        k_scale, v_scale = torch.rand(2, hkv, device=device) * 0.02 + 0.01
-        scales = {"k_scale": k_scale, "v_scale": v_scale}
-    return [k, v, *caches, table, positions], scales
+each_cache = pytest.mark.parametrize("int8", [False, True])
+VECTORS = {"widths": (16, 16), "pages": (4, 5)}
 
 
-def wanted(arguments, scales):
-    """Append token by token."""
-    k, v, k_cache, v_cache, table, positions = arguments
-    caches = k_cache.clone(), v_cache.clone()
-    for b in range(k.shape[0]):
-        for s in range(k.shape[1]):
-            p = int(positions[b, s])
-            page, slot = int(table[b, p // k_cache.shape[1]]), p % k_cache.shape[1]
-            for x, cache, scale in zip((k, v), caches, scales.values() or (None, None)):
-                row = x[b, s]
-                if scale is not None:
-                    row = (row.float() / scale[:, None]).round().clamp(-127, 127)
-                cache[page, slot] = row.to(cache.dtype)
-    return caches
-
-
-@pytest.mark.parametrize("int8", [False, True])
-def test_is_a_loop_over_tokens(by, dtype, int8):
-    arguments, scales = case(dtype, int8=int8)
-    expected = wanted(arguments, scales)
-    ops.paged_append(*arguments, **scales)
-    assert all(torch.equal(a, b) for a, b in zip(arguments[2:4], expected))
+def test_cpp_is_the_reference():
+    cpu = backend.BACKENDS["cpu"]
+    assert backend.OPS["paged_append"].load(cpu) is reference.paged_append
 
 
 @pytest.mark.parametrize("scale", [0.05, torch.tensor(0.05), torch.tensor([0.05])])
-def test_one_scale_for_all_heads(scale):
-    arguments, scales = case(torch.float32, int8=True)
-    expected = wanted(arguments, {n: torch.full((2,), 0.05) for n in scales})
-    ops.paged_append(*arguments, **dict.fromkeys(scales, scale))
-    assert all(torch.equal(a, b) for a, b in zip(arguments[2:4], expected))
+def test_one_scale_for_all_heads(op, scale):
+    leaves = op.build(op.small["int8"], torch.float32).leaves[:6]
+    expected = wanted(*leaves, *torch.full((2, 2), 0.05))
+    ops.paged_append(*leaves, k_scale=scale, v_scale=scale)
+    assert_same(expected, leaves[2:4], "one scale")
 
 
-def test_tokens_without_a_place_are_left_out(by):
-    arguments, _ = case(torch.float32, b=4, s=1, page_size=4, per=5)
-    table, positions = arguments[4:]
-    positions[:, 0] = torch.tensor([-1, 20, 3, 2], dtype=torch.int32)
-    table[2, 0], table[3, 0] = arguments[2].shape[0], -1
-    before = [t.clone() for t in arguments[2:4]]
-    ops.paged_append(*arguments)
-    assert all(torch.equal(a, b) for a, b in zip(arguments[2:4], before))
-    for t in (arguments[0], arguments[1], table, positions):  # now next to tokens that have one
-        t.copy_(t.flip(0))
-    positions[2], table[2, 1] = 7, 3
-    ops.paged_append(*arguments)
-    for x, cache, old in zip(arguments, arguments[2:4], before):
-        old[3, 3] = x[2, 0]
-        assert torch.equal(cache, old)
+@on("cuda")
+@each_cache
+def test_operands_between_16_bytes(op, kernel, dtype, int8):
+    """One of the operands begins there, or a head, a token of it; all else is aligned."""
+    built = op.built(case(2, 2, 2, **VECTORS, int8=int8), dtype, "cuda", kernel.device)
+    for i in range(4):
+        for dim in range(4):
+            leaves = copies(built)
+            leaves[i] = misaligned(leaves[i], dim)
+            built.verify(built.leaves, built.function(*leaves))
 
 
-@pytest.mark.parametrize("place", [4, 5], ids=["block_table", "positions"])
-@pytest.mark.parametrize("added", [-(2**32), 2**32], ids=["below", "above"])
-def test_numbers_beyond_32_bits_are_left_out(by, place, added):
-    """They would be in range if cut to 32 bits."""
-    assert_left_out(case(torch.float32)[0], place, added)
+@on("cuda")
+@each_cache
+def test_offsets_beyond_32_bits(op, kernel, int8):
+    """Pages are 2^30 elements apart: an index multiplied in 32 bits would write elsewhere."""
+    built = op.built(case(1, 3, 2, **VECTORS, int8=int8), torch.float16, "cuda", kernel.device)
+    k, v, *near, table, positions = built.leaves[:6]
+    size = near[0].element_size()
+    # mapped only where used
+    storage = torch.UntypedStorage((2**31 + 2**13) * size, device=kernel.device)
+    base = torch.tensor([], dtype=near[0].dtype, device=kernel.device).set_(storage)
+    far = [t.as_strided((3, 4, 2, 16), (2**30, 32, 16, 1)) for t in (base, base[512:])]
+    table.copy_(torch.tensor([[2, 1, 0, 0, 0]]))
+    positions.copy_(torch.tensor([[0, 3, 4]]))
+    for a, b in zip(far, near):
+        a.copy_(b[:3])
+    expected = [t[:3] for t in wanted(*built.leaves)]
+    assert_same(expected, built.function(k, v, *far, table, positions, *built.leaves[6:]), "far")
 
 
-def assert_left_out(arguments, place, added):
-    arguments[place] = arguments[place].long() + added
-    before = [t.clone() for t in arguments[2:4]]
-    ops.paged_append(*arguments)
-    assert all(torch.equal(a, b) for a, b in zip(arguments[2:4], before))
-
-
-def test_triton_does_without_values():
+@on("triton")
+def test_does_without_values(op, kernel):
     """Tensors without values raise an error for anything that would have to wait for a GPU."""
-    arguments, _ = case(torch.float32, device="meta")
-    triton = backend.BACKENDS["triton"]
-    backend.OPS["paged_append"].load(triton)(*arguments, None, None)
+    leaves = op.built(op.small["float"], torch.float32, "triton", "meta").leaves
+    backend.OPS["paged_append"].load(backend.BACKENDS["triton"])(*leaves, None, None)
 
 
-@pytest.mark.parametrize("int8", [False, True])
-def test_is_one_graph(int8):
-    @torch.compile(fullgraph=True, backend="aot_eager", dynamic=True)
-    def step(k, v, k_cache, v_cache, table, positions, **scales):
-        ops.paged_append(k * 1.0, v, k_cache, v_cache, table, positions, **scales)
-        return k_cache.float().sum()
+@on("cuda")
+def test_the_kernel_refuses_too(op, kernel):
+    """For callers of the extension that skip the op's checks."""
+    from fastlm.cuda.paged_append import paged_append
 
-    for b in (2, 3):
-        arguments, scales = case(torch.float32, b=b, int8=int8)
-        expected = wanted(arguments, scales)
-        step(*arguments, **scales)
-        assert all(torch.equal(a, b) for a, b in zip(arguments[2:4], expected))
-
-
-def test_opcheck():
-    arguments, _ = case(torch.float32)
-    torch.library.opcheck(torch.ops.fastlm.paged_append.default, (*arguments, None, None))
+    built = op.built(op.small["float"], torch.float32, "cuda", kernel.device)
+    k, v, *caches, table, positions = built.leaves
+    with pytest.raises(ValueError, match="positions: wanted entries, one a token 12, got 4"):
+        paged_append(k, v, *caches, table, positions[:1], None, None)
+    with pytest.raises(ValueError, match="k: wanted key heads as its cache 2, got 1"):
+        paged_append(k[:, :, :1], v, *caches, table, positions, None, None)
+    codes = [c.to(torch.int8) for c in caches]
+    with pytest.raises(ValueError, match=r"k_scale: wanted one for each key head .* got none"):
+        paged_append(k, v, *codes, table, positions, None, None)
+    with pytest.raises(ValueError, match="v_cache: wanted dtype int8, got float32"):
+        one = torch.ones(2, device=kernel.device)
+        paged_append(k, v, codes[0], caches[1], table, positions, one, one)
 
 
 _cache = torch.zeros(1, 4, 2, 8)

@@ -13,6 +13,7 @@ from cases.base import (
     assert_like,
     assert_same,
     check,
+    copies,
     gets_gradient,
     results,
     scattered,
@@ -65,7 +66,7 @@ def test_matches_float64(op, row, kernel, dtype):
 def test_strides_do_not_matter(op, row, kernel, dtype):
     """Operands and upstream gradients in any memory order, between gaps of NaN."""
     built = op.built(row.case, dtype, kernel.language, kernel.device)
-    first = results(built, [t.clone() for t in built.leaves])
+    first = results(built, copies(built))
     same = assert_same if built.any_strides and not built.library else assert_like
     for seed in range(3):
         r = Random(seed)
@@ -79,7 +80,7 @@ def test_strides_do_not_matter(op, row, kernel, dtype):
 def test_repeats_bit_for_bit(op, row, kernel, dtype):
     """Also in another order of a GPU's threads."""
     built = op.built(row.case, dtype, kernel.language, kernel.device)
-    first = results(built, built.leaves)
+    first = results(built, copies(built))
     if kernel.language == "cuda" and kernel.device == "cpu":
         thread_order(int(kernel.way) + 20)
     assert_same(first, results(built, built.leaves), "again")
@@ -91,7 +92,7 @@ def test_same_bits_on_any_number_of_threads(op, row, kernel, dtype):
     built, first = op.built(row.case, dtype, kernel.language), None
     for n in (1, 2, 3, 4, 2):
         with threads(n):
-            found = results(built, built.leaves)
+            found = results(built, copies(built))
         first = first or found
         assert_same(first, found, f"{n} threads")
 
@@ -109,7 +110,7 @@ def test_opcheck(op):
 
 def differentiable(built: Built) -> tuple[torch.Tensor, ...]:
     for i, t in enumerate(built.leaves):
-        t.requires_grad_(gets_gradient(t, i, built.constant))
+        t.requires_grad_(built.differentiable and gets_gradient(t, i, built.constant))
     return tuple(built.leaves)
 
 

@@ -21,7 +21,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from cases.base import Built, Case, assert_like, assert_same, check, results, scattered
+from cases.base import Built, Case, assert_like, assert_same, check, copies, results, scattered
 from poison import Guards
 
 from fastlm import backend
@@ -40,14 +40,14 @@ def hold(built: Built, case: Case, r: Random, memory: Guards) -> None:
     if r.random() < 0.2:
         i = r.randrange(len(plain))
         fits = plain[i].numel() and plain[i].is_floating_point() and plain[i].dim()
-        if fits and i not in built.written:
+        if fits and i not in built.dense:
             repeated, dim = i, r.randrange(plain[i].dim())
             plain[i].copy_(plain[i].narrow(dim, 0, 1).expand_as(plain[i]).clone())
-    first = results(built, [t.clone() for t in built.leaves])
+    first = results(built, copies(built))
     # GPU kernels access 16 bytes at a time if all rows begin at multiples of 16
     whole = case["isa"] == "simt" and r.random() < 0.5
     units = [
-        16 // t.element_size() if whole else int(i in built.written) for i, t in enumerate(plain)
+        16 // t.element_size() if whole else int(i in built.dense) for i, t in enumerate(plain)
     ]
     apart = [scattered(t, r, unit) for t, unit in zip(plain, units)]
     if repeated is not None:

@@ -1,19 +1,16 @@
 """Every op as random cases (fuzz_cases.py defines a case): drawn, built from a line, checked."""
 
 import contextlib
-import copy
 import math
 import sys
 from collections.abc import Callable, Iterator
 from random import Random
 
 import test_attention
-import test_cuda_rope_append
 import test_layer_norm
 import test_linear_cross_entropy
 import test_linear_distillation
 import test_linear_logprobs
-import test_paged_append
 import test_paged_attention
 import test_quantized_linear
 import test_varlen_attention
@@ -21,20 +18,19 @@ import torch
 from attention_cases import assert_kernel_near
 from cases import OPS as TABLES
 from cases import losses
-from cases.base import DTYPES, Built, Case, Op, assert_same, given, rows_of, scattered, size, some
+from cases.base import DTYPES, Built, Case, Op, assert_same, given, rows_of, size, some
 from exact import dequantized
-from fuzz_cases import another, hold, kernels
+from fuzz_cases import hold, kernels
 from poison import guarded_memory
 from tolerance import assert_near
 from torch import Tensor
 
-from fastlm import AdamW, _cpu, backend, ops, reference
+from fastlm import _cpu, backend, ops, reference
 from fastlm.cpu import linear as cpu_linear
 from fastlm.cuda.paged_attention import SERVES
 from fastlm.ops.glu import glu_round
 from fastlm.ops.quantized_linear import rounded_linear
 from fastlm.ops.rms_norm import rms_norm_round
-from fastlm.ops.rope_append import rope_append
 
 SLOW = ("scalar", "amx_emulated")  # 10 to 50 times slower: smaller cases
 
@@ -167,50 +163,6 @@ def build_paged(case: Case, dtype: torch.dtype) -> Built:
         differentiable=False,
         any_strides=case.get("isa") != "simt",  # other kernels run for other memory layouts
     )
-
-
-def draw_append(r: Random, isa: str) -> Case:
-    widths = [size(r, 130, 1), size(r, 130, 1)]
-    if r.random() < 0.5:
-        widths = [-(-n // 16) * 16 for n in widths]
-    page_size, per = r.choice([1, 3, 7, 16]), r.choice([1, 2, 5])
-    return {
-        "shape": [r.choice([0, 1, 2, 5]), size(r, page_size * per), r.choice([1, 2, 3, 9])],
-        "widths": widths,
-        "pages": [page_size, per],
-        "int8": r.random() < 0.5,
-        "absent": some(r, 0.3),
-        "spread": r.choice([1.0, 10.0]),
-    }
-
-
-def build_append(case: Case, dtype: torch.dtype) -> Built:
-    """Equal to the last bit; `check` also shows that memory between heads is left unchanged."""
-    int8 = case["int8"]
-    (k, v, *caches, table, positions), scales = test_paged_append.case(
-        dtype, *case["shape"], *case["widths"], *case["pages"], int8=int8
-    )
-    k, v = k * case["spread"], v * case["spread"]
-    if case["absent"]:
-        for t, end in ((table, len(caches[0])), (positions, math.prod(case["pages"]))):
-            bad = torch.tensor([-1, end, -(2**31), 2**31 - 1], dtype=torch.int32)
-            chosen = torch.rand(t.shape) < case["absent"]
-            t[chosen] = bad[torch.randint(0, 4, t.shape)][chosen]
-
-    def function(k, v, k_cache, v_cache, table, positions):
-        ops.paged_append(k, v, k_cache, v_cache, table, positions, **scales)
-        return k_cache, v_cache
-
-    def check():
-        wide = [torch.nn.functional.pad(c, (16, 16), value=7) for c in caches]
-        expected = [t.clone() for t in wide]
-        for name, (a, b) in (("simt", wide), ("reference", expected)):
-            with backend.use_backend(name):
-                function(k, v, a[..., 16:-16], b[..., 16:-16], table, positions)
-        assert_same(expected, wide, "reference")
-
-    leaves = [k, v, *caches, table, positions]
-    return Built(function, leaves, check=check, differentiable=False, written=(2, 3))
 
 
 # ---- losses
@@ -380,41 +332,6 @@ def build_layer_norm(case: Case, dtype: torch.dtype) -> Built:
         test_layer_norm.check(x, weight, bias, r, dy, dh, eps)
 
     return Built(function, [*leaves.values()], check=check)
-
-
-def draw_rope_append(r: Random, isa: str) -> Case:
-    d = r.choice([8, 16, 22, 64])
-    page_size, per = r.choice([1, 5, 8, 16]), 3
-    return {
-        "shape": [r.choice([1, 2, 3]), r.choice([1, 1, 2, page_size]), r.choice([2, 4, 6])],
-        "widths": [d, r.choice([8, 9, d]), r.choice([d, d // 4 * 2])],
-        "pages": [page_size, per],
-        "absent": some(r, 0.3),
-    }
-
-
-def build_rope_append(case: Case, dtype: torch.dtype) -> Built:
-    (b, s, h), (d, dv, turned), (page_size, per) = case["shape"], case["widths"], case["pages"]
-    leaves = test_cuda_rope_append.case("cpu", dtype, b, s, h, 2, d, dv, turned, page_size, per)
-    leaves = [t.clone(memory_format=torch.contiguous_format) for t in leaves]
-    if case["absent"]:
-        for t, end in ((leaves[7], len(leaves[5])), (leaves[8], page_size * per)):
-            chosen = torch.rand(t.shape) < case["absent"]
-            t[chosen] = torch.tensor([-1, end], dtype=torch.int32)[torch.randint(2, t.shape)][
-                chosen
-            ]
-
-    def function(q, k, v, cos, sin, k_cache, v_cache, table, positions):
-        q = rope_append(
-            q, k, v, cos.contiguous(), sin.contiguous(), k_cache, v_cache, table.contiguous(),
-            positions.contiguous(),
-        )  # fmt: skip
-        return q, k_cache, v_cache
-
-    def check():
-        test_cuda_rope_append.assert_same([t.clone() for t in leaves])
-
-    return Built(function, leaves, check=check, differentiable=False, written=(5, 6))
 
 
 # ---- matrix products
@@ -619,124 +536,11 @@ def build_linear(case: Case, _: torch.dtype) -> Built:
     return Built(function, [x, weight, dy, *bias], check=check, differentiable=False)
 
 
-# ---- AdamW
-
-
-def draw_adamw(r: Random, isa: str) -> Case:
-    state = r.choice(["float32", "8 bits", "master", "8 bits, master", "stochastic"])
-    long = 10000 if isa == "simt" else 90000
-    return {
-        "shapes": [
-            [size(r, 40, 1), size(r, long // 30)] if r.random() < 0.7 else [size(r, long)]
-            for _ in range(r.choice([1, 2, 5]))
-        ],
-        "state": state,
-        "grad_dtype": r.choice(list(DTYPES)),
-        "spread": r.choice([1e-6, 1.0, 100.0]),
-        "steps": r.choice([1, 2, 4]),
-        "options": {
-            "lr": r.choice([1e-4, 1e-2]),
-            "betas": r.choice([[0.9, 0.999], [0.8, 0.95], [0.0, 0.0]]),
-            "eps": r.choice([1e-8, 1e-6]),
-            "weight_decay": r.choice([0.0, 0.1]),
-            "maximize": r.random() < 0.2,
-            "max_grad_norm": some(r, 0.5, 1e6),
-        },
-    }
-
-
-def run_adamw(case: Case, dtype: torch.dtype, r: Random) -> None:
-    """Check steps against the formula in float64, each from the state after the previous one. Bits
-    must be equal on another number of threads, and on strided parameters if nothing depends on the
-    order of elements in memory.
-    """
-    kind, options = case["state"], dict(case["options"])
-    if kind == "stochastic" and dtype == torch.float16:
-        dtype = torch.bfloat16
-    options["betas"] = tuple(options["betas"])
-    options |= {"state_bits": 8} if "8 bits" in kind else {}
-    options |= {"master_weights": True} if "master" in kind else {}
-    options |= {"stochastic_rounding": True} if kind == "stochastic" else {}
-    in_any_order = kind in ("float32", "master") and options["max_grad_norm"] is None
-    layouts = [Tensor.clone, Tensor.clone]
-    layouts += [lambda t: scattered(t, r)] if in_any_order else []
-    values = [torch.randn(s).to(dtype) for s in case["shapes"]]
-    sides = [[laid(v).requires_grad_() for v in values] for laid in layouts]
-    optimizers = [AdamW(side, **options) for side in sides]
-    for _ in range(case["steps"]):
-        grads = [torch.randn(v.shape) * case["spread"] for v in values]
-        grads = [g.to(DTYPES[case["grad_dtype"]]) for g in grads]
-        before = copy.deepcopy(([p.detach() for p in sides[0]], state_of(optimizers[0])))
-        for i, (side, optimizer) in enumerate(zip(sides, optimizers)):
-            for p, g in zip(side, grads):
-                p.grad_dtype = None  # a gradient may have another dtype than its parameter
-                p.grad = layouts[i](g)
-            with another(case, i):
-                optimizer.step()
-        after = [p.detach() for p in sides[0]], state_of(optimizers[0])
-        near_step(before, after, grads, kind, **options)
-        for side, optimizer in zip(sides[1:], optimizers[1:]):
-            states = state_of(optimizer)
-            for i, (a, b) in enumerate(zip(after[0], side)):
-                wanted, got = [a, *after[1][i].values()], [b.detach(), *states[i].values()]
-                assert_same(wanted, got, "threads")
-
-
-def state_of(optimizer: AdamW) -> dict[int, dict[str, Tensor]]:
-    return optimizer.state_dict()["state"]
-
-
-def near_step(
-    before, after, grads, kind, *, lr, betas, eps, weight_decay, maximize, max_grad_norm, **_
-) -> None:
-    """Check one step. 8 bits: an error of half a step of the code, with 3 bits of mantissa (the
-    root of v: 4) and 16 binades."""
-    clip = 1.0
-    if max_grad_norm is not None:
-        norm = torch.cat([g.double().flatten() for g in grads]).norm().item()
-        clip = min(1.0, max_grad_norm / (norm + 1e-6))
-    for i, g in enumerate(grads):
-        (start, old), (p, new) = ((side[0][i], side[1].get(i, {})) for side in (before, after))
-        if not p.numel():
-            continue
-        assert new["step"] == old.get("step", 0) + 1
-        zero = torch.zeros(p.shape)
-        m, v = (old.get(name, zero).double() for name in ("exp_avg", "exp_avg_sq"))
-        w = old.get("master", start).double()
-        g = g.double() * (-clip if maximize else clip)
-        terms = betas[0] * m.abs() + (1 - betas[0]) * g.abs()
-        m, v = betas[0] * m + (1 - betas[0]) * g, betas[1] * v + (1 - betas[1]) * g * g
-        t = new["step"].item()
-        scale = lr / (1 - betas[0] ** t) / ((v / (1 - betas[1] ** t)).sqrt() + eps)
-        truth = w - (lr * weight_decay * w + scale * m)
-        # fp32 from the norm to the step; the terms of m may cancel
-        error = 1e-5 * scale * terms + 2**-22 * truth.abs() + 1e-30
-        ulp = torch.finfo(p.dtype).eps * truth.abs() + torch.finfo(p.dtype).smallest_normal * 2**-7
-        rounding = ulp if kind == "stochastic" else ulp / 2 if p.dtype != torch.float32 else 0
-        assert ((p.double() - truth).abs() <= error + rounding).all(), "parameter"
-        if "master" in new:
-            assert ((new["master"].double() - truth).abs() <= error).all(), "master"
-        m_error, v_error = 1e-5 * terms + 1e-38, 1e-5 * v + 1e-38
-        if "8 bits" in kind and p.numel() >= 4096:
-            top_m, top_v = (blocks(x.abs()) for x in (m, v))
-            m_error = torch.maximum(m_error + m.abs() * 2**-4, top_m * 2**-15.6)
-            v_error = torch.maximum(v_error + v * 2**-3.9, top_v * 2**-31)
-        assert ((new["exp_avg"].double() - m).abs() <= m_error).all(), "exp_avg"
-        assert ((new["exp_avg_sq"].double() - v).abs() <= v_error).all(), "exp_avg_sq"
-
-
-def blocks(x: Tensor) -> Tensor:
-    """For each element the maximum of its block of 256 in memory order."""
-    flat = torch.nn.functional.pad(x.flatten(), (0, -x.numel() % 256)).view(-1, 256)
-    return flat.amax(1, keepdim=True).expand(-1, 256).flatten()[: x.numel()].view(x.shape)
-
-
 # ---- any op
 
 
 CPU, BOTH = ("cpu",), ("cpu", "cuda")
 OPS = TABLES | {
-    "adamw": Op(None, draw_adamw, BOTH),  # run_adamw
     "attention": Op(build_attention, draw_attention, CPU),
     "glu_round": Op(build_glu_round, draw_glu_round, ("cuda",)),
     "layer_norm": Op(build_layer_norm, draw_layer_norm, CPU),
@@ -745,11 +549,9 @@ OPS = TABLES | {
     "linear_logprobs": Op(build_linear_logprobs, draw_linear_logprobs, CPU),
     "linear_distillation": Op(build_linear_distillation, draw_linear_distillation, CPU),
     "matmul": Op(build_matmul, draw_matmul, CPU),
-    "paged_append": Op(build_append, draw_append, ("cuda",)),
     "paged_attention": Op(build_paged, draw_paged, BOTH),
     "quantized_linear": Op(build_quantized_linear, draw_quantized_linear, BOTH),
     "rms_norm_round": Op(build_rms_norm_round, draw_rms_norm_round, ("cuda",)),
-    "rope_append": Op(build_rope_append, draw_rope_append, ("cuda",)),
     "varlen_attention": Op(build_varlen, draw_varlen, CPU),
 }
 
@@ -822,17 +624,6 @@ SPLIT: dict[str, Case] = {
         for act in (8, 16)
         for m in (1, 5, 150)
     },
-    **{
-        f"adamw {state}": {
-            "shapes": [[300, 257], [70001], [9]], "state": state, "grad_dtype": "float32",
-            "spread": 1.0, "steps": 2,
-            "options": {
-                "lr": 1e-2, "betas": [0.9, 0.99], "eps": 1e-8, "weight_decay": 0.1,
-                "maximize": False, "max_grad_norm": 1.0,
-            },
-        }
-        for state in ("float32", "8 bits", "master", "8 bits, master", "stochastic")
-    },
 }  # fmt: skip
 
 
@@ -879,9 +670,5 @@ def run(case: Case) -> None:
     op = OPS[case["op"]]
     with kernels(case), guarded_memory() as memory:
         torch.manual_seed(case["seed"])
-        if op.build is None:
-            run_adamw(case, dtype, r)
-            memory.check()
-        else:
-            language = "cuda" if case["isa"] == "simt" else "cpu"
-            hold(op.built(case, dtype, language), case, r, memory)
+        language = "cuda" if case["isa"] == "simt" else "cpu"
+        hold(op.built(case, dtype, language), case, r, memory)

@@ -2,10 +2,10 @@
 
     python tests/support/mutants.py [--seed 0] [--each 3] [--kernels triton cuda cpu] [--op glu ...]
 
-Change one operator of one line of a kernel at random, and run the tests of its op: first on pairs
-of parameters (pairs.py), and on all combinations where these pass. A mutant that only all of them
-find is LOST. One that neither finds changes nothing that the tests ask for: a bound that padding
-makes equal, an order of work. The kernel is restored after each.
+Change one operator of one line of a kernel at random, or of a part that it includes, and run the
+tests of its op: first on pairs of parameters (pairs.py), and on all combinations where these pass.
+A mutant that only all of them find is LOST. One that neither finds changes nothing that the tests
+ask for: a bound that padding makes equal, an order of work. The file is restored after each.
 """
 
 import argparse
@@ -37,25 +37,42 @@ OPS = {
     ),
 }  # fmt: skip
 SOURCE = {"triton": "kernels/{}.py", "cuda": "csrc/cuda/{}.cu", "cpu": "csrc/cpu/{}.h"}
+# what a line includes of a kernel (not what most share), and how such files end
+PARTS = {
+    "triton": (r"^from fastlm\.kernels\.(?!launch)(\w+) import", ".py"),
+    "cuda": (r'^#include "cuda/(?!quantized)(\w+)\.cuh"', ".cuh"),
+    "cpu": (r'^#include "cpu/(\w+)\.h"', ".h"),
+}
 
 
-def mutants(source: Path, count: int, draw: random.Random):
-    """Yield (line number, what changes, the new text) of random mutants of a file."""
-    lines = source.read_text().splitlines(keepends=True)
+def sources(kernels: str, op: str) -> list[Path]:
+    """The file of a kernel, and its parts in other files."""
+    files = [ROOT / SOURCE[kernels].format(op)]
+    include, end = PARTS[kernels]
+    for file in files:  # the list grows
+        names = re.findall(include, file.read_text(), re.MULTILINE)
+        parts = [file.with_name(name + end) for name in names]
+        files += [part for part in parts if part not in files]
+    return files
+
+
+def mutants(files: list[Path], count: int, draw: random.Random):
+    """Yield (file, line number, what changes, the new text) of random mutants of the files."""
     places = []
-    in_docstring = False
-    for number, line in enumerate(lines):
-        quotes = line.count('"""')
-        if not (in_docstring or quotes or NOT_CODE.match(line)):
-            code = re.split(r"  #|//", line)[0]
-            places += [(number, found) for found in OPERATOR.finditer(code)]
-        in_docstring ^= quotes % 2 == 1
-    for number, found in draw.sample(places, min(count, len(places))):
+    for file in files:
+        lines, in_docstring = file.read_text().splitlines(keepends=True), False
+        for number, line in enumerate(lines):
+            quotes = line.count('"""')
+            if not (in_docstring or quotes or NOT_CODE.match(line)):
+                code = re.split(r"  #|//", line)[0]
+                places += [(file, lines, number, found) for found in OPERATOR.finditer(code)]
+            in_docstring ^= quotes % 2 == 1
+    for file, lines, number, found in draw.sample(places, min(count, len(places))):
         begin, end = found.span(1)
         line = lines[number]
         changed = line[:begin] + OPERATORS[found[1]] + line[end:]
         text = "".join([*lines[:number], changed, *lines[number + 1 :]])
-        yield number + 1, f"{found[1]} -> {OPERATORS[found[1]]}", text
+        yield file, number + 1, f"{found[1]} -> {OPERATORS[found[1]]}", text
 
 
 def build(kernels: str) -> bool:
@@ -70,9 +87,8 @@ def build(kernels: str) -> bool:
 
 def tests(op: str) -> list[str]:
     """The files with tests of an op: one, but for ops that have no table of cases yet."""
-    names = ["optim", "triton_adamw", "cuda_adamw"] if op == "adamw" else [op]
-    names += [f"{language}_{op}" for language in ("triton", "cuda")]
-    files = [ROOT / f"tests/kernels/test_{name}.py" for name in dict.fromkeys(names)]
+    names = [op, f"triton_{op}", f"cuda_{op}"]
+    files = [ROOT / f"tests/kernels/test_{name}.py" for name in names]
     return [str(file) for file in files if file.exists()]
 
 
@@ -95,24 +111,24 @@ def main() -> None:
     total: Counter[str] = Counter()
     for kernels in arguments.kernels:
         for op in arguments.op or OPS[kernels]:
-            source = ROOT / SOURCE[kernels].format(op)
-            original = source.read_text()
             draw = random.Random(f"{arguments.seed} {kernels} {op}")
-            try:
-                for line, change, text in mutants(source, arguments.each, draw):
-                    source.write_text(text)
-                    begin = time.monotonic()
+            for file, line, change, text in mutants(sources(kernels, op), arguments.each, draw):
+                original = file.read_text()
+                begin = time.monotonic()
+                try:
+                    file.write_text(text)
                     if not build(kernels):
                         outcome = "does not compile"
                     elif is_found(kernels, op):
                         outcome = "found"
                     else:
                         outcome = "LOST" if is_found(kernels, op, "--all") else "changes nothing"
-                    total[outcome] += 1
-                    seconds = time.monotonic() - begin
-                    print(f"{kernels} {op}:{line} {change}: {outcome}, {seconds:.0f} s", flush=True)
-            finally:
-                source.write_text(original)
+                finally:
+                    file.write_text(original)
+                total[outcome] += 1
+                seconds = time.monotonic() - begin
+                place = f"{kernels} {op}: {file.relative_to(ROOT)}:{line}"
+                print(f"{place} {change}: {outcome}, {seconds:.0f} s", flush=True)
         build(kernels)
     print(dict(total))
     sys.exit(total["LOST"] > 0)

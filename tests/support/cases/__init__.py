@@ -2,6 +2,14 @@
 and the fuzz runs draw from it.
 """
 
-from cases import cross_entropy, glu, rms_norm, rope
+from cases import adamw, cross_entropy, glu, paged_append, rms_norm, rope, rope_append
 
-OPS = {"cross_entropy": cross_entropy.OP, "glu": glu.OP, "rms_norm": rms_norm.OP, "rope": rope.OP}
+OPS = {
+    "adamw": adamw.OP,
+    "cross_entropy": cross_entropy.OP,
+    "glu": glu.OP,
+    "paged_append": paged_append.OP,
+    "rms_norm": rms_norm.OP,
+    "rope": rope.OP,
+    "rope_append": rope_append.OP,
+}

@@ -37,12 +37,14 @@ class Built(NamedTuple):
     outputs: tuple[str, ...] = ("y",)
     names: tuple[str, ...] = ()  # of the leaves; without: the function's parameters
     check: Callable[[], None] | None = None  # instead of `plain`
+    # instead of `plain`: (leaves before the call, results) -> raises where one is wrong
+    verify: Callable[[Sequence[Tensor], Sequence[Tensor]], None] | None = None
     differentiable: bool = True
     constant: tuple[int, ...] = ()  # leaves of floats that get no gradient
     library: bool = False  # products are torch's: threads and strides may change their last bits
     # All strides yield the same bits: no sum depends on whether vectors fit.
     any_strides: bool = True
-    written: tuple[int, ...] = ()  # leaves that the function writes to
+    dense: tuple[int, ...] = ()  # leaves whose last dimension has to be contiguous
 
 
 class Row(NamedTuple):
@@ -174,10 +176,18 @@ def results(built: Built, leaves: Sequence[Tensor], scatter: Random | None = Non
     return run(built.function, leaves, **how, scatter=scatter)[0]
 
 
+def copies(built: Built) -> list[Tensor]:
+    """Of the leaves: the op may write to them."""
+    return [t.clone() for t in built.leaves]
+
+
 def check(built: Built) -> None:
     """Compare outputs and gradients with those of plain torch in float64."""
     if built.check:
         built.check()
+        return
+    if built.verify:
+        built.verify(built.leaves, results(built, copies(built)))
         return
     assert built.plain
     wide = [t.double() if t.is_floating_point() else t for t in built.leaves]
@@ -221,6 +231,19 @@ def scattered(t: Tensor, r: Random, unit: int = 0) -> Tensor:
         view = view.narrow(i, before[i], t.shape[i] * steps[i])
         view = view.unflatten(i, (t.shape[i], steps[i])).select(i + 1, 0)
     return view.copy_(t)
+
+
+def misaligned(t: Tensor, dim: int) -> Tensor:
+    """The same values with one stride that is no multiple of 16 bytes, where all others are. The
+    last dimension stays contiguous, and begins between 16 bytes if it is `dim`.
+    """
+    strides, reach = [1], t.shape[-1]
+    for i in reversed(range(t.dim() - 1)):
+        strides.insert(0, -(-reach // 16) * 16 + (i == dim))
+        reach = strides[0] * t.shape[i]
+    start = int(dim == t.dim() - 1)
+    base = torch.empty(start + reach, dtype=t.dtype, device=t.device)
+    return base.as_strided(t.shape, strides, base.storage_offset() + start).copy_(t)
 
 
 def assert_same(wanted: Sequence[Tensor], got: Sequence[Tensor], what: str) -> None:

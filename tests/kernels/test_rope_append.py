@@ -1,0 +1,47 @@
+"""rope_append: what its table of cases (cases/rope_append.py) does not say."""
+
+import pytest
+import torch
+from cases.base import copies, misaligned
+from cases.rope_append import case
+from contract import (  # noqa: F401
+    test_compiles_without_break_or_recompile,
+    test_opcheck,
+)
+from contract_in_place import *  # noqa: F403
+
+from fastlm.ops.rope_append import rope_append
+
+
+def test_operands_between_16_bytes(op, kernel, dtype):
+    """One of the operands begins there, or a head, a token of it; all else is aligned."""
+    built = op.built(
+        case(2, 2, 4, 2, widths=(16, 16, 16), pages=(4, 3)), dtype, "cuda", kernel.device
+    )
+    for i in range(7):
+        for dim in range(built.leaves[i].dim()):
+            leaves = copies(built)
+            leaves[i] = misaligned(leaves[i], dim)
+            built.verify(built.leaves, built.function(*leaves))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({1: slice(0, 2)}, "k: wanted sequences 3, got 2"),
+        ({8: slice(0, 2)}, "positions: wanted entries, one a token 3, got 2"),
+        ({7: slice(0, 2)}, "block_table: wanted rows 3, got 2"),
+        ({4: slice(0, 2)}, "sin: wanted rows as cos 24, got 2"),
+        ({3: slice(0, 0), 4: slice(0, 0)}, r"cos: wanted rows of an even number up to 16, got 0"),
+        ({6: slice(0, 4)}, "v_cache: wanted pages as k_cache 11, got 4"),
+        ({6: (slice(None), slice(0, 4))}, "v_cache: wanted page size of k_cache 8, got 4"),
+        ({5: torch.Tensor.half}, "k_cache: wanted dtype float32, got float16"),
+        ({3: torch.Tensor.half}, "cos: wanted dtype float32, got float16"),
+    ],
+)
+def test_refusals(op, kernel, change, message):
+    arguments = op.built(op.small[""], torch.float32, "cuda", kernel.device).leaves
+    for i, how in change.items():
+        arguments[i] = how(arguments[i]) if callable(how) else arguments[i][how]
+    with pytest.raises(ValueError, match=message):
+        rope_append(*arguments)
