@@ -9,7 +9,6 @@ from random import Random
 
 import test_attention
 import test_cuda_rope_append
-import test_layer_norm
 import test_linear_cross_entropy
 import test_linear_distillation
 import test_linear_logprobs
@@ -350,36 +349,6 @@ def build_linear_distillation(case: Case, dtype: torch.dtype) -> Built:
 
 
 # ---- row ops
-
-
-def draw_layer_norm(r: Random, isa: str) -> Case:
-    return {
-        "shape": rows_of(r, isa, 1 << 12, 1),
-        "residual": r.random() < 0.5,
-        "wide": r.random() < 0.5,
-        "parameters": [r.random() < 0.7, r.random() < 0.7],
-        "spread": r.choice([0.01, 1.0, 100.0]),
-        "offset": r.choice([0.0, 0.0, 30.0]),  # in spreads
-        "options": {"eps": r.choice([1e-5, 1e-12])},
-    }
-
-
-def build_layer_norm(case: Case, dtype: torch.dtype) -> Built:
-    shape, residual, eps = case["shape"], case["residual"], case["options"]["eps"]
-    x, weight, bias, r, dy, dh = test_layer_norm.tensors(shape, dtype, case["parameters"], residual)
-    x = (x + case["offset"]) * case["spread"]
-    if case["wide"]:
-        weight, bias = (p if p is None else p.float() for p in (weight, bias))
-    leaves = {"x": x, "weight": weight, "bias": bias, "residual": r}
-    leaves = {name: t for name, t in leaves.items() if t is not None}
-
-    def function(*tensors):
-        return ops.layer_norm(**dict(zip(leaves, tensors)), eps=eps)
-
-    def check():
-        test_layer_norm.check(x, weight, bias, r, dy, dh, eps)
-
-    return Built(function, [*leaves.values()], check=check)
 
 
 def draw_rope_append(r: Random, isa: str) -> Case:
@@ -739,7 +708,6 @@ OPS = TABLES | {
     "adamw": Op(None, draw_adamw, BOTH),  # run_adamw
     "attention": Op(build_attention, draw_attention, CPU),
     "glu_round": Op(build_glu_round, draw_glu_round, ("cuda",)),
-    "layer_norm": Op(build_layer_norm, draw_layer_norm, CPU),
     "linear": Op(build_linear, draw_linear, CPU),
     "linear_cross_entropy": Op(build_linear_cross_entropy, draw_linear_cross_entropy, CPU),
     "linear_logprobs": Op(build_linear_logprobs, draw_linear_logprobs, CPU),
@@ -759,10 +727,6 @@ LOSS = {"ignored": 0.3, "ignore_index": -100, "weight": False, "spread": 1.0}
 EVERYTHING = {"causal": True, "window": 300, "softcap": 9.0, "alibi": True, "sinks": True}
 QUANTIZED = {"group_size": 64, "symmetric": False, "scale_dtype": "bfloat16", "bias": True}
 SPLIT: dict[str, Case] = {
-    "layer_norm": {
-        "shape": [401, 257], "residual": True, "wide": True, "parameters": [True, True],
-        "spread": 1.0, "offset": 0.0, "options": {"eps": 1e-5},
-    },
     "attention": {"shape": [2, 4, 2, 200, 300, 64, 40], "options": {"causal": True}},
     "attention spans": {"shape": [1, 2, 1, 150, 1300, 32, 32], "options": {"bias": "full"}},
     "attention heads": {"shape": [3, 6, 3, 140, 140, 33, 33], "options": {"bias": "keys"}},
