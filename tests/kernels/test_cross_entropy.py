@@ -104,6 +104,14 @@ def test_target_out_of_range(bad, name):
         ops.cross_entropy(torch.randn(3, 8), target, weight=torch.rand(8))
 
 
+def test_one_class_of_probability_1_is_that_class():
+    logits, target = torch.randn(2, 5, 40), torch.randint(0, 40, (2, 5))
+    one = F.one_hot(target, 40).float()
+    for options in ({}, {"reduction": "none"}):
+        soft, hard = (both(ops.cross_entropy, logits, t, **options) for t in (one, target))
+        torch.testing.assert_close(soft, hard)
+
+
 @pytest.mark.parametrize("options", [{}, {"reduction": "sum"}, {"num_items": 9, "softcap": 3.0}])
 def test_loss_with_and_without_a_gradient_are_the_same_bits(kernel, dtype, options):
     for rows in (1, 7):
@@ -251,6 +259,13 @@ def test_backward_refuses_a_loss_without_statistics():
         ({"num_items": 0}, "num_items: wanted > 0, got 0"),
         ({"num_items": torch.ones(2)}, r"num_items: wanted one number, got shape \(2,\)"),
         ({"num_items": 3, "reduction": "sum"}, "num_items: wanted reduction 'mean', got 'sum'"),
+        ({"target": torch.rand(2, 5)}, r"target: expected probabilities of shape \(2, 8\)"),
+        ({"target": torch.rand(2, 8, requires_grad=True)}, "target: expected constants"),
+        (
+            {"target": torch.rand(2, 8), "ignore_index": 2},
+            "ignore_index: expected class numbers as target, got 2",
+        ),
+        ({"target": torch.rand(2, 8), "weight": torch.rand(5)}, r"weight: wanted floats .*\(8,\)"),
     ],
 )
 def test_refusals(change, message):
@@ -261,6 +276,13 @@ def test_refusals(change, message):
     }
     with pytest.raises(InputError, match=message):
         ops.cross_entropy(**arguments)
+
+
+@on("cuda")
+def test_cuda_has_no_kernel_for_soft_targets(kernel):
+    logits, target = torch.rand(2, 3, 4, device=kernel.device)
+    with pytest.raises(InputError, match="class numbers as targets"):
+        ops.cross_entropy(logits, target)
 
 
 @on("cuda")

@@ -113,6 +113,12 @@ def test_rotation_keeps_norms_and_relative_positions():
         torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=1e-4, atol=1e-4)
 
 
+def test_equal_axes_are_the_rope_of_one_axis():
+    q, k, (cos, sin) = torch.randn(2, 4, 7, 32), torch.randn(2, 2, 7, 32), tables(7, 32, batch=2)
+    axes = [t.expand(3, 2, 7, 32) for t in (cos, sin)]
+    assert_same(ops.rope(q, k, cos, sin), ops.rope(q, k, *axes, mrope_section=(4, 6, 6)), "axes")
+
+
 def test_agrees_with_hugging_face():
     llama = pytest.importorskip("transformers.models.llama.modeling_llama")
     config = llama.LlamaConfig(hidden_size=64, num_attention_heads=4)
@@ -186,6 +192,14 @@ def test_refusals():
         ops.rope(q, k, cos[:, :6], sin[:, :6], rotary_dim=12)
     with pytest.raises(InputError, match="cos, sin: wanted tables without gradient"):
         ops.rope(q, k, cos.clone().requires_grad_(), sin)
+    axes = [t.expand(3, 2, 5, 16) for t in (cos, sin)]
+    for sections, message in {
+        (3, 5): r"cos: expected \(A, B, S, R\) with A = 2 axes and R = 2 \* 8",
+        (2, 3, 2): r"cos: expected .* mrope_section \(2, 3, 2\), got \(3, 2, 5, 16\)",
+        8: "mrope_section: wanted a Sequence or None, got 8",
+    }.items():
+        with pytest.raises(InputError, match=message):
+            ops.rope(q, k, *axes, mrope_section=sections)
 
 
 @on("cuda")

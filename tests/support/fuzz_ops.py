@@ -3,11 +3,10 @@
 import contextlib
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from random import Random
 
 import test_attention
-import test_layer_norm
 import test_linear_cross_entropy
 import test_linear_distillation
 import test_linear_logprobs
@@ -18,19 +17,15 @@ import torch
 from attention_cases import assert_kernel_near
 from cases import OPS as TABLES
 from cases import losses
-from cases.base import DTYPES, Built, Case, Op, assert_same, given, rows_of, size, some
+from cases.base import DTYPES, Built, Case, Op, given, size, some
 from exact import dequantized
 from fuzz_cases import hold, kernels
 from poison import guarded_memory
 from tolerance import assert_near
-from torch import Tensor
 
-from fastlm import _cpu, backend, ops, reference
+from fastlm import _cpu, backend, ops
 from fastlm.cpu import linear as cpu_linear
 from fastlm.cuda.paged_attention import SERVES
-from fastlm.ops.glu import glu_round
-from fastlm.ops.quantized_linear import rounded_linear
-from fastlm.ops.rms_norm import rms_norm_round
 
 SLOW = ("scalar", "amx_emulated")  # 10 to 50 times slower: smaller cases
 
@@ -304,36 +299,6 @@ def build_linear_distillation(case: Case, dtype: torch.dtype) -> Built:
 # ---- row ops
 
 
-def draw_layer_norm(r: Random, isa: str) -> Case:
-    return {
-        "shape": rows_of(r, isa, 1 << 12, 1),
-        "residual": r.random() < 0.5,
-        "wide": r.random() < 0.5,
-        "parameters": [r.random() < 0.7, r.random() < 0.7],
-        "spread": r.choice([0.01, 1.0, 100.0]),
-        "offset": r.choice([0.0, 0.0, 30.0]),  # in spreads
-        "options": {"eps": r.choice([1e-5, 1e-12])},
-    }
-
-
-def build_layer_norm(case: Case, dtype: torch.dtype) -> Built:
-    shape, residual, eps = case["shape"], case["residual"], case["options"]["eps"]
-    x, weight, bias, r, dy, dh = test_layer_norm.tensors(shape, dtype, case["parameters"], residual)
-    x = (x + case["offset"]) * case["spread"]
-    if case["wide"]:
-        weight, bias = (p if p is None else p.float() for p in (weight, bias))
-    leaves = {"x": x, "weight": weight, "bias": bias, "residual": r}
-    leaves = {name: t for name, t in leaves.items() if t is not None}
-
-    def function(*tensors):
-        return ops.layer_norm(**dict(zip(leaves, tensors)), eps=eps)
-
-    def check():
-        test_layer_norm.check(x, weight, bias, r, dy, dh, eps)
-
-    return Built(function, [*leaves.values()], check=check)
-
-
 # ---- matrix products
 
 
@@ -395,83 +360,6 @@ def build_quantized_linear(case: Case, dtype: torch.dtype) -> Built:
 
     leaves = [x, *([] if bias is None else [bias])]
     return Built(function, leaves, check=check, differentiable=not on_gpu, any_strides=not on_gpu)
-
-
-def draw_glu_round(r: Random, isa: str) -> Case:
-    return {
-        **TABLES["glu"].draw(r, isa),
-        "shape": rows_of(r, isa, 1 << 12, 1),
-        "bits": r.choice([4, 8]),
-        "group_size": r.choice([8, 24, 32, 128, 512, 1024, -1]),
-    }
-
-
-def draw_rms_norm_round(r: Random, isa: str) -> Case:
-    return {
-        **TABLES["rms_norm"].draw(r, isa),
-        "weight": r.choice(["wide", "like x"]),
-        "bits": r.choice([4, 8]),
-        "group_size": r.choice([8, 24, 32, 128, 512, 1024, -1]),
-    }
-
-
-def rounded_like(case: Case, joined: Callable, plain: Callable, leaves: list[Tensor]) -> Built:
-    """`joined` of leaves and a weight: the same bits as the definition's rounding of `plain` of
-    them, and the product of that, in any memory order."""
-    n, k = 5, case["shape"][-1]
-    into = test_quantized_linear.weight(n, k, case["bits"], case["group_size"])
-    format = into.bits, into.group_size
-
-    def function(*leaves):
-        *rows, h = joined(*leaves, into)
-        x, wanted_h = plain(*leaves)
-        count = x.numel() // k
-        wanted = reference.int8_rows(x, *format)
-        cut = [t[:, :count] for t in (*rows[1:], *wanted[1:])]  # undefined behind the last row
-        assert_same([wanted[0], *cut[2:]], [rows[0], *cut[:2]], "rounded")
-        product = into.qdata, into.scales, into.zeros, None, *format, k, x.dtype
-        wanted_y = ops.quantized_linear(x, into, act_bits=8).reshape(count, n)
-        assert_same([wanted_y, wanted_h], [rounded_linear(*rows, *product), h], "product")
-        return x, h
-
-    return Built(
-        function, leaves, check=lambda: function(*leaves), differentiable=False, any_strides=False
-    )
-
-
-def build_glu_round(case: Case, dtype: torch.dtype) -> Built:
-    gate, up = (case["spread"] * torch.randn(2, *case["shape"])).to(dtype).unbind(0)
-    act, none = case["act"], torch.empty(0)
-
-    def joined(gate, up, into):
-        codes = into.qdata, into.scales
-        return *glu_round(gate, up, *codes, act, into.bits, into.group_size), none
-
-    def plain(gate, up):
-        return ops.glu(gate, up, act=act), none
-
-    return rounded_like(case, joined, plain, [gate.clone(), up.clone()])
-
-
-def build_rms_norm_round(case: Case, dtype: torch.dtype) -> Built:
-    shape, options = case["shape"], case["options"]
-    x = torch.randn(shape).to(dtype) * case["spread"]
-    residual = [torch.randn(shape).to(dtype)] if case["residual"] else []
-    weight = torch.randn(shape[-1]).to(torch.float32 if case["weight"] == "wide" else dtype)
-
-    def joined(x, weight, *rest):
-        *residual, into = rest
-        format = into.bits, into.group_size
-        return rms_norm_round(
-            x, *(residual or [None]), weight, into.qdata, into.scales, options["eps"],
-            options["offset"], *format,
-        )  # fmt: skip
-
-    def plain(x, weight, residual=None):
-        y = ops.rms_norm(x, weight, residual=residual, **options)
-        return (y, torch.empty(0, dtype=dtype)) if residual is None else y
-
-    return rounded_like(case, joined, plain, [x, weight, *residual])
 
 
 def draw_matmul(r: Random, isa: str) -> Case:
@@ -542,8 +430,6 @@ def build_linear(case: Case, _: torch.dtype) -> Built:
 CPU, BOTH = ("cpu",), ("cpu", "cuda")
 OPS = TABLES | {
     "attention": Op(build_attention, draw_attention, CPU),
-    "glu_round": Op(build_glu_round, draw_glu_round, ("cuda",)),
-    "layer_norm": Op(build_layer_norm, draw_layer_norm, CPU),
     "linear": Op(build_linear, draw_linear, CPU),
     "linear_cross_entropy": Op(build_linear_cross_entropy, draw_linear_cross_entropy, CPU),
     "linear_logprobs": Op(build_linear_logprobs, draw_linear_logprobs, CPU),
@@ -551,7 +437,6 @@ OPS = TABLES | {
     "matmul": Op(build_matmul, draw_matmul, CPU),
     "paged_attention": Op(build_paged, draw_paged, BOTH),
     "quantized_linear": Op(build_quantized_linear, draw_quantized_linear, BOTH),
-    "rms_norm_round": Op(build_rms_norm_round, draw_rms_norm_round, ("cuda",)),
     "varlen_attention": Op(build_varlen, draw_varlen, CPU),
 }
 
@@ -561,10 +446,6 @@ LOSS = {"ignored": 0.3, "ignore_index": -100, "weight": False, "spread": 1.0}
 EVERYTHING = {"causal": True, "window": 300, "softcap": 9.0, "alibi": True, "sinks": True}
 QUANTIZED = {"group_size": 64, "symmetric": False, "scale_dtype": "bfloat16", "bias": True}
 SPLIT: dict[str, Case] = {
-    "layer_norm": {
-        "shape": [401, 257], "residual": True, "wide": True, "parameters": [True, True],
-        "spread": 1.0, "offset": 0.0, "options": {"eps": 1e-5},
-    },
     "attention": {"shape": [2, 4, 2, 200, 300, 64, 40], "options": {"causal": True}},
     "attention spans": {"shape": [1, 2, 1, 150, 1300, 32, 32], "options": {"bias": "full"}},
     "attention heads": {"shape": [3, 6, 3, 140, 140, 33, 33], "options": {"bias": "keys"}},

@@ -2,14 +2,27 @@
 and the fuzz runs draw from it.
 """
 
-from cases import adamw, cross_entropy, glu, paged_append, rms_norm, rope, rope_append
+from cases import (
+    adamw,
+    cross_entropy,
+    glu,
+    joined_rounding,
+    layer_norm,
+    paged_append,
+    rms_norm,
+    rope,
+    rope_append,
+)
 
 OPS = {
     "adamw": adamw.OP,
     "cross_entropy": cross_entropy.OP,
     "glu": glu.OP,
+    "glu_round": joined_rounding.GLU,
+    "layer_norm": layer_norm.OP,
     "paged_append": paged_append.OP,
     "rms_norm": rms_norm.OP,
+    "rms_norm_round": joined_rounding.RMS_NORM,
     "rope": rope.OP,
     "rope_append": rope_append.OP,
 }

@@ -34,6 +34,8 @@ def build(case: Case, dtype: torch.dtype) -> Built:
     rows, classes = case["shape"]
     logits = torch.randn(rows, classes) * case["spread"]
     target, weight, options = losses.targets(case, rows, classes)
+    if case.get("soft"):
+        target = (2 * torch.randn(rows, classes)).softmax(-1).to(dtype)
     if values := case.get("values"):
         logits = hard(logits, target, values)
 
@@ -50,7 +52,9 @@ def build(case: Case, dtype: torch.dtype) -> Built:
 
     outputs = ("loss", "lse") if options.get("return_lse") else ("loss",)
     leaves = [logits.to(dtype), target, *weight]
-    return Built(function, leaves, plain, terms, outputs, constant=(2,))
+    # the sum of a row's probabilities is torch's
+    soft = case.get("soft", False)
+    return Built(function, leaves, plain, terms, outputs, constant=(1, 2), library=soft)
 
 
 def draw(r: Random, isa: str) -> Case:
@@ -59,11 +63,14 @@ def draw(r: Random, isa: str) -> Case:
         classes = size(r, 2000 if isa in ("scalar", "amx_emulated") else 9000, 2)
         if isa != "simt" or rows * classes <= 10000:
             break
-    return {"shape": [rows, classes], **losses.draw(r, classes)}
+    case = {"shape": [rows, classes], **losses.draw(r, classes)}
+    if isa != "simt" and r.random() < 0.2:
+        case |= {"soft": True, "ignore_index": -100}
+    return case
 
 
-def case(rows: int, classes: int, *, values: str = "", **loss) -> Case:
-    return {"shape": [rows, classes], "values": values, **losses.case(**loss)}
+def case(rows: int, classes: int, *, values: str = "", soft: bool = False, **loss) -> Case:
+    return {"shape": [rows, classes], "values": values, "soft": soft, **losses.case(**loss)}
 
 
 def blocks_of_64(patch, programs: int = 1) -> None:
@@ -85,7 +92,7 @@ def parts_of_128_bytes(patch) -> None:
     patch.setattr(module, "multiprocessors", lambda device: 40)
 
 
-GPU = ("triton", "cuda")
+GPU, SOFT = ("triton", "cuda"), ("cpu", "triton")  # CUDA has no kernel for soft targets
 SMOOTH = {"label_smoothing": 0.1}
 OPTIONS = {
     "mean": {},
@@ -98,6 +105,14 @@ OPTIONS = {
         "softcap": 5.0, "label_smoothing": 0.3, "z_loss": 1e-2, "reduction": "none",
         "weight": True, "return_lse": True,
     },
+}  # fmt: skip
+SOFT_OPTIONS = {
+    "soft": {},
+    "soft, smoothing, items, weights": {
+        "label_smoothing": 0.1, "num_items": 77, "weight": True, "return_lse": True,
+    },
+    "soft, sum, softcap, scale": {"reduction": "sum", "softcap": 5.0, "logit_scale": 0.7},
+    "soft, rows, z-loss": {"reduction": "none", "z_loss": 1e-2},
 }  # fmt: skip
 
 OP = Op(
@@ -138,6 +153,13 @@ OP = Op(
         "two parts a row": Row(case(17, 5127), on=("cuda",), shipped=True),
         "parts of 16 bits": Row(case(1, 16389, z_loss=1e-2), on=("cuda",), shipped=True),
         "more rows than threads of the sum": Row(case(1100, 3), on=("cuda",), shipped=True),
+        **{
+            name: Row(case(5, 323, soft=True, **options), on=SOFT, bits=not options)
+            for name, options in SOFT_OPTIONS.items()
+        },
+        "soft, 1 class": Row(case(1, 1, soft=True), on=SOFT),
+        "soft, several spans": Row(case(2, 40000, soft=True, **SMOOTH), on=("cpu",)),
+        "soft, large vocabulary": Row(case(1, 33000, soft=True), on=("triton",), shipped=True),
         "split": Row(
             case(67, 3001, ignored=0.3, spread=1.0, z_loss=0.1, return_lse=True),
             on=("cpu",), split=True,
@@ -148,13 +170,15 @@ OP = Op(
         ),
         "split mean": Row(case(67, 3001), on=("cpu",), split=True),
     },
-    small={name: case(5, 7, **options) for name, options in OPTIONS.items()},
+    small={name: case(5, 7, **options) for name, options in OPTIONS.items()}
+    | {name: case(5, 7, soft=True, **options) for name, options in SOFT_OPTIONS.items()},
     batches={
         "mean": [case(n, 64, ignored=0.0, softcap=9.0) for n in (5, 9, 70)],
         "options": [
             case(n, 64, weight=True, label_smoothing=0.1, z_loss=0.1, softcap=9.0)
             for n in (4, 9, 17)
         ],
+        "soft": [case(n, 20, soft=True, label_smoothing=0.1) for n in (4, 5, 9)],
     },
     any_strides=("cpu", "triton"),
     settings={

@@ -52,6 +52,13 @@ def targets(case: Case, rows: int, classes: int) -> tuple[Tensor, list[Tensor], 
     return target, [torch.rand(classes) + 0.1] if case["weight"] else [], options
 
 
+def has_loss(target: Tensor, ignore_index: int) -> Tensor:
+    """Which rows do: all that have the probability of every class."""
+    if target.is_floating_point():
+        return torch.ones(target.shape[:-1], dtype=torch.bool, device=target.device)
+    return target != ignore_index
+
+
 def definition(
     logits,
     target,
@@ -70,13 +77,15 @@ def definition(
     z = logits.to(torch.promote_types(logits.dtype, torch.float32)) * logit_scale
     z = z if softcap is None else softcap * torch.tanh(z / softcap)
     w = None if weight is None else weight.to(z.dtype)
+    soft = target.is_floating_point()
+    target = target.to(z.dtype) if soft else target
     rows = F.cross_entropy(
         z, target, w, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none"
     )
-    lse, valid = torch.logsumexp(z, -1), target != ignore_index
+    lse, valid = torch.logsumexp(z, -1), has_loss(target, ignore_index)
     loss = rows + torch.where(valid, z_loss * lse**2, 0.0)
     if reduction == "mean":
-        seen = valid.sum() if w is None else w[target[valid]].sum()
+        seen = valid.sum() if w is None or soft else w[target[valid]].sum()
         loss = loss.sum() / (seen if num_items is None else num_items)
     elif reduction == "sum":
         loss = loss.sum()
@@ -140,28 +149,32 @@ def sizes(
     if logit_scale != 1:
         size = torch.maximum(size, logits.abs() * logit_scale)
     slope = 1 if softcap is None else 1 - torch.tanh(logits * logit_scale / softcap) ** 2
-    valid = target != ignore_index
+    valid = has_loss(target, ignore_index)
     class_weight = logits.new_ones(logits.shape[-1]) if weight is None else weight
-    at = target.where(valid, 0)
-    one = F.one_hot(at, logits.shape[-1])
-    of_target = ((1 - label_smoothing) * class_weight[at] * valid)[..., None]
-    of_all = label_smoothing / logits.shape[-1] * class_weight * valid[..., None]
+    if target.is_floating_point():
+        of, items = target, len(target)
+    else:
+        at = target.where(valid, 0)
+        of, items = (
+            F.one_hot(at, logits.shape[-1]) * valid[..., None],
+            class_weight[at][valid].sum(),
+        )
+    of = (1 - label_smoothing) * of + label_smoothing / logits.shape[-1] * valid[..., None]
+    of = of * class_weight  # what each class's nll counts
     of_lse = (z_loss * valid)[..., None]
     error = size + (p * size).sum(-1, keepdim=True)  # of a logit and of lse
     nll = below + log_sum + error
     lse_size = log_sum + (lse - log_sum).abs() + (p * size).sum(-1, keepdim=True)
-    rows = ((of_target * one + of_all) * nll).sum(-1) + (of_lse * lse_size**2)[..., 0]
-    items = 1.0
-    if reduction == "mean":
-        items = class_weight[at][valid].sum() if num_items is None else num_items
+    rows = (of * nll).sum(-1) + (of_lse * lse_size**2)[..., 0]
+    items = 1.0 if reduction != "mean" else items if num_items is None else num_items
     results = {"loss": rows if reduction == "none" else rows.sum() / items, "lse": lse_size[..., 0]}
     if not upstream:
         return results, None, None
     on = (upstream[0].abs() / items)[..., None]
-    of_p = on * (of_target + of_all.sum(-1, keepdim=True) + 2 * of_lse * lse_size)
+    of_p = on * (of.sum(-1, keepdim=True) + 2 * of_lse * lse_size)
     if return_lse:
         of_p = of_p + upstream[1].abs()[..., None]
-    rest = on * (of_target * one + of_all)
+    rest = on * of
     gradient = logit_scale * slope * (of_p * p + rest)
     in_float32 = logit_scale * (of_p * p * (1 + below + log_sum + error) + rest)
     return results, gradient, in_float32

@@ -36,20 +36,32 @@ def tables(length, width, *, interleaved=False, batch=None):
     return (angles.cos(), angles.sin()) if batch else (angles.cos()[0], angles.sin()[0])
 
 
+def table_of_axes(tables: Tensor, sections: list[int], interleaved: bool) -> Tensor:
+    """(A, B, S, R) -> (B, S, R): each angle from its section's axis, by Qwen2-VL's formula."""
+    axis = torch.repeat_interleave(torch.arange(len(sections)), torch.tensor(sections))
+    axis = (axis.repeat_interleave(2) if interleaved else axis.repeat(2)).to(tables.device)
+    return tables.gather(0, axis.expand(1, *tables.shape[1:]))[0]
+
+
 def build(case: Case, dtype: torch.dtype) -> Built:
     """The tables are random, with every angle once: only the elementwise formula yields these
     results.
     """
     (b, h, hkv, s), (d, width), interleaved = case["shape"], case["widths"], case["interleaved"]
     q, k = torch.randn(b, h, s, d).to(dtype), torch.randn(b, hkv, s, d).to(dtype)
-    batch = () if case["tables"] == 2 else (b,)
+    sections = case.get("sections")
+    batch = (len(sections), b) if sections else () if case["tables"] == 2 else (b,)
     kind = torch.float64 if dtype == torch.float64 else DTYPES[case["table_dtype"]]
     cos, sin = torch.randn(2, *batch, s, width).to(kind).unbind(0)
 
     def function(q, k, cos, sin):
-        return ops.rope(q, k, cos, sin, interleaved=interleaved, rotary_dim=width)
+        return ops.rope(
+            q, k, cos, sin, interleaved=interleaved, rotary_dim=width, mrope_section=sections
+        )
 
     def plain(q, k, cos, sin):
+        if sections:
+            cos, sin = (table_of_axes(t, sections, interleaved) for t in (cos, sin))
         return naive(q, k, cos, sin, interleaved)
 
     def partner(t):
@@ -59,6 +71,8 @@ def build(case: Case, dtype: torch.dtype) -> Built:
         return t.roll(width // 2, -1)
 
     def terms(q, k, cos, sin, *upstream):
+        if sections:
+            cos, sin = (table_of_axes(t, sections, interleaved) for t in (cos, sin))
         cos, sin = cos.abs().unsqueeze(-3), sin.abs().unsqueeze(-3)
 
         def both(x, sin):
@@ -79,19 +93,24 @@ def draw(r: Random, isa: str) -> Case:
         shape = [r.choice([0, 1, 2, 3]), r.choice([1, 2, 5, 32]), r.choice([1, 2]), size(r, 100)]
         if isa != "simt" or math.prod(shape) * width <= 10000:
             break
+    turned = r.choice([width // 2 * 2, size(r, width) // 2 * 2])
+    cuts = sorted(r.randint(0, turned // 2) for _ in range(2))
     return {
         "shape": shape,
-        "widths": [width, r.choice([width // 2 * 2, size(r, width) // 2 * 2])],
+        "widths": [width, turned],
         "interleaved": r.random() < 0.5,
         "tables": r.choice([2, 3, 3]),
         "table_dtype": r.choice(list(DTYPES)),
+        "sections": r.choice([None, None, [cuts[0], cuts[1] - cuts[0], turned // 2 - cuts[1]]]),
     }
 
 
-def case(*shape: int, widths, interleaved=False, tables=2, table_dtype="float32") -> Case:
+def case(
+    *shape: int, widths, interleaved=False, tables=2, table_dtype="float32", sections=None
+) -> Case:
     return {
         "shape": list(shape), "widths": list(widths), "interleaved": interleaved, "tables": tables,
-        "table_dtype": table_dtype,
+        "table_dtype": table_dtype, "sections": sections,
     }  # fmt: skip
 
 
@@ -131,6 +150,10 @@ OP = Op(
         "tables in float16": Row(case(
             2, 3, 1, 6, widths=(40, 24), interleaved=True, tables=3, table_dtype="float16"
         )),
+        **both_layouts(
+            "three axes",
+            Row(case(2, 4, 2, 7, widths=(40, 32), sections=[4, 6, 6]), on=("cpu", "triton")),
+        ),
         # the pairs fill less than a 16-bit vector
         **both_layouts("few pairs", Row(case(1, 2, 2, 2, widths=(32, 8)), on=("cuda",))),
         "ragged heads": Row(case(1, 3, 3, 17, widths=(20, 20)), on=("cpu",)),
@@ -151,7 +174,10 @@ OP = Op(
     },
     # all sizes differ because of duck sizing
     batches={
-        "sequences": [case(b, 4, 2, s, widths=(16, 12)) for b, s in ((5, 11), (6, 13), (7, 17))]
+        name: [
+            case(b, 4, 2, s, widths=(16, 12), sections=of) for b, s in ((5, 11), (6, 13), (7, 17))
+        ]
+        for name, of in {"sequences": None, "three axes": [1, 3, 2]}.items()
     },
     settings={
         "triton": {"several heads": several_heads_a_program},
