@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Iterator
 from random import Random
 
-import test_attention
 import test_cuda_rope_append
 import test_layer_norm
 import test_linear_cross_entropy
@@ -40,35 +39,6 @@ SLOW = ("scalar", "amx_emulated")  # 10 to 50 times slower: smaller cases
 
 
 # ---- attention
-
-
-def draw_attention(r: Random, isa: str) -> Case:
-    hkv, groups = r.choice([1, 1, 2, 3, 8]), r.choice([1, 1, 2, 3, 4, 8, 10])
-    d, dv = size(r, 160, 1), size(r, 160, 1)
-    b = r.choice([1, 1, 2, 3])
-    work = 4e6 if isa in SLOW else 1e8
-    while True:
-        s, t = r.choice([1, 2, size(r, 300), size(r, 300)]), size(r, 1300)
-        if b * hkv * groups * s * t * (t + d + dv) <= work:
-            break
-    options = given(
-        causal=r.random() < 0.5,
-        window=some(r, 1, 7, 64, 200),
-        softcap=some(r, 3.0, 20.0),
-        bias=some(r, "full", "keys", "rows"),
-        sinks=r.random() < 0.3,
-        alibi=r.random() < 0.3,
-        dropout_p=some(r, 0.2),
-        scale=some(r, 0.05, -0.3),
-    )
-    return {"shape": [b, hkv * groups, hkv, s, t, d, dv], "options": options}
-
-
-def build_attention(case: Case, dtype: torch.dtype) -> Built:
-    function, leaves, names = test_attention.case(case["shape"], case["options"], dtype)
-    return Built(
-        function, leaves, check=lambda: assert_kernel_near(function, leaves, names, "attention")
-    )
 
 
 def draw_varlen(r: Random, isa: str) -> Case:
@@ -737,7 +707,6 @@ def blocks(x: Tensor) -> Tensor:
 CPU, BOTH = ("cpu",), ("cpu", "cuda")
 OPS = TABLES | {
     "adamw": Op(None, draw_adamw, BOTH),  # run_adamw
-    "attention": Op(build_attention, draw_attention, CPU),
     "glu_round": Op(build_glu_round, draw_glu_round, ("cuda",)),
     "layer_norm": Op(build_layer_norm, draw_layer_norm, CPU),
     "linear": Op(build_linear, draw_linear, CPU),
@@ -763,14 +732,6 @@ SPLIT: dict[str, Case] = {
         "shape": [401, 257], "residual": True, "wide": True, "parameters": [True, True],
         "spread": 1.0, "offset": 0.0, "options": {"eps": 1e-5},
     },
-    "attention": {"shape": [2, 4, 2, 200, 300, 64, 40], "options": {"causal": True}},
-    "attention spans": {"shape": [1, 2, 1, 150, 1300, 32, 32], "options": {"bias": "full"}},
-    "attention heads": {"shape": [3, 6, 3, 140, 140, 33, 33], "options": {"bias": "keys"}},
-    "attention options": {
-        "shape": [2, 4, 4, 130, 260, 48, 48],
-        "options": EVERYTHING | {"bias": "rows", "dropout_p": 0.2},
-    },
-    "attention decode": {"shape": [2, 6, 3, 1, 2100, 64, 64], "options": {"sinks": True}},
     "varlen_attention": {
         "lengths": [[100, 260], [0, 5], [130, 130], [7, 600]],
         "heads": [6, 2],

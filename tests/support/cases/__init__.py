@@ -2,6 +2,12 @@
 and the fuzz runs draw from it.
 """
 
-from cases import cross_entropy, glu, rms_norm, rope
+from cases import attention, cross_entropy, glu, rms_norm, rope
 
-OPS = {"cross_entropy": cross_entropy.OP, "glu": glu.OP, "rms_norm": rms_norm.OP, "rope": rope.OP}
+OPS = {
+    "attention": attention.OP,
+    "cross_entropy": cross_entropy.OP,
+    "glu": glu.OP,
+    "rms_norm": rms_norm.OP,
+    "rope": rope.OP,
+}
