@@ -15,9 +15,7 @@ import test_linear_logprobs
 import test_paged_append
 import test_paged_attention
 import test_quantized_linear
-import test_varlen_attention
 import torch
-from attention_cases import assert_kernel_near
 from cases import OPS as TABLES
 from cases import losses
 from cases.base import DTYPES, Built, Case, Op, assert_same, given, rows_of, scattered, size, some
@@ -39,40 +37,6 @@ SLOW = ("scalar", "amx_emulated")  # 10 to 50 times slower: smaller cases
 
 
 # ---- attention
-
-
-def draw_varlen(r: Random, isa: str) -> Case:
-    hkv, groups = r.choice([1, 2, 3, 8]), r.choice([1, 1, 2, 4])
-    work = 2e6 if isa in SLOW else 4e7
-    while True:
-        lengths = [[size(r, 150), size(r, 400)] for _ in range(r.choice([1, 2, 4, 7]))]
-        if r.random() < 0.4:  # self-attention
-            lengths = [[s, s] for s, _ in lengths]
-        total = sum(t for _, t in lengths)
-        if hkv * groups * sum(s for s, _ in lengths) * total * (total + 100) <= work:
-            break
-    full = max(s for s, _ in lengths) and max(t for _, t in lengths)
-    options = given(
-        causal=r.random() < 0.6,
-        window=some(r, 1, 30, 100),
-        softcap=some(r, 4.0),
-        bias=bool(full) and r.random() < 0.3,
-        sinks=r.random() < 0.3,
-        alibi=r.random() < 0.3,
-        dropout_p=some(r, 0.3),
-    )
-    heads, widths = [hkv * groups, hkv], [size(r, 100, 1), size(r, 100, 1)]
-    return {"lengths": lengths, "heads": heads, "widths": widths, "options": options}
-
-
-def build_varlen(case: Case, dtype: torch.dtype) -> Built:
-    lengths = tuple(list(x) for x in zip(*case["lengths"]))
-    function, leaves, names = test_varlen_attention.case(
-        lengths, case["options"], dtype, case["heads"], case["widths"]
-    )
-    return Built(
-        function, leaves, check=lambda: assert_kernel_near(function, leaves, names, "varlen")
-    )
 
 
 def draw_paged(r: Random, isa: str) -> Case:
@@ -719,24 +683,16 @@ OPS = TABLES | {
     "quantized_linear": Op(build_quantized_linear, draw_quantized_linear, BOTH),
     "rms_norm_round": Op(build_rms_norm_round, draw_rms_norm_round, ("cuda",)),
     "rope_append": Op(build_rope_append, draw_rope_append, ("cuda",)),
-    "varlen_attention": Op(build_varlen, draw_varlen, CPU),
 }
 
 
 # Cases with enough work for several threads, of the ops that have no table yet; `op name`.
 LOSS = {"ignored": 0.3, "ignore_index": -100, "weight": False, "spread": 1.0}
-EVERYTHING = {"causal": True, "window": 300, "softcap": 9.0, "alibi": True, "sinks": True}
 QUANTIZED = {"group_size": 64, "symmetric": False, "scale_dtype": "bfloat16", "bias": True}
 SPLIT: dict[str, Case] = {
     "layer_norm": {
         "shape": [401, 257], "residual": True, "wide": True, "parameters": [True, True],
         "spread": 1.0, "offset": 0.0, "options": {"eps": 1e-5},
-    },
-    "varlen_attention": {
-        "lengths": [[100, 260], [0, 5], [130, 130], [7, 600]],
-        "heads": [6, 2],
-        "widths": [40, 24],
-        "options": EVERYTHING | {"bias": True},
     },
     "paged_attention": {
         "lengths": [700, 3, 1500], "page_size": 16, "queries": 1, "heads": [8, 2],

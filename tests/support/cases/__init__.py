@@ -2,7 +2,7 @@
 and the fuzz runs draw from it.
 """
 
-from cases import attention, cross_entropy, glu, rms_norm, rope
+from cases import attention, cross_entropy, glu, rms_norm, rope, varlen_attention
 
 OPS = {
     "attention": attention.OP,
@@ -10,4 +10,5 @@ OPS = {
     "glu": glu.OP,
     "rms_norm": rms_norm.OP,
     "rope": rope.OP,
+    "varlen_attention": varlen_attention.OP,
 }
