@@ -88,7 +88,7 @@ def test_computes_the_same(calls, dtype, options, rows, keys, transposed):
     exact = run([t.detach().double().requires_grad_() for t in leaves], **options)
     for name, a, b, truth in zip(("out", "dq", "dk", "dv"), mine, theirs, exact):
         assert a.stride() == b.stride(), name
-        # torch rounds P and dS where fastlm does: 2 ulp, as in attention_cases.py
+        # torch rounds P and dS where fastlm does: 2 ulp, as in cases/attention.py
         slack = {"floor": 2 * torch.finfo(dtype).eps}
         assert_near(a, b, truth, factor=3 if name != "out" else 2, what=name, **slack)
 

@@ -3,7 +3,7 @@
 import pytest
 import test_paged_attention
 import torch
-from attention_cases import far_apart
+from cases.attention import far_apart
 from test_paged_attention import OPTIONS, assert_paged_near, cache
 
 from fastlm import ops

@@ -6,15 +6,12 @@ import sys
 from collections.abc import Iterator
 from random import Random
 
-import test_attention
 import test_linear_cross_entropy
 import test_linear_distillation
 import test_linear_logprobs
 import test_paged_attention
 import test_quantized_linear
-import test_varlen_attention
 import torch
-from attention_cases import assert_kernel_near
 from cases import OPS as TABLES
 from cases import losses
 from cases.base import DTYPES, Built, Case, Op, given, size, some
@@ -31,69 +28,6 @@ SLOW = ("scalar", "amx_emulated")  # 10 to 50 times slower: smaller cases
 
 
 # ---- attention
-
-
-def draw_attention(r: Random, isa: str) -> Case:
-    hkv, groups = r.choice([1, 1, 2, 3, 8]), r.choice([1, 1, 2, 3, 4, 8, 10])
-    d, dv = size(r, 160, 1), size(r, 160, 1)
-    b = r.choice([1, 1, 2, 3])
-    work = 4e6 if isa in SLOW else 1e8
-    while True:
-        s, t = r.choice([1, 2, size(r, 300), size(r, 300)]), size(r, 1300)
-        if b * hkv * groups * s * t * (t + d + dv) <= work:
-            break
-    options = given(
-        causal=r.random() < 0.5,
-        window=some(r, 1, 7, 64, 200),
-        softcap=some(r, 3.0, 20.0),
-        bias=some(r, "full", "keys", "rows"),
-        sinks=r.random() < 0.3,
-        alibi=r.random() < 0.3,
-        dropout_p=some(r, 0.2),
-        scale=some(r, 0.05, -0.3),
-    )
-    return {"shape": [b, hkv * groups, hkv, s, t, d, dv], "options": options}
-
-
-def build_attention(case: Case, dtype: torch.dtype) -> Built:
-    function, leaves, names = test_attention.case(case["shape"], case["options"], dtype)
-    return Built(
-        function, leaves, check=lambda: assert_kernel_near(function, leaves, names, "attention")
-    )
-
-
-def draw_varlen(r: Random, isa: str) -> Case:
-    hkv, groups = r.choice([1, 2, 3, 8]), r.choice([1, 1, 2, 4])
-    work = 2e6 if isa in SLOW else 4e7
-    while True:
-        lengths = [[size(r, 150), size(r, 400)] for _ in range(r.choice([1, 2, 4, 7]))]
-        if r.random() < 0.4:  # self-attention
-            lengths = [[s, s] for s, _ in lengths]
-        total = sum(t for _, t in lengths)
-        if hkv * groups * sum(s for s, _ in lengths) * total * (total + 100) <= work:
-            break
-    full = max(s for s, _ in lengths) and max(t for _, t in lengths)
-    options = given(
-        causal=r.random() < 0.6,
-        window=some(r, 1, 30, 100),
-        softcap=some(r, 4.0),
-        bias=bool(full) and r.random() < 0.3,
-        sinks=r.random() < 0.3,
-        alibi=r.random() < 0.3,
-        dropout_p=some(r, 0.3),
-    )
-    heads, widths = [hkv * groups, hkv], [size(r, 100, 1), size(r, 100, 1)]
-    return {"lengths": lengths, "heads": heads, "widths": widths, "options": options}
-
-
-def build_varlen(case: Case, dtype: torch.dtype) -> Built:
-    lengths = tuple(list(x) for x in zip(*case["lengths"]))
-    function, leaves, names = test_varlen_attention.case(
-        lengths, case["options"], dtype, case["heads"], case["widths"]
-    )
-    return Built(
-        function, leaves, check=lambda: assert_kernel_near(function, leaves, names, "varlen")
-    )
 
 
 def draw_paged(r: Random, isa: str) -> Case:
@@ -429,7 +363,6 @@ def build_linear(case: Case, _: torch.dtype) -> Built:
 
 CPU, BOTH = ("cpu",), ("cpu", "cuda")
 OPS = TABLES | {
-    "attention": Op(build_attention, draw_attention, CPU),
     "linear": Op(build_linear, draw_linear, CPU),
     "linear_cross_entropy": Op(build_linear_cross_entropy, draw_linear_cross_entropy, CPU),
     "linear_logprobs": Op(build_linear_logprobs, draw_linear_logprobs, CPU),
@@ -437,29 +370,13 @@ OPS = TABLES | {
     "matmul": Op(build_matmul, draw_matmul, CPU),
     "paged_attention": Op(build_paged, draw_paged, BOTH),
     "quantized_linear": Op(build_quantized_linear, draw_quantized_linear, BOTH),
-    "varlen_attention": Op(build_varlen, draw_varlen, CPU),
 }
 
 
 # Cases with enough work for several threads, of the ops that have no table yet; `op name`.
 LOSS = {"ignored": 0.3, "ignore_index": -100, "weight": False, "spread": 1.0}
-EVERYTHING = {"causal": True, "window": 300, "softcap": 9.0, "alibi": True, "sinks": True}
 QUANTIZED = {"group_size": 64, "symmetric": False, "scale_dtype": "bfloat16", "bias": True}
 SPLIT: dict[str, Case] = {
-    "attention": {"shape": [2, 4, 2, 200, 300, 64, 40], "options": {"causal": True}},
-    "attention spans": {"shape": [1, 2, 1, 150, 1300, 32, 32], "options": {"bias": "full"}},
-    "attention heads": {"shape": [3, 6, 3, 140, 140, 33, 33], "options": {"bias": "keys"}},
-    "attention options": {
-        "shape": [2, 4, 4, 130, 260, 48, 48],
-        "options": EVERYTHING | {"bias": "rows", "dropout_p": 0.2},
-    },
-    "attention decode": {"shape": [2, 6, 3, 1, 2100, 64, 64], "options": {"sinks": True}},
-    "varlen_attention": {
-        "lengths": [[100, 260], [0, 5], [130, 130], [7, 600]],
-        "heads": [6, 2],
-        "widths": [40, 24],
-        "options": EVERYTHING | {"bias": True},
-    },
     "paged_attention": {
         "lengths": [700, 3, 1500], "page_size": 16, "queries": 1, "heads": [8, 2],
         "widths": [64, 64], "int8": None, "options": {"causal": True},

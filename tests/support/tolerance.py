@@ -40,13 +40,18 @@ def assert_accurate(
     element's own. `rounded`: the root of the sum of the squares of terms that are rounded to the
     dtype before they are added.
 
-    NaN anywhere in `actual` fails.
+    NaN anywhere in `actual` fails, and so does an infinity that is not one in `truth`.
     """
     assert actual.shape == naive.shape == truth.shape, (
         f"{what}: shapes {tuple(actual.shape)}, {tuple(naive.shape)}, {tuple(truth.shape)}"
     )
     if actual.numel() == 0:
         return
+    infinite = truth.isinf()
+    if infinite.any():
+        same = actual.double()[infinite] == truth[infinite]
+        assert same.all(), f"{what}: {int((~same).sum())} of {same.numel()} infinities are others"
+        actual, naive, truth = (t.where(~infinite, 0) for t in (actual, naive, truth))
     scale = truth.abs() if scale is None else torch.maximum(scale, truth.abs())
     float32 = scale if float32 is None else torch.maximum(scale, float32)
     least = FOUR_ROUNDINGS * float32 + SMALLEST[actual.dtype]

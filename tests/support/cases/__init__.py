@@ -4,6 +4,7 @@ and the fuzz runs draw from it.
 
 from cases import (
     adamw,
+    attention,
     cross_entropy,
     glu,
     joined_rounding,
@@ -12,10 +13,12 @@ from cases import (
     rms_norm,
     rope,
     rope_append,
+    varlen_attention,
 )
 
 OPS = {
     "adamw": adamw.OP,
+    "attention": attention.OP,
     "cross_entropy": cross_entropy.OP,
     "glu": glu.OP,
     "glu_round": joined_rounding.GLU,
@@ -25,4 +28,5 @@ OPS = {
     "rms_norm_round": joined_rounding.RMS_NORM,
     "rope": rope.OP,
     "rope_append": rope_append.OP,
+    "varlen_attention": varlen_attention.OP,
 }
