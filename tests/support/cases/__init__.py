@@ -7,6 +7,7 @@ from cases import (
     glu,
     joined_rounding,
     layer_norm,
+    quantized_linear,
     rms_norm,
     rope,
 )
@@ -16,6 +17,7 @@ OPS = {
     "glu": glu.OP,
     "glu_round": joined_rounding.GLU,
     "layer_norm": layer_norm.OP,
+    "quantized_linear": quantized_linear.OP,
     "rms_norm": rms_norm.OP,
     "rms_norm_round": joined_rounding.RMS_NORM,
     "rope": rope.OP,
