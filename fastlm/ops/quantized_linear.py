@@ -98,7 +98,8 @@ def _derivative(
     if not need_bias:
         return dx, None
     wide = torch.promote_types(dy.dtype, torch.float32)
-    return dx, dy.reshape(-1, dy.shape[-1]).sum(0, dtype=wide)
+    rows = dy.reshape(math.prod(dy.shape[:-1]), dy.shape[-1])  # not -1: W may have no rows
+    return dx, rows.sum(0, dtype=wide)
 
 
 _backward = declare(reference.quantized_linear_backward, "cpu triton", flops=_backward_flops)

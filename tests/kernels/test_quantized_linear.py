@@ -1,91 +1,225 @@
-"""quantized_linear on every instruction set against the dequantized weight in float64.
+"""quantized_linear: what its table of cases (cases/quantized_linear.py) does not say."""
 
-16-bit activations follow the usual rule: the error is at most twice that of plain torch on the
-dequantized weight in the same dtype. For 8-bit activations the rounding of x is part of the
-definition. So the truth is float64 on the rounded rows, and what remains is one rounding per group
-and one of the result.
-"""
-
-import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from compiled import assert_compiles_once
+from cases import quantized_linear as table
+from cases.base import assert_like, check
+from contract import *  # noqa: F403
 from exact import dequantized
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tolerance import ULP, assert_near
+from on_kernels import on
+from tolerance import assert_near
 
 from fastlm import InputError, backend, ops, reference
 from fastlm.quant import QuantizedWeight
 
-# (M, N, K): ragged in every direction; one, a few and many rows (dot form, panel form, two blocks
-# of rows)
-SHAPES = [(1, 20, 64), (3, 67, 507), (5, 64, 123), (9, 70, 252), (34, 33, 1), (2, 1, 1030)]
-# two blocks of k; enough rows for each thread to have its own
-SHAPES += [(40, 130, 600), (257, 5, 130), (14, 37, 1630), (300, 40, 1100)]
-GROUPS = [16, 32, 40, 128, 520, -1]
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+both_act_bits = pytest.mark.parametrize("act_bits", [16, 8])
+each_bits = pytest.mark.parametrize("bits", [4, 8])
+
+
+@pytest.fixture(autouse=True)
+def _device(request):
+    """Make new tensors on the kernel's device."""
+    device = request.getfixturevalue("kernel").device if "kernel" in request.fixturenames else "cpu"
+    with torch.device(device):
+        yield
 
 
 def weight(n, k, bits, group_size=128, symmetric=True, scale_dtype=torch.bfloat16):
     return ops.quantize_weight(
-        torch.randn(n, k),
-        bits,
-        group_size=group_size,
-        symmetric=symmetric,
-        scale_dtype=scale_dtype,
+        torch.randn(n, k), bits, group_size=group_size, symmetric=symmetric, scale_dtype=scale_dtype
     )
 
 
-def sum_floor(dtype, k):
-    """Half an ulp of the result. In float32 the order of k additions matters: a random walk of k
-    roundings.
-    """
-    return ULP[dtype] * (max(1.0, k**0.5 / 4) if dtype == torch.float32 else 1.0)
+def packed(codes, bits, group_size):
+    """A weight of these codes, with scales of 1."""
+    n, k = codes.shape
+    nibbles = (codes + 8).to(torch.uint8)
+    codes = codes.to(torch.int8) if bits == 8 else nibbles[:, 0::2] + 16 * nibbles[:, 1::2]
+    return QuantizedWeight(
+        codes, torch.ones(n, -(-k // group_size)), None, bits, group_size, (n, k)
+    )
 
 
-def check(x, q, bias, act_bits, what=""):
-    actual = ops.quantized_linear(x, q, bias, act_bits=act_bits)
-    w64, b64 = dequantized(q), None if bias is None else bias.double()
-    if act_bits == 16:
-        truth = F.linear(x.double(), w64, b64)
-        naive = F.linear(x, q.dequantize(x.dtype), None if bias is None else bias.to(x.dtype))
-        assert_near(actual, naive, truth, floor=sum_floor(x.dtype, x.shape[1]), what=what)
+def module_of(kernel):
+    from fastlm import cuda, kernels
+
+    return (kernels if kernel.language == "triton" else cuda).quantized_linear
+
+
+@pytest.fixture
+def started(kernel, monkeypatch):
+    """The names of the kernels that are launched, or of the extension's functions."""
+    names, module = [], module_of(kernel)
+    if kernel.language == "triton":
+        launch = module.launch
+        monkeypatch.setattr(
+            module, "launch", lambda k, *a, **o: (names.append(k.__name__), launch(k, *a, **o))
+        )
+        return names
+    extension = module.extension()
+
+    def noting(name):
+        return lambda *a: (names.append(name), getattr(extension, name)(*a))[1]
+
+    known = [n for n in dir(extension) if n.startswith(("quantized_linear", "dequantize"))]
+    recorder = SimpleNamespace(**{n: noting(n) for n in known})
+    monkeypatch.setattr(module, "extension", lambda: recorder)
+    return names
+
+
+@on("triton")
+@both_act_bits
+def test_triton_forms_by_rows(kernel, started, act_bits):
+    q, bias = weight(24, 1160, 4, 32, symmetric=False), torch.randn(24)
+    main = "_matrix" if act_bits == 16 else "_integers"
+    rounding = [] if act_bits == 16 else ["_round"]
+    for m, names in ((1, ["_vector"]), (4, ["_vector"]), (5, [main, "_add_parts"]), (66, [main])):
+        started.clear()
+        ops.quantized_linear(torch.randn(m, 1160).bfloat16(), q, bias, act_bits=act_bits)
+        assert started == rounding + names
+
+
+@on("cuda")
+@both_act_bits
+def test_cuda_forms_by_rows(kernel, started, act_bits):
+    bias = torch.randn(24)
+    vector, many = ["quantized_linear_vector"], ["dequantize"]
+    matrix = ["quantized_linear_stripe", "quantized_linear_matrix"]
+    for group_size, m, k, names in (
+        (32, 2, 96, vector),
+        (32, 3, 96, matrix if act_bits == 16 else vector),
+        (32, 5, 96, matrix),
+        (40, 5, 96, matrix if act_bits == 16 else vector),
+        (-1, 257, 40, many if act_bits == 16 else matrix),
+    ):
+        q = weight(24, k, 4, group_size, symmetric=False)
+        x = torch.randn(m, k).bfloat16()
+        started.clear()
+        ops.quantized_linear(x, q, bias, act_bits=act_bits)
+        rounding = [] if act_bits == 16 else ["quantized_linear_round"]
+        assert started == rounding + names, (group_size, m)
+    started.clear()
+    ops.quantized_linear(torch.randn(5, 96), weight(24, 96, 8), bias, act_bits=act_bits)
+    assert ("dequantize" in started) == (act_bits == 16)  # no instruction multiplies float32
+
+
+@on("triton", "cuda")
+@pytest.mark.parametrize("bias", [False, True])
+def test_many_rows_by_blocks(op, kernel, started, monkeypatch, dtype, bias):
+    """Also of Triton's backward, by blocks of columns."""
+    module = module_of(kernel)
+    monkeypatch.setattr(module, "FUSED_ROWS", 8)
+    monkeypatch.setattr(module, "_BLOCK_WEIGHTS", 3000)
+    for k, blocks in ((300, 4), (2100, 33)):  # 10 rows of W at a time, or 1
+        case = table.case(11, 33, k, group_size=40, bias=bias)
+        built = op.built(case, dtype, kernel.language, kernel.device)
+        started.clear()
+        check(built)
+        name = "_dequantize" if kernel.language == "triton" else "dequantize"
+        backward = 3 if k == 2100 else 1
+        assert started == [name] * (blocks + 1 + (backward if built.differentiable else 0))
+
+
+@on("cuda")
+@each_bits
+@pytest.mark.parametrize("m", [7, 15, 31, 63])
+@pytest.mark.parametrize("group_size", [32, 64, 128, 520, -1])
+def test_matrix_forms(op, kernel, m, bits, group_size):
+    """8, 16, 32 and 64 rows a block with every kind of group: one step, one tile, wider, none."""
+    for act_bits in (16, 8):
+        for dtype, symmetric in ((torch.bfloat16, True), (torch.float16, False)):
+            case = table.case(
+                m, 21, 544, bits=bits, act_bits=act_bits, group_size=group_size, symmetric=symmetric
+            )
+            check(op.built(case, dtype, kernel.language, kernel.device))
+
+
+# rows of x; a row of tiles of W (n columns of y, k columns), cut into stripes
+STRIPES = [
+    ((9, 20, 5120), (5, 4)),  # few blocks: 20 tiles in 4 parts
+    ((7, 40, 10208), (10, 2)),  # 2 x 20 tiles, the last one of each row is short
+    ((40, 300, 4608), (27, 3)),  # 3 x 36 tiles: 27 + 9, 18 + 18, 9 + 27
+    ((40, 700, 2304), (27, 2)),  # 6 x 18 tiles: more rows of tiles than blocks
+]
+
+
+@on("cuda")
+@pytest.mark.parametrize(("shape", "stripe"), STRIPES)
+def test_stripes(op, kernel, shape, stripe):
+    """Parts of y from several blocks, added with the bias. The emulator has 4 multiprocessors."""
+    stripe_of, (_, n, k) = module_of(kernel).extension().quantized_linear_stripe, shape
+    for act_bits in (16, 8):
+        case = table.case(*shape, act_bits=act_bits, group_size=128, symmetric=n != 300)
+        built = op.built(case, torch.bfloat16, "cuda", kernel.device)
+        x, qdata = built.leaves[:2]
+        assert stripe_of(x, qdata, 4, k, 4) == stripe and stripe_of(x, qdata, 4, k, 1)[1] == 1
+        check(built)
+
+
+@on("cuda")
+def test_stripes_of_any_length(kernel):
+    """Wherever it is cut, y is the same up to the order of its sums."""
+    kernels = module_of(kernel).extension()
+    q = weight(70, 1520, 8)
+    x, y = torch.randn(12, 1520).bfloat16(), torch.empty(12, 70)
+    of = (q.qdata, q.scales, None, None, 8, 128, 1520)
+    truth = x.double() @ dequantized(q).t()
+    for stripe in range(1, 8):  # 2 x 6 tiles
+        parts = torch.full((7, *y.shape), float("nan"))
+        y.fill_(float("nan"))
+        kernels.quantized_linear_matrix(x, None, None, *of, y, stripe, parts, 0)
+        assert_near(y, truth.float(), truth, floor=2**-20, what=f"{stripe}")
+
+
+@both_act_bits
+def test_another_layout_of_the_weight(kernel, act_bits):
+    q, x = weight(12, 64, 4, 16, symmetric=False), torch.randn(3, 64)
+    if kernel.language == "cpu":
+        apart = [t.t().contiguous().t() for t in (q.qdata, q.scales, q.zeros)]
+        apart = QuantizedWeight(*apart, 4, 16, (12, 64))
+        with pytest.raises(ValueError, match="qdata: wanted a contiguous tensor"):
+            ops.quantized_linear(x, apart, act_bits=act_bits)
         return
-    rounded, scale = reference.round_rows(x, q.group_size)
-    truth = F.linear(rounded.double() * scale.double(), w64, b64)
-    # exact integers per group; then, in float32, one product and one sum per group, and the
-    # rounding of the result
-    groups = q.scales.shape[1] + x.shape[1] // reference.RUN_MAX
-    terms = F.linear((rounded * scale).abs().double(), w64.abs()) + (
-        0 if bias is None else b64.abs()
-    )
-    if q.zeros is not None:
-        # q and the offset are summed separately and may cancel
-        magnitude = dequantized(q).abs().amax() + q.zeros.double().abs().amax() * 2
-        terms = terms + (rounded * scale).abs().double().sum(-1, keepdim=True) * magnitude
-    bound = terms * (groups + 4) * ULP[torch.float32] + truth.abs() * ULP[x.dtype]
-    bound += torch.finfo(x.dtype).tiny * ULP[x.dtype]  # subnormal results
-    assert ((actual.double() - truth).abs() <= bound).all(), what
+    y = ops.quantized_linear(x, q, act_bits=act_bits)
+    for name in ("qdata", "scales", "zeros"):
+        t = getattr(q, name)
+        setattr(q, name, torch.cat([t, t], 1)[:, : t.shape[1]])
+    assert torch.equal(ops.quantized_linear(x, q, act_bits=act_bits), y)
 
 
-@pytest.mark.parametrize("act_bits", [16, 8])
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_matches_float64(isa, dtype, bits, act_bits, symmetric):
-    scale_dtypes = itertools.cycle((torch.float32, torch.bfloat16, torch.float16))
-    for (m, n, k), group_size in itertools.product(SHAPES, GROUPS):
-        q = weight(n, k, bits, group_size, symmetric, next(scale_dtypes))
-        x = torch.randn(m, k).to(dtype)
-        bias = torch.randn(n).to(dtype) if m % 2 else None
-        check(x, q, bias, act_bits, f"{isa} {m, n, k} group {group_size}")
+def test_bias_of_float64(kernel):
+    q, bias, x = weight(5, 64, 8), torch.randn(5, dtype=torch.float64), torch.randn(2, 64)
+    assert torch.equal(ops.quantized_linear(x, q, bias), ops.quantized_linear(x, q, bias.float()))
 
 
-def test_int8_activations_are_near_the_unrounded_product(isa, dtype):
-    # Uniform rounding of Gaussian rows at absmax / 127: the absmax of 512 is near 3.1 sigma and the
-    # noise is step^2 / 12, so 10 log10(12 * 127^2 / 3.1^2) = 43 dB. 38 leaves room for the largest
-    # of the rows' maxima.
+def test_leading_dimensions(kernel, dtype):
+    q, x = weight(24, 48, 8, 16), torch.randn(2, 3, 48).to(dtype)
+    flat = ops.quantized_linear(x.view(6, 48), q)
+    assert torch.equal(ops.quantized_linear(x, q).view(6, 24), flat)
+    assert ops.quantized_linear(x, weight(0, 48, 4)).shape == (2, 3, 0)
+
+
+@on("cuda")
+def test_rows_between_16_bytes(kernel, dtype):
+    base = torch.randn(70, 320).to(dtype)
+    for x in (base[:8, 3:259], base[:8, 4:260], base[::9, :256], base[:1, 1:257], base[:0, :256]):
+        for act_bits in (8, 16):
+            q = weight(18, 256, 4)
+            found, expected = (
+                ops.quantized_linear(t, q, act_bits=act_bits) for t in (x, x.clone())
+            )
+            assert_like([expected], [found], "views")
+
+
+def test_int8_activations_are_near_the_unrounded_product(kernel, dtype):
+    """Uniform rounding of Gaussian rows at absmax / 127: the absmax of 512 is near 3.1 sigma and
+    the noise is step^2 / 12, so 10 log10(12 * 127^2 / 3.1^2) = 43 dB. 38 leaves room for the
+    largest of the rows' maxima.
+    """
     q = weight(64, 512, 4)
     x = torch.randn(40, 512).to(dtype)
     truth = F.linear(x.double(), dequantized(q))
@@ -93,201 +227,145 @@ def test_int8_activations_are_near_the_unrounded_product(isa, dtype):
     assert 10 * torch.log10(truth.square().sum() / noise.square().sum()) > 38
 
 
-def test_integer_part_is_exact(isa):
-    # scales are 1, integer runs of 32 have absmax 127: every product and sum is an integer below
-    # 2^24
-    for bits, m in itertools.product((4, 8), (1, 40)):
-        top = 7 if bits == 4 else 127
-        codes = torch.randint(-top - 1, top + 1, (33, 130))
-        stored = reference_pack(codes, bits)
-        q = QuantizedWeight(stored, torch.ones(33, 5), None, bits, 32, (33, 130))
-        x = torch.randint(-127, 128, (m, 130))
-        x[:, ::32] = 127
-        y = ops.quantized_linear(x.float(), q, act_bits=8)
-        # every scale is 127 / 127 = 1
-        assert torch.equal(y.double(), x.double() @ codes.t().double())
+@each_bits
+@pytest.mark.parametrize("m", [1, 40])
+def test_integer_part_is_exact(kernel, bits, m):
+    """Scales are 1, integer runs of 32 have absmax 127: every product and sum is an integer below
+    2^24.
+    """
+    top = 2 ** (bits - 1)
+    codes = torch.randint(-top, top, (33, 130))
+    x = torch.randint(-127, 128, (m, 130))
+    x[:, ::32] = 127
+    y = ops.quantized_linear(x.float(), packed(codes, bits, 32), act_bits=8)
+    # every scale is 127 / 127 = 1
+    assert torch.equal(y.double(), x.double() @ codes.t().double())
 
 
-def reference_pack(codes, bits):
-    if bits == 8:
-        return codes.to(torch.int8)
-    nibbles = (codes + 8).to(torch.uint8)
-    return nibbles[:, 0::2] + 16 * nibbles[:, 1::2]
-
-
-def test_extreme_codes(isa):
+@each_bits
+@both_act_bits
+@pytest.mark.parametrize("m", [1, 40])
+def test_extreme_codes(kernel, bits, act_bits, m):
     """-128 and the ends of int4 times 127, where saturating instructions would fail."""
-    for bits, sign in itertools.product((4, 8), (1, -1)):
-        codes = torch.full((17, 128), -8 if bits == 4 else -128)
-        q = QuantizedWeight(
-            reference_pack(codes, bits), torch.ones(17, 1), None, bits, 128, (17, 128)
-        )
-        for m in (1, 40):
-            x = torch.full((m, 128), 127.0 * sign)
-            for act_bits in (8, 16):
-                y = ops.quantized_linear(x, q, act_bits=act_bits)
-                assert torch.equal(y, x @ codes.t().float())
+    codes = torch.full((17, 128), -(2 ** (bits - 1)))
+    for sign in (1, -1):
+        x = torch.full((m, 128), 127.0 * sign)
+        y = ops.quantized_linear(x, packed(codes, bits, 128), act_bits=act_bits)
+        assert torch.equal(y, x @ codes.t().float())
 
 
-def test_an_outlier_costs_only_its_own_run(isa, dtype):
-    # with one scale per row the others would be 127 / 1000 of a step each, i.e. zero
-    for k, group_size, alone in ((256, 32, 32), (1536, -1, reference.RUN_MAX)):
-        q = weight(30, k, 8, group_size)
-        for m in (2, 40):
-            x = torch.rand(m, k).to(dtype) + 1
-            x[:, 0] = 1000
-            rest = QuantizedWeight(
-                q.qdata.clone().index_fill_(1, torch.arange(alone), 0),
-                *(q.scales, None, 8, q.group_size, (30, k)),
-            )
-            got = ops.quantized_linear(x, rest, act_bits=8).double()
-            truth = F.linear(x.double(), dequantized(rest))
-            noise = (got - truth).square().sum() / truth.square().sum()
-            assert noise < 1e-3, (m, k)
+@on("cpu", "cuda")
+@each_bits
+@pytest.mark.parametrize("m", [1, 4, 8])
+def test_every_code_is_exact(kernel, dtype, bits, m):
+    """Each code at each position: rows of a unit matrix."""
+    codes = torch.arange(-(2 ** (bits - 1)), 2 ** (bits - 1)).repeat(9)[: 64 * (bits // 4) * 4]
+    codes = torch.stack([codes.roll(i)[:64] for i in range(17)])
+    q = packed(codes, bits, 64)
+    for first in range(0, 64, max(m, 7)):  # every position in an octet, every lane and step
+        x = torch.eye(64)[first : first + m].to(dtype)
+        assert torch.equal(ops.quantized_linear(x, q), codes[:, first : first + m].t().to(dtype))
 
 
-def test_rows_of_zeros_and_nan(isa, dtype):
-    q = weight(20, 64, 4)
-    for m in (3, 30):
-        x = torch.randn(m, 64).to(dtype)
-        x[0] = 0
-        x[1, 5] = float("nan")
-        for act_bits in (8, 16):
-            y = ops.quantized_linear(x, q, act_bits=act_bits)
-            assert torch.equal(y[0], torch.zeros(20, dtype=dtype))
-            assert y[1].isnan().all()
-            assert y[2].isfinite().all()
+@pytest.mark.parametrize(("k", "group_size", "alone"), [(256, 32, 32), (1536, -1, 512)])
+@pytest.mark.parametrize("m", [2, 40])
+def test_an_outlier_costs_only_its_own_run(kernel, dtype, k, group_size, alone, m):
+    """With one scale per row the others would be 127 / 1000 of a step each, i.e. zero."""
+    q = weight(30, k, 8, group_size)
+    x = torch.rand(m, k).to(dtype) + 1
+    x[:, 0] = 1000
+    codes = q.qdata.clone().index_fill_(1, torch.arange(alone), 0)
+    rest = QuantizedWeight(codes, q.scales, None, 8, q.group_size, (30, k))
+    truth = F.linear(x.double(), dequantized(rest))
+    noise = ops.quantized_linear(x, rest, act_bits=8).double() - truth
+    assert noise.square().sum() / truth.square().sum() < 1e-3
 
 
-def test_strided_empty_and_leading_dimensions(isa, dtype):
-    q = weight(24, 48, 8, 16)
-    base = torch.randn(12, 96).to(dtype)
-    for x in (base[:, 8:56], base[::3, :48], torch.randn(48, 5).to(dtype).t()):
-        for act_bits in (8, 16):
-            assert torch.equal(
-                ops.quantized_linear(x, q, act_bits=act_bits),
-                ops.quantized_linear(x.contiguous(), q, act_bits=act_bits),
-            )
-    x = torch.randn(2, 3, 48).to(dtype)
-    assert torch.equal(
-        ops.quantized_linear(x, q).view(6, 24), ops.quantized_linear(x.view(6, 48), q)
-    )
-    assert ops.quantized_linear(torch.empty(0, 48, dtype=dtype), q).shape == (0, 24)
-    assert ops.quantized_linear(x, weight(0, 48, 4)).shape == (2, 3, 0)
+@both_act_bits
+@pytest.mark.parametrize("m", [4, 30])
+def test_rows_of_zeros_nan_and_infinity(kernel, dtype, act_bits, m):
+    x = torch.randn(m, 64).to(dtype)
+    x[0], x[1, 5], x[2, 7] = 0, float("nan"), float("inf")
+    y = ops.quantized_linear(x, weight(20, 64, 8), act_bits=act_bits)
+    assert (y[0] == 0).all() and y[1].isnan().all()
+    assert not y[2].isfinite().any() and y[3].isfinite().all()
 
 
-@pytest.mark.parametrize("m", [1, 6, 70, 300])
-def test_same_bits_on_repeat_and_on_one_and_two_threads(isa, dtype, m):
-    q = weight(301, 512, 4)
-    x, dy = torch.randn(m, 512).to(dtype), torch.randn(m, 301).to(dtype)
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for n in (1, 2, 2):
-            torch.set_num_threads(n)
-            leaf = x.clone().requires_grad_()
-            a, b = (ops.quantized_linear(leaf, q, act_bits=bits) for bits in (8, 16))
-            results.append((a.detach(), b.detach(), *torch.autograd.grad(b, leaf, dy)))
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+@on("triton")
+def test_triton_rounds_as_the_reference(kernel, dtype):
+    """Equal to the last bit, ties included: the bound of the products excludes other integers."""
+    for group_size, k in ((8, 100), (40, 123), (520, 1100), (-1, 1100)):
+        q = weight(1, k, 4, group_size)
+        x = rows_with_ties(k, dtype)
+        w = module_of(kernel)._Weight(q.qdata, q.scales, None, 4, q.group_size, k)
+        rounded, scale, _ = module_of(kernel)._rounded(x, w)
+        expected, wide_scale = reference.round_rows(x, q.group_size)
+        assert torch.equal(rounded.float(), expected)
+        group, run = torch.arange(k) // q.group_size, torch.arange(k) % q.group_size // 512
+        assert torch.equal(scale[:, group * w.runs_a_group + run], wide_scale)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_backward_matches_float64(isa, dtype, bits, symmetric):
-    for (m, n, k), group_size in itertools.product(SHAPES, (32, -1)):
-        q = weight(n, k, bits, group_size, symmetric)
-        x = torch.randn(m, k).to(dtype).requires_grad_()
-        bias = torch.randn(n).to(dtype).requires_grad_()
-        dy = torch.randn(m, n).to(dtype)
-        dx, db = torch.autograd.grad(ops.quantized_linear(x, q, bias), (x, bias), dy)
-        naive = dy @ q.dequantize(dtype)
-        truth = dy.double() @ dequantized(q)
+@on("cuda")
+@each_bits
+def test_cuda_rounds_as_the_reference(kernel, dtype, bits):
+    """As above; also the order of columns, and zeros behind the last one."""
+    for group_size, k in ((8, 104), (40, 123), (520, 1100), (-1, 1100)):
+        q = weight(1, k, bits, group_size)
+        x = rows_with_ties(k, dtype)
+        found = module_of(kernel).int8_rows(x, q.qdata, q.scales, bits, q.group_size)
+        expected = reference.int8_rows(x, bits, q.group_size)
+        assert [t.shape for t in found] == [t.shape for t in expected]
+        assert torch.equal(found[0], expected[0])
+        for a, b in zip(found[1:], expected[1:]):  # columns are padded
+            assert torch.equal(a[:, :5], b[:, :5])
+
+
+def rows_with_ties(k, dtype):
+    x = torch.randn(5, k).to(dtype)
+    x[2] = torch.arange(k) % 255 - 127.0  # absmax 127: halves would be ties
+    x[3] = x[2] / 2
+    x[3, ::8] = 127
+    return x
+
+
+@each_bits
+def test_dequantize_rounds_once(kernel, dtype, bits):
+    """Without offsets: one product."""
+    for k in (1504, 1501):
+        q = weight(3, k, bits)
+        assert torch.equal(q.dequantize(dtype), dequantized(q).to(dtype))
+    assert weight(0, 16, bits, 8).dequantize(dtype).shape == (0, 16)
+
+
+@on("cuda")
+@each_bits
+def test_rounds_weights_as_dequantize_does(kernel, bits):
+    """With offsets an instruction's operand is w in x's dtype; x with one column shows it."""
+    for dtype in FLOATS[1:]:
+        q = weight(40, 64, bits, 16, symmetric=False, scale_dtype=torch.float32)
+        x = torch.eye(64)[:6].to(dtype)
         assert_near(
-            dx, naive, truth, factor=3, floor=sum_floor(dtype, n), what=f"dx {isa} {m, n, k}"
+            ops.quantized_linear(x, q),
+            q.dequantize(dtype)[:, :6].t(),
+            dequantized(q)[:, :6].t(),
+            factor=1,
+            floor=2**-16,
         )
-        assert_near(db, dy.sum(0), dy.double().sum(0), factor=3, what="db")
 
 
-@pytest.mark.parametrize("k", [8192, 13500])  # without a workspace, and with one for most formats
-def test_one_long_row(isa, dtype, k):
-    for bits, act_bits in itertools.product((4, 8), (8, 16)):
-        x = torch.randn(1, k).to(dtype)
-        check(x, weight(3, k, bits, 8, symmetric=False), None, act_bits)
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    m=st.integers(0, 40),
-    n=st.integers(1, 80),
-    k=st.integers(1, 300),
-    bits=st.sampled_from([4, 8]),
-    act_bits=st.sampled_from([8, 16]),
-    group_size=st.sampled_from([8, 16, 24, 64, 128, -1]),
-    symmetric=st.booleans(),
-)
-def test_any_shape_agrees_with_reference(m, n, k, bits, act_bits, group_size, symmetric):
-    q = weight(n, k, bits, group_size, symmetric)
-    x = torch.randn(m, k)
-    mine = ops.quantized_linear(x, q, act_bits=act_bits)
-    with backend.use_backend("reference"):
-        theirs = ops.quantized_linear(x, q, act_bits=act_bits)
-    # float32 sums of k terms with a size of about 3
-    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=2e-5 * k**0.5)
-
-
-def test_dequantize_on_every_isa(isa, dtype):
-    for bits, symmetric in itertools.product((4, 8), (True, False)):
-        q = weight(13, 517, bits, 40, symmetric, torch.float32)
-        with backend.use_backend("reference"):
-            expected = q.dequantize(dtype)
-        # a fused multiply-add rounds once where the reference rounds twice
-        torch.testing.assert_close(q.dequantize(dtype), expected, rtol=2 * ULP[dtype], atol=1e-6)
-
-
-@pytest.mark.parametrize("act_bits", [8, 16])
-def test_opcheck(act_bits):
-    q = weight(12, 40, 4, 16, symmetric=act_bits == 8)
-    bias = torch.randn(12, requires_grad=True)
-    for shape in ((5, 40), (2, 3, 40)):
-        torch.library.opcheck(
-            torch.ops.fastlm.quantized_linear.default,
-            (
-                torch.randn(shape, requires_grad=True),
-                *(q.qdata, q.scales, q.zeros, bias, 4, 16, act_bits),
-            ),
-        )
-    for dy in (torch.randn(5, 12), torch.randn(2, 3, 12)):
-        torch.library.opcheck(
-            torch.ops.fastlm.quantized_linear_backward.default,
-            (dy, q.qdata, q.scales, q.zeros, 4, 16, 40),
-        )
+def test_opcheck_of_int8_activations_and_of_batches():
+    q, bias = weight(12, 40, 4, 16), torch.randn(12, requires_grad=True)
+    codes = q.qdata, q.scales, q.zeros
+    x = torch.randn(2, 3, 40, requires_grad=True)
+    torch.library.opcheck(torch.ops.fastlm.quantized_linear, (x, *codes, bias, 4, 16, 8))
     torch.library.opcheck(
-        torch.ops.fastlm.dequantize.default,
-        (q.qdata, q.scales, q.zeros, 4, 16, 40, torch.bfloat16),
+        torch.ops.fastlm.quantized_linear_backward, (torch.randn(2, 3, 12), *codes, 4, 16, 40)
     )
-
-
-def test_gradcheck_of_the_reference():
-    q = weight(6, 16, 8, 8, symmetric=False)
-    x = torch.randn(3, 16, dtype=torch.float64, requires_grad=True)
-    bias = torch.randn(6, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x, b: ops.quantized_linear(x, q, b), (x, bias))
-
-
-def test_compiles_without_break_or_recompile():
-    q = weight(32, 64, 4)
-    assert_compiles_once(
-        lambda x: ops.quantized_linear(x, q) * 2,
-        [(torch.randn(m, 64, requires_grad=True),) for m in (4, 9, 17)],
-    )
+    torch.library.opcheck(torch.ops.fastlm.dequantize, (*codes, 4, 16, 40, torch.bfloat16))
 
 
 def test_refusals():
-    q = weight(6, 16, 8, 8)
-    x = torch.randn(2, 16)
+    q, x = weight(6, 16, 8, 8), torch.randn(2, 16)
     with pytest.raises(InputError, match=r"x: wanted shape \(..., 16\) .*got \(2, 17\)"):
         ops.quantized_linear(torch.randn(2, 17), q)
     with pytest.raises(InputError, match=r"x: wanted a float dtype, got torch\.int64"):
@@ -304,3 +382,36 @@ def test_refusals():
         backend.cpu_extension.quantized_linear(torch.randn(40, 16), *args, torch.empty(40, 6), None)
     with pytest.raises(InputError, match="qweight: wanted a QuantizedWeight, got Tensor"):
         ops.quantized_linear(x, torch.randn(6, 16))
+
+
+@on("cuda")
+def test_the_extension_refuses(kernel):
+    q = weight(6, 64, 8, 8)
+    kernels, y = module_of(kernel).extension(), torch.empty(2, 6)
+    of = (q.qdata, q.scales, None, None)
+    with pytest.raises(ValueError, match="y: wanted columns 6, got 5"):
+        kernels.quantized_linear_vector(
+            torch.randn(2, 64), None, *of, 8, 8, 64, torch.empty(2, 5), 0
+        )
+    with pytest.raises(ValueError, match="scales: wanted columns 4, got 8"):
+        kernels.quantized_linear_vector(torch.randn(2, 64), None, *of, 8, 16, 64, y, 0)
+    with pytest.raises(ValueError, match="bits: wanted 4 or 8, got 3"):
+        kernels.quantized_linear_vector(torch.randn(2, 64), None, *of, 3, 8, 64, y, 0)
+    with pytest.raises(ValueError, match="qdata: wanted dtype uint8, got int8"):
+        kernels.dequantize(
+            q.qdata[:, :32].contiguous(), q.scales, None, 4, 8, y.new_empty(6, 64), 0
+        )
+    with pytest.raises(
+        ValueError, match="zeros: wanted the dtype of scales, bfloat16, got float32"
+    ):
+        kernels.dequantize(q.qdata, q.scales, q.scales.float(), 8, 8, y.new_empty(6, 64), 0)
+    x, scale = torch.zeros(2, 64, dtype=torch.int8), torch.ones(8, 64)
+    x64 = torch.randn(2, 64).bfloat16()
+    with pytest.raises(ValueError, match="stripe: wanted at least 1, got 0"):
+        kernels.quantized_linear_matrix(x64, None, None, *of, 8, 8, 64, y, 0, None, 0)
+    wide = weight(6, 1024, 8)
+    args = (torch.randn(2, 1024).bfloat16(), None, None, wide.qdata, wide.scales, None, None)
+    with pytest.raises(ValueError, match="parts: wanted matrices 2, got 0"):
+        kernels.quantized_linear_matrix(*args, 8, 128, 1024, y, 1, None, 0)
+    with pytest.raises(ValueError, match="group_size: wanted a multiple of 32, got 8"):
+        kernels.quantized_linear_matrix(x, scale, scale, *of, 8, 8, 64, y, 1, None, 0)

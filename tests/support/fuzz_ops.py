@@ -10,15 +10,12 @@ import test_linear_cross_entropy
 import test_linear_distillation
 import test_linear_logprobs
 import test_paged_attention
-import test_quantized_linear
 import torch
 from cases import OPS as TABLES
 from cases import losses
 from cases.base import DTYPES, Built, Case, Op, given, size, some
-from exact import dequantized
 from fuzz_cases import hold, kernels
 from poison import guarded_memory
-from tolerance import assert_near
 
 from fastlm import _cpu, backend, ops
 from fastlm.cpu import linear as cpu_linear
@@ -236,66 +233,6 @@ def build_linear_distillation(case: Case, dtype: torch.dtype) -> Built:
 # ---- matrix products
 
 
-def draw_quantized_linear(r: Random, isa: str) -> Case:
-    work = 2e5 if isa == "simt" else 2e6 if isa in SLOW else 2e7
-    while True:
-        m, n, k = r.choice([0, 1, 1, 2, 5, size(r, 600)]), size(r, 700, 1), size(r, 3000, 1)
-        if m * n * k <= work:
-            break
-    return {
-        "shape": [m, n, k],
-        "bits": r.choice([4, 8]),
-        "act_bits": r.choice([8, 16]),
-        "group_size": r.choice([8, 16, 24, 32, 64, 128, 128, 256, -1]),
-        "symmetric": r.random() < 0.6,
-        "scale_dtype": r.choice(list(DTYPES)),
-        "bias": r.random() < 0.5,
-    }
-
-
-def build_quantized_linear(case: Case, dtype: torch.dtype) -> Built:
-    m, n, k = case["shape"]
-    q = test_quantized_linear.weight(
-        n, k, case["bits"], case["group_size"], case["symmetric"], DTYPES[case["scale_dtype"]]
-    )
-    x, dy = torch.randn(m, k).to(dtype), torch.randn(m, n).to(dtype)
-    bias = torch.randn(n).to(dtype) if case["bias"] else None
-    on_gpu = case.get("isa") == "simt"  # which has no backward
-
-    def function(x, bias=None):
-        bias = None if bias is None else bias.detach()  # its gradient is a sum of torch's
-        y = ops.quantized_linear(x, q, bias, act_bits=case["act_bits"])
-        return y, q.dequantize(dtype)
-
-    def check():
-        if case["act_bits"] == 8:
-            test_quantized_linear.check(x, q, bias, 8)
-        else:
-            y = ops.quantized_linear(x, q, bias)
-            near_product(y, x, dequantized(q).T, bias, 2)
-        if on_gpu:
-            return
-        leaf = x.clone().requires_grad_()
-        (dx,) = torch.autograd.grad(ops.quantized_linear(leaf, q), leaf, dy)
-        near_product(dx, dy, dequantized(q), None, 3)
-
-    def near_product(got, a, b, bias, factor):
-        """Compare as test_quantized_linear.check does. Sums of few outputs may all be small, so the
-        floor scales with their terms. The worst of 100,000 cases deviates twice as far as the worst
-        of a test."""
-        truth, plain = a.double() @ b, a @ b.to(a.dtype)
-        if bias is not None:
-            truth, plain = truth + bias.double(), plain + bias
-        apart = 0.0 if q.zeros is None else 2 * q.zeros.double().abs().max()  # q and offset
-        terms = (a.double().square() @ (b.abs() + apart).square()).sqrt()
-        ratio = (terms.max() / truth.abs().max()).item() if truth.numel() else 0.0
-        floor = 2 * test_quantized_linear.sum_floor(dtype, len(b)) * max(1.0, ratio)
-        assert_near(got, plain, truth, factor=factor, floor=floor, what="product")
-
-    leaves = [x, *([] if bias is None else [bias])]
-    return Built(function, leaves, check=check, differentiable=not on_gpu, any_strides=not on_gpu)
-
-
 def draw_matmul(r: Random, isa: str) -> Case:
     work = 2e6 if isa in SLOW else 3e7
     while True:
@@ -369,13 +306,11 @@ OPS = TABLES | {
     "linear_distillation": Op(build_linear_distillation, draw_linear_distillation, CPU),
     "matmul": Op(build_matmul, draw_matmul, CPU),
     "paged_attention": Op(build_paged, draw_paged, BOTH),
-    "quantized_linear": Op(build_quantized_linear, draw_quantized_linear, BOTH),
 }
 
 
 # Cases with enough work for several threads, of the ops that have no table yet; `op name`.
 LOSS = {"ignored": 0.3, "ignore_index": -100, "weight": False, "spread": 1.0}
-QUANTIZED = {"group_size": 64, "symmetric": False, "scale_dtype": "bfloat16", "bias": True}
 SPLIT: dict[str, Case] = {
     "paged_attention": {
         "lengths": [700, 3, 1500], "page_size": 16, "queries": 1, "heads": [8, 2],
@@ -414,14 +349,6 @@ SPLIT: dict[str, Case] = {
         "options": {"kind": "jsd", "student_softcap": 2.0},
     },
     "matmul": {"shape": [403, 301, 130]},
-    **{
-        f"quantized_linear w{bits}a{act} {m}": {
-            "shape": [m, 517, 648], "bits": bits, "act_bits": act, **QUANTIZED,
-        }
-        for bits in (4, 8)
-        for act in (8, 16)
-        for m in (1, 5, 150)
-    },
 }  # fmt: skip
 
 
