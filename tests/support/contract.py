@@ -109,7 +109,7 @@ def test_opcheck(op):
 
 def differentiable(built: Built) -> tuple[torch.Tensor, ...]:
     for i, t in enumerate(built.leaves):
-        t.requires_grad_(gets_gradient(t, i, built.constant))
+        t.requires_grad_(built.differentiable and gets_gradient(t, i, built.constant))
     return tuple(built.leaves)
 
 

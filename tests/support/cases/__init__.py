@@ -2,12 +2,13 @@
 and the fuzz runs draw from it.
 """
 
-from cases import attention, cross_entropy, glu, rms_norm, rope, varlen_attention
+from cases import attention, cross_entropy, glu, paged_attention, rms_norm, rope, varlen_attention
 
 OPS = {
     "attention": attention.OP,
     "cross_entropy": cross_entropy.OP,
     "glu": glu.OP,
+    "paged_attention": paged_attention.OP,
     "rms_norm": rms_norm.OP,
     "rope": rope.OP,
     "varlen_attention": varlen_attention.OP,
