@@ -1,159 +1,103 @@
-"""paged_attention: pages in any order equal the dense op on the gathered keys; int8; refusals."""
+"""paged_attention: what its table of cases (cases/paged_attention.py) does not say."""
+
+import importlib
 
 import pytest
 import torch
-from attention_cases import lse_size
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tolerance import ULP, assert_near
+from cases.attention import assert_reference, far_apart
+from cases.base import check
+from cases.paged_attention import OPTIONS, case, pages
+from contract import *  # noqa: F403
+from on_kernels import on
+from torch.nn.functional import pad
 
 from fastlm import InputError, backend, ops
+from fastlm.cuda import constants, stream
+from fastlm.cuda import paged_attention as host
+
+del test_gradcheck_of_the_reference  # noqa: F821  it has no backward
 
 
-def cache(lengths, page_size, hkv, d, dv, dtype):
-    """k, v pages in shuffled order with NaN in unused slots; garbage past a sequence's pages."""
-    counts = [(n + page_size - 1) // page_size for n in lengths]
-    pages = sum(counts) + 2
-    k = torch.randn(pages, page_size, hkv, d)
-    v = torch.randn(pages, page_size, hkv, dv)
-    if dtype == torch.int8:
-        k, v = ((40 * t).clamp(-127, 127).round().to(dtype) for t in (k, v))
-    else:
-        k, v = k.to(dtype), v.to(dtype)
-    order = torch.randperm(pages)
-    table = torch.full((len(lengths), max([*counts, 1])), 2**31 - 1, dtype=torch.int32)
-    for b, n in enumerate(counts):
-        table[b, :n], order = order[:n].int(), order[n:]
-        if dtype != torch.int8 and lengths[b] % page_size:
-            k[table[b, n - 1], lengths[b] % page_size :] = float("nan")
-            v[table[b, n - 1], lengths[b] % page_size :] = float("nan")
-    return k, v, table, torch.tensor(lengths, dtype=torch.int32)
+def move(kernel, tensors):
+    return [t.to(kernel.device) for t in tensors]
 
 
-def assert_paged_near(q, k, v, table, lens, what, **options):
-    def call(q, cast=lambda t: t):
-        return ops.paged_attention(q, cast(k), cast(v), table, lens, return_lse=True, **options)
-
-    mine = call(q)
-    with backend.use_backend("reference"):
-        plain = call(q)
-        wide = (lambda t: t) if k.dtype == torch.int8 else torch.Tensor.double
-        truth = call(q.double(), wide)
-        terms = ops.paged_attention(q.double(), wide(k), wide(v).abs(), table, lens, **options)
-    for name, a, p, t in zip(("out", "lse"), mine, plain, truth):
-        seen = torch.isfinite(t)
-        assert torch.equal(torch.isfinite(a), seen), f"{what} {name}"
-        ulp = (
-            ULP[torch.float32] * 8
-            if name == "lse" or q.dtype == torch.float32
-            else 2 * ULP[q.dtype]
-        )
-        if name == "lse" and seen.any():
-            size = lse_size(t[seen], lens.max().item())
-            ulp = max(ulp, 4 * ULP[torch.float32] * size / max(t[seen].abs().max().item(), 1e-30))
-        elif q.dtype == torch.float32 and seen.any():  # a mean of values of either sign may vanish
-            size = terms.abs().max().item() / max(t[seen].abs().max().item(), 1e-30)
-            ulp = max(ulp, 4 * ULP[torch.float32] * size)
-        assert_near(a[seen], p[seen], t[seen], floor=ulp, what=f"{what} {name}")
+def test_the_reference_is_the_formula(op):
+    assert_reference(op)
 
 
-OPTIONS = {
-    "causal": {"causal": True},
-    "window sinks": {"causal": True, "window": 30, "sinks": torch.tensor([0.3, -1.0, 2.0, 0.0])},
-    "softcap alibi bias": {
-        "softcap": 3.0, "alibi_slopes": torch.tensor([0.1, 0.2, 0.3, 0.4]),
-        "bias": torch.linspace(-1, 1, 700),
-    },
-}  # fmt: skip
+def test_nan_is_not_hidden(kernel):
+    k, v, table, lens = move(kernel, pages([60], 16, 1, 16, 16, torch.bfloat16))
+    for queries in (1, 4):
+        q = torch.randn(1, queries, 2, 16).bfloat16().to(kernel.device)
+        q[0, 0, 0] = torch.nan
+        out = ops.paged_attention(q, k, v, table, lens)
+        assert out[0, 0, 0].isnan().all() and not out[0, 0, 1].isnan().any()
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("queries", [1, 3, 20])
-@pytest.mark.parametrize("page_size", [1, 7, 16, 256])
-def test_matches_float64(isa, dtype, page_size, queries, options):
-    q = torch.randn(3, queries, 4, 40).to(dtype)
-    assert_paged_near(q, *cache([53, 0, 700], page_size, 2, 40, 24, dtype), what=isa, **options)
+@pytest.mark.parametrize("queries", [1, 4])
+def test_aligned_strides_do_not_matter(kernel, dtype, queries):
+    """Keys and values interleaved in one allocation, a table that is a view, a projected q."""
+    k, v = torch.randn(6, 8, 2, 2, 32).to(kernel.device, dtype).unbind(2)
+    table = torch.tensor([[3, 9, 1, 9, 5]], dtype=torch.int32).to(kernel.device)[:, ::2]
+    lens = torch.tensor([20], dtype=torch.int32).to(kernel.device)
+    q = torch.randn(1, 4, queries, 64).to(kernel.device, dtype).transpose(1, 2)[..., 16:48]
+    wanted = ops.paged_attention(*(t.contiguous() for t in (q, k, v, table)), lens)
+    assert torch.equal(ops.paged_attention(q, k, v, table, lens), wanted)
 
 
+@on("triton", "cuda")
+@pytest.mark.parametrize("queries", [1, 4])
+def test_lengths_and_pages_out_of_bounds_stay_inside(kernel, queries):
+    """The CPU refuses these; a GPU sees them too late, and reads nothing outside the tensors."""
+    k, v, table, lens = move(kernel, pages([9, 20], 4, 2, 16, 16, torch.bfloat16))
+    q = torch.randn(2, queries, 4, 16).to(kernel.device).bfloat16()
+    good = ops.paged_attention(q, k, v, table, lens)
+    table[1, 2], lens[1] = 2**31 - 1, 2**20
+    assert torch.equal(ops.paged_attention(q, k, v, table, lens)[0], good[0])
+    whole = ops.paged_attention(q, k, v, table, lens)
+    lens = lens + torch.tensor([0, 2**32], device=lens.device)
+    assert torch.equal(ops.paged_attention(q, k, v, table, lens), whole)
+
+
+@on("triton", "cuda")
+def test_no_pages(kernel):
+    """The table has pages that the cache does not have: there is nothing to read."""
+    cache = torch.zeros(0, 4, 2, 16).to(kernel.device)
+    table = torch.zeros(2, 3, dtype=torch.int32).to(kernel.device)
+    lens = torch.tensor([5, 9] if kernel.language == "triton" else [0, 0]).to(kernel.device)
+    q = torch.randn(2, 1, 4, 16).to(kernel.device)
+    out, lse = ops.paged_attention(q, cache, cache, table, lens, return_lse=True)
+    assert out.eq(0).all() and lse.eq(-torch.inf).all()
+
+
+@on("triton")
+@pytest.mark.parametrize("name", OPTIONS)
+def test_keys_that_programs_share(op, kernel, name, monkeypatch):
+    """Four programs per sequence whatever its length, so some of them have no keys."""
+    from fastlm.kernels import attention_forward as module
+
+    monkeypatch.setattr(module, "_splits", lambda *_: 4)
+    row = case([300, 1, 0, 40], 16, widths=(16, 24), **OPTIONS[name])
+    check(op.built(row, torch.float32, "triton", kernel.device))
+
+
+@on("triton")
+def test_pages_past_two_to_the_31_elements(kernel):
+    if kernel.device != "cpu":
+        pytest.skip("takes memory that is not touched")
+    k, v = (far_apart((3, 4, 2, 16), 2**30 + 16, torch.int8) for _ in range(2))
+    table, lens = torch.tensor([[2, 0, 1]], dtype=torch.int32), torch.tensor([11]).int()
+    q, scales = torch.randn(1, 1, 4, 16), {"k_scale": 0.02, "v_scale": 0.03}
+    expected = ops.paged_attention(q, k.contiguous(), v.contiguous(), table, lens, **scales)
+    assert torch.equal(ops.paged_attention(q, k, v, table, lens, **scales), expected)
+
+
+@on("cpu")
 @pytest.mark.parametrize("queries", [1, 20])
-@pytest.mark.parametrize("scales", [(0.02, 0.03), (torch.tensor([0.02, 0.01]), torch.tensor(0.03))])
-def test_int8_cache(isa, dtype, queries, scales):
-    q = torch.randn(2, queries, 4, 64).to(dtype)
-    assert_paged_near(
-        q, *cache([90, 333], 16, 2, 64, 64, torch.int8), what=isa, causal=True,
-        k_scale=scales[0], v_scale=scales[1],
-    )  # fmt: skip
-
-
-def test_is_attention_of_the_gathered_keys(dtype):
-    lengths = [19, 600]
-    k, v, table, lens = cache(lengths, 8, 2, 32, 32, dtype)
-    for queries in (1, 9):
-        q = torch.randn(2, queries, 4, 32).to(dtype)
-        out = ops.paged_attention(q, k, v, table, lens, causal=True)
-        for b, n in enumerate(lengths):
-            rows = table[b, : (n + 7) // 8].long()
-            keys, values = (
-                t[rows].flatten(0, 1)[:n].transpose(0, 1)[None].contiguous() for t in (k, v)
-            )
-            dense = ops.attention(q[b : b + 1].transpose(1, 2), keys, values, causal=True)
-            torch.testing.assert_close(
-                out[b], dense[0].transpose(0, 1), rtol=0, atol=4 * ULP[dtype]
-            )  # runs of keys end at page ends, so sums are in another order
-
-
-@settings(max_examples=50, deadline=None)
-@given(
-    lengths=st.lists(st.integers(0, 300), min_size=1, max_size=4),
-    page_size=st.integers(1, 40),
-    queries=st.integers(0, 12),
-    heads=st.sampled_from([(1, 1), (6, 2), (9, 3), (10, 1)]),
-    int8=st.booleans(),
-    causal=st.booleans(),
-    window=st.none() | st.integers(1, 100),
-)
-def test_any_shape_agrees_with_reference(lengths, page_size, queries, heads, int8, causal, window):
-    h, hkv = heads
-    q = torch.randn(len(lengths), queries, h, 20)
-    scales = {"k_scale": 0.02, "v_scale": 0.02} if int8 else {}
-    dtype = torch.int8 if int8 else torch.float32
-    assert_paged_near(
-        q, *cache(lengths, page_size, hkv, 20, 12, dtype), what="any", causal=causal, window=window,
-        **scales,
-    )  # fmt: skip
-
-
-def test_repeat_and_threads(isa, dtype):
-    parts = cache([700, 3], 16, 2, 32, 32, dtype)
-    threads = torch.get_num_threads()
-    try:
-        for queries in (1, 30):
-            q = torch.randn(2, queries, 4, 32).to(dtype)
-            results = []
-            for n in (2, 2, 1):
-                torch.set_num_threads(n)
-                results.append(ops.paged_attention(q, *parts, causal=True))
-            assert all(torch.equal(results[0], r) for r in results[1:])
-    finally:
-        torch.set_num_threads(threads)
-
-
-def test_strided_cache(isa):
-    """Keys and values interleaved in one allocation, a table that is a view."""
-    both = torch.randn(6, 8, 2, 2, 32)
-    k, v = both.unbind(2)
-    table = torch.tensor([[3, 9, 1, 9, 5]], dtype=torch.int32)[:, ::2]
-    lens = torch.tensor([20], dtype=torch.int32)
-    for queries in (1, 10):
-        q = torch.randn(1, queries, 4, 32)
-        expected = ops.paged_attention(q, k.contiguous(), v.contiguous(), table.contiguous(), lens)
-        assert torch.equal(ops.paged_attention(q, k, v, table, lens), expected)
-
-
-@pytest.mark.parametrize("queries", [1, 20])
-def test_table_much_wider_than_the_sequences(isa, queries, monkeypatch):
+def test_table_much_wider_than_the_sequences(kernel, queries, monkeypatch):
     """A server's table has room for the longest context in each row. Memory follows the lengths."""
-    k, v, table, lens = cache([600, 3, 0, 9], 16, 2, 32, 32, torch.float32)
+    k, v, table, lens = pages([600, 3, 0, 9], 16, 2, 32, 32, torch.float32)
     q = torch.randn(4, queries, 4, 32)
     expected = ops.paged_attention(q, k, v, table, lens)
     wide = torch.full((4, 1 << 16), 2**31 - 1, dtype=torch.int32)
@@ -174,24 +118,229 @@ def test_table_much_wider_than_the_sequences(isa, queries, monkeypatch):
     assert max(sizes) <= 2 * (612 + 4 * 32) * 64 + torch.get_num_threads() * (1 << 16)
 
 
-def test_opcheck_and_compile():
-    k, v, table, lens = cache([9, 20], 4, 2, 16, 16, torch.float32)
-    q = torch.randn(2, 3, 4, 16)
-    torch.library.opcheck(
-        torch.ops.fastlm.paged_attention.default,
-        (q, k, v, table, lens, None, None, None, None, None, True, 0.3, 0, 0.0, 0.0),
+# ---- CUDA
+
+
+@on("cuda")
+def test_serves_its_rows(op, kernel, dtype):
+    """A row that it did not serve would compare the definition with itself."""
+    for name, row in op.rows.items():
+        if "cuda" in row.on:
+            built = op.built(row.case, dtype, "cuda", kernel.device)
+            assert host.SERVES.holds(*built.leaves[:3]), name
+
+
+@on("cuda")
+@pytest.mark.parametrize("heads", [1, 3])
+def test_every_int8_is_widened_exactly(kernel, dtype, heads):
+    """Sequence b has b + 1 keys, and the last one has all the weight: its score is 16 more than
+    that of its predecessor. q selects the column that is the score."""
+    device = kernel.device
+    k = torch.arange(-128, 128).to(torch.int8).reshape(1, 16, 1, 16).to(device)
+    lens = torch.arange(1, 17, dtype=torch.int32, device=device)
+    table = torch.zeros(16, 1, dtype=torch.int32, device=device)
+    values = k[0, :, 0].float()
+    for column in (0, 1, 2, 3, 6, 12):  # each kind of position in a fragment
+        q = torch.zeros(16, 1, heads, 16, dtype=dtype, device=device)
+        q[..., column] = 1
+        out, lse = ops.paged_attention(
+            q, k, k, table, lens, k_scale=1.0, v_scale=1.0, scale=1.0, return_lse=True
+        )
+        torch.testing.assert_close(out[:, 0], values[:, None].to(dtype).expand(16, heads, 16))
+        wanted = values[:, None, column].expand(16, heads)
+        torch.testing.assert_close(lse[:, :, 0], wanted, rtol=1e-6, atol=1e-5)
+
+
+@on("cuda")
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("blocks", [2, 6, 40])
+def test_any_division_of_the_keys(op, kernel, monkeypatch, blocks, queries, name):
+    """Blocks with a part of a unit, several units or none; units with many blocks."""
+    monkeypatch.setattr(constants(), "PAGED_MIN_TILES", 1)
+    monkeypatch.setattr(host, "multiprocessors", lambda _: blocks // 2)
+    dtype = torch.float32 if queries == 1 else torch.float16
+    row = case([300, 1, 0, 40, 200], 16, queries, widths=(16, 24), **OPTIONS[name])
+    check(op.built(row, dtype, "cuda", kernel.device))
+
+
+@on("cuda")
+def test_row_groups_of_several_key_heads(op, kernel, monkeypatch):
+    """More rows than fit in a block, from two key heads, in pieces."""
+    monkeypatch.setattr(constants(), "PAGED_MIN_TILES", 1)
+    row = case([150, 70], 16, heads=(260, 2), widths=(16, 16), sinks=True)
+    check(op.built(row, torch.float16, "cuda", kernel.device))
+
+
+@on("cuda")
+@pytest.mark.parametrize("queries", [1, 4])
+def test_a_tile_with_room_does_not_show_the_start_of_the_cache(kernel, dtype, queries):
+    """The start of the cache may hold anything, such as NaN of another sequence."""
+    k, v, table, lens = move(kernel, pages([70, 5], 16, 1, 24, 24, dtype))
+    q = torch.randn(2, queries, 2, 24, device=kernel.device).to(dtype)
+    expected = ops.paged_attention(q, k, v, table, lens)
+    k, v = (torch.cat([torch.full_like(t[:1], torch.nan), t]) for t in (k, v))
+    assert torch.equal(ops.paged_attention(q, k, v, table + 1, lens), expected)
+
+
+@on("cuda")
+@pytest.mark.parametrize("group", [1, 4])
+def test_lengths_near_31_bits(kernel, group):
+    """All pages are the same one, so a short sequence ending in the same slot gives the result."""
+    k, v, *_ = move(kernel, pages([1024], 1024, 1, 8, 8, torch.float16))
+    table = torch.zeros(1, 2**21, dtype=torch.int32, device=kernel.device)
+    q = torch.randn(1, 1, group, 8, device=kernel.device).half()
+    long, short = (
+        ops.paged_attention(q, k, v, table[:, : n // 1024 + 1], lens, window=30)
+        for n in (2**31 - 3000, 1024 + (2**31 - 3000) % 1024)
+        for lens in [torch.tensor([n], dtype=torch.int32, device=kernel.device)]
     )
-    compiled = torch.compile(
-        lambda q: ops.paged_attention(q, k, v, table, lens, causal=True), fullgraph=True,
-        backend="aot_eager"
-    )  # fmt: skip
-    torch.testing.assert_close(compiled(q), ops.paged_attention(q, k, v, table, lens, causal=True))
+    assert torch.equal(long, short)
+    lens = torch.tensor([2**31 - 1], dtype=torch.int32, device=kernel.device)  # clamped below it
+    assert ops.paged_attention(q, k, v, table, lens, window=30).isfinite().all()
+
+
+@on("cuda")
+@pytest.mark.parametrize("d, dv", [(24, 32), (32, 24)])
+def test_int8_rows_of_half_a_copy(op, kernel, d, dv):
+    """Rows are aligned to 16 bytes. Of the last row's last 16 bytes only 8 belong to the tensor."""
+    row = case([16], 16, heads=(4, 1), widths=(d, dv), int8="number")
+    built = op.built(row, torch.float16, "cuda", kernel.device)
+    for i in (1, 2):
+        n = built.leaves[i].shape[-1]
+        built.leaves[i] = pad(built.leaves[i], (0, 32 - n), value=7)[..., :n]
+    assert host.SERVES.holds(*built.leaves[:3])
+    check(built)
+
+
+@on("cuda")
+@pytest.mark.parametrize("heads", [1, 4])
+def test_offsets_beyond_32_bits(kernel, heads):
+    """Pages are 2^30 elements apart: an index multiplied in 32 bits would read elsewhere."""
+    storage = torch.UntypedStorage(2**31 + 2**13, device=kernel.device)  # mapped only where used
+    base = torch.tensor([], dtype=torch.int8, device=kernel.device).set_(storage)
+    k, v = (t.as_strided((3, 64, 1, 16), (2**30, 16, 16, 1)) for t in (base, base[1024:]))
+    for t in (k, v):
+        t.copy_(torch.randint(-127, 128, t.shape))
+    table = torch.tensor([[2, 1]], dtype=torch.int32, device=kernel.device)
+    lens = torch.tensor([100], dtype=torch.int32, device=kernel.device)
+    q = torch.randn(1, 1, heads, 16, device=kernel.device).half()
+    scales = {"k_scale": 0.01, "v_scale": 0.01}
+    far = ops.paged_attention(q, k, v, table, lens, **scales)
+    near = ops.paged_attention(q, k.contiguous(), v.contiguous(), table, lens, **scales)
+    assert torch.equal(far, near)
+
+
+# more rows, wider or odd heads, rows not aligned to 16 (8) bytes, only one cache in int8
+NOT_SERVED = {
+    "65 rows": ((13, 5, 16), {}),
+    "width": ((1, 1, 264), {}),
+    "odd width": ((1, 1, 20), {}),
+    "float32": ((9, 1, 16), {"dtype": torch.float32}),
+    "int8 of 8 bytes": ((9, 1, 24), {"dtype": torch.int8}),
+    "unaligned": ((1, 1, 16), {"offset": 1}),
+    "mixed": ((1, 1, 16), {"mixed": True}),
+}
+
+
+def not_forced():
+    """The rows as if the emulator had a device of its own."""
+    names = (backend.forced(), "reference")
+    return lambda *key: [
+        backend.BACKENDS[b] for b in names if backend.why_not_here(key[0], b, *key[1:]) is None
+    ]
+
+
+@on("cuda")
+@pytest.mark.parametrize("shape, change", NOT_SERVED.values(), ids=NOT_SERVED)
+def test_what_it_does_not_serve(kernel, monkeypatch, shape, change):
+    """The next backend serves it; where this one is forced it raises."""
+    queries, heads, width = shape
+    dtype = change.get("dtype", torch.bfloat16)
+    k, v, table, lens = move(kernel, pages([40], 16, 1, width + 8, width + 8, dtype))
+    offset = change.get("offset", 0)
+    k, v = (t[..., offset : offset + width] for t in (k, v))
+    scales = {"k_scale": 0.1, "v_scale": 0.1} if dtype == torch.int8 else {}
+    if change.get("mixed"):
+        k, scales = (k.nan_to_num() * 10).to(torch.int8), {"k_scale": 0.1}
+    q_dtype = torch.float32 if dtype == torch.float32 else torch.bfloat16
+    q = torch.randn(1, queries, heads, width, device=kernel.device).to(q_dtype)
+    arguments = (q, k, v, table, lens)
+    with pytest.raises(
+        InputError, match="is forced but cannot serve: it has paged_attention for D"
+    ):
+        ops.paged_attention(*arguments, causal=True, **scales)
+    with backend.use_backend("reference"):
+        wanted = ops.paged_attention(*arguments, causal=True, **scales)
+    monkeypatch.setattr(backend, "_candidates", not_forced())
+    monkeypatch.setattr(backend, "_picked", {})
+    assert torch.equal(ops.paged_attention(*arguments, causal=True, **scales), wanted)
+
+
+@on("cuda")
+def test_served_and_not_in_turn(kernel, monkeypatch):
+    """The predicate is asked for each call, once."""
+    asked, launches, holds = [], [], host.SERVES.holds
+    served = host.SERVES._replace(holds=lambda *a: (asked.append(1), holds(*a))[1])
+    monkeypatch.setitem(backend.OPS["paged_attention"].serves, "cuda", served)
+    monkeypatch.setattr(backend, "_candidates", not_forced())
+    monkeypatch.setattr(backend, "_picked", {})
+    monkeypatch.setattr(host, "stream", lambda t: (launches.append(t.shape[-1]), stream(t))[1])
+    for width in (16, 20, 24):
+        parts = move(kernel, pages([40], 16, 1, width, width, torch.float16))
+        ops.paged_attention(torch.zeros(1, 1, 2, width, device=kernel.device).half(), *parts)
+    assert len(asked) == 3 and launches == [16, 24]
+
+
+@on("cuda")
+def test_what_has_no_room(kernel, monkeypatch):
+    """Tiles of wide heads do not fit into the shared memory of every architecture."""
+    monkeypatch.setattr(host, "_fits", lambda device, rows, *_: rows <= 16)
+    parts = move(kernel, pages([40], 16, 1, 16, 16, torch.bfloat16))
+    for rows in (16, 17):
+        q = torch.randn(1, 1, rows, 16, device=kernel.device).bfloat16()
+        if rows > 16:
+            with pytest.raises(InputError, match="forced but cannot serve"):
+                ops.paged_attention(q, *parts)
+        else:
+            ops.paged_attention(q, *parts)
+
+
+@on("cuda")
+@pytest.mark.parametrize("heads", [2, 8])
+def test_reads_whole_sectors_without_bank_conflicts(kernel, heads):
+    """In the emulator's counts the kernels read q and the cache in whole sectors, and the kernel of
+    matrix instructions has no bank conflicts."""
+    if kernel.device != "cpu":
+        pytest.skip("counts are the emulator's")
+    simt = importlib.import_module("fastlm._simt")
+    parts = pages([200], 16, 1, 128, 128, torch.bfloat16)
+    q = torch.randn(1, 1, heads, 128).bfloat16()
+    simt.reset_report()
+    simt.set_options(seed=int(kernel.way), count=True)
+    try:
+        ops.paged_attention(q, *parts)
+    finally:
+        simt.set_options()
+    file = "paged_attention_mma.cu" if heads == 8 else "paged_attention.cu"
+    counts = {
+        place: cost
+        for place, cost in simt.report().items()
+        if place.startswith(f"paged_attention {file}") and (heads == 8 or "read global" in place)
+    }
+    # 200 keys and values of 256 bytes, and q
+    read = sum(done for place, (_, done, _) in counts.items() if "read global" in place)
+    assert 200 * 2 * 8 <= read <= 1.3 * 200 * 2 * 8
+    assert {place: cost for place, cost in counts.items() if cost[1] != cost[2]} == {}
+
+
+# ---- refusals
 
 
 @pytest.mark.parametrize("name", ["cpu", "reference"])
 @pytest.mark.parametrize("queries", [1, 20])
 def test_refuses_what_would_be_read_out_of_bounds(name, queries):
-    k, v, table, lens = cache([9, 20], 4, 2, 16, 16, torch.float32)
+    k, v, table, lens = pages([9, 20], 4, 2, 16, 16, torch.float32)
     q = torch.randn(2, queries, 4, 16)
     with backend.use_backend(name):
         for page in (-1, 10):
@@ -214,7 +363,7 @@ def test_refuses_what_would_be_read_out_of_bounds(name, queries):
 
 
 def test_refusals():
-    k, v, table, lens = cache([9, 20], 4, 2, 16, 16, torch.float32)
+    k, v, table, lens = pages([9, 20], 4, 2, 16, 16, torch.float32)
     q = torch.randn(2, 1, 4, 16)
     k8, v8 = k.to(torch.int8), v.to(torch.int8)
     for arguments, options, message in (

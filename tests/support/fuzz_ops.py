@@ -9,7 +9,6 @@ from random import Random
 import test_linear_cross_entropy
 import test_linear_distillation
 import test_linear_logprobs
-import test_paged_attention
 import torch
 from cases import OPS as TABLES
 from cases import losses
@@ -19,76 +18,8 @@ from poison import guarded_memory
 
 from fastlm import _cpu, backend, ops
 from fastlm.cpu import linear as cpu_linear
-from fastlm.cuda.paged_attention import SERVES
 
 SLOW = ("scalar", "amx_emulated")  # 10 to 50 times slower: smaller cases
-
-
-# ---- attention
-
-
-def draw_paged(r: Random, isa: str) -> Case:
-    hkv, groups = r.choice([1, 2, 3]), r.choice([1, 1, 2, 4, 9])
-    most = 300 if isa in SLOW or isa == "simt" else 1500
-    widths = [size(r, 130, 1), size(r, 130, 1)]
-    if isa == "simt" and r.random() < 0.8:  # the kernels accept no other widths
-        step = r.choice([8, 16, 16])
-        widths = [-(-n // step) * step for n in widths]
-    return {
-        "lengths": [size(r, most) for _ in range(r.choice([1, 1, 2, 4]))],
-        "page_size": r.choice([1, 3, 7, 16, 32, 256]),
-        "queries": r.choice([0, 1, 1, 1, 2, 3, 20, 40]),
-        "heads": [hkv * groups, hkv],
-        "widths": widths,
-        "int8": r.choice([None, "number", "heads"]),
-        "options": given(
-            causal=r.random() < 0.6,
-            window=some(r, 1, 30, 200),
-            softcap=some(r, 4.0),
-            bias=r.random() < 0.2,
-            sinks=r.random() < 0.3,
-            alibi_slopes=r.random() < 0.3,
-        ),
-    }
-
-
-def build_paged(case: Case, dtype: torch.dtype) -> Built:
-    (h, hkv), (d, dv), lengths = case["heads"], case["widths"], case["lengths"]
-    q = torch.randn(len(lengths), case["queries"], h, d).to(dtype)
-    kind = torch.int8 if case["int8"] else dtype
-    cache = test_paged_attention.cache(lengths, case["page_size"], hkv, d, dv, kind)
-    options = dict(case["options"])
-    if case["int8"]:
-        scales = 0.02, 0.03
-        options["k_scale"], options["v_scale"] = (
-            scales if case["int8"] == "number" else [torch.rand(hkv) * s for s in scales]
-        )
-    if "bias" in options:
-        options["bias"] = torch.randn(case["queries"], max(1, *lengths))
-    for name in ("sinks", "alibi_slopes"):
-        if name in options:
-            options[name] = torch.rand(h)
-
-    def serving(q, k_cache, v_cache, *_):
-        """What the CUDA kernel does not serve runs on the next backend, as where none is forced."""
-        left = case.get("isa") == "simt" and not SERVES.holds(q, k_cache, v_cache)
-        return backend.use_backend("reference") if left else contextlib.nullcontext()
-
-    def function(*leaves):
-        with serving(*leaves):
-            return ops.paged_attention(*leaves, **options, return_lse=True)
-
-    def check():
-        with serving(q, *cache):
-            test_paged_attention.assert_paged_near(q, *cache, what="paged", **options)
-
-    return Built(
-        function,
-        [q, *cache],
-        check=check,
-        differentiable=False,
-        any_strides=case.get("isa") != "simt",  # other kernels run for other memory layouts
-    )
 
 
 # ---- losses
@@ -305,25 +236,12 @@ OPS = TABLES | {
     "linear_logprobs": Op(build_linear_logprobs, draw_linear_logprobs, CPU),
     "linear_distillation": Op(build_linear_distillation, draw_linear_distillation, CPU),
     "matmul": Op(build_matmul, draw_matmul, CPU),
-    "paged_attention": Op(build_paged, draw_paged, BOTH),
 }
 
 
 # Cases with enough work for several threads, of the ops that have no table yet; `op name`.
 LOSS = {"ignored": 0.3, "ignore_index": -100, "weight": False, "spread": 1.0}
 SPLIT: dict[str, Case] = {
-    "paged_attention": {
-        "lengths": [700, 3, 1500], "page_size": 16, "queries": 1, "heads": [8, 2],
-        "widths": [64, 64], "int8": None, "options": {"causal": True},
-    },
-    "paged_attention int8": {
-        "lengths": [700, 3, 1500], "page_size": 7, "queries": 2, "heads": [8, 2],
-        "widths": [64, 48], "int8": "heads", "options": {"causal": True},
-    },
-    "paged_attention prefill": {
-        "lengths": [300, 40], "page_size": 16, "queries": 130, "heads": [4, 2], "widths": [32, 32],
-        "int8": "number", "options": {"causal": True, "sinks": True},
-    },
     "linear": {"shape": [1500, 130, 71], "bias": True},
     "linear_cross_entropy": {"shape": [151, 71, 900], "bias": True, **LOSS, "options": {}},
     "linear_cross_entropy recomputed": {
