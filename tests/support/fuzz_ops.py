@@ -3,16 +3,12 @@
 import contextlib
 import copy
 import math
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from random import Random
 
 import test_attention
 import test_cuda_rope_append
 import test_layer_norm
-import test_linear_cross_entropy
-import test_linear_distillation
-import test_linear_logprobs
 import test_paged_append
 import test_paged_attention
 import test_quantized_linear
@@ -20,7 +16,6 @@ import test_varlen_attention
 import torch
 from attention_cases import assert_kernel_near
 from cases import OPS as TABLES
-from cases import losses
 from cases.base import DTYPES, Built, Case, Op, assert_same, given, rows_of, scattered, size, some
 from exact import dequantized
 from fuzz_cases import another, hold, kernels
@@ -29,7 +24,6 @@ from tolerance import assert_near
 from torch import Tensor
 
 from fastlm import AdamW, _cpu, backend, ops, reference
-from fastlm.cpu import linear as cpu_linear
 from fastlm.cuda.paged_attention import SERVES
 from fastlm.ops.glu import glu_round
 from fastlm.ops.quantized_linear import rounded_linear
@@ -211,142 +205,6 @@ def build_append(case: Case, dtype: torch.dtype) -> Built:
 
     leaves = [k, v, *caches, table, positions]
     return Built(function, leaves, check=check, differentiable=False, written=(2, 3))
-
-
-# ---- losses
-
-
-@contextlib.contextmanager
-def small_products(allowed: bool) -> Iterator[None]:
-    """Set whether small products may use the definition, or use the kernels like all others."""
-    module = sys.modules["fastlm.ops.linear_cross_entropy"]
-    before, module._SMALL = module._SMALL, module._SMALL if allowed else 0
-    try:
-        yield
-    finally:
-        module._SMALL = before
-
-
-def draw_linear_cross_entropy(r: Random, isa: str) -> Case:
-    work = 4e6 if isa in SLOW else 8e7
-    while True:
-        # not a single class: its gradient is 0, and consists only of terms that cancel
-        rows, width, classes = size(r, 1200), size(r, 300, 1), size(r, 6000, 2)
-        if rows * width * classes <= work:
-            break
-    loss = losses.draw(r, classes)
-    return {
-        "shape": [rows, width, classes],
-        "bias": r.random() < 0.5,
-        "small": r.random() < 0.3,
-        **loss,
-    }
-
-
-def build_linear_cross_entropy(case: Case, dtype: torch.dtype) -> Built:
-    rows, width, classes = case["shape"]
-    x = torch.randn(rows, width).to(dtype)
-    w = (torch.randn(classes, width) * case["spread"] / width**0.5).to(dtype)
-    target, weights, options = losses.targets(case, rows, classes)
-    options |= {"weight": weights[0]} if weights else {}
-    bias = torch.randn(classes).to(dtype) if case["bias"] else None
-
-    small = case.get("small", False)
-
-    def function(x, w, target, bias=None):
-        with small_products(small):
-            return ops.linear_cross_entropy(x, w, target, linear_bias=bias, **options)
-
-    def check():
-        # gradients sum over rows, logits over features, in any order; lse may be small for few rows
-        ulps = 2 + ((rows**0.5 + width**0.5) / 2 + 64 / (rows + 4) if dtype == torch.float32 else 0)
-        ulps *= 2 if "softcap" in options else 1  # tanh and its slope
-        ulps *= 2 if options.get("label_smoothing") else 1  # terms of all classes, which cancel
-        ulps *= max(1.0, case["spread"] / 3)  # p has the error of its logit
-        with small_products(small):
-            test_linear_cross_entropy.check(x, w, bias, target, ulps=ulps, **options)
-
-    leaves = [x, w, target, *([bias] if case["bias"] else [])]
-    return Built(function, leaves, check=check, library=small)
-
-
-def draw_linear_logprobs(r: Random, isa: str) -> Case:
-    case = draw_linear_cross_entropy(r, isa)
-    options = given(temperature=some(r, 0.3, 2.0), softcap=some(r, 2.0, 30.0))
-    kept = ("shape", "bias", "ignored", "ignore_index", "spread")
-    return {key: case[key] for key in kept} | {"entropy": r.random() < 0.7, "options": options}
-
-
-def build_linear_logprobs(case: Case, dtype: torch.dtype) -> Built:
-    rows, width, classes = case["shape"]
-    x = torch.randn(rows, width).to(dtype)
-    w = (torch.randn(classes, width) * case["spread"] / width**0.5).to(dtype)
-    target, _, options = losses.targets(case | {"weight": False, "options": {}}, rows, classes)
-    options = case["options"] | {"ignore_index": options["ignore_index"]}
-    bias = torch.randn(classes).to(dtype) if case["bias"] else None
-    entropy = case["entropy"]
-
-    def function(x, w, target, bias=None):
-        return ops.linear_logprobs(
-            x, w, target, linear_bias=bias, return_entropy=entropy, **options
-        )
-
-    def check():
-        # as in linear_cross_entropy
-        ulps = 2 + ((rows**0.5 + width**0.5) / 2 + 64 / (rows + 4) if dtype == torch.float32 else 0)
-        ulps *= 2 if "softcap" in options else 1  # tanh and its slope
-        ulps *= max(1.0, case["spread"] / 3 / options.get("temperature", 1.0))
-        on = (True, entropy)
-        test_linear_logprobs.check(x, w, bias, target, on=on, ulps=ulps, entropy=entropy, **options)
-
-    return Built(function, [x, w, target, *([bias] if case["bias"] else [])], check=check)
-
-
-def draw_linear_distillation(r: Random, isa: str) -> Case:
-    work = 4e6 if isa in SLOW else 8e7
-    while True:
-        rows, width, teacher, classes = (
-            size(r, 1200),
-            size(r, 300, 1),
-            size(r, 300, 1),
-            size(r, 6000, 2),
-        )
-        if rows * (width + teacher) * classes <= work:
-            break
-    return {
-        "shape": [rows, width, teacher, classes],
-        "left_out": r.choice([0.0, 0.0, 0.3, 1.0]),
-        "spread": r.choice([0.1, 1.0, 3.0, 20.0]),
-        "options": given(
-            kind=r.choice(["forward", "reverse", "jsd"]),
-            beta=r.choice([0.5, 0.1, 0.9]),
-            temperature=r.choice([1.0, 0.5, 3.0]),
-            num_items=some(r, 77),
-            student_softcap=some(r, 2.0, 30.0),
-            teacher_softcap=some(r, 30.0),
-        ),
-    }
-
-
-def build_linear_distillation(case: Case, dtype: torch.dtype) -> Built:
-    rows, width, teacher, classes = case["shape"]
-    tensors = test_linear_distillation.make(
-        rows, (width, teacher), classes, dtype, scale=case["spread"]
-    )
-    mask = torch.rand(rows) >= case["left_out"]
-
-    def function(student, student_weight, teacher, teacher_weight, mask):
-        return ops.linear_distillation(
-            student, student_weight, teacher, teacher_weight, mask=mask, **case["options"]
-        )
-
-    def check():
-        # gradients sum over rows, logits over features, in any order
-        ulps = 4 + ((rows**0.5 + width**0.5) / 2 if dtype == torch.float32 else 0)
-        ulps *= 2 if "student_softcap" in case["options"] else 1  # tanh and its slope
-        test_linear_distillation.check(tensors, ulps=ulps, mask=mask, **case["options"])
-
-    return Built(function, [*tensors, mask], check=check)
 
 
 # ---- row ops
@@ -582,43 +440,6 @@ def build_matmul(case: Case, dtype: torch.dtype) -> Built:
     return Built(function, [a, b], check=check, differentiable=False)
 
 
-def draw_linear(r: Random, isa: str) -> Case:
-    work = 1e6 if isa in SLOW else 2e7
-    while True:
-        shape = [size(r, 3000, 1), size(r, 600, 1), size(r, 1500, 1)]
-        if math.prod(shape) <= work:
-            return {"shape": shape, "bias": r.random() < 0.5}
-
-
-def build_linear(case: Case, _: torch.dtype) -> Built:
-    """fastlm's own products: bfloat16 whatever the case's dtype, for any number of rows."""
-    m, n, k = case["shape"]
-    x, weight, dy = (torch.randn(s).bfloat16() for s in ((m, k), (n, k), (m, n)))
-    bias = [torch.randn(n).bfloat16()] if case["bias"] else []
-
-    def function(x, weight, dy, bias=None):
-        y = cpu_linear.linear_forward(x, weight, bias)
-        return y, *cpu_linear.linear_backward(dy, x, weight, bias is not None)
-
-    def check():
-        x64, w64, dy64 = x.double(), weight.double(), dy.double()
-        terms = [(x64, w64.T, k), (dy64, w64, n), (dy64.T, x64, m)]
-        if bias:  # one more product for each sum: y + 1 b, 1 dy
-            terms[0] = (
-                torch.cat((x64, x64.new_ones(m, 1)), 1),
-                torch.cat((w64.T, bias[0].double()[None])),
-                k + 1,
-            )
-            terms.append((x64.new_ones(m), dy64, m))
-        for got, (a, b, count) in zip(function(x, weight, dy, *bias), terms):
-            truth = a @ b
-            # rounded once after float32 sums of `count` products in any order
-            bound = truth.abs() * 2**-8 + a.abs() @ b.abs() * (count + 2) * 2**-24
-            assert ((got.double() - truth).abs() <= bound).all()
-
-    return Built(function, [x, weight, dy, *bias], check=check, differentiable=False)
-
-
 # ---- AdamW
 
 
@@ -740,10 +561,6 @@ OPS = TABLES | {
     "attention": Op(build_attention, draw_attention, CPU),
     "glu_round": Op(build_glu_round, draw_glu_round, ("cuda",)),
     "layer_norm": Op(build_layer_norm, draw_layer_norm, CPU),
-    "linear": Op(build_linear, draw_linear, CPU),
-    "linear_cross_entropy": Op(build_linear_cross_entropy, draw_linear_cross_entropy, CPU),
-    "linear_logprobs": Op(build_linear_logprobs, draw_linear_logprobs, CPU),
-    "linear_distillation": Op(build_linear_distillation, draw_linear_distillation, CPU),
     "matmul": Op(build_matmul, draw_matmul, CPU),
     "paged_append": Op(build_append, draw_append, ("cuda",)),
     "paged_attention": Op(build_paged, draw_paged, BOTH),
@@ -755,7 +572,6 @@ OPS = TABLES | {
 
 
 # Cases with enough work for several threads, of the ops that have no table yet; `op name`.
-LOSS = {"ignored": 0.3, "ignore_index": -100, "weight": False, "spread": 1.0}
 EVERYTHING = {"causal": True, "window": 300, "softcap": 9.0, "alibi": True, "sinks": True}
 QUANTIZED = {"group_size": 64, "symmetric": False, "scale_dtype": "bfloat16", "bias": True}
 SPLIT: dict[str, Case] = {
@@ -788,30 +604,6 @@ SPLIT: dict[str, Case] = {
     "paged_attention prefill": {
         "lengths": [300, 40], "page_size": 16, "queries": 130, "heads": [4, 2], "widths": [32, 32],
         "int8": "number", "options": {"causal": True, "sinks": True},
-    },
-    "linear": {"shape": [1500, 130, 71], "bias": True},
-    "linear_cross_entropy": {"shape": [151, 71, 900], "bias": True, **LOSS, "options": {}},
-    "linear_cross_entropy recomputed": {
-        "shape": [151, 71, 900], "bias": True, **LOSS, "options": {"reduction": "none"},
-    },
-    "linear_cross_entropy smoothed": {
-        "shape": [97, 2, 900], "bias": True, **LOSS, "weight": True,
-        "options": {"label_smoothing": 0.1, "softcap": 2.0, "z_loss": 0.1, "return_lse": True},
-    },
-    "linear_cross_entropy chunks": {"shape": [1100, 20, 300], "bias": True, **LOSS, "options": {}},
-    "linear_logprobs": {
-        "shape": [151, 71, 900], "bias": True, **LOSS, "entropy": True,
-        "options": {"softcap": 9.0, "temperature": 0.7},
-    },
-    **{
-        f"linear_distillation {kind}": {
-            "shape": [151, 71, 40, 900], "left_out": 0.3, "spread": 1.0, "options": {"kind": kind},
-        }
-        for kind in ("forward", "reverse", "jsd")
-    },
-    "linear_distillation chunks": {
-        "shape": [1100, 20, 12, 300], "left_out": 0.0, "spread": 1.0,
-        "options": {"kind": "jsd", "student_softcap": 2.0},
     },
     "matmul": {"shape": [403, 301, 130]},
     **{
