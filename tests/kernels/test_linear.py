@@ -1,20 +1,23 @@
-"""linear: fastlm's own products on every instruction set against float64, strides, threads,
-compile, refusals; and torch's products where those do not run."""
+"""linear: what its table of cases (cases/linear.py) does not say, and torch's products where
+fastlm's own do not run.
+"""
 
 import math
 import sys
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from cases.linear import own_products
 from compiled import assert_compiles_once
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from contract import *  # noqa: F403
 from tolerance import assert_near
 from torch.autograd import forward_ad
 
 from fastlm import InputError, backend, ops
 from fastlm.cpu import linear as cpu
+from fastlm.ops.glu import ACTIVATIONS
 
 SHAPES = [  # rows, K, N
     (1, 1, 1),
@@ -28,9 +31,10 @@ module = sys.modules["fastlm.ops.linear"]
 
 
 @pytest.fixture
-def own(monkeypatch):
+def own():
     """Use fastlm's own products for any number of rows with gradients and every instruction set."""
-    monkeypatch.setattr(module, "_LEAST_ROWS", dict.fromkeys(backend.cpu_isas(), (1, math.inf)))
+    with own_products((1, math.inf)):
+        yield
 
 
 def inputs(rows, k, n, bias=True):
@@ -45,22 +49,7 @@ def run(function, x, weight, bias, dy):
     return [y.detach(), *torch.autograd.grad(y, wanted, dy)]
 
 
-def check(given_, what):
-    actual, plain = run(ops.linear, *given_), run(F.linear, *given_)
-    truth = run(F.linear, *(None if t is None else t.double() for t in given_))
-    names = ("y", "dx", "dweight", "dbias")
-    for name, a, p, t in zip(names, actual, plain, truth, strict=False):
-        assert a.dtype == p.dtype and a.is_contiguous()
-        assert_near(a, p, t, factor=2 if name == "y" else 3, what=f"{name} {what}")
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
-def test_matches_float64(own, isa, shape, bias):
-    check(inputs(*shape, bias), f"{isa} {shape}")
-
-
-def test_the_own_product_ran(own, isa, monkeypatch):
+def test_the_own_product_ran(own, kernel, monkeypatch):
     calls = []
     for name in ("linear_forward", "linear_input_gradient", "linear_weight_gradient"):
         real = getattr(backend.cpu_extension, name)
@@ -74,7 +63,7 @@ def test_the_own_product_ran(own, isa, monkeypatch):
     assert calls == ["linear_forward", "linear_weight_gradient"] and x.grad is None
 
 
-def test_outputs_past_the_caches_are_the_same_bits(own, isa):
+def test_outputs_past_the_caches_are_the_same_bits(own, kernel):
     """Whole cache lines of a large output, ragged columns, and a y that begins within a line."""
     rows, k, n = 1100, 40, 992
     x, weight, bias, _ = inputs(rows, k, n)
@@ -143,7 +132,7 @@ def test_split_float32_only_where_it_says(tiles):
         backend.cpu_extension.linear_split(x, weight, None, y, room)
 
 
-def test_other_dtypes_are_torchs(isa):
+def test_other_dtypes_are_torchs(kernel):
     for rows, dtype in ((1100, torch.float32), (1100, torch.float16)):
         x, w, b = torch.randn(rows, 40), torch.randn(24, 40), torch.randn(24)
         x, w, b = x.to(dtype), w.to(dtype), b.to(dtype)
@@ -151,41 +140,6 @@ def test_other_dtypes_are_torchs(isa):
         x.requires_grad_()
         node = ops.linear(x, w, b).grad_fn
         assert node is not None and type(node).__name__ == "AddmmBackward0"
-
-
-def test_strided_operands(own, isa):
-    x, w, b, dy = inputs(130, 64, 48)
-    apart = run(ops.linear, x, w, b, dy)
-    wide = torch.randn(130, 200).bfloat16()
-    wide[:, 10:74] = x
-    columns = dy.mT.contiguous().mT
-    for view in (
-        (wide[:, 10:74], w, b, dy),
-        (x.mT.contiguous().mT, w.mT.contiguous().mT, b, columns),
-        (x.view(2, 65, 64), w, b.repeat_interleave(2)[::2], dy.view(2, 65, 48)),
-    ):
-        for a, e in zip(run(ops.linear, *view), apart, strict=True):
-            assert torch.equal(a.reshape(e.shape), e)
-    one = torch.ones((), dtype=torch.bfloat16)
-    for a, e in zip(
-        run(ops.linear, x, w, b, one.expand(130, 48)),
-        run(ops.linear, x, w, b, one.expand(130, 48).contiguous()),
-        strict=True,
-    ):
-        assert torch.equal(a, e)
-
-
-def test_repeat_and_threads(own, isa):
-    case = inputs(1100, 96, 72)
-    threads, results = torch.get_num_threads(), []
-    try:
-        for n in (1, 2, 3, 2):
-            torch.set_num_threads(n)
-            results.append(run(ops.linear, *case))
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 def test_empty(own):
@@ -202,7 +156,7 @@ def test_empty(own):
         assert (y == 1).all() and (db == rows).all()
 
 
-def test_nan_and_infinity_stay_in_their_rows(own, isa):
+def test_nan_and_infinity_stay_in_their_rows(own, kernel):
     x, w, _, _ = inputs(64, 32, 16, bias=False)
     w.requires_grad_()
     clean = ops.linear(x, w)
@@ -213,12 +167,14 @@ def test_nan_and_infinity_stay_in_their_rows(own, isa):
     assert torch.equal(y[rest], clean[rest])
 
 
-def test_runs_where_it_is_faster(isa, monkeypatch):
+def test_runs_where_it_is_faster(kernel, monkeypatch):
     """With and without a gradient, only from the number of rows in `_LEAST_ROWS` on."""
     calls = []
     extension, real = backend.cpu_extension, backend.cpu_extension.linear_forward
     monkeypatch.setattr(extension, "linear_forward", lambda *a: (calls.append(1), real(*a))[1])
-    for learns, least in zip((True, False), module._LEAST_ROWS.get(isa, (math.inf, math.inf))):
+    for learns, least in zip(
+        (True, False), module._LEAST_ROWS.get(kernel.way, (math.inf, math.inf))
+    ):
         for rows in {1, 40, 70, 1030}:
             x, weight, bias, _ = inputs(rows, 16, 8)
             calls.clear()
@@ -227,14 +183,6 @@ def test_runs_where_it_is_faster(isa, monkeypatch):
             calls.clear()
             ops.linear(x.float(), weight.detach().float(), bias.float())
             assert not calls
-
-
-@settings(max_examples=40, deadline=None)
-@given(rows=st.integers(1, 90), k=st.integers(1, 150), n=st.integers(1, 150), bias=st.booleans())
-def test_any_shape_matches_float64(rows, k, n, bias):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_LEAST_ROWS", dict.fromkeys(backend.cpu_isas(), (1, 1)))
-        check(inputs(rows, k, n, bias), "any")
 
 
 def test_follows_autocast():
@@ -248,26 +196,54 @@ def test_follows_autocast():
     assert w.grad is not None and w.grad.dtype == torch.float32
 
 
-def test_opcheck_and_gradcheck():
+def test_opcheck(own):  # not the contract's: while a mode records, products are torch's
     x, w, b, dy = inputs(6, 32, 8)
     leaves = [t.requires_grad_() for t in (x, w, b)]
     torch.library.opcheck(torch.ops.fastlm.linear.default, leaves)
     for given_ in ((x, None, False), (None, w, True), (x, w, True)):
         args = [t.detach() if isinstance(t, torch.Tensor) else t for t in (dy, *given_)]
         torch.library.opcheck(torch.ops.fastlm.linear_backward.default, args)
+
+
+def test_gradcheck_of_the_reference():
     wide = [
         torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((5, 7), (3, 7), (3,))
     ]
     with backend.use_backend("reference"):
         assert torch.autograd.gradcheck(torch.ops.fastlm.linear.default, wide)
+        for act in ACTIVATIONS:
+            assert torch.autograd.gradcheck(partial(ops.linear, act=act), wide), act
 
 
-def test_compiles_without_break_or_recompile():
+def test_compiles_without_break_or_recompile():  # in a graph products are torch's
     calls = []
     for rows in (1030, 1100, 2050):
         x, w, _, _ = inputs(rows, 32, 16)
         calls.append((x.requires_grad_(), w.requires_grad_()))
     assert_compiles_once(lambda x, w: ops.linear(x, w), calls)
+    assert_compiles_once(lambda x, w: ops.linear(x, w, act="silu"), calls)
+
+
+@pytest.mark.parametrize("act", [None, "silu"])
+def test_leading_dimensions(own, kernel, act):
+    x, w, b, _ = inputs(24, 32, 16)
+    w.requires_grad_()
+    flat, deep = ops.linear(x, w, b, act=act), ops.linear(x.view(4, 3, 2, 32), w, b, act=act)
+    assert deep.shape == (4, 3, 2, 16) and torch.equal(deep.flatten(0, 2), flat)
+
+
+def test_onednn_serves_where_no_gradient_is_needed(monkeypatch):
+    seen = []
+    real = torch.ops.mkldnn._linear_pointwise
+    monkeypatch.setattr(
+        torch.ops.mkldnn, "_linear_pointwise", lambda *a: seen.append(a[3:]) or real(*a)
+    )
+    x, w, b, _ = (t.float() for t in inputs(37, 33, 45))
+    ops.linear(x, w, b, act="gelu_tanh")
+    assert seen == [("gelu", [], "tanh")]
+    ops.linear(x, w, b, act="relu2")  # oneDNN has none
+    ops.linear(x.clone().requires_grad_(), w, b, act="gelu")
+    assert len(seen) == 1
 
 
 def test_refusals():
@@ -278,6 +254,10 @@ def test_refusals():
         ops.linear(x, w.bfloat16())
     with pytest.raises(InputError, match=r"bias: wanted shape \(3,\), .* got \(2,\)"):
         ops.linear(x, w, torch.randn(2))
+    with pytest.raises(InputError, match="act: expected one of silu, gelu_tanh, gelu, relu2, got"):
+        ops.linear(x, w, act="tanh")
+    with pytest.raises(InputError, match="weight: wanted"):
+        ops.linear(x, w[:, :7], act="silu")
 
 
 def test_defaults_of_torch_do_not_reach_the_workspace(own):

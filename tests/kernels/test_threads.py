@@ -1,9 +1,5 @@
-"""Any number of threads yields the same bits: ops that have no table of cases, where work is split.
-
-This is by design, not by luck. A task's share is fixed by the shapes, or one thread computes each
-result entirely, and partial results are added in the order of the tasks. Where shares do depend on
-the number of threads (rows of dx in linear_cross_entropy), a row's sum does not depend on its
-share.
+"""Threads: every op has a case whose work is split, which contract.py runs on any number of them;
+and a process that forks.
 """
 
 import os
@@ -11,23 +7,10 @@ import signal
 import time
 import warnings
 
-import pytest
 import torch
-from cases.base import assert_same, results
-from fuzz_cases import threads
-from fuzz_ops import OPS, SPLIT, ops_of, split_cases
+from fuzz_ops import ops_of, split_cases
 
 import fastlm
-
-
-@pytest.mark.parametrize("name", SPLIT)
-def test_same_bits_on_any_number_of_threads(isa, dtype, name):
-    built, first = OPS[name.split()[0]].build(SPLIT[name], dtype), None
-    for n in (1, 2, 3, 4, 2):
-        with threads(n):
-            got = results(built, built.leaves, None)
-        first = first or got
-        assert_same(first, got, f"{n} threads")
 
 
 def test_every_op_is_here():

@@ -12,14 +12,13 @@ import torch
 from tolerance import FOUR_ROUNDINGS, ULP
 from torch import Tensor
 
-from cases.base import Built, Case, Op, Row, Terms, given, named, run, size, some
+from cases.base import SLOW, Built, Case, Op, Row, Terms, given, named, run, size, some
 from fastlm import backend, ops
 from fastlm.ops.attention import dropout_seed
 from fastlm.reference.dropout import dropout_factor
 
 # A denormal that a kernel flushes, in the unit of tolerance.py's errors of float32
 FLUSHED = 2.0**-126 / FOUR_ROUNDINGS
-SLOW = ("scalar", "amx_emulated")  # 10 to 50 times slower: smaller cases
 
 
 class Dense(NamedTuple):

@@ -17,6 +17,7 @@ from torch import Tensor
 Case = dict[str, Any]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ALL = ("cpu", "triton", "cuda")
+SLOW = ("scalar", "amx_emulated")  # instruction sets 10 to 50 times slower: smaller cases
 
 
 class Terms(NamedTuple):

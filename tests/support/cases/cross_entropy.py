@@ -5,7 +5,7 @@ from random import Random
 import torch
 
 from cases import losses
-from cases.base import Built, Case, Op, Row, Terms, size
+from cases.base import SLOW, Built, Case, Op, Row, Terms, size
 from fastlm import ops
 
 HARD = ("peaked", "all negative", "common offset", "rising", "falling")
@@ -60,7 +60,7 @@ def build(case: Case, dtype: torch.dtype) -> Built:
 def draw(r: Random, isa: str) -> Case:
     while True:
         rows = size(r, 200)
-        classes = size(r, 2000 if isa in ("scalar", "amx_emulated") else 9000, 2)
+        classes = size(r, 2000 if isa in SLOW else 9000, 2)
         if isa != "simt" or rows * classes <= 10000:
             break
     case = {"shape": [rows, classes], **losses.draw(r, classes)}

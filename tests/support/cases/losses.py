@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cases.base import Case, given, some
+from cases.base import Case, Terms, given, some
 
 
 def options_of(case: Case) -> dict:
@@ -178,3 +178,45 @@ def sizes(
     gradient = logit_scale * slope * (of_p * p + rest)
     in_float32 = logit_scale * (of_p * p * (1 + below + log_sum + error) + rest)
     return results, gradient, in_float32
+
+
+def tensors(case: Case, dtype: torch.dtype, width: int) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Return the input and the weight of a product of logits and, if there is one, the bias."""
+    rows, classes = case["shape"][0], case["shape"][-1]
+    x = torch.randn(rows, width)
+    w = torch.randn(classes, width) * case["spread"] / width**0.5
+    bias = torch.randn(classes)
+    match case.get("values"):
+        case "peaked":
+            x = x * 8
+        case "all negative":  # a maximum that starts at 0 gives lse = -inf
+            bias = bias - 200
+        case "common offset":  # representable in all dtypes
+            bias = torch.full_like(bias, 8192.0)
+        case "far above the first":  # e^(z - base) overflows if base is a score of the first
+            w[:64] /= 64
+            w[64:] *= 8
+    return x.to(dtype), w.to(dtype), [bias.to(dtype)] if case.get("bias") else []
+
+
+def logit_size(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The size of the terms of each logit."""
+    return F.linear(x.abs(), w.abs(), None if bias is None else bias.abs())
+
+
+def product_sizes(
+    x: Tensor, w: Tensor, scale: Tensor, float32: Tensor, dtype: torch.dtype
+) -> dict[str, Terms]:
+    """The terms of the gradients of a product, by those of the logits' gradient. That is rounded to
+    the dtype, and so is the exponential that it is computed from; below the dtype's smallest normal
+    number the steps stay as they are there. Each addition rounds the sum: these errors are a random
+    walk. A kernel adds in vectors and blocks.
+    """
+    x, w = x.abs(), w.abs()
+    square = scale.clamp_min(torch.finfo(dtype).smallest_normal).where(scale > 0, 0).square()
+    rows, classes = (1 + n**0.5 / 8 for n in scale.shape)
+    return {
+        "dx": Terms(scale @ w, classes * (float32 @ w), (square @ w.square()).sqrt()),
+        "dw": Terms(scale.mT @ x, rows * (float32.mT @ x), (square.mT @ x.square()).sqrt()),
+        "dbias": Terms(scale.sum(0), rows * float32.sum(0), square.sum(0).sqrt()),
+    }

@@ -6,8 +6,8 @@ from random import Random
 import torch
 from torch import Tensor
 
-from cases.attention import CPU, SLOW, Dense, built, wide
-from cases.base import DTYPES, Built, Case, Op, Row, given, size, some
+from cases.attention import CPU, Dense, built, wide
+from cases.base import DTYPES, SLOW, Built, Case, Op, Row, given, size, some
 from fastlm import backend, ops
 from fastlm.cuda.paged_attention import SERVES
 

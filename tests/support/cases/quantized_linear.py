@@ -7,10 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cases.base import DTYPES, Built, Case, Op, Row, Terms, named, size
+from cases.base import DTYPES, SLOW, Built, Case, Op, Row, Terms, named, size
 from fastlm import QuantizedWeight, ops, reference
-
-SLOW = ("scalar", "amx_emulated")
 
 
 def expanded(t: Tensor, group_size: int, k: int) -> Tensor:

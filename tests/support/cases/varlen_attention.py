@@ -5,8 +5,8 @@ from random import Random
 import torch
 from torch import Tensor
 
-from cases.attention import CPU, SLOW, TRITON, Dense, built, keeps, wide
-from cases.base import Built, Case, Op, Row, given, size, some
+from cases.attention import CPU, TRITON, Dense, built, keeps, wide
+from cases.base import SLOW, Built, Case, Op, Row, given, size, some
 from fastlm import ops
 from fastlm.ops.attention import dropout_seed
 

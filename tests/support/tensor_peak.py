@@ -1,0 +1,30 @@
+"""The peak of the memory of tensors, counted: also of tensors that have none (meta)."""
+
+import weakref
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Peak(TorchDispatchMode):
+    """The peak size in bytes of all tensors created here that are alive at the same time."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.bytes, self.most = set(), 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(t, torch.Tensor):
+                storage = t.untyped_storage()
+                if storage._cdata not in self.alive:
+                    self.alive.add(storage._cdata)
+                    self.bytes += storage.nbytes()
+                    self.most = max(self.most, self.bytes)
+                    weakref.finalize(storage, self.freed, storage._cdata, storage.nbytes())
+        return out
+
+    def freed(self, key, size):
+        self.alive.discard(key)
+        self.bytes -= size
