@@ -27,10 +27,7 @@ def without_denormals(t):
     return torch.where(t.abs() < TINY, torch.zeros_like(t), t)
 
 
-NAMES = [n for n in CASES if n != "matmul"]
-
-
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CASES)
 # not on emulated tiles, which are slow: real ones treat denormals as zero, the rest is as avx512
 @pytest.mark.parametrize("isa_name", [i for i in backend.cpu_isas() if i != "amx_emulated"])
 def test_denormals_are_zero(isa_name, name):

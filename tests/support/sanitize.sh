@@ -9,7 +9,7 @@ site=$root/build/sanitize/site
 logs=$root/build/sanitize/logs
 python=$root/.venv/bin/python
 # longest first
-all="attention decode_step linear_cross_entropy linear_distillation linear_logprobs cross_entropy varlen_attention paged_attention quantized_linear linear boundary optim glu rope rms_norm layer_norm quantize sample"
+all="attention decode_step linear_cross_entropy linear_distillation linear_logprobs cross_entropy varlen_attention paged_attention quantized_linear linear boundary adamw optim glu rope rms_norm layer_norm matmul sample"
 test $# -gt 0 || set -- $all
 
 start=$(date +%s)
