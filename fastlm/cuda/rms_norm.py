@@ -15,18 +15,21 @@ ROUND_SERVES = Serves(
 )
 
 
+def _weight(weight: Tensor | None, x: Tensor) -> Tensor:
+    """Return the weight as the kernels accept it: float32 or x's dtype, contiguous."""
+    if weight is None:
+        return x.new_ones(x.shape[-1])
+    return (weight if weight.dtype == x.dtype else weight.float()).contiguous()
+
+
 def rms_norm_forward(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, offset: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if weight is None:
-        weight = x.new_ones(x.shape[-1])
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     h = None if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if weight.dtype != x.dtype:
-        weight = weight.float()
     extension().rms_norm_forward(
-        rows_of(x), None if residual is None else rows_of(residual), weight.contiguous(), eps,
+        rows_of(x), None if residual is None else rows_of(residual), _weight(weight, x), eps,
         offset, y, h, rstd, stream(x),
     )  # fmt: skip
     return y, x.new_empty(0) if h is None else h, rstd
@@ -44,11 +47,9 @@ def rms_norm_round(
     group_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     h = None if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if weight.dtype != x.dtype:
-        weight = weight.float()
     out = empty_rows(x, group_size)
     extension().rms_norm_round(
-        rows_of(x), None if residual is None else rows_of(residual), weight.contiguous(), eps,
+        rows_of(x), None if residual is None else rows_of(residual), _weight(weight, x), eps,
         offset, h, qdata, scales, bits, group_size, *out, stream(x),
     )  # fmt: skip
     return *out, x.new_empty(0) if h is None else h
