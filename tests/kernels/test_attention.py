@@ -85,7 +85,9 @@ def dropped(device, batch=2, keys=140, p=0.25):
 
 
 def test_dropout_draws(kernel):
-    """What the reference draws, as often as it should; another draw for another sequence."""
+    """What the reference draws, as often as it should; another draw for another sequence and in
+    the next call.
+    """
     mine = dropped(kernel.device)
     with backend.use_backend("reference"):
         assert torch.equal(dropped(kernel.device), mine)
@@ -93,6 +95,9 @@ def test_dropout_draws(kernel):
     assert abs(share - 0.25) < 5 * math.sqrt(0.25 * 0.75 / mine.numel())
     assert not torch.equal(mine[0], mine[1])
     assert dropped(kernel.device, p=1.0).all()
+    q = torch.randn(1, 2, 20, 8, device=kernel.device)
+    first, second = (ops.attention(q, q, q, dropout_p=0.5) for _ in range(2))
+    assert not torch.equal(first, second)
 
 
 @on("triton")

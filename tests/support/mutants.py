@@ -85,16 +85,10 @@ def build(kernels: str) -> bool:
     return subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
 
 
-def tests(op: str) -> list[str]:
-    """The files with tests of an op: one, but for ops that have no table of cases yet."""
-    names = [op, f"triton_{op}", f"cuda_{op}"]
-    files = [ROOT / f"tests/kernels/test_{name}.py" for name in names]
-    return [str(file) for file in files if file.exists()]
-
-
 def is_found(kernels: str, op: str, *options: str) -> bool:
     """Whether a test of the op fails, or the process that runs it."""
-    command = [sys.executable, "-m", "pytest", "-qx", "--kernels", kernels, *tests(op), *options]
+    file = f"tests/kernels/test_{op}.py"
+    command = [sys.executable, "-m", "pytest", "-qx", "--kernels", kernels, file, *options]
     try:
         return subprocess.run(command, cwd=ROOT, capture_output=True, timeout=900).returncode != 0
     except subprocess.TimeoutExpired:  # a loop that does not end

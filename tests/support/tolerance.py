@@ -52,6 +52,7 @@ def assert_accurate(
         same = actual.double()[infinite] == truth[infinite]
         assert same.all(), f"{what}: {int((~same).sum())} of {same.numel()} infinities are others"
         actual, naive, truth = (t.where(~infinite, 0) for t in (actual, naive, truth))
+    assert naive.isfinite().all(), f"{what}: plain torch's is not finite, so nothing is compared"
     scale = truth.abs() if scale is None else torch.maximum(scale, truth.abs())
     float32 = scale if float32 is None else torch.maximum(scale, float32)
     least = FOUR_ROUNDINGS * float32 + SMALLEST[actual.dtype]
@@ -61,6 +62,10 @@ def assert_accurate(
     theirs = theirs[scale >= torch.finfo(actual.dtype).smallest_normal]
     worst = theirs.max().item() if theirs.numel() else 0.0
     allowed = factor * worst * scale + ULP[actual.dtype] / 2 * truth.abs() + least
+    some = truth.abs() > least  # not all that is left of larger terms
+    assert not some.any() or (truth.abs()[some] > allowed[some]).any(), (
+        f"{what}: zeros would pass; plain torch's error is {worst:.1e} of the terms"
+    )
     error = (actual.double() - truth).abs()
     wrong = ~(error <= allowed)
     if wrong.any():

@@ -59,7 +59,7 @@ class Row(NamedTuple):
 
 
 class Op(NamedTuple):
-    build: Callable[[Case, torch.dtype], Built] | None
+    build: Callable[[Case, torch.dtype], Built]
     draw: Callable[[Random, str], Case]  # (random numbers, instruction set) -> a random case
     kernels: tuple[str, ...] = ALL
     rows: dict[str, Row] = {}
@@ -72,7 +72,6 @@ class Op(NamedTuple):
 
     def built(self, case: Case, dtype: torch.dtype, kernels: str, device: str = "cpu") -> Built:
         """Build a case for a kind of kernels: cpu, triton or cuda."""
-        assert self.build
         built = self.build(case, dtype)
         return built._replace(
             leaves=[t.to(device) for t in built.leaves],
@@ -156,7 +155,7 @@ def run(
         upstream = [
             torch.randn(t.shape, generator=generator).to(t.device, t.dtype) for t in reached
         ]
-    used = [u.to(t.dtype) for u, t in zip(upstream, reached)]
+    used = [u.to(t.dtype) for u, t in zip(upstream, reached, strict=bool(reached))]
     if scatter:
         used = [scattered(t, scatter) for t in used]
     grads = ()
@@ -204,10 +203,11 @@ def check(built: Built) -> None:
     with torch.no_grad():
         terms = built.terms(*wide, *(u.double() for u in upstream)) if built.terms else {}
     for name, a, p, t in zip(names, actual, naive, truth, strict=True):
+        assert a.dtype == p.dtype, f"{name}: {a.dtype}, and {p.dtype} by plain torch"
         size = terms.get(name)
         sizes = size if isinstance(size, Terms) else Terms(size)
         factor = 3 if name.startswith("d") else 2  # backward, forward
-        assert_accurate(a, p.to(a.dtype), t, **sizes._asdict(), factor=factor, what=name)
+        assert_accurate(a, p, t, **sizes._asdict(), factor=factor, what=name)
 
 
 def scattered(t: Tensor, r: Random, unit: int = 0) -> Tensor:
@@ -249,10 +249,9 @@ def misaligned(t: Tensor, dim: int) -> Tensor:
 
 def assert_same(wanted: Sequence[Tensor], got: Sequence[Tensor], what: str) -> None:
     """Assert equality to the last bit; any NaN equals any other."""
-    assert len(wanted) == len(got)
-    for i, (a, b) in enumerate(zip(wanted, got)):
-        assert torch.equal(a.isnan(), b.isnan()), f"{what}: result {i} is NaN elsewhere"
-        same = a.nan_to_num(0.0) == b.nan_to_num(0.0)
+    for i, (a, b) in enumerate(zip(wanted, got, strict=True)):
+        assert a.dtype == b.dtype and a.shape == b.shape, f"{what}: result {i} is of another kind"
+        same = ((a == b) & (a.signbit() == b.signbit())) | (a.isnan() & b.isnan())
         assert same.all(), (
             f"{what}: result {i} differs in {int((~same).sum())} of {same.numel()} elements, "
             f"by {(a.double() - b.double()).nan_to_num(0.0).abs().max():.3e}"

@@ -101,7 +101,6 @@ def build(case: Case, dtype: torch.dtype) -> Built:
 
     return built(
         leaves, call, dense, spread, rows=(other, other), differentiable=False,
-        any_strides=case.get("isa") != "simt",
     )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """quantized_linear as cases, with the weight that it multiplies by, dequantized."""
 
-from itertools import cycle
+from itertools import count
 from random import Random
 
 import torch
@@ -121,16 +121,17 @@ def case(
 
 
 FORMATS = [(bits, act_bits) for bits in (4, 8) for act_bits in (16, 8)]
-_extras = cycle([(dtype, bias) for bias in (True, False) for dtype in DTYPES])
+_EXTRAS = [(dtype, bias) for bias in (True, False) for dtype in DTYPES]
+_calls = count()
 
 
 def each_format(
     name: str, *shape: int, group_size: int, symmetric=False, which=FORMATS, **row
 ) -> dict[str, Row]:
     """A row of each format, with scales of each dtype, with and without a bias."""
-    rows = {}
-    for bits, act_bits in which:
-        scale_dtype, bias = next(_extras)
+    rows, first = {}, next(_calls)
+    for i, (bits, act_bits) in enumerate(which):
+        scale_dtype, bias = _EXTRAS[(first + i) % len(_EXTRAS)]
         options = {"group_size": group_size, "scale_dtype": scale_dtype, "bias": bias}
         options |= {"bits": bits, "act_bits": act_bits, "symmetric": symmetric}
         rows[f"{name}, w{bits}a{act_bits}"] = Row(case(*shape, **options), **row)

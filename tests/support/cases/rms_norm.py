@@ -34,8 +34,9 @@ def build(case: Case, dtype: torch.dtype) -> Built:
         x, weight, residual, _ = parted(tensors)
         h = x if residual is None else x + residual
         h = h + (h.to(dtype).to(h.dtype) - h).detach()  # the sum is rounded by definition
-        factor = None if weight is None else (offset + weight).to(h.dtype)
-        y = F.rms_norm(h, h.shape[-1:], factor, eps)
+        wide = torch.promote_types(h.dtype, torch.float32)
+        factor = None if weight is None else offset + weight.to(wide)
+        y = F.rms_norm(h.to(wide), h.shape[-1:], factor, eps).to(h.dtype)
         return y if residual is None else (y, h)
 
     def terms(*tensors):
