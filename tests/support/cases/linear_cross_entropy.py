@@ -47,9 +47,8 @@ def build(case: Case, dtype: torch.dtype) -> Built:
             )
 
     def plain(x, w, target, *rest):
-        """As torch in the low precision: logits and their gradient in it, the loss in float32."""
         bias, weight, _ = split(rest)
-        return losses.definition(F.linear(x, w, bias), target, weight, **options)
+        return losses.definition(losses.product(x, w, bias), target, weight, **options)
 
     def terms(x, w, target, *rest):
         bias, weight, upstream = split(rest)
