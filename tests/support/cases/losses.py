@@ -184,8 +184,8 @@ def sizes(
         of_p = of_p + upstream[1].abs()[..., None]
     rest = on * of
     gradient = logit_scale * slope * (of_p * p + rest)
-    # slope is 1 - t^2, of which t is rounded three times: 7 roundings of t^2
-    of_slope = slope + 7 / 4 * (1 - slope)
+    # slope is 1 - t^2; tanh's quotient and sum, t cap and z / cap are rounded: 9 roundings of t^2
+    of_slope = slope + 9 / 4 * (1 - slope)
     in_float32 = logit_scale * of_slope * (of_p * p_size * (1 + below + log_sum + error) + rest)
     return results, gradient, in_float32
 
