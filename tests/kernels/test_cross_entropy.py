@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import OPS, losses
 from cases import cross_entropy as table
 from cases.base import check, run
 from contract import *  # noqa: F403
@@ -26,6 +27,16 @@ def both(function, logits, target, upstream=None, **options):
     """Outputs and gradient."""
     upstream = None if upstream is None else [upstream]
     return run(lambda z: function(z, target, **options), [logits], upstream)[0]
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "linear_cross_entropy", "linear_logprobs"])
+def test_targets_of_the_tables(name):
+    """The last class, and ignored rows between others."""
+    for case in (row.case for row in OPS[name].rows.values()):
+        rows, classes, ignored = case["shape"][0], case["shape"][-1], case["ignored"]
+        target = losses.targets(case, rows, classes)[0]
+        assert (target == classes - 1).any() == (rows > 0 and ignored < 1), case
+        assert (target == -100).any() == (ignored > 0 and rows > (ignored < 1)), case
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])

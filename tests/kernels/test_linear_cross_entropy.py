@@ -37,7 +37,7 @@ def both(x, w, bias, target, **options):
     return run(lambda x, w, b: loss(x, w, b, target, **options), [x, w, bias], upstream)[0]
 
 
-@pytest.fixture(params=["forward", "few rows"])
+@pytest.fixture(params=["forward", "recomputed"])
 def gradients(request):
     """Both ways to the gradients."""
     with table.way(request.param):
@@ -65,7 +65,7 @@ def test_ways_agree(kernel, dtype):
     arguments = make(29, 32, 90, dtype, device=kernel.device)
     with table.way("forward"):
         first = both(*arguments)
-    with table.way("few rows"):
+    with table.way("recomputed"):
         second = both(*arguments)
     eps = torch.finfo(dtype).eps
     for a, b in zip(first, second):

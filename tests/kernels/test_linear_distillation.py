@@ -168,7 +168,7 @@ def test_backward_twice_and_no_grad(kind):
 @pytest.mark.parametrize("temperature", [1.0, 20.0])
 def test_float16_under_a_grad_scaler(kernel, kind, temperature):
     """Mixed precision: scale the loss by GradScaler's first factor, divide the gradients by it. The
-    error is at most that of unfused float16, where the factor applies from the start.
+    error is at most twice that of the formula, where the factor applies from the start.
     """
     rows = 1000 if kernel.language == "cpu" else 60
     options = {"kind": kind, "temperature": temperature, "upstream": 2.0**16}

@@ -129,6 +129,8 @@ OP = Op(
         **{f"{n} classes": Row(case(3, n, **SMOOTH), on=("cpu",)) for n in (1023, 1024, 1025)},
         **{f"{n} classes": Row(case(3, n, **SMOOTH), on=("triton",)) for n in (63, 64, 65)},
         **{f"{n} classes": Row(case(3, n, **SMOOTH), on=("cuda",)) for n in (3, 7, 8, 256)},
+        # split rows: two parts of two blocks, and one of a class
+        "257 classes": Row(case(14, 257, **SMOOTH), on=("triton",)),
         **{
             f"{values}, a block and a part": Row(
                 case(3, 1500, values=values, return_lse=True), on=("cpu",)

@@ -16,14 +16,17 @@ from fastlm import ops
 @contextlib.contextmanager
 def way(name: str) -> Iterator[None]:
     """Take a way to the gradients that the op takes by the number of rows and the size of its
-    products: "forward", "recomputed" (few rows) or "small" (by the definition).
+    products: "forward", "recomputed" or "small" (by the definition).
     """
     from fastlm.ops.linear_cross_entropy import linear_cross_entropy
 
     names = linear_cross_entropy.__globals__
+    few_rows, small = {
+        "forward": (0, 0), "recomputed": (64, 0), "small": (64, names["_SMALL"])
+    }[name]  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(names, "_FEW_ROWS", 0 if name == "forward" else 64)
-        patch.setitem(names, "_SMALL", names["_SMALL"] if name == "small" else 0)
+        patch.setitem(names, "_FEW_ROWS", few_rows)
+        patch.setitem(names, "_SMALL", small)
         yield
 
 
@@ -47,9 +50,8 @@ def build(case: Case, dtype: torch.dtype) -> Built:
             )
 
     def plain(x, w, target, *rest):
-        """As torch in the low precision: logits and their gradient in it, the loss in float32."""
         bias, weight, _ = split(rest)
-        return losses.definition(F.linear(x, w, bias), target, weight, **options)
+        return losses.definition(losses.product(x, w, bias), target, weight, **options)
 
     def terms(x, w, target, *rest):
         bias, weight, upstream = split(rest)
@@ -107,6 +109,7 @@ OPTIONS = {
         "reduction": "none", "label_smoothing": 0.1, "z_loss": 1e-2, "weight": True,
     },
     "smoothing, items": {"label_smoothing": 0.1, "num_items": 77},
+    "smoothing, weights": {"label_smoothing": 0.1, "weight": True, "bias": False},
     "softcap, scale": {"softcap": 5.0, "logit_scale": 0.7, "weight": True},
     "softcap, scale, lse": {"softcap": 5.0, "logit_scale": 0.7, "return_lse": True},
     "softcap, smoothing": {"softcap": 5.0, "label_smoothing": 0.3, "reduction": "sum"},
@@ -120,11 +123,11 @@ OP = Op(
     rows={
         **{name: Row(case(29, 40, 123, **options)) for name, options in OPTIONS.items()},
         # the gradients are computed in the backward, the weight's in its own dtype
-        "few rows": Row(case(29, 40, 123, way="few rows"), bits=True),
-        "few rows, smoothing": Row(
-            case(33, 50, 300, way="few rows", label_smoothing=0.2, reduction="sum"), on=("cpu",)
+        "recomputed": Row(case(29, 40, 123, way="recomputed"), bits=True),
+        "recomputed, smoothing": Row(
+            case(33, 50, 300, way="recomputed", label_smoothing=0.2, reduction="sum"), on=("cpu",)
         ),
-        "one row": Row(case(1, 50, 300, way="few rows", ignored=0.0), on=("cpu",)),
+        "one row": Row(case(1, 50, 300, way="recomputed", ignored=0.0), on=("cpu",)),
         "one row, one feature, one class": Row(case(1, 1, 1, ignored=0.0)),
         "three classes": Row(case(2, 1, 3)),
         # more rows than a chunk is wide, two blocks of classes and one class
@@ -167,7 +170,7 @@ OP = Op(
     small={name: case(4, 3, 5, ignored=0.0, **options) for name, options in OPTIONS.items()},
     batches={
         reduction: [
-            case(n, 16, 40, bias=False, z_loss=0.1, reduction=reduction, way="few rows")
+            case(n, 16, 40, bias=False, z_loss=0.1, reduction=reduction, way="recomputed")
             for n in (4, 9, 17)
         ]
         for reduction in ("mean", "none")

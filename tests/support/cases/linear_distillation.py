@@ -7,15 +7,14 @@ import torch
 import torch.nn.functional as F
 
 from cases import losses
-from cases.base import DTYPES, SLOW, Built, Case, Op, Row, given, size, some
+from cases.base import DTYPES, SLOW, Built, Case, Op, Row, Terms, given, size, some
 from fastlm import ops
 
 KINDS = ("forward", "reverse", "jsd")
 
 
 def log_probabilities(x, w, temperature, softcap):
-    z = F.linear(x, w)
-    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    z = losses.product(x, w)
     z = z if softcap is None else softcap * torch.tanh(z / softcap)
     return (z / temperature).log_softmax(-1)
 
@@ -34,7 +33,7 @@ def definition(
     student, student_weight, teacher, teacher_weight, mask=None, *, kind="forward", beta=0.5,
     temperature=1.0, num_items=None, student_softcap=None, teacher_softcap=None,
 ):  # fmt: skip
-    """The formula, on the logits of both heads in the dtype of their operands."""
+    """The formula."""
     log_s = log_probabilities(student, student_weight, temperature, student_softcap)
     log_t = log_probabilities(teacher, teacher_weight, temperature, teacher_softcap)
     rows = divergence(log_s, log_t, kind, beta).sum(-1)
@@ -64,6 +63,8 @@ def build(case: Case, dtype: torch.dtype) -> Built:
     )
     shift(case.get("values"), *student, *teacher)
     mask = [torch.rand(rows) >= case["left_out"]] if case["left_out"] else []
+    if rows > 1 and 0 < case["left_out"] < 1:
+        mask[0][0], mask[0][-1] = True, False
     options = case["options"]
 
     def function(x, w, teacher, teacher_weight, mask=None):
@@ -86,24 +87,43 @@ def build(case: Case, dtype: torch.dtype) -> Built:
         )  # fmt: skip
         items = options.get("num_items") or max(1, int(kept.sum()))
         keep = kept[:, None] / items
-        log_s, log_t = s.below + s.log_sum, t.below + t.log_sum
-        error = s.size + t.size + ((s.p * s.size) + (t.p * t.size)).sum(1, keepdim=True)
-        # the terms of a divergence are p log p of either
-        weight = {"forward": t.p, "reverse": s.p}.get(kind, s.p + t.p)
-        loss = (keep * weight * (log_s + log_t + error)).sum()
+        log_s, log_t = -s.below - s.log_sum, -t.below - t.log_sum
+        # the errors of float32, in roundings: of a logarithm, thus of a probability
+        of_s, of_t = (
+            1 + log.abs() + head.size + (head.p * head.size).sum(1, keepdim=True)
+            for head, log in ((s, log_s), (t, log_t))
+        )
+        if kind == "jsd":
+            log_m = torch.logaddexp(log_t + math.log(beta), log_s + math.log1p(-beta))
+            share_t, share_s = beta * (log_t - log_m).exp(), (1 - beta) * (log_s - log_m).exp()
+            # the logarithm of m / max(s, t) rounds a sum of that size
+            rounding = (torch.maximum(log_s, log_t) - log_m).exp()
+            heads = (
+                (s.p * (1 - beta), log_s - log_m, of_s, share_t * (of_s + of_t) + rounding),
+                (t.p * beta, log_t - log_m, of_t, share_s * (of_s + of_t) + rounding),
+            )
+        elif kind == "reverse":
+            heads = ((s.p, log_s - log_t, of_s, of_s + of_t),)
+        else:
+            heads = ((t.p, log_t - log_s, of_t, of_s + of_t),)
+        loss = Terms(
+            sum((keep * p * log.abs()).sum() for p, log, *_ in heads),
+            sum((keep * p * (log.abs() * of_p + of_log)).sum() for p, log, of_p, of_log in heads),
+        )
         if not upstream:
             return {"loss": loss}
-        whole = (weight * (log_s - log_t).abs()).sum(1, keepdim=True)
-        apart = (log_s - log_t).abs() + whole
         if kind == "forward":
-            of_logits = s.p + t.p
-            float32 = of_logits * (1 + error + log_s + log_t)
-        else:
-            share = 1 if kind == "reverse" else 1 - beta
-            of_logits = share * s.p * apart
-            float32 = share * s.p * (apart + 1) * (1 + error + log_s + log_t)
+            dz, float32 = s.p - t.p, s.p_size * of_s + t.p_size * of_t
+        else:  # s (log - mean), the mean of a logarithm over s
+            _, log, _, of_log = heads[0]
+            share = 1 - beta if kind == "jsd" else 1
+            mean = (s.p * log).sum(1, keepdim=True)
+            of_mean = (s.p * (log.abs() * of_s + of_log)).sum(1, keepdim=True)
+            dz = share * s.p * (log - mean)
+            of_all = (log - mean).abs() * of_s + log.abs() + mean.abs() + of_log + of_mean
+            float32 = share * s.p_size * of_all
         on = upstream[0].abs() * keep * scale
-        sizes = losses.product_sizes(x, w, on * s.slope * of_logits, on * float32, dtype)
+        sizes = losses.product_sizes(x, w, on * s.slope * dz.abs(), on * float32, dtype)
         return {"loss": loss} | sizes
 
     return Built(function, [*student, *teacher, *mask], plain, terms, ("loss",), constant=(2, 3))

@@ -13,9 +13,8 @@ from fastlm import ops
 
 
 def definition(x, w, target, bias=None, *, temperature=1.0, softcap=None, ignore_index=-100):
-    """Both outputs, the logits in x's dtype, all after them in float32."""
-    z = F.linear(x, w, bias)
-    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    """Both outputs."""
+    z = losses.product(x, w, bias)
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
     logp = (z / temperature).log_softmax(1)
@@ -45,7 +44,7 @@ def build(case: Case, dtype: torch.dtype) -> Built:
     def terms(x, w, target, *rest):
         bias, upstream = (rest[0], rest[1:]) if case["bias"] else (None, rest)
         temperature, softcap = options.get("temperature", 1.0), options.get("softcap")
-        below, log_sum, _, p, slope, size = losses.scores(
+        below, log_sum, _, p, p_size, slope, size = losses.scores(
             F.linear(x, w, bias), losses.logit_size(x, w, bias), softcap=softcap,
             scale=1 / temperature,
         )  # fmt: skip
@@ -63,13 +62,16 @@ def build(case: Case, dtype: torch.dtype) -> Built:
         }
         if not upstream:
             return sizes
-        on = (upstream[0].abs() * valid)[:, None]
-        on_entropy = (upstream[1].abs() * valid)[:, None] if entropy else 0 * on
-        of_p = on + on_entropy * (logp + h)
-        scale = slope / temperature * (on * one + of_p * p)
+        on, on_entropy = (
+            (upstream[i] * valid)[:, None] if i < len(upstream) else torch.zeros_like(h)
+            for i in range(2)
+        )
+        of_target = on.abs() * one
+        of_p = on_entropy * (logp - h) - on  # added before it is rounded
+        scale = slope / temperature * (of_target + of_p.abs() * p)
         # an error of a logit is one of p, of log p and of the entropy
-        of_p = of_p * (1 + logp + error) + on_entropy * error
-        float32 = (on * one + of_p * p) / temperature
+        of_p = (on.abs() + on_entropy.abs() * (logp + h)) * (1 + logp + error)
+        float32 = (of_target + (of_p + on_entropy.abs() * error) * p_size) / temperature
         return sizes | losses.product_sizes(x, w, scale, float32, dtype)
 
     outputs = ("logprob", "entropy") if entropy else ("logprob",)

@@ -42,12 +42,15 @@ def case(*, ignored=0.25, ignore_index=-100, weight=False, spread=3.0, **options
 
 def targets(case: Case, rows: int, classes: int) -> tuple[Tensor, list[Tensor], dict]:
     """Return the target, the weights of the classes if there are any, and the options."""
+    ignored, ignore_index = case["ignored"], case["ignore_index"]
     target = torch.randint(0, classes, (rows,))
-    if rows:
-        target[0] = classes - 1
-    target[torch.rand(rows) < case["ignored"]] = case["ignore_index"]
+    target[torch.rand(rows) < ignored] = ignore_index
+    if rows and ignored < 1:
+        target[0] = max(0, classes - 1 - (ignore_index == classes - 1))  # the last that may be one
+    if rows > 1 and 0 < ignored < 1:
+        target[-1] = ignore_index
     options = options_of(case)
-    if (target == case["ignore_index"]).all() and "num_items" not in options:
+    if (target == ignore_index).all() and "num_items" not in options:
         options["reduction"] = "sum"  # the mean over zero rows is NaN
     return target, [torch.rand(classes) + 0.1] if case["weight"] else [], options
 
@@ -82,7 +85,10 @@ def definition(
     rows = F.cross_entropy(
         z, target, w, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none"
     )
-    lse, valid = torch.logsumexp(z, -1), has_loss(target, ignore_index)
+    # its gradient has the precision of the logits' differences, not that of a rounded lse
+    shift = z.detach().amax(-1, keepdim=True)
+    lse = (shift + torch.logsumexp(z - shift, -1, keepdim=True))[..., 0]
+    valid = has_loss(target, ignore_index)
     loss = rows + torch.where(valid, z_loss * lse**2, 0.0)
     if reduction == "mean":
         seen = valid.sum() if w is None or soft else w[target[valid]].sum()
@@ -99,6 +105,7 @@ class Scores(NamedTuple):
     log_sum: Tensor  # of e^-below, (N, 1); lse is the largest plus this
     lse: Tensor  # (N, 1)
     p: Tensor
+    p_size: Tensor  # where p is less than the smallest float32, it is 0 there: four roundings
     slope: Tensor  # of softcap
     size: Tensor  # of the terms of a logit, whose rounding is its error
 
@@ -119,7 +126,8 @@ def scores(z: Tensor, size: Tensor | None, *, softcap=None, scale=1.0) -> Scores
     shift = z.amax(-1, keepdim=True)
     below = shift - z
     log_sum = (-below).exp().sum(-1, keepdim=True).log()
-    return Scores(below, log_sum, shift + log_sum, (-below - log_sum).exp(), slope, size)
+    p = (-below - log_sum).exp()
+    return Scores(below, log_sum, shift + log_sum, p, p.clamp_min(2**-104), slope, size)
 
 
 def sizes(
@@ -143,7 +151,7 @@ def sizes(
 
     The gradient of a logit is a difference of p and 1. A logit's own error makes one of p.
     """
-    below, log_sum, lse, p, _, size = scores(
+    below, log_sum, lse, p, p_size, _, size = scores(
         logits * logit_scale, None if size is None else size * logit_scale, softcap=softcap
     )
     if logit_scale != 1:
@@ -176,7 +184,9 @@ def sizes(
         of_p = of_p + upstream[1].abs()[..., None]
     rest = on * of
     gradient = logit_scale * slope * (of_p * p + rest)
-    in_float32 = logit_scale * (of_p * p * (1 + below + log_sum + error) + rest)
+    # slope is 1 - t^2; tanh's quotient and sum, t cap and z / cap are rounded: 9 roundings of t^2
+    of_slope = slope + 9 / 4 * (1 - slope)
+    in_float32 = logit_scale * of_slope * (of_p * p_size * (1 + below + log_sum + error) + rest)
     return results, gradient, in_float32
 
 
@@ -199,6 +209,12 @@ def tensors(case: Case, dtype: torch.dtype, width: int) -> tuple[Tensor, Tensor,
     return x.to(dtype), w.to(dtype), [bias.to(dtype)] if case.get("bias") else []
 
 
+def product(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The logits in float32 or wider, as kernels compute them."""
+    tensors = [t for t in (x, w, bias) if t is not None]
+    return F.linear(*(t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors))
+
+
 def logit_size(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """The size of the terms of each logit."""
     return F.linear(x.abs(), w.abs(), None if bias is None else bias.abs())
@@ -209,14 +225,20 @@ def product_sizes(
 ) -> dict[str, Terms]:
     """The terms of the gradients of a product, by those of the logits' gradient. That is rounded to
     the dtype, and so is the exponential that it is computed from; below the dtype's smallest normal
-    number the steps stay as they are there. Each addition rounds the sum: these errors are a random
-    walk. A kernel adds in vectors and blocks.
+    number the steps stay as they are there. Each addition rounds the sum of the terms: these errors
+    are a random walk, of which four deviations are sqrt(n / 3) times four roundings.
     """
     x, w = x.abs(), w.abs()
     square = scale.clamp_min(torch.finfo(dtype).smallest_normal).where(scale > 0, 0).square()
-    rows, classes = (1 + n**0.5 / 8 for n in scale.shape)
+    of_rows, of_classes = (float32 + (n / 3) ** 0.5 * scale for n in scale.shape)
+
+    def rounded(a: Tensor, of_a: Tensor, b: Tensor) -> Tensor:
+        root = (a @ b.square()).sqrt()
+        # of one or two features a gradient is a function: half an ulp of each term, of one sign
+        return torch.maximum(root, of_a @ b / 4) if b.shape[1] < 3 else root
+
     return {
-        "dx": Terms(scale @ w, classes * (float32 @ w), (square @ w.square()).sqrt()),
-        "dw": Terms(scale.mT @ x, rows * (float32.mT @ x), (square.mT @ x.square()).sqrt()),
-        "dbias": Terms(scale.sum(0), rows * float32.sum(0), square.sum(0).sqrt()),
+        "dx": Terms(scale @ w, of_classes @ w, rounded(square, scale, w)),
+        "dw": Terms(scale.mT @ x, of_rows.mT @ x, rounded(square.mT, scale.mT, x)),
+        "dbias": Terms(scale.sum(0), of_rows.sum(0), square.sum(0).sqrt()),
     }
