@@ -600,6 +600,7 @@ def quantized_linear_forward(
     if out.numel() == 0:
         return out
     x, y = matrix(x), out.view(-1, w.n)
+    bias = None if bias is None else bias.contiguous()
     few = x.shape[0] <= VECTOR_ROWS
     if act_bits == 8:
         q, scale, sums = _rounded(x, w)
