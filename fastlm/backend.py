@@ -41,7 +41,7 @@ _FLOATS = (*_HALVES_AND_FLOAT, torch.float64)
 class Serves(NamedTuple):
     """What a backend serves of an op: words for `fastlm info`, and the predicate, which gets the
     op's arguments. It is called before the host function: it must be cheap and read no values.
-    `picked` passes the arguments that it was given: those behind them need a default."""
+    `picked` calls it with the first arguments alone, so the others need defaults."""
 
     text: str
     holds: Callable[..., bool]

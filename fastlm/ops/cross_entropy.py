@@ -271,11 +271,9 @@ def _derivative(
     softcap: float | None,
     logit_scale: float,
 ) -> Tensor:
-    total = (
-        logits.shape[1]
-        if class_weight is None
-        else class_weight.contiguous().sum(-1, dtype=shift.dtype)
-    )
+    total = logits.shape[1]
+    if class_weight is not None:  # contiguous: torch adds strided elements in another order
+        total = class_weight.contiguous().sum(-1, dtype=shift.dtype)
     return _backward(
         *coefficients(d_log_sum, d_nll, d_smoothed, target, ignore_index, total),
         logits, target, class_weight, shift, log_sum, ignore_index, softcap, logit_scale,

@@ -227,11 +227,9 @@ def _derivative(
     need_input: bool,
     need_linear_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    total = (
-        linear_weight.shape[0]
-        if class_weight is None
-        else class_weight.to(shift.dtype).contiguous().sum()
-    )
+    total = linear_weight.shape[0]
+    if class_weight is not None:  # contiguous: torch adds strided elements in another order
+        total = class_weight.contiguous().sum(dtype=shift.dtype)
     return _backward(
         *coefficients(d_log_sum, d_nll, d_smoothed, target, ignore_index, total),
         input, linear_weight, linear_bias, target, class_weight, shift, log_sum, ignore_index,

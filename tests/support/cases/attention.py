@@ -283,6 +283,13 @@ def bias_of(case: Case, shape: tuple[int, ...]) -> Tensor:
     return bias if "b" in dims else bias[0]
 
 
+def sinks_of(case: Case, heads: int, dtype: torch.dtype) -> Tensor:
+    sinks = torch.randn(heads).to(torch.promote_types(dtype, torch.float32))
+    if case.get("infinite_sink"):
+        sinks[0] = -math.inf
+    return sinks
+
+
 def build(case: Case, dtype: torch.dtype) -> Built:
     b, h, hkv, s, t, d, dv = case["shape"]
     options = dict(case["options"])
@@ -296,9 +303,7 @@ def build(case: Case, dtype: torch.dtype) -> Built:
     if options.pop("bias", None):
         leaves["bias"] = bias_of(case, (b, h, s, t)).to(dtype)
     if options.pop("sinks", False):
-        leaves["sinks"] = torch.randn(h).to(torch.promote_types(dtype, torch.float32))
-        if case.get("infinite_sink"):
-            leaves["sinks"][0] = -math.inf
+        leaves["sinks"] = sinks_of(case, h, dtype)
     if options.pop("alibi", False):
         leaves["alibi_slopes"] = torch.rand(h)
     p = options.get("dropout_p", 0.0)

@@ -177,7 +177,7 @@ def results(built: Built, leaves: Sequence[Tensor], scatter: Random | None = Non
 
 
 def copies(built: Built) -> list[Tensor]:
-    """Of the leaves: the op may write to them."""
+    """Clone the leaves, because the op may write to them."""
     return [t.clone() for t in built.leaves]
 
 

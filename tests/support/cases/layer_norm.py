@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from cases.base import Built, Case, Op, Row, named, rows_of
+from cases.rms_norm import wide_rows
 from fastlm import ops
 
 
@@ -74,15 +75,6 @@ def case(*shape: int, parameters="weight bias", residual=False, wide=False, spre
     }  # fmt: skip
 
 
-def wide_rows(patch) -> None:
-    """Small rows also use the path for wide ones, in blocks that do not divide them."""
-    from fastlm.kernels import layer_norm as module
-
-    patch.setattr(module, "_WHOLE", 0)
-    patch.setattr(module, "_WIDE", module.Config({"BLOCK": 128}))
-    patch.setattr(module, "_COLUMNS", module.Config({"BLOCK": 128}))
-
-
 OP = Op(
     build,
     draw,
@@ -115,5 +107,5 @@ OP = Op(
         "no parameters": case(5, 7, parameters=""),
     },
     batches={"rows": [case(n, 64, residual=True) for n in (4, 9, 17)]},
-    settings={"triton": {"wide rows": wide_rows}},
+    settings={"triton": {"wide rows": wide_rows("layer_norm")}},
 )

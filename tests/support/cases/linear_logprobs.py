@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from cases import losses
 from cases.base import Built, Case, Op, Row, Terms, given, some
-from cases.linear_cross_entropy import draw_shape
+from cases.linear_cross_entropy import HARD, draw_shape
 from fastlm import ops
 
 
@@ -110,8 +110,6 @@ def whole_rows(patch) -> None:
     parts_of_rows(patch)
     patch.setattr(cross_entropy, "_WAVES", 1)
 
-
-HARD = ("peaked", "all negative", "common offset", "far above the first")
 
 OP = Op(
     build,

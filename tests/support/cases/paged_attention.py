@@ -6,7 +6,7 @@ from random import Random
 import torch
 from torch import Tensor
 
-from cases.attention import CPU, Dense, built, wide
+from cases.attention import CPU, Dense, built, sinks_of, wide
 from cases.base import DTYPES, SLOW, Built, Case, Op, Row, given, size, some
 from fastlm import backend, ops
 from fastlm.cuda.paged_attention import SERVES
@@ -67,9 +67,7 @@ def build(case: Case, dtype: torch.dtype) -> Built:
         shape = (queries,) if bias is True else (h, 1)
         leaves["bias"] = torch.randn(*shape, max([1, *lengths])).to(DTYPES.get(bias, dtype))
     if options.pop("sinks", False):
-        leaves["sinks"] = torch.randn(h).to(torch.promote_types(dtype, torch.float32))
-        if case.get("infinite_sink"):
-            leaves["sinks"][0] = -torch.inf
+        leaves["sinks"] = sinks_of(case, h, dtype)
     if options.pop("alibi_slopes", False):
         leaves["alibi_slopes"] = torch.rand(h)
 

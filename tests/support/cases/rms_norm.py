@@ -1,6 +1,9 @@
 """rms_norm as cases."""
 
+import importlib
+from collections.abc import Callable
 from random import Random
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -78,13 +81,16 @@ def case(*shape: int, residual=False, weight="like x", spread=1.0, offset=0.0, e
     }  # fmt: skip
 
 
-def wide_rows(patch) -> None:
+def wide_rows(norm: str) -> Callable[[Any], None]:
     """Small rows also use the path for wide ones, in blocks that do not divide them."""
-    from fastlm.kernels import rms_norm as module
 
-    patch.setattr(module, "_WHOLE", 0)
-    patch.setattr(module, "_WIDE", module.Config({"BLOCK": 128}))
-    patch.setattr(module, "_COLUMNS", module.Config({"BLOCK": 128}))
+    def change(patch) -> None:
+        module = importlib.import_module(f"fastlm.kernels.{norm}")
+        patch.setattr(module, "_WHOLE", 0)
+        patch.setattr(module, "_WIDE", module.Config({"BLOCK": 128}))
+        patch.setattr(module, "_COLUMNS", module.Config({"BLOCK": 128}))
+
+    return change
 
 
 OP = Op(
@@ -122,5 +128,5 @@ OP = Op(
     batches={"rows": [case(n, 64, residual=True) for n in (4, 9, 17)]},
     forward_only=("cuda",),
     any_strides=("cpu", "triton"),
-    settings={"triton": {"wide rows": wide_rows}},
+    settings={"triton": {"wide rows": wide_rows("rms_norm")}},
 )

@@ -5,7 +5,7 @@ from random import Random
 import torch
 from torch import Tensor
 
-from cases.attention import CPU, TRITON, Dense, built, keeps, wide
+from cases.attention import CPU, TRITON, Dense, built, keeps, sinks_of, wide
 from cases.base import SLOW, Built, Case, Op, Row, given, size, some
 from fastlm import ops
 from fastlm.ops.attention import dropout_seed
@@ -37,7 +37,7 @@ def build(case: Case, dtype: torch.dtype) -> Built:
         full = zip("bhst", (len(lengths), h, max(queries), max(keys)))
         leaves["bias"] = torch.randn([n if x in dims else 1 for x, n in full]).to(dtype)
     if options.pop("sinks", False):
-        leaves["sinks"] = torch.randn(h).to(torch.promote_types(dtype, torch.float32))
+        leaves["sinks"] = sinks_of(case, h, dtype)
     if options.pop("alibi", False):
         leaves["alibi_slopes"] = torch.rand(h)
     p = options.get("dropout_p", 0.0)
