@@ -26,7 +26,7 @@ setup: .venv/ready  ## .venv with fastlm (editable, the extensions that this mac
 # What is installed follows from these two files. The extensions come first: a compiler that is missing is said before the minutes of fetching
 .venv/ready: pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "make: wanted Python >= 3.11, got `$(PYTHON) --version`; name another: make PYTHON=python3.12"; exit 2; }
+	  { echo "make: expected Python >= 3.11, got `$(PYTHON) --version`; name another: make PYTHON=python3.12"; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) --upgrade 'pip>=25' setuptools pybind11 ninja
 	@$(CUDA_HERE) || $(PIP) --no-deps $(CUDA_HEADERS)

@@ -114,11 +114,11 @@ WANTED = {
 def check_machine(compiler) -> None:
     """One line on what is missing, before the minutes of compiling or fetching."""
     if not shutil.which(cxx := compiler.compiler_cxx[0]):
-        sys.exit(f"setup.py: wanted a C++17 compiler (Debian: g++), got no {cxx}; or say CXX=...")
+        sys.exit(f"setup.py: expected a C++17 compiler (Debian: g++), got no {cxx}; or say CXX=...")
     if not (header := Path(sysconfig.get_path("include"), "Python.h")).exists():
-        sys.exit(f"setup.py: wanted the headers of Python (Debian: python3-dev), got no {header}")
+        sys.exit(f"setup.py: expected the headers of Python (Debian: python3-dev), got no {header}")
     if not NINJA:
-        sys.exit("setup.py: wanted ninja (pip install ninja), got none")
+        sys.exit("setup.py: expected ninja (pip install ninja), got none")
 
 
 def shell(words: list[str]) -> str:

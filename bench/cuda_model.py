@@ -252,7 +252,7 @@ def main() -> None:
     parser.add_argument("ops", nargs="*", help=f"of {', '.join(CASES)}; default: all")
     names = parser.parse_args().ops
     if unknown := set(names) - set(CASES):
-        parser.error(f"ops: wanted some of {', '.join(CASES)}, got {', '.join(sorted(unknown))}")
+        parser.error(f"ops: expected some of {', '.join(CASES)}, got {', '.join(sorted(unknown))}")
     card_of, times = measured()
     rows = []
     for name in names or CASES:

@@ -14,7 +14,7 @@ here=$(pwd)
 status=0
 
 $python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null || {
-  echo "gpu.sh: wanted a GPU that the torch of $python sees, got none"
+  echo "gpu.sh: expected a GPU that the torch of $python sees, got none"
   exit 1
 }
 mkdir -p "$out"
@@ -73,7 +73,7 @@ for step in $steps; do
     grep '^{' "$out/gpu-compare.txt" >"$out/gpu-compare.jsonl"
     ;;
   *)
-    echo "gpu.sh: steps: wanted tests, triton, cuda, bench or compare, got $step"
+    echo "gpu.sh: steps: expected tests, triton, cuda, bench or compare, got $step"
     exit 2
     ;;
   esac

@@ -67,7 +67,7 @@ class Case:
     def __post_init__(self) -> None:
         for name in self.variants:
             if "," in name:
-                raise ValueError(f"variants: wanted names without a comma, got {name!r}")
+                raise ValueError(f"variants: expected names without a comma, got {name!r}")
 
     def calls(self) -> dict[str, Callable[[], object]]:
         if self.data is None:
@@ -101,8 +101,8 @@ def gradients(f: Callable) -> Callable:
 
     def variant(*operands):
         *inputs, dout = operands
-        wanted = [t for t in inputs if torch.is_tensor(t) and t.requires_grad]
-        return lambda: torch.autograd.grad(f(*inputs), wanted, dout)
+        expected = [t for t in inputs if torch.is_tensor(t) and t.requires_grad]
+        return lambda: torch.autograd.grad(f(*inputs), expected, dout)
 
     return variant
 
@@ -330,7 +330,7 @@ def table(rows: Sequence[Row]) -> str:
 
 def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"wanted a whole number from 1, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
     return int(text)
 
 
@@ -373,8 +373,8 @@ def own_cases(own: Callable, text: str, parser: argparse.ArgumentParser) -> list
     numbers = re.split("[,x]", text.replace(" ", ""))
     are_numbers = all(n.isdecimal() and int(n) for n in numbers)
     if not are_numbers or not least <= len(numbers) <= len(names):
-        wanted = ",".join(n if i < least else f"[{n}]" for i, n in enumerate(names))
-        parser.error(f"--shape: wanted {wanted}, whole numbers from 1, got {text!r}")
+        expected = ",".join(n if i < least else f"[{n}]" for i, n in enumerate(names))
+        parser.error(f"--shape: expected {expected}, whole numbers from 1, got {text!r}")
     try:
         made = own(*map(int, numbers))
         for case in made:  # before the machine is waited for

@@ -243,7 +243,7 @@ def main() -> None:
     parser.add_argument("only", nargs="*", help=f"of {', '.join(known)}; default: all")
     options = parser.parse_args()
     if unknown := set(options.only) - set(known):
-        parser.error(f"only: wanted some of {', '.join(known)}, got {', '.join(sorted(unknown))}")
+        parser.error(f"only: expected some of {', '.join(known)}, got {', '.join(sorted(unknown))}")
     isa = options.isa
     if isa and any(os.environ.get(name) != value for name, value in FORCED[isa].items()):
         # torch reads them at import, so restart

@@ -168,7 +168,7 @@ def main() -> None:
 
     known = [*OPS, *END_TO_END]
     if unknown := set(options.only) - set(known):
-        parser.error(f"only: wanted some of {', '.join(known)}, got {', '.join(sorted(unknown))}")
+        parser.error(f"only: expected some of {', '.join(known)}, got {', '.join(sorted(unknown))}")
     roots = (options.other.resolve(), ROOT)
     all_ratios = {}
     for op in options.only or known:

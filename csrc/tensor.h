@@ -121,32 +121,32 @@ struct TensorView {
   // The elements as T, on the CPU; `argument` names the tensor in the error.
   template <class T>
   T* data(const char* argument) const {
-    if (!on_cpu()) throw std::invalid_argument(std::string(argument) + ": wanted a CPU tensor");
+    if (!on_cpu()) throw std::invalid_argument(std::string(argument) + ": expected a CPU tensor");
     return elements<T>(argument);
   }
   // The elements as T, on any device.
   template <class T>
   T* elements(const char* argument) const {
     if (dtype() != dtype_of<T>())
-      throw std::invalid_argument(std::string(argument) + ": wanted dtype " + name(dtype_of<T>()) +
-                                  ", got " + name(dtype()));
+      throw std::invalid_argument(std::string(argument) + ": expected dtype " +
+                                  name(dtype_of<T>()) + ", got " + name(dtype()));
     return reinterpret_cast<T*>(static_cast<char*>(dl.data) + dl.byte_offset);
   }
 };
 
 using OptionalTensor = std::optional<TensorView>;
 
-// Throws an error that says what was wanted and what came: check_size("weight", "size", n, k).
-inline void check_size(const char* argument, const char* what, int64_t wanted, int64_t got) {
-  if (wanted != got)
-    throw std::invalid_argument(std::string(argument) + ": wanted " + what + " " +
-                                std::to_string(wanted) + ", got " + std::to_string(got));
+// Throws an error with the expected and the actual size: check_size("weight", "size", n, k).
+inline void check_size(const char* argument, const char* what, int64_t expected, int64_t got) {
+  if (expected != got)
+    throw std::invalid_argument(std::string(argument) + ": expected " + what + " " +
+                                std::to_string(expected) + ", got " + std::to_string(got));
 }
 
 inline void check_contiguous(const char* argument, const TensorView& t) {
   if (!t.contiguous())
     throw std::invalid_argument(std::string(argument) +
-                                ": wanted a contiguous tensor, got a strided one");
+                                ": expected a contiguous tensor, got a strided one");
 }
 
 // Calls f with a value of the C++ type of a float dtype:
@@ -162,7 +162,7 @@ void with_float(DType dtype, const char* argument, F&& f) {
       return f(f16{});
     default:
       throw std::invalid_argument(std::string(argument) +
-                                  ": wanted float32, bfloat16 or float16, got " + name(dtype));
+                                  ": expected float32, bfloat16 or float16, got " + name(dtype));
   }
 }
 

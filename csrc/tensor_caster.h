@@ -47,7 +47,7 @@ struct type_caster<fastlm::TensorView> {
       auto* managed = static_cast<fastlm::dlpack::ManagedVersioned*>(p);
       if (managed->version.major != 1)
         throw type_error("DLPack major version " + std::to_string(managed->version.major) +
-                         ": wanted 1");
+                         ": expected 1");
       value.dl = managed->tensor;
     } else {
       PyErr_Clear();

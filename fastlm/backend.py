@@ -236,7 +236,7 @@ def _forget() -> None:
 
 def _checked_backend(name: str, source: str) -> str:
     if name not in BACKENDS:
-        raise InputError(f"{source}: wanted one of {', '.join(BACKENDS)}, got {name!r}")
+        raise InputError(f"{source}: expected one of {', '.join(BACKENDS)}, got {name!r}")
     return name
 
 
@@ -315,7 +315,7 @@ def has_kernel(op: str, tensor: torch.Tensor, *others: Any) -> bool:
 def _choose(op: str, device: str, dtype: torch.dtype) -> Callable:
     entry = OPS[op]
     if dtype.is_floating_point and dtype not in _FLOATS:  # float8 is left to torch's own products
-        raise InputError(f"{entry.chosen_by}: wanted {_names(_FLOATS)}, got {dtype}")
+        raise InputError(f"{entry.chosen_by}: expected {_names(_FLOATS)}, got {dtype}")
     if device == "meta":
         assert entry.fake is not None
         return entry.fake

@@ -63,7 +63,9 @@ def _bad_value(error: typer.BadParameter) -> InputError | None:
     if not found or param is None:
         return None
     wanted = found[0]["msg"].partition(",")[0].removeprefix("Input should be ")
-    return InputError(f"{max(param.opts, key=len)}: wanted {wanted}, got {found[0]['input']!r:.80}")
+    return InputError(
+        f"{max(param.opts, key=len)}: expected {wanted}, got {found[0]['input']!r:.80}"
+    )
 
 
 def _fail(error: BaseException, status: int) -> None:
@@ -247,7 +249,7 @@ def tasks(
     from fastlm.evals.task import ABILITIES
 
     if ability is not None and ability not in ABILITIES:
-        raise InputError(f"ability: wanted one of {', '.join(ABILITIES)}, got {ability!r:.60}")
+        raise InputError(f"ability: expected one of {', '.join(ABILITIES)}, got {ability!r:.60}")
     found = [row for row in rows() if ability in (None, row["ability"])]
     if as_json:
         typer.echo(json.dumps(found, indent=1))
@@ -390,16 +392,16 @@ def _generate(o: GenerateOptions) -> None:
 def _prompts(o: Prompts) -> list[str]:
     """Texts of --prompt, then of --prompt-file, without the last newline, which editors add."""
     if o.prompt.count("-") > 1:
-        raise InputError("prompt: wanted - once, stdin is read once")
+        raise InputError("prompt: expected - once, stdin is read once")
     texts = [sys.stdin.read() if text == "-" else text for text in o.prompt]
     for file in o.prompt_file:
         try:
             texts.append(file.read_text("utf-8"))
         except UnicodeDecodeError as error:
-            raise InputError(f"prompt_file {file}: wanted UTF-8 text: {error}") from None
+            raise InputError(f"prompt_file {file}: expected UTF-8 text: {error}") from None
     if not texts:
         raise InputError(
-            "prompt: wanted --prompt TEXT (- for stdin) or --prompt-file FILE, got none"
+            "prompt: expected --prompt TEXT (- for stdin) or --prompt-file FILE, got none"
         )
     return [text.removesuffix("\n") for text in texts]
 
@@ -437,7 +439,7 @@ def merge(
     from fastlm.tokenizer.load import load_tokenizer
 
     if not is_adapter(adapter := locate_model(model)):
-        raise InputError(f"model: wanted a LoRA adapter, got another model, {model}")
+        raise InputError(f"model: expected a LoRA adapter, got another model, {model}")
     whole = load_adapter(CausalLM.from_pretrained(base or base_of(adapter)), adapter)
     merge_lora(whole).save_pretrained(out)
     load_tokenizer(adapter, whole.config.to_dict()).save(out)

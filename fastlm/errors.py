@@ -8,7 +8,7 @@ HEAD, TAIL = 700, 200
 
 
 class InputError(ValueError):
-    """Bad input, described in one line: the argument, what is wanted and what was passed.
+    """Bad input, described in one line: the argument, what was expected and what was passed.
 
     The library raises it; the command line prints its text and exits with status 2. A message
     longer than `MOST` is cut in the middle.
@@ -40,5 +40,5 @@ def check_unicode(text: str, where: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise InputError(
-            f"{where}: wanted valid Unicode, got a lone surrogate at {error.start}"
+            f"{where}: expected valid Unicode, got a lone surrogate at {error.start}"
         ) from None

@@ -56,14 +56,14 @@ def parse_json(text: str, where: object) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: wanted readable JSON, got: {reason(error)}") from error
+        raise InputError(f"{where}: expected readable JSON, got: {reason(error)}") from error
 
 
 def read_json(path: str | Path, most: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """The JSON object in ``path``. InputError: unreadable, too large, or not an object."""
     value = parse_json(read_text(path, most), path)
     if not isinstance(value, dict):
-        raise InputError(f"{path}: wanted a JSON object, got {type(value).__name__}")
+        raise InputError(f"{path}: expected a JSON object, got {type(value).__name__}")
     return value
 
 
@@ -97,7 +97,7 @@ def scratch(path: Path) -> Iterator[Path]:
     killed processes have left under such names is removed first. InputError: not writable.
     """
     if path.name in ("", ".."):
-        raise InputError(f"{path}: wanted a path that ends in a name")
+        raise InputError(f"{path}: expected a path that ends in a name")
     part = new_name(path)
     try:
         with _working(path):
@@ -246,7 +246,7 @@ def _swap(part: Path, path: Path) -> None:
         raise NotADirectoryError(20, "a file of that name exists", str(path))
     here = Path.cwd()
     if path.resolve() in (here, *here.parents):  # a process inside would stay in the old folder
-        raise InputError(f"{path}: wanted a folder that is not the working directory")
+        raise InputError(f"{path}: expected a folder that is not the working directory")
     old = new_name(path, "old")
     os.rename(path, old)
     try:

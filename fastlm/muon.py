@@ -106,7 +106,7 @@ class Muon(AdamW):
         grads = [p.grad for p in params]
         for grad in grads:
             if grad.layout != torch.strided:
-                raise InputError(f"grad: wanted a dense gradient, got layout {grad.layout}")
+                raise InputError(f"grad: expected a dense gradient, got layout {grad.layout}")
         norm, clip = None, 1.0
         if self.max_grad_norm is not None and grads:
             norm = _norm_of_shards(grads, grads[0].new_empty((), dtype=torch.float32))
@@ -182,7 +182,7 @@ def muon_groups(groups: Iterable[dict[str, Any]], model: nn.Module) -> list[dict
             found += [{**group, "params": params, "use_muon": use}] if params else []
     if not any(group["use_muon"] for group in found):
         raise InputError(
-            "optimizer: wanted a model with trained nn.Linear weights inside a nn.ModuleList for"
+            "optimizer: expected a model with trained nn.Linear weights inside a nn.ModuleList for"
             f" muon, got none in {type(model).__name__}"
         )
     return found
@@ -198,20 +198,21 @@ def _check(group: dict[str, Any]) -> None:
     if not group["use_muon"]:
         return
     if not _is_number(group["momentum"]) or not 0 <= group["momentum"] < 1:
-        raise InputError(f"momentum: wanted a number in [0, 1), got {group['momentum']!r}")
+        raise InputError(f"momentum: expected a number in [0, 1), got {group['momentum']!r}")
     if not isinstance(group["ns_steps"], int) or group["ns_steps"] < 1:
-        raise InputError(f"ns_steps: wanted 1 or more, got {group['ns_steps']!r}")
+        raise InputError(f"ns_steps: expected 1 or more, got {group['ns_steps']!r}")
     if group["adjust_lr_fn"] not in ADJUST:
         raise InputError(
-            f"adjust_lr_fn: wanted one of {', '.join(ADJUST)}, got {group['adjust_lr_fn']!r}"
+            f"adjust_lr_fn: expected one of {', '.join(ADJUST)}, got {group['adjust_lr_fn']!r}"
         )
     for name, only in (("state_bits", 32), ("stochastic_rounding", False)):
         if group[name] != only:
-            raise InputError(f"{name}: wanted {only} with use_muon, got {group[name]!r}")
+            raise InputError(f"{name}: expected {only} with use_muon, got {group[name]!r}")
     for param in group["params"]:
         if param.ndim != 2:
             raise InputError(
-                f"params: wanted matrices (n, m) in a group with use_muon, got {tuple(param.shape)}"
+                "params: expected matrices (n, m) in a group with use_muon, got "
+                f"{tuple(param.shape)}"
             )
         if _is_sharded(param):
-            raise InputError("params: wanted whole matrices with use_muon, got a DTensor")
+            raise InputError("params: expected whole matrices with use_muon, got a DTensor")

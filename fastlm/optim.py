@@ -100,7 +100,7 @@ class AdamW(torch.optim.Optimizer):
         seed: int = 0,
     ) -> None:
         if max_grad_norm is not None and not (_is_number(max_grad_norm) and max_grad_norm > 0):
-            raise InputError(f"max_grad_norm: wanted a number > 0 or None, got {max_grad_norm!r}")
+            raise InputError(f"max_grad_norm: expected a number > 0 or None, got {max_grad_norm!r}")
         self.max_grad_norm = max_grad_norm
         self.seed = seed
         self.grad_norm: Tensor | None = None
@@ -197,7 +197,7 @@ class AdamW(torch.optim.Optimizer):
     ) -> tuple[Tensor, AdamWTensor]:
         """This rank's part of the parameter, and what the op updates: itself or a dense copy."""
         if grad.layout != torch.strided:
-            raise InputError(f"grad: wanted a dense gradient, got layout {grad.layout}")
+            raise InputError(f"grad: expected a dense gradient, got layout {grad.layout}")
         state = self.state[param]
         if not state:
             self._start(param, group, state)
@@ -286,11 +286,11 @@ class AdamW(torch.optim.Optimizer):
 
 def _check_group(group: dict[str, Any]) -> None:
     def refuse(name: str, wanted: str) -> None:
-        raise InputError(f"{name}: wanted {wanted}, got {group[name]!r}")
+        raise InputError(f"{name}: expected {wanted}, got {group[name]!r}")
 
     lr = group["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise InputError(f"lr: wanted a number or a one-element tensor, got {tuple(lr.shape)}")
+        raise InputError(f"lr: expected a number or a one-element tensor, got {tuple(lr.shape)}")
     for name in ("lr", "eps", "weight_decay"):
         if not _is_number(group[name]) or not float(group[name]) >= 0:
             refuse(name, "a number >= 0")
@@ -303,19 +303,21 @@ def _check_group(group: dict[str, Any]) -> None:
     if group["amsgrad"]:
         refuse("amsgrad", "False (not offered)")
     if group["master_weights"] and group["stochastic_rounding"]:
-        raise InputError("stochastic_rounding: wanted False with master_weights=True, got True")
+        raise InputError("stochastic_rounding: expected False with master_weights=True, got True")
     group["betas"] = (float(betas[0]), float(betas[1]))
     for param in group["params"]:
         if not param.is_floating_point():
-            raise InputError(f"params: wanted real floats, got {param.dtype} {tuple(param.shape)}")
+            raise InputError(
+                f"params: expected real floats, got {param.dtype} {tuple(param.shape)}"
+            )
         if _may_overlap(param):
             raise InputError(
-                "params: wanted elements that share no memory,"
+                "params: expected elements that share no memory,"
                 f" got strides {param.stride()} for {tuple(param.shape)}"
             )
         if group["stochastic_rounding"] and param.dtype == torch.float16:
             raise InputError(
-                f"stochastic_rounding: wanted bfloat16 or float32 parameters, got {param.dtype}"
+                f"stochastic_rounding: expected bfloat16 or float32 parameters, got {param.dtype}"
             )
 
 
@@ -377,7 +379,7 @@ def _norm_of_shards(grads: list[Tensor], norm: Tensor) -> Tensor:
         if _is_sharded(grad):
             whole: Any = grad
             if any(p.is_partial() for p in whole.placements):
-                raise InputError(f"grad: wanted shards or replicas, got {whole.placements}")
+                raise InputError(f"grad: expected shards or replicas, got {whole.placements}")
             sharded = enumerate(whole.placements)
             along = tuple((whole.device_mesh, i) for i, p in sharded if not p.is_replicate())
         parts.setdefault(along, []).append(_local(grad))
@@ -413,11 +415,11 @@ def _laid_out(
         came = given.get(name)
         if not isinstance(came, Tensor) or came.shape != param.shape:
             got = tuple(came.shape) if isinstance(came, Tensor) else type(came).__name__
-            raise InputError(f"state_dict: {name}: wanted shape {tuple(param.shape)}, got {got}")
+            raise InputError(f"state_dict: {name}: expected shape {tuple(param.shape)}, got {got}")
     count = given.get("step")
     number = count.numel() == 1 if isinstance(count, Tensor) else isinstance(count, int | float)
     if not number:
-        raise InputError(f"state_dict: step: wanted one number, got {type(count).__name__}")
+        raise InputError(f"state_dict: step: expected one number, got {type(count).__name__}")
     wide = torch.float64 if param.dtype == torch.float64 else torch.float32
     step = torch.as_tensor(given["step"], dtype=torch.float32, device=param.device)
     state = {"step": step.reshape(()).clone()}

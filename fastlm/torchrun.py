@@ -28,4 +28,4 @@ def check_alone(what: str, why: str) -> None:
     """Raise InputError if torchrun started several processes."""
     size = launched()[1]
     if size > 1:
-        raise InputError(f"{what}: wanted one process, got {size} from torchrun: {why}")
+        raise InputError(f"{what}: expected one process, got {size} from torchrun: {why}")

@@ -176,7 +176,7 @@ def _sample_by_sample(function: Callable) -> Callable:
 
     def rule(info: Any, in_dims: tuple, *args: Any) -> tuple:
         if info.batch_size == 0:
-            raise NotImplementedError("vmap of fastlm's ops: wanted at least one sample, got 0")
+            raise NotImplementedError("vmap of fastlm's ops: expected at least one sample, got 0")
         samples = [
             function(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims)))
             for i in range(info.batch_size)

@@ -193,9 +193,9 @@ WORKLOADS = {"attention": _attention, "quantized_linear": _quantized_linear}
 def main(names: list[str]) -> None:
     for name in names:
         if name not in WORKLOADS:
-            sys.exit(f"fastlm.kernels.tune: wanted {' or '.join(WORKLOADS)}, got {name!r}")
+            sys.exit(f"fastlm.kernels.tune: expected {' or '.join(WORKLOADS)}, got {name!r}")
     if not torch.cuda.is_available():
-        sys.exit("fastlm.kernels.tune: wanted a CUDA device, torch sees none")
+        sys.exit("fastlm.kernels.tune: expected a CUDA device, torch sees none")
     torch.manual_seed(0)
     for name in names or WORKLOADS:
         for label, call in WORKLOADS[name]():

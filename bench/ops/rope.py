@@ -75,7 +75,7 @@ def of_shape(
 def own(b: int, h: int, s: int, d: int, hkv: int | None = None, r: int | None = None) -> list[Case]:
     hkv, r = hkv or h, r or d
     if r % 2 or r > d:
-        raise ValueError(f"r (default: d): wanted an even width of at most {d}, got {r}")
+        raise ValueError(f"r (default: d): expected an even width of at most {d}, got {r}")
     return of_shape("own", b, h, hkv, s, d, r)
 
 

@@ -39,7 +39,7 @@ BATCHED_BENCH = "llama-batched-bench"
 
 
 Engine = Callable[[torch.Tensor, int], tuple[float, float]]
-"""Prompts (users, tokens), tokens wanted of each -> seconds to the first token, and of the rest."""
+"""Prompts (users, tokens), tokens of each answer -> seconds to the first token, and of the rest."""
 
 
 def fastlm_engine(path: Path) -> Engine:
@@ -119,12 +119,12 @@ def llama_cpp_engine(path: Path) -> Engine:
         params.n_threads = params.n_threads_batch = threads
         return llama.llama_init_from_model(model, params)
 
-    def decode(ctx, batch, tokens, positions, users, wanted):
-        """Run tokens at positions of users through the model; logits of entry i if wanted(i)."""
+    def decode(ctx, batch, tokens, positions, users, expected):
+        """Run tokens at positions of users through the model; logits of entry i if expected(i)."""
         batch.n_tokens = len(tokens)
         for i, (token, position, user) in enumerate(zip(tokens, positions, users)):
             batch.token[i], batch.pos[i], batch.seq_id[i][0] = token, position, user
-            batch.n_seq_id[i], batch.logits[i] = 1, wanted(i)
+            batch.n_seq_id[i], batch.logits[i] = 1, expected(i)
         if status := llama.llama_decode(ctx, batch):
             raise RuntimeError(f"llama_decode returned {status}")
         llama.llama_synchronize(ctx)
@@ -299,7 +299,7 @@ def main() -> None:
     common_options(parser)
     options = parser.parse_args()
     if options.prompt > PROMPT_TOKENS:  # for which the contexts have room
-        parser.error(f"--prompt: wanted at most {PROMPT_TOKENS}, got {options.prompt}")
+        parser.error(f"--prompt: expected at most {PROMPT_TOKENS}, got {options.prompt}")
     path = options.model
     if path is None:
         from fastlm.sources.packages import default_cache, fetch_model

@@ -140,7 +140,7 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", type=Path, help="add the rows to those there")
     options = parser.parse_args()
     if not has_parts(options.data):
-        parser.error(f"--data: wanted text with a held-out part, got {options.data}")
+        parser.error(f"--data: expected text with a held-out part, got {options.data}")
 
     def load() -> CausalLM:
         return CausalLM.from_pretrained(options.model, dtype=torch.float32, keep_quantized=False)

@@ -80,8 +80,8 @@ def write(path: Path, layers: int) -> None:
             out.add_uint32(key, field)
         else:
             out.add_key_value(key, field, kind)
-    wanted = tensors(vocab, layers)
-    for name, shape in wanted.items():
+    expected = tensors(vocab, layers)
+    for name, shape in expected.items():
         if isinstance(shape, int):
             out.add_tensor_info(name, (shape,), np.dtype(np.float32), 4 * shape)
         else:
@@ -92,7 +92,7 @@ def write(path: Path, layers: int) -> None:
     out.write_kv_data_to_file()
     out.write_ti_data_to_file()
     draw = np.random.default_rng(0)
-    for shape in wanted.values():
+    for shape in expected.values():
         if isinstance(shape, int):
             out.write_tensor_data(np.ones(shape, np.float32))
         else:

@@ -284,7 +284,7 @@ def circle(
     """Run the rounds; return a row per round, the first of the model before them. "rise": of the
     share accepted, above the round before, with its interval."""
     if out.exists():
-        raise SystemExit(f"{out}: wanted a new folder, it has a circle that was interrupted")
+        raise SystemExit(f"{out}: expected a new folder, it has a circle that was interrupted")
     out.mkdir(parents=True)
     weights = ["feedback.least_weight=0.0"] if trusting else []
     raters = simulate_users(options.users, malicious, NOISE, options.seed)
@@ -454,9 +454,9 @@ def main() -> None:
         return
     base = (options.base or options.out / "base").resolve()
     circles: dict[str, list[dict[str, Any]]] = {}
-    wanted = [(bad, False) for bad in options.malicious]
-    wanted += [(options.malicious[-1], True)] * options.trusting
-    for bad, trusting in wanted:
+    expected = [(bad, False) for bad in options.malicious]
+    expected += [(options.malicious[-1], True)] * options.trusting
+    for bad, trusting in expected:
         name = f"{100 * bad:.0f} % malicious users" + ", all trusted" * trusting
         folder = options.out / (f"malicious-{bad:g}" + "-trusted" * trusting)
         done = folder / "rounds.json"

@@ -169,7 +169,7 @@ def soak(server: Server, clients: int, seconds: float, seeds: Seeds) -> dict[str
         memory.append(round(resident_mib(server.pid)))
         print(f"{whole.seconds:6.0f} s, {memory[-1]} MiB, {dict(whole.ended)}", flush=True)
         if i == 4 and not used_up(server.url):
-            whole.faults.append("wanted the server's cache full by half of the time: soak longer")
+            whole.faults.append("expected the server's cache full by half of the time: soak longer")
     if memory[-1] - memory[4] > GROWTH_MIB:
         whole.faults.append(f"memory grew from {memory[4]} to {memory[-1]} MiB")
     return {
@@ -186,18 +186,18 @@ def file_of(model: str) -> str:
     return str(fetch_model(model, default_cache()))
 
 
-def peers_of(wanted: str | None, model: str) -> list[str]:
+def peers_of(expected: str | None, model: str) -> list[str]:
     """llama-server, unless it is not built or cannot read the model, which ends a run that asked
     for it."""
-    if wanted == "none":
+    if expected == "none":
         return []
     missing = ""
     if llama_cpp(PEER) is None:
         missing = "sh bench/peers/llama_cpp.sh builds it"
     elif not model.endswith(".gguf"):
         missing = f"it reads GGUF, not {model}"
-    if missing and wanted is not None:
-        sys.exit(f"bench: --peer {wanted}: {missing}")
+    if missing and expected is not None:
+        sys.exit(f"bench: --peer {expected}: {missing}")
     if missing:
         print(f"bench: {PEER} is left out: {missing}")
     return [] if missing else [PEER]
@@ -206,7 +206,7 @@ def peers_of(wanted: str | None, model: str) -> list[str]:
 def share(text: str) -> float:
     value = float(text)
     if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"wanted a share above 0 and below 1, got {text}")
+        raise argparse.ArgumentTypeError(f"expected a share above 0 and below 1, got {text}")
     return value
 
 

@@ -68,7 +68,7 @@ def started(name: str, model: str, threads: int, slots: int, *options: str) -> I
                 said.seek(0)
                 last = said.read().decode(errors="replace").strip().rpartition("\n")[2]
                 sys.exit(
-                    f"bench: {name}: wanted it ready within {START_SECONDS} s, exit"
+                    f"bench: {name}: expected it ready within {START_SECONDS} s, exit"
                     f" {process.poll()}: {last:.200}"
                 )
             yield Server(f"http://127.0.0.1:{port}/v1/", process.pid)
@@ -123,7 +123,7 @@ def cold_chat(name: str, model: str, threads: int) -> float:
                 time.sleep(0.002)
         finally:
             _end(process)
-    sys.exit(f"bench: {name}: wanted an answer within {START_SECONDS} s, exit {process.poll()}")
+    sys.exit(f"bench: {name}: expected an answer within {START_SECONDS} s, exit {process.poll()}")
 
 
 def _listens(port: int) -> bool:
@@ -168,7 +168,7 @@ def cold_command(name: str, model: str, threads: int) -> float:
     finally:
         process.stdout.close()
         _end(process)
-    sys.exit(f"bench: {name}: wanted a text, exit {process.poll()}")
+    sys.exit(f"bench: {name}: expected a text, exit {process.poll()}")
 
 
 def cold(names: dict[str, list[str]], model: str, threads: int, rounds: int) -> dict[str, Any]:

@@ -153,10 +153,10 @@ async def _take_turn(
         return
     id, texts = answered
     if not leaves and len(texts) != sent.body.get("n", 1):
-        load.faults.append(f"{len(texts)} answers, wanted {sent.body.get('n', 1)}")
+        load.faults.append(f"{len(texts)} answers, expected {sent.body.get('n', 1)}")
     for text in texts.values():
         said = json.dumps(json.loads(text)) if "tools" in sent.body else text
         if not sent.begins.startswith(said[: len(sent.begins)]):
-            load.faults.append(f"crossed: wanted {sent.begins}, got {text:.40}")
+            load.faults.append(f"crossed: expected {sent.begins}, got {text:.40}")
     if likes:
         await like(http, id, marker, load)

@@ -140,8 +140,8 @@ async def ask(
     load.latency.append(time.perf_counter() - began)
     counted(load, body, usage)
     if body.get("ignore_eos") and usage["completion_tokens"] != body["max_tokens"]:
-        wanted, got = body["max_tokens"], usage["completion_tokens"]
-        load.faults.append(f"an answer of {got} tokens, wanted {wanted}")
+        expected, got = body["max_tokens"], usage["completion_tokens"]
+        load.faults.append(f"an answer of {got} tokens, expected {expected}")
     return id, texts
 
 

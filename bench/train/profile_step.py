@@ -100,7 +100,7 @@ def own_model(options: argparse.Namespace) -> tuple[torch.nn.Module, object]:
     folder = Path(options.model)
     if not (folder / "config.json").is_file():
         sys.exit(
-            "bench: --model: wanted FILE.py:FUNCTION or a folder with a config.json, "
+            "bench: --model: expected FILE.py:FUNCTION or a folder with a config.json, "
             f"got {options.model!r}"
         )
     content = json.loads((folder / "config.json").read_text("utf-8"))
@@ -119,7 +119,7 @@ def own_model(options: argparse.Namespace) -> tuple[torch.nn.Module, object]:
 def loss_of(out) -> torch.Tensor:
     loss = out if torch.is_tensor(out) else out["loss"] if isinstance(out, dict) else out.loss
     if loss is None or loss.numel() != 1:
-        sys.exit("bench: --model: wanted a model that returns a loss, or something with one")
+        sys.exit("bench: --model: expected a model that returns a loss, or something with one")
     return loss
 
 
@@ -160,7 +160,7 @@ def main() -> None:
     common_options(parser)
     options = parser.parse_args()
     if options.patch and options.model is None:
-        parser.error("--patch: wanted with --model")
+        parser.error("--patch: expected with --model")
     tokens = options.batch * options.length
     if options.model is None:
         run, flops = built_in(options)

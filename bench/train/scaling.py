@@ -278,23 +278,23 @@ def measure() -> None:
             within = 2 if way == "hsdp" else size
             share = (within - 1) / within
             if way == "ddp":
-                wanted = 2 * share * 4 * whole
+                expected = 2 * share * 4 * whole
             else:  # gloo scatters by a whole all-reduce: twice the bytes
                 gathered = wide * (2 * layers + (whole - layers))
-                wanted = micro * share * (gathered + 2 * 4 * whole)
+                expected = micro * share * (gathered + 2 * 4 * whole)
                 if way == "hsdp":
-                    wanted += micro * 4 * whole / within
+                    expected += micro * 4 * whole / within
             print(
                 f"| {way}, {dtype}, {size} processes, {micro} micro-batch each | {found:,.0f} |"
-                f" {wanted:,.0f} | {found / wanted:.3f} |"
+                f" {expected:,.0f} | {found / expected:.3f} |"
             )  # fmt: skip
         for port, (kind, size) in enumerate(product(("grpo", "ppo"), (2, 4)), 29700):
             tokens, answers, found = told_by(roll_out, size, port, kind)
             per_token = 20 if kind == "ppo" else 16
-            wanted = (size - 1) * ((per_token * tokens + 13 * answers) / size + 2000)
+            expected = (size - 1) * ((per_token * tokens + 13 * answers) / size + 2000)
             print(
                 f"| a round of {kind}, {size} processes, {tokens:,} tokens | {found:,.0f} |"
-                f" {wanted:,.0f} | {found / wanted:.3f} |"
+                f" {expected:,.0f} | {found / expected:.3f} |"
             )
 
 

@@ -89,7 +89,8 @@ Isa parse(const std::string& wanted) {
     if (wanted == kNames[i]) return static_cast<Isa>(i);
   std::string names;
   for (const char* known : kNames) names += std::string(names.empty() ? "" : ", ") + known;
-  throw std::invalid_argument("FASTLM_CPU_ISA: wanted one of " + names + ", got '" + wanted + "'");
+  throw std::invalid_argument("FASTLM_CPU_ISA: expected one of " + names + ", got '" + wanted +
+                              "'");
 }
 
 Isa checked(const std::string& wanted) {

@@ -680,7 +680,7 @@ inline void linear_cross_entropy_gradients(
     Workspace room(stats);
     float* of_chunk = room.take<float>(ChunkStats::elements(blocks, padded));
     const bool narrow = dw && dw->dtype() != DType::f32;
-    if (narrow && accumulate) throw std::invalid_argument("dw: wanted float32 to add to");
+    if (narrow && accumulate) throw std::invalid_argument("dw: expected float32 to add to");
     const LossCoefficients loss{on_p.data<float>("on_p"),
                                 on_target.data<float>("on_target"),
                                 data_or_null<float>(on_all, "on_all"),

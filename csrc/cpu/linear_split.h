@@ -149,6 +149,6 @@ inline void linear_split(const TensorView& x, const TensorView& w, const TensorV
 inline int64_t linear_split_workspace(int64_t, int64_t, int64_t) { return 0; }
 inline void linear_split(const TensorView&, const TensorView&, const TensorView*, const TensorView&,
                          const TensorView&) {
-  throw std::invalid_argument("linear_split: wanted tiles (AMX), got another instruction set");
+  throw std::invalid_argument("linear_split: expected tiles (AMX), got another instruction set");
 }
 #endif

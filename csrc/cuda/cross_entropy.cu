@@ -346,10 +346,10 @@ CrossEntropyProblem problem_of(const TensorView& logits, const TensorView& targe
   check_contiguous("target", target);
   check_size("target", "rows", logits.size(0), target.numel());
   if (logits.size(1) > 1 && logits.size(0) && logits.stride(1) != 1)
-    throw std::invalid_argument("logits: wanted classes side by side, got stride " +
+    throw std::invalid_argument("logits: expected classes side by side, got stride " +
                                 std::to_string(logits.stride(1)));
   if (logits.size(1) > INT32_MAX / 2)
-    throw std::invalid_argument("logits: wanted at most 2^30 classes, got " +
+    throw std::invalid_argument("logits: expected at most 2^30 classes, got " +
                                 std::to_string(logits.size(1)));
   if (class_weight) check_size("class_weight", "classes", logits.size(1), class_weight->numel());
   return {input<int64_t>(target, "target"),
@@ -381,7 +381,7 @@ void with_kind(bool smooth, const CrossEntropyProblem& p, DType dtype, F&& f) {
 
 Launch grid_of(const char* name, int64_t blocks, int threads, Stream stream) {
   if (blocks > INT32_MAX)
-    throw std::invalid_argument("logits: wanted fewer rows, got a grid of " +
+    throw std::invalid_argument("logits: expected fewer rows, got a grid of " +
                                 std::to_string(blocks) + " blocks");
   return {name, dim3(static_cast<unsigned>(blocks)), dim3(threads), 0,
           reinterpret_cast<cudaStream_t>(stream)};

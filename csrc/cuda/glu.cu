@@ -83,7 +83,7 @@ void glu_forward(TensorView gate, TensorView up, int act, TensorView y, Stream s
     return t.ndim() == 2 && (t.stride(1) == 1 || t.size(1) == 1);
   };
   if (!one && !(fits(gate) && fits(up)))
-    throw std::invalid_argument("gate, up: wanted rows whose elements lie side by side");
+    throw std::invalid_argument("gate, up: expected rows whose elements lie side by side");
   const int64_t rows = one ? 1 : gate.size(0), width = gate.numel() / rows;
   const int64_t gate_stride = one ? 0 : gate.stride(0), up_stride = one ? 0 : up.stride(0);
   with_device_float(gate.dtype(), "gate", [&](auto element) {
@@ -97,7 +97,7 @@ void glu_forward(TensorView gate, TensorView up, int act, TensorView y, Stream s
       const int threads = vectors < kThreads ? ceil_div(vectors, 32) * 32 : kThreads;
       const int blocks = ceil_div(vectors, threads);
       if (rows * blocks > INT32_MAX)
-        throw std::invalid_argument("gate: wanted fewer rows, got " + std::to_string(rows));
+        throw std::invalid_argument("gate: expected fewer rows, got " + std::to_string(rows));
       launch({"glu", dim3(static_cast<unsigned>(rows * blocks)), dim3(threads), 0,
               reinterpret_cast<cudaStream_t>(stream)},
              glu_kernel<VEC, T>, x, u, to, width, blocks, gate_stride, up_stride, act);

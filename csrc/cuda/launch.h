@@ -43,7 +43,7 @@ void with_device_float(DType dtype, const char* argument, F&& f) {
       return f(float16{});
     default:
       throw std::invalid_argument(std::string(argument) +
-                                  ": wanted float32, bfloat16 or float16, got " + name(dtype));
+                                  ": expected float32, bfloat16 or float16, got " + name(dtype));
   }
 }
 
@@ -78,7 +78,7 @@ void launch(const Launch& how, void (*kernel)(P...), A... arguments) {
 template <class T>
 T* output(const TensorView& t, const char* argument) {
   if (t.dl.device.type != dlpack::kCUDA)
-    throw std::invalid_argument(std::string(argument) + ": wanted a CUDA tensor");
+    throw std::invalid_argument(std::string(argument) + ": expected a CUDA tensor");
   return t.elements<T>(argument);
 }
 template <class T>

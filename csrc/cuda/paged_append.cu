@@ -63,7 +63,7 @@ AppendedHeads<T, C> part_of(const char* name, const TensorView& x, const char* c
   check_size(name, "key heads as its cache", cache.size(2), x.size(2));
   check_size(name, "elements of a head as its cache", cache.size(3), x.size(3));
   if (scale.has_value() != std::is_same_v<C, int8_t>)
-    throw std::invalid_argument(std::string(scale_name) + ": wanted " +
+    throw std::invalid_argument(std::string(scale_name) + ": expected " +
                                 (scale ? "none beside a float cache, got one"
                                        : "one for each key head of an int8 cache, got none"));
   if (scale) {

@@ -273,7 +273,7 @@ void start(PagedProblem<T, C>& p, int rows, int blocks, cudaStream_t stream) {
 CacheStrides strides_of(const char* argument, const TensorView& t) {
   for (int i = 0; i < 2; ++i)
     if (t.size(i) > 1 && t.stride(i) != static_cast<int>(t.stride(i)))
-      throw std::invalid_argument(std::string(argument) + ": wanted strides below 2^31, got " +
+      throw std::invalid_argument(std::string(argument) + ": expected strides below 2^31, got " +
                                   std::to_string(t.stride(i)));
   return {static_cast<int>(t.stride(0)), static_cast<int>(t.stride(1)), t.stride(2)};
 }

@@ -40,7 +40,8 @@ inline Places places_of(const TensorView& positions, const TensorView& block_tab
     check_size("block_table", "entries side by side, stride", 1, block_table.stride(1));
   check_size("v_cache", "pages as k_cache", k_cache.size(0), v_cache.size(0));
   check_size("v_cache", "page size of k_cache", k_cache.size(1), v_cache.size(1));
-  if (k_cache.size(1) == 0) throw std::invalid_argument("k_cache: wanted pages with slots, got 0");
+  if (k_cache.size(1) == 0)
+    throw std::invalid_argument("k_cache: expected pages with slots, got 0");
   return {input<int>(positions, "positions"),
           input<int>(block_table, "block_table"),
           block_table.stride(0),

@@ -198,7 +198,7 @@ void cp_async_wait(Site site = Site::current()) {
 }
 
 inline void named_barrier(int number, int threads, Site site = Site::current()) {
-  if (number < 1 || threads < 1) simt::fail("named_barrier: wanted 1 to 15, threads", site);
+  if (number < 1 || threads < 1) simt::fail("named_barrier: expected 1 to 15, threads", site);
   simt::barrier(number, threads, site);
 }
 

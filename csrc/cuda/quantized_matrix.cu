@@ -583,10 +583,10 @@ void quantized_linear_matrix(TensorView x, OptionalTensor x_scale, OptionalTenso
   const DeviceWeight w = weight_of(qdata, scales, zeros, bits, group_size, k);
   const bool by_steps = w.groups == 1 || w.group % 32 == 0;
   if (x_scale && !by_steps)
-    throw std::invalid_argument("group_size: wanted a multiple of 32, got " +
+    throw std::invalid_argument("group_size: expected a multiple of 32, got " +
                                 std::to_string(group_size));
   if (stripe < 1)
-    throw std::invalid_argument("stripe: wanted at least 1, got " + std::to_string(stripe));
+    throw std::invalid_argument("stripe: expected at least 1, got " + std::to_string(stripe));
   if (parts) {
     check_contiguous("parts", *parts);
     check_size("parts", "elements", parts->size(0) * y.numel(), parts->numel());

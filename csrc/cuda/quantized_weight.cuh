@@ -165,22 +165,22 @@ inline DeviceWeight weight_of(const TensorView& qdata, const TensorView& scales,
   check_contiguous("qdata", qdata);
   check_contiguous("scales", scales);
   if (bits != 4 && bits != 8)
-    throw std::invalid_argument("bits: wanted 4 or 8, got " + std::to_string(bits));
+    throw std::invalid_argument("bits: expected 4 or 8, got " + std::to_string(bits));
   check_size("qdata", "columns", bits == 4 ? (k + 1) / 2 : k, qdata.size(1));
   const int64_t group = group_size < k ? group_size : k, groups = (k + group - 1) / group;
   check_size("scales", "columns", groups, scales.size(1));
   check_size("scales", "rows", qdata.size(0), scales.size(0));
   if (scales.numel() > INT32_MAX)  // the kernels' indices
-    throw std::invalid_argument("scales: wanted fewer than 2^31 elements, got " +
+    throw std::invalid_argument("scales: expected fewer than 2^31 elements, got " +
                                 std::to_string(scales.numel()));
   if (groups > 1 && (group % 8 || k / 4 > (int64_t{1} << 32) / (group / 4)))
-    throw std::invalid_argument("group_size: wanted a multiple of 8 of at most 2^36 / K, got " +
+    throw std::invalid_argument("group_size: expected a multiple of 8 of at most 2^36 / K, got " +
                                 std::to_string(group_size));
   if (zeros) {
     check_contiguous("zeros", *zeros);
     check_size("zeros", "elements", scales.numel(), zeros->numel());
     if (zeros->dtype() != scales.dtype())
-      throw std::invalid_argument(std::string("zeros: wanted the dtype of scales, ") +
+      throw std::invalid_argument(std::string("zeros: expected the dtype of scales, ") +
                                   name(scales.dtype()) + ", got " + name(zeros->dtype()));
   }
   DeviceWeight w{};

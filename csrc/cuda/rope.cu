@@ -108,7 +108,8 @@ __global__ void __launch_bounds__(kThreads) rope_kernel(RopeProblem<T, U> p) {
 template <class T>
 RopeHeads<T> heads_of(const TensorView& x, const TensorView& y, const char* name) {
   if (x.stride(3) != 1 && x.size(3) > 1)
-    throw std::invalid_argument(std::string(name) + ": wanted elements side by side, got stride " +
+    throw std::invalid_argument(std::string(name) +
+                                ": expected elements side by side, got stride " +
                                 std::to_string(x.stride(3)));
   for (int i = 0; i < 4; ++i) check_size(name, "a size of its result", y.size(i), x.size(i));
   return {input<T>(x, name), output<T>(y, name), static_cast<int>(x.size(1)),
@@ -154,8 +155,8 @@ void rope(TensorView q, TensorView k, TensorView cos, TensorView sin, bool inter
   const int64_t groups = ceil_div(q.size(1), each) + ceil_div(k.size(1), each);
   const int64_t rows = q.size(0) * length * groups;
   if (rows > INT32_MAX)
-    throw std::invalid_argument("q: wanted fewer heads and positions, got " + std::to_string(rows) +
-                                " rows");
+    throw std::invalid_argument("q: expected fewer heads and positions, got " +
+                                std::to_string(rows) + " rows");
   with_device_float(q.dtype(), "q", [&](auto element) {
     using T = decltype(element);
     const auto with_table = [&](auto entry) {

@@ -126,7 +126,7 @@ void rope_append(TensorView q, TensorView k, TensorView v, TensorView cos, Tenso
     check_size(argument, "columns as cos", cos.size(1), t->size(1));
   }
   if (cos.size(0) == 0 || cos.size(1) % 2 || cos.size(1) > q.size(3))
-    throw std::invalid_argument("cos: wanted rows of an even number up to " +
+    throw std::invalid_argument("cos: expected rows of an even number up to " +
                                 std::to_string(q.size(3)) + ", got " + std::to_string(cos.size(0)) +
                                 " of " + std::to_string(cos.size(1)));
   check_size("k", "elements of a head as q", q.size(3), k.size(3));

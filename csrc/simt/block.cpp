@@ -321,7 +321,7 @@ void barrier(int number, int expected, const Site& site) {
   Thread* t = self;
   if (number < 0 || number > 15) fail("there is no barrier " + std::to_string(number), site);
   if (expected % 32 || expected < 0)
-    fail("barrier of " + std::to_string(expected) + " threads: wanted whole warps", site);
+    fail("barrier of " + std::to_string(expected) + " threads: expected whole warps", site);
   Barrier& b = scheduler->block.barriers[number];
   t->waits_in = number ? "a named barrier" : "__syncthreads";
   t->waits_at = &b;

@@ -35,7 +35,7 @@ void shuffle_all(void** arguments, uint32_t mask, const Site& site) {
 template <class T>
 T shuffle(const char* name, uint32_t mask, T value, int source, int width, const Site& site) {
   if (width < 1 || width > 32 || width & (width - 1))
-    fail(std::string(name) + ": wanted a width of 1, 2, 4, 8, 16 or 32", site);
+    fail(std::string(name) + ": expected a width of 1, 2, 4, 8, 16 or 32", site);
   ShuffleArgument<T> a{value, value, source};
   collective(mask, name, &a, shuffle_all<T>, site);
   return a.result;

@@ -72,6 +72,6 @@ def check_tensors(found: Mapping[str, tuple[int, ...]], config: ModelConfig, whe
     """
     for name, wanted in expected_shapes(config).items():
         if name not in found:
-            raise InputError(f"{where}: wanted a tensor {name} {wanted}, got none of that name")
+            raise InputError(f"{where}: expected a tensor {name} {wanted}, got none of that name")
         if found[name] != wanted:
-            raise InputError(f"{where}: {name}: wanted {wanted} by the config, got {found[name]}")
+            raise InputError(f"{where}: {name}: expected {wanted} by the config, got {found[name]}")

@@ -22,7 +22,7 @@ def read(config: Mapping[str, Any], tensors: TensorFolder, where: str) -> Quanti
     """The weights of an AWQ folder; see the module."""
     version = config.get("version", "gemm")
     if str(version).lower() != "gemm":
-        raise InputError(f"{where}: version: wanted gemm for AWQ, got {version!r:.60}")
+        raise InputError(f"{where}: version: expected gemm for AWQ, got {version!r:.60}")
     weights, sizes = {}, set()
     for name in tensors.modules("qweight"):
         k, words = tensors.check(f"{name}.qweight", WORDS, (None, None))

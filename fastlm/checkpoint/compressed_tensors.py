@@ -50,10 +50,12 @@ def read(config: Mapping[str, Any], tensors: TensorFolder, where: str) -> Quanti
     """The weights of a compressed-tensors folder; see the module."""
     named = config.get("format")
     if named not in FORMATS:
-        raise InputError(f"{where}: format: wanted one of {', '.join(FORMATS)}, got {named!r:.60}")
+        raise InputError(
+            f"{where}: format: expected one of {', '.join(FORMATS)}, got {named!r:.60}"
+        )
     if config.get("transform_config"):
         raise InputError(
-            f"{where}: transform_config: wanted none (weights without rotations), got some"
+            f"{where}: transform_config: expected none (weights without rotations), got some"
         )
     groups = config.get("config_groups")
     groups = groups.values() if isinstance(groups, dict) else ()
@@ -90,7 +92,7 @@ def _activation_bits(groups: list[dict[str, Any]], where: str) -> int:
     rounded = {is_int8(group.get("input_activations")) for group in eight or groups}
     if len(rounded) > 1:
         raise InputError(
-            f"{where}: config_groups: wanted input_activations of 8 bits for all 8-bit weights or"
+            f"{where}: config_groups: expected input_activations of 8 bits for all 8-bit weights or"
             " for none, got some"
         )
     return 8 if True in rounded else 16
@@ -104,7 +106,7 @@ def _words(name: str, tensors: TensorFolder, stated: Any) -> tuple[Packed, str]:
     bits = next((b for b in (4, 8) if k > 0 and -(-k * b // 32) == words), None)
     if rows != n or bits is None:
         raise InputError(
-            f"{tensors.folder}: {name}.weight_shape: wanted ({n}, K) of 4 or 8 bits in {words}"
+            f"{tensors.folder}: {name}.weight_shape: expected ({n}, K) of 4 or 8 bits in {words}"
             f" words, got ({rows}, {k})"
         )
     group_size = group_of(k, groups, stated, name)

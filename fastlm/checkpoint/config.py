@@ -212,7 +212,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.model_type not in FAMILIES:
             raise InputError(
-                f"model_type: wanted one of {', '.join(FAMILIES)}, got {self.model_type!r}"
+                f"model_type: expected one of {', '.join(FAMILIES)}, got {self.model_type!r}"
             )
         self._fill()
         self._check()
@@ -244,7 +244,8 @@ class ModelConfig:
     def _default_head_dim(self) -> int:
         if self.hidden_size % self.num_attention_heads:
             raise InputError(
-                f"hidden_size: wanted a multiple of num_attention_heads {self.num_attention_heads}"
+                "hidden_size: expected a multiple of num_attention_heads "
+                f"{self.num_attention_heads}"
                 f" where head_dim is not given, got {self.hidden_size}"
             )
         return self.hidden_size // self.num_attention_heads
@@ -268,26 +269,28 @@ class ModelConfig:
             _check_size(name, getattr(self, name))
         if self.num_attention_heads % self.num_key_value_heads:
             raise InputError(
-                f"num_key_value_heads: wanted a divisor of num_attention_heads"
+                f"num_key_value_heads: expected a divisor of num_attention_heads"
                 f" {self.num_attention_heads}, got {self.num_key_value_heads}"
             )
         if not isinstance(self.hidden_act, str) or self.hidden_act not in ACTIVATIONS:
             raise InputError(
-                f"hidden_act: wanted one of {', '.join(ACTIVATIONS)}, got {self.hidden_act!r}"
+                f"hidden_act: expected one of {', '.join(ACTIVATIONS)}, got {self.hidden_act!r}"
             )
         for name in _NUMBERS:
             value, zero = getattr(self, name), name in ("initializer_range", "attention_dropout")
             optional = name in _OPTIONAL and value is None
             if not optional and not (_is_number(value) and (value > 0 or (zero and value == 0))):
-                raise InputError(f"{name}: wanted a positive number, got {value!r}")
+                raise InputError(f"{name}: expected a positive number, got {value!r}")
         if self.attention_dropout >= 1:
-            raise InputError(f"attention_dropout: wanted less than 1, got {self.attention_dropout}")
+            raise InputError(
+                f"attention_dropout: expected less than 1, got {self.attention_dropout}"
+            )
         if self.sliding_window is not None:
             _check_size("sliding_window", self.sliding_window)
         for name, without in _OPTIONAL.items():
             if getattr(self, name) != without and name not in self.family.keys:
                 raise InputError(
-                    f"{name}: {self.model_type} has none: wanted {without},"
+                    f"{name}: {self.model_type} has none: expected {without},"
                     f" got {getattr(self, name)!r}"
                 )
         self._check_layers()
@@ -295,7 +298,7 @@ class ModelConfig:
             value = getattr(self, token)
             for one in value if isinstance(value, list) else [value]:
                 if one is not None and (not _is_int(one) or one < -1):  # -1 means none in old files
-                    raise InputError(f"{token}: wanted a token id or None, got {value!r}")
+                    raise InputError(f"{token}: expected a token id or None, got {value!r}")
         if set(self.rope_parameters) & set(LAYER_TYPES):
             ropes = {t: self.rope_parameters.get(t) for t in set(self.layer_types)}
         else:
@@ -309,31 +312,36 @@ class ModelConfig:
             value = getattr(self, name)
             if not isinstance(value, list) or len(value) < self.num_hidden_layers:
                 raise InputError(
-                    f"{name}: wanted a list of num_hidden_layers {self.num_hidden_layers} entries,"
+                    f"{name}: expected a list of num_hidden_layers {self.num_hidden_layers} "
+                    "entries,"
                     f" got {value!r}"
                 )
             for entry in value:
                 if entry not in allowed:
-                    raise InputError(f"{name}: wanted entries of {allowed}, got {entry!r}")
+                    raise InputError(f"{name}: expected entries of {allowed}, got {entry!r}")
         if "sliding_attention" in self.layer_types and self.sliding_window is None:
             raise InputError(
-                "sliding_window: wanted a window for sliding_attention layers, got None"
+                "sliding_window: expected a window for sliding_attention layers, got None"
             )
         if 0 in self.no_rope_layers and self.model_type != "smollm3":
-            raise InputError(f"no_rope_layers: {self.model_type} has none: wanted 1 for each layer")
+            raise InputError(
+                f"no_rope_layers: {self.model_type} has none: expected 1 for each layer"
+            )
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "ModelConfig":
         """Build a config from the content of a config.json written by any transformers version."""
         if not isinstance(config, Mapping):
-            raise InputError(f"config: wanted a mapping, got {type(config).__name__}")
+            raise InputError(f"config: expected a mapping, got {type(config).__name__}")
         given = dict(config)
         model_type = given.get("model_type", "llama")
         if not isinstance(model_type, str) or model_type not in FAMILIES:
-            raise InputError(f"model_type: wanted one of {', '.join(FAMILIES)}, got {model_type!r}")
+            raise InputError(
+                f"model_type: expected one of {', '.join(FAMILIES)}, got {model_type!r}"
+            )
         for name, allowed in _ONLY.items():
             if given.get(name, allowed[0]) not in allowed:
-                raise InputError(f"{name}: wanted {allowed[0]}, got {given[name]!r}")
+                raise InputError(f"{name}: expected {allowed[0]}, got {given[name]!r}")
         if "hidden_activation" in given:  # Gemma; it overrides hidden_act in files that have both
             activation = given.pop("hidden_activation")
             given["hidden_act"] = activation or given.get("hidden_act", "gelu_pytorch_tanh")
@@ -351,7 +359,7 @@ class ModelConfig:
         known: dict[str, Any] = {k: given.pop(k) for k in list(given) if k in names}
         known = {k: v for k, v in known.items() if v is not None or k in _NONE_MEANS_NONE}
         if missing := [name for name in _REQUIRED if name not in known]:
-            raise InputError(f"{missing[0]}: wanted in the config, got none")
+            raise InputError(f"{missing[0]}: expected in the config, got none")
         for name in _OLD_ROPE:
             given.pop(name, None)
         unused = [k for k in known if k in _FAMILY_ONLY and k not in FAMILIES[model_type].keys]
@@ -412,7 +420,7 @@ def _rope_parameters(model_type: str, given: Mapping[str, Any]) -> dict[str, Any
     """Build transformers 5's rope_parameters from old or new entries."""
     scaling = given.get("rope_parameters") or given.get("rope_scaling") or {}
     if not isinstance(scaling, Mapping):
-        raise InputError(f"rope_parameters: wanted a dict, got {scaling!r}")
+        raise InputError(f"rope_parameters: expected a dict, got {scaling!r}")
     theta = given.get("rope_theta") or FAMILIES[model_type].rope_theta
     partial = given.get("partial_rotary_factor")
     original = given.get("original_max_position_embeddings")
@@ -439,7 +447,7 @@ def _rope_parameters(model_type: str, given: Mapping[str, Any]) -> dict[str, Any
     if set(scaling) & set(LAYER_TYPES):
         nested = {k: v for k, v in scaling.items() if v is not None}
         if not all(isinstance(v, Mapping) for v in nested.values()):
-            raise InputError(f"rope_parameters: wanted a dict per layer type, got {scaling!r}")
+            raise InputError(f"rope_parameters: expected a dict per layer type, got {scaling!r}")
         return {k: one(v, theta) for k, v in nested.items()}
     if model_type == "gemma3_text":
         local = given.get("rope_local_base_freq") or _GEMMA3_LOCAL_THETA
@@ -457,10 +465,10 @@ def _is_number(value: Any) -> TypeGuard[int | float]:
 
 def _check_size(name: str, value: Any) -> None:
     if not _is_int(value) or value < 1:
-        raise InputError(f"{name}: wanted a positive integer, got {value!r:.60}")
+        raise InputError(f"{name}: expected a positive integer, got {value!r:.60}")
     most = MAX_LAYERS if name == "num_hidden_layers" else 2**31 - 1  # beyond: a mistake
     if value > most:
-        raise InputError(f"{name}: wanted at most {most}, got {value}")
+        raise InputError(f"{name}: expected at most {most}, got {value}")
 
 
 def _periodic(layers: Any, period: int) -> list[int]:

@@ -107,7 +107,7 @@ def save_hf(
     ``quantization_config``: of another program, whose tensors ``state`` holds; written as it is.
     """
     if max_shard_bytes < 1:
-        raise InputError(f"max_shard_bytes: wanted a positive number, got {max_shard_bytes}")
+        raise InputError(f"max_shard_bytes: expected a positive number, got {max_shard_bytes}")
     folder = Path(folder)
     config = dict(config_dict)
     tensors: dict[str, Tensor] = {}
@@ -211,13 +211,13 @@ def base_of(folder: Path) -> str:
         from_here = read_json(file).get(BASE_PATH) if file.is_file() else None
         if not isinstance(from_here, str) or not (found := folder / from_here).exists():
             raise InputError(
-                f"{where}: wanted a model on this machine, got {name!r:.200}; name one"
+                f"{where}: expected a model on this machine, got {name!r:.200}; name one"
                 " (fastlm merge --base), or use load_adapter"
             )
         name = str(found.resolve())
     if is_adapter(locate_model(Path(name))):
         raise InputError(
-            f"{where}: wanted a whole model, got an adapter, {name!r:.200}; merge that one first"
+            f"{where}: expected a whole model, got an adapter, {name!r:.200}; merge that one first"
         )
     return name
 
@@ -242,7 +242,7 @@ def _load_folder(folder: Path) -> tuple[dict[str, Any], State]:
         header = tensors.headers[name]
         if header.dtype not in FLOATS:
             raise InputError(
-                f"{folder / header.file}: {name}: wanted one of {', '.join(FLOATS)},"
+                f"{folder / header.file}: {name}: expected one of {', '.join(FLOATS)},"
                 f" got {header.dtype}"
             )
     shapes = {name: tensors.headers[name].shape for name in plain - packed.weights.keys()}
@@ -272,7 +272,7 @@ def _read_quantization(config: dict[str, Any], tensors: TensorFolder, where: str
         return Quantization({})
     method = entry.get("quant_method") if isinstance(entry, dict) else entry
     if not isinstance(entry, dict) or not isinstance(method, str) or method not in READERS:
-        raise InputError(f"{where}: wanted quant_method {', '.join(READERS)}, got {method!r:.60}")
+        raise InputError(f"{where}: expected quant_method {', '.join(READERS)}, got {method!r:.60}")
     found = READERS[method](entry, tensors, where)
     if not found.weights and method != "fastlm":
         raise InputError(f"{where}: expected tensors of {method}, got none")
@@ -329,7 +329,7 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         came = _sha256(data)
         if came != manifest.get("sha256"):
             wanted = str(manifest.get("sha256"))
-            raise InputError(f"{data}: corrupt: wanted sha256 {wanted:.12}..., got {came:.12}...")
+            raise InputError(f"{data}: corrupt: expected sha256 {wanted:.12}..., got {came:.12}...")
         return load_file(data), manifest.get("metadata") or {}
     except (OSError, SafetensorError) as error:
         raise InputError(f"{data}: cannot be read: {reason(error)}") from error

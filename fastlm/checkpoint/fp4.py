@@ -35,7 +35,7 @@ def powers(exponents: Tensor) -> Tensor:
     """2^(e - 127) as float32 for bytes or float8_e8m0fnu. InputError: 255, not a number."""
     e = exponents.view(torch.uint8).int()
     if bool((e == 255).any()):
-        raise InputError("weight_scale: wanted exponents below 255, got 255 (not a number)")
+        raise InputError("weight_scale: expected exponents below 255, got 255 (not a number)")
     # the byte is float32's exponent; 2^-127 is half of its smallest normal number
     return torch.where(e == 0, 1 << 22, e << 23).view(torch.float32)
 
@@ -48,7 +48,7 @@ def layout(
     _, groups = tensors.check(f"{name}.weight_scale", scales, (n, None))
     if 2 * half % groups or (2 * half // groups) % 8:
         raise InputError(
-            f"{tensors.folder}: {name}.weight_scale: wanted scales of groups of 16 or 32 of"
+            f"{tensors.folder}: {name}.weight_scale: expected scales of groups of 16 or 32 of"
             f" {2 * half} columns, got {groups}"
         )
     return n, 2 * half
@@ -58,7 +58,7 @@ def modelopt_entry(file: Path) -> dict[str, Any]:
     """What a quantization_config would say, of ModelOpt's own file."""
     told = read_json(file).get("quantization")
     if not isinstance(told, dict):
-        raise InputError(f"{file}: quantization: wanted an object, got {told!r:.60}")
+        raise InputError(f"{file}: quantization: expected an object, got {told!r:.60}")
     return {**told, "quant_method": "modelopt"}
 
 
@@ -66,7 +66,7 @@ def read_modelopt(config: Mapping[str, Any], tensors: TensorFolder, where: str) 
     """NVIDIA ModelOpt's NVFP4: ``weight``, ``weight_scale`` and the factor ``weight_scale_2``."""
     algorithm = config.get("quant_algo")
     if algorithm != "NVFP4":
-        raise InputError(f"{where}: quant_algo: wanted NVFP4 for modelopt, got {algorithm!r:.60}")
+        raise InputError(f"{where}: quant_algo: expected NVFP4 for modelopt, got {algorithm!r:.60}")
     weights = {}
     for name in tensors.modules("weight_scale_2"):
         shape = layout(name, "weight", tensors, ("F8_E4M3",))

@@ -61,7 +61,7 @@ class _Cursor:
         start = self.pos
         if size > len(self.data) - start:
             raise InputError(
-                f"{self.path}: cut short: wanted {size} bytes at {start}, "
+                f"{self.path}: cut short: expected {size} bytes at {start}, "
                 f"the file has {len(self.data)}"
             )
         self.pos = start + size
@@ -74,7 +74,9 @@ class _Cursor:
         """Read a 64-bit count of items, which fit in the rest at ``least`` bytes or more each."""
         n = self.number("Q", 8)
         if n > (len(self.data) - self.pos) // least:
-            raise InputError(f"{self.path}: {what}: wanted at most what the file can hold, got {n}")
+            raise InputError(
+                f"{self.path}: {what}: expected at most what the file can hold, got {n}"
+            )
         return n
 
     def string(self) -> str:
@@ -99,7 +101,7 @@ class _Cursor:
         name = self.string()
         if not name.isprintable() or not 0 < len(name) <= MAX_NAME:
             raise InputError(
-                f"{self.path}: wanted a printable name of 1 to {MAX_NAME} characters, "
+                f"{self.path}: expected a printable name of 1 to {MAX_NAME} characters, "
                 f"got {name!r:.60}"
             )
         return name
@@ -110,13 +112,13 @@ class _Cursor:
         if kind == STRING:
             return self.string()
         if kind != ARRAY:
-            raise InputError(f"{self.path}: {key}: wanted a value type from 0 to 12, got {kind}")
+            raise InputError(f"{self.path}: {key}: expected a value type from 0 to 12, got {kind}")
         item = self.number("I", 4)
         if item == STRING:
             return self.strings(self.count(key, 8))
         if item not in SCALARS:
             raise InputError(
-                f"{self.path}: {key}: wanted an array of scalars or strings, got {item}"
+                f"{self.path}: {key}: expected an array of scalars or strings, got {item}"
             )
         code, size = SCALARS[item]
         n = self.count(key, size)
@@ -155,11 +157,13 @@ class GGUFFile:
         cursor = _Cursor(self._data, self.path)
         magic = self._data[cursor.take(4) : 4]
         if magic != b"GGUF":
-            raise InputError(f"{self.path}: wanted a GGUF file, got one that begins with {magic!r}")
+            raise InputError(
+                f"{self.path}: expected a GGUF file, got one that begins with {magic!r}"
+            )
         version = cursor.number("I", 4)
         if version not in (2, 3):
             raise InputError(
-                f"{self.path}: wanted little-endian GGUF of version 2 or 3, got {version}"
+                f"{self.path}: expected little-endian GGUF of version 2 or 3, got {version}"
             )
         # least bytes per entry: an empty name and no dimensions; an empty key and a one-byte value
         n_tensors = cursor.count("tensor count", 8 + 4 + 4 + 8)
@@ -169,31 +173,34 @@ class GGUFFile:
         for _ in range(n_metadata):
             key = cursor.name()
             if key in self.metadata:
-                raise InputError(f"{self.path}: wanted each metadata key once, got {key!r} twice")
+                raise InputError(f"{self.path}: expected each metadata key once, got {key!r} twice")
             self.metadata[key] = cursor.value(cursor.number("I", 4), key)
         entries = [self._entry(cursor) for _ in range(n_tensors)]
 
         align = self.get("general.alignment", int, 32)
         if align < 1 or align & (align - 1):
-            raise InputError(f"{self.path}: general.alignment: wanted a power of two, got {align}")
+            raise InputError(
+                f"{self.path}: general.alignment: expected a power of two, got {align}"
+            )
         base = -(-cursor.pos // align) * align
         self.tensors: dict[str, TensorInfo] = {}
         for name, kind, shape, offset in entries:
             block, block_bytes = GGML_QUANT_SIZES[kind]
             if shape[-1] % block:
                 raise InputError(
-                    f"{self.path}: {name}: wanted a row of a multiple of {block} values "
+                    f"{self.path}: {name}: expected a row of a multiple of {block} values "
                     f"for {kind.name}, got {shape}"
                 )
             info = TensorInfo(kind, shape, base + offset, math.prod(shape) // block * block_bytes)
             if info.start + info.size > len(self._data):
                 raise InputError(
-                    f"{self.path}: {name}: wanted bytes {info.start} to {info.start + info.size}, "
+                    f"{self.path}: {name}: expected bytes {info.start} to "
+                    f"{info.start + info.size}, "
                     f"the file has {len(self._data)} (cut short?)"
                 )
             if offset % align or name in self.tensors:
                 raise InputError(
-                    f"{self.path}: {name}: wanted one tensor at an aligned offset, got {offset}"
+                    f"{self.path}: {name}: expected one tensor at an aligned offset, got {offset}"
                 )
             self.tensors[name] = info
 
@@ -204,25 +211,28 @@ class GGUFFile:
         value = self.metadata[key]
         if type(value) is not kind:
             raise InputError(
-                f"{self.path}: {key}: wanted {KINDS[kind]}, got {KINDS[type(value)]}: {value!r:.60}"
+                f"{self.path}: {key}: expected {KINDS[kind]}, got {KINDS[type(value)]}: "
+                f"{value!r:.60}"
             )
         return value
 
     def need(self, key: str, kind: type[T]) -> T:
         """``get`` for a key that must be present."""
         if key not in self.metadata:
-            raise InputError(f"{self.path}: {key}: wanted {KINDS[kind]}, got None")
+            raise InputError(f"{self.path}: {key}: expected {KINDS[kind]}, got None")
         return self.get(key, kind)
 
     def _entry(self, cursor: _Cursor) -> tuple[str, GGMLQuantizationType, tuple[int, ...], int]:
         name = cursor.name()
         dims = cursor.number("I", 4)
         if not 1 <= dims <= MAX_DIMS:
-            raise InputError(f"{self.path}: {name}: wanted 1 to {MAX_DIMS} dimensions, got {dims}")
+            raise InputError(
+                f"{self.path}: {name}: expected 1 to {MAX_DIMS} dimensions, got {dims}"
+            )
         shape = tuple(cursor.number("Q", 8) for _ in range(dims))[::-1]
         raw = cursor.number("I", 4)
         if raw not in iter(GGMLQuantizationType):
-            raise InputError(f"{self.path}: {name}: wanted a known tensor type, got {raw}")
+            raise InputError(f"{self.path}: {name}: expected a known tensor type, got {raw}")
         return name, GGMLQuantizationType(raw), shape, cursor.number("Q", 8)
 
     def raw(self, name: str) -> np.ndarray:
@@ -240,10 +250,10 @@ class GGUFFile:
         if info.kind not in UNPACK:
             known = ", ".join(k.name for k in [*PLAIN, *UNPACK])
             raise InputError(
-                f"{self.path}: {name}: wanted one of the types {known}, got {info.kind.name}"
+                f"{self.path}: {name}: expected one of the types {known}, got {info.kind.name}"
             )
         if len(info.shape) != 2:
             raise InputError(
-                f"{self.path}: {name}: wanted 2 dimensions for {info.kind.name}, got {info.shape}"
+                f"{self.path}: {name}: expected 2 dimensions for {info.kind.name}, got {info.shape}"
             )
         return unpack(self.raw(name), info.kind)

@@ -87,7 +87,7 @@ def config_of(file: GGUFFile) -> dict[str, Any]:
     if architecture not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise InputError(
-            f"{file.path}: general.architecture: wanted one of {known}, got {architecture!r:.60}"
+            f"{file.path}: general.architecture: expected one of {known}, got {architecture!r:.60}"
         )
 
     def get(key: str, kind: type = int, default: Any = None) -> Any:
@@ -96,7 +96,7 @@ def config_of(file: GGUFFile) -> dict[str, Any]:
         if kind is not float or value is None:
             return value
         if not math.isfinite(value):
-            raise InputError(f"{file.path}: {key}: wanted a finite number, got {value}")
+            raise InputError(f"{file.path}: {key}: expected a finite number, got {value}")
         # the shortest decimal of the file's float32: 1e-05, as in the original config.json
         return float(str(np.float32(value)))
 
@@ -104,31 +104,34 @@ def config_of(file: GGUFFile) -> dict[str, Any]:
         return file.need(f"{architecture}.{key}", int)
 
     if "token_embd.weight" not in file.tensors:
-        raise InputError(f"{file.path}: wanted a tensor token_embd.weight, got none")
+        raise InputError(f"{file.path}: expected a tensor token_embd.weight, got none")
     window = get("attention.sliding_window")
     epsilon = get("attention.layer_norm_rms_epsilon", float)
     model_type = ARCHITECTURES[architecture]
     if model_type == "llama" and window:
         model_type = "mistral"  # llama.cpp files Mistral under llama
     if model_type == "olmo2" and window:
-        raise InputError(f"{file.path}: general.architecture: wanted olmo2, got olmo3 (windowed)")
+        raise InputError(f"{file.path}: general.architecture: expected olmo2, got olmo3 (windowed)")
     sizes = {field: number(key) for key, field in SIZES.items()}
     hidden, heads = sizes["hidden_size"], number("attention.head_count")
     layers = sizes["num_hidden_layers"]
     if not 0 < layers <= MAX_LAYERS:  # before lists of that length are created
         raise InputError(
-            f"{file.path}: {architecture}.block_count: wanted 1 to {MAX_LAYERS}, got {layers}"
+            f"{file.path}: {architecture}.block_count: expected 1 to {MAX_LAYERS}, got {layers}"
         )
     rotary = get("rope.dimension_count")
     head_dim = get("attention.key_length")
     if head_dim is None:
         head_dim = rotary if rotary and model_type != "phi3" else hidden // max(heads, 1)
     if head_dim < 2 or head_dim % 2:
-        raise InputError(f"{file.path}: head size: wanted a positive even integer, got {head_dim}")
+        raise InputError(
+            f"{file.path}: head size: expected a positive even integer, got {head_dim}"
+        )
     theta = get("rope.freq_base", float, 10000.0)
     if epsilon is None or not theta > 0:
         raise InputError(
-            f"{file.path}: wanted a {architecture}.attention.layer_norm_rms_epsilon and a positive"
+            f"{file.path}: expected a {architecture}.attention.layer_norm_rms_epsilon and a "
+            "positive"
             f" {architecture}.rope.freq_base, got {epsilon} and {theta}"
         )
     config: dict[str, Any] = {
@@ -199,7 +202,7 @@ def _rope_scaling(file: GGUFFile, config: dict[str, Any], get: Any) -> dict[str,
         return {"rope_type": kind, "factor": factor, "original_max_position_embeddings": original}
     if kind not in ("none", "longrope"):
         raise InputError(
-            f"{file.path}: rope.scaling.type: wanted none, linear, yarn or longrope, "
+            f"{file.path}: rope.scaling.type: expected none, linear, yarn or longrope, "
             f"got {kind!r:.60}"
         )
     return None
@@ -207,7 +210,7 @@ def _rope_scaling(file: GGUFFile, config: dict[str, Any], get: Any) -> dict[str,
 
 def _floats(file: GGUFFile, name: str) -> np.ndarray:
     if name not in file.tensors or isinstance(tensor := file.load(name), QuantizedWeight):
-        raise InputError(f"{file.path}: {name}: wanted an unquantized tensor, got none")
+        raise InputError(f"{file.path}: {name}: expected an unquantized tensor, got none")
     return tensor.double().flatten().numpy()
 
 
@@ -219,7 +222,7 @@ def _llama3_scaling(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
     # the file's divisors were computed in float32
     fits = divisors.shape == wanted.shape and np.isfinite(divisors).all()
     if not fits or not np.allclose(divisors, wanted, rtol=1e-4):
-        raise InputError(f"{file.path}: rope_freqs.weight: wanted Llama 3's scaling, got another")
+        raise InputError(f"{file.path}: rope_freqs.weight: expected Llama 3's scaling, got another")
     return {"rope_type": "llama3", "factor": factor, **LLAMA3_ROPE}
 
 
@@ -254,9 +257,9 @@ def load_gguf(file: GGUFFile) -> tuple[dict[str, Any], Iterator[tuple[str, Any]]
         if name in ROPE_TABLES:
             continue
         if (target := hf_name(name, kind)) is None:
-            raise InputError(f"{file.path}: {name}: wanted a tensor of {kind}, got one it lacks")
+            raise InputError(f"{file.path}: {name}: expected a tensor of {kind}, got one it lacks")
         if target in taken:
-            raise InputError(f"{file.path}: {name}: wanted one tensor for {target}, got two")
+            raise InputError(f"{file.path}: {name}: expected one tensor for {target}, got two")
         names[name] = target
         taken.add(target)
     shapes = {target: file.tensors[name].shape for name, target in names.items()}

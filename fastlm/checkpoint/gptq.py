@@ -102,7 +102,7 @@ def _layout(
     bits = zero_words * 32 // n
     if bits not in BITS or bits * n != zero_words * 32:
         raise InputError(
-            f"{tensors.folder}: {name}.qzeros: wanted zero points of 2, 4 or 8 bits for {n} rows,"
+            f"{tensors.folder}: {name}.qzeros: expected zero points of 2, 4 or 8 bits for {n} rows,"
             f" got {zero_words} words ({zero_words * 32 / n:.3g} bits)"
         )
     k = rows * 32 // bits

@@ -21,7 +21,7 @@ def read(config: Mapping[str, Any], tensors: TensorFolder, where: str) -> Quanti
         header = tensors.headers[f"{module}.qdata"]
         if header.dtype not in _DTYPES:
             raise InputError(
-                f"{tensors.folder / header.file}: {module}.qdata: wanted one of"
+                f"{tensors.folder / header.file}: {module}.qdata: expected one of"
                 f" {', '.join(_DTYPES)}, got {header.dtype}"
             )
     modules = config.get("modules")
@@ -34,7 +34,7 @@ def read(config: Mapping[str, Any], tensors: TensorFolder, where: str) -> Quanti
             continue
         if "scales" not in parts:
             raise InputError(
-                f"{tensors.folder}: {module}: wanted qdata and scales, got one of them"
+                f"{tensors.folder}: {module}: expected qdata and scales, got one of them"
             )
 
         def build(
@@ -59,7 +59,7 @@ def _layout(entry: Any, where: str) -> tuple[int, int, tuple[int, int]]:
         numbers = []
     if len(numbers) != 5 or not all(type(number) is int for number in numbers):
         raise InputError(
-            f"{where}: wanted bits, group_size and a shape of two integers, got {entry!r:.100}"
+            f"{where}: expected bits, group_size and a shape of two integers, got {entry!r:.100}"
         )
     bits, group_size, n, k, _ = numbers
     return bits, group_size, (n, k)

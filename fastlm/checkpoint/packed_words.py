@@ -58,7 +58,7 @@ def group_of(k: int, groups: int, stated: object, name: str) -> int:
         return stated
     if k % groups:
         raise InputError(
-            f"{name}: wanted a group size that yields {groups} groups of {k} columns, got"
+            f"{name}: expected a group size that yields {groups} groups of {k} columns, got"
             f" {stated!r:.40}"
         )
     return k // groups
@@ -72,7 +72,7 @@ def in_order(index: Tensor | None, k: int, group_size: int, groups: int) -> bool
         return True
     if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < groups:
         raise InputError(
-            f"g_idx: wanted groups from 0 to {groups - 1}, got {int(index.min())} to"
+            f"g_idx: expected groups from 0 to {groups - 1}, got {int(index.min())} to"
             f" {int(index.max())}"
         )
     return torch.equal(index.long(), torch.arange(k) // group_size)

@@ -32,30 +32,32 @@ def rotary_width(rope: Mapping[str, Any], head_dim: int) -> int:
 def check_rope(rope: Any, head_dim: int, where: str) -> None:
     """Raise InputError for an unknown rope_type, a missing entry or an impossible number."""
     if not isinstance(rope, Mapping):
-        raise InputError(f"{where}: wanted a dict, got {rope!r}")
+        raise InputError(f"{where}: expected a dict, got {rope!r}")
     kind = rope.get("rope_type")
     if not isinstance(kind, str) or kind not in ROPE_TYPES:
-        raise InputError(f"{where}: rope_type: wanted one of {', '.join(ROPE_TYPES)}, got {kind!r}")
+        raise InputError(
+            f"{where}: rope_type: expected one of {', '.join(ROPE_TYPES)}, got {kind!r}"
+        )
     for name in ("rope_theta", *ROPE_TYPES[kind]):
         if rope.get(name) is None:
-            raise InputError(f"{where}: {name}: wanted for rope_type {kind}, got none")
+            raise InputError(f"{where}: {name}: expected for rope_type {kind}, got none")
     for name in _NUMBERS:
         value = rope.get(name)
         if value is not None and not (type(value) in (int, float) and 0 < value < math.inf):
-            raise InputError(f"{where}: {name}: wanted a positive number, got {value!r}")
+            raise InputError(f"{where}: {name}: expected a positive number, got {value!r}")
     if rope["rope_theta"] <= 1:
-        raise InputError(f"{where}: rope_theta: wanted more than 1, got {rope['rope_theta']!r}")
+        raise InputError(f"{where}: rope_theta: expected more than 1, got {rope['rope_theta']!r}")
     width = rotary_width(rope, head_dim)
     if width < 2 or width % 2 or width > head_dim:
         raise InputError(
-            f"{where}: wanted an even number of turned features up to head_dim {head_dim},"
+            f"{where}: expected an even number of turned features up to head_dim {head_dim},"
             f" got {width}"
         )
     if kind == "dynamic" and width == 2:
-        raise InputError(f"{where}: rope_type dynamic: wanted more than 2 turned features, got 2")
+        raise InputError(f"{where}: rope_type dynamic: expected more than 2 turned features, got 2")
     if kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
         raise InputError(
-            f"{where}: low_freq_factor: wanted less than high_freq_factor"
+            f"{where}: low_freq_factor: expected less than high_freq_factor"
             f" {rope['high_freq_factor']}, got {rope['low_freq_factor']}"
         )
     if kind == "longrope":
@@ -64,5 +66,5 @@ def check_rope(rope: Any, head_dim: int, where: str) -> None:
             good = isinstance(factors, list | tuple) and len(factors) == count
             if not good or not all(isinstance(f, int | float) and f > 0 for f in factors):
                 raise InputError(
-                    f"{where}: {name}: wanted {count} positive numbers, got {factors!r}"
+                    f"{where}: {name}: expected {count} positive numbers, got {factors!r}"
                 )

@@ -88,7 +88,7 @@ class TensorFolder:
         shape (None: any size of at least 1).
         """
         if name not in self.headers:
-            raise InputError(f"{self.folder}: wanted a tensor {name}, got none of that name")
+            raise InputError(f"{self.folder}: expected a tensor {name}, got none of that name")
         header = self.headers[name]
         fits = len(header.shape) == len(shape) and all(
             came == size or (size is None and came > 0) for came, size in zip(header.shape, shape)
@@ -96,7 +96,7 @@ class TensorFolder:
         if header.dtype not in dtypes or not fits:
             sizes = ", ".join("any" if size is None else str(size) for size in shape)
             raise InputError(
-                f"{self.folder / header.file}: {name}: wanted {' or '.join(dtypes)} ({sizes}),"
+                f"{self.folder / header.file}: {name}: expected {' or '.join(dtypes)} ({sizes}),"
                 f" got {header.dtype} {header.shape}"
             )
         return header.shape
@@ -126,7 +126,7 @@ class TensorFolder:
 
 def open_tensors(file: Path) -> Any:
     if not file.is_file():
-        raise InputError(f"{file}: wanted a safetensors file, got none")
+        raise InputError(f"{file}: expected a safetensors file, got none")
     try:
         return safe_open(file, framework="pt")
     except (OSError, SafetensorError) as error:
@@ -137,24 +137,26 @@ def _weight_map(folder: Path) -> dict[str, str]:
     """Tensor name -> file name, checked against the files' own headers."""
     if not (folder / INDEX).is_file():
         if not (folder / SINGLE).is_file() and list(folder.glob("*.bin")):
-            raise InputError(f"{folder}: wanted {SINGLE}, got a pickle (convert it first)")
+            raise InputError(f"{folder}: expected {SINGLE}, got a pickle (convert it first)")
         with open_tensors(folder / SINGLE) as file:
             return dict.fromkeys(file.keys(), SINGLE)
     index = folder / INDEX
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"{index}: weight_map: wanted tensor names to file names, got none")
+        raise InputError(f"{index}: weight_map: expected tensor names to file names, got none")
     for name in weight_map.values():
         # a bare name: an index must not point outside its folder
         if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
-            raise InputError(f"{index}: weight_map: wanted names of files beside it, got {name!r}")
+            raise InputError(
+                f"{index}: weight_map: expected names of files beside it, got {name!r}"
+            )
     for name in sorted(set(weight_map.values())):
         with open_tensors(folder / name) as file:
             held = set(file.keys())
         for tensor, place in weight_map.items():
             if place == name and tensor not in held:
                 raise InputError(
-                    f"{folder / name}: wanted a tensor {tensor} by the index, got none"
+                    f"{folder / name}: expected a tensor {tensor} by the index, got none"
                 )
     return weight_map
 

@@ -37,11 +37,11 @@ class SFTTrainer(sft_trainer.SFTTrainer):
         args: Any = self.args
         if "linear_cross_entropy" not in patched_ops(model):
             raise InputError(
-                "model: wanted one patched with linear_cross_entropy (fastlm.patch),"
+                "model: expected one patched with linear_cross_entropy (fastlm.patch),"
                 f" got {type(model).__name__}"
             )
         if type(head := model.get_output_embeddings()) is not nn.Linear:
-            raise InputError(f"model: wanted a head that is nn.Linear, got {type(head).__name__}")
+            raise InputError(f"model: expected a head that is nn.Linear, got {type(head).__name__}")
         for name, value, wanted in (
             ("args.loss_type", args.loss_type, "nll"),
             ("args.label_smoothing_factor", args.label_smoothing_factor, 0.0),
@@ -49,7 +49,7 @@ class SFTTrainer(sft_trainer.SFTTrainer):
             ("model.config.output_router_logits", self.aux_loss_enabled, False),
         ):
             if value != wanted:
-                raise InputError(f"{name}: wanted {wanted} with the model's loss, got {value}")
+                raise InputError(f"{name}: expected {wanted} with the model's loss, got {value}")
 
     def compute_loss(
         self,

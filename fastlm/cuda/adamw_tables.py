@@ -63,7 +63,7 @@ def _upload(values: np.ndarray, device: torch.device) -> Tensor:
     """Copy to the device without waiting for the work that runs there."""
     if _is_capturing(device):
         raise InputError(
-            "step: wanted, in the capture of a CUDA graph, gradients where they were in a step"
+            "step: expected, in the capture of a CUDA graph, gradients where they were in a step"
             " before it (zero_grad(set_to_none=False)), the same options and lr as a tensor on"
             f" {device}, got others"
         )
@@ -108,13 +108,13 @@ def _setting_table(
 def _check(name: str, tensor: Tensor, device: torch.device, size: int | None = None) -> None:
     if tensor.dtype not in TYPES:
         got = str(tensor.dtype).removeprefix("torch.")
-        raise InputError(f"{name}: wanted float32, bfloat16 or float16, got {got}")
+        raise InputError(f"{name}: expected float32, bfloat16 or float16, got {got}")
     if tensor.device != device:
         raise InputError(
-            f"{name}: wanted device {device} as the first parameter, got {tensor.device}"
+            f"{name}: expected device {device} as the first parameter, got {tensor.device}"
         )
     if size is not None and tensor.numel() != size:
-        raise InputError(f"{name}: wanted elements: {size}, got {tensor.numel()}")
+        raise InputError(f"{name}: expected elements: {size}, got {tensor.numel()}")
 
 
 def tables_of(tensors: list[AdamWTensor], *, by_kind: bool) -> Tables:

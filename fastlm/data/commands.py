@@ -26,7 +26,7 @@ def get_command(
         path = fetch(scheme, name, cache=cache or default_cache())
     else:
         raise InputError(
-            f"spec: wanted model:NAME or {', '.join(f'{s}:NAME' for s in SCHEMES)}; got {spec!r}"
+            f"spec: expected model:NAME or {', '.join(f'{s}:NAME' for s in SCHEMES)}; got {spec!r}"
         )
     typer.echo(path)
 

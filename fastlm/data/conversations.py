@@ -152,10 +152,10 @@ def _files(
         found, passed = list_files(spec, cache=cache)
         files = [file for file in found if file.format in FORMATS]
         if not files:
-            raise InputError(f"source {spec}: wanted .jsonl or .json files, got none")
+            raise InputError(f"source {spec}: expected .jsonl or .json files, got none")
         del passed["not matched by the glob"]  # not wanted
         if others := len(found) - len(files) + passed.total():
-            tell(f"{spec}: {others:,} files that are not read: wanted .jsonl or .json")
+            tell(f"{spec}: {others:,} files that are not read: expected .jsonl or .json")
         for file in files:
             yield str(file.path), row_unit(file), file.named, read_rows(file)
 
@@ -166,7 +166,7 @@ def conversation_of(row: Any, place: str = "") -> Conversation:
     end.
     """
     if not isinstance(row, Mapping):
-        raise InputError(f"wanted an object with {SHAPES}, got {type(row).__name__}")
+        raise InputError(f"expected an object with {SHAPES}, got {type(row).__name__}")
     answer = next((key for key in ("completion", "response") if key in row), None)
     if "messages" in row:
         placed = messages_of(row["messages"], "messages")
@@ -180,17 +180,17 @@ def conversation_of(row: Any, place: str = "") -> Conversation:
             message.setdefault("weight", 0)  # answers in a prompt are examples
         placed += text_or_messages(row[answer], answer, "assistant")
     else:
-        raise InputError(f"wanted an object with {SHAPES}, got {keys_of(row)}")
+        raise InputError(f"expected an object with {SHAPES}, got {keys_of(row)}")
     add_system(row, placed)
     check_messages(placed)
     learnt = []
     for where, message in placed:
         weight = message.pop("weight", 1)
         if message["role"] == "assistant" and weight not in (0, 1):
-            raise InputError(f"{where}: wanted a weight of 0 or 1, got {weight!r:.40}")
+            raise InputError(f"{where}: expected a weight of 0 or 1, got {weight!r:.40}")
         learnt.append(message["role"] == "assistant" and weight == 1)
     if not any(learnt):
-        raise InputError("wanted an assistant message to learn, all have weight 0")
+        raise InputError("expected an assistant message to learn, all have weight 0")
     return Conversation([message for _, message in placed], learnt, place, tools_of(row))
 
 
@@ -206,7 +206,9 @@ def add_system(row: Mapping[str, Any], placed: Placed) -> None:
     system = _placed("system", "system", row.get("system"))
     if system[1]["content"].strip():
         if placed and placed[0][1]["role"] == "system":
-            raise InputError(f"system: wanted none beside {placed[0][0]}, got two system messages")
+            raise InputError(
+                f"system: expected none beside {placed[0][0]}, got two system messages"
+            )
         placed.insert(0, system)
 
 
@@ -219,12 +221,12 @@ def check_messages(placed: Placed) -> None:
         role = message["role"]
         if role not in NEXT[before]:
             after = f"after {before}" if before else "first"
-            raise InputError(f"{where}: wanted {' or '.join(NEXT[before])} {after}, got {role}")
+            raise InputError(f"{where}: expected {' or '.join(NEXT[before])} {after}, got {role}")
         if not message["content"].strip() and not message.get("tool_calls") and role != "tool":
-            raise InputError(f"{where}: wanted text from the {role}, got an empty message")
+            raise InputError(f"{where}: expected text from the {role}, got an empty message")
         before = role
     if before != "assistant":
-        raise InputError(f"wanted an answer at the end, got {before or 'no message'}")
+        raise InputError(f"expected an answer at the end, got {before or 'no message'}")
 
 
 def text_or_messages(value: Any, name: str, role: str) -> Placed:
@@ -255,7 +257,7 @@ def messages_of(messages: Any, name: str) -> Placed:
         if older is not None:
             calls = calls or [{"function": older}]
         if message["role"] == "function_call":
-            calls, content = [_json(content, f"{where}: wanted a call")], ""
+            calls, content = [_json(content, f"{where}: expected a call")], ""
         message |= {"role": _role(message["role"], where), "content": content}
         if calls:
             message["tool_calls"] = _tool_calls(calls, f"{where}.tool_calls")
@@ -273,12 +275,14 @@ def _tool_calls(calls: Any, where: str) -> list[Message]:
         function = function if isinstance(function, Mapping) else {}
         name = function.get("name")
         if not isinstance(name, str) or not name:
-            raise InputError(f"{where}[{i}]: wanted a call with a name, got {call!r:.60}")
+            raise InputError(f"{where}[{i}]: expected a call with a name, got {call!r:.60}")
         arguments = function.get("arguments") or {}
         if isinstance(arguments, str):
-            arguments = _json(arguments, f"{where}[{i}]: wanted arguments")
+            arguments = _json(arguments, f"{where}[{i}]: expected arguments")
         if not isinstance(arguments, Mapping):
-            raise InputError(f"{where}[{i}]: wanted arguments as an object, got {arguments!r:.60}")
+            raise InputError(
+                f"{where}[{i}]: expected arguments as an object, got {arguments!r:.60}"
+            )
         rest = {k: v for k, v in call.items() if k in ("id", "index") and v is not None}
         function = {"name": name, "arguments": dict(arguments)}
         found.append({**rest, "type": "function", "function": function})
@@ -288,7 +292,7 @@ def _tool_calls(calls: Any, where: str) -> list[Message]:
 def _text_part(part: Any, where: str) -> str:
     if not isinstance(part, Mapping) or part.get("type") != "text":
         got = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-        raise InputError(f"{where}: wanted parts of type 'text', got {got!r:.40}")
+        raise InputError(f"{where}: expected parts of type 'text', got {got!r:.40}")
     return text_of(part.get("text", part.get("value")), where)
 
 
@@ -299,7 +303,7 @@ def alpaca_prompt(row: Mapping[str, Any]) -> Placed:
     for i, pair in enumerate(history):
         where = f"history[{i}]"
         if not isinstance(pair, list) or len(pair) != 2:
-            raise InputError(f"{where}: wanted [question, answer], got {pair!r:.60}")
+            raise InputError(f"{where}: expected [question, answer], got {pair!r:.60}")
         placed += [_placed(where, role, text) for role, text in zip(("user", "assistant"), pair)]
     texts = [text_of(row[key], key) for key in ("instruction", "input") if row.get(key)]
     question = "\n\n".join(text for text in texts if text.strip())
@@ -312,7 +316,7 @@ def _placed(where: str, role: str, text: Any) -> tuple[str, Message]:
 
 def _role(role: Any, where: str) -> str:
     if not isinstance(role, str) or role not in ROLES:
-        raise InputError(f"{where}: wanted a role, one of {', '.join(ROLES)}, got {role!r:.40}")
+        raise InputError(f"{where}: expected a role, one of {', '.join(ROLES)}, got {role!r:.40}")
     return ROLES[role]
 
 
@@ -326,7 +330,7 @@ def text_of(text: Any, where: str) -> str:
 
 def _typed(value: Any, kind: type[T], where: str, wanted: str) -> T:
     if not isinstance(value, kind):
-        raise InputError(f"{where}: wanted {wanted}, got {type(value).__name__}")
+        raise InputError(f"{where}: expected {wanted}, got {type(value).__name__}")
     return value
 
 
@@ -344,7 +348,7 @@ def tools_of(row: Mapping[str, Any]) -> list[Any] | None:
         functions = _typed(row["functions"], list, "functions", "a list")
         return [{"type": "function", "function": function} for function in functions]
     if isinstance(tools, str):
-        tools = _json(tools, "tools: wanted a list") if tools.strip() else None
+        tools = _json(tools, "tools: expected a list") if tools.strip() else None
     return _typed(tools, list, "tools", "a list") if tools else None
 
 

@@ -146,7 +146,7 @@ def check_rules(names: Sequence[str]) -> None:
     """Raise InputError on an unknown rule."""
     for name in names:
         if name not in RULES:
-            raise InputError(f"rules: wanted some of {', '.join(RULES)}; got {name!r}")
+            raise InputError(f"rules: expected some of {', '.join(RULES)}; got {name!r}")
 
 
 def first_failed(text: str, rules: Sequence[str] = TECHNICAL) -> str | None:

@@ -189,16 +189,16 @@ def preference_of(row: Any, place: str = "") -> Comparison | Label:
     else:
         raise _unknown(row)
     if len(set(ranks)) < 2:
-        raise InputError("ranks: wanted a better and a worse answer, all are tied")
+        raise InputError("ranks: expected a better and a worse answer, all are tied")
     for i, j in _equal(answers):
         if ranks[i] != ranks[j]:
             names = " and ".join(pair) if pair else f"answers {i} and {j}"
-            raise InputError(f"wanted different answers, {names} are equal")
+            raise InputError(f"expected different answers, {names} are equal")
     margin = None
     if len(answers) == 2:
         if "margin" in row:
             if (margin := _number(row["margin"], "margin")) < 0:
-                raise InputError(f"margin: wanted a number >= 0, got {margin}")
+                raise InputError(f"margin: expected a number >= 0, got {margin}")
         elif scores is not None:
             margin = abs(scores[0] - scores[1])
     corrected = pair is not None and "corrected" in pair
@@ -217,25 +217,25 @@ def answers_of(row: Any, place: str = "") -> "Comparison | Label | Unranked":
         return preference_of(row, place)
     prompt, answers = _listed(values)
     for first, second in _equal(answers):
-        raise InputError(f"wanted different answers, answers {first} and {second} are equal")
+        raise InputError(f"expected different answers, answers {first} and {second} are equal")
     return Unranked(prompt, tuple(answers), tools_of(values), place)
 
 
 def _object(row: Any) -> dict[str, Any]:
     if not isinstance(row, Mapping):
-        raise InputError(f"wanted an object with {SHAPES}, got {type(row).__name__}")
+        raise InputError(f"expected an object with {SHAPES}, got {type(row).__name__}")
     return {key: value for key, value in row.items() if value is not None}
 
 
 def _unknown(row: Mapping[str, Any]) -> InputError:
-    return InputError(f"wanted an object with {SHAPES}, got {keys_of(row)}")
+    return InputError(f"expected an object with {SHAPES}, got {keys_of(row)}")
 
 
 def _from_openai(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row of OpenAI's preference fine-tuning under TRL's names."""
     given = row.get("input")
     if not isinstance(given, Mapping) or "messages" not in given:
-        raise InputError(f"input: wanted an object with messages, got {show(given):.60}")
+        raise InputError(f"input: expected an object with messages, got {show(given):.60}")
     tools = {"tools": given["tools"]} if given.get("tools") else {}
     answers = {"chosen": row["preferred_output"], "rejected": row["non_preferred_output"]}
     return {**tools, **row, "prompt": given["messages"], **answers}
@@ -246,7 +246,7 @@ def _pair_scores(row: Mapping[str, Any]) -> tuple[float, float] | None:
         return None
     better, worse = (_number(row[key], key) for key in ("score_chosen", "score_rejected"))
     if better < worse:
-        raise InputError(f"score_chosen: wanted at least score_rejected {worse}, got {better}")
+        raise InputError(f"score_chosen: expected at least score_rejected {worse}, got {better}")
     return better, worse
 
 
@@ -264,7 +264,7 @@ def _ranks_and_scores(
         for (better, a), (worse, b) in permutations(zip(ranks, scores or ()), 2):
             if better < worse and a < b:
                 raise InputError(
-                    f"scores: wanted the order of the ranks, got {b} at rank {worse} and {a} at"
+                    f"scores: expected the order of the ranks, got {b} at rank {worse} and {a} at"
                     f" rank {better}"
                 )
     places = sorted(set(ranks))
@@ -275,18 +275,18 @@ def _ranks(given: Any, answers: list[Any]) -> tuple[int, ...]:
     for i, rank in _each(given, "ranks", answers):
         if type(rank) is not int or not 0 <= rank < len(answers):
             raise InputError(
-                f"ranks[{i}]: wanted a whole number from 0 to {len(answers) - 1},"
+                f"ranks[{i}]: expected a whole number from 0 to {len(answers) - 1},"
                 f" got {show(rank):.60}"
             )
     if 0 not in given:
-        raise InputError(f"ranks: wanted 0 for the best answer, got {min(given)} as the lowest")
+        raise InputError(f"ranks: expected 0 for the best answer, got {min(given)} as the lowest")
     return tuple(given)
 
 
 def _each(given: Any, name: str, answers: list[Any]) -> Iterator[tuple[int, Any]]:
     if not isinstance(given, list) or len(given) != len(answers):
         got = len(given) if isinstance(given, list) else type(given).__name__
-        raise InputError(f"{name}: wanted one for each of {len(answers)} answers, got {got}")
+        raise InputError(f"{name}: expected one for each of {len(answers)} answers, got {got}")
     yield from enumerate(given)
 
 
@@ -296,13 +296,13 @@ def _number(value: Any, where: str) -> float:
             return float(value)
     except OverflowError:  # an integer beyond float64
         pass
-    raise InputError(f"{where}: wanted a finite number, got {show(value):.60}")
+    raise InputError(f"{where}: expected a finite number, got {show(value):.60}")
 
 
 def _label_of(row: Mapping[str, Any], place: str) -> Label:
     key = "label" if "label" in row else "kto_tag"
     if not isinstance(row[key], bool):
-        raise InputError(f"{key}: wanted true or false, got {show(row[key]):.60}")
+        raise InputError(f"{key}: expected true or false, got {show(row[key]):.60}")
     name = next((n for n in ("completion", "response", "answer", "output") if n in row), None)
     if name is not None:
         prompt, (answer,) = _candidates(row, {name: row[name]})
@@ -326,7 +326,7 @@ def _listed(row: Mapping[str, Any]) -> tuple[list[Message], list[list[Message]]]
     given = row[key] if key else None
     if not isinstance(given, list) or len(given) < 2:
         got = len(given) if isinstance(given, list) else type(given).__name__
-        raise InputError(f"{key}: wanted a list of two or more answers, got {got}")
+        raise InputError(f"{key}: expected a list of two or more answers, got {got}")
     return _candidates(row, {f"{key}[{i}]": answer for i, answer in enumerate(given)})
 
 
@@ -347,22 +347,23 @@ def _candidates(
         common = next(iter(answers.values()))[:begin]
         if prompt is not None and not _begins(common, prompt):
             raise InputError(
-                f"prompt: wanted the beginning of {' and '.join(answers)}, got another one"
+                f"prompt: expected the beginning of {' and '.join(answers)}, got another one"
             )
         prompt, answers = common, {name: answer[begin:] for name, answer in answers.items()}
     elif whole:
-        raise InputError(f"{whole[0]}: wanted an answer by the assistant, got a conversation")
+        raise InputError(f"{whole[0]}: expected an answer by the assistant, got a conversation")
     elif prompt is None:
-        raise InputError(f"wanted a prompt beside {' and '.join(answers)}, got {keys_of(row)}")
+        raise InputError(f"expected a prompt beside {' and '.join(answers)}, got {keys_of(row)}")
     add_system(row, prompt)
     for name, answer in answers.items():
         if not answer:
-            raise InputError(f"{name}: wanted an answer that differs from the others, got none")
+            raise InputError(f"{name}: expected an answer that differs from the others, got none")
         check_messages([*prompt, *answer])
         for where, message in answer:
             if message["role"] not in ("assistant", "tool"):
                 raise InputError(
-                    f"{where}: wanted one prompt for all answers, got a {message['role']}'s message"
+                    f"{where}: expected one prompt for all answers, got a {message['role']}'s "
+                    "message"
                     " after they differ"
                 )
     return plain(prompt), [plain(answer) for answer in answers.values()]
@@ -374,7 +375,7 @@ def _answer(value: Any, name: str, whole: bool) -> Placed:
         value = [value]
     if isinstance(value, list):
         if not value:
-            raise InputError(f"{name}: wanted an answer, got no message")
+            raise InputError(f"{name}: expected an answer, got no message")
         return messages_of(value, name)
     text = text_of(value, name)
     if whole and (placed := dialogue(text, name)):

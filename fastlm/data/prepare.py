@@ -86,12 +86,12 @@ class DataOptions:
             ("max_bytes", 1 if self.max_bytes is None else self.max_bytes, 1),
         ):  # fmt: skip
             if value < least:
-                raise InputError(f"{name}: wanted {least} or more, got {value}")
+                raise InputError(f"{name}: expected {least} or more, got {value}")
         if not 0 <= self.heldout_fraction <= 0.5:
-            raise InputError(f"heldout_fraction: wanted 0 to 0.5, got {self.heldout_fraction}")
+            raise InputError(f"heldout_fraction: expected 0 to 0.5, got {self.heldout_fraction}")
         if self.max_words > MAX_WORDS and "word_count" in self.rules:
             raise InputError(
-                f"max_words: wanted at most {MAX_WORDS:,}, which the rule word_count lets pass, "
+                f"max_words: expected at most {MAX_WORDS:,}, which the rule word_count lets pass, "
                 f"got {self.max_words:,}"
             )
 
@@ -199,7 +199,7 @@ def prepare(
     options = options or DataOptions()
     options.check()
     if isinstance(sources, str) or not sources:
-        raise InputError(f"sources: wanted a list of at least one source, got {sources!r}")
+        raise InputError(f"sources: expected a list of at least one source, got {sources!r}")
     out = Path(out)
     funnel = Funnel()
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
@@ -293,7 +293,7 @@ def _write_clean(
     if not index:
         why = {s["step"]: s["removed"] for s in funnel.steps if s["removed"]}
         raise InputError(
-            f"sources {', '.join(sources)}: wanted text, nothing is left after cleaning: {why}"
+            f"sources {', '.join(sources)}: expected text, nothing is left after cleaning: {why}"
         )
     return index
 
@@ -374,5 +374,5 @@ def read_documents(path: Path) -> Iterator[Document]:
                 document = parse(line, Document, "it", extra="forbid")
                 document.text.encode()  # no lone surrogate
             except (InputError, UnicodeError) as e:
-                raise InputError(f"{where}: wanted a prepared document: {e}") from None
+                raise InputError(f"{where}: expected a prepared document: {e}") from None
             yield document

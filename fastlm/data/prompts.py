@@ -54,7 +54,7 @@ def prompt_of(row: Any, place: str = "") -> Prompt:
     placed = prompt_messages(values)
     if placed is None:
         got = keys_of(values) if isinstance(row, Mapping) else type(row).__name__
-        raise InputError(f"wanted an object with a prompt or messages, got {got}")
+        raise InputError(f"expected an object with a prompt or messages, got {got}")
     add_system(values, placed)
     if placed and placed[-1][1]["role"] == "assistant":
         placed.pop()

@@ -100,17 +100,17 @@ def write_shards(
     vocab_size, eos_id = tokenizer.vocab_size, tokenizer.eos_id
     if eos_id is None or not 0 <= eos_id < vocab_size:
         raise InputError(
-            f"tokenizer: wanted an end-of-text token within the vocabulary of {vocab_size}, "
+            f"tokenizer: expected an end-of-text token within the vocabulary of {vocab_size}, "
             f"got {eos_id}"
         )
     if shard_tokens < 1:
-        raise InputError(f"shard_tokens: wanted 1 or more, got {shard_tokens}")
+        raise InputError(f"shard_tokens: expected 1 or more, got {shard_tokens}")
     dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
     encoded = _encode(track(docs, "tokenizing", unit="documents"), tokenizer, dtype)
     shards: list[Shard] = []
     following = next(encoded, None)
     if following is None:
-        raise InputError("docs: wanted at least one document, got none")
+        raise InputError("docs: expected at least one document, got none")
     # the old set is invalid from here on; the new one is valid once its index is written
     (out / INDEX).unlink(missing_ok=True)
     while following is not None:
@@ -163,7 +163,7 @@ def _encode(
             bad = wide[(wide < 0) | (wide >= tokenizer.vocab_size)]
             if len(bad):
                 raise InputError(
-                    f"tokenizer: wanted token ids from 0 to {tokenizer.vocab_size - 1},"
+                    f"tokenizer: expected token ids from 0 to {tokenizer.vocab_size - 1},"
                     f" got {int(bad[0])}"
                 )
             yield wide.astype(dtype), len(text.encode())
@@ -183,7 +183,8 @@ class TokenDataset:
         info = load_index(self.path)
         if vocab_size is not None and vocab_size != info.vocab_size:
             raise InputError(
-                f"{self.path}: wanted tokens of a vocabulary of {vocab_size}, got {info.vocab_size}"
+                f"{self.path}: expected tokens of a vocabulary of {vocab_size}, got "
+                f"{info.vocab_size}"
             )
         self.info = info
         self.tokens, self.documents = info.tokens, info.documents
@@ -202,7 +203,7 @@ class TokenDataset:
         wanted = tokenizer.vocabulary_id(self.vocab_size)
         if self.info.tokenizer != wanted:
             raise InputError(
-                f"{name}: wanted tokens of the tokenizer {wanted[:12]}, got {self.path} of"
+                f"{name}: expected tokens of the tokenizer {wanted[:12]}, got {self.path} of"
                 f" {self.info.tokenizer[:12]}: make the shards again with this one (fastlm data"
                 " shards)"
             )
@@ -216,7 +217,7 @@ class TokenDataset:
             return
         if stamp is None or load_index(self.path).fingerprint != self.fingerprint:
             raise InputError(
-                f"{self.path}: wanted the shards that were there at the start, they have changed"
+                f"{self.path}: expected the shards that were there at the start, they have changed"
                 " (fastlm data forget, or data shards): start the training again"
             )
         self._stamp = stamp
@@ -226,12 +227,12 @@ class TokenDataset:
         try:
             size = file.stat().st_size
             if size != count * dtype.itemsize:
-                raise InputError(f"{file}: wanted {count * dtype.itemsize:,} bytes, got {size:,}")
+                raise InputError(f"{file}: expected {count * dtype.itemsize:,} bytes, got {size:,}")
             if sha256 is not None:
                 with open(file, "rb") as f:
                     found = hashlib.file_digest(f, "sha256").hexdigest()
                 if found != sha256:
-                    raise InputError(f"{file}: wanted sha256 {sha256}, found {found}")
+                    raise InputError(f"{file}: expected sha256 {sha256}, found {found}")
             return np.memmap(file, dtype, mode="r", shape=(count,))
         except OSError as e:
             raise InputError(f"{file}: cannot be read: {e.strerror}") from None
@@ -240,7 +241,7 @@ class TokenDataset:
         """Return tokens ``start .. start + n`` as int64 (n,), across shard boundaries."""
         if n < 0 or start < 0 or start + n > self.tokens:
             raise InputError(
-                f"read: wanted a range within 0..{self.tokens}, got {start}..{start + n}"
+                f"read: expected a range within 0..{self.tokens}, got {start}..{start + n}"
             )
         out, filled = np.empty(n, np.int64), 0
         shard = int(np.searchsorted(self._ends, start, side="right"))
@@ -284,17 +285,17 @@ def load_index(path: Path) -> ShardInfo:
     file, inner = path / INDEX, path / "train"
     if not file.exists():
         hint = f"{inner} is one" if (inner / INDEX).exists() else "'fastlm data shards' makes them"
-        raise InputError(f"{path}: wanted a folder of token shards ({hint}), {INDEX} is missing")
+        raise InputError(f"{path}: expected a folder of token shards ({hint}), {INDEX} is missing")
     try:
         info = read_document(file, ShardInfo, extra="forbid")
         if info.eos_id >= info.vocab_size:
-            raise InputError(f"eos_id: wanted one below {info.vocab_size}, got {info.eos_id}")
+            raise InputError(f"eos_id: expected one below {info.vocab_size}, got {info.eos_id}")
         totals = _totals(info.shards)
         if (found := (info.tokens, info.documents, info.bytes_of_text)) != totals:
-            raise InputError(f"wanted the totals of the shards, {totals}, got {found}")
+            raise InputError(f"expected the totals of the shards, {totals}, got {found}")
         return info
     except InputError as e:
-        raise InputError(f"{file}: wanted the index of token shards: {e}") from None
+        raise InputError(f"{file}: expected the index of token shards: {e}") from None
 
 
 def document_offsets(input_ids: torch.Tensor, eos_id: int) -> torch.Tensor | None:
@@ -336,10 +337,11 @@ class BatchSampler:
             ("batch_size", batch_size, 1), ("seq_len", seq_len, 1), ("seed", seed, 0),
         ):  # fmt: skip
             if value < least:
-                raise InputError(f"{name}: wanted {least} or more, got {value}")
+                raise InputError(f"{name}: expected {least} or more, got {value}")
         if dataset.tokens < seq_len + 1:
             raise InputError(
-                f"dataset: wanted at least seq_len + 1 = {seq_len + 1} tokens, got {dataset.tokens}"
+                f"dataset: expected at least seq_len + 1 = {seq_len + 1} tokens, got "
+                f"{dataset.tokens}"
             )
         self.dataset, self.batch_size, self.seq_len = dataset, batch_size, seq_len
         self.seed, self.shuffle = seed, shuffle
@@ -385,11 +387,13 @@ class BatchSampler:
         found = validate(state, _SamplerState, "sampler state", extra="forbid")
         for key, wanted in self._identity().items():
             if state[key] != wanted:
-                raise InputError(f"sampler state: wanted {key} {wanted!r}, got {state[key]!r:.80}")
+                raise InputError(
+                    f"sampler state: expected {key} {wanted!r}, got {state[key]!r:.80}"
+                )
         self._begin(found.epoch)
         if found.position > len(self._order):
             raise InputError(
-                f"sampler state: wanted a position within 0..{len(self._order)}, "
+                f"sampler state: expected a position within 0..{len(self._order)}, "
                 f"got {found.position}"
             )
         self.position = found.position

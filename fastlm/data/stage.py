@@ -44,7 +44,7 @@ class Data(DataOptions, Stage):
     def check(self) -> None:
         super().check()
         if not self.sources:
-            raise InputError("sources: wanted at least one source, got none")
+            raise InputError("sources: expected at least one source, got none")
 
     def identity(self) -> dict[str, Any]:
         return {**asdict(self), "workers": 1}
@@ -66,7 +66,7 @@ class Data(DataOptions, Stage):
         steps = {s["step"]: s for s in funnel.steps}
         if job.in_recipe and self.heldout_bytes and not steps["heldout"]["documents"]:
             raise InputError(
-                "heldout_bytes: wanted room for at least one whole document to hold out, got "
+                "heldout_bytes: expected room for at least one whole document to hold out, got "
                 f"{self.heldout_bytes} bytes"
             )
         return {f"{part}_{n}": steps[part][n] for part in PARTS for n in ("bytes", "documents")}

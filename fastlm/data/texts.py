@@ -67,7 +67,7 @@ def check_window(context: int, seq_len: int | None, stride: int | None) -> tuple
     """
     window = seq_len or min(context, LONGEST_WINDOW)
     if stride is not None and stride > window:
-        raise InputError(f"stride: wanted at most the window of {window} tokens, got {stride}")
+        raise InputError(f"stride: expected at most the window of {window} tokens, got {stride}")
     return window, stride or max(1, window // 2)
 
 
@@ -100,7 +100,7 @@ def token_dataset(
         dataset = TokenDataset(data)
         if dataset.vocab_size > vocab_size:
             raise InputError(
-                f"{name}: wanted tokens of a vocabulary of at most {vocab_size},"
+                f"{name}: expected tokens of a vocabulary of at most {vocab_size},"
                 f" got {dataset.vocab_size}"
             )
         dataset.check_tokenizer(tokenizer, name)
@@ -109,7 +109,7 @@ def token_dataset(
     texts = [] if keep is None else keep
     texts += _read_sourced(data, part, cache, tell)
     if not texts:
-        raise InputError(f"{name} {data}: wanted text, got none")
+        raise InputError(f"{name} {data}: expected text, got none")
     with tempfile.TemporaryDirectory() as folder:
         write_shards((text for text, _ in texts), tokenizer, Path(folder))
         yield TokenDataset(folder)

@@ -27,9 +27,9 @@ def gold(row: Mapping[str, Any]) -> str:
         value = row.get(key)
         if isinstance(value, str | int | float) and not isinstance(value, bool):
             if not str(value).strip():
-                raise InputError(f"{key}: wanted the right answer, got an empty text")
+                raise InputError(f"{key}: expected the right answer, got an empty text")
             return str(value)
-    raise InputError(f"row: wanted a right answer under one of {', '.join(GOLD)}, got none")
+    raise InputError(f"row: expected a right answer under one of {', '.join(GOLD)}, got none")
 
 
 def exact(answer: str, row: Mapping[str, Any]) -> float:
@@ -52,7 +52,7 @@ def gold_number(row: Mapping[str, Any]) -> float:
     """The last number of the right answer."""
     wanted = last_number(gold(row))
     if wanted is None:
-        raise InputError(f"row: wanted a number in the right answer, got {gold(row)!r:.60}")
+        raise InputError(f"row: expected a number in the right answer, got {gold(row)!r:.60}")
     return wanted
 
 
@@ -81,7 +81,7 @@ def load_reward(name: str) -> Reward:
     where, _, function = name.rpartition(":")
     if not where or not function:
         raise InputError(
-            f"reward: wanted one of {', '.join(VERIFIERS)}, file.py:function or"
+            f"reward: expected one of {', '.join(VERIFIERS)}, file.py:function or"
             f" module:function, got {name!r}"
         )
     try:
@@ -91,16 +91,16 @@ def load_reward(name: str) -> Reward:
         raise
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
-        raise InputError(f"reward: wanted a module that can be imported, got {reason}") from None
+        raise InputError(f"reward: expected a module that can be imported, got {reason}") from None
     if not callable(getattr(module, function, None)):
-        raise InputError(f"reward: wanted a function {function} in {where}, got none")
+        raise InputError(f"reward: expected a function {function} in {where}, got none")
     return getattr(module, function)
 
 
 def _from_file(where: str) -> Any:
     path = Path(where)
     if not path.is_file():
-        raise InputError(f"reward: wanted a file, got none at {path}")
+        raise InputError(f"reward: expected a file, got none at {path}")
     name = f"_fastlm_reward_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None  # a .py file has a loader
@@ -117,5 +117,5 @@ def checked(value: Any, place: str) -> float:
     except (TypeError, ValueError, OverflowError):
         result = math.nan
     if not math.isfinite(result):
-        raise InputError(f"{place}: wanted a finite reward, got {value!r:.60}")
+        raise InputError(f"{place}: expected a finite reward, got {value!r:.60}")
     return result

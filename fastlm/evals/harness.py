@@ -31,7 +31,7 @@ try:
 except ModuleNotFoundError as error:
     if (error.name or "").partition(".")[0] != "lm_eval":
         raise
-    told = "wanted the package lm_eval, which is not installed (pip install 'fastlm[harness]')"
+    told = "expected the package lm_eval, which is not installed (pip install 'fastlm[harness]')"
     if __name__ != "__main__":
         raise InputError(told) from None
     print(f"fastlm: {told}", file=sys.stderr)
@@ -106,7 +106,8 @@ class ScorerLM(LM):
         stop = [stop] if isinstance(stop, str) else stop
         if new >= self.scorer.context_limit:
             raise InputError(
-                f"max_gen_toks: wanted less than the context's {self.scorer.context_limit} tokens,"
+                f"max_gen_toks: expected less than the context's {self.scorer.context_limit} "
+                "tokens,"
                 f" got {new}"
             )
         seed = request_seed(self.seed, context, draw)
@@ -155,10 +156,10 @@ class FastLM(ScorerLM):
             known = [*inspect.signature(FastLM).parameters][:-1]  # all but **unknown
             raise InputError(unknown_key(f"model_args: {name}", name, known))
         if dtype not in DTYPES:
-            raise InputError(f"dtype: wanted one of {', '.join(DTYPES)}, got {dtype!r}")
+            raise InputError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
         for name, value in (("tokens", tokens), ("max_gen_toks", max_gen_toks)):
             if value < 1:
-                raise InputError(f"{name}: wanted 1 or more, got {value}")
+                raise InputError(f"{name}: expected 1 or more, got {value}")
         del batch_size, max_batch_size  # the harness passes them to every model
         model, own = load_model(
             pretrained, act_bits, keep_quantized=keep_quantized, dtype=DTYPES[dtype]
@@ -204,7 +205,7 @@ class FastLM(ScorerLM):
         for last in (messages[-1]["content"], messages[-1]["content"].strip()):
             if (begin := text.rfind(last)) >= 0:
                 return text[: begin + len(last)]
-        raise InputError("chat_template: wanted one that writes the last message, got none")
+        raise InputError("chat_template: expected one that writes the last message, got none")
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The template; its name is not chosen here (`Tokenizer.load` takes the default one)."""

@@ -100,16 +100,16 @@ class Scorer:
         self.model, self.tokenizer, self.tokens = model, tokenizer, tokens
         self.parse_special, self.split_float32 = parse_special, split_float32
         if limit is not None and not 1 <= limit <= model.context_limit:
-            raise InputError(f"limit: wanted 1 to {model.context_limit}, got {limit}")
+            raise InputError(f"limit: expected 1 to {model.context_limit}, got {limit}")
         self.context_limit = limit or model.context_limit
         if prefix is not None and not 0 <= prefix < model.config.vocab_size:
-            raise InputError(f"prefix: wanted 0 to {model.config.vocab_size - 1}, got {prefix}")
+            raise InputError(f"prefix: expected 0 to {model.config.vocab_size - 1}, got {prefix}")
         self._prefix = prefix
         bos = tokenizer.bos_id
         if add_bos is None:
             add_bos = bos is not None and tokenizer.encode("a", special=True)[:1] == [bos]
         elif add_bos and bos is None:
-            raise InputError("add_bos: wanted a tokenizer with BOS, this one has none")
+            raise InputError("add_bos: expected a tokenizer with BOS, this one has none")
         self.start = [bos] if add_bos and bos is not None else []
 
     @cached_property
@@ -118,7 +118,7 @@ class Scorer:
         for token in (self._prefix, self.tokenizer.bos_id, self.tokenizer.eos_id):
             if token is not None:
                 return token
-        raise InputError("context: wanted text, this model has no token to start from")
+        raise InputError("context: expected text, this model has no token to start from")
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the tokens of each text, with BOS where texts have one."""
@@ -195,10 +195,10 @@ class Scorer:
         sequences, continuations, cuts = [], [], []
         for i, (context, continuation) in enumerate(pairs):
             if not continuation:
-                raise InputError(f"pairs[{i}]: wanted a continuation with a token, got none")
+                raise InputError(f"pairs[{i}]: expected a continuation with a token, got none")
             if len(continuation) > limit:
                 raise InputError(
-                    f"pairs[{i}]: wanted a continuation of at most the context's {limit} tokens,"
+                    f"pairs[{i}]: expected a continuation of at most the context's {limit} tokens,"
                     f" got {len(continuation)}"
                 )
             whole = [*context, *continuation][:-1]  # the last token is only predicted

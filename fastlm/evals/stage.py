@@ -67,7 +67,7 @@ class Eval(Stage):
             raise InputError(f"act_bits: expected 8 or 16, got {self.act_bits}")
         if self.samples > 1 and not self.temperature:
             raise InputError(
-                f"temperature: wanted more than 0 for {self.samples} samples, got 0: all would be"
+                f"temperature: expected more than 0 for {self.samples} samples, got 0: all would be"
                 " the same"
             )
 
@@ -96,13 +96,13 @@ class Eval(Stage):
 
         data = job.optional("data")
         if data is None and not self.tasks:
-            raise InputError("data: wanted held-out text, or tasks, got neither")
+            raise InputError("data: expected held-out text, or tasks, got neither")
         tasks = [
             load_task(name, job.cache).sample(self.limit, self.seed)
             for name in names_of(self.tasks)
         ]
         if job.inputs.get("against") and not tasks:
-            raise InputError("against: wanted tasks whose questions to look for, got none")
+            raise InputError("against: expected tasks whose questions to look for, got none")
         overlaps: list[Any] = []
         models: dict[str, dict[str, Any]] = {}
         packed: dict[str, Any] = {}

@@ -117,7 +117,7 @@ class Task:
 
     def __post_init__(self) -> None:
         if not self.questions:
-            raise InputError(f"task {self.name}: wanted at least one question, got none")
+            raise InputError(f"task {self.name}: expected at least one question, got none")
 
     @property
     def open(self) -> bool:

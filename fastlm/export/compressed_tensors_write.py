@@ -101,7 +101,7 @@ def check_compressed_tensors(
         if isinstance(weight, QuantizedWeight) and name not in OUTSIDE
     }
     if not layers:
-        raise InputError("model: wanted quantized layers for compressed-tensors, got none")
+        raise InputError("model: expected quantized layers for compressed-tensors, got none")
     widths = {name: weight.shape[1] for name, weight in layers.items()}
     check_each(widths, lambda name: _check_layout(name, layers[name], list(widths.values())))
     for names in _fused(_matrices(state)):
@@ -110,7 +110,7 @@ def check_compressed_tensors(
             parts = [name.rpartition(".")[2] for name in names]
             got = ", ".join(f"{part} {_named(layout)}" for part, layout in zip(parts, found))
             raise InputError(
-                f"{names[0].rpartition('.')[0]}: wanted one format for {', '.join(parts)}, which"
+                f"{names[0].rpartition('.')[0]}: expected one format for {', '.join(parts)}, which"
                 f" vLLM fuses, for compressed-tensors, got {got}"
             )
     return layers
@@ -143,12 +143,12 @@ def _check_layout(name: str, weight: QuantizedWeight, widths: list[int]) -> None
         fits = [g for g in GROUPS if all(width % g == 0 for width in widths)]
         would = f"--group-size {fits[0]} would do" if fits else "--group-size -1 would do"
         raise InputError(
-            f"{name}: wanted groups of 32, 64 or 128 that divide its {k} columns for"
+            f"{name}: expected groups of 32, 64 or 128 that divide its {k} columns for"
             f" compressed-tensors, got {group}: {would}"
         )
     if k * weight.bits % 32:
         raise InputError(
-            f"{name}: wanted rows of a multiple of {32 // weight.bits} columns for"
+            f"{name}: expected rows of a multiple of {32 // weight.bits} columns for"
             f" compressed-tensors, got {k}"
         )
 
@@ -164,7 +164,7 @@ def _zero_points(name: str, weight: QuantizedWeight) -> Tensor | None:
     same = (scales * (half - zeros) - offsets).abs() <= 2**-8 * offsets.abs()
     if not bool((same & (zeros >= 0) & (zeros < 2 * half)).all()):
         raise InputError(
-            f"{name}: wanted offsets of whole steps for compressed-tensors, got others: quantize"
+            f"{name}: expected offsets of whole steps for compressed-tensors, got others: quantize"
             " symmetrically"
         )
     return zeros.to(torch.int64)

@@ -39,17 +39,17 @@ def kind_of(name: str, weight: Tensor | QuantizedWeight) -> GGMLQuantizationType
     _, k = weight.shape
     if k % BLOCK:
         raise InputError(
-            f"{name}: wanted rows of a multiple of {BLOCK} columns for GGUF, got {k}: quantize"
+            f"{name}: expected rows of a multiple of {BLOCK} columns for GGUF, got {k}: quantize"
             " without this layer"
         )
     if weight.group_size % BLOCK and weight.group_size < k:
         raise InputError(
-            f"{name}: wanted groups of a multiple of {BLOCK} for GGUF (quantize with --group-size"
+            f"{name}: expected groups of a multiple of {BLOCK} for GGUF (quantize with --group-size"
             f" {BLOCK}), got {weight.group_size}"
         )
     if weight.bits == 8 and weight.zeros is not None:
         raise InputError(
-            f"{name}: wanted 4 bits, or 8 without offsets, for GGUF, got 8 bits with offsets"
+            f"{name}: expected 4 bits, or 8 without offsets, for GGUF, got 8 bits with offsets"
         )
     if weight.bits == 8:
         return GGMLQuantizationType.Q8_0
@@ -81,12 +81,12 @@ def encode(name: str, weight: Tensor | QuantizedWeight) -> tuple[np.ndarray, int
     for field in fields:
         half = field.half()
         if not bool(half.isfinite().all()):
-            raise InputError(f"{name}: wanted scales up to 65504, got {field.abs().max():.3g}")
+            raise InputError(f"{name}: expected scales up to 65504, got {field.abs().max():.3g}")
         error, steps = (half.double() - field).abs(), fields[0].abs()
         size = torch.maximum(field.abs(), steps)  # an offset may be near 0
         if bool((error > MOVED * size + NOTHING * steps.max()).any()):
             raise InputError(
-                f"{name}: wanted scales that float16 holds within {100 * MOVED:.2g} %, got"
+                f"{name}: expected scales that float16 holds within {100 * MOVED:.2g} %, got"
                 f" {steps[steps > 0].min():.3g}"
             )
         rounded += int((error > 0).sum())

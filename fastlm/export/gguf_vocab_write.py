@@ -27,14 +27,16 @@ def vocabulary(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, Any]:
     backend = tokenizer.backend
     state = json.loads(backend.to_str())
     if not tokenizer.byte_level or state["model"].get("type", "BPE") != "BPE":
-        raise InputError("tokenizer: wanted byte-level BPE for GGUF, got SentencePiece or another")
+        raise InputError(
+            "tokenizer: expected byte-level BPE for GGUF, got SentencePiece or another"
+        )
     vocab = backend.get_vocab(with_added_tokens=True)
     tokens = [f"[PAD{i}]" for i in range(config.vocab_size)]
     kinds = [UNUSED] * config.vocab_size
     for token, index in vocab.items():
         if index >= config.vocab_size:
             raise InputError(
-                f"tokenizer: wanted ids below {config.vocab_size} (the embedding), got {index}"
+                f"tokenizer: expected ids below {config.vocab_size} (the embedding), got {index}"
             )
         tokens[index], kinds[index] = token, NORMAL
     for index, token in backend.get_added_tokens_decoder().items():
@@ -82,7 +84,7 @@ def pre_tokenizer(state: dict[str, Any]) -> str:
     """llama.cpp's name for how the tokenizer.json ``state`` splits a text."""
     normalizer = (state.get("normalizer") or {}).get("type")
     if normalizer not in (None, "NFC"):  # llama.cpp normalizes nothing: NFC is the usual text
-        raise InputError(f"tokenizer: wanted no normalizer for GGUF, got {normalizer}")
+        raise InputError(f"tokenizer: expected no normalizer for GGUF, got {normalizer}")
     patterns = tuple(_patterns(state.get("pre_tokenizer") or {}))
     whole = bool(state["model"].get("ignore_merges"))
     names = [
@@ -92,7 +94,7 @@ def pre_tokenizer(state: dict[str, Any]) -> str:
     ]
     if not names:
         raise InputError(
-            f"tokenizer: wanted a split pattern that llama.cpp has, got {patterns!r:.200}"
+            f"tokenizer: expected a split pattern that llama.cpp has, got {patterns!r:.200}"
         )
     return next((name for name in PREFERRED if name in names), names[0])
 
@@ -107,4 +109,4 @@ def _patterns(step: dict[str, Any]) -> list[str]:
         return [DIGIT]
     if kind == "ByteLevel" and not step.get("add_prefix_space"):
         return [GPT2] if step.get("use_regex", True) else []
-    raise InputError(f"tokenizer: wanted a pre-tokenizer that llama.cpp has, got {kind}")
+    raise InputError(f"tokenizer: expected a pre-tokenizer that llama.cpp has, got {kind}")

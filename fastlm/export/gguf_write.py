@@ -155,9 +155,9 @@ def _metadata(config: ModelConfig, architecture: str) -> dict[str, Any]:
         original = original or config.original_max_position_embeddings
         values["rope.scaling.original_context_length"] = original
     if kind not in ("default", "linear", "yarn", "longrope", "llama3"):
-        raise InputError(f"rope_type: wanted one that GGUF has, got {kind}")
+        raise InputError(f"rope_type: expected one that GGUF has, got {kind}")
     if kind == "llama3" and any(rope[key] != value for key, value in LLAMA3_ROPE.items()):
-        raise InputError(f"rope_parameters: wanted Llama 3's {LLAMA3_ROPE} for GGUF, got {rope}")
+        raise InputError(f"rope_parameters: expected Llama 3's {LLAMA3_ROPE} for GGUF, got {rope}")
     return {f"{architecture}.{key}": value for key, value in values.items() if value is not None}
 
 
@@ -213,7 +213,7 @@ def _check(part: Path, path: str | Path, config: ModelConfig) -> None:
             told.pop("original_max_position_embeddings", None)
         if field.name not in skipped and wanted != told:
             raise InputError(
-                f"{path}: {field.name}: wanted a model that GGUF can describe, got"
+                f"{path}: {field.name}: expected a model that GGUF can describe, got"
                 f" {getattr(config, field.name)!r:.80} (llama.cpp would read"
                 f" {getattr(came, field.name)!r:.80})"
             )

@@ -35,7 +35,7 @@ class Export(Stage):
 
     def check(self) -> None:
         if self.format not in FORMATS:
-            raise InputError(f"format: wanted one of {', '.join(FORMATS)}, got {self.format!r}")
+            raise InputError(f"format: expected one of {', '.join(FORMATS)}, got {self.format!r}")
 
     def plan(self, inputs: Mapping[str, Any]) -> Facts:
         (facts,) = inputs["model"]
@@ -50,7 +50,7 @@ class Export(Stage):
             check_gguf(config, stored)
         elif any(w.zeros is not None for w in check_compressed_tensors(stored).values()):
             raise InputError(
-                "model: wanted offsets of whole steps for compressed-tensors, got those that"
+                "model: expected offsets of whole steps for compressed-tensors, got those that"
                 " quantize finds: quantize symmetrically"
             )
         return {}

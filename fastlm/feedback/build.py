@@ -68,17 +68,17 @@ class BuildOptions:
         check_rules(self.rules)
         for name in ("judge", "test"):
             if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"{name}: wanted a share in [0, 1), got {getattr(self, name)}")
+                raise InputError(f"{name}: expected a share in [0, 1), got {getattr(self, name)}")
         if self.judge + self.test >= 1:
             raise InputError(
-                f"judge: wanted less than 1 together with test, got {self.judge} + {self.test}"
+                f"judge: expected less than 1 together with test, got {self.judge} + {self.test}"
             )
         if not 0 <= self.least_weight <= 1:
-            raise InputError(f"least_weight: wanted 0 to 1, got {self.least_weight}")
+            raise InputError(f"least_weight: expected 0 to 1, got {self.least_weight}")
         if not 0 < self.rater_share <= 1:
-            raise InputError(f"rater_share: wanted above 0, at most 1, got {self.rater_share}")
+            raise InputError(f"rater_share: expected above 0, at most 1, got {self.rater_share}")
         if self.ngram < 1:
-            raise InputError(f"ngram: wanted 1 or more, got {self.ngram}")
+            raise InputError(f"ngram: expected 1 or more, got {self.ngram}")
 
 
 @dataclass
@@ -141,7 +141,7 @@ def build(
     keep("duplicates and votes", _outvoted(found, done.raters))
     _write(found, out, options, done)
     if not any(done.rows[TRAIN][form] for form in FORMS):
-        raise InputError(f"database: wanted feedback to learn from, got none; {_why(done)}")
+        raise InputError(f"database: expected feedback to learn from, got none; {_why(done)}")
     told = {name or "without a name": asdict(one) for name, one in sorted(done.raters.items())}
     write_json(out / RATERS, told)
     write_json(out / FUNNEL, asdict(done.funnel))

@@ -53,11 +53,11 @@ def forget_command(
     if listed is not None:
         names += [line.strip() for line in read_text(listed).splitlines() if line.strip()]
     if any(not name.strip() for name in names):
-        raise InputError("what: wanted an id, a URL, a path or a hash, got an empty text")
+        raise InputError("what: expected an id, a URL, a path or a hash, got an empty text")
     if withdrawn and feedback is None:
-        raise InputError("withdrawn: wanted --feedback with the database that knows it, got none")
+        raise InputError("withdrawn: expected --feedback with the database that knows it, got none")
     if not names and not withdrawn:
-        raise InputError("what: wanted --what, --list or --withdrawn, got none")
+        raise InputError("what: expected --what, --list or --withdrawn, got none")
     with ExitStack() as stack:
         store = None
         if feedback is not None:
@@ -70,7 +70,9 @@ def forget_command(
             dry_run=dry_run,
         )  # fmt: skip
     if names and len(report.not_found) == len(set(names)) and not report.removed:
-        raise InputError(f"what: wanted something that is here, found nothing of {names[0]!r:.200}")
+        raise InputError(
+            f"what: expected something that is here, found nothing of {names[0]!r:.200}"
+        )
     if as_json:
         typer.echo(json.dumps(asdict(report), indent=1))
     else:

@@ -100,12 +100,12 @@ def forget(
     InputError: nothing asked for, a path that is missing, a run that is at work, damaged data.
     """
     if not names and not keys and store is None:
-        raise InputError("what: wanted something to forget, got nothing")
+        raise InputError("what: expected something to forget, got nothing")
     roots = [Path(path) for path in paths]
     for root in roots:
         if not (root.is_dir() or (root.is_file() and is_rows(root))):
             got = "another file" if root.exists() else "nothing"
-            raise InputError(f"{root}: wanted a folder or a file of JSON lines, got {got}")
+            raise InputError(f"{root}: expected a folder or a file of JSON lines, got {got}")
     work = _Work(roots, names, keys, store)
     work.search()
     if not dry_run:

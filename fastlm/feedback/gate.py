@@ -59,7 +59,7 @@ class Gate(Stage):
         from fastlm.evals.safety.gates import read_gates
 
         if not self.gates:
-            raise InputError("gates: wanted a TOML file of bounds, got none")
+            raise InputError("gates: expected a TOML file of bounds, got none")
         read_gates(self.gates)
 
     def plan(self, inputs: Mapping[str, Any]) -> Facts:
@@ -69,7 +69,7 @@ class Gate(Stage):
         for gate in read_gates(self.gates):
             if gate.score.partition(".")[0] not in names and not any("/" in n for n in names):
                 raise InputError(
-                    f"gates: {gate.score}: wanted a score of {', '.join(names)}, got none of them"
+                    f"gates: {gate.score}: expected a score of {', '.join(names)}, got none of them"
                 )
         return {}
 
@@ -89,7 +89,7 @@ class Gate(Stage):
             found = scores_of(stage, table)
             if scores.keys() & found.keys():
                 raise InputError(
-                    f"scores: wanted folders of different names, got two called {stage}"
+                    f"scores: expected folders of different names, got two called {stage}"
                 )
             scores |= found
             tables.append((given.where, table.get("ids", ())))
@@ -134,7 +134,7 @@ class Gate(Stage):
                 measured += " ({low:.3f} to {high:.3f})".format(**check)
             passed = "passed" if check["passed"] else "failed"
             doubt = f"; {check['doubt']}" if check["doubt"] else ""
-            facts[check["score"]] = f"{measured}, wanted {check['bounds']}: {passed}{doubt}"
+            facts[check["score"]] = f"{measured}, expected {check['bounds']}: {passed}{doubt}"
         total = len(result["gates"])
         failed = sum(not check["passed"] for check in result["gates"])
         promoted = "" if result["promoted"] else "not "

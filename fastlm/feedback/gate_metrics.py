@@ -99,7 +99,7 @@ def models_of(tables: Sequence[tuple[str, Sequence[Model]]]) -> dict[str, Model]
             first, known = found.setdefault(key, (folder, model))
             if known.id != model.id:
                 raise InputError(
-                    f"scores: wanted scores of one {key} model, got {first} of {known} and"
+                    f"scores: expected scores of one {key} model, got {first} of {known} and"
                     f" {folder} of {model}"
                 )
     return {key: found[key][1] for key in (OLD, NEW) if key in found}

@@ -52,7 +52,7 @@ class Promotion(Stage):
         decided: Mapping[str, Model] = {**decision.get("models", {})}
         if any(key in decided and decided[key].id != models[key].id for key in models):
             raise InputError(
-                f"decision: wanted one about {_pair(models)}, got one about {_pair(decided)}:"
+                f"decision: expected one about {_pair(models)}, got one about {_pair(decided)}:"
                 f" {given}"
             )
         if unknown := [key for key in models if key not in decided]:
@@ -60,7 +60,9 @@ class Promotion(Stage):
         (taken,) = job.inputs["new" if promoted else "old"]
         folder = locate_model(taken.path)
         if folder.is_file() or is_adapter(folder):
-            raise InputError(f"{taken.name}: wanted a model folder with all weights, got {folder}")
+            raise InputError(
+                f"{taken.name}: expected a model folder with all weights, got {folder}"
+            )
         result = {
             "promoted": promoted, "serves": taken.name,
             "failed": [gate["why"] for gate in gates if not gate["passed"]],

@@ -130,7 +130,9 @@ def _prompt_ids(writer: "Writer", row: "Prompt") -> list[int]:
         variables: dict[str, Any] = {} if row.tools is None else {"tools": row.tools}
         return writer.tokenizer.encode_chat(row.messages, **variables)
     if len(row.messages) > 1:
-        raise InputError("model: wanted a chat template for a prompt of several messages, has none")
+        raise InputError(
+            "model: expected a chat template for a prompt of several messages, has none"
+        )
     return writer.prompt_ids(row.messages[0]["content"], raw=True)
 
 
@@ -213,7 +215,7 @@ def export_command(
     and the worst answers. corrected: corrections. demonstrations: corrections as conversations.
     """
     if path.suffix not in (".jsonl", ".ndjson"):
-        raise InputError(f"path: wanted a name that ends in .jsonl, got {path}")
+        raise InputError(f"path: expected a name that ends in .jsonl, got {path}")
     with _opened(store) as found:
         rows = found.export(path, form, rater=rater)
     typer.echo(f"{path}: {rows:,} rows")

@@ -51,7 +51,7 @@ def run(store: RankingStore, rater: str, *, skipped: bool = False) -> None:
 
 def parse_ranking(text: str, count: int) -> list[int]:
     """The ranks of ``count`` answers from an input such as "2 1=3", in the answers' order."""
-    wanted = f"wanted {' '.join(map(str, range(1, count + 1)))} in your order, the best first"
+    wanted = f"expected {' '.join(map(str, range(1, count + 1)))} in your order, the best first"
     text = " ".join(text.split())
     spaced = re.sub(" ?= ?", "=", text)
     if count < 10:  # 21=3
@@ -130,7 +130,9 @@ class _Session:
             return "quit"
         if word in ("b", "back"):
             if not self.done:
-                raise InputError("b: wanted a prompt before this one, this is the session's first")
+                raise InputError(
+                    "b: expected a prompt before this one, this is the session's first"
+                )
             return "back"
         if word in ("?", "h", "help"):
             self.console.print(HELP, markup=False)
@@ -150,11 +152,11 @@ class _Session:
     def correct(self, item: Item, rest: str) -> None:
         number, _, text = rest.strip().partition(" ")
         if not number.isdecimal() or not 1 <= int(number) <= len(item.answers):
-            raise InputError(f"c: wanted an answer from 1 to {len(item.answers)}, got {number!r}")
+            raise InputError(f"c: expected an answer from 1 to {len(item.answers)}, got {number!r}")
         answer = int(number) - 1
         if not text.strip():
             if not self.terminal:
-                raise InputError(f"c {number}: wanted the corrected text after it, got none")
+                raise InputError(f"c {number}: expected the corrected text after it, got none")
             text = edited(item.answers[answer][-1]["content"])
         if text is not None:
             self.store.correct(self.rater, item, answer, text)

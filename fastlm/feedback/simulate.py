@@ -71,17 +71,17 @@ The same command starts again from nothing."""
     def check(self) -> None:
         at_least_one(self, "limit", "clients", "max_new_tokens")
         if not self.data:
-            raise InputError("data: wanted questions, got none")
+            raise InputError("data: expected questions, got none")
         if self.users < 2:
-            raise InputError(f"users: wanted 2 or more, got {self.users}")
+            raise InputError(f"users: expected 2 or more, got {self.users}")
         if self.reviews < 0:
-            raise InputError(f"reviews: wanted 0 or more, got {self.reviews}")
+            raise InputError(f"reviews: expected 0 or more, got {self.reviews}")
         for name in ("noise", "malicious", "consent"):
             if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"{name}: wanted a share, 0 to 1, got {getattr(self, name)}")
+                raise InputError(f"{name}: expected a share, 0 to 1, got {getattr(self, name)}")
         if not self.temperature > 0:
             raise InputError(
-                f"temperature: wanted above 0, so that two answers differ, got {self.temperature}"
+                f"temperature: expected above 0, so that two answers differ, got {self.temperature}"
             )
 
     def contents(self, contents: Contents) -> Any:
@@ -110,7 +110,7 @@ The same command starts again from nothing."""
             seconds = time.perf_counter() - began
             whole = [i for i, reply in enumerate(replies) if reply.status == 200]
             if not whole:
-                raise InputError(f"model: wanted answers, got none: {_why(replies[0])}")
+                raise InputError(f"model: expected answers, got none: {_why(replies[0])}")
             texts = [
                 [choice["message"]["content"] or "" for choice in replies[i].body["choices"]]
                 for i in whole
@@ -165,7 +165,7 @@ The same command starts again from nothing."""
         for one in read_prompts(self.data, cache=job.cache):
             found.setdefault(one.key(), one)
         if not found:
-            raise InputError(f"data: wanted questions, got none in {', '.join(self.data)}")
+            raise InputError(f"data: expected questions, got none in {', '.join(self.data)}")
         # not `place_in_order`: its first prompts are those that trainings hold out
         return sorted(found.values(), key=lambda one: self._number("order", one))[: self.limit]
 

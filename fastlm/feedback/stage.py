@@ -56,7 +56,7 @@ raters.json."""
 
     def plan(self, inputs: Mapping[str, Any]) -> Facts:
         if not self.database and not inputs.get("feedback_db"):
-            raise InputError("database: wanted at least one database or .jsonl file, got none")
+            raise InputError("database: expected at least one database or .jsonl file, got none")
         return {}
 
     def contents(self, contents: Contents) -> Any:

@@ -59,15 +59,15 @@ class WinRate(Stage):
     def check(self) -> None:
         at_least_one(self, "limit", "answers", "max_new_tokens")
         if self.temperature < 0:
-            raise InputError(f"temperature: wanted 0 or more, got {self.temperature}")
+            raise InputError(f"temperature: expected 0 or more, got {self.temperature}")
         if self.answers > 1 and not self.temperature:
-            raise InputError("temperature: wanted above 0 for several answers, got 0")
+            raise InputError("temperature: expected above 0 for several answers, got 0")
         if not 0 < self.confidence < 1:
-            raise InputError(f"confidence: wanted between 0 and 1, got {self.confidence}")
+            raise InputError(f"confidence: expected between 0 and 1, got {self.confidence}")
 
     def plan(self, inputs: Mapping[str, Any]) -> Facts:
         if not self.data and not inputs.get("feedback"):
-            raise InputError("data: wanted prompts, or feedback, got neither")
+            raise InputError("data: expected prompts, or feedback, got neither")
         return {}
 
     def contents(self, contents: Contents) -> Any:
@@ -84,7 +84,7 @@ class WinRate(Stage):
         if len({judge["id"] for judge in judges}) < len(judges):
             names = ", ".join(judge["name"] for judge in judges)
             raise InputError(
-                f"judge: wanted different reward models, got {names}, two of them equal"
+                f"judge: expected different reward models, got {names}, two of them equal"
             )
         old, new = (
             answer(
@@ -124,13 +124,13 @@ class WinRate(Stage):
             path = job.path("feedback") / "test" / "prompts.jsonl"
             if not path.is_file() or not path.stat().st_size:
                 raise InputError(
-                    f"feedback: wanted prompts in {path}, got none: gather more feedback, or"
+                    f"feedback: expected prompts in {path}, got none: gather more feedback, or"
                     " build it with a larger test"
                 )
             sources = [str(path)]
         found = {one.key(): one for one in read_prompts(sources, cache=job.cache)}
         if not found:
-            raise InputError(f"data: wanted prompts, got none in {', '.join(sources)}")
+            raise InputError(f"data: expected prompts, got none in {', '.join(sources)}")
         return sorted(found.values(), key=place_in_order)[: self.limit]
 
     def told(self, result: Mapping[str, Any], job: Job) -> str:

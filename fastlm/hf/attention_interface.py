@@ -56,10 +56,10 @@ def attention_forward(
     Raises InputError: output_attentions, or one of `UNSERVED`.
     """
     if kwargs.get("output_attentions"):
-        raise InputError("output_attentions: wanted False: fastlm holds no attention weights")
+        raise InputError("output_attentions: expected False: fastlm holds no attention weights")
     for name in UNSERVED:
         if kwargs.get(name) is not None:
-            raise InputError(f"{name}: wanted None with attn_implementation='fastlm'")
+            raise InputError(f"{name}: expected None with attn_implementation='fastlm'")
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     options: dict[str, Any] = {

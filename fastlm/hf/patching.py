@@ -81,15 +81,15 @@ def patch(model: nn.Module, *, ops: Sequence[str] | None = None) -> nn.Module:
             model is then unchanged.
     """
     if isinstance(ops, str):
-        raise InputError(f"ops: wanted several names, got the string {ops!r}")
+        raise InputError(f"ops: expected several names, got the string {ops!r}")
     wanted = OPS if ops is None else tuple(ops)
     if not wanted or not set(wanted) <= set(OPS):
         got = next((repr(op) for op in wanted if op not in OPS), "none")
-        raise InputError(f"ops: wanted some of {', '.join(OPS)}, got {got}")
+        raise InputError(f"ops: expected some of {', '.join(OPS)}, got {got}")
     _check_module(model)
     if _is_ours(model):
         raise InputError(
-            f"model: wanted one of other code, got fastlm's {type(model).__name__},"
+            f"model: expected one of other code, got fastlm's {type(model).__name__},"
             " which runs the kernels already"
         )
     before = {m: type(m) for m in model.modules()}
@@ -101,13 +101,13 @@ def patch(model: nn.Module, *, ops: Sequence[str] | None = None) -> nn.Module:
         if missing if ops is not None else found.keys() <= {"linear"}:
             kinds = sorted({type(m).__name__ for m in model.modules()})
             raise InputError(
-                f"model: wanted modules for {' and '.join(missing)},"
+                f"model: expected modules for {' and '.join(missing)},"
                 f" found none among {', '.join(kinds)}"
             )
         for module in plan:
             if "forward" in vars(module):
                 raise InputError(
-                    f"model: wanted modules that run their class's forward, got a"
+                    f"model: expected modules that run their class's forward, got a"
                     f" {type(module).__name__} with one of its own (patch before accelerate wraps)"
                 )
     except BaseException:
@@ -133,7 +133,7 @@ def patch(model: nn.Module, *, ops: Sequence[str] | None = None) -> nn.Module:
 
 def _check_module(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
-        raise InputError(f"model: wanted a torch module, got {type(model).__name__}")
+        raise InputError(f"model: expected a torch module, got {type(model).__name__}")
 
 
 class PatchedOps(dict[str, int]):
@@ -210,7 +210,7 @@ def _restore(model: nn.Module) -> dict[int, Any]:
     for module, _ in patched:
         if "_fastlm_variant" not in vars(type(module)):  # torch's parametrize, fully_shard
             raise InputError(
-                f"model: wanted modules with the class that patch gave them, got"
+                f"model: expected modules with the class that patch gave them, got"
                 f" {type(module).__name__} made on top of it (unpatch before that)"
             )
     for module, (base, op, options) in patched:

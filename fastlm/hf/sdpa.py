@@ -39,7 +39,7 @@ def register_sdpa() -> None:
     register = getattr(torch.nn.attention, "register_flash_attention_impl", None)
     if register is None:
         raise InputError(
-            "torch: wanted one with torch.nn.attention.register_flash_attention_impl,"
+            "torch: expected one with torch.nn.attention.register_flash_attention_impl,"
             f" got {torch.__version__}"
         )
     register(NAME, register_fn=_Active)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 def checked_stops(stop: str | Sequence[str]) -> list[str]:
     stops = [stop] if isinstance(stop, str) else list(stop)
     if not all(isinstance(s, str) and s for s in stops):
-        raise InputError(f"stop: wanted strings of at least one character, got {stop!r}")
+        raise InputError(f"stop: expected strings of at least one character, got {stop!r}")
     return stops
 
 

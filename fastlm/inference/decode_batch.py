@@ -23,7 +23,7 @@ class Decoder(Protocol):
     """Runs decode steps of a model (`fastlm.model.runner`)."""
 
     def logits(
-        self, tokens: Tensor, lengths: Tensor, table: Tensor, *, wanted: Tensor
+        self, tokens: Tensor, lengths: Tensor, table: Tensor, *, logits_indices: Tensor
     ) -> Tensor: ...
 
 
@@ -38,17 +38,17 @@ class DecodeBatch:
 
     @torch.inference_mode()
     def logits(self, rows: Sequence[DecodeRow]) -> Tensor:
-        """Compute rows, in steps of `MAX_ROWS`. Return logits (L, V) of those wanted, in order."""
+        """Compute rows, `MAX_ROWS` at a time. Return logits (L, V) of those with `needs_logits`."""
         out: list[Tensor] = []
         for begin in range(0, len(rows), MAX_ROWS):
             part = rows[begin : begin + MAX_ROWS]
-            wanted = [i for i, row in enumerate(part) if row.needs_logits]
+            logits_indices = [i for i, row in enumerate(part) if row.needs_logits]
             out.append(
                 self.decoder.logits(
                     torch.tensor([row.token for row in part]),
                     torch.tensor([row.position for row in part]),
                     self._table_of(part),
-                    wanted=torch.tensor(wanted, dtype=torch.int64),
+                    logits_indices=torch.tensor(logits_indices, dtype=torch.int64),
                 )
             )
         return out[0] if len(out) == 1 else torch.cat(out)

@@ -29,7 +29,7 @@ def draft_page_bytes(draft: "CausalLM", model: "CausalLM") -> int:
     """Return the bytes of a page of the draft model. InputError: it cannot guess for `model`."""
     if draft.config.vocab_size != model.config.vocab_size:
         raise InputError(
-            f"draft_model: wanted the model's vocabulary of {model.config.vocab_size} tokens,"
+            f"draft_model: expected the model's vocabulary of {model.config.vocab_size} tokens,"
             f" got {draft.config.vocab_size}"
         )
     runner = draft.runner()
@@ -38,7 +38,7 @@ def draft_page_bytes(draft: "CausalLM", model: "CausalLM") -> int:
         why_not = "its rotary frequencies depend on the length of the context"
     if why_not is None:
         return page_bytes(draft.config, runner.cache_dtype)
-    raise InputError(f"draft_model: wanted one whose tokens can be rows of steps, got: {why_not}")
+    raise InputError(f"draft_model: expected one whose tokens can be rows of steps, got: {why_not}")
 
 
 @dataclass

@@ -135,10 +135,11 @@ class Engine:
             ("max_queue_size", max_queue_size),
         ):
             if value is not None and value < 1:
-                raise InputError(f"{name}: wanted at least 1, got {value}")
+                raise InputError(f"{name}: expected at least 1, got {value}")
         if max_model_len is not None and not 2 <= max_model_len <= model.context_limit:
             raise InputError(
-                f"max_model_len: wanted 2 to the model's {model.context_limit}, got {max_model_len}"
+                f"max_model_len: expected 2 to the model's {model.context_limit}, got "
+                f"{max_model_len}"
             )
         least = 0 if draft_model is None else 1
         num_speculative_tokens = (
@@ -147,12 +148,12 @@ class Engine:
         if num_speculative_tokens < least:
             with_model = " with a draft model" if least else ""
             raise InputError(
-                f"num_speculative_tokens: wanted at least {least}{with_model},"
+                f"num_speculative_tokens: expected at least {least}{with_model},"
                 f" got {num_speculative_tokens}"
             )
         if kv_cache_dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.int8):
             raise InputError(
-                f"kv_cache_dtype: wanted float32, bfloat16, float16 or int8, got {kv_cache_dtype}"
+                f"kv_cache_dtype: expected float32, bfloat16, float16 or int8, got {kv_cache_dtype}"
             )
         self.model, self.tokenizer, self.kv_cache_dtype = model, tokenizer, kv_cache_dtype
         vocab = model.config.vocab_size
@@ -173,7 +174,7 @@ class Engine:
         ):  # fmt: skip
             if runner.reason is not None and value not in wanted:
                 raise InputError(
-                    f"{name}: wanted {' or '.join(map(str, wanted))} for a model whose steps go"
+                    f"{name}: expected {' or '.join(map(str, wanted))} for a model whose steps go"
                     f" through its modules ({runner.reason}), got {value}"
                 )
         beside = 0 if draft_model is None else draft_page_bytes(draft_model, model)

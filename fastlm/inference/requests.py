@@ -107,21 +107,21 @@ def room_of(
     """
     prompt = request.prompt
     if not prompt:
-        raise InputError("prompt: wanted at least one token, got none")
+        raise InputError("prompt: expected at least one token, got none")
     if min(prompt) < 0 or max(prompt) >= vocab:
         bad = min(prompt) if min(prompt) < 0 else max(prompt)
-        raise InputError(f"prompt: wanted ids in [0, {vocab}), got {bad}")
+        raise InputError(f"prompt: expected ids in [0, {vocab}), got {bad}")
     if request.max_new_tokens < 1:
-        raise InputError(f"max_new_tokens: wanted at least 1, got {request.max_new_tokens}")
+        raise InputError(f"max_new_tokens: expected at least 1, got {request.max_new_tokens}")
     room = min(request.max_new_tokens, context_limit - len(prompt))
     if room < 1:
         raise InputError(
-            f"prompt: wanted fewer than the {context_limit} tokens of the context,"
+            f"prompt: expected fewer than the {context_limit} tokens of the context,"
             f" got {len(prompt)}"
         )
     if -(-(len(prompt) + room) // BLOCK_SIZE) * BLOCK_SIZE > cached:
         raise InputError(
-            f"prompt, max_new_tokens: wanted at most the cache's {cached}"
+            f"prompt, max_new_tokens: expected at most the cache's {cached}"
             f" tokens in all, got {len(prompt)} + {room}"
         )
     if request.min_new_tokens > room:
@@ -131,9 +131,9 @@ def room_of(
         )
     for name in ("logprobs", "prompt_logprobs"):
         if (count := getattr(request, name)) is not None and not 0 <= count <= vocab:
-            raise InputError(f"{name}: wanted 0 to {vocab} or None, got {count}")
+            raise InputError(f"{name}: expected 0 to {vocab} or None, got {count}")
     if request.stop and not has_tokenizer:
-        raise InputError("stop: wanted an engine with a tokenizer, got one without")
+        raise InputError("stop: expected an engine with a tokenizer, got one without")
     checked_stops(request.stop)
     return room
 
@@ -223,7 +223,7 @@ class Closed(InputError):
     """The engine takes no more requests."""
 
     def __init__(self) -> None:
-        super().__init__("engine: wanted one that runs, got one that was closed")
+        super().__init__("engine: expected one that runs, got one that was closed")
 
 
 class QueueFull(InputError):
@@ -231,5 +231,5 @@ class QueueFull(InputError):
     the present speed."""
 
     def __init__(self, waiting: int, retry_after: float):
-        super().__init__(f"queue: wanted room for one more, got {waiting} waiting")
+        super().__init__(f"queue: expected room for one more, got {waiting} waiting")
         self.retry_after = retry_after

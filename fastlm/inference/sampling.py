@@ -67,7 +67,7 @@ class Sampling:
         }
         for name, (wanted, good) in checks.items():
             if not good:
-                raise InputError(f"{name}: wanted {wanted}, got {getattr(self, name)!r}")
+                raise InputError(f"{name}: expected {wanted}, got {getattr(self, name)!r}")
 
     @property
     def adjusts(self) -> bool:
@@ -181,7 +181,7 @@ class Adjustments:
         if sampling.logit_bias:
             tokens = [token for token, _ in sampling.logit_bias]
             if max(tokens) >= vocab:
-                raise InputError(f"logit_bias: wanted ids in [0, {vocab}), got {max(tokens)}")
+                raise InputError(f"logit_bias: expected ids in [0, {vocab}), got {max(tokens)}")
             self.bias = torch.zeros(vocab, device=device)
             for token, bias in sampling.logit_bias:
                 self.bias[token] += bias
@@ -225,7 +225,7 @@ def check_seed(seed: int | None) -> None:
     """InputError: no integer that a generator takes."""
     # compared as integers: 2^63 - 1 is 2^63 as a float
     if seed is not None and not (type(seed) is int and 0 <= seed < 2**63):
-        raise InputError(f"seed: wanted an integer in [0, 2^63) or None, got {seed!r}")
+        raise InputError(f"seed: expected an integer in [0, 2^63) or None, got {seed!r}")
 
 
 def make_generators(seed: int | None, rows: int) -> list[torch.Generator]:

@@ -66,7 +66,7 @@ class Grammars:
         try:
             import llguidance
         except ImportError:
-            message = f"wanted llguidance on the server ({INSTALL}), not found"
+            message = f"expected llguidance on the server ({INSTALL}), not found"
             raise FormError(form, message) from None
         _check_size(form)
         with self._lock:
@@ -86,7 +86,7 @@ class Grammars:
             refusal = str(error) or "it has no meaning"
         if refusal or matcher is None:
             refusal = " ".join(refusal.split())
-            raise FormError(form, f"wanted what llguidance can compile, got: {refusal:.400}")
+            raise FormError(form, f"expected what llguidance can compile, got: {refusal:.400}")
         first = _State(matcher, self, form)
         try:
             first.check()

@@ -93,7 +93,7 @@ def save_adapter(model: "CausalLM", folder: str | Path, *, base: str | Path = ""
     """
     adapters, lora, folder = lora_of(model), model.lora, Path(folder)
     if lora is None or not adapters:
-        raise InputError("model: wanted one with adapters (add_lora), got one without")
+        raise InputError("model: expected one with adapters (add_lora), got one without")
     tensors = {
         f"{PREFIX}{name}.{part}.weight": getattr(module, part)
         for name, module in adapters.items()

@@ -70,9 +70,9 @@ def evaluate(
     stride = seq_len if stride is None else stride
     for name, value in (("seq_len", seq_len), ("batch_size", batch_size)):
         if value < 1:
-            raise InputError(f"{name}: wanted 1 or more, got {value}")
+            raise InputError(f"{name}: expected 1 or more, got {value}")
     if not 1 <= stride <= seq_len:
-        raise InputError(f"stride: wanted 1 to seq_len = {seq_len}, got {stride}")
+        raise InputError(f"stride: expected 1 to seq_len = {seq_len}, got {stride}")
     chosen = windows(dataset.tokens, seq_len, stride)
     if max_tokens is not None:
         chosen = chosen[:: max(1, math.ceil(dataset.tokens / max_tokens))]
@@ -115,7 +115,7 @@ def compressed_bits_per_byte(texts: Iterable[str]) -> dict[str, float]:
     """
     data = b"".join(text.encode() for text in texts)
     if not data:
-        raise InputError("texts: wanted at least one byte of text, got none")
+        raise InputError("texts: expected at least one byte of text, got none")
     sizes = {
         "xz": len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)),
         "zstd": len(zstandard.ZstdCompressor(level=19).compress(data)),

@@ -72,7 +72,7 @@ class CausalLM(nn.Module):
         super().__init__()
         if not isinstance(config, ModelConfig):
             raise InputError(
-                f"config: wanted a fastlm.ModelConfig, got {type(config).__name__}"
+                f"config: expected a fastlm.ModelConfig, got {type(config).__name__}"
                 " (of transformers: fastlm.ModelConfig.from_dict(config.to_dict()))"
             )
         self.config = config
@@ -248,7 +248,7 @@ class CausalLM(nn.Module):
         if labels is None and shift_labels is None:
             return Output(logits=self.logits(hidden[:, -logits_to_keep:]))
         if labels is not None and shift_labels is not None:
-            raise InputError("labels: wanted labels or shift_labels, got both")
+            raise InputError("labels: expected labels or shift_labels, got both")
         if labels is None:
             _check_labels("shift_labels", shift_labels, input_ids.shape)
             target = shift_labels
@@ -299,7 +299,7 @@ class CausalLM(nn.Module):
             context = int(position_ids.max()) + 1
         if cu_seqlens is not None:
             if attention_mask is not None:
-                raise InputError("cu_seqlens: wanted without attention_mask, got both")
+                raise InputError("cu_seqlens: expected without attention_mask, got both")
             if position_ids is None:
                 context = batch * length
                 whole = cu_seqlens if keys is None else keys[1]  # with shared prefixes
@@ -309,7 +309,8 @@ class CausalLM(nn.Module):
         elif attention_mask is not None:
             if attention_mask.shape != (batch, length):
                 raise InputError(
-                    f"attention_mask: wanted ({batch}, {length}), got {tuple(attention_mask.shape)}"
+                    f"attention_mask: expected ({batch}, {length}), got "
+                    f"{tuple(attention_mask.shape)}"
                 )
             visible = attention_mask.bool()[:, None, None]
             if position_ids is None:
@@ -317,7 +318,7 @@ class CausalLM(nn.Module):
         # with packed documents, the length of each counts instead
         if cu_seqlens is None and length > self.context_limit:
             raise InputError(
-                f"input_ids: wanted at most max_position_embeddings {self.context_limit} tokens,"
+                f"input_ids: expected at most max_position_embeddings {self.context_limit} tokens,"
                 f" got {length}"
             )
         rotary = self.model.rotary(
@@ -388,17 +389,17 @@ class CausalLM(nn.Module):
         in the vocabulary.
         """
         if not isinstance(input_ids, Tensor):  # the tokenizer's whole output, a list
-            raise InputError(f"input_ids: wanted a tensor (B, S), got {type(input_ids).__name__}")
+            raise InputError(f"input_ids: expected a tensor (B, S), got {type(input_ids).__name__}")
         if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
             shape = f"shape {tuple(input_ids.shape)}"
             got = input_ids.dtype if input_ids.dim() == 2 else shape
-            raise InputError(f"input_ids: wanted integers (B, S), got {got}")
+            raise InputError(f"input_ids: expected integers (B, S), got {got}")
         if not is_eager(input_ids) or input_ids.device.type != "cpu" or not input_ids.numel():
             return  # reading the values would break the graph, or wait for the device
         low, high = torch.aminmax(input_ids)
         if low < 0 or high >= self.config.vocab_size:
             bad = int(low if low < 0 else high)
-            raise InputError(f"input_ids: wanted ids in [0, {self.config.vocab_size}), got {bad}")
+            raise InputError(f"input_ids: expected ids in [0, {self.config.vocab_size}), got {bad}")
 
     @property
     def context_limit(self) -> int:
@@ -488,7 +489,7 @@ def _float_dtype(config: ModelConfig, state: Mapping[str, Any]) -> torch.dtype:
 def _check_labels(name: str, labels: Any, shape: torch.Size) -> None:
     if labels.shape != shape or labels.dtype not in (torch.int64, torch.int32):
         raise InputError(
-            f"{name}: wanted integers {tuple(shape)} as input_ids,"
+            f"{name}: expected integers {tuple(shape)} as input_ids,"
             f" got {labels.dtype} {tuple(labels.shape)}"
         )
 
@@ -501,24 +502,24 @@ def _check_memory(config: ModelConfig) -> None:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if 4 * parameters > memory:  # float32
         raise InputError(
-            f"config: wanted a model that fits into {memory:,} bytes of memory,"
+            f"config: expected a model that fits into {memory:,} bytes of memory,"
             f" got {parameters:,} parameters"
         )
 
 
 def _check_keys(keys: tuple[Tensor, Tensor], cu_seqlens: Tensor | None) -> None:
     if cu_seqlens is None:
-        raise InputError("keys: wanted with cu_seqlens, got none")
+        raise InputError("keys: expected with cu_seqlens, got none")
     rows, ends = keys
     if not is_eager(rows) or rows.device.type != "cpu":
         return  # reading the values would break the graph, or wait for the device
     starts, lengths = cu_seqlens.long()[:-1], cu_seqlens.long().diff()
     if ends.shape != cu_seqlens.shape or (ends.long().diff() < lengths).any():
-        raise InputError("keys: wanted for each document as many keys as it has tokens, or more")
+        raise InputError("keys: expected for each document as many keys as it has tokens, or more")
     own = torch.arange(int(lengths.sum()))
     at = own + (ends.long()[1:] - lengths - starts).repeat_interleave(lengths)
     if ends[-1] != len(rows) or not torch.equal(rows[at].long(), own):
-        raise InputError("keys: wanted rows in which the keys of a document end with its own")
+        raise InputError("keys: expected rows in which the keys of a document end with its own")
 
 
 def packed_positions(cu_seqlens: Tensor, total: int, whole: Tensor) -> Tensor:

@@ -287,10 +287,10 @@ class PagedSteps:
         lengths: Tensor,
         table: Tensor,
         *,
-        wanted: Tensor | None = None,
+        logits_indices: Tensor | None = None,
     ) -> Tensor:
         """(B,) int64 tokens, after ``lengths`` (B,) int64 cached ones -> (B, V) float32, or
-        (L, V): of the rows ``wanted`` (L,) int64, in order.
+        (L, V): of the rows ``logits_indices`` (L,) int64, in order.
 
         ``table`` (B, P) int32: the pages of each row, in order; entries beyond its last are not
         read. Each row's key and value are written behind its cached ones. Several tokens of one
@@ -306,10 +306,10 @@ class PagedSteps:
             self.workspace = torch.empty(room, dtype=torch.uint8)
         context = max(longest, self.rope_length)
         rotary = [t for r in plan.rotary for t in r.tables(context, tokens.device)]
-        wanted = torch.arange(rows) if wanted is None else wanted
-        out = torch.empty(wanted.shape[0], self.vocab)
+        logits_indices = torch.arange(rows) if logits_indices is None else logits_indices
+        out = torch.empty(logits_indices.shape[0], self.vocab)
         backend.cpu_extension.decode_step(
             plan.cpp, tokens, lengths, table, self.data, self.scales, rotary, self.workspace,
-            wanted, out,
+            logits_indices, out,
         )  # fmt: skip
         return out

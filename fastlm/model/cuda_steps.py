@@ -160,10 +160,15 @@ class PagedSteps:
 
     @torch.inference_mode()
     def logits(
-        self, tokens: Tensor, lengths: Tensor, table: Tensor, *, wanted: Tensor | None = None
+        self,
+        tokens: Tensor,
+        lengths: Tensor,
+        table: Tensor,
+        *,
+        logits_indices: Tensor | None = None,
     ) -> Tensor:
         """(B,) int64 tokens, after ``lengths`` (B,) int64 cached ones -> (B, V), valid until the
-        next call, or a copy (L, V): of the rows ``wanted`` (L,) int64, in order.
+        next call, or a copy (L, V): of the rows ``logits_indices`` (L,) int64, in order.
 
         ``table`` (B, P) int32: the pages of each row, in order; entries beyond its last are not
         read. Each row's key and value are written behind its cached ones.
@@ -177,9 +182,11 @@ class PagedSteps:
                 step = self.steps[shape] = _Step(self.model, self.data, *shape)
             step.fill(tokens, lengths, table)
             out = self._run(step)[:rows]
-            if wanted is None:
+            if logits_indices is None:
                 return out
-            return out.clone() if len(wanted) == rows else out[wanted.to(out.device)]
+            return (
+                out.clone() if len(logits_indices) == rows else out[logits_indices.to(out.device)]
+            )
 
     def _on_device(self) -> contextlib.AbstractContextManager:
         return (

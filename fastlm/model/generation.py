@@ -107,7 +107,7 @@ def generate(
         longest = max(map(len, prompts))
         if longest + 1 > model.context_limit:
             raise InputError(
-                "input_ids: wanted a prompt shorter than max_position_embeddings"
+                "input_ids: expected a prompt shorter than max_position_embeddings"
                 f" {model.context_limit}, got {longest} tokens"
             )
 
@@ -142,16 +142,16 @@ def _prompts(
     if not isinstance(input_ids, Tensor):
         if mask is not None:
             raise InputError(
-                "attention_mask: wanted with a tensor of input_ids, got it with a list"
+                "attention_mask: expected with a tensor of input_ids, got it with a list"
             )
         if isinstance(input_ids, str):
             raise InputError(
-                "input_ids: wanted a tensor (B, S) or a list of B lists of token ids, got a str"
+                "input_ids: expected a tensor (B, S) or a list of B lists of token ids, got a str"
                 " (fastlm.Tokenizer encodes text, fastlm.generate_text continues it)"
             )
         if isinstance(input_ids, Mapping) or any(isinstance(row, int | str) for row in input_ids):
             raise InputError(
-                "input_ids: wanted a tensor (B, S) or a list of B lists,"
+                "input_ids: expected a tensor (B, S) or a list of B lists,"
                 f" got a flat {type(input_ids).__name__}"
             )
         prompts = [torch.as_tensor(row, dtype=torch.int64).tolist() for row in input_ids]
@@ -163,24 +163,24 @@ def _prompts(
         if mask is not None:
             if mask.shape != ids.shape:
                 raise InputError(
-                    f"attention_mask: wanted {tuple(ids.shape)} as input_ids,"
+                    f"attention_mask: expected {tuple(ids.shape)} as input_ids,"
                     f" got {tuple(mask.shape)}"
                 )
             mask = mask.cpu().bool()
             if not bool((mask.long().diff(dim=1) >= 0).all()):
                 raise InputError(
-                    "attention_mask: wanted padding on the left only, got it elsewhere"
+                    "attention_mask: expected padding on the left only, got it elsewhere"
                 )
             starts = (~mask).sum(1).tolist()
             prompts = [row[start:] for row, start in zip(prompts, starts, strict=True)]
     if not all(prompts):
-        raise InputError("input_ids: wanted at least one token in each row, got an empty prompt")
+        raise InputError("input_ids: expected at least one token in each row, got an empty prompt")
     return prompts
 
 
 def _check_steps(count: Any) -> None:
     if not isinstance(count, int) or count < 0:
-        raise InputError(f"max_new_tokens: wanted an integer >= 0, got {count!r}")
+        raise InputError(f"max_new_tokens: expected an integer >= 0, got {count!r}")
 
 
 def _check_completions(completions: Sequence[Completion | Piece]) -> None:

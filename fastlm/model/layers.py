@@ -466,7 +466,7 @@ def checkpoint_activations(model: nn.Module, layers: bool | int) -> None:
     decoders = [module for module in model.modules() if isinstance(module, Decoder)]
     if not decoders or layers < 0:
         raise InputError(
-            "checkpoint_activations: wanted a number of layers of a fastlm model,"
+            "checkpoint_activations: expected a number of layers of a fastlm model,"
             f" got {layers} for {type(model).__name__}"
         )
     for decoder in decoders:

@@ -42,13 +42,13 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         if self.r < 1:
-            raise InputError(f"rank: wanted a positive number, got {self.r}")
+            raise InputError(f"rank: expected a positive number, got {self.r}")
         if not 0 < self.lora_alpha <= MAX_ALPHA:
             raise InputError(
-                f"alpha: wanted a positive number up to float32's, got {self.lora_alpha}"
+                f"alpha: expected a positive number up to float32's, got {self.lora_alpha}"
             )
         if not 0 <= self.lora_dropout < 1:
-            raise InputError(f"dropout: wanted a share in [0, 1), got {self.lora_dropout}")
+            raise InputError(f"dropout: expected a share in [0, 1), got {self.lora_dropout}")
 
     @property
     def scaling(self) -> float:
@@ -155,7 +155,7 @@ def put_lora(
 def check_plain(model: nn.Module) -> None:
     """Raise InputError if the model has adapters."""
     if lora_of(model):
-        raise InputError("model: wanted one without adapters, got one that has some")
+        raise InputError("model: expected one without adapters, got one that has some")
 
 
 def linears_of(model: nn.Module) -> dict[str, Any]:
@@ -177,10 +177,10 @@ def targets_of(model: nn.Module, targets: str | Sequence[str]) -> dict[str, Any]
     for target in wanted:
         if not any(matches(name, target) for name in linears):
             raise InputError(
-                f"targets: wanted {ALL} or some of {', '.join(kinds)}, got {target!r:.60}"
+                f"targets: expected {ALL} or some of {', '.join(kinds)}, got {target!r:.60}"
             )
     if not wanted:
-        raise InputError(f"targets: wanted {ALL} or some of {', '.join(kinds)}, got none")
+        raise InputError(f"targets: expected {ALL} or some of {', '.join(kinds)}, got none")
     return {n: m for n, m in linears.items() if any(matches(n, target) for target in wanted)}
 
 

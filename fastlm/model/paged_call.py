@@ -59,9 +59,11 @@ class ModuleSteps(PagedCall):
         self.keys_and_values = [[t.transpose(1, 2) for t in layer] for layer in pages.layers]
 
     @torch.inference_mode()
-    def logits(self, tokens: Tensor, lengths: Tensor, table: Tensor, *, wanted: Tensor) -> Tensor:
+    def logits(
+        self, tokens: Tensor, lengths: Tensor, table: Tensor, *, logits_indices: Tensor
+    ) -> Tensor:
         """(B,) int64 tokens after ``lengths`` (B,) cached ones, in the pages of ``table`` (B, P)
-        int32 -> (L, V), of the rows ``wanted`` (L,)."""
+        int32 -> (L, V), of the rows ``logits_indices`` (L,)."""
         model, device = self.model, self.pages.data.device
         longest = max(int(lengths.max()) + 1, self.pages.rope_length)
         self.positions = lengths.to(device, torch.int32)[:, None]
@@ -69,4 +71,4 @@ class ModuleSteps(PagedCall):
         self.rotary = model.model.rotary(0, longest, longest, device)
         call = Call(None, None, None, [], fused=True, step=self)
         hidden = model.model(tokens.to(device)[:, None], call)[:, -1]
-        return model.logits(hidden[wanted.to(device)])
+        return model.logits(hidden[logits_indices.to(device)])

@@ -19,7 +19,7 @@ REPLACED = (nn.Linear, Linear, nn.Embedding)
 
 def check_act_bits(act_bits: int) -> int:
     if act_bits not in (8, 16):
-        raise InputError(f"act_bits: wanted 8 or 16, got {act_bits!r}")
+        raise InputError(f"act_bits: expected 8 or 16, got {act_bits!r}")
     return act_bits
 
 
@@ -133,7 +133,8 @@ def put_quantized(
     old = _module(model, name)
     if old.weight.shape != weight.shape:
         raise InputError(
-            f"{name}: wanted shape {list(old.weight.shape)} as the model, got {list(weight.shape)}"
+            f"{name}: expected shape {list(old.weight.shape)} as the model, got "
+            f"{list(weight.shape)}"
         )
     if isinstance(old, nn.Linear):
         new: nn.Module = QuantizedLinear(weight, old.bias, act_bits=act_bits)
@@ -161,7 +162,7 @@ def _module(model: nn.Module, name: str) -> nn.Linear | nn.Embedding:
     except AttributeError:
         raise InputError(f"{name} is not a module of the model") from None
     if type(module) not in REPLACED:
-        raise InputError(f"{name}: wanted nn.Linear or nn.Embedding, got {type(module).__name__}")
+        raise InputError(f"{name}: expected nn.Linear or nn.Embedding, got {type(module).__name__}")
     assert isinstance(module, nn.Linear | nn.Embedding)
     return module
 
@@ -198,7 +199,8 @@ def load_quantized(
     """
     if config.get("quant_method") != "fastlm":
         raise InputError(
-            f"quantization_config: wanted quant_method 'fastlm', got {config.get('quant_method')!r}"
+            "quantization_config: expected quant_method 'fastlm', got "
+            f"{config.get('quant_method')!r}"
         )
     weights = {}
     for name, entry in config["modules"].items():

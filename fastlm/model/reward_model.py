@@ -93,7 +93,7 @@ class RewardModel(nn.Module):
         wanted = (1, config.hidden_size)
         came = tuple(state["head.weight"].shape) if "head.weight" in state else "none"
         if came != wanted:
-            raise InputError(f"{path}: wanted a reward model, with {HEAD} {wanted}, got {came}")
+            raise InputError(f"{path}: expected a reward model, with {HEAD} {wanted}, got {came}")
         made.load_state_dict(state, strict=False, assign=True)  # `load_state` has checked them
         return made.eval()
 
@@ -150,7 +150,9 @@ class RewardModel(nn.Module):
         limit = self.trunk.context_limit
         for i, sequence in enumerate(sequences):
             if not 0 < len(sequence) <= limit:
-                raise InputError(f"sequences[{i}]: wanted 1 to {limit} tokens, got {len(sequence)}")
+                raise InputError(
+                    f"sequences[{i}]: expected 1 to {limit} tokens, got {len(sequence)}"
+                )
         batches: list[list[Sequence[int]]] = [[]]  # of at most BATCH_TOKENS, or one sequence
         for sequence in sequences:
             if batches[-1] and sum(map(len, batches[-1])) + len(sequence) > BATCH_TOKENS:

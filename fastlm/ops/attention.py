@@ -83,14 +83,14 @@ def attention(
         if not len(q_shape) == len(k_shape) == len(v_shape) == 4:
             name, t = next((n, t) for n, t in (("q", q), ("k", k), ("v", v)) if t.dim() != 4)
             raise InputError(
-                f"{name}: wanted 4 dimensions (B, heads, length, D), got {tuple(t.shape)}"
+                f"{name}: expected 4 dimensions (B, heads, length, D), got {tuple(t.shape)}"
             )
         batch, heads, queries, _ = q_shape
         kv_batch, kv_heads, keys, _ = k_shape
         v_batch, v_heads, v_keys, _ = v_shape
         if not (kv_batch == v_batch == batch and v_heads == kv_heads and v_keys == keys):
             raise InputError(
-                f"k, v: wanted (B, Hkv, T, D), (B, Hkv, T, Dv) with B = {batch} as q,"
+                f"k, v: expected (B, Hkv, T, D), (B, Hkv, T, Dv) with B = {batch} as q,"
                 f" got {tuple(k.shape)}, {tuple(v.shape)}"
             )
         if sinks is alibi_slopes is bias is window is softcap is None and dropout_p == 0:
@@ -133,7 +133,7 @@ def check_tensors(
 ) -> None:
     """Check q, k and v. `kv_dtypes`: dtypes that k and v may have besides q's."""
     if not q.is_floating_point():
-        raise InputError(f"q: wanted a float dtype, got {q.dtype}")
+        raise InputError(f"q: expected a float dtype, got {q.dtype}")
     dtype, device = q.dtype, q.device
     if not (
         k.dtype == v.dtype == dtype
@@ -141,14 +141,14 @@ def check_tensors(
     ):
         for name, t in (("k", k), ("v", v)):
             if t.dtype != dtype and t.dtype not in kv_dtypes:
-                raise InputError(f"{name}: wanted {dtype} as q, got {t.dtype}")
+                raise InputError(f"{name}: expected {dtype} as q, got {t.dtype}")
             if t.device != device:
-                raise InputError(f"{name}: wanted device {device} as q, got {t.device}")
+                raise InputError(f"{name}: expected device {device} as q, got {t.device}")
     width = q.shape[-1]
     if width == 0 or k.shape[-1] != width:
-        raise InputError(f"k: wanted head width D = {width} >= 1 as q, got k {tuple(k.shape)}")
+        raise InputError(f"k: expected head width D = {width} >= 1 as q, got k {tuple(k.shape)}")
     if kv_heads == 0 or heads % kv_heads != 0:
-        raise InputError(f"q: wanted heads a multiple of k's {kv_heads}, got {heads}")
+        raise InputError(f"q: expected heads a multiple of k's {kv_heads}, got {heads}")
 
 
 def check_option_tensors(
@@ -174,12 +174,12 @@ def check_option_tensors(
             continue
         if t.shape != (heads,) or not t.is_floating_point() or t.device != device:
             raise InputError(
-                f"{name}: wanted ({heads},) floats on {device}, one a head,"
+                f"{name}: expected ({heads},) floats on {device}, one a head,"
                 f" got {t.dtype} {tuple(t.shape)} on {t.device}"
             )
     if alibi_slopes is not None and alibi_slopes.requires_grad:
         raise InputError(
-            "alibi_slopes: wanted constants (detach them), got a tensor that requires grad"
+            "alibi_slopes: expected constants (detach them), got a tensor that requires grad"
         )
     return None if bias is None else _bias_4d(q, bias, bias_shape)
 
@@ -194,11 +194,11 @@ def check_options(
 ) -> AttentionOptions:
     """Check the numbers that the three ops share."""
     if window is not None and window < 1:
-        raise InputError(f"window: wanted at least 1 or None, got {window}")
+        raise InputError(f"window: expected at least 1 or None, got {window}")
     if softcap is not None and not softcap > 0:
-        raise InputError(f"softcap: wanted above 0 or None, got {softcap}")
+        raise InputError(f"softcap: expected above 0 or None, got {softcap}")
     if not 0 <= dropout_p <= 1:
-        raise InputError(f"dropout_p: wanted 0 to 1, got {dropout_p}")
+        raise InputError(f"dropout_p: expected 0 to 1, got {dropout_p}")
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     return AttentionOptions(causal, scale, window or 0, softcap or 0.0, float(dropout_p))
 
@@ -210,13 +210,13 @@ def _bias_4d(q: Tensor, bias: Tensor, shape: tuple[int, ...]) -> Tensor:
     )
     if not fits or bias.device != q.device:
         raise InputError(
-            f"bias: wanted to broadcast to {tuple(shape)} on {q.device},"
+            f"bias: expected to broadcast to {tuple(shape)} on {q.device},"
             f" got {tuple(bias.shape)} on {bias.device}"
         )
     if bias.dtype == torch.bool:
         bias = torch.zeros(bias.shape, dtype=q.dtype, device=q.device).masked_fill(~bias, -math.inf)
     if not bias.is_floating_point():
-        raise InputError(f"bias: wanted float or bool, got {bias.dtype}")
+        raise InputError(f"bias: expected float or bool, got {bias.dtype}")
     return bias[(None,) * (4 - bias.dim())]
 
 

@@ -199,47 +199,47 @@ def check(
     shape = x.shape
     if not shape or not x.is_floating_point():
         raise InputError(
-            f"{name}: wanted a float tensor (..., features), got {x.dtype} {tuple(shape)}"
+            f"{name}: expected a float tensor (..., features), got {x.dtype} {tuple(shape)}"
         )
     if classes == 0:
-        raise InputError(f"{name}: wanted at least one class, got shape {tuple(shape)}")
+        raise InputError(f"{name}: expected at least one class, got shape {tuple(shape)}")
     if weight is not None and (
         weight.shape != (classes,) or weight.device != x.device or not weight.is_floating_point()
     ):
         raise InputError(
-            f"weight: wanted floats of shape ({classes},) on {x.device},"
+            f"weight: expected floats of shape ({classes},) on {x.device},"
             f" got {weight.dtype} {tuple(weight.shape)} on {weight.device}"
         )
     if not 0.0 <= smoothing <= 1.0:
-        raise InputError(f"label_smoothing: wanted 0 to 1, got {smoothing}")
+        raise InputError(f"label_smoothing: expected 0 to 1, got {smoothing}")
     if target is None:
         return
     if target.dtype not in _CLASS_NUMBERS:
-        raise InputError(f"target: wanted int64 class numbers, got {target.dtype}")
+        raise InputError(f"target: expected int64 class numbers, got {target.dtype}")
     if target.shape != shape[:-1]:
         raise InputError(
-            f"target: wanted shape {tuple(shape[:-1])} (the rows of {name}),"
+            f"target: expected shape {tuple(shape[:-1])} (the rows of {name}),"
             f" got {tuple(target.shape)}"
         )
     if not (target.is_cpu and x.is_cpu) and target.device != x.device:
-        raise InputError(f"target: wanted device {x.device} as {name}, got {target.device}")
+        raise InputError(f"target: expected device {x.device} as {name}, got {target.device}")
 
 
 def check_options(softcap: float | None, reduction: str, num_items: int | Tensor | None) -> None:
     if softcap is not None and not softcap > 0:
-        raise InputError(f"softcap: wanted > 0 or None, got {softcap}")
+        raise InputError(f"softcap: expected > 0 or None, got {softcap}")
     if reduction not in ("none", "mean", "sum"):
-        raise InputError(f"reduction: wanted none, mean or sum, got {reduction!r}")
+        raise InputError(f"reduction: expected none, mean or sum, got {reduction!r}")
     if num_items is not None:
         if reduction != "mean":
-            raise InputError(f"num_items: wanted reduction 'mean', got {reduction!r}")
+            raise InputError(f"num_items: expected reduction 'mean', got {reduction!r}")
         if isinstance(num_items, Tensor):
             if num_items.numel() != 1:
                 raise InputError(
-                    f"num_items: wanted one number, got shape {tuple(num_items.shape)}"
+                    f"num_items: expected one number, got shape {tuple(num_items.shape)}"
                 )
         elif not num_items > 0:
-            raise InputError(f"num_items: wanted > 0, got {num_items}")
+            raise InputError(f"num_items: expected > 0, got {num_items}")
 
 
 def coefficients(

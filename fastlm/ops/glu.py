@@ -33,9 +33,9 @@ def glu(gate: Tensor, up: Tensor, *, act: str = "silu") -> Tensor:
     """
     try:
         if act not in ACTIVATIONS:
-            raise InputError(f"act: wanted one of {', '.join(ACTIVATIONS)}, got {act!r}")
+            raise InputError(f"act: expected one of {', '.join(ACTIVATIONS)}, got {act!r}")
         if not gate.is_floating_point():
-            raise InputError(f"gate: wanted a float dtype, got {gate.dtype}")
+            raise InputError(f"gate: expected a float dtype, got {gate.dtype}")
         if (
             up.shape != gate.shape
             or up.dtype != gate.dtype
@@ -44,7 +44,7 @@ def glu(gate: Tensor, up: Tensor, *, act: str = "silu") -> Tensor:
             if up.dtype != gate.dtype and autocasts(gate):
                 return glu(*promoted(gate, up), act=act)
             raise InputError(
-                f"up: wanted {gate.dtype} {tuple(gate.shape)} on {gate.device} as gate,"
+                f"up: expected {gate.dtype} {tuple(gate.shape)} on {gate.device} as gate,"
                 f" got {up.dtype} {tuple(up.shape)} on {up.device}"
             )
         return _forward(gate, up, act)

@@ -97,19 +97,19 @@ def linear(
     try:
         if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
             raise InputError(
-                f"weight: wanted (N, K), K = the last dimension of x {tuple(x.shape)},"
+                f"weight: expected (N, K), K = the last dimension of x {tuple(x.shape)},"
                 f" got {tuple(weight.shape)}"
             )
         if bias is not None and bias.shape != weight.shape[:1]:
             raise InputError(
-                f"bias: wanted shape ({weight.shape[0]},), the rows of weight,"
+                f"bias: expected shape ({weight.shape[0]},), the rows of weight,"
                 f" got {tuple(bias.shape)}"
             )
         casts = autocast_somewhere()
         for name, t in (("weight", weight), ("bias", bias)):
             if t is not None and ((t.dtype != x.dtype and not casts) or t.device != x.device):
                 raise InputError(
-                    f"{name}: wanted {x.dtype} on {x.device} as x, got {t.dtype} on {t.device}"
+                    f"{name}: expected {x.dtype} on {x.device} as x, got {t.dtype} on {t.device}"
                 )
         if act is not None:
             return _activated_product(x, weight, bias, act)

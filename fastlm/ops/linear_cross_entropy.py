@@ -167,24 +167,24 @@ def check_linear(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | Non
     """Check the operands of the linear layer and return the number of classes."""
     if linear_weight.dim() != 2 or input.dim() == 0 or linear_weight.shape[1] != input.shape[-1]:
         raise InputError(
-            "linear_weight: wanted shape (V, D), D the last dimension of input"
+            "linear_weight: expected shape (V, D), D the last dimension of input"
             f" {tuple(input.shape)}, got {tuple(linear_weight.shape)}"
         )
     if linear_weight.dtype != input.dtype or linear_weight.device != input.device:
         raise InputError(
-            f"linear_weight: wanted {input.dtype} on {input.device} as input,"
+            f"linear_weight: expected {input.dtype} on {input.device} as input,"
             f" got {linear_weight.dtype} on {linear_weight.device}"
         )
     classes = linear_weight.shape[0]
     if input.shape[-1] == 0:
-        raise InputError(f"input: wanted at least one feature, got shape {tuple(input.shape)}")
+        raise InputError(f"input: expected at least one feature, got shape {tuple(input.shape)}")
     if linear_bias is not None and (
         linear_bias.shape != (classes,)
         or not linear_bias.is_floating_point()
         or linear_bias.device != input.device
     ):
         raise InputError(
-            f"linear_bias: wanted floats of shape ({classes},) on {input.device},"
+            f"linear_bias: expected floats of shape ({classes},) on {input.device},"
             f" got {linear_bias.dtype} {tuple(linear_bias.shape)} on {linear_bias.device}"
         )
     return classes

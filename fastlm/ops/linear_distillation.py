@@ -135,41 +135,41 @@ def _check(
     ):
         if not x.is_floating_point() or x.dim() == 0 or x.shape[-1] == 0:
             raise InputError(
-                f"{name}: wanted a float tensor (..., features) of at least one feature,"
+                f"{name}: expected a float tensor (..., features) of at least one feature,"
                 f" got {x.dtype} {tuple(x.shape)}"
             )
         if w.dim() != 2 or w.shape[1] != x.shape[-1] or w.shape[0] == 0:
             raise InputError(
-                f"{name}_weight: wanted shape (V, K), K the last dimension of {name}"
+                f"{name}_weight: expected shape (V, K), K the last dimension of {name}"
                 f" {tuple(x.shape)}, got {tuple(w.shape)}"
             )
         if w.dtype != x.dtype or w.device != x.device:
             raise InputError(
-                f"{name}_weight: wanted {x.dtype} on {x.device} as {name},"
+                f"{name}_weight: expected {x.dtype} on {x.device} as {name},"
                 f" got {w.dtype} on {w.device}"
             )
     if teacher_weight.shape[0] != student_weight.shape[0]:
         raise InputError(
-            f"teacher_weight: wanted the student's vocabulary of {student_weight.shape[0]}"
+            f"teacher_weight: expected the student's vocabulary of {student_weight.shape[0]}"
             f" classes, got {teacher_weight.shape[0]}"
         )
     if teacher.shape[:-1] != student.shape[:-1]:
         raise InputError(
-            f"teacher: wanted shape {tuple(student.shape[:-1])} (the rows of student) and its"
+            f"teacher: expected shape {tuple(student.shape[:-1])} (the rows of student) and its"
             f" features, got {tuple(teacher.shape)}"
         )
     if teacher.device != student.device:
         raise InputError(
-            f"teacher: wanted device {student.device} as student, got {teacher.device}"
+            f"teacher: expected device {student.device} as student, got {teacher.device}"
         )
     if (teacher.dtype == torch.float64) != (student.dtype == torch.float64):
         raise InputError(
-            f"teacher: wanted float64 with float64 only, student is {student.dtype},"
+            f"teacher: expected float64 with float64 only, student is {student.dtype},"
             f" got {teacher.dtype}"
         )
     if mask is not None and (mask.shape != student.shape[:-1] or mask.device != student.device):
         raise InputError(
-            f"mask: wanted shape {tuple(student.shape[:-1])} (the rows of student) on"
+            f"mask: expected shape {tuple(student.shape[:-1])} (the rows of student) on"
             f" {student.device}, got {tuple(mask.shape)} on {mask.device}"
         )
 
@@ -183,25 +183,25 @@ def _check_options(
     teacher_softcap: float | None,
 ) -> None:
     if kind not in KINDS:
-        raise InputError(f"kind: wanted forward, reverse or jsd, got {kind!r}")
+        raise InputError(f"kind: expected forward, reverse or jsd, got {kind!r}")
     if kind == "jsd" and not 0.0 < beta < 1.0:
         raise InputError(
-            f"beta: wanted 0 < beta < 1 with kind 'jsd', got {beta}; KL(teacher || student) is"
+            f"beta: expected 0 < beta < 1 with kind 'jsd', got {beta}; KL(teacher || student) is"
             " kind 'forward', KL(student || teacher) is kind 'reverse'"
         )
     if not 0.0 < temperature < math.inf:
-        raise InputError(f"temperature: wanted > 0, got {temperature}")
+        raise InputError(f"temperature: expected > 0, got {temperature}")
     for name, softcap in (
         ("student_softcap", student_softcap),
         ("teacher_softcap", teacher_softcap),
     ):
         if softcap is not None and not softcap > 0:
-            raise InputError(f"{name}: wanted > 0 or None, got {softcap}")
+            raise InputError(f"{name}: expected > 0 or None, got {softcap}")
     if isinstance(num_items, Tensor):
         if num_items.numel() != 1:
-            raise InputError(f"num_items: wanted one number, got shape {tuple(num_items.shape)}")
+            raise InputError(f"num_items: expected one number, got shape {tuple(num_items.shape)}")
     elif num_items is not None and not num_items > 0:
-        raise InputError(f"num_items: wanted > 0, got {num_items}")
+        raise InputError(f"num_items: expected > 0, got {num_items}")
 
 
 def _flops(student, student_weight, teacher, teacher_weight, *options, **_):

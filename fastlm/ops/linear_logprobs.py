@@ -68,7 +68,7 @@ def linear_logprobs(
         check(input, "input", classes, target, None, 0.0)
         check_options(softcap, "none", None)
         if not 0 < temperature < math.inf:
-            raise InputError(f"temperature: wanted a finite number > 0, got {temperature}")
+            raise InputError(f"temperature: expected a finite number > 0, got {temperature}")
         logprob, entropy, _, _ = _forward(
             input.reshape(-1, input.shape[-1]),
             linear_weight,

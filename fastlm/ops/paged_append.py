@@ -48,30 +48,31 @@ def paged_append(
     try:
         for name, t in (("k", k), ("v", v), ("k_cache", k_cache), ("v_cache", v_cache)):
             if t.dim() != 4:
-                raise InputError(f"{name}: wanted 4 dimensions, got {tuple(t.shape)}")
+                raise InputError(f"{name}: expected 4 dimensions, got {tuple(t.shape)}")
         if k_cache.is_floating_point() and not k.dtype == v.dtype == k_cache.dtype and autocasts(k):
             k, v = k.to(k_cache.dtype), v.to(k_cache.dtype)
         for name, x, cache in (("k", k, k_cache), ("v", v, v_cache)):
             wanted = (*k.shape[:2], *cache.shape[2:])
             if x.shape != wanted or x.dtype != k.dtype or x.device != k.device:
                 raise InputError(
-                    f"{name}: wanted {k.dtype} {wanted} on {k.device} as k and {name}_cache,"
+                    f"{name}: expected {k.dtype} {wanted} on {k.device} as k and {name}_cache,"
                     f" got {x.dtype} {tuple(x.shape)} on {x.device}"
                 )
         if not k.is_floating_point():
-            raise InputError(f"k: wanted a float dtype, got {k.dtype}")
+            raise InputError(f"k: expected a float dtype, got {k.dtype}")
         for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
             fits = cache.shape[:3] == k_cache.shape[:3] and cache.shape[1] > 0
             good = cache.dtype in (k.dtype, torch.int8) and cache.dtype == k_cache.dtype
             if not fits or not good or cache.device != k.device:
                 raise InputError(
-                    f"{name}: wanted (pages, page_size, Hkv, width) of {k.dtype} or int8 on"
+                    f"{name}: expected (pages, page_size, Hkv, width) of {k.dtype} or int8 on"
                     f" {k.device}, the same for both, got {cache.dtype} {tuple(cache.shape)} on"
                     f" {cache.device}"
                 )
             if cache.shape[3] > 1 and cache.stride(3) != 1:
                 raise InputError(
-                    f"{name}: wanted elements of a head side by side, got stride {cache.stride(3)}"
+                    f"{name}: expected elements of a head side by side, got stride "
+                    f"{cache.stride(3)}"
                 )
         for name, t, rows in (
             ("block_table", block_table, k.shape[:1]),
@@ -80,12 +81,12 @@ def paged_append(
             good = t.dtype in (torch.int32, torch.int64) and t.device == k.device
             if t.dim() != 2 or t.shape[: len(rows)] != rows or not good:
                 raise InputError(
-                    f"{name}: wanted int32, 2 dimensions, the first {tuple(rows)}, on {k.device},"
+                    f"{name}: expected int32, 2 dimensions, the first {tuple(rows)}, on {k.device},"
                     f" got {t.dtype} {tuple(t.shape)} on {t.device}"
                 )
         if torch.is_grad_enabled() and any(t.requires_grad for t in (k, v, k_cache, v_cache)):
             raise InputError(
-                "k, v, k_cache, v_cache: wanted tensors without grad (it has no backward),"
+                "k, v, k_cache, v_cache: expected tensors without grad (it has no backward),"
                 " got one that requires grad"
             )
         _append(

@@ -89,26 +89,26 @@ def checked(
     are passed on without a copy, so that writes to them before `op` runs count."""
     for name, t in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
         if t.dim() != 4:
-            raise InputError(f"{name}: wanted 4 dimensions, got {tuple(t.shape)}")
+            raise InputError(f"{name}: expected 4 dimensions, got {tuple(t.shape)}")
     if q.dtype != k_cache.dtype and k_cache.is_floating_point() and autocasts(q):
         q = q.to(k_cache.dtype)
     if v_cache.shape[:3] != k_cache.shape[:3] or k_cache.shape[1] == 0:
         raise InputError(
-            f"v_cache: wanted (pages, page_size, Hkv, Dv) as k_cache {tuple(k_cache.shape)},"
+            f"v_cache: expected (pages, page_size, Hkv, Dv) as k_cache {tuple(k_cache.shape)},"
             f" got {tuple(v_cache.shape)}"
         )
     for name, t, dim in (("block_table", block_table, 2), ("seq_lens", seq_lens, 1)):
         good = t.dtype in (torch.int32, torch.int64) and t.device == q.device
         if t.dim() != dim or t.shape[0] != q.shape[0] or not good:
             raise InputError(
-                f"{name}: wanted {dim} dimension(s), B = {q.shape[0]} rows, int32 on {q.device}, "
+                f"{name}: expected {dim} dimension(s), B = {q.shape[0]} rows, int32 on {q.device}, "
                 f"got {t.dtype} {tuple(t.shape)} on {t.device}"
             )
     if torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (q, k_cache, v_cache, sinks, bias)
     ):
         raise InputError(
-            "q, k_cache, v_cache, sinks, bias: wanted tensors without grad (it has no backward:"
+            "q, k_cache, v_cache, sinks, bias: expected tensors without grad (it has no backward:"
             " use attention), got one that requires grad"
         )
     if bias is None:
@@ -131,7 +131,9 @@ def cache_scales(name: str, scale: float | Tensor | None, cache: Tensor) -> Tens
         wanted = (
             "a number or a tensor (int8 cache)" if scale is None else f"None ({cache.dtype} cache)"
         )
-        raise InputError(f"{name}_scale: wanted {wanted}, got {'None' if scale is None else 'one'}")
+        raise InputError(
+            f"{name}_scale: expected {wanted}, got {'None' if scale is None else 'one'}"
+        )
     if scale is None:
         return None
     heads = cache.shape[2]
@@ -139,7 +141,7 @@ def cache_scales(name: str, scale: float | Tensor | None, cache: Tensor) -> Tens
         return torch.full((heads,), scale, dtype=torch.float32, device=cache.device)
     if scale.shape not in ((), (1,), (heads,)) or scale.device != cache.device:
         raise InputError(
-            f"{name}_scale: wanted shape () or ({heads},) on {cache.device},"
+            f"{name}_scale: expected shape () or ({heads},) on {cache.device},"
             f" got {tuple(scale.shape)} on {scale.device}"
         )
     return scale.float().expand(heads).contiguous()

@@ -62,19 +62,21 @@ def quantize_weight(
     try:
         if w.dim() != 2 or not w.is_floating_point() or w.shape[1] == 0:
             raise InputError(
-                f"w: wanted a float matrix (N, K), K >= 1, got {w.dtype} {tuple(w.shape)}"
+                f"w: expected a float matrix (N, K), K >= 1, got {w.dtype} {tuple(w.shape)}"
             )
         if w.is_meta:
             raise InputError("w: expected values, got a tensor on the meta device")
         if bits not in (4, 8):
-            raise InputError(f"bits: wanted 4 or 8, got {bits!r}")
+            raise InputError(f"bits: expected 4 or 8, got {bits!r}")
         if scale_dtype not in SCALE_DTYPES:
-            raise InputError(f"scale_dtype: wanted float32, bfloat16 or float16, got {scale_dtype}")
+            raise InputError(
+                f"scale_dtype: expected float32, bfloat16 or float16, got {scale_dtype}"
+            )
         n, k = w.shape
         size = check_group_size(group_size, k)
         w = w.detach()
         if not bool(torch.isfinite(w).all()):
-            raise InputError("w: wanted finite values, got NaN or infinity")
+            raise InputError("w: expected finite values, got NaN or infinity")
         if importance is not None:
             importance = _checked(importance, k, w.device)
         groups = -(-k // size)
@@ -93,7 +95,7 @@ def quantize_weight(
                 zeros.append(z.to(scale_dtype))
             if not bool(torch.isfinite(s).all()):
                 raise InputError(
-                    f"scale_dtype: wanted one that holds the scales of weights up to"
+                    f"scale_dtype: expected one that holds the scales of weights up to"
                     f" {float(block.abs().max()):.2g}, got {scale_dtype}"
                 )
             qdata.append(pack_rows(q.reshape(-1, groups * width)[:, :k], bits))
@@ -113,12 +115,12 @@ def quantize_weight(
 def _checked(importance: Tensor, k: int, device: torch.device) -> Tensor:
     if tuple(importance.shape) != (k,) or importance.device != device:
         raise InputError(
-            f"importance: wanted shape ({k},) on {device} as w's columns,"
+            f"importance: expected shape ({k},) on {device} as w's columns,"
             f" got {tuple(importance.shape)} on {importance.device}"
         )
     factors = importance.detach().float()
     if not bool((torch.isfinite(factors) & (factors >= 0)).all()):
-        raise InputError("importance: wanted finite values of at least 0, got others")
+        raise InputError("importance: expected finite values of at least 0, got others")
     return factors
 
 

@@ -38,23 +38,25 @@ def quantized_linear(
     """
     try:
         if not isinstance(qweight, QuantizedWeight):
-            raise InputError(f"qweight: wanted a QuantizedWeight, got {type(qweight).__name__}")
+            raise InputError(f"qweight: expected a QuantizedWeight, got {type(qweight).__name__}")
         n, k = qweight.shape
         if x.dim() == 0 or x.shape[-1] != k:
             raise InputError(
-                f"x: wanted shape (..., {k}) for a weight of ({n}, {k}), got {tuple(x.shape)}"
+                f"x: expected shape (..., {k}) for a weight of ({n}, {k}), got {tuple(x.shape)}"
             )
         if not x.is_floating_point():
-            raise InputError(f"x: wanted a float dtype, got {x.dtype}")
+            raise InputError(f"x: expected a float dtype, got {x.dtype}")
         if x.device != qweight.qdata.device:
-            raise InputError(f"x: wanted device {qweight.qdata.device} as qweight, got {x.device}")
+            raise InputError(
+                f"x: expected device {qweight.qdata.device} as qweight, got {x.device}"
+            )
         if act_bits not in (8, 16):
-            raise InputError(f"act_bits: wanted 8 or 16, got {act_bits!r}")
+            raise InputError(f"act_bits: expected 8 or 16, got {act_bits!r}")
         if bias is not None and (
             bias.shape != (n,) or not bias.is_floating_point() or bias.device != x.device
         ):
             raise InputError(
-                f"bias: wanted a float tensor ({n},) on {x.device},"
+                f"bias: expected a float tensor ({n},) on {x.device},"
                 f" got {bias.dtype} {tuple(bias.shape)} on {bias.device}"
             )
         return _forward(

@@ -22,12 +22,12 @@ ANY_K = 1 << 62  # for check_group_size where there is no weight yet
 def check_group_size(group_size: int, k: int) -> int:
     """The group size, with -1 (one group per row) resolved."""
     if isinstance(group_size, bool) or not isinstance(group_size, int):
-        raise InputError(f"group_size: wanted an int, got {group_size!r}")
+        raise InputError(f"group_size: expected an int, got {group_size!r}")
     if group_size == -1:
         return k
     if group_size <= 0 or (group_size < k and group_size % GROUP_STEP):
         raise InputError(
-            f"group_size: wanted -1 (one group a row), a multiple of {GROUP_STEP}"
+            f"group_size: expected -1 (one group a row), a multiple of {GROUP_STEP}"
             f"{f', or at least K = {k}' if k < ANY_K else ''}, got {group_size}"
         )
     return group_size
@@ -68,14 +68,15 @@ class QuantizedWeight:
         self.shape = (int(self.shape[0]), int(self.shape[1]))
         n, k = self.shape
         if n < 0 or k < 1:
-            raise InputError(f"shape: wanted (N, K), K >= 1, got {self.shape}")
+            raise InputError(f"shape: expected (N, K), K >= 1, got {self.shape}")
         if self.bits not in (4, 8):
-            raise InputError(f"bits: wanted 4 or 8, got {self.bits}")
+            raise InputError(f"bits: expected 4 or 8, got {self.bits}")
         self.group_size = check_group_size(self.group_size, k)
         wanted = (torch.int8, (n, k)) if self.bits == 8 else (torch.uint8, (n, (k + 1) // 2))
         if (self.qdata.dtype, tuple(self.qdata.shape)) != wanted:
             raise InputError(
-                f"qdata: wanted {wanted[0]} {wanted[1]} for {self.bits} bits of shape {self.shape},"
+                f"qdata: expected {wanted[0]} {wanted[1]} for {self.bits} bits of shape "
+                f"{self.shape},"
                 f" got {self.qdata.dtype} {tuple(self.qdata.shape)}"
             )
         groups = (n, -(-k // self.group_size))
@@ -84,15 +85,17 @@ class QuantizedWeight:
                 continue
             if t.dtype not in SCALE_DTYPES or tuple(t.shape) != groups:
                 raise InputError(
-                    f"{name}: wanted float32, bfloat16 or float16 {groups}"
+                    f"{name}: expected float32, bfloat16 or float16 {groups}"
                     f" for groups of {self.group_size}, got {t.dtype} {tuple(t.shape)}"
                 )
             if t.device != self.qdata.device:
                 raise InputError(
-                    f"{name}: wanted device {self.qdata.device} as qdata, got {t.device}"
+                    f"{name}: expected device {self.qdata.device} as qdata, got {t.device}"
                 )
         if self.zeros is not None and self.zeros.dtype != self.scales.dtype:
-            raise InputError(f"zeros: wanted {self.scales.dtype} as scales, got {self.zeros.dtype}")
+            raise InputError(
+                f"zeros: expected {self.scales.dtype} as scales, got {self.zeros.dtype}"
+            )
 
     def __repr__(self) -> str:
         zeros = "" if self.zeros is None else ", zeros"

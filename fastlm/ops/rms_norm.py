@@ -39,20 +39,20 @@ def rms_norm(
     """
     try:
         if not x.is_floating_point():
-            raise InputError(f"x: wanted a float dtype, got {x.dtype}")
+            raise InputError(f"x: expected a float dtype, got {x.dtype}")
         if x.dim() == 0 or x.shape[-1] == 0:
-            raise InputError(f"x: wanted shape (..., H), H >= 1, got {tuple(x.shape)}")
+            raise InputError(f"x: expected shape (..., H), H >= 1, got {tuple(x.shape)}")
         if weight is None:
             if offset:
                 raise InputError(f"offset: expected 0 without a weight, got {offset}")
         elif weight.shape != x.shape[-1:]:
             raise InputError(
-                f"weight: wanted shape (H,) = the last dimension of x {tuple(x.shape)},"
+                f"weight: expected shape (H,) = the last dimension of x {tuple(x.shape)},"
                 f" got {tuple(weight.shape)}"
             )
         elif weight.device != x.device or not weight.is_floating_point():
             raise InputError(
-                f"weight: wanted floats on {x.device} as x, got {weight.dtype} on {weight.device}"
+                f"weight: expected floats on {x.device} as x, got {weight.dtype} on {weight.device}"
             )
         if residual is not None and (
             residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device
@@ -61,7 +61,7 @@ def rms_norm(
                 x, residual = promoted(x, residual)
                 return rms_norm(x, weight, eps, residual=residual, offset=offset)
             raise InputError(
-                f"residual: wanted {x.dtype} of shape {tuple(x.shape)} as x on {x.device},"
+                f"residual: expected {x.dtype} of shape {tuple(x.shape)} as x on {x.device},"
                 f" got {residual.dtype} {tuple(residual.shape)} on {residual.device}"
             )
         y, h, _ = _forward(x, residual, weight, eps, offset)

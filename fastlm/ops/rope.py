@@ -59,7 +59,7 @@ def rope(
     """
     try:
         if q.dim() != 4 or not q.is_floating_point():
-            raise InputError(f"q: wanted floats (B, H, S, D), got {q.dtype} {tuple(q.shape)}")
+            raise InputError(f"q: expected floats (B, H, S, D), got {q.dtype} {tuple(q.shape)}")
         batch, _, length, width = q.shape
         if k.dim() != 4 or k.shape[0] != batch or k.shape[2:] != q.shape[2:] or k.dtype != q.dtype:
             if k.dtype != q.dtype and autocasts(q):
@@ -69,7 +69,7 @@ def rope(
                     mrope_section=mrope_section,
                 )  # fmt: skip
             raise InputError(
-                f"k: wanted {q.dtype} (B, Hkv, S, D) with B, S, D of q {tuple(q.shape)},"
+                f"k: expected {q.dtype} (B, Hkv, S, D) with B, S, D of q {tuple(q.shape)},"
                 f" got {k.dtype} {tuple(k.shape)}"
             )
         if mrope_section is not None:
@@ -83,28 +83,28 @@ def rope(
             or (cos.dim() == 3 and cos.shape[0] != 1 and cos.shape[0] != batch)
         ):
             raise InputError(
-                f"cos: wanted (S, R), (1, S, R) or (B, S, R) with B, S of q {tuple(q.shape)},"
+                f"cos: expected (S, R), (1, S, R) or (B, S, R) with B, S of q {tuple(q.shape)},"
                 f" got {tuple(cos.shape)}"
             )
         turned = cos.shape[-1]
         if turned % 2 or turned > width:
-            raise InputError(f"cos: wanted an even width R <= D = {width}, got {turned}")
+            raise InputError(f"cos: expected an even width R <= D = {width}, got {turned}")
         if rotary_dim is not None and turned != rotary_dim:
-            raise InputError(f"cos: wanted width rotary_dim = {rotary_dim}, got {turned}")
+            raise InputError(f"cos: expected width rotary_dim = {rotary_dim}, got {turned}")
         if sin.shape != cos.shape or sin.dtype != cos.dtype:
             raise InputError(
-                f"sin: wanted {cos.dtype} {tuple(cos.shape)} as cos,"
+                f"sin: expected {cos.dtype} {tuple(cos.shape)} as cos,"
                 f" got {sin.dtype} {tuple(sin.shape)}"
             )
         if not cos.is_floating_point():
-            raise InputError(f"cos: wanted a float dtype, got {cos.dtype}")
+            raise InputError(f"cos: expected a float dtype, got {cos.dtype}")
         if cos.requires_grad or sin.requires_grad:
             raise InputError(
-                "cos, sin: wanted tables without gradient (detach them), got requires_grad"
+                "cos, sin: expected tables without gradient (detach them), got requires_grad"
             )
         if k.device != q.device or cos.device != q.device or sin.device != q.device:
             raise InputError(
-                f"k, cos, sin: wanted device {q.device} as q,"
+                f"k, cos, sin: expected device {q.device} as q,"
                 f" got {k.device}, {cos.device}, {sin.device}"
             )
         if rotary_dim is None and 2 * turned == width:
@@ -142,7 +142,7 @@ def _with_every_angle_twice(cos: Tensor, interleaved: bool) -> Tensor:
     if not torch.equal(first, second):
         twice = "cos.repeat_interleave(2, -1)" if interleaved else "torch.cat((cos, cos), -1)"
         raise InputError(
-            f"cos: wanted every angle twice ({twice}), or rotary_dim={2 * half} said,"
+            f"cos: expected every angle twice ({twice}), or rotary_dim={2 * half} said,"
             f" got {tuple(cos.shape)} with every angle once for D = {4 * half}"
         )
     return cos

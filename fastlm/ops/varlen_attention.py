@@ -60,23 +60,23 @@ def varlen_attention(
         for name, t in (("q", q), ("k", k), ("v", v)):
             if t.dim() != 3:
                 raise InputError(
-                    f"{name}: wanted 3 dimensions (total, heads, D), got {tuple(t.shape)}"
+                    f"{name}: expected 3 dimensions (total, heads, D), got {tuple(t.shape)}"
                 )
         if v.shape[:2] != k.shape[:2]:
             raise InputError(
-                f"v: wanted (total_k, Hkv, Dv) as k {tuple(k.shape)}, got {tuple(v.shape)}"
+                f"v: expected (total_k, Hkv, Dv) as k {tuple(k.shape)}, got {tuple(v.shape)}"
             )
         if cu_seqlens_k is None:
             cu_seqlens_k = cu_seqlens_q
         for name, t in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
             if t.dim() != 1 or t.dtype not in (torch.int32, torch.int64) or t.device != q.device:
                 raise InputError(
-                    f"{name}: wanted (B + 1,) int32 on {q.device},"
+                    f"{name}: expected (B + 1,) int32 on {q.device},"
                     f" got {t.dtype} {tuple(t.shape)} on {t.device}"
                 )
         if cu_seqlens_k.shape != cu_seqlens_q.shape or cu_seqlens_q.shape[0] == 0:
             raise InputError(
-                f"cu_seqlens_k: wanted (B + 1,) as cu_seqlens_q {tuple(cu_seqlens_q.shape)},"
+                f"cu_seqlens_k: expected (B + 1,) as cu_seqlens_q {tuple(cu_seqlens_q.shape)},"
                 f" got {tuple(cu_seqlens_k.shape)}"
             )
         batch = cu_seqlens_q.shape[0] - 1

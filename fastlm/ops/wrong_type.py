@@ -50,5 +50,5 @@ def explained(error: Exception, op: Callable, arguments: Mapping[str, Any]) -> E
             names = " or ".join(_NAMES.get(t, f"a {t.__name__}") for t in wanted)
             short = isinstance(value, int | float | str | tuple | None) and len(repr(value)) < 40
             came = repr(value) if short else type(value).__name__
-            return InputError(f"{name}: wanted {names}, got {came}")
+            return InputError(f"{name}: expected {names}, got {came}")
     return error

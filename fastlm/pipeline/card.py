@@ -44,7 +44,7 @@ def card(
     from huggingface_hub import EvalResult, ModelCardData
 
     if record.model is None:
-        raise InputError(f"{record.name}: wanted a model, got {record.entry.kind}")
+        raise InputError(f"{record.name}: expected a model, got {record.entry.kind}")
     line = registry.ancestors(record)
     outside = [
         (made, read)

@@ -201,7 +201,7 @@ def _value(option: Option, given: Any) -> Any:
             given = [item(word) for word in words if word]
         except ValueError:
             raise InputError(
-                f"{option.name}: wanted numbers with commas between, got {given!r:.80}"
+                f"{option.name}: expected numbers with commas between, got {given!r:.80}"
             ) from None
     if isinstance(given, list | tuple):
         if any(isinstance(v, float) and not math.isfinite(v) for v in given):

@@ -24,7 +24,7 @@ def diff(registry: Registry, a: str, b: str, *, kinds: Kinds) -> list[Row]:
     """
     one, other = _stages(registry, a), _stages(registry, b)
     if [r.id for r in one] == [r.id for r in other]:
-        raise InputError(f"{b}: wanted another run or model than {a}, got the same")
+        raise InputError(f"{b}: expected another run or model than {a}, got the same")
     rows: list[Row] = []
     for kind in dict.fromkeys(r.entry.kind for r in (*one, *other)):
         mine = [r for r in one if r.entry.kind == kind]

@@ -177,7 +177,7 @@ def _outside(step: Step, key: str, name: str, contents: Contents) -> Any:
         if "corpus" in types and not (path / FUNNEL).is_file():
             return contents.sources([name])
         if not path.exists():
-            raise InputError(f"{name}: wanted a path that exists")
+            raise InputError(f"{name}: expected a path that exists")
         return contents.tree(path)
     except InputError as error:
         raise InputError(f"{step.name}.{key}: {error}") from None

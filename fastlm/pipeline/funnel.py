@@ -53,7 +53,9 @@ class Funnel:
         try:
             return read_document(path, cls, extra="forbid")
         except InputError as e:
-            raise InputError(f"{path}: wanted the funnel of a prepared data folder: {e}") from None
+            raise InputError(
+                f"{path}: expected the funnel of a prepared data folder: {e}"
+            ) from None
 
     def tell(self, message: str) -> None:
         """Keep the reason why something was skipped. Bytes of its names that are not UTF-8 are

@@ -109,16 +109,16 @@ def parse_recipe(table: Mapping[str, Any], *, kinds: Kinds) -> Recipe:
             raise InputError(_misplaced(key, key, [*KEYS], entries, kinds))
         if key != "stage" and type(value) is not KEYS[key]:
             types = {str: "a string", int: "a whole number", dict: "a table"}
-            raise InputError(f"{key}: wanted {types[KEYS[key]]}, got {value!r:.80}")
+            raise InputError(f"{key}: expected {types[KEYS[key]]}, got {value!r:.80}")
     name, seed = table.get("name"), table.get("seed", 0)
     if name is None:
-        raise InputError("name: wanted, is missing")
+        raise InputError("name: expected, is missing")
     if not _NAME.fullmatch(name):
-        raise InputError(f"name: wanted the name of a folder below runs/, got {name!r}")
+        raise InputError(f"name: expected the name of a folder below runs/, got {name!r}")
     if not 0 <= seed < 2**63:
-        raise InputError(f"seed: wanted 0 or more and less than 2^63, got {seed}")
+        raise InputError(f"seed: expected 0 or more and less than 2^63, got {seed}")
     if not entries:
-        raise InputError("stage: wanted at least one [[stage]], got none")
+        raise InputError("stage: expected at least one [[stage]], got none")
     parser = _Parser(entries, kinds, seed, table.get(INPUTS, {}))
     facts: dict[str, Facts] = {}
     for entry in entries:
@@ -136,7 +136,8 @@ def parse_recipe(table: Mapping[str, Any], *, kinds: Kinds) -> Recipe:
     taken = {source for step in steps for given in step.inputs.values() for source in given}
     if unused := [name for name, path in parser.outside.items() if path not in taken]:
         raise InputError(
-            f"{INPUTS}.{unused[0]}: wanted a stage that has it as an input, got none (options, such"
+            f"{INPUTS}.{unused[0]}: expected a stage that has it as an input, got none (options, "
+            "such"
             " as a list of data files, and --set of a stage's input take paths)"
         )
     return Recipe(name, table.get("description", ""), seed, steps, table, kinds)
@@ -145,14 +146,14 @@ def parse_recipe(table: Mapping[str, Any], *, kinds: Kinds) -> Recipe:
 def _entries(table: Mapping[str, Any], kinds: Kinds) -> list[dict[str, Any]]:
     entries = table.get("stage", [])
     if not isinstance(entries, list) or not all(isinstance(e, Mapping) for e in entries):
-        raise InputError("stage: wanted a list of tables, [[stage]]")
+        raise InputError("stage: expected a list of tables, [[stage]]")
     for number, entry in enumerate(entries, 1):
         kind = entry.get("kind")
         if not isinstance(kind, str) or kind not in kinds:
             near = difflib.get_close_matches(str(kind)[:80], kinds, n=1, cutoff=0.5)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise InputError(
-                f"stage {number}.kind: wanted one of {', '.join(kinds)}, got {kind!r:.80}{hint}"
+                f"stage {number}.kind: expected one of {', '.join(kinds)}, got {kind!r:.80}{hint}"
             )
     return entries
 
@@ -172,16 +173,18 @@ class _Parser:
         self.steps: dict[str, Step] = {}
         for name, path in outside.items():
             if not isinstance(path, str) or not is_outside(path):
-                raise InputError(f"{INPUTS}.{name}: wanted a path with a /, got {path!r:.80}")
+                raise InputError(f"{INPUTS}.{name}: expected a path with a /, got {path!r:.80}")
             if is_outside(name) or name in map(_name_of, entries):
-                raise InputError(f"{INPUTS}.{name}: wanted a name that is no stage's and no path's")
+                raise InputError(
+                    f"{INPUTS}.{name}: expected a name that is no stage's and no path's"
+                )
 
     def add(self, entry: Mapping[str, Any]) -> Step:
         """Add and return the step of one ``[[stage]]``."""
         name, cls = _name_of(entry), self.kinds[entry["kind"]]
         if not isinstance(name, str) or not _NAME.fullmatch(name) or RESERVED.fullmatch(name):
             raise InputError(
-                f"stage.name: wanted the name of a folder that no run or recipe has,"
+                f"stage.name: expected the name of a folder that no run or recipe has,"
                 f" got {name!r:.80}"
             )
         if name in self.steps:
@@ -218,12 +221,12 @@ class _Parser:
         if not values and takes.optional:
             return ()
         if not values or not all(isinstance(v, str) and v for v in values):
-            raise InputError(f"{key}: wanted the name of a stage or a path, got {value!r:.80}")
+            raise InputError(f"{key}: expected the name of a stage or a path, got {value!r:.80}")
         if len(values) > 1 and not takes.several:
-            raise InputError(f"{key}: wanted one, got {len(values)}")
+            raise InputError(f"{key}: expected one, got {len(values)}")
         values = [self.outside.get(v, v) for v in values]
         if len({*values}) < len(values):
-            raise InputError(f"{key}: wanted each once, got {', '.join(values):.80}")
+            raise InputError(f"{key}: expected each once, got {', '.join(values):.80}")
         for v in values:
             if not is_outside(v):
                 self.check_source(key, v, takes)
@@ -234,17 +237,17 @@ class _Parser:
             leaves = self.steps[name].stage.leaves
             if not any(kind in leaves for kind in takes.types):
                 raise InputError(
-                    f"{key}: wanted a stage that makes {' or '.join(takes.types)}; {name!r} makes"
+                    f"{key}: expected a stage that makes {' or '.join(takes.types)}; {name!r} makes"
                     f" {' and '.join(leaves)}"
                 )
         elif name in map(_name_of, self.entries):
-            raise InputError(f"{key}: wanted a stage above it, {name!r} stands below")
+            raise InputError(f"{key}: expected a stage above it, {name!r} stands below")
         else:
             known = [*self.steps, *self.outside]
             near = difflib.get_close_matches(name[:80], known, n=1, cutoff=0.0)
             hint = f"; the nearest one is {near[0]!r}" if near else ""
             raise InputError(
-                f"{key}: wanted the name of a stage above it or a path with a /,"
+                f"{key}: expected the name of a stage above it or a path with a /,"
                 f" got {name!r:.80}{hint}"
             )
 
@@ -255,7 +258,7 @@ class _Parser:
         if takes.optional:
             return ()
         wanted = " or ".join(takes.types)
-        raise InputError(f"{key}: wanted a stage above it that makes {wanted}, got none")
+        raise InputError(f"{key}: expected a stage above it that makes {wanted}, got none")
 
 
 def is_outside(source: str) -> bool:
@@ -285,9 +288,9 @@ def _override(table: dict[str, Any], kinds: Kinds, text: str) -> None:
     """Put the value of "NAME.key=value" into the stage NAME of ``table``, or into its inputs."""
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
-        raise InputError(f"set: wanted NAME.KEY=VALUE, as pretrain.max_seconds=60, got {text!r}")
+        raise InputError(f"set: expected NAME.KEY=VALUE, as pretrain.max_seconds=60, got {text!r}")
     if len(text) > MAX_BYTES:
-        raise InputError(f"set: wanted at most {MAX_BYTES:,} characters, got {len(text):,}")
+        raise InputError(f"set: expected at most {MAX_BYTES:,} characters, got {len(text):,}")
     try:
         parsed = parse_toml(f"value = {value}", "set")["value"]
     except InputError:

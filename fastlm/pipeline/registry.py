@@ -167,12 +167,12 @@ class Registry:
             if len({r.run for r in named}) == 1:
                 return named
             names = ", ".join(f"{r.name} ({r.shown_id})" for r in named[:8])
-            raise InputError(f"{what}: wanted one run, stage or model, got {len(named)}: {names}")
+            raise InputError(f"{what}: expected one run, stage or model, got {len(named)}: {names}")
         names = [r.name for r in self.records]
         near = difflib.get_close_matches(what, [*names, *(r.run for r in self.records)], 3, 0.3)
         hint = f"near: {', '.join(dict.fromkeys(near))}" if near else f"{len(names)} are known"
         raise InputError(
-            f"{what}: wanted a run, a stage, a model or the beginning of an id; {hint}"
+            f"{what}: expected a run, a stage, a model or the beginning of an id; {hint}"
         )
 
     def find_one(self, what: str) -> Known:
@@ -225,7 +225,7 @@ def open_registry(
     warnings: list[str] = []
     for root in map(Path, roots):
         if not root.is_dir():
-            raise InputError(f"{root}: wanted a folder of runs, not found")
+            raise InputError(f"{root}: expected a folder of runs, not found")
         here = list(_scan(root, root, warnings))
         for made in here:
             if (known := records.get(made.id)) is None:

@@ -108,7 +108,7 @@ def card_command(kinds: Kinds) -> Callable[..., None]:
         record = registry.find_one(model)
         text = card(registry, record, kinds=kinds, licence=licence, language=language)
         if out is None and record.state == GONE:
-            raise InputError(f"{record.name}: wanted --out, since its folder is gone")
+            raise InputError(f"{record.name}: expected --out, since its folder is gone")
         out = out or place_of(record) / CARD
         write_text(out, text)
         typer.echo(out)

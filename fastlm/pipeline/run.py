@@ -115,7 +115,7 @@ def run_recipe(
     recipe = load_recipe(path, overrides, kinds=kinds)
     names = [step.name for step in recipe.steps]
     if until is not None and until not in names:
-        raise InputError(f"until: wanted one of {', '.join(names)}, got {until!r}")
+        raise InputError(f"until: expected one of {', '.join(names)}, got {until!r}")
     wanted = names[: names.index(until) + 1] if until else names
     out = Path("runs") / recipe.name if out is None else Path(out)
     cache = cache or default_cache()
@@ -244,7 +244,8 @@ def _refuse_foreign(out: Path, names: Sequence[str], record: dict[str, Entry]) -
         path = out / name
         if path.exists() and not (path.is_dir() and not any(path.iterdir())):
             raise InputError(
-                f"{out}: wanted a folder in which {name!r} is free, or a run that made it; got one"
+                f"{out}: expected a folder in which {name!r} is free, or a run that made it; got "
+                "one"
                 " with something of that name: rename it, or give the stage another name"
             )
 
@@ -276,7 +277,7 @@ def locked(out: Path) -> Iterator[None]:
     """Allow one run at a time in a folder; the lock ends with the process."""
     lock = out / ".lock"
     if lock.exists() and not lock.is_file():  # a pipe would block
-        raise InputError(f"{lock}: wanted a file, got something else")
+        raise InputError(f"{lock}: expected a file, got something else")
     try:
         file = open(lock, "a")  # closed below
     except OSError as e:

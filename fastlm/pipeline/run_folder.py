@@ -35,7 +35,7 @@ def locate_model(path: Path) -> Path:
     path = model_path(path)
     if path.is_file():
         if path.suffix != ".gguf":
-            raise InputError(f"{path}: wanted a model folder or a .gguf file, got another file")
+            raise InputError(f"{path}: expected a model folder or a .gguf file, got another file")
         return path
     for folder in (path, path / "model"):  # "model": where training writes it
         if (folder / CONFIG).is_file() or is_adapter(folder):
@@ -50,7 +50,7 @@ def locate_model(path: Path) -> Path:
         came = "no such path"
         if len(path.parts) == 2 and not path.is_absolute():  # looks like OWNER/NAME
             came += " (fastlm reads local files and downloads nothing from the Hugging Face Hub)"
-    raise InputError(f"{path}: wanted a folder with {CONFIG} or a .gguf file, got {came}")
+    raise InputError(f"{path}: expected a folder with {CONFIG} or a .gguf file, got {came}")
 
 
 def is_adapter(folder: Path) -> bool:

@@ -278,7 +278,8 @@ class Stage:
                 raise InputError(f"{name}: {self.kind} has no use for it, got {value!r:.80}")
         for key in inputs.keys() - self.reads.keys():
             raise InputError(
-                f"{key}: wanted one of {self.kind}'s inputs {', '.join(self.reads)}, got this name"
+                f"{key}: expected one of {self.kind}'s inputs {', '.join(self.reads)}, got this "
+                "name"
             )
         given: dict[str, tuple[Input, ...]] = {}
         for key, takes in self.reads.items():
@@ -286,9 +287,9 @@ class Stage:
             values = () if value is None else (value,) if isinstance(value, str | Path) else value
             if not values and not takes.optional:
                 help = takes.help[:1].lower() + takes.help[1:]
-                raise InputError(f"{key}: wanted {help}, got none")
+                raise InputError(f"{key}: expected {help}, got none")
             if len(values) > 1 and not takes.several:
-                raise InputError(f"{key}: wanted one, got {len(values)}")
+                raise InputError(f"{key}: expected one, got {len(values)}")
             given[key] = tuple(Input(str(v), str(v)) for v in values)
         return Job(
             self.kind, Path(out), given, cache or default_cache(), track=track, on_event=on_event
@@ -314,14 +315,14 @@ def at_least_one(stage: Any, *names: str) -> None:
     """Raise InputError if one of these options is below 1."""
     for name in names:
         if getattr(stage, name) < 1:
-            raise InputError(f"{name}: wanted 1 or more, got {getattr(stage, name)}")
+            raise InputError(f"{name}: expected 1 or more, got {getattr(stage, name)}")
 
 
 def not_negative(stage: Any, *names: str) -> None:
     """Raise InputError unless each of these options is a finite number of 0 or more."""
     for name in names:
         if not 0 <= getattr(stage, name) < math.inf:
-            raise InputError(f"{name}: wanted 0 or more, got {getattr(stage, name)}")
+            raise InputError(f"{name}: expected 0 or more, got {getattr(stage, name)}")
 
 
 def positive(stage: Any, *names: str) -> None:
@@ -329,14 +330,14 @@ def positive(stage: Any, *names: str) -> None:
     for name in names:
         value = getattr(stage, name)
         if value is not None and not 0 < value < math.inf:
-            raise InputError(f"{name}: wanted a positive number, got {value}")
+            raise InputError(f"{name}: expected a positive number, got {value}")
 
 
 def one_of(stage: Any, **choices: Collection[str]) -> None:
     """Raise InputError unless each of these options is among its choices."""
     for name, known in choices.items():
         if (value := getattr(stage, name)) not in known:
-            raise InputError(f"{name}: wanted one of {', '.join(known)}, got {value!r}")
+            raise InputError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
 
 
 def select_options(stage: Any, options: type[T]) -> T:

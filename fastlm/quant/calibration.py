@@ -68,7 +68,7 @@ def text_windows(
     def windows(total: int, read: Callable[[int, int], np.ndarray]) -> Tensor:
         places = total // length
         if not places:
-            raise InputError(f"calibration {data}: wanted at least {length} tokens, got {total}")
+            raise InputError(f"calibration {data}: expected at least {length} tokens, got {total}")
         count = min(max(1, tokens // length), places)
         chosen = np.random.Generator(np.random.PCG64(seed)).permutation(places)[:count]
         return torch.from_numpy(np.stack([read(int(p) * length, length) for p in chosen]))

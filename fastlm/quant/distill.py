@@ -303,7 +303,7 @@ class Distillation:
 
 def _finite(loss: float, where: str) -> float:
     if not math.isfinite(loss):
-        raise InputError(f"distill: wanted a finite loss, got {loss} {where}")
+        raise InputError(f"distill: expected a finite loss, got {loss} {where}")
     return loss
 
 

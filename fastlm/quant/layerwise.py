@@ -254,7 +254,7 @@ def check_folds(model: "CausalLM", plan: Sequence[Target]) -> None:
         if folds(layer, targets_of(plan, index)):
             return
     raise InputError(
-        "awq: wanted layers whose inputs come from a norm or a quantized layer (all of q_proj,"
+        "awq: expected layers whose inputs come from a norm or a quantized layer (all of q_proj,"
         " k_proj and v_proj; gate_proj and up_proj; up_proj and down_proj; v_proj and o_proj), got"
         f" {len(plan)} layers without"
     )

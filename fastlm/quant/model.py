@@ -193,7 +193,7 @@ def check_unquantized(model: nn.Module) -> None:
     found = [name for name, m in model.named_modules() if isinstance(m, kinds)]
     if found:
         raise InputError(
-            f"model: wanted one that is not quantized yet, got {len(found)} quantized layers"
+            f"model: expected one that is not quantized yet, got {len(found)} quantized layers"
             f" ({found[0] or type(model).__name__}): load it with keep_quantized=False (the"
             " command: --dequantize)"
         )
@@ -206,12 +206,12 @@ def _text(model: nn.Module, ids: Any, name: str) -> Tensor:
     # of a CausalLM, whose module imports this one
     if not isinstance(getattr(model, "config", None), ModelConfig):
         raise InputError(
-            f"{name}: wanted a fastlm.CausalLM with it, got {type(model).__name__}"
+            f"{name}: expected a fastlm.CausalLM with it, got {type(model).__name__}"
             " (fastlm.CausalLM.from_pretrained reads Hugging Face folders)"
         )
     if not isinstance(ids, Tensor) or ids.dim() != 2 or not ids.numel():
         got = tuple(ids.shape) if isinstance(ids, Tensor) else type(ids)
-        raise InputError(f"{name}: wanted token ids (windows, length), got {got}")
+        raise InputError(f"{name}: expected token ids (windows, length), got {got}")
     causal = cast("CausalLM", model)
     try:
         causal.check_ids(ids)
@@ -219,7 +219,7 @@ def _text(model: nn.Module, ids: Any, name: str) -> Tensor:
         raise InputError(f"{name}: {error}") from None
     if ids.shape[1] > causal.context_limit:
         raise InputError(
-            f"{name}: wanted windows of at most the context of {causal.context_limit} tokens,"
+            f"{name}: expected windows of at most the context of {causal.context_limit} tokens,"
             f" got {ids.shape[1]}"
         )
     return ids.long()

@@ -46,24 +46,26 @@ class QuantizeOptions:
             ("format", self.format, FORMATS), ("method", self.method, METHODS),
         ):  # fmt: skip
             if value not in known:
-                raise InputError(f"{name}: wanted one of {', '.join(known)}, got {value!r}")
+                raise InputError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
         if self.group_size is not None:
             check_group_size(self.group_size, ANY_K)
         for name, bits in (("embeddings", self.embeddings), ("head", self.head)):
             if bits not in (0, 4, 8, 16):
-                raise InputError(f"{name}: wanted 4, 8, 16 or 0 (as the format), got {bits!r}")
+                raise InputError(f"{name}: expected 4, 8, 16 or 0 (as the format), got {bits!r}")
         for pattern, wish in self.formats().items():
             if wish not in (*FORMATS, 4, 8, 16):
                 raise InputError(
-                    f"overrides: {pattern}: wanted one of {', '.join(FORMATS)}, 4, 8 or 16"
+                    f"overrides: {pattern}: expected one of {', '.join(FORMATS)}, 4, 8 or 16"
                     f" (unchanged), got {wish!r}"
                 )
         if self.iterations < 1:
-            raise InputError(f"iterations: wanted 1 or more, got {self.iterations}")
+            raise InputError(f"iterations: expected 1 or more, got {self.iterations}")
         if type(self.distill) is not int or self.distill < 0:
-            raise InputError(f"distill: wanted a number of steps, 0 or more, got {self.distill!r}")
+            raise InputError(
+                f"distill: expected a number of steps, 0 or more, got {self.distill!r}"
+            )
         if self.seed < 0:
-            raise InputError(f"seed: wanted 0 or more, got {self.seed}")
+            raise InputError(f"seed: expected 0 or more, got {self.seed}")
 
     def formats(self) -> dict[str, str | int]:
         """The overrides: pattern of names -> format or bits."""
@@ -72,7 +74,7 @@ class QuantizeOptions:
             pattern, _, wish = entry.partition("=")
             if not (pattern and wish):
                 raise InputError(
-                    "overrides: wanted PATTERN=FORMAT, such as *.down_proj=w8a16, got"
+                    "overrides: expected PATTERN=FORMAT, such as *.down_proj=w8a16, got"
                     f" {entry!r:.80}"
                 )
             found[pattern] = int(wish) if wish.isdecimal() else wish

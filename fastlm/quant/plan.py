@@ -58,7 +58,7 @@ def plan_of(
     overrides, head = options.formats(), find_head(model)
     if head is None and options.head not in (0, options.embeddings):
         raise InputError(
-            f"head: {type(model).__name__} has none beside its embeddings: wanted 0, got"
+            f"head: {type(model).__name__} has none beside its embeddings: expected 0, got"
             f" {options.head}"
         )
     chosen: list[tuple[str, nn.Linear | nn.Embedding, int, int]] = []
@@ -82,7 +82,7 @@ def plan_of(
         if before != own:
             raise InputError(
                 f"{'head' if module is head else 'embeddings'}: {name} shares its weight"
-                f" with {other}: wanted the same bits for both, got {own} and {before}"
+                f" with {other}: expected the same bits for both, got {own} and {before}"
             )
         if own < 16:
             chosen.append((name, module, own, act))
@@ -90,7 +90,7 @@ def plan_of(
         if names and not any(fnmatchcase(name, pattern) for name in names):
             near = difflib.get_close_matches(pattern[:80], names, n=1, cutoff=0.0)[0]
             raise InputError(
-                f"overrides: wanted a pattern that matches a layer, got {pattern!r}; the nearest"
+                f"overrides: expected a pattern that matches a layer, got {pattern!r}; the nearest"
                 f" layer is {near}"
             )
     widths = {name: module.weight.shape[1] for name, module, *_ in chosen}

@@ -74,11 +74,11 @@ class Quantize(QuantizeOptions, Stage):
         super().check()
         at_least_one(self, "calibration_tokens", "calibration_length")
         if not self.max_loss >= 0:
-            raise InputError(f"max_loss: wanted 0 or more, got {self.max_loss}")
+            raise InputError(f"max_loss: expected 0 or more, got {self.max_loss}")
 
     def check_inputs(self, inputs: Mapping[str, Any]) -> None:
         if self.strict and not inputs.get("data"):
-            raise InputError("strict: wanted held-out text (data) to measure, got none")
+            raise InputError("strict: expected held-out text (data) to measure, got none")
 
     def calibration_of(self, inputs: Mapping[str, Any]) -> tuple[str, ...]:
         """The sources of calibration text: those named, or the default where it is needed."""
@@ -181,7 +181,7 @@ class Quantize(QuantizeOptions, Stage):
         unseen = self.unseen_of(job.inputs)
         if "data" not in held:
             found.warnings.append(
-                "data: wanted held-out text to measure what was lost, got none: bits per byte and"
+                "data: expected held-out text to measure what was lost, got none: bits per byte and"
                 " KL to the original are not in the report"
             )
         elif sources and unseen is None:
@@ -193,7 +193,9 @@ class Quantize(QuantizeOptions, Stage):
             job.warn(line)
         for name, error in found.errors.items():
             if not math.isfinite(error):
-                raise InputError(f"model: wanted finite outputs of {name}, got an error of {error}")
+                raise InputError(
+                    f"model: expected finite outputs of {name}, got an error of {error}"
+                )
         named = [one.name for one in job.inputs.get("calibration") or ()]
         sizes = {m.group_size for m in small.modules() if isinstance(m, QuantizedLinear)}
         whole_rows = self.group_size == -1  # they differ in width
@@ -291,11 +293,11 @@ class Quantize(QuantizeOptions, Stage):
         figures = found.bits_per_byte_before, found.bits_per_byte, found.kl
         if not all(map(math.isfinite, figures)):
             raise InputError(
-                "model: wanted finite bits per byte and KL, got {} -> {} and {}".format(*figures)
+                "model: expected finite bits per byte and KL, got {} -> {} and {}".format(*figures)
             )
         if found.loss > self.max_loss:
             line = (
-                f"max_loss: wanted bits per byte to grow by at most {100 * self.max_loss:g} %,"
+                f"max_loss: expected bits per byte to grow by at most {100 * self.max_loss:g} %,"
                 f" got {100 * found.loss:+.2f} % ({found.bits_per_byte_before:.4f} ->"
                 f" {found.bits_per_byte:.4f}) on {source}; more bits, smaller groups or another"
                 " method help"
@@ -354,12 +356,12 @@ def check_out(out: Path, model: str) -> None:
     from fastlm.pipeline.run_folder import locate_model
 
     if out.exists() and not out.is_dir():
-        raise InputError(f"out: wanted a folder, got the file {out}")
+        raise InputError(f"out: expected a folder, got the file {out}")
     if out.suffix == ".gguf":
-        raise InputError(f"out: wanted the name of a folder, no .gguf file, got {out}")
+        raise InputError(f"out: expected the name of a folder, no .gguf file, got {out}")
     given, found = Path(model), locate_model(Path(model))
     if out.exists() and any(p.exists() and out.samefile(p) for p in (given, found)):
-        raise InputError(f"out: wanted another folder than the model's, got {out}")
+        raise InputError(f"out: expected another folder than the model's, got {out}")
 
 
 def decode_speeds(models: "Mapping[str, CausalLM]", start: int) -> dict[str, float]:

@@ -26,7 +26,7 @@ def cross_entropy_forward(
     weights (V), or (N, V) of each row.
     """
     if logits.shape[1] == 0:
-        raise InputError(f"logits: wanted at least one class, got shape {tuple(logits.shape)}")
+        raise InputError(f"logits: expected at least one class, got shape {tuple(logits.shape)}")
     check_target(target, logits.shape[1], ignore_index)
     options = (smooth, ignore_index, softcap, logit_scale)
     parts = [

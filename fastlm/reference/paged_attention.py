@@ -36,13 +36,13 @@ def paged_attention(
     for b, keys in enumerate(seq_lens.tolist()):
         if not 0 <= keys <= block_table.shape[1] * page_size:
             raise InputError(
-                f"seq_lens: wanted 0 to {block_table.shape[1] * page_size}"
+                f"seq_lens: expected 0 to {block_table.shape[1] * page_size}"
                 f" (pages a sequence x page size), got {keys} for sequence {b}"
             )
         table = block_table[b, : (keys + page_size - 1) // page_size].long()
         if table.numel() and not 0 <= int(table.min()) <= int(table.max()) < pages:
             raise InputError(
-                f"block_table: wanted pages 0 to {pages - 1},"
+                f"block_table: expected pages 0 to {pages - 1},"
                 f" got {int(table.min())} to {int(table.max())} for sequence {b}"
             )
         o, one_lse = attend(

@@ -19,6 +19,6 @@ def check_target(target: Tensor, classes: int, ignore_index: int) -> None:
 
 def bad_target(target: Tensor, row: int, classes: int, ignore_index: int) -> InputError:
     return InputError(
-        f"target: wanted 0 <= class < {classes} or ignore_index {ignore_index},"
+        f"target: expected 0 <= class < {classes} or ignore_index {ignore_index},"
         f" got {int(target[row])} in row {row}"
     )

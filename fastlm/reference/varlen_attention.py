@@ -13,7 +13,7 @@ def _offsets(cu_seqlens: Tensor, total: int, name: str) -> list[int]:
     offsets = cu_seqlens.tolist()
     rising = offsets == sorted(offsets)
     if not offsets or offsets[0] != 0 or offsets[-1] != total or not rising:
-        raise InputError(f"{name}: wanted offsets that rise from 0 to {total}, got {offsets[:8]}")
+        raise InputError(f"{name}: expected offsets that rise from 0 to {total}, got {offsets[:8]}")
     return offsets
 
 

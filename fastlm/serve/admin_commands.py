@@ -59,7 +59,7 @@ def _change(server: str, what: str, body: dict[str, Any], key: str | None, as_js
     """Ask the server and print what it serves. InputError: its refusal, or that it cannot be
     reached."""
     if not server.startswith(("http://", "https://")):
-        raise InputError(f"server: wanted http://HOST:PORT, got {server!r:.80}")
+        raise InputError(f"server: expected http://HOST:PORT, got {server!r:.80}")
     headers = {"content-type": "application/json"}
     if key is not None:
         headers["authorization"] = f"Bearer {key}"
@@ -79,5 +79,5 @@ def _change(server: str, what: str, body: dict[str, Any], key: str | None, as_js
         raise InputError(f"{what}: refused: {message}") from None
     except (OSError, ValueError) as error:
         text = getattr(error, "reason", error)
-        raise InputError(f"server: wanted `fastlm serve` at {server}, got: {text}") from None
+        raise InputError(f"server: expected `fastlm serve` at {server}, got: {text}") from None
     typer.echo(json.dumps(told) if as_json else f"{told['path']} answers as {told['model']}")

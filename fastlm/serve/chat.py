@@ -77,7 +77,7 @@ class Writer:
                 return ids
             start = self.tokenizer.eos_id if start is None else start
             if start is None:
-                raise InputError("prompt: wanted text, this model has no token to start from")
+                raise InputError("prompt: expected text, this model has no token to start from")
             return [start, *ids]
         return self.tokenizer.encode_chat([{"role": "user", "content": prompt}])
 
@@ -103,7 +103,7 @@ class Writer:
         limit = self.context_limit
         if (longest := max(map(len, prompts), default=0)) >= limit:
             raise InputError(
-                f"prompt: wanted fewer than the model's {limit} tokens of context, got {longest}"
+                f"prompt: expected fewer than the model's {limit} tokens of context, got {longest}"
             )
         self.speed = Speed(prompts)
         requests = batch_requests(
@@ -154,7 +154,7 @@ class Conversation:
     def __init__(self, writer: Writer, *, system: str | None = None, max_new_tokens: int = 512):
         if writer.tokenizer.chat_template is None:
             raise InputError(
-                "model: wanted a chat model, this one has no chat template"
+                "model: expected a chat model, this one has no chat template"
                 " (fastlm generate continues text)"
             )
         self.writer, self.max_new_tokens = writer, max_new_tokens

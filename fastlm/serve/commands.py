@@ -61,10 +61,10 @@ def read_keys(
     for number, key in enumerate(keys, 1):
         if len(key) < 16 or not key.isascii() or not key.isprintable() or " " in key:
             raise InputError(
-                f"{option}: wanted keys of 16 or more printable characters, key {number} is not"
+                f"{option}: expected keys of 16 or more printable characters, key {number} is not"
             )
     if file is not None and not keys:
-        raise InputError(f"{option}: wanted one key or more, got none in {file}")
+        raise InputError(f"{option}: expected one key or more, got none in {file}")
     return keys
 
 
@@ -102,7 +102,7 @@ def forget_command(
     with open_store(database) as store:
         gone = store.forget(id)
     if not gone:
-        raise InputError(f"id: wanted one of the database, got {id!r:.80}")
+        raise InputError(f"id: expected one of the database, got {id!r:.80}")
     typer.echo(f"{id}: {gone:,} rows deleted")
 
 
@@ -120,5 +120,5 @@ def needs_serve(command: str = "feedback") -> Iterator[None]:
         yield
     except ImportError as error:
         raise InputError(
-            f"{command}: wanted the package {error.name}, not found: pip install 'fastlm[serve]'"
+            f"{command}: expected the package {error.name}, not found: pip install 'fastlm[serve]'"
         ) from None

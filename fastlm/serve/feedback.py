@@ -64,7 +64,7 @@ class FeedbackStore:
         except (SQLAlchemyError, ImportError) as error:
             hidden = url.partition("://")[0]
             raise InputError(
-                f"feedback: wanted a file or a database URL, got {hidden}://...: {_reason(error)}"
+                f"feedback: expected a file or a database URL, got {hidden}://...: {_reason(error)}"
                 " (for PostgreSQL: pip install 'fastlm[postgresql]')"
             ) from None
         if self.engine.dialect.name == "sqlite":
@@ -198,7 +198,7 @@ class FeedbackStore:
             for key, value in rating.row().items():
                 if known[rating.name][key] != value:
                     raise InputError(
-                        f"metric {rating.name}: {key}: wanted {known[rating.name][key]!r}, which"
+                        f"metric {rating.name}: {key}: expected {known[rating.name][key]!r}, which"
                         f" the numbers in {self.name} mean, got {value!r}; choose another name"
                     )
 
@@ -264,7 +264,7 @@ class FeedbackStore:
                 busy = connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").one()[0]
             if busy:
                 raise InputError(
-                    f"{self.name}: wanted to empty its log, which still has what was deleted, but"
+                    f"{self.name}: expected to empty its log, which still has what was deleted, but"
                     " another process reads: forget it again when that has ended"
                 )
         return gone

@@ -62,7 +62,7 @@ class Loader:
             if (pages := self.options.get("num_blocks")) is None:
                 raise
             raise InputError(
-                f"pages: wanted as many as fit the memory, got {pages}: {reason(error)}"
+                f"pages: expected as many as fit the memory, got {pages}: {reason(error)}"
             ) from None
         own = f"{self.name}@{digest[:NAMED]}" if self.versions else self.name
         return Served(engine, model, tokenizer, own, str(path), digest)
@@ -92,18 +92,19 @@ class Loader:
         except (InputError, OSError, RuntimeError) as error:
             text = reason(error)
         release_memory()  # not before the error has gone, whose frames hold the model
-        raise InputError(f"model: wanted one that can be served, got: {text}")
+        raise InputError(f"model: expected one that can be served, got: {text}")
 
 
 def check_like(new: Served, current: Served) -> None:
     """InputError: requests that ``current`` takes would be refused."""
     if new.context_limit < current.context_limit:
         raise InputError(
-            f"wanted a context of at least the current model's {current.context_limit} tokens, got"
+            f"expected a context of at least the current model's {current.context_limit} tokens, "
+            "got"
             f" {new.context_limit}"
         )
     if current.tokenizer.chat_template is not None and new.tokenizer.chat_template is None:
-        raise InputError("wanted a model with a chat template, as the current one has")
+        raise InputError("expected a model with a chat template, as the current one has")
 
 
 def check_answers(served: Served) -> None:
@@ -112,7 +113,7 @@ def check_answers(served: Served) -> None:
     asked = Request([token], max_new_tokens=2, sampling=Sampling(temperature=0), ignore_eos=True)
     (result,) = served.engine.generate([asked])
     if result.finish_reason == "error":
-        raise InputError(f"wanted an answer of two tokens, got: {result.error}")
+        raise InputError(f"expected an answer of two tokens, got: {result.error}")
 
 
 def name_of(path: Path) -> str:
@@ -159,7 +160,7 @@ def _check_memory(wanted: int, what: str) -> None:
     free = free_memory()
     if free is not None and wanted > free:
         raise InputError(
-            f"wanted {wanted / 2**20:,.0f} MiB of free memory for {what}, got {free / 2**20:,.0f}"
+            f"expected {wanted / 2**20:,.0f} MiB of free memory for {what}, got {free / 2**20:,.0f}"
         )
 
 
@@ -167,7 +168,7 @@ def _load_draft(path: Path, tokenizer: Tokenizer) -> CausalLM:
     """The model that guesses; InputError: its tokens are not those of the tokenizer."""
     draft, other = load_model(path)
     if other.backend.get_vocab() != tokenizer.backend.get_vocab():
-        raise InputError(f"draft_model: wanted one with the model's tokenizer, got {path}")
+        raise InputError(f"draft_model: expected one with the model's tokenizer, got {path}")
     return draft
 
 

@@ -45,7 +45,7 @@ class Allowed:
                 if path != self.folder and path.is_relative_to(self.folder):
                     return str(path)
         below = "" if self.folder is None else ", or one below --models-dir"
-        raise InputError(f"model: wanted one that was named at start{below}, got {given!r:.200}")
+        raise InputError(f"model: expected one that was named at start{below}, got {given!r:.200}")
 
 
 def model_key(path: str) -> str:
@@ -89,7 +89,7 @@ class ModelManager:
             if await self._end_experiment("promote", given):
                 return
             if given is None:
-                raise InputError("model: wanted a path, got none, and no canary runs")
+                raise InputError("model: expected a path, got none, and no canary runs")
             await self._load(self.allowed.find(given), "promote", other_tokens=other_tokens)
 
     async def rollback(self) -> None:
@@ -98,7 +98,7 @@ class ModelManager:
             if await self._end_experiment("roll back", None):
                 return
             if (previous := self.state.previous) is None:
-                raise InputError("wanted a promotion to undo, got none (or one undone already)")
+                raise InputError("expected a promotion to undo, got none (or one undone already)")
             await self._load(previous.path, "roll back", previous.digest, other_tokens=True)
 
     async def _end_experiment(self, action: Any, given: str | None) -> bool:
@@ -113,7 +113,7 @@ class ModelManager:
 
         def load() -> Served:
             if digest is not None and loading.digest_of(Path(path)) != digest:
-                raise InputError(f"{path}: wanted what was served before, its files have changed")
+                raise InputError(f"{path}: expected what was served before, its files have changed")
             new = self.loader.beside(Path(path), old)
             try:
                 if not other_tokens and not loading.same_tokens(new.tokenizer, old.tokenizer):
@@ -200,7 +200,7 @@ def restore_models(loader: "Loader", base: str, path: Path) -> tuple[Models, Sta
             ) from None
         if not unchanged and (state.current.path != base or state.previous is not None):
             raise InputError(
-                f"{path}: wanted {state.current.path} as it was when it was promoted, its files"
+                f"{path}: expected {state.current.path} as it was when it was promoted, its files"
                 " have changed (delete the file to begin with --model)"
             )
         if not unchanged:  # trained again

@@ -121,7 +121,7 @@ class Models:
                 return served
         wanted = " or ".join(map(repr, self.names))
         raise ApiError(
-            f"model: wanted {wanted}, got {name!r:.80}", status=404, param="model",
+            f"model: expected {wanted}, got {name!r:.80}", status=404, param="model",
             code="model_not_found",
         )  # fmt: skip
 

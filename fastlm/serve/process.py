@@ -245,6 +245,6 @@ def _listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         listening.close()
         raise InputError(
-            f"port: wanted a free one on {host}, got {port}: {reason(error)}"
+            f"port: expected a free one on {host}, got {port}: {reason(error)}"
         ) from None
     return listening

@@ -93,7 +93,7 @@ def read_answers(
     def example_of(row: Any, place: str) -> Comparison | Unranked:
         example = answers_of(row, place)
         if isinstance(example, Label):
-            raise InputError("wanted two or more answers to rank, got one with a label")
+            raise InputError("expected two or more answers to rank, got one with a label")
         if isinstance(example, Comparison):
             check_rater(example.rater or FILE_RATER)
             if example.corrected:
@@ -198,7 +198,7 @@ class RankingStore(FeedbackStore):
         """
         row = self.first(ANSWERS.select().where(SEVERAL, ANSWERS.c.id == id))
         if row is None:
-            raise InputError(f"item: wanted one of the store, got {id}")
+            raise InputError(f"item: expected one of the store, got {id}")
         answer = read_answer(row, self.name)
         shown = list(range(len(answer.choices)))
         random.Random(_digest([self.seed, rater, answer.response_id])).shuffle(shown)
@@ -234,12 +234,13 @@ class RankingStore(FeedbackStore):
         """
         if len(ranks) != len(item.answers):
             raise InputError(
-                f"ranks: wanted one for each of {len(item.answers)} answers, got {len(ranks)}"
+                f"ranks: expected one for each of {len(item.answers)} answers, got {len(ranks)}"
             )
         for rank in ranks:
             if type(rank) is not int or not 0 <= rank < len(ranks):
                 raise InputError(
-                    f"ranks: wanted whole numbers from 0 to {len(ranks) - 1}, got {show(rank):.60}"
+                    f"ranks: expected whole numbers from 0 to {len(ranks) - 1}, got "
+                    f"{show(rank):.60}"
                 )
         places = sorted(set(ranks))
         of_choice = dict(zip(item.shown, map(places.index, ranks)))
@@ -256,15 +257,15 @@ class RankingStore(FeedbackStore):
         """
         check_unicode(text, "correction")
         if not text.strip():
-            raise InputError("correction: wanted text, got an empty one")
+            raise InputError("correction: expected text, got an empty one")
         if text.strip() == item.answers[number][-1]["content"].strip():
-            raise InputError("correction: wanted another text than the answer, got the same")
+            raise InputError("correction: expected another text than the answer, got the same")
         self._say(rater, item, choice=item.shown[number], corrected=text)
 
     def _say(self, rater: str, item: Item, **what: Any) -> None:
         check_rater(rater)
         if self.add(Feedback(item.response_id, rater=rater, **what)) is None:
-            raise InputError(f"item: wanted one of the store, got {item.id}, which was forgotten")
+            raise InputError(f"item: expected one of the store, got {item.id}, which was forgotten")
 
     # ---- results
 
@@ -345,9 +346,9 @@ class RankingStore(FeedbackStore):
         InputError: also nothing to export, a rater who did nothing.
         """
         if form not in FORMS:
-            raise InputError(f"form: wanted one of {', '.join(FORMS)}, got {form!r}")
+            raise InputError(f"form: expected one of {', '.join(FORMS)}, got {form!r}")
         if rater is not None and rater not in (known := self.raters()):
-            raise InputError(f"rater: wanted one of {', '.join(known) or 'none'}, got {rater!r}")
+            raise InputError(f"rater: expected one of {', '.join(known) or 'none'}, got {rater!r}")
         rows = 0
         with replacing(Path(path)) as file:
             for corrected in (False, True):
@@ -356,7 +357,9 @@ class RankingStore(FeedbackStore):
                         file.write(as_json(part.row()).encode() + b"\n")
                         rows += 1
             if not rows:
-                raise InputError(f"{self.name}: wanted something to export as {form}, got nothing")
+                raise InputError(
+                    f"{self.name}: expected something to export as {form}, got nothing"
+                )
         return rows
 
 
@@ -377,6 +380,6 @@ def _digest(value: Any) -> str:
 def check_rater(rater: str) -> None:
     """InputError unless the name can be printed in a line and stored as it is."""
     if not rater.strip() or not rater.isprintable():
-        raise InputError(f"rater: wanted a name, got {rater!r:.60}")
+        raise InputError(f"rater: expected a name, got {rater!r:.60}")
     if scrubbed(rater) != rater:
         raise InputError(f"rater: expected a name, no address and no number, got {rater!r:.60}")

@@ -60,12 +60,12 @@ class Rating:
         """A value as a number. InputError: not of the metric's kind, or out of its range."""
         if self.kind == "boolean":
             if not isinstance(value, bool):
-                raise InputError(f"{where}: wanted true or false, got {value!r:.80}")
+                raise InputError(f"{where}: expected true or false, got {value!r:.80}")
             return float(value)
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not self.low <= value <= self.high:
             raise InputError(
-                f"{where}: wanted a number from {self.low:g} to {self.high:g}, got {value!r:.80}"
+                f"{where}: expected a number from {self.low:g} to {self.high:g}, got {value!r:.80}"
             )
         return float(value)
 
@@ -95,9 +95,9 @@ def read_values(
         where = f"metrics.{name:.64}"
         if name not in known:
             names = ", ".join(known) or "none: the server declares none"
-            raise InputError(f"{where}: wanted one of {names}")
+            raise InputError(f"{where}: expected one of {names}")
         rating = known[name]
         if not (response if rating.level == "response" else conversation):
-            raise InputError(f"{where}: wanted {rating.level}_id: it is about a {rating.level}")
+            raise InputError(f"{where}: expected {rating.level}_id: it is about a {rating.level}")
         found.append((name, rating.read(value, where)))
     return tuple(found)

@@ -87,7 +87,7 @@ def _obey(command: str, conversation: "Conversation") -> bool:
     """Run a command; return whether the conversation continues."""
     if command not in ("/help", "/reset", "/exit"):
         name = command.split()[0]
-        raise InputError(f"{name}: wanted /help, /reset or /exit (//TEXT sends /TEXT)")
+        raise InputError(f"{name}: expected /help, /reset or /exit (//TEXT sends /TEXT)")
     if command == "/reset":
         conversation.reset()
     if command != "/exit":

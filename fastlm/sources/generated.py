@@ -35,7 +35,9 @@ FORM = f"{SCHEME}:NAME or {SCHEME}:NAME?KEY=VALUE&..."
 SOURCE = "source"  # the key of a row that holds its spec
 TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 REVIEWED = "0.1.25"  # of the package: the scorers of another version are unknown, so none is used
-MISSING = f"wanted the package {SCHEME}, which is not installed (pip install {SCHEME}=={REVIEWED})"
+MISSING = (
+    f"expected the package {SCHEME}, which is not installed (pip install {SCHEME}=={REVIEWED})"
+)
 # Generators whose `score_answer`, with all that it calls, was read in version `REVIEWED`: it
 # compares texts, or parses them by int, float, Decimal, complex, json.loads, numpy.loadtxt or a
 # regular expression. test_generated.py repeats the search for calls that evaluate. Left out
@@ -112,11 +114,12 @@ def check_scored(spec: str) -> None:
     name = spec.removeprefix(f"{SCHEME}:").partition("?")[0]
     if (got := package_version()) != REVIEWED:
         raise InputError(
-            f"reward: wanted {SCHEME} {REVIEWED}, whose scores were reviewed, got version {got}"
+            f"reward: expected {SCHEME} {REVIEWED}, whose scores were reviewed, got version {got}"
         )
     if name not in SCORED:
         raise InputError(
-            f"reward: wanted a generator of which {SCHEME} scores answers without evaluating text,"
+            f"reward: expected a generator of which {SCHEME} scores answers without evaluating "
+            "text,"
             f" or another reward, got {name!r:.80}"
         )
 
@@ -128,7 +131,9 @@ def check_generated(row: Mapping[str, Any]) -> None:
     try:
         made.score_answer(str(row["answer"]), _entry(row))
     except Exception as error:
-        raise InputError(f"row: wanted one that {spec:.80} can score, got {_told(error)}") from None
+        raise InputError(
+            f"row: expected one that {spec:.80} can score, got {_told(error)}"
+        ) from None
 
 
 def generator_score(answer: str, row: Mapping[str, Any]) -> float:
@@ -157,7 +162,7 @@ def _spec_of(row: Mapping[str, Any]) -> str:
     about = row.get("metadata")  # an entry that was written to a file: the default configuration
     name = about.get("source_dataset") if isinstance(about, Mapping) else None
     if not isinstance(name, str):
-        raise InputError(f"row: wanted one of a {SCHEME}: source, got one without its generator")
+        raise InputError(f"row: expected one of a {SCHEME}: source, got one without its generator")
     return f"{SCHEME}:{name}"
 
 
@@ -191,13 +196,13 @@ def _parsed(spec: str) -> tuple[str, dict[str, Any]]:
     name, _, query = spec.removeprefix(f"{SCHEME}:").partition("?")
     if name not in DATASETS:
         near = difflib.get_close_matches(name[:80], DATASETS, n=1, cutoff=0.0)[0]
-        raise InputError(f"source {spec}: wanted a generator such as {near}, got {name!r:.80}")
+        raise InputError(f"source {spec}: expected a generator such as {near}, got {name!r:.80}")
     known = {f.name for f in dataclasses.fields(DATASETS[name][1])}
     options: dict[str, Any] = {"seed": 0} if "seed" in known else {}
     for part in query.split("&") if query else ():
         key, equals, text = part.partition("=")
         if not equals:
-            raise InputError(f"source {spec}: wanted {FORM}, got {part!r:.60}")
+            raise InputError(f"source {spec}: expected {FORM}, got {part!r:.60}")
         if key not in known:
             raise InputError(unknown_key(f"source {spec}: {key}", key, known))
         try:
@@ -205,7 +210,7 @@ def _parsed(spec: str) -> tuple[str, dict[str, Any]]:
         except ValueError:
             options[key] = text
     if type(seed := options.get("seed", 0)) is not int:  # null would draw one
-        raise InputError(f"source {spec}: seed: wanted an integer, got {seed!r:.60}")
+        raise InputError(f"source {spec}: seed: expected an integer, got {seed!r:.60}")
     return name, options
 
 
@@ -215,4 +220,6 @@ def _told(error: Exception) -> str:
 
 def _refused(spec: str, told: str) -> InputError:
     """The package asserts, and a value of another type fails anyhow."""
-    return InputError(f"source {spec}: wanted options that the generator accepts, got {told:.200}")
+    return InputError(
+        f"source {spec}: expected options that the generator accepts, got {told:.200}"
+    )

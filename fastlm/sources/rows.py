@@ -140,24 +140,24 @@ def list_files(
 
     kinds = ", ".join(f"{scheme}:NAME" for scheme in packages.SCHEMES)
     if not spec.strip():
-        raise InputError(f"source: wanted a path, {kinds}, got an empty text")
+        raise InputError(f"source: expected a path, {kinds}, got an empty text")
     scheme, name, glob = parse_source(spec)
     if scheme == generated.SCHEME:
-        raise InputError(f"source {spec}: wanted text, got a generator of questions")
+        raise InputError(f"source {spec}: expected text, got a generator of questions")
     package = bool(scheme)
     passed: Counter[str] = Counter()
     unread = Counter() if unread is None else unread
     root = packages.fetch(scheme, name, cache=cache) if package else Path(name)
     spec = printable(spec)
     if not root.exists():
-        raise InputError(f"source {spec}: wanted a path, {kinds}; not found")
+        raise InputError(f"source {spec}: expected a path, {kinds}; not found")
     types = f"of a type that is read, as {' '.join(DOCUMENTS)}"
     if root.is_file():
         name = printable(root.name)
         if (ending := file_ending(name)) not in FORMATS:
-            raise InputError(f"source {spec}: wanted a file {types}; got {name}")
+            raise InputError(f"source {spec}: expected a file {types}; got {name}")
         if root.stat().st_size == 0:
-            raise InputError(f"source {spec}: wanted text, the file is empty")
+            raise InputError(f"source {spec}: expected text, the file is empty")
         return [SourceFile(root, name, spec, FORMATS[ending], named=True)], passed
 
     files = []
@@ -183,7 +183,7 @@ def list_files(
             files.append(SourceFile(path, relative, spec, FORMATS[ending], package=package))
     if not files:
         found = f" ({', '.join(f'{n} {why}' for why, n in passed.items())})" if passed else ""
-        raise InputError(f"source {spec}: wanted files {types}; found none{found}")
+        raise InputError(f"source {spec}: expected files {types}; found none{found}")
     return files, passed
 
 
@@ -220,7 +220,8 @@ def read_file(
             data = stream.read(MAX_DOCUMENT_BYTES + 1)
             if len(data) > MAX_DOCUMENT_BYTES:
                 raise InputError(
-                    f"{file.path}: wanted a page of at most {MAX_DOCUMENT_BYTES:,} bytes, got more"
+                    f"{file.path}: expected a page of at most {MAX_DOCUMENT_BYTES:,} bytes, got "
+                    "more"
                 )
             _refuse_binary(file, data)
             yield Document(decode_web(data, html=True), file.name, file.source, {"format": "html"})
@@ -305,7 +306,7 @@ def _refuse_binary(file: SourceFile, head: bytes) -> None:
     control = len(head) - len(head.translate(None, CONTROL))
     # 1 in 10: text has none; executables and images have a third or more
     if b"\0" in head or control * 10 > len(head):
-        raise InputError(f"{file.path}: wanted text, it holds binary data")
+        raise InputError(f"{file.path}: expected text, it holds binary data")
 
 
 def _text(file: SourceFile, data: bytes, line: int) -> str:
@@ -319,7 +320,7 @@ def _text(file: SourceFile, data: bytes, line: int) -> str:
             return decode_web(data, html=False)
         line += data.count(b"\n", 0, e.start)
         raise InputError(
-            f"{file.path}, line {line}: wanted UTF-8, got byte 0x{data[e.start]:02x} "
+            f"{file.path}, line {line}: expected UTF-8, got byte 0x{data[e.start]:02x} "
             "(iconv converts other encodings)"
         ) from None
 
@@ -331,7 +332,8 @@ def _read_text(file: SourceFile, stream: BinaryIO) -> Iterator[Document]:
         rest += stream.read(MAX_DOCUMENT_BYTES)
         if len(rest) > MAX_DOCUMENT_BYTES:
             raise InputError(
-                f"{file.path}: wanted UTF-8 for text over {MAX_DOCUMENT_BYTES:,} bytes, got UTF-16"
+                f"{file.path}: expected UTF-8 for text over {MAX_DOCUMENT_BYTES:,} bytes, got "
+                "UTF-16"
             )
         yield Document(rest.decode("utf-16", "replace"), file.name, file.source, {"format": "text"})
         return
@@ -355,7 +357,7 @@ def _read_text(file: SourceFile, stream: BinaryIO) -> Iterator[Document]:
         if len(rest) - rest.rfind(b"\n") > MAX_DOCUMENT_BYTES:
             line += rest.count(b"\n")
             raise InputError(
-                f"{file.path}, line {line}: wanted lines of at most {MAX_DOCUMENT_BYTES:,} bytes"
+                f"{file.path}, line {line}: expected lines of at most {MAX_DOCUMENT_BYTES:,} bytes"
             )
 
 
@@ -367,7 +369,7 @@ def _json_lines(stream: BinaryIO) -> Iterator[Row]:
         if len(data) > MAX_DOCUMENT_BYTES:
             while data and not data.endswith(b"\n"):
                 data = stream.readline(MAX_DOCUMENT_BYTES)
-            limit = f"wanted lines of at most {MAX_DOCUMENT_BYTES:,} bytes, this one is longer"
+            limit = f"expected lines of at most {MAX_DOCUMENT_BYTES:,} bytes, this one is longer"
             yield line, InputError(limit)
         elif data.strip():
             yield line, _parsed(data, "utf-8-sig" if line == 1 else "utf-8")
@@ -377,7 +379,8 @@ def _whole(file: SourceFile, stream: BinaryIO) -> Any:
     data = stream.read(MAX_JSON_BYTES + 1)
     if len(data) > MAX_JSON_BYTES:
         raise InputError(
-            f"{file.path}: wanted at most {MAX_JSON_BYTES:,} bytes of JSON, or JSON lines (.jsonl)"
+            f"{file.path}: expected at most {MAX_JSON_BYTES:,} bytes of JSON, or JSON lines "
+            "(.jsonl)"
         )
     value = _parsed(data, "utf-8-sig")
     if isinstance(value, InputError):
@@ -390,12 +393,12 @@ def _parsed(data: bytes, encoding: str) -> Any:
     try:
         return json.loads(data.decode(encoding))
     except UnicodeDecodeError as e:
-        return InputError(f"wanted UTF-8, got byte 0x{data[e.start]:02x}")
+        return InputError(f"expected UTF-8, got byte 0x{data[e.start]:02x}")
     except json.JSONDecodeError as e:
         at = f"line {e.lineno}, column {e.colno}" if e.lineno > 1 else f"column {e.colno}"
-        return InputError(f"wanted one JSON object: {e.msg} at {at}")
+        return InputError(f"expected one JSON object: {e.msg} at {at}")
     except (ValueError, RecursionError) as e:
-        return InputError(f"wanted one JSON object: {e}")
+        return InputError(f"expected one JSON object: {e}")
 
 
 def good_rows(
@@ -452,10 +455,10 @@ def _document(row: Any, place: str, file: SourceFile, field: str) -> Document:
             got = f"the fields {', '.join(map(repr, row))[:200]}"
             if field in row:
                 got = f"{type(row[field]).__name__} there"
-        raise InputError(f"wanted an object with a text in {field!r}, got {got}")
+        raise InputError(f"expected an object with a text in {field!r}, got {got}")
     meta = row["meta"] if isinstance(row.get("meta"), dict) else {}
     if _deeper(meta, META_LEVELS):
-        raise InputError(f"wanted a meta of at most {META_LEVELS} levels, got more")
+        raise InputError(f"expected a meta of at most {META_LEVELS} levels, got more")
     if isinstance(row.get("url"), str):
         meta = {"url": row["url"], **meta}
     # A lone surrogate is legal JSON but not legal text: it could not be written again.
@@ -474,7 +477,7 @@ def _read_notebook(file: SourceFile, stream: BinaryIO) -> Document:
     book = _whole(file, stream)
     cells = book.get("cells") if isinstance(book, dict) else None
     if not isinstance(cells, list):
-        raise InputError(f"{file.path}: wanted a notebook with cells (nbformat 4)")
+        raise InputError(f"{file.path}: expected a notebook with cells (nbformat 4)")
     texts = []
     for cell in cells:
         source = cell.get("source") if isinstance(cell, dict) else None
@@ -531,8 +534,10 @@ def _read_warc(file: SourceFile, stream: BinaryIO, skipped: Counter[str]) -> Ite
     except (OSError, ValueError, RuntimeError) as e:
         if isinstance(e, OSError) and e.errno:
             raise
-        raise InputError(f"{file.path}: wanted a WARC archive: {e}") from None
+        raise InputError(f"{file.path}: expected a WARC archive: {e}") from None
     if source.first != b"WARC/":
-        raise InputError(f"{file.path}: wanted a WARC archive, it does not start with WARC/")
+        raise InputError(f"{file.path}: expected a WARC archive, it does not start with WARC/")
     if source.tail != b"\r\n\r\n":
-        raise InputError(f"{file.path}: wanted a whole WARC archive, its last record is cut short")
+        raise InputError(
+            f"{file.path}: expected a whole WARC archive, its last record is cut short"
+        )

@@ -83,9 +83,9 @@ def open_stream(path: Path) -> Iterator[BinaryIO]:
                 stream = raw
             yield stream
         except EOFError:
-            raise InputError(f"{path}: wanted whole compressed data, it is cut short") from None
+            raise InputError(f"{path}: expected whole compressed data, it is cut short") from None
         except (gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as e:
-            raise InputError(f"{path}: wanted intact compressed data: {e}") from None
+            raise InputError(f"{path}: expected intact compressed data: {e}") from None
         except OSError as e:
             raise InputError(f"{path}: cannot be read: {e.strerror or e}") from None
 

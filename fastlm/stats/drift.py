@@ -34,7 +34,7 @@ def psi(reference_counts: Any, counts: Any, *, seed: int = 0) -> Drift:
     """
     r, q = _counts("reference_counts", reference_counts), _counts("counts", counts)
     if len(r) != len(q):
-        raise InputError(f"counts: wanted {len(r)} bins as in reference_counts, got {len(q)}")
+        raise InputError(f"counts: expected {len(r)} bins as in reference_counts, got {len(q)}")
     rng, pooled = np.random.default_rng(seed), (r + q) / (r + q).sum()
     drawn = _psi(*(rng.multinomial(int(c.sum()), pooled, DRAWS) for c in (r, q)))
     return _drift(float(_psi(r, q)), drawn)
@@ -65,7 +65,7 @@ def mmd(
     if bandwidth is None:
         bandwidth = float(np.sqrt(np.median(distances[np.triu_indices(len(pooled), 1)])))
     elif bandwidth <= 0:
-        raise InputError(f"bandwidth: wanted a number above 0, got {bandwidth}")
+        raise InputError(f"bandwidth: expected a number above 0, got {bandwidth}")
     if bandwidth == 0 and distances.any():
         bandwidth = float(np.sqrt(distances.max()))  # more than half of the pairs are equal
     kernel = np.exp(distances / (-2 * bandwidth**2)) if bandwidth else np.ones_like(distances)

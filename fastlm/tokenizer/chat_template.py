@@ -42,14 +42,14 @@ def _json(value: Any, where: str) -> str:
         if isinstance(item, Sequence) and not isinstance(item, bytes | bytearray):
             return list(item)
         name = type(item).__name__
-        raise InputError(f"{where}: wanted text, numbers, lists and mappings, got {name}")
+        raise InputError(f"{where}: expected text, numbers, lists and mappings, got {name}")
 
     try:
         text = json.dumps(value, ensure_ascii=False, default=convert)
     except InputError:
         raise
     except (RecursionError, TypeError, ValueError) as error:  # too deep, numbers too long
-        raise InputError(f"{where}: wanted what JSON can hold: {error}") from None
+        raise InputError(f"{where}: expected what JSON can hold: {error}") from None
     if not text.isascii():
         for string in STRING.findall(text):
             check_unicode(json.loads(string), where)
@@ -70,11 +70,11 @@ def render(
     ``tokens`` (name -> text). Text outside those ranges came from messages and variables.
     """
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
-        raise InputError(f"messages: wanted a list of mappings, got {type(messages).__name__}")
+        raise InputError(f"messages: expected a list of mappings, got {type(messages).__name__}")
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise InputError(
-                f"messages[{index}]: wanted a mapping with a text 'role', got {message!r:.80}"
+                f"messages[{index}]: expected a mapping with a text 'role', got {message!r:.80}"
             )
     request = {
         "template": template,
@@ -144,7 +144,7 @@ class _Process:
         status = self.child.wait()
         self.close()
         if status == -signal.SIGPROF:
-            return f"wanted a template that ends within {SECONDS:g} s"
+            return f"expected a template that ends within {SECONDS:g} s"
         return f"the process that renders ended with status {status}"
 
     def close(self) -> None:

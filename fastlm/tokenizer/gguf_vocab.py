@@ -82,7 +82,7 @@ def build(file: "GGUFFile") -> tuple[Tokenizer, dict[str, str], str | None]:
         return file.get(f"tokenizer.ggml.{key}", kind, default)
 
     def refuse(key: str, message: str) -> InputError:
-        return InputError(f"{path}: tokenizer.ggml.{key}: wanted {message}")
+        return InputError(f"{path}: tokenizer.ggml.{key}: expected {message}")
 
     model, tokens = get("model", str), get("tokens", list)
     if model not in ("gpt2", "llama"):
@@ -106,7 +106,7 @@ def build(file: "GGUFFile") -> tuple[Tokenizer, dict[str, str], str | None]:
             continue
         if not 0 <= token_id < len(tokens):
             raise InputError(
-                f"{path}: {name}: wanted an id below {len(tokens)} (the tokens), got {token_id}"
+                f"{path}: {name}: expected an id below {len(tokens)} (the tokens), got {token_id}"
             )
         roles[name] = tokens[token_id]
 
@@ -142,24 +142,26 @@ def library(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise InputError(f"tokenizer: wanted a consistent one, got: {reason(error):.200}") from None
+        raise InputError(
+            f"tokenizer: expected a consistent one, got: {reason(error):.200}"
+        ) from None
 
 
 def _byte_level_bpe(tokens: list[str], merges: Sequence[str], pre: str, path: Any) -> Tokenizer:
     if pre not in PRE_TOKENIZERS:
         known = ", ".join(sorted(PRE_TOKENIZERS))
-        raise InputError(f"{path}: tokenizer.ggml.pre: wanted one of {known}, got {pre!r:.60}")
+        raise InputError(f"{path}: tokenizer.ggml.pre: expected one of {known}, got {pre!r:.60}")
     vocab = {token: index for index, token in enumerate(tokens)}
     # a byte-level token contains no space, so the only space separates the two halves
     pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
     for pair in pairs:
         if not {*pair, "".join(pair)} <= vocab.keys():
             raise InputError(
-                f"{path}: tokenizer.ggml.merges: wanted two tokens whose union is a token, "
+                f"{path}: tokenizer.ggml.merges: expected two tokens whose union is a token, "
                 f"got {pair!r:.80}"
             )
     if not pairs:
-        raise InputError(f"{path}: tokenizer.ggml.merges: wanted a list of merges, got none")
+        raise InputError(f"{path}: tokenizer.ggml.merges: expected a list of merges, got none")
     tokenizer = Tokenizer(library(BPE, vocab, pairs, ignore_merges=pre in WHOLE_WORDS))
     tokenizer.pre_tokenizer = byte_level(PRE_TOKENIZERS[pre])
     tokenizer.decoder = decoders.ByteLevel()
@@ -173,7 +175,7 @@ def _sentencepiece(
     scores = file.get("tokenizer.ggml.scores", np.ndarray, np.empty(0))
     if len(scores) != len(tokens):
         raise InputError(
-            f"{file.path}: tokenizer.ggml.scores: wanted one per token ({len(tokens)}),"
+            f"{file.path}: tokenizer.ggml.scores: expected one per token ({len(tokens)}),"
             f" got {len(scores)}"
         )
     vocab = {token: index for index, token in enumerate(tokens)}

@@ -21,7 +21,7 @@ def load_tokenizer(path: str | Path, config: Mapping[str, Any]) -> Tokenizer:
     vocab = config_of(config, model).vocab_size
     if tokenizer.vocab_size > vocab:
         raise InputError(
-            f"{found}: wanted a tokenizer of at most {vocab} ids (the model's embedding), "
+            f"{found}: expected a tokenizer of at most {vocab} ids (the model's embedding), "
             f"got {tokenizer.vocab_size}"
         )
     return tokenizer

@@ -198,7 +198,7 @@ def answer(compiled: Any, request: dict[str, Any]) -> dict[str, Any]:
         }  # fmt: skip
         text = join([compiled(request["template"]).render(variables)])
         if len(text) > MAX_CHARACTERS:
-            return {"error": f"wanted at most {MAX_CHARACTERS:,} characters, got {len(text):,}"}
+            return {"error": f"expected at most {MAX_CHARACTERS:,} characters, got {len(text):,}"}
         runs = [run.span() for run in re.finditer(b"\1+", text._marks)]
         return {"text": str.__str__(text), "own": runs}
     except MemoryError:

@@ -58,7 +58,7 @@ class Tokenizer:
         self._written: set[Any] = set()  # what `check_written` has found to be right
         if self.vocab_size > MAX_IDS:  # the library lists the unused ids
             raise InputError(
-                f"tokenizer: wanted ids below {MAX_IDS:,}, got one of {self.vocab_size - 1:,}"
+                f"tokenizer: expected ids below {MAX_IDS:,}, got one of {self.vocab_size - 1:,}"
             )
         self._roles = {name: token for name, token in roles.items() if token is not None}
         self._backend = backend = _with_special_turns(backend, self._roles.values())
@@ -66,7 +66,7 @@ class Tokenizer:
         ids = {name: backend.token_to_id(token) for name, token in self._roles.items()}
         for name, token in self._roles.items():
             if ids[name] is None:
-                raise InputError(f"{name}: wanted a token of the vocabulary, got {token!r}")
+                raise InputError(f"{name}: expected a token of the vocabulary, got {token!r}")
         self.bos_id, self.eos_id, self.pad_id = map(ids.get, ROLES[:3])
         added = {t.content: i for i, t in backend.get_added_tokens_decoder().items()}
         stops = {added[token] for token in STOPS if token in added}
@@ -76,7 +76,7 @@ class Tokenizer:
         self.byte_level = "ByteLevel" in kinds
         if not self.byte_level and not kinds & {"ByteFallback", "Metaspace"}:
             raise InputError(
-                "tokenizer: wanted byte-level or SentencePiece-style BPE, "
+                "tokenizer: expected byte-level or SentencePiece-style BPE, "
                 f"got a decoder of {sorted(map(str, kinds))}"
             )
         self._strip_first = bool(kinds & {"Strip", "Metaspace"})
@@ -151,10 +151,10 @@ class Tokenizer:
         """
         check_vocab_size(vocab_size, special_tokens)
         if not special_tokens or len(set(special_tokens)) < len(special_tokens):
-            raise InputError(f"special_tokens: wanted distinct tokens, got {special_tokens!r}")
+            raise InputError(f"special_tokens: expected distinct tokens, got {special_tokens!r}")
         if single := BYTE_OF.keys() & set(special_tokens):
             raise InputError(
-                f"special_tokens: wanted none that is the spelling of a byte, got {min(single)!r}"
+                f"special_tokens: expected none that is the spelling of a byte, got {min(single)!r}"
             )
         backend = tokenizers.Tokenizer(BPE())
         backend.pre_tokenizer = gguf_vocab.byte_level((gguf_vocab.LLAMA3,))
@@ -176,7 +176,7 @@ class Tokenizer:
 
         backend.train_from_iterator(pieces(), trainer)
         if not characters:
-            raise InputError("texts: wanted text to train on, got none")
+            raise InputError("texts: expected text to train on, got none")
         chat = {"<|im_start|>", "<|im_end|>"} <= set(special_tokens)
         roles = {"eos_token": special_tokens[0], "pad_token": special_tokens[0]}
         return cls(backend, roles, chat_template.CHATML if chat else None)
@@ -197,7 +197,7 @@ class Tokenizer:
             check_growth(text)
             backend = library(tokenizers.Tokenizer.from_str, text)
         except InputError as error:
-            raise InputError(f"{file}: wanted a tokenizer.json, got: {error}") from error
+            raise InputError(f"{file}: expected a tokenizer.json, got: {error}") from error
         # settings of one call that transformers saves with the tokenizer and does not load
         backend.no_truncation()
         backend.no_padding()
@@ -273,7 +273,8 @@ class Tokenizer:
         if not self._reserved.isdisjoint(ids):
             index = next(i for i in ids if i in self._reserved)
             raise InputError(
-                f"text: wanted none with {self._backend.id_to_token(index)!r}, a special token that"
+                f"text: expected none with {self._backend.id_to_token(index)!r}, a special token "
+                "that"
                 " this tokenizer cannot write as text"
             )
         return ids
@@ -296,7 +297,7 @@ class Tokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         """Return the exact bytes that ``token_id`` stands for (its name for a special token)."""
         if not 0 <= token_id < self.vocab_size:
-            raise InputError(f"token_id: wanted 0 to {self.vocab_size - 1}, got {token_id}")
+            raise InputError(f"token_id: expected 0 to {self.vocab_size - 1}, got {token_id}")
         return self._bytes[token_id]
 
     @cached_property
@@ -336,7 +337,7 @@ class Tokenizer:
         date: str | None = None,
     ) -> tuple[str, chat_template.Runs]:
         if self.chat_template is None:
-            raise InputError("chat_template: wanted one for chat, this tokenizer has none")
+            raise InputError("chat_template: expected one for chat, this tokenizer has none")
         variables = {"add_generation_prompt": add_generation_prompt, **variables}
         text, own = chat_template.render(self.chat_template, messages, variables, self._roles, date)
         return _valid(text), own
@@ -390,7 +391,7 @@ class Tokenizer:
             upto, marks = self._render(messages[: i + 1], False, variables, date)
             if not upto.startswith(before):
                 raise InputError(
-                    "chat_template: wanted a generation prompt that is how an answer begins,"
+                    "chat_template: expected a generation prompt that is how an answer begins,"
                     f" got {before[-40:]!r} before message {i}"
                 )
             learn = learnt is None or learnt[i]
@@ -410,7 +411,7 @@ class Tokenizer:
         """Raise InputError if `encode_conversation` cannot serve this tokenizer."""
         if self._strip_first:
             raise InputError(
-                "tokenizer: wanted byte-level BPE to learn conversations, got one that puts a"
+                "tokenizer: expected byte-level BPE to learn conversations, got one that puts a"
                 " space before a text"
             )
 
@@ -430,7 +431,8 @@ class Tokenizer:
             if stop is None:
                 names = ", ".join(str(self._backend.id_to_token(i)) for i in sorted(self.stop_ids))
                 raise InputError(
-                    f"chat_template: wanted one that ends an answer with {names or 'an end token'},"
+                    "chat_template: expected one that ends an answer with "
+                    f"{names or 'an end token'},"
                     f" got {text[begin:end][-40:]!r}"
                 )
             ids += prompt + answer
@@ -478,7 +480,7 @@ class Tokenizer:
         text = self._render(marked, False, variables, date)[0]
         for name, part in marks.items():
             if name not in text:
-                raise InputError(f"chat_template: wanted one that writes {part}, got none of it")
+                raise InputError(f"chat_template: expected one that writes {part}, got none of it")
         self._written.add(key)
 
     @property
@@ -552,7 +554,7 @@ def _check_whole(answer: str, message: Mapping[str, Any], index: int) -> None:
     for name in ("content", *REASONING):
         if "".join(str(message.get(name) or "").split()) not in written:
             raise InputError(
-                f"chat_template: wanted one that writes the whole {name} of message {index}"
+                f"chat_template: expected one that writes the whole {name} of message {index}"
                 f" ({message['role']}), got {answer[:60]!r}"
             )
 
@@ -570,7 +572,7 @@ def check_vocab_size(vocab_size: int, special_tokens: Sequence[str]) -> None:
     least = 256 + len(special_tokens)
     if vocab_size < least:
         raise InputError(
-            f"vocab_size: wanted at least {least} (256 bytes and the special tokens), "
+            f"vocab_size: expected at least {least} (256 bytes and the special tokens), "
             f"got {vocab_size}"
         )
 
@@ -614,7 +616,7 @@ def _encode(
 def _valid(text: str) -> str:
     """Return ``text`` if UTF-8 can encode it (no lone surrogates)."""
     if not isinstance(text, str):
-        raise InputError(f"text: wanted str, got {type(text).__name__}")
+        raise InputError(f"text: expected str, got {type(text).__name__}")
     check_unicode(text, "text")
     return text
 

@@ -304,7 +304,7 @@ class Distill(DistillOptions, Sft):
             chat_tokenizer(tokenizer, "")
         except InputError as error:
             told = str(error).removeprefix("chat_template: ")
-            raise InputError(f"teacher: wanted a chat template of its own; {told}") from None
+            raise InputError(f"teacher: expected a chat template of its own; {told}") from None
         rows = Rows()
         room = teacher.context_limit - self.max_new_tokens
         questions = []

@@ -45,7 +45,7 @@ def chat_tokenizer(tokenizer: "Tokenizer", chat_template: str) -> "Tokenizer":
     elif tokenizer.chat_template is None:
         if not {"<|im_start|>", "<|im_end|>"} <= tokenizer.special_tokens:
             raise InputError(
-                "chat_template: wanted one, since the model has neither a template nor"
+                "chat_template: expected one, since the model has neither a template nor"
                 " ChatML's tokens <|im_start|> and <|im_end|>"
             )
         tokenizer.chat_template = CHATML
@@ -59,7 +59,8 @@ def check_vocabulary(name: str, own: "Tokenizer", wanted: "Tokenizer") -> None:
         theirs, ours = (t.token_bytes(i) if i < t.vocab_size else None for t in (wanted, own))
         if theirs != ours:
             raise InputError(
-                f"{name}: wanted the vocabulary of the model that is trained, in which token {i} is"
+                f"{name}: expected the vocabulary of the model that is trained, in which token "
+                f"{i} is"
                 f" {theirs!r}, got one in which it is {ours!r}"
             )
 
@@ -181,7 +182,7 @@ class TrainingData:
                 return ids, messages[-1]["content"]
         if own and tokens:
             raise InputError(
-                f"sample_prompt: wanted at most {room} tokens, which leave room for sample_tokens"
+                f"sample_prompt: expected at most {room} tokens, which leave room for sample_tokens"
                 f" {tokens}, got more"
             )
         return [], ""

@@ -326,7 +326,7 @@ class _Loop:
             "progress": self.progress(), **spike,
         }  # fmt: skip
         if taken := line.keys() & scalars.keys():
-            raise ValueError(f"scalars: wanted names that the loop has not, got {min(taken)!r}")
+            raise ValueError(f"scalars: expected names that the loop has not, got {min(taken)!r}")
         self.log({**line, **scalars})
         self.moments()
         if state.done >= 1.0 or state.step % o.checkpoint_every == 0:
@@ -481,7 +481,7 @@ class _Loop:
         have = self.metrics.seek(0, os.SEEK_END)
         if have < length:
             raise InputError(
-                f"{self.run_dir / METRICS}: wanted the {length} bytes that {found[-1].name}"
+                f"{self.run_dir / METRICS}: expected the {length} bytes that {found[-1].name}"
                 f" continues from, got {have}; delete {found[-1].parent} to start again"
             )
         self.metrics.truncate(length)

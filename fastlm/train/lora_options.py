@@ -77,7 +77,7 @@ class LoraOptions:
         if not self.lora_rank:
             return CausalLM.from_pretrained(source, dtype=torch.float32, keep_quantized=False)
         if not self.merge and is_adapter(locate_model(Path(source))):
-            raise InputError(f"merge: wanted true on top of an adapter, {source}, got false")
+            raise InputError(f"merge: expected true on top of an adapter, {source}, got false")
         model = CausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
         bits = self._base_kept(model, warn)
         if bits and self.base_bits == 16:
@@ -111,7 +111,9 @@ class LoraOptions:
             warn(f"base_bits: 16 dequantizes the base, which is {got}; 4 or 8 keep it as it is")
             return bits
         if bits and bits != [self.base_bits]:
-            warn(f"base_bits: wanted {self.base_bits}, got a base of {got}, which keeps its format")
+            warn(
+                f"base_bits: expected {self.base_bits}, got a base of {got}, which keeps its format"
+            )
         if rounded := sum(m.act_bits == 8 for m in layers if isinstance(m, QuantizedLinear)):
             warn(
                 f"model: {rounded} layers of the base round activations to int8; the training does"

@@ -255,11 +255,11 @@ def grpo_loss(
     """
     if advantages.shape not in (logp.shape[:1], logp.shape):
         raise InputError(
-            f"advantages: wanted one per row, {tuple(logp.shape[:1])}, or per token,"
+            f"advantages: expected one per row, {tuple(logp.shape[:1])}, or per token,"
             f" {tuple(logp.shape)}, got shape {tuple(advantages.shape)}"
         )
     if ref_logp is None and beta:
-        raise InputError(f"ref_logp: wanted log-probabilities with beta={beta:g}, got None")
+        raise InputError(f"ref_logp: expected log-probabilities with beta={beta:g}, got None")
     if advantages.ndim == 1:
         advantages = advantages[:, None].expand_as(logp)
     keep, logp, old_logp = _read(mask, logp=logp, old_logp=old_logp.detach())
@@ -320,7 +320,7 @@ def dpo_loss(
     if lengths is not None:
         if len(lengths) != 2 or any(n.shape != chosen.shape for n in lengths):
             raise InputError(
-                f"lengths: wanted two tensors of shape {tuple(chosen.shape)},"
+                f"lengths: expected two tensors of shape {tuple(chosen.shape)},"
                 f" got {[tuple(n.shape) for n in lengths]}"
             )
         ratios = [ratio / n.clamp(min=1) for ratio, n in zip(ratios, lengths)]
@@ -359,7 +359,7 @@ def kto_loss(
     logp, ref_logp = _floats(logp=logp, ref_logp=ref_logp.detach())
     if desirable.shape != logp.shape or desirable.dtype != torch.bool:
         raise InputError(
-            f"desirable: wanted bool of shape {tuple(logp.shape)},"
+            f"desirable: expected bool of shape {tuple(logp.shape)},"
             f" got {desirable.dtype} of {tuple(desirable.shape)}"
         )
     kl = _per_row("kl", kl, logp).detach().clamp(min=0)
@@ -397,7 +397,7 @@ def plackett_luce_loss(scores: Tensor, ranks: Tensor) -> Tensor:
     (scores,) = _floats(scores=scores)
     if ranks.shape != scores.shape or ranks.is_floating_point() or ranks.dtype == torch.bool:
         raise InputError(
-            f"ranks: wanted integers of shape {tuple(scores.shape)},"
+            f"ranks: expected integers of shape {tuple(scores.shape)},"
             f" got {ranks.dtype} of {tuple(ranks.shape)}"
         )
     missing = ranks < 0
@@ -409,7 +409,7 @@ def plackett_luce_loss(scores: Tensor, ranks: Tensor) -> Tensor:
     if bad.any():
         row = int(bad.nonzero()[0])
         raise InputError(
-            f"ranks: row {row}: wanted 0 to k - 1 once each (-1: no answer),"
+            f"ranks: row {row}: expected 0 to k - 1 once each (-1: no answer),"
             f" got {ranks[row].tolist()}"
         )
     sorted_scores = torch.where(present, scores.gather(1, order), -torch.inf)
@@ -449,7 +449,7 @@ def _read(mask: Tensor, **tensors: Tensor) -> Sequence[Any]:
     if mask.shape != floats[0].shape:
         (name, *_) = tensors
         raise InputError(
-            f"mask: wanted {name}'s shape {tuple(floats[0].shape)}, got {tuple(mask.shape)}"
+            f"mask: expected {name}'s shape {tuple(floats[0].shape)}, got {tuple(mask.shape)}"
         )
     keep = mask if mask.dtype == torch.bool else mask != 0
     return [keep, *(torch.where(keep, t, 0.0) for t in floats)]
@@ -460,7 +460,9 @@ def _floats(**tensors: Tensor) -> list[Tensor]:
     (first, shape), *_ = ((name, t.shape) for name, t in tensors.items())
     for name, t in tensors.items():
         if t.shape != shape:
-            raise InputError(f"{name}: wanted {first}'s shape {tuple(shape)}, got {tuple(t.shape)}")
+            raise InputError(
+                f"{name}: expected {first}'s shape {tuple(shape)}, got {tuple(t.shape)}"
+            )
     wide = torch.float64 in [t.dtype for t in tensors.values()]
     return [t.to(torch.float64 if wide else torch.float32) for t in tensors.values()]
 
@@ -480,19 +482,19 @@ def _per_row(name: str, value: Tensor | float, rows: Tensor) -> Tensor:
     value = torch.as_tensor(value, dtype=rows.dtype, device=rows.device)
     if value.shape not in ((), rows.shape):
         raise InputError(
-            f"{name}: wanted a number or shape {tuple(rows.shape)}, got {tuple(value.shape)}"
+            f"{name}: expected a number or shape {tuple(rows.shape)}, got {tuple(value.shape)}"
         )
     return value
 
 
 def _groups(rewards: Tensor, group_size: int) -> Tensor:
     if group_size < 2:
-        raise InputError(f"group_size: wanted at least 2, got {group_size}")
+        raise InputError(f"group_size: expected at least 2, got {group_size}")
     if rewards.ndim != 1 or len(rewards) % group_size:
-        raise InputError(f"rewards: wanted (n * {group_size},), got shape {tuple(rewards.shape)}")
+        raise InputError(f"rewards: expected (n * {group_size},), got shape {tuple(rewards.shape)}")
     (rewards,) = _floats(rewards=rewards)
     if not rewards.isfinite().all():
         row = int((~rewards.isfinite()).nonzero()[0])
-        raise InputError(f"rewards[{row}]: wanted a finite number, got {float(rewards[row])}")
+        raise InputError(f"rewards[{row}]: expected a finite number, got {float(rewards[row])}")
     groups = rewards.view(-1, group_size)
     return groups - groups[:, :1]  # so that equal rewards give 0, not the rounding of their mean

@@ -59,7 +59,7 @@ def read_metrics(path: Path) -> list[Line]:
                     raise InputError(f"{where}: {name}: expected this field, got nothing")
         steps |= {line["step"]} if "loss" in line else set()
         if line["step"] not in steps:
-            raise InputError(f"{where}: wanted a step that was trained, got {line['step']}")
+            raise InputError(f"{where}: expected a step that was trained, got {line['step']}")
         lines.append(line)
     return lines
 

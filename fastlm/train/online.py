@@ -103,7 +103,7 @@ class Online(Objective):
         warn: Callable[[str], Any] = lambda message: None,
     ):
         if not prompts:
-            raise InputError("prompts: wanted at least one, got none")
+            raise InputError("prompts: expected at least one, got none")
         self.policy, self.reference = policy, reference
         self.trained: nn.Module = policy
         self.prompts, self.heldout, self.options, self.base = prompts, heldout, options, base
@@ -310,7 +310,7 @@ class Online(Objective):
         }
         if not abs(kl) <= options.max_kl:
             raise DivergedError(
-                f"round {self.round}: the KL to the reference is {kl:.3g} nats per answer, wanted"
+                f"round {self.round}: the KL to the reference is {kl:.3g} nats per answer, expected"
                 f" at most max_kl {options.max_kl:g}",
                 steps=self.steps,
             )

@@ -135,7 +135,7 @@ class TrainOptions:
         """Check the values. InputError names the option."""
         if self.max_steps is None and self.max_seconds is None and self.max_tokens is None:
             raise InputError(
-                "max_tokens, max_steps, max_seconds: wanted at least one of them, got none"
+                "max_tokens, max_steps, max_seconds: expected at least one of them, got none"
             )
         positive(
             self, "max_steps", "max_seconds", "max_tokens", "max_grad_norm", "lr", "eps",

@@ -148,7 +148,7 @@ def check_gpus(places: Sequence[tuple[str, str]]) -> None:
     for rank, place in enumerate(places):
         if (other := places.index(place)) != rank:
             raise InputError(
-                "device: wanted a GPU of its own for each process (that of LOCAL_RANK), got"
+                "device: expected a GPU of its own for each process (that of LOCAL_RANK), got"
                 f" processes {other} and {rank} on one GPU of {place[0]}"
             )
 
@@ -354,14 +354,14 @@ def parallel(model: nn.Module, options: TrainOptions, world: SingleProcess) -> S
 
     if any(isinstance(module, FSDPModule) for module in model.modules()):
         raise InputError(
-            "parallel: wanted a model that fsdp or hsdp did not train before in this program, got"
+            "parallel: expected a model that fsdp or hsdp did not train before in this program, got"
             " one; save it, and load it again"
         )
     if options.parallel == "ddp":
         return DataParallel(model)
     if not all(p.requires_grad for p in model.parameters()):
         raise InputError(
-            f"parallel: wanted ddp where a part of the weights is frozen, got {options.parallel}"
+            f"parallel: expected ddp where a part of the weights is frozen, got {options.parallel}"
         )
     return FullySharded(
         model, world.size, node_size() if options.parallel == "hsdp" else world.size

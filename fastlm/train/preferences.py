@@ -148,7 +148,7 @@ class Preferences(TrainingData):
 
         if isinstance(row, Label) and self.kind != "labels":
             raise InputError(
-                f"{row.place}: wanted a comparison of answers, got one answer with a label"
+                f"{row.place}: expected a comparison of answers, got one answer with a label"
                 " (for loss = 'kto' of the stage dpo)"
             )
         if self.kind == "labels":
@@ -178,7 +178,7 @@ class Preferences(TrainingData):
             elif max(len(answer.ids) for answer in chosen) == self.seq_len:
                 self.rows.counts["equal after truncation"] += 1
             else:
-                error = "wanted different answers, got two that the chat template writes alike"
+                error = "expected different answers, got two that the chat template writes alike"
                 self.refuse(InputError(error), row.place)
 
     def _encode(self, conversations: "Sequence[Conversation]") -> list[Example]:
@@ -188,7 +188,8 @@ class Preferences(TrainingData):
             found = self.encode_messages(conversation)
             if len(found) > 1:
                 error = InputError(
-                    "chat_template: wanted one that writes the messages of an answer as they stay,"
+                    "chat_template: expected one that writes the messages of an answer as they "
+                    "stay,"
                     f" got one that changes them, in an answer of {len(found)} messages"
                 )
                 self.refuse(error, conversation.place)
@@ -222,7 +223,7 @@ def with_other_answers(labelled: Sequence[Judged], seq_len: int) -> list[Judged]
     starts = [int(one.answers[0].mask.argmax()) for one in labelled]
     prompts = [one.answers[0].ids[:n].tobytes() for one, n in zip(labelled, starts)]
     if labelled and len(set(prompts)) == 1:
-        raise InputError("data: wanted answers to two prompts or more for kto, got one prompt")
+        raise InputError("data: expected answers to two prompts or more for kto, got one prompt")
     result, after = [], 1
     for i, one in enumerate(labelled):
         after = max(after, i + 1)

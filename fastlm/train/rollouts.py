@@ -49,7 +49,7 @@ def sample_answers(
     longest, limit = max(map(len, prompts), default=0), model.context_limit - max_new_tokens
     if longest > limit:
         raise InputError(
-            f"prompts: wanted at most {limit} tokens, which leave room for max_new_tokens"
+            f"prompts: expected at most {limit} tokens, which leave room for max_new_tokens"
             f" {max_new_tokens}, got {longest}"
         )
     if not prompts:

@@ -134,12 +134,12 @@ def unpack_optimizer(
     """
     groups = optimizer.state_dict()["param_groups"]
     if packed.groups != len(groups):
-        raise InputError(f"optimizer: wanted {len(groups)} parameter groups, got {packed.groups}")
+        raise InputError(f"optimizer: expected {len(groups)} parameter groups, got {packed.groups}")
     slots = {f"{index}": {} for group in groups for index in group["params"]}
     for key, value in [*tensors.items(), *packed.state.items()]:
         index, _, name = key.partition(".")
         if index not in slots:
-            raise InputError(f"optimizer: wanted states of {len(slots)} parameters, got {key!r}")
+            raise InputError(f"optimizer: expected states of {len(slots)} parameters, got {key!r}")
         slots[index][name] = value
     state = {int(index): named for index, named in slots.items() if named}
     optimizer.load_state_dict({"state": state, "param_groups": groups})
@@ -227,7 +227,7 @@ def load_checkpoint(
     try:
         rest = validate(metadata, Rest, "", extra="forbid")
     except InputError as error:
-        raise InputError(f"{path}: wanted a training checkpoint: {error}") from None
+        raise InputError(f"{path}: expected a training checkpoint: {error}") from None
     if differs := difference(rest.identity, identity, may_differ):
         raise InputError(
             f"{path}: is of another run: {differs}; choose another folder, or delete it to start"
@@ -259,7 +259,7 @@ def _check_tensors(prefix: str, came: Mapping[str, Tensor], own: Mapping[str, Te
         wanted = (tensor.dtype, tuple(tensor.shape))
         got = (came[name].dtype, tuple(came[name].shape)) if name in came else "none"
         if got != wanted:
-            raise InputError(f"{prefix}{name}: wanted {wanted[0]} {wanted[1]}, got {got}")
+            raise InputError(f"{prefix}{name}: expected {wanted[0]} {wanted[1]}, got {got}")
     if other := came.keys() - own.keys() - {"cuda"}:
         raise InputError(f"{prefix}{min(other)}: is not of the model")
 
@@ -335,7 +335,8 @@ class Best:
             loss = -metrics["val_score"]
         else:
             raise InputError(
-                "keep_best: wanted held-out data to validate on, got none; raise heldout, give more"
+                "keep_best: expected held-out data to validate on, got none; raise heldout, give "
+                "more"
                 " rows or feedback, or do without keep_best and with take = last"
             )
         if not loss < (math.inf if self.loss is None else self.loss):
@@ -354,7 +355,8 @@ class Best:
             return
         if step is not None and not self.path(step).is_dir():
             raise InputError(
-                f"{self.path(step)}: wanted the best weights of the checkpoint that continues, got"
+                f"{self.path(step)}: expected the best weights of the checkpoint that continues, "
+                "got"
                 f" no such folder; delete {self.folder} to start again"
             )
         self.step, self.loss = step, loss
@@ -374,7 +376,7 @@ class Best:
         """Load the best weights in place."""
         if self.step is None:
             raise InputError(
-                "take: wanted keep_best from the start, and a validation, for best; got none"
+                "take: expected keep_best from the start, and a validation, for best; got none"
             )
         tensors, metrics = load_tensors(self.path(self.step))
         self.metrics = dict(metrics)

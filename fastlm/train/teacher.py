@@ -103,7 +103,7 @@ class TeacherLogits:
             self.header = header
             self.shards |= {key.partition(".")[0]: shard for key in shard.keys()}
         if self.header is None and not empty:
-            raise InputError(f"teacher_logits: wanted shards in {folder}, got none")
+            raise InputError(f"teacher_logits: expected shards in {folder}, got none")
 
     def __contains__(self, example: Example) -> bool:
         return digest([example]) in self.shards
@@ -118,7 +118,8 @@ class TeacherLogits:
         for example in examples:
             if (key := digest([example])) not in self.shards:
                 raise InputError(
-                    f"teacher_logits: wanted the tokens of {example.place} in {self.folder}, which"
+                    f"teacher_logits: expected the tokens of {example.place} in {self.folder}, "
+                    "which"
                     " holds other ones: was it made with this data, chat template, date, seq_len"
                     " and overlong?"
                 )
@@ -152,7 +153,9 @@ class TeacherLogits:
 
     @staticmethod
     def _bad(where: Path, got: str) -> InputError:
-        return InputError(f"teacher_logits: {where}: wanted shards of `fastlm distill`, got {got}")
+        return InputError(
+            f"teacher_logits: {where}: expected shards of `fastlm distill`, got {got}"
+        )
 
 
 def write_logits(

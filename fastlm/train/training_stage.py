@@ -317,7 +317,9 @@ class ChatStage(TrainingStage):
         tokenizer = chat_tokenizer(load_tokenizer(source, config.to_dict()), self.chat_template)
         data = self.read_data(tokenizer, config.max_position_embeddings, job)
         if not data.training:
-            raise InputError(f"data: wanted {self.unit()} to {self.use}, got none in {data.told()}")
+            raise InputError(
+                f"data: expected {self.unit()} to {self.use}, got none in {data.told()}"
+            )
         prompt, text = data.sample_prompt() if "sample_tokens" not in self.unused else ([], "")
         mixture = data.mixture()
         options = self.train_options(sum(mixture.taken()))

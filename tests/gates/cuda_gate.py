@@ -178,9 +178,9 @@ def faults(kernels: dict[int, dict[str, Kernel]], table: dict | None) -> list[st
                 found.append(f"{where}: {kernel.stack} bytes of stack")
             if kernel.shared > SHARED:
                 found.append(f"{where}: {kernel.shared} bytes of static shared memory")
-            for pattern, wanted in WANTED.items():
+            for pattern, expected in WANTED.items():
                 if kernel.opcodes is not None and re.match(pattern, name):
-                    missing = [w for w in wanted if not any(op.startswith(w) for op in ops)]
+                    missing = [w for w in expected if not any(op.startswith(w) for op in ops)]
                     if missing:
                         found.append(f"{where}: no {', '.join(missing)}")
             if table is None:

@@ -155,9 +155,9 @@ def test_refuses_before_it_writes(kernel):
     good, bad = (tensor(one.clone(), one.clone()) for _ in range(2))
     for clip in (None, torch.zeros((), device=kernel.device)):
         for wrong, message in (
-            (bad._replace(grad=one[:5]), "grad: wanted elements: 5000, got 5"),
-            (bad._replace(grad=one.double()), r"grad: wanted float32, .* got float64"),
-            (bad._replace(step=torch.zeros_like(one[0].long())), "step: wanted .*float"),
+            (bad._replace(grad=one[:5]), "grad: expected elements: 5000, got 5"),
+            (bad._replace(grad=one.double()), r"grad: expected float32, .* got float64"),
+            (bad._replace(step=torch.zeros_like(one[0].long())), "step: expected .*float"),
         ):
             with pytest.raises(InputError, match=message):
                 adamw([good, wrong], 1.0, clip, False)
@@ -168,14 +168,14 @@ def test_refuses_before_it_writes(kernel):
 def test_refuses_scales_that_do_not_fit(kernel):
     codes = torch.zeros(5000, dtype=torch.uint8)
     bad = tensor(torch.ones(5000), torch.ones(5000), exp_avg=codes, exp_avg_sq=codes)
-    with pytest.raises(InputError, match="exp_avg_sq_scale: wanted blocks: 20, got 0"):
+    with pytest.raises(InputError, match="exp_avg_sq_scale: expected blocks: 20, got 0"):
         adamw([bad._replace(exp_avg_scale=torch.zeros(20))], 0.0, None, False)
 
 
 @on("triton", "cuda")
 def test_refuses_tensors_of_several_devices(kernel):
     bad = tensor(torch.ones(3, device=kernel.device), torch.ones(3, device="meta"))
-    with pytest.raises(InputError, match=r"grad: wanted device .* as the first .*, got meta"):
+    with pytest.raises(InputError, match=r"grad: expected device .* as the first .*, got meta"):
         adamw([bad], 0.0, None, False)
 
 
@@ -248,7 +248,7 @@ def test_tables_are_kept_until_what_they_say_changes(kernel, uploaded):
 def test_capture_of_a_graph_wants_its_tables_made(kernel, uploaded, monkeypatch):
     """A step that needs a copy from the host is refused, and nothing is written."""
     params, optimizer = trained(kernel.device, 50, 3)
-    kept, message = [p.detach().clone() for p in params], "step: wanted, in the capture of a CUDA"
+    kept, message = [p.detach().clone() for p in params], "step: expected, in the capture of a CUDA"
     monkeypatch.setattr(adamw_tables, "_captured", [])
     with monkeypatch.context() as capture:
         capture.setattr(adamw_tables, "_is_capturing", lambda device: True)

@@ -28,10 +28,10 @@ def added():
 def test_is_picked(added):
     x, w = torch.randn(3, 8, requires_grad=True), torch.randn(8)
     with backend.use_backend("reference"):
-        wanted = ops.rms_norm(x, w, residual=x)
-        (dx,) = torch.autograd.grad(wanted[0].sum(), x)
+        expected = ops.rms_norm(x, w, residual=x)
+        (dx,) = torch.autograd.grad(expected[0].sum(), x)
     y, h = ops.rms_norm(x, w, residual=x)
-    torch.testing.assert_close((y, h), wanted)
+    torch.testing.assert_close((y, h), expected)
     assert calls == [(3, 8)]
     torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], dx)  # by the next backend's
     compiled = torch.compile(lambda x: ops.rms_norm(x, w), backend="aot_eager", fullgraph=True)
@@ -81,7 +81,7 @@ def test_nothing_is_left_of_it():
     calls.clear()
     ops.rms_norm(torch.ones(1, 8), torch.ones(8))
     assert not calls and (list(BACKENDS), table()) == before
-    expected = r"use_backend: wanted one of .*, got 'metal'"
+    expected = r"use_backend: expected one of .*, got 'metal'"
     with pytest.raises(InputError, match=expected), backend.use_backend("metal"):
         pass
 

@@ -20,8 +20,8 @@ def test_the_reference_is_the_formula(op):
 @pytest.mark.parametrize("causal", [False, True])
 def test_the_formula_is_torchs(causal):
     q, k, v = (torch.randn(2, h, 70, 32, dtype=torch.float64) for h in (4, 2, 2))
-    wanted = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
-    torch.testing.assert_close(ops.attention(q, k, v, causal=causal), wanted)
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+    torch.testing.assert_close(ops.attention(q, k, v, causal=causal), expected)
 
 
 def test_bool_bias_is_a_mask():
@@ -107,11 +107,11 @@ def test_dropout_draws_in_tiles_of_any_width(kernel, width, monkeypatch):
     from fastlm.kernels import attention_forward as module
 
     with backend.use_backend("reference"):
-        wanted = dropped(kernel.device, batch=1)
+        expected = dropped(kernel.device, batch=1)
     tiles = module.Tiles("of the test", {(4, 256): {80: module._tiles(16, width, 4, 1)}})
     monkeypatch.setattr(module, "_MANY", tiles)
     monkeypatch.setattr(module, "_FEW", tiles)
-    assert torch.equal(dropped(kernel.device, batch=1), wanted)
+    assert torch.equal(dropped(kernel.device, batch=1), expected)
 
 
 def test_compiled_dropout_draws_again():
@@ -142,20 +142,29 @@ def test_keys_that_programs_share(op, kernel, name, monkeypatch):
 # ---- refusals
 
 REFUSALS = [
-    ({"q": (2, 4, 8)}, r"q: wanted 4 dimensions \(B, heads, length, D\), got \(2, 4, 8\)"),
-    ({"k": (3, 2, 5, 8)}, r"k, v: wanted .* with B = 2 as q, got \(3, 2, 5, 8\), \(2, 2, 5, 8\)"),
-    ({"v": (2, 2, 6, 8)}, r"k, v: wanted .* got \(2, 2, 5, 8\), \(2, 2, 6, 8\)"),
-    ({"k": (2, 2, 5, 7)}, r"k: wanted head width D = 8 >= 1 as q, got k \(2, 2, 5, 7\)"),
-    ({"q": (2, 3, 5, 8)}, "q: wanted heads a multiple of k's 2, got 3"),
-    ({"k": torch.ones(2, 2, 5, 8).bfloat16()}, "k: wanted torch.float32 as q, got torch.bfloat16"),
-    ({"q": torch.ones(2, 4, 5, 8).long()}, "q: wanted a float dtype, got torch.int64"),
-    ({"window": 0}, "window: wanted at least 1 or None, got 0"),
-    ({"softcap": -1.0}, "softcap: wanted above 0 or None, got -1.0"),
-    ({"dropout_p": 1.5}, "dropout_p: wanted 0 to 1, got 1.5"),
-    ({"sinks": torch.zeros(3)}, r"sinks: wanted \(4,\) floats on cpu, .* got torch.float32 \(3,\)"),
-    ({"alibi_slopes": torch.ones(4, requires_grad=True)}, "alibi_slopes: wanted constants"),
-    ({"bias": torch.zeros(5, 4)}, r"bias: wanted to broadcast to \(2, 4, 5, 5\) .* got \(5, 4\)"),
-    ({"bias": torch.zeros(5, 5, dtype=torch.int64)}, "bias: wanted float or bool, got torch.int64"),
+    ({"q": (2, 4, 8)}, r"q: expected 4 dimensions \(B, heads, length, D\), got \(2, 4, 8\)"),
+    ({"k": (3, 2, 5, 8)}, r"k, v: expected .* with B = 2 as q, got \(3, 2, 5, 8\), \(2, 2, 5, 8\)"),
+    ({"v": (2, 2, 6, 8)}, r"k, v: expected .* got \(2, 2, 5, 8\), \(2, 2, 6, 8\)"),
+    ({"k": (2, 2, 5, 7)}, r"k: expected head width D = 8 >= 1 as q, got k \(2, 2, 5, 7\)"),
+    ({"q": (2, 3, 5, 8)}, "q: expected heads a multiple of k's 2, got 3"),
+    (
+        {"k": torch.ones(2, 2, 5, 8).bfloat16()},
+        "k: expected torch.float32 as q, got torch.bfloat16",
+    ),
+    ({"q": torch.ones(2, 4, 5, 8).long()}, "q: expected a float dtype, got torch.int64"),
+    ({"window": 0}, "window: expected at least 1 or None, got 0"),
+    ({"softcap": -1.0}, "softcap: expected above 0 or None, got -1.0"),
+    ({"dropout_p": 1.5}, "dropout_p: expected 0 to 1, got 1.5"),
+    (
+        {"sinks": torch.zeros(3)},
+        r"sinks: expected \(4,\) floats on cpu, .* got torch.float32 \(3,\)",
+    ),
+    ({"alibi_slopes": torch.ones(4, requires_grad=True)}, "alibi_slopes: expected constants"),
+    ({"bias": torch.zeros(5, 4)}, r"bias: expected to broadcast to \(2, 4, 5, 5\) .* got \(5, 4\)"),
+    (
+        {"bias": torch.zeros(5, 5, dtype=torch.int64)},
+        "bias: expected float or bool, got torch.int64",
+    ),
 ]
 
 

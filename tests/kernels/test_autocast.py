@@ -65,7 +65,7 @@ def test_without_autocast_two_dtypes_are_a_mistake():
         lambda: ops.rope(q.bfloat16(), q, cos, sin),
         lambda: ops.paged_attention(q.transpose(1, 2).bfloat16(), *caches, pages, lengths),
     ):
-        with pytest.raises(InputError, match=r"wanted torch.bfloat16 .*got torch.float32"):
+        with pytest.raises(InputError, match=r"expected torch.bfloat16 .*got torch.float32"):
             call()
 
 

@@ -34,22 +34,22 @@ def test_physical_cores_that_the_process_may_use(machine, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "limit, wanted", [("250000 100000", 2), ("50000 100000", 1), ("max 100000", 4)]
+    "limit, expected", [("250000 100000", 2), ("50000 100000", 1), ("max 100000", 4)]
 )
-def test_quota_of_cgroup_2(machine, limit, wanted):
+def test_quota_of_cgroup_2(machine, limit, expected):
     write(machine / "proc/self/cgroup", "0::/user.slice/mine\n")
     write(machine / "sys/fs/cgroup/user.slice/cpu.max", limit)
     write(machine / "sys/fs/cgroup/user.slice/mine/cpu.max", "max 100000")
-    assert threads.default_threads(machine) == wanted
+    assert threads.default_threads(machine) == expected
 
 
-@pytest.mark.parametrize("limit, wanted", [("300000", 3), ("-1", 4)])
-def test_quota_of_cgroup_1(machine, limit, wanted):
+@pytest.mark.parametrize("limit, expected", [("300000", 3), ("-1", 4)])
+def test_quota_of_cgroup_1(machine, limit, expected):
     """The quota inside a container, where the process's own group is the root of the mount."""
     write(machine / "proc/self/cgroup", "7:memory:/box\n4:cpu,cpuacct:/box\n")
     write(machine / "sys/fs/cgroup/cpu/cpu.cfs_quota_us", limit)
     write(machine / "sys/fs/cgroup/cpu/cpu.cfs_period_us", "100000")
-    assert threads.default_threads(machine) == wanted
+    assert threads.default_threads(machine) == expected
 
 
 @pytest.fixture

@@ -196,43 +196,43 @@ def _in_worker(_):
     [
         (
             lambda t: ops.rms_norm(rows, t(weight)),
-            "weight: wanted floats on cpu as x, got torch.float32 on meta",
+            "weight: expected floats on cpu as x, got torch.float32 on meta",
         ),
         (
             lambda t: ops.rms_norm(rows, weight, residual=t(rows)),
-            r"residual: wanted torch.float32 of shape \(4, 32\) as x on cpu, got .* on meta",
+            r"residual: expected torch.float32 of shape \(4, 32\) as x on cpu, got .* on meta",
         ),
-        (lambda t: ops.rope(q, t(k), cos, sin), "k, cos, sin: wanted device cpu as q"),
-        (lambda t: ops.glu(rows, t(rows)), "up: wanted .* on cpu as gate, got .* on meta"),
-        (lambda t: ops.cross_entropy(rows, t(target)), "target: wanted device cpu as logits"),
+        (lambda t: ops.rope(q, t(k), cos, sin), "k, cos, sin: expected device cpu as q"),
+        (lambda t: ops.glu(rows, t(rows)), "up: expected .* on cpu as gate, got .* on meta"),
+        (lambda t: ops.cross_entropy(rows, t(target)), "target: expected device cpu as logits"),
         (
             lambda t: ops.cross_entropy(rows, target, weight=t(weight)),
-            r"weight: wanted floats of shape \(32,\) on cpu, got .* on meta",
+            r"weight: expected floats of shape \(32,\) on cpu, got .* on meta",
         ),
         (
             lambda t: ops.linear_cross_entropy(rows, t(head), target),
-            "linear_weight: wanted torch.float32 on cpu as input, got torch.float32 on meta",
+            "linear_weight: expected torch.float32 on cpu as input, got torch.float32 on meta",
         ),
         (
             lambda t: ops.linear_cross_entropy(rows, head, target, linear_bias=t(torch.ones(50))),
-            r"linear_bias: wanted floats of shape \(50,\) on cpu, got .* on meta",
+            r"linear_bias: expected floats of shape \(50,\) on cpu, got .* on meta",
         ),
-        (lambda t: ops.attention(q, t(k), v), "k: wanted device cpu as q, got meta"),
-        (lambda t: ops.attention(q, k, v, sinks=t(torch.ones(4))), "sinks: wanted .* on meta"),
-        (lambda t: ops.attention(q, k, v, bias=t(torch.ones(8, 8))), "bias: wanted .* on meta"),
+        (lambda t: ops.attention(q, t(k), v), "k: expected device cpu as q, got meta"),
+        (lambda t: ops.attention(q, k, v, sinks=t(torch.ones(4))), "sinks: expected .* on meta"),
+        (lambda t: ops.attention(q, k, v, bias=t(torch.ones(8, 8))), "bias: expected .* on meta"),
         (
             lambda t: ops.varlen_attention(q[0], k[0], v[0], t(offsets)),
-            r"cu_seqlens_q: wanted \(B \+ 1,\) int32 on cpu, got .* on meta",
+            r"cu_seqlens_q: expected \(B \+ 1,\) int32 on cpu, got .* on meta",
         ),
         (
             lambda t: ops.paged_attention(q, k, v, t(pages), lengths),
-            "block_table: wanted .* on cpu, got .* on meta",
+            "block_table: expected .* on cpu, got .* on meta",
         ),
         (
             lambda t: ops.quantized_linear(rows, quantized, t(torch.ones(24))),
-            r"bias: wanted a float tensor \(24,\) on cpu, got .* on meta",
+            r"bias: expected a float tensor \(24,\) on cpu, got .* on meta",
         ),
-        (lambda t: ops.quantized_linear(t(rows), quantized), "x: wanted device cpu as qweight"),
+        (lambda t: ops.quantized_linear(t(rows), quantized), "x: expected device cpu as qweight"),
     ],
 )
 def test_refuses_tensors_on_two_devices(call, message):

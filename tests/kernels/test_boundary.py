@@ -36,11 +36,11 @@ def test_refuses_what_is_not_a_tensor_and_wrong_dtypes():
     t = torch.ones(2, 2)
     with pytest.raises(TypeError):
         _cpu.count_elements(t, t, t, [[1, 2], [3, 4]])
-    with pytest.raises(ValueError, match="a: wanted float32, bfloat16 or float16, got float64"):
+    with pytest.raises(ValueError, match="a: expected float32, bfloat16 or float16, got float64"):
         _cpu.matmul(t.double(), t.double(), t)
-    with pytest.raises(ValueError, match="b: wanted columns, as a: 2, got 3"):
+    with pytest.raises(ValueError, match="b: expected columns, as a: 2, got 3"):
         _cpu.matmul(t, torch.ones(2, 3), t)
-    with pytest.raises(ValueError, match="c: wanted a contiguous tensor"):
+    with pytest.raises(ValueError, match="c: expected a contiguous tensor"):
         _cpu.matmul(t, t, torch.ones(2, 4)[:, ::2])
 
 
@@ -159,7 +159,7 @@ def test_environment_forces_the_instruction_set():
         assert done.stdout.strip() == name, done.stderr
     done = _run("from fastlm import _cpu; _cpu.isa()", FASTLM_CPU_ISA="sse9")
     assert (
-        "FASTLM_CPU_ISA: wanted one of amx, avx512, avx512_fma, avx2, scalar, amx_emulated,"
+        "FASTLM_CPU_ISA: expected one of amx, avx512, avx512_fma, avx2, scalar, amx_emulated,"
         " got 'sse9'" in done.stderr
     )
 
@@ -170,7 +170,7 @@ def test_environment_is_checked_against_the_machine():
         done = _run("from fastlm import _cpu; _cpu.isa()", FASTLM_CPU_ISA=name)
         assert f"'{name}' cannot run here" in done.stderr
     assert _cpu.isa() not in missing
-    with pytest.raises(InputError, match="wanted one of"), backend.use_cpu_isa("mmx"):
+    with pytest.raises(InputError, match="expected one of"), backend.use_cpu_isa("mmx"):
         pass
 
 
@@ -179,7 +179,7 @@ REFUSED_TILES = "the kernel refused the permission to use AMX tiles"
 
 
 @pytest.mark.parametrize(
-    ("features", "wanted", "why_not_amx"),
+    ("features", "expected", "why_not_amx"),
     [  # avx2, avx512, avx512_bf16, amx_cpu, amx_permission, widen
         ((True, True, True, True, True, True), "amx", ""),
         ((True, True, True, True, False, False), "avx512", REFUSED_TILES),
@@ -191,9 +191,9 @@ REFUSED_TILES = "the kernel refused the permission to use AMX tiles"
         ((False, False, False, False, False, False), "scalar", NO_TILES),
     ],
 )
-def test_best_of_what_there_is(features, wanted, why_not_amx):
+def test_best_of_what_there_is(features, expected, why_not_amx):
     picked, why = _cpu.choice_on(*features)
-    assert picked == wanted and why.startswith(why_not_amx) and bool(why) == bool(why_not_amx)
+    assert picked == expected and why.startswith(why_not_amx) and bool(why) == bool(why_not_amx)
 
 
 @pytest.mark.parametrize(
@@ -236,8 +236,8 @@ program = b"".join([
 class Filter(ctypes.Structure):
     _fields_ = [("length", ctypes.c_ushort), ("code", ctypes.c_char_p)]
 libc = ctypes.CDLL(None, use_errno=True)
-wanted = Filter(len(program) // 8, program)
-assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, ctypes.byref(wanted), 0, 0) == 0
+expected = Filter(len(program) // 8, program)
+assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, ctypes.byref(expected), 0, 0) == 0
 assert libc.syscall(ARCH_PRCTL, REQUEST, 18) == -1 and ctypes.get_errno() == EPERM
 import fastlm
 print(json.dumps(fastlm.info()))
@@ -252,15 +252,15 @@ def test_refused_permission_is_said_and_the_next_runs():
     assert info["cpu_isa"] != "amx"
     with open("/proc/cpuinfo") as f:
         has_tiles = "amx_tile" in f.read()
-    wanted = "the kernel refused the permission" if has_tiles else "this CPU has no AMX tiles"
-    assert info["cpu_isa_why_not"]["amx"].startswith(wanted)
+    expected = "the kernel refused the permission" if has_tiles else "this CPU has no AMX tiles"
+    assert info["cpu_isa_why_not"]["amx"].startswith(expected)
 
 
 def test_backend_from_the_environment():
     code = "import fastlm, json; print(json.dumps(fastlm.info()['forced_backend']))"
     assert json.loads(_run(code, FASTLM_BACKEND="reference").stdout) == "reference"
     assert (
-        "FASTLM_BACKEND: wanted one of cuda, simt, triton, cpu, reference, got 'gpu'"
+        "FASTLM_BACKEND: expected one of cuda, simt, triton, cpu, reference, got 'gpu'"
         in _run(code, FASTLM_BACKEND="gpu").stderr
     )
 
@@ -301,7 +301,7 @@ def test_wrong_instruction_set_is_one_line_of_the_command():
         text=True,
     )
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "FASTLM_CPU_ISA: wanted one of amx" in done.stderr
+    assert "FASTLM_CPU_ISA: expected one of amx" in done.stderr
 
 
 def test_forcing_a_backend_that_is_not_here_raises(monkeypatch):
@@ -313,7 +313,10 @@ def test_forcing_a_backend_that_is_not_here_raises(monkeypatch):
         pytest.raises(InputError, match="'triton' is forced but cannot serve"),
     ):
         ops.rms_norm(torch.randn(2, 4), torch.randn(4))
-    with pytest.raises(InputError, match="use_backend: wanted one of"), backend.use_backend("tpu"):
+    with (
+        pytest.raises(InputError, match="use_backend: expected one of"),
+        backend.use_backend("tpu"),
+    ):
         pass
 
 

@@ -108,7 +108,9 @@ def test_a_training_with_it_has_the_same_weights(tmp_path):
 
 
 def test_what_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"checkpoint_activations: wanted .* got 2 for TinyLM"):
+    with pytest.raises(InputError, match=r"checkpoint_activations: expected .* got 2 for TinyLM"):
         checkpoint_activations(tiny_run.TinyLM(), 2)
-    with pytest.raises(InputError, match=r"checkpoint_activations: wanted .* got -1 for CausalLM"):
+    with pytest.raises(
+        InputError, match=r"checkpoint_activations: expected .* got -1 for CausalLM"
+    ):
         checkpoint_activations(model(), -1)

@@ -105,8 +105,8 @@ def check(function, truth, leaves, tolerance=2e-5):
     near(lse, expected_lse, tolerance)
     upstream = torch.randn(out.shape)
     found = torch.autograd.grad(out, leaves, upstream)
-    wanted = torch.autograd.grad(expected, doubles, upstream.double())
-    for a, b in zip(found, wanted):
+    expected_gradients = torch.autograd.grad(expected, doubles, upstream.double())
+    for a, b in zip(found, expected_gradients):
         near(a, b, tolerance)
 
 
@@ -323,8 +323,8 @@ def test_kvcache(options, layout, new, rows):
             for cache, more in zip(seen, (k[b].double(), v[b].double())):
                 cache[length : length + rows] = more
             length += rows
-            for cache, wanted in zip(caches, seen):
-                near(cache[indices[b]].flatten(0, 1), wanted, 1e-6)
+            for cache, kept_cache in zip(caches, seen):
+                near(cache[indices[b]].flatten(0, 1), kept_cache, 1e-6)
         kv = (t[None, :length] for t in seen)
         expected, expected_lse = naive(q[b].double()[None], *kv, **options)
         near(out[b], expected[0])
@@ -424,8 +424,8 @@ def cached(**changes):
     "call, message",
     [
         (lambda t: flash_attn_func(t[0][0], *t[1:]), r"q: expected \(B, length, heads, D\), got"),
-        (lambda t: flash_attn_func(t[0][..., :8], *t[1:]), "k: wanted head width D = 8"),
-        (lambda t: flash_attn_func(t[0][:, :, :3], *t[1:]), "q: wanted heads a multiple of"),
+        (lambda t: flash_attn_func(t[0][..., :8], *t[1:]), "k: expected head width D = 8"),
+        (lambda t: flash_attn_func(t[0][:, :, :3], *t[1:]), "q: expected heads a multiple of"),
         (
             lambda t: flash_attn_varlen_func(*(x[0] for x in t), offsets([2])[None], None, 2, 2),
             r"cu_seqlens_q: expected a tensor \(B \+ 1,\)",
@@ -448,10 +448,10 @@ def cached(**changes):
         (lambda t: cached(v=None), "k, v: expected both or neither"),
         (lambda t: cached(cache_seqlens=None), "cache_seqlens: expected 0 to 6 .* got 8"),
         (lambda t: cached(cache_seqlens=7), "cache_seqlens: expected 0 to 6 with 2 new keys"),
-        (lambda t: cached(v=t[2].detach().half()), "v: wanted torch.float32 .* got torch.float16"),
+        (lambda t: cached(v=t[2].detach().half()), "v: expected torch.float32 .* torch.float16"),
         (lambda t: cached(rotary_cos=torch.ones(8, 4)), "rotary_cos: expected None here"),
         (lambda t: cached(cache_leftpad=torch.ones(2)), "cache_leftpad: expected None here"),
-        (lambda t: cached(k=t[0].detach()), r"k: wanted torch.float32 \(2, 2, 2, 16\) on cpu as"),
+        (lambda t: cached(k=t[0].detach()), r"k: expected torch.float32 \(2, 2, 2, 16\) on cpu as"),
         (lambda t: cached(k=t[1]), "k: expected a tensor without grad"),
         (
             lambda t: cached(
@@ -474,17 +474,17 @@ def integers(*numbers):
 REFUSED = {
     "cache_seqlens: expected 0 to 6": {"cache_seqlens": 7},
     "cache_seqlens: expected 0 to 6 .* got -1": {"cache_seqlens": integers(0, -1)},
-    r"seq_lens: wanted 1 dim.* \(3,\)": {"cache_seqlens": integers(0, 0, 0)},
-    "seq_lens: wanted .* got torch.float32": {"cache_seqlens": torch.zeros(2)},
-    "v: wanted torch.float32": {"v": torch.zeros(2, 2, 2, 8)},
-    "v_cache: wanted": {"v_cache": torch.zeros(2, 7, 2, 16)},
-    "k: wanted head width D = 8": {"q": torch.zeros(2, 2, 4, 8)},
-    "k: wanted torch.float16 as q": {"q": torch.zeros(2, 2, 4, 16).half()},
-    "q: wanted heads a multiple": {"q": torch.zeros(2, 2, 3, 16)},
-    r"alibi_slopes: wanted \(4,\) floats": {"alibi_slopes": torch.ones(3)},
-    r"alibi_slopes: wanted \(4,\) floats.*": {"alibi_slopes": torch.ones(2, 4)},
+    r"seq_lens: expected 1 dim.* \(3,\)": {"cache_seqlens": integers(0, 0, 0)},
+    "seq_lens: expected .* got torch.float32": {"cache_seqlens": torch.zeros(2)},
+    "v: expected torch.float32": {"v": torch.zeros(2, 2, 2, 8)},
+    "v_cache: expected": {"v_cache": torch.zeros(2, 7, 2, 16)},
+    "k: expected head width D = 8": {"q": torch.zeros(2, 2, 4, 8)},
+    "k: expected torch.float16 as q": {"q": torch.zeros(2, 2, 4, 16).half()},
+    "q: expected heads a multiple": {"q": torch.zeros(2, 2, 3, 16)},
+    r"alibi_slopes: expected \(4,\) floats": {"alibi_slopes": torch.ones(3)},
+    r"alibi_slopes: expected \(4,\) floats.*": {"alibi_slopes": torch.ones(2, 4)},
     "window_size: expected": {"window_size": 3},
-    "block_table: wanted .* int32": {"block_table": torch.zeros(2, 1)},
+    "block_table: expected .* int32": {"block_table": torch.zeros(2, 1)},
 }
 
 

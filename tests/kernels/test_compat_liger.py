@@ -142,8 +142,8 @@ def test_losses(options, ignore_index, fused):
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
     upstream = torch.randn(loss.shape)  # not 1, and of either sign
     found = torch.autograd.grad(loss, leaves, upstream)
-    wanted = torch.autograd.grad(expected, doubles, upstream.double())
-    for a, b in zip(found, wanted):
+    expected_gradients = torch.autograd.grad(expected, doubles, upstream.double())
+    for a, b in zip(found, expected_gradients):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
 
 
@@ -226,7 +226,7 @@ def test_rotary(batch):
     cos, sin = (torch.cat((t, t), -1) for t in (angles.cos(), angles.sin()))
     expected = apply_rotary_pos_emb(q, k, cos, sin)
     upstream = torch.randn(2, 4, 9, 16)
-    (wanted,) = torch.autograd.grad(expected[0], q, upstream)
+    (expected_gradients,) = torch.autograd.grad(expected[0], q, upstream)
     places = torch.arange(9)[None]
     for found in (
         liger_rotary_pos_emb(q, k, cos, sin, places),
@@ -237,7 +237,7 @@ def test_rotary(batch):
         for a, b in zip(found, expected):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
         (gradient,) = torch.autograd.grad(found[0], q, upstream)
-        torch.testing.assert_close(gradient, wanted, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(gradient, expected_gradients, rtol=1e-6, atol=1e-6)
 
 
 def test_gated_products():
@@ -401,13 +401,13 @@ def test_compiles_in_one_graph():
             lambda x, h, t: liger_cross_entropy(x, t, return_z_loss=True),
             "return_z_loss: expected none",
         ),
-        (lambda x, h, t: liger_cross_entropy(x, t, reduction="batchmean"), "reduction: wanted"),
-        (lambda x, h, t: liger_cross_entropy(x, t, softcap=-1.0), "softcap: wanted > 0"),
-        (lambda x, h, t: LigerCrossEntropyLoss(label_smoothing=2)(x, t), "label_smoothing: wanted"),
-        (lambda x, h, t: liger_cross_entropy(x, t + 99), "target: wanted"),
+        (lambda x, h, t: liger_cross_entropy(x, t, reduction="batchmean"), "reduction: expected"),
+        (lambda x, h, t: liger_cross_entropy(x, t, softcap=-1.0), "softcap: expected > 0"),
+        (lambda x, h, t: LigerCrossEntropyLoss(label_smoothing=2)(x, t), "smoothing: expected"),
+        (lambda x, h, t: liger_cross_entropy(x, t + 99), "target: expected"),
         (
             lambda x, h, t: liger_cross_entropy(x, t + 99, torch.ones(WIDTH)),
-            "target: wanted",
+            "target: expected",
         ),
         (lambda x, h, t: liger_rms_norm(x, h[0], 1e-6, 0.0, "gemm"), "casting_mode: expected one"),
         (lambda x, h, t: LigerRMSNorm(8, init_fn="randn"), "init_fn: expected ones or zeros"),

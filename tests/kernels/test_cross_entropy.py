@@ -110,7 +110,7 @@ def test_class_that_does_not_exist(kernel, dtype, bad):
 @pytest.mark.parametrize("name", ["cpu", "reference"])
 def test_target_out_of_range(bad, name):
     target = torch.tensor([1, -100, bad])
-    message = rf"target: wanted 0 <= class < 8 or ignore_index -100, got {bad} in row 2"
+    message = rf"target: expected 0 <= class < 8 or ignore_index -100, got {bad} in row 2"
     with backend.use_backend(name), pytest.raises(InputError, match=message):
         ops.cross_entropy(torch.randn(3, 8), target, weight=torch.rand(8))
 
@@ -237,8 +237,8 @@ def test_blocks_of_the_reference_under_transforms(monkeypatch, options):
     whole = everything()
     assert whole[-1].abs().sum() > 0.1
     monkeypatch.setattr(blocks, "SCORES", 14)  # two rows
-    for found, wanted in zip(everything(), whole, strict=True):
-        torch.testing.assert_close(found, wanted)
+    for found, expected in zip(everything(), whole, strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 def test_backward_refuses_a_loss_without_statistics():
@@ -246,7 +246,7 @@ def test_backward_refuses_a_loss_without_statistics():
     loss, stats = torch.ops.fastlm.cross_entropy_loss.default(
         logits, target, -100, True, None, 1.0, False
     )
-    with pytest.raises(ValueError, match="stats: wanted elements: 9, got 0"):
+    with pytest.raises(ValueError, match="stats: expected elements: 9, got 0"):
         torch.ops.fastlm.cross_entropy_loss_backward.default(
             loss, logits, target, stats, -100, True, None, 1.0
         )
@@ -257,26 +257,32 @@ def test_backward_refuses_a_loss_without_statistics():
     [
         (
             {"target": torch.zeros(3, dtype=torch.int64)},
-            r"target: wanted shape \(2,\) .*got \(3,\)",
+            r"target: expected shape \(2,\) .*got \(3,\)",
         ),
-        ({"target": torch.zeros(2)}, "target: wanted int64 class numbers, got torch.float32"),
-        ({"logits": torch.ones(2, 8, dtype=torch.int64)}, "logits: wanted a float tensor"),
-        ({"logits": torch.ones(2, 0)}, "logits: wanted at least one class"),
-        ({"weight": torch.ones(7)}, r"weight: wanted floats of shape \(8,\) on cpu, got .*\(7,\)"),
-        ({"weight": torch.ones(8).int()}, "weight: wanted floats .* got torch.int32"),
-        ({"label_smoothing": 1.5}, "label_smoothing: wanted 0 to 1, got 1.5"),
-        ({"softcap": 0.0}, "softcap: wanted > 0 or None, got 0.0"),
-        ({"reduction": "avg"}, "reduction: wanted none, mean or sum, got 'avg'"),
-        ({"num_items": 0}, "num_items: wanted > 0, got 0"),
-        ({"num_items": torch.ones(2)}, r"num_items: wanted one number, got shape \(2,\)"),
-        ({"num_items": 3, "reduction": "sum"}, "num_items: wanted reduction 'mean', got 'sum'"),
+        ({"target": torch.zeros(2)}, "target: expected int64 class numbers, got torch.float32"),
+        ({"logits": torch.ones(2, 8, dtype=torch.int64)}, "logits: expected a float tensor"),
+        ({"logits": torch.ones(2, 0)}, "logits: expected at least one class"),
+        (
+            {"weight": torch.ones(7)},
+            r"weight: expected floats of shape \(8,\) on cpu, got .*\(7,\)",
+        ),
+        ({"weight": torch.ones(8).int()}, "weight: expected floats .* got torch.int32"),
+        ({"label_smoothing": 1.5}, "label_smoothing: expected 0 to 1, got 1.5"),
+        ({"softcap": 0.0}, "softcap: expected > 0 or None, got 0.0"),
+        ({"reduction": "avg"}, "reduction: expected none, mean or sum, got 'avg'"),
+        ({"num_items": 0}, "num_items: expected > 0, got 0"),
+        ({"num_items": torch.ones(2)}, r"num_items: expected one number, got shape \(2,\)"),
+        ({"num_items": 3, "reduction": "sum"}, "num_items: expected reduction 'mean', got 'sum'"),
         ({"target": torch.rand(2, 5)}, r"target: expected probabilities of shape \(2, 8\)"),
         ({"target": torch.rand(2, 8, requires_grad=True)}, "target: expected constants"),
         (
             {"target": torch.rand(2, 8), "ignore_index": 2},
             "ignore_index: expected class numbers as target, got 2",
         ),
-        ({"target": torch.rand(2, 8), "weight": torch.rand(5)}, r"weight: wanted floats .*\(8,\)"),
+        (
+            {"target": torch.rand(2, 8), "weight": torch.rand(5)},
+            r"weight: expected floats .*\(8,\)",
+        ),
     ],
 )
 def test_refusals(change, message):
@@ -308,11 +314,13 @@ def test_the_extension_refuses(kernel):
             logits, target, None, False, -100, 0.0, 1.0, None, shift, log_sum, nll, None, 0
         )
 
-    with pytest.raises(ValueError, match="target: wanted rows 3, got 2"):
+    with pytest.raises(ValueError, match="target: expected rows 3, got 2"):
         forward(logits, target[:2])
-    with pytest.raises(ValueError, match="target: wanted a contiguous tensor"):
+    with pytest.raises(ValueError, match="target: expected a contiguous tensor"):
         forward(logits, torch.zeros(6, dtype=torch.int64, device=kernel.device)[::2])
-    with pytest.raises(ValueError, match="logits: wanted classes side by side, got stride 2"):
+    with pytest.raises(ValueError, match="logits: expected classes side by side, got stride 2"):
         forward(torch.zeros(3, 16, device=kernel.device)[:, ::2], target)
-    with pytest.raises(ValueError, match="logits: wanted float32, bfloat16 or float16, got int64"):
+    with pytest.raises(
+        ValueError, match="logits: expected float32, bfloat16 or float16, got int64"
+    ):
         forward(logits.long(), target)

@@ -66,11 +66,11 @@ def floats(y):
     return np.ascontiguousarray(y).view(np.float32)
 
 
-def ulps(got, wanted):
+def ulps(got, expected):
     """Distance of float32 values from real ones, in units in the last place of the real ones."""
-    wanted = np.asarray(wanted, np.float64)
-    unit = np.spacing(np.maximum(np.abs(wanted), 2.0**-126).astype(np.float32)).astype(np.float64)
-    return np.abs(got.astype(np.float64) - wanted) / unit
+    expected = np.asarray(expected, np.float64)
+    unit = np.spacing(np.maximum(np.abs(expected), 2.0**-126).astype(np.float32)).astype(np.float64)
+    return np.abs(got.astype(np.float64) - expected) / unit
 
 
 # ---- indices, memory, barriers
@@ -99,8 +99,8 @@ def test_copies_fill_with_zeros(call, rng):
     data = x[:, :4].copy().view(np.uint8)
     for i, size in enumerate((4, 8, 16)):
         valid = np.arange(16) < x[:, 4 + i, None]
-        wanted = np.where(np.arange(16) < size, np.where(valid, data, 0), 0xFF)
-        assert (got[:, i] == wanted).all(), size
+        expected = np.where(np.arange(16) < size, np.where(valid, data, 0), 0xFF)
+        assert (got[:, i] == expected).all(), size
 
 
 def test_dynamic_shared_memory(call, rng):
@@ -154,8 +154,8 @@ def test_shuffles_of_other_types(call, rng):
 
 def test_a_shuffle_of_some_lanes(call, rng):
     x = words(rng, 32, 1)
-    wanted = np.where(LANES[:, None] % 2 == 0, x[LANES ^ 2], 0xFFFFFFFF)
-    assert (call("shuffle_of_some", x, 1) == wanted).all()
+    expected = np.where(LANES[:, None] % 2 == 0, x[LANES ^ 2], 0xFFFFFFFF)
+    assert (call("shuffle_of_some", x, 1) == expected).all()
 
 
 @pytest.mark.parametrize("p", [(0.5, 0.9), (0.0, 1.0), (1.0, 0.0)])
@@ -305,8 +305,8 @@ def test_products_of_int8(call, rng):
     d = rng.integers(-(2**31), 2**31, (16, 8)).astype(np.int32)
     d[::2] = 2**31 - 1
     y = multiply(call, "product_s8", a, b, d)
-    wanted = (a.astype(np.int64) @ b + d).astype(np.uint32)
-    assert (y == fragment(wanted, ACCUMULATOR)).all()
+    expected = (a.astype(np.int64) @ b + d).astype(np.uint32)
+    assert (y == fragment(expected, ACCUMULATOR)).all()
 
 
 # ---- bits and numbers
@@ -319,10 +319,10 @@ def test_truth_tables(call, rng):
     a, b, c = ((x[:, i, None] >> LANES.astype(np.uint32)) & 1 for i in range(3))
     index = a << 2 | b << 1 | c  # (32, 32 bits)
     for table in range(256):
-        wanted = (np.uint64(table) >> index.astype(np.uint64) & np.uint64(1)) << LANES.astype(
+        expected = (np.uint64(table) >> index.astype(np.uint64) & np.uint64(1)) << LANES.astype(
             np.uint64
         )
-        assert (y[:, table] == wanted.sum(1)).all(), table
+        assert (y[:, table] == expected.sum(1)).all(), table
 
 
 def test_bits(call, rng):
@@ -383,8 +383,8 @@ def test_numbers_at_the_edges(call):
     y = call("numbers", x, 14)
     # cvt.rni.s32.f32: ties to even, clamped, NaN to 0
     i32 = np.iinfo(np.int32)
-    wanted = [0, i32.max, i32.min, i32.max, i32.min, 0, 2, 0, -2, 2147483520, -126, -127, 130, 1]
-    assert y[:, 9].view(np.int32).tolist() == wanted
+    expected = [0, i32.max, i32.min, i32.max, i32.min, 0, 2, 0, -2, 2147483520, -126, -127, 130, 1]
+    assert y[:, 9].view(np.int32).tolist() == expected
     got = floats(y)
     # 2^b, or 0 if it is below 2^-126
     assert np.isnan(got[0, 10]) and got[1, 10] == inf and got[2, 10] == 0
@@ -407,10 +407,10 @@ def test_conversions(call, rng, name):
     )
     y = call(name, x[:, None], 2)
     source = torch.from_numpy(x.view(np.float32))
-    wanted = source.to(dtype)
+    expected = source.to(dtype)
     got = torch.from_numpy(y[:, 0].astype(np.uint16).view(np.int16)).view(dtype)
     assert torch.equal(got.isnan(), source.isnan())
     whole = ~source.isnan()
-    assert torch.equal(got[whole].view(torch.int16), wanted[whole].view(torch.int16))
+    assert torch.equal(got[whole].view(torch.int16), expected[whole].view(torch.int16))
     back = torch.from_numpy((x & 0xFFFF).astype(np.uint16).view(np.int16)).view(dtype).float()
     assert torch.equal(torch.from_numpy(floats(y[:, 1])).nan_to_num(9), back.nan_to_num(9))

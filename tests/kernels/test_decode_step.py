@@ -62,9 +62,9 @@ def assert_steps_equal_modules(model, rows=3, length=9, count=4, act_bits=16):
     errors = []
     with torch.inference_mode():
         for i in range(length, length + count):
-            wanted = next_logits(model, ids[:, i : i + 1], cache)
+            expected = next_logits(model, ids[:, i : i + 1], cache)
             got = steps.logits(ids[:, i].contiguous())
-            errors.append(error_of(got, wanted))
+            errors.append(error_of(got, expected))
             errors.append(error_of(steps.steps.data[..., i, :], cache.data[..., i, :]))
             steps.steps.data.copy_(cache.data)
     if act_bits == 16:
@@ -73,9 +73,9 @@ def assert_steps_equal_modules(model, rows=3, length=9, count=4, act_bits=16):
         assert max(errors) <= FLIPPED
 
 
-def error_of(got, wanted):
+def error_of(got, expected):
     assert got.isfinite().all()
-    return ((got - wanted).abs().max() / wanted.abs().max()).item()
+    return ((got - expected).abs().max() / expected.abs().max()).item()
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -107,7 +107,7 @@ def test_a_prompt_beside_a_narrow_cache_is_attended_in_bfloat16(monkeypatch):
     narrow = {torch.bfloat16} if backend.multiplies_bf16() else wide  # AVX2 widens bfloat16
     assert seen == 3 * count * [wide] + count * [narrow] + 2 * count * [wide]
     pairs = zip(logits[torch.float16], logits[torch.float32], strict=True)
-    errors = [error_of(got, wanted) for got, wanted in pairs]
+    errors = [error_of(got, expected) for got, expected in pairs]
     assert 0 < max(errors) < 2 * ULP[torch.bfloat16]
 
 
@@ -155,9 +155,9 @@ def test_all_scores_far_below_zero(length, isa):
     ids, cache = prefilled(model, 2, length, length + 1)
     steps = copy_of(model, cache)
     with torch.inference_mode():
-        wanted = next_logits(model, ids[:, length:], cache)
+        expected = next_logits(model, ids[:, length:], cache)
     # scores near -370 have 370 times the rounding error of scores near 1
-    assert error_of(steps.logits(ids[:, length].contiguous()), wanted) <= 370 * NEAR
+    assert error_of(steps.logits(ids[:, length].contiguous()), expected) <= 370 * NEAR
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -167,10 +167,10 @@ def test_16_bit_models_are_nearer_to_the_truth(dtype):
     ids, cache = prefilled(model, 4, 9, 10, dtype=dtype)
     steps = copy_of(model, cache)
     with torch.inference_mode():
-        wanted = truth(ids).logits[:, -1]
+        expected = truth(ids).logits[:, -1]
         theirs = next_logits(model, ids[:, 9:], cache).double()
         mine = steps.logits(ids[:, 9].contiguous()).double()
-    assert (mine - wanted).abs().max() <= 2 * (theirs - wanted).abs().max()
+    assert (mine - expected).abs().max() <= 2 * (theirs - expected).abs().max()
 
 
 @pytest.mark.parametrize("format", [None, "w4a8", "w8a16"])
@@ -217,7 +217,7 @@ def test_pages(case, page_size, dtype, isa):
     shape = list(cache.data.shape)
     shape[2], shape[4] = 5 * pages, page_size
     data = torch.full(shape, torch.nan)
-    wanted, tokens, plan = [], ids[0, :5].contiguous(), cpu_steps.plan_of(model)
+    expected, tokens, plan = [], ids[0, :5].contiguous(), cpu_steps.plan_of(model)
     for row, length in enumerate(lengths):
         for j in range(length):
             data[:, :, table[row, j // page_size], :, j % page_size] = cache.data[:, :, 0, :, j]
@@ -225,11 +225,11 @@ def test_pages(case, page_size, dtype, isa):
         own[..., :length, :] = cache.data[..., :length, :]
         steps = cpu_steps.PagedSteps(model, plan, *pages_of(own, dtype))
         one = tokens[row : row + 1], torch.tensor([length]), torch.zeros(1, 1, dtype=torch.int32)
-        wanted.append(steps.logits(*one))
+        expected.append(steps.logits(*one))
     table[:, -1] = torch.where(torch.tensor(lengths) < page_size * (pages - 1), -7, table[:, -1])
     steps = cpu_steps.PagedSteps(model, plan, *pages_of(data, dtype))
     got = steps.logits(tokens, torch.tensor(lengths), table)
-    assert got.isfinite().all() and torch.equal(got, torch.cat(wanted))
+    assert got.isfinite().all() and torch.equal(got, torch.cat(expected))
 
 
 WIDE, INT8 = torch.float32, torch.int8
@@ -242,7 +242,7 @@ WIDE, INT8 = torch.float32, torch.int8
 @pytest.mark.parametrize("case", ["llama", "mistral", "gemma2", "qwen3"])
 def test_several_tokens_of_a_sequence(case, format, dtype, isa):
     """Rows that follow each other in a sequence have the bits that they have one by one, however
-    they are cut into steps and beside whatever they are; logits are those of the rows wanted."""
+    they are cut into steps and beside whatever they are; logits are those of the rows expected."""
     model = model_of(case, **({"sliding_window": 40} if case == "mistral" else {}))
     if format:
         model = fastlm.quantize(model, format, group_size=24)
@@ -260,7 +260,7 @@ def test_several_tokens_of_a_sequence(case, format, dtype, isa):
             of = torch.tensor([i for i, a, b in cut for _ in range(a, b)])
             at = torch.tensor([j for _, a, b in cut for j in range(a, b)])
             ends = [sum(b - a for _, a, b in cut[: i + 1]) - 1 for i in range(len(cut))]
-            told = steps.logits(texts[of, at], at, tables[of], wanted=torch.tensor(ends))
+            told = steps.logits(texts[of, at], at, tables[of], logits_indices=torch.tensor(ends))
             assert told.shape == (len(cut), 97)
             out |= {(i, b): row for (i, _, b), row in zip(cut, told, strict=True)}
         return out, pages
@@ -278,10 +278,10 @@ def test_several_tokens_of_a_sequence(case, format, dtype, isa):
                 assert torch.equal(mine.nan_to_num(7.0), theirs.nan_to_num(7.0))
     steps = cpu_steps.PagedSteps(model, plan, *keys)
     step = texts[0, :2], torch.tensor([0, 1]), tables[:1].expand(2, -1).contiguous()
-    assert steps.logits(*step, wanted=torch.tensor([], dtype=torch.int64)).shape == (0, 97)
-    for wanted, message in (([1, 0], "rows in order"), ([0, 0], "each once"), ([2], r"\[0, 2\)")):
+    assert steps.logits(*step, logits_indices=torch.tensor([], dtype=torch.int64)).shape == (0, 97)
+    for expected, message in (([1, 0], "rows in order"), ([0, 0], "each once"), ([2], r"\[0, 2\)")):
         with pytest.raises(ValueError, match=message):
-            steps.logits(*step, wanted=torch.tensor(wanted))
+            steps.logits(*step, logits_indices=torch.tensor(expected))
 
 
 class Filled(RowCache):
@@ -322,8 +322,8 @@ def test_int8_keys(case, head_dim, isa, monkeypatch):
         filled = Filled(truth, codes.double() * scales.double()[..., None], i)
         with torch.inference_mode(), monkeypatch.context() as patch:
             patch.setattr(layers, "varlen_attention", rounded)
-            wanted = next_logits(truth, ids[:, i : i + 1], filled)
-        errors.append(error_of(got, wanted))
+            expected = next_logits(truth, ids[:, i : i + 1], filled)
+        errors.append(error_of(got, expected))
         error = (filled.given - filled.data[..., i, :]).abs() / scales[..., i, None]
         assert 0.3 < error.max()
         assert errors[-1] > NEAR or error.max() <= 0.5 + 1e-3
@@ -399,8 +399,8 @@ def test_embeddings_are_scaled_as_the_family_scales_them(dtype):
     truth.model.embedding_scale = lambda _: torch.tensor(60**0.5, dtype=dtype).item()
     ids, cache = prefilled(model, 2, 9, 10, dtype=dtype)
     with torch.inference_mode():
-        wanted = truth(ids).logits[:, -1]
-    assert error_of(copy_of(model, cache).logits(ids[:, 9].contiguous()), wanted) <= NEAR
+        expected = truth(ids).logits[:, -1]
+    assert error_of(copy_of(model, cache).logits(ids[:, 9].contiguous()), expected) <= NEAR
 
 
 @pytest.mark.parametrize("quantized", [False, True])
@@ -454,11 +454,11 @@ def test_8_bit_activations_keep_a_float16_cache():
     assert cpu_steps.plan_of(model_of()).cache_dtype == torch.float32
     ids, cache = prefilled(model, 2, 20, 22, dtype=torch.float16)
     _, wide = prefilled(model, 2, 20, 22)
-    got, wanted = (copy_of(model, c).logits(ids[:, 20].contiguous()) for c in (cache, wide))
-    assert error_of(got, wanted) <= FLIPPED
+    got, expected = (copy_of(model, c).logits(ids[:, 20].contiguous()) for c in (cache, wide))
+    assert error_of(got, expected) <= FLIPPED
     with torch.inference_mode():  # the modules can read such a cache too
         modules = next_logits(model, ids[:, 20:21], cache)
-    assert error_of(modules, wanted) <= FLIPPED
+    assert error_of(modules, expected) <= FLIPPED
 
 
 def test_why_not():
@@ -507,7 +507,7 @@ def test_refusals():
         "scales": None,
         "rotary": rotary,
         "workspace": work,
-        "wanted": torch.tensor([0, 1]),
+        "logits_indices": torch.tensor([0, 1]),
         "logits": out,
     }
     step(**good)
@@ -515,27 +515,30 @@ def test_refusals():
     codes, scales = int8_of(cache.data)
     step(**good | {"cache": codes, "scales": scales})
     for change, message in (
-        ({"cache": codes}, "scales: wanted those of a cache of int8, got none"),
-        ({"scales": scales}, "scales: wanted none of a cache of float32, got some"),
-        ({"cache": codes, "scales": scales[:2].clone()}, "scales: wanted elements: 180, got 120"),
-        ({"cache": codes, "scales": scales.half()}, "scales: wanted dtype float32, got float16"),
-        ({"cache": codes.short()}, "cache: wanted"),
-        ({"lengths": torch.tensor([4, 5])}, r"lengths: wanted values in \[0, 5\), got 5"),
-        ({"lengths": torch.tensor([4])}, "lengths: wanted elements: 2, got 1"),
-        ({"table": table + 1}, r"table: wanted values in \[0, 2\), got 2"),
-        ({"table": table - 1}, r"table: wanted values in \[0, 2\), got -1"),
-        ({"table": table[:1]}, "table: wanted rows: 2, got 1"),
-        ({"table": table.expand(2, 2).contiguous()}, "cache: wanted pages of a multiple of 16"),
-        ({"workspace": work[:100].clone()}, "workspace: wanted"),
-        ({"cache": cache.data[:2].contiguous()}, "cache: wanted layers: 3, got 2"),
-        ({"cache": cache.data[:, :, :1].contiguous()}, r"table: wanted values in \[0, 1\), got 1"),
-        ({"tokens": ids[:, 4].int()}, "tokens: wanted dtype int64, got int32"),
-        ({"logits": out[:1].clone()}, "logits: wanted elements: 194, got 97"),
-        ({"rotary": [t[:4].clone() for t in rotary]}, "rotary: wanted tables of at least 5"),
-        ({"tokens": torch.tensor([0, 97])}, r"tokens: wanted values in \[0, 97\), got 97"),
-        ({"tokens": torch.tensor([-1, 0])}, r"tokens: wanted values in \[0, 97\), got -1"),
-        ({"rotary": []}, "rotary: wanted tables for every layer, got 0 pairs"),
-        ({"rotary": [t.repeat(1, 2) for t in rotary]}, "rotary: wanted columns: 24, got 48"),
+        ({"cache": codes}, "scales: expected those of a cache of int8, got none"),
+        ({"scales": scales}, "scales: expected none of a cache of float32, got some"),
+        ({"cache": codes, "scales": scales[:2].clone()}, "scales: expected elements: 180, got 120"),
+        ({"cache": codes, "scales": scales.half()}, "scales: expected dtype float32, got float16"),
+        ({"cache": codes.short()}, "cache: expected"),
+        ({"lengths": torch.tensor([4, 5])}, r"lengths: expected values in \[0, 5\), got 5"),
+        ({"lengths": torch.tensor([4])}, "lengths: expected elements: 2, got 1"),
+        ({"table": table + 1}, r"table: expected values in \[0, 2\), got 2"),
+        ({"table": table - 1}, r"table: expected values in \[0, 2\), got -1"),
+        ({"table": table[:1]}, "table: expected rows: 2, got 1"),
+        ({"table": table.expand(2, 2).contiguous()}, "cache: expected pages of a multiple of 16"),
+        ({"workspace": work[:100].clone()}, "workspace: expected"),
+        ({"cache": cache.data[:2].contiguous()}, "cache: expected layers: 3, got 2"),
+        (
+            {"cache": cache.data[:, :, :1].contiguous()},
+            r"table: expected values in \[0, 1\), got 1",
+        ),
+        ({"tokens": ids[:, 4].int()}, "tokens: expected dtype int64, got int32"),
+        ({"logits": out[:1].clone()}, "logits: expected elements: 194, got 97"),
+        ({"rotary": [t[:4].clone() for t in rotary]}, "rotary: expected tables of at least 5"),
+        ({"tokens": torch.tensor([0, 97])}, r"tokens: expected values in \[0, 97\), got 97"),
+        ({"tokens": torch.tensor([-1, 0])}, r"tokens: expected values in \[0, 97\), got -1"),
+        ({"rotary": []}, "rotary: expected tables for every layer, got 0 pairs"),
+        ({"rotary": [t.repeat(1, 2) for t in rotary]}, "rotary: expected columns: 24, got 48"),
     ):
         with pytest.raises(ValueError, match=message):
             step(**good | change)

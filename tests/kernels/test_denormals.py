@@ -46,9 +46,9 @@ def check_denormals_are_zero(name):
             leaves[i] = torch.where(torch.rand(leaf.shape) < 0.5, leaf * 2.0**-130, leaf)
             got = results(built, [t.clone() for t in leaves])
             leaves[i] = without_denormals(leaves[i])
-            wanted = results(built, leaves)
-            wanted = [t.where(t != 0, 0) for t in wanted]  # without the sign, as below
-            assert_same(wanted, [without_denormals(t) for t in got], f"leaf {i} {dtype}")
+            expected = results(built, leaves)
+            expected = [t.where(t != 0, 0) for t in expected]  # without the sign, as below
+            assert_same(expected, [without_denormals(t) for t in got], f"leaf {i} {dtype}")
 
 
 def run_once(name):

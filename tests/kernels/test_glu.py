@@ -78,13 +78,13 @@ def test_operands_between_16_bytes(kernel, dtype):
 
 def test_refusals():
     x = torch.randn(2, 8)
-    with pytest.raises(InputError, match=r"act: wanted one of .*, relu2, got 'relu'"):
+    with pytest.raises(InputError, match=r"act: expected one of .*, relu2, got 'relu'"):
         ops.glu(x, x, act="relu")
-    with pytest.raises(InputError, match=r"up: wanted torch.float32 \(2, 8\) .* \(2, 7\)"):
+    with pytest.raises(InputError, match=r"up: expected torch.float32 \(2, 8\) .* \(2, 7\)"):
         ops.glu(x, x[:, :7])
-    with pytest.raises(InputError, match=r"up: wanted torch.float32 .* got torch.float16"):
+    with pytest.raises(InputError, match=r"up: expected torch.float32 .* got torch.float16"):
         ops.glu(x, x.half())
-    with pytest.raises(InputError, match="gate: wanted a float dtype"):
+    with pytest.raises(InputError, match="gate: expected a float dtype"):
         ops.glu(x.long(), x.long())
 
 
@@ -93,11 +93,11 @@ def test_the_extension_refuses(kernel):
     from fastlm.cuda import extension
 
     x = torch.zeros(4, 8, device=kernel.device)
-    with pytest.raises(ValueError, match="up: wanted elements 32, got 16"):
+    with pytest.raises(ValueError, match="up: expected elements 32, got 16"):
         extension().glu_forward(x, x[:2], 0, x, 0)
     with pytest.raises(ValueError, match="act: expected 0 to 3, got 4"):
         extension().glu_forward(x, x, 4, x, 0)
-    with pytest.raises(ValueError, match="gate, up: wanted rows whose elements lie side by side"):
+    with pytest.raises(ValueError, match="gate, up: expected rows whose elements lie side by side"):
         extension().glu_forward(x.view(8, 4)[:, ::2], x.view(8, 4)[:, ::2], 0, x[:2], 0)
-    with pytest.raises(ValueError, match="gate: wanted float32, bfloat16 or float16, got int64"):
+    with pytest.raises(ValueError, match="gate: expected float32, bfloat16 or float16, got int64"):
         extension().glu_forward(x.long(), x.long(), 0, x, 0)

@@ -56,10 +56,10 @@ def test_refusals(kernel):
     into = ops.quantize_weight(torch.randn(16, 64, device=kernel.device), 8, group_size=32)
     q, scale, sums = out = quantized_linear.empty_rows(x, 32)
     codes, kernels = (into.qdata, into.scales, 8, 32), extension()
-    with pytest.raises(ValueError, match="q: wanted columns 64, got 48"):
+    with pytest.raises(ValueError, match="q: expected columns 64, got 48"):
         narrow = q[:, :48].contiguous()
         kernels.glu_round(x, x, 0, *codes, narrow, scale, sums, stream(x))
-    with pytest.raises(ValueError, match="x_sums: wanted rows 2, got 1"):
+    with pytest.raises(ValueError, match="x_sums: expected rows 2, got 1"):
         kernels.glu_round(x, x, 0, *codes, q, scale, sums[:1], stream(x))
     with pytest.raises(ValueError, match="act: expected 0 to 3, got 4"):
         kernels.glu_round(x, x, 4, *codes, *out, stream(x))

@@ -155,8 +155,8 @@ def test_past_two_to_the_31_elements():
     gate = torch.zeros(rows, width, dtype=BF16, device="cuda")
     gate[-1] = 3.0
     y = ops.glu(gate, gate)
-    wanted = F.silu(torch.tensor(3.0)) * 3
-    assert y.numel() > 2**31 and (y[-1].float() - wanted).abs().max() < 0.05
+    expected = F.silu(torch.tensor(3.0)) * 3
+    assert y.numel() > 2**31 and (y[-1].float() - expected).abs().max() < 0.05
     assert not y[:-1].any()
 
 
@@ -270,8 +270,8 @@ def test_generation_within_a_generation(monkeypatch):
         for n in (1 << 10, 1 << 20):  # overwrite freed memory
             torch.full((64, n), torch.nan, device="cuda")
 
-    wanted = generated()
-    assert generated(other) == wanted
+    expected = generated()
+    assert generated(other) == expected
     assert len(graphs) == 22 and None not in graphs
 
 
@@ -316,16 +316,16 @@ def test_a_step_on_pages_does_not_wait():
     ]
     rows = torch.arange(3)
     for each in inputs[:2]:
-        steps.logits(*each, wanted=rows)
+        steps.logits(*each, logits_indices=rows)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        got = [steps.logits(*each, wanted=rows) for each in inputs]
+        got = [steps.logits(*each, logits_indices=rows) for each in inputs]
     finally:
         torch.cuda.set_sync_debug_mode("default")
     for each in inputs[:2]:
-        plain.logits(*each, wanted=rows)
+        plain.logits(*each, logits_indices=rows)
     for each, logits in zip(inputs, got, strict=True):
-        assert torch.equal(plain.logits(*each, wanted=rows), logits)
+        assert torch.equal(plain.logits(*each, logits_indices=rows), logits)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")

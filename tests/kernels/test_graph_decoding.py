@@ -59,8 +59,8 @@ def errors_of(model, rows=3, length=9, count=3):
     with torch.inference_mode():
         for i in range(length, length + count):
             with modules(model):
-                wanted = next_logits(model, ids[:, i : i + 1], cache)
-            errors.append(error_of(steps.logits(ids[:, i].contiguous()), wanted))
+                expected = next_logits(model, ids[:, i : i + 1], cache)
+            errors.append(error_of(steps.logits(ids[:, i].contiguous()), expected))
     return errors
 
 
@@ -222,12 +222,12 @@ def test_generate(monkeypatch, tied):
     model = model_of("qwen2", tie_word_embeddings=tied)
     prompts = [[1, 2, 3], [4, 5, 6, 7, 8, 9], [10]]
     with backend.use_backend("reference"):
-        wanted = model.generate(prompts, max_new_tokens=6, temperature=0)
+        expected = model.generate(prompts, max_new_tokens=6, temperature=0)
         monkeypatch.setattr(cuda_steps, "why_not", lambda _: None)
         used = []
         ours = cuda_steps._Step.run
         monkeypatch.setattr(cuda_steps._Step, "run", lambda self: (used.append(1), ours(self))[1])
-        assert model.generate(prompts, max_new_tokens=6, temperature=0) == wanted
+        assert model.generate(prompts, max_new_tokens=6, temperature=0) == expected
     assert len(used) == 5
 
 

@@ -57,9 +57,9 @@ def inputs_of(rows):
     return torch.randint(97, (len(rows),)), lengths, table.int()
 
 
-@pytest.mark.parametrize("wanted", [None, [0]])
+@pytest.mark.parametrize("expected", [None, [0]])
 @pytest.mark.parametrize("case", ["llama", "gemma2"])
-def test_a_graph_reads_the_rows_of_its_step(recorder, case, wanted):
+def test_a_graph_reads_the_rows_of_its_step(recorder, case, expected):
     """Other tokens, lengths and pages than those of its recording; the same bits as steps that
     are not recorded, and near those of the modules."""
     model = model_of(case)
@@ -71,10 +71,10 @@ def test_a_graph_reads_the_rows_of_its_step(recorder, case, wanted):
     modules = ModuleSteps(model, pages[2])
     for rows in STEPS:
         inputs = inputs_of(rows)
-        own = torch.tensor(wanted or range(len(rows)))
-        got = ours.logits(*inputs, wanted=wanted and own)
-        assert torch.equal(got, plain.logits(*inputs, wanted=own))
-        torch.testing.assert_close(got, modules.logits(*inputs, wanted=own), **NEAR)
+        own = torch.tensor(expected or range(len(rows)))
+        got = ours.logits(*inputs, logits_indices=expected and own)
+        assert torch.equal(got, plain.logits(*inputs, logits_indices=own))
+        torch.testing.assert_close(got, modules.logits(*inputs, logits_indices=own), **NEAR)
         assert torch.equal(pages[0].data, pages[1].data)
         torch.testing.assert_close(pages[0].data, pages[2].data, **NEAR)
     assert [graph.replays for graph in recorder.graphs] == [4, 1]  # of four rows, of one
@@ -106,10 +106,10 @@ def test_logits_that_are_wanted_stay(recorder):
     model = model_of()
     steps, rows = cuda_steps.PagedSteps(model, pages_of(model, 9).data), torch.arange(3)
     for _ in range(2):
-        steps.logits(*inputs_of(STEPS[0]), wanted=rows)
-    first = steps.logits(*inputs_of(STEPS[0]), wanted=rows)
+        steps.logits(*inputs_of(STEPS[0]), logits_indices=rows)
+    first = steps.logits(*inputs_of(STEPS[0]), logits_indices=rows)
     kept = first.clone()
-    second = steps.logits(*inputs_of(STEPS[0]), wanted=rows)
+    second = steps.logits(*inputs_of(STEPS[0]), logits_indices=rows)
     assert torch.equal(first, kept) and not torch.equal(first, second)
     assert recorder.graphs[0].replays == 3
 
@@ -138,9 +138,9 @@ def test_the_engine_replays(recorder, monkeypatch):
     monkeypatch.setattr(cuda_steps, "why_not", lambda model: "for this test")
     engine = Engine(model)
     assert isinstance(engine._batch.decoder, ModuleSteps)
-    for (tokens, logprobs), wanted in zip(got, engine.generate(requests) * 2, strict=True):
-        assert tokens == wanted.token_ids
-        told_of = [t.logprob for t in wanted.logprobs]
+    for (tokens, logprobs), expected in zip(got, engine.generate(requests) * 2, strict=True):
+        assert tokens == expected.token_ids
+        told_of = [t.logprob for t in expected.logprobs]
         assert [p for _, p, _ in logprobs] == pytest.approx(told_of, abs=1e-4)
 
 
@@ -178,7 +178,7 @@ def test_a_recording_that_fails(recorder):
     """Steps then run unrecorded, and graphs that were recorded before go on."""
     model = model_of()
     short, long = requests_of(1, 9, max_new_tokens=20)[0], requests_of(4)
-    wanted = [r.token_ids for r in Engine(model).generate([short, *long])]
+    expected = [r.token_ids for r in Engine(model).generate([short, *long])]
     recorder.graphs.clear()
     engine = Engine(model)
     engine.generate([short])
@@ -186,7 +186,7 @@ def test_a_recording_that_fails(recorder):
     recorder.error = "CUDA out of memory"
     with pytest.warns(UserWarning, match="not recorded: CUDA out of memory") as warned:
         got = [r.token_ids for r in engine.generate([short, *long])]
-    assert got == wanted and len(warned) == 1 and len(recorder.graphs) == 1
+    assert got == expected and len(warned) == 1 and len(recorder.graphs) == 1
     assert graph.replays > before
 
 
@@ -197,10 +197,10 @@ def test_rollouts_replay(recorder, case):
     prompts = [r.prompt for r in requests_of(6, 30)]
     answers = sample_answers(model, prompts, max_new_tokens=7, temperature=0.8, seed=3, rows=4)
     for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        wanted = drawn(model, Request(prompt, 7, Sampling(temperature=0.8), seed=3 + i))
-        assert answer.token_ids == wanted and not answer.ended
-        logits = model(torch.tensor([[*prompt, *wanted]])).logits[0, len(prompt) - 1 : -1]
-        logprobs = (logits / 0.8).log_softmax(-1).gather(-1, torch.tensor(wanted)[:, None])[:, 0]
+        expected = drawn(model, Request(prompt, 7, Sampling(temperature=0.8), seed=3 + i))
+        assert answer.token_ids == expected and not answer.ended
+        logits = model(torch.tensor([[*prompt, *expected]])).logits[0, len(prompt) - 1 : -1]
+        logprobs = (logits / 0.8).log_softmax(-1).gather(-1, torch.tensor(expected)[:, None])[:, 0]
         got = [token.logprob for token in answer.logprobs]
         assert got == pytest.approx(logprobs.tolist(), abs=1e-4)
     assert sum(graph.replays for graph in recorder.graphs) > 5

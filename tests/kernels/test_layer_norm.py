@@ -71,7 +71,7 @@ def test_refusals():
         lambda: ops.layer_norm(torch.empty(3, 0)): r"x: expected floats \(..., H\), H >= 1",
         lambda: ops.layer_norm(x.long(), w): r"x: expected floats .* got torch.int64 \(2, 8\)",
         lambda: ops.layer_norm(x, (8,), w): r"weight: .*no normalized_shape.*got \(8,\)",
-        lambda: ops.layer_norm(x, w, w, None): "eps: wanted a number, got None",
+        lambda: ops.layer_norm(x, w, w, None): "eps: expected a number, got None",
     }.items():
         with pytest.raises(InputError, match=message):
             call()

@@ -45,8 +45,8 @@ def inputs(rows, k, n, bias=True):
 def run(function, x, weight, bias, dy):
     leaves = [None if t is None else t.detach().requires_grad_() for t in (x, weight, bias)]
     y = function(*leaves)
-    wanted = [t for t in leaves if t is not None]
-    return [y.detach(), *torch.autograd.grad(y, wanted, dy)]
+    learnable = [t for t in leaves if t is not None]
+    return [y.detach(), *torch.autograd.grad(y, learnable, dy)]
 
 
 def test_the_own_product_ran(own, kernel, monkeypatch):
@@ -126,7 +126,7 @@ def test_split_float32_only_where_it_says(tiles):
     with torch.no_grad():
         assert not module.splits(x, weight)
     y, room = torch.empty(300, 8), torch.empty(0)
-    with backend.use_cpu_isa("scalar"), pytest.raises(ValueError, match="wanted tiles"):
+    with backend.use_cpu_isa("scalar"), pytest.raises(ValueError, match="expected tiles"):
         backend.cpu_extension.linear_split(x, weight, None, y, room)
     with pytest.raises(ValueError, match="workspace"):
         backend.cpu_extension.linear_split(x, weight, None, y, room)
@@ -248,15 +248,17 @@ def test_onednn_serves_where_no_gradient_is_needed(monkeypatch):
 
 def test_refusals():
     x, w = torch.randn(2, 8), torch.randn(3, 8)
-    with pytest.raises(InputError, match=r"weight: wanted \(N, K\), K = .* \(2, 8\), got \(3, 7\)"):
+    with pytest.raises(
+        InputError, match=r"weight: expected \(N, K\), K = .* \(2, 8\), got \(3, 7\)"
+    ):
         ops.linear(x, w[:, :7])
-    with pytest.raises(InputError, match=r"weight: wanted torch.float32 .* got torch.bfloat16"):
+    with pytest.raises(InputError, match=r"weight: expected torch.float32 .* got torch.bfloat16"):
         ops.linear(x, w.bfloat16())
-    with pytest.raises(InputError, match=r"bias: wanted shape \(3,\), .* got \(2,\)"):
+    with pytest.raises(InputError, match=r"bias: expected shape \(3,\), .* got \(2,\)"):
         ops.linear(x, w, torch.randn(2))
     with pytest.raises(InputError, match="act: expected one of silu, gelu_tanh, gelu, relu2, got"):
         ops.linear(x, w, act="tanh")
-    with pytest.raises(InputError, match="weight: wanted"):
+    with pytest.raises(InputError, match="weight: expected"):
         ops.linear(x, w[:, :7], act="silu")
 
 
@@ -277,12 +279,12 @@ def test_keeps_only_what_the_backward_needs(own):
     x, w, b, dy = inputs(20, 24, 8)
     kept = []
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
-    for learns, wanted in (((w,), [x]), ((x,), [w]), ((x, w, b), [x, w])):
+    for learns, expected in (((w,), [x]), ((x,), [w]), ((x, w, b), [x, w])):
         leaves = [t.detach().requires_grad_(any(t is one for one in learns)) for t in (x, w, b)]
         kept.clear()
         with hooks:
             y = ops.linear(*leaves)
-        assert [t.data_ptr() for t in kept] == [t.data_ptr() for t in wanted]
+        assert [t.data_ptr() for t in kept] == [t.data_ptr() for t in expected]
         y.backward(dy)
 
 

@@ -255,7 +255,7 @@ def test_target_out_of_range(name):
     for grad in (False, True):
         with (
             backend.use_backend(name),
-            pytest.raises(InputError, match=r"target: wanted 0 <= class < 8 .*, got 8 in row 3"),
+            pytest.raises(InputError, match=r"target: expected 0 <= class < 8 .*, got 8 in row 3"),
         ):
             ops.linear_cross_entropy(x.requires_grad_(grad), w, target)
 
@@ -265,26 +265,26 @@ def test_target_out_of_range(name):
     [
         (
             {"linear_weight": torch.randn(8, 5)},
-            r"linear_weight: wanted shape \(V, D\).*got \(8, 5\)",
+            r"linear_weight: expected shape \(V, D\).*got \(8, 5\)",
         ),
         (
             {"linear_weight": torch.randn(8, 4).half()},
-            "wanted torch.float32 on cpu as input, got torch.float16",
+            "expected torch.float32 on cpu as input, got torch.float16",
         ),
         (
             {"linear_bias": torch.randn(7)},
-            r"linear_bias: wanted floats of shape \(8,\) on cpu, got torch.float32 \(7,\)",
+            r"linear_bias: expected floats of shape \(8,\) on cpu, got torch.float32 \(7,\)",
         ),
-        ({"linear_bias": torch.ones(8).long()}, "linear_bias: wanted floats .* got torch.int64"),
+        ({"linear_bias": torch.ones(8).long()}, "linear_bias: expected floats .* got torch.int64"),
         (
             {"input": torch.randn(3, 0), "linear_weight": torch.randn(8, 0)},
-            r"input: wanted at least one feature, got shape \(3, 0\)",
+            r"input: expected at least one feature, got shape \(3, 0\)",
         ),
         (
             {"target": torch.zeros(3, dtype=torch.int64)},
-            r"target: wanted shape \(2,\) \(the rows of input\)",
+            r"target: expected shape \(2,\) \(the rows of input\)",
         ),
-        ({"reduction": "avg"}, "reduction: wanted none, mean or sum"),
+        ({"reduction": "avg"}, "reduction: expected none, mean or sum"),
     ],
 )  # fmt: skip
 def test_refusals(change, message):

@@ -191,7 +191,7 @@ def test_target_out_of_range(name):
     target[0], target[3] = -100, 8
     with (
         backend.use_backend(name),
-        pytest.raises(InputError, match=r"target: wanted 0 <= class < 8 .*, got 8 in row 3"),
+        pytest.raises(InputError, match=r"target: expected 0 <= class < 8 .*, got 8 in row 3"),
     ):
         ops.linear_logprobs(x, w, target)
 
@@ -201,21 +201,21 @@ def test_target_out_of_range(name):
     [
         (
             {"linear_weight": torch.randn(8, 5)},
-            r"linear_weight: wanted shape \(V, D\).*got \(8, 5\)",
+            r"linear_weight: expected shape \(V, D\).*got \(8, 5\)",
         ),
-        ({"linear_bias": torch.ones(8).long()}, "linear_bias: wanted floats .* got torch.int64"),
+        ({"linear_bias": torch.ones(8).long()}, "linear_bias: expected floats .* got torch.int64"),
         (
             {"target": torch.zeros(3, dtype=torch.int64)},
-            r"target: wanted shape \(2,\) \(the rows of input\)",
+            r"target: expected shape \(2,\) \(the rows of input\)",
         ),
-        ({"target": torch.zeros(2)}, "target: wanted int64 class numbers, got torch.float32"),
-        ({"softcap": 0.0}, "softcap: wanted > 0 or None, got 0.0"),
-        ({"temperature": 0}, "temperature: wanted a finite number > 0, got 0"),
-        ({"temperature": -1.0}, "temperature: wanted a finite number > 0, got -1.0"),
-        ({"temperature": math.inf}, "temperature: wanted a finite number > 0, got inf"),
-        ({"temperature": math.nan}, "temperature: wanted a finite number > 0, got nan"),
-        ({"temperature": None}, "temperature: wanted a number, got None"),
-        ({"temperature": "1"}, "temperature: wanted a number, got '1'"),
+        ({"target": torch.zeros(2)}, "target: expected int64 class numbers, got torch.float32"),
+        ({"softcap": 0.0}, "softcap: expected > 0 or None, got 0.0"),
+        ({"temperature": 0}, "temperature: expected a finite number > 0, got 0"),
+        ({"temperature": -1.0}, "temperature: expected a finite number > 0, got -1.0"),
+        ({"temperature": math.inf}, "temperature: expected a finite number > 0, got inf"),
+        ({"temperature": math.nan}, "temperature: expected a finite number > 0, got nan"),
+        ({"temperature": None}, "temperature: expected a number, got None"),
+        ({"temperature": "1"}, "temperature: expected a number, got '1'"),
     ],
 )
 def test_refusals(change, message):

@@ -81,17 +81,17 @@ def test_orthogonalize_brings_singular_values_near_one():
 def test_the_update_is_the_definition(nesterov, clip):
     steps = [matrices(seed) for seed in range(1, 6)]
     params = parameters(torch.float64)
-    wanted = definition(
+    expected = definition(
         [p.detach() for p in params], steps, lr=0.01, decay=0.1, nesterov=nesterov,
         clip=clip or math.inf,
     )  # fmt: skip
     options = dict(lr=0.01, weight_decay=0.1, nesterov=nesterov, max_grad_norm=clip)
     run(Muon(params, **options), params, steps)
-    for p, w in zip(params, wanted):
+    for p, w in zip(params, expected):
         torch.testing.assert_close(p.detach(), w, rtol=1e-6, atol=1e-7)  # the norm is float32
     single = parameters()
     run(Muon(single, **options), single, steps)
-    for p, w in zip(single, wanted):  # bfloat16 products where the CPU has them
+    for p, w in zip(single, expected):  # bfloat16 products where the CPU has them
         torch.testing.assert_close(p.detach().double(), w, rtol=0, atol=2e-3)
 
 
@@ -191,7 +191,7 @@ def test_states_go_round(dtype):
     one, two = optimizer.state_dict()["state"], loaded.state_dict()["state"]
     assert {k for s in one.values() for k in s} >= {"momentum_buffer", "exp_avg", "exp_avg_sq"}
     assert all(torch.equal(one[i][k], two[i][k]) for i in one for k in one[i])
-    with pytest.raises(InputError, match=r"momentum_buffer: wanted shape .*, got NoneType"):
+    with pytest.raises(InputError, match=r"momentum_buffer: expected shape .*, got NoneType"):
         plain = fastlm.AdamW(model.parameters()).state_dict()
         for i, p in enumerate(model.parameters()):
             plain["state"][i] = {"step": 1, "exp_avg": p.detach(), "exp_avg_sq": p.detach()}
@@ -231,13 +231,13 @@ def test_a_training_resumes_to_the_same_bits(tmp_path):
 @pytest.mark.parametrize(
     "change, text",
     [
-        ({"params": [nn.Parameter(torch.ones(3))]}, r"wanted matrices \(n, m\).*got \(3,\)"),
-        ({"params": [nn.Parameter(torch.ones(2, 3, 4))]}, r"wanted matrices .*got \(2, 3, 4\)"),
-        ({"momentum": 1.0}, r"momentum: wanted a number in \[0, 1\), got 1.0"),
-        ({"ns_steps": 0}, "ns_steps: wanted 1 or more, got 0"),
-        ({"adjust_lr_fn": "none"}, "adjust_lr_fn: wanted one of match_rms_adamw, original"),
-        ({"lr": -1.0}, "lr: wanted a number >= 0, got -1.0"),
-        ({"max_grad_norm": 0.0}, "max_grad_norm: wanted a number > 0 or None, got 0.0"),
+        ({"params": [nn.Parameter(torch.ones(3))]}, r"expected matrices \(n, m\).*got \(3,\)"),
+        ({"params": [nn.Parameter(torch.ones(2, 3, 4))]}, r"expected matrices .*got \(2, 3, 4\)"),
+        ({"momentum": 1.0}, r"momentum: expected a number in \[0, 1\), got 1.0"),
+        ({"ns_steps": 0}, "ns_steps: expected 1 or more, got 0"),
+        ({"adjust_lr_fn": "none"}, "adjust_lr_fn: expected one of match_rms_adamw, original"),
+        ({"lr": -1.0}, "lr: expected a number >= 0, got -1.0"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm: expected a number > 0 or None, got 0.0"),
     ],
 )
 def test_what_is_refused(change, text):
@@ -246,8 +246,8 @@ def test_what_is_refused(change, text):
 
 
 def test_refused_are_8_bit_states_and_models_without_layers():
-    with pytest.raises(InputError, match="state_bits: wanted 32 with use_muon, got 8"):
+    with pytest.raises(InputError, match="state_bits: expected 32 with use_muon, got 8"):
         Muon([{"params": parameters(), "state_bits": 8}])
     model = nn.Linear(4, 4)
-    with pytest.raises(InputError, match=r"optimizer: wanted a model with .* got none in Linear"):
+    with pytest.raises(InputError, match=r"optimizer: expected a model with .* got none in Linear"):
         muon_groups(decay_matrices(model, 0.1), model)

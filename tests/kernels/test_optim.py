@@ -185,8 +185,8 @@ def test_checkpoints_go_to_torch_and_back(mine_first, tmp_path):
     actual = trained(resumed, part, 3, seed=2)
     opt = first(whole)
     trained(opt, whole, 3, seed=1)
-    wanted = trained(opt, whole, 3, seed=2)
-    for a, b in zip(actual, wanted):
+    expected = trained(opt, whole, 3, seed=2)
+    for a, b in zip(actual, expected):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     assert resumed.param_groups[0]["weight_decay"] == 0.0
 
@@ -207,7 +207,7 @@ def test_resume_gives_the_same_bits(dtype, options):
     whole, part = clones(params), clones(params)
     opt = AdamW(whole, lr=1e-2, **options)
     trained(opt, whole, 3, seed=1)
-    wanted = trained(opt, whole, 3, seed=2)
+    expected = trained(opt, whole, 3, seed=2)
     opt = AdamW(part, lr=1e-2, **options)
     trained(opt, part, 3, seed=1)
     saved = opt.state_dict()
@@ -222,7 +222,7 @@ def test_resume_gives_the_same_bits(dtype, options):
     ):
         for a, b in zip(now, before):
             assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-    assert all(torch.equal(a, b) for a, b in zip(actual, wanted))
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected))
 
 
 def test_schedulers_tensor_lr_closure_deepcopy_and_missing_grads():
@@ -309,7 +309,7 @@ def test_loss_curve_is_that_of_torch():
 
 
 def test_low_precision_loss_curves_end_where_float32_ends():
-    wanted = loss_curve(lambda ps: torch.optim.AdamW(ps, lr=3e-3))[-20:].mean()
+    expected = loss_curve(lambda ps: torch.optim.AdamW(ps, lr=3e-3))[-20:].mean()
     ends = {
         "8-bit": loss_curve(lambda ps: AdamW(ps, lr=3e-3, max_grad_norm=1.0, state_bits=8)),
         "master": loss_curve(
@@ -322,29 +322,31 @@ def test_low_precision_loss_curves_end_where_float32_ends():
         ),
     }
     for name, curve in ends.items():
-        assert curve[-20:].mean() < 1.15 * wanted, f"{name}: {curve[-20:].mean()} against {wanted}"
+        assert curve[-20:].mean() < 1.15 * expected, (
+            f"{name}: {curve[-20:].mean()} against {expected}"
+        )
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lr": -1.0}, r"lr: wanted a number >= 0, got -1\.0"),
-        ({"lr": float("nan")}, "lr: wanted a number >= 0, got nan"),
-        ({"lr": torch.ones(2)}, r"lr: wanted a number or a one-element tensor, got \(2,\)"),
-        ({"betas": (0.9, 1.0)}, r"betas: wanted two numbers in \[0, 1\), got \(0\.9, 1\.0\)"),
-        ({"lr": "1e-3"}, "lr: wanted a number >= 0, got '1e-3'"),  # as YAML parses it
-        ({"lr": None}, "lr: wanted a number >= 0, got None"),
-        ({"betas": ("0.9", 0.95)}, r"betas: wanted two numbers in \[0, 1\), got \('0\.9', 0\.95"),
-        ({"betas": 0.9}, r"betas: wanted two numbers in \[0, 1\), got 0\.9"),
-        ({"weight_decay": "0.1"}, "weight_decay: wanted a number >= 0, got '0.1'"),
-        ({"max_grad_norm": "1"}, "max_grad_norm: wanted a number > 0 or None, got '1'"),
-        ({"eps": -1e-8}, "eps: wanted a number >= 0, got -1e-08"),
-        ({"weight_decay": -0.1}, "weight_decay: wanted a number >= 0"),
-        ({"state_bits": 4}, "state_bits: wanted 8 or 32, got 4"),
-        ({"max_grad_norm": 0.0}, r"max_grad_norm: wanted a number > 0 or None, got 0\.0"),
+        ({"lr": -1.0}, r"lr: expected a number >= 0, got -1\.0"),
+        ({"lr": float("nan")}, "lr: expected a number >= 0, got nan"),
+        ({"lr": torch.ones(2)}, r"lr: expected a number or a one-element tensor, got \(2,\)"),
+        ({"betas": (0.9, 1.0)}, r"betas: expected two numbers in \[0, 1\), got \(0\.9, 1\.0\)"),
+        ({"lr": "1e-3"}, "lr: expected a number >= 0, got '1e-3'"),  # as YAML parses it
+        ({"lr": None}, "lr: expected a number >= 0, got None"),
+        ({"betas": ("0.9", 0.95)}, r"betas: expected two numbers in \[0, 1\), got \('0\.9', 0\.95"),
+        ({"betas": 0.9}, r"betas: expected two numbers in \[0, 1\), got 0\.9"),
+        ({"weight_decay": "0.1"}, "weight_decay: expected a number >= 0, got '0.1'"),
+        ({"max_grad_norm": "1"}, "max_grad_norm: expected a number > 0 or None, got '1'"),
+        ({"eps": -1e-8}, "eps: expected a number >= 0, got -1e-08"),
+        ({"weight_decay": -0.1}, "weight_decay: expected a number >= 0"),
+        ({"state_bits": 4}, "state_bits: expected 8 or 32, got 4"),
+        ({"max_grad_norm": 0.0}, r"max_grad_norm: expected a number > 0 or None, got 0\.0"),
         (
             {"master_weights": True, "stochastic_rounding": True},
-            "stochastic_rounding: wanted False",
+            "stochastic_rounding: expected False",
         ),
     ],
     ids=str,
@@ -355,20 +357,22 @@ def test_refuses_options(options, message):
 
 
 def test_refuses_parameters():
-    with pytest.raises(InputError, match=r"params: wanted real floats, got torch\.complex64"):
+    with pytest.raises(InputError, match=r"params: expected real floats, got torch\.complex64"):
         AdamW([torch.ones(2, dtype=torch.complex64, requires_grad=True)])
     for strides in ((1, 1), (1, 2), (0, 1)):
         shared = torch.ones(16).as_strided((3, 4), strides).requires_grad_()
-        with pytest.raises(InputError, match="params: wanted elements that share no memory"):
+        with pytest.raises(InputError, match="params: expected elements that share no memory"):
             AdamW([shared])
     for apart in (torch.ones(3, 8)[:, ::2], torch.ones(4, 3).T, torch.ones(1, 3).expand(1, 3)):
         AdamW([apart.requires_grad_()])
-    with pytest.raises(InputError, match="stochastic_rounding: wanted bfloat16 or float32"):
+    with pytest.raises(InputError, match="stochastic_rounding: expected bfloat16 or float32"):
         AdamW([torch.ones(2).half().requires_grad_()], stochastic_rounding=True)
     p = torch.ones(3, 2, requires_grad=True)
     opt = AdamW([p])
     p.grad = torch.sparse_coo_tensor([[0], [1]], [1.0], (3, 2), check_invariants=True)
-    with pytest.raises(InputError, match=r"grad: wanted a dense gradient, got layout torch.sparse"):
+    with pytest.raises(
+        InputError, match=r"grad: expected a dense gradient, got layout torch.sparse"
+    ):
         opt.step()
 
 

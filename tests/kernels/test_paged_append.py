@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cases.base import assert_same, copies, misaligned
-from cases.paged_append import case, wanted
+from cases.paged_append import case, expected_caches
 from contract import (  # noqa: F401
     test_compiles_without_break_or_recompile,
     test_opcheck,
@@ -25,7 +25,7 @@ def test_cpp_is_the_reference():
 @pytest.mark.parametrize("scale", [0.05, torch.tensor(0.05), torch.tensor([0.05])])
 def test_one_scale_for_all_heads(op, scale):
     leaves = op.build(op.small["int8"], torch.float32).leaves[:6]
-    expected = wanted(*leaves, *torch.full((2, 2), 0.05))
+    expected = expected_caches(*leaves, *torch.full((2, 2), 0.05))
     ops.paged_append(*leaves, k_scale=scale, v_scale=scale)
     assert_same(expected, leaves[2:4], "one scale")
 
@@ -57,7 +57,7 @@ def test_offsets_beyond_32_bits(op, kernel, int8):
     positions.copy_(torch.tensor([[0, 3, 4]]))
     for a, b in zip(far, near):
         a.copy_(b[:3])
-    expected = [t[:3] for t in wanted(*built.leaves)]
+    expected = [t[:3] for t in expected_caches(*built.leaves)]
     assert_same(expected, built.function(k, v, *far, table, positions, *built.leaves[6:]), "far")
 
 
@@ -75,14 +75,14 @@ def test_the_kernel_refuses_too(op, kernel):
 
     built = op.built(op.small["float"], torch.float32, "cuda", kernel.device)
     k, v, *caches, table, positions = built.leaves
-    with pytest.raises(ValueError, match="positions: wanted entries, one a token 12, got 4"):
+    with pytest.raises(ValueError, match="positions: expected entries, one a token 12, got 4"):
         paged_append(k, v, *caches, table, positions[:1], None, None)
-    with pytest.raises(ValueError, match="k: wanted key heads as its cache 2, got 1"):
+    with pytest.raises(ValueError, match="k: expected key heads as its cache 2, got 1"):
         paged_append(k[:, :, :1], v, *caches, table, positions, None, None)
     codes = [c.to(torch.int8) for c in caches]
-    with pytest.raises(ValueError, match=r"k_scale: wanted one for each key head .* got none"):
+    with pytest.raises(ValueError, match=r"k_scale: expected one for each key head .* got none"):
         paged_append(k, v, *codes, table, positions, None, None)
-    with pytest.raises(ValueError, match="v_cache: wanted dtype int8, got float32"):
+    with pytest.raises(ValueError, match="v_cache: expected dtype int8, got float32"):
         one = torch.ones(2, device=kernel.device)
         paged_append(k, v, codes[0], caches[1], table, positions, one, one)
 
@@ -94,29 +94,32 @@ _x, _place = torch.zeros(1, 1, 2, 8), torch.zeros(1, 1, dtype=torch.int32)
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({0: _x[0]}, r"k: wanted 4 dimensions, got \(1, 2, 8\)"),
+        ({0: _x[0]}, r"k: expected 4 dimensions, got \(1, 2, 8\)"),
         (
             {0: torch.zeros(1, 1, 3, 8)},
-            r"k: wanted torch.float32 \(1, 1, 2, 8\) on cpu .* \(1, 1, 3",
+            r"k: expected torch.float32 \(1, 1, 2, 8\) on cpu .* \(1, 1, 3",
         ),
-        ({1: torch.zeros(1, 1, 2, 9)}, r"v: wanted torch.float32 \(1, 1, 2, 8\) .* \(1, 1, 2, 9\)"),
-        ({1: _x.half()}, "v: wanted torch.float32 .* got torch.float16"),
-        ({0: _x.int(), 1: _x.int()}, "k: wanted a float dtype, got torch.int32"),
-        ({2: _cache.half()}, "k_cache: wanted .* torch.float32 or int8 .* got torch.float16"),
-        ({3: _cache.to(torch.int8)}, "v_cache: wanted .* the same for both, got torch.int8"),
-        ({3: _cache[:, :3]}, r"v_cache: wanted .* got torch.float32 \(1, 3, 2, 8\)"),
+        (
+            {1: torch.zeros(1, 1, 2, 9)},
+            r"v: expected torch.float32 \(1, 1, 2, 8\) .* \(1, 1, 2, 9\)",
+        ),
+        ({1: _x.half()}, "v: expected torch.float32 .* got torch.float16"),
+        ({0: _x.int(), 1: _x.int()}, "k: expected a float dtype, got torch.int32"),
+        ({2: _cache.half()}, "k_cache: expected .* torch.float32 or int8 .* got torch.float16"),
+        ({3: _cache.to(torch.int8)}, "v_cache: expected .* the same for both, got torch.int8"),
+        ({3: _cache[:, :3]}, r"v_cache: expected .* got torch.float32 \(1, 3, 2, 8\)"),
         (
             {2: torch.zeros(1, 4, 8, 2).transpose(2, 3)},
-            "k_cache: wanted elements of a head side by side, got stride 2",
+            "k_cache: expected elements of a head side by side, got stride 2",
         ),
-        ({4: _place.float()}, r"block_table: wanted int32, .* got torch.float32"),
-        ({5: _place[0]}, r"positions: wanted int32, 2 dimensions, the first \(1, 1\)"),
-        ({"k_scale": 1.0}, r"k_scale: wanted None \(torch.float32 cache\), got one"),
+        ({4: _place.float()}, r"block_table: expected int32, .* got torch.float32"),
+        ({5: _place[0]}, r"positions: expected int32, 2 dimensions, the first \(1, 1\)"),
+        ({"k_scale": 1.0}, r"k_scale: expected None \(torch.float32 cache\), got one"),
         (
             {2: _cache.to(torch.int8), 3: _cache.to(torch.int8), "k_scale": 1.0},
-            r"v_scale: wanted a number or a tensor \(int8 cache\), got None",
+            r"v_scale: expected a number or a tensor \(int8 cache\), got None",
         ),
-        ({0: _x.clone().requires_grad_()}, "wanted tensors without grad"),
+        ({0: _x.clone().requires_grad_()}, "expected tensors without grad"),
     ],
 )
 def test_refusals(change, message):

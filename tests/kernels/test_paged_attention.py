@@ -42,8 +42,8 @@ def test_aligned_strides_do_not_matter(kernel, dtype, queries):
     table = torch.tensor([[3, 9, 1, 9, 5]], dtype=torch.int32).to(kernel.device)[:, ::2]
     lens = torch.tensor([20], dtype=torch.int32).to(kernel.device)
     q = torch.randn(1, 4, queries, 64).to(kernel.device, dtype).transpose(1, 2)[..., 16:48]
-    wanted = ops.paged_attention(*(t.contiguous() for t in (q, k, v, table)), lens)
-    assert torch.equal(ops.paged_attention(q, k, v, table, lens), wanted)
+    expected = ops.paged_attention(*(t.contiguous() for t in (q, k, v, table)), lens)
+    assert torch.equal(ops.paged_attention(q, k, v, table, lens), expected)
 
 
 @on("triton", "cuda")
@@ -147,8 +147,8 @@ def test_every_int8_is_widened_exactly(kernel, dtype, heads):
             q, k, k, table, lens, k_scale=1.0, v_scale=1.0, scale=1.0, return_lse=True
         )
         torch.testing.assert_close(out[:, 0], values[:, None].to(dtype).expand(16, heads, 16))
-        wanted = values[:, None, column].expand(16, heads)
-        torch.testing.assert_close(lse[:, :, 0], wanted, rtol=1e-6, atol=1e-5)
+        expected = values[:, None, column].expand(16, heads)
+        torch.testing.assert_close(lse[:, :, 0], expected, rtol=1e-6, atol=1e-5)
 
 
 @on("cuda")
@@ -271,10 +271,10 @@ def test_what_it_does_not_serve(kernel, monkeypatch, shape, change):
     ):
         ops.paged_attention(*arguments, causal=True, **scales)
     with backend.use_backend("reference"):
-        wanted = ops.paged_attention(*arguments, causal=True, **scales)
+        expected = ops.paged_attention(*arguments, causal=True, **scales)
     monkeypatch.setattr(backend, "_candidates", not_forced())
     monkeypatch.setattr(backend, "_picked", {})
-    assert torch.equal(ops.paged_attention(*arguments, causal=True, **scales), wanted)
+    assert torch.equal(ops.paged_attention(*arguments, causal=True, **scales), expected)
 
 
 @on("cuda")
@@ -347,18 +347,19 @@ def test_refuses_what_would_be_read_out_of_bounds(name, queries):
             bad = table.clone()
             bad[1, 2] = page
             with pytest.raises(
-                InputError, match=f"block_table: wanted pages 0 to 9, got .*{page}.* for sequence 1"
+                InputError,
+                match=f"block_table: expected pages 0 to 9, got .*{page}.* for sequence 1",
             ):
                 ops.paged_attention(q, k, v, bad, lens)
         for n in (-3, 21):
             with pytest.raises(
-                InputError, match=f"seq_lens: wanted 0 to 20 .* got {n} for sequence 0"
+                InputError, match=f"seq_lens: expected 0 to 20 .* got {n} for sequence 0"
             ):
                 ops.paged_attention(q, k, v, table, torch.tensor([n, 20]))
         # in range only if cut to 32 bits
-        with pytest.raises(InputError, match="seq_lens: wanted 0 to 20"):
+        with pytest.raises(InputError, match="seq_lens: expected 0 to 20"):
             ops.paged_attention(q, k, v, table, torch.tensor([2**32 + 9, 20]))
-        with pytest.raises(InputError, match="block_table: wanted pages 0 to 9"):
+        with pytest.raises(InputError, match="block_table: expected pages 0 to 9"):
             ops.paged_attention(q, k, v, table.long() + 2**32, lens)
 
 
@@ -367,47 +368,51 @@ def test_refusals():
     q = torch.randn(2, 1, 4, 16)
     k8, v8 = k.to(torch.int8), v.to(torch.int8)
     for arguments, options, message in (
-        ((q[0], k, v, table, lens), {}, r"q: wanted 4 dimensions, got \(1, 4, 16\)"),
+        ((q[0], k, v, table, lens), {}, r"q: expected 4 dimensions, got \(1, 4, 16\)"),
         (
             (q, k, v[:, :3], table, lens),
             {},
-            r"v_cache: wanted \(pages, page_size, Hkv, Dv\) as k_cache",
+            r"v_cache: expected \(pages, page_size, Hkv, Dv\) as k_cache",
         ),
         (
             (q, k, v, table[:1], lens),
             {},
-            r"block_table: wanted 2 dimension\(s\), B = 2 rows, int32 on cpu",
+            r"block_table: expected 2 dimension\(s\), B = 2 rows, int32 on cpu",
         ),
         (
             (q, k, v, table, lens.float()),
             {},
-            r"seq_lens: wanted 1 dimension\(s\), B = 2 rows, int32 on cpu",
+            r"seq_lens: expected 1 dimension\(s\), B = 2 rows, int32 on cpu",
         ),
         (
             (q, k8, v8, table, lens),
             {},
-            r"k_scale: wanted a number or a tensor \(int8 cache\), got None",
+            r"k_scale: expected a number or a tensor \(int8 cache\), got None",
         ),
         (
             (q, k, v, table, lens),
             {"k_scale": 1.0},
-            r"k_scale: wanted None \(torch.float32 cache\), got one",
+            r"k_scale: expected None \(torch.float32 cache\), got one",
         ),
         (
             (q, k8, v8, table, lens),
             {"k_scale": torch.ones(3), "v_scale": 1.0},
-            r"k_scale: wanted shape \(\) or \(2,\) on cpu, got \(3,\)",
+            r"k_scale: expected shape \(\) or \(2,\) on cpu, got \(3,\)",
         ),
-        ((q.bfloat16(), k, v, table, lens), {}, "k: wanted torch.bfloat16 as q, got torch.float32"),
+        (
+            (q.bfloat16(), k, v, table, lens),
+            {},
+            "k: expected torch.bfloat16 as q, got torch.float32",
+        ),
         (
             (q, k, v, table, lens),
             {"sinks": torch.zeros(4, requires_grad=True)},
-            "wanted tensors without grad .* got one that requires grad",
+            "expected tensors without grad .* got one that requires grad",
         ),
         (
             (q.clone().requires_grad_(), k, v, table, lens),
             {},
-            "wanted tensors without grad .* got one that requires grad",
+            "expected tensors without grad .* got one that requires grad",
         ),
     ):
         with pytest.raises(InputError, match=message):

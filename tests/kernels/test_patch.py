@@ -175,15 +175,18 @@ def test_kernels_run_and_no_logits_exist(monkeypatch):
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda m: fastlm.patch(m, ops=("rms_norm", "rmsnorm")), "ops: wanted some of rms_norm, "),
-        (lambda m: fastlm.patch(m, ops="rms_norm"), "ops: wanted several names"),
-        (lambda m: fastlm.patch(m, ops=()), "ops: wanted some of rms_norm, .*, got none"),
+        (
+            lambda m: fastlm.patch(m, ops=("rms_norm", "rmsnorm")),
+            "ops: expected some of rms_norm, ",
+        ),
+        (lambda m: fastlm.patch(m, ops="rms_norm"), "ops: expected several names"),
+        (lambda m: fastlm.patch(m, ops=()), "ops: expected some of rms_norm, .*, got none"),
         (lambda m: fastlm.patch(nn.Linear(2, 2)), "found none among Linear"),
-        (lambda m: fastlm.patch("gpt2"), "model: wanted a torch module, got str"),
-        (lambda m: fastlm.unpatch(None), "model: wanted a torch module, got NoneType"),
+        (lambda m: fastlm.patch("gpt2"), "model: expected a torch module, got str"),
+        (lambda m: fastlm.unpatch(None), "model: expected a torch module, got NoneType"),
         (
             lambda m: fastlm.patch(model_of("gpt2"), ops=("attention", "glu", "rope")),
-            "wanted modules for glu and rope, found none among .*GPT2MLP",
+            "expected modules for glu and rope, found none among .*GPT2MLP",
         ),
     ],
 )

@@ -52,7 +52,7 @@ def test_attention_with_options_that_no_kernel_has():
     assert "position_bias" in UNSERVED
     q = torch.randn(1, 2, 3, 8)
     for name in UNSERVED:
-        with pytest.raises(InputError, match=f"{name}: wanted None"):
+        with pytest.raises(InputError, match=f"{name}: expected None"):
             attention_forward(nn.Module(), q, q, q, None, **{name: torch.zeros(1)})
 
 
@@ -194,7 +194,7 @@ def test_generate(family, cache):
 
 def test_refuses_attention_weights():
     _, fast = pair()
-    with pytest.raises(InputError, match="output_attentions: wanted False"):
+    with pytest.raises(InputError, match="output_attentions: expected False"):
         fast(tokens(), output_attentions=True)
 
 

@@ -181,7 +181,7 @@ def test_another_layout_of_the_weight(kernel, act_bits):
     if kernel.language == "cpu":
         apart = [t.t().contiguous().t() for t in (q.qdata, q.scales, q.zeros)]
         apart = QuantizedWeight(*apart, 4, 16, (12, 64))
-        with pytest.raises(ValueError, match="qdata: wanted a contiguous tensor"):
+        with pytest.raises(ValueError, match="qdata: expected a contiguous tensor"):
             ops.quantized_linear(x, apart, act_bits=act_bits)
         return
     y = ops.quantized_linear(x, q, act_bits=act_bits)
@@ -366,21 +366,21 @@ def test_opcheck_of_int8_activations_and_of_batches():
 
 def test_refusals():
     q, x = weight(6, 16, 8, 8), torch.randn(2, 16)
-    with pytest.raises(InputError, match=r"x: wanted shape \(..., 16\) .*got \(2, 17\)"):
+    with pytest.raises(InputError, match=r"x: expected shape \(..., 16\) .*got \(2, 17\)"):
         ops.quantized_linear(torch.randn(2, 17), q)
-    with pytest.raises(InputError, match=r"x: wanted a float dtype, got torch\.int64"):
+    with pytest.raises(InputError, match=r"x: expected a float dtype, got torch\.int64"):
         ops.quantized_linear(torch.ones(2, 16, dtype=torch.int64), q)
-    with pytest.raises(InputError, match="act_bits: wanted 8 or 16, got 4"):
+    with pytest.raises(InputError, match="act_bits: expected 8 or 16, got 4"):
         ops.quantized_linear(x, q, act_bits=4)
     with pytest.raises(
-        InputError, match=r"bias: wanted a float tensor \(6,\) on cpu, got .*\(5,\)"
+        InputError, match=r"bias: expected a float tensor \(6,\) on cpu, got .*\(5,\)"
     ):
         ops.quantized_linear(x, q, torch.randn(5))
-    with pytest.raises(ValueError, match=r"workspace: wanted bytes more: [1-9].* got 0"):
+    with pytest.raises(ValueError, match=r"workspace: expected bytes more: [1-9].* got 0"):
         # 40 rows need one; the op allocates it
         args = (q.qdata, q.scales, None, None, 8, 8, 16, 0)
         backend.cpu_extension.quantized_linear(torch.randn(40, 16), *args, torch.empty(40, 6), None)
-    with pytest.raises(InputError, match="qweight: wanted a QuantizedWeight, got Tensor"):
+    with pytest.raises(InputError, match="qweight: expected a QuantizedWeight, got Tensor"):
         ops.quantized_linear(x, torch.randn(6, 16))
 
 
@@ -389,29 +389,29 @@ def test_the_extension_refuses(kernel):
     q = weight(6, 64, 8, 8)
     kernels, y = module_of(kernel).extension(), torch.empty(2, 6)
     of = (q.qdata, q.scales, None, None)
-    with pytest.raises(ValueError, match="y: wanted columns 6, got 5"):
+    with pytest.raises(ValueError, match="y: expected columns 6, got 5"):
         kernels.quantized_linear_vector(
             torch.randn(2, 64), None, *of, 8, 8, 64, torch.empty(2, 5), 0
         )
-    with pytest.raises(ValueError, match="scales: wanted columns 4, got 8"):
+    with pytest.raises(ValueError, match="scales: expected columns 4, got 8"):
         kernels.quantized_linear_vector(torch.randn(2, 64), None, *of, 8, 16, 64, y, 0)
-    with pytest.raises(ValueError, match="bits: wanted 4 or 8, got 3"):
+    with pytest.raises(ValueError, match="bits: expected 4 or 8, got 3"):
         kernels.quantized_linear_vector(torch.randn(2, 64), None, *of, 3, 8, 64, y, 0)
-    with pytest.raises(ValueError, match="qdata: wanted dtype uint8, got int8"):
+    with pytest.raises(ValueError, match="qdata: expected dtype uint8, got int8"):
         kernels.dequantize(
             q.qdata[:, :32].contiguous(), q.scales, None, 4, 8, y.new_empty(6, 64), 0
         )
     with pytest.raises(
-        ValueError, match="zeros: wanted the dtype of scales, bfloat16, got float32"
+        ValueError, match="zeros: expected the dtype of scales, bfloat16, got float32"
     ):
         kernels.dequantize(q.qdata, q.scales, q.scales.float(), 8, 8, y.new_empty(6, 64), 0)
     x, scale = torch.zeros(2, 64, dtype=torch.int8), torch.ones(8, 64)
     x64 = torch.randn(2, 64).bfloat16()
-    with pytest.raises(ValueError, match="stripe: wanted at least 1, got 0"):
+    with pytest.raises(ValueError, match="stripe: expected at least 1, got 0"):
         kernels.quantized_linear_matrix(x64, None, None, *of, 8, 8, 64, y, 0, None, 0)
     wide = weight(6, 1024, 8)
     args = (torch.randn(2, 1024).bfloat16(), None, None, wide.qdata, wide.scales, None, None)
-    with pytest.raises(ValueError, match="parts: wanted matrices 2, got 0"):
+    with pytest.raises(ValueError, match="parts: expected matrices 2, got 0"):
         kernels.quantized_linear_matrix(*args, 8, 128, 1024, y, 1, None, 0)
-    with pytest.raises(ValueError, match="group_size: wanted a multiple of 32, got 8"):
+    with pytest.raises(ValueError, match="group_size: expected a multiple of 32, got 8"):
         kernels.quantized_linear_matrix(x, scale, scale, *of, 8, 8, 64, y, 1, None, 0)

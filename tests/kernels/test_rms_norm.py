@@ -44,18 +44,20 @@ def test_leading_dimensions(kernel):
 
 def test_refusals():
     x = torch.randn(2, 8)
-    with pytest.raises(InputError, match=r"weight: wanted shape \(H,\) .*\(2, 8\), got \(7,\)"):
+    with pytest.raises(InputError, match=r"weight: expected shape \(H,\) .*\(2, 8\), got \(7,\)"):
         ops.rms_norm(x, torch.randn(7))
     with pytest.raises(
         InputError,
-        match=r"residual: wanted torch.float32 of shape \(2, 8\) as x on cpu, got torch.bfloat16",
+        match=r"residual: expected torch.float32 of shape \(2, 8\) as x on cpu, got torch.bfloat16",
     ):
         ops.rms_norm(x, torch.randn(8), residual=x.bfloat16())
-    with pytest.raises(InputError, match=r"x: wanted shape \(..., H\), H >= 1, got \(3, 0\)"):
+    with pytest.raises(InputError, match=r"x: expected shape \(..., H\), H >= 1, got \(3, 0\)"):
         ops.rms_norm(torch.empty(3, 0), torch.empty(0))
-    with pytest.raises(InputError, match=r"weight: wanted floats on cpu as x, got torch\.complex"):
+    with pytest.raises(
+        InputError, match=r"weight: expected floats on cpu as x, got torch\.complex"
+    ):
         ops.rms_norm(x, torch.ones(8, dtype=torch.complex64))
-    with pytest.raises(InputError, match=r"x: wanted a float dtype, got torch\.int64"):
+    with pytest.raises(InputError, match=r"x: expected a float dtype, got torch\.int64"):
         ops.rms_norm(torch.ones(2, 8, dtype=torch.int64), torch.randn(8))
     with (
         backend.use_backend("cpu"),

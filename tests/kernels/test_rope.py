@@ -152,7 +152,7 @@ def test_half_of_a_whole_rotation_is_not_a_partial_one(interleaved):
     partial = ops.rope(q, k, cos, sin, interleaved=interleaved)
     said = ops.rope(q, k, cos, sin, interleaved=interleaved, rotary_dim=8)
     assert all(torch.equal(a, b) for a, b in zip(partial, said))
-    with pytest.raises(InputError, match=r"cos: wanted every angle twice .* got \(2, 5, 8\)"):
+    with pytest.raises(InputError, match=r"cos: expected every angle twice .* got \(2, 5, 8\)"):
         ops.rope(q, k, *once, interleaved=interleaved)
     turned = ops.rope(q, k, *once, interleaved=interleaved, rotary_dim=8)
     for a, b in zip(turned, naive(q, k, *once, interleaved)):
@@ -169,34 +169,34 @@ def test_half_of_a_whole_rotation_is_not_a_partial_one(interleaved):
 def test_refusals():
     q, k, (cos, sin) = torch.randn(2, 4, 5, 16), torch.randn(2, 2, 5, 16), tables(5, 16)
     with pytest.raises(
-        InputError, match=r"q: wanted floats \(B, H, S, D\), got torch.float32 \(4, 5"
+        InputError, match=r"q: expected floats \(B, H, S, D\), got torch.float32 \(4, 5"
     ):
         ops.rope(q[0], k, cos, sin)
     with pytest.raises(
-        InputError, match=r"k: wanted torch.float32 .* got torch.float32 \(2, 2, 4, 16\)"
+        InputError, match=r"k: expected torch.float32 .* got torch.float32 \(2, 2, 4, 16\)"
     ):
         ops.rope(q, k[:, :, :4], cos, sin)
-    with pytest.raises(InputError, match=r"k: wanted torch.float32 .* got torch.bfloat16"):
+    with pytest.raises(InputError, match=r"k: expected torch.float32 .* got torch.bfloat16"):
         ops.rope(q, k.bfloat16(), cos, sin)
-    with pytest.raises(InputError, match=r"cos: wanted \(S, R\), .* got \(4, 16\)"):
+    with pytest.raises(InputError, match=r"cos: expected \(S, R\), .* got \(4, 16\)"):
         ops.rope(q, k, cos[:4], sin[:4])
-    with pytest.raises(InputError, match=r"cos: wanted \(S, R\), .* got \(3, 5, 16\)"):
+    with pytest.raises(InputError, match=r"cos: expected \(S, R\), .* got \(3, 5, 16\)"):
         ops.rope(q, k, cos.expand(3, 5, 16), sin.expand(3, 5, 16))
-    with pytest.raises(InputError, match="cos: wanted an even width R <= D = 16, got 15"):
+    with pytest.raises(InputError, match="cos: expected an even width R <= D = 16, got 15"):
         ops.rope(q, k, cos[:, :15], sin[:, :15])
-    with pytest.raises(InputError, match="cos: wanted an even width R <= D = 16, got 18"):
+    with pytest.raises(InputError, match="cos: expected an even width R <= D = 16, got 18"):
         ops.rope(q, k, torch.ones(5, 18), torch.ones(5, 18))
-    with pytest.raises(InputError, match=r"sin: wanted torch.float32 \(5, 16\) as cos"):
+    with pytest.raises(InputError, match=r"sin: expected torch.float32 \(5, 16\) as cos"):
         ops.rope(q, k, cos, sin[:, :8])
-    with pytest.raises(InputError, match="cos: wanted width rotary_dim = 12, got 6"):
+    with pytest.raises(InputError, match="cos: expected width rotary_dim = 12, got 6"):
         ops.rope(q, k, cos[:, :6], sin[:, :6], rotary_dim=12)
-    with pytest.raises(InputError, match="cos, sin: wanted tables without gradient"):
+    with pytest.raises(InputError, match="cos, sin: expected tables without gradient"):
         ops.rope(q, k, cos.clone().requires_grad_(), sin)
     axes = [t.expand(3, 2, 5, 16) for t in (cos, sin)]
     for sections, message in {
         (3, 5): r"cos: expected \(A, B, S, R\) with A = 2 axes and R = 2 \* 8",
         (2, 3, 2): r"cos: expected .* mrope_section \(2, 3, 2\), got \(3, 2, 5, 16\)",
-        8: "mrope_section: wanted a Sequence or None, got 8",
+        8: "mrope_section: expected a Sequence or None, got 8",
     }.items():
         with pytest.raises(InputError, match=message):
             ops.rope(q, k, *axes, mrope_section=sections)
@@ -214,9 +214,9 @@ def test_the_extension_refuses(kernel):
     def rope(q, cos, out):
         extension().rope(q, q, cos, sin, False, False, 1, out, out, 0)
 
-    with pytest.raises(ValueError, match="cos: wanted positions 3, got 2"):
+    with pytest.raises(ValueError, match="cos: expected positions 3, got 2"):
         rope(q, cos[:2], q)
-    with pytest.raises(ValueError, match="q: wanted elements side by side, got stride 2"):
+    with pytest.raises(ValueError, match="q: expected elements side by side, got stride 2"):
         rope(torch.zeros(1, 2, 3, 16, device=kernel.device)[..., ::2], cos, q)
-    with pytest.raises(ValueError, match="q: wanted a size of its result 1, got 2"):
+    with pytest.raises(ValueError, match="q: expected a size of its result 1, got 2"):
         rope(q, cos, q[:, :1])

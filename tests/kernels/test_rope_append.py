@@ -28,15 +28,15 @@ def test_operands_between_16_bytes(op, kernel, dtype):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({1: slice(0, 2)}, "k: wanted sequences 3, got 2"),
-        ({8: slice(0, 2)}, "positions: wanted entries, one a token 3, got 2"),
-        ({7: slice(0, 2)}, "block_table: wanted rows 3, got 2"),
-        ({4: slice(0, 2)}, "sin: wanted rows as cos 24, got 2"),
-        ({3: slice(0, 0), 4: slice(0, 0)}, r"cos: wanted rows of an even number up to 16, got 0"),
-        ({6: slice(0, 4)}, "v_cache: wanted pages as k_cache 11, got 4"),
-        ({6: (slice(None), slice(0, 4))}, "v_cache: wanted page size of k_cache 8, got 4"),
-        ({5: torch.Tensor.half}, "k_cache: wanted dtype float32, got float16"),
-        ({3: torch.Tensor.half}, "cos: wanted dtype float32, got float16"),
+        ({1: slice(0, 2)}, "k: expected sequences 3, got 2"),
+        ({8: slice(0, 2)}, "positions: expected entries, one a token 3, got 2"),
+        ({7: slice(0, 2)}, "block_table: expected rows 3, got 2"),
+        ({4: slice(0, 2)}, "sin: expected rows as cos 24, got 2"),
+        ({3: slice(0, 0), 4: slice(0, 0)}, r"cos: expected rows of an even number up to 16, got 0"),
+        ({6: slice(0, 4)}, "v_cache: expected pages as k_cache 11, got 4"),
+        ({6: (slice(None), slice(0, 4))}, "v_cache: expected page size of k_cache 8, got 4"),
+        ({5: torch.Tensor.half}, "k_cache: expected dtype float32, got float16"),
+        ({3: torch.Tensor.half}, "cos: expected dtype float32, got float16"),
     ],
 )
 def test_refusals(op, kernel, change, message):

@@ -134,5 +134,5 @@ def test_refusals():
         extension.sample(torch.zeros(0, 8), inputs, room)
     with pytest.raises(ValueError, match=r"workspace: expected \d+ bytes, got 64"):
         extension.sample(torch.zeros(1, 8), inputs, room[:64])
-    with pytest.raises(ValueError, match=r"mask: wanted dtype bool, got uint8"):
+    with pytest.raises(ValueError, match=r"mask: expected dtype bool, got uint8"):
         extension.sample(torch.zeros(1, 8), [(*inputs[0][:3], room, *inputs[0][4:])], room)

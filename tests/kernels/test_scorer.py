@@ -143,7 +143,7 @@ def test_each_hears_of_every_pair_and_the_model_stays_as_it_was(tokenizer):
     found = scorer.token_loglikelihoods(pairs, each=heard.__setitem__)
     assert [heard[i] for i in range(len(pairs))] == found
     assert model.training and all(p.grad is None for p in model.parameters())
-    with pytest.raises(InputError, match=r"pairs\[1\]: wanted a continuation"):
+    with pytest.raises(InputError, match=r"pairs\[1\]: expected a continuation"):
         scorer.token_loglikelihoods([pairs[0], ([5], [])])
     assert model.training
 
@@ -156,9 +156,9 @@ def test_contexts_beyond_the_limit_lose_their_beginning(tokenizer):
     assert_equal(found, one_by_one(wide(model), pairs, 24), pairs)
     shorter = Scorer(model, tokenizer, limit=12).token_loglikelihoods(pairs)
     assert_equal(shorter, one_by_one(wide(model), pairs, 12), pairs)
-    with pytest.raises(InputError, match=r"pairs\[0\]: wanted a continuation of at most"):
+    with pytest.raises(InputError, match=r"pairs\[0\]: expected a continuation of at most"):
         Scorer(model, tokenizer, limit=2).token_loglikelihoods(pairs)
-    with pytest.raises(InputError, match="limit: wanted 1 to 24, got 25"):
+    with pytest.raises(InputError, match="limit: expected 1 to 24, got 25"):
         Scorer(model, tokenizer, limit=25)
 
 
@@ -190,7 +190,7 @@ def test_tokens_of_pairs(tokenizer):
     chat = scorer.encode([("what? ", "a bird")], chat=True)
     asked = tokenizer.encode_chat([{"role": "user", "content": "what? "}])
     assert chat == [(asked, tokenizer.encode("a bird"))]
-    with pytest.raises(InputError, match=r"pairs\[0\]: wanted a continuation"):
+    with pytest.raises(InputError, match=r"pairs\[0\]: expected a continuation"):
         scorer.loglikelihoods([("the", "")])
 
 
@@ -213,9 +213,9 @@ def test_bos_prefix_and_special_tokens(tokenizer):
     assert Scorer(model, own, prefix=5).encode(pairs)[1] == ([5], bird)
     plain = Scorer(model, tokenizer, parse_special=True)
     assert plain.encode([("", "<|endoftext|>the")]) == [([tokenizer.eos_id], the)]
-    with pytest.raises(InputError, match="prefix: wanted 0 to 289, got 290"):
+    with pytest.raises(InputError, match="prefix: expected 0 to 289, got 290"):
         Scorer(model, own, prefix=290)
-    with pytest.raises(InputError, match="add_bos: wanted a tokenizer with BOS"):
+    with pytest.raises(InputError, match="add_bos: expected a tokenizer with BOS"):
         Scorer(model, tokenizer, add_bos=True)
 
 

@@ -148,5 +148,5 @@ def test_registering_alone_changes_nothing():
 
 def test_a_torch_without_the_door(monkeypatch):
     monkeypatch.delattr(doors, "register_flash_attention_impl")
-    with pytest.raises(InputError, match="torch: wanted one with"):
+    with pytest.raises(InputError, match="torch: expected one with"):
         fastlm.register_sdpa()

@@ -43,8 +43,8 @@ SAYS = {
     "half_a_warp_multiplies": ("of its mask is in", "deadlock"),
     "barrier_that_one_warp_skips": ("deadlock",),
     "barrier_of_half_warps": ("barrier of a part of a warp",),
-    "barrier_of_no_whole_warps": ("48 threads: wanted whole warps",),
-    "barrier_that_is_not_there": ("no barrier 16", "wanted 1 to 15"),
+    "barrier_of_no_whole_warps": ("48 threads: expected whole warps",),
+    "barrier_that_is_not_there": ("no barrier 16", "expected 1 to 15"),
     "reads_behind_the_end": ("256 bytes into 'x', which has 256",),
     "writes_before_the_start": ("4 bytes before 'y'",),
     "writes_an_input": ("'x', which is an input",),
@@ -153,10 +153,10 @@ def test_two_threads_of_python_launch_at_once():
 
     def launch(rows: int) -> None:
         for _ in range(50):
-            assert torch.equal(ops.rms_norm(x[:rows], weight), wanted[:rows])
+            assert torch.equal(ops.rms_norm(x[:rows], weight), expected[:rows])
 
     with backend.use_backend("simt"):
-        wanted = ops.rms_norm(x, weight)
+        expected = ops.rms_norm(x, weight)
         with ThreadPoolExecutor(2) as pool:
             for done in [pool.submit(launch, rows) for rows in (64, 32)]:
                 done.result()

@@ -23,12 +23,12 @@ def test_a_forked_process_computes_with_one_thread():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        wanted = fastlm.ops.attention(q, q, q)
+        expected = fastlm.ops.attention(q, q, q)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12: threads and fork
             child = os.fork()
         if child == 0:
-            same = torch.equal(fastlm.ops.attention(q, q, q), wanted)
+            same = torch.equal(fastlm.ops.attention(q, q, q), expected)
             os._exit(0 if same and torch.get_num_threads() == 1 else 1)
         until, (done, status) = time.monotonic() + 60, (0, 0)
         while not done and time.monotonic() < until:

@@ -38,23 +38,23 @@ def sizes_of(call):
     return next(m.config for m in made if m.name == "_forward")
 
 
-def prefers(**wanted):
-    """A clock on which each wanted size halves the time."""
+def prefers(**expected):
+    """A clock on which each expected size halves the time."""
 
     def timer(call):
         have = sizes_of(call).arguments()
-        return 2.0 ** -sum(have[name] == value for name, value in wanted.items())
+        return 2.0 ** -sum(have[name] == value for name, value in expected.items())
 
     return timer
 
 
 def test_climbs_to_the_fastest_and_keeps_it(cache, call):
     before = sizes_of(call)
-    wanted = {"BLOCK_M": before.sizes["BLOCK_M"] // 2, "num_warps": 2 * before.num_warps}
-    (tuned,) = tune.tune(call, timer=prefers(**wanted))
+    expected = {"BLOCK_M": before.sizes["BLOCK_M"] // 2, "num_warps": 2 * before.num_warps}
+    (tuned,) = tune.tune(call, timer=prefers(**expected))
     assert tuned.before == before and tuned.kernel == "attention 4 64"
     assert tuned.seconds_before / tuned.seconds_after == 4
-    assert wanted.items() <= tuned.after.arguments().items()
+    assert expected.items() <= tuned.after.arguments().items()
     assert sizes_of(call) == tuned.after
 
     launch.measured.cache_clear()  # as seen by another process
@@ -140,7 +140,7 @@ def test_the_command_without_a_gpu_says_so(name):
         pytest.skip("a GPU is at hand")
     command = [sys.executable, "-P", "-m", "fastlm.kernels.tune"]
     result = subprocess.run([*command, name], capture_output=True, text=True)
-    assert result.returncode and "wanted a CUDA device" in result.stderr
+    assert result.returncode and "expected a CUDA device" in result.stderr
     assert "Traceback" not in result.stderr
     result = subprocess.run([*command, "rope"], capture_output=True, text=True)
-    assert "wanted attention or quantized_linear, got 'rope'" in result.stderr
+    assert "expected attention or quantized_linear, got 'rope'" in result.stderr

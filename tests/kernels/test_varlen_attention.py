@@ -75,8 +75,8 @@ def test_wrong_offsets_stay_inside(kernel, wrong):
 )
 def test_refuses_wrong_offsets(name, bad):
     q = torch.randn(9, 2, 8)
-    wanted = "cu_seqlens_q: wanted offsets that rise from 0 to 9, got"
-    with backend.use_backend(name), pytest.raises(InputError, match=wanted):
+    expected = "cu_seqlens_q: expected offsets that rise from 0 to 9, got"
+    with backend.use_backend(name), pytest.raises(InputError, match=expected):
         ops.varlen_attention(q, q, q, torch.tensor(bad))
 
 
@@ -84,20 +84,20 @@ def test_refusals():
     q = torch.randn(9, 2, 8)
     cu = offsets([4, 5])
     for arguments, message in (
-        ((q[None], q, q, cu), r"q: wanted 3 dimensions \(total, heads, D\), got \(1, 9, 2, 8\)"),
-        ((q, q, q[:8], cu), r"v: wanted \(total_k, Hkv, Dv\) as k \(9, 2, 8\), got \(8, 2, 8\)"),
+        ((q[None], q, q, cu), r"q: expected 3 dimensions \(total, heads, D\), got \(1, 9, 2, 8\)"),
+        ((q, q, q[:8], cu), r"v: expected \(total_k, Hkv, Dv\) as k \(9, 2, 8\), got \(8, 2, 8\)"),
         (
             (q, q, q, cu.float()),
-            r"cu_seqlens_q: wanted \(B \+ 1,\) int32 on cpu, got torch.float32",
+            r"cu_seqlens_q: expected \(B \+ 1,\) int32 on cpu, got torch.float32",
         ),
         (
             (q, q, q, cu, cu[:2]),
-            r"cu_seqlens_k: wanted \(B \+ 1,\) as cu_seqlens_q \(3,\), got \(2,\)",
+            r"cu_seqlens_k: expected \(B \+ 1,\) as cu_seqlens_q \(3,\), got \(2,\)",
         ),
     ):
         with pytest.raises(InputError, match=message):
             ops.varlen_attention(*arguments)
     with pytest.raises(
-        InputError, match=r"bias: wanted at least \(5, 5\) for sequence 1, got \(4, 5\)"
+        InputError, match=r"bias: expected at least \(5, 5\) for sequence 1, got \(4, 5\)"
     ):
         ops.varlen_attention(q, q, q, cu, bias=torch.zeros(4, 5))

@@ -18,38 +18,42 @@ layer = torch.nn.Linear(8, 6)
 frozen = ops.quantize_weight(weight, 8)
 
 WRONG = {
-    "x: wanted a tensor, got ndarray": lambda: ops.rms_norm(np.ones((4, 8)), w),
-    "weight: wanted a tensor or None, got 'ones'": lambda: ops.rms_norm(x, "ones"),
-    "eps: wanted a number, got None": lambda: ops.rms_norm(x, w, None),
-    "eps: wanted a number, got '1e-6'": lambda: ops.rms_norm(x, w, "1e-6"),
-    "residual: wanted a tensor or None, got list": lambda: ops.rms_norm(x, w, residual=[1.0]),
-    "weight: wanted a tensor, got Linear": lambda: ops.linear(x, layer),
-    "x: wanted a tensor, got list": lambda: ops.linear([1.0], weight),
-    "window: wanted an integer or None, got (3, 0)": lambda: ops.attention(q, q, q, window=(3, 0)),
-    "scale: wanted a number or None, got (1,)": lambda: ops.attention(q, q, q, scale=(1,)),
-    "causal: wanted True or False, got 'yes'": lambda: ops.attention(q, q, q, causal="yes"),
-    "k: wanted a tensor, got None": lambda: ops.attention(q, None, q),
-    "cu_seqlens_q: wanted a tensor, got list": lambda: ops.varlen_attention(
+    "x: expected a tensor, got ndarray": lambda: ops.rms_norm(np.ones((4, 8)), w),
+    "weight: expected a tensor or None, got 'ones'": lambda: ops.rms_norm(x, "ones"),
+    "eps: expected a number, got None": lambda: ops.rms_norm(x, w, None),
+    "eps: expected a number, got '1e-6'": lambda: ops.rms_norm(x, w, "1e-6"),
+    "residual: expected a tensor or None, got list": lambda: ops.rms_norm(x, w, residual=[1.0]),
+    "weight: expected a tensor, got Linear": lambda: ops.linear(x, layer),
+    "x: expected a tensor, got list": lambda: ops.linear([1.0], weight),
+    "window: expected an integer or None, got (3, 0)": lambda: ops.attention(
+        q, q, q, window=(3, 0)
+    ),
+    "scale: expected a number or None, got (1,)": lambda: ops.attention(q, q, q, scale=(1,)),
+    "causal: expected True or False, got 'yes'": lambda: ops.attention(q, q, q, causal="yes"),
+    "k: expected a tensor, got None": lambda: ops.attention(q, None, q),
+    "cu_seqlens_q: expected a tensor, got list": lambda: ops.varlen_attention(
         packed, packed, packed, [0, 2, 5]
     ),
-    "seq_lens: wanted a tensor, got 1": lambda: ops.paged_attention(token, cache, cache, pages, 1),
-    "block_table: wanted a tensor, got list": lambda: ops.paged_append(
+    "seq_lens: expected a tensor, got 1": lambda: ops.paged_attention(
+        token, cache, cache, pages, 1
+    ),
+    "block_table: expected a tensor, got list": lambda: ops.paged_append(
         token, token, cache, cache, [[0]], pages
     ),
-    "target: wanted a tensor, got list": lambda: ops.cross_entropy(x, [0, 1, 2, 3]),
-    "softcap: wanted a number or None, got '30'": lambda: ops.cross_entropy(
+    "target: expected a tensor, got list": lambda: ops.cross_entropy(x, [0, 1, 2, 3]),
+    "softcap: expected a number or None, got '30'": lambda: ops.cross_entropy(
         x, target, softcap="30"
     ),
-    "linear_weight: wanted a tensor, got Linear": lambda: ops.linear_cross_entropy(
+    "linear_weight: expected a tensor, got Linear": lambda: ops.linear_cross_entropy(
         x, layer, target
     ),
-    "temperature: wanted a number, got None": lambda: ops.linear_logprobs(
+    "temperature: expected a number, got None": lambda: ops.linear_logprobs(
         x, weight, target, temperature=None
     ),
-    "cos: wanted a tensor, got ndarray": lambda: ops.rope(q, q, table.numpy(), table.numpy()),
-    "up: wanted a tensor, got None": lambda: ops.glu(x, None),
-    "bias: wanted a tensor or None, got 0.5": lambda: ops.quantized_linear(x, frozen, 0.5),
-    "w: wanted a tensor, got Linear": lambda: ops.quantize_weight(layer, 8),
+    "cos: expected a tensor, got ndarray": lambda: ops.rope(q, q, table.numpy(), table.numpy()),
+    "up: expected a tensor, got None": lambda: ops.glu(x, None),
+    "bias: expected a tensor or None, got 0.5": lambda: ops.quantized_linear(x, frozen, 0.5),
+    "w: expected a tensor, got Linear": lambda: ops.quantize_weight(layer, 8),
 }
 
 
@@ -114,6 +118,6 @@ def test_float8_is_refused(dtype):
         "q": lambda: ops.attention(*[q.to(dtype)] * 3),
         "logits": lambda: ops.cross_entropy(x.to(dtype), target),
     }.items():
-        wanted = rf"{name}: wanted float32, bfloat16, float16, float64, got {dtype}"
-        with pytest.raises(InputError, match=wanted):
+        expected = rf"{name}: expected float32, bfloat16, float16, float64, got {dtype}"
+        with pytest.raises(InputError, match=expected):
             call()

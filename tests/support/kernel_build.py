@@ -22,7 +22,7 @@ def setup_py():
 def cuda_home() -> Path:
     """The CUDA folder that setup.py builds with."""
     home = setup_py().CUDA_HOME
-    assert home, "the CUDA headers are wanted (docs/simt.md)"
+    assert home, "the CUDA headers are expected (docs/simt.md)"
     return home
 
 

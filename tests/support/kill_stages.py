@@ -352,28 +352,28 @@ def timeless(value: Any) -> Any:
     return [timeless(v) for v in value] if isinstance(value, list) else value
 
 
-def difference(wanted: dict[str, Any], got: dict[str, Any]) -> str:
+def difference(expected: dict[str, Any], got: dict[str, Any]) -> str:
     """The first thing that differs, or an empty text."""
-    for name in sorted(wanted.keys() | got.keys()):
+    for name in sorted(expected.keys() | got.keys()):
         if name not in got:
             return f"{name} is missing"
-        if name not in wanted:
+        if name not in expected:
             return f"{name} should not be there"
-        if wanted[name] != got[name]:
-            return f"{name} differs: {first_difference(wanted[name], got[name])}"
+        if expected[name] != got[name]:
+            return f"{name} differs: {first_difference(expected[name], got[name])}"
     return ""
 
 
-def first_difference(wanted: Any, got: Any, where: str = "") -> str:
-    if isinstance(wanted, dict) and isinstance(got, dict) and wanted.keys() == got.keys():
-        for key, value in wanted.items():
+def first_difference(expected: Any, got: Any, where: str = "") -> str:
+    if isinstance(expected, dict) and isinstance(got, dict) and expected.keys() == got.keys():
+        for key, value in expected.items():
             if value != got[key]:
                 return first_difference(value, got[key], f"{where}.{key}")
-    if isinstance(wanted, list) and isinstance(got, list) and len(wanted) == len(got):
-        for i, (one, other) in enumerate(zip(wanted, got)):
+    if isinstance(expected, list) and isinstance(got, list) and len(expected) == len(got):
+        for i, (one, other) in enumerate(zip(expected, got)):
             if one != other:
                 return first_difference(one, other, f"{where}[{i}]")
-    return f"{where} wanted {wanted!r:.200}, got {got!r:.200}"
+    return f"{where} expected {expected!r:.200}, got {got!r:.200}"
 
 
 def place(folder: Path, out: str, case: Case) -> str:
@@ -400,7 +400,7 @@ def torment(runner: Runner, case: Case, kills: int, draw: random.Random) -> Foun
         raise RuntimeError(f"{case.name}: exit status {status}: {runner.said()}")
     took = time.perf_counter() - began
     changes = int(runner.counted.read_text())
-    wanted = runner.state(case, case.name)
+    expected = runner.state(case, case.name)
     while found.kills < kills:
         runner.remove(out)
         of_run = 0
@@ -420,7 +420,7 @@ def torment(runner: Runner, case: Case, kills: int, draw: random.Random) -> Foun
         found.ends += 1
         if status:
             found.failures.append(f"exit status {status}: {runner.said()}")
-        elif told := difference(wanted, runner.state(case, out)):
+        elif told := difference(expected, runner.state(case, out)):
             found.failures.append(told)
     runner.remove(out)
     return found

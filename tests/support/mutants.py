@@ -79,8 +79,10 @@ def build(kernels: str) -> bool:
     """Compile what changed; whether it compiles."""
     if kernels == "triton":
         return True
-    wanted = {"FASTLM_CUDA": "0", "FASTLM_SIMT": "1"} if kernels == "cuda" else {"FASTLM_CUDA": "0"}
-    environment = [f"{name}={value}" for name, value in wanted.items()]
+    expected = (
+        {"FASTLM_CUDA": "0", "FASTLM_SIMT": "1"} if kernels == "cuda" else {"FASTLM_CUDA": "0"}
+    )
+    environment = [f"{name}={value}" for name, value in expected.items()]
     command = ["env", *environment, sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     return subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
 

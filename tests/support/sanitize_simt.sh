@@ -25,7 +25,7 @@ thread)
   preload=$(g++ -print-file-name=libtsan.so)
   ;;
 *)
-  echo "sanitize_simt: wanted address or thread, got $sanitizer" >&2
+  echo "sanitize_simt: expected address or thread, got $sanitizer" >&2
   exit 2
   ;;
 esac

@@ -104,7 +104,7 @@ def check_refusal() -> None:
     try:
         AdamW([p], max_grad_norm=1.0).step()
     except InputError as error:
-        assert str(error).startswith("grad: wanted shards or replicas, got (Partial"), error
+        assert str(error).startswith("grad: expected shards or replicas, got (Partial"), error
     else:
         raise AssertionError("a sum that is not made yet has no norm")
 

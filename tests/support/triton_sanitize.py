@@ -66,9 +66,9 @@ OPS = {f.__name__: f for f in (glu,)}
 
 
 def main() -> None:
-    wanted = sys.argv[1:] or list(OPS)
+    expected = sys.argv[1:] or list(OPS)
     with backend.use_backend("triton"):
-        for name in wanted:
+        for name in expected:
             {**OPS, "planted": planted}[name]()
             print(f"triton-sanitize: {name} clean", flush=True)
 

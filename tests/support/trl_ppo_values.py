@@ -148,7 +148,7 @@ def round_of(options: dict) -> dict:
 
 def main() -> None:
     if trl.__version__ != "1.12.0":
-        sys.exit(f"trl: wanted 1.12.0, got {trl.__version__}")
+        sys.exit(f"trl: expected 1.12.0, got {trl.__version__}")
     found = {"trl": trl.__version__, "options": OPTIONS}
     found["rounds"] = {name: round_of(options) for name, options in ROUNDS.items()}
     Path(__file__).with_suffix(".json").write_text(json.dumps(found) + "\n")

@@ -20,7 +20,7 @@ def postgresql():
     programs = Path("/usr/lib/postgresql").glob("*/bin/initdb")
     initdb = next(iter(sorted(programs, reverse=True)), None)
     if initdb is None:
-        pytest.skip("wanted PostgreSQL (Debian: postgresql), not found")
+        pytest.skip("expected PostgreSQL (Debian: postgresql), not found")
     folder = Path(tempfile.mkdtemp(prefix="fastlm-pg-"))  # pytest's are closed to other users
     folder.chmod(0o755)
     data, other = folder / "data", {}

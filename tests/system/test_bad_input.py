@@ -54,13 +54,16 @@ SOURCES = {  # file name -> its bytes (None: no such file) and the refusal
     "cut.txt.zst": (zstandard.compress(b"text " * 1000)[:-3], "it is cut short"),
     "cut.warc": (WARC + WARC[:-20], "its last record is cut short"),
     "cut.warc.gz": (gzip.compress(WARC)[:-6], "it is cut short"),
-    "no.warc": (b"<html>", "wanted a WARC archive"),
-    "latin1.txt": ("Stra\xdfe\n".encode("latin-1") * 9, "line 1: wanted UTF-8, got byte 0xdf"),
-    "long.txt.zst": (zstandard.compress(b"x" * 200_000_000), "wanted lines of at most 16,777,216"),
+    "no.warc": (b"<html>", "expected a WARC archive"),
+    "latin1.txt": ("Stra\xdfe\n".encode("latin-1") * 9, "line 1: expected UTF-8, got byte 0xdf"),
+    "long.txt.zst": (
+        zstandard.compress(b"x" * 200_000_000),
+        "expected lines of at most 16,777,216",
+    ),
     "long.jsonl.zst": (zstandard.compress(b"x" * 200_000_000), "this one is longer"),
-    "broken.jsonl": (b'{"text": \n', "line 1: wanted one JSON object"),
-    "other.jsonl": (b'{"body": "a"}\n', "wanted an object with a text in 'text'"),
-    "book.pdf": (b"%PDF", "wanted a file of a type that is read"),
+    "broken.jsonl": (b'{"text": \n', "line 1: expected one JSON object"),
+    "other.jsonl": (b'{"body": "a"}\n', "expected an object with a text in 'text'"),
+    "book.pdf": (b"%PDF", "expected a file of a type that is read"),
 }
 
 
@@ -77,14 +80,14 @@ def test_source_names(tmp_path):
     (tmp_path / "folder").mkdir()
     for source, text in (
         (tmp_path / "folder", "found none"),
-        ("pypi:a/../b", "wanted pypi:NAME"),
-        ("deb:BAD NAME", "wanted deb:NAME"),
+        ("pypi:a/../b", "expected pypi:NAME"),
+        ("deb:BAD NAME", "expected deb:NAME"),
         ("", "got an empty text"),
     ):
         refused("data", "prepare", source, "-o", tmp_path / "out", text=text)
-    refused("data", "get", "model:gpt9", text="wanted one of model:smollm2")
-    refused("data", "get", "gpt9", text="wanted model:NAME or pypi:NAME")
-    refused("data", "show", tmp_path, text="wanted the funnel")
+    refused("data", "get", "model:gpt9", text="expected one of model:smollm2")
+    refused("data", "get", "gpt9", text="expected model:NAME or pypi:NAME")
+    refused("data", "show", tmp_path, text="expected the funnel")
 
 
 def test_a_corrupt_shard(finished, tmp_path):
@@ -95,10 +98,10 @@ def test_a_corrupt_shard(finished, tmp_path):
         data = bytearray(file.read_bytes())
         data[7] ^= 1
         file.write_bytes(data)
-    refused("eval", "-m", run, "--data", tmp_path / "shards/heldout", text="wanted sha256")
+    refused("eval", "-m", run, "--data", tmp_path / "shards/heldout", text="expected sha256")
     refused(
         "pretrain", "--shards", tmp_path / "shards", "--config", run / "pretrain/model/config.json",
-        "-o", tmp_path / "out", "--max-steps", 1, text="wanted sha256",
+        "-o", tmp_path / "out", "--max-steps", 1, text="expected sha256",
     )  # fmt: skip
     assert not (tmp_path / "out").exists()
 
@@ -137,10 +140,10 @@ def test_gguf(tmp_path):
     whole = path.read_bytes()
     for data, text in (
         (whole[:-10], "cut short"),
-        (whole[:30], "wanted at most what the file can hold"),
+        (whole[:30], "expected at most what the file can hold"),
         (b"", "cannot be read"),
-        (whole[:8] + struct.pack("<Q", 2**60) + whole[16:], "tensor count: wanted at most"),
-        (b"GGML" + whole[4:], "wanted a GGUF file"),
+        (whole[:8] + struct.pack("<Q", 2**60) + whole[16:], "tensor count: expected at most"),
+        (b"GGML" + whole[4:], "expected a GGUF file"),
     ):
         path.write_bytes(data)
         refused("generate", "-m", path, "-p", "x", text=text)
@@ -150,13 +153,13 @@ def test_gguf(tmp_path):
 @pytest.mark.parametrize(
     "change, text",
     [
-        ({"hidden_size": 31}, "hidden_size: wanted a multiple of num_attention_heads"),
-        ({"hidden_size": 64}, "embed_tokens.weight: wanted"),
-        ({"num_attention_heads": 0}, "num_attention_heads: wanted a positive integer"),
-        ({"num_hidden_layers": 10**9}, "num_hidden_layers: wanted at most 4096"),
-        ({"vocab_size": -1}, "vocab_size: wanted a positive integer"),
-        ({"model_type": "mamba"}, "model_type: wanted one of llama"),
-        ({"vocab_size": "x" * 500}, "vocab_size: wanted a positive integer"),
+        ({"hidden_size": 31}, "hidden_size: expected a multiple of num_attention_heads"),
+        ({"hidden_size": 64}, "embed_tokens.weight: expected"),
+        ({"num_attention_heads": 0}, "num_attention_heads: expected a positive integer"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers: expected at most 4096"),
+        ({"vocab_size": -1}, "vocab_size: expected a positive integer"),
+        ({"model_type": "mamba"}, "model_type: expected one of llama"),
+        ({"vocab_size": "x" * 500}, "vocab_size: expected a positive integer"),
     ],
 )
 def test_configs(finished, model, tmp_path, change, text):
@@ -180,15 +183,15 @@ def test_a_model_larger_than_the_memory(finished, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     refused(
         "pretrain", "--shards", finished / "run/shards", "--config", tmp_path / "config.json",
-        "-o", tmp_path / "out", "--max-steps", 1, text="wanted a model that fits into",
+        "-o", tmp_path / "out", "--max-steps", 1, text="expected a model that fits into",
     )  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("", "wanted"), ("[1]", "wanted"), ("\xff", "expected a readable text"),
-        ("[" * 100_000, "wanted"),
+        ("", "expected"), ("[1]", "expected"), ("\xff", "expected a readable text"),
+        ("[" * 100_000, "expected"),
     ],
 )  # fmt: skip
 def test_a_config_that_is_none(finished, tmp_path, text, told):
@@ -206,14 +209,14 @@ def test_a_tokenizer_that_does_not_fit(finished, model, tmp_path):
     )
     for file in (tmp_path / "t").iterdir():
         shutil.copy(file, model)
-    refused("generate", "-m", model, "-p", "x", text="wanted a tokenizer of at most")
+    refused("generate", "-m", model, "-p", "x", text="expected a tokenizer of at most")
     shards = tmp_path / "shards"
     shutil.copytree(finished / "run/shards", shards)
     rest = (
         "--config", model / "config.json", "--tokenizer", tmp_path / "t", "-o", tmp_path / "out",
         "--max-steps", 1,
     )  # fmt: skip
-    refused("pretrain", "--shards", shards, *rest, text="shards: wanted tokens of the tokenizer")
+    refused("pretrain", "--shards", shards, *rest, text="shards: expected tokens of the tokenizer")
     (model / "tokenizer.json").unlink()
     refused(
         "generate", "-m", model, "-p", "x",
@@ -234,23 +237,26 @@ def test_token_ids_out_of_range(finished, tmp_path):
     index.write_text(json.dumps(said))
     refused(
         "eval", "-m", finished / "run", "--data", tmp_path / "shards",
-        text="wanted ids in [0, ",
+        text="expected ids in [0, ",
     )  # fmt: skip
     index.write_text(json.dumps(said | {"vocab_size": 65536}))
     refused(
         "eval", "-m", finished / "run", "--data", tmp_path / "shards",
-        text="wanted tokens of a vocabulary of at most",
+        text="expected tokens of a vocabulary of at most",
     )  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "options, text",
     [
-        (["--group-size", -3], "group_size: wanted -1 (one group a row), a multiple of 8, got -3"),
-        (["--group-size", 0], "group_size: wanted"),
-        (["--format", "w3a16"], "format: wanted one of w4a16"),
-        (["--method", "magic"], "method: wanted one of rtn"),
-        (["--embeddings", 5], "embeddings: wanted 4, 8, 16 or 0"),
+        (
+            ["--group-size", -3],
+            "group_size: expected -1 (one group a row), a multiple of 8, got -3",
+        ),
+        (["--group-size", 0], "group_size: expected"),
+        (["--format", "w3a16"], "format: expected one of w4a16"),
+        (["--method", "magic"], "method: expected one of rtn"),
+        (["--embeddings", 5], "embeddings: expected 4, 8, 16 or 0"),
         (["--head", 8], "head: CausalLM has none beside its embeddings"),
     ],
 )
@@ -264,16 +270,16 @@ def test_quantize_onto_the_model_itself(finished):
     for out in (finished / "run", finished / "run/pretrain/model"):
         refused(
             "quantize", "-m", finished / "run", "-o", out, "--group-size", 16,
-            text="out: wanted another folder than the model's",
+            text="out: expected another folder than the model's",
         )  # fmt: skip
     assert (finished / "run/pretrain/model/model.safetensors").read_bytes() == before
     refused(
         "quantize", "-m", finished / "run", "-o", finished / "tiny.toml", "--group-size", 16,
-        text="out: wanted a folder, got the file",
+        text="out: expected a folder, got the file",
     )  # fmt: skip
     refused(
         "quantize", "-m", finished / "run", "-o", finished / "q.gguf", "--group-size", 16,
-        text="out: wanted the name of a folder, no .gguf file",
+        text="out: expected the name of a folder, no .gguf file",
     )  # fmt: skip
     assert not (finished / "q.gguf").exists()
 
@@ -281,10 +287,10 @@ def test_quantize_onto_the_model_itself(finished):
 @pytest.mark.parametrize(
     "options, text",
     [
-        (["--temperature", "inf"], "temperature: wanted 0 or at least 1e-6"),
-        (["--top-k", 0], "top_k: wanted >= 1"),
-        (["--top-p", 1.5], "top_p: wanted in (0, 1]"),
-        (["--seed", -1], "seed: wanted an integer"),
+        (["--temperature", "inf"], "temperature: expected 0 or at least 1e-6"),
+        (["--top-k", 0], "top_k: expected >= 1"),
+        (["--top-p", 1.5], "top_p: expected in (0, 1]"),
+        (["--seed", -1], "seed: expected an integer"),
         (["--prompt", "a\udcff"], "lone surrogate"),
     ],
 )
@@ -296,12 +302,12 @@ def test_recipes(finished, tmp_path):
     recipe = finished / "tiny.toml"
     for override, text in (
         ("pretrain.bach_size=4", "unknown key; the nearest known one is 'batch_size'"),
-        ("quantize.group_size=-3", "quantize.group_size: wanted"),
+        ("quantize.group_size=-3", "quantize.group_size: expected"),
         ("data.sources=['nowhere']", "source nowhere"),
     ):
         refused("run", recipe, "-o", tmp_path / "run", "--set", override, text=text)
     refused("run", tmp_path / "none.toml", text="cannot be read: No such file")
-    refused("run", recipe, "-o", tmp_path / "run", "--until", "sft", text="until: wanted one of")
+    refused("run", recipe, "-o", tmp_path / "run", "--until", "sft", text="until: expected one of")
     (tmp_path / "run/stages.json").write_text("{")
     refused("run", recipe, "-o", tmp_path / "run", text="to start again")
 
@@ -330,8 +336,7 @@ def test_records_of_another_kind(finished, tmp_path):
     for name in ("stages.json", ".lock"):
         (run / name).unlink()
         os.mkfifo(run / name)
-        word = "expected a" if name == "stages.json" else "wanted a"
-        refused("run", finished / "tiny.toml", "-o", run, text=word)
+        refused("run", finished / "tiny.toml", "-o", run, text="expected a")
         (run / name).unlink()
         file.write_text(whole)
     (run / "report.html").unlink()
@@ -366,4 +371,4 @@ def test_moves_out_of_a_run_folder(finished, tmp_path):
 def test_a_folder_without_funnel_fields(tmp_path):
     for text in ('{"steps": 3}', '{"steps": [{"a": 1}]}', "[]", '{"sources": {"x": 1}}'):
         (tmp_path / "funnel.json").write_text(text)
-        refused("data", "show", tmp_path, text="wanted the funnel of a prepared data folder")
+        refused("data", "show", tmp_path, text="expected the funnel of a prepared data folder")

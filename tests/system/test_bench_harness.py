@@ -68,9 +68,9 @@ def one_case(name="fwd", shape="4 x 8", **more):
     ("arguments", "message"),
     [
         (["backwrd"], "no case has 'backwrd'; near: backward"),
-        (["--rounds", "0"], "--rounds: wanted a whole number from 1, got '0'"),
-        (["--shape", "8,8"], "--shape: wanted b,h,s,[d], whole numbers from 1, got '8,8'"),
-        (["--shape", "8,8,0"], "--shape: wanted b,h,s,[d]"),
+        (["--rounds", "0"], "--rounds: expected a whole number from 1, got '0'"),
+        (["--shape", "8,8"], "--shape: expected b,h,s,[d], whole numbers from 1, got '8,8'"),
+        (["--shape", "8,8,0"], "--shape: expected b,h,s,[d]"),
     ],
 )
 def test_refused_in_one_line(monkeypatch, capsys, arguments, message):
@@ -231,12 +231,12 @@ def test_every_instruction_has_a_ceiling():
             assert all(extension.run_peak(n, 10) > extension.run_peak(n, 5) > 0 for n in names)
     finally:
         extension.set_isa(chosen)
-    with pytest.raises(ValueError, match="instruction: wanted one of"):
+    with pytest.raises(ValueError, match="instruction: expected one of"):
         extension.run_peak("fp64 FMA", 1)
 
 
 @pytest.mark.parametrize(
-    ("later", "wanted"),
+    ("later", "expected"),
     [
         ([102.0], {"fp32 FMA": 102.0}),
         ([150.0, 152.0], {"fp32 FMA": 152.0}),  # the first was measured while other work ran
@@ -244,12 +244,12 @@ def test_every_instruction_has_a_ceiling():
         ([None], {}),  # others used the cores
     ],
 )
-def test_ceilings_that_differ_are_measured_again_or_left_out(monkeypatch, later, wanted):
+def test_ceilings_that_differ_are_measured_again_or_left_out(monkeypatch, later, expected):
     values = iter(later)
     monkeypatch.setattr(
         ceilings, "ceilings", lambda: {"fp32 FMA": v} if (v := next(values)) else {}
     )
-    assert ceilings.combined({"fp32 FMA": 100.0}) == wanted
+    assert ceilings.combined({"fp32 FMA": 100.0}) == expected
 
 
 def test_other_processes_are_seen(monkeypatch):
@@ -290,19 +290,19 @@ def test_what_is_wrong_is_said_before_the_wait(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(harness, "wait_until_quiet", wait)
     monkeypatch.setattr(profile_step, "ceilings_before", wait)
     for shape, message in (
-        ("1,2,5,15", "r (default: d): wanted an even width of at most 15, got 15"),
-        ("1,2,5,16,2,18", "wanted an even width of at most 16, got 18"),
+        ("1,2,5,15", "r (default: d): expected an even width of at most 15, got 15"),
+        ("1,2,5,16,2,18", "expected an even width of at most 16, got 18"),
     ):
         with pytest.raises(SystemExit):
             run_main(monkeypatch, [], "--shape", shape, "--busy", own=rope.own)
         assert message in capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", ["profile_step.py", "--model", str(tmp_path)])
-    with pytest.raises(SystemExit, match="--model: wanted FILE"):
+    with pytest.raises(SystemExit, match="--model: expected FILE"):
         profile_step.main()
 
 
 def test_a_variant_has_no_comma_in_its_name():
-    with pytest.raises(ValueError, match="variants: wanted names without a comma, got 'a, b'"):
+    with pytest.raises(ValueError, match="variants: expected names without a comma, got 'a, b'"):
         harness.Case("fwd", "1", {"a, b": int})
 
 
@@ -370,7 +370,7 @@ def test_two_checkouts_take_turns(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["versions.py", ".", "ropes"])
     with pytest.raises(SystemExit):
         versions.main()
-    assert "only: wanted some of attention" in capsys.readouterr().err
+    assert "only: expected some of attention" in capsys.readouterr().err
 
 
 def test_every_variant_has_a_process_of_its_own():

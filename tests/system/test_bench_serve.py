@@ -74,8 +74,8 @@ def test_commands(monkeypatch):
     words = servers.command_of("llama-server", "m.gguf", 81, 2, slots=4)
     assert words[0] == "/bin/llama-server"
     options = dict(zip(words[-10::2], words[-9::2]))
-    wanted = {"--model": "m.gguf", "--port": "81", "-t": "2", "-np": "4", "-c": str(4 * CONTEXT)}
-    assert options == wanted
+    expected = {"--model": "m.gguf", "--port": "81", "-t": "2", "-np": "4", "-c": str(4 * CONTEXT)}
+    assert options == expected
     ours = " ".join(servers.command_of("fastlm", "m.gguf", 81, 2, slots=4))
     assert ours.endswith("--name model --model m.gguf --port 81 --threads 2 --max-rows 4")
     assert "-np" not in servers.command_of("llama-server", "m.gguf", 81, 2)
@@ -150,7 +150,7 @@ def test_what_clients_count():
 @pytest.mark.parametrize(
     ("answer", "fault"),
     (
-        (lambda body: (200, stream(body, short=3)), "an answer of [0-9]+ tokens, wanted"),
+        (lambda body: (200, stream(body, short=3)), "an answer of [0-9]+ tokens, expected"),
         (lambda body: (200, stream(body)[:-1]), "the stream had no usage"),
         (lambda body: (200, [{"error": "broken"}]), "event: broken"),
         (lambda body: (429, [{"error": "full"}]), "429: data:.*full"),
@@ -217,8 +217,8 @@ def test_what_a_soak_sends():
     draw = random.Random(5)
     turns = [soaking.request_of(draw, "m", f"m{i}x") for i in range(400)]
 
-    def share(wanted):
-        return sum(map(wanted, turns)) / len(turns)
+    def share(expected):
+        return sum(map(expected, turns)) / len(turns)
 
     text = [json.dumps(turn.body.get("prompt") or turn.body["messages"]) for turn in turns]
     assert all(f"m{i}x" in said and f"m{i}x" in turns[i].begins for i, said in enumerate(text))
@@ -268,6 +268,6 @@ def test_cold_starts_take_turns(monkeypatch, tmp_path):
 def test_a_server_that_does_not_start(monkeypatch):
     command = [sys.executable, "-c", "import sys; sys.exit('first\\nno such model')"]
     monkeypatch.setattr(servers, "command_of", lambda *_: command)
-    with pytest.raises(SystemExit, match=r"fastlm: wanted it ready .*, exit 1: no such model"):
+    with pytest.raises(SystemExit, match=r"fastlm: expected it ready .*, exit 1: no such model"):
         with servers.started("fastlm", "m.gguf", 1, 1):
             pass

@@ -125,7 +125,7 @@ def test_killed_at_a_rename_it_ends_with_the_same_best(data, whole, tmp_path, co
 def test_what_is_refused(data, tmp_path):
     with pytest.raises(InputError, match="validations: expected 1 or more to find the best"):
         start(data, tmp_path, replace(OPTIONS, validations=0))
-    with pytest.raises(InputError, match="take: wanted one of last, best, got 'first'"):
+    with pytest.raises(InputError, match="take: expected one of last, best, got 'first'"):
         start(data, tmp_path, replace(OPTIONS, take="first"))
     model = tiny_run.TinyLM()
     dataset = tiny_run.TokenDataset(data / "train")
@@ -139,8 +139,10 @@ def test_what_is_refused(data, tmp_path):
         SingleDevice(torch.nn.Linear(1, 1)),
         SingleProcess(),
     )
-    with pytest.raises(InputError, match="best-00000007: wanted the best weights"):
+    with pytest.raises(InputError, match="best-00000007: expected the best weights"):
         best.resume(7, 1.0)
     best.offer(1, {"val_loss": float("nan")}, model)
-    with pytest.raises(InputError, match="take: wanted keep_best from the start, and a validation"):
+    with pytest.raises(
+        InputError, match="take: expected keep_best from the start, and a validation"
+    ):
         best.take()

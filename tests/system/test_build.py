@@ -24,8 +24,8 @@ def test_every_source_is_compiled_where_it_belongs(monkeypatch):
     sources = [str(p) for p in Path("csrc").rglob("*") if p.suffix in {".cpp", ".cu"}]
     assert {os.path.dirname(s) for s in sources} == set.union(*folders.values())
     for extension in kernel_build.setup_py().EXTENSIONS:
-        wanted = {s for s in sources if os.path.dirname(s) in folders[extension.name]}
-        assert sorted(extension.sources) == sorted(wanted)
+        expected = {s for s in sources if os.path.dirname(s) in folders[extension.name]}
+        assert sorted(extension.sources) == sorted(expected)
 
 
 def test_glu_alone_includes_glu_h():
@@ -106,7 +106,7 @@ def test_variants_keep_their_objects(tree):
 def test_what_is_missing_or_does_not_compile_is_said_without_a_traceback(tree):
     done = setup(tree, CXX="no-such-compiler")
     assert done.returncode and "Traceback" not in done.stderr
-    assert "wanted a C++17 compiler" in done.stderr and "no-such-compiler" in done.stderr
+    assert "expected a C++17 compiler" in done.stderr and "no-such-compiler" in done.stderr
 
     (tree / "csrc/cpu/glu.cpp").write_text("int glu() { return }\n")
     done = setup(tree)

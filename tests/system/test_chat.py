@@ -49,11 +49,11 @@ class Terminal:
         os.close(inside)
         self.seen = ""
 
-    def type(self, text: str, *wanted: str) -> None:
-        """Type once everything before was read, and wait for each of `wanted` in turn."""
+    def type(self, text: str, *expected: str) -> None:
+        """Type once everything before was read, and wait for each of `expected` in turn."""
         os.write(self.fd, text.encode())
         until = time.monotonic() + 60
-        for part in wanted:
+        for part in expected:
             while part not in self.seen:
                 assert time.monotonic() < until, f"{part!r} not in {self.seen!r}"
                 if select.select([self.fd], [], [], 1)[0]:
@@ -101,7 +101,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_the_conversation(terminal):
 
 def test_commands(terminal):
     terminal.type("/help\r", "/reset", "Ctrl-C stops an answer; what was", PROMPT)
-    terminal.type("/rest now\r", "fastlm: /rest: wanted /help, /reset or /exit", PROMPT)
+    terminal.type("/rest now\r", "fastlm: /rest: expected /help, /reset or /exit", PROMPT)
     terminal.type("//rest\r", "heard ['/rest']", PROMPT)
     terminal.type("\r", PROMPT)
     terminal.type("  \r", PROMPT)  # blanks are not a message
@@ -121,7 +121,7 @@ def test_lines_of_a_pipe_are_messages(typed, status, out):
     done = subprocess.run([*COMMAND, "no"], input=typed, capture_output=True, text=True)
     assert done.returncode == status, done.stderr
     assert [line.partition(", {")[0] for line in done.stdout.splitlines()] == out
-    assert "7 tokens/s" not in done.stderr and ("/b: wanted /help" in done.stderr) == bool(status)
+    assert "7 tokens/s" not in done.stderr and ("/b: expected /help" in done.stderr) == bool(status)
 
 
 def test_bytes_that_are_no_text_are_refused_in_a_line(tmp_path):
@@ -135,4 +135,4 @@ def test_bytes_that_are_no_text_are_refused_in_a_line(tmp_path):
         input=b"caf\xe9", capture_output=True, env={**os.environ, "PYTHONUTF8": "1"},
     )  # fmt: skip
     assert done.returncode == 2
-    assert done.stderr == b"fastlm: text: wanted valid Unicode, got a lone surrogate at 3\n"
+    assert done.stderr == b"fastlm: text: expected valid Unicode, got a lone surrogate at 3\n"

@@ -257,10 +257,10 @@ def test_a_token_that_cannot_be_text_is_refused():
         lambda: tokenizer.encode_batch(["a#"]),
         lambda: tokenizer.encode_chat([{"role": "user", "content": "#"}]),
     ):
-        with pytest.raises(InputError, match="wanted none with '#', a special token"):
+        with pytest.raises(InputError, match="expected none with '#', a special token"):
             call()
     for one in ("#", "§"):  # "§" spells the byte 0xA7, as in "ç"
-        with pytest.raises(InputError, match="special_tokens: wanted"):
+        with pytest.raises(InputError, match="special_tokens: expected"):
             Tokenizer.train(["ça # b"], 300, special_tokens=("<|endoftext|>", one))
 
 
@@ -316,7 +316,7 @@ def test_what_json_cannot_hold():
     endless: list = []
     endless.append(endless)
     for content in (endless, 1 << 50_000, {1, 2}, "\ud800"):
-        with pytest.raises(InputError, match="messages: wanted"):
+        with pytest.raises(InputError, match="messages: expected"):
             chat_template.render("x", [{"role": "user", "content": content}], {}, {})
 
 

@@ -159,12 +159,12 @@ def test_given_quantization_config_stays(tmp_path):
     (tmp_path / "q" / "config.json").write_text(
         json.dumps({**CONFIG, "quantization_config": given})
     )
-    refused(tmp_path / "q", "quantization_config: model.layers.0.mlp.up_proj: wanted bits")
+    refused(tmp_path / "q", "quantization_config: model.layers.0.mlp.up_proj: expected bits")
     given["modules"] = {}
     (tmp_path / "q" / "config.json").write_text(
         json.dumps({**CONFIG, "quantization_config": given})
     )
-    refused(tmp_path / "q", "wanted a tensor model.layers.0.mlp.up_proj.weight")
+    refused(tmp_path / "q", "expected a tensor model.layers.0.mlp.up_proj.weight")
 
 
 def test_tied_head_is_left_out(tmp_path):
@@ -213,7 +213,7 @@ def test_a_model_in_a_folder_inside_stays(tmp_path):
 @pytest.mark.parametrize("path", [".", ".."])
 def test_a_place_without_a_name_is_refused(tmp_path, monkeypatch, path):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match="wanted a path that ends in a name"):
+    with pytest.raises(InputError, match="expected a path that ends in a name"):
         save_hf(path, CONFIG, make_state())
     assert files(tmp_path) == set()
 
@@ -237,7 +237,7 @@ def test_end_tokens_are_those_of_generation_config(tmp_path, monkeypatch):
         model.save_pretrained(tmp_path / "n")
         assert CausalLM.from_pretrained(tmp_path / "n").config.stop_ids == ends
     (tmp_path / "m" / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
-    with pytest.raises(InputError, match="eos_token_id: wanted a token id or None, got '</s>'"):
+    with pytest.raises(InputError, match="eos_token_id: expected a token id or None, got '</s>'"):
         load_state(tmp_path / "m")
 
 
@@ -347,13 +347,13 @@ def test_header_longer_than_the_file(folder, length):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "wanted a folder with config.json or a .gguf file, got neither"),
-        ("", "config.json: wanted readable JSON"),
-        ("{", "config.json: wanted readable JSON"),
-        ("[" * 100_000, "config.json: wanted readable JSON"),
-        ("[]", "config.json: wanted a JSON object, got list"),
-        ("{}", "model_type: wanted one of llama, mistral, .* got None"),
-        ('{"model_type": ["llama"]}', "model_type: wanted one of llama"),
+        (None, "expected a folder with config.json or a .gguf file, got neither"),
+        ("", "config.json: expected readable JSON"),
+        ("{", "config.json: expected readable JSON"),
+        ("[" * 100_000, "config.json: expected readable JSON"),
+        ("[]", "config.json: expected a JSON object, got list"),
+        ("{}", "model_type: expected one of llama, mistral, .* got None"),
+        ('{"model_type": ["llama"]}', "model_type: expected one of llama"),
     ],
 )
 def test_broken_config(folder, text, message):
@@ -366,16 +366,16 @@ def test_broken_config(folder, text, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "mamba"}, "model_type: wanted one of llama, mistral, .* got 'mamba'"),
-        ({"hidden_size": -1}, "hidden_size: wanted a positive integer, got -1"),
-        ({"hidden_size": "64"}, "hidden_size: wanted a positive integer, got '64'"),
-        ({"num_hidden_layers": 10**9}, "num_hidden_layers: wanted at most 4096"),
-        ({"num_key_value_heads": 3}, "num_key_value_heads: wanted a divisor of .* 4, got 3"),
-        ({"hidden_size": 128}, r"embed_tokens.weight: wanted \(300, 128\) .*, got \(300, 64\)"),
-        ({"num_hidden_layers": 3}, "wanted a tensor model.layers.2.* got none"),
-        ({"model_type": "qwen2"}, "wanted a tensor model.layers.0.self_attn.q_proj.bias"),
+        ({"model_type": "mamba"}, "model_type: expected one of llama, mistral, .* got 'mamba'"),
+        ({"hidden_size": -1}, "hidden_size: expected a positive integer, got -1"),
+        ({"hidden_size": "64"}, "hidden_size: expected a positive integer, got '64'"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers: expected at most 4096"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads: expected a divisor of .* 4, got 3"),
+        ({"hidden_size": 128}, r"embed_tokens.weight: expected \(300, 128\) .*, got \(300, 64\)"),
+        ({"num_hidden_layers": 3}, "expected a tensor model.layers.2.* got none"),
+        ({"model_type": "qwen2"}, "expected a tensor model.layers.0.self_attn.q_proj.bias"),
         ({"quantization_config": {"quant_method": "hqq"}}, "quant_method fastlm, .*got 'hqq'"),
-        ({"quantization_config": 7}, "quantization_config: wanted"),
+        ({"quantization_config": 7}, "quantization_config: expected"),
     ],
 )
 def test_config_that_does_not_fit(folder, changes, message):
@@ -387,9 +387,9 @@ def test_missing_shard_and_tensor(sharded):
     index = json.loads((sharded / "model.safetensors.index.json").read_text())
     place = index["weight_map"]["model.norm.weight"]
     set_header(sharded / place, lambda h: h.update(other=h.pop("model.norm.weight")))
-    refused(sharded, f"{place}: wanted a tensor model.norm.weight by the index, got none")
+    refused(sharded, f"{place}: expected a tensor model.norm.weight by the index, got none")
     (sharded / place).unlink()
-    refused(sharded, f"{place}: wanted a safetensors file, got none")
+    refused(sharded, f"{place}: expected a safetensors file, got none")
 
 
 @pytest.mark.parametrize("name", ["../m/x.safetensors", "/etc/passwd", "x.bin", 3, ""])
@@ -398,7 +398,7 @@ def test_index_must_not_leave_its_folder(sharded, name):
     index = json.loads(file.read_text())
     index["weight_map"]["model.norm.weight"] = name
     file.write_text(json.dumps(index))
-    refused(sharded, "weight_map: wanted names of files beside it")
+    refused(sharded, "weight_map: expected names of files beside it")
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"weight_map": []}', "[]"])
@@ -411,7 +411,7 @@ def test_broken_index(sharded, text):
 def test_weights_that_are_no_real_numbers(folder, dtype):
     state = make_state() | {"model.norm.weight": torch.ones(64).to(dtype)}
     save_file(state, folder / "model.safetensors")
-    refused(folder, "model.norm.weight: wanted one of F32, BF16, F16, F64, got")
+    refused(folder, "model.norm.weight: expected one of F32, BF16, F16, F64, got")
 
 
 def test_no_quantization_written_as_null(folder):
@@ -422,12 +422,12 @@ def test_no_quantization_written_as_null(folder):
 
 def test_pickles_are_not_read(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    refused(folder, "wanted model.safetensors, got a pickle")
+    refused(folder, "expected model.safetensors, got a pickle")
 
 
 @pytest.mark.parametrize(
     ("drop", "message"),
-    [("scales", "wanted qdata and scales, got one"), ("groups", "scales: wanted")],
+    [("scales", "expected qdata and scales, got one"), ("groups", "scales: expected")],
 )
 def test_broken_quantized_weight(tmp_path, drop, message):
     from safetensors.torch import load_file, save_file
@@ -451,7 +451,7 @@ def test_paths_that_hold_no_model(tmp_path):
     refused("HuggingFaceTB/SmolLM2-135M", "got no such path .* downloads nothing from .* Hub")
     refused(tmp_path, "got neither")
     (tmp_path / "x.txt").write_text("x")
-    refused(tmp_path / "x.txt", "wanted a model folder or a .gguf file")
+    refused(tmp_path / "x.txt", "expected a model folder or a .gguf file")
     for name in "ab":
         write_gguf(tmp_path / f"{name}.gguf", {"t": np.zeros((1, 4), np.float32)})
     refused(tmp_path, "2 .gguf files")
@@ -610,7 +610,7 @@ def test_a_folder_that_another_program_has_locked(tmp_path, monkeypatch):
 
 
 def test_shard_size_is_checked(tmp_path):
-    with pytest.raises(InputError, match="max_shard_bytes: wanted a positive number, got 0"):
+    with pytest.raises(InputError, match="max_shard_bytes: expected a positive number, got 0"):
         save_hf(tmp_path / "m", CONFIG, {}, max_shard_bytes=0)
 
 
@@ -641,7 +641,7 @@ def test_a_changed_byte_is_seen(tmp_path, at):
     data = bytearray(file.read_bytes())
     data[at] ^= 1
     file.write_bytes(data)
-    with pytest.raises(InputError, match="corrupt: wanted sha256"):
+    with pytest.raises(InputError, match="corrupt: expected sha256"):
         load_tensors(tmp_path / "s")
 
 

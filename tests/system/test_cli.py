@@ -120,8 +120,8 @@ def test_generate_has_every_way_to_choose_a_token(finished):
     other = call(*options, "--temperature", 0, "--repetition-penalty", 1.5).stdout
     assert other.rstrip("\n") != greedy
     assert call(*options, "--min-p", 1.0, "--seed", 3).stdout.rstrip("\n") == greedy
-    refused(*options, "--min-p", 2, text="min_p: wanted in [0, 1]")
-    refused(*options, "--stop", "", text="stop: wanted strings of at least one character")
+    refused(*options, "--min-p", 2, text="min_p: expected in [0, 1]")
+    refused(*options, "--stop", "", text="stop: expected strings of at least one character")
 
 
 def test_generate_reads_prompts_from_options_stdin_and_files(finished, tmp_path):
@@ -139,10 +139,10 @@ def test_generate_reads_prompts_from_options_stdin_and_files(finished, tmp_path)
     assert stats["prompt_tokens"] == sum(r["prompt_tokens"] for r in have["results"])
     assert stats["new_tokens"] == sum(r["new_tokens"] for r in have["results"])
     assert stats["seconds_to_first_token"] > 0 and stats["decode_tokens_per_second"] > 0
-    refused(*options, text="prompt: wanted --prompt TEXT (- for stdin) or --prompt-file FILE")
-    refused(*options, "-p", "-", "-p", "-", text="prompt: wanted - once")
+    refused(*options, text="prompt: expected --prompt TEXT (- for stdin) or --prompt-file FILE")
+    refused(*options, "-p", "-", "-p", "-", text="prompt: expected - once")
     (tmp_path / "q").write_bytes(b"\xff")
-    refused(*options, "--prompt-file", tmp_path / "q", text="wanted UTF-8 text")
+    refused(*options, "--prompt-file", tmp_path / "q", text="expected UTF-8 text")
     refused(*options, "--prompt-file", tmp_path / "none", text="none")
 
 
@@ -160,9 +160,9 @@ def test_generate_prints_its_speed_and_that_the_context_is_full(finished):
 
 def test_a_refused_value_is_named_with_its_option():
     refused("generate", "-m", "x", "-p", "a", "--max-new-tokens", "many",
-            text="--max-new-tokens: wanted a valid integer, got 'many'")  # fmt: skip
+            text="--max-new-tokens: expected a valid integer, got 'many'")  # fmt: skip
     refused("generate", "-m", "x", "-p", "a", "--max-new-tokens", 0,
-            text="max_new_tokens: wanted 1 or more, got 0")  # fmt: skip
+            text="max_new_tokens: expected 1 or more, got 0")  # fmt: skip
 
 
 def test_generate_refuses_a_prompt_beyond_the_context(finished):
@@ -263,7 +263,7 @@ def test_quantize_prints_the_change(finished, tmp_path):
         tmp_path / "r",
         "--format",
         "w3a16",
-        text="format: wanted one of w4a16",
+        text="format: expected one of w4a16",
     )
     assert not (tmp_path / "r").exists()
 
@@ -282,7 +282,7 @@ def test_pretrain_goes_on_where_it_was(finished, tmp_path):
     call("generate", "-m", tmp_path / "p", "-p", "The", "--max-new-tokens", 2)
     assert call(*options, "--max-tokens", 6 * 2 * 16).stdout.startswith("6 steps, loss ")
     refused(*options, "--max-tokens", 192, "--lr", 0.5, text="lr was 0.001, now 0.5")
-    refused(*options, text="max_tokens, max_steps, max_seconds: wanted at least one of them")
+    refused(*options, text="max_tokens, max_steps, max_seconds: expected at least one of them")
 
 
 def test_the_time_left_follows_the_pace_of_late(capsys):
@@ -327,14 +327,14 @@ def test_tokenizer_train_and_encode(finished, tmp_path):
     assert len(pieces.splitlines()) == len(ids) and "b'T" in pieces
     refused(
         "tokenizer", "train", finished / "data/train.jsonl.zst", "-o", tmp_path / "u",
-        "--vocab-size", 5, text="vocab_size: wanted at least",
+        "--vocab-size", 5, text="vocab_size: expected at least",
     )  # fmt: skip
 
 
 def test_a_binary_file_in_a_folder_is_skipped_and_told(finished, tmp_path):
     (tmp_path / "a.txt").write_text("The tree sees the river. " * 40)
     (tmp_path / "b.txt").write_bytes(b"\0\0\0")
-    told = f"warning: skipped: {tmp_path}/b.txt: wanted text, it holds binary data"
+    told = f"warning: skipped: {tmp_path}/b.txt: expected text, it holds binary data"
     train = ["tokenizer", "train", tmp_path, "-o", tmp_path / "t", "--vocab-size", 280]
     assert told in call(*train).stderr
     assert told in call("eval", "-m", finished, "--data", tmp_path, "--json").stderr

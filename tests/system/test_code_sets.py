@@ -29,5 +29,7 @@ def test_programs_pass_their_tests_or_do_not(tmp_path):
     files.write_requests(
         tmp_path, "codex_mbpp", "gold_bpb_0shot", [*rows, request("", "", {**MBPP, "code": "x"})]
     )
-    with pytest.raises(InputError, match=f"{path.name}, line 2: wanted a question, got ValueError"):
+    with pytest.raises(
+        InputError, match=f"{path.name}, line 2: expected a question, got ValueError"
+    ):
         load_task("mbpp", tmp_path)

@@ -48,9 +48,9 @@ def test_every_float16_becomes_the_same_float32():
 def test_blocks_are_refused_where_they_do_not_fit():
     raw, q, scales = torch.zeros(2, 18).byte(), torch.zeros(2, 16).byte(), torch.zeros(2, 1)
     unpack = backend.cpu_extension.unpack_blocks
-    with pytest.raises(ValueError, match="kind: wanted Q4_0, Q4_1 or Q8_0, got Q6_K"):
+    with pytest.raises(ValueError, match="kind: expected Q4_0, Q4_1 or Q8_0, got Q6_K"):
         unpack(raw, "Q6_K", q, scales, None)
-    with pytest.raises(ValueError, match="zeros: wanted a tensor for Q4_1 alone, got Q4_0"):
+    with pytest.raises(ValueError, match="zeros: expected a tensor for Q4_1 alone, got Q4_0"):
         unpack(raw, "Q4_0", q, scales, scales)
     with pytest.raises(ValueError, match="bytes a row: 18, got 20"):
         unpack(torch.zeros(2, 20).byte(), "Q4_0", q, scales, None)

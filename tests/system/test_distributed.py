@@ -284,9 +284,11 @@ def test_a_loss_of_inf_minus_inf_has_diverged(edges):
 def test_fsdp_refuses_adapters_and_a_model_that_it_trained_before(edges):
     for said in edges:
         assert said["lora"] == (
-            "parallel: wanted ddp where a part of the weights is frozen, got fsdp"
+            "parallel: expected ddp where a part of the weights is frozen, got fsdp"
         )
-        assert said["again"].startswith("parallel: wanted a model that fsdp or hsdp did not train")
+        assert said["again"].startswith(
+            "parallel: expected a model that fsdp or hsdp did not train"
+        )
 
 
 def test_each_process_has_a_gpu_of_its_own():
@@ -424,7 +426,7 @@ def test_what_is_refused(launched, tmp_path):
             {"optimizer": "muon", "parallel": "fsdp"},
         "async_checkpoints: expected False with parallel = 'fsdp', got True":
             {"async_checkpoints": True, "parallel": "fsdp"},
-        "parallel: wanted one of ddp, fsdp, hsdp, got 'tensor'": {"parallel": "tensor"},
+        "parallel: expected one of ddp, fsdp, hsdp, got 'tensor'": {"parallel": "tensor"},
     }  # fmt: skip
     for message, changes in refused.items():
         with pytest.raises(InputError, match=message):
@@ -443,9 +445,9 @@ def test_what_is_refused(launched, tmp_path):
             ):
                 replace(stage, parallel=parallel).check()
     for name, value in {"teacher_top_k": 4, "teacher_answers": "greedy"}.items():
-        with pytest.raises(InputError, match=f"{name}: wanted one process, got 2 from torchrun"):
+        with pytest.raises(InputError, match=f"{name}: expected one process, got 2 from torchrun"):
             KINDS["distill"](data=("x",), accumulate=2, max_steps=1, **{name: value}).check()
-    with pytest.raises(InputError, match="run: wanted one process, got 2"):
+    with pytest.raises(InputError, match="run: expected one process, got 2"):
         run_recipe(tmp_path / "recipe.toml")
 
 

@@ -146,11 +146,11 @@ def test_the_loss_is_the_formula_whatever_the_micro_batches(name) -> None:
     model, reference = made.trained, CausalLM(config(64), seed=3)
     truth = naive(model.double(), reference.double(), terms, judged)
     truth.backward()
-    wanted = [p.grad.float() for p in model.parameters() if p.grad is not None]
+    expected = [p.grad.float() for p in model.parameters() if p.grad is not None]
     for size in (len(judged), 2, 1):
         found, gradients = step(objective(terms, size), -(-len(judged) // size))
         assert found == pytest.approx(float(truth.detach()), rel=1e-4)
-        for a, b in zip(gradients, wanted, strict=True):
+        for a, b in zip(gradients, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-6)
 
 
@@ -187,10 +187,10 @@ def test_every_reference_is_measured_once() -> None:
     )  # fmt: skip
     made.measure_reference(torch.float32)
     with torch.no_grad():
-        wanted = torch.tensor([[float(logp(model, a)) for a in one.answers] for one in PAIRS])
+        expected = torch.tensor([[float(logp(model, a)) for a in one.answers] for one in PAIRS])
         model.model.embed_tokens.weight.mul_(2)
     for reference in (made.reference, made.reference_heldout):
-        torch.testing.assert_close(reference, wanted, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(reference, expected, rtol=1e-5, atol=1e-5)
     state = made.state_dict()
     again = objective(TERMS["sigmoid"])
     again.load_state_dict(state)
@@ -222,13 +222,13 @@ def test_a_shared_prompt_changes_no_log_probability(window) -> None:
     ids, labels, cu_seqlens = packed
     logps = model.logprobs(ids, labels, cu_seqlens=cu_seqlens, keys=keys)[0]
     found = torch.stack([part.sum() for part in logps.tensor_split(cu_seqlens[1:-1].long())])
-    wanted = torch.stack([logp(model, e) for pair in pairs for e in pair])
-    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+    expected = torch.stack([logp(model, e) for pair in pairs for e in pair])
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
     scale = torch.tensor([1.0, -0.5, 2.0, 0.3])
     parameters = list(model.parameters())
     for a, b in zip(
         torch.autograd.grad((found * scale).sum(), parameters),
-        torch.autograd.grad((wanted * scale).sum(), parameters),
+        torch.autograd.grad((expected * scale).sum(), parameters),
         strict=True,
     ):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
@@ -238,13 +238,13 @@ def test_keys_that_cannot_be_are_refused() -> None:
     model = CausalLM(config(64), seed=2)
     (ids, labels, cu_seqlens), (rows, ends) = pack_groups([pair.answers for pair in PAIRS[:2]])
     model.hidden(ids, cu_seqlens=cu_seqlens, keys=(rows, ends))
-    with pytest.raises(InputError, match="keys: wanted with cu_seqlens, got none"):
+    with pytest.raises(InputError, match="keys: expected with cu_seqlens, got none"):
         model.logprobs(ids, labels, keys=(rows, ends))
     swapped = rows.clone()
     swapped[4:7] = rows[4:7].flip(0)  # the second answer's own token comes first
-    with pytest.raises(InputError, match="keys: wanted rows in which the keys of a document end"):
+    with pytest.raises(InputError, match="keys: expected rows in which the keys of a document end"):
         model.hidden(ids, cu_seqlens=cu_seqlens, keys=(swapped, ends))
-    with pytest.raises(InputError, match="keys: wanted for each document as many keys"):
+    with pytest.raises(InputError, match="keys: expected for each document as many keys"):
         model.hidden(ids, cu_seqlens=cu_seqlens, keys=(rows, ends[:-1]))
 
 
@@ -261,7 +261,9 @@ def test_an_answer_to_another_prompt_keeps_its_own_prompt() -> None:
             if there.answers[0].ids[len(prompts[j]) :].tolist() == other.ids[start:].tolist()
         ]
         assert prompts[source] != prompts[i] and own.ids[:start].tolist() == prompts[i]
-    with pytest.raises(InputError, match="wanted answers to two prompts or more for kto, got one"):
+    with pytest.raises(
+        InputError, match="expected answers to two prompts or more for kto, got one"
+    ):
         with_other_answers([Judged((answer,)) for answer in PAIRS[0].answers], 64)
     # in as many tokens as fit, and at least one of the answer
     (short, _) = with_other_answers(
@@ -284,9 +286,9 @@ def test_before_the_first_update_policy_and_reference_are_equal(
     stage(tmp_path / "out", model=base, on_event=events.append)
     first = next(e for e in events if "loss" in e)
     validation = next(e for e in events if "val_loss" in e)
-    wanted = {"sigmoid": math.log(2), "ipo": 25.0, "kto": 0.5}[loss]
+    expected = {"sigmoid": math.log(2), "ipo": 25.0, "kto": 0.5}[loss]
     for line, name in ((first, ""), (validation, "val_")):
-        assert line[f"{name}loss"] == pytest.approx(wanted, rel=1e-6)
+        assert line[f"{name}loss"] == pytest.approx(expected, rel=1e-6)
         assert line[f"{name}accuracy"] == 0.5  # all tied
         assert line[f"{name}margin"] == line[f"{name}reward_chosen"] == 0.0
         assert loss != "kto" or name or line["kl"] == 0.0
@@ -394,8 +396,8 @@ def test_long_answers_are_counted(base, tmp_path) -> None:
 # ---- what is refused
 
 REFUSED = {
-    "loss: wanted one of sigmoid, ipo, hinge, kto, got 'simpo'": {"loss": "simpo"},
-    "beta: wanted a positive number, got 0": {"beta": 0},
+    "loss: expected one of sigmoid, ipo, hinge, kto, got 'simpo'": {"loss": "simpo"},
+    "beta: expected a positive number, got 0": {"beta": 0},
     "label_smoothing: expected a number in [0, 0.5), got 0.5": {"label_smoothing": 0.5},
     "label_smoothing: expected none with loss = 'ipo', got 0.1 (it serves sigmoid)": {
         "label_smoothing": 0.1, "loss": "ipo",
@@ -403,8 +405,8 @@ REFUSED = {
     "weight_desirable: expected none with loss = 'sigmoid', got 2.0 (it serves kto)": {
         "weight_desirable": 2.0,
     },
-    "sft_weight: wanted 0 or more, got -1": {"sft_weight": -1},
-    "overlong: wanted one of skip, truncate, got 'split'": {"overlong": "split"},
+    "sft_weight: expected 0 or more, got -1": {"sft_weight": -1},
+    "overlong: expected one of skip, truncate, got 'split'": {"overlong": "split"},
     "batch_size: expected a step of 2 labels or more with loss = 'kto', whose reference point is a"
     " mean over the step, got 1": {"loss": "kto", "batch_size": 1, "accumulate": 1},
     "batch_size: expected a step of 2 labels or more with loss = 'kto', whose reference point is a"
@@ -423,25 +425,25 @@ def test_refused_options(message) -> None:
 
 
 ROWS = {
-    "line 1: wanted different answers, chosen and rejected are equal": (
+    "line 1: expected different answers, chosen and rejected are equal": (
         {"prompt": "a", "chosen": "b", "rejected": "b"}, {},
     ),
-    "line 1: rejected: wanted text from the assistant, got an empty message": (
+    "line 1: rejected: expected text from the assistant, got an empty message": (
         {"prompt": "a", "chosen": "b", "rejected": ""}, {},
     ),
-    "line 1: wanted a comparison of answers, got one answer with a label": (
+    "line 1: expected a comparison of answers, got one answer with a label": (
         {"prompt": "a", "completion": "b", "label": True}, {},
     ),
-    "line 1: wanted different answers, got two that the chat template writes alike": (
+    "line 1: expected different answers, got two that the chat template writes alike": (
         {"prompt": "a", "chosen": "b", "rejected": "b \n"},
         {"chat_template": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}"
          "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
          "{% endif %}"},
     ),
-    "wanted answers to two prompts or more for kto, got one prompt": (
+    "expected answers to two prompts or more for kto, got one prompt": (
         {"prompt": "a", "completion": "b", "label": True}, {"loss": "kto"},
     ),
-    "data: wanted pairs to learn from, got none in 1 rows (1 held out)": (
+    "data: expected pairs to learn from, got none in 1 rows (1 held out)": (
         {"prompt": "a", "chosen": "b", "rejected": "c"}, {"heldout": 0.9999999},
     ),
 }  # fmt: skip

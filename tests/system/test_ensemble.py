@@ -141,10 +141,10 @@ dtype = "float32"
 @pytest.mark.parametrize(
     ("changes", "count", "message"),
     [
-        ({"ensemble": "max"}, 2, "ensemble: wanted one of mean, min, uwo, got 'max'"),
+        ({"ensemble": "max"}, 2, "ensemble: expected one of mean, min, uwo, got 'max'"),
         ({}, 1, "ensemble: expected two or more reward_models for uwo, got 1"),
         ({"reward": "exact"}, 0, "ensemble: expected two or more reward_models for uwo, got 0"),
-        ({"uwo_coefficient": -1.0}, 2, r"uwo_coefficient: wanted 0 or more, got -1\.0"),
+        ({"uwo_coefficient": -1.0}, 2, r"uwo_coefficient: expected 0 or more, got -1\.0"),
     ],
 )
 def test_refused(base, rewards, data, tmp_path, changes, count, message) -> None:
@@ -167,7 +167,7 @@ def test_one_model_is_no_ensemble(base, rewards, data, tmp_path) -> None:
     ("stage", "message"),
     [
         ({"kind": "ppo", "ensemble": "min", "reward_model": ["./a"]}, "ensemble: expected two or"),
-        ({"kind": "ppo", "reward_model": ["./a", "./a"]}, "reward_model: wanted each once, got"),
+        ({"kind": "ppo", "reward_model": ["./a", "./a"]}, "reward_model: expected each once, got"),
         ({"kind": "grpo"}, "reward: expected a function, or a reward_model, got neither"),
         ({"kind": "ppo", "reward": "exact", "value": "reward"}, "value: expected a reward_model"),
         ({"kind": "distill"}, "teacher: expected a teacher or teacher_logits, got neither"),

@@ -364,11 +364,11 @@ def test_arguments(base):
     assert (scorer.context_limit, scorer.prefix) == (32, 5)
     assert model.variables == {"enable_thinking": False}
     for wrong, told in (
-        ({"dtype": "int8"}, "dtype: wanted one of auto"),
-        ({"max_length": 4096}, "limit: wanted 1 to 128, got 4096"),
-        ({"add_bos_token": True}, "add_bos: wanted a tokenizer with BOS"),
-        ({"tokens": 0}, "tokens: wanted 1 or more, got 0"),
-        ({"max_gen_toks": 0}, "max_gen_toks: wanted 1 or more, got 0"),
+        ({"dtype": "int8"}, "dtype: expected one of auto"),
+        ({"max_length": 4096}, "limit: expected 1 to 128, got 4096"),
+        ({"add_bos_token": True}, "add_bos: expected a tokenizer with BOS"),
+        ({"tokens": 0}, "tokens: expected 1 or more, got 0"),
+        ({"max_gen_toks": 0}, "max_gen_toks: expected 1 or more, got 0"),
     ):
         with pytest.raises(InputError, match=told):
             FastLM(str(base), **wrong)
@@ -376,5 +376,5 @@ def test_arguments(base):
     with pytest.raises(InputError, match="gen_kwargs: beams: unknown key"):
         model.generate_until([asked], disable_tqdm=True)
     asked = SimpleNamespace(args=("what", {"until": [], "max_gen_toks": 32}))
-    with pytest.raises(InputError, match="max_gen_toks: wanted less than the context's 32"):
+    with pytest.raises(InputError, match="max_gen_toks: expected less than the context's 32"):
         model.generate_until([asked], disable_tqdm=True)

@@ -359,10 +359,10 @@ def test_the_command_writes_a_report(base, cache, tmp_path):
     assert "Question sets" in page and "CC-BY" in page and "<svg" in page
     assert "winogrande" in told.stdout
     for extra, message in (
-        (["--limit", "0"], "limit: wanted 1 or more, got 0"),
-        (["--samples", "2"], "temperature: wanted more than 0 for 2 samples"),
+        (["--limit", "0"], "limit: expected 1 or more, got 0"),
+        (["--samples", "2"], "temperature: expected more than 0 for 2 samples"),
         (["--tasks", "winogrand"], "expected a name such as winogrande"),
-        (["--tasks", ""], "data: wanted held-out text, or tasks, got neither"),
+        (["--tasks", ""], "data: expected held-out text, or tasks, got neither"),
     ):
         refused = CliRunner().invoke(app, [*given, *extra])
         assert refused.exit_code == 2 and message in refused.stderr, refused.stderr

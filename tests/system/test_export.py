@@ -126,19 +126,19 @@ def test_scales_that_float16_lacks_are_counted_or_refused():
     assert encode("w", weight)[1] == 8
     weight.scales[0] *= 1e-9  # a dead row
     assert encode("w", weight)[1] == 8
-    with pytest.raises(InputError, match=r"w: wanted scales that float16 holds within 0.39 %"):
+    with pytest.raises(InputError, match=r"w: expected scales that float16 holds within 0.39 %"):
         encode("w", quantize_weight(2e-6 * torch.randn(4, 64), 4, group_size=32))
     weight.scales *= 1e6
-    with pytest.raises(InputError, match="w: wanted scales up to 65504"):
+    with pytest.raises(InputError, match="w: expected scales up to 65504"):
         encode("w", weight)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mlp_bias": True}, "mlp_bias: wanted a model that GGUF can describe"),
-        ({"hidden_act": "gelu"}, "hidden_act: wanted a model that GGUF can describe"),
-        ({"rope_parameters": LLAMA3 | {"high_freq_factor": 2.0}}, "wanted Llama 3's"),
+        ({"mlp_bias": True}, "mlp_bias: expected a model that GGUF can describe"),
+        ({"hidden_act": "gelu"}, "hidden_act: expected a model that GGUF can describe"),
+        ({"rope_parameters": LLAMA3 | {"high_freq_factor": 2.0}}, "expected Llama 3's"),
     ],
 )
 def test_models_that_gguf_cannot_say(changes, message, tmp_path):
@@ -171,7 +171,7 @@ def test_the_command_writes_gguf_with_the_tokenizer(tokenizer, tmp_path):
     assert torch.equal(whole(ids).logits, again(ids).logits)
     refused(
         "export", "-m", tmp_path / "q", "-o", tmp_path / "x", "--format", "onnx",
-        text="format: wanted one of gguf, compressed-tensors, got 'onnx'",
+        text="format: expected one of gguf, compressed-tensors, got 'onnx'",
     )  # fmt: skip
 
 
@@ -237,7 +237,7 @@ def test_what_is_not_quantized_is_refused_for_compressed_tensors(tokenizer, tmp_
     tokenizer.save(tmp_path / "m")
     refused(
         "export", "-m", tmp_path / "m", "-o", tmp_path / "c", "--format", "compressed-tensors",
-        text="wanted quantized layers for compressed-tensors, got none",
+        text="expected quantized layers for compressed-tensors, got none",
     )  # fmt: skip
 
 
@@ -319,7 +319,9 @@ def test_split_patterns_have_llama_cpps_names(steps, ignore_merges, name):
     sequence = {"type": "Sequence", "pretokenizers": steps}
     state = {"pre_tokenizer": sequence, "model": {"ignore_merges": ignore_merges}}
     if name is None:
-        with pytest.raises(InputError, match=r"tokenizer: wanted a (split pattern|pre-tokenizer)"):
+        with pytest.raises(
+            InputError, match=r"tokenizer: expected a (split pattern|pre-tokenizer)"
+        ):
             pre_tokenizer(state)
     else:
         assert pre_tokenizer(state) == name

@@ -384,8 +384,13 @@ HOSTILE = [
     ("answers", "prompt", DEEP, ANSWER + "prompt: expected at most 200 levels"),
     ("answers", "prompt", "7", ANSWER + "prompt: expected an array, got 7"),
     ("answers", "prompt", "[7]", ANSWER + r"prompt\[0\]: expected an object"),
-    ("answers", "prompt", "[{}]", ANSWER + r"prompt\[0\]: wanted a role"),
-    ("answers", "prompt", '[{"role": "user", "content": 7}]', ANSWER + r"prompt\[0\]: wanted text"),
+    ("answers", "prompt", "[{}]", ANSWER + r"prompt\[0\]: expected a role"),
+    (
+        "answers",
+        "prompt",
+        '[{"role": "user", "content": 7}]',
+        ANSWER + r"prompt\[0\]: expected text",
+    ),
     (
         "answers",
         "prompt",
@@ -494,7 +499,7 @@ def test_commands(tmp_path):
     assert b"Better" in b"".join(f.read_bytes() for f in tmp_path.glob("f.sqlite*"))
     assert call("forget", base, "talk").stdout == "talk: 8 rows deleted\n"
     assert b"Better" not in b"".join(f.read_bytes() for f in tmp_path.glob("f.sqlite*"))
-    assert "wanted one of the database" in call("forget", base, "talk", status=2).stderr
+    assert "expected one of the database" in call("forget", base, "talk", status=2).stderr
 
 
 STARS = Rating("stars", "number", "higher", low=1, high=5)
@@ -522,15 +527,15 @@ def test_numbers_by_name(where):
             (("stars", 4.0),), (("solved", 1.0),), (("stars", 1.5), ("solved", 0.0)),
         ]  # fmt: skip
         for metrics, message in (
-            ({"strs": 4}, "metrics.strs: wanted one of stars, solved"),
-            ({"stars": 6}, "metrics.stars: wanted a number from 1 to 5, got 6"),
-            ({"stars": 0.99}, "metrics.stars: wanted a number from 1 to 5, got 0.99"),
-            ({"stars": True}, "metrics.stars: wanted a number from 1 to 5, got True"),
-            ({"stars": "4"}, "metrics.stars: wanted a number from 1 to 5, got '4'"),
-            ({"stars": None}, "metrics.stars: wanted a number from 1 to 5, got None"),
+            ({"strs": 4}, "metrics.strs: expected one of stars, solved"),
+            ({"stars": 6}, "metrics.stars: expected a number from 1 to 5, got 6"),
+            ({"stars": 0.99}, "metrics.stars: expected a number from 1 to 5, got 0.99"),
+            ({"stars": True}, "metrics.stars: expected a number from 1 to 5, got True"),
+            ({"stars": "4"}, "metrics.stars: expected a number from 1 to 5, got '4'"),
+            ({"stars": None}, "metrics.stars: expected a number from 1 to 5, got None"),
             (
                 {"solved": True},
-                "metrics.solved: wanted conversation_id: it is about a conversation",
+                "metrics.solved: expected conversation_id: it is about a conversation",
             ),
         ):
             refused = give(response_id="x", metrics=metrics)
@@ -538,7 +543,7 @@ def test_numbers_by_name(where):
             error = refused.json()["error"]
             assert error["message"] == message and error["param"] == message.partition(":")[0]
         about = give(conversation_id="c", metrics={"stars": 4}).json()["error"]["message"]
-        assert about == "metrics.stars: wanted response_id: it is about a response"
+        assert about == "metrics.stars: expected response_id: it is about a response"
         for metrics in ({}, [], 4, "stars", {f"m{i}": 1 for i in range(33)}):
             refused = give(response_id="x", metrics=metrics)
             assert refused.status_code == 400 and refused.json()["error"]["param"] == "metrics"
@@ -550,7 +555,7 @@ def test_numbers_by_name(where):
     with FeedbackStore(where) as store:  # what the numbers mean does not change
         store.declare([STARS])
         changed = Rating("stars", "number", "lower", low=1, high=5)
-        with pytest.raises(InputError, match=r"metric stars: better: wanted 'higher'"):
+        with pytest.raises(InputError, match=r"metric stars: better: expected 'higher'"):
             store.declare([changed])
         assert store.ratings() == [SOLVED, STARS]
 

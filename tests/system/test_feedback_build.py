@@ -342,9 +342,9 @@ def test_what_safety_asks_does_not_enter(tmp_path):
         return steps(Funnel.load(tmp_path / "out"))["decontamination"]["removed"]
 
     # DoNotAnswer's stand-in has HarmBench's texts
-    wanted = {*TEXTS} - short - {"donotanswer"}
+    expected = {*TEXTS} - short - {"donotanswer"}
     found = removed("safety")
-    assert {*found} == {f"a question of {name}" for name in wanted}
+    assert {*found} == {f"a question of {name}" for name in expected}
     assert sum(found.values()) == len(lines) - len(short) - 1
     assert removed("lookalikes", "quac") == {
         "a question of lookalikes": 1, "a question of quac": 1,
@@ -408,7 +408,7 @@ def test_gates_decide_by_the_ends_of_intervals(tmp_path):
     assert done.exit_code == 0 and "promoted: all 2 gates passed" in done.stdout
     gates.write_text(gates.read_text().replace("0.5", "0.7"))
     done = CliRunner().invoke(app, words)
-    assert done.exit_code == 1 and "winrate.rate: wanted at least 0.7" in done.stdout
+    assert done.exit_code == 1 and "winrate.rate: expected at least 0.7" in done.stdout
     decision = json.loads((tmp_path / "gate" / "decision.json").read_text())
     assert not decision["promoted"] and [g["passed"] for g in decision["gates"]] == [False, True]
     again = tmp_path / "other" / "winrate"
@@ -419,7 +419,7 @@ def test_gates_decide_by_the_ends_of_intervals(tmp_path):
     gates.write_text('[[gate]]\nscore = "winrate.rate"\n')
     with pytest.raises(InputError, match="max or min"):
         read_gates(gates)
-    with pytest.raises(InputError, match=r"winrate\.x: wanted a score of eval"):
+    with pytest.raises(InputError, match=r"winrate\.x: expected a score of eval"):
         gates.write_text('[[gate]]\nscore = "winrate.x"\nmin = 0\n')
         Gate(gates=str(gates)).plan({"scores": [{"name": "eval"}]})
 
@@ -484,7 +484,7 @@ def test_what_a_number_means_is_part_of_what_is_read(tmp_path):
         ({"provenance": {"talks": []}}, "provenance.talks: expected no such field"),
         ({"provenance": 7}, "provenance: expected an object, got 7"),
         ({"rater": ["ann"]}, "rater: expected a string"),
-        ({"rater": "\ud800"}, "rater: wanted valid Unicode"),
+        ({"rater": "\ud800"}, "rater: expected valid Unicode"),
         ({"model": 7}, "model: expected a string"),
         ({"licence": {}}, "licence: expected a string"),
     ],

@@ -198,7 +198,7 @@ def test_all_documents_of_a_source(runs, lost):
     source = json.loads((runs / "one/data/funnel.json").read_text())["sources"]
     report = forget([runs], list(source))
     assert not texts(runs) and not texts(runs, "heldout") and report.remains
-    with pytest.raises(InputError, match="wanted a folder of token shards"):
+    with pytest.raises(InputError, match="expected a folder of token shards"):
         TokenDataset(runs / "one/shards/train")
     assert not list((runs / "one/shards").rglob("*.bin"))
 
@@ -332,8 +332,8 @@ def test_a_model_that_learned_withdrawn_rows_is_named(tmp_path, made, runs):
 
 def test_bad_input(runs, tmp_path):
     for arguments, told in (
-        ([runs], "wanted --what"),
-        ([runs, "--withdrawn"], "wanted --feedback"),
+        ([runs], "expected --what"),
+        ([runs, "--withdrawn"], "expected --feedback"),
         ([tmp_path / "none", "--what", "x"], "got nothing"),
         ([runs, "--what", " "], "got an empty text"),
         ([runs, "--what", "x", "--feedback", tmp_path / "f.sqlite"], "not found"),

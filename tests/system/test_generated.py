@@ -106,7 +106,7 @@ def test_no_text_is_evaluated(tmp_path, monkeypatch, forgotten) -> None:
     told = tmp_path / "told"
     code = f'__import__("os").mkdir("{told}")'
     row = next(generated_rows("reasoning-gym:countdown?size=1"))
-    refused = "reward: wanted a generator of which .* without evaluating text, .* got 'countdown'"
+    refused = "reward: expected a generator of which .* without evaluating text, .* got 'countdown'"
     with pytest.raises(InputError, match=refused):
         generator_score(code, row)
     stage = Grpo(data=(row["source"],), reward="reasoning-gym", max_steps=1)
@@ -117,14 +117,16 @@ def test_no_text_is_evaluated(tmp_path, monkeypatch, forgotten) -> None:
     entry = {"question": "1", "answer": code, "metadata": about}
     file = write(tmp_path / "rows.jsonl", [entry])
     base = make_base(tmp_path / "base", max_position_embeddings=256)
-    with pytest.raises(InputError, match=r"rows.jsonl, line 1: reward: wanted .*'number_sorting'"):
+    with pytest.raises(
+        InputError, match=r"rows.jsonl, line 1: reward: expected .*'number_sorting'"
+    ):
         replace(stage, data=(file,))(tmp_path / "out", model=base)
     assert not told.exists()
-    with pytest.raises(InputError, match=r"row: wanted one that .* can score, got KeyError"):
+    with pytest.raises(InputError, match=r"row: expected one that .* can score, got KeyError"):
         generated.check_generated({"metadata": {"source_dataset": "chain_sum"}})
     generated._scorer.cache_clear()
     monkeypatch.setattr(generated.metadata, "version", lambda name: "0.1.26")
-    with pytest.raises(InputError, match=r"wanted reasoning-gym 0.1.25, .* version 0.1.26"):
+    with pytest.raises(InputError, match=r"expected reasoning-gym 0.1.25, .* version 0.1.26"):
         generator_score("1", {"answer": "1", "metadata": {"source_dataset": "chain_sum"}})
 
 
@@ -199,7 +201,9 @@ dtype = "float32"
     result = stage(tmp_path / "out", model=base)
     assert result["prompts"] + result["heldout"] == 40 and 4 < result["heldout"] < 24
     mixed = replace(stage, data=(SUMS, write(tmp_path / "x.jsonl", [{"prompt": "what"}])))
-    with pytest.raises(InputError, match=r"x.jsonl, line 1: row: wanted one of a reasoning-gym: s"):
+    with pytest.raises(
+        InputError, match=r"x.jsonl, line 1: row: expected one of a reasoning-gym: s"
+    ):
         mixed(tmp_path / "mixed", model=base)
     counted = replace(mixed, skip_bad=True)(tmp_path / "mixed", model=base)
     assert counted["counts"] == {"without a right answer": 1}
@@ -226,14 +230,14 @@ def test_without_the_package(monkeypatch, forgotten) -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("chain_sums", "wanted a generator such as chain_sum, got 'chain_sums'"),
-        ("", "wanted a generator such as .*, got ''"),
+        ("chain_sums", "expected a generator such as chain_sum, got 'chain_sums'"),
+        ("", "expected a generator such as .*, got ''"),
         ("chain_sum?sise=3", "sise: unknown key; the nearest known one is 'size'"),
-        ("chain_sum?size", r"wanted reasoning-gym:NAME or reasoning-gym:NAME\?KEY.*, got 'size'"),
-        ("chain_sum?size=0", "wanted options that the generator accepts, got AssertionError"),
-        ("chain_sum?seed=null", "seed: wanted an integer, got None"),
-        ("chain_sum?seed=true", "seed: wanted an integer, got True"),
-        ("chain_sum?max_terms=many", "wanted options that the generator accepts, got TypeError"),
+        ("chain_sum?size", r"expected reasoning-gym:NAME or reasoning-gym:NAME\?KEY.*, got 'size'"),
+        ("chain_sum?size=0", "expected options that the generator accepts, got AssertionError"),
+        ("chain_sum?seed=null", "seed: expected an integer, got None"),
+        ("chain_sum?seed=true", "seed: expected an integer, got True"),
+        ("chain_sum?max_terms=many", "expected options that the generator accepts, got TypeError"),
     ],
 )
 def test_refused(tmp_path, spec, message) -> None:
@@ -242,7 +246,7 @@ def test_refused(tmp_path, spec, message) -> None:
 
 
 def test_it_is_no_text(tmp_path) -> None:
-    with pytest.raises(InputError, match="wanted text, got a generator of questions"):
+    with pytest.raises(InputError, match="expected text, got a generator of questions"):
         list_files(SUMS, cache=tmp_path)
 
 
@@ -256,14 +260,14 @@ def test_a_passage_precedes_its_question(tmp_path) -> None:
     asked = [p.messages[0]["content"] for p in read_prompts((file,), cache=tmp_path)]
     assert asked == ["Ann has 2 pears.\n\nHow many?", "Who?"]
     # no other row is read in another way for it
-    for row, wanted in (
+    for row, expected in (
         ({"passage": 7, "question": "Who?"}, ["Who?"]),
         ({"passage": ["a"], "prompt": "Who?"}, ["Who?"]),
         ({"passage": "a", "prompt": "Who?"}, ["Who?"]),
         ({"passage": "a", "question": "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Who?"},
          ["Hi", "Yes?", "Who?"]),
     ):  # fmt: skip
-        assert [message["content"] for _, message in prompt_messages(row) or ()] == wanted
+        assert [message["content"] for _, message in prompt_messages(row) or ()] == expected
     CHECKS["number"](rows[0])
-    with pytest.raises(InputError, match="wanted a number in the right answer, got 'Ann'"):
+    with pytest.raises(InputError, match="expected a number in the right answer, got 'Ann'"):
         CHECKS["number"](rows[1])

@@ -42,12 +42,12 @@ def test_a_needle_lies_at_its_depth_among_others(tmp_path):
     task = load_task("needle:512", tmp_path)
     assert len(task.questions) == 20
     for q in task.questions:
-        (wanted,) = q.row["wanted"]
+        (expected,) = q.row["expected"]
         assert abs(len(q.prompt) - 512 * BYTES_PER_TOKEN) < 120
         assert q.prompt.count("The number of the vault in") == 5  # four facts, and the answer
         depth = float(q.part.split()[-2]) / 100
-        assert abs(q.prompt.index(wanted) / len(q.prompt) - depth) < 0.25
-    other = [q.row["wanted"][0] for q in task.questions]
+        assert abs(q.prompt.index(expected) / len(q.prompt) - depth) < 0.25
+    other = [q.row["expected"][0] for q in task.questions]
     assert len(set(other)) == len(other)
 
 
@@ -65,7 +65,7 @@ def test_needles_are_measured_by_length_and_depth(tmp_path):
 def test_hops_count_the_names_of_the_right_chain(tmp_path):
     task = load_task("hops:256", tmp_path)
     q = task.questions[-1]
-    chain = q.row["wanted"]
+    chain = q.row["expected"]
     assert len(chain) == 5
     places = [q.prompt.index(f"{b} is the same as {a}.") for a, b in pairwise(chain)]
     assert places == sorted(places)
@@ -80,17 +80,17 @@ def test_lengths_are_refused(name, tmp_path):
     if name == "needle:":
         assert load_task(name, tmp_path).questions
         return
-    with pytest.raises(InputError, match="format: wanted lengths of 128 to 1048576 tokens"):
+    with pytest.raises(InputError, match="format: expected lengths of 128 to 1048576 tokens"):
         load_task(name, tmp_path)
 
 
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("reasoning-gym:chain_sun", "wanted a generator"),
+        ("reasoning-gym:chain_sun", "expected a generator"),
         ("reasoning-gym:codeio", "without evaluating text"),
         ("reasoning-gym:chain_sum?sise=3", "sise"),
-        ("reasoning-gym:chain_sum?size=3", "wanted size=4 or more"),
+        ("reasoning-gym:chain_sum?size=3", "expected size=4 or more"),
     ],
 )
 def test_generators_are_refused(name, told, tmp_path):

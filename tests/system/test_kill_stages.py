@@ -18,7 +18,7 @@ def test_differences_are_seen() -> None:
     same = {"a.json": [{"loss": 1.0, "steps": [1, 2]}], "model": b"1"}
     assert kill_stages.difference(same, dict(same)) == ""
     other = {**same, "a.json": [{"loss": 1.0, "steps": [1, 3]}]}
-    told = "a.json differs: [0].steps[1] wanted 2, got 3"
+    told = "a.json differs: [0].steps[1] expected 2, got 3"
     assert kill_stages.difference(same, other) == told
     assert kill_stages.difference(same, {**same, ".model.part": b""}) == (
         ".model.part should not be there"

@@ -96,8 +96,8 @@ def test_the_formula_and_its_gradients(model) -> None:
     wide = x.detach().double().requires_grad_()
     weight = layer.base_layer.weight.detach().double() + 3 * b @ a
     (wide @ weight.T).square().sum().backward()
-    for got, wanted in ((x, wide), (layer.lora_A, a), (layer.lora_B, b)):
-        torch.testing.assert_close(got.grad.double(), wanted.grad, rtol=1e-5, atol=1e-6)
+    for got, expected in ((x, wide), (layer.lora_A, a), (layer.lora_B, b)):
+        torch.testing.assert_close(got.grad.double(), expected.grad, rtol=1e-5, atol=1e-6)
 
 
 def test_rank_stabilised_scaling(model) -> None:
@@ -215,13 +215,13 @@ def test_gradients_through_a_quantized_base(format, symmetric, first) -> None:
         plain.zero_grad()
         for module in lora_of(plain).values():
             module.base_layer.__class__ = Straight
-    got, wanted = gradients(model), gradients(plain)
-    assert got.keys() == wanted.keys() and len(got) == 2 * len(lora_of(model)) + 1
+    got, expected = gradients(model), gradients(plain)
+    assert got.keys() == expected.keys() and len(got) == 2 * len(lora_of(model)) + 1
     for name, grad in got.items():
         if not floats:
-            torch.testing.assert_close(grad, wanted[name], rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-6)
             continue
-        off, rounding = (torch.norm(grad - other[name]) for other in (wanted, floats))
+        off, rounding = (torch.norm(grad - other[name]) for other in (expected, floats))
         assert off < 0.1 * rounding, name  # off is 1e-7 of the gradient, rounding 6e-3
 
 
@@ -384,10 +384,10 @@ def test_a_base_that_is_not_there(adapter, saved) -> None:
     saved = saved.rename(saved.with_name("elsewhere"))  # neither there nor where it lay from here
     for name in ("HuggingFaceTB/SmolLM2-135M", None):
         file.write_text(json.dumps({**given, "base_model_name_or_path": name}))
-        with pytest.raises(InputError, match="base_model_name_or_path: wanted a model on this"):
+        with pytest.raises(InputError, match="base_model_name_or_path: expected a model on this"):
             CausalLM.from_pretrained(adapter)
     file.write_text(json.dumps({**given, "base_model_name_or_path": str(adapter)}))
-    with pytest.raises(InputError, match="wanted a whole model, got an adapter"):
+    with pytest.raises(InputError, match="expected a whole model, got an adapter"):
         CausalLM.from_pretrained(adapter)
 
 
@@ -413,7 +413,7 @@ def test_refused_tensors(adapter, saved) -> None:
 
 def test_a_folder_holds_a_model_or_an_adapter(adapter, model, tmp_path) -> None:
     (adapter / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match="model: wanted one without adapters"):
+    with pytest.raises(InputError, match="model: expected one without adapters"):
         model.save_pretrained(adapter)
     merge_lora(model).save_pretrained(adapter)
     assert torch.equal(logits(CausalLM.from_pretrained(adapter)), logits(model))
@@ -423,13 +423,13 @@ def test_a_folder_holds_a_model_or_an_adapter(adapter, model, tmp_path) -> None:
 
 
 REFUSED_CALLS = {
-    "targets: wanted all-linear or some of down_proj": {"targets": ["q_proj", "x_proj"]},
-    "targets: wanted all-linear or some of": {"targets": ["lm_head"]},
+    "targets: expected all-linear or some of down_proj": {"targets": ["q_proj", "x_proj"]},
+    "targets: expected all-linear or some of": {"targets": ["lm_head"]},
     "got none": {"targets": []},
-    "rank: wanted a positive number, got 0": {"rank": 0},
-    "alpha: wanted a positive number up to float32's, got -1": {"alpha": -1},
-    "alpha: wanted a positive number up to float32's, got 1e+308": {"alpha": 1e308},
-    "dropout: wanted a share in [0, 1), got 1": {"dropout": 1},
+    "rank: expected a positive number, got 0": {"rank": 0},
+    "alpha: expected a positive number up to float32's, got -1": {"alpha": -1},
+    "alpha: expected a positive number up to float32's, got 1e+308": {"alpha": 1e308},
+    "dropout: expected a share in [0, 1), got 1": {"dropout": 1},
 }
 
 
@@ -440,10 +440,10 @@ def test_refused_calls(message) -> None:
 
 
 def test_adapters_are_added_once(model, tmp_path) -> None:
-    with pytest.raises(InputError, match="wanted one with adapters"):
+    with pytest.raises(InputError, match="expected one with adapters"):
         save_adapter(model, tmp_path / "none")
     add_lora(model)
-    with pytest.raises(InputError, match="wanted one without adapters"):
+    with pytest.raises(InputError, match="expected one without adapters"):
         add_lora(model)
 
 
@@ -517,7 +517,7 @@ def test_it_resumes_to_the_same_bits(base, data, tmp_path, given, dtype) -> None
         ),
         ("w8a16", 8, []),
         ("w8a8", 8, ["model: 14 layers of the base round activations to int8; the training "]),
-        ("w4a16", 8, ["base_bits: wanted 8, got a base of int4, which keeps its format"]),
+        ("w4a16", 8, ["base_bits: expected 8, got a base of int4, which keeps its format"]),
         (None, 8, []),
         (None, 4, []),
     ],
@@ -532,8 +532,8 @@ def test_what_is_kept_of_a_quantized_base_is_said(base, tmp_path, format, bits, 
     assert len(said) == len(lines) and all(map(str.startswith, said, lines))
     layers = {m.base_layer for m in lora_of(model).values()}
     found = {(m.bits, m.act_bits) for m in layers if isinstance(m, QuantizedLinear)}
-    wanted = int(format[1]) if format else bits
-    assert found == (set() if bits == 16 else {(wanted, 16)})
+    expected = int(format[1]) if format else bits
+    assert found == (set() if bits == 16 else {(expected, 16)})
     assert model.model.embed_tokens.act_bits == 16 if format and bits < 16 else True
 
 
@@ -546,8 +546,8 @@ def test_other_adapters_are_another_training(base, data, tmp_path) -> None:
 
 
 REFUSED_OPTIONS = {
-    "lora_rank: wanted 0 or more, got -1": {"lora_rank": -1},
-    "lora_alpha: wanted a positive number, got 0": {"lora_rank": 4, "lora_alpha": 0},
+    "lora_rank: expected 0 or more, got -1": {"lora_rank": -1},
+    "lora_alpha: expected a positive number, got 0": {"lora_rank": 4, "lora_alpha": 0},
     "lora_targets: expected all-linear or names of layers, got none": {
         "lora_rank": 4,
         "lora_targets": (),
@@ -588,7 +588,7 @@ def test_a_run_can_move(base, data, tmp_path) -> None:
 def test_merge_is_a_command(base, data, tmp_path) -> None:
     stage = options(data=(data,), epochs=1, lora_rank=4, merge=False)
     stage(tmp_path / "sft", model=base)
-    with pytest.raises(InputError, match="merge: wanted true on top of an adapter"):
+    with pytest.raises(InputError, match="merge: expected true on top of an adapter"):
         stage(tmp_path / "again", model=tmp_path / "sft")
     arguments = ["merge", "--model", str(tmp_path / "sft"), "--out", str(tmp_path / "whole")]
     done = CliRunner().invoke(app, arguments)
@@ -602,10 +602,10 @@ def test_merge_is_a_command(base, data, tmp_path) -> None:
     config.write_text(config.read_text().replace(str(base), "/nowhere"))
     (config.parent / "adapter_base.json").unlink()
     refused = CliRunner().invoke(app, arguments)
-    assert refused.exit_code == 2 and "wanted a model on this machine" in refused.output
+    assert refused.exit_code == 2 and "expected a model on this machine" in refused.output
     done = CliRunner().invoke(app, [*arguments, "--base", str(base)])
     assert done.exit_code == 0 and torch.equal(
         logits(CausalLM.from_pretrained(tmp_path / "whole")), logits(one)
     )
     plain = CliRunner().invoke(app, ["merge", "-m", str(base), "-o", str(tmp_path / "no")])
-    assert plain.exit_code == 2 and "model: wanted a LoRA adapter" in plain.output
+    assert plain.exit_code == 2 and "model: expected a LoRA adapter" in plain.output

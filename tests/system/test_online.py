@@ -122,7 +122,7 @@ def test_an_answer_does_not_depend_on_its_batch() -> None:
     whole = sample_answers(model, PROMPTS, max_new_tokens=5, seed=9)
     parts = sample_answers(model, PROMPTS, max_new_tokens=5, seed=9, rows=1)
     assert [a.token_ids for a in whole] == [a.token_ids for a in parts]
-    with pytest.raises(InputError, match="prompts: wanted at most 2 tokens, which leave room"):
+    with pytest.raises(InputError, match="prompts: expected at most 2 tokens, which leave room"):
         sample_answers(model, PROMPTS, max_new_tokens=30)
 
 
@@ -180,26 +180,26 @@ def one_step_game(kind: str, tmp_path, steps: int) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             return model(torch.tensor([[BOS]])).logits[0, -1].softmax(-1)
 
-    wanted = (policy(game.reference).log() + rewards / rules.beta).softmax(-1)
+    expected = (policy(game.reference).log() + rewards / rules.beta).softmax(-1)
     options = replace(OPTIONS, max_steps=steps, lr=0.03, checkpoint_every=1000)
     train(game, options, tmp_path)
-    return policy(game.policy), wanted
+    return policy(game.policy), expected
 
 
 # GRPO and DAPO divide by each group's deviation, which is not the gradient of this objective
 @pytest.mark.parametrize("kind", ["ppo", "dr_grpo", "rloo"])
 def test_the_optimum_under_a_kl_constraint_is_reached(kind, tmp_path) -> None:
-    got, wanted = one_step_game(kind, tmp_path, 80)
-    apart = float((got - wanted).abs().sum() / 2)  # total variation
+    got, expected = one_step_game(kind, tmp_path, 80)
+    apart = float((got - expected).abs().sum() / 2)  # total variation
     assert apart < 0.03
 
 
 def copied(places, answers: list[Completion]) -> list[float]:
     """A half for the second token of the prompt, a half for ending after one token."""
-    wanted = [COPY[i][1] for i in places]
+    expected = [COPY[i][1] for i in places]
     return [
         0.5 * (a.token_ids[0] == w) + 0.5 * (a.token_ids[1:] == [END])
-        for a, w in zip(answers, wanted, strict=True)
+        for a, w in zip(answers, expected, strict=True)
     ]
 
 
@@ -426,8 +426,8 @@ def test_ppo_estimates_by_plain_loops() -> None:
     every = [a for row in advantages for a in row]
     mean, variance = np.mean(every), np.var(every)
     for i, row in enumerate(advantages):
-        wanted = [(a - mean) / math.sqrt(variance + 1e-8) for a in row]
-        assert game.kept["advantages"][i, : len(row)].tolist() == pytest.approx(wanted, abs=2e-5)
+        expected = [(a - mean) / math.sqrt(variance + 1e-8) for a in row]
+        assert game.kept["advantages"][i, : len(row)].tolist() == pytest.approx(expected, abs=2e-5)
         assert game.kept["returns"][i, : len(row)].tolist() == pytest.approx(returns[i], abs=2e-5)
     assert game.made["kl"] == pytest.approx(np.mean([sum(r) for r in _gaps(game)]), abs=1e-5)
 
@@ -484,9 +484,9 @@ def test_the_value_model_alone_learns_in_its_warmup(tmp_path) -> None:
             if not torch.equal(value, before[name])
         }
 
-    for steps, wanted in ((16, {"value"}), (17, {"policy", "value"})):  # 8 steps are a round
+    for steps, expected in ((16, {"value"}), (17, {"policy", "value"})):  # 8 steps are a round
         ppo = {"critic_warmup": 2, "entropy": 0.1}
-        assert moved(objective("ppo", ppo=ppo), steps) == wanted
+        assert moved(objective("ppo", ppo=ppo), steps) == expected
 
 
 def _gaps(game) -> list[list[float]]:
@@ -620,12 +620,12 @@ def test_missing_ends() -> None:
 
 def test_denominators() -> None:
     """Dr. GRPO's is a constant per answer, whatever the answers' lengths."""
-    wanted = {"dr_grpo": 12 * RULES.max_new_tokens, "grpo": 12, "rloo": 12}
+    expected = {"dr_grpo": 12 * RULES.max_new_tokens, "grpo": 12, "rloo": 12}
     for kind in LOSS_TYPES:
         game = objective(kind)
         batches = game.next_batches(4)
         tokens = sum(len(a.token_ids) for a in game.answers)
-        assert sum(map(game.num_items, batches)) == wanted.get(kind, tokens)
+        assert sum(map(game.num_items, batches)) == expected.get(kind, tokens)
         assert sum(map(game.tokens, batches)) == tokens < 12 * RULES.max_new_tokens
 
 
@@ -678,5 +678,5 @@ def test_an_interrupt_of_the_last_measurement_is_not_lost(tmp_path) -> None:
 
 
 def test_no_prompts() -> None:
-    with pytest.raises(InputError, match="prompts: wanted at least one, got none"):
+    with pytest.raises(InputError, match="prompts: expected at least one, got none"):
         objective("ppo", prompts=[])

@@ -130,7 +130,7 @@ def test_the_last_good_policy_is_kept(base, data, tmp_path) -> None:
     """The KL explodes in the second round: the model of the checkpoint before it is written."""
     stage = replace(GRPO, data=(data,), max_kl=0.02, lr=1e-2, max_steps=60, checkpoint_every=2)
     stage = replace(stage, warmup=1.0, validations=0, sample_at=())
-    with pytest.raises(DivergedError, match=r"wanted at most max_kl 0\.02; last good") as raised:
+    with pytest.raises(DivergedError, match=r"expected at most max_kl 0\.02; last good") as raised:
         stage(tmp_path, model=base)
     assert not (tmp_path / "model").exists()
     good, _ = load_tensors(raised.value.good)
@@ -172,8 +172,8 @@ def test_a_score_belongs_to_its_prompt(base, data, tmp_path) -> None:
     stage = replace(stage, prompts=len(WORDS), validations=0, sample_at=(), checkpoint_every=9)
     stage(tmp_path / "out", model=base)
     (line,) = [line for line in metrics_of(tmp_path / "out") if "loss" in line]
-    wanted = sum(len(f"what is {word}") for word in WORDS) / len(WORDS)
-    assert line["score"] == pytest.approx(wanted) and line["groups_apart"] == 0
+    expected = sum(len(f"what is {word}") for word in WORDS) / len(WORDS)
+    assert line["score"] == pytest.approx(expected) and line["groups_apart"] == 0
 
 
 def test_what_cannot_be_scored_is_named_by_its_row(base, reward_model, data, tmp_path) -> None:
@@ -181,7 +181,7 @@ def test_what_cannot_be_scored_is_named_by_its_row(base, reward_model, data, tmp
     file = write(tmp_path / "gold.jsonl", rows)
     stage = replace(GRPO, data=(file,), heldout=0.0, validations=0, sample_at=(), max_steps=1)
     with pytest.raises(
-        InputError, match=r"gold.jsonl, line 1: answer: wanted the right answer, got"
+        InputError, match=r"gold.jsonl, line 1: answer: expected the right answer, got"
     ):
         stage(tmp_path / "out", model=base)
     result = replace(stage, skip_bad=True)(tmp_path / "out", model=base)
@@ -192,7 +192,7 @@ def test_what_cannot_be_scored_is_named_by_its_row(base, reward_model, data, tmp
     model.save_pretrained(tmp_path / "nan")
     Tokenizer.load(base).save(tmp_path / "nan")
     with pytest.raises(
-        InputError, match=r"prompts.jsonl, line \d+: wanted a finite reward, got nan"
+        InputError, match=r"prompts.jsonl, line \d+: expected a finite reward, got nan"
     ):
         replace(PPO, data=(data,), validations=0, sample_at=())(
             tmp_path / "ppo", model=base, reward_model=tmp_path / "nan"
@@ -293,9 +293,9 @@ def test_prompts(tmp_path) -> None:
     assert [prompt.messages for prompt in found] == [[asked]] * len(rows)
     assert [prompt.row for prompt in found] == rows
     for row, message in (
-        ({"prompt": "  "}, "line 1: prompt: wanted text from the user, got an empty message"),
-        ({"prompt": [asked, asked]}, "wanted assistant after user, got user"),
-        ({"text": "x"}, "wanted an object with a prompt or messages, got 'text'"),
+        ({"prompt": "  "}, "line 1: prompt: expected text from the user, got an empty message"),
+        ({"prompt": [asked, asked]}, "expected assistant after user, got user"),
+        ({"text": "x"}, "expected an object with a prompt or messages, got 'text'"),
     ):
         with pytest.raises(InputError, match=message):
             list(read_prompts((write(tmp_path / "bad.jsonl", [row]),), cache=tmp_path))
@@ -308,12 +308,12 @@ def test_verifiers() -> None:
     assert number("13", {"answer": 12}) == 0 and number("", {"solution": "1"}) == 0
     assert exact(" Paris\n", {"answer": "paris"}) == 1 and exact("Paris.", {"answer": "Paris"}) == 0
     assert contains("It is Paris.", {"target": "paris"}) == 1
-    with pytest.raises(InputError, match="wanted a right answer under one of answer"):
+    with pytest.raises(InputError, match="expected a right answer under one of answer"):
         exact("x", {"prompt": "y"})
-    with pytest.raises(InputError, match="wanted a number in the right answer, got 'x'"):
+    with pytest.raises(InputError, match="expected a number in the right answer, got 'x'"):
         number("1", {"answer": "x"})
     for value in (math.nan, math.inf, None, "x"):
-        with pytest.raises(InputError, match="row 3: wanted a finite reward"):
+        with pytest.raises(InputError, match="row 3: expected a finite reward"):
             checked(value, "row 3")
     assert checked(True, "") == 1.0
 
@@ -325,10 +325,10 @@ def test_a_reward_of_ones_own(base, data, tmp_path) -> None:
     assert load_reward(f"{file}:length")("ab", {"prompt": "abcd"}) == 0.5
     assert load_reward("math:dist")([0], [1]) == 1  # type: ignore[arg-type]
     for name, message in (
-        ("nice", "wanted one of exact, contains, number, reasoning-gym, file.py:function or"),
-        (f"{file}:x", "wanted a function x in"),
-        (f"{tmp_path}/none.py:f", "wanted a file, got none at"),
-        ("no.such.module:f", "wanted a module that can be imported, got ModuleNotFoundError"),
+        ("nice", "expected one of exact, contains, number, reasoning-gym, file.py:function or"),
+        (f"{file}:x", "expected a function x in"),
+        (f"{tmp_path}/none.py:f", "expected a file, got none at"),
+        ("no.such.module:f", "expected a module that can be imported, got ModuleNotFoundError"),
     ):
         with pytest.raises(InputError, match=f"reward: {message}"):
             load_reward(name)
@@ -341,8 +341,8 @@ def test_a_reward_of_ones_own(base, data, tmp_path) -> None:
     ("stage", "message"),
     [
         (replace(GRPO, answers=1), "answers: expected 2 or more to compare, got 1"),
-        (replace(GRPO, loss_type="gspo"), "loss_type: wanted one of dapo, grpo, dr_grpo, rloo"),
-        (replace(GRPO, temperature=0.0), "temperature: wanted a positive number, got 0.0"),
+        (replace(GRPO, loss_type="gspo"), "loss_type: expected one of dapo, grpo, dr_grpo, rloo"),
+        (replace(GRPO, temperature=0.0), "temperature: expected a positive number, got 0.0"),
         (replace(GRPO, passes=9), "checkpoint_every: expected at least the 18 steps of a round"),
         (replace(GRPO, keep=1), "keep: expected 2 or more, as the last may be too far, got 1"),
         (replace(GRPO, kl_target=1.0), "kl_target: expected a beta above 0 to adapt, got 0"),
@@ -350,21 +350,21 @@ def test_a_reward_of_ones_own(base, data, tmp_path) -> None:
         (replace(GRPO, batch_warmup=0.5), "batch_warmup: expected 0, as a round has a fixed"),
         (replace(GRPO, lora_rank=2, optimizer="muon"), "optimizer: expected adamw to train"),
         (replace(GRPO, lora_alpha=8.0), "lora_alpha: expected lora_rank with it, got 8.0"),
-        (replace(GRPO, beta=-1.0), "beta: wanted 0 or more, got -1.0"),
+        (replace(GRPO, beta=-1.0), "beta: expected 0 or more, got -1.0"),
         (replace(GRPO, lora_rank=2, lora_dropout=0.1), "lora_dropout: expected 0, as the update"),
         (replace(GRPO, val_tokens=99), "val_tokens: grpo has no use for it, got 99"),
         (replace(GRPO, missing_end=math.inf), "missing_end: expected a finite number, got inf"),
-        (replace(GRPO, overlong="truncate"), "overlong: wanted one of skip, got 'truncate'"),
+        (replace(GRPO, overlong="truncate"), "overlong: expected one of skip, got 'truncate'"),
         (replace(GRPO, data=()), "data: expected at least one source of prompts, got none"),
-        (replace(PPO, value="none"), "value: wanted one of own, shared, reward, got 'none'"),
-        (replace(PPO, kl_penalty="k4"), "kl_penalty: wanted one of k1, k2, k3, got 'k4'"),
-        (replace(PPO, critic_warmup=-1), "critic_warmup: wanted 0 or more, got -1"),
+        (replace(PPO, value="none"), "value: expected one of own, shared, reward, got 'none'"),
+        (replace(PPO, kl_penalty="k4"), "kl_penalty: expected one of k1, k2, k3, got 'k4'"),
+        (replace(PPO, critic_warmup=-1), "critic_warmup: expected 0 or more, got -1"),
         (replace(PPO, critic_warmup=2), "critic_warmup: expected rounds of fewer than the 6 steps"),
         (replace(PPO, lam=1.5), "lam: expected 0 to 1, got 1.5"),
         (replace(PPO, dual_clip=1.0), "dual_clip: expected a number above 1, got 1.0"),
         (PPO, "reward: expected a function, or a reward_model, got neither"),
         (replace(PPO, reward="exact", value="reward"), "value: expected a reward_model to begin"),
-        (replace(GRPO, seq_len=8), "data: wanted prompts to answer, got none in 14 rows"),
+        (replace(GRPO, seq_len=8), "data: expected prompts to answer, got none in 14 rows"),
     ],
 )  # fmt: skip
 def test_refused(base, data, tmp_path, stage, message) -> None:
@@ -384,6 +384,6 @@ def test_a_reward_model_of_other_tokens_is_refused(base, data, tmp_path) -> None
     tokenizer.save(folder)
     with pytest.raises(
         InputError,
-        match=r"wanted the vocabulary of the model that is trained, in which token \d+ is b",
+        match=r"expected the vocabulary of the model that is trained, in which token \d+ is b",
     ):
         replace(PPO, data=(data,))(tmp_path / "out", model=base, reward_model=folder)

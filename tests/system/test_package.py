@@ -104,8 +104,8 @@ def test_wheel_and_sdist_work_outside_the_repository(tmp_path):
     wheel = build("--wheel", source)
     with zipfile.ZipFile(wheel) as z:
         names = set(z.namelist())
-    wanted = ("kernels/__init__.py", "ops/rms_norm.py", "data/prepare.py", "stages.py")
-    assert {f"fastlm/{name}" for name in wanted} <= names
+    expected = ("kernels/__init__.py", "ops/rms_norm.py", "data/prepare.py", "stages.py")
+    assert {f"fastlm/{name}" for name in expected} <= names
     assert any(n.startswith("fastlm/_cpu.") for n in names)
     has_cuda = any(n.startswith("fastlm/_cuda.") for n in names)
     assert has_cuda == (importlib.util.find_spec("fastlm._cuda") is not None)

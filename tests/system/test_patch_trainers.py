@@ -197,12 +197,12 @@ def test_sft_trainer_with_the_loss_of_the_model(tmp_path, monkeypatch, mode):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"ops": ("attention",)}, "model: wanted one patched with linear_cross_entropy"),
-        ({"loss_type": "dft"}, "args.loss_type: wanted nll with the model's loss, got dft"),
-        ({"label_smoothing_factor": 0.1}, "args.label_smoothing_factor: wanted 0.0"),
+        ({"ops": ("attention",)}, "model: expected one patched with linear_cross_entropy"),
+        ({"loss_type": "dft"}, "args.loss_type: expected nll with the model's loss, got dft"),
+        ({"label_smoothing_factor": 0.1}, "args.label_smoothing_factor: expected 0.0"),
         (
             {"lora": peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])},
-            "model: wanted a head that is nn.Linear, got ModulesToSaveWrapper",
+            "model: expected a head that is nn.Linear, got ModulesToSaveWrapper",
         ),
     ],
 )

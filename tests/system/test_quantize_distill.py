@@ -92,8 +92,8 @@ def test_the_gradient_of_scales():
     s.requires_grad_()
     outs = [q * s.repeat_interleave(16, 1)[:, :40], _Scaled.apply(q, s, 16)]
     torch.testing.assert_close(outs[1], outs[0])
-    wanted, got = (torch.autograd.grad(out, s, g) for out in outs)
-    torch.testing.assert_close(got, wanted)
+    expected, got = (torch.autograd.grad(out, s, g) for out in outs)
+    torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.parametrize("options", [{}, {"symmetric": False}, {"method": "gptq"}])
@@ -177,19 +177,23 @@ def test_what_the_model_becomes(trained, tmp_path):
 
 def test_refusals(trained):
     for steps, options, message in [
-        (-1, {}, "distill: wanted a number of steps, 0 or more, got -1"),
-        (True, {}, "distill: wanted a number of steps, 0 or more, got True"),
+        (-1, {}, "distill: expected a number of steps, 0 or more, got -1"),
+        (True, {}, "distill: expected a number of steps, 0 or more, got True"),
         (1, {}, "calibration: distill wants 2 windows of token ids or more, got none"),
         (1, {"calibration": text(1, 0)}, "calibration: distill wants 2 windows .* got 1"),
-        (1, {"distill_text": text(2, 0) + 60}, r"distill_text: input_ids: wanted ids in \[0, 60\)"),
-        (1, {"distill_text": [[1]]}, r"distill_text: wanted token ids \(windows, length\), got"),
+        (
+            1,
+            {"distill_text": text(2, 0) + 60},
+            r"distill_text: input_ids: expected ids in \[0, 60\)",
+        ),
+        (1, {"distill_text": [[1]]}, r"distill_text: expected token ids \(windows, length\), got"),
     ]:
         with pytest.raises(InputError, match=message):
             quantized(trained, steps, **options)
     broken = copy.deepcopy(trained)
     with torch.no_grad():
         broken.model.norm.weight[0] = float("nan")
-    with pytest.raises(InputError, match="distill: wanted a finite loss, got nan in step 1"):
+    with pytest.raises(InputError, match="distill: expected a finite loss, got nan in step 1"):
         quantized(broken, 2, distill_text=text(4, 0))
     assert not any(hasattr(m, "qdata") for m in broken.modules())
 

@@ -103,7 +103,7 @@ def test_a_loss_above_the_threshold_warns_or_refuses(base, tmp_path):
     run(base, tmp_path / "q", told.append, calibrated=False, max_loss=0.0)
     lines = [event["warning"] for event in told if "warning" in event]
     assert len(lines) == 1 and "bits per byte to grow by at most 0 %" in lines[0]
-    with pytest.raises(InputError, match="max_loss: wanted bits per byte to grow by at most 0 %"):
+    with pytest.raises(InputError, match="max_loss: expected bits per byte to grow by at most 0 %"):
         run(base, tmp_path / "r", calibrated=False, max_loss=0.0, strict=True)
     assert not (tmp_path / "r/config.json").exists()
     assert not list(tmp_path.glob("r/*.safetensors"))
@@ -115,7 +115,7 @@ def test_figures_that_are_not_finite_are_refused(base, tmp_path):
         model.model.norm.weight[0] = float("nan")
     model.save_pretrained(tmp_path / "base")
     Tokenizer.load(base / "base").save(tmp_path / "base")
-    with pytest.raises(InputError, match="wanted finite bits per byte and KL, got nan -> nan"):
+    with pytest.raises(InputError, match="expected finite bits per byte and KL, got nan -> nan"):
         Quantize(group_size=16)(tmp_path / "q", model=tmp_path / "base", data=base / "text.txt")
     assert not list(tmp_path.glob("q/*"))
 
@@ -137,7 +137,9 @@ def test_what_was_used_of_the_options(base, tmp_path):
 
 def test_a_quantized_model_wants_dequantize(base, tmp_path):
     Quantize(group_size=16)(tmp_path / "q", model=base / "base")
-    with pytest.raises(InputError, match=r"model: wanted one that is not quantized yet.*--dequan"):
+    with pytest.raises(
+        InputError, match=r"model: expected one that is not quantized yet.*--dequan"
+    ):
         Quantize(group_size=32)(tmp_path / "r", model=tmp_path / "q")
     result = Quantize(group_size=32, dequantize=True)(
         tmp_path / "r", model=tmp_path / "q", data=base / "text.txt"
@@ -148,14 +150,14 @@ def test_a_quantized_model_wants_dequantize(base, tmp_path):
 
 def test_what_is_refused(base, tmp_path):
     for options, message in [
-        ({"distill": -1}, "distill: wanted a number of steps, 0 or more, got -1"),
-        ({"max_loss": -1.0}, "max_loss: wanted 0 or more, got -1.0"),
-        ({"calibration_tokens": 0}, "calibration_tokens: wanted 1 or more, got 0"),
+        ({"distill": -1}, "distill: expected a number of steps, 0 or more, got -1"),
+        ({"max_loss": -1.0}, "max_loss: expected 0 or more, got -1.0"),
+        ({"calibration_tokens": 0}, "calibration_tokens: expected 1 or more, got 0"),
         ({"calibration_length": 10**6, "calibration_tokens": 1, "iterations": 0}, "iterations"),
     ]:
         with pytest.raises(InputError, match=message):
             run(base, tmp_path / "r", **options)
-    with pytest.raises(InputError, match="strict: wanted held-out text"):
+    with pytest.raises(InputError, match="strict: expected held-out text"):
         Quantize(strict=True, **OPTIONS)(tmp_path / "r", model=base / "base")
     assert not (tmp_path / "r").exists()
 
@@ -304,8 +306,8 @@ def test_a_recipe_continues_a_quantization_that_was_killed(base, tmp_path, monke
     assert not (cut / "quantize/progress").exists() and plan() == ("skip", "done")
     run_recipe(recipe, tmp_path / "whole")
     for name in ("model.safetensors", "config.json"):
-        got, wanted = (folder / "quantize" / name for folder in (cut, tmp_path / "whole"))
-        assert got.read_bytes() == wanted.read_bytes()
+        got, expected = (folder / "quantize" / name for folder in (cut, tmp_path / "whole"))
+        assert got.read_bytes() == expected.read_bytes()
 
     (again / "quantize/stray").write_text("")
     run_recipe(recipe, again, overrides=["quantize.method=rtn"], on_plan=plans.append)
@@ -317,5 +319,5 @@ def test_without_held_out_text_a_warning_says_that_nothing_was_measured(base, tm
     told = []
     Quantize(group_size=16)(tmp_path / "q", model=base / "base", on_event=told.append)
     lines = [event["warning"] for event in told if "warning" in event]
-    assert len(lines) == 1 and lines[0].startswith("data: wanted held-out text to measure")
+    assert len(lines) == 1 and lines[0].startswith("data: expected held-out text to measure")
     assert json.loads((tmp_path / "q/report.json").read_text())["warnings"] == lines

@@ -91,7 +91,7 @@ def test_conversations_calibrate_through_the_template(base, tmp_path):
     as_text = tokenizer.encode(tokenizer.render_chat(first, add_generation_prompt=False))
     assert ids != as_text  # special tokens are no text
     bad = preference_models.write(tmp_path / "bad.jsonl", [{"messages": []}])
-    with pytest.raises(InputError, match=r"bad\.jsonl, line 1: wanted an answer at the end"):
+    with pytest.raises(InputError, match=r"bad\.jsonl, line 1: expected an answer at the end"):
         stage(tmp_path / "r", model=base / "base", calibration=bad)
 
 

@@ -128,8 +128,8 @@ def test_what_is_imported_is_exported(tmp_path) -> None:
             count = store.export(tmp_path / f"{form}.jsonl", form)
             found[form] = list(read_preferences([str(tmp_path / f"{form}.jsonl")], cache=tmp_path))
             assert len(found[form]) == count
-        wanted = [replace(preference_of(row), rater=row.get("rater", "file")) for row in rows[:4]]
-        a, b, c, d = map(content, wanted)
+        expected = [replace(preference_of(row), rater=row.get("rater", "file")) for row in rows[:4]]
+        a, b, c, d = map(content, expected)
         assert [content(x) for x in found["ranked"]] == [a, b, d]
         assert [content(x) for x in found["corrected"]] == [c]
         assert [type(x) for x in found["pairs"]] == [Comparison] * 7
@@ -196,19 +196,19 @@ def test_items_are_judged_once_and_skipped_ones_return_on_request(tmp_path) -> N
         (ranking,) = store.comparisons("ann")  # nothing is learnt from ties alone
         assert sorted(ranking.ranks) == [0, 1, 1]
         for ranks, message in (
-            ([0, 1], "ranks: wanted one for each of 3 answers, got 2"),
-            ([0, 1, 3], "ranks: wanted whole numbers from 0 to 2, got 3"),
-            ([0, 1.0, 2], "ranks: wanted whole numbers from 0 to 2, got 1.0"),
+            ([0, 1], "ranks: expected one for each of 3 answers, got 2"),
+            ([0, 1, 3], "ranks: expected whole numbers from 0 to 2, got 3"),
+            ([0, 1.0, 2], "ranks: expected whole numbers from 0 to 2, got 1.0"),
         ):
             with pytest.raises(InputError, match=message):
                 store.rank("ann", first, ranks)
-        for name, message in ((" ", "wanted a name, got ' '"), ("a@mail.org", "no address")):
+        for name, message in ((" ", "expected a name, got ' '"), ("a@mail.org", "no address")):
             with pytest.raises(InputError, match=f"rater: .*{message}"):
                 store.rank(name, first, [0, 1, 2])
         for text, message in (
-            (" ", "correction: wanted text, got an empty one"),
-            (first.answers[0][0]["content"], "correction: wanted another text than the answer"),
-            ("\ud800", "correction: wanted valid Unicode"),
+            (" ", "correction: expected text, got an empty one"),
+            (first.answers[0][0]["content"], "correction: expected another text than the answer"),
+            ("\ud800", "correction: expected valid Unicode"),
         ):
             with pytest.raises(InputError, match=message):
                 store.correct("ann", first, 0, text)
@@ -372,11 +372,11 @@ def test_files_that_are_no_store(tmp_path) -> None:
 def test_bad_rows_and_options(tmp_path) -> None:
     store, rows = tmp_path / "s.sqlite", tmp_path / "a.jsonl"
     for row, message in (
-        ({"prompt": "a?", "answers": ["1"]}, "wanted a list of two or more answers, got 1"),
+        ({"prompt": "a?", "answers": ["1"]}, "expected a list of two or more answers, got 1"),
         ({"prompt": "a?", "answers": ["1", "1"]}, "answers 0 and 1 are equal"),
         (
             {"prompt": "a?", "completion": "1", "label": True},
-            "wanted two or more answers to rank, got one with a label",
+            "expected two or more answers to rank, got one with a label",
         ),
         (
             {"prompt": "a?", "answers": ["1", "2"], "ranks": [0, 1], "rater": "ann@mail.org"},
@@ -398,12 +398,12 @@ def test_bad_rows_and_options(tmp_path) -> None:
     assert "; new prompts 1," in told.stdout
     assert "line 2" in told.stderr
     out = tmp_path / "o.jsonl"
-    assert "wanted something to export as pairs, got nothing" in refused("export", store, out)
-    assert "form: wanted one of pairs, ranked" in refused("export", store, out, "--form", "x")
-    assert "rater: wanted one of none, got 'z'" in refused("export", store, out, "-r", "z")
-    assert "wanted a name that ends in .jsonl" in refused("export", store, tmp_path / "o.csv")
+    assert "expected something to export as pairs, got nothing" in refused("export", store, out)
+    assert "form: expected one of pairs, ranked" in refused("export", store, out, "--form", "x")
+    assert "rater: expected one of none, got 'z'" in refused("export", store, out, "-r", "z")
+    assert "expected a name that ends in .jsonl" in refused("export", store, tmp_path / "o.csv")
     assert not out.exists()
-    assert "rater: wanted a name, got '\\n'" in refused("judge", store, "-r", "\n", input="123\n")
+    assert "rater: expected a name, got '\\n'" in refused("judge", store, "-r", "\n", input="123\n")
 
 
 # ---- the terminal
@@ -425,7 +425,7 @@ def test_inputs_that_rank(text, ranks) -> None:
     "text", ["", "x", "1", "0 1 2", "1 2 4", "2 2", "1 2 3 3", "1==2", "=1", "1=", "-1 2", "٢ 1"]
 )
 def test_inputs_that_do_not(text) -> None:
-    with pytest.raises(InputError, match="wanted 1 2 3 in your order, the best first"):
+    with pytest.raises(InputError, match="expected 1 2 3 in your order, the best first"):
         parse_ranking(text, 3)
 
 
@@ -451,10 +451,13 @@ def test_lines_of_a_pipe_are_inputs(tmp_path) -> None:
         assert correction.answers[0][0]["content"] == "Fixed."
         assert correction.prompt[0]["content"] == "Question 1?"
     for line, message in (
-        ("first", "wanted 1 2 3 in your order, the best first (? shows the commands), got 'first'"),
-        ("b", "b: wanted a prompt before this one"),
-        ("c 4 x", "c: wanted an answer from 1 to 3, got '4'"),
-        ("c 1", "c 1: wanted the corrected text after it, got none"),
+        (
+            "first",
+            "expected 1 2 3 in your order, the best first (? shows the commands), got 'first'",
+        ),
+        ("b", "b: expected a prompt before this one"),
+        ("c 4 x", "c: expected an answer from 1 to 3, got '4'"),
+        ("c 1", "c 1: expected the corrected text after it, got none"),
     ):
         assert message in refused("judge", path, "-r", "ann", input=f"{line}\n")
     call("judge", path, "-r", "bob", input="1\ns\ns\n1=2\n3=2 1\n")
@@ -500,11 +503,11 @@ def test_on_a_terminal(tmp_path) -> None:
     os.close(inside)
     seen = ""
 
-    def type_(text: str, *wanted: str) -> None:
+    def type_(text: str, *expected: str) -> None:
         nonlocal seen
         os.write(fd, text.encode())
         until = time.monotonic() + 60
-        for part in wanted:
+        for part in expected:
             while part not in seen:
                 assert time.monotonic() < until, f"{part!r} not in {seen!r}"
                 if select.select([fd], [], [], 1)[0]:
@@ -575,6 +578,6 @@ def test_answers_of_a_model(tmp_path, template) -> None:
     assert answers[0] == answers[1] != answers[2]
     long = write(tmp_path / "long.jsonl", asked[0], {"prompt": "Who? " * 99})
     message = refused("sample", tmp_path / "d.sqlite", *given, "--prompts", long)
-    assert message.startswith(f"{long}, line 2: prompt: wanted fewer than the model's 128 tokens")
+    assert message.startswith(f"{long}, line 2: prompt: expected fewer than the model's 128 tokens")
     with RankingStore(tmp_path / "d.sqlite") as store:
         assert store.progress("x")[1] == 2  # what was sampled before stays

@@ -108,10 +108,10 @@ def test_ten_lines_of_python():
     head = torch.randn(32768, 512, dtype=torch.bfloat16) / 512**0.5
     target = torch.randint(0, 32768, (4096,))
     total = 0.0
-    for rows, wanted in zip(x.float().split(512), target.split(512)):
+    for rows, expected in zip(x.float().split(512), target.split(512)):
         logits = rows @ head.float().T
         lse = logits.logsumexp(1)
-        picked = logits.gather(1, wanted[:, None])[:, 0]
+        picked = logits.gather(1, expected[:, None])[:, 0]
         total += (lse - picked + 1e-4 * lse**2).sum().item()
     # exact products of bfloat16, summed in float32: equal up to the order of the sums
     assert names["loss"].item() == pytest.approx(total / 4096, rel=1e-4)

@@ -81,7 +81,7 @@ def test_names_paths_and_ids(runs, tmp_path):
     assert registry.find_one(str(tmp_path / "copy")).name == "one/pretrain"
     for what, told in (
         ("quantize", "got 2: one/quantize"), ("on/pretrain", "near: one/pretrain"),
-        ("zz", "12 are known"), (str(tmp_path), "wanted a run"), ("", "wanted a run"),
+        ("zz", "12 are known"), (str(tmp_path), "expected a run"), ("", "expected a run"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=told):
             registry.find(what)
@@ -182,7 +182,7 @@ def test_a_card_says_what_is_recorded(runs):
     call("card", "one/quantize", "--in", runs, "-o", runs / "cards/q.md", "--license", "mit")
     assert "license: mit" in (runs / "cards/q.md").read_text()
     told = call("card", "one/data", "--in", runs, status=2).stderr
-    assert "wanted a model, got data" in told
+    assert "expected a model, got data" in told
 
 
 def test_a_card_escapes_what_it_shows(runs):
@@ -221,7 +221,7 @@ def test_a_stage_alone_has_a_record(made, tmp_path, monkeypatch):
     assert "sm-int4" in call("diff", elsewhere, made / "one").stdout
     (out / "record.json").write_text('{"layout": 2, "stages": {".": 1}}')
     assert "record.json" in call("--in", tmp_path / "runs").stderr
-    assert "wanted a folder of runs" in call("--in", tmp_path / "none", status=2).stderr
+    assert "expected a folder of runs" in call("--in", tmp_path / "none", status=2).stderr
 
 
 def test_a_stage_alone_records_its_own_files(made, tmp_path):

@@ -197,8 +197,8 @@ def test_bars_are_the_difference_to_xz(html):
     bars = [(float(left), float(left) + float(width)) for left, width in found]
     line = float(re.findall(r'class="line" style="left:([\d.]+)%"', html)[0])
     assert line == pytest.approx(100 * 0.5 / 0.6, abs=0.1)
-    wanted = [(0, line), (line, line), (line, 100)]  # the model, xz, zstd
-    for bar, place in zip(bars, wanted, strict=True):
+    expected = [(0, line), (line, line), (line, 100)]  # the model, xz, zstd
+    for bar, place in zip(bars, expected, strict=True):
         assert bar == pytest.approx(place, abs=0.11)
 
 

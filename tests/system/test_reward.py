@@ -103,7 +103,7 @@ def test_the_loss_is_the_formula_whatever_the_micro_batches(margins) -> None:
     state = {k: v.clone() for k, v in model.state_dict().items()}
     truth = naive(model, margins)
     truth.backward()
-    wanted = [p.grad.float() for p in model.parameters() if p.grad is not None]
+    expected = [p.grad.float() for p in model.parameters() if p.grad is not None]
     for size in (5, 2, 1):
         model = model_of()
         model.load_state_dict(state)
@@ -117,7 +117,7 @@ def test_the_loss_is_the_formula_whatever_the_micro_batches(margins) -> None:
             total += float(loss.detach())
         assert total == pytest.approx(float(truth.detach()), rel=1e-5)
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        for a, b in zip(gradients, wanted, strict=True):
+        for a, b in zip(gradients, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
         with torch.no_grad():
             assert made.validate()["val_loss"] == pytest.approx(total, rel=1e-5)
@@ -155,7 +155,9 @@ def test_scores_are_those_of_the_last_token(monkeypatch) -> None:
     assert values.shape == (1, 5) and values.requires_grad
     torch.testing.assert_close(values[0, [2, 4]].detach(), together[:2])
     for bad, got in ([], 0), ([1] * 129, 129):
-        with pytest.raises(InputError, match=rf"sequences\[1\]: wanted 1 to 128 tokens, got {got}"):
+        with pytest.raises(
+            InputError, match=rf"sequences\[1\]: expected 1 to 128 tokens, got {got}"
+        ):
             model.score([[1], bad])
 
 
@@ -182,7 +184,7 @@ def test_transformers_gives_the_same_scores(tmp_path, tied) -> None:
     with pytest.raises(InputError, match="expected tensors of the model only"):
         CausalLM.from_pretrained(tmp_path)  # no language model
     lm.save_pretrained(tmp_path / "lm")
-    with pytest.raises(InputError, match=r"wanted a reward model, with score.weight \(1, 32\)"):
+    with pytest.raises(InputError, match=r"expected a reward model, with score.weight \(1, 32\)"):
         RewardModel.from_pretrained(tmp_path / "lm")
 
 
@@ -322,16 +324,16 @@ def test_lists_and_ties(base, tmp_path) -> None:
 
 
 REFUSED = {
-    "line 1: wanted different answers, chosen and rejected are equal": (
+    "line 1: expected different answers, chosen and rejected are equal": (
         {"prompt": "a", "chosen": "b", "rejected": "b"}, {},
     ),
-    "line 1: chosen: wanted text from the assistant, got an empty message": (
+    "line 1: chosen: expected text from the assistant, got an empty message": (
         {"prompt": "a", "chosen": " ", "rejected": "b"}, {},
     ),
-    "line 1: wanted a comparison of answers, got one answer with a label": (
+    "line 1: expected a comparison of answers, got one answer with a label": (
         {"prompt": "a", "completion": "b", "label": True}, {},
     ),
-    "data: wanted pairs to learn from, got none in 1 rows (1 too long)": (
+    "data: expected pairs to learn from, got none in 1 rows (1 too long)": (
         {"prompt": "x " * 150, "chosen": "b", "rejected": "c"}, {},
     ),
     "seq_len: expected at most the model's context 128, got 129": (
@@ -357,7 +359,7 @@ def test_a_tokenizer_of_another_model_is_refused(base, tmp_path) -> None:
     CausalLM(config(100, 0)).save_pretrained(folder)
     Tokenizer.load(base).save(folder)
     data = write(tmp_path / "rows.jsonl", polite_pairs(2))
-    with pytest.raises(InputError, match="wanted a tokenizer of at most 100 ids"):
+    with pytest.raises(InputError, match="expected a tokenizer of at most 100 ids"):
         options(data=(data,))(tmp_path / "out", model=folder)
 
 

@@ -439,7 +439,7 @@ def test_a_folder_with_somebody_elses_files_is_left_alone(tmp_path, name):
     mine = tmp_path / "project" / name / "mine"
     mine.parent.mkdir(parents=True)
     mine.write_text("precious")
-    with pytest.raises(InputError, match=f"wanted a folder in which '{name}' is free"):
+    with pytest.raises(InputError, match=f"expected a folder in which '{name}' is free"):
         run_recipe(recipe, tmp_path / "project")
     assert mine.read_text() == "precious"
 
@@ -472,5 +472,5 @@ def test_one_run_at_a_time(finished):
 
 def test_an_unknown_last_stage(finished):
     recipe, run = finished
-    with pytest.raises(InputError, match="until: wanted one of data, tokenizer"):
+    with pytest.raises(InputError, match="until: expected one of data, tokenizer"):
         run_recipe(recipe, run, until="sft")

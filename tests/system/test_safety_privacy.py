@@ -168,9 +168,9 @@ def test_canaries_are_planted_in_the_training_part_alone(tmp_path):
     assert (tmp_path / "d" / TRAIN).read_bytes() == (tmp_path / "c" / TRAIN).read_bytes()
     refused(*words[:3], "-o", tmp_path / "clean", text="out: expected another folder than")
     refused("data", "canaries", tmp_path, "-o", tmp_path / "e", text="corpus: expected a folder of")
-    refused(*words[:5], "--copies", "1,x", text="copies: wanted numbers")
-    refused(*words[:5], "--copies", "0", text="wanted 1 or more of 1 or")
-    refused(*words[:5], "--count", 99, text="wanted at most 180 in all")
+    refused(*words[:5], "--copies", "1,x", text="copies: expected numbers")
+    refused(*words[:5], "--copies", "0", text="expected 1 or more of 1 or")
+    refused(*words[:5], "--count", 99, text="expected at most 180 in all")
     with open(tmp_path / "c/planted.jsonl", "a") as file:
         file.write('{"prefix": "a", "secret": "x", "copies": 1}\n')
     words = ["safety", "-m", "m", "--canaries", tmp_path / "c"]
@@ -275,7 +275,7 @@ def test_the_area_under_the_curve_and_its_interval():
         _, low, high = auc(draw.normal(1, 1, 40), draw.normal(0, 1, 40), 0.95)
         held += low <= truth <= high
     assert held >= 182
-    with pytest.raises(InputError, match="wanted texts in both parts"):
+    with pytest.raises(InputError, match="expected texts in both parts"):
         auc(np.array([]), np.array([1.0]), 0.95)
 
 
@@ -311,8 +311,8 @@ def test_the_gradient_is_that_of_the_one_hot_vectors(tiny):
         finally:
             handle.remove()
 
-    wanted = (loss(step) - loss(-step)) / (2 * step)
-    assert float(slope[at, token]) == pytest.approx(wanted, rel=0.02, abs=2e-3)
+    expected = (loss(step) - loss(-step)) / (2 * step)
+    assert float(slope[at, token]) == pytest.approx(expected, rel=0.02, abs=2e-3)
     assert all(p.requires_grad and p.grad is None for p in tiny.parameters())
 
 
@@ -341,9 +341,9 @@ def test_the_search_repeats_and_keeps_to_what_is_allowed(tiny):
     assert all(token == 9 or 100 <= token < 140 for token in first.suffix)
     never = search(tiny, BEFORE, AFTER, TARGET, START, valid=lambda suffix: False, **options)
     assert never.suffix == START and len(set(never.losses)) == 1
-    with pytest.raises(InputError, match="suffix: wanted at least one token"):
+    with pytest.raises(InputError, match="suffix: expected at least one token"):
         search(tiny, BEFORE, AFTER, TARGET, [], **options)
-    with pytest.raises(InputError, match="allowed: wanted at least one token"):
+    with pytest.raises(InputError, match="allowed: expected at least one token"):
         none = torch.zeros(2048, dtype=torch.bool)
         search(tiny, BEFORE, AFTER, TARGET, START, steps=1, candidates=1, seed=0, allowed=none)
 

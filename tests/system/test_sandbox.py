@@ -52,7 +52,7 @@ def port():
 
 
 def attacks(victim: Path, port: int) -> dict[str, tuple[str, str]]:
-    """Programs by name, each with the reason that is wanted."""
+    """Programs by name, each with the reason that is expected."""
     end = RIGHT
     return {
         "fork bomb": ("import os\nwhile True: os.fork()", "error"),
@@ -292,9 +292,9 @@ def outcomes(victim, port) -> dict[str, Outcome]:
 
 
 def test_each_attack_is_told_by_its_reason(outcomes, victim, port):
-    wanted = {name: reason for name, (_, reason) in attacks(victim, port).items()}
+    expected = {name: reason for name, (_, reason) in attacks(victim, port).items()}
     got = {name: outcome.reason for name, outcome in outcomes.items()}
-    assert got == wanted
+    assert got == expected
     for outcome in outcomes.values():
         assert outcome.passed == (outcome.reason == "passed")
         assert "\n" not in outcome.detail and (outcome.passed or outcome.detail)

@@ -345,10 +345,10 @@ def test_counts_survive_a_restart(models, tmp_path):
         assert server.models.experiment.id != name
     with trying(models, tmp_path, most=10**6) as (url, server):
         response = ask(url, {"model": str(models["a"])}, "/v1/admin/promote")
-        assert response.status_code == 400 and "wanted the canary" in response.text
+        assert response.status_code == 400 and "expected the canary" in response.text
         assert ask(url, {}, "/v1/admin/rollback").json()["status"] == "rolled back"
         assert {chat(url, text)["model"] for text in first} == {server.served.name}
-    with pytest.raises(InputError, match="canary: wanted another model"):
+    with pytest.raises(InputError, match="canary: expected another model"):
         with trying({"a": models["a"], "b": models["a"]}, tmp_path):
             pass
 

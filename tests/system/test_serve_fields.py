@@ -180,7 +180,7 @@ def _(api):
     assert api.answer()["model"] == "tiny"
     response = api.send(model="gpt-4")
     assert (response.status_code, response.json()["error"]["code"]) == (404, "model_not_found")
-    with pytest.raises(openai.NotFoundError, match="wanted 'tiny'"):
+    with pytest.raises(openai.NotFoundError, match="expected 'tiny'"):
         api.client.chat.completions.create(
             model="x", messages=[{"role": "user", "content": "Hi"}], max_tokens=1
         )

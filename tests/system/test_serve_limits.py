@@ -157,7 +157,7 @@ def test_keys_come_from_a_file_or_the_environment(tmp_path, monkeypatch):
     assert read_keys(None) == [KEY, "another-key-of-it"]
     for text in ("short\n", "", "with a space in it\n", "ümlaut-in-this-key\n"):
         (tmp_path / "keys").write_text(text)
-        with pytest.raises(InputError, match="api_key_file: wanted"):
+        with pytest.raises(InputError, match="api_key_file: expected"):
             read_keys(tmp_path / "keys")
 
 
@@ -600,7 +600,7 @@ def test_metrics_and_the_dashboard(tiny):
     changing = {"model_answers_total", "model_decisions_total", "canary", "canary_difference"}
     known |= {f"fastlm_{name}" for name in (*changing, "alert")}  # test_serve_canary.py
     assert len(queries) > 8 and shown <= known, shown - known
-    for wanted in (
+    for expected in (
         "first_token",
         "inter_token",
         "waiting",
@@ -611,7 +611,7 @@ def test_metrics_and_the_dashboard(tiny):
         "cached",
         "cancellations",
     ):
-        assert any(wanted in name for name in shown), wanted
+        assert any(expected in name for name in shown), expected
 
 
 def test_few_threads_encode_prompts(tiny):

@@ -128,7 +128,7 @@ def test_adapters_by_name(server):
     listed = [model["id"] for model in HTTP.get(server.url + "/v1/models").json()["data"]]
     assert listed == ["base", "poet"]
     assert said(model="other")["error"]["code"] == "model_not_found"
-    assert "wanted 'base' or 'poet'" in said(model="other")["error"]["message"]
+    assert "expected 'base' or 'poet'" in said(model="other")["error"]["message"]
     vectors = [
         ask(server.url, {"model": name, "input": "Hi"}, "/v1/embeddings").json()["data"]
         for name in listed

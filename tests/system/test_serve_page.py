@@ -24,7 +24,7 @@ from fastlm.serve.responses import Feedback
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="wanted a browser (Debian: chromium), found none"
+    CHROMIUM is None, reason="expected a browser (Debian: chromium), found none"
 )
 HOSTILE = '<img src=x onerror="window.hacked=1"><script>window.hacked=1</script>'
 # every control has a name that a screen reader can say
@@ -55,7 +55,7 @@ PALE = """() => {
   for (const e of shown) if (e.placeholder) texts.push([e, "::placeholder"]);
   const found = texts.map(([e, part]) => [e.outerHTML.slice(0, 80), part,
     contrast(channels(getComputedStyle(e, part).color), behind(e))]);
-  if (found.length < 15) throw new Error(`wanted the texts of the page, found ${found.length}`);
+  if (found.length < 15) throw new Error(`expected the texts of the page, found ${found.length}`);
   return found.filter(([, , ratio]) => ratio < 4.5);
 }"""
 TOO_WIDE = "() => document.documentElement.scrollWidth > document.documentElement.clientWidth"
@@ -685,7 +685,7 @@ def test_dashboard(opened, tiny, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "ago, wanted, shown",
+    "ago, expected, shown",
     [
         ([], "", "Hour"),
         ([300, 86_400], "", "Hour"),
@@ -696,7 +696,7 @@ def test_dashboard(opened, tiny, tmp_path, monkeypatch):
         ([300], "#century", "Hour"),
     ],
 )
-def test_the_dashboard_opens_on_what_has_answers(opened, tiny, tmp_path, ago, wanted, shown):
+def test_the_dashboard_opens_on_what_has_answers(opened, tiny, tmp_path, ago, expected, shown):
     """The shortest period that has some, unless the address names one."""
     with (
         FeedbackStore(tmp_path / "f.sqlite") as store,
@@ -704,7 +704,7 @@ def test_the_dashboard_opens_on_what_has_answers(opened, tiny, tmp_path, ago, wa
     ):
         for seed, seconds in enumerate(ago):
             fill(store, 20, days=0.001, now=time.time() - seconds, seed=seed)
-        page, wrong = opened(f"{url}/dashboard{wanted}")
+        page, wrong = opened(f"{url}/dashboard{expected}")
         page.wait_for_load_state("networkidle")
         status(page, "updated")
         assert page.locator("#windows [aria-pressed=true]").all_inner_texts() == [shown]

@@ -55,23 +55,23 @@ def test_refusals(folder, tmp_path):
     line = refused("-m", folder, "--kv-dtype", "int4")
     assert line == "fastlm: kv_dtype: expected float32, bfloat16, float16, int8, got 'int4'"
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        with pytest.raises(InputError, match=r"port: wanted a free one on 127\.0\.0\.1"):
+        with pytest.raises(InputError, match=r"port: expected a free one on 127\.0\.0\.1"):
             _listen("127.0.0.1", taken.getsockname()[1])
     serve = ["serve", "-m", str(folder), "--port", "0", "--pages", "2000000000"]
     result = CliRunner().invoke(app, serve)
-    assert result.exit_code == 2 and "pages: wanted as many as fit the memory" in result.stderr
+    assert result.exit_code == 2 and "pages: expected as many as fit the memory" in result.stderr
     Tokenizer.train(["Another text."], 320).save(tmp_path)
     shutil.copy(folder / "config.json", tmp_path)
     shutil.copy(folder / "model.safetensors", tmp_path)
     serve = ["serve", "-m", str(folder), "--port", "0", "--draft-model", str(tmp_path)]
     result = CliRunner().invoke(app, serve)
     assert result.exit_code == 2
-    assert "draft_model: wanted one with the model's tokenizer, got" in result.stderr
+    assert "draft_model: expected one with the model's tokenizer, got" in result.stderr
     # without the extra: one line that says what to install
     (tmp_path / "uvicorn.py").write_text("raise ModuleNotFoundError(name='uvicorn')")
     line = refused("-m", folder, PYTHONPATH=str(tmp_path))
     assert line == (
-        "fastlm: serve: wanted the package uvicorn, not found: pip install 'fastlm[serve]'"
+        "fastlm: serve: expected the package uvicorn, not found: pip install 'fastlm[serve]'"
     )
 
 
@@ -179,7 +179,7 @@ def test_nothing_acknowledged_is_lost_by_a_kill(folder, where):
     assert talks == {id: kept.get(id) for id in talks}
 
 
-@pytest.mark.skipif(not shutil.which("nginx"), reason="wanted nginx (Debian: nginx), not found")
+@pytest.mark.skipif(not shutil.which("nginx"), reason="expected nginx (Debian: nginx), not found")
 def test_replicas_behind_nginx(folder, tmp_path):
     """With the configuration of docs/serving.md."""
     base = tmp_path / "feedback.sqlite"

@@ -43,19 +43,17 @@ def test_the_commands_and_a_kill(tmp_path):
         assert result.exit_code == 2 and "expected an admin key" in result.stderr
         result = call("rollback", *to)
         assert result.exit_code == 2
-        assert "rollback: refused: wanted a promotion to undo, got none" in result.stderr
+        assert "rollback: refused: expected a promotion to undo, got none" in result.stderr
         result = call("promote", models["b"], *to)
         assert result.exit_code == 0, result.stderr
         result_again = call("promote", models["b"], *to)
-        refusal = (
-            f"promote: refused: model: wanted one that can be served, got: {models['b']}, which is"
-        )
+        refusal = f"model: expected one that can be served, got: {models['b']}, which is"
         assert result_again.exit_code == 2 and refusal in result_again.stderr
         second = answers(url)
         assert result.stdout == f"{models['b']} answers as {second}\n" and second != first
         assert call("rollback", *to).exit_code == 0 and answers(url) == first
         result = call("rollback", *to)  # not forward again
-        assert result.exit_code == 2 and "wanted a promotion to undo" in result.stderr
+        assert result.exit_code == 2 and "expected a promotion to undo" in result.stderr
         told = json.loads(call("promote", "c", *to, "--json").stdout)  # below --models-dir
         assert told["path"] == str(models["c"]) and told["previous"] == str(models["a"])
         # killed while models change
@@ -71,13 +69,13 @@ def test_the_commands_and_a_kill(tmp_path):
         changing.join()
         decided = json.loads(state.read_text())["current"]
         result = call("promote", "a", *to)
-        assert result.exit_code == 2 and f"wanted `fastlm serve` at {url}" in result.stderr
+        assert result.exit_code == 2 and f"expected `fastlm serve` at {url}" in result.stderr
     with served(*options) as (_, url, _):
         assert answers(url) == f"tiny@{decided['digest'][:8]}"
         told = HTTP.get(url + "/v1/canary", headers={"authorization": f"Bearer {ADMIN}"}).json()
         assert told["path"] == decided["path"]
     result = call("promote", "x", "--server", "file:///etc/passwd")
-    assert result.exit_code == 2 and "server: wanted http://HOST:PORT" in result.stderr
+    assert result.exit_code == 2 and "server: expected http://HOST:PORT" in result.stderr
 
 
 @pytest.mark.parametrize(

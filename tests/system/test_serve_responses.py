@@ -37,11 +37,11 @@ def _(api):
     ended = api.answer(logit_bias={str(api.server.tokenizer.eos_id): 100})
     assert ended["status"] == "completed" and ended["incomplete_details"] is None
     system = {"role": "system", "content": "Be kind"}
-    wanted = chat.said(messages=[system, {"role": "user", "content": "Hi"}])
-    assert api.said(instructions="Be kind") == wanted
+    expected = chat.said(messages=[system, {"role": "user", "content": "Hi"}])
+    assert api.said(instructions="Be kind") == expected
     parts = [{"type": "input_text", "text": "H"}, {"type": "input_text", "text": "i"}]
     items = [{"type": "message", "role": "user", "content": parts}]
-    assert api.said(input=[{**system, "role": "developer"}, *items]) == wanted
+    assert api.said(input=[{**system, "role": "developer"}, *items]) == expected
     call = {"type": "function_call", "call_id": "c1", "name": "add", "arguments": '{"a": 7}'}
     result = {"type": "function_call_output", "call_id": "c1", "output": "8"}
     said = made.output[0].model_dump()  # as it came

@@ -192,25 +192,25 @@ def test_what_is_refused_leaves_the_old_model(models, tmp_path, monkeypatch):
         refused(ready, "expected 'Bearer KEY'", 401, {})
         refused(ready, "expected an admin key", 403, {"authorization": "Bearer " + "k" * 16})
         for outside in (models["b"], "../../etc", "/etc/passwd", good, "good", place):
-            refused(outside, "wanted", 400)
+            refused(outside, "expected", 400)
         for name in ("", "a\0b"):
             refused(name, "model: expected", 400)
-        refused("model:smollm2", "model: wanted one that was named at start, or one below")
+        refused("model:smollm2", "model: expected one that was named at start, or one below")
         refused("nothing", "no such path")
-        refused("empty", "wanted a folder with config.json")
-        refused(bad, "wanted a context of at least the current model's 512 tokens, got 128")
+        refused("empty", "expected a folder with config.json")
+        refused(bad, "expected a context of at least the current model's 512 tokens, got 128")
         refused(other, "model: expected the tokens of the current model")
-        refused(broken, "wanted an answer of two tokens, got: logits are not finite")
+        refused(broken, "expected an answer of two tokens, got: logits are not finite")
         refused(
             models["a"],
-            f"model: wanted one that can be served, got: {models['a']}, which is served",
+            f"model: expected one that can be served, got: {models['a']}, which is served",
         )
-        refused(None, "wanted a path, got none, and no canary runs")
+        refused(None, "expected a path, got none, and no canary runs")
         monkeypatch.setattr(loading, "free_memory", lambda: 1000)
         refused(ready, "MiB of free memory for the model, got 0")
         monkeypatch.undo()
         response = ask(url, {}, "/v1/admin/rollback", **admin)
-        assert "wanted a promotion to undo, got none" in response.text
+        assert "expected a promotion to undo, got none" in response.text
         state.chmod(0o400)
         monkeypatch.setattr("fastlm.serve.state.save_atomic", _full)
         refused(ready, "No space left")
@@ -260,5 +260,5 @@ def test_paths(tmp_path):
     named = Allowed([str(tmp_path / "a"), "model:smollm2"], None)
     assert named.find("model:smollm2") == "model:smollm2"
     assert named.find(str(tmp_path / "b/../a")) == str(tmp_path / "b/../a")
-    with pytest.raises(InputError, match="wanted one that was named at start, got"):
+    with pytest.raises(InputError, match="expected one that was named at start, got"):
         named.find(str(tmp_path / "a/b"))

@@ -410,7 +410,7 @@ def test_nothing_to_learn(base, tmp_path) -> None:
         InputError, match="seq_len: expected at most the model's context 128, got 129"
     ):
         options(data=(str(file),), seq_len=129)(tmp_path / "none", model=base)
-    with pytest.raises(InputError, match="sample_prompt: wanted at most 48 tokens"):
+    with pytest.raises(InputError, match="sample_prompt: expected at most 48 tokens"):
         options(data=(str(file),), sample_prompt="x " * 60)(tmp_path / "none", model=base)
 
 
@@ -440,16 +440,16 @@ def test_rows_that_the_template_refuses(base, tmp_path) -> None:
 REFUSED = {
     "batch_warmup: expected 0 where epochs end the training (max_tokens or max_steps do without),"
     " got 0.1": {"batch_warmup": 0.1},
-    "epochs: wanted a positive number, got 0": {"epochs": 0},
+    "epochs: expected a positive number, got 0": {"epochs": 0},
     "heldout: expected a share in [0, 1), got 1": {"heldout": 1},
-    "overlong: wanted one of skip, truncate, split, got 'cut'": {"overlong": "cut"},
+    "overlong: expected one of skip, truncate, split, got 'cut'": {"overlong": "cut"},
     "seq_len: expected 2 or more, got 1": {"seq_len": 1},
-    "batch_size: wanted 1 or more, got 0": {"batch_size": 0},
-    "max_steps: wanted a positive number, got 0": {"max_steps": 0},
-    "lr: wanted a positive number, got -1": {"lr": -1},
+    "batch_size: expected 1 or more, got 0": {"batch_size": 0},
+    "max_steps: expected a positive number, got 0": {"max_steps": 0},
+    "lr: expected a positive number, got -1": {"lr": -1},
     "date: expected YYYY-MM-DD, got 'today'": {"date": "today"},
     "date: expected YYYY-MM-DD, got '20240726'": {"date": "20240726"},
-    "seed: wanted 0 or more, got -1": {"seed": -1},
+    "seed: expected 0 or more, got -1": {"seed": -1},
     "data_weights: expected one for each of 1 sources, got 2": {"data_weights": (1.0, 2.0)},
     "data_weights: expected positive numbers, got 0.0": {"data_weights": (0.0,)},
 }
@@ -468,7 +468,9 @@ def test_a_bad_row_ends_the_command_with_its_line(base, tmp_path) -> None:
     arguments = ["sft", str(file), "--model", str(base), "--out", str(tmp_path / "out")]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 2
-    assert f"{file}, line 1: messages[0]: wanted system or user first, got assistant" in done.output
+    assert (
+        f"{file}, line 1: messages[0]: expected system or user first, got assistant" in done.output
+    )
 
 
 def test_a_model_without_a_way_to_chat(base, data, tmp_path) -> None:
@@ -476,7 +478,9 @@ def test_a_model_without_a_way_to_chat(base, data, tmp_path) -> None:
     tokenizer = Tokenizer.train(["some text" * 9], 300, special_tokens=["<|endoftext|>"])
     CausalLM(config(tokenizer.vocab_size, 0)).save_pretrained(folder)
     tokenizer.save(folder)
-    with pytest.raises(InputError, match="chat_template: wanted one, since the model has neither"):
+    with pytest.raises(
+        InputError, match="chat_template: expected one, since the model has neither"
+    ):
         options(data=(data,))(tmp_path / "out", model=folder)
     template = tmp_path / "chat.jinja"
     template.write_text(

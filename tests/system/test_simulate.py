@@ -254,14 +254,14 @@ def test_what_cannot_work_is_refused(made):
         ({"malicious": -0.1}, "malicious"), ({"temperature": 0.0}, "temperature"),
         ({"reviews": -1}, "reviews"), ({"limit": 0}, "limit"),
     ):  # fmt: skip
-        with pytest.raises(InputError, match=f"^{name}: wanted"):
+        with pytest.raises(InputError, match=f"^{name}: expected"):
             Simulate(**{**good, **wrong}).check()
-    with pytest.raises(InputError, match=r"^database: wanted at least one"):
+    with pytest.raises(InputError, match=r"^database: expected at least one"):
         FeedbackBuild()("rows")
 
 
 def decision(folder, promoted):
-    gates = [{"score": "winrate.rate", "passed": promoted, "why": "winrate.rate: wanted more"}]
+    gates = [{"score": "winrate.rate", "passed": promoted, "why": "winrate.rate: expected more"}]
     (folder / "decision.json").write_text(json.dumps({"promoted": promoted, "gates": gates}))
     return folder / "decision.json"
 
@@ -347,12 +347,12 @@ def test_a_decision_is_about_its_two_models(measured, tmp_path):
     result, warned = promote(tmp_path, new=tmp_path / "next", old=old)
     assert result["promoted"] and not warned
     for given in ({"new": old, "old": new}, {"new": other, "old": old}, {"new": new, "old": other}):
-        with pytest.raises(InputError, match=r"^decision: wanted one about the new model ") as e:
+        with pytest.raises(InputError, match=r"^decision: expected one about the new model ") as e:
             promote(tmp_path, **given)
-        wanted = [f"{given[key]} (id {id_of(given[key])[:12]})" for key in ("new", "old")]
+        expected = [f"{given[key]} (id {id_of(given[key])[:12]})" for key in ("new", "old")]
         told = "the new model {} and the old model {}"
         came = told.format(*(f"{measured / k} (id {ids[k][:12]})" for k in ("new", "old")))
-        assert told.format(*wanted) in str(e.value) and came in str(e.value)
+        assert told.format(*expected) in str(e.value) and came in str(e.value)
         assert len(str(e.value).splitlines()) == 1
 
 
@@ -361,7 +361,7 @@ def test_a_gate_refuses_scores_of_other_models(measured, tmp_path):
         (("old", "other"), "new"), (("other", "new"), "old"), (("new", "old"), "old"),
         (("old",), "new"),
     )):  # fmt: skip
-        with pytest.raises(InputError, match=f"^scores: wanted scores of one {key} model, ") as e:
+        with pytest.raises(InputError, match=f"^scores: expected scores of one {key} model, ") as e:
             decide(measured, tmp_path / str(i), safety_of(measured, *names))
         assert str(measured / "winrate") in str(e.value) and f"{tmp_path / str(i)}/safety" in str(
             e.value

@@ -136,9 +136,9 @@ def test_stop_keeps_the_last_checkpoint_and_skip_goes_on(data, tmp_path, monkeyp
 @pytest.mark.parametrize(
     "change, text",
     [
-        ({"spike_factor": 0.0}, "spike_factor: wanted a positive number, got 0.0"),
-        ({"spike_window": 0}, "spike_window: wanted 1 or more, got 0"),
-        ({"on_spike": "retry"}, "on_spike: wanted one of warn, skip, stop, got 'retry'"),
+        ({"spike_factor": 0.0}, "spike_factor: expected a positive number, got 0.0"),
+        ({"spike_window": 0}, "spike_window: expected 1 or more, got 0"),
+        ({"on_spike": "retry"}, "on_spike: expected one of warn, skip, stop, got 'retry'"),
     ],
 )
 def test_options_are_checked(data, tmp_path, change, text):

@@ -102,11 +102,11 @@ def test_the_example_of_contributing_is_a_command_and_a_call(lengths, corpus, tm
     as_json = call(command_of(lengths), "--corpus", run / "data", "--skip", 200, "--json").stdout
     result = lengths(skip=200)(tmp_path, corpus=run / "data")
     assert json.loads(as_json) == result == json.loads((tmp_path / "scores.json").read_text())
-    with pytest.raises(InputError, match="skip: wanted 1 or more, got 0"):
+    with pytest.raises(InputError, match="skip: expected 1 or more, got 0"):
         lengths(skip=0)(tmp_path, corpus=run / "data")
-    with pytest.raises(InputError, match="corpus: wanted a prepared folder, got none"):
+    with pytest.raises(InputError, match="corpus: expected a prepared folder, got none"):
         lengths()(tmp_path)
-    with pytest.raises(InputError, match="model: wanted one of lengths's inputs corpus"):
+    with pytest.raises(InputError, match="model: expected one of lengths's inputs corpus"):
         lengths()(tmp_path, model="x")
 
 
@@ -242,7 +242,7 @@ def test_a_stage_takes_from_a_folder_outside_the_run(tmp_path):
     run()
     assert states == ["started", "done"]
     second.write_text('name = "second"\n[[stage]]\nkind = "quantize"\nfrom = "no/where"\n')
-    with pytest.raises(InputError, match=r"quantize\.model: no/where: wanted a folder with"):
+    with pytest.raises(InputError, match=r"quantize\.model: no/where: expected a folder with"):
         run()
 
 
@@ -316,7 +316,7 @@ def test_somebodys_folder_with_the_name_of_a_new_stage_is_left_alone(tmp_path):
     (run.out / "notes").mkdir()
     (run.out / "notes/thesis.txt").write_text("precious")
     run.recipe.write_text(run.recipe.read_text() + '\n[[stage]]\nname = "notes"\nkind = "eval"\n')
-    with pytest.raises(InputError, match="wanted a folder in which 'notes' is free"):
+    with pytest.raises(InputError, match="expected a folder in which 'notes' is free"):
         run()
     assert (run.out / "notes/thesis.txt").read_text() == "precious"
 
@@ -381,8 +381,8 @@ model = {hidden_size = 64, intermediate_size = 64, num_hidden_layers = 1, num_at
 
 def test_a_tokenizer_that_did_not_make_the_shards_is_refused(tmp_path):
     run = Runs(tmp_path, TWO)
-    wanted = "second.tokenizer: expected the one that made the shards, 'tokenizer', got 'words'"
-    with pytest.raises(InputError, match=re.escape(wanted)):
+    expected = "second.tokenizer: expected the one that made the shards, 'tokenizer', got 'words'"
+    with pytest.raises(InputError, match=re.escape(expected)):
         run()
     run("second.tokenizer=tokenizer", until="data")
 

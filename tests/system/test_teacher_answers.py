@@ -135,7 +135,7 @@ def test_answers_that_do_not_end_are_left_out(
     """Also whole batches of them: one token is no answer and its end."""
     stage = replace(stage, max_new_tokens=1)
     with pytest.raises(
-        InputError, match="data: wanted conversations to learn from, got none in 14"
+        InputError, match="data: expected conversations to learn from, got none in 14"
     ):
         stage(tmp_path / "out", model=student, teacher=teacher)
     assert rows_of(tmp_path / "out") == []
@@ -149,7 +149,10 @@ def test_answers_that_do_not_end_are_left_out(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"teacher_answers": "beam"}, "teacher_answers: wanted one of greedy, sampled, got 'beam'"),
+        (
+            {"teacher_answers": "beam"},
+            "teacher_answers: expected one of greedy, sampled, got 'beam'",
+        ),
         ({"divergence": "jsd"}, "divergence: expected forward with teacher_answers greedy, which"),
         ({"sft_weight": 1.0}, "sft_weight: expected none with teacher_answers"),
         ({"teacher_top_k": 4}, "teacher_top_k: expected none with teacher_answers greedy"),
@@ -184,7 +187,9 @@ def test_the_teacher_is_asked_in_its_own_template(stage, teacher, student, tmp_p
     tokenizer = Tokenizer.train(["what is please"], 260, special_tokens=["<|end|>"])
     CausalLM(config(tokenizer.vocab_size, tokenizer.eos_id), seed=4).save_pretrained(bare)
     tokenizer.save(bare)
-    with pytest.raises(InputError, match="teacher: wanted a chat template of its own; wanted one,"):
+    with pytest.raises(
+        InputError, match="teacher: expected a chat template of its own; expected one,"
+    ):
         other(tmp_path / "bare-out", model=student, teacher=bare)
 
 

@@ -80,15 +80,15 @@ def test_the_formula_on_logits(k, softcap, monkeypatch) -> None:
             kl = kl + rest.exp() * (rest - s_rest)
         return kl
 
-    wanted = formula()
-    grads = torch.autograd.grad(wanted.sum(), (h, w))
+    expected = formula()
+    grads = torch.autograd.grad(expected.sum(), (h, w))
     for workspace in (1 << 26, 2 * k * 6 * 8, 1):
         monkeypatch.setattr(teacher_logits, "WORKSPACE", workspace)
         with use_backend("reference"):
             got = topk_forward_kl(
                 logprobs_at(h, w, ids, temperature=1.7, softcap=softcap), top, rest
             )
-            torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
             for a, b in zip(torch.autograd.grad(got.sum(), (h, w)), grads, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
     full = linear_distillation(
@@ -157,10 +157,10 @@ def test_rows_are_the_teachers(teacher, tmp_path) -> None:
     for e in order:
         with torch.no_grad():
             z = teacher(torch.tensor(e.ids[None, :-1]).long()).logits[0][torch.tensor(e.mask[1:])]
-        top, wanted = (z.float() / 1.3).log_softmax(-1).topk(4)
+        top, expected = (z.float() / 1.3).log_softmax(-1).topk(4)
         rows = slice(at, at + e.learnt)
         at += e.learnt
-        assert (ids[rows] == wanted.numpy()).all()
+        assert (ids[rows] == expected.numpy()).all()
         np.testing.assert_allclose(logprobs[rows, :-1], top.numpy(), atol=4e-3)
         rest = 1 - top.exp().sum(-1)
         np.testing.assert_allclose(np.exp(logprobs[rows, -1]), rest.numpy(), atol=1e-3)
@@ -222,11 +222,11 @@ def test_a_kill_loses_a_minute(teacher, tmp_path, monkeypatch) -> None:
 
 
 def test_what_does_not_fit_is_named(teacher, tmp_path) -> None:
-    with pytest.raises(InputError, match=r"teacher_logits: wanted shards in .*, got none"):
+    with pytest.raises(InputError, match=r"teacher_logits: expected shards in .*, got none"):
         TeacherLogits(tmp_path)
     stored = write_logits(tmp_path, teacher, EXAMPLES[:2], header(teacher))
     other = example([5, 6, 7, 8, 9], 2, "chats.jsonl, line 9")  # another mask
-    with pytest.raises(InputError, match=r"wanted the tokens of chats.jsonl, line 9 in .* date"):
+    with pytest.raises(InputError, match=r"expected the tokens of chats.jsonl, line 9 in .* date"):
         stored.rows([other])
     for changed, message in (
         (header(teacher, 5), "was made with top_k 4, not 5"),
@@ -249,7 +249,7 @@ def test_what_does_not_fit_is_named(teacher, tmp_path) -> None:
         ({logprobs: tensors[logprobs] + np.float16(1)}, "got rows that are no"),
     ):
         save_file({**tensors, **change}, path, meta)
-        with pytest.raises(InputError, match=f"teacher_logits: .*: wanted shards of .*{message}"):
+        with pytest.raises(InputError, match=f"teacher_logits: .*: expected shards of .*{message}"):
             TeacherLogits(tmp_path).identity(EXAMPLES[:2])
     for metadata in (None, {**meta, "header": "{}"}):
         save_file(tensors, path, metadata)
@@ -347,7 +347,7 @@ def test_refused(models, stage, tmp_path) -> None:
             "divergence: expected forward with teacher_top",
         ),
         (replace(stage, on_policy=0.5), teacher, "on_policy: expected 0 with teacher_top_k, which"),
-        (replace(stage, teacher_top_k=0), teacher, "teacher_top_k: wanted 1 or more, got 0"),
+        (replace(stage, teacher_top_k=0), teacher, "teacher_top_k: expected 1 or more, got 0"),
         (replace(stage, teacher_top_k=9999), teacher, "teacher_top_k: expected at most the voc"),
         (
             replace(stage, teacher_logits="x"),
@@ -356,10 +356,10 @@ def test_refused(models, stage, tmp_path) -> None:
         ),
         (stage, None, "teacher: expected a teacher or teacher_logits, got neither"),
         (stored, teacher, "teacher: expected a teacher or teacher_logits, got both"),
-        (stored, None, r"wanted the tokens of .*chats.jsonl, line \d+ in"),
+        (stored, None, r"expected the tokens of .*chats.jsonl, line \d+ in"),
         (replace(stored, temperature=1.0), None, "teacher_logits: expected temperature 1.0 of the"),
         (replace(stored, teacher_logits=str(tmp_path / "small")), None, "expected vocab_size"),
-        (replace(stored, teacher_logits=str(tmp_path / "none")), None, "wanted shards in .*none"),
+        (replace(stored, teacher_logits=str(tmp_path / "none")), None, "expected shards in .*none"),
     ):
         inputs = {"model": student, **({} if given is None else {"teacher": given})}
         with pytest.raises(InputError, match=message):

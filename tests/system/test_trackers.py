@@ -40,7 +40,7 @@ def lines(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def wanted(run: Path) -> list[tuple[int, str, float]]:
+def expected(run: Path) -> list[tuple[int, str, float]]:
     """The numbers of metrics.jsonl, rounded as TensorBoard rounds them."""
     return sorted(
         (line["step"], name, struct.unpack("f", struct.pack("f", value))[0])
@@ -81,7 +81,7 @@ def test_tensorboard_shows_each_step_once_after_a_kill(data, tmp_path) -> None:
     assert {step for step, name, _ in before if name == "loss"} == set(range(1, 8))
     start(data, tmp_path, BOARD)
     numbers, texts = shown(tmp_path / "tensorboard")
-    assert numbers == wanted(tmp_path)
+    assert numbers == expected(tmp_path)
     assert texts == [line["sample"] for line in lines(tmp_path) if "sample" in line]
     files = {p.name for p in (tmp_path / "tensorboard").iterdir()}
     start(data, tmp_path, BOARD)  # nothing is left to do: no empty file
@@ -91,12 +91,12 @@ def test_tensorboard_shows_each_step_once_after_a_kill(data, tmp_path) -> None:
 def test_a_tracker_can_join_later(data, tmp_path) -> None:
     start(data, tmp_path, replace(OPTIONS, max_steps=8))
     start(data, tmp_path, replace(BOARD, max_steps=12))
-    assert shown(tmp_path / "tensorboard")[0] == wanted(tmp_path)
+    assert shown(tmp_path / "tensorboard")[0] == expected(tmp_path)
     # and be off for a while
     start(data, tmp_path, replace(OPTIONS, max_steps=16))
     start(data, tmp_path, replace(BOARD, max_steps=20))
     numbers, texts = shown(tmp_path / "tensorboard")
-    assert numbers == wanted(tmp_path)
+    assert numbers == expected(tmp_path)
     assert texts == [line["sample"] for line in lines(tmp_path) if "sample" in line]
 
 

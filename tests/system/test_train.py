@@ -396,15 +396,15 @@ def test_a_corrupt_checkpoint_is_refused(data, tmp_path):
 @pytest.mark.parametrize(
     "change, text",
     [
-        ({"max_steps": None}, "max_tokens, max_steps, max_seconds: wanted at least one"),
-        ({"max_tokens": 0}, "max_tokens: wanted a positive number, got 0"),
-        ({"lr": -1.0}, "lr: wanted a positive number, got -1.0"),
-        ({"schedule": "linear"}, "schedule: wanted one of cosine, wsd"),
+        ({"max_steps": None}, "max_tokens, max_steps, max_seconds: expected at least one"),
+        ({"max_tokens": 0}, "max_tokens: expected a positive number, got 0"),
+        ({"lr": -1.0}, "lr: expected a positive number, got -1.0"),
+        ({"schedule": "linear"}, "schedule: expected one of cosine, wsd"),
         ({"schedule": "wsd", "warmup": 0.4, "decay": 0.7}, "decay: expected at most 1 - warmup ="),
         ({"sample_at": (2.0,)}, r"sample_at\[0\]: expected 0 to 1"),
-        ({"keep": 0}, "keep: wanted 1 or more"),
+        ({"keep": 0}, "keep: expected 1 or more"),
         ({"batch_warmup": 1.5}, "batch_warmup: expected 0 to 1, got 1.5"),
-        ({"dtype": "float64"}, "dtype: wanted one of bfloat16, float32"),
+        ({"dtype": "float64"}, "dtype: expected one of bfloat16, float32"),
     ],
 )
 def test_options_are_checked(data, tmp_path, change, text):

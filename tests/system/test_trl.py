@@ -82,9 +82,9 @@ def apart(model: CausalLM, theirs) -> float:
     known = dict(theirs.named_parameters())
     found = 0.0
     for name, parameter in model.named_parameters():
-        wanted = known[name].grad
-        assert parameter.grad is not None and wanted.abs().max() > 1e-6
-        difference = (parameter.grad - wanted).abs().max() / wanted.abs().max()
+        expected = known[name].grad
+        assert parameter.grad is not None and expected.abs().max() > 1e-6
+        difference = (parameter.grad - expected).abs().max() / expected.abs().max()
         found = max(found, float(difference))
     return found
 
@@ -267,8 +267,8 @@ def rollouts_of_fastlm(base, theirs, asked, end: int, **group) -> GroupRelative:
 
 def same_advantages(made: GroupRelative, batch, prompts) -> None:
     order = [prompts.index(made.prompts[i]) for i in made.chosen[::GROUP]]
-    wanted = batch["advantages"].view(2, GROUP)[order].flatten()
-    torch.testing.assert_close(made.kept["advantages"][:, 0], wanted, rtol=1e-4, atol=1e-5)
+    expected = batch["advantages"].view(2, GROUP)[order].flatten()
+    torch.testing.assert_close(made.kept["advantages"][:, 0], expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.2])

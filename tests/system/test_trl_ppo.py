@@ -45,9 +45,9 @@ class Round:
         return torch.tensor(self.found[name], dtype=torch.float64)
 
 
-def close(found: Tensor, wanted: Tensor) -> None:
+def close(found: Tensor, expected: Tensor) -> None:
     """TRL computes in float32, of numbers around 1 that were summed a few times."""
-    torch.testing.assert_close(found.double(), wanted.double(), rtol=2e-5, atol=2e-6)
+    torch.testing.assert_close(found.double(), expected.double(), rtol=2e-5, atol=2e-6)
 
 
 def at(x: Tensor, places: Tensor) -> Tensor:
@@ -157,14 +157,14 @@ def test_losses_and_gradients_of_the_updates(name) -> None:
             clip=OPTIONS["cliprange_value"],
         )  # fmt: skip
         ((policy_loss + OPTIONS["vf_coef"] * value_loss) / 2).backward()
-        for found, wanted in (
+        for found, expected in (
             (policy_loss, "policy_loss"), (value_loss, "value_loss"),
             (of_policy["clip_fraction"], "policy_clip_fraction"),
             (of_value["clip_fraction"], "value_clip_fraction"),
             (logp.grad, "new_logprobs_gradient"), (values.grad, "vpred_gradient"),
         ):  # fmt: skip
             assert found is not None
-            close(found.detach(), torch.tensor(update[wanted], dtype=torch.float64))
+            close(found.detach(), torch.tensor(update[expected], dtype=torch.float64))
     clips = [u[n] for u in updates for n in ("policy_clip_fraction", "value_clip_fraction")]
     assert sum(0 < clip < 1 for clip in clips) >= 3  # the clips are at work
 
@@ -183,6 +183,6 @@ def test_a_step_is_a_mean_over_its_tokens(name) -> None:
         for part in parts
     )  # fmt: skip
     means = [part["policy_loss"] for part in parts]
-    wanted = (counts[0] * means[0] + counts[1] * means[1]) / sum(counts)
-    close(torch.as_tensor(found), torch.tensor(wanted))
-    assert counts[0] != counts[1] and abs(wanted - sum(means) / 2) > 1e-3
+    expected = (counts[0] * means[0] + counts[1] * means[1]) / sum(counts)
+    close(torch.as_tensor(found), torch.tensor(expected))
+    assert counts[0] != counts[1] and abs(expected - sum(means) / 2) > 1e-3

@@ -92,7 +92,7 @@ def test_several_judges_score_by_their_mean(tmp_path):
     found = judge_accuracy(judges, [str(pairs)], cache=tmp_path)
     assert found is not None and found["value"] == sum(right) / 12
     stage = WinRate(data=(str(pairs),), limit=3, max_new_tokens=4)
-    with pytest.raises(InputError, match=r"judge: wanted different reward models, got .* equal"):
+    with pytest.raises(InputError, match=r"judge: expected different reward models, got .* equal"):
         stage(tmp_path / "out", cache=tmp_path, model=base, old=base, judge=[judges[0]] * 2)
     result = stage(tmp_path / "out", cache=tmp_path, model=base, old=base, judge=judges)
     assert [judge["name"] for judge in result["judges"]] == [str(path) for path in judges]

@@ -91,16 +91,16 @@ def test_compressors_are_measured_on_the_texts_put_together():
     xz = lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)
     assert packed["xz"] == 8 * len(xz) / len(data)
     assert 0 < packed["zstd"] < 1
-    with pytest.raises(InputError, match="texts: wanted at least one byte"):
+    with pytest.raises(InputError, match="texts: expected at least one byte"):
         compressed_bits_per_byte([])
 
 
 @pytest.mark.parametrize(
     "options, text",
     [
-        (dict(seq_len=0, batch_size=1), "seq_len: wanted 1 or more, got 0"),
-        (dict(seq_len=4, batch_size=0), "batch_size: wanted 1 or more, got 0"),
-        (dict(seq_len=4, batch_size=1, stride=5), "stride: wanted 1 to seq_len = 4, got 5"),
+        (dict(seq_len=0, batch_size=1), "seq_len: expected 1 or more, got 0"),
+        (dict(seq_len=4, batch_size=0), "batch_size: expected 1 or more, got 0"),
+        (dict(seq_len=4, batch_size=1, stride=5), "stride: expected 1 to seq_len = 4, got 5"),
     ],
 )
 def test_refusals(heldout, options, text):

@@ -19,6 +19,6 @@ def test_a_program_that_has_to_be_there(request, monkeypatch):
         assert done.value.value is report
         return report.outcome
 
-    assert outcome("Skipped: wanted nginx (Debian: nginx), not found") == "failed"
-    assert outcome("Skipped: wanted a browser (Debian: chromium), found none") == "skipped"
-    assert outcome("Skipped: wanted a GPU") == "skipped"
+    assert outcome("Skipped: expected nginx (Debian: nginx), not found") == "failed"
+    assert outcome("Skipped: expected a browser (Debian: chromium), found none") == "skipped"
+    assert outcome("Skipped: expected a GPU") == "skipped"

@@ -133,69 +133,69 @@ def called(calls):
 
 
 REFUSED = {
-    "wanted an object with messages (OpenAI), conversations (ShareGPT), instruction and output"
+    "expected an object with messages (OpenAI), conversations (ShareGPT), instruction and output"
     " (Alpaca), or prompt and completion, got 'text'": {"text": "hello"},
-    "messages[0]: wanted system or user first, got assistant": {"messages": [ANSWER]},
-    "messages[1]: wanted assistant after user, got user": {"messages": [USER, USER, ANSWER]},
-    "messages[2]: wanted user or tool after assistant, got system": {
+    "messages[0]: expected system or user first, got assistant": {"messages": [ANSWER]},
+    "messages[1]: expected assistant after user, got user": {"messages": [USER, USER, ANSWER]},
+    "messages[2]: expected user or tool after assistant, got system": {
         "messages": [USER, ANSWER, SYSTEM]
     },
-    "messages[1]: wanted text from the assistant, got an empty message": {
+    "messages[1]: expected text from the assistant, got an empty message": {
         "messages": [USER, {"role": "assistant", "content": " \n"}]
     },
-    "wanted an answer at the end, got user": {"messages": [USER]},
-    "wanted an answer at the end, got no message": {"messages": []},
-    "messages: wanted a list of messages, got str": {"messages": "hello"},
-    "messages[0]: wanted text, got int": {"messages": [{"role": "user", "content": 5}]},
-    "messages[0]: wanted parts of type 'text', got 'image_url'": {
+    "expected an answer at the end, got user": {"messages": [USER]},
+    "expected an answer at the end, got no message": {"messages": []},
+    "messages: expected a list of messages, got str": {"messages": "hello"},
+    "messages[0]: expected text, got int": {"messages": [{"role": "user", "content": 5}]},
+    "messages[0]: expected parts of type 'text', got 'image_url'": {
         "messages": [{"role": "user", "content": [{"type": "image_url"}]}]
     },
-    "messages[1]: wanted a weight of 0 or 1, got 0.5": {
+    "messages[1]: expected a weight of 0 or 1, got 0.5": {
         "messages": [USER, {**ANSWER, "weight": 0.5}]
     },
-    "wanted an assistant message to learn, all have weight 0": {
+    "expected an assistant message to learn, all have weight 0": {
         "messages": [USER, {**ANSWER, "weight": 0}]
     },
-    "conversations[0]: wanted a call as JSON, got 'add(2)'": {
+    "conversations[0]: expected a call as JSON, got 'add(2)'": {
         "conversations": [{"from": "function_call", "value": "add(2)"}]
     },
-    "conversations: wanted a list of turns, got dict": {"conversations": {}},
-    "output: wanted text, got list": {"instruction": "Add.", "output": [4]},
-    "conversations[1]: wanted text from the assistant, got an empty message": {
+    "conversations: expected a list of turns, got dict": {"conversations": {}},
+    "output: expected text, got list": {"instruction": "Add.", "output": [4]},
+    "conversations[1]: expected text from the assistant, got an empty message": {
         "system": "x", "conversations": [
             {"from": "human", "value": "a"}, {"from": "gpt", "value": ""}
         ],
     },
-    "instruction: wanted text from the user, got an empty message": {
+    "instruction: expected text from the user, got an empty message": {
         "instruction": "", "output": "b",
     },
-    "system: wanted none beside messages[0], got two system messages": {
+    "system: expected none beside messages[0], got two system messages": {
         "system": "x", "messages": [SYSTEM, USER, ANSWER],
     },
-    "messages[1].tool_calls: wanted a list, got str": {"messages": [USER, called("abc")]},
-    "messages[1].tool_calls[0]: wanted a call with a name, got 'x'": {
+    "messages[1].tool_calls: expected a list, got str": {"messages": [USER, called("abc")]},
+    "messages[1].tool_calls[0]: expected a call with a name, got 'x'": {
         "messages": [USER, called(["x"])],
     },
-    "messages[1].tool_calls[0]: wanted a call with a name, got {}": {
+    "messages[1].tool_calls[0]: expected a call with a name, got {}": {
         "messages": [USER, called([{}])],
     },
-    "messages[1].tool_calls[0]: wanted arguments as JSON, got '2+'": {
+    "messages[1].tool_calls[0]: expected arguments as JSON, got '2+'": {
         "messages": [USER, called([{"name": "a", "arguments": "2+"}])],
     },
-    "messages[1].tool_calls[0]: wanted arguments as an object, got [2]": {
+    "messages[1].tool_calls[0]: expected arguments as an object, got [2]": {
         "messages": [USER, called([{"name": "a", "arguments": "[2]"}])],
     },
-    "history[0]: wanted [question, answer], got 'x'": {
+    "history[0]: expected [question, answer], got 'x'": {
         "instruction": "a", "output": "b", "history": ["x"],
     },
-    "tools: wanted a list as JSON, got 'add'": {"messages": [USER, ANSWER], "tools": "add"},
-    f"tools: wanted a list as JSON, got {'[' * 100_000!r:.60}": {
+    "tools: expected a list as JSON, got 'add'": {"messages": [USER, ANSWER], "tools": "add"},
+    f"tools: expected a list as JSON, got {'[' * 100_000!r:.60}": {
         "messages": [USER, ANSWER], "tools": "[" * 100_000,
     },
-    f"messages[1].tool_calls[0]: wanted arguments as JSON, got {'[' * 100_000!r:.60}": {
+    f"messages[1].tool_calls[0]: expected arguments as JSON, got {'[' * 100_000!r:.60}": {
         "messages": [USER, called([{"name": "a", "arguments": "[" * 100_000}])],
     },
-    "completion: wanted valid Unicode, got a lone surrogate at 1": {
+    "completion: expected valid Unicode, got a lone surrogate at 1": {
         "prompt": "a", "completion": "b\ud800",
     },
 }  # fmt: skip
@@ -203,10 +203,10 @@ REFUSED = {
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_shapes(shape) -> None:
-    row, wanted = SHAPES[shape]
+    row, expected = SHAPES[shape]
     found = conversation_of(row)
-    assert found.messages == wanted
-    assert found.learnt == [m["role"] == "assistant" for m in wanted]
+    assert found.messages == expected
+    assert found.learnt == [m["role"] == "assistant" for m in expected]
     assert found.tools == ([CALL] if shape in ("openai tools", "openai's older calls") else None)
 
 
@@ -218,7 +218,7 @@ def test_refused(message) -> None:
 
 
 def test_an_unknown_role_is_named() -> None:
-    with pytest.raises(InputError, match=r"messages\[0\]: wanted a role, one of .*, got 'bard'"):
+    with pytest.raises(InputError, match=r"messages\[0\]: expected a role, one of .*, got 'bard'"):
         conversation_of({"messages": [{"role": "bard", "content": "x"}]})
 
 
@@ -241,7 +241,7 @@ def test_a_bad_row_is_an_error_with_its_line(tmp_path) -> None:
     file = write(tmp_path / "a.jsonl", {"messages": [USER, ANSWER]}, "", {"messages": [USER]})
     with pytest.raises(InputError) as refusal:
         list(read_conversations([file], cache=tmp_path))
-    assert str(refusal.value) == (f"{file}, line 3: wanted an answer at the end, got user")
+    assert str(refusal.value) == (f"{file}, line 3: expected an answer at the end, got user")
 
 
 def test_bad_rows_are_counted_and_told_on_request(tmp_path) -> None:
@@ -255,7 +255,7 @@ def test_bad_rows_are_counted_and_told_on_request(tmp_path) -> None:
     assert (rows.read, dict(rows.counts)) == (7, {"malformed": 5})
     assert len(told) == 4 and "line 2" in told[0] and "2 more of its 7 lines" in told[3]
     bad = write(tmp_path / "b.jsonl", "{")
-    with pytest.raises(InputError, match=r"b\.jsonl, line 1: wanted one JSON object"):
+    with pytest.raises(InputError, match=r"b\.jsonl, line 1: expected one JSON object"):
         list(read_conversations([bad], cache=tmp_path, skip_bad=True))
 
 
@@ -267,11 +267,11 @@ def test_rows_of_folders_and_arrays(tmp_path) -> None:
     told = []
     found = list(read_conversations([str(tmp_path / "data")], cache=tmp_path, tell=told.append))
     assert [c.messages[1]["content"] for c in found] == ["d", "b"]
-    assert told == [f"{tmp_path / 'data'}: 1 files that are not read: wanted .jsonl or .json"]
+    assert told == [f"{tmp_path / 'data'}: 1 files that are not read: expected .jsonl or .json"]
     only = [f"{tmp_path / 'data'}#*.jsonl"]
     assert len(list(read_conversations(only, cache=tmp_path, tell=told.append))) == len(told) == 1
     text = write(tmp_path / "c.txt", "hello")
-    with pytest.raises(InputError, match=r"wanted \.jsonl or \.json files, got none"):
+    with pytest.raises(InputError, match=r"expected \.jsonl or \.json files, got none"):
         list(read_conversations([text], cache=tmp_path))
 
 
@@ -350,30 +350,30 @@ CHAT = (
 LOOKS_AHEAD = "{{ m.content }}{% if loop.last and m.role == 'assistant' %}!{% endif %}"
 CALLED = [USER, {"role": "assistant", "content": "", "tool_calls": [CALL]}]
 TEMPLATES = {
-    "wanted one that writes the text of message 0 (system), got none of it": (
+    "expected one that writes the text of message 0 (system), got none of it": (
         CHAT.replace("in messages", "in messages if m.role != 'system'"),
         [{"role": "system", "content": "2+2?"}, USER, ANSWER],  # its text is in another message
         {},
     ),
-    "wanted one that writes the tool calls of message 1 (assistant), got none of it": (
+    "expected one that writes the tool calls of message 1 (assistant), got none of it": (
         CHAT, [{"role": "user", "content": "add!"}, CALLED[1]], {},
     ),
-    "wanted one that writes the tools, got none of it": (
+    "expected one that writes the tools, got none of it": (
         "{% if tools %}You have tools.{% endif %}" + CHAT, [USER, ANSWER], {"tools": [CALL]},
     ),
-    "wanted one that writes the whole content of message 1 (assistant),"
+    "expected one that writes the whole content of message 1 (assistant),"
     " got 'four and no more<|im_end|>\\n'": (
         CHAT.replace("m.content", "m.content[:16]"),
         [USER, {"role": "assistant", "content": "four and no more and no less"}],
         {},
     ),
-    "wanted one that writes the whole reasoning of message 1 (assistant), got '4<|im_end|>\\n'": (
+    "expected one that writes the whole reasoning of message 1 (assistant), got '4<|im_end|>\\n'": (
         CHAT, [USER, {**ANSWER, "reasoning": "2 and 2"}], {},
     ),
-    "wanted one that ends an answer with <|endoftext|>, <|im_end|>, got '4\\n'": (
+    "expected one that ends an answer with <|endoftext|>, <|im_end|>, got '4\\n'": (
         CHAT.replace("<|im_end|>", ""), [USER, ANSWER], {},
     ),
-    "wanted a generation prompt that is how an answer begins, got"
+    "expected a generation prompt that is how an answer begins, got"
     " '\\n2+2?<|im_end|>\\n<|im_start|>assistant\\n<|' before message 1": (
         CHAT.replace("assistant\n", "assistant\n<|"), [USER, ANSWER], {},
     ),

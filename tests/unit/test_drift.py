@@ -57,8 +57,8 @@ def test_mmd_is_its_definition():
         return np.exp(-((u[:, None] - v) ** 2).sum(-1) / (2 * 0.7**2))
 
     xx, yy = kernel(x, x), kernel(y, y)
-    wanted = (xx.sum() - 5) / 20 + (yy.sum() - 4) / 12 - 2 * kernel(x, y).mean()
-    assert mmd(x, y, bandwidth=0.7).value == pytest.approx(wanted)
+    expected = (xx.sum() - 5) / 20 + (yy.sum() - 4) / 12 - 2 * kernel(x, y).mean()
+    assert mmd(x, y, bandwidth=0.7).value == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("change", ["mean", "spread"])
@@ -81,12 +81,15 @@ def test_mmd_of_equal_vectors():
 
 def test_refusals():
     for call, message in [
-        (lambda: psi([1, 2], [1, 2, 3]), "counts: wanted 2 bins as in reference_counts, got 3"),
+        (lambda: psi([1, 2], [1, 2, 3]), "counts: expected 2 bins as in reference_counts, got 3"),
         (lambda: psi([1, 2], [-1, 2]), r"counts: expected two or more whole numbers, .* got \[-1"),
         (lambda: psi([0, 0], [1, 2]), "reference_counts: expected two or more whole numbers"),
         (lambda: mmd([[1.0]], [[1.0], [2]]), "x: expected two or more finite vectors"),
         (lambda: mmd([[1.0]] * 2, [[1.0, 2]] * 2), r"as in x \(2, 1\), got \(2, 2\)"),
-        (lambda: mmd([[1.0]] * 2, [[2.0]] * 2, bandwidth=-1), "bandwidth: wanted a number above 0"),
+        (
+            lambda: mmd([[1.0]] * 2, [[2.0]] * 2, bandwidth=-1),
+            "bandwidth: expected a number above 0",
+        ),
     ]:
         with pytest.raises(InputError, match=message):
             call()

@@ -132,7 +132,7 @@ def test_prompts_that_are_equal_are_computed_once():
     short = Engine(model).generate([Request(prompt[:70], 1, seed=i) for i in range(8)])
     (alone,) = Engine(model).generate([Request(prompt[:70], 1, seed=7)])
     assert short[7].token_ids == alone.token_ids and len({r.token_ids[0] for r in short}) > 1
-    # the last token of a prompt that is cached as a whole is computed again: its logits are wanted
+    # the last token of a prompt that is cached as a whole is computed again: its logits are needed
     whole = Engine(model)
     first = whole.generate([Request(prompt[:128], 5, seed=1)])
     (second,) = whole.generate([Request(prompt[:128], 5, seed=1)])
@@ -202,12 +202,12 @@ def test_weights_that_change_are_noticed():
 
 def test_models_whose_steps_go_through_their_modules():
     model = model_of()
-    wanted = [r.token_ids for r in Engine(model).generate(requests_of(5))]
+    expected = [r.token_ids for r in Engine(model).generate(requests_of(5))]
     with fastlm.use_backend("reference"):
         got = [r.token_ids for r in Engine(model).generate(requests_of(5))]
-    assert got == wanted
+    assert got == expected
     add_lora(model, 4)
-    assert [r.token_ids for r in Engine(model).generate(requests_of(5))] == wanted
+    assert [r.token_ids for r in Engine(model).generate(requests_of(5))] == expected
 
 
 def test_ends_and_lengths():
@@ -313,7 +313,7 @@ def test_cancel_deadline_and_failures():
     long = {"max_new_tokens": 400, "ignore_eos": True}
     ids = {n: engine.submit(Request([1, 2], **long), listen(n)) for n in ("a", "b")}
     engine.submit(Request([1, 2], **long, deadline=0.0), listen("late"))
-    with pytest.raises(QueueFull, match="queue: wanted room") as full:
+    with pytest.raises(QueueFull, match="queue: expected room") as full:
         engine.submit(Request([1], 2), listen("full"))
     assert full.value.retry_after >= 1
     engine.step()
@@ -329,7 +329,7 @@ def test_cancel_deadline_and_failures():
     assert stats.finished == {"deadline": 1, "cancelled": 1, "error": 1}
     engine.close()
     assert ended["b"] == "cancelled" and engine.stats().pages_used == 0
-    with pytest.raises(InputError, match="engine: wanted one that runs"):
+    with pytest.raises(InputError, match="engine: expected one that runs"):
         engine.submit(Request([1], 2), listen("closed"))
 
 
@@ -354,7 +354,7 @@ def test_a_request_with_the_prompt_of_one_that_fails_is_computed_itself(monkeypa
     model = model_of()
     engine = Engine(model, max_num_batched_tokens=1000)
     prompt = [13, *range(96), *range(31)]
-    (wanted,) = engine.generate([Request(prompt, 5, seed=2)])
+    (expected,) = engine.generate([Request(prompt, 5, seed=2)])
     ours, calls = CausalLM.chunk_hidden, []
 
     def once(self, ids, *rest):
@@ -373,24 +373,24 @@ def test_a_request_with_the_prompt_of_one_that_fails_is_computed_itself(monkeypa
     while engine.step():
         pass
     assert got[0][-1].finish_reason == "error"
-    assert [t for piece in got[1] for t in piece.tokens] == wanted.token_ids
+    assert [t for piece in got[1] for t in piece.tokens] == expected.token_ids
 
 
 def test_a_request_that_nothing_can_be_drawn_for_ends_alone():
     model = model_of(tie_word_embeddings=False)
     nothing = type("Nothing", (), {"mask": lambda self: torch.zeros(97, dtype=torch.bool)})
     good = Request([5, 6, 7], 8, seed=1)
-    (wanted,) = Engine(model).generate([good])
+    (expected,) = Engine(model).generate([good])
     bad = Request([5, 6, 8], 8, constraint=nothing)
     first, failed, last = Engine(model).generate([good, bad, good])
-    assert first.token_ids == last.token_ids == wanted.token_ids
+    assert first.token_ids == last.token_ids == expected.token_ids
     assert failed.finish_reason == "refused"
     assert failed.error == "grammar: expected a token that may come next, got none"
-    bad = next(i for i in range(97) if i not in (*good.prompt, *wanted.token_ids))
+    bad = next(i for i in range(97) if i not in (*good.prompt, *expected.token_ids))
     with torch.no_grad():
         model.model.embed_tokens.weight[bad] = torch.nan
     first, failed, last = Engine(model).generate([good, Request([bad], 8), good])
-    assert first.token_ids == last.token_ids == wanted.token_ids
+    assert first.token_ids == last.token_ids == expected.token_ids
     assert (failed.finish_reason, failed.error) == ("error", "logits are not finite")
 
 
@@ -495,7 +495,7 @@ def test_a_thread_that_fails_goes_on(monkeypatch):
     assert engine.generate([Request([1], 3)])[0].finish_reason == "length"
     engine.close()
     for refused in (engine.call, engine.update):
-        with pytest.raises(InputError, match="engine: wanted one that runs"):
+        with pytest.raises(InputError, match="engine: expected one that runs"):
             refused(lambda: None)
 
 
@@ -518,7 +518,7 @@ def test_a_call_beside_a_step_is_not_lost(name):
 def test_an_interrupt_leaves_an_engine_that_works(monkeypatch):
     model = model_of()
     engine, pieces = Engine(model), []
-    (wanted,) = Engine(model).generate([Request([1, 2], 5, seed=1)])
+    (expected,) = Engine(model).generate([Request([1, 2], 5, seed=1)])
     engine.submit(Request([1, 2], 5, seed=1), pieces.append)
 
     def interrupt(*_):
@@ -530,14 +530,14 @@ def test_an_interrupt_leaves_an_engine_that_works(monkeypatch):
             engine.generate([Request([3], 5)])
     while engine.step():
         pass
-    assert [t for p in pieces for t in p.tokens] == wanted.token_ids
+    assert [t for p in pieces for t in p.tokens] == expected.token_ids
 
 
 def test_threads():
     """Many threads submit, some cancel; every answer is its own prompt's."""
     engine = Engine(model_of(), max_num_seqs=8, num_blocks=40)
     requests = requests_of(24, longest=90, logprobs=None)
-    wanted = [r.token_ids for r in Engine(engine.model).generate(requests)]
+    expected = [r.token_ids for r in Engine(engine.model).generate(requests)]
     engine.start()
     got = [None] * len(requests)
 
@@ -555,7 +555,7 @@ def test_threads():
         engine.call(lambda: 1 / 0).result()
     for thread in threads:
         thread.join()
-    assert got == wanted
+    assert got == expected
     engine.close()
     assert not any(t.name == "fastlm-engine" for t in threading.enumerate())
 
@@ -563,39 +563,39 @@ def test_threads():
 def test_refusals():
     engine = Engine(model_of(), num_blocks=4)
     for request, message in (
-        (Request([], 5), "prompt: wanted at least one token, got none"),
-        (Request([1, 97], 5), r"prompt: wanted ids in \[0, 97\), got 97"),
-        (Request([-1], 5), r"prompt: wanted ids in \[0, 97\), got -1"),
-        (Request([1], 0), "max_new_tokens: wanted at least 1, got 0"),
-        (Request([1] * 512, 5), "prompt: wanted fewer than the 512 tokens"),
-        (Request([1] * 250, 100), "wanted at most the cache's 256 tokens in all, got 250 . 100"),
-        (Request([1], 5, logprobs=-1), r"logprobs: wanted 0 to 97 or None, got -1"),
-        (Request([1], 5, seed=2**70), "seed: wanted an integer"),
-        (Request([1], 5, seed=-1), "seed: wanted an integer"),
-        (Request([1], 5, stop=("x",)), "stop: wanted an engine with a tokenizer"),
-        (Request([1], 5, Sampling(logit_bias=((97, 1.0),))), "logit_bias: wanted ids in"),
+        (Request([], 5), "prompt: expected at least one token, got none"),
+        (Request([1, 97], 5), r"prompt: expected ids in \[0, 97\), got 97"),
+        (Request([-1], 5), r"prompt: expected ids in \[0, 97\), got -1"),
+        (Request([1], 0), "max_new_tokens: expected at least 1, got 0"),
+        (Request([1] * 512, 5), "prompt: expected fewer than the 512 tokens"),
+        (Request([1] * 250, 100), "expected at most the cache's 256 tokens in all, got 250 . 100"),
+        (Request([1], 5, logprobs=-1), r"logprobs: expected 0 to 97 or None, got -1"),
+        (Request([1], 5, seed=2**70), "seed: expected an integer"),
+        (Request([1], 5, seed=-1), "seed: expected an integer"),
+        (Request([1], 5, stop=("x",)), "stop: expected an engine with a tokenizer"),
+        (Request([1], 5, Sampling(logit_bias=((97, 1.0),))), "logit_bias: expected ids in"),
     ):
         with pytest.raises(InputError, match=message):
             engine.submit(request, lambda piece: None)
     assert engine.generate([Request([1], 5)])[0].finish_reason == "length"
-    with pytest.raises(InputError, match="max_model_len: wanted 2 to the model's 512, got 0"):
+    with pytest.raises(InputError, match="max_model_len: expected 2 to the model's 512, got 0"):
         Engine(model_of(), max_model_len=0)
-    with pytest.raises(InputError, match="kv_cache_dtype: wanted float32"):
+    with pytest.raises(InputError, match="kv_cache_dtype: expected float32"):
         Engine(model_of(), kv_cache_dtype=torch.int16)
     for dtype in (torch.float16, torch.int8):
         with (
             fastlm.use_backend("reference"),
             pytest.raises(
-                InputError, match=r"kv_cache_dtype: wanted None or torch\.float32 for a model"
+                InputError, match=r"kv_cache_dtype: expected None or torch\.float32 for a model"
             ),
         ):
             Engine(model_of(), kv_cache_dtype=dtype)
     with (
         fastlm.use_backend("reference"),
-        pytest.raises(InputError, match="prompt_rows: wanted None or False"),
+        pytest.raises(InputError, match="prompt_rows: expected None or False"),
     ):
         Engine(model_of(), prompt_rows=True)
-    with pytest.raises(InputError, match="max_num_seqs: wanted at least 1, got 0"):
+    with pytest.raises(InputError, match="max_num_seqs: expected at least 1, got 0"):
         Engine(model_of(), max_num_seqs=0)
 
 

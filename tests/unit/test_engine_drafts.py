@@ -71,17 +71,17 @@ def test_a_draft_model_changes_no_bit(format, prompt_rows):
     if format:
         model, draft = (fastlm.quantize(m, format, group_size=24) for m in (model, draft))
     requests = requests_of((3, 60, 61, 90, 140, 20))
-    wanted = alone(model, requests, prompt_rows=prompt_rows)
+    expected = alone(model, requests, prompt_rows=prompt_rows)
     for options in (
         {},
         {"num_blocks": 5},
         {"max_num_batched_tokens": 9, "num_speculative_tokens": 30},
     ):
         engine = Engine(model, draft_model=draft, prompt_rows=prompt_rows, **options)
-        assert [told(r) for r in engine.generate(requests)] == wanted
+        assert [told(r) for r in engine.generate(requests)] == expected
         stats = engine.stats()
         assert 0 < stats.accepted_tokens < stats.drafted_tokens  # how many differs by machine
-        assert stats.new_tokens == sum(len(tokens) for tokens, _ in wanted)
+        assert stats.new_tokens == sum(len(tokens) for tokens, _ in expected)
         assert ("num_blocks" in options) == (stats.preemptions > 0)
         assert stats.draft_failures == 0
         nothing_is_kept(engine)
@@ -92,7 +92,7 @@ def test_requests_that_come_and_go():
     model = model_of()
     draw = random.Random(1)
     requests = requests_of([draw.randrange(1, 150) for _ in range(12)], new=40)
-    wanted = alone(model, requests)
+    expected = alone(model, requests)
     engine = Engine(
         model, draft_model=model, prompt_rows=True, num_blocks=15, num_speculative_tokens=3
     )
@@ -108,7 +108,7 @@ def test_requests_that_come_and_go():
         if engine.scheduler.running and draw.random() < 0.05:
             engine.scheduler.postpone(draw.choice(engine.scheduler.running))
         engine.step()
-    for i, (answer, (tokens, logprobs)) in enumerate(zip(got, wanted, strict=True)):
+    for i, (answer, (tokens, logprobs)) in enumerate(zip(got, expected, strict=True)):
         ours = told(answer.completion)
         if i in cancelled:
             assert answer.completion.finish_reason == "cancelled"
@@ -282,15 +282,15 @@ def test_stop_strings_and_grammars():
         Request([50, 51], 40, seed=4, constraint=Even, logprobs=1, ignore_eos=True),
     ]
     engine = Engine(model, tokenizer, draft_model=model, prompt_rows=True)
-    wanted, ours = plain.generate(requests), engine.generate(requests)
-    assert [(told(r), r.text) for r in ours] == [(told(r), r.text) for r in wanted]
+    expected, ours = plain.generate(requests), engine.generate(requests)
+    assert [(told(r), r.text) for r in ours] == [(told(r), r.text) for r in expected]
     assert [r.finish_reason for r in ours] == ["stop", "length"]
     stopped, even = (
         Engine(model, tokenizer, draft_model=model, prompt_rows=True) for _ in requests
     )
     stopped.generate(requests[:1])
     even.generate(requests[1:])
-    stats, count = stopped.stats(), len(wanted[0].token_ids)
+    stats, count = stopped.stats(), len(expected[0].token_ids)
     # the model guesses for itself: wrong are only guesses behind the stop, of the last step's four
     assert stats.steps == 1 + math.ceil((count - 1) / 5)
     assert count > 6 and stats.drafted_tokens - stats.accepted_tokens < 4
@@ -309,19 +309,19 @@ def test_refusals():
         assert "\n" not in str(error.value)
 
     other = model_of(vocab_size=98)
-    refused("draft_model: wanted the model's vocabulary of 97 tokens, got 98", draft_model=other)
+    refused("draft_model: expected the model's vocabulary of 97 tokens, got 98", draft_model=other)
     refused(
-        "num_speculative_tokens: wanted at least 1 with a draft",
+        "num_speculative_tokens: expected at least 1 with a draft",
         draft_model=model,
         num_speculative_tokens=0,
     )
-    refused("num_speculative_tokens: wanted at least 0, got -1", num_speculative_tokens=-1)
+    refused("num_speculative_tokens: expected at least 0, got -1", num_speculative_tokens=-1)
     by_length = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
     refused("draft_model: .* length of the context", draft_model=model_of(rope_scaling=by_length))
     hooked = model_of()
     hooked.model.norm.register_forward_hook(lambda *rest: None)
     refused("draft_model: .* rows of steps, got: .*has hooks", draft_model=hooked)
-    refused("draft_model: wanted None .*has hooks.*, got llama", model=hooked, draft_model=model)
+    refused("draft_model: expected None .*has hooks.*, got llama", model=hooked, draft_model=model)
 
 
 def test_a_padded_model_guesses_ids_of_the_tokenizer():

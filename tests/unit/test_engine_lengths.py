@@ -46,7 +46,7 @@ def test_longrope_turns_by_the_longest_context(engine_of):
     engine = engine_of(model, max_model_len=80)
     assert answers(engine, (5, 60), 20) == short
     assert answers(engine_of(model), (5, 60), 20) != short
-    with pytest.raises(InputError, match="prompt: wanted fewer than the 80 tokens"):
+    with pytest.raises(InputError, match="prompt: expected fewer than the 80 tokens"):
         engine.submit(Request([1] * 80, 1), lambda piece: None)
 
 
@@ -70,5 +70,5 @@ def test_dynamic_turns_by_the_longest_context(engine_of, monkeypatch):
     monkeypatch.setattr(rotary, "frequencies", lambda *a: made.append(a) or frequencies(*a))
     assert answers(engine, (7, 49), 15) == by_definition(plain, (7, 49), 15)
     assert not [a for a in made if a[0]["rope_type"] == "dynamic"]  # tables are kept
-    with pytest.raises(InputError, match="max_model_len: wanted 2 to the model's 80, got 81"):
+    with pytest.raises(InputError, match="max_model_len: expected 2 to the model's 80, got 81"):
         engine_of(plain, max_model_len=81)

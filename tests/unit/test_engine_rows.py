@@ -80,7 +80,7 @@ def test_guesses_of_a_request_that_is_preempted_are_forgotten():
     options = {"prompt_rows": True, "num_speculative_tokens": 2}
     request = Request([1, 2, 3], 80, ELEVENS, seed=1, logprobs=0, ignore_eos=True)
     later = Request([1, 2, 3] + [11] * 70, 2, logprobs=0, seed=1)
-    alone, wanted = (told(Engine(model, **options).generate([r])[0]) for r in (request, later))
+    alone, expected = (told(Engine(model, **options).generate([r])[0]) for r in (request, later))
     for at in (20, 62, 63, 64):
         engine, got = Engine(model, **options), Collected()
         engine.submit(request, got)
@@ -92,7 +92,7 @@ def test_guesses_of_a_request_that_is_preempted_are_forgotten():
         while engine.step():
             pass
         assert told(got.completion) == alone
-        assert told(engine.generate([later])[0]) == wanted
+        assert told(engine.generate([later])[0]) == expected
 
 
 def test_a_prompt_whose_pages_were_all_found_is_no_source_of_another():

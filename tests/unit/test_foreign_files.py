@@ -103,7 +103,7 @@ def test_a_long_sentencepiece_token_is_refused(tmp_path):
     llama_gguf(tmp_path / "m.gguf", {
         "tokenizer__ggml__tokens": [*(str(i) for i in range(262)), "x" * 600_000],
     })  # fmt: skip
-    with pytest.raises(InputError, match="wanted at most 512 characters each, got 600000"):
+    with pytest.raises(InputError, match="expected at most 512 characters each, got 600000"):
         Tokenizer.load(tmp_path / "m.gguf")
     assert time.process_time() - began < 5
 
@@ -171,7 +171,7 @@ def test_an_id_of_two_to_the_31(model, tmp_path, where):
         content["added_tokens"][0]["id"] = 2**31
         content["model"]["vocab"]["<|endoftext|>"] = 2**31
     file.write_text(json.dumps(content))
-    with pytest.raises(InputError, match="wanted ids below 16,777,216, got one of 2,147,483,648"):
+    with pytest.raises(InputError, match="expected ids below 16,777,216, got one of 2,147,483,648"):
         Tokenizer.load(file)
 
 
@@ -184,7 +184,7 @@ def test_a_tokenizer_that_fails_when_it_encodes(model, tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     tokenizer = Tokenizer.load(tmp_path)
     for call in (lambda: tokenizer.encode("tt"), lambda: tokenizer.encode_batch(["tt"])):
-        with pytest.raises(InputError, match="tokenizer: wanted a consistent one"):
+        with pytest.raises(InputError, match="tokenizer: expected a consistent one"):
             call()
 
 

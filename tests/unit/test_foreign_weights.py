@@ -113,8 +113,8 @@ def test_modelopts_own_file(tmp_path):
     assert not (tmp_path / "m/hf_quant_config.json").exists()  # no longer true
     load_state(tmp_path / "m")
     for told, text in [
-        ({**NVFP4, "quant_algo": "FP8"}, "quant_algo: wanted NVFP4 for modelopt, got 'FP8'"),
-        (None, "hf_quant_config.json: quantization: wanted an object, got None"),
+        ({**NVFP4, "quant_algo": "FP8"}, "quant_algo: expected NVFP4 for modelopt, got 'FP8'"),
+        (None, "hf_quant_config.json: quantization: expected an object, got None"),
     ]:
         write_modelopt(tmp_path / "bad", told)
         with pytest.raises(InputError, match=text):
@@ -203,9 +203,9 @@ def test_the_model_computes_with_them(case, tmp_path):
     dense.load_state_dict({name: torch.from_numpy(w).float() for name, w in want.items()})
     ids = torch.arange(24)[None] % 96
     with torch.no_grad():
-        came, wanted = model(ids).logits, dense(ids).logits
+        came, expected = model(ids).logits, dense(ids).logits
     tolerance = 0.03 if case == "int8" else 1e-5  # int8: activations are rounded
-    assert (came - wanted).norm() <= tolerance * wanted.norm()
+    assert (came - expected).norm() <= tolerance * expected.norm()
     model.save_pretrained(tmp_path / "again")
     again = CausalLM.from_pretrained(tmp_path / "again")
     with torch.no_grad():
@@ -226,16 +226,16 @@ def broken(tmp_path, entry, pack, change, **options):
 @pytest.mark.parametrize(
     ("case", "part", "change", "message"),
     [
-        ("gptq-v1", "qzeros", lambda t: None, "wanted a tensor .*qzeros, got none"),
-        ("gptq-v1", "qzeros", lambda t: t[:, :-1], "wanted zero points of 2, 4 or 8 bits"),
-        ("gptq-v1", "scales", lambda t: t.int(), "scales: wanted F16 or BF16 or F32"),
-        ("gptq-v1", "g_idx", lambda t: t + 7, "g_idx: wanted groups from 0 to"),
-        ("gptq-v1", "qweight", lambda t: t[:-1], r"g_idx: wanted I32 \(120\)"),
+        ("gptq-v1", "qzeros", lambda t: None, "expected a tensor .*qzeros, got none"),
+        ("gptq-v1", "qzeros", lambda t: t[:, :-1], "expected zero points of 2, 4 or 8 bits"),
+        ("gptq-v1", "scales", lambda t: t.int(), "scales: expected F16 or BF16 or F32"),
+        ("gptq-v1", "g_idx", lambda t: t + 7, "g_idx: expected groups from 0 to"),
+        ("gptq-v1", "qweight", lambda t: t[:-1], r"g_idx: expected I32 \(120\)"),
         ("gptq-v1", "bias", lambda t: t + 1, "bias"),
-        ("awq", "qweight", lambda t: t[:, :-1], r"scales: wanted .* \(any, \d+\)"),
-        ("pack-4", "weight_shape", lambda t: t * 2, "weight_shape: wanted"),
-        ("pack-4", "weight_shape", lambda t: t - 2**40, "weight_shape: wanted"),
-        ("nvfp4", "weight_scale", lambda t: t[:, :-1], "weight_scale: wanted scales of groups"),
+        ("awq", "qweight", lambda t: t[:, :-1], r"scales: expected .* \(any, \d+\)"),
+        ("pack-4", "weight_shape", lambda t: t * 2, "weight_shape: expected"),
+        ("pack-4", "weight_shape", lambda t: t - 2**40, "weight_shape: expected"),
+        ("nvfp4", "weight_scale", lambda t: t[:, :-1], "weight_scale: expected scales of groups"),
         ("mxfp4", "weight_scale", lambda t: t | 255, "exponents below 255, got 255"),
     ],
 )  # fmt: skip
@@ -253,17 +253,17 @@ def test_tensors_that_do_not_fit(case, part, change, message, tmp_path):
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        (AWQ | {"version": "gemv"}, "version: wanted gemm for AWQ, got 'gemv'"),
-        (PACK | {"format": "float-quantized"}, "format: wanted one of pack-quantized"),
+        (AWQ | {"version": "gemv"}, "version: expected gemm for AWQ, got 'gemv'"),
+        (PACK | {"format": "float-quantized"}, "format: expected one of pack-quantized"),
         (PACK | {"config_groups": 3}, None),
         (PACK | {"transform_config": {}}, None),
         (
             PACK | {"transform_config": {"config_groups": {"R1": {"type": "hadamard"}}}},
-            "transform_config: wanted none .weights without rotations., got some",
+            "transform_config: expected none .weights without rotations., got some",
         ),
-        (GPTQ | {"quant_method": "bitsandbytes"}, "wanted quant_method fastlm, gptq.*'bitsandb"),
-        ({"quant_method": "modelopt", "quant_algo": "FP8"}, "quant_algo: wanted NVFP4"),
-        ("awq", "wanted quant_method fastlm, gptq.* got 'awq'"),
+        (GPTQ | {"quant_method": "bitsandbytes"}, "expected quant_method fastlm, gptq.*'bitsandb"),
+        ({"quant_method": "modelopt", "quant_algo": "FP8"}, "quant_algo: expected NVFP4"),
+        ("awq", "expected quant_method fastlm, gptq.* got 'awq'"),
         (AWQ, "expected tensors of awq"),
         (V1, "expected tensors of gptq"),
     ],

@@ -368,21 +368,21 @@ def test_draws_follow_the_probabilities():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"temperature": -0.1}, "temperature: wanted 0 or at least 1e-6, got -0.1"),
+        ({"temperature": -0.1}, "temperature: expected 0 or at least 1e-6, got -0.1"),
         ({"temperature": float("nan")}, "temperature"),
         ({"temperature": float("inf")}, "temperature"),
-        ({"temperature": "hot"}, "temperature: wanted 0 or at least 1e-6, got 'hot'"),
-        ({"top_k": 0}, "top_k: wanted >= 1 or None, got 0"),
+        ({"temperature": "hot"}, "temperature: expected 0 or at least 1e-6, got 'hot'"),
+        ({"top_k": 0}, "top_k: expected >= 1 or None, got 0"),
         ({"top_k": 2.5}, "top_k"),
         ({"top_k": True}, "top_k"),
-        ({"top_p": 0.0}, "top_p: wanted in "),
+        ({"top_p": 0.0}, "top_p: expected in "),
         ({"top_p": 1.1}, "top_p"),
         ({"min_p": -0.1}, "min_p"),
         ({"min_p": 1.5}, "min_p"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty: wanted > 0, got 0.0"),
-        ({"seed": -1}, "seed: wanted an integer"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty: expected > 0, got 0.0"),
+        ({"seed": -1}, "seed: expected an integer"),
         ({"seed": 1.5}, "seed"),
-        ({"max_new_tokens": -1}, "max_new_tokens: wanted an integer >= 0, got -1"),
+        ({"max_new_tokens": -1}, "max_new_tokens: expected an integer >= 0, got -1"),
         ({"max_new_tokens": 1.5}, "max_new_tokens"),
     ],
 )  # fmt: skip
@@ -399,7 +399,7 @@ def test_the_last_seeds():
     """As floats they are 2^63."""
     for seed in (2**63 - 512, 2**63 - 1):
         assert make_generators(seed, 1)[0].initial_seed() == seed
-    with pytest.raises(InputError, match=r"seed: wanted an integer in \[0, 2\^63\)"):
+    with pytest.raises(InputError, match=r"seed: expected an integer in \[0, 2\^63\)"):
         make_generators(2**63, 1)
 
 
@@ -423,20 +423,24 @@ def test_impossible_prompts():
     model = model_of()
     ids = ids_of(2, 4)
     for prompt, options, message in (
-        (ids + 90, {}, r"input_ids: wanted ids in \[0, 101\)"),
-        ([[1, 101]], {}, r"input_ids: wanted ids in \[0, 101\), got 101"),
+        (ids + 90, {}, r"input_ids: expected ids in \[0, 101\)"),
+        ([[1, 101]], {}, r"input_ids: expected ids in \[0, 101\), got 101"),
         (ids[:, :0], {}, "at least one token"),
         ([[1], []], {}, "at least one token"),
-        (ids[0], {}, r"input_ids: wanted integers \(B, S\), got shape \(4,\)"),
-        (ids.float(), {}, r"input_ids: wanted integers \(B, S\), got torch.float32"),
-        ("hello", {}, r"input_ids: wanted a tensor \(B, S\) .* got a str \(fastlm.Tokenizer enc"),
-        (["hello"], {}, r"input_ids: wanted a tensor \(B, S\) .* got a flat list"),
-        (ids, {"attention_mask": ids[:, :2]}, "attention_mask: wanted"),
+        (ids[0], {}, r"input_ids: expected integers \(B, S\), got shape \(4,\)"),
+        (ids.float(), {}, r"input_ids: expected integers \(B, S\), got torch.float32"),
+        ("hello", {}, r"input_ids: expected a tensor \(B, S\) .* got a str \(fastlm.Tokenizer enc"),
+        (["hello"], {}, r"input_ids: expected a tensor \(B, S\) .* got a flat list"),
+        (ids, {"attention_mask": ids[:, :2]}, "attention_mask: expected"),
         (ids, {"attention_mask": torch.tensor([[1, 1, 1, 0]] * 2)}, "padding on the left"),
         (ids, {"attention_mask": torch.zeros(2, 4)}, "at least one token"),
-        (ids.tolist(), {"attention_mask": ids}, "attention_mask: wanted with a tensor"),
-        ([1, 2], {}, r"input_ids: wanted a tensor \(B, S\) or a list of B lists, got a flat list"),
-        ({"input_ids": ids}, {}, "input_ids: wanted a tensor .* got a flat dict"),
+        (ids.tolist(), {"attention_mask": ids}, "attention_mask: expected with a tensor"),
+        (
+            [1, 2],
+            {},
+            r"input_ids: expected a tensor \(B, S\) or a list of B lists, got a flat list",
+        ),
+        ({"input_ids": ids}, {}, "input_ids: expected a tensor .* got a flat dict"),
     ):
         with pytest.raises(InputError, match=message):
             model.generate(prompt, max_new_tokens=2, **options)
@@ -508,7 +512,7 @@ def test_stop_ids_end_the_text():
     )
     text = "".join(pieces)
     assert text == "abcdefghijkl"[: 2 * free.index(stop)]
-    with pytest.raises(InputError, match="stop: wanted strings of at least one character"):
+    with pytest.raises(InputError, match="stop: expected strings of at least one character"):
         generate_text(model, letters, [1], max_new_tokens=1, stop=["a", ""])
 
 
@@ -585,10 +589,10 @@ def test_rows_that_end_leave_the_others_as_they_are(kind):
                 [prompt], max_new_tokens=4, temperature=0.7, seed=i, return_logprobs=True
             )
             logits = model(torch.tensor([row])).logits[0, len(prompt) - 1 : -1]
-            wanted = (
+            expected = (
                 (logits / 0.7).log_softmax(-1).gather(-1, torch.tensor(row[len(prompt) :])[:, None])
             )
-            assert got == pytest.approx(wanted[:, 0].tolist(), abs=1e-4)
+            assert got == pytest.approx(expected[:, 0].tolist(), abs=1e-4)
 
 
 @pytest.mark.parametrize("vocab", [1, 255, 256, 257, 1000])

@@ -350,7 +350,7 @@ def test_activations_are_rounded_unless_told_otherwise(tmp_path):
     model.save_pretrained(tmp_path / "folder")
     assert bits(tmp_path / "folder")[0] == 8
     assert bits(tmp_path / "folder", act_bits=16)[0] == 16
-    refused = pytest.raises(fastlm.InputError, match="act_bits: wanted 8 or 16, got 4")
+    refused = pytest.raises(fastlm.InputError, match="act_bits: expected 8 or 16, got 4")
     with refused:
         bits(path, act_bits=4)
 
@@ -398,34 +398,34 @@ def text(value: bytes) -> bytes:
 
 
 LYING = {
-    "not gguf": (b"PK\x03\x04" * 20, "wanted a GGUF file"),
+    "not gguf": (b"PK\x03\x04" * 20, "expected a GGUF file"),
     "version": (header(0, 0, version=1), "version 2 or 3, got 1"),
     "big endian": (header(0, 0, version=3 << 24), "version 2 or 3"),
-    "tensors": (header(2**60, 0, bytes(64)), "tensor count: wanted at most"),
-    "metadata": (header(0, 2**60, bytes(64)), "metadata count: wanted at most"),
-    "key": (header(0, 1, struct.pack("<Q", 2**62) + bytes(64)), "cut short: wanted 4611"),
-    "name": (header(0, 1, text(b"a\nb") + bytes(64)), "wanted a printable name"),
-    "long name": (header(0, 1, text(b"a" * 300) + bytes(64)), "wanted a printable name"),
+    "tensors": (header(2**60, 0, bytes(64)), "tensor count: expected at most"),
+    "metadata": (header(0, 2**60, bytes(64)), "metadata count: expected at most"),
+    "key": (header(0, 1, struct.pack("<Q", 2**62) + bytes(64)), "cut short: expected 4611"),
+    "name": (header(0, 1, text(b"a\nb") + bytes(64)), "expected a printable name"),
+    "long name": (header(0, 1, text(b"a" * 300) + bytes(64)), "expected a printable name"),
     "type": (
         header(0, 1, text(b"k") + struct.pack("<I", 99) + bytes(9)),
         "value type from 0 to 12",
     ),
     "array": (
         header(0, 1, text(b"k") + struct.pack("<IIQ", 9, 4, 2**61) + bytes(64)),
-        "k: wanted at most what the file can hold",
+        "k: expected at most what the file can hold",
     ),
     "nested": (
         header(0, 1, text(b"k") + struct.pack("<IIQ", 9, 9, 1) + bytes(64)),
-        "wanted an array of scalars or strings",
+        "expected an array of scalars or strings",
     ),
     "dims": (header(1, 0, text(b"t") + struct.pack("<I", 2**31) + bytes(64)), "1 to 4 dimensions"),
     "size": (
         header(1, 0, text(b"t") + struct.pack("<IQQIQ", 2, 2**40, 2**40, 0, 0) + bytes(64)),
-        "t: wanted bytes",
+        "t: expected bytes",
     ),
     "offset": (
         header(1, 0, text(b"t") + struct.pack("<IQIQ", 1, 4, 0, 2**40) + bytes(64)),
-        "t: wanted bytes",
+        "t: expected bytes",
     ),
     "unaligned": (
         header(1, 0, text(b"t") + struct.pack("<IQIQ", 1, 4, 0, 1) + bytes(64)),
@@ -438,7 +438,7 @@ LYING = {
     ),
     "alignment": (
         header(0, 1, text(b"general.alignment") + struct.pack("<II", 4, 0)),
-        "general.alignment: wanted a power of two",
+        "general.alignment: expected a power of two",
     ),
 }
 
@@ -470,21 +470,21 @@ def rewrite(case: str, path, drop=(), add=None, **metadata):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"block_count": None}, "llama.block_count: wanted one int, got None"),
-        ({"block_count": 2**31 - 1}, "block_count: wanted 1 to 4096, got 2147483647"),
-        ({"block_count": 3}, "wanted a tensor model.layers.2"),
-        ({"attention__head_count": [4, 4]}, "head_count: wanted one int"),
-        ({"attention__head_count": 0}, "num_attention_heads: wanted a positive integer, got 0"),
-        ({"attention__key_length": 15}, "head size: wanted a positive even integer"),
-        ({"feed_forward_length": 128}, r"gate_proj.weight: wanted \(128, 64\) by .* \(96, 64\)"),
-        ({"rope__scaling__type": "su"}, "rope.scaling.type: wanted none"),
-        ({"drop": ["blk.1.ffn_up.weight"]}, "wanted a tensor model.layers.1.mlp.up_proj.weight"),
-        ({"drop": ["token_embd.weight"]}, "wanted a tensor token_embd.weight"),
+        ({"block_count": None}, "llama.block_count: expected one int, got None"),
+        ({"block_count": 2**31 - 1}, "block_count: expected 1 to 4096, got 2147483647"),
+        ({"block_count": 3}, "expected a tensor model.layers.2"),
+        ({"attention__head_count": [4, 4]}, "head_count: expected one int"),
+        ({"attention__head_count": 0}, "num_attention_heads: expected a positive integer, got 0"),
+        ({"attention__key_length": 15}, "head size: expected a positive even integer"),
+        ({"feed_forward_length": 128}, r"gate_proj.weight: expected \(128, 64\) by .* \(96, 64\)"),
+        ({"rope__scaling__type": "su"}, "rope.scaling.type: expected none"),
+        ({"drop": ["blk.1.ffn_up.weight"]}, "expected a tensor model.layers.1.mlp.up_proj.weight"),
+        ({"drop": ["token_embd.weight"]}, "expected a tensor token_embd.weight"),
         (
             {"add": {"blk.0.ffn_gate_exps.weight": np.zeros((2, 2), np.float32)}},
             "got one it lacks",
         ),
-        ({"add": {"rope_freqs.weight": np.full(8, 3, np.float32)}}, "wanted Llama 3's scaling"),
+        ({"add": {"rope_freqs.weight": np.full(8, 3, np.float32)}}, "expected Llama 3's scaling"),
     ],
 )
 def test_models_that_do_not_fit(changes, message, tmp_path):
@@ -505,12 +505,12 @@ def test_end_tokens_of_turns_and_messages(ids, ends, tmp_path):
 
 def test_unknown_architecture(tmp_path):
     path = write_gguf(tmp_path / "m.gguf", {}, "mamba")
-    with pytest.raises(InputError, match=r"wanted one of llama, mistral, qwen2.*got 'mamba'"):
+    with pytest.raises(InputError, match=r"expected one of llama, mistral, qwen2.*got 'mamba'"):
         load_state(path)
 
 
 def test_unsupported_block_format(tmp_path):
     raw = np.zeros((64, 66), np.uint8)
     path = write_gguf(tmp_path / "m.gguf", {"t": (raw, Kind.TQ2_0)})
-    with pytest.raises(InputError, match=r"wanted one of the types F32.*got TQ2_0"):
+    with pytest.raises(InputError, match=r"expected one of the types F32.*got TQ2_0"):
         GGUFFile(path).load("t")

@@ -48,10 +48,10 @@ def gradient(f: Callable[..., Tensor], *tensors: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(f(*leaves).sum(), leaves))
 
 
-def assert_same(actual: Tensor | float, wanted: Tensor | float) -> None:
+def assert_same(actual: Tensor | float, expected: Tensor | float) -> None:
     torch.testing.assert_close(
         torch.as_tensor(actual, dtype=torch.float64),
-        torch.as_tensor(wanted, dtype=torch.float64),
+        torch.as_tensor(expected, dtype=torch.float64),
         rtol=1e-12,
         atol=1e-12,
     )
@@ -239,10 +239,10 @@ def test_only_k2_has_the_gradient_of_the_kl() -> None:
         logits,
         retain_graph=True,
     )  # fmt: skip
-    (wanted,) = torch.autograd.grad(
+    (expected,) = torch.autograd.grad(
         (drawn * losses.kl_penalty(logp, ref, "k3")).sum(), logits, retain_graph=True
     )
-    assert_same(k3_gradient, wanted)
+    assert_same(k3_gradient, expected)
     k3 = (drawn * losses.kl_penalty(logp, ref, "k3")).sum()
     assert_same(loss.detach(), k3.detach())
     assert_same(k3.detach(), (drawn * (logp - ref)).sum().detach())
@@ -259,9 +259,9 @@ def test_gae_is_the_sum_of_discounted_deltas(gamma, lam) -> None:
         v.append(0.0)
         delta = [r[i] + gamma * v[i + 1] - v[i] for i in range(len(r))]
         for i, place in enumerate(places):
-            wanted = sum((gamma * lam) ** (j - i) * delta[j] for j in range(i, len(r)))
-            assert_same(advantages[b, place], wanted)
-            assert_same(returns[b, place], wanted + v[i])
+            expected = sum((gamma * lam) ** (j - i) * delta[j] for j in range(i, len(r)))
+            assert_same(advantages[b, place], expected)
+            assert_same(returns[b, place], expected + v[i])
 
 
 def test_gae_with_lambda_one_is_reward_to_go_minus_value() -> None:
@@ -278,8 +278,8 @@ def test_whiten(shift_mean) -> None:
     kept = x[mask]
     found = losses.whiten(x, mask, shift_mean=shift_mean)
     std = kept.var(unbiased=False).add(1e-8).sqrt()
-    wanted = (kept - kept.mean()) / std + (0 if shift_mean else kept.mean())
-    assert_same(found[mask], wanted)
+    expected = (kept - kept.mean()) / std + (0 if shift_mean else kept.mean())
+    assert_same(found[mask], expected)
     assert (found[~mask] == 0).all()
     assert_same(found[mask].mean(), 0 if shift_mean else kept.mean())
 
@@ -374,8 +374,8 @@ def test_equal_rewards_have_no_advantage(reward, group_size) -> None:
 
 def test_rloo_advantages() -> None:
     rewards = torch.tensor([1.0, 2.0, 6.0, 0.0, 0.0, 3.0], dtype=torch.float64)
-    wanted = [1 - 4, 2 - 3.5, 6 - 1.5, -1.5, -1.5, 3]
-    assert_same(losses.rloo_advantages(rewards, 3), torch.tensor(wanted, dtype=torch.float64))
+    expected = [1 - 4, 2 - 3.5, 6 - 1.5, -1.5, -1.5, 3]
+    assert_same(losses.rloo_advantages(rewards, 3), torch.tensor(expected, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("how", ["token", "sequence", "constant"])
@@ -430,13 +430,13 @@ def test_dpo_loss(kind, by_length) -> None:
         chosen, rejected, ref_chosen, ref_rejected = (float(t[i]) for t in tensors)
         of = [1, 1] if lengths is None else [int(n[i]) for n in lengths]
         h = (chosen - ref_chosen) / of[0] - (rejected - ref_rejected) / of[1]
-        wanted = {
+        expected = {
             "sigmoid": -log_sigmoid(0.3 * h),
             "smoothed": -0.9 * log_sigmoid(0.3 * h) - 0.1 * log_sigmoid(-0.3 * h),
             "ipo": (h - 1 / 0.6) ** 2,
             "hinge": max(0.0, 1 - 0.3 * h),
         }[kind]
-        assert_same(found[i], wanted)
+        assert_same(found[i], expected)
 
 
 def test_dpo_loss_does_not_train_the_reference() -> None:
@@ -474,11 +474,11 @@ def test_plackett_luce_loss() -> None:
     found = losses.plackett_luce_loss(scores.masked_fill(ranks < 0, NAN), ranks)
     for row in range(3):
         order = [int((ranks[row] == k).nonzero()) for k in range(int(ranks[row].max()) + 1)]
-        wanted = 0.0
+        expected = 0.0
         for k, answer in enumerate(order):
             rest = sum(math.exp(float(scores[row, j])) for j in order[k:])
-            wanted -= float(scores[row, answer]) - math.log(rest)
-        assert_same(found[row], wanted)
+            expected -= float(scores[row, answer]) - math.log(rest)
+        assert_same(found[row], expected)
     assert_same(
         losses.plackett_luce_loss(scores[:, :2], torch.tensor([[0, 1], [1, 0], [0, 1]])),
         losses.bradley_terry_loss(scores[[0, 1, 2], [0, 1, 0]], scores[[0, 1, 2], [1, 0, 1]]),
@@ -505,35 +505,35 @@ REFUSED = {
     "kind: expected sigmoid or ipo or hinge, got 'orpo'": lambda: losses.dpo_loss(
         *torch.ones(4, 2), kind="orpo"
     ),
-    "mask: wanted x's shape (2, 3), got (2, 4)": lambda: losses.aggregate(ONES, torch.ones(2, 4)),
-    "rewards[1]: wanted a finite number, got nan": lambda: losses.rloo_advantages(
+    "mask: expected x's shape (2, 3), got (2, 4)": lambda: losses.aggregate(ONES, torch.ones(2, 4)),
+    "rewards[1]: expected a finite number, got nan": lambda: losses.rloo_advantages(
         torch.tensor([1.0, NAN]), 2
     ),
-    "lengths: wanted two tensors of shape (2,), got [(2, 1), (2, 1)]": lambda: losses.dpo_loss(
+    "lengths: expected two tensors of shape (2,), got [(2, 1), (2, 1)]": lambda: losses.dpo_loss(
         *torch.ones(4, 2), lengths=(torch.ones(2, 1), torch.ones(2, 1))
     ),
-    "margin: wanted a number or shape (2,), got (2, 1)": lambda: losses.bradley_terry_loss(
+    "margin: expected a number or shape (2,), got (2, 1)": lambda: losses.bradley_terry_loss(
         *torch.ones(2, 2), margin=torch.ones(2, 1)
     ),
-    "kl: wanted a number or shape (2,), got (2, 1)": lambda: losses.kto_loss(
+    "kl: expected a number or shape (2,), got (2, 1)": lambda: losses.kto_loss(
         *torch.ones(2, 2), torch.ones(2).bool(), torch.ones(2, 1)
     ),
-    "ref_logp: wanted logp's shape (2, 3), got (3,)": lambda: losses.kl_penalty(ONES, ONES[0]),
-    "group_size: wanted at least 2, got 1": lambda: losses.rloo_advantages(torch.ones(4), 1),
-    "rewards: wanted (n * 3,), got shape (4,)": lambda: losses.grpo_advantages(torch.ones(4), 3),
-    "advantages: wanted one per row, (2,), or per token, (2, 3), got shape (2, 2)": lambda: (
+    "ref_logp: expected logp's shape (2, 3), got (3,)": lambda: losses.kl_penalty(ONES, ONES[0]),
+    "group_size: expected at least 2, got 1": lambda: losses.rloo_advantages(torch.ones(4), 1),
+    "rewards: expected (n * 3,), got shape (4,)": lambda: losses.grpo_advantages(torch.ones(4), 3),
+    "advantages: expected one per row, (2,), or per token, (2, 3), got shape (2, 2)": lambda: (
         losses.grpo_loss(ONES, ONES, None, ONES[:, :2], MASK)
     ),
-    "ref_logp: wanted log-probabilities with beta=0.1, got None": lambda: losses.grpo_loss(
+    "ref_logp: expected log-probabilities with beta=0.1, got None": lambda: losses.grpo_loss(
         ONES, ONES, None, ONES[:, 0], MASK, beta=0.1
     ),
-    "desirable: wanted bool of shape (2,), got torch.float32 of (2,)": lambda: losses.kto_loss(
+    "desirable: expected bool of shape (2,), got torch.float32 of (2,)": lambda: losses.kto_loss(
         *torch.ones(3, 2), 0.0
     ),
-    "ranks: row 1: wanted 0 to k - 1 once each (-1: no answer), got [0, 0]": (
+    "ranks: row 1: expected 0 to k - 1 once each (-1: no answer), got [0, 0]": (
         lambda: losses.plackett_luce_loss(torch.ones(2, 2), torch.tensor([[0, 1], [0, 0]]))
     ),
-    "ranks: wanted integers of shape (2, 2), got torch.float32 of (2, 2)": (
+    "ranks: expected integers of shape (2, 2), got torch.float32 of (2, 2)": (
         lambda: losses.plackett_luce_loss(torch.ones(2, 2), torch.ones(2, 2))
     ),
 }

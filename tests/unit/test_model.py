@@ -75,9 +75,9 @@ def test_logits_loss_and_gradients(case):
     assert out.logits is None and out.loss.dtype == torch.float32
     out.loss.backward()
     assert_same(out.loss, expected, torch.float32, "loss")
-    wanted = dict(theirs.named_parameters())
+    expected = dict(theirs.named_parameters())
     for name, p in ours.named_parameters():
-        assert_same(p.grad, wanted[name].grad, torch.float32, f"gradient of {name}")
+        assert_same(p.grad, expected[name].grad, torch.float32, f"gradient of {name}")
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -151,23 +151,23 @@ def test_logprobs():
     with use_backend("reference"):
         logits = model(ids).logits
         for temperature in (1.0, 0.7):
-            wanted = (logits / temperature).log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])
+            expected = (logits / temperature).log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])
             labels = F.pad(ids[:, 1:], (0, 1), value=-100)
             got = model.logprobs(ids, labels, temperature=temperature)
-            torch.testing.assert_close(got[:, :-1], wanted[..., 0])
+            torch.testing.assert_close(got[:, :-1], expected[..., 0])
             assert (got[:, -1] == 0).all()
             again, entropy = model.logprobs(
                 ids, labels, temperature=temperature, return_entropy=True
             )
             assert torch.equal(again, got) and (entropy[:, -1] == 0).all()
-            wanted = torch.distributions.Categorical(logits=logits / temperature).entropy()
-            torch.testing.assert_close(entropy[:, :-1], wanted[:, :-1])
+            expected = torch.distributions.Categorical(logits=logits / temperature).entropy()
+            torch.testing.assert_close(entropy[:, :-1], expected[:, :-1])
         packed, cu_seqlens = ids.view(1, -1), torch.tensor([0, 20, 40], dtype=torch.int32)
         together = model.logprobs(
             packed, labels.view(1, -1), cu_seqlens=cu_seqlens, temperature=0.7
         )
         torch.testing.assert_close(together.view_as(got), got)
-    with pytest.raises(InputError, match=r"shift_labels: wanted integers \(2, 20\) as input_ids"):
+    with pytest.raises(InputError, match=r"shift_labels: expected integers \(2, 20\) as input_ids"):
         model.logprobs(ids, labels[:, 1:])
 
 
@@ -248,37 +248,37 @@ def small(**changes):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"model_type": "gpt2"}, "model_type: wanted one of llama, mistral"),
-        ({"hidden_size": 62, "head_dim": None}, "hidden_size: wanted a multiple of num_attention"),
-        ({"num_key_value_heads": 4}, "num_key_value_heads: wanted a divisor"),
-        ({"hidden_size": -60}, "hidden_size: wanted a positive integer, got -60"),
-        ({"num_hidden_layers": 0}, "num_hidden_layers: wanted a positive integer"),
-        ({"num_hidden_layers": 2**31 - 1}, "num_hidden_layers: wanted at most 4096"),
-        ({"hidden_act": ["silu"]}, "hidden_act: wanted one of silu"),
-        ({"rope_parameters": {"rope_type": [1], "rope_theta": 1e4}}, "rope_type: wanted one of"),
-        ({"vocab_size": 97.5}, "vocab_size: wanted a positive integer"),
+        ({"model_type": "gpt2"}, "model_type: expected one of llama, mistral"),
+        ({"hidden_size": 62, "head_dim": None}, "hidden_size: expected a multiple of num_"),
+        ({"num_key_value_heads": 4}, "num_key_value_heads: expected a divisor"),
+        ({"hidden_size": -60}, "hidden_size: expected a positive integer, got -60"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers: expected a positive integer"),
+        ({"num_hidden_layers": 2**31 - 1}, "num_hidden_layers: expected at most 4096"),
+        ({"hidden_act": ["silu"]}, "hidden_act: expected one of silu"),
+        ({"rope_parameters": {"rope_type": [1], "rope_theta": 1e4}}, "rope_type: expected one of"),
+        ({"vocab_size": 97.5}, "vocab_size: expected a positive integer"),
         ({"intermediate_size": 2**40}, "intermediate_size"),
         ({"head_dim": 23}, "even number of turned features"),
-        ({"hidden_act": "relu6"}, "hidden_act: wanted one of silu"),
-        ({"rms_norm_eps": 0.0}, "rms_norm_eps: wanted a positive number"),
+        ({"hidden_act": "relu6"}, "hidden_act: expected one of silu"),
+        ({"rms_norm_eps": 0.0}, "rms_norm_eps: expected a positive number"),
         ({"sliding_window": 8}, "sliding_window: llama has none"),
-        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window: wanted a positive"),
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window: expected a positive"),
         ({"model_type": "mistral", "attention_bias": True}, "attention_bias: mistral has none"),
         (
             {"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}},
-            "rope_type: wanted one of",
+            "rope_type: expected one of",
         ),
-        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "factor: wanted for"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "factor: expected for"),
         (
             {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": -1}},
-            "factor: wanted a positive number",
+            "factor: expected a positive number",
         ),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1.0}}, "rope_theta"),
         (
             {"rope_parameters": {**LONG, "rope_theta": 1e4, "original_max_position_embeddings": 8}},
             "long_factor",
         ),
-        ({"layer_types": ["full_attention"]}, "layer_types: wanted a list of num_hidden_layers"),
+        ({"layer_types": ["full_attention"]}, "layer_types: expected a list of num_hidden_layers"),
         ({"attention_dropout": 1.0}, "attention_dropout"),
         ({"eos_token_id": "</s>"}, "eos_token_id"),
     ],
@@ -292,13 +292,13 @@ def test_impossible_config_files():
     good = hf_config("llama").to_dict()
     for changes, message in (
         ({"model_type": "bert"}, "model_type"),
-        ({"model_type": ["llama"]}, "model_type: wanted one of"),
+        ({"model_type": ["llama"]}, "model_type: expected one of"),
         (
             {"model_type": "smollm3", "no_rope_layer_interval": 2, "num_hidden_layers": "x"},
-            "num_hidden_layers: wanted a positive integer, got 'x'",
+            "num_hidden_layers: expected a positive integer, got 'x'",
         ),
-        ({"vocab_size": None}, "vocab_size: wanted in the config, got none"),
-        ({"rope_parameters": [1]}, "rope_parameters: wanted a dict"),
+        ({"vocab_size": None}, "vocab_size: expected in the config, got none"),
+        ({"rope_parameters": [1]}, "rope_parameters: expected a dict"),
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping: llama has none"),
     ):
@@ -326,18 +326,18 @@ def test_impossible_calls():
     _, model = pair("llama")
     ids = ids_of()
     for call, message in (
-        (lambda: CausalLM(LlamaConfig()), "config: wanted a fastlm.ModelConfig, got LlamaConfig"),
-        (lambda: model(ids.tolist()), r"input_ids: wanted a tensor \(B, S\), got list"),
-        (lambda: model(ids[0]), r"input_ids: wanted integers \(B, S\)"),
-        (lambda: model(ids.float()), "input_ids: wanted integers"),
-        (lambda: model(ids + 90), r"input_ids: wanted ids in \[0, 97\)"),
-        (lambda: model(ids - 97), r"input_ids: wanted ids in \[0, 97\)"),
-        (lambda: model(ids, labels=ids[:, 1:]), r"labels: wanted integers \(2, 20\)"),
-        (lambda: model(ids, labels=ids.float()), "labels: wanted integers"),
+        (lambda: CausalLM(LlamaConfig()), "config: expected a fastlm.ModelConfig, got LlamaConfig"),
+        (lambda: model(ids.tolist()), r"input_ids: expected a tensor \(B, S\), got list"),
+        (lambda: model(ids[0]), r"input_ids: expected integers \(B, S\)"),
+        (lambda: model(ids.float()), "input_ids: expected integers"),
+        (lambda: model(ids + 90), r"input_ids: expected ids in \[0, 97\)"),
+        (lambda: model(ids - 97), r"input_ids: expected ids in \[0, 97\)"),
+        (lambda: model(ids, labels=ids[:, 1:]), r"labels: expected integers \(2, 20\)"),
+        (lambda: model(ids, labels=ids.float()), "labels: expected integers"),
         (lambda: model(ids, labels=ids, shift_labels=ids), "got both"),
         (lambda: model(ids, labels=ids + 90), "target"),
         (lambda: model(ids_of(1, 65)), "at most max_position_embeddings 64 tokens, got 65"),
-        (lambda: model(ids, attention_mask=ids[:, :3]), "attention_mask: wanted"),
+        (lambda: model(ids, attention_mask=ids[:, :3]), "attention_mask: expected"),
     ):
         with pytest.raises(InputError, match=message):
             call()

@@ -111,7 +111,7 @@ LABELS = {
 }
 
 WANTED = (
-    "wanted an object with chosen and rejected, prompt with answers and ranks or scores, prompt"
+    "expected an object with chosen and rejected, prompt with answers and ranks or scores, prompt"
     " with completion and label, or prompt with answer and corrected, got "
 )
 REFUSED = {
@@ -119,81 +119,81 @@ REFUSED = {
     WANTED + "'prompt', 'chosen'": {"prompt": "2+2?", "chosen": "4", "rejected": None},
     WANTED + "'prompt', 'answers'": LIST,
     WANTED + "'label'": {"label": True},
-    "wanted a prompt beside chosen and rejected, got 'chosen', 'rejected'": {
+    "expected a prompt beside chosen and rejected, got 'chosen', 'rejected'": {
         "chosen": "4 is right", "rejected": "4 is wrong",
     },
-    "chosen: wanted text from the assistant, got an empty message": {**TEXTS, "chosen": " \n"},
-    "rejected: wanted an answer, got no message": {**TEXTS, "rejected": []},
-    "prompt: wanted text from the user, got an empty message": {**TEXTS, "prompt": ""},
-    "chosen: wanted text, got int": {**TEXTS, "chosen": 4},
-    "chosen: wanted user after system, got assistant":
+    "chosen: expected text from the assistant, got an empty message": {**TEXTS, "chosen": " \n"},
+    "rejected: expected an answer, got no message": {**TEXTS, "rejected": []},
+    "prompt: expected text from the user, got an empty message": {**TEXTS, "prompt": ""},
+    "chosen: expected text, got int": {**TEXTS, "chosen": 4},
+    "chosen: expected user after system, got assistant":
         {**TEXTS, "prompt": [SYSTEM]},
-    "prompt[1]: wanted assistant after user, got user": {**TEXTS, "prompt": [USER, USER]},
-    "chosen: wanted user or tool after assistant, got assistant": {
+    "prompt[1]: expected assistant after user, got user": {**TEXTS, "prompt": [USER, USER]},
+    "chosen: expected user or tool after assistant, got assistant": {
         **TEXTS, "prompt": [USER, GOOD],
     },
-    "wanted an answer at the end, got tool": {**TEXTS, "prompt": [USER], "chosen": CALLED},
-    "wanted different answers, chosen and rejected are equal": {**TEXTS, "rejected": "4"},
-    "chosen: wanted an answer that differs from the others, got none": {
+    "expected an answer at the end, got tool": {**TEXTS, "prompt": [USER], "chosen": CALLED},
+    "expected different answers, chosen and rejected are equal": {**TEXTS, "rejected": "4"},
+    "chosen: expected an answer that differs from the others, got none": {
         "chosen": [USER, GOOD], "rejected": [USER, GOOD],
     },
-    "rejected: wanted an answer that differs from the others, got none": {
+    "rejected: expected an answer that differs from the others, got none": {
         "chosen": [USER, *CALLED, GOOD], "rejected": [USER, CALLED[0]],
     },
-    "chosen[0]: wanted one prompt for all answers, got a user's message after they differ": {
+    "chosen[0]: expected one prompt for all answers, got a user's message after they differ": {
         "chosen": [USER, GOOD], "rejected": [user("3+3?"), BAD],
     },
-    "chosen[2]: wanted one prompt for all answers, got a user's message after they differ": {
+    "chosen[2]: expected one prompt for all answers, got a user's message after they differ": {
         "chosen": [USER, GOOD, USER, GOOD], "rejected": [USER, BAD, USER, GOOD],
     },
-    "prompt: wanted the beginning of chosen and rejected, got another one": {
+    "prompt: expected the beginning of chosen and rejected, got another one": {
         "prompt": "3+3?", "chosen": [USER, GOOD], "rejected": [USER, BAD],
     },
-    "chosen: wanted an answer by the assistant, got a conversation": {
+    "chosen: expected an answer by the assistant, got a conversation": {
         **TEXTS, "chosen": [USER, GOOD],
     },
-    "system: wanted none beside prompt[0], got two system messages": {
+    "system: expected none beside prompt[0], got two system messages": {
         **TEXTS, "system": "x", "prompt": [SYSTEM, USER],
     },
-    "margin: wanted a number >= 0, got -1.0": {**TEXTS, "margin": -1},
-    "margin: wanted a finite number, got nan": {**TEXTS, "margin": float("nan")},
-    "margin: wanted a finite number, got '1'": {**TEXTS, "margin": "1"},
-    "margin: wanted a finite number, got 1" + "0" * 59: {**TEXTS, "margin": 10**400},
-    "score_chosen: wanted at least score_rejected 2.0, got 1.0": {
+    "margin: expected a number >= 0, got -1.0": {**TEXTS, "margin": -1},
+    "margin: expected a finite number, got nan": {**TEXTS, "margin": float("nan")},
+    "margin: expected a finite number, got '1'": {**TEXTS, "margin": "1"},
+    "margin: expected a finite number, got 1" + "0" * 59: {**TEXTS, "margin": 10**400},
+    "score_chosen: expected at least score_rejected 2.0, got 1.0": {
         **TEXTS, "score_chosen": 1, "score_rejected": 2,
     },
-    "ranks[1]: wanted a whole number from 0 to 2, got 0.5": {**LIST, "ranks": [0, 0.5, 1]},
-    "ranks[1]: wanted a whole number from 0 to 2, got True": {**LIST, "ranks": [0, True, 2]},
-    "ranks[2]: wanted a whole number from 0 to 2, got 3": {**LIST, "ranks": [1, 2, 3]},
-    "ranks[0]: wanted a whole number from 0 to 2, got -1": {**LIST, "ranks": [-1, 0, 1]},
-    "ranks: wanted 0 for the best answer, got 1 as the lowest": {**LIST, "ranks": [1, 2, 2]},
-    "ranks: wanted one for each of 3 answers, got 2": {**LIST, "ranks": [0, 1]},
-    "scores: wanted one for each of 3 answers, got int": {**LIST, "scores": 7},
-    "ranks: wanted a better and a worse answer, all are tied": {**LIST, "ranks": [0, 0, 0]},
-    "scores[1]: wanted a finite number, got inf": {**LIST, "scores": [0, float("inf"), 1]},
-    "scores: wanted the order of the ranks, got 5.0 at rank 1 and 4.0 at rank 0":
+    "ranks[1]: expected a whole number from 0 to 2, got 0.5": {**LIST, "ranks": [0, 0.5, 1]},
+    "ranks[1]: expected a whole number from 0 to 2, got True": {**LIST, "ranks": [0, True, 2]},
+    "ranks[2]: expected a whole number from 0 to 2, got 3": {**LIST, "ranks": [1, 2, 3]},
+    "ranks[0]: expected a whole number from 0 to 2, got -1": {**LIST, "ranks": [-1, 0, 1]},
+    "ranks: expected 0 for the best answer, got 1 as the lowest": {**LIST, "ranks": [1, 2, 2]},
+    "ranks: expected one for each of 3 answers, got 2": {**LIST, "ranks": [0, 1]},
+    "scores: expected one for each of 3 answers, got int": {**LIST, "scores": 7},
+    "ranks: expected a better and a worse answer, all are tied": {**LIST, "ranks": [0, 0, 0]},
+    "scores[1]: expected a finite number, got inf": {**LIST, "scores": [0, float("inf"), 1]},
+    "scores: expected the order of the ranks, got 5.0 at rank 1 and 4.0 at rank 0":
         {**LIST, "ranks": [0, 1, 2], "scores": [4, 5, 3]},
-    "wanted different answers, answers 0 and 2 are equal": {
+    "expected different answers, answers 0 and 2 are equal": {
         "prompt": "2+2?", "answers": ["4", "5", "4"], "ranks": [0, 1, 2],
     },
-    "answers: wanted a list of two or more answers, got 1": {
+    "answers: expected a list of two or more answers, got 1": {
         "prompt": "2+2?", "answers": ["4"], "ranks": [0],
     },
-    "answers[1]: wanted text from the assistant, got an empty message": {
+    "answers[1]: expected text from the assistant, got an empty message": {
         "prompt": "2+2?", "answers": ["4", ""], "ranks": [0, 1],
     },
-    "wanted different answers, corrected and answer are equal": {
+    "expected different answers, corrected and answer are equal": {
         "prompt": "2+2?", "answer": "4", "corrected": "4",
     },
-    "label: wanted true or false, got 1": {"prompt": "2+2?", "completion": "4", "label": 1},
-    "completion: wanted text from the assistant, got an empty message": {
+    "label: expected true or false, got 1": {"prompt": "2+2?", "completion": "4", "label": 1},
+    "completion: expected text from the assistant, got an empty message": {
         "prompt": "2+2?", "completion": "", "label": False,
     },
-    "wanted an answer at the end, got user": {"messages": [USER], "label": True},
-    "input: wanted an object with messages, got '2+2?'": {
+    "expected an answer at the end, got user": {"messages": [USER], "label": True},
+    "input: expected an object with messages, got '2+2?'": {
         "input": "2+2?", "preferred_output": [GOOD], "non_preferred_output": [BAD],
     },
-    "rejected: wanted valid Unicode, got a lone surrogate at 0": {**TEXTS, "rejected": "\ud800"},
+    "rejected: expected valid Unicode, got a lone surrogate at 0": {**TEXTS, "rejected": "\ud800"},
 }  # fmt: skip
 
 
@@ -290,10 +290,10 @@ def test_prompts() -> None:
         assert prompt_of(row, "here") == Prompt([USER], row, None, "here")
     assert prompt_of({"messages": [USER, GOOD, USER, GOOD]}).messages == [USER, GOOD, USER]
     for row, message in (
-        ({"text": "2+2?"}, "wanted an object with a prompt or messages, got 'text'"),
-        ({"prompt": " "}, "prompt: wanted text from the user, got an empty message"),
-        ({"messages": []}, "the answer: wanted system or user first, got assistant"),
-        ({"messages": [USER, USER]}, "messages[1]: wanted assistant after user, got user"),
+        ({"text": "2+2?"}, "expected an object with a prompt or messages, got 'text'"),
+        ({"prompt": " "}, "prompt: expected text from the user, got an empty message"),
+        ({"messages": []}, "the answer: expected system or user first, got assistant"),
+        ({"messages": [USER, USER]}, "messages[1]: expected assistant after user, got user"),
     ):
         with pytest.raises(InputError) as refusal:
             prompt_of(row)

@@ -122,8 +122,8 @@ def test_importance_moves_the_error_to_what_matters_less():
     )
     assert torch.equal(first.qdata, second.qdata)
     for wrong, message in [
-        (importance[:255], r"importance: wanted shape \(256,\) .* got \(255,\)"),
-        (-importance, "importance: wanted finite values of at least 0"),
+        (importance[:255], r"importance: expected shape \(256,\) .* got \(255,\)"),
+        (-importance, "importance: expected finite values of at least 0"),
     ]:
         with pytest.raises(InputError, match=message):
             ops.quantize_weight(w, 4, importance=wrong)
@@ -219,37 +219,39 @@ def test_weight_refusals():
     for call, message in [
         (
             lambda: ops.quantize_weight(torch.randn(4), 4),
-            r"w: wanted a float matrix .* got .*\(4,\)",
+            r"w: expected a float matrix .* got .*\(4,\)",
         ),
-        (lambda: ops.quantize_weight(w.int(), 4), r"w: wanted a float matrix .* torch.int32"),
-        (lambda: ops.quantize_weight(w[:, :0], 4), r"w: wanted .* K >= 1"),
-        (lambda: ops.quantize_weight(w, 3), "bits: wanted 4 or 8, got 3"),
+        (lambda: ops.quantize_weight(w.int(), 4), r"w: expected a float matrix .* torch.int32"),
+        (lambda: ops.quantize_weight(w[:, :0], 4), r"w: expected .* K >= 1"),
+        (lambda: ops.quantize_weight(w, 3), "bits: expected 4 or 8, got 3"),
         (lambda: ops.quantize_weight(w, 4, group_size=-2), "group_size: .* got -2"),
         (lambda: ops.quantize_weight(w, 4, group_size=0), "group_size: .* got 0"),
         (lambda: ops.quantize_weight(w, 4, group_size=12), "group_size: .* multiple of 8.* got 12"),
-        (lambda: ops.quantize_weight(w, 4, group_size=1.5), "group_size: wanted an int, got 1.5"),
-        (lambda: ops.quantize_weight(w * float("nan"), 4), "w: wanted finite values"),
-        (lambda: ops.quantize_weight(w, 4, scale_dtype=torch.int8), "scale_dtype: wanted"),
+        (lambda: ops.quantize_weight(w, 4, group_size=1.5), "group_size: expected an int, got 1.5"),
+        (lambda: ops.quantize_weight(w * float("nan"), 4), "w: expected finite values"),
+        (lambda: ops.quantize_weight(w, 4, scale_dtype=torch.int8), "scale_dtype: expected"),
     ]:
         with pytest.raises(InputError, match=message):
             call()
     for symmetric in (True, False):  # int4: 1e7 / 8 exceeds 65504
-        with pytest.raises(InputError, match=r"scale_dtype: wanted .* weights up to 1e\+07"):
+        with pytest.raises(InputError, match=r"scale_dtype: expected .* weights up to 1e\+07"):
             ops.quantize_weight(w.fill_(1e7), 4, symmetric=symmetric, scale_dtype=torch.float16)
-    with pytest.raises(InputError, match=r"scale_dtype: wanted .* up to 1e\+300, got torch.bfloat"):
+    with pytest.raises(
+        InputError, match=r"scale_dtype: expected .* up to 1e\+300, got torch.bfloat"
+    ):
         ops.quantize_weight(torch.full((2, 8), 1e300, dtype=torch.float64), 8)
-    with pytest.raises(InputError, match=r"shape: wanted \(N, K\), K >= 1, got \(4, 0\)"):
+    with pytest.raises(InputError, match=r"shape: expected \(N, K\), K >= 1, got \(4, 0\)"):
         QuantizedWeight(torch.empty(4, 0, dtype=torch.int8), torch.empty(4, 0), None, 8, -1, (4, 0))
     q = ops.quantize_weight(torch.randn(4, 32), 8, group_size=16)
     for changed, message in [
-        ({"qdata": q.qdata[:, :31]}, r"qdata: wanted torch.int8 \(4, 32\)"),
-        ({"qdata": q.qdata.int()}, "qdata: wanted torch.int8"),
-        ({"scales": q.scales[:, :1]}, r"scales: wanted .* \(4, 2\) for groups of 16"),
-        ({"scales": q.scales.double()}, "scales: wanted float32, bfloat16 or float16"),
-        ({"zeros": q.scales[:3]}, "zeros: wanted"),
-        ({"zeros": q.scales.half()}, "zeros: wanted torch.bfloat16 as scales"),
-        ({"bits": 5}, "bits: wanted 4 or 8, got 5"),
-        ({"group_size": -3}, "group_size: wanted"),
+        ({"qdata": q.qdata[:, :31]}, r"qdata: expected torch.int8 \(4, 32\)"),
+        ({"qdata": q.qdata.int()}, "qdata: expected torch.int8"),
+        ({"scales": q.scales[:, :1]}, r"scales: expected .* \(4, 2\) for groups of 16"),
+        ({"scales": q.scales.double()}, "scales: expected float32, bfloat16 or float16"),
+        ({"zeros": q.scales[:3]}, "zeros: expected"),
+        ({"zeros": q.scales.half()}, "zeros: expected torch.bfloat16 as scales"),
+        ({"bits": 5}, "bits: expected 4 or 8, got 5"),
+        ({"group_size": -3}, "group_size: expected"),
     ]:
         fields = {f: getattr(q, f) for f in q.__dataclass_fields__} | changed
         with pytest.raises(InputError, match=message):
@@ -307,7 +309,7 @@ def test_embeddings_and_head_as_the_user_chooses():
     model = fastlm.quantize(Small(), "w4a16", embeddings=None, head=None)
     assert model.lm_head.weight is model.embed.weight
     with pytest.raises(
-        InputError, match="lm_head shares its weight with embed: wanted the same bits"
+        InputError, match="lm_head shares its weight with embed: expected the same bits"
     ):
         fastlm.quantize(Small(), "w4a16", embeddings=8)
 
@@ -372,7 +374,7 @@ def test_state_refusals():
     with pytest.raises(InputError, match=r"state: lm_head.qdata is missing"):
         no_head = {n: t for n, t in state.items() if not n.startswith("lm_head")}
         quant.load_quantized(Small(False), no_head, config)
-    with pytest.raises(InputError, match=r"wanted shape .* as the model"):
+    with pytest.raises(InputError, match=r"expected shape .* as the model"):
         quant.load_quantized(Small(False, width=32), state, config)
     with pytest.raises(InputError, match="quant_method 'fastlm', got 'gptq'"):
         quant.load_quantized(Small(False), state, config | {"quant_method": "gptq"})
@@ -383,12 +385,12 @@ def test_state_refusals():
 
 def test_quantize_refusals():
     for options, message in [
-        ({"format": "w3a16"}, "format: wanted one of w4a16, w8a16, w8a8, w4a8, got 'w3a16'"),
-        ({"method": "awq"}, "method: wanted one of rtn, gptq, autoround, got 'awq'"),
+        ({"format": "w3a16"}, "format: expected one of w4a16, w8a16, w8a8, w4a8, got 'w3a16'"),
+        ({"method": "awq"}, "method: expected one of rtn, gptq, autoround, got 'awq'"),
         ({"method": "gptq"}, "calibration: gptq wants token ids"),
-        ({"calibration": [1]}, r"calibration: wanted a fastlm\.CausalLM with it, got Small"),
-        ({"group_size": -5}, "group_size: wanted -1"),
-        ({"embeddings": 3}, "embeddings: wanted 4, 8, 16 or 0"),
+        ({"calibration": [1]}, r"calibration: expected a fastlm\.CausalLM with it, got Small"),
+        ({"group_size": -5}, "group_size: expected -1"),
+        ({"embeddings": 3}, "embeddings: expected 4, 8, 16 or 0"),
     ]:
         model = Small()
         with pytest.raises(InputError, match=message):

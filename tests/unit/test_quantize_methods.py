@@ -138,7 +138,7 @@ IDS = torch.randint(60, (6, 24), generator=torch.Generator().manual_seed(0))
 def test_every_method_keeps_the_model(method, tied):
     model, steps = tiny(tied), []
     with torch.no_grad():
-        wanted = model(IDS).logits
+        expected = model(IDS).logits
     quantized = fastlm.quantize(
         copy.deepcopy(model), "w4a16", group_size=16, method=method, calibration=IDS,
         iterations=4, symmetric=method != "gptq", on_step=steps.append,
@@ -146,7 +146,7 @@ def test_every_method_keeps_the_model(method, tied):
     with torch.no_grad():
         got = quantized(IDS).logits
     # random weights in two layers amplify errors: 0.22 was measured for the symmetric ones
-    assert (got - wanted).square().mean() < 0.4 * wanted.square().mean()
+    assert (got - expected).square().mean() < 0.4 * expected.square().mean()
     names = [name for step in steps for name in step.errors]
     assert len(names) == len(set(names)) == 2 * 7 + 1 + (not tied)
     assert all(0 < e < 0.06 for step in steps for e in step.errors.values())
@@ -247,7 +247,7 @@ def test_learned_rounding_is_no_worse_than_its_start():
             stream, branch = own(hidden, None, call)
         return stream + branch
 
-    wanted = through({})
+    expected = through({})
     names = [n for n, m in layer.named_modules() if isinstance(m, nn.Linear)]
     for symmetric in (True, False):
         starts = {
@@ -256,11 +256,11 @@ def test_learned_rounding_is_no_worse_than_its_start():
             )
             for n in names
         }
-        found = learn_rounding(layer, starts, hidden, wanted, call, iterations=40, seed=0)
-        before = (through(starts) - wanted).square().mean()
-        after = (through(found) - wanted).square().mean()
+        found = learn_rounding(layer, starts, hidden, expected, call, iterations=40, seed=0)
+        before = (through(starts) - expected).square().mean()
+        after = (through(found) - expected).square().mean()
         assert after < 0.9 * before
-        same = learn_rounding(layer, starts, hidden, wanted, call, iterations=40, seed=0)
+        same = learn_rounding(layer, starts, hidden, expected, call, iterations=40, seed=0)
         assert all(torch.equal(found[n].qdata, same[n].qdata) for n in names)
 
 
@@ -280,7 +280,7 @@ def test_gptq_makes_up_for_errors_of_the_head(tied):
     """Only embedding and head are quantized: the logits of the calibration text are nearer."""
     model, errors = tiny(tied, hidden_size=64), {}
     with torch.no_grad():
-        wanted = model(IDS).logits
+        expected = model(IDS).logits
         for method in ("rtn", "gptq"):
             options = {} if tied else {"embeddings": 16}
             got = fastlm.quantize(
@@ -290,21 +290,21 @@ def test_gptq_makes_up_for_errors_of_the_head(tied):
             # of the head alone: the same hidden states
             hidden = model.hidden(IDS)
             logits = hidden @ got.head_matrix(torch.float32).t()
-            errors[method] = (logits - wanted).square().mean()
+            errors[method] = (logits - expected).square().mean()
     assert errors["gptq"] < 0.8 * errors["rtn"]
 
 
 def test_refusals():
     for options, message in [
         ({"method": "gptq"}, r"calibration: gptq wants token ids \(windows, length\), got none"),
-        ({"calibration": [1]}, r"calibration: wanted token ids .* got <class 'list'>"),
-        ({"calibration": IDS + 50}, r"calibration: input_ids: wanted ids in \[0, 60\)"),
+        ({"calibration": [1]}, r"calibration: expected token ids .* got <class 'list'>"),
+        ({"calibration": IDS + 50}, r"calibration: input_ids: expected ids in \[0, 60\)"),
         ({"calibration": IDS.repeat(1, 4)}, "windows of at most the context of 64 tokens, got 96"),
-        ({"iterations": 0}, "iterations: wanted 1 or more, got 0"),
+        ({"iterations": 0}, "iterations: expected 1 or more, got 0"),
     ]:
         with pytest.raises(InputError, match=message):
             fastlm.quantize(tiny(), "w4a16", **options)
-    with pytest.raises(InputError, match=r"wanted a fastlm\.CausalLM with it, got Linear"):
+    with pytest.raises(InputError, match=r"expected a fastlm\.CausalLM with it, got Linear"):
         fastlm.quantize(nn.Linear(8, 8), "w4a16", calibration=IDS)
 
 
@@ -357,12 +357,12 @@ def outliers(**config):
 def test_scaled_features_change_no_output(config):
     model = outliers(**config)
     with torch.no_grad():
-        wanted = model(IDS).logits
+        expected = model(IDS).logits
         layers, powers, changed = scaled(model)
         model.model.layers = layers
         got = model(IDS).logits
     assert any(powers.values())
-    torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
     for name, value in changed.items():
         assert torch.equal(model.model.layers.get_parameter(name), value), name
 
@@ -391,5 +391,5 @@ def test_awq_refusals():
     with pytest.raises(InputError, match="calibration: awq wants token ids"):
         fastlm.quantize(tiny(), "w4a16", awq=True)
     floats = {"*.up_proj": 16, "*.v_proj": 16}
-    with pytest.raises(InputError, match="awq: wanted layers whose inputs come from a norm"):
+    with pytest.raises(InputError, match="awq: expected layers whose inputs come from a norm"):
         fastlm.quantize(tiny(), "w4a16", awq=True, calibration=IDS, overrides=floats)

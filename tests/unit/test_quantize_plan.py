@@ -61,7 +61,10 @@ def test_asymmetric():
     "options, message",
     [
         ({"overrides": {"*.dwn": 8}}, r"a pattern that matches a layer, got '\*.dwn'; .* is down"),
-        ({"overrides": {"embed": "w5a16"}}, r"overrides: embed: wanted one of w4a16.* got 'w5a16'"),
+        (
+            {"overrides": {"embed": "w5a16"}},
+            r"overrides: embed: expected one of w4a16.* got 'w5a16'",
+        ),
         (
             {"group_size": 128, "whole_groups": True},
             r"group_size: whole_groups wants .* got 128 for embed, up_proj, lm_head"
@@ -81,7 +84,7 @@ def test_whole_groups():
     check_whole_groups({"a": 100}, -1)
     with pytest.raises(InputError, match=r"wants .* got 32 for a \(100 wide\); only -1 would"):
         check_whole_groups({"a": 100}, 32)
-    with pytest.raises(InputError, match=r"overrides: wanted PATTERN=FORMAT.*got 'lm_head'"):
+    with pytest.raises(InputError, match=r"overrides: expected PATTERN=FORMAT.*got 'lm_head'"):
         QuantizeOptions(overrides=("lm_head",)).check()
 
 
@@ -120,19 +123,19 @@ EXPORT = "whole_groups = {}\n[[stage]]\nkind = 'export'\nformat = '{}'\n"
         ),
         (
             {"group_size": 64}, "false", "compressed-tensors",
-            r"export.model.layers.0.mlp.down_proj: wanted groups of 32, 64 or 128 .* 160 columns"
+            r"export.model.layers.0.mlp.down_proj: expected groups of 32, 64 or 128 .* 160 columns"
             r" .* got 64: --group-size 32 would do",
         ),
         (
             {"group_size": 16}, "false", "gguf",
-            r"export.model.embed_tokens.weight: wanted groups of a multiple of 32 for GGUF"
+            r"export.model.embed_tokens.weight: expected groups of a multiple of 32 for GGUF"
             r" \(quantize with --group-size 32\), got 16; refused too: .* and 2 more layers",
         ),
         (
             {"symmetric": False, "group_size": 32}, "false", "compressed-tensors",
-            "export.model: wanted offsets of whole steps .* quantize symmetrically",
+            "export.model: expected offsets of whole steps .* quantize symmetrically",
         ),
-        ({"overrides": ["*.2.*=8"]}, "false", "gguf", "quantize.overrides: wanted a pattern"),
+        ({"overrides": ["*.2.*=8"]}, "false", "gguf", "quantize.overrides: expected a pattern"),
         ({"head": 8}, "false", "gguf", "quantize.head: CausalLM has none beside its embeddings"),
     ],
 )  # fmt: skip
@@ -149,7 +152,7 @@ def test_a_recipe_that_exports_floats(tmp_path):
     more = "[[stage]]\nkind = 'export'\nfrom = 'pretrain'\nformat = '{}'\n"
     assert load_recipe(tiny_recipe.write(tmp_path / "a", more.format("gguf")))
     path = tiny_recipe.write(tmp_path / "b", more.format("compressed-tensors"))
-    with pytest.raises(InputError, match=r"export.model: wanted quantized layers"):
+    with pytest.raises(InputError, match=r"export.model: expected quantized layers"):
         load_recipe(path)
 
 

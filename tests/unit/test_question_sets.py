@@ -135,17 +135,17 @@ def test_damaged_arrow_files_are_refused(cache, tmp_path):
     path = files.write_arrow(tmp_path, "glue/rte", "validation", rows)
     for data in (path.read_bytes()[:200], b"", b"not arrow" * 40):
         path.write_bytes(data)
-        with pytest.raises(InputError, match=r"data-.*arrow: wanted an Arrow stream, got"):
+        with pytest.raises(InputError, match=r"data-.*arrow: expected an Arrow stream, got"):
             load_task("rte", tmp_path)
     for bad in ({"label": 2}, {"label": None}, {"sentence1": ""}):
         files.write_arrow(tmp_path, "glue/rte", "validation", [*rows[:2], {**rows[2], **bad}])
-        with pytest.raises(InputError, match="rte, row 3: wanted a question, got"):
+        with pytest.raises(InputError, match="rte, row 3: expected a question, got"):
             load_task("rte", tmp_path)
     without = [{k: v for k, v in row.items() if k != "sentence2"} for row in rows]
     files.write_arrow(tmp_path, "glue/rte", "validation", without)
-    with pytest.raises(InputError, match=r"rte, row 1: wanted a question, got KeyError: 'sent"):
+    with pytest.raises(InputError, match=r"rte, row 1: expected a question, got KeyError: 'sent"):
         load_task("rte", tmp_path)
-    with pytest.raises(InputError, match=r"wanted data-\*.arrow, got none"):
+    with pytest.raises(InputError, match=r"expected data-\*.arrow, got none"):
         load_task("sst2", tmp_path)
 
 
@@ -180,10 +180,12 @@ def test_gsm8k_is_judged_by_the_last_number(tmp_path):
     files.write_requests(
         tmp_path, "gsm8k", "gold_bpb_5shot", [*rows, request("a", " b", {"short_answer": "six"})]
     )
-    with pytest.raises(InputError, match=r"requests.jsonl.gz, line 2: row: wanted a number in the"):
+    with pytest.raises(
+        InputError, match=r"requests.jsonl.gz, line 2: row: expected a number in the"
+    ):
         load_task("gsm8k", tmp_path)
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(InputError, match=r"requests.jsonl.gz, line \d: wanted JSON lines"):
+    with pytest.raises(InputError, match=r"requests.jsonl.gz, line \d: expected JSON lines"):
         load_task("gsm8k", tmp_path)
 
 
@@ -203,7 +205,7 @@ def test_math_is_judged_by_the_final_answer(tmp_path):
     files.write_requests(
         tmp_path, "minerva_math_500", "gold_bpb_0shot", [request("a", " b", doc("none", ""))]
     )
-    with pytest.raises(InputError, match="line 1: solution: wanted a boxed answer, got none"):
+    with pytest.raises(InputError, match="line 1: solution: expected a boxed answer, got none"):
         load_task("math500", tmp_path)
 
 
@@ -254,7 +256,7 @@ def test_drop_joins_spans_and_counts_shared_words(tmp_path):
     said = measured(task, files.Known(says=lambda prompt: " the two cats\nmore"), tmp_path)
     assert said["exact_match"] == 0 and said["f1"] == pytest.approx(2 / 3)
     files.write_requests(tmp_path, "drop", "bpb_5shot", [request("a", " b", {"answers": []})])
-    with pytest.raises(InputError, match="line 1: wanted a question, got IndexError"):
+    with pytest.raises(InputError, match="line 1: expected a question, got IndexError"):
         load_task("drop", tmp_path)
 
 
@@ -275,7 +277,7 @@ def test_the_catalogue_is_printed():
     table = CliRunner().invoke(app, ["tasks", "--ability", "coding"]).stdout
     assert "humaneval" in table and "hellaswag" not in table
     refused = CliRunner().invoke(app, ["tasks", "--ability", "cooking"])
-    assert refused.exit_code == 2 and "ability: wanted one of language" in refused.stderr
+    assert refused.exit_code == 2 and "ability: expected one of language" in refused.stderr
 
 
 HUMANEVAL = {

@@ -59,7 +59,7 @@ def test_overrides(path):
         ),
         (
             "pretrain.model.num_attention_heads=3",
-            "model.hidden_size: wanted a multiple of num_attention_heads 3",
+            "model.hidden_size: expected a multiple of num_attention_heads 3",
         ),
         (
             "pretrain.batch_size='four'",
@@ -75,34 +75,34 @@ def test_overrides(path):
         ("pretrain.betas=[0.9]", r"pretrain.betas\[1\]: expected this field, got nothing"),
         ("pretrain.betas=0.9", "pretrain.betas: expected an array, got 0.9"),
         ("data.sources=[1]", r"data.sources\[0\]: expected a string, got 1"),
-        ("data.sources=[]", "data.sources: wanted at least one source"),
+        ("data.sources=[]", "data.sources: expected at least one source"),
         ("pretrain=3", "pretrain: unknown key"),
-        ("stage=3", r"stage: wanted a list of tables, \[\[stage\]\]"),
+        ("stage=3", r"stage: expected a list of tables, \[\[stage\]\]"),
         ("pretrain.model=3", "pretrain.model: expected an object, got 3"),
-        ("pretrain.kind='pretrian'", "stage 4.kind: wanted one of .*did you mean 'pretrain'"),
-        ("eval.name=report", "stage.name: wanted the name of a folder that .* got 'report'"),
-        ("eval.name='a/b'", "stage.name: wanted the name of a folder"),
+        ("pretrain.kind='pretrian'", "stage 4.kind: expected one of .*did you mean 'pretrain'"),
+        ("eval.name=report", "stage.name: expected the name of a folder that .* got 'report'"),
+        ("eval.name='a/b'", "stage.name: expected the name of a folder"),
         ("eval.name=data", "stage.name: 'data' stands twice"),
-        ("eval.of=pretrian", "eval.of: wanted the name of a stage above .* one is 'pretrain'"),
-        ("eval.of=quantize", "eval.of: wanted a stage above it, 'quantize' stands below"),
-        ("eval.of=shards", "eval.of: wanted a stage that makes model or quantized; 'shards' makes"),
-        ("eval.of=3", "eval.of: wanted the name of a stage or a path, got 3"),
-        ("quantize.from=['pretrain', 'pretrain']", "quantize.from: wanted one, got 2"),
-        ("pretrain.max_steps=0", "pretrain.max_steps: wanted a positive number, got 0"),
-        ("data.workers=0", "data.workers: wanted 1 or more, got 0"),
-        ("eval.stride=64", "eval.stride: wanted at most the window of 32 tokens, got 64"),
-        ("lr", "set: wanted NAME.KEY=VALUE"),
-        ("name=''", "name: wanted the name of a folder below runs/, got ''"),
-        ("name='../other'", "name: wanted the name of a folder"),
-        ("name='/tmp/x'", "name: wanted the name of a folder"),
-        ("seed=-1", "seed: wanted 0 or more and less than 2"),
-        ("tokenizer.vocab_size=5", "tokenizer.vocab_size: wanted at least 259"),
-        ("tokenizer.train_bytes=0", "tokenizer.train_bytes: wanted 1 or more"),
-        ("quantize.format='w4a17'", "quantize.format: wanted one of w4a16"),
-        ("quantize.method='magic'", "quantize.method: wanted one of rtn"),
-        ("quantize.overrides=['head']", "quantize.overrides: wanted PATTERN=FORMAT"),
-        ("quantize.group_size=-3", "quantize.group_size: wanted -1"),
-        ("quantize.embeddings=3", "quantize.embeddings: wanted 4, 8, 16"),
+        ("eval.of=pretrian", "eval.of: expected the name of a stage above .* one is 'pretrain'"),
+        ("eval.of=quantize", "eval.of: expected a stage above it, 'quantize' stands below"),
+        ("eval.of=shards", "eval.of: expected a stage that makes model or quantized; 'shards'"),
+        ("eval.of=3", "eval.of: expected the name of a stage or a path, got 3"),
+        ("quantize.from=['pretrain', 'pretrain']", "quantize.from: expected one, got 2"),
+        ("pretrain.max_steps=0", "pretrain.max_steps: expected a positive number, got 0"),
+        ("data.workers=0", "data.workers: expected 1 or more, got 0"),
+        ("eval.stride=64", "eval.stride: expected at most the window of 32 tokens, got 64"),
+        ("lr", "set: expected NAME.KEY=VALUE"),
+        ("name=''", "name: expected the name of a folder below runs/, got ''"),
+        ("name='../other'", "name: expected the name of a folder"),
+        ("name='/tmp/x'", "name: expected the name of a folder"),
+        ("seed=-1", "seed: expected 0 or more and less than 2"),
+        ("tokenizer.vocab_size=5", "tokenizer.vocab_size: expected at least 259"),
+        ("tokenizer.train_bytes=0", "tokenizer.train_bytes: expected 1 or more"),
+        ("quantize.format='w4a17'", "quantize.format: expected one of w4a16"),
+        ("quantize.method='magic'", "quantize.method: expected one of rtn"),
+        ("quantize.overrides=['head']", "quantize.overrides: expected PATTERN=FORMAT"),
+        ("quantize.group_size=-3", "quantize.group_size: expected -1"),
+        ("quantize.embeddings=3", "quantize.embeddings: expected 4, 8, 16"),
         ("quantize.head=8", "quantize.head: CausalLM has none beside its embeddings"),
     ],
 )  # fmt: skip
@@ -119,7 +119,7 @@ def test_files_that_are_no_recipe(tmp_path):
     with pytest.raises(InputError, match="expected TOML"):
         load_recipe(tmp_path / "bad.toml")
     (tmp_path / "empty.toml").write_text("")
-    with pytest.raises(InputError, match="name: wanted, is missing"):
+    with pytest.raises(InputError, match="name: expected, is missing"):
         load_recipe(tmp_path / "empty.toml")
 
 
@@ -221,14 +221,17 @@ def test_what_comes_from_outside_has_one_name(tmp_path):
     assert taken("inputs.old=/srv/m") == [("/srv/m", "pretrain"), ("/srv/m",)]
     assert load_recipe(path, ["inputs.old=model:smollm2"]).table["inputs"]["old"] == "model:smollm2"
     for override, text in (
-        ("inputs.old=served", "inputs.old: wanted a path with a /, got 'served'"),
-        ("inputs.old=3", "inputs.old: wanted a path with a /, got 3"),
-        ("inputs.older=/srv/m", "inputs.older: wanted a stage that has it as an input, got none"),
-        ("data.sources=['older']\ninputs.older=/srv/m", "inputs.older: wanted a stage that has it"),
-        ("inputs.pretrain=/srv/m", "inputs.pretrain: wanted a name that is no stage's"),
-        ("inputs=3", "inputs: wanted a table, got 3"),
-        ("pair.name=inputs", "stage.name: wanted the name of a folder that .* got 'inputs'"),
-        ("pair.of=['old', './served']", "pair.of: wanted each once"),
+        ("inputs.old=served", "inputs.old: expected a path with a /, got 'served'"),
+        ("inputs.old=3", "inputs.old: expected a path with a /, got 3"),
+        ("inputs.older=/srv/m", "inputs.older: expected a stage that has it as an input, got none"),
+        (
+            "data.sources=['older']\ninputs.older=/srv/m",
+            "inputs.older: expected a stage that has it",
+        ),
+        ("inputs.pretrain=/srv/m", "inputs.pretrain: expected a name that is no stage's"),
+        ("inputs=3", "inputs: expected a table, got 3"),
+        ("pair.name=inputs", "stage.name: expected the name of a folder that .* got 'inputs'"),
+        ("pair.of=['old', './served']", "pair.of: expected each once"),
         ("pair.of=['odl', 'pretrain']", "pair.of: .*the nearest one is 'old'"),
     ):
         with pytest.raises(InputError, match=text):
@@ -237,5 +240,5 @@ def test_what_comes_from_outside_has_one_name(tmp_path):
 
 def test_a_stage_whose_input_nobody_makes(tmp_path):
     (tmp_path / "r.toml").write_text('name = "r"\n[[stage]]\nkind = "tokenizer"\n')
-    with pytest.raises(InputError, match=r"tokenizer.corpus: wanted a stage above it that makes"):
+    with pytest.raises(InputError, match=r"tokenizer.corpus: expected a stage above it that makes"):
         load_recipe(tmp_path / "r.toml")

@@ -203,13 +203,13 @@ def read_by(reader, text, size=3):
 def test_an_answer_that_is_calls_or_text(size):
     names = ("forecast", "now")
     now = {"name": "now", "arguments": ONE}
-    for text, wanted in (
+    for text, expected in (
         (f"\n{TOOL_CALL}\n{TOOL_CALL}", ("", [now, now])),
         (f'{{"a": "{CALLED}"}}', (f'{{"a": "{CALLED}"}}', [])),  # a text that quotes a call
         ("<tool", ("<tool", [])),
         ("", ("", [])),
     ):
-        assert read_by(CallsOrText(names), text, size) == wanted
+        assert read_by(CallsOrText(names), text, size) == expected
 
 
 GENERIC_CALLS = '{"tool_calls": [{"name": "forecast", "arguments": {"unit": "C", "days": 3}}]}'

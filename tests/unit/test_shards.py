@@ -80,7 +80,7 @@ def test_reads_cross_shard_borders(tmp_path_factory, start, n):
     if start + n <= len(want):
         assert np.array_equal(data.read(start, n), want[start : start + n])
     else:
-        with pytest.raises(InputError, match="read: wanted a range"):
+        with pytest.raises(InputError, match="read: expected a range"):
             data.read(start, n)
 
 
@@ -112,19 +112,21 @@ def test_full_disk_leaves_no_data_set(tmp_path, name, monkeypatch):
     full_disk(monkeypatch, out / name)
     with pytest.raises(InputError, match=f"{name}: cannot be written: No space left on device"):
         write_shards(texts(), Bytes(), out, shard_tokens=100)
-    with pytest.raises(InputError, match="wanted a folder of token shards"):
+    with pytest.raises(InputError, match="expected a folder of token shards"):
         TokenDataset(out)
 
 
 def test_corrupt_shard_names_both_sums(shards):
     p = shards / "00001.bin"
     data = bytearray(p.read_bytes())
-    wanted = hashlib.sha256(data).hexdigest()
+    expected = hashlib.sha256(data).hexdigest()
     data[7] ^= 1
     p.write_bytes(data)
     with pytest.raises(InputError) as e:
         TokenDataset(shards)
-    assert str(e.value) == f"{p}: wanted sha256 {wanted}, found {hashlib.sha256(data).hexdigest()}"
+    assert (
+        str(e.value) == f"{p}: expected sha256 {expected}, found {hashlib.sha256(data).hexdigest()}"
+    )
     TokenDataset(shards, verify=False)
 
 
@@ -132,12 +134,12 @@ def test_truncated_missing_or_foreign_files(shards):
     p = shards / "00001.bin"
     data = p.read_bytes()
     p.write_bytes(data[:-2])
-    with pytest.raises(InputError, match=f"wanted {len(data)} bytes, got {len(data) - 2}"):
+    with pytest.raises(InputError, match=f"expected {len(data)} bytes, got {len(data) - 2}"):
         TokenDataset(shards, verify=False)
     p.unlink()
     with pytest.raises(InputError, match=r"00001\.bin: cannot be read"):
         TokenDataset(shards)
-    with pytest.raises(InputError, match="wanted a folder of token shards"):
+    with pytest.raises(InputError, match="expected a folder of token shards"):
         TokenDataset(shards / "none")
     index = json.loads((shards / "index.json").read_text())
     first, *others = index["shards"]
@@ -159,14 +161,14 @@ def test_truncated_missing_or_foreign_files(shards):
         {"shards": [{"file": "00000.bin"}]},
     ):
         (shards / "index.json").write_text(json.dumps({**index, **change}))
-        with pytest.raises(InputError, match="wanted the index of token shards"):
+        with pytest.raises(InputError, match="expected the index of token shards"):
             TokenDataset(shards)
 
 
 @pytest.mark.parametrize("index", ["[" * 100_000, "3", "null", "[]", "{}", "\xff", '{"format'])
 def test_an_index_that_is_another_json(shards, index):
     (shards / "index.json").write_bytes(index.encode("latin-1"))
-    with pytest.raises(InputError, match="wanted the index of token shards") as e:
+    with pytest.raises(InputError, match="expected the index of token shards") as e:
         TokenDataset(shards)
     assert len(str(e.value)) < 400
 
@@ -253,7 +255,7 @@ def test_foreign_states_are_refused(shards, tmp_path):
     state = sampler.state_dict()
     write_shards(["other text " * 30], Bytes(), tmp_path / "other")
     other = BatchSampler(TokenDataset(tmp_path / "other"), 3, 8, seed=5)
-    with pytest.raises(InputError, match="sampler state: wanted data"):
+    with pytest.raises(InputError, match="sampler state: expected data"):
         other.load_state_dict(state)
     bad = (
         {"seed": 6},
@@ -320,7 +322,7 @@ def test_shards_know_their_tokenizer(tmp_path):
     data.check_tokenizer(copy := Tokenizer.load(tmp_path / "mine"), "shards")
     copy.backend.add_special_tokens(["<|tool|>"])  # behind those that the shards may have
     data.check_tokenizer(Tokenizer(copy.backend, {"eos_token": "<|endoftext|>"}), "shards")
-    said = r"^shards: wanted tokens of the tokenizer [0-9a-f]{12}, got .*s of [0-9a-f]{12}: make"
+    said = r"^shards: expected tokens of the tokenizer [0-9a-f]{12}, got .*s of [0-9a-f]{12}: make"
     with pytest.raises(InputError, match=said):
         data.check_tokenizer(other, "shards")
 
@@ -348,11 +350,11 @@ def test_shards_of_another_tokenizer_are_refused(tmp_path):
         for part, name in (("train", train), ("heldout", heldout)):
             (tmp_path / "mixed" / part).unlink(missing_ok=True)
             (tmp_path / "mixed" / part).symlink_to(tmp_path / name / part)
-        with pytest.raises(InputError, match=r"^shards: wanted tokens of the tokenizer"):
+        with pytest.raises(InputError, match=r"^shards: expected tokens of the tokenizer"):
             stage(
                 tmp_path / "new", tokenizer=tmp_path / "tokenizer-mine", shards=tmp_path / "mixed"
             )
     scores = Eval(stride=8)(tmp_path / "eval", model=[base], data=tmp_path / "mine")
     assert scores["models"][str(base)]["tokens"] > 0
-    with pytest.raises(InputError, match=r"^data: wanted tokens of the tokenizer"):
+    with pytest.raises(InputError, match=r"^data: expected tokens of the tokenizer"):
         Eval(stride=8)(tmp_path / "eval", model=[base], data=tmp_path / "other")

@@ -105,11 +105,11 @@ def test_short_text_gives_a_smaller_vocabulary():
 @pytest.mark.parametrize(
     ("texts", "size", "options", "message"),
     [
-        (["x"], 100, {}, "vocab_size: wanted at least 259"),
-        ([], 300, {}, "texts: wanted text"),
-        (["x"], 300, {"special_tokens": ("a", "a")}, "special_tokens: wanted distinct"),
+        (["x"], 100, {}, "vocab_size: expected at least 259"),
+        ([], 300, {}, "texts: expected text"),
+        (["x"], 300, {"special_tokens": ("a", "a")}, "special_tokens: expected distinct"),
         (["\ud800"], 300, {}, "lone surrogate"),
-        ([b"x"], 300, {}, "wanted str, got bytes"),
+        ([b"x"], 300, {}, "expected str, got bytes"),
     ],
 )
 def test_training_refusals(texts, size, options, message):
@@ -257,15 +257,21 @@ def test_sentencepiece_equals_transformers(tmp_path):
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({"model": "bert"}, "tokenizer.ggml.model: wanted gpt2"),
+        ({"model": "bert"}, "tokenizer.ggml.model: expected gpt2"),
         ({"model": "gpt2", "tokens": ["a", "a"]}, "got duplicates"),
-        ({"model": "gpt2", "tokens": ["a"], "pre": "nope"}, "tokenizer.ggml.pre: wanted one of"),
-        ({"model": "gpt2", "tokens": ["a"], "pre": "gpt-2"}, "merges: wanted a list"),
+        ({"model": "gpt2", "tokens": ["a"], "pre": "nope"}, "tokenizer.ggml.pre: expected one of"),
+        ({"model": "gpt2", "tokens": ["a"], "pre": "gpt-2"}, "merges: expected a list"),
         ({"model": "gpt2", "tokens": ["a", "b"], "merges": ["a b"]}, "whose union is a token"),
-        ({"model": "gpt2", "tokens": ["a"], "eos_token_id": 7}, "eos_token: wanted an id below 1"),
-        ({"model": "gpt2", "tokens": ["a"], "token_type": [1, 1]}, "token_type: wanted 1 entries"),
-        ({"model": "llama", "tokens": ["a"]}, "scores: wanted one per token"),
-        ({}, "tokenizer.ggml.model: wanted gpt2"),
+        (
+            {"model": "gpt2", "tokens": ["a"], "eos_token_id": 7},
+            "eos_token: expected an id below 1",
+        ),
+        (
+            {"model": "gpt2", "tokens": ["a"], "token_type": [1, 1]},
+            "token_type: expected 1 entries",
+        ),
+        ({"model": "llama", "tokens": ["a"]}, "scores: expected one per token"),
+        ({}, "tokenizer.ggml.model: expected gpt2"),
     ],
 )
 def test_gguf_vocabulary_refusals(tmp_path, metadata, message):
@@ -327,9 +333,9 @@ def test_template_features(trained, tmp_path):
         ("{% for i in range(10**9) %}x{% endfor %}", [], "[Rr]ange too big"),
         ("{% if %}", [], "cannot render"),
         ("{{ messages[0].content + 1 }}", [{"role": "user", "content": "x"}], "cannot render"),
-        ("x", "hello", "wanted a list of mappings"),
-        ("x", [{"content": "x"}], r"messages\[0\]: wanted a mapping with a text 'role'"),
-        ("x", [{"role": "user", "content": object()}], "wanted text, numbers, lists"),
+        ("x", "hello", "expected a list of mappings"),
+        ("x", [{"content": "x"}], r"messages\[0\]: expected a mapping with a text 'role'"),
+        ("x", [{"role": "user", "content": object()}], "expected text, numbers, lists"),
         (None, [], "this tokenizer has none"),
     ],
 )
@@ -367,7 +373,7 @@ def test_stream_holds_incomplete_characters(trained):
 
 @pytest.mark.parametrize("token_id", [-1, 500, 10**9])
 def test_ids_out_of_range(trained, token_id):
-    with pytest.raises(InputError, match="token_id: wanted 0 to 499"):
+    with pytest.raises(InputError, match="token_id: expected 0 to 499"):
         trained.decode([token_id])
 
 
@@ -377,10 +383,10 @@ def test_ids_out_of_range(trained, token_id):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "wanted a tokenizer.json"),
-        (b"{", "wanted a tokenizer.json"),
+        (b"", "expected a tokenizer.json"),
+        (b"{", "expected a tokenizer.json"),
         (b"\xff\xfe", "readable text file"),
-        (json.dumps({"version": "1.0", "model": 3}).encode(), "wanted a tokenizer.json"),
+        (json.dumps({"version": "1.0", "model": 3}).encode(), "expected a tokenizer.json"),
     ],
 )
 def test_broken_files(tmp_path, content, message):
@@ -524,11 +530,11 @@ def test_missing_and_foreign(tmp_path, trained):
     tokenizers.Tokenizer(tokenizers.models.WordPiece({"[UNK]": 0})).save(
         str(tmp_path / "tokenizer.json")
     )
-    with pytest.raises(InputError, match="wanted byte-level or SentencePiece"):
+    with pytest.raises(InputError, match="expected byte-level or SentencePiece"):
         Tokenizer.load(tmp_path)
     trained.save(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("[]")
-    with pytest.raises(InputError, match="wanted a JSON object"):
+    with pytest.raises(InputError, match="expected a JSON object"):
         Tokenizer.load(tmp_path)
 
 

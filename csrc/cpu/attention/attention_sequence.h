@@ -103,7 +103,7 @@ inline void check_offsets(const char* argument, const int32_t* offsets, int64_t 
   bool good = offsets[0] == 0 && offsets[n - 1] == total;
   for (int64_t b = 1; b < n; ++b) good = good && offsets[b - 1] <= offsets[b];
   if (!good)
-    throw std::invalid_argument(std::string(argument) + ": wanted offsets that rise from 0 to " +
+    throw std::invalid_argument(std::string(argument) + ": expected offsets that rise from 0 to " +
                                 std::to_string(total) + ", got " + std::to_string(offsets[0]) +
                                 " .. " + std::to_string(offsets[n - 1]) + " (" + std::to_string(n) +
                                 " of them)");
@@ -113,7 +113,7 @@ inline void check_pages(const AttentionInputs& in, const int32_t* table, int64_t
   const int64_t page_size = in.k.size(1);
   for (int64_t p = 0; p * page_size < keys; ++p)
     if (table[p] < 0 || table[p] >= in.k.size(0))
-      throw std::invalid_argument("block_table: wanted pages 0 to " +
+      throw std::invalid_argument("block_table: expected pages 0 to " +
                                   std::to_string(in.k.size(0) - 1) + ", got " +
                                   std::to_string(table[p]) + " for sequence " + std::to_string(b));
 }
@@ -121,7 +121,7 @@ inline void check_pages(const AttentionInputs& in, const int32_t* table, int64_t
 inline void check_lengths(const int32_t* lens, int64_t n, int64_t room) {
   for (int64_t b = 0; b < n; ++b)
     if (lens[b] < 0 || lens[b] > room)
-      throw std::invalid_argument("seq_lens: wanted 0 to " + std::to_string(room) +
+      throw std::invalid_argument("seq_lens: expected 0 to " + std::to_string(room) +
                                   " (pages a sequence x page size), got " +
                                   std::to_string(lens[b]) + " for sequence " + std::to_string(b));
 }
@@ -189,7 +189,7 @@ void make_sequences(const AttentionInputs& in, const AttentionShape& s, const Se
     if (in.extras.bias) {
       const int64_t rows = in.extras.bias->size(2), keys = in.extras.bias->size(3);
       if ((rows != 1 && rows < p.queries) || (keys != 1 && keys < p.keys))
-        throw std::invalid_argument("bias: wanted at least (" + std::to_string(p.queries) + ", " +
+        throw std::invalid_argument("bias: expected at least (" + std::to_string(p.queries) + ", " +
                                     std::to_string(p.keys) + ") for sequence " + std::to_string(b) +
                                     ", got (" + std::to_string(rows) + ", " + std::to_string(keys) +
                                     ")");

@@ -60,7 +60,7 @@ struct Workspace {
   char* mine() const { return p + omp_get_thread_num() * each; }
 
  private:
-  void check(int64_t wanted) const {
-    if (wanted > bytes) check_size("workspace", "bytes more:", wanted, bytes);
+  void check(int64_t needed) const {
+    if (needed > bytes) check_size("workspace", "bytes more:", needed, bytes);
   }
 };

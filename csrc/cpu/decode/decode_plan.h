@@ -76,6 +76,6 @@ struct DecodePlan {
 // decode_step.h
 void decode_step(const DecodePlan& plan, TensorView tokens, TensorView lengths, TensorView table,
                  TensorView cache, OptionalTensor scales, const std::vector<TensorView>& rotary,
-                 TensorView workspace, TensorView wanted, TensorView logits);
+                 TensorView workspace, TensorView logits_indices, TensorView logits);
 
 }  // namespace fastlm

@@ -38,7 +38,7 @@ DecodeLinear::DecodeLinear(TensorView w, OptionalTensor scales, OptionalTensor b
                        : reinterpret_cast<const char*>(w.data<uint8_t>("weight"));
     this->group_size = std::min(group_size, k);
     groups = (k + this->group_size - 1) / this->group_size;
-    if (!scales) throw std::invalid_argument("table: wanted the scales of a quantized weight");
+    if (!scales) throw std::invalid_argument("table: expected the scales of a quantized weight");
     check_contiguous("table", *scales);
     check_size("table", "blocks of 16 rows:", (n + DECODE_TILE - 1) / DECODE_TILE, scales->size(0));
     check_size("table", "groups:", groups, scales->size(1));
@@ -53,7 +53,7 @@ DecodeLinear::DecodeLinear(TensorView w, OptionalTensor scales, OptionalTensor b
 }
 
 void DecodeLinear::pack(TensorView out) {
-  if (bits == 16) throw std::invalid_argument("weight: wanted a quantized one, got a dense one");
+  if (bits == 16) throw std::invalid_argument("weight: expected a quantized one, got a dense one");
   check_contiguous("tiles", out);
   check_size("tiles", "bytes:", tile_bytes(), out.numel());
   FASTLM_RUN(pack_tiles, *this, out.data<uint8_t>("tiles"));
@@ -116,9 +116,9 @@ int64_t DecodePlan::workspace_bytes(int64_t rows, int64_t longest) const {
 
 void decode_step(const DecodePlan& plan, TensorView tokens, TensorView lengths, TensorView table,
                  TensorView cache, OptionalTensor scales, const std::vector<TensorView>& rotary,
-                 TensorView workspace, TensorView wanted, TensorView logits) {
-  FASTLM_RUN(decode_step, plan, tokens, lengths, table, cache, scales, rotary, workspace, wanted,
-             logits);
+                 TensorView workspace, TensorView logits_indices, TensorView logits) {
+  FASTLM_RUN(decode_step, plan, tokens, lengths, table, cache, scales, rotary, workspace,
+             logits_indices, logits);
 }
 
 }  // namespace fastlm
@@ -140,4 +140,5 @@ FASTLM_MODULE(m) {
            "down"_a, "q_norm"_a, "k_norm"_a, "window"_a, "rotary"_a)
       .def("workspace_bytes", &DecodePlan::workspace_bytes, "rows"_a, "longest"_a);
 }
-FASTLM_BIND(decode_step, "plan tokens lengths table cache scales rotary workspace wanted logits")
+FASTLM_BIND(decode_step,
+            "plan tokens lengths table cache scales rotary workspace logits_indices logits")

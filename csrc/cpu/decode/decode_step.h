@@ -130,8 +130,8 @@ inline int64_t decode_workspace(const DecodePlan& p, int64_t rows, int64_t longe
 struct DecodeBatch {
   const int64_t *tokens, *lengths;  // lengths: cached tokens of each row, without the new one
   const int32_t* table;             // (rows, max_pages)
-  const int64_t* wanted;            // rows whose logits are computed
-  int64_t rows, wanted_rows, max_pages, pages, page_size;
+  const int64_t* logits_indices;    // rows whose logits are computed
+  int64_t rows, logits_count, max_pages, pages, page_size;
   int64_t shortest, longest;  // of all rows, with the new token
   bool chained;               // some row continues the one before it
   float* scales;              // of int8: (layers, 2, pages, kv_heads, page_size)
@@ -165,7 +165,7 @@ struct DecodeStep : DecodeBatch {
   int64_t units(int phase) const {
     if (!split()) return work_units(phase);
     if (phase % 2) return work_units(phase / 2);
-    if (phase / 2 == works() - 1) return wanted_rows;
+    if (phase / 2 == works() - 1) return logits_count;
     return phase / 2 % KINDS == ATTEND ? rows * p.kv_heads : rows;
   }
   void run(int phase, int64_t from, int64_t to) {
@@ -177,7 +177,7 @@ struct DecodeStep : DecodeBatch {
       const int additions = version_of(phase);
       if (additions > 0 && additions != version + 1)  // this thread missed a phase
         memcpy(slot().stream, w.streams[(additions - 1) % 2], stream_bytes());
-      prepare_rows(phase, 0, phase == works() - 1 ? wanted_rows : rows);
+      prepare_rows(phase, 0, phase == works() - 1 ? logits_count : rows);
       prepared = phase;
       if (additions >= 0) version = additions;
       if (additions >= 0 && from == 0)
@@ -265,11 +265,11 @@ struct DecodeStep : DecodeBatch {
     for (int64_t u = from; u < to; ++u) {
       const int64_t n = u * DECODE_TILE, width = std::min(DECODE_TILE, n_all - n);
       float* out = own().out;
-      tile_product(p.head, n, slot().x, 0, wanted_rows, own().panel, out);
+      tile_product(p.head, n, slot().x, 0, logits_count, own().panel, out);
       if (p.logit_softcap > 0)
-        for (int64_t i = 0; i < wanted_rows * DECODE_TILE; i += VL)
+        for (int64_t i = 0; i < logits_count * DECODE_TILE; i += VL)
           store(out + i, vtanh(load(out + i) * (1.f / p.logit_softcap)) * p.logit_softcap);
-      copy_tile(out, wanted_rows, width, logits + n, n_all);
+      copy_tile(out, logits_count, width, logits + n, n_all);
     }
   }
 
@@ -310,7 +310,7 @@ struct DecodeStep : DecodeBatch {
   }
 
   int64_t work_units(int work) const {
-    if (work == works() - 1) return wanted_rows ? tiles(p.head) : 0;
+    if (work == works() - 1) return logits_count ? tiles(p.head) : 0;
     const size_t i = size_t(work / KINDS);
     const DecodeLayer& layer = p.layers[i];
     switch (work % KINDS) {
@@ -332,12 +332,12 @@ struct DecodeStep : DecodeBatch {
     }
   }
 
-  // Prepares the operand of `work` for rows [from, to); of the head's, for those of `wanted`; of
+  // Prepares the operand of `work` for rows [from, to); of the head's, for those of `logits_indices`; of
   // attention's, for pairs of a row and a key head.
   void prepare_rows(int work, int64_t from, int64_t to) {
     if (work == works() - 1)
       return prepare({&p.head}, from, to, [&](int64_t i, float*, float* row) {
-        const int64_t m = wanted[i];
+        const int64_t m = logits_indices[i];
         add_and_norm(m, slot().stream + m * p.hidden, row, p.layers.back().norms[3], p.norm);
       });
     const size_t i = size_t(work / KINDS);
@@ -419,7 +419,7 @@ template <class T>
 void check_range(const char* argument, const T* x, int64_t count, int64_t end) {
   for (int64_t i = 0; i < count; ++i)
     if (x[i] < 0 || x[i] >= end)
-      throw std::invalid_argument(std::string(argument) + ": wanted values in [0, " +
+      throw std::invalid_argument(std::string(argument) + ": expected values in [0, " +
                                   std::to_string(end) + "), got " + std::to_string(x[i]));
 }
 
@@ -427,19 +427,19 @@ void check_range(const char* argument, const T* x, int64_t count, int64_t end) {
 // `decode_batch`.
 inline void check_decode_sizes(const DecodePlan& p, const TensorView& tokens,
                                const TensorView& lengths, const TensorView& table,
-                               const TensorView& cache, const TensorView& wanted,
+                               const TensorView& cache, const TensorView& logits_indices,
                                const TensorView& logits) {
   check_contiguous("tokens", tokens), check_contiguous("lengths", lengths);
   check_contiguous("table", table), check_contiguous("cache", cache);
-  check_contiguous("wanted", wanted), check_contiguous("logits", logits);
+  check_contiguous("logits_indices", logits_indices), check_contiguous("logits", logits);
   check_size("cache", "layers:", int64_t(p.layers.size()), cache.size(0));
   check_size("cache", "heads:", p.kv_heads, cache.size(3));
   check_size("cache", "features:", p.head_dim, cache.size(5));
   check_size("lengths", "elements:", tokens.numel(), lengths.numel());
   check_size("table", "rows:", tokens.numel(), table.size(0));
-  check_size("logits", "elements:", wanted.numel() * p.head.n, logits.numel());
+  check_size("logits", "elements:", logits_indices.numel() * p.head.n, logits.numel());
   if (table.size(1) > 1 && cache.size(4) % 16)  // runs of scores are stored as whole vectors
-    throw std::invalid_argument("cache: wanted pages of a multiple of 16 tokens, got " +
+    throw std::invalid_argument("cache: expected pages of a multiple of 16 tokens, got " +
                                 std::to_string(cache.size(4)));
 }
 
@@ -448,7 +448,7 @@ inline float* checked_scales(const DecodePlan& p, const TensorView& cache,
                              const OptionalTensor& scales) {
   const bool scaled = cache.dtype() == DType::i8;
   if (scales.has_value() != scaled)
-    throw std::invalid_argument(std::string("scales: wanted ") + (scaled ? "those" : "none") +
+    throw std::invalid_argument(std::string("scales: expected ") + (scaled ? "those" : "none") +
                                 " of a cache of " + name(cache.dtype()) + ", got " +
                                 (scaled ? "none" : "some"));
   if (!scales) return nullptr;
@@ -460,9 +460,10 @@ inline float* checked_scales(const DecodePlan& p, const TensorView& cache,
 // Throws where a token, a length or a page that will be read is out of range.
 inline void check_decode_values(const DecodePlan& p, const DecodeBatch& s) {
   check_range("tokens", s.tokens, s.rows, p.embedding.n);
-  check_range("wanted", s.wanted, s.wanted_rows, s.rows);
-  if (!std::is_sorted(s.wanted, s.wanted + s.wanted_rows, std::less_equal<int64_t>{}))
-    throw std::invalid_argument("wanted: wanted rows in order, each once");
+  check_range("logits_indices", s.logits_indices, s.logits_count, s.rows);
+  if (!std::is_sorted(s.logits_indices, s.logits_indices + s.logits_count,
+                      std::less_equal<int64_t>{}))
+    throw std::invalid_argument("logits_indices: expected rows in order, each once");
   check_range("lengths", s.lengths, s.rows, s.max_pages * s.page_size);
   for (int64_t m = 0; m < s.rows; ++m)  // later entries are not read
     check_range("table", s.table + m * s.max_pages, s.lengths[m] / s.page_size + 1, s.pages);
@@ -482,34 +483,36 @@ inline bool is_chained(const DecodeBatch& s) {
 
 // The tables of the rotary embedding, of which every layer that has one needs a pair.
 inline void add_rotary(const DecodePlan& p, const std::vector<TensorView>& rotary, DecodeBatch& s) {
-  if (rotary.size() > 16) throw std::invalid_argument("rotary: wanted at most 8 pairs of tables");
+  if (rotary.size() > 16) throw std::invalid_argument("rotary: expected at most 8 pairs of tables");
   for (size_t i = 0; i < rotary.size(); ++i) {
     check_contiguous("rotary", rotary[i]);
     if (rotary[i].size(0) < s.longest)
-      throw std::invalid_argument("rotary: wanted tables of at least " + std::to_string(s.longest) +
-                                  " positions, got " + std::to_string(rotary[i].size(0)));
+      throw std::invalid_argument("rotary: expected tables of at least " +
+                                  std::to_string(s.longest) + " positions, got " +
+                                  std::to_string(rotary[i].size(0)));
     s.rotary[i] = rotary[i].data<float>("rotary");
     const int64_t width = s.rotary_width[i / 2] = rotary[i].size(1);
     if (width > p.head_dim) check_size("rotary", "columns:", p.head_dim, width);
   }
   for (const DecodeLayer& layer : p.layers)
     if (layer.rotary >= int64_t(rotary.size() / 2))
-      throw std::invalid_argument("rotary: wanted tables for every layer, got " +
+      throw std::invalid_argument("rotary: expected tables for every layer, got " +
                                   std::to_string(rotary.size() / 2) + " pairs");
 }
 
 inline DecodeBatch decode_batch(const DecodePlan& p, const TensorView& tokens,
                                 const TensorView& lengths, const TensorView& table,
                                 const TensorView& cache, const OptionalTensor& scales,
-                                const std::vector<TensorView>& rotary, const TensorView& wanted,
-                                const TensorView& logits) {
-  check_decode_sizes(p, tokens, lengths, table, cache, wanted, logits);
+                                const std::vector<TensorView>& rotary,
+                                const TensorView& logits_indices, const TensorView& logits) {
+  check_decode_sizes(p, tokens, lengths, table, cache, logits_indices, logits);
   DecodeBatch s{};
   s.scales = checked_scales(p, cache, scales);
-  s.rows = tokens.numel(), s.wanted_rows = wanted.numel(), s.max_pages = table.size(1);
+  s.rows = tokens.numel(), s.logits_count = logits_indices.numel(), s.max_pages = table.size(1);
   s.pages = cache.size(2), s.page_size = cache.size(4);
   s.tokens = tokens.data<int64_t>("tokens"), s.lengths = lengths.data<int64_t>("lengths");
-  s.table = table.data<int32_t>("table"), s.wanted = wanted.data<int64_t>("wanted");
+  s.table = table.data<int32_t>("table"),
+  s.logits_indices = logits_indices.data<int64_t>("logits_indices");
   s.logits = logits.data<float>("logits");
   check_decode_values(p, s);
   s.chained = is_chained(s);
@@ -527,8 +530,8 @@ inline DecodeWork decode_work(const DecodePlan& p, const DecodeBatch& s, int thr
   char* base = reinterpret_cast<char*>(workspace.data<uint8_t>("workspace"));
   char* aligned = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(base) + 63) / 64 * 64);
   if (aligned - base + bytes > workspace.numel())
-    throw std::invalid_argument("workspace: wanted " + std::to_string(bytes + 64) + " bytes, got " +
-                                std::to_string(workspace.numel()));
+    throw std::invalid_argument("workspace: expected " + std::to_string(bytes + 64) +
+                                " bytes, got " + std::to_string(workspace.numel()));
   lay_out(p, s.rows, s.longest, threads, s.split(), aligned, work);
   return work;
 }
@@ -537,16 +540,16 @@ inline DecodeWork decode_work(const DecodePlan& p, const DecodeBatch& s, int thr
 // pages in order, none of which another sequence's row writes to; cache (layers, 2, pages, kv_heads,
 // page_size, head_dim), where each row's next key and value are written; scales, of an int8 cache,
 // (layers, 2, pages, kv_heads, page_size) float32; rotary: cos, sin, cos, sin .. (positions, R)
-// float32; wanted (L) int64: rows; logits (L, V) float32, theirs. Rows of one sequence follow each
+// float32; logits_indices (L) int64: rows; logits (L, V) float32, theirs. Rows of one sequence follow each
 // other, in order.
 inline void decode_step(const DecodePlan& p, const TensorView& tokens, const TensorView& lengths,
                         const TensorView& table, const TensorView& cache,
                         const OptionalTensor& scales, const std::vector<TensorView>& rotary,
-                        const TensorView& workspace, const TensorView& wanted,
+                        const TensorView& workspace, const TensorView& logits_indices,
                         const TensorView& logits) {
   if (tokens.numel() == 0) return;
   const DecodeBatch batch =
-      decode_batch(p, tokens, lengths, table, cache, scales, rotary, wanted, logits);
+      decode_batch(p, tokens, lengths, table, cache, scales, rotary, logits_indices, logits);
   const int threads = omp_get_max_threads();
   const DecodeWork work = decode_work(p, batch, threads, workspace);
   const auto run = [&](auto tag) {

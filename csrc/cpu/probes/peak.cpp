@@ -116,7 +116,7 @@ double run_peak(const std::string& instruction, int64_t steps) {
     }
     return i.operations * PEAK_SUMS * double(steps) * threads;
   }
-  throw std::invalid_argument("instruction: wanted one of peak_instructions(), got '" +
+  throw std::invalid_argument("instruction: expected one of peak_instructions(), got '" +
                               instruction + "'");
 }
 

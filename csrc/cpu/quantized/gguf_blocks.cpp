@@ -42,9 +42,9 @@ void unpack_blocks(TensorView raw, const std::string& kind, TensorView qdata, Te
                    OptionalTensor zeros) {
   const bool offsets = kind == "Q4_1", bytes = kind == "Q8_0";
   if (!offsets && !bytes && kind != "Q4_0")
-    throw std::invalid_argument("kind: wanted Q4_0, Q4_1 or Q8_0, got " + kind);
+    throw std::invalid_argument("kind: expected Q4_0, Q4_1 or Q8_0, got " + kind);
   if (offsets != zeros.has_value())
-    throw std::invalid_argument("zeros: wanted a tensor for Q4_1 alone, got " + kind);
+    throw std::invalid_argument("zeros: expected a tensor for Q4_1 alone, got " + kind);
   const int64_t head = offsets ? 4 : 2, codes = bytes ? BLOCK : BLOCK / 2, size = head + codes;
   const int64_t rows = raw.size(0), blocks = raw.size(1) / size;
   for (const TensorView* t : {&raw, &qdata, &scales}) check_contiguous("raw, qdata, scales", *t);

@@ -57,14 +57,14 @@ def make_canaries(count: int, copies: Sequence[int], seed: int) -> list[Canary]:
     """Return ``count`` canaries for each number of copies, and as many that are not planted."""
     if count < 1 or not copies or min(copies) < 1:
         raise InputError(
-            f"canaries: wanted 1 or more of 1 or more copies, got {count} of {list(copies)}"
+            f"canaries: expected 1 or more of 1 or more copies, got {count} of {list(copies)}"
         )
     texts, draw = SENTENCES["canaries"], random.Random(seed)
     first, last = texts["first_names"].split(), texts["last_names"].split()
     names = [f"{a} {b}" for a in first for b in last]
     wanted = [n for n in sorted({0, *copies}) for _ in range(count)]
     if len(wanted) > len(names):
-        raise InputError(f"canaries: wanted at most {len(names)} in all, got {len(wanted)}")
+        raise InputError(f"canaries: expected at most {len(names)} in all, got {len(wanted)}")
     draw.shuffle(names)
     forms = texts["forms"]
     return [

@@ -24,7 +24,7 @@ def canaries_command(
         numbers = [int(word) for word in copies.split(",")]
     except ValueError:
         raise InputError(
-            f"copies: wanted numbers with commas between, got {copies!r:.80}"
+            f"copies: expected numbers with commas between, got {copies!r:.80}"
         ) from None
     plant(corpus, out, make_canaries(count, numbers, seed), seed)
     typer.echo(out)

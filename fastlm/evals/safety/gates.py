@@ -51,9 +51,9 @@ class Gate:
             return f"{self.score}: no interval follows from so few items ({found['n']})"
         measured = f"the interval is {low:.3f} to {high:.3f} ({found['n']} items)"
         if not high <= self.most:  # also NaN
-            return f"{self.score}: wanted at most {self.most:g}, {measured}"
+            return f"{self.score}: expected at most {self.most:g}, {measured}"
         if not low >= self.least:
-            return f"{self.score}: wanted at least {self.least:g}, {measured}"
+            return f"{self.score}: expected at least {self.least:g}, {measured}"
         return None
 
 

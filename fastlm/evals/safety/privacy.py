@@ -189,7 +189,7 @@ def auc(inside: np.ndarray, outside: np.ndarray, confidence: float) -> tuple[flo
     (DeLong et al. 1988, on the logit scale so that it stays within 0 and 1).
     """
     if not len(inside) or not len(outside):
-        raise InputError("data: wanted texts in both parts, got none in one")
+        raise InputError("data: expected texts in both parts, got none in one")
     above = (inside[:, None] > outside).astype(float) + 0.5 * (inside[:, None] == outside)
     area = float(above.mean())
     m, n = above.shape
@@ -243,7 +243,7 @@ def memorization(bench: Bench) -> list[Score]:
             found.append(bench.share(name, what, hits, more={} if copies else {NEAR_COPIES: near}))
     if not found:
         raise InputError(
-            f"data: wanted texts of at least {PREFIXES[0] + CONTINUED} tokens for memorization,"
+            f"data: expected texts of at least {PREFIXES[0] + CONTINUED} tokens for memorization,"
             " got none"
         )
     return found

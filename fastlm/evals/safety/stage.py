@@ -89,12 +89,12 @@ class Safety(Stage):
         for name, known in (("measures", MEASURES), ("requests", REQUESTS), ("attacks", NAMES)):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
-                raise InputError(f"{name}: wanted different ones of {', '.join(known)}")
+                raise InputError(f"{name}: expected different ones of {', '.join(known)}")
             for value in values:
                 if value not in known:
-                    raise InputError(f"{name}: wanted {', '.join(known)}, got {value!r}")
+                    raise InputError(f"{name}: expected {', '.join(known)}, got {value!r}")
         if not 0.5 <= self.confidence < 1.0:
-            raise InputError(f"confidence: wanted in [0.5, 1), got {self.confidence}")
+            raise InputError(f"confidence: expected in [0.5, 1), got {self.confidence}")
         if self.gate is not None:
             read_gates(self.gate, self.measures)
         if self.canaries is not None:
@@ -124,10 +124,10 @@ class Safety(Stage):
         data = job.optional("data")
         if data is not None and not has_parts(data):
             raise InputError(
-                f"data: wanted a folder of fastlm data prepare, with a held-out part, got {data}"
+                f"data: expected a folder of fastlm data prepare, with a held-out part, got {data}"
             )
         if data is None and set(self.measures) <= set(NEED_DATA):
-            raise InputError("data: wanted the training text for memorization, got none")
+            raise InputError("data: expected the training text for memorization, got none")
         ids = ids_of(job.inputs["model"])
         sets = Sets(job.cache)
         judges = Judges(sets)

@@ -66,12 +66,12 @@ def search(
         gradient: False draws from all allowed tokens: the random search it is compared with.
     """
     if not start or not target:
-        raise InputError("suffix: wanted at least one token in it and in its target, got none")
+        raise InputError("suffix: expected at least one token in it and in its target, got none")
     vocab = model.config.vocab_size
     usable = torch.ones(vocab, dtype=torch.bool) if allowed is None else allowed.cpu()
     pool = usable.nonzero()[:, 0]
     if not len(pool):
-        raise InputError("allowed: wanted at least one token, got none")
+        raise InputError("allowed: expected at least one token, got none")
     draw = torch.Generator().manual_seed(seed)
     training = model.training
     model.eval()
@@ -239,7 +239,7 @@ def around(
         for i in range(len(ids) - length + 1):
             if ids[i : i + length] == suffix:
                 return ids[:i], suffix, ids[i + length :]
-    raise InputError("suffix: wanted a tokenizer in which a repeated word is a repeated token")
+    raise InputError("suffix: expected a tokenizer in which a repeated word is a repeated token")
 
 
 def usable_tokens(tokenizer: "Tokenizer", vocab_size: int) -> torch.Tensor:

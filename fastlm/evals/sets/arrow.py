@@ -29,12 +29,12 @@ def read_split(folder: str, split: str, cache: Path) -> list[dict[str, Any]]:
     home = package_root(cache) / "hf_datasets" / folder / split
     files = sorted(home.glob("data-*.arrow"))
     if not files:
-        raise InputError(f"{home}: wanted data-*.arrow, got none")
+        raise InputError(f"{home}: expected data-*.arrow, got none")
     try:
         import pyarrow
     except ModuleNotFoundError:
         raise InputError(
-            f"{home}: wanted the package pyarrow, which is not installed"
+            f"{home}: expected the package pyarrow, which is not installed"
             " (pip install 'fastlm[eval]')"
         ) from None
     rows: list[dict[str, Any]] = []
@@ -44,7 +44,7 @@ def read_split(folder: str, split: str, cache: Path) -> list[dict[str, Any]]:
                 rows += stream.read_all().to_pylist()
         except (pyarrow.ArrowException, OSError, ValueError) as error:
             told = " ".join(str(error).split())
-            raise InputError(f"{path}: wanted an Arrow stream, got: {told:.200}") from None
+            raise InputError(f"{path}: expected an Arrow stream, got: {told:.200}") from None
     return rows
 
 
@@ -52,7 +52,7 @@ def label_of(row: Row, count: int, key: str = "label") -> int:
     """The number of the right answer. ValueError: no number below ``count``."""
     label = row[key]
     if not isinstance(label, int) or not 0 <= label < count:
-        raise ValueError(f"{key}: wanted 0 to {count - 1}, got {label!r}")
+        raise ValueError(f"{key}: expected 0 to {count - 1}, got {label!r}")
     return label
 
 
@@ -60,7 +60,7 @@ def text_of(row: Row, key: str) -> str:
     """A text. ValueError: no text, an empty one."""
     text = row[key]
     if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"{key}: wanted text, got {text!r:.60}")
+        raise ValueError(f"{key}: expected text, got {text!r:.60}")
     return text
 
 
@@ -107,7 +107,7 @@ def _facts(
         asked = made(f"{folder}, row", rows, lambda r: (_filled(template, r), *answers_of(r)))
         if len(asked) <= shots:
             raise InputError(
-                f"{folder}: wanted more than the {shots} examples, got {len(asked)} rows"
+                f"{folder}: expected more than the {shots} examples, got {len(asked)} rows"
             )
         examples = "".join(f"{text} {shown}{between}" for text, shown, *_ in asked[:shots])
         questions = [
@@ -134,7 +134,7 @@ def _triviaqa(row: Row) -> tuple[str, str, Sequence[str]]:
 def _nq_open(row: Row) -> tuple[str, str, Sequence[str]]:
     answers = row["answer"]
     if not answers or not all(isinstance(one, str) for one in answers):
-        raise ValueError(f"answer: wanted texts, got {answers!r:.60}")
+        raise ValueError(f"answer: expected texts, got {answers!r:.60}")
     return answers[0], answers[0], answers
 
 

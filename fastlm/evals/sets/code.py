@@ -85,7 +85,7 @@ def _called(tests: list[str], gold: str) -> str:
         name = part.partition("(")[0].strip()
         if name.isidentifier() and any(f"{name}(" in test for test in tests):
             return name
-    raise ValueError("tests: wanted a call of a function of the right program, got none")
+    raise ValueError("tests: expected a call of a function of the right program, got none")
 
 
 def _set(licence: str, folder: str, **make: Callable[[Open], Open]) -> TaskSpec:

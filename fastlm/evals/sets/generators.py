@@ -29,7 +29,7 @@ def _read(format: str, cache: Path) -> dict[str, Any]:
     rows = list(generated_rows(source))
     if len(rows) <= EXAMPLES:
         raise InputError(
-            f"{source}: wanted size={EXAMPLES + 1} or more, of which {EXAMPLES} are examples,"
+            f"{source}: expected size={EXAMPLES + 1} or more, of which {EXAMPLES} are examples,"
             f" got {len(rows)}"
         )
     texts = [f"Question: {row['question'].strip()}\nAnswer:" for row in rows]

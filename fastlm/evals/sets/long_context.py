@@ -93,7 +93,7 @@ def _lengths(format: str, name: str) -> list[int]:
     for part in parts:
         if not part.isascii() or not part.isdigit() or not 128 <= int(part) <= LONGEST:
             raise InputError(
-                f"format: wanted lengths of 128 to {LONGEST} tokens such as {name}:1024,4096,"
+                f"format: expected lengths of 128 to {LONGEST} tokens such as {name}:1024,4096,"
                 f" got {part!r:.40}"
             )
     return [int(part) for part in parts]
@@ -115,7 +115,7 @@ def needle(lengths: Sequence[int], seed: int = 0) -> list[Open]:
         text = hide(facts, depths, length, rng, len(begin) + len(end))
         questions.append(
             Open(
-                id, f"{begin}{text}{end}", {"wanted": [str(numbers[0])]}, f" {numbers[0]}",
+                id, f"{begin}{text}{end}", {"expected": [str(numbers[0])]}, f" {numbers[0]}",
                 stop=("\n",), max_new_tokens=16,
                 part=f"{length} tokens, depth {100 * depth:.0f} %",
             )
@@ -150,7 +150,7 @@ def hops(lengths: Sequence[int], seed: int = 0) -> list[Open]:
         text = hide(facts, depths, length, rng, len(_EXAMPLE) + len(end) + 6)
         questions.append(
             Open(
-                id, f"{_EXAMPLE}Text: {text}{end}", {"wanted": chains[0]},
+                id, f"{_EXAMPLE}Text: {text}{end}", {"expected": chains[0]},
                 f" {', '.join(chains[0])}", stop=("\n",), max_new_tokens=8 * (count + 1),
                 part=f"{length} tokens, {count} hops",
             )
@@ -169,13 +169,13 @@ def _names(rng: random.Random, count: int) -> list[str]:
 @one_by_one
 def finds_number(answer: str, row: Row) -> float:
     """1 if the answer's first number is the wanted one."""
-    return re.findall(r"\d+", answer.replace(",", ""))[:1] == list(row["wanted"])
+    return re.findall(r"\d+", answer.replace(",", ""))[:1] == list(row["expected"])
 
 
 @one_by_one
 def finds_names(answer: str, row: Row) -> float:
     """The share of the wanted names among as many that the answer names first."""
-    wanted = set(row["wanted"])
+    wanted = set(row["expected"])
     named = list(dict.fromkeys(_NAME.findall(answer)))[: len(wanted)]
     return len(wanted & set(named)) / len(wanted)
 

@@ -47,7 +47,7 @@ def _asked(row: Row, letters: bool) -> tuple[str, list[str], int]:
     """The text of a question, its answers as they follow it, and which is right."""
     question, choices = text_of(row, "question").strip(), row["choices"]
     if len(choices) != len(LETTERS):
-        raise ValueError(f"choices: wanted {len(LETTERS)}, got {len(choices)}")
+        raise ValueError(f"choices: expected {len(LETTERS)}, got {len(choices)}")
     gold = label_of(row, len(LETTERS), "answer")
     if not letters:
         return f"Question: {question}\nAnswer:", [f" {c}" for c in choices], gold

@@ -48,7 +48,7 @@ def request_file(folder: str, format: str, cache: Path) -> Path:
     path = home / format / "requests.jsonl.gz"
     if not path.is_file():
         known = sorted(p.name for p in home.iterdir()) if home.is_dir() else []
-        raise InputError(f"format: wanted one of {', '.join(known)} for {folder}, got {format!r}")
+        raise InputError(f"format: expected one of {', '.join(known)} for {folder}, got {format!r}")
     return path
 
 
@@ -61,9 +61,9 @@ def read_rows(path: Path) -> list[Row]:
                 number += 1
                 rows.append(json.loads(line))
                 if not isinstance(rows[-1], dict):
-                    raise ValueError(f"wanted an object, got {type(rows[-1]).__name__}")
+                    raise ValueError(f"expected an object, got {type(rows[-1]).__name__}")
     except (ValueError, EOFError, OSError, zlib.error) as error:
-        raise InputError(f"{path}, line {number}: wanted JSON lines, got: {error}") from None
+        raise InputError(f"{path}, line {number}: expected JSON lines, got: {error}") from None
     return rows
 
 
@@ -78,7 +78,7 @@ def made(what: str, rows: Sequence[T], make: Callable[[T], Q]) -> list[Q]:
             raise InputError(f"{what} {number}: {error}") from None
         except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
             told = f"{type(error).__name__}: {error}"
-            raise InputError(f"{what} {number}: wanted a question, got {told:.200}") from None
+            raise InputError(f"{what} {number}: expected a question, got {told:.200}") from None
     return found
 
 
@@ -116,7 +116,7 @@ def _choices(path: Path) -> list[Choices]:
         gold = rows[0][1]
         if not isinstance(gold, int) or not 0 <= gold < len(rows):
             raise InputError(
-                f"{path}: question {number}: wanted a label of 0 to {len(rows) - 1}, got {gold!r}"
+                f"{path}: question {number}: expected a label of 0 to {len(rows) - 1}, got {gold!r}"
             )
         bare = tuple(pair for pair, _ in asked.get(number + _BARE, []))
         questions.append(Choices(str(number), tuple(pair for pair, _ in rows), gold, bare))
@@ -198,7 +198,7 @@ def _gsm8k(q: Open) -> Open:
 def _math(q: Open) -> Open:
     answer = boxed(q.row["solution"])
     if not answer:
-        raise InputError("solution: wanted a boxed answer, got none")
+        raise InputError("solution: expected a boxed answer, got none")
     return replace(q, row={"answer": answer}, part=q.row.get("type") or f"level {q.row['level']}")
 
 

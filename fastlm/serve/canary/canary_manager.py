@@ -72,7 +72,7 @@ class CanaryManager(ModelManager):
             return last
         if model.digest == self.state.current.digest:
             raise InputError(
-                f"canary: wanted another model than the one that is served, got {canary}"
+                f"canary: expected another model than the one that is served, got {canary}"
             )
         return CanaryState(model, secrets.token_hex(8), metric, secret=secrets.token_hex(16))
 
@@ -82,7 +82,7 @@ class CanaryManager(ModelManager):
         path = self.experiment.served.path
         if given is not None and model_key(given) != model_key(path):
             raise InputError(
-                f"model: wanted the canary, {path}, or a rollback of it first, got {given!r:.200}"
+                f"model: expected the canary, {path}, or a rollback of it first, got {given!r:.200}"
             )
         await self._end(self.experiment, CanaryVerdict(action, "asked"))
         return True

@@ -15,12 +15,12 @@ MATRIX = ("matrix",)
 
 
 class Case(NamedTuple):
-    """`run(dtype)` calls host functions of one op on tensors from `meta`. `wanted`: per kernel the
-    instructions that its machine code must contain to be what was intended."""
+    """`run(dtype)` calls host functions of one op on tensors from `meta`. `expected`: for each
+    kernel the instructions that its machine code must contain."""
 
     name: str
     run: Callable[[torch.dtype], None]
-    wanted: Mapping[str, tuple[str, ...]] = {}
+    expected: Mapping[str, tuple[str, ...]] = {}
     dtypes: tuple[torch.dtype, ...] = FLOATS
 
 

@@ -88,7 +88,7 @@ def compile_op(op: str, capability: int, sample: int) -> list[dict]:
                 case.run(dtype)
             kind = str(dtype).removeprefix("torch.")
             for i, made in enumerate(compiled):
-                wanted = case.wanted.get(made.name, ())
+                expected = case.expected.get(made.name, ())
                 rows.append(
                     {
                         "kernel": f"{op} {made.name}",
@@ -97,7 +97,7 @@ def compile_op(op: str, capability: int, sample: int) -> list[dict]:
                         **machine_code(made.kernel.asm["cubin"]),
                         "shared": made.kernel.metadata.shared,
                         "tensor_memory": getattr(made.kernel.metadata, "tmem_size", None) or 0,
-                        "wanted": wanted,
+                        "expected": expected,
                     }
                 )
     return rows
@@ -115,7 +115,7 @@ def faults(row: dict, capability: int, before: dict | None, compare: bool) -> li
         found.append(f"tensor memory {row['tensor_memory']} of {TENSOR_MEMORY} columns")
     if row["instructions"] < LEAST:
         found.append(f"{row['instructions']} instructions: is it empty?")
-    for name in row["wanted"]:
+    for name in row["expected"]:
         names = MATRIX[capability] if name == "matrix" else (name,)
         if not any(row["opcodes"].get(n) for n in names):
             found.append(f"no {' or '.join(names)}")
@@ -154,7 +154,7 @@ def main() -> int:
     parser.add_argument("--show", action="store_true", help="print every kernel's figures")
     options = parser.parse_args()
     if options.write and options.sample > 1:
-        parser.error("--write: wanted every case, got --sample: the others would leave the table")
+        parser.error("--write: expected every case, got --sample: the others would leave the table")
     failed = made = 0
     jobs = [(op, c, options.sample) for op in options.op for c in options.capability]
     fresh: dict[str, dict] = {op: {} for op in options.op}

@@ -30,8 +30,8 @@ def _step(
             )  # fmt: skip
         op.adamw(tensors, clip, meta() if clip else None, False)
 
-    wanted = {"_update": LOADS, "_squares": LOADS[:1]}
-    return Case(name, run, wanted, dtypes)
+    expected = {"_update": LOADS, "_squares": LOADS[:1]}
+    return Case(name, run, expected, dtypes)
 
 
 HALF, WIDE = torch.bfloat16, torch.float32

@@ -17,7 +17,7 @@ def _numbers(causal: bool, width: int, window: int, softcap: float, dropout_p: f
     return AttentionOptions(causal, width**-0.5, window, softcap, dropout_p)
 
 
-def _training(name: str, width: int, dtypes: tuple, wanted: dict, *, all_options=False) -> Case:
+def _training(name: str, width: int, dtypes: tuple, expected: dict, *, all_options=False) -> Case:
     """Forward and backward of (2, 32/8, 4096, width)."""
 
     def run(dtype: torch.dtype) -> None:
@@ -34,7 +34,7 @@ def _training(name: str, width: int, dtypes: tuple, wanted: dict, *, all_options
             out, None, q, k, v, out, lse, *options, seed, numbers, all_options
         )
 
-    return Case(name, run, wanted, dtypes)
+    return Case(name, run, expected, dtypes)
 
 
 def _decoding(width: int) -> Case:
@@ -44,8 +44,8 @@ def _decoding(width: int) -> Case:
         numbers = _numbers(True, width, 0, 0.0, 0.0)
         attention.attention_forward(q, k, v, None, None, None, None, numbers)
 
-    wanted = {"_forward": (*MATRIX, "LDGSTS"), "_combine": ("LDG.E.128",)}
-    return Case(f"decoding {width}", run, wanted, BFLOAT16)
+    expected = {"_forward": (*MATRIX, "LDGSTS"), "_combine": ("LDG.E.128",)}
+    return Case(f"decoding {width}", run, expected, BFLOAT16)
 
 
 # float32 products do not use the matrix instructions, which would round to tf32

@@ -30,8 +30,8 @@ def _case(
     names = [
         n for n, on in (("smooth", smooth), ("weighted", weighted), ("softcap", softcap)) if on
     ]
-    wanted = {"_forward": ("LDG.E.128",), "_backward": LOADS} if vectors else {}
-    return Case(f"{rows} x {classes} {' '.join(names)}".strip(), run, wanted, dtypes)
+    expected = {"_forward": ("LDG.E.128",), "_backward": LOADS} if vectors else {}
+    return Case(f"{rows} x {classes} {' '.join(names)}".strip(), run, expected, dtypes)
 
 
 # The second case has softcap and weights. Few rows are split. An odd number of classes cannot be

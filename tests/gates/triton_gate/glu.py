@@ -12,8 +12,8 @@ def _cases(act: str, shape: tuple[int, ...], vectors: bool) -> Case:
         glu.glu_forward(gate, up, act)
         glu.glu_backward(dy, gate, up, act)
 
-    wanted = {"_forward": LOADS, "_backward": LOADS} if vectors else {}
-    return Case(f"{act} {shape}", run, wanted)
+    expected = {"_forward": LOADS, "_backward": LOADS} if vectors else {}
+    return Case(f"{act} {shape}", run, expected)
 
 
 # an odd number of elements cannot be loaded by 128 bits

@@ -20,8 +20,8 @@ def _case(
         layer_norm.layer_norm_backward(dy, beside, x, weight, mean, rstd, True, True)
 
     kernels = ("_forward", "_backward", "_forward_wide", "_backward_wide")
-    wanted = dict.fromkeys(kernels, LOADS) if vectors else {}
-    return Case(f"{rows} x {width} {'residual' if residual else ''}", run, wanted, dtypes)
+    expected = dict.fromkeys(kernels, LOADS) if vectors else {}
+    return Case(f"{rows} x {width} {'residual' if residual else ''}", run, expected, dtypes)
 
 
 # a power of two and other widths, GPT-2's, one row, rows in blocks; an odd width cannot be loaded

@@ -27,9 +27,9 @@ def _forward(
         )
 
     matrix = () if dtypes == (torch.float32,) else MATRIX
-    wanted = {"_vector": LOAD, "_matrix": matrix, "_integers": MATRIX, "_dequantize": STORE}
+    expected = {"_vector": LOAD, "_matrix": matrix, "_integers": MATRIX, "_dequantize": STORE}
     name = f"{rows} rows, w{bits}a{act_bits}, groups of {group_size}{', zeros' * zeros}"
-    return Case(name, run, wanted, dtypes)
+    return Case(name, run, expected, dtypes)
 
 
 def _of_one(rows: int, n: int, k: int, act_bits: int) -> Case:

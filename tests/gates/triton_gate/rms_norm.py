@@ -17,8 +17,8 @@ def _case(
         rms_norm.rms_norm_backward(dy, beside, x, weight, rstd, 0.0)
 
     kernels = ("_forward", "_backward", "_forward_wide", "_backward_wide")
-    wanted = dict.fromkeys(kernels, LOADS) if vectors else {}
-    return Case(f"{rows} x {width} {'residual' if residual else ''}", run, wanted, dtypes)
+    expected = dict.fromkeys(kernels, LOADS) if vectors else {}
+    return Case(f"{rows} x {width} {'residual' if residual else ''}", run, expected, dtypes)
 
 
 # a power of two and other widths, a query's head (narrow), one row, rows in blocks; an odd width

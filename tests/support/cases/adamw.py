@@ -197,7 +197,7 @@ def between(what: str, got: Tensor, low: Tensor, high: Tensor) -> None:
         i = int(wrong.int().argmax())
         g, a, b = (t[i].item() for t in (got, low, high))
         raise AssertionError(
-            f"{what}: {g:.9e} in element {i} of {len(got)}, wanted {a:.9e} to {b:.9e};"
+            f"{what}: {g:.9e} in element {i} of {len(got)}, expected {a:.9e} to {b:.9e};"
             f" {int(wrong.sum())} are wrong"
         )
 

@@ -245,8 +245,8 @@ def assert_reference(op: Op) -> None:
         how = {"differentiable": built.differentiable, "constant": built.constant}
         with backend.use_backend("reference"):
             found, upstream = run(built.function, built.leaves, **how)
-        wanted, _ = run(built.plain, built.leaves, upstream, **how)
-        for a, b in zip(found, wanted, strict=True):
+        expected, _ = run(built.plain, built.leaves, upstream, **how)
+        for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(
                 a, b, rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}"
             )

@@ -160,8 +160,8 @@ def run(
         used = [scattered(t, scatter) for t in used]
     grads = ()
     if reached:
-        wanted = [t for t in leaves if t.requires_grad]
-        grads = torch.autograd.grad(reached, wanted, used, allow_unused=True)
+        expected = [t for t in leaves if t.requires_grad]
+        grads = torch.autograd.grad(reached, expected, used, allow_unused=True)
     found = [t.detach() for t in outputs] + [t for t in grads if t is not None]
     return found, list(upstream)
 
@@ -247,9 +247,9 @@ def misaligned(t: Tensor, dim: int) -> Tensor:
     return base.as_strided(t.shape, strides, base.storage_offset() + start).copy_(t)
 
 
-def assert_same(wanted: Sequence[Tensor], got: Sequence[Tensor], what: str) -> None:
+def assert_same(expected: Sequence[Tensor], got: Sequence[Tensor], what: str) -> None:
     """Assert equality to the last bit; any NaN equals any other."""
-    for i, (a, b) in enumerate(zip(wanted, got, strict=True)):
+    for i, (a, b) in enumerate(zip(expected, got, strict=True)):
         assert a.dtype == b.dtype and a.shape == b.shape, f"{what}: result {i} is of another kind"
         same = ((a == b) & (a.signbit() == b.signbit())) | (a.isnan() & b.isnan())
         assert same.all(), (
@@ -258,9 +258,9 @@ def assert_same(wanted: Sequence[Tensor], got: Sequence[Tensor], what: str) -> N
         )
 
 
-def assert_like(wanted: Sequence[Tensor], got: Sequence[Tensor], what: str) -> None:
+def assert_like(expected: Sequence[Tensor], got: Sequence[Tensor], what: str) -> None:
     """Equality up to two roundings, or up to what reordered sums of logits of 20 change in e^z."""
-    for a, b in zip(wanted, got, strict=True):
+    for a, b in zip(expected, got, strict=True):
         near = max(2 * torch.finfo(a.dtype).eps, 1e-4)
         scale = a[a.isfinite()].abs().max().item() if a.isfinite().any() else 0.0
         torch.testing.assert_close(

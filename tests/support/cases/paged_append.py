@@ -33,7 +33,7 @@ def place(case: Case) -> tuple[Tensor, Tensor]:
     return table.to(kind), positions.to(kind)
 
 
-def wanted(k, v, k_cache, v_cache, table, positions, *scales) -> list[Tensor]:
+def expected_caches(k, v, k_cache, v_cache, table, positions, *scales) -> list[Tensor]:
     """The caches, appended to token by token."""
     caches = [k_cache.clone(), v_cache.clone()]
     page_size = k_cache.shape[1]
@@ -68,7 +68,7 @@ def build(case: Case, dtype: torch.dtype) -> Built:
         return k_cache, v_cache
 
     def verify(leaves: Sequence[Tensor], found: Sequence[Tensor]) -> None:
-        assert_same(wanted(*leaves), found, "caches")
+        assert_same(expected_caches(*leaves), found, "caches")
 
     leaves = [*(t.to(dtype) for t in x), *caches, table, positions]
     leaves += scales.unbind() if case["int8"] else []
