@@ -2,8 +2,8 @@
 brought to one form.
 
 Rows come from .jsonl and .json files (an array of rows), local or in packages
-(`fastlm.sources.rows`), or from a generator (`fastlm.sources.generated`). The shape is recognised
-by a row's keys:
+(`fastlm.sources.rows`), or from a generator (`fastlm.sources.reasoning_gym`). The shape is
+recognised by a row's keys:
 
 - OpenAI: ``{"messages": [{"role", "content", "tool_calls"?}, ...], "tools"?}``; an assistant
   message with ``"weight": 0`` is context and not learnt;
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fastlm.errors import InputError, check_unicode
-from fastlm.sources.generated import generated_rows, is_generated
+from fastlm.sources.reasoning_gym import is_reasoning_gym, reasoning_gym_rows
 from fastlm.sources.rows import Row, good_rows, ignore, list_files, read_rows, row_unit
 
 FORMATS = ("jsonl", "json")
@@ -146,8 +146,8 @@ def _files(
     and of each generator.
     """
     for spec in sources:
-        if is_generated(spec):
-            yield spec, "row", True, enumerate(generated_rows(spec), 1)
+        if is_reasoning_gym(spec):
+            yield spec, "row", True, enumerate(reasoning_gym_rows(spec), 1)
             continue
         found, passed = list_files(spec, cache=cache)
         files = [file for file in found if file.format in FORMATS]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fastlm.errors import InputError
-from fastlm.sources.generated import SCHEME, check_generated, generator_score
+from fastlm.sources.reasoning_gym import SCHEME, check_reasoning_gym_row, score_reasoning_gym
 
 Reward = Callable[[str, Mapping[str, Any]], float]
 NUMBER = re.compile("(?:(?<!\\d)[-\N{MINUS SIGN}])?\\d[\\d,]*(?:\\.\\d+)?")
@@ -62,11 +62,11 @@ def last_number(text: str) -> float | None:
 
 
 VERIFIERS: dict[str, Reward] = {
-    "exact": exact, "contains": contains, "number": number, SCHEME: generator_score,
+    "exact": exact, "contains": contains, "number": number, SCHEME: score_reasoning_gym,
 }  # fmt: skip
 # What each reads of a row: InputError where the row has none
 CHECKS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
-    "exact": gold, "contains": gold, "number": gold_number, SCHEME: check_generated,
+    "exact": gold, "contains": gold, "number": gold_number, SCHEME: check_reasoning_gym_row,
 }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from fastlm.errors import InputError
 from fastlm.evals.harness_tasks import is_file, read_task
 from fastlm.evals.sets import arrow, code, generators, instructions, long_context, mmlu, olmes
 from fastlm.evals.task import ABILITIES, Task, TaskSpec
-from fastlm.sources.generated import SCHEME
+from fastlm.sources.reasoning_gym import SCHEME
 
 SETS: dict[str, TaskSpec] = {
     **olmes.SETS, **mmlu.SETS, **arrow.SETS, **code.SETS, **generators.SETS, **long_context.SETS,

@@ -8,7 +8,7 @@ from typing import Any
 from fastlm.errors import InputError
 from fastlm.progress import silent
 from fastlm.schema import read_document
-from fastlm.sources.generated import is_generated, package_version
+from fastlm.sources.reasoning_gym import is_reasoning_gym, package_version
 from fastlm.sources.rows import list_files, parse_source, printable
 
 Stamp = tuple[int, int, int]  # size, mtime and ctime in ns
@@ -43,7 +43,7 @@ class Contents:
         InputError: as in ``list_files``; the package of a generated source is missing.
         """
         found: dict[str, list[Any]] = {
-            spec: [package_version()] for spec in specs if is_generated(spec)
+            spec: [package_version()] for spec in specs if is_reasoning_gym(spec)
         }
         for spec in specs:
             if not parse_source(spec)[0]:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from fastlm.errors import InputError
-from fastlm.sources.generated import SCHEME, is_generated
 from fastlm.sources.packages import fetch
+from fastlm.sources.reasoning_gym import SCHEME, is_reasoning_gym
 from fastlm.sources.rows import parse_source
 
 MOST = 1 << 20  # bytes that are read of a file
@@ -19,7 +19,7 @@ def licence_of(spec: str, cache: Path) -> tuple[str | None, str | None]:
     """Return (package with its version, licence) of a source; None for what nothing states, and of
     local files. A package that is not in the cache is fetched.
     """
-    if is_generated(spec):
+    if is_reasoning_gym(spec):
         try:
             return SCHEME, _stated(metadata(SCHEME))
         except PackageNotFoundError:

@@ -114,13 +114,13 @@ def ignore(message: str) -> None:
 
 def parse_source(spec: str) -> tuple[str, str, str]:
     """Return (scheme, package, glob), or ("", path, glob) for a local source. A "#" in the name of
-    a path that exists belongs to the name. The package of a generated source is all that follows
-    its scheme.
+    a path that exists belongs to the name. The package of a reasoning-gym source is all that
+    follows its scheme.
     """
-    from fastlm.sources import generated, packages
+    from fastlm.sources import packages, reasoning_gym
 
-    if generated.is_generated(spec):
-        return generated.SCHEME, spec.removeprefix(f"{generated.SCHEME}:"), ""
+    if reasoning_gym.is_reasoning_gym(spec):
+        return reasoning_gym.SCHEME, spec.removeprefix(f"{reasoning_gym.SCHEME}:"), ""
     body, _, glob = spec.partition("#")
     scheme, _, name = body.partition(":")
     if scheme in packages.SCHEMES:
@@ -136,13 +136,13 @@ def list_files(
     ``unread`` counts the endings of files whose type is not read. InputError: unknown or missing
     source, no readable file in it, a file of a type that is not read.
     """
-    from fastlm.sources import generated, packages
+    from fastlm.sources import packages, reasoning_gym
 
     kinds = ", ".join(f"{scheme}:NAME" for scheme in packages.SCHEMES)
     if not spec.strip():
         raise InputError(f"source: expected a path, {kinds}, got an empty text")
     scheme, name, glob = parse_source(spec)
-    if scheme == generated.SCHEME:
+    if scheme == reasoning_gym.SCHEME:
         raise InputError(f"source {spec}: expected text, got a generator of questions")
     package = bool(scheme)
     passed: Counter[str] = Counter()

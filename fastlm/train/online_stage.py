@@ -20,8 +20,8 @@ from fastlm.pipeline.stage import (
     one_of,
     select_options,
 )
-from fastlm.sources.generated import SCHEME, check_scored, is_generated
 from fastlm.sources.input_digest import Contents
+from fastlm.sources.reasoning_gym import SCHEME, check_scorable, is_reasoning_gym
 from fastlm.torchrun import is_main_process
 from fastlm.train.encoding import (
     TrainingData,
@@ -113,8 +113,8 @@ messages), or conversations, of which what precedes the last answer is the promp
         not_negative(self, "uwo_coefficient")
         one_of(self, ensemble=("mean", "min", "uwo"))
         if self.reward == SCHEME:
-            for spec in filter(is_generated, self.data):
-                check_scored(spec)
+            for spec in filter(is_reasoning_gym, self.data):
+                check_scorable(spec)
         dropout = self.lora_dropout
         why = "0, as the update needs the probabilities that the answers were drawn with"
         expect(not dropout, "lora_dropout", why, dropout)

@@ -1,5 +1,5 @@
 """Questions of reasoning-gym's generators, which also score the answers: ``reasoning-gym:NAME`` or
-``reasoning-gym:NAME?size=50&seed=1`` (`fastlm.sources.generated`), and some of them by name.
+``reasoning-gym:NAME?size=50&seed=1`` (`fastlm.sources.reasoning_gym`), and some of them by name.
 
 The first three rows are examples and are not asked. Only generators whose scores were reviewed are
 accepted.
@@ -12,7 +12,7 @@ from typing import Any
 from fastlm.errors import InputError
 from fastlm.evals.answers import generator
 from fastlm.evals.task import Open, TaskSpec
-from fastlm.sources.generated import SCHEME, check_scored, generated_rows, package_version
+from fastlm.sources.reasoning_gym import SCHEME, check_scorable, package_version, reasoning_gym_rows
 
 EXAMPLES = 3
 SIZE = 100  # questions of a generator by default
@@ -20,13 +20,16 @@ TOKENS = 128
 
 
 def _read(format: str, cache: Path) -> dict[str, Any]:
-    """Read ``NAME?KEY=VALUE&...``. InputError: as `generated_rows`; too few rows; no package."""
+    """Read ``NAME?KEY=VALUE&...``.
+
+    InputError: as `reasoning_gym_rows`; too few rows; the package is missing.
+    """
     del cache
     source = f"{SCHEME}:{format}"
     if "size=" not in source:
         source += f"{'&' if '?' in source else '?'}size={SIZE + EXAMPLES}"
-    check_scored(source)
-    rows = list(generated_rows(source))
+    check_scorable(source)
+    rows = list(reasoning_gym_rows(source))
     if len(rows) <= EXAMPLES:
         raise InputError(
             f"{source}: expected size={EXAMPLES + 1} or more, of which {EXAMPLES} are examples,"

@@ -1,14 +1,14 @@
-"""Prompts that a program makes: the generators of the package reasoning-gym, which also score the
+"""Prompts from the procedural task generators of the package reasoning-gym, which also score the
 answers.
 
 ``reasoning-gym:NAME[?KEY=VALUE&...]`` names a generator and the options of its configuration, as
 ``reasoning-gym:chain_sum?size=2000&seed=1&max_digits=2``. A value is JSON, or else a text. The
-defaults are the package's (``size=500``), but for the seed, which is 0. A row is the package's
+defaults are the package's (``size=500``), except for the seed, which is 0. A row is the package's
 entry: ``{"question", "answer", "metadata"}``. One version of the package and of Python gives the
-same rows for the same source: `fastlm.sources.generated_worker` draws them with fixed hashes.
+same rows for the same source: `fastlm.sources.reasoning_gym_worker` draws them with fixed hashes.
 
-Scores are those of `REVIEWED` and of the generators in `SCORED`. The other ones would run what a
-policy or a file wrote: the package scores them by ``eval`` or sympy's parser.
+Scores come from version `REVIEWED_VERSION` only, and from the generators in `SCORABLE`. The package
+scores the others by ``eval`` or sympy's parser, which would run what a policy or a file wrote.
 
 Nothing is fetched. The package is imported where such a source is read.
 """
@@ -34,20 +34,22 @@ SCHEME = "reasoning-gym"
 FORM = f"{SCHEME}:NAME or {SCHEME}:NAME?KEY=VALUE&..."
 SOURCE = "source"  # the key of a row that holds its spec
 TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-REVIEWED = "0.1.25"  # of the package: the scorers of another version are unknown, so none is used
+# The scorers of another version have not been reviewed, so no other version is used.
+REVIEWED_VERSION = "0.1.25"
 MISSING = (
-    f"expected the package {SCHEME}, which is not installed (pip install {SCHEME}=={REVIEWED})"
+    f"expected the package {SCHEME}, which is not installed"
+    f" (pip install {SCHEME}=={REVIEWED_VERSION})"
 )
-# Generators whose `score_answer`, with all that it calls, was read in version `REVIEWED`: it
-# compares texts, or parses them by int, float, Decimal, complex, json.loads, numpy.loadtxt or a
-# regular expression. test_generated.py repeats the search for calls that evaluate. Left out
-# are those that do (binary_matrix, bitwise_arithmetic, countdown, intermediate_integration,
-# n_queens, number_sorting, polynomial_multiplication, puzzle24, simple_integration, spiral_matrix,
+# Generators whose `score_answer`, with all that it calls, was read in version `REVIEWED_VERSION`:
+# it compares texts, or parses them by int, float, Decimal, complex, json.loads, numpy.loadtxt or a
+# regular expression. test_reasoning_gym.py repeats the search for calls that evaluate. Left out are
+# those that do (binary_matrix, bitwise_arithmetic, countdown, intermediate_integration, n_queens,
+# number_sorting, polynomial_multiplication, puzzle24, simple_integration, spiral_matrix,
 # string_insertion); those whose time or memory an answer can make unbounded (coin_flip: the
 # Fraction 1e999999999; propositional_logic: two to the number of its names; rubiks_cube and
 # rush_hour: the count of a move; tower_of_hanoi: the row's number of disks); codeio, which runs
 # programs, composite, which asks any other one, and game_of_life_halting, which pays any answer.
-SCORED = frozenset(
+SCORABLE = frozenset(
     """
 ab acre advanced_geometry aiw arc_1d arc_agi base_conversion basic_arithmetic bf
 binary_alternation boxnet caesar_cipher calendar_arithmetic chain_sum circuit_logic
@@ -67,7 +69,7 @@ word_sequence_reversal word_sorting zebra_puzzles
 )
 
 
-def is_generated(spec: str) -> bool:
+def is_reasoning_gym(spec: str) -> bool:
     """Whether a source names a generator."""
     return spec.startswith(f"{SCHEME}:")
 
@@ -80,14 +82,14 @@ def package_version() -> str:
         raise InputError(MISSING) from None
 
 
-def generated_rows(spec: str) -> Iterator[dict[str, Any]]:
+def reasoning_gym_rows(spec: str) -> Iterator[dict[str, Any]]:
     """Yield the rows of a generator. InputError: an unknown generator or option, a value that the
     generator refuses, the package is missing.
     """
     name, options = _parsed(spec)
-    _generator(spec)  # refuses what is wrong before a process starts
+    _create_generator(spec)  # refuses what is wrong before a process starts
     request = {"path": sys.path, "name": name, "options": options}
-    command = [sys.executable, "-P", str(Path(__file__).with_name("generated_worker.py"))]
+    command = [sys.executable, "-P", str(Path(__file__).with_name("reasoning_gym_worker.py"))]
     env = {**os.environ, "PYTHONHASHSEED": "0"}
     child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env)
     assert child.stdin is not None and child.stdout is not None
@@ -107,16 +109,17 @@ def generated_rows(spec: str) -> Iterator[dict[str, Any]]:
         child.communicate()
 
 
-def check_scored(spec: str) -> None:
+def check_scorable(spec: str) -> None:
     """InputError unless the answers to a source's questions can be scored without running them:
-    another generator than `SCORED`, another version than `REVIEWED`.
+    another generator than `SCORABLE`, another version than `REVIEWED_VERSION`.
     """
     name = spec.removeprefix(f"{SCHEME}:").partition("?")[0]
-    if (got := package_version()) != REVIEWED:
+    if (got := package_version()) != REVIEWED_VERSION:
         raise InputError(
-            f"reward: expected {SCHEME} {REVIEWED}, whose scores were reviewed, got version {got}"
+            f"reward: expected {SCHEME} {REVIEWED_VERSION}, whose scores were reviewed, got "
+            f"version {got}"
         )
-    if name not in SCORED:
+    if name not in SCORABLE:
         raise InputError(
             f"reward: expected a generator of which {SCHEME} scores answers without evaluating "
             "text,"
@@ -124,10 +127,10 @@ def check_scored(spec: str) -> None:
         )
 
 
-def check_generated(row: Mapping[str, Any]) -> None:
+def check_reasoning_gym_row(row: Mapping[str, Any]) -> None:
     """InputError unless the row is one of reasoning-gym's that its generator can score."""
     spec = _spec_of(row)
-    made = _scorer(spec)
+    made = _load_scorer(spec)
     try:
         made.score_answer(str(row["answer"]), _entry(row))
     except Exception as error:
@@ -136,15 +139,15 @@ def check_generated(row: Mapping[str, Any]) -> None:
         ) from None
 
 
-def generator_score(answer: str, row: Mapping[str, Any]) -> float:
+def score_reasoning_gym(answer: str, row: Mapping[str, Any]) -> float:
     """What the row's generator gives for an answer, mostly 0 to 1; 0 where the answer breaks it. An
     answer is what stands in its last ``<answer>`` tag; without one, the whole text.
 
-    InputError: see `check_scored`.
+    InputError: see `check_scorable`.
     """
     tagged = TAGGED.findall(answer)
     given = (tagged[-1] if tagged else answer).strip()
-    made = _scorer(_spec_of(row))
+    made = _load_scorer(_spec_of(row))
     try:
         return float(made.score_answer(given, _entry(row)))
     except Exception:  # such as "x" as the factor of a number
@@ -157,7 +160,7 @@ def _entry(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _spec_of(row: Mapping[str, Any]) -> str:
-    if is_generated(str(row.get(SOURCE))):
+    if is_reasoning_gym(str(row.get(SOURCE))):
         return row[SOURCE]
     about = row.get("metadata")  # an entry that was written to a file: the default configuration
     name = about.get("source_dataset") if isinstance(about, Mapping) else None
@@ -167,13 +170,13 @@ def _spec_of(row: Mapping[str, Any]) -> str:
 
 
 @lru_cache(maxsize=64)
-def _scorer(spec: str) -> Any:
-    check_scored(spec)
-    return _generator(spec)
+def _load_scorer(spec: str) -> Any:
+    check_scorable(spec)
+    return _create_generator(spec)
 
 
 @lru_cache(maxsize=64)
-def _generator(spec: str) -> Any:
+def _create_generator(spec: str) -> Any:
     """The data set of a spec: it has a length, rows by their index, and ``score_answer``."""
     name, options = _parsed(spec)
     from reasoning_gym.factory import create_dataset

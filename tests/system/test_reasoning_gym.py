@@ -20,9 +20,9 @@ from fastlm.data.conversations import Rows
 from fastlm.data.prompts import prompt_messages, read_prompts
 from fastlm.data.verify import CHECKS, VERIFIERS
 from fastlm.errors import InputError
-from fastlm.sources import generated
-from fastlm.sources.generated import generated_rows, generator_score
+from fastlm.sources import reasoning_gym
 from fastlm.sources.input_digest import Contents
+from fastlm.sources.reasoning_gym import reasoning_gym_rows, score_reasoning_gym
 from fastlm.sources.rows import list_files
 from fastlm.train.online_stage import Grpo
 
@@ -34,11 +34,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture
 def forgotten():
     """A generator is made once per process: forget those made so far."""
-    generated._generator.cache_clear()
-    generated._scorer.cache_clear()
+    reasoning_gym._create_generator.cache_clear()
+    reasoning_gym._load_scorer.cache_clear()
     yield
-    generated._generator.cache_clear()
-    generated._scorer.cache_clear()
+    reasoning_gym._create_generator.cache_clear()
+    reasoning_gym._load_scorer.cache_clear()
 
 
 def test_rows_follow_from_the_source(tmp_path) -> None:
@@ -50,15 +50,16 @@ def test_rows_follow_from_the_source(tmp_path) -> None:
         assert message["role"] == "user" and prompt.row["question"] == message["content"]
         sum_of = message["content"].rpartition(": ")[2].removesuffix(" =")
         assert eval(sum_of) == int(prompt.row["answer"])
-    other = [row["question"] for row in generated_rows(SUMS.replace("seed=3", "seed=4"))]
+    other = [row["question"] for row in reasoning_gym_rows(SUMS.replace("seed=3", "seed=4"))]
     assert other != [prompt.row["question"] for prompt in prompts]
 
 
 def test_rows_do_not_depend_on_the_process() -> None:
     """ransom_note goes through sets of texts; without a seed the package would draw one."""
     code = """
-from fastlm.sources.generated import generated_rows
-print([(r["question"], r["answer"]) for r in generated_rows("reasoning-gym:ransom_note?size=8")])
+from fastlm.sources.reasoning_gym import reasoning_gym_rows
+print([(r["question"], r["answer"]) for r in
+reasoning_gym_rows("reasoning-gym:ransom_note?size=8")])
 """
     drawn = [
         subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed},
@@ -71,44 +72,46 @@ print([(r["question"], r["answer"]) for r in generated_rows("reasoning-gym:ranso
 def test_values_are_json_or_text(forgotten) -> None:
     spec = 'reasoning-gym:basic_arithmetic?size=30&operators=["+"]&allow_parentheses=false'
     assert all(set(row["metadata"]["expression"]) <= set("0123456789+- ")
-               for row in generated_rows(spec))  # fmt: skip
+               for row in reasoning_gym_rows(spec))  # fmt: skip
     spec = "reasoning-gym:basic_arithmetic?size=2&format_style=simple"
-    assert len(list(generated_rows(spec))) == 2
+    assert len(list(reasoning_gym_rows(spec))) == 2
 
 
 def test_the_generator_scores(tmp_path) -> None:
-    row = next(generated_rows(SUMS))
+    row = next(reasoning_gym_rows(SUMS))
     right, wrong = row["answer"], str(int(row["answer"]) + 1)
-    assert VERIFIERS["reasoning-gym"] is generator_score
-    assert generator_score(f" {right}\n", row) == 1
-    assert generator_score(f"<answer>{wrong}</answer> no: <answer> {right} </answer>", row) == 1
-    assert generator_score(f"{right}, I think <answer>{wrong}</answer>", row) == 0
-    assert 0 < generator_score(f"It is {right}.", row) < 1  # its share of the text, by the package
-    assert generator_score("", row) == 0
+    assert VERIFIERS["reasoning-gym"] is score_reasoning_gym
+    assert score_reasoning_gym(f" {right}\n", row) == 1
+    assert score_reasoning_gym(f"<answer>{wrong}</answer> no: <answer> {right} </answer>", row) == 1
+    assert score_reasoning_gym(f"{right}, I think <answer>{wrong}</answer>", row) == 0
+    assert (
+        0 < score_reasoning_gym(f"It is {right}.", row) < 1
+    )  # its share of the text, by the package
+    assert score_reasoning_gym("", row) == 0
     # a puzzle with many answers: the generator checks the answer, not its likeness to one
-    row = next(generated_rows("reasoning-gym:palindrome_generation?size=1&min_length=9"))
+    row = next(reasoning_gym_rows("reasoning-gym:palindrome_generation?size=1&min_length=9"))
     first, middle, last = (lambda a, n: (a[:n], a[n:-n], a[-n:]))(
         row["answer"], len(row["answer"]) // 2
     )
     solution = last + middle + first
     assert solution != row["answer"]
-    assert generator_score(solution, row) == 1 and generator_score("aba", row) < 0.1
+    assert score_reasoning_gym(solution, row) == 1 and score_reasoning_gym("aba", row) < 0.1
     # an entry that was written to a file
     file = write(tmp_path / "rows.jsonl", [{k: v for k, v in row.items() if k != "source"}])
     (prompt,) = read_prompts((file,), cache=tmp_path)
-    assert generator_score(solution, prompt.row) == 1
+    assert score_reasoning_gym(solution, prompt.row) == 1
     # an answer that the generator's int() refuses is wrong, and no error
     row = {"answer": "7", "metadata": {"source_dataset": "prime_factorization"}}
-    assert generator_score("7", row) == 1 and generator_score("seven", row) == 0
+    assert score_reasoning_gym("7", row) == 1 and score_reasoning_gym("seven", row) == 0
 
 
 def test_no_text_is_evaluated(tmp_path, monkeypatch, forgotten) -> None:
     told = tmp_path / "told"
     code = f'__import__("os").mkdir("{told}")'
-    row = next(generated_rows("reasoning-gym:countdown?size=1"))
+    row = next(reasoning_gym_rows("reasoning-gym:countdown?size=1"))
     refused = "reward: expected a generator of which .* without evaluating text, .* got 'countdown'"
     with pytest.raises(InputError, match=refused):
-        generator_score(code, row)
+        score_reasoning_gym(code, row)
     stage = Grpo(data=(row["source"],), reward="reasoning-gym", max_steps=1)
     with pytest.raises(InputError, match=refused):
         stage.check()
@@ -123,11 +126,11 @@ def test_no_text_is_evaluated(tmp_path, monkeypatch, forgotten) -> None:
         replace(stage, data=(file,))(tmp_path / "out", model=base)
     assert not told.exists()
     with pytest.raises(InputError, match=r"row: expected one that .* can score, got KeyError"):
-        generated.check_generated({"metadata": {"source_dataset": "chain_sum"}})
-    generated._scorer.cache_clear()
-    monkeypatch.setattr(generated.metadata, "version", lambda name: "0.1.26")
+        reasoning_gym.check_reasoning_gym_row({"metadata": {"source_dataset": "chain_sum"}})
+    reasoning_gym._load_scorer.cache_clear()
+    monkeypatch.setattr(reasoning_gym.metadata, "version", lambda name: "0.1.26")
     with pytest.raises(InputError, match=r"expected reasoning-gym 0.1.25, .* version 0.1.26"):
-        generator_score("1", {"answer": "1", "metadata": {"source_dataset": "chain_sum"}})
+        score_reasoning_gym("1", {"answer": "1", "metadata": {"source_dataset": "chain_sum"}})
 
 
 def called(cls: type) -> set[str]:
@@ -162,10 +165,10 @@ def test_what_is_scored_evaluates_nothing() -> None:
 
     evaluating = {"eval", "exec", "compile", "__import__", "parse_expr", "sympify", "simplify",
                   "literal_eval", "run", "Popen", "system", "open", "Fraction"}  # fmt: skip
-    assert metadata.version("reasoning-gym") == generated.REVIEWED
-    assert len(generated.SCORED) == 87 and generated.SCORED <= DATASETS.keys()
+    assert metadata.version("reasoning-gym") == reasoning_gym.REVIEWED_VERSION
+    assert len(reasoning_gym.SCORABLE) == 87 and reasoning_gym.SCORABLE <= DATASETS.keys()
     guilty = {name for name in DATASETS if called(DATASETS[name][0]) & evaluating}
-    assert not guilty & generated.SCORED
+    assert not guilty & reasoning_gym.SCORABLE
     assert guilty >= {"countdown", "number_sorting", "n_queens", "bitwise_arithmetic"}  # it finds
 
 
@@ -216,7 +219,7 @@ def test_the_version_of_the_package_is_part_of_a_plan(tmp_path, monkeypatch) -> 
     def missing(name: str) -> str:
         raise metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(generated.metadata, "version", missing)
+    monkeypatch.setattr(reasoning_gym.metadata, "version", missing)
     with pytest.raises(InputError, match="not installed"):
         contents.sources((SUMS,))
 
@@ -224,7 +227,7 @@ def test_the_version_of_the_package_is_part_of_a_plan(tmp_path, monkeypatch) -> 
 def test_without_the_package(monkeypatch, forgotten) -> None:
     monkeypatch.setitem(sys.modules, "reasoning_gym.factory", None)
     with pytest.raises(InputError, match=r"which is not installed \(pip install reasoning-gym==0"):
-        next(generated_rows(SUMS))
+        next(reasoning_gym_rows(SUMS))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The process that draws the rows of a generator. `fastlm.sources.generated` starts it with
+"""The process that draws the rows of a generator. `fastlm.sources.reasoning_gym` starts it with
 ``PYTHONHASHSEED=0``.
 
 Some generators (ransom_note, word_ladder) go through sets of texts, whose order depends on the
