@@ -53,7 +53,7 @@ from fastlm.feedback.local_server import serving
 from fastlm.feedback.pairwise import answer, share
 from fastlm.feedback.simulated_users import Question, User, simulate_users
 from fastlm.feedback.stage import FeedbackBuild
-from fastlm.serve.feedback import FeedbackStore
+from fastlm.serve.feedback_store import FeedbackStore
 from fastlm.stages import run_recipe
 from fastlm.stats.intervals import wilson
 

@@ -102,8 +102,8 @@ async def embed(http: httpx.AsyncClient, model: str, marker: str, load: Load) ->
 
 async def like(http: httpx.AsyncClient, id: str, marker: str, load: Load) -> None:
     """Tell the server what an answer is worth."""
-    opinion = {"response_id": id, "thumb": "up", "comment": marker}
-    response = await http.post("feedback", json=opinion)
+    feedback = {"response_id": id, "thumb": "up", "comment": marker}
+    response = await http.post("feedback", json=feedback)
     if response.status_code != 200:
         raise RuntimeError(f"feedback: {response.status_code}: {response.text:.200}")
     load.ended["liked"] += 1

@@ -51,7 +51,7 @@ from fastlm.pipeline.run_folder import STAGES
 from fastlm.sources.input_digest import Contents
 
 if TYPE_CHECKING:
-    from fastlm.serve.feedback import FeedbackStore
+    from fastlm.serve.feedback_store import FeedbackStore
 
 DATA = {"corpus", "shards"}  # what is searched itself, and so is clean or named
 NOT_ROWS = {INDEX, FORGOTTEN, "metrics.jsonl"}

@@ -1,9 +1,9 @@
 """What people said about answers, one judgement at a time, from feedback databases and files of
 rows.
 
-Of several opinions of one rater about one answer, or about two answers, the last one counts. A
-ranking says of every two answers which is better; a tie, or an answer that a rater skipped, takes
-back what the rater said of them before.
+If a rater gave feedback several times about one answer, or about two answers, the last one counts.
+A ranking says of every two answers which is better. A tie, or a ranking that a rater skipped,
+cancels what the rater said of these answers before.
 """
 
 import json
@@ -140,14 +140,16 @@ def is_export(source: str) -> bool:
 
 def _stored(where: str, passed: Counter[str]) -> list[Judgement]:
     with open_store(where) as store:
-        answers, opinions, name = store.answers(), store.opinions(), store.name
+        answers, feedback_rows, name = store.answers(), store.all_feedback(), store.name
         ratings = {rating.name: rating for rating in store.ratings()}
     texts = {
         (id, choice): (answer, messages)
         for id, answer in answers.items()
         for choice, messages in enumerate(answer.choices)
     }
-    said = [one for o in opinions for one in _judgements(o, texts, ratings, passed)]
+    said = [
+        one for feedback in feedback_rows for one in _judgements(feedback, texts, ratings, passed)
+    ]
     last = latest(said)
     found = [replace(one, source=name) for one in last.values() if one is not None]
     passed["said again, or otherwise, by the same rater"] += len(said) - len(last)
@@ -164,19 +166,19 @@ def withdrawn_keys(source: str) -> frozenset[str]:
 
 
 def _judgements(
-    opinion: "Feedback", texts: "Texts", ratings: "dict[str, Rating]", passed: Counter[str]
+    feedback: "Feedback", texts: "Texts", ratings: "dict[str, Rating]", passed: Counter[str]
 ) -> "Iterator[tuple[Said, Judgement | None]]":
-    """What an opinion says, by rater and answers. None: no more what the rater said of them."""
-    if opinion.response_id is None:
+    """What a feedback row says, by rater and answers. None: no more what the rater said of them."""
+    if feedback.response_id is None:
         passed["about a conversation, not an answer"] += 1
         return
-    if opinion.kinds() in ([], ["comment"]):
+    if feedback.kinds() in ([], ["comment"]):
         passed["neither a thumb, a number, a pick nor a correction"] += 1
         return
-    rater, key = opinion.rater or ANONYMOUS, (opinion.response_id, opinion.choice)
+    rater, key = feedback.rater or ANONYMOUS, (feedback.response_id, feedback.choice)
 
-    thumbs = {"thumb": opinion.thumb} if opinion.thumb else {}
-    for name, value in opinion.metrics:
+    thumbs = {"thumb": feedback.thumb} if feedback.thumb else {}
+    for name, value in feedback.metrics:
         rating = ratings.get(name)
         if rating is None or rating.level != "response" or not (thumb := rating.thumb(value)):
             passed["a number in the middle, or of no declared metric of answers"] += 1
@@ -186,21 +188,21 @@ def _judgements(
         side = {"better" if thumb == "up" else "worse": key}
         yield (what, rater, frozenset([key])), _judgement(thumb, rater, texts, **side)
 
-    if opinion.corrected:
+    if feedback.corrected:
         told = _judgement("correction", rater, texts, worse=key)
         if told.prompt is not None:
-            told = replace(told, better=texts[key][0].corrected(key[1], opinion.corrected))
+            told = replace(told, better=texts[key][0].corrected(key[1], feedback.corrected))
         yield ("correction", rater, frozenset([key])), told
 
-    picks = [(key, other) for other in opinion.preferred_over]
-    if (ranking := opinion.ranking) is not None:
+    picks = [(key, other) for other in feedback.preferred_over]
+    if (ranking := feedback.ranking) is not None:
         ranks = ranking.ranks
         if not ranks:  # skipped: as if all were tied
-            answer = texts.get((opinion.response_id, 0))
+            answer = texts.get((feedback.response_id, 0))
             ranks = (0,) * (0 if answer is None else len(answer[0].choices))
         for i, j in combinations(range(len(ranks)), 2):
             (first, a), (second, b) = sorted(((ranks[i], i), (ranks[j], j)))
-            both = (opinion.response_id, a), (opinion.response_id, b)
+            both = (feedback.response_id, a), (feedback.response_id, b)
             if first < second:
                 picks.append(both)
             else:

@@ -51,11 +51,11 @@ def import_command(
     from fastlm.data.conversations import Rows
 
     with needs_serve():
-        from fastlm.serve.ranking import RankingStore, read_answers
+        from fastlm.serve.ranking import RankingStore, read_ranking_examples
 
     rows = Rows()
     examples = list(
-        read_answers(
+        read_ranking_examples(
             sources, cache=cache or default_cache(), skip_bad=skip_bad, rows=rows, tell=_note
         )
     )  # before the store: a bad row leaves no empty one behind

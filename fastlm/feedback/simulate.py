@@ -96,7 +96,7 @@ The same command starts again from nothing."""
         from fastlm.feedback.local_server import serving
         from fastlm.feedback.pairwise import judged
         from fastlm.feedback.simulated_users import Question, simulate_feedback, simulate_users
-        from fastlm.serve.feedback import FeedbackStore
+        from fastlm.serve.feedback_store import FeedbackStore
         from fastlm.stats.intervals import wilson
 
         prompts = self._prompts(job)
@@ -128,7 +128,7 @@ The same command starts again from nothing."""
             )
             posted = [
                 served.post("/v1/feedback", one.body)
-                for one in job.track(said, "giving feedback", unit="opinions")
+                for one in job.track(said, "giving feedback", unit="requests")
             ]
         with FeedbackStore(database):  # its log of writes ends in it: readers leave it as it is
             pass

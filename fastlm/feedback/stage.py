@@ -159,7 +159,7 @@ def _digest(where: str) -> str:
 
     with open_store(where) as store:
         found = hashlib.sha256()
-        for one in [*store.answers().values(), *store.opinions(), *store.ratings()]:
+        for one in [*store.answers().values(), *store.all_feedback(), *store.ratings()]:
             found.update(json.dumps(asdict(one), sort_keys=True).encode("utf-8", "replace"))
         found.update("\n".join(sorted(store.withdrawn())).encode("utf-8", "replace"))
     return found.hexdigest()

@@ -19,7 +19,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from fastlm.serve import admin_api, opinions, rank_api, tokens_api
+from fastlm.serve import admin_api, feedback_api, rank_api, tokens_api
 from fastlm.serve.api_error import ApiError, stopping
 from fastlm.serve.completions import complete
 from fastlm.serve.metrics import Metrics
@@ -34,7 +34,7 @@ from fastlm.serve.protocol.responses_api import ResponsesRequest
 from fastlm.serve.response_stream import ClientQuota
 
 if TYPE_CHECKING:
-    from fastlm.serve.feedback import FeedbackStore
+    from fastlm.serve.feedback_store import FeedbackStore
     from fastlm.serve.hooks import ServerMonitor
     from fastlm.serve.model_manager import ModelManager
     from fastlm.serve.ranking import RankingStore
@@ -62,8 +62,8 @@ PAGES = {"/": "index.html", "/dashboard": "dashboard.html"} | {
 class Server:
     """Models, and how they are served; `app` is the ASGI application.
 
-    ``feedback``: where opinions go; None: nowhere. ``monitor``: measures answers; None: nothing
-    does. ``ranking``: the store of `fastlm rank` for the page /rank; None:
+    ``feedback``: the database of feedback, or None. ``monitor``: measures answers, or None.
+    ``ranking``: the store of `fastlm rank` for the page /rank; None:
     no such page. ``keys`` and ``hosts`` as in `fastlm.serve.middleware.RequestMiddleware`.
     ``origins``: of web pages elsewhere that may call the server; "*": any.
     ``manager``: changes the models, for those with one of the keys ``admins``; None: nothing does.
@@ -122,7 +122,7 @@ class Server:
             "/v1/embeddings": partial(tokens_api.embed, self),
             "/tokenize": partial(tokens_api.tokenize, self),
             "/detokenize": partial(tokens_api.detokenize, self),
-            "/v1/feedback": partial(opinions.give, self),
+            "/v1/feedback": partial(feedback_api.post_feedback, self),
         }
         pages = PAGES if self.ranking is None else {**PAGES, "/rank": "rank.html"}
         gets = {

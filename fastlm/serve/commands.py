@@ -17,7 +17,7 @@ from fastlm.startup import imports
 from fastlm.tokenizer import chat_template as templates
 
 if TYPE_CHECKING:
-    from fastlm.serve.feedback import FeedbackStore
+    from fastlm.serve.feedback_store import FeedbackStore
 
 app = typer.Typer(
     help="What people said about answers of `fastlm serve`, as rows to train on.",
@@ -42,7 +42,7 @@ def _serve(options: ServeOptions) -> None:
         with imports():
             from fastlm.serve import process
         if options.feedback is not None:
-            import fastlm.serve.feedback  # noqa: F401  # names a missing package now
+            import fastlm.serve.feedback_store  # noqa: F401  # names a missing package now
     process.run(options, keys, admin_keys)
 
 
@@ -109,7 +109,7 @@ def forget_command(
 def open_store(database: str) -> "FeedbackStore":
     """The database, which must exist."""
     with needs_serve():
-        from fastlm.serve.feedback import FeedbackStore
+        from fastlm.serve.feedback_store import FeedbackStore
     return FeedbackStore(database, create=False)
 
 

@@ -29,7 +29,7 @@ from fastlm.serve.responses_answer import ResponsesAnswer
 
 if TYPE_CHECKING:
     from fastlm.serve.app import Server
-    from fastlm.serve.feedback import FeedbackStore
+    from fastlm.serve.feedback_store import FeedbackStore
     from fastlm.serve.middleware import Limits
     from fastlm.serve.models import ModelLease, Served
 

@@ -25,7 +25,7 @@ USER_TEXTS = {"prompt", "tools", "choices", "rater", "comment", "corrected"}
 
 
 def row_of(value: StoredResponse | Feedback) -> dict[str, Any]:
-    """The row of an answer or an opinion, without personal data."""
+    """Return the row of an answer or of feedback, without personal data."""
     row: dict[str, Any] = {field.name: getattr(value, field.name) for field in fields(value)}
     if isinstance(value, StoredResponse):
         row["num_choices"] = len(value.choices)
@@ -62,7 +62,7 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def read_answer(row: Any, name: str) -> StoredResponse:
+def read_response(row: Any, name: str) -> StoredResponse:
     """A row of `ANSWERS` in the database ``name``. InputError names row and column."""
     where = f"{name}: {ANSWERS.name} {row.response_id!r:.140}: "
 
@@ -74,7 +74,7 @@ def read_answer(row: Any, name: str) -> StoredResponse:
     return replace(answer, prompt=checked(answer.prompt, "prompt"), choices=choices)
 
 
-def read_opinion(row: Any, name: str) -> Feedback:
+def read_feedback(row: Any, name: str) -> Feedback:
     """A row of `FEEDBACK`. InputError names row and column."""
     where = f"{name}: {FEEDBACK.name} {row.id!r:.40}: "
     metrics = [list(item) for item in read_metrics(row.metrics, where).items()]
@@ -82,7 +82,7 @@ def read_opinion(row: Any, name: str) -> Feedback:
 
 
 def read_metrics(text: Any, where: str) -> dict[str, float]:
-    """The numbers that an opinion gives, by name."""
+    """Return the numbers that feedback gives, by name."""
     given = _loaded(text, f"{where}metrics")
     return validate(given or {}, dict[str, Finite], f"{where}metrics.")
 

@@ -145,7 +145,7 @@ class ModelManager:
         self.decisions[told["action"]] += 1
         log("decision", **{key: value for key, value in told.items() if key != "at"})
 
-    def feedback(self, opinion: "Feedback") -> None:
+    def record_feedback(self, feedback: "Feedback") -> None:
         """Count what somebody says for the model that answered. For any thread but the event
         loop's. InputError: the database cannot be used."""
 

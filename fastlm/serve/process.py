@@ -26,7 +26,7 @@ from fastlm.serve.models import Models
 from fastlm.serve.options import LOCAL_NAMES, ServeOptions
 
 if TYPE_CHECKING:
-    from fastlm.serve.feedback import FeedbackStore
+    from fastlm.serve.feedback_store import FeedbackStore
     from fastlm.serve.ratings import Rating
 
 MOST_TEMPLATE = 2**20  # bytes; published ones have up to 20,000
@@ -44,7 +44,7 @@ def run(options: ServeOptions, keys: Sequence[str] = (), admin_keys: Sequence[st
         listening = stack.enter_context(_listen(options.host, options.port))
         store = monitor = None
         if options.feedback is not None:
-            from fastlm.serve.feedback import FeedbackStore  # SQLAlchemy takes 0.2 s
+            from fastlm.serve.feedback_store import FeedbackStore  # SQLAlchemy takes 0.2 s
             from fastlm.serve.monitor.monitor import Monitor, Settings
 
             settings = Settings.of(options)

@@ -1,8 +1,8 @@
-"""Answers to prompts that people rank, in a feedback database (`fastlm.serve.feedback`).
+"""Answers to prompts that people rank, in a feedback database (`fastlm.serve.feedback_store`).
 
 An item is a stored answer with several choices: of rows that somebody imported, of a model that
 sampled them, or of `fastlm serve` where a user let us keep more than one. A rater's order of them
-is an opinion with a `Ranking`: the last one counts, ``fastlm feedback build`` reads it as picks.
+is feedback with a `Ranking`: the last one counts, ``fastlm feedback build`` reads it as picks.
 
 `fastlm.feedback.rank_terminal` is the way to rank in a terminal.
 """
@@ -23,8 +23,15 @@ from fastlm.data.forgotten import response_key
 from fastlm.data.preferences import Comparison, Label, Unranked, answers_of
 from fastlm.errors import InputError, check_unicode, show
 from fastlm.files import replacing
-from fastlm.serve.feedback import FeedbackStore
-from fastlm.serve.feedback_rows import SKIPPED, as_json, read_answer, read_opinion, row_of, scrubbed
+from fastlm.serve.feedback_rows import (
+    SKIPPED,
+    as_json,
+    read_feedback,
+    read_response,
+    row_of,
+    scrubbed,
+)
+from fastlm.serve.feedback_store import FeedbackStore
 from fastlm.serve.responses import Feedback, Ranking, StoredResponse
 from fastlm.serve.tables import ANSWERS, FEEDBACK, WITHDRAWN
 from fastlm.sources.rows import ignore
@@ -77,7 +84,7 @@ class RaterCounts:
     corrected: int = 0
 
 
-def read_answers(
+def read_ranking_examples(
     sources: Sequence[str],
     *,
     cache: Path,
@@ -124,7 +131,7 @@ class RankingStore(FeedbackStore):
     # ---- items
 
     def add_items(self, examples: Iterable[Comparison | Unranked], model: str = "") -> Added:
-        """Add prompts with answers (of ``model``), all or none. Ranks become an opinion of the
+        """Add prompts with answers (of ``model``), all or none. Ranks become feedback of the
         example's rater ("file" if it names none). What the store has already is counted and left
         unchanged; what was forgotten is not stored again.
         """
@@ -157,7 +164,7 @@ class RankingStore(FeedbackStore):
         new = response_key(id) not in gone
         is_item = new and self.insert_new(connection, ANSWERS, row)
         if new and ranked is not None:
-            new = self._add_opinion(connection, id, ranked, order)
+            new = self._add_feedback(connection, id, ranked, order)
             added.corrections += new and corrected
             added.rankings += new and not corrected
         else:
@@ -165,24 +172,24 @@ class RankingStore(FeedbackStore):
         added.items += is_item and not corrected  # one choice: nothing to rank
         added.known += not (new or is_item)
 
-    def _add_opinion(
+    def _add_feedback(
         self, connection: sa.Connection, id: str, ranked: Comparison, order: list[int]
     ) -> bool:
         """Store what a row says. False: its rater has said something of this kind."""
         rater = ranked.rater or FILE_RATER
         if ranked.corrected:
-            kind, opinion = "corrected", Feedback(id, corrected=_corrected_text(ranked))
+            kind, feedback = "corrected", Feedback(id, corrected=_corrected_text(ranked))
         else:
             scores = None if ranked.scores is None else tuple(ranked.scores[i] for i in order)
             ranks = tuple(ranked.ranks[i] for i in order)
             ranking = Ranking(ranks, scores=scores, margin=ranked.margin)
-            kind, opinion = "ranking", Feedback(id, ranking=ranking)
+            kind, feedback = "ranking", Feedback(id, ranking=ranking)
         before = sa.select(FEEDBACK.c.id).where(
             FEEDBACK.c.response_id == id, FEEDBACK.c.rater == rater, FEEDBACK.c[kind].is_not(None)
         )
         if connection.execute(before.limit(1)).first() is not None:
             return False
-        connection.execute(FEEDBACK.insert().values(row_of(replace(opinion, rater=rater))))
+        connection.execute(FEEDBACK.insert().values(row_of(replace(feedback, rater=rater))))
         return True
 
     def has_prompt(self, prompt: list[Message], tools: list[Any] | None) -> bool:
@@ -199,7 +206,7 @@ class RankingStore(FeedbackStore):
         row = self.first(ANSWERS.select().where(SEVERAL, ANSWERS.c.id == id))
         if row is None:
             raise InputError(f"item: expected one of the store, got {id}")
-        answer = read_answer(row, self.name)
+        answer = read_response(row, self.name)
         shown = list(range(len(answer.choices)))
         random.Random(_digest([self.seed, rater, answer.response_id])).shuffle(shown)
         return Item(
@@ -213,7 +220,7 @@ class RankingStore(FeedbackStore):
         """
         its = FEEDBACK.c
         own = its.response_id == ANSWERS.c.response_id, its.rater == rater, its.ranking.is_not(None)
-        # a look-up of each item: the last opinions of all items at once would be read for each call
+        # a look-up of each item: the last feedback of all items at once would be read for each call
         last = sa.select(its.ranking).where(*own).order_by(its.id.desc()).limit(1).scalar_subquery()
         state = last == SKIPPED if skipped else last.is_(None)
         query = sa.select(ANSWERS.c.id).where(SEVERAL, ANSWERS.c.id > after, state)
@@ -226,7 +233,7 @@ class RankingStore(FeedbackStore):
         (total,) = self.first(sa.select(sa.func.count(ANSWERS.c.id)).where(SEVERAL))
         return self.raters(rater).get(rater, RaterCounts()), total
 
-    # ---- opinions
+    # ---- feedback
 
     def rank(self, rater: str, item: Item, ranks: Sequence[int]) -> None:
         """Store the rater's ranks of an item. ``ranks``: in the order of ``item.answers``, 0 is the
@@ -283,10 +290,10 @@ class RankingStore(FeedbackStore):
     def agreement(self) -> Agreement:
         """How far the raters agree, on all items that two or more ranked."""
         rankings: dict[str, dict[str, Sequence[int]]] = {}
-        for answer, opinion in self._opinions("ranking", None):
-            if opinion.ranking is not None and opinion.ranking.ranks:
+        for answer, feedback in self._last_feedback("ranking", None):
+            if feedback.ranking is not None and feedback.ranking.ranks:
                 its = rankings.setdefault(answer.response_id, {})
-                its[opinion.rater or ""] = opinion.ranking.ranks
+                its[feedback.rater or ""] = feedback.ranking.ranks
         return agreement_of(rankings.values())
 
     def figures(self) -> dict[str, Any]:
@@ -302,12 +309,12 @@ class RankingStore(FeedbackStore):
         answers, each better than the one that it corrects. Rankings in which all answers are tied
         are left out: nothing is learnt from them.
         """
-        for answer, opinion in self._opinions("corrected" if corrected else "ranking", rater):
-            about: dict[str, Any] = {"tools": answer.tools, "rater": opinion.rater}
-            its = opinion.ranking
+        for answer, feedback in self._last_feedback("corrected" if corrected else "ranking", rater):
+            about: dict[str, Any] = {"tools": answer.tools, "rater": feedback.rater}
+            its = feedback.ranking
             if corrected:
-                fixed = answer.corrected(opinion.choice, opinion.corrected or "")
-                answers = (fixed, answer.choices[opinion.choice])
+                fixed = answer.corrected(feedback.choice, feedback.corrected or "")
+                answers = (fixed, answer.choices[feedback.choice])
                 yield Comparison(answer.prompt, answers, (0, 1), corrected=True, **about)
             elif its is not None and len(set(its.ranks)) > 1:
                 yield Comparison(
@@ -315,21 +322,23 @@ class RankingStore(FeedbackStore):
                     **about,
                 )  # fmt: skip
 
-    def _opinions(self, kind: str, rater: str | None) -> Iterator[tuple[StoredResponse, Feedback]]:
-        """The opinions that count, about answers whose text is here, in the answers' order."""
+    def _last_feedback(
+        self, kind: str, rater: str | None
+    ) -> Iterator[tuple[StoredResponse, Feedback]]:
+        """Yield the feedback that counts, with the stored answer, in the order of the answers."""
         by_answer: dict[str, list[Feedback]] = {}
         for row in self.all(_last(kind, rater)):
-            opinion = read_opinion(row, self.name)
-            by_answer.setdefault(opinion.response_id or "", []).append(opinion)
+            feedback = read_feedback(row, self.name)
+            by_answer.setdefault(feedback.response_id or "", []).append(feedback)
         for id, answer in self.answers().items():
             size = len(answer.choices)
-            for opinion in sorted(by_answer.get(id, ()), key=lambda o: (o.rater or "", o.choice)):
-                ranks = () if opinion.ranking is None else opinion.ranking.ranks
-                if opinion.choice >= size or len(ranks) not in (0, size):
+            for feedback in sorted(by_answer.get(id, ()), key=lambda o: (o.rater or "", o.choice)):
+                ranks = () if feedback.ranking is None else feedback.ranking.ranks
+                if feedback.choice >= size or len(ranks) not in (0, size):
                     raise InputError(
-                        f"{self.name}: expected opinions about {size} choices of {id}, got another"
+                        f"{self.name}: expected feedback about {size} choices of {id}, got another"
                     )
-                yield answer, opinion
+                yield answer, feedback
 
     def export(self, path: str | Path, form: str, *, rater: str | None = None) -> int:
         """Write a .jsonl file, which `read_preferences` reads (`read_conversations`:
@@ -364,7 +373,7 @@ class RankingStore(FeedbackStore):
 
 
 def _last(kind: str, rater: str | None) -> sa.Select[Any]:
-    """The opinions of a kind that count: the last ones about an answer, of each rater or of one."""
+    """Select the last feedback of a kind of each rater, or of one, about each answer."""
     its = FEEDBACK.c
     ids = sa.select(sa.func.max(its.id)).where(its[kind].is_not(None))
     if rater is not None:

@@ -86,7 +86,7 @@ def read_ratings(path: str | Path) -> list[Rating]:
 def read_values(
     given: Mapping[str, Any], declared: Sequence[Rating], *, response: bool, conversation: bool
 ) -> tuple[tuple[str, float], ...]:
-    """The values of an opinion, checked. ``response``, ``conversation``: what it is about.
+    """Check the values of feedback. ``response``, ``conversation``: what it is about.
     InputError: a name that is not declared, a wrong value, the id that a metric is about missing.
     """
     known = {rating.name: rating for rating in declared}

@@ -1,5 +1,7 @@
-"""What people say about answers, and answers that they let us keep; `fastlm.serve.feedback` stores
-both."""
+"""Feedback about answers, and the answers that users allow to be stored.
+
+`fastlm.serve.feedback_store` stores both.
+"""
 
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass

@@ -16,7 +16,7 @@ import pydantic
 from paths import ROOT
 from serve_app import ask, serving, tiny_model
 
-from fastlm.serve.feedback import FeedbackStore
+from fastlm.serve.feedback_store import FeedbackStore
 from fastlm.serve.protocol.chat_completion import ChatCompletionRequest
 from fastlm.serve.protocol.completion import CompletionRequest
 from fastlm.serve.protocol.embedding import EmbeddingRequest

@@ -15,7 +15,7 @@ import pytest
 def postgresql():
     """The URL of a database in a server of its own, which only a socket reaches."""
     from fastlm.errors import InputError
-    from fastlm.serve.feedback import FeedbackStore
+    from fastlm.serve.feedback_store import FeedbackStore
 
     programs = Path("/usr/lib/postgresql").glob("*/bin/initdb")
     initdb = next(iter(sorted(programs, reverse=True)), None)
@@ -54,7 +54,7 @@ def where(request, tmp_path):
     if request.param == "sqlite":
         yield str(tmp_path / "feedback.sqlite")
         return
-    from fastlm.serve.feedback import FeedbackStore
+    from fastlm.serve.feedback_store import FeedbackStore
 
     url = request.getfixturevalue("postgresql")
     yield url

@@ -32,7 +32,7 @@ from traffic import (
     percentile,
 )
 
-from fastlm.serve.feedback import FeedbackStore
+from fastlm.serve.feedback_store import FeedbackStore
 
 
 def test_percentiles_are_between_the_values():

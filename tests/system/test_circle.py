@@ -27,7 +27,7 @@ from fastlm.evals.safety.texts import SOURCES
 from fastlm.feedback.gate_metrics import scores_of
 from fastlm.feedback.simulated_users import simulate_users
 from fastlm.feedback.stage import FeedbackBuild
-from fastlm.serve.feedback import FeedbackStore
+from fastlm.serve.feedback_store import FeedbackStore
 from fastlm.stages import load_recipe
 
 RECIPES = ROOT / "recipes"

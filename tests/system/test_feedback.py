@@ -24,9 +24,9 @@ from fastlm.errors import InputError
 from fastlm.feedback.build import BuildOptions, build
 from fastlm.feedback.judgements import read_judgements
 from fastlm.serve.canary.canary_store import CanaryStore
-from fastlm.serve.feedback import Feedback, FeedbackStore, StoredResponse
+from fastlm.serve.feedback_store import Feedback, FeedbackStore, StoredResponse
 from fastlm.serve.monitor.monitor import Settings
-from fastlm.serve.monitor.window import read_opinions
+from fastlm.serve.monitor.window import read_feedback_rows
 from fastlm.serve.ratings import Rating, read_ratings
 from fastlm.serve.tables import MEASURES
 
@@ -35,7 +35,7 @@ CLEAN = [{"role": "user", "content": "Write to <EMAIL> or <PHONE>"}]
 
 
 def test_a_reader_that_keeps_the_text_in_the_log_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr("fastlm.serve.feedback.WAIT_SECONDS", 0.1)
+    monkeypatch.setattr("fastlm.serve.feedback_store.WAIT_SECONDS", 0.1)
     path = tmp_path / "feedback.sqlite"
 
     def left():
@@ -56,12 +56,12 @@ def test_a_reader_that_keeps_the_text_in_the_log_is_told(tmp_path, monkeypatch):
 
 
 def filled(store):
-    """Two answers to one prompt, one to another, and opinions about them."""
+    """Two answers to one prompt, one to another, and feedback about them."""
     texts = [[{"role": "assistant", "content": text}] for text in ("Better", "Worse")]
     store.keep(StoredResponse("r1", "tiny", PROMPT, texts, conversation_id="talk"))
     other = [{"role": "user", "content": "What?"}]
     store.keep(StoredResponse("r2", "tiny", other, [[{"role": "assistant", "content": "Wrong"}]]))
-    for opinion in (
+    for feedback in (
         Feedback("r1", choice=1, preferred_over=(("r1", 0),), rater="ann"),
         Feedback("r1", choice=0, preferred_over=(("r1", 1),), rater="ann"),  # the other, after all
         Feedback("r1", choice=0, thumb="down", rater="ann"),
@@ -73,7 +73,7 @@ def filled(store):
         Feedback(None, "talk", thumb="up"),
         Feedback("r1", choice=0, preferred_over=(("r2", 0),)),  # another prompt
     ):
-        store.add(opinion)
+        store.add(feedback)
     return store
 
 
@@ -87,7 +87,7 @@ def test_rows_to_train_on(where, tmp_path):
     with filled(FeedbackStore(where)) as store:
         kept = store.answers()
         assert kept["r1"].prompt == CLEAN and kept["r1"].conversation_id == "talk"
-        assert store.opinions()[4].comment == "Mail <EMAIL>"
+        assert store.all_feedback()[4].comment == "Mail <EMAIL>"
         assert store.counts()["answers"] == 2 and store.counts()["thumb"] == 6
 
         done = built(where, tmp_path)
@@ -115,7 +115,7 @@ def test_rows_to_train_on(where, tmp_path):
         assert [t.messages[-1]["content"] for t in talks] == ["Better", "Right, says <EMAIL>"]
 
         assert store.forget("talk") == 8 and store.forget("r1") == 0
-        assert [o.response_id for o in store.opinions()] == ["r2", "r2", "r3"]
+        assert [o.response_id for o in store.all_feedback()] == ["r2", "r2", "r3"]
         store.forget("r2")
         with pytest.raises(InputError, match="got none; 1 no consent to keep the text"):
             built(where, tmp_path / "none")
@@ -133,25 +133,25 @@ def test_what_was_forgotten_is_not_stored_again(where, monkeypatch):
         store.keep(answer)
         assert store.add(about[0]) == 1
         assert store.forget("talk") == 2
-        assert [store.add(opinion) for opinion in about] == [None] * 4 and not store.keep(answer)
-        assert not store.opinions() and store.add(Feedback("r2", "other", thumb="up"))
+        assert [store.add(feedback) for feedback in about] == [None] * 4 and not store.keep(answer)
+        assert not store.all_feedback() and store.add(Feedback("r2", "other", thumb="up"))
         # forgotten by another process in the middle
         blocked, asked = store._blocked, []
 
-        def late(opinion):
-            asked.append(opinion)
+        def late(feedback):
+            asked.append(feedback)
             if len(asked) == 2:
                 with FeedbackStore(where) as other:
                     other.forget("r3")
-            return blocked(opinion)
+            return blocked(feedback)
 
         monkeypatch.setattr(store, "_blocked", late)
         assert store.add(Feedback("r3", thumb="up")) is None
-        assert [opinion.response_id for opinion in store.opinions()] == ["r2"]
+        assert [feedback.response_id for feedback in store.all_feedback()] == ["r2"]
 
 
 def test_a_conversation_takes_no_answer_of_another_along(where):
-    """An opinion names the victim's answer and the attacker's conversation, who then withdraws."""
+    """Feedback names the victim's answer and the attacker's conversation, who then withdraws."""
     said = [[{"role": "assistant", "content": "Yes"}]]
     with FeedbackStore(where) as store:
         store.keep(StoredResponse("victims", "tiny", PROMPT, said, None, "theirs"))
@@ -163,10 +163,10 @@ def test_a_conversation_takes_no_answer_of_another_along(where):
         assert store.conversation_of("victims") == ("theirs",)
         assert store.conversation_of("alone") == (None,)
         assert store.conversation_of("unknown") is None
-        # the attacker's four opinions; the answer of the conversation, and what is unknown
+        # the attacker's four feedback rows; the answer of the conversation, and what is unknown
         assert store.forget("talk") == 4 + 2 + 1
         assert set(store.answers()) == {"victims", "alone"}
-        assert [(o.response_id, o.thumb) for o in store.opinions()] == [
+        assert [(o.response_id, o.thumb) for o in store.all_feedback()] == [
             ("victims", "up"), ("alone", "up"),
         ]  # fmt: skip
         assert store.add(Feedback("victims", thumb="up"))
@@ -181,7 +181,9 @@ def test_several_servers_write_at_once(where):
 
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(write, range(60)))
-        assert sorted(o.response_id for o in one.opinions()) == sorted(f"r{i}" for i in range(60))
+        assert sorted(o.response_id for o in one.all_feedback()) == sorted(
+            f"r{i}" for i in range(60)
+        )
         assert len(other.answers()) == 1
 
 
@@ -208,12 +210,12 @@ def test_a_closed_database_is_one_file(tmp_path):
         with contextlib.ExitStack() as stack:
             if name == "other":
                 other = stack.enter_context(FeedbackStore(base))
-                assert not other.opinions()
+                assert not other.all_feedback()
             with FeedbackStore(base) as store:
                 store.add(Feedback("r1", thumb="up"))
             copy = Path(shutil.copy(base, tmp_path / "copy.sqlite"))
             with FeedbackStore(copy) as store:
-                assert [opinion.response_id for opinion in store.opinions()] == ["r1"]
+                assert [feedback.response_id for feedback in store.all_feedback()] == ["r1"]
     assert not (tmp_path / "alone.sqlite-wal").exists()
 
 
@@ -238,8 +240,8 @@ def test_an_opinion_is_stored_where_what_is_kept_cannot_be_read(tmp_path, monkey
         monkeypatch.setattr(store, "keeps", fails)
         response = ask(url, {"response_id": "r1", "thumb": "up"}, "/v1/feedback")
         assert response.status_code == 200 and response.json()["kept"] is None
-        (opinion,) = store.opinions()
-        assert opinion.thumb == "up"
+        (feedback,) = store.all_feedback()
+        assert feedback.thumb == "up"
 
 
 def test_over_http(where):
@@ -259,7 +261,7 @@ def test_over_http(where):
             return response.json()
 
         made = give(response_id=first["id"], thumb="up", comment="I am ann@mail.org", rater="ann")
-        assert made["kept"] is False and store.opinions()[0].comment == "I am <EMAIL>"
+        assert made["kept"] is False and store.all_feedback()[0].comment == "I am <EMAIL>"
         assert not store.answers()  # still nobody consented
         said = first["choices"][0]["message"]["content"]
         consent = {"consent": True, **talk, "choices": [said]}
@@ -275,7 +277,7 @@ def test_over_http(where):
         assert kept.prompt[0]["content"] == "I am <EMAIL>" and kept.choices[0][0]["content"] == said
         over = [{"response_id": second["id"]}, {"choice": 1}]
         give(response_id=first["id"], preferred_over=over)
-        assert store.opinions()[-1].preferred_over == ((second["id"], 0), (first["id"], 1))
+        assert store.all_feedback()[-1].preferred_over == ((second["id"], 0), (first["id"], 1))
         give(conversation_id="talk", thumb="down")
 
         def refused(param, **fields):
@@ -337,8 +339,8 @@ def test_a_rater_belongs_to_a_key(tmp_path):
                 told = ask(url, {"response_id": "r1", "thumb": thumb, **rater}, "/v1/feedback",
                            authorization=f"Bearer {key}")  # fmt: skip
                 assert told.status_code == 200
-        raters = [opinion.rater or "" for opinion in store.opinions()]
-        assert len(set(raters)) == 4 and len(read_opinions(store, 0, time.time() + 9)) == 4
+        raters = [feedback.rater or "" for feedback in store.all_feedback()]
+        assert len(set(raters)) == 4 and len(read_feedback_rows(store, 0, time.time() + 9)) == 4
         hashes = [rater.partition(":")[0] for rater in raters]
         assert hashes[0] == hashes[1] != hashes[2] == hashes[3]
         assert [rater.partition(":")[2] for rater in raters] == ["ann", "", "ann", ""]
@@ -377,7 +379,7 @@ def test_a_full_disk_costs_the_conversation_but_not_the_answer(tmp_path, capfd):
     assert [line["stored"] for line in lines if "stored" in line] == [False] * 2
 
 
-ANSWER, OPINION = "fastlm_answers 'r1': ", "fastlm_feedback 1: "
+ANSWER, FEEDBACK = "fastlm_answers 'r1': ", "fastlm_feedback 1: "
 DEEP = "[" * 5000
 HOSTILE = [
     ("answers", "prompt", "{", ANSWER + "prompt:1: expected JSON, got: EOF"),
@@ -404,20 +406,20 @@ HOSTILE = [
     ("answers", "tools", "7", ANSWER + "tools: expected an array"),
     ("answers", "model", b"x", ANSWER + "model: expected a string"),
     ("answers", "response_id", b"r1", "fastlm_answers b'r1': response_id: expected a string"),
-    ("feedback", "choice", "x", OPINION + "choice: expected a whole number, got 'x'"),
-    ("feedback", "choice", -1, OPINION + "choice: expected 0 or more, got -1"),
-    ("feedback", "thumb", "left", OPINION + "thumb: expected up or down, got 'left'"),
-    ("feedback", "rater", b"ann", OPINION + "rater: expected a string"),
-    ("feedback", "corrected", b"\xff", OPINION + "corrected: expected a string"),
-    ("feedback", "preferred_over", "7", OPINION + "preferred_over: expected an array"),
-    ("feedback", "preferred_over", '[["r2"]]', OPINION + r"preferred_over\[0\]\[1\]: expected"),
-    ("feedback", "preferred_over", '[["r2", -1]]', OPINION + "choice: expected 0 or more, got -1"),
-    ("feedback", "ranking", "7", OPINION + "ranking: expected an object"),
-    ("feedback", "ranking", '{"ranks": [0, 2]}', OPINION + "ranks: expected ranks from 0"),
-    ("feedback", "ranking", '{"ranks": [0], "shown": [1]}', OPINION + "shown: expected each"),
-    ("feedback", "ranking", '{"ranks": [0], "scores": []}', OPINION + "scores: expected one"),
-    ("feedback", "metrics", '{"stars": "x"}', OPINION + "metrics.stars: expected a number"),
-    ("feedback", "metrics", '{"stars": 1e999}', OPINION + "metrics.stars: expected a finite"),
+    ("feedback", "choice", "x", FEEDBACK + "choice: expected a whole number, got 'x'"),
+    ("feedback", "choice", -1, FEEDBACK + "choice: expected 0 or more, got -1"),
+    ("feedback", "thumb", "left", FEEDBACK + "thumb: expected up or down, got 'left'"),
+    ("feedback", "rater", b"ann", FEEDBACK + "rater: expected a string"),
+    ("feedback", "corrected", b"\xff", FEEDBACK + "corrected: expected a string"),
+    ("feedback", "preferred_over", "7", FEEDBACK + "preferred_over: expected an array"),
+    ("feedback", "preferred_over", '[["r2"]]', FEEDBACK + r"preferred_over\[0\]\[1\]: expected"),
+    ("feedback", "preferred_over", '[["r2", -1]]', FEEDBACK + "choice: expected 0 or more, got -1"),
+    ("feedback", "ranking", "7", FEEDBACK + "ranking: expected an object"),
+    ("feedback", "ranking", '{"ranks": [0, 2]}', FEEDBACK + "ranks: expected ranks from 0"),
+    ("feedback", "ranking", '{"ranks": [0], "shown": [1]}', FEEDBACK + "shown: expected each"),
+    ("feedback", "ranking", '{"ranks": [0], "scores": []}', FEEDBACK + "scores: expected one"),
+    ("feedback", "metrics", '{"stars": "x"}', FEEDBACK + "metrics.stars: expected a number"),
+    ("feedback", "metrics", '{"stars": 1e999}', FEEDBACK + "metrics.stars: expected a finite"),
     ("feedback", "metrics", "[]", None),  # as none
     ("metrics", "kind", "star", "fastlm_metrics 'stars': kind: expected 'boolean' or 'number'"),
     ("metrics", "low", "x", "fastlm_metrics 'stars': low: expected a number, got 'x'"),
@@ -426,7 +428,7 @@ HOSTILE = [
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """A closed database with one answer and one opinion."""
+    """A closed database with one answer and one feedback."""
     base = tmp_path_factory.mktemp("small") / "f.sqlite"
     with FeedbackStore(base) as store:
         store.declare([STARS])
@@ -445,7 +447,7 @@ def test_databases_of_strangers(small, tmp_path, table, column, value, message):
             assert judgements(base, tmp_path)
             return
         with pytest.raises(InputError, match=rf"f\.sqlite: {message}") as raised:
-            store.answers(), store.opinions(), store.ratings()
+            store.answers(), store.all_feedback(), store.ratings()
         assert "\n" not in str(raised.value) and len(str(raised.value)) < 1001
         with pytest.raises(InputError, match=message):
             judgements(base, tmp_path)
@@ -470,10 +472,10 @@ def test_the_dashboard_reads_databases_of_strangers(tmp_path):
             with store.write() as connection:
                 connection.exec_driver_sql(f"UPDATE fastlm_feedback SET {change}")
             if message is None:
-                assert read_opinions(store, 0, now + 60) == []
+                assert read_feedback_rows(store, 0, now + 60) == []
                 continue
             with pytest.raises(InputError, match=message):
-                read_opinions(store, 0, now + 60)
+                read_feedback_rows(store, 0, now + 60)
 
 
 def test_commands(tmp_path):
@@ -523,7 +525,7 @@ def test_numbers_by_name(where):
         both = {"stars": 1.5, "solved": False}
         given = give(response_id="x", conversation_id="c", metrics=both, thumb="down")
         assert given.status_code == 200
-        assert [o.metrics for o in store.opinions()] == [
+        assert [o.metrics for o in store.all_feedback()] == [
             (("stars", 4.0),), (("solved", 1.0),), (("stars", 1.5), ("solved", 0.0)),
         ]  # fmt: skip
         for metrics, message in (
@@ -549,7 +551,7 @@ def test_numbers_by_name(where):
             assert refused.status_code == 400 and refused.json()["error"]["param"] == "metrics"
         unnamed = give(response_id="x", metrics={"x" * 999: 1})
         assert unnamed.status_code == 400 and len(unnamed.text) < 500
-        assert len(store.opinions()) == 3
+        assert len(store.all_feedback()) == 3
         text = server.metrics.text().decode()
         assert 'fastlm_feedback_total{kind="metrics"} 3.0' in text
     with FeedbackStore(where) as store:  # what the numbers mean does not change
@@ -600,7 +602,7 @@ def test_feedback_comes_early_late_and_about_conversations(where):
     with FeedbackStore(where) as store:
         store.declare([STARS, SOLVED])
         store.add(Feedback("early", thumb="up", metrics=(("stars", 5.0),)))
-        assert read_opinions(store, now - 60, now + 60)[0].model == ""  # no answer yet
+        assert read_feedback_rows(store, now - 60, now + 60)[0].model == ""  # no answer yet
         row = dict.fromkeys(c.name for c in MEASURES.columns if c.name != "id")
         row |= {"choice": 0, "status": 200}
         with store.write() as connection:
@@ -614,15 +616,15 @@ def test_feedback_comes_early_late_and_about_conversations(where):
         store.add(Feedback("late", thumb="up", rater="ann"))  # she changed her mind
         store.add(Feedback(None, "talk", metrics=(("solved", 1.0),)))
         store.add(Feedback(None, "elsewhere", thumb="down"))
-        today = {one.key: one for one in read_opinions(store, now - 3600, now + 60)}
+        today = {one.key: one for one in read_feedback_rows(store, now - 3600, now + 60)}
         assert set(today) == {("early", 0), ("talk", -1), ("elsewhere", -1)}
         assert today["early", 0].model == today["talk", -1].model == "new"
         assert (today["early", 0].kind, today["early", 0].value) == ("metrics.stars", 5.0)
         assert not today["elsewhere", -1].model
-        week = read_opinions(store, now - 7 * 86400, now + 60)
+        week = read_feedback_rows(store, now - 7 * 86400, now + 60)
         (late,) = (one for one in week if one.key == ("late", 0))
         assert (late.value, late.model, round(now - late.at)) == (1.0, "old", 5 * 86400)
-        assert store.forget("late") == 3  # two opinions and its measure
+        assert store.forget("late") == 3  # two feedback rows and its measure
         with store.read() as connection:
             left = connection.execute(MEASURES.select()).all()
         assert [one.response_id for one in left] == ["early", "t1"]

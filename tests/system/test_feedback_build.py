@@ -31,7 +31,7 @@ from fastlm.feedback.pairwise import compared, share
 from fastlm.feedback.stage import FeedbackBuild, _digest
 from fastlm.inference.requests import Completion
 from fastlm.pipeline.funnel import Funnel
-from fastlm.serve.feedback import Feedback, FeedbackStore, StoredResponse
+from fastlm.serve.feedback_store import Feedback, FeedbackStore, StoredResponse
 from fastlm.serve.ratings import Rating
 from fastlm.train.dpo import Dpo
 from fastlm.train.reward import Reward
@@ -73,7 +73,7 @@ def test_every_step_drops_what_it_must(store, tmp_path):
     kept(store, "r4", "Say it again", "Again.\nAgain.\nAgain.\nAgain.")
     kept(store, "r5", "What is tea?", "A drink.")  # another user, the same answer
     kept(store, "r6", "Withdrawn?", "Yes.")
-    for opinion in (
+    for feedback in (
         Feedback("r1", choice=0, preferred_over=(("r1", 1),), rater="ann"),
         Feedback("r1", choice=0, thumb="down", rater="ann"),
         Feedback("r1", choice=0, thumb="up", rater="ann"),  # after all
@@ -90,7 +90,7 @@ def test_every_step_drops_what_it_must(store, tmp_path):
         Feedback(None, "talk", thumb="up"),
         Feedback("r1", choice=0, preferred_over=(("r2", 0),), rater="ann"),
     ):
-        store.add(opinion)
+        store.add(feedback)
     questions = Overlap([("garden", "How many legs does the common garden spider have?")])
     done = build(
         [str(tmp_path / "feedback.db")], tmp_path / "out", options=EVERYTHING, questions=questions,
@@ -232,7 +232,7 @@ def test_nothing_to_learn_from(store, tmp_path):
         assert done.stderr.splitlines()[-1].startswith(("fastlm: x.db:", "fastlm: judge:"))
 
 
-def opinions(draw, raters, items, each):
+def draw_votes(draw, raters, items, each):
     """Votes of raters, who are right with their own probability, on items whose truth is drawn."""
     truth = {item: draw.random() < 0.4 for item in range(items)}
     for rater, right in raters.items():
@@ -244,11 +244,11 @@ def opinions(draw, raters, items, each):
 def test_malicious_raters_count_less():
     draw = random.Random(1)
     raters = {f"good{i}": 0.9 for i in range(18)} | {"reversed": 0.1, "random": 0.5}
-    found = rate(opinions(draw, raters, 120, 40))
+    found = rate(draw_votes(draw, raters, 120, 40))
     good = [found[f"good{i}"] for i in range(18)]
     assert min(one.weight for one in good) > 0.8 and min(one.agreed for one in good) > 0.75
     assert found["reversed"].weight == 0 and found["random"].weight < 0.45
-    alone = rate([(b"a", "alone", True), *opinions(draw, raters, 40, 20)])["alone"]
+    alone = rate([(b"a", "alone", True), *draw_votes(draw, raters, 40, 20)])["alone"]
     assert alone.weight == 1 and alone.judged == 0 and alone.agreed is None
     # two who contradict each other: nobody knows who is wrong, and the prior bounds what follows
     two = rate([(bytes([i]), who, who == "a") for i in range(3) for who in "ab"])

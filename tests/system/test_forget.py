@@ -23,7 +23,7 @@ from fastlm.errors import InputError
 from fastlm.feedback.build import FORMS, BuildOptions, build
 from fastlm.feedback.forget import forget
 from fastlm.pipeline.registry import HERE, open_registry
-from fastlm.serve.feedback import Feedback, FeedbackStore, StoredResponse
+from fastlm.serve.feedback_store import Feedback, FeedbackStore, StoredResponse
 from fastlm.stages import run_recipe
 
 SMALL = ["pretrain.max_steps=2", "pretrain.validations=1", "pretrain.sample_at=[]"]

@@ -14,7 +14,7 @@ from monitored import CODE, COOKING, MODELS, fill
 from serve_app import HTTP, ask, script, serving, tiny_model
 
 from fastlm.errors import InputError
-from fastlm.serve.feedback import FeedbackStore
+from fastlm.serve.feedback_store import FeedbackStore
 from fastlm.serve.monitor import features, recorder
 from fastlm.serve.monitor.judges import JUDGES, RULES, WORDS, Judge
 from fastlm.serve.monitor.monitor import Settings

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-import fastlm.serve.feedback
+import fastlm.serve.feedback_store
 from fastlm.checkpoint.config import ModelConfig
 from fastlm.cli import app
 from fastlm.data.conversations import conversation_of, read_conversations, said
@@ -30,7 +30,7 @@ from fastlm.errors import InputError
 from fastlm.feedback.build import BuildOptions, build
 from fastlm.feedback.rank_terminal import edited, parse_ranking
 from fastlm.model.causal_lm import CausalLM
-from fastlm.serve.ranking import RankingStore, RaterCounts, read_answers
+from fastlm.serve.ranking import RankingStore, RaterCounts, read_ranking_examples
 from fastlm.serve.responses import Feedback, StoredResponse
 from fastlm.stats.agreement import PairAgreement, agreement_of
 from fastlm.tokenizer.tokenizer import Tokenizer
@@ -51,7 +51,7 @@ def filled(folder, *rows, name="store.sqlite", **options):
     """A store with these rows."""
     file = write(folder / "rows.jsonl", *rows)
     store = RankingStore(folder / name, **options)
-    store.add_items(read_answers([file], cache=folder))
+    store.add_items(read_ranking_examples([file], cache=folder))
     return store
 
 
@@ -141,13 +141,19 @@ def test_what_is_imported_is_exported(tmp_path) -> None:
         assert demo.messages == conversation_of({"prompt": "c?", "completion": "2"}).messages
         assert store.export(tmp_path / "ann.jsonl", "pairs", rater="ann") == 2
         # once more, and what was exported: nothing is new
-        again = store.add_items(read_answers([str(tmp_path / "rows.jsonl")], cache=tmp_path))
-        again2 = store.add_items(read_answers([str(tmp_path / "ranked.jsonl")], cache=tmp_path))
+        again = store.add_items(
+            read_ranking_examples([str(tmp_path / "rows.jsonl")], cache=tmp_path)
+        )
+        again2 = store.add_items(
+            read_ranking_examples([str(tmp_path / "ranked.jsonl")], cache=tmp_path)
+        )
         assert [(x.items, x.rankings, x.corrections, x.known) for x in (again, again2)] == [
             (0, 0, 0, 5), (0, 0, 0, 3),
         ]  # fmt: skip
         turned = {**rows[3], "answers": rows[3]["answers"][::-1], "rater": "bob"}
-        store.add_items(read_answers([write(tmp_path / "t.jsonl", turned)], cache=tmp_path))
+        store.add_items(
+            read_ranking_examples([write(tmp_path / "t.jsonl", turned)], cache=tmp_path)
+        )
         (bob,) = store.comparisons("bob")
         (first,) = [x for x in store.comparisons("file") if len(x.answers) == 3]
         assert bob.answers == first.answers
@@ -168,8 +174,8 @@ def test_each_rater_sees_an_order_of_its_own(tmp_path) -> None:
         item = store.item(7, "ann")
         assert item == store.item(7, "ann")
         store.rank("ann", item, [2, 0, 1])
-        (opinion,) = store.opinions()
-        assert opinion.ranking.shown == item.shown
+        (feedback,) = store.all_feedback()
+        assert feedback.ranking.shown == item.shown
         (ranked,) = store.comparisons()
         ranks = {a[0]["content"]: rank for a, rank in zip(ranked.answers, ranked.ranks)}
         assert [ranks[a[0]["content"]] for a in item.answers] == [2, 0, 1]
@@ -271,7 +277,7 @@ def test_a_killed_rater_loses_nothing(tmp_path) -> None:
 def test_a_full_disk_is_one_line_and_leaves_the_store_whole(tmp_path) -> None:
     with filled(tmp_path, *map(prompt_row, range(5))) as store:
         rows = [prompt_row(i, 9) for i in range(100, 400)]
-        more = list(read_answers([write(tmp_path / "m.jsonl", *rows)], cache=tmp_path))
+        more = list(read_ranking_examples([write(tmp_path / "m.jsonl", *rows)], cache=tmp_path))
 
         def limited(more_pages):  # SQLite's own way to be full, of the pool's connection
             with store.read() as connection:
@@ -288,7 +294,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_store_whole(tmp_path) -> None:
 
 
 def test_a_store_in_use_is_waited_for(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(fastlm.serve.feedback, "WAIT_SECONDS", 0.2)
+    monkeypatch.setattr(fastlm.serve.feedback_store, "WAIT_SECONDS", 0.2)
     with (
         filled(tmp_path, prompt_row(0)) as store,
         RankingStore(tmp_path / "store.sqlite") as other,
@@ -306,7 +312,7 @@ def test_rankings_are_feedback(where, tmp_path) -> None:
     """Items of `fastlm serve`, too, are ranked, and what was ranked are picks to train on."""
     file = write(tmp_path / "rows.jsonl", prompt_row(0), {**prompt_row(1), "ranks": [1, 0, 1]})
     with RankingStore(where) as store:
-        store.add_items(read_answers([file], cache=tmp_path))
+        store.add_items(read_ranking_examples([file], cache=tmp_path))
         prompt, texts = [{"role": "user", "content": "Served?"}], ("Yes", "No", "So")
         store.keep(
             StoredResponse(
@@ -322,7 +328,7 @@ def test_rankings_are_feedback(where, tmp_path) -> None:
         assert store.progress("ann") == (RaterCounts(2), 3)
         best = store.item(1, "ann").answers[0][0]["content"]
         assert store.forget(store.item(2, "ann").response_id) == 2  # nor imported again
-        again = store.add_items(read_answers([file], cache=tmp_path))
+        again = store.add_items(read_ranking_examples([file], cache=tmp_path))
         assert (again.items, again.known) == (0, 2)
         assert store.has_prompt([{"role": "user", "content": "Question 0?"}], None)
         assert store.next_item("cid").response_id == "r1"

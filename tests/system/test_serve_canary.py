@@ -24,7 +24,7 @@ from fastlm.serve.canary import decision as decisions
 from fastlm.serve.canary.canary import CanaryExperiment
 from fastlm.serve.canary.canary_store import CanaryStore
 from fastlm.serve.canary.decision import Variant
-from fastlm.serve.feedback import FeedbackStore
+from fastlm.serve.feedback_store import FeedbackStore
 from fastlm.serve.monitor.monitor import Settings
 from fastlm.serve.ratings import Rating
 from fastlm.serve.responses import Feedback, StoredResponse
@@ -182,24 +182,24 @@ def test_thumbs_promote_and_late_ones_count_for_who_answered(models, tmp_path, m
 
 
 @pytest.mark.parametrize("fails", ["experiment", "store"])
-def test_an_opinion_said_again_is_stored_and_counted_once(models, tmp_path, monkeypatch, fails):
+def test_feedback_sent_again_is_stored_and_counted_once(models, tmp_path, monkeypatch, fails):
     with trying(models, tmp_path) as (url, server):
         answer = chat(url, "Hello")
         place, name = {
-            "experiment": (server.manager, "feedback"), "store": (server.feedback, "add"),
+            "experiment": (server.manager, "record_feedback"), "store": (server.feedback, "add"),
         }[fails]  # fmt: skip
         works = getattr(place, name)
         left = [InputError("no database")]
 
-        def broken(opinion):
+        def broken(feedback):
             if left:
                 raise left.pop()
-            return works(opinion)
+            return works(feedback)
 
         monkeypatch.setattr(place, name, broken)
         said = {"response_id": answer["id"], "thumb": "up"}
         assert [ask(url, said, "/v1/feedback").status_code for _ in range(2)] == [503, 200]
-        assert len(server.feedback.opinions()) == 1
+        assert len(server.feedback.all_feedback()) == 1
         arms = server.manager.store.counts(server.manager.experiment.id)
         assert sum(arm.outcomes for arm in arms.values()) == 1
 

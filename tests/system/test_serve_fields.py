@@ -19,7 +19,7 @@ from serve_fields import DOCS, FIELDS, PATHS, TOOL, Api, Person, case_table, che
 from typer.testing import CliRunner
 
 from fastlm.cli import app
-from fastlm.serve.feedback import FeedbackStore
+from fastlm.serve.feedback_store import FeedbackStore
 from fastlm.serve.loading import name_of
 from fastlm.serve.protocol.body import IGNORED, UNSUPPORTED
 from fastlm.serve.protocol.completion import CompletionRequest, GenerationRequest

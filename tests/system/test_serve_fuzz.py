@@ -19,7 +19,7 @@ from schemathesis.specs.openapi.checks import (
 from serve_app import HTTP, serving, tiny_model
 
 from fastlm.data.preferences import Unranked
-from fastlm.serve.feedback import FeedbackStore
+from fastlm.serve.feedback_store import FeedbackStore
 from fastlm.serve.middleware import Limits
 from fastlm.serve.openapi import GETS
 from fastlm.serve.ranking import RankingStore

@@ -14,7 +14,7 @@ from monitored import CODE, COOKING, MODELS, fill
 from serve_app import script, serving, tiny_model
 
 from fastlm.data.preferences import Unranked
-from fastlm.serve.feedback import FeedbackStore
+from fastlm.serve.feedback_store import FeedbackStore
 from fastlm.serve.monitor import monitor
 from fastlm.serve.monitor.monitor import Settings
 from fastlm.serve.monitor.rules import Rule, Rules
@@ -166,7 +166,7 @@ def test_chat(opened, tiny, tmp_path):
         page.get_by_role("button", name="Save").click()
         # wait_for_function polls by eval, which the page's Content-Security-Policy refuses
         says(page.locator(".assistant .text").first, "What it should be")
-        thumb, comment, corrected = store.opinions()
+        thumb, comment, corrected = store.all_feedback()
         assert (thumb.thumb, comment.comment) == ("up", "Write to <EMAIL>")
         assert corrected.corrected == "What it should be" and not store.answers()
 
@@ -191,7 +191,7 @@ def test_chat(opened, tiny, tmp_path):
         pick.wait_for()
         page.keyboard.press("Alt+2")
         status(page, "stored, with the conversation")
-        picked = store.opinions()[-1]
+        picked = store.all_feedback()[-1]
         assert picked.choice == 1 and picked.preferred_over == ((picked.response_id, 0),)
         kept = store.answers()[picked.response_id]
         assert [m["role"] for m in kept.prompt] == ["system", "user", "assistant", "user"]
@@ -254,7 +254,7 @@ def test_markdown(opened, tiny):
 
 
 def test_consent_after_the_answer(opened, tiny, tmp_path):
-    """The next opinion sends the text, once; withdrawn consent stays withdrawn, and is told."""
+    """The next feedback sends the text, once; withdrawn consent stays withdrawn, and is told."""
     with (
         FeedbackStore(tmp_path / "f.sqlite") as store,
         serving(*tiny, feedback=store) as (url, server),
@@ -298,12 +298,12 @@ def test_numbers_for_an_answer(opened, tiny, tmp_path):
         assert page.evaluate(NAMELESS) == []
         page.get_by_role("button", name="Save").click()
         status(page, "stored")
-        (given,) = store.opinions()
+        (given,) = store.all_feedback()
         assert given.metrics == (("stars", 4.5), ("solved", 0.0)) and given.conversation_id
         more(page, "Rate")
         page.keyboard.press("Escape")
         page.locator("form.box").wait_for(state="detached")
-        assert len(store.opinions()) == 1 and wrong == []
+        assert len(store.all_feedback()) == 1 and wrong == []
 
 
 def test_an_answer_belongs_to_its_conversation(opened, tiny, tmp_path):

@@ -21,8 +21,8 @@ from typer.testing import CliRunner
 
 from fastlm.cli import app
 from fastlm.errors import InputError
-from fastlm.serve.feedback import FeedbackStore
-from fastlm.serve.monitor.window import read_answers, read_opinions
+from fastlm.serve.feedback_store import FeedbackStore
+from fastlm.serve.monitor.window import read_feedback_rows, read_measures
 from fastlm.serve.process import _listen
 from fastlm.tokenizer.tokenizer import Tokenizer
 
@@ -111,7 +111,7 @@ def test_sigterm_lets_running_answers_end(folder, tmp_path):
             HTTP.get(url + "/health")
     assert [file.name for file in tmp_path.iterdir()] == ["f.sqlite"]  # nothing is left in its log
     with FeedbackStore(base) as store:
-        assert len(read_answers(store, 0, time.time() + 9)) == 1
+        assert len(read_measures(store, 0, time.time() + 9)) == 1
     events = [line["event"] for line in lines]
     assert lines[0]["pages"] == 40 and lines[0]["page_bytes"] == 64 * 2 * 2 * (16 + 4)
     assert events[-3:] == ["stopping", "request", "stopped"] and "uvicorn" not in events
@@ -137,9 +137,9 @@ def test_nothing_acknowledged_is_lost_by_a_kill(folder, where):
     told, talks = [], {}
 
     def give(client, url, thread, i):
-        opinion = {"response_id": f"{thread}-{i}", "comment": "x" * 500}
-        if client.post(url + "/v1/feedback", json=opinion).status_code == 200:
-            told.append(opinion["response_id"])
+        feedback = {"response_id": f"{thread}-{i}", "comment": "x" * 500}
+        if client.post(url + "/v1/feedback", json=feedback).status_code == 200:
+            told.append(feedback["response_id"])
 
     def talk(client, url, thread, i):
         asked = {
@@ -173,7 +173,7 @@ def test_nothing_acknowledged_is_lost_by_a_kill(folder, where):
             time.sleep(0.01)
         process.kill()
     with FeedbackStore(where) as store:
-        stored = {opinion.response_id for opinion in store.opinions()}
+        stored = {feedback.response_id for feedback in store.all_feedback()}
         kept = {id: answer.choices[0][0]["content"] for id, answer in store.answers().items()}
     assert set(told) <= stored
     assert talks == {id: kept.get(id) for id in talks}
@@ -219,8 +219,8 @@ def test_replicas_behind_nginx(folder, tmp_path):
         events = ask(url, body(stream=True), "/v1/completions")
         assert events.text.endswith("data: [DONE]\n\n")
         for i in range(6):
-            opinion = {"response_id": f"r{i}", "thumb": "up"}
-            assert ask(url, opinion, "/v1/feedback").status_code == 200
+            feedback = {"response_id": f"r{i}", "thumb": "up"}
+            assert ask(url, feedback, "/v1/feedback").status_code == 200
 
         def seen():  # a line of the log follows its response
             return [sum(line.get("path") == "/v1/feedback" for line in log) for _, _, log in both]
@@ -234,7 +234,7 @@ def test_replicas_behind_nginx(folder, tmp_path):
         answers = [ask(url, body(), "/v1/completions").status_code for _ in range(4)]
         assert answers == [200] * 4
     with FeedbackStore(base) as store:
-        assert len(store.opinions()) == 6
+        assert len(store.all_feedback()) == 6
 
 
 def test_files_of_metrics_and_alerts(folder, tmp_path):
@@ -260,8 +260,8 @@ def test_files_of_metrics_and_alerts(folder, tmp_path):
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) in (0, -signal.SIGTERM)
     with FeedbackStore(base) as store:  # the last measures were written at the end
-        (opinion,) = read_opinions(store, 0, time.time() + 9)
-        assert (opinion.model, opinion.kind, opinion.value) == ("tiny", "metrics.stars", 5.0)
+        (feedback,) = read_feedback_rows(store, 0, time.time() + 9)
+        assert (feedback.model, feedback.kind, feedback.value) == ("tiny", "metrics.stars", 5.0)
     alerts.write_text("[[alert]]\nname = 1\n")
     for given, message in (
         (options, "alerts.toml line 2: name: expected a string, got 1"),

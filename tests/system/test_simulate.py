@@ -28,7 +28,7 @@ from fastlm.feedback.winrate import WinRate
 from fastlm.model.reward_model import RewardModel
 from fastlm.pipeline.stage import Input
 from fastlm.quant.stage import Quantize
-from fastlm.serve.feedback import FeedbackStore
+from fastlm.serve.feedback_store import FeedbackStore
 from fastlm.stages import load_recipe, run_recipe
 
 RECIPES = ROOT / "recipes"
@@ -140,7 +140,7 @@ kind = "feedback"
     with FeedbackStore(database) as store:
         counts = store.counts()
         assert counts["answers"] == told["consented"] < 24
-        assert len({one.rater for one in store.opinions()}) == 6
+        assert len({one.rater for one in store.all_feedback()}) == 6
     assert counts["corrected"] == told["kinds"]["correction"]
     assert rows["train"]["preferences"] > 5 and rows["train"]["kto"] > 5
     corrected = (tmp_path / "run" / "feedback" / "train" / "sft.jsonl").read_text()
@@ -169,12 +169,12 @@ def test_killed_and_run_again_it_ends_right(made, tmp_path):
     again = stage(tmp_path, **given)
     with FeedbackStore(tmp_path / DATABASE) as store:
         assert store.counts()["answers"] == again["consented"]  # nothing of the first start
-        opinions = [(one.rater, one.thumb, one.corrected) for one in store.opinions()]
-    assert len(opinions) == sum(again["kinds"].values())
+        feedback = [(one.rater, one.thumb, one.corrected) for one in store.all_feedback()]
+    assert len(feedback) == sum(again["kinds"].values())
     # what a server of its own says depends on seeds alone
     fresh = stage(tmp_path / "fresh", **given)
     with FeedbackStore(tmp_path / "fresh" / DATABASE) as store:
-        assert [(one.rater, one.thumb, one.corrected) for one in store.opinions()] == opinions
+        assert [(one.rater, one.thumb, one.corrected) for one in store.all_feedback()] == feedback
     for key in ("kinds", "liked", "score", "agreement", "tokens", "consented"):
         assert fresh[key] == again[key]
 

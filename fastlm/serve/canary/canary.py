@@ -156,10 +156,10 @@ class CanaryExperiment:
         task.add_done_callback(self._writing.discard)
         await asyncio.wait((task,), timeout=WRITE_SECONDS)
 
-    def feedback(self, opinion: "Feedback") -> None:
+    def record_feedback(self, feedback: "Feedback") -> None:
         """Count what somebody says, at any time, for the model that answered. For any thread but
         the event loop's. InputError: the database cannot be used."""
-        new = self.store.count(opinion, self.config.metric)
+        new = self.store.count(feedback, self.config.metric)
         if new is not None and new[0] == self.id and self._loop is not None:
             _, arm, success = new
             self._loop.call_soon_threadsafe(lambda: self._count(arm, outcomes=1, successes=success))

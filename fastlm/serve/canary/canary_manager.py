@@ -114,11 +114,11 @@ class CanaryManager(ModelManager):
             self.models.end_experiment()
         experiment.end(verdict)
 
-    def feedback(self, opinion: "Feedback") -> None:
+    def record_feedback(self, feedback: "Feedback") -> None:
         if self.experiment is not None:
-            self.experiment.feedback(opinion)
+            self.experiment.record_feedback(feedback)
         else:
-            self.store.count(opinion, self.config.metric)
+            self.store.count(feedback, self.config.metric)
 
     def model_of(self, response_id: str) -> str | None:
         return self.store.model_of(response_id)

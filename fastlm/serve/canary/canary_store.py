@@ -11,7 +11,7 @@ from fastlm.serve.canary.decision import Variant
 from fastlm.serve.tables import CANARY_ANSWERS, CANARY_OUTCOMES
 
 if TYPE_CHECKING:
-    from fastlm.serve.feedback import FeedbackStore
+    from fastlm.serve.feedback_store import FeedbackStore
     from fastlm.serve.ratings import Rating
     from fastlm.serve.responses import Feedback
 
@@ -49,32 +49,32 @@ class CanaryStore:
         with self.feedback.write() as connection:
             return self.feedback.insert_new(connection, CANARY_OUTCOMES, row)
 
-    def count(self, opinion: "Feedback", metric: str) -> tuple[str, str, bool] | None:
-        """Store what an opinion says of an answer of an experiment by this metric; return
+    def count(self, feedback: "Feedback", metric: str) -> tuple[str, str, bool] | None:
+        """Store what the feedback says of an answer of an experiment by this metric; return
         (experiment, arm, success). None: nothing new, or the answer is not one of an experiment, or
         its client chose the model.
         """
         if metric == "pick":
-            found = self._pick(opinion)
-        elif (thumb := self._thumb(opinion, metric)) is None:
+            found = self._pick(feedback)
+        elif (thumb := self._thumb(feedback, metric)) is None:
             return None
         else:
-            row = self._found(opinion.response_id, opinion.conversation_id)
+            row = self._found(feedback.response_id, feedback.conversation_id)
             found = None
             if row is not None and row.assigned:
                 found = row.experiment, row.unit, row.arm, thumb == "up"
-        if found is None or not self.outcome(*found, opinion.response_id):
+        if found is None or not self.outcome(*found, feedback.response_id):
             return None
         experiment, _, arm, success = found
         return experiment, arm, success
 
-    def _pick(self, opinion: "Feedback") -> tuple[str, str, str, bool] | None:
+    def _pick(self, feedback: "Feedback") -> tuple[str, str, str, bool] | None:
         """(experiment, unit, arm, success). A pick counts where the two answers are of both models,
         for one of the two, by a hash: then the arms are independent, and a canary as good as the
         old model wins half of each.
         """
-        better = self._found(opinion.response_id)
-        for id, _ in opinion.preferred_over:
+        better = self._found(feedback.response_id)
+        for id, _ in feedback.preferred_over:
             worse = self._found(id)
             if better is None or worse is None or better.experiment != worse.experiment:
                 continue
@@ -86,10 +86,10 @@ class CanaryStore:
             return better.experiment, unit, counted, better.arm == counted
         return None
 
-    def _thumb(self, opinion: "Feedback", metric: str) -> str | None:
+    def _thumb(self, feedback: "Feedback", metric: str) -> str | None:
         if metric == "thumb":
-            return opinion.thumb
-        value = dict(opinion.metrics).get(metric)
+            return feedback.thumb
+        value = dict(feedback.metrics).get(metric)
         if value is None or self.rating is None or metric != self.rating.name:
             return None
         return self.rating.thumb(value)

@@ -28,7 +28,7 @@ from fastlm.serve.protocol.completion import GenerationRequest
 from fastlm.serve.ratings import Rating, read_ratings
 
 if TYPE_CHECKING:
-    from fastlm.serve.feedback import FeedbackStore
+    from fastlm.serve.feedback_store import FeedbackStore
 
 # seconds, and parts over time; 0: since the first answer
 WINDOWS = {"hour": (3600.0, 60), "day": (86400.0, 48), "week": (7 * 86400.0, 56), "all": (0.0, 60)}

@@ -16,7 +16,7 @@ from fastlm.stats.drift import mmd, psi
 from fastlm.stats.intervals import holm
 
 if TYPE_CHECKING:
-    from fastlm.serve.feedback import FeedbackStore
+    from fastlm.serve.feedback_store import FeedbackStore
 
 LEAST = 50  # prompts of each side: fewer show nothing
 MOST_COUNTED = 5000  # prompts of a histogram: the newest

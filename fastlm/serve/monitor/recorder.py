@@ -25,7 +25,7 @@ from fastlm.serve.tables import MEASURES
 
 if TYPE_CHECKING:
     from fastlm.serve.answers import Answer
-    from fastlm.serve.feedback import FeedbackStore
+    from fastlm.serve.feedback_store import FeedbackStore
 
 BATCH_SECONDS = 1.0
 MOST_WAITING = 4096  # choices

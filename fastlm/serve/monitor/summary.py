@@ -43,7 +43,7 @@ def summary(period: Period, ratings: Sequence[Rating], judges: Sequence[Judge]) 
         "prompt_tokens": _length(good["prompt_tokens"]),
         "new_tokens": _length(good["new_tokens"]),
         **{judge.kind: judged(good, judge) for judge in judges},
-        **opinions(len(good), period.feedback, ratings),
+        **feedback_summary(len(good), period.feedback, ratings),
     }
 
 
@@ -82,7 +82,7 @@ def judged(good: np.ndarray, judge: Judge) -> dict[str, Any]:
     return _share(scores[mine] >= judge.threshold) | about
 
 
-def opinions(
+def feedback_summary(
     answers: int, feedback: Sequence[FeedbackRow], ratings: Sequence[Rating]
 ) -> dict[str, Any]:
     """Feedback: the share of ``answers`` that have some, thumbs, and each declared number."""
@@ -91,7 +91,7 @@ def opinions(
     told: dict[str, Any] = {
         "feedback": rate(min(len(about), answers), answers),
         "thumbs": rate(sum(thumbs), len(thumbs)) | {"better": "higher"},
-        "opinions": {kind: sum(row.kind == kind for row in feedback) for kind in KINDS},
+        "feedback_counts": {kind: sum(row.kind == kind for row in feedback) for kind in KINDS},
         "metrics": {},
     }
     for rating in ratings:

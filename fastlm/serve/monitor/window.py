@@ -1,4 +1,4 @@
-"""What the database has of a period: measures of answers, and opinions about them."""
+"""What the database has of a period: measures of answers, and feedback about them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ from fastlm.serve.responses import latest
 from fastlm.serve.tables import FEEDBACK, MEASURES
 
 if TYPE_CHECKING:
-    from fastlm.serve.feedback import FeedbackStore
+    from fastlm.serve.feedback_store import FeedbackStore
 
 MOST_ROWS = 100_000  # that are read of a period: the newest
 FLOATS = (
@@ -67,14 +67,14 @@ def read_period(store: "FeedbackStore", since: float, until: float, minutes: flo
 
     Where it has more answers than are read, the period begins with the first one that is.
     """
-    answers = read_answers(store, since, until)
+    answers = read_measures(store, since, until)
     if cut := len(answers) > MOST_ROWS:
         answers = answers[1:]
         minutes -= (float(answers["at"][0]) - since) / 60
-    return Period(answers, read_opinions(store, since, until), minutes, cut)
+    return Period(answers, read_feedback_rows(store, since, until), minutes, cut)
 
 
-def read_answers(store: "FeedbackStore", since: float, until: float) -> np.ndarray:
+def read_measures(store: "FeedbackStore", since: float, until: float) -> np.ndarray:
     """The measures of [since, until), at most `MOST_ROWS` + 1."""
     texts = [sa.func.coalesce(C[name], "") for name in TEXTS]
     query = sa.select(*(C[name] for name in FLOATS), *texts).where(C.at >= since, C.at < until)
@@ -108,8 +108,8 @@ def span(store: "FeedbackStore") -> tuple[float, float] | None:
     return None if first is None else (first, last)
 
 
-def read_opinions(store: "FeedbackStore", since: float, until: float) -> list[FeedbackRow]:
-    """The opinions about answers of [since, until), whenever they came, and those of that time
+def read_feedback_rows(store: "FeedbackStore", since: float, until: float) -> list[FeedbackRow]:
+    """The feedback about answers of [since, until), whenever it came, and that of that time
     about what was not measured. Of several of a rater about the same, the last of each kind counts.
     """
     F = FEEDBACK.c

@@ -2,7 +2,7 @@
 
 import { $, ask, button, copy, el, iconButton, menu, randomId, say, themes, took, write } from "./common.js";
 import { idOf, list, load, remove, save, titleOf } from "./conversations.js";
-import { numbers, opine } from "./feedback.js";
+import { numbers, sendFeedback } from "./feedback.js";
 import { show } from "./markdown.js";
 
 const KEPT = ["system", "temperature", "top_p", "max_tokens"]; // settings that a reload keeps
@@ -269,7 +269,7 @@ function tellCut(turn) {
 }
 
 async function tell(turn, what) {
-  const stored = await opine(turn, conversation.id, what);
+  const stored = await sendFeedback(turn, conversation.id, what);
   keep(); // whether the conversation was sent
   return stored;
 }

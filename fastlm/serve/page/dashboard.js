@@ -149,7 +149,7 @@ function table() {
         row(key === "refusal" ? "Refusals" : "Toxic answers", (s) => rate(s[key]), `judge: ${judge(key).judge}`)),
       row("Answers with feedback", (s) => rate(s.feedback)),
       row("Thumbs up", (s) => rate(s.thumbs), "of all thumbs; higher is better"),
-      row("Comments, corrections, picks", ({ opinions }) => `${opinions.comment}, ${opinions.corrected}, ${opinions.picked}`),
+      row("Comments, corrections, picks", ({ feedback_counts: counts }) => `${counts.comment}, ${counts.corrected}, ${counts.picked}`),
       ...Object.entries(groups[0].summary.metrics).map(([name, { kind, better, level, scale }]) =>
         row(name, (s) => (kind === "boolean" ? rate : number)(s.metrics[name]),
           `${kind === "boolean" ? "yes" : `mean, ${scale[0]} to ${scale[1]}`}; of ${level}s; ${better} is better`))));
@@ -159,7 +159,7 @@ function table() {
     if (!found) continue;
     notes.push(`${found.judge}: ${found.method}.${found.other_judges ? ` ${whole(found.other_judges)} answers have another judge's score and are left out.` : ""}`);
   }
-  if (told.unmatched) notes.push(`Opinions about answers that were not measured here: ${whole(told.unmatched)}, in no model's column.`);
+  if (told.unmatched) notes.push(`Feedback about answers that were not measured here: ${whole(told.unmatched)}, in no model's column.`);
   if (told.cut) notes.push("The period has more answers than are read: these are the newest 100,000.");
   $("notes").textContent = notes.join(" ");
 }

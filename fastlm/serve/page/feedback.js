@@ -2,8 +2,8 @@
 
 import { $, ask, button, el, say } from "./common.js";
 
-/** Send an opinion about an answer; with the conversation, if the user consented since. */
-export async function opine(turn, conversation, what) {
+/** Send feedback about an answer; with the conversation, if the user consented since. */
+export async function sendFeedback(turn, conversation, what) {
   const given = { response_id: turn.id, conversation_id: conversation, choice: turn.choice, ...what };
   const sends = $("consent").checked && !turn.sent; // once: consent may have been withdrawn since
   if (sends) {

@@ -23,7 +23,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from fastlm.data.forgotten import asked_key, conversation_key, response_key, talk_key
 from fastlm.errors import InputError
-from fastlm.serve.feedback_rows import now, read_answer, read_opinion, read_rating, row_of
+from fastlm.serve.feedback_rows import now, read_feedback, read_rating, read_response, row_of
 from fastlm.serve.ratings import Rating
 from fastlm.serve.responses import KINDS, Feedback, StoredResponse
 from fastlm.serve.tables import (
@@ -135,17 +135,17 @@ class FeedbackStore:
         done = connection.execute(dialect.insert(table).values(row).on_conflict_do_nothing())
         return done.rowcount == 1
 
-    def add(self, opinion: Feedback) -> int | None:
-        """Store an opinion; return its number. None: what it is about was forgotten, and nothing is
+    def add(self, feedback: Feedback) -> int | None:
+        """Store feedback; return its number. None: what it is about was forgotten, and nothing is
         stored.
         """
-        if self._blocked(opinion):
+        if self._blocked(feedback):
             return None
         with self.write() as connection:
-            done = connection.execute(FEEDBACK.insert().values(row_of(opinion)))
+            done = connection.execute(FEEDBACK.insert().values(row_of(feedback)))
         assert done.inserted_primary_key is not None
         number = int(done.inserted_primary_key[0])
-        return number if self._stays(opinion, FEEDBACK.c.id == number) else None
+        return number if self._stays(feedback, FEEDBACK.c.id == number) else None
 
     def keep(self, answer: StoredResponse) -> bool:
         """Store an answer and its prompt, whose user has consented; one that is stored already
@@ -210,17 +210,17 @@ class FeedbackStore:
     def answers(self) -> dict[str, StoredResponse]:
         """All answers that are kept, by id."""
         rows = self.all(ANSWERS.select().order_by(ANSWERS.c.id))
-        return {row.response_id: read_answer(row, self.name) for row in rows}
+        return {row.response_id: read_response(row, self.name) for row in rows}
 
     def answer(self, response_id: str) -> StoredResponse | None:
         """The answer with this id, where it is kept."""
         row = self.first(ANSWERS.select().where(ANSWERS.c.response_id == response_id))
-        return None if row is None else read_answer(row, self.name)
+        return None if row is None else read_response(row, self.name)
 
-    def opinions(self) -> list[Feedback]:
-        """All opinions, in the order in which they were given."""
+    def all_feedback(self) -> list[Feedback]:
+        """Return all feedback, in the order in which it was given."""
         rows = self.all(FEEDBACK.select().order_by(FEEDBACK.c.id))
-        return [read_opinion(row, self.name) for row in rows]
+        return [read_feedback(row, self.name) for row in rows]
 
     def comments(self, most: int) -> list[dict[str, Any]]:
         """The newest comments, the last one first, with what they are about."""
@@ -228,13 +228,13 @@ class FeedbackStore:
         keys = ("response_id", "conversation_id", "choice", "rater", "thumb", "comment")
         found = []
         for row in self.all(query.order_by(FEEDBACK.c.id.desc()).limit(most)):
-            opinion = read_opinion(row, self.name)
-            about = {key: getattr(opinion, key) for key in keys}
+            feedback = read_feedback(row, self.name)
+            about = {key: getattr(feedback, key) for key in keys}
             found.append({"created_at": str(row.created_at), **about})
         return found
 
     def counts(self) -> dict[str, int]:
-        """How many answers are kept, and how many opinions of each kind there are."""
+        """How many answers are kept, and how much feedback of each kind there is."""
         answers = self.first(sa.select(sa.func.count(ANSWERS.c.id).label("answers")))
         kinds = self.first(sa.select(*(sa.func.count(FEEDBACK.c[k]).label(k) for k in KINDS)))
         return {**answers._mapping, **kinds._mapping}
@@ -273,7 +273,7 @@ class FeedbackStore:
         """The keys of a response or a conversation that is still there: of its ids, its answers
         and their corrections; {} if nothing is."""
         answers: dict[str, StoredResponse] = {}
-        opinions: list[Feedback] = []
+        feedback_rows: list[Feedback] = []
         found = False
         with self.read() as connection:
             ids = _responses(connection, id)
@@ -283,18 +283,18 @@ class FeedbackStore:
                         found = True
                         with suppress(InputError):  # a damaged row is deleted all the same
                             if table is ANSWERS:
-                                answers[row.response_id] = read_answer(row, self.name)
+                                answers[row.response_id] = read_response(row, self.name)
                             else:
-                                opinions.append(read_opinion(row, self.name))
+                                feedback_rows.append(read_feedback(row, self.name))
         if not found:
             return set()
         keys = {conversation_key(id), *map(response_key, ids)}
         for answer in answers.values():
             keys |= {talk_key([*answer.prompt, *choice]) for choice in answer.choices}
-        for opinion in opinions:
-            answer = answers.get(opinion.response_id or "")
-            if opinion.corrected and answer is not None and opinion.choice < len(answer.choices):
-                fixed = answer.corrected(opinion.choice, opinion.corrected)
+        for feedback in feedback_rows:
+            answer = answers.get(feedback.response_id or "")
+            if feedback.corrected and answer is not None and feedback.choice < len(answer.choices):
+                fixed = answer.corrected(feedback.choice, feedback.corrected)
                 keys.add(talk_key([*answer.prompt, *fixed]))
         return keys
 
@@ -318,8 +318,8 @@ def _conversation(connection: sa.Connection, response: str) -> tuple[str | None]
 
 
 def _responses(connection: sa.Connection, id: str) -> set[str]:
-    """``id`` and the responses of it as a conversation. An opinion may name a response with it
-    whose own conversation is another: that one stays.
+    """``id`` and the responses of it as a conversation. Feedback may name the conversation and a
+    response of another one: that response stays.
     """
     ids = {id}
     for table in (ANSWERS, FEEDBACK, MEASURES):

@@ -1,4 +1,4 @@
-"""``POST /v1/feedback``: opinions about answers, at any time after them."""
+"""``POST /v1/feedback``: feedback about answers, at any time after them."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,13 +16,13 @@ from fastlm.serve.responses import Feedback, StoredResponse
 
 if TYPE_CHECKING:
     from fastlm.serve.app import Server
-    from fastlm.serve.feedback import FeedbackStore
+    from fastlm.serve.feedback_store import FeedbackStore
 
 
-def read_feedback(
+def parse_feedback(
     request: FeedbackRequest, model: str, ratings: Sequence[Rating] = ()
 ) -> tuple[Feedback, StoredResponse | None]:
-    """Return what a request says: an opinion, and the conversation if its user lets us keep it.
+    """Return what a request says: the feedback, and the conversation if its user lets us keep it.
     ``ratings``: the numbers that it may give.
     """
     response, talk = request.response_id, request.conversation
@@ -48,17 +48,17 @@ def read_feedback(
         raise ApiError(str(error), param=str(error).partition(":")[0]) from None
     names = ("response_id", "conversation_id", "choice", "rater", "thumb", "comment", "corrected")
     said: dict[str, Any] = {name: getattr(request, name) for name in names}
-    opinion = Feedback(**said, preferred_over=tuple(worse), metrics=values)
-    if not opinion.kinds() and talk is None:
+    feedback = Feedback(**said, preferred_over=tuple(worse), metrics=values)
+    if not feedback.kinds() and talk is None:
         raise ApiError(
             "thumb: expected this, metrics, comment, corrected, preferred_over or conversation, got"
             " none",
             param="thumb",
         )
-    if response is None and (opinion.corrected or opinion.preferred_over or talk):
+    if response is None and (feedback.corrected or feedback.preferred_over or talk):
         raise ApiError("response_id: expected the id of an answer, got none", param="response_id")
     if talk is None or response is None:
-        return opinion, None
+        return feedback, None
     messages, choices = talk.get("messages"), talk.get("choices")
     if not talk.get("consent") or messages is None or not choices:
         raise ApiError(
@@ -68,10 +68,10 @@ def read_feedback(
         )
     answers = [[{"role": "assistant", "content": answer}] for answer in choices]
     tools, conversation = talk.get("tools") or None, request.conversation_id
-    return opinion, StoredResponse(response, model, messages, answers, tools, conversation)
+    return feedback, StoredResponse(response, model, messages, answers, tools, conversation)
 
 
-async def give(server: "Server", http: Request) -> Response:
+async def post_feedback(server: "Server", http: Request) -> Response:
     """Store feedback. The response is sent when it is on disk."""
     store = server.feedback
     if store is None:
@@ -80,23 +80,23 @@ async def give(server: "Server", http: Request) -> Response:
             status=404, code="no_feedback",
         )  # fmt: skip
     request = await server.body(http, FeedbackRequest)
-    opinion, kept = read_feedback(request, server.models.name, server.ratings)
+    feedback, kept = parse_feedback(request, server.models.name, server.ratings)
     if len(server.keys) > 1:  # nobody speaks as a rater of another key
-        opinion = replace(opinion, rater=rater_of(http.state.client, opinion.rater))
+        feedback = replace(feedback, rater=rater_of(http.state.client, feedback.rater))
     manager = server.manager
 
     def write() -> tuple[int | None, bool | None]:
-        _check_conversation(store, opinion)
+        _check_conversation(store, feedback)
         if kept is not None:
             told = None if manager is None else manager.model_of(kept.response_id)
             store.keep(kept if told is None else replace(kept, model=told))
         # counted, then stored: said again after a failure, it is stored, and a trial counts it once
         if manager is not None:
-            manager.feedback(opinion)
-        number = store.add(opinion) if opinion.kinds() else None
+            manager.record_feedback(feedback)
+        number = store.add(feedback) if feedback.kinds() else None
         try:
-            return number, store.keeps(opinion.response_id, opinion.conversation_id)
-        except InputError:  # the opinion is stored all the same
+            return number, store.keeps(feedback.response_id, feedback.conversation_id)
+        except InputError:  # the feedback is stored all the same
             return number, None
 
     try:
@@ -108,7 +108,7 @@ async def give(server: "Server", http: Request) -> Response:
             "feedback: the database cannot be used; try again", status=503, kind="server_error",
             code="no_database", headers={"retry-after": "5"},
         ) from None  # fmt: skip
-    for kind in opinion.kinds() if number is not None else ():
+    for kind in feedback.kinds() if number is not None else ():
         server.metrics.feedback.labels(kind).inc()
     return JSONResponse({"object": "feedback", "id": number, "kept": keeps})
 
@@ -121,10 +121,10 @@ def rater_of(client: str, name: str | None) -> str:
     return f"{letters}:{name or ''}"
 
 
-def _check_conversation(store: "FeedbackStore", opinion: Feedback) -> None:
-    """ApiError: the answer is known, and of another conversation than the opinion says: whoever
+def _check_conversation(store: "FeedbackStore", feedback: Feedback) -> None:
+    """ApiError: the answer is known, and of another conversation than the feedback says: whoever
     forgets that conversation would delete what was said in this one."""
-    response, given = opinion.response_id, opinion.conversation_id
+    response, given = feedback.response_id, feedback.conversation_id
     own = None if response is None or given is None else store.conversation_of(response)
     if own is not None and own != (given,):
         raise ApiError(
