@@ -44,7 +44,7 @@ def processor_seconds(pid: int) -> float:
 def serving(model: Path, threads: int, *options: str) -> Iterator[Server]:
     with tempfile.TemporaryDirectory() as folder:
         state = ("--state", f"{folder}/state.json", "--feedback", f"{folder}/feedback.sqlite")
-        more = ("--pages", str(PAGES), "--models-dir", str(model.parent), *state, *options)
+        more = ("--num-blocks", str(PAGES), "--models-dir", str(model.parent), *state, *options)
         with started("fastlm", str(model), threads, SLOTS, *more) as server:
             yield server
 
@@ -98,7 +98,7 @@ def main() -> None:
         del data
         sides: dict[str, tuple[str, ...]] = {
             "alone": (),
-            "canary": ("--canary", str(new), "--share", str(a.share)),
+            "canary": ("--canary", str(new), "--canary-share", str(a.share)),
         }
         rates: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
         faults: list[str] = []

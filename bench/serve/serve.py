@@ -240,7 +240,7 @@ def main() -> None:
         with (
             tempfile.TemporaryDirectory() as folder,
             started(
-                *("fastlm", model, a.threads, a.clients[-1], "--pages", str(SOAK_PAGES)),
+                *("fastlm", model, a.threads, a.clients[-1], "--num-blocks", str(SOAK_PAGES)),
                 *("--feedback", f"{folder}/feedback.sqlite"),
             ) as server,
         ):

@@ -39,7 +39,7 @@ def command_of(
     """The command line of a server for `slots` answers at a time; all else is its default."""
     if name == "fastlm":
         program = [sys.executable, "-m", "fastlm", "serve", "--name", "model"]
-        sizes = {"--threads": threads} | ({"--max-rows": slots} if slots else {})
+        sizes = {"--threads": threads} | ({"--max-num-seqs": slots} if slots else {})
     else:
         program = [llama_cpp(name) or name, "--alias", "model", "--host", "127.0.0.1", "--no-webui"]
         sizes = {"-t": threads} | ({"-np": slots, "-c": slots * CONTEXT} if slots else {})

@@ -28,7 +28,7 @@ class PromoteRequest(RequestBody):
     """``model``: None for the canary."""
 
     model: Annotated[Name, Field(max_length=4096)] | None = None
-    other_tokens: bool = False
+    allow_other_tokenizer: bool = False
 
 
 PATHS = ("/v1/admin/promote", "/v1/admin/rollback", "/v1/canary")
@@ -51,7 +51,9 @@ def routes(server: "Server", manager: "ModelManager", admins: Sequence[str]) -> 
     async def promote(http: Request) -> Response:
         admit(http)
         request = await server.body(http, PromoteRequest)
-        return await done(manager.promote(request.model, other_tokens=request.other_tokens))
+        return await done(
+            manager.promote(request.model, allow_other_tokenizer=request.allow_other_tokenizer)
+        )
 
     async def rollback(http: Request) -> Response:
         admit(http)

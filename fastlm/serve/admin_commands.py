@@ -24,9 +24,9 @@ def promote(
     model: Annotated[
         str | None, typer.Argument(help="As for serve; without it, the canary", show_default=False)
     ] = None,
-    other_tokens: Annotated[
+    allow_other_tokenizer: Annotated[
         bool,
-        typer.Option("--other-tokens", help="Also with another tokenizer than the current model's"),
+        typer.Option("--allow-other-tokenizer", help="Accept a model with another tokenizer"),
     ] = False,
     server: Server = "http://127.0.0.1:8000",
     api_key: Key = None,
@@ -41,7 +41,7 @@ def promote(
     path = model
     if model is not None and Path(model).exists():  # else it is one below --models-dir
         path = str(Path(model).resolve())
-    body = {} if path is None else {"model": path, "other_tokens": other_tokens}
+    body = {} if path is None else {"model": path, "allow_other_tokenizer": allow_other_tokenizer}
     _change(server, "promote", body, api_key, as_json)
 
 

@@ -17,7 +17,6 @@ from fastlm.model.causal_lm import CausalLM
 from fastlm.model.load import load_model
 from fastlm.pipeline.run_folder import is_adapter, locate_model
 from fastlm.serve.models import Served, release_memory
-from fastlm.serve.options import ENGINE_OPTIONS
 from fastlm.tokenizer.tokenizer import Tokenizer
 
 NAMED = 8  # digits of a digest in a name
@@ -55,14 +54,11 @@ class Loader:
                 model, tokenizer, draft_model=draft, turns=self.turns, memory_share=self.share,
                 **self.options,
             )  # fmt: skip
-        except InputError as error:  # names an option of the engine
-            name, colon, rest = str(error).partition(":")
-            raise InputError(f"{ENGINE_OPTIONS.get(name, name)}{colon}{rest}") from None
         except RuntimeError as error:  # torch's, which has no memory
-            if (pages := self.options.get("num_blocks")) is None:
+            if (num_blocks := self.options.get("num_blocks")) is None:
                 raise
             raise InputError(
-                f"pages: expected as many as fit the memory, got {pages}: {reason(error)}"
+                f"num_blocks: expected as many as fit the memory, got {num_blocks}: {reason(error)}"
             ) from None
         own = f"{self.name}@{digest[:NAMED]}" if self.versions else self.name
         return Served(engine, model, tokenizer, own, str(path), digest)
@@ -81,7 +77,7 @@ class Loader:
             try:
                 cache = served.engine.stats()
                 if served.model.device.type == "cpu":  # a GPU's is taken at once
-                    _check_memory(cache.pages * cache.page_bytes, "its cache (--pages)")
+                    _check_memory(cache.pages * cache.page_bytes, "its cache (--num-blocks)")
                 check_like(served, current)
                 served.engine.start()
                 check_answers(served)

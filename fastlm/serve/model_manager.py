@@ -81,16 +81,20 @@ class ModelManager:
         finally:
             self._busy = False
 
-    async def promote(self, given: str | None, *, other_tokens: bool = False) -> None:
-        """Let the model at a path answer, or the canary (None, or its path). ``other_tokens``: also
-        if its token ids mean something else. InputError, ApiError: it is refused; the old model
-        answers as before."""
+    async def promote(self, given: str | None, *, allow_other_tokenizer: bool = False) -> None:
+        """Let the model at a path answer, or the canary (None, or its path).
+
+        ``allow_other_tokenizer``: accept a model whose token ids mean something else. InputError,
+        ApiError: the model is refused; the old one answers as before.
+        """
         with self._change():
             if await self._end_experiment("promote", given):
                 return
             if given is None:
                 raise InputError("model: expected a path, got none, and no canary runs")
-            await self._load(self.allowed.find(given), "promote", other_tokens=other_tokens)
+            await self._load(
+                self.allowed.find(given), "promote", allow_other_tokenizer=allow_other_tokenizer
+            )
 
     async def rollback(self) -> None:
         """End the canary, or go back to the model before the last promotion, once. As `promote`."""
@@ -99,14 +103,16 @@ class ModelManager:
                 return
             if (previous := self.state.previous) is None:
                 raise InputError("expected a promotion to undo, got none (or one undone already)")
-            await self._load(previous.path, "roll back", previous.digest, other_tokens=True)
+            await self._load(
+                previous.path, "roll back", previous.digest, allow_other_tokenizer=True
+            )
 
     async def _end_experiment(self, action: Any, given: str | None) -> bool:
         """End the experiment that runs, as somebody asked for. False: none runs."""
         return False
 
     async def _load(
-        self, path: str, action: str, digest: str | None = None, *, other_tokens: bool
+        self, path: str, action: str, digest: str | None = None, *, allow_other_tokenizer: bool
     ) -> None:
         """``digest``: the files must be those that they were."""
         old = self.models.current
@@ -116,10 +122,12 @@ class ModelManager:
                 raise InputError(f"{path}: expected what was served before, its files have changed")
             new = self.loader.beside(Path(path), old)
             try:
-                if not other_tokens and not loading.same_tokens(new.tokenizer, old.tokenizer):
+                if not allow_other_tokenizer and not loading.same_tokens(
+                    new.tokenizer, old.tokenizer
+                ):
                     raise InputError(
-                        "model: expected the tokens of the current model, in which clients may send"
-                        " ids, got another tokenizer (--other-tokens: promote it all the same)"
+                        "model: expected the current model's tokenizer, whose token ids clients may"
+                        " send, got another (--allow-other-tokenizer accepts it)"
                     )
             except BaseException:
                 new.engine.close()

@@ -1,4 +1,4 @@
-"""The options of ``fastlm serve``, which are the flags of its command."""
+"""The options of ``fastlm serve``; each field is a flag of the command."""
 
 import math
 import re
@@ -14,134 +14,158 @@ LOCAL_NAMES = ("127.0.0.1", "::1", "localhost")
 KEYS_VARIABLE = "FASTLM_API_KEYS"
 ADMIN_KEYS_VARIABLE = "FASTLM_ADMIN_KEYS"
 ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s?#]+")
-KV_DTYPES = ("float32", "bfloat16", "float16", "int8")
-AT_LEAST = {
-    "measure_days": 1, "max_new_tokens": 1, "max_body": 1024, "max_waiting": 1, "max_rows": 1,
-    "max_length": 2, "draft_tokens": 0, "max_connections": 1, "max_seconds": 1, "drain": 0,
+KV_CACHE_DTYPES = ("float32", "bfloat16", "float16", "int8")
+MIN_VALUES = {
+    "measure_days": 1, "max_new_tokens": 1, "max_body": 1024, "max_queue_size": 1,
+    "max_num_seqs": 1, "max_model_len": 2, "num_speculative_tokens": 0, "max_connections": 1,
+    "max_seconds": 1, "drain": 0,
 }  # fmt: skip
-BETWEEN = {"port": (0, 65535), "measure_rows": (0, 10**7), "pages": (1, 2**31 - 1)}
-# Options of `fastlm.inference.engine.Engine` -> those of the server, by which users know them
-ENGINE_OPTIONS = {
-    "num_blocks": "pages", "max_num_seqs": "max_rows", "max_queue_size": "max_waiting",
-    "max_model_len": "max_length", "num_speculative_tokens": "draft_tokens",
-    "kv_cache_dtype": "kv_dtype",
-}  # fmt: skip
+RANGES = {"port": (0, 65535), "measure_rows": (0, 10**7), "num_blocks": (1, 2**31 - 1)}
+# The options that `fastlm.inference.engine.Engine` takes under the same names
+ENGINE_OPTIONS = (
+    "num_blocks", "max_num_seqs", "max_queue_size", "max_model_len", "num_speculative_tokens",
+    "kv_cache_dtype",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """How `fastlm serve` serves a model; `check` refuses what cannot work."""
+    """The options of `fastlm serve`; `check` refuses those that cannot work."""
 
-    model: Annotated[Path, "Hugging Face folder, .gguf, fastlm run or model:smollm2", "-m"]
-    host: Annotated[str, "Address to listen on; another than this machine's needs API keys"] = (
+    model: Annotated[
+        Path, "Serve this Hugging Face folder, .gguf file, fastlm run or model:smollm2", "-m"
+    ]
+    host: Annotated[str, "Listen on this address; one that other machines reach needs API keys"] = (
         "127.0.0.1"
     )
-    port: Annotated[int, "0: any free one"] = 8000
+    port: Annotated[int, "Listen on this port; 0 takes a free one"] = 8000
     name: Annotated[
         str | None,
-        "What clients call the model; default: the folder's name, of model:smollm2 smollm2",
+        "Call the model by this name in the API (default: the name of its folder or file)",
     ] = None
     feedback: Annotated[
-        str | None, "Keep feedback in this SQLite file, or in postgresql://USER@HOST/NAME"
+        str | None, "Store feedback in this SQLite file, or in postgresql://USER@HOST/NAME"
     ] = None
     metrics: Annotated[
-        Path | None, "TOML: numbers that people may give with --feedback (docs/serving.md)"
+        Path | None, "Read the numbers that people may give with --feedback from this TOML file"
     ] = None
     alerts: Annotated[
-        Path | None, "TOML: rules for alerts about what --feedback measures of answers"
+        Path | None, "Read the rules for alerts on what --feedback measures from this TOML file"
     ] = None
-    measure_days: Annotated[float, "Days that measures of answers are kept"] = 90.0
-    measure_rows: Annotated[int, "Measures kept at most; 0: nothing is measured"] = 100_000
+    measure_days: Annotated[float, "Keep measurements of responses for this number of days"] = 90.0
+    measure_rows: Annotated[int, "Keep at most this many measurements; 0 measures nothing"] = (
+        100_000
+    )
     rank: Annotated[
-        str | None, "Feedback database whose answers people rank at /rank (`fastlm rank`)"
+        str | None, "Let people rank the answers of this feedback database at /rank (`fastlm rank`)"
     ] = None
     api_key_file: Annotated[
-        Path | None, f"API keys, one a line; or in the variable {KEYS_VARIABLE}, with commas"
+        Path | None,
+        f"Read API keys from this file, one a line (default: the variable {KEYS_VARIABLE}, with"
+        " commas)",
     ] = None
     allow_host: Annotated[
         tuple[str, ...],
-        Repeated("Another name by which clients call this machine; may be given again"),
+        Repeated("Let clients call this machine by another name; may be repeated"),
     ] = ()
     allow_origin: Annotated[
         tuple[str, ...],
         Repeated(
-            "A web page's origin that may call the server (CORS), as https://example.org; '*': any,"
-            " with API keys. May be given again"
+            "Let web pages of this origin call the server (CORS), such as https://example.org; '*'"
+            " allows any origin and needs API keys. May be repeated"
         ),
     ] = ()
-    chat_template: Annotated[Path | None, "Jinja file; default: the model's own template"] = None
+    chat_template: Annotated[
+        Path | None, "Use this Jinja file as the chat template (default: the model's own)"
+    ] = None
     adapter: Annotated[
         tuple[str, ...],
         Repeated(
-            "NAME=PATH: another adapter or model, which clients choose by this name. May be given"
-            " again; each takes the memory of a model"
+            "Serve another adapter or model, given as NAME=PATH; clients choose it by NAME. Each"
+            " takes the memory of a model. May be repeated"
         ),
     ] = ()
-    max_new_tokens: Annotated[int | None, "Longest answer; default: the model's context"] = None
-    max_body: Annotated[int, "Bytes of a request"] = 4 * 2**20
-    max_waiting: Annotated[int, "Requests in the queue"] = 256
-    max_rows: Annotated[int, "Answers at the same time"] = 64
-    max_length: Annotated[
-        int | None,
-        "Tokens of a prompt with its answer, at most (default: what the model allows); dynamic and"
-        " longrope models turn by it",
+    max_new_tokens: Annotated[
+        int | None, "Limit an answer to this number of tokens (default: the model's context)"
     ] = None
-    pages: Annotated[
+    max_body: Annotated[int, "Limit the body of a request to this number of bytes"] = 4 * 2**20
+    max_queue_size: Annotated[int, "Let at most this many requests wait in the queue"] = 256
+    max_num_seqs: Annotated[int, "Compute at most this many answers at the same time"] = 64
+    max_model_len: Annotated[
         int | None,
-        "Pages of 64 tokens in the key/value cache, at most what fits the memory; default:"
-        " --max-rows answers of 512 tokens with their prompts, or one whole context if that is"
-        " more, within a quarter of the memory (on a GPU: --max-rows contexts, within half of its"
-        " free memory)",
+        "Limit a prompt with its answer to this number of tokens (default: the model's context)."
+        " The rotary frequencies of dynamic and longrope models depend on it",
     ] = None
-    kv_dtype: Annotated[
+    num_blocks: Annotated[
+        int | None,
+        "Give the key/value cache this number of blocks of 64 tokens, at most what fits the memory."
+        " The default holds --max-num-seqs answers of 512 tokens with their prompts, or one context"
+        " if that is more, within a quarter of the memory; on a GPU --max-num-seqs contexts, within"
+        " half of its free memory",
+    ] = None
+    kv_cache_dtype: Annotated[
         str | None,
-        f"Of cached keys and values: {', '.join(KV_DTYPES)}; default: the model's, float16 where"
-        " its activations are rounded to 8 bits",
+        f"Store keys and values as {', '.join(KV_CACHE_DTYPES)} (default: the model's dtype,"
+        " float16 where its activations are rounded to 8 bits)",
     ] = None
     draft_model: Annotated[
         Path | None,
-        "A smaller model with the same tokenizer, which guesses the next tokens; the answers stay"
-        " the same",
+        "Propose tokens with this smaller model of the same tokenizer (speculative decoding); the"
+        " answers stay the same",
     ] = None
-    draft_tokens: Annotated[
+    num_speculative_tokens: Annotated[
         int | None,
-        "Tokens that a step guesses; without --draft-model from the prompt, for answers that repeat"
-        " it. Default: 4 with --draft-model, else 0",
+        "Propose this number of tokens in each step (default: 4 with --draft-model, else 0)."
+        " Without --draft-model they come from the prompt, for answers that repeat it",
     ] = None
-    max_connections: Annotated[int, "Connections at the same time"] = 1024
-    max_seconds: Annotated[float, "An answer ends after so many seconds as it is"] = 600.0
-    drain: Annotated[float, "Seconds that answers may take to end after SIGTERM"] = 30.0
-    act_bits: Annotated[int | None, "As for generate"] = None
+    max_connections: Annotated[int, "Accept at most this many connections at the same time"] = 1024
+    max_seconds: Annotated[float, "End an answer after this time, where it is then"] = 600.0
+    drain: Annotated[float, "Wait for running answers for this many seconds after SIGTERM"] = 30.0
+    act_bits: Annotated[
+        int | None,
+        "Multiply quantized weights with inputs rounded to int8 (8) or not rounded (16); the"
+        " default is the model's, 8 for .gguf files",
+    ] = None
     canary: Annotated[
         str | None,
-        "A model that may take over: it answers --share of the conversations until a test promotes"
-        " it or rolls it back (with --feedback)",
+        "Try this model: it answers --canary-share of the conversations until a test promotes it or"
+        " rolls it back (with --feedback)",
     ] = None
-    share: Annotated[float, "Of the conversations, for --canary"] = 0.1
+    canary_share: Annotated[float, "Give --canary this share of the conversations"] = 0.1
     canary_metric: Annotated[
         str,
-        "What is a success: thumb (up), pick (preferred over the other model's answer), stop (the"
+        "Count as success: thumb (up), pick (preferred over the other model's answer), stop (the"
         " answer ended by itself), or a number of --metrics (in the better half)",
     ] = "thumb"
     canary_rule: Annotated[
         str,
-        "superiority: promote a canary that is better; non-inferiority: one that is worse by less"
-        " than --canary-margin",
+        "Promote a canary that is better (superiority), or worse by less than --canary-margin"
+        " (non-inferiority)",
     ] = "superiority"
-    canary_margin: Annotated[float, "Of the success rate"] = 0.05
-    canary_alpha: Annotated[float, "Rate of promotions that the rule does not want"] = 0.05
-    canary_most: Annotated[int, "Outcomes after which the old model stays"] = 5000
-    models_dir: Annotated[Path | None, "`fastlm promote` may load models below this folder"] = None
+    canary_margin: Annotated[
+        float, "Accept this loss of success rate under the rule non-inferiority"
+    ] = 0.05
+    canary_alpha: Annotated[float, "Limit the rate of false promotions to this"] = 0.05
+    canary_max_outcomes: Annotated[
+        int, "Keep the old model after this number of outcomes without a decision"
+    ] = 5000
+    models_dir: Annotated[
+        Path | None, "Let `fastlm promote` load models from below this folder"
+    ] = None
     state: Annotated[
-        Path | None, "What was decided, for the next start; default: next to the --feedback file"
+        Path | None,
+        "Store decisions about models in this file, for the next start (default: next to the"
+        " --feedback file)",
     ] = None
     admin_key_file: Annotated[
-        Path | None, f"Keys that may promote and roll back; or in {ADMIN_KEYS_VARIABLE}"
+        Path | None,
+        "Read the keys that may promote and roll back from this file (default: the variable"
+        f" {ADMIN_KEYS_VARIABLE})",
     ] = None
 
     def check(self, keys: Sequence[str], admin_keys: Sequence[str]) -> None:
         """Refuse options that cannot work. InputError names the option."""
-        bounds = {name: (least, math.inf) for name, least in AT_LEAST.items()} | BETWEEN
+        bounds = {name: (low, math.inf) for name, low in MIN_VALUES.items()} | RANGES
         for name, (low, high) in bounds.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
@@ -156,7 +180,7 @@ class ServeOptions:
             (self.metrics and not self.feedback, "metrics: expected with --feedback"),
             (self.alerts and not self.feedback, "alerts: expected with --feedback"),
             (self.canary and not self.feedback,
-             "canary: expected --feedback, where its outcomes are kept"),
+             "canary: expected --feedback, where its outcomes are stored"),
         ):  # fmt: skip
             if wrong:
                 raise InputError(f"{message}, got none")
@@ -166,14 +190,14 @@ class ServeOptions:
                     "allow_origin: expected '*' or a page's scheme, host and port, as"
                     f" https://example.org, got {origin!r:.80}"
                 )
-        if self.kv_dtype not in (None, *KV_DTYPES):
-            names = ", ".join(KV_DTYPES)
-            raise InputError(f"kv_dtype: expected {names}, got {self.kv_dtype!r:.80}")
+        if self.kv_cache_dtype not in (None, *KV_CACHE_DTYPES):
+            names = ", ".join(KV_CACHE_DTYPES)
+            raise InputError(f"kv_cache_dtype: expected {names}, got {self.kv_cache_dtype!r:.80}")
         self.adapters()
         self.state_file()
 
     def adapters(self) -> dict[str, Path]:
-        """The models of --adapter by their names."""
+        """Return the models of --adapter by their names."""
         adapters: dict[str, Path] = {}
         for text in self.adapter:
             name, _, path = text.partition("=")
@@ -183,17 +207,17 @@ class ServeOptions:
         return adapters
 
     def state_file(self) -> Path | None:
-        """Where decisions are kept; None: the models of this server do not change."""
+        """Return the file of decisions; None: the models of this server do not change."""
         if self.canary is None and self.models_dir is None:
             return None
         if self.state is None and (self.feedback is None or "://" in self.feedback):
-            raise InputError("state: expected a file for what is decided (--state), got none")
+            raise InputError("state: expected a file for decisions (--state), got none")
         return self.state or Path(f"{self.feedback}.models.json")
 
     def engine(self) -> dict[str, Any]:
-        """The options of `fastlm.inference.engine.Engine`."""
+        """Return the options of `fastlm.inference.engine.Engine`."""
         import torch
 
-        kv_dtype = None if self.kv_dtype is None else getattr(torch, self.kv_dtype)
-        options = {name: getattr(self, option) for name, option in ENGINE_OPTIONS.items()}
-        return options | {"kv_cache_dtype": kv_dtype}
+        options = {name: getattr(self, name) for name in ENGINE_OPTIONS}
+        dtype = options["kv_cache_dtype"]
+        return options | {"kv_cache_dtype": None if dtype is None else getattr(torch, dtype)}

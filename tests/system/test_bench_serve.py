@@ -77,7 +77,7 @@ def test_commands(monkeypatch):
     expected = {"--model": "m.gguf", "--port": "81", "-t": "2", "-np": "4", "-c": str(4 * CONTEXT)}
     assert options == expected
     ours = " ".join(servers.command_of("fastlm", "m.gguf", 81, 2, slots=4))
-    assert ours.endswith("--name model --model m.gguf --port 81 --threads 2 --max-rows 4")
+    assert ours.endswith("--name model --model m.gguf --port 81 --threads 2 --max-num-seqs 4")
     assert "-np" not in servers.command_of("llama-server", "m.gguf", 81, 2)
 
 

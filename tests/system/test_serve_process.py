@@ -52,14 +52,16 @@ def test_refusals(folder, tmp_path):
         return done.stderr.strip().splitlines()[-1]
 
     assert "host: expected API keys" in refused("-m", folder, "--host", "0.0.0.0")
-    line = refused("-m", folder, "--kv-dtype", "int4")
-    assert line == "fastlm: kv_dtype: expected float32, bfloat16, float16, int8, got 'int4'"
+    line = refused("-m", folder, "--kv-cache-dtype", "int4")
+    assert line == "fastlm: kv_cache_dtype: expected float32, bfloat16, float16, int8, got 'int4'"
     with socket.create_server(("127.0.0.1", 0)) as taken:
         with pytest.raises(InputError, match=r"port: expected a free one on 127\.0\.0\.1"):
             _listen("127.0.0.1", taken.getsockname()[1])
-    serve = ["serve", "-m", str(folder), "--port", "0", "--pages", "2000000000"]
+    serve = ["serve", "-m", str(folder), "--port", "0", "--num-blocks", "2000000000"]
     result = CliRunner().invoke(app, serve)
-    assert result.exit_code == 2 and "pages: expected as many as fit the memory" in result.stderr
+    assert (
+        result.exit_code == 2 and "num_blocks: expected as many as fit the memory" in result.stderr
+    )
     Tokenizer.train(["Another text."], 320).save(tmp_path)
     shutil.copy(folder / "config.json", tmp_path)
     shutil.copy(folder / "model.safetensors", tmp_path)
@@ -92,7 +94,7 @@ def test_a_draft_model(folder):
 
 def test_sigterm_lets_running_answers_end(folder, tmp_path):
     base = tmp_path / "f.sqlite"
-    options = ("--drain", 60, "--pages", 40, "--kv-dtype", "int8", "--feedback", base)
+    options = ("--drain", 60, "--num-blocks", 40, "--kv-cache-dtype", "int8", "--feedback", base)
     with (
         served("--model", folder, *options) as (process, url, lines),
         ThreadPoolExecutor(1) as pool,

@@ -84,7 +84,7 @@ def test_the_commands_and_a_kill(tmp_path):
         (("--canary", "b"), "canary: expected --feedback"),
         (("--models-dir", "."), "state: expected a file"),
         (("--admin-key-file", "keys"), "admin_key_file: expected API keys, too"),
-        (("--canary", "b", "--feedback", "x", "--share", "1.5"), "share: expected a number"),
+        (("--canary", "b", "--feedback", "x", "--canary-share", "1.5"), "canary_share: expected a"),
         (("--canary", "b", "--feedback", "x", "--canary-metric", "fun"), "canary_metric: expected"),
         (("--canary", "b", "--feedback", "x", "--canary-rule", "x"), "canary_rule: expected super"),
     ],

@@ -199,7 +199,7 @@ def test_what_is_refused_leaves_the_old_model(models, tmp_path, monkeypatch):
         refused("nothing", "no such path")
         refused("empty", "expected a folder with config.json")
         refused(bad, "expected a context of at least the current model's 512 tokens, got 128")
-        refused(other, "model: expected the tokens of the current model")
+        refused(other, "model: expected the current model's tokenizer")
         refused(broken, "expected an answer of two tokens, got: logits are not finite")
         refused(
             models["a"],
@@ -224,7 +224,7 @@ def test_what_is_refused_leaves_the_old_model(models, tmp_path, monkeypatch):
         assert HTTP.get(url + "/v1/canary").status_code == 401
         described = HTTP.get(url + "/openapi.json", headers=admin).json()["paths"]
         assert {*PATHS} <= described.keys()
-        sent = {"model": str(other), "other_tokens": True}
+        sent = {"model": str(other), "allow_other_tokenizer": True}
         assert ask(url, sent, "/v1/admin/promote", **admin).status_code == 200
         assert ask(url, {}, "/v1/admin/rollback", **admin).status_code == 200
         # what is rolled back to must be what it was

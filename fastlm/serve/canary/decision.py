@@ -25,7 +25,7 @@ class CanaryConfig:
 
     rule: with "superiority" the canary is promoted when it is better, with "non-inferiority" when
     it is worse by less than ``margin``. alpha: the chance that a canary that is not takes over; and
-    so for each of the guards. most: outcomes after which the old model stays.
+    so for each of the guards. max_outcomes: outcomes after which the old model stays.
     """
 
     share: float
@@ -33,7 +33,7 @@ class CanaryConfig:
     rule: str
     margin: float
     alpha: float
-    most: int
+    max_outcomes: int
     rating: Rating | None = None
 
     @staticmethod
@@ -41,8 +41,8 @@ class CanaryConfig:
         """Read the options of the server. ``ratings``: the numbers that people may give."""
         metric = options.canary_metric
         return CanaryConfig(
-            options.share, metric, options.canary_rule, options.canary_margin,
-            options.canary_alpha, options.canary_most,
+            options.canary_share, metric, options.canary_rule, options.canary_margin,
+            options.canary_alpha, options.canary_max_outcomes,
             next((rating for rating in ratings if rating.name == metric), None),
         )  # fmt: skip
 
@@ -50,7 +50,7 @@ class CanaryConfig:
         metrics = (*BUILT_IN, *([self.rating.name] if self.rating is not None else []))
         between = "a number between 0 and 1"
         for option, good, expected in (
-            ("share", 0 < self.share < 1, between),
+            ("canary_share", 0 < self.share < 1, between),
             (
                 "canary_metric",
                 self.metric in metrics,
@@ -59,7 +59,7 @@ class CanaryConfig:
             ("canary_rule", self.rule in RULES, " or ".join(RULES)),
             ("canary_margin", 0 < self.margin < 1, between),
             ("canary_alpha", 0 < self.alpha < 1, between),
-            ("canary_most", self.most >= 1, "at least 1"),
+            ("canary_max_outcomes", self.max_outcomes >= 1, "at least 1"),
         ):
             if not good:
                 got = getattr(self, option.removeprefix("canary_"))
@@ -156,6 +156,8 @@ def judge(
     test = tests["outcome"]
     if old.outcomes and new.outcomes and not test.low <= rule.bound <= test.high:
         return verdict("promote" if test.low > rule.bound else "roll back", rule, successes)
-    if outcomes >= config.most:
-        return CanaryVerdict("keep", f"{metric}: no decision after {config.most} outcomes", rule)
+    if outcomes >= config.max_outcomes:
+        return CanaryVerdict(
+            "keep", f"{metric}: no decision after {config.max_outcomes} outcomes", rule
+        )
     return None
