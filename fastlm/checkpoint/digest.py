@@ -7,7 +7,7 @@ from pathlib import Path
 from fastlm.checkpoint.folder import base_of
 from fastlm.pipeline.provenance import model_id
 from fastlm.pipeline.run_folder import is_adapter, locate_model
-from fastlm.sources.input_digest import Contents
+from fastlm.sources.input_digest import InputDigest
 from fastlm.sources.packages import default_cache
 
 
@@ -17,7 +17,7 @@ def digest_of(path: Path) -> str:
     InputError: a file cannot be read.
     """
     place = locate_model(path)
-    own = model_id(place, Contents(Path(os.devnull), cache=default_cache()))
+    own = model_id(place, InputDigest(Path(os.devnull), cache=default_cache()))
     if not is_adapter(place):
         return own
     return hashlib.sha256((own + digest_of(Path(base_of(place)))).encode()).hexdigest()

@@ -10,7 +10,7 @@ from fastlm.data.prepare import DataOptions, prepare
 from fastlm.errors import InputError
 from fastlm.pipeline.funnel import Funnel, StepCounts
 from fastlm.pipeline.stage import Job, Part, Positional, Stage
-from fastlm.sources.input_digest import Contents
+from fastlm.sources.input_digest import InputDigest
 from fastlm.sources.rows import DOCUMENTS, PLAIN, TYPE_NOT_READ
 
 TYPES_READ = f"""Read are, compressed (.gz, .zst) or not: documents ({" ".join(DOCUMENTS)}), .json
@@ -49,9 +49,9 @@ class Data(DataOptions, Stage):
     def identity(self) -> dict[str, Any]:
         return {**asdict(self), "workers": 1}
 
-    def contents(self, contents: Contents) -> Any:
-        found = contents.sources(self.sources)
-        gone = forgotten_keys([contents.folder])
+    def digest_inputs(self, input_digest: InputDigest) -> Any:
+        found = input_digest.hash_sources(self.sources)
+        gone = forgotten_keys([input_digest.folder])
         return [*found, ["forgotten", sorted(gone)]] if gone else found
 
     def run(self, job: Job) -> dict[str, Any]:

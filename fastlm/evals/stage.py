@@ -71,11 +71,11 @@ class Eval(Stage):
                 " the same"
             )
 
-    def contents(self, contents: Any) -> Any:
+    def digest_inputs(self, input_digest: Any) -> Any:
         from fastlm.evals.harness_tasks import is_file, task_files
 
         files = [file for name in self.tasks if is_file(name) for file in task_files(name)]
-        return [contents.tree(file) for file in files]
+        return [input_digest.hash_tree(file) for file in files]
 
     def plan(self, inputs: Mapping[str, Any]) -> Facts:
         from fastlm.data.texts import check_window

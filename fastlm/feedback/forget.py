@@ -48,7 +48,7 @@ from fastlm.pipeline.registry import CHANGED, GONE, INDEX, INNER, Known, Registr
 from fastlm.pipeline.report import REPORT, SUMMARY
 from fastlm.pipeline.run import locked
 from fastlm.pipeline.run_folder import STAGES
-from fastlm.sources.input_digest import Contents
+from fastlm.sources.input_digest import InputDigest
 
 if TYPE_CHECKING:
     from fastlm.serve.feedback_store import FeedbackStore
@@ -204,8 +204,8 @@ class _Work:
         """The content ids of a data folder: now, and by its record."""
         record = self._record(folder)
         known = {record.ids[kind]} if record is not None and kind in record.ids else set()
-        contents = Contents(Path(os.devnull), cache=Path(os.devnull))
-        return known | {artifact_id((kind,), folder, contents)}
+        input_digest = InputDigest(Path(os.devnull), cache=Path(os.devnull))
+        return known | {artifact_id((kind,), folder, input_digest)}
 
     def _record(self, folder: Path) -> Known | None:
         """The record of the stage in whose folder this is."""

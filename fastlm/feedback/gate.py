@@ -11,7 +11,7 @@ from fastlm.errors import InputError
 from fastlm.feedback.gate_metrics import Model
 from fastlm.files import write_json
 from fastlm.pipeline.stage import Facts, Job, Part, Stage, Takes
-from fastlm.sources.input_digest import Contents
+from fastlm.sources.input_digest import InputDigest
 
 DECISION = "decision.json"
 
@@ -73,8 +73,8 @@ class Gate(Stage):
                 )
         return {}
 
-    def contents(self, contents: Contents) -> Any:
-        return contents.tree(self.gates)
+    def digest_inputs(self, input_digest: InputDigest) -> Any:
+        return input_digest.hash_tree(self.gates)
 
     def run(self, job: Job) -> dict[str, Any]:
         from fastlm.evals.safety.gates import doubts, read_gates

@@ -12,7 +12,7 @@ from fastlm.errors import InputError
 from fastlm.feedback.gate_metrics import percent
 from fastlm.files import make_folder
 from fastlm.pipeline.stage import Job, Part, Positional, Stage, Takes, at_least_one
-from fastlm.sources.input_digest import Contents
+from fastlm.sources.input_digest import InputDigest
 
 if TYPE_CHECKING:
     from fastlm.data.prompts import Prompt
@@ -84,8 +84,8 @@ The same command starts again from nothing."""
                 f"temperature: expected above 0, so that two answers differ, got {self.temperature}"
             )
 
-    def contents(self, contents: Contents) -> Any:
-        return contents.sources(self.data, FORMATS)
+    def digest_inputs(self, input_digest: InputDigest) -> Any:
+        return input_digest.hash_sources(self.data, FORMATS)
 
     def run(self, job: Job) -> dict[str, Any]:
         import time

@@ -13,7 +13,7 @@ from fastlm.feedback.judgements import is_export
 from fastlm.pipeline.funnel import Funnel
 from fastlm.pipeline.stage import Facts, Job, MaybePositional, Part, Stage, Takes
 from fastlm.serve.commands import open_store
-from fastlm.sources.input_digest import Contents
+from fastlm.sources.input_digest import InputDigest
 
 if TYPE_CHECKING:
     from fastlm.feedback.overlap import Overlap
@@ -59,10 +59,12 @@ raters.json."""
             raise InputError("database: expected at least one database or .jsonl file, got none")
         return {}
 
-    def contents(self, contents: Contents) -> Any:
-        rows = [contents.tree(one) if is_export(one) else _digest(one) for one in self.database]
-        files = [contents.tree(one) for one in self.decontaminate if _is_file(one)]
-        return [rows, files, sorted(forgotten_keys([contents.folder]))]
+    def digest_inputs(self, input_digest: InputDigest) -> Any:
+        rows = [
+            input_digest.hash_tree(one) if is_export(one) else _digest(one) for one in self.database
+        ]
+        files = [input_digest.hash_tree(one) for one in self.decontaminate if _is_file(one)]
+        return [rows, files, sorted(forgotten_keys([input_digest.folder]))]
 
     def run(self, job: Job) -> dict[str, Any]:
         from fastlm.feedback.build import build

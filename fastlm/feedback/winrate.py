@@ -10,7 +10,7 @@ from fastlm.errors import InputError
 from fastlm.feedback.gate_metrics import percent
 from fastlm.files import write_json, write_text
 from fastlm.pipeline.stage import Facts, Job, Part, Stage, Takes, at_least_one
-from fastlm.sources.input_digest import Contents
+from fastlm.sources.input_digest import InputDigest
 
 if TYPE_CHECKING:
     from fastlm.data.prompts import Prompt
@@ -70,8 +70,8 @@ class WinRate(Stage):
             raise InputError("data: expected prompts, or feedback, got neither")
         return {}
 
-    def contents(self, contents: Contents) -> Any:
-        return contents.sources((*self.data, *self.labelled), FORMATS)
+    def digest_inputs(self, input_digest: InputDigest) -> Any:
+        return input_digest.hash_sources((*self.data, *self.labelled), FORMATS)
 
     def run(self, job: Job) -> dict[str, Any]:
         from fastlm.evals.suite import ids_of

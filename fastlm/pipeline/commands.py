@@ -139,15 +139,15 @@ def _record(stage: Stage, job: Job, result: dict[str, Any], seconds: float, comm
     """Keep a record of the stage in its folder, for `fastlm runs`."""
     from fastlm.pipeline.provenance import describe, own_files
     from fastlm.pipeline.record import begun, save_alone
-    from fastlm.sources.input_digest import Contents
+    from fastlm.sources.input_digest import InputDigest
 
     inputs = {key: [given.where for given in names] for key, names in job.inputs.items()}
     entry = begun(stage, "", inputs)
-    contents = Contents(job.out / "sources.json", cache=job.cache)
+    input_digest = InputDigest(job.out / "sources.json", cache=job.cache)
     # a second earlier: file systems keep times less exactly
     entry.outputs = own_files(stage.leaves, job.out, time.time() - seconds - 1)
     entry.seconds, entry.result = seconds, result
-    entry.made = describe(stage, job, entry.outputs, contents, command=command)
+    entry.made = describe(stage, job, entry.outputs, input_digest, command=command)
     save_alone(job.out, entry)
 
 

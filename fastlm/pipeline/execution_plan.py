@@ -21,7 +21,7 @@ from fastlm.pipeline.recipe import SCHEMES, Kinds, Recipe, Step, is_outside
 from fastlm.pipeline.record import Entry, chosen, sizes_of
 from fastlm.pipeline.run_folder import locate_model
 from fastlm.pipeline.stage import Stage, options_of
-from fastlm.sources.input_digest import Contents
+from fastlm.sources.input_digest import InputDigest
 
 
 class Fingerprint(str):
@@ -143,7 +143,7 @@ def _holds_any(folder: Path, names: Sequence[str]) -> bool:
     return any((folder / name).is_dir() and any((folder / name).glob("[!.]*")) for name in names)
 
 
-def fingerprints(recipe: Recipe, contents: Contents) -> dict[str, Fingerprint]:
+def fingerprints(recipe: Recipe, input_digest: InputDigest) -> dict[str, Fingerprint]:
     """Return the fingerprints of all stages, by name. InputError: an input from outside the run
     that does not exist.
     """
@@ -152,18 +152,24 @@ def fingerprints(recipe: Recipe, contents: Contents) -> dict[str, Fingerprint]:
         stage, upstream = step.stage, {}
         for key, names in step.inputs.items():
             states = [
-                _outside(step, key, name, contents) if is_outside(name) else prints[name]
+                _outside(step, key, name, input_digest) if is_outside(name) else prints[name]
                 for name in names
             ]
             # if there may be several, the result refers to each by its name
             upstream[key] = [*zip(names, states)] if stage.reads[key].several else states
-        parts = [stage.kind, stage.version, chosen(stage), stage.contents(contents), upstream]
+        parts = [
+            stage.kind,
+            stage.version,
+            chosen(stage),
+            stage.digest_inputs(input_digest),
+            upstream,
+        ]
         prints[step.name] = Fingerprint(json_hash(parts))
         prints[step.name].parts = parts
     return prints
 
 
-def _outside(step: Step, key: str, name: str, contents: Contents) -> Any:
+def _outside(step: Step, key: str, name: str, input_digest: InputDigest) -> Any:
     """Return the state of an input from outside the run: the content of local files, the name of a
     package.
     """
@@ -172,12 +178,12 @@ def _outside(step: Step, key: str, name: str, contents: Contents) -> Any:
         if not path.exists() and name.partition(":")[0] in SCHEMES:
             return name  # the name of a package
         if {"model", "reward", "quantized"} & set(types):
-            files = contents.tree(locate_model(path))
+            files = input_digest.hash_tree(locate_model(path))
             return [file for file in files if file[0] != "README.md"]  # a card changes no model
         if "corpus" in types and not (path / FUNNEL).is_file():
-            return contents.sources([name])
+            return input_digest.hash_sources([name])
         if not path.exists():
             raise InputError(f"{name}: expected a path that exists")
-        return contents.tree(path)
+        return input_digest.hash_tree(path)
     except InputError as error:
         raise InputError(f"{step.name}.{key}: {error}") from None

@@ -26,7 +26,7 @@ from fastlm.machine import code, hardware
 from fastlm.pipeline.run_folder import locate_model
 from fastlm.pipeline.stage import Input, Job, Stage
 from fastlm.schema import Count, RelativePath
-from fastlm.sources.input_digest import Contents
+from fastlm.sources.input_digest import InputDigest
 from fastlm.sources.packages import SCHEMES
 
 MAX_FILES = 1000  # of a source that are listed one by one
@@ -91,7 +91,7 @@ def describe(
     stage: Stage,
     job: Job,
     outputs: Mapping[str, int],
-    contents: Contents,
+    input_digest: InputDigest,
     *,
     known: Callable[[str, Input], str | None] = lambda key, given: None,
     recipe: str | None = None,
@@ -105,14 +105,19 @@ def describe(
     for key, given in job.inputs.items():
         types = stage.reads[key].types
         reads[key] = [
-            {"name": g.name, "path": g.where, "id": known(key, g) or _id(types, g.where, contents)}
+            {
+                "name": g.name,
+                "path": g.where,
+                "id": known(key, g) or _id(types, g.where, input_digest),
+            }
             for g in given
         ]
     hashes = {name: digest(job.out / name) for name in outputs}
     specs = [spec for name in stage.sources_in for spec in getattr(stage, name)]
     return Made(
         datetime.now(UTC).isoformat(timespec="milliseconds"), code(), hardware(), recipe, command,
-        ids_of(stage.leaves, hashes), hashes, reads, [_source(spec, contents) for spec in specs],
+        ids_of(stage.leaves, hashes), hashes, reads,
+        [_source(spec, input_digest) for spec in specs],
     )  # fmt: skip
 
 
@@ -147,18 +152,18 @@ def ids_of(leaves: Mapping[str, str], hashes: Mapping[str, str]) -> dict[str, st
     return found
 
 
-def artifact_id(types: Sequence[str], path: Path, contents: Contents) -> str:
+def artifact_id(types: Sequence[str], path: Path, input_digest: InputDigest) -> str:
     """Return the id of what is at ``path``, which is of one of ``types``. Reads every file that
-    ``contents`` does not know. InputError: a file that cannot be read.
+    ``input_digest`` does not know. InputError: a file that cannot be read.
     """
     if path.is_file():
-        return contents.tree(path)[0][2]
-    return combined(types, ((name, digest) for name, _, digest in contents.tree(path)))
+        return input_digest.hash_tree(path)[0][2]
+    return combined(types, ((name, digest) for name, _, digest in input_digest.hash_tree(path)))
 
 
-def model_id(where: str | Path, contents: Contents) -> str:
+def model_id(where: str | Path, input_digest: InputDigest) -> str:
     """Return the id of the model at ``where``, as `locate_model` finds it. InputError: no model."""
-    return artifact_id(("model",), locate_model(Path(where)), contents)
+    return artifact_id(("model",), locate_model(Path(where)), input_digest)
 
 
 def combined(types: Sequence[str], hashes: Iterable[tuple[str, str]]) -> str:
@@ -185,27 +190,27 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch(name.rpartition("/")[2], pattern) for pattern in patterns)
 
 
-def _source(spec: str, contents: Contents) -> SourceRecord:
+def _source(spec: str, input_digest: InputDigest) -> SourceRecord:
     """Describe a source that an option names: its files with their hashes, its licence."""
     from fastlm.sources.licences import licence_of
 
-    ((_, entries),) = contents.sources([spec])
+    ((_, entries),) = input_digest.hash_sources([spec])
     files = {e[0]: e[2] for e in entries if isinstance(e, list)}
-    package, licence = licence_of(spec, contents.cache)
+    package, licence = licence_of(spec, input_digest.cache)
     return {
         "spec": spec, "package": package, "licence": licence, "count": len(files) or None,
         "files": files if len(files) <= MAX_FILES else {},
     }  # fmt: skip
 
 
-def _id(types: Sequence[str], where: str, contents: Contents) -> str | None:
+def _id(types: Sequence[str], where: str, input_digest: InputDigest) -> str | None:
     """Return the id of an input from outside; None if it is a package, or no longer there."""
     path = Path(where)
     try:
         if set(types) & {*MODELS}:
-            return model_id(where, contents)
+            return model_id(where, input_digest)
         if not path.exists() and where.partition(":")[0] in SCHEMES:
             return None
-        return artifact_id(types, path, contents)
+        return artifact_id(types, path, input_digest)
     except (InputError, OSError):
         return None

@@ -21,7 +21,7 @@ from fastlm.pipeline.provenance import MODELS, Made, digest, json_hash, model_id
 from fastlm.pipeline.record import ALONE, Entry, Record, table_of
 from fastlm.pipeline.run_folder import STAGES
 from fastlm.schema import RelativePath, parse, read_document
-from fastlm.sources.input_digest import Contents
+from fastlm.sources.input_digest import InputDigest
 
 INDEX = "index.jsonl"
 SHORT = 12  # characters of an id that are shown
@@ -197,7 +197,7 @@ class Registry:
     def _copied(self, path: Path) -> list[Known]:
         """What made the copy of a model, or of a file, at ``path``."""
         try:
-            maker = self.maker(model_id(path, Contents(path / INDEX, cache=path)))
+            maker = self.maker(model_id(path, InputDigest(path / INDEX, cache=path)))
         except InputError:
             maker = self.maker(digest(path)) if path.is_file() else None
         return [maker] if maker else []

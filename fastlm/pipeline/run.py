@@ -29,7 +29,7 @@ from fastlm.pipeline.report import REPORT, SUMMARY, Done, write_report
 from fastlm.pipeline.run_folder import STAGES
 from fastlm.pipeline.stage import Input, Job
 from fastlm.progress import silent
-from fastlm.sources.input_digest import Contents
+from fastlm.sources.input_digest import InputDigest
 from fastlm.torchrun import check_alone
 
 RECIPE = "recipe.json"
@@ -47,7 +47,7 @@ class _Run:
     track: Callable
     tell: Callable[[dict[str, Any]], None]
     record: dict[str, Entry]
-    contents: Contents
+    input_digest: InputDigest
     command: str
 
     def job(self, step: Step) -> Job:
@@ -120,9 +120,9 @@ def run_recipe(
     out = Path("runs") / recipe.name if out is None else Path(out)
     cache = cache or default_cache()
     tell_plan = on_plan or (lambda plan: None)
-    contents = Contents(out / SOURCES, cache=cache, track=track)
+    input_digest = InputDigest(out / SOURCES, cache=cache, track=track)
     if dry_run and not out.exists():
-        tell_plan(make_plan(recipe, wanted, fingerprints(recipe, contents), {}, out))
+        tell_plan(make_plan(recipe, wanted, fingerprints(recipe, input_digest), {}, out))
         return {}
     make_folder(out)
     with locked(out):
@@ -131,14 +131,17 @@ def run_recipe(
         _refuse_foreign(out, names, record)
         tell = on_event or (lambda event: None)
         command = command or f"fastlm run {path}"
-        run = _Run(recipe, out, cache, track, tell, record, contents, command)
-        prints = fingerprints(recipe, contents)
+        run = _Run(recipe, out, cache, track, tell, record, input_digest, command)
+        prints = fingerprints(recipe, input_digest)
         plan = make_plan(recipe, wanted, prints, record, out)
         tell_plan(plan)
         if dry_run:
             return {}
-        if contents.changed or contents.used.keys() != contents.seen.keys():
-            write_json(out / SOURCES, contents.used)
+        if (
+            input_digest.changed
+            or input_digest.current_records.keys() != input_digest.records.keys()
+        ):
+            write_json(out / SOURCES, input_digest.current_records)
         _sweep(out, names)
         _give_way(run, plan)
         write_json(out / RECIPE, recipe.table)
@@ -190,7 +193,7 @@ def _run_step(run: _Run, planned: Planned) -> None:
     entry.seconds = max(time.perf_counter() - began, result.get("used_seconds", 0.0))
     entry.result, entry.outputs = result, sizes_of(out, stage.scratch)
     entry.made = describe(
-        stage, job, entry.outputs, run.contents, known=partial(run.id_of, step),
+        stage, job, entry.outputs, run.input_digest, known=partial(run.id_of, step),
         recipe=json_hash(run.recipe.table), command=run.command,
     )  # fmt: skip
     run.save()

@@ -22,7 +22,7 @@ from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_origin, get_
 
 from fastlm.errors import InputError
 from fastlm.progress import silent
-from fastlm.sources.input_digest import Contents
+from fastlm.sources.input_digest import InputDigest
 
 T = TypeVar("T")
 # What stages pass to each other
@@ -225,9 +225,9 @@ class Stage:
         del changed, folder, finished
         return False
 
-    def contents(self, contents: Contents) -> Any:
+    def digest_inputs(self, input_digest: InputDigest) -> Any:
         """Return the state of the files that the options name, for the fingerprint."""
-        del contents
+        del input_digest
 
     def run(self, job: Job) -> dict[str, Any]:
         """Do the work; return a JSON-serialisable result. Called again after an interruption, it

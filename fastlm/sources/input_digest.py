@@ -1,4 +1,4 @@
-"""Detect by content whether local files have changed: a copied or touched file is no change."""
+"""Detect by content whether input files have changed. Copying or touching a file is no change."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -12,37 +12,38 @@ from fastlm.sources.reasoning_gym import is_reasoning_gym, package_version
 from fastlm.sources.rows import list_files, parse_source, printable
 
 Stamp = tuple[int, int, int]  # size, mtime and ctime in ns
-Seen = dict[str, tuple[int, int, int, str]]  # absolute path -> stamp and sha256
-MAX_SEEN_BYTES = 1 << 30  # about 200 bytes per file
+FileRecords = dict[str, tuple[int, int, int, str]]  # absolute path -> stamp and sha256
+MAX_RECORD_BYTES = 1 << 30  # about 200 bytes per file
 
 
-class Contents:
-    """Hashes of local files. A file is not read again if its size and times match those in the
-    record of an earlier run. One of the times is that of the inode, which ``touch -d`` cannot set
-    back.
+class InputDigest:
+    """Hash the local files that a stage reads.
+
+    A file is not read again if its size and times match those in the record of an earlier run. One
+    of the times is the inode's, which ``touch -d`` cannot set back.
     """
 
     def __init__(self, record: Path, *, cache: Path, track=silent):
-        """``record``: the JSON file of the previous run. If it is missing or damaged, all files are
-        read.
+        """``record``: the JSON file of the previous run. All files are read if it is missing or
+        damaged.
         """
         self.cache, self.track = cache, track
         self.folder = record.parent  # of the run
-        self.used: Seen = {}
+        self.current_records: FileRecords = {}
         self.changed = False  # since the record was written
         try:
-            self.seen = read_document(record, Seen, max_bytes=MAX_SEEN_BYTES)
+            self.records = read_document(record, FileRecords, max_bytes=MAX_RECORD_BYTES)
         except InputError:
-            self.seen = {}
+            self.records = {}
 
-    def sources(self, specs: Sequence[str], formats: Sequence[str] = ()) -> list[Any]:
-        """Return, per source, its spec and, for a local one, [name, size, sha256] of each file read
-        from it; with ``formats``, of files of these formats alone. A generated source has the
-        version of its package instead.
+    def hash_sources(self, specs: Sequence[str], formats: Sequence[str] = ()) -> list[Any]:
+        """Return [spec, entries] of each source. A local one has [name, size, sha256] of each file
+        that is read from it (only files of ``formats``, if there are some). A reasoning-gym source
+        has the version of its package.
 
-        InputError: as in ``list_files``; the package of a generated source is missing.
+        InputError: as in ``list_files``; the package of a reasoning-gym source is missing.
         """
-        found: dict[str, list[Any]] = {
+        entries: dict[str, list[Any]] = {
             spec: [package_version()] for spec in specs if is_reasoning_gym(spec)
         }
         for spec in specs:
@@ -50,11 +51,11 @@ class Contents:
                 files, _ = list_files(spec, cache=self.cache)
                 files = [file for file in files if not formats or file.format in formats]
                 self._hash(file.path for file in files)
-                found[spec] = [self._entry(file.name, file.path) for file in files]
-        return [[spec, found.get(spec, [])] for spec in specs]
+                entries[spec] = [self._entry(file.name, file.path) for file in files]
+        return [[spec, entries.get(spec, [])] for spec in specs]
 
-    def tree(self, path: str | Path) -> list[Any]:
-        """[name, size, sha256] of the file ``path``, or of every file below the folder ``path``."""
+    def hash_tree(self, path: str | Path) -> list[Any]:
+        """Return [name, size, sha256] of the file ``path``, or of each file below the folder."""
         path = Path(path)
         files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
         try:
@@ -64,17 +65,19 @@ class Contents:
         return [self._entry(str(p.relative_to(path)), p) for p in files]
 
     def _entry(self, name: str, path: Path) -> list[Any]:
-        size, _, _, digest = self.used[printable(path.absolute())]
+        size, _, _, digest = self.current_records[printable(path.absolute())]
         return [name, size, digest]
 
     def _hash(self, paths: Iterable[Path]) -> None:
-        named = {printable(path.absolute()): path for path in paths}
-        stamps = {name: _stamp(path) for name, path in named.items()}
-        changed = [name for name, stamp in stamps.items() if self.seen.get(name, ())[:3] != stamp]
+        paths_by_name = {printable(path.absolute()): path for path in paths}
+        stamps = {name: _stamp(path) for name, path in paths_by_name.items()}
+        changed = [
+            name for name, stamp in stamps.items() if self.records.get(name, ())[:3] != stamp
+        ]
         for name in self.track(changed, "checking sources", unit="files") if changed else ():
-            self.seen[name] = (*stamps[name], _digest(named[name]))
+            self.records[name] = (*stamps[name], _digest(paths_by_name[name]))
         self.changed |= bool(changed)
-        self.used |= {name: self.seen[name] for name in stamps}
+        self.current_records |= {name: self.records[name] for name in stamps}
 
 
 def _stamp(path: Path) -> Stamp:
@@ -86,5 +89,5 @@ def _digest(path: Path) -> str:
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:  # the data stage counts it, or refuses it
+    except OSError as error:  # the data stage counts the file or refuses it
         return f"unreadable: {error.strerror}"

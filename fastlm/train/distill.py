@@ -16,7 +16,7 @@ from fastlm.pipeline.stage import (
     positive,
     select_options,
 )
-from fastlm.sources.input_digest import Contents
+from fastlm.sources.input_digest import InputDigest
 from fastlm.torchrun import check_alone
 from fastlm.train.encoding import chat_tokenizer, check_vocabulary, template_variables
 from fastlm.train.objective import IGNORE, weights_digest
@@ -277,9 +277,9 @@ class Distill(DistillOptions, Sft):
         one = bool(self.teacher_logits) != given
         expect(one, "teacher", "a teacher or teacher_logits", "both" if given else "neither")
 
-    def contents(self, contents: Contents) -> Any:
-        stored = contents.tree(self.teacher_logits) if self.teacher_logits else None
-        return [super().contents(contents), stored]
+    def digest_inputs(self, input_digest: InputDigest) -> Any:
+        stored = input_digest.hash_tree(self.teacher_logits) if self.teacher_logits else None
+        return [super().digest_inputs(input_digest), stored]
 
     def read_data(self, tokenizer: "Tokenizer", context: int, job: Job) -> Encoded:
         self.check_teacher(bool(job.inputs.get("teacher")))

@@ -20,7 +20,7 @@ from fastlm.pipeline.stage import (
     one_of,
     select_options,
 )
-from fastlm.sources.input_digest import Contents
+from fastlm.sources.input_digest import InputDigest
 from fastlm.sources.reasoning_gym import SCHEME, check_scorable, is_reasoning_gym
 from fastlm.torchrun import is_main_process
 from fastlm.train.encoding import (
@@ -146,10 +146,10 @@ messages), or conversations, of which what precedes the last answer is the promp
     def steps_of_epochs(self, epochs: float, examples: int) -> int:
         return math.ceil(epochs * examples / self.prompts) * self.steps_of_round()
 
-    def contents(self, contents: Contents) -> Any:
+    def digest_inputs(self, input_digest: InputDigest) -> Any:
         where = self.reward.rpartition(":")[0]
-        function = contents.tree(where) if where.endswith(".py") else None
-        return [super().contents(contents), function]
+        function = input_digest.hash_tree(where) if where.endswith(".py") else None
+        return [super().digest_inputs(input_digest), function]
 
     def online(
         self, policy: "CausalLM", reward_model: "RewardModel | None", *args: Any, **more: Any

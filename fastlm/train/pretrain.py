@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from fastlm.errors import InputError, unknown_key
 from fastlm.pipeline.stage import Facts, Job, Part, Takes, at_least_one
-from fastlm.sources.input_digest import Contents
+from fastlm.sources.input_digest import InputDigest
 from fastlm.train.objective import Objective
 from fastlm.train.options import TrainOptions, expect
 from fastlm.train.training_stage import Training, TrainingStage
@@ -206,8 +206,8 @@ class Pretrain(TrainingStage):
     def identity(self) -> dict[str, Any]:
         return {k: v for k, v in super().identity().items() if k != "config"}
 
-    def contents(self, contents: Contents) -> Any:
-        return contents.tree(self.config) if self.config else None
+    def digest_inputs(self, input_digest: InputDigest) -> Any:
+        return input_digest.hash_tree(self.config) if self.config else None
 
     def prepare(self, job: Job) -> Training:
         from fastlm.data.shards import INDEX, BatchSampler, TokenDataset

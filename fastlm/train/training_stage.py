@@ -26,7 +26,7 @@ from fastlm.pipeline.stage import (
     one_of,
     positive,
 )
-from fastlm.sources.input_digest import Contents
+from fastlm.sources.input_digest import InputDigest
 from fastlm.torchrun import is_main_process
 from fastlm.train.encoding import TrainingData, chat_tokenizer
 from fastlm.train.metrics import METRICS, read_metrics
@@ -342,6 +342,6 @@ class ChatStage(TrainingStage):
     def identity(self) -> dict[str, Any]:
         return {k: v for k, v in super().identity().items() if k != "chat_template"}
 
-    def contents(self, contents: Contents) -> Any:
-        template = contents.tree(self.chat_template) if self.chat_template else None
-        return [contents.sources(self.data, FORMATS), template]
+    def digest_inputs(self, input_digest: InputDigest) -> Any:
+        template = input_digest.hash_tree(self.chat_template) if self.chat_template else None
+        return [input_digest.hash_sources(self.data, FORMATS), template]

@@ -21,7 +21,7 @@ from fastlm.data.prompts import prompt_messages, read_prompts
 from fastlm.data.verify import CHECKS, VERIFIERS
 from fastlm.errors import InputError
 from fastlm.sources import reasoning_gym
-from fastlm.sources.input_digest import Contents
+from fastlm.sources.input_digest import InputDigest
 from fastlm.sources.reasoning_gym import reasoning_gym_rows, score_reasoning_gym
 from fastlm.sources.rows import list_files
 from fastlm.train.online_stage import Grpo
@@ -213,15 +213,15 @@ dtype = "float32"
 
 
 def test_the_version_of_the_package_is_part_of_a_plan(tmp_path, monkeypatch) -> None:
-    contents = Contents(tmp_path / "seen.json", cache=tmp_path)
-    assert contents.sources((SUMS,)) == [[SUMS, [metadata.version("reasoning-gym")]]]
+    input_digest = InputDigest(tmp_path / "seen.json", cache=tmp_path)
+    assert input_digest.hash_sources((SUMS,)) == [[SUMS, [metadata.version("reasoning-gym")]]]
 
     def missing(name: str) -> str:
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(reasoning_gym.metadata, "version", missing)
     with pytest.raises(InputError, match="not installed"):
-        contents.sources((SUMS,))
+        input_digest.hash_sources((SUMS,))
 
 
 def test_without_the_package(monkeypatch, forgotten) -> None:

@@ -19,7 +19,7 @@ from fastlm.pipeline.diff import diff
 from fastlm.pipeline.lineage import tree
 from fastlm.pipeline.provenance import digest, model_id
 from fastlm.pipeline.registry import CHANGED, GONE, HERE, INDEX, append_lines, open_registry
-from fastlm.sources.input_digest import Contents
+from fastlm.sources.input_digest import InputDigest
 from fastlm.stages import KINDS, run_recipe
 
 SMALL = ["pretrain.max_steps=3", "pretrain.validations=1", "pretrain.sample_at=[]"]
@@ -53,8 +53,8 @@ def test_lineage_from_the_model_to_the_sources(made):
     registry = open_registry([made])
     record = registry.find_one("one")
     assert record.name == "one/pretrain" and record.state == HERE
-    contents = Contents(made / "none", cache=made)
-    assert record.model == model_id(made / "one/pretrain/model", contents)
+    input_digest = InputDigest(made / "none", cache=made)
+    assert record.model == model_id(made / "one/pretrain/model", input_digest)
     hashes = record.entry.made.hashes
     weights = "model/model.safetensors"
     assert hashes[weights] == digest(made / "one/pretrain" / weights)

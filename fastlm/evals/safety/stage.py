@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from fastlm.errors import InputError
 from fastlm.files import write_json, write_text
 from fastlm.pipeline.stage import Job, Part, Stage, Takes, at_least_one
-from fastlm.sources.input_digest import Contents
+from fastlm.sources.input_digest import InputDigest
 
 if TYPE_CHECKING:
     from fastlm.evals.safety.bench import Bench
@@ -107,9 +107,9 @@ class Safety(Stage):
         del changed, folder, finished
         return True
 
-    def contents(self, contents: Contents) -> Any:
+    def digest_inputs(self, input_digest: InputDigest) -> Any:
         files = (self.gate, self.canaries, self.labels)
-        return [contents.tree(Path(path)) for path in files if path is not None]
+        return [input_digest.hash_tree(Path(path)) for path in files if path is not None]
 
     def run(self, job: Job) -> dict[str, Any]:
         from fastlm.data.texts import has_parts
