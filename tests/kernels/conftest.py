@@ -5,7 +5,7 @@ and `cuda` on those of one language.
 import pytest
 from cases import OPS
 from fuzz_cases import threads
-from on_kernels import KERNELS, parametrize, using
+from on_kernels import KERNELS, parametrize, use_kernel
 
 from fastlm import backend
 
@@ -28,7 +28,7 @@ def op(request):
 
 @pytest.fixture
 def kernel(request):
-    with using(request.param) as kernel:
+    with use_kernel(request.param) as kernel:
         yield kernel
 
 
@@ -44,15 +44,15 @@ def isa(request):
 @pytest.fixture
 def triton():
     """Run every op on its Triton kernel. Returns the device for its tensors."""
-    with using(next(k for k in KERNELS if k.language == "triton")) as kernel:
+    with use_kernel(next(k for k in KERNELS if k.language == "triton")) as kernel:
         yield kernel.device
 
 
-@pytest.fixture(params=[k for k in KERNELS if k.language == "cuda"], ids=lambda k: k.way)
+@pytest.fixture(params=[k for k in KERNELS if k.language == "cuda"], ids=lambda k: k.variant)
 def cuda(request):
     """Run every op on its CUDA kernel. Returns the device for its tensors. Without a GPU that is
     the CPU, where csrc/simt runs the kernels with their threads in the seed's order. Even seeds
     also look for races in global memory.
     """
-    with using(request.param) as kernel:
+    with use_kernel(request.param) as kernel:
         yield kernel.device

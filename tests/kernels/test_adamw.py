@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cases.adamw import case, of
-from cases.base import copies, misaligned
+from cases.base import clone_leaves, misaligned_copy
 from contract import test_same_bits_on_any_number_of_threads  # noqa: F401
 from contract_in_place import *  # noqa: F403
 from on_kernels import on
@@ -50,16 +50,16 @@ def trained(device: str, *sizes: int, **options) -> tuple[list[torch.Tensor], Ad
 def test_bad_gradients_propagate(op, kernel, value):
     """To their element in float32, and to their block in 8 bits: both its scales show it."""
     for state in ("float32", "8 bits"):
-        built = op.built(
+        call = op.build_for(
             case(5000, kinds=of(state, "float32")), torch.float32, kernel.language, kernel.device
         )
-        param, grad, *_ = built.leaves
+        param, grad, *_ = call.leaves
         grad[300] = value
-        scales = built.function(*built.leaves)[5:7]
+        scales = call.function(*call.leaves)[5:7]
         for scale in scales:
             assert scale[1].isnan() and scale.isnan().sum() == 1
         grad.normal_()
-        built.function(*built.leaves)
+        call.function(*call.leaves)
         bad = param.isnan()
         assert bad[256:512].all() if scales else bad[300]
         assert bad.sum() == (256 if scales else 1)
@@ -186,12 +186,12 @@ def test_refuses_tensors_of_several_devices(kernel):
 def test_tensors_between_16_bytes(op, kernel):
     """One tensor begins there, and all else is aligned."""
     for state in ("float32", "8 bits, master"):
-        built = op.built(case(300, kinds=of(state)), torch.float16, "cuda", kernel.device)
-        for i in range(len(built.leaves)):
-            leaves = copies(built)
+        call = op.build_for(case(300, kinds=of(state)), torch.float16, "cuda", kernel.device)
+        for i in range(len(call.leaves)):
+            leaves = clone_leaves(call)
             if leaves[i].dim():
-                leaves[i] = misaligned(leaves[i], 0)
-            built.verify(built.leaves, built.function(*leaves))
+                leaves[i] = misaligned_copy(leaves[i], 0)
+            call.verify(call.leaves, call.function(*leaves))
 
 
 @on("triton")

@@ -34,8 +34,8 @@ for number, (name, case) in enumerate(split_cases().items()):
         isa = isas[(number + i) % len(isas)]
         with backend.use_cpu_isa(isa):
             before = found()
-            built = OPS[op].build(case, dtype)
-            results(built, built.leaves, None)
+            call = OPS[op].build(case, dtype)
+            results(call, call.leaves, None)
             report[f"{name} {isa} {dtype}"] = found() - before
 for format in (None, "w8a16", "w4a8"):
     model = model_of("gemma2")

@@ -135,7 +135,7 @@ def test_keys_that_programs_share(op, kernel, name, monkeypatch):
     used, splits = [], module._splits
     monkeypatch.setattr(module, "_splits", lambda *a: used.append(splits(*a)) or used[-1])
     case = table.case(1, 2, 1, 2, 520, 16, 24, **table.OPTIONS[name])
-    check(op.built(case, torch.float32, "triton", kernel.device))
+    check(op.build_for(case, torch.float32, "triton", kernel.device))
     assert max(used) > 1
 
 

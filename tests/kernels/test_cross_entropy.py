@@ -162,7 +162,7 @@ def test_offsets_beyond_32_bits(kernel, apart):
     """Rows are 2^31 elements apart: an index multiplied in 32 bits would read elsewhere. The memory
     of only one row is touched.
     """
-    if kernel.device != "cpu" or kernel.way in ("scalar", "amx_emulated"):
+    if kernel.device != "cpu" or kernel.variant in ("scalar", "amx_emulated"):
         pytest.skip("8 GiB of device memory, or the index arithmetic of avx2")
     storage = torch.UntypedStorage(2 * (apart + 64))  # pages are mapped only where used
     base = torch.tensor([], dtype=torch.float16).set_(storage)
@@ -184,7 +184,7 @@ def test_more_parts_than_lanes_of_the_warp_that_adds_them(op, kernel, monkeypatc
     # the largest logit is in the first parts, or in the last
     for values in ("rising", "falling"):
         case = table.case(1, 500, ignored=0.0, values=values, label_smoothing=0.1, return_lse=True)
-        check(op.built(case, torch.float32, "cuda", kernel.device))
+        check(op.build_for(case, torch.float32, "cuda", kernel.device))
 
 
 @on("cuda")

@@ -35,7 +35,7 @@ def test_nvcc_compiles_these_too(tmp_path, arch):
 
 @pytest.fixture
 def call(library, cuda, request):
-    way = request.node.callspec.params["cuda"].way
+    way = request.node.callspec.params["cuda"].variant
     seed = int(way or 1)  # none on a GPU
 
     def call(name, x, out, block=None, fill=-1):

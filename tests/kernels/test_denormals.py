@@ -38,22 +38,22 @@ def test_denormals_are_zero(isa_name, name):
 
 def check_denormals_are_zero(name):
     for dtype in (torch.float32, torch.bfloat16):
-        built = OPS[name.split()[0]].build(CASES[name], dtype)
-        for i, leaf in enumerate(built.leaves):
+        call = OPS[name.split()[0]].build(CASES[name], dtype)
+        for i, leaf in enumerate(call.leaves):
             if not leaf.is_floating_point():
                 continue
-            leaves = [t.clone() for t in built.leaves]
+            leaves = [t.clone() for t in call.leaves]
             leaves[i] = torch.where(torch.rand(leaf.shape) < 0.5, leaf * 2.0**-130, leaf)
-            got = results(built, [t.clone() for t in leaves])
+            got = results(call, [t.clone() for t in leaves])
             leaves[i] = without_denormals(leaves[i])
-            expected = results(built, leaves)
+            expected = results(call, leaves)
             expected = [t.where(t != 0, 0) for t in expected]  # without the sign, as below
             assert_same(expected, [without_denormals(t) for t in got], f"leaf {i} {dtype}")
 
 
 def run_once(name):
-    built = OPS[name.split()[0]].build(CASES[name], torch.float32)
-    results(built, built.leaves)
+    call = OPS[name.split()[0]].build(CASES[name], torch.float32)
+    results(call, call.leaves)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -103,7 +103,7 @@ def test_bfloat16_against_float64(name):
     mine, theirs = both(op, inputs, upstream), both(plain, inputs, upstream)
     truth = both(plain, [t.double() for t in inputs], upstream)
     for i, (a, p, t) in enumerate(zip(mine, theirs, truth)):
-        assert_near(a, p.to(a.dtype), t, factor=3 if i else 2, what=f"{name} {i}")
+        assert_near(a, p.to(a.dtype), t, factor=3 if i else 2, label=f"{name} {i}")
 
 
 @pytest.mark.parametrize("name", OPS)

@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from cases.linear import own_products
+from cases.linear import fastlm_products
 from compiled import assert_compiles_once
 from contract import *  # noqa: F403
 from tolerance import assert_near
@@ -33,7 +33,7 @@ module = sys.modules["fastlm.ops.linear"]
 @pytest.fixture
 def own():
     """Use fastlm's own products for any number of rows with gradients and every instruction set."""
-    with own_products((1, math.inf)):
+    with fastlm_products((1, math.inf)):
         yield
 
 
@@ -173,7 +173,7 @@ def test_runs_where_it_is_faster(kernel, monkeypatch):
     extension, real = backend.cpu_extension, backend.cpu_extension.linear_forward
     monkeypatch.setattr(extension, "linear_forward", lambda *a: (calls.append(1), real(*a))[1])
     for learns, least in zip(
-        (True, False), module._LEAST_ROWS.get(kernel.way, (math.inf, math.inf))
+        (True, False), module._LEAST_ROWS.get(kernel.variant, (math.inf, math.inf))
     ):
         for rows in {1, 40, 70, 1030}:
             x, weight, bias, _ = inputs(rows, 16, 8)

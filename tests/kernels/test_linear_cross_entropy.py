@@ -40,7 +40,7 @@ def both(x, w, bias, target, **options):
 @pytest.fixture(params=["forward", "recomputed"])
 def gradients(request):
     """Both ways to the gradients."""
-    with table.way(request.param):
+    with table.gradient_method(request.param):
         yield
 
 
@@ -57,15 +57,15 @@ def test_many_chunks_are_one(op, kernel, dtype, reduction, monkeypatch):
         case = table.case(
             107, 48, 300, bias=bias, ignored=ignored, reduction=reduction, z_loss=0.01
         )
-        check(op.built(case, dtype, "cpu"))
+        check(op.build_for(case, dtype, "cpu"))
 
 
 def test_ways_agree(kernel, dtype):
     """Gradients computed in the forward, and gradients of recomputed logits."""
     arguments = make(29, 32, 90, dtype, device=kernel.device)
-    with table.way("forward"):
+    with table.gradient_method("forward"):
         first = both(*arguments)
-    with table.way("recomputed"):
+    with table.gradient_method("recomputed"):
         second = both(*arguments)
     eps = torch.finfo(dtype).eps
     for a, b in zip(first, second):
@@ -91,7 +91,7 @@ def test_float16_under_a_grad_scaler(kernel, options):
     def plain(x, w, target, **options):
         return definition(F.linear(x, w), target, **options)
 
-    with table.way("forward"):
+    with table.gradient_method("forward"):
         mine = half_gradients(ops.linear_cross_entropy, x, w, target, **options)
     low = half_gradients(plain, x, w, target, **options)
     truth = half_gradients(plain, x.double(), w.double(), target, **options)
@@ -215,8 +215,8 @@ def test_small_products_are_the_definition(op, dtype, name, monkeypatch):
     """The kernels do not run. `small` rows of the table compare with float64."""
     for kernel in ("_forward", "_loss"):
         monkeypatch.setitem(MODULE, kernel, None)
-    built = op.built(op.rows[name].case | {"way": "small"}, dtype, "cpu")
-    results(built, built.leaves)
+    call = op.build_for(op.rows[name].case | {"method": "small"}, dtype, "cpu")
+    results(call, call.leaves)
     x, w, bias, target = make(7, 40, 123, dtype, ignored=0)
     with torch.autocast("cpu", dtype=torch.bfloat16):  # F.linear of floats would follow it
         out = loss(x, w, bias, target)

@@ -40,7 +40,7 @@ def test_many_chunks_are_one(op, kernel, dtype, kind, monkeypatch):
     from fastlm.cpu import linear_distillation as cpu
 
     monkeypatch.setattr(cpu, "_MOST_ROWS", 32)
-    check(op.built(table.case(107, 48, 20, 300, left_out=0.1, kind=kind), dtype, "cpu"))
+    check(op.build_for(table.case(107, 48, 20, 300, left_out=0.1, kind=kind), dtype, "cpu"))
 
 
 @each_kind

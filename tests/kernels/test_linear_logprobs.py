@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from cases import linear_logprobs as table
-from cases.base import assert_same, check, named, run
+from cases.base import assert_same, check, name_parameters, run
 from contract import *  # noqa: F403
 from on_kernels import on
 from peak import printed_alone
@@ -40,19 +40,21 @@ def test_one_is_minus_cross_entropy(kernel, dtype):
 @pytest.mark.parametrize("used", [0, 1], ids=["logprob", "entropy"])
 def test_gradient_of_one_output(op, kernel, dtype, used):
     """Both outputs are computed, and one has an upstream gradient."""
-    built = op.built(table.case(11, 40, 83), dtype, kernel.language, kernel.device)
+    call = op.build_for(table.case(11, 40, 83), dtype, kernel.language, kernel.device)
 
     def terms(*tensors):
         *leaves, upstream = tensors
-        return built.terms(*leaves, *(upstream if i == used else 0 * upstream for i in (0, 1)))
+        return call.terms(*leaves, *(upstream if i == used else 0 * upstream for i in (0, 1)))
 
-    one = built._replace(
-        function=named(lambda *leaves: built.function(*leaves)[used], ("x", "w", "target", "bias")),
-        plain=lambda *leaves: built.plain(*leaves)[used],
+    single_output = call._replace(
+        function=name_parameters(
+            lambda *leaves: call.function(*leaves)[used], ("x", "w", "target", "bias")
+        ),
+        plain=lambda *leaves: call.plain(*leaves)[used],
         terms=terms,
-        outputs=built.outputs[used : used + 1],
+        outputs=call.outputs[used : used + 1],
     )
-    check(one)
+    check(single_output)
 
 
 @on("cpu")
@@ -64,7 +66,7 @@ def test_many_chunks_are_one(op, kernel, dtype, monkeypatch):
 
     monkeypatch.setattr(cpu, "_MOST_ROWS", 32)
     for bias, ignored in ((True, 0.25), (False, 0.0)):
-        check(op.built(table.case(107, 48, 300, bias=bias, ignored=ignored), dtype, "cpu"))
+        check(op.build_for(table.case(107, 48, 300, bias=bias, ignored=ignored), dtype, "cpu"))
 
 
 def test_equal_logits(kernel, dtype):
@@ -77,7 +79,7 @@ def test_masked_classes(op, kernel, dtype):
     """A bias of -inf: the class has probability 0, and 0 * log 0 is 0. Results are those of the
     other classes alone.
     """
-    built = op.built(table.case(9, 32, 199, ignored=0.0), dtype, kernel.language, kernel.device)
+    call = op.build_for(table.case(9, 32, 199, ignored=0.0), dtype, kernel.language, kernel.device)
     kept = torch.tensor([i for i in range(100, 300) if i != 257], device=kernel.device)
     masked = torch.randn(300, 32, device=kernel.device, requires_grad=True)
     of_masked = torch.full((300,), -math.inf, device=kernel.device, requires_grad=True)
@@ -85,10 +87,10 @@ def test_masked_classes(op, kernel, dtype):
     def function(x, w, target, bias):
         w = masked.to(w.dtype).index_copy(0, kept, w)
         bias = of_masked.to(bias.dtype).index_copy(0, kept, bias)
-        return built.function(x, w, kept[target], bias)
+        return call.function(x, w, kept[target], bias)
 
-    check(built._replace(function=function))
-    x, w, target, bias = built.leaves
+    check(call._replace(function=function))
+    x, w, target, bias = call.leaves
     sum(t.sum() for t in function(x, w, target, bias)).backward()
     for t in (masked, of_masked):
         assert t.grad is not None and not t.grad.any()

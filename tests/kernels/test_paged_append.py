@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases.base import assert_same, copies, misaligned
+from cases.base import assert_same, clone_leaves, misaligned_copy
 from cases.paged_append import case, expected_caches
 from contract import (  # noqa: F401
     test_compiles_without_break_or_recompile,
@@ -34,20 +34,20 @@ def test_one_scale_for_all_heads(op, scale):
 @each_cache
 def test_operands_between_16_bytes(op, kernel, dtype, int8):
     """One of the operands begins there, or a head, a token of it; all else is aligned."""
-    built = op.built(case(2, 2, 2, **VECTORS, int8=int8), dtype, "cuda", kernel.device)
+    call = op.build_for(case(2, 2, 2, **VECTORS, int8=int8), dtype, "cuda", kernel.device)
     for i in range(4):
         for dim in range(4):
-            leaves = copies(built)
-            leaves[i] = misaligned(leaves[i], dim)
-            built.verify(built.leaves, built.function(*leaves))
+            leaves = clone_leaves(call)
+            leaves[i] = misaligned_copy(leaves[i], dim)
+            call.verify(call.leaves, call.function(*leaves))
 
 
 @on("cuda")
 @each_cache
 def test_offsets_beyond_32_bits(op, kernel, int8):
     """Pages are 2^30 elements apart: an index multiplied in 32 bits would write elsewhere."""
-    built = op.built(case(1, 3, 2, **VECTORS, int8=int8), torch.float16, "cuda", kernel.device)
-    k, v, *near, table, positions = built.leaves[:6]
+    call = op.build_for(case(1, 3, 2, **VECTORS, int8=int8), torch.float16, "cuda", kernel.device)
+    k, v, *near, table, positions = call.leaves[:6]
     size = near[0].element_size()
     # mapped only where used
     storage = torch.UntypedStorage((2**31 + 2**13) * size, device=kernel.device)
@@ -57,14 +57,14 @@ def test_offsets_beyond_32_bits(op, kernel, int8):
     positions.copy_(torch.tensor([[0, 3, 4]]))
     for a, b in zip(far, near):
         a.copy_(b[:3])
-    expected = [t[:3] for t in expected_caches(*built.leaves)]
-    assert_same(expected, built.function(k, v, *far, table, positions, *built.leaves[6:]), "far")
+    expected = [t[:3] for t in expected_caches(*call.leaves)]
+    assert_same(expected, call.function(k, v, *far, table, positions, *call.leaves[6:]), "far")
 
 
 @on("triton")
 def test_does_without_values(op, kernel):
     """Tensors without values raise an error for anything that would have to wait for a GPU."""
-    leaves = op.built(op.small["float"], torch.float32, "triton", "meta").leaves
+    leaves = op.build_for(op.small["float"], torch.float32, "triton", "meta").leaves
     backend.OPS["paged_append"].load(backend.BACKENDS["triton"])(*leaves, None, None)
 
 
@@ -73,8 +73,8 @@ def test_the_kernel_refuses_too(op, kernel):
     """For callers of the extension that skip the op's checks."""
     from fastlm.cuda.paged_append import paged_append
 
-    built = op.built(op.small["float"], torch.float32, "cuda", kernel.device)
-    k, v, *caches, table, positions = built.leaves
+    call = op.build_for(op.small["float"], torch.float32, "cuda", kernel.device)
+    k, v, *caches, table, positions = call.leaves
     with pytest.raises(ValueError, match="positions: expected entries, one a token 12, got 4"):
         paged_append(k, v, *caches, table, positions[:1], None, None)
     with pytest.raises(ValueError, match="k: expected key heads as its cache 2, got 1"):

@@ -79,7 +79,7 @@ def test_keys_that_programs_share(op, kernel, name, monkeypatch):
 
     monkeypatch.setattr(module, "_splits", lambda *_: 4)
     row = case([300, 1, 0, 40], 16, widths=(16, 24), **OPTIONS[name])
-    check(op.built(row, torch.float32, "triton", kernel.device))
+    check(op.build_for(row, torch.float32, "triton", kernel.device))
 
 
 @on("triton")
@@ -126,8 +126,8 @@ def test_serves_its_rows(op, kernel, dtype):
     """A row that it did not serve would compare the definition with itself."""
     for name, row in op.rows.items():
         if "cuda" in row.on:
-            built = op.built(row.case, dtype, "cuda", kernel.device)
-            assert host.SERVES.holds(*built.leaves[:3]), name
+            call = op.build_for(row.case, dtype, "cuda", kernel.device)
+            assert host.SERVES.holds(*call.leaves[:3]), name
 
 
 @on("cuda")
@@ -161,7 +161,7 @@ def test_any_division_of_the_keys(op, kernel, monkeypatch, blocks, queries, name
     monkeypatch.setattr(host, "multiprocessors", lambda _: blocks // 2)
     dtype = torch.float32 if queries == 1 else torch.float16
     row = case([300, 1, 0, 40, 200], 16, queries, widths=(16, 24), **OPTIONS[name])
-    check(op.built(row, dtype, "cuda", kernel.device))
+    check(op.build_for(row, dtype, "cuda", kernel.device))
 
 
 @on("cuda")
@@ -169,7 +169,7 @@ def test_row_groups_of_several_key_heads(op, kernel, monkeypatch):
     """More rows than fit in a block, from two key heads, in pieces."""
     monkeypatch.setattr(constants(), "PAGED_MIN_TILES", 1)
     row = case([150, 70], 16, heads=(260, 2), widths=(16, 16), sinks=True)
-    check(op.built(row, torch.float16, "cuda", kernel.device))
+    check(op.build_for(row, torch.float16, "cuda", kernel.device))
 
 
 @on("cuda")
@@ -205,12 +205,12 @@ def test_lengths_near_31_bits(kernel, group):
 def test_int8_rows_of_half_a_copy(op, kernel, d, dv):
     """Rows are aligned to 16 bytes. Of the last row's last 16 bytes only 8 belong to the tensor."""
     row = case([16], 16, heads=(4, 1), widths=(d, dv), int8="number")
-    built = op.built(row, torch.float16, "cuda", kernel.device)
+    call = op.build_for(row, torch.float16, "cuda", kernel.device)
     for i in (1, 2):
-        n = built.leaves[i].shape[-1]
-        built.leaves[i] = pad(built.leaves[i], (0, 32 - n), value=7)[..., :n]
-    assert host.SERVES.holds(*built.leaves[:3])
-    check(built)
+        n = call.leaves[i].shape[-1]
+        call.leaves[i] = pad(call.leaves[i], (0, 32 - n), value=7)[..., :n]
+    assert host.SERVES.holds(*call.leaves[:3])
+    check(call)
 
 
 @on("cuda")
@@ -317,7 +317,7 @@ def test_reads_whole_sectors_without_bank_conflicts(kernel, heads):
     parts = pages([200], 16, 1, 128, 128, torch.bfloat16)
     q = torch.randn(1, 1, heads, 128).bfloat16()
     simt.reset_report()
-    simt.set_options(seed=int(kernel.way), count=True)
+    simt.set_options(seed=int(kernel.variant), count=True)
     try:
         ops.paged_attention(q, *parts)
     finally:

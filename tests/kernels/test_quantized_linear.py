@@ -116,12 +116,12 @@ def test_many_rows_by_blocks(op, kernel, started, monkeypatch, dtype, bias):
     monkeypatch.setattr(module, "_BLOCK_WEIGHTS", 3000)
     for k, blocks in ((300, 4), (2100, 33)):  # 10 rows of W at a time, or 1
         case = table.case(11, 33, k, group_size=40, bias=bias)
-        built = op.built(case, dtype, kernel.language, kernel.device)
+        call = op.build_for(case, dtype, kernel.language, kernel.device)
         started.clear()
-        check(built)
+        check(call)
         name = "_dequantize" if kernel.language == "triton" else "dequantize"
         backward = 3 if k == 2100 else 1
-        assert started == [name] * (blocks + 1 + (backward if built.differentiable else 0))
+        assert started == [name] * (blocks + 1 + (backward if call.differentiable else 0))
 
 
 @on("cuda")
@@ -135,7 +135,7 @@ def test_matrix_forms(op, kernel, m, bits, group_size):
             case = table.case(
                 m, 21, 544, bits=bits, act_bits=act_bits, group_size=group_size, symmetric=symmetric
             )
-            check(op.built(case, dtype, kernel.language, kernel.device))
+            check(op.build_for(case, dtype, kernel.language, kernel.device))
 
 
 # rows of x; a row of tiles of W (n columns of y, k columns), cut into stripes
@@ -154,10 +154,10 @@ def test_stripes(op, kernel, shape, stripe):
     stripe_of, (_, n, k) = module_of(kernel).extension().quantized_linear_stripe, shape
     for act_bits in (16, 8):
         case = table.case(*shape, act_bits=act_bits, group_size=128, symmetric=n != 300)
-        built = op.built(case, torch.bfloat16, "cuda", kernel.device)
-        x, qdata = built.leaves[:2]
+        call = op.build_for(case, torch.bfloat16, "cuda", kernel.device)
+        x, qdata = call.leaves[:2]
         assert stripe_of(x, qdata, 4, k, 4) == stripe and stripe_of(x, qdata, 4, k, 1)[1] == 1
-        check(built)
+        check(call)
 
 
 @on("cuda")
@@ -172,7 +172,7 @@ def test_stripes_of_any_length(kernel):
         parts = torch.full((7, *y.shape), float("nan"))
         y.fill_(float("nan"))
         kernels.quantized_linear_matrix(x, None, None, *of, y, stripe, parts, 0)
-        assert_near(y, truth.float(), truth, floor=2**-20, what=f"{stripe}")
+        assert_near(y, truth.float(), truth, floor=2**-20, label=f"{stripe}")
 
 
 @both_act_bits

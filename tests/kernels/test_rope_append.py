@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases.base import copies, misaligned
+from cases.base import clone_leaves, misaligned_copy
 from cases.rope_append import case
 from contract import (  # noqa: F401
     test_compiles_without_break_or_recompile,
@@ -15,14 +15,14 @@ from fastlm.ops.rope_append import rope_append
 
 def test_operands_between_16_bytes(op, kernel, dtype):
     """One of the operands begins there, or a head, a token of it; all else is aligned."""
-    built = op.built(
+    call = op.build_for(
         case(2, 2, 4, 2, widths=(16, 16, 16), pages=(4, 3)), dtype, "cuda", kernel.device
     )
     for i in range(7):
-        for dim in range(built.leaves[i].dim()):
-            leaves = copies(built)
-            leaves[i] = misaligned(leaves[i], dim)
-            built.verify(built.leaves, built.function(*leaves))
+        for dim in range(call.leaves[i].dim()):
+            leaves = clone_leaves(call)
+            leaves[i] = misaligned_copy(leaves[i], dim)
+            call.verify(call.leaves, call.function(*leaves))
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_operands_between_16_bytes(op, kernel, dtype):
     ],
 )
 def test_refusals(op, kernel, change, message):
-    arguments = op.built(op.small[""], torch.float32, "cuda", kernel.device).leaves
+    arguments = op.build_for(op.small[""], torch.float32, "cuda", kernel.device).leaves
     for i, how in change.items():
         arguments[i] = how(arguments[i]) if callable(how) else arguments[i][how]
     with pytest.raises(ValueError, match=message):

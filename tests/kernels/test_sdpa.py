@@ -90,7 +90,7 @@ def test_computes_the_same(calls, dtype, options, rows, keys, transposed):
         assert a.stride() == b.stride(), name
         # torch rounds P and dS where fastlm does: 2 ulp, as in cases/attention.py
         slack = {"floor": 2 * torch.finfo(dtype).eps}
-        assert_near(a, b, truth, factor=3 if name != "out" else 2, what=name, **slack)
+        assert_near(a, b, truth, factor=3 if name != "out" else 2, label=name, **slack)
 
 
 def test_rows_that_see_nothing_are_zero(calls):

@@ -1,4 +1,4 @@
-"""The truth that kernels are compared with."""
+"""The exact values with which kernels are compared."""
 
 import torch
 from torch import Tensor
@@ -7,6 +7,6 @@ from fastlm import QuantizedWeight, reference
 
 
 def dequantized(q: QuantizedWeight) -> Tensor:
-    """The weight in float64, by the definition, whatever backend is forced."""
+    """Dequantize a weight to float64 by the definition, whatever backend is forced."""
     k = q.shape[1]
     return reference.dequantize(q.qdata, q.scales, q.zeros, q.bits, q.group_size, k, torch.float64)

@@ -1,4 +1,4 @@
-"""What a case is: plain values that fit on one line; and how it is checked against itself.
+"""Check a fuzz case: plain values that fit on one line.
 
 A case is a dict. `fuzz_ops.draw` creates one at random. `fuzz_ops.run` builds its tensors and
 checks them against float64 with the bounds of the op's own tests; then, to the last bit, against
@@ -21,49 +21,58 @@ from typing import Any
 from unittest import mock
 
 import torch
-from cases.base import Built, Case, assert_like, assert_same, check, copies, results, scattered
+from cases.base import (
+    Case,
+    OpCall,
+    assert_like,
+    assert_same,
+    check,
+    clone_leaves,
+    results,
+    scattered_copy,
+)
 from poison import Guards
 
 from fastlm import backend
 from fastlm.cuda import constants
 
 
-def hold(built: Built, case: Case, r: Random, memory: Guards) -> None:
+def check_case(call: OpCall, case: Case, r: Random, memory: Guards) -> None:
     """Check a case against float64, and against itself where nothing may differ."""
     with torch.random.fork_rng():
-        check(built)
+        check(call)
     memory.check()
-    plain, repeated = list(built.leaves), None
+    plain, repeated = list(call.leaves), None
     # One leaf repeats a slice of itself: a stride of 0. The check above does not, because sums of
     # equal terms always round the same way, so float32's error grows with their number, not its
     # root.
     if r.random() < 0.2:
         i = r.randrange(len(plain))
         fits = plain[i].numel() and plain[i].is_floating_point() and plain[i].dim()
-        if fits and i not in built.dense:
+        if fits and i not in call.dense:
             repeated, dim = i, r.randrange(plain[i].dim())
             plain[i].copy_(plain[i].narrow(dim, 0, 1).expand_as(plain[i]).clone())
-    first = results(built, copies(built))
+    first = results(call, clone_leaves(call))
     # GPU kernels access 16 bytes at a time if all rows begin at multiples of 16
-    whole = case["isa"] == "simt" and r.random() < 0.5
+    aligned = case["isa"] == "simt" and r.random() < 0.5
     units = [
-        16 // t.element_size() if whole else int(i in built.dense) for i, t in enumerate(plain)
+        16 // t.element_size() if aligned else int(i in call.dense) for i, t in enumerate(plain)
     ]
-    apart = [scattered(t, r, unit) for t, unit in zip(plain, units)]
+    strided = [scattered_copy(t, r, unit) for t, unit in zip(plain, units)]
     if repeated is not None:
         t = plain[repeated]
-        apart[repeated] = scattered(t.narrow(dim, 0, 1), r, units[repeated]).expand_as(t)
-    same = assert_like if built.library or not built.any_strides else assert_same
-    same(first, results(built, apart, r), "strides")
-    same = assert_like if built.library else assert_same
-    with another(case):
-        same(first, results(built, built.leaves), "threads")
+        strided[repeated] = scattered_copy(t.narrow(dim, 0, 1), r, units[repeated]).expand_as(t)
+    same = assert_like if call.library or not call.any_strides else assert_same
+    same(first, results(call, strided, r), "strides")
+    same = assert_like if call.library else assert_same
+    with other_schedule(case):
+        same(first, results(call, call.leaves), "threads")
     memory.check()
 
 
 @contextlib.contextmanager
-def kernels(case: Case) -> Iterator[None]:
-    """Use the kernels that the case names."""
+def use_kernels(case: Case) -> Iterator[None]:
+    """Use the case's kernels."""
     if case["isa"] != "simt":
         with backend.use_cpu_isa(case["isa"]), threads(case["threads"]):
             yield
@@ -71,16 +80,16 @@ def kernels(case: Case) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(backend.use_backend("simt"))
         stack.enter_context(threads(case["threads"]))
-        for place, value in case["host"].items():
-            module, _, name = f"fastlm.cuda.{place}".rpartition(".")
-            of = constants() if place.isupper() else importlib.import_module(module)
-            stack.enter_context(mock.patch.object(of, name, value))
-        stack.enter_context(another(case, 0))
+        for setting, value in case["host"].items():
+            module, _, name = f"fastlm.cuda.{setting}".rpartition(".")
+            owner = constants() if setting.isupper() else importlib.import_module(module)
+            stack.enter_context(mock.patch.object(owner, name, value))
+        stack.enter_context(other_schedule(case, 0))
         yield
 
 
 @contextlib.contextmanager
-def another(case: Case, i: int = 1) -> Iterator[None]:
+def other_schedule(case: Case, i: int = 1) -> Iterator[None]:
     """Use another number of threads, or on the emulator another order of the GPU's threads."""
     if case.get("isa") != "simt":
         with threads((case["threads"] + i - 1) % 4 + 1):

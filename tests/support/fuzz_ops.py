@@ -1,18 +1,18 @@
-"""Every op as random cases (fuzz_cases.py defines a case): drawn, built from a line, checked."""
+"""Draw random cases of every op, and run them (fuzz_cases.py defines a case)."""
 
 from random import Random
 
 import torch
 from cases import OPS
 from cases.base import DTYPES, SLOW, Case
-from fuzz_cases import hold, kernels
+from fuzz_cases import check_case, use_kernels
 from poison import guarded_memory
 
 from fastlm import backend
 
 
 def split_cases() -> dict[str, Case]:
-    """The cases of all ops with enough work for several threads, by `op row`."""
+    """Return the cases of all ops with enough work for several threads, by `op row`."""
     return {
         f"{name} {row}": op.rows[row].case
         for name, op in OPS.items()
@@ -21,7 +21,7 @@ def split_cases() -> dict[str, Case]:
     }
 
 
-# Sizes by which host functions divide work, with values that also divide the work of small cases.
+# The sizes by which host functions divide work. These values also divide the work of small cases.
 HOST = {
     "cross_entropy": {"CROSS_ENTROPY_PART_BYTES": 128},
     "paged_attention": {"PAGED_MIN_TILES": 1},
@@ -31,7 +31,7 @@ HOST = {
 
 
 def ops_of(kernels: str) -> list[str]:
-    """The ops that have kernels of this kind."""
+    """Return the ops that have kernels of this kind: cpu or simt."""
     kernels = "cuda" if kernels == "simt" else kernels
     return [name for name, op in OPS.items() if kernels in op.kernels]
 
@@ -52,7 +52,7 @@ def run(case: Case) -> None:
     """Raise if the op is wrong on this case."""
     r, dtype = Random(case["seed"]), DTYPES[case["dtype"]]
     op = OPS[case["op"]]
-    with kernels(case), guarded_memory() as memory:
+    with use_kernels(case), guarded_memory() as memory:
         torch.manual_seed(case["seed"])
         language = "cuda" if case["isa"] == "simt" else "cpu"
-        hold(op.built(case, dtype, language), case, r, memory)
+        check_case(op.build_for(case, dtype, language), case, r, memory)

@@ -56,14 +56,14 @@ class Kernel(NamedTuple):
     """Kernels of one language, in one of the ways in which they run."""
 
     language: str  # cpu, triton or cuda
-    way: str  # an instruction set, an order of threads
+    variant: str  # an instruction set, an order of threads
     use: Callable[[str], contextlib.AbstractContextManager]
     device: str = "cpu"
     setting: str = ""  # of the op: makes the host divide the work of small cases
     set: Callable[[Any], None] | None = None
 
     def __str__(self) -> str:
-        return " ".join(filter(None, (self.language, self.way, self.setting)))
+        return " ".join(filter(None, (self.language, self.variant, self.setting)))
 
     __repr__ = __str__  # what pairs.py takes for its value
 
@@ -83,9 +83,9 @@ KERNELS = [
 
 
 @contextlib.contextmanager
-def using(kernel: Kernel) -> Iterator[Kernel]:
+def use_kernel(kernel: Kernel) -> Iterator[Kernel]:
     """Run every op on this kernel. Nothing may be written beside an allocation."""
-    with kernel.use(kernel.way), pytest.MonkeyPatch.context() as patch:
+    with kernel.use(kernel.variant), pytest.MonkeyPatch.context() as patch:
         if kernel.set:
             kernel.set(patch)
         with guarded_memory() as memory:

@@ -1,4 +1,4 @@
-"""Every op as a table of cases (base.py says of what): the tests that all ops pass (contract.py)
+"""Every op as a table of cases (base.py has its types). The tests that all ops pass (contract.py)
 and the fuzz runs draw from it.
 """
 

@@ -11,7 +11,7 @@ from random import Random
 import torch
 from torch import Tensor
 
-from cases.base import DTYPES, Built, Case, Op, Row, size, some
+from cases.base import DTYPES, Case, Op, OpCall, Row, choice_or_none, size
 from fastlm import reference
 from fastlm.ops.adamw import adamw
 from fastlm.reference import AdamWOptions, AdamWTensor
@@ -26,7 +26,9 @@ Parts = dict[str, Tensor]  # the tensors of an AdamWTensor by name
 
 
 def initial(n: int, kind: Sequence[str], case: Case, dtype: torch.dtype) -> Parts:
-    """`kind`: dtypes of parameter and gradient ("": the test's), the states."""
+    """Draw a random state of n elements. `kind`: dtypes of parameter and gradient ("": the test's),
+    and the kind of the states.
+    """
     param, grad = (DTYPES.get(name, dtype) for name in kind[:2])
     state = kind[2]
     if ("master" in state and param == torch.float32) or "stochastic" in state:
@@ -58,35 +60,37 @@ def initial(n: int, kind: Sequence[str], case: Case, dtype: torch.dtype) -> Part
     return parts
 
 
-def build(case: Case, dtype: torch.dtype) -> Built:
+def build(case: Case, dtype: torch.dtype) -> OpCall:
     kinds = [case["kinds"][i % len(case["kinds"])] for i in range(len(case["sizes"]))]
     parts = [initial(n, kind, case, dtype) for n, kind in zip(case["sizes"], kinds)]
-    limit, given = case["max_grad_norm"], case["norm_given"]
+    limit, norm_given = case["max_grad_norm"], case["norm_given"]
 
     def arguments(leaves: Sequence[Tensor]) -> tuple[list[AdamWTensor], Tensor | None]:
         rest = iter(leaves)
         tensors = []
         for i, (part, kind) in enumerate(zip(parts, kinds)):
-            of = {"exp_avg_scale": None, "exp_avg_sq_scale": None, "master": None}
-            of |= dict(zip(part, rest))
+            tensors_of_part = {"exp_avg_scale": None, "exp_avg_sq_scale": None, "master": None}
+            tensors_of_part |= dict(zip(part, rest))
             lr, *numbers, maximize = case["options"][i % len(case["options"])]
             options = AdamWOptions(lr, *numbers, maximize, "stochastic" in kind[2])
-            tensors.append(AdamWTensor(**of, options=options, seed=5 + i % 2, ordinal=2 * i + 1))
+            tensors.append(
+                AdamWTensor(**tensors_of_part, options=options, seed=5 + i % 2, ordinal=2 * i + 1)
+            )
         return tensors, next(rest, None)
 
     def function(*leaves):
         tensors, norm = arguments(leaves)
-        adamw(tensors, limit or 0.0, norm, given)
+        adamw(tensors, limit or 0.0, norm, norm_given)
         return leaves
 
-    def verify(leaves: Sequence[Tensor], found: Sequence[Tensor]) -> None:
-        (before, norm), (after, new_norm) = arguments(leaves), arguments(found)
+    def verify(leaves: Sequence[Tensor], results: Sequence[Tensor]) -> None:
+        (before, norm), (after, new_norm) = arguments(leaves), arguments(results)
         clip = torch.tensor(1.0, dtype=torch.float64)
         if norm is not None and new_norm is not None:
             squares = torch.stack([t.grad.double().square().sum() for t in before])
-            truth = norm.double() if given else squares.sum().sqrt()
+            truth = norm.double() if norm_given else squares.sum().sqrt()
             # float32 sums of up to 32 or 256 squares
-            assert (new_norm.double() - truth).abs() <= (0 if given else 1e-6) * truth, "norm"
+            assert (new_norm.double() - truth).abs() <= (0 if norm_given else 1e-6) * truth, "norm"
             clip = (limit / (new_norm.double() + 1e-6)).clamp(max=1.0)
         for i, (old, new) in enumerate(zip(before, after)):
             verify_step(f"tensor {i}", old, new, clip)
@@ -94,8 +98,10 @@ def build(case: Case, dtype: torch.dtype) -> Built:
     leaves = [t for part in parts for t in part.values()]
     if limit is not None:
         squares = sum(part["grad"].double().square().sum() for part in parts)
-        leaves.append(torch.as_tensor(squares).sqrt().float() * 3 if given else torch.tensor(-1.0))
-    return Built(
+        leaves.append(
+            torch.as_tensor(squares).sqrt().float() * 3 if norm_given else torch.tensor(-1.0)
+        )
+    return OpCall(
         function, leaves, verify=verify, differentiable=False, dense=tuple(range(len(leaves)))
     )
 
@@ -103,10 +109,10 @@ def build(case: Case, dtype: torch.dtype) -> Built:
 # ---- the formula
 
 
-def verify_step(what: str, old: AdamWTensor, new: AdamWTensor, clip: Tensor) -> None:
+def verify_step(label: str, old: AdamWTensor, new: AdamWTensor, clip: Tensor) -> None:
     lr, beta1, beta2, eps, decay, maximize, _ = old.options
-    assert torch.equal(new.grad, old.grad), f"{what}: grad is written"
-    assert new.step == old.step + 1, f"{what}: step"
+    assert torch.equal(new.grad, old.grad), f"{label}: grad is written"
+    assert new.step == old.step + 1, f"{label}: step"
     t = new.step.item()
     m, v = moments(old)
     g = old.grad.double() * (-clip if maximize else clip)
@@ -117,19 +123,24 @@ def verify_step(what: str, old: AdamWTensor, new: AdamWTensor, clip: Tensor) -> 
     m_error = 8 * ROUNDING * m_terms + FLUSHED
     v_error, root_error = 16 * ROUNDING * v + FLUSHED, 9 * ROUNDING * root + FLUSHED**0.5
     if old.exp_avg_scale is None:
-        between(f"{what}: exp_avg", new.exp_avg, m - m_error, m + m_error)
-        between(f"{what}: exp_avg_sq", new.exp_avg_sq, v - v_error, v + v_error)
+        between(f"{label}: exp_avg", new.exp_avg, m - m_error, m + m_error)
+        between(f"{label}: exp_avg_sq", new.exp_avg_sq, v - v_error, v + v_error)
     else:
-        verify_codes(f"{what}: exp_avg", new.exp_avg, new.exp_avg_scale, m, m_error, root=False)
+        verify_codes(f"{label}: exp_avg", new.exp_avg, new.exp_avg_scale, m, m_error, root=False)
         verify_codes(
-            f"{what}: exp_avg_sq", new.exp_avg_sq, new.exp_avg_sq_scale, root, root_error, root=True
+            f"{label}: exp_avg_sq",
+            new.exp_avg_sq,
+            new.exp_avg_sq_scale,
+            root,
+            root_error,
+            root=True,
         )
     w = weights(old).double()
     slope = lr / (1 - beta1**t) / (root / (1 - beta2**t) ** 0.5 + eps)
     truth = w - (lr * decay * w + slope * m)
     error = 24 * slope * m_terms + 4 * (w.abs() * (1 + lr * decay) + (slope * m).abs())
     error = ROUNDING * error + FLUSHED
-    verify_weights(what, old, new, (truth - error).float(), (truth + error).float())
+    verify_weights(label, old, new, (truth - error).float(), (truth + error).float())
 
 
 def moments(t: AdamWTensor) -> tuple[Tensor, Tensor]:
@@ -141,49 +152,51 @@ def moments(t: AdamWTensor) -> tuple[Tensor, Tensor]:
 
 
 def weights(t: AdamWTensor) -> Tensor:
-    """What the step updates."""
+    """Return the weights that the step updates: the master's, where there is one."""
     if t.master is None:
         return t.param
     return t.master if t.master.dtype == torch.float32 else reference.join_master(t.param, t.master)
 
 
-def verify_weights(what: str, old: AdamWTensor, new: AdamWTensor, low: Tensor, high: Tensor):
+def verify_weights(label: str, old: AdamWTensor, new: AdamWTensor, low: Tensor, high: Tensor):
     if new.master is not None:
         w = weights(new)
-        between(f"{what}: master", w, low, high)
+        between(f"{label}: master", w, low, high)
         halves = new.master.dtype == torch.int16
         rounded = reference.split_master(w)[0] if halves else w.to(new.param.dtype)
-        assert torch.equal(new.param, rounded), f"{what}: the parameter is not its master's"
+        assert torch.equal(new.param, rounded), f"{label}: the parameter is not its master's"
         return
     if old.options.stochastic:
         key = reference.step_key(old.seed, old.ordinal, int(old.step))
         low, high = (reference.round_stochastic(end, key) for end in (low, high))
-    between(f"{what}: param", new.param, low.to(new.param.dtype), high.to(new.param.dtype))
+    between(f"{label}: param", new.param, low.to(new.param.dtype), high.to(new.param.dtype))
 
 
 def verify_codes(
-    what: str, codes: Tensor, scale: Tensor | None, x: Tensor, error: Tensor, *, root: bool
+    label: str, codes: Tensor, scale: Tensor | None, x: Tensor, error: Tensor, *, root: bool
 ) -> None:
-    """Codes of x, with the largest magnitude of a block as its scale."""
+    """Verify codes of x, with the largest magnitude of a block as its scale."""
     assert scale is not None
     top, slack = (blocks(t).amax(1) for t in (x.abs(), error))
-    between(f"{what}_scale", scale, top - slack, top + slack)
+    between(f"{label}_scale", scale, top - slack, top + slack)
     scales = scale.double().repeat_interleave(reference.STATE_BLOCK)[: len(x)]
-    kept = scales > 1e-37  # smaller ones have no inverse
-    y = torch.where(kept, x / scales, 0.0)
-    error = torch.where(kept, error / scales, 0.0) + 4 * ROUNDING * y.abs()
+    normal = scales > 1e-37  # smaller ones have no inverse
+    y = torch.where(normal, x / scales, 0.0)
+    error = torch.where(normal, error / scales, 0.0) + 4 * ROUNDING * y.abs()
     values = reference.unpack_state(codes, torch.ones_like(scale), root=root).double()
-    between(what, values, nearest(y - error, root=root), nearest(y + error, root=root))
+    between(label, values, nearest(y - error, root=root), nearest(y + error, root=root))
 
 
 def nearest(y: Tensor, *, root: bool) -> Tensor:
-    """The nearest values that have a code. A root above zero has the least one, and not zero."""
+    """Return the nearest values that have a code. A root above zero has the smallest code that is
+    not zero.
+    """
     codes = torch.arange(256 if root else 128, dtype=torch.uint8, device=y.device)
     values = reference.unpack_state(codes, torch.ones(1, device=y.device), root=root).double()
-    place = torch.searchsorted((values[1:] + values[:-1]) / 2, y.abs(), right=True)
+    index = torch.searchsorted((values[1:] + values[:-1]) / 2, y.abs(), right=True)
     if root:
-        return values[torch.maximum(place, (y > 0).long())].where(y > 0, 0.0)
-    return values[place].copysign(y)
+        return values[torch.maximum(index, (y > 0).long())].where(y > 0, 0.0)
+    return values[index].copysign(y)
 
 
 def blocks(x: Tensor) -> Tensor:
@@ -191,13 +204,13 @@ def blocks(x: Tensor) -> Tensor:
     return torch.nn.functional.pad(x, (0, rest)).view(-1, reference.STATE_BLOCK)
 
 
-def between(what: str, got: Tensor, low: Tensor, high: Tensor) -> None:
-    wrong = ~((low <= got) & (got <= high))
+def between(label: str, actual: Tensor, low: Tensor, high: Tensor) -> None:
+    wrong = ~((low <= actual) & (actual <= high))
     if wrong.any():
         i = int(wrong.int().argmax())
-        g, a, b = (t[i].item() for t in (got, low, high))
+        g, a, b = (t[i].item() for t in (actual, low, high))
         raise AssertionError(
-            f"{what}: {g:.9e} in element {i} of {len(got)}, expected {a:.9e} to {b:.9e};"
+            f"{label}: {g:.9e} in element {i} of {len(actual)}, expected {a:.9e} to {b:.9e};"
             f" {int(wrong.sum())} are wrong"
         )
 
@@ -224,7 +237,7 @@ def draw(r: Random, isa: str) -> Case:
         ],
         "spread": r.choice([1e-6, 1.0, 100.0]),
         "decades": r.choice([0.0, 0.0, 1.0]),
-        "max_grad_norm": some(r, 0.5, 1e6),
+        "max_grad_norm": choice_or_none(r, 0.5, 1e6),
         "norm_given": r.random() < 0.2,
     }  # fmt: skip
 

@@ -1,5 +1,5 @@
-"""attention as cases, and what the tables of the three attention ops share: the formula on dense
-tensors, and the sizes of its terms.
+"""attention as cases. The tables of the three attention ops share the formula on dense tensors, and
+the sizes of its terms.
 """
 
 import math
@@ -12,7 +12,19 @@ import torch
 from tolerance import FOUR_ROUNDINGS, ULP
 from torch import Tensor
 
-from cases.base import SLOW, Built, Case, Op, Row, Terms, given, named, run, size, some
+from cases.base import (
+    SLOW,
+    Case,
+    Op,
+    OpCall,
+    Row,
+    Terms,
+    choice_or_none,
+    drop_unset,
+    name_parameters,
+    run,
+    size,
+)
 from fastlm import backend, ops
 from fastlm.ops.attention import dropout_seed
 from fastlm.reference.dropout import dropout_factor
@@ -39,8 +51,8 @@ class Dense(NamedTuple):
     softcap: float | None = None
 
 
-class Scores(NamedTuple):
-    """Scores (B, H, S, T), -inf where a row does not see the key."""
+class AttentionScores(NamedTuple):
+    """Attention scores (B, H, S, T), -inf where a row does not see the key."""
 
     s: Tensor
     derivative: Tensor | float  # with respect to scale q k^T
@@ -51,8 +63,8 @@ def scale_of(x: Dense) -> float:
     return x.q.shape[-1] ** -0.5 if x.scale is None else x.scale
 
 
-def scores(x: Dense, k: Tensor) -> Scores:
-    """k has the heads of q."""
+def scores(x: Dense, k: Tensor) -> AttentionScores:
+    """Compute the scores. k has the heads of q."""
     scale, derivative = scale_of(x), 1.0
     s = scale * (x.q @ k.mT)
     longer = 1 + x.q.shape[-1] ** 0.5 / 8  # more terms, more roundings of their sum
@@ -74,7 +86,7 @@ def scores(x: Dense, k: Tensor) -> Scores:
     if x.inside is not None:
         hidden = hidden | ~x.inside
     s = s.masked_fill(hidden, -math.inf)
-    return Scores(s, derivative, (size + s.abs()).masked_fill(s == -math.inf, 0))
+    return AttentionScores(s, derivative, (size + s.abs()).masked_fill(s == -math.inf, 0))
 
 
 def wide(t: Tensor) -> Tensor:
@@ -82,7 +94,7 @@ def wide(t: Tensor) -> Tensor:
 
 
 def softmax(x: Dense, s: Tensor) -> tuple[Tensor, Tensor]:
-    """Probabilities and lse; 0 and -inf in rows that see nothing."""
+    """Return probabilities and lse; 0 and -inf in rows that see nothing."""
     terms = s
     if x.sinks is not None:
         terms = torch.cat((s, x.sinks.to(s.dtype)[:, None, None].expand(*s.shape[:3], 1)), -1)
@@ -92,7 +104,7 @@ def softmax(x: Dense, s: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def definition(x: Dense) -> tuple[Tensor, Tensor]:
-    """out and lse, in float32 or wider."""
+    """Compute out and lse, in float32 or wider."""
     dtype, groups = x.q.dtype, x.q.shape[1] // x.k.shape[1]
     x = Dense(*(wide(t) if isinstance(t, Tensor) else t for t in x))
     k, v = (t.repeat_interleave(groups, 1) for t in (x.k, x.v))
@@ -101,8 +113,8 @@ def definition(x: Dense) -> tuple[Tensor, Tensor]:
 
 
 class Size(NamedTuple):
-    """The size of the terms of each element; with the errors of float32 in them; and the sum of the
-    squares of the terms that are rounded to the dtype.
+    """Sizes of the terms of each element; the same with the errors of float32 in them; and the sum
+    of the squares of the terms that are rounded to the dtype.
     """
 
     scale: Tensor
@@ -114,21 +126,22 @@ class Size(NamedTuple):
 
 
 def sizes(x: Dense, upstream: tuple[Tensor, ...], dtype: torch.dtype) -> dict[str, Size]:
-    """Sizes of out, lse and the gradients, all in float64; of dbias as of a bias (B, H, S, T).
+    """Return the sizes of out, lse and the gradients, all in float64. That of dbias is for a bias
+    (B, H, S, T).
 
     P has the error of its score and of lse. dS = P (dP - delta + dlse), and the difference may
-    cancel to nothing. 16 bits: P and dS are rounded before they are multiplied. So is out, and the
-    error that delta has of it is the same for all keys of a row.
+    cancel to nothing. 16 bits: P and dS are rounded before they are multiplied. So is out, and its
+    error in delta is the same for all keys of a row.
     """
 
     def rounded(t):  # the size by which t in `dtype` is rounded, squared
-        least = torch.finfo(dtype).smallest_normal
-        return t.abs().clamp_min(least).where(seen, 0).square()
+        smallest = torch.finfo(dtype).smallest_normal
+        return t.abs().clamp_min(smallest).where(visible, 0).square()
 
     groups = x.q.shape[1] // x.k.shape[1]
     k, v = (t.repeat_interleave(groups, 1) for t in (x.k, x.v))
     s, derivative, size = scores(x, k)
-    seen = s > -math.inf
+    visible = s > -math.inf
     p, lse = softmax(x, s)
     finite = lse.masked_fill(lse == -math.inf, 0)[..., None]
     of_lse = (p * size).sum(-1, keepdim=True) + finite.abs()
@@ -136,19 +149,19 @@ def sizes(x: Dense, upstream: tuple[Tensor, ...], dtype: torch.dtype) -> dict[st
     if x.sinks is not None:
         sink = (x.sinks[:, None, None] - finite).exp()
         of_lse = of_lse + sink * x.sinks.abs().nan_to_num(posinf=0)[:, None, None]
-    below = (s - finite).where(seen, 0).abs()
+    below = (s - finite).where(visible, 0).abs()
     error = p * (1 + size + of_lse + below) + FLUSHED  # of P
     keep = torch.ones_like(p) if x.keep is None else x.keep
-    kept = p * keep
-    out = kept @ v
-    out_size = Size(kept @ v.abs(), (keep * error) @ v.abs(), rounded(kept) @ v.square())
+    p_kept = p * keep
+    out = p_kept @ v
+    out_size = Size(p_kept @ v.abs(), (keep * error) @ v.abs(), rounded(p_kept) @ v.square())
     lse_terms = of_lse[..., 0] + math.log(s.shape[-1] + 1) + 1
-    found = {
+    result = {
         "out": out_size,
         "lse": Size(finite[..., 0].abs(), lse_terms, torch.zeros_like(lse_terms)),
     }
     if not upstream:
-        return found
+        return result
     dout, dlse = upstream[0], upstream[1][..., None]
     slope = keep * (dout @ v.mT) - (dout * out).sum(-1, keepdim=True) + dlse
     of_delta = (dout * out).abs().sum(-1, keepdim=True) + dlse.abs()
@@ -157,30 +170,30 @@ def sizes(x: Dense, upstream: tuple[Tensor, ...], dtype: torch.dtype) -> dict[st
     delta_error = (dout.abs() * out_size.float32).sum(-1, keepdim=True)
     delta = (dout.square() * (out.square() + out_size.squares)).sum(-1, keepdim=True).sqrt()
     ds_error = ds_terms + slope.abs() * error + p * delta_error
-    found["dscores"] = Size(ds_terms, ds_error, (p * delta).square())
+    result["dscores"] = Size(ds_terms, ds_error, (p * delta).square())
     if sink is not None:
         of_sink = 1 + of_lse + x.sinks.abs().nan_to_num(posinf=0)[:, None, None]
         of_sink = of_delta * of_sink + delta_error
         dsinks = Size(sink * of_delta, sink * of_sink, (sink * delta).square())
-        found["dsinks"] = dsinks.map(lambda t: t.sum((0, 2, 3)))
+        result["dsinks"] = dsinks.map(lambda t: t.sum((0, 2, 3)))
     scale = abs(scale_of(x))
     if x.softcap is not None:  # 1 - tanh^2 is a difference
         ds_error = ds_error * derivative + ds.abs()
         ds, ds_terms, p = ds * derivative, ds_terms * derivative, p * derivative
     on_q = rounded(ds) @ k.square() + (p @ k).square() * delta.square()
-    found["dq"] = Size(scale * (ds_terms @ k.abs()), scale * (ds_error @ k.abs()), scale**2 * on_q)
+    result["dq"] = Size(scale * (ds_terms @ k.abs()), scale * (ds_error @ k.abs()), scale**2 * on_q)
     on_k = (rounded(ds) + (p * delta).square()).mT @ x.q.square()
     dk = Size(scale * (ds_terms.mT @ x.q.abs()), scale * (ds_error.mT @ x.q.abs()), scale**2 * on_k)
     dv = Size(
-        kept.mT @ dout.abs(), (keep * error).mT @ dout.abs(), rounded(kept).mT @ dout.square()
+        p_kept.mT @ dout.abs(), (keep * error).mT @ dout.abs(), rounded(p_kept).mT @ dout.square()
     )
     for name, t in (("dk", dk), ("dv", dv)):
-        found[name] = t.map(lambda t: t.unflatten(1, (-1, groups)).sum(2))
-    return found
+        result[name] = t.map(lambda t: t.unflatten(1, (-1, groups)).sum(2))
+    return result
 
 
 def over_bias(dscores: Size, bias: Tensor, spread: Callable[[Tensor], Tensor]) -> Size:
-    """Sizes of the gradient of a bias, which `spread` maps to (B, H, S, T)."""
+    """Return the sizes of the gradient of a bias, which `spread` maps to (B, H, S, T)."""
     if bias.shape[-1] == 1:  # the error of delta is that of all keys at once
         squares = torch.zeros_like(dscores.squares)
         squares[..., :1] = dscores.squares.sqrt().sum(-1, keepdim=True).square()
@@ -192,18 +205,20 @@ def same(t: Tensor) -> Tensor:
     return t
 
 
-def built(
+def attention_call(
     leaves: dict[str, Tensor],
-    call: Callable[..., tuple[Tensor, Tensor]],
+    op: Callable[..., tuple[Tensor, Tensor]],
     dense: Callable[[dict[str, Tensor]], Dense],
     spread: Callable[[Tensor], Tensor],
     rows: tuple[Callable, Callable] = (same, same),
     lse: tuple[Callable, Callable] = (same, same),
-    **of_built,
-) -> Built:
-    """Args:
-    call: the op, with its leaves by name.
-    dense: the same call on dense tensors; `spread` maps its bias to (B, H, S, T).
+    **options,
+) -> OpCall:
+    """Make a call of an attention op, and what its results are compared with.
+
+    Args:
+    op: the op, which takes its leaves by name.
+    dense: the same op on dense tensors; `spread` maps its bias to (B, H, S, T).
     rows, lse: from (B, heads, length, width) and (B, H, S) to the op's layout, and back.
     """
     names, dtype = list(leaves), leaves["q"].dtype
@@ -211,7 +226,7 @@ def built(
     finer = {f"d{n}": ULP[dtype] / ULP[t.dtype] for n, t in leaves.items() if t.dtype in ULP}
 
     def function(*leaves):
-        return call(**dict(zip(names, leaves)))
+        return op(**dict(zip(names, leaves)))
 
     def plain(*leaves):
         out, total = definition(dense(dict(zip(names, leaves))))
@@ -221,32 +236,32 @@ def built(
         leaves, upstream = dict(zip(names, tensors)), tensors[len(names) :]
         torch.manual_seed(5)  # as cases.base.run
         on = (rows[1](upstream[0]), lse[1](upstream[1])) if upstream else ()
-        found = sizes(dense(leaves), on, dtype)
+        result = sizes(dense(leaves), on, dtype)
         if "bias" in leaves and upstream:
-            found["dbias"] = over_bias(found["dscores"], leaves["bias"], spread)
+            result["dbias"] = over_bias(result["dscores"], leaves["bias"], spread)
         forms = {"lse": lse[0], "dbias": same, "dsinks": same}
-        found = {n: t.map(forms.get(n, rows[0])) for n, t in found.items() if n != "dscores"}
+        result = {n: t.map(forms.get(n, rows[0])) for n, t in result.items() if n != "dscores"}
         return {
             n: Terms(t.scale, t.float32, t.squares.sqrt() * finer.get(n, 1))
-            for n, t in found.items()
+            for n, t in result.items()
         }
 
     constant = tuple(i for i, name in enumerate(names) if name == "alibi_slopes")
-    return Built(
-        named(function, names), list(leaves.values()), plain, terms, ("out", "lse"),
-        constant=constant, **of_built,
+    return OpCall(
+        name_parameters(function, names), list(leaves.values()), plain, terms, ("out", "lse"),
+        constant=constant, **options,
     )  # fmt: skip
 
 
 def assert_reference(op: Op) -> None:
-    """The definition in fastlm.reference and the formula here are the same in float64."""
+    """Assert that the definition in fastlm.reference equals the formula here in float64."""
     for name, row in op.rows.items():
-        built = op.built(row.case, torch.float64, "reference")
-        how = {"differentiable": built.differentiable, "constant": built.constant}
+        call = op.build_for(row.case, torch.float64, "reference")
+        how = {"differentiable": call.differentiable, "constant": call.constant}
         with backend.use_backend("reference"):
-            found, upstream = run(built.function, built.leaves, **how)
-        expected, _ = run(built.plain, built.leaves, upstream, **how)
-        for a, b in zip(found, expected, strict=True):
+            actual, upstream = run(call.function, call.leaves, **how)
+        expected, _ = run(call.plain, call.leaves, upstream, **how)
+        for a, b in zip(actual, expected, strict=True):
             torch.testing.assert_close(
                 a, b, rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}"
             )
@@ -255,8 +270,10 @@ def assert_reference(op: Op) -> None:
 # ---- attention
 
 
-def keeps(seed: Tensor | None, p: float, heads: int, batch: range, queries: int, keys: int):
-    """dropout's factor (batch, heads, queries, keys), or None without a seed."""
+def dropout_factors(
+    seed: Tensor | None, p: float, heads: int, batch: range, queries: int, keys: int
+):
+    """Return dropout's factors (batch, heads, queries, keys), or None without a seed."""
     if seed is None:
         return None
     numbers = torch.tensor(list(batch), device=seed.device)
@@ -290,7 +307,7 @@ def sinks_of(case: Case, heads: int, dtype: torch.dtype) -> Tensor:
     return sinks
 
 
-def build(case: Case, dtype: torch.dtype) -> Built:
+def build(case: Case, dtype: torch.dtype) -> OpCall:
     b, h, hkv, s, t, d, dv = case["shape"]
     options = dict(case["options"])
     leaves = {
@@ -314,14 +331,14 @@ def build(case: Case, dtype: torch.dtype) -> Built:
     def dense(x):
         bias = spread(x["bias"]) if "bias" in x else None
         more = {n: v for n, v in options.items() if n != "dropout_p"}
-        keep = keeps(dropout_seed(p, x["q"]), p, h, range(b), s, t)
+        keep = dropout_factors(dropout_seed(p, x["q"]), p, h, range(b), s, t)
         distance = distances(s, t, x["q"].device)
         return Dense(**(x | {"bias": bias}), distance=distance, keep=keep, **more)
 
     def call(**leaves):
         return ops.attention(**leaves, **options, return_lse=True)
 
-    return built(leaves, call, dense, spread)
+    return attention_call(leaves, call, dense, spread)
 
 
 def draw(r: Random, isa: str) -> Case:
@@ -333,22 +350,22 @@ def draw(r: Random, isa: str) -> Case:
         s, t = r.choice([1, 2, size(r, 300), size(r, 300)]), size(r, 1300)
         if b * hkv * groups * s * t * (t + d + dv) <= work:
             break
-    options = given(
+    options = drop_unset(
         causal=r.random() < 0.5,
-        window=some(r, 1, 7, 64, 200),
-        softcap=some(r, 3.0, 20.0),
-        bias=some(r, "full", "keys", "rows"),
+        window=choice_or_none(r, 1, 7, 64, 200),
+        softcap=choice_or_none(r, 3.0, 20.0),
+        bias=choice_or_none(r, "full", "keys", "rows"),
         sinks=r.random() < 0.3,
         alibi=r.random() < 0.3,
-        dropout_p=some(r, 0.2),
-        scale=some(r, 0.05, -0.3),
+        dropout_p=choice_or_none(r, 0.2),
+        scale=choice_or_none(r, 0.05, -0.3),
     )
     return {"shape": [b, hkv * groups, hkv, s, t, d, dv], "options": options}
 
 
 def case(*shape: int, peaked=False, hidden=False, infinite_sink=False, offset=None, **options):
     """shape: (B, H, Hkv, S, T, D, Dv)"""
-    values = given(peaked=peaked, hidden=hidden, infinite_sink=infinite_sink, offset=offset)
+    values = drop_unset(peaked=peaked, hidden=hidden, infinite_sink=infinite_sink, offset=offset)
     return {"shape": list(shape), "options": options, **values}
 
 

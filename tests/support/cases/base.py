@@ -1,7 +1,8 @@
-"""What a table of cases is made of.
+"""The types of which a table of cases consists, and the functions that run a case.
 
 A case is a dict of JSON values: shapes, flags, options. `build` makes tensors and functions of it.
-A row of a table is a case with a name, a line of the fuzz corpus is one that was drawn.
+A row of a table is a case with a name. A line of the fuzz corpus is a case that was drawn at
+random.
 """
 
 import inspect
@@ -21,22 +22,24 @@ SLOW = ("scalar", "amx_emulated")  # instruction sets 10 to 50 times slower: sma
 
 
 class Terms(NamedTuple):
-    """The sizes of the terms of a result's elements, as tolerance.py takes them."""
+    """Sizes of the terms of a result's elements, as tolerance.py expects them."""
 
     scale: Tensor | None = None
     float32: Tensor | None = None
     rounded: Tensor | None = None
 
 
-class Built(NamedTuple):
+class OpCall(NamedTuple):
+    """A case made into tensors: a call of an op, and what its results are compared with."""
+
     function: Callable  # maps the leaves to one tensor or a tuple
     leaves: list[Tensor]  # every tensor of the call
     plain: Callable | None = None  # the same in plain torch, in the dtype of its arguments
     # (leaves and upstream gradients in float64) -> the scales of tolerance.py by the name of the
-    # result ("y", "dx"), where they are more than its own size
+    # result ("y", "dx"), where a scale is larger than the result itself
     terms: Callable[..., dict[str, Tensor | Terms]] | None = None
     outputs: tuple[str, ...] = ("y",)
-    names: tuple[str, ...] = ()  # of the leaves; without: the function's parameters
+    names: tuple[str, ...] = ()  # of the leaves; if empty: the function's parameters
     check: Callable[[], None] | None = None  # instead of `plain`
     # instead of `plain`: (leaves before the call, results) -> raises where one is wrong
     verify: Callable[[Sequence[Tensor], Sequence[Tensor]], None] | None = None
@@ -49,7 +52,7 @@ class Built(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A case of a table, and which tests run it besides the comparison with float64."""
+    """A case of a table, and the tests that run it in addition to the comparison with float64."""
 
     case: Case
     on: tuple[str, ...] = ALL  # kernels that have an edge there
@@ -59,7 +62,9 @@ class Row(NamedTuple):
 
 
 class Op(NamedTuple):
-    build: Callable[[Case, torch.dtype], Built]
+    """An op's table of cases."""
+
+    build: Callable[[Case, torch.dtype], OpCall]
     draw: Callable[[Random, str], Case]  # (random numbers, instruction set) -> a random case
     kernels: tuple[str, ...] = ALL
     rows: dict[str, Row] = {}
@@ -70,57 +75,59 @@ class Op(NamedTuple):
     # kernels -> name -> a function that makes the host divide the work of small cases
     settings: dict[str, dict[str, Callable[[Any], None]]] = {}
 
-    def built(self, case: Case, dtype: torch.dtype, kernels: str, device: str = "cpu") -> Built:
+    def build_for(
+        self, case: Case, dtype: torch.dtype, kernels: str, device: str = "cpu"
+    ) -> OpCall:
         """Build a case for a kind of kernels: cpu, triton or cuda."""
-        built = self.build(case, dtype)
-        return built._replace(
-            leaves=[t.to(device) for t in built.leaves],
-            differentiable=built.differentiable and kernels not in self.forward_only,
-            any_strides=built.any_strides and kernels in self.any_strides,
+        call = self.build(case, dtype)
+        return call._replace(
+            leaves=[t.to(device) for t in call.leaves],
+            differentiable=call.differentiable and kernels not in self.forward_only,
+            any_strides=call.any_strides and kernels in self.any_strides,
         )
 
 
 # ---- random cases
 
 
-def size(r: Random, most: int, least: int = 0) -> int:
-    """Small more often than large, and mostly near multiples of what kernels divide work by."""
+def size(r: Random, maximum: int, minimum: int = 0) -> int:
+    """Draw a size: small more often than large, mostly near a multiple of a kernel's tile."""
     if r.random() < 0.1:
-        return least
-    n = math.exp(r.uniform(0, math.log(most)))
+        return minimum
+    n = math.exp(r.uniform(0, math.log(maximum)))
     if r.random() < 0.6:
         step = r.choice([8, 16, 32, 64, 128, 256])
         n = round(n / step) * step + r.choice([-1, 0, 0, 0, 1])
-    return min(most, max(least, int(n)))
+    return min(maximum, max(minimum, int(n)))
 
 
-def some(r: Random, *choices: Any) -> Any:
+def choice_or_none(r: Random, *choices: Any) -> Any:
     """Return None half of the time, else one of the choices."""
     return r.choice(choices) if r.random() < 0.5 else None
 
 
-def given(**options: Any) -> Case:
+def drop_unset(**options: Any) -> Case:
     return {name: value for name, value in options.items() if value not in (None, False)}
 
 
-def leading(r: Random, rows: int) -> list[int]:
-    """A shape with that many rows."""
+def leading_shape(r: Random, rows: int) -> list[int]:
+    """Return a shape with this number of rows."""
     for n in (2, 3, 5):
         if rows % n == 0 and rows and r.random() < 0.3:
             return [n, rows // n]
     return [rows]
 
 
-def rows_of(r: Random, isa: str, widest: int, least: int = 0) -> list[int]:
-    """A random shape with some rows, of at most the given width."""
+def random_shape(r: Random, isa: str, max_width: int, min_width: int = 0) -> list[int]:
+    """Draw a shape of some rows that are at most `max_width` wide."""
     while True:
-        rows, width = size(r, 300), size(r, widest, least)
+        rows, width = size(r, 300), size(r, max_width, min_width)
         if isa != "simt" or rows * width <= 20000:
-            return [*leading(r, rows), width]
+            return [*leading_shape(r, rows), width]
 
 
-def named(function: Callable, names: Sequence[str]) -> Callable:
-    """The function, whose leaves have these names: their gradients are "dx" and so on."""
+def name_parameters(function: Callable, names: Sequence[str]) -> Callable:
+    """Give the function's parameters these names, by which gradients are called "dx" and so on."""
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = [inspect.Parameter(name, kind) for name in names]
     function.__dict__["__signature__"] = inspect.Signature(parameters)
@@ -145,7 +152,7 @@ def run(
     leaves = [t.detach() for t in leaves]
     if differentiable:
         for i, t in enumerate(leaves):
-            t.requires_grad_(gets_gradient(t, i, constant))
+            t.requires_grad_(needs_gradient(t, i, constant))
     torch.manual_seed(5)  # for dropout
     outputs = function(*leaves)
     outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
@@ -157,63 +164,63 @@ def run(
         ]
     used = [u.to(t.dtype) for u, t in zip(upstream, reached, strict=bool(reached))]
     if scatter:
-        used = [scattered(t, scatter) for t in used]
+        used = [scattered_copy(t, scatter) for t in used]
     grads = ()
     if reached:
         expected = [t for t in leaves if t.requires_grad]
         grads = torch.autograd.grad(reached, expected, used, allow_unused=True)
-    found = [t.detach() for t in outputs] + [t for t in grads if t is not None]
-    return found, list(upstream)
+    results = [t.detach() for t in outputs] + [t for t in grads if t is not None]
+    return results, list(upstream)
 
 
-def gets_gradient(leaf: Tensor, i: int, constant: Sequence[int]) -> bool:
+def needs_gradient(leaf: Tensor, i: int, constant: Sequence[int]) -> bool:
     return leaf.is_floating_point() and i not in constant
 
 
-def results(built: Built, leaves: Sequence[Tensor], scatter: Random | None = None) -> list[Tensor]:
+def results(call: OpCall, leaves: Sequence[Tensor], scatter: Random | None = None) -> list[Tensor]:
     """Return outputs and gradients. `scatter` scatters the upstream gradients."""
-    how = {"differentiable": built.differentiable, "constant": built.constant}
-    return run(built.function, leaves, **how, scatter=scatter)[0]
+    how = {"differentiable": call.differentiable, "constant": call.constant}
+    return run(call.function, leaves, **how, scatter=scatter)[0]
 
 
-def copies(built: Built) -> list[Tensor]:
+def clone_leaves(call: OpCall) -> list[Tensor]:
     """Clone the leaves, because the op may write to them."""
-    return [t.clone() for t in built.leaves]
+    return [t.clone() for t in call.leaves]
 
 
-def check(built: Built) -> None:
+def check(call: OpCall) -> None:
     """Compare outputs and gradients with those of plain torch in float64."""
-    if built.check:
-        built.check()
+    if call.check:
+        call.check()
         return
-    if built.verify:
-        built.verify(built.leaves, results(built, copies(built)))
+    if call.verify:
+        call.verify(call.leaves, results(call, clone_leaves(call)))
         return
-    assert built.plain
-    wide = [t.double() if t.is_floating_point() else t for t in built.leaves]
-    how = {"differentiable": built.differentiable, "constant": built.constant}
-    actual, upstream = run(built.function, built.leaves, **how)
-    naive, _ = run(built.plain, built.leaves, upstream, **how)
-    truth, _ = run(built.plain, wide, upstream, **how)
-    names = list(built.outputs)
+    assert call.plain
+    leaves64 = [t.double() if t.is_floating_point() else t for t in call.leaves]
+    how = {"differentiable": call.differentiable, "constant": call.constant}
+    actual, upstream = run(call.function, call.leaves, **how)
+    naive, _ = run(call.plain, call.leaves, upstream, **how)
+    truth, _ = run(call.plain, leaves64, upstream, **how)
+    names = list(call.outputs)
     if len(actual) > len(names):
-        of_leaves = built.names or inspect.signature(built.function).parameters
-        inputs = enumerate(zip(of_leaves, built.leaves))
-        names += [f"d{x}" for i, (x, t) in inputs if gets_gradient(t, i, built.constant)]
+        of_leaves = call.names or inspect.signature(call.function).parameters
+        inputs = enumerate(zip(of_leaves, call.leaves))
+        names += [f"d{x}" for i, (x, t) in inputs if needs_gradient(t, i, call.constant)]
     with torch.no_grad():
-        terms = built.terms(*wide, *(u.double() for u in upstream)) if built.terms else {}
+        terms = call.terms(*leaves64, *(u.double() for u in upstream)) if call.terms else {}
     for name, a, p, t in zip(names, actual, naive, truth, strict=True):
         assert a.dtype == p.dtype, f"{name}: {a.dtype}, and {p.dtype} by plain torch"
         size = terms.get(name)
         sizes = size if isinstance(size, Terms) else Terms(size)
         factor = 3 if name.startswith("d") else 2  # backward, forward
-        assert_accurate(a, p, t, **sizes._asdict(), factor=factor, what=name)
+        assert_accurate(a, p, t, **sizes._asdict(), factor=factor, label=name)
 
 
-def scattered(t: Tensor, r: Random, unit: int = 0) -> Tensor:
-    """The same values in any memory order, with gaps of NaN in and around every dimension. `unit`:
-    elements of the last dimension are contiguous, and each row begins at a multiple of `unit`
-    elements.
+def scattered_copy(t: Tensor, r: Random, unit: int = 0) -> Tensor:
+    """Copy a tensor into a random memory order, with gaps of NaN in and around every dimension.
+    `unit`: elements of the last dimension are contiguous, and each row begins at a multiple of
+    `unit` elements.
     """
     order = list(range(t.dim()))
     if r.random() < 0.3:
@@ -234,9 +241,9 @@ def scattered(t: Tensor, r: Random, unit: int = 0) -> Tensor:
     return view.copy_(t)
 
 
-def misaligned(t: Tensor, dim: int) -> Tensor:
-    """The same values with one stride that is no multiple of 16 bytes, where all others are. The
-    last dimension stays contiguous, and begins between 16 bytes if it is `dim`.
+def misaligned_copy(t: Tensor, dim: int) -> Tensor:
+    """Copy a tensor so that one stride is no multiple of 16 bytes, where all others are. The last
+    dimension stays contiguous. If it is `dim`, it does not begin at a multiple of 16 bytes.
     """
     strides, reach = [1], t.shape[-1]
     for i in reversed(range(t.dim() - 1)):
@@ -247,22 +254,32 @@ def misaligned(t: Tensor, dim: int) -> Tensor:
     return base.as_strided(t.shape, strides, base.storage_offset() + start).copy_(t)
 
 
-def assert_same(expected: Sequence[Tensor], got: Sequence[Tensor], what: str) -> None:
+def assert_same(expected: Sequence[Tensor], actual: Sequence[Tensor], label: str) -> None:
     """Assert equality to the last bit; any NaN equals any other."""
-    for i, (a, b) in enumerate(zip(expected, got, strict=True)):
-        assert a.dtype == b.dtype and a.shape == b.shape, f"{what}: result {i} is of another kind"
+    for i, (a, b) in enumerate(zip(expected, actual, strict=True)):
+        assert a.dtype == b.dtype and a.shape == b.shape, (
+            f"{label}: result {i}: expected {a.dtype} {tuple(a.shape)},"
+            f" got {b.dtype} {tuple(b.shape)}"
+        )
         same = ((a == b) & (a.signbit() == b.signbit())) | (a.isnan() & b.isnan())
         assert same.all(), (
-            f"{what}: result {i} differs in {int((~same).sum())} of {same.numel()} elements, "
+            f"{label}: result {i} differs in {int((~same).sum())} of {same.numel()} elements, "
             f"by {(a.double() - b.double()).nan_to_num(0.0).abs().max():.3e}"
         )
 
 
-def assert_like(expected: Sequence[Tensor], got: Sequence[Tensor], what: str) -> None:
-    """Equality up to two roundings, or up to what reordered sums of logits of 20 change in e^z."""
-    for a, b in zip(expected, got, strict=True):
-        near = max(2 * torch.finfo(a.dtype).eps, 1e-4)
+def assert_like(expected: Sequence[Tensor], actual: Sequence[Tensor], label: str) -> None:
+    """Assert equality up to two roundings, or up to what reordered sums of logits of 20 change in
+    e^z.
+    """
+    for a, b in zip(expected, actual, strict=True):
+        tolerance = max(2 * torch.finfo(a.dtype).eps, 1e-4)
         scale = a[a.isfinite()].abs().max().item() if a.isfinite().any() else 0.0
         torch.testing.assert_close(
-            b, a, rtol=near, atol=near * scale, equal_nan=True, msg=lambda m: f"{what}: {m}"
+            b,
+            a,
+            rtol=tolerance,
+            atol=tolerance * scale,
+            equal_nan=True,
+            msg=lambda m: f"{label}: {m}",
         )

@@ -5,7 +5,7 @@ from random import Random
 import torch
 
 from cases import losses
-from cases.base import SLOW, Built, Case, Op, Row, Terms, size
+from cases.base import SLOW, Case, Op, OpCall, Row, Terms, size
 from fastlm import ops
 
 HARD = ("peaked", "all negative", "common offset", "rising", "falling")
@@ -30,7 +30,7 @@ def hard(logits: torch.Tensor, target: torch.Tensor, values: str) -> torch.Tenso
     return (ramp if values == "rising" else ramp.flip(0)).repeat(rows, 1)
 
 
-def build(case: Case, dtype: torch.dtype) -> Built:
+def build(case: Case, dtype: torch.dtype) -> OpCall:
     rows, classes = case["shape"]
     logits = torch.randn(rows, classes) * case["spread"]
     target, weight, options = losses.targets(case, rows, classes)
@@ -54,7 +54,7 @@ def build(case: Case, dtype: torch.dtype) -> Built:
     leaves = [logits.to(dtype), target, *weight]
     # the sum of a row's probabilities is torch's
     soft = case.get("soft", False)
-    return Built(function, leaves, plain, terms, outputs, constant=(1, 2), library=soft)
+    return OpCall(function, leaves, plain, terms, outputs, constant=(1, 2), library=soft)
 
 
 def draw(r: Random, isa: str) -> Case:

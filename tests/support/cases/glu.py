@@ -5,7 +5,7 @@ from random import Random
 import torch
 import torch.nn.functional as F
 
-from cases.base import Built, Case, Op, Row, Terms, rows_of
+from cases.base import Case, Op, OpCall, Row, Terms, random_shape
 from fastlm import ops
 from fastlm.ops.glu import ACTIVATIONS as ACTS
 
@@ -18,7 +18,7 @@ def activation(x: torch.Tensor, act: str) -> torch.Tensor:
     return F.gelu(x, approximate="tanh" if act == "gelu_tanh" else "none")
 
 
-def build(case: Case, dtype: torch.dtype) -> Built:
+def build(case: Case, dtype: torch.dtype) -> OpCall:
     act = case["act"]
     gate, up = (case["spread"] * torch.randn(2, *case["shape"])).to(dtype).unbind(0)
 
@@ -40,11 +40,11 @@ def build(case: Case, dtype: torch.dtype) -> Built:
             "dup": Terms(float32=x * dy),
         }
 
-    return Built(function, [gate.clone(), up.clone()], plain, terms)
+    return OpCall(function, [gate.clone(), up.clone()], plain, terms)
 
 
 def draw(r: Random, isa: str) -> Case:
-    shape, act, spread = rows_of(r, isa, 1 << 12), r.choice(ACTS), r.choice([0.1, 3.0, 20.0])
+    shape, act, spread = random_shape(r, isa, 1 << 12), r.choice(ACTS), r.choice([0.1, 3.0, 20.0])
     # 60^3 is beyond float16
     return {"shape": shape, "act": act, "spread": min(spread, 3.0) if act == "relu2" else spread}
 

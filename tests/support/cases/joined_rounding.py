@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cases import glu, rms_norm
-from cases.base import Built, Case, Op, Row, assert_same, rows_of
+from cases.base import Case, Op, OpCall, Row, assert_same, random_shape
 from fastlm import QuantizedWeight, backend, ops, reference
 from fastlm.ops.glu import glu_round
 from fastlm.ops.quantized_linear import rounded_linear
@@ -19,54 +19,57 @@ from fastlm.ops.rms_norm import rms_norm_round
 N = 5  # outputs of the product
 
 
-def joined(case: Case, op: Built, round_: Callable[..., tuple[Tensor, ...]]) -> Built:
-    """`round_` maps the leaves by their names and a weight to int8 rows and what else the op
-    returns.
+def with_rounding(case: Case, op: OpCall, round_: Callable[..., tuple[Tensor, ...]]) -> OpCall:
+    """Add the comparison of the rounded rows to a call. `round_` maps the leaves by their names and
+    a weight to int8 rows and the op's other results.
     """
     k = case["shape"][-1]
     drawn = ops.quantize_weight(torch.randn(N, k), case["bits"], group_size=case["group_size"])
 
     def function(*tensors):
         codes = (t.to(tensors[0].device) for t in (drawn.qdata, drawn.scales))
-        into = QuantizedWeight(*codes, None, drawn.bits, drawn.group_size, (N, k))
-        *rows, h = round_(dict(zip(names, tensors)), into)
+        weight = QuantizedWeight(*codes, None, drawn.bits, drawn.group_size, (N, k))
+        *rows, h = round_(dict(zip(names, tensors)), weight)
         results = op.function(*tensors)
         x, expected_h = results if isinstance(results, tuple) else (results, results.new_empty(0))
-        count, expected = x.numel() // k, reference.int8_rows(x, into.bits, into.group_size)
+        count, expected = x.numel() // k, reference.int8_rows(x, weight.bits, weight.group_size)
         assert [(t.shape, t.dtype) for t in rows] == [(t.shape, t.dtype) for t in expected]
-        seen = [[t[0], *(s[:, :count] for s in t[1:])] for t in (expected, rows)]  # not behind them
-        assert_same([*seen[0], expected_h], [*seen[1], h], "rounded")
-        of = into.qdata, into.scales, None, None, into.bits, into.group_size, k, x.dtype
-        assert_same([product(x, into)], [rounded_linear(*rows, *of)], "product")
+        # scales have room for more rows, which is not compared
+        int8_rows = [[t[0], *(s[:, :count] for s in t[1:])] for t in (expected, rows)]
+        assert_same([*int8_rows[0], expected_h], [*int8_rows[1], h], "rounded")
+        codes = weight.qdata, weight.scales, None, None
+        codes += weight.bits, weight.group_size, k, x.dtype
+        assert_same([product(x, weight)], [rounded_linear(*rows, *codes)], "product")
         with backend.use_backend("reference"):
-            assert_same([product(x, into)], [rounded_linear(*expected, *of)], "the definition's")
+            expected_product = rounded_linear(*expected, *codes)
+            assert_same([product(x, weight)], [expected_product], "the definition's")
         return results
 
     names = inspect.signature(op.function).parameters
     return op._replace(function=function, differentiable=False)
 
 
-def product(x: Tensor, into: QuantizedWeight) -> Tensor:
-    return ops.quantized_linear(x, into, act_bits=8).reshape(-1, N)
+def product(x: Tensor, weight: QuantizedWeight) -> Tensor:
+    return ops.quantized_linear(x, weight, act_bits=8).reshape(-1, N)
 
 
-def build_glu(case: Case, dtype: torch.dtype) -> Built:
-    def round_(leaves, into):
+def build_glu(case: Case, dtype: torch.dtype) -> OpCall:
+    def round_(leaves, weight):
         gate, up, none = leaves["gate"], leaves["up"], torch.empty(0, dtype=dtype)
-        of = into.qdata, into.scales, case["act"], into.bits, into.group_size
-        return *glu_round(gate, up, *of), none.to(gate.device)
+        options = weight.qdata, weight.scales, case["act"], weight.bits, weight.group_size
+        return *glu_round(gate, up, *options), none.to(gate.device)
 
-    return joined(case, glu.build(case, dtype), round_)
+    return with_rounding(case, glu.build(case, dtype), round_)
 
 
-def build_rms_norm(case: Case, dtype: torch.dtype) -> Built:
+def build_rms_norm(case: Case, dtype: torch.dtype) -> OpCall:
     eps, offset = case["options"]["eps"], case["options"]["offset"]
 
-    def round_(leaves, into):
-        tensors = leaves["x"], leaves.get("residual"), leaves["weight"], into.qdata, into.scales
-        return rms_norm_round(*tensors, eps, offset, into.bits, into.group_size)
+    def round_(leaves, weight):
+        tensors = leaves["x"], leaves.get("residual"), leaves["weight"], weight.qdata, weight.scales
+        return rms_norm_round(*tensors, eps, offset, weight.bits, weight.group_size)
 
-    return joined(case, rms_norm.build(case, dtype), round_)
+    return with_rounding(case, rms_norm.build(case, dtype), round_)
 
 
 def draw_format(r: Random, isa: str) -> Case:
@@ -74,7 +77,7 @@ def draw_format(r: Random, isa: str) -> Case:
 
 
 def draw_glu(r: Random, isa: str) -> Case:
-    drawn = glu.draw(r, isa) | {"shape": rows_of(r, isa, 1 << 12, 1)}
+    drawn = glu.draw(r, isa) | {"shape": random_shape(r, isa, 1 << 12, 1)}
     return drawn | draw_format(r, isa)
 
 
@@ -96,11 +99,11 @@ SHAPES = {
 }
 
 
-def each_bits(of: Callable[[int, int], Case]) -> dict[str, Row]:
+def each_bits(options: Callable[[int, int], Case]) -> dict[str, Row]:
     """A row of each shape for weights of 4 and of 8 bits; `of(number, bits)` has the options."""
     return {
         f"{name}, {bits} bits": Row(
-            of(i, bits) | {"shape": shape, "bits": bits, "group_size": group_size},
+            options(i, bits) | {"shape": shape, "bits": bits, "group_size": group_size},
             on=("cuda",), bits=name == "rows of a batch",
         )
         for i, (name, (shape, group_size)) in enumerate(SHAPES.items())

@@ -5,12 +5,12 @@ from random import Random
 import torch
 import torch.nn.functional as F
 
-from cases.base import Built, Case, Op, Row, named, rows_of
+from cases.base import Case, Op, OpCall, Row, name_parameters, random_shape
 from cases.rms_norm import wide_rows
 from fastlm import ops
 
 
-def build(case: Case, dtype: torch.dtype) -> Built:
+def build(case: Case, dtype: torch.dtype) -> OpCall:
     shape, eps = case["shape"], case["options"]["eps"]
     x = (torch.randn(shape) + case["offset"]).to(dtype) * case["spread"]
     kind = torch.promote_types(dtype, torch.float32) if case["wide"] else dtype
@@ -24,41 +24,45 @@ def build(case: Case, dtype: torch.dtype) -> Built:
         return ops.layer_norm(**dict(zip(leaves, tensors)), eps=eps)
 
     def plain(*tensors):
-        given = dict(zip(leaves, tensors))
-        h = given["x"] + given["residual"] if case["residual"] else given["x"]
+        arguments = dict(zip(leaves, tensors))
+        h = arguments["x"] + arguments["residual"] if case["residual"] else arguments["x"]
         h = h + (h.to(dtype).to(h.dtype) - h).detach()  # the sum is rounded by definition
         # torch keeps rstd in float16, which has no 1 / sqrt(1e-12)
         wide = torch.promote_types(h.dtype, torch.float32)
-        weight, bias = (given[p].to(wide) if p in given else None for p in ("weight", "bias"))
+        weight, bias = (
+            arguments[p].to(wide) if p in arguments else None for p in ("weight", "bias")
+        )
         y = F.layer_norm(h.to(wide), h.shape[-1:], weight, bias, eps).to(h.dtype)
         return (y, h) if case["residual"] else y
 
     def terms(*tensors):
         """y is a sum, the gradients are differences and sums."""
-        given, (dy, *dh) = dict(zip(leaves, tensors)), tensors[len(leaves) :]
-        h = given["x"]
+        arguments, (dy, *dh) = dict(zip(leaves, tensors)), tensors[len(leaves) :]
+        h = arguments["x"]
         if case["residual"]:
-            h = (h + given["residual"]).to(dtype).double()
+            h = (h + arguments["residual"]).to(dtype).double()
         z = h - h.mean(-1, keepdim=True)
         rstd = (z.square().mean(-1, keepdim=True) + eps).rsqrt()
         z = (z * rstd).abs()
-        w = given["weight"].abs() if "weight" in given else 1.0
+        w = arguments["weight"].abs() if "weight" in arguments else 1.0
         g = dy.abs() * w
         dx = rstd * (g + g.mean(-1, keepdim=True) + z * (g * z).mean(-1, keepdim=True))
         dx = dx + sum(t.abs() for t in dh)
         rows = {"dweight": dy.abs() * (z + 1), "dbias": dy.abs()}
         rows = {name: t.reshape(-1, shape[-1]).sum(0) for name, t in rows.items()}
         # the mean is as far off as the mean of |z| makes it
-        y = (z + z.mean(-1, keepdim=True)) * w + (given["bias"].abs() if "bias" in given else 0.0)
+        y = (z + z.mean(-1, keepdim=True)) * w + (
+            arguments["bias"].abs() if "bias" in arguments else 0.0
+        )
         return {"y": y, "dx": dx, "dresidual": dx, **rows}
 
     outputs = ("y", "h") if case["residual"] else ("y",)
-    return Built(named(function, [*leaves]), [*leaves.values()], plain, terms, outputs)
+    return OpCall(name_parameters(function, [*leaves]), [*leaves.values()], plain, terms, outputs)
 
 
 def draw(r: Random, isa: str) -> Case:
     return {
-        "shape": rows_of(r, isa, 1 << 12, 1),
+        "shape": random_shape(r, isa, 1 << 12, 1),
         "parameters": r.choice([[], ["weight"], ["bias"], ["weight", "bias"], ["weight", "bias"]]),
         "residual": r.random() < 0.5,
         "wide": r.random() < 0.5,

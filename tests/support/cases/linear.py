@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from cases import losses
-from cases.base import DTYPES, SLOW, Built, Case, Op, Row, Terms, size
+from cases.base import DTYPES, SLOW, Case, Op, OpCall, Row, Terms, size
 from cases.glu import ACTS, activation
 from fastlm import backend, ops
 
@@ -20,12 +20,12 @@ ISAS = backend.cpu_isas()  # asked once: it allocates, which test_allocation.py 
 
 
 @contextlib.contextmanager
-def own_products(least: tuple[float, float] = (1, 1)) -> Iterator[None]:
+def fastlm_products(min_rows: tuple[float, float] = (1, 1)) -> Iterator[None]:
     """Use fastlm's own products from `least` rows on, with and without gradients, on every
     instruction set.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(ops.linear.__globals__, "_LEAST_ROWS", dict.fromkeys(ISAS, least))
+        patch.setitem(ops.linear.__globals__, "_LEAST_ROWS", dict.fromkeys(ISAS, min_rows))
         yield
 
 
@@ -38,7 +38,7 @@ def slopes(z: torch.Tensor, act: str) -> list[torch.Tensor]:
     return [first.detach().abs(), second.abs()]
 
 
-def build(case: Case, dtype: torch.dtype) -> Built:
+def build(case: Case, dtype: torch.dtype) -> OpCall:
     if dtype != torch.float64 and "dtype" in case:
         dtype = DTYPES[case["dtype"]]
     rows, k, n = case["shape"]
@@ -48,7 +48,7 @@ def build(case: Case, dtype: torch.dtype) -> Built:
     def function(x, weight, bias=None):
         if act:  # by the products that ship: oneDNN's apply some
             return ops.linear(x, weight, bias, act=act)
-        with own_products():
+        with fastlm_products():
             return ops.linear(x, weight, bias)
 
     def plain(x, weight, bias=None):
@@ -73,7 +73,7 @@ def build(case: Case, dtype: torch.dtype) -> Built:
         of_products["dweight"] = of_products.pop("dw")
         return {"y": Terms(slope * size, slope * sums + tail)} | of_products
 
-    return Built(
+    return OpCall(
         function, [x, weight, *bias], plain, terms, differentiable=case.get("learns", True),
         library=bool(act) or dtype != torch.bfloat16,
     )  # fmt: skip

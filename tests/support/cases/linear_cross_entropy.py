@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 
 from cases import losses
-from cases.base import SLOW, Built, Case, Op, Row, size
+from cases.base import SLOW, Case, Op, OpCall, Row, size
 from fastlm import ops
 
 
 @contextlib.contextmanager
-def way(name: str) -> Iterator[None]:
-    """Take a way to the gradients that the op takes by the number of rows and the size of its
-    products: "forward", "recomputed" or "small" (by the definition).
+def gradient_method(name: str) -> Iterator[None]:
+    """Force the method of the gradients, which the op chooses by the number of rows and the size of
+    its products: "forward", "recomputed" or "small" (by the definition).
     """
     from fastlm.ops.linear_cross_entropy import linear_cross_entropy
 
@@ -30,21 +30,21 @@ def way(name: str) -> Iterator[None]:
         yield
 
 
-def build(case: Case, dtype: torch.dtype) -> Built:
+def build(case: Case, dtype: torch.dtype) -> OpCall:
     rows, width, classes = case["shape"]
     x, w, bias = losses.tensors(case, dtype, width)
     target, weight, options = losses.targets(case, rows, classes)
-    which = case.get("way") or ("small" if case.get("small") else "recomputed")
+    method = case.get("method") or ("small" if case.get("small") else "recomputed")
 
     def split(rest):
-        """Bias and class weights, of which either may be missing."""
+        """Return bias and class weights, either of which may be missing, and the rest."""
         rest = list(rest)
         bias = rest.pop(0) if case["bias"] else None
         return bias, rest.pop(0) if case["weight"] else None, rest
 
     def function(x, w, target, *rest):
         bias, weight, _ = split(rest)
-        with way(which):
+        with gradient_method(method):
             return ops.linear_cross_entropy(
                 x, w, target, linear_bias=bias, weight=weight, **options
             )
@@ -56,13 +56,13 @@ def build(case: Case, dtype: torch.dtype) -> Built:
     def terms(x, w, target, *rest):
         bias, weight, upstream = split(rest)
         size = losses.logit_size(x, w, bias)
-        of, scale, float32 = losses.sizes(
+        sizes, scale, float32 = losses.sizes(
             F.linear(x, w, bias), target, weight, upstream, size=size, **options
         )
-        return of if scale is None else of | losses.product_sizes(x, w, scale, float32, dtype)
+        return sizes if scale is None else sizes | losses.product_sizes(x, w, scale, float32, dtype)
 
     names = ["x", "w", "target", *(["bias"] if bias else []), *(["weight"] if weight else [])]
-    return Built(
+    return OpCall(
         function,
         [x, w, target, *bias, *weight],
         plain,
@@ -70,7 +70,7 @@ def build(case: Case, dtype: torch.dtype) -> Built:
         ("loss", "lse") if options.get("return_lse") else ("loss",),
         names=tuple(names),
         constant=(len(names) - 1,) if weight else (),
-        library=which == "small",
+        library=method == "small",
     )
 
 
@@ -88,9 +88,10 @@ def draw(r: Random, isa: str) -> Case:
     return {"shape": shape, "bias": r.random() < 0.5, "small": r.random() < 0.3, **loss}
 
 
-def case(*shape: int, bias=True, values="", way="forward", **loss) -> Case:
+def case(*shape: int, bias=True, values="", method="forward", **loss) -> Case:
     return {
-        "shape": list(shape), "bias": bias, "values": values, "way": way, **losses.case(**loss),
+        "shape": list(shape), "bias": bias, "values": values, "method": method,
+        **losses.case(**loss),
     }  # fmt: skip
 
 
@@ -123,11 +124,12 @@ OP = Op(
     rows={
         **{name: Row(case(29, 40, 123, **options)) for name, options in OPTIONS.items()},
         # the gradients are computed in the backward, the weight's in its own dtype
-        "recomputed": Row(case(29, 40, 123, way="recomputed"), bits=True),
+        "recomputed": Row(case(29, 40, 123, method="recomputed"), bits=True),
         "recomputed, smoothing": Row(
-            case(33, 50, 300, way="recomputed", label_smoothing=0.2, reduction="sum"), on=("cpu",)
+            case(33, 50, 300, method="recomputed", label_smoothing=0.2, reduction="sum"),
+            on=("cpu",),
         ),
-        "one row": Row(case(1, 50, 300, way="recomputed", ignored=0.0), on=("cpu",)),
+        "one row": Row(case(1, 50, 300, method="recomputed", ignored=0.0), on=("cpu",)),
         "one row, one feature, one class": Row(case(1, 1, 1, ignored=0.0)),
         "three classes": Row(case(2, 1, 3)),
         # more rows than a chunk is wide, two blocks of classes and one class
@@ -145,9 +147,9 @@ OP = Op(
             case(40, 32, 700, values=HARD[3], label_smoothing=0.2), on=("cpu",)
         ),
         **{v: Row(case(12, 32, 100, values=v), on=("triton",)) for v in HARD[:3]},
-        "small": Row(case(7, 40, 123, way="small", ignored=0.0), on=("cpu",)),
+        "small": Row(case(7, 40, 123, method="small", ignored=0.0), on=("cpu",)),
         "small, options": Row(
-            case(7, 40, 123, way="small", ignored=0.0, **OPTIONS["rows, smoothing, z-loss"]),
+            case(7, 40, 123, method="small", ignored=0.0, **OPTIONS["rows, smoothing, z-loss"]),
             on=("cpu",),
         ),
         "no rows": Row(case(0, 8, 20, reduction="sum")),
@@ -170,7 +172,7 @@ OP = Op(
     small={name: case(4, 3, 5, ignored=0.0, **options) for name, options in OPTIONS.items()},
     batches={
         reduction: [
-            case(n, 16, 40, bias=False, z_loss=0.1, reduction=reduction, way="recomputed")
+            case(n, 16, 40, bias=False, z_loss=0.1, reduction=reduction, method="recomputed")
             for n in (4, 9, 17)
         ]
         for reduction in ("mean", "none")

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from cases import losses
-from cases.base import DTYPES, SLOW, Built, Case, Op, Row, Terms, given, size, some
+from cases.base import DTYPES, SLOW, Case, Op, OpCall, Row, Terms, choice_or_none, drop_unset, size
 from fastlm import ops
 
 KINDS = ("forward", "reverse", "jsd")
@@ -43,7 +43,7 @@ def definition(
 
 
 def shift(values: str | None, x, w, teacher, teacher_weight) -> None:
-    """Give every head a feature of ones, whose weight shifts all logits."""
+    """Give every head a feature of ones. Its weight shifts all logits."""
     if values == "apart":  # almost all of either's probability is where the other's is 0
         w[:350] -= 4 * torch.eye(350, w.shape[1]).to(w.dtype)
         x[:, 0], w[:350, 0] = 16.0, 8.0
@@ -54,12 +54,12 @@ def shift(values: str | None, x, w, teacher, teacher_weight) -> None:
             b[:, 0] = offset * (-4.0 if values == "all negative" else 32.0)
 
 
-def build(case: Case, dtype: torch.dtype) -> Built:
+def build(case: Case, dtype: torch.dtype) -> OpCall:
     rows, width, teacher_width, _ = case["shape"]
-    of_teacher = DTYPES[case["teacher_dtype"]] if "teacher_dtype" in case else dtype
+    teacher_dtype = DTYPES[case["teacher_dtype"]] if "teacher_dtype" in case else dtype
     student, teacher = (
         losses.tensors(case, kind, n)[:2]
-        for n, kind in ((width, dtype), (teacher_width, of_teacher))
+        for n, kind in ((width, dtype), (teacher_width, teacher_dtype))
     )
     shift(case.get("values"), *student, *teacher)
     mask = [torch.rand(rows) >= case["left_out"]] if case["left_out"] else []
@@ -74,7 +74,7 @@ def build(case: Case, dtype: torch.dtype) -> Built:
         return definition(*tensors, **options)
 
     def terms(x, w, teacher, teacher_weight, *rest):
-        kept = rest[0] if mask else torch.ones(rows, dtype=torch.bool, device=x.device)
+        counted = rest[0] if mask else torch.ones(rows, dtype=torch.bool, device=x.device)
         upstream = rest[len(mask) :]
         kind, beta = options.get("kind", "forward"), options.get("beta", 0.5)
         scale = 1 / options.get("temperature", 1.0)
@@ -85,8 +85,8 @@ def build(case: Case, dtype: torch.dtype) -> Built:
             )
             for name, a, b in (("student", x, w), ("teacher", teacher, teacher_weight))
         )  # fmt: skip
-        items = options.get("num_items") or max(1, int(kept.sum()))
-        keep = kept[:, None] / items
+        items = options.get("num_items") or max(1, int(counted.sum()))
+        keep = counted[:, None] / items
         log_s, log_t = -s.below - s.log_sum, -t.below - t.log_sum
         # the errors of float32, in roundings: of a logarithm, thus of a probability
         of_s, of_t = (
@@ -126,7 +126,7 @@ def build(case: Case, dtype: torch.dtype) -> Built:
         sizes = losses.product_sizes(x, w, on * s.slope * dz.abs(), on * float32, dtype)
         return {"loss": loss} | sizes
 
-    return Built(function, [*student, *teacher, *mask], plain, terms, ("loss",), constant=(2, 3))
+    return OpCall(function, [*student, *teacher, *mask], plain, terms, ("loss",), constant=(2, 3))
 
 
 def draw(r: Random, isa: str) -> Case:
@@ -139,13 +139,13 @@ def draw(r: Random, isa: str) -> Case:
         "shape": shape,
         "left_out": r.choice([0.0, 0.0, 0.3, 1.0]),
         "spread": r.choice([0.1, 1.0, 3.0, 20.0]),
-        "options": given(
+        "options": drop_unset(
             kind=r.choice(KINDS),
             beta=r.choice([0.5, 0.1, 0.9]),
             temperature=r.choice([1.0, 0.5, 3.0]),
-            num_items=some(r, 77),
-            student_softcap=some(r, 2.0, 30.0),
-            teacher_softcap=some(r, 30.0),
+            num_items=choice_or_none(r, 77),
+            student_softcap=choice_or_none(r, 2.0, 30.0),
+            teacher_softcap=choice_or_none(r, 30.0),
         ),
     }
 

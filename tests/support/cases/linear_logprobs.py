@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from cases import losses
-from cases.base import Built, Case, Op, Row, Terms, given, some
+from cases.base import Case, Op, OpCall, Row, Terms, choice_or_none, drop_unset
 from cases.linear_cross_entropy import HARD, draw_shape
 from fastlm import ops
 
@@ -25,7 +25,7 @@ def definition(x, w, target, bias=None, *, temperature=1.0, softcap=None, ignore
     return at_target.masked_fill(ignored, 0), entropy.masked_fill(ignored, 0)
 
 
-def build(case: Case, dtype: torch.dtype) -> Built:
+def build(case: Case, dtype: torch.dtype) -> OpCall:
     rows, width, classes = case["shape"]
     x, w, bias = losses.tensors(case, dtype, width)
     target, _, options = losses.targets(case | {"weight": False}, rows, classes)
@@ -49,7 +49,7 @@ def build(case: Case, dtype: torch.dtype) -> Built:
             scale=1 / temperature,
         )  # fmt: skip
         valid = target != options["ignore_index"]
-        one = F.one_hot(target.where(valid, 0), classes)
+        one_hot = F.one_hot(target.where(valid, 0), classes)
         error = size + (p * size).sum(1, keepdim=True)
         logp = below + log_sum
         h = (p * logp).sum(1, keepdim=True)
@@ -57,7 +57,7 @@ def build(case: Case, dtype: torch.dtype) -> Built:
         # exponentials are relative to another score than the largest, which is subtracted again
         float32 = of_entropy + (p * size).sum(1) * valid
         sizes = {
-            "logprob": (one * (logp + error)).sum(1) * valid,
+            "logprob": (one_hot * (logp + error)).sum(1) * valid,
             "entropy": Terms(of_entropy, float32),
         }
         if not upstream:
@@ -66,7 +66,7 @@ def build(case: Case, dtype: torch.dtype) -> Built:
             (upstream[i] * valid)[:, None] if i < len(upstream) else torch.zeros_like(h)
             for i in range(2)
         )
-        of_target = on.abs() * one
+        of_target = on.abs() * one_hot
         of_p = on_entropy * (logp - h) - on  # added before it is rounded
         scale = slope / temperature * (of_target + of_p.abs() * p)
         # an error of a logit is one of p, of log p and of the entropy
@@ -75,13 +75,15 @@ def build(case: Case, dtype: torch.dtype) -> Built:
         return sizes | losses.product_sizes(x, w, scale, float32, dtype)
 
     outputs = ("logprob", "entropy") if entropy else ("logprob",)
-    return Built(function, [x, w, target, *bias], plain, terms, outputs)
+    return OpCall(function, [x, w, target, *bias], plain, terms, outputs)
 
 
 def draw(r: Random, isa: str) -> Case:
     shape = draw_shape(r, isa)
     loss = losses.draw(r, shape[2])
-    options = given(temperature=some(r, 0.3, 2.0), softcap=some(r, 2.0, 30.0))
+    options = drop_unset(
+        temperature=choice_or_none(r, 0.3, 2.0), softcap=choice_or_none(r, 2.0, 30.0)
+    )
     of_loss = {key: loss[key] for key in ("ignored", "ignore_index", "spread")}
     return {
         "shape": shape, "bias": r.random() < 0.5, **of_loss, "entropy": r.random() < 0.7,

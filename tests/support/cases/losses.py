@@ -1,4 +1,4 @@
-"""What the tables of losses over classes share: their options, their targets, the definition."""
+"""The options, targets and definition of losses over classes, for their tables of cases."""
 
 from random import Random
 from typing import NamedTuple
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cases.base import Case, Terms, given, some
+from cases.base import Case, Terms, choice_or_none, drop_unset
 
 
 def options_of(case: Case) -> dict:
@@ -21,13 +21,13 @@ def draw(r: Random, classes: int) -> Case:
         "ignore_index": r.choice([-100, -100, -1, 0, classes - 1]),
         "weight": r.random() < 0.3,
         "spread": r.choice([0.1, 1.0, 3.0, 20.0]),
-        "options": given(
-            label_smoothing=some(r, 0.1, 1.0),
-            z_loss=some(r, 1e-3, 0.1),
-            softcap=some(r, 2.0, 30.0),
-            logit_scale=some(r, 0.3),
+        "options": drop_unset(
+            label_smoothing=choice_or_none(r, 0.1, 1.0),
+            z_loss=choice_or_none(r, 1e-3, 0.1),
+            softcap=choice_or_none(r, 2.0, 30.0),
+            logit_scale=choice_or_none(r, 0.3),
             reduction=reduction,
-            num_items=some(r, 77) if reduction == "mean" else None,
+            num_items=choice_or_none(r, 77) if reduction == "mean" else None,
             return_lse=r.random() < 0.3,
         ),
     }
@@ -56,7 +56,7 @@ def targets(case: Case, rows: int, classes: int) -> tuple[Tensor, list[Tensor], 
 
 
 def has_loss(target: Tensor, ignore_index: int) -> Tensor:
-    """Which rows do: all that have the probability of every class."""
+    """Return which rows have a loss. All do if the target is a probability for each class."""
     if target.is_floating_point():
         return torch.ones(target.shape[:-1], dtype=torch.bool, device=target.device)
     return target != ignore_index
@@ -76,7 +76,7 @@ def definition(
     num_items=None,
     return_lse=False,
 ):
-    """The loss composed of torch's own functions, in float32 or wider."""
+    """Compute the loss with torch's own functions, in float32 or wider."""
     z = logits.to(torch.promote_types(logits.dtype, torch.float32)) * logit_scale
     z = z if softcap is None else softcap * torch.tanh(z / softcap)
     w = None if weight is None else weight.to(z.dtype)
@@ -91,15 +91,15 @@ def definition(
     valid = has_loss(target, ignore_index)
     loss = rows + torch.where(valid, z_loss * lse**2, 0.0)
     if reduction == "mean":
-        seen = valid.sum() if w is None or soft else w[target[valid]].sum()
-        loss = loss.sum() / (seen if num_items is None else num_items)
+        count = valid.sum() if w is None or soft else w[target[valid]].sum()
+        loss = loss.sum() / (count if num_items is None else num_items)
     elif reduction == "sum":
         loss = loss.sum()
     return (loss, lse) if return_lse else loss
 
 
-class Scores(NamedTuple):
-    """Logits in float64 as a kernel sees them: by how much each is below the largest of its row."""
+class LossScores(NamedTuple):
+    """Logits in float64 as a kernel sees them: by how much each is below its row's largest."""
 
     below: Tensor
     log_sum: Tensor  # of e^-below, (N, 1); lse is the largest plus this
@@ -110,7 +110,7 @@ class Scores(NamedTuple):
     size: Tensor  # of the terms of a logit, whose rounding is its error
 
 
-def scores(z: Tensor, size: Tensor | None, *, softcap=None, scale=1.0) -> Scores:
+def scores(z: Tensor, size: Tensor | None, *, softcap=None, scale=1.0) -> LossScores:
     """Softcap and scale logits. `size`: of their terms; None if they are exact."""
     slope = torch.ones_like(z)
     if softcap is not None:
@@ -127,7 +127,7 @@ def scores(z: Tensor, size: Tensor | None, *, softcap=None, scale=1.0) -> Scores
     below = shift - z
     log_sum = (-below).exp().sum(-1, keepdim=True).log()
     p = (-below - log_sum).exp()
-    return Scores(below, log_sum, shift + log_sum, p, p.clamp_min(2**-104), slope, size)
+    return LossScores(below, log_sum, shift + log_sum, p, p.clamp_min(2**-104), slope, size)
 
 
 def sizes(
@@ -146,8 +146,8 @@ def sizes(
     num_items=None,
     return_lse=False,
 ) -> tuple[dict[str, Tensor], Tensor | None, Tensor | None]:
-    """Return the sizes of the terms of loss and lse, of the logits' gradient, and of the latter
-    what float32 has. `size`: of the logits' terms; None if they are exact.
+    """Return the sizes of the terms of loss and lse, of the terms of the logits' gradient, and of
+    the latter's terms in float32. `size`: of the logits' terms; None if they are exact.
 
     The gradient of a logit is a difference of p and 1. A logit's own error makes one of p.
     """
@@ -168,7 +168,7 @@ def sizes(
             class_weight[at][valid].sum(),
         )
     of = (1 - label_smoothing) * of + label_smoothing / logits.shape[-1] * valid[..., None]
-    of = of * class_weight  # what each class's nll counts
+    of = of * class_weight  # the weight of each class's nll
     of_lse = (z_loss * valid)[..., None]
     error = size + (p * size).sum(-1, keepdim=True)  # of a logit and of lse
     nll = below + log_sum + error
@@ -210,23 +210,24 @@ def tensors(case: Case, dtype: torch.dtype, width: int) -> tuple[Tensor, Tensor,
 
 
 def product(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The logits in float32 or wider, as kernels compute them."""
+    """Compute the logits in float32 or wider, as kernels do."""
     tensors = [t for t in (x, w, bias) if t is not None]
     return F.linear(*(t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors))
 
 
 def logit_size(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The size of the terms of each logit."""
+    """Return the size of the terms of each logit."""
     return F.linear(x.abs(), w.abs(), None if bias is None else bias.abs())
 
 
 def product_sizes(
     x: Tensor, w: Tensor, scale: Tensor, float32: Tensor, dtype: torch.dtype
 ) -> dict[str, Terms]:
-    """The terms of the gradients of a product, by those of the logits' gradient. That is rounded to
-    the dtype, and so is the exponential that it is computed from; below the dtype's smallest normal
-    number the steps stay as they are there. Each addition rounds the sum of the terms: these errors
-    are a random walk, of which four deviations are sqrt(n / 3) times four roundings.
+    """Return the terms of the gradients of a product, computed from the terms of the logits'
+    gradient. That gradient is rounded to the dtype, and so is the exponential from which it is
+    computed. Below the dtype's smallest normal number the spacing of numbers does not shrink
+    further. Each addition rounds the sum of the terms: these errors are a random walk, and four of
+    its deviations are sqrt(n / 3) times four roundings.
     """
     x, w = x.abs(), w.abs()
     square = scale.clamp_min(torch.finfo(dtype).smallest_normal).where(scale > 0, 0).square()

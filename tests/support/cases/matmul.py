@@ -5,11 +5,11 @@ from random import Random
 
 import torch
 
-from cases.base import SLOW, Built, Case, Op, Row, size
+from cases.base import SLOW, Case, Op, OpCall, Row, size
 from fastlm import _cpu
 
 
-def build(case: Case, dtype: torch.dtype) -> Built:
+def build(case: Case, dtype: torch.dtype) -> OpCall:
     m, n, k = case["shape"]
     a, b = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype)
 
@@ -23,7 +23,7 @@ def build(case: Case, dtype: torch.dtype) -> Built:
         bound = (a.double().abs() @ b.double().abs().T) * (k + 2) * 2**-24
         assert ((function(a, b).double() - a.double() @ b.double().T).abs() <= bound).all()
 
-    return Built(function, [a, b], check=check, differentiable=False)
+    return OpCall(function, [a, b], check=check, differentiable=False)
 
 
 def draw(r: Random, isa: str) -> Case:

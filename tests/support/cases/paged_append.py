@@ -7,15 +7,15 @@ from random import Random
 import torch
 from torch import Tensor
 
-from cases.base import Built, Case, Op, Row, assert_same, size, some
+from cases.base import Case, Op, OpCall, Row, assert_same, choice_or_none, size
 from fastlm import ops
 
 FAR = 2**32  # a number that is in range again if it is cut to 32 bits
 
 
-def place(case: Case) -> tuple[Tensor, Tensor]:
-    """A table of shuffled pages, two of which no sequence has, and positions. Some tokens get no
-    place: a number of the table or a position out of range.
+def page_table(case: Case) -> tuple[Tensor, Tensor]:
+    """Return a table of shuffled pages, two of which belong to no sequence, and positions. Some
+    tokens get no slot: their entry of the table or their position is out of range.
     """
     b, s, _ = case["shape"]
     page_size, per = case["pages"]
@@ -34,7 +34,7 @@ def place(case: Case) -> tuple[Tensor, Tensor]:
 
 
 def expected_caches(k, v, k_cache, v_cache, table, positions, *scales) -> list[Tensor]:
-    """The caches, appended to token by token."""
+    """Append to copies of the caches, token by token."""
     caches = [k_cache.clone(), v_cache.clone()]
     page_size = k_cache.shape[1]
     for b, s in torch.cartesian_prod(torch.arange(k.shape[0]), torch.arange(k.shape[1])).tolist():
@@ -50,10 +50,10 @@ def expected_caches(k, v, k_cache, v_cache, table, positions, *scales) -> list[T
     return caches
 
 
-def build(case: Case, dtype: torch.dtype) -> Built:
+def build(case: Case, dtype: torch.dtype) -> OpCall:
     b, s, hkv = case["shape"]
     kind = torch.int8 if case["int8"] else dtype
-    table, positions = place(case)
+    table, positions = page_table(case)
     pages, page_size = b * case["pages"][1] + 2, case["pages"][0]
     x = [torch.randn(b, s, hkv, width) * case["spread"] for width in case["widths"]]
     scales = torch.rand(2, hkv) * 0.02 + 0.01
@@ -67,12 +67,12 @@ def build(case: Case, dtype: torch.dtype) -> Built:
         ops.paged_append(k, v, k_cache, v_cache, table, positions, k_scale=k_scale, v_scale=v_scale)
         return k_cache, v_cache
 
-    def verify(leaves: Sequence[Tensor], found: Sequence[Tensor]) -> None:
-        assert_same(expected_caches(*leaves), found, "caches")
+    def verify(leaves: Sequence[Tensor], caches_after: Sequence[Tensor]) -> None:
+        assert_same(expected_caches(*leaves), caches_after, "caches")
 
     leaves = [*(t.to(dtype) for t in x), *caches, table, positions]
     leaves += scales.unbind() if case["int8"] else []
-    return Built(function, leaves, verify=verify, differentiable=False, dense=(2, 3))
+    return OpCall(function, leaves, verify=verify, differentiable=False, dense=(2, 3))
 
 
 def draw(r: Random, isa: str) -> Case:
@@ -85,7 +85,7 @@ def draw(r: Random, isa: str) -> Case:
         "widths": widths,
         "pages": pages,
         "int8": r.random() < 0.5,
-        "absent": some(r, 0.3) or 0.0,
+        "absent": choice_or_none(r, 0.3) or 0.0,
         "wide": r.random() < 0.3,
         "spread": r.choice([1.0, 10.0]),
         "ties": r.random() < 0.2,

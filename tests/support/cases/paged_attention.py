@@ -6,8 +6,8 @@ from random import Random
 import torch
 from torch import Tensor
 
-from cases.attention import CPU, Dense, built, sinks_of, wide
-from cases.base import DTYPES, SLOW, Built, Case, Op, Row, given, size, some
+from cases.attention import CPU, Dense, attention_call, sinks_of, wide
+from cases.base import DTYPES, SLOW, Case, Op, OpCall, Row, choice_or_none, drop_unset, size
 from fastlm import backend, ops
 from fastlm.cuda.paged_attention import SERVES
 
@@ -15,8 +15,8 @@ from fastlm.cuda.paged_attention import SERVES
 def pages(
     lengths: list[int], page_size: int, heads: int, d: int, dv: int, dtype: torch.dtype
 ) -> list[Tensor]:
-    """Caches, table and lengths: pages in random order, NaN behind a sequence's last key, and
-    entries of the table behind its last page that are no pages.
+    """Return caches, table and lengths. Pages are in random order, NaN follows a sequence's last
+    key, and entries of the table after its last page are out of range.
     """
     counts = [-(-n // page_size) for n in lengths]
     total = sum(counts) + 2
@@ -34,22 +34,24 @@ def pages(
     return [*caches, table, torch.tensor(lengths, dtype=torch.int32)]
 
 
-def gathered(cache: Tensor, table: Tensor, lengths: list[int]) -> Tensor:
-    """The keys or values of each sequence (B, Hkv, longest, width), then zeros."""
+def gather_pages(cache: Tensor, table: Tensor, lengths: list[int]) -> Tensor:
+    """Gather the keys or values of each sequence (B, Hkv, longest, width), padded with zeros."""
     longest, page_size = max(lengths, default=0), cache.shape[1]
-    found = cache.new_zeros(len(lengths), longest, *cache.shape[2:])
+    sequences = cache.new_zeros(len(lengths), longest, *cache.shape[2:])
     for b, n in enumerate(lengths):
-        found[b, :n] = cache[table[b, : -(-n // page_size)].long()].flatten(0, 1)[:n]
-    return found.transpose(1, 2)
+        sequences[b, :n] = cache[table[b, : -(-n // page_size)].long()].flatten(0, 1)[:n]
+    return sequences.transpose(1, 2)
 
 
-def serving(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> contextlib.AbstractContextManager:
-    """What the CUDA kernel does not serve runs on the next backend, as where none is forced."""
-    left = backend.forced() in ("simt", "cuda") and not SERVES.holds(q, k_cache, v_cache)
-    return backend.use_backend("reference") if left else contextlib.nullcontext()
+def supported_backend(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor
+) -> contextlib.AbstractContextManager:
+    """Run on the reference what the forced CUDA kernel does not support."""
+    unsupported = backend.forced() in ("simt", "cuda") and not SERVES.holds(q, k_cache, v_cache)
+    return backend.use_backend("reference") if unsupported else contextlib.nullcontext()
 
 
-def build(case: Case, dtype: torch.dtype) -> Built:
+def build(case: Case, dtype: torch.dtype) -> OpCall:
     (h, hkv), (d, dv), lengths = case["heads"], case["widths"], case["lengths"]
     queries, int8, options = case["queries"], case["int8"], dict(case["options"])
     if case.get("few") and dtype == torch.float32:  # what the CUDA kernel serves
@@ -78,7 +80,7 @@ def build(case: Case, dtype: torch.dtype) -> Built:
     def dense(x):
         q, lens = x["q"].transpose(1, 2), x["seq_lens"].long()[:, None, None, None]
         i, j = (torch.arange(n, device=q.device) for n in (queries, max(lengths, default=0)))
-        k, v = (gathered(x[f"{n}_cache"], x["block_table"], lengths) for n in "kv")
+        k, v = (gather_pages(x[f"{n}_cache"], x["block_table"], lengths) for n in "kv")
         if int8:
             kind = torch.promote_types(q.dtype, torch.float32)
             scales = (x.get(n, options.get(n)) for n in ("k_scale", "v_scale"))
@@ -91,35 +93,35 @@ def build(case: Case, dtype: torch.dtype) -> Built:
         )  # fmt: skip
 
     def call(**leaves):
-        with serving(*(leaves[name] for name in ("q", "k_cache", "v_cache"))):
+        with supported_backend(*(leaves[name] for name in ("q", "k_cache", "v_cache"))):
             return ops.paged_attention(**leaves, **options, return_lse=True)
 
     def other(t):
         return t.transpose(1, 2)
 
-    return built(
+    return attention_call(
         leaves, call, dense, spread, rows=(other, other), differentiable=False,
     )  # fmt: skip
 
 
 def draw(r: Random, isa: str) -> Case:
     hkv, groups = r.choice([1, 2, 3]), r.choice([1, 1, 2, 4, 9])
-    most = 300 if isa in SLOW or isa == "simt" else 1500
+    max_length = 300 if isa in SLOW or isa == "simt" else 1500
     widths = [size(r, 130, 1), size(r, 130, 1)]
     if isa == "simt" and r.random() < 0.8:  # the kernels accept no other widths
         step = r.choice([8, 16, 16])
         widths = [-(-n // step) * step for n in widths]
     return {
-        "lengths": [size(r, most) for _ in range(r.choice([1, 1, 2, 4]))],
+        "lengths": [size(r, max_length) for _ in range(r.choice([1, 1, 2, 4]))],
         "page_size": r.choice([1, 3, 7, 16, 32, 256]),
         "queries": r.choice([0, 1, 1, 1, 2, 3, 20, 40]),
         "heads": [hkv * groups, hkv],
         "widths": widths,
         "int8": r.choice([None, "number", "heads"]),
-        "options": given(
+        "options": drop_unset(
             causal=r.random() < 0.6,
-            window=some(r, 1, 30, 200),
-            softcap=some(r, 4.0),
+            window=choice_or_none(r, 1, 30, 200),
+            softcap=choice_or_none(r, 4.0),
             bias=r.random() < 0.2,
             sinks=r.random() < 0.3,
             alibi_slopes=r.random() < 0.3,
@@ -134,7 +136,7 @@ def case(
     return {
         "lengths": lengths, "page_size": page_size, "queries": queries, "heads": [*heads],
         "widths": [*widths], "int8": int8, "options": options,
-        **given(few=few, infinite_sink=infinite_sink),
+        **drop_unset(few=few, infinite_sink=infinite_sink),
     }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""quantized_linear as cases, with the weight that it multiplies by, dequantized."""
+"""quantized_linear as cases. The dequantized weight is also compared."""
 
 from itertools import count
 from random import Random
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cases.base import DTYPES, SLOW, Built, Case, Op, Row, Terms, named, size
+from cases.base import DTYPES, SLOW, Case, Op, OpCall, Row, Terms, name_parameters, size
 from fastlm import QuantizedWeight, ops, reference
 
 
@@ -16,7 +16,7 @@ def expanded(t: Tensor, group_size: int, k: int) -> Tensor:
     return t.repeat_interleave(group_size, -1)[..., :k]
 
 
-def build(case: Case, dtype: torch.dtype) -> Built:
+def build(case: Case, dtype: torch.dtype) -> OpCall:
     m, n, k = case["shape"]
     bits, act_bits = case["bits"], case["act_bits"]
     scale_dtype = DTYPES[case["scale_dtype"]]
@@ -34,14 +34,14 @@ def build(case: Case, dtype: torch.dtype) -> Built:
     if case["bias"]:
         leaves["bias"] = torch.randn(n).to(scale_dtype if dtype != torch.float64 else dtype)
 
-    def parted(tensors):
-        """x, qdata, scales, zeros, bias and what follows."""
-        given = dict(zip(leaves, tensors))
+    def split_leaves(tensors):
+        """Return x, qdata, scales, zeros, bias and the rest."""
+        arguments = dict(zip(leaves, tensors))
         rest = tensors[len(leaves) :]
-        return *tensors[:3], given.get("zeros"), given.get("bias"), rest
+        return *tensors[:3], arguments.get("zeros"), arguments.get("bias"), rest
 
     def function(*tensors):
-        x, *codes, bias, _ = parted(tensors)
+        x, *codes, bias, _ = split_leaves(tensors)
         codes = (t if t is None else t.contiguous() for t in codes)
         weight = QuantizedWeight(*codes, bits, group_size, (n, k))
         y = ops.quantized_linear(x, weight, bias, act_bits=act_bits)
@@ -53,7 +53,7 @@ def build(case: Case, dtype: torch.dtype) -> Built:
         return rounded.double() * scale.double()
 
     def plain(*tensors):
-        x, qdata, scales, zeros, bias, _ = parted(tensors)
+        x, qdata, scales, zeros, bias, _ = split_leaves(tensors)
         kind = torch.promote_types(x.dtype, torch.float32) if act_bits == 8 else x.dtype
         w = reference.dequantize(qdata, scales, zeros, bits, group_size, k, kind)
         wide = x.to(kind)
@@ -66,7 +66,7 @@ def build(case: Case, dtype: torch.dtype) -> Built:
         """Sums of K or N products. A weight of 16-bit activations is rounded to their dtype; its
         code and its offset are multiplied apart, or added.
         """
-        x, qdata, scales, zeros, bias, upstream = parted(tensors)
+        x, qdata, scales, zeros, bias, upstream = split_leaves(tensors)
         w = reference.dequantize(qdata, scales, zeros, bits, group_size, k, torch.float64)
         size = w.abs()
         if zeros is not None:
@@ -88,8 +88,13 @@ def build(case: Case, dtype: torch.dtype) -> Built:
         return sizes
 
     constant = tuple(i for i, name in enumerate(leaves) if name in ("scales", "zeros"))
-    return Built(
-        named(function, [*leaves]), [*leaves.values()], plain, terms, ("y", "w"), constant=constant
+    return OpCall(
+        name_parameters(function, [*leaves]),
+        [*leaves.values()],
+        plain,
+        terms,
+        ("y", "w"),
+        constant=constant,
     )
 
 

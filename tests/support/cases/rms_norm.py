@@ -8,11 +8,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from cases.base import Built, Case, Op, Row, named, rows_of
+from cases.base import Case, Op, OpCall, Row, name_parameters, random_shape
 from fastlm import ops
 
 
-def build(case: Case, dtype: torch.dtype) -> Built:
+def build(case: Case, dtype: torch.dtype) -> OpCall:
     shape, options = case["shape"], case["options"]
     eps, offset = options["eps"], options["offset"]
     x = torch.randn(shape).to(dtype) * case["spread"]
@@ -56,8 +56,12 @@ def build(case: Case, dtype: torch.dtype) -> Built:
         return {"dx": dx, "dresidual": dx, "dweight": dweight}
 
     names = ["x", *["weight"] * bool(case["weight"]), *["residual"] * case["residual"]]
-    return Built(
-        named(function, names), leaves, plain, terms, ("y", "h") if case["residual"] else ("y",)
+    return OpCall(
+        name_parameters(function, names),
+        leaves,
+        plain,
+        terms,
+        ("y", "h") if case["residual"] else ("y",),
     )
 
 
@@ -65,7 +69,7 @@ def draw(r: Random, isa: str) -> Case:
     weight = r.choice(["wide", "like x", None])
     offset = r.choice([0.0, 1.0, -0.5]) if weight else 0.0
     return {
-        "shape": rows_of(r, isa, 10000 if isa == "simt" else 1 << 12, 1),
+        "shape": random_shape(r, isa, 10000 if isa == "simt" else 1 << 12, 1),
         "residual": r.random() < 0.5,
         "weight": weight,
         "spread": r.choice([0.01, 1.0, 100.0]),

@@ -6,7 +6,7 @@ from random import Random
 import torch
 from torch import Tensor
 
-from cases.base import DTYPES, Built, Case, Op, Row, size
+from cases.base import DTYPES, Case, Op, OpCall, Row, size
 from fastlm import ops
 
 
@@ -43,7 +43,7 @@ def table_of_axes(tables: Tensor, sections: list[int], interleaved: bool) -> Ten
     return tables.gather(0, axis.expand(1, *tables.shape[1:]))[0]
 
 
-def build(case: Case, dtype: torch.dtype) -> Built:
+def build(case: Case, dtype: torch.dtype) -> OpCall:
     """The tables are random, with every angle once: only the elementwise formula yields these
     results.
     """
@@ -84,7 +84,7 @@ def build(case: Case, dtype: torch.dtype) -> Built:
             sizes |= {name: both(t, partner(sin)) for name, t in zip(("dq", "dk"), upstream)}
         return sizes
 
-    return Built(function, [q, k, cos, sin], plain, terms, ("q", "k"), constant=(2, 3))
+    return OpCall(function, [q, k, cos, sin], plain, terms, ("q", "k"), constant=(2, 3))
 
 
 def draw(r: Random, isa: str) -> Case:

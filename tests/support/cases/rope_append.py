@@ -8,18 +8,18 @@ from tolerance import FOUR_ROUNDINGS, SMALLEST
 from torch import Tensor
 
 from cases import paged_append
-from cases.base import Built, Case, Op, Row, assert_same, size, some
+from cases.base import Case, Op, OpCall, Row, assert_same, choice_or_none, size
 from cases.rope import turned
 from fastlm.ops.rope_append import rope_append
 
 
-def build(case: Case, dtype: torch.dtype) -> Built:
+def build(case: Case, dtype: torch.dtype) -> OpCall:
     """The tables are random, with every angle once: only the elementwise formula yields these
     results. Their last rows are missing where `rows` is less than the positions.
     """
     (b, s, h), (d, dv, rotary), (page_size, per) = case["shape"], case["widths"], case["pages"]
     hkv = case["kv_heads"]
-    table, positions = paged_append.place(case)
+    table, positions = paged_append.page_table(case)
     q, k, v = (torch.randn(b, s, n, w).to(dtype) for n, w in ((h, d), (hkv, d), (hkv, dv)))
     cos, sin = torch.randn(2, case["rows"] or page_size * per, rotary).unbind()
     caches = [torch.randn(b * per + 2, page_size, hkv, n).to(dtype) for n in (d, dv)]
@@ -31,7 +31,7 @@ def build(case: Case, dtype: torch.dtype) -> Built:
         )  # fmt: skip
         return q, k_cache, v_cache
 
-    def verify(leaves: Sequence[Tensor], found: Sequence[Tensor]) -> None:
+    def verify(leaves: Sequence[Tensor], results: Sequence[Tensor]) -> None:
         """float32 within four roundings of its terms, then one rounding; the rest to the bit."""
         q, k, v, cos, sin, *caches, table, positions = leaves
         at = positions.long().clamp(0, len(cos) - 1)
@@ -50,13 +50,13 @@ def build(case: Case, dtype: torch.dtype) -> Built:
             (q, *paged_append.expected(k, v, *caches, table, positions))
             for q, k in zip(between(q), between(k))
         ]
-        for name, got, low, high in zip(("q", "k_cache"), found, *ends):
+        for name, got, low, high in zip(("q", "k_cache"), results, *ends):
             wrong = ~((low <= got) & (got <= high))
             assert not wrong.any(), f"{name}: {int(wrong.sum())} of {got.numel()} are wrong"
-        assert_same([ends[0][2]], [found[2]], "v_cache")
+        assert_same([ends[0][2]], [results[2]], "v_cache")
 
     leaves = [q, k, v, cos, sin, *caches, table, positions]
-    return Built(function, leaves, verify=verify, differentiable=False, dense=(5, 6, 7))
+    return OpCall(function, leaves, verify=verify, differentiable=False, dense=(5, 6, 7))
 
 
 def draw(r: Random, isa: str) -> Case:
@@ -66,8 +66,8 @@ def draw(r: Random, isa: str) -> Case:
         r.choice([1, 2, 3]),
         widths=(d, r.choice([8, 9, d]), r.choice([d, d // 4 * 2])),
         pages=(page_size, 3),
-        absent=some(r, 0.3) or 0.0,
-        rows=some(r, 1, size(r, 3 * page_size, 1)) or 0,
+        absent=choice_or_none(r, 0.3) or 0.0,
+        rows=choice_or_none(r, 1, size(r, 3 * page_size, 1)) or 0,
     )  # fmt: skip
 
 

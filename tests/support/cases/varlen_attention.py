@@ -5,8 +5,8 @@ from random import Random
 import torch
 from torch import Tensor
 
-from cases.attention import CPU, TRITON, Dense, built, keeps, sinks_of, wide
-from cases.base import SLOW, Built, Case, Op, Row, given, size, some
+from cases.attention import CPU, TRITON, Dense, attention_call, dropout_factors, sinks_of, wide
+from cases.base import SLOW, Case, Op, OpCall, Row, choice_or_none, drop_unset, size
 from fastlm import ops
 from fastlm.ops.attention import dropout_seed
 
@@ -15,13 +15,13 @@ def offsets(lengths: list[int], dtype: torch.dtype = torch.int32) -> Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).to(dtype)
 
 
-def places(lengths: list[int]) -> tuple[Tensor, Tensor]:
-    """The sequence of each row of packed ones, and its position there."""
+def sequence_positions(lengths: list[int]) -> tuple[Tensor, Tensor]:
+    """Return the sequence of each packed row, and the row's position in it."""
     numbers = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths).long())
     return numbers, torch.arange(len(numbers)) - offsets(lengths)[numbers]
 
 
-def build(case: Case, dtype: torch.dtype) -> Built:
+def build(case: Case, dtype: torch.dtype) -> OpCall:
     lengths, (h, hkv), (d, dv) = case["lengths"], case["heads"], case["widths"]
     queries, keys = ([pair[i] for pair in lengths] for i in (0, 1))
     options = dict(case["options"])
@@ -41,7 +41,7 @@ def build(case: Case, dtype: torch.dtype) -> Built:
     if options.pop("alibi", False):
         leaves["alibi_slopes"] = torch.rand(h)
     p = options.get("dropout_p", 0.0)
-    (of_q, i), (of_k, j) = places(queries), places(keys)
+    (of_q, i), (of_k, j) = sequence_positions(queries), sequence_positions(keys)
     shift = torch.tensor(keys).long() - torch.tensor(queries).long()
     distance, inside = (i + shift[of_q])[:, None] - j, of_q[:, None] == of_k
 
@@ -57,7 +57,7 @@ def build(case: Case, dtype: torch.dtype) -> Built:
             if b < len(lengths):
                 s, t = lengths[b]
                 part = factor[:, :, start_q : start_q + s, start_k : start_k + t]
-                part.copy_(keeps(seed, p, h, range(b, b + 1), s, t))
+                part.copy_(dropout_factors(seed, p, h, range(b, b + 1), s, t))
         return factor
 
     def dense(x):
@@ -73,7 +73,7 @@ def build(case: Case, dtype: torch.dtype) -> Built:
     def call(**leaves):
         return ops.varlen_attention(**leaves, **options, return_lse=True)
 
-    return built(
+    return attention_call(
         leaves, call, dense, spread,
         rows=(lambda t: t[0].transpose(0, 1), lambda t: t.transpose(0, 1)[None]),
         lse=(lambda t: t[0], lambda t: t[None]),
@@ -91,14 +91,14 @@ def draw(r: Random, isa: str) -> Case:
         if hkv * groups * sum(s for s, _ in lengths) * total * (total + 100) <= work:
             break
     full = max(s for s, _ in lengths) and max(t for _, t in lengths)
-    options = given(
+    options = drop_unset(
         causal=r.random() < 0.6,
-        window=some(r, 1, 30, 100),
-        softcap=some(r, 4.0),
+        window=choice_or_none(r, 1, 30, 100),
+        softcap=choice_or_none(r, 4.0),
         bias=bool(full) and r.random() < 0.3,
         sinks=r.random() < 0.3,
         alibi=r.random() < 0.3,
-        dropout_p=some(r, 0.3),
+        dropout_p=choice_or_none(r, 0.3),
     )
     heads, widths = [hkv * groups, hkv], [size(r, 100, 1), size(r, 100, 1)]
     return {"lengths": lengths, "heads": heads, "widths": widths, "options": options}
