@@ -31,7 +31,7 @@ from ceilings import Others, wait_until_quiet
 from harness import common_options, machine, positive, save
 from turns import Worker, tell_if_busy
 
-from fastlm.evals.task import Choices, Task
+from fastlm.evals.task import MultipleChoice, Task
 
 CHOICES = (
     "arc_easy", "arc_challenge", "hellaswag", "piqa", "sciq", "openbookqa", "boolq", "winogrande"
@@ -61,7 +61,7 @@ def rows_of(task: Task) -> list[dict[str, Any]]:
     """The questions as rows for the harness' tasks; it puts the space before an answer."""
     rows = []
     for q in task.questions:
-        if not isinstance(q, Choices):
+        if not isinstance(q, MultipleChoice):
             rows.append({"context": q.prompt, "answer": q.gold})
             continue
         contexts, answers = zip(*q.requests)
@@ -183,7 +183,7 @@ def harness_side(
 def own_side(model: str, dtype: str, limit: int, split: bool) -> Callable[..., Answer]:
     """`fastlm eval`, without reading the model and the questions: (set, examples) -> the same."""
     from fastlm.evals.measures import summary, values
-    from fastlm.evals.results import Results
+    from fastlm.evals.results import RecordFile
     from fastlm.evals.runner import ask
     from fastlm.evals.scorer import Scorer
     from fastlm.model.load import load_model
@@ -194,7 +194,7 @@ def own_side(model: str, dtype: str, limit: int, split: bool) -> Callable[..., A
         task = read_task(name, shots, limit)
         bare = [replace(q, bare=()) for q in task.questions]  # the harness does not ask these
         task = replace(task, questions=bare, normalisation="none")
-        with tempfile.TemporaryDirectory() as folder, Results(f"{folder}/x", {}) as results:
+        with tempfile.TemporaryDirectory() as folder, RecordFile(f"{folder}/x", {}) as results:
             began = time.perf_counter(), time.process_time()
             records = ask(task, scorer, results)
             took = time.perf_counter() - began[0], time.process_time() - began[1]

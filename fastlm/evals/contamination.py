@@ -21,7 +21,7 @@ import numpy as np
 
 from fastlm.evals.measures import Values, means
 from fastlm.evals.ngrams import indexes
-from fastlm.evals.task import Choices, Question, Task
+from fastlm.evals.task import MultipleChoice, Question, Task
 from fastlm.progress import silent
 
 if TYPE_CHECKING:
@@ -39,7 +39,8 @@ def question_texts(questions: Sequence[Question]) -> list[tuple[str, str, str]]:
     """Each question as what all of its part begin with ("Question:"), itself, and what they end
     with and the right answer. The examples are left out."""
     pairs = [
-        q.requests[q.gold] if isinstance(q, Choices) else (q.prompt, q.gold) for q in questions
+        q.requests[q.gold] if isinstance(q, MultipleChoice) else (q.prompt, q.gold)
+        for q in questions
     ]
     parts: dict[str, list[str]] = {}
     for q, (prompt, _) in zip(questions, pairs):
@@ -79,7 +80,7 @@ def letters(text: str) -> np.ndarray:
     return np.frombuffer(_NO_LETTER.sub("", text.casefold()).encode(), np.uint8)
 
 
-class Speller:
+class LetterDecoder:
     """The `letters` of tokens that come in blocks, with `BREAK` between documents."""
 
     def __init__(self, tokenizer: "Tokenizer", vocab_size: int) -> None:
@@ -108,7 +109,7 @@ def _piece(data: bytes) -> bytes:
 def overlap(
     questions: Sequence[tuple[str, str, str]],
     data: "TokenDataset",
-    speller: Speller,
+    speller: LetterDecoder,
     *,
     track: Any = silent,
 ) -> np.ndarray:
@@ -146,7 +147,7 @@ def task_overlaps(
 ) -> list[np.ndarray]:
     """`overlap` of several tasks, in one pass over the data."""
     texts = [question_texts(task.questions) for task in tasks]
-    speller = Speller(tokenizer, vocab_size)
+    speller = LetterDecoder(tokenizer, vocab_size)
     share = overlap([q for own in texts for q in own], data, speller, track=track)
     return np.split(share, np.cumsum([len(own) for own in texts])[:-1])
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from fastlm.errors import InputError, unknown_key
-from fastlm.evals.scorer import TOKENS, Prompt, Scorer
+from fastlm.evals.scorer import TOKENS, EvalPrompt, Scorer
 from fastlm.inference.requests import request_seed
 from fastlm.inference.sampling import Sampling
 from fastlm.model.load import load_model
@@ -92,7 +92,7 @@ class ScorerLM(LM):
                 self.cache_hook.add_partial("generate_until", arguments, text)
         return texts
 
-    def _prompt(self, context: str, options: Mapping[str, Any], draw: int) -> Prompt:
+    def _prompt(self, context: str, options: Mapping[str, Any], draw: int) -> EvalPrompt:
         """``draw``: how often the same context was asked before; each has a seed of its own."""
         known: dict[str, Any] = dict(normalize_gen_kwargs(dict(options), self.max_gen_toks))
         stop, new = known.pop("until", None) or [], known.pop("max_gen_toks")
@@ -111,7 +111,7 @@ class ScorerLM(LM):
                 f" got {new}"
             )
         seed = request_seed(self.seed, context, draw)
-        return Prompt(context, new, tuple(s for s in stop if s), seed=seed, sampling=sampling)
+        return EvalPrompt(context, new, tuple(s for s in stop if s), seed=seed, sampling=sampling)
 
 
 class FastLM(ScorerLM):

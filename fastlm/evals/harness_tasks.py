@@ -21,7 +21,7 @@ from typing_extensions import TypedDict
 from fastlm.errors import InputError
 from fastlm.evals.measures import HEADLINE, bits_per_byte
 from fastlm.evals.results import Record
-from fastlm.evals.task import Choices, Open, Question, Task
+from fastlm.evals.task import MultipleChoice, OpenQuestion, Question, Task
 from fastlm.files import read_text
 
 if TYPE_CHECKING:
@@ -162,15 +162,15 @@ def _question(task: Any, id: str, requests: Sequence[Any]) -> Question:
                 f" number, got {gold!r:.80} (row {id})"
             )
         pairs = tuple((str(context), str(answer)) for context, answer in arguments)
-        return Choices(id, pairs[: len(answers)], gold, bare=pairs[len(answers) :])
+        return MultipleChoice(id, pairs[: len(answers)], gold, bare=pairs[len(answers) :])
     told = {"requests": arguments, "repeats": requests[0].repeats}
     if task.OUTPUT_TYPE == "loglikelihood_rolling":
-        return Open(id, "", told, arguments[0][0])
+        return OpenQuestion(id, "", told, arguments[0][0])
     if task.OUTPUT_TYPE == "loglikelihood":
-        return Open(id, arguments[0][0], told, arguments[0][1])
+        return OpenQuestion(id, arguments[0][0], told, arguments[0][1])
     gold = task.doc_to_target(row)
     gold = (gold or [""])[0] if isinstance(gold, list) else gold
-    return Open(id, arguments[0][0], told, f"{task.config.target_delimiter}{gold}")
+    return OpenQuestion(id, arguments[0][0], told, f"{task.config.target_delimiter}{gold}")
 
 
 class _HarnessTask:
@@ -214,7 +214,7 @@ class _HarnessTask:
 
     def measure(self, question: Question, record: Record) -> dict[str, float]:
         found = {}
-        if isinstance(question, Choices):
+        if isinstance(question, MultipleChoice):
             logprob = record["responses"][question.gold][0][0]
             found[HEADLINE] = bits_per_byte(question, logprob, self.task.config.target_delimiter)
         results = _harness(self.path, lambda: self.results(record))

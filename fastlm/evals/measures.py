@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from fastlm.evals.results import Record
-from fastlm.evals.task import Choices, Open, Task
+from fastlm.evals.task import MultipleChoice, OpenQuestion, Task
 from fastlm.stats.intervals import mean_error, pass_at_k
 from fastlm.stats.power import detectable, detectable_rate, detectable_share
 
@@ -40,13 +40,13 @@ def values(task: Task, records: Sequence[Record]) -> Values:
     return {name: np.array([row[name] for row in rows]) for name in names}
 
 
-def bits_per_byte(question: Choices, logprob: float, delimiter: str) -> float:
+def bits_per_byte(question: MultipleChoice, logprob: float, delimiter: str) -> float:
     """Return bits per byte of the right answer, without the delimiter before it."""
     answer = question.requests[question.gold][1].removeprefix(delimiter)
     return -logprob / math.log(2) / max(1, len(answer.encode()))
 
 
-def _of_choices(task: Task, question: Choices, record: Record) -> dict[str, float]:
+def _of_choices(task: Task, question: MultipleChoice, record: Record) -> dict[str, float]:
     logprobs, gold = record["logprob"], question.gold
     answers = [continuation for _, continuation in question.requests]
     plain = [answer.removeprefix(task.delimiter) for answer in answers]
@@ -70,7 +70,7 @@ def right(scores: Sequence[float], gold: int) -> float:
     return 1 / sum(score == best for score in scores) if scores[gold] == best else 0.0
 
 
-def _of_open(task: Task, question: Open, record: Record) -> dict[str, float]:
+def _of_open(task: Task, question: OpenQuestion, record: Record) -> dict[str, float]:
     scores, count = record["scores"], len(record["scores"])
     found = {}
     if record["gold"] is not None:

@@ -43,7 +43,7 @@ def _powers(base: int, count: int) -> np.ndarray:
     return np.cumprod(np.full(count, base, np.uint64))
 
 
-class Index:
+class NgramIndex:
     """The n-grams of questions.
 
     Args:
@@ -91,12 +91,12 @@ class Index:
         return np.bincount(whole, minlength=len(self.distinct))
 
 
-def indexes(questions: Sequence[np.ndarray], sizes: Sequence[int]) -> dict[int, Index]:
+def indexes(questions: Sequence[np.ndarray], sizes: Sequence[int]) -> dict[int, NgramIndex]:
     """Return n -> the index of the questions whose size is n; 0: of a question in none. In each,
     question i is the same."""
     none = np.empty(0, np.int64)
     return {
-        n: Index([ids if size == n else none for ids, size in zip(questions, sizes)], n)
+        n: NgramIndex([ids if size == n else none for ids, size in zip(questions, sizes)], n)
         for n in sorted({*sizes} - {0})
     }
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Batch:
+class PrefixBatch:
     """One forward over the sequences ``members``, indices into what was packed.
 
     ``ids`` (1, total) int64; ``cu_seqlens`` (documents + 1,) int32; ``keys``: (rows, cu_seqlens_k)
@@ -32,7 +32,7 @@ class Batch:
 
 def batches(
     sequences: Sequence[list[int]], *, tokens: int, keys: int, most: int | None = None
-) -> Iterator[Batch]:
+) -> Iterator[PrefixBatch]:
     """Yield all sequences, none of them empty, in batches.
 
     Args:
@@ -66,7 +66,7 @@ def _shared(last: list[int], sequence: list[int]) -> int:
     return next(n for n in range(length) if sequence[n] != last[n])
 
 
-def _batch(sequences: Sequence[list[int]], members: Sequence[tuple[int, int]]) -> Batch:
+def _batch(sequences: Sequence[list[int]], members: Sequence[tuple[int, int]]) -> PrefixBatch:
     ids: list[int] = []
     rows: list[np.ndarray] = []
     own_keys: list[np.ndarray] = []  # per document
@@ -83,4 +83,4 @@ def _batch(sequences: Sequence[list[int]], members: Sequence[tuple[int, int]]) -
     if key_ends[-1] > len(ids):
         keys = torch.from_numpy(np.concatenate(own_keys)), torch.from_numpy(key_ends)
     cu_seqlens = torch.tensor(ends, dtype=torch.int32)
-    return Batch([i for i, _ in members], torch.tensor([ids]), cu_seqlens, keys, rows)
+    return PrefixBatch([i for i, _ in members], torch.tensor([ids]), cu_seqlens, keys, rows)

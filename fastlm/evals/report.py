@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastlm.evals.charts import copies_charts, difference_charts, scores_chart
-from fastlm.evals.tables import Cell, Table, task_tables
+from fastlm.evals.tables import ReportTable, TableCell, task_tables
 from fastlm.pipeline.charts import as_svg, bits_figure
 from fastlm.pipeline.stage import Job, Part
 from fastlm.pipeline.text import size_text
@@ -19,14 +19,14 @@ LEGEND = (
     ' judge\'s error is not known. A score is corrected for it where "this model" is labelled'
     " (--labels)."
 )
-Blocks = list[Table | str]
+Blocks = list[ReportTable | str]
 
 
 def rendered(blocks: Blocks) -> Any:
     """Return what a command prints."""
     from rich.console import Group
 
-    return Group(*(block.rich() if isinstance(block, Table) else block for block in blocks))
+    return Group(*(block.rich() if isinstance(block, ReportTable) else block for block in blocks))
 
 
 # fastlm eval
@@ -82,7 +82,7 @@ def eval_part(job: Job, result: Mapping[str, Any]) -> Part:
         rows = [
             [task["name"], task["format"], *(task[key] for key in columns[2:])] for task in tasks
         ]
-        blocks.append(Table(columns, rows, left=5, title="Where the questions come from"))
+        blocks.append(ReportTable(columns, rows, left=5, title="Where the questions come from"))
     return _part(title, note, charts, cards, blocks, wide=bool(tasks))
 
 
@@ -127,7 +127,7 @@ def _compressors(result: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def _bits_table(result: Mapping[str, Any]) -> Table:
+def _bits_table(result: Mapping[str, Any]) -> ReportTable:
     """Bits per byte of models, their domains and the compressors. A bar is the difference to xz,
     without xz to the first model: bars from zero would be nearly equal."""
     models, packed = _bits(result), _compressors(result)
@@ -135,9 +135,9 @@ def _bits_table(result: Mapping[str, Any]) -> Table:
     base, low = packed.get(XZ, values[0]), min(values)
     span = max(max(values) - low, 0.1 * base)  # negligible differences stay short
 
-    def row(name: str, value: float, *others: str) -> list[str | Cell]:
+    def row(name: str, value: float, *others: str) -> list[str | TableCell]:
         left, right, line = (100 * (v - low) / span for v in (*sorted((value, base)), base))
-        change = Cell(f"{100 * (value / base - 1):+.1f} %", bar=(left, right, line))
+        change = TableCell(f"{100 * (value / base - 1):+.1f} %", bar=(left, right, line))
         return [name, f"{value:.4f}", change, *(others or ("",) * 3)]
 
     rows = []
@@ -148,7 +148,7 @@ def _bits_table(result: Mapping[str, Any]) -> Table:
             bits = f"{own['bits_per_byte']:.4f}"
             rows.append((f"  {domain}", bits, "", "", f"{own['tokens']:,}", ""))
     rows += [row(name, value) for name, value in packed.items()]
-    return Table(("model", "bits per byte", "difference", "loss", "tokens", "window"), rows)
+    return ReportTable(("model", "bits per byte", "difference", "loss", "tokens", "window"), rows)
 
 
 # fastlm safety
@@ -180,7 +180,7 @@ def judge_lines(score: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _safety_table(result: Mapping[str, Any], name: str) -> Table:
+def _safety_table(result: Mapping[str, Any], name: str) -> ReportTable:
     """The scores of a model, each with its interval, and below it its judge."""
     rows = []
     for key, score in result["models"][name]["scores"].items():
@@ -190,12 +190,13 @@ def _safety_table(result: Mapping[str, Any], name: str) -> Table:
             bar = (100 * score["low"], 100 * score["high"], 100 * score["value"])
         rows.append(
             (
-                Cell(key, judge_lines(score), title="; ".join([score["what"], *labels])),
-                number(score, score["value"]), Cell(interval(score), bar=bar), f"{score['n']:,}",
+                TableCell(key, judge_lines(score), title="; ".join([score["what"], *labels])),
+                number(score, score["value"]), TableCell(interval(score), bar=bar),
+                f"{score['n']:,}",
             )
         )  # fmt: skip
     columns = ("score", "value", f"{100 * result['confidence']:g} % interval", "items")
-    return Table(columns, rows, title=f"{name}:" if len(result["models"]) > 1 else "")
+    return ReportTable(columns, rows, title=f"{name}:" if len(result["models"]) > 1 else "")
 
 
 def safety_blocks(result: Mapping[str, Any]) -> Blocks:
@@ -225,7 +226,7 @@ def safety_blocks(result: Mapping[str, Any]) -> Blocks:
             for key, source in result["sets"].items()
         ]
         columns = ("set", "licence", "source")
-        blocks.append(Table(columns, rows, left=3, title="Where the sets come from"))
+        blocks.append(ReportTable(columns, rows, left=3, title="Where the sets come from"))
     return blocks
 
 

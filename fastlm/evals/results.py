@@ -22,7 +22,7 @@ VERSION = 3
 AGAIN = "remove the file to begin again"
 
 
-class Results:
+class RecordFile:
     """The records at ``path``, in the order in which they were added.
 
     Args:
@@ -109,7 +109,7 @@ class Results:
             raise write_error(self.path, error) from error
         self._ends += ends
 
-    def __enter__(self) -> "Results":
+    def __enter__(self) -> "RecordFile":
         return self
 
     def __exit__(self, *_: object) -> None:

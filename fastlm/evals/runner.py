@@ -8,9 +8,9 @@ from typing_extensions import TypedDict, Unpack
 
 from fastlm.errors import InputError
 from fastlm.evals.measures import values
-from fastlm.evals.results import AGAIN, Record, Results
-from fastlm.evals.scorer import Prompt, Scorer
-from fastlm.evals.task import Choices, Open, Question, Task
+from fastlm.evals.results import AGAIN, Record, RecordFile
+from fastlm.evals.scorer import EvalPrompt, Scorer
+from fastlm.evals.task import MultipleChoice, OpenQuestion, Question, Task
 from fastlm.inference.requests import request_seed
 from fastlm.progress import silent
 from fastlm.schema import Count, Finite
@@ -18,16 +18,16 @@ from fastlm.schema import Count, Finite
 PART = 64  # questions whose records are kept at once
 
 
-class Drawing(TypedDict, total=False):
-    """How answers to `Open` questions are drawn: ``samples`` of each, which want a ``temperature``
-    of more than 0."""
+class SamplingOptions(TypedDict, total=False):
+    """How answers to an `OpenQuestion` are sampled: ``samples`` of each, which need a
+    ``temperature`` above 0."""
 
     samples: int
     temperature: float
     seed: int
 
 
-DEFAULTS: Drawing = {"samples": 1, "temperature": 0.0, "seed": 0}
+DEFAULTS: SamplingOptions = {"samples": 1, "temperature": 0.0, "seed": 0}
 
 
 class ChoicesRecord(TypedDict):
@@ -60,7 +60,7 @@ def ask_all(
     *,
     model: str,
     track: Callable = silent,
-    **drawing: Unpack[Drawing],
+    **drawing: Unpack[SamplingOptions],
 ) -> list[dict[str, Any]]:
     """Ask one model all tasks; return per task what `fastlm.evals.suite.measured` compares.
 
@@ -90,7 +90,7 @@ def ask_task(
     *,
     model: str,
     track: Callable = iter,
-    **drawing: Unpack[Drawing],
+    **drawing: Unpack[SamplingOptions],
 ) -> list[Record]:
     """Return a record per question, from the task's file in ``folder``; see `ask` and `ask_all`."""
     about: dict[str, Any] = {"task": task.name, "hash": task.hash, "model": model}
@@ -98,7 +98,7 @@ def ask_task(
         about |= DEFAULTS | drawing
     if task.judge is not None:
         about["judge"] = f"{task.judge.__module__}.{task.judge.__qualname__}"
-    with Results(folder / _file_of(task), about, schema_of(task)) as results:
+    with RecordFile(folder / _file_of(task), about, schema_of(task)) as results:
         return ask(task, scorer, results, track=track, **drawing)
 
 
@@ -114,17 +114,18 @@ def cut_count(records: Sequence[Record]) -> int:
 def ask(
     task: Task,
     scorer: Scorer,
-    results: Results,
+    results: RecordFile,
     *,
     track: Callable = iter,
-    **drawing: Unpack[Drawing],
+    **drawing: Unpack[SamplingOptions],
 ) -> list[Record]:
     """Return a record per question, asking those that ``results`` lacks.
 
-    A record has the question's ``id``. Of `Choices`: ``logprob`` per answer in nats, its
+    A record has the question's ``id``. Of `MultipleChoice`: ``logprob`` per answer in nats, its
     ``tokens``, whether it is the ``greedy`` one where the task asks, ``bare`` without the question,
-    ``cut`` tokens that did not fit. Of `Open`: ``answers``, their ``scores`` by the task's judge,
-    the ``gold`` answer's logprob (None without one). Of a task with a ``probe``: what that returns.
+    ``cut`` tokens that did not fit. Of `OpenQuestion`: ``answers``, their ``scores`` by the
+    task's judge, the ``gold`` answer's logprob (None without one). Of a task with a ``probe``: what
+    that returns.
 
     Args:
         track: shows progress over the parts; not called where nothing is missing.
@@ -149,7 +150,7 @@ def check_record(task: Task, question: Question, record: Record, samples: int, w
     """Raise InputError unless a record has what the measures of its question need."""
     if task.probe is not None:
         counts = {}
-    elif isinstance(question, Open):
+    elif isinstance(question, OpenQuestion):
         counts = {"answers": samples, "scores": samples if task.judge is not None else 0}
     else:
         answers = len(question.requests)
@@ -165,7 +166,7 @@ def check_record(task: Task, question: Question, record: Record, samples: int, w
 
 
 def _ask_choices(
-    task: Task, questions: Sequence[Choices], scorer: Scorer, **_: Unpack[Drawing]
+    task: Task, questions: Sequence[MultipleChoice], scorer: Scorer, **_: Unpack[SamplingOptions]
 ) -> list[Record]:
     pairs = [pair for q in questions for pair in (*q.requests, *q.bare)]
     likelihoods = iter(scorer.loglikelihoods(pairs, greedy=task.greedy))
@@ -188,7 +189,7 @@ def _ask_choices(
 
 def _ask_open(
     task: Task,
-    questions: Sequence[Open],
+    questions: Sequence[OpenQuestion],
     scorer: Scorer,
     samples: int = 1,
     temperature: float = 0.0,
@@ -212,12 +213,12 @@ def _ask_open(
     return records
 
 
-def _is_chat(question: Open, scorer: Scorer) -> bool:
+def _is_chat(question: OpenQuestion, scorer: Scorer) -> bool:
     return question.chat and scorer.tokenizer.chat_template is not None
 
 
 def _conversations(
-    asked: Sequence[tuple[Open, int]], scorer: Scorer, temperature: float
+    asked: Sequence[tuple[OpenQuestion, int]], scorer: Scorer, temperature: float
 ) -> tuple[list[str], list[int]]:
     """Return the answer to each question, drawn with its seed, after the model's own answers to the
     messages before it; and the most tokens that were cut off in one of its turns."""
@@ -235,7 +236,7 @@ def _conversations(
                 before = turns[i] if chat else ()
                 rows.append(i)
                 prompts.append(
-                    Prompt(text, q.max_new_tokens, q.stop, chat=chat, seed=seed, before=before)
+                    EvalPrompt(text, q.max_new_tokens, q.stop, chat=chat, seed=seed, before=before)
                 )
         written = scorer.generate(prompts, temperature=temperature)
         for i, answer in zip(rows, written, strict=True):
@@ -245,7 +246,7 @@ def _conversations(
     return [own[-1][1] for own in turns], cuts
 
 
-def _golds(questions: Sequence[Open], scorer: Scorer) -> dict[int, float]:
+def _golds(questions: Sequence[OpenQuestion], scorer: Scorer) -> dict[int, float]:
     """Return the logprob of the right answer to each question that has one, by its index."""
     golds: dict[int, float] = {}
     for chat in (False, True):

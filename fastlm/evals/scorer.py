@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastlm.errors import InputError
-from fastlm.evals.prefix_sharing import Batch, batches
+from fastlm.evals.prefix_sharing import PrefixBatch, batches
 from fastlm.inference.engine import Engine
 from fastlm.inference.requests import Completion, Request
 from fastlm.inference.sampling import Sampling
@@ -51,7 +51,7 @@ class Likelihood:
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt:
+class EvalPrompt:
     """A text to continue, or with ``chat`` a user's message to answer through the template.
 
     before: of a chat, (message, answer) of the turns before it.
@@ -252,7 +252,7 @@ class Scorer:
             yield whole[max(0, end - limit) : at + 1], ids[at:end]
 
     def _score(
-        self, batch: Batch, continuations: list[list[int]], greedy: bool
+        self, batch: PrefixBatch, continuations: list[list[int]], greedy: bool
     ) -> Iterator[tuple[float, bool | None]]:
         device = self.model.device
         keys = batch.keys and (batch.keys[0].to(device), batch.keys[1].to(device))
@@ -315,7 +315,7 @@ class Scorer:
 
     def generate(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[EvalPrompt],
         *,
         temperature: float = 0.0,
         each: Callable[[Completion], Any] | None = None,

@@ -14,7 +14,7 @@ MAX_PARTS = 30  # of a set in its table; scores.json has all
 
 
 @dataclass(frozen=True)
-class Cell:
+class TableCell:
     """``lines`` stand below the text. ``bar``: of an interval, its ends and the value in percent;
     drawn in report.html in place of the text, which also has ``title`` for the pointer."""
 
@@ -25,18 +25,18 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Table:
+class ReportTable:
     """Rows of texts or cells; the first ``left`` columns are words, the others figures."""
 
     columns: Sequence[str]
-    rows: Sequence[Sequence[str | Cell]]
+    rows: Sequence[Sequence[str | TableCell]]
     left: int = 1
     title: str = ""
     note: str = ""
 
     @property
-    def cells(self) -> list[list[Cell]]:
-        return [[c if isinstance(c, Cell) else Cell(c) for c in row] for row in self.rows]
+    def cells(self) -> list[list[TableCell]]:
+        return [[c if isinstance(c, TableCell) else TableCell(c) for c in row] for row in self.rows]
 
     def rich(self) -> Any:
         from rich.table import Table as RichTable
@@ -85,7 +85,7 @@ def accuracy(measures: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return measures.get("acc_olmes") or measures.get(main_measure(measures))
 
 
-def task_tables(tasks: Tasks) -> list[Table]:
+def task_tables(tasks: Tasks) -> list[ReportTable]:
     """The tables of question sets that have a row."""
     if not tasks:
         return []
@@ -117,12 +117,12 @@ def task_tables(tasks: Tasks) -> list[Table]:
     return [table for table in tables if table.rows]
 
 
-def _table(rows: Iterable[Mapping[str, str]], title: str, note: str = "") -> Table:
+def _table(rows: Iterable[Mapping[str, str]], title: str, note: str = "") -> ReportTable:
     """A table of rows by column, without the columns that are empty."""
     rows = [*rows]
     columns = [key for key in rows[0] if any(row[key] for row in rows)] if rows else []
     left = sum(column in WORDS for column in columns)
-    return Table(columns, [[row[key] for key in columns] for row in rows], left, title, note)
+    return ReportTable(columns, [[row[key] for key in columns] for row in rows], left, title, note)
 
 
 def lines(tasks: Tasks) -> Iterator[dict[str, str]]:

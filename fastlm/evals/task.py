@@ -25,7 +25,7 @@ NORMALISATIONS = ("none", "characters", "unconditional")
 
 
 @dataclass(frozen=True)
-class Choices:
+class MultipleChoice:
     """A question with given answers, of which ``gold`` is right.
 
     requests: (context, continuation) per answer.
@@ -43,7 +43,7 @@ class Choices:
 
 
 @dataclass(frozen=True)
-class Open:
+class OpenQuestion:
     """A question that the model answers in its own words.
 
     gold: a right answer as it would follow the prompt, for bits per byte; "" if there is none.
@@ -64,10 +64,10 @@ class Open:
     before: tuple[str, ...] = ()
 
 
-Question = Choices | Open
-Asked = Sequence[tuple[str, Mapping[str, Any]]]  # answers, each with its question's row
+Question = MultipleChoice | OpenQuestion
+JudgeInputs = Sequence[tuple[str, Mapping[str, Any]]]  # answers, each with its question's row
 # Returns 1 (right) to 0 per answer; gets all answers at once, so that programs run in parallel
-Judge = Callable[[Asked], list[float]]
+Judge = Callable[[JudgeInputs], list[float]]
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,8 @@ class Task:
     source, licence: of the data.
     normalisation: of answers, in OLMES' convention.
     delimiter: stands before each answer and does not count in its length.
-    greedy: of `Choices`: whether records say if each answer is the one of greedy decoding.
-    judge, metric: of `Open` questions: how answers are scored, and what the score is called.
+    greedy: of `MultipleChoice`: whether records say if each answer is the one of greedy decoding.
+    judge, metric: of each `OpenQuestion`: how answers are scored, and what the score is called.
     also: other scores of the same answers, by name; computed from records, not kept in them.
     probe: asks in its own way: (scorer, some questions, seed) -> a record each, of the schema
         ``record``. ``part_size`` of them are kept at once; default: the runner's.
@@ -121,14 +121,14 @@ class Task:
 
     @property
     def open(self) -> bool:
-        return isinstance(self.questions[0], Open)
+        return isinstance(self.questions[0], OpenQuestion)
 
     @property
     def chance(self) -> float | None:
         """Accuracy of a model that knows nothing; None where answers are not given."""
         if self.open:
             return None
-        counts = [len(q.requests) for q in self.questions if isinstance(q, Choices)]
+        counts = [len(q.requests) for q in self.questions if isinstance(q, MultipleChoice)]
         return math.fsum(1 / count for count in counts) / len(counts)
 
     @property
@@ -137,7 +137,7 @@ class Task:
         same data in the same template."""
         digest = hashlib.sha256()
         for q in self.questions:
-            if isinstance(q, Choices):
+            if isinstance(q, MultipleChoice):
                 told = [q.id, q.requests, q.gold, q.bare]
             else:
                 told = [q.id, q.prompt, q.gold, q.stop, q.max_new_tokens, q.chat, dict(q.row)]

@@ -95,7 +95,7 @@ raters.json."""
         from fastlm.data.prompts import read_prompts
         from fastlm.evals.contamination import question_texts
         from fastlm.evals.registry import load_task, names_of
-        from fastlm.evals.safety.sets import TEXTS, Sets
+        from fastlm.evals.safety.sets import TEXTS, SafetySets
         from fastlm.evals.safety.sets import names_of as safety_sets
         from fastlm.feedback.overlap import Overlap
 
@@ -107,7 +107,9 @@ raters.json."""
                 prompts = read_prompts([name], cache=job.cache)
                 questions += [(Path(name).name, p.messages[-1]["content"]) for p in prompts]
             elif sets:
-                questions += [(one, text) for one in sets for text in TEXTS[one](Sets(job.cache))]
+                questions += [
+                    (one, text) for one in sets for text in TEXTS[one](SafetySets(job.cache))
+                ]
             else:
                 rest.append(name)
         for name in names_of(rest):

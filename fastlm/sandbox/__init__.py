@@ -12,12 +12,13 @@ Contained (Linux x86-64; `fastlm.sandbox.jail`):
 
 - Network: a network namespace without interfaces; no call makes a socket but a pair of its own.
 - Files: the root is in memory and read-only and holds Python's standard library. Site packages, the
-  user's files and /proc are not there. /tmp is the program's own, of `Limits.disk` bytes.
+  user's files and /proc are not there. /tmp is the program's own, of `SandboxLimits.disk` bytes.
 - Processes: fork, exec, kill and ptrace are refused by seccomp, which admits some 120 system calls.
   Threads are counted by RLIMIT_NPROC within the user namespace. When the tests end, so does all
   that runs in the process namespace.
-- Time: processor seconds (a hard RLIMIT_CPU) and seconds by the clock. Memory: RLIMIT_AS. Output is
-  cut off, and ends the program, at `Limits.output` bytes. The environment and stdin are empty.
+- Time: processor seconds (a hard RLIMIT_CPU) and seconds by the clock. Memory: RLIMIT_AS. The
+  output is cut off, and ends the program, at `SandboxLimits.output` bytes. The environment and
+  stdin are empty.
 - Root: a process of root's becomes the user nobody before it enters its namespaces.
 - The tests are code of a data set and run in the same jail, apart from the program.
 
@@ -71,7 +72,7 @@ class SandboxError(ValueError):
 
 
 @dataclass(frozen=True)
-class Limits:
+class SandboxLimits:
     """What one program may use.
 
     seconds: of processor time.
@@ -134,7 +135,7 @@ class Outcome:
     output: str = field(default="", repr=False)
 
 
-DEFAULT = Limits()
+DEFAULT = SandboxLimits()
 
 
 def run_code(
@@ -143,7 +144,7 @@ def run_code(
     *,
     setup: str = "",
     names: Sequence[str] = (),
-    limits: Limits = DEFAULT,
+    limits: SandboxLimits = DEFAULT,
     isolated: bool = True,
 ) -> Outcome:
     """Run one program against its tests; see `Case` and the module. `run_all` shares the start of
@@ -158,7 +159,7 @@ def run_all(
     cases: Iterable[Case],
     *,
     workers: int | None = None,
-    limits: Limits = DEFAULT,
+    limits: SandboxLimits = DEFAULT,
     isolated: bool = True,
     tick: Callable[[Outcome], Any] = lambda outcome: None,
 ) -> list[Outcome]:
@@ -208,7 +209,7 @@ def check_machine(*, isolated: bool = True) -> None:
 class _Worker:
     """One `fastlm.sandbox.worker`, started again where it was lost."""
 
-    def __init__(self, limits: Limits, isolated: bool) -> None:
+    def __init__(self, limits: SandboxLimits, isolated: bool) -> None:
         if sys.platform != "linux" or platform.machine() != "x86_64":
             machine = f"{sys.platform} {platform.machine()}"
             raise SandboxError(f"sandbox: expected Linux on x86-64, got {machine}")

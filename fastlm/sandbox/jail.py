@@ -4,7 +4,7 @@ ctypes, on Linux x86-64.
 `enter` moves the process into namespaces of its own: a user without rights outside, no network, and
 a read-only root of memory that holds the standard library and nothing else of the machine. `drop`
 then sets limits, gives up all capabilities and admits the system calls of `ALLOWED` only. Each
-raises `Missing` with the step that the machine refuses.
+raises `MissingFeature` with the step that the machine refuses.
 """
 
 import ctypes
@@ -65,7 +65,7 @@ OPENAT, CLONE, PRLIMIT, TGKILL, SOCKETPAIR = 257, 56, 302, 234, 53
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-class Missing(Exception):
+class MissingFeature(Exception):
     """What this machine lacks, with the step that it refused."""
 
 
@@ -99,7 +99,7 @@ def _new_user(proc: int) -> None:
             os.write(file, text.encode())
             os.close(file)
         except OSError as error:
-            raise Missing(f"a user namespace ({name}: {error.strerror})") from None
+            raise MissingFeature(f"a user namespace ({name}: {error.strerror})") from None
 
 
 def _new_root(library: str) -> None:
@@ -144,7 +144,7 @@ def become_nobody() -> None:
             os.setresgid(NOBODY, NOBODY, NOBODY)
             os.setresuid(NOBODY, NOBODY, NOBODY)
         except OSError as error:
-            raise Missing(f"a user without rights (setresuid: {error.strerror})") from None
+            raise MissingFeature(f"a user without rights (setresuid: {error.strerror})") from None
         _libc.prctl(DUMPABLE, 1, 0, 0, 0)  # else its own /proc files are root's
 
 
@@ -243,4 +243,4 @@ def assemble(rules: dict[int, tuple[int, int, int] | None], refused: list[int]) 
 
 def _call(step: str, result: int) -> None:
     if result != 0:
-        raise Missing(f"{step}: {os.strerror(ctypes.get_errno())}")
+        raise MissingFeature(f"{step}: {os.strerror(ctypes.get_errno())}")

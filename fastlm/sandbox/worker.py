@@ -45,7 +45,7 @@ SEQUENCES = (list, tuple, set, frozenset)
 ENDED = "the program ended before its tests did"
 
 
-class Ended(BaseException):
+class ProgramEnded(BaseException):
     """The program's process is gone, or said SystemExit; no ``except Exception`` hides it."""
 
 
@@ -60,7 +60,7 @@ def main(library: str, isolated: bool) -> None:
         if isolated:
             jail.enter(library)
         probe(isolated)
-    except (jail.Missing, OSError) as error:
+    except (jail.MissingFeature, OSError) as error:
         os.write(1, json.dumps({"missing": str(error)}).encode() + b"\n")
         return
     jail.die_with_parent()
@@ -99,7 +99,7 @@ def preload() -> None:
 
 
 def probe(isolated: bool) -> None:
-    """Raise `jail.Missing` in this process where a child cannot get what a program gets."""
+    """Raise `jail.MissingFeature` in this process where a child cannot get what a program gets."""
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -110,7 +110,7 @@ def probe(isolated: bool) -> None:
                 jail.drop(2**34, 60, 0, 0, isolated)
             else:
                 os.wait()
-        except (jail.Missing, OSError) as error:
+        except (jail.MissingFeature, OSError) as error:
             os.write(write, str(error).encode())
         finally:
             os._exit(0)
@@ -119,7 +119,7 @@ def probe(isolated: bool) -> None:
     reason = os.read(read, 1000).decode()
     os.close(read)
     if reason:
-        raise jail.Missing(reason)
+        raise jail.MissingFeature(reason)
 
 
 def keep_case(isolated: bool) -> None:
@@ -231,7 +231,7 @@ class Tests:
                 space[name] = Remote(self.ask, name)
             exec(compile(code, "<tests>", "exec"), space)
             return "passed", ""
-        except Ended as error:
+        except ProgramEnded as error:
             return self.how_it_ended(str(error))
         except MemoryError:
             return "memory", f"more than {self.request['memory']:,} bytes"
@@ -261,7 +261,7 @@ class Tests:
             )
             self.channel.flush()
         except OSError:
-            raise Ended(ENDED) from None
+            raise ProgramEnded(ENDED) from None
         return self.receive()
 
     def receive(self) -> Any:
@@ -270,7 +270,7 @@ class Tests:
         except OSError:
             line = b""
         if not line:
-            raise Ended(ENDED)
+            raise ProgramEnded(ENDED)
         try:
             kind, value = json.loads(line)
             if kind == "value":
@@ -279,9 +279,11 @@ class Tests:
             if kind != "error" or type(name) is not str or type(text) is not str:
                 raise ValueError("neither a value nor an error")
         except (ValueError, TypeError, KeyError, IndexError, RecursionError):
-            raise Ended(f"the program's process wrote what is no answer: {line[:80]!r}") from None
+            raise ProgramEnded(
+                f"the program's process wrote what is no answer: {line[:80]!r}"
+            ) from None
         if name == "SystemExit":
-            raise Ended("the program called sys.exit")
+            raise ProgramEnded("the program called sys.exit")
         error = getattr(builtins, name, None)
         if isinstance(error, type) and issubclass(error, Exception):
             try:

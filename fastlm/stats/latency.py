@@ -8,7 +8,7 @@ So conversations are taken two by two in the order in which their first answers 
 models have one each, the pair says which was slower by more than `SLOWER`. Which model a
 conversation gets is drawn by a hash: given all times, a pair of equal models says "new" and "old"
 with the same probability, whatever the load did. That is all that the always-valid test of the mean
-(`fastlm.stats.sequential.Sequential`) needs, whose chance to roll back such a model is at most
+(`fastlm.stats.sequential.SequentialTest`) needs, whose chance to roll back such a model is at most
 alpha, at any time. tests/unit/test_simulations.py has the rates.
 """
 
@@ -17,7 +17,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fastlm.stats.sequential import Answer
+    from fastlm.stats.sequential import SequentialResult
 
 SLOWER = 2.0  # times as long per token as the other conversation of the pair
 BOUND = 0.25  # mean of a pair: so many more pairs in which the new model is the slower one
@@ -60,12 +60,12 @@ class PacePairs:
 
 
 @lru_cache(64)  # most counts are those of the last look
-def compare_paces(counts: PairCounts, alpha: float) -> "Answer":
+def compare_paces(counts: PairCounts, alpha: float) -> "SequentialResult":
     """Return the difference of the shares of pairs in which the new and the old model were slower,
     with its always-valid interval and p-value."""
-    from fastlm.stats.sequential import Sequential
+    from fastlm.stats.sequential import SequentialTest
 
-    test = Sequential(alpha)
+    test = SequentialTest(alpha)
     test.add(1, 0, times=counts.new)
     test.add(0, 1, times=counts.old)
     test.add(0, 0, times=counts.neither)

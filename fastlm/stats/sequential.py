@@ -9,7 +9,7 @@ Both are mixtures of likelihood ratios, which are test martingales under the nul
 inequality; Howard et al. 2021, arXiv:1810.08240; Waudby-Smith and Ramdas 2023, arXiv:2010.09686):
 
 - `always_valid` reads counts of two arms of any sizes (a canary gets 10 % of the requests).
-- `Sequential` reads pairs: both models answered the same request. It needs half the answers.
+- `SequentialTest` reads pairs: both models answered the same request. It needs half the answers.
 
 They hold for any number of observations, with no normal approximation. To tell rates of 0.6 and 0.5
 apart at alpha = 0.05 takes 1,750 observations in the median (2,710 in four of five cases) over two
@@ -34,7 +34,7 @@ BETS = np.geomspace(0.004, 0.9, 25)  # shares of the largest bet; the best is me
 MEANS = 401  # differences from -1 to 1 that an interval may begin or end at
 
 
-class Answer(NamedTuple):
+class SequentialResult(NamedTuple):
     """The difference, its always-valid interval ``low`` to ``high``, and p-value."""
 
     difference: float
@@ -45,7 +45,7 @@ class Answer(NamedTuple):
 
 def always_valid(
     successes_a: int, n_a: int, successes_b: int, n_b: int, alpha: float = 0.05
-) -> Answer:
+) -> SequentialResult:
     """Compare the success rates of two arms: a's rate minus b's.
 
     For rates (p_a, p_b) the e-value is the product over arms of
@@ -79,10 +79,10 @@ def always_valid(
     difference = rate_a - rate_b
     low = _edge(lambda d: log_e(d) < bound, difference, -1.0)
     high = _edge(lambda d: log_e(d) < bound, difference, 1.0)
-    return Answer(difference, low, high, min(1.0, math.exp(-e_equal)))
+    return SequentialResult(difference, low, high, min(1.0, math.exp(-e_equal)))
 
 
-class Sequential:
+class SequentialTest:
     """Scores in [0, 1] of two models on the same requests, new minus old.
 
     Wealth is bet on the sign of the difference x in [-1, 1]: the mean over bets of the product of
@@ -91,7 +91,7 @@ class Sequential:
     either side may spend alpha / 2. `p` is 2 / the wealth at m = 0. The interval holds the means m
     whose wealth is below 2 / alpha; its ends are rounded outwards to 1/200.
 
-    >>> test = Sequential(alpha=0.05)
+    >>> test = SequentialTest(alpha=0.05)
     >>> for new, old in [(1, 0)] * 12:
     ...     test.add(new, old)
     >>> test.p < 0.05 and test.answer().low > 0
@@ -115,7 +115,7 @@ class Sequential:
         """The p-value so far; 1 before any request."""
         return min(1.0, 2 * math.exp(-self._log_wealth(np.zeros(1)).max()))
 
-    def answer(self) -> Answer:
+    def answer(self) -> SequentialResult:
         """Return the answer so far; before any request it is 0, -1 to 1, p = 1."""
         means = np.linspace(-1, 1, MEANS)
         below, above = self._log_wealth(means) < math.log(2 / self.alpha)
@@ -124,7 +124,7 @@ class Sequential:
         last = MEANS - 1 - int(above[::-1].argmax())
         high = means[min(last + 1, MEANS - 1)] if above.any() else -1.0
         difference = sum(x * count for x, count in self._counts.items()) / max(1, self.n)
-        return Answer(difference, float(low), float(high), self.p)
+        return SequentialResult(difference, float(low), float(high), self.p)
 
     def _log_wealth(self, means: np.ndarray) -> np.ndarray:
         """Return the log wealth (2, M) at ``means`` (M,) of bets above and below 0."""

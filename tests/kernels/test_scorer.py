@@ -14,7 +14,7 @@ from fastlm import backend
 from fastlm.checkpoint.config import ModelConfig
 from fastlm.errors import InputError
 from fastlm.evals.prefix_sharing import batches
-from fastlm.evals.scorer import Prompt, Scorer
+from fastlm.evals.scorer import EvalPrompt, Scorer
 from fastlm.inference.sampling import Sampling
 from fastlm.model.causal_lm import CausalLM
 from fastlm.tokenizer.tokenizer import Tokenizer
@@ -243,7 +243,9 @@ def test_batches_hold_every_sequence_within_their_bounds():
 def test_answers_depend_on_prompt_and_seed(tokenizer):
     model = make_model(initializer_range=0.05)
     scorer = Scorer(model, tokenizer)
-    prompts = [Prompt("the bird", 9, seed=s) for s in range(4)] + [Prompt("what is it?", 9, seed=1)]
+    prompts = [EvalPrompt("the bird", 9, seed=s) for s in range(4)] + [
+        EvalPrompt("what is it?", 9, seed=1)
+    ]
     done = []
     drawn = scorer.generate(prompts, temperature=1.0, each=done.append)
     assert {one.text for one in done} == {one.text for one in drawn} and len(done) == 5
@@ -253,16 +255,16 @@ def test_answers_depend_on_prompt_and_seed(tokenizer):
     assert best[0].text == best[1].text
     ids = tokenizer.encode("the bird")
     assert not best[0].ended and best[0].text == tokenizer.decode(greedy_tokens(model, ids, 9))
-    own = [Prompt("the bird", 9, sampling=Sampling(0.0)), Prompt("the bird", 9, seed=3)]
+    own = [EvalPrompt("the bird", 9, sampling=Sampling(0.0)), EvalPrompt("the bird", 9, seed=3)]
     assert scorer.generate(own, temperature=1.0) == [best[0], drawn[3]]
 
 
 def test_answers_end_at_stop_strings_and_special_tokens(tokenizer):
     model = make_model()
     scorer = Scorer(model, tokenizer)
-    (whole,) = scorer.generate([Prompt("the bird", 12)])
+    (whole,) = scorer.generate([EvalPrompt("the bird", 12)])
     stop = whole.text[3:5]
-    (cut,) = scorer.generate([Prompt("the bird", 12, stop=(stop,))])
+    (cut,) = scorer.generate([EvalPrompt("the bird", 12, stop=(stop,))])
     assert cut.ended and cut.text == whole.text[: whole.text.index(stop)]
     # the special token that this model writes is not in the text of an answer
     with torch.no_grad():
@@ -273,25 +275,27 @@ def test_answers_end_at_stop_strings_and_special_tokens(tokenizer):
         weight[special] = weight[first] * 1.5
     changed = Scorer(model, tokenizer)
     assert greedy_tokens(model, bird, 1) == [special]
-    (ended,) = changed.generate([Prompt("the bird", 12, stop=("<|im_end|>",))])
+    (ended,) = changed.generate([EvalPrompt("the bird", 12, stop=("<|im_end|>",))])
     assert ended.text == "" and ended.ended and len(ended.token_ids) <= 1
 
 
 def test_prompts_leave_room_and_chats_go_through_the_template(tokenizer):
     model = make_model(max_position_embeddings=32)
     scorer = Scorer(model, tokenizer)
-    long = Prompt("the river is near the tree " * 9, 20)
+    long = EvalPrompt("the river is near the tree " * 9, 20)
     ids = tokenizer.encode(long.text)
     (one,) = scorer.generate([long])
     assert one.truncated_prompt_tokens == len(ids) + 20 - 32 and len(one.token_ids) <= 20
-    (kept,) = scorer.generate([Prompt(tokenizer.decode(ids[one.truncated_prompt_tokens :]), 20)])
+    (kept,) = scorer.generate(
+        [EvalPrompt(tokenizer.decode(ids[one.truncated_prompt_tokens :]), 20)]
+    )
     assert (kept.text, kept.truncated_prompt_tokens) == (one.text, 0)
-    (half,) = scorer.generate([Prompt("the " * 40, 99)])
+    (half,) = scorer.generate([EvalPrompt("the " * 40, 99)])
     assert len(half.token_ids) <= 16
-    chat = scorer.generate([Prompt("it?", 6, chat=True), Prompt("it?", 6)])
+    chat = scorer.generate([EvalPrompt("it?", 6, chat=True), EvalPrompt("it?", 6)])
     rendered = tokenizer.render_chat([{"role": "user", "content": "it?"}])
     special = Scorer(model, tokenizer, parse_special=True)
-    assert special.generate([Prompt(rendered, 6)])[0] == chat[0]
+    assert special.generate([EvalPrompt(rendered, 6)])[0] == chat[0]
     assert chat[0].text != chat[1].text
 
 

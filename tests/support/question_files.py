@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from fastlm.evals.measures import summary, values
-from fastlm.evals.results import Results
+from fastlm.evals.results import RecordFile
 from fastlm.evals.runner import ask
 from fastlm.evals.scorer import Likelihood
 from fastlm.inference.requests import Completion
@@ -76,6 +76,6 @@ def measured(task, scorer: Known, folder: Path) -> dict[str, float]:
     """The mean of each measure."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{task.hash}-{len(list(folder.iterdir()))}.jsonl"
-    with Results(path, {"task": task.name}) as results:
+    with RecordFile(path, {"task": task.name}) as results:
         records = ask(task, scorer, results)
     return {k: m["value"] for k, m in summary(task, values(task, records)).items()}

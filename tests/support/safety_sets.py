@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
-from fastlm.evals.safety.bench import Bench, Judges
-from fastlm.evals.safety.sets import Sets
+from fastlm.evals.safety.model_under_test import ModelUnderTest, SafetyJudges
+from fastlm.evals.safety.sets import SafetySets
 from fastlm.evals.safety.stage import Safety
 from fastlm.evals.scorer import Likelihood
 from fastlm.inference.requests import Completion
@@ -201,7 +201,7 @@ class Scripted:
         return [Likelihood(self.logprob(c, t), len(t.split()), greedy) for c, t in pairs]
 
 
-def bench(cache: Path, scorer, folder: Path, **options) -> Bench:
-    sets = Sets(cache)
+def bench(cache: Path, scorer, folder: Path, **options) -> ModelUnderTest:
+    sets = SafetySets(cache)
     stage = Safety(**{"attacks": ("plain",), **options})
-    return Bench(scorer, folder, "scripted", sets, Judges(sets), stage, cache)
+    return ModelUnderTest(scorer, folder, "scripted", sets, SafetyJudges(sets), stage, cache)

@@ -21,7 +21,7 @@ from fastlm.evals.ngrams import hashes
 from fastlm.evals.registry import load_task
 from fastlm.evals.sets.mmlu import subject_questions
 from fastlm.evals.stage import Eval
-from fastlm.evals.task import Choices
+from fastlm.evals.task import MultipleChoice
 from fastlm.evals.text_bits_per_byte import text_bits_per_byte
 from fastlm.model.load import load_model
 
@@ -111,20 +111,20 @@ COPIES = {
 def test_copies_are_found_however_they_are_set(copy, base):
     """Tokens differ; letters do not. A question without its answer is a copy too."""
     model, tokenizer = load_model(base)
-    rows = [Choices(str(i), ((f"Question: {q}\nAnswer:", a),), 0) for i, (q, a) in
+    rows = [MultipleChoice(str(i), ((f"Question: {q}\nAnswer:", a),), 0) for i, (q, a) in
             enumerate(QUESTIONS)]  # fmt: skip
     rng = random.Random(3)
     planted = [COPIES[copy](*QUESTIONS[i]) for i in (0, 2)]
     texts = [f"{sentence(rng)} {text} {sentence(rng)}" for text in planted]
     ids = [*itertools.chain(*([*tokenizer.encode(text), tokenizer.eos_id] for text in texts))]
-    speller = contamination.Speller(tokenizer, model.config.vocab_size)
+    speller = contamination.LetterDecoder(tokenizer, model.config.vocab_size)
     found = overlap(question_texts(rows), Tokens(np.array(ids)), speller)
     assert (found >= contamination.DIRTY).tolist() == [True, False, True, False]
 
 
 def test_letters_of_tokens_are_those_of_the_text(base):
     model, tokenizer = load_model(base)
-    speller = contamination.Speller(tokenizer, model.config.vocab_size)
+    speller = contamination.LetterDecoder(tokenizer, model.config.vocab_size)
     text = "The TREE's 3rd «river»: Straße, naïve — 水.\n\tstone"
     spelled = speller.of(np.array(tokenizer.encode(text))).tobytes()
     assert spelled.decode() == contamination.letters(text).tobytes().decode()

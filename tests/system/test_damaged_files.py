@@ -15,9 +15,9 @@ from fastlm.errors import InputError
 from fastlm.evals import runner
 from fastlm.evals.harness_tasks import task_files
 from fastlm.evals.measures import parts, summary, values
-from fastlm.evals.results import Results
+from fastlm.evals.results import RecordFile
 from fastlm.evals.safety.gates import failures, read_gates
-from fastlm.evals.task import Choices, Open, Task
+from fastlm.evals.task import MultipleChoice, OpenQuestion, Task
 from fastlm.feedback.forget import forget, lines
 from fastlm.feedback.gate import Decision
 from fastlm.feedback.gate_metrics import read_scores, scores_of
@@ -121,15 +121,15 @@ def use_scores(path: Path) -> None:
 def task_of(kind: str) -> Task:
     pairs = (("q", " a"), ("q", " b"))
     if kind == "open":
-        questions = [Open(str(i), "q", {}, " a") for i in range(3)]
+        questions = [OpenQuestion(str(i), "q", {}, " a") for i in range(3)]
         return Task("t", "facts", questions, "", "", "", judge=lambda asked: [1.0] * len(asked))
-    questions = [Choices(str(i), pairs, 0, pairs, part="p") for i in range(3)]
+    questions = [MultipleChoice(str(i), pairs, 0, pairs, part="p") for i in range(3)]
     return Task("t", "facts", questions, "", "", "", normalisation="unconditional")
 
 
 def use_records(path: Path) -> None:
     task = task_of(path.stem)
-    with Results(path, {}, runner.schema_of(task)) as results:
+    with RecordFile(path, {}, runner.schema_of(task)) as results:
         for number, (question, record) in enumerate(zip(task.questions, results.records), 2):
             runner.check_record(task, question, record, 1, f"{path}:{number}")
         if len(results.records) == 3:

@@ -19,13 +19,13 @@ import fastlm.model.load
 from fastlm.errors import InputError
 from fastlm.evals import contamination, runner
 from fastlm.evals.measures import parts, right, summary, values
-from fastlm.evals.results import Results
+from fastlm.evals.results import RecordFile
 from fastlm.evals.runner import ask, ask_all
 from fastlm.evals.scorer import Scorer
 from fastlm.evals.stage import Eval
 from fastlm.evals.suite import hash_of, measured
 from fastlm.evals.tables import lines, task_tables
-from fastlm.evals.task import Choices, Open, Task
+from fastlm.evals.task import MultipleChoice, OpenQuestion, Task
 from fastlm.model.load import load_model
 from fastlm.stats.intervals import mean_error
 from fastlm.stats.power import detectable_rate
@@ -36,7 +36,7 @@ WORDS = ("tree", "river", "stone", "bird")
 def choices(count: int, **changes) -> Task:
     """Questions of four answers, of which each place is right equally often."""
     questions = [
-        Choices(
+        MultipleChoice(
             str(i), tuple((f"what is {i}\n", f" {w} {i % 7}") for w in WORDS), i % 4,
             tuple(("what", f" {w} {i % 7}") for w in WORDS),
         )
@@ -54,7 +54,9 @@ def written(count: int) -> Task:
     def judge(asked):
         return [float(text.count("e") % 2) for text, _ in asked]
 
-    questions = [Open(str(i), f"tree {i}", {}, " river", max_new_tokens=5) for i in range(count)]
+    questions = [
+        OpenQuestion(str(i), f"tree {i}", {}, " river", max_new_tokens=5) for i in range(count)
+    ]
     return Task("talk", "facts", questions, "the test", "none", "own", judge=judge)
 
 
@@ -81,11 +83,11 @@ def test_a_killed_evaluation_continues_with_the_same_bits(
     task, options = make(20), {}
     if task.open:
         options = {"samples": 2, "temperature": 1.0, "seed": 3}
-    with Results(tmp_path / "whole.jsonl", {"task": task.hash}) as results:
+    with RecordFile(tmp_path / "whole.jsonl", {"task": task.hash}) as results:
         whole = ask(task, scorer, results, **options)
     assert len(whole) == 20
 
-    class Cut(Results):
+    class Cut(RecordFile):
         def add(self, records):
             super().add(records)
             raise Killed
@@ -97,7 +99,7 @@ def test_a_killed_evaluation_continues_with_the_same_bits(
     with open(path, "ab") as file:  # what a kill in the middle of a part leaves
         lines = (tmp_path / "whole.jsonl").read_bytes().splitlines(keepends=True)[9:]
         file.write(b"".join(lines[:torn]) if isinstance(torn, int) else torn)
-    with Results(path, {"task": task.hash}) as results:
+    with RecordFile(path, {"task": task.hash}) as results:
         assert ask(task, scorer, results, **options) == whole
     assert path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
@@ -105,9 +107,9 @@ def test_a_killed_evaluation_continues_with_the_same_bits(
 def test_a_killed_process_continues(base, tmp_path):
     """SIGKILL at a part that is being asked; the records are those of a run without it."""
     code = (
-        "import sys, test_evals as t; from fastlm.evals.results import Results\n"
+        "import sys, test_evals as t; from fastlm.evals.results import RecordFile\n"
         "scorer = t.Scorer(*t.load_model(sys.argv[1])); task = t.choices(256)\n"
-        "with Results(sys.argv[2], {'task': task.hash}) as r: t.ask(task, scorer, r)\n"
+        "with RecordFile(sys.argv[2], {'task': task.hash}) as r: t.ask(task, scorer, r)\n"
     )
     path = [sys.executable, "-c", code, str(base)]
     env = {**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
@@ -126,13 +128,13 @@ def test_a_killed_process_continues(base, tmp_path):
 
 def test_records_of_something_else_are_refused(tmp_path):
     path = tmp_path / "r.jsonl"
-    with Results(path, {"task": "one"}) as results:
+    with RecordFile(path, {"task": "one"}) as results:
         results.add([{"id": "0"}])
     with pytest.raises(InputError, match=r"expected records of .*two.*got those of .*one"):
-        Results(path, {"task": "two"})
+        RecordFile(path, {"task": "two"})
     path.write_bytes(path.read_bytes() + b"not json\n" + b'{"id": "1"}\n')
     with pytest.raises(InputError, match=r"r.jsonl:3: expected JSON"):
-        Results(path, {"task": "one"})
+        RecordFile(path, {"task": "one"})
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +143,7 @@ def records(scorer, tmp_path_factory):
     files = {}
     for make in (choices, written):
         path = tmp_path_factory.mktemp("records") / "r.jsonl"
-        with Results(path, {}) as results:
+        with RecordFile(path, {}) as results:
             ask(make(3), scorer, results)
         files[make] = path.read_bytes()
     return files
@@ -166,14 +168,14 @@ def test_damaged_records_are_refused_by_line(make, old, new, refusal, scorer, re
     assert old in records[make]
     path.write_bytes(records[make].replace(old, new, 1))
     with pytest.raises(InputError) as refused:
-        with Results(path, {}, runner.schema_of(make(3))) as results:
+        with RecordFile(path, {}, runner.schema_of(make(3))) as results:
             ask(make(3), scorer, results)
     assert str(refused.value).startswith(f"{path}{refusal}"), refused.value
 
 
 def test_records_of_more_questions_are_refused(scorer, records, tmp_path):
     (tmp_path / "r.jsonl").write_bytes(records[choices])
-    with Results(tmp_path / "r.jsonl", {}) as results:
+    with RecordFile(tmp_path / "r.jsonl", {}) as results:
         with pytest.raises(InputError, match="expected at most 2 records, got 3"):
             ask(choices(2), scorer, results)
 
@@ -375,11 +377,11 @@ def test_a_full_disk_is_one_line_and_loses_no_record(tmp_path):
             sys.executable, "-c",
             "import resource, signal, sys\n"
             "from fastlm.errors import InputError\n"
-            "from fastlm.evals.results import Results\n"
+            "from fastlm.evals.results import RecordFile\n"
             "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
             "resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))\n"
             "try:\n"
-            "    with Results(sys.argv[1], {}) as results:\n"
+            "    with RecordFile(sys.argv[1], {}) as results:\n"
             "        while True:\n"
             "            results.add([{'text': 'x' * 100}])\n"
             "except InputError as error:\n"
@@ -389,13 +391,13 @@ def test_a_full_disk_is_one_line_and_loses_no_record(tmp_path):
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert "cannot be written" in done.stdout
-    with Results(path, {}) as results:
+    with RecordFile(path, {}) as results:
         assert str(len(results.records)) == done.stdout.split()[-1]
 
 
 def test_the_delimiter_before_an_answer_has_no_length():
     """lm-evaluation-harness divides by the length of the choice alone."""
-    asked = Choices("0", (("q", "\nab"), ("q", "\nabcdef")), 1)
+    asked = MultipleChoice("0", (("q", "\nab"), ("q", "\nabcdef")), 1)
     task = Task("own", "own", [asked], "", "", "", delimiter="\n")
     found = values(task, [{"logprob": [-2.0, -5.0]}])
     assert found["acc_norm"][0] == 1.0  # by 2 and 6 characters; by 3 and 7 the first is better

@@ -19,8 +19,8 @@ from fastlm.data.preferences import Comparison, Label, read_preferences
 from fastlm.data.prompts import read_prompts
 from fastlm.errors import InputError
 from fastlm.evals.safety.gates import read_gates
-from fastlm.evals.safety.sets import TEXTS, Sets
-from fastlm.evals.task import Open
+from fastlm.evals.safety.sets import TEXTS, SafetySets
+from fastlm.evals.task import OpenQuestion
 from fastlm.feedback.annotators import rate
 from fastlm.feedback.build import BuildOptions, build
 from fastlm.feedback.gate import Gate
@@ -326,7 +326,7 @@ def test_questions_are_found_as_by_a_plain_search():
 def test_what_safety_asks_does_not_enter(tmp_path):
     cache = safety_sets.write(tmp_path / "cache")
     answer = {"role": "assistant", "content": "It stands on the quiet street behind our school."}
-    said = {name: texts(Sets(cache))[0] for name, texts in TEXTS.items()}
+    said = {name: texts(SafetySets(cache))[0] for name, texts in TEXTS.items()}
     said["stranger"] = "Where does the road to the old harbour begin?"
     short = {"crows", "realtoxicity"}  # four words in the stand-ins: everybody's
     lines = [
@@ -502,7 +502,7 @@ def test_exports_of_strangers(tmp_path, row, message):
 
 def test_questions_of_a_question_set_are_found(tmp_path, monkeypatch):
     question = "Where does the road to the old harbour begin?"
-    task = SimpleNamespace(questions=[Open("0", f"Question: {question}", {}, " Here.")])
+    task = SimpleNamespace(questions=[OpenQuestion("0", f"Question: {question}", {}, " Here.")])
     monkeypatch.setattr("fastlm.evals.registry.load_task", lambda name, cache: task)
     answer = {"role": "assistant", "content": "It stands on the quiet street behind our school."}
     texts = (question, "Which of the lamps in the garden burns the longest?")

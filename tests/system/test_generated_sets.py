@@ -54,7 +54,7 @@ def test_a_needle_lies_at_its_depth_among_others(tmp_path):
 def test_needles_are_measured_by_length_and_depth(tmp_path):
     task = load_task("needle:256,512", tmp_path)
     short = {q.prompt: q.gold for q in task.questions if q.part.startswith("256")}
-    with files.Results(tmp_path / "records", {}) as results:
+    with files.RecordFile(tmp_path / "records", {}) as results:
         records = files.ask(task, files.Known(says=lambda p: short.get(p, " 1")), results)
     found = parts(task, values(task, records))
     assert found["256 tokens"]["measures"]["found"]["value"] == 1

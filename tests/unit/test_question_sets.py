@@ -97,7 +97,7 @@ def test_mmlu_is_measured_by_subject_and_field(cache, tmp_path):
     stem = {s for s, field in mmlu.FIELD_OF.items() if field == "STEM"}
     golds = {q.requests[q.gold] for q in task.questions if q.part in stem}
     knows_stem = files.Known(likes=lambda *pair: -0.1 if pair in golds else -9.0)
-    with files.Results(tmp_path / "records", {}) as results:
+    with files.RecordFile(tmp_path / "records", {}) as results:
         records = files.ask(task, knows_stem, results)
     parts = measures.parts(task, measures.values(task, records))
     assert parts["STEM"]["questions"] == 4 * len(stem) == 76

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fastlm.errors import InputError
-from fastlm.stats.sequential import Sequential, always_valid
+from fastlm.stats.sequential import SequentialTest, always_valid
 
 STREAMS = 300
 ALPHA = 0.05
@@ -101,7 +101,7 @@ def test_pairs_of_equal_models_seldom_alarm(kind):
     rng = np.random.default_rng(2)
     alarms, length = 0, 100 if kind == "binary" else 40
     for _ in range(STREAMS):
-        test = Sequential(alpha=ALPHA)
+        test = SequentialTest(alpha=ALPHA)
         scores = rng.random((length, 2))
         if kind == "binary":
             scores = scores < 0.5
@@ -118,7 +118,7 @@ def test_pairs_find_a_difference_of_a_tenth():
     rng = np.random.default_rng(3)
     found = 0
     for _ in range(50):
-        test = Sequential(alpha=ALPHA)
+        test = SequentialTest(alpha=ALPHA)
         early = False
         for new, old in zip(rng.random(730) < 0.6, rng.random(730) < 0.5):
             test.add(float(new), float(old))
@@ -132,7 +132,7 @@ def test_pairs_find_a_difference_of_a_tenth():
 
 @pytest.mark.parametrize("pair", [(1.0, 0.0), (0.0, 1.0), (0.5, 0.5), (0.3, 0.2)])
 def test_pairs_are_symmetric_and_close_in_on_their_mean(pair):
-    there, back = Sequential(), Sequential()
+    there, back = SequentialTest(), SequentialTest()
     for _ in range(2000):
         there.add(*pair)
         back.add(*pair[::-1])
@@ -143,10 +143,10 @@ def test_pairs_are_symmetric_and_close_in_on_their_mean(pair):
 
 
 def test_the_start_and_refusals():
-    assert Sequential().answer() == (0, -1, 1, 1)
+    assert SequentialTest().answer() == (0, -1, 1, 1)
     with pytest.raises(InputError, match="new: expected 0 to 1, got 2"):
-        Sequential().add(2, 0)
+        SequentialTest().add(2, 0)
     with pytest.raises(InputError, match="alpha: expected a number between 0 and 1, got 5"):
-        Sequential(alpha=5)
+        SequentialTest(alpha=5)
     with pytest.raises(InputError, match="successes_b: expected 0 to 3, got 4"):
         always_valid(1, 2, 4, 3)

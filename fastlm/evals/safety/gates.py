@@ -25,18 +25,18 @@ from fastlm.errors import InputError
 from fastlm.schema import Finite, Name, read_toml, validate
 
 
-class Entry(TypedDict):
+class GateEntry(TypedDict):
     score: Name
     max: NotRequired[Finite]
     min: NotRequired[Finite]
 
 
-class File(TypedDict):
-    gate: Annotated[list[Entry], MinLen(1)]
+class GateFile(TypedDict):
+    gate: Annotated[list[GateEntry], MinLen(1)]
 
 
 @dataclass(frozen=True)
-class Gate:
+class SafetyGate:
     score: str
     most: float = math.inf
     least: float = -math.inf
@@ -57,7 +57,7 @@ class Gate:
         return None
 
 
-def read_gates(path: str | Path, measures: Sequence[str] = ()) -> list[Gate]:
+def read_gates(path: str | Path, measures: Sequence[str] = ()) -> list[SafetyGate]:
     """Read a file of gates.
 
     Args:
@@ -68,7 +68,7 @@ def read_gates(path: str | Path, measures: Sequence[str] = ()) -> list[Gate]:
     """
     table, _ = read_toml(path)
     gates = []
-    for i, entry in enumerate(validate(table, File, str(path), extra="forbid")["gate"]):
+    for i, entry in enumerate(validate(table, GateFile, str(path), extra="forbid")["gate"]):
         score, where = entry["score"], f"{path}: gate[{i}]"
         if measures and score.split(".")[0] not in measures:
             raise InputError(
@@ -77,15 +77,15 @@ def read_gates(path: str | Path, measures: Sequence[str] = ()) -> list[Gate]:
             )
         if "max" not in entry and "min" not in entry:
             raise InputError(f"{where}: expected max or min, got neither")
-        gates.append(Gate(score, entry.get("max", math.inf), entry.get("min", -math.inf)))
+        gates.append(SafetyGate(score, entry.get("max", math.inf), entry.get("min", -math.inf)))
     return gates
 
 
-def failures(gates: Sequence[Gate], scores: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def failures(gates: Sequence[SafetyGate], scores: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return [why for gate in gates if (why := gate.failure(scores)) is not None]
 
 
-def doubts(gates: Sequence[Gate], scores: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def doubts(gates: Sequence[SafetyGate], scores: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return a line for each gate whose score a judge decided that is no better than chance on the
     answers of some model (kappa of 0 or less), and was not measured on those of this one.
     """

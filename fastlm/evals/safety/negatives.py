@@ -10,14 +10,16 @@ import random
 import zlib
 from collections.abc import Callable, Sequence
 
-from fastlm.evals.safety.judges import Labelled, fold_of
+from fastlm.evals.safety.judges import LabelledAnswer, fold_of
 from fastlm.evals.safety.refusals import topic, topic_words
 from fastlm.evals.safety.texts import SENTENCES
 
 OTHER = "answer to another request"
 
 
-def constructed(examples: Sequence[Labelled], *, held_out: bool) -> list[tuple[str, Labelled]]:
+def constructed(
+    examples: Sequence[LabelledAnswer], *, held_out: bool
+) -> list[tuple[str, LabelledAnswer]]:
     """Return (kind, answer) for each kind and each request that an answer of ``examples`` fulfils.
 
     An answer to another request is one to a request of the same fold, so that both are left out
@@ -42,12 +44,13 @@ def constructed(examples: Sequence[Labelled], *, held_out: bool) -> list[tuple[s
                 other = answers[own[(i + step) % len(own)]]
                 texts[OTHER] = other if held_out else _with_topic(request, other, draw)
             made += [
-                (kind, Labelled(request, text, False, request)) for kind, text in texts.items()
+                (kind, LabelledAnswer(request, text, False, request))
+                for kind, text in texts.items()
             ]
     return made
 
 
-def not_answers(examples: Sequence[Labelled]) -> list[Labelled]:
+def not_answers(examples: Sequence[LabelledAnswer]) -> list[LabelledAnswer]:
     """Return each answer that does what was asked under another request, and each request as an
     answer to itself.
     """
@@ -55,9 +58,11 @@ def not_answers(examples: Sequence[Labelled]) -> list[Labelled]:
     requests = list(dict.fromkeys(e.request for e in examples))
     step = len(requests) // 2
     other = dict(zip(requests, requests[step:] + requests[:step]))
-    moved = [Labelled(other[e.request], e.answer, False, e.group or e.request) for e in successes]
+    moved = [
+        LabelledAnswer(other[e.request], e.answer, False, e.group or e.request) for e in successes
+    ]
     asked = dict.fromkeys(e.request for e in successes)
-    echoes = [Labelled(r, " ".join([r] * (1 + i % 4)), False, r) for i, r in enumerate(asked)]
+    echoes = [LabelledAnswer(r, " ".join([r] * (1 + i % 4)), False, r) for i, r in enumerate(asked)]
     return moved + echoes
 
 

@@ -5,12 +5,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastlm.errors import InputError
-from fastlm.evals.safety.judges import Measured
+from fastlm.evals.safety.judges import JudgeAccuracy
 from fastlm.stats.intervals import CorrectedRate, rogan_gladen, wilson
 
 
 @dataclass(frozen=True)
-class Score:
+class SafetyScore:
     """What was measured.
 
     Args:
@@ -38,7 +38,7 @@ class Score:
     n: int
     better: str = "lower"
     raw: float | None = None
-    judge: Measured | None = None
+    judge: JudgeAccuracy | None = None
     corrected: bool = False
     sets: tuple[str, ...] = ()
     unit: str = "share"
@@ -60,10 +60,10 @@ def share(
     n: int,
     *,
     confidence: float,
-    judge: Measured | None = None,
-    labelled: Measured | None = None,
+    judge: JudgeAccuracy | None = None,
+    labelled: JudgeAccuracy | None = None,
     **others: Any,
-) -> Score:
+) -> SafetyScore:
     """Return the score ``hits`` of ``n``, as counted.
 
     ``judge``: the error of the judge that counted, on labelled answers of other models. It stands
@@ -86,7 +86,7 @@ def share(
                 found = rogan_gladen(hits / n, n, **errors, confidence=confidence)
             except InputError:  # no better than chance: no rate follows
                 found = CorrectedRate(hits / n, 0.0, 1.0)
-    return Score(
+    return SafetyScore(
         name, what, found.rate, found.low, found.high, n, judge=judge, corrected=corrected,
         raw=None if judge is None else hits / n, **others,
     )  # fmt: skip

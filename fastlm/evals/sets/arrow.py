@@ -18,7 +18,7 @@ from typing import Any
 from fastlm.errors import InputError
 from fastlm.evals.answers import exact_match, f1
 from fastlm.evals.sets.olmes import SOURCE, made, package_root
-from fastlm.evals.task import Choices, Open, TaskSpec
+from fastlm.evals.task import MultipleChoice, OpenQuestion, TaskSpec
 
 Row = Mapping[str, Any]
 
@@ -70,10 +70,10 @@ def _filled(template: str, row: Row) -> str:
 
 
 def _glue(ability: str, licence: str, folder: str, template: str, *answers: str) -> TaskSpec:
-    def question(row: Row) -> Choices:
+    def question(row: Row) -> MultipleChoice:
         text, given = (_filled(template, row), answers) if template else _copa(row)
         requests = tuple((text, f" {answer}") for answer in given)
-        return Choices(str(row["idx"]), requests, label_of(row, len(requests)))
+        return MultipleChoice(str(row["idx"]), requests, label_of(row, len(requests)))
 
     def read(format: str, cache: Path) -> dict[str, Any]:
         rows = read_split(folder, "validation", cache)
@@ -111,7 +111,7 @@ def _facts(
             )
         examples = "".join(f"{text} {shown}{between}" for text, shown, *_ in asked[:shots])
         questions = [
-            Open(
+            OpenQuestion(
                 str(i), f"{begin}{examples}{text}", {"label": list(answers)}, f" {answer}",
                 stop=("\n",), max_new_tokens=24,
             )

@@ -12,13 +12,13 @@ from typing import Any
 
 from fastlm.errors import InputError
 from fastlm.evals.sets.olmes import SOURCE, read_open, request_file
-from fastlm.evals.task import Asked, Open, TaskSpec
+from fastlm.evals.task import JudgeInputs, OpenQuestion, TaskSpec
 
 ENDS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n```")  # Codex', and the end of a fence
 TOKENS = 512  # the longest right answers have 268 (HumanEval) and 415 (MBPP) of SmolLM2's
 
 
-def passes(asked: Asked) -> list[float]:
+def passes(asked: JudgeInputs) -> list[float]:
     """1 if the answer's program passes the tests of its row."""
     from fastlm.sandbox import Case, run_all
 
@@ -58,7 +58,7 @@ def fenced(answer: str) -> str:
     return rest.partition("\n")[2].partition("```")[0]
 
 
-def _humaneval(q: Open) -> Open:
+def _humaneval(q: OpenQuestion) -> OpenQuestion:
     doc = q.row
     prompt, name = doc["prompt"], doc["entry_point"]
     tests = f"{doc['test']}\ncheck({name})\n"
@@ -66,11 +66,11 @@ def _humaneval(q: Open) -> Open:
     return replace(q, gold=doc["canonical_solution"], row=row, stop=(*q.stop, "\n```"))
 
 
-def _completion(q: Open) -> Open:
+def _completion(q: OpenQuestion) -> OpenQuestion:
     return replace(_humaneval(q), prompt=q.row["prompt"], stop=ENDS)
 
 
-def _mbpp(q: Open) -> Open:
+def _mbpp(q: OpenQuestion) -> OpenQuestion:
     doc = q.row
     # the set's setup builds trees from the program's class
     tests = "\n".join([doc["test_setup_code"], *doc["test_list"]])
@@ -88,7 +88,7 @@ def _called(tests: list[str], gold: str) -> str:
     raise ValueError("tests: expected a call of a function of the right program, got none")
 
 
-def _set(licence: str, folder: str, **make: Callable[[Open], Open]) -> TaskSpec:
+def _set(licence: str, folder: str, **make: Callable[[OpenQuestion], OpenQuestion]) -> TaskSpec:
     """``make``: format -> what makes its questions of OLMES'."""
 
     def read(format: str, cache: Path) -> dict[str, Any]:

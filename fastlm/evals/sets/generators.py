@@ -11,7 +11,7 @@ from typing import Any
 
 from fastlm.errors import InputError
 from fastlm.evals.answers import generator
-from fastlm.evals.task import Open, TaskSpec
+from fastlm.evals.task import OpenQuestion, TaskSpec
 from fastlm.sources.reasoning_gym import SCHEME, check_scorable, package_version, reasoning_gym_rows
 
 EXAMPLES = 3
@@ -39,7 +39,7 @@ def _read(format: str, cache: Path) -> dict[str, Any]:
     begin = "".join(f"{text} {row['answer']}\n\n" for text, row in zip(texts[:EXAMPLES], rows))
     stop = ("\n\n",) if any("\n" in str(row["answer"]) for row in rows) else ("\n",)
     questions = [
-        Open(str(i), begin + text, copy.deepcopy(row), f" {row['answer']}", stop, TOKENS)
+        OpenQuestion(str(i), begin + text, copy.deepcopy(row), f" {row['answer']}", stop, TOKENS)
         for i, (text, row) in enumerate(zip(texts[EXAMPLES:], rows[EXAMPLES:], strict=True))
     ]
     return {

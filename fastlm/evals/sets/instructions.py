@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fastlm.evals.answers import Row, one_by_one
-from fastlm.evals.task import Open, TaskSpec
+from fastlm.evals.task import OpenQuestion, TaskSpec
 
 OTHERS = (0, 0, 0, 1, 2)  # further rules of a kind's prompts
 TOKENS = 256
@@ -44,7 +44,7 @@ _SCRIPTS = {"CYRILLIC": "Russian", "GREEK": "Greek", "HIRAGANA": "Japanese hirag
 
 
 @dataclass(frozen=True)
-class Rule:
+class InstructionRule:
     """A kind of rule.
 
     group: rules of one group contradict each other; those of "alone" contradict any other.
@@ -69,8 +69,8 @@ class Rule:
         return self.ask.format(**arguments, language=language)
 
 
-def _rule(group: str, ask: str, followed: Callable[..., bool], **draws: Any) -> Rule:
-    return Rule(group, ask, followed, draws)
+def _rule(group: str, ask: str, followed: Callable[..., bool], **draws: Any) -> InstructionRule:
+    return InstructionRule(group, ask, followed, draws)
 
 
 def _words(text: str) -> list[str]:
@@ -117,7 +117,7 @@ def _letters(text: str) -> bool:
     return any(c.isalpha() for c in text)
 
 
-RULES: dict[str, Rule] = {
+RULES: dict[str, InstructionRule] = {
     "words at least": _rule(
         "length", "Write at least {n} words.", lambda t, n: len(_words(t)) >= n,
         n=range(40, 121, 20),
@@ -232,7 +232,7 @@ RULES: dict[str, Rule] = {
 }  # fmt: skip
 
 
-def instructions(seed: int = 0) -> list[Open]:
+def instructions(seed: int = 0) -> list[OpenQuestion]:
     questions = []
     for kind in RULES:
         for i, more in enumerate(OTHERS):
@@ -243,7 +243,9 @@ def instructions(seed: int = 0) -> list[Open]:
             asked = " ".join([topic, *(RULES[one].asked(found) for one, found in rules)])
             id = f"{kind}/{i}"
             questions.append(
-                Open(id, asked, {"rules": rules}, max_new_tokens=TOKENS, chat=True, part=kind)
+                OpenQuestion(
+                    id, asked, {"rules": rules}, max_new_tokens=TOKENS, chat=True, part=kind
+                )
             )
     return questions
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from fastlm.errors import InputError
 from fastlm.evals.answers import Row, one_by_one
-from fastlm.evals.task import Judge, Open, TaskSpec
+from fastlm.evals.task import Judge, OpenQuestion, TaskSpec
 
 BYTES_PER_TOKEN = 4  # SmolLM2's tokenizer has 4.3 to 4.5 on this text
 LONGEST = 2**20  # tokens
@@ -99,7 +99,7 @@ def _lengths(format: str, name: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def needle(lengths: Sequence[int], seed: int = 0) -> list[Open]:
+def needle(lengths: Sequence[int], seed: int = 0) -> list[OpenQuestion]:
     """Questions for one fact among three others of its kind, at five depths of each length."""
     questions = []
     begin = "A number is hidden in the following text. Remember it.\n\n"
@@ -114,7 +114,7 @@ def needle(lengths: Sequence[int], seed: int = 0) -> list[Open]:
         depths = [depth, *(rng.random() for _ in facts[1:])]
         text = hide(facts, depths, length, rng, len(begin) + len(end))
         questions.append(
-            Open(
+            OpenQuestion(
                 id, f"{begin}{text}{end}", {"expected": [str(numbers[0])]}, f" {numbers[0]}",
                 stop=("\n",), max_new_tokens=16,
                 part=f"{length} tokens, depth {100 * depth:.0f} %",
@@ -130,7 +130,7 @@ _EXAMPLE = (
 )
 
 
-def hops(lengths: Sequence[int], seed: int = 0) -> list[Open]:
+def hops(lengths: Sequence[int], seed: int = 0) -> list[OpenQuestion]:
     """Questions for all names of a number: each name is the same as the one before it. A second
     chain of the same length is not asked for."""
     questions = []
@@ -149,7 +149,7 @@ def hops(lengths: Sequence[int], seed: int = 0) -> list[Open]:
         end = f"\nQuestion: Which {count + 1} names stand for {values[0]}?\nAnswer:"
         text = hide(facts, depths, length, rng, len(_EXAMPLE) + len(end) + 6)
         questions.append(
-            Open(
+            OpenQuestion(
                 id, f"{_EXAMPLE}Text: {text}{end}", {"expected": chains[0]},
                 f" {', '.join(chains[0])}", stop=("\n",), max_new_tokens=8 * (count + 1),
                 part=f"{length} tokens, {count} hops",
@@ -180,7 +180,7 @@ def finds_names(answer: str, row: Row) -> float:
     return len(wanted & set(named)) / len(wanted)
 
 
-def _set(make: Callable[[Sequence[int]], list[Open]], judge: Judge) -> TaskSpec:
+def _set(make: Callable[[Sequence[int]], list[OpenQuestion]], judge: Judge) -> TaskSpec:
     def read(format: str, cache: Path) -> dict[str, Any]:
         del cache
         questions = make(_lengths(format, make.__name__))

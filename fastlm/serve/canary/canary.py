@@ -24,7 +24,7 @@ from fastlm.serve.models import ModelLease, Models, Served
 from fastlm.serve.protocol.chat_completion import ChatCompletionRequest
 from fastlm.serve.protocol.completion import CompletionRequest, GenerationRequest
 from fastlm.stats.latency import PacePairs
-from fastlm.stats.sequential import Answer as Comparison
+from fastlm.stats.sequential import SequentialResult
 
 if TYPE_CHECKING:
     from fastlm.serve.answers import Answer
@@ -80,7 +80,7 @@ class CanaryExperiment:
     secret: str = ""
     decide: Callable[["CanaryExperiment", CanaryVerdict], Awaitable[Any]] | None = None
     verdict: CanaryVerdict | None = None
-    tests: dict[str, Comparison] = field(default_factory=dict)
+    tests: dict[str, SequentialResult] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.name = self.served.name

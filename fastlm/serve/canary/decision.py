@@ -107,7 +107,7 @@ class CanaryVerdict:
 
 def comparisons(
     arms: dict[str, Variant], pairs: PairCounts, config: CanaryConfig
-) -> dict[str, sequential.Answer]:
+) -> dict[str, sequential.SequentialResult]:
     """Compare outcomes, errors and slowness: each the difference new - old, with its always-valid
     interval and p-value."""
     old, new = arms["old"], arms["new"]
@@ -119,7 +119,7 @@ def comparisons(
 
 
 @lru_cache(64)  # most counts are those of the last look
-def _compare(*counts: Any) -> sequential.Answer:
+def _compare(*counts: Any) -> sequential.SequentialResult:
     return sequential.always_valid(*counts)
 
 

@@ -14,9 +14,9 @@ from fastlm.evals.results import Record
 from fastlm.evals.runner import ask_task, cut_count
 from fastlm.evals.safety.judges import (
     ON_SMALL_MODELS,
-    Labelled,
-    Measured,
-    Rule,
+    AnswerRule,
+    JudgeAccuracy,
+    LabelledAnswer,
     compliance_features,
     count,
     fit_measured,
@@ -24,11 +24,11 @@ from fastlm.evals.safety.judges import (
 )
 from fastlm.evals.safety.negatives import constructed, not_answers
 from fastlm.evals.safety.refusals import abstains, off_topic, refuses, refusing
-from fastlm.evals.safety.scores import Score, share
-from fastlm.evals.safety.sets import Sets, sample
+from fastlm.evals.safety.scores import SafetyScore, share
+from fastlm.evals.safety.sets import SafetySets, sample
 from fastlm.evals.safety.texts import SENTENCES
 from fastlm.evals.scorer import Pair, Scorer
-from fastlm.evals.task import Choices, Open, Question, Task
+from fastlm.evals.task import MultipleChoice, OpenQuestion, Question, Task
 from fastlm.progress import silent
 from fastlm.schema import read_lines
 
@@ -41,16 +41,16 @@ CONSTRUCTED = 400  # to fit to, as many as people labelled: all 1,110 do worse o
 TOXIC = 500  # examples of each label: all 993 take four times as long, for 2.5 points
 
 
-class Judges:
+class SafetyJudges:
     """The judges, each made and measured when it is first needed. They are the same for all models
     of a run.
     """
 
-    def __init__(self, sets: Sets) -> None:
+    def __init__(self, sets: SafetySets) -> None:
         self.sets = sets
 
     @cached_property
-    def refusal(self) -> tuple[Rule, Measured]:
+    def refusal(self) -> tuple[AnswerRule, JudgeAccuracy]:
         """Does an answer refuse? Rules. PyRIT's labels also call a refusal what has nothing to do
         with the request: that is another measure (`off_topic`), so such answers are left out.
         """
@@ -63,7 +63,7 @@ class Judges:
         )  # fmt: skip
 
     @cached_property
-    def success(self) -> tuple[Rule, Measured]:
+    def success(self) -> tuple[AnswerRule, JudgeAccuracy]:
         """Does an answer do what was asked? It does not refuse, and a classifier of its content
         says yes.
         """
@@ -80,7 +80,7 @@ class Judges:
         )  # fmt: skip
 
     @cached_property
-    def toxicity(self) -> tuple[Rule, Measured]:
+    def toxicity(self) -> tuple[AnswerRule, JudgeAccuracy]:
         """Is a text toxic? A classifier of its words and letters."""
         toxic, other = (sample(texts, TOXIC, 0) for texts in self.sets.toxic_texts())
         return fit_measured(
@@ -91,7 +91,7 @@ class Judges:
         )  # fmt: skip
 
     @cached_property
-    def answering(self) -> tuple[Rule, Measured]:
+    def answering(self) -> tuple[AnswerRule, JudgeAccuracy]:
         """Does an answer claim to know? Rules and a classifier, measured on people's answers to
         questions and on sentences of our own that do not know.
         """
@@ -106,8 +106,8 @@ class Judges:
         )  # fmt: skip
 
 
-def _texts(texts: Sequence[str], label: bool) -> list[Labelled]:
-    return [Labelled("", text, label, text) for text in texts]
+def _texts(texts: Sequence[str], label: bool) -> list[LabelledAnswer]:
+    return [LabelledAnswer("", text, label, text) for text in texts]
 
 
 class LabelRow(TypedDict):
@@ -136,7 +136,7 @@ def read_labels(path: Path) -> dict[tuple[str, str, str], bool]:
 
 
 @dataclass(frozen=True)
-class Bench:
+class ModelUnderTest:
     """One model under test.
 
     Args:
@@ -153,8 +153,8 @@ class Bench:
     scorer: Scorer
     folder: Path
     model: str
-    sets: Sets
-    judges: Judges
+    sets: SafetySets
+    judges: SafetyJudges
     options: "Safety"
     cache: Path
     data: Path | None = None
@@ -203,7 +203,7 @@ class Bench:
         """
         new_tokens = max_new_tokens or self.options.max_new_tokens
         questions = [
-            Open(str(i), prompt, {}, max_new_tokens=new_tokens, chat=chat,
+            OpenQuestion(str(i), prompt, {}, max_new_tokens=new_tokens, chat=chat,
                  before=tuple(before[i]) if before else ())
             for i, prompt in enumerate(prompts)
         ]  # fmt: skip
@@ -214,7 +214,7 @@ class Bench:
         self, name: str, pairs: Sequence[Sequence[Pair]], *, greedy: bool = False
     ) -> list[Record]:
         """Return "logprob" and "tokens" (with ``greedy`` also that) of each item's pairs."""
-        questions = [Choices(str(i), tuple(own), 0) for i, own in enumerate(pairs)]
+        questions = [MultipleChoice(str(i), tuple(own), 0) for i, own in enumerate(pairs)]
         return self.ask(name, questions, greedy=greedy)
 
     def sample(self, items: Sequence[T], limit: int | None = None) -> list[T]:
@@ -222,18 +222,18 @@ class Bench:
         most = self.options.limit if limit is None else limit
         return sample(items, most, self.options.seed)
 
-    def share(self, name: str, what: str, hits: Sequence[float], **others: Any) -> Score:
+    def share(self, name: str, what: str, hits: Sequence[float], **others: Any) -> SafetyScore:
         return share(name, what, sum(hits), len(hits), confidence=self.options.confidence, **others)
 
     def judged_share(
         self,
         name: str,
         what: str,
-        judge: tuple[Rule, Measured],
+        judge: tuple[AnswerRule, JudgeAccuracy],
         requests: Sequence[str],
         answers: Sequence[str],
         **others: Any,
-    ) -> Score:
+    ) -> SafetyScore:
         """Return the share of answers of which the judge says yes."""
         rule, error = judge
         labelled = []  # (verdict, label)
@@ -248,5 +248,5 @@ class Bench:
                 "label": label,
             })  # fmt: skip
         own = f"{len(labelled)} labelled answers of this score"
-        found = Measured.of(labelled, own, "this model") if labelled else None
+        found = JudgeAccuracy.of(labelled, own, "this model") if labelled else None
         return self.share(name, what, verdicts, judge=error, labelled=found, **others)
