@@ -39,8 +39,8 @@ from fastlm.inference.block_manager import BLOCK_SIZE, BlockManager
 from fastlm.inference.engine import Engine
 from fastlm.inference.requests import Request
 from fastlm.inference.sampling import Sampling
-from fastlm.model import cuda_steps
-from fastlm.model.paged_call import ModuleSteps
+from fastlm.model import cuda_decode
+from fastlm.model.module_decode import ModuleDecodeRunner
 from fastlm.model.quantized_modules import put_quantized
 from fastlm.ops.quantized_weight import QuantizedWeight
 
@@ -332,7 +332,7 @@ def step_call(model: fastlm.CausalLM, users: int, keys: int, graph: bool) -> Cal
     pages.data.normal_()
     with torch.inference_mode():
         model.model.fuse()
-    steps = cuda_steps.PagedSteps(model, pages.data)
+    steps = cuda_decode.CudaDecodeRunner(model, pages.data)
     steps.recordable &= graph
     tokens = torch.randint(0, model.config.vocab_size, (users,))
     lengths = torch.full((users,), keys)
@@ -418,7 +418,7 @@ def engine_call(model: fastlm.CausalLM, users: int, tokens: int, graph: bool) ->
         model, num_blocks=users * -(-(32 + tokens) // BLOCK_SIZE), enable_prefix_caching=False
     )
     if not graph:
-        engine._batch.decoder = ModuleSteps(model, engine.pages)
+        engine._batch.runner = ModuleDecodeRunner(model, engine.pages)
     return lambda: engine.generate(requests)
 
 

@@ -38,7 +38,7 @@ def keep_freed_memory() -> bool:
     return kept
 
 
-class made_again(saved_tensors_hooks):
+class recompute(saved_tensors_hooks):
     """Context: operations inside save a note of `value` for their backward instead of its memory.
 
     The first backward among them calls `make`, which returns `value` again, bit for bit, from
@@ -51,7 +51,7 @@ class made_again(saved_tensors_hooks):
     """
 
     @classmethod
-    def welcome(cls) -> bool:
+    def can_enter(cls) -> bool:
         """Whether no hooks are active now, or only those of this class."""
         autograd = torch._C._autograd  # type: ignore[attr-defined]
         top = autograd._top_saved_tensors_default_hooks(True)
@@ -83,7 +83,7 @@ class made_again(saved_tensors_hooks):
         self.entered = False
 
     def __enter__(self) -> None:
-        if self.welcome():
+        if self.can_enter():
             super().__enter__()
             self.entered = True
 

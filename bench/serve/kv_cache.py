@@ -20,7 +20,7 @@ from harness import positive
 
 from fastlm.inference.block_manager import BLOCK_SIZE, BlockManager
 from fastlm.inference.decode_batch import MAX_ROWS
-from fastlm.model import cpu_steps
+from fastlm.model import cpu_decode
 from fastlm.model.causal_lm import CausalLM
 from fastlm.tokenizer.tokenizer import Tokenizer
 
@@ -31,9 +31,9 @@ TIMED = (torch.float16, torch.int8)
 class Steps:
     def __init__(self, model: CausalLM, rows: int, pages: int, dtype: torch.dtype):
         self.pages = BlockManager(model.config, rows * pages, dtype=dtype)
-        plan = cpu_steps.plan_of(model)
+        plan = cpu_decode.decode_plan(model)
         assert plan is not None
-        self.steps = cpu_steps.PagedSteps(model, plan, self.pages.data, self.pages.scales)
+        self.steps = cpu_decode.CpuDecodeRunner(model, plan, self.pages.data, self.pages.scales)
 
     def fill(self) -> None:
         for layer in self.pages.data:

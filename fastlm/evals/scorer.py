@@ -207,7 +207,7 @@ class Scorer:
             continuations.append(list(continuation))
         found: list[Likelihood | None] = [None] * len(pairs)
         # frequencies that depend on the length of a context are those of the longest in a batch
-        most = 1 if self.model.model.by_length else None
+        most = 1 if self.model.model.depends_on_length else None
         training = self.model.training
         self.model.eval()
         try:

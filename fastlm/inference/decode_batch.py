@@ -19,8 +19,8 @@ class DecodeRow(NamedTuple):
     needs_logits: bool
 
 
-class Decoder(Protocol):
-    """Runs decode steps of a model (`fastlm.model.runner`)."""
+class DecodeRunner(Protocol):
+    """Runs decode steps of a model (`fastlm.model.model_runner`)."""
 
     def logits(
         self, tokens: Tensor, lengths: Tensor, table: Tensor, *, logits_indices: Tensor
@@ -28,11 +28,11 @@ class Decoder(Protocol):
 
 
 class DecodeBatch:
-    """Computes rows with ``decoder``. The table of their pages stays from step to step; a row of it
+    """Computes rows with ``runner``. The table of their pages stays from step to step; a row of it
     is written again where the sequence in that place has changed or has more pages."""
 
-    def __init__(self, decoder: Decoder):
-        self.decoder = decoder
+    def __init__(self, runner: DecodeRunner):
+        self.runner = runner
         self._table = torch.zeros(0, 0, dtype=torch.int32)
         self._written: list[tuple[list[int], int]] = []  # pages of each row, and how many
 
@@ -44,7 +44,7 @@ class DecodeBatch:
             part = rows[begin : begin + MAX_ROWS]
             logits_indices = [i for i, row in enumerate(part) if row.needs_logits]
             out.append(
-                self.decoder.logits(
+                self.runner.logits(
                     torch.tensor([row.token for row in part]),
                     torch.tensor([row.position for row in part]),
                     self._table_of(part),

@@ -33,8 +33,8 @@ def draft_page_bytes(draft: "CausalLM", model: "CausalLM") -> int:
             f" got {draft.config.vocab_size}"
         )
     runner = draft.runner()
-    why_not = runner.reason
-    if draft.model.by_length:
+    why_not = runner.fallback_reason
+    if draft.model.depends_on_length:
         why_not = "its rotary frequencies depend on the length of the context"
     if why_not is None:
         return page_bytes(draft.config, runner.cache_dtype)
@@ -105,11 +105,11 @@ class DraftModelProposer:
         if self._runner is not None and self._runner.is_current():
             return
         self._runner, self._batch = self.model.runner(), None
-        if self._runner.reason is None:
+        if self._runner.fallback_reason is None:
             dtype = self._runner.cache_dtype
             if dtype != self.pages.data.dtype:
                 self.pages = BlockManager(self.model.config, self.pages.count, dtype=dtype)
-            self._batch = DecodeBatch(self._runner.decoder(self.pages))
+            self._batch = DecodeBatch(self._runner.decode_runner(self.pages))
 
     def forget(self, sequence: Sequence) -> None:
         if (held := self._held.pop(sequence, None)) is not None:

@@ -2,7 +2,7 @@
 values (`fastlm.inference.block_manager`), one step after the other (`fastlm.inference.scheduler`).
 
 Prompts are computed by the model's modules, or as rows of the decode step, like answers
-(`fastlm.model.runner.Runner.takes_prompts`).
+(`fastlm.model.model_runner.ModelRunner.prefers_prompt_rows`).
 
 A request's tokens and log-probabilities do not depend on what else the engine runs, on the CPU and
 where the model's runner has no reason against: rows of a decode step and the modules'
@@ -49,7 +49,7 @@ from fastlm.inference.speculative import DraftProposer, PromptLookup
 
 if TYPE_CHECKING:
     from fastlm.model.causal_lm import CausalLM
-    from fastlm.model.runner import Runner
+    from fastlm.model.model_runner import ModelRunner
     from fastlm.tokenizer.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -164,7 +164,7 @@ class Engine:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.context_limit = max_model_len or model.designed_limit
         self._ends = model.config.stop_ids | (tokenizer.stop_ids if tokenizer else frozenset())
-        self._runner: Runner | None = None
+        self._runner: ModelRunner | None = None
         runner = self._runner = model.runner()
         for name, value, wanted in (
             ("kv_cache_dtype", kv_cache_dtype, (None, model.dtype)),
@@ -172,10 +172,10 @@ class Engine:
             ("draft_model", draft_model and draft_model.config.model_type, (None,)),
             ("num_speculative_tokens", num_speculative_tokens, (0,)),
         ):  # fmt: skip
-            if runner.reason is not None and value not in wanted:
+            if runner.fallback_reason is not None and value not in wanted:
                 raise InputError(
                     f"{name}: expected {' or '.join(map(str, wanted))} for a model whose steps go"
-                    f" through its modules ({runner.reason}), got {value}"
+                    f" through its modules ({runner.fallback_reason}), got {value}"
                 )
         beside = 0 if draft_model is None else draft_page_bytes(draft_model, model)
         count = num_blocks or block_count(
@@ -457,7 +457,7 @@ class Engine:
         """The tokens of a step. Where prompts are rows of it, each costs answers its own time: few,
         for short pauses, unless tokens are guessed, or so many prompts wait for their end that
         throughput is what serves them."""
-        if not self._takes_prompts:
+        if not self._uses_prompt_rows:
             return 256
         if not answers:
             return 64
@@ -507,25 +507,27 @@ class Engine:
         self.pages.forget()
         self._batch = self._make_batch(runner)
 
-    def _cache_dtype(self, runner: "Runner") -> torch.dtype:
+    def _cache_dtype(self, runner: "ModelRunner") -> torch.dtype:
         # the modules' attention wants keys of its own dtype
-        wanted = self.kv_cache_dtype if runner.reason is None else None
+        wanted = self.kv_cache_dtype if runner.fallback_reason is None else None
         return wanted or runner.cache_dtype
 
-    def _make_pages(self, count: int, runner: "Runner") -> BlockManager:
+    def _make_pages(self, count: int, runner: "ModelRunner") -> BlockManager:
         model = self.model
         return BlockManager(
             model.config, count, dtype=self._cache_dtype(runner), device=model.device,
-            rope_length=self.context_limit if model.model.by_length else 0,
+            rope_length=self.context_limit if model.model.depends_on_length else 0,
         )  # fmt: skip
 
-    def _make_batch(self, runner: "Runner") -> DecodeBatch:
+    def _make_batch(self, runner: "ModelRunner") -> DecodeBatch:
         rows = self.prompt_rows
-        self._rowwise = runner.reason is None
-        self._takes_prompts = self._rowwise and (runner.takes_prompts if rows is None else rows)
-        self.scheduler.by_pages = self.batch_invariant and not self._takes_prompts
-        self.scheduler.answers_too = self._takes_prompts
-        return DecodeBatch(runner.decoder(self.pages))
+        self._rowwise = runner.fallback_reason is None
+        self._uses_prompt_rows = self._rowwise and (
+            runner.prefers_prompt_rows if rows is None else rows
+        )
+        self.scheduler.by_pages = self.batch_invariant and not self._uses_prompt_rows
+        self.scheduler.answers_too = self._uses_prompt_rows
+        return DecodeBatch(runner.decode_runner(self.pages))
 
     def _guarded(self, group: list[sequences.Sequence], compute: Callable[[], None]) -> None:
         """Compute something for a group of sequences; if that fails, they end, not the engine."""
@@ -543,7 +545,7 @@ class Engine:
         """Compute chunks and draw what follows them: prompts, then copies of them, then answers."""
         computed = [c for c in prompts if c.source is None]
         answered: AnswerLogits | None = None
-        if self._takes_prompts:
+        if self._uses_prompt_rows:
             answered = self._through_rows([*answers, *computed])
         else:
             self._through_modules(computed)

@@ -23,7 +23,7 @@ from fastlm.checkpoint.config import ModelConfig
 from fastlm.checkpoint.folder import base_of, load_state, save_hf
 from fastlm.errors import InputError
 from fastlm.model.adapter import load_adapter
-from fastlm.model.layers import Call, Decoder, RMSNorm
+from fastlm.model.layers import Decoder, ForwardContext, RMSNorm
 from fastlm.model.lora import LoraConfig, check_plain, merge_lora
 from fastlm.model.quantized_modules import (
     QuantizedEmbedding,
@@ -39,7 +39,7 @@ from fastlm.transforms import is_eager
 
 if TYPE_CHECKING:
     from fastlm.inference.block_manager import ChunkCache
-    from fastlm.model.runner import Runner
+    from fastlm.model.model_runner import ModelRunner
 
 IGNORE = -100  # label of a token without loss
 
@@ -304,7 +304,7 @@ class CausalLM(nn.Module):
                 context = batch * length
                 whole = cu_seqlens if keys is None else keys[1]  # with shared prefixes
                 position_ids = packed_positions(cu_seqlens, context, whole).view(batch, length)
-                if self.model.by_length:  # waits for the device; longrope and dynamic only
+                if self.model.depends_on_length:  # waits for the device; longrope and dynamic only
                     context = int(whole.diff().max())
         elif attention_mask is not None:
             if attention_mask.shape != (batch, length):
@@ -324,7 +324,7 @@ class CausalLM(nn.Module):
         rotary = self.model.rotary(
             0 if position_ids is None else position_ids, length, context, input_ids.device
         )
-        return self.model(input_ids, Call(cu_seqlens, None, visible, rotary, keys=keys))
+        return self.model(input_ids, ForwardContext(cu_seqlens, None, visible, rotary, keys=keys))
 
     def logprobs(
         self,
@@ -380,8 +380,8 @@ class CausalLM(nn.Module):
         rotary = self.model.rotary(
             cache.positions[None], len(input_ids), cache.longest, input_ids.device
         )
-        call = Call(cache.cu_seqlens, cache, None, rotary, fused=True)
-        hidden = self.model(input_ids[None], call)[0]
+        context = ForwardContext(cache.cu_seqlens, cache, None, rotary, fused=True)
+        hidden = self.model(input_ids[None], context)[0]
         return hidden if every else hidden[cache.cu_seqlens[1:].long() - 1]
 
     def check_ids(self, input_ids: Tensor) -> None:
@@ -428,11 +428,11 @@ class CausalLM(nn.Module):
         cap = self.config.final_logit_softcapping
         return out if cap is None else cap * torch.tanh(out / cap)
 
-    def runner(self) -> "Runner":
+    def runner(self) -> "ModelRunner":
         """Return what runs steps of this model, for `fastlm.inference.engine.Engine`."""
-        from fastlm.model.runner import Runner
+        from fastlm.model.model_runner import ModelRunner
 
-        return Runner(self)
+        return ModelRunner(self)
 
     def generate(
         self,

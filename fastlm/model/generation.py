@@ -53,7 +53,7 @@ def engine_for(
         num_blocks=max(blocks[-1], min(sum(blocks), allowed)),
         max_num_seqs=max_num_seqs or count,
         max_num_batched_tokens=_STEP_TOKENS,
-        max_model_len=lengths[-1] if model.model.by_length else None,
+        max_model_len=lengths[-1] if model.model.depends_on_length else None,
         batch_invariant=batch_invariant,
     )
 

@@ -1,7 +1,7 @@
-"""The decoder's layers on `fastlm.ops`. Each class serves every family in
+"""The layers of a decoder on `fastlm.ops`. Each class serves every family in
 `fastlm.checkpoint.config.FAMILIES`; module names are Hugging Face's.
 
-Rejected: a class per architecture (nine near copies), and own names with a table of renames.
+Rejected: a class per architecture (nine near copies), and names of our own with a table of renames.
 
 Shapes: B batch, S tokens of this call, T keys (cached ones included), E hidden_size, H / Hkv heads,
 D head_dim, R rotated features.
@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from fastlm.backend import has_kernel, multiplies_bf16
 from fastlm.checkpoint.config import ModelConfig
 from fastlm.errors import InputError
-from fastlm.memory import made_again
+from fastlm.memory import recompute
 from fastlm.model.quantized_modules import QuantizedLinear
 from fastlm.model.rotary import RotaryTables
 from fastlm.operator import autocast, autocast_somewhere
@@ -41,26 +41,27 @@ _NORMS = {
     ),
 }
 
-# From this many tokens per call on, attention with a 16-bit cache runs in bfloat16: 0.6 of
-# float32's time at 512 tokens, casts aside. The length below which the casts cost more was not
-# measured.
-_PREFILL = 64
+# From this many tokens per call on, attention with a 16-bit cache runs in bfloat16: it takes 0.6 of
+# float32's time at 512 tokens, without the casts. The length below which the casts cost more was
+# not measured.
+_MIN_BF16_TOKENS = 64
 
 
-class PackedCache(Protocol):
-    """Keys and values of packed sequences that have some already
-    (`fastlm.inference.block_manager.ChunkCache`)."""
+class PackedKVCache(Protocol):
+    """Keys and values of packed sequences whose first tokens are cached
+    (`fastlm.inference.block_manager.PrefillKVCache`)."""
 
     data: Tensor
-    cu_seqlens_k: Tensor  # (B + 1,) int32: where the keys of each sequence begin and end
+    cu_seqlens_k: Tensor  # (B + 1,) int32: offsets of the keys of each sequence
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k, v (1, Hkv, S, D). Return all keys and values, (cu_seqlens_k[-1], Hkv, D)."""
         ...
 
 
-class Step(Protocol):
-    """One token per row, at positions stored only on the device (`fastlm.model.cuda_steps`)."""
+class DecodeAttention(Protocol):
+    """Attention of a decode step: one token per row, at positions that only the device holds
+    (`fastlm.model.module_decode.PagedDecodeAttention`)."""
 
     def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         """Rotate q (B, 1, H, D) and k (B, 1, Hkv, D), append k and v to the layer's cache, and
@@ -70,22 +71,22 @@ class Step(Protocol):
 
 
 @dataclass
-class Call:
-    """What all layers of one forward call share."""
+class ForwardContext:
+    """The inputs of one forward call that all layers share."""
 
     cu_seqlens: Tensor | None
-    cache: PackedCache | None  # with cu_seqlens
-    visible: Tensor | None  # (B, 1, 1, T) bool: columns that hold a token
+    cache: PackedKVCache | None  # with cu_seqlens
+    visible: Tensor | None  # (B, 1, 1, T) bool: the columns that hold a token
     # per layer: cos, sin, (S, R) or (B, S, R), or None for a layer without positions
     rotary: list[tuple[Tensor, Tensor] | None]
-    fused: bool = False  # layers may use what `Decoder.fuse` joined
-    step: Step | None = None  # instead of a cache
+    fused: bool = False  # layers may use the projections that `Decoder.fuse` joined
+    decode_attention: DecodeAttention | None = None  # instead of a cache
     keys: tuple[Tensor, Tensor] | None = None  # with cu_seqlens, see `CausalLM.hidden`
 
-    def rounds(self, x: Tensor) -> bool:
-        """Whether keys and values of x go into a cache of 16 bits or fewer
-        (`fastlm.model.cpu_steps`: the model rounds its activations to 8 bits) and 16-bit attention
-        is faster on this machine."""
+    def uses_bf16_attention(self, x: Tensor) -> bool:
+        """Return whether keys and values of x go into a cache of 16 bits or fewer (the model rounds
+        its activations to 8 bits, see `fastlm.model.cpu_decode`) and this machine computes
+        attention faster in bfloat16."""
         narrow = (torch.float16, torch.bfloat16, torch.int8)
         return (
             self.cache is not None
@@ -97,13 +98,14 @@ class Call:
 
 
 @dataclass
-class Fused:
-    """Quantized projections of the same input as one product: fewer calls in a decode step (7 % of
-    SmolLM2's CPU time, measured). Their buffers are rows of `weight`, so nothing is stored twice. A
-    single projection gains, too: its weight is assembled and checked once, not in every step.
+class FusedProjection:
+    """Quantized projections of the same input as one product: a decode step makes fewer calls (7 %
+    of SmolLM2's CPU time, measured). Their buffers are rows of `weight`, so nothing is stored
+    twice. A single projection gains, too: its weight is assembled and checked once, not in every
+    step.
 
-    Unquantized projections stay separate. The 9 % measured there is not worth moving the memory of
-    a Parameter whose address an optimizer may have stored.
+    Unquantized projections stay separate. Joining them saved 9 % (measured), but it would move the
+    memory of a Parameter whose address an optimizer may have stored.
     """
 
     weight: QuantizedWeight
@@ -119,14 +121,17 @@ class Fused:
         )
         return y.view(*x.shape[:-1], -1)
 
-    def rounds(self, op: str, x: Tensor) -> bool:
-        """Whether `op`, which computes the input of this product from x, can round it to int8."""
+    def can_round_input(self, op: str, x: Tensor) -> bool:
+        """Return whether `op`, which computes the input of this product from x, can round that
+        input to int8."""
         return self.act_bits == 8 and x.numel() > 0 and has_kernel(op, x)
 
 
-def fuse(modules: Sequence[nn.Module | None], before: Fused | None) -> Fused | None:
-    """Fuse the modules, on the weight of `before` where that still holds their buffers; None where
-    they are not all quantized the same way."""
+def fuse(
+    modules: Sequence[nn.Module | None], previous: FusedProjection | None
+) -> FusedProjection | None:
+    """Fuse the modules. The weight of `previous` is reused while it holds their buffers. Return
+    None unless all are quantized in the same way."""
     linears = [m for m in modules if isinstance(m, QuantizedLinear)]
     formats = {
         (m.bits, m.group_size, m.act_bits, m.scales.dtype, m.zeros is None, m.bias is None)
@@ -136,24 +141,24 @@ def fuse(modules: Sequence[nn.Module | None], before: Fused | None) -> Fused | N
         return None
     biases = [m.bias.detach() for m in linears if m.bias is not None]
     bias = torch.cat(biases) if biases else None
-    if before is not None and all(_storage(m) == _storage(before.weight) for m in linears):
-        return Fused(before.weight, bias, before.act_bits)
+    if previous is not None and all(_storage(m) == _storage(previous.weight) for m in linears):
+        return FusedProjection(previous.weight, bias, previous.act_bits)
     first = linears[0]
     if len(linears) == 1:
-        return Fused(first.weight, bias, first.act_bits)
+        return FusedProjection(first.weight, bias, first.act_bits)
     joined: dict[str, Any] = {}
     rows = [m.out_features for m in linears]
     for name in ("qdata", "scales", "zeros"):
         if getattr(first, name) is not None:
-            joined[name] = whole = torch.cat([getattr(m, name) for m in linears])
-            for m, part in zip(linears, whole.split(rows)):
+            joined[name] = tensor = torch.cat([getattr(m, name) for m in linears])
+            for m, part in zip(linears, tensor.split(rows)):
                 setattr(m, name, part)
     weight = replace(first.weight, **joined, shape=(sum(rows), first.in_features))
-    return Fused(weight, bias, first.act_bits)
+    return FusedProjection(weight, bias, first.act_bits)
 
 
 def _storage(weight: QuantizedLinear | QuantizedWeight) -> list[int]:
-    """Start addresses of the buffers' memory: equal for rows of one matrix."""
+    """Return the start addresses of the buffers' memory: rows of one matrix have the same ones."""
     parts = (weight.qdata, weight.scales, weight.zeros)
     return [t.untyped_storage().data_ptr() for t in parts if t is not None]
 
@@ -169,27 +174,30 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
         return rms_norm(x, self.weight, self.eps, residual=residual, offset=self.offset)
 
-    def again(self, x: Tensor, summed: Tensor) -> AbstractContextManager:
-        """Context in which the backward recomputes `x`, the norm of `summed` in x's dtype, instead
-        of keeping it.
+    def recompute(self, x: Tensor, summed: Tensor) -> AbstractContextManager:
+        """Return a context in which the backward recomputes `x`, the norm of `summed` in x's dtype,
+        instead of keeping it.
         """
-        if not _keeping(x):
+        if not _saves_for_backward(x):
             return nullcontext()
         summed, weight, dtype = summed.detach(), self.weight.detach(), x.dtype
 
-        def make() -> Tensor:  # without x, which this would keep alive
+        def normalize() -> Tensor:  # does not refer to x, which it would keep alive
             y: Any = rms_norm(summed, weight, self.eps, offset=self.offset)
             return y.to(dtype)
 
-        return made_again(x, make)
+        return recompute(x, normalize)
 
 
-def _keeping(x: Tensor) -> bool:
-    """Whether operations on x would now save it for a backward, and Python may decide how."""
+def _saves_for_backward(x: Tensor) -> bool:
+    """Return whether operations on x would now save it for a backward, and Python may decide
+    how."""
     return x.requires_grad and torch.is_grad_enabled() and is_eager(x)
 
 
 class Attention(nn.Module):
+    """Projects queries, keys and values, rotates them, attends, and projects the result."""
+
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         family, heads = config.family, config.num_attention_heads
@@ -206,8 +214,8 @@ class Attention(nn.Module):
             self.k_proj = Linear(width, self.kv_width, bias=bias or family.qkv_bias)
             self.v_proj = Linear(width, self.kv_width, bias=bias or family.qkv_bias)
         self.o_proj = Linear(self.q_width, width, bias=bias)
-        self.fused: Fused | None = None
-        self.fused_out: Fused | None = None
+        self.fused: FusedProjection | None = None
+        self.fused_output: FusedProjection | None = None
         self.qk_norm = family.qk_norm
         if self.qk_norm:
             per_head = self.qk_norm == "head"
@@ -217,10 +225,10 @@ class Attention(nn.Module):
     def fuse(self) -> None:
         names = ("qkv_proj",) if "qkv_proj" in self._modules else ("q_proj", "k_proj", "v_proj")
         self.fused = fuse([self._modules[n] for n in names], self.fused)
-        self.fused_out = fuse([self.o_proj], self.fused_out)
+        self.fused_output = fuse([self.o_proj], self.fused_output)
 
     def project(self, x: Any, fused: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, S, E) -> q (B, S, H * D), k and v (B, S, Hkv * D)."""
+        """Project (B, S, E) to q (B, S, H * D), k and v (B, S, Hkv * D)."""
         joined = self.fused if fused else None
         if joined is not None or "qkv_proj" in self._modules:
             qkv = self.qkv_proj(x) if joined is None else joined(x)
@@ -228,10 +236,10 @@ class Attention(nn.Module):
             return q, k, v
         return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
-    def forward(self, x: Any, call: Call) -> Tensor:
-        """x: Tensor (B, S, E), or in a decode step its `Int8Rows`."""
+    def forward(self, x: Any, context: ForwardContext) -> Tensor:
+        """Return (B, S, E). x: (B, S, E), or in a decode step its `Int8Rows`."""
         batch, length, _ = x.shape
-        q, k, v = self.project(x, call.fused)
+        q, k, v = self.project(x, context.fused)
         if self.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
         heads = (batch, length, -1, self.head_dim)
@@ -240,37 +248,39 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         options: dict[str, Any] = {"causal": True, "scale": self.scale}
         options |= {"window": self.window, "softcap": self.softcap}
-        project = (call.fused and self.fused_out) or self.o_proj
-        if call.step is not None:
-            out = call.step.attention(self.layer, q, k, v, **options)
+        project = (context.fused and self.fused_output) or self.o_proj
+        if context.decode_attention is not None:
+            out = context.decode_attention.attention(self.layer, q, k, v, **options)
             return project(out.reshape(batch, length, self.q_width))
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, S, D)
-        if (tables := call.rotary[self.layer]) is not None:
+        if (tables := context.rotary[self.layer]) is not None:
             q, k = rope(q, k, *tables, rotary_dim=tables[0].shape[-1])
-        if call.cache is not None:
-            k, v = call.cache.append(self.layer, k, v)
+        if context.cache is not None:
+            k, v = context.cache.append(self.layer, k, v)
         elif self.training:
             options["dropout_p"] = self.dropout
-        if rounds := length >= _PREFILL and call.rounds(x):
+        if uses_bf16 := length >= _MIN_BF16_TOKENS and context.uses_bf16_attention(x):
             q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
-        if call.cu_seqlens is not None:
+        if context.cu_seqlens is not None:
             q = q.transpose(1, 2).flatten(0, 1)  # (B * S, heads, D)
-            cu_seqlens_k = None if call.cache is None else call.cache.cu_seqlens_k
-            if call.cache is None:
+            cu_seqlens_k = None if context.cache is None else context.cache.cu_seqlens_k
+            if context.cache is None:
                 k, v = (t.transpose(1, 2).flatten(0, 1) for t in (k, v))
-            if call.keys is not None:
-                rows, cu_seqlens_k = call.keys
+            if context.keys is not None:
+                rows, cu_seqlens_k = context.keys
                 k, v = k.index_select(0, rows), v.index_select(0, rows)
-            out: Any = varlen_attention(q, k, v, call.cu_seqlens, cu_seqlens_k, **options)
+            out: Any = varlen_attention(q, k, v, context.cu_seqlens, cu_seqlens_k, **options)
         else:
-            out = attention(q, k, v, bias=call.visible, **options)
+            out = attention(q, k, v, bias=context.visible, **options)
             out = out.transpose(1, 2)
-        if rounds:
+        if uses_bf16:
             out = out.to(x.dtype)
         return project(out.reshape(batch, length, self.q_width))
 
 
 class MLP(nn.Module):
+    """A gated MLP: ``down_proj(act(gate_proj(x)) * up_proj(x))``."""
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
@@ -280,8 +290,8 @@ class MLP(nn.Module):
             self.gate_proj = Linear(width, inner, bias=bias)
             self.up_proj = Linear(width, inner, bias=bias)
         self.down_proj = Linear(inner, width, bias=bias)
-        self.fused: Fused | None = None
-        self.fused_down: Fused | None = None
+        self.fused: FusedProjection | None = None
+        self.fused_down: FusedProjection | None = None
         self.act = config.act
 
     def fuse(self) -> None:
@@ -296,23 +306,29 @@ class MLP(nn.Module):
             return gate, up
         return self.gate_proj(x), self.up_proj(x)
 
-    def forward(self, x: Any, call: Call) -> Tensor:
-        gate, up = self.project(x, call.fused)
-        project = (call.fused and self.fused_down) or self.down_proj
+    def forward(self, x: Any, context: ForwardContext) -> Tensor:
+        gate, up = self.project(x, context.fused)
+        project = (context.fused and self.fused_down) or self.down_proj
         down = self.fused_down
-        if call.step is not None and down is not None and down.rounds("glu_round", gate):
+        if (
+            context.decode_attention is not None
+            and down is not None
+            and down.can_round_input("glu_round", gate)
+        ):
             w = down.weight
             q, scale, sums = glu_round(gate, up, w.qdata, w.scales, self.act, w.bits, w.group_size)
             return down(Int8Rows(q, scale, sums, gate.shape, gate.dtype))
         product = glu(gate, up, act=self.act)
-        if not _keeping(product):
+        if not _saves_for_backward(product):
             return project(product)
         gate, up = gate.detach(), up.detach()
-        with made_again(product, lambda: glu(gate, up, act=self.act)):
+        with recompute(product, lambda: glu(gate, up, act=self.act)):
             return project(product)
 
 
 class DecoderLayer(nn.Module):
+    """Attention and MLP, each with its norms and a residual connection."""
+
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.self_attn = Attention(config, layer)
@@ -326,21 +342,23 @@ class DecoderLayer(nn.Module):
         name = self.norms[position]
         return self._modules[name] if name else None
 
-    def forward(self, stream: Tensor, branch: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
-        """Run the layer. The residual stream enters and leaves as two summands, so that the next
-        norm can add them.
+    def forward(
+        self, stream: Tensor, branch: Tensor | None, context: ForwardContext
+    ) -> tuple[Tensor, Tensor]:
+        """Run the layer. The residual stream enters and leaves as two summands, because the norm
+        that follows adds them.
         """
         attention, mlp = self.self_attn, self.mlp
-        into = None if call.step is None else attention.fused
-        x, stream, again = _add_norm(self._norm(0), stream, branch, into)
-        with again:
-            branch = attention(x, call)
+        projection = None if context.decode_attention is None else attention.fused
+        x, stream, recomputation = _add_norm(self._norm(0), stream, branch, projection)
+        with recomputation:
+            branch = attention(x, context)
         if after := self._norm(1):
             branch = after(branch)
-        into = None if call.step is None else mlp.fused
-        x, stream, again = _add_norm(self._norm(2), stream, branch, into)
-        with again:
-            branch = mlp(x, call)
+        projection = None if context.decode_attention is None else mlp.fused
+        x, stream, recomputation = _add_norm(self._norm(2), stream, branch, projection)
+        with recomputation:
+            branch = mlp(x, context)
         if after := self._norm(3):
             branch = after(branch)
         assert branch is not None  # the MLP's output
@@ -348,18 +366,21 @@ class DecoderLayer(nn.Module):
 
 
 def _add_norm(
-    norm: nn.Module | None, stream: Tensor, branch: Tensor | None, into: Fused | None = None
+    norm: nn.Module | None,
+    stream: Tensor,
+    branch: Tensor | None,
+    projection: FusedProjection | None = None,
 ) -> tuple[Any, Tensor, AbstractContextManager]:
     """Return norm(stream + branch), stream + branch, and the context in which to use the norm's
-    output. That output is `Int8Rows` where `into`, the projection that multiplies it, rounds. Under
-    autocast it is cast here once, not by every product that uses it."""
+    output. That output is `Int8Rows` where `projection`, which multiplies it, takes rounded input.
+    Under autocast it is cast here once, not by every product that uses it."""
     if norm is None:
         stream = stream if branch is None else stream + branch
         return stream, stream, nullcontext()
     assert isinstance(norm, RMSNorm)
-    if into is not None and into.rounds("rms_norm_round", stream):
+    if projection is not None and projection.can_round_input("rms_norm_round", stream):
         x, residual = (stream, None) if branch is None else (branch, stream)
-        w = into.weight
+        w = projection.weight
         q, scale, sums, summed = rms_norm_round(
             x, residual, norm.weight, w.qdata, w.scales, norm.eps, norm.offset, w.bits, w.group_size
         )
@@ -371,15 +392,17 @@ def _add_norm(
         x, stream = norm(branch, residual=stream)
     if autocast_somewhere():
         (x,) = autocast(x)
-    return x, stream, norm.again(x, stream)
+    return x, stream, norm.recompute(x, stream)
 
 
 class Decoder(nn.Module):
-    """Everything below the head; ``model.`` in parameter names.
+    """Everything below the head: embedding, layers and last norm. Its parameters begin with
+    ``model.``.
 
-    ``checkpoint_activations``: in training, so many layers, from the first (True: all), keep only
-    their input; the backward computes the rest again. Less memory, the same bits. 16 layers of
-    width 256 on 2048 tokens: 145 instead of 268 MiB above the model, 1.3 times the time.
+    ``checkpoint_activations``: the number of layers, from the first (True: all), that keep only
+    their input in training; the backward recomputes the rest. That takes less memory and gives the
+    same bits. 16 layers of width 256 on 2048 tokens: 145 instead of 268 MiB above the model, 1.3
+    times the time.
     """
 
     def __init__(self, config: ModelConfig):
@@ -390,16 +413,17 @@ class Decoder(nn.Module):
         padding = config.pad_token_id
         if padding is not None and not 0 <= padding < config.vocab_size:
             padding = None
-        words, width = config.vocab_size, config.hidden_size
-        # a given weight is not drawn; on meta, drawing would import torch._dynamo, for seconds
-        given = torch.empty(words, width) if torch.empty(0).is_meta else None
-        self.embed_tokens = nn.Embedding(words, width, padding, _weight=given)
+        vocab, width = config.vocab_size, config.hidden_size
+        # torch does not initialise a weight that it gets; on meta, initialising one would import
+        # torch._dynamo, which takes seconds
+        weight = torch.empty(vocab, width) if torch.empty(0).is_meta else None
+        self.embed_tokens = nn.Embedding(vocab, width, padding, _weight=weight)
         self.layers = nn.ModuleList(
             DecoderLayer(config, i) for i in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config)
         ropes = [config.rope(layer) for layer in range(config.num_hidden_layers)]
-        tables = {  # one per set of parameters, shared by layers
+        tables = {  # one per set of rotary parameters; layers share them
             repr(rope): RotaryTables(rope, config.head_dim, config.max_position_embeddings)
             for rope in ropes
             if rope is not None
@@ -409,59 +433,60 @@ class Decoder(nn.Module):
     @torch.inference_mode(False)
     @torch.no_grad()
     def fuse(self) -> None:
-        """Join quantized projections of the same input, for the steps of one generation."""
+        """Join quantized projections of the same input, for decode steps."""
         for layer in self.layers:
             assert isinstance(layer, DecoderLayer)
             layer.self_attn.fuse()
             layer.mlp.fuse()
 
     @property
-    def by_length(self) -> bool:
-        return any(r is not None and r.by_length for r in self._rotary)
+    def depends_on_length(self) -> bool:
+        """Whether rotary frequencies depend on the length of the context."""
+        return any(r is not None and r.depends_on_length for r in self._rotary)
 
     def rotary(
-        self, positions: Tensor | int, count: int, longest: int, device: torch.device
+        self, positions: Tensor | int, count: int, max_length: int, device: torch.device
     ) -> list[tuple[Tensor, Tensor] | None]:
-        """Per layer cos and sin: (S, R) for `count` positions from an int on, or (..., R) for a
-        tensor of positions.
+        """Return cos and sin of each layer, for contexts of up to ``max_length`` tokens: (S, R) for
+        `count` positions from an int on, or (..., R) for a tensor of positions.
         """
         rows: Any = positions
         if isinstance(positions, int):
             rows = slice(positions, positions + count)
-            if is_traced():  # past the table's end a slice is cut, an index refused
+            if is_traced():  # beyond the table's end, a slice is cut and an index is refused
                 rows = torch.arange(positions, positions + count, device=device)
-        found: dict[int, tuple[Tensor, Tensor]] = {}
+        values: dict[int, tuple[Tensor, Tensor]] = {}
         for tables in self._rotary:
-            if tables is not None and id(tables) not in found:
-                cos, sin = tables.tables(longest, device)
-                found[id(tables)] = cos[rows], sin[rows]
-        return [found.get(id(tables)) for tables in self._rotary]
+            if tables is not None and id(tables) not in values:
+                cos, sin = tables.tables(max_length, device)
+                values[id(tables)] = cos[rows], sin[rows]
+        return [values.get(id(tables)) for tables in self._rotary]
 
     def embedding_scale(self, dtype: torch.dtype) -> float:
-        """The factor on embeddings, rounded to the model's dtype, as in Gemma's training."""
+        """Return the factor on embeddings, rounded to the model's dtype, as in Gemma's training."""
         if not self.config.family.scaled_embedding:
             return 1.0
         return torch.tensor(self.config.hidden_size**0.5, dtype=dtype, device="cpu").item()
 
-    def forward(self, input_ids: Tensor, call: Call) -> Tensor:
+    def forward(self, input_ids: Tensor, context: ForwardContext) -> Tensor:
         stream = self.embed_tokens(input_ids)
         if self.config.family.scaled_embedding:
             stream = stream * self.embedding_scale(stream.dtype)
-        branch, again = None, 0  # layers whose backward computes their forward again
+        branch, num_checkpointed = None, 0
         if self.training and torch.is_grad_enabled():
-            wanted, most = self.checkpoint_activations, len(self.layers)
-            again = most if wanted is True else min(wanted, most)
+            option, num_layers = self.checkpoint_activations, len(self.layers)
+            num_checkpointed = num_layers if option is True else min(option, num_layers)
         for i, layer in enumerate(self.layers):
-            if i < again:
-                stream, branch = checkpoint(layer, stream, branch, call, use_reentrant=False)
+            if i < num_checkpointed:
+                stream, branch = checkpoint(layer, stream, branch, context, use_reentrant=False)
             else:
-                stream, branch = layer(stream, branch, call)
+                stream, branch = layer(stream, branch, context)
         return _add_norm(self.norm, stream, branch)[0]
 
 
 def checkpoint_activations(model: nn.Module, layers: bool | int) -> None:
-    """Set `Decoder.checkpoint_activations` of every decoder in ``model``. InputError: it has none,
-    or a number below 0.
+    """Set `Decoder.checkpoint_activations` of every decoder in ``model``. InputError: the model has
+    no decoder, or ``layers`` is below 0.
     """
     decoders = [module for module in model.modules() if isinstance(module, Decoder)]
     if not decoders or layers < 0:

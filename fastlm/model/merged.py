@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from fastlm.model.cpu_steps import plan_of
+from fastlm.model.cpu_decode import decode_plan
 from fastlm.model.lora import lora_of
 from fastlm.model.quantized_modules import replace_module
 
@@ -26,4 +26,4 @@ def merged(model: "CausalLM") -> Iterator[None]:
         for name, module in found.items():
             replace_module(model, name, module)
         if found:
-            plan_of(model)  # drops the plan, which keeps the merged weights alive
+            decode_plan(model)  # drops the plan, which keeps the merged weights alive

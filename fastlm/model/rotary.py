@@ -112,7 +112,7 @@ class RotaryTables:
         self._tables: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
 
     @property
-    def by_length(self) -> bool:
+    def depends_on_length(self) -> bool:
         """Whether the frequencies depend on the length of the context."""
         return self.rope["rope_type"] in ("dynamic", "longrope")
 
@@ -129,7 +129,7 @@ class RotaryTables:
         context of `length`.
         """
         if is_traced():  # a constant of the trace, for any length it may run with
-            if self.by_length:
+            if self.depends_on_length:
                 raise NotImplementedError(
                     f"torch.jit.trace: rope_type {self.rope['rope_type']} turns by the context's"
                     " length, which a trace does not look at"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlm.errors import InputError
-from fastlm.model.layers import Call, DecoderLayer
+from fastlm.model.layers import DecoderLayer, ForwardContext
 from fastlm.ops import quantize_weight
 from fastlm.ops.quantized_weight import QuantizedWeight
 from fastlm.progress import silent
@@ -102,7 +102,7 @@ class Layerwise:
         self.key = _key(model, plan, ids, options) if folder is not None else ""
         self.batch = max(1, _TOKENS // ids.shape[1])
         rotary = model.model.rotary(0, ids.shape[1], ids.shape[1], model.device)
-        self.call = Call(None, None, None, rotary)
+        self.context = ForwardContext(None, None, None, rotary)
 
     @torch.no_grad()
     def run(self) -> Iterator[Step]:
@@ -178,7 +178,7 @@ class Layerwise:
         modules = {short: layer.get_submodule(short) for short in targets}
         moments = _Moments(modules, full=options.method == "gptq" or options.awq)
         for part in hidden.split(self.batch):
-            layer(part, None, self.call)
+            layer(part, None, self.context)
             moments.next()
         sums = moments.close()
         if options.awq:
@@ -202,7 +202,7 @@ class Layerwise:
         if wanted is not None and targets:
             with torch.enable_grad():
                 found = learn_rounding(
-                    layer, found, hidden, wanted, self.call, iterations=options.iterations,
+                    layer, found, hidden, wanted, self.context, iterations=options.iterations,
                     seed=options.seed * 100_003 + index,
                 )  # fmt: skip
         for short, target in targets.items():
@@ -224,7 +224,7 @@ class Layerwise:
     def _through(self, layer: nn.Module, hidden: Tensor) -> Tensor:
         out = torch.empty_like(hidden)
         for part, place in zip(hidden.split(self.batch), out.split(self.batch)):
-            stream, branch = layer(part, None, self.call)
+            stream, branch = layer(part, None, self.context)
             torch.add(stream, branch, out=place)
         return out
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fastlm.model.layers import Call
+from fastlm.model.layers import ForwardContext
 from fastlm.ops.quantize_weight import code_range
 from fastlm.ops.quantized_weight import QuantizedWeight, pack_rows
 from fastlm.quant.step import weight_of
@@ -67,7 +67,7 @@ def learn_rounding(
     starts: Mapping[str, QuantizedWeight],
     inputs: Tensor,
     wanted: Tensor,
-    call: Call,
+    context: ForwardContext,
     *,
     iterations: int,
     seed: int,
@@ -104,7 +104,7 @@ def learn_rounding(
 
     def loss_of(rows: Tensor | slice) -> Tensor:
         weights = {f"{n}.weight": r.value() for n, r in rounded.items()}
-        stream, branch = functional_call(layer, weights, (inputs[rows], None, call))
+        stream, branch = functional_call(layer, weights, (inputs[rows], None, context))
         return F.mse_loss(stream + branch, wanted[rows])
 
     for step in range(iterations):

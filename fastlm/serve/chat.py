@@ -132,7 +132,7 @@ class Writer:
         limit, model = self.context_limit, self.model
         lengths = [min(len(r.prompt) + r.max_new_tokens, limit) for r in requests]
         pages = sum(length // BLOCK_SIZE + 2 for length in lengths)
-        longest = max(lengths, default=2) if model.model.by_length else None
+        longest = max(lengths, default=2) if model.model.depends_on_length else None
         last = self._engine
         if last is not None and last.pages.count >= pages:
             if longest in (None, last.context_limit):

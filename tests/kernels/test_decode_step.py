@@ -11,7 +11,7 @@ from tolerance import ULP
 import fastlm
 from fastlm import backend
 from fastlm.checkpoint.config import ModelConfig
-from fastlm.model import cpu_steps, layers
+from fastlm.model import cpu_decode, layers
 from fastlm.model.causal_lm import CausalLM
 from fastlm.model.quantized_modules import put_quantized
 from fastlm.ops import quantize_weight
@@ -41,7 +41,9 @@ def prefilled(model, rows, length, capacity, dtype=torch.float32, seed=0):
 
 def copy_of(model, cache):
     data = cache.data.clone()
-    return RowSteps(cpu_steps.PagedSteps(model, cpu_steps.Plan(model), data), cache.length)
+    return RowSteps(
+        cpu_decode.CpuDecodeRunner(model, cpu_decode.CpuDecodePlan(model), data), cache.length
+    )
 
 
 def int8_of(x):
@@ -57,7 +59,7 @@ def pages_of(data, dtype):
 
 def assert_steps_equal_modules(model, rows=3, length=9, count=4, act_bits=16):
     ids, cache = prefilled(model, rows, length, length + count)
-    assert cpu_steps.why_not(model) is None
+    assert cpu_decode.unsupported_reason(model) is None
     steps = copy_of(model, cache)
     errors = []
     with torch.inference_mode():
@@ -217,17 +219,17 @@ def test_pages(case, page_size, dtype, isa):
     shape = list(cache.data.shape)
     shape[2], shape[4] = 5 * pages, page_size
     data = torch.full(shape, torch.nan)
-    expected, tokens, plan = [], ids[0, :5].contiguous(), cpu_steps.plan_of(model)
+    expected, tokens, plan = [], ids[0, :5].contiguous(), cpu_decode.decode_plan(model)
     for row, length in enumerate(lengths):
         for j in range(length):
             data[:, :, table[row, j // page_size], :, j % page_size] = cache.data[:, :, 0, :, j]
         own = torch.full_like(cache.data[..., : length + 1, :], torch.nan)
         own[..., :length, :] = cache.data[..., :length, :]
-        steps = cpu_steps.PagedSteps(model, plan, *pages_of(own, dtype))
+        steps = cpu_decode.CpuDecodeRunner(model, plan, *pages_of(own, dtype))
         one = tokens[row : row + 1], torch.tensor([length]), torch.zeros(1, 1, dtype=torch.int32)
         expected.append(steps.logits(*one))
     table[:, -1] = torch.where(torch.tensor(lengths) < page_size * (pages - 1), -7, table[:, -1])
-    steps = cpu_steps.PagedSteps(model, plan, *pages_of(data, dtype))
+    steps = cpu_decode.CpuDecodeRunner(model, plan, *pages_of(data, dtype))
     got = steps.logits(tokens, torch.tensor(lengths), table)
     assert got.isfinite().all() and torch.equal(got, torch.cat(expected))
 
@@ -248,14 +250,14 @@ def test_several_tokens_of_a_sequence(case, format, dtype, isa):
         model = fastlm.quantize(model, format, group_size=24)
     g = torch.Generator().manual_seed(0)
     texts = torch.randint(0, 97, (2, 150), generator=g)
-    config, plan = model.config, cpu_steps.plan_of(model)
+    config, plan = model.config, cpu_decode.decode_plan(model)
     shape = (config.num_hidden_layers, 2, 20, config.num_key_value_heads, 16, config.head_dim)
     tables = torch.randperm(20, generator=g).view(2, 10).int()
 
     def run(cuts):
         """`cuts`: of each step, (text, from, to) of its rows. The last row's logits, the keys."""
         pages = pages_of(torch.full(shape, torch.nan), dtype)
-        steps, out = cpu_steps.PagedSteps(model, plan, *pages), {}
+        steps, out = cpu_decode.CpuDecodeRunner(model, plan, *pages), {}
         for cut in cuts:
             of = torch.tensor([i for i, a, b in cut for _ in range(a, b)])
             at = torch.tensor([j for _, a, b in cut for j in range(a, b)])
@@ -276,7 +278,7 @@ def test_several_tokens_of_a_sequence(case, format, dtype, isa):
         for mine, theirs in zip(own, keys, strict=True):
             if theirs is not None:
                 assert torch.equal(mine.nan_to_num(7.0), theirs.nan_to_num(7.0))
-    steps = cpu_steps.PagedSteps(model, plan, *keys)
+    steps = cpu_decode.CpuDecodeRunner(model, plan, *keys)
     step = texts[0, :2], torch.tensor([0, 1]), tables[:1].expand(2, -1).contiguous()
     assert steps.logits(*step, logits_indices=torch.tensor([], dtype=torch.int64)).shape == (0, 97)
     for expected, message in (([1, 0], "rows in order"), ([0, 0], "each once"), ([2], r"\[0, 2\)")):
@@ -311,14 +313,14 @@ def test_int8_keys(case, head_dim, isa, monkeypatch):
     attention, errors = layers.varlen_attention, []
     window = {"sliding_window": 150} if case == "mistral" else {}
     model = model_of(case, head_dim=head_dim, **window)
-    truth, plan = copy.deepcopy(model).double(), cpu_steps.plan_of(model)
+    truth, plan = copy.deepcopy(model).double(), cpu_decode.decode_plan(model)
     ids, cache = prefilled(model, 3, 254, 258)
     table = torch.arange(3, dtype=torch.int32)[:, None]
     wide = cache.data.clone()
     codes, scales = int8_of(wide)
     for i in range(254, 258):
         step = ids[:, i].contiguous(), torch.full((3,), i), table
-        got = cpu_steps.PagedSteps(model, plan, codes, scales).logits(*step)
+        got = cpu_decode.CpuDecodeRunner(model, plan, codes, scales).logits(*step)
         filled = Filled(truth, codes.double() * scales.double()[..., None], i)
         with torch.inference_mode(), monkeypatch.context() as patch:
             patch.setattr(layers, "varlen_attention", rounded)
@@ -327,7 +329,7 @@ def test_int8_keys(case, head_dim, isa, monkeypatch):
         error = (filled.given - filled.data[..., i, :]).abs() / scales[..., i, None]
         assert 0.3 < error.max()
         assert errors[-1] > NEAR or error.max() <= 0.5 + 1e-3
-        cpu_steps.PagedSteps(model, plan, wide).logits(*step)
+        cpu_decode.CpuDecodeRunner(model, plan, wide).logits(*step)
         for mine, theirs in zip((codes, scales), int8_of(wide[0, ..., i, :]), strict=True):
             assert torch.equal(mine[0, :, :, :, i], theirs)  # before attention, so the same keys
     assert max(errors) <= FLIPPED and min(errors) <= NEAR
@@ -341,7 +343,7 @@ def test_int8_keys_that_are_not_finite_are_seen(name, value, isa):
     shape = (3, 2, 1, 3, 16, 24)
     codes, scales = int8_of(torch.randn(shape, generator=g))
     step = torch.tensor([5]), torch.tensor([9]), torch.zeros(1, 1, dtype=torch.int32)
-    steps = cpu_steps.PagedSteps(model, cpu_steps.plan_of(model), codes, scales)
+    steps = cpu_decode.CpuDecodeRunner(model, cpu_decode.decode_plan(model), codes, scales)
     assert steps.logits(*step).isfinite().all()
     getattr(model.model.layers[1].self_attn, name).weight.data[30, 7] = value
     assert steps.logits(*step).isnan().all()
@@ -353,22 +355,22 @@ def test_int8_keys_that_are_not_finite_are_seen(name, value, isa):
 def test_prompts_as_rows_of_steps(monkeypatch):
     """`generate` then gives each row what it gives it alone, and nearly what modules give."""
     model = fastlm.quantize(model_of(), "w8a8", group_size=24)
-    assert cpu_steps.takes_prompts(cpu_steps.plan_of(model)) == (
+    assert cpu_decode.prefers_prompt_rows(cpu_decode.decode_plan(model)) == (
         backend.cpu_extension.isa() == "avx2"
     )
-    assert not cpu_steps.takes_prompts(cpu_steps.plan_of(model_of()))
+    assert not cpu_decode.prefers_prompt_rows(cpu_decode.decode_plan(model_of()))
     g = torch.Generator().manual_seed(0)
     prompts = [torch.randint(0, 97, (n,), generator=g).tolist() for n in (3, 70, 1, 200)]
     prompts += [prompts[1], [5] * 70, prompts[0]]
     options = {"max_new_tokens": 5, "temperature": 0.0, "return_logprobs": True}
-    monkeypatch.setattr(cpu_steps, "takes_prompts", lambda plan: True)
+    monkeypatch.setattr(cpu_decode, "prefers_prompt_rows", lambda plan: True)
     monkeypatch.setattr(CausalLM, "chunk_hidden", None)
     ids, logprobs = model.generate(prompts, **options)
     for row, prompt in enumerate(prompts):
         own_ids, own_logprobs = model.generate([prompt], **options)
         assert own_ids == [ids[row]] and own_logprobs == [logprobs[row]]
     monkeypatch.undo()
-    monkeypatch.setattr(cpu_steps, "takes_prompts", lambda plan: False)
+    monkeypatch.setattr(cpu_decode, "prefers_prompt_rows", lambda plan: False)
     _, theirs = model.generate(prompts, **options)
     first = torch.tensor([[a[0], b[0]] for a, b in zip(logprobs, theirs, strict=True)])
     assert (first[:, 0] - first[:, 1]).abs().max() < 0.1
@@ -378,13 +380,13 @@ def test_generate_takes_it_and_gives_what_modules_give(monkeypatch):
     model = model_of("mistral")
     prompts = [[5], [7, 8, 9, 10, 11, 12], [3, 4]]
     calls = []
-    run = cpu_steps.PagedSteps.logits
+    run = cpu_decode.CpuDecodeRunner.logits
     monkeypatch.setattr(
-        cpu_steps.PagedSteps, "logits", lambda *a, **o: calls.append(1) or run(*a, **o)
+        cpu_decode.CpuDecodeRunner, "logits", lambda *a, **o: calls.append(1) or run(*a, **o)
     )
     fast = model.generate(prompts, max_new_tokens=12, temperature=0.0)
     assert len(calls) == 11  # all tokens but the first, which comes from the prompt
-    monkeypatch.setattr(cpu_steps, "why_not", lambda model: "tested without")
+    monkeypatch.setattr(cpu_decode, "unsupported_reason", lambda model: "tested without")
     assert model.generate(prompts, max_new_tokens=12, temperature=0.0) == fast
     assert len(calls) == 11
 
@@ -409,12 +411,12 @@ def test_plan_follows_what_leaves_no_trace(quantized):
     model = model_of("llama-biases")
     if quantized:
         model = fastlm.quantize(model, "w8a16", group_size=16)
-    plans = [cpu_steps.plan_of(model)]
-    assert cpu_steps.plan_of(model) is plans[0]
+    plans = [cpu_decode.decode_plan(model)]
+    assert cpu_decode.decode_plan(model) is plans[0]
 
     def changed():
-        plans.append(cpu_steps.plan_of(model))
-        assert cpu_steps.plan_of(model) is plans[-1]
+        plans.append(cpu_decode.decode_plan(model))
+        assert cpu_decode.decode_plan(model) is plans[-1]
         return plans[-1] is not plans[-2]
 
     model.model.layers[1].post_attention_layernorm.weight.data.mul_(-1)
@@ -434,8 +436,8 @@ def test_plan_follows_what_leaves_no_trace(quantized):
 
 def test_plan_follows_the_weights():
     model = fastlm.quantize(model_of(), "w4a16", group_size=16)
-    first = cpu_steps.plan_of(model)
-    assert cpu_steps.plan_of(model) is first
+    first = cpu_decode.decode_plan(model)
+    assert cpu_decode.decode_plan(model) is first
     before = model.generate([[1, 2]], max_new_tokens=4, temperature=0.0)
     with torch.no_grad():
         model.model.norm.weight.mul_(-1)
@@ -450,8 +452,8 @@ def test_plan_follows_the_weights():
 
 def test_8_bit_activations_keep_a_float16_cache():
     model = fastlm.quantize(model_of(), "w4a8", group_size=32)
-    assert cpu_steps.plan_of(model).cache_dtype == torch.float16
-    assert cpu_steps.plan_of(model_of()).cache_dtype == torch.float32
+    assert cpu_decode.decode_plan(model).cache_dtype == torch.float16
+    assert cpu_decode.decode_plan(model_of()).cache_dtype == torch.float32
     ids, cache = prefilled(model, 2, 20, 22, dtype=torch.float16)
     _, wide = prefilled(model, 2, 20, 22)
     got, expected = (copy_of(model, c).logits(ids[:, 20].contiguous()) for c in (cache, wide))
@@ -466,27 +468,27 @@ def test_why_not():
         pass
 
     model = model_of()
-    assert cpu_steps.why_not(model) is None
+    assert cpu_decode.unsupported_reason(model) is None
     with backend.use_backend("reference"):
-        assert "another backend is forced" in str(cpu_steps.why_not(model))
-    assert "dtype" in str(cpu_steps.why_not(model_of().double()))
+        assert "another backend is forced" in str(cpu_decode.unsupported_reason(model))
+    assert "dtype" in str(cpu_decode.unsupported_reason(model_of().double()))
     hooked = model_of()
     hooked.model.layers[1].mlp.register_forward_hook(lambda *a: None)
-    assert cpu_steps.why_not(hooked) == "model.layers.1.mlp has hooks"
+    assert cpu_decode.unsupported_reason(hooked) == "model.layers.1.mlp has hooks"
     model.model.layers[0].mlp.up_proj = Adapter(60, 52, bias=False)
-    assert "model.layers.0.mlp.up_proj is Adapter" in str(cpu_steps.why_not(model))
+    assert "model.layers.0.mlp.up_proj is Adapter" in str(cpu_decode.unsupported_reason(model))
     assert len(model.generate([[1]], max_new_tokens=3)[0]) == 4  # uses the modules
     own = model_of()
     own.model.layers[2].mlp.forward = torch.zeros_like
-    assert cpu_steps.why_not(own) == "model.layers.2.mlp has a forward of its own"
+    assert cpu_decode.unsupported_reason(own) == "model.layers.2.mlp has a forward of its own"
     hook = torch.nn.modules.module.register_module_forward_hook(lambda *a: None)
     try:
-        assert cpu_steps.why_not(model_of()) == "all modules have hooks"
+        assert cpu_decode.unsupported_reason(model_of()) == "all modules have hooks"
     finally:
         hook.remove()
     pruned = model_of("smollm3")  # the config lists by layer number which layers have positions
     del pruned.model.layers[2]
-    assert "layers are not those of its config" in str(cpu_steps.why_not(pruned))
+    assert "layers are not those of its config" in str(cpu_decode.unsupported_reason(pruned))
     assert len(pruned.generate([[1]], max_new_tokens=3)[0]) == 4
 
 

@@ -14,8 +14,8 @@ from fastlm.inference.block_manager import BlockManager
 from fastlm.inference.engine import Engine
 from fastlm.inference.requests import Request
 from fastlm.inference.sampling import Sampling
-from fastlm.model import cuda_steps
-from fastlm.model.paged_call import ModuleSteps
+from fastlm.model import cuda_decode
+from fastlm.model.module_decode import ModuleDecodeRunner
 
 pytestmark = pytest.mark.gpu
 BF16 = torch.bfloat16
@@ -224,13 +224,13 @@ def small_model(format, family="llama"):
 def records(monkeypatch):
     """A list to which every recorded graph is appended, or None for one that failed."""
     graphs = []
-    ours = cuda_steps.PagedSteps._record
+    ours = cuda_decode.CudaDecodeRunner._record
 
     def record(self, step):
         ours(self, step)
         graphs.append(step.graph)
 
-    monkeypatch.setattr(cuda_steps.PagedSteps, "_record", record)
+    monkeypatch.setattr(cuda_decode.CudaDecodeRunner, "_record", record)
     return graphs
 
 
@@ -246,9 +246,9 @@ def test_generation_by_a_graph(monkeypatch, format):
     graphs = records(monkeypatch)
     got = generated()
     assert len(graphs) == 1 and graphs[0] is not None
-    monkeypatch.setattr(cuda_steps.PagedSteps, "_record", lambda self, step: None)
+    monkeypatch.setattr(cuda_decode.CudaDecodeRunner, "_record", lambda self, step: None)
     assert got == generated()
-    monkeypatch.setattr(cuda_steps, "why_not", lambda model: "for this test")
+    monkeypatch.setattr(cuda_decode, "unsupported_reason", lambda model: "for this test")
     if format != "w8a8":  # int8 next to a tie may round the other way, and then the text differs
         assert got == generated()
 
@@ -289,16 +289,16 @@ def test_the_engine_by_graphs(monkeypatch, format):
     def generated():
         engine = Engine(model, num_blocks=8)
         found = [result.token_ids for result in engine.generate(requests)]
-        return type(engine._batch.decoder), found
+        return type(engine._batch.runner), found
 
     graphs = records(monkeypatch)
     kind, got = generated()
-    assert kind is cuda_steps.PagedSteps and len(graphs) >= 3 and None not in graphs
-    monkeypatch.setattr(cuda_steps.PagedSteps, "_record", lambda self, step: None)
+    assert kind is cuda_decode.CudaDecodeRunner and len(graphs) >= 3 and None not in graphs
+    monkeypatch.setattr(cuda_decode.CudaDecodeRunner, "_record", lambda self, step: None)
     assert generated() == (kind, got)
-    monkeypatch.setattr(cuda_steps, "why_not", lambda model: "for this test")
+    monkeypatch.setattr(cuda_decode, "unsupported_reason", lambda model: "for this test")
     kind, found = generated()
-    assert kind is ModuleSteps
+    assert kind is ModuleDecodeRunner
     if format != "w8a8":  # as in `test_generation_by_a_graph`
         assert found == got
 
@@ -308,7 +308,7 @@ def test_a_step_on_pages_does_not_wait():
     model = small_model("w4a16").cuda()
     model.model.fuse()
     data = BlockManager(model.config, 40, dtype=model.dtype, device="cuda").data.normal_()
-    steps, plain = (cuda_steps.PagedSteps(model, d) for d in (data, data.clone()))
+    steps, plain = (cuda_decode.CudaDecodeRunner(model, d) for d in (data, data.clone()))
     plain.recordable = False
     inputs = [
         (torch.randint(1000, (3,)), torch.tensor([5, 70, 0]) + i, torch.randperm(40)[:6].view(3, 2))

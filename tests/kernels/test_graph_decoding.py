@@ -16,7 +16,7 @@ import fastlm
 from fastlm import backend
 from fastlm.checkpoint.config import ModelConfig
 from fastlm.cuda import extension
-from fastlm.model import cuda_steps, layers
+from fastlm.model import cuda_decode, layers
 from fastlm.model.causal_lm import CausalLM
 
 FIXED = {name: c for name, c in CASES.items() if "dynamic" not in name and "longrope" not in name}
@@ -49,7 +49,7 @@ def prefilled(model, rows, length, capacity):
 
 
 def steps_of(model, cache):
-    return RowSteps(cuda_steps.PagedSteps(model, cache.data), cache.length)
+    return RowSteps(cuda_decode.CudaDecodeRunner(model, cache.data), cache.length)
 
 
 def errors_of(model, rows=3, length=9, count=3):
@@ -102,7 +102,7 @@ def test_norm_and_gate_round_at_once(cuda, monkeypatch, case):
         for cache in caches:
             steps = steps_of(model, cache)
             logits.append(steps.logits(ids[:, 5].contiguous()).clone())
-            monkeypatch.setattr(layers.Fused, "rounds", lambda *_: False)
+            monkeypatch.setattr(layers.FusedProjection, "can_round_input", lambda *_: False)
     assert made == ["rms_norm_round", "rms_norm_round", "glu_round"] * 3
     assert torch.equal(*logits)
 
@@ -197,7 +197,7 @@ def test_recorded_steps_are_the_same(monkeypatch, error):
             assert torch.equal(got, plain.logits(ids[:, i].contiguous()))
     assert [graph.replays for graph in recorder.graphs] == ([] if error else [4])
     assert recorder.recorded_on == "a recording's" and recorder.current == "the user's"
-    assert len(cuda_steps._failed) == bool(error)
+    assert len(cuda_decode._failed) == bool(error)
 
 
 def test_what_a_graph_reads_stays(monkeypatch):
@@ -223,29 +223,31 @@ def test_generate(monkeypatch, tied):
     prompts = [[1, 2, 3], [4, 5, 6, 7, 8, 9], [10]]
     with backend.use_backend("reference"):
         expected = model.generate(prompts, max_new_tokens=6, temperature=0)
-        monkeypatch.setattr(cuda_steps, "why_not", lambda _: None)
+        monkeypatch.setattr(cuda_decode, "unsupported_reason", lambda _: None)
         used = []
-        ours = cuda_steps._Step.run
-        monkeypatch.setattr(cuda_steps._Step, "run", lambda self: (used.append(1), ours(self))[1])
+        ours = cuda_decode._RecordedStep.run
+        monkeypatch.setattr(
+            cuda_decode._RecordedStep, "run", lambda self: (used.append(1), ours(self))[1]
+        )
         assert model.generate(prompts, max_new_tokens=6, temperature=0) == expected
     assert len(used) == 5
 
 
 def test_why_not(monkeypatch):
     model = model_of()
-    assert cuda_steps.why_not(model) == "graphs are a GPU's"
+    assert cuda_decode.unsupported_reason(model) == "graphs are a GPU's"
     # as if it were on a GPU that has the kernels
     monkeypatch.setattr(CausalLM, "device", torch.device("cuda"))
-    assert "CUDA kernels" in cuda_steps.why_not(model)
+    assert "CUDA kernels" in cuda_decode.unsupported_reason(model)
     monkeypatch.setattr(backend, "picked", lambda *_: "cuda")
     monkeypatch.setattr(backend, "why_not", lambda _: None)
-    assert cuda_steps.why_not(model) is None
+    assert cuda_decode.unsupported_reason(model) is None
     for name in ("triton", "reference"):
         with backend.use_backend(name):
-            assert cuda_steps.why_not(model) == "another backend is forced"
+            assert cuda_decode.unsupported_reason(model) == "another backend is forced"
     with monkeypatch.context() as patch:
         patch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
-        assert "autocast" in cuda_steps.why_not(model)
+        assert "autocast" in cuda_decode.unsupported_reason(model)
     model.bfloat16().model.norm.float()
-    assert "dtype of its norms" in cuda_steps.why_not(model)
-    assert "length" in cuda_steps.why_not(model_of("llama-dynamic"))
+    assert "dtype of its norms" in cuda_decode.unsupported_reason(model)
+    assert "length" in cuda_decode.unsupported_reason(model_of("llama-dynamic"))

@@ -15,8 +15,8 @@ from fastlm.inference.block_manager import BLOCK_SIZE, BlockManager
 from fastlm.inference.engine import Engine
 from fastlm.inference.requests import Request
 from fastlm.inference.sampling import Sampling
-from fastlm.model import cuda_steps
-from fastlm.model.paged_call import ModuleSteps
+from fastlm.model import cuda_decode
+from fastlm.model.module_decode import ModuleDecodeRunner
 from fastlm.train.rollouts import sample_answers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -26,7 +26,7 @@ NEAR = {"rtol": 1e-4, "atol": 1e-5}  # another number of rows sums a product in 
 @pytest.fixture
 def recorder(monkeypatch):
     """As on a GPU whose kernels serve every model."""
-    monkeypatch.setattr(cuda_steps, "why_not", lambda model: None)
+    monkeypatch.setattr(cuda_decode, "unsupported_reason", lambda model: None)
     with backend.use_backend("reference"):
         yield Recorder(monkeypatch)
 
@@ -66,9 +66,9 @@ def test_a_graph_reads_the_rows_of_its_step(recorder, case, expected):
     pages = [pages_of(model, 9) for _ in range(3)]
     for other in pages[1:]:
         other.data.copy_(pages[0].data)
-    ours, plain = (cuda_steps.PagedSteps(model, p.data) for p in pages[:2])
+    ours, plain = (cuda_decode.CudaDecodeRunner(model, p.data) for p in pages[:2])
     plain.recordable, recorder.data = False, pages[0].data
-    modules = ModuleSteps(model, pages[2])
+    modules = ModuleDecodeRunner(model, pages[2])
     for rows in STEPS:
         inputs = inputs_of(rows)
         own = torch.tensor(expected or range(len(rows)))
@@ -90,7 +90,7 @@ def test_rows_that_pad_change_nothing(cuda):
     pages.data = pages.data.to(cuda)
     before = pages.data.clone()
     tokens, lengths, table = inputs_of(STEPS[0])
-    steps = cuda_steps.PagedSteps(model, pages.data)
+    steps = cuda_decode.CudaDecodeRunner(model, pages.data)
     together = steps.logits(tokens, lengths, table).clone()
     changed = (pages.data != before).any(-1).any(0).any(0).any(1)  # (pages, page_size)
     places = {(int(p), int(at)) for p, at in changed.nonzero()}
@@ -104,7 +104,7 @@ def test_rows_that_pad_change_nothing(cuda):
 def test_logits_that_are_wanted_stay(recorder):
     """An engine's step of many rows replays a graph several times before it draws."""
     model = model_of()
-    steps, rows = cuda_steps.PagedSteps(model, pages_of(model, 9).data), torch.arange(3)
+    steps, rows = cuda_decode.CudaDecodeRunner(model, pages_of(model, 9).data), torch.arange(3)
     for _ in range(2):
         steps.logits(*inputs_of(STEPS[0]), logits_indices=rows)
     first = steps.logits(*inputs_of(STEPS[0]), logits_indices=rows)
@@ -130,14 +130,14 @@ def test_the_engine_replays(recorder, monkeypatch):
     got = []
     for options in ({}, {"num_blocks": 5, "max_num_seqs": 3}):
         engine = Engine(model, **options)
-        assert isinstance(engine._batch.decoder, cuda_steps.PagedSteps)
+        assert isinstance(engine._batch.runner, cuda_decode.CudaDecodeRunner)
         got += [told(r) for r in engine.generate(requests)]
     assert engine.stats().preemptions > 0
     replays = sum(graph.replays for graph in recorder.graphs)
     assert replays > 200 and len(recorder.graphs) <= 7 and len(recorder.pools) == 2
-    monkeypatch.setattr(cuda_steps, "why_not", lambda model: "for this test")
+    monkeypatch.setattr(cuda_decode, "unsupported_reason", lambda model: "for this test")
     engine = Engine(model)
-    assert isinstance(engine._batch.decoder, ModuleSteps)
+    assert isinstance(engine._batch.runner, ModuleDecodeRunner)
     for (tokens, logprobs), expected in zip(got, engine.generate(requests) * 2, strict=True):
         assert tokens == expected.token_ids
         told_of = [t.logprob for t in expected.logprobs]

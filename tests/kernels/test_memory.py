@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import fastlm
-from fastlm.memory import keep_freed_memory, made_again
+from fastlm.memory import keep_freed_memory, recompute
 from fastlm.model import layers
 
 
@@ -37,7 +37,7 @@ def test_gradients_are_those_of_kept_values(dtype, family, monkeypatch):
     model = small_model(family, head_dim=16).to(dtype)
     loss, grads = gradients(model)
     model.zero_grad(set_to_none=True)
-    monkeypatch.setattr(layers, "_keeping", lambda x: False)
+    monkeypatch.setattr(layers, "_saves_for_backward", lambda x: False)
     want_loss, want = gradients(model)
     assert torch.equal(loss, want_loss)
     for got, expected in zip(grads, want):
@@ -81,7 +81,7 @@ def test_value_is_not_kept(cover):
 
     before = bytes_in_use()
     value = x * 2
-    with made_again(value, make) if cover else nullcontext():
+    with recompute(value, make) if cover else nullcontext():
         out = first(value).sum() + second(value).sum()
     del value
     kept = bytes_in_use() - before
@@ -97,12 +97,12 @@ def test_checkpointing_still_saves_memory(monkeypatch):
     """It cannot drop what its hooks do not see."""
     model = small_model(intermediate_size=3000)
     x = torch.randn(1, 400, 48, requires_grad=True)
-    layer, call = model.model.layers[0], layers.Call(None, None, None, [None, None])
+    layer, context = model.model.layers[0], layers.ForwardContext(None, None, None, [None, None])
 
     def kept():
         before = bytes_in_use()
         stream, branch = torch.utils.checkpoint.checkpoint(
-            lambda x: layer(x, None, call), x, use_reentrant=False
+            lambda x: layer(x, None, context), x, use_reentrant=False
         )
         found = bytes_in_use() - before
         grad = torch.autograd.grad((stream + branch).sum(), x)[0]
@@ -110,20 +110,20 @@ def test_checkpointing_still_saves_memory(monkeypatch):
 
     kept()
     mine, grad = kept()
-    monkeypatch.setattr(layers, "_keeping", lambda x: False)
+    monkeypatch.setattr(layers, "_saves_for_backward", lambda x: False)
     plain, want = kept()
     assert mine < 1.5 * plain and torch.equal(grad, want)
 
 
 def test_nested_in_its_own_kind_only():
     x = torch.randn(4, requires_grad=True)
-    with made_again(x, lambda: x):
-        assert made_again.welcome()
+    with recompute(x, lambda: x):
+        assert recompute.can_enter()
         with torch.autograd.graph.save_on_cpu():
-            assert not made_again.welcome()
-            with made_again(x, lambda: x):
+            assert not recompute.can_enter()
+            with recompute(x, lambda: x):
                 pass
-        assert made_again.welcome()
+        assert recompute.can_enter()
 
 
 def test_parameters_that_need_no_gradient():

@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastlm.model import cuda_steps
+from fastlm.model import cuda_decode
 
 
 def tensors(tree):
@@ -42,23 +42,23 @@ class Graph(TorchDispatchMode):
 
 
 class Recorder:
-    """Takes the place of ``torch.cuda`` in `cuda_steps`. ``graphs``: those that were recorded, in
+    """Takes the place of ``torch.cuda`` in `cuda_decode`. ``graphs``: those that were recorded, in
     order. A recording fails with ``error``, if there is one.
     """
 
     def __init__(self, monkeypatch):
         self.graphs, self.pools, self.error = [], set(), None
         self.current, self.recorded_on = "the user's", None
-        ours = cuda_steps.PagedSteps.__init__
+        ours = cuda_decode.CudaDecodeRunner.__init__
 
         def recordable(steps, *args):
             ours(steps, *args)
             steps.recordable = True
             self.data = steps.data
 
-        monkeypatch.setattr(cuda_steps.PagedSteps, "__init__", recordable)
-        monkeypatch.setattr(cuda_steps, "_failed", [])
-        monkeypatch.setattr(cuda_steps, "_stream", lambda current: "a recording's")
+        monkeypatch.setattr(cuda_decode.CudaDecodeRunner, "__init__", recordable)
+        monkeypatch.setattr(cuda_decode, "_failed", [])
+        monkeypatch.setattr(cuda_decode, "_stream", lambda current: "a recording's")
         monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
         monkeypatch.setattr(torch.cuda, "graph", self.record)
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)

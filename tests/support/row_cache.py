@@ -1,5 +1,5 @@
 """A cache for the modules whose rows are sequences of equal length, each in a page of its own, as
-`fastlm.model.cpu_steps` and `fastlm.model.cuda_steps` read pages of any size."""
+`fastlm.model.cpu_decode` and `fastlm.model.cuda_decode` read pages of any size."""
 
 import torch
 

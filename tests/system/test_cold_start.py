@@ -14,7 +14,7 @@ from model_files import smollm2
 from fastlm import backend
 from fastlm.checkpoint import gguf_blocks
 from fastlm.checkpoint.gguf_file import open_gguf
-from fastlm.model.cpu_steps import scale_table
+from fastlm.model.cpu_decode import scale_table
 from fastlm.startup import imports
 from fastlm.tokenizer.tokenizer import Tokenizer
 

@@ -17,7 +17,7 @@ import fastlm
 from fastlm.checkpoint.config import ModelConfig
 from fastlm.cli import app
 from fastlm.errors import InputError
-from fastlm.model import cpu_steps
+from fastlm.model import cpu_decode
 from fastlm.model.adapter import load_adapter, save_adapter
 from fastlm.model.causal_lm import CausalLM
 from fastlm.model.lora import (
@@ -161,12 +161,12 @@ def test_generation_equals_that_of_the_merged_model(family, bits) -> None:
     with torch.no_grad():
         before = logits(model)
     trained(add_lora(model, 4, 32, seed=0)).eval()
-    assert cpu_steps.plan_of(model) is None and not torch.allclose(logits(model), before)
+    assert cpu_decode.decode_plan(model) is None and not torch.allclose(logits(model), before)
     apart = model.generate(IDS, max_new_tokens=12, temperature=0.0)
     with merged(model):
         assert torch.equal(model.generate(IDS, max_new_tokens=12, temperature=0.0), apart)
-        assert model in cpu_steps._plans
-    assert model not in cpu_steps._plans  # nor the merged weights in memory
+        assert model in cpu_decode._plans
+    assert model not in cpu_decode._plans  # nor the merged weights in memory
     assert torch.equal(model.generate(IDS, max_new_tokens=12, temperature=0.0), apart)
     merge_lora(model)
     assert not any(isinstance(m, QuantizedLinear | QuantizedEmbedding) for m in model.modules())

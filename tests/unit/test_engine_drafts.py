@@ -18,7 +18,7 @@ from fastlm.inference.requests import Request
 from fastlm.inference.sampler import Sampler
 from fastlm.inference.sampling import Sampling
 from fastlm.inference.sequence import Collected
-from fastlm.model import cpu_steps
+from fastlm.model import cpu_decode
 from fastlm.tokenizer.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -177,8 +177,8 @@ def test_each_token_is_computed_once_and_together():
     """By the draft model: prompts in chunks, and one step for the guesses of all answers."""
     model, rows = model_of(), []
     engine = Engine(model, draft_model=model, prompt_rows=True, num_speculative_tokens=3)
-    steps = engine._proposer._batch.decoder.logits
-    engine._proposer._batch.decoder.logits = lambda tokens, *rest, **options: (
+    steps = engine._proposer._batch.runner.logits
+    engine._proposer._batch.runner.logits = lambda tokens, *rest, **options: (
         rows.append(len(tokens)) or steps(tokens, *rest, **options)
     )
     requests = [Request([i] * n, 40, seed=i, ignore_eos=True) for i, n in enumerate((150, 9, 8, 7))]
@@ -218,14 +218,14 @@ def test_a_draft_model_that_fails_ends_no_request():
     for _ in range(3):
         engine.step()
     drafter, running = engine._proposer, engine.scheduler.running
-    bad, steps = drafter._held[running[1]].pages[0], drafter._batch.decoder.logits
+    bad, steps = drafter._held[running[1]].pages[0], drafter._batch.runner.logits
 
     def broken(tokens, lengths, table, **options):
         if bad in table[:, 0].tolist():
             raise RuntimeError("out of memory")
         return steps(tokens, lengths, table, **options)
 
-    drafter._batch.decoder.logits = broken
+    drafter._batch.runner.logits = broken
     failed = running[1]
     engine.step()
     assert failed not in drafter._held and not failed.draft and running[0].draft
@@ -242,17 +242,17 @@ def test_a_draft_model_whose_weights_cannot_be_followed(monkeypatch):
     model, draft = model_of(), model_of()
     engine = Engine(model, draft_model=draft, prompt_rows=True)
     requests = requests_of((9,), new=20)
-    plan_of = cpu_steps.plan_of
+    decode_plan = cpu_decode.decode_plan
 
     def broken(model):
         if model is draft:
             raise RuntimeError("out of memory")
-        return plan_of(model)
+        return decode_plan(model)
 
     with torch.no_grad():
         next(draft.parameters()).mul_(1)  # a write, after which the engine rebuilds its plan
     with monkeypatch.context() as patch:
-        patch.setattr(cpu_steps, "plan_of", broken)
+        patch.setattr(cpu_decode, "decode_plan", broken)
         assert [told(r) for r in engine.generate(requests)] == alone(model, requests)
     stats = engine.stats()
     assert stats.draft_failures == 1 and stats.drafted_tokens == 0

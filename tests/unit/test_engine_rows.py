@@ -9,7 +9,7 @@ from fastlm.inference.engine import Engine
 from fastlm.inference.requests import Request
 from fastlm.inference.sampling import Sampling
 from fastlm.inference.sequence import Collected
-from fastlm.model import cpu_steps
+from fastlm.model import cpu_decode
 from fastlm.model.quantized_modules import QuantizedLinear
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -119,14 +119,14 @@ def test_rows_that_fail_end_their_own_request(prompt_rows):
         engine.submit(Request([1, i], 20, ELEVENS, seed=i, ignore_eos=True), own.append)
     while not all(pieces):
         engine.step()
-    ours, bad = engine._batch.decoder.logits, engine.scheduler.running[68].pages[0]
+    ours, bad = engine._batch.runner.logits, engine.scheduler.running[68].pages[0]
 
     def broken(tokens, lengths, table, **options):
         if bad in table[:, 0].tolist():
             raise RuntimeError("out of memory")
         return ours(tokens, lengths, table, **options)
 
-    engine._batch.decoder.logits = broken
+    engine._batch.runner.logits = broken
     while engine.step():
         pass
     ends = [[p.finish_reason for p in own if p.finish_reason] for own in pieces]
@@ -138,7 +138,7 @@ def test_rows_that_fail_end_their_own_request(prompt_rows):
 def test_an_update_after_which_modules_compute_prompts(monkeypatch):
     """An answer that waits, preempted, then continues."""
     model = fastlm.quantize(model_of(), "w8a8", group_size=32)
-    monkeypatch.setattr(cpu_steps, "takes_prompts", lambda plan: plan.multiplies_int8)
+    monkeypatch.setattr(cpu_decode, "prefers_prompt_rows", lambda plan: plan.multiplies_int8)
     engine, got = Engine(model, num_speculative_tokens=3), [Collected(), Collected()]
     engine.submit(Request([1, 2, 3], 90, seed=1, ignore_eos=True), got[0])
     engine.submit(Request([4, 5], 20, seed=1, ignore_eos=True), got[1])
@@ -165,8 +165,8 @@ def test_guesses_stay_within_the_tokens_of_a_step(draft):
         model, prompt_rows=True, max_num_batched_tokens=16, num_speculative_tokens=7,
         draft_model=model_of() if draft else None,
     )  # fmt: skip
-    ours = engine._batch.decoder.logits
-    engine._batch.decoder.logits = lambda tokens, *rest, **options: (
+    ours = engine._batch.runner.logits
+    engine._batch.runner.logits = lambda tokens, *rest, **options: (
         rows.append(len(tokens)) or ours(tokens, *rest, **options)
     )
     engine.generate([Request([1, i], 40, ELEVENS, ignore_eos=True) for i in range(3)])

@@ -13,7 +13,7 @@ import fastlm
 from fastlm import InputError, ops
 from fastlm.checkpoint.config import ModelConfig
 from fastlm.model.causal_lm import CausalLM
-from fastlm.model.layers import Call
+from fastlm.model.layers import ForwardContext
 from fastlm.ops.quantize_weight import round_groups
 from fastlm.quant.awq import scale_features
 from fastlm.quant.gptq import DAMPING, gptq, inverse_factor, order_of
@@ -237,14 +237,14 @@ def test_learned_rounding_is_no_worse_than_its_start():
     model = tiny()
     layer, generator = model.model.layers[0], torch.Generator().manual_seed(2)
     hidden = torch.randn(6, 24, 32, generator=generator)
-    call = Call(None, None, None, model.model.rotary(0, 24, 24, model.device))
+    context = ForwardContext(None, None, None, model.model.rotary(0, 24, 24, model.device))
 
     def through(weights):
         own = copy.deepcopy(layer)
         for name, q in weights.items():
             own.get_submodule(name).weight.data.copy_(q.dequantize())
         with torch.no_grad():
-            stream, branch = own(hidden, None, call)
+            stream, branch = own(hidden, None, context)
         return stream + branch
 
     expected = through({})
@@ -256,11 +256,11 @@ def test_learned_rounding_is_no_worse_than_its_start():
             )
             for n in names
         }
-        found = learn_rounding(layer, starts, hidden, expected, call, iterations=40, seed=0)
+        found = learn_rounding(layer, starts, hidden, expected, context, iterations=40, seed=0)
         before = (through(starts) - expected).square().mean()
         after = (through(found) - expected).square().mean()
         assert after < 0.9 * before
-        same = learn_rounding(layer, starts, hidden, expected, call, iterations=40, seed=0)
+        same = learn_rounding(layer, starts, hidden, expected, context, iterations=40, seed=0)
         assert all(torch.equal(found[n].qdata, same[n].qdata) for n in names)
 
 
@@ -315,12 +315,12 @@ def scaled(model):
     """Its layers with scaled features; the powers taken and the parameters that changed."""
     layers, powers, changed = copy.deepcopy(model.model.layers), {}, {}
     hidden = model.model.embed_tokens(IDS).detach()
-    call = Call(None, None, None, model.model.rotary(0, 24, 24, model.device))
+    context = ForwardContext(None, None, None, model.model.rotary(0, 24, 24, model.device))
     for i, layer in enumerate(layers):
         names = [n for n, m in layer.named_modules() if isinstance(m, nn.Linear)]
         moments = _Moments({n: layer.get_submodule(n) for n in names}, full=True)
         with torch.no_grad():
-            layer(hidden, None, call)
+            layer(hidden, None, context)
         sums = moments.close()
         dtypes = {n: p.dtype for n, p in layer.named_parameters()}
         found = scale_features(layer, {n: Scheme(4, 16) for n in names}, sums, dtypes)

@@ -1,5 +1,5 @@
 // What a decode step needs to know about a model: pointers and sizes; it owns no memory. Python
-// (fastlm/model/cpu_steps.py) builds it once per model and keeps the tensors alive.
+// (fastlm/model/cpu_decode.py) builds it once per model and keeps the tensors alive.
 #pragma once
 
 #include <string>

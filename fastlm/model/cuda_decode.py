@@ -10,7 +10,7 @@ In a small model, launches are most of a step, so some ops join others: rotation
 (`rope_append`), a norm or a gate and rounding its result for a projection in int8
 (`rms_norm_round`, `glu_round`).
 
-`why_not` decides which models run module by module instead. Not measured on a GPU.
+`unsupported_reason` decides which models run module by module instead. Not measured on a GPU.
 """
 
 import contextlib
@@ -24,20 +24,20 @@ from torch import Tensor
 
 from fastlm import backend
 from fastlm.inference.decode_batch import MAX_ROWS
-from fastlm.model import cpu_steps
-from fastlm.model.layers import Call, Fused
-from fastlm.model.paged_call import PagedCall
+from fastlm.model import cpu_decode
+from fastlm.model.layers import ForwardContext, FusedProjection
+from fastlm.model.module_decode import PagedDecodeAttention
 from fastlm.model.quantized_modules import QuantizedEmbedding
 
 if TYPE_CHECKING:
     from fastlm.model.causal_lm import CausalLM
 
 
-def why_not(model: "CausalLM") -> str | None:
+def unsupported_reason(model: "CausalLM") -> str | None:
     """Why this model's steps are not recorded, or None if they are."""
     if model.device.type != "cuda":
         return "graphs are a GPU's"
-    if model.model.by_length:
+    if model.model.depends_on_length:
         return "its rotary frequencies depend on the length of the context"
     if backend.forced() not in (None, "cuda"):
         return "another backend is forced"
@@ -51,7 +51,7 @@ def why_not(model: "CausalLM") -> str | None:
     quantized = isinstance(embedding, QuantizedEmbedding)
     if (embedding.dtype if quantized else embedding.weight.dtype) != model.dtype:
         return "its activations have not the dtype of its norms, which is the cache's"
-    return cpu_steps.unusual(model)
+    return cpu_decode.custom_module_reason(model)
 
 
 _recording = threading.Lock()  # torch allows one recording at a time per process
@@ -90,7 +90,7 @@ def _words(rows: int, width: int, **options: Any) -> Tensor:
     return torch.zeros(rows + (rows * (1 + width) + 1) // 2, dtype=torch.int64, **options)
 
 
-class _Step(PagedCall):
+class _RecordedStep(PagedDecodeAttention):
     """The step of so many rows with so many pages each, on inputs at fixed addresses."""
 
     def __init__(self, model: "CausalLM", data: Tensor, rows: int, width: int):
@@ -117,8 +117,8 @@ class _Step(PagedCall):
     def run(self) -> Tensor:
         """Compute the step from what the device holds, and nothing else: (rows, V)."""
         self.lengths = self.positions[:, 0] + 1
-        call = Call(None, None, None, [], fused=True, step=self)
-        return self.model.logits(self.model.model(self.tokens, call)[:, -1])
+        context = ForwardContext(None, None, None, [], fused=True, decode_attention=self)
+        return self.model.logits(self.model.model(self.tokens, context)[:, -1])
 
     def record(self, pool: Any) -> None:
         """Make `graph`, whose replay writes to `out`. Raises RuntimeError, out of memory too."""
@@ -127,7 +127,9 @@ class _Step(PagedCall):
         # another generation
         model = self.model
         self.kept = [t.detach() for t in (*model.parameters(), *model.buffers())]
-        fused = (f for m in model.modules() for f in vars(m).values() if isinstance(f, Fused))
+        fused = (
+            f for m in model.modules() for f in vars(m).values() if isinstance(f, FusedProjection)
+        )
         self.kept += [f.bias for f in fused if f.bias is not None]
         current = torch.cuda.current_stream()
         # other threads (data loaders, say) may allocate and wait for events meanwhile
@@ -142,7 +144,7 @@ class _Step(PagedCall):
         self.graph = graph
 
 
-class PagedSteps:
+class CudaDecodeRunner:
     """Decode steps of rows whose keys and values are in pages: ``data`` (layers, 2, pages, Hkv,
     page_size, D).
 
@@ -155,7 +157,7 @@ class PagedSteps:
     def __init__(self, model: "CausalLM", data: Tensor):
         self.model, self.data = model, data
         self.recordable = data.is_cuda
-        self.steps: dict[tuple[int, int], _Step] = {}
+        self.steps: dict[tuple[int, int], _RecordedStep] = {}
         self.pool: Any = None
 
     @torch.inference_mode()
@@ -179,7 +181,7 @@ class PagedSteps:
         with self._on_device():
             step = self.steps.get(shape)
             if step is None:
-                step = self.steps[shape] = _Step(self.model, self.data, *shape)
+                step = self.steps[shape] = _RecordedStep(self.model, self.data, *shape)
             step.fill(tokens, lengths, table)
             out = self._run(step)[:rows]
             if logits_indices is None:
@@ -193,7 +195,7 @@ class PagedSteps:
             torch.cuda.device(self.data.device) if self.data.is_cuda else contextlib.nullcontext()
         )
 
-    def _run(self, step: _Step) -> Tensor:
+    def _run(self, step: _RecordedStep) -> Tensor:
         # the first time compiles and caches what a recording must not
         if self.recordable and step.used and step.graph is None:
             self._record(step)
@@ -203,7 +205,7 @@ class PagedSteps:
         step.graph.replay()
         return step.out
 
-    def _record(self, step: _Step) -> None:
+    def _record(self, step: _RecordedStep) -> None:
         if self.pool is None:
             self.pool = torch.cuda.graph_pool_handle()
         try:

@@ -6,8 +6,8 @@ parallel region, cost a small model more time than its weights do. Here activati
 between the weights, so 16-bit models are slightly more accurate than through their modules. A row's
 result depends neither on the other rows nor on the number of threads.
 
-`why_not` decides which models use the modules instead. Rejected: recording the op calls as a CUDA
-graph does, which keeps the parallel regions.
+`unsupported_reason` decides which models use the modules instead. Rejected: recording the op calls
+as a CUDA graph does, which keeps the parallel regions.
 """
 
 import os
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 
 _TILE = 16  # rows of a weight whose scales are stored together, as the kernel reads them
 
-_plans: "weakref.WeakKeyDictionary[CausalLM, Plan]" = weakref.WeakKeyDictionary()
+_plans: "weakref.WeakKeyDictionary[CausalLM, CpuDecodePlan]" = weakref.WeakKeyDictionary()
 
 
-def why_not(model: "CausalLM") -> str | None:
+def unsupported_reason(model: "CausalLM") -> str | None:
     """Why this model's steps go through its modules, or None if they do not."""
     if model.device.type != "cpu" or torch.compiler.is_compiling():
         return "the kernel runs on the CPU, outside torch.compile"
@@ -42,10 +42,10 @@ def why_not(model: "CausalLM") -> str | None:
     layers: Any = model.model.layers
     if [layer.self_attn.layer for layer in layers] != list(range(model.config.num_hidden_layers)):
         return "its layers are not those of its config"
-    return unusual(model)
+    return custom_module_reason(model)
 
 
-def unusual(model: "CausalLM") -> str | None:
+def custom_module_reason(model: "CausalLM") -> str | None:
     """What in this model only calling its modules one by one would respect, or None."""
     every = torch.nn.modules.module
     if every._global_forward_hooks or every._global_forward_pre_hooks:
@@ -77,15 +77,15 @@ def _modules(model: nn.Module) -> list[nn.Module]:
 _KNOWN = (nn.Linear, nn.Embedding, nn.ModuleList)
 
 
-class Plan:
+class CpuDecodePlan:
     """A model as the kernel sees it. Weights are read in place; `tensors` keeps alive what the
     kernel points to, and what `state` records by address."""
 
     def __init__(self, model: "CausalLM"):
         self.tensors = [t.detach() for t in _tensors(_modules(model))]
         self.copies: list[tuple[Tensor, Tensor, float]] = []  # copy == source.float() + offset
-        self.state = state_of(model)
-        self.packs = packs(model)
+        self.state = model_fingerprint(model)
+        self.packs_weights = can_pack_weights(model)
         config, decoder = model.config, model.model
         embedding = self._linear(decoder.embed_tokens, None, 16, packs=False)
         if config.tie_word_embeddings:
@@ -155,7 +155,7 @@ class Plan:
     def follows(self, model: "CausalLM") -> bool:
         """Whether the plan still matches the model. Norms and biases are compared by value, since
         writing to ``p.data`` (averaged weights, say) leaves no trace."""
-        return self.state == state_of(model) and all(
+        return self.state == model_fingerprint(model) and all(
             torch.equal(copy, source.float() + offset) for copy, source, offset in self.copies
         )
 
@@ -194,7 +194,7 @@ class Plan:
             group_size=group_size,
             act_bits=act_bits,
         )
-        if bits != 16 and packs and self.packs:
+        if bits != 16 and packs and self.packs_weights:
             tiles = torch.empty(linear.tile_bytes, dtype=torch.uint8)
             linear.pack(self._keep(tiles))
         return linear
@@ -206,14 +206,14 @@ def _linears(model: "CausalLM") -> list[nn.Module]:
     return [m for m in decoder.modules() if isinstance(m, nn.Linear | QuantizedLinear)]
 
 
-def takes_prompts(plan: Plan) -> bool:
+def prefers_prompt_rows(plan: CpuDecodePlan) -> bool:
     """Whether prompts are rows of decode steps, too, rather than calls of the modules: where that
     was measured to be as fast (for SmolLM2 rows take 0.95 of the modules' time at 512 tokens, 1.07
     at 1024, 1.15 at 2048)."""
     return plan.multiplies_int8 and backend.cpu_extension.isa() == "avx2"
 
 
-def packs(model: "CausalLM") -> bool:
+def can_pack_weights(model: "CausalLM") -> bool:
     """Whether quantized weights are copied into the order in which the kernel multiplies, which
     makes a one-row step a quarter faster. They are if the copy takes a sixteenth of the memory at
     most, so it never keeps a model from fitting."""
@@ -241,7 +241,7 @@ def _tensors(modules: Sequence[nn.Module]) -> list[Tensor]:
     return [t for t in own if t is not None]
 
 
-def state_of(model: "CausalLM") -> tuple:
+def model_fingerprint(model: "CausalLM") -> tuple:
     """What a plan was built from, equal as long as the model is the same: the config, how
     activations are rounded, where each tensor is stored and how often it was written to."""
     modules = _modules(model)
@@ -250,29 +250,29 @@ def state_of(model: "CausalLM") -> tuple:
     return dict(vars(model.config)), act_bits, written
 
 
-def plan_of(model: "CausalLM") -> Plan | None:
+def decode_plan(model: "CausalLM") -> CpuDecodePlan | None:
     """Return the model's plan, built once and rebuilt when the model has changed (writing codes and
-    scales of quantized weights through ``.data`` goes unnoticed); None where `why_not` has a
-    reason. The model is fused then."""
-    if why_not(model) is not None:
+    scales of quantized weights through ``.data`` goes unnoticed); None where `unsupported_reason`
+    has a reason. The model is fused then."""
+    if unsupported_reason(model) is not None:
         _plans.pop(model, None)  # it would keep the old parameters alive
         model.model.fuse()
         return None
     plan = _plans.get(model)
     if plan is None or not plan.follows(model):
         model.model.fuse()
-        plan = _plans[model] = Plan(model)
+        plan = _plans[model] = CpuDecodePlan(model)
     return plan
 
 
-class PagedSteps:
+class CpuDecodeRunner:
     """Decode steps of rows whose keys and values are in pages: ``data`` (layers, 2, pages, Hkv,
     page_size, D); of int8 with ``scales`` (layers, 2, pages, Hkv, page_size) float32."""
 
     def __init__(
         self,
         model: "CausalLM",
-        plan: Plan,
+        plan: CpuDecodePlan,
         data: Tensor,
         scales: Tensor | None = None,
         rope_length: int = 0,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastlm.backend import has_kernel
-from fastlm.model.layers import Call
+from fastlm.model.layers import ForwardContext
 from fastlm.ops import paged_append, paged_attention, rope
 from fastlm.ops.rope_append import rope_append
 
@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from fastlm.model.causal_lm import CausalLM
 
 
-class PagedCall:
-    """What the attention of such a call reads and writes; see `fastlm.model.layers.Step`.
+class PagedDecodeAttention:
+    """What the attention of such a call reads and writes; see
+    `fastlm.model.layers.DecodeAttention`.
 
     keys_and_values: per layer two caches (pages, page_size, Hkv, D). table (B, P) int32: the pages
     of each row. positions (B, 1) int32: where its new token is written. lengths: positions + 1,
@@ -50,9 +51,10 @@ class PagedCall:
         return out
 
 
-class ModuleSteps(PagedCall):
-    """Decode steps module by module, where neither a kernel runs a whole step (`cpu_steps.why_not`)
-    nor a graph (`cuda_steps.why_not`). A row's bits may depend on the number of rows."""
+class ModuleDecodeRunner(PagedDecodeAttention):
+    """Decode steps module by module, where neither a kernel runs a whole step
+    (`cpu_decode.unsupported_reason`) nor a graph (`cuda_decode.unsupported_reason`). A row's bits
+    may depend on the number of rows."""
 
     def __init__(self, model: "CausalLM", pages: "BlockManager"):
         self.model, self.pages = model, pages
@@ -69,6 +71,6 @@ class ModuleSteps(PagedCall):
         self.positions = lengths.to(device, torch.int32)[:, None]
         self.lengths, self.table = self.positions[:, 0] + 1, table.to(device)
         self.rotary = model.model.rotary(0, longest, longest, device)
-        call = Call(None, None, None, [], fused=True, step=self)
-        hidden = model.model(tokens.to(device)[:, None], call)[:, -1]
+        context = ForwardContext(None, None, None, [], fused=True, decode_attention=self)
+        hidden = model.model(tokens.to(device)[:, None], context)[:, -1]
         return model.logits(hidden[logits_indices.to(device)])
