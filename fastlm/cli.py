@@ -431,7 +431,7 @@ def merge(
     threads: Threads = None,
 ) -> None:
     """Merge a LoRA adapter with its base into a whole model."""
-    from fastlm.checkpoint.folder import base_of
+    from fastlm.checkpoint.folder import find_base_model
     from fastlm.model.adapter import load_adapter
     from fastlm.model.causal_lm import CausalLM
     from fastlm.model.lora import merge_lora
@@ -440,7 +440,7 @@ def merge(
 
     if not is_adapter(adapter := locate_model(model)):
         raise InputError(f"model: expected a LoRA adapter, got another model, {model}")
-    whole = load_adapter(CausalLM.from_pretrained(base or base_of(adapter)), adapter)
+    whole = load_adapter(CausalLM.from_pretrained(base or find_base_model(adapter)), adapter)
     merge_lora(whole).save_pretrained(out)
     load_tokenizer(adapter, whole.config.to_dict()).save(out)
     typer.echo(str(out))

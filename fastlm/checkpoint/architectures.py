@@ -11,7 +11,7 @@ from fastlm.checkpoint.config import ModelConfig
 from fastlm.errors import InputError
 
 
-def config_of(config: Mapping[str, Any], where: Any) -> ModelConfig:
+def parse_config(config: Mapping[str, Any], where: Any) -> ModelConfig:
     """Check the config.json at ``where``, which must state its model_type, and return it."""
     try:
         return ModelConfig.from_dict({"model_type": None, **config})

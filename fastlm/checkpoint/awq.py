@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlm.checkpoint.packed_words import SCALES, WORDS, from_words, group_of, unpack
-from fastlm.checkpoint.tensor_folder import Packed, Quantization, TensorFolder
+from fastlm.checkpoint.packed_words import SCALES, WORDS, from_words, infer_group_size, unpack
+from fastlm.checkpoint.tensor_folder import PackedWeight, Quantization, TensorFolder
 from fastlm.errors import InputError
 
 FIELD_OF = (0, 4, 1, 5, 2, 6, 3, 7)  # column in a word -> its field
@@ -30,7 +30,7 @@ def read(config: Mapping[str, Any], tensors: TensorFolder, where: str) -> Quanti
         groups, _ = tensors.check(f"{name}.scales", SCALES, (None, words * 8))
         tensors.check(f"{name}.qzeros", WORDS, (groups, words))
         stated = config.get("group_size", config.get("q_group_size"))
-        group_size = group_of(k, groups, stated, name)
+        group_size = infer_group_size(k, groups, stated, name)
         sizes.add(group_size)
 
         def build(stored: dict[str, Tensor], group_size=group_size, shape=shape) -> Any:
@@ -41,7 +41,7 @@ def read(config: Mapping[str, Any], tensors: TensorFolder, where: str) -> Quanti
             return from_words(packed, 4, stored["scales"].t(), zeros, group_size, shape)
 
         parts = tensors.parts(name, "qweight", "scales", "qzeros")
-        weights[f"{name}.weight"] = Packed(shape, parts, build)
+        weights[f"{name}.weight"] = PackedWeight(shape, parts, build)
     text = f"AWQ gemm, 4 bits, groups of {'/'.join(map(str, sorted(sizes)))}"
     return Quantization(weights, text)
 

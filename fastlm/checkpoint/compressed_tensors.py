@@ -23,13 +23,13 @@ from fastlm.checkpoint import fp4
 from fastlm.checkpoint.packed_words import (
     SCALES,
     WORDS,
+    dequantize_scattered,
     from_words,
-    group_of,
-    in_order,
-    scattered,
+    infer_group_size,
+    is_in_order,
     unpack,
 )
-from fastlm.checkpoint.tensor_folder import Packed, Quantization, TensorFolder
+from fastlm.checkpoint.tensor_folder import PackedWeight, Quantization, TensorFolder
 from fastlm.errors import InputError
 from fastlm.ops.quantized_weight import QuantizedWeight
 
@@ -98,7 +98,7 @@ def _activation_bits(groups: list[dict[str, Any]], where: str) -> int:
     return 8 if True in rounded else 16
 
 
-def _words(name: str, tensors: TensorFolder, stated: Any) -> tuple[Packed, str]:
+def _words(name: str, tensors: TensorFolder, stated: Any) -> tuple[PackedWeight, str]:
     n, words = tensors.check(f"{name}.weight_packed", WORDS, (None, None))
     tensors.check(f"{name}.weight_shape", INTS, (2,))
     _, groups = tensors.check(f"{name}.weight_scale", SCALES, (n, None))
@@ -109,7 +109,7 @@ def _words(name: str, tensors: TensorFolder, stated: Any) -> tuple[Packed, str]:
             f"{tensors.folder}: {name}.weight_shape: expected ({n}, K) of 4 or 8 bits in {words}"
             f" words, got ({rows}, {k})"
         )
-    group_size = group_of(k, groups, stated, name)
+    group_size = infer_group_size(k, groups, stated, name)
     names = ("weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx")
     parts = tensors.parts(name, *names)
     if "weight_zero_point" in parts:
@@ -125,20 +125,20 @@ def _words(name: str, tensors: TensorFolder, stated: Any) -> tuple[Packed, str]:
         index = stored.get("weight_g_idx")
         if index is not None and bool((index == -1).all()):  # not used
             index = None
-        if in_order(index, k, group_size, groups):
+        if is_in_order(index, k, group_size, groups):
             return from_words(packed, bits, scales, zeros, group_size, (n, k))
         if zeros is None:
             zeros = torch.full(scales.shape, 2 ** (bits - 1))
         assert index is not None
-        return scattered(packed, bits, scales, zeros, index, k)
+        return dequantize_scattered(packed, bits, scales, zeros, index, k)
 
-    return Packed((n, k), parts, build), f"pack-quantized {bits} bits, groups of {group_size}"
+    return PackedWeight((n, k), parts, build), f"pack-quantized {bits} bits, groups of {group_size}"
 
 
-def _int8(name: str, tensors: TensorFolder) -> Packed:
+def _int8(name: str, tensors: TensorFolder) -> PackedWeight:
     n, k = tensors.check(f"{name}.weight", ("I8",), (None, None))
     _, groups = tensors.check(f"{name}.weight_scale", SCALES, (n, None))
-    group_size = group_of(k, groups, None, name)
+    group_size = infer_group_size(k, groups, None, name)
     parts = tensors.parts(name, "weight", "weight_scale", "weight_zero_point")
     if "weight_zero_point" in parts:
         tensors.check(parts["weight_zero_point"], ("I8",), (n, groups))
@@ -152,19 +152,23 @@ def _int8(name: str, tensors: TensorFolder) -> Packed:
             zeros = scales * -zeros.float()
         return QuantizedWeight(stored["weight"], scales, zeros, 8, group_size, (n, k))
 
-    return Packed((n, k), parts, build)
+    return PackedWeight((n, k), parts, build)
 
 
-def _floats(name: str, tensors: TensorFolder) -> tuple[Packed, str]:
+def _floats(name: str, tensors: TensorFolder) -> tuple[PackedWeight, str]:
     nv = f"{name}.weight_global_scale" in tensors.headers
-    shape = fp4.layout(name, "weight_packed", tensors, ("F8_E4M3",) if nv else ("U8", "F8_E8M0"))
+    shape = fp4.check_layout(
+        name, "weight_packed", tensors, ("F8_E4M3",) if nv else ("U8", "F8_E8M0")
+    )
     parts = tensors.parts(name, "weight_packed", "weight_scale", "weight_global_scale")
     if nv:
         tensors.check(parts["weight_global_scale"], ("F32",), (1,))
 
     def build(stored: dict[str, Tensor]) -> QuantizedWeight:
         scales = stored["weight_scale"]
-        scales = scales.float() / stored["weight_global_scale"] if nv else fp4.powers(scales)
+        scales = (
+            scales.float() / stored["weight_global_scale"] if nv else fp4.decode_exponents(scales)
+        )
         return fp4.from_nibbles(stored["weight_packed"], scales)
 
-    return Packed(shape, parts, build), f"{'NVFP4' if nv else 'MXFP4'}, held in int8"
+    return PackedWeight(shape, parts, build), f"{'NVFP4' if nv else 'MXFP4'}, held in int8"

@@ -1,11 +1,11 @@
-"""What is stored at a path, from headers alone: for ``fastlm info --model``."""
+"""Describe a stored model from its headers alone, for ``fastlm info --model``."""
 
 import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from fastlm.checkpoint.architectures import config_of, expected_shapes
+from fastlm.checkpoint.architectures import expected_shapes, parse_config
 from fastlm.checkpoint.folder import load_state
 from fastlm.checkpoint.gguf_file import GGUFFile
 from fastlm.checkpoint.tensor_folder import TensorFolder
@@ -13,28 +13,29 @@ from fastlm.pipeline.run_folder import locate_model
 
 
 def describe_model(path: str | Path) -> dict[str, Any]:
-    """``{"path", "model_type", "parameters", "stored", "found"}``; JSON-serialisable.
+    """Return ``{"path", "model_type", "parameters", "dtypes", "quantization"}``, JSON-serialisable.
 
-    stored: type -> number of tensors, in the file's words. found: how the weights are quantized,
-    by the tensors, which may differ from what the file says of itself; None if they are not.
+    dtypes: type -> number of tensors, in the file's words. quantization: how the weights are
+    quantized according to the tensors, which may differ from the file's config; None if they are
+    not.
 
     Raises InputError: see `fastlm.checkpoint.folder.load_state`.
     """
-    place = locate_model(Path(path))
-    config, _ = load_state(place)
-    if place.suffix == ".gguf":
-        stored = Counter(info.kind.name for info in GGUFFile(place).tensors.values())
+    model_path = locate_model(Path(path))
+    config, _ = load_state(model_path)
+    if model_path.suffix == ".gguf":
+        dtypes = Counter(info.kind.name for info in GGUFFile(model_path).tensors.values())
     else:
-        stored = Counter(header.dtype for header in TensorFolder(place).headers.values())
+        dtypes = Counter(header.dtype for header in TensorFolder(model_path).headers.values())
     entry = config.get("quantization_config") or {}
-    found = entry.get("found")
-    if found is None and entry:
-        found = f"fastlm {entry.get('format')}, groups of {entry.get('group_size')}"
-    shapes = expected_shapes(config_of(config, place)).values()
+    quantization = entry.get("description")
+    if quantization is None and entry:
+        quantization = f"fastlm {entry.get('format')}, groups of {entry.get('group_size')}"
+    shapes = expected_shapes(parse_config(config, model_path)).values()
     return {
-        "path": str(place),
+        "path": str(model_path),
         "model_type": config["model_type"],
         "parameters": sum(map(math.prod, shapes)),
-        "stored": dict(stored.most_common()),
-        "found": found,
+        "dtypes": dict(dtypes.most_common()),
+        "quantization": quantization,
     }

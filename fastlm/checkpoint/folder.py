@@ -20,11 +20,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fastlm.checkpoint import awq, compressed_tensors, fp4, gptq, own
-from fastlm.checkpoint.architectures import check_tensors, config_of, expected_shapes
+from fastlm.checkpoint import awq, compressed_tensors, fastlm_format, fp4, gptq
+from fastlm.checkpoint.architectures import check_tensors, expected_shapes, parse_config
+from fastlm.checkpoint.fastlm_format import describe_layer
 from fastlm.checkpoint.gguf_file import open_gguf
 from fastlm.checkpoint.gguf_models import load_gguf
-from fastlm.checkpoint.own import describe
 from fastlm.checkpoint.tensor_folder import FLOATS, INDEX, SINGLE, Quantization, TensorFolder
 from fastlm.errors import InputError
 from fastlm.files import make_folder, open_regular, read_json, reason, save_atomic
@@ -52,7 +52,7 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def begin_folder(folder: Path, part: Path) -> None:
+def link_other_files(folder: Path, part: Path) -> None:
     """Make ``part`` and hard-link into it everything in ``folder`` but the model (its tokenizer,
     say).
     """
@@ -74,7 +74,7 @@ def begin_folder(folder: Path, part: Path) -> None:
     shutil.copytree(folder, part, symlinks=True, ignore=ignore, copy_function=link)
 
 
-def own_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def unshare_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return CPU tensors as safetensors needs them: contiguous, no two sharing memory."""
     seen: set[int] = set()
     result = {}
@@ -116,7 +116,7 @@ def save_hf(
         if isinstance(value, QuantizedWeight):
             module = name.removesuffix(".weight")
             quantized[module] = value
-            parts = zip(own.PARTS, (value.qdata, value.scales, value.zeros))
+            parts = zip(fastlm_format.PARTS, (value.qdata, value.scales, value.zeros))
             tensors |= {f"{module}.{part}": t for part, t in parts if t is not None}
         else:
             tensors[name] = value
@@ -139,12 +139,12 @@ def save_hf(
         filled += tensor.nbytes
 
     def write(part: Path) -> None:
-        begin_folder(folder, part)
+        link_other_files(folder, part)
         weight_map = {}
         for index, shard in enumerate(shards):
             file = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
             file = SINGLE if len(shards) == 1 else file
-            save_file(own_memory(shard), part / file, metadata={"format": "pt"})
+            save_file(unshare_tensors(shard), part / file, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(shard, file)
         if len(shards) > 1:
             total = sum(tensor.nbytes for tensor in tensors.values())
@@ -162,7 +162,7 @@ def _describe(quantized: Mapping[str, QuantizedWeight]) -> dict[str, Any]:
     group size is None.
     """
     modules = {
-        name: describe("embedding" if name.endswith("embed_tokens") else "linear", weight)
+        name: describe_layer("embedding" if name.endswith("embed_tokens") else "linear", weight)
         for name, weight in quantized.items()
     }
     formats = {f"w{w.bits}a16" for w in quantized.values()}
@@ -198,7 +198,7 @@ def load_state(path: str | Path, *, keep_quantized: bool = True) -> tuple[dict[s
     return config, tensors
 
 
-def base_of(folder: Path) -> str:
+def find_base_model(folder: Path) -> str:
     """The base model of the adapter in ``folder``: a path that exists, or ``model:NAME``. Where the
     recorded path does not exist, it is sought as it lay from the adapter: a run may have moved.
     """
@@ -228,8 +228,8 @@ def _load_folder(folder: Path) -> tuple[dict[str, Any], State]:
         ends = read_json(folder / GENERATION).get("eos_token_id")
         config |= {} if ends is None else {"eos_token_id": ends}
     if config.get("quantization_config") is None and (folder / MODELOPT).is_file():
-        config["quantization_config"] = fp4.modelopt_entry(folder / MODELOPT)
-    model = config_of(config, folder / CONFIG)
+        config["quantization_config"] = fp4.read_modelopt_config(folder / MODELOPT)
+    model = parse_config(config, folder / CONFIG)
     tensors = TensorFolder(folder)
     packed = _read_quantization(config, tensors, f"{folder / CONFIG}: quantization_config")
     taken = packed.unused | {name for w in packed.weights.values() for name in w.parts.values()}
@@ -251,7 +251,7 @@ def _load_folder(folder: Path) -> tuple[dict[str, Any], State]:
     drop = {"lm_head.weight"} if model.tie_word_embeddings else set()
 
     def state() -> State:
-        for name, tensor in tensors.plain(plain - drop):
+        for name, tensor in tensors.read_tensors(plain - drop):
             if name not in spare or bool((tensor != 0).any()):
                 yield name, tensor
         for name, weight in packed.weights.items():
@@ -263,7 +263,7 @@ def _load_folder(folder: Path) -> tuple[dict[str, Any], State]:
 
 def _read_quantization(config: dict[str, Any], tensors: TensorFolder, where: str) -> Quantization:
     """Read the weights that ``config`` says are quantized. Another program's entry is replaced by
-    what was found: ``{"quant_method", "found", "modules"}``.
+    what was found: ``{"quant_method", "description", "modules"}``.
     """
     entry = config.get("quantization_config")
     if isinstance(entry, dict) and "fastlm" in entry:  # from version 0.2 on
@@ -281,7 +281,7 @@ def _read_quantization(config: dict[str, Any], tensors: TensorFolder, where: str
     if method != "fastlm":
         modules = {name: {"act_bits": bits} for name, bits in found.act_bits.items()}
         config["quantization_config"] = {
-            "quant_method": method, "found": found.found, "modules": modules,
+            "quant_method": method, "description": found.description, "modules": modules,
         }  # fmt: skip
     return found
 
@@ -293,7 +293,7 @@ def _auto_round(config: dict[str, Any], tensors: TensorFolder, where: str) -> Qu
 
 
 READERS: dict[str, Callable[[dict[str, Any], TensorFolder, str], Quantization]] = {
-    "fastlm": own.read,
+    "fastlm": fastlm_format.read,
     "gptq": gptq.read,
     "auto-round": _auto_round,
     "awq": awq.read,
@@ -313,7 +313,7 @@ def save_tensors(
     def write(part: Path) -> None:
         part.mkdir()
         data = part / TENSORS
-        save_file(own_memory(tensors), data)
+        save_file(unshare_tensors(tensors), data)
         manifest = {"bytes": data.stat().st_size, "sha256": _sha256(data)}
         write_json(part / MANIFEST, {**manifest, "metadata": metadata or {}})
 

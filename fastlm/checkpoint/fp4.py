@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlm.checkpoint.tensor_folder import Packed, Quantization, TensorFolder
+from fastlm.checkpoint.tensor_folder import PackedWeight, Quantization, TensorFolder
 from fastlm.errors import InputError
 from fastlm.files import read_json
 from fastlm.ops.quantized_weight import QuantizedWeight
@@ -31,7 +31,7 @@ def from_nibbles(packed: Tensor, scales: Tensor) -> QuantizedWeight:
     return QuantizedWeight(qdata, scales / 2, None, 8, k // scales.shape[1], (n, k))
 
 
-def powers(exponents: Tensor) -> Tensor:
+def decode_exponents(exponents: Tensor) -> Tensor:
     """2^(e - 127) as float32 for bytes or float8_e8m0fnu. InputError: 255, not a number."""
     e = exponents.view(torch.uint8).int()
     if bool((e == 255).any()):
@@ -40,7 +40,7 @@ def powers(exponents: Tensor) -> Tensor:
     return torch.where(e == 0, 1 << 22, e << 23).view(torch.float32)
 
 
-def layout(
+def check_layout(
     name: str, packed: str, tensors: TensorFolder, scales: tuple[str, ...]
 ) -> tuple[int, int]:
     """Check ``packed`` and ``weight_scale`` of a module, and return the weight's shape (N, K)."""
@@ -54,7 +54,7 @@ def layout(
     return n, 2 * half
 
 
-def modelopt_entry(file: Path) -> dict[str, Any]:
+def read_modelopt_config(file: Path) -> dict[str, Any]:
     """What a quantization_config would say, of ModelOpt's own file."""
     told = read_json(file).get("quantization")
     if not isinstance(told, dict):
@@ -69,7 +69,7 @@ def read_modelopt(config: Mapping[str, Any], tensors: TensorFolder, where: str) 
         raise InputError(f"{where}: quant_algo: expected NVFP4 for modelopt, got {algorithm!r:.60}")
     weights = {}
     for name in tensors.modules("weight_scale_2"):
-        shape = layout(name, "weight", tensors, ("F8_E4M3",))
+        shape = check_layout(name, "weight", tensors, ("F8_E4M3",))
         factor = tensors.headers[f"{name}.weight_scale_2"].shape
         tensors.check(f"{name}.weight_scale_2", ("F32",), (1,) * len(factor))
 
@@ -78,6 +78,6 @@ def read_modelopt(config: Mapping[str, Any], tensors: TensorFolder, where: str) 
             return from_nibbles(stored["weight"], scales)
 
         parts = tensors.parts(name, "weight", "weight_scale", "weight_scale_2")
-        weights[f"{name}.weight"] = Packed(shape, parts, build)
+        weights[f"{name}.weight"] = PackedWeight(shape, parts, build)
     unused = [n for n in tensors.headers if n.endswith((".input_scale", ".k_scale", ".v_scale"))]
     return Quantization(weights, "ModelOpt NVFP4, held in int8", frozenset(unused))

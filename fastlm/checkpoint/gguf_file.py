@@ -39,7 +39,9 @@ KINDS = {  # Python type of a metadata value -> its name in a message
     np.ndarray: "a list of numbers",
 }
 _SIZE = struct.Struct("<Q")
-_held: "weakref.WeakValueDictionary[tuple[int, ...], GGUFFile]" = weakref.WeakValueDictionary()
+_open_files: "weakref.WeakValueDictionary[tuple[int, ...], GGUFFile]" = (
+    weakref.WeakValueDictionary()
+)
 T = TypeVar("T", int, float, bool, str, list, np.ndarray)
 
 
@@ -133,9 +135,9 @@ def open_gguf(path: Path) -> "GGUFFile":
     except OSError:
         return GGUFFile(path)  # which says what is wrong
     key = (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size)
-    file = _held.get(key)
+    file = _open_files.get(key)
     if file is None or file.path != path:
-        file = _held[key] = GGUFFile(path)
+        file = _open_files[key] = GGUFFile(path)
     return file
 
 
@@ -216,7 +218,7 @@ class GGUFFile:
             )
         return value
 
-    def need(self, key: str, kind: type[T]) -> T:
+    def require(self, key: str, kind: type[T]) -> T:
         """``get`` for a key that must be present."""
         if key not in self.metadata:
             raise InputError(f"{self.path}: {key}: expected {KINDS[kind]}, got None")

@@ -81,9 +81,9 @@ def hf_name(name: str, model_type: str) -> str | None:
     return None
 
 
-def config_of(file: GGUFFile) -> dict[str, Any]:
+def gguf_config(file: GGUFFile) -> dict[str, Any]:
     """Hugging Face's config.json for the model in ``file``."""
-    architecture = file.need("general.architecture", str)
+    architecture = file.require("general.architecture", str)
     if architecture not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise InputError(
@@ -101,7 +101,7 @@ def config_of(file: GGUFFile) -> dict[str, Any]:
         return float(str(np.float32(value)))
 
     def number(key: str) -> int:
-        return file.need(f"{architecture}.{key}", int)
+        return file.require(f"{architecture}.{key}", int)
 
     if "token_embd.weight" not in file.tensors:
         raise InputError(f"{file.path}: expected a tensor token_embd.weight, got none")
@@ -249,7 +249,7 @@ def swap_rows(weight: Any, heads: int, *, interleave: bool) -> Any:
 
 def load_gguf(file: GGUFFile) -> tuple[dict[str, Any], Iterator[tuple[str, Any]]]:
     """config.json's content, and the tensors one by one under Hugging Face's names."""
-    config = config_of(file)
+    config = gguf_config(file)
     kind = config["model_type"]
     names: dict[str, str] = {}
     taken = set()
@@ -263,7 +263,7 @@ def load_gguf(file: GGUFFile) -> tuple[dict[str, Any], Iterator[tuple[str, Any]]
         names[name] = target
         taken.add(target)
     shapes = {target: file.tensors[name].shape for name, target in names.items()}
-    architectures.check_tensors(shapes, architectures.config_of(config, file.path), file.path)
+    architectures.check_tensors(shapes, architectures.parse_config(config, file.path), file.path)
 
     def tensors() -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
         for name, target in names.items():

@@ -23,13 +23,13 @@ from torch import Tensor
 from fastlm.checkpoint.packed_words import (
     SCALES,
     WORDS,
+    dequantize_scattered,
     from_words,
-    group_of,
-    in_order,
-    scattered,
+    infer_group_size,
+    is_in_order,
     unpack,
 )
-from fastlm.checkpoint.tensor_folder import Packed, Quantization, TensorFolder
+from fastlm.checkpoint.tensor_folder import PackedWeight, Quantization, TensorFolder
 from fastlm.errors import InputError
 
 BITS = (2, 4, 8)
@@ -55,17 +55,17 @@ def read(config: Mapping[str, Any], tensors: TensorFolder, where: str) -> Quanti
         parts = tensors.parts(name, *PARTS)
         if "g_idx" in parts:
             groups = -(-shape[1] // group_size)
-            shuffled += not in_order(tensors.get(parts["g_idx"]), shape[1], group_size, groups)
+            shuffled += not is_in_order(tensors.get(parts["g_idx"]), shape[1], group_size, groups)
 
         def build(stored: dict[str, Tensor], bits=bits, group_size=group_size, shape=shape) -> Any:
             words, scales = stored["qweight"].t(), stored["scales"].t()
             zeros = zero_points(stored["qzeros"], bits, version).t()
             index = stored.get("g_idx")
-            if index is None or in_order(index, shape[1], group_size, scales.shape[1]):
+            if index is None or is_in_order(index, shape[1], group_size, scales.shape[1]):
                 return from_words(words, bits, scales, zeros, group_size, shape)
-            return scattered(words, bits, scales, zeros, index, shape[1])
+            return dequantize_scattered(words, bits, scales, zeros, index, shape[1])
 
-        weights[f"{name}.weight"] = Packed(shape, parts, build)
+        weights[f"{name}.weight"] = PackedWeight(shape, parts, build)
     bits, groups = (
         "/".join(map(str, sorted({layout[i] for layout in layouts.values()}))) for i in (0, 1)
     )
@@ -106,7 +106,7 @@ def _layout(
             f" got {zero_words} words ({zero_words * 32 / n:.3g} bits)"
         )
     k = rows * 32 // bits
-    group_size = group_of(k, groups, config.get("group_size"), name)
+    group_size = infer_group_size(k, groups, config.get("group_size"), name)
     if f"{name}.g_idx" in tensors.headers:
         tensors.check(f"{name}.g_idx", WORDS, (k,))
     return bits, group_size, (n, k)

@@ -52,7 +52,7 @@ def from_words(
     return QuantizedWeight(qdata, scales.contiguous(), offset, width, group_size, (n, k))
 
 
-def group_of(k: int, groups: int, stated: object, name: str) -> int:
+def infer_group_size(k: int, groups: int, stated: object, name: str) -> int:
     """Columns per scale: as stated, if that yields the number of scales, else K / groups."""
     if type(stated) is int and stated > 0 and -(-k // stated) == groups:
         return stated
@@ -64,7 +64,7 @@ def group_of(k: int, groups: int, stated: object, name: str) -> int:
     return k // groups
 
 
-def in_order(index: Tensor | None, k: int, group_size: int, groups: int) -> bool:
+def is_in_order(index: Tensor | None, k: int, group_size: int, groups: int) -> bool:
     """Whether column c uses the scale of group c // group_size. InputError: a group that is not
     there.
     """
@@ -78,7 +78,7 @@ def in_order(index: Tensor | None, k: int, group_size: int, groups: int) -> bool
     return torch.equal(index.long(), torch.arange(k) // group_size)
 
 
-def scattered(
+def dequantize_scattered(
     words: Tensor, bits: int, scales: Tensor, zeros: Tensor, index: Tensor, k: int
 ) -> Tensor:
     """The matrix (N, K) whose column c uses the scale of group ``index[c]``, in the dtype of the

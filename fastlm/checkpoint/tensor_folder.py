@@ -20,14 +20,14 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = ("F32", "BF16", "F16", "F64")  # dtypes of weights, in safetensors' spelling
 
 
-class Header(NamedTuple):
+class TensorHeader(NamedTuple):
     dtype: str  # in safetensors' spelling
     shape: tuple[int, ...]
     file: str
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedWeight:
     """One weight that is stored in several tensors.
 
     parts: part -> tensor name. build: part -> Tensor to the weight. It may raise InputError.
@@ -42,20 +42,20 @@ class Packed:
 class Quantization:
     """What a ``quantization_config`` and the headers say.
 
-    weights: weight name -> Packed. unused: tensors that weights do not need (scales of activations,
-    say). found: one line for the user. act_bits: module -> 8 where activations are rounded, too.
-    warning: what contradicts the file's own words, or "".
+    weights: weight name -> PackedWeight. unused: tensors that weights do not need (scales of
+    activations, say). description: one line for the user. act_bits: module -> 8 where activations
+    are rounded, too. warning: what contradicts the file's own words, or "".
     """
 
-    weights: Mapping[str, Packed]
-    found: str = ""
+    weights: Mapping[str, PackedWeight]
+    description: str = ""
     unused: frozenset[str] = frozenset()
     act_bits: Mapping[str, int] = field(default_factory=dict)
     warning: str = ""
 
 
 class TensorFolder:
-    """``headers``: tensor name -> `Header` of all safetensors files of ``folder``.
+    """``headers``: tensor name -> `TensorHeader` of all safetensors files of ``folder``.
 
     Raises InputError: no such file, not a whole one, an index that does not fit its files.
     """
@@ -63,14 +63,14 @@ class TensorFolder:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         names = _weight_map(folder)
-        self.headers: dict[str, Header] = {}
+        self.headers: dict[str, TensorHeader] = {}
         for file in sorted(set(names.values())):
             with open_tensors(folder / file) as handle:
                 for name in handle.keys():
                     if names.get(name) == file:
                         view = handle.get_slice(name)
                         shape = tuple(view.get_shape())
-                        self.headers[name] = Header(view.get_dtype(), shape, file)
+                        self.headers[name] = TensorHeader(view.get_dtype(), shape, file)
 
     def modules(self, part: str) -> list[str]:
         """The modules that have a tensor ``part``."""
@@ -106,7 +106,7 @@ class TensorFolder:
         with open_tensors(file) as handle:
             return _get(handle, file, name)
 
-    def load(self, name: str, packed: Packed) -> Tensor | QuantizedWeight:
+    def load(self, name: str, packed: PackedWeight) -> Tensor | QuantizedWeight:
         """Read the parts of the weight ``name`` and put them together."""
         try:
             return packed.build({part: self.get(place) for part, place in packed.parts.items()})
@@ -115,7 +115,7 @@ class TensorFolder:
                 raise
             raise InputError(f"{self.folder}: {name}: {error}") from error
 
-    def plain(self, names: set[str]) -> Any:
+    def read_tensors(self, names: set[str]) -> Any:
         """Yield (name, tensor) of ``names``, file by file."""
         for file in sorted({self.headers[name].file for name in names}):
             with open_tensors(self.folder / file) as handle:

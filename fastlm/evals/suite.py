@@ -72,9 +72,9 @@ def _unit(measure: str, each: np.ndarray | None) -> dict[str, str]:
 def id_of(model: str | Path) -> str:
     """The id of a model: a folder, a .gguf file, or a model in a package; of an adapter with its
     base."""
-    from fastlm.checkpoint.digest import digest_of
+    from fastlm.checkpoint.digest import model_digest
 
-    return digest_of(model_path(model))
+    return model_digest(model_path(model))
 
 
 def hash_of(model: str | Path) -> str:

@@ -27,7 +27,7 @@ from fastlm.checkpoint.gguf_models import (
     OVERRIDES,
     SIZES,
     TOP,
-    config_of,
+    gguf_config,
     llama3_divisors,
     swap_rows,
 )
@@ -202,7 +202,7 @@ def add_value(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
 
 def _check(part: Path, path: str | Path, config: ModelConfig) -> None:
     """Refuse a model that the file describes otherwise."""
-    came = ModelConfig.from_dict(config_of(GGUFFile(part)))
+    came = ModelConfig.from_dict(gguf_config(GGUFFile(part)))
     skipped = {*UNSAID, *(() if _windowed(config) else ("sliding_window",))}
     if config.model_type == "mistral":  # without windows it is a llama
         skipped.add("model_type")

@@ -24,8 +24,8 @@ from fastlm.checkpoint.folder import (
     ADAPTER_CONFIG,
     BASE_PATH,
     GENERATION,
-    begin_folder,
-    own_memory,
+    link_other_files,
+    unshare_tensors,
     write_json,
 )
 from fastlm.checkpoint.tensor_folder import FLOATS, open_tensors
@@ -120,9 +120,9 @@ def save_adapter(model: "CausalLM", folder: str | Path, *, base: str | Path = ""
     }
 
     def write(part: Path) -> None:
-        begin_folder(folder, part)
+        link_other_files(folder, part)
         write_json(part / ADAPTER_CONFIG, config)
-        save_file(own_memory(tensors), part / ADAPTER, metadata={"format": "pt"})
+        save_file(unshare_tensors(tensors), part / ADAPTER, metadata={"format": "pt"})
         shutil.copymode(part / ADAPTER_CONFIG, part / ADAPTER)  # safetensors: only the owner
         (part / ADAPTER_BASE).unlink(missing_ok=True)  # not written through a hard link
         if more:

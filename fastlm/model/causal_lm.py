@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fastlm.checkpoint.architectures import expected_shapes
 from fastlm.checkpoint.config import ModelConfig
-from fastlm.checkpoint.folder import base_of, load_state, save_hf
+from fastlm.checkpoint.folder import find_base_model, load_state, save_hf
 from fastlm.errors import InputError
 from fastlm.model.adapter import load_adapter
 from fastlm.model.layers import Decoder, ForwardContext, RMSNorm
@@ -150,7 +150,7 @@ class CausalLM(nn.Module):
         path = locate_model(Path(path))
         if is_adapter(path):
             base = cls.from_pretrained(
-                base_of(path), dtype=dtype, keep_quantized=keep_quantized, act_bits=act_bits
+                find_base_model(path), dtype=dtype, keep_quantized=keep_quantized, act_bits=act_bits
             )
             return merge_lora(load_adapter(base, path)).eval()
         config_dict, tensors = load_state(path)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlm import ops
-from fastlm.checkpoint.own import PARTS, describe
+from fastlm.checkpoint.fastlm_format import PARTS, describe_layer
 from fastlm.errors import InputError
 from fastlm.ops.linear import Linear
 from fastlm.ops.quantized_weight import QuantizedWeight
@@ -175,7 +175,7 @@ def quantization_config(
     """
     kinds = {QuantizedLinear: "linear", QuantizedEmbedding: "embedding"}
     modules = {
-        name: {**describe(kinds[type(m)], m.weight), "act_bits": m.act_bits}
+        name: {**describe_layer(kinds[type(m)], m.weight), "act_bits": m.act_bits}
         for name, m in model.named_modules(remove_duplicate=False)
         if isinstance(m, QuantizedLinear | QuantizedEmbedding)
     }

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastlm.checkpoint.digest import digest_of
-from fastlm.checkpoint.folder import base_of
+from fastlm.checkpoint.digest import model_digest
+from fastlm.checkpoint.folder import find_base_model
 from fastlm.errors import InputError
 from fastlm.files import reason
 from fastlm.inference.engine import Engine
@@ -40,7 +40,7 @@ class Loader:
     share: int = 1
 
     def load(self, path: Path, digest: str) -> Served:
-        """Load a model whose `digest_of` is known.
+        """Load a model whose `model_digest` is known.
 
         InputError: a model or draft model that cannot be used, more pages than fit the memory.
         """
@@ -70,7 +70,7 @@ class Loader:
         cannot do what the current one does, or gives no answer.
         """
         try:
-            if (digest := digest_of(path)) == current.digest:
+            if (digest := model_digest(path)) == current.digest:
                 raise InputError(f"{path}, which is served already")
             _check_memory(int(size_of(path) * SPARE), "the model")
             served = self.load(path, digest)
@@ -126,7 +126,7 @@ def files_of(path: Path) -> list[Path]:
         return [place]
     found = sorted(file for file in place.iterdir() if file.is_file() and file.name[0] != ".")
     if is_adapter(place):
-        found += files_of(Path(base_of(place)))
+        found += files_of(Path(find_base_model(place)))
     return found
 
 

@@ -118,7 +118,7 @@ class ModelManager:
         old = self.models.current
 
         def load() -> Served:
-            if digest is not None and loading.digest_of(Path(path)) != digest:
+            if digest is not None and loading.model_digest(Path(path)) != digest:
                 raise InputError(f"{path}: expected what was served before, its files have changed")
             new = self.loader.beside(Path(path), old)
             try:
@@ -222,4 +222,4 @@ def restore_models(loader: "Loader", base: str, path: Path) -> tuple[Models, Sta
 def model_ref(path: str) -> ModelRef:
     """Return the model at a path as it is now. InputError: none is there."""
     path = model_key(path)
-    return ModelRef(path, loading.digest_of(Path(path)))
+    return ModelRef(path, loading.model_digest(Path(path)))

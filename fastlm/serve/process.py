@@ -14,7 +14,7 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from fastlm.checkpoint.digest import digest_of
+from fastlm.checkpoint.digest import model_digest
 from fastlm.errors import InputError
 from fastlm.files import read_text, reason
 from fastlm.inference.fair_lock import FairLock
@@ -96,7 +96,7 @@ def _load(
     )  # fmt: skip
     manager = None
     if state_file is None:
-        models = Models(loader.load(options.model, digest_of(options.model)))
+        models = Models(loader.load(options.model, model_digest(options.model)))
     else:
         base = str(options.model)
         named = [base] if options.canary is None else [base, options.canary]
@@ -115,7 +115,7 @@ def _load(
             manager.begin(options.canary)
         models = manager.models
     for key, place in adapters.items():
-        models.add(replace(loader, name=key, versions=False).load(place, digest_of(place)))
+        models.add(replace(loader, name=key, versions=False).load(place, model_digest(place)))
     return models, manager
 
 

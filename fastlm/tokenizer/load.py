@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastlm.checkpoint.architectures import config_of
-from fastlm.checkpoint.folder import base_of
+from fastlm.checkpoint.architectures import parse_config
+from fastlm.checkpoint.folder import find_base_model
 from fastlm.errors import InputError
 from fastlm.pipeline.run_folder import is_adapter, locate_model
 from fastlm.sources.packages import model_path
@@ -18,7 +18,7 @@ def load_tokenizer(path: str | Path, config: Mapping[str, Any]) -> Tokenizer:
     model = locate_model(model_path(path))
     found = _tokenizer_of(path) or model
     tokenizer = Tokenizer.load(found)
-    vocab = config_of(config, model).vocab_size
+    vocab = parse_config(config, model).vocab_size
     if tokenizer.vocab_size > vocab:
         raise InputError(
             f"{found}: expected a tokenizer of at most {vocab} ids (the model's embedding), "
@@ -39,4 +39,4 @@ def _tokenizer_of(path: str | Path) -> Path | None:
     for place in (model, path / "tokenizer", path.parent / "tokenizer"):
         if place.is_file() or (place / "tokenizer.json").exists():
             return place
-    return _tokenizer_of(base_of(model)) if is_adapter(model) else None
+    return _tokenizer_of(find_base_model(model)) if is_adapter(model) else None

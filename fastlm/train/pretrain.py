@@ -184,12 +184,12 @@ class Pretrain(TrainingStage):
         """Return the model's configuration. If it comes from a recipe, the context is the training
         length unless the recipe says otherwise.
         """
-        from fastlm.checkpoint.architectures import config_of
+        from fastlm.checkpoint.architectures import parse_config
         from fastlm.checkpoint.config import ModelConfig
         from fastlm.files import read_json
 
         if self.model is None:
-            return config_of(read_json(self.config), Path(self.config))
+            return parse_config(read_json(self.config), Path(self.config))
         given = {
             "max_position_embeddings": self.seq_len,
             "tie_word_embeddings": True,

@@ -153,12 +153,12 @@ def write(
     folder: Path, entry: Mapping[str, Any], pack: Callable[..., Stored], **options: Any
 ) -> dict[str, np.ndarray]:
     """Write the model with its layers' matrices by ``pack``; return weight name -> weight."""
-    from fastlm.checkpoint.architectures import config_of, expected_shapes
+    from fastlm.checkpoint.architectures import expected_shapes, parse_config
 
     rng = np.random.default_rng(0)
     tensors: dict[str, torch.Tensor] = {}
     weights = {}
-    for name, shape in expected_shapes(config_of(CONFIG, "test")).items():
+    for name, shape in expected_shapes(parse_config(CONFIG, "test")).items():
         w = rng.standard_normal(shape) * 0.1
         if "layers" in name and len(shape) == 2:
             parts, weights[name] = pack(w, **options)

@@ -43,9 +43,9 @@ CONFIG = {
 
 
 def make_state(config=CONFIG, dtype=torch.float32) -> dict[str, torch.Tensor]:
-    from fastlm.checkpoint.architectures import config_of, expected_shapes
+    from fastlm.checkpoint.architectures import expected_shapes, parse_config
 
-    shapes = expected_shapes(config_of(config, "test"))
+    shapes = expected_shapes(parse_config(config, "test"))
     return {name: torch.randn(shape).to(dtype) * 0.1 for name, shape in shapes.items()}
 
 

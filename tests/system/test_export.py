@@ -189,7 +189,7 @@ def test_compressed_tensors_are_read_back(bits, group, tokenizer, tmp_path):
     arguments = scheme["weights"]
     assert (arguments["num_bits"], arguments["group_size"]) == (bits, group if group > 0 else None)
     config, tensors = load_state(tmp_path / "c")
-    assert f"pack-quantized {bits} bits" in config["quantization_config"]["found"]
+    assert f"pack-quantized {bits} bits" in config["quantization_config"]["description"]
     came, want = dict(tensors), model.stored()
     assert isinstance(came["model.layers.0.mlp.up_proj.weight"], QuantizedWeight)
     same(came, want)

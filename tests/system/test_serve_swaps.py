@@ -59,7 +59,7 @@ def alone(models):
             )
             for p, s in keys
         ]
-        name = loading.digest_of(folder)[:8]
+        name = loading.model_digest(folder)[:8]
         for key, result in zip(keys, engine.generate(asked)):
             texts[name, *key] = result.text
     return texts

@@ -75,7 +75,7 @@ def test_weights_are_exact(case, tmp_path):
         warnings.simplefilter("error")  # nothing here is mislabelled
         config, tensors = load_state(tmp_path)
     came = dict(tensors)
-    assert found in config["quantization_config"]["found"]
+    assert found in config["quantization_config"]["description"]
     assert came.keys() == want.keys()
     for name, weight in came.items():
         packed = "layers" in name and weight.dim() == 2 if torch.is_tensor(weight) else True
@@ -103,7 +103,7 @@ NVFP4 = {"quant_algo": "NVFP4", "kv_cache_quant_algo": None, "group_size": 16}
 def test_modelopts_own_file(tmp_path):
     want = write_modelopt(tmp_path / "m", {**NVFP4, "exclude_modules": ["lm_head"]})
     config, tensors = load_state(tmp_path / "m")
-    assert config["quantization_config"]["found"] == "ModelOpt NVFP4, held in int8"
+    assert config["quantization_config"]["description"] == "ModelOpt NVFP4, held in int8"
     for name, weight in tensors:
         assert isinstance(weight, QuantizedWeight) == ("layers" in name and "norm" not in name)
         if isinstance(weight, QuantizedWeight):
@@ -151,11 +151,11 @@ def test_weights_that_do_not_tell_the_version(tmp_path):
 
     want = make.write(tmp_path, V2, shifted, version=2)
     config, tensors = load_state(tmp_path)
-    assert "v2 zero points, 4 bits" in config["quantization_config"]["found"]
+    assert "v2 zero points, 4 bits" in config["quantization_config"]["description"]
     for name, weight in tensors:
         if isinstance(weight, QuantizedWeight):
             np.testing.assert_array_equal(weight.dequantize().double().numpy(), want[name])
-    assert "not told by the weights" in config["quantization_config"]["found"]
+    assert "not told by the weights" in config["quantization_config"]["description"]
 
 
 @pytest.mark.parametrize("pack", [make.gptq, make.pack_quantized])
@@ -167,7 +167,7 @@ def test_act_order_is_dequantized_in_the_dtype_of_the_scales(pack, tmp_path):
         rounded = torch.from_numpy(want[name]).half()
         assert torch.equal(weight, rounded), name
     if pack is make.gptq:
-        assert "14 weights with desc_act dequant" in config["quantization_config"]["found"]
+        assert "14 weights with desc_act dequant" in config["quantization_config"]["description"]
 
 
 def test_zero_points_that_tell_the_version_are_all_that_is_read(tmp_path, monkeypatch):
@@ -196,7 +196,7 @@ def test_the_model_computes_with_them(case, tmp_path):
     entry, pack, options, found = CASES[case]
     want = make.write(tmp_path / "m", entry, pack, **options)
     model = CausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32)
-    assert found in model.config.extra["quantization_config"]["found"]
+    assert found in model.config.extra["quantization_config"]["description"]
     rounds = {m.act_bits for m in model.modules() if hasattr(m, "qdata")}
     assert rounds == ({8} if case == "int8" else {16})
     dense = CausalLM(model.config, seed=0)
@@ -304,5 +304,5 @@ def test_info_says_what_was_found(tmp_path):
     make.write(tmp_path, V2, make.gptq)
     with pytest.warns(UserWarning, match="file says v2"):
         shown = call("info", "--model", tmp_path).stdout
-    assert "found: GPTQ v1 zero points (file says v2), 4 bits, groups of 32" in shown
+    assert "quantization: GPTQ v1 zero points (file says v2), 4 bits, groups of 32" in shown
     assert "model_type: llama" in shown and "42 I32" in shown

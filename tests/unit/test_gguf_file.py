@@ -15,7 +15,7 @@ import fastlm
 from fastlm.checkpoint.folder import load_state, save_hf
 from fastlm.checkpoint.gguf_blocks import UNPACK, unpack
 from fastlm.checkpoint.gguf_file import GGUFFile
-from fastlm.checkpoint.gguf_models import config_of
+from fastlm.checkpoint.gguf_models import gguf_config
 from fastlm.errors import InputError
 from fastlm.ops.quantized_weight import QuantizedWeight
 
@@ -500,7 +500,7 @@ def test_end_tokens_of_turns_and_messages(ids, ends, tmp_path):
     file = GGUFFile(path)
     file.metadata = {k: v for k, v in file.metadata.items() if "eos" not in k}
     file.metadata |= {f"tokenizer.ggml.{k}_token_id": v for k, v in ids.items()}
-    assert config_of(file)["eos_token_id"] == ends
+    assert gguf_config(file)["eos_token_id"] == ends
 
 
 def test_unknown_architecture(tmp_path):

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastlm.checkpoint.tensor_folder import Packed, Quantization, TensorFolder
+from fastlm.checkpoint.tensor_folder import PackedWeight, Quantization, TensorFolder
 from fastlm.errors import InputError
 from fastlm.ops.quantized_weight import QuantizedWeight
 
@@ -45,7 +45,7 @@ def read(config: Mapping[str, Any], tensors: TensorFolder, where: str) -> Quanti
                 stored["qdata"], stored["scales"], zeros, bits, group_size, shape
             )
 
-        weights[f"{module}.weight"] = Packed(shape, parts, build)
+        weights[f"{module}.weight"] = PackedWeight(shape, parts, build)
     # parts without an entry: only the config has the number of columns, so the weight is missing
     unused = {f"{module}.{part}" for part in PARTS for module in tensors.modules(part)}
     return Quantization(weights, f"fastlm, {', '.join(sorted(kinds))}", frozenset(unused))
@@ -65,7 +65,7 @@ def _layout(entry: Any, where: str) -> tuple[int, int, tuple[int, int]]:
     return bits, group_size, (n, k)
 
 
-def describe(kind: str, weight: QuantizedWeight) -> dict[str, Any]:
+def describe_layer(kind: str, weight: QuantizedWeight) -> dict[str, Any]:
     """Return the entry of a ``quantization_config`` for one "linear" or "embedding"."""
     return {
         "kind": kind,
