@@ -268,7 +268,7 @@ def hidden_points(path: Path) -> list[tuple[dict[str, Any], float]]:
 
 def left_out(path: Path) -> list[str]:
     """Return the raters of raters.json whose rows were left out."""
-    least = FeedbackBuild().least_weight
+    least = FeedbackBuild().min_rater_weight
     return [name for name, one in json.loads(path.read_text()).items() if one["weight"] < least]
 
 
@@ -286,7 +286,7 @@ def circle(
     if out.exists():
         raise SystemExit(f"{out}: expected a new folder, it has a circle that was interrupted")
     out.mkdir(parents=True)
-    weights = ["feedback.least_weight=0.0"] if trusting else []
+    weights = ["feedback.min_rater_weight=0.0"] if trusting else []
     raters = simulate_users(options.users, malicious, NOISE, options.seed)
     database, talk, rows = out / "feedback.db", out / "talk.txt", []
     unheard = users.conversations(random.Random(f"talk/{options.seed}"), 100)

@@ -1,13 +1,13 @@
-"""Turn what people said about answers into rows to train on, through the steps that web text goes
-through: consent, scrubbing, quality rules, decontamination, raters, duplicates, a split.
+"""Turn feedback about answers into rows to train on, through the steps that web text goes through:
+consent, scrubbing, quality rules, decontamination, raters, duplicates, a split.
 
-What is counted are judgements: a thumb, a pick, a correction. Every step counts what it removed and
-why, in the `fastlm.pipeline.funnel.Funnel` that prepared text has. The same judgements give the
-same bytes.
+The unit of all counts is a feedback item: a thumb, a pick, a correction. Every step counts what it
+removed and why, in a `fastlm.pipeline.funnel.Funnel` like that of prepared text. The same items
+give the same bytes.
 
-The split is by what a conversation opens with, into three parts: what models learn from, what only
-a judge of their answers learns from, and prompts that nothing learns from, which old and new model
-answer. A later turn holds the earlier ones, so all turns are in the same part.
+The split is by the opening of a conversation, into three parts: rows that models learn from, rows
+that only a judge of answers learns from, and prompts that are never trained on, which the old and
+the new model answer. A later turn contains the earlier ones, so all turns are in the same part.
 """
 
 import json
@@ -26,8 +26,13 @@ from fastlm.data.filter import check_rules, first_failed
 from fastlm.data.forgotten import PROVENANCE
 from fastlm.data.preferences import Comparison, Label, preference_of
 from fastlm.errors import InputError
-from fastlm.feedback.annotators import Rater, rate
-from fastlm.feedback.judgements import ANONYMOUS, Judgement, read_judgements, withdrawn_keys
+from fastlm.feedback.feedback_items import (
+    ANONYMOUS,
+    FeedbackItem,
+    read_feedback_items,
+    withdrawn_keys,
+)
+from fastlm.feedback.rater_weights import RaterWeight, estimate_rater_weights
 from fastlm.files import make_folder, replacing, write_json
 from fastlm.pipeline.funnel import FUNNEL, Funnel, StepCounts
 from fastlm.serve.commands import needs_serve
@@ -46,20 +51,22 @@ RULES = ("symbol_ratio", "ellipsis_lines", "repeated_characters", "lorem_ipsum")
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """Options of `build`."""
+    """The options of `build`."""
 
     judge: Annotated[float, "Share of the prompts whose feedback only a judge learns from"] = 0.2
-    test: Annotated[float, "Share of the prompts that nothing learns from"] = 0.1
+    test: Annotated[float, "Share of the prompts that are never trained on"] = 0.1
     scrub: Annotated[bool, "Replace e-mail addresses, phone numbers and public IP addresses"] = True
     rules: Annotated[tuple[str, ...], "Quality rules that a good answer has to pass"] = RULES
-    ngram: Annotated[int, "Words of the runs that a question of an evaluation is found by"] = 8
-    least_weight: Annotated[
-        float, "A rater who agrees less with the others, up to 1, is left out; 0: all count alike"
+    ngram: Annotated[
+        int, "Length in words of the n-grams by which evaluation questions are found"
+    ] = 8
+    min_rater_weight: Annotated[
+        float, "Leave out raters with a lower weight, 0 to 1; 0 gives all raters the weight 1"
     ] = 0.25
-    rater_share: Annotated[
-        float, "Most of all judgements that one rater may give, or twice the mean rater's"
+    max_rater_share: Annotated[
+        float, "Limit one rater to this share of all feedback, or to twice the mean rater's"
     ] = 0.05
-    licence: Annotated[str, "Of what users consented to; a row that states its own keeps it"] = (
+    licence: Annotated[str, "Licence of the rows; a row that states its own keeps it"] = (
         "LicenseRef-user-consent"
     )
 
@@ -73,21 +80,23 @@ class BuildOptions:
             raise InputError(
                 f"judge: expected less than 1 together with test, got {self.judge} + {self.test}"
             )
-        if not 0 <= self.least_weight <= 1:
-            raise InputError(f"least_weight: expected 0 to 1, got {self.least_weight}")
-        if not 0 < self.rater_share <= 1:
-            raise InputError(f"rater_share: expected above 0, at most 1, got {self.rater_share}")
+        if not 0 <= self.min_rater_weight <= 1:
+            raise InputError(f"min_rater_weight: expected 0 to 1, got {self.min_rater_weight}")
+        if not 0 < self.max_rater_share <= 1:
+            raise InputError(
+                f"max_rater_share: expected above 0, at most 1, got {self.max_rater_share}"
+            )
         if self.ngram < 1:
             raise InputError(f"ngram: expected 1 or more, got {self.ngram}")
 
 
 @dataclass
-class Built:
-    """``rows``: part -> form -> rows written. ``raters``: by name."""
+class BuildResult:
+    """The result of `build`. ``rows``: part -> form -> rows written. ``raters``: by name."""
 
-    funnel: Funnel = field(default_factory=lambda: Funnel(counted="judgements"))
+    funnel: Funnel = field(default_factory=lambda: Funnel(counted="feedback items"))
     rows: dict[str, dict[str, int]] = field(default_factory=dict)
-    raters: dict[str, Rater] = field(default_factory=dict)
+    raters: dict[str, RaterWeight] = field(default_factory=dict)
 
 
 def build(
@@ -98,225 +107,240 @@ def build(
     questions: "Overlap | None" = None,
     forgotten: Collection[str] = frozenset(),
     cache: Path,
-) -> Built:
-    """Write the rows of ``databases`` (`read_judgements`) below ``out``: in each of train, judge
-    and test the files sft.jsonl, preferences.jsonl, kto.jsonl and prompts.jsonl; raters.json; and,
-    last, funnel.json.
+) -> BuildResult:
+    """Write the rows of ``databases`` (`read_feedback_items`) below ``out``: in each of train,
+    judge and test the files sft.jsonl, preferences.jsonl, kto.jsonl and prompts.jsonl; raters.json;
+    and, last, funnel.json.
 
     Args:
-        questions: of evaluations, which must not enter.
-        forgotten: keys of what must not enter (`fastlm.data.forgotten`), beside those that the
-            databases keep of withdrawn consent.
+        questions: an index of evaluation questions, which must not get into the rows.
+        forgotten: keys of what must not get into the rows (`fastlm.data.forgotten`), in addition to
+            those of withdrawn consent that the databases have.
 
     InputError: a database or a row that cannot be read, nothing left to learn from.
     """
     options.check()
-    done = Built()
-    passed: Counter[str] = Counter()
-    found = read_judgements(databases, cache, passed)
-    _add(done.funnel, "gather", found, +passed)
+    result = BuildResult()
+    skipped: Counter[str] = Counter()
+    items = read_feedback_items(databases, cache, skipped)
+    _add_step(result.funnel, "gather", items, +skipped)
 
-    def keep(step: str, why_not: Callable[[Judgement], str | None]) -> None:
-        """Keep what ``why_not`` has nothing to say against."""
-        nonlocal found
-        reasons = [why_not(one) for one in found]
-        found = [one for one, reason in zip(found, reasons, strict=True) if reason is None]
-        _add(done.funnel, step, found, Counter(filter(None, reasons)))
+    def keep(step: str, reject: Callable[[FeedbackItem], str | None]) -> None:
+        """Keep the items for which ``reject`` returns no reason."""
+        nonlocal items
+        reasons = [reject(item) for item in items]
+        items = [item for item, reason in zip(items, reasons, strict=True) if reason is None]
+        _add_step(result.funnel, step, items, Counter(filter(None, reasons)))
 
-    gone = frozenset(forgotten).union(*map(withdrawn_keys, databases))
-    keep("consent", lambda one: _not_allowed(one, gone))
-    keep("rows to train on", _refused)
+    withdrawn = frozenset(forgotten).union(*map(withdrawn_keys, databases))
+    keep("consent", lambda item: _reject_without_consent(item, withdrawn))
+    keep("rows to train on", _reject_invalid)
     if options.scrub:
         replaced: Counter[str] = Counter({"email": 0, "phone": 0, "ip": 0})
-        found = [_scrubbed(one, replaced) for one in found]
-        _add(done.funnel, "scrub", found)["replaced"] = dict(replaced)
-    keep("quality rules", lambda one: _failed(one, options.rules))
+        items = [_scrub(item, replaced) for item in items]
+        _add_step(result.funnel, "scrub", items)["replaced"] = dict(replaced)
+    keep("quality rules", lambda item: _reject_by_rules(item, options.rules))
     if questions is not None:
-        keep("decontamination", lambda one: _leaks(one, questions))
-    done.raters = rate(one.vote() for one in found)
-    if not options.least_weight:
-        done.raters = {name: replace(one, weight=1.0) for name, one in done.raters.items()}
-    keep("raters", lambda one: _distrusted(one, done.raters, options))
-    keep("share of one rater", _bounded(found, options.rater_share))
-    keep("duplicates and votes", _outvoted(found, done.raters))
-    _write(found, out, options, done)
-    if not any(done.rows[TRAIN][form] for form in FORMS):
-        raise InputError(f"database: expected feedback to learn from, got none; {_why(done)}")
-    told = {name or "without a name": asdict(one) for name, one in sorted(done.raters.items())}
-    write_json(out / RATERS, told)
-    write_json(out / FUNNEL, asdict(done.funnel))
-    return done
+        keep("decontamination", lambda item: _reject_leaks(item, questions))
+    result.raters = estimate_rater_weights(item.vote() for item in items)
+    if not options.min_rater_weight:
+        result.raters = {name: replace(r, weight=1.0) for name, r in result.raters.items()}
+    keep("raters", lambda item: _reject_by_rater(item, result.raters, options))
+    keep("share of one rater", _rater_limit(items, options.max_rater_share))
+    keep("duplicates and votes", _majority_vote(items, result.raters))
+    _write(items, out, options, result)
+    if not any(result.rows[TRAIN][form] for form in FORMS):
+        raise InputError(f"database: expected feedback to learn from, got none; {_removed(result)}")
+    raters = {name or "without a name": asdict(r) for name, r in sorted(result.raters.items())}
+    write_json(out / RATERS, raters)
+    write_json(out / FUNNEL, asdict(result.funnel))
+    return result
 
 
-def _why(done: Built) -> str:
+def _removed(result: BuildResult) -> str:
+    """Return in one line what all steps removed."""
     removed = Counter[str]()
-    for step in done.funnel.steps:
+    for step in result.funnel.steps:
         removed.update(step["removed"])
     for part, option in ((JUDGE, "--judge"), (TEST, "--test")):
-        removed[f"kept for {part}/ ({option} 0 keeps none)"] = done.rows[part]["prompts"]
+        removed[f"kept for {part}/ ({option} 0 keeps none)"] = result.rows[part]["prompts"]
     removed = +removed  # what is above 0
-    return ", ".join(f"{n:,} {reason}" for reason, n in removed.items()) or "nobody said anything"
+    return ", ".join(f"{n:,} {reason}" for reason, n in removed.items()) or "no feedback at all"
 
 
-def _add(
-    funnel: Funnel, name: str, left: Sequence[Judgement], removed: Mapping[str, int] | None = None
+def _add_step(
+    funnel: Funnel,
+    name: str,
+    items: Sequence[FeedbackItem],
+    removed: Mapping[str, int] | None = None,
 ) -> StepCounts:
-    size = sum(one.size for one in left)
+    size = sum(item.size for item in items)
     step: StepCounts = {
-        "step": name, "documents": len(left), "bytes": size,
+        "step": name, "documents": len(items), "bytes": size,
         "removed": dict(sorted((removed or {}).items())),
     }  # fmt: skip
     funnel.steps.append(step)
     return step
 
 
-def _not_allowed(one: Judgement, gone: frozenset[str]) -> str | None:
-    if one.prompt is None:
-        return "no consent to keep the text"
-    return None if gone.isdisjoint(one.forgotten_keys()) else "consent withdrawn"
+def _reject_without_consent(item: FeedbackItem, withdrawn: frozenset[str]) -> str | None:
+    if item.prompt is None:
+        return "no consent to store the text"
+    return None if withdrawn.isdisjoint(item.forget_keys()) else "consent withdrawn"
 
 
-def _refused(one: Judgement) -> str | None:
+def _reject_invalid(item: FeedbackItem) -> str | None:
     try:
-        for row in chain(*_forms(one).values()):
+        for row in chain(*_rows_by_form(item).values()):
             (conversation_of if "messages" in row else preference_of)(row)
     except InputError:
-        equal = one.kind in ("pick", "correction") and one.better == one.worse
+        equal = item.kind in ("pick", "correction") and item.better == item.worse
         return "equal answers" if equal else "messages that no training reads"
     return None
 
 
-def _scrubbed(one: Judgement, replaced: Counter[str]) -> Judgement:
+def _scrub(item: FeedbackItem, replaced: Counter[str]) -> FeedbackItem:
     with needs_serve():
         from fastlm.serve.feedback_rows import scrubbed
-    texts = {key: getattr(one, key) for key in ("prompt", "better", "worse", "tools")}
-    return replace(one, **{key: scrubbed(text, replaced) for key, text in texts.items()})
+    texts = {key: getattr(item, key) for key in ("prompt", "better", "worse", "tools")}
+    return replace(item, **{key: scrubbed(text, replaced) for key, text in texts.items()})
 
 
-def _failed(one: Judgement, rules: Sequence[str]) -> str | None:
-    texts = [m["content"] for m in one.better or () if isinstance(m.get("content"), str)]
-    return next((why for text in texts if (why := first_failed(text, rules))), None)
+def _reject_by_rules(item: FeedbackItem, rules: Sequence[str]) -> str | None:
+    texts = [m["content"] for m in item.better or () if isinstance(m.get("content"), str)]
+    return next((rule for text in texts if (rule := first_failed(text, rules))), None)
 
 
-def _leaks(one: Judgement, questions: "Overlap") -> str | None:
-    found = questions.find(one.texts)
-    return None if found is None else f"a question of {found}"
+def _reject_leaks(item: FeedbackItem, questions: "Overlap") -> str | None:
+    name = questions.find(item.texts)
+    return None if name is None else f"a question of {name}"
 
 
-def _distrusted(one: Judgement, raters: Mapping[str, Rater], options: BuildOptions) -> str | None:
-    """Leave out raters far from the others, and of the others between, a share: a training takes
-    each row once or not at all.
+def _reject_by_rater(
+    item: FeedbackItem, raters: Mapping[str, RaterWeight], options: BuildOptions
+) -> str | None:
+    """Reject raters below the lowest weight, and of the others the share 1 - weight of their items:
+    a training takes each row once or not at all.
     """
-    weight = raters[one.rater].weight
-    if weight < options.least_weight:
-        return "of raters who do not agree with the others"
-    return "a share, of raters who agree less" if _number(one.rater, one.key) >= weight else None
+    weight = raters[item.rater].weight
+    if weight < options.min_rater_weight:
+        return "raters who disagree with the others"
+    if _random_number(item.rater, item.key) >= weight:
+        return "a share, of raters who agree less"
+    return None
 
 
-def _number(rater: str, key: bytes) -> float:
-    """A number in [0, 1) that rater and judgement decide."""
-    found = blake2b(rater.encode("utf-8", "replace") + b"\0" + key, digest_size=8).digest()
-    return int.from_bytes(found, "big") / 2**64
+def _random_number(text: str, key: bytes) -> float:
+    """Return a number in [0, 1) that depends on the two arguments alone."""
+    digest = blake2b(text.encode("utf-8", "replace") + b"\0" + key, digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
 
 
-def _bounded(found: Sequence[Judgement], share: float) -> Callable[[Judgement], str | None]:
-    """Leave out what a rater said beyond ``share`` of all, or twice the mean rater's."""
-    raters = {one.rater for one in found}
-    most = math.ceil(len(found) * max(share, 2 / max(1, len(raters))))
+def _rater_limit(
+    items: Sequence[FeedbackItem], share: float
+) -> Callable[[FeedbackItem], str | None]:
+    """Reject the items of a rater beyond ``share`` of all, or beyond twice the mean rater's."""
+    raters = {item.rater for item in items}
+    max_items = math.ceil(len(items) * max(share, 2 / max(1, len(raters))))
     counts: Counter[str] = Counter()
 
-    def why_not(one: Judgement) -> str | None:
-        counts[one.rater] += 1
-        if counts[one.rater] <= most:
+    def reject(item: FeedbackItem) -> str | None:
+        counts[item.rater] += 1
+        if counts[item.rater] <= max_items:
             return None
-        nobody = " without a name" * (one.rater == ANONYMOUS)
-        return f"beyond what one rater may give{nobody}"
+        name = "raters without a name" if item.rater == ANONYMOUS else "one rater"
+        return f"beyond the limit of {name}"
 
-    return why_not
+    return reject
 
 
-def _outvoted(
-    found: Sequence[Judgement], raters: Mapping[str, Rater]
-) -> Callable[[Judgement], str | None]:
-    """Keep one of the judgements about the same text, by the weights of their raters. A rater who
-    said it of several responses with the same text, or in several ways, has one vote: the last.
+def _majority_vote(
+    items: Sequence[FeedbackItem], raters: Mapping[str, RaterWeight]
+) -> Callable[[FeedbackItem], str | None]:
+    """Keep one of the items about the same text, by the weights of their raters. A rater with
+    several votes on the same text, of several responses or of several kinds, has one: the last.
     """
-    last = {(item, rater): yes for item, rater, yes in (one.vote() for one in found)}
+    last = {(key, rater): yes for key, rater, yes in (item.vote() for item in items)}
     votes: dict[tuple[bytes, bool], float] = defaultdict(float)
-    for (item, rater), yes in last.items():
-        votes[item, yes] += raters[rater].weight
-    seen = DocumentDedup()
+    for (key, rater), yes in last.items():
+        votes[key, yes] += raters[rater].weight
+    dedup = DocumentDedup()
 
-    def why_not(one: Judgement) -> str | None:
-        item, _, yes = one.vote()
-        if votes[item, yes] <= votes[item, not yes]:
+    def reject(item: FeedbackItem) -> str | None:
+        key, _, yes = item.vote()
+        if votes[key, yes] <= votes[key, not yes]:
             return "outvoted, or no majority"
-        return None if seen.is_new(one.key) else "same judgement"
+        return None if dedup.is_new(item.key) else "duplicate"
 
-    return why_not
+    return reject
 
 
-def _forms(one: Judgement) -> dict[str, list[dict[str, Any]]]:
-    """Form -> rows. A correction is something to imitate, a pair, and both labels."""
-    prompt, tools = one.prompt or [], one.tools
-    made: dict[str, list[dict[str, Any]]] = {}
-    if one.kind in ("pick", "correction"):
-        answers = (one.better or [], one.worse or [])
-        corrected = one.kind == "correction"
+def _rows_by_form(item: FeedbackItem) -> dict[str, list[dict[str, Any]]]:
+    """Return form -> rows. A correction is a demonstration, a pair, and two labels."""
+    prompt, tools = item.prompt or [], item.tools
+    rows: dict[str, list[dict[str, Any]]] = {}
+    if item.kind in ("pick", "correction"):
+        answers = (item.better or [], item.worse or [])
+        corrected = item.kind == "correction"
         pair = Comparison(prompt, answers, (0, 1), tools=tools, corrected=corrected)
-        made["preferences"] = [pair.row()]
+        rows["preferences"] = [pair.row()]
         if corrected:
-            made["sft"] = [pair.demonstration().row()]
-            made["kto"] = [label.row() for label in pair.labels()]
+            rows["sft"] = [pair.demonstration().row()]
+            rows["kto"] = [label.row() for label in pair.labels()]
     else:
-        label = Label(prompt, one.better or one.worse or [], one.kind == "up", tools)
-        made["kto"] = [label.row()]
-        if one.kind == "up":
-            made["sft"] = [label.conversation().row()]
-    return made
+        label = Label(prompt, item.better or item.worse or [], item.kind == "up", tools)
+        rows["kto"] = [label.row()]
+        if item.kind == "up":
+            rows["sft"] = [label.conversation().row()]
+    return rows
 
 
-def _write(left: Sequence[Judgement], out: Path, options: BuildOptions, done: Built) -> None:
-    parts: dict[str, list[Judgement]] = {part: [] for part in PARTS}
-    for one in left:
-        place = _number("part", one.opening_key)
-        kept = place < options.test + options.judge
-        parts[TEST if place < options.test else JUDGE if kept else TRAIN].append(one)
-        tally = done.funnel.sources.setdefault(
-            printable(one.source), {"files": 1, "documents": 0, "bytes": 0}
+def _write(
+    items: Sequence[FeedbackItem], out: Path, options: BuildOptions, result: BuildResult
+) -> None:
+    parts: dict[str, list[FeedbackItem]] = {part: [] for part in PARTS}
+    for item in items:
+        number = _random_number("part", item.opening_key)
+        is_judge = number < options.test + options.judge
+        parts[TEST if number < options.test else JUDGE if is_judge else TRAIN].append(item)
+        counts = result.funnel.sources.setdefault(
+            printable(item.source), {"files": 1, "documents": 0, "bytes": 0}
         )
-        tally["documents"] += 1
-        tally["bytes"] += one.size
-    corrected = {id for one in left if one.kind == "correction" for id in one.ids}
-    for part, found in parts.items():
-        rows = _part_rows(found, corrected, options)
+        counts["documents"] += 1
+        counts["bytes"] += item.size
+    corrected = {id for item in items if item.kind == "correction" for id in item.response_ids}
+    for part, part_items in parts.items():
+        rows = _part_rows(part_items, corrected, options)
         folder = make_folder(out / part)
         for form in FORMS:
             with replacing(folder / f"{form}.jsonl") as file:
                 for row in rows[form]:
                     file.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace"))
                     file.write(b"\n")
-        done.rows[part] = {form: len(rows[form]) for form in FORMS}
-        _add(done.funnel, part, found)
+        result.rows[part] = {form: len(rows[form]) for form in FORMS}
+        _add_step(result.funnel, part, part_items)
 
 
 def _part_rows(
-    found: Sequence[Judgement], corrected: set[str], options: BuildOptions
+    items: Sequence[FeedbackItem], corrected: set[str], options: BuildOptions
 ) -> dict[str, list[dict[str, Any]]]:
     rows: dict[str, list[dict[str, Any]]] = {form: [] for form in FORMS}
-    asked = DocumentDedup()
-    for one in found:
-        told: dict[str, Any] = {
-            PROVENANCE: {"responses": list(one.ids), "conversations": list(one.talks)},
-            "licence": one.licence or options.licence,
+    dedup = DocumentDedup()
+    for item in items:
+        metadata: dict[str, Any] = {
+            PROVENANCE: {
+                "responses": list(item.response_ids),
+                "conversations": list(item.conversation_ids),
+            },
+            "licence": item.licence or options.licence,
         }
-        if one.model is not None:
-            told["model"] = one.model
-        for form, made in _forms(one).items():
-            if form == "sft" and one.kind == "up" and corrected.intersection(one.ids):
-                continue  # somebody knew better
-            rows[form] += [row | told for row in made]
-        if asked.is_new(one.prompt_key):
-            tools = {"tools": one.tools} if one.tools is not None else {}
-            rows["prompts"].append({"prompt": one.prompt, **tools, **told})
+        if item.model is not None:
+            metadata["model"] = item.model
+        for form, form_rows in _rows_by_form(item).items():
+            if form == "sft" and item.kind == "up" and corrected.intersection(item.response_ids):
+                continue  # a correction of it is better
+            rows[form] += [row | metadata for row in form_rows]
+        if dedup.is_new(item.prompt_key):
+            tools = {"tools": item.tools} if item.tools is not None else {}
+            rows["prompts"].append({"prompt": item.prompt, **tools, **metadata})
     return rows

@@ -1,4 +1,4 @@
-"""The stage `FeedbackBuild`: what people said about answers, as rows to train on."""
+"""The stage `FeedbackBuild`: feedback about answers becomes rows to train on."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from fastlm.data.forgotten import forgotten_keys
 from fastlm.data.stage import funnel_values, tables
 from fastlm.errors import InputError
 from fastlm.feedback.build import PARTS, TRAIN, BuildOptions
-from fastlm.feedback.judgements import is_export
+from fastlm.feedback.feedback_items import is_export
 from fastlm.pipeline.funnel import Funnel
 from fastlm.pipeline.stage import Facts, Job, MaybePositional, Part, Stage, Takes
 from fastlm.serve.commands import open_store
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FeedbackBuild(BuildOptions, Stage):
-    """Rows to train on from what people said about answers, where they consented.
+    """Make rows to train on from feedback about answers, where users consented.
 
-    They are scrubbed, filtered and de-duplicated, questions of evaluations and raters far from the
-    others are left out, and all of it is counted.
+    The rows are scrubbed, filtered and deduplicated. Questions of evaluations, and raters who
+    disagree with the others, are left out. Every step counts what it removes.
     """
 
     kind = "feedback"
@@ -50,8 +50,8 @@ raters.json."""
     ] = ()
     decontaminate: Annotated[
         tuple[str, ...],
-        "What must not enter: question sets (fastlm tasks), all; sets that fastlm safety asks,"
-        " safety (all of them); files of held-out prompts",
+        "Leave out feedback that contains questions of: question sets (fastlm tasks), all; sets"
+        " that fastlm safety uses, safety (all of them); files of held-out prompts",
     ] = ()
 
     def plan(self, inputs: Mapping[str, Any]) -> Facts:
@@ -70,24 +70,25 @@ raters.json."""
         from fastlm.feedback.build import build
 
         self.plan(job.inputs)
-        given = job.optional("feedback_db")
-        databases = [*self.database, *([] if given is None else [str(given)])]
+        path = job.optional("feedback_db")
+        databases = [*self.database, *([] if path is None else [str(path)])]
         questions = self._questions(job) if self.decontaminate else None
         if questions is None:
-            job.warn("decontaminate: names no question sets: answers to them may enter")
-        # of the run and of the folder of runs, as for prepared text
-        above = (job.out.parent, job.out.absolute().parent.parent) if job.in_recipe else ()
-        forgotten = forgotten_keys([job.out, *above])
-        done = build(
+            job.warn("decontaminate: names no question sets: their questions may get into the rows")
+        # the logs of the run and of the folder of runs count, as for prepared text
+        parents = (job.out.parent, job.out.absolute().parent.parent) if job.in_recipe else ()
+        forgotten = forgotten_keys([job.out, *parents])
+        result = build(
             databases, job.out, options=self, questions=questions, forgotten=forgotten,
             cache=job.cache,
         )  # fmt: skip
-        left_out = {n for n, one in done.raters.items() if one.weight < self.least_weight}
+        weights = result.raters.values()
         return {
-            "rows": done.rows,
+            "rows": result.rows,
             "raters": {
-                "raters": len(done.raters), "left_out": len(left_out),
-                "alone": sum(one.judged == 0 for one in done.raters.values()),
+                "total": len(weights),
+                "excluded": sum(r.weight < self.min_rater_weight for r in weights),
+                "without_overlap": sum(r.shared_votes == 0 for r in weights),
             },
         }  # fmt: skip
 
@@ -121,8 +122,8 @@ raters.json."""
         rows = ", ".join(f"{n:,} {form}" for form, n in result["rows"][TRAIN].items())
         raters = result["raters"]
         return (
-            f"{job.out}: {rows} to learn from; {raters['left_out']:,} of {raters['raters']:,}"
-            " raters left out"
+            f"{job.out}: {rows} to learn from; {raters['excluded']:,} of {raters['total']:,}"
+            " raters excluded"
         )
 
     def shown(self, result: Mapping[str, Any], job: Job) -> Any:
@@ -141,11 +142,12 @@ raters.json."""
         raters = result["raters"]
         kept = sum(step["documents"] for step in funnel.steps[-len(PARTS) :])
         return Part(
-            "What users said, and what was left of it",
-            f"Judgements (thumbs, picks, corrections) after each step. {raters['left_out']:,} of"
-            f" {raters['raters']:,} raters do not agree with the others and were left out;"
-            f" {raters['alone']:,} judged nothing that another judged, so nobody knows.",
-            cards=[(f"{kept:,}", "judgements of answers")],
+            "User feedback, and what is left of it after each step",
+            f"The steps count feedback items (thumbs, picks, corrections). {raters['excluded']:,}"
+            f" of {raters['total']:,} raters disagree with the others and were excluded."
+            f" {raters['without_overlap']:,} raters have no answer in common with another rater, so"
+            " that their agreement is unknown.",
+            cards=[(f"{kept:,}", "feedback items")],
             template="data.html.jinja",
             values=funnel_values(funnel),
         )
@@ -155,15 +157,15 @@ def _is_file(name: str) -> bool:
     return "/" in name or is_export(name)
 
 
-def _digest(where: str) -> str:
-    """A hash of what a database holds."""
+def _digest(database: str) -> str:
+    """Return a hash of the content of a database."""
     import hashlib
     import json
     from dataclasses import asdict
 
-    with open_store(where) as store:
-        found = hashlib.sha256()
-        for one in [*store.answers().values(), *store.all_feedback(), *store.ratings()]:
-            found.update(json.dumps(asdict(one), sort_keys=True).encode("utf-8", "replace"))
-        found.update("\n".join(sorted(store.withdrawn())).encode("utf-8", "replace"))
-    return found.hexdigest()
+    with open_store(database) as store:
+        digest = hashlib.sha256()
+        for row in [*store.answers().values(), *store.all_feedback(), *store.ratings()]:
+            digest.update(json.dumps(asdict(row), sort_keys=True).encode("utf-8", "replace"))
+        digest.update("\n".join(sorted(store.withdrawn())).encode("utf-8", "replace"))
+    return digest.hexdigest()

@@ -294,7 +294,7 @@ class FeedbackStore:
         for feedback in feedback_rows:
             answer = answers.get(feedback.response_id or "")
             if feedback.corrected and answer is not None and feedback.choice < len(answer.choices):
-                fixed = answer.corrected(feedback.choice, feedback.corrected)
+                fixed = answer.with_correction(feedback.choice, feedback.corrected)
                 keys.add(talk_key([*answer.prompt, *fixed]))
         return keys
 

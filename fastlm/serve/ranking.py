@@ -313,7 +313,7 @@ class RankingStore(FeedbackStore):
             about: dict[str, Any] = {"tools": answer.tools, "rater": feedback.rater}
             its = feedback.ranking
             if corrected:
-                fixed = answer.corrected(feedback.choice, feedback.corrected or "")
+                fixed = answer.with_correction(feedback.choice, feedback.corrected or "")
                 answers = (fixed, answer.choices[feedback.choice])
                 yield Comparison(answer.prompt, answers, (0, 1), corrected=True, **about)
             elif its is not None and len(set(its.ranks)) > 1:

@@ -93,6 +93,6 @@ class StoredResponse:
     tools: list[Any] | None = None
     conversation_id: str | None = None
 
-    def corrected(self, choice: int, text: str) -> list[Message]:
-        """The messages of a choice whose last one says ``text``."""
+    def with_correction(self, choice: int, text: str) -> list[Message]:
+        """Return the messages of a choice, the last one replaced by ``text``."""
         return [*self.choices[choice][:-1], {"role": "assistant", "content": text}]

@@ -22,7 +22,7 @@ from fastlm.data.conversations import read_conversations
 from fastlm.data.preferences import Comparison, Label, read_preferences
 from fastlm.errors import InputError
 from fastlm.feedback.build import BuildOptions, build
-from fastlm.feedback.judgements import read_judgements
+from fastlm.feedback.feedback_items import read_feedback_items
 from fastlm.serve.canary.canary_store import CanaryStore
 from fastlm.serve.feedback_store import Feedback, FeedbackStore, StoredResponse
 from fastlm.serve.monitor.monitor import Settings
@@ -79,7 +79,7 @@ def filled(store):
 
 def built(where, out):
     """Every row of a database."""
-    options = BuildOptions(judge=0.0, test=0.0, least_weight=0.0, rater_share=1.0, rules=())
+    options = BuildOptions(judge=0.0, test=0.0, min_rater_weight=0.0, max_rater_share=1.0, rules=())
     return build([str(where)], out, options=options, cache=out)
 
 
@@ -95,9 +95,9 @@ def test_rows_to_train_on(where, tmp_path):
         assert done.funnel.steps[0]["removed"] == {
             "a pick between answers to different prompts": 1,
             "about a conversation, not an answer": 1,
-            "said again, or otherwise, by the same rater": 2,
+            "changed later by the same rater": 2,
         }
-        assert done.funnel.steps[1]["removed"] == {"no consent to keep the text": 1}
+        assert done.funnel.steps[1]["removed"] == {"no consent to store the text": 1}
         assert all(isinstance(pair, Comparison) for pair in pairs)
         assert [[a[0]["content"] for a in pair.answers] for pair in pairs] == [
             ["Better", "Worse"],
@@ -117,7 +117,7 @@ def test_rows_to_train_on(where, tmp_path):
         assert store.forget("talk") == 8 and store.forget("r1") == 0
         assert [o.response_id for o in store.all_feedback()] == ["r2", "r2", "r3"]
         store.forget("r2")
-        with pytest.raises(InputError, match="got none; 1 no consent to keep the text"):
+        with pytest.raises(InputError, match="got none; 1 no consent to store the text"):
             built(where, tmp_path / "none")
 
 
@@ -444,19 +444,19 @@ def test_databases_of_strangers(small, tmp_path, table, column, value, message):
         connection.execute(f"UPDATE fastlm_{table} SET {column} = ?", (value,))
     with FeedbackStore(base) as store:
         if message is None:
-            assert judgements(base, tmp_path)
+            assert read_items(base, tmp_path)
             return
         with pytest.raises(InputError, match=rf"f\.sqlite: {message}") as raised:
             store.answers(), store.all_feedback(), store.ratings()
         assert "\n" not in str(raised.value) and len(str(raised.value)) < 1001
         with pytest.raises(InputError, match=message):
-            judgements(base, tmp_path)
+            read_items(base, tmp_path)
         # nobody's text stays because a row is damaged
         assert store.forget("r1") == (1 if column == "response_id" else 2)
 
 
-def judgements(base, folder):
-    return read_judgements([str(base)], folder, Counter())
+def read_items(base, folder):
+    return read_feedback_items([str(base)], folder, Counter())
 
 
 def test_the_dashboard_reads_databases_of_strangers(tmp_path):

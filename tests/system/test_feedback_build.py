@@ -21,13 +21,13 @@ from fastlm.errors import InputError
 from fastlm.evals.safety.gates import read_gates
 from fastlm.evals.safety.sets import TEXTS, SafetySets
 from fastlm.evals.task import OpenQuestion
-from fastlm.feedback.annotators import rate
 from fastlm.feedback.build import BuildOptions, build
+from fastlm.feedback.feedback_items import read_feedback_items
 from fastlm.feedback.gate import Gate
 from fastlm.feedback.gate_metrics import read_scores, scores_of
-from fastlm.feedback.judgements import read_judgements
 from fastlm.feedback.overlap import Overlap
 from fastlm.feedback.pairwise import compared, share
+from fastlm.feedback.rater_weights import estimate_rater_weights
 from fastlm.feedback.stage import FeedbackBuild, _digest
 from fastlm.inference.requests import Completion
 from fastlm.pipeline.funnel import Funnel
@@ -37,7 +37,7 @@ from fastlm.train.dpo import Dpo
 from fastlm.train.reward import Reward
 from fastlm.train.sft import Sft
 
-EVERYTHING = BuildOptions(judge=0.0, test=0.0, rater_share=1.0)
+EVERYTHING = BuildOptions(judge=0.0, test=0.0, max_rater_share=1.0)
 
 
 def asked(text):
@@ -105,16 +105,16 @@ def test_every_step_drops_what_it_must(store, tmp_path):
         "a pick between answers to different prompts": 1,
         "about a conversation, not an answer": 1,
         "neither a thumb, a number, a pick nor a correction": 1,
-        "said again, or otherwise, by the same rater": 1,
+        "changed later by the same rater": 1,
     }
     assert found["consent"]["removed"] == {
-        "consent withdrawn": 1, "no consent to keep the text": 1,
+        "consent withdrawn": 1, "no consent to store the text": 1,
     }  # fmt: skip
     assert found["quality rules"]["removed"] == {"repeated_characters": 1}
     assert found["decontamination"]["removed"] == {"a question of garden": 1}
     # ann's and bob's thumbs are about one text, bob's correction and dan's thumb outvote cid's
     assert found["duplicates and votes"]["removed"] == {
-        "outvoted, or no majority": 1, "same judgement": 2,
+        "outvoted, or no majority": 1, "duplicate": 2,
     }  # fmt: skip
     assert found["train"]["documents"] == 4
     assert Funnel.load(tmp_path / "out").steps == done.funnel.steps  # `fastlm data show` reads it
@@ -136,11 +136,11 @@ def test_the_funnel_is_told_in_judgements(store, tmp_path):
     console = Console(width=140, record=True, file=io.StringIO())
     console.print(stage.shown(result, job), markup=False)
     shown = console.export_text()
-    assert "judgements" in shown and "documents" not in shown and "0.00" not in shown
+    assert "feedback items" in shown and "documents" not in shown and "0.00" not in shown
     assert "files" not in shown and "What was left of each source" in shown
     values = stage.report(job, result).values
-    assert values["counted"] == "judgements" and not values["files"]
-    assert values["funnel"][0]["why"] == ["1 said again, or otherwise, by the same rater"]
+    assert values["counted"] == "feedback items" and not values["files"]
+    assert values["funnel"][0]["why"] == ["1 changed later by the same rater"]
 
 
 def test_feedback_without_rows_is_named(tmp_path):
@@ -217,7 +217,7 @@ def test_rows_that_trainings_read(store, tmp_path):
 
 def test_nothing_to_learn_from(store, tmp_path):
     store.add(Feedback("r1", thumb="up"))
-    with pytest.raises(InputError, match="got none; 1 no consent to keep the text"):
+    with pytest.raises(InputError, match="got none; 1 no consent to store the text"):
         build([str(tmp_path / "feedback.db")], tmp_path / "out", options=EVERYTHING, cache=tmp_path)
     kept(store, "r2", "A question", "An answer")
     store.add(Feedback("r2", thumb="up"))
@@ -244,14 +244,16 @@ def draw_votes(draw, raters, items, each):
 def test_malicious_raters_count_less():
     draw = random.Random(1)
     raters = {f"good{i}": 0.9 for i in range(18)} | {"reversed": 0.1, "random": 0.5}
-    found = rate(draw_votes(draw, raters, 120, 40))
+    found = estimate_rater_weights(draw_votes(draw, raters, 120, 40))
     good = [found[f"good{i}"] for i in range(18)]
-    assert min(one.weight for one in good) > 0.8 and min(one.agreed for one in good) > 0.75
+    assert min(one.weight for one in good) > 0.8 and min(one.agreement for one in good) > 0.75
     assert found["reversed"].weight == 0 and found["random"].weight < 0.45
-    alone = rate([(b"a", "alone", True), *draw_votes(draw, raters, 40, 20)])["alone"]
-    assert alone.weight == 1 and alone.judged == 0 and alone.agreed is None
+    alone = estimate_rater_weights([(b"a", "alone", True), *draw_votes(draw, raters, 40, 20)])[
+        "alone"
+    ]
+    assert alone.weight == 1 and alone.shared_votes == 0 and alone.agreement is None
     # two who contradict each other: nobody knows who is wrong, and the prior bounds what follows
-    two = rate([(bytes([i]), who, who == "a") for i in range(3) for who in "ab"])
+    two = estimate_rater_weights([(bytes([i]), who, who == "a") for i in range(3) for who in "ab"])
     assert two["a"].weight == pytest.approx(two["b"].weight, abs=0.3) and two["a"].weight > 0.3
 
 
@@ -266,19 +268,19 @@ def test_malicious_raters_do_not_turn_the_rows(tmp_path):
             pair = Comparison(asked(f"Question {i}?"), tuple(answers[j] for j in order), (0, 1))
             picks.append(pair.row() | {"rater": rater})
     (tmp_path / "picks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in picks))
-    options = BuildOptions(judge=0.0, test=0.0, rater_share=0.01)
+    options = BuildOptions(judge=0.0, test=0.0, max_rater_share=0.01)
     done = build([str(tmp_path / "picks.jsonl")], tmp_path / "out", options=options, cache=tmp_path)
     found = steps(done.funnel)
     assert done.raters["bad"].weight == 0 and done.raters["u0"].weight > 0.8
-    assert found["raters"]["removed"]["of raters who do not agree with the others"] > 80
-    assert found["share of one rater"]["removed"]["beyond what one rater may give"] > 20
+    assert found["raters"]["removed"]["raters who disagree with the others"] > 80
+    assert found["share of one rater"]["removed"]["beyond the limit of one rater"] > 20
     good = [
         row["chosen"][0]["content"].startswith("Good")
         for row in rows(tmp_path / "out", "preferences")
     ]
     assert len(good) > 130 and sum(good) / len(good) > 0.97
     told = json.loads((tmp_path / "out" / "raters.json").read_text())
-    assert told["bad"]["weight"] == 0 and told["bad"]["agreed"] < 0.3
+    assert told["bad"]["weight"] == 0 and told["bad"]["agreement"] < 0.3
 
 
 def test_questions_of_evaluations_are_found():
@@ -496,7 +498,7 @@ def test_exports_of_strangers(tmp_path, row, message):
     for shape in shapes:
         file.write_text(json.dumps(shape) + "\n" + json.dumps({**shape, **row}) + "\n")
         with pytest.raises(InputError, match=rf"rows\.jsonl, line 2: {message}") as raised:
-            read_judgements([str(file)], tmp_path, Counter())
+            read_feedback_items([str(file)], tmp_path, Counter())
         assert "\n" not in str(raised.value)
 
 

@@ -258,7 +258,9 @@ def filled(where):
 
 
 def built(base, out):
-    build([str(base)], out, options=BuildOptions(judge=0.0, test=0.0, rater_share=1.0), cache=out)
+    build(
+        [str(base)], out, options=BuildOptions(judge=0.0, test=0.0, max_rater_share=1.0), cache=out
+    )
 
 
 def test_withdrawn_consent_reaches_what_was_exported(tmp_path):

@@ -1,4 +1,4 @@
-"""fastlm rank: the store of answers and judgements, the agreement of raters against published
+"""fastlm rank: the store of answers and rankings, the agreement of raters against published
 values, the terminal as a rater types into it, and what a crash, a full disk or a damaged file do.
 """
 
@@ -333,11 +333,11 @@ def test_rankings_are_feedback(where, tmp_path) -> None:
         assert store.has_prompt([{"role": "user", "content": "Question 0?"}], None)
         assert store.next_item("cid").response_id == "r1"
         assert store.next_item("cid", skipped=True).id == 1
-    options = BuildOptions(judge=0.0, test=0.0, rater_share=1.0)
+    options = BuildOptions(judge=0.0, test=0.0, max_rater_share=1.0)
     done = build([where], tmp_path / "out", options=options, cache=tmp_path)
     assert done.funnel.steps[0]["removed"] == {
-        "answers that a rater tied, or skipped": 7,
-        "said again, or otherwise, by the same rater": 4,
+        "ties and skipped rankings": 7,
+        "changed later by the same rater": 4,
     }
     text = (tmp_path / "out/train/preferences.jsonl").read_text()
     rows = [json.loads(row) for row in text.splitlines()]
