@@ -108,13 +108,13 @@ def fastlm_side(given: dict[str, Any], folder: Path, rows: list[dict]) -> dict[s
     import numpy as np
     import torch
 
-    from fastlm.train.dpo_objective import PreferredAnswers
+    from fastlm.train.dpo_objective import DpoObjective
     from fastlm.train.loop import train
     from fastlm.train.lora_options import LoraOptions
     from fastlm.train.objective import Example
     from fastlm.train.options import TrainOptions
-    from fastlm.train.preferences import Judged, PreferenceLoss
-    from fastlm.train.sft import AnswerTokens
+    from fastlm.train.preferences import PreferenceExample, PreferenceLoss
+    from fastlm.train.sft import SftObjective
 
     imports = peak()
     method, _, lora = given["task"].partition("-")
@@ -137,10 +137,10 @@ def fastlm_side(given: dict[str, Any], folder: Path, rows: list[dict]) -> dict[s
     }  # fmt: skip
     began = time.process_time()
     if method == "sft":
-        made = AnswerTokens(model, [example(r, "chosen") for r in rows], [], options, **common)
+        made = SftObjective(model, [example(r, "chosen") for r in rows], [], options, **common)
     else:
-        judged = [Judged((example(r, "chosen"), example(r, "rejected"))) for r in rows]
-        made = PreferredAnswers(model, judged, [], options, PreferenceLoss(beta=BETA), **common)
+        judged = [PreferenceExample((example(r, "chosen"), example(r, "rejected"))) for r in rows]
+        made = DpoObjective(model, judged, [], options, PreferenceLoss(beta=BETA), **common)
         made.measure_reference(getattr(torch, given["dtype"]))
     reference = time.process_time() - began
     found = Found(imports, reference)

@@ -27,7 +27,7 @@ from fastlm.model.causal_lm import CausalLM
 from fastlm.sources.packages import default_cache
 from fastlm.tokenizer.load import load_tokenizer
 from fastlm.train.distill import Distill
-from fastlm.train.sft import AnswerTokens, Sft
+from fastlm.train.sft import Sft, SftObjective
 
 TEACHER = "model:smollm2"
 DATA = "sdist:llamafactory#*alpaca_en_demo.json"
@@ -63,7 +63,7 @@ def heldout_loss(stage: Sft, model: str | Path) -> float:
     own = CausalLM.from_pretrained(model, dtype=torch.float32, keep_quantized=False)
     job = stage.job("unused", model=model)
     texts = stage.read_data(load_tokenizer(model, own.config.to_dict()), 2048, job)
-    game = AnswerTokens(
+    game = SftObjective(
         own, texts.training, texts.heldout, replace(stage.train_options(1), val_tokens=10**9),
         batch_size=stage.batch_size, seed=0, base="", tokenizer=None, prompt=(),
     )  # fmt: skip

@@ -180,7 +180,7 @@ def work(
     from fastlm.data.shards import BatchSampler, TokenDataset
     from fastlm.train.loop import train
     from fastlm.train.options import TrainOptions
-    from fastlm.train.pretrain import NextToken
+    from fastlm.train.pretrain import PretrainObjective
 
     torch.set_num_threads(1)
     config = fastlm.ModelConfig(
@@ -198,7 +198,7 @@ def work(
     marks: list[int] = []
     sampler = BatchSampler(TokenDataset(folder / "shards"), 1, 16, seed=0)
     run = folder / f"{way}-{dtype}-{size}-{micro}"
-    objective = NextToken(model, sampler, None, options)
+    objective = PretrainObjective(model, sampler, None, options)
     train(objective, options, run, on_event=lambda event: marks.append(loopback()))
     if rank == 0:
         log.put((layers, whole, (marks[-2] - marks[1]) / (len(marks) - 3) / size))
@@ -210,7 +210,7 @@ def roll_out(rank: int, size: int, port: int, kind: str, log) -> None:
     import torch
 
     import fastlm
-    from fastlm.train.online_objectives import ActorCritic, GroupRelative, value_model
+    from fastlm.train.online_objectives import GrpoObjective, PpoObjective, value_model
     from fastlm.train.options import GrpoOptions, PpoOptions
     from fastlm.train.parallel import process_group
 
@@ -223,9 +223,9 @@ def roll_out(rank: int, size: int, port: int, kind: str, log) -> None:
     settings = {"prompts": 16, "answers": 4, "passes": 1, "beta": 0.0, "max_new_tokens": 64}
     args = (model, model, [[1, 2]] * 16, [], lambda places, answers: [1.0] * len(answers))
     objective = (
-        ActorCritic(*args, PpoOptions(**settings), base="", value=value_model(model, shared=True))
+        PpoObjective(*args, PpoOptions(**settings), base="", value=value_model(model, shared=True))
         if kind == "ppo"
-        else GroupRelative(*args, GrpoOptions(**settings), base="")
+        else GrpoObjective(*args, GrpoOptions(**settings), base="")
     )
     with process_group(torch.device("cpu")) as objective.world:
         marks = []

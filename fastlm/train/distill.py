@@ -21,7 +21,7 @@ from fastlm.torchrun import check_alone
 from fastlm.train.encoding import chat_tokenizer, check_vocabulary, template_variables
 from fastlm.train.objective import IGNORE, weights_digest
 from fastlm.train.options import check_replicas, expect
-from fastlm.train.sft import AnswerTokens, Encoded, Sft
+from fastlm.train.sft import ConversationDataset, Sft, SftObjective
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from fastlm.data.conversations import Rows
     from fastlm.model.causal_lm import CausalLM
     from fastlm.tokenizer.tokenizer import Tokenizer
-    from fastlm.train.objective import Batch, Example
+    from fastlm.train.objective import Example, PackedBatch
     from fastlm.train.options import TrainOptions
     from fastlm.train.teacher import TeacherLogits
 
@@ -61,7 +61,7 @@ class DistillOptions:
     max_new_tokens: Annotated[int, "Most tokens of an answer of the student or teacher"] = 128
 
 
-class Taught(AnswerTokens):
+class DistillObjective(SftObjective):
     """The objective of `Distill`: a divergence of student and teacher at the learnt tokens, a mean
     over those of the whole step, plus `sft_weight` times the cross-entropy.
     """
@@ -97,7 +97,7 @@ class Taught(AnswerTokens):
         return loss
 
 
-class TeacherTokens(Taught):
+class TeacherModelObjective(DistillObjective):
     """A teacher in memory (`fastlm.ops.linear_distillation`).
 
     With a probability of `on_policy` a micro-batch has answers that the student samples to the
@@ -113,13 +113,13 @@ class TeacherTokens(Taught):
     def identity(self) -> dict[str, Any]:
         return {**super().identity(), "teacher": weights_digest(self.teacher)}
 
-    def next_batches(self, count: int) -> "list[Batch]":
+    def next_batches(self, count: int) -> "list[PackedBatch]":
         """Return ``count`` micro-batches, or what the epoch has left."""
         import numpy as np
 
         taken = self.take(count)
         examples = [[self.examples[i] for i in rows] for rows in taken]
-        batches: dict[int, Batch] = {}
+        batches: dict[int, PackedBatch] = {}
         drawn = []  # which micro-batches are sampled, and by what
         for place, rows in enumerate(taken):
             rng = np.random.Generator(np.random.PCG64([self.seed, 1, self.epoch, rows[0]]))
@@ -138,7 +138,7 @@ class TeacherTokens(Taught):
                     batches[place] = ids.to(on), labels.to(on), ends.to(on)
         return [batches[place] for place in range(len(taken))]
 
-    def _sampled(self, examples: "list[Example]", rng: "np.random.Generator") -> "Batch":
+    def _sampled(self, examples: "list[Example]", rng: "np.random.Generator") -> "PackedBatch":
         """A micro-batch with the student's answers, on the CPU."""
         import torch
 
@@ -180,7 +180,7 @@ class TeacherTokens(Taught):
         return {**super().scalars(measured), "on_policy": self.own / max(self.all, 1)}
 
 
-class StoredTokens(Taught):
+class TeacherLogitsObjective(DistillObjective):
     """A teacher on disk (`fastlm.train.teacher`): the forward KL to its likeliest tokens and
     the rest. Batches have the teacher's rows after the usual three tensors.
     """
@@ -281,13 +281,13 @@ class Distill(DistillOptions, Sft):
         stored = input_digest.hash_tree(self.teacher_logits) if self.teacher_logits else None
         return [super().digest_inputs(input_digest), stored]
 
-    def read_data(self, tokenizer: "Tokenizer", context: int, job: Job) -> Encoded:
+    def read_data(self, tokenizer: "Tokenizer", context: int, job: Job) -> ConversationDataset:
         self.check_teacher(bool(job.inputs.get("teacher")))
         if not self.teacher_answers:
             return super().read_data(tokenizer, context, job)
         rows = self.answered(job)
         answers = replace(self, data=(str(job.out / ANSWERED),), data_weights=())
-        texts = Encoded(answers, tokenizer, self.longest(context), context, job)
+        texts = ConversationDataset(answers, tokenizer, self.longest(context), context, job)
         rows.counts.update(texts.rows.counts)
         texts.rows = rows
         return texts
@@ -328,21 +328,23 @@ class Distill(DistillOptions, Sft):
 
     def objective(
         self, job: Job, model: Any, data: Any, options: "TrainOptions", **common: Any
-    ) -> AnswerTokens:
+    ) -> SftObjective:
         if self.teacher_answers:
             return super().objective(job, model, data, options, **common)
         args, tokenizer = (model, data.training, data.heldout, options), common["tokenizer"]
         common["rules"] = select_options(self, DistillOptions)
         if self.teacher_logits or self.teacher_top_k:
             stored = self.stored(job, model, [*data.training, *data.heldout], tokenizer)
-            return StoredTokens(*args, stored=stored, **common)
-        return TeacherTokens(*args, teacher=self.load_teacher(job, model, tokenizer), **common)
+            return TeacherLogitsObjective(*args, stored=stored, **common)
+        return TeacherModelObjective(
+            *args, teacher=self.load_teacher(job, model, tokenizer), **common
+        )
 
     def stored(
         self, job: Job, student: "CausalLM", examples: "list[Example]", tokenizer: "Tokenizer"
     ) -> "TeacherLogits":
         """What the teacher says of the examples, read or measured."""
-        from fastlm.train.teacher import Header, TeacherLogits, write_logits
+        from fastlm.train.teacher import TeacherHeader, TeacherLogits, write_logits
 
         if self.teacher_logits:
             stored = TeacherLogits(Path(self.teacher_logits))
@@ -357,7 +359,7 @@ class Distill(DistillOptions, Sft):
         most = f"at most the vocabulary of {vocab_size}"
         expect(top_k <= vocab_size, "teacher_top_k", most, top_k)
         teacher = self.load_teacher(job, student, tokenizer)
-        header = Header(weights_digest(teacher), vocab_size, top_k, self.temperature)
+        header = TeacherHeader(weights_digest(teacher), vocab_size, top_k, self.temperature)
         return write_logits(job.out / LOGITS, teacher, examples, header, track=job.track)
 
     def teacher(self, job: Job) -> "tuple[CausalLM, Tokenizer]":

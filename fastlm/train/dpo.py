@@ -10,7 +10,7 @@ from fastlm.pipeline.stage import Job, Part, Takes, select_options
 from fastlm.train.encoding import rows_text
 from fastlm.train.lora_options import LoraOptions
 from fastlm.train.options import TrainOptions, check_replicas, expect
-from fastlm.train.preferences import PreferenceLoss, Preferences, PreferenceStage
+from fastlm.train.preferences import PreferenceDataset, PreferenceLoss, PreferenceStage
 from fastlm.train.training_stage import FEEDBACK
 
 if TYPE_CHECKING:
@@ -65,10 +65,10 @@ labels (prompt, completion, label)."""
     def unit(self) -> str:
         return "labels" if self.loss == "kto" else "pairs"
 
-    def read_data(self, tokenizer: "Tokenizer", context: int, job: Job) -> Preferences:
+    def read_data(self, tokenizer: "Tokenizer", context: int, job: Job) -> PreferenceDataset:
         longest = self.longest(context)
         kind = "labels" if self.loss == "kto" else "pairs"
-        return Preferences(self, tokenizer, longest, context, job, kind=kind)
+        return PreferenceDataset(self, tokenizer, longest, context, job, kind=kind)
 
     def data_facts(self, data: Any) -> dict[str, Any]:
         return {"pairs": len(data.training), "heldout": len(data.heldout)}
@@ -78,11 +78,11 @@ labels (prompt, completion, label)."""
     ) -> "Objective":
         import torch
 
-        from fastlm.train.dpo_objective import PreferredAnswers
+        from fastlm.train.dpo_objective import DpoObjective
         from fastlm.train.state import list_checkpoints
 
         terms = select_options(self, PreferenceLoss)
-        objective = PreferredAnswers(model, data.training, data.heldout, options, terms, **common)
+        objective = DpoObjective(model, data.training, data.heldout, options, terms, **common)
         if not list_checkpoints(job.out):  # a checkpoint has the reference of its training
             objective.measure_reference(getattr(torch, self.dtype), track=job.track)
         return objective

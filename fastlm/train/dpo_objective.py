@@ -11,7 +11,7 @@ from fastlm.progress import silent
 from fastlm.train.losses import dpo_loss, kto_loss
 from fastlm.train.objective import (
     IGNORE,
-    Epochs,
+    EpochObjective,
     Example,
     digest,
     in_dtype,
@@ -19,14 +19,20 @@ from fastlm.train.objective import (
     pack_groups,
     without_dropout,
 )
-from fastlm.train.preferences import Judged, PreferenceLoss, accuracy_error, ranked_right, right
+from fastlm.train.preferences import (
+    PreferenceExample,
+    PreferenceLoss,
+    accuracy_error,
+    ranked_right,
+    right,
+)
 
 if TYPE_CHECKING:
     from fastlm.train.options import TrainOptions
 
 
 @dataclass(frozen=True)
-class Batch:
+class PreferenceBatch:
     """A micro-batch of n pairs or labels. ``ids`` and ``labels`` (1, total) and ``cu_seqlens`` are
     packed: chosen and rejected in turns, their prompt once (``keys``: see `CausalLM.hidden`), or
     the n labelled answers.
@@ -46,7 +52,7 @@ class Batch:
     kl: Tensor | None = None
 
 
-class PreferredAnswers(Epochs):
+class DpoObjective(EpochObjective):
     """The objective of `fastlm.train.dpo.Dpo`: a mean over the pairs (KTO: the labels) of a step,
     however they are spread over its micro-batches.
 
@@ -56,14 +62,14 @@ class PreferredAnswers(Epochs):
     first epoch: policy and reference are then equal to the last bit before the first update.
 
     ``judged`` and ``heldout``: pairs, or with the loss "kto" labels. For the other arguments see
-    `Epochs`.
+    `EpochObjective`.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        judged: Sequence[Judged],
-        heldout: Sequence[Judged],
+        judged: Sequence[PreferenceExample],
+        heldout: Sequence[PreferenceExample],
         options: "TrainOptions",
         terms: PreferenceLoss,
         **common: Any,
@@ -127,14 +133,14 @@ class PreferredAnswers(Epochs):
 
     # steps
 
-    def next_batches(self, count: int) -> list[Batch]:
+    def next_batches(self, count: int) -> list[PreferenceBatch]:
         """Return ``count`` micro-batches, or what the epoch has left."""
         assert self.reference is not None  # by measure_reference or load_state_dict
         return self._batches(self.take(count), self.examples, self.reference)
 
     def _batches(
-        self, taken: Sequence[list[int]], source: Sequence[Judged], reference: Tensor
-    ) -> list[Batch]:
+        self, taken: Sequence[list[int]], source: Sequence[PreferenceExample], reference: Tensor
+    ) -> list[PreferenceBatch]:
         batches, device = [], self.device
         kto = self.terms.loss == "kto"
         kl = self._reference_point(taken, source, reference) if kto else None
@@ -145,11 +151,13 @@ class PreferredAnswers(Epochs):
             desirable = torch.tensor([one.desirable for one in judged], device=device)
             known = reference[rows].to(device)
             ids, labels, cu_seqlens, keys = self._pack(answers)
-            batches.append(Batch(ids, labels, cu_seqlens, keys, lengths, known, desirable, kl))
+            batches.append(
+                PreferenceBatch(ids, labels, cu_seqlens, keys, lengths, known, desirable, kl)
+            )
         return batches
 
     def _reference_point(
-        self, taken: Sequence[list[int]], source: Sequence[Judged], reference: Tensor
+        self, taken: Sequence[list[int]], source: Sequence[PreferenceExample], reference: Tensor
     ) -> Tensor:
         """KTO's: the mean log-ratio of answers to other prompts, at least 0. Each process measures
         its share of the micro-batches.
@@ -163,18 +171,18 @@ class PreferredAnswers(Epochs):
         every = torch.cat(self.world.gather(torch.cat(ratios)))
         return every.mean().clamp(min=0).to(self.device)
 
-    def num_items(self, batch: Batch) -> int:
+    def num_items(self, batch: PreferenceBatch) -> int:
         return len(batch.reference)
 
-    def tokens(self, batch: Batch) -> int:
+    def tokens(self, batch: PreferenceBatch) -> int:
         return int((batch.labels != IGNORE).sum())
 
-    def loss(self, batch: Batch, num_items: int) -> Tensor:
+    def loss(self, batch: PreferenceBatch, num_items: int) -> Tensor:
         losses, measured = self.compare(batch)
         self.measured.append({name: values.detach() for name, values in measured.items()})
         return losses.sum() / num_items
 
-    def compare(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def compare(self, batch: PreferenceBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the losses (n,), and what is measured of the pairs or labels."""
         o, good = self.terms, batch.desirable
         logps = self.sums(batch.ids, batch.labels, batch.cu_seqlens, batch.keys)

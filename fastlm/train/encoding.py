@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from fastlm.train.training_stage import ChatStage
 
 
-class Keyed(Protocol):
+class KeyedRow(Protocol):
     """A row of data that knows its prompt."""
 
     def key(self) -> str: ...
 
 
-def place_in_order(row: Keyed) -> float:
+def place_in_order(row: KeyedRow) -> float:
     """A number in [0, 1) from a hash of the prompt. Those below `heldout` are held out: the part
     of a row does not depend on other rows, and rows with one prompt are on one side.
     """
@@ -80,7 +80,7 @@ def template_variables(tools: list[Any] | None) -> dict[str, Any]:
     return {} if tools is None else {"tools": tools}
 
 
-class TrainingData:
+class EncodedDataset:
     """The rows of a stage's data as tokens: ``training`` examples, and ``heldout`` ones, of
     ``held_out`` rows, in the order of `place_in_order`.
 
@@ -128,7 +128,7 @@ class TrainingData:
             "tell": self.job.skipped,
         }  # fmt: skip
 
-    def prompt_of(self, row: Any) -> tuple[Keyed, list[dict[str, Any]], list[Any] | None]:
+    def prompt_of(self, row: Any) -> tuple[KeyedRow, list[dict[str, Any]], list[Any] | None]:
         """Return what identifies the row's prompt, its messages and its tools."""
         raise NotImplementedError
 

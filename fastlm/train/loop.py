@@ -8,7 +8,7 @@ ends the running step, saves a checkpoint and reports where. With ``async_checkp
 writes what `collect` copied; whoever names a checkpoint waits for it.
 
 The loss is read back every step: a loss that is not finite has to stop the run before it spoils the
-next checkpoint. A spike (`fastlm.train.metrics.Spikes`) is named with its batch.
+next checkpoint. A spike (`fastlm.train.metrics.SpikeDetector`) is named with its batch.
 """
 
 import fcntl
@@ -38,15 +38,15 @@ from fastlm.muon import Muon, muon_groups
 from fastlm.optim import AdamW
 from fastlm.progress import silent
 from fastlm.train.distributed import SingleProcess
-from fastlm.train.metrics import METRICS, Spikes, trackers
+from fastlm.train.metrics import METRICS, SpikeDetector, trackers
 from fastlm.train.objective import DivergedError, Objective
 from fastlm.train.options import BUDGET, GUARDS, TrainOptions
 from fastlm.train.parallel import parallel, process_group
 from fastlm.train.state import (
     FOLDER,
-    Best,
+    BestCheckpoint,
     CheckpointWriter,
-    Progress,
+    TrainState,
     checkpoint_before,
     checkpoint_path,
     collect,
@@ -64,7 +64,7 @@ class SpikeError(DivergedError):
     """The loss is far above those before it, and ``on_spike`` is "stop"."""
 
 
-class Interrupted(KeyboardInterrupt):
+class TrainingInterrupted(KeyboardInterrupt):
     """Raised on Ctrl-C, after the checkpoint that its message names was saved."""
 
 
@@ -102,10 +102,11 @@ def train(
 
     Writes metrics.jsonl and checkpoints/ to ``run_dir``; ``on_event`` receives every line of
     metrics as it is written. InputError: options, a checkpoint of another run, a folder that cannot
-    be written. DivergedError, with which ``on_diverged`` was called; Interrupted. Under torchrun
-    each process takes a share of the micro-batches (`fastlm.train.distributed`), rank 0 writes and
-    calls ``on_diverged``, and LostRankError says that another one has ended. All of them return the
-    result. The process keeps its freed memory from here on (`fastlm.memory.keep_freed_memory`).
+    be written. DivergedError, with which ``on_diverged`` was called; TrainingInterrupted. Under
+    torchrun each process takes a share of the micro-batches (`fastlm.train.distributed`), rank 0
+    writes and calls ``on_diverged``, and LostRankError says that another one has ended. All of them
+    return the result. The process keeps its freed memory from here on
+    (`fastlm.memory.keep_freed_memory`).
     """
     options.check()
     keep_freed_memory()
@@ -187,14 +188,16 @@ class _Loop:
         if options.checkpoint_activations:
             checkpoint_activations(self.model, options.checkpoint_activations)
         # done below 0: nothing happened yet. seconds: of earlier sessions
-        self.state = Progress(
+        self.state = TrainState(
             step=0, tokens=0, seconds=0.0, done=-1.0, training_seconds=0.0, loss=None,
             last_metrics={}, metrics_bytes=0, objective={}, losses=[], best_step=None,
             best_loss=None,
         )  # fmt: skip
-        self.spikes = Spikes(options.spike_factor, options.spike_window)
+        self.spikes = SpikeDetector(options.spike_factor, options.spike_window)
         self.writer = CheckpointWriter(options.async_checkpoints)
-        self.best = Best(run_dir / FOLDER, options.keeps_best, self.writer, self.parallel, world)
+        self.best = BestCheckpoint(
+            run_dir / FOLDER, options.keeps_best, self.writer, self.parallel, world
+        )
         self.saved_step = -1
         self.started = time.perf_counter()
         self.metrics = world.on_first(self.open_metrics) or open(os.devnull, "a+b")
@@ -369,7 +372,9 @@ class _Loop:
         return {"spike": position, **skipped}
 
     def leave_if(self, interrupted: threading.Event) -> None:
-        """Raise Interrupted in all processes if one was, with the checkpoint of this step."""
+        """Raise TrainingInterrupted in all processes if one was, with the checkpoint of
+        this step.
+        """
         if not self.world.any(interrupted.is_set()):
             return
         step = self.state.step
@@ -378,7 +383,7 @@ class _Loop:
         self.writer.wait()
         self.world.any(False)  # none leaves before it is written: torchrun would end the others
         path = checkpoint_path(self.run_dir, step)
-        raise Interrupted(f"stopped after step {step}; saved in {path}")
+        raise TrainingInterrupted(f"stopped after step {step}; saved in {path}")
 
     def diverged(
         self,

@@ -187,7 +187,7 @@ def trackers(
                 give_up(name, error)
 
 
-class Spikes:
+class SpikeDetector:
     """A loss is a spike if it exceeds the mean of the last ``window`` losses by more than
     ``factor`` of their standard deviations (None: nothing is).
 

@@ -1,8 +1,8 @@
 """What the training loop asks of a stage, and what objectives on rows of data share: examples, how
 they are joined into a batch, and passes over them.
 
-An `Objective` says what is trained, and on what; `fastlm.train.pretrain.NextToken` predicts the
-next token. Nothing here imports numpy or torch before a model is trained.
+An `Objective` says what is trained, and on what; `fastlm.train.pretrain.PretrainObjective` predicts
+the next token. Nothing here imports numpy or torch before a model is trained.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fastlm.tokenizer.tokenizer import Tokenizer
     from fastlm.train.options import TrainOptions
 
-    Batch = tuple[Tensor, Tensor, Tensor]  # input_ids, shift_labels (1, total), cu_seqlens
+    PackedBatch = tuple[Tensor, Tensor, Tensor]  # input_ids, shift_labels (1, total), cu_seqlens
 
 IGNORE = -100
 
@@ -165,7 +165,7 @@ def fit(example: Example, seq_len: int, overlong: str) -> list[Example]:
     return [piece for piece in pieces if piece.learnt]
 
 
-def pack(examples: Sequence[Example], device: "torch.device | str" = "cpu") -> "Batch":
+def pack(examples: Sequence[Example], device: "torch.device | str" = "cpu") -> "PackedBatch":
     """Join examples without padding: attention stays inside each (``cu_seqlens``), and only learnt
     tokens have labels.
     """
@@ -182,7 +182,7 @@ def pack(examples: Sequence[Example], device: "torch.device | str" = "cpu") -> "
 
 def pack_groups(
     groups: Sequence[Sequence[Example]], device: "torch.device | str" = "cpu"
-) -> "tuple[Batch, tuple[Tensor, Tensor]]":
+) -> "tuple[PackedBatch, tuple[Tensor, Tensor]]":
     """Join groups of answers to one prompt as `pack` does, but the others of a group without what
     they share with its first: at most all before the token that predicts their first learnt one.
     Also return the keys of each, for `CausalLM.hidden`.
@@ -284,7 +284,7 @@ class Mixture:
         return rng.permutation(np.concatenate(chosen))
 
 
-class Epochs(Objective):
+class EpochObjective(Objective):
     """An objective on ``examples`` (`Example` or what has its ``place`` and ``content``).
 
     An epoch takes every example as often as ``mixture`` says, by default once, in an order that

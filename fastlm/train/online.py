@@ -38,7 +38,13 @@ from fastlm.train.losses import Metrics, aggregate, kl_penalty, pooled
 from fastlm.train.metrics import correlation
 from fastlm.train.objective import DivergedError, Objective, without_dropout
 from fastlm.train.options import RolloutOptions
-from fastlm.train.rollouts import Packed, answers_of, pack_answers, sample_answers, tensors_of
+from fastlm.train.rollouts import (
+    PackedRollouts,
+    answers_of,
+    pack_answers,
+    sample_answers,
+    tensors_of,
+)
 
 if TYPE_CHECKING:
     from fastlm.model.causal_lm import CausalLM
@@ -52,10 +58,10 @@ TOP_WEIGHT = 2.0  # truncated importance sampling (Yao et al. 2025; verl's defau
 
 
 @dataclass(frozen=True)
-class Batch:
+class RolloutBatch:
     """A micro-batch: ``packed`` tokens, and ``columns``, (B, S), for its answers."""
 
-    packed: Packed
+    packed: PackedRollouts
     columns: Mapping[str, Tensor]
 
 
@@ -70,7 +76,7 @@ def repetition(tokens: Sequence[int], size: int = GRAM) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-class Online(Objective):
+class OnlineObjective(Objective):
     """An objective (`fastlm.train.objective.Objective`) on answers that the policy samples.
 
     ``prompts``: token ids of each. ``score``: see `Score`; ``scored_by`` identifies it, and
@@ -134,11 +140,11 @@ class Online(Objective):
         """
         raise NotImplementedError
 
-    def micro_loss(self, batch: Batch, num_items: int) -> tuple[Tensor, tuple[Metrics, ...]]:
+    def micro_loss(self, batch: RolloutBatch, num_items: int) -> tuple[Tensor, tuple[Metrics, ...]]:
         """Return the loss of a micro-batch, and metrics that are means over its tokens."""
         raise NotImplementedError
 
-    def measure(self, packed: Packed) -> dict[str, Tensor]:
+    def measure(self, packed: PackedRollouts) -> dict[str, Tensor]:
         """Return "logp" of the policy for a micro-batch of a round, and what else the update needs,
         (B, S) each.
         """
@@ -147,7 +153,7 @@ class Online(Objective):
     # log-probabilities
 
     def logprobs(
-        self, model: "CausalLM", packed: Packed, hidden: Tensor | None = None
+        self, model: "CausalLM", packed: PackedRollouts, hidden: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Log-probabilities of the answers' tokens and entropies, (B, S). ``hidden``: the model's
         hidden states (1, total, E), where they are known.
@@ -158,7 +164,7 @@ class Online(Objective):
         )  # fmt: skip
         return packed.rows(logp), packed.rows(entropy)
 
-    def _reference_logprobs(self, packed: Packed) -> Tensor:
+    def _reference_logprobs(self, packed: PackedRollouts) -> Tensor:
         if self.reference is not None:
             return self.logprobs(self.reference, packed)[0]
         with without_adapter(self.policy):
@@ -346,7 +352,7 @@ class Online(Objective):
     def _over(self) -> bool:
         return self.stop or self.at >= len(self.answers) * self.options.passes
 
-    def next_batches(self, count: int) -> list[Batch]:
+    def next_batches(self, count: int) -> list[RolloutBatch]:
         """Return the micro-batches of a step: ``count``, or what the pass has left."""
         if self._over():
             self.beta = self.next_beta
@@ -361,18 +367,20 @@ class Online(Objective):
         rows.sort(key=lambda i: self.chosen[i])  # those of a prompt share it in a micro-batch
         return [self._batch(rows[i : i + size]) for i in range(0, len(rows), size)]
 
-    def _batch(self, rows: list[int]) -> Batch:
+    def _batch(self, rows: list[int]) -> RolloutBatch:
         packed = pack_answers(
             [self.prompts[self.chosen[i]] for i in rows],
             [self.answers[i].token_ids for i in rows], self.policy.device,
         )  # fmt: skip
         width = packed.mask.shape[1]
-        return Batch(packed, {name: value[rows, :width] for name, value in self.kept.items()})
+        return RolloutBatch(
+            packed, {name: value[rows, :width] for name, value in self.kept.items()}
+        )
 
-    def tokens(self, batch: Batch) -> int:
+    def tokens(self, batch: RolloutBatch) -> int:
         return int(batch.packed.mask.sum())
 
-    def loss(self, batch: Batch, num_items: int) -> Tensor:
+    def loss(self, batch: RolloutBatch, num_items: int) -> Tensor:
         loss, metrics = self.micro_loss(batch, num_items)
         self.step_metrics.append(metrics)
         return loss

@@ -24,9 +24,9 @@ from fastlm.train.losses import (
     whiten,
 )
 from fastlm.train.objective import decay_matrices, without_dropout
-from fastlm.train.online import Batch, Online, importance
+from fastlm.train.online import OnlineObjective, RolloutBatch, importance
 from fastlm.train.options import LOSS_TYPES, GrpoOptions, How, PpoOptions
-from fastlm.train.rollouts import Packed
+from fastlm.train.rollouts import PackedRollouts
 
 if TYPE_CHECKING:
     from fastlm.model.causal_lm import CausalLM
@@ -50,7 +50,7 @@ class ValueModel(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def values(self, packed: Packed, hidden: Tensor | None = None) -> Tensor:
+    def values(self, packed: PackedRollouts, hidden: Tensor | None = None) -> Tensor:
         """(B, S): before each token of the answers."""
         if hidden is None:
             assert self.trunk is not None  # or the policy's hidden states are given
@@ -59,7 +59,7 @@ class ValueModel(nn.Module):
         return packed.rows(F.linear(hidden.float(), head.weight.float(), head.bias.float())[..., 0])
 
 
-class ActorCritic(Online):
+class PpoObjective(OnlineObjective):
     """The objective of `fastlm.train.online_stage.Ppo`; the conventions are those of docs/ppo.md.
 
     ``value``: the value model; see `ValueModel`. ``offset`` is added to its values: the mean score
@@ -90,7 +90,7 @@ class ActorCritic(Online):
             *({**group, "lr": self.options.value_lr} for group in value),
         ]
 
-    def both(self, packed: Packed) -> tuple[Tensor, Tensor, Tensor]:
+    def both(self, packed: PackedRollouts) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probabilities, entropies and values, (B, S) each, from one forward of each trunk.
         While the value model warms up, nothing else has a gradient.
         """
@@ -100,7 +100,7 @@ class ActorCritic(Online):
         values = self.value.values(packed, None if self.value.trunk is not None else hidden)
         return logp, entropy, values + (self.offset or 0.0)
 
-    def measure(self, packed: Packed) -> dict[str, Tensor]:
+    def measure(self, packed: PackedRollouts) -> dict[str, Tensor]:
         logp, _, values = self.both(packed)
         return {"logp": logp, "values": values}
 
@@ -138,7 +138,7 @@ class ActorCritic(Online):
         """Whether the value model alone learns from the round at hand."""
         return self.round < self.options.critic_warmup
 
-    def num_items(self, batch: Batch) -> int:
+    def num_items(self, batch: RolloutBatch) -> int:
         return self.tokens(batch)
 
     def state_dict(self) -> dict[str, Any]:
@@ -148,7 +148,7 @@ class ActorCritic(Online):
         super().load_state_dict(state)
         self.bad_rounds, self.offset = state["bad_rounds"], state["offset"]
 
-    def micro_loss(self, batch: Batch, num_items: int) -> tuple[Tensor, tuple[Metrics, ...]]:
+    def micro_loss(self, batch: RolloutBatch, num_items: int) -> tuple[Tensor, tuple[Metrics, ...]]:
         c, mask, options = batch.columns, batch.packed.mask, self.options
         logp, entropy, values = self.both(batch.packed)
         loss, metrics = ppo_policy_loss(
@@ -204,7 +204,7 @@ def _trunk_of(policy: "CausalLM") -> "CausalLM":
     return trunk
 
 
-class GroupRelative(Online):
+class GrpoObjective(OnlineObjective):
     """The objective of `fastlm.train.online_stage.Grpo`.
 
     The KL to the reference is a term of the loss, but for RLOO: there it is subtracted from the
@@ -242,14 +242,14 @@ class GroupRelative(Online):
             "learnt": learnt,
         }
 
-    def num_items(self, batch: Batch) -> int:
+    def num_items(self, batch: RolloutBatch) -> int:
         learnt = batch.columns["learnt"]
         if self.how == "token":
             return int(learnt.sum())
         answers = int(learnt.any(1).sum())
         return answers * self.options.max_new_tokens if self.how == "constant" else answers
 
-    def micro_loss(self, batch: Batch, num_items: int) -> tuple[Tensor, tuple[Metrics, ...]]:
+    def micro_loss(self, batch: RolloutBatch, num_items: int) -> tuple[Tensor, tuple[Metrics, ...]]:
         c, options = batch.columns, self.options
         logp, entropy = self.logprobs(self.policy, batch.packed)
         if options.loss_type == "rloo":

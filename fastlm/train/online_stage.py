@@ -24,7 +24,7 @@ from fastlm.sources.input_digest import InputDigest
 from fastlm.sources.reasoning_gym import SCHEME, check_scorable, is_reasoning_gym
 from fastlm.torchrun import is_main_process
 from fastlm.train.encoding import (
-    TrainingData,
+    EncodedDataset,
     check_vocabulary,
     rows_text,
     template_variables,
@@ -41,7 +41,7 @@ from fastlm.train.options import (
     check_replicas,
     expect,
 )
-from fastlm.train.training_stage import FEEDBACK, ChatStage, Training
+from fastlm.train.training_stage import FEEDBACK, ChatStage, TrainingSetup
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,14 +52,14 @@ if TYPE_CHECKING:
     from fastlm.model.reward_model import RewardModel
     from fastlm.tokenizer.tokenizer import Tokenizer
     from fastlm.train.objective import DivergedError
-    from fastlm.train.online import Online
+    from fastlm.train.online import OnlineObjective
 
 LAST_GOOD = "last-good"
 
 
 @dataclass(frozen=True)
 class OnlineStage(LoraOptions, RolloutOptions, ChatStage):
-    """A stage whose objective is a `fastlm.train.online.Online`; a subclass makes it."""
+    """A stage whose objective is a `fastlm.train.online.OnlineObjective`; a subclass makes it."""
 
     version = 2
     overlongs: ClassVar[tuple[str, ...]] = ("skip",)
@@ -153,25 +153,25 @@ messages), or conversations, of which what precedes the last answer is the promp
 
     def online(
         self, policy: "CausalLM", reward_model: "RewardModel | None", *args: Any, **more: Any
-    ) -> "Online":
-        """Return the objective on ``policy``; the rest is for `Online`."""
+    ) -> "OnlineObjective":
+        """Return the objective on ``policy``; the rest is for `OnlineObjective`."""
         raise NotImplementedError
 
-    def read_data(self, tokenizer: "Tokenizer", context: int, job: Job) -> "Questions":
+    def read_data(self, tokenizer: "Tokenizer", context: int, job: Job) -> "PromptDataset":
         self.check_models([one.name for one in job.inputs.get("reward_model", ())])
         self.longest(context)  # refuses a seq_len beyond it
-        scorer = Scorer(self, tokenizer, job)
+        scorer = RewardScorer(self, tokenizer, job)
         context = self.seq_len or context
         if scorer.models is not None:
             context = min(context, scorer.models.context_limit)
-        return Questions(scorer, self, tokenizer, context - self.max_new_tokens, context, job)
+        return PromptDataset(scorer, self, tokenizer, context - self.max_new_tokens, context, job)
 
     def data_facts(self, data: Any) -> dict[str, Any]:
         return {"prompts": len(data.training), "heldout": len(data.heldout)}
 
     def objective(
         self, job: Job, model: Any, data: Any, options: TrainOptions, **common: Any
-    ) -> "Online":
+    ) -> "OnlineObjective":
         scorer, tokenizer = data.scorer, common["tokenizer"]
         return self.online(
             model, scorer.models.models[0] if scorer.models else None, self.reference(model),
@@ -185,12 +185,12 @@ messages), or conversations, of which what precedes the last answer is the promp
             warn=job.warn if is_main_process() else lambda message: None,
         )  # fmt: skip
 
-    def prepare(self, job: Job) -> Training:
+    def prepare(self, job: Job) -> TrainingSetup:
         training = super().prepare(job)
 
         def keep_last_good(error: "DivergedError") -> None:
             if error.good is not None:
-                cast("Online", training.objective).load_policy(error.good)
+                cast("OnlineObjective", training.objective).load_policy(error.good)
                 self.save(training, job.out / LAST_GOOD)
                 job.warn(f"the policy of that checkpoint is {job.out / LAST_GOOD}")
 
@@ -198,7 +198,9 @@ messages), or conversations, of which what precedes the last answer is the promp
         return training
 
     def reference(self, model: "CausalLM") -> "CausalLM | None":
-        """A frozen copy of the policy in the training's dtype; with adapters None (`Online`)."""
+        """A frozen copy of the policy in the training's dtype; with adapters None
+        (`OnlineObjective`).
+        """
         import copy
 
         import torch
@@ -253,10 +255,10 @@ messages), or conversations, of which what precedes the last answer is the promp
         raise NotImplementedError
 
 
-class Questions(TrainingData):
+class PromptDataset(EncodedDataset):
     """The prompts of a stage as (ids, prompt). ``scorer``: of their answers."""
 
-    def __init__(self, scorer: "Scorer", *args: Any):
+    def __init__(self, scorer: "RewardScorer", *args: Any):
         self.scorer = scorer
         super().__init__(*args)
 
@@ -345,7 +347,7 @@ def combined(scores: "np.ndarray", how: str, coefficient: float = 0.0) -> "np.nd
     return mean - coefficient * scores.var(axis=0) if how == "uwo" else mean
 
 
-class Scorer:
+class RewardScorer:
     """The score of an answer: what the function says of its text, plus what the reward models say
     of its tokens.
     """
@@ -434,15 +436,15 @@ class Ppo(PpoOptions, OnlineStage):
 
     def online(
         self, policy: "CausalLM", reward_model: "RewardModel | None", *args: Any, **more: Any
-    ) -> "Online":
-        from fastlm.train.online_objectives import ActorCritic, value_model
+    ) -> "OnlineObjective":
+        from fastlm.train.online_objectives import PpoObjective, value_model
 
         value = value_model(
             policy, shared=self.value == "shared",
             reward=reward_model if self.value == "reward" else None,
         )  # fmt: skip
         settings = select_options(self, PpoOptions)
-        return ActorCritic(policy, *args, settings, value=value, **more)
+        return PpoObjective(policy, *args, settings, value=value, **more)
 
     def title(self) -> str:
         return "PPO"
@@ -461,10 +463,10 @@ class Grpo(GrpoOptions, OnlineStage):
 
     def online(
         self, policy: "CausalLM", reward_model: "RewardModel | None", *args: Any, **more: Any
-    ) -> "Online":
-        from fastlm.train.online_objectives import GroupRelative
+    ) -> "OnlineObjective":
+        from fastlm.train.online_objectives import GrpoObjective
 
-        return GroupRelative(policy, *args, select_options(self, GrpoOptions), **more)
+        return GrpoObjective(policy, *args, select_options(self, GrpoOptions), **more)
 
     def title(self) -> str:
         return "Preference training (RLOO)" if self.loss_type == "rloo" else "GRPO"

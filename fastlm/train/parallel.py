@@ -4,9 +4,9 @@ its model: whole in each (DDP), or each a shard (FSDP2).
 Gradients are summed over the processes, because a loss is already divided by the items of the whole
 step. They are summed in float32, whatever their dtype: a sum of 1,024 in bfloat16 would lose bits.
 
-Both wrap `Root`, a module whose forward is a call of the objective. Their hooks thus fire once per
-micro-batch, whichever methods of the model an objective uses. Rejected: wrapping the model and
-registering the methods (``hidden``, ``logprobs``, ...) one by one.
+Both wrap `CallWrapper`, a module whose forward is a call of the objective. Their hooks thus fire
+once per micro-batch, whichever methods of the model an objective uses. Rejected: wrapping the model
+and registering the methods (``hidden``, ``logprobs``, ...) one by one.
 """
 
 import hashlib
@@ -205,7 +205,7 @@ def process_group(device: torch.device) -> Iterator[SingleProcess]:
                 dist.destroy_process_group(world.group)
 
 
-class Root(nn.Module):
+class CallWrapper(nn.Module):
     """Runs a call that uses ``model``."""
 
     def __init__(self, model: nn.Module):
@@ -229,7 +229,7 @@ class DataParallel(SingleDevice):
             # torch 2.13 has another name for broadcast_buffers, which 2.11 does not know
             warnings.simplefilter("ignore", FutureWarning)
             self.ddp = DistributedDataParallel(
-                Root(self.model), broadcast_buffers=False, gradient_as_bucket_view=True
+                CallWrapper(self.model), broadcast_buffers=False, gradient_as_bucket_view=True
             )
         self.ddp.register_comm_hook(None, _summed)
 
@@ -263,7 +263,7 @@ class FullySharded(SingleDevice):
         from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
         super().__init__(model)
-        self.root = Root(model)
+        self.root = CallWrapper(model)
         shape = (size,) if within == size else (size // within, within)
         names = ("replicate", "shard")[-len(shape) :]
         device = next(model.parameters()).device.type

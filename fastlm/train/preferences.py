@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fastlm.errors import InputError
 from fastlm.pipeline.stage import not_negative, one_of, positive
-from fastlm.train.encoding import TrainingData
+from fastlm.train.encoding import EncodedDataset
 from fastlm.train.objective import Example, digest, fit
 from fastlm.train.options import expect
 from fastlm.train.training_stage import ChatStage, loss_text
@@ -89,7 +89,7 @@ class PreferenceStage(ChatStage):
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
+class PreferenceExample:
     """Answers to one prompt, each with the prompt and up to the token that ends it.
 
     Of a pair: chosen and rejected. Of a ranked list: best first. Of a label: the answer, and the
@@ -108,7 +108,7 @@ class Judged:
         return f"{digest(self.answers)} {self.margin} {self.desirable}\n".encode()
 
 
-class Preferences(TrainingData):
+class PreferenceDataset(EncodedDataset):
     """The preferences of a stage as tokens.
 
     ``kind`` says what is made of a row:
@@ -140,10 +140,10 @@ class Preferences(TrainingData):
         first = row.conversation() if isinstance(row, Label) else row.conversation(0)
         return first, row.prompt, row.tools
 
-    def encode(self, row: "Comparison | Label") -> list[Judged]:
+    def encode(self, row: "Comparison | Label") -> list[PreferenceExample]:
         return list(self._judged(row))
 
-    def _judged(self, row: "Comparison | Label") -> Iterator[Judged]:
+    def _judged(self, row: "Comparison | Label") -> Iterator[PreferenceExample]:
         from fastlm.data.preferences import Label
 
         if isinstance(row, Label) and self.kind != "labels":
@@ -155,7 +155,7 @@ class Preferences(TrainingData):
             labels = [row] if isinstance(row, Label) else row.labels()
             for label in labels:
                 for answer in self._encode([label.conversation()]):
-                    yield Judged((answer,), desirable=label.desirable)
+                    yield PreferenceExample((answer,), desirable=label.desirable)
             return
         assert not isinstance(row, Label)
         answers = self._encode([row.conversation(i) for i in range(len(row.answers))])
@@ -174,7 +174,7 @@ class Preferences(TrainingData):
             ]
         for chosen, margin in parts:
             if len({answer.ids.tobytes() for answer in chosen}) == len(chosen):
-                yield Judged(chosen, margin)
+                yield PreferenceExample(chosen, margin)
             elif max(len(answer.ids) for answer in chosen) == self.seq_len:
                 self.rows.counts["equal after truncation"] += 1
             else:
@@ -210,7 +210,9 @@ def _margin(row: "Comparison", better: int, worse: int) -> float | None:
     return row.margin
 
 
-def with_other_answers(labelled: Sequence[Judged], seq_len: int) -> list[Judged]:
+def with_other_answers(
+    labelled: Sequence[PreferenceExample], seq_len: int
+) -> list[PreferenceExample]:
     """Give each labelled answer the same prompt with an answer to another prompt: the next one in
     the order of ``labelled``, from its beginning again after the last. InputError: there is only
     one prompt.
@@ -233,7 +235,7 @@ def with_other_answers(labelled: Sequence[Judged], seq_len: int) -> list[Judged]
         parts = (own[: starts[i]], labelled[other].answers[0][starts[other] :])
         ids, mask = (np.concatenate([getattr(e, key) for e in parts]) for key in ("ids", "mask"))
         swapped = fit(Example(ids, mask, own.place), seq_len, "truncate")
-        result.append(Judged((own, *swapped), desirable=one.desirable))
+        result.append(PreferenceExample((own, *swapped), desirable=one.desirable))
     return result
 
 

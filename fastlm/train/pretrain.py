@@ -10,7 +10,7 @@ from fastlm.pipeline.stage import Facts, Job, Part, Takes, at_least_one
 from fastlm.sources.input_digest import InputDigest
 from fastlm.train.objective import Objective
 from fastlm.train.options import TrainOptions, expect
-from fastlm.train.training_stage import Training, TrainingStage
+from fastlm.train.training_stage import TrainingSetup, TrainingStage
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from fastlm.data.shards import BatchSampler, TokenDataset
     from fastlm.tokenizer.tokenizer import Tokenizer
 
-    Batch = tuple[Tensor, Tensor, Tensor | None]  # input_ids, labels, cu_seqlens
+    WindowBatch = tuple[Tensor, Tensor, Tensor | None]  # input_ids, labels, cu_seqlens
 
 
-class NextToken(Objective):
+class PretrainObjective(Objective):
     """The objective of `Pretrain`: cross-entropy of the next token of packed windows; validation is
     in bits per byte.
 
@@ -64,7 +64,7 @@ class NextToken(Objective):
         """
         return [self.sampler.next_windows() for _ in range(count)]
 
-    def read(self, windows: "np.ndarray") -> "Batch":
+    def read(self, windows: "np.ndarray") -> "WindowBatch":
         """Read the tokens of a micro-batch of `next_batches`."""
         from fastlm.data.shards import document_offsets
 
@@ -209,7 +209,7 @@ class Pretrain(TrainingStage):
     def digest_inputs(self, input_digest: InputDigest) -> Any:
         return input_digest.hash_tree(self.config) if self.config else None
 
-    def prepare(self, job: Job) -> Training:
+    def prepare(self, job: Job) -> TrainingSetup:
         from fastlm.data.shards import INDEX, BatchSampler, TokenDataset
         from fastlm.model.causal_lm import CausalLM
         from fastlm.tokenizer.tokenizer import Tokenizer
@@ -229,7 +229,7 @@ class Pretrain(TrainingStage):
         sampler = BatchSampler(train_data, self.batch_size, self.seq_len, seed=self.seed)
         model = CausalLM(config, seed=self.seed)
         options = self.loop_options()
-        objective = NextToken(
+        objective = PretrainObjective(
             model, sampler, val_data, options, tokenizer, document_mask=self.document_mask
         )
         facts = {
@@ -237,10 +237,10 @@ class Pretrain(TrainingStage):
             "train_tokens": train_data.tokens,
             "prompt": self.sample_prompt,
         }
-        return Training(model, tokenizer, objective, options, facts)
+        return TrainingSetup(model, tokenizer, objective, options, facts)
 
-    def finish(self, training: Training) -> dict[str, Any]:
-        return {"epochs": cast(NextToken, training.objective).sampler.epoch + 1}
+    def finish(self, training: TrainingSetup) -> dict[str, Any]:
+        return {"epochs": cast(PretrainObjective, training.objective).sampler.epoch + 1}
 
     def section(self, job: Job, result: Mapping[str, Any], metrics: list[dict[str, Any]]) -> Part:
         from fastlm.pipeline.charts import loss_chart

@@ -9,9 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 from fastlm.pipeline.stage import Job, Part, Takes
 from fastlm.train.encoding import rows_text
 from fastlm.train.metrics import correlation
-from fastlm.train.objective import Epochs
-from fastlm.train.preferences import Judged, Preferences, PreferenceStage, accuracy_error, right
-from fastlm.train.training_stage import FEEDBACK, MODEL, Training
+from fastlm.train.objective import EpochObjective
+from fastlm.train.preferences import (
+    PreferenceDataset,
+    PreferenceExample,
+    PreferenceStage,
+    accuracy_error,
+    right,
+)
+from fastlm.train.training_stage import FEEDBACK, MODEL, TrainingSetup
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,7 +33,7 @@ EXACT = 2000  # pairs of a bin from which on how many are right is drawn from a 
 
 
 @dataclass(frozen=True)
-class Batch:
+class RankingBatch:
     """A micro-batch of rows. ``ids`` (1, total) and ``cu_seqlens``: all their answers, packed.
     ``ranks`` (n, K): 0, 1, ... per row, -1 where it has fewer answers. ``margins`` (n,).
     """
@@ -38,12 +44,13 @@ class Batch:
     margins: "Tensor"
 
 
-class RankedAnswers(Epochs):
+class RewardObjective(EpochObjective):
     """The objective of `Reward`: Bradley-Terry's loss of pairs, Plackett-Luce's of longer lists, a
     mean over the comparisons of a step. A list of k answers counts as k - 1 comparisons, one for
     each choice of the next best.
 
-    ``margins``: whether a pair's margin is subtracted. For the other arguments see `Epochs`.
+    ``margins``: whether a pair's margin is subtracted. For the other arguments see
+    `EpochObjective`.
     """
 
     def __init__(self, *args: Any, margins: bool = False, **common: Any):
@@ -53,7 +60,7 @@ class RankedAnswers(Epochs):
     def identity(self) -> dict[str, Any]:
         return {**super().identity(), "margins": self.margins}
 
-    def collate(self, judged: Sequence[Judged]) -> Batch:
+    def collate(self, judged: Sequence[PreferenceExample]) -> RankingBatch:
         import numpy as np
         import torch
 
@@ -64,29 +71,29 @@ class RankedAnswers(Epochs):
         for row, one in enumerate(judged):
             ranks[row, : len(one.answers)] = torch.arange(len(one.answers))
         margins = torch.tensor([(one.margin or 0.0) * self.margins for one in judged])
-        return Batch(
+        return RankingBatch(
             torch.from_numpy(ids)[None].to(self.device), torch.from_numpy(ends).to(self.device),
             ranks.to(self.device), margins.to(self.device),
         )  # fmt: skip
 
-    def num_items(self, batch: Batch) -> int:
+    def num_items(self, batch: RankingBatch) -> int:
         return int((batch.ranks > 0).sum())
 
-    def tokens(self, batch: Batch) -> int:
+    def tokens(self, batch: RankingBatch) -> int:
         return batch.ids.numel()
 
-    def loss(self, batch: Batch, num_items: int) -> "Tensor":
+    def loss(self, batch: RankingBatch, num_items: int) -> "Tensor":
         scores = self.scores(batch)
         self.measured.append(pairs_of(scores.detach(), batch.ranks)[0])
         return self.losses(scores, batch).sum() / num_items
 
-    def scores(self, batch: Batch) -> "Tensor":
+    def scores(self, batch: RankingBatch) -> "Tensor":
         """Return the scores (n, K), 0 where a row has fewer answers."""
         model = cast(Any, self.trained)
         values = model.values(batch.ids, batch.cu_seqlens)[0, batch.cu_seqlens[1:].long() - 1]
         return values.new_zeros(batch.ranks.shape).masked_scatter(batch.ranks >= 0, values)
 
-    def losses(self, scores: "Tensor", batch: Batch) -> "Tensor":
+    def losses(self, scores: "Tensor", batch: RankingBatch) -> "Tensor":
         """Return the loss of each row, (n,): a sum over its comparisons."""
         import torch
 
@@ -180,8 +187,8 @@ class Reward(PreferenceStage):
     def unit(self) -> str:
         return "pairs"
 
-    def read_data(self, tokenizer: "Tokenizer", context: int, job: Job) -> Preferences:
-        return Preferences(self, tokenizer, self.longest(context), context, job, kind="lists")
+    def read_data(self, tokenizer: "Tokenizer", context: int, job: Job) -> PreferenceDataset:
+        return PreferenceDataset(self, tokenizer, self.longest(context), context, job, kind="lists")
 
     def module(self, model: "CausalLM") -> "RewardModel":
         from fastlm.model.reward_model import RewardModel
@@ -190,8 +197,8 @@ class Reward(PreferenceStage):
 
     def objective(
         self, job: Job, model: Any, data: Any, options: "TrainOptions", **common: Any
-    ) -> RankedAnswers:
-        return RankedAnswers(
+    ) -> RewardObjective:
+        return RewardObjective(
             model, data.training, data.heldout, options, margins=self.use_margins, **common
         )
 
@@ -199,9 +206,9 @@ class Reward(PreferenceStage):
         comparisons = sum(len(one.answers) - 1 for one in data.training)
         return {"comparisons": comparisons, "heldout": len(data.heldout)}
 
-    def finish(self, training: Training) -> dict[str, Any]:
+    def finish(self, training: TrainingSetup) -> dict[str, Any]:
         model: RewardModel = training.model
-        objective = cast(RankedAnswers, training.objective)
+        objective = cast(RewardObjective, training.objective)
         model.eval()
         model.normalise(model.score(ids_of(objective.examples)))
         return {
@@ -234,11 +241,11 @@ class Reward(PreferenceStage):
         )  # fmt: skip
 
 
-def ids_of(judged: Sequence[Judged]) -> list[list[int]]:
+def ids_of(judged: Sequence[PreferenceExample]) -> list[list[int]]:
     return [answer.ids.tolist() for one in judged for answer in one.answers]
 
 
-def measure(model: "RewardModel", judged: Sequence[Judged]) -> dict[str, Any]:
+def measure(model: "RewardModel", judged: Sequence[PreferenceExample]) -> dict[str, Any]:
     """Return how well the probabilities of a model fit, and how it treats length: "calibration"
     and "length_bias".
     """

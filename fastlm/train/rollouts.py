@@ -85,7 +85,7 @@ def answers_of(tensors: Mapping[str, Tensor]) -> list[Completion]:
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedRollouts:
     """Prompts and answers joined without padding, for one forward.
 
     ``ids`` and ``labels`` (1, total), the labels shifted and only those of answers; ``cu_seqlens``
@@ -115,7 +115,7 @@ def pack_answers(
     device: torch.device,
     *,
     share_prompts: bool = True,
-) -> Packed:
+) -> PackedRollouts:
     """Join each prompt with its answer. Neither may be empty.
 
     The last token of an answer is predicted but not read. With ``share_prompts``, neighbours with
@@ -132,4 +132,4 @@ def pack_answers(
     shares = len(keys[0]) > ids.shape[1]
     lengths = torch.tensor([len(answer) for answer in answers])
     mask = (torch.arange(int(lengths.max())) < lengths[:, None]).to(device)
-    return Packed(ids, labels, cu_seqlens, keys if shares else None, mask)
+    return PackedRollouts(ids, labels, cu_seqlens, keys if shares else None, mask)

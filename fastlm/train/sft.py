@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from fastlm.pipeline.stage import Job, Part, Takes
-from fastlm.train.encoding import TrainingData, rows_text
+from fastlm.train.encoding import EncodedDataset, rows_text
 from fastlm.train.lora_options import LoraOptions
-from fastlm.train.objective import IGNORE, Epochs, Example, Mixture, fit, pack
+from fastlm.train.objective import IGNORE, EpochObjective, Example, Mixture, fit, pack
 from fastlm.train.options import expect
 from fastlm.train.training_stage import FEEDBACK, ChatStage, loss_text
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from fastlm.data.conversations import Conversation
     from fastlm.tokenizer.tokenizer import Tokenizer
-    from fastlm.train.objective import Batch
+    from fastlm.train.objective import PackedBatch
     from fastlm.train.options import TrainOptions
 
 # What happens to a longer conversation -> how it is counted: with nothing left to learn, else
@@ -28,20 +28,20 @@ OVERLONG = {
 }
 
 
-class AnswerTokens(Epochs):
+class SftObjective(EpochObjective):
     """The objective of `Sft`: cross-entropy of learnt tokens.
 
     The loss is a mean over the learnt tokens of the whole step, however they are spread over its
-    micro-batches. For the arguments see `Epochs`.
+    micro-batches. For the arguments see `EpochObjective`.
     """
 
     def collate(self, examples: Sequence[Example]) -> Any:
         return pack(examples, self.device)
 
-    def num_items(self, batch: "Batch") -> int:
+    def num_items(self, batch: "PackedBatch") -> int:
         return int((batch[1] != IGNORE).sum())
 
-    def loss(self, batch: "Batch", num_items: int) -> "Tensor":
+    def loss(self, batch: "PackedBatch", num_items: int) -> "Tensor":
         ids, labels, cu_seqlens = batch
         return self.trained(
             ids, shift_labels=labels, cu_seqlens=cu_seqlens, num_items=num_items
@@ -97,8 +97,8 @@ class Sft(LoraOptions, ChatStage):
         weights = (*self.data_weights, 1.0) if self.data_weights else ()
         return replace(self, data=(*self.data, source), data_weights=weights)
 
-    def read_data(self, tokenizer: "Tokenizer", context: int, job: Job) -> "Encoded":
-        return Encoded(self, tokenizer, self.longest(context), context, job)
+    def read_data(self, tokenizer: "Tokenizer", context: int, job: Job) -> "ConversationDataset":
+        return ConversationDataset(self, tokenizer, self.longest(context), context, job)
 
     def data_facts(self, data: Any) -> dict[str, Any]:
         return {
@@ -111,8 +111,8 @@ class Sft(LoraOptions, ChatStage):
 
     def objective(
         self, job: Job, model: Any, data: Any, options: "TrainOptions", **common: Any
-    ) -> AnswerTokens:
-        return AnswerTokens(model, data.training, data.heldout, options, **common)
+    ) -> SftObjective:
+        return SftObjective(model, data.training, data.heldout, options, **common)
 
     def outcome(self, result: Mapping[str, Any], job: Job) -> tuple[str, list[str]]:
         speed = f"{result['tokens_per_second']:,.0f} learnt tokens/s"
@@ -149,7 +149,7 @@ class Sft(LoraOptions, ChatStage):
         )
 
 
-class Encoded(TrainingData):
+class ConversationDataset(EncodedDataset):
     """The conversations of a stage as tokens, ``conversations`` of them to learn from."""
 
     def __init__(self, stage: Sft, *args: Any):

@@ -48,7 +48,7 @@ CONTENT = {
 
 
 @dataclass
-class Progress:
+class TrainState:
     """How far a training has come."""
 
     step: Count
@@ -60,13 +60,13 @@ class Progress:
     last_metrics: dict[str, Any]
     metrics_bytes: Count
     objective: dict[str, Any]
-    losses: list[Finite]  # of the last steps, for `fastlm.train.metrics.Spikes`
-    best_step: int | None  # of `Best`
+    losses: list[Finite]  # of the last steps, for `fastlm.train.metrics.SpikeDetector`
+    best_step: int | None  # of `BestCheckpoint`
     best_loss: Finite | None
 
 
 @dataclass
-class Packed:
+class PackedOptimizer:
     """The part of an optimizer's state that is not tensors: ``<parameter>.<slot>`` -> value."""
 
     state: dict[str, Any]
@@ -74,12 +74,12 @@ class Packed:
 
 
 @dataclass
-class Rest:
+class CheckpointMetadata:
     """The part of a checkpoint that is not tensors."""
 
-    progress: Progress
+    progress: TrainState
     identity: dict[str, Any]
-    optimizer: Packed
+    optimizer: PackedOptimizer
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
@@ -117,17 +117,17 @@ def prune(run_dir: Path, keep: int, trusted: int | None = None) -> None:
         shutil.rmtree(stray, ignore_errors=True)
 
 
-def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], Packed]:
+def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], PackedOptimizer]:
     """Return ``optimizer.state_dict()`` as flat named tensors and the rest."""
     state = optimizer.state_dict()
     flat = {f"{i}.{name}": v for i, slots in state["state"].items() for name, v in slots.items()}
     tensors = {key: value for key, value in flat.items() if isinstance(value, Tensor)}
     rest = {key: value for key, value in flat.items() if key not in tensors}
-    return tensors, Packed(rest, len(state["param_groups"]))
+    return tensors, PackedOptimizer(rest, len(state["param_groups"]))
 
 
 def unpack_optimizer(
-    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], packed: Packed
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], packed: PackedOptimizer
 ) -> None:
     """Undo `pack_optimizer`. param_groups stay those of ``optimizer``: their options were compared
     as part of the run identity.
@@ -161,7 +161,7 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
 def collect(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    progress: Progress,
+    progress: TrainState,
     identity: dict[str, Any],
     *,
     copy: bool = False,
@@ -184,7 +184,7 @@ def collect(
     if copy:
         tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
     # asdict copies lists and dicts as well
-    return tensors, asdict(Rest(replace(progress, objective=rest), identity, packed))
+    return tensors, asdict(CheckpointMetadata(replace(progress, objective=rest), identity, packed))
 
 
 def _read(
@@ -219,13 +219,13 @@ def load_checkpoint(
     world: SingleProcess,
     *,
     may_differ: Sequence[str] = (),
-) -> Progress:
+) -> TrainState:
     """Load everything in place, in all processes. InputError: corrupt, or of another run (the
     message names the first difference of ``identity``, apart from the keys in ``may_differ``).
     """
     tensors, metadata = _read(path, model, optimizer, world)
     try:
-        rest = validate(metadata, Rest, "", extra="forbid")
+        rest = validate(metadata, CheckpointMetadata, "", extra="forbid")
     except InputError as error:
         raise InputError(f"{path}: expected a training checkpoint: {error}") from None
     if differs := difference(rest.identity, identity, may_differ):
@@ -305,7 +305,7 @@ class CheckpointWriter:
             self.wait()
 
 
-class Best:
+class BestCheckpoint:
     """``step`` and ``loss`` of the best weights in ``folder``; None: there are none yet."""
 
     def __init__(

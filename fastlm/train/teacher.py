@@ -13,7 +13,7 @@ an example that `fastlm.train.objective.digest` identifies as D, a row for each 
 - ``D.ids`` (rows, k), uint16 or int32;
 - ``D.logprobs`` (rows, k + 1) float16, the rest last. A row is divided by its sum when it is read,
   so that rounding leaves a distribution;
-- the metadata "header" is the JSON of `Header`.
+- the metadata "header" is the JSON of `TeacherHeader`.
 
 So an example is found by its tokens and mask: order, held-out share and other examples do not
 matter.
@@ -72,7 +72,7 @@ LEAST_REST = 2.0**-20
 
 
 @dataclass(frozen=True)
-class Header:
+class TeacherHeader:
     """``teacher``: a digest of its weights. Logits were divided by ``temperature``."""
 
     teacher: str
@@ -89,13 +89,13 @@ class TeacherLogits:
 
     def __init__(self, folder: Path, *, empty: bool = False):
         self.folder = folder
-        self.header: Header | None = None
+        self.header: TeacherHeader | None = None
         self.shards: dict[str, Any] = {}  # digest of an example -> its shard
         for path in sorted(folder.glob("teacher-*.safetensors")):
             try:
                 shard = safe_open(path, framework="np")
                 meta = shard.metadata() or {}
-                header = parse(meta.get("header", ""), Header, "header", extra="forbid")
+                header = parse(meta.get("header", ""), TeacherHeader, "header", extra="forbid")
             except (OSError, SafetensorError, InputError) as error:
                 raise self._bad(path, reason(error)) from None
             if self.header not in (None, header):
@@ -162,7 +162,7 @@ def write_logits(
     folder: Path,
     teacher: "CausalLM",
     examples: Sequence[Example],
-    header: Header,
+    header: TeacherHeader,
     *,
     track: Callable[..., Any] = silent,
     shard_bytes: int = SHARD_BYTES,
@@ -222,7 +222,7 @@ def _passes(missing: dict[str, Example]) -> Iterator[list[str]]:
 
 @torch.no_grad()
 def _measure(
-    teacher: "CausalLM", examples: Sequence[Example], header: Header
+    teacher: "CausalLM", examples: Sequence[Example], header: TeacherHeader
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return ids (rows, k) and logprobs with the rest (rows, k + 1) float16."""
     ids, labels, cu_seqlens = pack(examples, teacher.device)

@@ -28,7 +28,7 @@ from fastlm.pipeline.stage import (
 )
 from fastlm.sources.input_digest import InputDigest
 from fastlm.torchrun import is_main_process
-from fastlm.train.encoding import TrainingData, chat_tokenizer
+from fastlm.train.encoding import EncodedDataset, chat_tokenizer
 from fastlm.train.metrics import METRICS, read_metrics
 from fastlm.train.objective import weights_digest
 from fastlm.train.options import OPTIMIZERS, TrainOptions, expect
@@ -44,7 +44,7 @@ LONGEST = 2048  # tokens of a conversation by default, where the context is long
 
 
 @dataclass
-class Training:
+class TrainingSetup:
     """A training that can begin.
 
     ``model``: what is saved. ``source``: the folder of the model it began as. ``facts``: what the
@@ -79,11 +79,11 @@ class TrainingStage(TrainOptions, Stage):
         super().check()
         not_negative(self, "seed")
 
-    def prepare(self, job: Job) -> Training:
+    def prepare(self, job: Job) -> TrainingSetup:
         """Load the model and read the data."""
         raise NotImplementedError
 
-    def finish(self, training: Training) -> dict[str, Any]:
+    def finish(self, training: TrainingSetup) -> dict[str, Any]:
         """Return what the result says of the trained model, which is saved afterwards."""
         return {}
 
@@ -91,7 +91,7 @@ class TrainingStage(TrainOptions, Stage):
         """Write the model to ``folder``; it began as the one in ``source``."""
         model.save_pretrained(folder)
 
-    def save(self, training: Training, folder: Path) -> None:
+    def save(self, training: TrainingSetup, folder: Path) -> None:
         """Write the model and its tokenizer."""
         self.save_trained(training.model, folder, training.source)
         if training.tokenizer is not None:
@@ -288,7 +288,7 @@ class ChatStage(TrainingStage):
 
         return CausalLM.from_pretrained(source, dtype=torch.float32, keep_quantized=False)
 
-    def read_data(self, tokenizer: "Tokenizer", context: int, job: Job) -> TrainingData:
+    def read_data(self, tokenizer: "Tokenizer", context: int, job: Job) -> EncodedDataset:
         """Return the rows as tokens. ``context``: of the model."""
         raise NotImplementedError
 
@@ -303,10 +303,10 @@ class ChatStage(TrainingStage):
     def objective(
         self, job: Job, model: Any, data: Any, options: TrainOptions, **common: Any
     ) -> "Objective":
-        """Return what is learnt; ``common`` is for `fastlm.train.objective.Epochs`."""
+        """Return what is learnt; ``common`` is for `fastlm.train.objective.EpochObjective`."""
         raise NotImplementedError
 
-    def prepare(self, job: Job) -> Training:
+    def prepare(self, job: Job) -> TrainingSetup:
         from fastlm.checkpoint.architectures import expected_shapes
         from fastlm.tokenizer.load import load_tokenizer
 
@@ -337,7 +337,7 @@ class ChatStage(TrainingStage):
             "prompt": text,
             **self.data_facts(data),
         }
-        return Training(module, tokenizer, objective, options, facts, source)
+        return TrainingSetup(module, tokenizer, objective, options, facts, source)
 
     def identity(self) -> dict[str, Any]:
         return {k: v for k, v in super().identity().items() if k != "chat_template"}

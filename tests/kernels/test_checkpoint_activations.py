@@ -12,7 +12,7 @@ from fastlm.data.shards import BatchSampler, TokenDataset
 from fastlm.errors import InputError
 from fastlm.model.layers import checkpoint_activations
 from fastlm.train.loop import train
-from fastlm.train.pretrain import NextToken
+from fastlm.train.pretrain import PretrainObjective
 
 LAYERS = 4
 
@@ -101,7 +101,7 @@ def test_a_training_with_it_has_the_same_weights(tmp_path):
             tiny_run.OPTIONS, max_steps=3, validations=0, sample_at=(),
             checkpoint_activations=again,
         )  # fmt: skip
-        train(NextToken(net, sampler, None, options), options, tmp_path / f"{again}")
+        train(PretrainObjective(net, sampler, None, options), options, tmp_path / f"{again}")
         assert net.model.checkpoint_activations == again
         weights.append(net.state_dict())
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])

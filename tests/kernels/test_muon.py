@@ -16,9 +16,9 @@ import fastlm
 from fastlm.data.shards import BatchSampler, TokenDataset
 from fastlm.errors import InputError
 from fastlm.muon import COEFFICIENTS, Muon, muon_groups, orthogonalize
-from fastlm.train.loop import Interrupted, train
+from fastlm.train.loop import TrainingInterrupted, train
 from fastlm.train.objective import decay_matrices
-from fastlm.train.pretrain import NextToken
+from fastlm.train.pretrain import PretrainObjective
 
 SHAPES = ((24, 40), (40, 24), (16, 16))
 CONFIG = fastlm.ModelConfig(
@@ -209,7 +209,7 @@ def test_a_training_resumes_to_the_same_bits(tmp_path):
     def start(name, on_event=None):
         model = fastlm.CausalLM(CONFIG, seed=0)
         sampler = BatchSampler(TokenDataset(tmp_path / "train"), 2, 16, seed=7)
-        objective = NextToken(model, sampler, None, options)
+        objective = PretrainObjective(model, sampler, None, options)
         result = train(objective, options, tmp_path / name, on_event=on_event)
         return model, result
 
@@ -219,7 +219,7 @@ def test_a_training_resumes_to_the_same_bits(tmp_path):
 
     whole, result = start("whole")
     assert result.loss is not None and result.loss < 3.4
-    with pytest.raises(Interrupted):
+    with pytest.raises(TrainingInterrupted):
         start("cut", press)
     cut, _ = start("cut")
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), cut.parameters()))

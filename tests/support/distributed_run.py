@@ -35,19 +35,19 @@ from fastlm.model.causal_lm import CausalLM
 from fastlm.model.lora import add_lora
 from fastlm.model.reward_model import RewardModel
 from fastlm.train import loop
-from fastlm.train.distill import DistillOptions, TeacherTokens
-from fastlm.train.dpo_objective import PreferredAnswers
-from fastlm.train.loop import Interrupted, NonFiniteError, train
+from fastlm.train.distill import DistillOptions, TeacherModelObjective
+from fastlm.train.dpo_objective import DpoObjective
+from fastlm.train.loop import NonFiniteError, TrainingInterrupted, train
 from fastlm.train.objective import DivergedError, Example
-from fastlm.train.online import Online
-from fastlm.train.online_objectives import ActorCritic, GroupRelative, value_model
+from fastlm.train.online import OnlineObjective
+from fastlm.train.online_objectives import GrpoObjective, PpoObjective, value_model
 from fastlm.train.online_stage import Grpo
 from fastlm.train.options import GrpoOptions, PpoOptions, RolloutOptions, TrainOptions
 from fastlm.train.parallel import process_group
-from fastlm.train.preferences import Judged, PreferenceLoss
-from fastlm.train.pretrain import NextToken
-from fastlm.train.reward import RankedAnswers
-from fastlm.train.sft import AnswerTokens
+from fastlm.train.preferences import PreferenceExample, PreferenceLoss
+from fastlm.train.pretrain import PretrainObjective
+from fastlm.train.reward import RewardObjective
+from fastlm.train.sft import SftObjective
 
 CONFIG = {
     "model_type": "llama", "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64,
@@ -76,7 +76,7 @@ def pretraining(data: Path, run: Path, options: TrainOptions = OPTIONS, **kwargs
     sampler = BatchSampler(TokenDataset(data / "train"), 2, SEQ, seed=7)
     heldout = TokenDataset(data / "heldout")
     net = model()
-    objective = NextToken(net, sampler, heldout, options, Letters())
+    objective = PretrainObjective(net, sampler, heldout, options, Letters())
     result = train(objective, options, run, **kwargs)
     return net, result
 
@@ -93,11 +93,13 @@ def examples(count: int) -> list[Example]:
 
 
 def fine_tuning(run: Path, options: TrainOptions = OPTIONS, rank: int = 0, net=None):
-    """Epochs of 7 micro-batches: 4, then 3. ``rank``: of adapters, or all weights are trained."""
+    """EpochObjective of 7 micro-batches: 4, then 3. ``rank``: of adapters, or all weights are
+    trained.
+    """
     net = net or model()
     if rank:
         add_lora(net, rank, 2.0 * rank, seed=3)
-    objective = AnswerTokens(
+    objective = SftObjective(
         net, examples(14), [], options, batch_size=2, seed=1, base="", tokenizer=None, prompt=(),
     )  # fmt: skip
     train(objective, options, run)
@@ -105,11 +107,11 @@ def fine_tuning(run: Path, options: TrainOptions = OPTIONS, rank: int = 0, net=N
 
 
 def rewarding(run: Path, options: TrainOptions = OPTIONS):
-    """Epochs of 5 micro-batches of pairs: 4, then 1."""
+    """EpochObjective of 5 micro-batches of pairs: 4, then 1."""
     net = RewardModel(ModelConfig.from_dict(CONFIG), seed=0)
     both = examples(18)
-    judged = [Judged(pair) for pair in zip(both[::2], both[1::2])]
-    objective = RankedAnswers(net, judged, judged[:3], options, batch_size=2, seed=1, base="")
+    judged = [PreferenceExample(pair) for pair in zip(both[::2], both[1::2])]
+    objective = RewardObjective(net, judged, judged[:3], options, batch_size=2, seed=1, base="")
     train(objective, options, run)
     scores = net.eval().score([e.ids.tolist() for e in both])  # the model is whole again
     assert torch.isfinite(scores).all()
@@ -117,16 +119,18 @@ def rewarding(run: Path, options: TrainOptions = OPTIONS):
 
 
 def preferring(run: Path, options: TrainOptions = OPTIONS, loss: str = "sigmoid"):
-    """Epochs of 5 micro-batches of pairs with a common prompt: 4, then 1. With "kto" the first
-    answer of each is labelled, and the second stands for one to another prompt.
+    """EpochObjective of 5 micro-batches of pairs with a common prompt: 4, then 1. With "kto" the
+    first answer of each is labelled, and the second stands for one to another prompt.
     """
     net = model()
     judged = []
     for i, one in enumerate(examples(9)):
         ids = one.ids.copy()
         ids[one.mask] = 1 + (ids[one.mask] + i) % (VOCAB - 1)
-        judged.append(Judged((one, Example(ids, one.mask, one.place)), desirable=i % 3 > 0))
-    objective = PreferredAnswers(
+        judged.append(
+            PreferenceExample((one, Example(ids, one.mask, one.place)), desirable=i % 3 > 0)
+        )
+    objective = DpoObjective(
         net, judged, judged[:3], options, PreferenceLoss(loss), batch_size=2, seed=1, base="",
         tokenizer=None, prompt=(),
     )  # fmt: skip
@@ -136,9 +140,9 @@ def preferring(run: Path, options: TrainOptions = OPTIONS, loss: str = "sigmoid"
 
 
 def distilling(run: Path, options: TrainOptions = OPTIONS, on_policy: float = 0.0):
-    """Epochs of 7 micro-batches: 4, then 3. The teacher is whole in every process."""
+    """EpochObjective of 7 micro-batches: 4, then 3. The teacher is whole in every process."""
     net, teacher = model(), model(num_hidden_layers=1, initializer_range=0.3)
-    objective = TeacherTokens(
+    objective = TeacherModelObjective(
         net, examples(14), examples(3), options, batch_size=2, seed=1, base="", tokenizer=None,
         prompt=(), teacher=teacher,
         rules=DistillOptions("jsd", sft_weight=0.5, on_policy=on_policy, max_new_tokens=6),
@@ -156,7 +160,7 @@ ROLLOUTS = RolloutOptions(
 
 def rolling_out(
     kind: str, run: Path, options: TrainOptions, rules: RolloutOptions = ROLLOUTS
-) -> Online:
+) -> OnlineObjective:
     """``kind``: "ppo", "ppo shared", or a loss of GRPO's. Passes are 9 answers in 5 micro-batches:
     4, then 1; the second one only if the update has not moved far.
     """
@@ -178,10 +182,10 @@ def rolling_out(
     if kind.startswith("ppo"):
         value = value_model(policy, shared=kind == "ppo shared")
         settings = PpoOptions(**settings | {"value_weight": 0.5})
-        objective = ActorCritic(*args, settings, value=value, **more)
+        objective = PpoObjective(*args, settings, value=value, **more)
     else:
         settings |= {"loss_type": kind, "entropy": 0.01, "mask_truncated": True}
-        objective = GroupRelative(*args, GrpoOptions(**settings), **more)
+        objective = GrpoObjective(*args, GrpoOptions(**settings), **more)
     train(objective, options, run)
     return objective
 
@@ -257,7 +261,7 @@ def two(rank: int, data: Path, out: Path) -> None:
         try:
             with told_to_stop(6 if rank == 1 else 0):
                 pretraining(data, out / f"cut-{parallel}", options)
-        except Interrupted as stopped:
+        except TrainingInterrupted as stopped:
             (out / f"cut-{parallel}-{rank}.txt").write_text(str(stopped))
 
 
@@ -296,7 +300,7 @@ def diverging(rank: int, run: Path) -> str:
     """In step 3 the losses of the processes are inf and -inf. The other one looks for the last
     checkpoint before it is written.
     """
-    loss, looks, steps = AnswerTokens.loss, loop.checkpoint_before, 0
+    loss, looks, steps = SftObjective.loss, loop.checkpoint_before, 0
 
     def spoilt(self, batch, num_items):
         nonlocal steps
@@ -304,14 +308,14 @@ def diverging(rank: int, run: Path) -> str:
         found = loss(self, batch, num_items)
         return found if steps <= 4 else found * (math.inf if rank else -math.inf)
 
-    AnswerTokens.loss = spoilt
+    SftObjective.loss = spoilt
     if rank:
         loop.checkpoint_before = lambda run_dir, step: None
     options = replace(SHORT, checkpoint_every=2, validations=0, async_checkpoints=True)
     try:
         return refused(lambda: fine_tuning(run, options), NonFiniteError)
     finally:
-        AnswerTokens.loss, loop.checkpoint_before = loss, looks
+        SftObjective.loss, loop.checkpoint_before = loss, looks
 
 
 def edges(rank: int, data: Path, out: Path) -> None:
@@ -345,7 +349,7 @@ def rounds_of_two(rank: int, data: Path, out: Path) -> None:
     """Two processes. PPO stops in step 3; a score fails in the second one; a KL is too large."""
     rounds(data, out)
     with told_to_stop(3 if rank == 1 else 0):
-        refused(lambda: rolling_out("ppo", out / "cut", ROUNDS), Interrupted)
+        refused(lambda: rolling_out("ppo", out / "cut", ROUNDS), TrainingInterrupted)
     reward = f"{data}/rewards.py:bad"
     far = {"max_kl": 0.1, "lr": 0.1, "schedule": "wsd", "decay": 0.0, "warmup": 0.0}
     said = {

@@ -17,7 +17,7 @@ from torch import nn
 from fastlm.data.shards import BatchSampler, TokenDataset, write_shards
 from fastlm.train.loop import train
 from fastlm.train.options import TrainOptions
-from fastlm.train.pretrain import NextToken
+from fastlm.train.pretrain import PretrainObjective
 
 VOCAB, SEQ = 32, 16
 OPTIONS = TrainOptions(
@@ -86,7 +86,9 @@ def start(data: Path, run: Path, options: TrainOptions = OPTIONS, **kwargs):
     model = TinyLM()
     sampler = BatchSampler(TokenDataset(data / "train"), 4, SEQ, seed=7)
     heldout = TokenDataset(data / "heldout")
-    return train(NextToken(model, sampler, heldout, options, Letters()), options, run, **kwargs)
+    return train(
+        PretrainObjective(model, sampler, heldout, options, Letters()), options, run, **kwargs
+    )
 
 
 def start_and_die(

@@ -15,7 +15,7 @@ from tiny_run import start
 
 from fastlm.checkpoint import folder
 from fastlm.errors import InputError
-from fastlm.train.loop import Interrupted, NonFiniteError
+from fastlm.train.loop import NonFiniteError, TrainingInterrupted
 from fastlm.train.state import CheckpointWriter, list_checkpoints
 
 PLAIN = replace(tiny_run.OPTIONS, keep_best=True)
@@ -106,7 +106,7 @@ def test_ctrl_c_waits_for_what_is_being_written(data, tmp_path, whole, monkeypat
         if event.get("step") == 6 and "loss" in event:
             os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(Interrupted, match=r"saved in .*step-00000006$"):
+    with pytest.raises(TrainingInterrupted, match=r"saved in .*step-00000006$"):
         start(data, tmp_path, OPTIONS, on_event=press)
     names = [path.name for path in list_checkpoints(tmp_path)]
     assert names == ["step-00000005", "step-00000006"]

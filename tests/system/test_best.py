@@ -13,9 +13,15 @@ import torch
 from fastlm.checkpoint.folder import load_tensors
 from fastlm.errors import InputError
 from fastlm.train.distributed import SingleDevice, SingleProcess
-from fastlm.train.loop import Interrupted, train
-from fastlm.train.pretrain import NextToken
-from fastlm.train.state import BEST_NAME, Best, CheckpointWriter, checkpoint_path, list_checkpoints
+from fastlm.train.loop import TrainingInterrupted, train
+from fastlm.train.pretrain import PretrainObjective
+from fastlm.train.state import (
+    BEST_NAME,
+    BestCheckpoint,
+    CheckpointWriter,
+    checkpoint_path,
+    list_checkpoints,
+)
 
 # The rate rises until the loss does
 OPTIONS = replace(
@@ -39,7 +45,7 @@ def start(data, run, options=OPTIONS, on_event=None):
     model = tiny_run.TinyLM()
     sampler = tiny_run.BatchSampler(tiny_run.TokenDataset(data / "train"), 4, tiny_run.SEQ, seed=7)
     heldout = tiny_run.TokenDataset(data / "heldout")
-    objective = NextToken(model, sampler, heldout, options)
+    objective = PretrainObjective(model, sampler, heldout, options)
     result = train(objective, options, run, on_event=on_event)
     return model, result
 
@@ -97,7 +103,7 @@ def test_cut_off_anywhere_it_ends_with_the_same_best(data, whole, tmp_path, at):
         if event.get("step") == at and "loss" in event:
             os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(Interrupted):
+    with pytest.raises(TrainingInterrupted):
         start(data, tmp_path, on_event=press)
     _, result = start(data, tmp_path)
     assert result.best_step == whole[2].best_step and bests(tmp_path) == bests(whole[0])
@@ -131,8 +137,8 @@ def test_what_is_refused(data, tmp_path):
     dataset = tiny_run.TokenDataset(data / "train")
     sampler = tiny_run.BatchSampler(dataset, 4, tiny_run.SEQ, seed=7)
     with pytest.raises(InputError, match="to validate on, got none; raise heldout, give more"):
-        train(NextToken(model, sampler, None, OPTIONS), OPTIONS, tmp_path)
-    best = Best(
+        train(PretrainObjective(model, sampler, None, OPTIONS), OPTIONS, tmp_path)
+    best = BestCheckpoint(
         tmp_path,
         True,
         CheckpointWriter(False),

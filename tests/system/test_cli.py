@@ -372,10 +372,10 @@ def test_a_model_that_is_not_there(tmp_path):
 
 
 def test_interrupts_and_divergence_have_their_status(monkeypatch):
-    from fastlm.train.loop import Interrupted, NonFiniteError
+    from fastlm.train.loop import NonFiniteError, TrainingInterrupted
 
     for error, status in (
-        (Interrupted("stopped after step 3; saved in x"), 130),
+        (TrainingInterrupted("stopped after step 3; saved in x"), 130),
         (NonFiniteError("step 3"), 3),
     ):
 

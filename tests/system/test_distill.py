@@ -16,8 +16,8 @@ from fastlm.cli import app
 from fastlm.errors import InputError
 from fastlm.model.causal_lm import CausalLM
 from fastlm.tokenizer.tokenizer import Tokenizer
-from fastlm.train.distill import Distill, DistillOptions, TeacherTokens
-from fastlm.train.loop import Interrupted
+from fastlm.train.distill import Distill, DistillOptions, TeacherModelObjective
+from fastlm.train.loop import TrainingInterrupted
 from fastlm.train.options import TrainOptions
 
 TINY = Distill(
@@ -43,10 +43,10 @@ def data(tmp_path) -> str:
     return write(tmp_path / "chats.jsonl", rows)
 
 
-def objective(rules: DistillOptions, **changes) -> TeacherTokens:
+def objective(rules: DistillOptions, **changes) -> TeacherModelObjective:
     student = CausalLM(config(64, **changes), seed=1).double()
     teacher = CausalLM(config(64, hidden_size=48, initializer_range=0.3), seed=2).double()
-    return TeacherTokens(
+    return TeacherModelObjective(
         student, EXAMPLES, [], TrainOptions(max_steps=1), batch_size=3, seed=0, base="",
         tokenizer=None, prompt=(), teacher=teacher, rules=rules,
     )  # fmt: skip
@@ -130,7 +130,7 @@ def test_the_student_comes_closer_and_continues_to_the_same_bits(
         if event.get("step") == 5 and "loss" in event:
             os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(Interrupted):
+    with pytest.raises(TrainingInterrupted):
         stage(tmp_path / "cut", on_event=press, **inputs)
     stage(tmp_path / "cut", **inputs)
     whole, cut = (

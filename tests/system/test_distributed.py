@@ -194,7 +194,9 @@ def test_one_process_told_to_stop_stops_all_and_others_continue(one, two, four):
 
 
 def test_fewer_micro_batches_than_processes(one, four):
-    """Epochs of 7 micro-batches end with a step of 3, of which the fourth process has none."""
+    """Epochs of 7 micro-batches end with a step of 3, of which the fourth process
+    has none.
+    """
     for parallel in ("ddp", "fsdp"):
         assert_near(four / f"sft-{parallel}", one / "sft", 1e-5)
 

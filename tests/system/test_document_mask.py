@@ -14,8 +14,8 @@ import fastlm
 from fastlm.data.shards import BatchSampler, TokenDataset, document_offsets, write_shards
 from fastlm.errors import InputError
 from fastlm.model.bits_per_byte import evaluate
-from fastlm.train.loop import Interrupted, train
-from fastlm.train.pretrain import NextToken
+from fastlm.train.loop import TrainingInterrupted, train
+from fastlm.train.pretrain import PretrainObjective
 from fastlm.train.state import list_checkpoints
 
 CONFIG = fastlm.ModelConfig(
@@ -44,7 +44,7 @@ def model(seed=0):
 
 def objective(net, data, mask=True):
     sampler = BatchSampler(TokenDataset(data / "train"), 3, SEQ, seed=1)
-    return NextToken(net, sampler, None, OPTIONS, document_mask=mask)
+    return PretrainObjective(net, sampler, None, OPTIONS, document_mask=mask)
 
 
 def documents(ids, labels):
@@ -103,7 +103,7 @@ def test_windows_without_a_boundary_take_the_plain_path(tmp_path):
     for mask in (False, True):
         net = model()
         sampler = BatchSampler(data, 3, SEQ, seed=1)
-        objective = NextToken(net, sampler, None, OPTIONS, document_mask=mask)
+        objective = PretrainObjective(net, sampler, None, OPTIONS, document_mask=mask)
         train(objective, OPTIONS, tmp_path / f"{mask}")
         weights.append(net.state_dict())
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
@@ -130,7 +130,7 @@ def test_a_run_goes_on_to_the_same_bits_and_refuses_another_mask(data, tmp_path)
         net = model()
         sampler = BatchSampler(TokenDataset(data / "train"), 3, SEQ, seed=1)
         heldout = TokenDataset(data / "heldout")
-        objective = NextToken(net, sampler, heldout, OPTIONS, document_mask=mask)
+        objective = PretrainObjective(net, sampler, heldout, OPTIONS, document_mask=mask)
         train(objective, OPTIONS, folder, **options)
         return net.state_dict()
 
@@ -139,7 +139,7 @@ def test_a_run_goes_on_to_the_same_bits_and_refuses_another_mask(data, tmp_path)
             os.kill(os.getpid(), signal.SIGINT)
 
     whole = run(tmp_path / "whole")
-    with pytest.raises(Interrupted):
+    with pytest.raises(TrainingInterrupted):
         run(tmp_path / "cut", on_event=press)
     cut = run(tmp_path / "cut")
     assert all(torch.equal(whole[name], cut[name]) for name in whole)

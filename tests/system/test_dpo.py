@@ -19,26 +19,26 @@ from fastlm.cli import app
 from fastlm.errors import InputError
 from fastlm.model.causal_lm import CausalLM
 from fastlm.train.dpo import Dpo
-from fastlm.train.dpo_objective import PreferredAnswers
-from fastlm.train.loop import Interrupted
+from fastlm.train.dpo_objective import DpoObjective
+from fastlm.train.loop import TrainingInterrupted
 from fastlm.train.objective import IGNORE, Example, pack_groups
 from fastlm.train.options import TrainOptions
-from fastlm.train.preferences import Judged, PreferenceLoss, with_other_answers
+from fastlm.train.preferences import PreferenceExample, PreferenceLoss, with_other_answers
 
 TINY = Dpo(
     data=("x.jsonl",), epochs=2, batch_size=3, accumulate=2, lr=2e-3, heldout=0.25, validations=2,
     sample_at=(), dtype="float32", checkpoint_every=3,
 )  # fmt: skip
 PAIRS = [
-    Judged((example([5, 6, 7, 8, 9], 3, "row 1"), example([5, 6, 7, 10], 3))),
-    Judged((example([11, 12, 13], 1, "row 2"), example([11, 14, 15, 16, 17, 18], 1))),
-    Judged((example([20, 21, 22, 23], 2, "row 3"), example([20, 21, 24], 2))),
-    Judged((example([30, 31], 1, "row 4"), example([30, 32, 33], 1))),
-    Judged((example([40, 41, 42], 1, "row 5"), example([40, 43, 44], 1))),
+    PreferenceExample((example([5, 6, 7, 8, 9], 3, "row 1"), example([5, 6, 7, 10], 3))),
+    PreferenceExample((example([11, 12, 13], 1, "row 2"), example([11, 14, 15, 16, 17, 18], 1))),
+    PreferenceExample((example([20, 21, 22, 23], 2, "row 3"), example([20, 21, 24], 2))),
+    PreferenceExample((example([30, 31], 1, "row 4"), example([30, 32, 33], 1))),
+    PreferenceExample((example([40, 41, 42], 1, "row 5"), example([40, 43, 44], 1))),
 ]
 LABELS = with_other_answers(
     [
-        Judged((answer,), desirable=good)
+        PreferenceExample((answer,), desirable=good)
         for pair in PAIRS
         for answer, good in zip(pair.answers, (True, False))
     ],
@@ -71,11 +71,11 @@ def options(**changes) -> Dpo:
     return replace(TINY, **changes)
 
 
-def objective(terms: PreferenceLoss, batch_size: int = 2, judged=None) -> PreferredAnswers:
+def objective(terms: PreferenceLoss, batch_size: int = 2, judged=None) -> DpoObjective:
     """On a model that is not its reference any more."""
     model = CausalLM(config(64), seed=3)
     judged = judged or (LABELS if terms.loss == "kto" else PAIRS)
-    made = PreferredAnswers(
+    made = DpoObjective(
         model, judged, judged, TrainOptions(max_steps=1), terms, batch_size=batch_size, seed=4,
         base="", tokenizer=None, prompt=(),
     )  # fmt: skip
@@ -126,7 +126,7 @@ def naive(model, reference, terms: PreferenceLoss, judged) -> torch.Tensor:
     return torch.stack(losses).mean()
 
 
-def step(made: PreferredAnswers, micro_batches: int) -> tuple[float, list[torch.Tensor]]:
+def step(made: DpoObjective, micro_batches: int) -> tuple[float, list[torch.Tensor]]:
     made.trained.zero_grad()
     batches = made.next_batches(micro_batches)
     count, total = sum(map(made.num_items, batches)), 0.0
@@ -181,7 +181,7 @@ def test_a_step_counts_pairs_and_tokens() -> None:
 def test_every_reference_is_measured_once() -> None:
     """Also of held-out rows beyond val_tokens, which a resumed training may validate on."""
     model = CausalLM(config(64), seed=3)
-    made = PreferredAnswers(
+    made = DpoObjective(
         model, PAIRS, PAIRS, TrainOptions(max_steps=1, val_tokens=1), PreferenceLoss(),
         batch_size=2, seed=4, base="", tokenizer=None, prompt=(),
     )  # fmt: skip
@@ -264,10 +264,10 @@ def test_an_answer_to_another_prompt_keeps_its_own_prompt() -> None:
     with pytest.raises(
         InputError, match="expected answers to two prompts or more for kto, got one"
     ):
-        with_other_answers([Judged((answer,)) for answer in PAIRS[0].answers], 64)
+        with_other_answers([PreferenceExample((answer,)) for answer in PAIRS[0].answers], 64)
     # in as many tokens as fit, and at least one of the answer
     (short, _) = with_other_answers(
-        [Judged((PAIRS[2].answers[0],)), Judged((LABELS[3].answers[0],))], 4
+        [PreferenceExample((PAIRS[2].answers[0],)), PreferenceExample((LABELS[3].answers[0],))], 4
     )
     assert len(short.answers[1].ids) == 4 and short.answers[1].learnt == 2
 
@@ -338,7 +338,7 @@ def test_the_same_command_continues_to_the_same_bits(base, data, tmp_path, loss,
         if "loss" in event and event["step"] == seen:
             os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(Interrupted):
+    with pytest.raises(TrainingInterrupted):
         stage(tmp_path / "cut", model=base, on_event=interrupt)
     cut = stage(tmp_path / "cut", model=base)
     files = [tmp_path / name / "model" / "model.safetensors" for name in ("whole", "cut")]
@@ -514,14 +514,14 @@ def test_loss_and_gradient_are_those_of_trl(base, tmp_path, name) -> None:
     loss = trainer.compute_loss(theirs, trainer.data_collator(features))
     loss.backward()
     judged = [
-        Judged(tuple(
+        PreferenceExample(tuple(
             example(row["prompt_ids"] + row[side], len(row["prompt_ids"]))
             for side in ("chosen_ids", "rejected_ids")
         ))
         for row in features
     ]  # fmt: skip
     model = CausalLM.from_pretrained(base, dtype=torch.float32)
-    made = PreferredAnswers(
+    made = DpoObjective(
         model, judged, [], TrainOptions(max_steps=1), terms, batch_size=4, seed=0, base="",
         tokenizer=None, prompt=(),
     )  # fmt: skip

@@ -19,7 +19,7 @@ from fastlm.model.causal_lm import CausalLM
 from fastlm.model.reward_model import RewardModel
 from fastlm.stages import parse_recipe
 from fastlm.tokenizer.tokenizer import Tokenizer
-from fastlm.train.loop import Interrupted
+from fastlm.train.loop import TrainingInterrupted
 from fastlm.train.online_stage import Ppo, RewardEnsemble, combined
 
 PPO = Ppo(
@@ -93,7 +93,7 @@ def test_ppo_continues_to_the_same_bits(base, rewards, data, tmp_path) -> None:
         if event.get("step") == 3 and "loss" in event:
             os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(Interrupted):
+    with pytest.raises(TrainingInterrupted):
         stage(tmp_path / "cut", on_event=press, **inputs)
     more = replace(stage, ensemble="min", max_steps=6)
     with pytest.raises(InputError, match="is of another run: scored_by was"):

@@ -22,11 +22,11 @@ from fastlm.model.causal_lm import CausalLM
 from fastlm.optim import AdamW
 from fastlm.train import online
 from fastlm.train.distributed import SingleProcess
-from fastlm.train.loop import Interrupted, train
+from fastlm.train.loop import TrainingInterrupted, train
 from fastlm.train.metrics import correlation
 from fastlm.train.objective import DivergedError
 from fastlm.train.online import repetition
-from fastlm.train.online_objectives import ActorCritic, GroupRelative, value_model
+from fastlm.train.online_objectives import GrpoObjective, PpoObjective, value_model
 from fastlm.train.online_stage import Grpo, Ppo
 from fastlm.train.options import LOSS_TYPES, GrpoOptions, PpoOptions, RolloutOptions, TrainOptions
 from fastlm.train.rollouts import IGNORE, pack_answers, sample_answers
@@ -76,8 +76,8 @@ def objective(kind: str, rules: RolloutOptions = RULES, prompts=PROMPTS, score=s
     settings = asdict(rules)
     if kind == "ppo":
         value = value_model(policy, shared=shared)
-        return ActorCritic(*args, PpoOptions(**settings | of_ppo), value=value, **options)
-    return GroupRelative(*args, GrpoOptions(**settings | group), **options)
+        return PpoObjective(*args, PpoOptions(**settings | of_ppo), value=value, **options)
+    return GrpoObjective(*args, GrpoOptions(**settings | group), **options)
 
 
 def lines(run) -> list[dict]:
@@ -248,7 +248,7 @@ def test_cut_off_anywhere_it_continues_to_the_same_bits(kind, tmp_path) -> None:
                 os.kill(os.getpid(), signal.SIGINT)
 
         run = tmp_path / f"cut-{step}"
-        with pytest.raises(Interrupted):
+        with pytest.raises(TrainingInterrupted):
             train(game(), replace(OPTIONS, max_steps=12), run, on_event=press)
         train(game(), replace(OPTIONS, max_steps=12), run)
         assert lines(run) == lines(tmp_path / "whole")
@@ -655,7 +655,7 @@ def test_the_last_policy_is_measured_too(tmp_path) -> None:
     train(objective("dapo", rules), options, tmp_path)
     options = replace(options, max_steps=16)
     for _ in range(3):
-        with pytest.raises(Interrupted):
+        with pytest.raises(TrainingInterrupted):
             train(objective("dapo", rules), options, tmp_path, on_event=press)
     names = [path.name for path in list_checkpoints(tmp_path)]
     assert names[0] == "step-00000008" and len(names) == 3  # two of the round, and that
@@ -672,7 +672,7 @@ def test_an_interrupt_of_the_last_measurement_is_not_lost(tmp_path) -> None:
         check()
 
     game.check_pending = press
-    with pytest.raises(Interrupted, match=r"after step 4; saved in .*step-00000004$"):
+    with pytest.raises(TrainingInterrupted, match=r"after step 4; saved in .*step-00000004$"):
         train(game, replace(OPTIONS, max_steps=4), tmp_path)
     assert train(objective("dapo", RULES), replace(OPTIONS, max_steps=4), tmp_path).steps == 4
 

@@ -22,7 +22,7 @@ from fastlm.model.quantized_modules import QuantizedLinear
 from fastlm.model.reward_model import RewardModel
 from fastlm.quant import quantize
 from fastlm.tokenizer.tokenizer import Tokenizer
-from fastlm.train.loop import Interrupted
+from fastlm.train.loop import TrainingInterrupted
 from fastlm.train.objective import DivergedError
 from fastlm.train.online_objectives import value_model
 from fastlm.train.online_stage import Grpo, Ppo, text_of
@@ -76,7 +76,7 @@ def test_grpo_continues_to_the_same_bits_and_reports(base, data, tmp_path) -> No
         if event.get("step") == 3 and "loss" in event:
             os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(Interrupted):
+    with pytest.raises(TrainingInterrupted):
         stage(tmp_path / "cut", model=base, on_event=press)
     stage(tmp_path / "cut", model=base)
     assert metrics_of(tmp_path / "cut") == metrics_of(tmp_path / "whole")
@@ -269,7 +269,7 @@ def test_ppo_with_adapters_continues_to_the_same_bits(base, data, tmp_path) -> N
         if event.get("step") == 3 and "loss" in event:
             os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(Interrupted):
+    with pytest.raises(TrainingInterrupted):
         stage(tmp_path / "cut", model=base, on_event=press)
     kept = load_tensors(next((tmp_path / "cut" / "checkpoints").glob("step-*")))[0]
     names = {name for name in kept if name.startswith("model.")}

@@ -20,21 +20,23 @@ from fastlm.errors import InputError
 from fastlm.model.causal_lm import CausalLM
 from fastlm.model.reward_model import RewardModel, scores
 from fastlm.tokenizer.tokenizer import Tokenizer
-from fastlm.train.loop import Interrupted
+from fastlm.train.loop import TrainingInterrupted
 from fastlm.train.options import TrainOptions
-from fastlm.train.preferences import Judged, accuracy_error, ranked_right
-from fastlm.train.reward import RankedAnswers, Reward, calibration, length_bias
+from fastlm.train.preferences import PreferenceExample, accuracy_error, ranked_right
+from fastlm.train.reward import Reward, RewardObjective, calibration, length_bias
 
 TINY = Reward(
     data=("x.jsonl",), epochs=3, batch_size=3, accumulate=2, lr=3e-3, heldout=0.25, validations=2,
     dtype="float32", checkpoint_every=3,
 )  # fmt: skip
 ROWS = [
-    Judged((example([5, 6, 7, 8, 9], 3, "1"), example([5, 6, 7, 10], 3)), margin=0.5),
-    Judged(tuple(example([11, *answer], 1, "2") for answer in ([12, 13], [14], [15, 16, 17, 18]))),
-    Judged((example([20, 21, 22, 23], 2, "3"), example([20, 21, 24], 2))),
-    Judged(tuple(example([30, i], 1, "4") for i in range(31, 36))),
-    Judged((example([40, 41, 42], 1, "5"), example([40, 43, 44], 1)), margin=2.0),
+    PreferenceExample((example([5, 6, 7, 8, 9], 3, "1"), example([5, 6, 7, 10], 3)), margin=0.5),
+    PreferenceExample(
+        tuple(example([11, *answer], 1, "2") for answer in ([12, 13], [14], [15, 16, 17, 18]))
+    ),
+    PreferenceExample((example([20, 21, 22, 23], 2, "3"), example([20, 21, 24], 2))),
+    PreferenceExample(tuple(example([30, i], 1, "4") for i in range(31, 36))),
+    PreferenceExample((example([40, 41, 42], 1, "5"), example([40, 43, 44], 1)), margin=2.0),
 ]
 
 
@@ -68,8 +70,8 @@ def model_of(**changes) -> RewardModel:
     return RewardModel(config(64, **changes), seed=3)
 
 
-def objective(model: RewardModel, batch_size: int, margins: bool) -> RankedAnswers:
-    return RankedAnswers(
+def objective(model: RewardModel, batch_size: int, margins: bool) -> RewardObjective:
+    return RewardObjective(
         model, ROWS, ROWS, TrainOptions(max_steps=1), margins=margins, batch_size=batch_size,
         seed=4, base="",
     )  # fmt: skip
@@ -298,7 +300,7 @@ def test_the_same_command_continues_to_the_same_bits(base, tmp_path, dtype) -> N
         if "loss" in event and event["step"] == 4:
             os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(Interrupted):
+    with pytest.raises(TrainingInterrupted):
         stage(tmp_path / "cut", model=base, on_event=interrupt)
     cut = stage(tmp_path / "cut", model=base)
     files = [

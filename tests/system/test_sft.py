@@ -20,7 +20,7 @@ from fastlm.tokenizer.tokenizer import Tokenizer
 from fastlm.train.encoding import place_in_order
 from fastlm.train.objective import IGNORE, Example, Mixture, fit, pack, weights_digest
 from fastlm.train.options import TrainOptions
-from fastlm.train.sft import AnswerTokens, Sft
+from fastlm.train.sft import Sft, SftObjective
 
 QUESTIONS = {
     "capital of France?": "Paris.",
@@ -118,7 +118,7 @@ def model() -> CausalLM:
 
 def loss_of(model, parts: list[list[Example]], count: int) -> tuple[float, list[torch.Tensor]]:
     model.zero_grad()
-    objective = AnswerTokens(
+    objective = SftObjective(
         model, EXAMPLES, [], TrainOptions(max_steps=1), batch_size=1, seed=0, base="",
         tokenizer=None, prompt=(),
     )  # fmt: skip
@@ -153,7 +153,7 @@ def test_the_loss_is_the_mean_over_learnt_tokens(model) -> None:
 
 
 def test_an_epoch_takes_every_example_once(model) -> None:
-    objective = AnswerTokens(
+    objective = SftObjective(
         model, EXAMPLES, [], TrainOptions(max_steps=1), batch_size=3, seed=5, base="",
         tokenizer=None, prompt=(),
     )  # fmt: skip
@@ -180,7 +180,7 @@ def test_an_epoch_takes_every_example_once(model) -> None:
 def test_an_epoch_takes_sources_by_their_weights(model) -> None:
     mixture = Mixture((3, 1, 10), (2.0, 1.0, 0.3))
     assert mixture.taken() == [6, 1, 3]
-    objective = AnswerTokens(
+    objective = SftObjective(
         model, [example([i, 9, 9], 1) for i in range(14)], [], TrainOptions(max_steps=1),
         batch_size=4, seed=5, base="", tokenizer=None, prompt=(),
         mixture=mixture,
@@ -249,7 +249,7 @@ def test_a_model_learns_to_answer_and_to_stop(base, data, tmp_path) -> None:
 
 def test_the_same_command_continues_to_the_same_bits(base, data, tmp_path) -> None:
     """Stopped twice by Ctrl-C."""
-    from fastlm.train.loop import Interrupted
+    from fastlm.train.loop import TrainingInterrupted
 
     whole = options(data=(data,), epochs=10)(tmp_path / "whole", model=base)
     seen = 0
@@ -264,7 +264,7 @@ def test_the_same_command_continues_to_the_same_bits(base, data, tmp_path) -> No
             os.kill(os.getpid(), signal.SIGINT)
 
     for _ in range(2):
-        with pytest.raises(Interrupted):
+        with pytest.raises(TrainingInterrupted):
             options(data=(data,), epochs=10)(tmp_path / "cut", model=base, on_event=interrupt)
     cut = options(data=(data,), epochs=10)(tmp_path / "cut", model=base)
     files = [tmp_path / name / "model" / "model.safetensors" for name in ("whole", "cut")]
@@ -303,7 +303,7 @@ def test_the_digest_of_weights_sees_every_element(model) -> None:
 
 def test_a_position_names_the_row_of_the_next_batch(model) -> None:
     examples = [Example(e.ids, e.mask, f"file, line {i}") for i, e in enumerate(EXAMPLES)]
-    objective = AnswerTokens(
+    objective = SftObjective(
         model, examples, [], TrainOptions(max_steps=1), batch_size=2, seed=1, base="",
         tokenizer=None, prompt=(),
     )  # fmt: skip

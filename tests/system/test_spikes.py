@@ -10,8 +10,8 @@ import tiny_run
 import torch
 
 from fastlm.errors import InputError
-from fastlm.train.loop import Interrupted, SpikeError
-from fastlm.train.metrics import Spikes
+from fastlm.train.loop import SpikeError, TrainingInterrupted
+from fastlm.train.metrics import SpikeDetector
 from fastlm.train.state import list_checkpoints
 
 BAD = 12  # the step whose loss is broken
@@ -53,7 +53,7 @@ def weights(run):
 
 
 def test_a_spike_is_far_above_a_full_window():
-    spikes = Spikes(3.0, 4)
+    spikes = SpikeDetector(3.0, 4)
     assert [spikes.check(x) for x in (9.0, 1.0, 2.0, 1.0)] == [None] * 4  # not full yet
     assert spikes.check(2.0) is None and spikes.losses == [1.0, 2.0, 1.0, 2.0]
     assert spikes.check(2.99) is None
@@ -63,9 +63,9 @@ def test_a_spike_is_far_above_a_full_window():
         told == "the loss 3.01 is 3.0 standard deviations above the mean 1.5 of the 4 steps before"
     )
     assert spikes.losses == [2.0, 1.0, 2.0, 3.01]
-    constant = Spikes(3.0, 2)
+    constant = SpikeDetector(3.0, 2)
     assert [constant.check(x) for x in (1.0, 1.0, 1.0 + 1e-12)] == [None] * 3
-    off = Spikes(None, 1)
+    off = SpikeDetector(None, 1)
     assert [off.check(x) for x in (1.0, 2.0, 900.0)] == [None] * 3
 
 
@@ -114,7 +114,7 @@ def test_the_window_is_resumed(data, tmp_path, monkeypatch, at):
             os.kill(os.getpid(), signal.SIGINT)
 
     tiny_run.start(data, tmp_path / "whole", options)
-    with pytest.raises(Interrupted):
+    with pytest.raises(TrainingInterrupted):
         tiny_run.start(data, tmp_path / "cut", options, on_event=press)
     tiny_run.start(data, tmp_path / "cut", options)
     assert [m["step"] for m in lines(tmp_path / "cut") if "spike" in m] == [BAD]

@@ -15,7 +15,7 @@ from fastlm.model.causal_lm import CausalLM
 from fastlm.tokenizer.tokenizer import Tokenizer
 from fastlm.train import teacher as teacher_answers
 from fastlm.train.distill import Distill
-from fastlm.train.loop import Interrupted
+from fastlm.train.loop import TrainingInterrupted
 from fastlm.train.sft import Sft
 
 ROWS = [{"prompt": f"what is {word}", "completion": f"please {word}"} for word in WORDS]
@@ -118,7 +118,7 @@ def test_it_continues_in_the_midst_of_the_answers(
         if event.get("step") == 3 and "loss" in event:
             os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(Interrupted):
+    with pytest.raises(TrainingInterrupted):
         stage(tmp_path / "cut", on_event=press, **inputs)
     stage(tmp_path / "cut", **inputs)
     assert rows_of(tmp_path / "cut") == rows_of(tmp_path / "whole")

@@ -28,10 +28,10 @@ from fastlm.ops import linear_distillation
 from fastlm.tokenizer.tokenizer import Tokenizer
 from fastlm.train import teacher as teacher_logits
 from fastlm.train.distill import Distill
-from fastlm.train.loop import Interrupted
+from fastlm.train.loop import TrainingInterrupted
 from fastlm.train.objective import digest, weights_digest
 from fastlm.train.teacher import (
-    Header,
+    TeacherHeader,
     TeacherLogits,
     logprobs_at,
     topk_forward_kl,
@@ -145,8 +145,8 @@ def teacher() -> CausalLM:
     return CausalLM(config(64, hidden_size=48, initializer_range=0.3), seed=2).eval()
 
 
-def header(teacher: CausalLM, k: int = 4, temperature: float = 1.0) -> Header:
-    return Header(weights_digest(teacher), 64, k, temperature)
+def header(teacher: CausalLM, k: int = 4, temperature: float = 1.0) -> TeacherHeader:
+    return TeacherHeader(weights_digest(teacher), 64, k, temperature)
 
 
 def test_rows_are_the_teachers(teacher, tmp_path) -> None:
@@ -296,7 +296,7 @@ def test_it_continues_to_the_same_bits_and_is_used_again(models, stage, tmp_path
         if event.get("step") == 5 and "loss" in event:
             os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(Interrupted):
+    with pytest.raises(TrainingInterrupted):
         stage(tmp_path / "cut", on_event=press, **inputs)
     stage(tmp_path / "cut", **inputs)
     assert weights_of(tmp_path / "cut") == weights_of(tmp_path / "whole")
@@ -334,11 +334,11 @@ def test_refused(models, stage, tmp_path) -> None:
     student, teacher = models
     made = write_logits(
         tmp_path / "made", CausalLM.from_pretrained(teacher, dtype=torch.float32), EXAMPLES,
-        Header("x", Tokenizer.load(student).vocab_size, 4, 2.0),
+        TeacherHeader("x", Tokenizer.load(student).vocab_size, 4, 2.0),
     )  # fmt: skip
     stored = replace(stage, teacher_top_k=None, teacher_logits=str(made.folder), temperature=2.0)
     write_logits(
-        tmp_path / "small", CausalLM(config(64), seed=0), EXAMPLES, Header("x", 64, 4, 2.0)
+        tmp_path / "small", CausalLM(config(64), seed=0), EXAMPLES, TeacherHeader("x", 64, 4, 2.0)
     )
     for changed, given, message in (
         (

@@ -18,9 +18,9 @@ from tiny_run import OPTIONS, start
 
 from fastlm.errors import InputError
 from fastlm.train import loop
-from fastlm.train.loop import Interrupted, NonFiniteError, train
+from fastlm.train.loop import NonFiniteError, TrainingInterrupted, train
 from fastlm.train.options import TrainOptions
-from fastlm.train.pretrain import NextToken
+from fastlm.train.pretrain import PretrainObjective
 from fastlm.train.state import difference, list_checkpoints, prune
 
 TIMES = ("seconds", "tokens_per_second", "progress")
@@ -99,7 +99,7 @@ def test_accumulation_is_one_large_batch(data, tmp_path):
             tiny_run.TokenDataset(data / "train"), batch, tiny_run.SEQ, seed=7
         )
         options = replace(plain, accumulate=accumulate)
-        train(NextToken(model, sampler, None, options), options, tmp_path / name)
+        train(PretrainObjective(model, sampler, None, options), options, tmp_path / name)
         return [e["loss"] for e in events(tmp_path / name)]
 
     assert losses("a", 2, 4) == pytest.approx(losses("b", 1, 8), rel=1e-5)
@@ -116,7 +116,7 @@ def test_the_batch_grows_and_a_run_cut_off_in_between_goes_on_alike(data, tmp_pa
     seen = [0, *(e["tokens"] for e in events(tmp_path / "whole"))]
     batches = [(b - a) // (4 * tiny_run.SEQ) for a, b in itertools.pairwise(seen)]
     assert batches == [1] * 6 + [2] * 6 + [3] * 12 and result.steps == 24
-    with pytest.raises(Interrupted):
+    with pytest.raises(TrainingInterrupted):
         start(data, tmp_path / "cut", options, on_event=press)
     start(data, tmp_path / "cut", options)
     assert events(tmp_path / "cut") == events(tmp_path / "whole")
@@ -170,7 +170,7 @@ def test_ctrl_c_saves_and_says_where(data, tmp_path, uninterrupted):
             os.kill(os.getpid(), signal.SIGINT)
 
     handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(Interrupted, match=r"after step 8; saved in .*step-00000008$"):
+    with pytest.raises(TrainingInterrupted, match=r"after step 8; saved in .*step-00000008$"):
         start(data, tmp_path, on_event=press)
     assert signal.getsignal(signal.SIGINT) is handler
     start(data, tmp_path)
@@ -182,7 +182,7 @@ def test_ctrl_c_in_the_last_step_is_not_lost(data, tmp_path, uninterrupted):
         if event.get("step") == 24 and "loss" in event:
             os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(Interrupted, match=r"after step 24; saved in .*step-00000024$"):
+    with pytest.raises(TrainingInterrupted, match=r"after step 24; saved in .*step-00000024$"):
         start(data, tmp_path, on_event=press)
     assert start(data, tmp_path).steps == 24
     assert events(tmp_path) == events(uninterrupted)
@@ -195,7 +195,7 @@ def test_other_moments_to_look_and_save_go_on_from_the_same_checkpoint(
         if event.get("step") == 8 and "loss" in event:
             os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(Interrupted):
+    with pytest.raises(TrainingInterrupted):
         start(data, tmp_path, on_event=press)
     watching = replace(
         OPTIONS, validations=1, val_tokens=64, sample_at=(0.6,), sample_prompt="b",
@@ -266,7 +266,7 @@ def test_time_budget_ends_the_run_and_keeps_used_time(data, tmp_path, clock):
         if event.get("step") == 5 and "loss" in event:
             os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(Interrupted):
+    with pytest.raises(TrainingInterrupted):
         start(data, tmp_path, options, on_event=press)
     assert events(tmp_path)[-1]["step"] == 5
     clock.now += 100  # until the next start
@@ -289,7 +289,7 @@ def test_token_budget_ends_the_run_and_spreads_the_schedule(
             os.kill(os.getpid(), signal.SIGINT)
 
     options = replace(OPTIONS, max_steps=None, max_tokens=tokens)
-    with pytest.raises(Interrupted):
+    with pytest.raises(TrainingInterrupted):
         start(data, tmp_path, options, on_event=press)
     assert start(data, tmp_path, options).steps == steps
     if steps == 24:
@@ -347,7 +347,7 @@ def test_a_training_goes_on_under_a_larger_budget(data, tmp_path, interrupted):
             os.kill(os.getpid(), signal.SIGINT)
 
     plain = replace(OPTIONS, schedule="wsd", warmup=0.1, decay=0.25)
-    with pytest.raises(Interrupted) if interrupted else contextlib.nullcontext():
+    with pytest.raises(TrainingInterrupted) if interrupted else contextlib.nullcontext():
         start(data, tmp_path, replace(plain, max_steps=12), on_event=press)
     done = events(tmp_path)
     result = start(data, tmp_path, plain)

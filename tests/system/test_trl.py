@@ -16,13 +16,13 @@ from fastlm.inference.requests import Completion, TokenLogprob
 from fastlm.model.causal_lm import CausalLM
 from fastlm.tokenizer.tokenizer import Tokenizer
 from fastlm.train import online_objectives
-from fastlm.train.dpo_objective import PreferredAnswers
+from fastlm.train.dpo_objective import DpoObjective
 from fastlm.train.losses import grpo_loss
 from fastlm.train.objective import Example
-from fastlm.train.online_objectives import GroupRelative
+from fastlm.train.online_objectives import GrpoObjective
 from fastlm.train.options import GrpoOptions, TrainOptions
-from fastlm.train.preferences import Judged, PreferenceLoss
-from fastlm.train.sft import AnswerTokens
+from fastlm.train.preferences import PreferenceExample, PreferenceLoss
+from fastlm.train.sft import SftObjective
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -128,7 +128,7 @@ def test_sft_on_the_assistants_tokens(base, tmp_path) -> None:
         assert mask == (labels[: len(own)] != -100).tolist() and (labels[len(own) :] == -100).all()
         examples.append(Example(np.array(own, np.int32), np.array(mask)))
     model = CausalLM.from_pretrained(base, dtype=torch.float32)
-    found = step(AnswerTokens(model, examples, [], ONCE, batch_size=3, **COMMON))
+    found = step(SftObjective(model, examples, [], ONCE, batch_size=3, **COMMON))
     assert found == pytest.approx(float(loss.detach()), rel=1e-5)
     assert apart(model, theirs) < 1e-4
 
@@ -157,7 +157,7 @@ def test_kto(base, tmp_path) -> None:
     loss = trainer.compute_loss(theirs, trainer.data_collator(features))
     loss.backward()
     judged = [
-        Judged(
+        PreferenceExample(
             tuple(
                 example(row["prompt_ids"] + row[side], len(row["prompt_ids"]))
                 for side in ("completion_ids", "KL_completion_ids")
@@ -167,7 +167,7 @@ def test_kto(base, tmp_path) -> None:
         for row in features
     ]
     model = CausalLM.from_pretrained(base, dtype=torch.float32)
-    made = PreferredAnswers(model, judged, [], ONCE, terms, batch_size=4, **COMMON)
+    made = DpoObjective(model, judged, [], ONCE, terms, batch_size=4, **COMMON)
     made.measure_reference(torch.float32)
     copied(model, theirs)
     found = step(made)
@@ -227,7 +227,7 @@ def rollouts_of_trl(kind, configuration, base, tmp_path, **options):
     return trainer, theirs, batch, prompts[::GROUP]
 
 
-def rollouts_of_fastlm(base, theirs, asked, end: int, **group) -> GroupRelative:
+def rollouts_of_fastlm(base, theirs, asked, end: int, **group) -> GrpoObjective:
     """The objective on the same completions and scores, its round measured with TRL's weights."""
     known = completions(end)
     beta = group.pop("beta")
@@ -237,7 +237,7 @@ def rollouts_of_fastlm(base, theirs, asked, end: int, **group) -> GroupRelative:
         del places
         return [scored[tuple(answer.token_ids)] for answer in answers]
 
-    class Given(GroupRelative):
+    class Given(GrpoObjective):
         """Takes the known completions for its samples."""
 
         def _sample(self, prompts, temperature, longest, seed=0) -> list[Completion]:
@@ -265,7 +265,7 @@ def rollouts_of_fastlm(base, theirs, asked, end: int, **group) -> GroupRelative:
     return made
 
 
-def same_advantages(made: GroupRelative, batch, prompts) -> None:
+def same_advantages(made: GrpoObjective, batch, prompts) -> None:
     order = [prompts.index(made.prompts[i]) for i in made.chosen[::GROUP]]
     expected = batch["advantages"].view(2, GROUP)[order].flatten()
     torch.testing.assert_close(made.kept["advantages"][:, 0], expected, rtol=1e-4, atol=1e-5)

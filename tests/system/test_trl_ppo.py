@@ -14,7 +14,7 @@ from torch import Tensor
 from fastlm.inference.requests import Completion
 from fastlm.model.causal_lm import CausalLM
 from fastlm.train import losses
-from fastlm.train.online_objectives import ActorCritic, value_model
+from fastlm.train.online_objectives import PpoObjective, value_model
 from fastlm.train.options import PpoOptions
 
 FOUND = json.loads((SUPPORT / "trl_ppo_values.json").read_text())
@@ -99,7 +99,7 @@ def test_the_estimate_of_a_round_differs_by_one_position(name) -> None:
         return  # over other positions, thus with another mean and variance
     gamma, lam = OPTIONS["gamma"], OPTIONS["lam"]
     policy = CausalLM(config(16), seed=0)
-    made = ActorCritic(
+    made = PpoObjective(
         policy, None, [[1]], [], lambda places, answers: [],
         PpoOptions(beta=OPTIONS["kl_coef"], gamma=gamma, lam=lam, whiten_advantages=False),
         base="", value=value_model(policy, shared=True),
@@ -124,7 +124,7 @@ def test_an_answer_without_an_end(name) -> None:
     taken = torch.where(ended, 0.0, OPTIONS["missing_eos_penalty"])
     close(r["scores_of_model"] - taken, r["scores"])
     policy = CausalLM(config(16), seed=0)
-    made = ActorCritic(
+    made = PpoObjective(
         policy, None, [[1]], [], lambda places, answers: r["scores_of_model"].tolist(),
         PpoOptions(missing_end=-0.5), base="", value=value_model(policy, shared=True),
     )  # fmt: skip

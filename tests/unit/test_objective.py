@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastlm.train.loop import Interrupted, train
+from fastlm.train.loop import TrainingInterrupted, train
 from fastlm.train.objective import decay_matrices
 from fastlm.train.options import TrainOptions
 from fastlm.train.state import list_checkpoints
@@ -133,7 +133,7 @@ def test_cut_off_within_its_rollouts_it_continues_to_the_same_bits(tmp_path, ste
             os.kill(os.getpid(), signal.SIGINT)
 
     train(Bandit(), OPTIONS, tmp_path / "whole")
-    with pytest.raises(Interrupted, match=f"step-{step:08d}"):
+    with pytest.raises(TrainingInterrupted, match=f"step-{step:08d}"):
         train(Bandit(), OPTIONS, tmp_path / "cut", on_event=press)
     train(Bandit(), OPTIONS, tmp_path / "cut")
     assert lines(tmp_path / "cut") == lines(tmp_path / "whole")

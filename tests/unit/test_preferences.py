@@ -1,5 +1,5 @@
-"""Preferences: the shapes of rows that are recognised, what is refused and by which words, and how
-comparisons become pairs, labels, demonstrations and rows again.
+"""PreferenceDataset: the shapes of rows that are recognised, what is refused and by which words,
+and how comparisons become pairs, labels, demonstrations and rows again.
 """
 
 import json
