@@ -290,8 +290,8 @@ def run(
 
     def on_event(event: dict[str, Any]) -> None:
         view(event)
-        if "told" in event:
-            told[event["stage"]] = event["told"]
+        if "summary" in event:
+            told[event["stage"]] = event["summary"]
 
     run_recipe(
         recipe, out, overrides=sets or (), until=until, cache=cache, dry_run=dry_run,

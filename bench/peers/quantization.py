@@ -222,7 +222,7 @@ def main() -> None:
                         awq=method.endswith("awq"), distill=options.distill if last else 0,
                         distill_text=learnt if last else None,
                         progress=kept,
-                        tell=lambda line: print(line, file=sys.stderr, flush=True),
+                        log=lambda line: print(line, file=sys.stderr, flush=True),
                     )  # fmt: skip
                 seconds = time.process_time() - began
                 assert any(isinstance(m, QuantizedLinear) for m in model.modules())

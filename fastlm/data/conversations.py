@@ -107,7 +107,7 @@ def read_examples(
     cache: Path,
     skip_bad: bool = False,
     rows: Rows | None = None,
-    tell: Callable[[str], None] = ignore,
+    on_skip: Callable[[str], None] = ignore,
 ) -> Iterator[Example]:
     """Yield what ``example_of`` makes of each row of all sources, in order. It is called with the
     row and its place, and raises InputError for a row that cannot be used.
@@ -120,17 +120,17 @@ def read_examples(
     InputError: also a source that is missing or has no file of JSON rows.
     """
     rows = Rows() if rows is None else rows
-    for name, unit, named, numbered in _files(sources, cache, tell):
+    for name, unit, named, numbered in _files(sources, cache, on_skip):
         try:
             yield from good_rows(
                 _counted(numbered, rows), example_of, name, unit, counts=rows.counts,
-                reason="malformed", tell=tell, skip_bad=skip_bad, required=named,
+                reason="malformed", on_skip=on_skip, skip_bad=skip_bad, required=named,
             )  # fmt: skip
         except InputError as error:
             if named or not skip_bad:
                 raise
             rows.counts["unreadable files"] += 1
-            tell(str(error))
+            on_skip(str(error))
 
 
 def _counted(numbered: Iterable[Row], rows: Rows) -> Iterator[Row]:
@@ -140,7 +140,7 @@ def _counted(numbered: Iterable[Row], rows: Rows) -> Iterator[Row]:
 
 
 def _files(
-    sources: Sequence[str], cache: Path, tell: Callable[[str], None]
+    sources: Sequence[str], cache: Path, on_skip: Callable[[str], None]
 ) -> Iterator[tuple[str, str, bool, Iterable[Row]]]:
     """Yield (name, what its numbers count, whether the user named it, numbered rows) of each file
     and of each generator.
@@ -155,7 +155,7 @@ def _files(
             raise InputError(f"source {spec}: expected .jsonl or .json files, got none")
         del passed["not matched by the glob"]  # not wanted
         if others := len(found) - len(files) + passed.total():
-            tell(f"{spec}: {others:,} files that are not read: expected .jsonl or .json")
+            on_skip(f"{spec}: {others:,} files that are not read: expected .jsonl or .json")
         for file in files:
             yield str(file.path), row_unit(file), file.named, read_rows(file)
 

@@ -242,7 +242,7 @@ def _write_clean(
     def gathered() -> Iterator[Document]:
         for document in read_files(
             track(files, "cleaning", unit="files"), field=options.text_field,
-            skipped=gather.removed, tell=funnel.tell,
+            skipped=gather.removed, on_skip=funnel.add_skipped,
         ):  # fmt: skip
             gather.passed(len(document.text.encode("utf-8", "replace")))
             yield document

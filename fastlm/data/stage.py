@@ -9,7 +9,7 @@ from fastlm.data.forgotten import forgotten_keys
 from fastlm.data.prepare import DataOptions, prepare
 from fastlm.errors import InputError
 from fastlm.pipeline.funnel import Funnel, StepCounts
-from fastlm.pipeline.stage import Job, Part, Positional, Stage
+from fastlm.pipeline.stage import Positional, ReportSection, Stage, StageContext
 from fastlm.sources.input_digest import InputDigest
 from fastlm.sources.rows import DOCUMENTS, PLAIN, TYPE_NOT_READ
 
@@ -27,7 +27,7 @@ class Data(DataOptions, Stage):
     kind = "data"
     command = ("data", "prepare")
     version = 4
-    leaves = {"corpus": "."}
+    outputs = {"corpus": "."}
     result = {"train_bytes": int, "heldout_bytes": int}
     notes = TYPES_READ
     sources_in = ("sources",)
@@ -54,42 +54,42 @@ class Data(DataOptions, Stage):
         gone = forgotten_keys([input_digest.folder])
         return [*found, ["forgotten", sorted(gone)]] if gone else found
 
-    def run(self, job: Job) -> dict[str, Any]:
+    def run(self, ctx: StageContext) -> dict[str, Any]:
         names = [f.name for f in fields(DataOptions)]
         options = DataOptions(**{name: getattr(self, name) for name in names})
         # of the run and of the folder of runs: nothing comes back from a source that still has it
-        above = (job.out.parent, job.out.absolute().parent.parent) if job.in_recipe else ()
+        above = (ctx.out.parent, ctx.out.absolute().parent.parent) if ctx.in_recipe else ()
         funnel = prepare(
-            self.sources, job.out, options=options, cache=job.cache, track=job.track,
-            forgotten=forgotten_keys([job.out, *above]),
+            self.sources, ctx.out, options=options, cache=ctx.cache_dir, track=ctx.track,
+            forgotten=forgotten_keys([ctx.out, *above]),
         )  # fmt: skip
         steps = {s["step"]: s for s in funnel.steps}
-        if job.in_recipe and self.heldout_bytes and not steps["heldout"]["documents"]:
+        if ctx.in_recipe and self.heldout_bytes and not steps["heldout"]["documents"]:
             raise InputError(
                 "heldout_bytes: expected room for at least one whole document to hold out, got "
                 f"{self.heldout_bytes} bytes"
             )
         return {f"{part}_{n}": steps[part][n] for part in PARTS for n in ("bytes", "documents")}
 
-    def told(self, result: Mapping[str, Any], job: Job) -> str:
+    def summary(self, result: Mapping[str, Any], ctx: StageContext) -> str:
         train, heldout = (
             f"{result[f'{part}_documents']:,} documents ({result[f'{part}_bytes'] / 1e6:,.2f} MB)"
             for part in PARTS
         )
-        return f"{job.out}: {train} for training, {heldout} held out"
+        return f"{ctx.out}: {train} for training, {heldout} held out"
 
-    def shown(self, result: Mapping[str, Any], job: Job) -> Any:
+    def render(self, result: Mapping[str, Any], ctx: StageContext) -> Any:
         del result
-        return tables(Funnel.load(job.out))
+        return tables(Funnel.load(ctx.out))
 
-    def report(self, job: Job, result: Mapping[str, Any]) -> Part:
+    def report(self, ctx: StageContext, result: Mapping[str, Any]) -> ReportSection:
         from fastlm.pipeline.text import count_text, size_text
 
         del result
-        funnel = Funnel.load(job.out)
+        funnel = Funnel.load(ctx.out)
         kept = funnel.steps[-1]["documents"] + funnel.steps[-2]["documents"]
         size = sum(source["bytes"] for source in funnel.sources.values())
-        return Part(
+        return ReportSection(
             "Where the text came from, and what was left of it",
             "Bytes of text after each step, and what the step took away.",
             cards=[(size_text(size), f"clean text in {count_text(kept)} documents")],

@@ -35,7 +35,7 @@ def read_texts(
     *,
     part: str = "heldout",
     cache: Path | None = None,
-    tell: Callable[[str], None] = ignore,
+    on_skip: Callable[[str], None] = ignore,
 ) -> Iterator[str]:
     """Yield the texts of a source that ``fastlm data prepare`` accepts, or of what it prepared.
 
@@ -43,13 +43,13 @@ def read_texts(
         source: a prepared folder, a ``.jsonl.zst`` file of documents, or a source.
         cache: where packages are kept.
         part: "train" or "heldout": the part of a prepared folder.
-        tell: receives the reason why a file or a line is skipped.
+        on_skip: receives the reason why a file or a line is skipped.
     """
-    yield from (text for text, _ in _read_sourced(source, part, cache, tell))
+    yield from (text for text, _ in _read_sourced(source, part, cache, on_skip))
 
 
 def _read_sourced(
-    source: str | Path, part: str, cache: Path | None, tell: Callable[[str], None]
+    source: str | Path, part: str, cache: Path | None, on_skip: Callable[[str], None]
 ) -> Iterator[tuple[str, str]]:
     """The texts of `read_texts`, each with the source that its document names."""
     if (Path(source) / FUNNEL).is_file():
@@ -57,7 +57,7 @@ def _read_sourced(
     if str(source).endswith(".jsonl.zst"):
         yield from ((document.text, document.source) for document in read_documents(Path(source)))
     else:
-        documents = read_source(str(source), cache=cache or default_cache(), tell=tell)
+        documents = read_source(str(source), cache=cache or default_cache(), on_skip=on_skip)
         yield from ((text, d.source) for d in documents if (text := extract(d)))
 
 
@@ -79,7 +79,7 @@ def token_dataset(
     *,
     part: str = "heldout",
     cache: Path | None = None,
-    tell: Callable[[str], None] = ignore,
+    on_skip: Callable[[str], None] = ignore,
     keep: list[tuple[str, str]] | None = None,
     name: str = "data",
 ) -> Iterator["TokenDataset"]:
@@ -107,7 +107,7 @@ def token_dataset(
         yield dataset
         return
     texts = [] if keep is None else keep
-    texts += _read_sourced(data, part, cache, tell)
+    texts += _read_sourced(data, part, cache, on_skip)
     if not texts:
         raise InputError(f"{name} {data}: expected text, got none")
     with tempfile.TemporaryDirectory() as folder:

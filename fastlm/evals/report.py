@@ -7,7 +7,7 @@ from typing import Any
 from fastlm.evals.charts import copies_charts, difference_charts, scores_chart
 from fastlm.evals.tables import ReportTable, TableCell, task_tables
 from fastlm.pipeline.charts import as_svg, bits_figure
-from fastlm.pipeline.stage import Job, Part
+from fastlm.pipeline.stage import ReportSection, StageContext
 from fastlm.pipeline.text import size_text
 from fastlm.train.metrics import METRICS, read_metrics
 
@@ -49,7 +49,7 @@ def eval_blocks(result: Mapping[str, Any]) -> Blocks:
     return [_bits_table(result), *tables] if result["models"] else [*tables]
 
 
-def eval_part(job: Job, result: Mapping[str, Any]) -> Part:
+def eval_part(ctx: StageContext, result: Mapping[str, Any]) -> ReportSection:
     tasks = result.get("tasks", ())
     charts, cards = [], []
     title, note = "How well it answers", ""
@@ -69,7 +69,7 @@ def eval_part(job: Job, result: Mapping[str, Any]) -> Part:
         )
         if packed:
             note += " xz and zstd compress the same text. A bar is the difference to xz."
-        if curves := _curves(job, models):
+        if curves := _curves(ctx, models):
             charts.append(as_svg(bits_figure(curves, models, packed)))
     if tasks:
         title = "How well it predicts text, and answers questions"
@@ -94,17 +94,17 @@ def _part(
     blocks: Blocks,
     failed: Sequence[str] = (),
     wide: bool = False,
-) -> Part:
-    return Part(
+) -> ReportSection:
+    return ReportSection(
         title, note, charts=charts, cards=cards, template="eval.html.jinja",
         values={"failed": failed, "blocks": blocks}, wide=wide,
     )  # fmt: skip
 
 
-def _curves(job: Job, models: Mapping[str, float]) -> dict[str, list[dict[str, Any]]]:
+def _curves(ctx: StageContext, models: Mapping[str, float]) -> dict[str, list[dict[str, Any]]]:
     """Return what the trainings of the models measured, if they did; a fine-tuning does not."""
     curves = {}
-    for source in job.inputs["model"]:
+    for source in ctx.inputs["model"]:
         metrics = source.path.parent / METRICS  # next to the model that a training wrote
         if source.name in models and metrics.is_file():
             rows = read_metrics(metrics)
@@ -248,7 +248,7 @@ def render_safety(result: Mapping[str, Any]) -> Any:
     return rendered([*safety_blocks(result), *gates])
 
 
-def safety_part(result: Mapping[str, Any]) -> Part:
+def safety_part(result: Mapping[str, Any]) -> ReportSection:
     models, failed = result["models"], result["failed"]
     charts = [
         chart

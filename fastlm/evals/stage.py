@@ -7,7 +7,15 @@ from typing import Annotated, Any
 
 from fastlm.errors import InputError
 from fastlm.files import make_folder, write_json
-from fastlm.pipeline.stage import Facts, Job, Part, Stage, Takes, at_least_one, not_negative
+from fastlm.pipeline.stage import (
+    Facts,
+    InputSpec,
+    ReportSection,
+    Stage,
+    StageContext,
+    at_least_one,
+    not_negative,
+)
 
 ITEMS = "items"  # the folder of what each model said to each question
 
@@ -22,23 +30,23 @@ class Eval(Stage):
     kind = "eval"
     command = ("eval",)
     version = 7
-    reads = {
-        "model": Takes(
+    inputs = {
+        "model": InputSpec(
             ("model", "quantized"), "Hugging Face folder, .gguf, fastlm run or model:smollm2",
             several=True, flag="m",
         ),
-        "data": Takes(
+        "data": InputSpec(
             ("corpus", "shards"), "Prepared text, files of text, or a folder of token shards",
             optional=True,
         ),
-        "against": Takes(
+        "against": InputSpec(
             ("shards", "corpus"),
             "Training data in which to look for the questions (contamination)",
             optional=True, default=False,
         ),
     }  # fmt: skip
-    leaves = {"scores": "scores.json"}
-    partial = (ITEMS,)
+    outputs = {"scores": "scores.json"}
+    resumable = (ITEMS,)
     result = {"models": dict[str, dict[str, Any]]}
 
     seq_len: Annotated[int | None, "Window; default: the model's context, at most 1024"] = None
@@ -85,7 +93,7 @@ class Eval(Stage):
                 check_window(config.max_position_embeddings, self.seq_len, self.stride)
         return {}
 
-    def run(self, job: Job) -> dict[str, Any]:
+    def run(self, ctx: StageContext) -> dict[str, Any]:
         from fastlm.evals.contamination import told
         from fastlm.evals.registry import load_task, names_of
         from fastlm.evals.runner import ask_all
@@ -94,41 +102,42 @@ class Eval(Stage):
         from fastlm.evals.text_bits_per_byte import text_bits_per_byte
         from fastlm.model.load import load_model
 
-        data = job.optional("data")
+        data = ctx.optional("data")
         if data is None and not self.tasks:
             raise InputError("data: expected held-out text, or tasks, got neither")
         tasks = [
-            load_task(name, job.cache).sample(self.limit, self.seed)
+            load_task(name, ctx.cache_dir).sample(self.limit, self.seed)
             for name in names_of(self.tasks)
         ]
-        if job.inputs.get("against") and not tasks:
+        if ctx.inputs.get("against") and not tasks:
             raise InputError("against: expected tasks whose questions to look for, got none")
         overlaps: list[Any] = []
         models: dict[str, dict[str, Any]] = {}
         packed: dict[str, Any] = {}
         asked: dict[str, Any] = {}
-        ids = ids_of(job.inputs["model"])
-        for source, known in zip(job.inputs["model"], ids, strict=True):
-            model, tokenizer = load_model(source.where, self.act_bits)
+        ids = ids_of(ctx.inputs["model"])
+        for source, known in zip(ctx.inputs["model"], ids, strict=True):
+            model, tokenizer = load_model(source.source, self.act_bits)
             if data is not None:
                 result = text_bits_per_byte(
                     model, tokenizer, data, seq_len=self.seq_len, stride=self.stride,
                     batch_size=self.batch_size, document_mask=self.document_mask,
-                    compressors=not models, cache=job.cache, track=job.track, tell=job.skipped,
+                    compressors=not models, cache=ctx.cache_dir, track=ctx.track,
+                    on_skip=ctx.skipped,
                 )  # fmt: skip
                 for key in ("bits_per_byte_xz", "bits_per_byte_zstd", "documents"):
                     if key in result:
                         packed[key] = result.pop(key)
                 models[source.name] = result
-            if not overlaps and (against := job.optional("against")):
-                overlaps = self._overlaps(tasks, model, tokenizer, against, job)
+            if not overlaps and (against := ctx.optional("against")):
+                overlaps = self._overlaps(tasks, model, tokenizer, against, ctx)
             if tasks:
                 digits = known["id"][:DIGITS]
                 asked[source.name] = ask_all(
-                    tasks, Scorer(model, tokenizer), job.out / ITEMS / digits,
+                    tasks, Scorer(model, tokenizer), ctx.out / ITEMS / digits,
                     model=digits + (f", act_bits {self.act_bits}" if self.act_bits else ""),
                     samples=self.samples, temperature=self.temperature, seed=self.seed,
-                    track=job.track,
+                    track=ctx.track,
                 )  # fmt: skip
         scores = {**packed, "models": models, "ids": ids}
         if tasks:
@@ -136,35 +145,35 @@ class Eval(Stage):
         for i, found in enumerate(overlaps):
             values = {name: results[i]["values"] for name, results in asked.items()}
             scores["tasks"][i]["contamination"] = told(tasks[i], found, values)
-        write_json(make_folder(job.out) / "scores.json", scores)
+        write_json(make_folder(ctx.out) / "scores.json", scores)
         return scores
 
     def _overlaps(
-        self, tasks: Any, model: Any, tokenizer: Any, against: Path, job: Job
+        self, tasks: Any, model: Any, tokenizer: Any, against: Path, ctx: StageContext
     ) -> list[Any]:
         from fastlm.data.texts import token_dataset
         from fastlm.evals.contamination import task_overlaps
 
         vocab_size = model.config.vocab_size
         with token_dataset(
-            against, tokenizer, vocab_size, part="train", cache=job.cache, tell=job.skipped,
+            against, tokenizer, vocab_size, part="train", cache=ctx.cache_dir, on_skip=ctx.skipped,
             name="against",
         ) as data:  # fmt: skip
-            return task_overlaps(tasks, tokenizer, data, vocab_size, track=job.track)
+            return task_overlaps(tasks, tokenizer, data, vocab_size, track=ctx.track)
 
-    def told(self, result: Mapping[str, Any], job: Job) -> str:
+    def summary(self, result: Mapping[str, Any], ctx: StageContext) -> str:
         from fastlm.evals.report import eval_summary
 
-        del job
+        del ctx
         return eval_summary(result)
 
-    def shown(self, result: Mapping[str, Any], job: Job) -> Any:
+    def render(self, result: Mapping[str, Any], ctx: StageContext) -> Any:
         from fastlm.evals.report import eval_blocks, rendered
 
-        del job
+        del ctx
         return rendered(eval_blocks(result))
 
-    def report(self, job: Job, result: Mapping[str, Any]) -> Part:
+    def report(self, ctx: StageContext, result: Mapping[str, Any]) -> ReportSection:
         from fastlm.evals.report import eval_part
 
-        return eval_part(job, result)
+        return eval_part(ctx, result)

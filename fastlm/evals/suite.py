@@ -84,4 +84,4 @@ def hash_of(model: str | Path) -> str:
 
 def ids_of(models: Sequence[Input]) -> list[dict[str, str]]:
     """The names and ids of models, as scores.json has them: from the old one to the new one."""
-    return [{"name": model.name, "id": id_of(model.where)} for model in models]
+    return [{"name": model.name, "id": id_of(model.source)} for model in models]

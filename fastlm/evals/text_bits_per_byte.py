@@ -79,7 +79,7 @@ def text_bits_per_byte(
     compressors: bool = True,
     cache: Path | None = None,
     track=silent,
-    tell: Callable[[str], None] = ignore,
+    on_skip: Callable[[str], None] = ignore,
 ) -> dict[str, Any]:
     """Measure bits per byte of the text or shards at ``data``; for text also of xz -9e and zstd
     -19; and of each source, if its documents have several (``domains``).
@@ -92,7 +92,7 @@ def text_bits_per_byte(
     options: dict[str, Any] = {"stride": stride, "document_mask": document_mask, "track": track}
     domains: dict[str, Any] = {}
     with token_dataset(
-        data, tokenizer, model.config.vocab_size, cache=cache, tell=tell, keep=texts
+        data, tokenizer, model.config.vocab_size, cache=cache, on_skip=on_skip, keep=texts
     ) as dataset:
         packed: dict[str, Any] = {}
         if texts and compressors:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fastlm.errors import InputError
-from fastlm.pipeline.stage import Facts, Job, Part, Stage, Takes
+from fastlm.pipeline.stage import Facts, InputSpec, ReportSection, Stage, StageContext
 
 FORMATS = ("gguf", "compressed-tensors")
 GGUF_FILE = "model.gguf"
@@ -18,13 +18,13 @@ class Export(Stage):
 
     kind = "export"
     command = ("export",)
-    reads = {
-        "model": Takes(
+    inputs = {
+        "model": InputSpec(
             ("quantized", "model"), "Hugging Face folder, .gguf, fastlm run or model:smollm2",
             flag="m",
         ),
     }  # fmt: skip
-    leaves = {"exported": "."}
+    outputs = {"exported": "."}
     result = {"format": str, "bytes": int, "formats": dict}
     notes = (
         "Nothing is quantized again: a weight that the format cannot hold is refused, with the"
@@ -55,31 +55,31 @@ class Export(Stage):
             )
         return {}
 
-    def run(self, job: Job) -> dict[str, Any]:
+    def run(self, ctx: StageContext) -> dict[str, Any]:
         from fastlm.export.compressed_tensors_write import save_compressed_tensors
         from fastlm.export.gguf_write import save_gguf
         from fastlm.model.load import load_model
         from fastlm.quant.stage import check_out
 
-        (source,) = job.inputs["model"]
-        check_out(job.out, source.where)
-        model, tokenizer = load_model(source.where)
+        (source,) = ctx.inputs["model"]
+        check_out(ctx.out, source.source)
+        model, tokenizer = load_model(source.source)
         state = model.stored()
         if self.format == "gguf":
-            name = Path(source.where).stem.removeprefix("model:") or "model"
-            told = save_gguf(job.out / GGUF_FILE, model.config, state, tokenizer, name)
-            size = (job.out / GGUF_FILE).stat().st_size
+            name = Path(source.source).stem.removeprefix("model:") or "model"
+            told = save_gguf(ctx.out / GGUF_FILE, model.config, state, tokenizer, name)
+            size = (ctx.out / GGUF_FILE).stat().st_size
         else:
-            told = save_compressed_tensors(job.out, model.config.to_dict(), state, model.dtype)
-            tokenizer.save(job.out)
-            size = sum(file.stat().st_size for file in job.out.glob("*.safetensors"))
+            told = save_compressed_tensors(ctx.out, model.config.to_dict(), state, model.dtype)
+            tokenizer.save(ctx.out)
+            size = sum(file.stat().st_size for file in ctx.out.glob("*.safetensors"))
             rounds = [m for m in model.modules() if getattr(m, "act_bits", 16) == 8]
             told["activations_unrounded"] = bool(rounds)
         return {"format": self.format, "bytes": size, **told}
 
-    def told(self, result: Mapping[str, Any], job: Job) -> str:
+    def summary(self, result: Mapping[str, Any], ctx: StageContext) -> str:
         kinds = ", ".join(f"{count} {kind}" for kind, count in result["formats"].items())
-        text = f"{job.out}: {result['format']}, {result['bytes'] / 1e6:,.2f} MB, weights: {kinds}"
+        text = f"{ctx.out}: {result['format']}, {result['bytes'] / 1e6:,.2f} MB, weights: {kinds}"
         if names := result.get("dequantized"):
             text += f"; as floats: {', '.join(names)}"
         if result.get("activations_unrounded"):
@@ -88,8 +88,8 @@ class Export(Stage):
             text += f"; {count:,} scales rounded to float16"
         return text
 
-    def report(self, job: Job, result: Mapping[str, Any]) -> Part:
-        del job
+    def report(self, ctx: StageContext, result: Mapping[str, Any]) -> ReportSection:
+        del ctx
         kinds = {kind: f"{count:,} weights" for kind, count in result["formats"].items()}
         facts = {"format": result["format"], "size": f"{result['bytes'] / 1e6:,.2f} MB", **kinds}
-        return Part("Written for other programs", facts=facts)
+        return ReportSection("Written for other programs", facts=facts)

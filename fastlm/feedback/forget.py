@@ -301,17 +301,17 @@ class _Work:
 
 def refresh(record: Known) -> None:
     """Bring the record of a data stage up to date with its files; the ids that it had are kept."""
-    entry, made = record.entry, record.made
-    sizes = own_files(entry.leaves, record.place)
+    entry, made = record.entry, record.provenance
+    sizes = own_files(entry.outputs, record.place)
     for name in made.hashes:
         if (record.place / name).is_file():
             sizes[name] = (record.place / name).stat().st_size
     hashes = {name: digest(record.place / name) for name in sizes}
-    ids = ids_of(entry.leaves, hashes)
+    ids = ids_of(entry.outputs, hashes)
     if ids == made.ids and hashes == made.hashes:
         return
     made.earlier.append(made.ids)
-    made.ids, made.hashes, entry.outputs = ids, hashes, sizes
+    made.ids, made.hashes, entry.file_sizes = ids, hashes, sizes
     if (record.place / ALONE).is_file():
         save_alone(record.place, entry)
         return
@@ -327,7 +327,7 @@ def _quotes(work: _Work) -> list[str]:
     """
     made = DATA | {"tokenizer"}
     records = [r for r in work.registry.records if r.state != GONE]
-    readers = [r for r in records if not made & r.entry.leaves.keys() and work.held & {*r.read()}]
+    readers = [r for r in records if not made & r.entry.outputs.keys() and work.held & {*r.read()}]
     places = [r.place for r in readers]
     reports = [p.parent / name for p in places for name in (REPORT, SUMMARY)]
     return [str(p) for p in dict.fromkeys([*places, *(p for p in reports if p.is_file())])]
@@ -371,7 +371,7 @@ def _again(record: Known) -> str | None:
         return None
     if (run / "recipe.json").is_file():
         return f"fastlm run {run / 'recipe.json'} --out {run}"
-    return record.made.command
+    return record.provenance.command
 
 
 def _places(roots: Iterable[Path]) -> tuple[list[Path], list[Path], list[Path]]:

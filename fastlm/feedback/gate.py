@@ -10,7 +10,7 @@ from typing_extensions import TypedDict
 from fastlm.errors import InputError
 from fastlm.feedback.gate_metrics import Model
 from fastlm.files import write_json
-from fastlm.pipeline.stage import Facts, Job, Part, Stage, Takes
+from fastlm.pipeline.stage import Facts, InputSpec, ReportSection, Stage, StageContext
 from fastlm.sources.input_digest import InputDigest
 
 DECISION = "decision.json"
@@ -43,13 +43,13 @@ class Gate(Stage):
     kind = "gate"
     command = ("gate",)
     version = 2
-    reads = {
-        "scores": Takes(
+    inputs = {
+        "scores": InputSpec(
             ("scores",), "Folders or scores.json of winrate, eval and safety", several=True,
             flag="s",
         ),
     }  # fmt: skip
-    leaves = {"gate_decision": DECISION}
+    outputs = {"gate_decision": DECISION}
     result = {"promoted": bool, "gates": list[dict[str, Any]]}
     settings_in = ("gates",)
 
@@ -76,13 +76,13 @@ class Gate(Stage):
     def digest_inputs(self, input_digest: InputDigest) -> Any:
         return input_digest.hash_tree(self.gates)
 
-    def run(self, job: Job) -> dict[str, Any]:
+    def run(self, ctx: StageContext) -> dict[str, Any]:
         from fastlm.evals.safety.gates import doubts, read_gates
         from fastlm.feedback.gate_metrics import models_of, read_scores, scores_of
 
         scores: dict[str, Any] = {}
         tables = []
-        for given in job.inputs["scores"]:
+        for given in ctx.inputs["scores"]:
             path = given.path / "scores.json" if given.path.is_dir() else given.path
             stage = path.resolve().parent.name
             table = read_scores(path)
@@ -92,9 +92,9 @@ class Gate(Stage):
                     f"scores: expected folders of different names, got two called {stage}"
                 )
             scores |= found
-            tables.append((given.where, table.get("ids", ())))
+            tables.append((given.source, table.get("ids", ())))
             if not tables[-1][1]:
-                job.warn(f"scores: {given.where} does not say which models it is about")
+                ctx.warning(f"scores: {given.source} does not say which models it is about")
         models = models_of(tables)
         checks = []
         for gate in read_gates(self.gates):
@@ -108,25 +108,25 @@ class Gate(Stage):
             "promoted": all(check["passed"] for check in checks), "gates": checks,
             "models": {key: asdict(model) for key, model in models.items()},
         }  # fmt: skip
-        write_json(job.out / DECISION, result)
+        write_json(ctx.out / DECISION, result)
         for check in checks:
             if check["doubt"]:
-                job.warn(f"gate: {check['doubt']}")
+                ctx.warning(f"gate: {check['doubt']}")
             if not check["passed"]:
-                job.warn(f"gate failed: {check['why']}")
+                ctx.warning(f"gate failed: {check['why']}")
         return result
 
     def status(self, result: Mapping[str, Any]) -> int:
         return 0 if result["promoted"] else 1
 
-    def told(self, result: Mapping[str, Any], job: Job) -> str:
+    def summary(self, result: Mapping[str, Any], ctx: StageContext) -> str:
         failed = [check["why"] for check in result["gates"] if not check["passed"]]
         if failed:
             return f"not promoted: {'; '.join(failed)}"
-        return f"promoted: all {len(result['gates'])} gates passed: {job.out / DECISION}"
+        return f"promoted: all {len(result['gates'])} gates passed: {ctx.out / DECISION}"
 
-    def report(self, job: Job, result: Mapping[str, Any]) -> Part:
-        del job
+    def report(self, ctx: StageContext, result: Mapping[str, Any]) -> ReportSection:
+        del ctx
         facts = {f"{key} model": model["name"] for key, model in result.get("models", {}).items()}
         for check in result["gates"]:
             measured = "not measured" if check["value"] is None else f"{check['value']:.3f}"
@@ -139,7 +139,7 @@ class Gate(Stage):
         failed = sum(not check["passed"] for check in result["gates"])
         promoted = "" if result["promoted"] else "not "
         why = f"{failed} of {total} gates failed" if failed else "all gates passed"
-        return Part(
+        return ReportSection(
             "May the new model replace the old one?",
             f"The new model is {promoted}promoted: {why}. A gate bounds the end of the interval,"
             " not the point.",

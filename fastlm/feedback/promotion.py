@@ -10,7 +10,7 @@ from typing import Any
 from fastlm.errors import InputError
 from fastlm.feedback.gate import DECISION, Decision
 from fastlm.files import make_folder, save_atomic, write_json
-from fastlm.pipeline.stage import Facts, Job, Part, Stage, Takes
+from fastlm.pipeline.stage import Facts, InputSpec, ReportSection, Stage, StageContext
 from fastlm.schema import read_document
 
 MODEL, PROMOTION = "model", "promotion.json"
@@ -25,29 +25,31 @@ class Promotion(Stage):
 
     kind = "promotion"
     command = ("promotion",)
-    reads = {
-        "new": Takes(("model",), "The new model"),
-        "old": Takes(("model",), "The model that serves now", default=False),
-        "decision": Takes(("gate_decision",), "The folder of `fastlm gate`, or its decision.json"),
+    inputs = {
+        "new": InputSpec(("model",), "The new model"),
+        "old": InputSpec(("model",), "The model that serves now", default=False),
+        "decision": InputSpec(
+            ("gate_decision",), "The folder of `fastlm gate`, or its decision.json"
+        ),
     }
-    leaves = {"model": MODEL}
+    outputs = {"model": MODEL}
     result = {"promoted": bool, "serves": str, "failed": list[str]}
 
     def plan(self, inputs: Mapping[str, Any]) -> Facts:
         new, old = inputs["new"][0], inputs["old"][0]
         return {key: new[key] for key in new if key in old and new[key] == old[key]}
 
-    def run(self, job: Job) -> dict[str, Any]:
+    def run(self, ctx: StageContext) -> dict[str, Any]:
         from fastlm.evals.suite import id_of
         from fastlm.feedback.gate_metrics import NEW, OLD, Model
         from fastlm.pipeline.provenance import MODEL as FILES
         from fastlm.pipeline.run_folder import is_adapter, locate_model
 
-        given = job.path("decision")
+        given = ctx.path("decision")
         decision = read_document(given / DECISION if given.is_dir() else given, Decision)
         promoted, gates = decision["promoted"], decision["gates"]
         models = {
-            key: Model(one.name, id_of(one.where)) for key in (NEW, OLD) for one in job.inputs[key]
+            key: Model(one.name, id_of(one.source)) for key in (NEW, OLD) for one in ctx.inputs[key]
         }
         decided: Mapping[str, Model] = {**decision.get("models", {})}
         if any(key in decided and decided[key].id != models[key].id for key in models):
@@ -56,8 +58,8 @@ class Promotion(Stage):
                 f" {given}"
             )
         if unknown := [key for key in models if key not in decided]:
-            job.warn(f"decision: {given} does not name the {' and the '.join(unknown)} model")
-        (taken,) = job.inputs["new" if promoted else "old"]
+            ctx.warning(f"decision: {given} does not name the {' and the '.join(unknown)} model")
+        (taken,) = ctx.inputs["new" if promoted else "old"]
         folder = locate_model(taken.path)
         if folder.is_file() or is_adapter(folder):
             raise InputError(
@@ -74,18 +76,18 @@ class Promotion(Stage):
                 if any(fnmatch(path.name, pattern) for pattern in FILES):
                     shutil.copyfile(path, part / path.name)
 
-        save_atomic(make_folder(job.out) / MODEL, copied)
-        write_json(job.out / PROMOTION, result)
+        save_atomic(make_folder(ctx.out) / MODEL, copied)
+        write_json(ctx.out / PROMOTION, result)
         return result
 
-    def told(self, result: Mapping[str, Any], job: Job) -> str:
-        return f"{_decided(result)}: {job.out / MODEL}"
+    def summary(self, result: Mapping[str, Any], ctx: StageContext) -> str:
+        return f"{_decided(result)}: {ctx.out / MODEL}"
 
-    def report(self, job: Job, result: Mapping[str, Any]) -> Part:
-        facts = {"model": str(job.out / MODEL)}
+    def report(self, ctx: StageContext, result: Mapping[str, Any]) -> ReportSection:
+        facts = {"model": str(ctx.out / MODEL)}
         for number, why in enumerate(result["failed"], 1):
             facts[f"gate {number} that failed"] = why
-        return Part(
+        return ReportSection(
             "Which model serves next",
             f"{_decided(result)}. Stages after this one read that model.",
             facts=facts,

@@ -56,7 +56,7 @@ def import_command(
     rows = Rows()
     examples = list(
         read_ranking_examples(
-            sources, cache=cache or default_cache(), skip_bad=skip_bad, rows=rows, tell=_note
+            sources, cache=cache or default_cache(), skip_bad=skip_bad, rows=rows, on_skip=_note
         )
     )  # before the store: a bad row leaves no empty one behind
     with RankingStore(store) as found:
@@ -99,7 +99,9 @@ def sample_command(
         from fastlm.serve.chat import Writer
         from fastlm.serve.ranking import Added, RankingStore
 
-    sources = read_prompts(prompts, cache=cache or default_cache(), skip_bad=skip_bad, tell=_note)
+    sources = read_prompts(
+        prompts, cache=cache or default_cache(), skip_bad=skip_bad, on_skip=_note
+    )
     rows, writer, added = list(sources), Writer(model), Added()
     sampling = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
     with RankingStore(store) as found:

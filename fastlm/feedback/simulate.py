@@ -11,7 +11,14 @@ from fastlm.data.conversations import FORMATS
 from fastlm.errors import InputError
 from fastlm.feedback.gate_metrics import percent
 from fastlm.files import make_folder
-from fastlm.pipeline.stage import Job, Part, Positional, Stage, Takes, at_least_one
+from fastlm.pipeline.stage import (
+    InputSpec,
+    Positional,
+    ReportSection,
+    Stage,
+    StageContext,
+    at_least_one,
+)
 from fastlm.sources.input_digest import InputDigest
 
 if TYPE_CHECKING:
@@ -35,13 +42,13 @@ class Simulate(Stage):
     kind = "simulate"
     command = ("feedback", "simulate")
     version = 2
-    reads = {
-        "model": Takes(
+    inputs = {
+        "model": InputSpec(
             ("quantized", "model"), "Model to serve: as for `fastlm serve`", flag="m"
         ),
-        "reward_model": Takes(("reward",), "Its scores are what the users prefer"),
+        "reward_model": InputSpec(("reward",), "Its scores are what the users prefer"),
     }  # fmt: skip
-    leaves = {"feedback_db": DATABASE}
+    outputs = {"feedback_db": DATABASE}
     sources_in = ("data",)
     result = {
         "questions": int, "requests": int, "errors": int, "seconds_p50": float,
@@ -87,7 +94,7 @@ The same command starts again from nothing."""
     def digest_inputs(self, input_digest: InputDigest) -> Any:
         return input_digest.hash_sources(self.data, FORMATS)
 
-    def run(self, job: Job) -> dict[str, Any]:
+    def run(self, ctx: StageContext) -> dict[str, Any]:
         import time
 
         import numpy as np
@@ -99,14 +106,14 @@ The same command starts again from nothing."""
         from fastlm.serve.feedback_store import FeedbackStore
         from fastlm.stats.intervals import wilson
 
-        prompts = self._prompts(job)
-        make_folder(job.out)
+        prompts = self._prompts(ctx)
+        make_folder(ctx.out)
         for end in ("", "-wal", "-shm"):  # of a start that was cut off
-            (job.out / f"{DATABASE}{end}").unlink(missing_ok=True)
-        database, log = job.out / DATABASE, job.out / LOG
-        with serving(job.path("model"), database, log, torch.get_num_threads()) as served:
+            (ctx.out / f"{DATABASE}{end}").unlink(missing_ok=True)
+        database, log = ctx.out / DATABASE, ctx.out / LOG
+        with serving(ctx.path("model"), database, log, torch.get_num_threads()) as served:
             began = time.perf_counter()
-            replies = self._ask(served, prompts, job)
+            replies = self._ask(served, prompts, ctx)
             seconds = time.perf_counter() - began
             whole = [i for i, reply in enumerate(replies) if reply.status == 200]
             if not whole:
@@ -115,8 +122,8 @@ The same command starts again from nothing."""
                 [choice["message"]["content"] or "" for choice in replies[i].body["choices"]]
                 for i in whole
             ]
-            rewards, answers = [job.path("reward_model")], [text for pair in texts for text in pair]
-            (scored,) = judged(rewards, [prompts[i] for i in whole], [answers], job.warn)
+            rewards, answers = [ctx.path("reward_model")], [text for pair in texts for text in pair]
+            (scored,) = judged(rewards, [prompts[i] for i in whole], [answers], ctx.warning)
             points = [scored[i : i + ANSWERS] for i in range(0, len(scored), ANSWERS)]
             asked = [
                 Question(replies[i].body["id"], pair, two, _reference(prompts[i]))
@@ -128,13 +135,13 @@ The same command starts again from nothing."""
             )
             posted = [
                 served.post("/v1/feedback", one.body)
-                for one in job.track(said, "giving feedback", unit="requests")
+                for one in ctx.track(said, "giving feedback", unit="requests")
             ]
         with FeedbackStore(database):  # its log of writes ends in it: readers leave it as it is
             pass
         failed = [reply for reply in (*replies, *posted) if reply.status != 200]
         if failed:
-            job.warn(f"{len(failed):,} requests failed, the first one: {_why(failed[0])}")
+            ctx.warning(f"{len(failed):,} requests failed, the first one: {_why(failed[0])}")
         took = [replies[i].seconds for i in whole]
         tokens = sum(replies[i].body["usage"]["completion_tokens"] for i in whole)
         thumbs = [one.body["thumb"] == "up" for one in said if one.kind == "thumb"]
@@ -155,14 +162,14 @@ The same command starts again from nothing."""
             "score": float(np.mean(points)),
             "agreement": sum(agrees) / len(agrees) if agrees else None,
             "users": dict(Counter(user.kind for user in users)),
-            "reward_model": job.inputs["reward_model"][0].name,
+            "reward_model": ctx.inputs["reward_model"][0].name,
         }  # fmt: skip
 
-    def _prompts(self, job: Job) -> "list[Prompt]":
+    def _prompts(self, ctx: StageContext) -> "list[Prompt]":
         from fastlm.data.prompts import read_prompts
 
         found: dict[str, Prompt] = {}
-        for one in read_prompts(self.data, cache=job.cache):
+        for one in read_prompts(self.data, cache=ctx.cache_dir):
             found.setdefault(one.key(), one)
         if not found:
             raise InputError(f"data: expected questions, got none in {', '.join(self.data)}")
@@ -177,7 +184,9 @@ The same command starts again from nothing."""
     def _consents(self, prompt: "Prompt") -> bool:
         return self._number("consent", prompt) < self.consent * 2**48
 
-    def _ask(self, served: "Served", prompts: "Sequence[Prompt]", job: Job) -> "list[Reply]":
+    def _ask(
+        self, served: "Served", prompts: "Sequence[Prompt]", ctx: StageContext
+    ) -> "list[Reply]":
         from fastlm.feedback.local_server import NAME
 
         def one(prompt: "Prompt") -> "Reply":
@@ -192,19 +201,19 @@ The same command starts again from nothing."""
             return served.post("/v1/chat/completions", body)
 
         with ThreadPoolExecutor(self.clients) as pool:
-            return list(job.track(pool.map(one, prompts), "asking", len(prompts), unit="questions"))
+            return list(ctx.track(pool.map(one, prompts), "asking", len(prompts), unit="questions"))
 
-    def told(self, result: Mapping[str, Any], job: Job) -> str:
+    def summary(self, result: Mapping[str, Any], ctx: StageContext) -> str:
         kinds = ", ".join(f"{n:,} {kind}s" for kind, n in result["kinds"].items())
         return (
-            f"{job.out / DATABASE}: {result['questions']:,} questions, {result['errors']:,} errors;"
+            f"{ctx.out / DATABASE}: {result['questions']:,} questions, {result['errors']:,} errors;"
             f" simulated users gave {kinds}, and liked {percent(result['liked'])}"
         )
 
-    def report(self, job: Job, result: Mapping[str, Any]) -> Part:
+    def report(self, ctx: StageContext, result: Mapping[str, Any]) -> ReportSection:
         kinds = ", ".join(f"{n:,} {kind}s" for kind, n in result["kinds"].items())
         agreement = result["agreement"]
-        return Part(
+        return ReportSection(
             "Deployment, and its first users: simulated ones",
             "A fastlm serve process answered over HTTP. No person said any of this: the users"
             f" prefer what the reward model {result['reward_model']} scores higher, with errors.",

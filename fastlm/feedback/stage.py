@@ -11,7 +11,14 @@ from fastlm.errors import InputError
 from fastlm.feedback.build import PARTS, TRAIN, BuildOptions
 from fastlm.feedback.feedback_items import is_export
 from fastlm.pipeline.funnel import Funnel
-from fastlm.pipeline.stage import Facts, Job, MaybePositional, Part, Stage, Takes
+from fastlm.pipeline.stage import (
+    Facts,
+    InputSpec,
+    MaybePositional,
+    ReportSection,
+    Stage,
+    StageContext,
+)
 from fastlm.serve.commands import open_store
 from fastlm.sources.input_digest import InputDigest
 
@@ -30,13 +37,13 @@ class FeedbackBuild(BuildOptions, Stage):
     kind = "feedback"
     command = ("feedback", "build")
     version = 3
-    reads = {
-        "feedback_db": Takes(
+    inputs = {
+        "feedback_db": InputSpec(
             ("feedback_db",), "The database that `fastlm feedback simulate` left, beside others",
             optional=True,
         ),
     }  # fmt: skip
-    leaves = {"feedback": "."}
+    outputs = {"feedback": "."}
     result = {"rows": dict[str, dict[str, int]], "raters": dict[str, Any]}
     notes = """Written are train/, judge/ and test/ with sft.jsonl, preferences.jsonl (for dpo and
 reward), kto.jsonl (for dpo with loss = kto) and prompts.jsonl, funnel.json (fastlm data show) and
@@ -66,21 +73,23 @@ raters.json."""
         files = [input_digest.hash_tree(one) for one in self.decontaminate if _is_file(one)]
         return [rows, files, sorted(forgotten_keys([input_digest.folder]))]
 
-    def run(self, job: Job) -> dict[str, Any]:
+    def run(self, ctx: StageContext) -> dict[str, Any]:
         from fastlm.feedback.build import build
 
-        self.plan(job.inputs)
-        path = job.optional("feedback_db")
+        self.plan(ctx.inputs)
+        path = ctx.optional("feedback_db")
         databases = [*self.database, *([] if path is None else [str(path)])]
-        questions = self._questions(job) if self.decontaminate else None
+        questions = self._questions(ctx) if self.decontaminate else None
         if questions is None:
-            job.warn("decontaminate: names no question sets: their questions may get into the rows")
+            ctx.warning(
+                "decontaminate: names no question sets: their questions may get into the rows"
+            )
         # the logs of the run and of the folder of runs count, as for prepared text
-        parents = (job.out.parent, job.out.absolute().parent.parent) if job.in_recipe else ()
-        forgotten = forgotten_keys([job.out, *parents])
+        parents = (ctx.out.parent, ctx.out.absolute().parent.parent) if ctx.in_recipe else ()
+        forgotten = forgotten_keys([ctx.out, *parents])
         result = build(
-            databases, job.out, options=self, questions=questions, forgotten=forgotten,
-            cache=job.cache,
+            databases, ctx.out, options=self, questions=questions, forgotten=forgotten,
+            cache=ctx.cache_dir,
         )  # fmt: skip
         weights = result.raters.values()
         return {
@@ -92,7 +101,7 @@ raters.json."""
             },
         }  # fmt: skip
 
-    def _questions(self, job: Job) -> "Overlap":
+    def _questions(self, ctx: StageContext) -> "Overlap":
         from fastlm.data.prompts import read_prompts
         from fastlm.evals.contamination import question_texts
         from fastlm.evals.registry import load_task, names_of
@@ -105,28 +114,28 @@ raters.json."""
         for name in dict.fromkeys(self.decontaminate):
             sets = safety_sets(name)
             if _is_file(name):
-                prompts = read_prompts([name], cache=job.cache)
+                prompts = read_prompts([name], cache=ctx.cache_dir)
                 questions += [(Path(name).name, p.messages[-1]["content"]) for p in prompts]
             elif sets:
                 questions += [
-                    (one, text) for one in sets for text in TEXTS[one](SafetySets(job.cache))
+                    (one, text) for one in sets for text in TEXTS[one](SafetySets(ctx.cache_dir))
                 ]
             else:
                 rest.append(name)
         for name in names_of(rest):
-            parts = question_texts(load_task(name, job.cache).questions)
+            parts = question_texts(load_task(name, ctx.cache_dir).questions)
             questions += [(name, "".join(part)) for part in parts]
         return Overlap(dict.fromkeys(questions), self.ngram)
 
-    def told(self, result: Mapping[str, Any], job: Job) -> str:
+    def summary(self, result: Mapping[str, Any], ctx: StageContext) -> str:
         rows = ", ".join(f"{n:,} {form}" for form, n in result["rows"][TRAIN].items())
         raters = result["raters"]
         return (
-            f"{job.out}: {rows} to learn from; {raters['excluded']:,} of {raters['total']:,}"
+            f"{ctx.out}: {rows} to learn from; {raters['excluded']:,} of {raters['total']:,}"
             " raters excluded"
         )
 
-    def shown(self, result: Mapping[str, Any], job: Job) -> Any:
+    def render(self, result: Mapping[str, Any], ctx: StageContext) -> Any:
         from rich.console import Group
         from rich.table import Table
 
@@ -135,13 +144,13 @@ raters.json."""
             forms.add_column(form, justify="right")
         for part in PARTS:
             forms.add_row(part, *(f"{n:,}" for n in result["rows"][part].values()))
-        return Group(tables(Funnel.load(job.out)), forms, self.told(result, job))
+        return Group(tables(Funnel.load(ctx.out)), forms, self.summary(result, ctx))
 
-    def report(self, job: Job, result: Mapping[str, Any]) -> Part:
-        funnel = Funnel.load(job.out)
+    def report(self, ctx: StageContext, result: Mapping[str, Any]) -> ReportSection:
+        funnel = Funnel.load(ctx.out)
         raters = result["raters"]
         kept = sum(step["documents"] for step in funnel.steps[-len(PARTS) :])
-        return Part(
+        return ReportSection(
             "User feedback, and what is left of it after each step",
             f"The steps count feedback items (thumbs, picks, corrections). {raters['excluded']:,}"
             f" of {raters['total']:,} raters disagree with the others and were excluded."

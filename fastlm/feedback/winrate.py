@@ -9,7 +9,7 @@ from fastlm.data.conversations import FORMATS
 from fastlm.errors import InputError
 from fastlm.feedback.gate_metrics import percent
 from fastlm.files import write_json, write_text
-from fastlm.pipeline.stage import Facts, Job, Part, Stage, Takes, at_least_one
+from fastlm.pipeline.stage import Facts, InputSpec, ReportSection, Stage, StageContext, at_least_one
 from fastlm.sources.input_digest import InputDigest
 
 if TYPE_CHECKING:
@@ -30,17 +30,17 @@ class WinRate(Stage):
     kind = "winrate"
     command = ("winrate",)
     version = 5
-    reads = {
-        "model": Takes(("model", "quantized"), "The new model: as for eval", flag="m"),
-        "old": Takes(("model", "quantized"), "The model that serves now", default=False),
-        "judge": Takes(
+    inputs = {
+        "model": InputSpec(("model", "quantized"), "The new model: as for eval", flag="m"),
+        "old": InputSpec(("model", "quantized"), "The model that serves now", default=False),
+        "judge": InputSpec(
             ("reward",), "Reward models that neither has been trained with", several=True
         ),
-        "feedback": Takes(
+        "feedback": InputSpec(
             ("feedback",), "What `fastlm feedback build` made: prompts of test/", optional=True
         ),
     }
-    leaves = {"scores": SCORES}
+    outputs = {"scores": SCORES}
     result = {"prompts": int, "scores": dict[str, dict[str, Any]], "compared": dict[str, Any]}
 
     data: Annotated[tuple[str, ...], "Prompts, as for ppo, in place of those of the feedback"] = ()
@@ -73,14 +73,14 @@ class WinRate(Stage):
     def digest_inputs(self, input_digest: InputDigest) -> Any:
         return input_digest.hash_sources((*self.data, *self.labelled), FORMATS)
 
-    def run(self, job: Job) -> dict[str, Any]:
+    def run(self, ctx: StageContext) -> dict[str, Any]:
         from fastlm.evals.suite import ids_of
         from fastlm.feedback.pairwise import answer, compared, judge_accuracy, judged
 
-        self.plan(job.inputs)
-        prompts = self._prompts(job)
-        ids = ids_of([*job.inputs["old"], *job.inputs["model"]])
-        judges = ids_of(job.inputs["judge"])
+        self.plan(ctx.inputs)
+        prompts = self._prompts(ctx)
+        ids = ids_of([*ctx.inputs["old"], *ctx.inputs["model"]])
+        judges = ids_of(ctx.inputs["judge"])
         if len({judge["id"] for judge in judges}) < len(judges):
             names = ", ".join(judge["name"] for judge in judges)
             raise InputError(
@@ -88,53 +88,53 @@ class WinRate(Stage):
             )
         old, new = (
             answer(
-                job.path(key), prompts, answers=self.answers, max_new_tokens=self.max_new_tokens,
-                temperature=self.temperature, seed=self.seed, track=job.track,
+                ctx.path(key), prompts, answers=self.answers, max_new_tokens=self.max_new_tokens,
+                temperature=self.temperature, seed=self.seed, track=ctx.track,
             )
             for key in ("old", "model")
         )  # fmt: skip
-        paths = [given.path for given in job.inputs["judge"]]
+        paths = [given.path for given in ctx.inputs["judge"]]
         texts = [[one.text for one in answers] for answers in (old, new)]
-        points = judged(paths, prompts, texts, job.warn)
+        points = judged(paths, prompts, texts, ctx.warning)
         result: dict[str, Any] = compared(old, new, points, self.answers, self.confidence)
         result |= {"ids": ids, "judges": judges}
-        if labelled := self._labelled(job):
+        if labelled := self._labelled(ctx):
             accuracy = judge_accuracy(
-                paths, labelled, cache=job.cache, confidence=self.confidence, warn=job.warn,
+                paths, labelled, cache=ctx.cache_dir, confidence=self.confidence, warn=ctx.warning,
             )  # fmt: skip
             if accuracy is not None:
                 result["scores"]["judge"] = accuracy
-        write_text(job.out / ANSWERS, _lines(prompts, texts, points))
-        write_json(job.out / SCORES, result)
+        write_text(ctx.out / ANSWERS, _lines(prompts, texts, points))
+        write_json(ctx.out / SCORES, result)
         return result
 
-    def _labelled(self, job: Job) -> list[str]:
+    def _labelled(self, ctx: StageContext) -> list[str]:
         """Return where comparisons are that nothing was trained on."""
-        if self.labelled or not job.inputs.get("feedback"):
+        if self.labelled or not ctx.inputs.get("feedback"):
             return list(self.labelled)
-        path = job.path("feedback") / "test" / "preferences.jsonl"
+        path = ctx.path("feedback") / "test" / "preferences.jsonl"
         return [str(path)] if path.is_file() and path.stat().st_size else []
 
-    def _prompts(self, job: Job) -> "list[Prompt]":
+    def _prompts(self, ctx: StageContext) -> "list[Prompt]":
         from fastlm.data.prompts import read_prompts
         from fastlm.train.encoding import place_in_order
 
         sources = list(self.data)
         if not sources:
-            path = job.path("feedback") / "test" / "prompts.jsonl"
+            path = ctx.path("feedback") / "test" / "prompts.jsonl"
             if not path.is_file() or not path.stat().st_size:
                 raise InputError(
                     f"feedback: expected prompts in {path}, got none: gather more feedback, or"
                     " build it with a larger test"
                 )
             sources = [str(path)]
-        found = {one.key(): one for one in read_prompts(sources, cache=job.cache)}
+        found = {one.key(): one for one in read_prompts(sources, cache=ctx.cache_dir)}
         if not found:
             raise InputError(f"data: expected prompts, got none in {', '.join(sources)}")
         return sorted(found.values(), key=place_in_order)[: self.limit]
 
-    def told(self, result: Mapping[str, Any], job: Job) -> str:
-        del job
+    def summary(self, result: Mapping[str, Any], ctx: StageContext) -> str:
+        del ctx
         won = result["scores"]["rate"]
         return (
             f"the new model wins {percent(won)} of {result['prompts']:,} prompts (ties count half);"
@@ -142,7 +142,7 @@ class WinRate(Stage):
             f" {_who(result)} is right in {_judge(result['scores'])}"
         )
 
-    def report(self, job: Job, result: Mapping[str, Any]) -> Part:
+    def report(self, ctx: StageContext, result: Mapping[str, Any]) -> ReportSection:
         scores, compared = result["scores"], result["compared"]
         facts = {
             f"{_who(result)} is right in": _judge(scores),
@@ -154,11 +154,11 @@ class WinRate(Stage):
             "ended by themselves": percent(scores["ended"]),
             "different answers": f"{scores['distinct']['value']:.2f} times as many as before",
         }
-        return Part(
+        return ReportSection(
             "The new model against the old one",
             "Both answered the same prompts, which the training on feedback did not use. They"
             f" are judged by {_who(result)}, reward models that have trained neither: read how"
-            f" often that is right before its verdict. {job.out / ANSWERS} has the answers.",
+            f" often that is right before its verdict. {ctx.out / ANSWERS} has the answers.",
             facts=facts,
             cards=[(percent(scores["rate"]), "of prompts are won by the new model")],
         )

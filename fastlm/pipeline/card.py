@@ -68,21 +68,22 @@ def card(
         metrics=[*dict.fromkeys(result.metric_type for result in results)] or None,
         tags=["fastlm", f"fastlm-id:{record.model}"],
         base_model=[read["name"] for _, read in outside] or None,
-        datasets=[*dict.fromkeys(s["spec"] for r in line for s in r.made.sources)] or None,
+        datasets=[*dict.fromkeys(s["spec"] for r in line for s in r.provenance.sources)] or None,
     )  # fmt: skip
     sections: dict[str, list[tuple[Known, Figures]]] = {"Evaluation": [], "Safety": []}
     for made, figures in measured:
         sections[_kind(made, kinds).card_section].append((made, figures))
     oldest_first = line[::-1]
+    origins, code = [r.provenance for r in oldest_first], record.provenance.code
     body = _template(registry, kinds).render(
         name=record.name, kind=record.entry.kind, finished=record.finished, id=record.model,
         not_recorded=NOT_RECORDED, outside=outside, sections=sections.items(),
-        data=[r for r in oldest_first if r.made.sources],
-        stages=[r for r in oldest_first if not {"scores", "corpus"} & r.entry.leaves.keys()],
+        data=[r for r in oldest_first if r.provenance.sources],
+        stages=[r for r in oldest_first if not {"scores", "corpus"} & r.entry.outputs.keys()],
         instructed=outside or any(_kind(r, kinds).instructs for r in line),
         gone=", ".join(r.name for r in line if r.state != HERE),
-        commands=[*dict.fromkeys(r.made.command for r in oldest_first if r.made.command)],
-        code=_facts(record.made.code) if all(r.made.code == record.made.code for r in line) else "",
+        commands=[*dict.fromkeys(p.command for p in origins if p.command)],
+        code=_facts(code) if all(p.code == code for p in origins) else "",
         recipe=_recipe(line),
     )  # fmt: skip
     return f"---\n{front.to_yaml()}\n---\n\n{body}".encode("utf-8", "replace").decode()
@@ -126,7 +127,7 @@ def _template(registry: Registry, kinds: Kinds) -> Any:
         "count": lambda count: f"{count:,}" if count else NOT_RECORDED,
         "seconds": lambda value: NOT_RECORDED if value is None else seconds_text(value),
         "options": lambda table: Safe(", ".join(code_span(f"{k} = {v}") for k, v in table.items())),
-        "training": lambda record: bool(_kind(record, kinds).scratch),
+        "training": lambda record: bool(_kind(record, kinds).checkpoints),
         "trained": _trained, "figure": figure,
     }  # fmt: skip
     return environment.get_template("card.md.jinja")
@@ -174,7 +175,7 @@ def _measured(registry: Registry, record: Known) -> Iterator[tuple[Known, Figure
     """The stages that measured this model, each with its figures."""
     for made in registry.records:
         if made.ids.keys() == {"scores"} and record.model in set(made.read()):
-            reads = made.made.reads.get("model", [])
+            reads = made.provenance.inputs.get("model", [])
             own = {read["name"] for read in reads if read["id"] == record.model}
             if figures := scores(made.entry, own):
                 yield made, figures
@@ -201,20 +202,22 @@ def _counts(figures: Figures) -> str:
 
 
 def _data_of(made: Known) -> str:
-    return ", ".join(read["name"] for read in made.made.reads.get("data", [])) or NOT_RECORDED
+    return (
+        ", ".join(read["name"] for read in made.provenance.inputs.get("data", [])) or NOT_RECORDED
+    )
 
 
 def _recipe(line: Sequence[Known]) -> list[str]:
     """The lines of the recipe where there is one."""
     for record in line:
         path = record.place.parent / "recipe.json"
-        if record.made.recipe and path.is_file():
+        if record.provenance.recipe and path.is_file():
             return json.dumps(read_json(path), indent=1, ensure_ascii=False).splitlines()
     return []
 
 
 def place_of(record: Known) -> Path:
     """The folder beside whose files a card belongs: that of the model."""
-    leaves = record.entry.leaves
-    kind = next(kind for kind in leaves if kind in record.ids and kind != "scores")
-    return record.place / leaves[kind]
+    outputs = record.entry.outputs
+    kind = next(kind for kind in outputs if kind in record.ids and kind != "scores")
+    return record.place / outputs[kind]

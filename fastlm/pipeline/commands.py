@@ -19,13 +19,13 @@ from rich.console import Console
 from fastlm.errors import InputError
 from fastlm.pipeline.events import View
 from fastlm.pipeline.stage import (
-    Job,
+    InputSpec,
     MaybePositional,
     Option,
     Positional,
     Repeated,
     Stage,
-    Takes,
+    StageContext,
     options_of,
 )
 from fastlm.progress import silent
@@ -57,8 +57,8 @@ def command_of(cls: type[Stage], before: Callable[[], None] = lambda: None) -> C
     ``before`` is called when the options are read, before any work.
     """
     options = [option for option in options_of(cls) if get_origin(_plain(option.hint)) is not dict]
-    trains = bool(cls.scratch)
-    only_scores = set(cls.leaves) == {"scores"}
+    trains = bool(cls.checkpoints)
+    only_scores = set(cls.outputs) == {"scores"}
 
     def run(
         out: Path | None,
@@ -76,32 +76,32 @@ def command_of(cls: type[Stage], before: Callable[[], None] = lambda: None) -> C
         speaks = is_main_process()
         if speaks:
             before()
-        inputs = {key: given[key] for key in cls.reads if given[key]}
+        inputs = {key: given[key] for key in cls.inputs if given[key]}
         view = View(log_every)
         with tempfile.TemporaryDirectory() as nowhere:
-            job = stage.job(
-                out or nowhere, cache=cache, track=view.track if speaks else silent,
+            ctx = stage.context(
+                out or nowhere, cache_dir=cache, track=view.track if speaks else silent,
                 on_event=view if speaks else None, **inputs,
             )  # fmt: skip
             began = time.perf_counter()
-            result = stage.run(job)
+            result = stage.run(ctx)
             if not speaks:
                 return
             if out is not None:
                 took, command = time.perf_counter() - began, shlex.join(["fastlm", *sys.argv[1:]])
-                _record(stage, job, result, took, command)
+                _record(stage, ctx, result, took, command)
                 if only_scores:
                     from fastlm.pipeline.report import write_stage_report
 
-                    write_stage_report(stage, job, result, took, command)
-            shown = json.dumps(result, indent=1) if as_json else stage.shown(result, job)
+                    write_stage_report(stage, ctx, result, took, command)
+            shown = json.dumps(result, indent=1) if as_json else stage.render(result, ctx)
         print_result(shown)
         if status := stage.status(result):
             raise typer.Exit(status)
 
     out = typer.Option("--out", "-o", help="Output folder")
     parameters = [
-        *(_input(key, takes) for key, takes in cls.reads.items()),
+        *(_input(key, takes) for key, takes in cls.inputs.items()),
         *map(_option, options),
         _flag("out", Path | None, out, None) if only_scores else _flag("out", Path, out),
     ]
@@ -135,20 +135,22 @@ def _signed(
     return run
 
 
-def _record(stage: Stage, job: Job, result: dict[str, Any], seconds: float, command: str) -> None:
+def _record(
+    stage: Stage, ctx: StageContext, result: dict[str, Any], seconds: float, command: str
+) -> None:
     """Keep a record of the stage in its folder, for `fastlm runs`."""
     from fastlm.pipeline.provenance import describe, own_files
     from fastlm.pipeline.record import begun, save_alone
     from fastlm.sources.input_digest import InputDigest
 
-    inputs = {key: [given.where for given in names] for key, names in job.inputs.items()}
+    inputs = {key: [given.source for given in names] for key, names in ctx.inputs.items()}
     entry = begun(stage, "", inputs)
-    input_digest = InputDigest(job.out / "sources.json", cache=job.cache)
+    input_digest = InputDigest(ctx.out / "sources.json", cache=ctx.cache_dir)
     # a second earlier: file systems keep times less exactly
-    entry.outputs = own_files(stage.leaves, job.out, time.time() - seconds - 1)
+    entry.file_sizes = own_files(stage.outputs, ctx.out, time.time() - seconds - 1)
     entry.seconds, entry.result = seconds, result
-    entry.made = describe(stage, job, entry.outputs, input_digest, command=command)
-    save_alone(job.out, entry)
+    entry.provenance = describe(stage, ctx, entry.file_sizes, input_digest, command=command)
+    save_alone(ctx.out, entry)
 
 
 def _flag(name: str, hint: Any, info: Any, *default: Any) -> inspect.Parameter:
@@ -159,7 +161,7 @@ def _flag(name: str, hint: Any, info: Any, *default: Any) -> inspect.Parameter:
     return inspect.Parameter(name, kind, default=value, annotation=annotation)
 
 
-def _input(key: str, takes: Takes) -> inspect.Parameter:
+def _input(key: str, takes: InputSpec) -> inspect.Parameter:
     hint: Any = list[str] if takes.several else str
     if takes.positional:
         return _flag(key, hint, typer.Argument(help=takes.help))

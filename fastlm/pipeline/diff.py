@@ -69,12 +69,12 @@ def _compare(kind: str, kinds: Kinds, a: Known | None, b: Known | None) -> Itera
 
 def _facts(record: Known, defaults: Mapping[str, Any]) -> dict[str, Any]:
     """What is compared of a record, by its name in the table."""
-    made, models = record.made, models_in(record.entry)
+    made, models = record.provenance, models_in(record.entry)
     figures = scores(record.entry, models if len(models) == 1 else None)
     return {
         **defaults,
         **record.entry.options,
-        **{f"input {key}": _ids(reads) for key, reads in made.reads.items()},
+        **{f"input {key}": _ids(reads) for key, reads in made.inputs.items()},
         **{f"source {source['spec']}": _source(source) for source in made.sources},
         **{f"code {key}": value for key, value in made.code.items()},
         **{f"machine {key}": value for key, value in made.machine.items()},

@@ -69,8 +69,8 @@ class View:
             self.say(f"{event['stage']}: {event['state']}{took}")
             self.name = event["stage"]
             self.start()
-        elif "warning" in event or "note" in event:
-            self.say(event["note"] if "note" in event else f"warning: {event['warning']}")
+        elif "warning" in event or "info" in event:
+            self.say(event["info"] if "info" in event else f"warning: {event['warning']}")
         elif "loss" in event:
             self.step(event)
         elif "val_loss" in event:

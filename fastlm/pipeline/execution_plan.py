@@ -4,7 +4,7 @@ A stage's fingerprint covers its options, the files they name, the version of it
 fingerprints of its input stages: a change affects what depends on it and nothing else. A stage is
 skipped if stages.json records it with the same fingerprint and its files are still there. An
 interrupted stage continues from what it holds, or starts again. A training also continues if all
-that has changed is options with which it can (`Stage.continues`). A training that is lost runs
+that has changed is options with which it can (`Stage.can_continue`). A training that is lost runs
 again together with everything that depends on it: it need not end at the same weights if its budget
 is in seconds.
 """
@@ -66,7 +66,7 @@ def make_plan(
             if do != "run":
                 do, why = "run", "what it takes from runs again"
         elif done is not None:
-            lost = do == "run" and bool(step.stage.scratch)
+            lost = do == "run" and bool(step.stage.checkpoints)
             stale = (done.fingerprint != prints[name] and do != "continue") or lost
         if stale:
             again.add(name)
@@ -83,20 +83,22 @@ def _state(step: Step, now: Fingerprint, done: Entry | None, folder: Path) -> tu
     """Return what to do with a step by itself, and why."""
     if done is None:
         return "run", "new"
-    held = _holds_any(folder, step.stage.scratch)
+    held = _holds_any(folder, step.stage.checkpoints)
     if done.fingerprint != now:
         changed = _changed(step, done)
         # the record's options with everything else as it is now
         kind, version, _, *rest = now.parts
         alone = done.fingerprint == json_hash([kind, version, done.options, *rest])
-        held = held and alone and step.stage.continues(changed, folder, done.outputs is not None)
+        held = (
+            held and alone and step.stage.can_continue(changed, folder, done.file_sizes is not None)
+        )
         why = _change(step, done, changed)
-    elif done.outputs is None:
-        held = held or _holds_any(folder, step.stage.partial)
+    elif done.file_sizes is None:
+        held = held or _holds_any(folder, step.stage.resumable)
         why = "was cut off"
     else:
-        sizes = sizes_of(folder, step.stage.scratch)
-        lost = [name for name, size in done.outputs.items() if sizes.get(name) != size]
+        sizes = sizes_of(folder, step.stage.checkpoints)
+        lost = [name for name, size in done.file_sizes.items() if sizes.get(name) != size]
         if not lost:
             return "skip", "done"
         why = f"{lost[0]} is missing or changed"
@@ -135,7 +137,9 @@ def _change(step: Step, done: Entry, changed: Mapping[str, tuple[Any, Any]]) -> 
 def _holds_training(folder: Path, stage: Stage, done: Entry | None, kinds: Kinds) -> bool:
     """Return whether a folder holds a model or a checkpoint of a training, by its record."""
     made = kinds.get(done.kind, type(stage)) if done else type(stage)
-    return bool(made.scratch) and _holds_any(folder, (*made.scratch, *made.leaves.values()))
+    return bool(made.checkpoints) and _holds_any(
+        folder, (*made.checkpoints, *made.outputs.values())
+    )
 
 
 def _holds_any(folder: Path, names: Sequence[str]) -> bool:
@@ -156,7 +160,7 @@ def fingerprints(recipe: Recipe, input_digest: InputDigest) -> dict[str, Fingerp
                 for name in names
             ]
             # if there may be several, the result refers to each by its name
-            upstream[key] = [*zip(names, states)] if stage.reads[key].several else states
+            upstream[key] = [*zip(names, states)] if stage.inputs[key].several else states
         parts = [
             stage.kind,
             stage.version,
@@ -173,7 +177,7 @@ def _outside(step: Step, key: str, name: str, input_digest: InputDigest) -> Any:
     """Return the state of an input from outside the run: the content of local files, the name of a
     package.
     """
-    path, types = Path(name), step.stage.reads[key].types
+    path, types = Path(name), step.stage.inputs[key].types
     try:
         if not path.exists() and name.partition(":")[0] in SCHEMES:
             return name  # the name of a package

@@ -57,7 +57,7 @@ class Funnel:
                 f"{path}: expected the funnel of a prepared data folder: {e}"
             ) from None
 
-    def tell(self, message: str) -> None:
+    def add_skipped(self, message: str) -> None:
         """Keep the reason why something was skipped. Bytes of its names that are not UTF-8 are
         escaped.
         """

@@ -20,7 +20,7 @@ def tree(registry: Registry, record: Known) -> dict[str, Any]:
 
 def _node(registry: Registry, record: Known, seen: set[str]) -> dict[str, Any]:
     node = record.table() | {
-        "options": record.entry.options, "code": record.made.code,
+        "options": record.entry.options, "code": record.provenance.code,
         "headline": headline(record.entry),
     }  # fmt: skip
     if record.id in seen:
@@ -31,7 +31,7 @@ def _node(registry: Registry, record: Known, seen: set[str]) -> dict[str, Any]:
         outside = {"name": read["name"], "outside": True}
         inner = outside if maker is None else _node(registry, maker, seen)
         inputs.append({"input": key, "id": read["id"], **inner})
-    return node | {"inputs": inputs, "sources": list(record.made.sources)}
+    return node | {"inputs": inputs, "sources": list(record.provenance.sources)}
 
 
 def shown(node: Mapping[str, Any]) -> Any:

@@ -24,7 +24,7 @@ from typing_extensions import TypedDict
 from fastlm.errors import InputError
 from fastlm.machine import code, hardware
 from fastlm.pipeline.run_folder import locate_model
-from fastlm.pipeline.stage import Input, Job, Stage
+from fastlm.pipeline.stage import Input, Stage, StageContext
 from fastlm.schema import Count, RelativePath
 from fastlm.sources.input_digest import InputDigest
 from fastlm.sources.packages import SCHEMES
@@ -66,12 +66,12 @@ class SourceRecord(TypedDict):
 
 
 @dataclass
-class Made:
+class Provenance:
     """How an output came to be.
 
     finished: ISO 8601, UTC. code: as `fastlm.machine.code`. machine: as `fastlm.machine.hardware`.
     recipe: SHA-256 of the recipe. ids: type -> id of what was left. hashes: SHA-256 of every file
-    in ``outputs``. reads: by input. earlier: ids that ``ids`` replaced when rows were forgotten
+    in ``file_sizes``. inputs: by name. earlier: ids that ``ids`` replaced when rows were forgotten
     (`fastlm.feedback.forget`), oldest first.
     """
 
@@ -82,52 +82,52 @@ class Made:
     command: str | None = None
     ids: dict[str, str] = field(default_factory=dict)
     hashes: dict[RelativePath, str] = field(default_factory=dict)
-    reads: dict[str, list[InputRecord]] = field(default_factory=dict)
+    inputs: dict[str, list[InputRecord]] = field(default_factory=dict)
     sources: list[SourceRecord] = field(default_factory=list)
     earlier: list[dict[str, str]] = field(default_factory=list)
 
 
 def describe(
     stage: Stage,
-    job: Job,
+    ctx: StageContext,
     outputs: Mapping[str, int],
     input_digest: InputDigest,
     *,
     known: Callable[[str, Input], str | None] = lambda key, given: None,
     recipe: str | None = None,
     command: str | None = None,
-) -> Made:
+) -> Provenance:
     """Return how ``stage`` made its ``outputs``, which are hashed here.
 
     ``known``: the id of an input that has a record already.
     """
-    reads: dict[str, list[InputRecord]] = {}
-    for key, given in job.inputs.items():
-        types = stage.reads[key].types
-        reads[key] = [
+    inputs: dict[str, list[InputRecord]] = {}
+    for key, given in ctx.inputs.items():
+        types = stage.inputs[key].types
+        inputs[key] = [
             {
                 "name": g.name,
-                "path": g.where,
-                "id": known(key, g) or _id(types, g.where, input_digest),
+                "path": g.source,
+                "id": known(key, g) or _id(types, g.source, input_digest),
             }
             for g in given
         ]
-    hashes = {name: digest(job.out / name) for name in outputs}
+    hashes = {name: digest(ctx.out / name) for name in outputs}
     specs = [spec for name in stage.sources_in for spec in getattr(stage, name)]
-    return Made(
+    return Provenance(
         datetime.now(UTC).isoformat(timespec="milliseconds"), code(), hardware(), recipe, command,
-        ids_of(stage.leaves, hashes), hashes, reads,
+        ids_of(stage.outputs, hashes), hashes, inputs,
         [_source(spec, input_digest) for spec in specs],
     )  # fmt: skip
 
 
-def own_files(leaves: Mapping[str, str], out: Path, since: float = math.inf) -> dict[str, int]:
+def own_files(outputs: Mapping[str, str], out: Path, since: float = math.inf) -> dict[str, int]:
     """Return the bytes of the files of a stage in a folder that may hold others, too: those that
-    its ``leaves`` consist of, and those beside them that were written after ``since``.
+    its ``outputs`` consist of, and those beside them that were written after ``since``.
     """
-    places = {place for place in leaves.values() if place != "."}
-    places |= {"train", "heldout"} if leaves.get("shards") == "." else set()
-    kinds = [kind for kind, place in leaves.items() if place == "."]
+    places = {place for place in outputs.values() if place != "."}
+    places |= {"train", "heldout"} if outputs.get("shards") == "." else set()
+    kinds = [kind for kind, place in outputs.items() if place == "."]
     parts = [pattern for kind in kinds for pattern in PARTS.get(kind, ())]
     found = []
     for path in sorted(out.iterdir()):
@@ -139,10 +139,10 @@ def own_files(leaves: Mapping[str, str], out: Path, since: float = math.inf) -> 
     return {name: size for name, size in sizes.items() if not _matches(name, NOT_CONTENT)}
 
 
-def ids_of(leaves: Mapping[str, str], hashes: Mapping[str, str]) -> dict[str, str]:
+def ids_of(outputs: Mapping[str, str], hashes: Mapping[str, str]) -> dict[str, str]:
     """Return type -> id of what a stage left, from the hashes of its files."""
     found = {}
-    for kind, place in leaves.items():
+    for kind, place in outputs.items():
         below = "" if place == "." else f"{place}/"
         parts = [(n.removeprefix(below), h) for n, h in hashes.items() if n.startswith(below)]
         if place in hashes:  # one file

@@ -32,7 +32,7 @@ from typing import Any
 
 from fastlm.errors import InputError, unknown_key
 from fastlm.files import read_json
-from fastlm.pipeline.stage import Facts, Stage, Takes, options_of
+from fastlm.pipeline.stage import Facts, InputSpec, Stage, options_of
 from fastlm.schema import parse_toml, read_toml, validate
 
 MAX_BYTES = 2**16  # of a recipe
@@ -190,8 +190,8 @@ class _Parser:
         if name in self.steps:
             raise InputError(f"stage.name: {name!r} stands twice; give each its own name")
         options = [option.name for option in options_of(cls)]
-        inputs = {key: key for key in cls.reads}  # as a recipe calls them -> their names
-        inputs |= {alias: next(iter(cls.reads)) for alias in ("from", "of") if cls.reads}
+        inputs = {key: key for key in cls.inputs}  # as a recipe calls them -> their names
+        inputs |= {alias: next(iter(cls.inputs)) for alias in ("from", "of") if cls.inputs}
         given = {key: value for key, value in entry.items() if key not in ("kind", "name")}
         keys: dict[str, str] = {}  # input -> the key that the recipe used
         for key in given:
@@ -210,12 +210,12 @@ class _Parser:
             key: self.sources(f"{name}.{keys[key]}", given[keys[key]], takes)
             if key in keys
             else self.last_that_fits(f"{name}.{key}", takes)
-            for key, takes in cls.reads.items()
+            for key, takes in cls.inputs.items()
         }
         self.steps[name] = Step(name, stage, sources)
         return self.steps[name]
 
-    def sources(self, key: str, value: Any, takes: Takes) -> tuple[str, ...]:
+    def sources(self, key: str, value: Any, takes: InputSpec) -> tuple[str, ...]:
         """Check what a recipe names as one input of a stage; return stages and paths."""
         values = value if isinstance(value, list) else [value]
         if not values and takes.optional:
@@ -232,13 +232,13 @@ class _Parser:
                 self.check_source(key, v, takes)
         return tuple(values)
 
-    def check_source(self, key: str, name: str, takes: Takes) -> None:
+    def check_source(self, key: str, name: str, takes: InputSpec) -> None:
         if name in self.steps:
-            leaves = self.steps[name].stage.leaves
-            if not any(kind in leaves for kind in takes.types):
+            outputs = self.steps[name].stage.outputs
+            if not any(kind in outputs for kind in takes.types):
                 raise InputError(
                     f"{key}: expected a stage that makes {' or '.join(takes.types)}; {name!r} makes"
-                    f" {' and '.join(leaves)}"
+                    f" {' and '.join(outputs)}"
                 )
         elif name in map(_name_of, self.entries):
             raise InputError(f"{key}: expected a stage above it, {name!r} stands below")
@@ -251,9 +251,9 @@ class _Parser:
                 f" got {name!r:.80}{hint}"
             )
 
-    def last_that_fits(self, key: str, takes: Takes) -> tuple[str, ...]:
+    def last_that_fits(self, key: str, takes: InputSpec) -> tuple[str, ...]:
         for kind in takes.types if takes.default else ():
-            if made := [s.name for s in self.steps.values() if kind in s.stage.leaves]:
+            if made := [s.name for s in self.steps.values() if kind in s.stage.outputs]:
                 return (made[-1],)
         if takes.optional:
             return ()
@@ -277,7 +277,7 @@ def _misplaced(
     found = [
         f"{_name_of(entry)}.{key}"
         for entry, cls in classes
-        if key in cls.reads or key in (option.name for option in options_of(cls))
+        if key in cls.inputs or key in (option.name for option in options_of(cls))
     ]
     if found:
         return f"{full}: unknown key; the nearest known one is {' or '.join(found)}"

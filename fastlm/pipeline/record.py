@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeGuard
 
 from fastlm.errors import InputError
 from fastlm.files import write_json
-from fastlm.pipeline.provenance import Made
+from fastlm.pipeline.provenance import Provenance
 from fastlm.pipeline.recipe import Recipe
 from fastlm.pipeline.run_folder import STAGES
 from fastlm.pipeline.stage import Stage, options_of
@@ -34,11 +34,12 @@ DEPTH = 4
 @dataclass
 class Entry:
     """The record of one stage. A stage that has begun, or has to run again, has neither result nor
-    outputs.
+    file sizes.
 
-    ``version`` is the stage's; ``options`` are those that differ from their defaults; ``leaves`` is
-    as in `Stage.leaves`; ``outputs`` has the bytes of every file that the stage left. ``made`` says
-    from what and how.
+    version: the stage's.
+    options: those that differ from their defaults.
+    outputs: as in `Stage.outputs`.
+    file_sizes: bytes of every file that the stage wrote.
     """
 
     kind: str
@@ -46,11 +47,11 @@ class Entry:
     version: int = 1
     options: dict[str, Any] = field(default_factory=dict)
     inputs: dict[str, list[str]] = field(default_factory=dict)
-    leaves: dict[str, RelativePath] = field(default_factory=dict)
+    outputs: dict[str, RelativePath] = field(default_factory=dict)
     seconds: Finite | None = None
     result: dict[str, Any] | None = None
-    outputs: dict[RelativePath, Count] | None = None
-    made: Made | None = None
+    file_sizes: dict[RelativePath, Count] | None = None
+    provenance: Provenance | None = None
 
 
 @dataclass
@@ -64,16 +65,16 @@ class Record:
 def begun(stage: Stage, fingerprint: str, inputs: Mapping[str, Sequence[str]]) -> Entry:
     """Return the record of a stage that begins."""
     names = {key: list(given) for key, given in inputs.items()}
-    leaves = dict(stage.leaves)
-    return Entry(stage.kind, fingerprint, stage.version, chosen(stage), names, leaves)
+    outputs = dict(stage.outputs)
+    return Entry(stage.kind, fingerprint, stage.version, chosen(stage), names, outputs)
 
 
-def sizes_of(folder: Path, scratch: Sequence[str]) -> dict[str, int]:
-    """Return the bytes of every file of a stage, except its scratch."""
+def sizes_of(folder: Path, checkpoints: Sequence[str]) -> dict[str, int]:
+    """Return the bytes of every file of a stage, except its checkpoints."""
     return {
         str(p.relative_to(folder)): p.stat().st_size
         for p in sorted(folder.rglob("*"))
-        if p.is_file() and p.relative_to(folder).parts[0] not in scratch
+        if p.is_file() and p.relative_to(folder).parts[0] not in checkpoints
     }
 
 
@@ -95,7 +96,7 @@ def load_record(out: Path, recipe: Recipe) -> dict[str, Entry]:
         record = read_document(path, Record, extra="forbid")
         for name, entry in record.stages.items():
             step = recipe.step(name)
-            if entry.outputs is None or step is None or step.stage.kind != entry.kind:
+            if entry.file_sizes is None or step is None or step.stage.kind != entry.kind:
                 continue
             if entry.seconds is None:
                 raise InputError(f"{name}.seconds: expected a number, got nothing")

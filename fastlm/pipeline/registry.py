@@ -17,7 +17,7 @@ from typing import Any
 
 from fastlm.errors import InputError
 from fastlm.files import append_lines, reason
-from fastlm.pipeline.provenance import MODELS, Made, digest, json_hash, model_id
+from fastlm.pipeline.provenance import MODELS, Provenance, digest, json_hash, model_id
 from fastlm.pipeline.record import ALONE, Entry, Record, table_of
 from fastlm.pipeline.run_folder import STAGES
 from fastlm.schema import RelativePath, parse, read_document
@@ -45,14 +45,16 @@ class Known:
     copies: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if self.entry.made is None:
-            raise InputError(f"{self.place}: made: expected how the stage made this, got nothing")
-        self.made: Made = self.entry.made
-        first_ids = (self.made.earlier or [self.made.ids])[0]
+        if self.entry.provenance is None:
+            raise InputError(
+                f"{self.place}: provenance: expected how the stage made this, got nothing"
+            )
+        self.provenance: Provenance = self.entry.provenance
+        first_ids = (self.provenance.earlier or [self.provenance.ids])[0]
         # of what was done and when, not of where it is
         self.id = json_hash(
-            [self.entry.kind, self.entry.options, self.entry.seconds, self.made.finished,
-             self.made.reads, first_ids]
+            [self.entry.kind, self.entry.options, self.entry.seconds, self.provenance.finished,
+             self.provenance.inputs, first_ids]
         )  # fmt: skip
 
     @property
@@ -67,7 +69,7 @@ class Known:
     @property
     def ids(self) -> dict[str, str]:
         """Type -> content id of what it left."""
-        return self.made.ids
+        return self.provenance.ids
 
     @property
     def model(self) -> str | None:
@@ -80,18 +82,18 @@ class Known:
 
     @property
     def finished(self) -> str:
-        return self.made.finished
+        return self.provenance.finished
 
     def held(self) -> Iterator[str]:
         """The ids and hashes of everything that it left, also before rows were forgotten."""
-        for ids in (self.ids, *self.made.earlier, self.made.hashes):
+        for ids in (self.ids, *self.provenance.earlier, self.provenance.hashes):
             yield from ids.values()
 
     def read(self) -> Iterator[str]:
         """The ids and hashes of everything that it read."""
-        for reads in self.made.reads.values():
+        for reads in self.provenance.inputs.values():
             yield from (id for read in reads if (id := read["id"]))
-        for source in self.made.sources:
+        for source in self.provenance.sources:
             yield from source.get("files", {}).values()
 
     def table(self) -> dict[str, Any]:
@@ -133,9 +135,9 @@ class Registry:
     def parents(self, record: Known) -> list[tuple[str, Mapping[str, Any], Known | None]]:
         """(input, what was read, its maker) of a stage."""
         found = []
-        for key, reads in record.made.reads.items():
+        for key, reads in record.provenance.inputs.items():
             found += [(key, read, self.maker(read["id"], read["path"])) for read in reads]
-        for source in record.made.sources:
+        for source in record.provenance.sources:
             makers = [self.maker(digest) for digest in source.get("files", {}).values()]
             for maker in {m.id: m for m in makers if m is not None and m is not record}.values():
                 found.append(("data", {"name": source["spec"], "path": "", "id": None}, maker))
@@ -178,7 +180,7 @@ class Registry:
     def find_one(self, what: str) -> Known:
         """One record: of a run, its last model, else its last stage."""
         found = self.find(what)
-        models = [r for r in found if "model" in r.ids or "model" in r.entry.leaves]
+        models = [r for r in found if "model" in r.ids or "model" in r.entry.outputs]
         return (models or found)[-1]
 
     def _at(self, what: str) -> list[Known]:
@@ -259,7 +261,7 @@ def _add_elsewhere(
         for made in _scan(folder.parent, folder, warnings):
             if (known := records.get(made.id)) is None or known.state != HERE:
                 records[made.id] = made
-            reads = made.made.reads.values()
+            reads = made.provenance.inputs.values()
             paths += [Path(read["path"]) for given in reads for read in given]
 
 
@@ -300,7 +302,7 @@ def _scan(root: Path, folder: Path, warnings: list[str]) -> Iterator[Known]:
             for file in (f for f in (STAGES, ALONE) if f in files):
                 stages = read_document(place / file, Record, extra="forbid").stages
                 for stage, entry in stages.items():
-                    if entry.outputs is not None and (place / stage).is_dir():
+                    if entry.file_sizes is not None and (place / stage).is_dir():
                         full = name if stage == "." else f"{name}/{stage}"
                         yield _present(full, place / stage, entry)
         except InputError as error:
@@ -309,7 +311,7 @@ def _scan(root: Path, folder: Path, warnings: list[str]) -> Iterator[Known]:
 
 def _present(name: str, place: Path, entry: Entry) -> Known:
     """The record of a folder that is there."""
-    sizes = {place / name: size for name, size in (entry.outputs or {}).items()}
+    sizes = {place / name: size for name, size in (entry.file_sizes or {}).items()}
     whole = all(file.is_file() and file.stat().st_size == size for file, size in sizes.items())
     return Known(name, place, entry, HERE if whole else CHANGED)
 

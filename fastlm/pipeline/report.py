@@ -1,8 +1,8 @@
 """report.html: one self-contained page about one run: no scripts, no network, light, printable.
 
-Each stage provides its `Part`. The page shows the parts in the order of the recipe, and those of
-the same kind side by side. Every text of a run goes through jinja2's escaping, because samples are
-written by a model and names of sources come from a recipe.
+Each stage provides its `ReportSection`. The page shows the sections in the order of the recipe, and
+those of the same kind side by side. jinja2 escapes every text of a run, because samples are written
+by a model and names of sources come from a recipe.
 """
 
 import inspect
@@ -20,7 +20,7 @@ from fastlm.errors import InputError
 from fastlm.files import write_json, write_text
 from fastlm.machine import commit
 from fastlm.pipeline.recipe import Recipe, Step
-from fastlm.pipeline.stage import Job, Part, Stage
+from fastlm.pipeline.stage import ReportSection, Stage, StageContext
 from fastlm.pipeline.text import seconds_text, size_text
 
 REPORT, SUMMARY = "report.html", "summary.json"
@@ -33,7 +33,7 @@ class Done:
     """A finished stage: what it worked on, its result, and the seconds it took."""
 
     step: Step
-    job: Job
+    ctx: StageContext
     result: dict[str, Any]
     seconds: float
 
@@ -59,32 +59,32 @@ def write_report(
 
 
 def write_stage_report(
-    stage: Stage, job: Job, result: dict[str, Any], seconds: float, command: str
+    stage: Stage, ctx: StageContext, result: dict[str, Any], seconds: float, command: str
 ) -> None:
     """Write the report.html and summary.json of a stage that ran alone into its folder."""
-    inputs = {key: tuple(one.where for one in given) for key, given in job.inputs.items()}
-    step = Step(job.name, stage, inputs)
-    recipe = Recipe(job.name, inspect.getdoc(type(stage)) or "", 0, (step,), {}, {})
-    write_report(job.out, recipe, [Done(step, job, result, seconds)], command)
+    inputs = {key: tuple(one.source for one in given) for key, given in ctx.inputs.items()}
+    step = Step(ctx.name, stage, inputs)
+    recipe = Recipe(ctx.name, inspect.getdoc(type(stage)) or "", 0, (step,), {}, {})
+    write_report(ctx.out, recipe, [Done(step, ctx, result, seconds)], command)
 
 
-def _part(done: Done) -> Part | None:
+def _part(done: Done) -> ReportSection | None:
     """Return the part of one stage. A result that it cannot show means a damaged record."""
     try:
-        return done.step.stage.report(done.job, done.result)
+        return done.step.stage.report(done.ctx, done.result)
     except InputError:
         raise
     except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise InputError(
             f"{done.step.name}: its result in stages.json cannot be shown"
-            f" ({type(error).__name__}: {error}); delete {done.job.out} to run it again"
+            f" ({type(error).__name__}: {error}); delete {done.ctx.out} to run it again"
         ) from error
 
 
 def render_report(
     summary: dict[str, Any],
     recipe: Recipe,
-    parts: Sequence[tuple[Step, Part]],
+    parts: Sequence[tuple[Step, ReportSection]],
     until: str | None = None,
 ) -> str:
     """Return the page. ``summary`` as in summary.json, ``until`` as in `write_report`."""
@@ -97,13 +97,13 @@ def render_report(
     )  # fmt: skip
     # our own SVG is the only text that is not escaped
     environment.filters |= {"size": size_text, "seconds": seconds_text, "markup": Markup}
-    sections: dict[str, list[tuple[Step, Part]]] = {}
+    sections: dict[str, list[tuple[Step, ReportSection]]] = {}
     for step, part in parts:
         sections.setdefault(step.name if part.wide else step.stage.kind, []).append((step, part))
     kinds = Counter(step.stage.kind for step, _ in parts)
     cards = [
         {
-            "value": value, "lead": "scores" in step.stage.leaves,
+            "value": value, "lead": "scores" in step.stage.outputs,
             "what": what if kinds[step.stage.kind] == 1 else f"{what} ({step.name})",
         }
         for step, part in parts

@@ -27,7 +27,7 @@ from fastlm.pipeline.record import Entry, begun, load_record, save_record, sizes
 from fastlm.pipeline.registry import note_run
 from fastlm.pipeline.report import REPORT, SUMMARY, Done, write_report
 from fastlm.pipeline.run_folder import STAGES
-from fastlm.pipeline.stage import Input, Job
+from fastlm.pipeline.stage import Input, StageContext
 from fastlm.progress import silent
 from fastlm.sources.input_digest import InputDigest
 from fastlm.torchrun import check_alone
@@ -45,32 +45,34 @@ class _Run:
     out: Path
     cache: Path
     track: Callable
-    tell: Callable[[dict[str, Any]], None]
+    emit: Callable[[dict[str, Any]], None]
     record: dict[str, Entry]
     input_digest: InputDigest
     command: str
 
-    def job(self, step: Step) -> Job:
+    def context(self, step: Step) -> StageContext:
         inputs = {
             key: tuple(self.input(step, key, name) for name in names)
             for key, names in step.inputs.items()
         }
-        return Job(step.name, self.out / step.name, inputs, self.cache, self.track, self.tell, True)
+        return StageContext(
+            step.name, self.out / step.name, inputs, self.cache, self.track, self.emit, True
+        )
 
     def input(self, step: Step, key: str, name: str) -> Input:
         if is_outside(name):
             return Input(name, name)
         made = self.recipe.step(name)
         assert made is not None  # the recipe is checked
-        leaves = made.stage.leaves
-        kind = next(t for t in step.stage.reads[key].types if t in leaves)
-        return Input(name, str(self.out / name / leaves[kind]))
+        outputs = made.stage.outputs
+        kind = next(t for t in step.stage.inputs[key].types if t in outputs)
+        return Input(name, str(self.out / name / outputs[kind]))
 
     def id_of(self, step: Step, key: str, given: Input) -> str | None:
         """Return the recorded content id of an input that a stage of this run made."""
         entry = None if is_outside(given.name) else self.record.get(given.name)
-        ids = entry.made.ids if entry and entry.made else {}
-        return next((ids[t] for t in step.stage.reads[key].types if t in ids), None)
+        ids = entry.provenance.ids if entry and entry.provenance else {}
+        return next((ids[t] for t in step.stage.inputs[key].types if t in ids), None)
 
     def save(self) -> None:
         save_record(self.out, self.record, self.recipe)
@@ -129,9 +131,9 @@ def run_recipe(
         finish_moving(out)
         record = load_record(out, recipe)
         _refuse_foreign(out, names, record)
-        tell = on_event or (lambda event: None)
+        emit = on_event or (lambda event: None)
         command = command or f"fastlm run {path}"
-        run = _Run(recipe, out, cache, track, tell, record, input_digest, command)
+        run = _Run(recipe, out, cache, track, emit, record, input_digest, command)
         prints = fingerprints(recipe, input_digest)
         plan = make_plan(recipe, wanted, prints, record, out)
         tell_plan(plan)
@@ -147,7 +149,7 @@ def run_recipe(
         write_json(out / RECIPE, recipe.table)
         for planned in plan:
             if planned.do == "skip":
-                run.tell({"stage": planned.step.name, "state": "skipped"})
+                run.emit({"stage": planned.step.name, "state": "skipped"})
             elif planned.do not in ("archive", "later"):
                 _run_step(run, planned)
         summary = _report(run, prints, until)
@@ -165,10 +167,10 @@ def _give_way(run: _Run, plan: Sequence[Planned]) -> None:
         path = archive(run.out, [*stale, REPORT, SUMMARY], copies=(STAGES, RECIPE))
         for name in stale:
             run.record.pop(name, None)
-        run.tell({"stage": trainings[0], "state": "archived", "path": str(path)})
+        run.emit({"stage": trainings[0], "state": "archived", "path": str(path)})
     for name in stale:
         if entry := run.record.get(name):
-            entry.outputs = entry.result = entry.made = None
+            entry.file_sizes = entry.result = entry.provenance = None
     if stale:
         run.save()
 
@@ -181,25 +183,25 @@ def _run_step(run: _Run, planned: Planned) -> None:
     entry = begun(stage, planned.fingerprint, step.inputs)
     run.record[step.name] = entry  # its output belongs to this fingerprint
     run.save()
-    run.tell({"stage": step.name, "state": "started"})
+    run.emit({"stage": step.name, "state": "started"})
     began = time.perf_counter()
-    job = run.job(step)
+    ctx = run.context(step)
     try:
-        result = stage.run(job)
+        result = stage.run(ctx)
     except OSError as e:  # report a full disk or a read-only folder in one line
         raise InputError(f"{step.name}: {e.filename or out}: {e.strerror or e}") from e
     except InputError as e:
         raise InputError(f"{step.name}: {e}") from e
     entry.seconds = max(time.perf_counter() - began, result.get("used_seconds", 0.0))
-    entry.result, entry.outputs = result, sizes_of(out, stage.scratch)
-    entry.made = describe(
-        stage, job, entry.outputs, run.input_digest, known=partial(run.id_of, step),
+    entry.result, entry.file_sizes = result, sizes_of(out, stage.checkpoints)
+    entry.provenance = describe(
+        stage, ctx, entry.file_sizes, run.input_digest, known=partial(run.id_of, step),
         recipe=json_hash(run.recipe.table), command=run.command,
     )  # fmt: skip
     run.save()
-    run.tell({
+    run.emit({
         "stage": step.name, "state": "done", "seconds": entry.seconds,
-        "told": stage.told(result, job),
+        "summary": stage.summary(result, ctx),
     })  # fmt: skip
 
 
@@ -212,7 +214,7 @@ def _report(run: _Run, prints: Mapping[str, str], until: str | None) -> dict[str
         for step in run.recipe.steps
         if (entry := run.record.get(step.name))
         and entry.fingerprint == prints[step.name]
-        and entry.outputs is not None
+        and entry.file_sizes is not None
     ]
     entries = {step.name: asdict(entry) for step, entry in finished}
     missing = [step.name for step in run.recipe.steps if step.name not in entries]
@@ -222,19 +224,19 @@ def _report(run: _Run, prints: Mapping[str, str], until: str | None) -> dict[str
     old = run.record.get("report")
     there = all((run.out / name).is_file() for name in (REPORT, SUMMARY))
     if old is not None and old.fingerprint == fingerprint and there:
-        run.tell({"stage": "report", "state": "skipped"})
+        run.emit({"stage": "report", "state": "skipped"})
         return read_json(run.out / SUMMARY)
     began = time.perf_counter()
     done = [
-        Done(step, run.job(step), entry.result or {}, entry.seconds or 0.0)
+        Done(step, run.context(step), entry.result or {}, entry.seconds or 0.0)
         for step, entry in finished
     ]
     summary = write_report(run.out, run.recipe, done, run.command, until)
     run.record["report"] = Entry("report", fingerprint)
     run.save()
-    run.tell({
+    run.emit({
         "stage": "report", "state": "done", "seconds": time.perf_counter() - began,
-        "told": str(run.out / REPORT),
+        "summary": str(run.out / REPORT),
     })  # fmt: skip
     return summary
 

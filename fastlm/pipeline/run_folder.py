@@ -19,9 +19,9 @@ def last_model(run: Path) -> Path | None:
         return None
     stages, found = read_json(run / STAGES).get("stages"), None
     for name, entry in stages.items() if isinstance(stages, Mapping) else ():
-        if isinstance(entry, Mapping) and "outputs" in entry:
-            leaves = entry.get("leaves")
-            if isinstance(leaves, Mapping) and isinstance(model := leaves.get("model"), str):
+        if isinstance(entry, Mapping) and "file_sizes" in entry:
+            outputs = entry.get("outputs")
+            if isinstance(outputs, Mapping) and isinstance(model := outputs.get("model"), str):
                 found = run / str(name) / model
     return found
 

@@ -9,7 +9,7 @@ A stage is a frozen dataclass. Its fields are its options and are written once. 
     kind = "quantize"
     format = "w4a16"
 
-Whatever a stage reads or leaves has a type (`TYPES`), by which a recipe connects stages.
+Every input and output of a stage has a type (`TYPES`), by which a recipe connects stages.
 `fastlm.stages` lists the stages; CONTRIBUTING.md adds one as an example. Modules that define
 stages import nothing heavy, so that ``fastlm --help`` answers at once.
 """
@@ -54,12 +54,12 @@ class Repeated(str):
 
 
 @dataclass(frozen=True)
-class Takes:
-    """One input of a stage.
+class InputSpec:
+    """The declaration of one input of a stage.
 
     Args:
-        types: what fits. If a recipe names no stage, the input is the last one that made the
-            first of these types, else the second, and so on.
+        types: the types it accepts. If a recipe names no stage, the input is the last stage that
+            makes the first of these types, else the second, and so on.
         help: for the command line.
         several: accepts a list.
         optional: the stage also runs without it; ``[]`` in a recipe leaves it out.
@@ -79,27 +79,29 @@ class Takes:
 
 @dataclass(frozen=True)
 class Input:
-    """``name``: the stage that made it, or the path as the user gave it. ``where``: the path."""
+    """An input of a stage. ``name``: the stage that made it, or the path as the user wrote it.
+    ``source``: its path, or a source of text (`fastlm.sources.rows`).
+    """
 
     name: str
-    where: str
+    source: str
 
     @property
     def path(self) -> Path:
-        return Path(self.where)
+        return Path(self.source)
 
 
 @dataclass
-class Job:
-    """What a stage works with: its own folder, what it reads, and how to report progress.
+class StageContext:
+    """What a stage works with: its folder, its inputs, and how it reports progress.
 
-    ``in_recipe``: later stages rely on what this one leaves.
+    ``in_recipe``: later stages rely on the outputs of this one.
     """
 
     name: str
     out: Path
     inputs: Mapping[str, Sequence[Input]]
-    cache: Path
+    cache_dir: Path
     track: Callable = silent
     on_event: Callable[[dict[str, Any]], None] | None = None
     in_recipe: bool = False
@@ -113,22 +115,25 @@ class Job:
         return self.path(key) if self.inputs.get(key) else None
 
     def skipped(self, message: str) -> None:
-        """Tell the user what was left out, and why."""
-        self.warn(f"skipped: {message}")
+        """Report what was left out, and why."""
+        self.warning(f"skipped: {message}")
 
-    def warn(self, message: str) -> None:
-        """Tell the user what looks wrong."""
-        self.tell(message, "warning")
+    def warning(self, message: str) -> None:
+        """Report what looks wrong."""
+        self._report("warning", message)
 
-    def tell(self, message: str, kind: str = "note") -> None:
-        """Tell the user what came of a part of the work."""
+    def info(self, message: str) -> None:
+        """Report the result of a part of the work."""
+        self._report("info", message)
+
+    def _report(self, level: str, message: str) -> None:
         if self.on_event is not None:
-            self.on_event({kind: message})
+            self.on_event({level: message})
 
 
 @dataclass
-class Part:
-    """What a stage shows in report.html.
+class ReportSection:
+    """A section of report.html, made by a stage.
 
     ``template`` names a file in pipeline/parts/ that draws ``values``. Without one, the page lists
     ``facts`` and shows ``charts`` (SVG). ``cards``, (number, what it is), are shown at the top of
@@ -168,12 +173,12 @@ class Stage:
         kind: its name in recipes.
         command: its words on the command line.
         version: raised when the same options and inputs give another result.
-        reads: input name -> `Takes`. The first input is also called ``from`` in a recipe, or
+        inputs: name -> `InputSpec`. The first input is also called ``from`` in a recipe, or
             ``of`` if it accepts several.
-        leaves: type -> file or folder in the stage's folder, "." for the folder itself.
-        scratch: what it needs to continue after an interruption. A stage that has scratch is a
+        outputs: type -> file or folder in the stage's folder, "." for the folder itself.
+        checkpoints: what it needs to continue after an interruption. A stage with checkpoints is a
             training: a run never deletes it, but archives it (`fastlm.pipeline.archive`).
-        partial: what else it continues from after an interruption, with the same options and
+        resumable: what else it continues from after an interruption, with the same options and
             inputs. It is deleted with the rest of the folder where those have changed.
         result: what `run` returns at least -> its type.
         notes: what ``--help`` shows after the docstring.
@@ -188,10 +193,10 @@ class Stage:
     kind: ClassVar[str]
     command: ClassVar[tuple[str, ...]]
     version: ClassVar[int] = 1
-    reads: ClassVar[Mapping[str, Takes]] = {}
-    leaves: ClassVar[Mapping[str, str]] = {}
-    scratch: ClassVar[tuple[str, ...]] = ()
-    partial: ClassVar[tuple[str, ...]] = ()
+    inputs: ClassVar[Mapping[str, InputSpec]] = {}
+    outputs: ClassVar[Mapping[str, str]] = {}
+    checkpoints: ClassVar[tuple[str, ...]] = ()
+    resumable: ClassVar[tuple[str, ...]] = ()
     result: ClassVar[Mapping[str, Any]] = {}
     notes: ClassVar[str] = ""
     unused: ClassVar[tuple[str, ...]] = ()
@@ -218,9 +223,9 @@ class Stage:
         """Return the options that decide the result; changing any other one reruns nothing."""
         return asdict(self)
 
-    def continues(self, changed: Collection[str], folder: Path, finished: bool) -> bool:
-        """Return whether what was made in ``folder`` with other values of the options ``changed``
-        continues with these. ``finished``: it was made to the end.
+    def can_continue(self, changed: Collection[str], folder: Path, finished: bool) -> bool:
+        """Return whether the work in ``folder``, begun with other values of the options
+        ``changed``, can continue with these. ``finished``: that work was complete.
         """
         del changed, folder, finished
         return False
@@ -229,45 +234,45 @@ class Stage:
         """Return the state of the files that the options name, for the fingerprint."""
         del input_digest
 
-    def run(self, job: Job) -> dict[str, Any]:
+    def run(self, ctx: StageContext) -> dict[str, Any]:
         """Do the work; return a JSON-serialisable result. Called again after an interruption, it
         continues.
         """
         raise NotImplementedError
 
-    def told(self, result: Mapping[str, Any], job: Job) -> str:
-        """Return one line for the user: what `run` made."""
+    def summary(self, result: Mapping[str, Any], ctx: StageContext) -> str:
+        """Return one line for the user: the result of `run`."""
         del result
-        return str(job.out)
+        return str(ctx.out)
 
-    def shown(self, result: Mapping[str, Any], job: Job) -> Any:
-        """Return what the stage's own command prints: text or a rich renderable."""
-        return self.told(result, job)
+    def render(self, result: Mapping[str, Any], ctx: StageContext) -> Any:
+        """Return what the command of the stage prints: text or a rich renderable."""
+        return self.summary(result, ctx)
 
     def status(self, result: Mapping[str, Any]) -> int:
         """Return the exit status of the stage's own command."""
         del result
         return 0
 
-    def report(self, job: Job, result: Mapping[str, Any]) -> Part | None:
-        """Return this stage's part of report.html, None if it has none."""
-        del job, result
+    def report(self, ctx: StageContext, result: Mapping[str, Any]) -> ReportSection | None:
+        """Return the section of report.html for this stage, None if it has none."""
+        del ctx, result
 
     def __call__(self, out: str | Path, **options: Any) -> dict[str, Any]:
-        """Run this stage alone; the arguments are those of `job`. Returns the stage's result."""
-        return self.run(self.job(out, **options))
+        """Run this stage alone and return its result. The arguments are those of `context`."""
+        return self.run(self.context(out, **options))
 
-    def job(
+    def context(
         self,
         out: str | Path,
         *,
-        cache: Path | None = None,
+        cache_dir: Path | None = None,
         track: Callable = silent,
         on_event: Callable[[dict[str, Any]], None] | None = None,
         **inputs: str | Path | Sequence[str | Path],
-    ) -> Job:
-        """Return what this stage works with alone, on ``inputs`` named as in `reads`, in the folder
-        ``out``, after all checks that need no work. InputError: options, inputs.
+    ) -> StageContext:
+        """Check everything that needs no work, and return the context of this stage alone in the
+        folder ``out``. ``inputs`` are named as in `Stage.inputs`. InputError: options, inputs.
         """
         from fastlm.sources.packages import default_cache
 
@@ -276,24 +281,25 @@ class Stage:
         for name in self.unused:
             if (value := getattr(self, name)) != defaults[name]:
                 raise InputError(f"{name}: {self.kind} has no use for it, got {value!r:.80}")
-        for key in inputs.keys() - self.reads.keys():
+        for key in inputs.keys() - self.inputs.keys():
             raise InputError(
-                f"{key}: expected one of {self.kind}'s inputs {', '.join(self.reads)}, got this "
+                f"{key}: expected one of {self.kind}'s inputs {', '.join(self.inputs)}, got this "
                 "name"
             )
-        given: dict[str, tuple[Input, ...]] = {}
-        for key, takes in self.reads.items():
+        named: dict[str, tuple[Input, ...]] = {}
+        for key, spec in self.inputs.items():
             value = inputs.get(key)
             values = () if value is None else (value,) if isinstance(value, str | Path) else value
-            if not values and not takes.optional:
-                help = takes.help[:1].lower() + takes.help[1:]
+            if not values and not spec.optional:
+                help = spec.help[:1].lower() + spec.help[1:]
                 raise InputError(f"{key}: expected {help}, got none")
-            if len(values) > 1 and not takes.several:
+            if len(values) > 1 and not spec.several:
                 raise InputError(f"{key}: expected one, got {len(values)}")
-            given[key] = tuple(Input(str(v), str(v)) for v in values)
-        return Job(
-            self.kind, Path(out), given, cache or default_cache(), track=track, on_event=on_event
-        )
+            named[key] = tuple(Input(str(v), str(v)) for v in values)
+        return StageContext(
+            self.kind, Path(out), named, cache_dir or default_cache(),
+            track=track, on_event=on_event,
+        )  # fmt: skip
 
 
 def options_of(cls: Any) -> list[Option]:

@@ -43,7 +43,7 @@ def text_windows(
     length: int,
     seed: int,
     cache: Path | None = None,
-    tell: Callable[[str], None] = ignore,
+    on_skip: Callable[[str], None] = ignore,
 ) -> Tensor:
     """About `tokens` tokens of the text, shards or conversations at `data` (their training part) as
     windows (n, length), int64, at random places that do not overlap. Of several, equally many
@@ -54,7 +54,7 @@ def text_windows(
         parts = [
             text_windows(
                 model, tokenizer, one, tokens=max(share, length), length=length, seed=seed,
-                cache=cache, tell=tell,
+                cache=cache, on_skip=on_skip,
             )
             for one in data
         ]  # fmt: skip
@@ -74,9 +74,11 @@ def text_windows(
         return torch.from_numpy(np.stack([read(int(p) * length, length) for p in chosen]))
 
     if has_conversations(data, cache):
-        ids = conversation_tokens(tokenizer, data, cache=cache, tell=tell)
+        ids = conversation_tokens(tokenizer, data, cache=cache, on_skip=on_skip)
         return windows(len(ids), lambda start, n: ids[start : start + n])
-    with token_dataset(data, tokenizer, vocab, part="train", cache=cache, tell=tell) as dataset:
+    with token_dataset(
+        data, tokenizer, vocab, part="train", cache=cache, on_skip=on_skip
+    ) as dataset:
         return windows(dataset.tokens, dataset.read)
 
 
@@ -90,13 +92,17 @@ def has_conversations(data: str | Path, cache: Path) -> bool:
 
 
 def conversation_tokens(
-    tokenizer: "Tokenizer", data: str | Path, *, cache: Path, tell: Callable[[str], None] = ignore
+    tokenizer: "Tokenizer",
+    data: str | Path,
+    *,
+    cache: Path,
+    on_skip: Callable[[str], None] = ignore,
 ) -> np.ndarray:
     """The tokens of the conversations at `data`, int64, one after another as the chat template
     writes them.
     """
     tokens: list[int] = []
-    for row in read_conversations([str(data)], cache=cache, tell=tell):
+    for row in read_conversations([str(data)], cache=cache, on_skip=on_skip):
         variables: dict[str, Any] = {} if row.tools is None else {"tools": row.tools}
         try:
             tokens += tokenizer.encode_chat(row.messages, add_generation_prompt=False, **variables)

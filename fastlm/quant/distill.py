@@ -194,13 +194,13 @@ class Distillation:
         seed: int = 0,
         folder: Path | None = None,
         track: Callable = silent,
-        tell: Callable[[str], None] = lambda line: None,
+        log: Callable[[str], None] = lambda line: None,
     ):
         self.teacher, self.plan, self.weights, self.floats = model, plan, weights, floats
         kept = heldout_windows(len(ids), ids.shape[1])
         self.ids, self.heldout = ids[:-kept], ids[-kept:]
         self.steps, self.seed, self.folder = steps, seed, folder
-        self.track, self.tell = track, tell
+        self.track, self.log = track, log
         self.batch = max(1, min(TOKENS // ids.shape[1], len(self.ids)))
 
     def run(self) -> Step:
@@ -233,7 +233,7 @@ class Distillation:
             student.step(self._rate(step))
             if (step + 1) % every == 0:
                 mean = sum(losses) / len(losses)
-                self.tell(f"distill: step {step + 1} of {self.steps}, KL {mean:.4f}")
+                self.log(f"distill: step {step + 1} of {self.steps}, KL {mean:.4f}")
                 losses.clear()
             if self.folder is not None and time.monotonic() - saved >= SAVE_SECONDS:
                 save_tensors(self.folder / STATE, key, student.state(), step=step + 1)
@@ -248,7 +248,7 @@ class Distillation:
         if not after < before:
             line = f"distill: the start is kept: held-out KL {before:.4f} before, {after:.4f} after"
             return Step(warnings=[line], distilled=figures)
-        self.tell(f"distill: held-out KL {before:.4f} -> {after:.4f}")
+        self.log(f"distill: held-out KL {before:.4f} -> {after:.4f}")
         own = dict(self.teacher.named_parameters())
         floats = {n: p.detach().to(own[n].dtype) for n, p in student.floats.items()}
         return Step(student.packed(), floats=floats, distilled=figures)

@@ -93,12 +93,12 @@ class Layerwise:
         *,
         folder: Path | None = None,
         track: Callable = silent,
-        tell: Callable[[str], None] = lambda line: None,
+        log: Callable[[str], None] = lambda line: None,
     ):
         if options.awq:
             check_folds(model, plan)
         self.model, self.plan, self.options = model, plan, options
-        self.ids, self.track, self.tell, self.folder = ids, track, tell, folder
+        self.ids, self.track, self.log, self.folder = ids, track, log, folder
         self.key = _key(model, plan, ids, options) if folder is not None else ""
         self.batch = max(1, _TOKENS // ids.shape[1])
         rotary = model.model.rotary(0, ids.shape[1], ids.shape[1], model.device)
@@ -128,7 +128,7 @@ class Layerwise:
             hidden, plain = self._through(layer, hidden), wanted
             if step.errors:
                 mean = sum(step.errors.values()) / len(step.errors)
-                self.tell(f"{name}: error {100 * mean:.3g} % of its linear layers' outputs")
+                self.log(f"{name}: error {100 * mean:.3g} % of its linear layers' outputs")
             yield step
         if last := [t for t in self.plan if t.module is head]:
             moments = self._final(hidden)

@@ -53,7 +53,7 @@ def quantize(
     progress: Path | None = None,
     track: Callable | None = None,
     on_step: Callable[[Step], None] = lambda step: None,
-    tell: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> nn.Module:
     """Replace every ``nn.Linear`` by `QuantizedLinear` and every ``nn.Embedding`` by
     `QuantizedEmbedding`, in place.
@@ -94,7 +94,7 @@ def quantize(
             same call continues from there, to the same bits.
         track: progress, as in `fastlm.progress`.
         on_step: receives what came of each layer: its weights, errors and warnings.
-        tell: receives a line per decoder layer, with its error.
+        log: receives a line per decoder layer, with its error.
 
     Raises:
         InputError: an unknown format or method, sizes that do not fit, a pattern that matches no
@@ -132,7 +132,7 @@ def quantize(
                 done[id(target.module.weight)] = step.weights[target.name]
         on_step(step)
 
-    reports = {"folder": progress, "track": track, "tell": tell}
+    reports = {"folder": progress, "track": track, "log": log}
     causal = cast("CausalLM", model)  # with text, `_text` has checked that
     if ids is None:
         for target in track(plan, "quantize", total=len(plan), unit="layers"):

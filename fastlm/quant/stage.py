@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastlm.errors import InputError
-from fastlm.pipeline.stage import Facts, Job, Part, Stage, Takes, at_least_one
+from fastlm.pipeline.stage import Facts, InputSpec, ReportSection, Stage, StageContext, at_least_one
 from fastlm.quant.options import QuantizeOptions
 
 if TYPE_CHECKING:
@@ -34,28 +34,28 @@ class Quantize(QuantizeOptions, Stage):
     kind = "quantize"
     command = ("quantize",)
     version = 7
-    reads = {
-        "model": Takes(
+    inputs = {
+        "model": InputSpec(
             ("model",), "Hugging Face folder, .gguf, fastlm run or model:smollm2", flag="m"
         ),
-        "data": Takes(
+        "data": InputSpec(
             ("corpus", "shards"),
             "Held-out text: measures bits per byte and speed before and after", optional=True,
         ),
-        "calibration": Takes(
+        "calibration": InputSpec(
             ("corpus", "shards"),
             "Text like that which the model will see, to weigh errors by, in equal parts; default"
             " where it is needed: web pages, documentation and code from packages", several=True,
             optional=True, default=False,
         ),
-        "unseen": Takes(
+        "unseen": InputSpec(
             ("corpus", "shards"),
             "Text of another kind than the calibration: measures the loss there, too; default"
             " beside the default calibration: encyclopedia", optional=True, default=False,
         ),
     }  # fmt: skip
-    leaves = {"quantized": "."}
-    partial = (PROGRESS,)
+    outputs = {"quantized": "."}
+    resumable = (PROGRESS,)
     result = {"format": str, "group_size": int, "bytes": int, "bytes_before": int}
 
     calibration_tokens: Annotated[int, "Tokens of calibration text"] = 32768
@@ -85,7 +85,7 @@ class Quantize(QuantizeOptions, Stage):
         from fastlm.quant.calibration import MIXED
 
         if named := inputs.get("calibration"):
-            return tuple(source.where for source in named)
+            return tuple(source.source for source in named)
         return MIXED if self.method != "rtn" or self.awq or self.distill else ()
 
     def unseen_of(self, inputs: Mapping[str, Any]) -> str | None:
@@ -93,7 +93,7 @@ class Quantize(QuantizeOptions, Stage):
         from fastlm.quant.calibration import MIXED, UNSEEN
 
         if named := inputs.get("unseen"):
-            return named[0].where
+            return named[0].source
         return UNSEEN if self.calibration_of(inputs) == MIXED else None
 
     def plan(self, inputs: Mapping[str, Any]) -> Facts:
@@ -116,20 +116,20 @@ class Quantize(QuantizeOptions, Stage):
             check_folds(model, targets)
         return targets
 
-    def run(self, job: Job) -> dict[str, Any]:
+    def run(self, ctx: StageContext) -> dict[str, Any]:
         from fastlm.data.texts import token_dataset
         from fastlm.model.causal_lm import CausalLM
         from fastlm.model.load import load_model
         from fastlm.tokenizer.load import has_tokenizer
 
-        source = job.inputs["model"][0].where
-        check_out(job.out, source)
-        self.check_inputs(job.inputs)
+        source = ctx.inputs["model"][0].source
+        check_out(ctx.out, source)
+        self.check_inputs(ctx.inputs)
         texts = {
-            "data": job.inputs["data"][0].where if job.inputs.get("data") else None,
-            "unseen": self.unseen_of(job.inputs),
+            "data": ctx.inputs["data"][0].source if ctx.inputs.get("data") else None,
+            "unseen": self.unseen_of(ctx.inputs),
         }
-        if self.calibration_of(job.inputs) or any(texts.values()) or has_tokenizer(source):
+        if self.calibration_of(ctx.inputs) or any(texts.values()) or has_tokenizer(source):
             model, tokenizer = load_model(source)
         else:
             model, tokenizer = CausalLM.from_pretrained(source), None
@@ -139,14 +139,18 @@ class Quantize(QuantizeOptions, Stage):
                 if where is not None:
                     assert tokenizer is not None
                     text = token_dataset(
-                        where, tokenizer, model.config.vocab_size, cache=job.cache, tell=job.skipped
+                        where,
+                        tokenizer,
+                        model.config.vocab_size,
+                        cache=ctx.cache_dir,
+                        on_skip=ctx.skipped,
                     )
                     held[name] = stack.enter_context(text)
-            return self._quantize(job, model, tokenizer, held)
+            return self._quantize(ctx, model, tokenizer, held)
 
     def _quantize(
         self,
-        job: Job,
+        ctx: StageContext,
         model: "CausalLM",
         tokenizer: "Tokenizer | None",
         held: "Mapping[str, TokenDataset]",
@@ -159,26 +163,26 @@ class Quantize(QuantizeOptions, Stage):
         from fastlm.quant.report import true_bits
         from fastlm.quant.step import Step
 
-        source = job.inputs["model"][0].where
+        source = ctx.inputs["model"][0].source
         size = sum(weight.nbytes for weight in model.stored().values())
         if self.dequantize:
             model = CausalLM.from_pretrained(source, keep_quantized=False)
         check_unquantized(model)
         self.targets(model)  # refuses before calibration text is read
-        sources = self.calibration_of(job.inputs)
+        sources = self.calibration_of(ctx.inputs)
         ids, learnt = (None, None)
         if tokenizer is not None and sources:
-            ids, learnt = self._windows(job, model, tokenizer, sources)
-        found, progress = Step(), job.out / PROGRESS
+            ids, learnt = self._windows(ctx, model, tokenizer, sources)
+        found, progress = Step(), ctx.out / PROGRESS
         small = quantize(
             model, self.format, group_size=self.group_size, method=self.method,
             calibration=ids, awq=self.awq, embeddings=self.embeddings, head=self.head,
             overrides=self.formats(), symmetric=self.symmetric, whole_groups=self.whole_groups,
             iterations=self.iterations, distill=self.distill, distill_text=learnt, seed=self.seed,
-            progress=progress, track=job.track, on_step=found.add, tell=job.tell,
+            progress=progress, track=ctx.track, on_step=found.add, log=ctx.info,
         )  # fmt: skip
         assert isinstance(small, CausalLM)  # only modules inside it are replaced
-        unseen = self.unseen_of(job.inputs)
+        unseen = self.unseen_of(ctx.inputs)
         if "data" not in held:
             found.warnings.append(
                 "data: expected held-out text to measure what was lost, got none: bits per byte and"
@@ -190,13 +194,13 @@ class Quantize(QuantizeOptions, Stage):
                 " elsewhere may be larger, and is not in the report"
             )
         for line in found.warnings:
-            job.warn(line)
+            ctx.warning(line)
         for name, error in found.errors.items():
             if not math.isfinite(error):
                 raise InputError(
                     f"model: expected finite outputs of {name}, got an error of {error}"
                 )
-        named = [one.name for one in job.inputs.get("calibration") or ()]
+        named = [one.name for one in ctx.inputs.get("calibration") or ()]
         sizes = {m.group_size for m in small.modules() if isinstance(m, QuantizedLinear)}
         whole_rows = self.group_size == -1  # they differ in width
         result: dict[str, Any] = {
@@ -216,54 +220,54 @@ class Quantize(QuantizeOptions, Stage):
         if held:
             before = CausalLM.from_pretrained(source, keep_quantized=not self.dequantize)
             if "data" in held:
-                where = job.inputs["data"][0].where
-                result |= self._compared(job, before, small, held["data"], where).figures()
+                where = ctx.inputs["data"][0].source
+                result |= self._compared(ctx, before, small, held["data"], where).figures()
                 start = 0 if tokenizer is None else tokenizer.eos_id or 0
                 speed = decode_speeds({"before": before, "after": small}, start)
                 result["decode_tokens_per_second_before"] = speed["before"]
                 result["decode_tokens_per_second"] = speed["after"]
             if unseen is not None:
-                strict = bool(job.inputs.get("unseen"))  # the default is a warning, at most
+                strict = bool(ctx.inputs.get("unseen"))  # the default is a warning, at most
                 compared = self._compared(
-                    job, before, small, held["unseen"], unseen, UNSEEN_TOKENS, strict=strict
+                    ctx, before, small, held["unseen"], unseen, UNSEEN_TOKENS, strict=strict
                 )
                 result["unseen"] = {"source": unseen, "loss": compared.loss, **compared.figures()}
         small.config.extra["quantization_config"] = {"method": self.method}
-        remove(job.out / REPORT)  # of an earlier model
-        small.save_pretrained(job.out)
+        remove(ctx.out / REPORT)  # of an earlier model
+        small.save_pretrained(ctx.out)
         if tokenizer is not None:
-            tokenizer.save(job.out)
-        result["bytes"] = sum(file.stat().st_size for file in job.out.glob("*.safetensors"))
+            tokenizer.save(ctx.out)
+        result["bytes"] = sum(file.stat().st_size for file in ctx.out.glob("*.safetensors"))
         report = {
             **result, "layers": found.errors, "awq_powers": found.powers,
             "distillation": found.distilled or None, "warnings": found.warnings,
         }  # fmt: skip
-        write_json(job.out / REPORT, report)
+        write_json(ctx.out / REPORT, report)
         remove(progress)
         return result
 
     def _windows(
-        self, job: Job, model: "CausalLM", tokenizer: "Tokenizer", sources: Sequence[str]
+        self, ctx: StageContext, model: "CausalLM", tokenizer: "Tokenizer", sources: Sequence[str]
     ) -> tuple[Any, Any]:
         """The windows that calibrate, and those that distillation learns: the same and more."""
         from fastlm.quant.calibration import text_windows
         from fastlm.quant.distill import tokens_of
 
         for name in ("data", "unseen"):
-            measured = job.inputs.get(name)
-            if measured and any(same_text(where, measured[0].where) for where in sources):
-                job.warn(
+            measured = ctx.inputs.get(name)
+            if measured and any(same_text(where, measured[0].source) for where in sources):
+                ctx.warning(
                     f"{name}: {measured[0].name} is the calibration text, too: the loss on other"
                     " text is larger (prepared text and shards have a held-out part)"
                 )
         learnt = text_windows(
-            model, tokenizer, sources[0] if len(sources) == 1 else sources, cache=job.cache,
-            tell=job.skipped, tokens=max(self.calibration_tokens, tokens_of(self.distill)),
+            model, tokenizer, sources[0] if len(sources) == 1 else sources, cache=ctx.cache_dir,
+            on_skip=ctx.skipped, tokens=max(self.calibration_tokens, tokens_of(self.distill)),
             length=self.calibration_length, seed=self.seed,
         )  # fmt: skip
         ids = learnt[: max(1, self.calibration_tokens // learnt.shape[1])]
         if 2 * ids.numel() < self.calibration_tokens:
-            job.warn(
+            ctx.warning(
                 f"calibration: {', '.join(sources)} has {ids.numel():,} tokens in windows of"
                 f" {ids.shape[1]}, of {self.calibration_tokens:,} asked for"
             )
@@ -271,7 +275,7 @@ class Quantize(QuantizeOptions, Stage):
 
     def _compared(
         self,
-        job: Job,
+        ctx: StageContext,
         before: "CausalLM",
         small: "CausalLM",
         dataset: "TokenDataset",
@@ -288,7 +292,7 @@ class Quantize(QuantizeOptions, Stage):
         seq_len, stride = check_window(before.context_limit, None, None)
         found = compare(
             before, small, dataset, seq_len=seq_len, stride=stride, max_tokens=max_tokens,
-            track=job.track,
+            track=ctx.track,
         )  # fmt: skip
         figures = found.bits_per_byte_before, found.bits_per_byte, found.kl
         if not all(map(math.isfinite, figures)):
@@ -304,13 +308,13 @@ class Quantize(QuantizeOptions, Stage):
             )
             if self.strict and strict:
                 raise InputError(line)
-            job.warn(line)
+            ctx.warning(line)
         return found
 
-    def told(self, result: Mapping[str, Any], job: Job) -> str:
+    def summary(self, result: Mapping[str, Any], ctx: StageContext) -> str:
         small, size = result["bytes"], result["bytes_before"]
         text = (
-            f"{job.out}: {small / 1e6:,.2f} MB of weights, {small / size:.2f} of the"
+            f"{ctx.out}: {small / 1e6:,.2f} MB of weights, {small / size:.2f} of the"
             f" {size / 1e6:,.2f} MB before; {result['bits_per_weight']:.2f} bits per weight"
         )
         if "bits_per_byte" in result:
@@ -324,17 +328,17 @@ class Quantize(QuantizeOptions, Stage):
             text += f"; on {unseen['source']}: {100 * unseen['loss']:+.2f} %"
         return text
 
-    def report(self, job: Job, result: Mapping[str, Any]) -> Part:
+    def report(self, ctx: StageContext, result: Mapping[str, Any]) -> ReportSection:
         from fastlm.pipeline.text import size_text
 
-        del job
+        del ctx
         share = result["bytes"] / result["bytes_before"]
         text = f"as {result['format']}, {share:.2f} of before"
         if "bits_per_byte" in result:
             change = 100 * (result["bits_per_byte"] / result["bits_per_byte_before"] - 1)
             text += f", {change:+.1f} % bits"
         group = result["group_size"]
-        return Part(
+        return ReportSection(
             "Before and after quantization",
             f"{result['format']}, one scale for {'a row' if group == -1 else f'{group} weights'}."
             " Speed: one sequence, token by token.",

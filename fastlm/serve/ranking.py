@@ -90,7 +90,7 @@ def read_ranking_examples(
     cache: Path,
     skip_bad: bool = False,
     rows: Rows | None = None,
-    tell: Callable[[str], None] = ignore,
+    on_skip: Callable[[str], None] = ignore,
 ) -> Iterator[Comparison | Unranked]:
     """Yield what `RankingStore.add_items` takes from files or packages, as `read_preferences` does.
     Bad rows are also: one with a label, which has one answer; a correction that is not the answer
@@ -107,7 +107,9 @@ def read_ranking_examples(
                 _corrected_text(example)
         return example
 
-    return read_examples(sources, example_of, cache=cache, skip_bad=skip_bad, rows=rows, tell=tell)
+    return read_examples(
+        sources, example_of, cache=cache, skip_bad=skip_bad, rows=rows, on_skip=on_skip
+    )
 
 
 def _corrected_text(correction: Comparison) -> str:

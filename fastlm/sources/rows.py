@@ -109,7 +109,7 @@ def printable(path: str | Path) -> str:
 
 
 def ignore(message: str) -> None:
-    """Do nothing: the default of ``tell``, by which skipped items are not reported."""
+    """Do nothing: the default of ``on_skip``, by which skipped items are not reported."""
 
 
 def parse_source(spec: str) -> tuple[str, str, str]:
@@ -192,11 +192,11 @@ def read_file(
     *,
     field: str = "text",
     skipped: Counter[str] | None = None,
-    tell: Callable[[str], None] = ignore,
+    on_skip: Callable[[str], None] = ignore,
 ) -> Iterator[Document]:
     """Stream the documents of one file. ``skipped`` counts what is left out, by reason: WARC
-    records that are not pages, JSON lines that are malformed or lack ``field``. ``tell`` receives
-    the first of those lines.
+    records that are not pages, JSON lines that are malformed or lack ``field``. ``on_skip``
+    receives the first of those lines.
 
     InputError names the file and, if there is one, the line: binary data, invalid UTF-8 (local text
     must be UTF-8; web pages and files of packages may have any encoding, which is detected from
@@ -208,7 +208,7 @@ def read_file(
         unit = row_unit(file)
         yield from good_rows(
             read_rows(file), partial(_document, file=file, field=field), str(file.path), unit,
-            counts=skipped, reason=f"{unit}: malformed", tell=tell,
+            counts=skipped, reason=f"{unit}: malformed", on_skip=on_skip,
         )  # fmt: skip
         return
     with open_stream(file.path) as stream:
@@ -252,7 +252,7 @@ def read_files(
     *,
     field: str = "text",
     skipped: Counter[str] | None = None,
-    tell: Callable[[str], None] = ignore,
+    on_skip: Callable[[str], None] = ignore,
 ) -> Iterator[Document]:
     """Yield the documents of all files. A bad file that was not named is counted in ``skipped`` and
     reported; documents read before its fault are kept.
@@ -261,24 +261,24 @@ def read_files(
     for file in files:
         read = 0
         try:
-            for document in read_file(file, field=field, skipped=skipped, tell=tell):
+            for document in read_file(file, field=field, skipped=skipped, on_skip=on_skip):
                 read += 1
                 yield document
         except InputError as e:
             if file.named:
                 raise
             skipped["file: unreadable"] += 1
-            tell(f"{e}; kept what came before it: {read} documents" if read else str(e))
+            on_skip(f"{e}; kept what came before it: {read} documents" if read else str(e))
 
 
 def read_source(
-    spec: str, *, cache: Path, tell: Callable[[str], None] = ignore
+    spec: str, *, cache: Path, on_skip: Callable[[str], None] = ignore
 ) -> Iterator[Document]:
     """Yield all documents of one source; bad files in a folder or a package are reported and
     skipped.
     """
     files, _ = list_files(spec, cache=cache)
-    yield from read_files(files, tell=tell)
+    yield from read_files(files, on_skip=on_skip)
 
 
 def decode_web(data: bytes, *, html: bool) -> str:
@@ -409,7 +409,7 @@ def good_rows(
     *,
     counts: Counter[str],
     reason: str,
-    tell: Callable[[str], None] = ignore,
+    on_skip: Callable[[str], None] = ignore,
     skip_bad: bool = True,
     required: bool = True,
 ) -> Iterator[T]:
@@ -441,9 +441,9 @@ def good_rows(
         if bad and (good or not required):
             counts[reason] += bad
             for message in messages:
-                tell(message)
+                on_skip(message)
             if bad > len(messages):
-                tell(f"{name}: {bad - len(messages):,} more of its {good + bad:,} {unit}s")
+                on_skip(f"{name}: {bad - len(messages):,} more of its {good + bad:,} {unit}s")
 
 
 def _document(row: Any, place: str, file: SourceFile, field: str) -> Document:

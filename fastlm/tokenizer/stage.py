@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from fastlm.data.prepare import HELDOUT, TRAIN, read_documents
 from fastlm.pipeline.funnel import FUNNEL, Funnel
-from fastlm.pipeline.stage import Facts, Job, Part, Stage, Takes, at_least_one
+from fastlm.pipeline.stage import Facts, InputSpec, ReportSection, Stage, StageContext, at_least_one
 from fastlm.pipeline.text import count_text, size_text
 
 
@@ -18,13 +18,13 @@ class TrainTokenizer(Stage):
 
     kind = "tokenizer"
     command = ("tokenizer", "train")
-    reads = {
-        "corpus": Takes(
+    inputs = {
+        "corpus": InputSpec(
             ("corpus",), "Text: files, folders, packages, train.jsonl.zst or a prepared folder",
             several=True, positional=True,
         ),
     }  # fmt: skip
-    leaves = {"tokenizer": "."}
+    outputs = {"tokenizer": "."}
     result = {"vocab_size": int}
 
     vocab_size: Annotated[int, "Size of the vocabulary"] = 32768
@@ -40,38 +40,40 @@ class TrainTokenizer(Stage):
         del inputs
         return {"vocab_size": self.vocab_size}
 
-    def run(self, job: Job) -> dict[str, Any]:
+    def run(self, ctx: StageContext) -> dict[str, Any]:
         from fastlm.data.texts import read_texts
         from fastlm.tokenizer.tokenizer import Tokenizer
 
         def texts() -> Iterator[str]:
             left = self.train_bytes
-            for source in job.inputs["corpus"]:
-                read = read_texts(source.where, part="train", cache=job.cache, tell=job.skipped)
+            for source in ctx.inputs["corpus"]:
+                read = read_texts(
+                    source.source, part="train", cache=ctx.cache_dir, on_skip=ctx.skipped
+                )
                 for text in read:
                     if left <= 0:
                         return
                     yield text
                     left -= len(text.encode())
 
-        track = partial(job.track, total=self._expected(job))
+        track = partial(ctx.track, total=self._expected(ctx))
         tokenizer = Tokenizer.train(texts(), self.vocab_size, track=track)
         tokenizer.chat_template = None  # a base model continues text; fine-tuning adds one
-        tokenizer.save(job.out)
+        tokenizer.save(ctx.out)
         return {"vocab_size": tokenizer.vocab_size}
 
-    def _expected(self, job: Job) -> int | None:
+    def _expected(self, ctx: StageContext) -> int | None:
         """Return how many documents will be counted, None unless all are in prepared folders."""
         count = 0
-        for source in job.inputs["corpus"]:
+        for source in ctx.inputs["corpus"]:
             if not (source.path / FUNNEL).is_file():
                 return None
             (step,) = (s for s in Funnel.load(source.path).steps if s["step"] == "train")
             count += math.ceil(step["documents"] * min(1.0, self.train_bytes / step["bytes"]))
         return count
 
-    def told(self, result: Mapping[str, Any], job: Job) -> str:
-        return f"{job.out}: {result['vocab_size']:,} tokens"
+    def summary(self, result: Mapping[str, Any], ctx: StageContext) -> str:
+        return f"{ctx.out}: {result['vocab_size']:,} tokens"
 
 
 @dataclass(frozen=True)
@@ -80,26 +82,26 @@ class Shards(Stage):
 
     kind = "shards"
     command = ("data", "shards")
-    reads = {
-        "corpus": Takes(
+    inputs = {
+        "corpus": InputSpec(
             ("corpus",), "A prepared folder, or one .jsonl.zst file of documents", positional=True
         ),
-        "tokenizer": Takes(
+        "tokenizer": InputSpec(
             ("tokenizer",), "Folder, tokenizer.json or .gguf file of a tokenizer", flag="t"
         ),
     }
-    leaves = {"shards": "."}
+    outputs = {"shards": "."}
     result = {"vocab_size": int, "train_tokens": int, "train_bytes": int}
 
     def plan(self, inputs: Mapping[str, Any]) -> Facts:
         (words,) = inputs["tokenizer"]
         return {**words, "tokenizer": words["name"]}
 
-    def run(self, job: Job) -> dict[str, Any]:
+    def run(self, ctx: StageContext) -> dict[str, Any]:
         from fastlm.data.shards import INDEX, write_shards
         from fastlm.tokenizer.tokenizer import Tokenizer
 
-        tokenizer, corpus = Tokenizer.load(job.path("tokenizer")), job.path("corpus")
+        tokenizer, corpus = Tokenizer.load(ctx.path("tokenizer")), ctx.path("corpus")
         result = {"vocab_size": tokenizer.vocab_size}
         parts = [("train", corpus, None)]  # of text: its name, file and number of documents
         if corpus.is_dir():
@@ -107,34 +109,34 @@ class Shards(Stage):
             files = {"train": TRAIN, "heldout": HELDOUT}
             parts = [(part, corpus / file, counts.get(part, 0)) for part, file in files.items()]
         for part, file, documents in parts:
-            folder = job.out / part if corpus.is_dir() else job.out
+            folder = ctx.out / part if corpus.is_dir() else ctx.out
             if documents == 0:
                 # the index of another text, which may be in the training part now
                 (folder / INDEX).unlink(missing_ok=True)
                 continue
             texts = (document.text for document in read_documents(file))
-            info = write_shards(texts, tokenizer, folder, track=partial(job.track, total=documents))
+            info = write_shards(texts, tokenizer, folder, track=partial(ctx.track, total=documents))
             result |= {
                 f"{part}_tokens": info.tokens, f"{part}_bytes": info.bytes_of_text,
                 f"{part}_documents": info.documents,
             }  # fmt: skip
         return result
 
-    def told(self, result: Mapping[str, Any], job: Job) -> str:
+    def summary(self, result: Mapping[str, Any], ctx: StageContext) -> str:
         counts = [
             f"{result[f'{part}_tokens']:,} tokens of {result[f'{part}_documents']:,} documents"
             f" for {what}"
             for part, what in (("train", "training"), ("heldout", "evaluation"))
             if f"{part}_tokens" in result
         ]
-        return f"{job.out}: {', '.join(counts)}"
+        return f"{ctx.out}: {', '.join(counts)}"
 
-    def report(self, job: Job, result: Mapping[str, Any]) -> Part:
-        del job
+    def report(self, ctx: StageContext, result: Mapping[str, Any]) -> ReportSection:
+        del ctx
         facts = {"vocabulary": f"{result['vocab_size']:,}"}
         for part, what in (("train", "training text"), ("heldout", "held-out text")):
             if tokens := result.get(f"{part}_tokens"):
                 size = result[f"{part}_bytes"]
                 mean = f"{size / tokens:.2f} bytes per token"
                 facts[what] = f"{count_text(tokens)} tokens, {size_text(size)}, {mean}"
-        return Part("Tokens", facts=facts)
+        return ReportSection("Tokens", facts=facts)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from fastlm.errors import InputError
 from fastlm.pipeline.stage import (
     Facts,
-    Job,
-    Takes,
+    InputSpec,
+    StageContext,
     at_least_one,
     not_negative,
     one_of,
@@ -221,11 +221,11 @@ class Distill(DistillOptions, Sft):
 
     kind = "distill"
     command = ("distill",)
-    reads = {
-        "model": Takes(("model",), "Student to train: a run, a Hugging Face folder"),
-        "teacher": Takes(("model",), "Model to learn from", default=False, optional=True),
+    inputs = {
+        "model": InputSpec(("model",), "Student to train: a run, a Hugging Face folder"),
+        "teacher": InputSpec(("model",), "Model to learn from", default=False, optional=True),
     }
-    scratch = ("checkpoints", LOGITS, ANSWERED, f"{ANSWERED}.json")
+    checkpoints = ("checkpoints", LOGITS, ANSWERED, f"{ANSWERED}.json")
 
     teacher_answers: Annotated[
         str, "Learn answers that the teacher gives first, greedy or sampled, and nothing else"
@@ -281,24 +281,26 @@ class Distill(DistillOptions, Sft):
         stored = input_digest.hash_tree(self.teacher_logits) if self.teacher_logits else None
         return [super().digest_inputs(input_digest), stored]
 
-    def read_data(self, tokenizer: "Tokenizer", context: int, job: Job) -> ConversationDataset:
-        self.check_teacher(bool(job.inputs.get("teacher")))
+    def read_data(
+        self, tokenizer: "Tokenizer", context: int, ctx: StageContext
+    ) -> ConversationDataset:
+        self.check_teacher(bool(ctx.inputs.get("teacher")))
         if not self.teacher_answers:
-            return super().read_data(tokenizer, context, job)
-        rows = self.answered(job)
-        answers = replace(self, data=(str(job.out / ANSWERED),), data_weights=())
-        texts = ConversationDataset(answers, tokenizer, self.longest(context), context, job)
+            return super().read_data(tokenizer, context, ctx)
+        rows = self.answered(ctx)
+        answers = replace(self, data=(str(ctx.out / ANSWERED),), data_weights=())
+        texts = ConversationDataset(answers, tokenizer, self.longest(context), context, ctx)
         rows.counts.update(texts.rows.counts)
         texts.rows = rows
         return texts
 
-    def answered(self, job: Job) -> "Rows":
+    def answered(self, ctx: StageContext) -> "Rows":
         """Write the teacher's answers to the prompts of the data."""
         from fastlm.data.conversations import Rows
         from fastlm.data.prompts import read_prompts
         from fastlm.train.teacher import write_answers
 
-        teacher, tokenizer = self.teacher(job)
+        teacher, tokenizer = self.teacher(ctx)
         try:
             # `chat_template` is the student's, which may be of another family
             chat_tokenizer(tokenizer, "")
@@ -309,7 +311,7 @@ class Distill(DistillOptions, Sft):
         room = teacher.context_limit - self.max_new_tokens
         questions = []
         for prompt in read_prompts(
-            self.data, cache=job.cache, skip_bad=self.skip_bad, rows=rows, tell=job.skipped
+            self.data, cache=ctx.cache_dir, skip_bad=self.skip_bad, rows=rows, on_skip=ctx.skipped
         ):
             variables = template_variables(prompt.tools)
             ids = tokenizer.encode_chat(prompt.messages, date=self.date, **variables)
@@ -318,30 +320,34 @@ class Distill(DistillOptions, Sft):
             else:
                 rows.counts["too long for the teacher"] += 1
         found = write_answers(
-            job.out / ANSWERED, teacher, tokenizer, questions,
+            ctx.out / ANSWERED, teacher, tokenizer, questions,
             temperature=0.0 if self.teacher_answers == "greedy" else self.temperature,
-            max_new_tokens=self.max_new_tokens, seed=self.seed, track=job.track,
+            max_new_tokens=self.max_new_tokens, seed=self.seed, track=ctx.track,
         )  # fmt: skip
         if found < len(questions):
             rows.counts["without an answer that ended"] += len(questions) - found
         return rows
 
     def objective(
-        self, job: Job, model: Any, data: Any, options: "TrainOptions", **common: Any
+        self, ctx: StageContext, model: Any, data: Any, options: "TrainOptions", **common: Any
     ) -> SftObjective:
         if self.teacher_answers:
-            return super().objective(job, model, data, options, **common)
+            return super().objective(ctx, model, data, options, **common)
         args, tokenizer = (model, data.training, data.heldout, options), common["tokenizer"]
         common["rules"] = select_options(self, DistillOptions)
         if self.teacher_logits or self.teacher_top_k:
-            stored = self.stored(job, model, [*data.training, *data.heldout], tokenizer)
+            stored = self.stored(ctx, model, [*data.training, *data.heldout], tokenizer)
             return TeacherLogitsObjective(*args, stored=stored, **common)
         return TeacherModelObjective(
-            *args, teacher=self.load_teacher(job, model, tokenizer), **common
+            *args, teacher=self.load_teacher(ctx, model, tokenizer), **common
         )
 
     def stored(
-        self, job: Job, student: "CausalLM", examples: "list[Example]", tokenizer: "Tokenizer"
+        self,
+        ctx: StageContext,
+        student: "CausalLM",
+        examples: "list[Example]",
+        tokenizer: "Tokenizer",
     ) -> "TeacherLogits":
         """What the teacher says of the examples, read or measured."""
         from fastlm.train.teacher import TeacherHeader, TeacherLogits, write_logits
@@ -358,23 +364,25 @@ class Distill(DistillOptions, Sft):
         assert top_k is not None
         most = f"at most the vocabulary of {vocab_size}"
         expect(top_k <= vocab_size, "teacher_top_k", most, top_k)
-        teacher = self.load_teacher(job, student, tokenizer)
+        teacher = self.load_teacher(ctx, student, tokenizer)
         header = TeacherHeader(weights_digest(teacher), vocab_size, top_k, self.temperature)
-        return write_logits(job.out / LOGITS, teacher, examples, header, track=job.track)
+        return write_logits(ctx.out / LOGITS, teacher, examples, header, track=ctx.track)
 
-    def teacher(self, job: Job) -> "tuple[CausalLM, Tokenizer]":
+    def teacher(self, ctx: StageContext) -> "tuple[CausalLM, Tokenizer]":
         """Load the teacher, in the training's dtype."""
         import torch
 
         from fastlm.model.load import load_model
 
-        path = job.path("teacher")
+        path = ctx.path("teacher")
         teacher, tokenizer = load_model(path, keep_quantized=False, dtype=torch.float32)
         return teacher.to(getattr(torch, self.dtype)).eval(), tokenizer
 
-    def load_teacher(self, job: Job, student: "CausalLM", tokenizer: "Tokenizer") -> "CausalLM":
+    def load_teacher(
+        self, ctx: StageContext, student: "CausalLM", tokenizer: "Tokenizer"
+    ) -> "CausalLM":
         """Load the teacher. InputError: its vocabulary is not the student's."""
-        teacher, own = self.teacher(job)
+        teacher, own = self.teacher(ctx)
         check_vocabulary("teacher", own, tokenizer)
         size, own_size = student.config.vocab_size, teacher.config.vocab_size
         expect(own_size == size, "teacher", f"a head of the student's {size} tokens", own_size)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
-from fastlm.pipeline.stage import Job, Part, Takes, select_options
+from fastlm.pipeline.stage import InputSpec, ReportSection, StageContext, select_options
 from fastlm.train.encoding import rows_text
 from fastlm.train.lora_options import LoraOptions
 from fastlm.train.options import TrainOptions, check_replicas, expect
@@ -29,8 +29,8 @@ class Dpo(LoraOptions, PreferenceLoss, PreferenceStage):
     kind = "dpo"
     version = 2
     command = ("dpo",)
-    reads = {
-        "model": Takes(("model",), "Model to train: a run, a Hugging Face folder"),
+    inputs = {
+        "model": InputSpec(("model",), "Model to train: a run, a Hugging Face folder"),
         "feedback": FEEDBACK,
     }
     result = {**PreferenceStage.result, "pairs": int}
@@ -65,16 +65,18 @@ labels (prompt, completion, label)."""
     def unit(self) -> str:
         return "labels" if self.loss == "kto" else "pairs"
 
-    def read_data(self, tokenizer: "Tokenizer", context: int, job: Job) -> PreferenceDataset:
+    def read_data(
+        self, tokenizer: "Tokenizer", context: int, ctx: StageContext
+    ) -> PreferenceDataset:
         longest = self.longest(context)
         kind = "labels" if self.loss == "kto" else "pairs"
-        return PreferenceDataset(self, tokenizer, longest, context, job, kind=kind)
+        return PreferenceDataset(self, tokenizer, longest, context, ctx, kind=kind)
 
     def data_facts(self, data: Any) -> dict[str, Any]:
         return {"pairs": len(data.training), "heldout": len(data.heldout)}
 
     def objective(
-        self, job: Job, model: Any, data: Any, options: TrainOptions, **common: Any
+        self, ctx: StageContext, model: Any, data: Any, options: TrainOptions, **common: Any
     ) -> "Objective":
         import torch
 
@@ -83,14 +85,16 @@ labels (prompt, completion, label)."""
 
         terms = select_options(self, PreferenceLoss)
         objective = DpoObjective(model, data.training, data.heldout, options, terms, **common)
-        if not list_checkpoints(job.out):  # a checkpoint has the reference of its training
-            objective.measure_reference(getattr(torch, self.dtype), track=job.track)
+        if not list_checkpoints(ctx.out):  # a checkpoint has the reference of its training
+            objective.measure_reference(getattr(torch, self.dtype), track=ctx.track)
         return objective
 
-    def outcome(self, result: Mapping[str, Any], job: Job) -> tuple[str, list[str]]:
+    def outcome(self, result: Mapping[str, Any], ctx: StageContext) -> tuple[str, list[str]]:
         return f"{result['pairs']:,} {self.unit()}", self.figures(result)
 
-    def section(self, job: Job, result: Mapping[str, Any], metrics: list[dict[str, Any]]) -> Part:
+    def section(
+        self, ctx: StageContext, result: Mapping[str, Any], metrics: list[dict[str, Any]]
+    ) -> ReportSection:
         from fastlm.pipeline.charts import loss_chart
 
         facts = {
@@ -99,7 +103,7 @@ labels (prompt, completion, label)."""
             "batch": f"{self.batch_size * self.accumulate} {self.unit()} without padding",
             **self.lora_facts(result),
         }
-        return Part(
+        return ReportSection(
             "Preference training",
             "An answer's reward is β times how much likelier it has become, in nats, than by the"
             " model before training. A falling reward of the chosen answers means that the model"

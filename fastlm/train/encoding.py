@@ -14,7 +14,7 @@ from fastlm.train.objective import Example, Mixture
 
 if TYPE_CHECKING:
     from fastlm.data.conversations import Conversation
-    from fastlm.pipeline.stage import Job
+    from fastlm.pipeline.stage import StageContext
     from fastlm.tokenizer.tokenizer import Tokenizer
     from fastlm.train.training_stage import ChatStage
 
@@ -89,17 +89,22 @@ class EncodedDataset:
     """
 
     def __init__(
-        self, stage: "ChatStage", tokenizer: "Tokenizer", seq_len: int, context: int, job: "Job"
+        self,
+        stage: "ChatStage",
+        tokenizer: "Tokenizer",
+        seq_len: int,
+        context: int,
+        ctx: "StageContext",
     ):
         from fastlm.data.conversations import Rows
 
-        self.stage, self.tokenizer, self.job = stage, tokenizer, job
+        self.stage, self.tokenizer, self.ctx = stage, tokenizer, ctx
         self.seq_len, self.context = seq_len, context
         self.rows, self.refused, self.held_out = Rows(), 0, 0
         self.training: list[Any] = []
         self.prompts: list[tuple[float, list[dict[str, Any]], list[Any] | None]] = []
         heldout: list[tuple[float, Any]] = []
-        for row in job.track(self.read(), f"reading {stage.rows}", unit=stage.rows):
+        for row in ctx.track(self.read(), f"reading {stage.rows}", unit=stage.rows):
             examples = self.encode(row)
             if not examples:
                 continue
@@ -114,7 +119,7 @@ class EncodedDataset:
             else:
                 self.learn(examples)
         if self.refused > NAMED:
-            job.skipped(f"{self.refused - NAMED:,} more that the chat template refuses")
+            ctx.skipped(f"{self.refused - NAMED:,} more that the chat template refuses")
         self.heldout = [example for _, example in sorted(heldout, key=lambda pair: pair[0])]
 
     def read(self) -> Iterator[Any]:
@@ -124,8 +129,8 @@ class EncodedDataset:
     def reading(self) -> dict[str, Any]:
         """Return the options of the functions that read rows."""
         return {
-            "cache": self.job.cache, "skip_bad": self.stage.skip_bad, "rows": self.rows,
-            "tell": self.job.skipped,
+            "cache": self.ctx.cache_dir, "skip_bad": self.stage.skip_bad, "rows": self.rows,
+            "on_skip": self.ctx.skipped,
         }  # fmt: skip
 
     def prompt_of(self, row: Any) -> tuple[KeyedRow, list[dict[str, Any]], list[Any] | None]:
@@ -166,7 +171,7 @@ class EncodedDataset:
         self.rows.counts["refused by the chat template"] += 1
         self.refused += 1
         if self.refused <= NAMED:
-            self.job.skipped(str(refusal))
+            self.ctx.skipped(str(refusal))
 
     def sample_prompt(self) -> tuple[list[int], str]:
         """Return ids and text of the prompt that samples answer: the stage's, or the first that

@@ -12,10 +12,10 @@ from fastlm.data.verify import CHECKS, checked, load_reward
 from fastlm.errors import InputError
 from fastlm.pipeline.stage import (
     Facts,
-    Job,
+    InputSpec,
     MaybePositional,
-    Part,
-    Takes,
+    ReportSection,
+    StageContext,
     not_negative,
     one_of,
     select_options,
@@ -67,9 +67,9 @@ class OnlineStage(LoraOptions, RolloutOptions, ChatStage):
     use: ClassVar[str] = "answer"
     form: ClassVar[str] = "prompts"
     unused = ("val_tokens",)  # `val_prompts` says how long a validation is
-    reads = {
-        "model": Takes(("model",), "Policy to train: a run, a Hugging Face folder"),
-        "reward_model": Takes(
+    inputs = {
+        "model": InputSpec(("model",), "Policy to train: a run, a Hugging Face folder"),
+        "reward_model": InputSpec(
             ("reward",),
             "Reward model that scores answers; several are an ensemble",
             several=True,
@@ -157,20 +157,20 @@ messages), or conversations, of which what precedes the last answer is the promp
         """Return the objective on ``policy``; the rest is for `OnlineObjective`."""
         raise NotImplementedError
 
-    def read_data(self, tokenizer: "Tokenizer", context: int, job: Job) -> "PromptDataset":
-        self.check_models([one.name for one in job.inputs.get("reward_model", ())])
+    def read_data(self, tokenizer: "Tokenizer", context: int, ctx: StageContext) -> "PromptDataset":
+        self.check_models([one.name for one in ctx.inputs.get("reward_model", ())])
         self.longest(context)  # refuses a seq_len beyond it
-        scorer = RewardScorer(self, tokenizer, job)
+        scorer = RewardScorer(self, tokenizer, ctx)
         context = self.seq_len or context
         if scorer.models is not None:
             context = min(context, scorer.models.context_limit)
-        return PromptDataset(scorer, self, tokenizer, context - self.max_new_tokens, context, job)
+        return PromptDataset(scorer, self, tokenizer, context - self.max_new_tokens, context, ctx)
 
     def data_facts(self, data: Any) -> dict[str, Any]:
         return {"prompts": len(data.training), "heldout": len(data.heldout)}
 
     def objective(
-        self, job: Job, model: Any, data: Any, options: TrainOptions, **common: Any
+        self, ctx: StageContext, model: Any, data: Any, options: TrainOptions, **common: Any
     ) -> "OnlineObjective":
         scorer, tokenizer = data.scorer, common["tokenizer"]
         return self.online(
@@ -182,17 +182,17 @@ messages), or conversations, of which what precedes the last answer is the promp
             places=[prompt.place for _, prompt in data.training], sample_prompt=common["prompt"],
             answer_text=partial(text_of, tokenizer), sample_tokens=options.sample_tokens,
             score_metrics=scorer.metrics,
-            warn=job.warn if is_main_process() else lambda message: None,
+            warn=ctx.warning if is_main_process() else lambda message: None,
         )  # fmt: skip
 
-    def prepare(self, job: Job) -> TrainingSetup:
-        training = super().prepare(job)
+    def prepare(self, ctx: StageContext) -> TrainingSetup:
+        training = super().prepare(ctx)
 
         def keep_last_good(error: "DivergedError") -> None:
             if error.good is not None:
                 cast("OnlineObjective", training.objective).load_policy(error.good)
-                self.save(training, job.out / LAST_GOOD)
-                job.warn(f"the policy of that checkpoint is {job.out / LAST_GOOD}")
+                self.save(training, ctx.out / LAST_GOOD)
+                ctx.warning(f"the policy of that checkpoint is {ctx.out / LAST_GOOD}")
 
         training.on_diverged = keep_last_good
         return training
@@ -209,20 +209,22 @@ messages), or conversations, of which what precedes the last answer is the promp
             return None
         return copy.deepcopy(model).to(getattr(torch, self.dtype))
 
-    def outcome(self, result: Mapping[str, Any], job: Job) -> tuple[str, list[str]]:
-        metrics = [m for m in read_metrics(job.out / METRICS) if "val_score" in m]
+    def outcome(self, result: Mapping[str, Any], ctx: StageContext) -> tuple[str, list[str]]:
+        metrics = [m for m in read_metrics(ctx.out / METRICS) if "val_score" in m]
         figures = [f"{result['tokens_per_second']:,.0f} answer tokens/s"]
         if metrics:
             first, last = metrics[0]["val_score"], metrics[-1]["val_score"]
             figures = [f"held-out score {first:.3f} to {last:.3f}", *figures]
         return f"{result['prompts']:,} prompts", figures
 
-    def section(self, job: Job, result: Mapping[str, Any], metrics: list[dict[str, Any]]) -> Part:
+    def section(
+        self, ctx: StageContext, result: Mapping[str, Any], metrics: list[dict[str, Any]]
+    ) -> ReportSection:
         from fastlm.pipeline.text import count_text
         from fastlm.train.charts import frontier_chart
 
         held = [m for m in metrics if "val_score" in m]
-        models = job.inputs.get("reward_model", ())
+        models = ctx.inputs.get("reward_model", ())
         cards = []
         if held:
             first, last = held[0], held[-1]
@@ -230,7 +232,7 @@ messages), or conversations, of which what precedes the last answer is the promp
                 f"{last['val_score']:.3f}",
                 f"held-out score ± {last['val_score_error']:.3f}; {first['val_score']:.3f} before",
             )]  # fmt: skip
-        return Part(
+        return ReportSection(
             self.title(),
             "The policy answers prompts, and learns from the scores of its own answers.",
             facts={
@@ -352,12 +354,12 @@ class RewardScorer:
     of its tokens.
     """
 
-    def __init__(self, stage: OnlineStage, tokenizer: "Tokenizer", job: Job):
+    def __init__(self, stage: OnlineStage, tokenizer: "Tokenizer", ctx: StageContext):
         self.tokenizer, self.name = tokenizer, stage.reward
         self.function = load_reward(stage.reward) if stage.reward else None
         self.models: RewardEnsemble | None = None
         self.spread = 0.0  # of the reward models, over the answers scored last
-        given = job.inputs.get("reward_model", ())
+        given = ctx.inputs.get("reward_model", ())
         if given:
             models = [load_reward_model(one.path, tokenizer, stage.dtype) for one in given]
             if len(models) > 1:  # of other names, one may be a copy

@@ -121,7 +121,7 @@ class TrainOptions:
         watching = OBSERVING if self.on_spike == "skip" else (*OBSERVING, *GUARDS)
         return {k: v for k, v in asdict(self).items() if k not in watching}
 
-    def continues(self, changed: Collection[str], folder: Path, finished: bool) -> bool:
+    def can_continue(self, changed: Collection[str], folder: Path, finished: bool) -> bool:
         """Return whether the training in ``folder`` continues where these options have changed.
 
         GUARDS are among ``changed`` if spikes are, or were, skipped (`identity`): a finished

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from fastlm.errors import InputError, unknown_key
-from fastlm.pipeline.stage import Facts, Job, Part, Takes, at_least_one
+from fastlm.pipeline.stage import Facts, InputSpec, ReportSection, StageContext, at_least_one
 from fastlm.sources.input_digest import InputDigest
 from fastlm.train.objective import Objective
 from fastlm.train.options import TrainOptions, expect
@@ -137,9 +137,9 @@ class Pretrain(TrainingStage):
     kind = "pretrain"
     command = ("pretrain",)
     version = 2
-    reads = {
-        "shards": Takes(("shards",), "Folder with token shards in train/ and heldout/"),
-        "tokenizer": Takes(
+    inputs = {
+        "shards": InputSpec(("shards",), "Folder with token shards in train/ and heldout/"),
+        "tokenizer": InputSpec(
             ("tokenizer",), "Tokenizer, for samples and the model folder", optional=True
         ),
     }
@@ -209,17 +209,17 @@ class Pretrain(TrainingStage):
     def digest_inputs(self, input_digest: InputDigest) -> Any:
         return input_digest.hash_tree(self.config) if self.config else None
 
-    def prepare(self, job: Job) -> TrainingSetup:
+    def prepare(self, ctx: StageContext) -> TrainingSetup:
         from fastlm.data.shards import INDEX, BatchSampler, TokenDataset
         from fastlm.model.causal_lm import CausalLM
         from fastlm.tokenizer.tokenizer import Tokenizer
 
-        words = job.optional("tokenizer")
+        words = ctx.optional("tokenizer")
         tokenizer = Tokenizer.load(words) if words else None
         config = self.model_config(
             tokenizer.vocab_size if tokenizer else None, tokenizer.eos_id if tokenizer else None
         )
-        shards = job.path("shards")
+        shards = ctx.path("shards")
         heldout = shards / "heldout"
         train_data = TokenDataset(shards if (shards / INDEX).is_file() else shards / "train")
         val_data = TokenDataset(heldout) if (heldout / INDEX).is_file() else None
@@ -242,7 +242,9 @@ class Pretrain(TrainingStage):
     def finish(self, training: TrainingSetup) -> dict[str, Any]:
         return {"epochs": cast(PretrainObjective, training.objective).sampler.epoch + 1}
 
-    def section(self, job: Job, result: Mapping[str, Any], metrics: list[dict[str, Any]]) -> Part:
+    def section(
+        self, ctx: StageContext, result: Mapping[str, Any], metrics: list[dict[str, Any]]
+    ) -> ReportSection:
         from fastlm.pipeline.charts import loss_chart
         from fastlm.pipeline.text import count_text, seconds_text
 
@@ -257,7 +259,7 @@ class Pretrain(TrainingStage):
             batch += f", {self.accumulate} accumulated"
         shape = self.config or ", ".join(f"{k} {v}" for k, v in (self.model or {}).items())
         took = seconds_text(result["used_seconds"])
-        return Part(
+        return ReportSection(
             "Training",
             f"Training saw {count_text(tokens)} tokens: {result['steps']:,} steps of"
             f" {'up to ' if self.batch_warmup else ''}{step:,}.",

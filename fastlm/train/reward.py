@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
-from fastlm.pipeline.stage import Job, Part, Takes
+from fastlm.pipeline.stage import InputSpec, ReportSection, StageContext
 from fastlm.train.encoding import rows_text
 from fastlm.train.metrics import correlation
 from fastlm.train.objective import EpochObjective
@@ -161,11 +161,11 @@ class Reward(PreferenceStage):
 
     kind = "reward"
     command = ("reward",)
-    reads = {
-        "model": Takes(("model",), "Model to begin with: a run, a Hugging Face folder"),
+    inputs = {
+        "model": InputSpec(("model",), "Model to begin with: a run, a Hugging Face folder"),
         "feedback": FEEDBACK,
     }
-    leaves = {"reward": MODEL}
+    outputs = {"reward": MODEL}
     result = {
         **PreferenceStage.result, "comparisons": int, "calibration": dict,
         "length_bias": dict, "measured_on": str,
@@ -187,8 +187,10 @@ class Reward(PreferenceStage):
     def unit(self) -> str:
         return "pairs"
 
-    def read_data(self, tokenizer: "Tokenizer", context: int, job: Job) -> PreferenceDataset:
-        return PreferenceDataset(self, tokenizer, self.longest(context), context, job, kind="lists")
+    def read_data(
+        self, tokenizer: "Tokenizer", context: int, ctx: StageContext
+    ) -> PreferenceDataset:
+        return PreferenceDataset(self, tokenizer, self.longest(context), context, ctx, kind="lists")
 
     def module(self, model: "CausalLM") -> "RewardModel":
         from fastlm.model.reward_model import RewardModel
@@ -196,7 +198,7 @@ class Reward(PreferenceStage):
         return RewardModel.from_causal_lm(model, seed=self.seed)
 
     def objective(
-        self, job: Job, model: Any, data: Any, options: "TrainOptions", **common: Any
+        self, ctx: StageContext, model: Any, data: Any, options: "TrainOptions", **common: Any
     ) -> RewardObjective:
         return RewardObjective(
             model, data.training, data.heldout, options, margins=self.use_margins, **common
@@ -217,15 +219,17 @@ class Reward(PreferenceStage):
             "parameters": sum(p.numel() for p in model.parameters()),
         }
 
-    def outcome(self, result: Mapping[str, Any], job: Job) -> tuple[str, list[str]]:
+    def outcome(self, result: Mapping[str, Any], ctx: StageContext) -> tuple[str, list[str]]:
         return f"{result['comparisons']:,} comparisons", self.figures(result)
 
-    def section(self, job: Job, result: Mapping[str, Any], metrics: list[dict[str, Any]]) -> Part:
+    def section(
+        self, ctx: StageContext, result: Mapping[str, Any], metrics: list[dict[str, Any]]
+    ) -> ReportSection:
         from fastlm.pipeline.charts import loss_chart
         from fastlm.train.charts import calibration_chart
 
         bias, calibrated = result["length_bias"], result["calibration"]
-        return Part(
+        return ReportSection(
             "Reward model",
             "Scores have mean 0 and standard deviation 1 over the answers of the training.",
             facts={

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
-from fastlm.pipeline.stage import Job, Part, Takes
+from fastlm.pipeline.stage import InputSpec, ReportSection, StageContext
 from fastlm.train.encoding import EncodedDataset, rows_text
 from fastlm.train.lora_options import LoraOptions
 from fastlm.train.objective import IGNORE, EpochObjective, Example, Mixture, fit, pack
@@ -66,8 +66,8 @@ class Sft(LoraOptions, ChatStage):
 
     kind = "sft"
     command = ("sft",)
-    reads = {
-        "model": Takes(("model",), "Model to fine-tune: a run, a Hugging Face folder"),
+    inputs = {
+        "model": InputSpec(("model",), "Model to fine-tune: a run, a Hugging Face folder"),
         "feedback": FEEDBACK,
     }
     result = {
@@ -97,8 +97,10 @@ class Sft(LoraOptions, ChatStage):
         weights = (*self.data_weights, 1.0) if self.data_weights else ()
         return replace(self, data=(*self.data, source), data_weights=weights)
 
-    def read_data(self, tokenizer: "Tokenizer", context: int, job: Job) -> "ConversationDataset":
-        return ConversationDataset(self, tokenizer, self.longest(context), context, job)
+    def read_data(
+        self, tokenizer: "Tokenizer", context: int, ctx: StageContext
+    ) -> "ConversationDataset":
+        return ConversationDataset(self, tokenizer, self.longest(context), context, ctx)
 
     def data_facts(self, data: Any) -> dict[str, Any]:
         return {
@@ -110,11 +112,11 @@ class Sft(LoraOptions, ChatStage):
         }
 
     def objective(
-        self, job: Job, model: Any, data: Any, options: "TrainOptions", **common: Any
+        self, ctx: StageContext, model: Any, data: Any, options: "TrainOptions", **common: Any
     ) -> SftObjective:
         return SftObjective(model, data.training, data.heldout, options, **common)
 
-    def outcome(self, result: Mapping[str, Any], job: Job) -> tuple[str, list[str]]:
+    def outcome(self, result: Mapping[str, Any], ctx: StageContext) -> tuple[str, list[str]]:
         speed = f"{result['tokens_per_second']:,.0f} learnt tokens/s"
         return f"{result['conversations']:,} conversations", [loss_text(result), speed]
 
@@ -122,7 +124,9 @@ class Sft(LoraOptions, ChatStage):
         """Title and note of the part of the report."""
         return "Fine-tuning", "The loss is of the assistant's tokens alone."
 
-    def section(self, job: Job, result: Mapping[str, Any], metrics: list[dict[str, Any]]) -> Part:
+    def section(
+        self, ctx: StageContext, result: Mapping[str, Any], metrics: list[dict[str, Any]]
+    ) -> ReportSection:
         from fastlm.pipeline.charts import loss_chart
         from fastlm.pipeline.text import count_text
 
@@ -134,7 +138,7 @@ class Sft(LoraOptions, ChatStage):
                 for s in result["sources"]
             )
         title, note = self.headline()
-        return Part(
+        return ReportSection(
             title,
             note,
             facts={

@@ -16,11 +16,11 @@ from fastlm.data.conversations import FORMATS
 from fastlm.errors import InputError
 from fastlm.pipeline.stage import (
     Facts,
-    Job,
+    InputSpec,
     MaybePositional,
-    Part,
+    ReportSection,
     Stage,
-    Takes,
+    StageContext,
     at_least_one,
     not_negative,
     one_of,
@@ -39,7 +39,9 @@ if TYPE_CHECKING:
     from fastlm.train.objective import DivergedError, Objective
 
 MODEL = "model"
-FEEDBACK = Takes(("feedback",), "What `fastlm feedback build` made, beside the data", optional=True)
+FEEDBACK = InputSpec(
+    ("feedback",), "What `fastlm feedback build` made, beside the data", optional=True
+)
 LONGEST = 2048  # tokens of a conversation by default, where the context is longer: bounds memory
 
 
@@ -66,8 +68,8 @@ class TrainingStage(TrainOptions, Stage):
     `section`.
     """
 
-    leaves = {"model": MODEL}
-    scratch = ("checkpoints",)
+    outputs = {"model": MODEL}
+    checkpoints = ("checkpoints",)
     result = {
         "steps": int, "tokens": int, "tokens_per_second": float, "loss": float | None,
         "metrics": dict, "parameters": int, "used_seconds": float, "load": str,
@@ -79,7 +81,7 @@ class TrainingStage(TrainOptions, Stage):
         super().check()
         not_negative(self, "seed")
 
-    def prepare(self, job: Job) -> TrainingSetup:
+    def prepare(self, ctx: StageContext) -> TrainingSetup:
         """Load the model and read the data."""
         raise NotImplementedError
 
@@ -97,17 +99,17 @@ class TrainingStage(TrainOptions, Stage):
         if training.tokenizer is not None:
             training.tokenizer.save(folder)
 
-    def run(self, job: Job) -> dict[str, Any]:
+    def run(self, ctx: StageContext) -> dict[str, Any]:
         import torch
 
         from fastlm.train.loop import train
 
-        training = self.prepare(job)
+        training = self.prepare(ctx)
         torch.manual_seed(self.seed)
         load = os.getloadavg()[0]
         result = train(
-            training.objective, training.options, job.out, track=job.track,
-            on_event=job.on_event, on_diverged=training.on_diverged,
+            training.objective, training.options, ctx.out, track=ctx.track,
+            on_event=ctx.on_event, on_diverged=training.on_diverged,
         )  # fmt: skip
         if not is_main_process():
             return {}
@@ -116,32 +118,34 @@ class TrainingStage(TrainOptions, Stage):
         now = os.getloadavg()[0]
         trained["load"] = f"{load:.1f} when the training began, {now:.1f} when it ended"
         measured = self.finish(training)
-        self.save(training, job.out / MODEL)
+        self.save(training, ctx.out / MODEL)
         return {**trained, **training.facts, **measured}
 
-    def outcome(self, result: Mapping[str, Any], job: Job) -> tuple[str, list[str]]:
+    def outcome(self, result: Mapping[str, Any], ctx: StageContext) -> tuple[str, list[str]]:
         """Return what was learnt from, and figures of the end, for the user."""
         return "", [loss_text(result), f"{result['tokens_per_second']:,.0f} tokens/s"]
 
-    def told(self, result: Mapping[str, Any], job: Job) -> str:
-        data, figures = self.outcome(result, job)
+    def summary(self, result: Mapping[str, Any], ctx: StageContext) -> str:
+        data, figures = self.outcome(result, ctx)
         parts = [*([data] if data else []), f"{result['steps']} steps", *figures]
         if self.take == "best":
             name = "val_loss" if "val_loss" in result["metrics"] else "val_score"
             value = result["metrics"][name]
             parts.append(f"weights of step {result['best_step']} with {name} {value:.4f}")
-        return f"{', '.join(parts)}: {job.out / MODEL}"
+        return f"{', '.join(parts)}: {ctx.out / MODEL}"
 
-    def section(self, job: Job, result: Mapping[str, Any], metrics: list[dict[str, Any]]) -> Part:
+    def section(
+        self, ctx: StageContext, result: Mapping[str, Any], metrics: list[dict[str, Any]]
+    ) -> ReportSection:
         """Return the stage's part of report.html, without what `report` adds for all of them."""
         raise NotImplementedError
 
-    def report(self, job: Job, result: Mapping[str, Any]) -> Part:
+    def report(self, ctx: StageContext, result: Mapping[str, Any]) -> ReportSection:
         from fastlm.pipeline.text import seconds_text
         from fastlm.train.charts import training_charts
 
-        metrics = read_metrics(job.out / METRICS)
-        part = self.section(job, result, metrics)
+        metrics = read_metrics(ctx.out / METRICS)
+        part = self.section(ctx, result, metrics)
         part.charts = [*part.charts, *training_charts(metrics)]
         part.facts = {
             **part.facts,
@@ -150,7 +154,7 @@ class TrainingStage(TrainOptions, Stage):
             "time": f"{seconds_text(result['used_seconds'])}, steps and checkpoints",
             "machine load": result["load"],
         }
-        if part.template == Part.template:
+        if part.template == ReportSection.template:
             part.template = "training.html.jinja"
             samples = [m for m in metrics if "sample" in m]
             part.values = {"samples": samples, "how": self.sampled(result)}
@@ -260,9 +264,9 @@ class ChatStage(TrainingStage):
         """The file of the feedback that it learns from (`fastlm.feedback.build.PARTS`)."""
         return f"train/{self.form}.jsonl"
 
-    def with_feedback(self, job: Job) -> Self:
+    def with_feedback(self, ctx: StageContext) -> Self:
         """The stage with the rows of the feedback among its data."""
-        folder = job.optional("feedback")
+        folder = ctx.optional("feedback")
         self.check_data(folder is not None)
         if folder is None:
             return self
@@ -288,7 +292,7 @@ class ChatStage(TrainingStage):
 
         return CausalLM.from_pretrained(source, dtype=torch.float32, keep_quantized=False)
 
-    def read_data(self, tokenizer: "Tokenizer", context: int, job: Job) -> EncodedDataset:
+    def read_data(self, tokenizer: "Tokenizer", context: int, ctx: StageContext) -> EncodedDataset:
         """Return the rows as tokens. ``context``: of the model."""
         raise NotImplementedError
 
@@ -301,21 +305,21 @@ class ChatStage(TrainingStage):
         return model
 
     def objective(
-        self, job: Job, model: Any, data: Any, options: TrainOptions, **common: Any
+        self, ctx: StageContext, model: Any, data: Any, options: TrainOptions, **common: Any
     ) -> "Objective":
         """Return what is learnt; ``common`` is for `fastlm.train.objective.EpochObjective`."""
         raise NotImplementedError
 
-    def prepare(self, job: Job) -> TrainingSetup:
+    def prepare(self, ctx: StageContext) -> TrainingSetup:
         from fastlm.checkpoint.architectures import expected_shapes
         from fastlm.tokenizer.load import load_tokenizer
 
-        self = self.with_feedback(job)
-        source = job.path("model")
-        model = self.load_trained(source, dtype=self.dtype, seed=self.seed, warn=job.warn)
+        self = self.with_feedback(ctx)
+        source = ctx.path("model")
+        model = self.load_trained(source, dtype=self.dtype, seed=self.seed, warn=ctx.warning)
         config = model.config
         tokenizer = chat_tokenizer(load_tokenizer(source, config.to_dict()), self.chat_template)
-        data = self.read_data(tokenizer, config.max_position_embeddings, job)
+        data = self.read_data(tokenizer, config.max_position_embeddings, ctx)
         if not data.training:
             raise InputError(
                 f"data: expected {self.unit()} to {self.use}, got none in {data.told()}"
@@ -326,7 +330,7 @@ class ChatStage(TrainingStage):
         config.eos_token_id = sorted(config.stop_ids | tokenizer.stop_ids)
         module = self.module(model)
         objective = self.objective(
-            job, module, data, options, batch_size=self.batch_size, seed=self.seed,
+            ctx, module, data, options, batch_size=self.batch_size, seed=self.seed,
             base=weights_digest(module), tokenizer=tokenizer, prompt=prompt, mixture=mixture,
         )  # fmt: skip
         facts = {

@@ -46,7 +46,7 @@ CLOCK = {
     "decode_tokens_per_second", "decode_tokens_per_second_before",
     "metrics_bytes",  # of lines with seconds
     "command",  # with the name of the folder
-    "made",  # with the time, hashes of files with times, paths
+    "provenance",  # with the time, hashes of files with times, paths
 }  # fmt: skip
 LIMIT = 300  # seconds of one start
 RUN_KILLS = 3  # of one run, before it may end
@@ -314,11 +314,11 @@ def content(path: Path) -> Any:
         found = [timeless(json.loads(line)) for line in lines]
         if path.name == "stages.json":  # its report covers times, its metrics hold them
             for stage in found[0]["stages"].values():
-                stage.get("outputs", {}).pop("metrics.jsonl", None)
+                stage.get("file_sizes", {}).pop("metrics.jsonl", None)
             found[0]["stages"]["report"].pop("fingerprint")
         if path.name == "record.json":
             for name in ("metrics.jsonl", "serve.log"):  # bytes of lines with seconds
-                found[0]["stages"]["."].get("outputs", {}).pop(name, None)
+                found[0]["stages"]["."].get("file_sizes", {}).pop(name, None)
         return found
     if path.suffix in (".sqlite", ".db"):
         with sqlite3.connect(path) as store:

@@ -350,7 +350,7 @@ def test_records_of_another_kind(finished, tmp_path):
     ):
         (run / "pretrain/metrics.jsonl").write_text("\n".join([*lines, line]))
         record = json.loads(whole)
-        record["stages"]["pretrain"]["outputs"]["metrics.jsonl"] = (
+        record["stages"]["pretrain"]["file_sizes"]["metrics.jsonl"] = (
             (run / "pretrain/metrics.jsonl").stat().st_size
         )
         file.write_text(json.dumps(record))

@@ -191,7 +191,7 @@ def test_planted_questions_are_caught(base, planted):
     with pytest.raises(InputError, match="against: expected tasks"):
         Eval()(out, model=[str(base)], data=str(planted / "shards"), against=str(out))
     console = Console(width=100, file=io.StringIO())
-    console.print(stage.shown(scores, stage.job(out, model=[str(base)])))
+    console.print(stage.render(scores, stage.context(out, model=[str(base)])))
     assert "touched" in console.file.getvalue()
 
 

@@ -38,15 +38,15 @@ def entry(kind: str, leaf: str, number: int, **result) -> dict:
         "finished": f"2026-11-{number:02}T00:00:00.000+00:00", "recipe": ID,
         "code": {"version": "1"}, "machine": {"cpu": "x", "threads": 2}, "ids": {leaf: id},
         "command": "fastlm run x", "hashes": {"a": id}, "earlier": [{leaf: id[::-1]}],
-        "reads": {"corpus": [{"name": "data", "path": "data", "id": f"{1:08x}" * 8}]},
+        "inputs": {"corpus": [{"name": "data", "path": "data", "id": f"{1:08x}" * 8}]},
         "sources": [{"spec": "docs", "package": None, "licence": "MIT", "count": 1,
                      "files": {"a": id}}],
     }  # fmt: skip
     return {
         "kind": kind, "fingerprint": "f", "version": 1,
         "options": {"limit": number, "tasks": ["arc_easy"]},
-        "inputs": {"model": ["pretrain"]}, "leaves": {leaf: leaf}, "seconds": 1.5,
-        "result": {"loss": 2.0 + number, **result}, "outputs": {"a": 3}, "made": made,
+        "inputs": {"model": ["pretrain"]}, "outputs": {leaf: leaf}, "seconds": 1.5,
+        "result": {"loss": 2.0 + number, **result}, "file_sizes": {"a": 3}, "provenance": made,
     }  # fmt: skip
 
 
@@ -225,8 +225,8 @@ def test_many_damaged_files_are_read_or_refused(name, folder):
 @pytest.mark.parametrize(
     ("key", "value", "refusal"),
     [
-        ("reads", {"corpus": [{"name": "x"}]}, "reads.corpus[0].path: expected this field"),
-        ("reads", {"corpus": [{"name": "x", "path": "", "id": 3}]}, "[0].id: expected a string"),
+        ("inputs", {"corpus": [{"name": "x"}]}, "inputs.corpus[0].path: expected this field"),
+        ("inputs", {"corpus": [{"name": "x", "path": "", "id": 3}]}, "[0].id: expected a string"),
         ("sources", [{"files": {}}], "sources[0].spec: expected this field, got nothing"),
         ("sources", [{"spec": "x", "count": "7"}], "sources[0].count: expected a whole number"),
         ("ids", {"model": None}, "ids.model: expected a string, got None"),
@@ -237,7 +237,7 @@ def test_many_damaged_files_are_read_or_refused(name, folder):
 def test_a_record_with_a_field_of_another_kind_is_left_out(key, value, refusal, folder):
     """A damaged record of a run: each caused a traceback in `runs show`, `diff` or `forget`."""
     table = run(4)
-    table["stages"]["eval"]["made"][key] = value
+    table["stages"]["eval"]["provenance"][key] = value
     (folder / "runs/bad/stages.json").write_text(json.dumps(table))
     found = open_registry([folder / "runs"], note=False)
     assert {record.run for record in found.records} == {"good"}

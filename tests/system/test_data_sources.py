@@ -219,7 +219,7 @@ def test_code_tables_json_and_notebooks_are_read(tmp_path, cache):
     for name in ("f.pdf", "g.PDF", "h.docx", "README"):
         (d / name).write_bytes(b"x")
     told: list[str] = []
-    docs = list(read_source(str(d), cache=cache, tell=told.append))
+    docs = list(read_source(str(d), cache=cache, on_skip=told.append))
     assert [(x.id, x.text) for x in docs] == [
         ("a.py", "x = 1"), ("b.tex.gz", "\\section{b}"), ("c.csv", "a,b"),
         ("d.json:1", "one"), ("d.json:2", "two"), ("e.ipynb", "# Title\nwords\n\nprint(1)"),
@@ -252,7 +252,7 @@ def test_a_bad_file_or_line_in_a_folder_is_told_and_the_rest_is_read(tmp_path, c
     bad = [2, 501, 502]
     for source, more in ((d / "a.jsonl", 0), (d, 1)):
         told: list[str] = []
-        texts = [x.text for x in read_source(str(source), cache=cache, tell=told.append)]
+        texts = [x.text for x in read_source(str(source), cache=cache, on_skip=told.append)]
         assert texts == expected + ["last"] * more
         for line, message in zip(bad, told, strict=False):
             assert message.startswith(f"{d}/a.jsonl, line {line}: expected")

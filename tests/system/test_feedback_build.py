@@ -131,14 +131,14 @@ def test_the_funnel_is_told_in_judgements(store, tmp_path):
     store.add(Feedback("r0", thumb="down", rater="u0"))
     database, out = str(tmp_path / "feedback.db"), tmp_path / "out"
     stage = FeedbackBuild(database=(database,))
-    job = stage.job(out, cache=tmp_path)
-    result = stage.run(job)
+    ctx = stage.context(out, cache_dir=tmp_path)
+    result = stage.run(ctx)
     console = Console(width=140, record=True, file=io.StringIO())
-    console.print(stage.shown(result, job), markup=False)
+    console.print(stage.render(result, ctx), markup=False)
     shown = console.export_text()
     assert "feedback items" in shown and "documents" not in shown and "0.00" not in shown
     assert "files" not in shown and "What was left of each source" in shown
-    values = stage.report(job, result).values
+    values = stage.report(ctx, result).values
     assert values["counted"] == "feedback items" and not values["files"]
     assert values["funnel"][0]["why"] == ["1 changed later by the same rater"]
 
@@ -146,16 +146,16 @@ def test_the_funnel_is_told_in_judgements(store, tmp_path):
 def test_feedback_without_rows_is_named(tmp_path):
     stage = Dpo()
     where = tmp_path / "built"
-    job = stage.job(tmp_path / "out", cache=tmp_path, model="m", feedback=where)
+    ctx = stage.context(tmp_path / "out", cache_dir=tmp_path, model="m", feedback=where)
     for empty in (False, True):  # no build has succeeded; a build without preferences
         if empty:
             (where / "train").mkdir(parents=True)
             (where / "train/preferences.jsonl").touch()
         with pytest.raises(InputError) as error:
-            stage.with_feedback(job)
+            stage.with_feedback(ctx)
         assert str(error.value) == f"feedback: expected preferences in {where}/train, got none"
     (where / "train/kto.jsonl").write_text("{}\n")  # thumbs are enough for KTO
-    assert Dpo(loss="kto").with_feedback(job).data == (f"{where}/train/kto.jsonl",)
+    assert Dpo(loss="kto").with_feedback(ctx).data == (f"{where}/train/kto.jsonl",)
 
 
 def test_rows_that_trainings_read(store, tmp_path):
@@ -186,8 +186,8 @@ def test_rows_that_trainings_read(store, tmp_path):
     talks = list(read_conversations([str(where / "sft.jsonl")], cache=tmp_path))
     assert len(talks) == sizes["train"]["sft"]
     # the stages read them: alone, or beside other data
-    job = Sft(data=("more.jsonl",), data_weights=(2.0,)).job("x", model="m", feedback=out)
-    with_rows = Sft(data=("more.jsonl",), data_weights=(2.0,)).with_feedback(job)
+    ctx = Sft(data=("more.jsonl",), data_weights=(2.0,)).context("x", model="m", feedback=out)
+    with_rows = Sft(data=("more.jsonl",), data_weights=(2.0,)).with_feedback(ctx)
     assert with_rows.data == ("more.jsonl", str(where / "sft.jsonl"))
     assert with_rows.data_weights == (2.0, 1.0)
     for stage, rows in (
@@ -196,12 +196,12 @@ def test_rows_that_trainings_read(store, tmp_path):
         (Reward(), "preferences"),
     ):
         with pytest.raises(InputError, match=f"data: expected at least one source of {rows}"):
-            stage.with_feedback(stage.job("x", model="m"))
+            stage.with_feedback(stage.context("x", model="m"))
         with pytest.raises(InputError, match=f"data: expected at least one source of {rows}"):
             stage.plan({"model": [{"name": "m"}], "feedback": []})
-    job = Reward(judge=True).job("x", model="m", feedback=out)
-    assert Reward(judge=True).with_feedback(job).data == (str(out / "judge/preferences.jsonl"),)
-    assert Dpo(loss="kto").with_feedback(job).data == (str(where / "kto.jsonl"),)
+    ctx = Reward(judge=True).context("x", model="m", feedback=out)
+    assert Reward(judge=True).with_feedback(ctx).data == (str(out / "judge/preferences.jsonl"),)
+    assert Dpo(loss="kto").with_feedback(ctx).data == (str(where / "kto.jsonl"),)
     # the same bytes again, and from its rows
     again = build([database], tmp_path / "again", options=BuildOptions(), cache=tmp_path)
     for part in sizes:

@@ -141,10 +141,10 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(trained, tmp_path, monk
     always_kept(monkeypatch)
     options = {"distill_text": text(100, seed=2), "progress": tmp_path, "symmetric": False}
     with pytest.raises(Cut):
-        quantized(trained, 6, **options, tell=cut)
+        quantized(trained, 6, **options, log=cut)
     assert [p.name for p in tmp_path.iterdir()] == ["distilling.safetensors"]
     lines = []
-    found = quantized(trained, 6, **options, tell=lines.append)
+    found = quantized(trained, 6, **options, log=lines.append)
     whole = quantized(trained, 6, **options | {"progress": None})
     assert same(found, whole) and not same(found, quantized(trained, 0, symmetric=False))
     # the step that was saved is not done again
@@ -153,7 +153,7 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(trained, tmp_path, monk
     ]
     assert [p.name for p in tmp_path.iterdir()] == ["distilled.safetensors"]
     lines.clear()
-    assert same(quantized(trained, 6, **options, tell=lines.append), whole) and not lines
+    assert same(quantized(trained, 6, **options, log=lines.append), whole) and not lines
     other = quantized(trained, 6, **options, seed=1)  # another order: computed again
     assert not same(other, whole)
 

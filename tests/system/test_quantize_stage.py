@@ -67,7 +67,7 @@ def test_the_report_tells_what_was_lost(base, tmp_path):
     assert "data: " in same and "text.txt is the calibration text, too" in same
     assert unseen.startswith("unseen: expected text of another kind than the calibration, got none")
     assert report["unseen"] is None
-    notes = [event["note"] for event in told if "note" in event]
+    notes = [event["info"] for event in told if "info" in event]
     assert [note.partition(":")[0] for note in notes] == ["model.layers.0", "model.layers.1"]
     assert not (tmp_path / "q/progress").exists()
     config = json.loads((tmp_path / "q/config.json").read_text())["quantization_config"]["fastlm"]
@@ -93,7 +93,7 @@ def test_the_last_step_distils(base, tmp_path):
     # gptq saw what it saw without the step
     layers = [json.loads((tmp_path / n / "report.json").read_text())["layers"] for n in "qr"]
     assert layers[0] == layers[1]
-    notes = [event["note"] for event in told if event.get("note", "").startswith("distill")]
+    notes = [event["info"] for event in told if event.get("info", "").startswith("distill")]
     assert len(notes) == 11 and "held-out KL" in notes[-1]
     assert not (tmp_path / "r/progress").exists()
 
@@ -245,7 +245,7 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_bytes(base, tmp_path):
         pass
 
     def cut(event):
-        if "model.layers.0" in event.get("note", ""):
+        if "model.layers.0" in event.get("info", ""):
             raise Cut
 
     with pytest.raises(Cut):
@@ -275,7 +275,7 @@ KILLED = """
 import os, signal, sys
 from fastlm.stages import run_recipe
 def kill(event):
-    if "model.layers.0" in event.get("note", ""):
+    if "model.layers.0" in event.get("info", ""):
         os.kill(os.getpid(), signal.SIGKILL)
 run_recipe(*sys.argv[1:], on_event=kill)
 """

@@ -55,7 +55,7 @@ def test_lineage_from_the_model_to_the_sources(made):
     assert record.name == "one/pretrain" and record.state == HERE
     input_digest = InputDigest(made / "none", cache=made)
     assert record.model == model_id(made / "one/pretrain/model", input_digest)
-    hashes = record.entry.made.hashes
+    hashes = record.entry.provenance.hashes
     weights = "model/model.safetensors"
     assert hashes[weights] == digest(made / "one/pretrain" / weights)
     found = tree(registry, record)
@@ -65,7 +65,7 @@ def test_lineage_from_the_model_to_the_sources(made):
     (source,) = corpus["sources"]
     assert source["count"] == 24 and source["licence"] is None and len(source["files"]) == 24
     assert source["files"]["03.txt"] == digest(Path(source["spec"]) / "03.txt")
-    entry = record.entry.made
+    entry = record.entry.provenance
     assert entry.code["version"] and entry.machine["threads"] >= 1 and len(entry.recipe) == 64
     shown = call("show", "one", "--in", made).stdout
     assert "one/shards" in shown and "licence: not recorded" in " ".join(shown.split())
@@ -189,9 +189,9 @@ def test_a_card_escapes_what_it_shows(runs):
     path = runs / "one/stages.json"
     table = json.loads(path.read_text())
     evil = "x | y\n# Title <script> [a](b) `c` \U0001f600"
-    made = table["stages"]["data"]["made"]
+    made = table["stages"]["data"]["provenance"]
     made["sources"][0] |= {"spec": evil, "licence": "```\n---"}
-    table["stages"]["pretrain"]["made"]["command"] = "fastlm\n```\n# no"
+    table["stages"]["pretrain"]["provenance"]["command"] = "fastlm\n```\n# no"
     path.write_text(json.dumps(table))
     text = card(open_registry([runs]), open_registry([runs]).find_one("one"), kinds=KINDS)
     assert yaml.safe_load(text.split("\n---\n")[0])["datasets"] == [evil]
@@ -235,6 +235,6 @@ def test_a_stage_alone_records_its_own_files(made, tmp_path):
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     record = open_registry([tmp_path]).find_one("mixed")
-    names = set(record.entry.outputs)
+    names = set(record.entry.file_sizes)
     assert "train/index.json" in names and not names & {"letter.txt", "photos/large.bin"}
     assert record.ids == open_registry([made]).find_one("one/shards").ids

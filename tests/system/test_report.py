@@ -11,7 +11,7 @@ import pytest
 from fastlm.pipeline.charts import bits_figure
 from fastlm.pipeline.funnel import Funnel
 from fastlm.pipeline.report import Done, command_until, render_report
-from fastlm.pipeline.stage import Input, Job
+from fastlm.pipeline.stage import Input, StageContext
 from fastlm.pipeline.text import count_text, seconds_text, size_text
 from fastlm.stages import parse_recipe
 from fastlm.train.metrics import read_metrics
@@ -115,10 +115,10 @@ def page_of(folder, table, results):
             key: [Input(name, str(folder / name / "model")) for name in names]
             for key, names in step.inputs.items()
         }
-        job = Job(step.name, folder / step.name, inputs, folder)
-        done = Done(step, job, results[step.name], 60.0 if step.name == "pretrain" else 1.0)
+        ctx = StageContext(step.name, folder / step.name, inputs, folder)
+        done = Done(step, ctx, results[step.name], 60.0 if step.name == "pretrain" else 1.0)
         stages[step.name] = {"seconds": done.seconds}
-        if part := step.stage.report(job, done.result):
+        if part := step.stage.report(ctx, done.result):
             parts.append((step, part))
     summary = {
         "recipe": EVIL, "command": f"fastlm run '{EVIL}'",

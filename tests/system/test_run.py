@@ -287,7 +287,7 @@ def test_a_training_continues_with_options_that_its_command_takes(tmp_path):
 
     def cut_off() -> None:
         record = json.loads((run / "stages.json").read_text())
-        del record["stages"]["pretrain"]["outputs"], record["stages"]["pretrain"]["result"]
+        del record["stages"]["pretrain"]["file_sizes"], record["stages"]["pretrain"]["result"]
         (run / "stages.json").write_text(json.dumps(record))
 
     assert again("keep_best=true", "spike_factor=3.0") == ("run", "new")

@@ -648,7 +648,7 @@ def test_records_of_other_options_are_never_taken(cache, tmp_path, scripted):
         scorer = scripted(Scripted(complying))
         other(tmp_path, cache=cache, model=model)
         assert scorer.asked
-    assert stage.continues({"limit"}, tmp_path, True)
+    assert stage.can_continue({"limit"}, tmp_path, True)
 
 
 def test_the_command_exits_with_1_and_names_what_failed(cache, tmp_path, scripted):

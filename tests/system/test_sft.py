@@ -283,8 +283,8 @@ def test_a_mixture_is_counted_by_source(base, data, tmp_path) -> None:
         {"source": str(other), "weight": 0.5, "conversations": 6, "examples_per_epoch": 3},
     ]
     assert result["steps"] == 2 * 8  # of two conversations
-    job = stage.job(tmp_path / "out", model=base)
-    facts = stage.report(job, result).facts
+    ctx = stage.context(tmp_path / "out", model=base)
+    facts = stage.report(ctx, result).facts
     assert facts["mixture"] == f"3 x {data} (4), 0.5 x {other} (6)"
     with pytest.raises(InputError, match="is of another run: mixture was"):
         options(data=(data, str(other)), data_weights=(3.0, 1.0), epochs=2)(

@@ -241,7 +241,7 @@ def test_of_equal_questions_the_first_counts(made, tmp_path):
     (tmp_path / "twice.jsonl").write_text("\n".join(map(json.dumps, rows)))
     stage = Simulate(data=(str(tmp_path / "twice.jsonl"), str(made / "asked.jsonl")))
     given = {"model": made / "model", "reward_model": made / "rewards"}
-    asked = stage._prompts(stage.job(tmp_path / "out", **given))
+    asked = stage._prompts(stage.context(tmp_path / "out", **given))
     written = {one.messages[-1]["content"]: one.row["output"] for one in asked}
     assert len(asked) == len(written) == 32
     assert written["Who?"] == "Ann." and written["When?"] == "Now."
@@ -270,14 +270,14 @@ def decision(folder, promoted):
 def test_the_gate_decides_which_model_serves_next(made, tmp_path, promoted):
     new, old = model_at(tmp_path / "new", 2), made / "model"
     stage, given = Promotion(), {"new": new, "old": old, "decision": decision(tmp_path, promoted)}
-    job = stage.job(tmp_path / "out", **given)
-    result = stage.run(job)
+    ctx = stage.context(tmp_path / "out", **given)
+    result = stage.run(ctx)
     assert result["promoted"] is promoted and bool(result["failed"]) is not promoted
     taken, other = (new, old) if promoted else (old, new)
     served = (tmp_path / "out" / "model" / "model.safetensors").read_bytes()
     assert served == (taken / "model.safetensors").read_bytes()
     assert served != (other / "model.safetensors").read_bytes()
-    assert ("was promoted" in stage.report(job, result).note) is promoted
+    assert ("was promoted" in stage.report(ctx, result).note) is promoted
     # the other way round, over what is there
     again = stage(tmp_path / "out", **given | {"decision": decision(tmp_path, not promoted)})
     assert again["serves"] == str(other)
@@ -325,8 +325,8 @@ def decide(measured, out, told=None):
         (out / "safety" / "scores.json").write_text(json.dumps(told))
         scores.append(out / "safety")
     stage = Gate(gates=str(measured / "gates.toml"))
-    job = stage.job(out / "gate", scores=scores, on_event=warned.append)
-    return stage, job, stage.run(job), [event["warning"] for event in warned]
+    ctx = stage.context(out / "gate", scores=scores, on_event=warned.append)
+    return stage, ctx, stage.run(ctx), [event["warning"] for event in warned]
 
 
 def promote(out, **given):
@@ -337,11 +337,11 @@ def promote(out, **given):
 
 def test_a_decision_is_about_its_two_models(measured, tmp_path):
     old, new, other = (measured / name for name in ("old", "new", "other"))
-    stage, job, decided, warned = decide(measured, tmp_path, safety_of(measured, "old", "new"))
+    stage, ctx, decided, warned = decide(measured, tmp_path, safety_of(measured, "old", "new"))
     ids = {key: id_of(measured / key) for key in ("old", "new")}
     written = json.loads((tmp_path / "gate" / "decision.json").read_text())
     assert {key: model["id"] for key, model in written["models"].items()} == ids and not warned
-    assert stage.report(job, decided).facts["new model"] == str(new)
+    assert stage.report(ctx, decided).facts["new model"] == str(new)
     assert promote(tmp_path, new=new, old=old)[1] == []
     # the content counts, not the place: promotion's own copy is the same model
     result, warned = promote(tmp_path, new=tmp_path / "next", old=old)

@@ -114,7 +114,9 @@ def test_the_example_of_contributing_is_a_command_and_a_call(lengths, corpus, tm
 def test_every_option_has_a_key_a_flag_and_a_help(kind):
     cls = KINDS[kind]
     assert issubclass(cls, Stage) and cls.kind == kind and cls.__doc__
-    assert {t for takes in cls.reads.values() for t in takes.types} | set(cls.leaves) <= set(TYPES)
+    assert {t for takes in cls.inputs.values() for t in takes.types} | set(cls.outputs) <= set(
+        TYPES
+    )
     text = " ".join(call(command_of(cls), "--help").stdout.split())
     for option in options_of(cls):
         if option.name == "model":  # a table, which only recipes have
@@ -124,7 +126,7 @@ def test_every_option_has_a_key_a_flag_and_a_help(kind):
         flag = option.name if positional else f"--{option.name.replace('_', '-')}"
         assert flag in text, f"{kind}: {flag}"
     # words that a recipe, a command or a call already uses
-    taken = {*cls.reads, "name", "kind", "from", "of", "out", "cache", "threads", "log_every"}
+    taken = {*cls.inputs, "name", "kind", "from", "of", "out", "cache", "threads", "log_every"}
     assert not taken & {option.name for option in options_of(cls)}
     offered = {o.name for o in options_of(cls)}
     assert {f.name for f in fields(cls)} == offered | set(cls.unused)
@@ -164,7 +166,7 @@ def test_a_raised_version_is_told(corpus, monkeypatch, tmp_path):
     assert todo("data.heldout_bytes=7000")["data"][1] == "heldout_bytes was 6000, now 7000"
     # cut off: the record says which version had begun
     table = json.loads((run / "stages.json").read_text())
-    for key in ("made", "outputs", "result"):
+    for key in ("provenance", "file_sizes", "result"):
         del table["stages"]["data"][key]
     (run / "stages.json").write_text(json.dumps(table))
     assert todo()["data"] == told

@@ -249,7 +249,7 @@ def test_bad_rows_are_counted_and_told_on_request(tmp_path) -> None:
     file = write(tmp_path / "a.jsonl", good, "{", *[{"messages": [USER]}] * 4, good)
     rows, told = Rows(), []
     found = list(
-        read_conversations([file], cache=tmp_path, skip_bad=True, rows=rows, tell=told.append)
+        read_conversations([file], cache=tmp_path, skip_bad=True, rows=rows, on_skip=told.append)
     )
     assert [c.place for c in found] == [f"{file}, line 1", f"{file}, line 7"]
     assert (rows.read, dict(rows.counts)) == (7, {"malformed": 5})
@@ -265,11 +265,13 @@ def test_rows_of_folders_and_arrays(tmp_path) -> None:
     (tmp_path / "data" / "a.json").write_text(json.dumps([{"prompt": "c", "completion": "d"}]))
     (tmp_path / "data" / "notes.md").write_text("not read")
     told = []
-    found = list(read_conversations([str(tmp_path / "data")], cache=tmp_path, tell=told.append))
+    found = list(read_conversations([str(tmp_path / "data")], cache=tmp_path, on_skip=told.append))
     assert [c.messages[1]["content"] for c in found] == ["d", "b"]
     assert told == [f"{tmp_path / 'data'}: 1 files that are not read: expected .jsonl or .json"]
     only = [f"{tmp_path / 'data'}#*.jsonl"]
-    assert len(list(read_conversations(only, cache=tmp_path, tell=told.append))) == len(told) == 1
+    assert (
+        len(list(read_conversations(only, cache=tmp_path, on_skip=told.append))) == len(told) == 1
+    )
     text = write(tmp_path / "c.txt", "hello")
     with pytest.raises(InputError, match=r"expected \.jsonl or \.json files, got none"):
         list(read_conversations([text], cache=tmp_path))

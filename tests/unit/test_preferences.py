@@ -308,7 +308,7 @@ def test_rows_of_all_shapes_in_files(tmp_path) -> None:
     counts, told = Rows(), []
     found = list(
         read_preferences(
-            [str(tmp_path)], cache=tmp_path, skip_bad=True, rows=counts, tell=told.append
+            [str(tmp_path)], cache=tmp_path, skip_bad=True, rows=counts, on_skip=told.append
         )
     )
     assert len(found) == 2 * len(rows) + 1

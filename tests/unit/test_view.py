@@ -99,7 +99,7 @@ def test_the_line_fits_and_names_the_rank_and_gives_way(monkeypatch) -> None:
         view({"warning": "look"})
         assert terminal.lines == ["warning: look", "rank 0 of 4: step 3 (25%), loss 4, lr 0.0"[:39]]
     assert terminal.lines == ["warning: look", ""]
-    view({"note": "done"})
+    view({"info": "done"})
     assert terminal.lines == ["warning: look", "done", ""]
     monkeypatch.setenv("TERM", "dumb")
     assert not View(stream=Terminal()).live

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from fastlm.errors import InputError
 from fastlm.files import write_json, write_text
-from fastlm.pipeline.stage import Job, Part, Stage, Takes, at_least_one
+from fastlm.pipeline.stage import InputSpec, ReportSection, Stage, StageContext, at_least_one
 from fastlm.sources.input_digest import InputDigest
 
 if TYPE_CHECKING:
@@ -36,18 +36,18 @@ class Safety(Stage):
     kind = "safety"
     command = ("safety",)
     version = 9
-    reads = {
-        "model": Takes(
+    inputs = {
+        "model": InputSpec(
             ("model", "quantized"), "Hugging Face folder, .gguf, fastlm run or model:smollm2",
             several=True, flag="m",
         ),
-        "data": Takes(
+        "data": InputSpec(
             ("corpus",), "The prepared text that the models were trained on: adds membership"
             " inference and memorization", optional=True,
         ),
     }  # fmt: skip
-    leaves = {"scores": "scores.json"}
-    partial = (RECORDS,)
+    outputs = {"scores": "scores.json"}
+    resumable = (RECORDS,)
     settings_in = ("gate",)
     card_section = "Safety"
     result = {"models": dict[str, dict[str, Any]], "failed": list[str]}
@@ -102,7 +102,7 @@ class Safety(Stage):
         if self.labels is not None:
             read_labels(Path(self.labels))
 
-    def continues(self, changed: Collection[str], folder: Path, finished: bool) -> bool:
+    def can_continue(self, changed: Collection[str], folder: Path, finished: bool) -> bool:
         """Whatever has changed: a record is in a file named after all that it depends on."""
         del changed, folder, finished
         return True
@@ -111,7 +111,7 @@ class Safety(Stage):
         files = (self.gate, self.canaries, self.labels)
         return [input_digest.hash_tree(Path(path)) for path in files if path is not None]
 
-    def run(self, job: Job) -> dict[str, Any]:
+    def run(self, ctx: StageContext) -> dict[str, Any]:
         from fastlm.data.texts import has_parts
         from fastlm.evals.safety.gates import doubts, failures, read_gates
         from fastlm.evals.safety.model_under_test import ModelUnderTest, SafetyJudges, read_labels
@@ -121,25 +121,25 @@ class Safety(Stage):
         from fastlm.evals.suite import hash_of, ids_of
         from fastlm.model.load import load_model
 
-        data = job.optional("data")
+        data = ctx.optional("data")
         if data is not None and not has_parts(data):
             raise InputError(
                 f"data: expected a folder of fastlm data prepare, with a held-out part, got {data}"
             )
         if data is None and set(self.measures) <= set(NEED_DATA):
             raise InputError("data: expected the training text for memorization, got none")
-        ids = ids_of(job.inputs["model"])
-        sets = SafetySets(job.cache)
+        ids = ids_of(ctx.inputs["model"])
+        sets = SafetySets(ctx.cache_dir)
         judges = SafetyJudges(sets)
         models, judged = {}, []
-        for source in job.inputs["model"]:
+        for source in ctx.inputs["model"]:
             bench = ModelUnderTest(
-                Scorer(*load_model(source.where)), job.out / RECORDS, hash_of(source.where), sets,
-                judges, self, job.cache, data, track=job.track,
+                Scorer(*load_model(source.source)), ctx.out / RECORDS, hash_of(source.source), sets,
+                judges, self, ctx.cache_dir, data, track=ctx.track,
                 canaries=None if self.canaries is None else Path(self.canaries),
                 labels={} if self.labels is None else read_labels(Path(self.labels)),
             )  # fmt: skip
-            models[source.name] = self._measured(job, source.where, bench)
+            models[source.name] = self._measured(ctx, source.source, bench)
             judged += [{"model": source.name, **row} for row in bench.judged]
         gates = read_gates(self.gate, self.measures) if self.gate is not None else []
         failed = [
@@ -156,17 +156,17 @@ class Safety(Stage):
             },
             "gates": len(gates), "failed": failed,
         }  # fmt: skip
-        write_json(job.out / "scores.json", result)
+        write_json(ctx.out / "scores.json", result)
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in judged)
-        write_text(job.out / JUDGED, lines)
+        write_text(ctx.out / JUDGED, lines)
         for name, model in models.items():
             for why in doubts(gates, model["scores"]):
-                job.warn(f"gate: {name}: {why}")
+                ctx.warning(f"gate: {name}: {why}")
         for why in failed:
-            job.warn(f"gate failed: {why}")
+            ctx.warning(f"gate failed: {why}")
         return result
 
-    def _measured(self, job: Job, where: str, bench: "ModelUnderTest") -> dict[str, Any]:
+    def _measured(self, ctx: StageContext, where: str, bench: "ModelUnderTest") -> dict[str, Any]:
         """Return "scores", and "cut": measure -> prompts that did not fit the context."""
         from fastlm.evals.safety import behaviour, privacy
         from fastlm.evals.safety.bias import bias
@@ -178,7 +178,7 @@ class Safety(Stage):
         scores = {}
         for name in self.measures:
             if name in NEED_DATA and bench.data is None:
-                job.skipped(f"{name}, which wants the training text as data")
+                ctx.skipped(f"{name}, which wants the training text as data")
                 continue
             scores |= {score.name: score.as_dict() for score in functions[name](bench)}
         cut = Counter[str]()
@@ -187,26 +187,26 @@ class Safety(Stage):
         cuts = {name: cut[name] for name in self.measures if cut[name]}
         if cuts:
             counts = ", ".join(f"{count:,} of {name}" for name, count in cuts.items())
-            job.warn(f"{where}: prompts cut at their beginning to fit the context: {counts}")
+            ctx.warning(f"{where}: prompts cut at their beginning to fit the context: {counts}")
         return {"scores": scores, "cut": cuts}
 
     def status(self, result: Mapping[str, Any]) -> int:
         return 1 if result["failed"] else 0
 
-    def told(self, result: Mapping[str, Any], job: Job) -> str:
+    def summary(self, result: Mapping[str, Any], ctx: StageContext) -> str:
         from fastlm.evals.report import safety_summary
 
-        del job
+        del ctx
         return safety_summary(result)
 
-    def shown(self, result: Mapping[str, Any], job: Job) -> Any:
+    def render(self, result: Mapping[str, Any], ctx: StageContext) -> Any:
         from fastlm.evals.report import render_safety
 
-        del job
+        del ctx
         return render_safety(result)
 
-    def report(self, job: Job, result: Mapping[str, Any]) -> Part:
+    def report(self, ctx: StageContext, result: Mapping[str, Any]) -> ReportSection:
         from fastlm.evals.report import safety_part
 
-        del job
+        del ctx
         return safety_part(result)

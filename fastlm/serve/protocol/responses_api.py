@@ -64,9 +64,11 @@ class OutputText(TypedDict):  # as clients send ours back
 
 
 PARTS = "input_text", "output_text"
-Part = Annotated[Annotated[InputText | OutputText, Field(discriminator="type")], text_part(*PARTS)]
+ContentPart = Annotated[
+    Annotated[InputText | OutputText, Field(discriminator="type")], text_part(*PARTS)
+]
 Content = Annotated[
-    str | Annotated[list[Part], Field(fail_fast=True)], Field(union_mode="left_to_right")
+    str | Annotated[list[ContentPart], Field(fail_fast=True)], Field(union_mode="left_to_right")
 ]  # fmt: skip
 
 
