@@ -21,7 +21,7 @@ from starlette.routing import Route
 
 from fastlm.serve import admin_api, feedback_api, rank_api, tokens_api
 from fastlm.serve.api_error import ApiError, stopping
-from fastlm.serve.completions import complete
+from fastlm.serve.completions_api import complete
 from fastlm.serve.metrics import Metrics
 from fastlm.serve.middleware import Limits, RequestMiddleware, log, read_body
 from fastlm.serve.models import Models, Served

@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
 
-    from fastlm.serve.answers import Answer
+    from fastlm.serve.completion_response import ChatCompletionResponse
     from fastlm.serve.models import ModelLease, Models, Served
     from fastlm.serve.protocol.completion import GenerationRequest
     from fastlm.serve.ratings import Rating
 
 
 class RequestObserver(Protocol):
-    """Follows one request. ``answer``: set once the engine has it. ``end``: the response has ended
-    with a status; 499: the client went away."""
+    """Follows one request. ``response``: set once the engine has the request. ``end``: called with
+    the status when the response has ended; 499 means that the client went away."""
 
-    answer: "Answer | None"
+    response: "ChatCompletionResponse | None"
 
     def end(self, status: int) -> None: ...
 

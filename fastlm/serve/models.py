@@ -30,7 +30,7 @@ from fastlm.serve.protocol.embedding import EmbeddingRequest
 if TYPE_CHECKING:
     from fastlm.inference.engine import Engine
     from fastlm.model.causal_lm import CausalLM
-    from fastlm.serve.answers import Answer
+    from fastlm.serve.completion_response import ChatCompletionResponse
     from fastlm.serve.hooks import ModelExperiment
     from fastlm.tokenizer.tokenizer import Tokenizer
 
@@ -201,13 +201,13 @@ class ModelLease:
     async def refused(self, id: str) -> None:
         """Take that the answer comes after `fall_back`."""
 
-    async def record(self, id: str, answer: "Answer | None") -> None:
+    async def record(self, id: str, response: "ChatCompletionResponse | None") -> None:
         """Take how an answer ended; None: it failed."""
 
-    async def answered(self, answer: "Answer") -> None:
-        """Count a whole answer, before the client has all of it."""
+    async def answered(self, response: "ChatCompletionResponse") -> None:
+        """Count a complete response, before the client has all of it."""
         self.models.answers[self.served.name, "whole"] += 1
-        await self.record(answer.id, answer)
+        await self.record(response.id, response)
 
     async def failed(self, id: str, error: Exception) -> None:
         """Count an answer that failed through no fault of its client's."""

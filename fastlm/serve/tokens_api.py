@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 
 from fastlm.errors import InputError
 from fastlm.serve.api_error import ApiError, field_error, server_error, stopping
-from fastlm.serve.completions import engine_errors
+from fastlm.serve.completions_api import engine_errors
 from fastlm.serve.middleware import cancel_on_disconnect
 from fastlm.serve.protocol.body import validate
 from fastlm.serve.protocol.chat_completion import ChatCompletionRequest

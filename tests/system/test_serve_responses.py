@@ -7,7 +7,7 @@ import pytest
 from serve_fields import FIELDS, TOOL, Api, Person, case_table, check, field_server
 
 from fastlm.serve.api_error import ApiError
-from fastlm.serve.completions import with_previous
+from fastlm.serve.completions_api import with_previous
 from fastlm.serve.protocol.responses_api import ResponsesRequest
 
 CASES, case = case_table()

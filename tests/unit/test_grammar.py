@@ -10,7 +10,7 @@ from fastlm.inference.forms import Form, GenericTools
 from fastlm.inference.json_schemas import close_objects
 from fastlm.inference.requests import Piece
 from fastlm.inference.structured_output import MAX_DIGITS, FormError, Grammars
-from fastlm.serve.answers import ended_badly
+from fastlm.serve.completion_response import generation_error
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +197,7 @@ def test_what_no_answer_can_begin_with_is_the_clients_fault(grammars, name):
 
 
 def test_a_grammar_that_fails_later_is_the_clients_fault(grammars):
-    error = ended_badly(Piece([], "", [], "refused", "grammar: expected a token, got none"))
+    error = generation_error(Piece([], "", [], "refused", "grammar: expected a token, got none"))
     assert (error.status, error.code) == (400, "grammar")
     ambiguous = Form("grammar", "start: s\ns: s s | /[a-z]/ | s s s", "structured_outputs.grammar")
     state = grammars.constraint(ambiguous)()

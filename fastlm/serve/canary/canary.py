@@ -27,8 +27,8 @@ from fastlm.stats.latency import PacePairs
 from fastlm.stats.sequential import SequentialResult
 
 if TYPE_CHECKING:
-    from fastlm.serve.answers import Answer
     from fastlm.serve.canary.canary_store import CanaryStore
+    from fastlm.serve.completion_response import ChatCompletionResponse
     from fastlm.serve.responses import Feedback
 
 LOOK_SECONDS = 1.0  # between two looks: a test takes 20 ms of the interpreter
@@ -222,17 +222,17 @@ class CanaryLease(ModelLease):
                 f"refused-{id}", self.unit, None, "new", experiment.name, assigned=True, error=True
             )
 
-    async def record(self, id: str, answer: "Answer | None") -> None:
+    async def record(self, id: str, response: "ChatCompletionResponse | None") -> None:
         """Count an answer. The experiment knows its id before the client has all of it."""
         if self.experiment is None:
             return
         conversation, told = None, {"error": True}
-        if answer is not None:
-            conversation = getattr(answer.request, "conversation_id", None)
-            tokens = sum(choice.tokens for choice in answer.choices)
+        if response is not None:
+            conversation = getattr(response.request, "conversation_id", None)
+            tokens = sum(choice.tokens for choice in response.choices)
             told = {
                 "seconds": (time.perf_counter() - self.began) / max(1, tokens),
-                "stopped": all(choice.finish_reason != "length" for choice in answer.choices),
+                "stopped": all(choice.finish_reason != "length" for choice in response.choices),
             }
         await self.experiment.answered(
             id, self.unit, conversation, self.arm, self.served.name, assigned=self.assigned, **told

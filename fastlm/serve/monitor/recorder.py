@@ -24,7 +24,7 @@ from fastlm.serve.protocol.completion import CompletionRequest, GenerationReques
 from fastlm.serve.tables import MEASURES
 
 if TYPE_CHECKING:
-    from fastlm.serve.answers import Answer
+    from fastlm.serve.completion_response import ChatCompletionResponse
     from fastlm.serve.feedback_store import FeedbackStore
 
 BATCH_SECONDS = 1.0
@@ -203,7 +203,7 @@ class Recorder:
 @dataclass
 class RequestTrace:
     """A ``request`` to ``model``: prompts of so many ``lengths`` tokens, answered under
-    ``id``. ``answer``: once the engine has it.
+    ``id``. ``response``: once the engine has it.
     """
 
     recorder: Recorder
@@ -211,7 +211,7 @@ class RequestTrace:
     model: str
     id: str
     lengths: Sequence[int]
-    answer: "Answer | None" = None
+    response: "ChatCompletionResponse | None" = None
 
     def end(self, status: int) -> None:
         """Pass the measures on; at once. ``status``: of the response; 499: the client went away.
@@ -226,12 +226,12 @@ class RequestTrace:
         chat = request if isinstance(request, ChatCompletionRequest) else None
         if chat is not None and chat.store:
             common["conversation_id"] = chat.conversation_id
-        if status != 200 or self.answer is None:
+        if status != 200 or self.response is None:
             self.recorder.put(Measure(common | {"prompt_tokens": sum(self.lengths)}))
             return
         turns = 1 if chat is None else len(chat.messages)
-        for index, choice in enumerate(self.answer.choices):
-            times, prompt = self.answer.running.times[index], index // request.n
+        for index, choice in enumerate(self.response.choices):
+            times, prompt = self.response.stream.times[index], index // request.n
             values = common | {
                 "choice": index, "finish_reason": choice.finish_reason,
                 "queue_seconds": times.queue, "first_token_seconds": times.first,

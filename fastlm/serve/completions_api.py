@@ -17,15 +17,15 @@ from fastlm.inference.forms import Form
 from fastlm.inference.requests import Closed, QueueFull, Request
 from fastlm.inference.sampling import Sampling
 from fastlm.inference.structured_output import FormError
-from fastlm.serve.answers import Answer, Echo, TextAnswer
 from fastlm.serve.api_error import ApiError, field_error, server_error, stopping
+from fastlm.serve.completion_response import ChatCompletionResponse, CompletionResponse, PromptEcho
 from fastlm.serve.middleware import cancel_on_disconnect, log, stack_of
 from fastlm.serve.protocol.chat_completion import ChatCompletionRequest
 from fastlm.serve.protocol.completion import CompletionRequest, GenerationRequest
 from fastlm.serve.protocol.responses_api import ChatOfResponses, ResponsesRequest
 from fastlm.serve.response_stream import ResponseStream
 from fastlm.serve.responses import StoredResponse
-from fastlm.serve.responses_answer import ResponsesAnswer
+from fastlm.serve.responses_response import ResponsesResponse
 
 if TYPE_CHECKING:
     from fastlm.serve.app import Server
@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     from fastlm.serve.models import ModelLease, Served
 
 MAX_LOGPROBS = 2**18  # in one response: about 30 MB
-ANSWERS: dict[type[GenerationRequest], type[Answer]] = {
-    ChatCompletionRequest: Answer, CompletionRequest: TextAnswer,
-    ChatOfResponses: ResponsesAnswer,
+RESPONSES: dict[type[GenerationRequest], type[ChatCompletionResponse]] = {
+    ChatCompletionRequest: ChatCompletionResponse, CompletionRequest: CompletionResponse,
+    ChatOfResponses: ResponsesResponse,
 }  # fmt: skip
 EVENTS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -47,8 +47,8 @@ Body = GenerationRequest | ResponsesRequest
 
 
 async def complete(server: "Server", model: type[Body], http: HttpRequest) -> Response:
-    """Submit a request to its model, to the current one if the canary refuses it; return what
-    sends the answer."""
+    """Submit a request to its model, or to the current one if the canary refuses it; return the
+    sender of the response."""
     body = await server.body(http, model)
     request = body.chat if isinstance(body, ResponsesRequest) else body
     if isinstance(body, ResponsesRequest) and body.previous_response_id is not None:
@@ -58,21 +58,21 @@ async def complete(server: "Server", model: type[Body], http: HttpRequest) -> Re
     lease = server.models.lease(request, http.state.client)
     try:
         try:
-            answer = await _submit(server, http, request, lease.served)
+            response = await _submit(server, http, request, lease.served)
         except ApiError:
             if not lease.fall_back():
                 raise
-            answer = await _submit(server, http, request, lease.served)
-            await lease.refused(answer.id)
+            response = await _submit(server, http, request, lease.served)
+            await lease.refused(response.id)
     except BaseException:
         lease.end()
         raise
-    return AnswerResponse(server, answer, lease, http.state.told)
+    return ResponseSender(server, response, lease, http.state.told)
 
 
 async def _submit(
     server: "Server", http: HttpRequest, request: GenerationRequest, served: "Served"
-) -> Answer:
+) -> ChatCompletionResponse:
     state, told = http.state, http.state.told
     state.ignored = server.ignored(request, served)
     lengths, echoes, form, requests = await server.read(
@@ -80,26 +80,26 @@ async def _submit(
         # the clients of several keys share no cached prompts, those of one key or none do
         state.client.encode() if len(server.keys) > 1 else b"",
     )  # fmt: skip
-    kind = ANSWERS[type(request)]
-    id = f"{kind.prefix}{state.id}"
+    response_class = RESPONSES[type(request)]
+    id = f"{response_class.id_prefix}{state.id}"
     told["model"], told["prompt_tokens"] = served.name, sum(lengths)
     if server.monitor is not None:  # the middleware tells it the end
         state.observer = server.monitor.observe(request, served.name, id, lengths)
     with engine_errors():
-        running = ResponseStream(served.engine, requests, server.metrics, server.quota)
+        stream = ResponseStream(served.engine, requests, server.metrics, server.quota)
     for length in lengths:
         server.metrics.prompt_length.observe(length)
-    answer = kind(
-        request, id, served.name, running, served.tokenizer, form, told["prompt_tokens"], echoes
+    response = response_class(
+        request, id, served.name, stream, served.tokenizer, form, told["prompt_tokens"], echoes
     )
     if server.monitor is not None:
-        state.observer.answer = answer
-    return answer
+        state.observer.response = response
+    return response
 
 
 def build_requests(
     served: "Served", request: GenerationRequest, limits: "Limits", client: str, cache_salt: bytes
-) -> tuple[list[int], list[Echo], Form | None, list[Request]]:
+) -> tuple[list[int], list[PromptEcho], Form | None, list[Request]]:
     """Return the lengths of a request's prompts, their echoes, the form of its answers, and the
     requests to the engine. Takes a while. ApiError: what the model cannot do.
     """
@@ -109,7 +109,7 @@ def build_requests(
     if (max_tokens or 0) > longest and limits.new_tokens is not None:
         raise field_error("max_tokens", f"expected at most {longest}, got {max_tokens}")
     length = longest if max_tokens is None else min(max_tokens, longest)
-    form, echoes, prompt_logprobs = request.form, list[Echo](), None
+    form, echoes, prompt_logprobs = request.form, list[PromptEcho](), None
     if isinstance(request, ChatCompletionRequest):
         ids, form = served.prompts.chat(request)
         prompts = [ids]
@@ -121,7 +121,7 @@ def build_requests(
             text = given if isinstance(given, str) else served.tokenizer.decode(given)
             # a token that begins texts is not one of the text's
             begins = isinstance(given, str) and served.tokenizer.bos_id is not None
-            echoes.append(Echo(text, None if begins else ids[0]))
+            echoes.append(PromptEcho(text, None if begins else ids[0]))
     seed = request.seed
     bias = {int(token): bias for token, bias in request.logit_bias.items()}
     sampling = Sampling(
@@ -183,28 +183,31 @@ def build_requests(
     return lengths, echoes, form, requests
 
 
-class AnswerResponse(Response):
-    """Computes an answer and sends it: whole, or as events, of which the last is `Answer.ends` or
-    an error."""
+class ResponseSender(Response):
+    """Waits for a response and sends it: as one body, or as events. The last event is
+    `ChatCompletionResponse.end_marker` or an error."""
 
     background = None
 
-    def __init__(self, server: "Server", answer: Answer, lease: "ModelLease", told: dict[str, Any]):
-        self.server, self.answer, self.lease, self.told = server, answer, lease, told
+    def __init__(
+        self, server: "Server", response: ChatCompletionResponse, lease: "ModelLease",
+        told: dict[str, Any],
+    ):  # fmt: skip
+        self.server, self.response, self.lease, self.told = server, response, lease, told
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        answer, told = self.answer, self.told
+        response, told = self.response, self.told
         try:
-            await cancel_on_disconnect(receive, self._write(send))
+            await cancel_on_disconnect(receive, self._send(send))
         finally:
-            answer.running.close(gone=True)
+            response.stream.close(gone=True)
             self.lease.end()
-            told["new_tokens"] = sum(choice.tokens for choice in answer.choices)
-            told["finish_reason"] = [choice.finish_reason for choice in answer.choices]
-            told["cached_tokens"] = answer.cached_tokens
+            told["new_tokens"] = sum(choice.tokens for choice in response.choices)
+            told["finish_reason"] = [choice.finish_reason for choice in response.choices]
+            told["cached_tokens"] = response.cached_tokens
 
-    async def _write(self, send: Any) -> None:
-        answer, stream = self.answer, self.answer.request.stream
+    async def _send(self, send: Any) -> None:
+        response, stream = self.response, self.response.request.stream
         start = {"type": "http.response.start", "status": 200, "headers": [*EVENTS]}
         body = {"type": "http.response.body", "body": b"", "more_body": True}
         if stream:
@@ -212,25 +215,25 @@ class AnswerResponse(Response):
         try:
             try:
                 if not stream:
-                    last = await answer.whole()
+                    last = await response.body()
                 else:
-                    async for event in answer.events():
-                        await send({**body, "body": answer.encode(event)})
-                    last = answer.ends
+                    async for event in response.events():
+                        await send({**body, "body": response.encode(event)})
+                    last = response.end_marker
             except ClientDisconnect:
                 raise
             except Exception as error:
-                await self.lease.failed(answer.id, error)
+                await self.lease.failed(response.id, error)
                 raise
-            await self.lease.answered(answer)
-            if getattr(answer.request, "store", False):
+            await self.lease.answered(response)
+            if getattr(response.request, "store", False):
                 await self._store()
         except ApiError as error:
             if not stream:
                 raise
             self.server.metrics.errors.labels(error.code or error.kind).inc()
             self.told["error"], self.told["error_status"] = error.code or error.kind, error.status
-            last = answer.failed(error)
+            last = response.error_event(error)
         if not stream:
             size = str(len(last)).encode()
             headers = [(b"content-type", b"application/json"), (b"content-length", size)]
@@ -238,21 +241,21 @@ class AnswerResponse(Response):
         await send({**body, "body": last, "more_body": False})
 
     async def _store(self) -> None:
-        """Store the conversation. A database that fails costs the conversation, never the answer:
-        that is counted and logged, with the reason."""
-        answer, request, store = self.answer, self.answer.request, self.server.feedback
+        """Store the conversation. If the database fails, the conversation is lost but the client
+        gets its answer; the failure is counted and logged with its reason."""
+        response, request, store = self.response, self.response.request, self.server.feedback
         assert store is not None
         try:
-            kept = StoredResponse(
-                answer.id, answer.model, request.messages, answer.messages(), request.tools,
+            stored = StoredResponse(
+                response.id, response.model, request.messages, response.messages(), request.tools,
                 request.conversation_id,
             )  # fmt: skip
-            await run_sync(store.keep, kept, limiter=self.server.writing)
+            await run_sync(store.keep, stored, limiter=self.server.writing)
         except Exception as error:
             self.told["stored"] = False
             self.server.metrics.store_failures.inc()
             reason = {"message": str(error)[:200]} if isinstance(error, InputError) else {}
-            id = re.split("[-_]", answer.id)[-1]  # of the request
+            id = re.split("[-_]", response.id)[-1]  # of the request
             log("failure", id=id, what="store", **stack_of(error), **reason)
 
 
