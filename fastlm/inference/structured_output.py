@@ -271,7 +271,7 @@ def _schema(form: Form) -> Any:
 
 
 def _written_calls(tools: list[Any], start: str = "start") -> list[str]:
-    """Lark rules of a call of one of the tools, as `fastlm.serve.tools` reads it."""
+    """Lark rules of a call of one of the tools, as `fastlm.serve.tool_parser` reads it."""
     names = [f"call{i}" for i in range(len(tools))]
     rules = [f"{start}: {' | '.join(names)}"]
     for name, tool in zip(names, tools):

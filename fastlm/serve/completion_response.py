@@ -11,8 +11,8 @@ from pydantic_core import to_json
 
 from fastlm.inference.requests import Piece, TokenLogprob
 from fastlm.serve.api_error import ApiError, server_error, stopping
-from fastlm.serve.generic_tools import GenericText
-from fastlm.serve.tools import CallsOrText, ToolText
+from fastlm.serve.generic_tools import GenericToolParser
+from fastlm.serve.tool_parser import CallsOrTextParser, ToolParser
 
 if TYPE_CHECKING:
     from fastlm.inference.forms import Form
@@ -37,7 +37,7 @@ class PromptEcho:
 class Choice:
     """One choice of a response so far. ``text`` excludes tool calls."""
 
-    tool_parser: ToolText | GenericText | None
+    tool_parser: ToolParser | GenericToolParser | None
     text: str = ""
     finish_reason: str | None = None
     logprobs: list[LogprobEntry] = field(default_factory=list)
@@ -46,7 +46,7 @@ class Choice:
 
     @property
     def tool_calls(self) -> list[dict[str, Any]]:
-        return [] if self.tool_parser is None else self.tool_parser.calls
+        return [] if self.tool_parser is None else self.tool_parser.tool_calls
 
 
 @dataclass
@@ -275,7 +275,7 @@ class CompletionResponse(ChatCompletionResponse):
 
 def _tool_parser(
     request: "GenerationRequest", form: "Form | None"
-) -> ToolText | GenericText | None:
+) -> ToolParser | GenericToolParser | None:
     """Return the parser of tool calls in an answer; None: the request has no tools."""
     kind = None if form is None else form.kind
     tools = form.value.tools if form and kind == "generic" else getattr(request, "tools", None)
@@ -283,9 +283,9 @@ def _tool_parser(
         return None
     names = [tool["function"]["name"] for tool in tools]
     if kind in ("generic", "calls_or"):
-        return GenericText(names) if kind == "generic" else CallsOrText(names)
+        return GenericToolParser(names) if kind == "generic" else CallsOrTextParser(names)
     # where the form constrains calls to their schemas, all else is text
-    return ToolText(names, whole=kind != "calls")
+    return ToolParser(names, json_answer=kind != "calls")
 
 
 def generation_error(piece: Piece) -> ApiError:

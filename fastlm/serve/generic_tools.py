@@ -1,8 +1,8 @@
-"""Tools for a model whose chat template does not write them: a form in the system message, and a
-grammar for the answer, as llama.cpp's generic format has them.
+"""Give tools to a model that has no chat template for them, as llama.cpp's generic format does: the
+system message lists the tools, and a grammar constrains the answer.
 
-The answer is JSON: ``{"tool_calls": [{"name", "arguments"}]}`` or ``{"response": TEXT}``, whose
-text alone is the message. Earlier calls and the tools' results become text of the same kind.
+The answer is JSON: ``{"tool_calls": [{"name", "arguments"}]}`` or ``{"response": TEXT}``; TEXT is
+the message. Earlier calls and the results of tools become JSON in the messages.
 """
 
 import json
@@ -13,7 +13,7 @@ from pydantic_core import from_json
 
 from fastlm.data.conversations import Message
 from fastlm.inference.forms import Form, GenericTools
-from fastlm.serve.tools import calls_of
+from fastlm.serve.tool_parser import parse_calls
 
 if TYPE_CHECKING:
     from fastlm.serve.protocol.chat_completion import ChatCompletionRequest
@@ -31,15 +31,16 @@ ANY_TEXT = {"type": "string"}
 
 
 def with_generic_tools(
-    request: "ChatCompletionRequest", why_not: Callable[[str], str | None]
+    request: "ChatCompletionRequest", unsupported_reason: Callable[[str], str | None]
 ) -> tuple[list[Message], list[Any] | None, Form | None]:
-    """Return messages, tools and form as a model takes them: those of the request where its chat
-    template writes tools and calls, else the generic form. ``why_not``:
-    `fastlm.serve.prompts.Prompts.why_not`."""
+    """Return messages, tools and form for a model: those of the request if its chat template writes
+    tools and calls, else those of the generic format. ``unsupported_reason``:
+    `fastlm.serve.prompts.Prompts.unsupported_reason`."""
     messages, tools, form = request.messages, request.tools, request.form
-    if any(m["role"] == "tool" or m.get("tool_calls") for m in messages) and why_not("tool calls"):
-        messages = _plain(messages)
-    if tools is None or not why_not("tools"):
+    has_calls = any(m["role"] == "tool" or m.get("tool_calls") for m in messages)
+    if has_calls and unsupported_reason("tool calls"):
+        messages = _calls_as_text(messages)
+    if tools is None or not unsupported_reason("tools"):
         return messages, tools, form
     required, response = False, ANY_TEXT
     if form is not None and form.kind == "call":
@@ -50,60 +51,61 @@ def with_generic_tools(
     text = (REQUIRED if required else SYSTEM).format(
         tools=json.dumps([tool["function"] for tool in tools], ensure_ascii=False)
     )
-    role = "user" if why_not("a system message") else "system"
+    role = "user" if unsupported_reason("a system message") else "system"
     first, *rest = messages
     if first["role"] == role:
         messages = [{**first, "content": f"{text}\n\n{first['content']}"}, *rest]
     else:
         messages = [{"role": role, "content": text}, *messages]
-    # one call unless several are asked for: a small model does not end a list
+    # one call unless the request allows several: a small model does not end a list
     value = GenericTools(tools, request.parallel_tool_calls is True, required, response)
     param = "tools" if form is None or form.kind == "calls" else form.param
     return messages, None, Form("generic", value, param)
 
 
-def _plain(messages: Sequence[Message]) -> list[Message]:
-    """Calls and results as text: of the assistant, and of the user, whose messages in a row are
-    joined, since templates want turns."""
-    found: list[Message] = []
+def _calls_as_text(messages: Sequence[Message]) -> list[Message]:
+    """Write calls as text of the assistant, and results as text of the user. Consecutive messages
+    of the user are joined, since templates need alternating roles."""
+    converted: list[Message] = []
     for message in messages:
         if calls := message.get("tool_calls"):
             keys = ("name", "arguments")
-            called = [{key: call["function"][key] for key in keys} for call in calls]
-            text = json.dumps({"tool_calls": called}, ensure_ascii=False)
+            functions = [{key: call["function"][key] for key in keys} for call in calls]
+            text = json.dumps({"tool_calls": functions}, ensure_ascii=False)
             content = f"{message['content']}\n{text}" if message.get("content") else text
-            found.append({"role": "assistant", "content": content})
+            converted.append({"role": "assistant", "content": content})
         elif message["role"] == "tool":
             names = {key: message[key] for key in ("name", "tool_call_id") if message.get(key)}
-            told = {"tool_response": {**names, "content": message["content"]}}
-            content = json.dumps(told, ensure_ascii=False)
-            if found and found[-1]["role"] == "user":
-                content = f"{found.pop()['content']}\n{content}"
-            found.append({"role": "user", "content": content})
+            result = {"tool_response": {**names, "content": message["content"]}}
+            content = json.dumps(result, ensure_ascii=False)
+            if converted and converted[-1]["role"] == "user":
+                content = f"{converted.pop()['content']}\n{content}"
+            converted.append({"role": "user", "content": content})
         else:
-            found.append(message)
-    return found
+            converted.append(message)
+    return converted
 
 
-class GenericText:
-    """As `fastlm.serve.tools.ToolText`, of an answer in the generic form: a response that is a text
-    is passed on as it arrives, all else at the end."""
+class GenericToolParser:
+    """Parses an answer in the generic format, as `fastlm.serve.tool_parser.ToolParser` does others.
+    `push` returns the text of ``response`` while it arrives; `end` parses all else."""
 
     def __init__(self, names: Collection[str]):
         self.names = names
-        self.calls: list[dict[str, Any]] = []
-        self._held = ""
-        self._text: str | None = None  # what was passed on of a response that is a text
+        self.tool_calls: list[dict[str, Any]] = []
+        self._buffer = ""
+        self._text: str | None = None  # the part of the response's text that was returned
 
     def push(self, piece: str) -> str:
-        self._held += piece
+        self._buffer += piece
         try:
-            value = from_json(self._held, allow_partial="trailing-strings")
-        except ValueError:  # nothing yet, or half a surrogate pair, after which all waits
+            value = from_json(self._buffer, allow_partial="trailing-strings")
+        except ValueError:  # nothing yet, or half a surrogate pair, which delays all after it
             return ""
-        return self._pass_on(value)
+        return self._new_text(value)
 
-    def _pass_on(self, value: Any) -> str:
+    def _new_text(self, value: Any) -> str:
+        """Return the text of the response that was not returned before."""
         text = value.get("response") if isinstance(value, dict) else None
         if not isinstance(text, str):
             return ""
@@ -113,15 +115,15 @@ class GenericText:
 
     def end(self) -> str:
         try:
-            value = json.loads(self._held, strict=False)
+            value = json.loads(self._buffer, strict=False)
         except (ValueError, RecursionError):  # cut at the limit of tokens
-            return self._held if self._text is None else ""
+            return self._buffer if self._text is None else ""
         if isinstance(value, dict) and "tool_calls" in value:
-            self.calls = calls_of(value["tool_calls"], self.names)
-            return "" if self.calls else self._held
+            self.tool_calls = parse_calls(value["tool_calls"], self.names)
+            return "" if self.tool_calls else self._buffer
         if not isinstance(value, dict) or set(value) != {"response"}:
-            return self._held
+            return self._buffer
         if isinstance(value["response"], str):
-            return self._pass_on(value)
+            return self._new_text(value)
         text = json.dumps(value["response"], ensure_ascii=False)
         return text.encode(errors="replace").decode()

@@ -40,7 +40,7 @@ class Prompts:
 
     def __init__(self, tokenizer: "Tokenizer", context_limit: int):
         self.tokenizer, self.context_limit = tokenizer, context_limit
-        self.why_not = cache(self._why_not)
+        self.unsupported_reason = cache(self._unsupported_reason)
         longest = max(len(tokenizer.token_bytes(id)) for id in range(tokenizer.vocab_size))
         self.most_bytes = context_limit * longest
 
@@ -53,7 +53,7 @@ class Prompts:
         if self.tokenizer.chat_template is None:
             why = "this one has none (/v1/completions continues text)"
             raise field_error("messages", f"expected a model with a chat template, {why}")
-        messages, tools, form = with_generic_tools(request, self.why_not)
+        messages, tools, form = with_generic_tools(request, self.unsupported_reason)
         self._check_parts(messages, tools, form)
         variables = {"reasoning_effort": request.reasoning_effort, "tools": tools}
         variables = {name: value for name, value in variables.items() if value is not None}
@@ -121,7 +121,7 @@ class Prompts:
         called = any(message.get("tool_calls") for message in messages)
         has = (tools is not None, "system" in roles, called or "tool" in roles)
         for part, given in zip(PARTS, has, strict=True):
-            if given and (why := self.why_not(part)):
+            if given and (why := self.unsupported_reason(part)):
                 why = f"the model's chat template does not write that: {why}"
                 param = "tools" if part == "tools" else "messages"
                 raise field_error(param, f"expected none with {part}: {why}")
@@ -137,7 +137,7 @@ class Prompts:
                 " inside free text",
             )
 
-    def _why_not(self, part: str) -> str | None:
+    def _unsupported_reason(self, part: str) -> str | None:
         """Why the template drops this part of a conversation, None if it writes it."""
         messages, tools = PARTS[part]
         variables = {} if tools is None else {"tools": tools}

@@ -11,8 +11,8 @@ from serve_app import ask, script, serving, tiny_model
 
 from fastlm.inference.forms import Form, GenericTools
 from fastlm.inference.structured_output import Grammars
-from fastlm.serve.generic_tools import GenericText
-from fastlm.serve.tools import CallsOrText, ToolText
+from fastlm.serve.generic_tools import GenericToolParser
+from fastlm.serve.tool_parser import CallsOrTextParser, ToolParser
 from fastlm.tokenizer.chat_template import CHATML
 
 ADD = {"name": "add", "arguments": {"a": 1}}
@@ -20,9 +20,9 @@ TOOLS = [{"type": "function", "function": {"name": name}} for name in ("add", "n
 
 
 def read(text, size=3, names=("add", "now")):
-    tools = ToolText(names)
+    tools = ToolParser(names)
     said = "".join(tools.push(text[i : i + size]) for i in range(0, len(text), size))
-    return said + tools.end(), tools.calls
+    return said + tools.end(), tools.tool_calls
 
 
 @pytest.mark.parametrize("size", (1, 3, 1000))
@@ -196,7 +196,7 @@ def test_calls_or_a_form(grammars, text, several, one):
 
 def read_by(reader, text, size=3):
     said = "".join(reader.push(text[i : i + size]) for i in range(0, len(text), size))
-    return said + reader.end(), [call["function"] for call in reader.calls]
+    return said + reader.end(), [call["function"] for call in reader.tool_calls]
 
 
 @pytest.mark.parametrize("size", (1, 5, 1000))
@@ -209,7 +209,7 @@ def test_an_answer_that_is_calls_or_text(size):
         ("<tool", ("<tool", [])),
         ("", ("", [])),
     ):
-        assert read_by(CallsOrText(names), text, size) == expected
+        assert read_by(CallsOrTextParser(names), text, size) == expected
 
 
 GENERIC_CALLS = '{"tool_calls": [{"name": "forecast", "arguments": {"unit": "C", "days": 3}}]}'
@@ -253,13 +253,13 @@ def test_generic_answers_have_a_grammar(grammars, text, free, required):
     ],
 )
 def test_generic_answers_are_read(text, said, size):
-    have, calls = read_by(GenericText(("forecast", "now")), text, size)
+    have, calls = read_by(GenericToolParser(("forecast", "now")), text, size)
     assert have == said
     assert calls == ([{"name": "forecast", "arguments": ONE}] if text == GENERIC_CALLS else [])
 
 
 def test_generic_responses_are_streamed():
-    reader = GenericText(("now",))
+    reader = GenericToolParser(("now",))
     pieces = ('{"respon', 'se": "Su', "n ", "\\u00", 'e9"', "}")
     assert list(map(reader.push, pieces)) == ["", "Su", "n ", "", "é", ""]
 
