@@ -23,7 +23,7 @@ from fastlm.serve import admin_api, feedback_api, rank_api, tokens_api
 from fastlm.serve.api_error import ApiError, stopping
 from fastlm.serve.completions_api import complete
 from fastlm.serve.metrics import Metrics
-from fastlm.serve.middleware import Limits, RequestMiddleware, log, read_body
+from fastlm.serve.middleware import RequestLimits, RequestMiddleware, log, read_body
 from fastlm.serve.models import Models, Served
 from fastlm.serve.openapi import openapi
 from fastlm.serve.protocol.body import Body, read_request
@@ -70,7 +70,7 @@ class Server:
     """
 
     models: Models
-    limits: Limits = field(default_factory=Limits)
+    limits: RequestLimits = field(default_factory=RequestLimits)
     keys: Sequence[str] = ()
     hosts: frozenset[str] | None = None
     feedback: "FeedbackStore | None" = None

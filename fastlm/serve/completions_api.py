@@ -1,5 +1,5 @@
-"""``POST /v1/chat/completions``, ``/v1/completions`` and ``/v1/responses``: from the body of a
-request to the end of its response."""
+"""Answer ``POST /v1/chat/completions``, ``/v1/completions`` and ``/v1/responses``: from the body of
+a request to the end of its response."""
 
 import re
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from fastlm.inference.sampling import Sampling
 from fastlm.inference.structured_output import FormError
 from fastlm.serve.api_error import ApiError, field_error, server_error, stopping
 from fastlm.serve.completion_response import ChatCompletionResponse, CompletionResponse, PromptEcho
-from fastlm.serve.middleware import cancel_on_disconnect, log, stack_of
+from fastlm.serve.middleware import cancel_on_disconnect, describe_error, log
 from fastlm.serve.protocol.chat_completion import ChatCompletionRequest
 from fastlm.serve.protocol.completion import CompletionRequest, GenerationRequest
 from fastlm.serve.protocol.responses_api import ChatOfResponses, ResponsesRequest
@@ -30,7 +30,7 @@ from fastlm.serve.responses_response import ResponsesResponse
 if TYPE_CHECKING:
     from fastlm.serve.app import Server
     from fastlm.serve.feedback_store import FeedbackStore
-    from fastlm.serve.middleware import Limits
+    from fastlm.serve.middleware import RequestLimits
     from fastlm.serve.models import ModelLease, Served
 
 MAX_LOGPROBS = 2**18  # in one response: about 30 MB
@@ -54,7 +54,7 @@ async def complete(server: "Server", model: type[Body], http: HttpRequest) -> Re
     if isinstance(body, ResponsesRequest) and body.previous_response_id is not None:
         request = await run_sync(with_previous, body.chat, server.feedback, limiter=server.writing)
     if isinstance(request, ChatCompletionRequest) and request.store and server.feedback is None:
-        raise field_error("store", "this server keeps no conversations (fastlm serve --feedback)")
+        raise field_error("store", "this server stores no conversations (fastlm serve --feedback)")
     lease = server.models.lease(request, http.state.client)
     try:
         try:
@@ -67,30 +67,37 @@ async def complete(server: "Server", model: type[Body], http: HttpRequest) -> Re
     except BaseException:
         lease.end()
         raise
-    return ResponseSender(server, response, lease, http.state.told)
+    return ResponseSender(server, response, lease, http.state.log_fields)
 
 
 async def _submit(
     server: "Server", http: HttpRequest, request: GenerationRequest, served: "Served"
 ) -> ChatCompletionResponse:
-    state, told = http.state, http.state.told
+    state, log_fields = http.state, http.state.log_fields
     state.ignored = server.ignored(request, served)
     lengths, echoes, form, requests = await server.read(
         build_requests, served, request, server.limits, state.client,
-        # the clients of several keys share no cached prompts, those of one key or none do
+        # with several keys, clients share no cached prompts
         state.client.encode() if len(server.keys) > 1 else b"",
     )  # fmt: skip
     response_class = RESPONSES[type(request)]
     id = f"{response_class.id_prefix}{state.id}"
-    told["model"], told["prompt_tokens"] = served.name, sum(lengths)
-    if server.monitor is not None:  # the middleware tells it the end
+    log_fields["model"], log_fields["prompt_tokens"] = served.name, sum(lengths)
+    if server.monitor is not None:  # the middleware calls its `end`
         state.observer = server.monitor.observe(request, served.name, id, lengths)
     with engine_errors():
         stream = ResponseStream(served.engine, requests, server.metrics, server.quota)
     for length in lengths:
         server.metrics.prompt_length.observe(length)
     response = response_class(
-        request, id, served.name, stream, served.tokenizer, form, told["prompt_tokens"], echoes
+        request,
+        id,
+        served.name,
+        stream,
+        served.tokenizer,
+        form,
+        log_fields["prompt_tokens"],
+        echoes,
     )
     if server.monitor is not None:
         state.observer.response = response
@@ -98,17 +105,23 @@ async def _submit(
 
 
 def build_requests(
-    served: "Served", request: GenerationRequest, limits: "Limits", client: str, cache_salt: bytes
-) -> tuple[list[int], list[PromptEcho], Form | None, list[Request]]:
+    served: "Served",
+    request: GenerationRequest,
+    limits: "RequestLimits",
+    client: str,
+    cache_salt: bytes,
+) -> tuple[list[int], list[PromptEcho], Form | None, list[Request]]:  # fmt: skip
     """Return the lengths of a request's prompts, their echoes, the form of its answers, and the
-    requests to the engine. Takes a while. ApiError: what the model cannot do.
+    requests to the engine. Encoding takes a while, so run it outside the event loop.
+
+    ApiError: the request asks for something that the model cannot do.
     """
     context = served.context_limit
-    longest = limits.new_tokens or context
+    limit = limits.max_new_tokens or context
     max_tokens, logprobs = request.max_tokens, request.num_logprobs
-    if (max_tokens or 0) > longest and limits.new_tokens is not None:
-        raise field_error("max_tokens", f"expected at most {longest}, got {max_tokens}")
-    length = longest if max_tokens is None else min(max_tokens, longest)
+    if (max_tokens or 0) > limit and limits.max_new_tokens is not None:
+        raise field_error("max_tokens", f"expected at most {limit}, got {max_tokens}")
+    length = limit if max_tokens is None else min(max_tokens, limit)
     form, echoes, prompt_logprobs = request.form, list[PromptEcho](), None
     if isinstance(request, ChatCompletionRequest):
         ids, form = served.prompts.chat(request)
@@ -117,16 +130,16 @@ def build_requests(
         assert isinstance(request, CompletionRequest)
         prompts = [served.prompts.text(prompt) for prompt in request.prompts]
         prompt_logprobs = logprobs if request.echo else None
-        for given, ids in zip(request.prompts if request.echo else (), prompts):
-            text = given if isinstance(given, str) else served.tokenizer.decode(given)
-            # a token that begins texts is not one of the text's
-            begins = isinstance(given, str) and served.tokenizer.bos_id is not None
-            echoes.append(PromptEcho(text, None if begins else ids[0]))
+        for prompt, ids in zip(request.prompts if request.echo else (), prompts):
+            text = prompt if isinstance(prompt, str) else served.tokenizer.decode(prompt)
+            # a BOS token that the server adds is not part of the text
+            has_bos = isinstance(prompt, str) and served.tokenizer.bos_id is not None
+            echoes.append(PromptEcho(text, None if has_bos else ids[0]))
     seed = request.seed
     bias = {int(token): bias for token, bias in request.logit_bias.items()}
     sampling = Sampling(
         temperature=request.temperature,
-        # vLLM and llama.cpp switch it off by -1 and 0
+        # -1 (vLLM) and 0 (llama.cpp) switch it off
         top_k=request.top_k if request.top_k is not None and request.top_k > 0 else None,
         top_p=request.top_p,
         min_p=request.min_p,
@@ -135,7 +148,7 @@ def build_requests(
         frequency_penalty=request.frequency_penalty,
         logit_bias=tuple(sorted(bias.items())),
     )
-    # a padded model has more
+    # the vocabulary of a padded model is larger than its tokenizer's
     vocab = min(served.tokenizer.vocab_size, served.model.config.vocab_size)
     for name, ids in (("logit_bias", bias), ("stop_token_ids", request.stop_token_ids)):
         if ids and max(ids) >= vocab:
@@ -147,11 +160,11 @@ def build_requests(
     requests = [
         Request(
             prompt,
-            # of 0 tokens, one is drawn and dropped
+            # for 0 tokens the engine draws one, which is dropped
             max_new_tokens=max(1, min(length, context - len(prompt))),
             min_new_tokens=request.min_tokens,
             sampling=sampling,
-            # choice i of seed s is that of a single request with seed s + i
+            # choice i of seed s equals the choice of a single request with seed s + i
             seed=None if seed is None else (seed + i) % 2**63,
             stop=(request.stop,) if isinstance(request.stop, str) else tuple(request.stop),
             stop_ids=frozenset(request.stop_token_ids),
@@ -160,19 +173,19 @@ def build_requests(
             prompt_logprobs=prompt_logprobs,
             constraint=constraint,
             deadline=limits.answer_seconds,
-            client=client,  # not its `user`, of which it may make up many
+            client=client,  # not `user`, which a client may invent
             cache_salt=cache_salt,
         )
         for prompt in prompts
         for i in range(request.n)
     ]
     lengths = [len(prompt) for prompt in prompts]
-    budget = min(one.max_new_tokens for one in requests)
+    budget = min(item.max_new_tokens for item in requests)
     if request.min_tokens > budget:
-        most = f"the {budget} tokens that the answer may have, got {request.min_tokens}"
-        raise field_error("min_tokens", f"expected at most {most}")
+        bound = f"the {budget} tokens that the answer may have, got {request.min_tokens}"
+        raise field_error("min_tokens", f"expected at most {bound}")
     if logprobs is not None:
-        tokens = sum(one.max_new_tokens for one in requests)
+        tokens = sum(item.max_new_tokens for item in requests)
         tokens += sum(lengths) * request.n if prompt_logprobs is not None else 0
         if (count := tokens * (logprobs + 1)) > MAX_LOGPROBS:
             raise field_error(
@@ -191,20 +204,25 @@ class ResponseSender(Response):
 
     def __init__(
         self, server: "Server", response: ChatCompletionResponse, lease: "ModelLease",
-        told: dict[str, Any],
+        log_fields: dict[str, Any],
     ):  # fmt: skip
-        self.server, self.response, self.lease, self.told = server, response, lease, told
+        self.server, self.response, self.lease, self.log_fields = (
+            server,
+            response,
+            lease,
+            log_fields,
+        )
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        response, told = self.response, self.told
+        response, log_fields = self.response, self.log_fields
         try:
             await cancel_on_disconnect(receive, self._send(send))
         finally:
-            response.stream.close(gone=True)
+            response.stream.close(disconnected=True)
             self.lease.end()
-            told["new_tokens"] = sum(choice.tokens for choice in response.choices)
-            told["finish_reason"] = [choice.finish_reason for choice in response.choices]
-            told["cached_tokens"] = response.cached_tokens
+            log_fields["new_tokens"] = sum(choice.tokens for choice in response.choices)
+            log_fields["finish_reason"] = [choice.finish_reason for choice in response.choices]
+            log_fields["cached_tokens"] = response.cached_tokens
 
     async def _send(self, send: Any) -> None:
         response, stream = self.response, self.response.request.stream
@@ -232,7 +250,10 @@ class ResponseSender(Response):
             if not stream:
                 raise
             self.server.metrics.errors.labels(error.code or error.kind).inc()
-            self.told["error"], self.told["error_status"] = error.code or error.kind, error.status
+            self.log_fields["error"], self.log_fields["error_status"] = (
+                error.code or error.kind,
+                error.status,
+            )
             last = response.error_event(error)
         if not stream:
             size = str(len(last)).encode()
@@ -252,16 +273,16 @@ class ResponseSender(Response):
             )  # fmt: skip
             await run_sync(store.keep, stored, limiter=self.server.writing)
         except Exception as error:
-            self.told["stored"] = False
+            self.log_fields["stored"] = False
             self.server.metrics.store_failures.inc()
             reason = {"message": str(error)[:200]} if isinstance(error, InputError) else {}
             id = re.split("[-_]", response.id)[-1]  # of the request
-            log("failure", id=id, what="store", **stack_of(error), **reason)
+            log("failure", id=id, what="store", **describe_error(error), **reason)
 
 
 @contextmanager
 def engine_errors() -> Iterator[None]:
-    """What the engine refuses, as the client's error."""
+    """Convert the engine's refusals into errors for the client."""
     try:
         yield
     except QueueFull as full:
@@ -278,30 +299,30 @@ def engine_errors() -> Iterator[None]:
 
 def with_previous(request: ChatOfResponses, store: "FeedbackStore | None") -> ChatOfResponses:
     """Return a request to /v1/responses with the conversation that it continues. New instructions
-    replace the old ones. ApiError: the server has not kept it.
+    replace the old ones. ApiError: the conversation is not stored.
     """
     param = "previous_response_id"
     previous, instructions = request.repeated[param], request.repeated["instructions"]
     send = "send the whole conversation as input"
     if store is None:
-        none = "this server keeps no conversations (fastlm serve --feedback)"
-        raise field_error(param, f"{none}: {send}")
+        reason = "this server stores no conversations (fastlm serve --feedback)"
+        raise field_error(param, f"{reason}: {send}")
     try:
-        kept = store.answer(previous)
+        stored = store.answer(previous)
     except InputError:
-        failed = f"{param}: the database of conversations cannot be read now"
-        raise server_error(failed, 503, param=param) from None
-    if kept is None or not kept.choices:  # a stranger's database has what it likes
-        stored = f"expected a response that was stored (store: true), got {previous!r}"
-        raise field_error(param, f"{stored}: {send}", "previous_response_not_found")
-    before = [*kept.prompt, *kept.choices[0]]
+        message = f"{param}: the database of conversations cannot be read now"
+        raise server_error(message, 503, param=param) from None
+    if stored is None or not stored.choices:  # another program may have written the database
+        message = f"expected a response that was stored (store: true), got {previous!r}"
+        raise field_error(param, f"{message}: {send}", "previous_response_not_found")
+    earlier = [*stored.prompt, *stored.choices[0]]
     start = int(bool(instructions))
-    if start and before and before[0]["role"] == "system":
-        before = before[1:]
-    before = [message for _, message in messages_of(before, param)]
-    # what is stored of a continuation belongs to what it continues: to forget one forgets both
+    if start and earlier and earlier[0]["role"] == "system":
+        earlier = earlier[1:]
+    earlier = [message for _, message in messages_of(earlier, param)]
+    # a continuation is stored under the conversation it continues: forgetting one forgets both
     conversation = request.conversation_id
     if request.store and conversation is None:
-        conversation = kept.conversation_id or previous
-    messages = [*request.messages[:start], *before, *request.messages[start:]]
+        conversation = stored.conversation_id or previous
+    messages = [*request.messages[:start], *earlier, *request.messages[start:]]
     return request.model_copy(update={"messages": messages, "conversation_id": conversation})

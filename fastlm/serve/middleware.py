@@ -1,7 +1,7 @@
-"""What every request passes: who may ask, how long a client may take, and what is logged of it.
+"""ASGI middleware for every request: authentication, size and time limits, metrics, and the log.
 
-An ASGI middleware. Logs are JSON lines without the text of prompts or answers, and without the
-messages of exceptions, which may quote them.
+Logs are JSON lines. They contain no text of prompts or answers, and no messages of exceptions,
+which may quote that text.
 """
 
 import asyncio
@@ -24,11 +24,11 @@ from starlette.responses import Response
 from fastlm.serve.api_error import ApiError, server_error
 from fastlm.serve.metrics import Metrics
 
-# without a key: what holds no data, and what tells a balancer that the server lives
+# paths that need no key: they have no data, or tell a load balancer that the server runs
 OPEN_PATHS = frozenset(("/", "/rank", "/dashboard", "/health", "/ready"))
 OPEN_PREFIX = "/page/"
-QUIET_PATHS = frozenset(("/health", "/ready", "/metrics"))  # asked every few seconds
-FAILED = "the server failed; its log has the reason under this request's id"
+QUIET_PATHS = frozenset(("/health", "/ready", "/metrics"))  # polled every few seconds
+FAILURE_MESSAGE = "the server failed; its log has the reason under this request's id"
 HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self';"
     " connect-src 'self'; img-src 'self'; base-uri 'none'; form-action 'none';"
@@ -40,13 +40,14 @@ HEADERS = {
 
 
 @dataclass(frozen=True)
-class Limits:
-    """Bounds on a request.
+class RequestLimits:
+    """Limits of a request.
 
-    body_bytes: of its body. header_bytes: of its path and headers. header_seconds: until the
-    headers have arrived, since the connection or their first byte. body_seconds: until the body
-    has arrived. answer_seconds: until an answer ends, wherever it is then. write_seconds: until a
-    client takes what was sent to it. new_tokens: of an answer; None: the context is the bound.
+    body_bytes: size of the body. header_bytes: size of the path and the headers. header_seconds:
+    time for the headers to arrive, from the connection or their first byte. body_seconds: time for
+    the body to arrive. answer_seconds: time after which an answer ends where it is. write_seconds:
+    time for a client to receive a part of the response. max_new_tokens: tokens of an answer; None:
+    the context is the limit.
     """
 
     body_bytes: int = 4 * 2**20
@@ -55,19 +56,22 @@ class Limits:
     body_seconds: float = 30.0
     answer_seconds: float = 600.0
     write_seconds: float = 60.0
-    new_tokens: int | None = None
+    max_new_tokens: int | None = None
 
 
-def log(event: str, **told: Any) -> None:
+def log(event: str, **fields: Any) -> None:
     """Write a line of JSON to stderr."""
-    line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **told}
+    line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **fields}
     sys.stderr.write(json.dumps(line, ensure_ascii=False) + "\n")
     sys.stderr.flush()
 
 
 class RequestMiddleware:
-    """``keys``: API keys; none: no key is asked for. ``hosts``: names by which clients may call the
-    server (an attacker's page in a browser would call it by another); None: any.
+    """Admits, limits, counts and logs requests.
+
+    ``keys``: API keys; an empty list needs none. ``hosts``: the names by which clients may call the
+    server; None allows any. A web page of an attacker would call it by another name. ``paths``: the
+    labels of metrics; other paths count as "other".
     """
 
     def __init__(
@@ -75,25 +79,25 @@ class RequestMiddleware:
         app: Any,
         *,
         metrics: Metrics,
-        limits: Limits,
+        limits: RequestLimits,
         keys: Sequence[str],
         hosts: frozenset[str] | None,
         paths: frozenset[str],
     ):
         self.app, self.metrics, self.limits, self.hosts = app, metrics, limits, hosts
         self.keys = [_digest(key) for key in keys]
-        self.paths = paths  # labels of metrics: others are "other"
+        self.paths = paths
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "lifespan":  # the beginning and the end of the server
+        if scope["type"] == "lifespan":  # start and shutdown of the server
             return await self.app(scope, receive, send)
         if scope["type"] != "http":
             return None
-        began, told, status = time.perf_counter(), dict[str, Any](), 0
-        state = {**scope.get("state", {}), "told": told, "id": secrets.token_hex(16)}
+        start, log_fields, status = time.perf_counter(), dict[str, Any](), 0
+        state = {**scope.get("state", {}), "log_fields": log_fields, "id": secrets.token_hex(16)}
         scope["state"] = state
 
-        async def sender(message: Any) -> None:
+        async def send_in_time(message: Any) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -105,7 +109,7 @@ class RequestMiddleware:
                 async with asyncio.timeout(self.limits.write_seconds):
                     await send(message)
             except (TimeoutError, OSError):
-                # what the client did not take would hold the connection for ever
+                # a client that does not read would hold the connection for ever
                 if (abort := state.get("abort")) is not None:
                     abort()
                 raise ClientDisconnect from None
@@ -113,38 +117,44 @@ class RequestMiddleware:
         try:
             try:
                 state["client"] = self._admit(scope)
-                await self.app(scope, receive, sender)
+                await self.app(scope, receive, send_in_time)
             except ClientDisconnect:
                 raise
             except Exception as error:
-                refused = error if isinstance(error, ApiError) else server_error(FAILED)
-                if refused is not error:
-                    log("failure", id=state["id"], **stack_of(error))
-                self.metrics.errors.labels(refused.code or refused.kind).inc()
-                if status:  # in the middle of a response: its end is missing
-                    told["failed"] = True
+                is_api_error = isinstance(error, ApiError)
+                api_error = error if is_api_error else server_error(FAILURE_MESSAGE)
+                if not is_api_error:
+                    log("failure", id=state["id"], **describe_error(error))
+                self.metrics.errors.labels(api_error.code or api_error.kind).inc()
+                if status:  # the response has begun: its end is missing
+                    log_fields["failed"] = True
                 else:
-                    body = json.dumps(refused.body())  # in ASCII: whatever it quotes can be sent
-                    refusal = Response(body, refused.status, refused.headers, "application/json")
-                    await refusal(scope, receive, sender)
+                    body = json.dumps(api_error.body())  # ASCII, so all that it quotes can be sent
+                    response = Response(
+                        body, api_error.status, api_error.headers, "application/json"
+                    )
+                    await response(scope, receive, send_in_time)
         except ClientDisconnect:
-            told["gone"] = True
+            log_fields["disconnected"] = True
         finally:
-            seconds = time.perf_counter() - began
+            seconds = time.perf_counter() - start
             path = scope["path"] if scope["path"] in self.paths else "other"
             self.metrics.requests.labels(path, status or 499).inc()
             self.metrics.request_seconds.labels(path).observe(seconds)
             if (observer := state.get("observer")) is not None:
-                observer.end(_outcome(status, told))
+                observer.end(_final_status(status, log_fields))
             if status != 200 or path not in QUIET_PATHS:
                 log(
                     "request", id=state["id"], method=scope["method"], path=path,
-                    status=status or 499, seconds=round(seconds, 4), **told,
+                    status=status or 499, seconds=round(seconds, 4), **log_fields,
                 )  # fmt: skip
 
     def _admit(self, scope: Any) -> str:
-        """The client's name: that of its key, else its address. ApiError: it may not ask, its
-        headers are too large, or where the body ends can be read in two ways (RFC 9112, 6.1)."""
+        """Return the client's name: that of its key, else its address.
+
+        ApiError: the key or host is wrong, the headers are too large, or the end of the body is
+        ambiguous (RFC 9112, 6.1).
+        """
         headers, close = Headers(scope=scope), {"connection": "close"}
         if "content-length" in headers and "transfer-encoding" in headers:
             raise ApiError(
@@ -152,66 +162,68 @@ class RequestMiddleware:
             )
         size = len(scope.get("raw_path") or b"") + len(scope["query_string"])
         size += sum(len(name) + len(value) for name, value in scope["headers"])
-        if size > (most := self.limits.header_bytes):
-            raise ApiError(f"headers: expected at most {most} bytes, got {size}", headers=close)
-        if self.hosts is not None and _host(headers.get("host", "")) not in self.hosts:
+        if size > (limit := self.limits.header_bytes):
+            raise ApiError(f"headers: expected at most {limit} bytes, got {size}", headers=close)
+        if self.hosts is not None and _host_name(headers.get("host", "")) not in self.hosts:
             raise ApiError(
                 f"host: expected one of {', '.join(sorted(self.hosts))}, got another"
                 " (--allow-host)",
                 status=403, param="host",
             )  # fmt: skip
-        open_path = scope["path"] in OPEN_PATHS or scope["path"].startswith(OPEN_PREFIX)
-        if not self.keys or open_path:
+        is_open = scope["path"] in OPEN_PATHS or scope["path"].startswith(OPEN_PREFIX)
+        if not self.keys or is_open:
             return (scope.get("client") or ("",))[0]
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        given = _digest(key.strip() if scheme.lower() == "bearer" else "")
-        # every key is compared, whichever fits
-        if sum(hmac.compare_digest(given, one) for one in self.keys) == 0:
+        digest = _digest(key.strip() if scheme.lower() == "bearer" else "")
+        # compare every key, so that the time does not depend on which one matches
+        if sum(hmac.compare_digest(digest, other) for other in self.keys) == 0:
             raise ApiError(
                 "authorization: expected 'Bearer KEY' with a key of this server",
                 status=401, code="invalid_api_key", headers={"www-authenticate": "Bearer"},
             )  # fmt: skip
-        return given.hex()
+        return digest.hex()
 
 
-async def read_body(request: Request, limits: Limits) -> bytes:
-    """The JSON body of a request. ApiError: 415, 413, 408."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":  # which a page elsewhere cannot send through a browser
-        got = f"got {kind or 'none'!r:.80}"
-        raise _unread(415, f"content-type: expected application/json, {got}")
-    large = f"body: expected at most {limits.body_bytes} bytes"
+async def read_body(request: Request, limits: RequestLimits) -> bytes:
+    """Read the JSON body of a request. ApiError: 415, 413, 408."""
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type != "application/json":  # a web page of another origin cannot send this type
+        got = f"got {content_type or 'none'!r:.80}"
+        raise _body_error(415, f"content-type: expected application/json, {got}")
+    too_large = f"body: expected at most {limits.body_bytes} bytes"
     length = request.headers.get("content-length", "")
     if length.isdigit() and int(length[:19]) > limits.body_bytes:
-        raise _unread(413, large)
+        raise _body_error(413, too_large)
     data = bytearray()
     try:
         async with asyncio.timeout(limits.body_seconds):
             async for part in request.stream():
                 data += part
                 if len(data) > limits.body_bytes:
-                    raise _unread(413, large)
+                    raise _body_error(413, too_large)
         return bytes(data)
     except TimeoutError:
-        slow = f"body: expected all of it within {limits.body_seconds:g} s"
-        raise _unread(408, slow) from None
+        message = f"body: expected all of it within {limits.body_seconds:g} s"
+        raise _body_error(408, message) from None
 
 
-def _unread(status: int, message: str) -> ApiError:
-    """An error about a request whose body was not read to its end: the connection is closed."""
+def _body_error(status: int, message: str) -> ApiError:
+    """Return an error that closes the connection, since the body was not read to its end."""
     param = message.partition(":")[0]
     return ApiError(message, status=status, param=param, headers={"connection": "close"})
 
 
 async def cancel_on_disconnect(receive: Callable[[], Awaitable[Any]], work: Any) -> Any:
-    """Return the result of the coroutine ``work``, for a request whose body has been read.
-    ClientDisconnect: the client went away. Then the work is cancelled."""
+    """Return the result of the coroutine ``work``, for a request whose body was read.
 
-    async def disconnected() -> None:
+    ClientDisconnect: the client has disconnected, and the work is cancelled.
+    """
+
+    async def wait_for_disconnect() -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
 
-    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(disconnected())]
+    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(wait_for_disconnect())]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         if not tasks[0].done():
@@ -223,15 +235,15 @@ async def cancel_on_disconnect(receive: Callable[[], Awaitable[Any]], work: Any)
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _outcome(status: int, told: Mapping[str, Any]) -> int:
-    """The status of a response, or what it would have been: a stream fails after its 200."""
-    if told.get("gone") or told.get("failed"):
-        return 499 if told.get("gone") else 500
-    return told.get("error_status", 200) if status == 200 else status or 499
+def _final_status(status: int, log_fields: Mapping[str, Any]) -> int:
+    """Return the status of a response; of a stream that failed after its 200, that of the error."""
+    if log_fields.get("disconnected") or log_fields.get("failed"):
+        return 499 if log_fields.get("disconnected") else 500
+    return log_fields.get("error_status", 200) if status == 200 else status or 499
 
 
 def key_name(key: str) -> str:
-    """The name of the client that has an API key."""
+    """Return the name of the client with this API key: its hash."""
     return _digest(key).hex()
 
 
@@ -239,14 +251,14 @@ def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode(errors="surrogatepass")).digest()
 
 
-def _host(value: str) -> str:
-    """The name in a Host header, without the port."""
+def _host_name(value: str) -> str:
+    """Return the name in a Host header, without the port."""
     name = value.rpartition(":")[0] if value.rpartition(":")[2].isdigit() else value
     return name.strip("[]").lower()
 
 
-def stack_of(error: BaseException) -> dict[str, Any]:
-    """The type of an error and where it was raised, without its message."""
+def describe_error(error: BaseException) -> dict[str, Any]:
+    """Return the type and the stack of an error, without its message."""
     frames = traceback.extract_tb(error.__traceback__)[-8:]
-    places = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in frames]
-    return {"type": type(error).__name__, "stack": places}
+    stack = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in frames]
+    return {"type": type(error).__name__, "stack": stack}

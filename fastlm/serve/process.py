@@ -20,7 +20,7 @@ from fastlm.files import read_text, reason
 from fastlm.inference.fair_lock import FairLock
 from fastlm.serve.app import Server
 from fastlm.serve.loading import Loader, name_of
-from fastlm.serve.middleware import Limits, log
+from fastlm.serve.middleware import RequestLimits, log
 from fastlm.serve.model_manager import Allowed, ModelManager
 from fastlm.serve.models import Models
 from fastlm.serve.options import LOCAL_NAMES, ServeOptions
@@ -58,9 +58,9 @@ def run(options: ServeOptions, keys: Sequence[str] = (), admin_keys: Sequence[st
             ranking = stack.enter_context(RankingStore(options.rank, create=False))
         server = Server(
             models,
-            limits=Limits(
+            limits=RequestLimits(
                 body_bytes=options.max_body, answer_seconds=options.max_seconds,
-                new_tokens=options.max_new_tokens,
+                max_new_tokens=options.max_new_tokens,
             ),
             keys=keys, origins=options.allow_origin, feedback=store, ranking=ranking,
             manager=manager, admins=admin_keys, monitor=monitor,
@@ -138,7 +138,7 @@ class _Connection(H11Protocol):
     An idle one between requests has uvicorn's own timeout.
     """
 
-    def __init__(self, limits: Limits, *args: Any, **options: Any):
+    def __init__(self, limits: RequestLimits, *args: Any, **options: Any):
         super().__init__(*args, **options)
         self.limits = limits
         self._timers: dict[str, asyncio.TimerHandle] = {}  # "headers", "reader", "body"

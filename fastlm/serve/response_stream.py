@@ -1,4 +1,4 @@
-"""Requests that run in an engine, seen from the event loop."""
+"""Bridge between the engine's thread and the event loop: quotas, timings and pieces of requests."""
 
 import asyncio
 import contextlib
@@ -15,27 +15,27 @@ if TYPE_CHECKING:
     from fastlm.inference.engine import Engine
     from fastlm.serve.metrics import Metrics
 
-RETRY_SECONDS = 5.0  # when a client may ask again whose share of the queue is used up
+RETRY_SECONDS = 5.0  # after which a client that has used up its quota may try again
 
 
 class ClientQuota:
-    """How many answers of each client have not begun; ``most``: of one client, None: any number.
-    For the event loop alone.
+    """Bounds the waiting answers of each client to ``max_waiting``; None: unbounded. Only the event
+    loop may use it.
     """
 
-    def __init__(self, most: int | None):
-        self.most = most
+    def __init__(self, max_waiting: int | None):
+        self.max_waiting = max_waiting
         self.waiting: Counter[str] = Counter()
 
     def acquire(self, client: str, count: int) -> None:
-        """Count ``count`` more. QueueFull: more than the client's share."""
-        have = self.waiting[client]
-        if self.most is not None and have + count > self.most:
-            raise QueueFull(have, RETRY_SECONDS)
+        """Add ``count`` waiting answers. QueueFull: the client would exceed its quota."""
+        waiting = self.waiting[client]
+        if self.max_waiting is not None and waiting + count > self.max_waiting:
+            raise QueueFull(waiting, RETRY_SECONDS)
         self.waiting[client] += count
 
     def release(self, client: str, count: int = 1) -> None:
-        """Count ``count`` fewer."""
+        """Remove ``count`` waiting answers."""
         self.waiting[client] -= count
         if not self.waiting[client]:
             del self.waiting[client]
@@ -43,62 +43,62 @@ class ClientQuota:
 
 @dataclass
 class RequestTimings:
-    """Seconds of a request since it was submitted; None: not yet, or never."""
+    """Times of a request in seconds since it was submitted; None: not yet, or never."""
 
-    queue: float | None = None  # until it is computed
-    first: float | None = None  # until its first token
-    last: float = 0.0  # until its last token
-    whole: float | None = None
+    queue_seconds: float | None = None  # until the engine begins with it
+    first_token_seconds: float | None = None
+    last_token_seconds: float = 0.0
+    total_seconds: float | None = None
 
 
 class ResponseStream:
-    """The pieces of several requests of one client, as (index, piece), in the order in which they
-    arrive.
+    """Yields the pieces of one client's requests as (index, piece), in the order of their arrival.
 
-    All are submitted at once or none is: what `Engine.submit` and `ClientQuota.acquire` raise is
-    raised here. `close` cancels what still runs. The engine's thread never waits for the client:
-    pieces queue, at most as many as an answer has tokens. ``times``: of each request.
+    Either all requests are submitted or none is; the constructor raises what `Engine.submit` and
+    `ClientQuota.acquire` raise. `close` cancels the requests that still run. The engine's thread
+    never waits for the client: pieces are queued, at most one for each token. ``timings`` has an
+    entry for each request.
     """
 
     def __init__(
         self, engine: "Engine", requests: Sequence[Request], metrics: "Metrics", quota: ClientQuota
     ):
         self.engine, self.metrics, self.count = engine, metrics, len(requests)
-        self.times = [RequestTimings() for _ in requests]
+        self.timings = [RequestTimings() for _ in requests]
         self._quota, self._client = quota, requests[0].client
-        self._loop, self._began = asyncio.get_running_loop(), time.perf_counter()
+        self._loop, self._start = asyncio.get_running_loop(), time.perf_counter()
         self._queue: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
         self._ids: dict[int, int] = {}
         quota.acquire(self._client, len(requests))
         self._waiting = set(range(len(requests)))
         try:
             for index, request in enumerate(requests):
-                self._ids[index] = engine.submit(request, partial(self._listen, index))
+                self._ids[index] = engine.submit(request, partial(self._on_piece, index))
         except BaseException:
             self.close()
             raise
 
-    def _listen(self, index: int, piece: Piece) -> None:
-        """Pass a piece on from the engine's thread."""
-        now = time.perf_counter()  # a slow client's delays are not the engine's
+    def _on_piece(self, index: int, piece: Piece) -> None:
+        """Hand a piece from the engine's thread to the event loop."""
+        now = time.perf_counter()  # here, since a slow client delays the event loop's queue
         with contextlib.suppress(RuntimeError):  # the loop has ended
-            self._loop.call_soon_threadsafe(self._take, index, piece, now - self._began)
+            self._loop.call_soon_threadsafe(self._add, index, piece, now - self._start)
 
-    def _take(self, index: int, piece: Piece, seconds: float) -> None:
+    def _add(self, index: int, piece: Piece, seconds: float) -> None:
         if index in self._waiting:
             self._waiting.discard(index)
             self._quota.release(self._client)
-        times, new = self.times[index], len(piece.tokens)
-        if new and times.first is None:
-            times.first = seconds
+        timings, count = self.timings[index], len(piece.tokens)
+        if count and timings.first_token_seconds is None:
+            timings.first_token_seconds = seconds
             self.metrics.first_token.observe(seconds)
-        elif new:
-            for _ in range(new):
-                self.metrics.next_token.observe((seconds - times.last) / new)
-        if new:
-            times.last = seconds
+        elif count:
+            for _ in range(count):
+                self.metrics.next_token.observe((seconds - timings.last_token_seconds) / count)
+        if count:
+            timings.last_token_seconds = seconds
         if piece.finish_reason is not None:
-            times.queue, times.whole = piece.queue_seconds, seconds
+            timings.queue_seconds, timings.total_seconds = piece.queue_seconds, seconds
         if piece.queue_seconds is not None:
             self.metrics.queue_seconds.observe(piece.queue_seconds)
         self._queue.put_nowait((index, piece))
@@ -110,9 +110,10 @@ class ResponseStream:
                 del self._ids[index]
             yield index, piece
 
-    def close(self, *, gone: bool = False) -> None:
-        """Cancel the requests that have not ended; ``gone``: because their client is."""
-        if gone:
+    def close(self, *, disconnected: bool = False) -> None:
+        """Cancel the requests that have not ended. ``disconnected``: count them as cancelled by
+        their client."""
+        if disconnected:
             self.metrics.cancelled.inc(len(self._ids))
         for id in self._ids.values():
             self.engine.cancel(id)

@@ -32,7 +32,7 @@ async def embed(server: "Server", http: Request) -> Response:
     try:
         http.state.ignored = server.ignored(request, lease.served)
         inputs = await server.read(_inputs, lease.served, request)
-        http.state.told["prompt_tokens"] = tokens = sum(map(len, inputs))
+        http.state.log_fields["prompt_tokens"] = tokens = sum(map(len, inputs))
         if tokens > MOST_EMBEDDED:
             most = f"{MOST_EMBEDDED} tokens in one request, got {tokens}"
             raise field_error("input", f"expected at most {most}")
@@ -51,8 +51,8 @@ async def embed(server: "Server", http: Request) -> Response:
         {"object": "embedding", "index": i, "embedding": vector} for i, vector in enumerate(vectors)
     ]
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-    told = {"object": "list", "data": data, "model": lease.served.name, "usage": usage}
-    return Response(to_json(told), media_type="application/json")
+    body = {"object": "list", "data": data, "model": lease.served.name, "usage": usage}
+    return Response(to_json(body), media_type="application/json")
 
 
 def _inputs(served: "Served", request: EmbeddingRequest) -> list[list[int]]:

@@ -20,7 +20,7 @@ from serve_app import HTTP, serving, tiny_model
 
 from fastlm.data.preferences import Unranked
 from fastlm.serve.feedback_store import FeedbackStore
-from fastlm.serve.middleware import Limits
+from fastlm.serve.middleware import RequestLimits
 from fastlm.serve.openapi import GETS
 from fastlm.serve.ranking import RankingStore
 
@@ -67,7 +67,7 @@ def served(tmp_path_factory):
         for i in range(2):
             answers = tuple([{"role": "assistant", "content": f"{i}, {j}"}] for j in range(3))
             ranks.add_items([Unranked([{"role": "user", "content": f"Which, {i}?"}], answers)])
-        limits = Limits(new_tokens=NEW_TOKENS)
+        limits = RequestLimits(max_new_tokens=NEW_TOKENS)
         options = {"feedback": store, "ranking": ranks}
         with serving(*tiny_model(), limits=limits, **options) as (url, _):
             raw = HTTP.get(url + "/openapi.json").json()

@@ -24,7 +24,7 @@ from fastlm.model.causal_lm import CausalLM
 from fastlm.serve.api_error import ApiError
 from fastlm.serve.app import READERS
 from fastlm.serve.commands import read_keys
-from fastlm.serve.middleware import Limits
+from fastlm.serve.middleware import RequestLimits
 from fastlm.serve.prompts import Prompts
 from fastlm.serve.protocol.body import parse_json, read_request
 from fastlm.serve.protocol.chat_completion import ChatCompletionRequest
@@ -66,7 +66,7 @@ def head(content, path="/v1/chat/completions"):
 
 
 def test_keys_hosts_paths_and_bodies(tiny):
-    limits = Limits(body_bytes=3000, body_seconds=0.5, new_tokens=50)
+    limits = RequestLimits(body_bytes=3000, body_seconds=0.5, max_new_tokens=50)
     options = {"keys": [KEY, "another-key-of-it"], "hosts": frozenset(("127.0.0.1",))}
     with serving(*tiny, limits=limits, **options) as (url, _):
         good = {"authorization": f"Bearer {KEY}"}
@@ -179,7 +179,7 @@ def test_a_client_that_goes_away_frees_its_place(tiny):
 
 
 def test_a_client_that_does_not_read_is_given_up():
-    limits = Limits(write_seconds=0.3)
+    limits = RequestLimits(write_seconds=0.3)
     options = {"limits": limits, "buffer": 4096, "connections": 2}
     with serving(*tiny_model(4096), **options) as (url, server):
         engine = server.served.engine
@@ -197,7 +197,7 @@ def test_a_client_that_does_not_read_is_given_up():
 def test_connections_without_whole_headers_are_closed(tiny):
     """They would take all places: then everybody gets a 503."""
     request = head(b"{}") + b"{}"
-    with serving(*tiny, limits=Limits(header_seconds=1.5), connections=4) as (url, _):
+    with serving(*tiny, limits=RequestLimits(header_seconds=1.5), connections=4) as (url, _):
         sent = (b"", b"P", request[:40], b"GET /health HTTP/1.1\r\n")
         idle = [connect(url, part) for part in sent]
         assert HTTP.get(url + "/health").status_code == 503
@@ -223,7 +223,7 @@ def test_connections_without_whole_headers_are_closed(tiny):
 def test_a_body_that_nobody_reads_ends(tiny):
     """`GET /health` needs no key and no body."""
     begin = b"GET /health HTTP/1.1\r\nhost: localhost\r\n"
-    limits = Limits(body_bytes=2**16, body_seconds=1)
+    limits = RequestLimits(body_bytes=2**16, body_seconds=1)
     with serving(*tiny, limits=limits) as (url, _):
         small = begin + b"content-length: 9\r\n\r\n" + b"x" * 9
         with connect(url, small) as sock:
@@ -261,7 +261,9 @@ def test_framing_and_headers_that_are_refused(tiny):
 
 def test_what_nobody_takes_of_a_response_is_dropped(tiny):
     """The whole response is written at once, so that no write of the server waits."""
-    limits = Limits(write_seconds=1.5)  # so long it takes a place: a busy machine sees that, too
+    limits = RequestLimits(
+        write_seconds=1.5
+    )  # so long it takes a place: a busy machine sees that, too
     with serving(*tiny, limits=limits, buffer=4096, connections=2) as (url, _):
         get = b"GET /openapi.json HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
         host, port = url.removeprefix("http://").split(":")
@@ -538,7 +540,7 @@ def test_a_request_that_fails_does_not_end_the_server(tiny, capfd):
 
 
 def test_an_answer_ends_after_its_time(tiny):
-    with serving(*tiny, pause=0.05, limits=Limits(answer_seconds=1.5)) as (url, _):
+    with serving(*tiny, pause=0.05, limits=RequestLimits(answer_seconds=1.5)) as (url, _):
         said = ask(url, body(max_tokens=400, ignore_eos=True)).json()
         assert 0 < said["usage"]["completion_tokens"] < 100
         assert said["choices"][0]["finish_reason"] == "length"

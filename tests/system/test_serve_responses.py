@@ -197,7 +197,7 @@ def _(api):
     assert api.server.store.answer(second["id"]) is api.server.store.answer(third["id"]) is None
     api.refused("store", store="yes")
     api.refused("conversation_id", conversation_id="talk-2")
-    with pytest.raises(ApiError, match="keeps no conversations"):
+    with pytest.raises(ApiError, match="stores no conversations"):
         request = ResponsesRequest(model="x", input="Hi", previous_response_id="r")
         with_previous(request.chat, None)
 

@@ -231,11 +231,12 @@ class RequestTrace:
             return
         turns = 1 if chat is None else len(chat.messages)
         for index, choice in enumerate(self.response.choices):
-            times, prompt = self.response.stream.times[index], index // request.n
+            timings, prompt = self.response.stream.timings[index], index // request.n
             values = common | {
                 "choice": index, "finish_reason": choice.finish_reason,
-                "queue_seconds": times.queue, "first_token_seconds": times.first,
-                "seconds": times.whole, "prompt_tokens": self.lengths[prompt],
+                "queue_seconds": timings.queue_seconds,
+                "first_token_seconds": timings.first_token_seconds,
+                "seconds": timings.total_seconds, "prompt_tokens": self.lengths[prompt],
                 "new_tokens": choice.tokens,
             }  # fmt: skip
             # of several choices, the first stands for the prompt
