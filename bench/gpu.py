@@ -533,7 +533,7 @@ def main() -> None:
     if unknown := set(options.ops) - set(OPS):
         parser.error(f"ops: expected some of {', '.join(OPS)}, got {', '.join(sorted(unknown))}")
     if not torch.cuda.is_available():
-        sys.exit(f"bench: expected a GPU, got none: {backend.why_not('triton')}")
+        sys.exit(f"bench: expected a GPU, got none: {backend.unavailable_reason('triton')}")
     torch.manual_seed(0)
     about = machine() | {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
     limits = ceilings(options.smoke)

@@ -1,4 +1,4 @@
-"""The only file that checks what hardware and extras exist, and chooses an op's implementation.
+"""Check what hardware and extras exist, and select the implementation of an op.
 
 Every op (`fastlm.operator`) has up to four implementations of the same signature. A backend is one
 row of `BACKENDS`:
@@ -11,10 +11,12 @@ row of `BACKENDS`:
                  tests;
 - ``reference``  plain PyTorch (`fastlm.reference`); the definition; every device and float dtype.
 
-`pick` takes the first row that has the op, is available, and serves the tensors' device and dtype
-and, where the op has a predicate for it, the arguments. ``FASTLM_BACKEND=name`` or
-``with use_backend("name"):`` forces one backend. An op that it cannot run raises: nothing falls
-back silently. `add` adds a row from outside this package.
+`select` takes the first row that has the op, is available, and supports the tensors' device and
+dtype and, where the op has a predicate for it, the arguments. ``FASTLM_BACKEND=name`` or
+``with use_backend("name"):`` forces one backend. An op that the forced backend cannot run raises:
+nothing falls back silently. `add` adds a row from outside this package.
+
+No other file checks for hardware or extensions.
 """
 
 import contextlib
@@ -38,13 +40,16 @@ _HALVES_AND_FLOAT = (torch.float32, torch.bfloat16, torch.float16)
 _FLOATS = (*_HALVES_AND_FLOAT, torch.float64)
 
 
-class Serves(NamedTuple):
-    """What a backend serves of an op: words for `fastlm info`, and the predicate, which gets the
-    op's arguments. It is called before the host function: it must be cheap and read no values.
-    `picked` calls it with the first arguments alone, so the others need defaults."""
+class Support(NamedTuple):
+    """The arguments of an op that a backend supports: a text for `fastlm info` and a predicate.
+
+    The predicate gets the op's arguments before the host function does. It must be cheap and must
+    not read values of tensors. `backend_for` passes only the first arguments, so the others need
+    defaults.
+    """
 
     text: str
-    holds: Callable[..., bool]
+    predicate: Callable[..., bool]
 
 
 @dataclass(frozen=True)
@@ -52,60 +57,60 @@ class Backend:
     """A row of the table.
 
     Args:
-        name: as in `use_backend`.
-        package: holds the host functions. That of an op is the function of the definition's name in
-            the module of the definition's name: `fastlm.reference.rms_norm.rms_norm_forward` has
-            its host in ``<package>.rms_norm``.
-        devices: types of the devices whose tensors it runs on. (The reference runs on any.)
-        dtypes: of the argument that decides.
-        why_not: why it cannot run on this machine, or None.
-        emulates: whether it runs on CPU tensors as well, when it is forced.
-        ops_of: has the ops of this other row.
-        ops: name of an op -> what it serves of it (None: everything). For a backend from outside;
-            what those of fastlm have is in the declarations of `fastlm.ops`.
-        around: makes of a host function what is called.
+        name: the name that `use_backend` takes.
+        package: the package of the host functions. The host function of an op has the name and
+            the module name of its definition: that of `fastlm.reference.rms_norm.rms_norm_forward`
+            is ``<package>.rms_norm.rms_norm_forward``.
+        devices: the device types whose tensors it runs on. (The reference runs on any.)
+        unavailable_reason: returns why it cannot run on this machine, or None.
+        dtypes: the dtypes of the dispatch argument that it supports.
+        can_emulate: returns True where it also runs on CPU tensors when it is forced.
+        ops_from: the name of another row; this row has the same ops.
+        ops: op -> the arguments that it supports (None: all). Only for a backend from outside;
+            fastlm's own backends are named in the declarations of `fastlm.ops`.
+        wrap: decorates each host function.
     """
 
     name: str
     package: str
     devices: tuple[str, ...]
-    why_not: Callable[[], str | None] = lambda: None
+    unavailable_reason: Callable[[], str | None] = lambda: None
     dtypes: tuple[torch.dtype, ...] = _HALVES_AND_FLOAT
-    emulates: Callable[[], bool] = lambda: False
-    ops_of: str = ""
-    ops: Mapping[str, Serves | None] = field(default_factory=dict)
-    around: Callable[[Callable], Callable] = lambda function: function
+    can_emulate: Callable[[], bool] = lambda: False
+    ops_from: str = ""
+    ops: Mapping[str, Support | None] = field(default_factory=dict)
+    wrap: Callable[[Callable], Callable] = lambda function: function
 
 
 @dataclass
-class Entry:
-    """An op in the table: where its implementations are."""
+class OpEntry:
+    """An op in the table `OPS`, with its implementations."""
 
     name: str
     module: str  # of the host functions, within each backend's package
     function: str
-    serves: dict[str, Serves | None]  # backend -> what it serves; None: everything
-    chosen_by: str  # the argument whose device and dtype decide
+    supports: dict[str, Support | None]  # backend -> supported arguments; None: all
+    dispatch_arg: str  # the argument by whose device and dtype `select` chooses
     fake: Callable | None  # runs on tensors without memory
     implementations: dict[str, Callable] = field(default_factory=dict)  # loaded so far
 
-    def has(self, row: Backend) -> bool:
-        return row.name in self.serves or self.name in row.ops or row.ops_of in self.serves
+    def is_in(self, row: Backend) -> bool:
+        return row.name in self.supports or self.name in row.ops or row.ops_from in self.supports
 
-    def serves_of(self, row: Backend) -> Serves | None:
-        served = row.ops.get(self.name) or self.serves.get(row.name)
-        return served or self.serves.get(row.ops_of)
+    def support_of(self, row: Backend) -> Support | None:
+        support = row.ops.get(self.name) or self.supports.get(row.name)
+        return support or self.supports.get(row.ops_from)
 
     def load(self, row: Backend) -> Callable:
-        """The row's implementation, imported at first use: Triton may be missing and takes half a
-        second."""
+        """Return the row's implementation. It is imported at first use, because Triton may be
+        missing and takes half a second to import."""
         if row.name not in self.implementations:
             module = importlib.import_module(f"{row.package}.{self.module}")
-            self.implementations[row.name] = row.around(getattr(module, self.function))
+            self.implementations[row.name] = row.wrap(getattr(module, self.function))
         return self.implementations[row.name]
 
 
-def _why_not_cpu() -> str | None:
+def _unavailable_reason_cpu() -> str | None:
     if cpu_extension is not None:
         return None
     return (
@@ -114,7 +119,7 @@ def _why_not_cpu() -> str | None:
     )
 
 
-def _why_not_triton() -> str | None:
+def _unavailable_reason_triton() -> str | None:
     if find_spec("triton") is None:
         return "triton is not installed"
     if not torch.cuda.is_available() and not _triton_is_interpreted():
@@ -126,20 +131,20 @@ def _triton_is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _why_not_cuda() -> str | None:
+def _unavailable_reason_cuda() -> str | None:
     if find_spec("fastlm._cuda") is None:
         return "the CUDA extension fastlm._cuda is not built"
     return None if torch.cuda.is_available() else "no CUDA device is visible to torch"
 
 
-def _why_not_simt() -> str | None:
+def _unavailable_reason_simt() -> str | None:
     if find_spec("fastlm._simt") is None:
         return "the emulator fastlm._simt is not built (FASTLM_SIMT=1 pip install -e .)"
     return None
 
 
-def on_its_device(function: Callable) -> Callable:
-    """The function, run with its tensors' device as the current one: kernels launch there."""
+def guard_device(function: Callable) -> Callable:
+    """Wrap a host function so that its tensors' device is the current one: kernels launch there."""
 
     @functools.wraps(function)
     def run(*args: Any) -> Any:
@@ -158,27 +163,27 @@ def on_its_device(function: Callable) -> Callable:
 BACKENDS: dict[str, Backend] = {
     row.name: row
     for row in (
-        Backend("cuda", "fastlm.cuda", ("cuda",), _why_not_cuda, around=on_its_device),
+        Backend("cuda", "fastlm.cuda", ("cuda",), _unavailable_reason_cuda, wrap=guard_device),
         Backend(
-            "simt", "fastlm.cuda", (), _why_not_simt, emulates=lambda: True, ops_of="cuda",
-            around=on_its_device,
+            "simt", "fastlm.cuda", (), _unavailable_reason_simt, can_emulate=lambda: True,
+            ops_from="cuda", wrap=guard_device,
         ),
         Backend(
-            "triton", "fastlm.kernels", ("cuda",), _why_not_triton,
-            emulates=_triton_is_interpreted,
+            "triton", "fastlm.kernels", ("cuda",), _unavailable_reason_triton,
+            can_emulate=_triton_is_interpreted,
         ),
-        Backend("cpu", "fastlm.cpu", ("cpu",), _why_not_cpu),
+        Backend("cpu", "fastlm.cpu", ("cpu",), _unavailable_reason_cpu),
         Backend("reference", "fastlm.reference", (), dtypes=_FLOATS),
     )
 }  # fmt: skip
-OPS: dict[str, Entry] = {}
+OPS: dict[str, OpEntry] = {}
 
 _get_num_threads = torch.get_num_threads
 # A forked process has none of OpenMP's threads and waits for them for ever, in torch's parallel
-# loops as in ours. With one thread it needs none.
+# loops as in fastlm's. With one thread it needs no others.
 os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 # by op, device type and dtype
-_picked: dict[tuple, Callable] = {}
+_selected: dict[tuple, Callable] = {}
 _rows: dict[tuple, list[Backend]] = {}
 
 
@@ -186,174 +191,177 @@ def add_op(
     definition: Callable,
     backends: str,
     *,
-    chosen_by: str,
-    serves: Mapping[str, Serves] | None = None,
+    dispatch_arg: str,
+    supports: Mapping[str, Support] | None = None,
     fake: Callable | None = None,
-) -> Entry:
+) -> OpEntry:
     """Add an op to the table; `fastlm.operator.declare` describes the arguments."""
     name = definition.__name__.removesuffix("_forward")
-    serves = serves or {}
-    OPS[name] = Entry(
+    supports = supports or {}
+    OPS[name] = OpEntry(
         name,
         module=definition.__module__.rsplit(".", 1)[1],
         function=definition.__name__,
-        serves={b: serves.get(b) for b in (*backends.split(), "reference")},
-        chosen_by=chosen_by,
+        supports={b: supports.get(b) for b in (*backends.split(), "reference")},
+        dispatch_arg=dispatch_arg,
         fake=fake,
     )
     return OPS[name]
 
 
 def add(row: Backend) -> None:
-    """Add a backend, the best for its devices, with the ops that it names.
+    """Add a backend with the ops that it names, in front of all others for its devices.
 
     Raises:
-        InputError: a backend has the name already; an op of the row is in no table.
+        InputError: a backend with this name exists; an op of the row is not in `OPS`.
     """
     if row.name in BACKENDS:
-        raise InputError(f"name: expected one that no backend has, got {row.name!r}")
+        raise InputError(f"name: expected a name that no backend has, got {row.name!r}")
     if unknown := sorted(row.ops.keys() - OPS.keys()):
         raise InputError(f"ops: expected some of {', '.join(OPS)}, got {', '.join(unknown)}")
     others = dict(BACKENDS)
     BACKENDS.clear()
     BACKENDS.update({row.name: row} | others)
-    _forget()
+    _clear_caches()
 
 
 def remove(name: str) -> None:
-    """Take back `add`."""
+    """Remove a backend that `add` added."""
     del BACKENDS[name]
     for entry in OPS.values():
         entry.implementations.pop(name, None)
-    _forget()
+    _clear_caches()
 
 
-def _forget() -> None:
-    """Choose anew from now on."""
-    _picked.clear()
+def _clear_caches() -> None:
+    """Forget the selections so far, because the rows have changed."""
+    _selected.clear()
     _rows.clear()
 
 
-def _checked_backend(name: str, source: str) -> str:
+def _check_backend(name: str, source: str) -> str:
     if name not in BACKENDS:
         raise InputError(f"{source}: expected one of {', '.join(BACKENDS)}, got {name!r}")
     return name
 
 
-_forced: str | None = os.environ.get("FASTLM_BACKEND") or None
-if _forced is not None:
-    _checked_backend(_forced, "FASTLM_BACKEND")
+_forced_name: str | None = os.environ.get("FASTLM_BACKEND") or None
+if _forced_name is not None:
+    _check_backend(_forced_name, "FASTLM_BACKEND")
 
 
-def why_not(backend: str) -> str | None:
-    """Why this backend cannot run on this machine, or None when it can."""
-    return BACKENDS[backend].why_not()
+def unavailable_reason(backend: str) -> str | None:
+    """Return why this backend cannot run on this machine, or None if it can."""
+    return BACKENDS[backend].unavailable_reason()
 
 
-def why_not_here(op: str, backend: str, device: str, dtype: torch.dtype) -> str | None:
-    """Why `backend` cannot serve `op` on tensors of this device type and dtype, or None."""
+def unsupported_reason(op: str, backend: str, device: str, dtype: torch.dtype) -> str | None:
+    """Return why `backend` cannot run `op` on tensors of this device type and dtype, or None."""
     row = BACKENDS[backend]
-    if not OPS[op].has(row):
+    if not OPS[op].is_in(row):
         return f"{op} has no {backend} implementation"
     if backend != "reference":
-        if device not in row.devices and not (device == "cpu" and row.emulates()):
+        if device not in row.devices and not (device == "cpu" and row.can_emulate()):
             return f"{backend} does not run on {device} tensors"
         if dtype not in row.dtypes:
-            return f"{backend} serves {_names(row.dtypes)}, not {_names((dtype,))}"
-    return row.why_not()
+            return f"{backend} supports {_names(row.dtypes)}, not {_names((dtype,))}"
+    return row.unavailable_reason()
 
 
 def _names(dtypes: Sequence[torch.dtype]) -> str:
     return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
 
 
-def order(device: str) -> list[str]:
-    """The backends that serve tensors of this device type without being forced, best first."""
+def backends_for(device: str) -> list[str]:
+    """Return the backends for tensors of this device type, best first. Emulators are left out."""
     return [n for n, row in BACKENDS.items() if n == "reference" or device in row.devices]
 
 
-def pick(op: str, tensor: torch.Tensor) -> Callable:
-    """The implementation that `op` runs on tensors like this one."""
+def select(op: str, tensor: torch.Tensor) -> Callable:
+    """Return the implementation of `op` for tensors with the device and dtype of this one."""
     # The first call in each Python thread makes torch pass its number of threads to OpenMP; a
     # kernel that ran before it would use every core.
     _get_num_threads()
     key = (op, "cpu" if tensor.is_cpu else tensor.device.type, tensor.dtype)
-    if (chosen := _picked.get(key)) is None:
-        chosen = _picked[key] = _choose(*key)
-    return chosen
+    if (implementation := _selected.get(key)) is None:
+        implementation = _selected[key] = _select(*key)
+    return implementation
 
 
-def forced() -> str | None:
-    """The backend that ``FASTLM_BACKEND`` or `use_backend` forces."""
-    return _forced
+def forced_backend() -> str | None:
+    """Return the backend that ``FASTLM_BACKEND`` or `use_backend` forces, or None."""
+    return _forced_name
 
 
-def picked(op: str, tensor: torch.Tensor, *others: Any) -> str | None:
-    """The name of the backend that runs `op`, or None where the forced one cannot.
+def backend_for(op: str, tensor: torch.Tensor, *others: Any) -> str | None:
+    """Return the name of the backend that runs `op`, or None if the forced one cannot.
 
     Args:
-        tensor: the argument that decides.
-        others: where the op has a predicate, the arguments behind `tensor` that it reads.
+        tensor: the dispatch argument.
+        others: the next arguments, where the op has a predicate that reads them.
     """
     key = (op, "cpu" if tensor.is_cpu else tensor.device.type, tensor.dtype)
     if (rows := _rows.get(key)) is None:
         rows = _rows[key] = _candidates(*key)
     entry = OPS[op]
     for row in rows:
-        served = entry.serves_of(row)
-        if served is None or served.holds(tensor, *others):
+        support = entry.support_of(row)
+        if support is None or support.predicate(tensor, *others):
             return row.name
     return None
 
 
 def has_kernel(op: str, tensor: torch.Tensor, *others: Any) -> bool:
-    """Whether more than the definition runs `op`; the arguments are those of `picked`. For ops that
-    join others: without a kernel of their own, calling the others is faster."""
-    return picked(op, tensor, *others) not in (None, "reference")
+    """Return whether a kernel runs `op`, and not its definition. Arguments as for `backend_for`.
+
+    Model code checks this for fused ops: without a kernel, calling their parts is faster.
+    """
+    return backend_for(op, tensor, *others) not in (None, "reference")
 
 
-def _choose(op: str, device: str, dtype: torch.dtype) -> Callable:
+def _select(op: str, device: str, dtype: torch.dtype) -> Callable:
     entry = OPS[op]
     if dtype.is_floating_point and dtype not in _FLOATS:  # float8 is left to torch's own products
-        raise InputError(f"{entry.chosen_by}: expected {_names(_FLOATS)}, got {dtype}")
+        raise InputError(f"{entry.dispatch_arg}: expected {_names(_FLOATS)}, got {dtype}")
     if device == "meta":
         assert entry.fake is not None
         return entry.fake
-    if _forced is not None and (reason := why_not_here(op, _forced, device, dtype)):
-        raise InputError(f"backend: {_forced!r} is forced but cannot serve: {reason}")
+    if _forced_name is not None and (reason := unsupported_reason(op, _forced_name, device, dtype)):
+        raise InputError(f"backend: {_forced_name!r} is forced but cannot run {op}: {reason}")
     rows = _candidates(op, device, dtype)
     if not rows:
         raise InputError(f"{op}: no implementation for {device} tensors of {dtype}")
-    return _first_that_serves(entry, rows)
+    return _dispatcher(entry, rows)
 
 
 def _candidates(op: str, device: str, dtype: torch.dtype) -> list[Backend]:
-    """The rows that have `op` for tensors like these, best first; predicates are not asked."""
-    names = order(device) if _forced is None else [_forced]
-    return [BACKENDS[b] for b in names if why_not_here(op, b, device, dtype) is None]
+    """Return the rows that have `op` for this device and dtype, best first. Predicates are not
+    called."""
+    names = backends_for(device) if _forced_name is None else [_forced_name]
+    return [BACKENDS[b] for b in names if unsupported_reason(op, b, device, dtype) is None]
 
 
-def _first_that_serves(entry: Entry, rows: list[Backend]) -> Callable:
-    """The implementation of the first row or, where that has a predicate, a function that runs the
-    first of the rows that serves its arguments."""
+def _dispatcher(entry: OpEntry, rows: list[Backend]) -> Callable:
+    """Return the implementation of the first row. If that row has a predicate, return a function
+    that runs the first row that supports its arguments."""
     row, *rest = rows
-    implementation, served = entry.load(row), entry.serves_of(row)
-    if served is None:
+    implementation, support = entry.load(row), entry.support_of(row)
+    if support is None:
         return implementation
-    holds, other = served.holds, None
+    predicate, fallback = support.predicate, None
 
     def run(*args: Any) -> Any:
-        nonlocal other
-        if holds(*args):
+        nonlocal fallback
+        if predicate(*args):
             return implementation(*args)
         if not rest:
             raise InputError(
-                f"backend: {row.name!r} is forced but cannot serve: it has {entry.name} for"
-                f" {served.text}"
+                f"backend: {row.name!r} is forced but cannot run {entry.name}: it supports"
+                f" {support.text}"
             )
-        if other is None:
-            other = _first_that_serves(entry, rest)
-        return other(*args)
+        if fallback is None:
+            fallback = _dispatcher(entry, rest)
+        return fallback(*args)
 
     return run
 
@@ -364,20 +372,20 @@ def use_backend(name: str) -> Iterator[None]:
 
     An op that this backend cannot run raises.
     """
-    global _forced
-    before = _forced
-    _forced = _checked_backend(name, "use_backend")
-    _forget()
+    global _forced_name
+    before = _forced_name
+    _forced_name = _check_backend(name, "use_backend")
+    _clear_caches()
     try:
         yield
     finally:
-        _forced = before
-        _forget()
+        _forced_name = before
+        _clear_caches()
 
 
 def cpu_isa() -> str | None:
-    """The instruction set the C++ kernels run on, or None without the extension."""
-    if why_not("cpu"):
+    """Return the instruction set that the C++ kernels run on, or None without the extension."""
+    if unavailable_reason("cpu"):
         return None
     try:
         return cpu_extension.isa()
@@ -390,13 +398,14 @@ if os.environ.get("FASTLM_CPU_ISA"):
 
 
 def multiplies_bf16() -> bool:
-    """Whether the C++ kernels multiply bfloat16 directly; otherwise they widen it to float32."""
+    """Return whether the C++ kernels multiply bfloat16 directly. If not, they widen it to
+    float32."""
     return cpu_isa() in ("amx", "avx512", "amx_emulated")
 
 
 def cpu_isas() -> Sequence[str]:
-    """Every instruction set the C++ kernels can run on here, best first."""
-    if why_not("cpu"):
+    """Return all instruction sets that the C++ kernels can run on here, best first."""
+    if unavailable_reason("cpu"):
         return ()
     return cpu_extension.supported_isas()
 
@@ -405,7 +414,7 @@ def cpu_isas() -> Sequence[str]:
 def use_cpu_isa(name: str) -> Iterator[None]:
     """Force the C++ kernels onto one instruction set, process-wide.
 
-    One of amx, avx512, avx512_fma (bfloat16 products in float32), avx2, scalar, amx_emulated.
+    `name` is amx, avx512, avx512_fma (bfloat16 products in float32), avx2, scalar or amx_emulated.
     """
     before = cpu_extension.isa()
     try:

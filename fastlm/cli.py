@@ -219,9 +219,9 @@ def info(
     for key, value in have.items():
         if not isinstance(value, dict):
             facts.add_row(key, str(value))
-    for key in ("cpu_isa_why_not", "backends"):
+    for key in ("cpu_isa_unavailable", "backends"):
         for name, why in have[key].items():
-            facts.add_row(f"{key.removesuffix('_why_not')} {name}", why or "yes")
+            facts.add_row(f"{key.removesuffix('_unavailable')} {name}", why or "yes")
     # what runs each op and what else could run it; the first table says why a backend cannot run
     columns = [name for name, why in have["backends"].items() if why is None]
     ops = Table(
@@ -229,10 +229,10 @@ def info(
     )
     limits = Table(Column("~ serves a part", no_wrap=True), "", box=None, header_style="")
     for name, row in have["ops"].items():
-        marks = ["" if c in row["why_not"] else "✓~"[c in row["serves"]] for c in columns]
-        ops.add_row(name, row["picked"] or "nothing", *marks)
+        marks = ["" if c in row["unavailable"] else "✓~"[c in row["supports"]] for c in columns]
+        ops.add_row(name, row["backend"] or "nothing", *marks)
         by_text: dict[str, list[str]] = {}
-        for backend, text in row["serves"].items():
+        for backend, text in row["supports"].items():
             by_text.setdefault(text, []).append(backend)
         for text, backends in by_text.items():
             limits.add_row(name, f"{', '.join(backends)}: {text}")

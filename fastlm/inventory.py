@@ -1,4 +1,4 @@
-"""`info`: versions, hardware, and which implementation of every op runs here."""
+"""Collect what `fastlm info` shows: versions, hardware, and the backend that runs each op."""
 
 import platform
 from typing import Any
@@ -12,31 +12,32 @@ from fastlm.machine import cpu_name
 
 
 def info() -> dict[str, Any]:
-    """Versions, hardware, extensions, and per op what runs here, why the others do not, and what a
-    backend serves of it where that is not everything.
+    """Return versions, hardware, extensions and, for each op, the backend that runs it here.
 
-    JSON-serialisable.
+    "unavailable" says why each other backend does not run the op, "supports" which arguments a
+    backend supports where these are not all. The result is JSON-serialisable.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    ops, forced = {}, backend.forced()
+    ops, forced = {}, backend.forced_backend()
     for op in sorted(backend.OPS):
         dtype = torch.bfloat16
-        rows = {b: backend.why_not_here(op, b, device, dtype) for b in backend.BACKENDS}
-        candidates = backend.order(device) if forced is None else (forced,)
-        served = {b: backend.OPS[op].serves_of(row) for b, row in backend.BACKENDS.items()}
-        order = [b for b in candidates if rows[b] is None]
+        reasons = {b: backend.unsupported_reason(op, b, device, dtype) for b in backend.BACKENDS}
+        candidates = backend.backends_for(device) if forced is None else (forced,)
+        supports = {b: backend.OPS[op].support_of(row) for b, row in backend.BACKENDS.items()}
+        usable = [b for b in candidates if reasons[b] is None]
         ops[op] = {
-            "picked": order[0] if order else None,
-            "why_not": {
+            "backend": usable[0] if usable else None,
+            "unavailable": {
                 b: f"{forced} is forced" for b in backend.BACKENDS if forced not in (None, b)
             }
-            | {b: r for b, r in rows.items() if r is not None},
-            "serves": {b: s.text for b, s in served.items() if s is not None},
+            | {b: r for b, r in reasons.items() if r is not None},
+            "supports": {b: s.text for b, s in supports.items() if s is not None},
         }
     isas: dict[str, str] = {}
-    if backend.why_not("cpu") is None:
+    if backend.unavailable_reason("cpu") is None:
         names = ("amx", "avx512", "avx512_fma", "avx2", "scalar")
-        isas = {name: why for name in names if (why := backend.cpu_extension.why_not(name))}
+        reason_of = backend.cpu_extension.why_not
+        isas = {name: reason for name in names if (reason := reason_of(name))}
     return {
         "fastlm": fastlm.__version__,
         "python": platform.python_version(),
@@ -46,22 +47,22 @@ def info() -> dict[str, Any]:
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "cpu_isa": backend.cpu_isa(),
-        "cpu_isa_why_not": isas,
+        "cpu_isa_unavailable": isas,
         "bf16_products": _products_of_bf16(),
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "forced_backend": forced,
-        "backends": {b: backend.why_not(b) for b in backend.BACKENDS},
+        "backends": {b: backend.unavailable_reason(b) for b in backend.BACKENDS},
         "ops": ops,
     }
 
 
 def _products_of_bf16() -> str | None:
-    """How the C++ kernels multiply bfloat16 by default, why, and the rate of each way here."""
-    if backend.why_not("cpu") is not None:
+    """Say how the C++ kernels multiply bfloat16 by default, why, and how fast each method is."""
+    if backend.unavailable_reason("cpu") is not None:
         return None
-    by, because, dot, fma = backend.cpu_extension.products_of_bf16()
+    method, reason, dot, fma = backend.cpu_extension.products_of_bf16()
     rates = ", ".join(f"{name} {rate:.0f}" for name, rate in (("dot", dot), ("FMA", fma)) if rate)
-    return f"{by} ({because}{f'; GFLOPS of a core: {rates}' if rates else ''})"
+    return f"{method} ({reason}{f'; GFLOPS of a core: {rates}' if rates else ''})"
 
 
 def _version(package: str) -> str | None:

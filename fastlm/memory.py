@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from fastlm.backend import cpu_extension, why_not
+from fastlm.backend import cpu_extension, unavailable_reason
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's <malloc.h>
 
@@ -33,7 +33,7 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError):
         return False
     kept = bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, -1))
-    if kept and why_not("cpu") is None:
+    if kept and unavailable_reason("cpu") is None:
         cpu_extension.want_huge_pages(False)  # csrc/cpu/base/huge_pages.h
     return kept
 

@@ -1,15 +1,15 @@
-"""How an op is declared: once, in its file of `fastlm.ops`, from its definition.
+"""Declare an op once, in its file of `fastlm.ops`, from its definition.
 
 `declare` takes the plain PyTorch functions of `fastlm.reference` and derives the rest:
 
 - the schema of ``torch.ops.fastlm.<name>``, from the definition's signature;
-- shapes for tensors without memory, by running the definition on such tensors;
+- shapes for tensors without memory (the fake), by running the definition on such tensors;
 - the derivative, from the names of the backward's parameters (`fastlm.derivative`);
-- the hosts of the kernels, by the definition's module and name (`fastlm.backend`).
+- the host functions of the kernels, from the definition's module and name (`fastlm.backend`).
 
-The function that it returns is what the public function calls. It bypasses torch's dispatcher where
-nothing traces or transforms the call. Public functions first convert dtypes with `autocast` and
-`promoted`.
+It returns a function that the public function calls. This function bypasses torch's dispatcher
+where nothing traces or transforms the call. Public functions first convert dtypes with `autocast`
+and `promote`.
 
 Ops are registered with ``torch.library.Library`` (1.8 us per call here) and not with
 ``torch.library.custom_op`` (7.6 us).
@@ -27,7 +27,7 @@ from torch.autograd import forward_ad, profiler
 
 from fastlm import flops as flop_formulas
 from fastlm import transforms
-from fastlm.backend import Serves, add_op, pick
+from fastlm.backend import Support, add_op, select
 from fastlm.derivative import Derivative
 from fastlm.reference.blocks import shapes_only
 from fastlm.transforms import PLAIN
@@ -39,51 +39,53 @@ def declare(
     definition: Callable,
     backends: str,
     *,
-    chosen_by: str = "",
-    serves: Mapping[str, Serves] | None = None,
+    dispatch_arg: str = "",
+    supports: Mapping[str, Support] | None = None,
     fake: Callable | None = None,
-    writes: Sequence[str] = (),
+    mutates_args: Sequence[str] = (),
     outputs: str = "",
     backward: Callable | None = None,
     gradients: Sequence[str | tuple[str, ...]] = (),
-    keeps: Mapping[str, Callable] | None = None,
-    zeros: Mapping[str, str] | None = None,
-    constants: Sequence[str] = (),
+    saves: Mapping[str, Callable] | None = None,
+    zeros_like: Mapping[str, str] | None = None,
+    non_differentiable: Sequence[str] = (),
     flops: Callable | None = None,
     flops_by_values: Callable | None = None,
 ) -> Callable:
-    """Define ``torch.ops.fastlm.<name>``, where the definition is called ``<name>`` or
+    """Define ``torch.ops.fastlm.<name>``. Its definition is called ``<name>`` or
     ``<name>_forward``.
 
     Args:
         definition: a function of `fastlm.reference`. Its annotated signature is the operator's. A
-            parameter whose type is a NamedTuple of numbers is one argument of every implementation,
-            and its fields are arguments of the operator.
-        backends: those with an implementation, by name, apart from the reference.
-        chosen_by: the tensor whose device and dtype decide; the first one by default.
-        serves: backend -> which arguments it serves; without an entry, all.
-        fake: shapes of the results, where the definition reads values, where a result is not
-            contiguous, or where a model has the op in every layer: tracing a definition of ten
-            torch ops takes 15 ms at a call, this 1 ms.
-        writes: the arguments that the op writes. Such an op has no derivative.
-        outputs, backward, gradients, keeps, zeros, constants: the derivative; see
+            parameter of a NamedTuple type is one argument of every implementation, and its fields
+            are arguments of the operator.
+        backends: the names of the backends with an implementation, without the reference.
+        dispatch_arg: the tensor by whose device and dtype `select` chooses; by default the first.
+        supports: backend -> the arguments that it supports; without an entry, all.
+        fake: returns results of the right shapes. Pass it where the definition reads values, where
+            a result is not contiguous, or where a model has the op in every layer: tracing a
+            definition of ten torch ops takes 15 ms per call, a fake 1 ms.
+        mutates_args: the arguments that the op writes. Such an op has no derivative.
+        outputs, backward, gradients, saves, zeros_like, non_differentiable: the derivative; see
             `fastlm.derivative`.
-        flops: counts FLOPs from the operator's arguments, tensors as shapes (`fastlm.flops`);
-            `flops_by_values` counts them from the tensors themselves.
+        flops: counts FLOPs from the operator's arguments, tensors as shapes (`fastlm.flops`).
+        flops_by_values: counts them from the tensors themselves.
     """
     name = definition.__name__.removesuffix("_forward")
-    signature = _Signature(definition, writes)
+    signature = _Signature(definition, mutates_args)
     inputs = signature.names
-    by = inputs.index(chosen_by) if chosen_by else signature.tensors[0]
+    dispatch_index = inputs.index(dispatch_arg) if dispatch_arg else signature.tensors[0]
     plain_definition = _without_autocast(definition)
-    fake = fake or _shapes_of(definition, bool(writes))
-    entry = add_op(definition, backends, chosen_by=inputs[by], serves=serves, fake=fake)
+    fake = fake or _shapes_of(definition, bool(mutates_args))
+    entry = add_op(
+        definition, backends, dispatch_arg=inputs[dispatch_index], supports=supports, fake=fake
+    )
     entry.implementations["reference"] = plain_definition
     derivative = None
     if backward is not None:
         derivative = Derivative(
-            signature.names, signature.optional, outputs, backward, gradients, keeps or {},
-            zeros or {}, constants,
+            signature.names, signature.optional, outputs, backward, gradients, saves or {},
+            zeros_like or {}, non_differentiable,
         )  # fmt: skip
 
     def refuse(*_: Any) -> Any:  # without it torch warns and continues with zeros
@@ -94,31 +96,31 @@ def declare(
         setup, backward_of_operator = derivative.functions(
             signature.sizes, None if signature.is_flat else signature.pack
         )
-    operator = _operator(name, signature, by, fake)
+    operator = _operator(name, signature, dispatch_index, fake)
     if formula := flops or flops_by_values:
         flop_formulas.add(getattr(torch.ops.fastlm, name), formula, raw=flops is None)
-    if not writes:  # torch differentiates no op that writes its arguments
+    if not mutates_args:  # torch differentiates no op that writes its arguments
         transforms.register_derivative(_library, operator, setup, backward_of_operator)
     flat = signature.flat
     packed = operator if signature.is_flat else lambda *args: operator(*flat(args))
     differentiable = packed
     if derivative:
-        differentiable = _function(name, by, *derivative.functions())
+        differentiable = _function(name, dispatch_index, *derivative.functions())
     transformed = transforms.transformed(
         operator, plain_definition, setup, backward_of_operator, flat
     )
-    call = _call(name, signature, by, packed, differentiable, transformed)
+    call = _call(name, signature, dispatch_index, packed, differentiable, transformed)
     return functools.update_wrapper(call, definition)
 
 
-def _operator(name: str, signature: "_Signature", by: int, fake: Callable) -> Any:
+def _operator(name: str, signature: "_Signature", dispatch_index: int, fake: Callable) -> Any:
     """Define the operator, with its implementation for every device and its fake."""
     pack = signature.pack
     _library.define(f"{name}{signature.schema}", tags=(torch.Tag.pt2_compliant_tag,))
 
     def run(*args: Any) -> Any:
         args = pack(args)
-        return pick(name, args[by])(*args)
+        return select(name, args[dispatch_index])(*args)
 
     _library.impl(name, run, "CompositeExplicitAutograd")
     flat_fake = fake if signature.is_flat else lambda *args: fake(*pack(args))
@@ -129,29 +131,30 @@ def _operator(name: str, signature: "_Signature", by: int, fake: Callable) -> An
 def _call(
     name: str,
     signature: "_Signature",
-    by: int,
+    dispatch_index: int,
     operator: Any,
     differentiable: Callable,
     transformed: Callable,
 ) -> Callable:
-    """What the public function calls. It runs `operator`, which gets the implementations'
-    arguments, or, on plain tensors with nothing tracing or transforming, the implementation itself:
-    the dispatcher costs 4 us here, as much as a decode-size kernel. Where a gradient is needed, the
-    implementation runs inside a `torch.autograd.Function` (10 us in all, where the operator's
-    derivative costs 35).
+    """Make the function that the public function calls.
+
+    On plain tensors, with nothing tracing or transforming, it runs the implementation itself: the
+    dispatcher costs 4 us here, as much as a decode-size kernel. Otherwise it runs `operator`, which
+    takes the implementations' arguments. Where a gradient is needed, the implementation runs inside
+    a `torch.autograd.Function` (10 us in all, where the operator's derivative costs 35).
     """
     tensors, flat = signature.tensors, signature.flat
     is_compiling, is_grad_enabled = torch.compiler.is_dynamo_compiling, torch.is_grad_enabled
     modes, transform = torch._C._len_torch_dispatch_stack, transforms.innermost
     plain, is_tracing = (PLAIN | signature.options).issuperset, torch._C._is_tracing
 
-    def recorded(*args: Any) -> Any:  # the dispatcher takes four times as long
+    def call_with_profiler(*args: Any) -> Any:  # the dispatcher takes four times as long
         with _RecordFunctionFast(f"fastlm::{name}", flat(args)):
             if is_grad_enabled() and any(
                 args[i] is not None and args[i].requires_grad for i in tensors
             ):
                 return differentiable(*args)
-            return pick(name, args[by])(*args)
+            return select(name, args[dispatch_index])(*args)
 
     def call(*args: Any) -> Any:
         if is_compiling():
@@ -164,13 +167,13 @@ def _call(
             and forward_ad._current_level < 0
         ):
             if profiler._is_profiler_enabled:
-                return recorded(*args)
+                return call_with_profiler(*args)
             if is_grad_enabled():
                 for i in tensors:
                     if (tensor := args[i]) is not None and tensor.requires_grad:
                         return differentiable(*args)
             try:
-                return pick(name, args[by])(*args)
+                return select(name, args[dispatch_index])(*args)
             except RuntimeError:  # tensors of a batched backward look plain but have no memory
                 if not transforms.in_batched_backward():
                     raise
@@ -181,39 +184,43 @@ def _call(
 
 
 class _Signature:
-    """A definition's parameters, as the implementations have them, and as the operator has them,
-    where the fields of a NamedTuple are arguments of their own.
+    """A definition's parameters, for the implementations and for the operator.
+
+    The operator takes the fields of a NamedTuple as separate arguments.
 
     Attributes:
-        schema: the operator's, without its name.
-        names: of the parameters.
-        tensors: positions of the tensors.
-        optional: the names of those that may be None.
-        sizes: of each parameter, its number of arguments of the operator.
+        schema: the operator's schema, without its name.
+        names: the names of the parameters.
+        tensors: the positions of the tensors.
+        optional: the names of the parameters that may be None.
+        sizes: for each parameter, the number of the operator's arguments.
         options: the types of the NamedTuples.
-        is_flat: whether there is no NamedTuple.
+        is_flat: True without a NamedTuple.
     """
 
-    def __init__(self, definition: Callable, writes: Sequence[str]):
+    def __init__(self, definition: Callable, mutates_args: Sequence[str]):
         parameters = [*inspect.signature(definition).parameters.values()]
         self.names = [p.name for p in parameters]
-        flat, self._packed, self.options = [], [], frozenset()
+        flat, self.options = [], frozenset()
+        self._types = []  # of each parameter: its NamedTuple, or None
         for parameter in parameters:
-            kind = parameter.annotation
-            fields = getattr(kind, "_fields", None)
+            annotation = parameter.annotation
+            fields = getattr(annotation, "_fields", None)
             if fields is None:
                 flat.append(parameter)
-                self._packed.append(None)
+                self._types.append(None)
                 continue
-            self.options |= {kind}
-            if any("Tensor" in str(p.annotation) for p in parameters[len(self._packed) :]):
+            self.options |= {annotation}
+            if any("Tensor" in str(p.annotation) for p in parameters[len(self._types) :]):
                 raise TypeError(
                     f"{definition.__name__}: expected {parameter.name} after all tensors"
                 )
-            self._packed.append(kind)
-            flat += [parameter.replace(name=f, annotation=kind.__annotations__[f]) for f in fields]
+            self._types.append(annotation)
+            flat += [
+                parameter.replace(name=f, annotation=annotation.__annotations__[f]) for f in fields
+            ]
         self.is_flat = not self.options
-        self.sizes = [1 if kind is None else len(kind._fields) for kind in self._packed]
+        self.sizes = [1 if t is None else len(t._fields) for t in self._types]
 
         def flattened(*_: Any) -> None: ...
 
@@ -222,34 +229,34 @@ class _Signature:
         flattened.__signature__ = inspect.Signature(  # pyright: ignore[reportFunctionMemberAccess]
             parameters, return_annotation=returns
         )
-        self.schema = torch.library.infer_schema(flattened, mutates_args=tuple(writes))
-        kinds = {
+        self.schema = torch.library.infer_schema(flattened, mutates_args=tuple(mutates_args))
+        annotations = {
             p.name: str(p.annotation) for p in inspect.signature(definition).parameters.values()
         }
-        self.tensors = [i for i, n in enumerate(self.names) if "Tensor" in kinds[n]]
-        self.optional = {n for n in self.names if "None" in kinds[n]}
+        self.tensors = [i for i, n in enumerate(self.names) if "Tensor" in annotations[n]]
+        self.optional = {n for n in self.names if "None" in annotations[n]}
 
     def flat(self, args: Sequence[Any]) -> tuple:
-        """The operator's arguments."""
+        """Return the operator's arguments from the implementations'."""
         if self.is_flat:
             return tuple(args)
-        parts = ((a,) if kind is None else a for a, kind in zip(args, self._packed))
+        parts = ((a,) if t is None else a for a, t in zip(args, self._types))
         return tuple(value for part in parts for value in part)
 
     def pack(self, args: tuple) -> tuple:
-        """The implementations' arguments from the operator's."""
+        """Return the implementations' arguments from the operator's."""
         if self.is_flat:
             return args
-        packed, at = [], 0
-        for kind, size in zip(self._packed, self.sizes):
-            packed.append(args[at] if kind is None else kind(*args[at : at + size]))
+        values, at = [], 0
+        for options_type, size in zip(self._types, self.sizes):
+            values.append(args[at] if options_type is None else options_type(*args[at : at + size]))
             at += size
-        return tuple(packed)
+        return tuple(values)
 
 
-def _shapes_of(definition: Callable, writes: bool) -> Callable:
-    """The fake of an op whose results are contiguous and whose shapes do not depend on values."""
-    if writes:
+def _shapes_of(definition: Callable, mutates_args: bool) -> Callable:
+    """Make the fake of an op with contiguous results, where shapes do not depend on values."""
+    if mutates_args:
         return lambda *_: None
 
     def fake(*args: Any) -> Any:
@@ -262,48 +269,49 @@ def _shapes_of(definition: Callable, writes: bool) -> Callable:
     return fake
 
 
-def _function(name: str, by: int, setup: Callable, backward: Callable):
-    """The implementation with its derivative, for plain tensors: the counterpart of what
-    `register_autograd` adds to the operator.
+def _function(name: str, dispatch_index: int, setup: Callable, backward: Callable):
+    """Return the implementation with its derivative, for plain tensors.
+
+    `register_autograd` adds the same to the operator.
     """
 
     def forward(ctx: Any, *args: Any) -> Any:
-        output = pick(name, args[by])(*args)
+        output = select(name, args[dispatch_index])(*args)
         setup(ctx, args, output)
         return output
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     function: Any = type(name, (torch.autograd.Function,), methods)
-    function._backward_cls.apply = backward  # torch's own checks for other kinds of derivative
+    function._backward_cls.apply = backward  # torch's apply checks for other kinds of derivative
     # Function.apply checks for transforms, 0.9 us per call; `call` has already done that
     return super(torch.autograd.Function, function).apply  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _without_autocast(function: Callable) -> Callable:
-    """The reference, which computes in float32 or wider even where autocast would use 16 bits."""
+    """Wrap the reference so that it computes in float32 or wider even under 16-bit autocast."""
 
     @functools.wraps(function)
-    def wide(*args: Any) -> Any:
+    def run(*args: Any) -> Any:
         device = next(a.device.type for a in args if isinstance(a, torch.Tensor))
         if device == "meta" or not torch.is_autocast_enabled(device):
             return function(*args)
         with torch.autocast(device, enabled=False):
             return function(*args)
 
-    return wide
+    return run
 
 
-def autocasts(t: torch.Tensor) -> bool:
-    """Whether ``torch.autocast`` is on for t's device; never for a tensor without memory."""
+def is_autocast_on(t: torch.Tensor) -> bool:
+    """Return whether ``torch.autocast`` is on for t's device: never for a tensor without memory."""
     return t.device.type != "meta" and torch.is_autocast_enabled(t.device.type)
 
 
 def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Cast the tensors as ``F.linear`` does: to the dtype of ``torch.autocast`` where it is on.
 
-    Ops check `autocast_somewhere` first: 0.06 us per call, where a check of a device takes 0.25.
+    Ops check `is_any_autocast_on` first: 0.06 us per call, where a check of a device takes 0.25.
     """
-    if not autocasts(tensors[0]):
+    if not is_autocast_on(tensors[0]):
         return tensors
     dtype = torch.get_autocast_dtype(tensors[0].device.type)
     return tuple(
@@ -311,10 +319,10 @@ def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     )
 
 
-def promoted(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def promote(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Cast both to the wider of their dtypes, as torch's own addition does."""
     wide = torch.promote_types(a.dtype, b.dtype)
     return a.to(wide), b.to(wide)
 
 
-autocast_somewhere: Callable[[], bool] = torch._C._is_any_autocast_enabled
+is_any_autocast_on: Callable[[], bool] = torch._C._is_any_autocast_enabled

@@ -14,7 +14,9 @@ from fastlm import backend
 
 def extension() -> Any:
     """The module whose functions launch kernels."""
-    return importlib.import_module(f"fastlm._{'simt' if backend.forced() == 'simt' else 'cuda'}")
+    return importlib.import_module(
+        f"fastlm._{'simt' if backend.forced_backend() == 'simt' else 'cuda'}"
+    )
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """paged_attention through csrc/cuda/paged_attention.cu: the decode step.
 
-`SERVES` says which calls; the backends behind it run the others. Rows that are not dense are copied
-first.
+`SUPPORT` says which calls it runs; the next backends run the others. Rows that are not dense are
+copied first.
 """
 
 import functools
@@ -9,7 +9,7 @@ import functools
 import torch
 from torch import Tensor
 
-from fastlm.backend import Serves
+from fastlm.backend import Support
 from fastlm.cuda import constants, extension, multiprocessors, stream
 from fastlm.memory_order import elements_last
 from fastlm.reference import AttentionOptions
@@ -76,7 +76,7 @@ def _holds(q: Tensor, k: Tensor, v: Tensor, *_) -> bool:
     return rows <= _MOST_DOT_ROWS and _aligned(k, load) and _aligned(v, load)
 
 
-SERVES = Serves(  # the limits of csrc/cuda/ops.h, which a machine without the extension lacks
+SUPPORT = Support(  # the limits of csrc/cuda/ops.h, which a machine without the extension lacks
     "D and Dv multiples of 8, up to 256; one query, or up to 64 rows of q per key head, 8 in"
     " float32; aligned to 16 bytes, a cache of int8 to 8",
     _holds,

@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
-from fastlm.backend import Serves
+from fastlm.backend import Support
 from fastlm.cuda import constants, extension, stream
 from fastlm.cuda.quantized_linear import empty_rows
 from fastlm.memory_order import rows_of
 
 # What the kernel keeps in shared memory, on every card, while it rounds it
-ROUND_SERVES = Serves(
+ROUND_SUPPORT = Support(
     "rows of up to 48 KiB",
     lambda x, *_: x.shape[-1] * x.element_size() <= constants().RMS_NORM_ROUND_BYTES,
 )

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlm.operator import autocast, autocast_somewhere
+from fastlm.operator import autocast, is_any_autocast_on
 from fastlm.ops import glu, layer_norm, linear, linear_cross_entropy, rms_norm, rope
 
 
@@ -102,7 +102,7 @@ def _linear(base: type) -> Callable:
     @functools.wraps(base.forward)
     def forward(self: Any, input: Tensor) -> Tensor:
         # fastlm's products are bfloat16 on a CPU; checking further costs 2 us per layer
-        if not input.is_cpu or (input.dtype is not torch.bfloat16 and not autocast_somewhere()):
+        if not input.is_cpu or (input.dtype is not torch.bfloat16 and not is_any_autocast_on()):
             return F.linear(input, self.weight, self.bias)
         return linear(input, self.weight, self.bias)
 

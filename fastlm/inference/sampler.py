@@ -87,7 +87,11 @@ class Sampler:
 
         A row has the same result in any company where logits are on the CPU."""
         logits = logits.float()
-        if not logits.is_cpu or backend.forced() not in (None, "cpu") or backend.why_not("cpu"):
+        if (
+            not logits.is_cpu
+            or backend.forced_backend() not in (None, "cpu")
+            or backend.unavailable_reason("cpu")
+        ):
             return choose_with_torch(logits, rows)
         torch.get_num_threads()  # passes torch's number of threads to OpenMP
         needed = backend.cpu_extension.sample_workspace(logits.shape[1])

@@ -35,9 +35,9 @@ def unsupported_reason(model: "CausalLM") -> str | None:
     """Why this model's steps go through its modules, or None if they do not."""
     if model.device.type != "cpu" or torch.compiler.is_compiling():
         return "the kernel runs on the CPU, outside torch.compile"
-    if backend.why_not("cpu"):
-        return backend.why_not("cpu")
-    if backend.picked("rms_norm", model.model.norm.weight) != "cpu":
+    if backend.unavailable_reason("cpu"):
+        return backend.unavailable_reason("cpu")
+    if backend.backend_for("rms_norm", model.model.norm.weight) != "cpu":
         return "another backend is forced, or the kernel does not serve the model's dtype"
     layers: Any = model.model.layers
     if [layer.self_attn.layer for layer in layers] != list(range(model.config.num_hidden_layers)):

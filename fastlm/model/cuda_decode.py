@@ -39,12 +39,12 @@ def unsupported_reason(model: "CausalLM") -> str | None:
         return "graphs are a GPU's"
     if model.model.depends_on_length:
         return "its rotary frequencies depend on the length of the context"
-    if backend.forced() not in (None, "cuda"):
+    if backend.forced_backend() not in (None, "cuda"):
         return "another backend is forced"
-    if backend.picked("paged_append", model.model.norm.weight) != "cuda":
+    if backend.backend_for("paged_append", model.model.norm.weight) != "cuda":
         return "the CUDA kernels are not built, or do not serve its dtype"
-    if backend.why_not("triton"):  # attention that the CUDA kernel does not support
-        return backend.why_not("triton")
+    if backend.unavailable_reason("triton"):  # attention that the CUDA kernel does not support
+        return backend.unavailable_reason("triton")
     if torch.is_autocast_enabled("cuda"):
         return "the cache has not the dtype of autocast, whose casts a graph would outlive"
     embedding: Any = model.model.embed_tokens

@@ -22,7 +22,7 @@ from fastlm.errors import InputError
 from fastlm.memory import recompute
 from fastlm.model.quantized_modules import QuantizedLinear
 from fastlm.model.rotary import RotaryTables
-from fastlm.operator import autocast, autocast_somewhere
+from fastlm.operator import autocast, is_any_autocast_on
 from fastlm.ops import attention, glu, quantized_linear, rms_norm, rope, varlen_attention
 from fastlm.ops.glu import glu_round
 from fastlm.ops.linear import Linear
@@ -390,7 +390,7 @@ def _add_norm(
         x = norm(stream)
     else:
         x, stream = norm(branch, residual=stream)
-    if autocast_somewhere():
+    if is_any_autocast_on():
         (x,) = autocast(x)
     return x, stream, norm.recompute(x, stream)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._C._profiler import _RecordFunctionFast
 
 from fastlm import reference
-from fastlm.backend import BACKENDS, add_op, pick
+from fastlm.backend import BACKENDS, add_op, select
 from fastlm.reference import AdamWTensor
 
 
@@ -19,7 +19,7 @@ def adamw(
     """`reference.adamw`, in place: at least one tensor, whatever their dtypes; all on one device
     unless the reference runs."""
     with _RecordFunctionFast("fastlm::adamw"):
-        pick("adamw", _dispatch_arg(tensors))(tensors, max_grad_norm, grad_norm, have_norm)
+        select("adamw", _dispatch_arg(tensors))(tensors, max_grad_norm, grad_norm, have_norm)
 
 
 def _dispatch_arg(tensors: list[AdamWTensor]) -> Tensor:
@@ -30,4 +30,4 @@ def _dispatch_arg(tensors: list[AdamWTensor]) -> Tensor:
     return next((p for p in special if p.dtype not in served), (special or params)[0])
 
 
-add_op(reference.adamw, "cpu triton cuda", chosen_by="param", fake=lambda *_: None)
+add_op(reference.adamw, "cpu triton cuda", dispatch_arg="param", fake=lambda *_: None)

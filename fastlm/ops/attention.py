@@ -20,7 +20,7 @@ from torch import Tensor
 from fastlm import reference
 from fastlm.errors import InputError
 from fastlm.memory_order import elements_last, empty_out
-from fastlm.operator import autocast, autocast_somewhere, declare
+from fastlm.operator import autocast, declare, is_any_autocast_on
 from fastlm.ops.wrong_type import FAILURES, explained
 from fastlm.reference import AttentionOptions
 
@@ -77,7 +77,7 @@ def attention(
     try:
         if unknown:
             raise _unknown_argument(next(iter(unknown)))
-        if autocast_somewhere():
+        if is_any_autocast_on():
             q, k, v = autocast(q, k, v)
         q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
         if not len(q_shape) == len(k_shape) == len(v_shape) == 4:
@@ -274,7 +274,7 @@ def _backward_flops(dout, dlse, q, k, v, *_, **__):
 _backward = declare(
     reference.attention_backward,
     "cpu triton",
-    chosen_by="q",
+    dispatch_arg="q",
     fake=_backward_fake,
     flops=_backward_flops,
 )
@@ -285,6 +285,6 @@ _forward = declare(
     outputs="out lse",
     backward=_backward,
     gradients=("q", "k", "v", "sinks", "bias"),
-    zeros={"dout": "out"},
+    zeros_like={"dout": "out"},
     flops=_flops,
 )

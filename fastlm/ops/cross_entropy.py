@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
-from fastlm.backend import Serves
+from fastlm.backend import Support
 from fastlm.errors import InputError
 from fastlm.operator import declare
 from fastlm.ops.wrong_type import FAILURES, explained
@@ -280,11 +280,11 @@ def _derivative(
     )  # fmt: skip
 
 
-def _but_soft_targets(class_weight: int) -> dict[str, Serves]:
+def _but_soft_targets(class_weight: int) -> dict[str, Support]:
     """What the CUDA kernels serve; they read the same class weights (an argument's place) for all
     rows."""
     return {
-        "cuda": Serves(
+        "cuda": Support(
             "class numbers as targets",
             lambda *args: args[class_weight] is None or args[class_weight].dim() == 1,
         )
@@ -294,21 +294,21 @@ def _but_soft_targets(class_weight: int) -> dict[str, Serves]:
 _backward = declare(
     reference.cross_entropy_backward,
     "cpu triton cuda",
-    chosen_by="logits",
-    serves=_but_soft_targets(5),
+    dispatch_arg="logits",
+    supports=_but_soft_targets(5),
 )
 _forward = declare(
     reference.cross_entropy_forward,
     "cpu triton cuda",
-    serves=_but_soft_targets(2),
+    supports=_but_soft_targets(2),
     outputs="shift log_sum nll smoothed?",
     backward=_derivative,
     gradients=["logits"],
-    zeros={"d_nll": "shift"},
-    constants=["shift"],
+    zeros_like={"d_nll": "shift"},
+    non_differentiable=["shift"],
 )
 _loss_backward = declare(
-    reference.cross_entropy_loss_backward, "cpu triton cuda", chosen_by="logits"
+    reference.cross_entropy_loss_backward, "cpu triton cuda", dispatch_arg="logits"
 )
 _loss = declare(
     reference.cross_entropy_loss,
@@ -316,5 +316,5 @@ _loss = declare(
     outputs="loss stats",
     backward=_loss_backward,
     gradients=["logits"],
-    constants=["stats"],
+    non_differentiable=["stats"],
 )

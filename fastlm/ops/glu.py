@@ -7,9 +7,9 @@ multiply-adds per byte moved, the arithmetic is free and the memory is not.
 from torch import Tensor
 
 from fastlm import reference
-from fastlm.backend import Serves
+from fastlm.backend import Support
 from fastlm.errors import InputError
-from fastlm.operator import autocasts, declare, promoted
+from fastlm.operator import declare, is_autocast_on, promote
 from fastlm.ops.wrong_type import FAILURES, explained
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu2")
@@ -41,8 +41,8 @@ def glu(gate: Tensor, up: Tensor, *, act: str = "silu") -> Tensor:
             or up.dtype != gate.dtype
             or not ((up.is_cpu and gate.is_cpu) or up.device == gate.device)
         ):
-            if up.dtype != gate.dtype and autocasts(gate):
-                return glu(*promoted(gate, up), act=act)
+            if up.dtype != gate.dtype and is_autocast_on(gate):
+                return glu(*promote(gate, up), act=act)
             raise InputError(
                 f"up: expected {gate.dtype} {tuple(gate.shape)} on {gate.device} as gate,"
                 f" got {up.dtype} {tuple(up.shape)} on {up.device}"
@@ -57,11 +57,11 @@ def activated(x: Tensor, act: str) -> Tensor:
     return _forward(x, None, act)
 
 
-_CUDA = {"cuda": Serves("gate and up", lambda gate, up, act: up is not None)}
+_CUDA = {"cuda": Support("gate and up", lambda gate, up, act: up is not None)}
 _backward = declare(
     reference.glu_backward,
     "cpu triton",
-    chosen_by="gate",
+    dispatch_arg="gate",
     fake=lambda dy, gate, up, act: (
         gate.new_empty(gate.shape),
         gate.new_empty(0 if up is None else gate.shape),
@@ -70,7 +70,7 @@ _backward = declare(
 _forward = declare(
     reference.glu_forward,
     "cpu triton cuda",
-    serves=_CUDA,
+    supports=_CUDA,
     fake=lambda gate, up, act: gate.new_empty(gate.shape),
     outputs="y",
     backward=_backward,

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from fastlm import reference
 from fastlm.errors import InputError
-from fastlm.operator import autocasts, declare, promoted
+from fastlm.operator import declare, is_autocast_on, promote
 from fastlm.ops.wrong_type import FAILURES, explained
 
 
@@ -51,8 +51,8 @@ def layer_norm(
         if residual is not None and (
             residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device
         ):
-            if residual.dtype != x.dtype and autocasts(x):
-                x, residual = promoted(x, residual)
+            if residual.dtype != x.dtype and is_autocast_on(x):
+                x, residual = promote(x, residual)
                 return layer_norm(x, weight, bias, eps, residual=residual)
             raise InputError(
                 f"residual: expected {x.dtype} {tuple(x.shape)} on {x.device} as x,"
@@ -76,13 +76,13 @@ def _does_not_fit(name: str, parameter: Tensor, x: Tensor) -> InputError:
     )
 
 
-_backward = declare(reference.layer_norm_backward, "cpu triton", chosen_by="h")
+_backward = declare(reference.layer_norm_backward, "cpu triton", dispatch_arg="h")
 _forward = declare(
     reference.layer_norm_forward,
     "cpu triton",
     outputs="y h? mean rstd",
     backward=_backward,
     gradients=(("x", "residual"), "weight", "bias"),
-    keeps={"h": lambda x, residual, h: x if residual is None else h},
-    zeros={"dy": "h"},
+    saves={"h": lambda x, residual, h: x if residual is None else h},
+    zeros_like={"dy": "h"},
 )

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlm import reference
-from fastlm.backend import Serves, cpu_isa, forced
+from fastlm.backend import Support, cpu_isa, forced_backend
 from fastlm.cpu.linear import linear_split
 from fastlm.errors import InputError
-from fastlm.operator import autocast, autocast_somewhere, declare
+from fastlm.operator import autocast, declare, is_any_autocast_on
 from fastlm.ops.glu import ACTIVATIONS, activated
 from fastlm.ops.wrong_type import FAILURES, explained
 from fastlm.transforms import is_eager
@@ -65,7 +65,7 @@ def splits(x: Tensor, *weights: Tensor) -> bool:
         and all(t.dtype == torch.float32 for t in (x, *weights))
         and not torch.is_autocast_enabled("cpu")
         and not torch.is_grad_enabled()
-        and forced() in (None, "cpu")
+        and forced_backend() in (None, "cpu")
         and cpu_isa() in ("amx", "amx_emulated")
         and x.numel() >= _LEAST_SPLIT * x.shape[-1] > 0
         and all(w.numel() > 0 for w in weights)
@@ -105,7 +105,7 @@ def linear(
                 f"bias: expected shape ({weight.shape[0]},), the rows of weight,"
                 f" got {tuple(bias.shape)}"
             )
-        casts = autocast_somewhere()
+        casts = is_any_autocast_on()
         for name, t in (("weight", weight), ("bias", bias)):
             if t is not None and ((t.dtype != x.dtype and not casts) or t.device != x.device):
                 raise InputError(
@@ -157,7 +157,7 @@ def _serves_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and x.numel() > 0 < weight.numel()
         and not torch.is_autocast_enabled("cpu")
         and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
-        and forced() in (None, "cpu")
+        and forced_backend() in (None, "cpu")
         and torch.backends.mkldnn.is_available()
         and not _own(x, weight)
         and not splits(x, weight)
@@ -177,14 +177,15 @@ def _own(x: Tensor, weight: Tensor) -> bool:
     """
     if not is_eager(x, weight) or not x.is_cpu:
         return False
-    autocasts = torch.is_autocast_enabled("cpu")
-    if (torch.get_autocast_dtype("cpu") if autocasts else x.dtype) != torch.bfloat16:
+    autocast_on = torch.is_autocast_enabled("cpu")
+    if (torch.get_autocast_dtype("cpu") if autocast_on else x.dtype) != torch.bfloat16:
         return False
     learns = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     least = _LEAST_ROWS.get(cpu_isa() or "", (math.inf, math.inf))[0 if learns else 1]
     return (
         x.numel() >= least * x.shape[-1] > 0
-        and forced() in (None, "cpu", "reference")  # kernels of a GPU leave products to torch
+        and forced_backend()
+        in (None, "cpu", "reference")  # kernels of a GPU leave products to torch
         and weight.numel() > 0
     )
 
@@ -203,16 +204,16 @@ def _served(first: Tensor, *others) -> bool:
     )
 
 
-_SERVES = {"cpu": Serves("bfloat16, no empty matrix", _served)}
-_backward = declare(reference.linear_backward, "cpu", serves=_SERVES, flops=_backward_flops)
+_SUPPORT = {"cpu": Support("bfloat16, no empty matrix", _served)}
+_backward = declare(reference.linear_backward, "cpu", supports=_SUPPORT, flops=_backward_flops)
 _forward = declare(
     reference.linear_forward,
     "cpu",
-    serves=_SERVES,
+    supports=_SUPPORT,
     outputs="y",
     backward=_backward,
     gradients=("x", "weight", "bias"),
-    keeps={
+    saves={
         "x": lambda x, need_weight: x if need_weight else None,
         "weight": lambda weight, need_x: weight if need_x else None,
     },

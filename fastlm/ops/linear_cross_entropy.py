@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlm import reference
-from fastlm.backend import picked
+from fastlm.backend import backend_for
 from fastlm.errors import InputError
-from fastlm.operator import autocast, autocast_somewhere, declare
+from fastlm.operator import autocast, declare, is_any_autocast_on
 from fastlm.ops.cross_entropy import (
     check,
     check_options,
@@ -84,7 +84,7 @@ def linear_cross_entropy(
         range.
     """
     try:
-        if autocast_somewhere():
+        if is_any_autocast_on():
             input, linear_weight = autocast(input, linear_weight)
         classes = check_linear(input, linear_weight, linear_bias)
         check(input, "input", classes, target, weight, label_smoothing)
@@ -93,7 +93,7 @@ def linear_cross_entropy(
             is_eager(input, linear_weight, target)  # first: a traced size would add a guard
             and target.numel() <= _FEW_ROWS
             and target.numel() * linear_weight.numel() <= _SMALL
-            and picked("linear_cross_entropy", input) == "cpu"
+            and backend_for("linear_cross_entropy", input) == "cpu"
             and ignore_index
             not in target.reshape(-1).tolist()  # ignored rows must not reach dw, even as NaN
         ):
@@ -251,7 +251,10 @@ def _loss_flops(input, linear_weight, *options, **_):
 
 
 _backward = declare(
-    reference.linear_cross_entropy_backward, "cpu triton", chosen_by="input", flops=_backward_flops
+    reference.linear_cross_entropy_backward,
+    "cpu triton",
+    dispatch_arg="input",
+    flops=_backward_flops,
 )
 _forward = declare(
     reference.linear_cross_entropy_forward,
@@ -259,12 +262,12 @@ _forward = declare(
     outputs="shift log_sum nll smoothed?",
     backward=_derivative,
     gradients=("input", "linear_weight", "linear_bias"),
-    zeros={"d_nll": "shift"},
-    constants=["shift"],
+    zeros_like={"d_nll": "shift"},
+    non_differentiable=["shift"],
     flops=_logits_flops,
 )
 _loss_backward = declare(
-    reference.linear_cross_entropy_loss_backward, "cpu triton", chosen_by="d_input"
+    reference.linear_cross_entropy_loss_backward, "cpu triton", dispatch_arg="d_input"
 )
 _loss = declare(  # the gradients are differentiable: a second derivative is refused, not zero
     reference.linear_cross_entropy_loss,
@@ -272,7 +275,7 @@ _loss = declare(  # the gradients are differentiable: a second derivative is ref
     outputs="loss d_input d_weight d_bias",
     backward=_loss_backward,
     gradients=("input", "linear_weight", "linear_bias"),
-    keeps={
+    saves={
         "weight_dtype": lambda linear_weight: linear_weight.dtype,
         "bias_dtype": lambda input, linear_bias: (
             (input if linear_bias is None else linear_bias).dtype

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastlm import reference
 from fastlm.errors import InputError
-from fastlm.operator import autocast, autocast_somewhere, declare
+from fastlm.operator import autocast, declare, is_any_autocast_on
 from fastlm.ops.wrong_type import FAILURES, explained
 from fastlm.row_losses import one_number
 from fastlm.transforms import is_traced, wants_gradient
@@ -83,7 +83,7 @@ def linear_distillation(
         InputError: shapes, dtypes or options that do not fit.
     """
     try:
-        if autocast_somewhere():
+        if is_any_autocast_on():
             student, student_weight = autocast(student, student_weight)
             teacher, teacher_weight = autocast(teacher, teacher_weight)
         _check(student, student_weight, teacher, teacher_weight, mask)
@@ -210,13 +210,13 @@ def _flops(student, student_weight, teacher, teacher_weight, *options, **_):
     return 2 * math.prod(teacher) * teacher_weight[0] + (1 + need_student + need_weight) * own
 
 
-_backward = declare(reference.linear_distillation_backward, "cpu triton", chosen_by="d_student")
+_backward = declare(reference.linear_distillation_backward, "cpu triton", dispatch_arg="d_student")
 _loss = declare(  # the gradients are differentiable: a second derivative is refused, not zero
     reference.linear_distillation_forward,
     "cpu triton",
     outputs="loss d_student d_weight",
     backward=_backward,
     gradients=("student", "student_weight"),
-    keeps={"weight_dtype": lambda student_weight: student_weight.dtype},
+    saves={"weight_dtype": lambda student_weight: student_weight.dtype},
     flops=_flops,
 )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastlm import reference
 from fastlm.errors import InputError
-from fastlm.operator import autocast, autocast_somewhere, declare
+from fastlm.operator import autocast, declare, is_any_autocast_on
 from fastlm.ops.cross_entropy import check, check_options
 from fastlm.ops.linear_cross_entropy import check_linear
 from fastlm.ops.wrong_type import FAILURES, explained
@@ -62,7 +62,7 @@ def linear_logprobs(
         range.
     """
     try:
-        if autocast_somewhere():
+        if is_any_autocast_on():
             input, linear_weight = autocast(input, linear_weight)
         classes = check_linear(input, linear_weight, linear_bias)
         check(input, "input", classes, target, None, 0.0)
@@ -120,7 +120,7 @@ def _backward_flops(d_logprob, d_entropy, input, linear_weight, *options, **_):
 
 
 _backward = declare(
-    reference.linear_logprobs_backward, "cpu triton", chosen_by="input", flops=_backward_flops
+    reference.linear_logprobs_backward, "cpu triton", dispatch_arg="input", flops=_backward_flops
 )
 _forward = declare(
     reference.linear_logprobs_forward,
@@ -128,7 +128,7 @@ _forward = declare(
     outputs="logprob entropy? shift log_sum",
     backward=_derivative,
     gradients=("input", "linear_weight", "linear_bias"),
-    zeros={"d_logprob": "shift"},
-    constants=("shift", "log_sum"),
+    zeros_like={"d_logprob": "shift"},
+    non_differentiable=("shift", "log_sum"),
     flops=_forward_flops,
 )

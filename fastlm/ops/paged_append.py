@@ -5,7 +5,7 @@ from torch import Tensor
 
 from fastlm import reference
 from fastlm.errors import InputError
-from fastlm.operator import autocasts, declare
+from fastlm.operator import declare, is_autocast_on
 from fastlm.ops.attention import as_int32
 from fastlm.ops.paged_attention import cache_scales
 from fastlm.ops.wrong_type import FAILURES, explained
@@ -49,7 +49,11 @@ def paged_append(
         for name, t in (("k", k), ("v", v), ("k_cache", k_cache), ("v_cache", v_cache)):
             if t.dim() != 4:
                 raise InputError(f"{name}: expected 4 dimensions, got {tuple(t.shape)}")
-        if k_cache.is_floating_point() and not k.dtype == v.dtype == k_cache.dtype and autocasts(k):
+        if (
+            k_cache.is_floating_point()
+            and not k.dtype == v.dtype == k_cache.dtype
+            and is_autocast_on(k)
+        ):
             k, v = k.to(k_cache.dtype), v.to(k_cache.dtype)
         for name, x, cache in (("k", k, k_cache), ("v", v, v_cache)):
             wanted = (*k.shape[:2], *cache.shape[2:])
@@ -97,4 +101,4 @@ def paged_append(
         raise explained(error, paged_append, locals()) from None
 
 
-_append = declare(reference.paged_append, "cpu triton cuda", writes=("k_cache", "v_cache"))
+_append = declare(reference.paged_append, "cpu triton cuda", mutates_args=("k_cache", "v_cache"))

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
-from fastlm.cuda.paged_attention import SERVES
+from fastlm.cuda.paged_attention import SUPPORT
 from fastlm.errors import InputError
 from fastlm.flops import has_values
-from fastlm.operator import autocasts, declare
+from fastlm.operator import declare, is_autocast_on
 from fastlm.ops.attention import as_int32, check_option_tensors, check_options, wide_dtype
 from fastlm.ops.wrong_type import FAILURES, explained
 
@@ -90,7 +90,7 @@ def checked(
     for name, t in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
         if t.dim() != 4:
             raise InputError(f"{name}: expected 4 dimensions, got {tuple(t.shape)}")
-    if q.dtype != k_cache.dtype and k_cache.is_floating_point() and autocasts(q):
+    if q.dtype != k_cache.dtype and k_cache.is_floating_point() and is_autocast_on(q):
         q = q.to(k_cache.dtype)
     if v_cache.shape[:3] != k_cache.shape[:3] or k_cache.shape[1] == 0:
         raise InputError(
@@ -165,7 +165,7 @@ def _flops(q, k_cache, v_cache, block_table, seq_lens, *_, **__):
 op = declare(
     reference.paged_attention,
     "cpu triton cuda",
-    serves={"cuda": SERVES},
+    supports={"cuda": SUPPORT},
     fake=_fake,
     flops_by_values=_flops,
 )

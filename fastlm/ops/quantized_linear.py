@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
-from fastlm.backend import Serves
+from fastlm.backend import Support
 from fastlm.errors import InputError
 from fastlm.operator import declare
 from fastlm.ops.quantized_weight import QuantizedWeight
@@ -111,7 +111,7 @@ _forward = declare(
     outputs="y",
     backward=_derivative,
     gradients=("x", "bias"),
-    keeps={"k": lambda x: x.shape[-1]},
+    saves={"k": lambda x: x.shape[-1]},
     flops=_flops,
 )
 
@@ -120,13 +120,13 @@ def _not_float64(*arguments) -> bool:
     return arguments[-1] != torch.float64
 
 
-_FLOATS = Serves("float32, bfloat16 and float16 results", _not_float64)
+_FLOATS = Support("float32, bfloat16 and float16 results", _not_float64)
 # (rows, K) of a QuantizedWeight, or of rows taken from one. Chosen by scales: qdata is no float.
 dequantize = declare(
     reference.dequantize,
     "cpu triton cuda",
-    chosen_by="scales",
-    serves=dict.fromkeys(("cpu", "triton", "cuda"), _FLOATS),
+    dispatch_arg="scales",
+    supports=dict.fromkeys(("cpu", "triton", "cuda"), _FLOATS),
 )
 
 
@@ -142,4 +142,6 @@ class Int8Rows(NamedTuple):
 
 
 # The product behind `rms_norm_round` and `glu_round`. Chosen by scales: q is no float.
-rounded_linear = declare(reference.rounded_linear, "cuda", chosen_by="scales", flops=_rounded_flops)
+rounded_linear = declare(
+    reference.rounded_linear, "cuda", dispatch_arg="scales", flops=_rounded_flops
+)

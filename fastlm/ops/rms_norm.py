@@ -3,9 +3,9 @@
 from torch import Tensor
 
 from fastlm import reference
-from fastlm.cuda.rms_norm import ROUND_SERVES
+from fastlm.cuda.rms_norm import ROUND_SUPPORT
 from fastlm.errors import InputError
-from fastlm.operator import autocasts, declare, promoted
+from fastlm.operator import declare, is_autocast_on, promote
 from fastlm.ops.wrong_type import FAILURES, explained
 from fastlm.reference.precision import wide_dtype
 
@@ -57,8 +57,8 @@ def rms_norm(
         if residual is not None and (
             residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device
         ):
-            if residual.dtype != x.dtype and autocasts(x):
-                x, residual = promoted(x, residual)
+            if residual.dtype != x.dtype and is_autocast_on(x):
+                x, residual = promote(x, residual)
                 return rms_norm(x, weight, eps, residual=residual, offset=offset)
             raise InputError(
                 f"residual: expected {x.dtype} of shape {tuple(x.shape)} as x on {x.device},"
@@ -87,7 +87,9 @@ def _backward_shapes(
     return h.new_empty(h.shape), dw
 
 
-_backward = declare(reference.rms_norm_backward, "cpu triton", chosen_by="h", fake=_backward_shapes)
+_backward = declare(
+    reference.rms_norm_backward, "cpu triton", dispatch_arg="h", fake=_backward_shapes
+)
 _forward = declare(
     reference.rms_norm_forward,
     "cpu triton cuda",
@@ -95,10 +97,10 @@ _forward = declare(
     outputs="y h? rstd",
     backward=_backward,
     gradients=(("x", "residual"), "weight"),
-    keeps={"h": lambda x, residual, h: x if residual is None else h},
-    zeros={"dy": "h"},
+    saves={"h": lambda x, residual, h: x if residual is None else h},
+    zeros_like={"dy": "h"},
 )
 
 
 # A norm before a product in int8, in a decode step: no launch and no trip to memory of its own.
-rms_norm_round = declare(reference.rms_norm_round, "cuda", serves={"cuda": ROUND_SERVES})
+rms_norm_round = declare(reference.rms_norm_round, "cuda", supports={"cuda": ROUND_SUPPORT})

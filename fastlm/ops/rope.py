@@ -13,7 +13,7 @@ from torch import Tensor
 from fastlm import reference
 from fastlm.errors import InputError
 from fastlm.memory_order import dense
-from fastlm.operator import autocasts, declare, promoted
+from fastlm.operator import declare, is_autocast_on, promote
 from fastlm.ops.wrong_type import FAILURES, explained
 from fastlm.transforms import is_eager
 
@@ -62,8 +62,8 @@ def rope(
             raise InputError(f"q: expected floats (B, H, S, D), got {q.dtype} {tuple(q.shape)}")
         batch, _, length, width = q.shape
         if k.dim() != 4 or k.shape[0] != batch or k.shape[2:] != q.shape[2:] or k.dtype != q.dtype:
-            if k.dtype != q.dtype and autocasts(q):
-                q, k = promoted(q, k)
+            if k.dtype != q.dtype and is_autocast_on(q):
+                q, k = promote(q, k)
                 return rope(
                     q, k, cos, sin, interleaved=interleaved, rotary_dim=rotary_dim,
                     mrope_section=mrope_section,

@@ -12,4 +12,6 @@ def _fake(q: Tensor, *_) -> Tensor:
     return q.new_empty(q.shape)
 
 
-rope_append = declare(reference.rope_append, "cuda", fake=_fake, writes=("k_cache", "v_cache"))
+rope_append = declare(
+    reference.rope_append, "cuda", fake=_fake, mutates_args=("k_cache", "v_cache")
+)

@@ -6,7 +6,7 @@ from torch import Tensor
 from fastlm import reference
 from fastlm.errors import InputError
 from fastlm.flops import has_values
-from fastlm.operator import autocast, autocast_somewhere, declare
+from fastlm.operator import autocast, declare, is_any_autocast_on
 from fastlm.ops.attention import (
     as_int32,
     backward_fake,
@@ -55,7 +55,7 @@ def varlen_attention(
             (this check would wait for a GPU, whose kernels stay inside the tensors).
     """
     try:
-        if autocast_somewhere():
+        if is_any_autocast_on():
             q, k, v = autocast(q, k, v)
         for name, t in (("q", q), ("k", k), ("v", v)):
             if t.dim() != 3:
@@ -128,7 +128,7 @@ def _backward_flops(dout, dlse, q, k, v, out, lse, *layout, **_):
 _backward = declare(
     reference.varlen_attention_backward,
     "cpu triton",
-    chosen_by="q",
+    dispatch_arg="q",
     fake=_backward_fake,
     flops_by_values=_backward_flops,
 )
@@ -139,6 +139,6 @@ _forward = declare(
     outputs="out lse",
     backward=_backward,
     gradients=("q", "k", "v", "sinks", "bias"),
-    zeros={"dout": "out"},
+    zeros_like={"dout": "out"},
     flops_by_values=_flops,
 )

@@ -37,26 +37,28 @@ def test_is_picked(added):
     compiled = torch.compile(lambda x: ops.rms_norm(x, w), backend="aot_eager", fullgraph=True)
     compiled(x.detach())
     assert calls == [(3, 8)] * 2
-    assert backend.picked("rms_norm", x) == "metal" and backend.has_kernel("rms_norm", x)
+    assert backend.backend_for("rms_norm", x) == "metal" and backend.has_kernel("rms_norm", x)
 
 
 def test_what_it_does_not_serve(added):
     """The next backend runs; where metal is forced it raises."""
     wide, w = torch.randn(2, 1025), torch.ones(1025)
-    expected = "'metal' is forced but cannot serve: "
+    expected = "'metal' is forced but cannot run "
     ops.rms_norm(wide, w)
     ops.rms_norm(torch.randn(2, 8).double(), torch.ones(8).double())
-    assert not calls and backend.picked("rms_norm", wide) != "metal"
+    assert not calls and backend.backend_for("rms_norm", wide) != "metal"
     with backend.use_backend("metal"):
         ops.rms_norm(wide[:, :1024], w[:1024])
         assert calls == [(2, 1024)]
-        with pytest.raises(InputError, match=expected + "it has rms_norm for rows of up to 1024"):
+        with pytest.raises(InputError, match=expected + "rms_norm: it supports rows of up to 1024"):
             ops.rms_norm(wide, w)
-        with pytest.raises(InputError, match=expected + "glu has no metal implementation"):
+        with pytest.raises(InputError, match=expected + "glu: glu has no metal implementation"):
             ops.glu(wide, wide)
-        with pytest.raises(InputError, match=expected + "metal serves float32, .*, not float64"):
+        with pytest.raises(
+            InputError, match=expected + "rms_norm: metal supports float32, .*, not float64"
+        ):
             ops.rms_norm(wide.double(), w)
-        assert backend.picked("rms_norm", wide) is None and not backend.has_kernel("glu", wide)
+        assert backend.backend_for("rms_norm", wide) is None and not backend.has_kernel("glu", wide)
 
 
 def test_is_in_info(added):
@@ -64,9 +66,9 @@ def test_is_in_info(added):
     assert info["backends"]["metal"] is None
     row = info["ops"]["rms_norm"]
     on_cpu = not torch.cuda.is_available()
-    assert (row["picked"] == "metal") == on_cpu and ("metal" in row["why_not"]) != on_cpu
-    assert row["serves"] == {"metal": "rows of up to 1024"}
-    assert info["ops"]["glu"]["why_not"]["metal"] == "glu has no metal implementation"
+    assert (row["backend"] == "metal") == on_cpu and ("metal" in row["unavailable"]) != on_cpu
+    assert row["supports"] == {"metal": "rows of up to 1024"}
+    assert info["ops"]["glu"]["unavailable"]["metal"] == "glu has no metal implementation"
 
 
 def test_nothing_is_left_of_it():
@@ -87,7 +89,7 @@ def test_nothing_is_left_of_it():
 
 
 def test_refuses_what_does_not_fit(added):
-    with pytest.raises(InputError, match="name: expected one that no backend has, got 'metal'"):
+    with pytest.raises(InputError, match="name: expected a name that no backend has, got 'metal'"):
         backend.add(metal.ROW)
     row = backend.Backend("tin", "tin", ("cpu",), ops={"rms_nrom": None})
     with pytest.raises(InputError, match=r"ops: expected some of .*, got rms_nrom"):
@@ -95,7 +97,7 @@ def test_refuses_what_does_not_fit(added):
     assert "tin" not in BACKENDS
 
 
-ROWS = {name: row for name, row in BACKENDS.items() if not row.ops_of} | {"metal": metal.ROW}
+ROWS = {name: row for name, row in BACKENDS.items() if not row.ops_from} | {"metal": metal.ROW}
 
 
 # Triton's hosts call something else "options", and "dh" what a kernel gets of `dh_above`.
@@ -110,7 +112,7 @@ def test_hosts_are_what_is_declared(row):
         module = f"{row.package}.{entry.module}"
         exists = importlib.util.find_spec(module) is not None
         host = getattr(importlib.import_module(module), entry.function, None) if exists else None
-        assert (host is not None) == entry.has(row), f"{module}.{entry.function}"
+        assert (host is not None) == entry.is_in(row), f"{module}.{entry.function}"
         if host is None:
             continue
         definition = entry.load(BACKENDS["reference"])

@@ -256,7 +256,7 @@ def test_cuda_functions_run_on_their_tensors_device(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "device", made_current)
-    run = backend.on_its_device(lambda *args: args)
+    run = backend.guard_device(lambda *args: args)
     here, there = torch.zeros(1), Elsewhere()
     assert run(here, 3) == (here, 3) and entered == []
     assert run(there, 3) == (there, 3) and run([there], 3) == ([there], 3)

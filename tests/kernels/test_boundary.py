@@ -253,7 +253,7 @@ def test_refused_permission_is_said_and_the_next_runs():
     with open("/proc/cpuinfo") as f:
         has_tiles = "amx_tile" in f.read()
     expected = "the kernel refused the permission" if has_tiles else "this CPU has no AMX tiles"
-    assert info["cpu_isa_why_not"]["amx"].startswith(expected)
+    assert info["cpu_isa_unavailable"]["amx"].startswith(expected)
 
 
 def test_backend_from_the_environment():
@@ -269,28 +269,30 @@ def test_info_says_what_runs_and_why_not():
     info = inventory.info()
     json.dumps(info)
     assert info["cpu_isa"] == _cpu.isa()
-    assert info["ops"]["rms_norm"]["picked"] == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert info["ops"]["rms_norm"]["backend"] == ("cuda" if torch.cuda.is_available() else "cpu")
     for op in info["ops"].values():
-        assert set(op["why_not"]) | {op["picked"]} <= set(backend.BACKENDS)
-        assert all(op["why_not"].values())
+        assert set(op["unavailable"]) | {op["backend"]} <= set(backend.BACKENDS)
+        assert all(op["unavailable"].values())
 
 
 def test_info_follows_a_forced_backend(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with backend.use_backend("reference"):
         row = inventory.info()["ops"]["glu"]
-    assert row["picked"] == "reference" and row["why_not"]["cpu"] == "reference is forced"
+    assert row["backend"] == "reference" and row["unavailable"]["cpu"] == "reference is forced"
     with backend.use_backend("cuda"):
         rows = inventory.info()["ops"]
-    assert rows["glu"]["picked"] is None
-    assert "attention has no cuda" in rows["attention"]["why_not"]["cuda"]
+    assert rows["glu"]["backend"] is None
+    assert "attention has no cuda" in rows["attention"]["unavailable"]["cuda"]
     if not torch.cuda.is_available():
         with backend.use_backend("triton"):
             row = inventory.info()["ops"]["glu"]
-        assert row["picked"] is None and "triton does not run on cpu" in row["why_not"]["triton"]
+        assert (
+            row["backend"] is None and "triton does not run on cpu" in row["unavailable"]["triton"]
+        )
         monkeypatch.setenv("TRITON_INTERPRET", "1")
         with backend.use_backend("triton"):
-            assert inventory.info()["ops"]["glu"]["picked"] == "triton"
+            assert inventory.info()["ops"]["glu"]["backend"] == "triton"
 
 
 def test_wrong_instruction_set_is_one_line_of_the_command():
@@ -310,7 +312,7 @@ def test_forcing_a_backend_that_is_not_here_raises(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with (
         backend.use_backend("triton"),
-        pytest.raises(InputError, match="'triton' is forced but cannot serve"),
+        pytest.raises(InputError, match="'triton' is forced but cannot run"),
     ):
         ops.rms_norm(torch.randn(2, 4), torch.randn(4))
     with (
@@ -338,9 +340,9 @@ def test_operator_is_skipped_only_where_nothing_watches(monkeypatch):
         want = ops.glu(gate, up)
     assert glu in seen
     callers = []
-    pick = backend.pick
+    select = backend.select
     monkeypatch.setattr(
-        operator, "pick", lambda *a: callers.append(sys._getframe(1).f_code.co_name) or pick(*a)
+        operator, "select", lambda *a: callers.append(sys._getframe(1).f_code.co_name) or select(*a)
     )
     assert torch.is_grad_enabled() and torch.equal(ops.glu(gate, up), want)
     assert callers.pop() == "call"  # not "run", which the operator calls

@@ -33,7 +33,7 @@ def test_new_cases(kernels, op):
 
 def test_every_cuda_kernel_has_cases():
     simt = backend.BACKENDS["simt"]
-    found = {name for name, entry in backend.OPS.items() if entry.has(simt)}
+    found = {name for name, entry in backend.OPS.items() if entry.is_in(simt)}
     # in the cases of quantized_linear, of cross_entropy, and of the two ops that round
     inside = {"dequantize", "cross_entropy_loss", "rounded_linear"}
     assert {op for op in found if not op.endswith("_backward")} - inside == set(ops_of("simt"))
@@ -67,7 +67,7 @@ def test_sees(kernels, how, message, monkeypatch):
     case |= {"shape": [3, 33], "spread": 1.0, "dtype": "float32", "act": "silu"}
     case |= {"threads": 1, "order": 1}
     with backend.use_backend(kernels):
-        right = backend.pick("glu", torch.empty(0))
+        right = backend.select("glu", torch.empty(0))
     options = {}
     monkeypatch.setattr(fuzz_cases, "emulator_options", lambda **o: options.update(o))
 

@@ -239,8 +239,8 @@ def test_why_not(monkeypatch):
     # as if it were on a GPU that has the kernels
     monkeypatch.setattr(CausalLM, "device", torch.device("cuda"))
     assert "CUDA kernels" in cuda_decode.unsupported_reason(model)
-    monkeypatch.setattr(backend, "picked", lambda *_: "cuda")
-    monkeypatch.setattr(backend, "why_not", lambda _: None)
+    monkeypatch.setattr(backend, "backend_for", lambda *_: "cuda")
+    monkeypatch.setattr(backend, "unavailable_reason", lambda _: None)
     assert cuda_decode.unsupported_reason(model) is None
     for name in ("triton", "reference"):
         with backend.use_backend(name):

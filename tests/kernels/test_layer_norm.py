@@ -77,6 +77,6 @@ def test_refusals():
             call()
     with (
         backend.use_backend("cpu"),
-        pytest.raises(InputError, match=r"cpu serves float32, bfloat16, float16, not float64"),
+        pytest.raises(InputError, match=r"cpu supports float32, bfloat16, float16, not float64"),
     ):
         ops.layer_norm(x.double())

@@ -127,7 +127,7 @@ def test_serves_its_rows(op, kernel, dtype):
     for name, row in op.rows.items():
         if "cuda" in row.on:
             call = op.build_for(row.case, dtype, "cuda", kernel.device)
-            assert host.SERVES.holds(*call.leaves[:3]), name
+            assert host.SUPPORT.predicate(*call.leaves[:3]), name
 
 
 @on("cuda")
@@ -209,7 +209,7 @@ def test_int8_rows_of_half_a_copy(op, kernel, d, dv):
     for i in (1, 2):
         n = call.leaves[i].shape[-1]
         call.leaves[i] = pad(call.leaves[i], (0, 32 - n), value=7)[..., :n]
-    assert host.SERVES.holds(*call.leaves[:3])
+    assert host.SUPPORT.predicate(*call.leaves[:3])
     check(call)
 
 
@@ -245,9 +245,11 @@ NOT_SERVED = {
 
 def not_forced():
     """The rows as if the emulator had a device of its own."""
-    names = (backend.forced(), "reference")
+    names = (backend.forced_backend(), "reference")
     return lambda *key: [
-        backend.BACKENDS[b] for b in names if backend.why_not_here(key[0], b, *key[1:]) is None
+        backend.BACKENDS[b]
+        for b in names
+        if backend.unsupported_reason(key[0], b, *key[1:]) is None
     ]
 
 
@@ -266,25 +268,23 @@ def test_what_it_does_not_serve(kernel, monkeypatch, shape, change):
     q_dtype = torch.float32 if dtype == torch.float32 else torch.bfloat16
     q = torch.randn(1, queries, heads, width, device=kernel.device).to(q_dtype)
     arguments = (q, k, v, table, lens)
-    with pytest.raises(
-        InputError, match="is forced but cannot serve: it has paged_attention for D"
-    ):
+    with pytest.raises(InputError, match="is forced but cannot run paged_attention: it supports D"):
         ops.paged_attention(*arguments, causal=True, **scales)
     with backend.use_backend("reference"):
         expected = ops.paged_attention(*arguments, causal=True, **scales)
     monkeypatch.setattr(backend, "_candidates", not_forced())
-    monkeypatch.setattr(backend, "_picked", {})
+    monkeypatch.setattr(backend, "_selected", {})
     assert torch.equal(ops.paged_attention(*arguments, causal=True, **scales), expected)
 
 
 @on("cuda")
 def test_served_and_not_in_turn(kernel, monkeypatch):
     """The predicate is asked for each call, once."""
-    asked, launches, holds = [], [], host.SERVES.holds
-    served = host.SERVES._replace(holds=lambda *a: (asked.append(1), holds(*a))[1])
-    monkeypatch.setitem(backend.OPS["paged_attention"].serves, "cuda", served)
+    asked, launches, holds = [], [], host.SUPPORT.predicate
+    served = host.SUPPORT._replace(predicate=lambda *a: (asked.append(1), holds(*a))[1])
+    monkeypatch.setitem(backend.OPS["paged_attention"].supports, "cuda", served)
     monkeypatch.setattr(backend, "_candidates", not_forced())
-    monkeypatch.setattr(backend, "_picked", {})
+    monkeypatch.setattr(backend, "_selected", {})
     monkeypatch.setattr(host, "stream", lambda t: (launches.append(t.shape[-1]), stream(t))[1])
     for width in (16, 20, 24):
         parts = move(kernel, pages([40], 16, 1, width, width, torch.float16))
@@ -300,7 +300,7 @@ def test_what_has_no_room(kernel, monkeypatch):
     for rows in (16, 17):
         q = torch.randn(1, 1, rows, 16, device=kernel.device).bfloat16()
         if rows > 16:
-            with pytest.raises(InputError, match="forced but cannot serve"):
+            with pytest.raises(InputError, match="forced but cannot run"):
                 ops.paged_attention(q, *parts)
         else:
             ops.paged_attention(q, *parts)

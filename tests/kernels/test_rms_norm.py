@@ -61,6 +61,6 @@ def test_refusals():
         ops.rms_norm(torch.ones(2, 8, dtype=torch.int64), torch.randn(8))
     with (
         backend.use_backend("cpu"),
-        pytest.raises(InputError, match=r"cpu serves float32, bfloat16, float16, not float64"),
+        pytest.raises(InputError, match=r"cpu supports float32, bfloat16, float16, not float64"),
     ):
         ops.rms_norm(x.double(), torch.randn(8).double())

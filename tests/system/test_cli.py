@@ -90,7 +90,7 @@ def test_version():
 def test_info(monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
     have = json.loads(call("info", "--json").stdout)
-    assert have["ops"]["rms_norm"]["picked"]
+    assert have["ops"]["rms_norm"]["backend"]
     text = call("info").stdout
     assert "torch" in text and all(f" {op} " in text for op in have["ops"])  # untruncated
     monkeypatch.setenv("COLUMNS", "120")

@@ -152,5 +152,5 @@ def test_wheel_and_sdist_work_outside_the_repository(tmp_path):
         [home / "bin" / "python", "-P", "-m", "fastlm", "info", "--json"],
         cwd=tmp_path, capture_output=True, text=True,
     )  # fmt: skip
-    assert json.loads(script.stdout)["ops"]["rms_norm"]["picked"] == "cpu", script.stderr
+    assert json.loads(script.stdout)["ops"]["rms_norm"]["backend"] == "cpu", script.stderr
     assert done.stdout.strip().startswith("16") or abs(float(done.stdout) - 16) < 1e-3, done.stderr

@@ -133,7 +133,7 @@ def test_what_runs_where_is_what_is_registered():
     def on(op: str) -> set[str]:
         """The backends of a forward or a backward."""
         entry = OPS.get("rope" if op == "rope_backward" else op)  # its backward is itself
-        return set() if entry is None else {b for b, row in BACKENDS.items() if entry.has(row)}
+        return set() if entry is None else {b for b, row in BACKENDS.items() if entry.is_in(row)}
 
     text = (ROOT / "README.md").read_text("utf-8")
     table = text.split("| op | reference | cpu | triton | cuda |\n", 1)[1].split("\n\n", 1)[0]

@@ -9,7 +9,7 @@ from torch import Tensor
 from cases.attention import CPU, Dense, attention_call, sinks_of, wide
 from cases.base import DTYPES, SLOW, Case, Op, OpCall, Row, choice_or_none, drop_unset, size
 from fastlm import backend, ops
-from fastlm.cuda.paged_attention import SERVES
+from fastlm.cuda.paged_attention import SUPPORT
 
 
 def pages(
@@ -47,7 +47,9 @@ def supported_backend(
     q: Tensor, k_cache: Tensor, v_cache: Tensor
 ) -> contextlib.AbstractContextManager:
     """Run on the reference what the forced CUDA kernel does not support."""
-    unsupported = backend.forced() in ("simt", "cuda") and not SERVES.holds(q, k_cache, v_cache)
+    unsupported = backend.forced_backend() in ("simt", "cuda") and not SUPPORT.predicate(
+        q, k_cache, v_cache
+    )
     return backend.use_backend("reference") if unsupported else contextlib.nullcontext()
 
 

@@ -11,5 +11,5 @@ ROW = backend.Backend(
     "metal",
     package="metal",
     devices=("cpu",),
-    ops={"rms_norm": backend.Serves("rows of up to 1024", _has_short_rows)},
+    ops={"rms_norm": backend.Support("rows of up to 1024", _has_short_rows)},
 )
