@@ -38,15 +38,15 @@ from fastlm.model.causal_lm import CausalLM
 from fastlm.model.quantized_modules import QuantizedLinear, put_quantized
 from fastlm.ops.quantized_weight import QuantizedWeight, pack_rows
 from fastlm.quant.calibration import text_windows
-from fastlm.quant.distill import tokens_of
+from fastlm.quant.distill import tokens_needed
 from fastlm.quant.options import QuantizeOptions
-from fastlm.quant.plan import plan_of
-from fastlm.quant.report import compare, true_bits
+from fastlm.quant.report import compare_models, effective_bits
+from fastlm.quant.targets import select_targets
 from fastlm.stats.intervals import ratio_error
 from fastlm.tokenizer.load import load_tokenizer
 
 GRIDS = {"g64": (64, True), "g32": (32, True), "g64 offsets": (64, False)}
-# ", awq": with AWQ's scales; ", distilled": with --distill steps at the end
+# ", awq": with AWQ's scales; ", distilled": with --distill-steps at the end
 METHODS = (
     "plain", "rtn", "rtn, calibrated", "rtn, awq", "gptq", "gptq, awq", "autoround",
     "autoround, awq", "rtn, distilled", "gptq, distilled",
@@ -55,7 +55,7 @@ METHODS = (
 
 def plain(model: CausalLM, group_size: int, symmetric: bool) -> CausalLM:
     """Round to nearest: the largest weight of a group on 7, or the group's range on 15 steps."""
-    plan = plan_of(model, QuantizeOptions(group_size=group_size, symmetric=symmetric))
+    plan = select_targets(model, QuantizeOptions(group_size=group_size, symmetric=symmetric))
     for target in plan:
         w = target.module.weight.detach().float()
         n, k = w.shape
@@ -107,7 +107,7 @@ def oracle(path: Path, windows: torch.Tensor) -> tuple[CausalLM, float, float, s
     group_size, symmetric = GRIDS[told["grid"]]
     options = {"group_size": group_size, "symmetric": symmetric}
     same = CausalLM(model.config)
-    bits = true_bits(fastlm.quantize(same, "w4a16", **options))["bits_per_weight"]
+    bits = effective_bits(fastlm.quantize(same, "w4a16", **options))["bits_per_weight"]
     fastlm.quantize(
         model,
         "w4a16",
@@ -127,7 +127,9 @@ def main() -> None:
     parser.add_argument("--heldout", type=positive, default=65536, help="tokens to compare on")
     parser.add_argument("--length", type=positive, default=512, help="of a window")
     parser.add_argument("--iterations", type=positive, default=200, help="of autoround, per layer")
-    parser.add_argument("--distill", type=positive, default=100, help="steps of ', distilled'")
+    parser.add_argument(
+        "--distill-steps", type=positive, default=100, help="steps of ', distilled'"
+    )
     parser.add_argument(
         "--progress", type=Path, help="keep finished layers in this folder, and continue from them"
     )
@@ -151,7 +153,7 @@ def main() -> None:
     distils = any(method.endswith("distilled") for method in options.methods)
     learnt = text_windows(
         before, tokenizer, options.data, length=seq_len, seed=0,
-        tokens=max(options.tokens, tokens_of(options.distill) if distils else 0),
+        tokens=max(options.tokens, tokens_needed(options.distill_steps) if distils else 0),
     )  # fmt: skip
     windows = learnt[: max(1, options.tokens // seq_len)]
     if options.leave:
@@ -170,14 +172,14 @@ def main() -> None:
     with token_dataset(options.data, tokenizer, vocab) as dataset:
 
         def measure(name: str, grid: str, after: CausalLM, bits: float, seconds: float) -> None:
-            found = compare(
+            found = compare_models(
                 before, after, dataset, seq_len=seq_len, stride=seq_len, max_tokens=options.heldout
             )
-            figures = found.figures()
-            spread = 100 * (figures["loss_error"] or 0.0)
+            metrics = found.metrics()
+            spread = 100 * (metrics["bpb_increase_error"] or 0.0)
             row = {
                 "name": name, "grid": grid, "bits_per_weight": bits, "seconds": seconds,
-                "loss_percent": 100 * found.loss, **figures, **told,
+                "loss_percent": 100 * found.bpb_increase, **metrics, **told,
                 "windows": [round(after, 6) for _, after in found.windows],
             }  # fmt: skip
             texts = ("model", "data", "length", "heldout")
@@ -197,7 +199,7 @@ def main() -> None:
             label = f"{name}, {grid}" if grid else name
             print(
                 f"| {label} | {bits:.2f} | {found.bits_per_byte:.4f} |"
-                f" {100 * found.loss:+.2f} ± {spread:.2f} % | {gain} |"
+                f" {100 * found.bpb_increase:+.2f} ± {spread:.2f} % | {gain} |"
                 f" {found.kl:.4f} | {100 * found.greedy_agreement:.1f} % | {seconds:.0f} |",
                 flush=True,
             )
@@ -219,17 +221,18 @@ def main() -> None:
                         model, "w4a16", group_size=group_size, symmetric=symmetric,
                         method=name, iterations=options.iterations,
                         calibration=None if method == "rtn" else windows,
-                        awq=method.endswith("awq"), distill=options.distill if last else 0,
-                        distill_text=learnt if last else None,
-                        progress=kept,
+                        awq=method.endswith("awq"),
+                        distill_steps=options.distill_steps if last else 0,
+                        distill_data=learnt if last else None,
+                        checkpoint_dir=kept,
                         log=lambda line: print(line, file=sys.stderr, flush=True),
                     )  # fmt: skip
                 seconds = time.process_time() - began
                 assert any(isinstance(m, QuantizedLinear) for m in model.modules())
                 steps = f"autoround ({options.iterations} steps)"
                 name = method.replace("autoround", steps)
-                name = name.replace("distilled", f"distilled ({options.distill} steps)")
-                measure(name, grid, model, true_bits(model)["bits_per_weight"], seconds)
+                name = name.replace("distilled", f"distilled ({options.distill_steps} steps)")
+                measure(name, grid, model, effective_bits(model)["bits_per_weight"], seconds)
         for entry in options.oracle:
             name, _, path = entry.partition("=")
             other, bits, seconds, grid = oracle(Path(path), windows)

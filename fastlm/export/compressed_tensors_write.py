@@ -16,7 +16,7 @@ from torch import Tensor
 from fastlm.checkpoint.folder import save_hf
 from fastlm.errors import InputError
 from fastlm.ops.quantized_weight import QuantizedWeight
-from fastlm.quant.plan import check_each
+from fastlm.quant.targets import check_layers
 
 GROUPS = (128, 64, 32)  # those of vLLM's kernels
 OUTSIDE = ("model.embed_tokens.weight", "lm_head.weight")
@@ -103,7 +103,7 @@ def check_compressed_tensors(
     if not layers:
         raise InputError("model: expected quantized layers for compressed-tensors, got none")
     widths = {name: weight.shape[1] for name, weight in layers.items()}
-    check_each(widths, lambda name: _check_layout(name, layers[name], list(widths.values())))
+    check_layers(widths, lambda name: _check_layout(name, layers[name], list(widths.values())))
     for names in _fused(_matrices(state)):
         found = [_layout(layers[name]) if name in layers else None for name in names]
         if len(set(found)) > 1:

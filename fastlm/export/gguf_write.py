@@ -36,7 +36,7 @@ from fastlm.export.gguf_encode import encode, kind_of, row_bytes
 from fastlm.export.gguf_vocab_write import vocabulary
 from fastlm.files import make_folder, save_atomic
 from fastlm.ops.quantized_weight import QuantizedWeight
-from fastlm.quant.plan import check_each
+from fastlm.quant.targets import check_layers
 from fastlm.tokenizer.tokenizer import Tokenizer
 
 State = Mapping[str, Tensor | QuantizedWeight]
@@ -105,7 +105,7 @@ def check_gguf(config: ModelConfig, state: State) -> dict[str, GGMLQuantizationT
     """
     _metadata(config, _architecture(config))
     widths = {key: weight.shape[-1] for key, weight in state.items()}
-    return check_each(widths, lambda key: kind_of(key, state[key]))
+    return check_layers(widths, lambda key: kind_of(key, state[key]))
 
 
 def _architecture(config: ModelConfig) -> str:

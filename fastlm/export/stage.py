@@ -43,9 +43,9 @@ class Export(Stage):
             return {}
         from fastlm.export.compressed_tensors_write import check_compressed_tensors
         from fastlm.export.gguf_write import check_gguf
-        from fastlm.quant.plan import outline, stored_outline
+        from fastlm.quant.targets import meta_model, meta_state
 
-        stored = facts.get("stored") or stored_outline(outline(config))
+        stored = facts.get("stored") or meta_state(meta_model(config))
         if self.format == "gguf":
             check_gguf(config, stored)
         elif any(w.zeros is not None for w in check_compressed_tensors(stored).values()):
@@ -59,10 +59,10 @@ class Export(Stage):
         from fastlm.export.compressed_tensors_write import save_compressed_tensors
         from fastlm.export.gguf_write import save_gguf
         from fastlm.model.load import load_model
-        from fastlm.quant.stage import check_out
+        from fastlm.quant.stage import check_output_folder
 
         (source,) = ctx.inputs["model"]
-        check_out(ctx.out, source.source)
+        check_output_folder(ctx.out, source.source)
         model, tokenizer = load_model(source.source)
         state = model.stored()
         if self.format == "gguf":

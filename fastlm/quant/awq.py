@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fastlm.model.layers import DecoderLayer, RMSNorm
 from fastlm.ops import quantize_weight
-from fastlm.quant.plan import Scheme
-from fastlm.quant.step import output_error, weight_of
+from fastlm.quant.step_result import get_weight, output_error
+from fastlm.quant.targets import Scheme
 
 # 0 leaves the features as they are. The paper tries 20 powers up to 1; the largest that was taken
 # in SmolLM2's first six layers is 0.45.
@@ -93,7 +93,7 @@ def scale_features(
             changed[name] = stored
         else:
             rows = slice(-len(factors), None)  # v of a joined qkv, up of a joined gate and up
-            weight, bias = weight_of(layer, fold.source), source.bias
+            weight, bias = get_weight(layer, fold.source), source.bias
             if bias is not None:
                 assert isinstance(bias, Tensor)
                 name = f"{fold.source}.bias"
@@ -104,7 +104,7 @@ def scale_features(
             weight[rows] /= factors[:, None]
         wide = _repeated(factors, fold.repeats, layer.self_attn.head_dim)
         for name in fold.readers:
-            weight_of(layer, name).mul_(wide)
+            get_weight(layer, name).mul_(wide)
             sums[name] = sums[name] / wide / wide[:, None]
     return powers, changed
 
@@ -132,7 +132,7 @@ def _best(
         wide = _repeated(factors, fold.repeats, width)
         error = 0.0
         for name in fold.readers:
-            scaled, moments = weight_of(layer, name) * wide, sums[name] / wide / wide[:, None]
+            scaled, moments = get_weight(layer, name) * wide, sums[name] / wide / wide[:, None]
             q = quantize_weight(scaled, **vars(schemes[name]), importance=moments.diagonal())
             error += output_error(scaled, q, moments)
         if error < least:

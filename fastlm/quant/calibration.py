@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from fastlm.tokenizer.tokenizer import Tokenizer
 
 # Web pages, documentation, code: what packages have that any model may see
-MIXED = (
+CALIBRATION_MIX = (
     "sdist:llamafactory#*/c4_demo.jsonl",
     "sdist:django#*docs/*.txt",
     "sdist:django#*django/db/*.py",
 )
-UNSEEN = "sdist:llamafactory#*/wiki_demo.txt"  # a kind that is not in the mix: encyclopedia
-SHAPE_KEYS = frozenset(("messages", "conversations", "instruction", "prompt"))
+OUT_OF_DOMAIN = "sdist:llamafactory#*/wiki_demo.txt"  # a kind that is not in the mix: encyclopedia
+CONVERSATION_KEYS = frozenset(("messages", "conversations", "instruction", "prompt"))
 
 
 def text_windows(
@@ -88,7 +88,9 @@ def has_conversations(data: str | Path, cache: Path) -> bool:
         return False  # prepared text or shards
     files = [f for f in list_files(str(data), cache=cache)[0] if f.format in FORMATS]
     first = next((row for _, row in read_rows(files[0])), None) if files else None
-    return isinstance(first, dict) and "text" not in first and not SHAPE_KEYS.isdisjoint(first)
+    return (
+        isinstance(first, dict) and "text" not in first and not CONVERSATION_KEYS.isdisjoint(first)
+    )
 
 
 def conversation_tokens(

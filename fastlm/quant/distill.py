@@ -30,8 +30,15 @@ from fastlm.ops import linear_distillation
 from fastlm.ops.quantized_weight import QuantizedWeight
 from fastlm.optim import AdamW
 from fastlm.progress import silent
-from fastlm.quant.plan import Target
-from fastlm.quant.step import Step, digest, keep_step, load_tensors, read_step, save_tensors
+from fastlm.quant.step_result import (
+    StepResult,
+    digest,
+    load_step_result,
+    load_tensors,
+    save_step_result,
+    save_tensors,
+)
+from fastlm.quant.targets import Target
 from fastlm.reference import unpack_rows
 
 if TYPE_CHECKING:
@@ -49,7 +56,7 @@ REACH = {"scales": 0.02, "floats": 0.01}
 WARM_UP = 0.1  # share of the steps in which the rates rise; they fall to 0 after it
 
 
-class _Scaled(torch.autograd.Function):
+class _ScaleCodes(torch.autograd.Function):
     """``q s``: codes q (N, K), s (N, groups), groups of `size` columns, the last may be short. q
     gets no gradient, and q alone is kept for the backward."""
 
@@ -71,7 +78,7 @@ def _in_groups(x: Tensor, size: int) -> Tensor:
     return (nn.functional.pad(x, (0, short)) if short else x).view(len(x), -1, size)
 
 
-class _Rounded(nn.Module):
+class _TrainableScales(nn.Module):
     """The parametrization of a weight: its codes q -> the weight as it is stored."""
 
     def __init__(self, start: QuantizedWeight):
@@ -82,7 +89,7 @@ class _Rounded(nn.Module):
         self.b = None if start.zeros is None else nn.Parameter(torch.zeros_like(self.s0))
 
     def forward(self, q: Tensor) -> Tensor:
-        w = _Scaled.apply(q, self._stored(self.a * self.s0), self.size)
+        w = _ScaleCodes.apply(q, self._stored(self.a * self.s0), self.size)
         assert isinstance(w, Tensor)
         if (z := self.zeros()) is not None:
             w = w + z.repeat_interleave(self.size, 1)[:, : w.shape[1]]
@@ -106,7 +113,7 @@ class _Rounded(nn.Module):
 
 
 class _Student:
-    """A float32 copy of `model` whose quantized weights are `_Rounded`, and what trains it."""
+    """A float32 copy of `model` and its optimizer; its quantized weights are `_TrainableScales`."""
 
     def __init__(
         self, model: "CausalLM", plan: Sequence[Target], weights: Mapping[str, QuantizedWeight],
@@ -115,10 +122,10 @@ class _Student:
         self.model = copy.deepcopy(model).float().eval().requires_grad_(False)
         for name, value in floats.items():
             self.model.get_parameter(name).copy_(value)
-        self.rounded: dict[str, _Rounded] = {}
+        self.rounded: dict[str, _TrainableScales] = {}
         for target in plan:
             module = self.model.get_submodule(target.name)
-            rounded = _Rounded(weights[target.name])
+            rounded = _TrainableScales(weights[target.name])
             q = weights[target.name]
             module.get_parameter("weight").copy_(unpack_rows(q.qdata, q.bits, q.shape[1]))
             parametrize.register_parametrization(module, "weight", rounded)
@@ -197,26 +204,26 @@ class Distillation:
         log: Callable[[str], None] = lambda line: None,
     ):
         self.teacher, self.plan, self.weights, self.floats = model, plan, weights, floats
-        kept = heldout_windows(len(ids), ids.shape[1])
+        kept = num_heldout_windows(len(ids), ids.shape[1])
         self.ids, self.heldout = ids[:-kept], ids[-kept:]
         self.steps, self.seed, self.folder = steps, seed, folder
         self.track, self.log = track, log
         self.batch = max(1, min(TOKENS // ids.shape[1], len(self.ids)))
 
-    def run(self) -> Step:
+    def run(self) -> StepResult:
         """The trained weights and floats, or none where the given ones predict the held-out text
         no worse. InputError: a loss that is not finite."""
         if self.folder is None:
             return self._trained("")
         key = self._key()
-        if (kept := read_step(self.folder / DONE, key)) is not None:
+        if (kept := load_step_result(self.folder / DONE, key)) is not None:
             return kept
         step = self._trained(key)
-        keep_step(self.folder / DONE, key, step)
+        save_step_result(self.folder / DONE, key, step)
         remove(self.folder / STATE)
         return step
 
-    def _trained(self, key: str) -> Step:
+    def _trained(self, key: str) -> StepResult:
         with torch.no_grad():
             student = _Student(self.teacher, self.plan, self.weights, self.floats)
         before, begin = self._heldout_kl(student), 0
@@ -239,19 +246,19 @@ class Distillation:
                 save_tensors(self.folder / STATE, key, student.state(), step=step + 1)
                 saved = time.monotonic()
         after = _finite(self._heldout_kl(student), f"after step {self.steps}")
-        figures = {
+        metrics = {
             "steps": self.steps, "tokens": min(self.steps * self.batch * self.ids.shape[1],
                                                self.ids.numel()),
             "heldout_tokens": self.heldout.numel(), "kl_before": before, "kl_after": after,
-            "kept": after < before,
+            "accepted": after < before,
         }  # fmt: skip
         if not after < before:
             line = f"distill: the start is kept: held-out KL {before:.4f} before, {after:.4f} after"
-            return Step(warnings=[line], distilled=figures)
+            return StepResult(warnings=[line], distillation=metrics)
         self.log(f"distill: held-out KL {before:.4f} -> {after:.4f}")
         own = dict(self.teacher.named_parameters())
         floats = {n: p.detach().to(own[n].dtype) for n, p in student.floats.items()}
-        return Step(student.packed(), floats=floats, distilled=figures)
+        return StepResult(student.packed(), floats=floats, distillation=metrics)
 
     def _windows(self, step: int) -> Tensor:
         """The windows of a step: a new order for every pass over the text."""
@@ -307,11 +314,11 @@ def _finite(loss: float, where: str) -> float:
     return loss
 
 
-def heldout_windows(windows: int, length: int) -> int:
+def num_heldout_windows(windows: int, length: int) -> int:
     """How many of so many windows are held out."""
     return max(1, min(windows // 8, HELDOUT // length))
 
 
-def tokens_of(steps: int) -> int:
+def tokens_needed(steps: int) -> int:
     """The tokens of text that so many steps read, the held-out ones included."""
     return steps * TOKENS + HELDOUT if steps else 0

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fastlm.ops.quantize_weight import code_range, quantize_weight, round_groups
 from fastlm.ops.quantized_weight import QuantizedWeight, check_group_size, pack_rows
-from fastlm.quant.plan import Scheme
-from fastlm.quant.step import output_error
+from fastlm.quant.step_result import output_error
+from fastlm.quant.targets import Scheme
 
 # Shares of the Hessian's mean diagonal that are added to it, until its Cholesky factor exists. The
 # first is GPTQ's.

@@ -22,17 +22,17 @@ from fastlm.progress import silent
 from fastlm.quant.awq import folds, scale_features
 from fastlm.quant.gptq import gptq
 from fastlm.quant.options import QuantizeOptions
-from fastlm.quant.plan import Target, find_head
 from fastlm.quant.rounding import learn_rounding
-from fastlm.quant.step import (
-    Step,
+from fastlm.quant.step_result import (
+    StepResult,
     digest,
-    keep_step,
-    nearest,
-    read_step,
+    get_weight,
+    load_step_result,
     relative_error,
-    weight_of,
+    round_to_nearest,
+    save_step_result,
 )
+from fastlm.quant.targets import Target, find_head
 
 if TYPE_CHECKING:
     from fastlm.model.causal_lm import CausalLM
@@ -81,7 +81,7 @@ class _Moments:
         return {name: self.sums[owner] for name, owner in self.owner.items()}
 
 
-class Layerwise:
+class LayerwiseQuantizer:
     """One quantization of `model` as planned. `ids`: (windows, S), the calibration text."""
 
     def __init__(
@@ -105,7 +105,7 @@ class Layerwise:
         self.context = ForwardContext(None, None, None, rotary)
 
     @torch.no_grad()
-    def run(self) -> Iterator[Step]:
+    def run(self) -> Iterator[StepResult]:
         """Yield the steps in order. The model is not changed."""
         decoder, head = self.model.model, find_head(self.model)
         step = self._kept("embeddings", self._embeddings)
@@ -122,7 +122,7 @@ class Layerwise:
                 f"layer-{index:05d}", partial(self._layer, layer, targets, hidden, wanted, index)
             )
             for short, target in targets.items():
-                weight_of(layer, short).copy_(step.weights[target.name].dequantize())
+                get_weight(layer, short).copy_(step.weights[target.name].dequantize())
             for full, value in step.floats.items():
                 layer.get_parameter(full.removeprefix(f"{name}.")).copy_(value)
             hidden, plain = self._through(layer, hidden), wanted
@@ -134,16 +134,16 @@ class Layerwise:
             moments = self._final(hidden)
             yield self._kept("head", lambda: self._outer(last, moments))
 
-    def _kept(self, name: str, work: Callable[[], Step]) -> Step:
+    def _kept(self, name: str, work: Callable[[], StepResult]) -> StepResult:
         """Read the step back if it was finished, else do it and keep it."""
         if self.folder is None:
             return work()
         file = self.folder / f"{name}.safetensors"
-        if (step := read_step(file, self.key)) is None:
-            keep_step(file, self.key, step := work())
+        if (step := load_step_result(file, self.key)) is None:
+            save_step_result(file, self.key, step := work())
         return step
 
-    def _embeddings(self) -> Step:
+    def _embeddings(self) -> StepResult:
         """Quantize the embedding; one that is the head, too, by the head's inputs."""
         decoder = self.model.model
         targets = [t for t in self.plan if t.module is decoder.embed_tokens]
@@ -157,12 +157,12 @@ class Layerwise:
             moments.diagonal().add_(LOOKUP * moments.diagonal().mean())
         return self._outer(targets, moments)
 
-    def _outer(self, targets: Sequence[Target], moments: Tensor | None) -> Step:
+    def _outer(self, targets: Sequence[Target], moments: Tensor | None) -> StepResult:
         """Quantize the embedding or the head, with moments of the head's inputs."""
-        step = Step()
+        step = StepResult()
         for target in targets:
             if moments is None or moments.dim() == 1:
-                step.add(nearest(target, moments))
+                step.add(round_to_nearest(target, moments))
                 continue
             w = target.module.weight.detach()
             q = gptq(w, moments, target.scheme, name=target.name, warn=step.warnings.append)
@@ -173,8 +173,8 @@ class Layerwise:
     def _layer(
         self, layer: DecoderLayer, targets: Mapping[str, Target], hidden: Tensor,
         wanted: Tensor | None, index: int,
-    ) -> Step:  # fmt: skip
-        options, step = self.options, Step()
+    ) -> StepResult:  # fmt: skip
+        options, step = self.options, StepResult()
         modules = {short: layer.get_submodule(short) for short in targets}
         moments = _Moments(modules, full=options.method == "gptq" or options.awq)
         for part in hidden.split(self.batch):
@@ -191,7 +191,7 @@ class Layerwise:
             step.floats = {f"{name}.{short}": value for short, value in floats.items()}
         found: dict[str, QuantizedWeight] = {}
         for short, target in targets.items():
-            w, total = weight_of(layer, short), sums[short]
+            w, total = get_weight(layer, short), sums[short]
             if options.method == "gptq":
                 found[short] = gptq(
                     w, total, target.scheme, name=target.name, warn=step.warnings.append
@@ -206,7 +206,7 @@ class Layerwise:
                     seed=options.seed * 100_003 + index,
                 )  # fmt: skip
         for short, target in targets.items():
-            w = weight_of(layer, short)
+            w = get_weight(layer, short)
             step.weights[target.name] = found[short]
             step.errors[target.name] = relative_error(w, found[short], sums[short])
         return step

@@ -25,8 +25,8 @@ from fastlm.model.quantized_modules import (
 from fastlm.ops.quantized_weight import QuantizedWeight
 from fastlm.progress import silent
 from fastlm.quant.options import QuantizeOptions
-from fastlm.quant.plan import plan_of
-from fastlm.quant.step import Step, nearest
+from fastlm.quant.step_result import StepResult, round_to_nearest
+from fastlm.quant.targets import select_targets
 
 if TYPE_CHECKING:
     from fastlm.model.causal_lm import CausalLM
@@ -44,15 +44,15 @@ def quantize(
     head: int | None = 0,
     overrides: Mapping[str, str | int] | None = None,
     symmetric: bool = True,
-    whole_groups: bool = False,
+    require_divisible_groups: bool = False,
     scale_dtype: torch.dtype = torch.bfloat16,
     iterations: int = 200,
-    distill: int = 0,
-    distill_text: Any = None,
+    distill_steps: int = 0,
+    distill_data: Any = None,
     seed: int = 0,
-    progress: Path | None = None,
+    checkpoint_dir: Path | None = None,
     track: Callable | None = None,
-    on_step: Callable[[Step], None] = lambda step: None,
+    on_step: Callable[[StepResult], None] = lambda step: None,
     log: Callable[[str], None] = lambda line: None,
 ) -> nn.Module:
     """Replace every ``nn.Linear`` by `QuantizedLinear` and every ``nn.Embedding`` by
@@ -81,16 +81,19 @@ def quantize(
             such as ``{"*.down_proj": "w8a16"}``. Of several that match a layer, the last counts. It
             takes precedence over `embeddings` and `head`.
         symmetric: without offsets, see `fastlm.ops.quantize_weight`.
-        whole_groups: refuse a `group_size` that does not divide the width of every layer, which
+        require_divisible_groups: refuse a `group_size` that does not divide the width of every
+        layer, which
             other programs' formats demand; here a row's last group may be short.
         scale_dtype: dtype of the scales.
         iterations: steps of "autoround" per decoder layer.
-        distill: steps of quantization-aware distillation after that, see `fastlm.quant.distill`:
+        distill_steps: steps of quantization-aware distillation after that, see
+        `fastlm.quant.distill`:
             scales, offsets and norms are trained on text. Activations stay unrounded, also for the
             a8 formats. 0: none.
-        distill_text: its text, token ids (windows, length). None: that of `calibration`.
+        distill_data: its text, token ids (windows, length). None: that of `calibration`.
         seed: of the draws of "autoround" and of the distillation.
-        progress: with text, a folder that keeps finished layers and the distillation's state: the
+        checkpoint_dir: with text, a folder that keeps finished layers and the distillation's state:
+        the
             same call continues from there, to the same bits.
         track: progress, as in `fastlm.progress`.
         on_step: receives what came of each layer: its weights, errors and warnings.
@@ -103,21 +106,21 @@ def quantize(
     options = QuantizeOptions(
         format, group_size, method, awq, 16 if embeddings is None else embeddings,
         16 if head is None else head, tuple(f"{p}={f}" for p, f in (overrides or {}).items()),
-        symmetric, whole_groups, iterations, distill, seed,
+        symmetric, require_divisible_groups, iterations, distill_steps, seed,
     )  # fmt: skip
     options.check()
     track = track or silent
     check_unquantized(model)
     ids = None if calibration is None else _text(model, calibration, "calibration")
-    learnt = ids if distill_text is None else _text(model, distill_text, "distill_text")
+    learnt = ids if distill_data is None else _text(model, distill_data, "distill_data")
     if ids is None and (method != "rtn" or awq):
         needs = method if method != "rtn" else "awq"
-        raise InputError(f"calibration: {needs} wants token ids (windows, length), got none")
-    if distill and (learnt is None or len(learnt) < 2):
+        raise InputError(f"calibration: expected token ids (windows, length) for {needs}, got none")
+    if distill_steps and (learnt is None or len(learnt) < 2):
         got = "none" if learnt is None else "1"
-        name = "calibration" if distill_text is None else "distill_text"
-        raise InputError(f"{name}: distill wants 2 windows of token ids or more, got {got}")
-    plan = plan_of(model, options, scale_dtype)
+        name = "calibration" if distill_data is None else "distill_data"
+        raise InputError(f"{name}: expected 2 or more windows of token ids to distill, got {got}")
+    plan = select_targets(model, options, scale_dtype)
     if not plan:
         raise InputError(
             f"model: {type(model).__name__} has no nn.Linear or nn.Embedding to quantize"
@@ -125,30 +128,30 @@ def quantize(
     done: dict[int, QuantizedWeight] = {}
     floats: dict[str, Tensor] = {}
 
-    def keep(step: Step) -> None:
+    def keep(step: StepResult) -> None:
         floats.update(step.floats)
         for target in plan:
             if target.name in step.weights:
                 done[id(target.module.weight)] = step.weights[target.name]
         on_step(step)
 
-    reports = {"folder": progress, "track": track, "log": log}
+    reports = {"folder": checkpoint_dir, "track": track, "log": log}
     causal = cast("CausalLM", model)  # with text, `_text` has checked that
     if ids is None:
         for target in track(plan, "quantize", total=len(plan), unit="layers"):
             if id(target.module.weight) not in done:
-                keep(nearest(target))
+                keep(round_to_nearest(target))
     else:
-        from fastlm.quant.layerwise import Layerwise
+        from fastlm.quant.layerwise import LayerwiseQuantizer
 
-        for step in Layerwise(causal, plan, ids, options, **reports).run():
+        for step in LayerwiseQuantizer(causal, plan, ids, options, **reports).run():
             keep(step)
-    if learnt is not None and distill:
+    if learnt is not None and distill_steps:
         from fastlm.quant.distill import Distillation
 
         weights = {target.name: done[id(target.module.weight)] for target in plan}
         work = Distillation(
-            causal, plan, weights, floats, learnt, steps=distill, seed=seed, **reports
+            causal, plan, weights, floats, learnt, steps=distill_steps, seed=seed, **reports
         )
         keep(work.run())
     with torch.no_grad():

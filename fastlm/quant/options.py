@@ -29,11 +29,11 @@ class QuantizeOptions:
         tuple[str, ...], "Other formats by name of layer, such as *.down_proj=w8a16,lm_head=16"
     ] = ()
     symmetric: Annotated[bool, "Scales alone; otherwise every group has an offset too"] = True
-    whole_groups: Annotated[
+    require_divisible_groups: Annotated[
         bool, "Refuse a group size that does not divide a layer's width, as vLLM does"
     ] = False
     iterations: Annotated[int, "Steps of autoround per decoder layer"] = 200
-    distill: Annotated[
+    distill_steps: Annotated[
         int, "Last, steps of training towards the unquantized model's predictions; wants text"
     ] = 0
     seed: Annotated[int, "Of the choice and order of text and the draws of autoround"] = 0
@@ -60,9 +60,9 @@ class QuantizeOptions:
                 )
         if self.iterations < 1:
             raise InputError(f"iterations: expected 1 or more, got {self.iterations}")
-        if type(self.distill) is not int or self.distill < 0:
+        if type(self.distill_steps) is not int or self.distill_steps < 0:
             raise InputError(
-                f"distill: expected a number of steps, 0 or more, got {self.distill!r}"
+                f"distill_steps: expected a number of steps, 0 or more, got {self.distill_steps!r}"
             )
         if self.seed < 0:
             raise InputError(f"seed: expected 0 or more, got {self.seed}")

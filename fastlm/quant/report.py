@@ -26,7 +26,7 @@ _ROWS = 512  # rows of logits of both models in memory: 200 MB in float32 at 50,
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ModelComparison:
     """What two models make of one text.
 
     Attributes:
@@ -45,18 +45,20 @@ class Comparison:
     windows: Sequence[tuple[float, float]]
 
     @property
-    def loss(self) -> float:
+    def bpb_increase(self) -> float:
         """The increase in bits per byte, as a share of the original's."""
         return self.bits_per_byte / self.bits_per_byte_before - 1
 
-    def figures(self) -> dict[str, Any]:
-        """All but the windows, which give "loss_error", the standard error of `loss`."""
+    def metrics(self) -> dict[str, Any]:
+        """All but the windows, which give "bpb_increase_error", the standard error of
+        `bpb_increase`.
+        """
         shown = {name: value for name, value in asdict(self).items() if name != "windows"}
-        return {**shown, "loss_error": ratio_error(self.windows)}
+        return {**shown, "bpb_increase_error": ratio_error(self.windows)}
 
 
 @torch.no_grad()
-def compare(
+def compare_models(
     before: "CausalLM",
     after: "CausalLM",
     dataset: TokenDataset,
@@ -66,7 +68,7 @@ def compare(
     batch_size: int = 8,
     max_tokens: int | None = None,
     track=silent,
-) -> Comparison:
+) -> ModelComparison:
     """Compare two models of one vocabulary on `dataset`, window by window as
     `fastlm.model.bits_per_byte.evaluate` cuts them. ``max_tokens``: evenly spaced windows of about
     so many tokens.
@@ -98,7 +100,7 @@ def compare(
     each = torch.cat(nats)
     before_bits, after_bits = (each.sum(0) / bits).tolist()
     shown = [(a, b) for a, b in (each * (len(each) / bits)).tolist()]
-    return Comparison(before_bits, after_bits, kl / tokens, same / tokens, tokens, shown)
+    return ModelComparison(before_bits, after_bits, kl / tokens, same / tokens, tokens, shown)
 
 
 def _logits(model: "CausalLM", hidden: Tensor) -> Tensor:
@@ -112,7 +114,7 @@ def _logits(model: "CausalLM", hidden: Tensor) -> Tensor:
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-def true_bits(model: nn.Module) -> dict[str, float]:
+def effective_bits(model: nn.Module) -> dict[str, float]:
     """Bits per weight with everything that is stored counted, scales and offsets too:
     "bits_per_weight" of the whole model (norms, biases and what is left unquantized included) and
     "bits_per_quantized_weight" of the quantized matrices alone. What is shared counts once.

@@ -18,14 +18,14 @@ from torch.func import functional_call
 from fastlm.model.layers import ForwardContext
 from fastlm.ops.quantize_weight import code_range
 from fastlm.ops.quantized_weight import QuantizedWeight, pack_rows
-from fastlm.quant.step import weight_of
+from fastlm.quant.step_result import get_weight
 
 BATCH = 8  # windows per step, AutoRound's
 # Bounds of a: a scale keeps its sign, and the learning rate cannot carry a further than 0.5
 SCALES = (0.5, 1.5)
 
 
-class _Rounded:
+class _LearnableRounding:
     """One weight and what is learnt of it: v (N, K), a (N, groups)."""
 
     def __init__(self, weight: Tensor, start: QuantizedWeight):
@@ -85,7 +85,7 @@ def learn_rounding(
     Returns the best of the start, the iterate with the smallest loss on its batch, and the last
     one, by the mean squared error on all windows.
     """
-    rounded = {n: _Rounded(weight_of(layer, n).detach(), q) for n, q in starts.items()}
+    rounded = {n: _LearnableRounding(get_weight(layer, n).detach(), q) for n, q in starts.items()}
     generator = torch.Generator().manual_seed(seed)
     learnt = [p for r in rounded.values() for p in (r.v, r.a)]
     bounds = [(-0.5, 0.5), SCALES] * len(rounded)

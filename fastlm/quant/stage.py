@@ -16,13 +16,15 @@ from fastlm.quant.options import QuantizeOptions
 if TYPE_CHECKING:
     from fastlm.data.shards import TokenDataset
     from fastlm.model.causal_lm import CausalLM
-    from fastlm.quant.plan import Target
-    from fastlm.quant.report import Comparison
+    from fastlm.quant.report import ModelComparison
+    from fastlm.quant.targets import Target
     from fastlm.tokenizer.tokenizer import Tokenizer
 
 REPORT, PROGRESS = "report.json", "progress"
 # Long enough to hide the first step, short enough for an untrained model on two cores
-UNSEEN_TOKENS = 32_768  # of the text of another kind: an error of the loss below half a percent
+OUT_OF_DOMAIN_TOKENS = (
+    32_768  # of the text of another kind: an error of the loss below half a percent
+)
 DECODE_TOKENS = 64
 DECODE_ROUNDS = 3  # the models take turns; medians are reported
 
@@ -48,7 +50,7 @@ class Quantize(QuantizeOptions, Stage):
             " where it is needed: web pages, documentation and code from packages", several=True,
             optional=True, default=False,
         ),
-        "unseen": InputSpec(
+        "out_of_domain": InputSpec(
             ("corpus", "shards"),
             "Text of another kind than the calibration: measures the loss there, too; default"
             " beside the default calibration: encyclopedia", optional=True, default=False,
@@ -60,9 +62,9 @@ class Quantize(QuantizeOptions, Stage):
 
     calibration_tokens: Annotated[int, "Tokens of calibration text"] = 32768
     calibration_length: Annotated[int, "Tokens per window of it"] = 512
-    max_loss: Annotated[float, "Warn where held-out bits per byte grow by more than this share"] = (
-        0.03
-    )
+    max_bpb_increase: Annotated[
+        float, "Warn where held-out bits per byte grow by more than this share"
+    ] = 0.03
     strict: Annotated[bool, "Refuse there instead: exit status 2, and no model"] = False
     dequantize: Annotated[
         bool,
@@ -73,45 +75,47 @@ class Quantize(QuantizeOptions, Stage):
     def check(self) -> None:
         super().check()
         at_least_one(self, "calibration_tokens", "calibration_length")
-        if not self.max_loss >= 0:
-            raise InputError(f"max_loss: expected 0 or more, got {self.max_loss}")
+        if not self.max_bpb_increase >= 0:
+            raise InputError(f"max_bpb_increase: expected 0 or more, got {self.max_bpb_increase}")
 
     def check_inputs(self, inputs: Mapping[str, Any]) -> None:
         if self.strict and not inputs.get("data"):
             raise InputError("strict: expected held-out text (data) to measure, got none")
 
-    def calibration_of(self, inputs: Mapping[str, Any]) -> tuple[str, ...]:
+    def calibration_sources(self, inputs: Mapping[str, Any]) -> tuple[str, ...]:
         """The sources of calibration text: those named, or the default where it is needed."""
-        from fastlm.quant.calibration import MIXED
+        from fastlm.quant.calibration import CALIBRATION_MIX
 
         if named := inputs.get("calibration"):
             return tuple(source.source for source in named)
-        return MIXED if self.method != "rtn" or self.awq or self.distill else ()
+        return CALIBRATION_MIX if self.method != "rtn" or self.awq or self.distill_steps else ()
 
-    def unseen_of(self, inputs: Mapping[str, Any]) -> str | None:
-        """The source of text of another kind: the one named, or the default beside `MIXED`."""
-        from fastlm.quant.calibration import MIXED, UNSEEN
+    def out_of_domain_source(self, inputs: Mapping[str, Any]) -> str | None:
+        """The source of text of another kind: the one named, or the default beside
+        `CALIBRATION_MIX`.
+        """
+        from fastlm.quant.calibration import CALIBRATION_MIX, OUT_OF_DOMAIN
 
-        if named := inputs.get("unseen"):
+        if named := inputs.get("out_of_domain"):
             return named[0].source
-        return UNSEEN if self.calibration_of(inputs) == MIXED else None
+        return OUT_OF_DOMAIN if self.calibration_sources(inputs) == CALIBRATION_MIX else None
 
     def plan(self, inputs: Mapping[str, Any]) -> Facts:
         self.check_inputs(inputs)
         (facts,) = inputs["model"]
         if (config := facts.get("config")) is None:
             return facts
-        from fastlm.quant.plan import outline, stored_outline
+        from fastlm.quant.targets import meta_model, meta_state
 
-        model = outline(config)
-        return {**facts, "stored": stored_outline(model, self.targets(model))}
+        model = meta_model(config)
+        return {**facts, "stored": meta_state(model, self.targets(model))}
 
     def targets(self, model: "CausalLM") -> "list[Target]":
         """The layers to quantize. InputError: what cannot work for a model of these shapes."""
         from fastlm.quant.layerwise import check_folds
-        from fastlm.quant.plan import plan_of
+        from fastlm.quant.targets import select_targets
 
-        targets = plan_of(model, self)
+        targets = select_targets(model, self)
         if self.awq:
             check_folds(model, targets)
         return targets
@@ -123,13 +127,13 @@ class Quantize(QuantizeOptions, Stage):
         from fastlm.tokenizer.load import has_tokenizer
 
         source = ctx.inputs["model"][0].source
-        check_out(ctx.out, source)
+        check_output_folder(ctx.out, source)
         self.check_inputs(ctx.inputs)
         texts = {
             "data": ctx.inputs["data"][0].source if ctx.inputs.get("data") else None,
-            "unseen": self.unseen_of(ctx.inputs),
+            "out_of_domain": self.out_of_domain_source(ctx.inputs),
         }
-        if self.calibration_of(ctx.inputs) or any(texts.values()) or has_tokenizer(source):
+        if self.calibration_sources(ctx.inputs) or any(texts.values()) or has_tokenizer(source):
             model, tokenizer = load_model(source)
         else:
             model, tokenizer = CausalLM.from_pretrained(source), None
@@ -155,13 +159,13 @@ class Quantize(QuantizeOptions, Stage):
         tokenizer: "Tokenizer | None",
         held: "Mapping[str, TokenDataset]",
     ) -> dict[str, Any]:
-        """Quantize, and measure on ``held["data"]`` and ``held["unseen"]``."""
+        """Quantize, and measure on ``held["data"]`` and ``held["out_of_domain"]``."""
         from fastlm.files import remove, write_json
         from fastlm.model.causal_lm import CausalLM
         from fastlm.quant import QuantizedLinear, quantize
         from fastlm.quant.model import check_unquantized
-        from fastlm.quant.report import true_bits
-        from fastlm.quant.step import Step
+        from fastlm.quant.report import effective_bits
+        from fastlm.quant.step_result import StepResult
 
         source = ctx.inputs["model"][0].source
         size = sum(weight.nbytes for weight in model.stored().values())
@@ -169,28 +173,31 @@ class Quantize(QuantizeOptions, Stage):
             model = CausalLM.from_pretrained(source, keep_quantized=False)
         check_unquantized(model)
         self.targets(model)  # refuses before calibration text is read
-        sources = self.calibration_of(ctx.inputs)
+        sources = self.calibration_sources(ctx.inputs)
         ids, learnt = (None, None)
         if tokenizer is not None and sources:
             ids, learnt = self._windows(ctx, model, tokenizer, sources)
-        found, progress = Step(), ctx.out / PROGRESS
+        found, progress = StepResult(), ctx.out / PROGRESS
         small = quantize(
             model, self.format, group_size=self.group_size, method=self.method,
             calibration=ids, awq=self.awq, embeddings=self.embeddings, head=self.head,
-            overrides=self.formats(), symmetric=self.symmetric, whole_groups=self.whole_groups,
-            iterations=self.iterations, distill=self.distill, distill_text=learnt, seed=self.seed,
-            progress=progress, track=ctx.track, on_step=found.add, log=ctx.info,
+            overrides=self.formats(), symmetric=self.symmetric,
+            require_divisible_groups=self.require_divisible_groups,
+            iterations=self.iterations, distill_steps=self.distill_steps,
+            distill_data=learnt, seed=self.seed,
+            checkpoint_dir=progress, track=ctx.track, on_step=found.add, log=ctx.info,
         )  # fmt: skip
         assert isinstance(small, CausalLM)  # only modules inside it are replaced
-        unseen = self.unseen_of(ctx.inputs)
+        out_of_domain = self.out_of_domain_source(ctx.inputs)
         if "data" not in held:
             found.warnings.append(
                 "data: expected held-out text to measure what was lost, got none: bits per byte and"
                 " KL to the original are not in the report"
             )
-        elif sources and unseen is None:
+        elif sources and out_of_domain is None:
             found.warnings.append(
-                "unseen: expected text of another kind than the calibration, got none: the loss"
+                "out_of_domain: expected text of another kind than the calibration, got none: "
+                "the loss"
                 " elsewhere may be larger, and is not in the report"
             )
         for line in found.warnings:
@@ -214,24 +221,34 @@ class Quantize(QuantizeOptions, Stage):
             "seed": None if ids is None else self.seed,
             "group_size": -1 if whole_rows else max(sizes, default=self.group_size),
             "bytes_before": size,
-            **true_bits(small),
-            "unseen": None,
+            **effective_bits(small),
+            "out_of_domain": None,
         }
         if held:
             before = CausalLM.from_pretrained(source, keep_quantized=not self.dequantize)
             if "data" in held:
                 where = ctx.inputs["data"][0].source
-                result |= self._compared(ctx, before, small, held["data"], where).figures()
+                result |= self._compared(ctx, before, small, held["data"], where).metrics()
                 start = 0 if tokenizer is None else tokenizer.eos_id or 0
-                speed = decode_speeds({"before": before, "after": small}, start)
+                speed = measure_decode_speeds({"before": before, "after": small}, start)
                 result["decode_tokens_per_second_before"] = speed["before"]
                 result["decode_tokens_per_second"] = speed["after"]
-            if unseen is not None:
-                strict = bool(ctx.inputs.get("unseen"))  # the default is a warning, at most
+            if out_of_domain is not None:
+                strict = bool(ctx.inputs.get("out_of_domain"))  # the default is a warning, at most
                 compared = self._compared(
-                    ctx, before, small, held["unseen"], unseen, UNSEEN_TOKENS, strict=strict
+                    ctx,
+                    before,
+                    small,
+                    held["out_of_domain"],
+                    out_of_domain,
+                    OUT_OF_DOMAIN_TOKENS,
+                    strict=strict,
                 )
-                result["unseen"] = {"source": unseen, "loss": compared.loss, **compared.figures()}
+                result["out_of_domain"] = {
+                    "source": out_of_domain,
+                    "bpb_increase": compared.bpb_increase,
+                    **compared.metrics(),
+                }
         small.config.extra["quantization_config"] = {"method": self.method}
         remove(ctx.out / REPORT)  # of an earlier model
         small.save_pretrained(ctx.out)
@@ -240,7 +257,7 @@ class Quantize(QuantizeOptions, Stage):
         result["bytes"] = sum(file.stat().st_size for file in ctx.out.glob("*.safetensors"))
         report = {
             **result, "layers": found.errors, "awq_powers": found.powers,
-            "distillation": found.distilled or None, "warnings": found.warnings,
+            "distillation": found.distillation or None, "warnings": found.warnings,
         }  # fmt: skip
         write_json(ctx.out / REPORT, report)
         remove(progress)
@@ -251,18 +268,19 @@ class Quantize(QuantizeOptions, Stage):
     ) -> tuple[Any, Any]:
         """The windows that calibrate, and those that distillation learns: the same and more."""
         from fastlm.quant.calibration import text_windows
-        from fastlm.quant.distill import tokens_of
+        from fastlm.quant.distill import tokens_needed
 
-        for name in ("data", "unseen"):
+        for name in ("data", "out_of_domain"):
             measured = ctx.inputs.get(name)
-            if measured and any(same_text(where, measured[0].source) for where in sources):
+            if measured and any(is_same_text(where, measured[0].source) for where in sources):
                 ctx.warning(
                     f"{name}: {measured[0].name} is the calibration text, too: the loss on other"
                     " text is larger (prepared text and shards have a held-out part)"
                 )
         learnt = text_windows(
             model, tokenizer, sources[0] if len(sources) == 1 else sources, cache=ctx.cache_dir,
-            on_skip=ctx.skipped, tokens=max(self.calibration_tokens, tokens_of(self.distill)),
+            on_skip=ctx.skipped,
+            tokens=max(self.calibration_tokens, tokens_needed(self.distill_steps)),
             length=self.calibration_length, seed=self.seed,
         )  # fmt: skip
         ids = learnt[: max(1, self.calibration_tokens // learnt.shape[1])]
@@ -282,15 +300,15 @@ class Quantize(QuantizeOptions, Stage):
         source: str,
         max_tokens: int | None = None,
         strict: bool = True,
-    ) -> "Comparison":
+    ) -> "ModelComparison":
         """Compare with the original on the text of `source`. InputError: figures that are not
-        finite; with `strict` here and in the options, a loss above `max_loss`.
+        finite; with `strict` here and in the options, a loss above `max_bpb_increase`.
         """
         from fastlm.data.texts import check_window
-        from fastlm.quant.report import compare
+        from fastlm.quant.report import compare_models
 
         seq_len, stride = check_window(before.context_limit, None, None)
-        found = compare(
+        found = compare_models(
             before, small, dataset, seq_len=seq_len, stride=stride, max_tokens=max_tokens,
             track=ctx.track,
         )  # fmt: skip
@@ -299,10 +317,11 @@ class Quantize(QuantizeOptions, Stage):
             raise InputError(
                 "model: expected finite bits per byte and KL, got {} -> {} and {}".format(*figures)
             )
-        if found.loss > self.max_loss:
+        if found.bpb_increase > self.max_bpb_increase:
             line = (
-                f"max_loss: expected bits per byte to grow by at most {100 * self.max_loss:g} %,"
-                f" got {100 * found.loss:+.2f} % ({found.bits_per_byte_before:.4f} ->"
+                "max_bpb_increase: expected bits per byte to grow by at most "
+                f"{100 * self.max_bpb_increase:g} %,"
+                f" got {100 * found.bpb_increase:+.2f} % ({found.bits_per_byte_before:.4f} ->"
                 f" {found.bits_per_byte:.4f}) on {source}; more bits, smaller groups or another"
                 " method help"
             )
@@ -324,8 +343,8 @@ class Quantize(QuantizeOptions, Stage):
                 f" ({100 * (after / before - 1):+.2f} %), KL {result['kl']:.4f},"
                 f" {100 * result['greedy_agreement']:.1f} % of the likeliest tokens the same"
             )
-        if unseen := result.get("unseen"):
-            text += f"; on {unseen['source']}: {100 * unseen['loss']:+.2f} %"
+        if out_of_domain := result.get("out_of_domain"):
+            text += f"; on {out_of_domain['source']}: {100 * out_of_domain['bpb_increase']:+.2f} %"
         return text
 
     def report(self, ctx: StageContext, result: Mapping[str, Any]) -> ReportSection:
@@ -348,14 +367,14 @@ class Quantize(QuantizeOptions, Stage):
         )
 
 
-def same_text(a: str, b: str) -> bool:
+def is_same_text(a: str, b: str) -> bool:
     """Whether the two name the same text, without a part for each use."""
     from fastlm.data.texts import has_parts
 
     return Path(a).resolve() == Path(b).resolve() and not has_parts(a)
 
 
-def check_out(out: Path, model: str) -> None:
+def check_output_folder(out: Path, model: str) -> None:
     """Refuse an output folder that cannot work, before the work rather than after it."""
     from fastlm.pipeline.run_folder import locate_model
 
@@ -368,7 +387,7 @@ def check_out(out: Path, model: str) -> None:
         raise InputError(f"out: expected another folder than the model's, got {out}")
 
 
-def decode_speeds(models: "Mapping[str, CausalLM]", start: int) -> dict[str, float]:
+def measure_decode_speeds(models: "Mapping[str, CausalLM]", start: int) -> dict[str, float]:
     """Measure tokens per second at batch 1, with the models taking turns; return medians."""
     import torch
 

@@ -11,9 +11,15 @@ from fastlm import InputError, ops
 from fastlm.checkpoint.config import ModelConfig
 from fastlm.model.causal_lm import CausalLM
 from fastlm.quant import distill
-from fastlm.quant.distill import Distillation, _Rounded, _Scaled, heldout_windows, tokens_of
+from fastlm.quant.distill import (
+    Distillation,
+    _ScaleCodes,
+    _TrainableScales,
+    num_heldout_windows,
+    tokens_needed,
+)
 from fastlm.quant.options import QuantizeOptions
-from fastlm.quant.plan import plan_of
+from fastlm.quant.targets import select_targets
 from fastlm.reference import unpack_rows
 
 LENGTH = 24
@@ -49,7 +55,7 @@ def trained():
 
 def quantized(model, steps, format="w4a16", seed=0, **options):
     return fastlm.quantize(
-        copy.deepcopy(model), format, **{"group_size": 16} | options, distill=steps, seed=seed
+        copy.deepcopy(model), format, **{"group_size": 16} | options, distill_steps=steps, seed=seed
     )
 
 
@@ -80,7 +86,7 @@ def test_the_start_is_the_rounded_weight(bits, symmetric):
     w = torch.randn(6, 40)
     for size in (16, 8, -1):  # 16: the last group is short
         start = ops.quantize_weight(w, bits, group_size=size, symmetric=symmetric)
-        rounded, q = _Rounded(start), unpack_rows(start.qdata, bits, 40).float()
+        rounded, q = _TrainableScales(start), unpack_rows(start.qdata, bits, 40).float()
         torch.testing.assert_close(rounded(q), start.dequantize(), rtol=1e-6, atol=1e-7)
         again = rounded.packed()
         assert torch.equal(again.qdata, start.qdata) and torch.equal(again.scales, start.scales)
@@ -90,7 +96,7 @@ def test_the_start_is_the_rounded_weight(bits, symmetric):
 def test_the_gradient_of_scales():
     q, s, g = torch.randint(-8, 8, (5, 40)).float(), torch.rand(5, 3), torch.randn(5, 40)
     s.requires_grad_()
-    outs = [q * s.repeat_interleave(16, 1)[:, :40], _Scaled.apply(q, s, 16)]
+    outs = [q * s.repeat_interleave(16, 1)[:, :40], _ScaleCodes.apply(q, s, 16)]
     torch.testing.assert_close(outs[1], outs[0])
     expected, got = (torch.autograd.grad(out, s, g) for out in outs)
     torch.testing.assert_close(got, expected)
@@ -105,13 +111,13 @@ def test_other_text_is_predicted_more_like_the_original(trained, options, monkey
     if "method" in options:
         options = {**options, "calibration": ids[:8]}
     start = quantized(trained, 0, **options)
-    found = quantized(trained, 40, **options, distill_text=ids, on_step=steps.append)
+    found = quantized(trained, 40, **options, distill_data=ids, on_step=steps.append)
     assert divergence(trained, found, other) < 0.9 * divergence(trained, start, other)
-    figures = steps[-1].distilled
-    assert figures["kept"] and figures["kl_after"] < figures["kl_before"]
-    kept = ids[-heldout_windows(len(ids), LENGTH) :]
-    assert figures["kl_before"] == pytest.approx(divergence(trained, start, kept), rel=1e-3)
-    assert figures["kl_after"] == pytest.approx(divergence(trained, found, kept), rel=1e-3)
+    metrics = steps[-1].distillation
+    assert metrics["accepted"] and metrics["kl_after"] < metrics["kl_before"]
+    kept = ids[-num_heldout_windows(len(ids), LENGTH) :]
+    assert metrics["kl_before"] == pytest.approx(divergence(trained, start, kept), rel=1e-3)
+    assert metrics["kl_after"] == pytest.approx(divergence(trained, found, kept), rel=1e-3)
     changed = [n for n, t in state(found).items() if not torch.equal(t, state(start)[n])]
     parts = {name.rpartition(".")[2] for name in changed}
     more = {"zeros"} if not options.get("symmetric", True) else set()
@@ -121,10 +127,10 @@ def test_other_text_is_predicted_more_like_the_original(trained, options, monkey
 def test_the_start_is_kept_where_it_is_better(trained, monkeypatch):
     ids, steps = text(40, seed=2), []
     monkeypatch.setitem(distill.REACH, "scales", 3.0)
-    found = quantized(trained, 3, distill_text=ids, on_step=steps.append)
-    figures = steps[-1].distilled
-    assert not figures["kept"] and not steps[-1].weights and not steps[-1].floats
-    assert figures["kl_after"] > figures["kl_before"]
+    found = quantized(trained, 3, distill_data=ids, on_step=steps.append)
+    metrics = steps[-1].distillation
+    assert not metrics["accepted"] and not steps[-1].weights and not steps[-1].floats
+    assert metrics["kl_after"] > metrics["kl_before"]
     assert "the start is kept: held-out KL" in steps[-1].warnings[0]
     assert same(found, quantized(trained, 0))
 
@@ -139,13 +145,13 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(trained, tmp_path, monk
 
     monkeypatch.setattr(distill, "SAVE_SECONDS", 0.0)
     always_kept(monkeypatch)
-    options = {"distill_text": text(100, seed=2), "progress": tmp_path, "symmetric": False}
+    options = {"distill_data": text(100, seed=2), "checkpoint_dir": tmp_path, "symmetric": False}
     with pytest.raises(Cut):
         quantized(trained, 6, **options, log=cut)
     assert [p.name for p in tmp_path.iterdir()] == ["distilling.safetensors"]
     lines = []
     found = quantized(trained, 6, **options, log=lines.append)
-    whole = quantized(trained, 6, **options | {"progress": None})
+    whole = quantized(trained, 6, **options | {"checkpoint_dir": None})
     assert same(found, whole) and not same(found, quantized(trained, 0, symmetric=False))
     # the step that was saved is not done again
     assert [line.partition(",")[0] for line in lines[:4]] == [
@@ -169,24 +175,24 @@ def test_what_the_model_becomes(trained, tmp_path):
     assert layer.mlp.up_proj.act_bits == 8 and found.dtype is torch.bfloat16
     found.save_pretrained(tmp_path / "q")
     assert same(CausalLM.from_pretrained(tmp_path / "q"), found)
-    own = fastlm.quantize(copy.deepcopy(model), "w4a16", distill=4, distill_text=text(40, seed=2),
-                          overrides={"*.down_proj": 16})  # fmt: skip
+    own = fastlm.quantize(copy.deepcopy(model), "w4a16", distill_steps=4, 
+                          distill_data=text(40, seed=2), overrides={"*.down_proj": 16})  # fmt: skip
     down = "model.layers.1.mlp.down_proj.weight"
     assert torch.equal(state(own)[down], state(model)[down])
 
 
 def test_refusals(trained):
     for steps, options, message in [
-        (-1, {}, "distill: expected a number of steps, 0 or more, got -1"),
-        (True, {}, "distill: expected a number of steps, 0 or more, got True"),
-        (1, {}, "calibration: distill wants 2 windows of token ids or more, got none"),
-        (1, {"calibration": text(1, 0)}, "calibration: distill wants 2 windows .* got 1"),
+        (-1, {}, "distill_steps: expected a number of steps, 0 or more, got -1"),
+        (True, {}, "distill_steps: expected a number of steps, 0 or more, got True"),
+        (1, {}, "calibration: expected 2 or more windows of token ids to distill, got none"),
+        (1, {"calibration": text(1, 0)}, "calibration: expected 2 or more windows .* got 1"),
         (
             1,
-            {"distill_text": text(2, 0) + 60},
-            r"distill_text: input_ids: expected ids in \[0, 60\)",
+            {"distill_data": text(2, 0) + 60},
+            r"distill_data: input_ids: expected ids in \[0, 60\)",
         ),
-        (1, {"distill_text": [[1]]}, r"distill_text: expected token ids \(windows, length\), got"),
+        (1, {"distill_data": [[1]]}, r"distill_data: expected token ids \(windows, length\), got"),
     ]:
         with pytest.raises(InputError, match=message):
             quantized(trained, steps, **options)
@@ -194,18 +200,18 @@ def test_refusals(trained):
     with torch.no_grad():
         broken.model.norm.weight[0] = float("nan")
     with pytest.raises(InputError, match="distill: expected a finite loss, got nan in step 1"):
-        quantized(broken, 2, distill_text=text(4, 0))
+        quantized(broken, 2, distill_data=text(4, 0))
     assert not any(hasattr(m, "qdata") for m in broken.modules())
 
 
 def test_the_order_of_windows_is_a_permutation_of_each_pass(trained, monkeypatch):
     monkeypatch.setattr(distill, "TOKENS", 3 * LENGTH)
     ids = text(8, seed=2)
-    plan = plan_of(trained, QuantizeOptions(group_size=16))
+    plan = select_targets(trained, QuantizeOptions(group_size=16))
     run = Distillation(trained, plan, {}, {}, ids, steps=7)
     seen = torch.cat([run._windows(step) for step in range(7)]).view(3, 7, LENGTH)
     for taken in seen:
         assert sorted(map(tuple, taken.tolist())) == sorted(map(tuple, ids[:7].tolist()))
     assert not torch.equal(seen[0], seen[1])
     assert sum(run._rate(step) for step in range(7)) == pytest.approx(1, abs=0.2)
-    assert tokens_of(0) == 0 and tokens_of(3) == 3 * 3 * LENGTH + distill.HELDOUT
+    assert tokens_needed(0) == 0 and tokens_needed(3) == 3 * 3 * LENGTH + distill.HELDOUT

@@ -60,13 +60,15 @@ def test_the_report_tells_what_was_lost(base, tmp_path):
     assert report["method"] == "gptq" and len(report["layers"]) == 15
     assert report["layers"].keys() >= {"model.embed_tokens", "model.layers.1.mlp.down_proj"}
     assert report["awq"] is True and len(report["awq_powers"]) == 2 * 4
-    assert 0 < report["loss_error"] < 1
+    assert 0 < report["bpb_increase_error"] < 1
     assert 0 < report["kl"] < 0.5 and 0.2 < report["greedy_agreement"] <= 1
     assert report["bits_per_quantized_weight"] == 5  # 16 bits for the scale of 16 weights
-    same, unseen = [event["warning"] for event in told if "warning" in event]
+    same, out_of_domain = [event["warning"] for event in told if "warning" in event]
     assert "data: " in same and "text.txt is the calibration text, too" in same
-    assert unseen.startswith("unseen: expected text of another kind than the calibration, got none")
-    assert report["unseen"] is None
+    assert out_of_domain.startswith(
+        "out_of_domain: expected text of another kind than the calibration, got none"
+    )
+    assert report["out_of_domain"] is None
     notes = [event["info"] for event in told if "info" in event]
     assert [note.partition(":")[0] for note in notes] == ["model.layers.0", "model.layers.1"]
     assert not (tmp_path / "q/progress").exists()
@@ -83,10 +85,10 @@ def test_the_report_tells_what_was_lost(base, tmp_path):
 def test_the_last_step_distils(base, tmp_path):
     plain = run(base, tmp_path / "q", method="gptq")
     told = []
-    result = run(base, tmp_path / "r", told.append, method="gptq", distill=30)
+    result = run(base, tmp_path / "r", told.append, method="gptq", distill_steps=30)
     report = json.loads((tmp_path / "r/report.json").read_text())
     found = report["distillation"]
-    assert found["steps"] == report["distill"] == 30 and found["kept"]
+    assert found["steps"] == report["distill_steps"] == 30 and found["accepted"]
     assert 0 < found["kl_after"] < found["kl_before"] and result["kl"] < plain["kl"]
     assert result["bits_per_weight"] == plain["bits_per_weight"]
     assert json.loads((tmp_path / "q/report.json").read_text())["distillation"] is None
@@ -100,11 +102,13 @@ def test_the_last_step_distils(base, tmp_path):
 
 def test_a_loss_above_the_threshold_warns_or_refuses(base, tmp_path):
     told = []
-    run(base, tmp_path / "q", told.append, calibrated=False, max_loss=0.0)
+    run(base, tmp_path / "q", told.append, calibrated=False, max_bpb_increase=0.0)
     lines = [event["warning"] for event in told if "warning" in event]
     assert len(lines) == 1 and "bits per byte to grow by at most 0 %" in lines[0]
-    with pytest.raises(InputError, match="max_loss: expected bits per byte to grow by at most 0 %"):
-        run(base, tmp_path / "r", calibrated=False, max_loss=0.0, strict=True)
+    with pytest.raises(
+        InputError, match="max_bpb_increase: expected bits per byte to grow by at most 0 %"
+    ):
+        run(base, tmp_path / "r", calibrated=False, max_bpb_increase=0.0, strict=True)
     assert not (tmp_path / "r/config.json").exists()
     assert not list(tmp_path.glob("r/*.safetensors"))
 
@@ -150,8 +154,8 @@ def test_a_quantized_model_wants_dequantize(base, tmp_path):
 
 def test_what_is_refused(base, tmp_path):
     for options, message in [
-        ({"distill": -1}, "distill: expected a number of steps, 0 or more, got -1"),
-        ({"max_loss": -1.0}, "max_loss: expected 0 or more, got -1.0"),
+        ({"distill_steps": -1}, "distill_steps: expected a number of steps, 0 or more, got -1"),
+        ({"max_bpb_increase": -1.0}, "max_bpb_increase: expected 0 or more, got -1.0"),
         ({"calibration_tokens": 0}, "calibration_tokens: expected 1 or more, got 0"),
         ({"calibration_length": 10**6, "calibration_tokens": 1, "iterations": 0}, "iterations"),
     ]:
@@ -171,12 +175,12 @@ def kinds(tmp_path, monkeypatch):
         lines = [draw.choice(text.split()) for _ in range(400)]
         (tmp_path / f"{kind}.txt").write_text(" ".join(lines))
     mixed = tuple(str(tmp_path / f"{kind}.txt") for kind in ("web", "docs"))
-    monkeypatch.setattr(calibration, "MIXED", mixed)
-    monkeypatch.setattr(calibration, "UNSEEN", str(tmp_path / "wiki.txt"))
+    monkeypatch.setattr(calibration, "CALIBRATION_MIX", mixed)
+    monkeypatch.setattr(calibration, "OUT_OF_DOMAIN", str(tmp_path / "wiki.txt"))
     return mixed
 
 
-@pytest.mark.parametrize("options", [{"method": "gptq"}, {"awq": True}, {"distill": 2}])
+@pytest.mark.parametrize("options", [{"method": "gptq"}, {"awq": True}, {"distill_steps": 2}])
 def test_the_default_calibration_is_of_several_kinds_and_another_is_measured(
     base, tmp_path, kinds, options
 ):
@@ -184,22 +188,26 @@ def test_the_default_calibration_is_of_several_kinds_and_another_is_measured(
     run(base, tmp_path / "q", told.append, calibrated=False, **options)
     report = json.loads((tmp_path / "q/report.json").read_text())
     assert report["calibration_source"] == ", ".join(kinds)
-    assert report["unseen"]["source"] == calibration.UNSEEN
-    assert {"loss", "loss_error", "kl", "bits_per_byte"} <= report["unseen"].keys()
-    ratio = report["unseen"]["bits_per_byte"] / report["unseen"]["bits_per_byte_before"]
-    assert report["unseen"]["loss"] == pytest.approx(ratio - 1)
-    assert report["unseen"]["bits_per_byte_before"] != report["bits_per_byte_before"]
-    assert not any("unseen" in event.get("warning", "") for event in told)
+    assert report["out_of_domain"]["source"] == calibration.OUT_OF_DOMAIN
+    assert {"bpb_increase", "bpb_increase_error", "kl", "bits_per_byte"} <= report[
+        "out_of_domain"
+    ].keys()
+    ratio = (
+        report["out_of_domain"]["bits_per_byte"] / report["out_of_domain"]["bits_per_byte_before"]
+    )
+    assert report["out_of_domain"]["bpb_increase"] == pytest.approx(ratio - 1)
+    assert report["out_of_domain"]["bits_per_byte_before"] != report["bits_per_byte_before"]
+    assert not any("out_of_domain" in event.get("warning", "") for event in told)
 
 
-@pytest.mark.parametrize("wrong", ["MIXED", "UNSEEN"])
+@pytest.mark.parametrize("wrong", ["CALIBRATION_MIX", "OUT_OF_DOMAIN"])
 def test_a_default_text_that_is_not_there_costs_no_quantization(
     base, tmp_path, kinds, monkeypatch, wrong
 ):
     steps = []
     monkeypatch.setattr("fastlm.quant.quantize", lambda *_, **__: steps.append("quantize"))
     gone = str(tmp_path / "none.txt")
-    monkeypatch.setattr(calibration, wrong, (gone,) if wrong == "MIXED" else gone)
+    monkeypatch.setattr(calibration, wrong, (gone,) if wrong == "CALIBRATION_MIX" else gone)
     with pytest.raises(InputError, match=r"none\.txt"):
         run(base, tmp_path / "q", calibrated=False, method="gptq")
     assert not steps
@@ -208,7 +216,7 @@ def test_a_default_text_that_is_not_there_costs_no_quantization(
 def test_rounding_that_needs_no_text_reads_none(base, tmp_path, kinds):
     run(base, tmp_path / "q", calibrated=False)
     report = json.loads((tmp_path / "q/report.json").read_text())
-    assert report["calibration_source"] is report["unseen"] is None
+    assert report["calibration_source"] is report["out_of_domain"] is None
 
 
 def test_windows_of_several_texts_take_turns(base, kinds):
@@ -226,14 +234,14 @@ def test_windows_of_several_texts_take_turns(base, kinds):
 
 def test_named_texts_are_mixed_and_the_loss_on_another_kind_is_reported(base, tmp_path, kinds):
     told = []
-    stage = Quantize(method="gptq", max_loss=0.0, **OPTIONS)
+    stage = Quantize(method="gptq", max_bpb_increase=0.0, **OPTIONS)
     stage(
         tmp_path / "q", model=base / "base", data=base / "text.txt", calibration=[*kinds],
-        unseen=tmp_path / "wiki.txt", on_event=told.append,
+        out_of_domain=tmp_path / "wiki.txt", on_event=told.append,
     )  # fmt: skip
     report = json.loads((tmp_path / "q/report.json").read_text())
     assert report["calibration_source"] == ", ".join(kinds)
-    assert report["unseen"]["source"] == str(tmp_path / "wiki.txt")
+    assert report["out_of_domain"]["source"] == str(tmp_path / "wiki.txt")
     lines = [event["warning"] for event in told if "warning" in event]
     assert [line.partition(" on ")[2].partition(";")[0] for line in lines] == [
         str(base / "text.txt"), str(tmp_path / "wiki.txt"),

@@ -387,7 +387,7 @@ def test_quantize_refusals():
     for options, message in [
         ({"format": "w3a16"}, "format: expected one of w4a16, w8a16, w8a8, w4a8, got 'w3a16'"),
         ({"method": "awq"}, "method: expected one of rtn, gptq, autoround, got 'awq'"),
-        ({"method": "gptq"}, "calibration: gptq wants token ids"),
+        ({"method": "gptq"}, "calibration: expected token ids .* for gptq"),
         ({"calibration": [1]}, r"calibration: expected a fastlm\.CausalLM with it, got Small"),
         ({"group_size": -5}, "group_size: expected -1"),
         ({"embeddings": 3}, "embeddings: expected 4, 8, 16 or 0"),

@@ -18,10 +18,10 @@ from fastlm.ops.quantize_weight import round_groups
 from fastlm.quant.awq import scale_features
 from fastlm.quant.gptq import DAMPING, gptq, inverse_factor, order_of
 from fastlm.quant.layerwise import _Moments
-from fastlm.quant.plan import Scheme
-from fastlm.quant.report import compare, true_bits
+from fastlm.quant.report import compare_models, effective_bits
 from fastlm.quant.rounding import learn_rounding
-from fastlm.quant.step import output_error
+from fastlm.quant.step_result import output_error
+from fastlm.quant.targets import Scheme
 
 
 def correlated(rows, k, dtype=torch.float32):
@@ -150,7 +150,7 @@ def test_every_method_keeps_the_model(method, tied):
     names = [name for step in steps for name in step.errors]
     assert len(names) == len(set(names)) == 2 * 7 + 1 + (not tied)
     assert all(0 < e < 0.06 for step in steps for e in step.errors.values())
-    found = true_bits(quantized)
+    found = effective_bits(quantized)
     # 4 bits, 16 per group of 16 for the scale (and the offset); norms are float32
     assert found["bits_per_quantized_weight"] == (6 if method == "gptq" else 5)
     assert found["bits_per_weight"] > found["bits_per_quantized_weight"]
@@ -167,7 +167,7 @@ def test_a_step_is_kept_and_the_end_is_the_same(tmp_path):
         options = {
             "method": "autoround", "iterations": 3, "group_size": 16, "calibration": IDS,
         } | changed  # fmt: skip
-        return fastlm.quantize(tiny(), "w4a16", progress=folder, on_step=on_step, **options)
+        return fastlm.quantize(tiny(), "w4a16", checkpoint_dir=folder, on_step=on_step, **options)
 
     steps = 0
 
@@ -192,7 +192,7 @@ def test_a_step_is_kept_and_the_end_is_the_same(tmp_path):
 
 def test_kept_steps_of_another_model_are_not_used(tmp_path):
     """The same weights with other rotations are another model."""
-    options = {"method": "gptq", "group_size": 16, "calibration": IDS, "progress": tmp_path}
+    options = {"method": "gptq", "group_size": 16, "calibration": IDS, "checkpoint_dir": tmp_path}
     other = tiny()
     other.config.rope_parameters["rope_theta"] = 100.0
     other = CausalLM(ModelConfig.from_dict(other.config.to_dict()), seed=1).eval()
@@ -221,7 +221,7 @@ def test_the_comparison_runs_the_head_as_the_model_does():
     dataset = SimpleNamespace(
         tokens=24, bytes_of_text=90, eos_id=0, read=lambda start, n: text[start : start + n].copy()
     )
-    found = compare(before, after, dataset, seq_len=24, stride=24)
+    found = compare_models(before, after, dataset, seq_len=24, stride=24)
     ids = torch.cat((torch.tensor([0]), IDS[0, :-1]))[None]
     with torch.no_grad():
         p = before(ids).logits.log_softmax(-1)
@@ -296,7 +296,10 @@ def test_gptq_makes_up_for_errors_of_the_head(tied):
 
 def test_refusals():
     for options, message in [
-        ({"method": "gptq"}, r"calibration: gptq wants token ids \(windows, length\), got none"),
+        (
+            {"method": "gptq"},
+            r"calibration: expected token ids \(windows, length\) for gptq, got none",
+        ),
         ({"calibration": [1]}, r"calibration: expected token ids .* got <class 'list'>"),
         ({"calibration": IDS + 50}, r"calibration: input_ids: expected ids in \[0, 60\)"),
         ({"calibration": IDS.repeat(1, 4)}, "windows of at most the context of 64 tokens, got 96"),
@@ -372,7 +375,12 @@ def test_awq_gains_where_features_are_unequal(tmp_path):
     options = {"group_size": 16, "calibration": IDS, "embeddings": 16}
     config = model.config.to_dict()
     quantized = fastlm.quantize(
-        copy.deepcopy(model), "w4a16", awq=True, on_step=steps.append, progress=tmp_path, **options
+        copy.deepcopy(model),
+        "w4a16",
+        awq=True,
+        on_step=steps.append,
+        checkpoint_dir=tmp_path,
+        **options,
     )
     fastlm.quantize(copy.deepcopy(model), "w4a16", on_step=plain.append, **options)
     assert quantized.config.to_dict() == config
@@ -382,13 +390,15 @@ def test_awq_gains_where_features_are_unequal(tmp_path):
     first, second = (sum(sum(step.errors.values()) for step in found) for found in (steps, plain))
     assert first < 0.9 * second
     # continued from finished layers: the same norms
-    again = fastlm.quantize(copy.deepcopy(model), "w4a16", awq=True, progress=tmp_path, **options)
+    again = fastlm.quantize(
+        copy.deepcopy(model), "w4a16", awq=True, checkpoint_dir=tmp_path, **options
+    )
     for name, tensor in quantized.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
 
 
 def test_awq_refusals():
-    with pytest.raises(InputError, match="calibration: awq wants token ids"):
+    with pytest.raises(InputError, match=r"calibration: expected token ids .* for awq"):
         fastlm.quantize(tiny(), "w4a16", awq=True)
     floats = {"*.up_proj": 16, "*.v_proj": 16}
     with pytest.raises(InputError, match="awq: expected layers whose inputs come from a norm"):

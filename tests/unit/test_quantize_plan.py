@@ -9,14 +9,14 @@ import fastlm
 from fastlm import CausalLM, InputError, ModelConfig
 from fastlm.quant import QuantizedEmbedding, QuantizedLinear
 from fastlm.quant.options import QuantizeOptions
-from fastlm.quant.plan import (
-    check_whole_groups,
-    choose_group_size,
-    outline,
-    plan_of,
-    stored_outline,
-)
 from fastlm.quant.stage import Quantize
+from fastlm.quant.targets import (
+    check_divisible_groups,
+    choose_group_size,
+    meta_model,
+    meta_state,
+    select_targets,
+)
 from fastlm.stages import load_recipe
 
 
@@ -66,8 +66,8 @@ def test_asymmetric():
             r"overrides: embed: expected one of w4a16.* got 'w5a16'",
         ),
         (
-            {"group_size": 128, "whole_groups": True},
-            r"group_size: whole_groups wants .* got 128 for embed, up_proj, lm_head"
+            {"group_size": 128, "require_divisible_groups": True},
+            r"group_size: expected groups that divide .* got 128 for embed, up_proj, lm_head"
             r" \(576 wide\); 64 and 32 would do",
         ),
     ],
@@ -80,10 +80,13 @@ def test_refused_before_any_work(options, message):
 
 
 def test_whole_groups():
-    assert fastlm.quantize(Block(576, 64), "w4a16", whole_groups=True).embed.group_size == 64
-    check_whole_groups({"a": 100}, -1)
-    with pytest.raises(InputError, match=r"wants .* got 32 for a \(100 wide\); only -1 would"):
-        check_whole_groups({"a": 100}, 32)
+    assert (
+        fastlm.quantize(Block(576, 64), "w4a16", require_divisible_groups=True).embed.group_size
+        == 64
+    )
+    check_divisible_groups({"a": 100}, -1)
+    with pytest.raises(InputError, match=r"expected .* got 32 for a \(100 wide\); only -1 would"):
+        check_divisible_groups({"a": 100}, 32)
     with pytest.raises(InputError, match=r"overrides: expected PATTERN=FORMAT.*got 'lm_head'"):
         QuantizeOptions(overrides=("lm_head",)).check()
 
@@ -99,13 +102,13 @@ def test_a_tied_head_cannot_have_bits_of_its_own():
 def test_a_refusal_names_layers_of_every_width():
     widths = {f"wide.{i}": 96 for i in range(7)} | {"narrow": 80, "fits": 64}
     with pytest.raises(InputError) as error:
-        check_whole_groups(widths, 64)
+        check_divisible_groups(widths, 64)
     text = "64 for wide.0, wide.1, wide.2, wide.3 (96 wide) and narrow (80 wide) and 3 more layers;"
     assert text in str(error.value)
 
 
 WIDE = {"hidden_size": 192, "intermediate_size": 160, "num_attention_heads": 2}
-EXPORT = "whole_groups = {}\n[[stage]]\nkind = 'export'\nformat = '{}'\n"
+EXPORT = "require_divisible_groups = {}\n[[stage]]\nkind = 'export'\nformat = '{}'\n"
 
 
 @pytest.mark.parametrize(
@@ -113,8 +116,8 @@ EXPORT = "whole_groups = {}\n[[stage]]\nkind = 'export'\nformat = '{}'\n"
     [
         (
             {"group_size": 64}, "true", "gguf",
-            r"quantize.group_size: whole_groups wants .*got 64 for model.layers.0.mlp.down_proj"
-            r" \(160 wide\); 32 would do",
+            r"quantize.group_size: expected groups that divide .*got 64 for"
+            r" model.layers.0.mlp.down_proj \(160 wide\); 32 would do",
         ),
         (
             {"group_size": 128}, "true", "gguf",
@@ -164,12 +167,12 @@ def test_the_outline_is_the_model_that_is_made(tied, symmetric):
         num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=tied,
     )  # fmt: skip
     options = {"group_size": 32, "overrides": {"*.o_proj": 8, "*.up_proj": 16}}
-    model = outline(config)
+    model = meta_model(config)
     overrides = ("*.o_proj=8", "*.up_proj=16")
-    targets = plan_of(
+    targets = select_targets(
         model, QuantizeOptions(group_size=32, symmetric=symmetric, overrides=overrides)
     )
-    drawn = stored_outline(model, targets)
+    drawn = meta_state(model, targets)
     real = fastlm.quantize(CausalLM(config), "w4a16", symmetric=symmetric, **options).stored()
     assert drawn.keys() == real.keys()
     for name, weight in real.items():
@@ -184,6 +187,6 @@ def test_groups_are_checked_before_calibration_text_is_read(tmp_path, monkeypatc
     (tmp_path / "text.txt").write_text("tree river stone bird " * 60)
     read = "fastlm.quant.calibration.text_windows"
     monkeypatch.setattr(read, lambda *a, **k: pytest.fail("read"))
-    stage = Quantize(group_size=24, whole_groups=True)
-    with pytest.raises(InputError, match="whole_groups wants groups that divide"):
+    stage = Quantize(group_size=24, require_divisible_groups=True)
+    with pytest.raises(InputError, match="expected groups that divide"):
         stage(tmp_path / "q", model=tmp_path / "base", calibration=tmp_path / "text.txt")

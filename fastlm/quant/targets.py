@@ -47,7 +47,7 @@ class Target:
     act_bits: int
 
 
-def plan_of(
+def select_targets(
     model: nn.Module, options: QuantizeOptions, scale_dtype: torch.dtype = torch.bfloat16
 ) -> list[Target]:
     """The layers to quantize, in the order of the model. A layer that occurs under several names is
@@ -95,8 +95,8 @@ def plan_of(
             )
     widths = {name: module.weight.shape[1] for name, module, *_ in chosen}
     size = options.group_size or choose_group_size(widths.values())
-    if options.whole_groups:
-        check_whole_groups(widths, size)
+    if options.require_divisible_groups:
+        check_divisible_groups(widths, size)
     return [
         Target(name, module, Scheme(own, size, options.symmetric, scale_dtype), act)
         for name, module, own, act in chosen
@@ -110,7 +110,7 @@ def choose_group_size(widths: Iterable[int]) -> int:
     return next(whole, GROUP_SIZES[-1])
 
 
-def check_whole_groups(widths: Mapping[str, int], group_size: int) -> None:
+def check_divisible_groups(widths: Mapping[str, int], group_size: int) -> None:
     """Raise InputError unless `group_size` divides the width (input features) of every layer."""
     if group_size == -1:
         return
@@ -119,12 +119,13 @@ def check_whole_groups(widths: Mapping[str, int], group_size: int) -> None:
         return
     fits = [str(s) for s in GROUP_SIZES if all(w % s == 0 for w in widths.values())]
     raise InputError(
-        "group_size: whole_groups wants groups that divide the width of every layer, got"
-        f" {group_size} for {layers_text(bad)}; {' and '.join(fits) or 'only -1'} would do"
+        "group_size: expected groups that divide the width of every layer"
+        " (require_divisible_groups), got"
+        f" {group_size} for {describe_layers(bad)}; {' and '.join(fits) or 'only -1'} would do"
     )
 
 
-def check_each(widths: Mapping[str, int], check: Callable[[str], T]) -> dict[str, T]:
+def check_layers(widths: Mapping[str, int], check: Callable[[str], T]) -> dict[str, T]:
     """Return ``check(name)`` of every layer. InputError: that of the first layer it refuses, with
     the names of the others.
     """
@@ -139,12 +140,12 @@ def check_each(widths: Mapping[str, int], check: Callable[[str], T]) -> dict[str
         _, *others = refused
         text = next(iter(refused.values()))
         if others:
-            text += f"; refused too: {layers_text({name: widths[name] for name in others})}"
+            text += f"; refused too: {describe_layers({name: widths[name] for name in others})}"
         raise InputError(text)
     return found
 
 
-def layers_text(widths: Mapping[str, int]) -> str:
+def describe_layers(widths: Mapping[str, int]) -> str:
     """Name up to `NAMED` layers by width, some of each width, and count the others."""
     alike: dict[int, list[str]] = {}
     for name, width in widths.items():
@@ -165,7 +166,7 @@ def find_head(model: nn.Module) -> nn.Module | None:
     return getter() if callable(getter) else getattr(model, "lm_head", None)
 
 
-def outline(config: ModelConfig) -> "CausalLM":
+def meta_model(config: ModelConfig) -> "CausalLM":
     """The model without its weights, on the meta device: a recipe's plan finds what cannot be
     quantized or exported before the model is trained.
     """
@@ -175,7 +176,7 @@ def outline(config: ModelConfig) -> "CausalLM":
         return CausalLM(config)
 
 
-def stored_outline(
+def meta_state(
     model: "CausalLM", targets: Sequence[Target] = ()
 ) -> dict[str, Tensor | QuantizedWeight]:
     """What `CausalLM.stored` returns once `targets` are quantized, on the meta device."""

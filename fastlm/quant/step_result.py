@@ -15,17 +15,17 @@ from torch import Tensor, nn
 from fastlm.files import make_folder, save_atomic
 from fastlm.ops import quantize_weight
 from fastlm.ops.quantized_weight import QuantizedWeight
-from fastlm.quant.plan import Target
+from fastlm.quant.targets import Target
 
 PARTS = ("qdata", "scales", "zeros")
 
 
 @dataclass
-class Step:
+class StepResult:
     """What came of one step: the embeddings, a decoder layer, the head, or the distillation.
     ``errors``: name of a layer -> squared error of its output, as a share of the output's square.
     ``powers`` and ``floats``: of AWQ's scales, see `fastlm.quant.awq.scale_features`; ``floats``
-    are new values of parameters. ``distilled``: figures of `fastlm.quant.distill`.
+    are new values of parameters. ``distillation``: figures of `fastlm.quant.distill`.
     """
 
     weights: dict[str, QuantizedWeight] = field(default_factory=dict)
@@ -33,22 +33,22 @@ class Step:
     powers: dict[str, float] = field(default_factory=dict)
     floats: dict[str, Tensor] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
-    distilled: dict[str, Any] = field(default_factory=dict)
+    distillation: dict[str, Any] = field(default_factory=dict)
 
-    def add(self, other: "Step") -> None:
+    def add(self, other: "StepResult") -> None:
         self.warnings += other.warnings
-        for name in ("weights", "errors", "powers", "floats", "distilled"):
+        for name in ("weights", "errors", "powers", "floats", "distillation"):
             getattr(self, name).update(getattr(other, name))
 
 
-def nearest(target: Target, moments: Tensor | None = None) -> Step:
+def round_to_nearest(target: Target, moments: Tensor | None = None) -> StepResult:
     """Round a layer to nearest, weighted by `moments`, (K,): sums of squares of its inputs."""
     w = target.module.weight.detach()
     q = quantize_weight(w, **vars(target.scheme), importance=moments)
-    return Step({target.name: q}, {target.name: relative_error(w, q, moments)})
+    return StepResult({target.name: q}, {target.name: relative_error(w, q, moments)})
 
 
-def weight_of(layer: nn.Module, name: str) -> Tensor:
+def get_weight(layer: nn.Module, name: str) -> Tensor:
     """The weight of a linear layer inside `layer`."""
     weight = layer.get_submodule(name).weight
     assert isinstance(weight, Tensor)
@@ -102,7 +102,7 @@ def load_tensors(file: Path, key: str) -> tuple[dict[str, Tensor], dict[str, Any
         return None
 
 
-def keep_step(file: Path, key: str, step: Step) -> None:
+def save_step_result(file: Path, key: str, step: StepResult) -> None:
     tensors, layouts = dict(step.floats), {}
     for name, q in step.weights.items():
         layouts[name] = [q.bits, q.group_size, q.shape]
@@ -112,7 +112,7 @@ def keep_step(file: Path, key: str, step: Step) -> None:
     save_tensors(file, key, tensors, layouts=layouts, floats=list(step.floats), **rest)
 
 
-def read_step(file: Path, key: str) -> Step | None:
+def load_step_result(file: Path, key: str) -> StepResult | None:
     if (kept := load_tensors(file, key)) is None:
         return None
     tensors, values = kept
@@ -122,4 +122,4 @@ def read_step(file: Path, key: str) -> Step | None:
         assert qdata is not None and scales is not None
         weights[name] = QuantizedWeight(qdata, scales, zeros, bits, size, tuple(shape))
     floats = {name: tensors[name] for name in values.pop("floats")}
-    return Step(weights=weights, floats=floats, **values)
+    return StepResult(weights=weights, floats=floats, **values)
