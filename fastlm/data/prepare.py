@@ -30,7 +30,7 @@ import zstandard
 from fastlm.data.dedup import MIN_PARAGRAPH, DocumentDedup, ParagraphDedup, content_key
 from fastlm.data.extract import extract
 from fastlm.data.filter import MAX_WORDS, TECHNICAL, check_rules, first_failed
-from fastlm.data.forgotten import document_key, line_key, text_key
+from fastlm.data.forget_log import document_key, line_key, text_key
 from fastlm.data.nesting import costly_markup
 from fastlm.data.scrub import scrub
 from fastlm.data.split import batches, split_text
@@ -190,7 +190,7 @@ def prepare(
     A line is {"text", "id", "source", "meta"}; ``read_documents`` reads the lines. A bad line among
     good ones, and a bad file inside a folder or a package, are counted, reported in the funnel and
     skipped. A bad source or file that was named raises an error. A failure leaves no folder that
-    was not there before. Documents whose key (`fastlm.data.forgotten`) is in ``forgotten`` are left
+    was not there before. Documents whose key (`fastlm.data.forget_log`) is in ``forgotten`` are left
     out and counted.
 
     InputError: no sources, bad options, nothing left after cleaning, ``out`` not writable, disk

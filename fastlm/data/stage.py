@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Any
 
 from fastlm.data.filter import TECHNICAL, WEB
-from fastlm.data.forgotten import forgotten_keys
+from fastlm.data.forget_log import forgotten_keys
 from fastlm.data.prepare import DataOptions, prepare
 from fastlm.errors import InputError
 from fastlm.pipeline.funnel import Funnel, StepCounts

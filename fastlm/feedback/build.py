@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from fastlm.data.conversations import conversation_of
 from fastlm.data.dedup import DocumentDedup
 from fastlm.data.filter import check_rules, first_failed
-from fastlm.data.forgotten import PROVENANCE
+from fastlm.data.forget_log import PROVENANCE
 from fastlm.data.preferences import Comparison, Label, preference_of
 from fastlm.errors import InputError
 from fastlm.feedback.feedback_items import (
@@ -114,7 +114,7 @@ def build(
 
     Args:
         questions: an index of evaluation questions, which must not get into the rows.
-        forgotten: keys of what must not get into the rows (`fastlm.data.forgotten`), in addition to
+        forgotten: keys of what must not get into the rows (`fastlm.data.forget_log`), in addition to
             those of withdrawn consent that the databases have.
 
     InputError: a database or a row that cannot be read, nothing left to learn from.

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastlm.data.conversations import Message, conversation_of, read_examples, said
 from fastlm.data.dedup import content_key
-from fastlm.data.forgotten import conversation_key, response_key, talk_key
+from fastlm.data.forget_log import conversation_key, messages_key, response_key
 from fastlm.data.preferences import Label, preference_of
 from fastlm.errors import check_unicode
 from fastlm.schema import validate
@@ -92,12 +92,12 @@ class FeedbackItem:
         return self.prompt_key + _key([self.kind, *answers])
 
     def forget_keys(self) -> Iterator[str]:
-        """Yield the keys by which it is left out after a withdrawal (`fastlm.data.forgotten`)."""
+        """Yield the keys by which it is left out after a withdrawal (`fastlm.data.forget_log`)."""
         yield from map(response_key, self.response_ids)
         yield from map(conversation_key, self.conversation_ids)
         for answer in (self.better, self.worse):
             if answer is not None:
-                yield talk_key([*(self.prompt or ()), *answer])
+                yield messages_key([*(self.prompt or ()), *answer])
 
     def vote(self) -> tuple[bytes, str, bool]:
         """Return (item, rater, yes or no), so that votes of several raters can be compared.

@@ -1,12 +1,12 @@
 """Forget documents and conversations: in prepared folders, token shards, rows to train on and the
 feedback database; and name the models that saw them.
 
-What is found is noted first (`fastlm.data.forgotten`), then removed: from the database, then the
+What is found is noted first (`fastlm.data.forget_log`), then removed: from the database, then the
 token shards that were made of it, rows, and last from the prepared folders, by which the shards are
 found. So the same command ends the work of one that was killed, and names the same models when all
 is gone.
 
-Rejected: to search and rewrite shards. That needs their tokenizer, and a training has to start
+Rejected: to search and remove_lines shards. That needs their tokenizer, and a training has to start
 again in any case; `fastlm data shards` makes them from what stays.
 """
 
@@ -21,20 +21,20 @@ from typing import TYPE_CHECKING, Any
 
 from fastlm.data.corpus_forget import (
     FileHits,
-    Wanted,
-    is_rows,
-    paragraphs_of,
+    ForgetQuery,
+    is_json_lines,
+    paragraph_keys,
     refresh_funnel,
-    rewrite,
+    remove_lines,
     search_corpus,
     search_rows,
 )
-from fastlm.data.forgotten import (
-    FORGOTTEN,
-    Line,
-    asked_key,
+from fastlm.data.forget_log import (
+    FORGET_LOG,
+    ForgetRecord,
     conversation_key,
-    read_log,
+    read_forget_log,
+    request_key,
     response_key,
 )
 from fastlm.data.prepare import HELDOUT, TRAIN, read_documents
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from fastlm.serve.feedback_store import FeedbackStore
 
 DATA = {"corpus", "shards"}  # what is searched itself, and so is clean or named
-NOT_ROWS = {INDEX, FORGOTTEN, "metrics.jsonl"}
+NOT_ROWS = {INDEX, FORGET_LOG, "metrics.jsonl"}
 SHARDS = "fastlm-shards-"
 
 
@@ -93,7 +93,7 @@ def forget(
     Args:
         paths: folders of runs, prepared folders, files of rows.
         names: ids of documents, responses or conversations, URLs, paths, sources, SHA-256 of texts.
-        keys: of `fastlm.data.forgotten`, as of consent that was withdrawn.
+        keys: of `fastlm.data.forget_log`, as of consent that was withdrawn.
         store: a feedback database, in which ``names`` are responses and conversations.
         dry_run: change nothing.
 
@@ -103,7 +103,7 @@ def forget(
         raise InputError("what: expected something to forget, got nothing")
     roots = [Path(path) for path in paths]
     for root in roots:
-        if not (root.is_dir() or (root.is_file() and is_rows(root))):
+        if not (root.is_dir() or (root.is_file() and is_json_lines(root))):
             got = "another file" if root.exists() else "nothing"
             raise InputError(f"{root}: expected a folder or a file of JSON lines, got {got}")
     work = _Work(roots, names, keys, store)
@@ -123,12 +123,12 @@ class _Work:
     ):  # fmt: skip
         self.names, self.store = names, store
         self.folders = list(dict.fromkeys(r if r.is_dir() else r.parent for r in roots))
-        self.asked = {asked_key(name): name for name in names}
+        self.asked = {request_key(name): name for name in names}
         # what earlier calls found under the same names or keys
         self.places = _places(roots)
         logs = dict.fromkeys([*self.folders, *self.places[0]])
-        log = [line for folder in logs for line in read_log(folder)]
-        asked = [line for line in log if self.asked.keys() & {*line.asked}]
+        log = [line for folder in logs for line in read_forget_log(folder)]
+        asked = [line for line in log if self.asked.keys() & {*line.request_keys}]
         self.before = [line for line in log if line in asked or {*keys} & {*line.keys}]
         wanted = {*keys, *(key for line in asked for key in line.keys)}
         for name in names:
@@ -137,25 +137,25 @@ class _Work:
                 wanted |= {*store.withdrawn(name), *store.keys_of(name)}
         sums = frozenset(name.lower() for name in names if re.fullmatch("(?i)[0-9a-f]{64}", name))
         paths = {str(Path(name).absolute()) for name in names if Path(name).exists()}
-        self.wanted = Wanted(frozenset([*names, *paths]), sums, frozenset(wanted))
+        self.query = ForgetQuery(frozenset([*names, *paths]), sums, frozenset(wanted))
         self.registry = open_registry(self.folders, note=False)
         self.report = Report()
         self.corpora: dict[Path, dict[str, FileHits]] = {}
         self.shards: list[Path] = []
         self.rows: list[FileHits] = []
         self.keys: set[str] = set()
-        self.held: set[str] = {id for line in self.before for id in line.held}
+        self.held: set[str] = {id for line in self.before for id in line.content_ids}
 
     # ---- search
 
     def search(self) -> None:
         corpora, shards, rows = self.places
         for folder in corpora:
-            self.corpora[folder] = parts = search_corpus(folder, self.wanted)
+            self.corpora[folder] = parts = search_corpus(folder, self.query)
             if self._found("document", folder, parts.values()):
                 self.held |= self._ids("corpus", folder)
         for path in rows:
-            hits = search_rows(path, self.wanted)
+            hits = search_rows(path, self.query)
             if self._found("row", path, [hits]):
                 self.rows.append(hits)
         for folder in shards:
@@ -179,12 +179,12 @@ class _Work:
 
     def _found(self, what: str, place: Path, files: Iterable[FileHits]) -> bool:
         """Note what is to go of a place. Whether there is any."""
-        hit = [hits for hits in files if hits.numbers]
+        hit = [hits for hits in files if hits.line_numbers]
         for hits in hit:
             self.keys |= hits.keys
             self.held.add(digest(hits.path))
         if hit:
-            self._tell(what, place, sum(len(hits.numbers) for hits in hit))
+            self._tell(what, place, sum(len(hits.line_numbers) for hits in hit))
         return bool(hit)
 
     def _tell(self, what: str, place: Path, count: int) -> None:
@@ -194,7 +194,9 @@ class _Work:
     def gone(self) -> dict[Path, list[FileHits]]:
         """The prepared folders of which something goes, with their parts."""
         its = {folder: [*parts.values()] for folder, parts in self.corpora.items()}
-        return {folder: parts for folder, parts in its.items() if any(h.numbers for h in parts)}
+        return {
+            folder: parts for folder, parts in its.items() if any(h.line_numbers for h in parts)
+        }
 
     @property
     def texts(self) -> list[str]:
@@ -226,23 +228,27 @@ class _Work:
         """Find the paragraphs of what goes in documents that stay, and sources that still have
         it.
         """
-        paragraphs = paragraphs_of(self.texts)
+        paragraphs = paragraph_keys(self.texts)
         files = [(f, hits) for f, parts in self.corpora.items() for hits in parts.values()]
         for folder, hits in files if paragraphs else ():
             for number, document in enumerate(read_documents(hits.path)):
-                shared = paragraphs & paragraphs_of([document.text])
-                if shared and number not in hits.numbers:
+                shared = paragraphs & paragraph_keys([document.text])
+                if shared and number not in hits.line_numbers:
                     self.report.elsewhere.append({
                         "place": str(folder), "source": document.source, "id": document.id,
                         "paragraphs": len(shared),
                     })  # fmt: skip
-        places = [place for parts in self.gone.values() for hits in parts for place in hits.places]
+        places = [
+            place for parts in self.gone.values() for hits in parts for place in hits.documents
+        ]
         self.report.sources = list(dict.fromkeys(f"{source}: {id}" for source, id in places))
 
     def missing(self) -> list[str]:
         """The names of which nothing was found, now or earlier."""
-        told = {name for line in self.before for a in line.asked if (name := self.asked.get(a))}
-        found = {*self.wanted.matched, *told}
+        told = {
+            name for line in self.before for a in line.request_keys if (name := self.asked.get(a))
+        }
+        found = {*self.query.matches, *told}
         return [
             name
             for name in self.names
@@ -276,8 +282,8 @@ class _Work:
             for folder in self.shards:
                 remove_shards(folder)
             corpora = [hits for parts in self.corpora.values() for hits in parts.values()]
-            for hits in (*self.rows, *(hits for hits in corpora if hits.numbers)):
-                rewrite(hits)
+            for hits in (*self.rows, *(hits for hits in corpora if hits.line_numbers)):
+                remove_lines(hits)
             for folder, parts in self.corpora.items():
                 if folder in self.gone or self.before:
                     refresh_funnel(folder, parts)
@@ -289,14 +295,16 @@ class _Work:
         if not self.keys and not self.held:
             return
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        keys = sorted({*self.keys} | ({*self.wanted.keys} & self.wanted.matched))
-        line = asdict(Line(now, sorted(self.asked), keys, sorted(self.held)))
+        keys = sorted({*self.keys} | ({*self.query.keys} & self.query.matches))
+        line = asdict(ForgetRecord(now, sorted(self.asked), keys, sorted(self.held)))
         alone = [folder for folder in self.gone if not (folder.parent / STAGES).is_file()]
         for folder in dict.fromkeys([*self.folders, *runs, *alone]):
-            log = [old for old in read_log(folder) if {*old.asked} >= self.asked.keys()]
-            told = {word for old in log for word in (*old.keys, *old.held)}
+            log = [
+                old for old in read_forget_log(folder) if {*old.request_keys} >= self.asked.keys()
+            ]
+            told = {word for old in log for word in (*old.keys, *old.content_ids)}
             if not told.issuperset([*keys, *self.held]):
-                append_lines(folder / FORGOTTEN, [line])
+                append_lines(folder / FORGET_LOG, [line])
 
 
 def refresh(record: Known) -> None:
@@ -389,7 +397,7 @@ def _places(roots: Iterable[Path]) -> tuple[list[Path], list[Path], list[Path]]:
             elif "index.json" in files and _is_shards(folder / "index.json"):
                 shards[folder] = None
             for name in sorted({*files} - parts - NOT_ROWS):
-                if is_rows(folder / name) and not name.startswith("."):
+                if is_json_lines(folder / name) and not name.startswith("."):
                     rows[folder / name] = None
     return list(corpora), list(shards), list(rows)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from fastlm.data.forgotten import forgotten_keys
+from fastlm.data.forget_log import forgotten_keys
 from fastlm.data.stage import funnel_values, tables
 from fastlm.errors import InputError
 from fastlm.feedback.build import PARTS, TRAIN, BuildOptions

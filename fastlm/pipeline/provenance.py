@@ -44,7 +44,7 @@ PARTS: dict[str, Sequence[str]] = {
     "shards": ("index.json", "*.bin", "*.starts"),
     "scores": ("scores.json",),
 }
-NOT_CONTENT = ("README.md", "record.json", "forgotten.jsonl", ".*")
+NOT_CONTENT = ("README.md", "record.json", "forget_log.jsonl", ".*")
 
 
 class InputRecord(TypedDict):

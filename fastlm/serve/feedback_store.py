@@ -21,7 +21,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.event import listen
 from sqlalchemy.exc import SQLAlchemyError
 
-from fastlm.data.forgotten import asked_key, conversation_key, response_key, talk_key
+from fastlm.data.forget_log import conversation_key, messages_key, request_key, response_key
 from fastlm.errors import InputError
 from fastlm.serve.feedback_rows import now, read_feedback, read_rating, read_response, row_of
 from fastlm.serve.ratings import Rating
@@ -243,13 +243,13 @@ class FeedbackStore:
 
     def forget(self, id: str) -> int:
         """Delete a response or a conversation: its text, what was said about it, and its measures.
-        Return how many rows there were. Keys stay (`fastlm.data.forgotten`), by which `fastlm
+        Return how many rows there were. Keys stay (`fastlm.data.forget_log`), by which `fastlm
         feedback build` leaves it out and ``fastlm data forget --withdrawn`` finds what was built
         before; and the counts of a canary's trial, without ids.
 
         InputError: also that a process which reads keeps the text in SQLite's log.
         """
-        rows = [{"key": key, "asked": asked_key(id), "at": now()} for key in self.keys_of(id)]
+        rows = [{"key": key, "asked": request_key(id), "at": now()} for key in self.keys_of(id)]
         with self.write() as connection:  # first, so that a kill in between loses no key
             for row in rows:
                 self.insert_new(connection, WITHDRAWN, row)
@@ -290,19 +290,19 @@ class FeedbackStore:
             return set()
         keys = {conversation_key(id), *map(response_key, ids)}
         for answer in answers.values():
-            keys |= {talk_key([*answer.prompt, *choice]) for choice in answer.choices}
+            keys |= {messages_key([*answer.prompt, *choice]) for choice in answer.choices}
         for feedback in feedback_rows:
             answer = answers.get(feedback.response_id or "")
             if feedback.corrected and answer is not None and feedback.choice < len(answer.choices):
                 fixed = answer.with_correction(feedback.choice, feedback.corrected)
-                keys.add(talk_key([*answer.prompt, *fixed]))
+                keys.add(messages_key([*answer.prompt, *fixed]))
         return keys
 
     def withdrawn(self, id: str | None = None) -> frozenset[str]:
         """The keys of all that was ever forgotten here, or of what was forgotten as ``id``."""
         query = sa.select(WITHDRAWN.c.key)
         if id is not None:
-            query = query.where(WITHDRAWN.c.asked == asked_key(id))
+            query = query.where(WITHDRAWN.c.asked == request_key(id))
         return frozenset(row.key for row in self.all(query))
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from fastlm.data.conversations import Conversation, Message, Rows, read_examples, said
-from fastlm.data.forgotten import response_key
+from fastlm.data.forget_log import response_key
 from fastlm.data.preferences import Comparison, Label, Unranked, answers_of
 from fastlm.errors import InputError, check_unicode, show
 from fastlm.files import replacing

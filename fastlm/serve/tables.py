@@ -70,7 +70,7 @@ MEASURES = sa.Table(
     sa.Column("toxicity_judge", sa.String(64)),
     sa.Column("features", sa.LargeBinary),  # `fastlm.serve.monitor.features`
 )
-WITHDRAWN = sa.Table(  # keys of `fastlm.data.forgotten`, of what was deleted
+WITHDRAWN = sa.Table(  # keys of `fastlm.data.forget_log`, of what was deleted
     "fastlm_withdrawn",
     metadata,
     sa.Column("key", sa.String(96), primary_key=True),

@@ -45,7 +45,7 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from fastlm.data.conversations import Conversation
-from fastlm.data.forgotten import PROVENANCE
+from fastlm.data.forget_log import PROVENANCE
 from fastlm.errors import InputError
 from fastlm.files import make_folder, read_json, reason, save_atomic, write_json, write_text
 from fastlm.ops import linear_logprobs

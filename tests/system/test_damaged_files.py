@@ -10,7 +10,7 @@ import pytest
 from damage import changed, damaged, outcome
 
 from fastlm import stages
-from fastlm.data.forgotten import read_log
+from fastlm.data.forget_log import read_forget_log
 from fastlm.errors import InputError
 from fastlm.evals import runner
 from fastlm.evals.harness_tasks import task_files
@@ -164,7 +164,7 @@ KINDS = {
     "open.jsonl": (jsonl({"version": 3}, *OPEN), use_records),
     "choices.jsonl": (jsonl({"version": 3}, *CHOICES), use_records),
     "task.yaml": (TASK.encode(), task_files),
-    "forgotten.jsonl": (jsonl(LOG), lambda path: read_log(path.parent)),
+    "forget_log.jsonl": (jsonl(LOG), lambda path: read_forget_log(path.parent)),
 }
 
 

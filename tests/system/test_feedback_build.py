@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from fastlm.cli import app
 from fastlm.data.conversations import read_conversations
-from fastlm.data.forgotten import response_key
+from fastlm.data.forget_log import response_key
 from fastlm.data.preferences import Comparison, Label, read_preferences
 from fastlm.data.prompts import read_prompts
 from fastlm.errors import InputError

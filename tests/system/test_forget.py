@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from fastlm.cli import app
 from fastlm.data.conversations import read_conversations
-from fastlm.data.forgotten import FORGOTTEN, keys_of_row, read_log, response_key
+from fastlm.data.forget_log import FORGET_LOG, read_forget_log, response_key, row_keys
 from fastlm.data.preferences import read_preferences
 from fastlm.data.prepare import prepare, read_documents
 from fastlm.data.shards import INDEX, BatchSampler, TokenDataset
@@ -70,7 +70,7 @@ def test_a_document_leaves_text_and_shards(runs, lost, made):
     before = texts(runs)
     dry = call(runs, "--what", id, "--dry-run", status=5)
     assert "would remove 1 document:" in dry.stdout and texts(runs) == before
-    assert not (runs / FORGOTTEN).exists()
+    assert not (runs / FORGET_LOG).exists()
     told = call(runs, "--what", id, "--json", status=5)
     report = json.loads(told.stdout)
     assert [(r["what"], r["count"]) for r in report["removed"]] == [
@@ -91,11 +91,12 @@ def test_a_document_leaves_text_and_shards(runs, lost, made):
     states = {r.name: r.state for r in open_registry([runs]).records}
     assert set(states.values()) == {HERE}, states
     assert (
-        text[:40] not in (runs / FORGOTTEN).read_text() and id not in (runs / FORGOTTEN).read_text()
+        text[:40] not in (runs / FORGET_LOG).read_text()
+        and id not in (runs / FORGET_LOG).read_text()
     )
     again = json.loads(call(runs, "--what", id, "--json", status=5).stdout)
     assert again["removed"] == [] and again["models"] == report["models"]
-    assert len(read_log(runs)) == 1
+    assert len(read_forget_log(runs)) == 1
 
 
 def test_shards_of_text_that_an_earlier_call_cleaned(runs, lost, tmp_path):
@@ -270,7 +271,7 @@ def test_withdrawn_consent_reaches_what_was_exported(tmp_path):
         # of a fastlm that wrote no provenance, compressed
         old = [json.loads(line) for line in (rows / "preferences.jsonl").read_text().splitlines()]
         for row in old:
-            assert keys_of_row(row) > {response_key(row.pop("provenance")["responses"][0])} or True
+            assert row_keys(row) > {response_key(row.pop("provenance")["responses"][0])} or True
         with gzip.open(rows / "old.jsonl.gz", "wt") as file:
             file.writelines(json.dumps(row) + "\n" for row in old)
         before = {p.name: len(list(lines(p))) for p in rows.iterdir()}
@@ -293,7 +294,7 @@ def test_withdrawn_consent_reaches_what_was_exported(tmp_path):
         ("sft.jsonl", 1),
     ]  # fmt: skip
     for path in rows.iterdir():
-        if path.name != FORGOTTEN:
+        if path.name != FORGET_LOG:
             assert all("one" not in str(line).lower() for line in lines(path)), path
             assert len(list(lines(path))) == before[path.name] // 2
     assert len(list(read_preferences([str(rows / "kto.jsonl")], cache=tmp_path))) == 3
