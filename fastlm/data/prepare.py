@@ -190,7 +190,7 @@ def prepare(
     A line is {"text", "id", "source", "meta"}; ``read_documents`` reads the lines. A bad line among
     good ones, and a bad file inside a folder or a package, are counted, reported in the funnel and
     skipped. A bad source or file that was named raises an error. A failure leaves no folder that
-    was not there before. Documents whose key (`fastlm.data.forget_log`) is in ``forgotten`` are left
+    was not there before. Documents with a key (`fastlm.data.forget_log`) in ``forgotten`` are left
     out and counted.
 
     InputError: no sources, bad options, nothing left after cleaning, ``out`` not writable, disk

@@ -114,8 +114,8 @@ def build(
 
     Args:
         questions: an index of evaluation questions, which must not get into the rows.
-        forgotten: keys of what must not get into the rows (`fastlm.data.forget_log`), in addition to
-            those of withdrawn consent that the databases have.
+        forgotten: keys of data that must not get into the rows (`fastlm.data.forget_log`), in
+            addition to those of withdrawn consent that the databases have.
 
     InputError: a database or a row that cannot be read, nothing left to learn from.
     """

@@ -164,7 +164,7 @@ def withdrawn_keys(source: str) -> frozenset[str]:
     if is_export(source):
         return frozenset()
     with open_store(source) as store:
-        return store.withdrawn()
+        return store.withdrawn_keys()
 
 
 def _items_of(

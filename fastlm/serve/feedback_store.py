@@ -249,7 +249,10 @@ class FeedbackStore:
 
         InputError: also that a process which reads keeps the text in SQLite's log.
         """
-        rows = [{"key": key, "asked": request_key(id), "at": now()} for key in self.keys_of(id)]
+        rows = [
+            {"key": key, "request_key": request_key(id), "withdrawn_at": now()}
+            for key in self.keys_of(id)
+        ]
         with self.write() as connection:  # first, so that a kill in between loses no key
             for row in rows:
                 self.insert_new(connection, WITHDRAWN, row)
@@ -298,11 +301,11 @@ class FeedbackStore:
                 keys.add(messages_key([*answer.prompt, *fixed]))
         return keys
 
-    def withdrawn(self, id: str | None = None) -> frozenset[str]:
-        """The keys of all that was ever forgotten here, or of what was forgotten as ``id``."""
+    def withdrawn_keys(self, id: str | None = None) -> frozenset[str]:
+        """Return the keys of everything that was ever forgotten here, or of ``id`` alone."""
         query = sa.select(WITHDRAWN.c.key)
         if id is not None:
-            query = query.where(WITHDRAWN.c.asked == request_key(id))
+            query = query.where(WITHDRAWN.c.request_key == request_key(id))
         return frozenset(row.key for row in self.all(query))
 
 

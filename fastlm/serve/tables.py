@@ -70,12 +70,12 @@ MEASURES = sa.Table(
     sa.Column("toxicity_judge", sa.String(64)),
     sa.Column("features", sa.LargeBinary),  # `fastlm.serve.monitor.features`
 )
-WITHDRAWN = sa.Table(  # keys of `fastlm.data.forget_log`, of what was deleted
-    "fastlm_withdrawn",
+WITHDRAWN = sa.Table(  # keys of `fastlm.data.forget_log` of deleted rows
+    "fastlm_withdrawals",
     metadata,
     sa.Column("key", sa.String(96), primary_key=True),
-    sa.Column("asked", sa.String(96), primary_key=True),  # hash of the id that was deleted
-    sa.Column("at", sa.Text, nullable=False),  # ISO 8601, UTC
+    sa.Column("request_key", sa.String(96), primary_key=True),  # hash of the deleted id
+    sa.Column("withdrawn_at", sa.Text, nullable=False),  # ISO 8601, UTC
 )
 CANARY_ANSWERS = sa.Table(
     "fastlm_canary_answers",

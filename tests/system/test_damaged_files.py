@@ -18,7 +18,7 @@ from fastlm.evals.measures import parts, summary, values
 from fastlm.evals.results import RecordFile
 from fastlm.evals.safety.gates import failures, read_gates
 from fastlm.evals.task import MultipleChoice, OpenQuestion, Task
-from fastlm.feedback.forget import forget, lines
+from fastlm.feedback.forget import forget, report_lines
 from fastlm.feedback.gate import Decision
 from fastlm.feedback.gate_metrics import read_scores, scores_of
 from fastlm.pipeline.card import card
@@ -109,7 +109,7 @@ def use_registry(path: Path) -> None:
     if path.name == "stages.json" and len({r.run for r in found.records}) > 1:
         rows = diff(found, "good", "bad", kinds=stages.KINDS)
         shown(rows, "good", "bad"), json.dumps(rows, default=str)
-    list(lines(forget([root], ["http://a"], dry_run=True), True))
+    list(report_lines(forget([root], ["http://a"], dry_run=True), True))
     if found.warnings:
         raise InputError(found.warnings[0])
 
@@ -146,7 +146,7 @@ CHOICES = [
     {"id": str(i), "logprob": [-1.0, -2.0], "tokens": [1, 2], "bare": [-1.0, -3.0]}
     for i in range(3)
 ]
-LOG = {"at": "2026", "asked": [ID], "keys": ["a"], "held": [ID]}
+LOG = {"time": "2026", "request_keys": [ID], "keys": ["a"], "content_ids": [ID]}
 # name of the file: its content, what reads it
 KINDS = {
     "bad/stages.json": (json.dumps(run(4)).encode(), use_registry),

@@ -68,19 +68,19 @@ def shards(runs: Path) -> list[str]:
 def test_a_document_leaves_text_and_shards(runs, lost, made):
     id, text = lost
     before = texts(runs)
-    dry = call(runs, "--what", id, "--dry-run", status=5)
+    dry = call(runs, "--target", id, "--dry-run", status=5)
     assert "would remove 1 document:" in dry.stdout and texts(runs) == before
     assert not (runs / FORGET_LOG).exists()
-    told = call(runs, "--what", id, "--json", status=5)
+    told = call(runs, "--target", id, "--json", status=5)
     report = json.loads(told.stdout)
-    assert [(r["what"], r["count"]) for r in report["removed"]] == [
+    assert [(r["kind"], r["count"]) for r in report["removed"]] == [
         ("document", 1), ("set of token shards", 1), ("set of token shards", 1),
     ]  # fmt: skip
     assert [m["name"] for m in report["models"]] == ["one/tokenizer", "one/pretrain"]
     assert report["quotes"] == [str(runs / "one/pretrain"), *(
         str(runs / f"one/{name}") for name in ("report.html", "summary.json")
     )]  # fmt: skip
-    assert report["models"][1]["again"].endswith(f"--out {runs / 'one'}")
+    assert report["models"][1]["retrain_command"].endswith(f"--out {runs / 'one'}")
     assert texts(runs) == before[1:]
     assert not shards(runs)
     funnel = json.loads((runs / "one/data/funnel.json").read_text())
@@ -94,7 +94,7 @@ def test_a_document_leaves_text_and_shards(runs, lost, made):
         text[:40] not in (runs / FORGET_LOG).read_text()
         and id not in (runs / FORGET_LOG).read_text()
     )
-    again = json.loads(call(runs, "--what", id, "--json", status=5).stdout)
+    again = json.loads(call(runs, "--target", id, "--json", status=5).stdout)
     assert again["removed"] == [] and again["models"] == report["models"]
     assert len(read_forget_log(runs)) == 1
 
@@ -105,21 +105,21 @@ def test_shards_of_text_that_an_earlier_call_cleaned(runs, lost, tmp_path):
     moved = tmp_path / "moved"
     for name in ("data", "shards"):
         shutil.copytree(runs / "one" / name, moved / name)
-    call(moved / "data", "--what", id)
-    told = json.loads(call(moved, "--what", id, "--json", status=5).stdout)
+    call(moved / "data", "--target", id)
+    told = json.loads(call(moved, "--target", id, "--json", status=5).stdout)
     assert {line.rpartition(": ")[2] for line in told["unchecked"]} == {
-        "no record says whether it was made before documents were removed"
+        "no record tells whether it was made before documents were removed"
     }
     data = runs / "one/data"
-    first = json.loads(call(data, "--what", id, "--json").stdout)
-    assert [r["what"] for r in first["removed"]] == ["document"] and shards(runs)
-    second = json.loads(call(runs, "--what", id, "--json", status=5).stdout)
-    assert {r["what"] for r in second["removed"]} == {"set of token shards"} and not shards(runs)
+    first = json.loads(call(data, "--target", id, "--json").stdout)
+    assert [r["kind"] for r in first["removed"]] == ["document"] and shards(runs)
+    second = json.loads(call(runs, "--target", id, "--json", status=5).stdout)
+    assert {r["kind"] for r in second["removed"]} == {"set of token shards"} and not shards(runs)
 
 
 def test_it_does_not_come_back_and_the_training_runs_again(runs, lost, made):
     id, text = lost
-    call(runs, "--what", id, status=5)
+    call(runs, "--target", id, status=5)
     events = []
     recipe = made / "tiny.toml"
     run_recipe(
@@ -128,10 +128,10 @@ def test_it_does_not_come_back_and_the_training_runs_again(runs, lost, made):
     )  # fmt: skip
     assert ("pretrain", "archived") in events and ("pretrain", "done") in events
     assert text not in [*texts(runs), *texts(runs, "heldout")]
-    models = json.loads(call(runs, "--what", id, "--json", status=5).stdout)["models"]
+    models = json.loads(call(runs, "--target", id, "--json", status=5).stdout)["models"]
     assert [m["name"] for m in models] == ["one/previous/tokenizer", "one/previous/pretrain"]
     shutil.rmtree(runs / "one/previous")  # the index still knows it
-    gone = json.loads(call(runs, "--what", id, "--json", status=0).stdout)["models"]
+    gone = json.loads(call(runs, "--target", id, "--json", status=0).stdout)["models"]
     assert {m["state"] for m in gone} == {"gone"} and "pretrain" in {m["kind"] for m in gone}
     # and not into another run in the same folder
     run_recipe(recipe, runs / "new", until="data")
@@ -187,18 +187,18 @@ def test_by_the_hash_of_a_text_and_without_prepared_text(runs, lost):
     digest = hashlib.sha256(text.encode()).hexdigest()
     assert len(forget([runs], [digest], dry_run=True).removed) == 3
     shutil.rmtree(runs / "one/data")
-    assert "found nothing of" in call(runs, "--what", id, status=2).stderr
+    assert "found nothing of" in call(runs, "--target", id, status=2).stderr
     report = forget([runs], [digest])
-    assert not report.removed and report.remains and shards(runs)
+    assert not report.removed and report.is_incomplete and shards(runs)
     assert [line.partition(": ")[2] for line in report.unchecked] == [
-        "its prepared text is not here to find the documents by"
+        "its prepared text is not here, so that its documents are unknown"
     ] * 2
 
 
 def test_all_documents_of_a_source(runs, lost):
     source = json.loads((runs / "one/data/funnel.json").read_text())["sources"]
     report = forget([runs], list(source))
-    assert not texts(runs) and not texts(runs, "heldout") and report.remains
+    assert not texts(runs) and not texts(runs, "heldout") and report.is_incomplete
     with pytest.raises(InputError, match="expected a folder of token shards"):
         TokenDataset(runs / "one/shards/train")
     assert not list((runs / "one/shards").rglob("*.bin"))
@@ -230,7 +230,7 @@ def test_paragraphs_that_stand_elsewhere(tmp_path):
     prepare([str(docs)], tmp_path / "corpus", options=options, cache=tmp_path)
     report = forget([tmp_path / "corpus"], [str(docs / "a.txt")])
     assert [(e["id"], e["paragraphs"]) for e in report.elsewhere] == [("b.txt", 1)]
-    assert not report.remains and report.sources == [f"{docs}: a.txt"]
+    assert not report.is_incomplete and report.sources == [f"{docs}: a.txt"]
     left = [d.id for d in read_documents(tmp_path / "corpus/train.jsonl.zst")]
     assert left == ["b.txt"]
 
@@ -289,7 +289,7 @@ def test_withdrawn_consent_reaches_what_was_exported(tmp_path):
     arguments = [rows, "--withdrawn", "--feedback", base]
     assert "would remove" in call(*arguments, "--dry-run").stdout
     report = json.loads(call(*arguments, "--json").stdout)
-    assert sorted((Path(r["place"]).name, r["count"]) for r in report["removed"]) == [
+    assert sorted((Path(r["path"]).name, r["count"]) for r in report["removed"]) == [
         ("kto.jsonl", 3), ("old.jsonl.gz", 2), ("preferences.jsonl", 2), ("prompts.jsonl", 1),
         ("sft.jsonl", 1),
     ]  # fmt: skip
@@ -299,13 +299,13 @@ def test_withdrawn_consent_reaches_what_was_exported(tmp_path):
             assert len(list(lines(path))) == before[path.name] // 2
     assert len(list(read_preferences([str(rows / "kto.jsonl")], cache=tmp_path))) == 3
     assert len(list(read_preferences([str(rows / "old.jsonl.gz")], cache=tmp_path))) == 2
-    assert "nothing of it is left" in call(*arguments).stdout
+    assert "nothing to remove" in call(*arguments).stdout
     # by its id: database and rows in one step
-    done = call(rows, "--what", "r2", "--feedback", base)
+    done = call(rows, "--target", "r2", "--feedback", base)
     assert "removed 1 responses or conversations" in done.stdout
     assert not list(lines(rows / "sft.jsonl"))
     with FeedbackStore(base) as store:
-        assert not store.answers() and response_key("r2") in store.withdrawn()
+        assert not store.answers() and response_key("r2") in store.withdrawn_keys()
 
 
 def lines(path: Path):
@@ -328,20 +328,20 @@ def test_a_model_that_learned_withdrawn_rows_is_named(tmp_path, made, runs):
         result = CliRunner().invoke(app, list(map(str, arguments)))
         assert result.exit_code == 0, (result.output, result.exception)
         store.forget("r1")
-        report = forget([runs], keys=store.withdrawn())
-    assert [m["name"] for m in report.models] == ["tuned"] and report.remains
-    assert report.models[0]["again"].startswith("fastlm")  # and the words of this process
+        report = forget([runs], keys=store.withdrawn_keys())
+    assert [m["name"] for m in report.models] == ["tuned"] and report.is_incomplete
+    assert report.models[0]["retrain_command"].startswith("fastlm")  # and the words of this process
 
 
 def test_bad_input(runs, tmp_path):
     for arguments, told in (
-        ([runs], "expected --what"),
+        ([runs], "expected --target"),
         ([runs, "--withdrawn"], "expected --feedback"),
-        ([tmp_path / "none", "--what", "x"], "got nothing"),
-        ([runs, "--what", " "], "got an empty text"),
-        ([runs, "--what", "x", "--feedback", tmp_path / "f.sqlite"], "not found"),
+        ([tmp_path / "none", "--target", "x"], "got nothing"),
+        ([runs, "--target", " "], "got an empty text"),
+        ([runs, "--target", "x", "--feedback", tmp_path / "f.sqlite"], "not found"),
         ([runs, "--list", tmp_path / "list"], "expected a readable text file"),
-        ([runs, "--what", "no such"], "found nothing of 'no such'"),
+        ([runs, "--target", "no such"], "found nothing of 'no such'"),
     ):
         assert told in call(*arguments, status=2).stderr
     (tmp_path / "list").write_text("00.txt\n\n01.txt\nno such\n")
@@ -349,7 +349,7 @@ def test_bad_input(runs, tmp_path):
     heldout = runs / "one/data/heldout.jsonl.zst"
     whole = heldout.read_bytes()
     heldout.write_bytes(b"damaged")
-    assert "heldout" in call(runs, "--what", "02.txt", status=2).stderr
+    assert "heldout" in call(runs, "--target", "02.txt", status=2).stderr
     assert before and shards(runs) == before
     heldout.write_bytes(whole)
     found = json.loads(call(runs, "--list", tmp_path / "list", "--json", status=5).stdout)
@@ -361,5 +361,5 @@ def test_a_run_at_work_is_left_alone(runs, lost):
 
     before = shards(runs)
     with locked(runs / "one"):
-        told = call(runs, "--what", lost[0], status=2).stderr
+        told = call(runs, "--target", lost[0], status=2).stderr
     assert "another fastlm run is at work" in told and before and shards(runs) == before
