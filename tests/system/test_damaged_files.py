@@ -242,4 +242,4 @@ def test_a_record_with_a_field_of_another_kind_is_left_out(key, value, refusal, 
     found = open_registry([folder / "runs"], note=False)
     assert {record.run for record in found.records} == {"good"}
     (warning,) = found.warnings
-    assert f"bad/stages.json: stages.eval.made.{key}" in warning and refusal in warning
+    assert f"bad/stages.json: stages.eval.provenance.{key}" in warning and refusal in warning

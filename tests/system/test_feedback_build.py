@@ -340,7 +340,7 @@ def test_what_safety_asks_does_not_enter(tmp_path):
 
     def removed(*names):
         stage = FeedbackBuild(database=(str(path),), decontaminate=names)
-        stage(tmp_path / "out", cache=cache)
+        stage(tmp_path / "out", cache_dir=cache)
         return steps(Funnel.load(tmp_path / "out"))["decontamination"]["removed"]
 
     # DoNotAnswer's stand-in has HarmBench's texts
