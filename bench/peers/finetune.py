@@ -122,10 +122,10 @@ def fastlm_side(given: dict[str, Any], folder: Path, rows: list[dict]) -> dict[s
         folder, dtype=given["dtype"], seed=0
     )
     options = TrainOptions(
-        max_steps=given["steps"], lr=RATE, final_lr=1.0, warmup=0.0, weight_decay=0.0,
+        max_steps=given["steps"], lr=RATE, final_lr=1.0, warmup_ratio=0.0, weight_decay=0.0,
         betas=(0.9, 0.999), dtype=given["dtype"], validations=0, sample_at=(),
         checkpoint_activations=len(model.model.layers) if given["checkpointed"] else 0,
-        checkpoint_every=10**6, spike_factor=None,
+        save_steps=10**6, spike_factor=None,
     )  # fmt: skip
 
     def example(row: dict, side: str) -> Example:

@@ -19,7 +19,7 @@ import transformers
 from harness import positive
 
 from fastlm.model.causal_lm import CausalLM
-from fastlm.train.rollouts import sample_answers
+from fastlm.train.rollouts import sample_completions
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -47,7 +47,7 @@ def main() -> None:
     ids = prompts.repeat_interleave(a.answers, 0)[: a.rows]
 
     def fastlm_side(model) -> None:
-        answers = sample_answers(model, ids.tolist(), max_new_tokens=a.new)
+        answers = sample_completions(model, ids.tolist(), max_new_tokens=a.new)
         assert all(len(answer.token_ids) == a.new for answer in answers)
 
     def transformers_side(model) -> None:

@@ -68,12 +68,13 @@ LIKED = 3.5  # points from which an answer deserves a thumb up: one small fault 
 # Of the tiny model; a larger one wants smaller rates
 TRAINING = (
     "feedback.test=0.4", "feedback.judge=0.25", "sft.lr=5e-4", "sft.epochs=1", "sft.batch_size=4",
-    "sft.accumulate=1", "dpo.lr=3e-4", "dpo.epochs=1", "dpo.batch_size=8", "dpo.accumulate=1",
+    "sft.gradient_accumulation_steps=1", "dpo.lr=3e-4", "dpo.epochs=1", "dpo.batch_size=8",
+    "dpo.gradient_accumulation_steps=1",
     "dpo.beta=0.1", "dpo.sft_weight=0.2", "winrate.max_new_tokens=80", "winrate.temperature=0.9",
     f"winrate.answers={ANSWERS}", "winrate.limit=400", "sft.sample_at=[]", "dpo.sample_at=[]",
     "sft.validations=1", "dpo.validations=1", "eval.stride=128",
     *(f"{judge}.{option}" for judge in ("judge", "judge-2", "judge-3")
-      for option in ("lr=1e-3", "epochs=3", "accumulate=1", "validations=0")),
+      for option in ("lr=1e-3", "epochs=3", "gradient_accumulation_steps=1", "validations=0")),
 )  # fmt: skip
 
 

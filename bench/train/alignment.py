@@ -39,15 +39,23 @@ BASE = "model:smollm2"
 SAMPLES = "sdist:llamafactory#*/{}"
 LORA = {"lora-rank": 16, "sample-tokens": 40}
 ROLLOUTS = {
-    "reward": "number", "heldout": 0.3, "val-prompts": 48, "max-new-tokens": 12, "temperature": 0.7,
-    "prompts": 16, "answers": 4, "batch-size": 16, "accumulate": 2, "max-steps": 8,
-    "validations": 2, "lr": 1e-5, "beta": 0.02, "sample-tokens": 12,
+    "reward-function": "number", "heldout": 0.3, "val-prompts": 48, "max-new-tokens": 12,
+    "temperature": 0.7, "prompts-per-round": 16, "num-generations": 4, "batch-size": 16,
+    "gradient-accumulation-steps": 2, "max-steps": 8, "validations": 2, "lr": 1e-5, "beta": 0.02,
+    "sample-tokens": 12,
 }  # fmt: skip
 # stage -> its data, its options, the metric it has to improve, whether more is better
 STAGES: dict[str, tuple[str, dict[str, Any], str, bool]] = {
     "sft": (
         SAMPLES.format("alpaca_en_demo.json"),
-        {**LORA, "lr": 2e-4, "seq-len": 96, "overlong": "truncate", "heldout": 0.1, "epochs": 1},
+        {
+            **LORA,
+            "lr": 2e-4,
+            "max-length": 96,
+            "truncation": "truncate",
+            "heldout": 0.1,
+            "epochs": 1,
+        },
         "val_loss",
         False,
     ),
@@ -56,8 +64,8 @@ STAGES: dict[str, tuple[str, dict[str, Any], str, bool]] = {
         {
             **LORA,
             "lr": 2e-4,
-            "seq-len": 384,
-            "overlong": "truncate",
+            "max-length": 384,
+            "truncation": "truncate",
             "heldout": 0.3,
             "epochs": 1,
             "batch-size": 4,
@@ -66,7 +74,7 @@ STAGES: dict[str, tuple[str, dict[str, Any], str, bool]] = {
         "val_loss",
         False,
     ),
-    "ppo": ("sums.jsonl", {**ROLLOUTS, "passes": 2, "max-steps": 16}, "val_score", True),
+    "ppo": ("sums.jsonl", {**ROLLOUTS, "num-iterations": 2, "max-steps": 16}, "val_score", True),
     "grpo": ("sums.jsonl", ROLLOUTS, "val_score", True),
 }
 TEXT_BYTES = 60_000

@@ -86,8 +86,8 @@ def main() -> None:
         outer_layers(options.layers, student)
     rows = some_rows(int(BATCH * options.steps / (1 - HELDOUT)), options.out / "rows.jsonl")
     shared = dict(
-        data=(rows,), batch_size=BATCH, seq_len=192, heldout=HELDOUT, max_steps=options.steps,
-        lr=options.lr, validations=0, sample_at=(), checkpoint_every=10**6,
+        data=(rows,), batch_size=BATCH, max_length=192, heldout=HELDOUT, max_steps=options.steps,
+        lr=options.lr, validations=0, sample_at=(), save_steps=10**6,
     )  # fmt: skip
     without = Sft(**shared)
     taught = Distill(**shared, sft_weight=options.sft_weight, teacher_top_k=TOP_K)

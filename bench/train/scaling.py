@@ -192,8 +192,8 @@ def work(
     layers = sum(p.numel() for p in model.model.layers.parameters())
     whole = sum(p.numel() for p in model.parameters())
     options = TrainOptions(
-        max_steps=8, accumulate=micro * size, dtype=dtype, validations=0, sample_at=(),
-        parallel=way, checkpoint_every=1000,
+        max_steps=8, gradient_accumulation_steps=micro * size, dtype=dtype, validations=0,
+        sample_at=(), parallel=way, save_steps=1000,
     )  # fmt: skip
     marks: list[int] = []
     sampler = BatchSampler(TokenDataset(folder / "shards"), 1, 16, seed=0)
@@ -210,7 +210,7 @@ def roll_out(rank: int, size: int, port: int, kind: str, log) -> None:
     import torch
 
     import fastlm
-    from fastlm.train.online_objectives import GrpoObjective, PpoObjective, value_model
+    from fastlm.train.online_objectives import GrpoObjective, PpoObjective, build_value_model
     from fastlm.train.options import GrpoOptions, PpoOptions
     from fastlm.train.parallel import process_group
 
@@ -220,10 +220,21 @@ def roll_out(rank: int, size: int, port: int, kind: str, log) -> None:
         num_hidden_layers=1, num_attention_heads=1, max_position_embeddings=128,
     )  # fmt: skip
     model = fastlm.CausalLM(config, seed=0)
-    settings = {"prompts": 16, "answers": 4, "passes": 1, "beta": 0.0, "max_new_tokens": 64}
+    settings = {
+        "prompts_per_round": 16,
+        "num_generations": 4,
+        "num_iterations": 1,
+        "beta": 0.0,
+        "max_new_tokens": 64,
+    }
     args = (model, model, [[1, 2]] * 16, [], lambda places, answers: [1.0] * len(answers))
     objective = (
-        PpoObjective(*args, PpoOptions(**settings), base="", value=value_model(model, shared=True))
+        PpoObjective(
+            *args,
+            PpoOptions(**settings),
+            base="",
+            value_model=build_value_model(model, shared=True),
+        )
         if kind == "ppo"
         else GrpoObjective(*args, GrpoOptions(**settings), base="")
     )

@@ -121,7 +121,7 @@ def train_plain(data: Path, seconds: float) -> list[tuple[float, float]]:
     for _ in range(3):
         step(0.0)  # compiles, not timed
     curve = [(0.0, evaluate(plain, held_ids, bytes_per_character, CURVE_SHARE))]
-    schedule = TrainOptions(lr=LR, warmup=0.05, final_lr=0.1)
+    schedule = TrainOptions(lr=LR, warmup_ratio=0.05, final_lr=0.1)
     used, steps = 0.0, 0
     for target in bars(range(1, EVALUATIONS + 1), "plain torch.compile"):
         while used < seconds * target / EVALUATIONS:

@@ -1,6 +1,6 @@
 """Verifiable rewards: functions (answer, row) -> number. ``row`` is the prompt's row of data.
 
-A reward is named in the option ``reward``: one of `VERIFIERS`, or ``file.py:function`` or
+A reward is named in the option ``reward_function``: one of `VERIFIERS`, or ``file.py:function`` or
 ``package.module:function`` for a function of one's own.
 """
 
@@ -71,7 +71,7 @@ CHECKS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
 
 
 def load_reward(name: str) -> Reward:
-    """Return the function that the option ``reward`` names.
+    """Return the function that the option ``reward_function`` names.
 
     InputError: an unknown name, a file or module that cannot be imported, or one without it. A file
     is run as Python, as an import is: name only one that you trust.
@@ -81,7 +81,7 @@ def load_reward(name: str) -> Reward:
     where, _, function = name.rpartition(":")
     if not where or not function:
         raise InputError(
-            f"reward: expected one of {', '.join(VERIFIERS)}, file.py:function or"
+            f"reward_function: expected one of {', '.join(VERIFIERS)}, file.py:function or"
             f" module:function, got {name!r}"
         )
     try:
@@ -91,16 +91,18 @@ def load_reward(name: str) -> Reward:
         raise
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
-        raise InputError(f"reward: expected a module that can be imported, got {reason}") from None
+        raise InputError(
+            f"reward_function: expected a module that can be imported, got {reason}"
+        ) from None
     if not callable(getattr(module, function, None)):
-        raise InputError(f"reward: expected a function {function} in {where}, got none")
+        raise InputError(f"reward_function: expected a function {function} in {where}, got none")
     return getattr(module, function)
 
 
 def _from_file(where: str) -> Any:
     path = Path(where)
     if not path.is_file():
-        raise InputError(f"reward: expected a file, got none at {path}")
+        raise InputError(f"reward_function: expected a file, got none at {path}")
     name = f"_fastlm_reward_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None  # a .py file has a loader

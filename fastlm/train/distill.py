@@ -37,10 +37,10 @@ if TYPE_CHECKING:
 DIVERGENCES = {
     "forward": "forward KL", "reverse": "reverse KL", "jsd": "Jensen-Shannon divergence",
 }  # fmt: skip
-LOGITS, ANSWERED = "teacher-logits", "teacher-answers"
+LOGITS, COMPLETIONS = "teacher-logits", "teacher-completions"
 # The options that a loss of the teacher's answers alone has no use for
 DIVERGING = (
-    "divergence", "jsd_beta", "sft_weight", "on_policy", "teacher_top_k", "teacher_logits",
+    "divergence", "jsd_beta", "sft_weight", "on_policy_fraction", "teacher_top_k", "teacher_logits",
     "data_weights",
 )  # fmt: skip
 
@@ -55,9 +55,9 @@ class DistillOptions:
     jsd_beta: Annotated[float, "Share of the teacher in the mixture of jsd, 0 to 1"] = 0.5
     temperature: Annotated[float, "Divides the logits of both"] = 1.0
     sft_weight: Annotated[float, "Coefficient of the cross-entropy of the answers' tokens"] = 0.0
-    on_policy: Annotated[float, "Share of micro-batches with answers that the student samples"] = (
-        0.0
-    )
+    on_policy_fraction: Annotated[
+        float, "Share of micro-batches with answers that the student samples"
+    ] = 0.0
     max_new_tokens: Annotated[int, "Most tokens of an answer of the student or teacher"] = 128
 
 
@@ -100,8 +100,8 @@ class DistillObjective(SftObjective):
 class TeacherModelObjective(DistillObjective):
     """A teacher in memory (`fastlm.ops.linear_distillation`).
 
-    With a probability of `on_policy` a micro-batch has answers that the student samples to the
-    first question of each conversation, in place of its own (Agarwal et al. 2024,
+    With a probability of `on_policy_fraction` a micro-batch has answers that the student samples to
+    the first question of each conversation, in place of its own (Agarwal et al. 2024,
     arXiv:2306.13649).
     """
 
@@ -123,7 +123,7 @@ class TeacherModelObjective(DistillObjective):
         drawn = []  # which micro-batches are sampled, and by what
         for place, rows in enumerate(taken):
             rng = np.random.Generator(np.random.PCG64([self.seed, 1, self.epoch, rows[0]]))
-            if rng.random() < self.rules.on_policy:
+            if rng.random() < self.rules.on_policy_fraction:
                 drawn.append((place, rng))
             else:
                 batches[place] = self.collate(examples[place])
@@ -142,20 +142,20 @@ class TeacherModelObjective(DistillObjective):
         """A micro-batch with the student's answers, on the CPU."""
         import torch
 
-        from fastlm.train.rollouts import pack_answers, sample_answers
+        from fastlm.train.rollouts import pack_rollouts, sample_completions
 
         prompts = [e.ids[: int(e.mask.argmax())].tolist() for e in examples]
         model: Any = self.trained
         model.eval()
         room = model.context_limit - max(map(len, prompts))
-        answers = sample_answers(
+        answers = sample_completions(
             model, prompts, max_new_tokens=min(self.rules.max_new_tokens, room),
             seed=int(rng.integers(2**62)), rows=len(prompts),
         )  # fmt: skip
         model.train()
         answered = [answer.token_ids for answer in answers]
         cpu = torch.device("cpu")  # without keys, which a batch of distillation has not
-        packed = pack_answers(prompts, answered, cpu, share_prompts=False)
+        packed = pack_rollouts(prompts, answered, cpu, share_prompts=False)
         return packed.ids, packed.labels, packed.cu_seqlens
 
     def divergence(self, student: "Tensor", head: "Tensor", batch: Any, num_items: int) -> "Tensor":
@@ -177,7 +177,7 @@ class TeacherModelObjective(DistillObjective):
         )  # fmt: skip
 
     def scalars(self, measured: Sequence[Any]) -> dict[str, float]:
-        return {**super().scalars(measured), "on_policy": self.own / max(self.all, 1)}
+        return {**super().scalars(measured), "on_policy_fraction": self.own / max(self.all, 1)}
 
 
 class TeacherLogitsObjective(DistillObjective):
@@ -225,9 +225,9 @@ class Distill(DistillOptions, Sft):
         "model": InputSpec(("model",), "Student to train: a run, a Hugging Face folder"),
         "teacher": InputSpec(("model",), "Model to learn from", default=False, optional=True),
     }
-    checkpoints = ("checkpoints", LOGITS, ANSWERED, f"{ANSWERED}.json")
+    checkpoints = ("checkpoints", LOGITS, COMPLETIONS, f"{COMPLETIONS}.json")
 
-    teacher_answers: Annotated[
+    teacher_completions: Annotated[
         str, "Learn answers that the teacher gives first, greedy or sampled, and nothing else"
     ] = ""
     teacher_top_k: Annotated[
@@ -251,22 +251,29 @@ class Distill(DistillOptions, Sft):
             only = f"forward {lacks} the probabilities of the other tokens"
             expect(self.divergence == "forward", "divergence", only, self.divergence)
             none = f"0 {lacks} answers that are sampled later"
-            expect(not self.on_policy, "on_policy", none, self.on_policy)
+            expect(not self.on_policy_fraction, "on_policy_fraction", none, self.on_policy_fraction)
         expect(0 < self.jsd_beta < 1, "jsd_beta", "a number between 0 and 1", self.jsd_beta)
         positive(self, "temperature")
         not_negative(self, "sft_weight")
-        for name in ("teacher_top_k", "teacher_answers"):
+        for name in ("teacher_top_k", "teacher_completions"):
             if getattr(self, name):
                 check_alone(name, "answers and logits are made by one")
-        if self.on_policy:
-            check_replicas("on_policy", self.parallel)
-        expect(0 <= self.on_policy <= 1, "on_policy", "0 to 1", self.on_policy)
-        if self.teacher_answers:
-            how = self.teacher_answers
-            one_of(self, teacher_answers=("greedy", "sampled"))
+        if self.on_policy_fraction:
+            check_replicas("on_policy_fraction", self.parallel)
+        expect(
+            0 <= self.on_policy_fraction <= 1,
+            "on_policy_fraction",
+            "0 to 1",
+            self.on_policy_fraction,
+        )
+        if self.teacher_completions:
+            how = self.teacher_completions
+            one_of(self, teacher_completions=("greedy", "sampled"))
             for name in (*DIVERGING, *(("temperature",) if how == "greedy" else ())):
                 value, default = getattr(self, name), getattr(type(self), name)
-                unused = f"{default or 'none'} with teacher_answers {how}, which does not use it"
+                unused = (
+                    f"{default or 'none'} with teacher_completions {how}, which does not use it"
+                )
                 expect(value == default, name, unused, value)
 
     def plan(self, inputs: Mapping[str, Any]) -> Facts:
@@ -285,10 +292,10 @@ class Distill(DistillOptions, Sft):
         self, tokenizer: "Tokenizer", context: int, ctx: StageContext
     ) -> ConversationDataset:
         self.check_teacher(bool(ctx.inputs.get("teacher")))
-        if not self.teacher_answers:
+        if not self.teacher_completions:
             return super().read_data(tokenizer, context, ctx)
         rows = self.answered(ctx)
-        answers = replace(self, data=(str(ctx.out / ANSWERED),), data_weights=())
+        answers = replace(self, data=(str(ctx.out / COMPLETIONS),), data_weights=())
         texts = ConversationDataset(answers, tokenizer, self.longest(context), context, ctx)
         rows.counts.update(texts.rows.counts)
         texts.rows = rows
@@ -298,7 +305,7 @@ class Distill(DistillOptions, Sft):
         """Write the teacher's answers to the prompts of the data."""
         from fastlm.data.conversations import Rows
         from fastlm.data.prompts import read_prompts
-        from fastlm.train.teacher import write_answers
+        from fastlm.train.teacher import write_completions
 
         teacher, tokenizer = self.teacher(ctx)
         try:
@@ -319,9 +326,9 @@ class Distill(DistillOptions, Sft):
                 questions.append((ids, prompt))
             else:
                 rows.counts["too long for the teacher"] += 1
-        found = write_answers(
-            ctx.out / ANSWERED, teacher, tokenizer, questions,
-            temperature=0.0 if self.teacher_answers == "greedy" else self.temperature,
+        found = write_completions(
+            ctx.out / COMPLETIONS, teacher, tokenizer, questions,
+            temperature=0.0 if self.teacher_completions == "greedy" else self.temperature,
             max_new_tokens=self.max_new_tokens, seed=self.seed, track=ctx.track,
         )  # fmt: skip
         if found < len(questions):
@@ -331,7 +338,7 @@ class Distill(DistillOptions, Sft):
     def objective(
         self, ctx: StageContext, model: Any, data: Any, options: "TrainOptions", **common: Any
     ) -> SftObjective:
-        if self.teacher_answers:
+        if self.teacher_completions:
             return super().objective(ctx, model, data, options, **common)
         args, tokenizer = (model, data.training, data.heldout, options), common["tokenizer"]
         common["rules"] = select_options(self, DistillOptions)
@@ -389,8 +396,8 @@ class Distill(DistillOptions, Sft):
         return teacher
 
     def headline(self) -> tuple[str, str]:
-        if self.teacher_answers:
-            how = self.teacher_answers
+        if self.teacher_completions:
+            how = self.teacher_completions
             return "Distillation", f"The student learns {how} answers of the teacher."
         return (
             "Distillation",

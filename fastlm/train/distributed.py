@@ -1,5 +1,5 @@
-"""How a training stands among the processes that torchrun started: which one writes, what they
-tell each other, and how they hold the model. This is the training of one process; it exchanges
+"""How a training stands among the processes that torchrun started: which one writes, what
+they tell each other, and how they hold the model. This is the training of one process; it exchanges
 nothing and imports no torch. `fastlm.train.parallel` is that of several.
 
 Every process runs the same loop on its share of a step's micro-batches; an objective may divide

@@ -35,41 +35,42 @@ class Dpo(LoraOptions, PreferenceLoss, PreferenceStage):
     }
     result = {**PreferenceStage.result, "pairs": int}
     notes = """Read are .jsonl and .json files of pairs (prompt, chosen, rejected), ranked lists
-(prompt, answers, ranks or scores), corrections (prompt, answer, corrected) and, with loss = kto,
-labels (prompt, completion, label)."""
+(prompt, answers, ranks or scores), corrections (prompt, answer, corrected) and, with loss_type =
+kto, labels (prompt, completion, label)."""
 
     batch_size: Annotated[int, "Pairs (kto: labels) per micro-batch, joined without padding"] = 4
     lr: Annotated[float, "Peak learning rate"] = 1e-6
-    warmup: Annotated[float, "Share of the run in which the rate rises"] = 0.1
+    warmup_ratio: Annotated[float, "Share of the run in which the rate rises"] = 0.1
 
     def check(self) -> None:
         super().check()
         self.check_lora()
         self.check_loss()
-        dropout, kto = self.lora_dropout, self.loss == "kto"
+        dropout, kto = self.lora_dropout, self.loss_type == "kto"
         why = "0, as the reference is measured without dropout"
         expect(not dropout, "lora_dropout", why, dropout)
         if kto:
-            check_replicas("loss = 'kto'", self.parallel)
-        least = self.batch_size * (1 if self.batch_warmup else self.accumulate)
+            check_replicas("loss_type = 'kto'", self.parallel)
+        least = self.batch_size * (1 if self.batch_warmup else self.gradient_accumulation_steps)
         expect(
             not kto or least >= 2, "batch_size",
-            "a step of 2 labels or more with loss = 'kto', whose reference point is a mean over the"
+            "a step of 2 labels or more with loss_type = 'kto', whose reference point is a mean "
+            "over the"
             " step", f"1{' at the beginning of batch_warmup' if self.batch_warmup else ''}",
         )  # fmt: skip
 
     def feedback_file(self) -> str:
         """With `kto`, the thumbs of the feedback are its labels."""
-        return "train/kto.jsonl" if self.loss == "kto" else super().feedback_file()
+        return "train/kto.jsonl" if self.loss_type == "kto" else super().feedback_file()
 
     def unit(self) -> str:
-        return "labels" if self.loss == "kto" else "pairs"
+        return "labels" if self.loss_type == "kto" else "pairs"
 
     def read_data(
         self, tokenizer: "Tokenizer", context: int, ctx: StageContext
     ) -> PreferenceDataset:
         longest = self.longest(context)
-        kind = "labels" if self.loss == "kto" else "pairs"
+        kind = "labels" if self.loss_type == "kto" else "pairs"
         return PreferenceDataset(self, tokenizer, longest, context, ctx, kind=kind)
 
     def data_facts(self, data: Any) -> dict[str, Any]:
@@ -99,8 +100,8 @@ labels (prompt, completion, label)."""
 
         facts = {
             "preferences": rows_text(result, f"{result['pairs']:,} {self.unit()}"),
-            "loss": f"{self.loss}, β {self.beta:g}",
-            "batch": f"{self.batch_size * self.accumulate} {self.unit()} without padding",
+            "loss": f"{self.loss_type}, β {self.beta:g}",
+            "batch": f"{self.step_size()} {self.unit()} without padding",
             **self.lora_facts(result),
         }
         return ReportSection(

@@ -61,7 +61,7 @@ class DpoObjective(EpochObjective):
     resumed training has the same ones. They are measured in the micro-batches and the dtype of the
     first epoch: policy and reference are then equal to the last bit before the first update.
 
-    ``judged`` and ``heldout``: pairs, or with the loss "kto" labels. For the other arguments see
+    ``judged`` and ``heldout``: pairs, or with loss_type "kto" labels. For the other arguments see
     `EpochObjective`.
     """
 
@@ -105,7 +105,7 @@ class DpoObjective(EpochObjective):
 
     def logps(self, answers: Sequence[tuple[Example, ...]]) -> Tensor:
         """Return the model's log-probabilities of both answers, (n, 2)."""
-        if self.terms.loss != "kto":
+        if self.terms.loss_type != "kto":
             return self.sums(*self._pack(answers)).view(-1, 2)
         sides = ([(both[side],) for both in answers] for side in (0, 1))
         return torch.stack([self.sums(*self._pack(side)) for side in sides], 1)
@@ -142,7 +142,7 @@ class DpoObjective(EpochObjective):
         self, taken: Sequence[list[int]], source: Sequence[PreferenceExample], reference: Tensor
     ) -> list[PreferenceBatch]:
         batches, device = [], self.device
-        kto = self.terms.loss == "kto"
+        kto = self.terms.loss_type == "kto"
         kl = self._reference_point(taken, source, reference) if kto else None
         for rows in taken:
             judged = [source[i] for i in rows]
@@ -186,11 +186,11 @@ class DpoObjective(EpochObjective):
         """Return the losses (n,), and what is measured of the pairs or labels."""
         o, good = self.terms, batch.desirable
         logps = self.sums(batch.ids, batch.labels, batch.cu_seqlens, batch.keys)
-        if o.loss == "kto":
+        if o.loss_type == "kto":
             assert batch.kl is not None
             losses = kto_loss(
                 logps, batch.reference[:, 0], good, batch.kl, beta=o.beta,
-                weight_desirable=o.weight_desirable, weight_undesirable=o.weight_undesirable,
+                desirable_weight=o.desirable_weight, undesirable_weight=o.undesirable_weight,
             )  # fmt: skip
             rewards = o.beta * (logps - batch.reference[:, 0])
             columns = {"reward": rewards, "logp": logps, "length": batch.lengths.float()}
@@ -202,7 +202,7 @@ class DpoObjective(EpochObjective):
         logps, lengths, reference = logps.view(-1, 2), batch.lengths.view(-1, 2), batch.reference
         losses = dpo_loss(
             logps[:, 0], logps[:, 1], reference[:, 0], reference[:, 1], beta=o.beta,
-            label_smoothing=o.label_smoothing, kind=cast(Any, o.loss),
+            label_smoothing=o.label_smoothing, loss_type=cast(Any, o.loss_type),
             lengths=(lengths[:, 0], lengths[:, 1]) if o.length_normalise else None,
         )  # fmt: skip
         if o.sft_weight:
@@ -253,7 +253,7 @@ class DpoObjective(EpochObjective):
         found = [self.compare(batch) for batch in batches]
         joined = _joined([measured for _, measured in found])
         means = _means(joined)
-        if self.terms.loss == "kto":
+        if self.terms.loss_type == "kto":
             error = ranked_right(joined["reward_chosen"], joined["reward_rejected"])[1]
         else:
             places = [self.heldout[i].place for rows in taken for i in rows]

@@ -59,9 +59,8 @@ def check_vocabulary(name: str, own: "Tokenizer", wanted: "Tokenizer") -> None:
         theirs, ours = (t.token_bytes(i) if i < t.vocab_size else None for t in (wanted, own))
         if theirs != ours:
             raise InputError(
-                f"{name}: expected the vocabulary of the model that is trained, in which token "
-                f"{i} is"
-                f" {theirs!r}, got one in which it is {ours!r}"
+                f"{name}: expected the vocabulary of the model that is trained, in which token {i}"
+                f" is {theirs!r}, got one in which it is {ours!r}"
             )
 
 
@@ -92,14 +91,14 @@ class EncodedDataset:
         self,
         stage: "ChatStage",
         tokenizer: "Tokenizer",
-        seq_len: int,
+        max_length: int,
         context: int,
         ctx: "StageContext",
     ):
         from fastlm.data.conversations import Rows
 
         self.stage, self.tokenizer, self.ctx = stage, tokenizer, ctx
-        self.seq_len, self.context = seq_len, context
+        self.max_length, self.context = max_length, context
         self.rows, self.refused, self.held_out = Rows(), 0, 0
         self.training: list[Any] = []
         self.prompts: list[tuple[float, list[dict[str, Any]], list[Any] | None]] = []

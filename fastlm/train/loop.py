@@ -95,7 +95,7 @@ def train(
     on_diverged: Callable[[DivergedError], Any] | None = None,
 ) -> TrainResult:
     """Train ``objective.trained`` in place to the end of the budget, from the last checkpoint in
-    ``run_dir`` if there is one. It then has the weights of the last step, or with ``take="best"``
+    ``run_dir`` if there is one. It then has the weights of the last step, or with ``keep="best"``
     those of the lowest val_loss. The checkpoint may be from a run with another budget. From here on
     the learning rate follows the schedule of the new budget, so the rate of a finished training
     rises again.
@@ -238,8 +238,8 @@ class _Loop:
                 pass
             self.writer.wait()
             self.leave_if(interrupted)  # after the last step too: no more was wanted
-            if self.options.take == "best":
-                self.best.take()
+            if self.options.keep == "best":
+                self.best.load()
             self.parallel.keep_gathered()
             try:
                 self.objective.check_pending()
@@ -332,7 +332,7 @@ class _Loop:
             raise ValueError(f"scalars: expected names that the loop has not, got {min(taken)!r}")
         self.log({**line, **scalars})
         self.moments()
-        if state.done >= 1.0 or state.step % o.checkpoint_every == 0:
+        if state.done >= 1.0 or state.step % o.save_steps == 0:
             self.save()
 
     def gradients(self, batches: list[Any], num_items: int) -> tuple[float, dict[str, float]]:
@@ -458,12 +458,12 @@ class _Loop:
     def begin(self) -> None:
         """Load the last checkpoint; start from the beginning if there is none."""
         if self.world.is_main_process:
-            prune(self.run_dir, self.options.keep + 1)  # one may be a trusted one
+            prune(self.run_dir, self.options.save_total_limit + 1)  # one may be a trusted one
         found = self.world.from_first(list_checkpoints(self.run_dir))
         if found:
             self.state = state = load_checkpoint(
                 found[-1], self.model, self.optimizer, self.identity(), self.world,
-                may_differ=(*BUDGET, *GUARDS, "take"),
+                may_differ=(*BUDGET, *GUARDS, "keep"),
             )  # fmt: skip
             self.objective.load_state_dict(state.objective)
             self.spikes.losses = state.losses[-self.options.spike_window :]
@@ -474,7 +474,11 @@ class _Loop:
         if found:
             step = self.state.step
             if self.world.is_main_process:  # a kill between a checkpoint's write and the deletions
-                prune(self.run_dir, self.options.keep, step - self.objective.pending_steps())
+                prune(
+                    self.run_dir,
+                    self.options.save_total_limit,
+                    step - self.objective.pending_steps(),
+                )
             # less under a larger budget
             self.state.done = min(self.state.done, self.progress())
         else:
@@ -511,7 +515,7 @@ class _Loop:
 
         def finish() -> None:
             if self.world.is_main_process:
-                prune(self.run_dir, self.options.keep, trusted)
+                prune(self.run_dir, self.options.save_total_limit, trusted)
             self.best.prune(state.best_step)
 
         def write() -> None:

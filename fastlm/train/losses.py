@@ -35,7 +35,7 @@ def aggregate(
     x: Tensor,
     mask: Tensor,
     *,
-    how: Literal["token", "sequence", "constant"] = "token",
+    aggregation: Literal["token", "sequence", "constant"] = "token",
     num_items: Count | None = None,
 ) -> Tensor:
     """The masked sum or mean of x (B, S), a row per sequence: a scalar.
@@ -47,11 +47,11 @@ def aggregate(
 
     A mean over nothing is 0. InputError: shapes do not fit.
     """
-    _one_of(how=(how, "token", "sequence", "constant"))
-    if how == "constant" and num_items is None:
-        raise InputError("num_items: expected a number with how='constant', got None")
+    _one_of(aggregation=(aggregation, "token", "sequence", "constant"))
+    if aggregation == "constant" and num_items is None:
+        raise InputError("num_items: expected a number with aggregation='constant', got None")
     keep, x = _read(mask, x=x)
-    if how == "sequence":
+    if aggregation == "sequence":
         counts = keep.sum(1)
         means = x.sum(1) / counts.clamp(min=1)
         return means.sum() / _at_least_one((counts > 0).sum() if num_items is None else num_items)
@@ -74,7 +74,7 @@ def pooled(metrics: Sequence[Metrics]) -> Metrics:
 def kl_penalty(
     logp: Tensor,
     ref_logp: Tensor,
-    kind: Literal["k1", "k2", "k3"] = "k1",
+    estimator: Literal["k1", "k2", "k3"] = "k1",
     *,
     mask: Tensor | None = None,
 ) -> Tensor:
@@ -90,15 +90,15 @@ def kl_penalty(
 
     Returns the shape of logp; 0 where `mask` is false.
     """
-    _one_of(kind=(kind, "k1", "k2", "k3"))
+    _one_of(estimator=(estimator, "k1", "k2", "k3"))
     if mask is not None:
         _, logp, ref_logp = _read(mask, logp=logp, ref_logp=ref_logp)
     else:
         logp, ref_logp = _floats(logp=logp, ref_logp=ref_logp)
     difference = logp - ref_logp
-    if kind == "k1":
+    if estimator == "k1":
         return difference
-    if kind == "k2":
+    if estimator == "k2":
         return difference.square() / 2
     r = (-difference).clamp(max=MAX_LOG_RATIO)  # once for both terms: the gradient beyond it is 0
     return torch.expm1(r) - r
@@ -149,15 +149,15 @@ def ppo_policy_loss(
     advantages: Tensor,
     mask: Tensor,
     *,
-    clip: float = 0.2,
+    clip_range: float = 0.2,
     dual_clip: float | None = None,
     num_items: Count | None = None,
 ) -> tuple[Tensor, Metrics]:
     """PPO's clipped objective (Schulman et al. 2017, arXiv:1707.06347), a mean over tokens.
 
-    ``max(-A ratio, -A clamp(ratio, 1 - clip, 1 + clip))`` with ``ratio = exp(logp - old_logp)``.
-    With `dual_clip` c > 1 the loss of a token with A < 0 is at most ``-A c`` (Ye et al. 2019,
-    arXiv:1912.09729).
+    ``max(-A ratio, -A clamp(ratio, 1 - clip_range, 1 + clip_range))`` with ``ratio = exp(logp -
+    old_logp)``. With `dual_clip` c > 1 the loss of a token with A < 0 is at most ``-A c`` (Ye et
+    al. 2019, arXiv:1912.09729).
 
     Returns:
         (loss, metrics): "ratio", "clip_fraction" (tokens where the clip is active) and "approx_kl"
@@ -166,7 +166,7 @@ def ppo_policy_loss(
     keep, logp, old_logp, advantages = _read(
         mask, logp=logp, old_logp=old_logp.detach(), advantages=advantages.detach()
     )
-    loss, metrics = _clipped(logp, old_logp, advantages, clip, dual_clip)
+    loss, metrics = _clipped(logp, old_logp, advantages, clip_range, dual_clip)
     return aggregate(loss, keep, num_items=num_items), _means(metrics, keep)
 
 
@@ -176,16 +176,16 @@ def ppo_value_loss(
     returns: Tensor,
     mask: Tensor,
     *,
-    clip: float = 0.2,
+    clip_range: float = 0.2,
     num_items: Count | None = None,
 ) -> tuple[Tensor, Metrics]:
     """PPO's clipped value loss, a mean over tokens.
 
     ``max((values - returns)^2, (clipped - returns)^2) / 2`` with ``clipped`` = values clamped to
-    old_values +- clip.
+    old_values +- clip_range.
 
     Returns:
-        (loss, metrics): "value", "return", "value_error" (the square without clip) and
+        (loss, metrics): "value", "return", "value_error" (the square without clipping) and
         "clip_fraction".
     """
     keep, values, old_values, returns = _read(
@@ -193,7 +193,7 @@ def ppo_value_loss(
     )
     plain = (values - returns).square()
     # not old_values + (values - old_values).clamp(...), which rounds where nothing is clipped
-    clipped = (values.clamp(old_values - clip, old_values + clip) - returns).square()
+    clipped = (values.clamp(old_values - clip_range, old_values + clip_range) - returns).square()
     metrics = {
         "value": values,
         "return": returns,
@@ -231,9 +231,9 @@ def grpo_loss(
     advantages: Tensor,
     mask: Tensor,
     *,
-    clip: float = 0.2,
+    clip_range: float = 0.2,
     beta: float = 0.0,
-    how: Literal["token", "sequence", "constant"] = "token",
+    aggregation: Literal["token", "sequence", "constant"] = "token",
     num_items: Count | None = None,
     kl_gradient: Literal["k2", "k3"] = "k2",
 ) -> tuple[Tensor, Metrics]:
@@ -247,8 +247,8 @@ def grpo_loss(
         ref_logp: (B, S); None only with beta = 0.
         advantages: (B,), of `grpo_advantages` or `rloo_advantages`; (B, S) where tokens have
             weights of their own.
-        how: "sequence" is GRPO's mean over answers of token means; "token" is DAPO's (Yu et al.
-            2025, arXiv:2503.14476); "constant" with num_items = B * max length is Dr. GRPO's.
+        aggregation: "sequence" is GRPO's mean over answers of token means; "token" is DAPO's (Yu et
+            al. 2025, arXiv:2503.14476); "constant" with num_items = B * max length is Dr. GRPO's.
 
     Returns:
         (loss, metrics): those of `ppo_policy_loss`, and "kl" (k3) where there is a reference.
@@ -264,14 +264,16 @@ def grpo_loss(
         advantages = advantages[:, None].expand_as(logp)
     keep, logp, old_logp = _read(mask, logp=logp, old_logp=old_logp.detach())
     _, advantages = _read(mask, advantages=advantages.detach().to(logp.dtype))
-    loss, metrics = _clipped(logp, old_logp, advantages, clip, None)
+    loss, metrics = _clipped(logp, old_logp, advantages, clip_range, None)
     if ref_logp is not None:
         _one_of(kl_gradient=(kl_gradient, "k2", "k3"))
         _, reference = _read(mask, ref_logp=ref_logp.detach())
         estimate = kl_penalty(logp, reference, kl_gradient)
         metrics["kl"] = k3 = kl_penalty(logp.detach(), reference, "k3")
         loss = loss + beta * (k3 + estimate - estimate.detach())
-    return aggregate(loss, keep, how=how, num_items=num_items), _means(metrics, keep)
+    return aggregate(loss, keep, aggregation=aggregation, num_items=num_items), _means(
+        metrics, keep
+    )
 
 
 def rloo_advantages(rewards: Tensor, group_size: int) -> Tensor:
@@ -292,7 +294,7 @@ def dpo_loss(
     *,
     beta: float = 0.1,
     label_smoothing: float = 0.0,
-    kind: Literal["sigmoid", "ipo", "hinge"] = "sigmoid",
+    loss_type: Literal["sigmoid", "ipo", "hinge"] = "sigmoid",
     lengths: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Losses of preference pairs, with ``h = (chosen - ref_chosen) - (rejected - ref_rejected)``.
@@ -315,7 +317,7 @@ def dpo_loss(
         chosen=chosen, rejected=rejected, ref_chosen=ref_chosen.detach(),
         ref_rejected=ref_rejected.detach(),
     )  # fmt: skip
-    _one_of(kind=(kind, "sigmoid", "ipo", "hinge"))
+    _one_of(loss_type=(loss_type, "sigmoid", "ipo", "hinge"))
     ratios = [chosen - ref_chosen, rejected - ref_rejected]
     if lengths is not None:
         if len(lengths) != 2 or any(n.shape != chosen.shape for n in lengths):
@@ -325,10 +327,10 @@ def dpo_loss(
             )
         ratios = [ratio / n.clamp(min=1) for ratio, n in zip(ratios, lengths)]
     h = ratios[0] - ratios[1]
-    if kind == "sigmoid":
+    if loss_type == "sigmoid":
         wrong = label_smoothing
         return -(1 - wrong) * F.logsigmoid(beta * h) - wrong * F.logsigmoid(-beta * h)
-    if kind == "ipo":
+    if loss_type == "ipo":
         return (h - 1 / (2 * beta)).square()
     return torch.relu(1 - beta * h)
 
@@ -340,13 +342,13 @@ def kto_loss(
     kl: Tensor | float,
     *,
     beta: float = 0.1,
-    weight_desirable: float = 1.0,
-    weight_undesirable: float = 1.0,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
 ) -> Tensor:
     """Losses of answers with a thumb up or down (Ethayarajh et al. 2024, arXiv:2402.01306).
 
-    With ``r = logp - ref_logp``: ``weight_desirable * (1 - sigmoid(beta (r - kl)))`` of a desirable
-    answer, ``weight_undesirable * (1 - sigmoid(beta (kl - r)))`` of another.
+    With ``r = logp - ref_logp``: ``desirable_weight * (1 - sigmoid(beta (r - kl)))`` of a desirable
+    answer, ``undesirable_weight * (1 - sigmoid(beta (kl - r)))`` of another.
 
     Args:
         logp, ref_logp: (B,), log-probabilities summed over answers.
@@ -359,15 +361,15 @@ def kto_loss(
     logp, ref_logp = _floats(logp=logp, ref_logp=ref_logp.detach())
     if desirable.shape != logp.shape or desirable.dtype != torch.bool:
         raise InputError(
-            f"desirable: expected bool of shape {tuple(logp.shape)},"
-            f" got {desirable.dtype} of {tuple(desirable.shape)}"
+            f"desirable: expected bool of shape {tuple(logp.shape)}, got {desirable.dtype} of"
+            f" {tuple(desirable.shape)}"
         )
     kl = _per_row("kl", kl, logp).detach().clamp(min=0)
     gain = beta * (logp - ref_logp - kl)
     return torch.where(
         desirable,
-        weight_desirable * torch.sigmoid(-gain),
-        weight_undesirable * torch.sigmoid(gain),
+        desirable_weight * torch.sigmoid(-gain),
+        undesirable_weight * torch.sigmoid(gain),
     )
 
 
@@ -397,8 +399,8 @@ def plackett_luce_loss(scores: Tensor, ranks: Tensor) -> Tensor:
     (scores,) = _floats(scores=scores)
     if ranks.shape != scores.shape or ranks.is_floating_point() or ranks.dtype == torch.bool:
         raise InputError(
-            f"ranks: expected integers of shape {tuple(scores.shape)},"
-            f" got {ranks.dtype} of {tuple(ranks.shape)}"
+            f"ranks: expected integers of shape {tuple(scores.shape)}, got {ranks.dtype} of"
+            f" {tuple(ranks.shape)}"
         )
     missing = ranks < 0
     order = torch.where(missing, ranks.shape[1], ranks).argsort(dim=1, stable=True)
@@ -418,13 +420,13 @@ def plackett_luce_loss(scores: Tensor, ranks: Tensor) -> Tensor:
 
 
 def _clipped(
-    logp: Tensor, old_logp: Tensor, advantages: Tensor, clip: float, dual_clip: float | None
+    logp: Tensor, old_logp: Tensor, advantages: Tensor, clip_range: float, dual_clip: float | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and metrics of PPO per token; masked positions are 0 in all operands."""
     log_ratio = (logp - old_logp).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio = log_ratio.exp()
     plain = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1 - clip, 1 + clip)
+    clipped = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
     loss = torch.maximum(plain, clipped)
     if dual_clip is not None:
         loss = torch.where(advantages < 0, torch.minimum(loss, -advantages * dual_clip), loss)

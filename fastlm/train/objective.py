@@ -152,16 +152,16 @@ class Example:
         return len(self.ids).to_bytes(8, "little") + self.ids.tobytes() + self.mask.tobytes()
 
 
-def fit(example: Example, seq_len: int, overlong: str) -> list[Example]:
-    """The example in at most ``seq_len`` tokens: whole, its beginning ("truncate"), in consecutive
-    pieces ("split") or not at all ("skip"). Pieces with nothing to learn are left out.
+def fit(example: Example, max_length: int, truncation: str) -> list[Example]:
+    """The example in at most ``max_length`` tokens: whole, its beginning ("truncate"), in
+    consecutive pieces ("split") or not at all ("skip"). Pieces with nothing to learn are left out.
     """
     length = len(example.ids)
-    if overlong == "skip":
-        pieces = [example] if length <= seq_len else []
+    if truncation == "skip":
+        pieces = [example] if length <= max_length else []
     else:
-        starts = range(0, length if overlong == "split" else 1, seq_len)
-        pieces = [example[i : i + seq_len] for i in starts] if length > seq_len else [example]
+        starts = range(0, length if truncation == "split" else 1, max_length)
+        pieces = [example[i : i + max_length] for i in starts] if length > max_length else [example]
     return [piece for piece in pieces if piece.learnt]
 
 

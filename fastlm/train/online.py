@@ -4,7 +4,7 @@ passes.
 A round draws prompts, samples answers to them (`fastlm.train.rollouts`), scores them, and keeps
 what the update needs: log-probabilities of the policy that sampled them and of the reference, and
 advantages. A pass takes all answers of the round once, in a fresh order. A step of the optimizer
-takes ``batch_size * accumulate`` of them.
+takes ``batch_size * gradient_accumulation_steps`` of them.
 
 Temperature divides the logits everywhere: in sampling, in the policy, in the reference and in the
 update. Dropout is off in all of them.
@@ -40,10 +40,10 @@ from fastlm.train.objective import DivergedError, Objective, without_dropout
 from fastlm.train.options import RolloutOptions
 from fastlm.train.rollouts import (
     PackedRollouts,
-    answers_of,
-    pack_answers,
-    sample_answers,
-    tensors_of,
+    completions_from_tensors,
+    completions_to_tensors,
+    pack_rollouts,
+    sample_completions,
 )
 
 if TYPE_CHECKING:
@@ -177,7 +177,7 @@ class OnlineObjective(Objective):
 
     def _prompts_of_round(self) -> list[int]:
         """The places of the next prompts: every prompt once per epoch, in an order of its own."""
-        count, size = len(self.prompts), self.options.prompts
+        count, size = len(self.prompts), self.options.prompts_per_round
         places = (divmod(i, count) for i in range(self.round * size, (self.round + 1) * size))
         return [int(self._order(0, epoch, count)[at]) for epoch, at in places]
 
@@ -201,7 +201,7 @@ class OnlineObjective(Objective):
         the same numbers, so they estimate, watch and decide alike.
         """
         options = self.options
-        self.chosen = [i for i in self._prompts_of_round() for _ in range(options.answers)]
+        self.chosen = [i for i in self._prompts_of_round() for _ in range(options.num_generations)]
         # every answer of the training has a seed of its own; torch's generator takes 32 bits
         (first,) = np.random.SeedSequence([options.seed, 1]).generate_state(1, np.uint32)
         seed = int(first) // 2 + self.round * len(self.chosen)
@@ -215,12 +215,14 @@ class OnlineObjective(Objective):
             )
             scores = self._scored(score, places, answers)
             measured = self._measured(prompts, answers)
-            return tensors_of(answers), scores, dict(self.score_metrics()), measured
+            return completions_to_tensors(answers), scores, dict(self.score_metrics()), measured
 
         self.policy.eval()
         parts = [part for part in self.world.each(share) if len(part[1])]
         answers, scores, scored, measured = zip(*parts)
-        self.answers = [answer for tensors in answers for answer in answers_of(tensors)]
+        self.answers = [
+            answer for tensors in answers for answer in completions_from_tensors(tensors)
+        ]
         lengths = torch.tensor([len(answer.token_ids) for answer in self.answers])
         mask = (torch.arange(int(lengths.max())) < lengths[:, None]).to(self.policy.device)
         kept = {}
@@ -238,9 +240,9 @@ class OnlineObjective(Objective):
         quantized = any(isinstance(m, QuantizedLinear) for m in self.policy.modules())
         # merged, adapters cost nothing per token; a quantized base would be dequantized for it
         with nullcontext() if quantized else merged(self.policy):
-            return sample_answers(
-                self.policy, prompts, max_new_tokens=longest, seed=seed,
-                temperature=temperature, stop_ids=self.stop_ids, rows=self.options.decode_batch,
+            return sample_completions(
+                self.policy, prompts, max_new_tokens=longest, seed=seed, temperature=temperature,
+                stop_ids=self.stop_ids, rows=self.options.decode_batch_size,
             )  # fmt: skip
 
     def _scored(
@@ -249,8 +251,8 @@ class OnlineObjective(Objective):
         if not answers:
             return np.zeros(0)
         scores = np.array(score(places, answers), np.float64)
-        if self.options.missing_end is not None:
-            scores[[not answer.ended for answer in answers]] = self.options.missing_end
+        if self.options.missing_eos_penalty is not None:
+            scores[[not answer.ended for answer in answers]] = self.options.missing_eos_penalty
         return scores
 
     @torch.no_grad()
@@ -264,7 +266,7 @@ class OnlineObjective(Objective):
         size = self.options.batch_size
         parts: dict[str, list[Tensor]] = {}
         for start in range(0, len(answers), size):
-            packed = pack_answers(
+            packed = pack_rollouts(
                 prompts[start : start + size],
                 [answer.token_ids for answer in answers[start : start + size]], self.policy.device,
             )  # fmt: skip
@@ -326,13 +328,13 @@ class OnlineObjective(Objective):
                 f" {ALARM:g} standard errors below 0: the policy that samples is not the one that"
                 " is trained"
             )
-        if mismatch <= options.mismatch:
+        if mismatch <= options.mismatch_threshold:
             kept["difference"] = torch.zeros_like(kept["difference"])
         else:
             self.warn(
                 f"round {self.round}: log-probabilities in sampling and in training differ by"
-                f" {mismatch:.3g} nats per token, more than mismatch {options.mismatch:g}: the"
-                " update has truncated importance weights"
+                f" {mismatch:.3g} nats per token, more than mismatch_threshold"
+                f" {options.mismatch_threshold:g}: the update has truncated importance weights"
             )
         if options.kl_target is not None:  # Ziegler et al. 2019, arXiv:1909.08593
             off = min(max(kl / options.kl_target - 1, -0.2), 0.2)
@@ -350,7 +352,7 @@ class OnlineObjective(Objective):
         return {**options, "base": self.base, "data": data, "scored_by": self.scored_by}
 
     def _over(self) -> bool:
-        return self.stop or self.at >= len(self.answers) * self.options.passes
+        return self.stop or self.at >= len(self.answers) * self.options.num_iterations
 
     def next_batches(self, count: int) -> list[RolloutBatch]:
         """Return the micro-batches of a step: ``count``, or what the pass has left."""
@@ -368,7 +370,7 @@ class OnlineObjective(Objective):
         return [self._batch(rows[i : i + size]) for i in range(0, len(rows), size)]
 
     def _batch(self, rows: list[int]) -> RolloutBatch:
-        packed = pack_answers(
+        packed = pack_rollouts(
             [self.prompts[self.chosen[i]] for i in rows],
             [self.answers[i].token_ids for i in rows], self.policy.device,
         )  # fmt: skip
@@ -422,14 +424,14 @@ class OnlineObjective(Objective):
         return {
             **{name: getattr(self, name) for name in STATE},
             "chosen": torch.tensor(self.chosen),
-            **tensors_of(self.answers),
+            **completions_to_tensors(self.answers),
             **{f"kept.{name}": value for name, value in self.kept.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name in STATE:
             setattr(self, name, state[name])
-        self.chosen, self.answers = state["chosen"].tolist(), answers_of(state)
+        self.chosen, self.answers = state["chosen"].tolist(), completions_from_tensors(state)
         self.kept = {
             name.removeprefix("kept."): value.to(self.policy.device)
             for name, value in state.items()
@@ -446,10 +448,12 @@ class OnlineObjective(Objective):
             places = self.world.share(count)
             prompts = [self.heldout[i] for i in places]
             answers = self._sample(prompts, 0.0, self.options.max_new_tokens)
-            return tensors_of(answers), self._scored(self.score_heldout, places, answers)
+            return completions_to_tensors(answers), self._scored(
+                self.score_heldout, places, answers
+            )
 
         parts = self.world.each(answered)
-        answers = [answer for tensors, _ in parts for answer in answers_of(tensors)]
+        answers = [answer for tensors, _ in parts for answer in completions_from_tensors(tensors)]
         scores = np.concatenate([scores for _, scores in parts])
         return {
             "val_score": float(scores.mean()),

@@ -25,7 +25,7 @@ from fastlm.train.losses import (
 )
 from fastlm.train.objective import decay_matrices, without_dropout
 from fastlm.train.online import OnlineObjective, RolloutBatch, importance
-from fastlm.train.options import LOSS_TYPES, GrpoOptions, How, PpoOptions
+from fastlm.train.options import LOSS_TYPES, Aggregation, GrpoOptions, PpoOptions
 from fastlm.train.rollouts import PackedRollouts
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class ValueModel(nn.Module):
     """The score to come at every token: a trunk, and a head from its hidden states to a number.
 
     ``trunk`` None shares the policy's, which then is given to `values`. ``kind``: how it began,
-    the option `value` of `fastlm.train.online_stage.Ppo`.
+    the option `value_model` of `fastlm.train.online_stage.Ppo`.
     """
 
     def __init__(self, trunk: "CausalLM | None", width: int, kind: str):
@@ -62,9 +62,9 @@ class ValueModel(nn.Module):
 class PpoObjective(OnlineObjective):
     """The objective of `fastlm.train.online_stage.Ppo`; the conventions are those of docs/ppo.md.
 
-    ``value``: the value model; see `ValueModel`. ``offset`` is added to its values: the mean score
-    of the first round, so that a head of zeros begins with what is known of the returns and not
-    with 0, which takes it long to leave at a learning rate fit for a policy. No parameter: its
+    ``value_model``: the value model; see `ValueModel`. ``offset`` is added to its values: the mean
+    score of the first round, so that a head of zeros begins with what is known of the returns and
+    not with 0, which takes it long to leave at a learning rate fit for a policy. No parameter: its
     distance from 0 has nothing to do with the scale of the others.
     """
 
@@ -72,22 +72,24 @@ class PpoObjective(OnlineObjective):
 
     options: PpoOptions
 
-    def __init__(self, *args: Any, value: ValueModel, **more: Any):
+    def __init__(self, *args: Any, value_model: ValueModel, **more: Any):
         super().__init__(*args, **more)
-        self.value = value
-        self.offset: float | None = 0.0 if value.kind == "reward" else None  # None: no round yet
+        self.value_model = value_model
+        self.offset: float | None = (
+            0.0 if value_model.kind == "reward" else None
+        )  # None: no round yet
         self.bad_rounds = 0  # in a row in which the value model explained less than the mean does
-        self.trained = nn.ModuleDict({"policy": self.policy, "value": value})
-        without_dropout(value)
+        self.trained = nn.ModuleDict({"policy": self.policy, "value": value_model})
+        without_dropout(value_model)
 
     def identity(self) -> dict[str, Any]:
-        return {**super().identity(), "value": self.value.kind}
+        return {**super().identity(), "value_model": self.value_model.kind}
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        value = decay_matrices(self.value, weight_decay)
+        value = decay_matrices(self.value_model, weight_decay)
         return [
             *decay_matrices(self.policy, weight_decay),
-            *({**group, "lr": self.options.value_lr} for group in value),
+            *({**group, "lr": self.options.value_lr_factor} for group in value),
         ]
 
     def both(self, packed: PackedRollouts) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,7 +99,9 @@ class PpoObjective(OnlineObjective):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.warming_up()):
             hidden = packed.hidden(self.policy)
             logp, entropy = self.logprobs(self.policy, packed, hidden)
-        values = self.value.values(packed, None if self.value.trunk is not None else hidden)
+        values = self.value_model.values(
+            packed, None if self.value_model.trunk is not None else hidden
+        )
         return logp, entropy, values + (self.offset or 0.0)
 
     def measure(self, packed: PackedRollouts) -> dict[str, Tensor]:
@@ -109,7 +113,7 @@ class PpoObjective(OnlineObjective):
         if self.offset is None:
             self.offset = float(scores.mean())
             values = values + self.offset
-        kind = cast(Any, options.kl_penalty)
+        kind = cast(Any, options.kl_estimator)
         rewards = -self.beta * kl_penalty(logp, kept["ref_logp"], kind, mask=mask)
         last = mask.sum(1) - 1
         rewards[torch.arange(len(last)), last] += scores
@@ -124,7 +128,7 @@ class PpoObjective(OnlineObjective):
             self.warn(
                 f"round {self.round}: the value model has explained less of the returns than their"
                 f" mean for {self.bad_rounds} rounds (explained_variance {explained:.3g}): it adds"
-                " noise to the advantages; a higher value_lr or critic_warmup may help"
+                " noise to the advantages; a higher value_lr_factor or critic_warmup may help"
             )
         if options.whiten_advantages:
             advantages = whiten(advantages, mask)
@@ -152,24 +156,29 @@ class PpoObjective(OnlineObjective):
         c, mask, options = batch.columns, batch.packed.mask, self.options
         logp, entropy, values = self.both(batch.packed)
         loss, metrics = ppo_policy_loss(
-            logp, c["old_logp"], c["advantages"], mask, clip=options.clip,
+            logp, c["old_logp"], c["advantages"], mask, clip_range=options.clip_range,
             dual_clip=options.dual_clip, num_items=num_items,
         )  # fmt: skip
         value_loss, of_value = ppo_value_loss(
-            values, c["values"], c["returns"], mask, clip=options.value_clip, num_items=num_items
+            values,
+            c["values"],
+            c["returns"],
+            mask,
+            clip_range=options.clip_range_value,
+            num_items=num_items,
         )
         of_value["value_clip_fraction"] = of_value.pop("clip_fraction")
-        value_loss = options.value_weight * value_loss
+        value_loss = options.vf_coef * value_loss
         if self.warming_up():
             loss = value_loss
         else:
             loss = loss + value_loss
-            if options.entropy:
-                loss = loss - options.entropy * aggregate(entropy, mask, num_items=num_items)
+            if options.entropy_coef:
+                loss = loss - options.entropy_coef * aggregate(entropy, mask, num_items=num_items)
         return loss, (metrics, of_value, self.mean_entropy(entropy, mask))
 
 
-def value_model(
+def build_value_model(
     policy: "CausalLM", *, shared: bool = False, reward: "RewardModel | None" = None
 ) -> ValueModel:
     """A value model with a copy of the policy's trunk (of its trained tensors alone; frozen ones
@@ -179,7 +188,7 @@ def value_model(
     if shared:
         return ValueModel(None, policy.config.hidden_size, "shared")
     if reward is None:
-        return ValueModel(_trunk_of(policy), policy.config.hidden_size, "own")
+        return ValueModel(_trunk_of(policy), policy.config.hidden_size, "copy")
     trunk = copy.deepcopy(reward.trunk).float()
     made = ValueModel(trunk, reward.config.hidden_size, "reward")
     with torch.no_grad():
@@ -219,10 +228,10 @@ class GrpoObjective(OnlineObjective):
     def __init__(self, *args: Any, **more: Any):
         super().__init__(*args, **more)
         how, self.scaled = LOSS_TYPES[self.options.loss_type]
-        self.how: How = how
+        self.aggregation: Aggregation = how
 
     def estimate(self, scores: Tensor, mask: Tensor, kept: dict[str, Tensor]) -> dict[str, Tensor]:
-        size, difference = self.options.answers, kept["difference"]
+        size, difference = self.options.num_generations, kept["difference"]
         if self.options.loss_type == "rloo":
             difference = torch.where(mask, difference, 0.0).sum(1, keepdim=True)
             gap = torch.where(mask, kept["logp"] - kept["ref_logp"], 0.0).sum(1)
@@ -232,7 +241,7 @@ class GrpoObjective(OnlineObjective):
         low, high = scores.view(-1, size).aminmax(dim=1)
         self.made["groups_apart"] = float((high > low).float().mean())  # others teach nothing
         learnt = mask
-        if self.options.mask_truncated:
+        if self.options.mask_truncated_completions:
             ended = torch.tensor([answer.ended for answer in self.answers], device=mask.device)
             learnt = mask & ended[:, None]
         weighted = advantages[:, None] * importance(difference)
@@ -244,10 +253,10 @@ class GrpoObjective(OnlineObjective):
 
     def num_items(self, batch: RolloutBatch) -> int:
         learnt = batch.columns["learnt"]
-        if self.how == "token":
+        if self.aggregation == "token":
             return int(learnt.sum())
         answers = int(learnt.any(1).sum())
-        return answers * self.options.max_new_tokens if self.how == "constant" else answers
+        return answers * self.options.max_new_tokens if self.aggregation == "constant" else answers
 
     def micro_loss(self, batch: RolloutBatch, num_items: int) -> tuple[Tensor, tuple[Metrics, ...]]:
         c, options = batch.columns, self.options
@@ -258,18 +267,30 @@ class GrpoObjective(OnlineObjective):
             )
             some = c["learnt"].any(1, keepdim=True)
             loss, _ = ppo_policy_loss(
-                new, old, c["advantages"][:, :1], some, clip=options.clip, num_items=num_items
+                new,
+                old,
+                c["advantages"][:, :1],
+                some,
+                clip_range=options.clip_range,
+                num_items=num_items,
             )
             _, metrics = ppo_policy_loss(  # per token, as those of the others
-                logp.detach(), c["old_logp"], c["advantages"], c["learnt"], clip=options.clip
+                logp.detach(),
+                c["old_logp"],
+                c["advantages"],
+                c["learnt"],
+                clip_range=options.clip_range,
             )
         else:
             loss, metrics = grpo_loss(
-                logp, c["old_logp"], c["ref_logp"], c["advantages"], c["learnt"], clip=options.clip,
-                beta=self.beta, how=self.how, num_items=num_items,
+                logp, c["old_logp"], c["ref_logp"], c["advantages"], c["learnt"],
+                clip_range=options.clip_range, beta=self.beta, aggregation=self.aggregation,
+                num_items=num_items,
             )  # fmt: skip
             metrics["update_kl"] = metrics.pop("kl")
-        if options.entropy:
-            bonus = aggregate(entropy, c["learnt"], how=self.how, num_items=num_items)
-            loss = loss - options.entropy * bonus
+        if options.entropy_coef:
+            bonus = aggregate(
+                entropy, c["learnt"], aggregation=self.aggregation, num_items=num_items
+            )
+            loss = loss - options.entropy_coef * bonus
         return loss, (metrics, self.mean_entropy(entropy, batch.packed.mask))

@@ -62,7 +62,7 @@ class OnlineStage(LoraOptions, RolloutOptions, ChatStage):
     """A stage whose objective is a `fastlm.train.online.OnlineObjective`; a subclass makes it."""
 
     version = 2
-    overlongs: ClassVar[tuple[str, ...]] = ("skip",)
+    truncations: ClassVar[tuple[str, ...]] = ("skip",)
     rows: ClassVar[str] = "prompts"
     use: ClassVar[str] = "answer"
     form: ClassVar[str] = "prompts"
@@ -88,7 +88,7 @@ messages), or conversations, of which what precedes the last answer is the promp
             " reasoning-gym:NAME?KEY=VALUE&..."
         ),
     ] = ()
-    reward: Annotated[
+    reward_function: Annotated[
         str,
         "Function that scores answers: exact, contains, number, reasoning-gym, or file.py:function",
     ] = ""
@@ -96,14 +96,16 @@ messages), or conversations, of which what precedes the last answer is the promp
         str, "Score of several reward models: mean, min, or uwo (mean - uwo_coefficient * variance)"
     ] = "mean"
     uwo_coefficient: Annotated[float, "What a disagreement of the reward models costs"] = 0.1
-    seq_len: Annotated[int | None, "Most tokens of prompt and answer; default: the context"] = None
-    overlong: Annotated[str, "Prompts that leave no room for an answer: skip"] = "skip"
+    max_length: Annotated[int | None, "Most tokens of prompt and answer; default: the context"] = (
+        None
+    )
+    truncation: Annotated[str, "Prompts that leave no room for an answer: skip"] = "skip"
     spike_factor: Annotated[
         float | None, "A loss so many standard deviations above the mean of spike_window is a spike"
     ] = None  # a surrogate's loss says little
     lr: Annotated[float, "Peak learning rate"] = 1e-6
     eps: Annotated[float, "AdamW's epsilon"] = 1e-5
-    checkpoint_every: Annotated[int, "Steps between checkpoints"] = 50
+    save_steps: Annotated[int, "Steps between checkpoints"] = 50
 
     def check(self) -> None:
         check_replicas(self.kind, self.parallel)
@@ -112,20 +114,25 @@ messages), or conversations, of which what precedes the last answer is the promp
         self.check_rollouts()
         not_negative(self, "uwo_coefficient")
         one_of(self, ensemble=("mean", "min", "uwo"))
-        if self.reward == SCHEME:
+        if self.reward_function == SCHEME:
             for spec in filter(is_reasoning_gym, self.data):
                 check_scorable(spec)
         dropout = self.lora_dropout
         why = "0, as the update needs the probabilities that the answers were drawn with"
         expect(not dropout, "lora_dropout", why, dropout)
-        steps, every = self.steps_of_round(), self.checkpoint_every
+        steps, every = self.steps_of_round(), self.save_steps
         least = (
             f"at least the {steps} steps of a round, so that a checkpoint from before it is kept"
         )
-        expect(every >= steps, "checkpoint_every", least, every)
+        expect(every >= steps, "save_steps", least, every)
         why = "0, as a round has a fixed number of steps"
         expect(not self.batch_warmup, "batch_warmup", why, self.batch_warmup)
-        expect(self.keep >= 2, "keep", "2 or more, as the last may be too far", self.keep)
+        expect(
+            self.save_total_limit >= 2,
+            "save_total_limit",
+            "2 or more, as the last may be too far",
+            self.save_total_limit,
+        )
 
     def plan(self, inputs: Mapping[str, Any]) -> Facts:
         self.check_models([facts["name"] for facts in inputs["reward_model"]])
@@ -133,21 +140,26 @@ messages), or conversations, of which what precedes the last answer is the promp
 
     def check_models(self, names: Sequence[str]) -> None:
         """Refuse what does not fit reward models of these names."""
-        expect(self.reward or names, "reward", "a function, or a reward_model", "neither")
+        expect(
+            self.reward_function or names,
+            "reward_function",
+            "a function, or a reward_model",
+            "neither",
+        )
         several = f"two or more reward_models for {self.ensemble}"
         expect(len(names) > 1 or self.ensemble == "mean", "ensemble", several, len(names))
         once = len(set(names)) == len(names)
         expect(once, "reward_model", "each once", ", ".join(names))
 
     def steps_of_round(self) -> int:
-        size = self.batch_size * self.accumulate
-        return self.passes * math.ceil(self.prompts * self.answers / size)
+        size = self.batch_size * self.gradient_accumulation_steps
+        return self.num_iterations * math.ceil(self.prompts_per_round * self.num_generations / size)
 
     def steps_of_epochs(self, epochs: float, examples: int) -> int:
-        return math.ceil(epochs * examples / self.prompts) * self.steps_of_round()
+        return math.ceil(epochs * examples / self.prompts_per_round) * self.steps_of_round()
 
     def digest_inputs(self, input_digest: InputDigest) -> Any:
-        where = self.reward.rpartition(":")[0]
+        where = self.reward_function.rpartition(":")[0]
         function = input_digest.hash_tree(where) if where.endswith(".py") else None
         return [super().digest_inputs(input_digest), function]
 
@@ -159,9 +171,9 @@ messages), or conversations, of which what precedes the last answer is the promp
 
     def read_data(self, tokenizer: "Tokenizer", context: int, ctx: StageContext) -> "PromptDataset":
         self.check_models([one.name for one in ctx.inputs.get("reward_model", ())])
-        self.longest(context)  # refuses a seq_len beyond it
+        self.longest(context)  # refuses a max_length beyond it
         scorer = RewardScorer(self, tokenizer, ctx)
-        context = self.seq_len or context
+        context = self.max_length or context
         if scorer.models is not None:
             context = min(context, scorer.models.context_limit)
         return PromptDataset(scorer, self, tokenizer, context - self.max_new_tokens, context, ctx)
@@ -239,13 +251,13 @@ messages), or conversations, of which what precedes the last answer is the promp
                 "prompts": rows_text(result),
                 **self.lora_facts(result),
                 "score": " + ".join(
-                    [*([f"function {self.reward}"] if self.reward else []),
+                    [*([f"function {self.reward_function}"] if self.reward_function else []),
                      *(["reward model"] if len(models) == 1 else []),
                      *([f"{self.ensemble} of {len(models)} reward models"] if models[1:] else [])]
                 ),
-                "round": f"{self.prompts} prompts, {self.answers} answers each,"
-                f" {self.passes} {'pass' if self.passes == 1 else 'passes'} in steps of"
-                f" {self.batch_size * self.accumulate}, β {self.beta}",
+                "round": f"{self.prompts_per_round} prompts, {self.num_generations} answers each,"
+                f" {self.num_iterations} {'pass' if self.num_iterations == 1 else 'passes'} in"
+                f" steps of {self.batch_size * self.gradient_accumulation_steps}, β {self.beta}",
                 "answers": f"{count_text(result['tokens'])} tokens learnt from, at temperature"
                 f" {self.temperature}, at most {self.max_new_tokens} each",
             },
@@ -282,7 +294,7 @@ class PromptDataset(EncodedDataset):
         except InputError as error:
             self.refuse(error, row.place)
             return []
-        if len(ids) > self.seq_len:
+        if len(ids) > self.max_length:
             self.rows.counts["too long"] += 1
             return []
         if check := CHECKS.get(self.scorer.name):
@@ -355,8 +367,8 @@ class RewardScorer:
     """
 
     def __init__(self, stage: OnlineStage, tokenizer: "Tokenizer", ctx: StageContext):
-        self.tokenizer, self.name = tokenizer, stage.reward
-        self.function = load_reward(stage.reward) if stage.reward else None
+        self.tokenizer, self.name = tokenizer, stage.reward_function
+        self.function = load_reward(stage.reward_function) if stage.reward_function else None
         self.models: RewardEnsemble | None = None
         self.spread = 0.0  # of the reward models, over the answers scored last
         given = ctx.inputs.get("reward_model", ())
@@ -433,20 +445,20 @@ class Ppo(PpoOptions, OnlineStage):
 
     def check_models(self, names: Sequence[str]) -> None:
         super().check_models(names)
-        some = self.value != "reward" or names
-        expect(some, "value", "a reward_model to begin with", "none")
+        some = self.value_model != "reward" or names
+        expect(some, "value_model", "a reward_model to begin with", "none")
 
     def online(
         self, policy: "CausalLM", reward_model: "RewardModel | None", *args: Any, **more: Any
     ) -> "OnlineObjective":
-        from fastlm.train.online_objectives import PpoObjective, value_model
+        from fastlm.train.online_objectives import PpoObjective, build_value_model
 
-        value = value_model(
-            policy, shared=self.value == "shared",
-            reward=reward_model if self.value == "reward" else None,
+        value_model = build_value_model(
+            policy, shared=self.value_model == "shared",
+            reward=reward_model if self.value_model == "reward" else None,
         )  # fmt: skip
         settings = select_options(self, PpoOptions)
-        return PpoObjective(policy, *args, settings, value=value, **more)
+        return PpoObjective(policy, *args, settings, value_model=value_model, **more)
 
     def title(self) -> str:
         return "PPO"

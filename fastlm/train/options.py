@@ -20,17 +20,19 @@ from fastlm.train.metrics import check_report_to
 
 # What changes no bit of the trained weights: it uses none of the training's random numbers
 OBSERVING = (
-    "validations", "val_tokens", "sample_at", "sample_prompt", "sample_tokens", "checkpoint_every",
-    "keep", "keep_best", "checkpoint_activations", "async_checkpoints", "parallel", "report_to",
+    "validations", "val_tokens", "sample_at", "sample_prompt", "sample_tokens", "save_steps",
+    "save_total_limit", "save_best", "checkpoint_activations", "async_checkpoints", "parallel",
+    "report_to",
 )  # fmt: skip
-# How far to train. A training can continue with another budget; the schedule spans the whole of it
+# How far to train. A training can continue with another budget; the schedule spans the
+# whole of it
 BUDGET = ("max_steps", "max_seconds", "max_tokens")
 # What is done about a spike; they decide weights where spikes are skipped
 GUARDS = ("spike_factor", "spike_window", "on_spike")
 OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}
-How = Literal["token", "sequence", "constant"]
+Aggregation = Literal["token", "sequence", "constant"]
 # loss_type -> how the loss is aggregated, whether advantages are divided by the group's deviation
-LOSS_TYPES: dict[str, tuple[How, bool]] = {
+LOSS_TYPES: dict[str, tuple[Aggregation, bool]] = {
     "dapo": ("token", True),  # Yu et al. 2025, arXiv:2503.14476
     "grpo": ("sequence", True),  # Shao et al. 2024, arXiv:2402.03300
     "dr_grpo": ("constant", False),  # Liu et al. 2025, arXiv:2503.20783
@@ -64,9 +66,11 @@ class TrainOptions:
         float | None, "Stop after this many seconds; validations are not counted"
     ] = None
     max_tokens: Annotated[int | None, "Stop after this many tokens"] = None
-    accumulate: Annotated[int, "Micro-batches per step"] = 1
+    gradient_accumulation_steps: Annotated[int, "Micro-batches per step"] = 1
     batch_warmup: Annotated[
-        float, "Share of the run in which the micro-batches per step grow from 1 to accumulate"
+        float,
+        "Share of the run in which the micro-batches per step grow from 1 to "
+        "gradient_accumulation_steps",
     ] = 0.0
     dtype: Annotated[str, "bfloat16 (with float32 master weights) or float32"] = "bfloat16"
     optimizer: Annotated[str, "adamw, or muon (layers' matrices; AdamW for the rest)"] = "adamw"
@@ -75,8 +79,8 @@ class TrainOptions:
     ] = 0
     lr: Annotated[float, "Peak learning rate"] = 1e-3
     schedule: Annotated[str, "cosine or wsd"] = "cosine"
-    warmup: Annotated[float, "Share of the run in which the rate rises"] = 0.02
-    decay: Annotated[float, "Share of the run in which the rate of wsd falls"] = 0.2
+    warmup_ratio: Annotated[float, "Share of the run in which the rate rises"] = 0.02
+    decay_ratio: Annotated[float, "Share of the run in which the rate of wsd falls"] = 0.2
     final_lr: Annotated[float, "Rate at the end, as a share of the peak"] = 0.0
     betas: Annotated[tuple[float, float], "AdamW's betas"] = (0.9, 0.95)
     eps: Annotated[float, "AdamW's epsilon"] = 1e-8
@@ -94,13 +98,13 @@ class TrainOptions:
     ] = (0.0, 0.02, 0.1, 0.3, 1.0)
     sample_prompt: Annotated[str, "Text that a sample continues"] = ""
     sample_tokens: Annotated[int, "Tokens per sample; 0: no samples"] = 80
-    checkpoint_every: Annotated[int, "Steps between checkpoints"] = 200
-    keep: Annotated[int, "Checkpoints to keep"] = 2
+    save_steps: Annotated[int, "Steps between checkpoints"] = 200
+    save_total_limit: Annotated[int, "Checkpoints to keep"] = 2
     async_checkpoints: Annotated[
         bool, "Write checkpoints beside the training, from copies in memory"
     ] = False
-    keep_best: Annotated[bool, "Also keep the weights of the best validation"] = False
-    take: Annotated[str, "The weights to leave: last, or best (of the best validation)"] = "last"
+    save_best: Annotated[bool, "Also keep the weights of the best validation"] = False
+    keep: Annotated[str, "The weights to leave: last, or best (of the best validation)"] = "last"
     parallel: Annotated[
         str,
         "Under torchrun: ddp (each process has the whole model), fsdp (a shard of it) or hsdp (a"
@@ -127,9 +131,9 @@ class TrainOptions:
         GUARDS are among ``changed`` if spikes are, or were, skipped (`identity`): a finished
         training would have ended at other weights.
         """
-        free = {"take"} if finished else {"take", *GUARDS}
+        free = {"keep"} if finished else {"keep", *GUARDS}
         best = any((folder / "checkpoints").glob("best-*"))
-        return set(changed) <= free and (self.take == "last" or best)
+        return set(changed) <= free and (self.keep == "last" or best)
 
     def check(self) -> None:
         """Check the values. InputError names the option."""
@@ -141,25 +145,34 @@ class TrainOptions:
             self, "max_steps", "max_seconds", "max_tokens", "max_grad_norm", "lr", "eps",
             "spike_factor",
         )  # fmt: skip
-        at_least_one(self, "accumulate", "checkpoint_every", "keep", "val_tokens", "spike_window")
+        at_least_one(
+            self,
+            "gradient_accumulation_steps",
+            "save_steps",
+            "save_total_limit",
+            "val_tokens",
+            "spike_window",
+        )
         not_negative(self, "validations", "sample_tokens", "weight_decay", "checkpoint_activations")
-        shares = {n: getattr(self, n) for n in ("warmup", "decay", "final_lr", "batch_warmup")}
+        shares = {
+            n: getattr(self, n) for n in ("warmup_ratio", "decay_ratio", "final_lr", "batch_warmup")
+        }
         shares |= {f"betas[{i}]": b for i, b in enumerate(self.betas)}
         shares |= {f"sample_at[{i}]": s for i, s in enumerate(self.sample_at)}
         for name, value in shares.items():
             expect(0 <= value <= 1, name, "0 to 1", value)
         one_of(
             self, schedule=("cosine", "wsd"), dtype=("bfloat16", "float32"), optimizer=OPTIMIZERS,
-            on_spike=("warn", "skip", "stop"), take=("last", "best"),
+            on_spike=("warn", "skip", "stop"), keep=("last", "best"),
             parallel=("ddp", "fsdp", "hsdp"),
         )  # fmt: skip
-        most = 1 - self.warmup
+        most = 1 - self.warmup_ratio
         expect(
-            self.schedule != "wsd" or self.decay <= most + 1e-9,  # the sum may be rounded
-            "decay",
-            f"at most 1 - warmup = {most:g} for wsd, whose rate else jumps at the end of the"
+            self.schedule != "wsd" or self.decay_ratio <= most + 1e-9,  # the sum may be rounded
+            "decay_ratio",
+            f"at most 1 - warmup_ratio = {most:g} for wsd, whose rate else jumps at the end of the"
             " warm-up",
-            f"{self.decay:g}",
+            f"{self.decay_ratio:g}",
         )
         check_report_to(self.report_to)
         best = not self.keeps_best or self.validations
@@ -167,11 +180,12 @@ class TrainOptions:
         self._check_processes(launched()[1])
 
     def _check_processes(self, size: int) -> None:
-        below = self.accumulate // size * size
+        below = self.gradient_accumulation_steps // size * size
         fits = " or ".join(str(n) for n in (below, below + size) if n)
         expect(
-            self.accumulate % size == 0, "accumulate",
-            f"micro-batches that {size} processes can share evenly ({fits})", self.accumulate,
+            self.gradient_accumulation_steps % size == 0, "gradient_accumulation_steps",
+            f"micro-batches that {size} processes can share evenly ({fits})",
+            self.gradient_accumulation_steps,
         )  # fmt: skip
         if size == 1 or self.parallel == "ddp":
             return
@@ -183,7 +197,7 @@ class TrainOptions:
 
     @property
     def keeps_best(self) -> bool:
-        return self.keep_best or self.take == "best"
+        return self.save_best or self.keep == "best"
 
     def progress(self, steps: float, tokens: float, seconds: float) -> float:
         """Return 0 at the start, 1 when the first of the budgets is used up."""
@@ -191,31 +205,32 @@ class TrainOptions:
         return min(max(amount / budget for amount, budget in used if budget is not None), 1.0)
 
     def learning_rate(self, done: float) -> float:
-        """Return the rate at ``done`` (0..1): linear from 0 to ``lr`` within ``warmup``,
+        """Return the rate at ``done`` (0..1): linear from 0 to ``lr`` within ``warmup_ratio``,
         ``final_lr * lr`` at 1.
 
         cosine: falls from the end of the warm-up. wsd: stays constant, then falls linearly within
-        the last ``decay``.
+        the last ``decay_ratio``.
         """
-        if done < self.warmup:
-            return self.lr * done / self.warmup
+        if done < self.warmup_ratio:
+            return self.lr * done / self.warmup_ratio
         if self.schedule == "cosine":
-            falling = (done - self.warmup) / max(1 - self.warmup, 1e-9)
+            falling = (done - self.warmup_ratio) / max(1 - self.warmup_ratio, 1e-9)
             share = 0.5 * (1 + math.cos(math.pi * min(falling, 1.0)))
         else:
-            share = min(1.0, (1 - done) / self.decay) if self.decay > 0 else 1.0
+            share = min(1.0, (1 - done) / self.decay_ratio) if self.decay_ratio > 0 else 1.0
         return self.lr * (self.final_lr + (1 - self.final_lr) * share)
 
     def micro_batches(self, done: float) -> int:
         """Return the micro-batches of the step that begins at ``done`` (0..1): 1 to
-        ``accumulate - 1`` in equal parts of ``batch_warmup``, then ``accumulate``.
+        ``gradient_accumulation_steps - 1`` in equal parts of ``batch_warmup``, then
+        ``gradient_accumulation_steps``.
 
         Early in a run the gradient's noise is small beside the gradient, and a small batch learns
         as much per step (McCandlish et al. 2018, arXiv:1812.06162).
         """
         if done >= self.batch_warmup:
-            return self.accumulate
-        return 1 + int((self.accumulate - 1) * done / self.batch_warmup)
+            return self.gradient_accumulation_steps
+        return 1 + int((self.gradient_accumulation_steps - 1) * done / self.batch_warmup)
 
 
 @dataclass(frozen=True)
@@ -223,14 +238,14 @@ class RolloutOptions:
     """How rollouts are made, scored and learnt from: what PPO and GRPO share."""
 
     seed: Annotated[int, "Seed of the order of the data"] = 0
-    prompts: Annotated[int, "Prompts per round"] = 16
-    answers: Annotated[int, "Answers to each of them"] = 4
-    passes: Annotated[int, "Passes over the answers of a round"] = 1
+    prompts_per_round: Annotated[int, "Prompts per round"] = 16
+    num_generations: Annotated[int, "Answers to each of them"] = 4
+    num_iterations: Annotated[int, "Passes over the answers of a round"] = 1
     batch_size: Annotated[int, "Answers per micro-batch, joined without padding"] = 8
-    decode_batch: Annotated[int, "Answers that are sampled side by side"] = 64
+    decode_batch_size: Annotated[int, "Answers that are sampled side by side"] = 64
     max_new_tokens: Annotated[int, "Most tokens per answer"] = 128
     temperature: Annotated[float, "Of sampling, of the policy and of the reference"] = 1.0
-    clip: Annotated[float, "The ratio of probabilities counts up to 1 ± this"] = 0.2
+    clip_range: Annotated[float, "The ratio of probabilities counts up to 1 ± this"] = 0.2
     beta: Annotated[float, "Coefficient of the KL to the reference"] = 0.0
     kl_target: Annotated[float | None, "Adapt beta to this KL, nats per answer"] = None
     kl_horizon: Annotated[float, "Answers over which beta adapts"] = 10_000.0
@@ -238,11 +253,11 @@ class RolloutOptions:
     max_update_kl: Annotated[
         float | None, "End a round where the policy has moved further, nats per token"
     ] = None
-    entropy: Annotated[float, "Coefficient of the entropy that the loss subtracts"] = 0.0
-    missing_end: Annotated[
+    entropy_coef: Annotated[float, "Coefficient of the entropy that the loss subtracts"] = 0.0
+    missing_eos_penalty: Annotated[
         float | None, "Score of an answer that did not end; default: as any other"
     ] = None
-    mismatch: Annotated[
+    mismatch_threshold: Annotated[
         float, "Use importance weights where sampling and training differ by more, nats per token"
     ] = 0.05
     val_prompts: Annotated[int, "Held-out prompts per validation, answered greedily"] = 64
@@ -250,64 +265,79 @@ class RolloutOptions:
     def check_rollouts(self) -> None:
         """Check the values. InputError names the option."""
         at_least_one(
-            self, "prompts", "answers", "passes", "decode_batch", "max_new_tokens", "val_prompts"
+            self,
+            "prompts_per_round",
+            "num_generations",
+            "num_iterations",
+            "decode_batch_size",
+            "max_new_tokens",
+            "val_prompts",
         )
         positive(
-            self, "temperature", "clip", "kl_horizon", "max_kl", "mismatch", "kl_target",
-            "max_update_kl",
+            self, "temperature", "clip_range", "kl_horizon", "max_kl", "mismatch_threshold",
+            "kl_target", "max_update_kl",
         )  # fmt: skip
         if self.kl_target is not None:
-            size = self.prompts * self.answers
+            size = self.prompts_per_round * self.num_generations
             expect(self.beta, "kl_target", "a beta above 0 to adapt", 0)
             least = f"at least the {size} answers of a round"
             expect(self.kl_horizon >= size, "kl_horizon", least, f"{self.kl_horizon:g}")
-        not_negative(self, "beta", "entropy")
-        finite = self.missing_end is None or math.isfinite(self.missing_end)
-        expect(finite, "missing_end", "a finite number", self.missing_end)
+        not_negative(self, "beta", "entropy_coef")
+        finite = self.missing_eos_penalty is None or math.isfinite(self.missing_eos_penalty)
+        expect(finite, "missing_eos_penalty", "a finite number", self.missing_eos_penalty)
 
 
 @dataclass(frozen=True)
 class PpoOptions(RolloutOptions):
     """The options of PPO. docs/ppo.md lists its conventions."""
 
-    prompts: Annotated[int, "Prompts per round"] = 64
-    answers: Annotated[int, "Answers to each of them"] = 1
-    passes: Annotated[int, "Passes over the answers of a round"] = 4
+    prompts_per_round: Annotated[int, "Prompts per round"] = 64
+    num_generations: Annotated[int, "Answers to each of them"] = 1
+    num_iterations: Annotated[int, "Passes over the answers of a round"] = 4
     beta: Annotated[float, "Coefficient of the KL to the reference"] = 0.05
-    value: Annotated[
-        str, "Value model: own (a copy of the policy), reward (of the reward model), or shared"
-    ] = "own"
-    value_weight: Annotated[float, "Coefficient of the value loss"] = 0.1
-    value_clip: Annotated[float, "Values count up to this from those of the round"] = 0.2
-    value_lr: Annotated[float, "Factor of the learning rate for the value model"] = 10.0
+    value_model: Annotated[
+        str,
+        "The value model begins as a copy of the policy, as the reward model, or is shared with "
+        "the policy",
+    ] = "copy"
+    vf_coef: Annotated[float, "Coefficient of the value loss"] = 0.1
+    clip_range_value: Annotated[float, "Values count up to this from those of the round"] = 0.2
+    value_lr_factor: Annotated[float, "Factor of the learning rate for the value model"] = 10.0
     critic_warmup: Annotated[int, "Rounds in which the value model alone learns"] = 0
     gamma: Annotated[float, "Discount per token"] = 1.0
     lam: Annotated[float, "GAE's lambda"] = 0.95
     dual_clip: Annotated[float | None, "Bound of the loss of bad answers, above 1"] = None
-    kl_penalty: Annotated[str, "Estimate of the KL in the reward: k1, k2 or k3"] = "k1"
+    kl_estimator: Annotated[str, "Estimate of the KL in the reward: k1, k2 or k3"] = "k1"
     whiten_rewards: Annotated[bool, "Divide rewards by their deviation, in each round"] = False
     whiten_advantages: Annotated[bool, "Mean 0 and deviation 1, in each round"] = True
 
     def check_rollouts(self) -> None:
         super().check_rollouts()
-        positive(self, "value_weight", "value_clip", "value_lr")
+        positive(self, "vf_coef", "clip_range_value", "value_lr_factor")
         not_negative(self, "critic_warmup")
         for name in ("gamma", "lam"):
             expect(0 <= getattr(self, name) <= 1, name, "0 to 1", getattr(self, name))
         bound = self.dual_clip
         expect(bound is None or 1 < bound < math.inf, "dual_clip", "a number above 1", bound)
-        one_of(self, value=("own", "shared", "reward"), kl_penalty=("k1", "k2", "k3"))
+        one_of(self, value_model=("copy", "shared", "reward"), kl_estimator=("k1", "k2", "k3"))
 
 
 @dataclass(frozen=True)
 class GrpoOptions(RolloutOptions):
     """The options of GRPO and its relatives."""
 
-    answers: Annotated[int, "Answers to each of them, the group"] = 8
+    num_generations: Annotated[int, "Answers to each of them, the group"] = 8
     loss_type: Annotated[str, "dapo, grpo, dr_grpo or rloo; see docs/ppo.md"] = "dapo"
-    mask_truncated: Annotated[bool, "Do not learn from answers that did not end"] = False
+    mask_truncated_completions: Annotated[bool, "Do not learn from answers that did not end"] = (
+        False
+    )
 
     def check_rollouts(self) -> None:
         super().check_rollouts()
-        expect(self.answers >= 2, "answers", "2 or more to compare", self.answers)
+        expect(
+            self.num_generations >= 2,
+            "num_generations",
+            "2 or more to compare",
+            self.num_generations,
+        )
         one_of(self, loss_type=LOSS_TYPES)

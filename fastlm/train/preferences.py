@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fastlm.data.preferences import Comparison, Label
 
 # What happens to longer answers -> how their row is counted: where it is lost, else
-OVERLONG = {
+TRUNCATION_COUNTS = {
     "skip": ("too long", "too long"),
     "truncate": ("nothing left to learn", "truncated"),
 }
@@ -30,8 +30,8 @@ SERVE = {
     "label_smoothing": ("sigmoid",),
     "length_normalise": ("sigmoid", "ipo", "hinge"),
     "sft_weight": ("sigmoid", "ipo", "hinge"),
-    "weight_desirable": ("kto",),
-    "weight_undesirable": ("kto",),
+    "desirable_weight": ("kto",),
+    "undesirable_weight": ("kto",),
 }
 
 
@@ -39,25 +39,26 @@ SERVE = {
 class PreferenceLoss:
     """The loss of `dpo`, see `fastlm.train.losses.dpo_loss` and `kto_loss`."""
 
-    loss: Annotated[str, "sigmoid (DPO), ipo, hinge or kto"] = "sigmoid"
+    loss_type: Annotated[str, "sigmoid (DPO), ipo, hinge or kto"] = "sigmoid"
     beta: Annotated[float, "Scale of the log-ratios; larger stays closer to the base"] = 0.1
     label_smoothing: Annotated[float, "Share of pairs taken to be wrong (cDPO), below 0.5"] = 0.0
     length_normalise: Annotated[bool, "Divide the log-ratio of an answer by its length"] = False
     sft_weight: Annotated[float, "Weight of the chosen answers' loss per token, beside"] = 0.0
-    weight_desirable: Annotated[float, "Weight of desirable answers (kto)"] = 1.0
-    weight_undesirable: Annotated[float, "Weight of undesirable answers (kto)"] = 1.0
+    desirable_weight: Annotated[float, "Weight of desirable answers (kto)"] = 1.0
+    undesirable_weight: Annotated[float, "Weight of undesirable answers (kto)"] = 1.0
 
     def check_loss(self) -> None:
-        one_of(self, loss=("sigmoid", "ipo", "hinge", "kto"))
+        one_of(self, loss_type=("sigmoid", "ipo", "hinge", "kto"))
         positive(self, "beta")
         smoothing = self.label_smoothing
         expect(0 <= smoothing < 0.5, "label_smoothing", "a number in [0, 0.5)", smoothing)
-        not_negative(self, "sft_weight", "weight_desirable", "weight_undesirable")
+        not_negative(self, "sft_weight", "desirable_weight", "undesirable_weight")
         for name, losses in SERVE.items():
             value = getattr(self, name)
             expect(
-                self.loss in losses or value == getattr(PreferenceLoss, name), name,
-                f"none with loss = {self.loss!r}", f"{value} (it serves {', '.join(losses)})",
+                self.loss_type in losses or value == getattr(PreferenceLoss, name), name,
+                f"none with loss_type = {self.loss_type!r}",
+                f"{value} (it serves {', '.join(losses)})",
             )  # fmt: skip
 
 
@@ -68,7 +69,7 @@ class PreferenceStage(ChatStage):
     rows = "preferences"
     form = "preferences"
 
-    accumulate: Annotated[int, "Micro-batches per step"] = 4
+    gradient_accumulation_steps: Annotated[int, "Micro-batches per step"] = 4
     heldout: Annotated[float, "Share of the data that is held out"] = 0.1
 
     def figures(self, result: Mapping[str, Any]) -> list[str]:
@@ -125,7 +126,7 @@ class PreferenceDataset(EncodedDataset):
         self.kind = kind
         super().__init__(*args)
         if kind == "labels":
-            both = with_other_answers([*self.training, *self.heldout], self.seq_len)
+            both = with_other_answers([*self.training, *self.heldout], self.max_length)
             learnt = len(self.training)
             self.training, self.heldout = both[:learnt], both[learnt:]
 
@@ -149,7 +150,7 @@ class PreferenceDataset(EncodedDataset):
         if isinstance(row, Label) and self.kind != "labels":
             raise InputError(
                 f"{row.place}: expected a comparison of answers, got one answer with a label"
-                " (for loss = 'kto' of the stage dpo)"
+                " (for loss_type = 'kto' of the stage dpo)"
             )
         if self.kind == "labels":
             labels = [row] if isinstance(row, Label) else row.labels()
@@ -175,7 +176,7 @@ class PreferenceDataset(EncodedDataset):
         for chosen, margin in parts:
             if len({answer.ids.tobytes() for answer in chosen}) == len(chosen):
                 yield PreferenceExample(chosen, margin)
-            elif max(len(answer.ids) for answer in chosen) == self.seq_len:
+            elif max(len(answer.ids) for answer in chosen) == self.max_length:
                 self.rows.counts["equal after truncation"] += 1
             else:
                 error = "expected different answers, got two that the chat template writes alike"
@@ -188,9 +189,8 @@ class PreferenceDataset(EncodedDataset):
             found = self.encode_messages(conversation)
             if len(found) > 1:
                 error = InputError(
-                    "chat_template: expected one that writes the messages of an answer as they "
-                    "stay,"
-                    f" got one that changes them, in an answer of {len(found)} messages"
+                    "chat_template: expected one that writes the messages of an answer as they"
+                    f" stay, got one that changes them, in an answer of {len(found)} messages"
                 )
                 self.refuse(error, conversation.place)
                 return []
@@ -198,9 +198,9 @@ class PreferenceDataset(EncodedDataset):
                 return []
             # without what the template writes after the answer's last token
             whole.append(found[0][: int(found[0].mask.nonzero()[0][-1]) + 1])
-        cut = [piece for e in whole for piece in fit(e, self.seq_len, self.stage.overlong)]
-        if any(len(e.ids) > self.seq_len for e in whole):
-            self.rows.counts[OVERLONG[self.stage.overlong][len(cut) == len(whole)]] += 1
+        cut = [piece for e in whole for piece in fit(e, self.max_length, self.stage.truncation)]
+        if any(len(e.ids) > self.max_length for e in whole):
+            self.rows.counts[TRUNCATION_COUNTS[self.stage.truncation][len(cut) == len(whole)]] += 1
         return cut if len(cut) == len(whole) else []
 
 
@@ -211,7 +211,7 @@ def _margin(row: "Comparison", better: int, worse: int) -> float | None:
 
 
 def with_other_answers(
-    labelled: Sequence[PreferenceExample], seq_len: int
+    labelled: Sequence[PreferenceExample], max_length: int
 ) -> list[PreferenceExample]:
     """Give each labelled answer the same prompt with an answer to another prompt: the next one in
     the order of ``labelled``, from its beginning again after the last. InputError: there is only
@@ -234,7 +234,7 @@ def with_other_answers(
         (own,), other = one.answers, after % len(labelled)
         parts = (own[: starts[i]], labelled[other].answers[0][starts[other] :])
         ids, mask = (np.concatenate([getattr(e, key) for e in parts]) for key in ("ids", "mask"))
-        swapped = fit(Example(ids, mask, own.place), seq_len, "truncate")
+        swapped = fit(Example(ids, mask, own.place), max_length, "truncate")
         result.append(PreferenceExample((own, *swapped), desirable=one.desirable))
     return result
 

@@ -87,8 +87,8 @@ class PretrainObjective(Objective):
     def position(self) -> str:
         state = self.sampler.state_dict()
         return (
-            f"epoch {state['epoch']}, windows from {state['position']}"
-            f" of {self.sampler.dataset.path}"
+            f"epoch {state['epoch']}, windows from {state['position']} of"
+            f" {self.sampler.dataset.path}"
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -248,15 +248,15 @@ class Pretrain(TrainingStage):
         from fastlm.pipeline.charts import loss_chart
         from fastlm.pipeline.text import count_text, seconds_text
 
-        step = self.batch_size * self.seq_len * self.accumulate
+        step = self.batch_size * self.seq_len * self.gradient_accumulation_steps
         tokens, have = result["tokens"], result["train_tokens"]
         if tokens < have:
             seen = f"of which {100 * tokens / have:.0f} % were seen"
         else:
             seen = f"seen {tokens / have:.1f} times"
         batch = f"{self.batch_size} × {self.seq_len} tokens"  # noqa: RUF001 - for people
-        if self.accumulate > 1:
-            batch += f", {self.accumulate} accumulated"
+        if self.gradient_accumulation_steps > 1:
+            batch += f", {self.gradient_accumulation_steps} accumulated"
         shape = self.config or ", ".join(f"{k} {v}" for k, v in (self.model or {}).items())
         took = seconds_text(result["used_seconds"])
         return ReportSection(

@@ -234,7 +234,7 @@ class Reward(PreferenceStage):
             "Scores have mean 0 and standard deviation 1 over the answers of the training.",
             facts={
                 "preferences": rows_text(result, f"{result['comparisons']:,} comparisons"),
-                "batch": f"{self.batch_size * self.accumulate} rows without padding",
+                "batch": f"{self.step_size()} rows without padding",
             },
             charts=[
                 loss_chart(metrics, "loss per comparison"), calibration_chart(calibrated["bins"])

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from fastlm.model.causal_lm import CausalLM
 
 
-def sample_answers(
+def sample_completions(
     model: "CausalLM",
     prompts: Sequence[Sequence[int]],
     *,
@@ -63,7 +63,7 @@ def sample_answers(
     return completions
 
 
-def tensors_of(answers: Sequence[Completion]) -> dict[str, Tensor]:
+def completions_to_tensors(answers: Sequence[Completion]) -> dict[str, Tensor]:
     """Answers for a checkpoint, or for another process: ``tokens``, one answer after the other, the
     ``lengths``, and which ``ended``. Log-probabilities are left out.
     """
@@ -75,8 +75,8 @@ def tensors_of(answers: Sequence[Completion]) -> dict[str, Tensor]:
     }
 
 
-def answers_of(tensors: Mapping[str, Tensor]) -> list[Completion]:
-    """Undo `tensors_of`."""
+def completions_from_tensors(tensors: Mapping[str, Tensor]) -> list[Completion]:
+    """Undo `completions_to_tensors`."""
     rows = tensors["tokens"].split(tensors["lengths"].tolist())
     return [
         Completion(row.tolist(), finish_reason="stop" if ended else "length")
@@ -109,7 +109,7 @@ class PackedRollouts:
         return out.masked_scatter(self.mask, x[self.labels != IGNORE])
 
 
-def pack_answers(
+def pack_rollouts(
     prompts: Sequence[Sequence[int]],
     answers: Sequence[Sequence[int]],
     device: torch.device,

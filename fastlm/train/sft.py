@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fastlm.train.options import TrainOptions
 
 # What happens to a longer conversation -> how it is counted: with nothing left to learn, else
-OVERLONG = {
+TRUNCATION_COUNTS = {
     "skip": ("too long", "too long in part"),  # in part: it gave an example per answer
     "truncate": ("nothing left to learn", "truncated"),
     "split": ("nothing left to learn", "split"),
@@ -77,9 +77,9 @@ class Sft(LoraOptions, ChatStage):
     notes = """Read are .jsonl and .json files of rows in the shapes of OpenAI (messages), ShareGPT
 (conversations), Alpaca (instruction, input, output) and pairs (prompt, completion)."""
 
-    overlongs = tuple(OVERLONG)
+    truncations = tuple(TRUNCATION_COUNTS)
 
-    overlong: Annotated[str, "Longer examples: skip, truncate or split"] = "skip"
+    truncation: Annotated[str, "Longer examples: skip, truncate or split"] = "skip"
     data_weights: Annotated[
         tuple[float, ...], "How often an epoch takes each source of the data; default: once"
     ] = ()
@@ -145,7 +145,7 @@ class Sft(LoraOptions, ChatStage):
                 **facts,
                 "learnt": f"{count_text(learnt)} of {count_text(whole)} tokens"
                 f" ({100 * learnt / whole:.0f} %)",
-                "batch": f"{self.batch_size * self.accumulate} conversations without padding",
+                "batch": f"{self.step_size()} conversations without padding",
                 "speed": f"{result['tokens_per_second']:,.0f} learnt tokens per second",
             },
             charts=[loss_chart(metrics)],
@@ -177,11 +177,11 @@ class ConversationDataset(EncodedDataset):
         return row, row.prompt(), row.tools
 
     def encode(self, row: "Conversation") -> list[Example]:
-        overlong = self.stage.overlong
+        truncation = self.stage.truncation
         whole = self.encode_messages(row)
-        examples = [piece for one in whole for piece in fit(one, self.seq_len, overlong)]
-        if any(len(one.ids) > self.seq_len for one in whole):
-            self.rows.counts[OVERLONG[overlong][bool(examples)]] += 1
+        examples = [piece for one in whole for piece in fit(one, self.max_length, truncation)]
+        if any(len(one.ids) > self.max_length for one in whole):
+            self.rows.counts[TRUNCATION_COUNTS[truncation][bool(examples)]] += 1
         return examples
 
     def learn(self, examples: Sequence[Example]) -> None:

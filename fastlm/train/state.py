@@ -335,9 +335,8 @@ class BestCheckpoint:
             loss = -metrics["val_score"]
         else:
             raise InputError(
-                "keep_best: expected held-out data to validate on, got none; raise heldout, give "
-                "more"
-                " rows or feedback, or do without keep_best and with take = last"
+                "save_best: expected held-out data to validate on, got none; raise heldout, give"
+                " more rows or feedback, or do without save_best and with keep = last"
             )
         if not loss < (math.inf if self.loss is None else self.loss):
             return
@@ -355,9 +354,8 @@ class BestCheckpoint:
             return
         if step is not None and not self.path(step).is_dir():
             raise InputError(
-                f"{self.path(step)}: expected the best weights of the checkpoint that continues, "
-                "got"
-                f" no such folder; delete {self.folder} to start again"
+                f"{self.path(step)}: expected the best weights of the checkpoint that continues,"
+                f" got no such folder; delete {self.folder} to start again"
             )
         self.step, self.loss = step, loss
         self.prune(step)
@@ -372,11 +370,11 @@ class BestCheckpoint:
         for stray in self.folder.glob(".best-*"):
             shutil.rmtree(stray, ignore_errors=True)
 
-    def take(self) -> None:
+    def load(self) -> None:
         """Load the best weights in place."""
         if self.step is None:
             raise InputError(
-                "take: expected keep_best from the start, and a validation, for best; got none"
+                "keep: expected save_best from the start, and a validation, for best; got none"
             )
         tensors, metrics = load_tensors(self.path(self.step))
         self.metrics = dict(metrics)

@@ -1,10 +1,10 @@
 """What a teacher says, on disk, to train students on: its answers, and its distributions.
 
 Answers to the prompts of the data are conversations to fine-tune on: sequence-level distillation
-(Kim and Rush 2016, arXiv:1606.07947). The files ``answers-00000.jsonl`` and so on of a folder hold
-`BATCH` prompts each, with the answers that ended and are not empty. Each is written whole, so an
-interruption loses one batch. Beside the folder, ``NAME.json`` says what the answers were made with.
-The student may have another tokenizer than the teacher: what passes is text.
+(Kim and Rush 2016, arXiv:1606.07947). The files ``completions-00000.jsonl`` and so on of a folder
+hold `BATCH` prompts each, with the answers that ended and are not empty. Each is written whole, so
+an interruption loses one batch. Beside the folder, ``NAME.json`` says what the answers were made
+with. The student may have another tokenizer than the teacher: what passes is text.
 
 Distributions: per learnt token its k likeliest tokens, their log-probabilities, and the log of what
 is left over. A folder has shards ``teacher-*.safetensors``, each complete in itself. They hold, of
@@ -54,7 +54,7 @@ from fastlm.schema import parse
 from fastlm.train.encoding import text_of
 from fastlm.train.objective import IGNORE, Example, digest, pack, weights_digest
 from fastlm.train.options import expect
-from fastlm.train.rollouts import sample_answers
+from fastlm.train.rollouts import sample_completions
 
 if TYPE_CHECKING:
     from fastlm.data.prompts import Prompt
@@ -118,10 +118,9 @@ class TeacherLogits:
         for example in examples:
             if (key := digest([example])) not in self.shards:
                 raise InputError(
-                    f"teacher_logits: expected the tokens of {example.place} in {self.folder}, "
-                    "which"
-                    " holds other ones: was it made with this data, chat template, date, seq_len"
-                    " and overlong?"
+                    f"teacher_logits: expected the tokens of {example.place} in {self.folder},"
+                    " which holds other ones: was it made with this data, chat template, date,"
+                    " max_length and truncation?"
                 )
             try:
                 ids, logprobs = (
@@ -330,7 +329,7 @@ def _gathered(hidden: Tensor, weight: Tensor, ids: Tensor):
         yield hidden[rows].to(wide), weight[ids[rows]].to(wide), rows
 
 
-def write_answers(
+def write_completions(
     folder: Path,
     teacher: "CausalLM",
     tokenizer: "Tokenizer",
@@ -357,16 +356,16 @@ def write_answers(
         known = read_json(about)
         for name, value in made.items():
             got = known.get(name)
-            expect(got == value, "teacher_answers", f"{folder} made with {name} {value}", got)
+            expect(got == value, "teacher_completions", f"{folder} made with {name} {value}", got)
     else:
         write_json(about, made)
     count = 0
     starts = range(0, len(questions), BATCH)
-    for start in track(starts, "the teacher answers", unit="batches"):
-        path = folder / f"answers-{start // BATCH:05d}.jsonl"
+    for start in track(starts, "sampling from the teacher", unit="batches"):
+        path = folder / f"completions-{start // BATCH:05d}.jsonl"
         if not path.exists():
             part = questions[start : start + BATCH]
-            answers = sample_answers(
+            answers = sample_completions(
                 teacher, [ids for ids, _ in part], max_new_tokens=max_new_tokens,
                 temperature=temperature, seed=seed + start, rows=BATCH,
                 stop_ids=tokenizer.stop_ids,

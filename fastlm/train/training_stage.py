@@ -128,7 +128,7 @@ class TrainingStage(TrainOptions, Stage):
     def summary(self, result: Mapping[str, Any], ctx: StageContext) -> str:
         data, figures = self.outcome(result, ctx)
         parts = [*([data] if data else []), f"{result['steps']} steps", *figures]
-        if self.take == "best":
+        if self.keep == "best":
             name = "val_loss" if "val_loss" in result["metrics"] else "val_score"
             value = result["metrics"][name]
             parts.append(f"weights of step {result['best_step']} with {name} {value:.4f}")
@@ -175,7 +175,7 @@ class ChatStage(TrainingStage):
     `data_facts` and `objective`.
     """
 
-    overlongs: ClassVar[tuple[str, ...]] = ("skip", "truncate")  # values of `overlong`
+    truncations: ClassVar[tuple[str, ...]] = ("skip", "truncate")  # values of `truncation`
     result = {
         **TrainingStage.result, "trained_parameters": int, "heldout": int, "read": int,
         "counts": dict, "prompt": str,
@@ -193,16 +193,16 @@ class ChatStage(TrainingStage):
     ] = ()
     epochs: Annotated[float | None, "Passes over the data; default: 1 if nothing else ends"] = None
     batch_size: Annotated[int, "Conversations per micro-batch, joined without padding"] = 8
-    seq_len: Annotated[
+    max_length: Annotated[
         int | None, "Most tokens of an example; default: the context, at most 2048"
     ] = None
-    overlong: Annotated[str, "Longer examples: skip or truncate"] = "skip"
+    truncation: Annotated[str, "Longer examples: skip or truncate"] = "skip"
     skip_bad: Annotated[bool, "Count bad rows instead of stopping at the first one"] = False
     date: Annotated[str, "What chat templates take for today, YYYY-MM-DD"] = "2024-07-26"
     heldout: Annotated[float, "Share of the data that is held out"] = 0.05
     chat_template: Annotated[str, "Jinja file; default: the model's own, else ChatML"] = ""
     lr: Annotated[float, "Peak learning rate"] = 2e-5
-    warmup: Annotated[float, "Share of the run in which the rate rises"] = 0.03
+    warmup_ratio: Annotated[float, "Share of the run in which the rate rises"] = 0.03
     weight_decay: Annotated[float, "Weight decay of matrices"] = 0.0
     validations: Annotated[int, "Number of validations, evenly spaced over the run"] = 4
     sample_at: Annotated[
@@ -211,12 +211,17 @@ class ChatStage(TrainingStage):
     sample_prompt: Annotated[str, "Message that a sample answers; default: a held-out prompt"] = ""
 
     def check(self) -> None:
-        at_least_one(self, "batch_size", "accumulate")
-        expect(self.seq_len is None or self.seq_len >= 2, "seq_len", "2 or more", self.seq_len)
+        at_least_one(self, "batch_size", "gradient_accumulation_steps")
+        expect(
+            self.max_length is None or self.max_length >= 2,
+            "max_length",
+            "2 or more",
+            self.max_length,
+        )
         positive(self, "epochs")
         self.train_options(1).check()
         expect(0 <= self.heldout < 1, "heldout", "a share in [0, 1)", self.heldout)
-        one_of(self, overlong=self.overlongs)
+        one_of(self, truncation=self.truncations)
         try:
             day = date.fromisoformat(self.date).isoformat()
         except ValueError:
@@ -234,6 +239,10 @@ class ChatStage(TrainingStage):
         most = steps if self.max_steps is None else self.max_steps
         return replace(options, max_steps=min(steps, most))
 
+    def step_size(self) -> int:
+        """Return the rows of a step, of all its micro-batches."""
+        return self.batch_size * self.gradient_accumulation_steps
+
     def steps_of_epochs(self, epochs: float, examples: int) -> int:
         """Return the steps of so many passes over the examples. InputError: `batch_warmup`, which
         the number of steps would depend on.
@@ -244,12 +253,12 @@ class ChatStage(TrainingStage):
             self.batch_warmup,
         )  # fmt: skip
         batches = math.ceil(examples / self.batch_size)
-        return math.ceil(epochs * math.ceil(batches / self.accumulate))
+        return math.ceil(epochs * math.ceil(batches / self.gradient_accumulation_steps))
 
     def longest(self, context: int) -> int:
         """The most tokens of an example of a model with this context."""
-        longest = self.seq_len or min(context, LONGEST)
-        expect(longest <= context, "seq_len", f"at most the model's context {context}", longest)
+        longest = self.max_length or min(context, LONGEST)
+        expect(longest <= context, "max_length", f"at most the model's context {context}", longest)
         return longest
 
     def plan(self, inputs: Mapping[str, Any]) -> Facts:

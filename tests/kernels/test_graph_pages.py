@@ -17,7 +17,7 @@ from fastlm.inference.requests import Request
 from fastlm.inference.sampling import Sampling
 from fastlm.model import cuda_decode
 from fastlm.model.module_decode import ModuleDecodeRunner
-from fastlm.train.rollouts import sample_answers
+from fastlm.train.rollouts import sample_completions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NEAR = {"rtol": 1e-4, "atol": 1e-5}  # another number of rows sums a product in another order
@@ -195,7 +195,7 @@ def test_rollouts_replay(recorder, case):
     """The tokens that full passes draw, with their log-probabilities."""
     model = model_of(case)
     prompts = [r.prompt for r in requests_of(6, 30)]
-    answers = sample_answers(model, prompts, max_new_tokens=7, temperature=0.8, seed=3, rows=4)
+    answers = sample_completions(model, prompts, max_new_tokens=7, temperature=0.8, seed=3, rows=4)
     for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         expected = drawn(model, Request(prompt, 7, Sampling(temperature=0.8), seed=3 + i))
         assert answer.token_ids == expected and not answer.ended

@@ -202,7 +202,7 @@ def test_states_go_round(dtype):
 def test_a_training_resumes_to_the_same_bits(tmp_path):
     tiny_run.shards(tmp_path)
     options = replace(
-        tiny_run.OPTIONS, optimizer="muon", max_steps=8, checkpoint_every=3, validations=0,
+        tiny_run.OPTIONS, optimizer="muon", max_steps=8, save_steps=3, validations=0,
         sample_at=(),
     )  # fmt: skip
 

@@ -40,7 +40,7 @@ from fastlm.train.dpo_objective import DpoObjective
 from fastlm.train.loop import NonFiniteError, TrainingInterrupted, train
 from fastlm.train.objective import DivergedError, Example
 from fastlm.train.online import OnlineObjective
-from fastlm.train.online_objectives import GrpoObjective, PpoObjective, value_model
+from fastlm.train.online_objectives import GrpoObjective, PpoObjective, build_value_model
 from fastlm.train.online_stage import Grpo
 from fastlm.train.options import GrpoOptions, PpoOptions, RolloutOptions, TrainOptions
 from fastlm.train.parallel import process_group
@@ -55,14 +55,14 @@ CONFIG = {
     "eos_token_id": 0, "tie_word_embeddings": True,
 }  # fmt: skip
 OPTIONS = TrainOptions(
-    max_steps=10, lr=3e-3, accumulate=4, dtype="float32", validations=2, val_tokens=64,
-    sample_at=(0.0, 0.5, 1.0), sample_tokens=4, checkpoint_every=4, keep=2,
+    max_steps=10, lr=3e-3, gradient_accumulation_steps=4, dtype="float32", validations=2,
+    val_tokens=64, sample_at=(0.0, 0.5, 1.0), sample_tokens=4, save_steps=4, save_total_limit=2,
 )  # fmt: skip
 # name -> what differs from OPTIONS
 PRETRAININGS = {
     "float32": {},
     "bfloat16": {"dtype": "bfloat16"},
-    "best": {"take": "best", "checkpoint_activations": 2},
+    "best": {"keep": "best", "checkpoint_activations": 2},
 }
 FSDP = {"parallel": "fsdp"}
 
@@ -93,7 +93,7 @@ def examples(count: int) -> list[Example]:
 
 
 def fine_tuning(run: Path, options: TrainOptions = OPTIONS, rank: int = 0, net=None):
-    """EpochObjective of 7 micro-batches: 4, then 3. ``rank``: of adapters, or all weights are
+    """Epochs of 7 micro-batches: 4, then 3. ``rank``: of adapters, or all weights are
     trained.
     """
     net = net or model()
@@ -107,7 +107,7 @@ def fine_tuning(run: Path, options: TrainOptions = OPTIONS, rank: int = 0, net=N
 
 
 def rewarding(run: Path, options: TrainOptions = OPTIONS):
-    """EpochObjective of 5 micro-batches of pairs: 4, then 1."""
+    """Epochs of 5 micro-batches of pairs: 4, then 1."""
     net = RewardModel(ModelConfig.from_dict(CONFIG), seed=0)
     both = examples(18)
     judged = [PreferenceExample(pair) for pair in zip(both[::2], both[1::2])]
@@ -119,7 +119,7 @@ def rewarding(run: Path, options: TrainOptions = OPTIONS):
 
 
 def preferring(run: Path, options: TrainOptions = OPTIONS, loss: str = "sigmoid"):
-    """EpochObjective of 5 micro-batches of pairs with a common prompt: 4, then 1. With "kto" the
+    """Epochs of 5 micro-batches of pairs with a common prompt: 4, then 1. With "kto" the
     first answer of each is labelled, and the second stands for one to another prompt.
     """
     net = model()
@@ -139,22 +139,24 @@ def preferring(run: Path, options: TrainOptions = OPTIONS, loss: str = "sigmoid"
     return net
 
 
-def distilling(run: Path, options: TrainOptions = OPTIONS, on_policy: float = 0.0):
-    """EpochObjective of 7 micro-batches: 4, then 3. The teacher is whole in every process."""
+def distilling(run: Path, options: TrainOptions = OPTIONS, on_policy_fraction: float = 0.0):
+    """Epochs of 7 micro-batches: 4, then 3. The teacher is whole in every process."""
     net, teacher = model(), model(num_hidden_layers=1, initializer_range=0.3)
     objective = TeacherModelObjective(
         net, examples(14), examples(3), options, batch_size=2, seed=1, base="", tokenizer=None,
         prompt=(), teacher=teacher,
-        rules=DistillOptions("jsd", sft_weight=0.5, on_policy=on_policy, max_new_tokens=6),
+        rules=DistillOptions(
+            "jsd", sft_weight=0.5, on_policy_fraction=on_policy_fraction, max_new_tokens=6
+        ),
     )  # fmt: skip
     train(objective, options, run)
     return net
 
 
 ROLLOUTS = RolloutOptions(
-    prompts=3, answers=3, passes=2, batch_size=2, max_new_tokens=6, decode_batch=4, beta=0.1,
-    kl_target=0.01, kl_horizon=50.0, missing_end=-0.5, val_prompts=3,
-    max_update_kl=3e-3,
+    prompts_per_round=3, num_generations=3, num_iterations=2, batch_size=2, max_new_tokens=6,
+    decode_batch_size=4, beta=0.1, kl_target=0.01, kl_horizon=50.0, missing_eos_penalty=-0.5,
+    val_prompts=3, max_update_kl=3e-3,
 )  # fmt: skip
 
 
@@ -180,11 +182,11 @@ def rolling_out(
         "score_metrics": lambda: {"square": float(np.mean(np.square(scored)))},
     }  # fmt: skip
     if kind.startswith("ppo"):
-        value = value_model(policy, shared=kind == "ppo shared")
-        settings = PpoOptions(**settings | {"value_weight": 0.5})
-        objective = PpoObjective(*args, settings, value=value, **more)
+        value = build_value_model(policy, shared=kind == "ppo shared")
+        settings = PpoOptions(**settings | {"vf_coef": 0.5})
+        objective = PpoObjective(*args, settings, value_model=value, **more)
     else:
-        settings |= {"loss_type": kind, "entropy": 0.01, "mask_truncated": True}
+        settings |= {"loss_type": kind, "entropy_coef": 0.01, "mask_truncated_completions": True}
         objective = GrpoObjective(*args, GrpoOptions(**settings), **more)
     train(objective, options, run)
     return objective
@@ -193,10 +195,10 @@ def rolling_out(
 def answering(data: Path, out: Path, **changes) -> dict:
     """The stage `grpo`, with adapters, on the files of `stage_files`."""
     stage = Grpo(
-        data=(str(data / "prompts.jsonl"),), reward=f"{data}/rewards.py:length", prompts=4,
-        answers=2, batch_size=2, accumulate=4, max_new_tokens=6, max_steps=2, lr=1e-2, heldout=0.2,
-        val_prompts=3, validations=1, sample_at=(1.0,), sample_tokens=4, dtype="float32",
-        checkpoint_every=1, lora_rank=2,
+        data=(str(data / "prompts.jsonl"),), reward_function=f"{data}/rewards.py:length",
+        prompts_per_round=4, num_generations=2, batch_size=2, gradient_accumulation_steps=4,
+        max_new_tokens=6, max_steps=2, lr=1e-2, heldout=0.2, val_prompts=3, validations=1,
+        sample_at=(1.0,), sample_tokens=4, dtype="float32", save_steps=1, lora_rank=2,
     )  # fmt: skip
     return replace(stage, **changes)(out, model=data / "base")
 
@@ -311,7 +313,7 @@ def diverging(rank: int, run: Path) -> str:
     SftObjective.loss = spoilt
     if rank:
         loop.checkpoint_before = lambda run_dir, step: None
-    options = replace(SHORT, checkpoint_every=2, validations=0, async_checkpoints=True)
+    options = replace(SHORT, save_steps=2, validations=0, async_checkpoints=True)
     try:
         return refused(lambda: fine_tuning(run, options), NonFiniteError)
     finally:
@@ -321,7 +323,7 @@ def diverging(rank: int, run: Path) -> str:
 def edges(rank: int, data: Path, out: Path) -> None:
     """What two processes say when something goes wrong in one of them."""
     said = {}
-    short = replace(SHORT, max_steps=2, checkpoint_every=2, validations=0, **FSDP)
+    short = replace(SHORT, max_steps=2, save_steps=2, validations=0, **FSDP)
     with full_disk(rank == 1):
         said["full disk"] = refused(lambda: fine_tuning(out / "full", short))
     net = fine_tuning(out / "once", short)
@@ -332,7 +334,7 @@ def edges(rank: int, data: Path, out: Path) -> None:
 
 
 # Objectives that need the whole step, or the whole round, in each process
-ROUNDS = replace(SHORT, max_steps=6, keep=3, lr=1e-3)
+ROUNDS = replace(SHORT, max_steps=6, save_total_limit=3, lr=1e-3)
 ROLLING = ("ppo", "ppo shared", "dapo", "rloo")
 
 
@@ -341,7 +343,7 @@ def rounds(data: Path, out: Path) -> None:
     for kind in ROLLING:
         rolling_out(kind, out / kind, ROUNDS)
     preferring(out / "kto", SHORT, "kto")
-    distilling(out / "on-policy", replace(SHORT, validations=0), on_policy=0.6)
+    distilling(out / "on-policy", replace(SHORT, validations=0), on_policy_fraction=0.6)
     answering(data, out / "stage")
 
 
@@ -351,9 +353,11 @@ def rounds_of_two(rank: int, data: Path, out: Path) -> None:
     with told_to_stop(3 if rank == 1 else 0):
         refused(lambda: rolling_out("ppo", out / "cut", ROUNDS), TrainingInterrupted)
     reward = f"{data}/rewards.py:bad"
-    far = {"max_kl": 0.1, "lr": 0.1, "schedule": "wsd", "decay": 0.0, "warmup": 0.0}
+    far = {"max_kl": 0.1, "lr": 0.1, "schedule": "wsd", "decay_ratio": 0.0, "warmup_ratio": 0.0}
     said = {
-        "reward": refused(lambda: answering(data, out / "bad", reward=reward, validations=0)),
+        "reward": refused(
+            lambda: answering(data, out / "bad", reward_function=reward, validations=0)
+        ),
         "kl": refused(lambda: slowly_saved(data, out / "far", **far), DivergedError),
         "left": sorted(path.name for path in (out / "far").iterdir()),
         "good": sorted(path.name for path in (out / "far/last-good").glob("*")),

@@ -62,12 +62,14 @@ class Case:
     shows: bool = True  # a result as JSON
 
 
-TRAINING = "--checkpoint-every 3 --keep 2 --lr 1e-3 --json --threads 1"
+TRAINING = "--save-steps 3 --save-total-limit 2 --lr 1e-3 --json --threads 1"
+ACCUMULATE = "--gradient-accumulation-steps 1"
 SAMPLES = "--sample-tokens 4"
 CHAT = f"--batch-size 4 --max-steps 10 --heldout 0.2 --validations 2 {TRAINING}"
 ROUNDS = (
-    "prompts.jsonl --model base --prompts 4 --answers 2 --batch-size 4 --max-new-tokens 6"
-    f" --heldout 0.2 --val-prompts 3 --max-steps 12 --validations 2 {SAMPLES} {TRAINING}"
+    "prompts.jsonl --model base --prompts-per-round 4 --num-generations 2 --batch-size 4"
+    f" --max-new-tokens 6 --heldout 0.2 --val-prompts 3 --max-steps 12 --validations 2 {SAMPLES}"
+    f" {TRAINING}"
 )
 CASES = [
     Case("data", "data prepare docs --rules none --heldout-bytes 6000 --workers 1 -o {out} --json"),
@@ -83,13 +85,13 @@ CASES = [
         "pretrain-async",
         "pretrain --shards shards --tokenizer tokenizer --config config.json -o {out} --max-steps"
         " 16 --batch-size 4 --seq-len 32 --validations 5 --val-tokens 512 --async-checkpoints"
-        f" --take best --optimizer muon {SAMPLES} {TRAINING}",
+        f" --keep best --optimizer muon {SAMPLES} {TRAINING}",
         ("shards",),
     ),
     Case("sft", f"sft chats.jsonl --model base -o {{out}} {SAMPLES} {CHAT}"),
     Case(
         "sft-lora",
-        "sft chats.jsonl --model base -o {out} --lora-rank 4 --no-merge --keep-best"
+        "sft chats.jsonl --model base -o {out} --lora-rank 4 --no-merge --save-best"
         f" {SAMPLES} {CHAT}",
     ),
     Case(
@@ -105,30 +107,32 @@ CASES = [
     ),
     Case(
         "distill-answers",
-        "distill chats.jsonl --model base --teacher sft --teacher-answers sampled"
+        "distill chats.jsonl --model base --teacher sft --teacher-completions sampled"
         f" --max-new-tokens 12 -o {{out}} {SAMPLES} {CHAT}",
         ("sft",),
     ),
-    Case("reward", f"reward pairs.jsonl --model base -o {{out}} --accumulate 1 {CHAT}"),
-    Case("dpo", f"dpo pairs.jsonl --model base -o {{out}} --accumulate 1 {SAMPLES} {CHAT}"),
-    Case("kto", f"dpo pairs.jsonl --model base -o {{out}} --loss kto --accumulate 1 {CHAT}"),
+    Case("reward", f"reward pairs.jsonl --model base -o {{out}} {ACCUMULATE} {CHAT}"),
+    Case("dpo", f"dpo pairs.jsonl --model base -o {{out}} {ACCUMULATE} {SAMPLES} {CHAT}"),
+    Case("kto", f"dpo pairs.jsonl --model base -o {{out}} --loss-type kto {ACCUMULATE} {CHAT}"),
     Case(
         "ppo",
-        f"ppo {ROUNDS} --reward contains --reward-model reward --value reward --passes 1"
+        f"ppo {ROUNDS} --reward-function contains --reward-model reward --value-model reward "
+        "--num-iterations 1"
         " --kl-target 1 -o {out}",
         ("reward",),
     ),
     Case(
         "reward-2",
-        f"reward pairs.jsonl --model base -o {{out}} --accumulate 1 --seed 2 {CHAT}",
+        f"reward pairs.jsonl --model base -o {{out}} {ACCUMULATE} --seed 2 {CHAT}",
     ),
     Case(
         "ppo-ensemble",
-        f"ppo {ROUNDS} --reward-model reward --reward-model reward-2 --ensemble uwo --passes 1"
+        f"ppo {ROUNDS} --reward-model reward --reward-model reward-2 --ensemble uwo "
+        "--num-iterations 1"
         " -o {out}",
         ("reward", "reward-2"),
     ),
-    Case("grpo", f"grpo {ROUNDS} --reward contains --beta 0.1 -o {{out}}"),
+    Case("grpo", f"grpo {ROUNDS} --reward-function contains --beta 0.1 -o {{out}}"),
     Case("eval", "eval --model base --data data --stride 16 -o {out} --json", ("data",)),
     Case(
         "safety",

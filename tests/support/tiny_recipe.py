@@ -30,7 +30,7 @@ validations = 3
 val_tokens = 512
 sample_at = [0.0, 1.0]
 sample_tokens = 8
-checkpoint_every = 3
+save_steps = 3
 
 [stage.model]
 hidden_size = 32

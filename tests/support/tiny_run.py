@@ -21,8 +21,8 @@ from fastlm.train.pretrain import PretrainObjective
 
 VOCAB, SEQ = 32, 16
 OPTIONS = TrainOptions(
-    max_steps=24, lr=3e-3, accumulate=2, validations=4, val_tokens=128, sample_at=(0.0, 0.5, 1.0),
-    sample_tokens=4, checkpoint_every=5, keep=2,
+    max_steps=24, lr=3e-3, gradient_accumulation_steps=2, validations=4, val_tokens=128,
+    sample_at=(0.0, 0.5, 1.0), sample_tokens=4, save_steps=5, save_total_limit=2,
 )  # fmt: skip
 
 

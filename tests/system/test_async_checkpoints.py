@@ -18,7 +18,7 @@ from fastlm.errors import InputError
 from fastlm.train.loop import NonFiniteError, TrainingInterrupted
 from fastlm.train.state import CheckpointWriter, list_checkpoints
 
-PLAIN = replace(tiny_run.OPTIONS, keep_best=True)
+PLAIN = replace(tiny_run.OPTIONS, save_best=True)
 OPTIONS = replace(PLAIN, async_checkpoints=True)
 
 
@@ -93,7 +93,7 @@ def test_an_error_ends_the_training_at_the_next_step(data, tmp_path, monkeypatch
 
 def test_an_error_of_the_last_write_is_raised(data, tmp_path, monkeypatch):
     slow(monkeypatch, 0.1, fail=6)
-    options = replace(OPTIONS, keep_best=False, checkpoint_every=5, max_steps=28)
+    options = replace(OPTIONS, save_best=False, save_steps=5, max_steps=28)
     with pytest.raises(InputError, match="step-00000028: cannot be written: No space left"):
         start(data, tmp_path, options)
     assert list_checkpoints(tmp_path)[-1].name == "step-00000025"

@@ -25,8 +25,8 @@ from fastlm.train.state import (
 
 # The rate rises until the loss does
 OPTIONS = replace(
-    tiny_run.OPTIONS, lr=1.0, schedule="wsd", warmup=1.0, decay=0.0, max_grad_norm=None,
-    validations=12, sample_at=(), keep_best=True, spike_factor=None,
+    tiny_run.OPTIONS, lr=1.0, schedule="wsd", warmup_ratio=1.0, decay_ratio=0.0, max_grad_norm=None,
+    validations=12, sample_at=(), save_best=True, spike_factor=None,
 )  # fmt: skip
 
 
@@ -75,7 +75,7 @@ def test_the_best_is_the_lowest_of_the_curve(data, whole, tmp_path):
     assert bests(run) == [f"best-{step:08d}"]
     tensors, told = load_tensors(run / "checkpoints" / f"best-{step:08d}")
     assert told["val_loss"] == values[step]
-    options = replace(OPTIONS, take="best", keep_best=False, checkpoint_every=2, keep=30)
+    options = replace(OPTIONS, keep="best", save_best=False, save_steps=2, save_total_limit=30)
     model, _ = start(data, tmp_path, options)
     checkpoint, _ = load_tensors(checkpoint_path(tmp_path, step))
     for name, tensor in model.state_dict().items():
@@ -86,14 +86,14 @@ def test_the_best_is_the_lowest_of_the_curve(data, whole, tmp_path):
 
 def test_a_finished_training_can_still_be_asked_for_its_best(data, whole):
     run, _, result = whole
-    model, again = start(data, run, replace(OPTIONS, take="best"))
+    model, again = start(data, run, replace(OPTIONS, keep="best"))
     tensors, _ = load_tensors(run / "checkpoints" / f"best-{result.best_step:08d}")
     assert again.steps == 24
     assert torch.equal(model.state_dict()["mix.weight"], tensors["mix.weight"])
 
 
 def test_without_the_option_there_is_none(data, tmp_path):
-    _, result = start(data, tmp_path, replace(OPTIONS, keep_best=False))
+    _, result = start(data, tmp_path, replace(OPTIONS, save_best=False))
     assert bests(tmp_path) == [] and result.best_step is None
 
 
@@ -131,8 +131,8 @@ def test_killed_at_a_rename_it_ends_with_the_same_best(data, whole, tmp_path, co
 def test_what_is_refused(data, tmp_path):
     with pytest.raises(InputError, match="validations: expected 1 or more to find the best"):
         start(data, tmp_path, replace(OPTIONS, validations=0))
-    with pytest.raises(InputError, match="take: expected one of last, best, got 'first'"):
-        start(data, tmp_path, replace(OPTIONS, take="first"))
+    with pytest.raises(InputError, match="keep: expected one of last, best, got 'first'"):
+        start(data, tmp_path, replace(OPTIONS, keep="first"))
     model = tiny_run.TinyLM()
     dataset = tiny_run.TokenDataset(data / "train")
     sampler = tiny_run.BatchSampler(dataset, 4, tiny_run.SEQ, seed=7)
@@ -149,6 +149,6 @@ def test_what_is_refused(data, tmp_path):
         best.resume(7, 1.0)
     best.offer(1, {"val_loss": float("nan")}, model)
     with pytest.raises(
-        InputError, match="take: expected keep_best from the start, and a validation"
+        InputError, match="keep: expected save_best from the start, and a validation"
     ):
-        best.take()
+        best.load()

@@ -78,7 +78,7 @@ def test_one_round(tmp_path):
     text.write_text("\n".join(answers))
     run = tmp_path / "run"
     # so few pairs may leave none to hold out
-    short = [*SHORT, "judge.heldout=0.0", 'judge.take="last"', "feedback.test=0.2"]
+    short = [*SHORT, "judge.heldout=0.0", 'judge.keep="last"', "feedback.test=0.2"]
     told = circle.improve(run, old, old, database, text, said.asked, short)
     stages = json.loads((run / "summary.json").read_text())["stages"]
     decided = json.loads((run / "decision" / "decision.json").read_text())

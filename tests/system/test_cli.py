@@ -272,7 +272,7 @@ def test_pretrain_goes_on_where_it_was(finished, tmp_path):
     options = [
         "pretrain", "--shards", finished / "shards",
         "--config", finished / "pretrain/model/config.json", "--out", tmp_path / "p",
-        "--batch-size", 2, "--seq-len", 16, "--checkpoint-every", 2,
+        "--batch-size", 2, "--seq-len", 16, "--save-steps", 2,
     ]  # fmt: skip
     words = ["--tokenizer", finished / "tokenizer"]
     result = call(*options, "--max-tokens", 4 * 2 * 16, *words)

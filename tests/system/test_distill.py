@@ -22,7 +22,7 @@ from fastlm.train.options import TrainOptions
 
 TINY = Distill(
     data=("x.jsonl",), epochs=2, batch_size=4, lr=3e-3, heldout=0.3, validations=2, sample_at=(),
-    dtype="float32", checkpoint_every=2,
+    dtype="float32", save_steps=2,
 )  # fmt: skip
 EXAMPLES = [
     example([5, 6, 7, 8, 9], 3), example([10, 11, 12], 1), example([20, 21, 22, 23, 24, 25], 4),
@@ -93,7 +93,7 @@ def test_the_loss_is_the_formula_on_logits(kind) -> None:
 
 def test_its_own_samples() -> None:
     """Answers are drawn anew from the student, after the first question alone."""
-    game = objective(DistillOptions(on_policy=1.0, max_new_tokens=5))
+    game = objective(DistillOptions(on_policy_fraction=1.0, max_new_tokens=5))
     game.trained.float(), game.teacher.float()
     (batch,) = game.next_batches(1)
     ids, labels, cu_seqlens = batch
@@ -101,25 +101,29 @@ def test_its_own_samples() -> None:
     parts = [p.tolist() for p in ids[0].split(cu_seqlens.diff().tolist())]
     starts = [[i for i in p if i in (5, 6, 7, 10, 20, 21, 22, 23)] for p in parts]
     assert sorted(s[: len(p)] for s, p in zip(sorted(starts), prompts)) == prompts
-    assert game.scalars([game.measurements()])["on_policy"] == 1 and (labels >= 0).sum() >= 3
-    again = objective(DistillOptions(on_policy=1.0, max_new_tokens=5))
+    assert (
+        game.scalars([game.measurements()])["on_policy_fraction"] == 1 and (labels >= 0).sum() >= 3
+    )
+    again = objective(DistillOptions(on_policy_fraction=1.0, max_new_tokens=5))
     again.trained.float()
     assert torch.equal(again.next_batches(1)[0][0], ids)
-    half = objective(DistillOptions(on_policy=0.5))
+    half = objective(DistillOptions(on_policy_fraction=0.5))
     half.trained.float(), half.teacher.float()
     shares = set()
     for _ in range(12):
         half.next_batches(1)
-        shares.add(half.scalars([half.measurements()])["on_policy"])
+        shares.add(half.scalars([half.measurements()])["on_policy_fraction"])
     assert shares == {0.0, 1.0}
 
 
-@pytest.mark.parametrize("on_policy", [0.0, 0.5])
+@pytest.mark.parametrize("on_policy_fraction", [0.0, 0.5])
 def test_the_student_comes_closer_and_continues_to_the_same_bits(
-    models, data, tmp_path, on_policy
+    models, data, tmp_path, on_policy_fraction
 ) -> None:
     student, teacher = models
-    stage = replace(TINY, data=(data,), on_policy=on_policy, max_new_tokens=6, epochs=4)
+    stage = replace(
+        TINY, data=(data,), on_policy_fraction=on_policy_fraction, max_new_tokens=6, epochs=4
+    )
     inputs = {"model": student, "teacher": teacher}
     result = stage(tmp_path / "whole", **inputs)
     lines = [json.loads(x) for x in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
@@ -163,7 +167,7 @@ def test_refused(models, data, tmp_path) -> None:
         ({"divergence": "kl"}, "divergence: expected one of forward, reverse, jsd, got 'kl'"),
         ({"jsd_beta": 1.0}, "jsd_beta: expected a number between 0 and 1, got 1.0"),
         ({"temperature": 0.0}, "temperature: expected a positive number, got 0.0"),
-        ({"on_policy": 1.5}, "on_policy: expected 0 to 1, got 1.5"),
+        ({"on_policy_fraction": 1.5}, "on_policy_fraction: expected 0 to 1, got 1.5"),
         ({"sft_weight": -1.0}, "sft_weight: expected 0 or more, got -1.0"),
     ):
         with pytest.raises(InputError, match=message):

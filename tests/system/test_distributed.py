@@ -42,8 +42,9 @@ PAIRS = {"epoch", "margin", "accuracy", "val_loss", "val_accuracy", "val_margin"
 ROUNDS = {"round", "beta", "score", "kl", "ended", "approx_kl", "ratio", "entropy", "val_score"}
 MEASURED = {
     "float32": PRETRAINING, "best": PRETRAINING, "bfloat16": PRETRAINING, "sft": {"epoch"},
-    "lora": {"epoch"}, "reward": PAIRS, "dpo": PAIRS, "distill": {"epoch", "val_loss", "on_policy"},
-    "kto": PAIRS | {"kl"}, "on-policy": {"epoch", "on_policy"},
+    "lora": {"epoch"}, "reward": PAIRS, "dpo": PAIRS,
+    "distill": {"epoch", "val_loss", "on_policy_fraction"}, "kto": PAIRS | {"kl"},
+    "on-policy": {"epoch", "on_policy_fraction"},
     **dict.fromkeys((*trainings.ROLLING, "stage"), ROUNDS),
 }  # fmt: skip
 PROCESSES = multiprocessing.get_context("forkserver")  # they load torch once
@@ -223,7 +224,10 @@ def test_rounds_of_four_processes(round_of_one, rounds_of_two, rounds_of_four):
     steps = lines(round_of_one / "ppo", "round")
     assert steps[2] == steps[3] and len(set(steps)) > 1
     assert len(set(lines(round_of_one / "ppo", "square"))) == len(set(steps))
-    assert {*lines(round_of_one / "on-policy", "on_policy")} > {0.5, 1}  # shares of one and of two
+    assert {*lines(round_of_one / "on-policy", "on_policy_fraction")} > {
+        0.5,
+        1,
+    }  # shares of one and of two
 
 
 def test_what_goes_wrong_in_a_round_is_said_in_all_processes(rounds_of_two):
@@ -385,9 +389,9 @@ def test_a_killed_process_ends_the_job_and_torchrun_starts_it_again(data, one, t
     o, run = trainings.OPTIONS, tmp_path / "run"
     command = [
         "pretrain", "--shards", data, "--config", config, "-o", run, "--batch-size", 2, "--seq-len",
-        tiny_run.SEQ, "--seed", 7, "--accumulate", o.accumulate, "--max-steps", o.max_steps,
-        "--lr", o.lr, "--dtype", o.dtype, "--validations", 2, "--val-tokens", o.val_tokens,
-        "--checkpoint-every", 4, "--log-every", 1,
+        tiny_run.SEQ, "--seed", 7, "--gradient-accumulation-steps", o.gradient_accumulation_steps,
+        "--max-steps", o.max_steps, "--lr", o.lr, "--dtype", o.dtype, "--validations", 2,
+        "--val-tokens", o.val_tokens, "--save-steps", 4, "--log-every", 1,
     ]  # fmt: skip
     torchrun = [
         "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "--max-restarts", 1,
@@ -421,9 +425,9 @@ def launched(monkeypatch):
 
 def test_what_is_refused(launched, tmp_path):
     refused = {
-        r"accumulate: expected micro-batches that 2 processes can share evenly \(2 or 4\), got 3":
-            {"accumulate": 3},
-        r"accumulate: .* \(2\), got 1": {"accumulate": 1},
+        r"gradient_accumulation_steps: expected micro-batches that 2 .* \(2 or 4\), got 3":
+            {"gradient_accumulation_steps": 3},
+        r"gradient_accumulation_steps: .* \(2\), got 1": {"gradient_accumulation_steps": 1},
         "optimizer: expected adamw with parallel = 'fsdp', got muon":
             {"optimizer": "muon", "parallel": "fsdp"},
         "async_checkpoints: expected False with parallel = 'fsdp', got True":
@@ -434,21 +438,24 @@ def test_what_is_refused(launched, tmp_path):
         with pytest.raises(InputError, match=message):
             replace(trainings.OPTIONS, **changes).check()
     whole = {
-        "ppo": ("ppo", {"reward": "exact"}), "grpo": ("grpo", {"reward": "exact"}),
-        "loss = 'kto'": ("dpo", {"loss": "kto", "max_steps": 1}),
-        "on_policy": ("distill", {"on_policy": 0.5, "max_steps": 1}),
+        "ppo": ("ppo", {"reward_function": "exact"}),
+        "grpo": ("grpo", {"reward_function": "exact"}),
+        "loss_type = 'kto'": ("dpo", {"loss_type": "kto", "max_steps": 1}),
+        "on_policy_fraction": ("distill", {"on_policy_fraction": 0.5, "max_steps": 1}),
     }  # fmt: skip
     for name, (kind, more) in whole.items():
-        stage = KINDS[kind](data=("x",), accumulate=2, **more)
+        stage = KINDS[kind](data=("x",), gradient_accumulation_steps=2, **more)
         stage.check()
         for parallel in ("fsdp", "hsdp"):
             with pytest.raises(
                 InputError, match=f"parallel: expected ddp with {name}, got {parallel}"
             ):
                 replace(stage, parallel=parallel).check()
-    for name, value in {"teacher_top_k": 4, "teacher_answers": "greedy"}.items():
+    for name, value in {"teacher_top_k": 4, "teacher_completions": "greedy"}.items():
         with pytest.raises(InputError, match=f"{name}: expected one process, got 2 from torchrun"):
-            KINDS["distill"](data=("x",), accumulate=2, max_steps=1, **{name: value}).check()
+            KINDS["distill"](
+                data=("x",), gradient_accumulation_steps=2, max_steps=1, **{name: value}
+            ).check()
     with pytest.raises(InputError, match="run: expected one process, got 2"):
         run_recipe(tmp_path / "recipe.toml")
 

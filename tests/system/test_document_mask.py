@@ -24,7 +24,7 @@ CONFIG = fastlm.ModelConfig(
 )  # fmt: skip
 SEQ, EOS = 24, Letters.eos_id
 OPTIONS = replace(
-    tiny_run.OPTIONS, max_steps=6, dtype="float32", validations=2, checkpoint_every=2, sample_at=()
+    tiny_run.OPTIONS, max_steps=6, dtype="float32", validations=2, save_steps=2, sample_at=()
 )
 
 

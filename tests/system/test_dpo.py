@@ -26,8 +26,8 @@ from fastlm.train.options import TrainOptions
 from fastlm.train.preferences import PreferenceExample, PreferenceLoss, with_other_answers
 
 TINY = Dpo(
-    data=("x.jsonl",), epochs=2, batch_size=3, accumulate=2, lr=2e-3, heldout=0.25, validations=2,
-    sample_at=(), dtype="float32", checkpoint_every=3,
+    data=("x.jsonl",), epochs=2, batch_size=3, gradient_accumulation_steps=2, lr=2e-3, heldout=0.25,
+    validations=2, sample_at=(), dtype="float32", save_steps=3,
 )  # fmt: skip
 PAIRS = [
     PreferenceExample((example([5, 6, 7, 8, 9], 3, "row 1"), example([5, 6, 7, 10], 3))),
@@ -47,10 +47,10 @@ LABELS = with_other_answers(
 TERMS = {
     "sigmoid": PreferenceLoss(beta=0.3),
     "cdpo": PreferenceLoss(beta=0.3, label_smoothing=0.2),
-    "ipo": PreferenceLoss(loss="ipo", beta=0.3, length_normalise=True),
-    "hinge": PreferenceLoss(loss="hinge", beta=2.0),
+    "ipo": PreferenceLoss(loss_type="ipo", beta=0.3, length_normalise=True),
+    "hinge": PreferenceLoss(loss_type="hinge", beta=2.0),
     "rpo": PreferenceLoss(beta=0.3, sft_weight=0.5, length_normalise=True),
-    "kto": PreferenceLoss(loss="kto", beta=0.3, weight_desirable=1.5, weight_undesirable=0.7),
+    "kto": PreferenceLoss(loss_type="kto", beta=0.3, desirable_weight=1.5, undesirable_weight=0.7),
 }
 
 
@@ -74,7 +74,7 @@ def options(**changes) -> Dpo:
 def objective(terms: PreferenceLoss, batch_size: int = 2, judged=None) -> DpoObjective:
     """On a model that is not its reference any more."""
     model = CausalLM(config(64), seed=3)
-    judged = judged or (LABELS if terms.loss == "kto" else PAIRS)
+    judged = judged or (LABELS if terms.loss_type == "kto" else PAIRS)
     made = DpoObjective(
         model, judged, judged, TrainOptions(max_steps=1), terms, batch_size=batch_size, seed=4,
         base="", tokenizer=None, prompt=(),
@@ -98,7 +98,7 @@ def logp(model: CausalLM, one: Example) -> torch.Tensor:
 def naive(model, reference, terms: PreferenceLoss, judged) -> torch.Tensor:
     """The mean loss, written from the papers' formulas."""
     t, losses = terms, []
-    if t.loss == "kto":
+    if t.loss_type == "kto":
         others = [logp(model, j.answers[1]) - logp(reference, j.answers[1]) for j in judged]
         kl = torch.stack(others).mean().clamp(min=0).detach()
     for one in judged:
@@ -106,8 +106,8 @@ def naive(model, reference, terms: PreferenceLoss, judged) -> torch.Tensor:
         with torch.no_grad():
             before = [logp(reference, answer) for answer in one.answers]
         ratios = [a - b for a, b in zip(policy, before)]
-        if t.loss == "kto":
-            weight = t.weight_desirable if one.desirable else t.weight_undesirable
+        if t.loss_type == "kto":
+            weight = t.desirable_weight if one.desirable else t.undesirable_weight
             sign = 1 if one.desirable else -1
             losses.append(weight * (1 - torch.sigmoid(sign * t.beta * (ratios[0] - kl))))
             continue
@@ -115,10 +115,10 @@ def naive(model, reference, terms: PreferenceLoss, judged) -> torch.Tensor:
         if t.length_normalise:
             ratios = [ratio / n for ratio, n in zip(ratios, lengths)]
         h = ratios[0] - ratios[1]
-        if t.loss == "sigmoid":
+        if t.loss_type == "sigmoid":
             good, e = torch.sigmoid(t.beta * h), t.label_smoothing
             loss = -(1 - e) * good.log() - e * (1 - good).log()
-        elif t.loss == "ipo":
+        elif t.loss_type == "ipo":
             loss = (h - 1 / (2 * t.beta)) ** 2
         else:
             loss = (1 - t.beta * h).clamp(min=0)
@@ -141,7 +141,7 @@ def step(made: DpoObjective, micro_batches: int) -> tuple[float, list[torch.Tens
 def test_the_loss_is_the_formula_whatever_the_micro_batches(name) -> None:
     """Against logits in memory, one sequence at a time; in every split of a step."""
     terms = TERMS[name]
-    judged = LABELS if terms.loss == "kto" else PAIRS
+    judged = LABELS if terms.loss_type == "kto" else PAIRS
     made = objective(terms, batch_size=len(judged))
     model, reference = made.trained, CausalLM(config(64), seed=3)
     truth = naive(model.double(), reference.double(), terms, judged)
@@ -282,7 +282,7 @@ def test_before_the_first_update_policy_and_reference_are_equal(
 ) -> None:
     """To the last bit, in whatever micro-batches they are."""
     events: list[dict] = []
-    stage = options(data=(data,), loss=loss, dtype=dtype, epochs=1)
+    stage = options(data=(data,), loss_type=loss, dtype=dtype, epochs=1)
     stage(tmp_path / "out", model=base, on_event=events.append)
     first = next(e for e in events if "loss" in e)
     validation = next(e for e in events if "val_loss" in e)
@@ -300,7 +300,7 @@ def test_before_the_first_update_policy_and_reference_are_equal(
 def test_the_better_answer_is_learnt(base, tmp_path, loss) -> None:
     rows = write(tmp_path / "pairs.jsonl", polite_pairs(60))
     changes = {"epochs": 4, "lr": 5e-3, "sample_at": (0.0, 1.0), "sample_tokens": 8}
-    stage = options(data=(rows,), loss=loss, **changes)
+    stage = options(data=(rows,), loss_type=loss, **changes)
     events: list[dict] = []
     result = stage(tmp_path / "out", model=base, on_event=events.append)
     assert result["metrics"]["val_accuracy"] > 0.9
@@ -331,7 +331,7 @@ def test_the_same_command_continues_to_the_same_bits(base, data, tmp_path, loss,
     """Stopped by Ctrl-C within an epoch. The reference is that of before, though the weights that
     training continues from are others.
     """
-    stage = options(data=(data,), loss=loss, epochs=3, accumulate=2)
+    stage = options(data=(data,), loss_type=loss, epochs=3, gradient_accumulation_steps=2)
     whole = stage(tmp_path / "whole", model=base)
 
     def interrupt(event) -> None:
@@ -388,7 +388,7 @@ def test_long_answers_are_counted(base, tmp_path) -> None:
             2,
         ),
     ):
-        stage = options(data=(data,), overlong=how, heldout=0.0, epochs=1)
+        stage = options(data=(data,), truncation=how, heldout=0.0, epochs=1)
         result = stage(tmp_path / how, model=base)
         assert result["counts"] == counts and result["pairs"] == pairs
 
@@ -396,23 +396,25 @@ def test_long_answers_are_counted(base, tmp_path) -> None:
 # ---- what is refused
 
 REFUSED = {
-    "loss: expected one of sigmoid, ipo, hinge, kto, got 'simpo'": {"loss": "simpo"},
+    "loss_type: expected one of sigmoid, ipo, hinge, kto, got 'simpo'": {"loss_type": "simpo"},
     "beta: expected a positive number, got 0": {"beta": 0},
     "label_smoothing: expected a number in [0, 0.5), got 0.5": {"label_smoothing": 0.5},
-    "label_smoothing: expected none with loss = 'ipo', got 0.1 (it serves sigmoid)": {
-        "label_smoothing": 0.1, "loss": "ipo",
+    "label_smoothing: expected none with loss_type = 'ipo', got 0.1 (it serves sigmoid)": {
+        "label_smoothing": 0.1, "loss_type": "ipo",
     },
-    "weight_desirable: expected none with loss = 'sigmoid', got 2.0 (it serves kto)": {
-        "weight_desirable": 2.0,
+    "desirable_weight: expected none with loss_type = 'sigmoid', got 2.0 (it serves kto)": {
+        "desirable_weight": 2.0,
     },
     "sft_weight: expected 0 or more, got -1": {"sft_weight": -1},
-    "overlong: expected one of skip, truncate, got 'split'": {"overlong": "split"},
-    "batch_size: expected a step of 2 labels or more with loss = 'kto', whose reference point is a"
-    " mean over the step, got 1": {"loss": "kto", "batch_size": 1, "accumulate": 1},
-    "batch_size: expected a step of 2 labels or more with loss = 'kto', whose reference point is a"
-    " mean over the step, got 1 at the beginning of batch_warmup": {
-        "loss": "kto", "batch_size": 1, "accumulate": 4, "batch_warmup": 0.5, "max_steps": 3,
-        "epochs": None,
+    "truncation: expected one of skip, truncate, got 'split'": {"truncation": "split"},
+    "batch_size: expected a step of 2 labels or more with loss_type = 'kto', whose reference"
+    " point is a mean over the step, got 1": {
+        "loss_type": "kto", "batch_size": 1, "gradient_accumulation_steps": 1,
+    },
+    "batch_size: expected a step of 2 labels or more with loss_type = 'kto', whose reference"
+    " point is a mean over the step, got 1 at the beginning of batch_warmup": {
+        "loss_type": "kto", "batch_size": 1, "gradient_accumulation_steps": 4, "batch_warmup": 0.5,
+        "max_steps": 3, "epochs": None,
     },
 }  # fmt: skip
 
@@ -441,7 +443,7 @@ ROWS = {
          "{% endif %}"},
     ),
     "expected answers to two prompts or more for kto, got one prompt": (
-        {"prompt": "a", "completion": "b", "label": True}, {"loss": "kto"},
+        {"prompt": "a", "completion": "b", "label": True}, {"loss_type": "kto"},
     ),
     "data: expected pairs to learn from, got none in 1 rows (1 held out)": (
         {"prompt": "a", "chosen": "b", "rejected": "c"}, {"heldout": 0.9999999},
@@ -472,7 +474,7 @@ def test_the_command_and_a_recipe(base, data, tmp_path) -> None:
     recipe.write_text(
         f'name = "r"\n[[stage]]\nkind = "dpo"\nfrom = "{base}"\ndata = [{json.dumps(data)}]\n'
         "sample_tokens = 4\n"
-        f'[[stage]]\nname = "kto"\nkind = "dpo"\nloss = "kto"\ndata = [{json.dumps(data)}]\n'
+        f'[[stage]]\nname = "kto"\nkind = "dpo"\nloss_type = "kto"\ndata = [{json.dumps(data)}]\n'
         "sample_tokens = 4\n"
     )
     done = CliRunner().invoke(app, ["run", str(recipe), "--out", str(tmp_path / "run")])
@@ -490,7 +492,7 @@ def test_loss_and_gradient_are_those_of_trl(base, tmp_path, name) -> None:
     import transformers
     import trl
 
-    terms = PreferenceLoss(loss=name, beta=0.3, length_normalise=name == "ipo")
+    terms = PreferenceLoss(loss_type=name, beta=0.3, length_normalise=name == "ipo")
     words = transformers.AutoTokenizer.from_pretrained(base)
     words.pad_token = words.pad_token or words.eos_token
     theirs = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)

@@ -23,9 +23,9 @@ from fastlm.train.loop import TrainingInterrupted
 from fastlm.train.online_stage import Ppo, RewardEnsemble, combined
 
 PPO = Ppo(
-    data=("x.jsonl",), prompts=4, answers=2, batch_size=4, max_new_tokens=5, max_steps=4, lr=1e-3,
-    heldout=0.0, validations=0, sample_at=(), dtype="float32", checkpoint_every=8, passes=2,
-    ensemble="uwo", uwo_coefficient=0.5,
+    data=("x.jsonl",), prompts_per_round=4, num_generations=2, batch_size=4, max_new_tokens=5,
+    max_steps=4, lr=1e-3, heldout=0.0, validations=0, sample_at=(), dtype="float32", save_steps=8,
+    num_iterations=2, ensemble="uwo", uwo_coefficient=0.5,
 )  # fmt: skip
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -123,8 +123,8 @@ from = "{base}"
 reward_model = ["{rewards[0]}", "{rewards[1]}"]
 ensemble = "min"
 data = ["{data}"]
-prompts = 2
-answers = 2
+prompts_per_round = 2
+num_generations = 2
 max_new_tokens = 4
 max_steps = 1
 heldout = 0.0
@@ -143,7 +143,11 @@ dtype = "float32"
     [
         ({"ensemble": "max"}, 2, "ensemble: expected one of mean, min, uwo, got 'max'"),
         ({}, 1, "ensemble: expected two or more reward_models for uwo, got 1"),
-        ({"reward": "exact"}, 0, "ensemble: expected two or more reward_models for uwo, got 0"),
+        (
+            {"reward_function": "exact"},
+            0,
+            "ensemble: expected two or more reward_models for uwo, got 0",
+        ),
         ({"uwo_coefficient": -1.0}, 2, r"uwo_coefficient: expected 0 or more, got -1\.0"),
     ],
 )
@@ -168,8 +172,11 @@ def test_one_model_is_no_ensemble(base, rewards, data, tmp_path) -> None:
     [
         ({"kind": "ppo", "ensemble": "min", "reward_model": ["./a"]}, "ensemble: expected two or"),
         ({"kind": "ppo", "reward_model": ["./a", "./a"]}, "reward_model: expected each once, got"),
-        ({"kind": "grpo"}, "reward: expected a function, or a reward_model, got neither"),
-        ({"kind": "ppo", "reward": "exact", "value": "reward"}, "value: expected a reward_model"),
+        ({"kind": "grpo"}, "reward_function: expected a function, or a reward_model, got neither"),
+        (
+            {"kind": "ppo", "reward_function": "exact", "value_model": "reward"},
+            "value_model: expected a reward_model",
+        ),
         ({"kind": "distill"}, "teacher: expected a teacher or teacher_logits, got neither"),
         ({"kind": "distill", "teacher": "./a", "teacher_logits": "b"}, "teacher: .* got both"),
     ],

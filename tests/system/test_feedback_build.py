@@ -155,7 +155,7 @@ def test_feedback_without_rows_is_named(tmp_path):
             stage.with_feedback(ctx)
         assert str(error.value) == f"feedback: expected preferences in {where}/train, got none"
     (where / "train/kto.jsonl").write_text("{}\n")  # thumbs are enough for KTO
-    assert Dpo(loss="kto").with_feedback(ctx).data == (f"{where}/train/kto.jsonl",)
+    assert Dpo(loss_type="kto").with_feedback(ctx).data == (f"{where}/train/kto.jsonl",)
 
 
 def test_rows_that_trainings_read(store, tmp_path):
@@ -201,7 +201,7 @@ def test_rows_that_trainings_read(store, tmp_path):
             stage.plan({"model": [{"name": "m"}], "feedback": []})
     ctx = Reward(judge=True).context("x", model="m", feedback=out)
     assert Reward(judge=True).with_feedback(ctx).data == (str(out / "judge/preferences.jsonl"),)
-    assert Dpo(loss="kto").with_feedback(ctx).data == (str(where / "kto.jsonl"),)
+    assert Dpo(loss_type="kto").with_feedback(ctx).data == (str(where / "kto.jsonl"),)
     # the same bytes again, and from its rows
     again = build([database], tmp_path / "again", options=BuildOptions(), cache=tmp_path)
     for part in sizes:

@@ -486,7 +486,7 @@ def test_a_model_learns_to_answer_by_its_adapters(talker, data, tmp_path, kind) 
 @pytest.mark.parametrize("given", [{}, {"lora_dropout": 0.2}, {"base_bits": 4, "merge": False}])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_it_resumes_to_the_same_bits(base, data, tmp_path, given, dtype) -> None:
-    stage = options(data=(data,), epochs=4, lora_rank=4, dtype=dtype, checkpoint_every=3, **given)
+    stage = options(data=(data,), epochs=4, lora_rank=4, dtype=dtype, save_steps=3, **given)
     stage(tmp_path / "whole", model=base)
 
     class Cut(Exception):

@@ -26,20 +26,26 @@ from fastlm.train.loop import TrainingInterrupted, train
 from fastlm.train.metrics import correlation
 from fastlm.train.objective import DivergedError
 from fastlm.train.online import repetition
-from fastlm.train.online_objectives import GrpoObjective, PpoObjective, value_model
+from fastlm.train.online_objectives import GrpoObjective, PpoObjective, build_value_model
 from fastlm.train.online_stage import Grpo, Ppo
 from fastlm.train.options import LOSS_TYPES, GrpoOptions, PpoOptions, RolloutOptions, TrainOptions
-from fastlm.train.rollouts import IGNORE, pack_answers, sample_answers
+from fastlm.train.rollouts import IGNORE, pack_rollouts, sample_completions
 from fastlm.train.state import list_checkpoints
 
 END, BOS, WORDS = 0, 1, 8
 KINDS = ("ppo", *LOSS_TYPES)
 OPTIONS = TrainOptions(
     max_steps=8, lr=0.02, dtype="float32", validations=0, sample_at=(), weight_decay=0.0,
-    warmup=0.0, checkpoint_every=3,
+    warmup_ratio=0.0, save_steps=3,
 )  # fmt: skip
 RULES = RolloutOptions(
-    max_new_tokens=4, prompts=3, answers=4, passes=2, batch_size=3, decode_batch=12, beta=0.1
+    max_new_tokens=4,
+    prompts_per_round=3,
+    num_generations=4,
+    num_iterations=2,
+    batch_size=3,
+    decode_batch_size=12,
+    beta=0.1,
 )
 
 
@@ -68,15 +74,15 @@ def sevens(places, answers: list[Completion]) -> list[float]:
 def objective(kind: str, rules: RolloutOptions = RULES, prompts=PROMPTS, score=sevens, **options):
     torch.manual_seed(0)
     policy = model_of(**options.pop("config", {}))
-    of_ppo = options.pop("ppo", {"value_weight": 0.5})
+    of_ppo = options.pop("ppo", {"vf_coef": 0.5})
     shared = options.pop("shared", False)
     group = options.pop("group", {}) | {"loss_type": kind}
     options = {"base": "", **options}
     args = (policy, copy.deepcopy(policy), prompts, prompts[:2], score)
     settings = asdict(rules)
     if kind == "ppo":
-        value = value_model(policy, shared=shared)
-        return PpoObjective(*args, PpoOptions(**settings | of_ppo), value=value, **options)
+        value = build_value_model(policy, shared=shared)
+        return PpoObjective(*args, PpoOptions(**settings | of_ppo), value_model=value, **options)
     return GrpoObjective(*args, GrpoOptions(**settings | group), **options)
 
 
@@ -91,12 +97,12 @@ def lines(run) -> list[dict]:
 
 def test_answers_have_the_log_probabilities_that_training_computes() -> None:
     model = model_of().eval()
-    answers = sample_answers(model, PROMPTS * 3, max_new_tokens=6, temperature=0.7, seed=5)
+    answers = sample_completions(model, PROMPTS * 3, max_new_tokens=6, temperature=0.7, seed=5)
     assert {a.ended for a in answers} == {True, False}  # both kinds were drawn
     for prompt, answer in zip(PROMPTS * 3, answers, strict=True):
         assert answer.ended == (answer.token_ids[-1] == END)  # kept, although it is the pad token
         assert END not in answer.token_ids[:-1] and 1 <= len(answer.token_ids) <= 6
-        packed = pack_answers([prompt], [answer.token_ids], torch.device("cpu"))
+        packed = pack_rollouts([prompt], [answer.token_ids], torch.device("cpu"))
         logp = packed.rows(model.logprobs(packed.ids, packed.labels, temperature=0.7))
         sampled = torch.tensor([token.logprob for token in answer.logprobs])
         torch.testing.assert_close(logp[0], sampled, rtol=1e-4, atol=1e-5)
@@ -113,21 +119,21 @@ def test_as_many_answers_run_as_there_are_rows(monkeypatch) -> None:
         return busy
 
     monkeypatch.setattr(Engine, "step", counted)
-    answers = sample_answers(model, [[5, 6, 7]] * 16, max_new_tokens=8, seed=1, rows=16)
+    answers = sample_completions(model, [[5, 6, 7]] * 16, max_new_tokens=8, seed=1, rows=16)
     assert len(answers) == 16 and max(most) == 16
 
 
 def test_an_answer_does_not_depend_on_its_batch() -> None:
     model = model_of().eval()
-    whole = sample_answers(model, PROMPTS, max_new_tokens=5, seed=9)
-    parts = sample_answers(model, PROMPTS, max_new_tokens=5, seed=9, rows=1)
+    whole = sample_completions(model, PROMPTS, max_new_tokens=5, seed=9)
+    parts = sample_completions(model, PROMPTS, max_new_tokens=5, seed=9, rows=1)
     assert [a.token_ids for a in whole] == [a.token_ids for a in parts]
     with pytest.raises(InputError, match="prompts: expected at most 2 tokens, which leave room"):
-        sample_answers(model, PROMPTS, max_new_tokens=30)
+        sample_completions(model, PROMPTS, max_new_tokens=30)
 
 
 def test_packed_answers() -> None:
-    packed = pack_answers([[1, 5], [1]], [[7, 0], [6, 5, 0]], torch.device("cpu"))
+    packed = pack_rollouts([[1, 5], [1]], [[7, 0], [6, 5, 0]], torch.device("cpu"))
     assert packed.ids.tolist() == [[1, 5, 7, 1, 6, 5]]
     assert packed.labels.tolist() == [[IGNORE, 7, 0, 6, 5, 0]]
     assert packed.cu_seqlens.tolist() == [0, 3, 6] and packed.cu_seqlens.dtype == torch.int32
@@ -147,7 +153,7 @@ def test_answers_share_their_prompt(window) -> None:
     answers = [[7, 0], [6, 5, 3], [4], [2, 0], [1], [3, 3], [2, 7, 1, 0]]
     found = []
     for share in (False, True):
-        packed = pack_answers(prompts, answers, torch.device("cpu"), share_prompts=share)
+        packed = pack_rollouts(prompts, answers, torch.device("cpu"), share_prompts=share)
         assert (packed.keys is not None) == share
         logp = packed.rows(model.logprobs_of(packed.hidden(model), packed.labels))
         model.zero_grad()
@@ -171,9 +177,11 @@ def one_step_game(kind: str, tmp_path, steps: int) -> tuple[Tensor, Tensor]:
     def score(places, answers):
         return [float(rewards[a.token_ids[0]]) for a in answers]
 
-    rules = replace(RULES, max_new_tokens=1, prompts=1, answers=64, batch_size=64, beta=0.5)
-    rules = replace(rules, decode_batch=64, passes=1)
-    ppo = {"value_weight": 1.0, "whiten_advantages": False}
+    rules = replace(
+        RULES, max_new_tokens=1, prompts_per_round=1, num_generations=64, batch_size=64, beta=0.5
+    )
+    rules = replace(rules, decode_batch_size=64, num_iterations=1)
+    ppo = {"vf_coef": 1.0, "whiten_advantages": False}
     game = objective(kind, rules, [[BOS]], score, ppo=ppo)
 
     def policy(model) -> Tensor:
@@ -181,7 +189,7 @@ def one_step_game(kind: str, tmp_path, steps: int) -> tuple[Tensor, Tensor]:
             return model(torch.tensor([[BOS]])).logits[0, -1].softmax(-1)
 
     expected = (policy(game.reference).log() + rewards / rules.beta).softmax(-1)
-    options = replace(OPTIONS, max_steps=steps, lr=0.03, checkpoint_every=1000)
+    options = replace(OPTIONS, max_steps=steps, lr=0.03, save_steps=1000)
     train(game, options, tmp_path)
     return policy(game.policy), expected
 
@@ -209,19 +217,26 @@ COPY = [[BOS, word] for word in range(2, WORDS)]
 @pytest.mark.parametrize("kind", ["ppo", "dapo", "rloo"])
 def test_a_policy_learns_to_copy_and_to_stop(kind, tmp_path) -> None:
     """The end token is the pad token (SmolLM2-Instruct), and yet is learnt."""
-    rules = replace(RULES, prompts=6, answers=32, batch_size=192, decode_batch=192, beta=0.0)
+    rules = replace(
+        RULES,
+        prompts_per_round=6,
+        num_generations=32,
+        batch_size=192,
+        decode_batch_size=192,
+        beta=0.0,
+    )
     game = objective(
         kind, rules, COPY, copied, config={"initializer_range": 0.05, "hidden_size": 32},
-        group={"entropy": 0.03}, ppo={"value_weight": 0.5, "entropy": 0.03},
+        group={"entropy_coef": 0.03}, ppo={"vf_coef": 0.5, "entropy_coef": 0.03},
     )  # fmt: skip
     before = np.mean(copied(range(6), greedy(game)))
-    train(game, replace(OPTIONS, max_steps=70, lr=0.005, checkpoint_every=100), tmp_path)
+    train(game, replace(OPTIONS, max_steps=70, lr=0.005, save_steps=100), tmp_path)
     after = np.mean(copied(range(6), greedy(game)))
     assert before < 0.5 and after > 0.9
 
 
 def greedy(game) -> list[Completion]:
-    return sample_answers(game.policy, COPY, max_new_tokens=4, temperature=0.0)
+    return sample_completions(game.policy, COPY, max_new_tokens=4, temperature=0.0)
 
 
 # ---- the loop
@@ -232,12 +247,12 @@ def test_cut_off_anywhere_it_continues_to_the_same_bits(kind, tmp_path) -> None:
     """Also the KL controller and the stop of a round are restored."""
     rules = replace(
         RULES, kl_target=0.01, kl_horizon=100.0, max_update_kl=0.02,
-        missing_end=-0.5,
+        missing_eos_penalty=-0.5,
     )  # fmt: skip
     name, _, shared = kind.partition(" ")
 
     def game():
-        ppo = {"value_weight": 0.5, "critic_warmup": 1}
+        ppo = {"vf_coef": 0.5, "critic_warmup": 1}
         return objective(name, rules, shared=bool(shared), ppo=ppo)
 
     train(game(), replace(OPTIONS, max_steps=12), tmp_path / "whole")
@@ -277,7 +292,7 @@ class Turns(SingleProcess):
 @pytest.mark.parametrize("kind", ["ppo", "rloo"])
 def test_a_round_does_not_depend_on_the_number_of_processes(kind) -> None:
     """Some of 16 processes have no answer. Score metrics are means over all answers."""
-    rules = replace(RULES, missing_end=-0.5)
+    rules = replace(RULES, missing_eos_penalty=-0.5)
     seen: list[int] = []
 
     def score(places, answers):
@@ -366,7 +381,7 @@ def test_policy_and_value_model_are_clipped_by_one_norm(tmp_path, monkeypatch) -
         step(self)
 
     monkeypatch.setattr(AdamW, "step", watched)
-    game = objective("ppo", ppo={"value_weight": 0.5})
+    game = objective("ppo", ppo={"vf_coef": 0.5})
     train(game, replace(OPTIONS, max_steps=1, max_grad_norm=1e-3), tmp_path)
     (line,) = [line for line in lines(tmp_path) if "loss" in line]
     assert line["grad_norm"] == pytest.approx(seen["norm"], rel=1e-5) and seen["norm"] > 1e-3
@@ -392,7 +407,7 @@ def test_adams_epsilon(stage, tmp_path, monkeypatch) -> None:
 def test_ppo_estimates_by_plain_loops() -> None:
     """Rewards, advantages and returns of a round against the formulas, token by token."""
     ppo = {"gamma": 0.9, "lam": 0.8, "whiten_rewards": True}
-    game = objective("ppo", replace(RULES, missing_end=-1.0, beta=0.3), ppo=ppo)
+    game = objective("ppo", replace(RULES, missing_eos_penalty=-1.0, beta=0.3), ppo=ppo)
     with torch.no_grad():
         for parameter in game.policy.parameters():
             parameter.mul_(1.2)  # a KL to speak of
@@ -402,7 +417,7 @@ def test_ppo_estimates_by_plain_loops() -> None:
     rewards, values = [], []
     for i, answer in enumerate(answers):
         prompt = game.prompts[game.chosen[i]]
-        packed = pack_answers([prompt], [answer.token_ids], game.policy.device)
+        packed = pack_rollouts([prompt], [answer.token_ids], game.policy.device)
         with torch.no_grad():
             logp, _, value = game.both(packed)
             ref = game.logprobs(game.reference, packed)[0]
@@ -442,11 +457,18 @@ def test_the_value_model_learns_by_default(shared, tmp_path) -> None:
     """At a rate at which the policy hardly moves. With the rate and the zero of before it explains
     -7 of the returns' variance in each round.
     """
-    rules = replace(RULES, prompts=6, answers=4, batch_size=6, passes=4, decode_batch=24)
+    rules = replace(
+        RULES,
+        prompts_per_round=6,
+        num_generations=4,
+        batch_size=6,
+        num_iterations=4,
+        decode_batch_size=24,
+    )
     warned: list[str] = []
     game = objective("ppo", rules, COPY, by_prompt, shared=shared, ppo={}, warn=warned.append)
     steps = 6 * 16
-    train(game, replace(OPTIONS, max_steps=steps, lr=1e-3, checkpoint_every=100), tmp_path)
+    train(game, replace(OPTIONS, max_steps=steps, lr=1e-3, save_steps=100), tmp_path)
     explained = [
         line["explained_variance"] for line in lines(tmp_path) if "loss" in line
     ][::16]  # fmt: skip
@@ -461,14 +483,16 @@ def test_a_value_model_that_explains_nothing_raises_an_alarm() -> None:
         rounds.append(len(rounds))
         return [10.0 * len(rounds) + s for s in sevens(places, answers)]
 
-    ppo = {"value_lr": 1e-9}
-    game = objective("ppo", replace(RULES, passes=1), score=drifting, ppo=ppo, warn=warned.append)
+    ppo = {"value_lr_factor": 1e-9}
+    game = objective(
+        "ppo", replace(RULES, num_iterations=1), score=drifting, ppo=ppo, warn=warned.append
+    )
     for _ in range(11):
         game.stop = True
         game.next_batches(1)
     assert [line.partition(":")[0] for line in warned] == ["round 4", "round 9"]
     assert "explained less of the returns than their mean for 5 rounds" in warned[0]
-    again = objective("ppo", replace(RULES, passes=1), score=drifting, ppo=ppo)
+    again = objective("ppo", replace(RULES, num_iterations=1), score=drifting, ppo=ppo)
     again.load_state_dict(game.state_dict())
     assert (again.bad_rounds, again.offset) == (game.bad_rounds, game.offset)
     assert again.offset == pytest.approx(10, abs=1)
@@ -477,7 +501,7 @@ def test_a_value_model_that_explains_nothing_raises_an_alarm() -> None:
 def test_the_value_model_alone_learns_in_its_warmup(tmp_path) -> None:
     def moved(game, steps) -> set[str]:
         before = {k: v.detach().clone() for k, v in game.trained.named_parameters()}
-        train(game, replace(OPTIONS, max_steps=steps, checkpoint_every=100), tmp_path / str(steps))
+        train(game, replace(OPTIONS, max_steps=steps, save_steps=100), tmp_path / str(steps))
         return {
             name.partition(".")[0]
             for name, value in game.trained.named_parameters()
@@ -485,7 +509,7 @@ def test_the_value_model_alone_learns_in_its_warmup(tmp_path) -> None:
         }
 
     for steps, expected in ((16, {"value"}), (17, {"policy", "value"})):  # 8 steps are a round
-        ppo = {"critic_warmup": 2, "entropy": 0.1}
+        ppo = {"critic_warmup": 2, "entropy_coef": 0.1}
         assert moved(objective("ppo", ppo=ppo), steps) == expected
 
 
@@ -494,7 +518,7 @@ def _gaps(game) -> list[list[float]]:
     found = []
     for i in range(len(game.answers)):
         prompt = game.prompts[game.chosen[i]]
-        packed = pack_answers([prompt], [game.answers[i].token_ids], game.policy.device)
+        packed = pack_rollouts([prompt], [game.answers[i].token_ids], game.policy.device)
         with torch.no_grad():
             logp = game.logprobs(game.policy, packed)[0]
             found.append((logp - game.logprobs(game.reference, packed)[0])[0].tolist())
@@ -523,10 +547,10 @@ def test_monitors() -> None:
 
 
 def test_a_kl_that_explodes_stops_the_run_and_names_the_last_good_policy(tmp_path) -> None:
-    rules = replace(RULES, max_kl=1.0, beta=0.0, passes=1, batch_size=12)
+    rules = replace(RULES, max_kl=1.0, beta=0.0, num_iterations=1, batch_size=12)
     with pytest.raises(DivergedError, match=r"the KL to the reference is .* max_kl 1; last") as e:
         game = objective("dapo", rules)
-        train(game, replace(OPTIONS, lr=0.005, max_steps=100, checkpoint_every=1), tmp_path)
+        train(game, replace(OPTIONS, lr=0.005, max_steps=100, save_steps=1), tmp_path)
     last = list_checkpoints(tmp_path)[-1]
     assert e.value.good is not None and e.value.good != last  # the last one is too far already
     assert str(e.value).endswith(str(e.value.good))
@@ -537,13 +561,13 @@ def other_sampler(monkeypatch, off: float, temperature: float = 1.0):
 
     def sample(model, prompts, **options):
         options["temperature"] *= temperature
-        answers = sample_answers(model, prompts, **options)
+        answers = sample_completions(model, prompts, **options)
         return [
             replace(a, logprobs=[replace(x, logprob=x.logprob - off) for x in a.logprobs])
             for a in answers
         ]
 
-    monkeypatch.setattr(online, "sample_answers", sample)
+    monkeypatch.setattr(online, "sample_completions", sample)
 
 
 @pytest.mark.parametrize("kind", ["dapo", "ppo", "rloo"])
@@ -571,7 +595,9 @@ def test_a_mismatch_of_sampling_and_training_is_corrected(kind, monkeypatch) -> 
 def test_a_negative_kl_estimate_raises_an_alarm(monkeypatch) -> None:
     """A sampler that sharpens prefers what the reference likes: its k1 is negative."""
     told: list[str] = []
-    game = objective("rloo", replace(RULES, answers=40, mismatch=9.0), warn=told.append)
+    game = objective(
+        "rloo", replace(RULES, num_generations=40, mismatch_threshold=9.0), warn=told.append
+    )
     with torch.no_grad():
         game.policy.lm_head.weight.mul_(0.5)  # flatter than the reference
     other_sampler(monkeypatch, 0.0, 0.2)
@@ -580,7 +606,7 @@ def test_a_negative_kl_estimate_raises_an_alarm(monkeypatch) -> None:
 
 
 def test_a_round_ends_early_where_the_update_moves_too_far() -> None:
-    game = objective("ppo", replace(RULES, max_update_kl=1e-4, passes=9))
+    game = objective("ppo", replace(RULES, max_update_kl=1e-4, num_iterations=9))
     for round_of_step in (0, 0, 1):
         batches = game.next_batches(2)
         assert game.round == round_of_step
@@ -607,13 +633,15 @@ def test_the_kl_coefficient_follows_its_target() -> None:
 
 def test_missing_ends() -> None:
     for kind in ("ppo", "grpo"):
-        game = objective(kind, replace(RULES, missing_end=-7.0, answers=8))
+        game = objective(kind, replace(RULES, missing_eos_penalty=-7.0, num_generations=8))
         game.next_batches(1)
         some = [a.ended for a in game.answers]
         assert True in some and False in some
         scores = [s if e else -7.0 for s, e in zip(sevens(game.chosen, game.answers), some)]
         assert game.made["score"] == pytest.approx(np.mean(scores))
-    game = objective("grpo", replace(RULES, answers=8), group={"mask_truncated": True})
+    game = objective(
+        "grpo", replace(RULES, num_generations=8), group={"mask_truncated_completions": True}
+    )
     game.next_batches(1)
     assert game.kept["learnt"].any(1).tolist() == [a.ended for a in game.answers]
 
@@ -634,9 +662,9 @@ def test_answers_of_all_rounds_have_seeds_of_their_own(monkeypatch) -> None:
 
     def sample(model, prompts, *, seed, **options):
         seeds.extend((seed + i) % 2**32 for i in range(len(prompts)))  # what torch takes
-        return sample_answers(model, prompts, seed=seed, **options)
+        return sample_completions(model, prompts, seed=seed, **options)
 
-    monkeypatch.setattr(online, "sample_answers", sample)
+    monkeypatch.setattr(online, "sample_completions", sample)
     game = objective("rloo", replace(RULES, seed=3))
     for _ in range(3 * 8):
         game.next_batches(1)
@@ -645,8 +673,8 @@ def test_answers_of_all_rounds_have_seeds_of_their_own(monkeypatch) -> None:
 
 def test_the_last_policy_is_measured_too(tmp_path) -> None:
     """Also an interrupt in the last round leaves the checkpoint from before it."""
-    rules = replace(RULES, max_kl=1e6, beta=0.0, passes=2, batch_size=3)
-    options = replace(OPTIONS, lr=0.01, max_steps=8, checkpoint_every=8)
+    rules = replace(RULES, max_kl=1e6, beta=0.0, num_iterations=2, batch_size=3)
+    options = replace(OPTIONS, lr=0.01, max_steps=8, save_steps=8)
 
     def press(event):
         if event.get("step") in (9, 11, 13) and "loss" in event:

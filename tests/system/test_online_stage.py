@@ -24,17 +24,17 @@ from fastlm.quant import quantize
 from fastlm.tokenizer.tokenizer import Tokenizer
 from fastlm.train.loop import TrainingInterrupted
 from fastlm.train.objective import DivergedError
-from fastlm.train.online_objectives import value_model
+from fastlm.train.online_objectives import build_value_model
 from fastlm.train.online_stage import Grpo, Ppo, text_of
-from fastlm.train.rollouts import pack_answers
+from fastlm.train.rollouts import pack_rollouts
 
 SMALL = {
-    "data": ("x.jsonl",), "prompts": 4, "answers": 2, "batch_size": 4, "max_new_tokens": 6,
-    "max_steps": 6, "lr": 1e-3, "heldout": 0.2, "val_prompts": 3, "validations": 2,
-    "sample_at": (1.0,), "sample_tokens": 6, "dtype": "float32", "checkpoint_every": 8,
+    "data": ("x.jsonl",), "prompts_per_round": 4, "num_generations": 2, "batch_size": 4,
+    "max_new_tokens": 6, "max_steps": 6, "lr": 1e-3, "heldout": 0.2, "val_prompts": 3,
+    "validations": 2, "sample_at": (1.0,), "sample_tokens": 6, "dtype": "float32", "save_steps": 8,
 }  # fmt: skip
-GRPO = Grpo(**SMALL, reward="contains")  # type: ignore[arg-type]
-PPO = Ppo(**SMALL, passes=2, beta=0.1)  # type: ignore[arg-type]
+GRPO = Grpo(**SMALL, reward_function="contains")  # type: ignore[arg-type]
+PPO = Ppo(**SMALL, num_iterations=2, beta=0.1)  # type: ignore[arg-type]
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -95,13 +95,13 @@ kind = "ppo"
 from = "{base}"
 reward_model = "{reward_model}"
 data = ["{data}"]
-value = "reward"
-prompts = 4
+value_model = "reward"
+prompts_per_round = 4
 batch_size = 4
 max_new_tokens = 6
 max_steps = 8
 lr = 1e-3
-missing_end = -1.0
+missing_eos_penalty = -1.0
 heldout = 0.2
 sample_tokens = 4
 dtype = "float32"
@@ -128,8 +128,8 @@ def test_adapters_are_trained_against_the_base(base, data, tmp_path, bits) -> No
 
 def test_the_last_good_policy_is_kept(base, data, tmp_path) -> None:
     """The KL explodes in the second round: the model of the checkpoint before it is written."""
-    stage = replace(GRPO, data=(data,), max_kl=0.02, lr=1e-2, max_steps=60, checkpoint_every=2)
-    stage = replace(stage, warmup=1.0, validations=0, sample_at=())
+    stage = replace(GRPO, data=(data,), max_kl=0.02, lr=1e-2, max_steps=60, save_steps=2)
+    stage = replace(stage, warmup_ratio=1.0, validations=0, sample_at=())
     with pytest.raises(DivergedError, match=r"expected at most max_kl 0\.02; last good") as raised:
         stage(tmp_path, model=base)
     assert not (tmp_path / "model").exists()
@@ -142,8 +142,10 @@ def test_the_last_good_policy_is_kept(base, data, tmp_path) -> None:
 def test_the_policy_of_the_last_step_is_measured(base, data, tmp_path) -> None:
     file = tmp_path / "mine.py"
     file.write_text("def length(answer, row):\n    return len(answer)\n")
-    stage = replace(GRPO, data=(data,), reward=f"{file}:length", max_kl=0.02, lr=3e-2, max_steps=2)
-    stage = replace(stage, warmup=0.0, validations=0, sample_at=())
+    stage = replace(
+        GRPO, data=(data,), reward_function=f"{file}:length", max_kl=0.02, lr=3e-2, max_steps=2
+    )
+    stage = replace(stage, warmup_ratio=0.0, validations=0, sample_at=())
     with pytest.raises(DivergedError, match=r"step 2: round 1: the KL .* max_kl 0\.02; last"):
         stage(tmp_path, model=base)
     assert not (tmp_path / "model").exists()
@@ -156,7 +158,7 @@ def test_another_reward_is_another_training(base, data, tmp_path) -> None:
     rows = [{"prompt": f"now {word}", "answer": word[0]} for word in WORDS]
     other = write(tmp_path / "other.jsonl", rows)
     for changed, differs in (
-        (replace(more, reward="exact"), "scored_by was"),
+        (replace(more, reward_function="exact"), "scored_by was"),
         (replace(more, data=(other,)), "the rows of the data are not the same"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=f"is of another run: {differs}"):
@@ -168,8 +170,8 @@ def test_a_score_belongs_to_its_prompt(base, data, tmp_path) -> None:
     """The function sees the answer's own row: scores are the lengths of the rows' words."""
     file = tmp_path / "mine.py"
     file.write_text("def own(answer, row):\n    return len(row['prompt'])\n")
-    stage = replace(GRPO, data=(data,), reward=f"{file}:own", max_steps=1, heldout=0.0)
-    stage = replace(stage, prompts=len(WORDS), validations=0, sample_at=(), checkpoint_every=9)
+    stage = replace(GRPO, data=(data,), reward_function=f"{file}:own", max_steps=1, heldout=0.0)
+    stage = replace(stage, prompts_per_round=len(WORDS), validations=0, sample_at=(), save_steps=9)
     stage(tmp_path / "out", model=base)
     (line,) = [line for line in metrics_of(tmp_path / "out") if "loss" in line]
     expected = sum(len(f"what is {word}") for word in WORDS) / len(WORDS)
@@ -215,8 +217,8 @@ def test_a_template_that_drops_tools_is_refused(base, tmp_path) -> None:
 def test_a_value_model_begins_as_the_reward_model(base, reward_model) -> None:
     policy = CausalLM.from_pretrained(base, dtype=torch.float32)
     scorer = RewardModel.from_pretrained(reward_model)
-    packed = pack_answers([[5, 6], [7]], [[8, 9, 10], [11]], torch.device("cpu"))
-    value = value_model(policy, reward=scorer)
+    packed = pack_rollouts([[5, 6], [7]], [[8, 9, 10], [11]], torch.device("cpu"))
+    value = build_value_model(policy, reward=scorer)
     got = value.values(packed)
     # before its last token an answer is scored as a prompt with the tokens so far
     for row, column, sequence in ((0, 0, [5, 6]), (0, 2, [5, 6, 8, 9]), (1, 0, [7])):
@@ -229,7 +231,7 @@ def test_a_value_model_begins_as_the_reward_model(base, reward_model) -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_value_model_shares_what_is_frozen_and_has_no_head(tied) -> None:
     policy = CausalLM(config(64, 0, tie_word_embeddings=tied), seed=1)
-    whole = value_model(policy).trunk
+    whole = build_value_model(policy).trunk
     assert whole is not None and not hasattr(whole, "lm_head")
     mine = {name: p for name, p in policy.named_parameters() if not name.startswith("lm_head")}
     theirs = dict(whole.named_parameters())
@@ -238,7 +240,7 @@ def test_a_value_model_shares_what_is_frozen_and_has_no_head(tied) -> None:
     assert hasattr(policy, "lm_head") is not tied  # the policy keeps its own
 
     quantize(add_lora(policy, 2), "w4a16", group_size=16, embeddings=16, head=16)
-    trunk = value_model(policy).trunk
+    trunk = build_value_model(policy).trunk
     assert trunk is not None
     held = {name: t.data_ptr() for name, t in named_tensors(trunk)}
     for name, tensor in named_tensors(policy):
@@ -260,7 +262,7 @@ def named_tensors(model: CausalLM) -> list[tuple[str, torch.Tensor]]:
 
 def test_ppo_with_adapters_continues_to_the_same_bits(base, data, tmp_path) -> None:
     """Policy and value model train adapters of their own on one frozen base."""
-    stage = replace(PPO, data=(data,), reward="contains", lora_rank=4, merge=False)
+    stage = replace(PPO, data=(data,), reward_function="contains", lora_rank=4, merge=False)
     result = stage(tmp_path / "whole", model=base)
     policy = sum(p.numel() for p in add_lora(CausalLM.from_pretrained(base), 4).parameters())
     assert result["trained_parameters"] < policy
@@ -330,9 +332,9 @@ def test_a_reward_of_ones_own(base, data, tmp_path) -> None:
         (f"{tmp_path}/none.py:f", "expected a file, got none at"),
         ("no.such.module:f", "expected a module that can be imported, got ModuleNotFoundError"),
     ):
-        with pytest.raises(InputError, match=f"reward: {message}"):
+        with pytest.raises(InputError, match=f"reward_function: {message}"):
             load_reward(name)
-    stage = replace(GRPO, data=(data,), reward=f"{file}:bad", heldout=0.0, sample_at=())
+    stage = replace(GRPO, data=(data,), reward_function=f"{file}:bad", heldout=0.0, sample_at=())
     with pytest.raises(InputError, match=r"prompts.jsonl, line \d+: the reward function failed: K"):
         stage(tmp_path / "out", model=base)
 
@@ -340,11 +342,11 @@ def test_a_reward_of_ones_own(base, data, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("stage", "message"),
     [
-        (replace(GRPO, answers=1), "answers: expected 2 or more to compare, got 1"),
+        (replace(GRPO, num_generations=1), "num_generations: expected 2 or more to compare, got 1"),
         (replace(GRPO, loss_type="gspo"), "loss_type: expected one of dapo, grpo, dr_grpo, rloo"),
         (replace(GRPO, temperature=0.0), "temperature: expected a positive number, got 0.0"),
-        (replace(GRPO, passes=9), "checkpoint_every: expected at least the 18 steps of a round"),
-        (replace(GRPO, keep=1), "keep: expected 2 or more, as the last may be too far, got 1"),
+        (replace(GRPO, num_iterations=9), "save_steps: expected at least the 18 steps of a round"),
+        (replace(GRPO, save_total_limit=1), "save_total_limit: expected 2 or more"),
         (replace(GRPO, kl_target=1.0), "kl_target: expected a beta above 0 to adapt, got 0"),
         (replace(PPO, kl_target=1.0, kl_horizon=2.0), "kl_horizon: expected at least the 8"),
         (replace(GRPO, batch_warmup=0.5), "batch_warmup: expected 0, as a round has a fixed"),
@@ -353,18 +355,21 @@ def test_a_reward_of_ones_own(base, data, tmp_path) -> None:
         (replace(GRPO, beta=-1.0), "beta: expected 0 or more, got -1.0"),
         (replace(GRPO, lora_rank=2, lora_dropout=0.1), "lora_dropout: expected 0, as the update"),
         (replace(GRPO, val_tokens=99), "val_tokens: grpo has no use for it, got 99"),
-        (replace(GRPO, missing_end=math.inf), "missing_end: expected a finite number, got inf"),
-        (replace(GRPO, overlong="truncate"), "overlong: expected one of skip, got 'truncate'"),
+        (replace(GRPO, missing_eos_penalty=math.inf), "missing_eos_penalty: expected a finite"),
+        (replace(GRPO, truncation="truncate"), "truncation: expected one of skip, got 'truncate'"),
         (replace(GRPO, data=()), "data: expected at least one source of prompts, got none"),
-        (replace(PPO, value="none"), "value: expected one of own, shared, reward, got 'none'"),
-        (replace(PPO, kl_penalty="k4"), "kl_penalty: expected one of k1, k2, k3, got 'k4'"),
+        (replace(PPO, value_model="none"), "value_model: expected one of copy, shared"),
+        (replace(PPO, kl_estimator="k4"), "kl_estimator: expected one of k1, k2, k3, got 'k4'"),
         (replace(PPO, critic_warmup=-1), "critic_warmup: expected 0 or more, got -1"),
         (replace(PPO, critic_warmup=2), "critic_warmup: expected rounds of fewer than the 6 steps"),
         (replace(PPO, lam=1.5), "lam: expected 0 to 1, got 1.5"),
         (replace(PPO, dual_clip=1.0), "dual_clip: expected a number above 1, got 1.0"),
-        (PPO, "reward: expected a function, or a reward_model, got neither"),
-        (replace(PPO, reward="exact", value="reward"), "value: expected a reward_model to begin"),
-        (replace(GRPO, seq_len=8), "data: expected prompts to answer, got none in 14 rows"),
+        (PPO, "reward_function: expected a function, or a reward_model, got neither"),
+        (
+            replace(PPO, reward_function="exact", value_model="reward"),
+            "value_model: expected a reward_model to begin",
+        ),
+        (replace(GRPO, max_length=8), "data: expected prompts to answer, got none in 14 rows"),
     ],
 )  # fmt: skip
 def test_refused(base, data, tmp_path, stage, message) -> None:

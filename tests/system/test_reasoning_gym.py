@@ -109,19 +109,19 @@ def test_no_text_is_evaluated(tmp_path, monkeypatch, forgotten) -> None:
     told = tmp_path / "told"
     code = f'__import__("os").mkdir("{told}")'
     row = next(reasoning_gym_rows("reasoning-gym:countdown?size=1"))
-    refused = "reward: expected a generator of which .* without evaluating text, .* got 'countdown'"
+    refused = "reward_function: expected a generator of which .* got 'countdown'"
     with pytest.raises(InputError, match=refused):
         score_reasoning_gym(code, row)
-    stage = Grpo(data=(row["source"],), reward="reasoning-gym", max_steps=1)
+    stage = Grpo(data=(row["source"],), reward_function="reasoning-gym", max_steps=1)
     with pytest.raises(InputError, match=refused):
         stage.check()
-    replace(stage, reward="number").check()
+    replace(stage, reward_function="number").check()
     about = {"source_dataset": "number_sorting", "direction": "ascending"}
     entry = {"question": "1", "answer": code, "metadata": about}
     file = write(tmp_path / "rows.jsonl", [entry])
     base = make_base(tmp_path / "base", max_position_embeddings=256)
     with pytest.raises(
-        InputError, match=r"rows.jsonl, line 1: reward: expected .*'number_sorting'"
+        InputError, match=r"rows.jsonl, line 1: reward_function: expected .*'number_sorting'"
     ):
         replace(stage, data=(file,))(tmp_path / "out", model=base)
     assert not told.exists()
@@ -182,9 +182,9 @@ name = "sums"
 kind = "grpo"
 from = "{base}"
 data = ["{SUMS}"]
-reward = "reasoning-gym"
-prompts = 4
-answers = 2
+reward_function = "reasoning-gym"
+prompts_per_round = 4
+num_generations = 2
 max_new_tokens = 4
 max_steps = 2
 heldout = 0.3
@@ -199,8 +199,9 @@ dtype = "float32"
     assert [json.loads(line)["score"] >= 0 for line in lines if '"score"' in line] == [True] * 2
     assert "skip" in CliRunner().invoke(app, run).output  # nothing changed
     # equal questions are on one side
-    stage = Grpo(data=(SUMS,), reward="reasoning-gym", max_steps=1, max_new_tokens=2, prompts=2,
-                 heldout=0.3, validations=0, sample_at=(), dtype="float32")  # fmt: skip
+    stage = Grpo(data=(SUMS,), reward_function="reasoning-gym", max_steps=1, max_new_tokens=2,
+                 prompts_per_round=2, heldout=0.3, validations=0, sample_at=(),
+                 dtype="float32")  # fmt: skip
     result = stage(tmp_path / "out", model=base)
     assert result["prompts"] + result["heldout"] == 40 and 4 < result["heldout"] < 24
     mixed = replace(stage, data=(SUMS, write(tmp_path / "x.jsonl", [{"prompt": "what"}])))

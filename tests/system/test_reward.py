@@ -26,8 +26,8 @@ from fastlm.train.preferences import PreferenceExample, accuracy_error, ranked_r
 from fastlm.train.reward import Reward, RewardObjective, calibration, length_bias
 
 TINY = Reward(
-    data=("x.jsonl",), epochs=3, batch_size=3, accumulate=2, lr=3e-3, heldout=0.25, validations=2,
-    dtype="float32", checkpoint_every=3,
+    data=("x.jsonl",), epochs=3, batch_size=3, gradient_accumulation_steps=2, lr=3e-3, heldout=0.25,
+    validations=2, dtype="float32", save_steps=3,
 )  # fmt: skip
 ROWS = [
     PreferenceExample((example([5, 6, 7, 8, 9], 3, "1"), example([5, 6, 7, 10], 3)), margin=0.5),
@@ -338,8 +338,8 @@ REFUSED = {
     "data: expected pairs to learn from, got none in 1 rows (1 too long)": (
         {"prompt": "x " * 150, "chosen": "b", "rejected": "c"}, {},
     ),
-    "seq_len: expected at most the model's context 128, got 129": (
-        {"prompt": "a", "chosen": "b", "rejected": "c"}, {"seq_len": 129},
+    "max_length: expected at most the model's context 128, got 129": (
+        {"prompt": "a", "chosen": "b", "rejected": "c"}, {"max_length": 129},
     ),
     "sample_prompt: reward has no use for it, got 'Hello'": (
         {"prompt": "a", "chosen": "b", "rejected": "c"}, {"sample_prompt": "Hello"},

@@ -189,7 +189,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-WATCHING = ["pretrain.keep=3", "pretrain.checkpoint_every=4", "pretrain.validations=1",
+WATCHING = ["pretrain.save_total_limit=3", "pretrain.save_steps=4", "pretrain.validations=1",
             "pretrain.val_tokens=256", "pretrain.sample_at=[0.5]", "pretrain.sample_prompt='The'",
             "pretrain.sample_tokens=2", "data.workers=2"]  # fmt: skip
 
@@ -276,7 +276,7 @@ def test_a_training_that_gives_way_is_set_aside_and_can_go_on(tmp_path):
 
 
 def test_a_training_continues_with_options_that_its_command_takes(tmp_path):
-    """`take`, and before the end `on_spike`: nothing is archived, no step is trained again."""
+    """`keep`, and before the end `on_spike`: nothing is archived, no step is trained again."""
     recipe, run, plans = tiny_recipe.write(tmp_path), tmp_path / "run", []
 
     def again(*overrides: str) -> tuple[str, str]:
@@ -290,17 +290,17 @@ def test_a_training_continues_with_options_that_its_command_takes(tmp_path):
         del record["stages"]["pretrain"]["file_sizes"], record["stages"]["pretrain"]["result"]
         (run / "stages.json").write_text(json.dumps(record))
 
-    assert again("keep_best=true", "spike_factor=3.0") == ("run", "new")
+    assert again("save_best=true", "spike_factor=3.0") == ("run", "new")
     log = (run / "pretrain/metrics.jsonl").read_bytes()
     last = (run / "pretrain/model/model.safetensors").read_bytes()
     lowest = next((run / "pretrain/checkpoints").glob("best-*"))
     # make the best weights differ from the last ones
     tensors, told = load_tensors(lowest)
     save_tensors(lowest, {name: t + 1 for name, t in tensors.items()}, told)
-    taken = "take was 'last', now 'best'"
-    assert again("spike_factor=3.0", 'take="best"') == ("continue", taken)
+    taken = "keep was 'last', now 'best'"
+    assert again("spike_factor=3.0", 'keep="best"') == ("continue", taken)
     assert (run / "pretrain/model/model.safetensors").read_bytes() != last
-    assert again("spike_factor=3.0") == ("continue", "take was 'best', now 'last'")
+    assert again("spike_factor=3.0") == ("continue", "keep was 'best', now 'last'")
     assert (run / "pretrain/model/model.safetensors").read_bytes() == last
     assert again("spike_factor=3.0", 'on_spike="stop"') == ("skip", "done")
     cut_off()
@@ -318,7 +318,7 @@ def test_a_training_continues_with_options_that_its_command_takes(tmp_path):
     assert again() == ("run", "on_spike was 'skip', now 'warn'")
     assert len([*run.glob("previous*")]) == 3
     # what a checkpoint cannot continue with starts again
-    assert again('take="best"', "max_steps=2", "lr=1e-3")[0] == "run"
+    assert again('keep="best"', "max_steps=2", "lr=1e-3")[0] == "run"
     assert len([*run.glob("previous*")]) == 4
 
 

@@ -30,7 +30,7 @@ QUESTIONS = {
 }
 TINY = Sft(
     data=("x.jsonl",), epochs=40, batch_size=2, lr=4e-3, heldout=0.0, validations=0,
-    sample_at=(), dtype="float32", checkpoint_every=10,
+    sample_at=(), dtype="float32", save_steps=10,
 )  # fmt: skip
 
 
@@ -218,7 +218,7 @@ def test_weights_of_one_change_nothing() -> None:
      ({"max_tokens": 999}, None)],
 )  # fmt: skip
 def test_epochs_are_steps(given, steps) -> None:
-    stage = Sft(data=("x.jsonl",), batch_size=4, accumulate=2, **given)
+    stage = Sft(data=("x.jsonl",), batch_size=4, gradient_accumulation_steps=2, **given)
     assert stage.train_options(101).max_steps == steps  # 26 micro-batches an epoch
 
 
@@ -386,7 +386,7 @@ LONG = {
 def test_long_rows_are_counted(base, tmp_path, how) -> None:
     counts, conversations = LONG[how]
     stage = options(
-        data=(long_rows(tmp_path),), epochs=1, overlong=how, sample_at=(1.0,), sample_tokens=9
+        data=(long_rows(tmp_path),), epochs=1, truncation=how, sample_at=(1.0,), sample_tokens=9
     )
     result = stage(tmp_path / "out", model=base)
     assert result["counts"] == counts and result["conversations"] == conversations
@@ -407,9 +407,9 @@ def test_nothing_to_learn(base, tmp_path) -> None:
     with pytest.raises(InputError, match=r"got none in 1 rows \(1 held out\)"):
         options(data=(str(file),), heldout=0.999999)(tmp_path / "none", model=base)
     with pytest.raises(
-        InputError, match="seq_len: expected at most the model's context 128, got 129"
+        InputError, match="max_length: expected at most the model's context 128, got 129"
     ):
-        options(data=(str(file),), seq_len=129)(tmp_path / "none", model=base)
+        options(data=(str(file),), max_length=129)(tmp_path / "none", model=base)
     with pytest.raises(InputError, match="sample_prompt: expected at most 48 tokens"):
         options(data=(str(file),), sample_prompt="x " * 60)(tmp_path / "none", model=base)
 
@@ -442,8 +442,8 @@ REFUSED = {
     " got 0.1": {"batch_warmup": 0.1},
     "epochs: expected a positive number, got 0": {"epochs": 0},
     "heldout: expected a share in [0, 1), got 1": {"heldout": 1},
-    "overlong: expected one of skip, truncate, split, got 'cut'": {"overlong": "cut"},
-    "seq_len: expected 2 or more, got 1": {"seq_len": 1},
+    "truncation: expected one of skip, truncate, split, got 'cut'": {"truncation": "cut"},
+    "max_length: expected 2 or more, got 1": {"max_length": 1},
     "batch_size: expected 1 or more, got 0": {"batch_size": 0},
     "max_steps: expected a positive number, got 0": {"max_steps": 0},
     "lr: expected a positive number, got -1": {"lr": -1},

@@ -85,7 +85,7 @@ def test_a_warning_names_the_batch_and_changes_nothing(data, tmp_path, monkeypat
 
 def test_a_skipped_step_moves_nothing(data, tmp_path, monkeypatch):
     broken_at(monkeypatch, BAD)
-    options = replace(OPTIONS, on_spike="skip", checkpoint_every=1, keep=30, max_steps=14)
+    options = replace(OPTIONS, on_spike="skip", save_steps=1, save_total_limit=30, max_steps=14)
     result = tiny_run.start(data, tmp_path, options)
     marked = [line for line in lines(tmp_path) if "skipped" in line]
     assert [m["step"] for m in marked] == [BAD] and result.steps == 14

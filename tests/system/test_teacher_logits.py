@@ -280,7 +280,7 @@ def stage(tmp_path) -> Distill:
     rows = [{"prompt": f"what is {word}", "completion": f"please {word}"} for word in WORDS]
     return Distill(
         data=(write(tmp_path / "chats.jsonl", rows),), epochs=4, batch_size=4, lr=3e-3,
-        heldout=0.3, validations=2, sample_at=(), dtype="float32", checkpoint_every=2,
+        heldout=0.3, validations=2, sample_at=(), dtype="float32", save_steps=2,
         teacher_top_k=32, sft_weight=0.1,
     )  # fmt: skip
 
@@ -346,7 +346,11 @@ def test_refused(models, stage, tmp_path) -> None:
             teacher,
             "divergence: expected forward with teacher_top",
         ),
-        (replace(stage, on_policy=0.5), teacher, "on_policy: expected 0 with teacher_top_k, which"),
+        (
+            replace(stage, on_policy_fraction=0.5),
+            teacher,
+            "on_policy_fraction: expected 0 with teacher_top_k, which",
+        ),
         (replace(stage, teacher_top_k=0), teacher, "teacher_top_k: expected 1 or more, got 0"),
         (replace(stage, teacher_top_k=9999), teacher, "teacher_top_k: expected at most the voc"),
         (

@@ -24,7 +24,7 @@ from fastlm.train.pretrain import PretrainObjective
 from fastlm.train.state import difference, list_checkpoints, prune
 
 TIMES = ("seconds", "tokens_per_second", "progress")
-STEP_TOKENS = OPTIONS.accumulate * 4 * tiny_run.SEQ  # batches of 4 windows
+STEP_TOKENS = OPTIONS.gradient_accumulation_steps * 4 * tiny_run.SEQ  # batches of 4 windows
 
 
 @pytest.fixture(scope="module")
@@ -47,22 +47,22 @@ def events(run):
 
 
 def test_schedules():
-    flat = TrainOptions(lr=2.0, warmup=0.1)
+    flat = TrainOptions(lr=2.0, warmup_ratio=0.1)
     assert flat.learning_rate(0.05) == 1.0
     assert flat.learning_rate(0.1) == pytest.approx(2.0)
     assert flat.learning_rate(0.55) == pytest.approx(1.0)
     assert replace(flat, final_lr=0.1).learning_rate(1.0) == pytest.approx(0.2)
-    wsd = replace(flat, schedule="wsd", decay=0.2)
+    wsd = replace(flat, schedule="wsd", decay_ratio=0.2)
     assert wsd.learning_rate(0.5) == wsd.learning_rate(0.79) == 2.0
     assert wsd.learning_rate(0.9) == pytest.approx(1.0)
     assert wsd.learning_rate(1.0) == 0.0
     assert TrainOptions(max_steps=10, max_seconds=40).progress(5, 0, 30) == 0.75
     assert TrainOptions(max_seconds=40).progress(5, 0, 50) == 1.0
     assert TrainOptions(max_steps=10, max_seconds=40, max_tokens=100).progress(5, 90, 10) == 0.9
-    grows = TrainOptions(accumulate=4, batch_warmup=0.3)
+    grows = TrainOptions(gradient_accumulation_steps=4, batch_warmup=0.3)
     sizes = [grows.micro_batches(done) for done in (0.0, 0.09, 0.11, 0.21, 0.29, 0.3, 1.0)]
     assert sizes == [1, 1, 2, 3, 3, 4, 4]
-    assert TrainOptions(accumulate=4).micro_batches(0.0) == 4
+    assert TrainOptions(gradient_accumulation_steps=4).micro_batches(0.0) == 4
     assert TrainOptions(batch_warmup=1.0).micro_batches(0.5) == 1
 
 
@@ -89,7 +89,7 @@ def test_accumulation_is_one_large_batch(data, tmp_path):
     """Two micro-batches of 4 windows against one of 8, in float32 without dropout."""
     plain = replace(OPTIONS, dtype="float32", max_steps=3, validations=0, sample_at=())
 
-    def losses(name, accumulate, batch):
+    def losses(name, gradient_accumulation_steps, batch):
         torch.manual_seed(1)
         model = tiny_run.TinyLM()
         model.train = lambda mode=True: model  # no dropout: the two runs would draw different masks
@@ -98,7 +98,7 @@ def test_accumulation_is_one_large_batch(data, tmp_path):
         sampler = tiny_run.BatchSampler(
             tiny_run.TokenDataset(data / "train"), batch, tiny_run.SEQ, seed=7
         )
-        options = replace(plain, accumulate=accumulate)
+        options = replace(plain, gradient_accumulation_steps=gradient_accumulation_steps)
         train(PretrainObjective(model, sampler, None, options), options, tmp_path / name)
         return [e["loss"] for e in events(tmp_path / name)]
 
@@ -106,7 +106,9 @@ def test_accumulation_is_one_large_batch(data, tmp_path):
 
 
 def test_the_batch_grows_and_a_run_cut_off_in_between_goes_on_alike(data, tmp_path):
-    options = replace(OPTIONS, accumulate=3, batch_warmup=0.5, validations=0, sample_at=())
+    options = replace(
+        OPTIONS, gradient_accumulation_steps=3, batch_warmup=0.5, validations=0, sample_at=()
+    )
 
     def press(event):
         if event.get("step") == 5:
@@ -199,7 +201,7 @@ def test_other_moments_to_look_and_save_go_on_from_the_same_checkpoint(
         start(data, tmp_path, on_event=press)
     watching = replace(
         OPTIONS, validations=1, val_tokens=64, sample_at=(0.6,), sample_prompt="b",
-        sample_tokens=2, checkpoint_every=7, keep=3,
+        sample_tokens=2, save_steps=7, save_total_limit=3,
     )  # fmt: skip
     start(data, tmp_path, watching)
     losses = [[e["loss"] for e in events(run) if "loss" in e] for run in (tmp_path, uninterrupted)]
@@ -259,7 +261,7 @@ def clock(monkeypatch):
 
 
 def test_time_budget_ends_the_run_and_keeps_used_time(data, tmp_path, clock):
-    options = replace(OPTIONS, max_steps=None, max_seconds=1.0, checkpoint_every=10, validations=2)
+    options = replace(OPTIONS, max_steps=None, max_seconds=1.0, save_steps=10, validations=2)
 
     def press(event):
         clock.event(event)
@@ -320,7 +322,7 @@ def test_progress_counts_what_the_budget_counts(data, tmp_path, clock, budget, u
 
 def test_budget_and_warmup_begin_with_the_first_step(data, tmp_path, clock):
     """The duration of the validation before it does not count."""
-    options = replace(OPTIONS, max_steps=None, max_seconds=1.0, warmup=0.5, validations=2)
+    options = replace(OPTIONS, max_steps=None, max_seconds=1.0, warmup_ratio=0.5, validations=2)
     clock.validation = 0.4
     start(data, tmp_path, options, on_event=clock.event)
     rates = [e["lr"] for e in events(tmp_path) if "loss" in e]
@@ -346,7 +348,7 @@ def test_a_training_goes_on_under_a_larger_budget(data, tmp_path, interrupted):
         if interrupted and event.get("step") == 8 and "loss" in event:
             os.kill(os.getpid(), signal.SIGINT)
 
-    plain = replace(OPTIONS, schedule="wsd", warmup=0.1, decay=0.25)
+    plain = replace(OPTIONS, schedule="wsd", warmup_ratio=0.1, decay_ratio=0.25)
     with pytest.raises(TrainingInterrupted) if interrupted else contextlib.nullcontext():
         start(data, tmp_path, replace(plain, max_steps=12), on_event=press)
     done = events(tmp_path)
@@ -400,9 +402,12 @@ def test_a_corrupt_checkpoint_is_refused(data, tmp_path):
         ({"max_tokens": 0}, "max_tokens: expected a positive number, got 0"),
         ({"lr": -1.0}, "lr: expected a positive number, got -1.0"),
         ({"schedule": "linear"}, "schedule: expected one of cosine, wsd"),
-        ({"schedule": "wsd", "warmup": 0.4, "decay": 0.7}, "decay: expected at most 1 - warmup ="),
+        (
+            {"schedule": "wsd", "warmup_ratio": 0.4, "decay_ratio": 0.7},
+            "decay_ratio: expected at most 1 - warmup_ratio =",
+        ),
         ({"sample_at": (2.0,)}, r"sample_at\[0\]: expected 0 to 1"),
-        ({"keep": 0}, "keep: expected 1 or more"),
+        ({"save_total_limit": 0}, "save_total_limit: expected 1 or more"),
         ({"batch_warmup": 1.5}, "batch_warmup: expected 0 to 1, got 1.5"),
         ({"dtype": "float64"}, "dtype: expected one of bfloat16, float32"),
     ],

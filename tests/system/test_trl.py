@@ -137,7 +137,7 @@ def test_kto(base, tmp_path) -> None:
     import datasets
     import trl
 
-    terms = PreferenceLoss(loss="kto", beta=0.3, weight_desirable=1.5, weight_undesirable=0.7)
+    terms = PreferenceLoss(loss_type="kto", beta=0.3, desirable_weight=1.5, undesirable_weight=0.7)
     rows = [
         {"prompt": row["prompt"], "completion": row["chosen" if i % 3 else "rejected"] + " now" * i,
          "label": i % 3 > 0}
@@ -145,8 +145,8 @@ def test_kto(base, tmp_path) -> None:
     ]  # fmt: skip
     theirs, words = loaded(base)
     arguments = trl.KTOConfig(
-        str(tmp_path), beta=terms.beta, desirable_weight=terms.weight_desirable,
-        undesirable_weight=terms.weight_undesirable, disable_dropout=True, **ARGUMENTS,
+        str(tmp_path), beta=terms.beta, desirable_weight=terms.desirable_weight,
+        undesirable_weight=terms.undesirable_weight, disable_dropout=True, **ARGUMENTS,
     )  # fmt: skip
     trainer = trl.KTOTrainer(
         theirs, loaded(base)[0], arguments, train_dataset=datasets.Dataset.from_list(rows),
@@ -255,8 +255,8 @@ def rollouts_of_fastlm(base, theirs, asked, end: int, **group) -> GrpoObjective:
     policy = CausalLM.from_pretrained(base, dtype=torch.float32)
     reference = CausalLM.from_pretrained(base, dtype=torch.float32)
     options = GrpoOptions(
-        max_new_tokens=LONGEST, prompts=2, answers=GROUP, batch_size=4, beta=beta,
-        mismatch=float("inf"),  # the log-probabilities of sampling are made up
+        max_new_tokens=LONGEST, prompts_per_round=2, num_generations=GROUP, batch_size=4, beta=beta,
+        mismatch_threshold=float("inf"),  # the log-probabilities of sampling are made up
         **group,
     )  # fmt: skip
     copied(policy, theirs)

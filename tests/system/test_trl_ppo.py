@@ -14,7 +14,7 @@ from torch import Tensor
 from fastlm.inference.requests import Completion
 from fastlm.model.causal_lm import CausalLM
 from fastlm.train import losses
-from fastlm.train.online_objectives import PpoObjective, value_model
+from fastlm.train.online_objectives import PpoObjective, build_value_model
 from fastlm.train.options import PpoOptions
 
 FOUND = json.loads((SUPPORT / "trl_ppo_values.json").read_text())
@@ -102,7 +102,7 @@ def test_the_estimate_of_a_round_differs_by_one_position(name) -> None:
     made = PpoObjective(
         policy, None, [[1]], [], lambda places, answers: [],
         PpoOptions(beta=OPTIONS["kl_coef"], gamma=gamma, lam=lam, whiten_advantages=False),
-        base="", value=value_model(policy, shared=True),
+        base="", value_model=build_value_model(policy, shared=True),
     )  # fmt: skip
     made.offset = 0.0  # TRL's values are those of its head
     kept = {"logp": r["logprobs"], "ref_logp": r["ref_logprobs"], "values": r["values"],
@@ -117,7 +117,7 @@ def test_the_estimate_of_a_round_differs_by_one_position(name) -> None:
 
 
 def test_an_answer_without_an_end(name) -> None:
-    """Convention 6: TRL subtracts a number from its score, `missing_end` replaces it."""
+    """Convention 6: TRL subtracts a number from its score, `missing_eos_penalty` replaces it."""
     r = Round(name)
     ended = torch.tensor(r.found["ended"])
     assert ended.any() and not ended.all()
@@ -126,7 +126,8 @@ def test_an_answer_without_an_end(name) -> None:
     policy = CausalLM(config(16), seed=0)
     made = PpoObjective(
         policy, None, [[1]], [], lambda places, answers: r["scores_of_model"].tolist(),
-        PpoOptions(missing_end=-0.5), base="", value=value_model(policy, shared=True),
+        PpoOptions(missing_eos_penalty=-0.5), base="",
+        value_model=build_value_model(policy, shared=True),
     )  # fmt: skip
     answers = [
         Completion([1], finish_reason="stop" if end else "length") for end in r.found["ended"]
@@ -150,11 +151,11 @@ def test_losses_and_gradients_of_the_updates(name) -> None:
         )
         policy_loss, of_policy = losses.ppo_policy_loss(
             logp, r["logprobs"][rows], r["whitened_advantages"][rows], r.mask[rows],
-            clip=OPTIONS["cliprange"],
+            clip_range=OPTIONS["cliprange"],
         )  # fmt: skip
         value_loss, of_value = losses.ppo_value_loss(
             values, r["values"][rows], r["returns"][rows], r.later[rows],
-            clip=OPTIONS["cliprange_value"],
+            clip_range=OPTIONS["cliprange_value"],
         )  # fmt: skip
         ((policy_loss + OPTIONS["vf_coef"] * value_loss) / 2).backward()
         for found, expected in (
@@ -178,7 +179,7 @@ def test_a_step_is_a_mean_over_its_tokens(name) -> None:
         losses.ppo_policy_loss(
             torch.tensor(part["logprobs"]), r["logprobs"][part["rows"]],
             r["whitened_advantages"][part["rows"]], r.mask[part["rows"]],
-            clip=OPTIONS["cliprange"], num_items=sum(counts),
+            clip_range=OPTIONS["cliprange"], num_items=sum(counts),
         )[0]
         for part in parts
     )  # fmt: skip

@@ -65,16 +65,18 @@ def test_aggregate_by_hand() -> None:
     mask = ~x.isnan()
     assert_same(losses.aggregate(x, mask), 7 / 3)
     assert_same(losses.aggregate(x, mask, num_items=10), 0.7)
-    assert_same(losses.aggregate(x, mask, how="sequence"), (1.5 + 4) / 2)  # the empty row: no part
-    assert_same(losses.aggregate(x, mask, how="sequence", num_items=4), (1.5 + 4) / 4)
-    assert_same(losses.aggregate(x, mask, how="constant", num_items=9), 7 / 9)
+    assert_same(
+        losses.aggregate(x, mask, aggregation="sequence"), (1.5 + 4) / 2
+    )  # the empty row: no part
+    assert_same(losses.aggregate(x, mask, aggregation="sequence", num_items=4), (1.5 + 4) / 4)
+    assert_same(losses.aggregate(x, mask, aggregation="constant", num_items=9), 7 / 9)
     assert_same(losses.aggregate(x, mask.long()), 7 / 3)
 
 
 @pytest.mark.parametrize("how", ["token", "sequence"])
 def test_a_mean_over_nothing_is_zero_with_gradient_zero(how) -> None:
     x = torch.full((2, 3), NAN, requires_grad=True)
-    loss = losses.aggregate(x, torch.zeros(2, 3, dtype=torch.bool), how=how)
+    loss = losses.aggregate(x, torch.zeros(2, 3, dtype=torch.bool), aggregation=how)
     loss.backward()
     assert loss == 0 and x.grad is not None and (x.grad == 0).all()
 
@@ -83,7 +85,7 @@ def test_a_mean_over_nothing_is_zero_with_gradient_zero(how) -> None:
 def test_a_step_without_items_has_loss_zero(how) -> None:
     x, mask = torch.full((2, 3), NAN), torch.zeros(2, 3, dtype=torch.bool)
     for none in (0, torch.tensor(0)):
-        assert losses.aggregate(x, mask, how=how, num_items=none) == 0
+        assert losses.aggregate(x, mask, aggregation=how, num_items=none) == 0
 
 
 # ---- what holds for every loss over tokens
@@ -107,7 +109,9 @@ def value(values, old, ref, returns, mask, num_items):
 def grpo(how: str):
     def loss(logp, old, ref, advantages, mask, num_items):
         row = torch.where(mask, advantages, 0).double().sum(1)  # one number per row
-        return losses.grpo_loss(logp, old, ref, row, mask, beta=0.1, how=how, num_items=num_items)
+        return losses.grpo_loss(
+            logp, old, ref, row, mask, beta=0.1, aggregation=how, num_items=num_items
+        )
 
     return loss
 
@@ -300,7 +304,9 @@ def policy_token(logp, old, advantage, clip, dual=None) -> float:
 @pytest.mark.parametrize("dual", [None, 1.5])
 def test_ppo_policy_loss(dual) -> None:
     mask, (logp, old, advantages) = ragged(7, names=3)
-    loss, metrics = losses.ppo_policy_loss(logp, old, advantages, mask, clip=0.3, dual_clip=dual)
+    loss, metrics = losses.ppo_policy_loss(
+        logp, old, advantages, mask, clip_range=0.3, dual_clip=dual
+    )
     places = tokens_of(mask)
     rows = [(float(logp[p]), float(old[p]), float(advantages[p])) for p in places]
     assert_same(loss, sum(policy_token(*row, 0.3, dual) for row in rows) / len(rows))
@@ -331,7 +337,7 @@ def test_a_token_whose_ratio_is_clipped_has_no_gradient() -> None:
 
 def test_ppo_value_loss() -> None:
     mask, (values, old, returns) = ragged(9, names=3)
-    loss, metrics = losses.ppo_value_loss(values, old, returns, mask, clip=0.4)
+    loss, metrics = losses.ppo_value_loss(values, old, returns, mask, clip_range=0.4)
     total = clips = 0.0
     for p in tokens_of(mask):
         v, o, r = (float(t[p]) for t in (values, old, returns))
@@ -351,7 +357,7 @@ def test_a_value_within_the_clip_range_does_not_count_as_clipped() -> None:
     """Not even by the rounding of old + (value - old)."""
     g = torch.Generator().manual_seed(9)
     values, old, returns = (torch.rand(4, 50, generator=g) / 5 for _ in range(3))
-    _, metrics = losses.ppo_value_loss(values, old, returns, returns == returns, clip=0.2)
+    _, metrics = losses.ppo_value_loss(values, old, returns, returns == returns, clip_range=0.2)
     assert metrics["clip_fraction"] == 0
 
 
@@ -383,7 +389,7 @@ def test_grpo_loss(how) -> None:
     mask, (logp, old, ref) = ragged(10, names=3)
     advantages = torch.linspace(-1, 1, len(mask), dtype=torch.float64)
     loss, metrics = losses.grpo_loss(
-        logp, old, ref, advantages, mask, clip=0.3, beta=0.2, how=how,
+        logp, old, ref, advantages, mask, clip_range=0.3, beta=0.2, aggregation=how,
         num_items=40 if how == "constant" else None,
     )  # fmt: skip
     rows = []
@@ -423,7 +429,7 @@ def test_dpo_loss(kind, by_length) -> None:
         *tensors,
         beta=0.3,
         label_smoothing=smoothing,
-        kind="sigmoid" if kind == "smoothed" else kind,
+        loss_type="sigmoid" if kind == "smoothed" else kind,
         lengths=lengths,
     )
     for i in range(6):
@@ -451,7 +457,7 @@ def test_kto_loss() -> None:
     good = torch.tensor([True, False, True, False])
     for kl in (0.7, -3.0):
         found = losses.kto_loss(
-            logp, ref, good, kl, beta=0.5, weight_desirable=1.5, weight_undesirable=0.8
+            logp, ref, good, kl, beta=0.5, desirable_weight=1.5, undesirable_weight=0.8
         )
         for i in range(4):
             gain = 0.5 * (float(logp[i] - ref[i]) - max(kl, 0.0))
@@ -492,17 +498,17 @@ def test_plackett_luce_loss() -> None:
 ONES = torch.ones(2, 3)
 MASK = ONES.bool()
 REFUSED = {
-    "how: expected token or sequence or constant, got 'mean'": lambda: losses.aggregate(
-        ONES, MASK, how="mean"
+    "aggregation: expected token or sequence or constant, got 'mean'": lambda: losses.aggregate(
+        ONES, MASK, aggregation="mean"
     ),
-    "num_items: expected a number with how='constant', got None": lambda: losses.aggregate(
-        ONES, MASK, how="constant"
+    "num_items: expected a number with aggregation='constant', got None": lambda: losses.aggregate(
+        ONES, MASK, aggregation="constant"
     ),
     "kl_gradient: expected k2 or k3, got 'k1'": lambda: losses.grpo_loss(
         ONES, ONES, ONES, ONES[:, 0], MASK, beta=0.1, kl_gradient="k1"
     ),
-    "kind: expected k1 or k2 or k3, got 'k4'": lambda: losses.kl_penalty(ONES, ONES, "k4"),
-    "kind: expected sigmoid or ipo or hinge, got 'orpo'": lambda: losses.dpo_loss(
+    "estimator: expected k1 or k2 or k3, got 'k4'": lambda: losses.kl_penalty(ONES, ONES, "k4"),
+    "loss_type: expected sigmoid or ipo or hinge, got 'orpo'": lambda: losses.dpo_loss(
         *torch.ones(4, 2), kind="orpo"
     ),
     "mask: expected x's shape (2, 3), got (2, 4)": lambda: losses.aggregate(ONES, torch.ones(2, 4)),

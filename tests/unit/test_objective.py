@@ -17,8 +17,8 @@ from fastlm.train.state import list_checkpoints
 
 ARMS, BEST, ROWS, EPOCHS = 8, 5, 32, 2
 OPTIONS = TrainOptions(
-    max_steps=60, lr=0.2, dtype="float32", accumulate=2, validations=2, sample_at=(),
-    checkpoint_every=3, weight_decay=0.0, warmup=0.0,
+    max_steps=60, lr=0.2, dtype="float32", gradient_accumulation_steps=2, validations=2,
+    sample_at=(), save_steps=3, weight_decay=0.0, warmup_ratio=0.0,
 )  # fmt: skip
 
 
@@ -146,8 +146,8 @@ def test_a_group_has_its_own_rate(tmp_path):
     """One step of AdamW moves a parameter by the rate, whatever its gradient."""
     bandit = Bandit()
     before = {k: v.clone() for k, v in bandit.trained.state_dict().items()}
-    options = replace(OPTIONS, max_steps=2, schedule="wsd", decay=0.0, max_grad_norm=None)
-    train(bandit, replace(options, checkpoint_every=1), tmp_path / "run")
+    options = replace(OPTIONS, max_steps=2, schedule="wsd", decay_ratio=0.0, max_grad_norm=None)
+    train(bandit, replace(options, save_steps=1), tmp_path / "run")
     first = [line for line in lines(tmp_path / "run") if line.get("step") == 1 and "loss" in line]
     assert first[0]["lr"] == OPTIONS.lr
     moved = {k: (v - before[k]).abs().max() for k, v in bandit.trained.state_dict().items()}

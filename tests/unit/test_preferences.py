@@ -1,4 +1,4 @@
-"""PreferenceDataset: the shapes of rows that are recognised, what is refused and by which words,
+"""Preferences: the shapes of rows that are recognised, what is refused and by which words,
 and how comparisons become pairs, labels, demonstrations and rows again.
 """
 

@@ -13,7 +13,7 @@ from fastlm.errors import InputError
 from fastlm.feedback.forget import forget
 from fastlm.model.causal_lm import CausalLM
 from fastlm.tokenizer.tokenizer import Tokenizer
-from fastlm.train import teacher as teacher_answers
+from fastlm.train import teacher as teacher_completions
 from fastlm.train.distill import Distill
 from fastlm.train.loop import TrainingInterrupted
 from fastlm.train.sft import Sft
@@ -52,18 +52,18 @@ def stage(tmp_path) -> Distill:
     rows.append({"messages": [{"role": r, "content": t} for r, t in zip(roles, turns)]})
     return Distill(
         data=(write(tmp_path / "prompts.jsonl", rows),), epochs=8, batch_size=4, lr=5e-3,
-        heldout=0.2, validations=2, sample_at=(), dtype="float32", checkpoint_every=2,
-        teacher_answers="greedy", max_new_tokens=12,
+        heldout=0.2, validations=2, sample_at=(), dtype="float32", save_steps=2,
+        teacher_completions="greedy", max_new_tokens=12,
     )  # fmt: skip
 
 
 @pytest.fixture
 def small_batches(monkeypatch) -> None:
-    monkeypatch.setattr(teacher_answers, "BATCH", 5)
+    monkeypatch.setattr(teacher_completions, "BATCH", 5)
 
 
 def rows_of(folder: Path) -> list[dict]:
-    files = sorted((folder / "teacher-answers").iterdir())
+    files = sorted((folder / "teacher-completions").iterdir())
     return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
 
@@ -99,20 +99,20 @@ def test_the_student_learns_what_the_teacher_says(stage, teacher, student, tmp_p
 def test_it_continues_in_the_midst_of_the_answers(
     stage, teacher, student, tmp_path, small_batches
 ) -> None:
-    stage = replace(stage, teacher_answers="sampled", temperature=0.7)
+    stage = replace(stage, teacher_completions="sampled", temperature=0.7)
     inputs = {"model": student, "teacher": teacher}
     stage(tmp_path / "whole", **inputs)
-    assert len(list((tmp_path / "whole" / "teacher-answers").iterdir())) == 3
+    assert len(list((tmp_path / "whole" / "teacher-completions").iterdir())) == 3
 
     def cut(items, what="", **options):
         for i, item in enumerate(items):
-            if what == "the teacher answers" and i == 1:
+            if what == "sampling from the teacher" and i == 1:
                 raise KeyboardInterrupt
             yield item
 
     with pytest.raises(KeyboardInterrupt):
         stage(tmp_path / "cut", track=cut, **inputs)
-    assert len(list((tmp_path / "cut" / "teacher-answers").iterdir())) == 1
+    assert len(list((tmp_path / "cut" / "teacher-completions").iterdir())) == 1
 
     def press(event):
         if event.get("step") == 3 and "loss" in event:
@@ -123,9 +123,11 @@ def test_it_continues_in_the_midst_of_the_answers(
     stage(tmp_path / "cut", **inputs)
     assert rows_of(tmp_path / "cut") == rows_of(tmp_path / "whole")
     assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
-    with pytest.raises(InputError, match=r"expected .*teacher-answers made with temperature 0\."):
+    with pytest.raises(
+        InputError, match=r"expected .*teacher-completions made with temperature 0\."
+    ):
         replace(stage, temperature=0.9)(tmp_path / "cut", **inputs)
-    with pytest.raises(InputError, match=r"expected .*teacher-answers made with teacher"):
+    with pytest.raises(InputError, match=r"expected .*teacher-completions made with teacher"):
         stage(tmp_path / "cut", model=student, teacher=student)
 
 
@@ -150,14 +152,17 @@ def test_answers_that_do_not_end_are_left_out(
     ("changes", "message"),
     [
         (
-            {"teacher_answers": "beam"},
-            "teacher_answers: expected one of greedy, sampled, got 'beam'",
+            {"teacher_completions": "beam"},
+            "teacher_completions: expected one of greedy, sampled, got 'beam'",
         ),
-        ({"divergence": "jsd"}, "divergence: expected forward with teacher_answers greedy, which"),
-        ({"sft_weight": 1.0}, "sft_weight: expected none with teacher_answers"),
-        ({"teacher_top_k": 4}, "teacher_top_k: expected none with teacher_answers greedy"),
-        ({"temperature": 0.5}, "temperature: expected 1.0 with teacher_answers greedy"),
-        ({"data_weights": (2.0,)}, "data_weights: expected none with teacher_answers greedy"),
+        (
+            {"divergence": "jsd"},
+            "divergence: expected forward with teacher_completions greedy, which",
+        ),
+        ({"sft_weight": 1.0}, "sft_weight: expected none with teacher_completions"),
+        ({"teacher_top_k": 4}, "teacher_top_k: expected none with teacher_completions greedy"),
+        ({"temperature": 0.5}, "temperature: expected 1.0 with teacher_completions greedy"),
+        ({"data_weights": (2.0,)}, "data_weights: expected none with teacher_completions greedy"),
     ],
 )
 def test_refused(stage, student, teacher, tmp_path, changes, message) -> None:
