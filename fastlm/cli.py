@@ -310,8 +310,8 @@ def _show_plan(plan: list[Any]) -> None:
     for planned in plan:
         step = planned.step
         sources = [name for names in step.inputs.values() for name in names]
-        do = f"{planned.do}, archive the old one" if planned.training else planned.do
-        cells = (step.name, step.stage.kind, ", ".join(sources), do, planned.why)
+        do = f"{planned.action}, archive the old one" if planned.training else planned.action
+        cells = (step.name, step.stage.kind, ", ".join(sources), do, planned.reason)
         table.add_row(*map(Text, cells))  # Text: a recipe's words are not markup
     Console(stderr=True).print(table)
 

@@ -42,9 +42,9 @@ from fastlm.errors import InputError
 from fastlm.files import append_lines, read_json, write_json
 from fastlm.pipeline.archive import PREVIOUS
 from fastlm.pipeline.funnel import FUNNEL
-from fastlm.pipeline.provenance import artifact_id, digest, ids_of, own_files
-from fastlm.pipeline.record import ALONE, save_alone, table_of
-from fastlm.pipeline.registry import CHANGED, GONE, INDEX, INNER, Known, Registry, open_registry
+from fastlm.pipeline.provenance import artifact_id, digest, ids_of, output_files
+from fastlm.pipeline.record import RECORD, save_stage_record, table_of
+from fastlm.pipeline.registry import CHANGED, GONE, INDEX, INNER, Registry, RunRecord, open_registry
 from fastlm.pipeline.report import REPORT, SUMMARY
 from fastlm.pipeline.run import locked
 from fastlm.pipeline.run_folder import STAGES
@@ -144,7 +144,7 @@ class _Removal:
         sums = frozenset(name.lower() for name in names if re.fullmatch("(?i)[0-9a-f]{64}", name))
         paths = {str(Path(name).absolute()) for name in names if Path(name).exists()}
         self.query = ForgetQuery(frozenset([*names, *paths]), sums, frozenset(query_keys))
-        self.registry = open_registry(self.folders, note=False)
+        self.registry = open_registry(self.folders, update_index=False)
         self.report = ForgetReport()
         self.corpora: dict[Path, dict[str, FileHits]] = {}
         self.shards: list[Path] = []
@@ -167,7 +167,7 @@ class _Removal:
         for folder in shards:
             corpora, record = self._corpora_of(folder), self._record(folder)
             # made of text from which an earlier call removed something
-            stale = record is not None and not self.content_ids.isdisjoint(record.read())
+            stale = record is not None and not self.content_ids.isdisjoint(record.input_ids())
             if stale or corpora & self.affected.keys():
                 self.shards.append(folder)
                 self.content_ids |= self._ids("shards", folder)
@@ -218,14 +218,14 @@ class _Removal:
         input_digest = InputDigest(Path(os.devnull), cache=Path(os.devnull))
         return ids | {artifact_id((kind,), folder, input_digest)}
 
-    def _record(self, folder: Path) -> Known | None:
+    def _record(self, folder: Path) -> RunRecord | None:
         """Return the record of the stage that this folder belongs to."""
         records = [
             r
             for r in self.registry.records
-            if r.state != GONE and folder.absolute().is_relative_to(r.place.absolute())
+            if r.state != GONE and folder.absolute().is_relative_to(r.path.absolute())
         ]
-        return max(records, key=lambda r: len(r.place.parts), default=None)
+        return max(records, key=lambda r: len(r.path.parts), default=None)
 
     def _corpora_of(self, folder: Path) -> set[Path]:
         """Return the prepared folders that these shards were made of, of those that were
@@ -234,7 +234,7 @@ class _Removal:
         if (record := self._record(folder)) is None:
             return {c for c in self.corpora if folder.is_relative_to(c.parent)}
         makers = [maker for key, _, maker in self.registry.parents(record) if key == "corpus"]
-        paths = [maker.place.absolute() for maker in makers if maker is not None]
+        paths = [maker.path.absolute() for maker in makers if maker is not None]
         return {corpora[path] for path in paths if path in corpora}
 
     def _search_elsewhere(self) -> None:
@@ -278,10 +278,10 @@ class _Removal:
         records = {r.id: r for folder in folders if (r := self._record(folder))}
         # also those whose data an earlier call, which was killed, rewrote
         for record in self.registry.records:
-            is_ours = DATA & record.ids.keys() and self.content_ids & {*record.held()}
+            is_ours = DATA & record.ids.keys() and self.content_ids & {*record.output_ids()}
             if is_ours and record.state == CHANGED:
                 records[record.id] = record
-        runs = {r.place.parent for r in records.values() if (r.place.parent / STAGES).is_file()}
+        runs = {r.path.parent for r in records.values() if (r.path.parent / STAGES).is_file()}
         with ExitStack() as stack:
             for run in sorted(runs):
                 stack.enter_context(locked(run))
@@ -315,25 +315,25 @@ class _Removal:
                 append_lines(folder / FORGET_LOG, [line])
 
 
-def refresh_record(record: Known) -> None:
+def refresh_record(record: RunRecord) -> None:
     """Update the record of a data stage to its files. Its earlier ids stay in the record."""
     entry, provenance = record.entry, record.provenance
-    sizes = own_files(entry.outputs, record.place)
+    sizes = output_files(entry.outputs, record.path)
     for name in provenance.hashes:
-        if (record.place / name).is_file():
-            sizes[name] = (record.place / name).stat().st_size
-    hashes = {name: digest(record.place / name) for name in sizes}
+        if (record.path / name).is_file():
+            sizes[name] = (record.path / name).stat().st_size
+    hashes = {name: digest(record.path / name) for name in sizes}
     ids = ids_of(entry.outputs, hashes)
     if ids == provenance.ids and hashes == provenance.hashes:
         return
-    provenance.earlier.append(provenance.ids)
+    provenance.earlier_ids.append(provenance.ids)
     provenance.ids, provenance.hashes, entry.file_sizes = ids, hashes, sizes
-    if (record.place / ALONE).is_file():
-        save_alone(record.place, entry)
+    if (record.path / RECORD).is_file():
+        save_stage_record(record.path, entry)
         return
-    path = record.place.parent / STAGES
+    path = record.path.parent / STAGES
     table = read_json(path)
-    table["stages"][record.place.name] = table_of(entry)
+    table["stages"][record.path.name] = table_of(entry)
     write_json(path, table)
 
 
@@ -346,9 +346,9 @@ def _quotes(removal: _Removal) -> list[str]:
     readers = [
         r
         for r in records
-        if not data & r.entry.outputs.keys() and removal.content_ids & {*r.read()}
+        if not data & r.entry.outputs.keys() and removal.content_ids & {*r.input_ids()}
     ]
-    paths = [r.place for r in readers]
+    paths = [r.path for r in readers]
     reports = [p.parent / name for p in paths for name in (REPORT, SUMMARY)]
     return [str(p) for p in dict.fromkeys([*paths, *(p for p in reports if p.is_file())])]
 
@@ -357,8 +357,8 @@ def _models(removal: _Removal) -> list[dict[str, Any]]:
     """Return the models and tokenizers that descend from affected data."""
     return [
         {
-            "name": record.name, "kind": record.entry.kind, "id": record.model or record.shown_id,
-            "state": record.state, "path": str(record.place), "finished": record.finished,
+            "name": record.name, "kind": record.entry.kind, "id": record.model or record.short_id,
+            "state": record.state, "path": str(record.path), "finished_at": record.finished_at,
             "retrain_command": _retrain_command(record),
         }
         for record in descendants(removal.registry, removal.content_ids)
@@ -366,7 +366,7 @@ def _models(removal: _Removal) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def descendants(registry: Registry, content_ids: Iterable[str]) -> list[Known]:
+def descendants(registry: Registry, content_ids: Iterable[str]) -> list[RunRecord]:
     """Return the stages that read something with one of these ids, and those that read the outputs
     of these stages.
 
@@ -377,17 +377,17 @@ def descendants(registry: Registry, content_ids: Iterable[str]) -> list[Known]:
     while len(found) > before:
         before = len(found)
         for record in registry.records:
-            if record.id not in found and ids & {*record.read()}:
+            if record.id not in found and ids & {*record.input_ids()}:
                 found[record.id] = record
                 searched = record.state != GONE and DATA & record.ids.keys()
                 if not searched and "tokenizer" not in record.ids:
-                    ids |= {*record.held()}
+                    ids |= {*record.output_ids()}
     return [record for record in registry.records if record.id in found]
 
 
-def _retrain_command(record: Known) -> str | None:
+def _retrain_command(record: RunRecord) -> str | None:
     """Return the command that trains a model again; None for one that a run has archived."""
-    run = record.place.parent
+    run = record.path.parent
     if PREVIOUS.fullmatch(run.name):
         return None
     if (run / "recipe.json").is_file():

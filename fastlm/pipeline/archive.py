@@ -1,9 +1,9 @@
-"""Trainings that a run gave up for new ones: RUN/previous, previous-2 and so on, each a run folder.
+"""Archive trainings that a run replaces: RUN/previous, previous-2 and so on, each a run folder.
 
 Nothing is deleted. ``fastlm run RUN/previous/recipe.json --out RUN/previous`` continues one. Stages
-that the new run still uses were not moved; they run again there. The move is a list of renames. The
-list is written first, so that the next start finishes a move that was cut off, and no model is ever
-missing from both places.
+that the new run still uses stay where they are; the archived run computes them again. The move is a
+list of renames. The list is written first, so that the next start finishes an interrupted move. No
+model is ever missing from both folders.
 """
 
 import itertools
@@ -24,16 +24,16 @@ MOVES = ".moves.json"  # no stage may have this name
 
 
 @dataclass
-class _Moves:
-    """What is copied from the run folder into the one that holds this list, and what moves."""
+class _PendingMoves:
+    """The files to copy from the run folder into the folder of this list, and the names to move."""
 
     copies: list[RelativePath]
     names: list[RelativePath]
 
 
 def archive(out: Path, names: Sequence[str], *, copies: Sequence[str]) -> Path:
-    """Move those of ``names`` that exist in ``out``, and copies of ``copies``, into the first free
-    one of ``out``/previous, previous-2, ... Return that folder. InputError: not writable.
+    """Move those of ``names`` that exist in ``out``, and copy ``copies``, into the first free
+    folder of ``out``/previous, previous-2, ... Return that folder. InputError: not writable.
     """
     folders = (out / ("previous" if n == 1 else f"previous-{n}") for n in itertools.count(1))
     folder = next(folder for folder in folders if not os.path.lexists(folder))
@@ -43,12 +43,12 @@ def archive(out: Path, names: Sequence[str], *, copies: Sequence[str]) -> Path:
 
 
 def finish_moving(out: Path) -> None:
-    """Finish a move that was begun, wherever it was cut off; do nothing if there is none."""
+    """Finish an interrupted move, wherever it stopped. Do nothing if there is none."""
     try:
         for folder in out.iterdir():
             if not PREVIOUS.fullmatch(folder.name) or not (folder / MOVES).exists():
                 continue
-            moves = read_document(folder / MOVES, _Moves, extra="forbid")
+            moves = read_document(folder / MOVES, _PendingMoves, extra="forbid")
             for name in moves.copies:
                 if (out / name).is_file():
                     save_atomic(folder / name, partial(shutil.copyfile, out / name))
@@ -57,5 +57,5 @@ def finish_moving(out: Path) -> None:
                     os.rename(out / name, folder / name)
             (folder / MOVES).unlink()
     except OSError as error:
-        where = error.filename or out
-        raise InputError(f"{where}: cannot be archived: {reason(error)}") from error
+        path = error.filename or out
+        raise InputError(f"{path}: cannot be archived: {reason(error)}") from error

@@ -1,8 +1,8 @@
-"""A model card in Hugging Face's form, from what the registry has recorded and nothing else.
+"""Write a model card in Hugging Face's form, from the records of the registry alone.
 
-What was not recorded is said to be so. Every text that comes from outside (names, sources,
-licences, options) is escaped, so that it cannot become markup of the card: huggingface_hub writes
-the YAML, and the template (parts/card.md.jinja) escapes each value.
+The card says where nothing was recorded. Every text from outside (names, sources, licences,
+options) is escaped, so that it cannot become markup of the card: huggingface_hub writes the YAML,
+and the template (parts/card.md.jinja) escapes each value.
 """
 
 import json
@@ -17,7 +17,7 @@ from fastlm.pipeline.funnel import FUNNEL, Funnel
 from fastlm.pipeline.lineage import NOT_RECORDED
 from fastlm.pipeline.recipe import Kinds
 from fastlm.pipeline.record import scores
-from fastlm.pipeline.registry import GONE, HERE, SHORT, Known, Registry
+from fastlm.pipeline.registry import GONE, HERE, SHORT, Registry, RunRecord
 from fastlm.pipeline.stage import Stage
 from fastlm.pipeline.text import figure, seconds_text
 
@@ -30,7 +30,7 @@ Figures = Mapping[str, float]
 
 def card(
     registry: Registry,
-    record: Known,
+    record: RunRecord,
     *,
     kinds: Kinds,
     licence: str | None = None,
@@ -45,20 +45,20 @@ def card(
 
     if record.model is None:
         raise InputError(f"{record.name}: expected a model, got {record.entry.kind}")
-    line = registry.ancestors(record)
-    outside = [
-        (made, read)
-        for made in line
-        for key, read, maker in registry.parents(made)
+    lineage = registry.ancestors(record)
+    external = [
+        (stage, input)
+        for stage in lineage
+        for key, input, maker in registry.parents(stage)
         if maker is None and key in ("model", "teacher", "reward_model", "base")
     ]
     measured = [*_measured(registry, record)]
     results = [
         EvalResult(
-            task_type="text-generation", dataset_type=made.name, dataset_name=_data_of(made),
+            task_type="text-generation", dataset_type=stage.name, dataset_name=_data_of(stage),
             metric_type=key.rpartition(".")[2], metric_name=key, metric_value=value,
         )
-        for made, figures in measured
+        for stage, figures in measured
         for key, value, _ in _table(figures)
     ]  # fmt: skip
     front = ModelCardData(
@@ -67,30 +67,30 @@ def card(
         model_name=record.name, eval_results=results or None,
         metrics=[*dict.fromkeys(result.metric_type for result in results)] or None,
         tags=["fastlm", f"fastlm-id:{record.model}"],
-        base_model=[read["name"] for _, read in outside] or None,
-        datasets=[*dict.fromkeys(s["spec"] for r in line for s in r.provenance.sources)] or None,
+        base_model=[input["name"] for _, input in external] or None,
+        datasets=[*dict.fromkeys(s["spec"] for r in lineage for s in r.provenance.sources)] or None,
     )  # fmt: skip
-    sections: dict[str, list[tuple[Known, Figures]]] = {"Evaluation": [], "Safety": []}
-    for made, figures in measured:
-        sections[_kind(made, kinds).card_section].append((made, figures))
-    oldest_first = line[::-1]
+    sections: dict[str, list[tuple[RunRecord, Figures]]] = {"Evaluation": [], "Safety": []}
+    for stage, figures in measured:
+        sections[_kind(stage, kinds).card_section].append((stage, figures))
+    oldest_first = lineage[::-1]
     origins, code = [r.provenance for r in oldest_first], record.provenance.code
     body = _template(registry, kinds).render(
-        name=record.name, kind=record.entry.kind, finished=record.finished, id=record.model,
-        not_recorded=NOT_RECORDED, outside=outside, sections=sections.items(),
+        name=record.name, kind=record.entry.kind, finished_at=record.finished_at, id=record.model,
+        not_recorded=NOT_RECORDED, outside=external, sections=sections.items(),
         data=[r for r in oldest_first if r.provenance.sources],
         stages=[r for r in oldest_first if not {"scores", "corpus"} & r.entry.outputs.keys()],
-        instructed=outside or any(_kind(r, kinds).instructs for r in line),
-        gone=", ".join(r.name for r in line if r.state != HERE),
+        instructed=external or any(_kind(r, kinds).instructs for r in lineage),
+        gone=", ".join(r.name for r in lineage if r.state != HERE),
         commands=[*dict.fromkeys(p.command for p in origins if p.command)],
         code=_facts(code) if all(p.code == code for p in origins) else "",
-        recipe=_recipe(line),
+        recipe=_recipe(lineage),
     )  # fmt: skip
     return f"---\n{front.to_yaml()}\n---\n\n{body}".encode("utf-8", "replace").decode()
 
 
 class Safe(str):
-    """Text that is Markdown already."""
+    """Text that is Markdown already and is not escaped."""
 
 
 def escape(value: Any) -> str:
@@ -99,7 +99,7 @@ def escape(value: Any) -> str:
 
 
 def code_span(value: Any) -> Safe:
-    """Return text as code, whatever backticks it has."""
+    """Return text as an inline code span, also if it contains backticks."""
     text = " ".join(str(value).split()) or " "
     fence = "`" * (max(map(len, re.findall(r"`+", text)), default=0) + 1)
     pad = " " if "`" in text else ""
@@ -107,7 +107,7 @@ def code_span(value: Any) -> Safe:
 
 
 def _block(lines: Sequence[str], language: str) -> Safe:
-    """Return lines as a block of code, which no backticks in them end."""
+    """Return lines as a code block that no backticks inside can end."""
     text = "\n".join(" ".join(line.split()) if language == "sh" else line for line in lines)
     return Safe(f"```{language}\n{text.replace('```', chr(39) * 3)}\n```")
 
@@ -133,7 +133,7 @@ def _template(registry: Registry, kinds: Kinds) -> Any:
     return environment.get_template("card.md.jinja")
 
 
-def _kind(record: Known, kinds: Kinds) -> type[Stage]:
+def _kind(record: RunRecord, kinds: Kinds) -> type[Stage]:
     return kinds.get(record.entry.kind, Stage)
 
 
@@ -141,16 +141,16 @@ def _facts(table: Mapping[str, Any]) -> str:
     return ", ".join(f"{k} {v}" for k, v in table.items() if v is not None)
 
 
-def _trained(record: Known) -> str:
+def _trained(record: RunRecord) -> str:
     figures = scores(record.entry)
     return ", ".join(
         f"{k} {figure(v)}" for k, v in figures.items() if k in ("steps", "tokens", "loss")
     )
 
 
-def _funnel(record: Known) -> list[tuple[str, str, str, str]] | None:
+def _funnel(record: RunRecord) -> list[tuple[str, str, str, str]] | None:
     try:
-        steps = Funnel.load(record.place / FUNNEL).steps if record.state != GONE else None
+        steps = Funnel.load(record.path / FUNNEL).steps if record.state != GONE else None
     except InputError:
         return None
     rows = []
@@ -162,7 +162,7 @@ def _funnel(record: Known) -> list[tuple[str, str, str, str]] | None:
     return rows or None
 
 
-def _rows(record: Known) -> str:
+def _rows(record: RunRecord) -> str:
     result = record.entry.result or {}
     numbers = [(result.get(name), name) for name in ROWS]
     counts = result.get("counts")
@@ -171,18 +171,18 @@ def _rows(record: Known) -> str:
     return ", ".join(f"{n:,} {name}" for n, name in numbers if isinstance(n, int))
 
 
-def _measured(registry: Registry, record: Known) -> Iterator[tuple[Known, Figures]]:
-    """The stages that measured this model, each with its figures."""
-    for made in registry.records:
-        if made.ids.keys() == {"scores"} and record.model in set(made.read()):
-            reads = made.provenance.inputs.get("model", [])
-            own = {read["name"] for read in reads if read["id"] == record.model}
-            if figures := scores(made.entry, own):
-                yield made, figures
+def _measured(registry: Registry, record: RunRecord) -> Iterator[tuple[RunRecord, Figures]]:
+    """Yield the stages that measured this model, each with its figures."""
+    for stage in registry.records:
+        if stage.ids.keys() == {"scores"} and record.model in set(stage.input_ids()):
+            inputs = stage.provenance.inputs.get("model", [])
+            names = {read["name"] for read in inputs if read["id"] == record.model}
+            if figures := scores(stage.entry, names):
+                yield stage, figures
 
 
 def _table(figures: Figures) -> Iterator[tuple[str, float, str]]:
-    """The measurements, each with what bounds it, without counts (whole numbers)."""
+    """Yield name, value and error or interval of each measurement, without counts (integers)."""
     measured = [k for k, v in figures.items() if isinstance(v, float)]
     for key in measured:
         if not any(_bounds(key, other) for other in measured):
@@ -192,7 +192,7 @@ def _table(figures: Figures) -> Iterator[tuple[str, float, str]]:
 
 
 def _bounds(bound: str, key: str) -> bool:
-    """Whether a figure is an interval or an error of another: accuracy_error, accuracy.low."""
+    """Return whether a figure is an interval or error of another: accuracy_error, accuracy.low."""
     last = bound.rpartition(".")[2].rpartition("_")[2]
     return last in ERRORS and bound.startswith((f"{key}_", f"{key}."))
 
@@ -201,23 +201,23 @@ def _counts(figures: Figures) -> str:
     return ", ".join(f"{k} {v:,}" for k, v in figures.items() if isinstance(v, int))
 
 
-def _data_of(made: Known) -> str:
+def _data_of(record: RunRecord) -> str:
     return (
-        ", ".join(read["name"] for read in made.provenance.inputs.get("data", [])) or NOT_RECORDED
+        ", ".join(read["name"] for read in record.provenance.inputs.get("data", [])) or NOT_RECORDED
     )
 
 
-def _recipe(line: Sequence[Known]) -> list[str]:
-    """The lines of the recipe where there is one."""
-    for record in line:
-        path = record.place.parent / "recipe.json"
+def _recipe(lineage: Sequence[RunRecord]) -> list[str]:
+    """Return the lines of the recipe, none if the stage ran alone."""
+    for record in lineage:
+        path = record.path.parent / "recipe.json"
         if record.provenance.recipe and path.is_file():
             return json.dumps(read_json(path), indent=1, ensure_ascii=False).splitlines()
     return []
 
 
-def place_of(record: Known) -> Path:
-    """The folder beside whose files a card belongs: that of the model."""
+def model_folder(record: RunRecord) -> Path:
+    """Return the folder of the model, which is where its card belongs."""
     outputs = record.entry.outputs
     kind = next(kind for kind in outputs if kind in record.ids and kind != "scores")
-    return record.place / outputs[kind]
+    return record.path / outputs[kind]

@@ -28,10 +28,15 @@ def loss_chart(metrics: list[dict[str, Any]], label: str = "loss, nats per token
     figure, axes = new_axes("million tokens seen", label)
     x, y = [tokens[m["step"]] for m in steps], [m["loss"] for m in steps]
     noisy_curve(axes, x, y, "running mean", each="training, each step")
-    held = [(tokens[m["step"]], m["val_loss"]) for m in metrics if "val_loss" in m]
-    if held:
+    held_out = [(tokens[m["step"]], m["val_loss"]) for m in metrics if "val_loss" in m]
+    if held_out:
         axes.plot(
-            *zip(*held), color=ORANGE, linewidth=1.5, marker="o", markersize=3.5, label="held-out"
+            *zip(*held_out),
+            color=ORANGE,
+            linewidth=1.5,
+            marker="o",
+            markersize=3.5,
+            label="held-out",
         )
     rates = right_axis(axes, "learning rate (grey)")
     rates.plot(x, [m["lr"] for m in steps], color=LINE, linewidth=1.5, zorder=0)
@@ -86,15 +91,17 @@ def bits_figure(
         packed: compressor -> its bits per byte of the same text.
     """
     figure, axes = new_axes("million tokens seen", "held-out bits per byte")
-    labels, firsts = [], []
+    labels, first_values = [], []
     for (name, metrics), color in zip(curves.items(), cycle(CURVES)):
         # tokens, not minutes: the same curve on every machine, and a pause is no plateau
         tokens = {m["step"]: m["tokens"] / 1e6 for m in metrics if "loss" in m} | {0: 0.0}
-        held = [(tokens[m["step"]], m["bits_per_byte"]) for m in metrics if "bits_per_byte" in m]
-        if held:
-            axes.plot(*zip(*held), color=color, linewidth=2, marker="o", markersize=3.5)
-            axes.plot([held[-1][0]], [models[name]], "o", color=BLUE, markersize=5)
-            firsts.append(held[0][1])
+        held_out = [
+            (tokens[m["step"]], m["bits_per_byte"]) for m in metrics if "bits_per_byte" in m
+        ]
+        if held_out:
+            axes.plot(*zip(*held_out), color=color, linewidth=2, marker="o", markersize=3.5)
+            axes.plot([held_out[-1][0]], [models[name]], "o", color=BLUE, markersize=5)
+            first_values.append(held_out[0][1])
         labels.append((name, models[name], BLUE if len(curves) == 1 else color))
     for name, value in packed.items():
         level(axes, value)
@@ -103,7 +110,7 @@ def bits_figure(
     top = max(values)
     # an untrained model starts near 3 bits per byte or higher: the axis shows where it
     # crosses the lines, and also the start unless that is far above them
-    first = min(max(firsts), 2 * top) if firsts else top
+    first = min(max(first_values), 2 * top) if first_values else top
     axes.set_ylim(min(values) - 0.15 * top, max(1.6 * top, 1.04 * first))
     _label_values(axes, labels)
     return figure
@@ -117,8 +124,8 @@ def _label_values(axes: Any, labels: list[tuple[str, float, str]]) -> None:
     axes.figure.draw_without_rendering()  # the layout decides how high the axes are
     to_points = 72 / axes.figure.dpi
     labels = sorted(labels, key=lambda label: label[1])
-    wanted = [axes.transData.transform((0, value))[1] * to_points for _, value, _ in labels]
-    for (name, value, color), y, at in zip(labels, _apart(wanted, LABEL_HEIGHT), wanted):
+    heights = [axes.transData.transform((0, value))[1] * to_points for _, value, _ in labels]
+    for (name, value, color), y, at in zip(labels, _apart(heights, LABEL_HEIGHT), heights):
         axes.annotate(
             f"{name} {value:.3f}", (1, value), (9, y - at), xycoords=("axes fraction", "data"),
             textcoords="offset points", ha="left", va="center", color=color, fontsize=FONT,
@@ -128,13 +135,13 @@ def _label_values(axes: Any, labels: list[tuple[str, float, str]]) -> None:
         )  # fmt: skip
 
 
-def _apart(wanted: list[float], gap: float) -> list[float]:
+def _apart(heights: list[float], gap: float) -> list[float]:
     """Return the ascending ``wanted``, moved as little as keeps neighbours ``gap`` apart."""
     import numpy as np
     from scipy.optimize import isotonic_regression
 
-    shifts = gap * np.arange(len(wanted))
-    return (isotonic_regression(wanted - shifts).x + shifts).tolist()
+    shifts = gap * np.arange(len(heights))
+    return (isotonic_regression(heights - shifts).x + shifts).tolist()
 
 
 def new_axes(x_label: str, y_label: str) -> Any:

@@ -1,4 +1,4 @@
-"""Commands generated from stages and other dataclasses: the fields of the class are the flags."""
+"""Generate commands from stages and other dataclasses: the fields of the class are the flags."""
 
 import inspect
 import json
@@ -35,7 +35,9 @@ from fastlm.torchrun import check_alone, is_main_process
 T = TypeVar("T")
 Cache = Annotated[
     Path | None,
-    typer.Option(help="Where packages are kept. Default: $FASTLM_CACHE or ~/.cache/fastlm."),
+    typer.Option(
+        help="Folder in which packages are kept. Default: $FASTLM_CACHE or ~/.cache/fastlm."
+    ),
 ]
 
 
@@ -44,8 +46,8 @@ def options_command(cls: type[T], run: Callable[[T], None]) -> Callable[..., Non
     command. ``cls`` is a dataclass; the docstring of ``run`` is the help."""
     options = options_of(cls)
 
-    def command(**given: Any) -> None:
-        run(cls(**_values(options, given)))
+    def command(**values: Any) -> None:
+        run(cls(**_values(options, values)))
 
     parameters = [*map(_option, options), _flag("threads", Threads, None, None)]
     return _signed(command, parameters, run.__name__, inspect.getdoc(run) or "")
@@ -66,50 +68,53 @@ def command_of(cls: type[Stage], before: Callable[[], None] = lambda: None) -> C
         cache: Path | None,
         threads: int | None,
         log_every: int | None = None,
-        **given: Any,
+        **values: Any,
     ) -> None:
         del threads  # set by its own callback
-        stage = cls(**_values(options, given))
+        stage = cls(**_values(options, values))
         stage.check()
         if not trains:
             check_alone(cls.command[-1], "it is no training")
-        speaks = is_main_process()
-        if speaks:
+        is_main = is_main_process()
+        if is_main:
             before()
-        inputs = {key: given[key] for key in cls.inputs if given[key]}
+        inputs = {key: values[key] for key in cls.inputs if values[key]}
         view = View(log_every)
-        with tempfile.TemporaryDirectory() as nowhere:
+        with tempfile.TemporaryDirectory() as temporary:
             ctx = stage.context(
-                out or nowhere, cache_dir=cache, track=view.track if speaks else silent,
-                on_event=view if speaks else None, **inputs,
+                out or temporary, cache_dir=cache, track=view.track if is_main else silent,
+                on_event=view if is_main else None, **inputs,
             )  # fmt: skip
-            began = time.perf_counter()
+            start = time.perf_counter()
             result = stage.run(ctx)
-            if not speaks:
+            if not is_main:
                 return
             if out is not None:
-                took, command = time.perf_counter() - began, shlex.join(["fastlm", *sys.argv[1:]])
-                _record(stage, ctx, result, took, command)
+                seconds, command = (
+                    time.perf_counter() - start,
+                    shlex.join(["fastlm", *sys.argv[1:]]),
+                )
+                _record(stage, ctx, result, seconds, command)
                 if only_scores:
                     from fastlm.pipeline.report import write_stage_report
 
-                    write_stage_report(stage, ctx, result, took, command)
-            shown = json.dumps(result, indent=1) if as_json else stage.render(result, ctx)
-        print_result(shown)
+                    write_stage_report(stage, ctx, result, seconds, command)
+            text = json.dumps(result, indent=1) if as_json else stage.render(result, ctx)
+        print_result(text)
         if status := stage.status(result):
             raise typer.Exit(status)
 
     out = typer.Option("--out", "-o", help="Output folder")
     parameters = [
-        *(_input(key, takes) for key, takes in cls.inputs.items()),
+        *(_input(key, spec) for key, spec in cls.inputs.items()),
         *map(_option, options),
         _flag("out", Path | None, out, None) if only_scores else _flag("out", Path, out),
     ]
     if trains:
-        every = typer.Option(
-            min=1, help="Steps between two lines on stderr; a terminal has one that is redrawn"
+        log_option = typer.Option(
+            min=1, help="Log every N steps to stderr. On a terminal one line is redrawn instead"
         )
-        parameters.append(_flag("log_every", int, every, 10))
+        parameters.append(_flag("log_every", int, log_option, 10))
     as_json = typer.Option("--json", help="Print the result as JSON")
     parameters.append(_flag("as_json", bool, as_json, False))
     parameters += [_flag("cache", Cache, None, None), _flag("threads", Threads, None, None)]
@@ -117,18 +122,18 @@ def command_of(cls: type[Stage], before: Callable[[], None] = lambda: None) -> C
     return _signed(run, parameters, cls.command[-1], help)
 
 
-def print_result(shown: Any) -> None:
+def print_result(result: Any) -> None:
     """Print text, or a rich renderable, to stdout."""
-    if isinstance(shown, str):
-        typer.echo(shown)
+    if isinstance(result, str):
+        typer.echo(result)
     else:
-        Console().print(shown, markup=False, highlight=False)
+        Console().print(result, markup=False, highlight=False)
 
 
 def _signed(
     run: Callable[..., None], parameters: list[inspect.Parameter], name: str, help: str
 ) -> Callable[..., None]:
-    """Return ``run`` with what typer reads of a function."""
+    """Return ``run`` with the name, docstring and signature that typer reads."""
     run.__doc__, run.__name__ = help, name
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -139,35 +144,35 @@ def _record(
     stage: Stage, ctx: StageContext, result: dict[str, Any], seconds: float, command: str
 ) -> None:
     """Keep a record of the stage in its folder, for `fastlm runs`."""
-    from fastlm.pipeline.provenance import describe, own_files
-    from fastlm.pipeline.record import begun, save_alone
+    from fastlm.pipeline.provenance import describe, output_files
+    from fastlm.pipeline.record import new_record, save_stage_record
     from fastlm.sources.input_digest import InputDigest
 
-    inputs = {key: [given.source for given in names] for key, names in ctx.inputs.items()}
-    entry = begun(stage, "", inputs)
+    inputs = {key: [input.source for input in names] for key, names in ctx.inputs.items()}
+    entry = new_record(stage, "", inputs)
     input_digest = InputDigest(ctx.out / "sources.json", cache=ctx.cache_dir)
     # a second earlier: file systems keep times less exactly
-    entry.file_sizes = own_files(stage.outputs, ctx.out, time.time() - seconds - 1)
+    entry.file_sizes = output_files(stage.outputs, ctx.out, time.time() - seconds - 1)
     entry.seconds, entry.result = seconds, result
     entry.provenance = describe(stage, ctx, entry.file_sizes, input_digest, command=command)
-    save_alone(ctx.out, entry)
+    save_stage_record(ctx.out, entry)
 
 
 def _flag(name: str, hint: Any, info: Any, *default: Any) -> inspect.Parameter:
-    """A parameter with what typer has to know of it; without a default it has to be given."""
+    """Return a parameter with its typer annotation. Without a default it is required."""
     value = default[0] if default else inspect.Parameter.empty
     annotation = Annotated[hint, info] if info else hint
     kind = inspect.Parameter.KEYWORD_ONLY
     return inspect.Parameter(name, kind, default=value, annotation=annotation)
 
 
-def _input(key: str, takes: InputSpec) -> inspect.Parameter:
-    hint: Any = list[str] if takes.several else str
-    if takes.positional:
-        return _flag(key, hint, typer.Argument(help=takes.help))
-    flags = [f"--{key.replace('_', '-')}", *([f"-{takes.flag}"] if takes.flag else [])]
-    option = typer.Option(*flags, help=takes.help)
-    return _flag(key, hint | None, option, None) if takes.optional else _flag(key, hint, option)
+def _input(key: str, spec: InputSpec) -> inspect.Parameter:
+    hint: Any = list[str] if spec.several else str
+    if spec.positional:
+        return _flag(key, hint, typer.Argument(help=spec.help))
+    flags = [f"--{key.replace('_', '-')}", *([f"-{spec.flag}"] if spec.flag else [])]
+    option = typer.Option(*flags, help=spec.help)
+    return _flag(key, hint | None, option, None) if spec.optional else _flag(key, hint, option)
 
 
 def _option(option: Option) -> inspect.Parameter:
@@ -188,28 +193,28 @@ def _option(option: Option) -> inspect.Parameter:
     return _flag(option.name, hint, info, *([] if default is MISSING else [default]))
 
 
-def _values(options: Iterable[Option], given: dict[str, Any]) -> dict[str, Any]:
-    return {option.name: _value(option, given[option.name]) for option in options}
+def _values(options: Iterable[Option], values: dict[str, Any]) -> dict[str, Any]:
+    return {option.name: _value(option, values[option.name]) for option in options}
 
 
-def _value(option: Option, given: Any) -> Any:
+def _value(option: Option, value: Any) -> Any:
     """Return the value of a flag as the field of the stage expects it."""
     plain = _plain(option.hint)
-    if given is None:
+    if value is None:
         return option.default
     if _has_commas(option):
-        item, words = get_args(plain)[0], [word.strip() for word in given.split(",")]
+        item, words = get_args(plain)[0], [word.strip() for word in value.split(",")]
         try:
-            given = [item(word) for word in words if word]
+            value = [item(word) for word in words if word]
         except ValueError:
             raise InputError(
-                f"{option.name}: expected numbers with commas between, got {given!r:.80}"
+                f"{option.name}: expected numbers with commas between, got {value!r:.80}"
             ) from None
-    if isinstance(given, list | tuple):
-        if any(isinstance(v, float) and not math.isfinite(v) for v in given):
-            raise InputError(f"{option.name}: expected finite numbers, got {list(given)!r:.80}")
-        return tuple(given) if get_origin(plain) is tuple else list(given)
-    return given
+    if isinstance(value, list | tuple):
+        if any(isinstance(v, float) and not math.isfinite(v) for v in value):
+            raise InputError(f"{option.name}: expected finite numbers, got {list(value)!r:.80}")
+        return tuple(value) if get_origin(plain) is tuple else list(value)
+    return value
 
 
 def _plain(hint: Any) -> Any:
@@ -220,7 +225,7 @@ def _plain(hint: Any) -> Any:
 
 
 def _has_commas(option: Option) -> bool:
-    """Whether the flag is one text with commas between its values."""
+    """Return whether the flag takes one text with commas between its values."""
     plain = _plain(option.hint)
     several = get_origin(plain) is tuple and get_args(plain)[-1] is Ellipsis
     return several and not isinstance(option.help, Positional | Repeated)

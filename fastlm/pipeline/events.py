@@ -1,4 +1,4 @@
-"""What runs and trainings report to the user on stderr."""
+"""Show the events of runs and trainings to the user on stderr."""
 
 import os
 import shutil
@@ -19,18 +19,18 @@ START = {"seconds": 0.0, "progress": 0.0}  # of a training
 
 
 class View:
-    """``track`` and ``on_event`` of a command.
+    """Show events on stderr: ``track`` and ``on_event`` of a command.
 
-    Stages, validations, samples and warnings are lines. The steps of a training are one line that
-    is redrawn, at the bottom of a terminal: the step, the share of the budget, mean loss, speed,
-    and the time that is left at the pace of the last steps. Where stderr is no terminal they are
-    lines, too: at every multiple of ``every`` and after half a minute without one, with what was
-    measured since the last; without ``every``, also at the end of the line of a validation.
+    Stages, validations, samples and warnings are lines. On a terminal, the steps of a training are
+    one line that is redrawn: the step, the share of the budget, mean loss, speed, and the time left
+    at the pace of the last steps. Elsewhere the steps are lines, too: at every multiple of
+    ``log_every`` and after half a minute without one, with the means since the last line. Without
+    ``log_every``, they also stand at the end of the line of a validation.
     """
 
-    def __init__(self, every: int | None = None, stream: TextIO | None = None) -> None:
-        self.every = every
-        self.given = stream
+    def __init__(self, log_every: int | None = None, stream: TextIO | None = None) -> None:
+        self.log_every = log_every
+        self._stream = stream
         self.live = self.stream.isatty() and os.environ.get("TERM") != "dumb"
         self.name = ""  # of the stage
         self.drawn = ""  # the live line on the screen
@@ -38,24 +38,24 @@ class View:
 
     @property
     def stream(self) -> TextIO:
-        return self.given or sys.stderr  # which a bar replaces while it is shown
+        return self._stream or sys.stderr  # which a bar replaces while it is shown
 
     def start(self) -> None:
         """Forget the previous training."""
         self.before: dict[str, Any] = START
         self.steps: list[dict[str, Any]] = []  # since the last line
         self.recent: deque[dict[str, Any]] = deque(maxlen=WINDOW + 1)
-        self.to_go: int | None = None  # steps, where the budget is in steps
-        self.said_at = self.drawn_at = time.monotonic()
+        self.steps_left: int | None = None  # steps, where the budget is in steps
+        self.written_at = self.drawn_at = time.monotonic()
 
     def track(
         self, iterable: Iterable, description: str, total: float | None = None, unit: str = ""
     ) -> Iterator[Any]:
-        """See `fastlm.progress`. A training has the live line in place of a bar."""
+        """See `fastlm.progress`. A training shows the live line instead of a bar."""
         if not self.live or description != "training":
             yield from bars(iterable, description, total, unit)
             return
-        self.to_go = int(total) if unit == "steps" and total is not None else None
+        self.steps_left = int(total) if unit == "steps" and total is not None else None
         try:
             yield from iterable
         finally:
@@ -65,69 +65,71 @@ class View:
         if "stage" in event:
             took = f" in {event['seconds']:.1f} s" if "seconds" in event else ""
             if "path" in event:
-                took = f", it no longer fits; what was trained is now in {event['path']}"
-            self.say(f"{event['stage']}: {event['state']}{took}")
+                took = (
+                    f": it no longer fits its recipe or data; its files are now in {event['path']}"
+                )
+            self.write_line(f"{event['stage']}: {event['state']}{took}")
             self.name = event["stage"]
             self.start()
         elif "warning" in event or "info" in event:
-            self.say(event["info"] if "info" in event else f"warning: {event['warning']}")
+            self.write_line(event["info"] if "info" in event else f"warning: {event['warning']}")
         elif "loss" in event:
             self.step(event)
         elif "val_loss" in event:
             text = f"step {event['step']}: held-out loss {event['val_loss']:.4f}"
             if "bits_per_byte" in event:
                 text += f", {event['bits_per_byte']:.4f} bits per byte"
-            if self.steps and not self.every:
-                text += f"; {self.training()}"
-            self.say(text)
+            if self.steps and not self.log_every:
+                text += f"; {self.training_text()}"
+            self.write_line(text)
         elif "sample" in event:
-            self.say(f"step {event['step']} writes: {event['sample']!r}")
+            self.write_line(f"step {event['step']} writes: {event['sample']!r}")
         else:  # a validation of another kind
             values = [f"{key} {value:.4g}" for key, value in event.items() if key != "step"]
-            self.say(f"step {event['step']}: {', '.join(values)}")
+            self.write_line(f"step {event['step']}: {', '.join(values)}")
 
     def step(self, event: dict[str, Any]) -> None:
         if self.live:
-            if not self.recent and self.to_go is not None:
-                self.to_go += event["step"] - 1  # of the whole training
+            if not self.recent and self.steps_left is not None:
+                self.steps_left += event["step"] - 1  # of the whole training
             self.recent.append(event)
             if time.monotonic() - self.drawn_at >= REDRAW_SECONDS:
-                self.draw(self.status())
+                self.draw(self.status_line())
             return
         self.steps.append(event)
-        due = self.every and event["step"] % self.every == 0
-        if due or time.monotonic() - self.said_at >= EVERY_SECONDS:
-            self.say(f"step {event['step']}: {self.training()}")
+        due = self.log_every and event["step"] % self.log_every == 0
+        if due or time.monotonic() - self.written_at >= EVERY_SECONDS:
+            self.write_line(f"step {event['step']}: {self.training_text()}")
 
-    def training(self) -> str:
-        """The steps since the last line."""
+    def training_text(self) -> str:
+        """Return the text about the steps since the last line."""
         steps, self.steps = self.steps, []
         text, self.before = _measured(self.before, steps), steps[-1]
         return f"training {text}"
 
-    def status(self) -> str:
-        """The live line."""
+    def status_line(self) -> str:
+        """Return the live line."""
         first, *others = self.recent
         last = self.recent[-1]
         measured = _measured(first, others) if others else _measured(START, [first])
-        whole = f" of {self.to_go:,}" if self.to_go else ""
+        steps_text = f" of {self.steps_left:,}" if self.steps_left else ""
         processes = int(os.environ.get("WORLD_SIZE") or 1)
         rank = f"rank {os.environ.get('RANK', '0')} of {processes}" if processes > 1 else ""
         begin = " ".join(filter(None, (self.name, rank)))
-        share = f"step {last['step']:,}{whole} ({last['progress']:.0%})"
+        share = f"step {last['step']:,}{steps_text} ({last['progress']:.0%})"
         return f"{begin}: {share}, {measured}" if begin else f"{share}, {measured}"
 
-    def say(self, text: str) -> None:
+    def write_line(self, text: str) -> None:
         """Write a line, above the live one."""
         below = self.drawn
         self.draw("")
         self.stream.write(f"{text}\n")
         self.stream.flush()
-        self.said_at = time.monotonic()
+        self.written_at = time.monotonic()
         self.draw(below)
 
     def draw(self, text: str) -> None:
-        """Put ``text`` in the place of the live line."""
+        """Replace the live line by ``text``."""
         if text != self.drawn:
             width = shutil.get_terminal_size().columns - 1  # a full line would wrap
             self.stream.write(f"\r\x1b[K{text[:width]}")
@@ -136,7 +138,7 @@ class View:
 
 
 def _measured(before: dict[str, Any], steps: list[dict[str, Any]]) -> str:
-    """Say what ``steps`` measured, and the time left at their pace since ``before``."""
+    """Return the means of ``steps``, and the time left at their pace since ``before``."""
     from fastlm.pipeline.text import seconds_text
 
     last = steps[-1]

@@ -1,12 +1,11 @@
-"""What a run will do with each stage, and why.
+"""Plan what a run does with each stage, and why.
 
 A stage's fingerprint covers its options, the files they name, the version of its code and the
 fingerprints of its input stages: a change affects what depends on it and nothing else. A stage is
 skipped if stages.json records it with the same fingerprint and its files are still there. An
-interrupted stage continues from what it holds, or starts again. A training also continues if all
-that has changed is options with which it can (`Stage.can_continue`). A training that is lost runs
-again together with everything that depends on it: it need not end at the same weights if its budget
-is in seconds.
+interrupted stage continues from its checkpoints, or starts again. A training also continues if only
+options changed with which it can (`Stage.can_continue`). A lost training runs again together with
+everything that depends on it: with a budget in seconds it need not end at the same weights.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,8 +16,8 @@ from typing import Any
 from fastlm.errors import InputError
 from fastlm.pipeline.funnel import FUNNEL
 from fastlm.pipeline.provenance import json_hash
-from fastlm.pipeline.recipe import SCHEMES, Kinds, Recipe, Step, is_outside
-from fastlm.pipeline.record import Entry, chosen, sizes_of
+from fastlm.pipeline.recipe import SCHEMES, Kinds, Recipe, RecipeStep, is_outside
+from fastlm.pipeline.record import StageRecord, changed_options, file_sizes_of
 from fastlm.pipeline.run_folder import locate_model
 from fastlm.pipeline.stage import Stage, options_of
 from fastlm.sources.input_digest import InputDigest
@@ -31,89 +30,93 @@ class Fingerprint(str):
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedStage:
     """A step, and what a run does with it.
 
-    ``do`` is "skip", "continue" or "run". A step beyond ``until`` does not run now: its ``do`` is
-    "archive" if it is archived along with a training, else "later". ``stale``: its existing output
-    no longer fits. ``training``: that output is a training.
+    ``action`` is "skip", "continue" or "run". A step beyond ``until`` does not run now: its
+    ``action`` is "archive" if it is archived along with a training, else "later". ``stale``: its
+    existing output no longer fits. ``training``: that output is a training.
     """
 
-    step: Step
+    step: RecipeStep
     fingerprint: str
-    do: str
-    why: str
+    action: str
+    reason: str
     stale: bool = False
     training: bool = False
 
 
 def make_plan(
     recipe: Recipe,
-    wanted: Sequence[str],
+    names: Sequence[str],
     prints: Mapping[str, Fingerprint],
-    record: Mapping[str, Entry],
+    record: Mapping[str, StageRecord],
     out: Path,
-) -> list[Planned]:
+) -> list[PlannedStage]:
     """Plan the stages ``wanted`` of a recipe, and those after them that have become stale."""
-    plan: list[Planned] = []
-    again: set[str] = set()  # the output of these differs from before
+    plan: list[PlannedStage] = []
+    rerun: set[str] = set()  # the output of these differs from before
     for step in recipe.steps:
         name, done = step.name, record.get(step.name)
-        do, why = _state(step, prints[name], done, out / name)
+        action, reason = _state(step, prints[name], done, out / name)
         stale = False
-        if done is not None and any(map(again.intersection, step.inputs.values())):
+        if done is not None and any(map(rerun.intersection, step.inputs.values())):
             stale = True
-            if do != "run":
-                do, why = "run", "what it takes from runs again"
+            if action != "run":
+                action, reason = "run", "an input runs again"
         elif done is not None:
-            lost = do == "run" and bool(step.stage.checkpoints)
-            stale = (done.fingerprint != prints[name] and do != "continue") or lost
+            lost = action == "run" and bool(step.stage.checkpoints)
+            stale = (done.fingerprint != prints[name] and action != "continue") or lost
         if stale:
-            again.add(name)
+            rerun.add(name)
         training = stale and _holds_training(out / name, step.stage, done, recipe.kinds)
-        if name in wanted or stale:
-            do = do if name in wanted else "later"
-            plan.append(Planned(step, str(prints[name]), do, why, stale, training))
+        if name in names or stale:
+            action = action if name in names else "later"
+            plan.append(PlannedStage(step, str(prints[name]), action, reason, stale, training))
     if any(planned.training for planned in plan):
-        plan = [replace(p, do="archive") if p.do == "later" else p for p in plan]
+        plan = [replace(p, action="archive") if p.action == "later" else p for p in plan]
     return plan
 
 
-def _state(step: Step, now: Fingerprint, done: Entry | None, folder: Path) -> tuple[str, str]:
+def _state(
+    step: RecipeStep, now: Fingerprint, done: StageRecord | None, folder: Path
+) -> tuple[str, str]:
     """Return what to do with a step by itself, and why."""
     if done is None:
         return "run", "new"
-    held = _holds_any(folder, step.stage.checkpoints)
+    resumable = _holds_any(folder, step.stage.checkpoints)
     if done.fingerprint != now:
         changed = _changed(step, done)
         # the record's options with everything else as it is now
         kind, version, _, *rest = now.parts
-        alone = done.fingerprint == json_hash([kind, version, done.options, *rest])
-        held = (
-            held and alone and step.stage.can_continue(changed, folder, done.file_sizes is not None)
+        options_only = done.fingerprint == json_hash([kind, version, done.options, *rest])
+        resumable = (
+            resumable
+            and options_only
+            and step.stage.can_continue(changed, folder, done.file_sizes is not None)
         )
-        why = _change(step, done, changed)
+        reason = _change(step, done, changed)
     elif done.file_sizes is None:
-        held = held or _holds_any(folder, step.stage.resumable)
-        why = "was cut off"
+        resumable = resumable or _holds_any(folder, step.stage.resumable)
+        reason = "was interrupted"
     else:
-        sizes = sizes_of(folder, step.stage.checkpoints)
+        sizes = file_sizes_of(folder, step.stage.checkpoints)
         lost = [name for name, size in done.file_sizes.items() if sizes.get(name) != size]
         if not lost:
             return "skip", "done"
-        why = f"{lost[0]} is missing or changed"
-    return ("continue" if held else "run"), why
+        reason = f"{lost[0]} is missing or changed"
+    return ("continue" if resumable else "run"), reason
 
 
-def _changed(step: Step, done: Entry) -> dict[str, tuple[Any, Any]]:
+def _changed(step: RecipeStep, done: StageRecord) -> dict[str, tuple[Any, Any]]:
     """Return the options that differ -> their values before and now."""
     defaults = {option.name: option.default for option in options_of(type(step.stage))}
-    before, now = defaults | done.options, defaults | chosen(step.stage)
+    before, now = defaults | done.options, defaults | changed_options(step.stage)
     pairs = {key: (before.get(key), now.get(key)) for key in now | before}
     return {key: (was, value) for key, (was, value) in pairs.items() if was != value}
 
 
-def _change(step: Step, done: Entry, changed: Mapping[str, tuple[Any, Any]]) -> str:
+def _change(step: RecipeStep, done: StageRecord, changed: Mapping[str, tuple[Any, Any]]) -> str:
     """Describe to the user what is new: the first option that differs, else the inputs, else the
     stage's code.
     """
@@ -128,22 +131,20 @@ def _change(step: Step, done: Entry, changed: Mapping[str, tuple[Any, Any]]) -> 
             return f"{key} was {was!r:.40}, now {now!r:.40}"
         return f"{key} is now {now!r:.40}"
     if {k: list(v) for k, v in step.inputs.items()} != done.inputs:
-        return "takes from other stages"
+        return "its inputs are other stages"
     if done.version != step.stage.version:
         return f"its code has changed: version {done.version}, now {step.stage.version}"
-    return "what it reads has changed"
+    return "the content of an input has changed"
 
 
-def _holds_training(folder: Path, stage: Stage, done: Entry | None, kinds: Kinds) -> bool:
+def _holds_training(folder: Path, stage: Stage, done: StageRecord | None, kinds: Kinds) -> bool:
     """Return whether a folder holds a model or a checkpoint of a training, by its record."""
-    made = kinds.get(done.kind, type(stage)) if done else type(stage)
-    return bool(made.checkpoints) and _holds_any(
-        folder, (*made.checkpoints, *made.outputs.values())
-    )
+    cls = kinds.get(done.kind, type(stage)) if done else type(stage)
+    return bool(cls.checkpoints) and _holds_any(folder, (*cls.checkpoints, *cls.outputs.values()))
 
 
 def _holds_any(folder: Path, names: Sequence[str]) -> bool:
-    """Return whether one of these folders holds something but what was being written."""
+    """Return whether one of these folders holds a file that is not temporary."""
     return any((folder / name).is_dir() and any((folder / name).glob("[!.]*")) for name in names)
 
 
@@ -164,7 +165,7 @@ def fingerprints(recipe: Recipe, input_digest: InputDigest) -> dict[str, Fingerp
         parts = [
             stage.kind,
             stage.version,
-            chosen(stage),
+            changed_options(stage),
             stage.digest_inputs(input_digest),
             upstream,
         ]
@@ -173,7 +174,7 @@ def fingerprints(recipe: Recipe, input_digest: InputDigest) -> dict[str, Fingerp
     return prints
 
 
-def _outside(step: Step, key: str, name: str, input_digest: InputDigest) -> Any:
+def _outside(step: RecipeStep, key: str, name: str, input_digest: InputDigest) -> Any:
     """Return the state of an input from outside the run: the content of local files, the name of a
     package.
     """

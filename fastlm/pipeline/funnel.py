@@ -1,4 +1,4 @@
-"""funnel.json: what each step of preparing text or rows kept and removed."""
+"""Read and write funnel.json: what each step of preparing text or rows kept and removed."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,9 +14,9 @@ MAX_MESSAGES = 100  # about unreadable files and lines; all are counted
 
 
 class StepCounts(TypedDict):
-    """What a step kept, and how much it removed by reason. Some steps add ``replaced`` (scrub:
-    personal data by kind), ``not_read`` (gather: endings of files of other types) or ``cut``
-    (extract: long documents and the parts they became).
+    """The documents that a step kept, and those it removed, by reason. Some steps add ``replaced``
+    (scrub: personal data by kind), ``not_read`` (gather: endings of files of other types) or
+    ``cut`` (extract: long documents and the parts they became).
     """
 
     step: str
@@ -36,9 +36,9 @@ class SourceCounts(TypedDict):
 
 @dataclass
 class Funnel:
-    """What each step kept and removed, and the clean text per source. JSON-serialisable.
+    """The counts of each step, and the clean text per source. JSON-serialisable.
 
-    counted: what its "documents" are.
+    counted: the word for its "documents".
     """
 
     steps: list[StepCounts] = field(default_factory=list)
@@ -48,7 +48,7 @@ class Funnel:
 
     @classmethod
     def load(cls, path: Path) -> "Funnel":
-        """``path``: funnel.json or the folder that holds it."""
+        """Read ``path``: funnel.json or its folder."""
         path = path / FUNNEL if path.is_dir() else path
         try:
             return read_document(path, cls, extra="forbid")

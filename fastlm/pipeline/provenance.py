@@ -1,12 +1,11 @@
-"""From what and how a stage made its output: the part of its record that says where a model comes
-from.
+"""Record the inputs and the conditions under which a stage made its outputs.
 
-A run keeps it in stages.json, beside what it needs to plan; a stage that runs alone, in record.json
-in its folder. Inputs and outputs have the id of their content, so that folders may be moved and
-copied. The id of one file (a .gguf model, one tokenizer.json) is its SHA-256, as ``sha256sum``
-prints it. That of several is the SHA-256 of the JSON list of [name, SHA-256] of them, sorted. Files
-that are no part of it (README.md, reports, the records of a run) do not count, so that a model
-keeps its id when a card is written beside it.
+A run keeps this record in stages.json, a stage that runs alone in record.json in its folder. Inputs
+and outputs are named by the id of their content, so that folders may be moved and copied. The id of
+one file (a .gguf model, one tokenizer.json) is its SHA-256, as ``sha256sum`` prints it. That of
+several is the SHA-256 of the JSON list of [name, SHA-256] of them, sorted. Files that are no part
+of it (README.md, reports, the records of a run) do not count, so that a model keeps its id when a
+card is written beside it.
 """
 
 import hashlib
@@ -48,7 +47,7 @@ NOT_CONTENT = ("README.md", "record.json", "forget_log.jsonl", ".*")
 
 
 class InputRecord(TypedDict):
-    """What a stage read; ``id`` is None where it is no file."""
+    """An input of a stage. ``id`` is None if it is no file."""
 
     name: str
     path: str
@@ -56,7 +55,7 @@ class InputRecord(TypedDict):
 
 
 class SourceRecord(TypedDict):
-    """What an option names; ``files``: name -> SHA-256."""
+    """A source that an option names. ``files``: name -> SHA-256."""
 
     spec: str
     package: NotRequired[str | None]
@@ -67,15 +66,15 @@ class SourceRecord(TypedDict):
 
 @dataclass
 class Provenance:
-    """How an output came to be.
+    """The origin of an output.
 
-    finished: ISO 8601, UTC. code: as `fastlm.machine.code`. machine: as `fastlm.machine.hardware`.
-    recipe: SHA-256 of the recipe. ids: type -> id of what was left. hashes: SHA-256 of every file
-    in ``file_sizes``. inputs: by name. earlier: ids that ``ids`` replaced when rows were forgotten
-    (`fastlm.feedback.forget`), oldest first.
+    finished_at: ISO 8601, UTC. code: as `fastlm.machine.code`. machine: as
+    `fastlm.machine.hardware`. recipe: SHA-256 of the recipe. ids: type -> id of the output. hashes:
+    SHA-256 of every file in ``file_sizes``. inputs: by name. earlier_ids: ids that ``ids`` replaced
+    when rows were forgotten (`fastlm.feedback.forget`), oldest first.
     """
 
-    finished: str
+    finished_at: str
     code: dict[str, str] = field(default_factory=dict)
     machine: dict[str, Any] = field(default_factory=dict)
     recipe: str | None = None
@@ -84,7 +83,7 @@ class Provenance:
     hashes: dict[RelativePath, str] = field(default_factory=dict)
     inputs: dict[str, list[InputRecord]] = field(default_factory=dict)
     sources: list[SourceRecord] = field(default_factory=list)
-    earlier: list[dict[str, str]] = field(default_factory=list)
+    earlier_ids: list[dict[str, str]] = field(default_factory=list)
 
 
 def describe(
@@ -93,7 +92,7 @@ def describe(
     outputs: Mapping[str, int],
     input_digest: InputDigest,
     *,
-    known: Callable[[str, Input], str | None] = lambda key, given: None,
+    recorded_id: Callable[[str, Input], str | None] = lambda key, inputs_of_key: None,
     recipe: str | None = None,
     command: str | None = None,
 ) -> Provenance:
@@ -102,15 +101,15 @@ def describe(
     ``known``: the id of an input that has a record already.
     """
     inputs: dict[str, list[InputRecord]] = {}
-    for key, given in ctx.inputs.items():
+    for key, inputs_of_key in ctx.inputs.items():
         types = stage.inputs[key].types
         inputs[key] = [
             {
                 "name": g.name,
                 "path": g.source,
-                "id": known(key, g) or _id(types, g.source, input_digest),
+                "id": recorded_id(key, g) or _id(types, g.source, input_digest),
             }
-            for g in given
+            for g in inputs_of_key
         ]
     hashes = {name: digest(ctx.out / name) for name in outputs}
     specs = [spec for name in stage.sources_in for spec in getattr(stage, name)]
@@ -121,56 +120,56 @@ def describe(
     )  # fmt: skip
 
 
-def own_files(outputs: Mapping[str, str], out: Path, since: float = math.inf) -> dict[str, int]:
-    """Return the bytes of the files of a stage in a folder that may hold others, too: those that
-    its ``outputs`` consist of, and those beside them that were written after ``since``.
+def output_files(outputs: Mapping[str, str], out: Path, since: float = math.inf) -> dict[str, int]:
+    """Return the sizes of the files of a stage in a folder that may hold other files: those of its
+    ``outputs``, and others that were written after ``since``.
     """
-    places = {place for place in outputs.values() if place != "."}
-    places |= {"train", "heldout"} if outputs.get("shards") == "." else set()
-    kinds = [kind for kind, place in outputs.items() if place == "."]
+    names = {output for output in outputs.values() if output != "."}
+    names |= {"train", "heldout"} if outputs.get("shards") == "." else set()
+    kinds = [kind for kind, output in outputs.items() if output == "."]
     parts = [pattern for kind in kinds for pattern in PARTS.get(kind, ())]
-    found = []
+    files = []
     for path in sorted(out.iterdir()):
-        if path.name in places:
-            found += [path] if path.is_file() else sorted(path.rglob("*"))
+        if path.name in names:
+            files += [path] if path.is_file() else sorted(path.rglob("*"))
         elif _matches(path.name, parts) or path.stat().st_mtime >= since:
-            found.append(path)
-    sizes = {str(p.relative_to(out)): p.stat().st_size for p in found if p.is_file()}
+            files.append(path)
+    sizes = {str(p.relative_to(out)): p.stat().st_size for p in files if p.is_file()}
     return {name: size for name, size in sizes.items() if not _matches(name, NOT_CONTENT)}
 
 
 def ids_of(outputs: Mapping[str, str], hashes: Mapping[str, str]) -> dict[str, str]:
-    """Return type -> id of what a stage left, from the hashes of its files."""
-    found = {}
-    for kind, place in outputs.items():
-        below = "" if place == "." else f"{place}/"
-        parts = [(n.removeprefix(below), h) for n, h in hashes.items() if n.startswith(below)]
-        if place in hashes:  # one file
-            parts = [(place, hashes[place])]
+    """Return type -> id of the outputs of a stage, from the hashes of its files."""
+    ids = {}
+    for kind, name in outputs.items():
+        prefix = "" if name == "." else f"{name}/"
+        parts = [(n.removeprefix(prefix), h) for n, h in hashes.items() if n.startswith(prefix)]
+        if name in hashes:  # one file
+            parts = [(name, hashes[name])]
         if parts:
-            found[kind] = combined((kind,), parts)
-    return found
+            ids[kind] = combined_id((kind,), parts)
+    return ids
 
 
 def artifact_id(types: Sequence[str], path: Path, input_digest: InputDigest) -> str:
-    """Return the id of what is at ``path``, which is of one of ``types``. Reads every file that
-    ``input_digest`` does not know. InputError: a file that cannot be read.
+    """Return the id of the artifact at ``path``, which is of one of ``types``. Reads every file
+    whose hash ``input_digest`` does not have. InputError: a file that cannot be read.
     """
     if path.is_file():
         return input_digest.hash_tree(path)[0][2]
-    return combined(types, ((name, digest) for name, _, digest in input_digest.hash_tree(path)))
+    return combined_id(types, ((name, digest) for name, _, digest in input_digest.hash_tree(path)))
 
 
-def model_id(where: str | Path, input_digest: InputDigest) -> str:
+def model_id(model: str | Path, input_digest: InputDigest) -> str:
     """Return the id of the model at ``where``, as `locate_model` finds it. InputError: no model."""
-    return artifact_id(("model",), locate_model(Path(where)), input_digest)
+    return artifact_id(("model",), locate_model(Path(model)), input_digest)
 
 
-def combined(types: Sequence[str], hashes: Iterable[tuple[str, str]]) -> str:
+def combined_id(types: Sequence[str], hashes: Iterable[tuple[str, str]]) -> str:
     """Return the id of an artifact from the names and SHA-256 sums of its files."""
-    whole = sorted(pair for pair in hashes if not _matches(pair[0], NOT_CONTENT))
+    pairs = sorted(pair for pair in hashes if not _matches(pair[0], NOT_CONTENT))
     patterns = [pattern for kind in types for pattern in PARTS.get(kind, ("*",))]
-    parts = [pair for pair in whole if _matches(pair[0], patterns)] or whole
+    parts = [pair for pair in pairs if _matches(pair[0], patterns)] or pairs
     return parts[0][1] if len(parts) == 1 else json_hash(parts)
 
 
@@ -186,7 +185,7 @@ def json_hash(value: Any) -> str:
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
-    """Whether the last part of a name is one of these."""
+    """Return whether the last part of a name matches one of the patterns."""
     return any(fnmatch(name.rpartition("/")[2], pattern) for pattern in patterns)
 
 
@@ -203,13 +202,13 @@ def _source(spec: str, input_digest: InputDigest) -> SourceRecord:
     }  # fmt: skip
 
 
-def _id(types: Sequence[str], where: str, input_digest: InputDigest) -> str | None:
-    """Return the id of an input from outside; None if it is a package, or no longer there."""
-    path = Path(where)
+def _id(types: Sequence[str], source: str, input_digest: InputDigest) -> str | None:
+    """Return the id of an external input, None if it is a package or no longer exists."""
+    path = Path(source)
     try:
         if set(types) & {*MODELS}:
-            return model_id(where, input_digest)
-        if not path.exists() and where.partition(":")[0] in SCHEMES:
+            return model_id(source, input_digest)
+        if not path.exists() and source.partition(":")[0] in SCHEMES:
             return None
         return artifact_id(types, path, input_digest)
     except (InputError, OSError):

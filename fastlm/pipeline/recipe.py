@@ -1,4 +1,4 @@
-"""Recipes: a whole run as one TOML file, a list of stages.
+"""Read and check recipes: a whole run as one TOML file, a list of stages.
 
     name = "mine"
     seed = 1
@@ -12,15 +12,14 @@
     kind = "pretrain"
     from = "shards"                  # default: the last stage that made what this one needs
 
-What comes from outside the run may have a name, too, so that one --set changes it everywhere:
+An external input may have a name, too, so that one --set changes it everywhere:
 
     [inputs]
     old = "runs/chat/ppo"
 
-The other keys of a stage are the fields of its class (`fastlm.stages`): a recipe has no names
-of its own. An unknown key is refused and the nearest known one named; a wrong type is refused and
-both types are named. Composition in the style of Hydra or YAML was left out: a run is read from top
-to bottom in one file.
+The other keys of a stage are the fields of its class (`fastlm.stages`). The error for an unknown
+key names the nearest valid one; that for a wrong type names both types. Composition in the style of
+Hydra or YAML was left out: one file describes a run from top to bottom.
 """
 
 import difflib
@@ -46,7 +45,7 @@ RESERVED = re.compile(r"inputs|report|.*\.html|.*\.jsonl?|previous(-\d+)?")
 
 
 @dataclass(frozen=True)
-class Step:
+class RecipeStep:
     """One ``[[stage]]``. ``inputs``: name -> stages that provide it, or paths outside the run."""
 
     name: str
@@ -61,11 +60,11 @@ class Recipe:
     name: str
     description: str
     seed: int
-    steps: tuple[Step, ...]
-    table: Mapping[str, Any]  # as it was read, with overrides
+    steps: tuple[RecipeStep, ...]
+    table: Mapping[str, Any]  # as read, with overrides
     kinds: Kinds  # all that a recipe may have
 
-    def step(self, name: str) -> Step | None:
+    def step(self, name: str) -> RecipeStep | None:
         return next((step for step in self.steps if step.name == name), None)
 
 
@@ -89,7 +88,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, kinds: Kinds
     except InputError as e:
         raise InputError(f"recipe {e}") from None
     try:
-        # names of files of settings become paths below the recipe's folder
+        # names of settings files become paths below the recipe's folder
         for entry in () if is_json else _entries(table, kinds):
             for key in kinds[entry["kind"]].settings_in:
                 if isinstance(name := entry.get(key), str) and name:
@@ -125,16 +124,16 @@ def parse_recipe(table: Mapping[str, Any], *, kinds: Kinds) -> Recipe:
         step = parser.add(entry)
         try:
             step.stage.check()
-            known = {
+            input_facts = {
                 k: [facts.get(v, {"name": v}) for v in names] for k, names in step.inputs.items()
             }
             # all of it before the first stage runs: the last one runs after the training
-            facts[step.name] = {**step.stage.plan(known), "name": step.name}
+            facts[step.name] = {**step.stage.plan(input_facts), "name": step.name}
         except InputError as e:
             raise InputError(f"{step.name}.{e}") from None
     steps = tuple(parser.steps.values())
-    taken = {source for step in steps for given in step.inputs.values() for source in given}
-    if unused := [name for name, path in parser.outside.items() if path not in taken]:
+    used = {source for step in steps for sources in step.inputs.values() for source in sources}
+    if unused := [name for name, path in parser.external.items() if path not in used]:
         raise InputError(
             f"{INPUTS}.{unused[0]}: expected a stage that has it as an input, got none (options, "
             "such"
@@ -163,102 +162,101 @@ def _name_of(entry: Mapping[str, Any]) -> Any:
 
 
 class _Parser:
-    """Turns the tables of a recipe into ``steps``, one after the other: each takes its inputs from
-    those before it, or from ``outside`` (name -> path)."""
+    """Turns the tables of a recipe into ``steps``, one after the other. Each takes its inputs from
+    earlier steps or from ``external`` (name -> path)."""
 
     def __init__(
-        self, entries: list[dict[str, Any]], kinds: Kinds, seed: int, outside: Mapping[str, Any]
+        self, entries: list[dict[str, Any]], kinds: Kinds, seed: int, external: Mapping[str, Any]
     ):
-        self.entries, self.kinds, self.seed, self.outside = entries, kinds, seed, outside
-        self.steps: dict[str, Step] = {}
-        for name, path in outside.items():
+        self.entries, self.kinds, self.seed, self.external = entries, kinds, seed, external
+        self.steps: dict[str, RecipeStep] = {}
+        for name, path in external.items():
             if not isinstance(path, str) or not is_outside(path):
                 raise InputError(f"{INPUTS}.{name}: expected a path with a /, got {path!r:.80}")
             if is_outside(name) or name in map(_name_of, entries):
                 raise InputError(
-                    f"{INPUTS}.{name}: expected a name that is no stage's and no path's"
+                    f"{INPUTS}.{name}: expected a name that is neither a stage nor a path"
                 )
 
-    def add(self, entry: Mapping[str, Any]) -> Step:
+    def add(self, entry: Mapping[str, Any]) -> RecipeStep:
         """Add and return the step of one ``[[stage]]``."""
         name, cls = _name_of(entry), self.kinds[entry["kind"]]
         if not isinstance(name, str) or not _NAME.fullmatch(name) or RESERVED.fullmatch(name):
             raise InputError(
-                f"stage.name: expected the name of a folder that no run or recipe has,"
-                f" got {name!r:.80}"
+                f"stage.name: expected a name that is valid and not reserved, got {name!r:.80}"
             )
         if name in self.steps:
-            raise InputError(f"stage.name: {name!r} stands twice; give each its own name")
+            raise InputError(f"stage.name: {name!r} is used twice; expected a name for each stage")
         options = [option.name for option in options_of(cls)]
         inputs = {key: key for key in cls.inputs}  # as a recipe calls them -> their names
         inputs |= {alias: next(iter(cls.inputs)) for alias in ("from", "of") if cls.inputs}
-        given = {key: value for key, value in entry.items() if key not in ("kind", "name")}
+        entry_values = {key: value for key, value in entry.items() if key not in ("kind", "name")}
         keys: dict[str, str] = {}  # input -> the key that the recipe used
-        for key in given:
+        for key in entry_values:
             if key in inputs:
                 if (target := inputs[key]) in keys:
-                    raise InputError(f"{name}.{key}: says once more what {target!r} is")
+                    raise InputError(f"{name}.{key}: duplicate key for the input {target!r}")
                 keys[target] = key
             elif key not in options:
-                known = [*options, *inputs]
-                raise InputError(_misplaced(f"{name}.{key}", key, known, self.entries, self.kinds))
-        values = {key: value for key, value in given.items() if key not in inputs}
+                valid = [*options, *inputs]
+                raise InputError(_misplaced(f"{name}.{key}", key, valid, self.entries, self.kinds))
+        values = {key: value for key, value in entry_values.items() if key not in inputs}
         if "seed" in options:
             values.setdefault("seed", self.seed)
         stage = validate(values, cls, f"{name}.", extra="forbid")
         sources = {
-            key: self.sources(f"{name}.{keys[key]}", given[keys[key]], takes)
+            key: self.sources(f"{name}.{keys[key]}", entry_values[keys[key]], spec)
             if key in keys
-            else self.last_that_fits(f"{name}.{key}", takes)
-            for key, takes in cls.inputs.items()
+            else self.default_sources(f"{name}.{key}", spec)
+            for key, spec in cls.inputs.items()
         }
-        self.steps[name] = Step(name, stage, sources)
+        self.steps[name] = RecipeStep(name, stage, sources)
         return self.steps[name]
 
-    def sources(self, key: str, value: Any, takes: InputSpec) -> tuple[str, ...]:
+    def sources(self, key: str, value: Any, spec: InputSpec) -> tuple[str, ...]:
         """Check what a recipe names as one input of a stage; return stages and paths."""
         values = value if isinstance(value, list) else [value]
-        if not values and takes.optional:
+        if not values and spec.optional:
             return ()
         if not values or not all(isinstance(v, str) and v for v in values):
             raise InputError(f"{key}: expected the name of a stage or a path, got {value!r:.80}")
-        if len(values) > 1 and not takes.several:
+        if len(values) > 1 and not spec.several:
             raise InputError(f"{key}: expected one, got {len(values)}")
-        values = [self.outside.get(v, v) for v in values]
+        values = [self.external.get(v, v) for v in values]
         if len({*values}) < len(values):
             raise InputError(f"{key}: expected each once, got {', '.join(values):.80}")
         for v in values:
             if not is_outside(v):
-                self.check_source(key, v, takes)
+                self.check_source(key, v, spec)
         return tuple(values)
 
-    def check_source(self, key: str, name: str, takes: InputSpec) -> None:
+    def check_source(self, key: str, name: str, spec: InputSpec) -> None:
         if name in self.steps:
             outputs = self.steps[name].stage.outputs
-            if not any(kind in outputs for kind in takes.types):
+            if not any(kind in outputs for kind in spec.types):
                 raise InputError(
-                    f"{key}: expected a stage that makes {' or '.join(takes.types)}; {name!r} makes"
+                    f"{key}: expected a stage that makes {' or '.join(spec.types)}; {name!r} makes"
                     f" {' and '.join(outputs)}"
                 )
         elif name in map(_name_of, self.entries):
-            raise InputError(f"{key}: expected a stage above it, {name!r} stands below")
+            raise InputError(f"{key}: expected an earlier stage, {name!r} comes later")
         else:
-            known = [*self.steps, *self.outside]
-            near = difflib.get_close_matches(name[:80], known, n=1, cutoff=0.0)
+            names = [*self.steps, *self.external]
+            near = difflib.get_close_matches(name[:80], names, n=1, cutoff=0.0)
             hint = f"; the nearest one is {near[0]!r}" if near else ""
             raise InputError(
-                f"{key}: expected the name of a stage above it or a path with a /,"
+                f"{key}: expected the name of an earlier stage or a path with a /,"
                 f" got {name!r:.80}{hint}"
             )
 
-    def last_that_fits(self, key: str, takes: InputSpec) -> tuple[str, ...]:
-        for kind in takes.types if takes.default else ():
-            if made := [s.name for s in self.steps.values() if kind in s.stage.outputs]:
-                return (made[-1],)
-        if takes.optional:
+    def default_sources(self, key: str, spec: InputSpec) -> tuple[str, ...]:
+        for kind in spec.types if spec.default else ():
+            if stages := [s.name for s in self.steps.values() if kind in s.stage.outputs]:
+                return (stages[-1],)
+        if spec.optional:
             return ()
-        wanted = " or ".join(takes.types)
-        raise InputError(f"{key}: expected a stage above it that makes {wanted}, got none")
+        types = " or ".join(spec.types)
+        raise InputError(f"{key}: expected an earlier stage that makes {types}, got none")
 
 
 def is_outside(source: str) -> bool:
@@ -268,20 +266,20 @@ def is_outside(source: str) -> bool:
 
 
 def _misplaced(
-    full: str, key: str, known: Sequence[str], entries: Sequence[Mapping[str, Any]], kinds: Kinds
+    full: str, key: str, valid: Sequence[str], entries: Sequence[Mapping[str, Any]], kinds: Kinds
 ) -> str:
     """Describe an unknown key by the stages of the recipe that have it, or the nearest known
     key.
     """
     classes = [(entry, kinds[entry["kind"]]) for entry in entries]
-    found = [
+    keys = [
         f"{_name_of(entry)}.{key}"
         for entry, cls in classes
         if key in cls.inputs or key in (option.name for option in options_of(cls))
     ]
-    if found:
-        return f"{full}: unknown key; the nearest known one is {' or '.join(found)}"
-    return unknown_key(full, key, known)
+    if keys:
+        return f"{full}: unknown key; the nearest known one is {' or '.join(keys)}"
+    return unknown_key(full, key, valid)
 
 
 def _override(table: dict[str, Any], kinds: Kinds, text: str) -> None:
@@ -299,15 +297,15 @@ def _override(table: dict[str, Any], kinds: Kinds, text: str) -> None:
     *parents, last = key.split(".")
     if parents and parents[0] != INPUTS:
         # a stage's name may itself contain dots
-        found = _entries(table, kinds)
-        entries = {n: e for e in found if isinstance(n := _name_of(e), str)}
+        all_entries = _entries(table, kinds)
+        entries = {n: e for e in all_entries if isinstance(n := _name_of(e), str)}
         name = max((n for n in entries if key.startswith(f"{n}.")), key=len, default=None)
         if name is None:
-            raise InputError(f"set: {_misplaced(key, parents[0], [*entries], found, kinds)}")
+            raise InputError(f"set: {_misplaced(key, parents[0], [*entries], all_entries, kinds)}")
         table = entries[name]
         *parents, last = key.removeprefix(f"{name}.").split(".")
     for parent in parents:
         table = table.setdefault(parent, {})
         if not isinstance(table, dict):
-            raise InputError(f"set: {parent} of {key} is no table")
+            raise InputError(f"set: {parent} of {key} is not a table")
     table[last] = parsed

@@ -1,5 +1,7 @@
-"""What is recorded about each stage, in stages.json of a run, and in record.json of a stage that
-ran alone. Figures in results count as scores, but for times; one stands for all (`headline`).
+"""Read and write the records of stages: stages.json of a run, record.json of a stage that ran
+alone.
+
+Every figure of a result but times is a score. One of them represents the result (`headline`).
 """
 
 import json
@@ -18,21 +20,21 @@ from fastlm.pipeline.stage import Stage, options_of
 from fastlm.pipeline.text import figure
 from fastlm.schema import Count, Finite, RelativePath, read_document, validate
 
-ALONE = "record.json"  # in the folder of a stage that ran alone
+RECORD = "record.json"  # in the folder of a stage that ran alone
 LAYOUT = 2  # of a run folder: one folder per stage
-# the first of these that a result has stands for it
+# the first of these in a result represents it
 HEADLINES = (
     "bits_per_byte", "val_accuracy", "accuracy", "win_rate", "mean_reward", "reward", "score",
     "val_loss", "best_loss", "loss", "quality_loss", "kl", "bytes", "train_tokens", "train_bytes",
     "vocab_size",
 )  # fmt: skip
-# what says how fast or how long, not how good
+# words in the names of times and speeds, which are no scores
 TIMES = ("seconds", "per_second", "load")
 DEPTH = 4
 
 
 @dataclass
-class Entry:
+class StageRecord:
     """The record of one stage. A stage that has begun, or has to run again, has neither result nor
     file sizes.
 
@@ -55,21 +57,25 @@ class Entry:
 
 
 @dataclass
-class Record:
-    """The content of stages.json, and of record.json: there the only stage is ``.``, the folder."""
+class StageRecords:
+    """The content of stages.json and record.json. In record.json the only stage is ``.``, the
+    folder.
+    """
 
     layout: Literal[2]
-    stages: dict[RelativePath, Entry]
+    stages: dict[RelativePath, StageRecord]
 
 
-def begun(stage: Stage, fingerprint: str, inputs: Mapping[str, Sequence[str]]) -> Entry:
-    """Return the record of a stage that begins."""
-    names = {key: list(given) for key, given in inputs.items()}
+def new_record(stage: Stage, fingerprint: str, inputs: Mapping[str, Sequence[str]]) -> StageRecord:
+    """Return the record of a stage that has just begun."""
+    names = {key: list(sources) for key, sources in inputs.items()}
     outputs = dict(stage.outputs)
-    return Entry(stage.kind, fingerprint, stage.version, chosen(stage), names, outputs)
+    return StageRecord(
+        stage.kind, fingerprint, stage.version, changed_options(stage), names, outputs
+    )
 
 
-def sizes_of(folder: Path, checkpoints: Sequence[str]) -> dict[str, int]:
+def file_sizes_of(folder: Path, checkpoints: Sequence[str]) -> dict[str, int]:
     """Return the bytes of every file of a stage, except its checkpoints."""
     return {
         str(p.relative_to(folder)): p.stat().st_size
@@ -78,7 +84,7 @@ def sizes_of(folder: Path, checkpoints: Sequence[str]) -> dict[str, int]:
     }
 
 
-def chosen(stage: Stage) -> dict[str, Any]:
+def changed_options(stage: Stage) -> dict[str, Any]:
     """Return the options that decide the result and differ from their defaults, as JSON values: an
     option that a later fastlm adds changes no fingerprint.
     """
@@ -87,13 +93,13 @@ def chosen(stage: Stage) -> dict[str, Any]:
     return json.loads(json.dumps(values, default=str))
 
 
-def load_record(out: Path, recipe: Recipe) -> dict[str, Entry]:
+def load_record(out: Path, recipe: Recipe) -> dict[str, StageRecord]:
     """Read the record of a run folder, {} if there is none. InputError: damaged."""
     path = out / STAGES
     if not path.exists():
         return {}
     try:
-        record = read_document(path, Record, extra="forbid")
+        record = read_document(path, StageRecords, extra="forbid")
         for name, entry in record.stages.items():
             step = recipe.step(name)
             if entry.file_sizes is None or step is None or step.stage.kind != entry.kind:
@@ -110,7 +116,7 @@ def load_record(out: Path, recipe: Recipe) -> dict[str, Entry]:
     return record.stages
 
 
-def save_record(out: Path, record: Mapping[str, Entry], recipe: Recipe) -> None:
+def save_record(out: Path, record: Mapping[str, StageRecord], recipe: Recipe) -> None:
     """Write the record, in the order of the recipe; stages that it no longer has come first."""
     names = [step.name for step in recipe.steps if step.name in record]
     order = [*(name for name in record if name not in names), *names]
@@ -118,30 +124,30 @@ def save_record(out: Path, record: Mapping[str, Entry], recipe: Recipe) -> None:
     write_json(out / STAGES, {"layout": LAYOUT, "stages": stages})
 
 
-def save_alone(out: Path, entry: Entry) -> None:
+def save_stage_record(out: Path, entry: StageRecord) -> None:
     """Write the record of a stage that ran alone into its folder."""
-    write_json(out / ALONE, {"layout": LAYOUT, "stages": {".": table_of(entry)}})
+    write_json(out / RECORD, {"layout": LAYOUT, "stages": {".": table_of(entry)}})
 
 
-def table_of(entry: Entry) -> dict[str, Any]:
+def table_of(entry: StageRecord) -> dict[str, Any]:
     return {k: v for k, v in asdict(entry).items() if v is not None}
 
 
-def models_in(entry: Entry) -> Mapping[str, Any]:
-    """The models that a stage measured -> their results."""
+def models_in(entry: StageRecord) -> Mapping[str, Any]:
+    """Return the models that a stage measured -> their results."""
     models = (entry.result or {}).get("models")
     return models if isinstance(models, Mapping) else {}
 
 
-def scores(entry: Entry, models: Iterable[str] | None = None) -> dict[str, float]:
-    """Every finite figure of a result -> its value, without times; tables inside are joined by
-    dots. ``models``: of several that were measured only these, without their names.
+def scores(entry: StageRecord, models: Iterable[str] | None = None) -> dict[str, float]:
+    """Return every finite figure of a result, without times. Names of nested tables are joined by
+    dots. ``models``: return only the results of these, without their names.
     """
     result = entry.result or {}
-    if models is not None and (measured := models_in(entry)):
+    if models is not None and (models_results := models_in(entry)):
         result = {key: value for key, value in result.items() if key != "models"}
         for name in models:
-            result |= table if isinstance(table := measured.get(name), Mapping) else {}
+            result |= table if isinstance(table := models_results.get(name), Mapping) else {}
     return dict(_figures(result, "", DEPTH))
 
 
@@ -156,17 +162,19 @@ def _figures(table: Mapping[str, Any], before: str, depth: int) -> Iterator[tupl
 
 
 def is_figure(value: Any) -> TypeGuard[float]:
-    """Whether a value is a number: neither NaN, nor infinite, nor beyond all floats."""
+    """Return whether a value is a finite number that a float can hold."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return number and abs(value) <= sys.float_info.max
 
 
-def headline(entry: Entry) -> str:
-    """The figure that stands for a result, as text: "loss 4.321"; "" if it has none."""
+def headline(entry: StageRecord) -> str:
+    """Return the figure that represents a result, as text: "loss 4.321"; "" if there is none."""
     figures = [(key.split("."), value) for key, value in scores(entry).items()]
     for name in HEADLINES:
-        found = [(path, value) for path, value in figures if path[-1] == name]
-        if found:
-            names = [f"{path[-2]} {name}" if path[0] == "models" else name for path, _ in found[:3]]
-            return ", ".join(f"{n} {figure(value)}" for n, (_, value) in zip(names, found))
+        matches = [(path, value) for path, value in figures if path[-1] == name]
+        if matches:
+            names = [
+                f"{path[-2]} {name}" if path[0] == "models" else name for path, _ in matches[:3]
+            ]
+            return ", ".join(f"{n} {figure(value)}" for n, (_, value) in zip(names, matches))
     return ""

@@ -1,4 +1,4 @@
-"""``fastlm runs``: what was made, from what, what differs, and a card of a model."""
+"""The commands ``fastlm runs``: list runs, show the lineage, compare, write a model card."""
 
 import json
 from collections.abc import Callable
@@ -11,22 +11,24 @@ from fastlm.pipeline.commands import print_result
 from fastlm.pipeline.recipe import Kinds
 
 app = typer.Typer(
-    help="What was made, and from what.", no_args_is_help=False, invoke_without_command=True
+    help="List runs and show where their models come from.",
+    no_args_is_help=False,
+    invoke_without_command=True,
 )
 Roots = Annotated[
     list[Path] | None,
-    typer.Option("--in", help="A folder of runs; may be given again. Default: runs"),
+    typer.Option("--in", help="Read this folder of runs. Repeat it for more. Default: runs"),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="As JSON")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON")]
 WHAT = "A name as `fastlm runs` shows it, a path, or the first characters of an id"
 
 
 @app.callback()
 def list_command(context: typer.Context, roots: Roots = None, as_json: AsJson = False) -> None:
-    """List the stages that have run below runs/, with the id and the figures of what they made.
+    """List the stages that have run below runs/, with the id and the figures of their outputs.
 
-    An id is a hash of the content: a model keeps it wherever it is copied. docs/runs.md has the
-    rest.
+    An id is a hash of the content: a copy of a model has the same id. docs/runs.md describes the
+        rest.
     """
     if context.invoked_subcommand is not None:
         return
@@ -40,26 +42,26 @@ def list_command(context: typer.Context, roots: Roots = None, as_json: AsJson = 
     if as_json:
         rows = [{**r.table(), "copies": r.copies, "scores": scores(r.entry)} for r in records]
         return print_result(json.dumps(rows, indent=1))
-    whole = (Column(heading, no_wrap=True) for heading in ("name", "kind", "id"))
-    table = Table(*whole, "finished", "took", "result", "", box=None)
+    columns = (Column(heading, no_wrap=True) for heading in ("name", "kind", "id"))
+    table = Table(*columns, "finished", "took", "result", "", box=None)
     for r in records:
-        took = "" if r.entry.seconds is None else seconds_text(r.entry.seconds)
-        state, when = "" if r.state == "here" else r.state, minute_text(r.finished)
-        cells = (r.name, r.entry.kind, r.shown_id, when, took, headline(r.entry), state)
+        duration = "" if r.entry.seconds is None else seconds_text(r.entry.seconds)
+        state, when = "" if r.state == "here" else r.state, minute_text(r.finished_at)
+        cells = (r.name, r.entry.kind, r.short_id, when, duration, headline(r.entry), state)
         table.add_row(*map(Text, cells))
     print_result(table if records else "no stage has run here")
 
 
 @app.command("show")
 def show_command(
-    what: Annotated[str, typer.Argument(help=WHAT)], roots: Roots = None, as_json: AsJson = False
+    name: Annotated[str, typer.Argument(help=WHAT)], roots: Roots = None, as_json: AsJson = False
 ) -> None:
     """Show where a model comes from: a tree back to the sources of its text and their licences."""
-    from fastlm.pipeline.lineage import shown, tree
+    from fastlm.pipeline.lineage import render, tree
 
-    registry = _opened(roots, what)
-    found = tree(registry, registry.find_one(what))
-    print_result(json.dumps(found, indent=1) if as_json else shown(found))
+    registry = _opened(roots, name)
+    lineage = tree(registry, registry.find_one(name))
+    print_result(json.dumps(lineage, indent=1) if as_json else render(lineage))
 
 
 def diff_command(kinds: Kinds) -> Callable[..., None]:
@@ -67,15 +69,15 @@ def diff_command(kinds: Kinds) -> Callable[..., None]:
 
     def run(
         a: Annotated[str, typer.Argument(help=WHAT)],
-        b: Annotated[str, typer.Argument(help="The other one")],
+        b: Annotated[str, typer.Argument(help="The other run, stage or model")],
         roots: Roots = None,
         as_json: AsJson = False,
     ) -> None:
         """Show what differs between two runs or models: options, inputs, code, data, figures."""
-        from fastlm.pipeline.diff import diff, shown
+        from fastlm.pipeline.diff import diff, render
 
         rows = diff(_opened(roots, a, b), a, b, kinds=kinds)
-        print_result(json.dumps(rows, indent=1, default=str) if as_json else shown(rows, a, b))
+        print_result(json.dumps(rows, indent=1, default=str) if as_json else render(rows, a, b))
 
     return run
 
@@ -87,21 +89,23 @@ def card_command(kinds: Kinds) -> Callable[..., None]:
         model: Annotated[str, typer.Argument(help=WHAT)],
         out: Annotated[
             Path | None,
-            typer.Option("--out", "-o", help="A file; default: README.md in its folder"),
+            typer.Option(
+                "--out", "-o", help="Write this file. Default: README.md in the folder of the model"
+            ),
         ] = None,
         licence: Annotated[
             str | None,
-            typer.Option("--license", help="The licence you give it, as Hugging Face's id"),
+            typer.Option("--license", help="The licence of the model, as an id of Hugging Face"),
         ] = None,
-        language: Annotated[str | None, typer.Option(help="Its language, as en")] = None,
+        language: Annotated[
+            str | None, typer.Option(help="The language of the model, as en")
+        ] = None,
         roots: Roots = None,
     ) -> None:
-        """Write a model card in Hugging Face's form from what is recorded; nothing else is
-        claimed.
-        """
+        """Write a model card in Hugging Face's form, from recorded facts alone."""
         from fastlm.errors import InputError
         from fastlm.files import write_text
-        from fastlm.pipeline.card import CARD, card, place_of
+        from fastlm.pipeline.card import CARD, card, model_folder
         from fastlm.pipeline.registry import GONE
 
         registry = _opened(roots, model)
@@ -109,7 +113,7 @@ def card_command(kinds: Kinds) -> Callable[..., None]:
         text = card(registry, record, kinds=kinds, licence=licence, language=language)
         if out is None and record.state == GONE:
             raise InputError(f"{record.name}: expected --out, since its folder is gone")
-        out = out or place_of(record) / CARD
+        out = out or model_folder(record) / CARD
         write_text(out, text)
         typer.echo(out)
 

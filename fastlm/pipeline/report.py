@@ -1,4 +1,4 @@
-"""report.html: one self-contained page about one run: no scripts, no network, light, printable.
+"""Write report.html: one self-contained page about a run, without scripts or network, printable.
 
 Each stage provides its `ReportSection`. The page shows the sections in the order of the recipe, and
 those of the same kind side by side. jinja2 escapes every text of a run, because samples are written
@@ -19,7 +19,7 @@ from typing import Any
 from fastlm.errors import InputError
 from fastlm.files import write_json, write_text
 from fastlm.machine import commit
-from fastlm.pipeline.recipe import Recipe, Step
+from fastlm.pipeline.recipe import Recipe, RecipeStep
 from fastlm.pipeline.stage import ReportSection, Stage, StageContext
 from fastlm.pipeline.text import seconds_text, size_text
 
@@ -29,17 +29,17 @@ SHADES = ("#2f6fde", "#5b8ee6", "#86adee", "#2e8b6a", "#d9822b", "#e6a766", "#8a
 
 
 @dataclass(frozen=True)
-class Done:
+class FinishedStage:
     """A finished stage: what it worked on, its result, and the seconds it took."""
 
-    step: Step
+    step: RecipeStep
     ctx: StageContext
     result: dict[str, Any]
     seconds: float
 
 
 def write_report(
-    out: Path, recipe: Recipe, done: Sequence[Done], command: str, until: str | None = None
+    out: Path, recipe: Recipe, done: Sequence[FinishedStage], command: str, until: str | None = None
 ) -> dict[str, Any]:
     """Write report.html and summary.json into ``out``; return the content of summary.json.
 
@@ -62,14 +62,17 @@ def write_stage_report(
     stage: Stage, ctx: StageContext, result: dict[str, Any], seconds: float, command: str
 ) -> None:
     """Write the report.html and summary.json of a stage that ran alone into its folder."""
-    inputs = {key: tuple(one.source for one in given) for key, given in ctx.inputs.items()}
-    step = Step(ctx.name, stage, inputs)
+    inputs = {
+        key: tuple(input.source for input in inputs_of_key)
+        for key, inputs_of_key in ctx.inputs.items()
+    }
+    step = RecipeStep(ctx.name, stage, inputs)
     recipe = Recipe(ctx.name, inspect.getdoc(type(stage)) or "", 0, (step,), {}, {})
-    write_report(ctx.out, recipe, [Done(step, ctx, result, seconds)], command)
+    write_report(ctx.out, recipe, [FinishedStage(step, ctx, result, seconds)], command)
 
 
-def _part(done: Done) -> ReportSection | None:
-    """Return the part of one stage. A result that it cannot show means a damaged record."""
+def _part(done: FinishedStage) -> ReportSection | None:
+    """Return the section of one stage. A result that it cannot show means a damaged record."""
     try:
         return done.step.stage.report(done.ctx, done.result)
     except InputError:
@@ -84,7 +87,7 @@ def _part(done: Done) -> ReportSection | None:
 def render_report(
     summary: dict[str, Any],
     recipe: Recipe,
-    parts: Sequence[tuple[Step, ReportSection]],
+    parts: Sequence[tuple[RecipeStep, ReportSection]],
     until: str | None = None,
 ) -> str:
     """Return the page. ``summary`` as in summary.json, ``until`` as in `write_report`."""
@@ -97,7 +100,7 @@ def render_report(
     )  # fmt: skip
     # our own SVG is the only text that is not escaped
     environment.filters |= {"size": size_text, "seconds": seconds_text, "markup": Markup}
-    sections: dict[str, list[tuple[Step, ReportSection]]] = {}
+    sections: dict[str, list[tuple[RecipeStep, ReportSection]]] = {}
     for step, part in parts:
         sections.setdefault(step.name if part.wide else step.stage.kind, []).append((step, part))
     kinds = Counter(step.stage.kind for step, _ in parts)
@@ -132,16 +135,16 @@ def render_report(
 
 
 def command_until(command: str, name: str) -> str:
-    """Return the command that runs a recipe up to the stage ``name``, which gives its numbers."""
+    """Return the command that runs a recipe up to the stage ``name``."""
     plain = re.sub(r" --until[ =]('[^']*'|\S+)", "", command)
     return f"{plain} --until {shlex.quote(name)}"
 
 
 def _machine() -> dict[str, Any]:
-    """Describe what the run ran on: CPU, threads, device, versions, commit, system."""
+    """Describe the machine of the run: CPU, threads, device, versions, commit, system."""
     from fastlm.inventory import info
 
     have = info()
     keys = ("cpu", "cpu_isa", "threads", "device", "fastlm", "torch", "python")
-    own = {"commit": commit() or "not a clone", "system": platform.platform()}
-    return {key: have.get(key) for key in keys} | own
+    lines = {"commit": commit() or "not a clone", "system": platform.platform()}
+    return {key: have.get(key) for key in keys} | lines

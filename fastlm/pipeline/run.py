@@ -1,10 +1,9 @@
 """Run a recipe in a folder: finished stages are skipped, interrupted ones continue, changed ones
 run again (`fastlm.pipeline.execution_plan`).
 
-Each stage has a folder of its own name. A training that has to give way is not deleted but
-archived, together with everything that was made from it (`fastlm.pipeline.archive`). The
-alternative was to compare file times, as make does: that reruns everything after the folder is
-copied.
+Each stage has a folder of its own name. A training that is replaced is not deleted but archived,
+together with everything made from it (`fastlm.pipeline.archive`). The alternative was to compare
+file times, as make does: that reruns everything after the folder is copied.
 """
 
 import fcntl
@@ -20,12 +19,12 @@ from typing import Any
 from fastlm.errors import InputError
 from fastlm.files import leftovers, make_folder, new_name, read_json, remove, write_json
 from fastlm.pipeline.archive import archive, finish_moving
-from fastlm.pipeline.execution_plan import Planned, fingerprints, make_plan
+from fastlm.pipeline.execution_plan import PlannedStage, fingerprints, make_plan
 from fastlm.pipeline.provenance import describe, json_hash
-from fastlm.pipeline.recipe import Kinds, Recipe, Step, is_outside, load_recipe
-from fastlm.pipeline.record import Entry, begun, load_record, save_record, sizes_of
-from fastlm.pipeline.registry import note_run
-from fastlm.pipeline.report import REPORT, SUMMARY, Done, write_report
+from fastlm.pipeline.recipe import Kinds, Recipe, RecipeStep, is_outside, load_recipe
+from fastlm.pipeline.record import StageRecord, file_sizes_of, load_record, new_record, save_record
+from fastlm.pipeline.registry import index_run
+from fastlm.pipeline.report import REPORT, SUMMARY, FinishedStage, write_report
 from fastlm.pipeline.run_folder import STAGES
 from fastlm.pipeline.stage import Input, StageContext
 from fastlm.progress import silent
@@ -46,11 +45,11 @@ class _Run:
     cache: Path
     track: Callable
     emit: Callable[[dict[str, Any]], None]
-    record: dict[str, Entry]
+    record: dict[str, StageRecord]
     input_digest: InputDigest
     command: str
 
-    def context(self, step: Step) -> StageContext:
+    def context(self, step: RecipeStep) -> StageContext:
         inputs = {
             key: tuple(self.input(step, key, name) for name in names)
             for key, names in step.inputs.items()
@@ -59,18 +58,18 @@ class _Run:
             step.name, self.out / step.name, inputs, self.cache, self.track, self.emit, True
         )
 
-    def input(self, step: Step, key: str, name: str) -> Input:
+    def input(self, step: RecipeStep, key: str, name: str) -> Input:
         if is_outside(name):
             return Input(name, name)
-        made = self.recipe.step(name)
-        assert made is not None  # the recipe is checked
-        outputs = made.stage.outputs
+        producer = self.recipe.step(name)
+        assert producer is not None  # the recipe is checked
+        outputs = producer.stage.outputs
         kind = next(t for t in step.stage.inputs[key].types if t in outputs)
         return Input(name, str(self.out / name / outputs[kind]))
 
-    def id_of(self, step: Step, key: str, given: Input) -> str | None:
+    def id_of(self, step: RecipeStep, key: str, input: Input) -> str | None:
         """Return the recorded content id of an input that a stage of this run made."""
-        entry = None if is_outside(given.name) else self.record.get(given.name)
+        entry = None if is_outside(input.name) else self.record.get(input.name)
         ids = entry.provenance.ids if entry and entry.provenance else {}
         return next((ids[t] for t in step.stage.inputs[key].types if t in ids), None)
 
@@ -89,7 +88,7 @@ def run_recipe(
     dry_run: bool = False,
     command: str | None = None,
     track=silent,
-    on_plan: Callable[[list[Planned]], None] | None = None,
+    on_plan: Callable[[list[PlannedStage]], None] | None = None,
     on_event: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Run those stages of the recipe at ``path`` that have not run yet into ``out`` (default
@@ -118,25 +117,25 @@ def run_recipe(
     names = [step.name for step in recipe.steps]
     if until is not None and until not in names:
         raise InputError(f"until: expected one of {', '.join(names)}, got {until!r}")
-    wanted = names[: names.index(until) + 1] if until else names
+    selected = names[: names.index(until) + 1] if until else names
     out = Path("runs") / recipe.name if out is None else Path(out)
     cache = cache or default_cache()
-    tell_plan = on_plan or (lambda plan: None)
+    report_plan = on_plan or (lambda plan: None)
     input_digest = InputDigest(out / SOURCES, cache=cache, track=track)
     if dry_run and not out.exists():
-        tell_plan(make_plan(recipe, wanted, fingerprints(recipe, input_digest), {}, out))
+        report_plan(make_plan(recipe, selected, fingerprints(recipe, input_digest), {}, out))
         return {}
     make_folder(out)
     with locked(out):
         finish_moving(out)
         record = load_record(out, recipe)
-        _refuse_foreign(out, names, record)
+        _check_folder(out, names, record)
         emit = on_event or (lambda event: None)
         command = command or f"fastlm run {path}"
         run = _Run(recipe, out, cache, track, emit, record, input_digest, command)
         prints = fingerprints(recipe, input_digest)
-        plan = make_plan(recipe, wanted, prints, record, out)
-        tell_plan(plan)
+        plan = make_plan(recipe, selected, prints, record, out)
+        report_plan(plan)
         if dry_run:
             return {}
         if (
@@ -144,21 +143,21 @@ def run_recipe(
             or input_digest.current_records.keys() != input_digest.records.keys()
         ):
             write_json(out / SOURCES, input_digest.current_records)
-        _sweep(out, names)
-        _give_way(run, plan)
+        _remove_leftovers(out, names)
+        _archive_stale(run, plan)
         write_json(out / RECIPE, recipe.table)
         for planned in plan:
-            if planned.do == "skip":
+            if planned.action == "skip":
                 run.emit({"stage": planned.step.name, "state": "skipped"})
-            elif planned.do not in ("archive", "later"):
+            elif planned.action not in ("archive", "later"):
                 _run_step(run, planned)
         summary = _report(run, prints, until)
-    note_run(out)
+    index_run(out)
     return summary
 
 
-def _give_way(run: _Run, plan: Sequence[Planned]) -> None:
-    """Archive what is stale if there is a training among it. Otherwise record that it is stale: a
+def _archive_stale(run: _Run, plan: Sequence[PlannedStage]) -> None:
+    """Archive stale stages if a training is among them. Otherwise record that they are stale: a
     later start must not skip stages that depend on a stage that runs again.
     """
     stale = [planned.step.name for planned in plan if planned.stale]
@@ -175,16 +174,16 @@ def _give_way(run: _Run, plan: Sequence[Planned]) -> None:
         run.save()
 
 
-def _run_step(run: _Run, planned: Planned) -> None:
+def _run_step(run: _Run, planned: PlannedStage) -> None:
     step, stage, out = planned.step, planned.step.stage, run.out / planned.step.name
-    if planned.do == "run":
+    if planned.action == "run":
         _clear(out)
     make_folder(out)
-    entry = begun(stage, planned.fingerprint, step.inputs)
+    entry = new_record(stage, planned.fingerprint, step.inputs)
     run.record[step.name] = entry  # its output belongs to this fingerprint
     run.save()
     run.emit({"stage": step.name, "state": "started"})
-    began = time.perf_counter()
+    start = time.perf_counter()
     ctx = run.context(step)
     try:
         result = stage.run(ctx)
@@ -192,10 +191,10 @@ def _run_step(run: _Run, planned: Planned) -> None:
         raise InputError(f"{step.name}: {e.filename or out}: {e.strerror or e}") from e
     except InputError as e:
         raise InputError(f"{step.name}: {e}") from e
-    entry.seconds = max(time.perf_counter() - began, result.get("used_seconds", 0.0))
-    entry.result, entry.file_sizes = result, sizes_of(out, stage.checkpoints)
+    entry.seconds = max(time.perf_counter() - start, result.get("used_seconds", 0.0))
+    entry.result, entry.file_sizes = result, file_sizes_of(out, stage.checkpoints)
     entry.provenance = describe(
-        stage, ctx, entry.file_sizes, run.input_digest, known=partial(run.id_of, step),
+        stage, ctx, entry.file_sizes, run.input_digest, recorded_id=partial(run.id_of, step),
         recipe=json_hash(run.recipe.table), command=run.command,
     )  # fmt: skip
     run.save()
@@ -218,30 +217,30 @@ def _report(run: _Run, prints: Mapping[str, str], until: str | None) -> dict[str
     ]
     entries = {step.name: asdict(entry) for step, entry in finished}
     missing = [step.name for step in run.recipe.steps if step.name not in entries]
-    until = until if missing else None  # the page of a whole run does not say it
+    until = until if missing else None  # the page of a complete run does not name it
     parts = [REPORT_VERSION, run.recipe.name, run.recipe.description, entries, missing, until]
     fingerprint = json_hash(parts)
-    old = run.record.get("report")
-    there = all((run.out / name).is_file() for name in (REPORT, SUMMARY))
-    if old is not None and old.fingerprint == fingerprint and there:
+    previous = run.record.get("report")
+    written = all((run.out / name).is_file() for name in (REPORT, SUMMARY))
+    if previous is not None and previous.fingerprint == fingerprint and written:
         run.emit({"stage": "report", "state": "skipped"})
         return read_json(run.out / SUMMARY)
-    began = time.perf_counter()
+    start = time.perf_counter()
     done = [
-        Done(step, run.context(step), entry.result or {}, entry.seconds or 0.0)
+        FinishedStage(step, run.context(step), entry.result or {}, entry.seconds or 0.0)
         for step, entry in finished
     ]
     summary = write_report(run.out, run.recipe, done, run.command, until)
-    run.record["report"] = Entry("report", fingerprint)
+    run.record["report"] = StageRecord("report", fingerprint)
     run.save()
     run.emit({
-        "stage": "report", "state": "done", "seconds": time.perf_counter() - began,
+        "stage": "report", "state": "done", "seconds": time.perf_counter() - start,
         "summary": str(run.out / REPORT),
     })  # fmt: skip
     return summary
 
 
-def _refuse_foreign(out: Path, names: Sequence[str], record: dict[str, Entry]) -> None:
+def _check_folder(out: Path, names: Sequence[str], record: dict[str, StageRecord]) -> None:
     """Refuse folders that are not this run's. A stage begins by clearing its folder, which must not
     hold the user's own data or model.
     """
@@ -255,8 +254,8 @@ def _refuse_foreign(out: Path, names: Sequence[str], record: dict[str, Entry]) -
             )
 
 
-def _sweep(out: Path, names: Sequence[str]) -> None:
-    """Remove what a killed process was writing or deleting next to the files of a run."""
+def _remove_leftovers(out: Path, names: Sequence[str]) -> None:
+    """Remove the temporary files that a killed process left next to the files of a run."""
     for name in (STAGES, RECIPE, SOURCES, REPORT, SUMMARY, *names):
         for stray in leftovers(out / name):
             remove(stray)
@@ -274,12 +273,12 @@ def _clear(folder: Path) -> None:
         raise InputError(f"{e.filename or folder}: cannot be cleared: {e.strerror}") from e
     remove(old)
     if os.path.lexists(old):
-        raise InputError(f"{folder}: cannot be cleared: {old} is left of it")
+        raise InputError(f"{folder}: cannot be cleared: {old} is left")
 
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Allow one run at a time in a folder; the lock ends with the process."""
+    """Allow one run at a time in a folder. The lock ends with the process."""
     lock = out / ".lock"
     if lock.exists() and not lock.is_file():  # a pipe would block
         raise InputError(f"{lock}: expected a file, got something else")

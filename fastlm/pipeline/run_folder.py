@@ -17,13 +17,13 @@ def last_model(run: Path) -> Path | None:
     """
     if not (run / STAGES).is_file():
         return None
-    stages, found = read_json(run / STAGES).get("stages"), None
+    stages, model_path = read_json(run / STAGES).get("stages"), None
     for name, entry in stages.items() if isinstance(stages, Mapping) else ():
         if isinstance(entry, Mapping) and "file_sizes" in entry:
             outputs = entry.get("outputs")
             if isinstance(outputs, Mapping) and isinstance(model := outputs.get("model"), str):
-                found = run / str(name) / model
-    return found
+                model_path = run / str(name) / model
+    return model_path
 
 
 def locate_model(path: Path) -> Path:
@@ -45,14 +45,14 @@ def locate_model(path: Path) -> Path:
     files = sorted(path.glob("*.gguf")) if path.is_dir() else []
     if len(files) == 1:
         return files[0]
-    came = f"neither there ({len(files)} .gguf files)"
+    actual = f"neither there ({len(files)} .gguf files)"
     if not path.exists():
-        came = "no such path"
+        actual = "no such path"
         if len(path.parts) == 2 and not path.is_absolute():  # looks like OWNER/NAME
-            came += " (fastlm reads local files and downloads nothing from the Hugging Face Hub)"
-    raise InputError(f"{path}: expected a folder with {CONFIG} or a .gguf file, got {came}")
+            actual += " (fastlm reads local files and downloads nothing from the Hugging Face Hub)"
+    raise InputError(f"{path}: expected a folder with {CONFIG} or a .gguf file, got {actual}")
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether the folder holds a LoRA adapter, which needs its base model."""
+    """Return whether the folder holds a LoRA adapter, which needs its base model."""
     return (folder / ADAPTER_CONFIG).is_file()

@@ -286,7 +286,7 @@ class Stage:
                 f"{key}: expected one of {self.kind}'s inputs {', '.join(self.inputs)}, got this "
                 "name"
             )
-        named: dict[str, tuple[Input, ...]] = {}
+        input_tuples: dict[str, tuple[Input, ...]] = {}
         for key, spec in self.inputs.items():
             value = inputs.get(key)
             values = () if value is None else (value,) if isinstance(value, str | Path) else value
@@ -295,9 +295,9 @@ class Stage:
                 raise InputError(f"{key}: expected {help}, got none")
             if len(values) > 1 and not spec.several:
                 raise InputError(f"{key}: expected one, got {len(values)}")
-            named[key] = tuple(Input(str(v), str(v)) for v in values)
+            input_tuples[key] = tuple(Input(str(v), str(v)) for v in values)
         return StageContext(
-            self.kind, Path(out), named, cache_dir or default_cache(),
+            self.kind, Path(out), input_tuples, cache_dir or default_cache(),
             track=track, on_event=on_event,
         )  # fmt: skip
 
@@ -341,9 +341,9 @@ def positive(stage: Any, *names: str) -> None:
 
 def one_of(stage: Any, **choices: Collection[str]) -> None:
     """Raise InputError unless each of these options is among its choices."""
-    for name, known in choices.items():
-        if (value := getattr(stage, name)) not in known:
-            raise InputError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+    for name, allowed in choices.items():
+        if (value := getattr(stage, name)) not in allowed:
+            raise InputError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
 
 
 def select_options(stage: Any, options: type[T]) -> T:

@@ -22,7 +22,7 @@ from fastlm.feedback.forget import forget, report_lines
 from fastlm.feedback.gate import Decision
 from fastlm.feedback.gate_metrics import read_scores, scores_of
 from fastlm.pipeline.card import card
-from fastlm.pipeline.diff import diff, shown
+from fastlm.pipeline.diff import diff, render
 from fastlm.pipeline.lineage import tree
 from fastlm.pipeline.record import headline
 from fastlm.pipeline.registry import open_registry
@@ -35,9 +35,9 @@ def entry(kind: str, leaf: str, number: int, **result) -> dict:
     """A record of a stage; ``number`` tells it from others."""
     id = f"{number:08x}" * 8
     made = {
-        "finished": f"2026-11-{number:02}T00:00:00.000+00:00", "recipe": ID,
+        "finished_at": f"2026-11-{number:02}T00:00:00.000+00:00", "recipe": ID,
         "code": {"version": "1"}, "machine": {"cpu": "x", "threads": 2}, "ids": {leaf: id},
-        "command": "fastlm run x", "hashes": {"a": id}, "earlier": [{leaf: id[::-1]}],
+        "command": "fastlm run x", "hashes": {"a": id}, "earlier_ids": [{leaf: id[::-1]}],
         "inputs": {"corpus": [{"name": "data", "path": "data", "id": f"{1:08x}" * 8}]},
         "sources": [{"spec": "docs", "package": None, "licence": "MIT", "count": 1,
                      "files": {"a": id}}],
@@ -101,14 +101,14 @@ generation_kwargs: {until: ["\\n"], max_gen_toks: 9}
 
 def use_registry(path: Path) -> None:
     root = next(p for p in path.parents if p.name == "runs")
-    found = open_registry([root], note=False)
+    found = open_registry([root], update_index=False)
     for record in found.records:
-        json.dumps(tree(found, record)), headline(record.entry), record.shown_id
+        json.dumps(tree(found, record)), headline(record.entry), record.short_id
         if record.model:
             card(found, record, kinds=stages.KINDS)
     if path.name == "stages.json" and len({r.run for r in found.records}) > 1:
         rows = diff(found, "good", "bad", kinds=stages.KINDS)
-        shown(rows, "good", "bad"), json.dumps(rows, default=str)
+        render(rows, "good", "bad"), json.dumps(rows, default=str)
     list(report_lines(forget([root], ["http://a"], dry_run=True), True))
     if found.warnings:
         raise InputError(found.warnings[0])
@@ -231,7 +231,7 @@ def test_many_damaged_files_are_read_or_refused(name, folder):
         ("sources", [{"spec": "x", "count": "7"}], "sources[0].count: expected a whole number"),
         ("ids", {"model": None}, "ids.model: expected a string, got None"),
         ("hashes", {"../../other": ""}, "hashes.'../../other': expected a path below its folder"),
-        ("earlier", [3], "earlier[0]: expected an object, got 3"),
+        ("earlier_ids", [3], "earlier_ids[0]: expected an object, got 3"),
     ],
 )
 def test_a_record_with_a_field_of_another_kind_is_left_out(key, value, refusal, folder):
@@ -239,7 +239,7 @@ def test_a_record_with_a_field_of_another_kind_is_left_out(key, value, refusal, 
     table = run(4)
     table["stages"]["eval"]["provenance"][key] = value
     (folder / "runs/bad/stages.json").write_text(json.dumps(table))
-    found = open_registry([folder / "runs"], note=False)
+    found = open_registry([folder / "runs"], update_index=False)
     assert {record.run for record in found.records} == {"good"}
     (warning,) = found.warnings
     assert f"bad/stages.json: stages.eval.provenance.{key}" in warning and refusal in warning

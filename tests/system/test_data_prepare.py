@@ -417,7 +417,7 @@ def test_a_source_whose_own_name_is_no_utf8(tmp_path):
     assert result.exit_code == 0, (result.output, result.exception)
     record = json.loads((out / "record.json").read_bytes().decode())["stages"]["."]
     assert record["options"]["sources"] == [rf"{tmp_path}/caf\xe9.txt"]
-    (known,) = open_registry([out], note=False).records
+    (known,) = open_registry([out], update_index=False).records
     assert known.entry.options == record["options"]
     again = ["data", "show", str(out)]
     assert CliRunner().invoke(app, again).exit_code == 0

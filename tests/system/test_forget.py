@@ -173,7 +173,7 @@ def test_killed_at_any_change_of_the_disk(runs, lost, tmp_path, monkeypatch):
             report = forget([folder], [id])
             assert [m["kind"] for m in report.models] == ["tokenizer", "pretrain"]
         assert not shards(folder) and text not in texts(folder)
-        assert {r.state for r in open_registry([folder], note=False).records} == {HERE}
+        assert {r.state for r in open_registry([folder], update_index=False).records} == {HERE}
         parts = [p.name for p in folder.rglob(".*.fastlm-*")]
         assert not [name for name in parts if "jsonl" in name or ".bin" in name], parts
         shutil.rmtree(folder)

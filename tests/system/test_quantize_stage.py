@@ -303,13 +303,13 @@ def test_a_recipe_continues_a_quantization_that_was_killed(base, tmp_path, monke
 
     def plan(**options):
         run_recipe(recipe, cut, on_plan=plans.append, **options)
-        return plans[-1][0].do, plans[-1][0].why
+        return plans[-1][0].action, plans[-1][0].reason
 
     names, work = [], layerwise.gptq
     monkeypatch.setattr(
         layerwise, "gptq", lambda *a, name, **k: names.append(name) or work(*a, name=name, **k)
     )
-    assert plan() == ("continue", "was cut off")
+    assert plan() == ("continue", "was interrupted")
     assert names and all(name.startswith("model.layers.1.") for name in names)
     assert not (cut / "quantize/progress").exists() and plan() == ("skip", "done")
     run_recipe(recipe, tmp_path / "whole")
@@ -319,7 +319,7 @@ def test_a_recipe_continues_a_quantization_that_was_killed(base, tmp_path, monke
 
     (again / "quantize/stray").write_text("")
     run_recipe(recipe, again, overrides=["quantize.method=rtn"], on_plan=plans.append)
-    assert plans[-1][0].do == "run" and not list(again.glob("previous*"))  # no training
+    assert plans[-1][0].action == "run" and not list(again.glob("previous*"))  # no training
     assert not any((again / "quantize" / name).exists() for name in ("progress", "stray"))
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from fastlm.pipeline.charts import bits_figure
 from fastlm.pipeline.funnel import Funnel
-from fastlm.pipeline.report import Done, command_until, render_report
+from fastlm.pipeline.report import FinishedStage, command_until, render_report
 from fastlm.pipeline.stage import Input, StageContext
 from fastlm.pipeline.text import count_text, seconds_text, size_text
 from fastlm.stages import parse_recipe
@@ -116,7 +116,9 @@ def page_of(folder, table, results):
             for key, names in step.inputs.items()
         }
         ctx = StageContext(step.name, folder / step.name, inputs, folder)
-        done = Done(step, ctx, results[step.name], 60.0 if step.name == "pretrain" else 1.0)
+        done = FinishedStage(
+            step, ctx, results[step.name], 60.0 if step.name == "pretrain" else 1.0
+        )
         stages[step.name] = {"seconds": done.seconds}
         if part := step.stage.report(ctx, done.result):
             parts.append((step, part))

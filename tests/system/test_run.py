@@ -283,7 +283,7 @@ def test_a_training_continues_with_options_that_its_command_takes(tmp_path):
         sets = [f"pretrain.{word}" for word in overrides]
         run_recipe(recipe, run, overrides=sets, until="pretrain", on_plan=plans.append)
         planned = next(p for p in plans[-1] if p.step.name == "pretrain")
-        return planned.do, planned.why
+        return planned.action, planned.reason
 
     def cut_off() -> None:
         record = json.loads((run / "stages.json").read_text())

@@ -156,7 +156,7 @@ def test_a_raised_version_is_told(corpus, monkeypatch, tmp_path):
         plans.clear()
         run_recipe(recipe, run, overrides=overrides, until="tokenizer", dry_run=True,
                    on_plan=plans.extend)  # fmt: skip
-        return {p.step.name: (p.do, p.why) for p in plans}
+        return {p.step.name: (p.action, p.reason) for p in plans}
 
     assert todo()["data"] == ("skip", "done")
     version = KINDS["data"].version
@@ -174,7 +174,7 @@ def test_a_raised_version_is_told(corpus, monkeypatch, tmp_path):
     docs = recipe.parent / "docs"
     text = (one := sorted(docs.iterdir())[0]).read_text()
     one.write_text(text + " and more")
-    assert todo()["data"] == ("run", "what it reads has changed")
+    assert todo()["data"] == ("run", "the content of an input has changed")
     one.write_text(text)
 
 
@@ -201,21 +201,21 @@ def test_a_change_reaches_what_depends_on_it_and_nothing_else(tmp_path):
     trained = (run / "pretrain/model/model.safetensors").read_bytes()
     # the plan states what will be done and why; a dry run does nothing more
     assert again("wide.lr=2e-3", dry_run=True) == {} and not states
-    todo = {p.step.name: (p.do, p.why) for p in plans}
+    todo = {p.step.name: (p.action, p.reason) for p in plans}
     assert todo["pretrain"] == todo["quantize"] == ("skip", "done")
     assert todo["wide"] == ("run", "lr was 0.001, now 0.002")
-    assert todo["both"] == ("run", "what it reads has changed")
+    assert todo["both"] == ("run", "the content of an input has changed")
     again("wide.lr=2e-3")
     assert done() == ["wide", "both"]
     # the other branch was archived, this one was left unchanged
     assert (run / "previous/wide/model").is_dir() and not (run / "previous/pretrain").exists()
     assert (run / "pretrain/model/model.safetensors").read_bytes() == trained
     again("wide.lr=2e-3", "both.of=['wide']")
-    assert done() == ["both"] and plans[-1].why == "takes from other stages"
+    assert done() == ["both"] and plans[-1].reason == "its inputs are other stages"
     # a renamed stage gets a new folder; its input stages are skipped
     recipe.write_text(recipe.read_text().replace('name = "both"', 'name = "two"'))
     again("wide.lr=2e-3")
-    assert done() == ["two"] and plans[-1].why == "new"
+    assert done() == ["two"] and plans[-1].reason == "new"
 
 
 def test_a_stage_takes_from_a_folder_outside_the_run(tmp_path):
@@ -328,7 +328,7 @@ def test_until_says_what_gives_way_and_reports_all_that_is_done(tmp_path):
     whole = run()
     assert run(until="data")["stages"].keys() == whole["stages"].keys()
     assert run("data.heldout_bytes=5000", until="data", dry_run=True) == {}
-    todo = {p.step.name: (p.do, p.training) for p in run.plan}
+    todo = {p.step.name: (p.action, p.training) for p in run.plan}
     assert todo["data"] == ("run", False) and todo["pretrain"] == ("archive", True)
     assert (run.out / "pretrain/model").is_dir()
     summary = run("data.heldout_bytes=5000", until="data")

@@ -80,11 +80,11 @@ def test_overrides(path):
         ("stage=3", r"stage: expected a list of tables, \[\[stage\]\]"),
         ("pretrain.model=3", "pretrain.model: expected an object, got 3"),
         ("pretrain.kind='pretrian'", "stage 4.kind: expected one of .*did you mean 'pretrain'"),
-        ("eval.name=report", "stage.name: expected the name of a folder that .* got 'report'"),
-        ("eval.name='a/b'", "stage.name: expected the name of a folder"),
-        ("eval.name=data", "stage.name: 'data' stands twice"),
-        ("eval.of=pretrian", "eval.of: expected the name of a stage above .* one is 'pretrain'"),
-        ("eval.of=quantize", "eval.of: expected a stage above it, 'quantize' stands below"),
+        ("eval.name=report", "stage.name: expected a name that .* got 'report'"),
+        ("eval.name='a/b'", "stage.name: expected a name that is valid"),
+        ("eval.name=data", "stage.name: 'data' is used twice"),
+        ("eval.of=pretrian", "eval.of: expected the name of an earlier stage .* one is 'pretrain'"),
+        ("eval.of=quantize", "eval.of: expected an earlier stage, 'quantize' comes later"),
         ("eval.of=shards", "eval.of: expected a stage that makes model or quantized; 'shards'"),
         ("eval.of=3", "eval.of: expected the name of a stage or a path, got 3"),
         ("quantize.from=['pretrain', 'pretrain']", "quantize.from: expected one, got 2"),
@@ -188,7 +188,7 @@ def test_stages_take_from_the_last_that_fits_or_from_where_they_say(tmp_path):
     renamed = ["pretrain.name=model", "eval.of=model", "quantize.from=model", "small.from=model"]
     recipe = load_recipe(path, [*renamed, "both.of=['model', 'wide']"])  # no package's scheme
     assert recipe.step("eval").inputs["model"] == ("model",)
-    with pytest.raises(InputError, match=r"small\.model: says once more what 'model' is"):
+    with pytest.raises(InputError, match=r"small\.model: duplicate key for the input 'model'"):
         load_recipe(path, ["small.model=wide"])
 
 
@@ -228,9 +228,9 @@ def test_what_comes_from_outside_has_one_name(tmp_path):
             "data.sources=['older']\ninputs.older=/srv/m",
             "inputs.older: expected a stage that has it",
         ),
-        ("inputs.pretrain=/srv/m", "inputs.pretrain: expected a name that is no stage's"),
+        ("inputs.pretrain=/srv/m", "inputs.pretrain: expected a name that is neither"),
         ("inputs=3", "inputs: expected a table, got 3"),
-        ("pair.name=inputs", "stage.name: expected the name of a folder that .* got 'inputs'"),
+        ("pair.name=inputs", "stage.name: expected a name that .* got 'inputs'"),
         ("pair.of=['old', './served']", "pair.of: expected each once"),
         ("pair.of=['odl', 'pretrain']", "pair.of: .*the nearest one is 'old'"),
     ):
@@ -240,5 +240,5 @@ def test_what_comes_from_outside_has_one_name(tmp_path):
 
 def test_a_stage_whose_input_nobody_makes(tmp_path):
     (tmp_path / "r.toml").write_text('name = "r"\n[[stage]]\nkind = "tokenizer"\n')
-    with pytest.raises(InputError, match=r"tokenizer.corpus: expected a stage above it that makes"):
+    with pytest.raises(InputError, match=r"tokenizer.corpus: expected an earlier stage that makes"):
         load_recipe(tmp_path / "r.toml")
