@@ -24,7 +24,7 @@ from fastlm.serve.api_error import ApiError, stopping
 from fastlm.serve.completions_api import complete
 from fastlm.serve.metrics import Metrics
 from fastlm.serve.middleware import RequestLimits, RequestMiddleware, log, read_body
-from fastlm.serve.models import Models, Served
+from fastlm.serve.models import ServedModel, ServedModels
 from fastlm.serve.openapi import openapi
 from fastlm.serve.protocol.body import Body, read_request
 from fastlm.serve.protocol.chat_completion import ChatCompletionRequest
@@ -60,7 +60,7 @@ PAGES = {"/": "index.html", "/dashboard": "dashboard.html"} | {
 
 @dataclass
 class Server:
-    """Models, and how they are served; `app` is the ASGI application.
+    """ServedModels, and how they are served; `app` is the ASGI application.
 
     ``feedback``: the database of feedback, or None. ``monitor``: measures answers, or None.
     ``ranking``: the store of `fastlm rank` for the page /rank; None:
@@ -69,7 +69,7 @@ class Server:
     ``manager``: changes the models, for those with one of the keys ``admins``; None: nothing does.
     """
 
-    models: Models
+    models: ServedModels
     limits: RequestLimits = field(default_factory=RequestLimits)
     keys: Sequence[str] = ()
     hosts: frozenset[str] | None = None
@@ -87,7 +87,7 @@ class Server:
                 self.metrics.add(source.collect)
         several = len(self.keys) > 1  # clients; without keys all are of this machine
         self.quota = ClientQuota(
-            max(1, self.served.engine.max_queue_size // 2) if several else None
+            max(1, self.served_model.engine.max_queue_size // 2) if several else None
         )
         self.stopping = False
         self._ignored: set[str] = set()  # fields that the log has named
@@ -145,7 +145,7 @@ class Server:
         return () if self.monitor is None else self.monitor.ratings
 
     @property
-    def served(self) -> Served:
+    def served_model(self) -> ServedModel:
         """The model that answers to the server's name."""
         return self.models.current
 
@@ -179,11 +179,11 @@ class Server:
         return await self.read(read_request, data, model)
 
     def ignored(
-        self, request: GenerationRequest | EmbeddingRequest, served: Served
+        self, request: GenerationRequest | EmbeddingRequest, served_model: ServedModel
     ) -> tuple[str, ...]:
         """The fields of a request that change nothing, which the log names once."""
         names = request.ignored_fields
-        if "reasoning_effort" in (served.tokenizer.chat_template or ""):
+        if "reasoning_effort" in (served_model.tokenizer.chat_template or ""):
             names = tuple(name for name in names if name != "reasoning_effort")
         if new := sorted({*names} - self._ignored):
             self._ignored.update(new)
@@ -193,16 +193,16 @@ class Server:
     # ---- GET
 
     def _described(self, name: str) -> dict[str, Any]:
-        served = self.models.named(name)
+        served_model = self.models.find(name)
         own = {
-            "context_limit": served.context_limit,
-            "chat": served.tokenizer.chat_template is not None,
+            "context_limit": served_model.context_limit,
+            "chat": served_model.tokenizer.chat_template is not None,
             "feedback": self.feedback is not None,
-            "content_id": served.digest or None,
+            "content_id": served_model.digest or None,
             "metrics": [rating.row() for rating in self.ratings],
         }
         return {
-            "id": name, "object": "model", "created": served.created, "owned_by": "fastlm",
+            "id": name, "object": "model", "created": served_model.created, "owned_by": "fastlm",
             "fastlm": own,
         }  # fmt: skip
 

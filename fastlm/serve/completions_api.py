@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from fastlm.serve.app import Server
     from fastlm.serve.feedback_store import FeedbackStore
     from fastlm.serve.middleware import RequestLimits
-    from fastlm.serve.models import ModelLease, Served
+    from fastlm.serve.models import ModelLease, ServedModel
 
 MAX_LOGPROBS = 2**18  # in one response: about 30 MB
 RESPONSES: dict[type[GenerationRequest], type[ChatCompletionResponse]] = {
@@ -58,12 +58,12 @@ async def complete(server: "Server", model: type[Body], http: HttpRequest) -> Re
     lease = server.models.lease(request, http.state.client)
     try:
         try:
-            response = await _submit(server, http, request, lease.served)
+            response = await _submit(server, http, request, lease.served_model)
         except ApiError:
             if not lease.fall_back():
                 raise
-            response = await _submit(server, http, request, lease.served)
-            await lease.refused(response.id)
+            response = await _submit(server, http, request, lease.served_model)
+            await lease.record_refusal(response.id)
     except BaseException:
         lease.end()
         raise
@@ -71,30 +71,30 @@ async def complete(server: "Server", model: type[Body], http: HttpRequest) -> Re
 
 
 async def _submit(
-    server: "Server", http: HttpRequest, request: GenerationRequest, served: "Served"
+    server: "Server", http: HttpRequest, request: GenerationRequest, served_model: "ServedModel"
 ) -> ChatCompletionResponse:
     state, log_fields = http.state, http.state.log_fields
-    state.ignored = server.ignored(request, served)
+    state.ignored = server.ignored(request, served_model)
     lengths, echoes, form, requests = await server.read(
-        build_requests, served, request, server.limits, state.client,
+        build_requests, served_model, request, server.limits, state.client,
         # with several keys, clients share no cached prompts
         state.client.encode() if len(server.keys) > 1 else b"",
     )  # fmt: skip
     response_class = RESPONSES[type(request)]
     id = f"{response_class.id_prefix}{state.id}"
-    log_fields["model"], log_fields["prompt_tokens"] = served.name, sum(lengths)
+    log_fields["model"], log_fields["prompt_tokens"] = served_model.name, sum(lengths)
     if server.monitor is not None:  # the middleware calls its `end`
-        state.observer = server.monitor.observe(request, served.name, id, lengths)
+        state.observer = server.monitor.observe(request, served_model.name, id, lengths)
     with engine_errors():
-        stream = ResponseStream(served.engine, requests, server.metrics, server.quota)
+        stream = ResponseStream(served_model.engine, requests, server.metrics, server.quota)
     for length in lengths:
         server.metrics.prompt_length.observe(length)
     response = response_class(
         request,
         id,
-        served.name,
+        served_model.name,
         stream,
-        served.tokenizer,
+        served_model.tokenizer,
         form,
         log_fields["prompt_tokens"],
         echoes,
@@ -105,7 +105,7 @@ async def _submit(
 
 
 def build_requests(
-    served: "Served",
+    served_model: "ServedModel",
     request: GenerationRequest,
     limits: "RequestLimits",
     client: str,
@@ -116,7 +116,7 @@ def build_requests(
 
     ApiError: the request asks for something that the model cannot do.
     """
-    context = served.context_limit
+    context = served_model.context_limit
     limit = limits.max_new_tokens or context
     max_tokens, logprobs = request.max_tokens, request.num_logprobs
     if (max_tokens or 0) > limit and limits.max_new_tokens is not None:
@@ -124,16 +124,16 @@ def build_requests(
     length = limit if max_tokens is None else min(max_tokens, limit)
     form, echoes, prompt_logprobs = request.form, list[PromptEcho](), None
     if isinstance(request, ChatCompletionRequest):
-        ids, form = served.prompts.chat(request)
+        ids, form = served_model.prompt_encoder.encode_chat(request)
         prompts = [ids]
     else:
         assert isinstance(request, CompletionRequest)
-        prompts = [served.prompts.text(prompt) for prompt in request.prompts]
+        prompts = [served_model.prompt_encoder.encode_text(prompt) for prompt in request.prompts]
         prompt_logprobs = logprobs if request.echo else None
         for prompt, ids in zip(request.prompts if request.echo else (), prompts):
-            text = prompt if isinstance(prompt, str) else served.tokenizer.decode(prompt)
+            text = prompt if isinstance(prompt, str) else served_model.tokenizer.decode(prompt)
             # a BOS token that the server adds is not part of the text
-            has_bos = isinstance(prompt, str) and served.tokenizer.bos_id is not None
+            has_bos = isinstance(prompt, str) and served_model.tokenizer.bos_id is not None
             echoes.append(PromptEcho(text, None if has_bos else ids[0]))
     seed = request.seed
     bias = {int(token): bias for token, bias in request.logit_bias.items()}
@@ -149,12 +149,12 @@ def build_requests(
         logit_bias=tuple(sorted(bias.items())),
     )
     # the vocabulary of a padded model is larger than its tokenizer's
-    vocab = min(served.tokenizer.vocab_size, served.model.config.vocab_size)
+    vocab = min(served_model.tokenizer.vocab_size, served_model.model.config.vocab_size)
     for name, ids in (("logit_bias", bias), ("stop_token_ids", request.stop_token_ids)):
         if ids and max(ids) >= vocab:
             raise field_error(name, f"expected token ids below {vocab}, got {max(ids)}")
     try:
-        constraint = None if form is None else served.grammars.constraint(form)
+        constraint = None if form is None else served_model.grammars.constraint(form)
     except FormError as error:
         raise ApiError(str(error), param=error.param) from None
     requests = [
@@ -241,9 +241,9 @@ class ResponseSender(Response):
             except ClientDisconnect:
                 raise
             except Exception as error:
-                await self.lease.failed(response.id, error)
+                await self.lease.record_failure(response.id, error)
                 raise
-            await self.lease.answered(response)
+            await self.lease.record_response(response)
             if getattr(response.request, "store", False):
                 await self._store()
         except ApiError as error:

@@ -88,7 +88,7 @@ async def post_feedback(server: "Server", http: Request) -> Response:
     def write() -> tuple[int | None, bool | None]:
         _check_conversation(store, feedback)
         if kept is not None:
-            told = None if manager is None else manager.model_of(kept.response_id)
+            told = None if manager is None else manager.model_name(kept.response_id)
             store.keep(kept if told is None else replace(kept, model=told))
         # counted, then stored: said again after a failure, it is stored, and a trial counts it once
         if manager is not None:

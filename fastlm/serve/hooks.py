@@ -1,6 +1,5 @@
-"""What the server calls at each request, for packages that it does not import: a monitor that
-measures answers (`fastlm.serve.monitor`), an experiment with a second model
-(`fastlm.serve.canary`)."""
+"""Protocols of components that the server calls without importing them: the monitor
+(`fastlm.serve.monitor`) and the experiment with a second model (`fastlm.serve.canary`)."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -9,7 +8,7 @@ if TYPE_CHECKING:
     from prometheus_client.core import Metric
 
     from fastlm.serve.completion_response import ChatCompletionResponse
-    from fastlm.serve.models import ModelLease, Models, Served
+    from fastlm.serve.models import ModelLease, ServedModel, ServedModels
     from fastlm.serve.protocol.completion import GenerationRequest
     from fastlm.serve.ratings import Rating
 
@@ -24,9 +23,12 @@ class RequestObserver(Protocol):
 
 
 class ServerMonitor(Protocol):
-    """Measures answers. ``ratings``: the numbers that people may give. ``observe``: a request whose
-    prompts have so many ``lengths`` tokens. ``dashboard``: what the page /dashboard shows, or an
-    ApiError. ``collect``: what Prometheus scrapes."""
+    """Measures responses.
+
+    ``ratings``: the numbers that people may give. ``observe``: follow a request; ``lengths`` are
+    the tokens of its prompts. ``dashboard``: return the data of the page /dashboard, or raise
+    ApiError. ``collect``: yield metrics for Prometheus.
+    """
 
     @property
     def ratings(self) -> "Sequence[Rating]": ...
@@ -40,12 +42,18 @@ class ServerMonitor(Protocol):
 
 
 class ModelExperiment(Protocol):
-    """Lets a second model, ``served``, answer some of the requests to the public name. ``lease``:
-    chooses the model for a request that named another. ``watch``: runs while the server does."""
+    """Lets a second model, ``served_model``, answer some of the requests to the public name.
+
+    ``lease``: choose the model for a request. ``watch``: a task that runs as long as the server.
+    """
 
     @property
-    def served(self) -> "Served": ...
+    def served_model(self) -> "ServedModel": ...
     def lease(
-        self, models: "Models", served: "Served", request: "GenerationRequest", client: str
+        self,
+        models: "ServedModels",
+        served_model: "ServedModel",
+        request: "GenerationRequest",
+        client: str,
     ) -> "ModelLease": ...
     async def watch(self) -> None: ...

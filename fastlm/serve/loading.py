@@ -1,4 +1,4 @@
-"""Models loaded for a server: at its start, and beside the one that answers."""
+"""Load models for a server: at its start, and while another model answers."""
 
 import contextlib
 from contextlib import AbstractContextManager
@@ -16,33 +16,36 @@ from fastlm.inference.sampling import Sampling
 from fastlm.model.causal_lm import CausalLM
 from fastlm.model.load import load_model
 from fastlm.pipeline.run_folder import is_adapter, locate_model
-from fastlm.serve.models import Served, release_memory
+from fastlm.serve.models import ServedModel, release_memory
 from fastlm.tokenizer.tokenizer import Tokenizer
 
-NAMED = 8  # digits of a digest in a name
-SPARE = 1.25  # of the size of a model's files: what loading it takes
+DIGEST_DIGITS = 8  # in the name of a model version
+LOAD_MEMORY = 1.25  # memory that loading a model takes, in sizes of its files
 
 
 @dataclass(frozen=True)
-class Loader:
-    """Loads models with the options of `fastlm.inference.engine.Engine`. ``name``: the public one;
-    with ``versions`` a model's own name is that and the beginning of its digest. ``template``: a
-    chat template in place of the model's. ``share``: so many models share the memory of a cache.
+class ModelLoader:
+    """Loads models with the ``options`` of `fastlm.inference.engine.Engine`.
+
+    ``name``: the public name. ``versioned_names``: append the beginning of a model's digest to its
+    name. ``lock``: engines that share the processors hold it during a step. ``template``: a chat
+    template in place of the model's. ``memory_share``: the number of models that share the memory
+    of one cache.
     """
 
     name: str
     act_bits: int | None
     options: dict[str, Any]
     draft_model: Path | None = None
-    turns: AbstractContextManager[Any] | None = None
-    versions: bool = False
+    lock: AbstractContextManager[Any] | None = None
+    versioned_names: bool = False
     template: str | None = None
-    share: int = 1
+    memory_share: int = 1
 
-    def load(self, path: Path, digest: str) -> Served:
-        """Load a model whose `model_digest` is known.
+    def load(self, path: Path, digest: str) -> ServedModel:
+        """Load a model; ``digest`` is its `model_digest`.
 
-        InputError: a model or draft model that cannot be used, more pages than fit the memory.
+        InputError: the model or draft model cannot be used, or the cache exceeds the memory.
         """
         model, tokenizer = load_model(path, self.act_bits)
         if self.template is not None:
@@ -51,123 +54,124 @@ class Loader:
         draft = None if self.draft_model is None else _load_draft(self.draft_model, tokenizer)
         try:
             engine = Engine(
-                model, tokenizer, draft_model=draft, turns=self.turns, memory_share=self.share,
-                **self.options,
+                model, tokenizer, draft_model=draft, turns=self.lock,
+                memory_share=self.memory_share, **self.options,
             )  # fmt: skip
-        except RuntimeError as error:  # torch's, which has no memory
+        except RuntimeError as error:  # torch has no memory left
             if (num_blocks := self.options.get("num_blocks")) is None:
                 raise
             raise InputError(
                 f"num_blocks: expected as many as fit the memory, got {num_blocks}: {reason(error)}"
             ) from None
-        own = f"{self.name}@{digest[:NAMED]}" if self.versions else self.name
-        return Served(engine, model, tokenizer, own, str(path), digest)
+        name = f"{self.name}@{digest[:DIGEST_DIGITS]}" if self.versioned_names else self.name
+        return ServedModel(engine, model, tokenizer, name, str(path), digest)
 
-    def beside(self, path: Path, current: Served) -> Served:
-        """Load a model while ``current`` answers, and try it: its engine runs when this returns.
+    def load_replacement(self, path: Path, current: ServedModel) -> ServedModel:
+        """Load a model while ``current`` answers, start its engine and test it.
 
-        InputError: also that it is served already, that memory would not suffice, that the model
-        cannot do what the current one does, or gives no answer.
+        InputError: as `load`, or the model is served already, does not fit the free memory, cannot
+        do what the current one does, or gives no answer.
         """
         try:
             if (digest := model_digest(path)) == current.digest:
                 raise InputError(f"{path}, which is served already")
-            _check_memory(int(size_of(path) * SPARE), "the model")
-            served = self.load(path, digest)
+            _check_memory(int(model_size(path) * LOAD_MEMORY), "the model")
+            served_model = self.load(path, digest)
             try:
-                cache = served.engine.stats()
-                if served.model.device.type == "cpu":  # a GPU's is taken at once
+                cache = served_model.engine.stats()
+                if served_model.model.device.type == "cpu":  # on a GPU the engine has allocated it
                     _check_memory(cache.pages * cache.page_bytes, "its cache (--num-blocks)")
-                check_like(served, current)
-                served.engine.start()
-                check_answers(served)
+                check_compatible(served_model, current)
+                served_model.engine.start()
+                check_generation(served_model)
             except BaseException:
-                served.engine.close()
+                served_model.engine.close()
                 raise
-            return served
+            return served_model
         except (InputError, OSError, RuntimeError) as error:
             text = reason(error)
-        release_memory()  # not before the error has gone, whose frames hold the model
+        release_memory()  # here, since the frames of the error refer to the model
         raise InputError(f"model: expected one that can be served, got: {text}")
 
 
-def check_like(new: Served, current: Served) -> None:
-    """InputError: requests that ``current`` takes would be refused."""
+def check_compatible(new: ServedModel, current: ServedModel) -> None:
+    """Raise InputError if ``new`` would refuse requests that ``current`` accepts."""
     if new.context_limit < current.context_limit:
         raise InputError(
-            f"expected a context of at least the current model's {current.context_limit} tokens, "
-            "got"
-            f" {new.context_limit}"
+            f"expected a context of at least the current model's {current.context_limit} tokens,"
+            f" got {new.context_limit}"
         )
     if current.tokenizer.chat_template is not None and new.tokenizer.chat_template is None:
         raise InputError("expected a model with a chat template, as the current one has")
 
 
-def check_answers(served: Served) -> None:
-    """InputError: the model does not give finite logits, or its engine fails."""
-    token = served.tokenizer.bos_id or 0
-    asked = Request([token], max_new_tokens=2, sampling=Sampling(temperature=0), ignore_eos=True)
-    (result,) = served.engine.generate([asked])
+def check_generation(served_model: ServedModel) -> None:
+    """Raise InputError if the model's logits are not finite or its engine fails."""
+    token = served_model.tokenizer.bos_id or 0
+    request = Request([token], max_new_tokens=2, sampling=Sampling(temperature=0), ignore_eos=True)
+    (result,) = served_model.engine.generate([request])
     if result.finish_reason == "error":
         raise InputError(f"expected an answer of two tokens, got: {result.error}")
 
 
-def name_of(path: Path) -> str:
-    """What clients call the model at ``path`` by default: the name of its folder or file, of
-    ``model:smollm2`` the part behind the colon."""
-    given = str(path)
-    return given.removeprefix("model:") if given.startswith("model:") else path.resolve().name
+def default_model_name(path: Path) -> str:
+    """Return the name of the model's folder or file; of ``model:smollm2``, the part after the
+    colon."""
+    text = str(path)
+    return text.removeprefix("model:") if text.startswith("model:") else path.resolve().name
 
 
-def files_of(path: Path) -> list[Path]:
-    """The files that make a model, in one order. InputError: no model is there."""
-    place = locate_model(path)
-    if place.is_file():
-        return [place]
-    found = sorted(file for file in place.iterdir() if file.is_file() and file.name[0] != ".")
-    if is_adapter(place):
-        found += files_of(Path(find_base_model(place)))
-    return found
+def model_files(path: Path) -> list[Path]:
+    """Return the files of a model in a fixed order. InputError: there is no model."""
+    location = locate_model(path)
+    if location.is_file():
+        return [location]
+    files = sorted(file for file in location.iterdir() if file.is_file() and file.name[0] != ".")
+    if is_adapter(location):
+        files += model_files(Path(find_base_model(location)))
+    return files
 
 
-def size_of(path: Path) -> int:
-    """Bytes of a model's files."""
-    return sum(file.stat().st_size for file in files_of(path))
+def model_size(path: Path) -> int:
+    """Return the number of bytes of a model's files."""
+    return sum(file.stat().st_size for file in model_files(path))
 
 
-def free_memory() -> int | None:
-    """Bytes that this process may still take, of the machine or its container. None: unknown."""
+def available_memory() -> int | None:
+    """Return the bytes that this process may still allocate on the machine or in its container.
+    None: unknown."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-        told = {line.split(":")[0]: line.split()[1] for line in lines}
-        free = int(told["MemAvailable"]) * 1024
+        meminfo = {line.split(":")[0]: line.split()[1] for line in lines}
+        free = int(meminfo["MemAvailable"]) * 1024
     except (OSError, KeyError, ValueError):
         return None
     group = Path("/sys/fs/cgroup")
     with contextlib.suppress(OSError, ValueError):
-        most = int((group / "memory.max").read_text())
+        limit = int((group / "memory.max").read_text())
         used = int((group / "memory.current").read_text())
-        kept = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        free = min(free, most - used + int(kept.get("inactive_file", 0)))
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        free = min(free, limit - used + int(stat.get("inactive_file", 0)))
     return free
 
 
-def _check_memory(wanted: int, what: str) -> None:
-    free = free_memory()
-    if free is not None and wanted > free:
+def _check_memory(size: int, purpose: str) -> None:
+    free = available_memory()
+    if free is not None and size > free:
         raise InputError(
-            f"expected {wanted / 2**20:,.0f} MiB of free memory for {what}, got {free / 2**20:,.0f}"
+            f"expected {size / 2**20:,.0f} MiB of free memory for {purpose}, got"
+            f" {free / 2**20:,.0f}"
         )
 
 
 def _load_draft(path: Path, tokenizer: Tokenizer) -> CausalLM:
-    """The model that guesses; InputError: its tokens are not those of the tokenizer."""
-    draft, other = load_model(path)
-    if other.backend.get_vocab() != tokenizer.backend.get_vocab():
+    """Load the draft model. InputError: its vocabulary is not that of ``tokenizer``."""
+    draft, draft_tokenizer = load_model(path)
+    if not same_vocabulary(draft_tokenizer, tokenizer):
         raise InputError(f"draft_model: expected one with the model's tokenizer, got {path}")
     return draft
 
 
-def same_tokens(a: Tokenizer, b: Tokenizer) -> bool:
-    """Whether a token id means the same to both."""
+def same_vocabulary(a: Tokenizer, b: Tokenizer) -> bool:
+    """Return whether each token id means the same to both tokenizers."""
     return a.backend.get_vocab() == b.backend.get_vocab()

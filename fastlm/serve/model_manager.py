@@ -1,7 +1,7 @@
-"""Promotions and rollbacks in a running server: a new model is loaded beside the old one, new
-requests go to it, and the old one is freed when its answers have ended.
+"""Promote and roll back models in a running server: load the new model while the old one answers,
+send new requests to the new one, and free the old one after its last answer.
 
-One change at a time: a second one is refused while the first is being made.
+Changes are made one at a time: a second one is refused while the first is in progress.
 """
 
 import asyncio
@@ -19,85 +19,87 @@ from fastlm.serve import loading
 from fastlm.serve.api_error import ApiError
 from fastlm.serve.metrics import labelled
 from fastlm.serve.middleware import log
-from fastlm.serve.models import Models, Served
-from fastlm.serve.state import ModelRef, State, read_state
+from fastlm.serve.models import ServedModel, ServedModels
+from fastlm.serve.state import ModelRef, ServerState, read_state
 
 if TYPE_CHECKING:
-    from fastlm.serve.loading import Loader
+    from fastlm.serve.loading import ModelLoader
     from fastlm.serve.responses import Feedback
 
 
-class Allowed:
-    """Which models may be promoted: those named at the start, and what is below ``folder``."""
+class AllowedModels:
+    """The models that may be promoted: those of the command line, and all below ``folder``."""
 
-    def __init__(self, named: Sequence[str], folder: Path | None):
-        self.named = {model_key(path) for path in named}
+    def __init__(self, paths: Sequence[str], folder: Path | None):
+        self.paths = {model_key(path) for path in paths}
         self.folder = None if folder is None else folder.resolve()
 
-    def find(self, given: str) -> str:
-        """The path that is meant; a relative one is below the folder. InputError: not allowed,
-        whether or not anything is there."""
-        if given and "\0" not in given:
-            if model_key(given) in self.named:
-                return given
-            if self.folder is not None and not given.startswith("model:"):
-                path = (self.folder / given).resolve()  # an absolute one replaces the folder
-                if path != self.folder and path.is_relative_to(self.folder):
-                    return str(path)
-        below = "" if self.folder is None else ", or one below --models-dir"
-        raise InputError(f"model: expected one that was named at start{below}, got {given!r:.200}")
+    def resolve(self, path: str) -> str:
+        """Return the full path of a model; a relative one is below the folder. InputError: the path
+        is not allowed, whether or not a model is there."""
+        if path and "\0" not in path:
+            if model_key(path) in self.paths:
+                return path
+            if self.folder is not None and not path.startswith("model:"):
+                full_path = (self.folder / path).resolve()  # an absolute path replaces the folder
+                if full_path != self.folder and full_path.is_relative_to(self.folder):
+                    return str(full_path)
+        alternative = "" if self.folder is None else ", or one below --models-dir"
+        raise InputError(f"model: expected one of the command line{alternative}, got {path!r:.200}")
 
 
 def model_key(path: str) -> str:
-    """Return the name of a package's model as it is, else an absolute path."""
+    """Return the name of a packaged model unchanged, and any other path as an absolute one."""
     return path if path.startswith("model:") else str(Path(path).resolve())
 
 
 class ModelManager:
-    """Loads models as the last decision left them, and changes them as it is asked to. ``base``:
-    the model of the command line. ``path``: of the state file."""
+    """Loads the model of the last decision, and promotes and rolls back models on request.
 
-    def __init__(self, loader: "Loader", base: str, path: Path, allowed: Allowed):
+    ``base``: the model of the command line. ``path``: the state file.
+    """
+
+    def __init__(self, loader: "ModelLoader", base: str, path: Path, allowed: AllowedModels):
         self.loader, self.path, self.allowed = loader, path, allowed
         self.models, self.state = restore_models(loader, base, path)
-        self.decisions: Counter[str] = Counter()  # of this process
-        self._busy = False
+        self.decisions: Counter[str] = Counter()  # by action, since this process started
+        self._is_changing = False
 
-    def begin(self) -> None:
-        """Write the state of the start, before requests come."""
+    def start(self) -> None:
+        """Write the first state, before requests come."""
         self.state = replace(self.state, canary=None)
         self.state.save(self.path)
 
     @contextmanager
     def _change(self) -> Iterator[None]:
-        if self._busy:
+        if self._is_changing:
             raise ApiError(
-                "model: another promotion or rollback is being made", status=409, code="busy",
+                "model: another promotion or rollback is in progress", status=409, code="busy",
                 headers={"retry-after": "5"},
             )  # fmt: skip
-        self._busy = True
+        self._is_changing = True
         try:
             yield
         finally:
-            self._busy = False
+            self._is_changing = False
 
-    async def promote(self, given: str | None, *, allow_other_tokenizer: bool = False) -> None:
-        """Let the model at a path answer, or the canary (None, or its path).
+    async def promote(self, path: str | None, *, allow_other_tokenizer: bool = False) -> None:
+        """Make the model at ``path`` the current one; None, or its path, means the canary.
 
         ``allow_other_tokenizer``: accept a model whose token ids mean something else. InputError,
         ApiError: the model is refused; the old one answers as before.
         """
         with self._change():
-            if await self._end_experiment("promote", given):
+            if await self._end_experiment("promote", path):
                 return
-            if given is None:
+            if path is None:
                 raise InputError("model: expected a path, got none, and no canary runs")
             await self._load(
-                self.allowed.find(given), "promote", allow_other_tokenizer=allow_other_tokenizer
+                self.allowed.resolve(path), "promote", allow_other_tokenizer=allow_other_tokenizer
             )
 
     async def rollback(self) -> None:
-        """End the canary, or go back to the model before the last promotion, once. As `promote`."""
+        """End the canary, or undo the last promotion, once. Errors: as `promote`."""
         with self._change():
             if await self._end_experiment("roll back", None):
                 return
@@ -107,22 +109,22 @@ class ModelManager:
                 previous.path, "roll back", previous.digest, allow_other_tokenizer=True
             )
 
-    async def _end_experiment(self, action: Any, given: str | None) -> bool:
-        """End the experiment that runs, as somebody asked for. False: none runs."""
+    async def _end_experiment(self, action: Any, path: str | None) -> bool:
+        """End the running experiment with ``action``. Return False if none runs."""
         return False
 
     async def _load(
         self, path: str, action: str, digest: str | None = None, *, allow_other_tokenizer: bool
     ) -> None:
-        """``digest``: the files must be those that they were."""
+        """Load a model and make it the current one. ``digest``: the expected one of its files."""
         old = self.models.current
 
-        def load() -> Served:
+        def load() -> ServedModel:
             if digest is not None and loading.model_digest(Path(path)) != digest:
-                raise InputError(f"{path}: expected what was served before, its files have changed")
-            new = self.loader.beside(Path(path), old)
+                raise InputError(f"{path}: expected the files served before, they have changed")
+            new = self.loader.load_replacement(Path(path), old)
             try:
-                if not allow_other_tokenizer and not loading.same_tokens(
+                if not allow_other_tokenizer and not loading.same_vocabulary(
                     new.tokenizer, old.tokenizer
                 ):
                     raise InputError(
@@ -135,10 +137,10 @@ class ModelManager:
             return new
 
         new = await asyncio.to_thread(load)
-        known = ModelRef(new.path, new.digest)
-        # what was rolled back is not gone back to: the command may be given twice
+        current = ModelRef(new.path, new.digest)
+        # a second rollback must not return to the model that the first one removed
         previous = self.state.current if action == "promote" else None
-        state = replace(self.state, current=known, previous=previous)
+        state = replace(self.state, current=current, previous=previous)
         try:
             await self._save(state.with_decision(action, model=new.name, path=path, reason="asked"))
         except BaseException:
@@ -146,55 +148,57 @@ class ModelManager:
             raise
         self.models.replace(new)
 
-    async def _save(self, state: State) -> None:
+    async def _save(self, state: ServerState) -> None:
         await asyncio.to_thread(state.save, self.path)
         self.state = state
-        told = state.decisions[-1]
-        self.decisions[told["action"]] += 1
-        log("decision", **{key: value for key, value in told.items() if key != "at"})
+        decision = state.decisions[-1]
+        self.decisions[decision["action"]] += 1
+        log("decision", **{key: value for key, value in decision.items() if key != "at"})
 
     def record_feedback(self, feedback: "Feedback") -> None:
         """Count what somebody says for the model that answered. For any thread but the event
         loop's. InputError: the database cannot be used."""
 
-    def model_of(self, response_id: str) -> str | None:
-        """Return the name of the model that gave an answer, where it is known."""
+    def model_name(self, response_id: str) -> str | None:
+        """Return the name of the model that gave a response; None: unknown."""
         return None
 
     async def status(self) -> dict[str, Any]:
-        """Return what `GET /v1/canary` answers."""
+        """Return the response of `GET /v1/canary`."""
         return {
             "object": "canary", "status": "none", "model": self.models.current.name,
             "path": self.state.current.path,
             "previous": self.state.previous and self.state.previous.path,
-            "leaving": [served.name for served in self.models.leaving],
+            "draining": [served_model.name for served_model in self.models.draining],
             "decisions": self.state.decisions,
         }  # fmt: skip
 
     def collect(self) -> Iterator[Metric]:
-        """Return what Prometheus scrapes."""
+        """Yield metrics for Prometheus."""
         models = self.models
-        roles = {(served.name, "leaving"): 1 for served in models.leaving}
+        roles = {(served_model.name, "draining"): 1 for served_model in models.draining}
         roles[models.current.name, "current"] = 1
         if models.experiment is not None:
-            roles[models.experiment.served.name, "canary"] = 1
+            roles[models.experiment.served_model.name, "canary"] = 1
         yield labelled(GaugeMetricFamily, "model", "Models in memory", ["model", "role"], roles)
         yield labelled(
-            CounterMetricFamily, "model_answers", "Answers of each model", ["model", "ended"],
-            models.answers,
+            CounterMetricFamily, "model_answers", "Answers by model and outcome",
+            ["model", "outcome"], models.answers,
         )  # fmt: skip
         yield labelled(
             CounterMetricFamily, "model_decisions",
-            "Promotions, rollbacks and trials without a decision", ["action"],
+            "Promotions, rollbacks and canary trials without a decision", ["action"],
             {(action,): count for action, count in list(self.decisions.items())},
         )  # fmt: skip
 
 
-def restore_models(loader: "Loader", base: str, path: Path) -> tuple[Models, State]:
-    """Load what the last decision left at the state file ``path``: the model ``base``, or what was
-    promoted in its place.
+def restore_models(
+    loader: "ModelLoader", base: str, path: Path
+) -> tuple[ServedModels, ServerState]:
+    """Load the current model of the state file ``path``: ``base``, or the model that was promoted
+    in its place.
 
-    InputError: a model that cannot be used, or is no longer what was decided on.
+    InputError: the model cannot be used, or its files have changed since the decision.
     """
     base = model_key(base)
     state = read_state(path)
@@ -211,15 +215,15 @@ def restore_models(loader: "Loader", base: str, path: Path) -> tuple[Models, Sta
                 f"{path}: expected {state.current.path} as it was when it was promoted, its files"
                 " have changed (delete the file to begin with --model)"
             )
-        if not unchanged:  # trained again
+        if not unchanged:  # the base model was trained again
             state = None
     if state is None or state.base != base:
-        state = State(base, model_ref(base))
+        state = ServerState(base, model_ref(base))
     current = loader.load(Path(state.current.path), state.current.digest)
-    return Models(current, loader.name), state
+    return ServedModels(current, loader.name), state
 
 
 def model_ref(path: str) -> ModelRef:
-    """Return the model at a path as it is now. InputError: none is there."""
+    """Return the path and present digest of a model. InputError: there is no model."""
     path = model_key(path)
     return ModelRef(path, loading.model_digest(Path(path)))

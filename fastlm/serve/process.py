@@ -19,10 +19,10 @@ from fastlm.errors import InputError
 from fastlm.files import read_text, reason
 from fastlm.inference.fair_lock import FairLock
 from fastlm.serve.app import Server
-from fastlm.serve.loading import Loader, name_of
+from fastlm.serve.loading import ModelLoader, default_model_name
 from fastlm.serve.middleware import RequestLimits, log
-from fastlm.serve.model_manager import Allowed, ModelManager
-from fastlm.serve.models import Models
+from fastlm.serve.model_manager import AllowedModels, ModelManager
+from fastlm.serve.models import ServedModels
 from fastlm.serve.options import LOCAL_NAMES, ServeOptions
 
 if TYPE_CHECKING:
@@ -80,15 +80,15 @@ def run(options: ServeOptions, keys: Sequence[str] = (), admin_keys: Sequence[st
 
 def _load(
     options: ServeOptions, store: "FeedbackStore | None", ratings: Sequence["Rating"]
-) -> tuple[Models, ModelManager | None]:
+) -> tuple[ServedModels, ModelManager | None]:
     """Load the models that answer, as was decided last, with what changes them, if anything does.
     ``ratings``: the numbers that people may give."""
     adapters, state_file = options.adapters(), options.state_file()
-    name = options.name or name_of(options.model)
+    name = options.name or default_model_name(options.model)
     if name in adapters:
         raise InputError(f"adapter: expected another name than the model's, got {name!r:.80}")
     template = options.chat_template
-    loader = Loader(
+    loader = ModelLoader(
         name, options.act_bits, options.engine(), options.draft_model,
         FairLock() if state_file or adapters else None, versions=state_file is not None,
         template=None if template is None else read_text(template, MOST_TEMPLATE),
@@ -96,11 +96,11 @@ def _load(
     )  # fmt: skip
     manager = None
     if state_file is None:
-        models = Models(loader.load(options.model, model_digest(options.model)))
+        models = ServedModels(loader.load(options.model, model_digest(options.model)))
     else:
         base = str(options.model)
         named = [base] if options.canary is None else [base, options.canary]
-        allowed = Allowed(named, options.models_dir)
+        allowed = AllowedModels(named, options.models_dir)
         if store is None:
             manager = ModelManager(loader, base, state_file, allowed)
             manager.begin()
@@ -109,7 +109,7 @@ def _load(
             from fastlm.serve.canary.canary_store import CanaryStore
             from fastlm.serve.canary.decision import CanaryConfig
 
-            config = CanaryConfig.of(options, ratings)
+            config = CanaryConfig.from_options(options, ratings)
             counts = CanaryStore(store, config.rating)
             manager = CanaryManager(loader, base, state_file, allowed, counts, config)
             manager.begin(options.canary)

@@ -1,6 +1,6 @@
-"""What a server has decided about its models, in a small file that is replaced as a whole.
+"""The state of a server's models, in a small JSON file that is replaced atomically.
 
-Written before a decision takes effect, so that a server that was killed starts with the last one.
+It is written before a decision takes effect, so a killed server starts with the last decision.
 """
 
 import json
@@ -12,12 +12,12 @@ from typing import Any, Literal
 from fastlm.files import save_atomic
 from fastlm.schema import read_document
 
-MOST_DECISIONS = 50
+MAX_DECISIONS = 50
 
 
 @dataclass(frozen=True)
 class ModelRef:
-    """A model by where it is and what it is: ``path`` as it was given, ``digest`` of its files."""
+    """Identifies a model by its ``path`` and the ``digest`` of its files."""
 
     path: str
     digest: str
@@ -25,20 +25,22 @@ class ModelRef:
 
 @dataclass(frozen=True)
 class CanaryState:
-    """A trial of ``model`` by ``metric``. ``decided``: its verdict's action, None while it runs.
-    ``secret``: what keys the hashes of conversations in the database, which does not have it."""
+    """A canary trial of ``model`` by ``metric``. ``decision``: the action of its verdict; None
+    while it runs. ``secret``: the key of the hashes of conversations in the database, which does
+    not contain it."""
 
     model: ModelRef
     experiment: str
     metric: str
-    decided: str | None = None
+    decision: str | None = None
     secret: str = ""
 
 
 @dataclass(frozen=True)
-class State:
-    """``base``: the model that the server was started with. ``previous``: what `fastlm rollback`
-    goes back to. ``decisions``: the last ones, newest last, each with its numbers."""
+class ServerState:
+    """The models of a server. ``base``: the model of the command line. ``previous``: the model to
+    which `fastlm rollback` returns. ``decisions``: the latest ones with their numbers, newest
+    last."""
 
     base: str
     current: ModelRef
@@ -47,17 +49,18 @@ class State:
     decisions: list[dict[str, Any]] = field(default_factory=list)
     version: Literal[1] = 1
 
-    def with_decision(self, action: str, **told: Any) -> "State":
+    def with_decision(self, action: str, **fields: Any) -> "ServerState":
         """Return the state with one more decision."""
         at = datetime.now(UTC).isoformat(timespec="seconds")
-        kept = self.decisions[1 - MOST_DECISIONS :]
-        return replace(self, decisions=[*kept, {"at": at, "action": action, **told}])
+        earlier = self.decisions[1 - MAX_DECISIONS :]
+        return replace(self, decisions=[*earlier, {"at": at, "action": action, **fields}])
 
     def save(self, path: Path) -> None:
-        """InputError: the file cannot be written; the old one stays."""
+        """Write the file. InputError: it cannot be written; the old one stays."""
         save_atomic(path, lambda part: part.write_text(json.dumps(asdict(self), indent=1), "utf-8"))
 
 
-def read_state(path: Path) -> State | None:
-    """The state in a file, None if there is no file. InputError: it is none of ours."""
-    return read_document(path, State, max_bytes=2**20) if path.exists() else None
+def read_state(path: Path) -> ServerState | None:
+    """Read the state from a file; None: there is no file. InputError: the file has another
+    format."""
+    return read_document(path, ServerState, max_bytes=2**20) if path.exists() else None

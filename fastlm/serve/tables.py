@@ -88,7 +88,7 @@ CANARY_ANSWERS = sa.Table(
     sa.Column("model", sa.Text, nullable=False),
     sa.Column("assigned", sa.Boolean, nullable=False),  # by the hash, not by the client
     sa.Column("error", sa.Boolean, nullable=False),
-    sa.Column("pace", sa.Float),  # seconds per token
+    sa.Column("seconds_per_token", sa.Float),
     sa.Column("at", sa.Float, nullable=False),  # seconds since 1970
 )
 CANARY_OUTCOMES = sa.Table(

@@ -20,7 +20,7 @@ from fastlm.serve.protocol.embedding import DetokenizeRequest, EmbeddingRequest,
 
 if TYPE_CHECKING:
     from fastlm.serve.app import Server
-    from fastlm.serve.models import Served
+    from fastlm.serve.models import ServedModel
 
 MOST_EMBEDDED = 300_000  # tokens of one request to /v1/embeddings: OpenAI's limit
 
@@ -30,15 +30,15 @@ async def embed(server: "Server", http: Request) -> Response:
     client = http.state.client
     lease = server.models.lease(request, client)
     try:
-        http.state.ignored = server.ignored(request, lease.served)
-        inputs = await server.read(_inputs, lease.served, request)
+        http.state.ignored = server.ignored(request, lease.served_model)
+        inputs = await server.read(_inputs, lease.served_model, request)
         http.state.log_fields["prompt_tokens"] = tokens = sum(map(len, inputs))
         if tokens > MOST_EMBEDDED:
             most = f"{MOST_EMBEDDED} tokens in one request, got {tokens}"
             raise field_error("input", f"expected at most {most}")
         with engine_errors():
             server.quota.acquire(client, 1)  # its inputs wait one after the other
-        work = _vectors(server, lease.served, request, inputs, client)
+        work = _vectors(server, lease.served_model, request, inputs, client)
         try:
             vectors = await cancel_on_disconnect(http.receive, work)
         except TimeoutError:
@@ -51,26 +51,30 @@ async def embed(server: "Server", http: Request) -> Response:
         {"object": "embedding", "index": i, "embedding": vector} for i, vector in enumerate(vectors)
     ]
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-    body = {"object": "list", "data": data, "model": lease.served.name, "usage": usage}
+    body = {"object": "list", "data": data, "model": lease.served_model.name, "usage": usage}
     return Response(to_json(body), media_type="application/json")
 
 
-def _inputs(served: "Served", request: EmbeddingRequest) -> list[list[int]]:
-    if (request.dimensions or 0) > (size := served.model.config.hidden_size):
+def _inputs(served_model: "ServedModel", request: EmbeddingRequest) -> list[list[int]]:
+    if (request.dimensions or 0) > (size := served_model.model.config.hidden_size):
         most = f"the model's {size}, got {request.dimensions}"
         raise field_error("dimensions", f"expected at most {most}")
-    return [served.prompts.embedded(text) for text in request.inputs]
+    return [served_model.prompt_encoder.encode_for_embedding(text) for text in request.inputs]
 
 
 async def _vectors(
-    server: "Server", served: "Served", request: EmbeddingRequest, inputs: list[Any], client: str
+    server: "Server",
+    served_model: "ServedModel",
+    request: EmbeddingRequest,
+    inputs: list[Any],
+    client: str,
 ) -> list[Any]:
     vectors = []
     async with asyncio.timeout(server.limits.answer_seconds):
         for ids in inputs:  # one by one: the engine's steps run between them
-            work = partial(served.embedding, ids, request.dimensions)
+            work = partial(served_model.embedding, ids, request.dimensions)
             with engine_errors():
-                future = served.engine.call(work, client)
+                future = served_model.engine.call(work, client)
             try:
                 vectors.append(await asyncio.wrap_future(future))
             except asyncio.CancelledError:
@@ -85,15 +89,15 @@ async def _vectors(
 
 async def tokenize(server: "Server", http: Request) -> Response:
     request = await server.body(http, TokenizeRequest)
-    served = server.models.named(request.model or server.models.name)
-    return JSONResponse(await server.read(_tokens, served, request))
+    served_model = server.models.find(request.model or server.models.name)
+    return JSONResponse(await server.read(_tokens, served_model, request))
 
 
-def _tokens(served: "Served", request: TokenizeRequest) -> dict[str, Any]:
-    tokenizer = served.tokenizer
+def _tokens(served_model: "ServedModel", request: TokenizeRequest) -> dict[str, Any]:
+    tokenizer = served_model.tokenizer
     if request.prompt is None:
-        chat = validate(request.chat_body(served.name), ChatCompletionRequest)
-        tokens, _ = served.prompts.chat(chat)
+        chat = validate(request.chat_body(served_model.name), ChatCompletionRequest)
+        tokens, _ = served_model.prompt_encoder.encode_chat(chat)
     else:
         try:
             tokens = tokenizer.encode(request.prompt)
@@ -103,14 +107,14 @@ def _tokens(served: "Served", request: TokenizeRequest) -> dict[str, Any]:
             tokens = [tokenizer.bos_id, *tokens]
     names = [tokenizer.token_bytes(token).decode(errors="replace") for token in tokens]
     return {
-        "count": len(tokens), "max_model_len": served.context_limit, "tokens": tokens,
+        "count": len(tokens), "max_model_len": served_model.context_limit, "tokens": tokens,
         "token_strs": names if request.return_token_strs else None,
     }  # fmt: skip
 
 
 async def detokenize(server: "Server", http: Request) -> Response:
     request = await server.body(http, DetokenizeRequest)
-    tokenizer = server.models.named(request.model or server.models.name).tokenizer
+    tokenizer = server.models.find(request.model or server.models.name).tokenizer
     if (largest := max(request.tokens, default=0)) >= tokenizer.vocab_size:
         raise field_error("tokens", f"expected ids below {tokenizer.vocab_size}, got {largest}")
     return JSONResponse({"prompt": await server.read(tokenizer.decode, request.tokens)})

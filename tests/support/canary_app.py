@@ -12,8 +12,8 @@ from fastlm.serve.app import Server
 from fastlm.serve.canary.canary_manager import CanaryManager
 from fastlm.serve.canary.canary_store import CanaryStore
 from fastlm.serve.canary.decision import CanaryConfig
-from fastlm.serve.loading import Loader
-from fastlm.serve.model_manager import Allowed, ModelManager
+from fastlm.serve.loading import ModelLoader
+from fastlm.serve.model_manager import AllowedModels, ModelManager
 from fastlm.serve.options import ServeOptions
 
 OPTIONS = {"num_blocks": 64, "max_num_seqs": 16}
@@ -32,21 +32,21 @@ def folders(place, names="abc", context=512):
 
 
 @contextlib.contextmanager
-def changing(base, state, *, canary=None, store=None, models_dir=None, turns=None, **options):
+def changing(base, state, *, canary=None, store=None, models_dir=None, lock=None, **options):
     """Context: (URL, server) of the model in the folder ``base``. The server's own options are
     ``keys``, ``admins``, ``monitoring``; the others are of the canary's experiment."""
     own = {key: options.pop(key) for key in ("keys", "admins") if key in options}
     monitor = monitor_of(store, options.pop("monitoring", None))
-    loader = Loader("tiny", None, OPTIONS, turns=turns or FairLock(), versions=True)
+    loader = ModelLoader("tiny", None, OPTIONS, lock=lock or FairLock(), versioned_names=True)
     config = replace(DEFAULTS, **options)
-    allowed = Allowed([str(base), *([str(canary)] if canary else [])], models_dir)
+    allowed = AllowedModels([str(base), *([str(canary)] if canary else [])], models_dir)
     if store is None:
         manager = ModelManager(loader, str(base), state, allowed)
-        manager.begin()
+        manager.start()
     else:
         counts = CanaryStore(store, config.rating)
         manager = CanaryManager(loader, str(base), state, allowed, counts, config)
-        manager.begin(None if canary is None else str(canary))
+        manager.start(None if canary is None else str(canary))
     server = Server(manager.models, feedback=store, manager=manager, monitor=monitor, **own)
     with running(server) as url:
         yield url, server
@@ -54,6 +54,6 @@ def changing(base, state, *, canary=None, store=None, models_dir=None, turns=Non
 
 def wait_until_freed(server):
     until = time.monotonic() + 60
-    while server.models.leaving or server.models._freeing:
+    while server.models.draining or server.models._freeing:
         assert time.monotonic() < until
         time.sleep(0.01)

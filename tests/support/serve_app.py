@@ -19,7 +19,7 @@ from fastlm.inference.engine import Engine
 from fastlm.inference.forms import Form
 from fastlm.model.causal_lm import CausalLM
 from fastlm.serve.app import Server
-from fastlm.serve.models import Models, Served
+from fastlm.serve.models import ServedModel, ServedModels
 from fastlm.serve.monitor.monitor import Monitor, Settings
 from fastlm.serve.process import _Process, config_of
 from fastlm.tokenizer.tokenizer import Tokenizer
@@ -69,7 +69,7 @@ def serving(model, tokenizer, *, engine=None, pause=0.0, buffer=None, drain=0.0,
         step = runs.step
         runs.step = lambda: (time.sleep(pause), step())[1]
     server = Server(
-        Models(Served(runs, model, tokenizer, name)), feedback=feedback,
+        ServedModels(ServedModel(runs, model, tokenizer, name)), feedback=feedback,
         monitor=monitor_of(feedback, monitoring), **options,
     )  # fmt: skip
     with running(server, buffer=buffer, drain=drain, connections=connections) as url:
@@ -134,17 +134,17 @@ def served(*options, **environment):
 
 def script(server, *texts):
     """Let the model of the server answer each request with one of the texts, in turn."""
-    submit, at = server.served.engine.submit, 0
+    submit, at = server.served_model.engine.submit, 0
 
     def scripted(request, listener):
         nonlocal at
         form = Form("choice", (texts[at % len(texts)],), "choice")
         at += 1
         return submit(
-            replace(request, constraint=server.served.grammars.constraint(form)), listener
+            replace(request, constraint=server.served_model.grammars.constraint(form)), listener
         )
 
-    server.served.engine.submit = scripted
+    server.served_model.engine.submit = scripted
 
 
 def ask(url, body, path="/v1/chat/completions", **headers):

@@ -53,13 +53,13 @@ def field_server(folder):
         serving(model, tokenizer, feedback=store) as (url, app),
         openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0) as client,
     ):
-        taken, submit = [], app.served.engine.submit
+        taken, submit = [], app.served_model.engine.submit
 
         def spy(request, listener):
             taken.append(request)
             return submit(request, listener)
 
-        app.served.engine.submit = spy
+        app.served_model.engine.submit = spy
         yield SimpleNamespace(
             url=url, app=app, taken=taken, store=store, tokenizer=tokenizer, client=client
         )  # fmt: skip

@@ -66,7 +66,7 @@ def test_every_answer_is_measured_without_its_text(tiny, where):
         )
         texts = {
             "model": "tiny",
-            "prompt": [SECRET, server.served.tokenizer.encode("A")],
+            "prompt": [SECRET, server.served_model.tokenizer.encode("A")],
             "max_tokens": 9,
         }
         ask(url, texts, "/v1/completions")
@@ -123,7 +123,7 @@ def test_outcomes_that_are_no_answer(tiny, tmp_path):
             )
             waiting.start()
             until = time.monotonic() + 60
-            while not server.served.engine.stats().waiting and time.monotonic() < until:
+            while not server.served_model.engine.stats().waiting and time.monotonic() < until:
                 time.sleep(0.01)
             assert ask(url, asked, "/v1/completions").status_code == 429
         waiting.join()
@@ -131,7 +131,7 @@ def test_outcomes_that_are_no_answer(tiny, tmp_path):
         def fails(*_):
             raise RuntimeError("broken")
 
-        server.served.engine.submit = fails
+        server.served_model.engine.submit = fails
         assert ask(url, asked, "/v1/completions").status_code == 500
         assert server.monitor.recorder.flush()
         rows = measures(store)
@@ -556,7 +556,7 @@ def test_a_canary_is_a_column_of_its_own(tmp_path):
             url, server,
         ),
     ):  # fmt: skip
-        answered, old = {}, server.served.name
+        answered, old = {}, server.served_model.name
         for i in range(24):
             talk = {"store": True, "conversation_id": f"talk{i}", "max_tokens": 2}
             asked = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]} | talk

@@ -76,7 +76,7 @@ def status(url):
 
 def test_a_conversation_stays_with_its_model(models, tmp_path):
     with trying(models, tmp_path, share=0.3, metric="stop", most=10**6) as (url, server):
-        old, new = server.served.name, server.models.experiment.served.name
+        old, new = server.served_model.name, server.models.experiment.served_model.name
         listed = [m["id"] for m in HTTP.get(url + "/v1/models").json()["data"]]
         assert listed == ["tiny", old, new] and len(set(listed)) == 3
         first = {f"Hi {i}": chat(url, f"Hi {i}")["model"] for i in range(40)}
@@ -101,7 +101,7 @@ def test_a_conversation_stays_with_its_model(models, tmp_path):
         for i in range(10):
             body = {"model": "tiny", "input": f"text {i}"}
             assert ask(url, body, "/v1/embeddings").json()["model"] == old
-        server.models.experiment.same_tokens = False
+        server.models.experiment.same_vocabulary = False
         assert chat(url, mine, stop_token_ids=[5])["model"] == old
         assert chat(url, mine)["model"] == new
         stream = ask(url, {
@@ -110,8 +110,8 @@ def test_a_conversation_stays_with_its_model(models, tmp_path):
         })  # fmt: skip
         assert json.loads(stream.text.split("\n\n")[0][6:])["model"] == new
         # what the canary refuses is answered by the old model, and counts against the canary
-        server.models.experiment.served.context_limit = (
-            server.models.experiment.served.prompts.context_limit
+        server.models.experiment.served_model.context_limit = (
+            server.models.experiment.served_model.prompt_encoder.context_limit
         ) = 8
         assert chat(url, mine)["model"] == old
         assert server.models.experiment.arms["new"].errors == 1
@@ -129,7 +129,7 @@ def test_thumbs_promote_and_late_ones_count_for_who_answered(models, tmp_path, m
 
     monkeypatch.setattr(decisions.sequential, "always_valid", recorded)
     with trying(models, tmp_path, alpha=0.2) as (url, server):
-        old, new = server.served.name, server.models.experiment.served.name
+        old, new = server.served_model.name, server.models.experiment.served_model.name
         answers = [chat(url, f"Hello {i}") for i in range(60)]
         # their feedback comes after the decision
         late, later = (next(a for a in answers if a["model"] == name) for name in (old, new))
@@ -138,7 +138,7 @@ def test_thumbs_promote_and_late_ones_count_for_who_answered(models, tmp_path, m
                 thumb(url, answer["id"], "up" if answer["model"] == new else "down")
                 thumb(url, answer["id"], "down")  # the first counts
         thumb(url, "made-up", "down")
-        until(lambda: server.served.name == new)
+        until(lambda: server.served_model.name == new)
         told = status(url)
         assert (told["status"], told["model"], told["canary"]) == ("promoted", new, new)
         assert told["arms"]["new"]["successes"] == told["arms"]["new"]["outcomes"] > 0
@@ -161,20 +161,20 @@ def test_thumbs_promote_and_late_ones_count_for_who_answered(models, tmp_path, m
         until(lambda: status(url)["arms"]["old"]["outcomes"] == before + 1)
         assert status(url)["arms"]["old"]["successes"] == 1
         text = HTTP.get(url + "/metrics").text
-        assert 'fastlm_canary{arm="old",what="successes"} 1.0' in text
+        assert 'fastlm_canary{arm="old",kind="successes"} 1.0' in text
         assert "fastlm_canary_share 0.0" in text and not in_loop
-        assert 'fastlm_canary_difference{test="outcome",what="low"}' in text
+        assert 'fastlm_canary_difference{statistic="low",test="outcome"}' in text
         assert f'fastlm_model{{model="{new}",role="current"}} 1.0' in text
     decision = read_state(tmp_path / "state.json").decisions[-1]
     assert decision["action"] == "promote" and decision["tests"]["outcome"]["low"] > 0
     assert (decision["rule"], decision["reason"]) == (told["rule"], told["reason"])
     # the next start serves what was promoted; `fastlm rollback` goes back
     with trying(models, tmp_path) as (url, server):
-        assert server.served.name == new and server.models.experiment is None
+        assert server.served_model.name == new and server.models.experiment is None
         assert ask(url, {}, "/v1/admin/rollback").status_code == 200
         assert chat(url, "Hello 0")["model"] == old
     with trying(models, tmp_path) as (url, server):  # and no trial begins again
-        assert server.served.name == old and server.models.experiment is None
+        assert server.served_model.name == old and server.models.experiment is None
         counts = server.manager.store.counts(decision["experiment"])["new"]
         thumb(url, later["id"], "up")
         after = server.manager.store.counts(decision["experiment"])["new"]
@@ -206,8 +206,10 @@ def test_feedback_sent_again_is_stored_and_counted_once(models, tmp_path, monkey
 
 def test_picks(models, tmp_path):
     with trying(models, tmp_path, metric="pick", alpha=1e-9) as (url, server):
-        old, new = server.served.name, server.models.experiment.served.name
-        for i in range(20):  # a hash takes each for one of the two: 1 of 500,000 have one side only
+        old, new = server.served_model.name, server.models.experiment.served_model.name
+        for i in range(
+            20
+        ):  # a hash assigns each to one of the two: 1 of 500,000 have one side only
             better, worse = (chat(url, f"Hi {i}", model=name)["id"] for name in (new, old))
             said = {"response_id": better, "preferred_over": [{"response_id": worse}]}
             for _ in range(2):  # counts once
@@ -225,7 +227,7 @@ def test_a_declared_number_decides(models, tmp_path):
     effort = Rating("effort", "number", "lower", low=1, high=5)
     options = {"metric": "effort", "rating": effort, "monitoring": Settings([effort])}
     with trying(models, tmp_path, alpha=0.2, **options) as (url, server):
-        new = server.models.experiment.served.name
+        new = server.models.experiment.served_model.name
 
         def say(answer, value):
             said = {"response_id": answer["id"], "metrics": {"effort": value}}
@@ -238,7 +240,7 @@ def test_a_declared_number_decides(models, tmp_path):
             if status(url)["status"] == "running":
                 answer = chat(url, f"Hello {i}")
                 say(answer, 2 if answer["model"] == new else 4)
-        until(lambda: server.served.name == new)
+        until(lambda: server.served_model.name == new)
         told = status(url)
         assert told["reason"].startswith("effort: ") and "difference +1.000 in" in told["reason"]
         assert told["arms"]["old"]["successes"] == 0 < told["arms"]["old"]["outcomes"]
@@ -253,7 +255,7 @@ def test_a_declared_number_decides(models, tmp_path):
 
 def test_a_canary_that_fails_is_rolled_back(models, tmp_path):
     with trying(models, tmp_path, most=10**6) as (url, server):
-        canary = server.models.experiment.served
+        canary = server.models.experiment.served_model
 
         def broken(*_):
             raise RuntimeError("broken")
@@ -274,8 +276,8 @@ def test_a_canary_that_fails_is_rolled_back(models, tmp_path):
             and " of the rule 'fewer errors'" in told["reason"]
         )
         assert told["arms"]["new"]["errors"] == told["arms"]["new"]["answers"] < 30
-        assert server.served.path == str(models["a"])
-        assert all(chat(url, f"Hi {i}")["model"] == server.served.name for i in range(20))
+        assert server.served_model.path == str(models["a"])
+        assert all(chat(url, f"Hi {i}")["model"] == server.served_model.name for i in range(20))
 
 
 def experiment(store, name, decide=None, **config):
@@ -295,8 +297,8 @@ def test_a_canary_that_is_slow_is_rolled_back_and_bursts_of_load_decide_nothing(
         trial = experiment(store, name, share=0.5, decide=decide)
         watching = asyncio.create_task(trial.watch())
         for i in range(count):
-            busy = 5 if i % 60 < 25 else 1  # in bursts each answer takes five times as long
-            arm = "new" if trial.takes(f"{i}") else "old"
+            busy = 5 if i % 60 < 25 else 1  # in bursts each answer is_canary five times as long
+            arm = "new" if trial.is_canary(f"{i}") else "old"
             pace = 0.01 * busy * (slower if arm == "new" else 1) * (1 + i % 5 / 10)
             for turn in range(2 if i % 10 == 0 else 1):  # a second answer counts no more
                 await trial.answered(
@@ -347,7 +349,7 @@ def test_counts_survive_a_restart(models, tmp_path):
         response = ask(url, {"model": str(models["a"])}, "/v1/admin/promote")
         assert response.status_code == 400 and "expected the canary" in response.text
         assert ask(url, {}, "/v1/admin/rollback").json()["status"] == "rolled back"
-        assert {chat(url, text)["model"] for text in first} == {server.served.name}
+        assert {chat(url, text)["model"] for text in first} == {server.served_model.name}
     with pytest.raises(InputError, match="canary: expected another model"):
         with trying({"a": models["a"], "b": models["a"]}, tmp_path):
             pass
@@ -427,7 +429,7 @@ def test_what_the_counts_decide():
         return {"old": Variant(*a, **(old or {})), "new": Variant(*b, **(new or {}))}
 
     def judge(arms, plan, pairs=None):
-        return decisions.judge(arms, pairs or PairCounts(), plan)
+        return decisions.decide(arms, pairs or PairCounts(), plan)
 
     plan, lenient = DEFAULTS, replace(DEFAULTS, rule="non-inferiority", margin=0.1)
     assert judge(arms((0, 0), (0, 0)), plan) is None
@@ -459,8 +461,8 @@ def test_what_the_counts_decide():
 def test_a_share_of_the_conversations(tmp_path):
     with FeedbackStore(tmp_path / "feedback.sqlite") as store:
         trial = experiment(CanaryStore(store), "x", share=0.1)
-        taken = sum(trial.takes(str(i)) for i in range(20_000))
+        taken = sum(trial.is_canary(str(i)) for i in range(20_000))
         assert 1_850 < taken < 2_150  # 3.5 standard deviations
         other = experiment(CanaryStore(store), "y", share=0.1)
-        both = sum(trial.takes(str(i)) and other.takes(str(i)) for i in range(20_000))
+        both = sum(trial.is_canary(str(i)) and other.is_canary(str(i)) for i in range(20_000))
         assert 140 < both < 260  # each trial has a hash of its own

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from fastlm.cli import app
 from fastlm.serve.feedback_store import FeedbackStore
-from fastlm.serve.loading import name_of
+from fastlm.serve.loading import default_model_name
 from fastlm.serve.protocol.body import IGNORED, UNSUPPORTED
 from fastlm.serve.protocol.completion import CompletionRequest, GenerationRequest
 from fastlm.serve.protocol.feedback_request import FeedbackRequest
@@ -136,7 +136,7 @@ def test_the_curl_of_the_docs(monkeypatch, tmp_path):
     def loader(name, *_, **__):
         raise Named(name)
 
-    monkeypatch.setattr("fastlm.serve.process.Loader", loader)
+    monkeypatch.setattr("fastlm.serve.process.ModelLoader", loader)
     stopped = CliRunner().invoke(app, [*command[1].split(), "--port", "0"]).exception
     assert isinstance(stopped, Named)
     with (
@@ -149,10 +149,10 @@ def test_the_curl_of_the_docs(monkeypatch, tmp_path):
 
 def test_the_default_name_of_a_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert name_of(Path("model:smollm2")) == "smollm2"
-    assert name_of(Path("runs/chat/ppo")) == "ppo"
-    assert name_of(Path("some.gguf")) == "some.gguf"
-    assert name_of(Path()) == tmp_path.name
+    assert default_model_name(Path("model:smollm2")) == "smollm2"
+    assert default_model_name(Path("runs/chat/ppo")) == "ppo"
+    assert default_model_name(Path("some.gguf")) == "some.gguf"
+    assert default_model_name(Path()) == tmp_path.name
 
 
 def test_a_model_of_pydantic(server):
@@ -486,7 +486,7 @@ def _(api):
 
 def test_log_probabilities_of_a_prompt(server):
     """As lm-eval's local-completions asks for them: each is the model's own."""
-    api, model = Api(server, "text"), server.app.served.model
+    api, model = Api(server, "text"), server.app.served_model.model
     ids = server.tokenizer.encode("The tree sees the river. " * 12)  # more than a page
     with torch.inference_mode():
         every = model(torch.tensor([ids])).logits[0].float().log_softmax(-1)

@@ -25,7 +25,7 @@ from fastlm.serve.api_error import ApiError
 from fastlm.serve.app import READERS
 from fastlm.serve.commands import read_keys
 from fastlm.serve.middleware import RequestLimits
-from fastlm.serve.prompts import Prompts
+from fastlm.serve.prompt_encoder import PromptEncoder
 from fastlm.serve.protocol.body import parse_json, read_request
 from fastlm.serve.protocol.chat_completion import ChatCompletionRequest
 from fastlm.tokenizer import tokenizer as tokenizer_module
@@ -163,7 +163,7 @@ def test_keys_come_from_a_file_or_the_environment(tmp_path, monkeypatch):
 
 def test_a_client_that_goes_away_frees_its_place(tiny):
     with serving(*tiny, pause=0.02) as (url, server):
-        engine = server.served.engine
+        engine = server.served_model.engine
         for stream in (False, True):
             content = json.dumps(body(max_tokens=400, ignore_eos=True, stream=stream, n=2)).encode()
             sock = connect(url, head(content) + content)
@@ -182,7 +182,7 @@ def test_a_client_that_does_not_read_is_given_up():
     limits = RequestLimits(write_seconds=0.3)
     options = {"limits": limits, "buffer": 4096, "connections": 2}
     with serving(*tiny_model(4096), **options) as (url, server):
-        engine = server.served.engine
+        engine = server.served_model.engine
         content = json.dumps(body(stream=True, max_tokens=4000, ignore_eos=True)).encode()
         host, port = url.removeprefix("http://").split(":")
         with socket.socket() as sock:
@@ -308,7 +308,7 @@ def test_a_full_queue_is_a_429_and_takes_nothing(tiny):
         url,
         server,
     ):
-        engine = server.served.engine
+        engine = server.served_model.engine
         long = body(max_tokens=60, ignore_eos=True)
         with ThreadPoolExecutor(3) as pool:
             running = [pool.submit(ask, url, long) for _ in range(2)]
@@ -324,15 +324,15 @@ def test_a_full_queue_is_a_429_and_takes_nothing(tiny):
 
 def test_texts_that_no_context_holds_are_not_encoded(tiny):
     with serving(*tiny) as (url, server):
-        backend = server.served.tokenizer._text_backend
+        backend = server.served_model.tokenizer._text_backend
 
         class Refuses:
             def __getattr__(self, name):
                 raise AssertionError("encoded")
 
-        server.served.tokenizer.__dict__["_text_backend"] = Refuses()
-        long, backs = "ab" * 300_000, server.served.tokenizer._backend
-        server.served.tokenizer._backend = Refuses()
+        server.served_model.tokenizer.__dict__["_text_backend"] = Refuses()
+        long, backs = "ab" * 300_000, server.served_model.tokenizer._backend
+        server.served_model.tokenizer._backend = Refuses()
         try:
             for path, fields in (
                 ("/v1/completions", {"prompt": long}),
@@ -342,13 +342,13 @@ def test_texts_that_no_context_holds_are_not_encoded(tiny):
                 told = ask(url, {"model": "tiny", **fields}, path)
                 assert told.status_code == 400 and "bytes" in told.json()["error"]["message"]
         finally:
-            server.served.tokenizer.__dict__["_text_backend"] = backend
-            server.served.tokenizer._backend = backs
+            server.served_model.tokenizer.__dict__["_text_backend"] = backend
+            server.served_model.tokenizer._backend = backs
 
 
 def test_a_prompt_is_encoded_until_the_context_is_full(tiny, monkeypatch):
     _, tokenizer = tiny
-    prompts = Prompts(tokenizer, 4096)
+    prompts = PromptEncoder(tokenizer, 4096)
     encoded, part = [], tokenizer_module.PART
     encode = tokenizer_module._encode
     monkeypatch.setattr(
@@ -382,21 +382,24 @@ def test_embeddings_of_an_engine_that_is_full_or_stops(tiny):
         return future
 
     with serving(*tiny) as (url, server):
-        call = server.served.engine.call
+        call = server.served_model.engine.call
         for wrong, status, code in (
             (refuse(QueueFull(3, 2.0)), 429, "queue_full"),
             (refuse(Closed()), 503, "stopping"),
             (ended, 503, "stopping"),
         ):
-            server.served.engine.call = wrong
+            server.served_model.engine.call = wrong
             told = ask(url, sent, "/v1/embeddings")
             assert (told.status_code, told.json()["error"]["code"]) == (status, code)
             assert int(told.headers["retry-after"]) >= 1
-        server.served.engine.call = call
-        submit, server.served.engine.submit = server.served.engine.submit, refuse(Closed())
+        server.served_model.engine.call = call
+        submit, server.served_model.engine.submit = (
+            server.served_model.engine.submit,
+            refuse(Closed()),
+        )
         told = ask(url, body())
         assert (told.status_code, told.json()["error"]["code"]) == (503, "stopping")
-        server.served.engine.submit = submit
+        server.served_model.engine.submit = submit
 
 
 @pytest.mark.parametrize(
@@ -409,7 +412,7 @@ def test_what_was_accepted_before_a_stop_is_answered_within_the_bound(tiny, path
         began = threading.Event()
         with ThreadPoolExecutor(1) as pool:
             with serving(*tiny, drain=drain) as (url, server):
-                text = server.served.prompts.text
+                text = server.served_model.prompt_encoder.encode_text
 
                 def late(*given, server=server, text=text, began=began, **options):
                     began.set()
@@ -417,7 +420,7 @@ def test_what_was_accepted_before_a_stop_is_answered_within_the_bound(tiny, path
                     time.sleep(0.1)
                     return text(*given, **options)
 
-                server.served.prompts.text = late
+                server.served_model.prompt_encoder.encode_text = late
                 asked = pool.submit(ask, url, {"model": "tiny", **fields}, path)
                 assert began.wait(20)
             assert asked.result().status_code == status, asked.result().text
@@ -430,9 +433,11 @@ def test_one_key_takes_at_most_half_of_the_queue(tiny):
         mine, other = ({"authorization": f"Bearer {key}"} for key in keys)
         with ThreadPoolExecutor(9) as pool:
             running = [pool.submit(ask, url, {**long, "user": "0"}, **mine)]
-            wait_until(lambda: server.served.engine.stats().running and not server.quota.waiting)
+            wait_until(
+                lambda: server.served_model.engine.stats().running and not server.quota.waiting
+            )
             running += [pool.submit(ask, url, {**long, "user": str(i)}, **mine) for i in range(4)]
-            wait_until(lambda: server.served.engine.stats().waiting == 4)
+            wait_until(lambda: server.served_model.engine.stats().waiting == 4)
             full = ask(url, {**long, "user": "x"}, **mine)
             assert full.status_code == 429 and int(full.headers["retry-after"]) >= 1
             assert ask(url, body(), **other).status_code == 200
@@ -444,8 +449,12 @@ def test_embeddings_of_one_key_take_at_most_half_of_the_queue(tiny):
     keys, sent = [KEY, "another-key-of-it"], {"model": "tiny", "input": "a"}
     began, go = threading.Event(), threading.Event()
     with serving(*tiny, engine={"max_queue_size": 2}, keys=keys) as (url, server):
-        embedding = server.served.embedding
-        server.served.embedding = lambda *given: (began.set(), go.wait(20), embedding(*given))[2]
+        embedding = server.served_model.embedding
+        server.served_model.embedding = lambda *given: (
+            began.set(),
+            go.wait(20),
+            embedding(*given),
+        )[2]
         mine, other = ({"authorization": f"Bearer {key}"} for key in keys)
         with ThreadPoolExecutor(2) as pool:
             running = [pool.submit(ask, url, sent, "/v1/embeddings", **mine)]
@@ -514,21 +523,21 @@ def test_ids_that_only_the_model_has(tiny):
 def test_a_request_that_fails_does_not_end_the_server(tiny, capfd):
     model, tokenizer = tiny
     with serving(model, tokenizer) as (url, server):
-        compute = server.served.engine._compute
+        compute = server.served_model.engine._compute
 
         def broken(*_):
             raise RuntimeError(SECRET)
 
-        server.served.engine._compute = broken
+        server.served_model.engine._compute = broken
         failed = ask(url, body())
         assert failed.status_code == 500 and failed.json()["error"]["type"] == "server_error"
         streamed = ask(url, body(stream=True))
         assert '"error"' in streamed.text and "[DONE]" not in streamed.text
-        server.served.engine._compute = compute
-        embedding, server.served.embedding = server.served.embedding, broken
+        server.served_model.engine._compute = compute
+        embedding, server.served_model.embedding = server.served_model.embedding, broken
         told = ask(url, {"model": "tiny", "input": "x"}, "/v1/embeddings")
         assert told.status_code == 500 and SECRET not in told.text
-        server.served.embedding = embedding
+        server.served_model.embedding = embedding
         assert ask(url, body()).status_code == 200
         assert ask(url, {"model": "tiny", "input": "x"}, "/v1/embeddings").status_code == 200
     lines = [json.loads(line) for line in capfd.readouterr().err.splitlines()]
@@ -551,10 +560,10 @@ def test_a_request_that_never_began(tiny):
         with ThreadPoolExecutor(1) as pool:
             long = body(max_tokens=40, ignore_eos=True)
             running = pool.submit(ask, url, long)
-            wait_until(lambda: server.served.engine.stats().running == 1)
-            server.served.engine.submit, submit = (
+            wait_until(lambda: server.served_model.engine.stats().running == 1)
+            server.served_model.engine.submit, submit = (
                 lambda request, listen: submit(replace(request, deadline=0.01), listen),
-                server.served.engine.submit,
+                server.served_model.engine.submit,
             )
             late = ask(url, body(n=2))
             assert late.status_code == 503 and late.json()["error"]["code"] == "too_late"
@@ -568,7 +577,7 @@ def test_an_error_is_not_the_clients_cancellation(tiny):
         def broken(*_):
             raise RuntimeError("no")
 
-        server.served.engine._rows = broken
+        server.served_model.engine._rows = broken
         assert ask(url, body(n=3)).status_code == 500
         assert '"error"' in ask(url, body(n=3, stream=True)).text
         text = server.metrics.text().decode()
@@ -620,14 +629,14 @@ def test_few_threads_encode_prompts(tiny):
     """The tokenizers package keeps the words of each thread that encodes: with one thread for each
     of 64 clients, the memory of a server grew for hours."""
     with serving(*tiny) as (url, server):
-        chat, threads = server.served.prompts.chat, set()
+        chat, threads = server.served_model.prompt_encoder.encode_chat, set()
 
         def recorded(asked):
             threads.add(threading.get_ident())
             time.sleep(0.01)  # so that the clients meet
             return chat(asked)
 
-        server.served.prompts.chat = recorded
+        server.served_model.prompt_encoder.encode_chat = recorded
         with ThreadPoolExecutor(24) as clients:
             answers = list(clients.map(lambda _: ask(url, body()).status_code, range(48)))
     assert set(answers) == {200}

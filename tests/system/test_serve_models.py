@@ -54,7 +54,7 @@ def server(folder):
         )  # fmt: skip
     assert isinstance(server, Server), server
     with running(server) as url:
-        yield SimpleNamespace(url=url, app=server, tokenizer=server.served.tokenizer)
+        yield SimpleNamespace(url=url, app=server, tokenizer=server.served_model.tokenizer)
 
 
 def test_tokens_of_a_text(server):
@@ -141,7 +141,7 @@ def test_adapters_share_the_memory_of_the_cache(server, folder, monkeypatch):
     alone = serve(monkeypatch, folder)
     both = serve(monkeypatch, folder, "--adapter", f"poet={folder / 'poet'}")
     pages = [served.engine.stats().pages for served in both.models.live]
-    assert len(pages) == 2 and pages[0] == pages[1] == alone.served.engine.stats().pages // 2
+    assert len(pages) == 2 and pages[0] == pages[1] == alone.served_model.engine.stats().pages // 2
 
 
 @pytest.mark.parametrize(

@@ -400,10 +400,10 @@ def test_stop_and_errors(opened, tiny):
         status(page, "stopped")
         page.locator("#stop").wait_for(state="hidden")
         for _ in range(200):
-            if not server.served.engine.stats().running:
+            if not server.served_model.engine.stats().running:
                 break
             page.wait_for_timeout(50)
-        assert server.served.engine.stats().finished["cancelled"] == 1
+        assert server.served_model.engine.stats().finished["cancelled"] == 1
         page.get_by_label("Temperature").fill("7")
         send(page, "Hi")
         status(page, "temperature: expected less than or equal to 2, got 7")

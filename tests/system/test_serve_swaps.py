@@ -26,7 +26,7 @@ from fastlm.model.causal_lm import CausalLM
 from fastlm.model.load import load_model
 from fastlm.serve import loading
 from fastlm.serve.admin_api import PATHS
-from fastlm.serve.model_manager import Allowed
+from fastlm.serve.model_manager import AllowedModels
 from fastlm.serve.state import read_state
 from fastlm.tokenizer.tokenizer import Tokenizer
 
@@ -107,7 +107,7 @@ def test_swaps_under_load_lose_no_request(models, alone, tmp_path):
             running = [clients.submit(client, number) for number in range(12)]
             try:
                 for what in ("b", "back", "c", "a", "back", "b"):
-                    gone.append(weakref.ref(server.served.model))
+                    gone.append(weakref.ref(server.served_model.model))
                     before = len(seen)
                     done = (
                         ask(url, {}, "/v1/admin/rollback") if what == "back" else promote(url, what)
@@ -127,7 +127,7 @@ def test_swaps_under_load_lose_no_request(models, alone, tmp_path):
         assert [d["action"] for d in read_state(tmp_path / "state.json").decisions] == [
             "promote", "roll back", "promote", "promote", "roll back", "promote",
         ]  # fmt: skip
-        assert server.served.path == str(models["b"])
+        assert server.served_model.path == str(models["b"])
     assert all(status == 200 and whole for _, _, status, _, _, whole in seen), seen
     answered = {model for _, _, _, model, _, _ in seen}
     assert len(answered) == 3 and all(model.startswith("tiny@") for model in answered)
@@ -136,7 +136,7 @@ def test_swaps_under_load_lose_no_request(models, alone, tmp_path):
     # counters of freed models stay; each of the six that were loaded was tried with one answer
     assert f'fastlm_answers_total{{reason="length"}} {float(len(seen) + 6)}' in counters
     told = re.findall(
-        r'^fastlm_model_answers_total{ended="whole",model=".*"} (.*)$', counters, re.M
+        r'^fastlm_model_answers_total{model=".*",outcome="complete"} (.*)$', counters, re.M
     )
     assert len(told) == 3 and sum(map(float, told)) == len(seen)
     assert 'fastlm_model_decisions_total{action="promote"} 4.0' in counters
@@ -187,7 +187,7 @@ def test_what_is_refused_leaves_the_old_model(models, tmp_path, monkeypatch):
             response = promote(url, path, **headers)
             assert response.status_code == status, response.text
             assert text in response.json()["error"]["message"], response.text
-            assert server.served.path == str(models["a"])
+            assert server.served_model.path == str(models["a"])
 
         refused(ready, "expected 'Bearer KEY'", 401, {})
         refused(ready, "expected an admin key", 403, {"authorization": "Bearer " + "k" * 16})
@@ -195,7 +195,7 @@ def test_what_is_refused_leaves_the_old_model(models, tmp_path, monkeypatch):
             refused(outside, "expected", 400)
         for name in ("", "a\0b"):
             refused(name, "model: expected", 400)
-        refused("model:smollm2", "model: expected one that was named at start, or one below")
+        refused("model:smollm2", "model: expected one of the command line, or one below")
         refused("nothing", "no such path")
         refused("empty", "expected a folder with config.json")
         refused(bad, "expected a context of at least the current model's 512 tokens, got 128")
@@ -206,7 +206,7 @@ def test_what_is_refused_leaves_the_old_model(models, tmp_path, monkeypatch):
             f"model: expected one that can be served, got: {models['a']}, which is served",
         )
         refused(None, "expected a path, got none, and no canary runs")
-        monkeypatch.setattr(loading, "free_memory", lambda: 1000)
+        monkeypatch.setattr(loading, "available_memory", lambda: 1000)
         refused(ready, "MiB of free memory for the model, got 0")
         monkeypatch.undo()
         response = ask(url, {}, "/v1/admin/rollback", **admin)
@@ -218,7 +218,7 @@ def test_what_is_refused_leaves_the_old_model(models, tmp_path, monkeypatch):
         with ThreadPoolExecutor(4) as pool:  # one at a time
             both = list(pool.map(lambda _: promote(url, ready, **admin).status_code, range(2)))
         assert sorted(both) in ([200, 409], [200, 400])  # 400: the second came after the first
-        assert server.served.path == str(ready)
+        assert server.served_model.path == str(ready)
         told = HTTP.get(url + "/v1/canary", headers=admin).json()
         assert told["status"] == "none" and told["path"] == str(ready)
         assert HTTP.get(url + "/v1/canary").status_code == 401
@@ -232,9 +232,9 @@ def test_what_is_refused_leaves_the_old_model(models, tmp_path, monkeypatch):
         assert promote(url, ready, **admin).status_code == 200
         assert read_state(state).previous.path == str(models["a"])
     with changing(models["a"], state, models_dir=place) as (url, server):
-        assert server.served.path == str(ready)  # as was decided last
+        assert server.served_model.path == str(ready)  # as was decided last
         names = [m["id"] for m in HTTP.get(url + "/v1/models").json()["data"]]
-        assert names == ["tiny", server.served.name]
+        assert names == ["tiny", server.served_model.name]
     (ready / "config.json").write_text((ready / "config.json").read_text() + " ")
     with pytest.raises(InputError, match="its files have changed"):
         with changing(models["a"], state, models_dir=place):
@@ -244,7 +244,7 @@ def test_what_is_refused_leaves_the_old_model(models, tmp_path, monkeypatch):
         with changing(models["a"], state, models_dir=place):
             pass
     with changing(models["b"], state, models_dir=place) as (_, server):  # another --model
-        assert server.served.path == str(models["b"])
+        assert server.served_model.path == str(models["b"])
 
 
 def _full(path, writer):
@@ -252,13 +252,13 @@ def _full(path, writer):
 
 
 def test_paths(tmp_path):
-    inside = Allowed([], tmp_path)
-    assert inside.find("x/y") == str(tmp_path / "x/y") == inside.find(str(tmp_path / "x/y"))
+    inside = AllowedModels([], tmp_path)
+    assert inside.resolve("x/y") == str(tmp_path / "x/y") == inside.resolve(str(tmp_path / "x/y"))
     for outside in ("..", ".", "x/../..", "/", str(tmp_path)):
         with pytest.raises(InputError, match="below --models-dir"):
-            inside.find(outside)
-    named = Allowed([str(tmp_path / "a"), "model:smollm2"], None)
-    assert named.find("model:smollm2") == "model:smollm2"
-    assert named.find(str(tmp_path / "b/../a")) == str(tmp_path / "b/../a")
-    with pytest.raises(InputError, match="expected one that was named at start, got"):
-        named.find(str(tmp_path / "a/b"))
+            inside.resolve(outside)
+    named = AllowedModels([str(tmp_path / "a"), "model:smollm2"], None)
+    assert named.resolve("model:smollm2") == "model:smollm2"
+    assert named.resolve(str(tmp_path / "b/../a")) == str(tmp_path / "b/../a")
+    with pytest.raises(InputError, match="expected one of the command line, got"):
+        named.resolve(str(tmp_path / "a/b"))

@@ -271,8 +271,8 @@ def test_tools_of_a_model_whose_template_has_none():
     user = {"role": "user", "content": "Hi"}
     body = {"model": "tiny", "messages": [user], "tools": STRICT, "max_tokens": 60}
     with serving(model, tokenizer) as (url, server):
-        taken, submit = [], server.served.engine.submit
-        server.served.engine.submit = lambda *a: (taken.append(a[0]), submit(*a))[1]
+        taken, submit = [], server.served_model.engine.submit
+        server.served_model.engine.submit = lambda *a: (taken.append(a[0]), submit(*a))[1]
 
         def prompt(**fields):
             response = ask(url, {**body, "max_tokens": 1, **fields})
@@ -350,14 +350,14 @@ def test_strict_calls_of_a_model(parallel):
     }  # fmt: skip
     begins = r'Well\. <tool_call>\{"name": "forecast", "arguments": (.|\n)*'
     with serving(model, tokenizer) as (url, server):
-        submit = server.served.engine.submit
+        submit = server.served_model.engine.submit
 
         def begin(request, listener):
-            start = server.served.grammars.constraint(Form("regex", begins, "regex"))
+            start = server.served_model.grammars.constraint(Form("regex", begins, "regex"))
             both = lambda: Both(request.constraint(), start())  # noqa: E731
             return submit(replace(request, constraint=both), listener)
 
-        server.served.engine.submit = begin
+        server.served_model.engine.submit = begin
         for seed in range(4):
             (choice,) = ask(url, {**body, "seed": seed}).json()["choices"]
             call = choice["message"]["tool_calls"][0]["function"]

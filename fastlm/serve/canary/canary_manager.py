@@ -1,4 +1,4 @@
-"""A model manager that runs a canary: it begins the experiment, and does what it decides."""
+"""A model manager that runs a canary: it starts the experiment and carries out its decision."""
 
 import asyncio
 import contextlib
@@ -17,78 +17,83 @@ from fastlm.serve.canary.canary import CanaryExperiment
 from fastlm.serve.canary.decision import CanaryConfig, CanaryVerdict, comparisons
 from fastlm.serve.metrics import labelled
 from fastlm.serve.middleware import log
-from fastlm.serve.model_manager import Allowed, ModelManager, model_key, model_ref
+from fastlm.serve.model_manager import AllowedModels, ModelManager, model_key, model_ref
 from fastlm.serve.state import CanaryState, ModelRef
 
 if TYPE_CHECKING:
     from fastlm.serve.canary.canary_store import CanaryStore
-    from fastlm.serve.loading import Loader
+    from fastlm.serve.loading import ModelLoader
     from fastlm.serve.responses import Feedback
 
 STATUS = {"promote": "promoted", "roll back": "rolled back", "keep": "undecided"}
 
 
 class CanaryManager(ModelManager):
-    """``store``: where outcomes are counted; what is said after an experiment's end counts, too, by
-    the metric of ``config``."""
+    """Runs the experiment of ``config``. ``store``: counts outcomes, also of feedback that comes
+    after the end of the experiment."""
 
     def __init__(
-        self, loader: "Loader", base: str, path: Path, allowed: Allowed, store: "CanaryStore",
-        config: CanaryConfig,
+        self, loader: "ModelLoader", base: str, path: Path, allowed: AllowedModels,
+        store: "CanaryStore", config: CanaryConfig,
     ):  # fmt: skip
         super().__init__(loader, base, path, allowed)
         self.store, self.config = store, config
-        self.experiment: CanaryExperiment | None = None  # also one that has ended
+        self.experiment: CanaryExperiment | None = None  # None before the first, kept after its end
 
-    def begin(self, canary: str | None = None) -> None:
-        """Begin with the model at a path, or go on with its experiment, unless that has ended.
+    def start(self, canary: str | None = None) -> None:
+        """Start an experiment with the model at a path, or continue it, unless it has ended.
 
-        InputError: a model that cannot be used.
+        InputError: the model cannot be used.
         """
         if canary is None:
-            return super().begin()
+            return super().start()
         current = self.models.current
-        state = self._state_of(canary)
+        state = self._restore_state(canary)
         self.state = replace(self.state, canary=state)
-        if state.decided is not None or state.model.digest == current.digest:
-            log("canary", model=state.model.path, status="decided before", action=state.decided)
+        if state.decision is not None or state.model.digest == current.digest:
+            log("canary", model=state.model.path, status="decided earlier", action=state.decision)
         else:
-            served = self.loader.load(Path(state.model.path), state.model.digest)
+            served_model = self.loader.load(Path(state.model.path), state.model.digest)
             try:
-                loading.check_like(served, current)
+                loading.check_compatible(served_model, current)
             except InputError as error:
                 raise InputError(f"canary: {error}") from None
-            alike = loading.same_tokens(served.tokenizer, current.tokenizer)
+            same_vocabulary = loading.same_vocabulary(served_model.tokenizer, current.tokenizer)
             self.experiment = self.models.experiment = CanaryExperiment(
-                served, self.config, self.store, state.experiment, alike, state.secret, self._decide
+                served_model,
+                self.config,
+                self.store,
+                state.experiment,
+                same_vocabulary,
+                state.secret,
+                self._decide,
             )
         self.state.save(self.path)
 
-    def _state_of(self, canary: str) -> CanaryState:
-        """The experiment of the last start, or a new one where another canary is given, other
-        files, or another metric, whose outcomes cannot be added to those of the old one."""
+    def _restore_state(self, canary: str) -> CanaryState:
+        """Return the state of the last experiment, or that of a new one if the canary's path, its
+        files or the metric differ: their outcomes cannot be added."""
         model, last, metric = model_ref(canary), self.state.canary, self.config.metric
-        if last is not None and last.model == model and (last.decided or last.metric == metric):
+        if last is not None and last.model == model and (last.decision or last.metric == metric):
             return last
         if model.digest == self.state.current.digest:
-            raise InputError(
-                f"canary: expected another model than the one that is served, got {canary}"
-            )
+            raise InputError(f"canary: expected another model than the current one, got {canary}")
         return CanaryState(model, secrets.token_hex(8), metric, secret=secrets.token_hex(16))
 
-    async def _end_experiment(self, action: Any, given: str | None) -> bool:
+    async def _end_experiment(self, action: Any, path: str | None) -> bool:
         if self.models.experiment is None or self.experiment is None:
             return False
-        path = self.experiment.served.path
-        if given is not None and model_key(given) != model_key(path):
+        canary = self.experiment.served_model.path
+        if path is not None and model_key(path) != model_key(canary):
             raise InputError(
-                f"model: expected the canary, {path}, or a rollback of it first, got {given!r:.200}"
+                f"model: expected the canary, {canary}, or a rollback of it first, got"
+                f" {path!r:.200}"
             )
         await self._end(self.experiment, CanaryVerdict(action, "asked"))
         return True
 
     async def _decide(self, experiment: CanaryExperiment, verdict: CanaryVerdict) -> None:
-        """Do what an experiment has decided. A state file that cannot be written ends nothing: the
+        """Carry out the verdict of an experiment. If the state file cannot be written, the
         experiment continues, and the next start decides again."""
         with contextlib.suppress(ApiError), self._change():
             try:
@@ -98,18 +103,18 @@ class CanaryManager(ModelManager):
 
     async def _end(self, experiment: CanaryExperiment, verdict: CanaryVerdict) -> None:
         numbers = await asyncio.to_thread(_numbers, experiment)
-        state, canary, served = self.state, self.state.canary, experiment.served
+        state, canary, served_model = self.state, self.state.canary, experiment.served_model
         if canary is not None:
-            state = replace(state, canary=replace(canary, decided=verdict.action))
+            state = replace(state, canary=replace(canary, decision=verdict.action))
         if verdict.rule is not None:
             numbers["rule"] = asdict(verdict.rule)
         if verdict.action == "promote":
-            new = ModelRef(served.path, served.digest)
+            new = ModelRef(served_model.path, served_model.digest)
             state = replace(state, current=new, previous=state.current)
-        told = {"model": served.name, "path": served.path, "reason": verdict.reason, **numbers}
-        await self._save(state.with_decision(verdict.action, **told))
+        fields = {"model": served_model.name, "path": served_model.path, "reason": verdict.reason}
+        await self._save(state.with_decision(verdict.action, **fields, **numbers))
         if verdict.action == "promote":
-            self.models.replace(served)
+            self.models.replace(served_model)
         else:
             self.models.end_experiment()
         experiment.end(verdict)
@@ -118,10 +123,10 @@ class CanaryManager(ModelManager):
         if self.experiment is not None:
             self.experiment.record_feedback(feedback)
         else:
-            self.store.count(feedback, self.config.metric)
+            self.store.add_feedback(feedback, self.config.metric)
 
-    def model_of(self, response_id: str) -> str | None:
-        return self.store.model_of(response_id)
+    def model_name(self, response_id: str) -> str | None:
+        return self.store.model_name(response_id)
 
     async def status(self) -> dict[str, Any]:
         status, experiment = await super().status(), self.experiment
@@ -134,7 +139,7 @@ class CanaryManager(ModelManager):
             "canary": experiment.name,
             "reason": verdict and verdict.reason,
             "rule": verdict and verdict.rule and asdict(verdict.rule),
-            "plan": asdict(experiment.config),
+            "config": asdict(experiment.config),
             **await asyncio.to_thread(_numbers, experiment),
         }
 
@@ -144,22 +149,24 @@ class CanaryManager(ModelManager):
         if experiment is None:
             return
         counts = {
-            (arm, what): count
-            for arm, counted in dict(experiment.arms).items()
-            for what, count in asdict(counted).items()
+            (arm, field): count
+            for arm, variant in dict(experiment.arms).items()
+            for field, count in asdict(variant).items()
         }
         counts |= {(arm, "slower"): getattr(experiment.paces.counts, arm) for arm in ("old", "new")}
-        text = "What the canary's trial has counted"
-        yield labelled(GaugeMetricFamily, "canary", text, ["arm", "what"], counts)
+        text = "Counts of the canary's experiment, by model and kind"
+        yield labelled(GaugeMetricFamily, "canary", text, ["arm", "kind"], counts)
         share = 0.0 if experiment.canary is None else experiment.config.share
-        yield GaugeMetricFamily("fastlm_canary_share", "Of conversations, of the canary", share)
+        yield GaugeMetricFamily(
+            "fastlm_canary_share", "Share of conversations of the canary", share
+        )
         tests = {
-            (name, what): value
+            (name, field): value
             for name, test in experiment.tests.items()
-            for what, value in test._asdict().items()
+            for field, value in test._asdict().items()
         }
-        text = "Canary less old model, with its always-valid interval"
-        yield labelled(GaugeMetricFamily, "canary_difference", text, ["test", "what"], tests)
+        text = "Canary minus old model, with its always-valid interval"
+        yield labelled(GaugeMetricFamily, "canary_difference", text, ["test", "statistic"], tests)
 
 
 def _numbers(experiment: CanaryExperiment) -> dict[str, Any]:

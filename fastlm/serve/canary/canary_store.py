@@ -1,5 +1,5 @@
-"""The part of the feedback database that a canary needs: which model gave which answer, and what
-became of each conversation. No text of a prompt or an answer.
+"""The tables of a canary in the feedback database: the model of each response, and the outcome of
+each conversation. They contain no text of a prompt or an answer.
 """
 
 import hashlib
@@ -19,29 +19,30 @@ A = CANARY_ANSWERS.c
 
 
 class CanaryStore:
-    """The canary's tables of ``feedback``. Any thread may call it; a write is on disk when the
-    method returns. ``rating``: the number that a metric may name. InputError, from every method:
-    the database cannot be used."""
+    """Reads and writes the canary's tables in ``feedback``. Any thread may call it; a write is on
+    disk when the method returns. ``rating``: the number that the metric may name. Every method
+    raises InputError if the database cannot be used."""
 
     def __init__(self, feedback: "FeedbackStore", rating: "Rating | None" = None):
         self.feedback, self.rating = feedback, rating
 
-    def answer(self, **values: Any) -> bool:
-        """Store which model gave an answer: the columns of `CANARY_ANSWERS`. Return whether it is
-        the first answer with a time of its conversation, by the model that the experiment chose."""
+    def add_answer(self, **values: Any) -> bool:
+        """Store the model of a response; ``values`` are the columns of `CANARY_ANSWERS`. Return
+        whether it is the conversation's first response with a time by an assigned model."""
         timed = sa.select(A.response_id).where(
             A.experiment == values["experiment"], A.unit == values["unit"], A.assigned,
-            A.pace.is_not(None),
+            A.seconds_per_token.is_not(None),
         )  # fmt: skip
         with self.feedback.write() as connection:
-            known = connection.execute(timed.limit(1)).first() is not None
-            new = self.feedback.insert_new(connection, CANARY_ANSWERS, values)
-        return new and not known and values["assigned"] and values["pace"] is not None
+            has_earlier = connection.execute(timed.limit(1)).first() is not None
+            is_new = self.feedback.insert_new(connection, CANARY_ANSWERS, values)
+        is_timed = values["assigned"] and values["seconds_per_token"] is not None
+        return is_new and not has_earlier and is_timed
 
-    def outcome(
+    def add_outcome(
         self, experiment: str, unit: str, arm: str, success: bool, response_id: str | None
     ) -> bool:
-        """Store the first outcome of a conversation. Whether it was the first."""
+        """Store the first outcome of a conversation. Return False if there is one already."""
         row = {
             "experiment": experiment, "unit": unit, "arm": arm, "success": success,
             "response_id": response_id,
@@ -49,41 +50,43 @@ class CanaryStore:
         with self.feedback.write() as connection:
             return self.feedback.insert_new(connection, CANARY_OUTCOMES, row)
 
-    def count(self, feedback: "Feedback", metric: str) -> tuple[str, str, bool] | None:
-        """Store what the feedback says of an answer of an experiment by this metric; return
-        (experiment, arm, success). None: nothing new, or the answer is not one of an experiment, or
-        its client chose the model.
+    def add_feedback(self, feedback: "Feedback", metric: str) -> tuple[str, str, bool] | None:
+        """Store the outcome that feedback has by a metric; return (experiment, arm, success).
+
+        None: the conversation has an outcome already, the response belongs to no experiment, or its
+        client chose the model.
         """
         if metric == "pick":
-            found = self._pick(feedback)
+            outcome = self._pick(feedback)
         elif (thumb := self._thumb(feedback, metric)) is None:
             return None
         else:
-            row = self._found(feedback.response_id, feedback.conversation_id)
-            found = None
+            row = self._find(feedback.response_id, feedback.conversation_id)
+            outcome = None
             if row is not None and row.assigned:
-                found = row.experiment, row.unit, row.arm, thumb == "up"
-        if found is None or not self.outcome(*found, feedback.response_id):
+                outcome = row.experiment, row.unit, row.arm, thumb == "up"
+        if outcome is None or not self.add_outcome(*outcome, feedback.response_id):
             return None
-        experiment, _, arm, success = found
+        experiment, _, arm, success = outcome
         return experiment, arm, success
 
     def _pick(self, feedback: "Feedback") -> tuple[str, str, str, bool] | None:
-        """(experiment, unit, arm, success). A pick counts where the two answers are of both models,
-        for one of the two, by a hash: then the arms are independent, and a canary as good as the
-        old model wins half of each.
+        """Return (experiment, unit, arm, success) of a pick between answers of both models.
+
+        A hash chooses the arm for which the pick counts. So the arms are independent, and a canary
+        that is as good as the old model succeeds in half of its picks.
         """
-        better = self._found(feedback.response_id)
+        better = self._find(feedback.response_id)
         for id, _ in feedback.preferred_over:
-            worse = self._found(id)
+            worse = self._find(id)
             if better is None or worse is None or better.experiment != worse.experiment:
                 continue
             if better.arm == worse.arm:
                 continue
             pair = "\0".join(sorted((better.unit, worse.unit)))
             unit = hashlib.sha256(f"{better.experiment}\0{pair}".encode()).hexdigest()
-            counted = ("old", "new")[int(unit[0], 16) % 2]
-            return better.experiment, unit, counted, better.arm == counted
+            arm = ("old", "new")[int(unit[0], 16) % 2]
+            return better.experiment, unit, arm, better.arm == arm
         return None
 
     def _thumb(self, feedback: "Feedback", metric: str) -> str | None:
@@ -94,23 +97,23 @@ class CanaryStore:
             return None
         return self.rating.thumb(value)
 
-    def _found(self, response_id: str | None, conversation_id: str | None = None) -> Any:
-        """An answer by its id, else the last one of a conversation."""
-        its = A.response_id == response_id
+    def _find(self, response_id: str | None, conversation_id: str | None = None) -> Any:
+        """Return the row of a response, or the last one of a conversation."""
+        condition = A.response_id == response_id
         if response_id is None:
-            its = A.conversation_id == (conversation_id or "")
-        return self.feedback.first(CANARY_ANSWERS.select().where(its).order_by(A.at.desc()))
+            condition = A.conversation_id == (conversation_id or "")
+        return self.feedback.first(CANARY_ANSWERS.select().where(condition).order_by(A.at.desc()))
 
     def counts(self, experiment: str) -> dict[str, Variant]:
-        """What was counted so far, by arm."""
+        """Return the counts of an experiment by arm."""
 
-        def totals(table: Any, column: Any, *which: Any) -> dict[str, tuple[int, int]]:
-            its, total = table.c, sa.func.sum(sa.case((column, 1), else_=0))
-            query = sa.select(its.arm, sa.func.count(), total).where(
-                its.experiment == experiment, *which
+        def totals(table: Any, column: Any, *conditions: Any) -> dict[str, tuple[int, int]]:
+            c, total = table.c, sa.func.sum(sa.case((column, 1), else_=0))
+            query = sa.select(c.arm, sa.func.count(), total).where(
+                c.experiment == experiment, *conditions
             )
-            rows = self.feedback.all(query.group_by(its.arm))
-            return {arm: (int(count), int(hits)) for arm, count, hits in rows}
+            rows = self.feedback.all(query.group_by(c.arm))
+            return {arm: (int(count), int(total)) for arm, count, total in rows}
 
         answers = totals(CANARY_ANSWERS, A.error, A.assigned)
         outcomes = totals(CANARY_OUTCOMES, CANARY_OUTCOMES.c.success)
@@ -120,17 +123,18 @@ class CanaryStore:
         }
 
     def first_paces(self, experiment: str) -> list[tuple[str, float]]:
-        """Return arm and seconds per token of each conversation's first answer with a time, in
-        their order."""
+        """Return arm and seconds per token of each conversation's first response with a time, in
+        chronological order."""
         number = sa.func.row_number().over(partition_by=A.unit, order_by=A.at).label("number")
-        timed = sa.select(A.arm, A.pace, A.at, number).where(
-            A.experiment == experiment, A.assigned, A.pace.is_not(None)
+        timed = sa.select(A.arm, A.seconds_per_token, A.at, number).where(
+            A.experiment == experiment, A.assigned, A.seconds_per_token.is_not(None)
         )
         rows = timed.subquery().c
-        query = sa.select(rows.arm, rows.pace).where(rows.number == 1).order_by(rows.at)
-        return [(row.arm, row.pace) for row in self.feedback.all(query)]
+        query = sa.select(rows.arm, rows.seconds_per_token).where(rows.number == 1)
+        query = query.order_by(rows.at)
+        return [(row.arm, row.seconds_per_token) for row in self.feedback.all(query)]
 
-    def model_of(self, response_id: str) -> str | None:
-        """The name of the model that gave an answer, None if it is not known."""
-        row = self._found(response_id)
+    def model_name(self, response_id: str) -> str | None:
+        """Return the name of the model that gave a response; None: unknown."""
+        row = self._find(response_id)
         return None if row is None else row.model
