@@ -25,7 +25,7 @@ from fastlm.pipeline.stage import Repeated, at_least_one
 from fastlm.startup import imports
 from fastlm.threads import Threads
 from fastlm.tokenizer import chat_template
-from fastlm.train.distributed import LostRankError, says_first
+from fastlm.train.distributed import LostRankError, is_first_report
 
 DIVERGED, LOST, INTERRUPTED = 3, 4, 130
 
@@ -70,7 +70,7 @@ def _bad_value(error: typer.BadParameter) -> InputError | None:
 
 def _fail(error: BaseException, status: int) -> None:
     text = " ".join(str(error).split())
-    if says_first(text):
+    if is_first_report(text):
         typer.echo(f"fastlm: {text}" if text else "fastlm: interrupted", err=True)
     raise typer.Exit(status)
 

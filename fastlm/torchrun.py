@@ -7,7 +7,7 @@ from fastlm.errors import InputError
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # torchrun sets them
 
 
-def launched() -> tuple[int, int]:
+def rank_and_world_size() -> tuple[int, int]:
     """Return rank and number of processes as torchrun's environment has them, (0, 1) without it."""
     if not all(os.environ.get(name) for name in VARIABLES):
         return 0, 1
@@ -21,11 +21,11 @@ def node_size() -> int:
 
 def is_main_process() -> bool:
     """Whether this process writes and reports: rank 0, or the only one."""
-    return launched()[0] == 0
+    return rank_and_world_size()[0] == 0
 
 
-def check_alone(what: str, why: str) -> None:
+def check_single_process(what: str, why: str) -> None:
     """Raise InputError if torchrun started several processes."""
-    size = launched()[1]
+    size = rank_and_world_size()[1]
     if size > 1:
         raise InputError(f"{what}: expected one process, got {size} from torchrun: {why}")

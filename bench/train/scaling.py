@@ -162,7 +162,7 @@ def loopback() -> int:
     raise SystemExit("no loopback device")
 
 
-def launched(rank: int, size: int, port: int) -> None:
+def set_torchrun_environment(rank: int, size: int, port: int) -> None:
     """Say in the environment what torchrun would."""
     os.environ |= {
         "RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1",
@@ -173,7 +173,7 @@ def launched(rank: int, size: int, port: int) -> None:
 def work(
     rank: int, size: int, port: int, folder: Path, way: str, dtype: str, micro: int, log
 ) -> None:
-    launched(rank, size, port)
+    set_torchrun_environment(rank, size, port)
     import torch
 
     import fastlm
@@ -206,7 +206,7 @@ def work(
 
 def roll_out(rank: int, size: int, port: int, kind: str, log) -> None:
     """A round of 64 answers of 64 tokens."""
-    launched(rank, size, port)
+    set_torchrun_environment(rank, size, port)
     import torch
 
     import fastlm

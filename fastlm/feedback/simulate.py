@@ -173,7 +173,7 @@ The same command starts again from nothing."""
             found.setdefault(one.key(), one)
         if not found:
             raise InputError(f"data: expected questions, got none in {', '.join(self.data)}")
-        # not `place_in_order`: its first prompts are those that trainings hold out
+        # not `hash_fraction`: its first prompts are those that trainings hold out
         return sorted(found.values(), key=lambda one: self._number("order", one))[: self.limit]
 
     def _number(self, what: str, prompt: "Prompt") -> int:

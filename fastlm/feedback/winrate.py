@@ -117,7 +117,7 @@ class WinRate(Stage):
 
     def _prompts(self, ctx: StageContext) -> "list[Prompt]":
         from fastlm.data.prompts import read_prompts
-        from fastlm.train.encoding import place_in_order
+        from fastlm.train.encoding import hash_fraction
 
         sources = list(self.data)
         if not sources:
@@ -131,7 +131,7 @@ class WinRate(Stage):
         found = {one.key(): one for one in read_prompts(sources, cache=ctx.cache_dir)}
         if not found:
             raise InputError(f"data: expected prompts, got none in {', '.join(sources)}")
-        return sorted(found.values(), key=place_in_order)[: self.limit]
+        return sorted(found.values(), key=hash_fraction)[: self.limit]
 
     def summary(self, result: Mapping[str, Any], ctx: StageContext) -> str:
         del ctx

@@ -30,7 +30,7 @@ from fastlm.pipeline.stage import (
 )
 from fastlm.progress import silent
 from fastlm.threads import Threads
-from fastlm.torchrun import check_alone, is_main_process
+from fastlm.torchrun import check_single_process, is_main_process
 
 T = TypeVar("T")
 Cache = Annotated[
@@ -74,7 +74,7 @@ def command_of(cls: type[Stage], before: Callable[[], None] = lambda: None) -> C
         stage = cls(**_values(options, values))
         stage.check()
         if not trains:
-            check_alone(cls.command[-1], "it is no training")
+            check_single_process(cls.command[-1], "it is no training")
         is_main = is_main_process()
         if is_main:
             before()

@@ -29,7 +29,7 @@ from fastlm.pipeline.run_folder import STAGES
 from fastlm.pipeline.stage import Input, StageContext
 from fastlm.progress import silent
 from fastlm.sources.input_digest import InputDigest
-from fastlm.torchrun import check_alone
+from fastlm.torchrun import check_single_process
 
 RECIPE = "recipe.json"
 SOURCES = "sources.json"  # hashes of local files (`fastlm.sources.input_digest`)
@@ -112,7 +112,7 @@ def run_recipe(
     """
     from fastlm.sources.packages import default_cache
 
-    check_alone("run", "start its trainings one by one")
+    check_single_process("run", "start its trainings one by one")
     recipe = load_recipe(path, overrides, kinds=kinds)
     names = [step.name for step in recipe.steps]
     if until is not None and until not in names:
@@ -248,9 +248,8 @@ def _check_folder(out: Path, names: Sequence[str], record: dict[str, StageRecord
         path = out / name
         if path.exists() and not (path.is_dir() and not any(path.iterdir())):
             raise InputError(
-                f"{out}: expected a folder in which {name!r} is free, or a run that made it; got "
-                "one"
-                " with something of that name: rename it, or give the stage another name"
+                f"{out}: expected a folder in which {name!r} is free, or a run that made it; got"
+                " one with something of that name: rename it, or give the stage another name"
             )
 
 

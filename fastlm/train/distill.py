@@ -17,10 +17,10 @@ from fastlm.pipeline.stage import (
     select_options,
 )
 from fastlm.sources.input_digest import InputDigest
-from fastlm.torchrun import check_alone
+from fastlm.torchrun import check_single_process
 from fastlm.train.encoding import chat_tokenizer, check_vocabulary, template_variables
 from fastlm.train.objective import IGNORE, weights_digest
-from fastlm.train.options import check_replicas, expect
+from fastlm.train.options import check_unsharded, expect
 from fastlm.train.sft import ConversationDataset, Sft, SftObjective
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ DIVERGENCES = {
 }  # fmt: skip
 LOGITS, COMPLETIONS = "teacher-logits", "teacher-completions"
 # The options that a loss of the teacher's answers alone has no use for
-DIVERGING = (
+DIVERGENCE_OPTIONS = (
     "divergence", "jsd_beta", "sft_weight", "on_policy_fraction", "teacher_top_k", "teacher_logits",
     "data_weights",
 )  # fmt: skip
@@ -257,9 +257,9 @@ class Distill(DistillOptions, Sft):
         not_negative(self, "sft_weight")
         for name in ("teacher_top_k", "teacher_completions"):
             if getattr(self, name):
-                check_alone(name, "answers and logits are made by one")
+                check_single_process(name, "answers and logits are made by one")
         if self.on_policy_fraction:
-            check_replicas("on_policy_fraction", self.parallel)
+            check_unsharded("on_policy_fraction", self.parallel)
         expect(
             0 <= self.on_policy_fraction <= 1,
             "on_policy_fraction",
@@ -269,7 +269,7 @@ class Distill(DistillOptions, Sft):
         if self.teacher_completions:
             how = self.teacher_completions
             one_of(self, teacher_completions=("greedy", "sampled"))
-            for name in (*DIVERGING, *(("temperature",) if how == "greedy" else ())):
+            for name in (*DIVERGENCE_OPTIONS, *(("temperature",) if how == "greedy" else ())):
                 value, default = getattr(self, name), getattr(type(self), name)
                 unused = (
                     f"{default or 'none'} with teacher_completions {how}, which does not use it"

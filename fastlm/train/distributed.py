@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
-from fastlm.torchrun import launched
+from fastlm.torchrun import rank_and_world_size
 
 if TYPE_CHECKING:
     import torch
@@ -28,11 +28,11 @@ class LostRankError(RuntimeError):
     """Another process of the training has ended, or does not answer."""
 
 
-def says_first(text: str) -> bool:
+def is_first_report(text: str) -> bool:
     """Whether no other process of the job has asked this for the same text: what all of them would
     say is said once.
     """
-    rank, size = launched()
+    rank, size = rank_and_world_size()
     if size == 1:
         return True
     from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
@@ -61,11 +61,11 @@ class SingleProcess:
         """Return the values of all processes, by rank."""
         return [value]
 
-    def from_first(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """Return rank 0's value."""
         return value
 
-    def on_first(self, do: Callable[[], T]) -> T | None:
+    def on_main_process(self, do: Callable[[], T]) -> T | None:
         """Return ``do()`` in rank 0, None in the others. Its InputError is raised in all."""
         return do()
 
@@ -118,11 +118,11 @@ class SingleDevice:
         return loss.detach()
 
     @contextmanager
-    def gathered(self) -> Iterator[None]:
+    def full_parameters(self) -> Iterator[None]:
         """Context: all parameters are plain tensors, for anything but training."""
         yield
 
-    def keep_gathered(self) -> None:
+    def unshard(self) -> None:
         """Leave a model of plain parameters, at the end of the training."""
 
     def full(self, tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
@@ -134,7 +134,7 @@ class SingleDevice:
         self.model.load_state_dict(tensors, strict=False)
 
 
-def averaged(parts: Sequence[tuple[float, Mapping[str, float]]]) -> dict[str, float]:
+def weighted_means(parts: Sequence[tuple[float, Mapping[str, float]]]) -> dict[str, float]:
     """Return the mean of each value over the processes, weighted by their items."""
     names = dict.fromkeys(name for _, values in parts for name in values)
     found = {}

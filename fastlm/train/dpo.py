@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastlm.pipeline.stage import InputSpec, ReportSection, StageContext, select_options
-from fastlm.train.encoding import rows_text
+from fastlm.train.encoding import rows_summary
 from fastlm.train.lora_options import LoraOptions
-from fastlm.train.options import TrainOptions, check_replicas, expect
+from fastlm.train.options import TrainOptions, check_unsharded, expect
 from fastlm.train.preferences import PreferenceDataset, PreferenceLoss, PreferenceStage
 from fastlm.train.training_stage import FEEDBACK
 
@@ -50,7 +50,7 @@ kto, labels (prompt, completion, label)."""
         why = "0, as the reference is measured without dropout"
         expect(not dropout, "lora_dropout", why, dropout)
         if kto:
-            check_replicas("loss_type = 'kto'", self.parallel)
+            check_unsharded("loss_type = 'kto'", self.parallel)
         least = self.batch_size * (1 if self.batch_warmup else self.gradient_accumulation_steps)
         expect(
             not kto or least >= 2, "batch_size",
@@ -99,7 +99,7 @@ kto, labels (prompt, completion, label)."""
         from fastlm.pipeline.charts import loss_chart
 
         facts = {
-            "preferences": rows_text(result, f"{result['pairs']:,} {self.unit()}"),
+            "preferences": rows_summary(result, f"{result['pairs']:,} {self.unit()}"),
             "loss": f"{self.loss_type}, β {self.beta:g}",
             "batch": f"{self.step_size()} {self.unit()} without padding",
             **self.lora_facts(result),

@@ -23,7 +23,7 @@ from fastlm.train.preferences import (
     PreferenceExample,
     PreferenceLoss,
     accuracy_error,
-    ranked_right,
+    pairwise_accuracy,
     right,
 )
 
@@ -254,7 +254,7 @@ class DpoObjective(EpochObjective):
         joined = _joined([measured for _, measured in found])
         means = _means(joined)
         if self.terms.loss_type == "kto":
-            error = ranked_right(joined["reward_chosen"], joined["reward_rejected"])[1]
+            error = pairwise_accuracy(joined["reward_chosen"], joined["reward_rejected"])[1]
         else:
             places = [self.heldout[i].place for rows in taken for i in rows]
             error = accuracy_error(joined["accuracy"], places)
@@ -277,5 +277,5 @@ def _means(joined: Mapping[str, Tensor]) -> dict[str, float]:
     means = {name: float(values.mean()) for name, values in joined.items() if len(values)}
     if "accuracy" not in joined and {"reward_chosen", "reward_rejected"} <= means.keys():
         means["margin"] = means["reward_chosen"] - means["reward_rejected"]
-        means["accuracy"] = ranked_right(joined["reward_chosen"], joined["reward_rejected"])[0]
+        means["accuracy"] = pairwise_accuracy(joined["reward_chosen"], joined["reward_rejected"])[0]
     return means

@@ -25,7 +25,7 @@ class KeyedRow(Protocol):
     def key(self) -> str: ...
 
 
-def place_in_order(row: KeyedRow) -> float:
+def hash_fraction(row: KeyedRow) -> float:
     """A number in [0, 1) from a hash of the prompt. Those below `heldout` are held out: the part
     of a row does not depend on other rows, and rows with one prompt are on one side.
     """
@@ -81,7 +81,7 @@ def template_variables(tools: list[Any] | None) -> dict[str, Any]:
 
 class EncodedDataset:
     """The rows of a stage's data as tokens: ``training`` examples, and ``heldout`` ones, of
-    ``held_out`` rows, in the order of `place_in_order`.
+    ``held_out`` rows, in the order of `hash_fraction`.
 
     A subclass defines `read`, `prompt_of` and `encode`. A row that the chat template refuses is an
     error, or with `skip_bad` counted. ``context``: the most tokens of a prompt and its sample.
@@ -108,7 +108,7 @@ class EncodedDataset:
             if not examples:
                 continue
             keyed, messages, tools = self.prompt_of(row)
-            place = place_in_order(keyed)
+            place = hash_fraction(keyed)
             # the first in order, of which held-out ones come before others
             self.prompts.append((place, messages, tools))
             self.prompts = sorted(self.prompts, key=lambda prompt: prompt[0])[:8]
@@ -202,7 +202,7 @@ def reasons(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
 
 
-def rows_text(result: Mapping[str, Any], learnt: str = "") -> str:
+def rows_summary(result: Mapping[str, Any], learnt: str = "") -> str:
     """Return what a report says of the rows that were read; ``learnt``: what came of them."""
     used = f": {learnt} learnt from" if learnt else ""
     rows = f"{result['read']:,} rows{used}, {result['heldout']:,} held out"

@@ -5,7 +5,7 @@ A step is: micro-batches of the objective, backward with the global token count,
 one pass, one line in metrics.jsonl. A checkpoint records the length of metrics.jsonl. Starting the
 same command again truncates the file there and continues, so that it holds every step once. Ctrl-C
 ends the running step, saves a checkpoint and reports where. With ``async_checkpoints`` a thread
-writes what `collect` copied; whoever names a checkpoint waits for it.
+writes what `checkpoint_state` copied; whoever names a checkpoint waits for it.
 
 The loss is read back every step: a loss that is not finite has to stop the run before it spoils the
 next checkpoint. A spike (`fastlm.train.metrics.SpikeDetector`) is named with its batch.
@@ -40,7 +40,7 @@ from fastlm.progress import silent
 from fastlm.train.distributed import SingleProcess
 from fastlm.train.metrics import METRICS, SpikeDetector, trackers
 from fastlm.train.objective import DivergedError, Objective
-from fastlm.train.options import BUDGET, GUARDS, TrainOptions
+from fastlm.train.options import BUDGET_OPTIONS, SPIKE_OPTIONS, TrainOptions
 from fastlm.train.parallel import parallel, process_group
 from fastlm.train.state import (
     FOLDER,
@@ -49,10 +49,10 @@ from fastlm.train.state import (
     TrainState,
     checkpoint_before,
     checkpoint_path,
-    collect,
+    checkpoint_state,
     list_checkpoints,
     load_checkpoint,
-    prune,
+    prune_checkpoints,
 )
 
 
@@ -120,7 +120,7 @@ def train(
         except DivergedError as error:
             # before a process leaves: torchrun ends the others when the first one does
             if on_diverged is not None:
-                world.on_first(partial(on_diverged, error))
+                world.on_main_process(partial(on_diverged, error))
             raise
         finally:
             objective.world = SingleProcess()
@@ -196,11 +196,11 @@ class _Loop:
         self.spikes = SpikeDetector(options.spike_factor, options.spike_window)
         self.writer = CheckpointWriter(options.async_checkpoints)
         self.best = BestCheckpoint(
-            run_dir / FOLDER, options.keeps_best, self.writer, self.parallel, world
+            run_dir / FOLDER, options.saves_best, self.writer, self.parallel, world
         )
         self.saved_step = -1
         self.started = time.perf_counter()
-        self.metrics = world.on_first(self.open_metrics) or open(os.devnull, "a+b")
+        self.metrics = world.on_main_process(self.open_metrics) or open(os.devnull, "a+b")
 
     def open_metrics(self) -> BinaryIO:
         """Open metrics.jsonl, and lock it until it is closed, by `run`."""
@@ -240,7 +240,7 @@ class _Loop:
             self.leave_if(interrupted)  # after the last step too: no more was wanted
             if self.options.keep == "best":
                 self.best.load()
-            self.parallel.keep_gathered()
+            self.parallel.unshard()
             try:
                 self.objective.check_pending()
             except DivergedError as error:
@@ -263,7 +263,7 @@ class _Loop:
     def progress(self, steps: float = 0, tokens: float = 0) -> float:
         """Return the progress after this many more steps and tokens."""
         o = self.options
-        seconds = self.seconds() if o.max_seconds is None else self.world.from_first(self.seconds())
+        seconds = self.seconds() if o.max_seconds is None else self.world.broadcast(self.seconds())
         return o.progress(self.state.step + steps, self.state.tokens + tokens, seconds)
 
     def budget(self) -> tuple[int, int, str]:
@@ -400,7 +400,7 @@ class _Loop:
             self.writer.wait()
             return checkpoint_before(self.run_dir, now - steps)
 
-        last = self.world.from_first(self.world.on_first(good))  # others may look too early
+        last = self.world.broadcast(self.world.on_main_process(good))  # others may look too early
         batch = f"batch: {position}; " if position else ""
         error = kind(
             f"step {now + 1 if step is None else step}: {what}; {batch}last good checkpoint:"
@@ -426,11 +426,11 @@ class _Loop:
         if o.validations and due(i / o.validations for i in range(o.validations + 1)):
             with _evaluating(self.model):
                 metrics = self.parallel.run(self.objective.validate)
-            state.last_metrics = self.world.from_first(metrics)
+            state.last_metrics = self.world.broadcast(metrics)
             self.log({"step": state.step, **state.last_metrics})
             self.best.offer(state.step, state.last_metrics, self.model)
         if due(o.sample_at):
-            with _evaluating(self.model), self.parallel.gathered():
+            with _evaluating(self.model), self.parallel.full_parameters():
                 text = self.objective.sample() if self.world.is_main_process else None
             if text is not None:
                 self.log({"step": state.step, "sample": text, "progress": state.done})
@@ -458,23 +458,25 @@ class _Loop:
     def begin(self) -> None:
         """Load the last checkpoint; start from the beginning if there is none."""
         if self.world.is_main_process:
-            prune(self.run_dir, self.options.save_total_limit + 1)  # one may be a trusted one
-        found = self.world.from_first(list_checkpoints(self.run_dir))
+            prune_checkpoints(
+                self.run_dir, self.options.save_total_limit + 1
+            )  # one may be a trusted one
+        found = self.world.broadcast(list_checkpoints(self.run_dir))
         if found:
             self.state = state = load_checkpoint(
                 found[-1], self.model, self.optimizer, self.identity(), self.world,
-                may_differ=(*BUDGET, *GUARDS, "keep"),
+                may_differ=(*BUDGET_OPTIONS, *SPIKE_OPTIONS, "keep"),
             )  # fmt: skip
             self.objective.load_state_dict(state.objective)
             self.spikes.losses = state.losses[-self.options.spike_window :]
             self.best.resume(state.best_step, state.best_loss)
             self.saved_step = state.step
-        self.world.on_first(partial(self.cut_metrics, self.state.metrics_bytes, found))
+        self.world.on_main_process(partial(self.cut_metrics, self.state.metrics_bytes, found))
         self.started = time.perf_counter()
         if found:
             step = self.state.step
             if self.world.is_main_process:  # a kill between a checkpoint's write and the deletions
-                prune(
+                prune_checkpoints(
                     self.run_dir,
                     self.options.save_total_limit,
                     step - self.objective.pending_steps(),
@@ -499,7 +501,7 @@ class _Loop:
         """Write the checkpoint of this step."""
         self.saved_step = step = self.state.step
         if not (self.world.is_main_process or self.parallel.sharded):
-            self.world.on_first(lambda: None)
+            self.world.on_main_process(lambda: None)
             return
         if self.world.is_main_process:
             os.fsync(self.metrics.fileno())
@@ -508,14 +510,14 @@ class _Loop:
             objective=self.objective.state_dict(), losses=self.spikes.losses,
             best_step=self.best.step, best_loss=self.best.loss,
         )  # fmt: skip
-        tensors, rest = collect(
+        tensors, rest = checkpoint_state(
             self.model, self.optimizer, state, self.identity(), copy=self.options.async_checkpoints
         )
         path, trusted = checkpoint_path(self.run_dir, step), step - self.objective.pending_steps()
 
         def finish() -> None:
             if self.world.is_main_process:
-                prune(self.run_dir, self.options.save_total_limit, trusted)
+                prune_checkpoints(self.run_dir, self.options.save_total_limit, trusted)
             self.best.prune(state.best_step)
 
         def write() -> None:
@@ -529,4 +531,4 @@ class _Loop:
             save_sharded(path, tensors, rest, self.world)
             finish()
         else:
-            self.world.on_first(lambda: self.writer.submit(write))
+            self.world.on_main_process(lambda: self.writer.submit(write))

@@ -8,8 +8,8 @@ Arithmetic is float32, or float64 where an argument is.
 `aggregate` owns every denominator. With `num_items` (the number of all tokens or sequences of an
 optimizer's step) losses of micro-batches and ranks add up to the loss of the whole batch, and so do
 their gradients. Functions that return (B,) leave the mean to the caller, with the same `num_items`.
-Metrics are means over the response tokens of one call, with their number in "tokens"; `pooled`
-joins those of several calls.
+Metrics are means over the response tokens of one call, with their number in "tokens";
+`pool_metrics` joins those of several calls.
 
 Log-ratios are clamped to [-20, 20] before they are exponentiated: beyond it a ratio is far outside
 any clip range, and its exponential could overflow.
@@ -58,7 +58,7 @@ def aggregate(
     return x.sum() / _at_least_one(keep.sum() if num_items is None else num_items)
 
 
-def pooled(metrics: Sequence[Metrics]) -> Metrics:
+def pool_metrics(metrics: Sequence[Metrics]) -> Metrics:
     """The metrics of several calls (micro-batches, ranks) as those of one call on all their tokens:
     means weighted by "tokens". A call without tokens does not count.
     """

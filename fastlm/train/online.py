@@ -33,8 +33,8 @@ from fastlm.inference.requests import Completion
 from fastlm.model.lora import without_adapter
 from fastlm.model.merged import merged
 from fastlm.model.quantized_modules import QuantizedLinear
-from fastlm.train.distributed import averaged
-from fastlm.train.losses import Metrics, aggregate, kl_penalty, pooled
+from fastlm.train.distributed import weighted_means
+from fastlm.train.losses import Metrics, aggregate, kl_penalty, pool_metrics
 from fastlm.train.metrics import correlation
 from fastlm.train.objective import DivergedError, Objective, without_dropout
 from fastlm.train.options import RolloutOptions
@@ -52,9 +52,11 @@ if TYPE_CHECKING:
 STATE = ("round", "at", "steps", "stop", "beta", "next_beta", "made")  # of a checkpoint
 # Returns the score of each answer, given the places of their prompts in the list of prompts
 Score = Callable[[Sequence[int], Sequence[Completion]], Sequence[float]]
-ALARM = 3.0  # standard errors below 0 at which a KL estimate is not chance
-GRAM = 4  # tokens, of which a repetition consists
-TOP_WEIGHT = 2.0  # truncated importance sampling (Yao et al. 2025; verl's default)
+KL_ALARM = 3.0  # standard errors below 0 at which a KL estimate is not chance
+NGRAM_SIZE = 4  # tokens, of which a repetition consists
+MAX_IMPORTANCE_WEIGHT = (
+    2.0  # truncated importance_weights sampling (Yao et al. 2025; verl's default)
+)
 
 
 @dataclass(frozen=True)
@@ -65,12 +67,13 @@ class RolloutBatch:
     columns: Mapping[str, Tensor]
 
 
-def importance(difference: Tensor) -> Tensor:
-    """Truncated importance weights of log-probabilities in training minus those in sampling."""
-    return difference.clamp(max=math.log(TOP_WEIGHT)).exp()
+def importance_weights(difference: Tensor) -> Tensor:
+    """Truncated importance_weights weights of log-probabilities in training minus those in
+    sampling."""
+    return difference.clamp(max=math.log(MAX_IMPORTANCE_WEIGHT)).exp()
 
 
-def repetition(tokens: Sequence[int], size: int = GRAM) -> float:
+def repetition(tokens: Sequence[int], size: int = NGRAM_SIZE) -> float:
     """The share of n-grams that occurred before among these tokens."""
     grams = [tuple(tokens[i : i + size]) for i in range(len(tokens) - size + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
@@ -79,7 +82,7 @@ def repetition(tokens: Sequence[int], size: int = GRAM) -> float:
 class OnlineObjective(Objective):
     """An objective (`fastlm.train.objective.Objective`) on answers that the policy samples.
 
-    ``prompts``: token ids of each. ``score``: see `Score`; ``scored_by`` identifies it, and
+    ``prompts``: token ids of each. ``score``: see `Score`; ``scorer_identity`` identifies it, and
     ``score_metrics`` returns what it says of the answers that it scored last, means over them.
     ``reference``: the frozen policy that KL is measured to; None is the policy without its adapters
     (LoRA). A subclass defines `estimate` (advantages of a round), `num_items` and `micro_loss`.
@@ -98,7 +101,7 @@ class OnlineObjective(Objective):
         options: RolloutOptions,
         *,
         base: str,
-        scored_by: str = "",
+        scorer_identity: str = "",
         score_heldout: Score | None = None,
         stop_ids: frozenset[int] = frozenset(),
         places: Sequence[str] = (),
@@ -114,7 +117,7 @@ class OnlineObjective(Objective):
         self.trained: nn.Module = policy
         self.prompts, self.heldout, self.options, self.base = prompts, heldout, options, base
         self.score, self.score_heldout = score, score_heldout or score
-        self.scored_by, self.score_metrics = scored_by, score_metrics
+        self.scorer_identity, self.score_metrics = scorer_identity, score_metrics
         self.stop_ids, self.places, self.warn = stop_ids, places, warn
         self.answer_text, self.sample_prompt = answer_text, sample_prompt
         self.sample_tokens = sample_tokens
@@ -231,7 +234,7 @@ class OnlineObjective(Objective):
             kept[name] = tokens.new_zeros(mask.shape).masked_scatter(mask, tokens)
         whole = np.concatenate(scores)
         self._watch(whole, kept, mask)
-        self.made |= averaged([(len(one), said) for one, said in zip(scores, scored)])
+        self.made |= weighted_means([(len(one), said) for one, said in zip(scores, scored)])
         return whole, mask, kept
 
     def _sample(
@@ -286,7 +289,7 @@ class OnlineObjective(Objective):
 
         Measured for metrics.jsonl, means over the answers:
 
-        - "score", "score_deviation": as the reward gave them, after the rule of missing end tokens;
+        - "score", "score_std": as the reward gave them, after the rule of missing end tokens;
         - "kl", "kl_error": KL(policy || reference) in nats per answer by k1, and its standard
           error; "kl3": by k3, which is never negative;
         - "length" in tokens; "ended": share that drew an end token;
@@ -304,7 +307,7 @@ class OnlineObjective(Objective):
         mismatch = float(kept["difference"][mask].abs().mean())
         self.made = {
             "score": float(scores.mean()),
-            "score_deviation": float(scores.std()),
+            "score_std": float(scores.std()),
             "kl": kl,
             "kl_error": error,
             "kl3": float(k3.mean()),
@@ -322,11 +325,11 @@ class OnlineObjective(Objective):
                 f" at most max_kl {options.max_kl:g}",
                 steps=self.steps,
             )
-        if kl < -ALARM * error - 1e-3:
+        if kl < -KL_ALARM * error - 1e-3:
             self.warn(
                 f"round {self.round}: the KL estimate is {kl:.3g} nats per answer, more than"
-                f" {ALARM:g} standard errors below 0: the policy that samples is not the one that"
-                " is trained"
+                f" {KL_ALARM:g} standard errors below 0: the policy that samples is not the one"
+                " that is trained"
             )
         if mismatch <= options.mismatch_threshold:
             kept["difference"] = torch.zeros_like(kept["difference"])
@@ -334,7 +337,8 @@ class OnlineObjective(Objective):
             self.warn(
                 f"round {self.round}: log-probabilities in sampling and in training differ by"
                 f" {mismatch:.3g} nats per token, more than mismatch_threshold"
-                f" {options.mismatch_threshold:g}: the update has truncated importance weights"
+                f" {options.mismatch_threshold:g}: the update has truncated importance_weights "
+                "weights"
             )
         if options.kl_target is not None:  # Ziegler et al. 2019, arXiv:1909.08593
             off = min(max(kl / options.kl_target - 1, -0.2), 0.2)
@@ -349,7 +353,7 @@ class OnlineObjective(Objective):
         data = digest.hexdigest()[:16]
         watching = ("max_kl", "val_prompts")
         options = {k: v for k, v in asdict(self.options).items() if k not in watching}
-        return {**options, "base": self.base, "data": data, "scored_by": self.scored_by}
+        return {**options, "base": self.base, "data": data, "scorer_identity": self.scorer_identity}
 
     def _over(self) -> bool:
         return self.stop or self.at >= len(self.answers) * self.options.num_iterations
@@ -389,14 +393,14 @@ class OnlineObjective(Objective):
 
     def measurements(self) -> list[dict[str, float]]:
         return [
-            {name: float(value) for name, value in pooled(parts).items()}
+            {name: float(value) for name, value in pool_metrics(parts).items()}
             for parts in zip(*self.step_metrics, strict=True)
         ]
 
     def scalars(self, measured: Sequence[list[dict[str, float]]]) -> dict[str, float]:
         step: dict[str, float] = {}
         for parts in zip(*filter(None, measured), strict=True):
-            step |= averaged([(part["tokens"], part) for part in parts])
+            step |= weighted_means([(part["tokens"], part) for part in parts])
         del step["tokens"]
         most = self.options.max_update_kl
         self.stop = most is not None and step["approx_kl"] > most

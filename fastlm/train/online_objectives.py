@@ -24,7 +24,7 @@ from fastlm.train.losses import (
     whiten,
 )
 from fastlm.train.objective import decay_matrices, without_dropout
-from fastlm.train.online import OnlineObjective, RolloutBatch, importance
+from fastlm.train.online import OnlineObjective, RolloutBatch, importance_weights
 from fastlm.train.options import LOSS_TYPES, Aggregation, GrpoOptions, PpoOptions
 from fastlm.train.rollouts import PackedRollouts
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from fastlm.model.causal_lm import CausalLM
     from fastlm.model.reward_model import RewardModel
 
-BAD_ROUNDS = 5  # after which the value model's failure is no chance of a first round
+MAX_BAD_ROUNDS = 5  # after which the value model's failure is no chance of a first round
 
 
 class ValueModel(nn.Module):
@@ -124,7 +124,7 @@ class PpoObjective(OnlineObjective):
         error = float(aggregate((returns - values).square(), mask))
         self.made["explained_variance"] = explained = 1 - error / spread if spread > 0 else 0.0
         self.bad_rounds = self.bad_rounds + 1 if explained < 0 else 0
-        if self.bad_rounds and self.bad_rounds % BAD_ROUNDS == 0:
+        if self.bad_rounds and self.bad_rounds % MAX_BAD_ROUNDS == 0:
             self.warn(
                 f"round {self.round}: the value model has explained less of the returns than their"
                 f" mean for {self.bad_rounds} rounds (explained_variance {explained:.3g}): it adds"
@@ -133,7 +133,7 @@ class PpoObjective(OnlineObjective):
         if options.whiten_advantages:
             advantages = whiten(advantages, mask)
         return {
-            "advantages": advantages * importance(kept["difference"]),
+            "advantages": advantages * importance_weights(kept["difference"]),
             "returns": returns,
             "values": values,
         }
@@ -239,12 +239,12 @@ class GrpoObjective(OnlineObjective):
         else:
             advantages = grpo_advantages(scores, size, scale=self.scaled)
         low, high = scores.view(-1, size).aminmax(dim=1)
-        self.made["groups_apart"] = float((high > low).float().mean())  # others teach nothing
+        self.made["informative_groups"] = float((high > low).float().mean())  # others teach nothing
         learnt = mask
         if self.options.mask_truncated_completions:
             ended = torch.tensor([answer.ended for answer in self.answers], device=mask.device)
             learnt = mask & ended[:, None]
-        weighted = advantages[:, None] * importance(difference)
+        weighted = advantages[:, None] * importance_weights(difference)
         return {
             "advantages": weighted.expand_as(mask).contiguous(),
             "ref_logp": kept["ref_logp"],

@@ -26,7 +26,7 @@ from fastlm.torchrun import is_main_process
 from fastlm.train.encoding import (
     EncodedDataset,
     check_vocabulary,
-    rows_text,
+    rows_summary,
     template_variables,
     text_of,
 )
@@ -38,7 +38,7 @@ from fastlm.train.options import (
     PpoOptions,
     RolloutOptions,
     TrainOptions,
-    check_replicas,
+    check_unsharded,
     expect,
 )
 from fastlm.train.training_stage import FEEDBACK, ChatStage, TrainingSetup
@@ -108,7 +108,7 @@ messages), or conversations, of which what precedes the last answer is the promp
     save_steps: Annotated[int, "Steps between checkpoints"] = 50
 
     def check(self) -> None:
-        check_replicas(self.kind, self.parallel)
+        check_unsharded(self.kind, self.parallel)
         super().check()
         self.check_lora()
         self.check_rollouts()
@@ -189,7 +189,7 @@ messages), or conversations, of which what precedes the last answer is the promp
             model, scorer.models.models[0] if scorer.models else None, self.reference(model),
             [ids for ids, _ in data.training], [ids for ids, _ in data.heldout],
             scorer.of(data.training),
-            base=common["base"], scored_by=scorer.identity(),
+            base=common["base"], scorer_identity=scorer.identity(),
             score_heldout=scorer.of(data.heldout), stop_ids=tokenizer.stop_ids,
             places=[prompt.place for _, prompt in data.training], sample_prompt=common["prompt"],
             answer_text=partial(text_of, tokenizer), sample_tokens=options.sample_tokens,
@@ -248,7 +248,7 @@ messages), or conversations, of which what precedes the last answer is the promp
             self.title(),
             "The policy answers prompts, and learns from the scores of its own answers.",
             facts={
-                "prompts": rows_text(result),
+                "prompts": rows_summary(result),
                 **self.lora_facts(result),
                 "score": " + ".join(
                     [*([f"function {self.reward_function}"] if self.reward_function else []),
@@ -324,7 +324,7 @@ def load_reward_model(where: Path, tokenizer: "Tokenizer", dtype: str) -> "Rewar
 class RewardEnsemble:
     """One score from several reward models, against the overoptimisation of one (Coste et al. 2023,
     "Reward Model Ensembles Help Mitigate Overoptimization", arXiv:2310.02743). ``models``: at least
-    one. ``how``: see `combined`.
+    one. ``how``: see `combine_scores`.
     """
 
     def __init__(self, models: "Sequence[RewardModel]", how: str, coefficient: float):
@@ -348,10 +348,10 @@ class RewardEnsemble:
         import numpy as np
 
         scores = np.array([model.score(sequences).tolist() for model in self.models], np.float64)
-        return combined(scores, self.how, self.coefficient), scores.std(axis=0)
+        return combine_scores(scores, self.how, self.coefficient), scores.std(axis=0)
 
 
-def combined(scores: "np.ndarray", how: str, coefficient: float = 0.0) -> "np.ndarray":
+def combine_scores(scores: "np.ndarray", how: str, coefficient: float = 0.0) -> "np.ndarray":
     """(models, B) -> (B,): "mean"; "min", the paper's worst-case optimisation; "uwo", its
     uncertainty-weighted optimisation, ``mean - coefficient * variance`` (over n).
     """
@@ -392,7 +392,7 @@ class RewardScorer:
     def metrics(self) -> dict[str, float]:
         """What else a round has to say of its scores."""
         several = self.models is not None and len(self.models.models) > 1
-        return {"score_spread": self.spread} if several else {}
+        return {"ensemble_std": self.spread} if several else {}
 
     def of(self, questions: "Sequence[tuple[list[int], Prompt]]") -> Any:
         """A `fastlm.train.online.Score` of answers to these questions."""

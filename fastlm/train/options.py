@@ -15,20 +15,20 @@ from typing import Annotated, Any, Literal
 
 from fastlm.errors import InputError
 from fastlm.pipeline.stage import at_least_one, not_negative, one_of, positive, select_options
-from fastlm.torchrun import launched, node_size
+from fastlm.torchrun import node_size, rank_and_world_size
 from fastlm.train.metrics import check_report_to
 
 # What changes no bit of the trained weights: it uses none of the training's random numbers
-OBSERVING = (
+NEUTRAL_OPTIONS = (
     "validations", "val_tokens", "sample_at", "sample_prompt", "sample_tokens", "save_steps",
     "save_total_limit", "save_best", "checkpoint_activations", "async_checkpoints", "parallel",
     "report_to",
 )  # fmt: skip
 # How far to train. A training can continue with another budget; the schedule spans the
 # whole of it
-BUDGET = ("max_steps", "max_seconds", "max_tokens")
+BUDGET_OPTIONS = ("max_steps", "max_seconds", "max_tokens")
 # What is done about a spike; they decide weights where spikes are skipped
-GUARDS = ("spike_factor", "spike_window", "on_spike")
+SPIKE_OPTIONS = ("spike_factor", "spike_window", "on_spike")
 OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}
 Aggregation = Literal["token", "sequence", "constant"]
 # loss_type -> how the loss is aggregated, whether advantages are divided by the group's deviation
@@ -46,9 +46,11 @@ def expect(holds: object, name: str, expected: str, got: Any) -> None:
         raise InputError(f"{name}: expected {expected}, got {got}")
 
 
-def check_replicas(what: str, parallel: str) -> None:
+def check_unsharded(what: str, parallel: str) -> None:
     """Refuse several processes of torchrun's that do not hold the model whole."""
-    expect(parallel == "ddp" or launched()[1] == 1, "parallel", f"ddp with {what}", parallel)
+    expect(
+        parallel == "ddp" or rank_and_world_size()[1] == 1, "parallel", f"ddp with {what}", parallel
+    )
 
 
 @dataclass(frozen=True)
@@ -119,19 +121,21 @@ class TrainOptions:
         return select_options(self, TrainOptions)
 
     def identity(self) -> dict[str, Any]:
-        """Return the options that decide what is trained: all but OBSERVING, and GUARDS that only
-        watch.
+        """Return the options that decide what is trained: all but NEUTRAL_OPTIONS, and
+        SPIKE_OPTIONS that only watch.
         """
-        watching = OBSERVING if self.on_spike == "skip" else (*OBSERVING, *GUARDS)
+        watching = (
+            NEUTRAL_OPTIONS if self.on_spike == "skip" else (*NEUTRAL_OPTIONS, *SPIKE_OPTIONS)
+        )
         return {k: v for k, v in asdict(self).items() if k not in watching}
 
     def can_continue(self, changed: Collection[str], folder: Path, finished: bool) -> bool:
         """Return whether the training in ``folder`` continues where these options have changed.
 
-        GUARDS are among ``changed`` if spikes are, or were, skipped (`identity`): a finished
+        SPIKE_OPTIONS are among ``changed`` if spikes are, or were, skipped (`identity`): a finished
         training would have ended at other weights.
         """
-        free = {"keep"} if finished else {"keep", *GUARDS}
+        free = {"keep"} if finished else {"keep", *SPIKE_OPTIONS}
         best = any((folder / "checkpoints").glob("best-*"))
         return set(changed) <= free and (self.keep == "last" or best)
 
@@ -175,9 +179,9 @@ class TrainOptions:
             f"{self.decay_ratio:g}",
         )
         check_report_to(self.report_to)
-        best = not self.keeps_best or self.validations
+        best = not self.saves_best or self.validations
         expect(best, "validations", "1 or more to find the best weights", 0)
-        self._check_processes(launched()[1])
+        self._check_processes(rank_and_world_size()[1])
 
     def _check_processes(self, size: int) -> None:
         below = self.gradient_accumulation_steps // size * size
@@ -196,7 +200,7 @@ class TrainOptions:
             expect(value == only, name, f"{only} with parallel = {self.parallel!r}", value)
 
     @property
-    def keeps_best(self) -> bool:
+    def saves_best(self) -> bool:
         return self.save_best or self.keep == "best"
 
     def progress(self, steps: float, tokens: float, seconds: float) -> float:
@@ -258,7 +262,8 @@ class RolloutOptions:
         float | None, "Score of an answer that did not end; default: as any other"
     ] = None
     mismatch_threshold: Annotated[
-        float, "Use importance weights where sampling and training differ by more, nats per token"
+        float,
+        "Use importance_weights weights where sampling and training differ by more, nats per token",
     ] = 0.05
     val_prompts: Annotated[int, "Held-out prompts per validation, answered greedily"] = 64
 

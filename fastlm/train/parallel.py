@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastlm.errors import InputError
-from fastlm.torchrun import launched, node_size
+from fastlm.torchrun import node_size, rank_and_world_size
 from fastlm.train import distributed
 from fastlm.train.distributed import LostRankError, SingleDevice, SingleProcess
 from fastlm.train.options import TrainOptions
@@ -69,14 +69,14 @@ class ProcessGroup(SingleProcess):
         dist.all_gather_object(found, value, group=self.group)
         return found
 
-    def from_first(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         said = [value]
         dist.broadcast_object_list(said, src=0, group=self.group)
         return said[0]
 
-    def on_first(self, do: Callable[[], T]) -> T | None:
+    def on_main_process(self, do: Callable[[], T]) -> T | None:
         made, error = _attempt(do) if self.rank == 0 else (None, None)
-        if (first := self.from_first(error)) is not None:
+        if (first := self.broadcast(error)) is not None:
             raise error or first
         return made
 
@@ -160,7 +160,7 @@ def process_group(device: torch.device) -> Iterator[SingleProcess]:
 
     LostRankError: another process is gone. InputError: two models are on the same GPU.
     """
-    rank, size = launched()
+    rank, size = rank_and_world_size()
     if size == 1:
         yield SingleProcess()
         return
@@ -296,7 +296,7 @@ class FullySharded(SingleDevice):
         return loss.detach()
 
     @contextmanager
-    def gathered(self) -> Iterator[None]:
+    def full_parameters(self) -> Iterator[None]:
         hooks = self._gather()
         yield
         for part, kept in zip(self.parts, hooks, strict=True):
@@ -304,7 +304,7 @@ class FullySharded(SingleDevice):
                 setattr(part, name, own)
         self._reshard()
 
-    def keep_gathered(self) -> None:
+    def unshard(self) -> None:
         self._gather()
 
     def _gather(self) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ TRUNCATION_COUNTS = {
 
 
 # option of the loss -> the losses that use it
-SERVE = {
+LOSS_OPTIONS = {
     "label_smoothing": ("sigmoid",),
     "length_normalise": ("sigmoid", "ipo", "hinge"),
     "sft_weight": ("sigmoid", "ipo", "hinge"),
@@ -53,7 +53,7 @@ class PreferenceLoss:
         smoothing = self.label_smoothing
         expect(0 <= smoothing < 0.5, "label_smoothing", "a number in [0, 0.5)", smoothing)
         not_negative(self, "sft_weight", "desirable_weight", "undesirable_weight")
-        for name, losses in SERVE.items():
+        for name, losses in LOSS_OPTIONS.items():
             value = getattr(self, name)
             expect(
                 self.loss_type in losses or value == getattr(PreferenceLoss, name), name,
@@ -126,7 +126,7 @@ class PreferenceDataset(EncodedDataset):
         self.kind = kind
         super().__init__(*args)
         if kind == "labels":
-            both = with_other_answers([*self.training, *self.heldout], self.max_length)
+            both = add_mismatched_answers([*self.training, *self.heldout], self.max_length)
             learnt = len(self.training)
             self.training, self.heldout = both[:learnt], both[learnt:]
 
@@ -210,7 +210,7 @@ def _margin(row: "Comparison", better: int, worse: int) -> float | None:
     return row.margin
 
 
-def with_other_answers(
+def add_mismatched_answers(
     labelled: Sequence[PreferenceExample], max_length: int
 ) -> list[PreferenceExample]:
     """Give each labelled answer the same prompt with an answer to another prompt: the next one in
@@ -255,7 +255,7 @@ def accuracy_error(right: "Tensor", places: Sequence[str]) -> float:
     return mean_error(right.cpu().numpy(), clusters=places).error
 
 
-def ranked_right(better: "Tensor", worse: "Tensor") -> tuple[float, float]:
+def pairwise_accuracy(better: "Tensor", worse: "Tensor") -> tuple[float, float]:
     """The share of all pairs (one of each) in which the better one is higher, and its standard
     error (DeLong et al. 1988; 0 where it cannot be estimated). (0.5, 0) without pairs.
     """

@@ -7,7 +7,7 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from fastlm.pipeline.stage import InputSpec, ReportSection, StageContext
-from fastlm.train.encoding import rows_text
+from fastlm.train.encoding import rows_summary
 from fastlm.train.metrics import correlation
 from fastlm.train.objective import EpochObjective
 from fastlm.train.preferences import (
@@ -84,7 +84,7 @@ class RewardObjective(EpochObjective):
 
     def loss(self, batch: RankingBatch, num_items: int) -> "Tensor":
         scores = self.scores(batch)
-        self.measured.append(pairs_of(scores.detach(), batch.ranks)[0])
+        self.measured.append(pair_margins(scores.detach(), batch.ranks)[0])
         return self.losses(scores, batch).sum() / num_items
 
     def scores(self, batch: RankingBatch) -> "Tensor":
@@ -129,7 +129,7 @@ class RewardObjective(EpochObjective):
             scores = self.scores(batch)
             total += float(self.losses(scores, batch).sum())
             items += self.num_items(batch)
-            found, of = pairs_of(scores, batch.ranks)
+            found, of = pair_margins(scores, batch.ranks)
             margins.append(found)
             places += [rows[i].place for i in of.tolist()]
         if not items:
@@ -143,7 +143,7 @@ class RewardObjective(EpochObjective):
         }
 
 
-def pairs_of(scores: "Tensor", ranks: "Tensor") -> "tuple[Tensor, Tensor]":
+def pair_margins(scores: "Tensor", ranks: "Tensor") -> "tuple[Tensor, Tensor]":
     """Return score of the better minus score of the worse of all pairs of a row, and the rows."""
     better = ranks[:, :, None] < ranks[:, None, :]
     wanted = better & (ranks >= 0)[:, :, None]
@@ -168,7 +168,7 @@ class Reward(PreferenceStage):
     outputs = {"reward": MODEL}
     result = {
         **PreferenceStage.result, "comparisons": int, "calibration": dict,
-        "length_bias": dict, "measured_on": str,
+        "length_bias": dict, "evaluated_on": str,
     }  # fmt: skip
     notes = """Read are .jsonl and .json files of pairs (prompt, chosen, rejected), ranked lists
 (prompt, answers, ranks or scores) and corrections (prompt, answer, corrected)."""
@@ -212,10 +212,10 @@ class Reward(PreferenceStage):
         model: RewardModel = training.model
         objective = cast(RewardObjective, training.objective)
         model.eval()
-        model.normalise(model.score(ids_of(objective.examples)))
+        model.normalise(model.score(answer_ids(objective.examples)))
         return {
             **measure(model, objective.heldout or objective.examples),
-            "measured_on": "held-out" if objective.heldout else "training",
+            "evaluated_on": "held-out" if objective.heldout else "training",
             "parameters": sum(p.numel() for p in model.parameters()),
         }
 
@@ -233,7 +233,7 @@ class Reward(PreferenceStage):
             "Reward model",
             "Scores have mean 0 and standard deviation 1 over the answers of the training.",
             facts={
-                "preferences": rows_text(result, f"{result['comparisons']:,} comparisons"),
+                "preferences": rows_summary(result, f"{result['comparisons']:,} comparisons"),
                 "batch": f"{self.step_size()} rows without padding",
             },
             charts=[
@@ -241,11 +241,11 @@ class Reward(PreferenceStage):
             ],
             cards=self.cards(result),
             template="reward.html.jinja",
-            values={"c": calibrated, "b": bias, "on": result["measured_on"]},
+            values={"c": calibrated, "b": bias, "on": result["evaluated_on"]},
         )  # fmt: skip
 
 
-def ids_of(judged: Sequence[PreferenceExample]) -> list[list[int]]:
+def answer_ids(judged: Sequence[PreferenceExample]) -> list[list[int]]:
     return [answer.ids.tolist() for one in judged for answer in one.answers]
 
 
@@ -253,7 +253,7 @@ def measure(model: "RewardModel", judged: Sequence[PreferenceExample]) -> dict[s
     """Return how well the probabilities of a model fit, and how it treats length: "calibration"
     and "length_bias".
     """
-    scores = model.score(ids_of(judged)).double().cpu().tolist()
+    scores = model.score(answer_ids(judged)).double().cpu().tolist()
     lengths = [answer.learnt for one in judged for answer in one.answers]
     pairs, at = [], 0
     for one in judged:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from fastlm.pipeline.stage import InputSpec, ReportSection, StageContext
-from fastlm.train.encoding import EncodedDataset, rows_text
+from fastlm.train.encoding import EncodedDataset, rows_summary
 from fastlm.train.lora_options import LoraOptions
 from fastlm.train.objective import IGNORE, EpochObjective, Example, Mixture, fit, pack
 from fastlm.train.options import expect
@@ -131,7 +131,7 @@ class Sft(LoraOptions, ChatStage):
         from fastlm.pipeline.text import count_text
 
         learnt, whole = result["learnt_tokens"], result["all_tokens"]
-        facts = {"conversations": rows_text(result), **self.lora_facts(result)}
+        facts = {"conversations": rows_summary(result), **self.lora_facts(result)}
         if self.data_weights:
             facts["mixture"] = ", ".join(
                 f"{s['weight']:g} x {s['source']} ({s['conversations']:,})"

@@ -37,8 +37,8 @@ def save_sharded(
     """Write the folder ``path``; all processes call it. DTensors are written shard by shard,
     plain tensors, which are equal in all processes, once.
     """
-    part = world.from_first(new_name(path))
-    world.on_first(lambda: _made(part))
+    part = world.broadcast(new_name(path))
+    world.on_main_process(lambda: _made(part))
     # a file of safetensors has no slices of a tensor without dimensions
     flat = {name: t if t.dim() else t.reshape(1) for name, t in tensors.items()}
     writer = HuggingFaceStorageWriter(str(part), save_distributed=True)
@@ -64,7 +64,7 @@ def save_sharded(
         except OSError as caught:
             raise write_error(path, caught) from caught
 
-    world.on_first(finish)
+    world.on_main_process(finish)
 
 
 @contextmanager

@@ -103,7 +103,7 @@ def checkpoint_before(run_dir: Path, step: int) -> Path | None:
     return found[-1] if found else None
 
 
-def prune(run_dir: Path, keep: int, trusted: int | None = None) -> None:
+def prune_checkpoints(run_dir: Path, keep: int, trusted: int | None = None) -> None:
     """Keep only the newest ``keep`` checkpoints, and the newest one of the step ``trusted`` or
     before it; remove the remains of interrupted writes and deletions.
     """
@@ -158,7 +158,7 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: t for name, t in model.state_dict().items() if name not in frozen}
 
 
-def collect(
+def checkpoint_state(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     progress: TrainState,
@@ -199,7 +199,7 @@ def _read(
     return load_sharded(path, own, params, world)
 
 
-def difference(
+def identity_difference(
     saved: Mapping[str, Any], now: Mapping[str, Any], may_differ: Collection[str] = ()
 ) -> str:
     """Say in which options two identities of runs differ; where in none, what they read that is
@@ -221,14 +221,15 @@ def load_checkpoint(
     may_differ: Sequence[str] = (),
 ) -> TrainState:
     """Load everything in place, in all processes. InputError: corrupt, or of another run (the
-    message names the first difference of ``identity``, apart from the keys in ``may_differ``).
+    message names the first difference of ``identity``, apart from the keys in
+    ``may_differ``).
     """
     tensors, metadata = _read(path, model, optimizer, world)
     try:
         rest = validate(metadata, CheckpointMetadata, "", extra="forbid")
     except InputError as error:
         raise InputError(f"{path}: expected a training checkpoint: {error}") from None
-    if differs := difference(rest.identity, identity, may_differ):
+    if differs := identity_difference(rest.identity, identity, may_differ):
         raise InputError(
             f"{path}: is of another run: {differs}; choose another folder, or delete it to start"
             " again"
@@ -345,7 +346,9 @@ class BestCheckpoint:
         tensors = self.parallel.full(trained_state(model))
         if self.writer.pool:
             tensors = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
-        self.world.on_first(lambda: self.writer.submit(lambda: save_tensors(path, tensors, told)))
+        self.world.on_main_process(
+            lambda: self.writer.submit(lambda: save_tensors(path, tensors, told))
+        )
         self.step, self.loss = step, loss
 
     def resume(self, step: int | None, loss: float | None) -> None:

@@ -64,11 +64,11 @@ if TYPE_CHECKING:
 BATCH = 64  # prompts that are answered side by side
 SHARD_BYTES = 1 << 28  # written at once
 SAVE_SECONDS = 60.0  # or what was measured in this time: what a kill loses is less
-PASS_TOKENS = 4096  # of a forward of the teacher
+FORWARD_TOKENS = 4096  # of a forward of the teacher
 WORKSPACE = 1 << 26  # bytes of the teacher's logits, or of gathered rows of the head, at a time
-OFF = 0.02  # float16 moves the sum of a row by less
+MAX_SUM_ERROR = 0.02  # float16 moves the sum of a row by less
 # 1 - sum s is a difference of float32 numbers near 1: below this it is rounding
-LEAST_REST = 2.0**-20
+MIN_REST = 2.0**-20
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class TeacherLogits:
             if (ids < 0).any() or (ids >= self.header.vocab_size).any():
                 raise self._bad(self.folder, f"ids beyond {self.header.vocab_size}")
             total = np.exp(logprobs).sum(-1, dtype=np.float32)
-            if not (np.abs(total - 1) < OFF).all():  # nor NaN
+            if not (np.abs(total - 1) < MAX_SUM_ERROR).all():  # nor NaN
                 raise self._bad(self.folder, "rows that are no distributions")
             found.append((ids, logprobs - np.log(total)[:, None]))
         ids, logprobs = zip(*found)
@@ -206,11 +206,11 @@ def write_logits(
 
 
 def _passes(missing: dict[str, Example]) -> Iterator[list[str]]:
-    """Groups of examples of about `PASS_TOKENS` tokens."""
+    """Groups of examples of about `FORWARD_TOKENS` tokens."""
     batch: list[str] = []
     tokens = 0
     for key, example in missing.items():
-        if batch and tokens + len(example.ids) > PASS_TOKENS:
+        if batch and tokens + len(example.ids) > FORWARD_TOKENS:
             yield batch
             batch, tokens = [], 0
         batch.append(key)
@@ -239,7 +239,7 @@ def _measure(
         rest = 1 - logprobs.exp().sum(-1, keepdim=True)
         if header.top_k == header.vocab_size:
             rest = torch.zeros_like(rest)
-        rest = torch.where(rest > LEAST_REST, rest, torch.zeros_like(rest)).log()
+        rest = torch.where(rest > MIN_REST, rest, torch.zeros_like(rest)).log()
         parts.append((top, torch.cat([logprobs, rest], -1)))
     ids, logprobs = (torch.cat(column).cpu().numpy() for column in zip(*parts))
     return ids, logprobs.astype(np.float16)
@@ -252,7 +252,7 @@ def topk_forward_kl(student: Tensor, teacher: Tensor, rest: Tensor) -> Tensor:
     The student's rest counts as 2^-20 where it is less.
     """
     known = teacher.exp() * (teacher - student)
-    left = torch.log((1 - student.exp().sum(-1)).clamp(min=LEAST_REST))
+    left = torch.log((1 - student.exp().sum(-1)).clamp(min=MIN_REST))
     over = rest.exp() * (rest - left)
     zero = known.new_zeros(())
     return torch.where(teacher > -torch.inf, known, zero).sum(-1) + torch.where(

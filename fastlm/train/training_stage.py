@@ -42,7 +42,7 @@ MODEL = "model"
 FEEDBACK = InputSpec(
     ("feedback",), "What `fastlm feedback build` made, beside the data", optional=True
 )
-LONGEST = 2048  # tokens of a conversation by default, where the context is longer: bounds memory
+MAX_LENGTH = 2048  # tokens of a conversation by default, where the context is longer: bounds memory
 
 
 @dataclass
@@ -257,7 +257,7 @@ class ChatStage(TrainingStage):
 
     def longest(self, context: int) -> int:
         """The most tokens of an example of a model with this context."""
-        longest = self.max_length or min(context, LONGEST)
+        longest = self.max_length or min(context, MAX_LENGTH)
         expect(longest <= context, "max_length", f"at most the model's context {context}", longest)
         return longest
 

@@ -391,7 +391,7 @@ def work(job: str, rank: int, size: int, port: int, data: Path, out: Path) -> No
         dist.init_process_group("cuda:gloo", store=store, rank=rank, world_size=size)
         with process_group(cpu) as ranks:
             assert ranks.gather(rank) == list(range(size))
-            assert ranks.from_first(rank) == 0 and ranks.any(rank == 1)
+            assert ranks.broadcast(rank) == 0 and ranks.any(rank == 1)
         dist.destroy_process_group()
     dist.init_process_group("gloo", timeout=timedelta(seconds=120))
     jobs = {

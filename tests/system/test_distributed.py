@@ -28,7 +28,7 @@ from torch.distributed import TCPStore
 from fastlm.checkpoint.folder import load_tensors
 from fastlm.errors import InputError
 from fastlm.stages import KINDS, run_recipe
-from fastlm.train.distributed import averaged
+from fastlm.train.distributed import weighted_means
 from fastlm.train.parallel import ProcessGroup, agree, check_gpus, is_lost
 from fastlm.train.state import list_checkpoints
 
@@ -416,14 +416,14 @@ def test_a_killed_process_ends_the_job_and_torchrun_starts_it_again(data, one, t
 
 
 @pytest.fixture
-def launched(monkeypatch):
+def torchrun_environment(monkeypatch):
     """As if torchrun had started this process with another one."""
     values = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
     for name, value in values.items():
         monkeypatch.setenv(name, value)
 
 
-def test_what_is_refused(launched, tmp_path):
+def test_what_is_refused(torchrun_environment, tmp_path):
     refused = {
         r"gradient_accumulation_steps: expected micro-batches that 2 .* \(2 or 4\), got 3":
             {"gradient_accumulation_steps": 3},
@@ -473,4 +473,7 @@ def test_a_share_of_micro_batches():
         ("c", "a"),
         ("d", "a"),
     ]
-    assert averaged([(1, {"a": 2.0}), (3, {"a": 6.0, "b": 1.0}), (0, {})]) == {"a": 5.0, "b": 1.0}
+    assert weighted_means([(1, {"a": 2.0}), (3, {"a": 6.0, "b": 1.0}), (0, {})]) == {
+        "a": 5.0,
+        "b": 1.0,
+    }

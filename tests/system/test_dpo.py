@@ -23,7 +23,7 @@ from fastlm.train.dpo_objective import DpoObjective
 from fastlm.train.loop import TrainingInterrupted
 from fastlm.train.objective import IGNORE, Example, pack_groups
 from fastlm.train.options import TrainOptions
-from fastlm.train.preferences import PreferenceExample, PreferenceLoss, with_other_answers
+from fastlm.train.preferences import PreferenceExample, PreferenceLoss, add_mismatched_answers
 
 TINY = Dpo(
     data=("x.jsonl",), epochs=2, batch_size=3, gradient_accumulation_steps=2, lr=2e-3, heldout=0.25,
@@ -36,7 +36,7 @@ PAIRS = [
     PreferenceExample((example([30, 31], 1, "row 4"), example([30, 32, 33], 1))),
     PreferenceExample((example([40, 41, 42], 1, "row 5"), example([40, 43, 44], 1))),
 ]
-LABELS = with_other_answers(
+LABELS = add_mismatched_answers(
     [
         PreferenceExample((answer,), desirable=good)
         for pair in PAIRS
@@ -264,9 +264,9 @@ def test_an_answer_to_another_prompt_keeps_its_own_prompt() -> None:
     with pytest.raises(
         InputError, match="expected answers to two prompts or more for kto, got one"
     ):
-        with_other_answers([PreferenceExample((answer,)) for answer in PAIRS[0].answers], 64)
+        add_mismatched_answers([PreferenceExample((answer,)) for answer in PAIRS[0].answers], 64)
     # in as many tokens as fit, and at least one of the answer
-    (short, _) = with_other_answers(
+    (short, _) = add_mismatched_answers(
         [PreferenceExample((PAIRS[2].answers[0],)), PreferenceExample((LABELS[3].answers[0],))], 4
     )
     assert len(short.answers[1].ids) == 4 and short.answers[1].learnt == 2

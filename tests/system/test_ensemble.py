@@ -20,7 +20,7 @@ from fastlm.model.reward_model import RewardModel
 from fastlm.stages import parse_recipe
 from fastlm.tokenizer.tokenizer import Tokenizer
 from fastlm.train.loop import TrainingInterrupted
-from fastlm.train.online_stage import Ppo, RewardEnsemble, combined
+from fastlm.train.online_stage import Ppo, RewardEnsemble, combine_scores
 
 PPO = Ppo(
     data=("x.jsonl",), prompts_per_round=4, num_generations=2, batch_size=4, max_new_tokens=5,
@@ -60,11 +60,11 @@ def steps(folder: Path) -> list[dict]:
 
 def test_combined() -> None:
     scores = np.array([[1.0, 4.0], [3.0, 4.0], [5.0, 1.0]])
-    assert combined(scores, "mean").tolist() == [3, 3]
-    assert combined(scores, "min").tolist() == [1, 1]
+    assert combine_scores(scores, "mean").tolist() == [3, 3]
+    assert combine_scores(scores, "min").tolist() == [1, 1]
     # variances over n: 8/3 and 2
-    np.testing.assert_allclose(combined(scores, "uwo", 0.3), [3 - 0.8, 3 - 0.6])
-    np.testing.assert_allclose(combined(scores, "uwo", 0.0), combined(scores, "mean"))
+    np.testing.assert_allclose(combine_scores(scores, "uwo", 0.3), [3 - 0.8, 3 - 0.6])
+    np.testing.assert_allclose(combine_scores(scores, "uwo", 0.0), combine_scores(scores, "mean"))
 
 
 def test_the_models_are_asked_one_by_one(rewards) -> None:
@@ -86,7 +86,7 @@ def test_ppo_continues_to_the_same_bits(base, rewards, data, tmp_path) -> None:
     stage = replace(PPO, data=(data,))
     inputs = {"model": base, "reward_model": rewards}
     stage(tmp_path / "whole", **inputs)
-    spreads = [line["score_spread"] for line in steps(tmp_path / "whole")]
+    spreads = [line["ensemble_std"] for line in steps(tmp_path / "whole")]
     assert len(spreads) == 4 and min(spreads) > 0
 
     def press(event):
@@ -96,14 +96,14 @@ def test_ppo_continues_to_the_same_bits(base, rewards, data, tmp_path) -> None:
     with pytest.raises(TrainingInterrupted):
         stage(tmp_path / "cut", on_event=press, **inputs)
     more = replace(stage, ensemble="min", max_steps=6)
-    with pytest.raises(InputError, match="is of another run: scored_by was"):
+    with pytest.raises(InputError, match="is of another run: scorer_identity was"):
         more(tmp_path / "cut", **inputs)
     stage(tmp_path / "cut", **inputs)
     whole, cut = (
         (tmp_path / n / "model" / "model.safetensors").read_bytes() for n in ("whole", "cut")
     )
     assert whole == cut
-    assert [x["score_spread"] for x in steps(tmp_path / "cut")] == spreads
+    assert [x["ensemble_std"] for x in steps(tmp_path / "cut")] == spreads
     # the lowest of three different scores is below their mean
     first = {}
     for how in ("mean", "min"):

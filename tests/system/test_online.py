@@ -581,11 +581,11 @@ def test_a_mismatch_of_sampling_and_training_is_corrected(kind, monkeypatch) -> 
         game = objective(kind, warn=told.append)
         game.next_batches(4)
         assert game.made["mismatch"] == pytest.approx(off, abs=1e-5)
-        weight = min(math.exp(off), online.TOP_WEIGHT)
+        weight = min(math.exp(off), online.MAX_IMPORTANCE_WEIGHT)
         lengths = torch.tensor([len(answer.token_ids) for answer in plain.answers])
         mask = torch.arange(int(lengths.max())) < lengths[:, None]
         if kind == "rloo":  # an answer is one action: the difference is that of its sum
-            weight = (off * mask.sum(1).float()).exp().clamp(max=online.TOP_WEIGHT)
+            weight = (off * mask.sum(1).float()).exp().clamp(max=online.MAX_IMPORTANCE_WEIGHT)
             weight = weight[:, None].expand_as(mask)[mask]
         expected, got = (g.kept["advantages"][mask] for g in (plain, game))
         torch.testing.assert_close(got, weight * expected, rtol=1e-4, atol=1e-6)

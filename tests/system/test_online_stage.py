@@ -158,7 +158,7 @@ def test_another_reward_is_another_training(base, data, tmp_path) -> None:
     rows = [{"prompt": f"now {word}", "answer": word[0]} for word in WORDS]
     other = write(tmp_path / "other.jsonl", rows)
     for changed, differs in (
-        (replace(more, reward_function="exact"), "scored_by was"),
+        (replace(more, reward_function="exact"), "scorer_identity was"),
         (replace(more, data=(other,)), "the rows of the data are not the same"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=f"is of another run: {differs}"):
@@ -175,7 +175,7 @@ def test_a_score_belongs_to_its_prompt(base, data, tmp_path) -> None:
     stage(tmp_path / "out", model=base)
     (line,) = [line for line in metrics_of(tmp_path / "out") if "loss" in line]
     expected = sum(len(f"what is {word}") for word in WORDS) / len(WORDS)
-    assert line["score"] == pytest.approx(expected) and line["groups_apart"] == 0
+    assert line["score"] == pytest.approx(expected) and line["informative_groups"] == 0
 
 
 def test_what_cannot_be_scored_is_named_by_its_row(base, reward_model, data, tmp_path) -> None:

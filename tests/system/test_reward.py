@@ -22,7 +22,7 @@ from fastlm.model.reward_model import RewardModel, scores
 from fastlm.tokenizer.tokenizer import Tokenizer
 from fastlm.train.loop import TrainingInterrupted
 from fastlm.train.options import TrainOptions
-from fastlm.train.preferences import PreferenceExample, accuracy_error, ranked_right
+from fastlm.train.preferences import PreferenceExample, accuracy_error, pairwise_accuracy
 from fastlm.train.reward import Reward, RewardObjective, calibration, length_bias
 
 TINY = Reward(
@@ -243,11 +243,11 @@ def test_standard_errors() -> None:
     assert twice == pytest.approx(alone)
     assert accuracy_error(right, ["a"] * 4) == 0
     better, worse = torch.tensor([3.0, 2.0, 0.5]), torch.tensor([1.0, 2.0])
-    share, error = ranked_right(better, worse)
+    share, error = pairwise_accuracy(better, worse)
     assert share == pytest.approx((2 + 1.5 + 0) / 6)
     v_better, v_worse = np.var([1, 0.75, 0], ddof=1), np.var([2 / 3, 0.5], ddof=1)
     assert error == pytest.approx(math.sqrt(v_better / 3 + v_worse / 2))
-    assert ranked_right(better, worse[:0]) == (0.5, 0.0)
+    assert pairwise_accuracy(better, worse[:0]) == (0.5, 0.0)
 
 
 # ---- training
@@ -273,15 +273,15 @@ def test_the_better_answer_is_learnt(trained, base) -> None:
 def test_scores_have_mean_0_and_standard_deviation_1_on_the_training(trained) -> None:
     out, result, _ = trained
     model, tokenizer = RewardModel.from_pretrained(out), Tokenizer.load(out / "model")
-    assert result["measured_on"] == "held-out"
+    assert result["evaluated_on"] == "held-out"
     from fastlm.data.preferences import preference_of
-    from fastlm.train.encoding import place_in_order
+    from fastlm.train.encoding import hash_fraction
 
     rows = [preference_of(row) for row in polite_pairs(60)]
     conversations = [
         row.conversation(i).messages
         for row in rows
-        if place_in_order(row.conversation(0)) >= 0.25
+        if hash_fraction(row.conversation(0)) >= 0.25
         for i in (0, 1)
     ]
     assert len(conversations) == 2 * result["comparisons"]
@@ -321,7 +321,7 @@ def test_lists_and_ties(base, tmp_path) -> None:
     ]
     data = write(tmp_path / "lists.jsonl", rows)
     result = options(data=(data,), heldout=0.0, epochs=1)(tmp_path / "out", model=base)
-    assert result["comparisons"] == 2 + 2 + 1 and result["measured_on"] == "training"
+    assert result["comparisons"] == 2 + 2 + 1 and result["evaluated_on"] == "training"
     assert result["calibration"]["pairs"] == 3 + 2 + 1
 
 

@@ -17,7 +17,7 @@ from fastlm.data.conversations import conversation_of
 from fastlm.errors import InputError
 from fastlm.model.causal_lm import CausalLM
 from fastlm.tokenizer.tokenizer import Tokenizer
-from fastlm.train.encoding import place_in_order
+from fastlm.train.encoding import hash_fraction
 from fastlm.train.objective import IGNORE, Example, Mixture, fit, pack, weights_digest
 from fastlm.train.options import TrainOptions
 from fastlm.train.sft import Sft, SftObjective
@@ -340,7 +340,7 @@ def test_held_out_conversations_are_not_learnt(base, tmp_path) -> None:
         sample_tokens=5,
     )  # fmt: skip
     result = stage(tmp_path / "sft", model=base, on_event=events.append)
-    learnt = [row for row in rows if place_in_order(conversation_of(row)) >= 0.3]
+    learnt = [row for row in rows if hash_fraction(conversation_of(row)) >= 0.3]
     assert result["conversations"] == len(learnt) == 120 - result["heldout"]
     assert 10 < result["heldout"] < 70
     assert len(learnt) == 2 * len({row["prompt"] for row in learnt})  # a prompt is on one side
@@ -356,12 +356,12 @@ def test_held_out_conversations_are_not_learnt(base, tmp_path) -> None:
 
 def test_the_part_of_a_row_depends_on_its_prompt_alone() -> None:
     rows = [conversation_of({"prompt": str(i), "completion": "a"}) for i in range(200)]
-    places = [place_in_order(row) for row in rows]
+    places = [hash_fraction(row) for row in rows]
     assert 20 < sum(place < 0.2 for place in places) < 60
     copy = conversation_of({"id": 7, "messages": [
         {"role": "user", "content": "5"}, {"role": "assistant", "content": "b"},
     ]})  # fmt: skip
-    assert place_in_order(copy) == places[5]
+    assert hash_fraction(copy) == places[5]
 
 
 def long_rows(tmp_path) -> str:

@@ -176,7 +176,7 @@ def test_all_tokens_have_no_rest(teacher, tmp_path) -> None:
 
 
 def test_an_interrupted_folder_is_completed(teacher, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(teacher_logits, "PASS_TOKENS", 4)  # one example at a time
+    monkeypatch.setattr(teacher_logits, "FORWARD_TOKENS", 4)  # one example at a time
     whole = write_logits(tmp_path / "whole", teacher, EXAMPLES, header(teacher))
 
     def cut(items, what, unit):
@@ -207,7 +207,7 @@ def test_an_interrupted_folder_is_completed(teacher, tmp_path, monkeypatch) -> N
 
 
 def test_a_kill_loses_a_minute(teacher, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(teacher_logits, "PASS_TOKENS", 4)  # one example at a time
+    monkeypatch.setattr(teacher_logits, "FORWARD_TOKENS", 4)  # one example at a time
     clock = iter(range(0, 1000, 40))
     monkeypatch.setattr(teacher_logits.time, "monotonic", lambda: next(clock))
     there = []

@@ -21,7 +21,7 @@ from fastlm.train import loop
 from fastlm.train.loop import NonFiniteError, TrainingInterrupted, train
 from fastlm.train.options import TrainOptions
 from fastlm.train.pretrain import PretrainObjective
-from fastlm.train.state import difference, list_checkpoints, prune
+from fastlm.train.state import identity_difference, list_checkpoints, prune_checkpoints
 
 TIMES = ("seconds", "tokens_per_second", "progress")
 STEP_TOKENS = OPTIONS.gradient_accumulation_steps * 4 * tiny_run.SEQ  # batches of 4 windows
@@ -420,7 +420,7 @@ def test_options_are_checked(data, tmp_path, change, text):
 def test_pruning_removes_what_was_left_of_steps_that_are_not_written_again(tmp_path):
     for name in ("step-00000005", "step-00000010", ".step-00000007.fastlm-0123456789abcdef.part"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    prune(tmp_path, keep=1)
+    prune_checkpoints(tmp_path, keep=1)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000010"]
 
 
@@ -447,8 +447,10 @@ def test_full_disk_leaves_the_last_checkpoint(data, tmp_path, monkeypatch):
 def test_another_run_is_told_by_its_options_and_not_by_hashes():
     saved = {"lr": 0.1, "heldout": "e3b0", "data": "77aa", "loss": "sigmoid"}
     now = {**saved, "heldout": "0c11", "loss": "kto", "weight": 2.0}
-    assert difference(saved, now) == "loss was 'sigmoid', now 'kto', weight was None, now 2.0"
-    assert difference(saved, now, ("loss",)) == "weight was None, now 2.0"
+    assert (
+        identity_difference(saved, now) == "loss was 'sigmoid', now 'kto', weight was None, now 2.0"
+    )
+    assert identity_difference(saved, now, ("loss",)) == "weight was None, now 2.0"
     now = {**saved, "heldout": "0c11", "data": "1"}
     rows = "the held-out rows are not the same and the rows of the data are not the same"
-    assert difference(saved, now) == rows and difference(saved, dict(saved)) == ""
+    assert identity_difference(saved, now) == rows and identity_difference(saved, dict(saved)) == ""

@@ -152,7 +152,7 @@ def test_loss_gradient_and_metrics_do_not_depend_on_the_split(name, seed, cuts, 
         parts.append(found)
     assert_same(total, whole.detach())
     assert_same(split_x.grad, whole_x.grad)
-    for key, found in losses.pooled(parts).items():
+    for key, found in losses.pool_metrics(parts).items():
         assert_same(found, metrics[key])
 
 
