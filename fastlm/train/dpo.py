@@ -81,8 +81,8 @@ kto, labels (prompt, completion, label)."""
     ) -> "Objective":
         import torch
 
+        from fastlm.train.checkpoints import list_checkpoints
         from fastlm.train.dpo_objective import DpoObjective
-        from fastlm.train.state import list_checkpoints
 
         terms = select_options(self, PreferenceLoss)
         objective = DpoObjective(model, data.training, data.heldout, options, terms, **common)

@@ -8,7 +8,7 @@ ends the running step, saves a checkpoint and reports where. With ``async_checkp
 writes what `checkpoint_state` copied; whoever names a checkpoint waits for it.
 
 The loss is read back every step: a loss that is not finite has to stop the run before it spoils the
-next checkpoint. A spike (`fastlm.train.metrics.SpikeDetector`) is named with its batch.
+next checkpoint. A spike (`fastlm.train.loss_spikes.SpikeDetector`) is named with its batch.
 """
 
 import fcntl
@@ -37,12 +37,7 @@ from fastlm.model.layers import checkpoint_activations
 from fastlm.muon import Muon, muon_groups
 from fastlm.optim import AdamW
 from fastlm.progress import silent
-from fastlm.train.distributed import SingleProcess
-from fastlm.train.metrics import METRICS, SpikeDetector, trackers
-from fastlm.train.objective import DivergedError, Objective
-from fastlm.train.options import BUDGET_OPTIONS, SPIKE_OPTIONS, TrainOptions
-from fastlm.train.parallel import parallel, process_group
-from fastlm.train.state import (
+from fastlm.train.checkpoints import (
     FOLDER,
     BestCheckpoint,
     CheckpointWriter,
@@ -54,6 +49,12 @@ from fastlm.train.state import (
     load_checkpoint,
     prune_checkpoints,
 )
+from fastlm.train.distributed import SingleProcess
+from fastlm.train.loss_spikes import SpikeDetector
+from fastlm.train.metrics import METRICS, trackers
+from fastlm.train.objective import DivergedError, Objective
+from fastlm.train.options import BUDGET_OPTIONS, SPIKE_OPTIONS, TrainOptions
+from fastlm.train.parallel import parallel, process_group
 
 
 class NonFiniteError(DivergedError):
@@ -526,7 +527,7 @@ class _Loop:
             finish()
 
         if self.parallel.sharded:
-            from fastlm.train.sharded import save_sharded
+            from fastlm.train.sharded_checkpoints import save_sharded
 
             save_sharded(path, tensors, rest, self.world)
             finish()

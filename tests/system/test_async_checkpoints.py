@@ -15,8 +15,8 @@ from tiny_run import start
 
 from fastlm.checkpoint import folder
 from fastlm.errors import InputError
+from fastlm.train.checkpoints import CheckpointWriter, list_checkpoints
 from fastlm.train.loop import NonFiniteError, TrainingInterrupted
-from fastlm.train.state import CheckpointWriter, list_checkpoints
 
 PLAIN = replace(tiny_run.OPTIONS, save_best=True)
 OPTIONS = replace(PLAIN, async_checkpoints=True)

@@ -12,16 +12,16 @@ import torch
 
 from fastlm.checkpoint.folder import load_tensors
 from fastlm.errors import InputError
-from fastlm.train.distributed import SingleDevice, SingleProcess
-from fastlm.train.loop import TrainingInterrupted, train
-from fastlm.train.pretrain import PretrainObjective
-from fastlm.train.state import (
+from fastlm.train.checkpoints import (
     BEST_NAME,
     BestCheckpoint,
     CheckpointWriter,
     checkpoint_path,
     list_checkpoints,
 )
+from fastlm.train.distributed import SingleDevice, SingleProcess
+from fastlm.train.loop import TrainingInterrupted, train
+from fastlm.train.pretrain import PretrainObjective
 
 # The rate rises until the loss does
 OPTIONS = replace(

@@ -28,9 +28,9 @@ from torch.distributed import TCPStore
 from fastlm.checkpoint.folder import load_tensors
 from fastlm.errors import InputError
 from fastlm.stages import KINDS, run_recipe
+from fastlm.train.checkpoints import list_checkpoints
 from fastlm.train.distributed import weighted_means
 from fastlm.train.parallel import ProcessGroup, agree, check_gpus, is_lost
-from fastlm.train.state import list_checkpoints
 
 NEAR = {"float32": 1e-5, "best": 1e-5, "bfloat16": 1e-2}
 NEAR |= dict.fromkeys(("sft", "lora", "reward", "dpo", "distill"), 1e-5)

@@ -14,9 +14,9 @@ import fastlm
 from fastlm.data.shards import BatchSampler, TokenDataset, document_offsets, write_shards
 from fastlm.errors import InputError
 from fastlm.model.bits_per_byte import evaluate
+from fastlm.train.checkpoints import list_checkpoints
 from fastlm.train.loop import TrainingInterrupted, train
 from fastlm.train.pretrain import PretrainObjective
-from fastlm.train.state import list_checkpoints
 
 CONFIG = fastlm.ModelConfig(
     model_type="llama", vocab_size=tiny_run.VOCAB, hidden_size=32, intermediate_size=64,

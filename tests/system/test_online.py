@@ -21,6 +21,7 @@ from fastlm.inference.requests import Completion
 from fastlm.model.causal_lm import CausalLM
 from fastlm.optim import AdamW
 from fastlm.train import online
+from fastlm.train.checkpoints import list_checkpoints
 from fastlm.train.distributed import SingleProcess
 from fastlm.train.loop import TrainingInterrupted, train
 from fastlm.train.metrics import correlation
@@ -30,7 +31,6 @@ from fastlm.train.online_objectives import GrpoObjective, PpoObjective, build_va
 from fastlm.train.online_stage import Grpo, Ppo
 from fastlm.train.options import LOSS_TYPES, GrpoOptions, PpoOptions, RolloutOptions, TrainOptions
 from fastlm.train.rollouts import IGNORE, pack_rollouts, sample_completions
-from fastlm.train.state import list_checkpoints
 
 END, BOS, WORDS = 0, 1, 8
 KINDS = ("ppo", *LOSS_TYPES)

@@ -18,10 +18,10 @@ from tiny_run import OPTIONS, start
 
 from fastlm.errors import InputError
 from fastlm.train import loop
+from fastlm.train.checkpoints import identity_difference, list_checkpoints, prune_checkpoints
 from fastlm.train.loop import NonFiniteError, TrainingInterrupted, train
 from fastlm.train.options import TrainOptions
 from fastlm.train.pretrain import PretrainObjective
-from fastlm.train.state import identity_difference, list_checkpoints, prune_checkpoints
 
 TIMES = ("seconds", "tokens_per_second", "progress")
 STEP_TOKENS = OPTIONS.gradient_accumulation_steps * 4 * tiny_run.SEQ  # batches of 4 windows

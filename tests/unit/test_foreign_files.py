@@ -29,7 +29,7 @@ from fastlm.quant import quantize
 from fastlm.stages import load_recipe
 from fastlm.tokenizer.load import load_tokenizer
 from fastlm.tokenizer.tokenizer import Tokenizer
-from fastlm.train.state import list_checkpoints
+from fastlm.train.checkpoints import list_checkpoints
 
 # GGUF
 

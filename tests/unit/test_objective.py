@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
+from fastlm.train.checkpoints import list_checkpoints
 from fastlm.train.loop import TrainingInterrupted, train
 from fastlm.train.objective import decay_matrices
 from fastlm.train.options import TrainOptions
-from fastlm.train.state import list_checkpoints
 
 ARMS, BEST, ROWS, EPOCHS = 8, 5, 32, 2
 OPTIONS = TrainOptions(

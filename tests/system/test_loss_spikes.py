@@ -10,9 +10,9 @@ import tiny_run
 import torch
 
 from fastlm.errors import InputError
+from fastlm.train.checkpoints import list_checkpoints
 from fastlm.train.loop import SpikeError, TrainingInterrupted
-from fastlm.train.metrics import SpikeDetector
-from fastlm.train.state import list_checkpoints
+from fastlm.train.loss_spikes import SpikeDetector
 
 BAD = 12  # the step whose loss is broken
 OPTIONS = replace(tiny_run.OPTIONS, spike_window=8, validations=0, sample_at=())

@@ -4,8 +4,8 @@
 JSON, step, seconds, position in the data, length of metrics.jsonl and the identity of the run
 (options, model, data). A checkpoint is written under a temporary name and renamed; an old one is
 renamed before it is deleted. A folder named step-* is therefore whole at any moment. No pickles:
-tensors are in safetensors with a checksum, the rest is JSON. `fastlm.train.sharded` writes those of
-sharded models.
+tensors are in safetensors with a checksum, the rest is JSON. `fastlm.train.sharded_checkpoints`
+writes those of sharded models.
 
 ``checkpoints/best-00000200/`` holds the weights of the lowest ``val_loss`` or the highest
 ``val_score``. A checkpoint records which were the best at its step. They are removed only after a
@@ -60,7 +60,7 @@ class TrainState:
     last_metrics: dict[str, Any]
     metrics_bytes: Count
     objective: dict[str, Any]
-    losses: list[Finite]  # of the last steps, for `fastlm.train.metrics.SpikeDetector`
+    losses: list[Finite]  # of the last steps, for `fastlm.train.loss_spikes.SpikeDetector`
     best_step: int | None  # of `BestCheckpoint`
     best_loss: Finite | None
 
@@ -193,7 +193,9 @@ def _read(
     params = [param for group in optimizer.param_groups for param in group["params"]]
     if (path / TENSORS).exists() and not any(hasattr(param, "to_local") for param in params):
         return load_tensors(path)
-    from fastlm.train.sharded import load_sharded  # imports torch.distributed.checkpoint
+    from fastlm.train.sharded_checkpoints import (
+        load_sharded,  # imports torch.distributed.checkpoint
+    )
 
     own = {f"model.{name}": tensor for name, tensor in trained_state(model).items()}
     return load_sharded(path, own, params, world)
