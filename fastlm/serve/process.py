@@ -1,4 +1,4 @@
-"""The server as a process: a model, its engine, uvicorn, and an orderly end."""
+"""The server as a process: load the models, run uvicorn, and shut down in order."""
 
 import asyncio
 import contextlib
@@ -29,16 +29,16 @@ if TYPE_CHECKING:
     from fastlm.serve.feedback_store import FeedbackStore
     from fastlm.serve.ratings import Rating
 
-MOST_TEMPLATE = 2**20  # bytes; published ones have up to 20,000
+MAX_TEMPLATE_BYTES = 2**20  # published templates have up to 20,000
 
 
 def run(options: ServeOptions, keys: Sequence[str] = (), admin_keys: Sequence[str] = ()) -> None:
     """Serve until SIGTERM or Ctrl-C.
 
-    InputError: a model, draft model, database or store that cannot be used, metrics or alerts that
-    are refused, a port that is taken, more pages than fit the memory.
+    InputError: a model, draft model or database cannot be used, the files of metrics or alerts are
+    wrong, the port is in use, or the cache exceeds the memory.
     """
-    logging.getLogger("uvicorn.error").addHandler(_Lines())
+    logging.getLogger("uvicorn.error").addHandler(_UvicornLogHandler())
     logging.getLogger("uvicorn").propagate = False
     with ExitStack() as stack:
         listening = stack.enter_context(_listen(options.host, options.port))
@@ -67,22 +67,22 @@ def run(options: ServeOptions, keys: Sequence[str] = (), admin_keys: Sequence[st
             hosts=frozenset((*LOCAL_NAMES, *map(str.lower, options.allow_host)))
             if options.host in LOCAL_NAMES else None,
         )  # fmt: skip
-        config = config_of(server, options.max_connections, options.drain)
-        bound = listening.getsockname()
-        shown = f"[{bound[0]}]" if ":" in bound[0] else bound[0]
+        config = uvicorn_config(server, options.max_connections, options.drain)
+        address, port, *_ = listening.getsockname()
+        host = f"[{address}]" if ":" in address else address
         cache = models.stats()
         log(
-            "listening", url=f"http://{shown}:{bound[1]}", model=models.name, pages=cache.pages,
+            "listening", url=f"http://{host}:{port}", model=models.name, pages=cache.pages,
             page_bytes=cache.page_bytes, cache_mib=cache.pages * cache.page_bytes // 2**20,
         )  # fmt: skip
-        _Process(config, server, options.drain).run(sockets=[listening])
+        _UvicornServer(config, server, options.drain).run(sockets=[listening])
 
 
 def _load(
     options: ServeOptions, store: "FeedbackStore | None", ratings: Sequence["Rating"]
 ) -> tuple[ServedModels, ModelManager | None]:
-    """Load the models that answer, as was decided last, with what changes them, if anything does.
-    ``ratings``: the numbers that people may give."""
+    """Load the models as the last decision left them; return them with their manager, if these
+    options allow changes. ``ratings``: the numbers that people may give."""
     adapters, state_file = options.adapters(), options.state_file()
     name = options.name or default_model_name(options.model)
     if name in adapters:
@@ -90,110 +90,113 @@ def _load(
     template = options.chat_template
     loader = ModelLoader(
         name, options.act_bits, options.engine(), options.draft_model,
-        FairLock() if state_file or adapters else None, versions=state_file is not None,
-        template=None if template is None else read_text(template, MOST_TEMPLATE),
-        share=len(adapters) + 1,
+        FairLock() if state_file or adapters else None, versioned_names=state_file is not None,
+        template=None if template is None else read_text(template, MAX_TEMPLATE_BYTES),
+        memory_share=len(adapters) + 1,
     )  # fmt: skip
     manager = None
     if state_file is None:
         models = ServedModels(loader.load(options.model, model_digest(options.model)))
     else:
         base = str(options.model)
-        named = [base] if options.canary is None else [base, options.canary]
-        allowed = AllowedModels(named, options.models_dir)
+        paths = [base] if options.canary is None else [base, options.canary]
+        allowed = AllowedModels(paths, options.models_dir)
         if store is None:
             manager = ModelManager(loader, base, state_file, allowed)
-            manager.begin()
+            manager.start()
         else:
             from fastlm.serve.canary.canary_manager import CanaryManager
             from fastlm.serve.canary.canary_store import CanaryStore
             from fastlm.serve.canary.decision import CanaryConfig
 
             config = CanaryConfig.from_options(options, ratings)
-            counts = CanaryStore(store, config.rating)
-            manager = CanaryManager(loader, base, state_file, allowed, counts, config)
-            manager.begin(options.canary)
+            canary_store = CanaryStore(store, config.rating)
+            manager = CanaryManager(loader, base, state_file, allowed, canary_store, config)
+            manager.start(options.canary)
         models = manager.models
-    for key, place in adapters.items():
-        models.add(replace(loader, name=key, versions=False).load(place, model_digest(place)))
+    for adapter, path in adapters.items():
+        adapter_loader = replace(loader, name=adapter, versioned_names=False)
+        models.add_adapter(adapter_loader.load(path, model_digest(path)))
     return models, manager
 
 
-def config_of(server: Server, max_connections: int, drain: float) -> uvicorn.Config:
-    """How uvicorn serves ``server``."""
+def uvicorn_config(server: Server, max_connections: int, drain: float) -> uvicorn.Config:
+    """Return the configuration of uvicorn for ``server``."""
     http: Any = partial(_Connection, server.limits)
     return uvicorn.Config(
         server.app, log_config=None, access_log=False, server_header=False,
-        http=http, proxy_headers=False,  # bounded headers; addresses that nobody can make up
+        http=http, proxy_headers=False,  # limited headers; the real address of a connection
         limit_concurrency=max_connections, h11_max_incomplete_event_size=server.limits.header_bytes,
         timeout_graceful_shutdown=int(drain) + 5, ws="none",
     )  # fmt: skip
 
 
 class _Connection(H11Protocol):
-    """uvicorn's connection, which also ends where whole headers do not come in time, where nobody
-    takes the rest of a response, and where a body that no route reads is too large or too slow:
-    each connection counts towards ``max_connections``. ``scope["state"]["abort"]`` ends it at once.
+    """A connection of uvicorn with more time limits, since each one counts towards
+    ``max_connections``. It is closed if the headers do not arrive in time, if the client does not
+    receive the rest of a response, and if a body that no route reads is too large or too slow.
 
-    An idle one between requests has uvicorn's own timeout.
+    ``scope["state"]["abort"]`` closes it at once. uvicorn itself closes idle connections between
+    requests.
     """
 
     def __init__(self, limits: RequestLimits, *args: Any, **options: Any):
         super().__init__(*args, **options)
         self.limits = limits
         self._timers: dict[str, asyncio.TimerHandle] = {}  # "headers", "reader", "body"
-        self._unread = 0  # bytes of a body after the response to its request
+        self._unread_bytes = 0  # of a body that arrive after the response to its request
         self.app_state = {**self.app_state, "abort": lambda: self.transport.abort()}
 
-    def _abort_after(self, seconds: float, name: str) -> None:
+    def _start_timer(self, seconds: float, name: str) -> None:
         self._timers[name] = self.loop.call_later(seconds, self.transport.abort)
 
-    def _stop(self, *names: str) -> None:
+    def _stop_timers(self, *names: str) -> None:
         for name in names:
             if (timer := self._timers.pop(name, None)) is not None:
                 timer.cancel()
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._abort_after(self.limits.header_seconds, "headers")
+        self._start_timer(self.limits.header_seconds, "headers")
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         if self.conn.their_state is not h11.IDLE:
-            self._stop("headers", "reader")  # the next response is written, too
+            self._stop_timers("headers", "reader")  # uvicorn writes the next response, too
         elif "headers" not in self._timers:
-            self._abort_after(self.limits.header_seconds, "headers")
+            self._start_timer(self.limits.header_seconds, "headers")
         if self.conn.their_state is not h11.SEND_BODY:
-            self._stop("body")
+            self._stop_timers("body")
         elif "body" in self._timers:
-            self._unread += len(data)
-            if self._unread > self.limits.body_bytes:
+            self._unread_bytes += len(data)
+            if self._unread_bytes > self.limits.body_bytes:
                 self.transport.abort()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        self._stop("reader")
+        self._stop_timers("reader")
         self._wait_for_reader(None)
         if self.conn.their_state is h11.SEND_BODY:
-            self._unread = 0
-            self._abort_after(self.limits.body_seconds, "body")
+            self._unread_bytes = 0
+            self._start_timer(self.limits.body_seconds, "body")
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        self._stop(*self._timers)
+        self._stop_timers(*self._timers)
 
-    def _wait_for_reader(self, before: int | None) -> None:
-        """Give up a client that took nothing since ``before`` bytes were left to send."""
-        left = self.transport.get_write_buffer_size()
-        if before is not None and left >= before:
+    def _wait_for_reader(self, earlier: int | None) -> None:
+        """Abort if the client has received nothing since ``earlier`` bytes were left to send."""
+        remaining = self.transport.get_write_buffer_size()
+        if earlier is not None and remaining >= earlier:
             self.transport.abort()
-        elif left:
+        elif remaining:
             wait = self.limits.write_seconds
-            self._timers["reader"] = self.loop.call_later(wait, self._wait_for_reader, left)
+            self._timers["reader"] = self.loop.call_later(wait, self._wait_for_reader, remaining)
 
 
-class _Process(uvicorn.Server):
-    """uvicorn's server, whose engine ends answers at the bound, so that clients are told."""
+class _UvicornServer(uvicorn.Server):
+    """A uvicorn server that lets running responses end for at most ``drain`` seconds; then the
+    engine ends them with an error that clients receive."""
 
     def __init__(self, config: uvicorn.Config, server: Server, drain: float):
         super().__init__(config)
@@ -201,39 +204,39 @@ class _Process(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        if self.started:  # it listens: whoever reads this line may connect
+        if self.started:  # clients may connect from now on
             log("ready", model=self.server.models.name)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.server.stopping = True
         log("stopping", seconds=self.drain)
-        answered = asyncio.Event()
+        has_drained = asyncio.Event()
 
         async def close() -> None:
-            # not before: requests that were accepted may still come to the engine
+            # close the engine late: accepted requests may still reach it
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(answered.wait(), self.drain)
+                await asyncio.wait_for(has_drained.wait(), self.drain)
             await asyncio.get_running_loop().run_in_executor(None, self.server.models.close)
 
-        ending = asyncio.create_task(close())
+        closing = asyncio.create_task(close())
         await super().shutdown(sockets)
-        answered.set()
-        await ending
+        has_drained.set()
+        await closing
         for store in (self.server.feedback, self.server.ranking):
             if store is not None:
-                # here: a signal that ended the server ends the process before `run` returns
+                # here, since the signal ends the process before `run` returns
                 await asyncio.get_running_loop().run_in_executor(None, store.close)
 
 
-class _Lines(logging.Handler):
-    """uvicorn's warnings as lines of our log."""
+class _UvicornLogHandler(logging.Handler):
+    """Writes uvicorn's warnings as lines of this server's log."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.levelno >= logging.WARNING:
-            what: dict[str, Any] = {"level": record.levelname.lower()}
-            kind = record.exc_info[0] if record.exc_info else None
+            error = record.exc_info[0] if record.exc_info else None
             # an exception's message may quote a request
-            log("uvicorn", **what, message=kind.__name__ if kind else record.getMessage()[:200])
+            message = error.__name__ if error else record.getMessage()[:200]
+            log("uvicorn", level=record.levelname.lower(), message=message)
 
 
 def _listen(host: str, port: int) -> socket.socket:

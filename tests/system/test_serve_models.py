@@ -39,7 +39,9 @@ def folder(tmp_path_factory):
 def serve(monkeypatch, folder, *options):
     """The `Server` that `fastlm serve` would run, or its error's text."""
     made = []
-    monkeypatch.setattr(process._Process, "run", lambda self, sockets: made.append(self.server))
+    monkeypatch.setattr(
+        process._UvicornServer, "run", lambda self, sockets: made.append(self.server)
+    )
     command = ["serve", "--model", str(folder / "base"), "--port", "0", *map(str, options)]
     result = CliRunner().invoke(app, command)
     return made[0] if made else result.output
